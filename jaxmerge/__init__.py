@@ -1,0 +1,28 @@
+"""Model merging in JAX for TPU and GPU."""
+
+import importlib
+from typing import Any  # A lazy attribute may be any public object.
+
+_HOMES = {
+  "merge": "jaxmerge.memory",
+  "blend": "jaxmerge.memory",
+  "stack": "jaxmerge.tree",
+  "unstack": "jaxmerge.tree",
+  "tune_and_merge": "jaxmerge.atm.loop",
+  "Task": "jaxmerge.tasks.task",
+  "Split": "jaxmerge.tasks.task",
+}
+_ROOMS = ("methods", "tree", "stage", "statistics", "catalog", "memory", "tasks", "models", "atm", "report", "io")
+__all__ = [*_HOMES, *_ROOMS]
+
+
+def __getattr__(name: str) -> Any:
+  if name in _HOMES:
+    return getattr(importlib.import_module(_HOMES[name]), name)
+  if name in _ROOMS:
+    return importlib.import_module(f"jaxmerge.{name}")
+  raise AttributeError(f"module 'jaxmerge' has no attribute {name!r}.")
+
+
+def __dir__() -> list[str]:
+  return sorted(__all__)
