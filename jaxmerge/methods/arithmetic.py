@@ -1,0 +1,51 @@
+"""Task arithmetic: adding, negating and combining task vectors."""
+
+from __future__ import annotations
+
+from jaxmerge import catalog
+from jaxmerge.methods import averaging
+from jaxmerge.stage import Method, chain
+
+_defaults = catalog.METHODS["task_arithmetic"].parameters
+
+
+def task_arithmetic(
+  scale: float = _defaults["scale"].default,
+  weight: float | tuple[float, ...] = _defaults["weight"].default,
+) -> Method:
+  """Adds the task vectors up, times `scale`: base + scale * sum_i weight_i * tau_i.
+
+  Args:
+    scale: factor on the sum; 1/K gives the average.
+    weight: weight of each task vector, scalar or one per model.
+
+  Reference: Ilharco et al. 2023, Editing models with task arithmetic (arXiv:2212.04089).
+
+  Example:
+    >>> import jax.numpy as jnp, jaxmerge
+    >>> base, experts = {"w": jnp.array([1.0])}, {"w": jnp.array([[2.0], [4.0]])}
+    >>> jaxmerge.merge(task_arithmetic(scale=0.5), base, experts)["w"].tolist()
+    [3.0]
+  """
+  catalog.check("task_arithmetic", {"scale": scale, "weight": weight})
+  return chain(averaging.weighted_sum(weight), averaging.scaled(scale))
+
+
+def negation(scale: float = catalog.METHODS["negation"].parameters["scale"].default) -> Method:
+  """Subtracts the task vectors, to make the model forget: base - scale * sum_i tau_i.
+
+  Reference: Ilharco et al. 2023 (arXiv:2212.04089).
+  """
+  catalog.check("negation", {"scale": scale})
+  return chain(averaging.weighted_sum(-1.0), averaging.scaled(scale))
+
+
+def analogy(scale: float = catalog.METHODS["analogy"].parameters["scale"].default) -> Method:
+  """Combines three task vectors A, B, C, as in "A is to B as C is to D": base + scale * (C + B - A).
+
+  The stack holds the models A, B and C in this order.
+
+  Reference: Ilharco et al. 2023 (arXiv:2212.04089).
+  """
+  catalog.check("analogy", {"scale": scale})
+  return chain(averaging.weighted_sum((-1.0, 1.0, 1.0)), averaging.scaled(scale))

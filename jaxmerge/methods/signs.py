@@ -1,0 +1,131 @@
+"""Electing a sign where task vectors disagree."""
+
+from __future__ import annotations
+
+from typing import Any, Literal  # Any: what is known is a tree of arrays.
+
+import jax.numpy as jnp
+
+from jaxmerge import catalog, statistics
+from jaxmerge.methods import averaging, sparsifying
+from jaxmerge.stage import Array, Leaf, Method, Scope, Stage, chain, leafwise
+
+_ties = catalog.METHODS["ties"].parameters
+_dare = catalog.METHODS["dare"].parameters
+
+
+def elect_sign() -> Method:
+  """Zeroes the entries whose sign is not that of the sum over the models; K is kept.
+
+  Where the sum is zero, the sign that most entries of the merged model have decides; if that is a
+  draw too, the entry is zeroed in all models.
+
+  Reference: Yadav et al. 2023, TIES-Merging (arXiv:2306.01708), step 2.
+  """
+
+  def sides(x: Array, leaf: Leaf) -> Array:
+    merged = jnp.sum(x, axis=0, keepdims=True)
+    return jnp.concatenate(
+      [statistics.count(merged > 0), statistics.count(merged < 0)], axis=1
+    )
+
+  def update(x: Array, leaf: Leaf, known: Any) -> Array:
+    sides = statistics.normal(known["sides"])
+    more, fewer = (statistics.at_least(sides[:, i : i + 1], sides[:, 1 - i : 2 - i])[0] for i in (0, 1))
+    majority = more.astype(x.dtype) - fewer.astype(x.dtype)
+    elected = jnp.sign(jnp.sum(x, axis=0, keepdims=True))
+    elected = jnp.where(elected == 0, majority, elected)
+    return jnp.where(x * elected > 0, x, 0)
+
+  return (Stage(update, (statistics.total("sides", sides),)),)
+
+
+def disjoint_mean() -> Method:
+  """Averages, entry by entry, the models whose entry is not zero: [K, ...] -> [1, ...].
+
+  With unequal weights, which the entries must already carry, the divisor is the sum of the weights
+  of those models. An entry that is zero in all models stays zero.
+
+  Reference: Yadav et al. 2023, TIES-Merging (arXiv:2306.01708), step 3.
+  """
+
+  def mean(x: Array, leaf: Leaf) -> Array:
+    weight = jnp.where(x != 0, leaf.number("weight", x), 0)
+    divisor = jnp.sum(weight, axis=0, keepdims=True)
+    return jnp.sum(x, axis=0, keepdims=True) / jnp.where(divisor == 0, 1, divisor)
+
+  return leafwise(mean, numbers={"weight": _ties["weight"].default}, combines=True)
+
+
+def disjoint_max() -> Method:
+  """Takes, entry by entry, the largest magnitude; all models must agree on the sign: [K, ...] -> [1, ...]."""
+
+  def extreme(x: Array, leaf: Leaf) -> Array:
+    high = jnp.max(x, axis=0, keepdims=True)
+    return jnp.where(high > 0, high, jnp.min(x, axis=0, keepdims=True))
+
+  return leafwise(extreme, combines=True)
+
+
+def ties(
+  density: float = _ties["density"].default,
+  scale: float = _ties["scale"].default,
+  weight: float | tuple[float, ...] = _ties["weight"].default,
+  scope: Scope = _ties["scope"].default,
+  rule: Literal["kth", "exact"] = _ties["rule"].default,
+  reduce: Literal["mean", "sum", "max"] = _ties["reduce"].default,
+) -> Method:
+  """Trims each task vector, elects a sign per entry, and averages the entries that agree.
+
+  Args:
+    density: fraction of the entries kept, in (0, 1].
+    scale: factor on the merged task vector.
+    weight: weight of each model, scalar or one per model; weighted entries vote, and the mean divides
+      by the weights of those that agree.
+    scope: entries are ranked over the whole model, as the authors do, or per leaf.
+    rule: what happens at the threshold, see `trim`.
+    reduce: how the entries that agree are joined.
+
+  Reference: Yadav et al. 2023, TIES-Merging (arXiv:2306.01708).
+
+  Example:
+    >>> import jax.numpy as jnp, jaxmerge
+    >>> base = {"w": jnp.zeros(3)}
+    >>> experts = {"w": jnp.array([[1.0, -2.0, 0.1], [3.0, 1.0, 0.2]])}
+    >>> jaxmerge.merge(ties(density=0.4), base, experts)["w"].tolist()
+    [2.0, -2.0, 0.0]
+  """
+  catalog.check("ties", {"density": density, "scale": scale, "weight": weight, "reduce": reduce})
+  joined = {
+    "mean": disjoint_mean,
+    "sum": lambda: averaging.weighted_sum(1.0),
+    "max": disjoint_max,
+  }[reduce]()
+  if reduce == "sum":  # The entries carry their weights already.
+    joined = leafwise(lambda x, leaf: jnp.sum(x, axis=0, keepdims=True), combines=True)
+  return chain(
+    sparsifying.trim(density, scope=scope, rule=rule),
+    averaging.weighted(weight),
+    elect_sign(),
+    joined,
+    averaging.scaled(scale),
+  )
+
+
+def dare_ties(
+  drop_rate: float = _dare["drop_rate"].default,
+  density: float = _ties["density"].default,
+  scale: float = _ties["scale"].default,
+  weight: float | tuple[float, ...] = _ties["weight"].default,
+  rescale: str | None = _dare["rescale"].default,
+  scope: Scope = _ties["scope"].default,
+  rule: Literal["kth", "exact"] = _ties["rule"].default,
+  reduce: Literal["mean", "sum", "max"] = _ties["reduce"].default,
+) -> Method:
+  """Drops entries at random (`drop`), then merges by `ties`. Needs a seed.
+
+  Reference: Yu et al. 2024 (arXiv:2311.03099).
+  """
+  return chain(
+    sparsifying.drop(drop_rate, rescale=rescale), ties(density, scale, weight, scope, rule, reduce)
+  )

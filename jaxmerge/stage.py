@@ -1,0 +1,190 @@
+"""The algebra: a method is a tuple of stages, a stage maps a stack to a stack. Read this first.
+
+A stack is a tree of arrays with a leading task axis K. A transform keeps K, a combiner returns K = 1.
+A stage may *know* statistics of the stack before it acts: it names them, the driver adds them up over
+leaves, slices, devices or reads of a file. Drivers: `memory.py` (arrays, under jit, vmap, grad and meshes).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple  # Any: states are trees that a stage defines.
+
+import jax
+import jax.numpy as jnp
+
+from jaxmerge import tree
+
+Array = jax.Array
+State = Any
+Scope = Literal["tree", "leaf"] | Callable[[str], str]
+
+
+class Leaf(NamedTuple):
+  """What a stage knows about the part of a leaf that it is given.
+
+  Attributes:
+    base: the reference's part [*s]; None where raw weights are merged.
+    aux: the method's numbers (scalar or [K]) and arrays aligned to this leaf ([K, *s]).
+    models: [K] tags of the models, uint32.
+    tag: tag of this leaf's name, uint32 scalar.
+    start: row (index along the first axis of the leaf) where this part begins, int32 scalar.
+    shape: shape of the whole leaf, without the task axis.
+    offset: entries of the leaves before this one in its group, uint32 scalar.
+  """
+
+  base: Array | None
+  aux: Mapping[str, Any]
+  models: Array
+  tag: Array
+  start: Array
+  shape: tuple[int, ...]
+  offset: Array
+
+  def number(self, name: str, x: Array) -> Array:
+    """Returns the number `name` in the dtype of `x`, shaped to multiply a stack x [K, *s]."""
+    value = jnp.asarray(self.aux[name], x.dtype)
+    return value.reshape(value.shape + (1,) * (x.ndim - value.ndim)) if value.ndim else value
+
+
+class Group(NamedTuple):
+  """What is known of a group of leaves before any weight is read: for `Stage.init`."""
+
+  size: int
+  height: int
+  aux: Mapping[str, Any]
+
+
+class Statistic(NamedTuple):
+  """A quantity measured over all leaves of a group, in one or more dependent passes.
+
+  Attributes:
+    name: the key under which the result is known afterwards.
+    measure: (x, leaf, state, known) -> partial, a tree of arrays; partials add up.
+    begin: known -> state before the first pass.
+    refine: (state, total, known) -> state after a pass; the last state is the result.
+    passes: number of passes; each measures with the state of the pass before.
+    combine: how two partials become one; addition unless said otherwise.
+  """
+
+  name: str
+  measure: Callable[[Array, Leaf, State, State], State]
+  begin: Callable[[State], State] = lambda known: ()
+  refine: Callable[[State, State, State], State] = lambda state, total, known: total
+  passes: int = 1
+  combine: Callable[[Array, Array], Array] = jnp.add
+
+
+class Fold(NamedTuple):
+  """A combiner that takes experts a few at a time, and keeps only an accumulator.
+
+  Attributes:
+    add: (accumulator or None, x [k, *s], leaf) -> accumulator, a tree of arrays.
+    finish: (accumulator, leaf) -> [1, *s].
+  """
+
+  add: Callable[[State, Array, Leaf], State]
+  finish: Callable[[State, Leaf], Array]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Stage:
+  """One step of a method. Hashed by identity: it is a key of compiled programs.
+
+  Attributes:
+    update: (x [K, *s], leaf, known) -> [M, *s]; what is known are the statistics of x's group.
+    statistics: measured in this order, before the update.
+    init: group -> what is known at first; counts that follow from numbers are computed here.
+    numbers: the numbers that the stage reads from `leaf.aux`, with their default; None: no default.
+    where: the leaves that the stage acts on, by name; None: all.
+    scope: where statistics are added up: over the tree, per leaf, or per group that a name maps to.
+    unit: what `update` may be cut along: "entry" anywhere; "row" needs whole rows of the leaf's matrix
+      view, in which it gets x as [K, rows, columns].
+    rest: the update for leaves that have no matrix view, if `unit` needs one.
+    combines: the stage is a combiner: it leaves height 1.
+    fold: the same combiner, a few experts at a time.
+    keep: "push" keeps x aside as it is, "pop" calls update(before, x, leaf) with what was kept.
+  """
+
+  update: Callable[..., Array]
+  statistics: tuple[Statistic, ...] = ()
+  init: Callable[[Group], State] = lambda group: {}
+  numbers: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  where: tree.Predicate | None = None
+  scope: Scope = "tree"
+  unit: Literal["entry", "row"] = "entry"
+  rest: Callable[..., Array] | None = None
+  combines: bool = False
+  fold: Fold | None = None
+  keep: Literal["push", "pop"] | None = None
+
+  def group(self, name: str) -> str:
+    """Returns the group of a leaf: statistics are added up over a group."""
+    if callable(self.scope):
+      return self.scope(name)
+    return name if self.scope == "leaf" else ""
+
+
+Method = tuple[Stage, ...]
+
+
+def chain(*methods: Method) -> Method:
+  """Runs methods one after the other."""
+  return tuple(stage for method in methods for stage in method)
+
+
+def masked(method: Method, where: tree.Predicate) -> Method:
+  """Restricts a method to the leaves whose name satisfies `where`; the others pass by unchanged."""
+
+  def both(old: tree.Predicate | None) -> tree.Predicate:
+    return where if old is None else lambda name: where(name) and old(name)
+
+  return tuple(dataclasses.replace(stage, where=both(stage.where)) for stage in method)
+
+
+def join(inner: Method, f: Callable[[Array, Array, Leaf], Array]) -> Method:
+  """Calls f(x, y, leaf) with the stack before and after `inner`: norm matching, masks by the result."""
+  return (
+    Stage(update=lambda x, leaf, known: x, keep="push"),
+    *inner,
+    Stage(update=f, keep="pop"),
+  )
+
+
+def leafwise(
+  f: Callable[[Array, Leaf], Array],
+  *,
+  numbers: Mapping[str, Any] | None = None,
+  combines: bool = False,
+  fold: Fold | None = None,
+) -> Method:
+  """Makes a method of a function of one leaf's stack: f(x [K, *s], leaf) -> [M, *s]."""
+  return (
+    Stage(lambda x, leaf, known: f(x, leaf), numbers=numbers or {}, combines=combines, fold=fold),
+  )
+
+
+def pointwise(f: Callable[[Array], Array], *, combines: bool = False) -> Method:
+  """Makes a method of a function of one leaf's stack alone: f(x [K, *s]) -> [M, *s]."""
+  return leafwise(lambda x, leaf: f(x), combines=combines)
+
+
+def numbers(method: Method) -> dict[str, Any]:
+  """Returns the numbers of all stages with their defaults; the first stage that has one wins."""
+  found: dict[str, Any] = {}
+  for stage in method:
+    for name, default in stage.numbers.items():
+      if name not in found or found[name] is None:
+        found[name] = default
+  return found
+
+
+def foldable(method: Method) -> bool:
+  """Tells whether a method can take experts a few at a time: nothing measured, and a fold."""
+  combiners = [stage for stage in method if stage.combines]
+  return (
+    len(combiners) == 1
+    and combiners[0].fold is not None
+    and not any(stage.statistics or stage.keep for stage in method)
+  )

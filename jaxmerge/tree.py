@@ -1,0 +1,109 @@
+"""Names, structure and dtypes of trees of arrays.
+
+A model is a nested dict (any pytree) of arrays. A stack is the same tree with a leading task axis K on
+each leaf. A leaf's name is its path joined by slashes; a tag is the CRC32 of a name.
+"""
+
+from __future__ import annotations
+
+import re
+import zlib
+from collections.abc import Callable, Sequence
+from typing import Any  # A tree is whatever jax.tree accepts.
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Tree = Any
+Predicate = Callable[[str], bool]
+
+
+def name_of(path: tuple[Any, ...]) -> str:
+  """Joins a key path to a name: `encoder/layer_0/kernel`."""
+  return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def named(tree: Tree) -> dict[str, Any]:
+  """Returns the leaves by name, in the order of their names."""
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  return dict(sorted((name_of(path), leaf) for path, leaf in leaves))
+
+
+def rebuild(tree: Tree, leaves: dict[str, Any]) -> Tree:
+  """Puts leaves given by name into the structure of `tree`."""
+  return jax.tree_util.tree_map_with_path(lambda path, _: leaves[name_of(path)], tree)
+
+
+def tag(name: str) -> int:
+  """Returns the CRC32 of a name: the same in every process, unlike `hash`."""
+  return zlib.crc32(name.encode())
+
+
+def matching(pattern: str) -> Predicate:
+  """Returns a predicate that holds for names in which the regular expression is found."""
+  found = re.compile(pattern).search
+  return lambda name: found(name) is not None
+
+
+def stack(trees: Sequence[Tree]) -> Tree:
+  """Stacks models of one structure: K trees of [*s] -> one tree of [K, *s].
+
+  Raises:
+    ValueError: for no trees, or naming the first leaf that differs in structure, shape or dtype.
+  """
+  trees = list(trees)
+  if not trees:
+    raise ValueError("stack needs at least one tree, got none.")
+  for k, other in enumerate(trees[1:], start=1):
+    check_same(trees[0], other, left="model 0", right=f"model {k}")
+  return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+
+def unstack(models: Tree) -> list[Tree]:
+  """Splits a stack into its models: one tree of [K, *s] -> K trees of [*s]."""
+  return [jax.tree.map(lambda leaf: leaf[k], models) for k in range(height(models))]
+
+
+def height(models: Tree) -> int:
+  """Returns K, the length of the task axis that all leaves of a stack share.
+
+  Raises:
+    ValueError: for a leaf without a task axis, or naming the first leaf whose K differs.
+  """
+  leaves = named(models)
+  if not leaves:
+    raise ValueError("a stack needs at least one leaf, got an empty tree.")
+  first = next(iter(leaves))
+  for name, leaf in leaves.items():
+    if jnp.ndim(leaf) == 0:
+      raise ValueError(f"leaf {name!r} is a scalar; in a stack every leaf has a leading task axis.")
+    if leaf.shape[0] != leaves[first].shape[0]:
+      raise ValueError(
+        f"leaf {name!r} holds {leaf.shape[0]} models, but {first!r} holds {leaves[first].shape[0]}."
+      )
+  return leaves[first].shape[0]
+
+
+def check_same(a: Tree, b: Tree, *, left: str, right: str, dtype: bool = True) -> None:
+  """Raises ValueError, naming the first leaf that is missing or differs in shape or dtype."""
+  ours, theirs = named(a), named(b)
+  for name in sorted(ours.keys() ^ theirs.keys()):
+    where, other = (left, right) if name in ours else (right, left)
+    raise ValueError(f"leaf {name!r} is in {where} but not in {other}.")
+  for name, leaf in ours.items():
+    x, y = (v if hasattr(v, "dtype") else np.asarray(v) for v in (leaf, theirs[name]))
+    if x.shape != y.shape:
+      raise ValueError(f"leaf {name!r} is {x.shape} in {left} but {y.shape} in {right}.")
+    if dtype and x.dtype != y.dtype:
+      raise ValueError(f"leaf {name!r} is {x.dtype} in {left} but {y.dtype} in {right}.")
+
+
+def is_floating(leaf: Any) -> bool:
+  """Tells whether a leaf is merged; integers, booleans and keys are copied from the base."""
+  return jnp.issubdtype(leaf.dtype, jnp.floating)
+
+
+def compute_dtype(dtype: Any) -> np.dtype:
+  """Returns the dtype to compute in: the wider of float32 and the leaf's own."""
+  return jnp.promote_types(dtype, jnp.float32)

@@ -1,0 +1,52 @@
+"""Matrix views: which axes of a leaf are outputs and which are inputs.
+
+A view is a word with one letter per axis of the leaf: `o` output, `i` input, `b` batch (layers that are
+stacked for a scan). A Flax kernel [in, out] is "io", a file's weight [out, in] is "oi", an attention
+kernel [in, heads, size] is "ioo", a convolution [height, width, in, out] is "iiio". A table of views is
+a sequence of (regular expression, view); the first match wins.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+
+import jax
+
+Array = jax.Array
+Views = tuple[tuple[str, str], ...]
+
+
+def view_of(name: str, views: Views) -> str | None:
+  """Returns the view that the table declares for a leaf, or None."""
+  return next((view for pattern, view in views if re.search(pattern, name)), None)
+
+
+def check(views: Sequence[tuple[str, str]]) -> Views:
+  """Returns the table as a tuple; ValueError for a word with other letters than b, o, i."""
+  for pattern, view in views:
+    if set(view) - set("boi") or not view:
+      raise ValueError(f"view {view!r} of {pattern!r} must be a word of the letters b, o and i.")
+  return tuple((pattern, view) for pattern, view in views)
+
+
+def rows(x: Array, view: str) -> Array:
+  """Shows a stack as rows, one per output: [K, *s] -> [K, rows, columns]."""
+  moved = x.transpose((0, *(a + 1 for a in _order(view, x.ndim - 1))))
+  columns = math.prod(n for n, letter in zip(x.shape[1:], view, strict=True) if letter == "i")
+  return moved.reshape(x.shape[0], -1, columns)
+
+
+def from_rows(y: Array, view: str, shape: tuple[int, ...]) -> Array:
+  """Undoes `rows`: [M, rows, columns] -> [M, *shape]."""
+  order = _order(view, len(shape))
+  moved = y.reshape(y.shape[0], *(shape[a] for a in order))
+  back = sorted(range(len(order)), key=lambda i: order[i])
+  return moved.transpose((0, *(b + 1 for b in back)))
+
+
+def _order(view: str, ndim: int) -> list[int]:
+  if len(view) != ndim:
+    raise ValueError(f"view {view!r} names {len(view)} axes, but the leaf has {ndim}.")
+  return [axis for letter in "boi" for axis, own in enumerate(view) if own == letter]
