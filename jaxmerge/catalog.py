@@ -63,7 +63,9 @@ _WEIGHT = Parameter(1.0, "weight of each model, scalar or one per model")
 _SCALE = Parameter(1.0, "factor on the merged task vector")
 _DENSITY = Parameter(0.2, "fraction of entries kept", low=0.0, high=1.0, open_low=True)
 _DROP_RATE = Parameter(0.5, "probability that an entry is dropped", low=0.0, high=1.0)
-_SCOPE = Parameter("tree", "entries are ranked over the whole model or per leaf", choices=("tree", "leaf"))
+_SCOPE = Parameter(
+  "tree", "entries are ranked over the whole model or per leaf", choices=("tree", "leaf")
+)
 _RULE = Parameter(
   "kth",
   "'kth' keeps all entries at the threshold, 'exact' breaks ties by position",

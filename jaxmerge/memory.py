@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple  # Any: trees and numbers of many kinds.
 
@@ -78,7 +79,9 @@ def blend(
     if not tree.is_floating(leaf) and not isinstance(leaf, jax.core.Tracer):
       differs = np.any(np.asarray(leaf) != np.asarray(leaf)[:1])
       if differs:
-        raise ValueError(f"leaf {name!r} is {leaf.dtype} and differs between models; drop it first.")
+        raise ValueError(
+          f"leaf {name!r} is {leaf.dtype} and differs between models; drop it first."
+        )
   tree.height(models)
   aux = dict(aux or {}, **({} if seed is None else {"seed": seed}))
   return _driven(method, None, None, models, aux, names, layout)
@@ -132,7 +135,9 @@ def prepare(
   known = []
   for step in method:
     groups = members(step, shapes)
-    known.append({g: step.init(_group(g, names_in, shapes, height, values)) for g, names_in in groups.items()})
+    known.append(
+      {g: step.init(_group(g, names_in, shapes, height, values)) for g, names_in in groups.items()}
+    )
     height = 1 if step.combines else height
   arrays = {n: jax.tree.map(_array, v, is_leaf=catalog.plain) for n, v in values.items()}
   return Ready(arrays, tags, order, tuple(known))
@@ -147,6 +152,16 @@ def members(step: Stage, names: Mapping[str, Any]) -> dict[str, tuple[str, ...]]
   return {group: tuple(found) for group, found in groups.items()}
 
 
+def offsets(step: Stage, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.uint32]:
+  """Counts, for each leaf that a stage acts on, the entries before it in its group."""
+  out = {}
+  for names in members(step, shapes).values():
+    sizes = [math.prod(shapes[n]) for n in names]
+    # Wraps past 2**32, where ranking by position is refused.
+    out.update({n: np.uint32(sum(sizes[:i]) % 2**32) for i, n in enumerate(names)})
+  return out
+
+
 def transform(
   method: Method,
   models: dict[str, Array],
@@ -158,12 +173,10 @@ def transform(
   x: dict[str, Any] = dict(models)
   kept: dict[str, list[Array]] = {name: [] for name in x}
   for step, first in zip(method, ready.known, strict=True):
+    shapes = {n: v.shape[1:] for n, v in x.items()}
+    before = offsets(step, shapes)
     for group, names in members(step, x).items():
-      leaves = {n: leaf_of(n, x[n].shape[1:], base, ready) for n in names}
-      offset = 0
-      for n in names:
-        leaves[n] = leaves[n]._replace(offset=jnp.uint32(offset % 2**32))
-        offset += int(np.prod(leaves[n].shape, dtype=np.int64))
+      leaves = {n: leaf_of(n, shapes[n], base, ready)._replace(offset=before[n]) for n in names}
       known = dict(first[group])
       for statistic in step.statistics:
         measured = functools.partial(_measure_all, statistic, x, leaves, known)
@@ -198,7 +211,7 @@ def update(
     if step.rest is None:
       raise ValueError("a leaf has no matrix view; declare it in `layout` or mask the method.")
     return step.rest(x, leaf, known)
-  seen = views.rows(x, view)
+  seen = views.rows(views.whole(x), view)
   part = leaf._replace(base=None, shape=seen.shape[1:], start=jnp.int32(0))
   return views.from_rows(step.update(seen, part, known), view, x.shape[1:])
 
@@ -215,7 +228,7 @@ def leaf_of(
     tag=jnp.uint32(tree.tag(name)),
     start=jnp.int32(0),
     shape=tuple(shape),
-    offset=jnp.uint32(0),
+    offset=np.uint32(0),
   )
 
 
@@ -238,31 +251,29 @@ def _driven(
   stacks = tree.named(models)
   shapes = {n: leaf.shape[1:] for n, leaf in stacks.items() if tree.is_floating(leaf)}
   ready = prepare(method, shapes, tree.height(models), aux, names)
-  out, finite = _compiled(
-    base, reference, models, ready, method=method, layout=views.check(layout)
-  )
+  out, finite = _compiled(base, reference, models, ready, method=method, layout=views.check(layout))
   if not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((finite, out))):
     refuse_nonfinite(jax.device_get(finite), names, ready.order)
   return out
 
 
 def refuse_nonfinite(
-  finite: Mapping[str, np.ndarray], names: Sequence[str] | None, order: Any = None
+  finite: Mapping[str, tuple[Any, Any]], names: Sequence[str] | None, order: Any = None
 ) -> None:
   """Raises ValueError that names the first leaf and model whose flag is False.
 
   Args:
-    finite: flags by leaf, [1 + K]: the base or reference, then the models in the order of their tags.
+    finite: flags by leaf: of the base or reference, and [K] of the models in the order of their tags.
     names: names of the models, or None.
     order: where each of the models was in the caller's stack.
   """
-  for name, flags in finite.items():
-    if flags.all():
-      continue
-    first = int(np.argmin(flags))
-    if first == 0:
+  for name, (base, models) in finite.items():
+    if not base:
       raise ValueError(f"leaf {name!r} of the base has NaN or infinity.")
-    k = first - 1 if order is None else int(order[first - 1])
+    if np.all(models):
+      continue
+    first = int(np.argmin(models))
+    k = first if order is None else int(order[first])
     raise ValueError(f"leaf {name!r} of model {names[k] if names else k} has NaN or infinity.")
 
 
@@ -275,7 +286,7 @@ def _compiled(
   *,
   method: Method,
   layout: views.Views,
-) -> tuple[Tree, dict[str, Array]]:
+) -> tuple[Tree, dict[str, tuple[Array, Array]]]:
   stacks = tree.named(models)
   bases = None if base is None else tree.named(base)
   references = None if reference is None else tree.named(reference)
@@ -296,16 +307,16 @@ def _compiled(
   return tree.rebuild(models if base is None else base, out), finite
 
 
-def task_vectors(x: Array, reference: Array | None) -> tuple[Array, Array]:
-  """Returns models - reference [K, *s] in the dtype to compute in, and finite flags [1 + K]."""
+def task_vectors(x: Array, reference: Array | None) -> tuple[Array, tuple[Array, Array]]:
+  """Returns models - reference [K, *s] in the dtype to compute in, and whether both are finite."""
   dtype = tree.compute_dtype(x.dtype)
   flags = jnp.isfinite(x).all(axis=tuple(range(1, x.ndim)))
   if reference is None:
-    return x.astype(dtype), jnp.concatenate([jnp.ones((1,), bool), flags])
+    return x.astype(dtype), (jnp.bool_(True), flags)
   # Upcast before subtracting: bfloat16 loses the low bits of a small task vector.
   dtype = jnp.promote_types(dtype, tree.compute_dtype(reference.dtype))
-  flags = jnp.concatenate([jnp.isfinite(reference).all()[None], flags])
-  return x.astype(dtype) - reference.astype(dtype)[None], flags
+  delta = x.astype(dtype) - reference.astype(dtype)[None]
+  return delta, (jnp.isfinite(reference).all(), flags)
 
 
 def added(name: str, merged: Array, base: Array | None, dtype: Any) -> Array:

@@ -1,9 +1,9 @@
 """Matrix views: which axes of a leaf are outputs and which are inputs.
 
-A view is a word with one letter per axis of the leaf: `o` output, `i` input, `b` batch (layers that are
-stacked for a scan). A Flax kernel [in, out] is "io", a file's weight [out, in] is "oi", an attention
-kernel [in, heads, size] is "ioo", a convolution [height, width, in, out] is "iiio". A table of views is
-a sequence of (regular expression, view); the first match wins.
+A view is a word with one letter per axis of the leaf: `o` output, `i` input, `b` batch (layers that
+are stacked for a scan). A Flax kernel [in, out] is "io", a file's weight [out, in] is "oi", an
+attention kernel [in, heads, size] is "ioo", a convolution [height, width, in, out] is "iiio". A table
+of views is a sequence of (regular expression, view); the first match wins.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import re
 from collections.abc import Sequence
 
 import jax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 Array = jax.Array
 Views = tuple[tuple[str, str], ...]
@@ -31,17 +33,40 @@ def check(views: Sequence[tuple[str, str]]) -> Views:
   return tuple((pattern, view) for pattern, view in views)
 
 
+def whole(x: Array) -> Array:
+  """Brings rows and columns together where explicit axes shard them: [K, *s] -> [K, *s].
+
+  The task axis stays as it is. Under automatic axes the compiler does this by itself.
+  """
+  sharding = jax.typeof(x).sharding
+  if all(axis is None for axis in sharding.spec[1:]):
+    return x
+  return jax.sharding.reshard(x, _by_task(sharding, x.ndim))
+
+
+def reshaped(x: Array, shape: tuple[int, ...]) -> Array:
+  """Reshapes a whole stack behind its task axis: [K, ...] -> [K, ...]."""
+  sharding = jax.typeof(x).sharding
+  if sharding.spec[0] is None:
+    return x.reshape(shape)
+  return jax.lax.reshape(x, shape, out_sharding=_by_task(sharding, len(shape)))
+
+
+def _by_task(sharding: NamedSharding, ndim: int) -> NamedSharding:
+  return NamedSharding(sharding.mesh, P(sharding.spec[0], *(None,) * (ndim - 1)))
+
+
 def rows(x: Array, view: str) -> Array:
   """Shows a stack as rows, one per output: [K, *s] -> [K, rows, columns]."""
   moved = x.transpose((0, *(a + 1 for a in _order(view, x.ndim - 1))))
   columns = math.prod(n for n, letter in zip(x.shape[1:], view, strict=True) if letter == "i")
-  return moved.reshape(x.shape[0], -1, columns)
+  return reshaped(moved, (x.shape[0], moved.size // (x.shape[0] * columns), columns))
 
 
 def from_rows(y: Array, view: str, shape: tuple[int, ...]) -> Array:
   """Undoes `rows`: [M, rows, columns] -> [M, *shape]."""
   order = _order(view, len(shape))
-  moved = y.reshape(y.shape[0], *(shape[a] for a in order))
+  moved = reshaped(y, (y.shape[0], *(shape[a] for a in order)))
   back = sorted(range(len(order)), key=lambda i: order[i])
   return moved.transpose((0, *(b + 1 for b in back)))
 

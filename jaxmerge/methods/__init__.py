@@ -6,6 +6,20 @@ from jaxmerge.methods.signs import dare_ties, disjoint_max, disjoint_mean, elect
 from jaxmerge.methods.sparsifying import breadcrumbs, dare, drop, trim
 
 __all__ = [
-  "analogy", "average", "breadcrumbs", "dare", "dare_ties", "disjoint_max", "disjoint_mean", "drop",
-  "elect_sign", "negation", "scaled", "task_arithmetic", "ties", "trim", "weighted", "weighted_sum",
+  "analogy",
+  "average",
+  "breadcrumbs",
+  "dare",
+  "dare_ties",
+  "disjoint_max",
+  "disjoint_mean",
+  "drop",
+  "elect_sign",
+  "negation",
+  "scaled",
+  "task_arithmetic",
+  "ties",
+  "trim",
+  "weighted",
+  "weighted_sum",
 ]

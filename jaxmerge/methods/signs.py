@@ -25,13 +25,13 @@ def elect_sign() -> Method:
 
   def sides(x: Array, leaf: Leaf) -> Array:
     merged = jnp.sum(x, axis=0, keepdims=True)
-    return jnp.concatenate(
-      [statistics.count(merged > 0), statistics.count(merged < 0)], axis=1
-    )
+    return jnp.concatenate([statistics.count(merged > 0), statistics.count(merged < 0)], axis=1)
 
   def update(x: Array, leaf: Leaf, known: Any) -> Array:
     sides = statistics.normal(known["sides"])
-    more, fewer = (statistics.at_least(sides[:, i : i + 1], sides[:, 1 - i : 2 - i])[0] for i in (0, 1))
+    more, fewer = (
+      statistics.at_least(sides[:, i : i + 1], sides[:, 1 - i : 2 - i])[0] for i in (0, 1)
+    )
     majority = more.astype(x.dtype) - fewer.astype(x.dtype)
     elected = jnp.sign(jnp.sum(x, axis=0, keepdims=True))
     elected = jnp.where(elected == 0, majority, elected)

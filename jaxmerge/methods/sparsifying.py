@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any, Literal  # Any: what is known is a tree of arrays.
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxmerge import catalog, statistics
+from jaxmerge import catalog, statistics, views
 from jaxmerge.methods import averaging
 from jaxmerge.stage import Array, Group, Leaf, Method, Scope, Stage, chain
 
@@ -134,9 +135,7 @@ def breadcrumbs(
 
   Reference: Davari and Belilovsky 2024, Model breadcrumbs (arXiv:2312.06795).
   """
-  catalog.check(
-    "breadcrumbs", {"keep": keep, "remove": remove, "scale": scale, "scope": scope}
-  )
+  catalog.check("breadcrumbs", {"keep": keep, "remove": remove, "scale": scale, "scope": scope})
   numbers = {"keep": keep, "remove": remove}
   adding = chain(averaging.weighted_sum(), averaging.scaled(scale))
   if scope == "row":
@@ -214,28 +213,27 @@ def _reach(removed: Array, keep: Any, group: Group) -> Array:
 
 def _band_of_rows(x: Array, leaf: Leaf, known: Any) -> Array:
   """Keeps the band of each row: x [K, rows, columns], each (model, row) ranked by itself."""
-  models, rows, columns = x.shape
-  group = Group(columns, models * rows, leaf.aux)
+  size = x.shape[2]
+  group = Group(size, x.shape[0], leaf.aux)
+  removed = statistics.share(jnp.asarray(leaf.aux["remove"]), size, group.height)
+  known = {"removed": removed, "reach": _reach(removed, jnp.asarray(leaf.aux["keep"]), group)}
+  alone = leaf._replace(start=jnp.int32(0), shape=(size,), offset=jnp.uint32(0))
 
-  def each(name: str) -> Any:
-    value = leaf.aux[name]
-    return value if jnp.ndim(value) == 0 else jnp.repeat(jnp.asarray(value), rows)
+  def band(row: Array) -> Array:
+    own = dict(known)
+    for stat in statistics.top("removed", jnp.abs) + statistics.top("reach", jnp.abs):
+      own[stat.name] = _settle(stat, row, alone, own)
+    near = statistics.inside("reach", jnp.abs(row), alone, own)
+    return jnp.where(near & ~statistics.inside("removed", jnp.abs(row), alone, own), row, 0)
 
-  removed = statistics.share(each("remove"), columns, group.height)
-  known = {"removed": removed, "reach": _reach(removed, each("keep"), group)}
-  flat = x.reshape(models * rows, columns)
-  alone = leaf._replace(start=jnp.int32(0), shape=(columns,), offset=jnp.uint32(0))
-  for stat in statistics.top("removed", jnp.abs) + statistics.top("reach", jnp.abs):
-    known[stat.name] = _settle(stat, flat, alone, known)
-  near = statistics.inside("reach", jnp.abs(flat), alone, known)
-  band = near & ~statistics.inside("removed", jnp.abs(flat), alone, known)
-  return jnp.where(band, flat, 0).reshape(x.shape)
+  return jax.vmap(band, in_axes=1, out_axes=1)(x)
 
 
 def _band_of_one_row(x: Array, leaf: Leaf, known: Any) -> Array:
   if x.ndim == 1:
     return x
-  return _band_of_rows(x.reshape(x.shape[0], 1, -1), leaf, known).reshape(x.shape)
+  flat = views.reshaped(views.whole(x), (x.shape[0], 1, x.size // x.shape[0]))
+  return views.reshaped(_band_of_rows(flat, leaf, known), x.shape)
 
 
 def _settle(stat: statistics.Statistic, x: Array, leaf: Leaf, known: Any) -> Any:

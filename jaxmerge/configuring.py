@@ -1,0 +1,303 @@
+"""Reads the config file of an experiment and the changes that a command line makes to it.
+
+Free of jax: a mistyped key or value is told before anything heavy is imported. All errors are
+ValueErrors of one line that name the file, the key, the value and what would be right.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import math
+import pathlib
+import traceback
+import types
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal, get_args, get_origin  # Any: a config value is of any plain type.
+
+from ml_collections.config_dict import ConfigDict
+
+from jaxmerge import catalog
+
+# The keys that every experiment has, and the kind of value that each takes.
+SCHEME: Mapping[str, Any] = {
+  "experiment": str,
+  "seed": int,
+  "final": bool,
+  "rounds": int,
+  "epochs": float,
+  "batch_size": int,
+  "learning_rate": float,
+  "schedule": Literal["constant", "cosine"],
+  "warmup": float,
+  "local.optimizer": str,
+  "local.weight_decay": float,
+  "local.clip_norm": float | None,
+  "local.state": Literal["fresh", "kept"],
+  "local.freeze": str,
+  "method.name": Literal[tuple(catalog.METHODS)],
+  "outer.name": str,
+  "outer.learning_rate": float,
+  "outer.momentum": float,
+  "outer.nesterov": bool,
+  "reference": Literal["current", "base"],
+  "variant": Literal["pa", "ph"],
+  "steps": Literal["epochs", "equal"],
+  "keep_experts": bool,
+  "checkpoint.every": int,
+  "checkpoint.keep": int,
+  "mesh.task": int,
+  "mesh.data": int,
+  "mesh.model": int,
+  "mesh.devices": int | None,
+}
+# Groups whose keys are the experiment's or the method's own.
+OPEN = ("method", "baselines", "also", "data", "pretrain", "model", "outer")
+_REQUIRED_GROUPS = ("baselines", "data")
+_LOWEST = {
+  "seed": 0,
+  "rounds": 1,
+  "epochs": 0,
+  "batch_size": 1,
+  "learning_rate": 0,
+  "warmup": 0,
+  "local.weight_decay": 0,
+  "checkpoint.every": 1,
+  "checkpoint.keep": 1,
+  "mesh.devices": 1,
+}
+_WORDS = {
+  str: "text",
+  int: "a whole number",
+  float: "a number",
+  bool: "true or false",
+  tuple: "a list such as (0.1, 0.3)",
+  dict: "a group such as {'name': 'ties'}",
+  types.NoneType: "None",
+}
+
+
+def load(path: str, changes: Sequence[tuple[str, str]] = ()) -> ConfigDict:
+  """Returns the locked config of a file, changed by pairs (`a.b`, text) and checked."""
+  config = read(path)
+  check(config, path)
+  for key, text in _name_first(changes):
+    change(config, key, parse(text, kind(config, key, path), key, path), path)
+  check(config, path)
+  for name in config.get("also", ()):
+    varied(config, name, path)
+  return config.lock()
+
+
+def read(path: str) -> ConfigDict:
+  """Returns what `get_config()` in the file returns."""
+  file = pathlib.Path(path)
+  if not file.is_file():
+    folders = [file if file.is_dir() else file.parent, pathlib.Path("configs")]
+    found = sorted({str(p) for folder in folders for p in folder.glob("*.py")})
+    known = f" Configs found: {', '.join(found)}." if found else ""
+    close = difflib.get_close_matches(str(file), found, n=1)
+    hint = f" Did you mean {close[0]}?" if close else ""
+    raise ValueError(f"there is no config file {path}.{hint}{known}")
+  scope: dict[str, Any] = {"__name__": "config", "__file__": path}
+  try:
+    exec(compile(file.read_text(encoding="utf-8"), path, "exec"), scope)
+    config = scope["get_config"]() if "get_config" in scope else None
+  except Exception as e:  # A config is code: whatever it raises is told in one line.
+    raise ValueError(f"{_place(e, path)}: {type(e).__name__}: {e}") from e
+  if not isinstance(config, ConfigDict):
+    what = "has no function get_config" if "get_config" not in scope else f"returned {config!r:.60}"
+    raise ValueError(f"{path}: get_config() must return an ml_collections ConfigDict; it {what}.")
+  return config.copy_and_resolve_references().unlock()
+
+
+def check(config: ConfigDict, source: str) -> None:
+  """Raises ValueError for a key that is unknown or missing, and for a value of a wrong kind."""
+  for name in OPEN:
+    _check_group(config.get(name, {}), name, source)
+  values = flat(config)
+  for key, value in values.items():
+    if key in SCHEME:
+      _check_value(key, value, source)
+    elif key.split(".")[0] not in OPEN:
+      raise ValueError(f"{source}: unknown key 'config.{key}'{catalog.nearest(key, SCHEME)}.")
+  present = {*values, *config}
+  missing = [key for key in (*SCHEME, *_REQUIRED_GROUPS) if key not in present]
+  if missing:
+    raise ValueError(f"{source}: the key 'config.{missing[0]}' is missing; it must be there.")
+  _check_method(dict(config.method), f"{source}: config.method")
+  for name, settings in config.baselines.items():
+    _check_group(settings, f"baselines.{name}", source)
+    if name != "multitask":
+      own = {k: v for k, v in settings.items() if k != "scales"}
+      _check_method({"name": name, **own}, f"{source}: config.baselines")
+
+
+def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+  """Returns the values by dotted key; an empty group has none.
+
+  >>> flat({"seed": 0, "outer": {"name": "sgd"}})
+  {'seed': 0, 'outer.name': 'sgd'}
+  """
+  values: dict[str, Any] = {}
+  for key, value in config.items():
+    if isinstance(value, Mapping | ConfigDict):
+      values.update(flat(value, f"{prefix}{key}."))
+    else:
+      values[f"{prefix}{key}"] = value
+  return values
+
+
+def varied(config: ConfigDict, name: str, source: str = "config") -> ConfigDict:
+  """Returns the config of the further run `config.also[name]`: the config with its changes made."""
+  result = config.copy_and_resolve_references().unlock()
+  result.also = ConfigDict()
+  _check_group(config.also[name], f"also.{name}", source)
+  for key, value in _name_first(flat(config.also[name]).items()):
+    where = f"{source}: config.also.{name}"
+    kind(result, key, where)
+    change(result, key, value, where)
+  check(result, f"{source}: config.also.{name}")
+  return result.lock()
+
+
+def change(config: ConfigDict, key: str, value: Any, source: str) -> None:
+  """Sets a value in place. A new method name drops the settings of the method before."""
+  *groups, last = key.split(".")
+  parent = config
+  for group in groups:
+    parent = parent[group]
+  if key == "method.name" and value != config.method.name:
+    config.method = ConfigDict()
+    parent = config.method
+  if key in SCHEME:
+    _check_value(key, value, source)
+  with config.ignore_type():
+    parent[last] = ConfigDict(value) if isinstance(value, Mapping) else value
+
+
+def kind(config: ConfigDict, key: str, source: str) -> Any:
+  """Returns what kind of value a key takes; ValueError with the nearest right key for another."""
+  if key in SCHEME:
+    return SCHEME[key]
+  *groups, last = key.split(".")
+  parent = config
+  for i, group in enumerate(groups):
+    if group not in parent or not isinstance(parent[group], ConfigDict):
+      raise _unknown(config, ".".join(groups[: i + 1]), parent, ".".join(groups[:i]), source)
+    parent = parent[group]
+  if groups == ["method"] and last in catalog.entry(config.method.name).parameters:
+    parameter = catalog.entry(config.method.name).parameters[last]
+    if parameter.choices:
+      return Literal[parameter.choices]
+    return float | tuple
+  if last not in parent:
+    raise _unknown(config, key, parent, ".".join(groups), source)
+  value = parent[last]
+  return dict if isinstance(value, ConfigDict) else type(value)
+
+
+def parse(text: str, kind: Any, key: str, source: str = "config") -> Any:
+  """Returns the value that a text stands for, or ValueError with what is expected.
+
+  >>> parse("3e-4", float, "learning_rate"), parse("8", float, "epochs")
+  (0.0003, 8.0)
+  """
+  if kind is str:
+    return text
+  choices = [None if k is types.NoneType else k for k in _kinds(kind)]
+  for choice in choices:
+    if not isinstance(choice, type) and str(choice).lower() == text.lower():
+      return choice
+  try:
+    value = ast.literal_eval({"true": "True", "false": "False"}.get(text, text).strip())
+  except (ValueError, SyntaxError, MemoryError, RecursionError):
+    value = text
+  if float in choices and isinstance(value, int) and not isinstance(value, bool):
+    value = float(value)
+  if tuple in choices and isinstance(value, list):
+    value = tuple(value)
+  if kind is not types.NoneType and not _fits(value, kind):
+    raise _wrong(key, text, kind, source, f"; for example --config.{key}={_example(kind)}")
+  return value
+
+
+def words(kind: Any) -> str:
+  """Says in words what a kind of value is."""
+  if get_origin(kind) is Literal:
+    return f"one of {', '.join(repr(c) for c in get_args(kind))}"
+  return " or ".join(_WORDS.get(k, str(k)) for k in _kinds(kind))
+
+
+def _example(kind: Any) -> str:
+  first = _kinds(kind)[0]
+  known = {str: "text", int: "8", float: "0.001", bool: "true", tuple: '"(0.1, 0.3)"'}
+  return known.get(first, "\"{'name': 'ties'}\"") if isinstance(first, type) else str(first)
+
+
+def _kinds(kind: Any) -> tuple[Any, ...]:
+  return get_args(kind) or (kind,)
+
+
+def _fits(value: Any, kind: Any) -> bool:
+  if get_origin(kind) is Literal:
+    return value in get_args(kind)
+  if isinstance(value, bool):
+    return bool in _kinds(kind)
+  if isinstance(value, float) and not math.isfinite(value):
+    return False
+  if isinstance(value, int) and float in _kinds(kind):
+    return True
+  return isinstance(value, kind)
+
+
+def _check_value(key: str, value: Any, source: str) -> None:
+  if not _fits(value, SCHEME[key]):
+    raise _wrong(key, value, SCHEME[key], source, "")
+  if key in _LOWEST and value is not None and value < _LOWEST[key]:
+    raise ValueError(f"{source}: config.{key} must be at least {_LOWEST[key]}; got {value!r}.")
+
+
+def _check_group(value: Any, key: str, source: str) -> None:
+  if not isinstance(value, Mapping | ConfigDict):
+    raise ValueError(f"{source}: config.{key} must be {_WORDS[dict]}; got {value!r}.")
+
+
+def _wrong(key: str, value: Any, kind: Any, source: str, example: str) -> ValueError:
+  choices = [str(c) for c in get_args(kind)] if get_origin(kind) is Literal else []
+  close = difflib.get_close_matches(str(value), choices, n=1)
+  hint = f"; did you mean {close[0]!r}?" if close else f"{example}."
+  return ValueError(f"{source}: config.{key} must be {words(kind)}; got {value!r}{hint}")
+
+
+def _check_method(settings: Mapping[str, Any], where: str) -> None:
+  own = dict(settings)
+  try:
+    catalog.check(own.pop("name"), own)
+  except ValueError as e:
+    raise ValueError(f"{where}: {e}") from e
+
+
+def _unknown(config: ConfigDict, key: str, group: Any, prefix: str, source: str) -> ValueError:
+  dot = f"{prefix}." if prefix else ""
+  here = [dot + k for k in group] if isinstance(group, ConfigDict) else []
+  if prefix == "method":
+    here += [dot + k for k in catalog.entry(config.method.name).parameters if dot + k not in here]
+  last = key.split(".")[-1]
+  near = difflib.get_close_matches(key, here, n=2)
+  near += [k for k in flat(config) if k.split(".")[-1] == last and k not in near]
+  hint = f" Did you mean {' or '.join(f'config.{k}' for k in near)}?" if near else ""
+  keys = f" Keys of config{'.' + prefix if prefix else ''}: {', '.join(sorted(here)) or 'none'}."
+  return ValueError(f"{source}: there is no key 'config.{key}'.{hint}{keys}")
+
+
+def _name_first(changes: Iterable[tuple[str, Any]]) -> list[tuple[str, Any]]:
+  # The name decides which settings a method has, wherever it stands on the command line.
+  return sorted(changes, key=lambda c: c[0] not in ("method", "method.name"))
+
+
+def _place(e: BaseException, path: str) -> str:
+  if isinstance(e, SyntaxError) and e.filename == path:
+    return f"{path}:{e.lineno}"
+  lines = [f.lineno for f in traceback.extract_tb(e.__traceback__) if f.filename == path]
+  return f"{path}:{lines[-1]}" if lines else path
