@@ -12,7 +12,19 @@ _HOMES = {
   "Task": "jaxmerge.tasks.task",
   "Split": "jaxmerge.tasks.task",
 }
-_ROOMS = ("methods", "tree", "stage", "statistics", "catalog", "memory", "tasks", "models", "atm", "report", "io")
+_ROOMS = (
+  "atm",
+  "catalog",
+  "io",
+  "memory",
+  "methods",
+  "models",
+  "report",
+  "stage",
+  "statistics",
+  "tasks",
+  "tree",
+)
 __all__ = [*_HOMES, *_ROOMS]
 
 

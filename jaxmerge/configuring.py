@@ -133,7 +133,7 @@ def check(config: ConfigDict, source: str) -> None:
       _check_method({"name": name, **own}, f"{source}: config.baselines")
 
 
-def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(config: Mapping[str, Any] | ConfigDict, prefix: str = "") -> dict[str, Any]:
   """Returns the values by dotted key; an empty group has none.
 
   >>> flat({"seed": 0, "outer": {"name": "sgd"}})

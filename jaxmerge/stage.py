@@ -186,5 +186,6 @@ def foldable(method: Method) -> bool:
   return (
     len(combiners) == 1
     and combiners[0].fold is not None
+    and combiners[0].where is None
     and not any(stage.statistics or stage.keep for stage in method)
   )

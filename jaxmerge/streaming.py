@@ -42,6 +42,7 @@ def stream(
   aux: Mapping[str, Any] | None = None,
   seed: int | None = None,
   names: Sequence[str] | None = None,
+  ready: memory.Ready | None = None,
   layout: Sequence[tuple[str, str]] = (),
   entries: int = 2**20,
 ) -> None:
@@ -58,12 +59,14 @@ def stream(
     aux: numbers by name, scalar or one per model.
     seed: for methods with random masks.
     names: names of the models.
+    ready: numbers and tags that were prepared before, in place of `aux` and `seed`.
     layout: matrix views.
     entries: upper bound on the entries per model in a slice; at least one row is taken.
   """
   shapes = {n: s.shape for n, s in sorted(source.leaves.items()) if tree.is_floating(s)}
-  aux = dict(aux or {}, **({} if seed is None else {"seed": seed}))
-  ready = memory.prepare(method, shapes, source.height, aux, names)
+  if ready is None:
+    aux = dict(aux or {}, **({} if seed is None else {"seed": seed}))
+    ready = memory.prepare(method, shapes, source.height, aux, names)
   before = tuple(memory.offsets(step, shapes) for step in method)
   cut = _Cut(method, source, shapes, ready, names, views.check(layout), entries, before)
   known: tuple[Any, ...] = ()

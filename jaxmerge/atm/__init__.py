@@ -1,0 +1,1 @@
+"""Alternating tuning and merging: tune copies on every task, merge them, repeat."""

@@ -1,0 +1,230 @@
+"""What ATM is compared with, from the same data and budget: experts, joint training, one-shot merges."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple  # Any: parameters are the user's tree.
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh
+
+from jaxmerge import memory, tree
+from jaxmerge import mesh as meshes
+from jaxmerge.atm import budget, evaluate, sampling, tune
+from jaxmerge.atm.settings import Settings
+from jaxmerge.stage import Array, Method
+from jaxmerge.tasks import task as tasks_
+
+Progress = Callable[[int, int], None]
+
+
+def experts(
+  apply: tune.Apply,
+  params: Any,
+  tasks: Sequence[tasks_.Task],
+  settings: Settings,
+  *,
+  loss: tune.Rowwise = tune.cross_entropy,
+  mesh: Mesh | None = None,
+  on_part: Progress | None = None,
+) -> tuple[Any, budget.Budget]:
+  """Tunes a copy of the model on each task for the whole budget, without merging.
+
+  Runs in `settings.rounds` parts, so that progress can be shown; optimiser states carry over.
+
+  Args:
+    apply: the model, as for `tune_and_merge`.
+    params: the model to start from.
+    tasks: the tasks; the stack is in their order.
+    settings: local settings; those of rounds and outer steps are not used.
+    loss: (outputs, labels) -> [B].
+    mesh: devices.
+    on_part: is called with the number of parts done and their number.
+
+  Returns:
+    The stack of experts [T, *s], and what they cost.
+  """
+  settings = dataclasses.replace(settings, local_state="kept", round_warmup=0.0)
+  mesh = mesh or meshes.make(tasks=len(tasks))
+  side = mesh.shape["task"]
+  slots = -(-len(tasks) // side) * side
+  local = tune.direction(settings, params)
+  step = tune.step(apply, loss, settings, local)
+  spread = meshes.by_task(mesh)
+  rows = meshes.put(tune.stacked(tasks, "train", height=slots), spread)
+  names, counts = [t.name for t in tasks], [len(t.train.labels) for t in tasks]
+
+  @jax.jit
+  def begin(params: Any) -> Any:
+    models = tune.copies(params, slots, mesh)
+    return models, jax.vmap(local.init)(models)
+
+  def part(models: Any, states: Any, rows: tune.Rows, plan: sampling.Plan) -> Any:
+    return tune.tune_all(step, models, states, rows, plan, mesh=mesh)
+
+  tuned = jax.jit(part, donate_argnums=(0, 1))
+  models, states = begin(meshes.put(params, meshes.everywhere(mesh)))
+  for k in range(settings.rounds):
+    plan = sampling.plan(names, counts, settings, k, rounds=settings.rounds)
+    own = sampling.Plan(*(meshes.put(tune.pile_up(x, slots), spread) for x in plan))
+    models, states, losses = tuned(models, states, rows, own)
+    refuse_divergence(names, losses, settings)
+    if on_part:
+      on_part(k + 1, settings.rounds)
+  steps = sampling.totals(counts, settings)
+  cost = budget.tuned(steps, counts, settings.batch_size, exchanges=0)
+  return jax.tree.map(lambda x: x[: len(tasks)], models), cost
+
+
+def joint(
+  apply: tune.Apply,
+  params: Any,
+  tasks: Sequence[tasks_.Task],
+  settings: Settings,
+  *,
+  mixed: bool,
+  loss: tune.Rowwise = tune.cross_entropy,
+  on_part: Progress | None = None,
+) -> tuple[Any, budget.Budget]:
+  """Trains one model on all tasks at once, on the rows that the experts see.
+
+  Args:
+    apply: the model, as for `tune_and_merge`.
+    params: the model to start from.
+    tasks: the tasks.
+    settings: local settings; the learning rate follows the schedule over all steps.
+    mixed: a step averages the gradients of T batches; otherwise tasks take turns, one batch a step.
+    loss: (outputs, labels) -> [B].
+    on_part: is called with the number of parts done and their number.
+
+  Returns:
+    The model, and what it cost.
+  """
+  settings = dataclasses.replace(settings, round_warmup=0.0)
+  local = tune.direction(settings, params)
+  step = tune.step(apply, loss, settings, local)
+  rows = jax.tree.map(jnp.asarray, tune.stacked(tasks, "train"))
+  names, counts = [t.name for t in tasks], [len(t.train.labels) for t in tasks]
+  task, index, rate, real = _joint_plan(names, counts, settings, len(tasks) if mixed else 1)
+
+  def batch(task: Array, index: Array) -> Any:
+    inputs, labels = jax.tree.map(lambda x: x[task, index], (rows.inputs, rows.labels))
+    return inputs, labels, None if rows.head is None else rows.head[task], rows.classes[task]
+
+  def body(carry: Any, now: Any) -> Any:
+    task, index, rate, real = now
+
+    def go(held: Any) -> Any:
+      params, state, total = held
+      batches = jax.vmap(batch)(task, index) if mixed else batch(task[0], index[0])
+      params, state, value = step(params, state, batches, rate, mixed)
+      return params, state, total + value
+
+    return lax.cond(real, go, lambda held: held, carry), None
+
+  @jax.jit
+  def tuned(params: Any, state: Any, plan: Any) -> Any:
+    (params, state, total), _ = lax.scan(body, (params, state, jnp.float32(0)), plan)
+    return params, state, total
+
+  params = jax.tree.map(jnp.asarray, params)
+  state, parts = local.init(params), settings.rounds
+  width = -(-len(rate) // parts)
+  for k in range(parts):
+    cut = slice(k * width, (k + 1) * width)
+    params, state, total = tuned(params, state, (task[cut], index[cut], rate[cut], real[cut]))
+    refuse_divergence(["joint training"], [total], settings)
+    if on_part:
+      on_part(k + 1, parts)
+  steps = sampling.totals(counts, settings)
+  cost = budget.tuned(steps, counts, settings.batch_size, exchanges=0)
+  n = int(real.sum())
+  return params, cost._replace(gradient_steps=n, sequential_steps=n)
+
+
+class Chosen(NamedTuple):
+  """A one-shot merge with the scale that is best on validation.
+
+  Attributes:
+    params: the merged model.
+    scale: the scale chosen.
+    means: mean validation score of every scale tried.
+  """
+
+  params: Any
+  scale: float
+  means: tuple[float, ...]
+
+
+def best_scale(
+  method: Method,
+  base: Any,
+  models: Any,
+  scales: Sequence[float],
+  score: evaluate.Scorer,
+  rows: tune.Rows,
+  counts: Sequence[int],
+  *,
+  names: Sequence[str],
+  seed: int | None = None,
+  at_once: int = 8,
+) -> Chosen:
+  """Merges with every scale, scores all merges in one program, and takes the best.
+
+  Args:
+    method: a method with the number `scale`.
+    base: the base [*s].
+    models: the experts [T, *s].
+    scales: what to try.
+    score: what `evaluate.scorer` makes.
+    rows: the validation rows.
+    counts: number of validation rows of each task.
+    names: names of the experts.
+    seed: for methods with random masks.
+    at_once: scales that are merged and scored together.
+  """
+
+  @jax.jit
+  def merged(scale: Array) -> Any:
+    return memory.merge(method, base, models, aux={"scale": scale}, seed=seed, names=names)
+
+  found: list[float] = []
+  for start in range(0, len(scales), at_once):
+    some = jnp.asarray(scales[start : start + at_once], jnp.float32)
+    scores = np.asarray(score(jax.vmap(merged)(some), rows))
+    found += [float(np.mean(evaluate.means(s, counts))) for s in scores]
+  best = int(np.argmax(found))
+  return Chosen(merged(jnp.float32(scales[best])), float(scales[best]), tuple(found))
+
+
+def refuse_divergence(names: Sequence[str], losses: Any, settings: Settings) -> None:
+  """Raises ValueError, naming the task, for a loss that is not finite."""
+  for name, value in zip(names, np.asarray(losses), strict=False):
+    if not np.isfinite(value):
+      raise ValueError(
+        f"{name!r} diverged: loss {float(value)}; lower learning_rate ({settings.learning_rate:g})."
+      )
+
+
+def _joint_plan(
+  names: Sequence[str], counts: Sequence[int], settings: Settings, width: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+  """Interleaves the tasks' batches evenly, `width` of them a step: [S, G], [S, G, B], [S], [S]."""
+  size = settings.batch_size
+  order = []
+  for t, total in enumerate(sampling.totals(counts, settings)):
+    batches = sampling.stream(names[t], counts[t], settings.seed, 0, total * size).reshape(-1, size)
+    order += [((s + 0.5) / total, tree.tag(names[t]), t, batches[s]) for s in range(total)]
+  order.sort(key=lambda entry: entry[:2])
+  steps = len(order) // width
+  task = np.array([t for _, _, t, _ in order[: steps * width]], np.int32).reshape(steps, width)
+  index = np.stack([b for *_, b in order[: steps * width]]).reshape(steps, width, size)
+  rate = sampling.learning_rate(np.arange(steps) / steps, settings).astype(np.float32)
+  spare = -steps % settings.rounds
+  real = np.arange(steps + spare) < steps
+  padded = [np.concatenate([x, np.repeat(x[:1], spare, axis=0)]) for x in (task, index, rate)]
+  return padded[0], padded[1], padded[2], real

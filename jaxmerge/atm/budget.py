@@ -1,0 +1,41 @@
+"""What a model has cost, so that equal budgets can be compared."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+
+class Budget(NamedTuple):
+  """What was spent on a model.
+
+  Attributes:
+    epochs_per_task: passes over each task's rows, mean over the tasks.
+    gradient_steps: optimiser steps, added up over the tasks.
+    sequential_steps: steps that must follow one another if every task has its own device.
+    samples: rows that went through a gradient, repeats counted.
+    exchanges: how often each task's parameters went to the others.
+    trials: settings that were tried on validation to choose this one.
+  """
+
+  epochs_per_task: float = 0.0
+  gradient_steps: int = 0
+  sequential_steps: int = 0
+  samples: int = 0
+  exchanges: int = 0
+  trials: int = 0
+
+  def plus(self, other: Budget) -> Budget:
+    """Adds what one after the other costs."""
+    return Budget(*(a + b for a, b in zip(self, other, strict=True)))
+
+
+def tuned(
+  steps: Sequence[int], rows: Sequence[int], batch_size: int, *, exchanges: int, trials: int = 1
+) -> Budget:
+  """Counts local tuning: `steps` of each task over its `rows`, tasks side by side."""
+  epochs = [s * batch_size / n for s, n in zip(steps, rows, strict=True)]
+  total = sum(steps)
+  return Budget(
+    sum(epochs) / len(epochs), total, max(steps), total * batch_size, exchanges, trials
+  )

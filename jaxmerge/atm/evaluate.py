@@ -1,0 +1,73 @@
+"""Scoring models on tasks, row by row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any  # Any: parameters are the user's tree.
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from jaxmerge.atm import tune
+from jaxmerge.stage import Array
+
+Scorer = Callable[[Any, tune.Rows], Array]
+
+
+def scorer(apply: tune.Apply, metric: tune.Rowwise, *, mesh: Mesh, chunk: int = 100) -> Scorer:
+  """Compiles (stack of models [M, *s], rows of T tasks) -> scores of all rows, float32 [M, T, N].
+
+  Tasks are spread over the task axis of the mesh; padded rows score zero.
+
+  Args:
+    apply: the model.
+    metric: (outputs, labels) -> score of each row.
+    mesh: the mesh.
+    chunk: rows that go through the model at once.
+  """
+
+  def task(params: Any, rows: tune.Rows) -> Array:
+    total = rows.labels.shape[0]
+    size = min(chunk, total)
+    starts = jnp.arange(-(-total // size), dtype=jnp.int32) * size
+
+    def part(start: Array) -> Array:
+      index = jnp.minimum(start + jnp.arange(size, dtype=jnp.int32), total - 1)
+
+      def scored() -> Array:
+        inputs, labels = jax.tree.map(lambda x: x[index], (rows.inputs, rows.labels))
+        out = tune.outputs(apply, params, inputs, rows.head, rows.classes)
+        return metric(out.astype(jnp.float32), labels).astype(jnp.float32)
+
+      return lax.cond(start < rows.count, scored, lambda: jnp.zeros(size, jnp.float32))
+
+    scores = lax.map(part, starts).reshape(-1)[:total]
+    return jnp.where(jnp.arange(total, dtype=jnp.int32) < rows.count, scores, 0)
+
+  def local(models: Any, rows: tune.Rows) -> Array:
+    return lax.map(lambda params: lax.map(lambda own: task(params, own), rows), models)
+
+  return jax.jit(
+    jax.shard_map(
+      local,
+      mesh=mesh,
+      in_specs=(P(), P("task")),
+      out_specs=P(None, "task"),
+      axis_names={"task"},
+      check_vma=False,
+    )
+  )
+
+
+def per_row(scores: Any, counts: Sequence[int]) -> list[np.ndarray]:
+  """Cuts the padding off: scores [T, N] of one model -> one array [rows] a task."""
+  return [np.asarray(s)[:n] for s, n in zip(np.asarray(scores), counts, strict=False)]
+
+
+def means(scores: Any, counts: Sequence[int]) -> list[float]:
+  """Returns the mean score of each task: scores [T, N] of one model -> T numbers."""
+  return [float(s.mean(dtype=np.float64)) for s in per_row(scores, counts)]

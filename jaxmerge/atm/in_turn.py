@@ -1,0 +1,128 @@
+"""Rounds of more tasks than fit side by side: a wave at a time.
+
+A method with a fold takes each wave as it is tuned, and one accumulator is all that is held. For all
+others the tuned copies go to host memory and are merged there slice by slice.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any  # Any: parameters and states are the user's trees.
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from jaxmerge import memory, stage, streaming, tree, views
+from jaxmerge import mesh as meshes
+from jaxmerge.atm import outer as outers
+from jaxmerge.atm import round as rounds
+from jaxmerge.atm import tune
+from jaxmerge.atm.sampling import Plan
+from jaxmerge.stage import Method
+
+
+def program(
+  step: Any,
+  local: optax.GradientTransformation,
+  outer: optax.GradientTransformation | None,
+  method: Method,
+  *,
+  tasks: int,
+  slots: int,
+  kept: bool,
+  layout: views.Views,
+  mesh: Mesh,
+) -> Callable[..., tuple[rounds.State, rounds.Measured]]:
+  """Makes a round like `round.program`, which tunes `slots` tasks at a time.
+
+  Rows and plan are host arrays with a multiple of `slots` tasks. The geometry of the task vectors is
+  not measured: the copies are never together on the devices.
+  """
+
+  @jax.jit
+  def tuned(params: Any, states: Any, rows: tune.Rows, plan: Plan) -> Any:
+    spread = tune.copies(params, slots, mesh)
+    states = states if kept else jax.vmap(local.init)(spread)
+    copies, states, loss = tune.tune_all(step, spread, states, rows, plan, mesh=mesh)
+    finite = [jnp.isfinite(x).all(axis=tuple(range(1, x.ndim))) for x in jax.tree.leaves(copies)]
+    return copies, states if kept else (), loss, jnp.stack(finite).all(0)
+
+  move = jax.jit(lambda *given: outers.moved(outer, *given))
+  take, finish = _folded(method) if stage.foldable(method) else _held(method, layout)
+
+  def once(
+    state: rounds.State, base: Any, rows: tune.Rows, plan: Plan, ready: memory.Ready, rate: Any
+  ) -> tuple[rounds.State, rounds.Measured]:
+    held, states, losses, finites = None, [], [], []
+    for start in range(0, tasks, slots):
+      filled = min(slots, tasks - start)
+      cut = functools.partial(jax.tree.map, lambda x, s=start: x[s : s + slots])
+      own = meshes.put(cut((rows, plan)), meshes.by_task(mesh))
+      copies, after, loss, finite = tuned(state.params, cut(state.local), *own)
+      copies = jax.tree.map(lambda x, n=filled: x[:n], copies)
+      held = take(held, copies, base, ready, start)
+      states.append(after)
+      losses.append(np.asarray(loss)[:filled])
+      finites.append(np.asarray(finite)[:filled])
+    target = meshes.put(finish(held, base, ready), meshes.everywhere(mesh))
+    params, own_state = move(state.params, target, state.outer, jnp.float32(rate))
+    after = jax.tree.map(lambda *xs: jnp.concatenate(xs), *states) if kept else state.local
+    found = rounds.Measured(np.concatenate(losses), None, None, np.concatenate(finites))
+    return rounds.State(params, own_state, after), found
+
+  return once
+
+
+def _folded(method: Method) -> tuple[Callable[..., Any], Callable[..., Any]]:
+  """Merges waves as they come: take one into the accumulator, finish."""
+  at = next(i for i, step in enumerate(method) if step.combines)
+
+  def through(steps: Method, name: str, x: Any, leaf: stage.Leaf) -> Any:
+    for step in steps:
+      if step.where is None or step.where(name):
+        x = step.update(x, leaf, {})
+    return x
+
+  @functools.partial(jax.jit, static_argnames=("start",))
+  def take(held: Any, copies: Any, base: Any, ready: memory.Ready, start: int) -> Any:
+    references, out = tree.named(base), {}
+    for name, x in tree.named(copies).items():
+      leaf = memory.leaf_of(name, x.shape[1:], references, ready)
+      own, height = slice(start, start + x.shape[0]), leaf.models.shape[0]
+      aux = {n: v[own] if np.ndim(v) and v.shape[0] == height else v for n, v in leaf.aux.items()}
+      leaf = leaf._replace(models=leaf.models[own], aux=aux)
+      x = through(method[:at], name, x - references[name][None], leaf)
+      out[name] = method[at].fold.add(None if held is None else held[name], x, leaf)
+    return out
+
+  @jax.jit
+  def finish(held: Any, base: Any, ready: memory.Ready) -> Any:
+    references, out = tree.named(base), {}
+    for name, accumulated in held.items():
+      leaf = memory.leaf_of(name, references[name].shape, references, ready)
+      x = through(method[at + 1 :], name, method[at].fold.finish(accumulated, leaf), leaf)
+      out[name] = memory.added(name, x, references[name], references[name].dtype)
+    return tree.rebuild(base, out)
+
+  return take, finish
+
+
+def _held(
+  method: Method, layout: views.Views
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+  """Keeps the tuned copies in host memory, and merges them there at the end."""
+
+  def take(held: Any, copies: Any, base: Any, ready: memory.Ready, start: int) -> Any:
+    return [*(held or []), jax.device_get(copies)]
+
+  def finish(held: Any, base: Any, ready: memory.Ready) -> Any:
+    models = jax.tree.map(lambda *xs: np.concatenate(xs), *held)
+    return streaming.merge_slices(
+      method, jax.device_get(base), models, ready=ready, layout=layout
+    )
+
+  return take, finish

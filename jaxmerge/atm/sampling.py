@@ -1,0 +1,94 @@
+"""Which rows each local step sees, and at which learning rate: a function of seed, task and step.
+
+A task's rows form one endless stream: a seeded permutation per epoch, one epoch after the other. Step s
+takes rows s * B to (s + 1) * B of it. Any step can be found without the ones before, which is what
+makes a run resume, and all compared models see the same rows in the same order.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxmerge import tree
+from jaxmerge.atm.settings import Settings
+
+
+class Plan(NamedTuple):
+  """What the local steps of one stretch use, padded to the longest task.
+
+  Attributes:
+    index: int32 [T, S, B], rows of each batch.
+    learning_rate: float32 [T, S].
+    real: bool [T, S]; a padded step does nothing.
+  """
+
+  index: np.ndarray
+  learning_rate: np.ndarray
+  real: np.ndarray
+
+
+def totals(rows: Sequence[int], settings: Settings) -> tuple[int, ...]:
+  """Returns the number of local steps of each task in the whole run, at least one."""
+  steps = [max(1, round(settings.epochs * n / settings.batch_size)) for n in rows]
+  if settings.steps == "equal":
+    steps = [max(1, round(sum(steps) / len(steps)))] * len(steps)
+  return tuple(steps)
+
+
+def bounds(total: int, rounds: int, k: int) -> tuple[int, int]:
+  """Returns the first step of round k (from 0) and of the next: rounds differ by one step at most."""
+  return total * k // rounds, total * (k + 1) // rounds
+
+
+def longest(steps: Sequence[int], rounds: int) -> int:
+  """Returns the number of steps that a round needs at most."""
+  return max(math.ceil(total / rounds) for total in steps)
+
+
+def plan(
+  names: Sequence[str], rows: Sequence[int], settings: Settings, k: int, *, rounds: int
+) -> Plan:
+  """Plans round k (from 0) of `rounds` for tasks with these names and numbers of rows."""
+  steps = totals(rows, settings)
+  width, size = longest(steps, rounds), settings.batch_size
+  index = np.zeros((len(rows), width, size), np.int32)
+  rate = np.zeros((len(rows), width), np.float32)
+  real = np.zeros((len(rows), width), bool)
+  for t, (name, n, total) in enumerate(zip(names, rows, steps, strict=True)):
+    start, stop = bounds(total, rounds, k)
+    own = np.arange(start, stop)
+    index[t, : len(own)] = stream(name, n, settings.seed, start * size, stop * size).reshape(-1, size)
+    within = (own - start + 1) / max(1.0, settings.round_warmup * (stop - start))
+    over = learning_rate(own / total, settings) * np.minimum(1.0, within)
+    rate[t, : len(own)] = over
+    real[t, : len(own)] = True
+  return Plan(index, rate, real)
+
+
+def stream(name: str, rows: int, seed: int, start: int, stop: int) -> np.ndarray:
+  """Returns entries start to stop of a task's endless stream of row numbers, int32."""
+  if stop <= start:
+    return np.zeros(0, np.int32)
+  epochs = range(start // rows, (stop - 1) // rows + 1)
+  parts = [np.random.default_rng([seed, tree.tag(name), e]).permutation(rows) for e in epochs]
+  first = epochs[0] * rows
+  return np.concatenate(parts)[start - first : stop - first].astype(np.int32)
+
+
+def learning_rate(progress: np.ndarray, settings: Settings) -> np.ndarray:
+  """Returns the learning rate at shares of the run in [0, 1)."""
+  rate = np.full(np.shape(progress), settings.learning_rate)
+  if settings.schedule == "cosine":
+    rate = rate * 0.5 * (1 + np.cos(np.pi * progress))
+  if settings.warmup:
+    rate = rate * np.minimum(1.0, np.maximum(progress, 1e-3) / settings.warmup)
+  return rate
+
+
+def factor(schedule: str, k: int, rounds: int) -> float:
+  """Returns the factor of the outer learning rate in round k (from 0)."""
+  return 0.5 * (1 + math.cos(math.pi * k / rounds)) if schedule == "cosine" else 1.0

@@ -1,0 +1,104 @@
+"""The settings of a run of tuning and merging, checked once."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from typing import Literal
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """How long and how each task is tuned, and what happens between rounds.
+
+  Attributes:
+    rounds: how often the copies are merged; the number of exchanges per task.
+    epochs: passes over each task's rows in the whole run: the budget.
+    batch_size: rows per local step.
+    learning_rate: of the local steps.
+    schedule: of the learning rate over the run.
+    warmup: share of the run in which the learning rate rises from zero.
+    round_warmup: the same share of every round, for optimisers that start afresh.
+    optimizer: of the local steps.
+    weight_decay: decoupled; embeddings, norms and biases are spared.
+    clip_norm: global norm at which a local gradient is clipped; 0 turns it off.
+    local_state: "fresh" starts the local optimisers anew in every round, "kept" carries them over.
+    freeze: regular expression; leaves whose name it finds are not tuned.
+    steps: "epochs" gives every task the same number of epochs, "equal" the same number of steps,
+      which is the mean over the tasks.
+    reference: what task vectors are differences to: the current model, or the base.
+    outer: optimiser of the merged task vectors; "none" is plain ATM.
+    outer_learning_rate: its learning rate.
+    outer_momentum: its momentum.
+    outer_schedule: of the outer learning rate over the rounds.
+    at_once: tasks that are tuned side by side; 0: all. The others follow in turn.
+    compute_dtype: of the forward and backward pass; parameters stay float32.
+    early_stopping: return the best round by validation instead of the last.
+    seed: of the order of the rows, and of methods with random masks.
+  """
+
+  rounds: int = 10
+  epochs: float = 10.0
+  batch_size: int = 32
+  learning_rate: float = 1e-5
+  schedule: Literal["constant", "cosine"] = "constant"
+  warmup: float = 0.0
+  round_warmup: float = 0.0
+  optimizer: Literal["adamw", "sgd"] = "adamw"
+  weight_decay: float = 0.0
+  clip_norm: float = 10.0
+  local_state: Literal["fresh", "kept"] = "fresh"
+  freeze: str = ""
+  steps: Literal["epochs", "equal"] = "epochs"
+  reference: Literal["current", "base"] = "current"
+  outer: Literal["none", "sgd", "nesterov", "adam", "damped"] = "none"
+  outer_learning_rate: float = 1.0
+  outer_momentum: float = 0.0
+  outer_schedule: Literal["constant", "cosine"] = "constant"
+  at_once: int = 0
+  compute_dtype: Literal["float32", "bfloat16"] = "float32"
+  early_stopping: bool = False
+  seed: int = 0
+
+  def __post_init__(self) -> None:
+    """Raises ValueError for a value out of range."""
+    for name, choices in _CHOICES.items():
+      if getattr(self, name) not in choices:
+        raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}{_near(getattr(self, name), choices)}.")
+    for name, (low, high, words) in _RANGES.items():
+      value = getattr(self, name)
+      if not (math.isfinite(value) and low <= value <= high):
+        raise ValueError(f"{name} must be {words}, got {value!r}.")
+
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+  "schedule": ("constant", "cosine"),
+  "optimizer": ("adamw", "sgd"),
+  "local_state": ("fresh", "kept"),
+  "steps": ("epochs", "equal"),
+  "reference": ("current", "base"),
+  "outer": ("none", "sgd", "nesterov", "adam", "damped"),
+  "outer_schedule": ("constant", "cosine"),
+  "compute_dtype": ("float32", "bfloat16"),
+}
+_TINY = 1e-300  # Stands for "greater than zero".
+_RANGES: dict[str, tuple[float, float, str]] = {
+  "rounds": (1, 10**6, "a whole number from 1"),
+  "epochs": (_TINY, 10**6, "positive"),
+  "batch_size": (1, 10**7, "a whole number from 1"),
+  "learning_rate": (_TINY, 1e3, "positive"),
+  "warmup": (0, 1, "in [0, 1]"),
+  "round_warmup": (0, 1, "in [0, 1]"),
+  "weight_decay": (0, 1e3, "0 or more"),
+  "clip_norm": (0, 1e9, "0 (off) or more"),
+  "outer_learning_rate": (_TINY, 1e3, "positive"),
+  "outer_momentum": (0, 1, "in [0, 1]"),
+  "at_once": (0, 10**6, "0 (all) or more"),
+  "seed": (0, 2**32 - 1, "a whole number from 0 to 2**32 - 1"),
+}
+
+
+def _near(value: object, choices: tuple[str, ...]) -> str:
+  close = difflib.get_close_matches(str(value), choices, n=1)
+  return f"; did you mean {close[0]!r}?" if close else ""

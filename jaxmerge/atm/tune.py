@@ -1,0 +1,223 @@
+"""Local tuning: one task's steps as a scan, all tasks side by side without a word between them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple  # Any: parameters, inputs and heads are the user's trees.
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from jaxmerge import mesh as meshes
+from jaxmerge import tree
+from jaxmerge.atm.sampling import Plan
+from jaxmerge.atm.settings import Settings
+from jaxmerge.tasks import task as tasks
+
+Array = jax.Array
+Apply = Callable[[Any, Any, Any], Array]
+Rowwise = Callable[[Array, Array], Array]
+
+
+class Rows(NamedTuple):
+  """One split of all tasks, stacked and padded: what the device holds.
+
+  Attributes:
+    inputs: tree of [T, N, ...].
+    labels: [T, N, ...].
+    head: [T, features, C] or None.
+    classes: int32 [T], columns of the head that are real.
+    count: int32 [T], rows that are real.
+  """
+
+  inputs: Any
+  labels: Array
+  head: Array | None
+  classes: Array
+  count: Array
+
+
+def stacked(given: Sequence[tasks.Task], split: str, *, height: int | None = None) -> Rows:
+  """Stacks one split of the tasks; shorter ones are padded with zeros, which no step reads.
+
+  Args:
+    given: the tasks.
+    split: name of the split.
+    height: number of slots T; those past the last task stay empty.
+
+  Raises:
+    ValueError: if the inputs of two tasks differ in structure, dtype or row shape.
+  """
+  parts = [t.splits()[split] for t in given]
+  rows = max(len(p.labels) for p in parts)
+  height = height or len(parts)
+  for t, part in zip(given[1:], parts[1:], strict=True):
+    rowed = [jax.tree.map(lambda x: np.asarray(x)[0], p.inputs) for p in (parts[0], part)]
+    tree.check_same(*rowed, left=f"a row of task {given[0].name!r}", right=f"of {t.name!r}")
+  heads = [t.head for t in given]
+  if any((h is None) != (heads[0] is None) for h in heads):
+    raise ValueError("either all tasks have a head or none has.")
+  wide = max(t.num_classes for t in given)
+  padded = None if heads[0] is None else _pile([_widened(h, wide) for h in heads], height)
+  empty = [0] * (height - len(given))
+  return Rows(
+    jax.tree.map(lambda *xs: _pile([_lengthened(x, rows) for x in xs], height), *[p.inputs for p in parts]),
+    _pile([_lengthened(p.labels, rows) for p in parts], height),
+    padded,
+    np.array([t.num_classes for t in given] + [wide] * len(empty), np.int32),
+    np.array([len(p.labels) for p in parts] + empty, np.int32),
+  )
+
+
+def cross_entropy(outputs: Array, labels: Array) -> Array:
+  """Returns the cross entropy of each row in nats: logits [B, C], labels [B] -> [B]."""
+  return optax.softmax_cross_entropy_with_integer_labels(outputs, labels)
+
+
+def accuracy(outputs: Array, labels: Array) -> Array:
+  """Tells for each row whether the largest logit is the label's: [B, C], [B] -> float32 [B]."""
+  return (outputs.argmax(-1) == labels).astype(jnp.float32)
+
+
+def outputs(apply: Apply, params: Any, inputs: Any, head: Any, classes: Array) -> Array:
+  """Runs the model; logits of classes that the task does not have become -inf."""
+  out = apply(params, inputs, head)
+  if head is None:
+    return out
+  real = lax.broadcasted_iota(jnp.int32, out.shape, out.ndim - 1) < classes
+  return jnp.where(real, out, jnp.asarray(-jnp.inf, out.dtype))
+
+
+def direction(settings: Settings, params: Any) -> optax.GradientTransformation:
+  """Returns the local optimiser, without its learning rate: steps are params - rate * direction."""
+  parts = [optax.clip_by_global_norm(settings.clip_norm)] if settings.clip_norm else []
+  if settings.optimizer == "adamw":
+    parts.append(optax.scale_by_adam())
+  if settings.weight_decay:
+    decayed = {n: _decays(n, v) for n, v in tree.named(params).items()}
+    parts.append(optax.add_decayed_weights(settings.weight_decay, tree.rebuild(params, decayed)))
+  return optax.chain(*parts) if parts else optax.identity()
+
+
+def step(
+  apply: Apply, loss: Rowwise, settings: Settings, local: optax.GradientTransformation
+) -> Callable[..., tuple[Any, Any, Array]]:
+  """Makes the local step: (params, state, gradient's parts ...) -> (params, state, loss).
+
+  The result takes (params, state, batches, rate) where batches is a list of (inputs, labels, head,
+  classes), over which gradients are averaged. Frozen leaves keep their bits.
+  """
+  dtype = jnp.dtype(settings.compute_dtype)
+  frozen = tree.matching(settings.freeze) if settings.freeze else lambda name: False
+
+  def objective(params: Any, inputs: Any, labels: Array, head: Any, classes: Array) -> Array:
+    cast = jax.tree.map(lambda p: p.astype(dtype), (params, head))
+    out = outputs(apply, cast[0], inputs, cast[1], classes)
+    return loss(out.astype(jnp.float32), labels).mean()
+
+  def take(params: Any, state: Any, value: Array, grads: Any, rate: Array) -> Any:
+    names = tree.named(params)
+    free = tree.rebuild(params, {n: not frozen(n) for n in names})
+    grads = jax.tree.map(lambda g, f: g if f else jnp.zeros_like(g), grads, free)
+    updates, state = local.update(grads, state, params)
+    moved = jax.tree.map(lambda p, u, f: p - rate.astype(p.dtype) * u if f else p, params, updates, free)
+    return moved, state, value
+
+  def single(params: Any, state: Any, batch: Any, rate: Array) -> Any:
+    value, grads = jax.value_and_grad(objective)(params, *batch)
+    return take(params, state, value, grads, rate)
+
+  def several(params: Any, state: Any, batches: Any, rate: Array) -> Any:
+    def add(held: Any, batch: Any) -> Any:
+      found = jax.value_and_grad(objective)(params, *batch)
+      return jax.tree.map(jnp.add, held, found), None
+
+    zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, params))
+    summed, _ = lax.scan(add, zero, batches)
+    n = jax.tree.leaves(batches)[0].shape[0]
+    value, grads = jax.tree.map(lambda x: x / n, summed)
+    return take(params, state, value, grads, rate)
+
+  return lambda params, state, batch, rate, mixed=False: (several if mixed else single)(
+    params, state, batch, rate
+  )
+
+
+def tune_one(step_: Any, params: Any, state: Any, rows: Rows, plan: Plan) -> tuple[Any, Any, Array]:
+  """Takes the planned steps of one task: a scan; padded steps leave everything as it is.
+
+  Returns parameters, optimiser state and the mean loss over the real steps.
+  """
+
+  def body(carry: Any, now: Any) -> Any:
+    index, rate, real = now
+
+    def go(held: Any) -> Any:
+      params, state, total = held
+      batch = jax.tree.map(lambda x: x[index], (rows.inputs, rows.labels))
+      params, state, value = step_(params, state, (*batch, rows.head, rows.classes), rate)
+      return params, state, total + value
+
+    return lax.cond(real, go, lambda held: held, carry), None
+
+  (params, state, total), _ = lax.scan(body, (params, state, jnp.float32(0)), tuple(plan))
+  return params, state, total / jnp.maximum(plan.real.sum(), 1).astype(jnp.float32)
+
+
+def tune_all(
+  step_: Any, params: Any, states: Any, rows: Rows, plan: Plan, *, mesh: Mesh
+) -> tuple[Any, Any, Array]:
+  """Tunes stacked copies [T, *s], each on its task, on the task axis of the mesh.
+
+  Devices take their tasks one after the other, so each copy has the bits of tuning it alone. There is
+  no communication over the task axis.
+  """
+
+  def local(params: Any, states: Any, rows: Rows, plan: Plan) -> Any:
+    return lax.map(lambda own: tune_one(step_, *own), (params, states, rows, plan))
+
+  alone = jax.shard_map(
+    local,
+    mesh=mesh,
+    in_specs=P("task"),
+    out_specs=P("task"),
+    axis_names={"task"},
+    check_vma=False,
+  )
+  return alone(params, states, rows, plan)
+
+
+def copies(params: Any, height: int, mesh: Mesh) -> Any:
+  """Stacks equal copies of a model over the task axis: [*s] -> [T, *s]. To be called under jit."""
+  spread = jax.tree.map(lambda p: jnp.broadcast_to(p[None], (height, *p.shape)), params)
+  return lax.with_sharding_constraint(spread, meshes.by_task(mesh))
+
+
+def _decays(name: str, leaf: Any) -> bool:
+  return leaf.ndim > 1 and not tree.matching(r"(?i)embed|norm|bias|scale")(name)
+
+
+def _pile(parts: Sequence[np.ndarray], height: int) -> np.ndarray:
+  empty = [np.zeros_like(parts[0])] * (height - len(parts))
+  return np.stack([*parts, *empty])
+
+
+def _lengthened(x: Any, rows: int) -> np.ndarray:
+  x = np.asarray(x)
+  return np.concatenate([x, np.zeros((rows - len(x), *x.shape[1:]), x.dtype)])
+
+
+def _widened(head: np.ndarray, classes: int) -> np.ndarray:
+  head = np.asarray(head)
+  spare = np.zeros((*head.shape[:-1], classes - head.shape[-1]), head.dtype)
+  return np.concatenate([head, spare], axis=-1)
+
+
+def pile_up(x: np.ndarray, height: int) -> np.ndarray:
+  """Appends empty slots to an array with a leading task axis: [T, ...] -> [height, ...]."""
+  return _pile(list(x), height)

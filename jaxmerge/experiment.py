@@ -1,0 +1,410 @@
+"""From a config to a run: base, experts, joint training, one-shot merges, ATM, and the report."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+import pathlib
+import platform
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any  # Any: configs and records are plain trees.
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmerge import catalog, methods, problems, report, stage
+from jaxmerge import mesh as meshes
+from jaxmerge.atm import baselines, budget, evaluate, loop, tune
+from jaxmerge.io import atomic, orbax
+from jaxmerge.stage import Method
+from jaxmerge.tasks.task import Task
+
+Event = Mapping[str, Any]
+
+
+def run(
+  config: Any,
+  workdir: str | pathlib.Path,
+  *,
+  resume: str = "auto",
+  progress: Callable[[Event], None] = lambda event: None,
+) -> dict[str, Any]:
+  """Runs the experiment of a config and leaves report, plots, checkpoints and models in `workdir`.
+
+  Args:
+    config: an ml_collections ConfigDict, as in `configs/`.
+    workdir: the folder; it is created, or goes on from where an interrupted run has stopped.
+    resume: "auto" goes on with a run of the same config, "never" wants an empty folder, "must" wants
+      a run to go on with.
+    progress: is given events: {"phase", "done", "total", "unit", "numbers"} or {"message"}.
+
+  Returns:
+    The record that `report.json` holds.
+
+  Raises:
+    ValueError: if the folder holds a run of another config, naming the first differences.
+  """
+  workdir = pathlib.Path(workdir)
+  plain = json.loads(config.to_json())
+  claim(workdir, plain, resume)
+  work = _Work(plain, workdir, progress)
+  work.base()
+  work.experts()
+  work.one_shot()
+  work.multitask()
+  work.atm()
+  return work.finish()
+
+
+def claim(workdir: pathlib.Path, config: Mapping[str, Any], resume: str) -> None:
+  """Makes the folder this config's own, or refuses it."""
+  path = workdir / "config.json"
+  if not path.exists():
+    if resume == "must":
+      raise ValueError(f"{workdir} holds no run to resume (there is no {path.name}).")
+    if workdir.exists() and any(workdir.iterdir()):
+      raise ValueError(f"{workdir} is not empty and holds no run; choose another workdir.")
+    workdir.mkdir(parents=True, exist_ok=True)
+    with atomic.write(path) as file:
+      file.write((json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
+    return
+  if resume == "never":
+    raise ValueError(f"{workdir} holds a run already; choose another workdir or --resume=auto.")
+  theirs, ours = flat(json.loads(path.read_text(encoding="utf-8"))), flat(config)
+  differ = [
+    f"{k}: {theirs.get(k)!r} there, {ours.get(k)!r} here"
+    for k in sorted(theirs.keys() | ours.keys())
+    if theirs.get(k) != ours.get(k)
+  ]
+  if differ:
+    more = f" and {len(differ) - 5} more" if len(differ) > 5 else ""
+    raise ValueError(
+      f"{workdir} holds a run of another config ({'; '.join(differ[:5])}{more}); choose another "
+      "workdir, or the same config to resume."
+    )
+
+
+def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+  """Returns the leaves of a nested config by dotted key."""
+  out: dict[str, Any] = {}
+  for key, value in config.items():
+    if isinstance(value, Mapping) and value:
+      out |= flat(value, f"{prefix}{key}.")
+    else:
+      out[prefix + key] = value
+  return out
+
+
+def method_of(settings: Mapping[str, Any]) -> Method:
+  """Makes the method that a config names: {"name": "ties", "density": 0.2}."""
+  settings = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
+  name = settings.pop("name")
+  catalog.check(name, settings)
+  return getattr(methods, name)(**settings)
+
+
+class _Work:
+  """A run in progress: the problem, what is compared so far, and where it goes."""
+
+  def __init__(
+    self, config: dict[str, Any], workdir: pathlib.Path, progress: Callable[[Event], None]
+  ) -> None:
+    self.config, self.workdir, self.progress = config, workdir, progress
+    self.seconds: dict[str, float] = {}
+    with self.timed("data and base"):
+      self.problem = problems.make(config)
+    self.settings = problems.settings_of(config)
+    self.names = [t.name for t in self.problem.tasks]
+    axes = {k: config["mesh"][k] for k in meshes.AXES}
+    self.mesh = meshes.make(**axes, tasks=len(self.names))
+    self.params = jax.tree.map(lambda p: jnp.asarray(p, jnp.float32), self.problem.params)
+    self.score = evaluate.scorer(self.problem.apply, tune.accuracy, mesh=self.mesh)
+    self.rows = self.placed(self.problem.tasks, "validation")
+    self.models: dict[str, Any] = {}
+    self.facts: dict[str, dict[str, Any]] = {}
+    self.costs: dict[str, budget.Budget] = {}
+    self.curves: dict[str, list[dict[str, Any]]] = {}
+    self.notes: list[str] = []
+
+  @contextlib.contextmanager
+  def timed(self, phase: str) -> Iterator[None]:
+    """Adds up the seconds of a phase."""
+    begun = time.perf_counter()
+    yield
+    self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - begun
+
+  def placed(self, tasks: Sequence[Task], split: str) -> tune.Rows:
+    """Puts a split of all tasks on the devices."""
+    side = self.mesh.shape["task"]
+    height = -(-len(tasks) // side) * side
+    return meshes.put(tune.stacked(tasks, split, height=height), meshes.by_task(self.mesh))
+
+  def say(self, message: str) -> None:
+    """Passes a message on."""
+    self.progress({"message": message})
+
+  def bar(self, phase: str, unit: str = "part") -> Callable[[int, int], None]:
+    """Makes the callback that shows how far a phase is."""
+    return lambda done, total: self.progress(
+      {"phase": phase, "done": done, "total": total, "unit": unit, "numbers": {}}
+    )
+
+  def kept(self, phase: str, make: Callable[[], tuple[Any, Any]]) -> tuple[Any, Any]:
+    """Returns what a phase made, from its checkpoint if it has one: (arrays, plain facts)."""
+    with orbax.Checkpoints(self.workdir / "checkpoints" / phase, keep=1) as store, self.timed(phase):
+      like = jax.eval_shape(lambda: make_like(self.params, len(self.names), phase))
+      found = store.restore(like) if (self.workdir / "checkpoints" / phase).exists() else None
+      for message in store.set_aside:
+        self.say(message)
+      if found is not None:
+        self.say(f"{phase}: restored")
+        return found.state, found.record["facts"]
+      made, facts = make()
+      store.save(1, made, {"facts": facts})
+      return made, facts
+
+  def base(self) -> None:
+    """The model before any tuning."""
+    self.models["base"] = self.params
+    self.costs["base"] = budget.Budget()
+
+  def experts(self) -> None:
+    """A model for each task."""
+
+    def make() -> tuple[Any, Any]:
+      own = {k: v for k, v in self.config["baselines"].get("experts", {}).items()}
+      settings = problems.settings_of(self.config | own)
+      models, cost = baselines.experts(
+        self.problem.apply,
+        self.params,
+        self.problem.tasks,
+        settings,
+        mesh=self.mesh,
+        on_part=self.bar("experts"),
+      )
+      return models, cost._asdict()
+
+    self.stack, cost = self.kept("experts", make)
+    self.costs["experts"] = budget.Budget(**cost)
+    folder = self.workdir / "experts"
+    if self.config["keep_experts"] and not folder.exists():
+      for k, name in enumerate(self.names):
+        one = jax.tree.map(lambda x, k=k: x[k], self.stack)
+        self.problem.save(folder / name, one, f"Expert of task {name}.\n")
+
+  def one_shot(self) -> None:
+    """The merges of the experts, each with its best scale."""
+    counts = [len(t.validation.labels) for t in self.problem.tasks]
+    tuned = self.costs["experts"]
+    plan = {"average": {}} | {
+      k: dict(v) for k, v in self.config["baselines"].items() if k in catalog.METHODS
+    }
+    with self.timed("one-shot merges"):
+      for done, (name, settings) in enumerate(plan.items()):
+        scales = settings.pop("scales", None)
+        method = method_of({"name": name, **settings})
+        seed = self.settings.seed if "seed" in stage.numbers(method) else None
+        if scales is None:
+          scales = (1.0,)
+          method = stage.chain(method, methods.scaled(1.0))
+        chosen = baselines.best_scale(
+          method,
+          self.params,
+          self.stack,
+          scales,
+          self.score,
+          self.rows,
+          counts,
+          names=self.names,
+          seed=seed,
+        )
+        self.models[name] = chosen.params
+        self.facts[name] = {} if len(scales) == 1 else {"scale": chosen.scale, "settings": settings}
+        self.costs[name] = tuned._replace(exchanges=1, trials=len(scales))
+        self.bar("one-shot merges", "method")(done + 1, len(plan))
+
+  def multitask(self) -> None:
+    """One model trained on all tasks, in turn or in mixed batches: the better on validation."""
+    if "multitask" not in self.config["baselines"]:
+      return
+    own = dict(self.config["baselines"]["multitask"])
+
+    def make() -> tuple[Any, Any]:
+      settings = problems.settings_of(self.config | own)
+      tried = []
+      for mixed in (False, True):
+        way = "mixed batches" if mixed else "in turn"
+        params, cost = baselines.joint(
+          self.problem.apply,
+          self.params,
+          self.problem.tasks,
+          settings,
+          mixed=mixed,
+          on_part=self.bar(f"multitask, {way}"),
+        )
+        tried.append((self.mean(params), params, cost, way))
+      best = max(tried, key=lambda t: t[0])
+      facts = {"cost": best[2]._replace(trials=2)._asdict(), "settings": {"batches": best[3], **own}}
+      return best[1], facts
+
+    params, facts = self.kept("multitask", make)
+    self.models["multitask"] = params
+    self.facts["multitask"] = {"settings": facts["settings"]}
+    self.costs["multitask"] = budget.Budget(**facts["cost"])
+
+  def mean(self, params: Any) -> float:
+    """Mean validation accuracy over the tasks."""
+    counts = [len(t.validation.labels) for t in self.problem.tasks]
+    found = self.score(jax.tree.map(lambda p: p[None], params), self.rows)
+    return float(np.mean(evaluate.means(found[0], counts)))
+
+  def atm(self) -> None:
+    """ATM, and the further runs of the loop that the config asks for."""
+    for name, changes in {"atm": {}, **self.config["also"]}.items():
+      self.one_loop(name, self.config | changes)
+
+  def one_loop(self, name: str, config: dict[str, Any]) -> None:
+    """One run of the loop, resumed from its own checkpoints."""
+    settings, tasks, params = problems.settings_of(config), self.problem.tasks, self.params
+    before = budget.Budget()
+    if config["variant"] == "ph":
+      best = self.best_one_shot()
+      tasks, params, before = problems.post_hoc(tasks), self.models[best], self.costs[best]
+
+    def show(record: dict[str, Any]) -> None:
+      self.progress(
+        {
+          "phase": name,
+          "done": record["round"],
+          "total": settings.rounds,
+          "unit": "round",
+          "numbers": {"mean": record["mean"]},
+        }
+      )
+
+    keep = config["checkpoint"]["keep"]
+    with orbax.Checkpoints(self.workdir / "checkpoints" / name, keep=keep) as store, self.timed(name):
+      result = loop.tune_and_merge(
+        self.problem.apply,
+        params,
+        tasks,
+        method_of(config["method"]),
+        settings,
+        layout=self.problem.layout,
+        mesh=self.mesh,
+        checkpoints=store,
+        on_round=show,
+      )
+    for message in result.messages:
+      self.say(f"{name}: {message}")
+    self.models[name] = result.params
+    self.costs[name] = before.plus(result.budget)
+    self.curves[name] = result.rounds
+
+  def best_one_shot(self) -> str:
+    """Name of the one-shot merge that is best on validation."""
+    names = [n for n in self.models if n in catalog.METHODS]
+    return max(names, key=lambda n: self.mean(self.models[n]))
+
+  def finish(self) -> dict[str, Any]:
+    """Scores all models, and writes report, models and metrics."""
+    split = "test" if self.config["final"] else "validation"
+    with self.timed("final scores"):
+      record, correct = self.judged(split)
+    record |= {
+      "title": self.problem.title,
+      "seed": self.settings.seed,
+      "split": split,
+      "rounds_split": "validation",
+      "rounds": self.curves["atm"],
+      "curves": {n: c for n, c in self.curves.items() if n != "atm"},
+      "budget": {n: c._asdict() for n, c in self.costs.items()},
+      "parameters": sum(x.size for x in jax.tree.leaves(self.params)),
+      "seconds": self.seconds,
+      "config": self.config,
+      "versions": versions(),
+      "notes": self.notes,
+    }
+    record["gap_closed"] = report.gap_closed(record["models"])
+    record["differences"] = differences(record, correct)
+    card = report.model_card(record, self.problem.base, "atm", license=self.problem.license)
+    self.problem.save(self.workdir / "merged", self.models["atm"], card)
+    lines = [json.dumps({"run": n, **r}, sort_keys=True) for n, c in self.curves.items() for r in c]
+    with atomic.write(self.workdir / "metrics.jsonl") as file:
+      file.write(("\n".join(lines) + "\n").encode())
+    with atomic.write(self.workdir / "correct.npz") as file:
+      np.savez_compressed(file, **{f"{m}/{t}": c for m, own in correct.items() for t, c in own.items()})
+    report.write(record, self.workdir)
+    return record
+
+  def judged(self, split: str) -> tuple[dict[str, Any], dict[str, dict[str, np.ndarray]]]:
+    """Scores every model on every task's rows of a split, once."""
+    tasks = self.problem.tasks
+    rows = self.rows if split == "validation" else self.placed(tasks, split)
+    counts = [len(t.splits()[split].labels) for t in tasks]
+
+    def scored(params: Any) -> dict[str, np.ndarray]:
+      found = self.score(jax.tree.map(lambda p: p[None], params), rows)
+      parts = evaluate.per_row(found[0], counts)
+      return {n: p > 0.5 for n, p in zip(self.names, parts, strict=True)}
+
+    each = [scored(jax.tree.map(lambda x, k=k: x[k], self.stack)) for k in range(len(tasks))]
+    correct = {n: scored(params) for n, params in self.models.items()}
+    correct["experts"] = {n: own[n] for n, own in zip(self.names, each, strict=True)}
+    models = {}
+    for name, own in correct.items():
+      per_task = {t: float(c.mean(dtype=np.float64)) for t, c in own.items()}
+      models[name] = {"mean": float(np.mean(list(per_task.values()))), "per_task": per_task}
+      models[name] |= self.facts.get(name, {})
+    record = {
+      "tasks": self.names,
+      "models": models,
+      "chance": {t.name: chance(t, split) for t in tasks},
+      "transfer": {
+        n: {t: float(c.mean(dtype=np.float64)) for t, c in own.items()}
+        for n, own in zip(self.names, each, strict=True)
+      },
+    }
+    return record, correct
+
+
+def make_like(params: Any, height: int, phase: str) -> Any:
+  """The shape of what a phase keeps: a stack of experts, or one model."""
+  if phase != "experts":
+    return params
+  return jax.tree.map(lambda p: jnp.broadcast_to(p[None], (height, *p.shape)), params)
+
+
+def chance(task: Task, split: str) -> float:
+  """Share of the most frequent class: what guessing it always would score."""
+  labels = task.splits()[split].labels
+  return float(np.bincount(labels).max() / len(labels))
+
+
+def differences(
+  record: Mapping[str, Any], correct: Mapping[str, Mapping[str, np.ndarray]]
+) -> list[dict[str, Any]]:
+  """Compares ATM with the best one-shot merge and with joint training, paired by row."""
+  shots = [n for n in record["models"] if n in catalog.METHODS]
+  best = max(shots, key=lambda n: record["models"][n]["mean"])
+  pairs = [("atm", best)] + [("atm", n) for n in ("multitask", "experts") if n in record["models"]]
+  out = []
+  for a, b in pairs:
+    rows = [[correct[m][t] for t in record["tasks"]] for m in (a, b)]
+    found = report.paired_difference(*rows, seeds=False)
+    out.append({"a": a, "b": b, **found._asdict()})
+  return out
+
+
+def versions() -> dict[str, str]:
+  """Returns the versions of what a result depends on, and the devices."""
+  packages = ("jaxmerge", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+  found = {p: importlib.metadata.version(p) for p in packages}
+  devices = jax.devices()
+  return found | {
+    "python": platform.python_version(),
+    "devices": f"{len(devices)} x {devices[0].device_kind}",
+  }

@@ -1,0 +1,16 @@
+"""Files in and out, byte for byte: safetensors, Hugging Face folders, checkpoints."""
+
+import importlib
+from types import ModuleType
+
+__all__ = ["atomic", "folder", "orbax", "safetensors"]
+
+
+def __getattr__(name: str) -> ModuleType:
+  if name in __all__:
+    return importlib.import_module(f"jaxmerge.io.{name}")
+  raise AttributeError(f"module 'jaxmerge.io' has no attribute {name!r}.")
+
+
+def __dir__() -> list[str]:
+  return sorted(__all__)

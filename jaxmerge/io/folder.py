@@ -1,0 +1,179 @@
+"""Hugging Face folders: weights in safetensors, config.json, and the tokenizer's files."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Mapping
+from typing import Any  # What JSON holds is any object until it is checked.
+
+import numpy as np
+
+from jaxmerge.io import atomic, safetensors
+
+Path = str | os.PathLike[str]
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+CONFIG = "config.json"
+# What a folder with new weights takes over from the base's folder, where it is there. Weights, code
+# and the base's own model card are not taken over.
+COPIED = (
+  CONFIG,
+  "generation_config.json",
+  "preprocessor_config.json",
+  "processor_config.json",
+  "tokenizer.json",
+  "tokenizer_config.json",
+  "special_tokens_map.json",
+  "added_tokens.json",
+  "vocab.txt",
+  "vocab.json",
+  "merges.txt",
+  "*.model",
+  "chat_template.*",
+  # sentence-transformers: which modules follow the encoder, and their settings.
+  "modules.json",
+  "config_sentence_transformers.json",
+  "sentence_bert_config.json",
+  "[0-9]_*/config.json",
+)
+
+
+def load(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+  """Reads all tensors of a folder by name, and its config.
+
+  The weights are in `model.safetensors`, else in the shards that its index, a file of that name
+  with `.index.json` added, lists.
+
+  >>> tensors, config = load("all-MiniLM-L6-v2")  # doctest: +SKIP
+
+  Raises:
+    FileNotFoundError: where the folder, its config.json, its weights or a shard are missing.
+    ValueError: naming the file and the tensor that is damaged, misplaced or in two shards.
+  """
+  folder = pathlib.Path(folder)
+  settings = config(folder)
+  files = weights(folder)
+  found = {path: safetensors.header(path).tensors.keys() for path in files}
+  homes: dict[str, pathlib.Path] = {}
+  for path, inside in found.items():
+    for name in inside:
+      if name in homes:
+        raise ValueError(f"{path}: tensor {name!r} is in {homes[name].name} as well.")
+      homes[name] = path
+  _check_index(folder, homes)
+  tensors = {name: x for path in files for name, x in safetensors.load(path).items()}
+  return tensors, settings
+
+
+def save(
+  folder: Path,
+  tensors: Mapping[str, Any],
+  *,
+  source: Path,
+  readme: str | None = None,
+  metadata: Mapping[str, str] | None = None,
+  replace: bool = False,
+) -> pathlib.Path:
+  """Writes a folder that other tools open; it appears whole or not at all.
+
+  Args:
+    folder: its path; parents are made.
+    tensors: the weights, for one `model.safetensors`.
+    source: the base's folder, whose config.json and tokenizer files are copied byte for byte.
+    readme: text of the model card, README.md; None writes none.
+    metadata: for the header of the weights, {"format": "pt"} if None: transformers demands it.
+    replace: whether a folder that is there is replaced.
+
+  Returns:
+    The path of the folder.
+
+  Raises:
+    FileExistsError: where the folder is there and `replace` is not set.
+  """
+  source = pathlib.Path(source)
+  config(source)
+  with atomic.folder(folder, replace=replace) as beside:
+    for path in copied(source):
+      target = beside / path.relative_to(source)
+      target.parent.mkdir(exist_ok=True)
+      shutil.copyfile(path, target)
+    if readme is not None:
+      (beside / "README.md").write_text(readme, encoding="utf-8")
+    safetensors.save(beside / WEIGHTS, tensors, metadata or {"format": "pt"})
+  return pathlib.Path(folder)
+
+
+def config(folder: Path) -> dict[str, Any]:
+  """Returns the contents of a folder's config.json."""
+  folder = pathlib.Path(folder)
+  if not folder.is_dir():
+    raise FileNotFoundError(f"{folder}: no such folder.")
+  return _json(folder / CONFIG)
+
+
+def weights(folder: Path) -> list[pathlib.Path]:
+  """Returns the paths of the files that hold a folder's weights."""
+  folder = pathlib.Path(folder)
+  if (folder / WEIGHTS).is_file():
+    return [folder / WEIGHTS]
+  if not (folder / INDEX).is_file():
+    pickled = sorted(path.name for path in folder.glob("*.bin"))
+    hint = f"; {pickled[0]} is a pickle, which is not read: convert it first" if pickled else ""
+    raise FileNotFoundError(f"{folder}: neither {WEIGHTS} nor {INDEX} is there{hint}.")
+  return sorted({folder / shard for shard in _weight_map(folder).values()})
+
+
+def copied(folder: Path) -> list[pathlib.Path]:
+  """Returns the paths of the files that a folder with new weights takes over from this one."""
+  folder = pathlib.Path(folder)
+  return sorted({path for name in COPIED for path in folder.glob(name) if path.is_file()})
+
+
+def _check_index(folder: pathlib.Path, homes: Mapping[str, pathlib.Path]) -> None:
+  if (folder / WEIGHTS).is_file():
+    return
+  index = _weight_map(folder)
+  for name in sorted(index.keys() | homes.keys()):
+    said, found = index.get(name), homes[name].name if name in homes else None
+    if said != found:
+      raise ValueError(
+        f"{folder / INDEX}: tensor {name!r} is in {said or 'no shard'} by the index, "
+        f"but in {found or 'no shard'} on disk."
+      )
+
+
+def _weight_map(folder: pathlib.Path) -> dict[str, str]:
+  path = folder / INDEX
+  shards = _json(path).get("weight_map")
+  if not isinstance(shards, dict) or not shards:
+    raise ValueError(
+      f"{path}: weight_map must map names of tensors to shards, got {shards!r:.200}."
+    )
+  for name, shard in shards.items():
+    # A shard is a plain name, so that no index reads outside of its folder.
+    if (
+      not isinstance(shard, str)
+      or not shard
+      or pathlib.PurePath(shard).name != shard
+      or "\\" in shard
+    ):
+      raise ValueError(f"{path}: tensor {name!r}: {shard!r} is not the name of a file beside it.")
+    if not (folder / shard).is_file():
+      raise FileNotFoundError(f"{path}: tensor {name!r} is in {shard}, which is missing.")
+  return shards
+
+
+def _json(path: pathlib.Path) -> dict[str, Any]:
+  if not path.is_file():
+    raise FileNotFoundError(f"{path}: no such file.")
+  try:
+    content = json.loads(path.read_text(encoding="utf-8"))
+  except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    raise ValueError(f"{path}: not JSON ({error}).") from error
+  if not isinstance(content, dict):
+    raise ValueError(f"{path}: must be a JSON object, got {content!r:.100}.")
+  return content

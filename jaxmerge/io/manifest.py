@@ -1,0 +1,98 @@
+"""A manifest of checksums: says of a folder whether it still is what it was when it was sealed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+from jaxmerge.io import atomic
+
+NAME = "manifest.json"
+_FORMAT = 1
+
+
+def seal(folder: Path, facts: dict) -> None:
+  """Writes the manifest of a folder: its files' sizes and BLAKE2b digests, and the facts given.
+
+  All files, the manifest and all directories below the folder are on the disk afterwards.
+
+  Args:
+    folder: has no manifest yet; nobody writes to it any more.
+    facts: plain JSON that the manifest vouches for as well.
+  """
+  files = _files(folder)
+  for path in files.values():
+    atomic.sync(path)
+  sizes = {name: [path.stat().st_size, _digest(path)] for name, path in files.items()}
+  body = {"format": _FORMAT, "facts": facts, "files": sizes}
+  with atomic.write(folder / NAME) as file:
+    file.write(json.dumps({"body": body, "blake2b": _text_digest(body)}, indent=1).encode())
+  for below in (path for path in folder.rglob("*") if path.is_dir()):
+    atomic.sync(below)
+
+
+def facts(folder: Path) -> dict:
+  """Reads the facts that a folder was sealed with; a ValueError where the manifest is damaged."""
+  return _body(folder)["facts"]
+
+
+def damage(folder: Path) -> str | None:
+  """Says what is wrong with a sealed folder, the first thing found; None where nothing is."""
+  if not folder.is_dir():
+    return "it is not a directory"
+  if not any(folder.iterdir()):
+    return "the directory is empty"
+  try:
+    sealed = _body(folder)["files"]
+  except FileNotFoundError:
+    return f"{NAME} is missing"
+  except ValueError as error:
+    return f"{NAME} is damaged: {error}"
+  files = _files(folder)
+  if missing := sorted(sealed.keys() - files.keys()):
+    return f"file {missing[0]} is missing"
+  if added := sorted(files.keys() - sealed.keys()):
+    return f"file {added[0]} is not in {NAME}"
+  for name, path in files.items():
+    size, digest = sealed[name]
+    if path.stat().st_size != size:
+      return f"file {name} has {path.stat().st_size} bytes, not {size}"
+    if _digest(path) != digest:
+      return f"file {name} fails its checksum"
+  return None
+
+
+def _body(folder: Path) -> dict:
+  """The manifest without its own digest, which must agree."""
+  whole = json.loads((folder / NAME).read_text(encoding="utf-8"))
+  if not isinstance(whole, dict) or whole.keys() != {"body", "blake2b"}:
+    raise ValueError("it is no manifest")
+  body = whole["body"]
+  if whole["blake2b"] != _text_digest(body):
+    raise ValueError("it fails its own checksum")
+  if body["format"] != _FORMAT:
+    raise ValueError(f"it is of format {body['format']}, this version reads {_FORMAT}")
+  return body
+
+
+def _files(folder: Path) -> dict[str, Path]:
+  """All files below a folder but the manifest, by their relative names, in the order of the names.
+
+  A link counts as a file: sealed folders have none, so it shows as one too many.
+  """
+  found = {p.relative_to(folder).as_posix(): p for p in folder.rglob("*") if not _is_folder(p)}
+  return {name: path for name, path in sorted(found.items()) if name != NAME}
+
+
+def _is_folder(path: Path) -> bool:
+  return path.is_dir() and not path.is_symlink()
+
+
+def _digest(path: Path) -> str:
+  with path.open("rb") as file:
+    return hashlib.file_digest(file, hashlib.blake2b).hexdigest()
+
+
+def _text_digest(body: dict) -> str:
+  return hashlib.blake2b(json.dumps(body, sort_keys=True).encode()).hexdigest()

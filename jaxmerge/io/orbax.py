@@ -1,0 +1,398 @@
+"""The checkpoint store: asynchronous saves through Orbax, each sealed by a manifest of checksums.
+
+A store is a directory:
+
+    12/state/          the arrays, as Orbax writes them: one entry a leaf, named by its path
+    12/record.json     the plain record that belongs to them
+    12/manifest.json   shape and dtype of every leaf, size and BLAKE2b digest of every file
+    unfinished/12/     a save on its way
+    retired/12/        an old step while it is being deleted
+    damaged/12/        what was set aside: interrupted saves and steps that fail their manifest
+
+A step is written under `unfinished/`, read back for its checksums, synced, and only then renamed.
+So whatever stands under its number was whole once, a kill at any moment leaves the steps before it
+as they were, and a step that fails its manifest was damaged later.
+
+Orbax alone would do much less: it restores a flipped bit without a word, skips a save onto a step
+that exists, and one empty step keeps its manager from restoring any other.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import errno
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jaxtyping import PyTree
+
+from jaxmerge.io import atomic, manifest
+
+RECORD = "record.json"
+STATE = "state"
+_NONE, _FAILED = -1, -2  # what process 0 tells the others in place of a step
+
+
+class Restored(NamedTuple):
+  """What a store gives back.
+
+  Attributes:
+    step: number of the step.
+    state: tree of arrays, placed as the caller asked.
+    record: the plain record that was saved with the state.
+    set_aside: one message for every damaged or interrupted step that was moved away.
+  """
+
+  step: int
+  state: PyTree
+  record: dict
+  set_aside: tuple[str, ...]
+
+
+class _Orbax(NamedTuple):
+  """What runs beside the caller's thread: Orbax's writers, and the thread that seals."""
+
+  checkpointer: Any  # Any: its type is imported late
+  worker: concurrent.futures.ThreadPoolExecutor
+  quiet: Callable[[logging.LogRecord], bool]
+
+
+class Checkpoints:
+  """Saves and restores numbered states in a directory; a class because it owns Orbax's threads.
+
+  Every process of a run makes the same calls in the same order, on a directory that all of them
+  see. Nothing is touched before the first `save` or `restore`; that call sets aside whatever is
+  damaged or interrupted. Two runs must not use one directory at the same time.
+
+  Args:
+    directory: created by the first save.
+    keep: number of newest steps that stay, at least 1; None keeps all. An older one is deleted
+      only after the newer one is sealed.
+
+  Example:
+    >>> import tempfile, jax.numpy as jnp
+    >>> with tempfile.TemporaryDirectory() as folder, Checkpoints(Path(folder)) as store:
+    ...   store.save(1, {"w": jnp.ones(3)}, {"round": 1})
+    ...   restored = store.restore(like={"w": jnp.zeros(3)})
+    >>> restored.step, restored.record, restored.state["w"].sum().item()
+    (1, {'round': 1}, 3.0)
+  """
+
+  def __init__(self, directory: Path, *, keep: int | None = 3):
+    if keep is not None and keep < 1:
+      raise ValueError(f"keep must be at least 1, or None to keep all steps, got {keep}.")
+    self._directory = Path(directory).absolute()
+    self._keep = keep
+    self._newest: int | None = None
+    self._messages: tuple[str, ...] = ()
+    self._orbax: _Orbax | None = None
+    self._sealing: tuple[int, concurrent.futures.Future] | None = None  # the save on its way
+
+  def __enter__(self) -> Checkpoints:
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    self.close()
+
+  @property
+  def set_aside(self) -> tuple[str, ...]:
+    """Messages of all that was set aside so far; of use where `restore` gave None."""
+    return self._messages
+
+  def save(self, step: int, state: PyTree, record: dict) -> None:
+    """Starts to save a step and returns as soon as the arrays are copied or held.
+
+    The caller may donate or overwrite the arrays at once. A save that is still on its way is
+    waited for first, and what went wrong with it is raised here.
+
+    Args:
+      step: larger than every step in the store.
+      state: tree of arrays; keys go in as `jax.random.key_data`.
+      record: plain JSON: dicts with string keys, lists, strings, numbers, booleans, None.
+    """
+    self.wait()
+    text = _record_text(record)
+    arrays = _named_arrays(state)
+    orbax = self._orbax or self._open()
+    if step < 0 or (self._newest is not None and step <= self._newest):
+      raise ValueError(
+        f"step {step} cannot be saved in {self._directory}: it holds step {self._newest}, and "
+        "steps must grow from 0 on."
+      )
+    leaves = {name: _signature(x) for name, x in arrays.items()}
+    staging = self._directory / "unfinished" / str(step)
+    try:
+      if jax.process_index() == 0:
+        if staging.exists():  # of a save of the same step that failed in this run
+          self._set_aside(staging, "its save had failed")
+        staging.mkdir(parents=True)
+      orbax.checkpointer.save(staging / STATE, args=_standard("Save", _with_entries(arrays)))
+    except (OSError, ValueError) as error:
+      raise self._explained(step, error) from error
+    self._sealing = step, orbax.worker.submit(self._seal, orbax, step, leaves, text)
+
+  def wait(self) -> None:
+    """Waits for the save on its way, if any; raises what went wrong with it."""
+    if self._sealing is None:
+      return
+    (step, future), self._sealing = self._sealing, None
+    try:
+      future.result()
+    except (OSError, ValueError) as error:
+      raise self._explained(step, error) from error
+    self._newest = step
+
+  def restore(self, like: PyTree) -> Restored | None:
+    """Gives the newest good step, or None where nothing was ever saved whole.
+
+    Every step is read and checked against its manifest first; what fails is moved to `damaged/`.
+    Where there are steps, but none is good, a ValueError says what is wrong with each, and nothing
+    is moved.
+
+    Args:
+      like: tree of arrays or `jax.ShapeDtypeStruct`s of the same structure, shapes and dtypes as
+        the saved state. Their shardings may be of any mesh; without one, an array goes to the
+        first local device.
+    """
+    self.wait()
+    orbax = self._open()
+    if self._newest is None:
+      return None
+    folder = self._directory / str(self._newest)
+    wanted = {name: _abstract(x) for name, x in _by_name(like).items()}
+    _check_leaves(folder, manifest.facts(folder)["leaves"], wanted)
+    kept = _standard("Restore", _with_entries(wanted))
+    entries = orbax.checkpointer.restore(folder / STATE, args=kept)
+    leaves = [entries[k] if k in entries else _empty(x) for k, x in wanted.items()]
+    record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    state = jax.tree.unflatten(jax.tree.structure(like), leaves)
+    return Restored(self._newest, state, record, self._messages)
+
+  def close(self) -> None:
+    """Waits for the save on its way, raises what went wrong with it, and ends all threads."""
+    try:
+      self.wait()
+    finally:
+      if self._orbax is not None:
+        self._orbax.worker.shutdown()
+        self._orbax.checkpointer.close()
+        logging.getLogger("absl").removeFilter(self._orbax.quiet)
+        self._orbax = None
+
+  def _open(self) -> _Orbax:
+    """Tidies the directory, agrees on the newest good step, and starts Orbax where it is not up."""
+    newest = _FAILED
+    try:
+      if jax.process_index() == 0:
+        newest = self._tidy()
+    finally:  # the others must hear of a failure too, or they wait for ever
+      if jax.process_count() > 1:
+        newest = int(multihost_utils.broadcast_one_to_all(np.int32(newest)))
+    if newest == _FAILED:
+      raise RuntimeError(f"process 0 could not read the checkpoints in {self._directory}.")
+    self._newest = None if newest == _NONE else newest
+    self._orbax = self._orbax or _start()
+    return self._orbax
+
+  def _tidy(self) -> int:
+    """Sets aside what is damaged or interrupted, empties `retired`; the newest step or _NONE."""
+    problems = {s: _problem(self._directory / str(s)) for s in _steps(self._directory)}
+    good = [s for s, problem in problems.items() if problem is None]
+    if problems and not good:
+      raise ValueError(
+        f"no good checkpoint in {self._directory}: "
+        + "; ".join(f"step {s}: {problem}" for s, problem in problems.items())
+        + ". Restore the files, or move them away to start anew."
+      )
+    for step, problem in problems.items():
+      if problem is not None:
+        self._set_aside(self._directory / str(step), problem)
+    for folder in _interrupted(self._directory):
+      self._set_aside(folder, "its save was interrupted")
+    shutil.rmtree(self._directory / "retired", ignore_errors=True)
+    return max(good, default=_NONE)
+
+  def _set_aside(self, folder: Path, problem: str) -> None:
+    target = self._directory / "damaged" / folder.name
+    target.parent.mkdir(exist_ok=True)
+    number = 0
+    while target.exists():
+      number += 1
+      target = target.with_name(f"{folder.name}.{number}")
+    folder.rename(target)
+    atomic.sync(target.parent)
+    atomic.sync(folder.parent)
+    self._messages += (f"checkpoint {folder}: {problem}; set aside as {target}",)
+
+  def _seal(self, orbax: _Orbax, step: int, leaves: dict, text: str) -> None:
+    """Writes record and manifest after Orbax has committed, and gives the step its name."""
+    orbax.checkpointer.wait_until_finished()
+    if jax.process_index() != 0:
+      return
+    folder, final = self._directory / "unfinished" / str(step), self._directory / str(step)
+    with atomic.write(folder / RECORD) as file:
+      file.write(text.encode())
+    manifest.seal(folder, {"step": step, "leaves": leaves})
+    folder.rename(final)
+    atomic.sync(folder.parent)
+    atomic.sync(self._directory)
+    self._retire()
+
+  def _retire(self) -> None:
+    """Deletes all but the newest steps; renamed first, so that a half deleted one has no name."""
+    retired = self._directory / "retired"
+    for step in _steps(self._directory)[: -self._keep] if self._keep else []:
+      retired.mkdir(exist_ok=True)
+      (self._directory / str(step)).rename(retired / str(step))
+      shutil.rmtree(retired / str(step))
+
+  def _explained(self, step: int, error: Exception) -> Exception:
+    """The error with the step's name; a file system error of Orbax's own writers as OSError."""
+    code = error.errno if isinstance(error, OSError) else None
+    if found := re.search(r"os_error_code='(\d+)'", str(error)):
+      code = int(found.group(1))
+    about = f"step {step} could not be saved in {self._directory}"
+    if code is None:
+      return ValueError(f"{about}: {error}")
+    about = f"{os.strerror(code)}: {about}"
+    if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+      about += "; free some space there and run again"
+    return OSError(code, f"{about}. Steps saved before it are untouched. ({error})")
+
+
+def _problem(folder: Path) -> str | None:
+  """What is wrong with a step's folder, or None."""
+  if (problem := manifest.damage(folder)) is not None:
+    return problem
+  step = manifest.facts(folder)["step"]
+  return None if str(step) == folder.name else f"{manifest.NAME} is that of step {step}"
+
+
+def _steps(directory: Path) -> list[int]:
+  names = (p.name for p in directory.iterdir()) if directory.is_dir() else ()
+  return sorted(int(n) for n in names if re.fullmatch(r"0|[1-9][0-9]*", n))
+
+
+def _interrupted(directory: Path) -> list[Path]:
+  """Saves that never came to an end, Orbax's own temporary directories among them."""
+  staged = directory / "unfinished"
+  found = list(staged.iterdir()) if staged.is_dir() else []
+  if directory.is_dir():
+    found += [p for p in directory.iterdir() if ".orbax-checkpoint-tmp" in p.name]
+  return sorted(found)
+
+
+def _record_text(record: dict) -> str:
+  """JSON of the record; refuses what would not come back as it went in, by its place."""
+  _check_plain(record, "record")
+  return json.dumps(record, indent=1)
+
+
+def _check_plain(value: Any, place: str) -> None:  # Any: that is the question
+  if isinstance(value, dict):
+    for key, item in value.items():
+      if not isinstance(key, str):
+        raise ValueError(f"{place}: key {key!r} is not a string.")
+      _check_plain(item, f"{place}[{key!r}]")
+  elif isinstance(value, list):
+    for index, item in enumerate(value):
+      _check_plain(item, f"{place}[{index}]")
+  elif type(value) not in (str, int, float, bool, type(None)):
+    raise ValueError(
+      f"{place}: {value!r} of type {type(value).__name__} is not plain JSON; use dicts, lists, "
+      "strings, Python numbers, booleans and None."
+    )
+
+
+def _by_name(tree: PyTree) -> dict[str, Any]:  # Any: arrays, or whatever the caller took for one
+  """Leaves by path. Flat, because Orbax would turn tuples and dataclasses into dicts."""
+  named = {}
+  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+    name = jax.tree_util.keystr(path, simple=True, separator="/") or "array"
+    if name in named:
+      raise ValueError(f"two leaves of the state have the name {name!r}; rename one.")
+    named[name] = leaf
+  return named
+
+
+def _named_arrays(state: PyTree) -> dict[str, jax.Array]:
+  """Leaves by path as JAX arrays; refuses what would not come back bit for bit."""
+  arrays = _by_name(state)
+  for name, x in arrays.items():
+    if not isinstance(x, (jax.Array, np.ndarray, np.generic)):
+      raise ValueError(
+        f"state leaf {name}: {type(x).__name__} is not an array; put plain values in the record."
+      )
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+      raise ValueError(f"state leaf {name}: a key; save jax.random.key_data(key).")
+    if jax.dtypes.canonicalize_dtype(x.dtype) != x.dtype:
+      raise ValueError(f"state leaf {name}: {x.dtype} would be narrowed; convert it first.")
+    if not isinstance(x, jax.Array):
+      arrays[name] = jnp.array(x)  # a copy: the caller may overwrite the original
+  if not _with_entries(arrays):
+    raise ValueError("the state has no array with an entry; there is nothing to save.")
+  return arrays
+
+
+def _signature(x: Any) -> list:  # Any: an array or a description of one
+  return [str(jnp.dtype(x.dtype)), list(x.shape)]
+
+
+def _with_entries(arrays: dict) -> dict:
+  """Arrays of size zero have nothing to store, and Orbax refuses them."""
+  return {name: x for name, x in arrays.items() if x.size}
+
+
+def _empty(x: jax.ShapeDtypeStruct) -> jax.Array:
+  return jax.device_put(jnp.zeros(x.shape, x.dtype), x.sharding)
+
+
+def _abstract(x: Any) -> jax.ShapeDtypeStruct:  # Any: an array or a description of one
+  sharding = getattr(x, "sharding", None)
+  if sharding is None:
+    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+
+def _check_leaves(folder: Path, saved: dict, wanted: dict[str, jax.ShapeDtypeStruct]) -> None:
+  """Raises for the first leaf that differs; Orbax would cast to another dtype without a word."""
+  for name in sorted(saved.keys() | wanted.keys()):
+    if name not in saved:
+      raise ValueError(f"checkpoint {folder}: it has no leaf {name}; the state asked for has.")
+    if name not in wanted:
+      raise ValueError(f"checkpoint {folder}: leaf {name} is not in the state asked for.")
+    if saved[name] != (asked := _signature(wanted[name])):
+      raise ValueError(
+        f"checkpoint {folder}: leaf {name} is {saved[name][0]} {saved[name][1]}; "
+        f"the state asked for has {asked[0]} {asked[1]}."
+      )
+
+
+def _standard(kind: str, arrays: dict) -> Any:  # Any: one of Orbax's argument types
+  import orbax.checkpoint as ocp  # late: a second of imports that help and errors need not pay
+
+  return getattr(ocp.args, f"Standard{kind}")(arrays)
+
+
+def _start() -> _Orbax:
+  """Starts Orbax, and silences its log: what fails is raised, so nothing is lost."""
+  import orbax.checkpoint as ocp
+
+  folder = os.path.dirname(ocp.__file__)
+
+  def quiet(record: logging.LogRecord) -> bool:
+    return not record.pathname.startswith(folder)
+
+  logging.getLogger("absl").addFilter(quiet)
+  checkpointer = ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler())
+  return _Orbax(checkpointer, concurrent.futures.ThreadPoolExecutor(1, "seal"), quiet)

@@ -1,0 +1,232 @@
+"""Safetensors files, checked strictly before a byte of a tensor is read.
+
+The format: eight bytes with the length of a JSON header, the header (per tensor a dtype, a shape
+and two offsets; free text under `__metadata__`), then the tensors' bytes without gaps. bfloat16 and
+the 8-bit floats are the dtypes of `ml_dtypes`. Both directions are written out here, not left to
+the `safetensors` package: its errors do not name the tensor, its NumPy side refuses scalars, and a
+disk that fills up must leave nothing behind.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple  # What JSON holds is any object until it is checked.
+
+import ml_dtypes
+import numpy as np
+
+from jaxmerge.io import atomic
+
+Path = str | os.PathLike[str]
+
+DTYPES: Mapping[str, np.dtype] = {
+  "F64": np.dtype(np.float64),
+  "F32": np.dtype(np.float32),
+  "F16": np.dtype(np.float16),
+  "BF16": np.dtype(ml_dtypes.bfloat16),
+  "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+  "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+  "I64": np.dtype(np.int64),
+  "I32": np.dtype(np.int32),
+  "I16": np.dtype(np.int16),
+  "I8": np.dtype(np.int8),
+  "U64": np.dtype(np.uint64),
+  "U32": np.dtype(np.uint32),
+  "U16": np.dtype(np.uint16),
+  "U8": np.dtype(np.uint8),
+  "BOOL": np.dtype(np.bool_),
+}
+_CODES = {dtype: code for code, dtype in DTYPES.items()}
+# The limit of the reference implementation; a longer header is a damaged or hostile file.
+LONGEST_HEADER = 100_000_000
+
+
+class Entry(NamedTuple):
+  """Where one tensor lies in a file: `start` and `stop` count from the beginning of the file."""
+
+  dtype: np.dtype
+  shape: tuple[int, ...]
+  start: int
+  stop: int
+
+
+class Header(NamedTuple):
+  """What a file says about itself: its tensors, in the order of their bytes, and its metadata."""
+
+  tensors: dict[str, Entry]
+  metadata: dict[str, str]
+
+
+def header(path: Path) -> Header:
+  """Reads and checks the header of a file.
+
+  Raises:
+    FileNotFoundError: where there is no file.
+    ValueError: naming the file, and the tensor where one is at fault: truncated, not JSON, a header
+      that is too long, unknown dtypes, shapes that do not fit their bytes, gaps and overlaps.
+  """
+  path = pathlib.Path(path)
+  if not path.is_file():
+    raise FileNotFoundError(f"{path}: no such file.")
+  size = path.stat().st_size
+  with open(path, "rb") as file:
+    first = file.read(8)
+    length = int.from_bytes(first, "little")
+    if len(first) < 8:
+      raise ValueError(f"{path}: {size} bytes are too few for a safetensors file; it is truncated.")
+    if length > LONGEST_HEADER:
+      raise ValueError(
+        f"{path}: the header's length is given as {length} bytes, over the limit of "
+        f"{LONGEST_HEADER}; this is no safetensors file."
+      )
+    if 8 + length > size:
+      raise ValueError(
+        f"{path}: the header ends at byte {8 + length}, but the file has {size}; it is truncated."
+      )
+    content = _parsed(path, file.read(length))
+  metadata = content.pop("__metadata__", {})
+  if not _is_text(metadata):
+    raise ValueError(f"{path}: __metadata__ must map text to text, got {metadata!r:.200}.")
+  entries = {name: _entry(path, name, x, 8 + length) for name, x in content.items()}
+  entries = dict(sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)))
+  _check_layout(path, entries, 8 + length, size)
+  return Header(entries, metadata)
+
+
+def load(path: Path) -> dict[str, np.ndarray]:
+  """Reads all tensors of a file by name, in the order of their bytes.
+
+  >>> load("model.safetensors")["pooler.dense.bias"].shape  # doctest: +SKIP
+  (384,)
+  """
+  entries = header(path).tensors
+  with open(path, "rb") as file:
+    return {name: _read(file, path, name, entry) for name, entry in entries.items()}
+
+
+def save(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> None:
+  """Writes tensors to a file, in the order given; the file appears whole or not at all.
+
+  Args:
+    path: of the file; a file that is there is replaced.
+    tensors: arrays by name (whatever NumPy reads as an array).
+    metadata: text by text, for the header. Other tools ask for {"format": "pt"}.
+
+  Raises:
+    ValueError: naming the file and the tensor whose dtype or name the format does not know.
+  """
+  arrays = {name: _array(path, name, x) for name, x in tensors.items()}
+  metadata = dict(metadata or {})
+  if not _is_text(metadata):
+    raise ValueError(f"{path}: metadata must map text to text, got {metadata!r:.200}.")
+  with atomic.write(path) as file:
+    file.write(_encoded(arrays, metadata))
+    for x in arrays.values():
+      file.write(x.reshape(-1).view(np.uint8).data)
+
+
+def _encoded(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> bytes:
+  content: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+  at = 0
+  for name, x in arrays.items():
+    offsets = [at, at + x.nbytes]
+    content[name] = {"dtype": _CODES[x.dtype], "shape": list(x.shape), "data_offsets": offsets}
+    at += x.nbytes
+  text = json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode()
+  # Spaces bring the first tensor to a multiple of 8 bytes, as the reference implementation does.
+  text += b" " * (-len(text) % 8)
+  return len(text).to_bytes(8, "little") + text
+
+
+def _array(path: Path, name: str, value: Any) -> np.ndarray:
+  if not isinstance(name, str) or name == "__metadata__":
+    raise ValueError(f"{path}: {name!r} cannot be the name of a tensor.")
+  x = np.asarray(value)
+  if x.dtype.byteorder == ">":
+    x = x.astype(x.dtype.newbyteorder("<"))
+  if x.dtype not in _CODES:
+    raise ValueError(
+      f"{path}: tensor {name!r} is {x.dtype}, which the format does not hold; it holds "
+      f"{', '.join(sorted(str(dtype) for dtype in _CODES))}."
+    )
+  # A transposed view has the right shape and the wrong order of bytes.
+  return np.ascontiguousarray(x).reshape(x.shape)
+
+
+def _read(file: Any, path: Path, name: str, entry: Entry) -> np.ndarray:
+  x = np.empty(entry.shape, entry.dtype)
+  file.seek(entry.start)
+  if file.readinto(x.reshape(-1).view(np.uint8).data) != x.nbytes:
+    raise ValueError(f"{path}: the file ended within tensor {name!r} while it was being read.")
+  return x
+
+
+def _parsed(path: Path, text: bytes) -> dict[str, Any]:
+  def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+      names = [name for name, _ in pairs]
+      twice = next(name for name in names if names.count(name) > 1)
+      raise ValueError(f"{path}: the header names {twice!r} twice.")
+    return content
+
+  try:
+    decoded = text.decode()
+    content = json.loads(decoded, object_pairs_hook=unique)
+  except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    raise ValueError(f"{path}: the header is not JSON ({error}); the file is damaged.") from error
+  if not isinstance(content, dict):
+    raise ValueError(f"{path}: the header must be a JSON object, got {decoded!r:.100}.")
+  return content
+
+
+def _entry(path: Path, name: str, value: Any, data: int) -> Entry:
+  at = f"{path}: tensor {name!r}"
+  if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
+    raise ValueError(f"{at}: expected dtype, shape and data_offsets, got {value!r:.200}.")
+  code, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
+  if not isinstance(code, str) or code not in DTYPES:
+    raise ValueError(f"{at}: dtype {code!r} is unknown; known are {', '.join(DTYPES)}.")
+  if not _are_counts(shape):
+    raise ValueError(f"{at}: shape {shape!r:.200} must be a list of sizes.")
+  if not _are_counts(offsets) or len(offsets) != 2:
+    raise ValueError(f"{at}: data_offsets {offsets!r:.200} must be two positions.")
+  needed = math.prod(shape) * DTYPES[code].itemsize
+  if offsets[1] - offsets[0] != needed:
+    raise ValueError(
+      f"{at}: {code} {shape} takes {needed} bytes, but data_offsets {offsets} hold "
+      f"{offsets[1] - offsets[0]}."
+    )
+  return Entry(DTYPES[code], tuple(shape), data + offsets[0], data + offsets[1])
+
+
+def _check_layout(path: Path, entries: Mapping[str, Entry], data: int, size: int) -> None:
+  at, before = data, "the header"
+  for name, entry in entries.items():
+    if entry.start != at:
+      kind = "overlaps" if entry.start < at else "leaves a gap after"
+      raise ValueError(
+        f"{path}: tensor {name!r} {kind} {before}: it starts at byte {entry.start}, not {at}."
+      )
+    if entry.stop > size:
+      raise ValueError(
+        f"{path}: tensor {name!r} ends at byte {entry.stop}, but the file has {size}; "
+        "it is truncated."
+      )
+    at, before = entry.stop, repr(name)
+  if at != size:
+    raise ValueError(f"{path}: {size - at} bytes after the last tensor belong to none.")
+
+
+def _are_counts(values: Any) -> bool:
+  return isinstance(values, list) and all(type(n) is int and n >= 0 for n in values)
+
+
+def _is_text(metadata: Any) -> bool:
+  return isinstance(metadata, dict) and all(
+    isinstance(text, str) for pair in metadata.items() for text in pair
+  )

@@ -1,0 +1,65 @@
+"""The mesh: which devices share the tasks, the rows of a batch, and one model's weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any  # A stack is any tree of arrays.
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+AXES = ("task", "data", "model")
+
+
+def make(
+  task: int = -1,
+  data: int = 1,
+  model: int = 1,
+  *,
+  tasks: int | None = None,
+  devices: Sequence[jax.Device] | None = None,
+) -> Mesh:
+  """Lays devices out as a mesh with the axes task, data and model.
+
+  Args:
+    task: devices along the task axis; -1 takes what is left, but no more than there are tasks.
+    data: devices that share the rows of a batch.
+    model: devices that share one model's weights.
+    tasks: number of tasks of the run.
+    devices: the devices to use; all by default. Devices that the sizes leave over stay idle.
+
+  Raises:
+    ValueError: if a size is neither positive nor -1, two are -1, or there are too few devices.
+  """
+  given = list(jax.devices() if devices is None else devices)
+  sizes = dict(zip(AXES, (task, data, model), strict=True))
+  open_axes = [axis for axis, n in sizes.items() if n == -1]
+  if any(n < 1 and n != -1 for n in sizes.values()) or len(open_axes) > 1:
+    raise ValueError(f"mesh sizes must be positive, at most one -1, got {sizes}.")
+  if open_axes:
+    fixed = math.prod(n for n in sizes.values() if n != -1)
+    left = len(given) // fixed
+    sizes[open_axes[0]] = min(left, tasks) if open_axes == ["task"] and tasks else left
+  wanted = math.prod(sizes.values())
+  if not 1 <= wanted <= len(given):
+    raise ValueError(f"a mesh {sizes} needs {max(wanted, 1)} devices, but there are {len(given)}.")
+  grid = np.array(given[:wanted]).reshape(tuple(sizes.values()))
+  return Mesh(grid, AXES)
+
+
+def by_task(mesh: Mesh) -> NamedSharding:
+  """Returns the sharding of a stack: the leading axis over the task axis of the mesh."""
+  return NamedSharding(mesh, P("task"))
+
+
+def everywhere(mesh: Mesh) -> NamedSharding:
+  """Returns the sharding of what every device holds whole."""
+  return NamedSharding(mesh, P())
+
+
+def put(tree: Any, sharding: NamedSharding) -> Any:
+  """Places all leaves of a tree with one sharding."""
+  return jax.tree.map(lambda x: jax.device_put(x, sharding), tree)

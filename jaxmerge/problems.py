@@ -1,0 +1,172 @@
+"""The experiments' models and tasks, made from a config."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple  # Any: parameters are nested dicts of arrays.
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+
+from jaxmerge import tree
+from jaxmerge.atm import sampling, tune
+from jaxmerge.atm.settings import Settings
+from jaxmerge.io import atomic, safetensors
+from jaxmerge.models import bert, cnn
+from jaxmerge.tasks import heads, images, text
+from jaxmerge.tasks.task import Task
+
+
+class Problem(NamedTuple):
+  """What an experiment runs on.
+
+  Attributes:
+    title: one line for the report.
+    base: what the base model is called, for the model card.
+    apply: (params, inputs, head) -> logits.
+    params: the base's parameters.
+    tasks: the tasks, with heads.
+    layout: matrix views of the leaves.
+    save: (folder, params, readme) writes a model that other tools open.
+    license: of the base model.
+  """
+
+  title: str
+  base: str
+  apply: tune.Apply
+  params: Any
+  tasks: tuple[Task, ...]
+  layout: tuple[tuple[str, str], ...]
+  save: Callable[[pathlib.Path, Any, str], None]
+  license: str
+
+
+def images4(config: Mapping[str, Any]) -> Problem:
+  """Four image tasks and a small CNN that has been pretrained, briefly, on a few rows of each.
+
+  The heads are trained with the base and frozen after that.
+  """
+  tasks = images.load(config["seed"], **config["data"])
+  settings = dict(config["pretrain"])
+  params, made = pretrain(tasks, seed=config["seed"], **settings)
+  tasks = tuple(dataclasses.replace(t, head=h) for t, h in zip(tasks, made, strict=True))
+
+  def save(folder: pathlib.Path, params: Any, readme: str) -> None:
+    leaves = {n: np.asarray(v) for n, v in tree.named(params).items()}
+    own = {f"head/{t.name}": np.asarray(t.head) for t in tasks}
+    with atomic.folder(folder, replace=True) as beside:
+      safetensors.save(beside / "model.safetensors", leaves | own)
+      (beside / "README.md").write_text(readme, encoding="utf-8")
+
+  return Problem(
+    "Four image tasks, one small CNN",
+    "a CNN of 0.12 M parameters, pretrained on a few rows of every task",
+    cnn.apply,
+    params,
+    tasks,
+    cnn.VIEWS,
+    save,
+    "apache-2.0",
+  )
+
+
+def pretrain(
+  tasks: Sequence[Task], *, seed: int, rows: int, steps: int, learning_rate: float
+) -> tuple[Any, list[np.ndarray]]:
+  """Trains the CNN and one linear head a task jointly, on the first `rows` rows of each task."""
+  few = [t.train._replace(inputs=t.train.inputs[:rows], labels=t.train.labels[:rows]) for t in tasks]
+  own = tune.stacked([dataclasses.replace(t, train=s) for t, s in zip(tasks, few, strict=True)], "train")
+  own = jax.tree.map(jnp.asarray, own)
+  wide = max(t.num_classes for t in tasks)
+  params = cnn.init(jax.random.key(seed))
+  both = (params, jnp.zeros((len(tasks), cnn.FEATURES, wide), jnp.float32))
+  schedule = optax.cosine_decay_schedule(learning_rate, steps)
+  optimizer = optax.adamw(schedule, weight_decay=0.05)
+  counts = [len(s.labels) for s in few]
+  streams = [
+    sampling.stream(t.name, n, seed, 0, steps * 32) for t, n in zip(tasks, counts, strict=True)
+  ]
+  index = np.stack(streams).reshape(len(tasks), steps, 32).swapaxes(0, 1)
+
+  def loss(both: Any, index: Any) -> Any:
+    def task(head: Any, rows: Any, index: Any) -> Any:
+      out = tune.outputs(cnn.apply, both[0], rows.inputs[index], head, rows.classes)
+      return tune.cross_entropy(out, rows.labels[index]).mean()
+
+    return sum(
+      task(both[1][t], jax.tree.map(lambda x, t=t: x[t], own._replace(head=None)), index[t])
+      for t in range(len(tasks))
+    )
+
+  @jax.jit
+  def train(both: Any, index: Any) -> Any:
+    def step(carry: Any, index: Any) -> Any:
+      both, state = carry
+      updates, state = optimizer.update(jax.grad(loss)(both, index), state, both)
+      return (optax.apply_updates(both, updates), state), None
+
+    return lax.scan(step, (both, optimizer.init(both)), index)[0][0]
+
+  params, made = train(both, index)
+  return params, [np.asarray(made[i, :, : t.num_classes]) for i, t in enumerate(tasks)]
+
+
+def minilm8(config: Mapping[str, Any]) -> Problem:
+  """Eight text tasks and the real all-MiniLM-L6-v2 encoder, with frozen zero-shot heads."""
+  settings = dict(config["model"])
+  own, params, folder = bert.minilm(settings["folder"] or None)
+  tokenizer, length = bert.tokenizer(folder), settings["length"]
+  sizes = dict(config["data"])
+  embed = jax.jit(lambda ids, mask: bert.embed(own, params, ids, mask))
+  tasks = []
+  for task in text.load(sizes.pop("tasks", None) or None, seed=config["seed"], **sizes):
+    prompts = text.tokens(task.prompts, tokenizer, length)
+    head = heads.zero_shot(embed, *prompts, scale=settings["head_scale"])
+    tasks.append(text.encode(task, tokenizer, length, head))
+
+  def save(target: pathlib.Path, params: Any, readme: str) -> None:
+    bert.save(target, own, params, source=folder, readme=readme, replace=True)
+
+  return Problem(
+    f"{len(tasks)} text tasks, all-MiniLM-L6-v2",
+    "sentence-transformers/all-MiniLM-L6-v2",
+    bert.apply(own, jnp.dtype(config["compute_dtype"])),
+    params,
+    tuple(tasks),
+    (),
+    save,
+    "apache-2.0",
+  )
+
+
+MAKERS: Mapping[str, Callable[[Mapping[str, Any]], Problem]] = {"images4": images4, "minilm8": minilm8}
+
+
+def make(config: Mapping[str, Any]) -> Problem:
+  """Makes the model and tasks that the config names."""
+  name = config["experiment"]
+  if name not in MAKERS:
+    raise ValueError(f"experiment must be one of {', '.join(MAKERS)}, got {name!r}.")
+  return MAKERS[name](config)
+
+
+def settings_of(config: Mapping[str, Any]) -> Settings:
+  """Returns the loop's settings: the config's keys of the same names."""
+  return Settings(**{f.name: config[f.name] for f in dataclasses.fields(Settings)})
+
+
+def post_hoc(tasks: Sequence[Task]) -> tuple[Task, ...]:
+  """Returns tasks for post-hoc ATM: tuned on one half of the validation rows, chosen by the other.
+
+  Rows are dealt out in turn, so that both halves have the same mix of classes.
+  """
+  out = []
+  for t in tasks:
+    parts = [jax.tree.map(lambda x, i=i: x[i::2], t.validation) for i in range(2)]
+    out.append(dataclasses.replace(t, train=parts[0], validation=parts[1]))
+  return tuple(out)

@@ -1,0 +1,32 @@
+"""Tables, plots, the HTML page and the model card, from plain records; free of jax."""
+
+import importlib
+from typing import Any  # A lazy attribute may be any public object.
+
+_HOMES = {
+  "check": "record",
+  "gap_closed": "record",
+  "plain": "record",
+  "paired_difference": "record",
+  "merge_seeds": "record",
+  "markdown": "tables",
+  "text": "tables",
+  "seeds": "tables",
+  "html": "page",
+  "model_card": "card",
+  "write": "output",
+}
+_ROOMS = ("card", "drawing", "geometry", "output", "page", "plots", "record", "tables", "words")
+__all__ = [*_HOMES, *_ROOMS]
+
+
+def __getattr__(name: str) -> Any:
+  if name in _HOMES:
+    return getattr(importlib.import_module(f"jaxmerge.report.{_HOMES[name]}"), name)
+  if name in _ROOMS:
+    return importlib.import_module(f"jaxmerge.report.{name}")
+  raise AttributeError(f"module 'jaxmerge.report' has no attribute {name!r}.")
+
+
+def __dir__() -> list[str]:
+  return sorted(__all__)

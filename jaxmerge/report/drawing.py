@@ -1,0 +1,280 @@
+"""Figures with direct labels: colours, axes, labels that do not overlap, PNG bytes.
+
+Matplotlib is imported when a figure is made, through its Figure class: no window, no global state.
+"""
+
+from __future__ import annotations
+
+import importlib
+import io
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple  # Any: Matplotlib is optional, its types cannot be named.
+
+import numpy as np
+
+from jaxmerge.report import words
+
+WIDTH = 6.2  # inches: 8 points are 12 px where a page shows a figure 700 px wide
+DPI = 200
+SIZE = 8.0  # points, of all text but titles
+INK, SOFT, GRID = "#222222", "#666666", "#e3e3e3"
+# Okabe and Ito's palette for colour-blind readers, with grey and black for what is no merge.
+COLORS = {
+  "base": "#8a8a8a",
+  "experts": "#000000",
+  "multitask": "#5c5c5c",
+  "average": "#56b4e9",
+  "task_arithmetic": "#e69f00",
+  "ties": "#009e73",
+  "dare": "#cc79a7",
+  "breadcrumbs": "#882255",
+  "atm": "#0072b2",
+}
+# Wide areas of black would outshout the merges.
+BARS = {"base": "#c4c4c4", "multitask": "#999999", "experts": "#555555"}
+_MORE = ("#d55e00", "#332288", "#999933", "#44aa99", "#aa4499", "#661100")
+SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#882255")
+DASHES: Mapping[str, Any] = {"base": (0, (4, 2)), "experts": (0, (4, 2)), "multitask": (0, (1, 1))}
+
+
+class Mark(NamedTuple):
+  """A label beside a point: its height in data units, its words, its colour, whether it leads."""
+
+  y: float
+  text: str
+  color: str
+  lead: bool = False
+
+
+def figure(height: float, columns: int = 0) -> tuple[Any, Any]:
+  """Returns an empty figure of the house width, and its axes; a list where `columns` are given."""
+  try:
+    figures = importlib.import_module("matplotlib.figure")
+    agg = importlib.import_module("matplotlib.backends.backend_agg")
+  except ImportError as error:
+    raise ImportError(f'plots need Matplotlib: pip install "jaxmerge[demo]" ({error}).') from error
+  made = figures.Figure(figsize=(WIDTH, height), dpi=DPI, facecolor="white")
+  agg.FigureCanvasAgg(made)
+  axes = made.subplots(1, columns or 1, squeeze=False)[0]
+  return made, list(axes) if columns else axes[0]
+
+
+def place(made: Any, axes: Any, box: tuple[float, float, float, float]) -> None:
+  """Puts axes at (left, bottom, width, height) in inches."""
+  width, height = made.get_size_inches()
+  left, bottom, wide, tall = box
+  axes.set_position((left / width, bottom / height, wide / width, tall / height))
+
+
+def headline(made: Any, text: str) -> None:
+  """Writes the title of a figure that has more axes than one."""
+  width, height = made.get_size_inches()
+  style = {"fontsize": 10, "fontweight": "bold", "color": INK, "va": "top"}
+  made.text(0.1 / width, 1 - 0.1 / height, text, **style)
+
+
+def png(made: Any) -> bytes:
+  """Returns the figure as PNG bytes, the same for the same figure."""
+  buffer = io.BytesIO()
+  made.savefig(buffer, format="png", dpi=DPI, facecolor="white", metadata={"Software": None})
+  return buffer.getvalue()
+
+
+def colors(names: Sequence[str]) -> dict[str, str]:
+  """Returns the colour of every model; models without one of their own take those that are left."""
+  others = [n for n in names if n not in COLORS]
+  own = {n: COLORS[n] for n in names if n in COLORS}
+  return own | {n: _MORE[i % len(_MORE)] for i, n in enumerate(others)}
+
+
+def dashes(name: str) -> Any:
+  """Returns the line style of a model: solid for merges, broken for what is no merge."""
+  head = name.split("_")[0]
+  return DASHES.get(head, "solid") if words.kind(name) == "reference" else "solid"
+
+
+def literal(x: str) -> str:
+  """Returns a name as a figure may show it: on one line, and never read as a formula."""
+  return " ".join(x.split()).replace("$", "\\$")
+
+
+def names(tasks: Sequence[str], length: int = 24) -> dict[str, str]:
+  """Returns the names of tasks as figures show them, not too long and still apart."""
+  return {task: literal(text) for task, text in words.shorts(tasks, length).items()}
+
+
+def model(name: str) -> str:
+  """Returns the name of a model as figures show it."""
+  return literal(words.short(words.label(name), 20))
+
+
+def curve(axes: Any, xs: Sequence[float], ys: Sequence[float], color: str, **style: Any) -> None:
+  """Draws a curve with points where they are few, and a faint trail to the label at the right."""
+  dot = 3.5 if len(xs) <= 25 else 0.0
+  axes.plot(xs, ys, color=color, marker="o", markersize=dot, solid_capstyle="round", **style)
+  known = [(x, y) for x, y in zip(xs, ys, strict=True) if math.isfinite(y)]
+  (x, y), right = known[-1], axes.get_xlim()[1]
+  axes.plot([x, right], [y, y], color=color, linewidth=0.8, linestyle=(0, (1, 2.5)), zorder=1.4)
+
+
+def dress(axes: Any, title: str, x: str, y: str) -> None:
+  """Gives axes their title, axis titles, quiet spines and a light grid."""
+  axes.set_title(title, loc="left", fontsize=10, color=INK, fontweight="bold", pad=8)
+  axes.set_xlabel(x, fontsize=SIZE, color=INK)
+  axes.set_ylabel(y, fontsize=SIZE, color=INK)
+  axes.tick_params(labelsize=SIZE, colors=SOFT, length=3, width=0.6)
+  for side in ("top", "right"):
+    axes.spines[side].set_visible(False)
+  for side in ("left", "bottom"):
+    axes.spines[side].set_color(SOFT)
+    axes.spines[side].set_linewidth(0.6)
+  axes.grid(axis="y", color=GRID, linewidth=0.6)
+  axes.set_axisbelow(True)
+
+
+def whole_ticks(axes: Any) -> None:
+  """Puts ticks of the x axis at whole numbers only."""
+  ticker = importlib.import_module("matplotlib.ticker")
+  axes.xaxis.set_major_locator(ticker.MaxNLocator(nbins=10, integer=True, min_n_ticks=1))
+
+
+def span(axes: Any, xs: Sequence[float]) -> None:
+  """Sets the x axis to whole numbers with a little air; a single point stands in the middle."""
+  low, high = min(xs), max(xs)
+  air = 0.03 * (high - low) if high > low else 0.5
+  axes.set_xlim(low - air, high + air)
+  whole_ticks(axes)
+
+
+def fit(axes: Any, ys: Sequence[float], floor: float | None = None) -> None:
+  """Sets the y axis to the values with a little air, from `floor` where one is given."""
+  low, high = min(ys), max(ys)
+  if floor is not None:
+    low = min(low, floor)
+  air = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
+  axes.set_ylim(low if low == floor else low - air, high + air)
+
+
+def spread(values: Sequence[float], gap: float, low: float, high: float) -> list[float]:
+  """Moves values as little as possible (least squares) so that neighbours are `gap` apart.
+
+  Order is kept, and all stay within [low, high]; where they do not fit, the gap shrinks.
+
+  >>> spread([1.0, 1.0, 5.0], 1.0, 0.0, 9.0)
+  [0.5, 1.5, 5.0]
+  """
+  count = len(values)
+  if count > 1:
+    gap = min(gap, (high - low) / (count - 1))
+  order = sorted(range(count), key=lambda i: values[i])
+  # With z_i = y_i - i * gap the condition is that z rises: isotonic regression, by pooling.
+  pools: list[tuple[float, int]] = []
+  for place, i in enumerate(order):
+    mean, size = values[i] - place * gap, 1
+    while pools and pools[-1][0] >= mean:
+      other, number = pools.pop()
+      mean, size = (mean * size + other * number) / (size + number), size + number
+    pools.append((mean, size))
+  rising = [mean for mean, size in pools for _ in range(size)]
+  top = high - (count - 1) * gap
+  result = [0.0] * count
+  for place, i in enumerate(order):
+    result[i] = min(max(rising[place], low), max(top, low)) + place * gap
+  return result
+
+
+def settle(made: Any, axes: Any, right: Sequence[str] = (), left: float = 0.7) -> None:
+  """Fixes the place of the axes in inches, with room on the right for the longest label."""
+  width, height = made.get_size_inches()
+  room = max((text_width(made, t) for t in right), default=0.0) + (0.34 if right else 0.1)
+  made.subplots_adjust(
+    left=left / width, right=1 - room / width, bottom=0.48 / height, top=1 - 0.36 / height
+  )
+
+
+def text_width(made: Any, text: str, size: float = SIZE) -> float:
+  """Returns the width of a text in inches, drawn bold to be safe."""
+  probe = made.text(0, 0, text, fontsize=size, fontweight="bold")
+  width = probe.get_window_extent(made.canvas.get_renderer()).width / made.dpi
+  probe.remove()
+  return float(width)
+
+
+def label_right(made: Any, axes: Any, marks: Sequence[Mark]) -> None:
+  """Writes labels right of the axes, each joined to its height, none over another."""
+  settle(made, axes, [m.text for m in marks])
+  width = axes.get_position().width * made.get_size_inches()[0]
+  for mark, y in _spread(made, axes, marks):
+    near, far = 1 + 0.03 / width, 1 + 0.2 / width
+    axes.plot(
+      [near, far],
+      [mark.y, y],
+      transform=axes.get_yaxis_transform(),
+      color=mark.color,
+      linewidth=0.9,
+      clip_on=False,
+    )
+    _write(axes, 1 + 0.24 / width, y, mark, "left", axes.get_yaxis_transform())
+
+
+def label_left(made: Any, axes: Any, x: float, marks: Sequence[Mark]) -> None:
+  """Writes labels left of the points at `x`, each joined to its point, none over another."""
+  inch = (axes.get_xlim()[1] - axes.get_xlim()[0]) / (
+    axes.get_position().width * made.get_size_inches()[0]
+  )
+  for mark, y in _spread(made, axes, marks):
+    axes.plot([x - 0.24 * inch, x], [y, mark.y], color=mark.color, linewidth=0.7, zorder=1.5)
+    _write(axes, x - 0.28 * inch, y, mark, "right", axes.transData)
+
+
+def _spread(made: Any, axes: Any, marks: Sequence[Mark]) -> Iterator[tuple[Mark, float]]:
+  low, high = axes.get_ylim()
+  tall = axes.get_position().height * made.get_size_inches()[1] * 72  # points
+  line = 1.3 * SIZE * (high - low) / tall
+  places = spread([m.y for m in marks], line, low + line / 3, high - line / 3)
+  return zip(marks, places, strict=True)
+
+
+def _write(axes: Any, x: float, y: float, mark: Mark, side: str, transform: Any) -> None:
+  axes.text(
+    x,
+    y,
+    mark.text,
+    transform=transform,
+    fontsize=SIZE,
+    color=mark.color if mark.lead else INK,
+    fontweight="bold" if mark.lead else "normal",
+    ha=side,
+    va="center_baseline",
+    clip_on=False,
+  )
+
+
+def legend(made: Any, axes: Any, down: float) -> None:
+  """Writes the legend in one row, `down` inches below the top of the figure."""
+  width, height = made.get_size_inches()
+  made.legend(
+    *axes.get_legend_handles_labels(),
+    loc="center left",
+    bbox_to_anchor=(0.06 / width, 1 - (down + 0.06) / height),
+    ncols=6,
+    fontsize=SIZE,
+    frameon=False,
+    borderaxespad=0,
+    borderpad=0.2,
+    handlelength=1.0,
+    handleheight=0.8,
+    columnspacing=1.3,
+    labelcolor=INK,
+  )
+
+
+def numbers(values: Sequence[float | None]) -> np.ndarray:
+  """Returns values as an array, NaN where there is none."""
+  return np.array([np.nan if x is None else x for x in values], dtype=float)
+
+
+def column(rounds: Sequence[Mapping[str, Any]], key: str) -> np.ndarray:
+  """Returns one number of every round, NaN where there is none."""
+  return numbers([r.get(key) for r in rounds])

@@ -1,0 +1,122 @@
+"""The figures of the task vectors: cosines, norms and sign conflicts over rounds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any  # A record is JSON, and Matplotlib is optional: neither has types to name.
+
+import numpy as np
+
+from jaxmerge.report import drawing
+
+
+def cosines(record: Mapping[str, Any]) -> Any:
+  """Draws the cosines between task vectors in the first and the last round."""
+  known = [r for r in record["rounds"] if r.get("cosines") is not None]
+  tasks = record["tasks"]
+  if not known or len(tasks) < 2:
+    return None
+  chosen = known if len(known) == 1 else [known[0], known[-1]]
+  grids = [np.array(r["cosines"], dtype=float) for r in chosen]
+  hidden = np.eye(len(tasks), dtype=bool)
+  limit = max(np.max(np.abs(np.where(hidden | np.isnan(g), 0.0, g))) for g in grids)
+  # A floor, so that small cosines look small.
+  limit = max(float(np.ceil(limit * 10) / 10), 0.4)
+  labels = list(drawing.names(tasks, 20).values())
+  widest = max(drawing.text_width(drawing.figure(1.0)[0], t) for t in labels)
+  left, below = widest + 0.15, 0.75 * widest + 0.2  # inches, for names of rows and columns
+  # Many tasks: one matrix above the other, so that cells stay legible.
+  across = len(chosen) if len(tasks) <= 9 else 1
+  side = min((drawing.WIDTH - left - 0.2 * across) / across, 0.62 * len(tasks))
+  down = len(chosen) // across
+  height = down * (side + 0.35) + (down - 1) * 0.1 + below + 0.38
+  made, plots = drawing.figure(height, columns=len(chosen))
+  for i, (axes, entry, grid) in enumerate(zip(plots, chosen, grids, strict=True)):
+    shown = np.ma.masked_array(grid, hidden | np.isnan(grid))
+    image = axes.imshow(shown, cmap="PuOr_r", vmin=-limit, vmax=limit)
+    column, row = i % across, i // across
+    corner = (left + column * (side + 0.2), below + (down - 1 - row) * (side + 0.45))
+    drawing.place(made, axes, (*corner, side, side))
+    axes.set_title(f"Round {entry['round']}", loc="left", fontsize=9, color=drawing.INK)
+    axes.set_xticks(range(len(tasks)), labels if row == down - 1 else [""] * len(tasks))
+    axes.tick_params(axis="x", labelrotation=45)
+    for text in axes.get_xticklabels():
+      text.set(ha="right", rotation_mode="anchor")
+    axes.set_yticks(range(len(tasks)), labels if column == 0 else [""] * len(tasks))
+    axes.tick_params(labelsize=drawing.SIZE, length=0, labelcolor=drawing.INK)
+    axes.spines[:].set_visible(False)
+    _numbers(axes, grid, limit, side / len(tasks))
+  drawing.headline(made, "Cosines between task vectors")
+  _color_bar(made, image, height)
+  return made
+
+
+def _numbers(plot: Any, grid: np.ndarray, limit: float, cell: float) -> None:
+  """Writes every number into its cell, where the cell is large enough to read it."""
+  size = min(drawing.SIZE, 72 * cell / 2.6)
+  if size < 5.5:
+    return
+  for i, j in np.ndindex(*grid.shape):
+    if not np.isfinite(grid[i, j]):
+      continue
+    rounded = round(float(grid[i, j]), 2) + 0.0  # no negative zero
+    text = "1" if i == j else f"{rounded:.2f}".replace("0.", ".").replace("-", "−")
+    dark = i != j and abs(grid[i, j]) > 0.62 * limit
+    color = "white" if dark else drawing.SOFT if i == j else drawing.INK
+    plot.text(j, i, text, ha="center", va="center", fontsize=size, color=color)
+
+
+def _color_bar(made: Any, image: Any, height: float) -> None:
+  """Adds a thin horizontal scale in the corner above the matrices."""
+  bar = made.add_axes([0, 0, 1, 1])
+  drawing.place(made, bar, (drawing.WIDTH - 1.6, height - 0.2, 1.45, 0.09))
+  made.colorbar(image, cax=bar, orientation="horizontal")
+  bar.tick_params(labelsize=7, length=2, pad=1.5, colors=drawing.SOFT)
+  bar.set_xticks([image.norm.vmin, 0, image.norm.vmax])
+  bar.spines[:].set_visible(False)
+
+
+def norms(record: Mapping[str, Any]) -> Any:
+  """Draws the norm of every task's vector over rounds."""
+  rounds = [r for r in record["rounds"] if r.get("norms")]
+  if not rounds:
+    return None
+  xs = [r["round"] for r in rounds]
+  made, axes = drawing.figure(max(3.4, 0.17 * len(record["tasks"]) + 1.2))
+  drawing.span(axes, xs)
+  labels = drawing.names(record["tasks"])
+  marks, heights = [], []
+  for i, task in enumerate(record["tasks"]):
+    ys = drawing.column([r["norms"] for r in rounds], task)
+    if not np.isfinite(ys).any():
+      continue
+    turn, place = divmod(i, len(drawing.SERIES))
+    color, style = drawing.SERIES[place], ("solid", (0, (4, 1.5)), (0, (1, 1)))[turn % 3]
+    drawing.curve(axes, xs, ys.tolist(), color, linewidth=1.6, linestyle=style)
+    last = float(ys[np.isfinite(ys)][-1])
+    number = f"{last:#.3g}".rstrip(".")
+    marks.append(drawing.Mark(last, f"{labels[task]} {number}", color))
+    heights += ys[np.isfinite(ys)].tolist()
+  if not marks:
+    return None
+  drawing.dress(axes, "Length of the task vectors", "Round", "Norm (L2, in units of the weights)")
+  drawing.fit(axes, heights, floor=0.0)
+  drawing.label_right(made, axes, marks)
+  return made
+
+
+def sign_conflict(record: Mapping[str, Any]) -> Any:
+  """Draws the share of entries on whose sign the tasks disagree, over rounds."""
+  rounds = [r for r in record["rounds"] if r.get("sign_conflict") is not None]
+  if not rounds or len(record["tasks"]) < 2:
+    return None
+  xs = [r["round"] for r in rounds]
+  ys = 100 * drawing.column(rounds, "sign_conflict")
+  made, axes = drawing.figure(2.8)
+  color = drawing.COLORS["atm"]
+  drawing.span(axes, xs)
+  drawing.curve(axes, xs, ys.tolist(), color, linewidth=2.0)
+  drawing.dress(axes, "Sign conflicts between tasks", "Round", "Entries in conflict (%)")
+  drawing.fit(axes, ys.tolist(), floor=0.0)
+  drawing.label_right(made, axes, [drawing.Mark(ys[-1], f"{ys[-1]:.1f}", color, lead=True)])
+  return made

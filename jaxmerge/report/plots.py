@@ -1,0 +1,264 @@
+"""The figures of a report, each a function of the record."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any  # A record is JSON, and Matplotlib is optional: neither has types to name.
+
+import numpy as np
+
+from jaxmerge.report import drawing, geometry, words
+
+Rounds = Sequence[Mapping[str, Any]]
+
+
+NAMES = ("accuracy", "per_task", "gap_closed", "cosines", "norms", "sign_conflict")
+
+
+def figures(record: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns the figures that the record has numbers for, by name, in the order of `NAMES`."""
+  makers = (
+    accuracy,
+    per_task,
+    gap_closed,
+    geometry.cosines,
+    geometry.norms,
+    geometry.sign_conflict,
+  )
+  made = {name: make(record) for name, make in zip(NAMES, makers, strict=True)}
+  return {name: figure for name, figure in made.items() if figure is not None}
+
+
+def images(record: Mapping[str, Any]) -> dict[str, bytes]:
+  """Returns the figures as PNG bytes, by name."""
+  return {name: drawing.png(figure) for name, figure in figures(record).items()}
+
+
+def write(record: Mapping[str, Any], folder: str | pathlib.Path) -> list[pathlib.Path]:
+  """Writes the figures into the folder as NAME.png and returns their paths."""
+  drawn = images(record)
+  home = pathlib.Path(folder)
+  home.mkdir(parents=True, exist_ok=True)
+  paths = []
+  for name, data in drawn.items():
+    path = home / f"{name}.png"
+    path.write_bytes(data)
+    paths.append(path)
+  return paths
+
+
+def runs(record: Mapping[str, Any]) -> dict[str, Rounds]:
+  """Returns the rounds of every ATM run; those of the first are `rounds` in the record."""
+  own = {"atm": record["rounds"]} if record["rounds"] else {}
+  return own | {n: r for n, r in record.get("curves", {}).items() if r}
+
+
+def rounds_split(record: Mapping[str, Any]) -> str:
+  """Returns the split of the rounds: validation, which test rows never are."""
+  return record.get("rounds_split", "validation")
+
+
+def _means(record: Mapping[str, Any]) -> tuple[dict[str, float], str]:
+  """Means of all models on the split of the rounds where known, else as reported; and the split."""
+  own = record.get("validation")
+  if own and rounds_split(record) == "validation":
+    means, judged = own, "validation"
+  else:
+    means = {n: m["mean"] for n, m in record["models"].items()}
+    judged = words.split(record)
+  return {n: means[n] for n in words.order(means) if means[n] is not None}, judged
+
+
+def _unit(record: Mapping[str, Any]) -> float:
+  return 100.0 if words.percent(record) else 1.0
+
+
+def accuracy(record: Mapping[str, Any]) -> Any:
+  """Draws the mean over tasks after every round, with all other models as labelled lines."""
+  curves, unit = runs(record), _unit(record)
+  if not curves:
+    return None
+  means, judged = _means(record)
+  palette = drawing.colors(words.order({**means, **curves}))
+  made, axes = drawing.figure(3.9)
+  drawing.span(axes, [r["round"] for rounds in curves.values() for r in rounds])
+  marks, heights = [], []
+  for name, mean in means.items():
+    if name in curves:
+      continue
+    axes.axhline(
+      unit * mean, color=palette[name], linewidth=1.1, linestyle=drawing.dashes(name), zorder=1.5
+    )
+    text = f"{drawing.model(name)} {words.value(record, mean)}"
+    marks.append(drawing.Mark(unit * mean, text, palette[name]))
+  for name, rounds in curves.items():
+    ys = drawing.column(rounds, "mean") * unit
+    if not np.isfinite(ys).any():
+      continue
+    lead = name == "atm"
+    width = 2.2 if lead else 1.6
+    xs = [r["round"] for r in rounds]
+    drawing.curve(axes, xs, ys.tolist(), palette[name], linewidth=width, zorder=3)
+    last = ys[np.isfinite(ys)][-1]
+    text = f"{drawing.model(name)} {words.value(record, last / unit)}"
+    marks.append(drawing.Mark(last, text, palette[name], lead=True))
+    heights += ys[np.isfinite(ys)].tolist()
+  if not marks:
+    return None
+  own, same = rounds_split(record), judged == rounds_split(record)
+  what = f"Mean {words.metric(record)}{f', {own}' if same else ''}{words.unit(record)}"
+  across = "Round" if same else f"Round (curves: {own}; level lines: {judged})"
+  drawing.dress(axes, "Mean over tasks after every round", across, what)
+  drawing.fit(axes, [*heights, *(m.y for m in marks)])
+  drawing.label_right(made, axes, marks)
+  return made
+
+
+def compared(record: Mapping[str, Any]) -> list[str]:
+  """Returns the models that the bars compare: base, the best merges, joint training, experts."""
+  chosen = ("base", words.best(record, "one-shot"), words.best(record, "loop"))
+  names = [*chosen, "multitask", "experts"]
+  return [n for n in names if n is not None and n in record["models"]]
+
+
+def per_task(record: Mapping[str, Any]) -> Any:
+  """Draws a group of bars a task: base, best one-shot merge, best ATM, joint training, experts."""
+  names, tasks = compared(record), record["tasks"]
+  if not names:
+    return None
+  many = len(tasks) > 12
+  thick = 0.08 if many else 0.135  # inches
+  pitch = thick * len(names) + (0.1 if many else 0.16)
+  starts = np.arange(len(tasks)) * pitch
+  made, axes = drawing.figure(len(tasks) * pitch + 1.05)
+  what = f"{words.metric(record).capitalize()}, {words.split(record)}{words.unit(record)}"
+  drawing.dress(axes, "", what, "")
+  _bars(axes, record, names, starts, thick, numbers=not many)
+  _chance(axes, record, starts, thick, len(names))
+  labels = list(drawing.names(tasks).values())
+  axes.set_yticks(starts + thick * (len(names) - 1) / 2, labels)
+  axes.tick_params(axis="y", length=0, labelcolor=drawing.INK)
+  axes.spines["left"].set_visible(False)
+  axes.grid(visible=False, axis="y")
+  axes.grid(axis="x", color=drawing.GRID, linewidth=0.6)
+  axes.set_ylim(starts[-1] + thick * (len(names) - 0.3), -0.7 * thick)
+  if words.percent(record):
+    axes.set_xlim(0, 106)
+    axes.set_xticks(range(0, 101, 20))
+  left = max(drawing.text_width(made, t) for t in labels)
+  drawing.settle(made, axes, left=left + 0.15)
+  made.subplots_adjust(top=1 - 0.59 / made.get_size_inches()[1])
+  drawing.headline(made, "Per task")
+  drawing.legend(made, axes, 0.34)
+  return made
+
+
+def _bars(
+  axes: Any,
+  record: Mapping[str, Any],
+  names: Sequence[str],
+  starts: np.ndarray,
+  thick: float,
+  *,
+  numbers: bool,
+) -> None:
+  """Draws the bars, a model at a time, with their numbers at the ends."""
+  palette = drawing.colors(words.order(record["models"])) | drawing.BARS
+  style = {"fontsize": 7, "va": "center_baseline", "color": drawing.INK}
+  for i, name in enumerate(names):
+    row = record["models"][name]["per_task"]
+    values = _unit(record) * drawing.numbers([row[task] for task in record["tasks"]])
+    at = starts + i * thick
+    axes.barh(at, values, 0.86 * thick, color=palette[name], label=words.label(name), zorder=2)
+    for y, x, task in zip(at, values, record["tasks"], strict=True):
+      if numbers and np.isfinite(x):
+        text = words.value(record, row[task])
+        axes.annotate(text, (max(x, 0.0), y), (3, 0), textcoords="offset points", **style)
+
+
+def _chance(
+  axes: Any, record: Mapping[str, Any], starts: np.ndarray, thick: float, count: int
+) -> None:
+  """Marks the chance line of every task across its group of bars."""
+  if not record.get("chance"):
+    return
+  for start, task in zip(starts, record["tasks"], strict=True):
+    x = record["chance"][task]
+    if x is not None:
+      ends = start + np.array([-0.6, count - 0.4]) * thick
+      axes.plot([_unit(record) * x] * 2, ends, color="white", linewidth=2.6, zorder=3)
+      axes.plot([_unit(record) * x] * 2, ends, color=drawing.INK, linewidth=1.1, zorder=4)
+  style = {"linestyle": "none", "marker": "|", "markersize": 9, "color": drawing.INK}
+  axes.plot([], [], label="Chance", **style)
+
+
+def gap_closed(record: Mapping[str, Any]) -> Any:
+  """Draws the share of the gap that is closed against parameter exchanges.
+
+  One-shot merges are points at one exchange. Curves need base and experts on the split of the
+  rounds; without them an ATM run is the point where it ends.
+  """
+  means, judged = _means(record)
+  base, experts = means.get("base"), means.get("experts")
+  if base is None or experts is None or base == experts:
+    return None
+  curves = _exchange_curves(record, means, judged)
+  if not curves:
+    return None
+  closed = {n: 100 * (y - base) / (experts - base) for n, y in means.items()}
+  shots = {n: y for n, y in closed.items() if words.kind(n) == "one-shot"}
+  palette = drawing.colors(words.order({**means, **curves}))
+  ends = [drawing.Mark(100.0, "Experts 100", drawing.INK)]
+  for name, (_, ys) in curves.items():
+    text = f"{drawing.model(name)} {words.share(ys[-1] / 100)}"
+    ends.append(drawing.Mark(ys[-1], text, palette[name], lead=True))
+  starts = [
+    drawing.Mark(y, f"{drawing.model(n)} {words.share(y / 100)}", palette[n])
+    for n, y in shots.items()
+  ]
+  made, axes = drawing.figure(3.9)
+  what = f"Gap from base to experts closed, {judged} (%)"
+  drawing.dress(axes, "Gap closed against exchanges", "Parameter exchanges per task", what)
+  drawing.fit(axes, [*shots.values(), *(y for _, ys in curves.values() for y in ys), 100.0], 0.0)
+  drawing.settle(made, axes, [m.text for m in ends])
+  _exchange_axis(made, axes, starts, max(2.0, *(x for xs, _ in curves.values() for x in xs)))
+  axes.axhline(100, color=drawing.INK, linewidth=0.9, linestyle=drawing.DASHES["experts"], zorder=1)
+  for name, (xs, ys) in curves.items():
+    width = 2.2 if name == "atm" else 1.6
+    drawing.curve(axes, xs.tolist(), ys.tolist(), palette[name], linewidth=width, zorder=3)
+  for mark in starts:
+    axes.plot([1], [mark.y], "D", color=mark.color, markersize=4.5, zorder=4)
+  drawing.label_right(made, axes, ends)
+  drawing.label_left(made, axes, 1.0, starts)
+  return made
+
+
+def _exchange_curves(
+  record: Mapping[str, Any], means: Mapping[str, float], judged: str
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+  """Exchanges and gap closed (%) of every ATM run, round by round where the splits agree."""
+  base, experts = means["base"], means["experts"]
+  curves = {}
+  if judged == rounds_split(record):
+    for name, rounds in runs(record).items():
+      xs, ys = drawing.column(rounds, "exchanges"), drawing.column(rounds, "mean")
+      kept = np.isfinite(xs) & np.isfinite(ys)
+      if kept.any():
+        curves[name] = (xs[kept], 100 * (ys[kept] - base) / (experts - base))
+  for name in means:
+    exchanges = record["budget"].get(name, {}).get("exchanges")
+    if words.kind(name) == "loop" and name not in curves and exchanges is not None:
+      share = 100 * (means[name] - base) / (experts - base)
+      curves[name] = (np.array([float(exchanges)]), np.array([share]))
+  return curves
+
+
+def _exchange_axis(made: Any, axes: Any, starts: Sequence[drawing.Mark], top: float) -> None:
+  """Sets the x axis to 1 .. top, with room for the labels of the one-shot merges left of 1."""
+  right, inside = 1 + 1.03 * (top - 1), axes.get_position().width * made.get_size_inches()[0]
+  room = max((drawing.text_width(made, m.text) for m in starts), default=-0.3) + 0.4
+  axes.set_xlim(1 - room * (right - 1) / (inside - room), right)
+  drawing.whole_ticks(axes)
+  # The tick at 1 stays readable: none close beside it.
+  axes.set_xticks([1, *(t for t in axes.get_xticks() if 1 + 0.05 * (top - 1) < t <= right)])

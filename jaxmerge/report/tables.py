@@ -1,0 +1,237 @@
+"""Tables of a record, as Markdown and as text for a terminal."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple  # Any: a record is JSON, its values have no one type.
+
+from jaxmerge.report import words
+
+
+class Cell(NamedTuple):
+  """A cell: what it says, and whether it is the best of its column."""
+
+  text: str
+  best: bool = False
+
+
+class Table(NamedTuple):
+  """A table: the heading of every column, and rows of cells; the first column names the row."""
+
+  head: list[str]
+  rows: list[list[Cell]]
+
+
+def results(record: Mapping[str, Any]) -> Table:
+  """Returns a row a model: mean, gap closed, scale, and every task; the best merge is marked."""
+  models, tasks = record["models"], record["tasks"]
+  names, gaps = words.order(models), words.gaps(record)
+  has_scale = any(models[n].get("scale") is not None for n in names)
+  columns = [_marked(record, names, {n: models[n]["mean"] for n in names})]
+  if gaps:
+    columns.append([Cell(words.share(gaps.get(n))) for n in names])
+  if has_scale:
+    columns.append([Cell(words.number(models[n].get("scale"))) for n in names])
+  for task in tasks:
+    columns.append(_marked(record, names, {n: models[n]["per_task"][task] for n in names}))
+  rows = [list(row) for row in zip([Cell(words.label(n)) for n in names], *columns, strict=True)]
+  if "chance" in record:
+    chance = record["chance"]
+    known = [chance[t] for t in tasks if chance[t] is not None]
+    mean = sum(known) / len(known) if len(known) == len(tasks) else None
+    blank = [Cell("")] * (bool(gaps) + has_scale)
+    own = [Cell(words.value(record, chance[t])) for t in tasks]
+    rows.insert(0, [Cell("Chance"), Cell(words.value(record, mean)), *blank, *own])
+  head = ["Model", f"Mean{words.unit(record)}"]
+  head += ["Gap closed (%)"] * bool(gaps) + ["Scale"] * has_scale
+  return Table([*head, *tasks], rows)
+
+
+def _marked(
+  record: Mapping[str, Any], names: Sequence[str], values: Mapping[str, float | None]
+) -> list[Cell]:
+  """A column, the best merge marked; equal as written is equal."""
+  texts = {n: words.value(record, values[n]) for n in names}
+  merges = [n for n in names if words.kind(n) != "reference" and values[n] is not None]
+  top = texts[max(merges, key=lambda n: values[n] or 0.0)] if len(merges) > 1 else None
+  return [Cell(texts[n], n in merges and texts[n] == top) for n in names]
+
+
+def budget(record: Mapping[str, Any]) -> Table | None:
+  """Returns the counters of every model; None where there are none."""
+  counters, names = words.counters(record), words.order(record["budget"])
+  if not counters:
+    return None
+  rows = [
+    [Cell(words.label(n)), *(Cell(words.number(record["budget"][n].get(c))) for c in counters)]
+    for n in names
+  ]
+  return Table(["Model", *map(words.counter, counters)], rows)
+
+
+def transfer(record: Mapping[str, Any]) -> Table | None:
+  """Returns what the expert of a row's task reaches on a column's task, and the base below."""
+  if not record.get("transfer"):
+    return None
+  tasks = record["tasks"]
+  rows = [
+    [Cell(e), *(Cell(words.value(record, record["transfer"][e][t]), e == t) for t in tasks)]
+    for e in tasks
+    if e in record["transfer"]
+  ]
+  if "base" in record["models"]:
+    base = record["models"]["base"]["per_task"]
+    rows.append([Cell("Base"), *(Cell(words.value(record, base[t])) for t in tasks)])
+  return Table([f"Expert{words.unit(record)}", *tasks], rows)
+
+
+def differences(record: Mapping[str, Any]) -> Table | None:
+  """Returns the paired differences with their intervals; None where there are none."""
+  if not record.get("differences"):
+    return None
+  rows = []
+  for entry in record["differences"]:
+    what = f"{words.label(entry['a'])} − {words.label(entry['b'])}"
+    numbers = (words.value(record, entry[key]) for key in ("mean", "low", "high"))
+    rows.append([Cell(what), *map(Cell, numbers)])
+  unit = " (points)" if words.percent(record) else ""
+  return Table(["Models", f"Difference{unit}", "2.5 %", "97.5 %"], rows)
+
+
+def headings(record: Mapping[str, Any]) -> list[tuple[str, str, Table]]:
+  """Returns the tables that the record has, each with a heading and a sentence that explains."""
+  judged = words.split(record)
+  own = words.metric(record)
+  made = [
+    (
+      f"Results on {judged}",
+      f"{own.capitalize()} on {judged} rows. The best merge of a column is marked; base, joint "
+      "training and experts are no merges.",
+      results(record),
+    ),
+    (
+      "Differences",
+      "Paired differences of the mean over tasks, with 95 % bootstrap intervals.",
+      differences(record),
+    ),
+    ("Budget", "What every model was given.", budget(record)),
+    (
+      "Transfer",
+      f"{own.capitalize()} of every expert on the {judged} rows of every task; its own is marked.",
+      transfer(record),
+    ),
+  ]
+  return [(title, note, table) for title, note, table in made if table is not None]
+
+
+def markdown(record: Mapping[str, Any]) -> str:
+  """Writes the result, budget and transfer tables as Markdown."""
+  parts = [
+    f"**{title}**\n\n{note}\n\n{to_markdown(table)}" for title, note, table in headings(record)
+  ]
+  return "\n".join(parts)
+
+
+def text(record: Mapping[str, Any], width: int = 100) -> str:
+  """Writes the summary, the results and the budget for a terminal of `width` columns."""
+  parts = [textwrap.fill(words.sentence(record), width)]
+  for title, _, table in headings(record):
+    if title != "Transfer":
+      parts.append(f"{title}\n{to_text(table, width)}")
+  return "\n\n".join(parts) + "\n"
+
+
+def to_markdown(table: Table) -> str:
+  """Writes a table as Markdown; the best cells are bold."""
+  lines = [
+    [escaped(h) for h in table.head],
+    [":--", *["--:"] * (len(table.head) - 1)],
+    *[[_bold(cell) for cell in row] for row in table.rows],
+  ]
+  return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _bold(cell: Cell) -> str:
+  return f"**{escaped(cell.text)}**" if cell.best else escaped(cell.text)
+
+
+def escaped(x: str) -> str:
+  """Returns a name that cannot break the table, or become a tag, a link or emphasis."""
+  for old, new in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;")):
+    x = x.replace(old, new)
+  for c in "\\|*_`[]":
+    x = x.replace(c, f"\\{c}")
+  return " ".join(x.split())
+
+
+def to_text(table: Table, width: int = 100) -> str:
+  """Writes a table with aligned columns; the best cells have a star.
+
+  Headings take several lines where they are long; columns that do not fit in `width` follow below,
+  with the names of the rows again.
+  """
+  columns = [
+    _column(head, [row[j] for row in table.rows], first=j == 0) for j, head in enumerate(table.head)
+  ]
+  lines = max(len(head) for head, _ in columns)
+  names, *rest = ([""] * (lines - len(head)) + head + cells for head, cells in columns)
+  names = [cell.ljust(max(map(len, names))) for cell in names]
+  blocks: list[list[list[str]]] = []
+  for cells in rest:
+    wide = max(map(len, cells))
+    column = [cell.rjust(wide) for cell in cells]
+    if not blocks or sum(len(c[0]) + 1 for c in blocks[-1]) + wide > width:
+      blocks.append([names])
+    blocks[-1].append(column)
+  return "\n\n".join(_block(block, lines) for block in blocks)
+
+
+def _column(head: str, cells: Sequence[Cell], first: bool) -> tuple[list[str], list[str]]:
+  """The lines of a heading, and the cells as text, with room for a star."""
+  drawn = [" ".join(c.text.split()) + ("" if first else "*" if c.best else " ") for c in cells]
+  wide = 200 if first else max(12, *(len(x) - 1 for x in drawn))
+  return [line + ("" if first else " ") for line in textwrap.wrap(head, wide)], drawn
+
+
+def _block(columns: Sequence[Sequence[str]], lines: int) -> str:
+  rows = [" ".join(row).rstrip() for row in zip(*columns, strict=True)]
+  rule = "─" * (sum(len(c[0]) for c in columns) + len(columns) - 1)
+  return "\n".join([*rows[:lines], rule, *rows[lines:]])
+
+
+def seeds(summary: Mapping[str, Any]) -> str:
+  """Writes mean ± spread over seeds of every model as Markdown, from `record.merge_seeds`."""
+  models, tasks = summary["models"], summary["tasks"]
+  # As a record, for the unit: the means of a seed count as the means of rounds.
+  flat = {
+    "models": {
+      n: {"mean": m["mean"]["mean"], "per_task": {t: m["per_task"][t]["mean"] for t in tasks}}
+      for n, m in models.items()
+    },
+    "rounds": [{"mean": v} for m in models.values() for v in m["mean"]["values"]],
+  }
+  rows = []
+  for name in words.order(models):
+    m = models[name]
+    gap = m["gap_closed"]
+    closed = [Cell(f"{words.share(gap['mean'])}{_plus_minus(gap['spread'], words.share)}")]
+    values = [m["mean"], *(m["per_task"][t] for t in tasks)]
+    first, *rest = (
+      Cell(f"{words.value(flat, s['mean'])}{_plus_minus(s['spread'], _value_of(flat))}")
+      for s in values
+    )
+    rows.append([Cell(words.label(name)), first, *closed, *rest])
+  number = len(summary["seeds"])
+  note = f"Mean ± standard deviation over {number} seeds" if number > 1 else "One seed"
+  judged = f"{summary.get('metric', 'accuracy')} on {words.split(summary)}"
+  head = ["Model", f"Mean{words.unit(flat)}", "Gap closed (%)", *tasks]
+  return f"{note}, {judged}.\n\n{to_markdown(Table(head, rows))}"
+
+
+def _value_of(record: Mapping[str, Any]) -> Any:
+  return lambda x: words.value(record, x)
+
+
+def _plus_minus(spread: float | None, write: Any) -> str:
+  return "" if spread is None else f" ± {write(spread)}"

@@ -1,0 +1,203 @@
+"""The words of a report: names of models, units of numbers, the one-sentence summary."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any  # A record is JSON, its values have no one type.
+
+from jaxmerge.report import record as records
+
+LABELS = {
+  "base": "Base",
+  "average": "Average",
+  "task_arithmetic": "Task arithmetic",
+  "ties": "TIES",
+  "dare": "DARE",
+  "breadcrumbs": "Breadcrumbs",
+  "atm": "ATM",
+  "multitask": "Joint training",
+  "experts": "Experts",
+}
+_REFERENCES = ("base", "multitask", "experts")
+_COUNTERS = {
+  "epochs_per_task": "Epochs per task",
+  "gradient_steps": "Gradient steps",
+  "sequential_steps": "Sequential steps",
+  "samples": "Samples",
+  "exchanges": "Exchanges",
+  "trials": "Trials",
+}
+
+
+def label(name: str) -> str:
+  """Returns the name of a model as people write it: `atm_nesterov` is "ATM (nesterov)"."""
+  if name in LABELS:
+    return LABELS[name]
+  for head in ("atm", *_REFERENCES):
+    if name.startswith(f"{head}_"):
+      return f"{LABELS[head]} ({name[len(head) + 1 :].replace('_', ' ')})"
+  return name.replace("_", " ")
+
+
+def kind(name: str) -> str:
+  """Returns "reference" (not a merge), "loop" (ATM) or "one-shot" (any other merge)."""
+  head = name.split("_")[0]
+  if head in _REFERENCES:
+    return "reference"
+  return "loop" if head == "atm" else "one-shot"
+
+
+def order(models: Mapping[str, Any]) -> list[str]:
+  """Returns the names of the models from base over the merges to the experts."""
+  known = list(LABELS)
+
+  def place(name: str) -> tuple[int, str]:
+    if name in known:
+      return 10 * known.index(name), name
+    head = name.split("_")[0]
+    if kind(name) == "one-shot":
+      return 10 * known.index("breadcrumbs") + 1, name
+    return 10 * known.index(head) + 1, name
+
+  return sorted(models, key=place)
+
+
+def split(record: Mapping[str, Any]) -> str:
+  """Returns the split that the models were judged on; validation where the record is silent."""
+  return record.get("split", "validation")
+
+
+def metric(record: Mapping[str, Any]) -> str:
+  """Returns the name of the metric."""
+  return record.get("metric", "accuracy")
+
+
+def percent(record: Mapping[str, Any]) -> bool:
+  """Says whether the metric is a fraction of one, and so written in percent."""
+  values = [v for m in record["models"].values() for v in (m["mean"], *m["per_task"].values())]
+  values += [entry["mean"] for entry in record["rounds"]]
+  return all(0 <= v <= 1 for v in values if v is not None)
+
+
+def unit(record: Mapping[str, Any]) -> str:
+  """Returns " (%)" for fractions, nothing for other metrics."""
+  return " (%)" if percent(record) else ""
+
+
+def value(record: Mapping[str, Any], x: float | None, digits: int = 1) -> str:
+  """Writes a value of the metric: 0.7663 is "76.6"; other metrics get four digits."""
+  if x is None:
+    return "–"
+  return f"{100 * x:.{digits}f}" if percent(record) else f"{x:.4g}"
+
+
+def number(x: float | None) -> str:
+  """Writes a counter or a setting: 12,800, 0.3, 1.0."""
+  if x is None:
+    return "–"
+  if isinstance(x, int) or (float(x).is_integer() and abs(x) >= 1000):
+    return f"{int(x):,}"
+  text = f"{x:.3g}" if abs(x) < 1000 else f"{x:,.1f}"
+  return text if any(c in text for c in ".e") else f"{text}.0"
+
+
+def share(x: float | None) -> str:
+  """Writes a share of the gap in whole percent: 0.724 is "72"."""
+  # Adding zero turns -0 into 0.
+  return "–" if x is None else f"{round(100 * x) + 0}"
+
+
+def counter(name: str) -> str:
+  """Returns the heading of a budget counter."""
+  return _COUNTERS.get(name, name.replace("_", " ").capitalize())
+
+
+def counters(record: Mapping[str, Any]) -> list[str]:
+  """Returns the budget counters that any model has, the well-known ones first."""
+  found = {key for row in record["budget"].values() for key in row}
+  return [k for k in _COUNTERS if k in found] + sorted(found - set(_COUNTERS))
+
+
+def gaps(record: Mapping[str, Any]) -> dict[str, float]:
+  """Returns the share of the gap that each model closes: as recorded, else from the means."""
+  recorded = {k: v for k, v in record.get("gap_closed", {}).items() if v is not None}
+  return {**records.gap_closed(record["models"]), **recorded}
+
+
+def best(record: Mapping[str, Any], of_kind: str) -> str | None:
+  """Returns the model of this kind with the highest mean; None where there is none."""
+  means = {
+    name: record["models"][name]["mean"]
+    for name in order(record["models"])
+    if kind(name) == of_kind and record["models"][name]["mean"] is not None
+  }
+  return max(means, key=lambda name: means[name]) if means else None
+
+
+def title(record: Mapping[str, Any]) -> str:
+  """Returns the title of the report."""
+  return record.get("title") or f"Merging {len(record['tasks'])} tasks"
+
+
+def sentence(record: Mapping[str, Any]) -> str:
+  """Returns the result in a sentence or two: what the loop reaches, and the best without it."""
+  models, share_of = record["models"], gaps(record)
+  loop, one_shot = best(record, "loop"), best(record, "one-shot")
+  name = loop or one_shot or next(iter(order(models)), None)
+  if name is None:
+    return "No models are recorded."
+  sign = " %" if percent(record) else ""
+  what = "" if metric(record) == "accuracy" else f" {metric(record)}"
+  tasks = len(record["tasks"])
+  over = f"over {tasks} tasks" if tasks > 1 else "on one task"
+  loops = [m for m in models if kind(m) == "loop"]
+  who = _with_scale(record, name)
+  if name == loop and len(loops) > 1:
+    who = f"The best of {len(loops)} ATM runs, {who},"
+  result = (
+    f"{who} reaches {value(record, models[name]['mean'])}{sign}{what} {over} ({split(record)})"
+  )
+  if name in share_of and kind(name) != "reference":
+    result += f": {share(share_of[name])} % of the gap between base and experts"
+  if loop and one_shot:
+    other = _with_scale(record, one_shot)
+    if one_shot in share_of:
+      result += f"; the best one-shot merge ({other}) closes {share(share_of[one_shot])} %"
+    else:
+      result += f"; the best one-shot merge ({other}) reaches "
+      result += f"{value(record, models[one_shot]['mean'])}{sign}"
+  return result + "."
+
+
+def _with_scale(record: Mapping[str, Any], name: str) -> str:
+  scale = record["models"][name].get("scale")
+  if scale is None or kind(name) == "loop":
+    return label(name)
+  return f"{label(name)}, scale {number(scale)}"
+
+
+def short(text: str, length: int, head: int | None = None) -> str:
+  """Cuts a long name to `length`, in its middle or after `head` characters."""
+  if len(text) <= length:
+    return text
+  head = math.ceil((length - 1) / 2) if head is None else head
+  return f"{text[:head]}…{text[len(text) - (length - 1 - head) :]}"
+
+
+def shorts(names: Sequence[str], length: int) -> dict[str, str]:
+  """Cuts long names so that they stay apart: in the middle, or further on where that differs.
+
+  >>> shorts(["topic, first ten classes", "topic, other ten classes"], 12).values()
+  dict_values(['topic, firs…', 'topic, othe…'])
+  """
+  result = {}
+  for name in names:
+    others = [n for n in names if n != name]
+    heads = [math.ceil((length - 1) / 2), *range(length - 1, -1, -1)]
+    cuts = ((short(name, length, h), {short(n, length, h) for n in others}) for h in heads)
+    apart = (cut for cut, taken in cuts if cut not in taken)
+    result[name] = next(apart, name)
+  if len(set(result.values())) < len(set(names)):
+    return {n: n for n in names}
+  return result

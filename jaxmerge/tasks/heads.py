@@ -1,0 +1,40 @@
+"""Frozen heads made from a base model alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+
+def zero_shot(
+  embed: Callable[[np.ndarray, np.ndarray], jax.Array],
+  prompts_ids: np.ndarray,
+  prompts_mask: np.ndarray,
+  scale: float = 20.0,
+) -> np.ndarray:
+  """Makes a head [D, classes] whose columns are the normalised embeddings of the classes' prompts.
+
+  With features of length one the logits are `scale` times cosines: the protocol of CLIP, on text.
+
+  Args:
+    embed: the base model, (ids, mask) -> [classes, D]; its output is normalised here.
+    prompts_ids: int32 [classes, length], one prompt a class in the order of the labels.
+    prompts_mask: int32 [classes, length], 1 at tokens, 0 at padding.
+    scale: length of every column.
+
+  Reference: Radford et al. 2021, CLIP (arXiv:2103.00020), section 3.1.4.
+  """
+  if prompts_ids.ndim != 2 or prompts_ids.shape != prompts_mask.shape:
+    raise ValueError(f"prompts_ids {prompts_ids.shape} and prompts_mask {prompts_mask.shape} must "
+                     "have one shape [classes, length].")
+  rows = np.asarray(embed(prompts_ids, prompts_mask), np.float32)
+  if rows.ndim != 2 or len(rows) != len(prompts_ids):
+    raise ValueError(f"embed must give [{len(prompts_ids)}, D], got {rows.shape}.")
+  norms = np.linalg.norm(rows, axis=1, keepdims=True)
+  wrong = np.flatnonzero(~(np.isfinite(norms[:, 0]) & (norms[:, 0] > 0)))
+  if wrong.size:
+    raise ValueError(f"prompt {wrong[0]}: its embedding has length {norms[wrong[0], 0]}; "
+                     "it must be finite and not zero.")
+  return np.ascontiguousarray((scale * rows / norms).T)

@@ -1,0 +1,199 @@
+"""Eight text tasks from freely licensed text, with a prompt for each class."""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import functools
+import gzip
+import zlib
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxmerge import data
+from jaxmerge.tasks import task as task_lib
+
+# Per task, the classes in the order of their labels, each with the text whose embedding is its row
+# of the head. Chosen on validation rows, from the base model alone.
+PROMPTS: Mapping[str, Mapping[str, str]] = {
+  "film": {
+    "negative": "I hated this film, it is bad",
+    "positive": "I loved this film, it is great",
+  },
+  "tweet": {
+    "negative": "I am sad",
+    "positive": "I am happy",
+  },
+  "product": {
+    "negative": "complaint about a problem",
+    "positive": "praise of a good product",
+  },
+  "wordnet": {
+    "act": "the definition of a kind of act or activity",
+    "animal": "the definition of a kind of animal",
+    "artifact": "the definition of a kind of man-made object or building",
+    "attribute": "the definition of a kind of quality or attribute",
+    "cognition": "the definition of a kind of idea, thought or field of study",
+    "communication": "the definition of a kind of word, speech or writing",
+    "location": "the definition of a kind of place, city or country",
+    "person": "the definition of a kind of person",
+    "plant": "the definition of a kind of plant or tree",
+    "state": "the definition of a kind of condition or disease",
+  },
+  "wordnet_other": {
+    "body": "a kind of part of the body",
+    "event": "a kind of event or happening",
+    "feeling": "a kind of feeling or emotion",
+    "food": "a kind of food or drink",
+    "group": "a kind of group of people or things",
+    "object": "a kind of natural object, mountain or river",
+    "possession": "a kind of money or property",
+    "quantity": "a kind of quantity or unit of measurement",
+    "substance": "a kind of substance or chemical",
+    "time": "a kind of period of time",
+  },
+  "section": {
+    "admin": "a tool for system administration",
+    "games": "a tool for games",
+    "graphics": "a tool for images and graphics",
+    "mail": "a tool for e-mail",
+    "math": "a tool for mathematics",
+    "net": "a tool for networking and the internet",
+    "science": "a tool for science and biology",
+    "sound": "a tool for sound and music",
+    "text": "a tool for text and documents",
+    "utils": "a tool for small utilities",
+    "web": "a tool for the web and browsers",
+    "x11": "a tool for the X window system and the desktop",
+  },
+  "language": {
+    "gnu-r": "a library for the programming language R",
+    "golang": "a library for the programming language Go",
+    "haskell": "a library for the programming language Haskell",
+    "java": "a library for the programming language Java",
+    "javascript": "a library for the programming language JavaScript",
+    "perl": "a library for the programming language Perl",
+    "php": "a library for the programming language PHP",
+    "python": "a library for the programming language Python",
+    "ruby": "a library for the programming language Ruby",
+    "rust": "a library for the programming language Rust",
+  },
+  "udhr": {
+    "cat": "Catalan",
+    "dan": "Danish",
+    "fin": "Finnish",
+    "fra": "French",
+    "glg": "Galician",
+    "isl": "Icelandic",
+    "ita": "Italian",
+    "nld": "Dutch",
+    "nob": "Norwegian",
+    "por_PT": "Portuguese",
+    "spa": "Spanish",
+    "swe": "Swedish",
+  },
+}
+NAMES = tuple(PROMPTS)
+FILES = {
+  "film": "sentiment.csv.gz",
+  "tweet": "sentiment.csv.gz",
+  "product": "sentiment.csv.gz",
+  "wordnet": "wordnet.csv.gz",
+  "wordnet_other": "wordnet.csv.gz",
+  "section": "debian.csv.gz",
+  "language": "debian.csv.gz",
+  "udhr": "udhr.csv.gz",
+}
+
+
+class TextTask(NamedTuple):
+  """A task as text: `splits` holds (texts, int32 labels) for train, validation and test."""
+
+  name: str
+  classes: tuple[str, ...]
+  prompts: tuple[str, ...]
+  splits: dict[str, tuple[list[str], np.ndarray]]
+
+  @property
+  def chance(self) -> dict[str, float]:
+    """Share of the most frequent class, by split: what guessing it always would score."""
+    return {k: float(np.bincount(y).max() / len(y)) for k, (_, y) in self.splits.items()}
+
+
+def load(
+  names: Iterable[str] | None = None,
+  *,
+  seed: int = 0,
+  train: int | None = None,
+  validation: int | None = None,
+  test: int | None = None,
+) -> tuple[TextTask, ...]:
+  """Loads text tasks by name: all eight, in the order of `NAMES`, if none are named.
+
+  Which split a row belongs to is fixed in the shipped files. `seed` shuffles the rows inside a
+  split, and the first `train`, `validation` and `test` of them are taken; None takes all.
+  """
+  sizes = {"train": train, "validation": validation, "test": test}
+  return tuple(_task(name, seed, sizes) for name in (NAMES if names is None else names))
+
+
+def encode(task: TextTask, tokenizer: Any, length: int, head: np.ndarray | None = None) -> task_lib.Task:
+  """Makes a Task of token numbers: inputs {"ids", "mask"}, both int32 [rows, length].
+
+  Args:
+    task: from `load`.
+    tokenizer: a `tokenizers.Tokenizer` (`Any`: the package is optional); it is copied, not changed.
+    length: tokens a row, special ones included; longer texts are cut, shorter ones padded.
+    head: frozen array [features, classes], or None.
+  """
+  if head is not None and head.shape[-1] != len(task.classes):
+    raise ValueError(f"task {task.name!r}: a head of {head.shape[-1]} classes, shape {head.shape}; "
+                     f"the task has {len(task.classes)}.")
+  names = list(task.splits)
+  ids, mask = tokens([t for n in names for t in task.splits[n][0]], tokenizer, length)
+  ends = np.cumsum([len(task.splits[n][1]) for n in names])[:-1]
+  parts = zip(names, np.split(ids, ends), np.split(mask, ends), strict=True)
+  splits = {n: task_lib.Split({"ids": i, "mask": m}, task.splits[n][1]) for n, i, m in parts}
+  return task_lib.Task(task.name, **splits, head=head, classes=task.classes)
+
+
+def tokens(texts: Iterable[str], tokenizer: Any, length: int) -> tuple[np.ndarray, np.ndarray]:
+  """Gives (ids, mask) of texts, both int32 [rows, length]; the tokenizer is copied, not changed."""
+  special = tokenizer.num_special_tokens_to_add(is_pair=False)
+  if length <= special:
+    raise ValueError(f"length must exceed the {special} special tokens of a row, got {length}.")
+  own = type(tokenizer).from_str(tokenizer.to_str())
+  own.enable_truncation(length)
+  own.enable_padding(length=length)
+  rows = own.encode_batch(list(texts))
+  ids = np.array([r.ids for r in rows], np.int32).reshape(-1, length)
+  return ids, np.array([r.attention_mask for r in rows], np.int32).reshape(-1, length)
+
+
+def _task(name: str, seed: int, sizes: Mapping[str, int | None]) -> TextTask:
+  if name not in PROMPTS:
+    near = difflib.get_close_matches(name, NAMES, n=1, cutoff=0.0)[0]
+    raise ValueError(f"no text task {name!r}; did you mean {near!r}? There are: {', '.join(NAMES)}.")
+  classes = tuple(PROMPTS[name])
+  splits = {}
+  for split, size in sizes.items():
+    rows = [(t, classes.index(label)) for at, label, t in _rows(FILES[name])[name] if at == split]
+    if size is not None and not 0 < size <= len(rows):
+      raise ValueError(f"task {name!r}: {split}={size}, but there are 1 to {len(rows)} rows to take.")
+    # A stream of its own for every split of every task: what else is loaded changes nothing.
+    rng = np.random.default_rng([seed, zlib.crc32(f"{name} {split}".encode())])
+    taken = [rows[i] for i in rng.permutation(len(rows))[:size]]
+    splits[split] = ([t for t, _ in taken], np.array([y for _, y in taken], np.int32))
+  return TextTask(name, classes, tuple(PROMPTS[name].values()), splits)
+
+
+@functools.cache
+def _rows(file: str) -> dict[str, list[tuple[str, str, str]]]:
+  """Reads the (split, label, text) rows of a shipped file, by task."""
+  rows: dict[str, list[tuple[str, str, str]]] = {}
+  with gzip.open(data.path(file), "rt", encoding="utf-8", newline="") as stream:
+    for row in csv.DictReader(stream):
+      rows.setdefault(row["task"], []).append((row["split"], row["label"], row["text"]))
+  return rows

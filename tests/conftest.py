@@ -1,0 +1,52 @@
+"""Strict set-up for all tests: eight CPU devices, no silent promotion, checked types.
+
+Warnings are errors by `filterwarnings` in pyproject.toml, where each exception states its reason.
+"""
+
+import functools
+import os
+import re
+
+# Before jax is imported: the number of fake devices is read once, when the backend starts.
+_flags = re.sub(r"--xla_force_host_platform_device_count=\d+", "", os.environ.get("XLA_FLAGS", ""))
+os.environ["XLA_FLAGS"] = f"{_flags} --xla_force_host_platform_device_count=8".strip()
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["MPLBACKEND"] = "Agg"
+
+import hypothesis
+import jax
+import jaxtyping
+import optax
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+# The library never pays for type and shape checks at run time; the tests turn them on. As in mypy,
+# an int serves where a float is asked for.
+_CHECKER = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
+jaxtyping.install_import_hook("jaxmerge", _CHECKER)
+
+# The same examples on every run and every machine; a first call compiles, so no deadline.
+hypothesis.settings.register_profile(
+  "strict", derandomize=True, deadline=None, max_examples=25, database=None, print_blob=True
+)
+hypothesis.settings.load_profile("strict")
+
+
+def _promoting(init, update):
+  """The update rule with JAX's standard promotion, whatever the tests demand of our own code."""
+
+  @functools.wraps(update)
+  def promoting(*args, **kwargs):
+    with jax.numpy_dtype_promotion("standard"):
+      return update(*args, **kwargs)
+
+  return init, promoting
+
+
+# Optax raises decay rates to an int32 count, which strict promotion forbids; our own code has no
+# such excuse, so strictness is lifted inside the updates of Optax alone.
+_new = optax.GradientTransformation.__new__
+optax.GradientTransformation.__new__ = lambda cls, init, update: _new(
+  cls, *_promoting(init, update)
+)

@@ -1,0 +1,170 @@
+"""Hugging Face folders: shards, what is copied, what is refused."""
+
+import errno
+import json
+import os
+
+import numpy as np
+import pytest
+
+from jaxmerge.io import folder, safetensors
+
+TENSORS = {
+  "layer.weight": np.arange(6, dtype=np.float32).reshape(2, 3),
+  "layer.bias": np.ones(2, np.float16),
+  "ids": np.arange(3),
+}
+CONFIG = b'{\n  "model_type": "bert"\n}\n'
+SIDE = {
+  "tokenizer.json": b'{"version": "1.0"}',
+  "vocab.txt": b"[PAD]\n[UNK]\n",
+  "spiece.model": bytes(range(256)),
+  "1_Pooling/config.json": b"{}",
+}
+
+
+def fill(path, content):
+  for name, data in content.items():
+    (path / name).parent.mkdir(parents=True, exist_ok=True)
+    (path / name).write_bytes(data)
+  return path
+
+
+@pytest.fixture
+def single(tmp_path):
+  base = fill(tmp_path / "base", {"config.json": CONFIG, **SIDE})
+  safetensors.save(base / folder.WEIGHTS, TENSORS, {"format": "pt"})
+  return base
+
+
+@pytest.fixture
+def sharded(tmp_path):
+  base = fill(tmp_path / "sharded", {"config.json": CONFIG})
+  homes = {}
+  for k, name in enumerate(TENSORS):
+    homes[name] = f"model-{k + 1:05}-of-00003.safetensors"
+    safetensors.save(base / homes[name], {name: TENSORS[name]})
+  (base / folder.INDEX).write_text(json.dumps({"metadata": {}, "weight_map": homes}))
+  return base
+
+
+def contents(path):
+  return {str(p.relative_to(path)): p.read_bytes() for p in path.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("kind", ["single", "sharded"])
+def test_one_file_and_shards_hold_the_same(request, kind):
+  tensors, config = folder.load(request.getfixturevalue(kind))
+  assert config == {"model_type": "bert"}
+  assert tensors.keys() == TENSORS.keys()
+  for name, x in TENSORS.items():
+    assert tensors[name].dtype == x.dtype
+    np.testing.assert_array_equal(tensors[name], x)
+
+
+def test_saving_what_was_loaded_gives_the_same_bytes(single, tmp_path):
+  tensors, _ = folder.load(single)
+  out = folder.save(tmp_path / "out", tensors, source=single)
+  assert contents(out) == contents(single)
+
+
+def test_weights_code_and_the_model_card_of_the_base_are_not_copied(single, tmp_path):
+  fill(single, {"README.md": b"base", "modeling.py": b"print()", "pytorch_model.bin": b"x"})
+  out = folder.save(tmp_path / "out", {"w": np.zeros(1)}, source=single, readme="# mérged\n")
+  assert contents(out).keys() == {"config.json", *SIDE, "model.safetensors", "README.md"}
+  assert (out / "README.md").read_text(encoding="utf-8") == "# mérged\n"
+  assert list(folder.load(out)[0]) == ["w"]
+
+
+def test_a_folder_may_replace_its_own_source(single):
+  folder.save(single, {"w": np.zeros(1)}, source=single, replace=True)
+  assert list(folder.load(single)[0]) == ["w"]
+  assert contents(single).keys() == {"config.json", *SIDE, "model.safetensors"}
+
+
+def test_a_folder_that_is_there_is_left_alone(single, tmp_path):
+  fill(tmp_path / "out", {"mine": b"1"})
+  with pytest.raises(FileExistsError, match="out exists; pass replace=True"):
+    folder.save(tmp_path / "out", TENSORS, source=single)
+  assert contents(tmp_path / "out") == {"mine": b"1"}
+
+
+def test_a_full_disk_leaves_nothing(single, tmp_path, monkeypatch):
+  def full(*_):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+  monkeypatch.setattr(os, "fsync", full)
+  with pytest.raises(OSError, match="No space left"):
+    folder.save(tmp_path / "out", TENSORS, source=single)
+  assert os.listdir(tmp_path) == ["base"]
+
+
+def reindex(base, **changes):
+  index = json.loads((base / folder.INDEX).read_text())
+  for name, shard in changes.items():
+    index["weight_map"][name] = shard
+  (base / folder.INDEX).write_text(json.dumps(index))
+
+
+def test_a_missing_shard_is_named(sharded):
+  (sharded / "model-00003-of-00003.safetensors").unlink()
+  with pytest.raises(FileNotFoundError, match=r"'ids' is in model-00003-of-00003.*missing"):
+    folder.load(sharded)
+
+
+@pytest.mark.parametrize(
+  "shard", ["../base/model.safetensors", "/model.safetensors", "a\\b", 3, ""]
+)
+def test_an_index_does_not_lead_out_of_its_folder(sharded, single, shard):
+  reindex(sharded, ids=shard)
+  with pytest.raises(ValueError, match=r"tensor 'ids': .* is not the name of a file beside it"):
+    folder.load(sharded)
+
+
+def test_an_index_that_names_the_wrong_shard_is_refused(sharded):
+  reindex(sharded, ids="model-00001-of-00003.safetensors")
+  with pytest.raises(ValueError, match=r"'ids' is in model-00001.* but in no shard on disk"):
+    folder.load(sharded)
+
+
+def test_a_tensor_that_the_index_does_not_list_is_refused(sharded):
+  name = "model-00001-of-00003.safetensors"
+  safetensors.save(sharded / name, {**safetensors.load(sharded / name), "more": np.zeros(1)})
+  with pytest.raises(ValueError, match=f"'more' is in no shard by the index, but in {name}"):
+    folder.load(sharded)
+
+
+def test_a_tensor_in_two_shards_is_refused(sharded):
+  name = "model-00001-of-00003.safetensors"
+  safetensors.save(sharded / name, {**safetensors.load(sharded / name), "ids": np.zeros(1)})
+  with pytest.raises(ValueError, match=f"tensor 'ids' is in {name} as well"):
+    folder.load(sharded)
+
+
+@pytest.mark.parametrize(
+  ("name", "data", "error", "message"),
+  [
+    ("config.json", b"{", ValueError, "config.json: not JSON"),
+    ("config.json", b"[]", ValueError, "config.json: must be a JSON object"),
+    ("model.safetensors", b"12345", ValueError, "model.safetensors: .*truncated"),
+    ("model.safetensors", None, FileNotFoundError, "neither model.safetensors nor"),
+    ("config.json", None, FileNotFoundError, "config.json: no such file"),
+  ],
+)
+def test_damaged_and_missing_files_are_named(single, name, data, error, message):
+  (single / name).unlink()
+  if data is not None:
+    (single / name).write_bytes(data)
+  with pytest.raises(error, match=message):
+    folder.load(single)
+
+
+def test_a_pickle_is_not_read(single):
+  os.rename(single / folder.WEIGHTS, single / "pytorch_model.bin")
+  with pytest.raises(FileNotFoundError, match=r"pytorch_model\.bin is a pickle, which is not read"):
+    folder.load(single)
+
+
+def test_a_missing_folder_is_named(tmp_path):
+  with pytest.raises(FileNotFoundError, match="none: no such folder"):
+    folder.load(tmp_path / "none")

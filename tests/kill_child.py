@@ -1,0 +1,187 @@
+"""Programs that are killed and resumed: a server that forks one process for each run.
+
+The server imports the heavy modules but never starts an XLA backend, so it has no threads and may
+fork; each run then costs a fraction of a second. It is asked by JSON lines:
+
+    {"scenario": name, "directory": path, "options": {...}, "kill_event": n, "kill_after": seconds}
+
+and answers {"killed", "digest", "events", "seconds", "error"}. A scenario is a function of a
+directory that resumes whatever it finds there and gives a digest of what it ends with; add one to
+`SCENARIOS` to have it killed. A run is killed by SIGKILL after some seconds, or at an event: just
+before the n-th call that changes a file below its directory.
+
+Events are what Python does: every open for writing, sync, rename, mkdir, rmdir and removal, by our
+own code and by Orbax's. The array files, which Orbax's native library writes from its own threads,
+make no events; kills at random moments meet those.
+"""
+
+import contextlib
+import json
+import os
+import pathlib
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+import traceback
+
+_CHANGES = {"os.rename", "os.mkdir", "os.rmdir", "os.remove", "os.truncate", "os.link"}
+
+
+def counting(directory, steps=4, keep=2):
+  """A loop of a few steps that saves every one; the digest is that of the state read back."""
+  import hashlib
+
+  import jax
+  import numpy as np
+
+  from jaxmerge.io import orbax
+
+  start = np.random.default_rng(0).standard_normal((16, 8)).astype(np.float32)
+  state = {"x": jax.numpy.asarray(start), "key": jax.random.key_data(jax.random.key(1))}
+
+  @jax.jit
+  def update(state, step):
+    key, now = jax.random.split(jax.random.wrap_key_data(state["key"]))
+    noise = jax.random.normal(now, state["x"].shape)
+    x = jax.numpy.sin(3 * state["x"] + step.astype(noise.dtype)) + noise
+    return {"x": x, "key": jax.random.key_data(key)}
+
+  with orbax.Checkpoints(pathlib.Path(directory), keep=keep) as store:
+    first = 0
+    if (restored := store.restore(state)) is not None:
+      first, state = restored.record["round"], restored.state
+      assert restored.step == first
+    for step in range(first, steps):
+      state = update(state, np.int32(step))
+      store.save(step + 1, state, {"round": step + 1})
+    read = store.restore(state)
+  assert read.step == steps
+  assert all(np.array_equal(read.state[k], state[k]) for k in state)
+  return hashlib.sha256(b"".join(np.asarray(read.state[k]).tobytes() for k in "x key".split()))
+
+
+SCENARIOS = {"counting": counting}
+
+
+class Client:
+  """Asks the server for runs, one after another."""
+
+  def __init__(self, process):
+    self._process = process
+
+  def run(self, scenario, directory, *, kill_event=None, kill_after=None, **options):
+    """Runs a scenario, killed or to its end; an error in it is an AssertionError here."""
+    request = {"scenario": scenario, "directory": str(directory), "options": options}
+    request |= {"kill_event": kill_event, "kill_after": kill_after}
+    print(json.dumps(request), file=self._process.stdin, flush=True)
+    line = self._process.stdout.readline()
+    assert line, "the server of runs has ended"
+    answer = json.loads(line)
+    assert answer["error"] is None, answer["error"]
+    assert answer["killed"] or answer["digest"], "the run ended without a result"
+    return answer
+
+
+@contextlib.contextmanager
+def connect():
+  """Starts a server; gives a client."""
+  root = pathlib.Path(__file__).resolve().parents[1]
+  flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
+  command = [sys.executable, "-W", "ignore", __file__]
+  pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+  with subprocess.Popen(command, cwd=root, env=os.environ | flags, **pipes) as process:
+    try:
+      yield Client(process)
+    finally:
+      process.stdin.close()  # the server ends at the end of its input
+
+
+def serve():
+  """Answers requests until the input ends."""
+  sys.path.insert(0, os.getcwd())
+  import jax
+  import orbax.checkpoint
+
+  import jaxmerge.io.orbax  # noqa: F401
+
+  assert not jax._src.xla_bridge._backends, "a backend has started; the server must not fork"
+  assert threading.active_count() == 1, f"the server has threads: {threading.enumerate()}"
+  del orbax
+  for line in sys.stdin:
+    print(json.dumps(_answer(json.loads(line))), flush=True)
+
+
+def _answer(request):
+  """Forks, runs, kills where that is asked for, and reports."""
+  began = time.monotonic()
+  reading, writing = os.pipe()
+  pid = os.fork()
+  if pid == 0:
+    os.close(reading)
+    _child(request, writing)
+  os.close(writing)
+  with open(reading, encoding="utf-8") as pipe:
+    # The pipe is readable when the child reports, or when it has died.
+    if not select.select([pipe], [], [], request["kill_after"])[0]:
+      os.kill(pid, signal.SIGKILL)
+    text = pipe.read()
+  _, status = os.waitpid(pid, 0)
+  report = json.loads(text) if text else {"digest": None, "events": [], "error": None}
+  killed = os.waitstatus_to_exitcode(status) == -signal.SIGKILL
+  return report | {"killed": killed and not text, "seconds": time.monotonic() - began}
+
+
+def _child(request, writing):
+  report = {"digest": None, "events": [], "error": None}
+  try:
+    os.dup2(2, 1)  # the server's answers alone go to its output
+    _watch(request["directory"], request["kill_event"], report["events"])
+    digest = SCENARIOS[request["scenario"]](request["directory"], **request["options"])
+    report["digest"] = digest.hexdigest()
+  except BaseException:
+    report["error"] = traceback.format_exc()
+  with open(writing, "w", encoding="utf-8") as pipe:
+    pipe.write(json.dumps(report))
+  os._exit(0)
+
+
+def _watch(directory, kill_event, events):
+  """Notes every change below the directory, and kills this process just before one of them."""
+  root = os.path.abspath(directory)
+
+  def note(name, path):
+    path = os.fsdecode(path)
+    if not os.path.abspath(path).startswith(root):
+      return
+    events.append(f"{name} {os.path.relpath(path, root)}")
+    if len(events) == kill_event:
+      os.kill(os.getpid(), signal.SIGKILL)
+
+  def hook(name, values):
+    if name not in _CHANGES and name != "open":
+      return
+    path, folder = values[0], values[-1]  # removals below a tree name an open folder
+    if not isinstance(path, (str, bytes, os.PathLike)):
+      return
+    if name == "open" and not values[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+      return
+    if name in ("os.remove", "os.rmdir") and folder >= 0:
+      path = os.path.join(os.readlink(f"/proc/self/fd/{folder}"), os.fsdecode(path))
+    note(name, path)
+
+  sync = os.fsync
+
+  def fsync(file):
+    number = file if isinstance(file, int) else file.fileno()
+    note("os.fsync", os.readlink(f"/proc/self/fd/{number}"))
+    sync(file)
+
+  os.fsync = fsync
+  sys.addaudithook(hook)
+
+
+if __name__ == "__main__":
+  serve()
