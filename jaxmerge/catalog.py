@@ -35,7 +35,7 @@ class Parameter(NamedTuple):
       return ", ".join(repr(c) for c in self.choices)
     left = "(" if self.open_low or math.isinf(self.low) else "["
     right = ")" if math.isinf(self.high) else "]"
-    return f"{left}{self.low:g}, {self.high:g}{right}".replace("inf", "infinity")
+    return f"{left}{self.low:.10g}, {self.high:.10g}{right}".replace("inf", "infinity")
 
   def check(self, name: str, value: Any) -> None:
     """Raises ValueError, with value and range, for a value outside the range."""
@@ -44,6 +44,8 @@ class Parameter(NamedTuple):
         raise ValueError(f"{name} must be one of {self.range}, got {value!r}.")
       return
     for v in _flat(value):
+      if not plain(v):
+        raise ValueError(f"{name} must be a number in {self.range}, got {v!r}.")
       inside = self.low <= v <= self.high and not (self.open_low and v == self.low)
       if not math.isfinite(v) or not inside or (self.integer and v != int(v)):
         raise ValueError(f"{name} must be in {self.range}, got {v!r}.")
@@ -77,6 +79,8 @@ _RESCALE = Parameter(
   choices=("inverse", "l1", "l2", "linf", None),
 )
 _REDUCE = Parameter("mean", "how agreeing entries are joined", choices=("mean", "sum", "max"))
+
+SEED = Parameter(None, "seed of random masks", low=0, high=2**32 - 1, integer=True)
 
 METHODS: Mapping[str, Entry] = {
   "average": Entry(
@@ -156,7 +160,12 @@ METHODS: Mapping[str, Entry] = {
 
 
 def entry(method: str) -> Entry:
-  """Returns the entry of a method; ValueError with the nearest right name for another word."""
+  """Returns the entry of a method; ValueError with the nearest right name for another word.
+
+  Example:
+    >>> entry("ties").parameters["density"].range
+    '(0, 1]'
+  """
   if method not in METHODS:
     raise ValueError(f"no method is called {method!r}{nearest(method, METHODS)}.")
   return METHODS[method]
@@ -165,33 +174,47 @@ def entry(method: str) -> Entry:
 def check(method: str, settings: Mapping[str, Any]) -> None:
   """Raises ValueError for settings that the method does not have or that are out of range.
 
-  Values that are not plain numbers (arrays that are being traced) are passed over.
+  Arrays are passed over: they may be traced. The driver looks at those that it can.
   """
   parameters = entry(method).parameters
   for name, value in settings.items():
     if name not in parameters:
       raise ValueError(f"{method} has no parameter {name!r}{nearest(name, parameters)}.")
-    if parameters[name].choices or plain(value):
+    if parameters[name].choices or not hasattr(value, "dtype"):
       parameters[name].check(f"{method}: {name}", value)
 
 
-def check_number(name: str, value: Any) -> None:
+def knows(name: str) -> bool:
+  """Tells whether some method has a number of this name."""
+  return any(name in e.parameters for e in METHODS.values())
+
+
+def check_number(name: str, value: Any, *, label: str = "") -> None:
   """Raises ValueError for a plain number outside the range that methods give to this name."""
-  for e in METHODS.values():
-    if name in e.parameters:
-      return e.parameters[name].check(name, value)
-  Parameter(None, "").check(name, value)
+  own = (e.parameters[name] for e in METHODS.values() if name in e.parameters)
+  parameter = SEED if name == "seed" else next(own, Parameter(None, ""))
+  parameter.check(label or name, value)
 
 
 def plain(value: Any) -> bool:
-  """Tells whether a value is a number, or a sequence of numbers, that can be looked at now."""
+  """Tells whether a value is a number, or a sequence of numbers, that can be looked at now.
+
+  Example:
+    >>> plain(0.5), plain((0.5, 1)), plain("0.5")
+    (True, True, False)
+  """
   if isinstance(value, (list, tuple)):
     return all(plain(v) for v in value)
   return isinstance(value, (int, float))
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-  """Says what is near a mistyped word, and what there is: to be appended to an error."""
+  """Says what is near a mistyped word, and what there is: to be appended to an error.
+
+  Example:
+    >>> nearest("densty", ["scale", "density"])
+    "; did you mean 'density'? Known: density, scale"
+  """
   known = sorted(known)
   close = difflib.get_close_matches(word, known, n=1)
   hint = f"; did you mean {close[0]!r}?" if close else ";"

@@ -23,7 +23,7 @@ Event = Mapping[str, Any]
 
 _CHANGES = """\
 changes of the config:
-  --config.KEY=VALUE    sets one key of the config: --config.rounds=8, --config.local.state=kept,
+  --config.KEY=VALUE    sets one key of the config: --config.rounds=8, --config.local_state=kept,
                         --config.method.name=ties --config.method.density=0.3 (a new method name
                         drops the settings of the method before). Lists and groups are Python
                         literals, in quotes.
@@ -77,8 +77,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def split(arguments: Sequence[str]) -> tuple[list[tuple[str, str]], list[str]]:
   """Separates `--config.KEY=VALUE` (or `--config.KEY VALUE`) from the other arguments.
 
-  >>> split(["atm", "--config.rounds=8", "--config.outer.name", "sgd", "--debug"])
-  ([('rounds', '8'), ('outer.name', 'sgd')], ['atm', '--debug'])
+  >>> split(["atm", "--config.rounds=8", "--config.outer", "sgd", "--debug"])
+  ([('rounds', '8'), ('outer', 'sgd')], ['atm', '--debug'])
   """
   changes, rest, queue = [], [], list(arguments)
   while queue:

@@ -13,38 +13,28 @@ import pathlib
 import traceback
 import types
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, get_args, get_origin  # Any: a config value is of any plain type.
+from typing import (
+  Any,
+  Literal,
+  get_args,
+  get_origin,
+  get_type_hints,
+)  # Any: values are of any type.
 
 from ml_collections.config_dict import ConfigDict
 
 from jaxmerge import catalog
+from jaxmerge.atm import settings
 
+LOOP: Mapping[str, Any] = get_type_hints(settings.Settings)
 # The keys that every experiment has, and the kind of value that each takes.
 SCHEME: Mapping[str, Any] = {
+  **LOOP,
   "experiment": str,
-  "seed": int,
   "final": bool,
-  "rounds": int,
-  "epochs": float,
-  "batch_size": int,
-  "learning_rate": float,
-  "schedule": Literal["constant", "cosine"],
-  "warmup": float,
-  "local.optimizer": str,
-  "local.weight_decay": float,
-  "local.clip_norm": float | None,
-  "local.state": Literal["fresh", "kept"],
-  "local.freeze": str,
-  "method.name": Literal[tuple(catalog.METHODS)],
-  "outer.name": str,
-  "outer.learning_rate": float,
-  "outer.momentum": float,
-  "outer.nesterov": bool,
-  "reference": Literal["current", "base"],
-  "variant": Literal["pa", "ph"],
-  "steps": Literal["epochs", "equal"],
   "keep_experts": bool,
-  "checkpoint.every": int,
+  "method.name": Literal[tuple(catalog.METHODS)],
+  "variant": Literal["pa", "ph"],
   "checkpoint.keep": int,
   "mesh.task": int,
   "mesh.data": int,
@@ -52,20 +42,9 @@ SCHEME: Mapping[str, Any] = {
   "mesh.devices": int | None,
 }
 # Groups whose keys are the experiment's or the method's own.
-OPEN = ("method", "baselines", "also", "data", "pretrain", "model", "outer")
-_REQUIRED_GROUPS = ("baselines", "data")
-_LOWEST = {
-  "seed": 0,
-  "rounds": 1,
-  "epochs": 0,
-  "batch_size": 1,
-  "learning_rate": 0,
-  "warmup": 0,
-  "local.weight_decay": 0,
-  "checkpoint.every": 1,
-  "checkpoint.keep": 1,
-  "mesh.devices": 1,
-}
+OPEN = ("method", "baselines", "also", "data", "pretrain", "model")
+_REQUIRED_GROUPS = ("baselines", "also", "data")
+_LOWEST = {"checkpoint.keep": 1, "mesh.devices": 1}
 _WORDS = {
   str: "text",
   int: "a whole number",
@@ -84,8 +63,6 @@ def load(path: str, changes: Sequence[tuple[str, str]] = ()) -> ConfigDict:
   for key, text in _name_first(changes):
     change(config, key, parse(text, kind(config, key, path), key, path), path)
   check(config, path)
-  for name in config.get("also", ()):
-    varied(config, name, path)
   return config.lock()
 
 
@@ -125,12 +102,36 @@ def check(config: ConfigDict, source: str) -> None:
   missing = [key for key in (*SCHEME, *_REQUIRED_GROUPS) if key not in present]
   if missing:
     raise ValueError(f"{source}: the key 'config.{missing[0]}' is missing; it must be there.")
+  _check_loop({key: config[key] for key in LOOP}, source)
   _check_method(dict(config.method), f"{source}: config.method")
-  for name, settings in config.baselines.items():
-    _check_group(settings, f"baselines.{name}", source)
-    if name != "multitask":
-      own = {k: v for k, v in settings.items() if k != "scales"}
-      _check_method({"name": name, **own}, f"{source}: config.baselines")
+  for name, own in config.baselines.items():
+    _check_group(own, f"baselines.{name}", source)
+    if name in ("multitask", "experts"):
+      _check_changes(config, own, LOOP, f"{source}: config.baselines.{name}")
+    else:
+      rest = {k: v for k, v in own.items() if k != "scales"}
+      _check_method({"name": name, **rest}, f"{source}: config.baselines")
+  for name, own in config.also.items():
+    if not name.startswith("atm_"):
+      raise ValueError(
+        f"{source}: config.also: the name of a run must begin with 'atm_': {name!r}."
+      )
+    _check_group(own, f"also.{name}", source)
+    _check_changes(config, own, (*LOOP, "method", "variant"), f"{source}: config.also.{name}")
+
+
+def _check_changes(
+  config: ConfigDict, changes: ConfigDict, allowed: Iterable[str], where: str
+) -> None:
+  """Checks what a run beside the main one changes: whole keys of the top level."""
+  for key in changes:
+    if key not in set(allowed):
+      raise ValueError(f"{where}: {key!r} cannot be changed here{catalog.nearest(key, allowed)}.")
+  result = config.copy_and_resolve_references().unlock()
+  result.also, result.baselines = ConfigDict(), ConfigDict()
+  for key, value in changes.items():
+    change(result, key, value, where)
+  check(result, where)
 
 
 def flat(config: Mapping[str, Any] | ConfigDict, prefix: str = "") -> dict[str, Any]:
@@ -148,19 +149,6 @@ def flat(config: Mapping[str, Any] | ConfigDict, prefix: str = "") -> dict[str, 
   return values
 
 
-def varied(config: ConfigDict, name: str, source: str = "config") -> ConfigDict:
-  """Returns the config of the further run `config.also[name]`: the config with its changes made."""
-  result = config.copy_and_resolve_references().unlock()
-  result.also = ConfigDict()
-  _check_group(config.also[name], f"also.{name}", source)
-  for key, value in _name_first(flat(config.also[name]).items()):
-    where = f"{source}: config.also.{name}"
-    kind(result, key, where)
-    change(result, key, value, where)
-  check(result, f"{source}: config.also.{name}")
-  return result.lock()
-
-
 def change(config: ConfigDict, key: str, value: Any, source: str) -> None:
   """Sets a value in place. A new method name drops the settings of the method before."""
   *groups, last = key.split(".")
@@ -173,7 +161,7 @@ def change(config: ConfigDict, key: str, value: Any, source: str) -> None:
   if key in SCHEME:
     _check_value(key, value, source)
   with config.ignore_type():
-    parent[last] = ConfigDict(value) if isinstance(value, Mapping) else value
+    parent[last] = ConfigDict(value) if isinstance(value, Mapping | ConfigDict) else value
 
 
 def kind(config: ConfigDict, key: str, source: str) -> Any:
@@ -270,8 +258,15 @@ def _wrong(key: str, value: Any, kind: Any, source: str, example: str) -> ValueE
   return ValueError(f"{source}: config.{key} must be {words(kind)}; got {value!r}{hint}")
 
 
-def _check_method(settings: Mapping[str, Any], where: str) -> None:
-  own = dict(settings)
+def _check_loop(values: Mapping[str, Any], source: str) -> None:
+  try:
+    settings.Settings(**values)
+  except ValueError as e:
+    raise ValueError(f"{source}: config.{e}") from e
+
+
+def _check_method(given: Mapping[str, Any], where: str) -> None:
+  own = dict(given)
   try:
     catalog.check(own.pop("name"), own)
   except ValueError as e:

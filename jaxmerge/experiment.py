@@ -314,6 +314,9 @@ class _Work:
     split = "test" if self.config["final"] else "validation"
     with self.timed("final scores"):
       record, correct = self.judged(split)
+      if split == "test":
+        seen, _ = self.judged("validation")
+        record["validation"] = {n: m["mean"] for n, m in seen["models"].items()}
     record |= {
       "title": self.problem.title,
       "seed": self.settings.seed,

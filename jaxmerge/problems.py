@@ -83,8 +83,6 @@ def pretrain(
   own = tune.stacked([dataclasses.replace(t, train=s) for t, s in zip(tasks, few, strict=True)], "train")
   own = jax.tree.map(jnp.asarray, own)
   wide = max(t.num_classes for t in tasks)
-  params = cnn.init(jax.random.key(seed))
-  both = (params, jnp.zeros((len(tasks), cnn.FEATURES, wide), jnp.float32))
   schedule = optax.cosine_decay_schedule(learning_rate, steps)
   optimizer = optax.adamw(schedule, weight_decay=0.05)
   counts = [len(s.labels) for s in few]
@@ -98,13 +96,13 @@ def pretrain(
       out = tune.outputs(cnn.apply, both[0], rows.inputs[index], head, rows.classes)
       return tune.cross_entropy(out, rows.labels[index]).mean()
 
-    return sum(
-      task(both[1][t], jax.tree.map(lambda x, t=t: x[t], own._replace(head=None)), index[t])
-      for t in range(len(tasks))
-    )
+    rows = own._replace(head=None)
+    return lax.map(lambda each: task(*each), (both[1], rows, index)).sum()
 
   @jax.jit
-  def train(both: Any, index: Any) -> Any:
+  def train(key: Any, index: Any) -> Any:
+    both = (cnn.init(key), jnp.zeros((len(tasks), cnn.FEATURES, wide), jnp.float32))
+
     def step(carry: Any, index: Any) -> Any:
       both, state = carry
       updates, state = optimizer.update(jax.grad(loss)(both, index), state, both)
@@ -112,7 +110,7 @@ def pretrain(
 
     return lax.scan(step, (both, optimizer.init(both)), index)[0][0]
 
-  params, made = train(both, index)
+  params, made = train(jax.random.key(seed), index)
   return params, [np.asarray(made[i, :, : t.num_classes]) for i, t in enumerate(tasks)]
 
 

@@ -1,18 +1,21 @@
 """The algebra: a method is a tuple of stages, a stage maps a stack to a stack. Read this first.
 
-A stack is a tree of arrays with a leading task axis K. A transform keeps K, a combiner returns K = 1.
-A stage may *know* statistics of the stack before it acts: it names them, the driver adds them up over
-leaves, slices, devices or reads of a file. Drivers: `memory.py` (arrays, under jit, vmap, grad and meshes).
+A stack is a tree of arrays with a leading task axis K. A transform keeps K, a combiner returns
+K = 1. A stage may *know* statistics of the stack before it acts: it names them, the driver adds them
+up over leaves, slices, devices or reads of a file. Drivers: `memory.py` (arrays, under jit, vmap,
+grad and meshes), `streaming.py` (slice by slice).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple  # Any: states are trees that a stage defines.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxmerge import tree
 
@@ -43,17 +46,46 @@ class Leaf(NamedTuple):
   offset: Array
 
   def number(self, name: str, x: Array) -> Array:
-    """Returns the number `name` in the dtype of `x`, shaped to multiply a stack x [K, *s]."""
+    """Returns the number `name` in the dtype of `x`, shaped to multiply a stack x [K, *s].
+
+    Raises:
+      ValueError: if it is one per model, but x holds another number of them.
+    """
     value = jnp.asarray(self.aux[name], x.dtype)
+    if value.ndim and value.shape[0] != x.shape[0]:
+      raise ValueError(
+        f"{name} has {value.shape[0]} values, but acts on a stack of height {x.shape[0]}; "
+        "after a combiner it must be one number."
+      )
     return value.reshape(value.shape + (1,) * (x.ndim - value.ndim)) if value.ndim else value
 
 
 class Group(NamedTuple):
-  """What is known of a group of leaves before any weight is read: for `Stage.init`."""
+  """What is known of a group of leaves before any weight is read: for `Stage.init`.
 
-  size: int
+  Attributes:
+    shapes: shapes of its leaves by name, without the task axis.
+    height: number of models K.
+    aux: the method's numbers; those that differ from leaf to leaf are missing.
+  """
+
+  shapes: Mapping[str, tuple[int, ...]]
   height: int
   aux: Mapping[str, Any]
+
+  @property
+  def size(self) -> int:
+    """Number of entries of one model."""
+    return sum(math.prod(shape) for shape in self.shapes.values())
+
+  def number(self, name: str) -> Any:
+    """Returns a number; ValueError if it differs from leaf to leaf of the group."""
+    if name not in self.aux:
+      raise ValueError(
+        f"{name} is counted over {len(self.shapes)} leaves together and cannot differ between them; "
+        "give one number, or scope='leaf'."
+      )
+    return self.aux[name]
 
 
 class Statistic(NamedTuple):
@@ -99,10 +131,10 @@ class Stage:
     numbers: the numbers that the stage reads from `leaf.aux`, with their default; None: no default.
     where: the leaves that the stage acts on, by name; None: all.
     scope: where statistics are added up: over the tree, per leaf, or per group that a name maps to.
-    unit: what `update` may be cut along: "entry" anywhere; "row" needs whole rows of the leaf's matrix
-      view, in which it gets x as [K, rows, columns].
+    unit: what `update` may be cut along: "entry" anywhere; "row" needs whole rows of the leaf's
+      matrix view, in which it gets x as [K, rows, columns].
     rest: the update for leaves that have no matrix view, if `unit` needs one.
-    combines: the stage is a combiner: it leaves height 1.
+    combines: the stage is a combiner: it leaves height 1. Other stages keep the height.
     fold: the same combiner, a few experts at a time.
     keep: "push" keeps x aside as it is, "pop" calls update(before, x, leaf) with what was kept.
   """
@@ -130,12 +162,24 @@ Method = tuple[Stage, ...]
 
 
 def chain(*methods: Method) -> Method:
-  """Runs methods one after the other."""
+  """Runs methods one after the other.
+
+  Example:
+    >>> halved = pointwise(lambda x: x / 2)
+    >>> len(chain(halved, pointwise(lambda x: x.sum(0, keepdims=True), combines=True)))
+    2
+  """
   return tuple(stage for method in methods for stage in method)
 
 
 def masked(method: Method, where: tree.Predicate) -> Method:
-  """Restricts a method to the leaves whose name satisfies `where`; the others pass by unchanged."""
+  """Restricts a method to the leaves whose name satisfies `where`; the others pass by unchanged.
+
+  Example:
+    >>> (stage,) = masked(pointwise(jnp.abs), lambda name: name.endswith("kernel"))
+    >>> stage.where("encoder/bias")
+    False
+  """
 
   def both(old: tree.Predicate | None) -> tree.Predicate:
     return where if old is None else lambda name: where(name) and old(name)
@@ -144,7 +188,15 @@ def masked(method: Method, where: tree.Predicate) -> Method:
 
 
 def join(inner: Method, f: Callable[[Array, Array, Leaf], Array]) -> Method:
-  """Calls f(x, y, leaf) with the stack before and after `inner`: norm matching, masks by the result."""
+  """Calls f(x, y, leaf) with the stack before and after `inner`.
+
+  For norm matching, masks by the result, and the like.
+
+  Example:
+    >>> kept = join(pointwise(jnp.round), lambda x, y, leaf: jnp.where(y > 0, x, 0))
+    >>> [stage.keep for stage in kept]
+    ['push', None, 'pop']
+  """
   return (
     Stage(update=lambda x, leaf, known: x, keep="push"),
     *inner,
@@ -159,25 +211,54 @@ def leafwise(
   combines: bool = False,
   fold: Fold | None = None,
 ) -> Method:
-  """Makes a method of a function of one leaf's stack: f(x [K, *s], leaf) -> [M, *s]."""
+  """Makes a method of a function of one leaf's stack: f(x [K, *s], leaf) -> [M, *s].
+
+  Example:
+    >>> damped = leafwise(lambda x, leaf: x * leaf.number("damping", x), numbers={"damping": 0.9})
+    >>> numbers(damped)
+    {'damping': 0.9}
+  """
   return (
     Stage(lambda x, leaf, known: f(x, leaf), numbers=numbers or {}, combines=combines, fold=fold),
   )
 
 
 def pointwise(f: Callable[[Array], Array], *, combines: bool = False) -> Method:
-  """Makes a method of a function of one leaf's stack alone: f(x [K, *s]) -> [M, *s]."""
+  """Makes a method of a function of one leaf's stack alone: f(x [K, *s]) -> [M, *s].
+
+  Example:
+    >>> import jaxmerge
+    >>> middle = pointwise(lambda x: jnp.median(x, axis=0, keepdims=True), combines=True)
+    >>> jaxmerge.blend(middle, {"w": jnp.array([[1.0], [2.0], [9.0]])})["w"].tolist()
+    [2.0]
+  """
   return leafwise(lambda x, leaf: f(x), combines=combines)
 
 
 def numbers(method: Method) -> dict[str, Any]:
-  """Returns the numbers of all stages with their defaults; the first stage that has one wins."""
+  """Returns the numbers of all stages with their defaults.
+
+  Raises:
+    ValueError: if two stages share a number but not its default: it has one value for all of them.
+  """
   found: dict[str, Any] = {}
   for stage in method:
     for name, default in stage.numbers.items():
-      if name not in found or found[name] is None:
+      known = found.get(name)
+      if known is None:
         found[name] = default
+      elif default is not None and not _same(known, default):
+        raise ValueError(
+          f"two stages of the method share the number {name!r}, but one has {known} and the other "
+          f"{default}; build them with the same value."
+        )
   return found
+
+
+def _same(a: Any, b: Any) -> bool:
+  if a is b or any(isinstance(v, jax.core.Tracer) for v in (a, b)):
+    return a is b
+  return np.array_equal(np.asarray(a), np.asarray(b))
 
 
 def foldable(method: Method) -> bool:

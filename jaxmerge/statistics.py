@@ -1,8 +1,8 @@
 """Statistics that drivers add up: sums, inner products, exact thresholds.
 
 Thresholds are exact and need no sort, no gather and no flat copy: a non-negative float orders like
-its bit pattern, so the k-th largest is found by counting how many patterns reach a candidate, one bit
-after the other. Counts are integers in two limbs (high * 2**16 + low), exact past 2**31.
+its bit pattern, so the k-th largest is found by counting how many patterns reach a candidate, one
+bit after the other. Counts are integers in two limbs (high * 2**16 + low), exact past 2**31.
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxmerge import views
 from jaxmerge.stage import Leaf, Statistic
 
 Array = jax.Array
 LIMB = 16
+ROOM = 2**32  # As many entries of a model as one uint32 can count.
 
 
 def total(name: str, f: Callable[[Array, Leaf], Any]) -> Statistic:
@@ -42,14 +44,25 @@ def gram(name: str) -> Statistic:
   return total(name, products)
 
 
+def settled(statistic: Statistic, known: Any, measured: Callable[[Any], Any]) -> Any:
+  """Runs the passes of a statistic; `measured(state)` is the total over all parts of its group."""
+
+  def one(_: Any, state: Any) -> Any:
+    # Where axes are explicit, a total per model is left sharded as the models are.
+    return statistic.refine(state, jax.tree.map(views.everywhere, measured(state)), known)
+
+  state = statistic.begin(known)
+  return one(0, state) if statistic.passes == 1 else lax.fori_loop(0, statistic.passes, one, state)
+
+
 def kth(name: str, of: Callable[[Array], Array], *, rank: str) -> Statistic:
   """Finds the exact value of rank `known[rank]` among of(x) >= 0, per model.
 
   Args:
     name: the result is known under this name: the value's bit pattern, uint32 [K].
     of: elementwise function of the stack x [K, *s]; its values must not be negative.
-    rank: name of the known count n, limbs [2, K]: the n-th largest is searched. For n = 0 the result
-      is a pattern above every finite value.
+    rank: name of the known count n, limbs [2, K]: the n-th largest is searched. For n = 0 the
+      result is a pattern above every finite value.
   """
   top = 30  # The sign bit of a non-negative float is zero.
 
@@ -68,7 +81,7 @@ def kth(name: str, of: Callable[[Array], Array], *, rank: str) -> Statistic:
   def begin(known: Any) -> Any:
     return {"found": jnp.zeros(known[rank].shape[-1], jnp.uint32), "bit": jnp.uint32(top)}
 
-  return Statistic(name, measure, begin, refine, passes=top + 1)
+  return Statistic(name, measure, begin, refine, passes=top + 1, combine=plus)
 
 
 def top(name: str, of: Callable[[Array], Array]) -> tuple[Statistic, ...]:
@@ -92,7 +105,7 @@ def top(name: str, of: Callable[[Array], Array]) -> tuple[Statistic, ...]:
 
   def refine(state: Any, before: Array, known: Any) -> Any:
     bit = jnp.uint32(1) << state["bit"]
-    wanted = minus(known[name], normal(known[above]))
+    wanted = minus(known[name], known[above])
     return {
       "found": jnp.where(at_least(before, wanted), state["found"], state["found"] | bit),
       "bit": state["bit"] - jnp.uint32(1),
@@ -103,13 +116,13 @@ def top(name: str, of: Callable[[Array], Array]) -> tuple[Statistic, ...]:
 
   return (
     kth(value, of, rank=name),
-    Statistic(above, over),
-    Statistic(last, measure, begin, refine, passes=32),
+    Statistic(above, over, combine=plus),
+    Statistic(last, measure, begin, refine, passes=32, combine=plus),
   )
 
 
 def inside(name: str, values: Array, leaf: Leaf, known: Any) -> Array:
-  """Tells which entries of `values` [K, *s] the statistics `top(name, ...)` found: boolean [K, *s]."""
+  """Tells which entries of `values` the statistics `top` found: [K, *s] -> boolean [K, *s]."""
   bits = pattern(values)
   cut = _against(known[f"{name} value"]["found"], values)
   last = _against(known[f"{name} last"]["found"], values)
@@ -117,7 +130,12 @@ def inside(name: str, values: Array, leaf: Leaf, known: Any) -> Array:
 
 
 def pattern(values: Array) -> Array:
-  """Returns bit patterns that order as the non-negative values do: float32 [...] -> uint32 [...]."""
+  """Returns bit patterns, uint32, that order as the non-negative values do, in float32.
+
+  Example:
+    >>> pattern(jnp.array([0.0, 1.0, 1.5])).tolist()
+    [0, 1065353216, 1069547520]
+  """
   return lax.bitcast_convert_type(values.astype(jnp.float32), jnp.uint32)
 
 
@@ -136,17 +154,25 @@ def position(x: Array, leaf: Leaf) -> Array:
 
 
 def count(mask: Array) -> Array:
-  """Counts per model: boolean [K, *s] -> limbs uint32 [2, K], normal."""
-  axes = tuple(range(1, mask.ndim))
-  if math.prod(mask.shape[1:]) < 2**31:
-    one = jnp.sum(mask, axis=axes, dtype=jnp.int32).astype(jnp.uint32)
+  """Counts per model: boolean [K, *s] -> limbs uint32 [2, K], normal.
+
+  Example:
+    >>> count(jnp.array([[True, False, True], [False, False, True]])).tolist()
+    [[0, 0], [2, 1]]
+  """
+  axes = sorted(range(1, mask.ndim), key=lambda axis: -mask.shape[axis])
+  if math.prod(mask.shape[1:]) < ROOM:
+    one = jnp.sum(mask, axis=tuple(axes), dtype=jnp.uint32)
     return normal(jnp.stack([jnp.zeros_like(one), one]))
-  longest = max(axes, key=lambda axis: mask.shape[axis])
-  low = jnp.sum(mask, axis=longest, dtype=jnp.int32, keepdims=True).astype(jnp.uint32)
+  low = jnp.sum(mask, axis=axes[0], dtype=jnp.uint32, keepdims=True)
   limbs = normal(jnp.stack([jnp.zeros_like(low), low]))
-  for axis in axes:
-    if axis != longest:
-      limbs = normal(jnp.sum(limbs, axis=axis + 1, keepdims=True, dtype=jnp.uint32))
+  half = LIMB // 2
+  for axis in axes[1:]:
+    # The low limb in two halves: 2**16 of them would overflow a sum of whole ones.
+    parts = (limbs[0], limbs[1] >> half, limbs[1] & jnp.uint32(2**half - 1))
+    high, middle, low = (jnp.sum(p, axis=axis, dtype=jnp.uint32, keepdims=True) for p in parts)
+    carried = (middle & jnp.uint32(2**half - 1)) << half
+    limbs = normal(jnp.stack([high + (middle >> half), low + carried]))
   return limbs.reshape(limbs.shape[:2])
 
 
@@ -157,9 +183,14 @@ def normal(limbs: Array) -> Array:
 
 
 def at_least(a: Array, b: Array) -> Array:
-  """Compares counts given as limbs: a >= b, elementwise [K]. `a` need not be normal."""
-  a = normal(a)
+  """Compares counts given as normal limbs: a >= b, elementwise [K]."""
   return (a[0] > b[0]) | ((a[0] == b[0]) & (a[1] >= b[1]))
+
+
+def plus(a: Array, b: Array) -> Array:
+  """Adds counts given as normal limbs, or a state that holds them; the sum is normal again."""
+  # Carried over each time: the low limbs of 2**16 slices would overflow.
+  return normal(a + b)
 
 
 def minus(a: Array, b: Array) -> Array:
@@ -170,47 +201,74 @@ def minus(a: Array, b: Array) -> Array:
 
 
 def limbs(number: int) -> np.ndarray:
-  """Writes a count as normal limbs: int -> uint32 [2]."""
+  """Writes a count as normal limbs: int -> uint32 [2].
+
+  Example:
+    >>> limbs(2**31 + 5).tolist()
+    [32768, 5]
+  """
   return np.array([number >> LIMB, number & (2**LIMB - 1)], np.uint32)
 
 
-def share(fraction: Any, size: int, height: int, *, plus: int = 0) -> Array:
-  """Returns min(floor(fraction * size) + plus, size) per model, as limbs [2, height].
+def share(fraction: Any, size: int, height: int, *, more: int = 0) -> Array | np.ndarray:
+  """Returns min(floor(fraction * size) + more, size) per model, as limbs [2, height].
 
-  Exact for a Python number or NumPy array. For a jax array, traced or not, the fraction has float32
-  precision: fractions within half a unit in the last place of a decimal fraction count as that one.
+  A Python number or NumPy array is counted on the host: the product in double precision, truncated,
+  as `int(fraction * size)`. A jax array, traced or not, has float32 precision, and the product is
+  exact: the fraction counts as half a unit in its last place larger, so that 0.7 of 10 is 7, and the
+  result is at most one part in 2**23 too large.
+
+  Example:
+    >>> share(0.7, 10, height=2).tolist()
+    [[0, 0], [7, 7]]
+    >>> share(jnp.float32(0.7), 10, height=2).tolist()
+    [[0, 0], [7, 7]]
   """
   if isinstance(fraction, jax.Array):
     counted = _traced_share(jnp.broadcast_to(fraction, (height,)), size)
-    counted = normal(counted.at[1].add(jnp.uint32(plus)))
-    whole = jnp.asarray(limbs(size))[:, None]
-    return jnp.where(at_least(counted, jnp.broadcast_to(whole, counted.shape)), whole, counted)
+    return at_most(plus(counted, jnp.asarray(limbs(more))[:, None]), size)
   each = np.broadcast_to(np.asarray(fraction), (height,))
-  # repr: float32(0.7) means 0.7, not 0.699999988.
-  counts = [min(int(float(str(f)) * size) + plus, size) for f in each]
+  # As text: float32(0.7) means 0.7, not 0.699999988.
+  counts = [min(int(float(str(f)) * size) + more, size) for f in each]
   return np.stack([limbs(n) for n in counts], axis=1)
 
 
+def at_most(a: Array, size: int) -> Array:
+  """Returns the smaller of counts, given as normal limbs [2, K], and a size."""
+  whole = jnp.broadcast_to(jnp.asarray(limbs(size))[:, None], a.shape)
+  return jnp.where(at_least(a, whole), whole, a)
+
+
 def _traced_share(fraction: Array, size: int) -> Array:
-  """floor(fraction * size) by long multiplication in 16-bit digits: [K] -> limbs [2, K]."""
+  """floor(fraction * size) by long multiplication in digits of 16 bits: [K] -> limbs [2, K]."""
   if size >= 2**47:
     raise ValueError(f"a group of {size} entries is too large to rank; at most 2**47 - 1.")
-  digit = jnp.uint32(0xFFFF)
-  scaled = jnp.clip(fraction.astype(jnp.float32), 0, 1) * jnp.float32(2**31)
-  whole = fraction >= 1
-  fixed = jnp.where(whole, 0, scaled).astype(jnp.uint32) + jnp.uint32(2**6)
-  a = [fixed & digit, fixed >> 16]
-  b = [jnp.uint32((size >> (16 * i)) & 0xFFFF) for i in range(3)]
-  out = [jnp.zeros_like(fixed) for _ in range(6)]
+  fraction = jnp.clip(fraction.astype(jnp.float32), 0, 1)
+  power = lax.bitcast_convert_type(pattern(fraction) & jnp.uint32(0x7F800000), jnp.float32)
+  half = power * jnp.float32(2**-24)  # Half a unit in the last of 24 places.
+  a = [x + y for x, y in zip(_digits(fraction), _digits(half), strict=True)]
   for i in range(2):
-    carry = jnp.zeros_like(fixed)
+    a[i], a[i + 1] = a[i] & 0xFFFF, a[i + 1] + (a[i] >> 16)
+  b = [jnp.uint32((size >> (16 * i)) & 0xFFFF) for i in range(3)]
+  out = [jnp.zeros_like(a[0]) for _ in range(6)]
+  for i in range(3):
+    carry = jnp.zeros_like(a[0])
     for j in range(3):
       t = a[i] * b[j] + out[i + j] + carry
-      out[i + j], carry = t & digit, t >> 16
+      out[i + j], carry = t & 0xFFFF, t >> 16
     out[i + 3] = carry
-  d = [((out[i + 1] >> 15) | (out[i + 2] << 1)) & digit for i in range(3)]  # Shifted right by 31.
-  product = jnp.stack([d[1] | (d[2] << 16), d[0]])
-  return jnp.where(whole, jnp.asarray(limbs(size))[:, None], product)
+  product = jnp.stack([out[4] | (out[5] << 16), out[3]])
+  return jnp.where(fraction < 1, product, jnp.asarray(limbs(size))[:, None])
+
+
+def _digits(fraction: Array) -> list[Array]:
+  """The first 48 bits of a fraction below 1, as three digits of 16 bits, the last digit first."""
+  digits = []
+  for _ in range(3):
+    fraction = fraction * 2**16
+    digits.append(fraction.astype(jnp.uint32))
+    fraction = fraction - jnp.floor(fraction)
+  return digits[::-1]
 
 
 def _against(per_model: Array, x: Array) -> Array:

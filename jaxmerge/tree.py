@@ -158,7 +158,7 @@ def is_floating(leaf: Any) -> bool:
     >>> is_floating(jnp.zeros(2, jnp.bfloat16)), is_floating(jnp.arange(2))
     (True, False)
   """
-  return jnp.issubdtype(leaf.dtype, jnp.floating)
+  return jnp.issubdtype(leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf), jnp.floating)
 
 
 def compute_dtype(*dtypes: Any) -> np.dtype:

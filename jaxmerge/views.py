@@ -2,8 +2,8 @@
 
 A view is a word with one letter per axis of the leaf: `o` output, `i` input, `b` batch (layers that
 are stacked for a scan). A Flax kernel [in, out] is "io", a file's weight [out, in] is "oi", an
-attention kernel [in, heads, size] is "ioo", a convolution [height, width, in, out] is "iiio". A table
-of views is a sequence of (regular expression, view); the first match wins.
+attention kernel [in, heads, size] is "ioo", a convolution [height, width, in, out] is "iiio". A
+table of views is a sequence of (regular expression, view); the first match wins.
 """
 
 from __future__ import annotations
@@ -21,12 +21,23 @@ Views = tuple[tuple[str, str], ...]
 
 
 def view_of(name: str, views: Views) -> str | None:
-  """Returns the view that the table declares for a leaf, or None."""
+  """Returns the view that the table declares for a leaf, or None.
+
+  Example:
+    >>> view_of("layer_0/kernel", (("kernel$", "io"),))
+    'io'
+  """
   return next((view for pattern, view in views if re.search(pattern, name)), None)
 
 
 def check(views: Sequence[tuple[str, str]]) -> Views:
-  """Returns the table as a tuple; ValueError for a word with other letters than b, o, i."""
+  """Returns the table as a tuple; ValueError for a word with other letters than b, o, i.
+
+  Example:
+    >>> check([("kernel$", "ix")])
+    Traceback (most recent call last):
+    ValueError: view 'ix' of 'kernel$' must be a word of the letters b, o and i.
+  """
   for pattern, view in views:
     if set(view) - set("boi") or not view:
       raise ValueError(f"view {view!r} of {pattern!r} must be a word of the letters b, o and i.")
@@ -44,6 +55,14 @@ def whole(x: Array) -> Array:
   return jax.sharding.reshard(x, _by_task(sharding, x.ndim))
 
 
+def everywhere(x: Array) -> Array:
+  """Brings a small array to every device where explicit axes shard it."""
+  sharding = jax.typeof(x).sharding
+  if all(axis is None for axis in sharding.spec):
+    return x
+  return jax.sharding.reshard(x, NamedSharding(sharding.mesh, P(*(None,) * x.ndim)))
+
+
 def reshaped(x: Array, shape: tuple[int, ...]) -> Array:
   """Reshapes a whole stack behind its task axis: [K, ...] -> [K, ...]."""
   sharding = jax.typeof(x).sharding
@@ -57,7 +76,13 @@ def _by_task(sharding: NamedSharding, ndim: int) -> NamedSharding:
 
 
 def rows(x: Array, view: str) -> Array:
-  """Shows a stack as rows, one per output: [K, *s] -> [K, rows, columns]."""
+  """Shows a stack as rows, one per output: [K, *s] -> [K, rows, columns].
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> rows(jnp.arange(6).reshape(1, 2, 3), "io").tolist()
+    [[[0, 3], [1, 4], [2, 5]]]
+  """
   moved = x.transpose((0, *(a + 1 for a in _order(view, x.ndim - 1))))
   columns = math.prod(n for n, letter in zip(x.shape[1:], view, strict=True) if letter == "i")
   return reshaped(moved, (x.shape[0], moved.size // (x.shape[0] * columns), columns))

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from jaxmerge import tree, views
 from jaxmerge.io import folder, safetensors
-from jaxmerge.models import bert, names
+from jaxmerge.models import bert, encoder, names
 
 FIXTURES = pathlib.Path(__file__).parent / "fixtures"
 TINY = FIXTURES / "tiny_bert"
@@ -319,12 +319,12 @@ SETTINGS = dict(
 )
 def test_settings_of_another_encoder_are_refused(change, message):
   with pytest.raises(ValueError, match=message):
-    bert.config_from({**SETTINGS, **change})
+    encoder.config_from({**SETTINGS, **change})
 
 
 def test_a_missing_setting_is_named():
   with pytest.raises(ValueError, match="missing vocab_size, layer_norm_eps"):
-    bert.config_from(
+    encoder.config_from(
       {k: v for k, v in SETTINGS.items() if k not in ("vocab_size", "layer_norm_eps")}
     )
 

@@ -1,5 +1,6 @@
 """The command line and the config files: what is accepted, what is refused, what is said."""
 
+import ast
 import contextlib
 import io
 import json
@@ -121,7 +122,7 @@ def test_help_shows_the_keys_of_the_config(capsys):
     cli.main(["atm", f"--config={IMAGES}", "--help"])
   assert e.value.code == 0
   out = capsys.readouterr().out
-  assert "--config.outer.learning_rate=" in out
+  assert "--config.outer_learning_rate=" in out
   assert "--resume" in out
 
 
@@ -165,11 +166,12 @@ def test_setting_every_key_to_its_own_value_changes_nothing(path):
     ("learning_rate", "2e-4", 2e-4),
     ("final", "false", False),
     ("final", "True", True),
-    ("local.clip_norm", "none", None),
-    ("local.state", "kept", "kept"),
-    ("local.freeze", "embed.*|norm", "embed.*|norm"),
-    ("local.freeze", "", ""),
+    ("clip_norm", "0", 0.0),
+    ("local_state", "kept", "kept"),
+    ("freeze", "embed.*|norm", "embed.*|norm"),
+    ("freeze", "", ""),
     ("mesh.devices", "2", 2),
+    ("mesh.devices", "none", None),
     ("mesh.task", "-1", -1),
     ("baselines.ties.scales", "(0.5, 1)", (0.5, 1)),
     ("baselines.ties.scales", "[0.5]", (0.5,)),
@@ -214,37 +216,33 @@ def test_new_method_drops_the_settings_of_the_one_before():
   assert dict(config.method) == {"name": "dare"}
 
 
-def test_further_run_is_the_config_with_its_changes():
-  also = "{'atm_nesterov': {'rounds': 3, 'method': {'name': 'ties', 'density': 0.5}}}"
+def test_further_runs_change_settings_of_the_loop_and_the_method():
+  also = "{'atm_ties': {'rounds': 3, 'method': {'name': 'ties', 'density': 0.5}}}"
   config = configuring.load(IMAGES, [("also", also)])
-  varied = configuring.varied(config, "atm_nesterov")
-  assert varied.rounds == 3
-  assert dict(varied.method) == {"name": "ties", "density": 0.5}
-  rest = {"rounds", "method.name", "method.density"}
-  kept = {k: v for k, v in configuring.flat(varied).items() if k not in rest}
-  plain = configuring.flat(configuring.load(IMAGES))
-  assert kept == {k: v for k, v in plain.items() if k not in rest}
-  assert config.rounds == plain["rounds"]
+  assert config.also.to_dict() == ast.literal_eval(also)
+  assert config.rounds == configuring.load(IMAGES).rounds
 
 
 @pytest.mark.parametrize(
   ("change", "parts"),
   [
     ("--config.round=3", ["config.round'", "Did you mean config.rounds", "learning_rate"]),
-    ("--config.local.optimiser=sgd", ["config.local.optimiser", "config.local.optimizer"]),
-    ("--config.lokal.state=kept", ["config.lokal", "config.local"]),
-    ("--config.momentum=0.9", ["Did you mean config.outer.momentum"]),
+    ("--config.optimiser=sgd", ["config.optimiser'", "Did you mean config.optimizer"]),
+    ("--config.mehs.data=1", ["config.mehs'", "config.mesh"]),
+    ("--config.mesh.device=8", ["config.mesh.device'", "config.mesh.devices"]),
+    ("--config.keep=9", ["or config.checkpoint.keep"]),
     ("--config.rounds.x=3", ["config.rounds"]),
     ("--config.rounds=eight", ["config.rounds", "a whole number", "'eight'", "--config.rounds=8"]),
     ("--config.rounds=8.5", ["a whole number", "'8.5'"]),
-    ("--config.rounds=0", ["config.rounds", "at least 1", "got 0"]),
+    ("--config.rounds=0", ["config.rounds must be", "from 1", "got 0"]),
+    ("--config.checkpoint.keep=0", ["config.checkpoint.keep", "at least 1", "got 0"]),
     ("--config.rounds=true", ["a whole number"]),
     ("--config.learning_rate=fast", ["a number", "'fast'", "--config.learning_rate=0.001"]),
     ("--config.learning_rate=nan", ["a number"]),
     ("--config.learning_rate=1e999", ["a number"]),
     ("--config.final=yes", ["true or false", "'yes'"]),
     ("--config.schedule=cosin", ["'constant', 'cosine'", "did you mean 'cosine'"]),
-    ("--config.local=adam", ["a group", "'adam'"]),
+    ("--config.mesh=big", ["a group", "'big'"]),
     ("--config.baselines.ties.scales=0.5", ["a list", "0.5"]),
     ("--config.method.name=tise", ["'tise'", "did you mean 'ties'"]),
     ("--config.method.density=0.3", ["config.method.density", "config.method.weight"]),
@@ -252,9 +250,15 @@ def test_further_run_is_the_config_with_its_changes():
     ("--config.method={'density': 0.3}", ["config.method.name", "missing"]),
     ("--config.baselines.ties.density=3", ["baselines", "ties", "density", "(0, 1]", "3"]),
     ("--config.baselines={'tyes': {}}", ["'tyes'", "'ties'"]),
-    ("--config.also={'fast': {'rouns': 3}}", ["also.fast", "config.rouns", "config.rounds"]),
-    ("--config.also={'fast': {'rounds': 'x'}}", ["also.fast", "a whole number", "'x'"]),
-    ("--config.also={'fast': 3}", ["also.fast", "a group", "3"]),
+    ("--config.baselines={'experts': {'epoch': 3}}", ["baselines.experts", "'epoch'", "'epochs'"]),
+    ("--config.baselines={'multitask': {'epochs': 0}}", ["baselines.multitask", "epochs", "0"]),
+    ("--config.also={'fast': {'rounds': 3}}", ["'fast'", "'atm_'"]),
+    ("--config.also={'atm_x': {'rouns': 3}}", ["also.atm_x", "'rouns'", "did you mean 'rounds'"]),
+    ("--config.also={'atm_x': {'rounds': 'x'}}", ["also.atm_x", "a whole number", "'x'"]),
+    ("--config.also={'atm_x': {'rounds': 0}}", ["also.atm_x", "rounds", "got 0"]),
+    ("--config.also={'atm_x': {'data': {}}}", ["also.atm_x", "'data'", "cannot be changed"]),
+    ("--config.also={'atm_x': {'method': {'name': 'tise'}}}", ["also.atm_x", "'tise'", "'ties'"]),
+    ("--config.also={'atm_x': 3}", ["also.atm_x", "a group", "3"]),
     ("--config.rounds", ["--config.rounds=VALUE"]),
   ],
 )

@@ -25,7 +25,9 @@ def test_closed_form():
 
 
 def test_every_column_has_the_length_scale():
-  np.testing.assert_allclose(np.linalg.norm(heads.zero_shot(embed, IDS, MASK), axis=0), 20, rtol=1e-6)
+  np.testing.assert_allclose(
+    np.linalg.norm(heads.zero_shot(embed, IDS, MASK), axis=0), 20, rtol=1e-6
+  )
 
 
 def test_the_length_of_the_embeddings_does_not_matter():

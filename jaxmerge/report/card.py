@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any  # A record is JSON, its values have no one type.
 
 from jaxmerge.report import page, tables, words
+from jaxmerge.report import record as records
 
 
 def model_card(
@@ -15,11 +16,12 @@ def model_card(
   """Writes the model card of the model that the record calls `method`.
 
   Args:
-    record: a record that passes `record.check`.
+    record: the run; it may hold NumPy's numbers.
     base_name: the base model, as a hub names it.
     method: a name in `record["models"]`, such as "atm" or "ties".
     license: identifier of the licence; the base model's is the one that binds.
   """
+  record = records.plain(record)
   if method not in record["models"]:
     known = ", ".join(words.order(record["models"]))
     raise ValueError(f"method must be a model of the record ({known}), got {method!r}.")

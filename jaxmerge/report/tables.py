@@ -190,7 +190,7 @@ def to_text(table: Table, width: int = 100) -> str:
 def _column(head: str, cells: Sequence[Cell], first: bool) -> tuple[list[str], list[str]]:
   """The lines of a heading, and the cells as text, with room for a star."""
   drawn = [" ".join(c.text.split()) + ("" if first else "*" if c.best else " ") for c in cells]
-  wide = 200 if first else max(12, *(len(x) - 1 for x in drawn))
+  wide = 200 if first else max(14, *(len(x) - 1 for x in drawn))
   return [line + ("" if first else " ") for line in textwrap.wrap(head, wide)], drawn
 
 

@@ -27,14 +27,18 @@ def zero_shot(
   Reference: Radford et al. 2021, CLIP (arXiv:2103.00020), section 3.1.4.
   """
   if prompts_ids.ndim != 2 or prompts_ids.shape != prompts_mask.shape:
-    raise ValueError(f"prompts_ids {prompts_ids.shape} and prompts_mask {prompts_mask.shape} must "
-                     "have one shape [classes, length].")
+    raise ValueError(
+      f"prompts_ids {prompts_ids.shape} and prompts_mask {prompts_mask.shape} must "
+      "have one shape [classes, length]."
+    )
   rows = np.asarray(embed(prompts_ids, prompts_mask), np.float32)
   if rows.ndim != 2 or len(rows) != len(prompts_ids):
     raise ValueError(f"embed must give [{len(prompts_ids)}, D], got {rows.shape}.")
   norms = np.linalg.norm(rows, axis=1, keepdims=True)
   wrong = np.flatnonzero(~(np.isfinite(norms[:, 0]) & (norms[:, 0] > 0)))
   if wrong.size:
-    raise ValueError(f"prompt {wrong[0]}: its embedding has length {norms[wrong[0], 0]}; "
-                     "it must be finite and not zero.")
+    raise ValueError(
+      f"prompt {wrong[0]}: its embedding has length {norms[wrong[0], 0]}; "
+      "it must be finite and not zero."
+    )
   return np.ascontiguousarray((scale * rows / norms).T)

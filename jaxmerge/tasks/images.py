@@ -14,7 +14,18 @@ from jaxmerge.tasks import task as task_lib
 _DIGITS = tuple("0123456789")
 CLASSES = {
   "mnist": _DIGITS,
-  "fashion": ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot"),
+  "fashion": (
+    "T-shirt",
+    "trouser",
+    "pullover",
+    "dress",
+    "coat",
+    "sandal",
+    "shirt",
+    "sneaker",
+    "bag",
+    "boot",
+  ),
   "animal": ("bear", "bird", "cat", "cow", "dog", "elephant", "giraffe", "horse", "sheep", "zebra"),
   "digits": _DIGITS,
 }
@@ -41,31 +52,33 @@ def load(
   """
   sizes = {"train": train, "validation": validation, "test": test}
   if min(sizes.values()) < 1 or sum(sizes.values()) > ROWS:
-    raise ValueError(f"train={train}, validation={validation}, test={test}: each must be at least 1, "
-                     f"and together at most {ROWS}.")
+    raise ValueError(
+      f"train={train}, validation={validation}, test={test}: each must be at least 1, "
+      f"and together at most {ROWS}."
+    )
   return tuple(_task(name, seed, sizes) for name in (NAMES if names is None else names))
 
 
 def _task(name: str, seed: int, sizes: dict[str, int]) -> task_lib.Task:
   if name not in CLASSES:
     near = difflib.get_close_matches(name, NAMES, n=1, cutoff=0.0)[0]
-    raise ValueError(f"no image task {name!r}; did you mean {near!r}? There are: {', '.join(NAMES)}.")
+    raise ValueError(
+      f"no image task {name!r}; did you mean {near!r}? There are: {', '.join(NAMES)}."
+    )
   x, y = digits() if name == "digits" else _shipped(name)
   order = _taking_turns(y, np.random.default_rng([seed, zlib.crc32(name.encode())]))
   count = {k: max(1, n * len(y) // ROWS) for k, n in sizes.items()}
   # Test rows come from the front and validation rows from the back: another number of rows to
   # train on changes neither.
-  parts = {
-    "test": order[: count["test"]],
-    "validation": order[len(y) - count["validation"] :],
-    "train": order[count["test"] :][: count["train"]],
-  }
-  splits = {k: task_lib.Split(x[i], y[i]) for k, i in parts.items()}
-  return task_lib.Task(name, **splits, classes=CLASSES[name])
+  test = order[: count["test"]]
+  validation = order[len(y) - count["validation"] :]
+  train = order[count["test"] :][: count["train"]]
+  a, b, c = (task_lib.Split(x[i], y[i]) for i in (train, validation, test))
+  return task_lib.Task(name, a, b, c, classes=CLASSES[name])
 
 
 def digits() -> tuple[np.ndarray, np.ndarray]:
-  """Gives scikit-learn's digits as (uint8 [rows, 28, 28], int32 labels), each pixel 3x3, none twice."""
+  """Gives scikit-learn's digits: uint8 [rows, 28, 28], each pixel 3x3, and int32 labels."""
   try:
     from sklearn import datasets
   except ImportError as error:
@@ -84,7 +97,7 @@ def _shipped(name: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _taking_turns(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-  """Gives a random order of the rows in which every class has its n-th row before any has its n+1-th."""
+  """Gives a random order in which every class has its n-th row before any has its n+1-th."""
   order = rng.permutation(len(labels))
   turn = np.empty(len(labels), np.int64)
   for label in np.unique(labels):

@@ -23,24 +23,24 @@ PROMPTS: Mapping[str, Mapping[str, str]] = {
     "positive": "I loved this film, it is great",
   },
   "tweet": {
-    "negative": "I am sad",
-    "positive": "I am happy",
+    "negative": "a sad and angry tweet",
+    "positive": "a happy and thankful tweet",
   },
   "product": {
-    "negative": "complaint about a problem",
-    "positive": "praise of a good product",
+    "negative": "a product review that is negative, it does not work",
+    "positive": "a product review that is positive, it works well",
   },
   "wordnet": {
-    "act": "the definition of a kind of act or activity",
-    "animal": "the definition of a kind of animal",
-    "artifact": "the definition of a kind of man-made object or building",
-    "attribute": "the definition of a kind of quality or attribute",
-    "cognition": "the definition of a kind of idea, thought or field of study",
-    "communication": "the definition of a kind of word, speech or writing",
-    "location": "the definition of a kind of place, city or country",
-    "person": "the definition of a kind of person",
-    "plant": "the definition of a kind of plant or tree",
-    "state": "the definition of a kind of condition or disease",
+    "act": "a kind of act or activity",
+    "animal": "a kind of animal",
+    "artifact": "a kind of man-made object or building",
+    "attribute": "a kind of quality or attribute",
+    "cognition": "a kind of idea, thought or field of study",
+    "communication": "a kind of word, speech or writing",
+    "location": "a kind of place, city or country",
+    "person": "a kind of person",
+    "plant": "a kind of plant or tree",
+    "state": "a kind of condition or disease",
   },
   "wordnet_other": {
     "body": "a kind of part of the body",
@@ -139,7 +139,9 @@ def load(
   return tuple(_task(name, seed, sizes) for name in (NAMES if names is None else names))
 
 
-def encode(task: TextTask, tokenizer: Any, length: int, head: np.ndarray | None = None) -> task_lib.Task:
+def encode(
+  task: TextTask, tokenizer: Any, length: int, head: np.ndarray | None = None
+) -> task_lib.Task:
   """Makes a Task of token numbers: inputs {"ids", "mask"}, both int32 [rows, length].
 
   Args:
@@ -149,14 +151,19 @@ def encode(task: TextTask, tokenizer: Any, length: int, head: np.ndarray | None 
     head: frozen array [features, classes], or None.
   """
   if head is not None and head.shape[-1] != len(task.classes):
-    raise ValueError(f"task {task.name!r}: a head of {head.shape[-1]} classes, shape {head.shape}; "
-                     f"the task has {len(task.classes)}.")
-  names = list(task.splits)
-  ids, mask = tokens([t for n in names for t in task.splits[n][0]], tokenizer, length)
-  ends = np.cumsum([len(task.splits[n][1]) for n in names])[:-1]
-  parts = zip(names, np.split(ids, ends), np.split(mask, ends), strict=True)
-  splits = {n: task_lib.Split({"ids": i, "mask": m}, task.splits[n][1]) for n, i, m in parts}
-  return task_lib.Task(task.name, **splits, head=head, classes=task.classes)
+    raise ValueError(
+      f"task {task.name!r}: a head of {head.shape[-1]} classes, shape {head.shape}; "
+      f"the task has {len(task.classes)}."
+    )
+  order = ("train", "validation", "test")
+  ids, mask = tokens([t for n in order for t in task.splits[n][0]], tokenizer, length)
+  labels = [task.splits[n][1] for n in order]
+  ends = np.cumsum([len(y) for y in labels])[:-1]
+  a, b, c = (
+    task_lib.Split({"ids": i, "mask": m}, y)
+    for i, m, y in zip(np.split(ids, ends), np.split(mask, ends), labels, strict=True)
+  )
+  return task_lib.Task(task.name, a, b, c, head=head, classes=task.classes)
 
 
 def tokens(texts: Iterable[str], tokenizer: Any, length: int) -> tuple[np.ndarray, np.ndarray]:
@@ -175,13 +182,17 @@ def tokens(texts: Iterable[str], tokenizer: Any, length: int) -> tuple[np.ndarra
 def _task(name: str, seed: int, sizes: Mapping[str, int | None]) -> TextTask:
   if name not in PROMPTS:
     near = difflib.get_close_matches(name, NAMES, n=1, cutoff=0.0)[0]
-    raise ValueError(f"no text task {name!r}; did you mean {near!r}? There are: {', '.join(NAMES)}.")
+    raise ValueError(
+      f"no text task {name!r}; did you mean {near!r}? There are: {', '.join(NAMES)}."
+    )
   classes = tuple(PROMPTS[name])
   splits = {}
   for split, size in sizes.items():
     rows = [(t, classes.index(label)) for at, label, t in _rows(FILES[name])[name] if at == split]
     if size is not None and not 0 < size <= len(rows):
-      raise ValueError(f"task {name!r}: {split}={size}, but there are 1 to {len(rows)} rows to take.")
+      raise ValueError(
+        f"task {name!r}: {split}={size}, but there are 1 to {len(rows)} rows to take."
+      )
     # A stream of its own for every split of every task: what else is loaded changes nothing.
     rng = np.random.default_rng([seed, zlib.crc32(f"{name} {split}".encode())])
     taken = [rows[i] for i in rng.permutation(len(rows))[:size]]

@@ -1,0 +1,82 @@
+"""Times one round of tuning in one program over the task axis against tuning task after task.
+
+  python benchmarks/side_by_side.py --config=configs/images4.py --devices=2 --repeat=7
+
+Both tune the same copies by the same steps on the same rows, and neither merges. Task after task is one
+compiled program for all tasks, called once per task on one device, which may use all cores. Prints
+the median of each, the ratio of the medians of interleaved runs, and whether the bits are equal.
+"""
+
+import argparse
+import dataclasses
+import os
+import statistics
+import time
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("--config", required=True)
+  parser.add_argument("--devices", type=int, default=2)
+  parser.add_argument("--repeat", type=int, default=7)
+  parser.add_argument("--steps", type=int, default=0, help="local steps; 0: those of a round")
+  options = parser.parse_args()
+  os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={options.devices}"
+
+  import jax
+  import numpy as np
+
+  from jaxmerge import configuring, mesh, problems
+  from jaxmerge.atm import sampling, tune
+
+  config = configuring.load(options.config).to_dict()
+  problem, settings = problems.make(config), problems.settings_of(config)
+  if options.steps:
+    share = options.steps * settings.batch_size / len(problem.tasks[0].train.labels)
+    settings = dataclasses.replace(settings, rounds=1, epochs=share)
+  tasks = problem.tasks
+  names, counts = [t.name for t in tasks], [len(t.train.labels) for t in tasks]
+  plan = sampling.plan(names, counts, settings, 0, rounds=settings.rounds)
+  local = tune.direction(settings, problem.params)
+  step = tune.step(problem.apply, tune.cross_entropy, settings, local)
+  rows = tune.stacked(tasks, "train")
+
+  alone = jax.jit(lambda params, rows, plan: tune.tune_one(step, params, local.init(params), rows, plan))
+  first = jax.devices()[0]
+  single = [
+    jax.device_put(jax.tree.map(lambda x, k=k: x[k], (rows, plan)), first) for k in range(len(tasks))
+  ]
+  params = jax.device_put(problem.params, first)
+
+  def in_sequence():
+    return [alone(params, *own)[0] for own in single]
+
+  grid = mesh.make(tasks=len(tasks))
+  spread = mesh.put((rows, plan), mesh.by_task(grid))
+  shared = mesh.put(problem.params, mesh.everywhere(grid))
+
+  @jax.jit
+  def together(params, rows, plan):
+    copies = tune.copies(params, len(tasks), grid)
+    return tune.tune_all(step, copies, jax.vmap(local.init)(copies), rows, plan, mesh=grid)[0]
+
+  def side_by_side():
+    return together(shared, *spread)
+
+  times = {in_sequence: [], side_by_side: []}
+  results = {f: jax.block_until_ready(f()) for f in times}  # Compiles.
+  for _ in range(options.repeat):
+    for f, found in times.items():
+      begun = time.perf_counter()
+      jax.block_until_ready(f())
+      found.append(time.perf_counter() - begun)
+  stacked = jax.tree.map(lambda *xs: np.stack(xs), *results[in_sequence])
+  equal = jax.tree.map(lambda a, b: bool((np.asarray(a) == b).all()), results[side_by_side], stacked)
+  a, b = (statistics.median(times[f]) for f in times)
+  print(f"{options.config}: {len(tasks)} tasks, {int(plan.real.sum())} steps, {options.devices} devices")
+  print(f"task after task {a * 1e3:.0f} ms, one program {b * 1e3:.0f} ms, ratio {a / b:.2f}")
+  print(f"tuned copies bit-equal: {all(jax.tree.leaves(equal))}")
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,123 @@
+"""Resolving a method's numbers: the caller's values in place of defaults, checked and in order."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from typing import Any  # Numbers come as Python numbers, arrays, or trees of them.
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmerge import catalog, stage, tree
+from jaxmerge.stage import Group, Method
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def resolved(
+  method: Method,
+  aux: Mapping[str, Any],
+  shapes: Shapes,
+  height: int,
+  copied: Collection[str] = (),
+) -> dict[str, Any]:
+  """Returns the method's numbers by name: one value, or a dict with one per merged leaf.
+
+  Args:
+    method: the method, with its defaults.
+    aux: the caller's values.
+    shapes: shapes of the leaves that are merged, without the task axis.
+    height: number of models K.
+    copied: names of leaves that are not merged: trees of values may have them too.
+
+  Raises:
+    ValueError: for unknown, missing or ill-shaped numbers, and for numbers out of range where their
+      values can be looked at.
+  """
+  values = stage.numbers(method)
+  for name, value in aux.items():
+    if name not in values:
+      raise ValueError(f"the method takes no number {name!r}{catalog.nearest(name, values)}.")
+    values[name] = value
+  return {n: _checked(n, value, shapes, height, copied) for n, value in values.items()}
+
+
+def permuted(value: Any, order: np.ndarray) -> Any:
+  """Puts what is given per model in another order; other values stay as they are."""
+  if isinstance(value, dict):
+    return {n: permuted(v, order) for n, v in value.items()}
+  if isinstance(value, (list, tuple)):
+    return type(value)(value[k] for k in order)
+  return value[order] if np.ndim(value) and np.shape(value)[0] == len(order) else value
+
+
+def arrays(values: Mapping[str, Any]) -> dict[str, Any]:
+  """Makes arrays of plain numbers, so that another value is not another program."""
+  return {
+    name: jax.tree.map(lambda v, n=name: _array(n, v), value, is_leaf=catalog.plain)
+    for name, value in values.items()
+  }
+
+
+def group(names: tuple[str, ...], shapes: Shapes, height: int, values: Mapping[str, Any]) -> Group:
+  """Describes a group of leaves to `Stage.init`.
+
+  A number per leaf is a number of the group where the group is that leaf; else the group lacks it.
+  """
+  alone = len(names) == 1
+  own = {
+    n: v[names[0]] if isinstance(v, dict) else v
+    for n, v in values.items()
+    if alone or not isinstance(v, dict)
+  }
+  return Group({n: shapes[n] for n in names}, height, own)
+
+
+def _checked(
+  name: str, value: Any, shapes: Shapes, height: int, copied: Collection[str]
+) -> Any:
+  if value is None:
+    raise ValueError(f"the method needs {name!r}: give {name}= or aux={{{name!r}: ...}}.")
+  if catalog.plain(value) or isinstance(value, (jax.Array, np.ndarray, np.generic)):
+    _check(name, name, value, height, None)
+    return value
+  own = tree.named(value)
+  for missing in sorted(shapes.keys() - own.keys()):
+    raise ValueError(f"aux {name!r} has no value for leaf {missing!r}.")
+  for unknown in sorted(own.keys() - shapes.keys() - set(copied)):
+    raise ValueError(f"aux {name!r} has a value for {unknown!r}, which is no leaf of the models.")
+  for leaf, shape in shapes.items():
+    _check(name, f"{name} of leaf {leaf!r}", own[leaf], height, shape)
+  return {leaf: own[leaf] for leaf in shapes}
+
+
+def _check(name: str, label: str, value: Any, height: int, shape: tuple[int, ...] | None) -> None:
+  """Refuses one value of a number that is ill-shaped, or is known to be out of range."""
+  given = np.shape(value)
+  if len(given) == 1 and given[0] != height:
+    raise ValueError(f"{label} has {given[0]} values, but there are {height} models.")
+  if len(given) > 1 and shape is None:
+    raise ValueError(f"{label} has shape {given}; a number is a scalar or one per model, {(height,)}.")
+  if len(given) > 1 and catalog.knows(name) and given != (height, *shape):
+    raise ValueError(f"{label} has shape {given}, but the models are {(height, *shape)} there.")
+  if name == "seed" and not catalog.plain(value):
+    if not jnp.issubdtype(value.dtype, jnp.integer):
+      raise ValueError(f"{label} must be a whole number, got {value.dtype}.")
+  if len(given) <= 1 and not isinstance(value, jax.core.Tracer):
+    here = getattr(value, "is_fully_addressable", True)
+    if here:
+      catalog.check_number(name, np.asarray(value).tolist(), label=label)
+
+
+def _array(name: str, value: Any) -> Any:
+  if not catalog.plain(value):
+    return value
+  # Double precision is cut to float32 at the border of a compiled program, unless x64 is on.
+  return np.asarray(value, np.uint32 if name == "seed" else np.float64)
+
+
+def size(shapes: Shapes) -> int:
+  """Counts the entries of leaves, per model."""
+  return sum(math.prod(shape) for shape in shapes.values())
