@@ -9,6 +9,7 @@ _HOMES = {
   "stack": "jaxmerge.tree",
   "unstack": "jaxmerge.tree",
   "tune_and_merge": "jaxmerge.atm.loop",
+  "Settings": "jaxmerge.atm.settings",
   "Task": "jaxmerge.tasks.task",
   "Split": "jaxmerge.tasks.task",
 }

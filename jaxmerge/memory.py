@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple  # Any: trees and numbers of many kinds.
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
-from jaxmerge import catalog, stage, tree, views
-from jaxmerge.stage import Array, Group, Leaf, Method, Stage
+from jaxmerge import resolving, stage, statistics, tree, views
+from jaxmerge.stage import Array, Leaf, Method, Stage
 from jaxmerge.tree import Tree
 
 
@@ -37,8 +36,8 @@ def merge(
     method: what `jaxmerge.methods` makes.
     base: tree of arrays [*s].
     models: stack of K models, [K, *s], as `jaxmerge.stack` makes it.
-    aux: numbers by name, in place of the method's own: a scalar, one per model [K], or a tree with one
-      of these, or an array [K, *s], per leaf. Other numbers do not compile again.
+    aux: numbers by name, in place of the method's own: a scalar, one per model [K], or a tree with
+      one of these, or an array [K, *s], per leaf. Other numbers do not compile again.
     seed: for methods with random masks.
     names: names of the models. Masks depend on them and not on the order; without them the models
       are called "0", "1", and so on.
@@ -56,8 +55,7 @@ def merge(
     >>> jaxmerge.merge(jaxmerge.methods.average(), base, experts)["w"].tolist()
     [2.0, 2.0]
   """
-  reference = base if reference is None else reference
-  check_models(base, models, reference)
+  check_models(base, models, base if reference is None else reference)
   aux = dict(aux or {}, **({} if seed is None else {"seed": seed}))
   return _driven(method, base, reference, models, aux, names, layout)
 
@@ -74,15 +72,19 @@ def blend(
   """Merges the weights themselves, without a base: M(models). Arguments as for `merge`.
 
   Leaves that are not floating point are copied from the first model and must be equal in all.
+
+  Example:
+    >>> import jax.numpy as jnp, jaxmerge
+    >>> models = {"w": jnp.array([[1.0, 0.0], [3.0, 4.0]])}
+    >>> jaxmerge.blend(jaxmerge.methods.average(weight=(3.0, 1.0)), models)["w"].tolist()
+    [1.5, 1.0]
   """
-  for name, leaf in tree.named(models).items():
-    if not tree.is_floating(leaf) and not isinstance(leaf, jax.core.Tracer):
-      differs = np.any(np.asarray(leaf) != np.asarray(leaf)[:1])
-      if differs:
-        raise ValueError(
-          f"leaf {name!r} is {leaf.dtype} and differs between models; drop it first."
-        )
   tree.height(models)
+  for name, leaf in tree.named(models).items():
+    if tree.is_floating(leaf) or isinstance(leaf, jax.core.Tracer):
+      continue
+    if bool(jnp.any(leaf != leaf[:1])):
+      raise ValueError(f"leaf {name!r} is {leaf.dtype} and differs between models; drop it first.")
   aux = dict(aux or {}, **({} if seed is None else {"seed": seed}))
   return _driven(method, None, None, models, aux, names, layout)
 
@@ -93,11 +95,11 @@ def check_models(base: Tree, models: Tree, reference: Tree) -> None:
   one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), models)
   tree.check_same(base, one, left="the base", right="the models", dtype=False)
   tree.check_same(base, reference, left="the base", right="the reference", dtype=False)
+  stacks = tree.named(models)
   for name, leaf in tree.named(base).items():
-    if tree.is_floating(leaf) != tree.is_floating(tree.named(models)[name]):
-      raise ValueError(
-        f"leaf {name!r} is {leaf.dtype} in the base but {tree.named(models)[name].dtype} in the models."
-      )
+    dtype = stacks[name].dtype
+    if tree.is_floating(leaf) != tree.is_floating(stacks[name]):
+      raise ValueError(f"leaf {name!r} is {leaf.dtype} in the base but {dtype} in the models.")
 
 
 class Ready(NamedTuple):
@@ -115,6 +117,7 @@ def prepare(
   height: int,
   aux: Mapping[str, Any],
   names: Sequence[str] | None,
+  copied: Collection[str] = (),
 ) -> Ready:
   """Resolves numbers, orders the models by tag, and computes counts on the host.
 
@@ -124,27 +127,37 @@ def prepare(
     height: number of models K.
     aux: numbers given by the caller.
     names: names of the models, or None.
+    copied: names of the leaves that are not merged.
 
   Raises:
-    ValueError: for unknown, missing or ill-shaped numbers and for names that are not K different ones.
+    ValueError: for unknown, missing or ill-shaped numbers, for names that are not K different ones,
+      and for a leaf that no combiner will touch.
   """
   order, tags = _ordered(names, height)
-  values = _numbers(method, aux, shapes, height)
+  values = resolving.resolved(method, aux, shapes, height, copied)
   if order is not None:
-    values = {n: _permuted(v, order, height) for n, v in values.items()}
-  known = []
+    values = {n: resolving.permuted(v, order) for n, v in values.items()}
+  heights, known = dict.fromkeys(shapes, height), []
   for step in method:
-    groups = members(step, shapes)
-    known.append(
-      {g: step.init(_group(g, names_in, shapes, height, values)) for g, names_in in groups.items()}
-    )
-    height = 1 if step.combines else height
-  arrays = {n: jax.tree.map(_array, v, is_leaf=catalog.plain) for n, v in values.items()}
-  return Ready(arrays, tags, order, tuple(known))
+    first = {}
+    for group, found in members(step, shapes).items():
+      at = max(heights[n] for n in found)
+      first[group] = step.init(resolving.group(found, shapes, at, values))
+      heights.update(dict.fromkeys(found, 1) if step.combines else {})
+    known.append(first)
+  for name, left in heights.items():
+    refuse_height(name, left)
+  return Ready(resolving.arrays(values), tags, order, tuple(known))
 
 
 def members(step: Stage, names: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
-  """Returns the leaves that a stage acts on, by group."""
+  """Returns the leaves that a stage acts on, by group.
+
+  Example:
+    >>> (step,) = stage.masked(stage.pointwise(jnp.abs), lambda name: name != "b")
+    >>> members(step, {"a": (2,), "b": (3,), "c": ()})
+    {'': ('a', 'c')}
+  """
   groups: dict[str, list[str]] = {}
   for name in names:
     if step.where is None or step.where(name):
@@ -153,7 +166,13 @@ def members(step: Stage, names: Mapping[str, Any]) -> dict[str, tuple[str, ...]]
 
 
 def offsets(step: Stage, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.uint32]:
-  """Counts, for each leaf that a stage acts on, the entries before it in its group."""
+  """Counts, for each leaf that a stage acts on, the entries before it in its group.
+
+  Example:
+    >>> (step,) = stage.pointwise(jnp.abs)
+    >>> {name: int(n) for name, n in offsets(step, {"a": (2, 3), "b": (4,), "c": ()}).items()}
+    {'a': 0, 'b': 6, 'c': 10}
+  """
   out = {}
   for names in members(step, shapes).values():
     sizes = [math.prod(shapes[n]) for n in names]
@@ -169,7 +188,7 @@ def transform(
   ready: Ready,
   layout: views.Views = (),
 ) -> dict[str, Array]:
-  """Runs a method over leaves by name: stacks [K, *s] -> stacks [M, *s]. To be called while tracing."""
+  """Runs a method over leaves by name, while tracing: stacks [K, *s] -> stacks [M, *s]."""
   x: dict[str, Any] = dict(models)
   kept: dict[str, list[Array]] = {name: [] for name in x}
   for step, first in zip(method, ready.known, strict=True):
@@ -180,20 +199,10 @@ def transform(
       known = dict(first[group])
       for statistic in step.statistics:
         measured = functools.partial(_measure_all, statistic, x, leaves, known)
-        known[statistic.name] = passes(statistic, known, measured)
+        known[statistic.name] = statistics.settled(statistic, known, measured)
       for n in names:
         x[n] = update(step, x[n], leaves[n], known, kept[n], views.view_of(n, layout))
   return x
-
-
-def passes(statistic: stage.Statistic, known: Any, measured: Callable[[Any], Any]) -> Any:
-  """Runs the passes of a statistic; `measured(state)` is the total over all leaves."""
-
-  def one(_: Any, state: Any) -> Any:
-    return statistic.refine(state, measured(state), known)
-
-  state = statistic.begin(known)
-  return one(0, state) if statistic.passes == 1 else lax.fori_loop(0, statistic.passes, one, state)
 
 
 def update(
@@ -205,6 +214,17 @@ def update(
     return x
   if step.keep == "pop":
     return step.update(kept.pop(), x, leaf)
+  y = _updated(step, x, leaf, known, view)
+  height = 1 if step.combines else x.shape[0]
+  if y.shape[0] != height:
+    raise ValueError(
+      f"a stage made a stack of height {y.shape[0]} of one of height {x.shape[0]}; a combiner must "
+      "leave height 1 and say combines=True, other stages keep the height."
+    )
+  return y
+
+
+def _updated(step: Stage, x: Array, leaf: Leaf, known: Any, view: str | None) -> Array:
   if step.unit == "entry":
     return step.update(x, leaf, known)
   if view is None:
@@ -212,7 +232,7 @@ def update(
       raise ValueError("a leaf has no matrix view; declare it in `layout` or mask the method.")
     return step.rest(x, leaf, known)
   seen = views.rows(views.whole(x), view)
-  part = leaf._replace(base=None, shape=seen.shape[1:], start=jnp.int32(0))
+  part = leaf._replace(base=None, shape=seen.shape[1:], start=np.int32(0))
   return views.from_rows(step.update(seen, part, known), view, x.shape[1:])
 
 
@@ -226,7 +246,7 @@ def leaf_of(
     aux=aux,
     models=ready.tags,
     tag=jnp.uint32(tree.tag(name)),
-    start=jnp.int32(0),
+    start=np.int32(0),
     shape=tuple(shape),
     offset=np.uint32(0),
   )
@@ -250,7 +270,8 @@ def _driven(
 ) -> Tree:
   stacks = tree.named(models)
   shapes = {n: leaf.shape[1:] for n, leaf in stacks.items() if tree.is_floating(leaf)}
-  ready = prepare(method, shapes, tree.height(models), aux, names)
+  copied = stacks.keys() - shapes.keys()
+  ready = prepare(method, shapes, tree.height(models), aux, names, copied)
   out, finite = _compiled(base, reference, models, ready, method=method, layout=views.check(layout))
   if not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((finite, out))):
     refuse_nonfinite(jax.device_get(finite), names, ready.order)
@@ -258,23 +279,30 @@ def _driven(
 
 
 def refuse_nonfinite(
-  finite: Mapping[str, tuple[Any, Any]], names: Sequence[str] | None, order: Any = None
+  finite: Mapping[str, tuple[Any, Any, Any]], names: Sequence[str] | None, order: Any = None
 ) -> None:
   """Raises ValueError that names the first leaf and model whose flag is False.
 
   Args:
-    finite: flags by leaf: of the base or reference, and [K] of the models in the order of their tags.
+    finite: flags by leaf: of the base, of the reference, and [K] of the models in order of tags.
     names: names of the models, or None.
     order: where each of the models was in the caller's stack.
   """
-  for name, (base, models) in finite.items():
-    if not base:
-      raise ValueError(f"leaf {name!r} of the base has NaN or infinity.")
-    if np.all(models):
-      continue
-    first = int(np.argmin(models))
-    k = first if order is None else int(order[first])
-    raise ValueError(f"leaf {name!r} of model {names[k] if names else k} has NaN or infinity.")
+  for name, (base, reference, models) in finite.items():
+    k = int(np.argmin(models))
+    k = k if order is None else int(order[k])
+    model = f"model {names[k] if names else k}"
+    for whose, fine in (("the base", base), ("the reference", reference), (model, np.all(models))):
+      if not fine:
+        raise ValueError(f"leaf {name!r} of {whose} has NaN or infinity.")
+
+
+def refuse_height(name: str, height: int) -> None:
+  """Raises ValueError, naming the leaf, where more than one model is left."""
+  if height != 1:
+    raise ValueError(
+      f"no combiner touched leaf {name!r}: {height} models are left of it after the last stage."
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("method", "layout"))
@@ -286,17 +314,19 @@ def _compiled(
   *,
   method: Method,
   layout: views.Views,
-) -> tuple[Tree, dict[str, tuple[Array, Array]]]:
+) -> tuple[Tree, dict[str, tuple[Array, Array, Array]]]:
   stacks = tree.named(models)
   bases = None if base is None else tree.named(base)
-  references = None if reference is None else tree.named(reference)
+  references = bases if reference is None else tree.named(reference)
   deltas, finite = {}, {}
   for name, leaf in stacks.items():
     if not tree.is_floating(leaf):
       continue
-    x = leaf if ready.order is None else jnp.take(leaf, ready.order, axis=0)
+    x = leaf if ready.order is None else _reordered(leaf, ready.order)
     zero = None if references is None else references[name]
-    deltas[name], finite[name] = task_vectors(x, zero)
+    one = None if bases is None or reference is None else bases[name]
+    finite[name] = are_finite(one, zero, x)
+    deltas[name] = task_vectors(x, zero)
   merged = transform(method, deltas, references, ready, layout)
   out = {}
   for name, leaf in stacks.items():
@@ -307,104 +337,50 @@ def _compiled(
   return tree.rebuild(models if base is None else base, out), finite
 
 
-def task_vectors(x: Array, reference: Array | None) -> tuple[Array, tuple[Array, Array]]:
-  """Returns models - reference [K, *s] in the dtype to compute in, and whether both are finite."""
-  dtype = tree.compute_dtype(x.dtype)
-  flags = jnp.isfinite(x).all(axis=tuple(range(1, x.ndim)))
+def _reordered(x: Array, order: Array) -> Array:
+  # The gather along a task axis that explicit axes shard must say where its result lies.
+  return x.at[order].get(out_sharding=jax.typeof(x).sharding)
+
+
+def are_finite(base: Array | None, reference: Array | None, x: Array) -> tuple[Any, Any, Array]:
+  """Tells whether base, reference, and each model of a stack [K, *s] have finite values only."""
+  first, second = (True if v is None else jnp.isfinite(v).all() for v in (base, reference))
+  return first, second, jnp.isfinite(x).all(axis=tuple(range(1, x.ndim)))
+
+
+def task_vectors(x: Array, reference: Array | None) -> Array:
+  """Returns models - reference, [K, *s], in the dtype to compute in."""
   if reference is None:
-    return x.astype(dtype), (jnp.bool_(True), flags)
+    return x.astype(tree.compute_dtype(x.dtype))
   # Upcast before subtracting: bfloat16 loses the low bits of a small task vector.
-  dtype = jnp.promote_types(dtype, tree.compute_dtype(reference.dtype))
-  delta = x.astype(dtype) - reference.astype(dtype)[None]
-  return delta, (jnp.isfinite(reference).all(), flags)
+  dtype = tree.compute_dtype(x.dtype, reference.dtype)
+  return x.astype(dtype) - reference.astype(dtype)[None]
 
 
 def added(name: str, merged: Array, base: Array | None, dtype: Any) -> Array:
-  """Adds a merged task vector [1, *s] to the base, and casts: the one place that does.
+  """Adds a merged task vector [1, *s] to the base, and casts: [1, *s] -> [*s].
 
   Raises:
-    ValueError: if the height is not 1, that is if no combiner touched the leaf.
+    ValueError: if the height is not 1.
   """
-  if merged.shape[0] != 1:
-    raise ValueError(
-      f"no combiner touched leaf {name!r}: {merged.shape[0]} models are left of it after the last stage."
-    )
+  refuse_height(name, merged.shape[0])
+  return stored(merged, base, dtype)[0]
+
+
+def stored(merged: Array, base: Array | None, dtype: Any) -> Array:
+  """Adds task vectors [M, *s] to the base, and casts: the one place that does."""
   if base is None:
-    return merged[0].astype(dtype)
-  wide = jnp.promote_types(merged.dtype, tree.compute_dtype(base.dtype))
-  return (base.astype(wide) + merged[0].astype(wide)).astype(base.dtype)
+    return merged.astype(dtype)
+  wide = tree.compute_dtype(merged.dtype, base.dtype)
+  return (base.astype(wide)[None] + merged.astype(wide)).astype(base.dtype)
 
 
 def _ordered(names: Sequence[str] | None, height: int) -> tuple[Any, np.ndarray]:
   given = [str(k) for k in range(height)] if names is None else list(names)
-  if len(given) != height or len(set(given)) != height:
-    raise ValueError(f"names must be {height} different names, one per model, got {given}.")
   tags = np.array([tree.tag(n) for n in given], np.uint32)
+  if len(given) != height or len(set(tags.tolist())) != height:
+    raise ValueError(f"names must be {height} different names, one per model, got {given}.")
   if names is None:
     return None, tags
   order = np.argsort(tags, kind="stable")
   return (None if (order == np.arange(height)).all() else order), tags[order]
-
-
-def _numbers(
-  method: Method, aux: Mapping[str, Any], shapes: Mapping[str, Any], height: int
-) -> dict[str, Any]:
-  """The method's numbers, with the caller's values in place of the defaults."""
-  values = stage.numbers(method)
-  for name, value in aux.items():
-    if name not in values:
-      raise ValueError(f"the method takes no number {name!r}{catalog.nearest(name, values)}.")
-    values[name] = value
-  for name, value in values.items():
-    if value is None:
-      raise ValueError(f"the method needs {name!r}: give {name}= or aux={{{name!r}: ...}}.")
-    if _per_leaf(value):
-      value = values[name] = tree.named(value)
-      missing = sorted(shapes.keys() - value.keys())
-      if missing:
-        raise ValueError(f"aux {name!r} has no value for leaf {missing[0]!r}.")
-      value = {n: v for n, v in value.items() if n in shapes}
-    for v in value.values() if isinstance(value, dict) else [value]:
-      if catalog.plain(v):
-        catalog.check_number(name, v)
-      if np.ndim(v) == 1 and np.shape(v)[0] != height:
-        raise ValueError(f"{name} has {np.shape(v)[0]} values, but there are {height} models.")
-  return values
-
-
-def _per_leaf(value: Any) -> bool:
-  return not catalog.plain(value) and not isinstance(value, (jax.Array, np.ndarray, np.generic))
-
-
-def _permuted(value: Any, order: np.ndarray, height: int) -> Any:
-  if isinstance(value, dict):
-    return {n: _permuted(v, order, height) for n, v in value.items()}
-  if isinstance(value, (list, tuple)):
-    return type(value)(value[k] for k in order)
-  return value[order] if np.ndim(value) and value.shape[0] == height else value
-
-
-def _group(
-  group: str,
-  names: tuple[str, ...],
-  shapes: Mapping[str, tuple[int, ...]],
-  height: int,
-  values: Mapping[str, Any],
-) -> Group:
-  size = sum(int(np.prod(shapes[n], dtype=np.int64)) for n in names)
-  # A number per leaf is a number of the group where the group is that leaf.
-  own = {n: v[names[0]] if isinstance(v, dict) else v for n, v in values.items()}
-  for n, v in values.items():
-    if isinstance(v, dict) and len(names) > 1 and np.ndim(v[names[0]]) <= 1:
-      own[n] = None
-  return Group(size, height, own)
-
-
-def _array(value: Any) -> Any:
-  """Plain numbers as arrays, so that another value is not another program."""
-  if not catalog.plain(value):
-    return value
-  whole = all(isinstance(v, int) for v in np.ravel(np.asarray(value, object)))
-  if whole and np.min(value) >= 0 and np.max(value) < 2**32 and np.max(value) >= 2**24:
-    return np.asarray(value, np.uint32)
-  return np.asarray(value, np.float32)

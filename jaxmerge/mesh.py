@@ -41,11 +41,11 @@ def make(
     raise ValueError(f"mesh sizes must be positive, at most one -1, got {sizes}.")
   if open_axes:
     fixed = math.prod(n for n in sizes.values() if n != -1)
-    left = len(given) // fixed
+    left = max(1, len(given) // fixed)
     sizes[open_axes[0]] = min(left, tasks) if open_axes == ["task"] and tasks else left
   wanted = math.prod(sizes.values())
-  if not 1 <= wanted <= len(given):
-    raise ValueError(f"a mesh {sizes} needs {max(wanted, 1)} devices, but there are {len(given)}.")
+  if wanted > len(given):
+    raise ValueError(f"a mesh {sizes} needs {wanted} devices, but there are {len(given)}.")
   grid = np.array(given[:wanted]).reshape(tuple(sizes.values()))
   return Mesh(grid, AXES)
 

@@ -136,7 +136,7 @@ def minilm8(config: Mapping[str, Any]) -> Problem:
     bert.apply(own, jnp.dtype(config["compute_dtype"])),
     params,
     tuple(tasks),
-    (),
+    bert.VIEWS,
     save,
     "apache-2.0",
   )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping
 from typing import Any  # Numbers come as Python numbers, arrays, or trees of them.
 
@@ -75,9 +74,7 @@ def group(names: tuple[str, ...], shapes: Shapes, height: int, values: Mapping[s
   return Group({n: shapes[n] for n in names}, height, own)
 
 
-def _checked(
-  name: str, value: Any, shapes: Shapes, height: int, copied: Collection[str]
-) -> Any:
+def _checked(name: str, value: Any, shapes: Shapes, height: int, copied: Collection[str]) -> Any:
   if value is None:
     raise ValueError(f"the method needs {name!r}: give {name}= or aux={{{name!r}: ...}}.")
   if catalog.plain(value) or isinstance(value, (jax.Array, np.ndarray, np.generic)):
@@ -95,20 +92,20 @@ def _checked(
 
 def _check(name: str, label: str, value: Any, height: int, shape: tuple[int, ...] | None) -> None:
   """Refuses one value of a number that is ill-shaped, or is known to be out of range."""
-  given = np.shape(value)
-  if len(given) == 1 and given[0] != height:
+  given = tuple(np.shape(value))
+  if given and (len(given) == 1 or catalog.knows(name)) and given[0] != height:
     raise ValueError(f"{label} has {given[0]} values, but there are {height} models.")
   if len(given) > 1 and shape is None:
-    raise ValueError(f"{label} has shape {given}; a number is a scalar or one per model, {(height,)}.")
-  if len(given) > 1 and catalog.knows(name) and given != (height, *shape):
-    raise ValueError(f"{label} has shape {given}, but the models are {(height, *shape)} there.")
-  if name == "seed" and not catalog.plain(value):
-    if not jnp.issubdtype(value.dtype, jnp.integer):
-      raise ValueError(f"{label} must be a whole number, got {value.dtype}.")
-  if len(given) <= 1 and not isinstance(value, jax.core.Tracer):
-    here = getattr(value, "is_fully_addressable", True)
-    if here:
-      catalog.check_number(name, np.asarray(value).tolist(), label=label)
+    raise ValueError(
+      f"{label} has shape {given}; a number is a scalar or one per model {(height,)}."
+    )
+  if len(given) > 1 and catalog.knows(name) and given[1:] != shape:
+    raise ValueError(f"{label} has shape {given}, but the models are {shape} there.")
+  if name == "seed" and not catalog.plain(value) and not jnp.issubdtype(value.dtype, jnp.integer):
+    raise ValueError(f"{label} must be a whole number, got {value.dtype}.")
+  seen = not isinstance(value, jax.core.Tracer) and getattr(value, "is_fully_addressable", True)
+  if seen and len(given) <= 1:
+    catalog.check_number(name, np.asarray(value).tolist(), label=label)
 
 
 def _array(name: str, value: Any) -> Any:
@@ -116,8 +113,3 @@ def _array(name: str, value: Any) -> Any:
     return value
   # Double precision is cut to float32 at the border of a compiled program, unless x64 is on.
   return np.asarray(value, np.uint32 if name == "seed" else np.float64)
-
-
-def size(shapes: Shapes) -> int:
-  """Counts the entries of leaves, per model."""
-  return sum(math.prod(shape) for shape in shapes.values())

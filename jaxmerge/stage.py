@@ -1,9 +1,9 @@
 """The algebra: a method is a tuple of stages, a stage maps a stack to a stack. Read this first.
 
 A stack is a tree of arrays with a leading task axis K. A transform keeps K, a combiner returns
-K = 1. A stage may *know* statistics of the stack before it acts: it names them, the driver adds them
-up over leaves, slices, devices or reads of a file. Drivers: `memory.py` (arrays, under jit, vmap,
-grad and meshes), `streaming.py` (slice by slice).
+K = 1. A stage may *know* statistics of the stack before it acts: it names them, the driver adds
+them up over leaves, slices, devices or reads of a file. Drivers: `memory.py` (arrays, under jit,
+vmap, grad and meshes), `streaming.py` (slice by slice).
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ class Leaf(NamedTuple):
   aux: Mapping[str, Any]
   models: Array
   tag: Array
-  start: Array
+  start: Array | np.generic
   shape: tuple[int, ...]
-  offset: Array
+  offset: Array | np.generic
 
   def number(self, name: str, x: Array) -> Array:
     """Returns the number `name` in the dtype of `x`, shaped to multiply a stack x [K, *s].
@@ -82,8 +82,8 @@ class Group(NamedTuple):
     """Returns a number; ValueError if it differs from leaf to leaf of the group."""
     if name not in self.aux:
       raise ValueError(
-        f"{name} is counted over {len(self.shapes)} leaves together and cannot differ between them; "
-        "give one number, or scope='leaf'."
+        f"{name} is counted over {len(self.shapes)} leaves together and cannot differ between "
+        "them; give one number, or scope='leaf'."
       )
     return self.aux[name]
 

@@ -17,7 +17,7 @@ import numpy as np
 from jax import lax
 
 from jaxmerge import views
-from jaxmerge.stage import Leaf, Statistic
+from jaxmerge.stage import Group, Leaf, Statistic
 
 Array = jax.Array
 LIMB = 16
@@ -150,7 +150,7 @@ def position(x: Array, leaf: Leaf) -> Array:
       index = index + leaf.start.astype(jnp.uint32)
     flat = flat + index * jnp.uint32(stride)
     stride *= leaf.shape[axis - 1]
-  return flat + leaf.offset
+  return flat + jnp.asarray(leaf.offset)
 
 
 def count(mask: Array) -> Array:
@@ -187,6 +187,15 @@ def at_least(a: Array, b: Array) -> Array:
   return (a[0] > b[0]) | ((a[0] == b[0]) & (a[1] >= b[1]))
 
 
+def refuse_unrankable(group: Group) -> None:
+  """Raises ValueError for a group with too many entries to number them in 32 bits."""
+  if group.size >= 2**32:
+    raise ValueError(
+      f"ranking by position needs groups of fewer than 2**32 entries, got {group.size}; "
+      "use scope='leaf', or for ties rule='kth'."
+    )
+
+
 def plus(a: Array, b: Array) -> Array:
   """Adds counts given as normal limbs, or a state that holds them; the sum is normal again."""
   # Carried over each time: the low limbs of 2**16 slices would overflow.
@@ -213,10 +222,10 @@ def limbs(number: int) -> np.ndarray:
 def share(fraction: Any, size: int, height: int, *, more: int = 0) -> Array | np.ndarray:
   """Returns min(floor(fraction * size) + more, size) per model, as limbs [2, height].
 
-  A Python number or NumPy array is counted on the host: the product in double precision, truncated,
-  as `int(fraction * size)`. A jax array, traced or not, has float32 precision, and the product is
-  exact: the fraction counts as half a unit in its last place larger, so that 0.7 of 10 is 7, and the
-  result is at most one part in 2**23 too large.
+  A Python number or NumPy array is counted on the host: the product in double precision,
+  truncated, as `int(fraction * size)`. A jax array, traced or not, has float32 precision, and the
+  product is exact: the fraction counts as half a unit in its last place larger, so that 0.7 of 10
+  is 7, and the result is at most one part in 2**23 too large.
 
   Example:
     >>> share(0.7, 10, height=2).tolist()

@@ -1,7 +1,8 @@
 """The driver for weights that are not all in memory at once: leaf by leaf, slice by slice.
 
-A source hands out rows of one leaf of the base and of all models; a sink takes rows of the result. One
-slice is on the device at a time. Elementwise methods and integer statistics give the bits of `merge`.
+A source hands out rows of one leaf of the base and of all models; a sink takes rows of the result.
+One slice is on the device at a time. Elementwise methods and integer statistics give the bits of
+`merge`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple  # Any: states are trees that a stage defines.
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxmerge import memory, tree, views
@@ -25,8 +25,8 @@ class Source(NamedTuple):
   Attributes:
     leaves: name to ShapeDtypeStruct of the base's leaves, without the task axis.
     height: number of models K.
-    read: (name, start, stop) -> (base [rows, ...], reference [rows, ...], models [K, rows, ...]); rows
-      count along the leaf's first axis. A scalar leaf is read whole, with start 0 and stop 1.
+    read: (name, start, stop) -> (base [rows, ...], reference [rows, ...], models [K, rows, ...]);
+      rows count along the leaf's first axis. A scalar leaf is read whole, with start 0 and stop 1.
   """
 
   leaves: Mapping[str, jax.ShapeDtypeStruct]
@@ -66,7 +66,8 @@ def stream(
   shapes = {n: s.shape for n, s in sorted(source.leaves.items()) if tree.is_floating(s)}
   if ready is None:
     aux = dict(aux or {}, **({} if seed is None else {"seed": seed}))
-    ready = memory.prepare(method, shapes, source.height, aux, names)
+    copied = source.leaves.keys() - shapes.keys()
+    ready = memory.prepare(method, shapes, source.height, aux, names, copied)
   before = tuple(memory.offsets(step, shapes) for step in method)
   cut = _Cut(method, source, shapes, ready, names, views.check(layout), entries, before)
   known: tuple[Any, ...] = ()
@@ -82,7 +83,9 @@ def stream(
         own[group][statistic.name] = state
     known = (*known, own)
   for name, start, parts in _slices(cut, shapes):
-    write(name, start, _merged(parts, _alone(cut, name, known), method=method, **cut.static(name)))
+    out = _merged(parts, _alone(cut, name, known), method=method, **cut.static(name))
+    memory.refuse_height(name, out.shape[0])
+    write(name, start, out[0])
   for name, leaf in source.leaves.items():
     if name not in shapes:
       write(name, 0, source.read(name, 0, leaf.shape[0] if leaf.shape else 1)[0])
@@ -161,7 +164,7 @@ def _slices(cut: _Cut, members: Any) -> Iterator[tuple[str, int, _Parts]]:
         models = models[cut.ready.order]
       aux = {n: _rows(v, shape, start, stop) for n, v in leaf.aux.items()}
       part = leaf._replace(start=np.int32(start), aux=aux)
-      flags = jax.device_get(_finite(models, reference))
+      flags = jax.device_get(_finite(base, reference, models))
       memory.refuse_nonfinite({name: flags}, cut.names, cut.ready.order)
       before = tuple(own.get(name, np.uint32(0)) for own in cut.offsets)
       yield name, start, _Parts(base, reference, models, part, before)
@@ -190,16 +193,14 @@ def _total(
   return found
 
 
-@jax.jit
-def _finite(models: Any, reference: Any) -> tuple[Array, Array]:
-  return memory.task_vectors(jnp.asarray(models), jnp.asarray(reference))[1]
+_finite = jax.jit(memory.are_finite)
 
 
 def _through(
   parts: _Parts, known: Any, method: Method, acts: Any, shape: tuple[int, ...], view: str | None
 ) -> tuple[Array, Leaf]:
   """Takes the task vectors of a slice through the first stages."""
-  x, _ = memory.task_vectors(jnp.asarray(parts.models), jnp.asarray(parts.reference))
+  x = memory.task_vectors(parts.models, parts.reference)
   leaf = parts.leaf._replace(shape=shape, base=parts.reference)
   kept: list[Array] = []
   for step, acting, own, offset in zip(method, acts, known, parts.offsets, strict=False):
@@ -238,5 +239,4 @@ def _merged(
   view: str | None,
 ) -> Array:
   x, _ = _through(parts, known, method, acts, shape, view)
-  base = jnp.asarray(parts.base)
-  return memory.added("of a slice", x, base, base.dtype)
+  return memory.stored(x, parts.base, parts.base.dtype)

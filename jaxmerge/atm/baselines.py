@@ -1,4 +1,4 @@
-"""What ATM is compared with, from the same data and budget: experts, joint training, one-shot merges."""
+"""What ATM is compared with at the same budget: experts, joint training, one-shot merges."""
 
 from __future__ import annotations
 
@@ -67,13 +67,15 @@ def experts(
   def part(models: Any, states: Any, rows: tune.Rows, plan: sampling.Plan) -> Any:
     return tune.tune_all(step, models, states, rows, plan, mesh=mesh)
 
-  tuned = jax.jit(part, donate_argnums=(0, 1))
+  tuned, finite = jax.jit(part, donate_argnums=(0, 1)), jax.jit(tune.finite)
   models, states = begin(meshes.put(params, meshes.everywhere(mesh)))
   for k in range(settings.rounds):
     plan = sampling.plan(names, counts, settings, k, rounds=settings.rounds)
     own = sampling.Plan(*(meshes.put(tune.pile_up(x, slots), spread) for x in plan))
     models, states, losses = tuned(models, states, rows, own)
-    refuse_divergence(names, losses, settings)
+    good = finite(models)
+    when = f"part {k + 1} of its expert's training"
+    tune.refuse_divergence(names, losses[: len(names)], good[: len(names)], settings, when=when)
     if on_part:
       on_part(k + 1, settings.rounds)
   steps = sampling.totals(counts, settings)
@@ -130,19 +132,23 @@ def joint(
   @jax.jit
   def tuned(params: Any, state: Any, plan: Any) -> Any:
     (params, state, total), _ = lax.scan(body, (params, state, jnp.float32(0)), plan)
-    return params, state, total
+    good = tune.finite(jax.tree.map(lambda p: p[None], params))
+    return params, state, total, good
 
   params = jax.tree.map(jnp.asarray, params)
   state, parts = local.init(params), settings.rounds
   width = -(-len(rate) // parts)
   for k in range(parts):
     cut = slice(k * width, (k + 1) * width)
-    params, state, total = tuned(params, state, (task[cut], index[cut], rate[cut], real[cut]))
-    refuse_divergence(["joint training"], [total], settings)
+    plan = (task[cut], index[cut], rate[cut], real[cut])
+    params, state, total, good = tuned(params, state, plan)
+    when = f"part {k + 1} of {parts}"
+    tune.refuse_divergence(["joint training"], total[None], good, settings, when=when)
     if on_part:
       on_part(k + 1, parts)
-  steps = sampling.totals(counts, settings)
-  cost = budget.tuned(steps, counts, settings.batch_size, exchanges=0)
+  # Of mixed batches, a last one that the tasks do not fill is left out.
+  batches = np.bincount(task[real].ravel(), minlength=len(tasks)).tolist()
+  cost = budget.tuned(batches, counts, settings.batch_size, exchanges=0)
   n = int(real.sum())
   return params, cost._replace(gradient_steps=n, sequential_steps=n)
 
@@ -200,15 +206,6 @@ def best_scale(
     found += [float(np.mean(evaluate.means(s, counts))) for s in scores]
   best = int(np.argmax(found))
   return Chosen(merged(jnp.float32(scales[best])), float(scales[best]), tuple(found))
-
-
-def refuse_divergence(names: Sequence[str], losses: Any, settings: Settings) -> None:
-  """Raises ValueError, naming the task, for a loss that is not finite."""
-  for name, value in zip(names, np.asarray(losses), strict=False):
-    if not np.isfinite(value):
-      raise ValueError(
-        f"{name!r} diverged: loss {float(value)}; lower learning_rate ({settings.learning_rate:g})."
-      )
 
 
 def _joint_plan(

@@ -27,7 +27,14 @@ class Budget(NamedTuple):
 
   def plus(self, other: Budget) -> Budget:
     """Adds what one after the other costs."""
-    return Budget(*(a + b for a, b in zip(self, other, strict=True)))
+    return Budget(
+      self.epochs_per_task + other.epochs_per_task,
+      self.gradient_steps + other.gradient_steps,
+      self.sequential_steps + other.sequential_steps,
+      self.samples + other.samples,
+      self.exchanges + other.exchanges,
+      self.trials + other.trials,
+    )
 
 
 def tuned(
@@ -36,6 +43,4 @@ def tuned(
   """Counts local tuning: `steps` of each task over its `rows`, tasks side by side."""
   epochs = [s * batch_size / n for s, n in zip(steps, rows, strict=True)]
   total = sum(steps)
-  return Budget(
-    sum(epochs) / len(epochs), total, max(steps), total * batch_size, exchanges, trials
-  )
+  return Budget(sum(epochs) / len(epochs), total, max(steps), total * batch_size, exchanges, trials)

@@ -43,10 +43,10 @@ def scorer(apply: tune.Apply, metric: tune.Rowwise, *, mesh: Mesh, chunk: int = 
         out = tune.outputs(apply, params, inputs, rows.head, rows.classes)
         return metric(out.astype(jnp.float32), labels).astype(jnp.float32)
 
-      return lax.cond(start < rows.count, scored, lambda: jnp.zeros(size, jnp.float32))
+      return lax.cond(start < rows.filled, scored, lambda: jnp.zeros(size, jnp.float32))
 
     scores = lax.map(part, starts).reshape(-1)[:total]
-    return jnp.where(jnp.arange(total, dtype=jnp.int32) < rows.count, scores, 0)
+    return jnp.where(jnp.arange(total, dtype=jnp.int32) < rows.filled, scores, 0)
 
   def local(models: Any, rows: tune.Rows) -> Array:
     return lax.map(lambda params: lax.map(lambda own: task(params, own), rows), models)

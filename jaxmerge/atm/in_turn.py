@@ -1,7 +1,7 @@
 """Rounds of more tasks than fit side by side: a wave at a time.
 
-A method with a fold takes each wave as it is tuned, and one accumulator is all that is held. For all
-others the tuned copies go to host memory and are merged there slice by slice.
+A method with a fold takes each wave as it is tuned, and one accumulator is all that is held. For
+all others the tuned copies go to host memory and are merged there slice by slice.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def program(
 ) -> Callable[..., tuple[rounds.State, rounds.Measured]]:
   """Makes a round like `round.program`, which tunes `slots` tasks at a time.
 
-  Rows and plan are host arrays with a multiple of `slots` tasks. The geometry of the task vectors is
-  not measured: the copies are never together on the devices.
+  Rows and plan are host arrays with a multiple of `slots` tasks. The geometry of the task vectors
+  is not measured: the copies are never together on the devices.
   """
 
   @jax.jit
@@ -48,11 +48,14 @@ def program(
     spread = tune.copies(params, slots, mesh)
     states = states if kept else jax.vmap(local.init)(spread)
     copies, states, loss = tune.tune_all(step, spread, states, rows, plan, mesh=mesh)
-    finite = [jnp.isfinite(x).all(axis=tuple(range(1, x.ndim))) for x in jax.tree.leaves(copies)]
-    return copies, states if kept else (), loss, jnp.stack(finite).all(0)
+    return copies, states if kept else (), loss, tune.finite(copies)
 
-  move = jax.jit(lambda *given: outers.moved(outer, *given))
-  take, finish = _folded(method) if stage.foldable(method) else _held(method, layout)
+  @jax.jit
+  def move(*given: Any) -> Any:
+    moved = outers.moved(outer, *given)
+    return jax.lax.with_sharding_constraint(moved, meshes.everywhere(mesh))
+
+  take, finish = _folded(method, layout) if stage.foldable(method) else _held(method, layout)
 
   def once(
     state: rounds.State, base: Any, rows: tune.Rows, plan: Plan, ready: memory.Ready, rate: Any
@@ -64,39 +67,40 @@ def program(
       own = meshes.put(cut((rows, plan)), meshes.by_task(mesh))
       copies, after, loss, finite = tuned(state.params, cut(state.local), *own)
       copies = jax.tree.map(lambda x, n=filled: x[:n], copies)
-      held = take(held, copies, base, ready, start)
+      held = take(held, copies, base, _own(ready, start, start + filled))
       states.append(after)
       losses.append(np.asarray(loss)[:filled])
       finites.append(np.asarray(finite)[:filled])
+    found = rounds.Measured(np.concatenate(losses), np.concatenate(finites))
+    if not np.all(found.finite):
+      return state, found  # The caller refuses it; there is nothing to merge.
     target = meshes.put(finish(held, base, ready), meshes.everywhere(mesh))
-    params, own_state = move(state.params, target, state.outer, jnp.float32(rate))
+    params, own_state = move(state.params, target, state.outer, np.float32(rate))
     after = jax.tree.map(lambda *xs: jnp.concatenate(xs), *states) if kept else state.local
-    found = rounds.Measured(np.concatenate(losses), None, None, np.concatenate(finites))
     return rounds.State(params, own_state, after), found
 
   return once
 
 
-def _folded(method: Method) -> tuple[Callable[..., Any], Callable[..., Any]]:
+def _folded(method: Method, layout: views.Views) -> tuple[Callable[..., Any], Callable[..., Any]]:
   """Merges waves as they come: take one into the accumulator, finish."""
-  at = next(i for i, step in enumerate(method) if step.combines)
+  at, fold = next((i, step.fold) for i, step in enumerate(method) if step.fold)
 
-  def through(steps: Method, name: str, x: Any, leaf: stage.Leaf) -> Any:
-    for step in steps:
+  def through(at: slice, name: str, x: Any, leaf: stage.Leaf, ready: memory.Ready) -> Any:
+    for step, known in zip(method[at], ready.known[at], strict=True):
       if step.where is None or step.where(name):
-        x = step.update(x, leaf, {})
+        view = views.view_of(name, layout)
+        x = memory.update(step, x, leaf, known[step.group(name)], [], view)
     return x
 
-  @functools.partial(jax.jit, static_argnames=("start",))
-  def take(held: Any, copies: Any, base: Any, ready: memory.Ready, start: int) -> Any:
+  @jax.jit
+  def take(held: Any, copies: Any, base: Any, ready: memory.Ready) -> Any:
     references, out = tree.named(base), {}
     for name, x in tree.named(copies).items():
       leaf = memory.leaf_of(name, x.shape[1:], references, ready)
-      own, height = slice(start, start + x.shape[0]), leaf.models.shape[0]
-      aux = {n: v[own] if np.ndim(v) and v.shape[0] == height else v for n, v in leaf.aux.items()}
-      leaf = leaf._replace(models=leaf.models[own], aux=aux)
-      x = through(method[:at], name, x - references[name][None], leaf)
-      out[name] = method[at].fold.add(None if held is None else held[name], x, leaf)
+      delta = memory.task_vectors(x, references[name])
+      delta = through(slice(at), name, delta, leaf, ready)
+      out[name] = fold.add(None if held is None else held[name], delta, leaf)
     return out
 
   @jax.jit
@@ -104,25 +108,31 @@ def _folded(method: Method) -> tuple[Callable[..., Any], Callable[..., Any]]:
     references, out = tree.named(base), {}
     for name, accumulated in held.items():
       leaf = memory.leaf_of(name, references[name].shape, references, ready)
-      x = through(method[at + 1 :], name, method[at].fold.finish(accumulated, leaf), leaf)
+      x = through(slice(at + 1, None), name, fold.finish(accumulated, leaf), leaf, ready)
       out[name] = memory.added(name, x, references[name], references[name].dtype)
     return tree.rebuild(base, out)
 
   return take, finish
 
 
-def _held(
-  method: Method, layout: views.Views
-) -> tuple[Callable[..., Any], Callable[..., Any]]:
+def _own(ready: memory.Ready, start: int, stop: int) -> memory.Ready:
+  """The tags and numbers of some of the models."""
+  height = len(ready.tags)
+
+  def cut(value: Any) -> Any:
+    return value[start:stop] if np.ndim(value) and np.shape(value)[0] == height else value
+
+  return ready._replace(tags=ready.tags[start:stop], aux=jax.tree.map(cut, ready.aux))
+
+
+def _held(method: Method, layout: views.Views) -> tuple[Callable[..., Any], Callable[..., Any]]:
   """Keeps the tuned copies in host memory, and merges them there at the end."""
 
-  def take(held: Any, copies: Any, base: Any, ready: memory.Ready, start: int) -> Any:
+  def take(held: Any, copies: Any, base: Any, ready: memory.Ready) -> Any:
     return [*(held or []), jax.device_get(copies)]
 
   def finish(held: Any, base: Any, ready: memory.Ready) -> Any:
     models = jax.tree.map(lambda *xs: np.concatenate(xs), *held)
-    return streaming.merge_slices(
-      method, jax.device_get(base), models, ready=ready, layout=layout
-    )
+    return streaming.merge_slices(method, jax.device_get(base), models, ready=ready, layout=layout)
 
   return take, finish

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import time
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple  # Any: parameters are the user's tree.
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.sharding import Mesh
 
 from jaxmerge import memory, methods, stage, tree, views
@@ -82,9 +84,10 @@ def tune_and_merge(
   settings = settings or Settings()
   method = methods.average() if method is None else method
   params = _masters(params)
-  ordered = _ordered(tasks)
-  mesh = mesh or meshes.make(tasks=len(ordered))
-  held = _Run(apply, params, ordered, method, settings, loss, metric, aux or {}, views.check(layout), mesh)
+  _check_tasks(tasks)
+  mesh = mesh or meshes.make(tasks=len(tasks))
+  given = (loss, metric, aux or {}, views.check(layout), mesh)
+  held = _Run(apply, params, tasks, method, settings, *given)
   state, records, messages = _restored(held, checkpoints)
   for k in range(len(records), settings.rounds):
     state, record = held.round(state, k)
@@ -106,7 +109,7 @@ class _Run:
     self,
     apply: tune.Apply,
     params: Any,
-    tasks: list[tasks_.Task],
+    given: Sequence[tasks_.Task],
     method: Method,
     settings: Settings,
     loss: tune.Rowwise,
@@ -115,7 +118,9 @@ class _Run:
     layout: views.Views,
     mesh: Mesh,
   ) -> None:
-    self.base, self.tasks, self.settings, self.mesh = params, tasks, settings, mesh
+    # In the order of the tags, so that the caller's order never matters.
+    self.tasks = tasks = sorted(given, key=lambda t: tree.tag(t.name))
+    self.settings, self.mesh = settings, mesh
     self.names = [t.name for t in tasks]
     self.counts = [len(t.train.labels) for t in tasks]
     self.steps = sampling.totals(self.counts, settings)
@@ -130,36 +135,48 @@ class _Run:
     shapes = {n: v.shape for n, v in tree.named(params).items()}
     self.size = sum(int(np.prod(s, dtype=np.int64)) for s in shapes.values())
     self.seeded = "seed" in stage.numbers(method)
-    given = dict(aux, seed=0) if self.seeded else dict(aux)
-    self.ready = memory.prepare(method, shapes, len(tasks), given, self.names)
+    aux = dict(aux, seed=0) if self.seeded else dict(aux)
+    # Numbers per model come in the caller's order, the stacks of the loop are in that of the tags.
+    ready = memory.prepare(method, shapes, len(tasks), aux, [t.name for t in given])
+    self.ready = ready._replace(order=None)
+    self.method = _described(method, aux)
     step = tune.step(apply, loss, settings, self.local)
-    self.whole = meshes.put(tune.stacked(tasks, "validation", height=self._spread()), meshes.by_task(mesh))
+    height = -(-len(tasks) // side) * side
+    self.whole = meshes.put(tune.stacked(tasks, "validation", height=height), meshes.by_task(mesh))
     self.validation = [len(t.validation.labels) for t in tasks]
     self.score = evaluate.scorer(apply, metric, mesh=mesh)
-    self.best, self.best_mean = None, -np.inf
-    options = {"kept": self.kept, "layout": layout, "mesh": mesh}
+    self.best: Any = None
+    self.best_mean = -np.inf
+    self.rows = tune.stacked(tasks, "train", height=self.slots * self.waves)
     if self.waves == 1:
-      self.rows = meshes.put(tune.stacked(tasks, "train", height=self.slots), meshes.by_task(mesh))
-      self.program = rounds.program(
-        step, self.local, self.outer, method, tasks=len(tasks), slots=self.slots, **options
-      )
-    else:
-      self.rows = tune.stacked(tasks, "train", height=self.slots * self.waves)
-      self.program = in_turn.program(
-        step, self.local, self.outer, method, tasks=len(tasks), slots=self.slots, **options
-      )
-
-  def _spread(self) -> int:
-    side = self.mesh.shape["task"]
-    return -(-len(self.tasks) // side) * side
+      self.rows = meshes.put(self.rows, meshes.by_task(mesh))
+    make = rounds.program if self.waves == 1 else in_turn.program
+    self.program = make(
+      step,
+      self.local,
+      self.outer,
+      method,
+      tasks=len(tasks),
+      slots=self.slots,
+      kept=self.kept,
+      layout=layout,
+      mesh=mesh,
+    )
 
   def start(self) -> rounds.State:
     """The state before the first round."""
-    params = jax.tree.map(jnp.copy, self.base)
-    own = () if self.outer is None else self.outer.init(params)
-    height = self.slots * self.waves
-    local = jax.vmap(self.local.init)(tune.copies(params, height, self.mesh)) if self.kept else ()
-    return rounds.State(params, own, local)
+    own = () if self.outer is None else self.outer.init(self.base)
+
+    @jax.jit
+    def local(params: Any) -> Any:
+      spread = tune.copies(params, self.slots * self.waves, self.mesh)
+      return lax.with_sharding_constraint(
+        jax.vmap(self.local.init)(spread), meshes.by_task(self.mesh)
+      )
+
+    # Placed as a round returns it, so that all rounds run one executable.
+    own = meshes.put(own, meshes.everywhere(self.mesh))
+    return rounds.State(self.base, own, local(self.base) if self.kept else ())
 
   def round(self, state: rounds.State, k: int) -> tuple[rounds.State, dict[str, Any]]:
     """Runs round k (from 0), and returns the new state and the round's record."""
@@ -174,8 +191,8 @@ class _Run:
     if self.waves == 1:
       plan = meshes.put(plan, meshes.by_task(self.mesh))
     state, found = self.program(state, reference, self.rows, plan, ready, rate)
-    self._refuse_divergence(found, k)
-    record = {
+    tune.refuse_divergence(self.names, found.loss, found.finite, s, when=f"round {k + 1}")
+    record: dict[str, Any] = {
       "round": k + 1,
       **self.scores(state.params),
       "loss": self._by_task(found.loss),
@@ -207,7 +224,8 @@ class _Run:
     done = len(records)
     return {
       "settings": dataclasses.asdict(self.settings),
-      "tasks": dict(zip(self.names, self.counts, strict=True)),
+      "method": self.method,
+      "tasks": {t.name: _fingerprint(t) for t in self.tasks},
       "rounds": records,
       "position": self.taken(done),
       "budget": self.budget(done)._asdict(),
@@ -226,14 +244,6 @@ class _Run:
   def _by_task(self, values: Any) -> dict[str, float]:
     return dict(zip(self.names, map(float, np.asarray(values)), strict=True))
 
-  def _refuse_divergence(self, found: rounds.Measured, k: int) -> None:
-    for name, value, finite in zip(self.names, found.loss, found.finite, strict=True):
-      if not (np.isfinite(value) and finite):
-        raise ValueError(
-          f"task {name!r} diverged in round {k + 1}: loss {float(value)}, finite parameters: "
-          f"{bool(finite)}; lower learning_rate ({self.settings.learning_rate:g})."
-        )
-
 
 def _restored(
   run: _Run, checkpoints: orbax.Checkpoints | None
@@ -241,10 +251,13 @@ def _restored(
   state = run.start()
   if checkpoints is None:
     return state, [], ()
-  found = checkpoints.restore(run.saved(state))
+  try:
+    found = checkpoints.restore(run.saved(state))
+  except ValueError as error:
+    raise ValueError(f"{error} A run of other settings or tasks needs another folder.") from error
   if found is None:
     return state, [], ()
-  for part in ("settings", "tasks"):
+  for part in ("settings", "method", "tasks"):
     _refuse_other(part, found.record[part], run.record([])[part])
   held, records = found.state, found.record["rounds"]
   run.base = held["base"]
@@ -273,8 +286,27 @@ def _masters(params: Any) -> Any:
   return jax.tree.map(lambda p: jnp.asarray(p, tree.compute_dtype(jnp.asarray(p).dtype)), params)
 
 
-def _ordered(tasks: Sequence[tasks_.Task]) -> list[tasks_.Task]:
-  """The tasks in the order of their tags, so that the caller's order never matters."""
+def _described(method: Method, aux: Mapping[str, Any]) -> dict[str, Any]:
+  """What tells methods apart in a record: their stages' functions, and their numbers."""
+  steps = [f"{step.update.__module__}.{step.update.__qualname__}" for step in method]
+  numbers = {n: aux.get(n, v) for n, v in stage.numbers(method).items()}
+  return {"stages": steps} | {n: _short(v) for n, v in numbers.items()}
+
+
+def _short(value: Any) -> Any:
+  """Numbers as a list, large arrays as a checksum."""
+  arrays = [np.asarray(x) for x in jax.tree.leaves(value)]
+  if sum(x.size for x in arrays) <= 64:
+    return [x.tolist() for x in arrays]
+  return f"crc32 {zlib.crc32(b''.join(x.tobytes() for x in arrays)):08x}"
+
+
+def _fingerprint(task: tasks_.Task) -> str:
+  labels = np.asarray(task.train.labels)
+  return f"{len(labels)} rows, labels crc32 {zlib.crc32(labels.astype(np.int64).tobytes()):08x}"
+
+
+def _check_tasks(tasks: Sequence[tasks_.Task]) -> None:
   if not tasks:
     raise ValueError("at least one task is needed, got none.")
   names = [t.name for t in tasks]
@@ -282,7 +314,6 @@ def _ordered(tasks: Sequence[tasks_.Task]) -> list[tasks_.Task]:
     raise ValueError(f"task names must differ, got {names}.")
   for t in tasks:
     tasks_.check(t)
-  return sorted(tasks, key=lambda t: tree.tag(t.name))
 
 
 def _seed(seed: int, k: int) -> np.uint32:

@@ -12,16 +12,17 @@ from jaxmerge.atm.settings import Settings
 
 
 class DampedState(NamedTuple):
-  """Rounds so far, and the last change of the model."""
+  """Rounds so far, and the last change of the model before the learning rate."""
 
-  count: jax.Array
+  rounds: jax.Array
   change: Any
 
 
 def damped(momentum: float) -> optax.GradientTransformation:
-  """Blends the merged task vector u with the last change: (1 - m) * u + m * change, from round 2 on.
+  """Blends the merged task vector u with the last change: (1 - m) * u + m * change.
 
-  In round 1 it is u itself. This is the momentum of the authors' code, unlike a heavy ball.
+  That holds from round 2 on; in round 1 it is u itself. This is the momentum of the authors' code,
+  unlike a heavy ball.
 
   Reference: Zhou et al. 2024, ATM (arXiv:2411.03055).
   """
@@ -30,11 +31,11 @@ def damped(momentum: float) -> optax.GradientTransformation:
     return DampedState(jnp.int32(0), jax.tree.map(jnp.zeros_like, params))
 
   def update(grads: Any, state: DampedState, params: Any = None) -> tuple[Any, DampedState]:
-    m = jnp.where(state.count > 0, jnp.float32(momentum), jnp.float32(0))
+    m = jnp.where(state.rounds > 0, jnp.float32(momentum), jnp.float32(0))
     blended = jax.tree.map(
       lambda g, c: (1 - m).astype(g.dtype) * g + m.astype(g.dtype) * c, grads, state.change
     )
-    return blended, DampedState(state.count + 1, blended)
+    return blended, DampedState(state.rounds + 1, blended)
 
   return optax.GradientTransformation(init, update)
 

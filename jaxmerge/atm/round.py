@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple  # Any: parameters and states are the user's trees.
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
+from jax import lax
 from jax.sharding import Mesh
 
 from jaxmerge import memory, statistics, tree, views
+from jaxmerge import mesh as meshes
 from jaxmerge.atm import outer as outers
 from jaxmerge.atm import tune
 from jaxmerge.atm.sampling import Plan
@@ -31,15 +33,15 @@ class Measured(NamedTuple):
 
   Attributes:
     loss: [T] mean training loss of each task's steps.
-    gram: [T, T] inner products of the task vectors to the current model.
-    conflict: limbs [2] of the number of entries at which task vectors of opposite sign meet.
     finite: [T] whether a tuned copy is free of NaN and infinity.
+    gram: [T, T] inner products of the task vectors to the current model; None if not measured.
+    conflict: limbs [2] of the number of entries at which task vectors of opposite sign meet.
   """
 
-  loss: Array
-  gram: Array
-  conflict: Array
-  finite: Array
+  loss: Array | np.ndarray
+  finite: Array | np.ndarray
+  gram: Array | None = None
+  conflict: Array | None = None
 
 
 def program(
@@ -70,21 +72,22 @@ def program(
     mesh: the mesh.
   """
 
-  def once(
-    state: State, base: Any, rows: tune.Rows, plan: Plan, ready: memory.Ready, rate: Array
-  ) -> tuple[State, Measured]:
+  def once(state: State, states: Any, base: Any, rows: tune.Rows, plan: Plan, *given: Any) -> Any:
+    ready, rate = given
     spread = tune.copies(state.params, slots, mesh)
-    states = state.local if kept else jax.vmap(local.init)(spread)
+    states = states if kept else jax.vmap(local.init)(spread)
     tuned, states, loss = tune.tune_all(step, spread, states, rows, plan, mesh=mesh)
     stacks = {n: v[:tasks] for n, v in tree.named(tuned).items()}
     target = merged(method, stacks, base, ready, layout)
     params, own = outers.moved(outer, state.params, target, state.outer, rate)
-    return (
-      State(params, own, states if kept else state.local),
-      measured(stacks, state.params, loss[:tasks]),
-    )
+    # Where they came in, so that the next round is the same executable.
+    params, own = lax.with_sharding_constraint((params, own), meshes.everywhere(mesh))
+    found = measured(stacks, state.params, loss[:tasks])
+    return State(params, own, states if kept else ()), found
 
-  return jax.jit(once, donate_argnames=("state",) if kept else ())
+  # Only the local states: the model may be the reference, or the best one so far.
+  compiled = jax.jit(once, donate_argnames=("states",) if kept else ())
+  return lambda state, *rest: compiled(state._replace(local=()), state.local, *rest)
 
 
 def merged(
@@ -102,22 +105,21 @@ def merged(
 def measured(stacks: dict[str, Array], current: Any, loss: Array) -> Measured:
   """Measures task vectors, models - current: losses, geometry, finiteness."""
   now = tree.named(current)
-  gram, conflict, finite = None, None, None
+  found = []
   for name, x in stacks.items():
     delta = x - now[name][None]
     axes = list(range(1, delta.ndim))
-    own = jax.lax.dot_general(delta, delta, ((axes, axes), ((), ())), precision="highest")
+    gram = lax.dot_general(delta, delta, ((axes, axes), ((), ())), precision="highest")
     meet = (delta > 0).any(0, keepdims=True) & (delta < 0).any(0, keepdims=True)
-    good = jnp.isfinite(x).all(axis=tuple(axes))
-    gram = own if gram is None else gram + own
-    met = statistics.count(meet)[:, 0]
-    conflict = met if conflict is None else statistics.normal(conflict + met)
-    finite = good if finite is None else finite & good
-  return Measured(loss, gram, conflict, finite)
+    found.append((gram, statistics.count(meet)[:, 0]))
+  gram, conflict = functools.reduce(
+    lambda a, b: (a[0] + b[0], statistics.normal(a[1] + b[1])), found
+  )
+  return Measured(loss, tune.finite(stacks), gram, conflict)
 
 
 def geometry(found: Measured, size: int) -> dict[str, Any]:
-  """Returns norms [T], cosines [T, T] and the sign conflict rate of `size` entries, as plain lists."""
+  """Returns norms [T], cosines [T, T] and the sign conflict rate of `size` entries, as lists."""
   gram = np.asarray(found.gram, np.float64)
   norms = np.sqrt(np.maximum(np.diag(gram), 0))
   cosines = gram / np.maximum(np.outer(norms, norms), 1e-30)

@@ -1,8 +1,8 @@
 """Which rows each local step sees, and at which learning rate: a function of seed, task and step.
 
-A task's rows form one endless stream: a seeded permutation per epoch, one epoch after the other. Step s
-takes rows s * B to (s + 1) * B of it. Any step can be found without the ones before, which is what
-makes a run resume, and all compared models see the same rows in the same order.
+A task's rows form one endless stream: a seeded permutation per epoch, one epoch after the other.
+Step s takes rows s * B to (s + 1) * B of it. Any step can be found without the ones before, which
+is what makes a run resume, and all compared models see the same rows in the same order.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ class Plan(NamedTuple):
   """What the local steps of one stretch use, padded to the longest task.
 
   Attributes:
-    index: int32 [T, S, B], rows of each batch.
+    rows: int32 [T, S, B], numbers of the rows of each batch.
     learning_rate: float32 [T, S].
     real: bool [T, S]; a padded step does nothing.
   """
 
-  index: np.ndarray
+  rows: np.ndarray
   learning_rate: np.ndarray
   real: np.ndarray
 
@@ -40,7 +40,7 @@ def totals(rows: Sequence[int], settings: Settings) -> tuple[int, ...]:
 
 
 def bounds(total: int, rounds: int, k: int) -> tuple[int, int]:
-  """Returns the first step of round k (from 0) and of the next: rounds differ by one step at most."""
+  """Returns the first steps of round k (from 0) and of the next; rounds differ by one at most."""
   return total * k // rounds, total * (k + 1) // rounds
 
 
@@ -61,10 +61,10 @@ def plan(
   for t, (name, n, total) in enumerate(zip(names, rows, steps, strict=True)):
     start, stop = bounds(total, rounds, k)
     own = np.arange(start, stop)
-    index[t, : len(own)] = stream(name, n, settings.seed, start * size, stop * size).reshape(-1, size)
+    seen = stream(name, n, settings.seed, start * size, stop * size)
+    index[t, : len(own)] = seen.reshape(-1, size)
     within = (own - start + 1) / max(1.0, settings.round_warmup * (stop - start))
-    over = learning_rate(own / total, settings) * np.minimum(1.0, within)
-    rate[t, : len(own)] = over
+    rate[t, : len(own)] = learning_rate(own / total, settings) * np.minimum(1.0, within)
     real[t, : len(own)] = True
   return Plan(index, rate, real)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 from typing import Literal
 
 
@@ -64,12 +65,20 @@ class Settings:
   def __post_init__(self) -> None:
     """Raises ValueError for a value out of range."""
     for name, choices in _CHOICES.items():
-      if getattr(self, name) not in choices:
-        raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}{_near(getattr(self, name), choices)}.")
-    for name, (low, high, words) in _RANGES.items():
       value = getattr(self, name)
-      if not (math.isfinite(value) and low <= value <= high):
+      if value not in choices:
+        raise ValueError(f"{name} must be one of {choices}, got {value!r}{_near(value, choices)}.")
+    for name, (low, high, words) in _RANGES.items():
+      value, kind = getattr(self, name), int if name in _WHOLE else (int, float)
+      fits = isinstance(value, kind) and not isinstance(value, bool)
+      if not (fits and math.isfinite(value) and low <= value <= high):
         raise ValueError(f"{name} must be {words}, got {value!r}.")
+    if not isinstance(self.early_stopping, bool):
+      raise ValueError(f"early_stopping must be True or False, got {self.early_stopping!r}.")
+    try:
+      re.compile(self.freeze)
+    except (re.error, TypeError) as error:
+      raise ValueError(f"freeze is no regular expression: {self.freeze!r}: {error}.") from error
 
 
 _CHOICES: dict[str, tuple[str, ...]] = {
@@ -83,6 +92,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
   "compute_dtype": ("float32", "bfloat16"),
 }
 _TINY = 1e-300  # Stands for "greater than zero".
+_WHOLE = ("rounds", "batch_size", "at_once", "seed")
 _RANGES: dict[str, tuple[float, float, str]] = {
   "rounds": (1, 10**6, "a whole number from 1"),
   "epochs": (_TINY, 10**6, "positive"),
@@ -94,7 +104,7 @@ _RANGES: dict[str, tuple[float, float, str]] = {
   "clip_norm": (0, 1e9, "0 (off) or more"),
   "outer_learning_rate": (_TINY, 1e3, "positive"),
   "outer_momentum": (0, 1, "in [0, 1]"),
-  "at_once": (0, 10**6, "0 (all) or more"),
+  "at_once": (0, 10**6, "a whole number from 1, or 0 (all)"),
   "seed": (0, 2**32 - 1, "a whole number from 0 to 2**32 - 1"),
 }
 

@@ -32,14 +32,14 @@ class Rows(NamedTuple):
     labels: [T, N, ...].
     head: [T, features, C] or None.
     classes: int32 [T], columns of the head that are real.
-    count: int32 [T], rows that are real.
+    filled: int32 [T], rows that are real.
   """
 
   inputs: Any
-  labels: Array
-  head: Array | None
-  classes: Array
-  count: Array
+  labels: Array | np.ndarray
+  head: Array | np.ndarray | None
+  classes: Array | np.ndarray
+  filled: Array | np.ndarray
 
 
 def stacked(given: Sequence[tasks.Task], split: str, *, height: int | None = None) -> Rows:
@@ -51,23 +51,26 @@ def stacked(given: Sequence[tasks.Task], split: str, *, height: int | None = Non
     height: number of slots T; those past the last task stay empty.
 
   Raises:
-    ValueError: if the inputs of two tasks differ in structure, dtype or row shape.
+    ValueError: if the rows of two tasks differ in structure, dtype or shape, or their heads in kind
+      or number of features, naming both; or if a task has no such split.
   """
+  for t in given:
+    if split not in t.splits():
+      raise ValueError(f"task {t.name!r} has no {split} split, only {', '.join(t.splits())}.")
   parts = [t.splits()[split] for t in given]
   rows = max(len(p.labels) for p in parts)
   height = height or len(parts)
   for t, part in zip(given[1:], parts[1:], strict=True):
-    rowed = [jax.tree.map(lambda x: np.asarray(x)[0], p.inputs) for p in (parts[0], part)]
-    tree.check_same(*rowed, left=f"a row of task {given[0].name!r}", right=f"of {t.name!r}")
-  heads = [t.head for t in given]
-  if any((h is None) != (heads[0] is None) for h in heads):
-    raise ValueError("either all tasks have a head or none has.")
+    rowed = [{"inputs": jax.tree.map(_first, p.inputs)} for p in (parts[0], part)]
+    left, right = (f"a row of task {name!r}" for name in (given[0].name, t.name))
+    tree.check_same(*rowed, left=left, right=right)
+  heads = _heads(given)
   wide = max(t.num_classes for t in given)
-  padded = None if heads[0] is None else _pile([_widened(h, wide) for h in heads], height)
+  padded = _pile([_widened(h, wide) for h in heads], height) if heads else None
   empty = [0] * (height - len(given))
   return Rows(
-    jax.tree.map(lambda *xs: _pile([_lengthened(x, rows) for x in xs], height), *[p.inputs for p in parts]),
-    _pile([_lengthened(p.labels, rows) for p in parts], height),
+    jax.tree.map(lambda *xs: _pile(_lengthened(xs, rows), height), *[p.inputs for p in parts]),
+    _pile(_lengthened([p.labels for p in parts], rows), height),
     padded,
     np.array([t.num_classes for t in given] + [wide] * len(empty), np.int32),
     np.array([len(p.labels) for p in parts] + empty, np.int32),
@@ -84,7 +87,7 @@ def accuracy(outputs: Array, labels: Array) -> Array:
   return (outputs.argmax(-1) == labels).astype(jnp.float32)
 
 
-def outputs(apply: Apply, params: Any, inputs: Any, head: Any, classes: Array) -> Array:
+def outputs(apply: Apply, params: Any, inputs: Any, head: Any, classes: Any) -> Array:
   """Runs the model; logits of classes that the task does not have become -inf."""
   out = apply(params, inputs, head)
   if head is None:
@@ -94,7 +97,17 @@ def outputs(apply: Apply, params: Any, inputs: Any, head: Any, classes: Array) -
 
 
 def direction(settings: Settings, params: Any) -> optax.GradientTransformation:
-  """Returns the local optimiser, without its learning rate: steps are params - rate * direction."""
+  """Returns the local optimiser, without its learning rate: steps are params - rate * direction.
+
+  Raises:
+    ValueError: if `freeze` finds no leaf, or leaves none to tune.
+  """
+  frozen = [settings.freeze != "" and tree.matching(settings.freeze)(n) for n in tree.named(params)]
+  if settings.freeze and len(set(frozen)) == 1:
+    found = "every leaf, so that nothing is tuned" if frozen[0] else "no leaf"
+    raise ValueError(
+      f"freeze {settings.freeze!r} finds {found}; the leaves are {', '.join(tree.named(params))}."
+    )
   parts = [optax.clip_by_global_norm(settings.clip_norm)] if settings.clip_norm else []
   if settings.optimizer == "adamw":
     parts.append(optax.scale_by_adam())
@@ -107,26 +120,27 @@ def direction(settings: Settings, params: Any) -> optax.GradientTransformation:
 def step(
   apply: Apply, loss: Rowwise, settings: Settings, local: optax.GradientTransformation
 ) -> Callable[..., tuple[Any, Any, Array]]:
-  """Makes the local step: (params, state, gradient's parts ...) -> (params, state, loss).
+  """Makes the local step: (params, state, batch, rate, mixed=False) -> (params, state, loss).
 
-  The result takes (params, state, batches, rate) where batches is a list of (inputs, labels, head,
-  classes), over which gradients are averaged. Frozen leaves keep their bits.
+  A batch is (inputs, labels, head, classes); with `mixed` each has a leading axis of several tasks,
+  over which gradients are averaged. Frozen leaves keep their bits.
   """
-  dtype = jnp.dtype(settings.compute_dtype)
   frozen = tree.matching(settings.freeze) if settings.freeze else lambda name: False
 
   def objective(params: Any, inputs: Any, labels: Array, head: Any, classes: Array) -> Array:
-    cast = jax.tree.map(lambda p: p.astype(dtype), (params, head))
-    out = outputs(apply, cast[0], inputs, cast[1], classes)
-    return loss(out.astype(jnp.float32), labels).mean()
+    params, head = computed((params, head), settings.compute_dtype)
+    out = outputs(apply, params, inputs, head, classes)
+    return loss(out.astype(tree.compute_dtype(out.dtype)), labels).mean()
 
   def take(params: Any, state: Any, value: Array, grads: Any, rate: Array) -> Any:
     names = tree.named(params)
     free = tree.rebuild(params, {n: not frozen(n) for n in names})
     grads = jax.tree.map(lambda g, f: g if f else jnp.zeros_like(g), grads, free)
     updates, state = local.update(grads, state, params)
-    moved = jax.tree.map(lambda p, u, f: p - rate.astype(p.dtype) * u if f else p, params, updates, free)
-    return moved, state, value
+    moved = jax.tree.map(
+      lambda p, u, f: p - rate.astype(p.dtype) * u if f else p, params, updates, free
+    )
+    return moved, state, value.astype(jnp.float32)
 
   def single(params: Any, state: Any, batch: Any, rate: Array) -> Any:
     value, grads = jax.value_and_grad(objective)(params, *batch)
@@ -134,8 +148,8 @@ def step(
 
   def several(params: Any, state: Any, batches: Any, rate: Array) -> Any:
     def add(held: Any, batch: Any) -> Any:
-      found = jax.value_and_grad(objective)(params, *batch)
-      return jax.tree.map(jnp.add, held, found), None
+      value, grads = jax.value_and_grad(objective)(params, *batch)
+      return jax.tree.map(jnp.add, held, (value.astype(jnp.float32), grads)), None
 
     zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, params))
     summed, _ = lax.scan(add, zero, batches)
@@ -148,10 +162,25 @@ def step(
   )
 
 
-def tune_one(step_: Any, params: Any, state: Any, rows: Rows, plan: Plan) -> tuple[Any, Any, Array]:
+def computed(given: Any, dtype: str) -> Any:
+  """Casts a tree to the dtype to compute in; "float32" leaves what is wider as it is."""
+  if dtype == "float32":
+    return jax.tree.map(lambda x: x.astype(tree.compute_dtype(x.dtype)), given)
+  return jax.tree.map(lambda x: x.astype(dtype), given)
+
+
+def tune_one(
+  step_: Any,
+  params: Any,
+  state: Any,
+  rows: Rows,
+  plan: Plan,
+  share: Callable[[Any], Any] = lambda batch: batch,
+) -> tuple[Any, Any, Array]:
   """Takes the planned steps of one task: a scan; padded steps leave everything as it is.
 
-  Returns parameters, optimiser state and the mean loss over the real steps.
+  `share` places the rows of a batch, (inputs, labels), on devices. Returns parameters, optimiser
+  state and the mean loss over the real steps.
   """
 
   def body(carry: Any, now: Any) -> Any:
@@ -159,7 +188,7 @@ def tune_one(step_: Any, params: Any, state: Any, rows: Rows, plan: Plan) -> tup
 
     def go(held: Any) -> Any:
       params, state, total = held
-      batch = jax.tree.map(lambda x: x[index], (rows.inputs, rows.labels))
+      batch = share(jax.tree.map(lambda x: x[index], (rows.inputs, rows.labels)))
       params, state, value = step_(params, state, (*batch, rows.head, rows.classes), rate)
       return params, state, total + value
 
@@ -174,15 +203,29 @@ def tune_all(
 ) -> tuple[Any, Any, Array]:
   """Tunes stacked copies [T, *s], each on its task, on the task axis of the mesh.
 
-  Devices take their tasks one after the other, so each copy has the bits of tuning it alone. There is
-  no communication over the task axis.
-  """
+  Devices take their tasks one after the other, so each copy has the bits of tuning it alone. There
+  is no communication over the task axis. The rows of a batch are shared out over the data axis,
+  over which gradients are added up.
 
-  def local(params: Any, states: Any, rows: Rows, plan: Plan) -> Any:
-    return lax.map(lambda own: tune_one(step_, *own), (params, states, rows, plan))
+  Raises:
+    ValueError: if the batch cannot be shared out evenly over the data axis.
+  """
+  shares, size = mesh.shape["data"], plan.rows.shape[-1]
+  if size % shares:
+    raise ValueError(f"batch_size {size} must be a multiple of the mesh's data axis, {shares}.")
+
+  def share(batch: Any) -> Any:
+    if shares == 1:
+      return batch
+    own = jax.sharding.NamedSharding(jax.sharding.get_abstract_mesh(), P("data"))
+    return lax.with_sharding_constraint(batch, own)
+
+  def one(own: Any) -> Any:
+    params, states, rows, plan = own
+    return tune_one(step_, params, states, rows, plan, share)
 
   alone = jax.shard_map(
-    local,
+    lambda *stacks: lax.map(one, stacks),
     mesh=mesh,
     in_specs=P("task"),
     out_specs=P("task"),
@@ -198,6 +241,25 @@ def copies(params: Any, height: int, mesh: Mesh) -> Any:
   return lax.with_sharding_constraint(spread, meshes.by_task(mesh))
 
 
+def finite(models: Any) -> Array:
+  """Tells which models of a stack are free of NaN and infinity: [T, *s] -> [T]."""
+  each = [jnp.isfinite(x).all(axis=tuple(range(1, x.ndim))) for x in jax.tree.leaves(models)]
+  return jnp.stack(each).all(0)
+
+
+def refuse_divergence(
+  names: Sequence[str], losses: Any, good: Any, settings: Settings, *, when: str
+) -> None:
+  """Raises ValueError, naming the task, for a loss or a tuned copy that is not finite."""
+  for name, value, fine in zip(names, np.asarray(losses), np.asarray(good), strict=True):
+    if not (np.isfinite(value) and fine):
+      raise ValueError(
+        f"{name!r} diverged in {when}: loss {float(value)}, parameters "
+        f"{'finite' if fine else 'with NaN or infinity'}; lower learning_rate "
+        f"({settings.learning_rate:g})."
+      )
+
+
 def _decays(name: str, leaf: Any) -> bool:
   return leaf.ndim > 1 and not tree.matching(r"(?i)embed|norm|bias|scale")(name)
 
@@ -207,9 +269,28 @@ def _pile(parts: Sequence[np.ndarray], height: int) -> np.ndarray:
   return np.stack([*parts, *empty])
 
 
-def _lengthened(x: Any, rows: int) -> np.ndarray:
-  x = np.asarray(x)
-  return np.concatenate([x, np.zeros((rows - len(x), *x.shape[1:]), x.dtype)])
+def _first(x: Any) -> np.ndarray:
+  return np.asarray(x)[0]
+
+
+def _lengthened(parts: Sequence[Any], rows: int) -> list[np.ndarray]:
+  own = [np.asarray(x) for x in parts]
+  return [np.concatenate([x, np.zeros((rows - len(x), *x.shape[1:]), x.dtype)]) for x in own]
+
+
+def _heads(given: Sequence[tasks.Task]) -> list[np.ndarray]:
+  """The heads of all tasks, or none."""
+  heads = [t.head for t in given if t.head is not None]
+  if 0 < len(heads) < len(given):
+    own = {t.name: "a head" if t.head is not None else "none" for t in given}
+    raise ValueError(f"either all tasks have a head or none has, got {own}.")
+  for t, head in zip(given, heads, strict=False):
+    if head.shape[:-1] != heads[0].shape[:-1]:
+      raise ValueError(
+        f"the head of task {t.name!r} is {head.shape}, but that of {given[0].name!r} is "
+        f"{heads[0].shape}; all but the classes must agree."
+      )
+  return heads
 
 
 def _widened(head: np.ndarray, classes: int) -> np.ndarray:

@@ -7,7 +7,7 @@ A store is a directory:
     12/manifest.json   shape and dtype of every leaf, size and BLAKE2b digest of every file
     unfinished/12/     a save on its way
     retired/12/        an old step while it is being deleted
-    damaged/12/        what was set aside: interrupted saves and steps that fail their manifest
+    damaged/12/        set aside, yours to delete: interrupted saves, steps that fail their manifest
 
 A step is written under `unfinished/`, read back for its checksums, synced, and only then renamed.
 So whatever stands under its number was whole once, a kill at any moment leaves the steps before it

@@ -35,17 +35,29 @@ def negation(scale: float = catalog.METHODS["negation"].parameters["scale"].defa
   """Subtracts the task vectors, to make the model forget: base - scale * sum_i tau_i.
 
   Reference: Ilharco et al. 2023 (arXiv:2212.04089).
+
+  Example:
+    >>> import jax.numpy as jnp, jaxmerge
+    >>> base, experts = {"w": jnp.array([1.0])}, {"w": jnp.array([[2.0]])}
+    >>> jaxmerge.merge(negation(scale=0.5), base, experts)["w"].tolist()
+    [0.5]
   """
   catalog.check("negation", {"scale": scale})
   return chain(averaging.weighted_sum(-1.0), averaging.scaled(scale))
 
 
 def analogy(scale: float = catalog.METHODS["analogy"].parameters["scale"].default) -> Method:
-  """Combines three task vectors A, B, C, as in "A is to B as C is to D": base + scale * (C + B - A).
+  """Combines three task vectors A, B, C, as in "A is to B as C is to D".
 
-  The stack holds the models A, B and C in this order.
+  The result is base + scale * (C + B - A); the stack holds the models A, B and C in this order.
 
   Reference: Ilharco et al. 2023 (arXiv:2212.04089).
+
+  Example:
+    >>> import jax.numpy as jnp, jaxmerge
+    >>> base, experts = {"w": jnp.array([0.0])}, {"w": jnp.array([[1.0], [5.0], [10.0]])}
+    >>> jaxmerge.merge(analogy(scale=1.0), base, experts)["w"].tolist()
+    [14.0]
   """
   catalog.check("analogy", {"scale": scale})
   return chain(averaging.weighted_sum((-1.0, 1.0, 1.0)), averaging.scaled(scale))

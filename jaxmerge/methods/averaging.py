@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxmerge import catalog
 from jaxmerge.stage import Array, Fold, Group, Leaf, Method, Stage, leafwise
@@ -37,6 +39,7 @@ def average(weight: float | tuple[float, ...] = _weight, normalize: bool = True)
       lambda x, leaf, known: _mean(x, leaf),
       init=_refuse_zero_sum,
       numbers={"weight": weight},
+      scope="leaf",
       combines=True,
       fold=Fold(_add_to_mean, lambda held, leaf: held["sum"] / held["weight"]),
     ),
@@ -44,7 +47,13 @@ def average(weight: float | tuple[float, ...] = _weight, normalize: bool = True)
 
 
 def weighted_sum(weight: float | tuple[float, ...] = _weight) -> Method:
-  """Adds the models up, each times its weight: [K, ...] -> [1, ...]."""
+  """Adds the models up, each times its weight: [K, ...] -> [1, ...].
+
+  Example:
+    >>> import jaxmerge
+    >>> jaxmerge.blend(weighted_sum((1.0, -1.0)), {"w": jnp.array([[3.0], [1.0]])})["w"].tolist()
+    [2.0]
+  """
 
   def add(held: Array | None, x: Array, leaf: Leaf) -> Array:
     part = _sum(x * leaf.number("weight", x))
@@ -59,12 +68,24 @@ def weighted_sum(weight: float | tuple[float, ...] = _weight) -> Method:
 
 
 def scaled(scale: float | tuple[float, ...]) -> Method:
-  """Multiplies the stack by the number `scale`."""
+  """Multiplies the stack by the number `scale`.
+
+  Example:
+    >>> import jaxmerge
+    >>> jaxmerge.blend(scaled(0.5), {"w": jnp.array([[3.0]])})["w"].tolist()
+    [1.5]
+  """
   return leafwise(lambda x, leaf: x * leaf.number("scale", x), numbers={"scale": scale})
 
 
 def weighted(weight: float | tuple[float, ...]) -> Method:
-  """Multiplies each model by its weight, and keeps them apart."""
+  """Multiplies each model by its weight, and keeps them apart.
+
+  Example:
+    >>> import jaxmerge
+    >>> jaxmerge.blend(weighted(2.0), {"w": jnp.array([[3.0]])})["w"].tolist()
+    [6.0]
+  """
   return leafwise(lambda x, leaf: x * leaf.number("weight", x), numbers={"weight": weight})
 
 
@@ -89,11 +110,14 @@ def _add_to_mean(held: dict[str, Array] | None, x: Array, leaf: Leaf) -> dict[st
 
 
 def _refuse_zero_sum(group: Group) -> dict[str, Array]:
-  weight = group.aux["weight"]
-  if catalog.plain(weight):
-    each = list(weight) if isinstance(weight, (list, tuple)) else [weight] * group.height
-    if abs(sum(each)) < 1e-8:
-      raise ValueError(
-        f"average: weights must not add up to zero, got {each}; give other weights or normalize=False."
-      )
+  weight = group.number("weight")
+  if isinstance(weight, jax.core.Tracer) or not getattr(weight, "is_fully_addressable", True):
+    return {}
+  each = np.asarray(weight, np.float64)
+  if each.ndim <= 1 and abs(np.broadcast_to(each, (group.height,)).sum()) < 1e-8:
+    (name,) = group.shapes
+    raise ValueError(
+      f"average: weights must not add up to zero, got {each.tolist()} for leaf {name!r}; "
+      "give other weights or normalize=False."
+    )
   return {}

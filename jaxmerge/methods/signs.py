@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from jaxmerge import catalog, statistics
 from jaxmerge.methods import averaging, sparsifying
-from jaxmerge.stage import Array, Leaf, Method, Scope, Stage, chain, leafwise
+from jaxmerge.stage import Array, Leaf, Method, Scope, Stage, chain, leafwise, pointwise
 
 _ties = catalog.METHODS["ties"].parameters
 _dare = catalog.METHODS["dare"].parameters
@@ -21,6 +21,13 @@ def elect_sign() -> Method:
   draw too, the entry is zeroed in all models.
 
   Reference: Yadav et al. 2023, TIES-Merging (arXiv:2306.01708), step 2.
+
+  Example:
+    >>> import jaxmerge
+    >>> x = {"w": jnp.array([[3.0, 1.0], [-1.0, 1.0]])}
+    >>> elected = chain(elect_sign(), averaging.weighted_sum())
+    >>> jaxmerge.blend(elected, x)["w"].tolist()
+    [3.0, 2.0]
   """
 
   def sides(x: Array, leaf: Leaf) -> Array:
@@ -28,7 +35,7 @@ def elect_sign() -> Method:
     return jnp.concatenate([statistics.count(merged > 0), statistics.count(merged < 0)], axis=1)
 
   def update(x: Array, leaf: Leaf, known: Any) -> Array:
-    sides = statistics.normal(known["sides"])
+    sides = known["sides"]
     more, fewer = (
       statistics.at_least(sides[:, i : i + 1], sides[:, 1 - i : 2 - i])[0] for i in (0, 1)
     )
@@ -37,16 +44,22 @@ def elect_sign() -> Method:
     elected = jnp.where(elected == 0, majority, elected)
     return jnp.where(x * elected > 0, x, 0)
 
-  return (Stage(update, (statistics.total("sides", sides),)),)
+  counted = statistics.total("sides", sides)._replace(combine=statistics.plus)
+  return (Stage(update, (counted,)),)
 
 
-def disjoint_mean() -> Method:
+def disjoint_mean(weight: float | tuple[float, ...] = _ties["weight"].default) -> Method:
   """Averages, entry by entry, the models whose entry is not zero: [K, ...] -> [1, ...].
 
   With unequal weights, which the entries must already carry, the divisor is the sum of the weights
   of those models. An entry that is zero in all models stays zero.
 
   Reference: Yadav et al. 2023, TIES-Merging (arXiv:2306.01708), step 3.
+
+  Example:
+    >>> import jaxmerge
+    >>> jaxmerge.blend(disjoint_mean(), {"w": jnp.array([[3.0, 0.0], [1.0, 4.0]])})["w"].tolist()
+    [2.0, 4.0]
   """
 
   def mean(x: Array, leaf: Leaf) -> Array:
@@ -54,11 +67,19 @@ def disjoint_mean() -> Method:
     divisor = jnp.sum(weight, axis=0, keepdims=True)
     return jnp.sum(x, axis=0, keepdims=True) / jnp.where(divisor == 0, 1, divisor)
 
-  return leafwise(mean, numbers={"weight": _ties["weight"].default}, combines=True)
+  return leafwise(mean, numbers={"weight": weight}, combines=True)
 
 
 def disjoint_max() -> Method:
-  """Takes, entry by entry, the largest magnitude; all models must agree on the sign: [K, ...] -> [1, ...]."""
+  """Takes, entry by entry, the largest magnitude: [K, ...] -> [1, ...].
+
+  The models must agree on the sign: where they do not, the largest positive entry wins.
+
+  Example:
+    >>> import jaxmerge
+    >>> jaxmerge.blend(disjoint_max(), {"w": jnp.array([[3.0, -1.0], [1.0, -4.0]])})["w"].tolist()
+    [3.0, -4.0]
+  """
 
   def extreme(x: Array, leaf: Leaf) -> Array:
     high = jnp.max(x, axis=0, keepdims=True)
@@ -80,8 +101,8 @@ def ties(
   Args:
     density: fraction of the entries kept, in (0, 1].
     scale: factor on the merged task vector.
-    weight: weight of each model, scalar or one per model; weighted entries vote, and the mean divides
-      by the weights of those that agree.
+    weight: weight of each model, scalar or one per model; weighted entries vote, and the mean
+      divides by the weights of those that agree.
     scope: entries are ranked over the whole model, as the authors do, or per leaf.
     rule: what happens at the threshold, see `trim`.
     reduce: how the entries that agree are joined.
@@ -97,12 +118,11 @@ def ties(
   """
   catalog.check("ties", {"density": density, "scale": scale, "weight": weight, "reduce": reduce})
   joined = {
-    "mean": disjoint_mean,
-    "sum": lambda: averaging.weighted_sum(1.0),
+    "mean": lambda: disjoint_mean(weight),
+    # The entries carry their weights already.
+    "sum": lambda: pointwise(lambda x: jnp.sum(x, axis=0, keepdims=True), combines=True),
     "max": disjoint_max,
   }[reduce]()
-  if reduce == "sum":  # The entries carry their weights already.
-    joined = leafwise(lambda x, leaf: jnp.sum(x, axis=0, keepdims=True), combines=True)
   return chain(
     sparsifying.trim(density, scope=scope, rule=rule),
     averaging.weighted(weight),
@@ -125,6 +145,14 @@ def dare_ties(
   """Drops entries at random (`drop`), then merges by `ties`. Needs a seed.
 
   Reference: Yu et al. 2024 (arXiv:2311.03099).
+
+  Example:
+    >>> import jaxmerge
+    >>> base = {"w": jnp.zeros(3)}
+    >>> experts = {"w": jnp.array([[1.0, -2.0, 0.1], [3.0, 1.0, 0.2]])}
+    >>> method = dare_ties(drop_rate=0.0, density=0.4)
+    >>> jaxmerge.merge(method, base, experts, seed=0)["w"].tolist()
+    [2.0, -2.0, 0.0]
   """
   return chain(
     sparsifying.drop(drop_rate, rescale=rescale), ties(density, scale, weight, scope, rule, reduce)

@@ -1,0 +1,125 @@
+"""Slow transcriptions of the papers in NumPy: an independent word on every method.
+
+Everything is float64, sorts, loops over models, and knows nothing of stages. A model is a dict of
+arrays; `deltas` is a list of such dicts, one per model. The result is the merged task vector.
+"""
+
+import numpy as np
+
+
+def deltas(base, models):
+  """The task vectors of a stack: a list of dicts in float64, integer leaves left out."""
+  floating = [n for n in base if base[n].dtype.kind not in "iub"]
+  height = len(models[floating[0]])
+  as64 = lambda x: np.asarray(x, np.float64)
+  return [{n: as64(models[n])[k] - as64(base[n]) for n in floating} for k in range(height)]
+
+
+def flat(tau):
+  """All entries of a task vector, leaves in the order of their names."""
+  return np.concatenate([tau[n].reshape(-1) for n in sorted(tau)])
+
+
+def unflat(vector, like):
+  out, start = {}, 0
+  for n in sorted(like):
+    out[n] = vector[start : start + like[n].size].reshape(like[n].shape)
+    start += like[n].size
+  return out
+
+
+def per_leaf(rule, tau):
+  """Applies a rule for vectors to each leaf by itself."""
+  return {n: rule(x.reshape(-1)).reshape(x.shape) for n, x in tau.items()}
+
+
+def kth(x, density):
+  """Keeps every entry at least as large as the (d - floor(density * d))-th smallest."""
+  k = x.size - int(density * x.size)
+  if k == 0:
+    return x
+  return np.where(np.abs(x) >= np.sort(np.abs(x))[k - 1], x, 0)
+
+
+def exact(x, density):
+  """Keeps the floor(density * d) largest; ties go to the lower index."""
+  keep = np.argsort(-np.abs(x), kind="stable")[: int(density * x.size)]
+  return np.where(np.isin(np.arange(x.size), keep), x, 0)
+
+
+def band(x, keep, remove):
+  """Zeroes the floor(remove * d) largest, keeps the floor(keep * d) next; ties by index."""
+  start = int(remove * x.size)
+  ranks = np.argsort(-np.abs(x), kind="stable")[start : start + int(keep * x.size)]
+  return np.where(np.isin(np.arange(x.size), ranks), x, 0)
+
+
+def weighted_sum(taus, weights, scale=1.0):
+  return {n: scale * sum(w * t[n] for w, t in zip(weights, taus, strict=True)) for n in taus[0]}
+
+
+def average(taus, weights):
+  return weighted_sum(taus, weights, 1 / sum(weights))
+
+
+def ties(taus, density, scale=1.0, weights=None, scope="tree", rule="kth", reduce="mean"):
+  """Trim, elect sign with the majority where the sum is zero, disjoint merge."""
+  trimmed = {"kth": kth, "exact": exact}[rule]
+  if scope == "tree":
+    kept = [trimmed(flat(t), density) for t in taus]
+  else:
+    kept = [flat(per_leaf(lambda x: trimmed(x, density), t)) for t in taus]
+  weights = np.ones(len(taus)) if weights is None else np.asarray(weights)
+  x = np.stack(kept) * weights[:, None]
+  sign = np.sign(x.sum(axis=0))
+  sign = np.where(sign == 0, np.sign(sign.sum()), sign)
+  merged = np.zeros(x.shape[1])
+  for p in range(x.shape[1]):
+    agreeing = [k for k in range(len(taus)) if x[k, p] * sign[p] > 0]
+    if not agreeing:
+      continue
+    if reduce == "mean":
+      merged[p] = x[agreeing, p].sum() / weights[agreeing].sum()
+    elif reduce == "sum":
+      merged[p] = x[agreeing, p].sum()
+    else:
+      merged[p] = sign[p] * np.abs(x[agreeing, p]).max()
+  return unflat(scale * merged, taus[0])
+
+
+def breadcrumbs(taus, keep, remove, scale=1.0, scope="leaf"):
+  """Bands per leaf, per row (last axis), or over the tree; scalar leaves are kept as they are."""
+
+  def one(tau):
+    ranked = {n: x for n, x in tau.items() if x.ndim}
+    if scope == "tree":
+      cut = unflat(band(flat(ranked), keep, remove), ranked)
+    elif scope == "leaf":
+      cut = per_leaf(lambda x: band(x, keep, remove), ranked)
+    else:
+      cut = {
+        n: np.stack([band(row, keep, remove) for row in x.reshape(-1, x.shape[-1])]).reshape(x.shape)
+        for n, x in ranked.items()
+      }
+    return {**tau, **cut}
+
+  return weighted_sum([one(t) for t in taus], np.ones(len(taus)), scale)
+
+
+def dare(taus, kept, drop_rate, rescale):
+  """Zeroes where `kept` (a list of dicts of booleans) is false, and makes up for it."""
+  out = []
+  for tau, mask in zip(taus, kept, strict=True):
+    thin = {n: np.where(mask[n], tau[n], 0) for n in tau}
+    out.append({n: _rescaled(thin[n], tau[n], drop_rate, rescale) for n in tau})
+  return out
+
+
+def _rescaled(thin, whole, drop_rate, rescale):
+  if rescale is None or drop_rate == 1:
+    return thin
+  if rescale == "inverse":
+    return thin / (1 - drop_rate)
+  norm = {"l1": 1, "l2": 2, "linf": np.inf}[rescale]
+  before, after = (np.linalg.norm(x.reshape(-1), norm) for x in (whole, thin))
+  return thin if min(before, after) < 1e-7 else thin * before / after
