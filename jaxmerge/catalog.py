@@ -79,7 +79,11 @@ _RESCALE = Parameter(
   choices=("inverse", "l1", "l2", "linf", None),
 )
 _REDUCE = Parameter("mean", "how agreeing entries are joined", choices=("mean", "sum", "max"))
-
+_ZERO_SUM = Parameter(
+  "majority",
+  "sign where task vectors cancel out: that of most entries, or plus",
+  choices=("majority", "plus"),
+)
 SEED = Parameter(None, "seed of random masks", low=0, high=2**32 - 1, integer=True)
 
 METHODS: Mapping[str, Entry] = {
@@ -114,6 +118,7 @@ METHODS: Mapping[str, Entry] = {
       "scope": _SCOPE,
       "rule": _RULE,
       "reduce": _REDUCE,
+      "zero_sum": _ZERO_SUM,
     },
   ),
   "dare": Entry(
@@ -139,6 +144,7 @@ METHODS: Mapping[str, Entry] = {
       "scope": _SCOPE,
       "rule": _RULE,
       "reduce": _REDUCE,
+      "zero_sum": _ZERO_SUM,
     },
     needs="weights, seed",
   ),

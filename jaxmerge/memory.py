@@ -314,7 +314,7 @@ def _compiled(
   *,
   method: Method,
   layout: views.Views,
-) -> tuple[Tree, dict[str, tuple[Array, Array, Array]]]:
+) -> tuple[Tree, dict[str, tuple[Any, Any, Array]]]:
   stacks = tree.named(models)
   bases = None if base is None else tree.named(base)
   references = bases if reference is None else tree.named(reference)

@@ -45,7 +45,7 @@ def close(x, y, atol=1e-6):
     (methods.ties(0.5, reduce="max"), [0.9, -0.5, -0.8, 0.7, -0.6, -0.4]),
     (methods.ties(0.5, rule="exact"), [0.7, -0.5, -0.8, 0.7, -0.6, -0.4]),
     (
-      methods.ties(0.5, weight=(1.0, 0.5, 0.5), scope="leaf", rule="exact"),
+      methods.ties(0.5, weight=(1.0, 0.5, 0.5), scope="leaf", rule="exact", zero_sum="plus"),
       [0.766667, -0.5, 0.4, 0.7, -0.6, -0.4],
     ),
   ],
@@ -371,9 +371,10 @@ def test_the_l1_norm_is_restored():
   (out,) = oracles.dare([{"w": tau}], [{"w": keep}], 0.5, "l1")
   close(out["w"], [1.32, 0, 0, 0, -0.88, 0])
   seeds = (
-    s for s in range(500) if (merged(methods.drop(0.5, rescale=None), TAU[:1], seed=s) != 0)[
-      [0, 1, 2, 4, 5]
-    ].tolist() == keep[[0, 1, 2, 4, 5]].tolist()
+    s
+    for s in range(500)
+    if (merged(methods.drop(0.5, rescale=None), TAU[:1], seed=s) != 0)[[0, 1, 2, 4, 5]].tolist()
+    == keep[[0, 1, 2, 4, 5]].tolist()
   )
   close(merged(methods.drop(0.5, rescale="l1"), TAU[:1], seed=next(seeds)), out["w"])
 

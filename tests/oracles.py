@@ -98,7 +98,9 @@ def breadcrumbs(taus, keep, remove, scale=1.0, scope="leaf"):
       cut = per_leaf(lambda x: band(x, keep, remove), ranked)
     else:
       cut = {
-        n: np.stack([band(row, keep, remove) for row in x.reshape(-1, x.shape[-1])]).reshape(x.shape)
+        n: np.stack([band(row, keep, remove) for row in x.reshape(-1, x.shape[-1])]).reshape(
+          x.shape
+        )
         for n, x in ranked.items()
       }
     return {**tau, **cut}

@@ -114,23 +114,23 @@ def joint(
   names, counts = [t.name for t in tasks], [len(t.train.labels) for t in tasks]
   task, index, rate, real = _joint_plan(names, counts, settings, len(tasks) if mixed else 1)
 
-  def batch(task: Array, index: Array) -> Any:
-    inputs, labels = jax.tree.map(lambda x: x[task, index], (rows.inputs, rows.labels))
-    return inputs, labels, None if rows.head is None else rows.head[task], rows.classes[task]
-
-  def body(carry: Any, now: Any) -> Any:
-    task, index, rate, real = now
-
-    def go(held: Any) -> Any:
-      params, state, total = held
-      batches = jax.vmap(batch)(task, index) if mixed else batch(task[0], index[0])
-      params, state, value = step(params, state, batches, rate, mixed)
-      return params, state, total + value
-
-    return lax.cond(real, go, lambda held: held, carry), None
-
   @jax.jit
-  def tuned(params: Any, state: Any, plan: Any) -> Any:
+  def tuned(params: Any, state: Any, rows: tune.Rows, plan: Any) -> Any:
+    def batch(task: Array, index: Array) -> Any:
+      inputs, labels = jax.tree.map(lambda x: x[task, index], (rows.inputs, rows.labels))
+      return inputs, labels, None if rows.head is None else rows.head[task], rows.classes[task]
+
+    def body(carry: Any, now: Any) -> Any:
+      task, index, rate, real = now
+
+      def go(held: Any) -> Any:
+        params, state, total = held
+        batches = jax.vmap(batch)(task, index) if mixed else batch(task[0], index[0])
+        params, state, value = step(params, state, batches, rate, mixed)
+        return params, state, total + value
+
+      return lax.cond(real, go, lambda held: held, carry), None
+
     (params, state, total), _ = lax.scan(body, (params, state, jnp.float32(0)), plan)
     good = tune.finite(jax.tree.map(lambda p: p[None], params))
     return params, state, total, good
@@ -141,7 +141,7 @@ def joint(
   for k in range(parts):
     cut = slice(k * width, (k + 1) * width)
     plan = (task[cut], index[cut], rate[cut], real[cut])
-    params, state, total, good = tuned(params, state, plan)
+    params, state, total, good = tuned(params, state, rows, plan)
     when = f"part {k + 1} of {parts}"
     tune.refuse_divergence(["joint training"], total[None], good, settings, when=when)
     if on_part:
@@ -195,17 +195,24 @@ def best_scale(
     at_once: scales that are merged and scored together.
   """
 
+  # Base and models are arguments: caught in a closure they would be constants of the program.
   @jax.jit
-  def merged(scale: Array) -> Any:
-    return memory.merge(method, base, models, aux={"scale": scale}, seed=seed, names=names)
+  def merged(base: Any, models: Any, scales: Array) -> Any:
+    def one(scale: Array) -> Any:
+      return memory.merge(method, base, models, aux={"scale": scale}, seed=seed, names=names)
+
+    return jax.vmap(one)(scales)
 
   found: list[float] = []
+  best: tuple[Any, float] = (None, 0.0)
   for start in range(0, len(scales), at_once):
-    some = jnp.asarray(scales[start : start + at_once], jnp.float32)
-    scores = np.asarray(score(jax.vmap(merged)(some), rows))
-    found += [float(np.mean(evaluate.means(s, counts))) for s in scores]
-  best = int(np.argmax(found))
-  return Chosen(merged(jnp.float32(scales[best])), float(scales[best]), tuple(found))
+    some = merged(base, models, jnp.asarray(scales[start : start + at_once], jnp.float32))
+    means = [float(np.mean(evaluate.means(s, counts))) for s in np.asarray(score(some, rows))]
+    if not found or max(means) > max(found):
+      k = int(np.argmax(means))
+      best = (jax.tree.map(lambda x, k=k: x[k], some), float(scales[start + k]))
+    found += means
+  return Chosen(*best, tuple(found))
 
 
 def _joint_plan(

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import Any  # Any: parameters and states are the user's trees.
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
@@ -39,8 +38,8 @@ def program(
 ) -> Callable[..., tuple[rounds.State, rounds.Measured]]:
   """Makes a round like `round.program`, which tunes `slots` tasks at a time.
 
-  Rows and plan are host arrays with a multiple of `slots` tasks. The geometry of the task vectors
-  is not measured: the copies are never together on the devices.
+  Rows, plan and kept local states are host arrays with a multiple of `slots` tasks. The geometry of
+  the task vectors is not measured: the copies are never together on the devices.
   """
 
   @jax.jit
@@ -64,11 +63,11 @@ def program(
     for start in range(0, tasks, slots):
       filled = min(slots, tasks - start)
       cut = functools.partial(jax.tree.map, lambda x, s=start: x[s : s + slots])
-      own = meshes.put(cut((rows, plan)), meshes.by_task(mesh))
-      copies, after, loss, finite = tuned(state.params, cut(state.local), *own)
+      own = meshes.put(cut((state.local, rows, plan)), meshes.by_task(mesh))
+      copies, after, loss, finite = tuned(state.params, *own)
       copies = jax.tree.map(lambda x, n=filled: x[:n], copies)
       held = take(held, copies, base, _own(ready, start, start + filled))
-      states.append(after)
+      states.append(jax.device_get(after))
       losses.append(np.asarray(loss)[:filled])
       finites.append(np.asarray(finite)[:filled])
     found = rounds.Measured(np.concatenate(losses), np.concatenate(finites))
@@ -76,7 +75,7 @@ def program(
       return state, found  # The caller refuses it; there is nothing to merge.
     target = meshes.put(finish(held, base, ready), meshes.everywhere(mesh))
     params, own_state = move(state.params, target, state.outer, np.float32(rate))
-    after = jax.tree.map(lambda *xs: jnp.concatenate(xs), *states) if kept else state.local
+    after = jax.tree.map(lambda *xs: np.concatenate(xs), *states)
     return rounds.State(params, own_state, after), found
 
   return once

@@ -176,7 +176,8 @@ class _Run:
 
     # Placed as a round returns it, so that all rounds run one executable.
     own = meshes.put(own, meshes.everywhere(self.mesh))
-    return rounds.State(self.base, own, local(self.base) if self.kept else ())
+    states = local(self.base) if self.kept else ()
+    return rounds.State(self.base, own, states if self.waves == 1 else jax.device_get(states))
 
   def round(self, state: rounds.State, k: int) -> tuple[rounds.State, dict[str, Any]]:
     """Runs round k (from 0), and returns the new state and the round's record."""
@@ -214,10 +215,26 @@ class _Run:
 
   def saved(self, state: rounds.State) -> dict[str, Any]:
     """What a checkpoint holds."""
-    held = {"params": state.params, "outer": state.outer, "local": state.local, "base": self.base}
+    n, side = len(self.tasks), self.mesh.shape["task"]
+    # Without the empty slots, whose number depends on the mesh.
+    local = jax.tree.map(lambda x: x[:n], state.local)
+    if self.waves == 1:
+      spread = meshes.everywhere(self.mesh) if n % side else meshes.by_task(self.mesh)
+      local = meshes.put(local, spread)
+    held = {"params": state.params, "outer": state.outer, "local": local, "base": self.base}
     if self.settings.early_stopping:
       held["best"] = state.params if self.best is None else self.best
     return held
+
+  def resumed(self, held: dict[str, Any], start: rounds.State) -> rounds.State:
+    """The state that a checkpoint holds, with the empty slots of the start."""
+    n = len(self.tasks)
+    local = jax.tree.map(
+      lambda x, y: np.concatenate([x, y[n:]]), jax.device_get(held["local"]), start.local
+    )
+    if self.waves == 1:
+      local = meshes.put(local, meshes.by_task(self.mesh))
+    return rounds.State(held["params"], held["outer"], local)
 
   def record(self, records: list[dict[str, Any]]) -> dict[str, Any]:
     """The plain record of a checkpoint."""
@@ -263,8 +280,11 @@ def _restored(
   run.base = held["base"]
   if run.settings.early_stopping:
     run.best, run.best_mean = held["best"], max(r["mean"] for r in records)
-  state = rounds.State(held["params"], held["outer"], held["local"])
-  return state, records, (*found.set_aside, f"resumed after round {len(records)}")
+  return (
+    run.resumed(held, state),
+    records,
+    (*found.set_aside, f"resumed after round {len(records)}"),
+  )
 
 
 def _refuse_other(part: str, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:

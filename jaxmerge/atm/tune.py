@@ -77,12 +77,12 @@ def stacked(given: Sequence[tasks.Task], split: str, *, height: int | None = Non
   )
 
 
-def cross_entropy(outputs: Array, labels: Array) -> Array:
+def cross_entropy(outputs: Array, labels: Array | np.ndarray) -> Array:
   """Returns the cross entropy of each row in nats: logits [B, C], labels [B] -> [B]."""
   return optax.softmax_cross_entropy_with_integer_labels(outputs, labels)
 
 
-def accuracy(outputs: Array, labels: Array) -> Array:
+def accuracy(outputs: Array, labels: Array | np.ndarray) -> Array:
   """Tells for each row whether the largest logit is the label's: [B, C], [B] -> float32 [B]."""
   return (outputs.argmax(-1) == labels).astype(jnp.float32)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Literal  # Any: what is known is a tree of arrays.
 
 import jax.numpy as jnp
@@ -12,13 +13,16 @@ from jaxmerge.stage import Array, Leaf, Method, Scope, Stage, chain, leafwise, p
 
 _ties = catalog.METHODS["ties"].parameters
 _dare = catalog.METHODS["dare"].parameters
+_added = functools.partial(jnp.sum, axis=0, keepdims=True)
 
 
-def elect_sign() -> Method:
+def elect_sign(zero_sum: Literal["majority", "plus"] = _ties["zero_sum"].default) -> Method:
   """Zeroes the entries whose sign is not that of the sum over the models; K is kept.
 
-  Where the sum is zero, the sign that most entries of the merged model have decides; if that is a
-  draw too, the entry is zeroed in all models.
+  Args:
+    zero_sum: where the sum is zero, "majority" takes the sign that most entries of the merged model
+      have, as the authors do, and zeroes the entry in all models if that is a draw; "plus" takes
+      the positive sign, as mergekit and peft do.
 
   Reference: Yadav et al. 2023, TIES-Merging (arXiv:2306.01708), step 2.
 
@@ -30,8 +34,11 @@ def elect_sign() -> Method:
     [3.0, 2.0]
   """
 
+  if zero_sum == "plus":
+    return pointwise(lambda x: jnp.where(x * jnp.where(_added(x) < 0, -1, 1) > 0, x, 0))
+
   def sides(x: Array, leaf: Leaf) -> Array:
-    merged = jnp.sum(x, axis=0, keepdims=True)
+    merged = _added(x)
     return jnp.concatenate([statistics.count(merged > 0), statistics.count(merged < 0)], axis=1)
 
   def update(x: Array, leaf: Leaf, known: Any) -> Array:
@@ -40,7 +47,7 @@ def elect_sign() -> Method:
       statistics.at_least(sides[:, i : i + 1], sides[:, 1 - i : 2 - i])[0] for i in (0, 1)
     )
     majority = more.astype(x.dtype) - fewer.astype(x.dtype)
-    elected = jnp.sign(jnp.sum(x, axis=0, keepdims=True))
+    elected = jnp.sign(_added(x))
     elected = jnp.where(elected == 0, majority, elected)
     return jnp.where(x * elected > 0, x, 0)
 
@@ -65,7 +72,7 @@ def disjoint_mean(weight: float | tuple[float, ...] = _ties["weight"].default) -
   def mean(x: Array, leaf: Leaf) -> Array:
     weight = jnp.where(x != 0, leaf.number("weight", x), 0)
     divisor = jnp.sum(weight, axis=0, keepdims=True)
-    return jnp.sum(x, axis=0, keepdims=True) / jnp.where(divisor == 0, 1, divisor)
+    return _added(x) / jnp.where(divisor == 0, 1, divisor)
 
   return leafwise(mean, numbers={"weight": weight}, combines=True)
 
@@ -95,6 +102,7 @@ def ties(
   scope: Scope = _ties["scope"].default,
   rule: Literal["kth", "exact"] = _ties["rule"].default,
   reduce: Literal["mean", "sum", "max"] = _ties["reduce"].default,
+  zero_sum: Literal["majority", "plus"] = _ties["zero_sum"].default,
 ) -> Method:
   """Trims each task vector, elects a sign per entry, and averages the entries that agree.
 
@@ -106,6 +114,7 @@ def ties(
     scope: entries are ranked over the whole model, as the authors do, or per leaf.
     rule: what happens at the threshold, see `trim`.
     reduce: how the entries that agree are joined.
+    zero_sum: which sign is elected where the entries cancel out, see `elect_sign`.
 
   Reference: Yadav et al. 2023, TIES-Merging (arXiv:2306.01708).
 
@@ -116,17 +125,18 @@ def ties(
     >>> jaxmerge.merge(ties(density=0.4), base, experts)["w"].tolist()
     [2.0, -2.0, 0.0]
   """
-  catalog.check("ties", {"density": density, "scale": scale, "weight": weight, "reduce": reduce})
+  given = {"density": density, "scale": scale, "weight": weight}
+  catalog.check("ties", {**given, "reduce": reduce, "zero_sum": zero_sum})
   joined = {
     "mean": lambda: disjoint_mean(weight),
     # The entries carry their weights already.
-    "sum": lambda: pointwise(lambda x: jnp.sum(x, axis=0, keepdims=True), combines=True),
+    "sum": lambda: pointwise(_added, combines=True),
     "max": disjoint_max,
   }[reduce]()
   return chain(
     sparsifying.trim(density, scope=scope, rule=rule),
     averaging.weighted(weight),
-    elect_sign(),
+    elect_sign(zero_sum),
     joined,
     averaging.scaled(scale),
   )
@@ -141,6 +151,7 @@ def dare_ties(
   scope: Scope = _ties["scope"].default,
   rule: Literal["kth", "exact"] = _ties["rule"].default,
   reduce: Literal["mean", "sum", "max"] = _ties["reduce"].default,
+  zero_sum: Literal["majority", "plus"] = _ties["zero_sum"].default,
 ) -> Method:
   """Drops entries at random (`drop`), then merges by `ties`. Needs a seed.
 
@@ -155,5 +166,6 @@ def dare_ties(
     [2.0, -2.0, 0.0]
   """
   return chain(
-    sparsifying.drop(drop_rate, rescale=rescale), ties(density, scale, weight, scope, rule, reduce)
+    sparsifying.drop(drop_rate, rescale=rescale),
+    ties(density, scale, weight, scope, rule, reduce, zero_sum),
   )

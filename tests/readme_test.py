@@ -1,0 +1,55 @@
+"""The README's code runs, and what it says of methods is what the catalog says."""
+
+import pathlib
+import re
+
+import jax
+import pytest
+
+from jaxmerge import catalog
+
+TEXT = (pathlib.Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+DESIGN = (pathlib.Path(__file__).parents[1] / "docs" / "design.md").read_text(encoding="utf-8")
+
+
+def blocks(text):
+  return re.findall(r"```python\n(.*?)```", text, flags=re.S)
+
+
+def runs(code, **scope):
+  # The examples are written for JAX as it comes, not for the tests' strict settings.
+  with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+    exec(compile(code, "README.md", "exec"), scope)
+  return scope
+
+
+def test_ten_line_merge_runs():
+  scope = runs(blocks(TEXT)[0])
+  assert scope["merged"]["kernel"].shape == (4, 3)
+  assert scope["merges"]["kernel"].shape == (10, 4, 3)
+
+
+def test_own_model_is_tuned_and_merged():
+  result = runs(blocks(TEXT)[1])["result"]
+  assert len(result.rounds) == 5
+  assert result.rounds[-1]["mean"] > 0.8
+
+
+def test_own_method_runs():
+  import jax.numpy as jnp
+
+  import jaxmerge
+
+  clipped_mean = runs(blocks(DESIGN)[1])["clipped_mean"]
+  experts = {"w": jnp.array([[1.0], [5.0]])}
+  merged = jaxmerge.merge(clipped_mean(2.0), {"w": jnp.zeros(1)}, experts)
+  assert merged["w"].item() == 1.5
+
+
+def test_method_table_is_the_catalog():
+  assert catalog.markdown() in TEXT
+
+
+@pytest.mark.parametrize("path", re.findall(r"(?:configs|benchmarks|colabs|docs)/[\w/]+\.\w+", TEXT))
+def test_files_that_the_readme_names_exist(path):
+  assert (pathlib.Path(__file__).parents[1] / path).exists()
