@@ -19,10 +19,10 @@ def get_config():
   c.final = True  # read the test rows, once per model, at the end; else validation is reported
 
   # Budget, shared by all compared models.
-  c.rounds = 8  # exchanges per task
+  c.rounds = 16  # exchanges per task
   c.epochs = 8.0  # epochs per task over the whole run
   c.batch_size = 64  # rows
-  c.learning_rate = 1e-3
+  c.learning_rate = 2e-3
   c.schedule = "cosine"  # over the run: constant or cosine
   c.warmup = 0.1  # share of the run's steps
 
@@ -40,9 +40,9 @@ def get_config():
 
   # The loop: merge by the method, step by the outer optimiser.
   c.method = dict(name="average")
-  c.outer = "sgd"  # none (plain ATM), sgd, nesterov, adam, damped
-  c.outer_learning_rate = 1.5
-  c.outer_momentum = 0.0
+  c.outer = "nesterov"  # none (plain ATM), sgd, nesterov, adam, damped
+  c.outer_learning_rate = 0.7
+  c.outer_momentum = 0.8
   c.outer_schedule = "constant"
   c.reference = "current"  # task vectors start from the current model, or from the base
   c.variant = "pa"  # pa: train rows, from the base; ph: validation rows, from a merged model
@@ -65,5 +65,5 @@ def get_config():
   c.keep_experts = True  # experts/ holds the tuned experts, for later merges
   c.checkpoint = dict(keep=3)  # newest complete checkpoints that stay
   # -1: the devices that are left; `devices`: fake ones on a CPU, None for the real ones.
-  c.mesh = dict(task=-1, data=1, model=1, devices=None)
+  c.mesh = dict(task=-1, data=1, model=1, devices=2)
   return c.lock()

@@ -64,5 +64,5 @@ def get_config():
   c.keep_experts = True  # experts/ holds the tuned experts, for later merges
   c.checkpoint = dict(keep=3)  # newest complete checkpoints that stay
   # -1: the devices that are left; `devices`: fake ones on a CPU, None for the real ones.
-  c.mesh = dict(task=-1, data=1, model=1, devices=None)
+  c.mesh = dict(task=-1, data=1, model=1, devices=2)
   return c.lock()

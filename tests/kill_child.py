@@ -63,7 +63,45 @@ def counting(directory, steps=4, keep=2):
   return hashlib.sha256(b"".join(np.asarray(read.state[k]).tobytes() for k in ("x", "key")))
 
 
-SCENARIOS = {"counting": counting}
+def merging(directory):
+  """Three rounds of tuning and merging with everything that a round carries over to the next."""
+  import hashlib
+
+  import small_tasks as small
+
+  from jaxmerge import methods
+  from jaxmerge.atm import loop, settings
+  from jaxmerge.io import orbax
+
+  chosen = settings.Settings(
+    rounds=3,
+    epochs=6.0,
+    batch_size=4,
+    learning_rate=0.05,
+    local_state="kept",
+    outer="nesterov",
+    outer_momentum=0.5,
+    early_stopping=True,
+  )
+  with orbax.Checkpoints(pathlib.Path(directory), keep=2) as store:
+    found = loop.tune_and_merge(
+      small.network, small.weights(), small.three(), methods.average(), chosen, checkpoints=store
+    )
+  kept = [{k: v for k, v in r.items() if k != "seconds"} for r in found.rounds]
+  assert len(kept) == chosen.rounds
+  digest = hashlib.sha256(json.dumps(kept, sort_keys=True).encode())
+  for leaf in ("kernel", "bias"):
+    digest.update(np_bytes(found.params["dense"][leaf]))
+  return digest
+
+
+def np_bytes(x):
+  import numpy as np
+
+  return np.asarray(x).tobytes()
+
+
+SCENARIOS = {"counting": counting, "merging": merging}
 
 
 class Client:
@@ -105,6 +143,7 @@ def serve():
   import jax
   import orbax.checkpoint
 
+  import jaxmerge.atm.loop
   import jaxmerge.io.orbax  # noqa: F401
 
   assert not jax._src.xla_bridge._backends, "a backend has started; the server must not fork"

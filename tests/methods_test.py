@@ -1,5 +1,7 @@
 """The methods against worked examples, closed forms, identities and a transcription in NumPy."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import jaxmerge
-from jaxmerge import methods
+from jaxmerge import memory, methods, stage
 
 BASE = {"w": jnp.array([1.0, -1.0, 0.5, 0.0, 2.0, -0.5])}
 TAU = np.array(
@@ -25,7 +27,8 @@ ZERO = {"w": jnp.zeros(6)}
 
 def merged(method, tau=TAU, **options):
   """The merged task vector of an example with one leaf."""
-  return np.asarray(jaxmerge.merge(method, ZERO, {"w": jnp.asarray(tau)}, **options)["w"])
+  zero = {"w": jnp.zeros(tau.shape[1:])}
+  return np.asarray(jaxmerge.merge(method, zero, {"w": jnp.asarray(tau)}, **options)["w"])
 
 
 def close(x, y, atol=1e-6):
@@ -94,10 +97,12 @@ def test_breadcrumbs_by_row_ranks_each_output():
 
 def test_a_zero_sum_takes_the_majority_sign():
   tau = np.array([[1.0, 2.0, -3.0, -4.0], [-1.0, 2.0, -3.0, -4.0]], np.float32)
-  assert merged(methods.ties(1.0), tau).tolist() == [-1.0, 2.0, -3.0, -4.0]
-  assert merged(methods.ties(1.0), -tau).tolist() == [1.0, -2.0, 3.0, 4.0]
-  draw = np.array([[1.0, 2.0, -3.0], [-1.0, 2.0, -3.0]], np.float32)
-  assert merged(methods.ties(1.0), draw).tolist() == [0.0, 2.0, -3.0]
+  draw = np.array([[1.0, 2.0, -3.0, 0.0], [-1.0, 2.0, -3.0, 0.0]], np.float32)
+  method, plus = methods.ties(1.0), methods.ties(1.0, zero_sum="plus")
+  assert merged(method, tau).tolist() == [-1.0, 2.0, -3.0, -4.0]
+  assert merged(method, -tau).tolist() == [1.0, -2.0, 3.0, 4.0]
+  assert merged(method, draw).tolist() == [0.0, 2.0, -3.0, 0.0]
+  assert merged(plus, tau).tolist() == [1.0, 2.0, -3.0, -4.0]
 
 
 def test_the_majority_is_of_the_whole_model():
@@ -108,15 +113,15 @@ def test_the_majority_is_of_the_whole_model():
 
 @pytest.mark.parametrize("rule", ["kth", "exact"])
 @pytest.mark.parametrize("scope", ["tree", "leaf"])
-@pytest.mark.parametrize("density", [0.1, 0.29, 0.5, 0.7, 0.99, 1.0])
-def test_the_entries_kept_are_counted_exactly(rule, scope, density):
+def test_the_entries_kept_are_counted_exactly(rule, scope):
   x = np.random.default_rng(0).permutation(100).astype(np.float32)[None] + 1
   models = {"a": jnp.asarray(x[:, :60]), "b": jnp.asarray(x[:, 60:])}
-  method = methods.trim(density, scope=scope, rule=rule)
-  out = jaxmerge.blend(method, models)
-  for names, size in [("ab", 100)] if scope == "tree" else [("a", 60), ("b", 40)]:
-    kept = sum(int((out[n] != 0).sum()) for n in names)
-    assert kept == min(int(density * size) + (rule == "kth"), size)
+  method = methods.trim(0.5, scope=scope, rule=rule)
+  for density in (0.001, 0.1, 0.29, 0.5, 0.7, 0.99, 1.0):
+    out = jaxmerge.blend(method, models, aux={"density": density})
+    for names, size in [("ab", 100)] if scope == "tree" else [("a", 60), ("b", 40)]:
+      kept = sum(int((out[n] != 0).sum()) for n in names)
+      assert kept == min(int(density * size) + (rule == "kth"), size)
 
 
 # Few different magnitudes: most entries tie with others.
@@ -132,13 +137,25 @@ def in_leaves(x):
 EMPTY = {n: x[0] * 0 for n, x in in_leaves(np.zeros((3, 12))).items()}
 TABLE = {
   **{
-    f"ties {rule} {scope} {reduce}": (
-      methods.ties(0.4, 0.5, (1.0, 2.0, 1.0), scope, rule, reduce),
-      lambda taus, r=rule, s=scope, f=reduce: oracles.ties(taus, 0.4, 0.5, (1, 2, 1), s, r, f),
+    f"ties {rule} {scope} {reduce} {zero}": (
+      methods.ties(0.4, 0.5, (1.0, 2.0, 1.0), scope, rule, reduce, zero),
+      functools.partial(
+        oracles.ties,
+        density=0.4,
+        scale=0.5,
+        weights=(1, 2, 1),
+        scope=scope,
+        rule=rule,
+        reduce=reduce,
+        zero_sum=zero,
+      ),
     )
-    for rule in ("kth", "exact")
-    for scope in ("tree", "leaf")
-    for reduce in ("mean", "sum", "max")
+    for rule, scope, reduce, zero in [
+      ("kth", "tree", "mean", "majority"),
+      ("kth", "leaf", "sum", "majority"),
+      ("exact", "tree", "max", "plus"),
+      ("exact", "leaf", "mean", "plus"),
+    ]
   },
   **{
     f"breadcrumbs {scope}": (
@@ -189,34 +206,60 @@ SINGLE = [
 ]
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_identities(seed):
-  rng = np.random.default_rng(seed)
-  tau = rng.normal(size=(4, 6)).astype(np.float32)
-  total = merged(methods.task_arithmetic(1.0), tau)
-  close(merged(methods.task_arithmetic(0.25), tau), merged(methods.average(), tau))
-  close(merged(methods.ties(1.0), np.abs(tau)), merged(methods.average(), np.abs(tau)))
-  close(merged(methods.negation(1.0), -tau), total)
-  close(merged(methods.breadcrumbs(1.0, 0.0, 1.0), tau), total)
-  close(merged(methods.dare(0.0, 1.0), tau, seed=1), total)
-  same = np.broadcast_to(tau[:1], tau.shape)
-  close(merged(methods.ties(0.5), same), merged(methods.trim(0.5), tau[:1]))
-  np.testing.assert_array_equal(
-    merged(methods.breadcrumbs(0.5, 0.0, 1.0), tau[:1]),
-    merged(methods.ties(0.5, rule="exact", scope="leaf"), tau[:1]),
-  )
-  np.testing.assert_array_equal(
-    merged(methods.dare_ties(0.0, 0.5), tau, seed=1), merged(methods.ties(0.5), tau)
-  )
-  # C : D with A = B is C alone.
-  close(merged(methods.analogy(1.0), tau[[0, 0, 1]]), tau[1])
+TA, MEAN, TIES = methods.task_arithmetic(1.0), methods.average(), methods.ties(0.5)
+LEAFWISE = methods.ties(0.5, rule="exact", scope="leaf")
+IDENTITIES = {
+  "task arithmetic at 1/K is the mean": (
+    lambda x: merged(TA, x, aux={"scale": 1 / 3}),
+    lambda x: merged(MEAN, x),
+  ),
+  "ties of agreeing signs at full density is the mean": (
+    lambda x: merged(TIES, np.abs(x), aux={"density": 1.0}),
+    lambda x: merged(MEAN, np.abs(x)),
+  ),
+  "negation is task arithmetic of the negatives": (
+    lambda x: merged(methods.negation(1.0), -x),
+    lambda x: merged(TA, x),
+  ),
+  "breadcrumbs of everything is task arithmetic": (
+    lambda x: merged(methods.breadcrumbs(1.0, 0.0, 1.0), x),
+    lambda x: merged(TA, x),
+  ),
+  "dare without dropping is task arithmetic": (
+    lambda x: merged(methods.dare(0.0, 1.0), x, seed=1),
+    lambda x: merged(TA, x),
+  ),
+  "dare without dropping, then ties, is ties": (
+    lambda x: merged(methods.dare_ties(0.0, 0.5), x, seed=1),
+    lambda x: merged(TIES, x),
+  ),
+  "ties of one model three times trims it": (
+    lambda x: merged(TIES, np.stack([x[0]] * 3)),
+    lambda x: merged(methods.trim(0.5), x[:1]),
+  ),
+  "breadcrumbs without removing trims exactly": (
+    lambda x: merged(methods.breadcrumbs(0.5, 0.0, 1.0), x[:1]),
+    lambda x: merged(LEAFWISE, x[:1]),
+  ),
+  "an analogy of A and A to C is C": (
+    lambda x: merged(methods.analogy(1.0), x[[0, 0, 1]]),
+    lambda x: x[1],
+  ),
+}
+
+
+@pytest.mark.parametrize("name", IDENTITIES)
+def test_identity(name):
+  left, right = IDENTITIES[name]
+  x = np.random.default_rng(0).normal(size=(3, 10)).astype(np.float32)
+  close(left(x), right(x))
 
 
 @given(stacks)
 def test_ties_follows_the_elected_sign_and_stays_in_bounds(x):
   x = np.asarray(x, np.float32)
   models = in_leaves(x)
-  tau = oracles.flat(jaxmerge.merge(methods.ties(0.5), EMPTY, models))
+  tau = oracles.flat(jaxmerge.merge(TIES, EMPTY, models))
   trimmed = np.stack([oracles.kth(row, 0.5) for row in x])
   sign = np.sign(trimmed.sum(axis=0))
   assert (np.sign(tau) * sign >= 0).all()
@@ -232,8 +275,6 @@ def test_weights_of_the_models_without_a_base():
 
 @pytest.mark.parametrize("method", [methods.average((1.0, 2.0, 4.0)), methods.task_arithmetic(0.5)])
 def test_folding_one_by_one_is_the_combiner(method):
-  from jaxmerge import memory, stage
-
   assert stage.foldable(method)
   step = next(s for s in method if s.combines)
   ready = memory.prepare(method, {"w": (6,)}, 3, {}, None)
@@ -246,8 +287,6 @@ def test_folding_one_by_one_is_the_combiner(method):
 
 
 def test_what_is_not_foldable():
-  from jaxmerge import stage
-
   assert not stage.foldable(methods.ties())
   assert not stage.foldable(stage.join(methods.average(), lambda x, y, leaf: y))
   assert not stage.foldable(stage.masked(methods.average(), lambda name: True))
@@ -260,18 +299,16 @@ ONES = {"a": np.ones((3, 40, 50), np.float32), "b": np.ones((3, 2000), np.float3
 NOTHING = {n: np.zeros(x.shape[1:], np.float32) for n, x in ONES.items()}
 
 
-def masks(drop_rate, seed=0, models=None, names=None):
-  """Which entries `drop` keeps: stacks of booleans."""
-  models = ONES if models is None else models
-  parted = jaxmerge.methods.drop(drop_rate, rescale=None)
-  out = {}
-  for k in range(len(next(iter(models.values())))):
-    pick = tuple(1.0 if i == k else 0.0 for i in range(3))
-    method = jaxmerge.stage.chain(parted, methods.weighted_sum(pick))
-    one = jaxmerge.blend(method, models, seed=seed, names=names)
-    for n, x in one.items():
-      out.setdefault(n, []).append(np.asarray(x) != 0)
-  return {n: np.stack(v) for n, v in out.items()}
+DROPPED = stage.chain(methods.drop(0.5, rescale=None), methods.weighted_sum())
+
+
+def masks(drop_rate, seed=0):
+  """Which entries are kept: a stack of booleans per leaf."""
+  picked = [
+    jaxmerge.blend(DROPPED, ONES, seed=seed, aux={"drop_rate": drop_rate, "weight": tuple(one)})
+    for one in np.eye(3).tolist()
+  ]
+  return {n: np.stack([np.asarray(one[n]) != 0 for one in picked]) for n in ONES}
 
 
 @pytest.mark.parametrize("drop_rate", [0.1, 0.5, 0.9])
@@ -291,7 +328,10 @@ def test_masks_drop_the_share_asked_for(drop_rate):
 def test_masks_of_models_leaves_seeds_and_neighbours_are_independent():
   """Correlations of fair masks of 2000 entries stay within 4 standard deviations."""
   kept, other = masks(0.5), masks(0.5, seed=1)
-  sign = lambda x: np.where(x, 1.0, -1.0).reshape(-1)
+
+  def sign(x):
+    return np.where(x, 1.0, -1.0).reshape(-1)
+
   a, b = kept["a"], kept["b"]
   pairs = [
     (a[0], a[1]),
@@ -328,14 +368,15 @@ def test_masks_do_not_depend_on_order_or_on_what_else_there_is():
   close(alone, sum(parts), atol=1e-5)
 
 
-def test_kept_entries_are_divided_exactly():
+def test_kept_entries_are_divided():
+  """Exactly where 1 - p is a power of two; elsewhere the compiler may multiply by the inverse."""
   tau = np.random.default_rng(0).normal(size=(1, 500)).astype(np.float32)
-  for p in (0.1, 0.5, 0.9):
-    out = np.asarray(
-      jaxmerge.merge(methods.dare(p, 1.0), {"w": jnp.zeros(500)}, {"w": tau}, seed=2)["w"]
-    )
+  method = methods.dare(0.5, 1.0)
+  for p in (0.5, 0.75, 0.875, 0.1, 0.9):
+    out = merged(method, tau, seed=2, aux={"drop_rate": p})
     kept = out != 0
-    np.testing.assert_array_equal(out[kept], (tau[0] / (np.float32(1) - np.float32(p)))[kept])
+    expected = (tau[0] / (np.float32(1) - np.float32(p)))[kept]
+    np.testing.assert_array_max_ulp(out[kept], expected, 0 if p in (0.5, 0.75, 0.875) else 2)
 
 
 @pytest.mark.parametrize("rescale", ["inverse", "l1", "l2", "linf", None])
@@ -358,8 +399,15 @@ def test_dare_agrees_with_the_transcription(rescale):
   out = jaxmerge.merge(method, NOTHING, models, seed=5)
   for n in out:
     close(out[n], expected[n], atol=2e-5)
-  method = methods.dare_ties(0.8, 0.3, rescale=rescale)
-  out = jaxmerge.merge(method, NOTHING, models, seed=5)
+
+
+def test_dare_ties_agrees_with_the_transcription():
+  rng = np.random.default_rng(1)
+  models = {n: rng.normal(size=x.shape).astype(np.float32) for n, x in ONES.items()}
+  kept = masks(0.8, seed=5)
+  kept = [{n: x[k] for n, x in kept.items()} for k in range(3)]
+  taus = oracles.dare(oracles.deltas(NOTHING, models), kept, 0.8, "inverse")
+  out = jaxmerge.merge(methods.dare_ties(0.8, 0.3), NOTHING, models, seed=5)
   expected = oracles.ties(taus, 0.3)
   for n in out:
     close(out[n], expected[n], atol=2e-5)
@@ -370,19 +418,20 @@ def test_the_l1_norm_is_restored():
   tau, keep = TAU[0], np.array([1, 0, 0, 0, 1, 0], bool)
   (out,) = oracles.dare([{"w": tau}], [{"w": keep}], 0.5, "l1")
   close(out["w"], [1.32, 0, 0, 0, -0.88, 0])
-  seeds = (
-    s
-    for s in range(500)
-    if (merged(methods.drop(0.5, rescale=None), TAU[:1], seed=s) != 0)[[0, 1, 2, 4, 5]].tolist()
-    == keep[[0, 1, 2, 4, 5]].tolist()
-  )
-  close(merged(methods.drop(0.5, rescale="l1"), TAU[:1], seed=next(seeds)), out["w"])
+  seeds = jnp.arange(300, dtype=jnp.uint32)
+  one = {"w": jnp.asarray(TAU[:1])}
+  bare = jax.vmap(lambda s: jaxmerge.blend(methods.drop(0.5, rescale=None), one, seed=s)["w"])
+  # The fourth entry of the example is zero, kept or not.
+  same = ((np.asarray(bare(seeds)) != 0) == (keep & (tau != 0))).all(axis=1)
+  seed = int(np.argmax(same))
+  assert same[seed]
+  close(jaxmerge.blend(methods.drop(0.5, rescale="l1"), one, seed=seed)["w"], out["w"])
 
 
 def test_dare_is_unbiased():
-  """The mean over 400 seeds is tau within 4 standard deviations of the mean, p / (1 - p) tau^2 / n."""
+  """The mean over n = 400 seeds is tau within 3 of its deviations, tau * sqrt(p / (1 - p) / n)."""
   seeds = jnp.arange(400, dtype=jnp.uint32)
   method = methods.dare(0.9, 1.0)
   out = jax.vmap(lambda s: jaxmerge.merge(method, ZERO, {"w": TAU[:1]}, seed=s)["w"])(seeds)
   error = np.abs(np.asarray(out).mean(axis=0) - TAU[0])
-  assert (error <= 4 * np.sqrt(9 / 400) * np.abs(TAU[0]) + 1e-7).all()
+  assert (error <= 3 * np.sqrt(9 / 400) * np.abs(TAU[0]) + 1e-7).all()

@@ -11,8 +11,8 @@ def deltas(base, models):
   """The task vectors of a stack: a list of dicts in float64, integer leaves left out."""
   floating = [n for n in base if base[n].dtype.kind not in "iub"]
   height = len(models[floating[0]])
-  as64 = lambda x: np.asarray(x, np.float64)
-  return [{n: as64(models[n])[k] - as64(base[n]) for n in floating} for k in range(height)]
+  wide = {n: (np.asarray(base[n], np.float64), np.asarray(models[n], np.float64)) for n in floating}
+  return [{n: stack[k] - zero for n, (zero, stack) in wide.items()} for k in range(height)]
 
 
 def flat(tau):
@@ -62,8 +62,17 @@ def average(taus, weights):
   return weighted_sum(taus, weights, 1 / sum(weights))
 
 
-def ties(taus, density, scale=1.0, weights=None, scope="tree", rule="kth", reduce="mean"):
-  """Trim, elect sign with the majority where the sum is zero, disjoint merge."""
+def ties(
+  taus,
+  density,
+  scale=1.0,
+  weights=None,
+  scope="tree",
+  rule="kth",
+  reduce="mean",
+  zero_sum="majority",
+):
+  """Trim, elect a sign, disjoint merge."""
   trimmed = {"kth": kth, "exact": exact}[rule]
   if scope == "tree":
     kept = [trimmed(flat(t), density) for t in taus]
@@ -72,7 +81,7 @@ def ties(taus, density, scale=1.0, weights=None, scope="tree", rule="kth", reduc
   weights = np.ones(len(taus)) if weights is None else np.asarray(weights)
   x = np.stack(kept) * weights[:, None]
   sign = np.sign(x.sum(axis=0))
-  sign = np.where(sign == 0, np.sign(sign.sum()), sign)
+  sign = np.where(sign == 0, 1 if zero_sum == "plus" else np.sign(sign.sum()), sign)
   merged = np.zeros(x.shape[1])
   for p in range(x.shape[1]):
     agreeing = [k for k in range(len(taus)) if x[k, p] * sign[p] > 0]

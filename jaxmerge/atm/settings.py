@@ -94,15 +94,15 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 _TINY = 1e-300  # Stands for "greater than zero".
 _WHOLE = ("rounds", "batch_size", "at_once", "seed")
 _RANGES: dict[str, tuple[float, float, str]] = {
-  "rounds": (1, 10**6, "a whole number from 1"),
-  "epochs": (_TINY, 10**6, "positive"),
-  "batch_size": (1, 10**7, "a whole number from 1"),
-  "learning_rate": (_TINY, 1e3, "positive"),
+  "rounds": (1, 10**6, "a whole number from 1 to a million"),
+  "epochs": (_TINY, 10**6, "positive, at most a million"),
+  "batch_size": (1, 10**7, "a whole number from 1 to ten million"),
+  "learning_rate": (_TINY, 1e3, "positive, at most 1000"),
   "warmup": (0, 1, "in [0, 1]"),
   "round_warmup": (0, 1, "in [0, 1]"),
-  "weight_decay": (0, 1e3, "0 or more"),
-  "clip_norm": (0, 1e9, "0 (off) or more"),
-  "outer_learning_rate": (_TINY, 1e3, "positive"),
+  "weight_decay": (0, 1e3, "0 to 1000"),
+  "clip_norm": (0, 1e9, "0 (off) or positive, at most 1e9"),
+  "outer_learning_rate": (_TINY, 1e3, "positive, at most 1000"),
   "outer_momentum": (0, 1, "in [0, 1]"),
   "at_once": (0, 10**6, "a whole number from 1, or 0 (all)"),
   "seed": (0, 2**32 - 1, "a whole number from 0 to 2**32 - 1"),

@@ -33,7 +33,6 @@ def elect_sign(zero_sum: Literal["majority", "plus"] = _ties["zero_sum"].default
     >>> jaxmerge.blend(elected, x)["w"].tolist()
     [3.0, 2.0]
   """
-
   if zero_sum == "plus":
     return pointwise(lambda x: jnp.where(x * jnp.where(_added(x) < 0, -1, 1) > 0, x, 0))
 
