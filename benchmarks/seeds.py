@@ -1,4 +1,4 @@
-"""Runs a config with several seeds, and sums the results up: mean, spread, paired differences, time.
+"""Runs a config with several seeds: mean, spread, paired differences, time.
 
   python benchmarks/seeds.py --config=configs/images4.py --seeds=3 --out=benchmarks/results/images4
 
@@ -81,8 +81,8 @@ def markdown(facts, summary):
   lines = [
     f"`{facts['command']}`",
     "",
-    f"{facts['machine']}; jax {facts['versions']['jax']}; {facts['split']} rows; wall time of a seed, "
-    f"cold: {', '.join(f'{w:.0f} s' for w in walls) or 'not measured'}.",
+    f"{facts['machine']}; jax {facts['versions']['jax']}; {facts['split']} rows; wall time of a "
+    f"seed, cold: {', '.join(f'{w:.0f} s' for w in walls) or 'not measured'}.",
     "",
     report.seeds(summary),
     "",
@@ -90,7 +90,8 @@ def markdown(facts, summary):
     "| --- | ---: | ---: |",
   ]
   lines += [
-    f"| {d['a']} - {d['b']} | {100 * d['mean']:.1f} | {100 * d['low']:.1f} to {100 * d['high']:.1f} |"
+    f"| {d['a']} - {d['b']} | {100 * d['mean']:.1f} "
+    f"| {100 * d['low']:.1f} to {100 * d['high']:.1f} |"
     for d in facts["differences"]
   ]
   return "\n".join(lines) + "\n"

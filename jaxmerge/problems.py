@@ -79,8 +79,12 @@ def pretrain(
   tasks: Sequence[Task], *, seed: int, rows: int, steps: int, learning_rate: float
 ) -> tuple[Any, list[np.ndarray]]:
   """Trains the CNN and one linear head a task jointly, on the first `rows` rows of each task."""
-  few = [t.train._replace(inputs=t.train.inputs[:rows], labels=t.train.labels[:rows]) for t in tasks]
-  own = tune.stacked([dataclasses.replace(t, train=s) for t, s in zip(tasks, few, strict=True)], "train")
+  few = [
+    t.train._replace(inputs=t.train.inputs[:rows], labels=t.train.labels[:rows]) for t in tasks
+  ]
+  own = tune.stacked(
+    [dataclasses.replace(t, train=s) for t, s in zip(tasks, few, strict=True)], "train"
+  )
   own = jax.tree.map(jnp.asarray, own)
   wide = max(t.num_classes for t in tasks)
   schedule = optax.cosine_decay_schedule(learning_rate, steps)
@@ -142,7 +146,10 @@ def minilm8(config: Mapping[str, Any]) -> Problem:
   )
 
 
-MAKERS: Mapping[str, Callable[[Mapping[str, Any]], Problem]] = {"images4": images4, "minilm8": minilm8}
+MAKERS: Mapping[str, Callable[[Mapping[str, Any]], Problem]] = {
+  "images4": images4,
+  "minilm8": minilm8,
+}
 
 
 def make(config: Mapping[str, Any]) -> Problem:

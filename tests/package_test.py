@@ -25,7 +25,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # A room imports only rooms on floors below its own, or beside it.
 FLOORS = {
   6: {"cli", "__main__"},
-  5: {"experiment", "problems", "configuring"},
+  5: {"experiment", "problems", "configuring", "workdir"},
   4: {"atm", "recipe", "fitting", "searching", "align", "experts", "adapt"},
   3: {"methods", "memory", "streaming", "files", "tasks", "data"},
   2: {"stage", "statistics", "resolving", "views", "mesh", "models", "collecting"},

@@ -50,6 +50,8 @@ def test_method_table_is_the_catalog():
   assert catalog.markdown() in TEXT
 
 
-@pytest.mark.parametrize("path", re.findall(r"(?:configs|benchmarks|colabs|docs)/[\w/]+\.\w+", TEXT))
+@pytest.mark.parametrize(
+  "path", re.findall(r"(?:configs|benchmarks|colabs|docs)/[\w/]+\.\w+", TEXT)
+)
 def test_files_that_the_readme_names_exist(path):
   assert (pathlib.Path(__file__).parents[1] / path).exists()

@@ -259,9 +259,9 @@ def test_tokens_closed_form(tokenizer):
 def test_errors_name_the_value_and_the_right_one(tokenizer):
   with pytest.raises(ValueError, match="no text task 'wordnett'; did you mean 'wordnet'"):
     text.load(["wordnett"])
-  with pytest.raises(ValueError, match=r"task 'film': train=99999, but there are 1 to \d+ rows"):
-    text.load(["film"], train=99999)
-  with pytest.raises(ValueError, match="test=0"):
+  with pytest.raises(ValueError, match=r"task 'film': train must be at least 1 row"):
+    text.load(["film"], train=0)
+  with pytest.raises(ValueError, match="test must be at least 1"):
     text.load(["film"], test=0)
   with pytest.raises(ValueError, match="special tokens of a row, got 2"):
     text.tokens(["a"], tokenizer, 2)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple  # Any: parameters and states are the user's trees.
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
@@ -33,7 +34,7 @@ class Measured(NamedTuple):
 
   Attributes:
     loss: [T] mean training loss of each task's steps.
-    finite: [T] whether a tuned copy is free of NaN and infinity.
+    finite: [T] whether a tuned copy, and the square of its task vector's norm, are finite.
     gram: [T, T] inner products of the task vectors to the current model; None if not measured.
     conflict: limbs [2] of the number of entries at which task vectors of opposite sign meet.
   """
@@ -115,7 +116,8 @@ def measured(stacks: dict[str, Array], current: Any, loss: Array) -> Measured:
   gram, conflict = functools.reduce(
     lambda a, b: (a[0] + b[0], statistics.normal(a[1] + b[1])), found
   )
-  return Measured(loss, tune.finite(stacks), gram, conflict)
+  finite = tune.finite(stacks) & jnp.isfinite(jnp.diagonal(gram))
+  return Measured(loss, finite, gram, conflict)
 
 
 def geometry(found: Measured, size: int) -> dict[str, Any]:

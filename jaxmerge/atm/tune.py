@@ -255,7 +255,7 @@ def refuse_divergence(
     if not (np.isfinite(value) and fine):
       raise ValueError(
         f"{name!r} diverged in {when}: loss {float(value)}, parameters "
-        f"{'finite' if fine else 'with NaN or infinity'}; lower learning_rate "
+        f"{'finite' if fine else 'not finite or huge'}; lower learning_rate "
         f"({settings.learning_rate:g})."
       )
 

@@ -64,17 +64,23 @@ def check(task: Task) -> None:
     if labels.size == 0:
       raise ValueError(f"{where}: no rows; at least one is needed.")
     if labels.ndim < 1 or labels.dtype.kind not in "iu":
-      raise ValueError(f"{where}: labels must be integers [rows], got {labels.dtype} {labels.shape}.")
+      raise ValueError(
+        f"{where}: labels must be integers [rows], got {labels.dtype} {labels.shape}."
+      )
     wrong = np.argwhere((labels < 0) | (labels >= task.num_classes))
     if wrong.size:
       at = tuple(wrong[0])
-      raise ValueError(f"{where}, row {at[0]}: label {labels[at]} is out of range; "
-                       f"{task.num_classes} classes allow 0 to {task.num_classes - 1}.")
+      raise ValueError(
+        f"{where}, row {at[0]}: label {labels[at]} is out of range; "
+        f"{task.num_classes} classes allow 0 to {task.num_classes - 1}."
+      )
     for path, leaf in jax.tree_util.tree_leaves_with_path(split.inputs):
       x = np.asarray(leaf)
       part = f"{where}, inputs{jax.tree_util.keystr(path)}"
       if x.shape[:1] != labels.shape[:1]:
-        raise ValueError(f"{part}: {x.shape[0] if x.ndim else 0} rows, but {labels.shape[0]} labels.")
+        raise ValueError(
+          f"{part}: {x.shape[0] if x.ndim else 0} rows, but {labels.shape[0]} labels."
+        )
       if x.dtype.kind == "f" and not np.isfinite(x).all():
         row = int(np.argwhere(~np.isfinite(x))[0][0])
         raise ValueError(f"{part}, row {row}: NaN or infinity; remove or repair the row.")

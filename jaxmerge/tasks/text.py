@@ -133,7 +133,8 @@ def load(
   """Loads text tasks by name: all eight, in the order of `NAMES`, if none are named.
 
   Which split a row belongs to is fixed in the shipped files. `seed` shuffles the rows inside a
-  split, and the first `train`, `validation` and `test` of them are taken; None takes all.
+  split, and at most `train`, `validation` and `test` of them are taken: all where a task has fewer,
+  or for None.
   """
   sizes = {"train": train, "validation": validation, "test": test}
   return tuple(_task(name, seed, sizes) for name in (NAMES if names is None else names))
@@ -189,9 +190,9 @@ def _task(name: str, seed: int, sizes: Mapping[str, int | None]) -> TextTask:
   splits = {}
   for split, size in sizes.items():
     rows = [(t, classes.index(label)) for at, label, t in _rows(FILES[name])[name] if at == split]
-    if size is not None and not 0 < size <= len(rows):
+    if size is not None and size < 1:
       raise ValueError(
-        f"task {name!r}: {split}={size}, but there are 1 to {len(rows)} rows to take."
+        f"task {name!r}: {split} must be at least 1 row, or None for all, got {size}."
       )
     # A stream of its own for every split of every task: what else is loaded changes nothing.
     rng = np.random.default_rng([seed, zlib.crc32(f"{name} {split}".encode())])

@@ -1,0 +1,80 @@
+"""The folder of a run: whose it is, and the plain files in it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import pathlib
+import platform
+from collections.abc import Mapping, Sequence
+from typing import Any  # Any: configs and records are plain trees.
+
+import jax
+import numpy as np
+
+from jaxmerge import configuring
+from jaxmerge.io import atomic
+
+
+def claim(workdir: pathlib.Path, config: Mapping[str, Any], resume: str) -> None:
+  """Makes a folder the run's own, or refuses it.
+
+  Args:
+    workdir: the folder; it is made if need be.
+    config: the plain config of the run.
+    resume: "auto" goes on with a run of the same config, "never" wants a folder without a run,
+      "must" wants one with a run.
+
+  Raises:
+    ValueError: naming the first differences, if the folder holds a run of another config.
+  """
+  path = workdir / "config.json"
+  if not path.exists():
+    if resume == "must":
+      raise ValueError(f"{workdir} holds no run to resume: there is no {path.name} in it.")
+    if workdir.exists() and any(workdir.iterdir()):
+      raise ValueError(f"{workdir} is not empty and holds no run; choose another workdir.")
+    workdir.mkdir(parents=True, exist_ok=True)
+    with atomic.write(path) as file:
+      file.write((json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
+    return
+  if resume == "never":
+    raise ValueError(f"{workdir} holds a run already; choose another workdir, or --resume=auto.")
+  theirs = configuring.flat(json.loads(path.read_text(encoding="utf-8")))
+  ours = configuring.flat(config)
+  differ = [
+    f"{key} is {theirs.get(key)!r} there and {ours.get(key)!r} here"
+    for key in sorted(theirs.keys() | ours.keys())
+    if theirs.get(key) != ours.get(key)
+  ]
+  if differ:
+    more = f" and {len(differ) - 5} more" if len(differ) > 5 else ""
+    raise ValueError(
+      f"{workdir} holds a run of another config: {'; '.join(differ[:5])}{more}. Choose another "
+      "workdir, or give the same config to resume."
+    )
+
+
+def write_metrics(workdir: pathlib.Path, curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+  """Writes metrics.jsonl: one line a round, of all runs of the loop."""
+  lines = [json.dumps({"run": n, **r}, sort_keys=True) for n, c in curves.items() for r in c]
+  with atomic.write(workdir / "metrics.jsonl") as file:
+    file.write("".join(f"{line}\n" for line in lines).encode())
+
+
+def write_correct(workdir: pathlib.Path, correct: Mapping[str, Mapping[str, np.ndarray]]) -> None:
+  """Writes correct.npz: for every model and task, which rows it got right, as MODEL/TASK."""
+  flat = {f"{model}/{task}": rows for model, own in correct.items() for task, rows in own.items()}
+  with atomic.write(workdir / "correct.npz") as file:
+    np.savez_compressed(file, allow_pickle=False, **flat)
+
+
+def versions() -> dict[str, str]:
+  """Returns the versions of what a result depends on, and the devices."""
+  packages = ("jaxmerge", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+  found = {p: importlib.metadata.version(p) for p in packages}
+  devices = jax.devices()
+  return found | {
+    "python": platform.python_version(),
+    "devices": f"{len(devices)} x {devices[0].device_kind}",
+  }
