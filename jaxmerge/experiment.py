@@ -48,8 +48,9 @@ def run(
   """
   workdir = pathlib.Path(workdir)
   plain = json.loads(config.to_json())
-  workdirs.claim(workdir, plain, resume)
+  workdirs.check(workdir, plain, resume)
   work = _Work(plain, workdir, progress)
+  workdirs.claim(workdir, plain)
   work.base()
   work.experts()
   work.one_shot()

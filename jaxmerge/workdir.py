@@ -16,11 +16,11 @@ from jaxmerge import configuring
 from jaxmerge.io import atomic
 
 
-def claim(workdir: pathlib.Path, config: Mapping[str, Any], resume: str) -> None:
-  """Makes a folder the run's own, or refuses it.
+def check(workdir: pathlib.Path, config: Mapping[str, Any], resume: str) -> None:
+  """Refuses a folder that is not the run's own; nothing is written.
 
   Args:
-    workdir: the folder; it is made if need be.
+    workdir: the folder, which need not exist.
     config: the plain config of the run.
     resume: "auto" goes on with a run of the same config, "never" wants a folder without a run,
       "must" wants one with a run.
@@ -34,9 +34,6 @@ def claim(workdir: pathlib.Path, config: Mapping[str, Any], resume: str) -> None
       raise ValueError(f"{workdir} holds no run to resume: there is no {path.name} in it.")
     if workdir.exists() and any(workdir.iterdir()):
       raise ValueError(f"{workdir} is not empty and holds no run; choose another workdir.")
-    workdir.mkdir(parents=True, exist_ok=True)
-    with atomic.write(path) as file:
-      file.write((json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
     return
   if resume == "never":
     raise ValueError(f"{workdir} holds a run already; choose another workdir, or --resume=auto.")
@@ -53,6 +50,13 @@ def claim(workdir: pathlib.Path, config: Mapping[str, Any], resume: str) -> None
       f"{workdir} holds a run of another config: {'; '.join(differ[:5])}{more}. Choose another "
       "workdir, or give the same config to resume."
     )
+
+
+def claim(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
+  """Makes the folder if need be, and the run's own by its config.json."""
+  workdir.mkdir(parents=True, exist_ok=True)
+  with atomic.write(workdir / "config.json") as file:
+    file.write((json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
 
 
 def write_metrics(workdir: pathlib.Path, curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
