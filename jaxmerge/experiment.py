@@ -12,6 +12,7 @@ from typing import Any  # Any: configs and records are plain trees.
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxmerge import catalog, methods, problems, report, stage
 from jaxmerge import mesh as meshes
@@ -119,7 +120,7 @@ class _Work:
       orbax.Checkpoints(self.workdir / "checkpoints" / phase, keep=1) as store,
       self.timed(phase),
     ):
-      like = jax.eval_shape(lambda: make_like(self.params, len(self.names), phase))
+      like = make_like(self.params, len(self.names), phase, self.mesh)
       found = store.restore(like) if (self.workdir / "checkpoints" / phase).exists() else None
       for message in store.set_aside:
         self.say(message)
@@ -344,11 +345,14 @@ class _Work:
     return record, correct
 
 
-def make_like(params: Any, height: int, phase: str) -> Any:
-  """The shape of what a phase keeps: a stack of experts, or one model."""
-  if phase != "experts":
-    return params
-  return jax.tree.map(lambda p: jnp.broadcast_to(p[None], (height, *p.shape)), params)
+def make_like(params: Any, height: int, phase: str, mesh: Mesh) -> Any:
+  """The shapes and places of what a phase keeps: a stack of experts, or one model."""
+  lead = (height,) if phase == "experts" else ()
+  even = lead and height % mesh.shape["task"] == 0
+  place = meshes.by_task(mesh) if even else meshes.everywhere(mesh)
+  return jax.tree.map(
+    lambda p: jax.ShapeDtypeStruct((*lead, *p.shape), p.dtype, sharding=place), params
+  )
 
 
 def chance(task: Task, split: str) -> float:

@@ -10,6 +10,12 @@ from jaxmerge import methods, stage
 from jaxmerge.atm import loop, settings
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _compiled_once(tmp_path_factory):
+  with small.compiled_once(tmp_path_factory.mktemp("programs")):
+    yield
+
+
 def run(method, devices, rounds=1, **changes):
   """The loop on five tasks of one size."""
   tasks = [small.classified(n, 8) for n in ("ant", "bee", "cat", "dog", "eel")]
@@ -71,7 +77,9 @@ def test_several_rounds_with_kept_state_and_an_outer_optimiser(method):
   if stage.foldable(method):
     small.assert_close(found.params, expected.params, rtol=1e-4, atol=1e-5)
   else:
-    apart = [(np.asarray(a) - np.asarray(b)).ravel() for a, b in _pairs(found.params, expected.params)]
+    apart = [
+      (np.asarray(a) - np.asarray(b)).ravel() for a, b in _pairs(found.params, expected.params)
+    ]
     assert np.linalg.norm(np.concatenate(apart)) < 1e-4
 
 

@@ -19,6 +19,12 @@ from jaxmerge.io import orbax
 from jaxmerge.methods import random_masks
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _compiled_once(tmp_path_factory):
+  with small.compiled_once(tmp_path_factory.mktemp("programs")):
+    yield
+
+
 def chosen(**changes):
   plain = dict(rounds=3, epochs=6.0, batch_size=4, learning_rate=0.05, weight_decay=0.01)
   return settings.Settings(**plain | changes)
@@ -409,7 +415,7 @@ def test_bad_tasks_are_refused_by_name(tasks, words):
   ("leaf", "words"),
   [
     (np.float32([1, 2, 3, 4, np.nan]), "'dense/bias' of the model to start from has NaN"),
-    (np.arange(5), "'dense/bias' is int32; only floating point is tuned"),
+    (np.arange(5, dtype=np.int32), "'dense/bias' is int32; only floating point is tuned"),
   ],
 )
 def test_bad_parameters_are_refused_by_name(leaf, words):

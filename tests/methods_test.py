@@ -160,7 +160,9 @@ TABLE = {
   **{
     f"breadcrumbs {scope}": (
       methods.breadcrumbs(0.5, 0.2, 1.0, scope=scope),
-      lambda taus, s=scope: oracles.breadcrumbs(taus, 0.5, 0.2, scope=s),
+      functools.partial(
+        oracles.breadcrumbs, keep=0.5, remove=0.2, scope=scope, views=((("a"), "oi"),)
+      ),
     )
     for scope in ("tree", "leaf", "row")
   },

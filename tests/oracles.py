@@ -4,6 +4,8 @@ Everything is float64, sorts, loops over models, and knows nothing of stages. A 
 arrays; `deltas` is a list of such dicts, one per model. The result is the merged task vector.
 """
 
+import zlib
+
 import numpy as np
 
 
@@ -96,8 +98,18 @@ def ties(
   return unflat(scale * merged, taus[0])
 
 
-def breadcrumbs(taus, keep, remove, scale=1.0, scope="leaf"):
-  """Bands per leaf, per row (last axis), or over the tree; scalar leaves are kept as they are."""
+def rows(x, view):
+  """A leaf as a list of index arrays, one for each row of its matrix view."""
+  index = np.arange(x.size).reshape(x.shape)
+  inputs = [a for a, letter in enumerate(view) if letter == "i"]
+  outputs = [a for a, letter in enumerate(view) if letter != "i"]
+  columns = int(np.prod([x.shape[a] for a in inputs]))
+  return index.transpose(outputs + inputs).reshape(-1, columns)
+
+
+def breadcrumbs(taus, keep, remove, scale=1.0, scope="leaf", views=()):
+  """Bands per leaf, per row, or over the tree; scalar leaves are kept as they are."""
+  views = dict(views)
 
   def one(tau):
     ranked = {n: x for n, x in tau.items() if x.ndim}
@@ -106,12 +118,12 @@ def breadcrumbs(taus, keep, remove, scale=1.0, scope="leaf"):
     elif scope == "leaf":
       cut = per_leaf(lambda x: band(x, keep, remove), ranked)
     else:
-      cut = {
-        n: np.stack([band(row, keep, remove) for row in x.reshape(-1, x.shape[-1])]).reshape(
-          x.shape
-        )
-        for n, x in ranked.items()
-      }
+      cut = {}
+      for n, x in ranked.items():
+        out = np.zeros(x.size)
+        for row in rows(x, views.get(n, "i" * x.ndim)):
+          out[row] = band(x.reshape(-1)[row], keep, remove)
+        cut[n] = out.reshape(x.shape)
     return {**tau, **cut}
 
   return weighted_sum([one(t) for t in taus], np.ones(len(taus)), scale)
@@ -134,3 +146,23 @@ def _rescaled(thin, whole, drop_rate, rescale):
   norm = {"l1": 1, "l2": 2, "linf": np.inf}[rescale]
   before, after = (np.linalg.norm(x.reshape(-1), norm) for x in (whole, thin))
   return thin if min(before, after) < 1e-7 else thin * before / after
+
+
+def uniform(seed, leaf, model, shape):
+  """The hash that masks are made from, one entry after the other, in Python's integers."""
+  mask = 2**32 - 1
+
+  def mixed(h):
+    h = (h ^ (h >> 16)) * 0x7FEB352D & mask
+    h = (h ^ (h >> 15)) * 0x846CA68B & mask
+    return h ^ (h >> 16)
+
+  start = mixed(seed ^ zlib.crc32(leaf.encode()))
+  start = mixed(start ^ (zlib.crc32(model.encode()) * 0x9E3779B1 & mask))
+  out = np.zeros(shape, np.float32)
+  for index in np.ndindex(*shape):
+    h = start
+    for axis, i in enumerate(index, start=1):
+      h = mixed((h + i * 0x85EBCA77 + 0xC2B2AE3D + axis) & mask)
+    out[index] = (h >> 8) / 2**24
+  return out

@@ -1,43 +1,38 @@
 """One small tree for the tests of the core, with a leaf of every kind."""
 
-import jax.numpy as jnp
 import numpy as np
 
 NAMES = ("red", "green", "blue", "grey")
 VIEWS = (("matrix", "io"), ("cube", "boi"))
+SHAPES = {"matrix": (8, 16), "vector": (16,), "cube": (2, 3, 4), "scalar": ()}
+ALL = ("matrix", "vector", "cube", "scalar", "steps")
+FEW = ("matrix", "vector", "steps")
 
 
-def base(dtype=np.float32):
-  """A matrix, a vector, a cube, a scalar, and a leaf of integers; axes divide by two."""
-  rng = np.random.default_rng(7)
-  draw = lambda *shape: jnp.asarray(rng.normal(size=shape), dtype)  # noqa: E731
-  return {
-    "matrix": draw(8, 6),
-    "inner": {"vector": draw(10), "cube": draw(2, 4, 6)},
-    "scalar": draw(),
-    "steps": jnp.arange(4, dtype=jnp.int32),
-  }
+def trees(leaves=ALL, *, height=4, seed=0):
+  """A base and a stack of models near it; a fifth of each task vector is zero."""
+  rng = np.random.default_rng(seed)
+  base, models = {}, {}
+  for name, shape in SHAPES.items():
+    x = rng.normal(size=shape).astype(np.float32)
+    tau = rng.normal(size=(4, *shape)).astype(np.float32) / 8
+    tau = np.where(rng.random(tau.shape) < 0.2, np.float32(0), tau)[:height]
+    base[name], models[name] = x, (x[None] + tau).astype(np.float32)
+  base["steps"] = np.arange(4, dtype=np.int32)
+  models["steps"] = np.stack([base["steps"] + 1] * height)
+  return {n: base[n] for n in leaves}, {n: models[n] for n in leaves}
 
 
-def models(dtype=np.float32, height=4):
-  """A stack of models near the base; every fifth entry of a task vector is zero."""
-  rng = np.random.default_rng(8)
-  out = {}
-  for name, x in flat(base()).items():
-    if x.dtype == jnp.int32:
-      out[name] = jnp.stack([x + 1] * height)
-      continue
-    tau = np.asarray(rng.normal(size=(4, *x.shape)) / 8, np.float32)[:height]
-    tau = np.where(rng.random((4, *x.shape))[:height] < 0.2, 0, tau)
-    out[name] = jnp.asarray(np.asarray(x)[None] + tau, dtype)
-  return unflat(out)
+def same(a, b):
+  """Equal bits, dtypes and keys."""
+  assert a.keys() == b.keys()
+  for name in a:
+    assert a[name].dtype == b[name].dtype, name
+    np.testing.assert_array_equal(np.asarray(a[name]), np.asarray(b[name]), err_msg=name)
 
 
-def flat(tree):
-  """Leaves by short names."""
-  return {**{n: x for n, x in tree.items() if n != "inner"}, **tree["inner"]}
-
-
-def unflat(leaves):
-  inner = {n: leaves[n] for n in ("vector", "cube")}
-  return {**{n: x for n, x in leaves.items() if n not in inner}, "inner": inner}
+def close(a, b, atol=1e-6):
+  assert a.keys() == b.keys()
+  for name in a:
+    x, y = (np.asarray(v[name], np.float64) for v in (a, b))
+    np.testing.assert_allclose(x, y, rtol=0, atol=atol, err_msg=name)

@@ -48,6 +48,8 @@ def experts(
   Returns:
     The stack of experts [T, *s], and what they cost.
   """
+  tune.check(tasks)
+  params = tune.masters(params)
   settings = dataclasses.replace(settings, local_state="kept", round_warmup=0.0)
   mesh = mesh or meshes.make(tasks=len(tasks))
   side = mesh.shape["task"]
@@ -107,6 +109,8 @@ def joint(
   Returns:
     The model, and what it cost.
   """
+  tune.check(tasks)
+  params = tune.masters(params)
   settings = dataclasses.replace(settings, round_warmup=0.0)
   local = tune.direction(settings, params)
   step = tune.step(apply, loss, settings, local)
@@ -135,7 +139,6 @@ def joint(
     good = tune.finite(jax.tree.map(lambda p: p[None], params))
     return params, state, total, good
 
-  params = jax.tree.map(jnp.asarray, params)
   state, parts = local.init(params), settings.rounds
   width = -(-len(rate) // parts)
   for k in range(parts):

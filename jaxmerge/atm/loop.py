@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple  # Any: parameters are the user's tree.
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import Mesh
@@ -83,8 +82,8 @@ def tune_and_merge(
   """
   settings = settings or Settings()
   method = methods.average() if method is None else method
-  params = _masters(params)
-  _check_tasks(tasks)
+  params = tune.masters(params)
+  tune.check(tasks)
   mesh = mesh or meshes.make(tasks=len(tasks))
   given = (loss, metric, aux or {}, views.check(layout), mesh)
   held = _Run(apply, params, tasks, method, settings, *given)
@@ -296,16 +295,6 @@ def _refuse_other(part: str, theirs: Mapping[str, Any], ours: Mapping[str, Any])
       )
 
 
-def _masters(params: Any) -> Any:
-  """The parameters in float32 or wider."""
-  for name, leaf in tree.named(params).items():
-    if not tree.is_floating(jnp.asarray(leaf)):
-      raise ValueError(f"leaf {name!r} is {jnp.asarray(leaf).dtype}; only floating point is tuned.")
-    if not bool(jnp.isfinite(leaf).all()):
-      raise ValueError(f"leaf {name!r} of the model to start from has NaN or infinity.")
-  return jax.tree.map(lambda p: jnp.asarray(p, tree.compute_dtype(jnp.asarray(p).dtype)), params)
-
-
 def _described(method: Method, aux: Mapping[str, Any]) -> dict[str, Any]:
   """What tells methods apart in a record: their stages' functions, and their numbers."""
   steps = [f"{step.update.__module__}.{step.update.__qualname__}" for step in method]
@@ -324,16 +313,6 @@ def _short(value: Any) -> Any:
 def _fingerprint(task: tasks_.Task) -> str:
   labels = np.asarray(task.train.labels)
   return f"{len(labels)} rows, labels crc32 {zlib.crc32(labels.astype(np.int64).tobytes()):08x}"
-
-
-def _check_tasks(tasks: Sequence[tasks_.Task]) -> None:
-  if not tasks:
-    raise ValueError("at least one task is needed, got none.")
-  names = [t.name for t in tasks]
-  if len(set(names)) != len(names):
-    raise ValueError(f"task names must differ, got {names}.")
-  for t in tasks:
-    tasks_.check(t)
 
 
 def _seed(seed: int, k: int) -> np.uint32:

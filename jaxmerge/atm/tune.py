@@ -42,6 +42,31 @@ class Rows(NamedTuple):
   filled: Array | np.ndarray
 
 
+def check(given: Sequence[tasks.Task]) -> None:
+  """Raises ValueError, naming task and row, for tasks that cannot be tuned on."""
+  if not given:
+    raise ValueError("at least one task is needed, got none.")
+  names = [t.name for t in given]
+  if len(set(names)) != len(names):
+    raise ValueError(f"task names must differ, got {names}.")
+  for t in given:
+    tasks.check(t)
+
+
+def masters(params: Any) -> Any:
+  """Returns the parameters in float32 or wider.
+
+  Raises:
+    ValueError: naming the leaf, if one is not floating point, or has NaN or infinity.
+  """
+  for name, leaf in tree.named(params).items():
+    if not tree.is_floating(leaf):
+      raise ValueError(f"leaf {name!r} is {np.asarray(leaf).dtype}; only floating point is tuned.")
+    if not bool(jnp.isfinite(leaf).all()):
+      raise ValueError(f"leaf {name!r} of the model to start from has NaN or infinity.")
+  return jax.tree.map(lambda p: jnp.asarray(p, tree.compute_dtype(jnp.asarray(p).dtype)), params)
+
+
 def stacked(given: Sequence[tasks.Task], split: str, *, height: int | None = None) -> Rows:
   """Stacks one split of the tasks; shorter ones are padded with zeros, which no step reads.
 
@@ -84,7 +109,8 @@ def cross_entropy(outputs: Array, labels: Array | np.ndarray) -> Array:
 
 def accuracy(outputs: Array, labels: Array | np.ndarray) -> Array:
   """Tells for each row whether the largest logit is the label's: [B, C], [B] -> float32 [B]."""
-  return (outputs.argmax(-1) == labels).astype(jnp.float32)
+  found = outputs.argmax(-1)
+  return (found == labels.astype(found.dtype)).astype(jnp.float32)
 
 
 def outputs(apply: Apply, params: Any, inputs: Any, head: Any, classes: Any) -> Array:

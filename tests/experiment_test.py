@@ -1,0 +1,217 @@
+"""From a config to a report, on a made problem: what is compared, what it cost, going on."""
+
+import importlib.util
+import json
+import pathlib
+
+import numpy as np
+import pytest
+import small_tasks as small
+
+from jaxmerge import catalog, experiment, problems
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+MODELS = ["base", "experts", "average", "task_arithmetic", "dare", "multitask", "atm", "plain"]
+DEVICES = 2
+
+
+def config(**changes):
+  """The quick config of the images, on the made problem, with few methods."""
+  path = ROOT / "configs" / "images4_quick.py"
+  spec = importlib.util.spec_from_file_location(path.stem, path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  c = module.get_config()
+  with c.unlocked():
+    c.experiment = "made"
+    c.final, c.rounds, c.epochs, c.batch_size, c.learning_rate = True, 3, 6.0, 4, 0.02
+    c.baselines = dict(
+      multitask=dict(),
+      task_arithmetic=dict(scales=(0.1, 0.4, 0.8)),
+      dare=dict(drop_rate=0.2, scales=(0.2, 0.4)),
+    )
+    c.also = dict(plain=dict(outer="none"))
+    c.mesh = dict(task=DEVICES, data=1, model=1, devices=DEVICES)
+    for name, value in changes.items():
+      c[name] = value
+  return c.lock()
+
+
+def made(config):
+  def save(folder, params, readme):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "README.md").write_text(readme, encoding="utf-8")
+    np.savez(folder / "model.npz", **{k: np.asarray(v) for k, v in params["dense"].items()})
+
+  return problems.Problem(
+    "Three made tasks",
+    "a made base",
+    small.network,
+    small.weights(),
+    tuple(small.three()),
+    (),
+    save,
+    "apache-2.0",
+  )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _made(tmp_path_factory):
+  with pytest.MonkeyPatch.context() as patch, small.compiled_once(tmp_path_factory.mktemp("c")):
+    patch.setattr(problems, "MAKERS", {**problems.MAKERS, "made": made})
+    yield
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+  return tmp_path_factory.mktemp("run") / "made"
+
+
+@pytest.fixture(scope="module")
+def events():
+  return []
+
+
+@pytest.fixture(scope="module")
+def record(workdir, events):
+  """The record of an uninterrupted run."""
+  return experiment.run(config(), workdir, progress=events.append)
+
+
+def lasting(record):
+  """A record without what differs from run to run."""
+  text = json.loads(json.dumps(record))
+  for row in [*text["rounds"], *(r for c in text["curves"].values() for r in c)]:
+    del row["seconds"]
+  return {k: v for k, v in text.items() if k not in ("seconds", "created")}
+
+
+def test_everything_is_compared(record):
+  assert sorted(record["models"]) == sorted(MODELS)
+  assert record["tasks"] == ["ant", "bee", "cat"]
+  for name, model in record["models"].items():
+    assert sorted(model["per_task"]) == ["ant", "bee", "cat"], name
+    assert model["mean"] == pytest.approx(np.mean(list(model["per_task"].values())))
+  assert [r["round"] for r in record["rounds"]] == [1, 2, 3]
+  assert record["models"]["task_arithmetic"]["scale"] in (0.1, 0.4, 0.8)
+
+
+def test_experts_are_scored_each_on_its_task(record):
+  for name, score in record["models"]["experts"]["per_task"].items():
+    assert score == record["transfer"][name][name]
+
+
+def test_gap_closed_by_hand(record):
+  models = record["models"]
+  base, best = models["base"]["mean"], models["experts"]["mean"]
+  for name, closed in record["gap_closed"].items():
+    assert closed == pytest.approx((models[name]["mean"] - base) / (best - base))
+
+
+def test_budgets_are_equal_where_they_should_be(record):
+  cost = record["budget"]
+  assert list(cost["base"].values()) == [0, 0, 0, 0, 0, 0]
+  # 12, 20 and 9 rows, six times, in batches of 4: 18, 30 and 14 (of 13.5) steps.
+  steps = {"gradient_steps": 62, "samples": 248}
+  for name in ("experts", "average", "task_arithmetic", "dare", "atm", "plain"):
+    assert {k: cost[name][k] for k in steps} == steps, name
+    assert cost[name]["sequential_steps"] == 30
+  exchanges = {name: c["exchanges"] for name, c in cost.items()}
+  assert exchanges == dict.fromkeys(MODELS, 1) | {
+    "base": 0, "experts": 0, "multitask": 0, "atm": 3, "plain": 3
+  }  # fmt: skip
+  trials = {name: c["trials"] for name, c in cost.items()}
+  assert (trials["task_arithmetic"], trials["dare"], trials["multitask"]) == (3, 2, 2)
+
+
+def test_the_folder_holds_the_run(workdir, record):
+  assert json.loads((workdir / "report.json").read_text())["models"] == record["models"]
+  lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+  assert [(x["run"], x["round"]) for x in lines] == [
+    (run, k) for run in ("atm", "plain") for k in (1, 2, 3)
+  ]
+  correct = np.load(workdir / "correct.npz")
+  for name in MODELS:
+    for task, score in record["models"][name]["per_task"].items():
+      assert correct[f"{name}/{task}"].mean() == pytest.approx(score)
+  assert "<html" in (workdir / "report.html").read_text()
+  assert list((workdir / "plots").glob("*.png"))
+  assert (workdir / "merged" / "model.npz").exists()
+  assert sorted(p.name for p in (workdir / "experts").iterdir()) == ["ant", "bee", "cat"]
+
+
+def test_progress_is_told(events):
+  atm = [e for e in events if e.get("phase") == "atm"]
+  assert [(e["done"], e["total"]) for e in atm] == [(1, 3), (2, 3), (3, 3)]
+  assert all("mean" in e["numbers"] for e in atm)
+  phases = list(dict.fromkeys(e["phase"] for e in events if "phase" in e))
+  assert phases.index("experts") < phases.index("one-shot merges") < phases.index("atm")
+
+
+def test_a_finished_run_is_restored(workdir, record):
+  said = []
+  again = experiment.run(config(), workdir, resume="must", progress=said.append)
+  assert lasting(again) == lasting(record)
+  messages = [e["message"] for e in said if "message" in e]
+  assert "experts: restored" in messages
+  assert "atm: resumed after round 3" in messages
+
+
+class Stopped(Exception):
+  """Ends a run at a chosen event."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  "phase", ["experts", "one-shot merges", "multitask, in turn", "atm", "plain"]
+)
+def test_a_run_that_stops_in_any_phase_ends_with_the_same_record(tmp_path, record, phase):
+  def stop(event):
+    if event.get("phase") == phase:
+      raise Stopped
+
+  with pytest.raises(Stopped):
+    experiment.run(config(), tmp_path, progress=stop)
+  assert lasting(experiment.run(config(), tmp_path)) == lasting(record)
+
+
+def test_a_folder_of_another_config_is_refused(workdir, record):
+  with pytest.raises(ValueError, match="rounds is 3 there and 4 here"):
+    experiment.run(config(rounds=4), workdir)
+  with pytest.raises(ValueError, match="holds a run already"):
+    experiment.run(config(), workdir, resume="never")
+  with pytest.raises(ValueError, match="no run to resume"):
+    experiment.run(config(), workdir / "elsewhere", resume="must")
+
+
+@pytest.mark.slow
+def test_post_hoc_starts_from_the_best_merge_and_costs_on_top(tmp_path):
+  found = experiment.run(config(variant="ph", also=dict(), rounds=2), tmp_path)
+  cost = found["budget"]
+  best = max(
+    (n for n in found["models"] if n in catalog.METHODS), key=lambda n: found["validation"][n]
+  )
+  # Half of nine validation rows, 5, six times in batches of 4: 8 (of 7.5) steps a task.
+  assert cost["atm"]["gradient_steps"] == cost[best]["gradient_steps"] + 3 * 8
+  assert cost["atm"]["exchanges"] == 1 + 2
+  assert cost["atm"]["epochs_per_task"] == pytest.approx(cost[best]["epochs_per_task"] + 8 * 4 / 5)
+
+
+def test_a_method_that_a_config_names():
+  method = experiment.method_of({"name": "ties", "density": 0.3})
+  assert len(method) > 1
+  with pytest.raises(ValueError, match="densty"):
+    experiment.method_of({"name": "ties", "densty": 0.3})
+
+
+def test_chance_is_the_most_frequent_class():
+  task = small.classified("ant", 4)
+  task.test.labels[:] = [0, 1, 1, 1, 2, 1, 0]
+  assert experiment.chance(task, "test") == pytest.approx(4 / 7)
+
+
+def test_a_folder_that_holds_something_else_is_refused(tmp_path):
+  (tmp_path / "thesis.txt").write_text("mine")
+  with pytest.raises(ValueError, match="is not empty and holds no run"):
+    experiment.run(config(), tmp_path)
+  assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
