@@ -20,6 +20,7 @@ from jaxmerge import views
 from jaxmerge.stage import Group, Leaf, Statistic
 
 Array = jax.Array
+Limbs = jax.Array | np.ndarray
 LIMB = 16
 ROOM = 2**32  # As many entries of a model as one uint32 can count.
 
@@ -182,7 +183,7 @@ def normal(limbs: Array) -> Array:
   return jnp.stack([high + (low >> LIMB), low & jnp.uint32(2**LIMB - 1)])
 
 
-def at_least(a: Array, b: Array) -> Array:
+def at_least(a: Limbs, b: Limbs) -> Array:
   """Compares counts given as normal limbs: a >= b, elementwise [K]."""
   return (a[0] > b[0]) | ((a[0] == b[0]) & (a[1] >= b[1]))
 
@@ -196,13 +197,13 @@ def refuse_unrankable(group: Group) -> None:
     )
 
 
-def plus(a: Array, b: Array) -> Array:
+def plus(a: Limbs, b: Limbs) -> Array:
   """Adds counts given as normal limbs, or a state that holds them; the sum is normal again."""
   # Carried over each time: the low limbs of 2**16 slices would overflow.
-  return normal(a + b)
+  return normal(jnp.asarray(a) + jnp.asarray(b))
 
 
-def minus(a: Array, b: Array) -> Array:
+def minus(a: Limbs, b: Limbs) -> Array:
   """Subtracts counts given as normal limbs; a >= b is assumed."""
   borrow = (a[1] < b[1]).astype(jnp.uint32)
   low = a[1] + borrow * jnp.uint32(2**LIMB) - b[1]
@@ -219,7 +220,7 @@ def limbs(number: int) -> np.ndarray:
   return np.array([number >> LIMB, number & (2**LIMB - 1)], np.uint32)
 
 
-def share(fraction: Any, size: int, height: int, *, more: int = 0) -> Array | np.ndarray:
+def share(fraction: Any, size: int, height: int, *, more: int = 0) -> Limbs:
   """Returns min(floor(fraction * size) + more, size) per model, as limbs [2, height].
 
   A Python number or NumPy array is counted on the host: the product in double precision,
@@ -242,7 +243,7 @@ def share(fraction: Any, size: int, height: int, *, more: int = 0) -> Array | np
   return np.stack([limbs(n) for n in counts], axis=1)
 
 
-def at_most(a: Array, size: int) -> Array:
+def at_most(a: Limbs, size: int) -> Array:
   """Returns the smaller of counts, given as normal limbs [2, K], and a size."""
   whole = jnp.broadcast_to(jnp.asarray(limbs(size))[:, None], a.shape)
   return jnp.where(at_least(a, whole), whole, a)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple  # Any: states are trees that a stage defines
 import jax
 import numpy as np
 
-from jaxmerge import memory, tree, views
+from jaxmerge import memory, stage, tree, views
 from jaxmerge.stage import Array, Leaf, Method
 from jaxmerge.tree import Tree
 
@@ -37,7 +37,7 @@ class Source(NamedTuple):
 def stream(
   method: Method,
   source: Source,
-  write: Callable[[str, int, Array], None],
+  write: Callable[[str, int, Array | np.ndarray], None],
   *,
   aux: Mapping[str, Any] | None = None,
   seed: int | None = None,
@@ -76,10 +76,10 @@ def stream(
     for group, members in memory.members(step, shapes).items():
       own[group] = dict(ready.known[i][group])
       for j, statistic in enumerate(step.statistics):
-        state = statistic.begin(own[group])
+        state = _begun(own[group], method=method, at=(i, j))
         for _ in range(statistic.passes):
           found = _total(cut, members, (i, j), known, own[group], state)
-          state = statistic.refine(state, found, own[group])
+          state = _refined(state, found, own[group], method=method, at=(i, j))
         own[group][statistic.name] = state
     known = (*known, own)
   for name, start, parts in _slices(cut, shapes):
@@ -111,7 +111,7 @@ def merge_slices(
     rows = slice(start, stop)
     return bases[name][rows], references[name][rows], stacks[name][:, rows]
 
-  def write(name: str, start: int, part: Array) -> None:
+  def write(name: str, start: int, part: Array | np.ndarray) -> None:
     if out[name].ndim:
       out[name][start : start + part.shape[0]] = part
     else:
@@ -184,16 +184,34 @@ def _alone(cut: _Cut, name: str, known: tuple[Any, ...]) -> tuple[Any, ...]:
 def _total(
   cut: _Cut, members: Any, at: tuple[int, int], known: tuple[Any, ...], own: Any, state: Any
 ) -> Any:
-  statistic = cut.method[at[0]].statistics[at[1]]
   found = None
   for name, _, parts in _slices(cut, members):
     before = _alone(cut, name, known)
     part = _measured(parts, before, own, state, method=cut.method, at=at, **cut.static(name))
-    found = part if found is None else jax.tree.map(statistic.combine, found, part)
+    found = part if found is None else _combined(found, part, method=cut.method, at=at)
   return found
 
 
 _finite = jax.jit(memory.are_finite)
+
+
+def _statistic(method: Method, at: tuple[int, int]) -> stage.Statistic:
+  return method[at[0]].statistics[at[1]]
+
+
+@functools.partial(jax.jit, static_argnames=("method", "at"))
+def _begun(own: Any, *, method: Method, at: tuple[int, int]) -> Any:
+  return _statistic(method, at).begin(own)
+
+
+@functools.partial(jax.jit, static_argnames=("method", "at"))
+def _refined(state: Any, found: Any, own: Any, *, method: Method, at: tuple[int, int]) -> Any:
+  return _statistic(method, at).refine(state, found, own)
+
+
+@functools.partial(jax.jit, static_argnames=("method", "at"))
+def _combined(found: Any, part: Any, *, method: Method, at: tuple[int, int]) -> Any:
+  return jax.tree.map(_statistic(method, at).combine, found, part)
 
 
 def _through(
@@ -225,7 +243,7 @@ def _measured(
 ) -> Any:
   x, leaf = _through(parts, known, method[: at[0]], acts, shape, view)
   leaf = leaf._replace(offset=parts.offsets[at[0]])
-  return method[at[0]].statistics[at[1]].measure(x, leaf, state, own)
+  return _statistic(method, at).measure(x, leaf, state, own)
 
 
 @functools.partial(jax.jit, static_argnames=("method", "acts", "shape", "view"))

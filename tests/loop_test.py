@@ -102,19 +102,21 @@ def test_the_order_of_the_tasks_does_not_matter():
   assert small.differ(alike.params, first.params)
 
 
-def test_all_rounds_run_what_the_first_one_compiled():
-  for changes in (
+@pytest.mark.parametrize(
+  "changes",
+  [
     dict(schedule="cosine", outer="nesterov", outer_momentum=0.5, outer_schedule="cosine"),
-    dict(local_state="kept", early_stopping=True),
     dict(at_once=1),
-  ):
-    seen = []
-    with compilations() as names:
-      run(mesh=meshes.make(2), rounds=4, on_round=lambda r: seen.append(len(names)), **changes)
-    first = names[: seen[0]]
-    assert sum("once" in n or "tuned" in n for n in first) == 1
-    # In turn, the fold's next waves compile in round one, too.
-    assert seen == [seen[0]] * 4, (changes, names[seen[0] :])
+    pytest.param(dict(local_state="kept", early_stopping=True), marks=pytest.mark.slow),
+  ],
+)
+def test_all_rounds_run_what_the_first_one_compiled(changes):
+  seen = []
+  with compilations() as names:
+    run(mesh=meshes.make(2), rounds=4, on_round=lambda r: seen.append(len(names)), **changes)
+  # In turn, the waves after the first compile in round one as well.
+  assert sum("once" in n or "tuned" in n for n in names[: seen[0]]) == 1
+  assert seen == [seen[0]] * 4, names[seen[0] :]
 
 
 def test_a_record_tells_losses_scores_and_geometry():
@@ -233,7 +235,8 @@ def test_early_stopping_returns_the_best_round():
 # Other devices.
 
 
-@pytest.mark.parametrize("sizes", [(2, 2), pytest.param((3, 1), marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [(2, 2), (3, 1)])
 def test_the_mesh_changes_rounding_alone(sizes):
   # Means over tasks and rows are added up in another order, which Adam amplifies.
   found, expected = (run(mesh=meshes.make(*s), rounds=2) for s in (sizes, (1, 1)))
@@ -354,7 +357,10 @@ def test_the_child_runs_this_loop(unkilled):
   assert any(e.startswith("os.rename unfinished/3") for e in unkilled["events"])
 
 
-@pytest.mark.parametrize("event", ["os.rename unfinished/1", "os.rename unfinished/3"])
+@pytest.mark.parametrize(
+  "event",
+  ["os.rename unfinished/2", pytest.param("os.rename unfinished/1", marks=pytest.mark.slow)],
+)
 def test_killed_at_a_save(child, unkilled, tmp_path, event):
   number = unkilled["events"].index(event) + 1
   assert child.run("merging", tmp_path, kill_event=number)["killed"]

@@ -165,7 +165,8 @@ def test_agrees_with_the_transcription(name):
 def test_jit_gives_the_bits_of_eager(name):
   base, models, out = eager(name, small.FEW)
   jitted = jax.jit(jaxmerge.merge, static_argnums=0, static_argnames="layout")
-  small.same(jitted(TABLE[name].method, base, models, **TABLE[name].options()), out)
+  found = jitted(TABLE[name].method, base, models, **TABLE[name].options())
+  (small.close if TABLE[name].summed else small.same)(found, out)
 
 
 @rows
@@ -236,10 +237,10 @@ def test_eight_devices(name, layout):
     small.same(jax.device_get(found), out)
 
 
-@pytest.mark.parametrize("entries", [1, 80, 10**6])
+@pytest.mark.parametrize("entries", [1, 80])
 @rows_slow
 def test_slices_give_the_bits_of_whole_leaves(name, entries):
-  """Rows of one, five and three rows, and whole leaves."""
+  """Slices of one row, and of five and three."""
   row = TABLE[name]
   base, models, out = eager(name, small.FEW)
   found = streaming.merge_slices(row.method, base, models, entries=entries, **row.options())
@@ -269,8 +270,7 @@ def test_one_task(name):
   base, models = small.trees(small.FEW, height=1)
   aux = {"weight": 1.0} if "weight" in row.vary else {}
   out = merged(row, base, models, aux=aux)
-  few = row._replace(oracle=lambda *given: row.oracle(*given))
-  small.close(out, expected(few, base, models), ATOL)
+  small.close(out, expected(row, base, models), ATOL)
 
 
 @rows
@@ -322,12 +322,11 @@ def test_twice_the_task_vectors_give_twice_the_result(name):
 @rows
 def test_second_value_of_a_number_does_not_compile_again(name):
   row = TABLE[name]
-  base, models, out = eager(name)
-  for n, default in jaxmerge.stage.numbers(row.method).items():
-    half = 3 if n == "seed" else jax.tree.map(lambda v: v / 2, default)
-    merged(row, base, models, aux={n: half}) if n != "seed" else None
-    options = row.options(aux={} if n == "seed" else {n: half})
-    options.update({"seed": 12} if n == "seed" else {})
-    size = memory._compiled._cache_size()
-    jaxmerge.merge(row.method, base, models, **options)
-    assert memory._compiled._cache_size() == size
+  base, models, _ = eager(name)
+  size = memory._compiled._cache_size()
+  for n, value in jaxmerge.stage.numbers(row.method).items():
+    if n != "seed":
+      merged(row, base, models, aux={n: jax.tree.map(lambda v: v / 2, value)})
+  if row.seeded:
+    merged(row, base, models, seed=2**32 - 1)
+  assert memory._compiled._cache_size() == size

@@ -6,7 +6,7 @@ NAMES = ("red", "green", "blue", "grey")
 VIEWS = (("matrix", "io"), ("cube", "boi"))
 SHAPES = {"matrix": (8, 16), "vector": (16,), "cube": (2, 3, 4), "scalar": ()}
 ALL = ("matrix", "vector", "cube", "scalar", "steps")
-FEW = ("matrix", "vector", "steps")
+FEW = ("matrix", "steps")
 
 
 def trees(leaves=ALL, *, height=4, seed=0):

@@ -72,7 +72,7 @@ def alone(four):
   return [run(one_of(rows, k), one_of(plan, k)) for k in range(4)]
 
 
-@pytest.mark.parametrize("devices", [1, 2, 4])
+@pytest.mark.parametrize("devices", [1, 4, pytest.param(2, marks=pytest.mark.slow)])
 def test_tuned_copies_have_the_bits_of_tuning_one_after_another(four, alone, devices):
   step, local, rows, plan = pieces(four, chosen())
   mesh = meshes.make(devices)

@@ -41,7 +41,7 @@ def average(weight: float | tuple[float, ...] = _weight, normalize: bool = True)
       numbers={"weight": weight},
       scope="leaf",
       combines=True,
-      fold=Fold(_add_to_mean, lambda held, leaf: held["sum"] / held["weight"]),
+      fold=Fold(_add_to_mean, lambda held, leaf: _over(held["sum"], held["weight"])),
     ),
   )
 
@@ -100,7 +100,13 @@ def _spread(x: Array, leaf: Leaf) -> Array:
 
 def _mean(x: Array, leaf: Leaf) -> Array:
   weight = _spread(x, leaf)
-  return _sum(x * weight) / _sum(weight)
+  return _over(_sum(x * weight), _sum(weight))
+
+
+def _over(total: Array, weight: Array) -> Array:
+  # Compilers make a product of a division by one number where the array is large, but not where it
+  # is small: the last bit would depend on how a leaf is cut.
+  return total * (1 / weight)
 
 
 def _add_to_mean(held: dict[str, Array] | None, x: Array, leaf: Leaf) -> dict[str, Array]:

@@ -85,19 +85,27 @@ def drop(
   """
   catalog.check("dare", {"drop_rate": drop_rate, "rescale": rescale})
 
-  def thin(x: Array, leaf: Leaf) -> Array:
-    return jnp.where(random_masks.uniform(x, leaf) >= leaf.number("drop_rate", x), x, 0)
+  def kept(x: Array, leaf: Leaf) -> Array:
+    return random_masks.uniform(x, leaf) >= leaf.number("drop_rate", x)
 
-  def update(x: Array, leaf: Leaf, known: Any) -> Array:
-    kept = thin(x, leaf)
-    if rescale is None:
-      return kept
+  def thin(x: Array, leaf: Leaf) -> Array:
+    return jnp.where(kept(x, leaf), x, 0)
+
+  def share(x: Array, leaf: Leaf, known: Any) -> Array:
+    """What the kept entries amount to, of the whole."""
     if rescale == "inverse":
-      rate = leaf.number("drop_rate", x)
-      return jnp.where(rate < 1, kept / jnp.where(rate < 1, 1 - rate, 1), 0)
+      return 1 - leaf.number("drop_rate", x)
     before, after = (known["norms"][i].reshape((-1,) + (1,) * (x.ndim - 1)) for i in range(2))
     usable = (before >= 1e-7) & (after >= 1e-7)
-    return jnp.where(usable, kept * (before / jnp.where(usable, after, 1)), kept)
+    return jnp.where(usable, after / jnp.where(usable, before, 1), 1)
+
+  def update(x: Array, leaf: Leaf, known: Any) -> Array:
+    if rescale is None:
+      return thin(x, leaf)
+    # The divisor is chosen entry by entry: compilers make a product of a division by one number
+    # where the array is large, and the last bit would depend on how a leaf is cut.
+    mask = kept(x, leaf)
+    return jnp.where(mask, x, 0) / jnp.where(mask, share(x, leaf, known), 1)
 
   numbers = {"drop_rate": drop_rate, "seed": None}
   if rescale in ("inverse", None):
