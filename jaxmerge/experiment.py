@@ -209,6 +209,7 @@ class _Work:
           self.problem.tasks,
           settings,
           mixed=mixed,
+          judge=self.mean,
           on_part=self.bar(f"multitask, {way}"),
         )
         tried.append((self.mean(params), params, cost, way))
@@ -366,7 +367,8 @@ def differences(
 ) -> list[dict[str, Any]]:
   """Compares ATM with the best one-shot merge and with joint training, paired by row."""
   shots = [n for n in record["models"] if n in catalog.METHODS]
-  best = max(shots, key=lambda n: record["models"][n]["mean"])
+  chosen_by = record.get("validation") or {n: m["mean"] for n, m in record["models"].items()}
+  best = max(shots, key=lambda n: chosen_by[n])
   pairs = [("atm", best)] + [("atm", n) for n in ("multitask", "experts") if n in record["models"]]
   out = []
   for a, b in pairs:

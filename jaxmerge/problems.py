@@ -168,10 +168,13 @@ def settings_of(config: Mapping[str, Any]) -> Settings:
 def post_hoc(tasks: Sequence[Task]) -> tuple[Task, ...]:
   """Returns tasks for post-hoc ATM: tuned on one half of the validation rows, chosen by the other.
 
-  Rows are dealt out in turn, so that both halves have the same mix of classes.
+  The halves are drawn at random, the same for every run.
   """
   out = []
   for t in tasks:
-    parts = [jax.tree.map(lambda x, i=i: x[i::2], t.validation) for i in range(2)]
+    rows = len(t.validation.labels)
+    drawn = np.random.default_rng(tree.tag(t.name)).permutation(rows)
+    halves = (np.sort(drawn[: rows // 2]), np.sort(drawn[rows // 2 :]))
+    parts = [jax.tree.map(lambda x, own=own: x[own], t.validation) for own in halves]
     out.append(dataclasses.replace(t, train=parts[0], validation=parts[1]))
   return tuple(out)

@@ -29,6 +29,7 @@ def experts(
   settings: Settings,
   *,
   loss: tune.Rowwise = tune.cross_entropy,
+  metric: tune.Rowwise = tune.accuracy,
   mesh: Mesh | None = None,
   on_part: Progress | None = None,
 ) -> tuple[Any, budget.Budget]:
@@ -40,8 +41,10 @@ def experts(
     apply: the model, as for `tune_and_merge`.
     params: the model to start from.
     tasks: the tasks; the stack is in their order.
-    settings: local settings; those of rounds and outer steps are not used.
+    settings: local settings; those of rounds and outer steps are not used. With early stopping
+      each expert is the one that is best on its own validation rows after a part.
     loss: (outputs, labels) -> [B].
+    metric: (outputs, labels) -> [B], for early stopping.
     mesh: devices.
     on_part: is called with the number of parts done and their number.
 
@@ -71,6 +74,12 @@ def experts(
 
   tuned, finite = jax.jit(part, donate_argnums=(0, 1)), jax.jit(tune.finite)
   models, states = begin(meshes.put(params, meshes.everywhere(mesh)))
+  validation, score = None, evaluate.own_scorer(apply, metric, mesh=mesh)
+  seen = [len(t.validation.labels) for t in tasks]
+  best, reached = models, np.full(slots, -np.inf, np.float32)
+  if settings.early_stopping:
+    validation = meshes.put(tune.stacked(tasks, "validation", height=slots), spread)
+    best = jax.tree.map(jnp.copy, models)  # The programs take the copies over.
   for k in range(settings.rounds):
     plan = sampling.plan(names, counts, settings, k, rounds=settings.rounds)
     own = sampling.Plan(*(meshes.put(tune.pile_up(x, slots), spread) for x in plan))
@@ -78,8 +87,15 @@ def experts(
     good = finite(models)
     when = f"part {k + 1} of its expert's training"
     tune.refuse_divergence(names, losses[: len(names)], good[: len(names)], settings, when=when)
+    if validation is not None:
+      means = tune.pile_up(
+        np.array(evaluate.means(score(models, validation), seen), np.float32), slots
+      )
+      best = _better(best, models, meshes.put(means > reached, spread))
+      reached = np.maximum(means, reached)
     if on_part:
       on_part(k + 1, settings.rounds)
+  models = best if settings.early_stopping else models
   steps = sampling.totals(counts, settings)
   cost = budget.tuned(steps, counts, settings.batch_size, exchanges=0)
   return jax.tree.map(lambda x: x[: len(tasks)], models), cost
@@ -93,6 +109,7 @@ def joint(
   *,
   mixed: bool,
   loss: tune.Rowwise = tune.cross_entropy,
+  judge: Callable[[Any], float] | None = None,
   on_part: Progress | None = None,
 ) -> tuple[Any, budget.Budget]:
   """Trains one model on all tasks at once, on the rows that the experts see.
@@ -104,6 +121,7 @@ def joint(
     settings: local settings; the learning rate follows the schedule over all steps.
     mixed: a step averages the gradients of T batches; otherwise tasks take turns, one batch a step.
     loss: (outputs, labels) -> [B].
+    judge: the validation score of a model, for early stopping: the best after any part is returned.
     on_part: is called with the number of parts done and their number.
 
   Returns:
@@ -140,6 +158,7 @@ def joint(
     return params, state, total, good
 
   state, parts = local.init(params), settings.rounds
+  best = (-np.inf, params)
   width = -(-len(rate) // parts)
   for k in range(parts):
     cut = slice(k * width, (k + 1) * width)
@@ -147,13 +166,24 @@ def joint(
     params, state, total, good = tuned(params, state, rows, plan)
     when = f"part {k + 1} of {parts}"
     tune.refuse_divergence(["joint training"], total[None], good, settings, when=when)
+    if settings.early_stopping and judge and (mean := judge(params)) > best[0]:
+      best = (mean, params)
     if on_part:
       on_part(k + 1, parts)
   # Of mixed batches, a last one that the tasks do not fill is left out.
   batches = np.bincount(task[real].ravel(), minlength=len(tasks)).tolist()
   cost = budget.tuned(batches, counts, settings.batch_size, exchanges=0)
   n = int(real.sum())
+  params = best[1] if settings.early_stopping and judge else params
   return params, cost._replace(gradient_steps=n, sequential_steps=n)
+
+
+@jax.jit
+def _better(best: Any, models: Any, better: Array) -> Any:
+  """Takes the models [T, *s] where they are better [T], the best so far elsewhere."""
+  return jax.tree.map(
+    lambda b, m: jnp.where(better.reshape((-1,) + (1,) * (m.ndim - 1)), m, b), best, models
+  )
 
 
 class Chosen(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any  # Any: parameters are the user's tree.
 
@@ -29,27 +30,10 @@ def scorer(apply: tune.Apply, metric: tune.Rowwise, *, mesh: Mesh, chunk: int = 
     mesh: the mesh.
     chunk: rows that go through the model at once.
   """
-
-  def task(params: Any, rows: tune.Rows) -> Array:
-    total = rows.labels.shape[0]
-    size = min(chunk, total)
-    starts = jnp.arange(-(-total // size), dtype=jnp.int32) * size
-
-    def part(start: Array) -> Array:
-      index = jnp.minimum(start + jnp.arange(size, dtype=jnp.int32), total - 1)
-
-      def scored() -> Array:
-        inputs, labels = jax.tree.map(lambda x: x[index], (rows.inputs, rows.labels))
-        out = tune.outputs(apply, params, inputs, rows.head, rows.classes)
-        return metric(out.astype(jnp.float32), labels).astype(jnp.float32)
-
-      return lax.cond(start < rows.filled, scored, lambda: jnp.zeros(size, jnp.float32))
-
-    scores = lax.map(part, starts).reshape(-1)[:total]
-    return jnp.where(jnp.arange(total, dtype=jnp.int32) < rows.filled, scores, 0)
+  task = functools.partial(_task, apply, metric, chunk)
 
   def local(models: Any, rows: tune.Rows) -> Array:
-    return lax.map(lambda params: lax.map(lambda own: task(params, own), rows), models)
+    return lax.map(lambda params: lax.map(functools.partial(task, params), rows), models)
 
   return jax.jit(
     jax.shard_map(
@@ -57,6 +41,24 @@ def scorer(apply: tune.Apply, metric: tune.Rowwise, *, mesh: Mesh, chunk: int = 
       mesh=mesh,
       in_specs=(P(), P("task")),
       out_specs=P(None, "task"),
+      axis_names={"task"},
+      check_vma=False,
+    )
+  )
+
+
+def own_scorer(apply: tune.Apply, metric: tune.Rowwise, *, mesh: Mesh, chunk: int = 100) -> Scorer:
+  """Compiles (models [T, *s], rows of T tasks) -> scores of each model on its own task, [T, N]."""
+
+  def local(models: Any, rows: tune.Rows) -> Array:
+    return lax.map(lambda own: _task(apply, metric, chunk, *own), (models, rows))
+
+  return jax.jit(
+    jax.shard_map(
+      local,
+      mesh=mesh,
+      in_specs=P("task"),
+      out_specs=P("task"),
       axis_names={"task"},
       check_vma=False,
     )
@@ -71,3 +73,25 @@ def per_row(scores: Any, counts: Sequence[int]) -> list[np.ndarray]:
 def means(scores: Any, counts: Sequence[int]) -> list[float]:
   """Returns the mean score of each task: scores [T, N] of one model -> T numbers."""
   return [float(s.mean(dtype=np.float64)) for s in per_row(scores, counts)]
+
+
+def _task(
+  apply: tune.Apply, metric: tune.Rowwise, chunk: int, params: Any, rows: tune.Rows
+) -> Array:
+  """Scores one model on the rows of one task, chunk by chunk: [N], zero for padded rows."""
+  total = rows.labels.shape[0]
+  size = min(chunk, total)
+  starts = jnp.arange(-(-total // size), dtype=jnp.int32) * size
+
+  def part(start: Array) -> Array:
+    index = jnp.minimum(start + jnp.arange(size, dtype=jnp.int32), total - 1)
+
+    def scored() -> Array:
+      inputs, labels = jax.tree.map(lambda x: x[index], (rows.inputs, rows.labels))
+      out = tune.outputs(apply, params, inputs, rows.head, rows.classes)
+      return metric(out.astype(jnp.float32), labels).astype(jnp.float32)
+
+    return lax.cond(start < rows.filled, scored, lambda: jnp.zeros(size, jnp.float32))
+
+  scores = lax.map(part, starts).reshape(-1)[:total]
+  return jnp.where(jnp.arange(total, dtype=jnp.int32) < rows.filled, scores, 0)

@@ -147,6 +147,8 @@ class _Run:
     self.best: Any = None
     self.best_mean = -np.inf
     self.rows = tune.stacked(tasks, "train", height=self.slots * self.waves)
+    head = self.rows.head
+    self.head = () if head is None else meshes.put(head[: len(tasks)], meshes.everywhere(mesh))
     if self.waves == 1:
       self.rows = meshes.put(self.rows, meshes.by_task(mesh))
     make = rounds.program if self.waves == 1 else in_turn.program
@@ -221,6 +223,7 @@ class _Run:
       spread = meshes.everywhere(self.mesh) if n % side else meshes.by_task(self.mesh)
       local = meshes.put(local, spread)
     held = {"params": state.params, "outer": state.outer, "local": local, "base": self.base}
+    held["head"] = self.head  # Frozen: computed once, and never again after a resume.
     if self.settings.early_stopping:
       held["best"] = state.params if self.best is None else self.best
     return held
@@ -228,6 +231,11 @@ class _Run:
   def resumed(self, held: dict[str, Any], start: rounds.State) -> rounds.State:
     """The state that a checkpoint holds, with the empty slots of the start."""
     n = len(self.tasks)
+    if self.rows.head is not None:
+      head = np.asarray(held["head"])
+      self.head = held["head"]
+      self.rows = _headed(self.rows, head)
+      self.whole = _headed(self.whole, head)
     local = jax.tree.map(
       lambda x, y: np.concatenate([x, y[n:]]), jax.device_get(held["local"]), start.local
     )
@@ -284,6 +292,14 @@ def _restored(
     records,
     (*found.set_aside, f"resumed after round {len(records)}"),
   )
+
+
+def _headed(rows: tune.Rows, head: np.ndarray) -> tune.Rows:
+  """The rows with other heads [T, features, C], placed as they were."""
+  piled = tune.pile_up(head, rows.filled.shape[0])
+  if isinstance(rows.head, jax.Array):
+    return rows._replace(head=jax.device_put(piled, rows.head.sharding))
+  return rows._replace(head=piled)
 
 
 def _refuse_other(part: str, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
