@@ -324,8 +324,8 @@ def _compiled(
       continue
     x = leaf if ready.order is None else _reordered(leaf, ready.order)
     zero = None if references is None else references[name]
-    one = None if bases is None or reference is None else bases[name]
-    finite[name] = are_finite(one, zero, x)
+    one = None if bases is None else bases[name]
+    finite[name] = are_finite(one, None if reference is None else zero, x)
     deltas[name] = task_vectors(x, zero)
   merged = transform(method, deltas, references, ready, layout)
   out = {}

@@ -174,7 +174,7 @@ def post_hoc(tasks: Sequence[Task]) -> tuple[Task, ...]:
   for t in tasks:
     rows = len(t.validation.labels)
     drawn = np.random.default_rng(tree.tag(t.name)).permutation(rows)
-    halves = (np.sort(drawn[: rows // 2]), np.sort(drawn[rows // 2 :]))
+    halves = (np.sort(drawn[: -(-rows // 2)]), np.sort(drawn[-(-rows // 2) :]))
     parts = [jax.tree.map(lambda x, own=own: x[own], t.validation) for own in halves]
     out.append(dataclasses.replace(t, train=parts[0], validation=parts[1]))
   return tuple(out)

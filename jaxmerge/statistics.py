@@ -185,6 +185,7 @@ def normal(limbs: Array) -> Array:
 
 def at_least(a: Limbs, b: Limbs) -> Array:
   """Compares counts given as normal limbs: a >= b, elementwise [K]."""
+  a, b = jnp.asarray(a), jnp.asarray(b)
   return (a[0] > b[0]) | ((a[0] == b[0]) & (a[1] >= b[1]))
 
 

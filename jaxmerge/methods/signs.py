@@ -124,8 +124,9 @@ def ties(
     >>> jaxmerge.merge(ties(density=0.4), base, experts)["w"].tolist()
     [2.0, -2.0, 0.0]
   """
-  given = {"density": density, "scale": scale, "weight": weight}
-  catalog.check("ties", {**given, "reduce": reduce, "zero_sum": zero_sum})
+  given = {"density": density, "scale": scale, "weight": weight, "rule": rule}
+  chosen = {} if callable(scope) else {"scope": scope}
+  catalog.check("ties", {**given, **chosen, "reduce": reduce, "zero_sum": zero_sum})
   joined = {
     "mean": lambda: disjoint_mean(weight),
     # The entries carry their weights already.

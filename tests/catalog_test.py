@@ -1,0 +1,115 @@
+import inspect
+import subprocess
+import sys
+
+import jax.numpy as jnp
+import pytest
+
+from jaxmerge import catalog, methods, stage
+
+
+def test_the_table_is_free_of_jax():
+  code = "import sys, jaxmerge.catalog; print('jax' in sys.modules)"
+  assert subprocess.check_output([sys.executable, "-c", code], text=True) == "False\n"
+
+
+@pytest.mark.parametrize("name", catalog.METHODS)
+def test_factories_and_table_agree(name):
+  """A factory has the parameters of its entry, in order, with their defaults."""
+  signature = inspect.signature(getattr(methods, name)).parameters
+  parameters = catalog.METHODS[name].parameters
+  assert list(signature) == list(parameters)
+  for n, parameter in parameters.items():
+    assert signature[n].default == parameter.default, n
+
+
+@pytest.mark.parametrize("name", catalog.METHODS)
+def test_numbers_of_a_method_are_in_its_entry(name):
+  found = stage.numbers(getattr(methods, name)())
+  entry = catalog.METHODS[name]
+  assert ("seed" in found) == ("seed" in entry.needs)
+  own = {n for n, p in entry.parameters.items() if not p.choices}
+  # Some methods fix a number that their stages have, as negation does its weight.
+  assert own <= found.keys() <= own | {"seed", "weight"}
+
+
+@pytest.mark.parametrize("name", catalog.METHODS)
+def test_docstring_names_the_paper(name):
+  (number,) = [w.strip("()") for w in catalog.METHODS[name].paper.split() if "arXiv" in w]
+  assert number in inspect.getdoc(getattr(methods, name))
+
+
+def test_every_default_is_allowed():
+  for name, entry in catalog.METHODS.items():
+    catalog.check(name, {n: p.default for n, p in entry.parameters.items()})
+
+
+@pytest.mark.parametrize(
+  ("settings", "message"),
+  [
+    ({"density": 0.0}, r"ties: density must be in \(0, 1\], got 0.0"),
+    ({"density": 1.5}, r"ties: density must be in \(0, 1\], got 1.5"),
+    ({"density": float("nan")}, r"ties: density must be in \(0, 1\], got nan"),
+    ({"density": "0.2"}, r"ties: density must be a number in \(0, 1\], got '0.2'"),
+    ({"density": None}, r"ties: density must be a number in \(0, 1\], got None"),
+    ({"weight": (1.0, float("inf"))}, r"ties: weight must be in \(-infinity, infinity\), got inf"),
+    ({"scope": "layer"}, "ties: scope must be one of 'tree', 'leaf', got 'layer'"),
+    ({"densty": 0.2}, "ties has no parameter 'densty'; did you mean 'density'\\? Known: density, "),
+  ],
+)
+def test_bad_settings_are_refused(settings, message):
+  with pytest.raises(ValueError, match=message):
+    catalog.check("ties", settings)
+
+
+@pytest.mark.parametrize(
+  ("name", "settings", "message"),
+  [
+    ("ties", {"density": 0.0}, "ties: density must be in"),
+    ("ties", {"scope": "row"}, "ties: scope must be one of 'tree', 'leaf', got 'row'"),
+    ("ties", {"rule": "top"}, "ties: rule must be one of 'kth', 'exact', got 'top'"),
+    (
+      "ties",
+      {"reduce": "median"},
+      "ties: reduce must be one of 'mean', 'sum', 'max', got 'median'",
+    ),
+    (
+      "ties",
+      {"zero_sum": "minus"},
+      "ties: zero_sum must be one of 'majority', 'plus', got 'minus'",
+    ),
+    ("dare", {"drop_rate": 1.1}, r"dare: drop_rate must be in \[0, 1\], got 1.1"),
+    ("dare", {"rescale": "l3"}, "dare: rescale must be one of 'inverse', 'l1', 'l2', 'linf', None"),
+    ("breadcrumbs", {"keep": 0}, r"breadcrumbs: keep must be in \(0, 1\], got 0"),
+    ("breadcrumbs", {"remove": -0.1}, r"breadcrumbs: remove must be in \[0, 1\], got -0.1"),
+    ("breadcrumbs", {"scope": "column"}, "breadcrumbs: scope must be one of 'tree', 'leaf', 'row'"),
+    ("average", {"normalize": "yes"}, "average: normalize must be one of True, False, got 'yes'"),
+  ],
+)
+def test_factories_check_their_settings(name, settings, message):
+  # Without the checks of annotations, which only the tests turn on.
+  factory = inspect.unwrap(getattr(methods, name))
+  with pytest.raises(ValueError, match=message):
+    factory(**settings)
+
+
+def test_arrays_pass_by():
+  catalog.check("ties", {"density": jnp.float32(7)})
+
+
+def test_unknown_method_is_named_with_the_nearest():
+  with pytest.raises(ValueError, match=r"no method is called 'tie'; did you mean 'ties'\? Known: "):
+    catalog.entry("tie")
+
+
+def test_seed_range():
+  catalog.check_number("seed", 2**32 - 1)
+  for value in (-1, 2**32, 0.5):
+    with pytest.raises(ValueError, match=r"seed must be in \[0, 4294967295\], got"):
+      catalog.check_number("seed", value)
+
+
+def test_markdown_has_a_row_per_method():
+  lines = catalog.markdown().splitlines()
+  assert len(lines) == 2 + len(catalog.METHODS)
+  assert all(line.count(" | ") == 3 for line in lines)

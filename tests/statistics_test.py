@@ -1,0 +1,288 @@
+"""Exact ranks against sorting, and counts past what one integer holds."""
+
+import fractions
+import functools
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import jaxmerge
+from jaxmerge import stage, statistics
+from jaxmerge.stage import Leaf
+
+HEIGHT, SIZE = 2, 24
+# Few values, so that most tie; subnormal and huge ones, and both zeros.
+values = st.sampled_from([0.0, -0.0, 1e-40, -1e-40, 1e-30, 0.5, -0.5, 1.0, -1.0, 1.5, 3e38, -3e38])
+stacks = st.lists(st.lists(values, min_size=SIZE, max_size=SIZE), min_size=HEIGHT, max_size=HEIGHT)
+ranks = st.tuples(*[st.integers(0, SIZE)] * HEIGHT)
+
+
+def leaf(shape, start=0, offset=0):
+  tags = jnp.zeros(HEIGHT, jnp.uint32)
+  return Leaf(None, {}, tags, jnp.uint32(0), np.int32(start), shape, np.uint32(offset))
+
+
+def limbs(counts):
+  return np.stack([statistics.limbs(n) for n in counts], axis=1)
+
+
+def integers(pair):
+  return [(int(high) << statistics.LIMB) + int(low) for high, low in np.asarray(pair).T]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def settle(name, x, known):
+  """All statistics of `kth` or `top` over one leaf of three axes."""
+  found = dict(known)
+  all_of = {
+    "kth": (statistics.kth("value", jnp.abs, rank="n"),),
+    "top": statistics.top("n", jnp.abs),
+  }
+  whole = leaf(x.shape[1:])
+  for statistic in all_of[name]:
+    measured = functools.partial(lambda s, state: s.measure(x, whole, state, found), statistic)
+    found[statistic.name] = statistics.settled(statistic, found, measured)
+  if name == "top":
+    return statistics.inside("n", jnp.abs(x), whole, found)
+  return found["value"]["found"]
+
+
+def cube(x):
+  return jnp.asarray(x, jnp.float32).reshape(HEIGHT, 2, 3, 4)
+
+
+@settings(max_examples=100)
+@given(stacks, ranks)
+def test_kth_is_the_value_that_sorting_finds(x, n):
+  found = settle("kth", cube(x), {"n": limbs(n)})
+  for k in range(HEIGHT):
+    down = np.sort(np.abs(np.asarray(x[k], np.float32)).view(np.uint32))[::-1]
+    if n[k]:
+      assert found[k] == down[n[k] - 1]
+    else:
+      assert found[k] > np.float32(np.inf).view(np.uint32)
+
+
+@settings(max_examples=100)
+@given(stacks, ranks)
+def test_top_is_the_head_of_a_stable_sort(x, n):
+  found = np.asarray(settle("top", cube(x), {"n": limbs(n)})).reshape(HEIGHT, SIZE)
+  for k in range(HEIGHT):
+    head = np.argsort(-np.abs(np.asarray(x[k], np.float32)), kind="stable")[: n[k]]
+    assert sorted(head) == np.flatnonzero(found[k]).tolist()
+
+
+def test_patterns_order_as_values_do():
+  x = np.sort(np.abs(np.random.default_rng(0).normal(size=1000)).astype(np.float32))
+  x = np.concatenate([[0, 1e-45, 1e-40], x, [3e38, np.inf]]).astype(np.float32)
+  assert (np.diff(np.asarray(statistics.pattern(jnp.asarray(x))).astype(np.int64)) > 0).all()
+
+
+@pytest.mark.parametrize("shape", [(), (5,), (3, 4), (2, 3, 4)])
+def test_positions_number_a_group_row_by_row(shape):
+  """A slice has the positions that its entries have in the whole leaf, behind the leaves before."""
+  x = jnp.zeros((1, *shape))
+  whole = np.asarray(statistics.position(x, leaf(shape, offset=100)))
+  np.testing.assert_array_equal(whole.reshape(-1), 100 + np.arange(x.size))
+  if shape:
+    part = statistics.position(x[:, 1:2], leaf(shape, start=1, offset=100))
+    np.testing.assert_array_equal(part, whole[:, 1:2])
+
+
+def test_gram_is_the_matrix_of_inner_products():
+  x = np.random.default_rng(0).normal(size=(HEIGHT, 4, 5)).astype(np.float32)
+  measured = statistics.gram("gram").measure(jnp.asarray(x), leaf((4, 5)), (), {})
+  np.testing.assert_allclose(measured, np.einsum("kij,lij->kl", x, x), rtol=1e-5)
+
+
+def test_totals_and_maxima_over_a_tree():
+  models = {"a": jnp.array([[1.0, -5.0], [2.0, 3.0]]), "b": jnp.array([4.0, -6.0])}
+
+  def axes(x):
+    return tuple(range(1, x.ndim))
+
+  measured = (
+    statistics.total("sum", lambda x, leaf: x.sum(axes(x))),
+    statistics.greatest("max", lambda x, leaf: jnp.abs(x).max(axes(x))),
+  )
+
+  def update(x, leaf, known):
+    both = known["sum"] * 100 + known["max"]
+    return jnp.zeros_like(x) + both.reshape((-1,) + (1,) * (x.ndim - 1))
+
+  method = (stage.Stage(update, measured),)
+  out = jaxmerge.blend(stage.chain(method, jaxmerge.methods.weighted_sum((1.0, 0.0))), models)
+  assert out["b"] == 5.0
+  out = jaxmerge.blend(stage.chain(method, jaxmerge.methods.weighted_sum((0.0, 1.0))), models)
+  assert out["b"] == -94.0
+
+
+# --- Counts ---
+
+
+@given(st.integers(0, 2**47 - 1), st.integers(0, 2**47 - 1))
+def test_arithmetic_of_limbs_is_that_of_integers(a, b):
+  a, b = max(a, b), min(a, b)
+  x, y = limbs([a, b]), limbs([b, b])
+  assert integers(statistics.minus(jnp.asarray(x), jnp.asarray(y))) == [a - b, 0]
+  assert statistics.at_least(x, y).tolist() == [True, True]
+  assert statistics.at_least(y, x).tolist() == [a == b, True]
+  assert integers(statistics.plus(x, y)) == [a + b, 2 * b]
+  assert integers(statistics.at_most(jnp.asarray(x), b)) == [b, b]
+
+
+def test_many_partial_counts_do_not_overflow():
+  """2**17 slices with full low limbs: a sum without carries would pass 2**32."""
+  part = jnp.asarray(limbs([2**16 - 1]))
+  total = jax.lax.fori_loop(
+    0, 2**17, lambda _, n: statistics.plus(n, part), jnp.asarray(limbs([0]))
+  )
+  assert integers(total) == [2**17 * (2**16 - 1)]
+
+
+@pytest.mark.parametrize("shape", [(40,), (9, 33), (33, 9), (7, 5, 31), (1, 64), (16, 1, 1)])
+def test_counting_in_limbs(shape, monkeypatch):
+  """The path for leaves past 2**32 entries, at a scale where it can be run."""
+  mask = np.random.default_rng(0).random((HEIGHT, *shape)) < 0.9
+  expected = mask.reshape(HEIGHT, -1).sum(axis=1).tolist()
+  assert integers(statistics.count(jnp.asarray(mask))) == expected
+  monkeypatch.setattr(statistics, "LIMB", 4)
+  monkeypatch.setattr(statistics, "ROOM", 2**4)
+  found = statistics.count(jnp.asarray(mask))
+  assert integers(found) == expected
+  assert (np.asarray(found[1]) < 2**4).all()
+
+
+def test_the_limb_path_takes_leaves_past_one_integer():
+  found = jax.eval_shape(statistics.count, jax.ShapeDtypeStruct((3, 2**17, 2**17), bool))
+  assert (found.shape, found.dtype) == ((2, 3), jnp.uint32)
+
+
+@pytest.mark.slow
+def test_counting_past_one_integer():
+  """A mask that is never in memory: the compiler counts it as it makes it."""
+
+  @jax.jit
+  def counted(n):
+    column = jnp.broadcast_to(
+      jax.lax.broadcasted_iota(jnp.int32, (2**16,), 0), (1, 2**16 + 1, 2**16)
+    )
+    return statistics.count(column < n)
+
+  assert integers(counted(2**16 - 1)) == [(2**16 - 1) * (2**16 + 1)]
+
+
+# --- Shares ---
+
+fractions_of = st.one_of(
+  st.floats(0, 1), st.integers(0, 1000).map(lambda n: n / 1000), st.sampled_from([1e-7, 1 - 2**-24])
+)
+sizes = st.one_of(st.integers(1, 10**4), st.integers(1, 2**47 - 1))
+
+
+@settings(max_examples=200)
+@given(fractions_of, sizes, st.integers(0, 1))
+def test_shares_on_the_host_are_those_of_python(fraction, size, more):
+  expected = min(int(fraction * size) + more, size)
+  assert integers(statistics.share(fraction, size, 2, more=more)) == [expected] * 2
+  assert integers(statistics.share((fraction, 1.0), size, 2, more=more)) == [expected, size]
+
+
+def test_a_short_float_means_its_decimal():
+  assert integers(statistics.share(np.float32(0.7), 10, 1)) == [7]
+  assert integers(statistics.share(np.array([0.7, 0.29], np.float32), 1000, 2)) == [700, 290]
+
+
+SIZES = (1, 7, 10, 1000, 12345, 10**6, 2**24 + 1, 2**31 + 7, 10**11, 2**47 - 1)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def traced(fraction, size, more):
+  return statistics.share(fraction, size, fraction.shape[0], more=more)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_traced_shares_round_as_documented(size):
+  """floor((f + half a unit in f's last place) * size), and never more than all."""
+  rng = np.random.default_rng(0)
+  some = np.concatenate([rng.random(100), 10 ** -rng.uniform(0, 6, 100), [0, 1, 1 - 2**-24, 0.5]])
+  some = some.astype(np.float32)
+  for more in (0, 1):
+    for f, n in zip(some, integers(traced(some, size, more)), strict=True):
+      exponent = np.frexp(f)[1]
+      half = fractions.Fraction(2) ** int(exponent - 25) if f else fractions.Fraction(0)
+      exact = size if f == 1 else int((fractions.Fraction(float(f)) + half) * size)
+      assert n == min(exact + more, size), f
+
+
+@pytest.mark.parametrize("size", [10, 1000, 2000, 10**5])
+def test_traced_shares_of_decimals_are_exact(size):
+  """Where Python's product falls short of a whole number, as 0.29 * 100 does, by one more."""
+  steps = np.arange(1001)
+  decimal = steps * size // 1000
+  assert integers(traced((steps / 1000).astype(np.float32), size, 0)) == decimal.tolist()
+
+
+def test_groups_that_are_too_large_are_refused():
+  with pytest.raises(ValueError, match=r"a group of 140737488355328 entries is too large to rank"):
+    jax.eval_shape(lambda f: statistics.share(f, 2**47, 1), jnp.float32(0.5))
+  group = stage.Group({"w": (2**16, 2**16)}, 2, {})
+  with pytest.raises(ValueError, match=r"fewer than 2\*\*32 entries, got 4294967296; use scope="):
+    statistics.refuse_unrankable(group)
+
+
+# --- What sharded leaves cost ---
+
+
+def compiled(method, spec):
+  """The program of a merge of two sharded leaves, as text."""
+  mesh = jax.make_mesh(
+    (2, 2, 2), ("task", "row", "column"), axis_types=(jax.sharding.AxisType.Auto,) * 3
+  )
+  spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
+  base_spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec[1:]))
+  models = {n: jax.ShapeDtypeStruct((4, 8, 16), jnp.float32, sharding=spread) for n in "ab"}
+  base = {n: jax.ShapeDtypeStruct((8, 16), jnp.float32, sharding=base_spread) for n in "ab"}
+  run = jax.jit(jaxmerge.merge, static_argnums=0)
+  return run.lower(method, base, models).compile().as_text()
+
+
+RANKING = {
+  "ties": jaxmerge.methods.ties(),
+  "ties by leaf, exact": jaxmerge.methods.ties(scope="leaf", rule="exact"),
+  "breadcrumbs": jaxmerge.methods.breadcrumbs(),
+  "breadcrumbs by tree": jaxmerge.methods.breadcrumbs(scope="tree"),
+}
+COSTLY = ("sort(", "all-gather", "all-to-all", "collective-permute", "gather(")
+
+
+@pytest.mark.parametrize("name", RANKING)
+def test_ranking_sharded_leaves_neither_sorts_nor_gathers(name):
+  text = compiled(RANKING[name], (None, "row", "column"))
+  assert "all-reduce" in text
+  assert [word for word in COSTLY if word in text] == []
+  # Only counts travel: a few integers per model, never entries.
+  reduced = [line.split(" all-reduce(")[0] for line in text.splitlines() if " all-reduce(" in line]
+  assert reduced
+  for dtype, shape in re.findall(r"(\w+)\[([\d,]*)\]", " ".join(reduced)):
+    assert math.prod(int(n) for n in shape.split(",") if n) <= 8, (dtype, shape)
+
+
+def test_a_flattening_method_gathers():
+  """The control: what the test above would see if a threshold were found by sorting."""
+
+  def trim(x):
+    flat = jnp.abs(x.reshape(x.shape[0], -1))
+    cut = jnp.sort(flat, axis=1)[:, flat.shape[1] // 2]
+    return jnp.where(jnp.abs(x) >= cut.reshape(-1, 1, 1), x, 0)
+
+  method = stage.chain(stage.pointwise(trim), jaxmerge.methods.average())
+  text = compiled(method, (None, "row", "column"))
+  assert "all-gather" in text
+  assert "sort(" in text

@@ -1,0 +1,184 @@
+"""Merging slice by slice: the same bits, one slice at a time, everything read and written once."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import small
+
+import jaxmerge
+from jaxmerge import memory, methods, stage, streaming
+
+TIES = methods.ties(0.3, rule="exact")
+
+
+def source(base, models, log):
+  """Hands out rows, and writes down what it was asked for."""
+  leaves = {n: jax.ShapeDtypeStruct(x.shape, x.dtype) for n, x in base.items()}
+
+  def read(name, start, stop):
+    log.append((name, start, stop))
+    if not base[name].ndim:
+      return base[name], base[name], models[name]
+    own = base[name][start:stop]
+    return own, own, models[name][:, start:stop]
+
+  return streaming.Source(leaves, len(models["steps"]), read)
+
+
+def collected(method, base, models, **options):
+  reads, writes = [], []
+  streaming.stream(
+    method,
+    source(base, models, reads),
+    lambda name, start, part: writes.append((name, start, np.asarray(part))),
+    **options,
+  )
+  return reads, writes
+
+
+@pytest.mark.parametrize("entries", [1, 50, 10**9])
+def test_every_row_is_written_once_and_in_order(entries):
+  base, models = small.trees()
+  _, writes = collected(methods.average(), base, models, entries=entries)
+  for name, x in base.items():
+    parts = [(start, part) for n, start, part in writes if n == name]
+    if x.ndim:
+      assert [s for s, _ in parts] == np.cumsum([0] + [len(p) for _, p in parts])[:-1].tolist()
+      assert np.concatenate([p for _, p in parts]).shape == x.shape
+    else:
+      assert [(s, p.shape) for s, p in parts] == [(0, ())]
+
+
+def test_slices_hold_no_more_entries_than_asked():
+  base, models = small.trees()
+  reads, _ = collected(methods.average(), base, models, entries=50)
+  for name, start, stop in reads:
+    across = int(np.prod(base[name].shape[1:]))
+    assert (stop - start) * across <= 50 or stop - start == 1
+
+
+def test_a_pass_reads_the_source_once():
+  """An elementwise method reads everything once, kth 31 times more, an exact rank 64."""
+  base, models = small.trees(("matrix", "steps"))
+  for method, passes in [
+    (methods.task_arithmetic(), 1),
+    (methods.ties(), 1 + 31 + 1),
+    (TIES, 1 + 31 + 1 + 32 + 1),
+  ]:
+    reads, _ = collected(method, base, models, entries=48)
+    slices = [r for r in reads if r[0] == "matrix"]
+    assert len(slices) == passes * 3
+    assert len(reads) - len(slices) == 1
+
+
+def test_the_whole_tree_gives_the_bits_of_memory():
+  """With ranks over all leaves, names, a reference, numbers per model, and another seed."""
+  base, models = small.trees(("matrix", "scalar", "steps"))
+  reference = {n: x * np.float32(0.99) if x.dtype == np.float32 else x for n, x in base.items()}
+  method = methods.dare_ties(0.3, 0.4)
+  options = {
+    "seed": 2**31,
+    "names": small.NAMES,
+    "reference": reference,
+    "aux": {"drop_rate": (0.1, 0.2, 0.3, 0.4), "density": 0.6},
+  }
+  out = jaxmerge.merge(method, base, models, **options)
+  small.same(streaming.merge_slices(method, base, models, entries=50, **options), out)
+
+
+def test_numbers_and_arrays_per_leaf():
+  """A weight for every entry of every model is cut as the leaf is."""
+  base, models = small.trees()
+  rng = np.random.default_rng(3)
+  weight = {n: rng.random(x.shape).astype(np.float32) for n, x in models.items()}
+  scale = {n: np.float32(k) for k, n in enumerate(base)}
+  for aux in ({"weight": weight}, {"scale": scale}, {"weight": weight, "scale": scale}):
+    out = jaxmerge.merge(methods.task_arithmetic(0.5), base, models, aux=aux)
+    found = streaming.merge_slices(methods.task_arithmetic(0.5), base, models, aux=aux, entries=50)
+    small.same(found, out)
+
+
+def test_joins_and_masks_stream():
+  base, models = small.trees()
+  inner = stage.chain(methods.trim(0.5), methods.weighted_sum())
+  agreeing = stage.join(inner, lambda x, y, leaf: jnp.where(x * y > 0, x, 0))
+  method = stage.chain(
+    stage.masked(agreeing, lambda name: name in ("matrix", "cube")), methods.average()
+  )
+  out = jaxmerge.merge(method, base, models)
+  small.same(streaming.merge_slices(method, base, models, entries=50), out)
+
+
+def test_rows_get_whole_leaves():
+  base, models = small.trees(("matrix", "scalar", "steps"))
+  method = methods.breadcrumbs(0.5, 0.1, scope="row")
+  reads, _ = collected(method, base, models, entries=1, layout=small.VIEWS)
+  assert {(n, 0, len(x) if x.ndim else 1) for n, x in base.items()} == set(reads)
+
+
+def test_another_value_or_seed_does_not_compile_again():
+  base, models = small.trees()
+  method = methods.dare(0.5)
+  programs = (streaming._merged, streaming._finite)
+  streaming.merge_slices(method, base, models, seed=1, entries=50)
+  sizes = [p._cache_size() for p in programs]
+  streaming.merge_slices(method, base, models, seed=2, aux={"drop_rate": 0.9}, entries=50)
+  assert [p._cache_size() for p in programs] == sizes
+
+
+def test_bfloat16_leaves_stay_so():
+  base, models = jax.tree.map(
+    lambda x: np.asarray(jnp.asarray(x, jnp.bfloat16)) if x.dtype == np.float32 else x,
+    small.trees(),
+  )
+  out = jaxmerge.merge(methods.average(), base, models)
+  small.same(streaming.merge_slices(methods.average(), base, models, entries=50), out)
+
+
+def test_empty_leaves_come_back_empty():
+  base = {"w": np.zeros((0, 3), np.float32), "v": np.ones(2, np.float32)}
+  models = {n: np.stack([x, x]) for n, x in base.items()}
+  for method in (methods.average(), methods.ties(0.5)):
+    small.same(streaming.merge_slices(method, base, models), base)
+    small.same(jaxmerge.merge(method, base, models), base)
+
+
+def test_a_leaf_that_no_combiner_touched_is_named_before_anything_is_read():
+  base, models = small.trees()
+  reads = []
+  method = stage.masked(methods.average(), lambda name: name != "vector")
+  with pytest.raises(ValueError, match="no combiner touched leaf 'vector': 4 models are left"):
+    streaming.stream(method, source(base, models, reads), lambda *part: None)
+  assert reads == []
+  apart = stage.join(methods.average(), lambda x, y, leaf: x)
+  with pytest.raises(ValueError, match="no combiner touched leaf 'cube': 4 models are left"):
+    streaming.merge_slices(apart, base, models)
+
+
+@pytest.mark.parametrize("whose", ["the base", "model green"])
+def test_nan_is_named_before_its_slice_is_written(whose):
+  base, models = jax.tree.map(np.copy, small.trees())
+  if whose == "the base":
+    base["matrix"][5, 1] = np.nan
+  else:
+    models["matrix"][1, 5, 1] = np.inf
+  writes = []
+  with pytest.raises(ValueError, match=f"leaf 'matrix' of {whose} has NaN or infinity"):
+    streaming.stream(
+      methods.average(),
+      source(base, models, []),
+      lambda name, start, part: writes.append((name, start)),
+      names=small.NAMES,
+      entries=16,
+    )
+  assert [start for name, start in writes if name == "matrix"] == [0, 1, 2, 3, 4]
+
+
+def test_prepared_numbers_take_the_place_of_aux():
+  base, models = small.trees()
+  shapes = {n: x.shape for n, x in base.items() if x.dtype == np.float32}
+  method = methods.task_arithmetic(0.5)
+  ready = memory.prepare(method, shapes, 4, {"scale": 0.25}, small.NAMES)
+  found = streaming.merge_slices(method, base, models, ready=ready)
+  small.same(found, jaxmerge.merge(method, base, models, aux={"scale": 0.25}, names=small.NAMES))
