@@ -30,11 +30,13 @@ def chosen(**changes):
   return settings.Settings(**plain | changes)
 
 
-def run(tasks=None, method=None, *, aux=None, mesh=None, store=None, on_round=None, **changes):
+def run(
+  tasks=None, method=None, *, start=None, aux=None, mesh=None, store=None, on_round=None, **changes
+):
   """The loop on three tasks of different sizes and classes, on one device."""
   return loop.tune_and_merge(
     small.network,
-    small.weights(),
+    small.weights() if start is None else start,
     small.three() if tasks is None else tasks,
     method,
     chosen(**changes),
@@ -315,7 +317,8 @@ def bee(**changes):
     ),
     (dict(method=methods.ties()), r"method 'density' is None there and \[0.2\] here"),
     (dict(tasks=bee(name="bug")), "tasks 'bee' is '20 rows, .*' there and None here"),
-    (dict(tasks=bee(train=small.classified("x", 20, 2).train)), "tasks 'bee' is '20 rows, labels"),
+    (dict(tasks=bee(train=small.classified("x", 20, 2).train)), "tasks 'bee' is '20 rows, crc32"),
+    (dict(start=jax.tree.map(lambda x: 2 * x, small.weights())), "leaf .* of the model to start"),
     (dict(local_state="kept"), "leaf local.* of other settings or tasks needs another folder"),
     (dict(outer="adam"), "leaf outer.* of other settings or tasks needs another folder"),
   ],

@@ -284,6 +284,7 @@ def _restored(
   for part in ("settings", "method", "tasks"):
     _refuse_other(part, found.record[part], run.record([])[part])
   held, records = found.state, found.record["rounds"]
+  _refuse_other_base(held["base"], run.base)
   run.base = held["base"]
   if run.settings.early_stopping:
     run.best, run.best_mean = held["best"], max(r["mean"] for r in records)
@@ -311,6 +312,18 @@ def _refuse_other(part: str, theirs: Mapping[str, Any], ours: Mapping[str, Any])
       )
 
 
+def _refuse_other_base(theirs: Any, ours: Any) -> None:
+  """Raises ValueError if the start differs by more than another mesh would explain."""
+  mine = tree.named(ours)
+  for name, x in tree.named(theirs).items():
+    x, y = np.asarray(x), np.asarray(mine[name])
+    if np.abs(x - y).max(initial=0) > 1e-3 * max(np.abs(x).max(initial=0), 1e-30):
+      raise ValueError(
+        f"the checkpoints are of another run: leaf {name!r} of the model to start from is another "
+        "there; start from the same, or use another folder."
+      )
+
+
 def _described(method: Method, aux: Mapping[str, Any]) -> dict[str, Any]:
   """What tells methods apart in a record: their stages' functions, and their numbers."""
   steps = [f"{step.update.__module__}.{step.update.__qualname__}" for step in method]
@@ -327,8 +340,10 @@ def _short(value: Any) -> Any:
 
 
 def _fingerprint(task: tasks_.Task) -> str:
-  labels = np.asarray(task.train.labels)
-  return f"{len(labels)} rows, labels crc32 {zlib.crc32(labels.astype(np.int64).tobytes()):08x}"
+  checksum = 0
+  for leaf in jax.tree.leaves((task.train, task.validation)):
+    checksum = zlib.crc32(np.ascontiguousarray(leaf).tobytes(), checksum)
+  return f"{len(task.train.labels)} rows, crc32 {checksum:08x}"
 
 
 def _seed(seed: int, k: int) -> np.uint32:

@@ -1,0 +1,206 @@
+"""Searches settings on validation, with the same number of trials for every compared model.
+
+  python benchmarks/search.py --config=configs/minilm8.py --out=benchmarks/results/minilm8_search
+
+Twelve trials a model, learning rates included; test rows are never read. Every trial is written to
+OUT.json as soon as it is done, and is not run again: an interrupted search goes on where it
+stopped. One-shot merges are searched over the experts of the best trial of the experts. Prints and
+writes OUT.md: the best settings of each model, the number of trials and their time.
+"""
+
+import argparse
+import dataclasses
+import itertools
+import json
+import os
+import pathlib
+import time
+
+
+def grids(rate):
+  """Returns the twelve trials of each model, around a learning rate."""
+  schedules = [
+    dict(schedule=s, warmup=w) for s, w in (("cosine", 0.1), ("cosine", 0.0), ("constant", 0.0))
+  ]
+  rates = [dict(learning_rate=rate * f) for f in (0.25, 0.5, 1.0, 2.0)]
+  outers = [
+    dict(outer=name, outer_learning_rate=lr, outer_momentum=m, local_state=state)
+    for (name, lr, m), state in itertools.product(
+      [("sgd", 2.0, 0.0), ("nesterov", 0.7, 0.8), ("nesterov", 0.5, 0.9)], ("fresh", "kept")
+    )
+  ]
+  local = [a | b for a, b in itertools.product(rates, schedules)]
+  loops = [a | b for a, b in itertools.product(rates[1:3], outers)]
+  scales = [0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.6, 0.8, 1.0]
+  four = [0.2, 0.35, 0.5, 0.7]
+  return {
+    "experts": local,
+    "multitask": [
+      a | b | dict(mixed=m)
+      for a, b, m in itertools.product(rates[:3], schedules[:2], (False, True))
+    ],
+    "task_arithmetic": [dict(scale=s) for s in scales],
+    "ties": [dict(density=d, scale=s) for d in (0.1, 0.2, 0.5) for s in (0.6, 1.0, 1.4, 1.8)],
+    "dare": [dict(drop_rate=p, scale=s) for p in (0.2, 0.5, 0.9) for s in four],
+    "breadcrumbs": [
+      dict(keep=k, remove=r, scale=s)
+      for k, r in ((0.85, 0.01), (0.85, 0.05), (0.5, 0.01))
+      for s in four
+    ],
+    "atm": loops,
+    "atm_plain": [dict(outer="none") | t for t in local],
+    "atm_10": [dict(rounds=10) | t for t in loops],
+  }
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("--config", required=True)
+  parser.add_argument("--out", type=pathlib.Path, required=True)
+  parser.add_argument("--models", nargs="*", help="only these")
+  options, changes = parser.parse_known_args()
+  changes = [tuple(c.removeprefix("--config.").split("=", 1)) for c in changes]
+
+  from jaxmerge import configuring
+
+  config = configuring.load(options.config, changes).to_dict()
+  if config["mesh"]["devices"]:
+    count = f"--xla_force_host_platform_device_count={config['mesh']['devices']}"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {count}"
+  search = Search(config, options.out.with_suffix(".json"))
+  every = grids(config["learning_rate"])
+  for model in options.models or every:
+    for trial in every[model]:
+      search.run(model, trial)
+  page = search.page(options.config)
+  options.out.with_suffix(".md").write_text(page)
+  print(page)
+
+
+class Search:
+  """The problem, and the trials so far."""
+
+  def __init__(self, config, path):
+    from jaxmerge import mesh, problems
+    from jaxmerge.atm import evaluate, tune
+
+    self.config, self.path, self.problem = config, path, problems.make(config)
+    self.settings = problems.settings_of(config)
+    self.tasks = self.problem.tasks
+    self.mesh = mesh.make(tasks=len(self.tasks))
+    self.counts = [len(t.validation.labels) for t in self.tasks]
+    side = self.mesh.shape["task"]
+    rows = tune.stacked(self.tasks, "validation", height=-(-len(self.tasks) // side) * side)
+    self.rows = mesh.put(rows, mesh.by_task(self.mesh))
+    self.score = evaluate.scorer(self.problem.apply, tune.accuracy, mesh=self.mesh)
+    self.trials = json.loads(path.read_text()) if path.exists() else []
+    self.stack = None
+
+  def run(self, model, trial):
+    """Runs one trial, unless it is there already."""
+    if any(t["model"] == model and t["trial"] == trial for t in self.trials):
+      return
+    begun = time.perf_counter()
+    mean = getattr(self, f"run_{model}", None)
+    mean = mean(trial) if mean else self.merge(model, trial)
+    seconds = time.perf_counter() - begun
+    self.trials.append({"model": model, "trial": trial, "mean": mean, "seconds": seconds})
+    self.path.parent.mkdir(parents=True, exist_ok=True)
+    beside = self.path.with_suffix(".part")
+    beside.write_text(json.dumps(self.trials, indent=1) + "\n")
+    beside.replace(self.path)
+    print(f"{model} {trial}: {mean:.4f} in {seconds:.0f} s", flush=True)
+
+  def experts(self, trial):
+    """The experts of a trial, [T, *s]."""
+    from jaxmerge.atm import baselines
+
+    settings = dataclasses.replace(self.settings, **trial)
+    return baselines.experts(
+      self.problem.apply, self.problem.params, self.tasks, settings, mesh=self.mesh
+    )[0]
+
+  def run_experts(self, trial):
+    """Mean accuracy of the experts, each on its own task."""
+    import jax
+    import numpy as np
+
+    from jaxmerge.atm import evaluate
+
+    stack = self.experts(trial)
+    own = []
+    for k in range(len(self.tasks)):
+      scores = self.score(jax.tree.map(lambda x, k=k: x[k : k + 1], stack), self.rows)
+      own.append(evaluate.means(scores[0], self.counts)[k])
+    return float(np.mean(own))
+
+  def run_multitask(self, trial):
+    """Mean accuracy of joint training."""
+    from jaxmerge.atm import baselines
+
+    settings = {k: v for k, v in trial.items() if k != "mixed"}
+    settings = dataclasses.replace(self.settings, **settings)
+    params, _ = baselines.joint(
+      self.problem.apply, self.problem.params, self.tasks, settings, mixed=trial["mixed"]
+    )
+    return self.mean(params)
+
+  def run_atm(self, trial):
+    """Mean accuracy of a run of the loop."""
+    from jaxmerge.atm import loop
+
+    settings = dataclasses.replace(self.settings, **trial)
+    result = loop.tune_and_merge(
+      self.problem.apply, self.problem.params, self.tasks, settings=settings, mesh=self.mesh
+    )
+    return self.mean(result.params)
+
+  run_atm_plain = run_atm_10 = run_atm
+
+  def merge(self, model, trial):
+    """Mean accuracy of a one-shot merge of the best experts."""
+    import jaxmerge
+
+    if self.stack is None:
+      found = [t for t in self.trials if t["model"] == "experts"]
+      if not found:
+        raise SystemExit(f"search the experts before {model}.")
+      self.stack = self.experts(max(found, key=lambda t: t["mean"])["trial"])
+    seed = self.settings.seed if model == "dare" else None
+    method = getattr(jaxmerge.methods, model)()
+    names = [t.name for t in self.tasks]
+    return self.mean(
+      jaxmerge.merge(method, self.problem.params, self.stack, aux=trial, seed=seed, names=names)
+    )
+
+  def mean(self, params):
+    """Mean validation accuracy over the tasks."""
+    import jax
+    import numpy as np
+
+    from jaxmerge.atm import evaluate
+
+    scores = self.score(jax.tree.map(lambda p: p[None], params), self.rows)
+    return float(np.mean(evaluate.means(scores[0], self.counts)))
+
+  def page(self, config):
+    """The best trial of every model."""
+    rows = [
+      f"`python benchmarks/search.py --config={config} --out={self.path.with_suffix('')}`",
+      "",
+      "| model | trials | minutes | best mean on validation (%) | settings |",
+      "| --- | ---: | ---: | ---: | --- |",
+    ]
+    for model in dict.fromkeys(t["model"] for t in self.trials):
+      own = [t for t in self.trials if t["model"] == model]
+      best = max(own, key=lambda t: t["mean"])
+      minutes = sum(t["seconds"] for t in own) / 60
+      settings = ", ".join(f"{k}={v}" for k, v in best["trial"].items())
+      rows.append(
+        f"| {model} | {len(own)} | {minutes:.1f} | {100 * best['mean']:.1f} | {settings} |"
+      )
+    return "\n".join(rows) + "\n"
+
+
+if __name__ == "__main__":
+  main()
