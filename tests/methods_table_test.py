@@ -116,7 +116,7 @@ TABLE = {
   ),
   **{f"breadcrumbs by {scope}": _breadcrumbs(scope) for scope in ("tree", "leaf", "row")},
 }
-# These share their costly stages with another row; their slower columns are run less often.
+# These share their stages with other rows; their columns that compile anew are marked slow.
 SLOW = {"ties, sum", "ties, max", "dare_ties", "breadcrumbs by tree"}
 rows = pytest.mark.parametrize("name", TABLE)
 rows_slow = pytest.mark.parametrize(
@@ -161,7 +161,7 @@ def test_agrees_with_the_transcription(name):
   small.close(out, expected(TABLE[name], base, models), ATOL)
 
 
-@rows
+@rows_slow
 def test_jit_gives_the_bits_of_eager(name):
   base, models, out = eager(name, small.FEW)
   jitted = jax.jit(jaxmerge.merge, static_argnums=0, static_argnames="layout")
@@ -247,7 +247,7 @@ def test_slices_give_the_bits_of_whole_leaves(name, entries):
   (small.close if row.summed else small.same)(found, out)
 
 
-@rows
+@rows_slow
 def test_bfloat16_in_and_out(name):
   """Computed in float32 and rounded once: the bits of the float32 merge, rounded."""
   row = TABLE[name]
@@ -262,7 +262,7 @@ def test_bfloat16_in_and_out(name):
   )
 
 
-@rows
+@rows_slow
 def test_one_task(name):
   row = TABLE[name]
   if name == "analogy":
@@ -289,7 +289,7 @@ def test_inputs_are_left_alone_and_give_the_same_bits_again(name):
   small.same(models, before[1])
 
 
-@rows
+@rows_slow
 def test_order_of_named_models_does_not_matter(name):
   row = TABLE[name]
   base, models, _ = eager(name, small.FEW)
