@@ -2,15 +2,15 @@
 
   python benchmarks/search.py --config=configs/minilm8.py --out=benchmarks/results/minilm8_search
 
-Twelve trials a model, learning rates included; test rows are never read. Every trial is written to
-OUT.json as soon as it is done, and is not run again: an interrupted search goes on where it
-stopped. One-shot merges are searched over the experts of the best trial of the experts. Prints and
-writes OUT.md: the best settings of each model, the number of trials and their time.
+At most twelve trials a model, learning rates included; test rows are never read. Every trial is
+written to OUT.json as soon as it is done, and is not run again: an interrupted search goes on where
+it stopped, and one with more --trials adds to it. One-shot merges are searched over the experts of
+the best trial of the experts. Prints and writes OUT.md: the best settings of each model, the number
+of trials and their time.
 """
 
 import argparse
 import dataclasses
-import itertools
 import json
 import os
 import pathlib
@@ -18,33 +18,34 @@ import time
 
 
 def grids(rate):
-  """Returns the twelve trials of each model, around a learning rate."""
-  schedules = [
-    dict(schedule=s, warmup=w) for s, w in (("cosine", 0.1), ("cosine", 0.0), ("constant", 0.0))
+  """Returns the twelve trials of each model around a learning rate, what works oftener first."""
+  shapes = [
+    dict(schedule=s, warmup=w) for s, w in (("cosine", 0.1), ("constant", 0.1), ("cosine", 0.0))
   ]
-  rates = [dict(learning_rate=rate * f) for f in (0.25, 0.5, 1.0, 2.0)]
+  rates = [dict(learning_rate=rate * f) for f in (1.0, 0.5, 2.0, 0.25)]
+  local = [r | s for s in shapes for r in rates]
   outers = [
-    dict(outer=name, outer_learning_rate=lr, outer_momentum=m, local_state=state)
-    for (name, lr, m), state in itertools.product(
-      [("sgd", 2.0, 0.0), ("nesterov", 0.7, 0.8), ("nesterov", 0.5, 0.9)], ("fresh", "kept")
-    )
+    dict(outer=name, outer_learning_rate=lr, outer_momentum=m)
+    for name, lr, m in (("nesterov", 0.7, 0.8), ("sgd", 3.0, 0.0), ("nesterov", 0.5, 0.9))
   ]
-  local = [a | b for a, b in itertools.product(rates, schedules)]
-  loops = [a | b for a, b in itertools.product(rates[1:3], outers)]
-  scales = [0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.6, 0.8, 1.0]
-  four = [0.2, 0.35, 0.5, 0.7]
+  inner = [
+    dict(learning_rate=rate * f, schedule=s)
+    for f, s in ((1.0, "cosine"), (0.5, "constant"), (2.0, "cosine"), (1.0, "constant"))
+  ]
+  loops = [i | o for i in inner for o in outers]
+  ways = [dict(mixed=m) | s for s in shapes[:2] for m in (False, True)]
+  four = [0.35, 0.5, 0.7, 0.2]
   return {
     "experts": local,
-    "multitask": [
-      a | b | dict(mixed=m)
-      for a, b, m in itertools.product(rates[:3], schedules[:2], (False, True))
+    "multitask": [r | w for w in ways for r in rates[:3]],
+    "task_arithmetic": [
+      dict(scale=s) for s in (0.3, 0.4, 0.5, 0.2, 0.6, 0.25, 0.35, 0.45, 0.15, 0.8, 0.1, 1.0)
     ],
-    "task_arithmetic": [dict(scale=s) for s in scales],
-    "ties": [dict(density=d, scale=s) for d in (0.1, 0.2, 0.5) for s in (0.6, 1.0, 1.4, 1.8)],
-    "dare": [dict(drop_rate=p, scale=s) for p in (0.2, 0.5, 0.9) for s in four],
+    "ties": [dict(density=d, scale=s) for d in (0.2, 0.5, 0.1) for s in (1.0, 1.4, 1.8, 0.6)],
+    "dare": [dict(drop_rate=p, scale=s) for p in (0.5, 0.2, 0.9) for s in four],
     "breadcrumbs": [
       dict(keep=k, remove=r, scale=s)
-      for k, r in ((0.85, 0.01), (0.85, 0.05), (0.5, 0.01))
+      for k, r in ((0.85, 0.05), (0.85, 0.01), (0.5, 0.01))
       for s in four
     ],
     "atm": loops,
@@ -58,6 +59,7 @@ def main():
   parser.add_argument("--config", required=True)
   parser.add_argument("--out", type=pathlib.Path, required=True)
   parser.add_argument("--models", nargs="*", help="only these")
+  parser.add_argument("--trials", type=int, default=12, help="the first so many of each model")
   options, changes = parser.parse_known_args()
   changes = [tuple(c.removeprefix("--config.").split("=", 1)) for c in changes]
 
@@ -70,7 +72,7 @@ def main():
   search = Search(config, options.out.with_suffix(".json"))
   every = grids(config["learning_rate"])
   for model in options.models or every:
-    for trial in every[model]:
+    for trial in every[model][: options.trials]:
       search.run(model, trial)
   page = search.page(options.config)
   options.out.with_suffix(".md").write_text(page)
