@@ -24,15 +24,20 @@ def grids(rate):
   ]
   rates = [dict(learning_rate=rate * f) for f in (1.0, 0.5, 2.0, 0.25)]
   local = [r | s for s in shapes for r in rates]
-  outers = [
-    dict(outer=name, outer_learning_rate=lr, outer_momentum=m)
-    for name, lr, m in (("nesterov", 0.7, 0.8), ("sgd", 3.0, 0.0), ("nesterov", 0.5, 0.9))
+  loops = [
+    _loop(rate * 2),
+    _loop(rate),
+    _loop(rate * 2, outer="sgd", outer_learning_rate=3.0, outer_momentum=0.0),
+    _loop(rate * 2, local_state="kept"),
+    _loop(rate * 2, outer_learning_rate=0.5, outer_momentum=0.9),
+    _loop(rate * 2, method=dict(name="ties", density=1.0, scale=0.5)),
+    _loop(rate * 4),
+    _loop(rate, outer="sgd", outer_learning_rate=3.0, outer_momentum=0.0),
+    _loop(rate, local_state="kept"),
+    _loop(rate * 2, schedule="constant"),
+    _loop(rate, outer_learning_rate=0.5, outer_momentum=0.9),
+    _loop(rate / 2, schedule="constant"),
   ]
-  inner = [
-    dict(learning_rate=rate * f, schedule=s)
-    for f, s in ((1.0, "cosine"), (0.5, "constant"), (2.0, "cosine"), (1.0, "constant"))
-  ]
-  loops = [i | o for i in inner for o in outers]
   ways = [dict(mixed=m) | s for s in shapes[:2] for m in (False, True)]
   four = [0.35, 0.5, 0.7, 0.2]
   return {
@@ -52,6 +57,12 @@ def grids(rate):
     "atm_plain": [dict(outer="none") | t for t in local],
     "atm_10": [dict(rounds=10) | t for t in loops],
   }
+
+
+def _loop(rate, **changes):
+  """A trial of the loop: Nesterov's momentum outside, unless it is said otherwise."""
+  outer = dict(outer="nesterov", outer_learning_rate=0.7, outer_momentum=0.8)
+  return dict(learning_rate=rate, schedule="cosine") | outer | changes
 
 
 def main():
@@ -149,11 +160,17 @@ class Search:
 
   def run_atm(self, trial):
     """Mean accuracy of a run of the loop."""
+    from jaxmerge import experiment
     from jaxmerge.atm import loop
 
-    settings = dataclasses.replace(self.settings, **trial)
+    changes = {k: v for k, v in trial.items() if k != "method"}
     result = loop.tune_and_merge(
-      self.problem.apply, self.problem.params, self.tasks, settings=settings, mesh=self.mesh
+      self.problem.apply,
+      self.problem.params,
+      self.tasks,
+      experiment.method_of(trial.get("method", self.config["method"])),
+      dataclasses.replace(self.settings, **changes),
+      mesh=self.mesh,
     )
     return self.mean(result.params)
 

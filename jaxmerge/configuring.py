@@ -106,7 +106,7 @@ def check(config: ConfigDict, source: str) -> None:
   _check_method(dict(config.method), f"{source}: config.method")
   for name, own in config.baselines.items():
     _check_group(own, f"baselines.{name}", source)
-    if name in ("multitask", "experts"):
+    if name in ("multitask", "experts") or name.startswith("experts_"):
       _check_changes(config, own, LOOP, f"{source}: config.baselines.{name}")
     else:
       rest = {k: v for k, v in own.items() if k != "scales"}

@@ -84,8 +84,10 @@ class _Work:
     self.mesh = meshes.make(**axes, tasks=len(self.names))
     self.params = jax.tree.map(lambda p: jnp.asarray(p, jnp.float32), self.problem.params)
     self.score = evaluate.scorer(self.problem.apply, tune.accuracy, mesh=self.mesh)
+    self.own_score = evaluate.own_scorer(self.problem.apply, tune.accuracy, mesh=self.mesh)
     self.rows = self.placed(self.problem.tasks, "validation")
     self.models: dict[str, Any] = {}
+    self.stacks: dict[str, Any] = {}  # A model for each task, [T, *s]: "experts" and longer ones.
     self.facts: dict[str, dict[str, Any]] = {}
     self.costs: dict[str, budget.Budget] = {}
     self.curves: dict[str, list[dict[str, Any]]] = {}
@@ -103,6 +105,11 @@ class _Work:
     side = self.mesh.shape["task"]
     height = -(-len(tasks) // side) * side
     return meshes.put(tune.stacked(tasks, split, height=height), meshes.by_task(self.mesh))
+
+  def padded(self, stack: Any, height: int) -> Any:
+    """Puts a stack of models on the devices, with empty slots up to a height."""
+    own = jax.tree.map(lambda x: tune.pile_up(x, height), jax.device_get(stack))
+    return meshes.put(own, meshes.by_task(self.mesh))
 
   def say(self, message: str) -> None:
     """Passes a message on."""
@@ -137,29 +144,34 @@ class _Work:
     self.costs["base"] = budget.Budget()
 
   def experts(self) -> None:
-    """A model for each task."""
+    """A model for each task; and again with other settings, for `experts_longer` and the like."""
+    changes = {"experts": {}} | self.config["baselines"]
+    for name in [n for n in changes if n.split("_")[0] == "experts"]:
+      self.one_stack(name, changes[name])
+    if self.config["keep_experts"]:
+      for k, name in enumerate(self.names):
+        folder = self.workdir / "experts" / name
+        if not folder.exists():
+          one = jax.tree.map(lambda x, k=k: x[k], self.stacks["experts"])
+          self.problem.save(folder, one, f"Expert of task {name}.\n")
+
+  def one_stack(self, name: str, own: Mapping[str, Any]) -> None:
+    """Tunes a model for each task, with the config's own settings for it."""
 
     def make() -> tuple[Any, Any]:
-      own = dict(self.config["baselines"].get("experts", {}))
-      settings = problems.settings_of(self.config | own)
+      settings = problems.settings_of({**self.config, **own})
       models, cost = baselines.experts(
         self.problem.apply,
         self.params,
         self.problem.tasks,
         settings,
         mesh=self.mesh,
-        on_part=self.bar("experts"),
+        on_part=self.bar(name),
       )
       return models, cost._asdict()
 
-    self.stack, cost = self.kept("experts", make)
-    self.costs["experts"] = budget.Budget(**cost)
-    if self.config["keep_experts"]:
-      for k, name in enumerate(self.names):
-        folder = self.workdir / "experts" / name
-        if not folder.exists():
-          one = jax.tree.map(lambda x, k=k: x[k], self.stack)
-          self.problem.save(folder, one, f"Expert of task {name}.\n")
+    self.stacks[name], cost = self.kept(name, make)
+    self.costs[name] = budget.Budget(**cost)
 
   def one_shot(self) -> None:
     """The merges of the experts, each with its best scale."""
@@ -179,7 +191,7 @@ class _Work:
         chosen = baselines.best_scale(
           method,
           self.params,
-          self.stack,
+          self.stacks["experts"],
           scales,
           self.score,
           self.rows,
@@ -326,9 +338,14 @@ class _Work:
       parts = evaluate.per_row(found[0], counts)
       return {n: p > 0.5 for n, p in zip(self.names, parts, strict=True)}
 
-    each = [scored(jax.tree.map(lambda x, k=k: x[k], self.stack)) for k in range(len(tasks))]
     correct = {n: scored(params) for n, params in self.models.items()}
-    correct["experts"] = {n: own[n] for n, own in zip(self.names, each, strict=True)}
+    experts = self.stacks["experts"]
+    each = {n: scored(jax.tree.map(lambda x, k=k: x[k], experts)) for k, n in enumerate(self.names)}
+    correct["experts"] = {n: each[n][n] for n in self.names}
+    for name in self.stacks.keys() - {"experts"}:
+      found = self.own_score(self.padded(self.stacks[name], rows.filled.shape[0]), rows)
+      parts = evaluate.per_row(found, counts)
+      correct[name] = {n: p > 0.5 for n, p in zip(self.names, parts, strict=True)}
     models = {}
     for name, own in correct.items():
       per_task = {t: float(c.mean(dtype=np.float64)) for t, c in own.items()}
@@ -336,11 +353,11 @@ class _Work:
       models[name] |= self.facts.get(name, {})
     record = {
       "tasks": self.names,
+      "families": {t.name: t.family or t.name for t in tasks},
       "models": models,
       "chance": {t.name: chance(t, split) for t in tasks},
       "transfer": {
-        n: {t: float(c.mean(dtype=np.float64)) for t, c in own.items()}
-        for n, own in zip(self.names, each, strict=True)
+        n: {t: float(c.mean(dtype=np.float64)) for t, c in own.items()} for n, own in each.items()
       },
     }
     return record, correct
@@ -348,7 +365,7 @@ class _Work:
 
 def make_like(params: Any, height: int, phase: str, mesh: Mesh) -> Any:
   """The shapes and places of what a phase keeps: a stack of experts, or one model."""
-  lead = (height,) if phase == "experts" else ()
+  lead = (height,) if phase.split("_")[0] == "experts" else ()
   even = lead and height % mesh.shape["task"] == 0
   place = meshes.by_task(mesh) if even else meshes.everywhere(mesh)
   return jax.tree.map(

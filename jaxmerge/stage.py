@@ -96,8 +96,9 @@ class Statistic(NamedTuple):
     measure: (x, leaf, state, known) -> partial, a tree of arrays; partials add up.
     begin: known -> state before the first pass.
     refine: (state, total, known) -> state after a pass; the last state is the result.
-    passes: number of passes; each measures with the state of the pass before.
+    passes: the most passes; each measures with the state of the pass before.
     combine: how two partials become one; addition unless said otherwise.
+    done: (state, known) -> boolean scalar: no further pass is needed.
   """
 
   name: str
@@ -106,6 +107,7 @@ class Statistic(NamedTuple):
   refine: Callable[[State, State, State], State] = lambda state, total, known: total
   passes: int = 1
   combine: Callable[[Array, Array], Array] = jnp.add
+  done: Callable[[State, State], Array | bool] = lambda state, known: False
 
 
 class Fold(NamedTuple):

@@ -48,12 +48,18 @@ def gram(name: str) -> Statistic:
 def settled(statistic: Statistic, known: Any, measured: Callable[[Any], Any]) -> Any:
   """Runs the passes of a statistic; `measured(state)` is the total over all parts of its group."""
 
-  def one(_: Any, state: Any) -> Any:
+  def one(state: Any) -> Any:
     # Where axes are explicit, a total per model is left sharded as the models are.
     return statistic.refine(state, jax.tree.map(views.everywhere, measured(state)), known)
 
+  def going(carry: Any) -> Array:
+    n, state = carry
+    return (n < statistic.passes) & ~jnp.asarray(statistic.done(state, known))
+
   state = statistic.begin(known)
-  return one(0, state) if statistic.passes == 1 else lax.fori_loop(0, statistic.passes, one, state)
+  if statistic.passes == 1:
+    return one(state)
+  return lax.while_loop(going, lambda carry: (carry[0] + 1, one(carry[1])), (0, state))[1]
 
 
 def kth(name: str, of: Callable[[Array], Array], *, rank: str) -> Statistic:
@@ -94,10 +100,11 @@ def top(name: str, of: Callable[[Array], Array]) -> tuple[Statistic, ...]:
     name: name of the known count n, limbs [2, K]. Exactly n entries are inside.
     of: as for `kth`.
   """
-  value, above, last = f"{name} value", f"{name} above", f"{name} last"
+  value, around, last = f"{name} value", f"{name} around", f"{name} last"
 
-  def over(x: Array, leaf: Leaf, state: Any, known: Any) -> Array:
-    return count(pattern(of(x)) > _against(known[value]["found"], x))
+  def compared(x: Array, leaf: Leaf, state: Any, known: Any) -> Any:
+    bits, cut = pattern(of(x)), _against(known[value]["found"], x)
+    return {"above": count(bits > cut), "tied": count(bits == cut)}
 
   def measure(x: Array, leaf: Leaf, state: Any, known: Any) -> Array:
     candidate = state["found"] | (jnp.uint32(1) << state["bit"])
@@ -106,19 +113,27 @@ def top(name: str, of: Callable[[Array], Array]) -> tuple[Statistic, ...]:
 
   def refine(state: Any, before: Array, known: Any) -> Any:
     bit = jnp.uint32(1) << state["bit"]
-    wanted = minus(known[name], known[above])
     return {
-      "found": jnp.where(at_least(before, wanted), state["found"], state["found"] | bit),
+      "found": jnp.where(at_least(before, wanted(known)), state["found"], state["found"] | bit),
       "bit": state["bit"] - jnp.uint32(1),
     }
 
+  def wanted(known: Any) -> Array:
+    return minus(known[name], known[around]["above"])
+
   def begin(known: Any) -> Any:
-    return {"found": jnp.zeros(known[name].shape[-1], jnp.uint32), "bit": jnp.uint32(31)}
+    # Where all that are tied are wanted, their positions need not be searched.
+    every = at_least(wanted(known), known[around]["tied"])
+    found = jnp.where(every, jnp.uint32(2**32 - 1), jnp.uint32(0))
+    return {"found": found, "bit": jnp.uint32(31)}
+
+  def settled(state: Any, known: Any) -> Array:
+    return (state["found"] == jnp.uint32(2**32 - 1)).all()
 
   return (
     kth(value, of, rank=name),
-    Statistic(above, over, combine=plus),
-    Statistic(last, measure, begin, refine, passes=32, combine=plus),
+    Statistic(around, compared, combine=plus),
+    Statistic(last, measure, begin, refine, passes=32, combine=plus, done=settled),
   )
 
 

@@ -78,6 +78,8 @@ def stream(
       for j, statistic in enumerate(step.statistics):
         state = _begun(own[group], method=method, at=(i, j))
         for _ in range(statistic.passes):
+          if statistic.passes > 1 and _done(state, own[group], method=method, at=(i, j)):
+            break
           found = _total(cut, members, (i, j), known, own[group], state)
           state = _refined(state, found, own[group], method=method, at=(i, j))
         own[group][statistic.name] = state
@@ -202,6 +204,11 @@ def _statistic(method: Method, at: tuple[int, int]) -> stage.Statistic:
 @functools.partial(jax.jit, static_argnames=("method", "at"))
 def _begun(own: Any, *, method: Method, at: tuple[int, int]) -> Any:
   return _statistic(method, at).begin(own)
+
+
+@functools.partial(jax.jit, static_argnames=("method", "at"))
+def _done(state: Any, own: Any, *, method: Method, at: tuple[int, int]) -> Any:
+  return _statistic(method, at).done(state, own)
 
 
 @functools.partial(jax.jit, static_argnames=("method", "at"))

@@ -251,6 +251,7 @@ def test_further_runs_change_settings_of_the_loop_and_the_method():
     ("--config.baselines.ties.density=3", ["baselines", "ties", "density", "(0, 1]", "3"]),
     ("--config.baselines={'tyes': {}}", ["'tyes'", "'ties'"]),
     ("--config.baselines={'experts': {'epoch': 3}}", ["baselines.experts", "'epoch'", "'epochs'"]),
+    ("--config.baselines={'experts_more': {'epoch': 3}}", ["baselines.experts_more", "'epochs'"]),
     ("--config.baselines={'multitask': {'epochs': 0}}", ["baselines.multitask", "epochs", "0"]),
     ("--config.also={'fast': {'rounds': 3}}", ["'fast'", "'atm_'"]),
     ("--config.also={'atm_x': {'rouns': 3}}", ["also.atm_x", "'rouns'", "did you mean 'rounds'"]),

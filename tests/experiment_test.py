@@ -11,7 +11,8 @@ import small_tasks as small
 from jaxmerge import catalog, experiment, problems
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-MODELS = ["base", "experts", "average", "task_arithmetic", "dare", "multitask", "atm", "plain"]
+TRAINED = ["experts", "experts_longer", "multitask"]
+MODELS = ["base", *TRAINED, "average", "task_arithmetic", "dare", "atm", "plain"]
 DEVICES = 2
 
 
@@ -27,6 +28,7 @@ def config(**changes):
     c.final, c.rounds, c.epochs, c.batch_size, c.learning_rate = True, 3, 6.0, 4, 0.02
     c.baselines = dict(
       multitask=dict(),
+      experts_longer=dict(epochs=12.0),
       task_arithmetic=dict(scales=(0.1, 0.4, 0.8)),
       dare=dict(drop_rate=0.2, scales=(0.2, 0.4)),
     )
@@ -118,8 +120,9 @@ def test_budgets_are_equal_where_they_should_be(record):
     assert cost[name]["sequential_steps"] == 30
   exchanges = {name: c["exchanges"] for name, c in cost.items()}
   assert exchanges == dict.fromkeys(MODELS, 1) | {
-    "base": 0, "experts": 0, "multitask": 0, "atm": 3, "plain": 3
+    **dict.fromkeys(["base", *TRAINED], 0), "atm": 3, "plain": 3
   }  # fmt: skip
+  assert cost["experts_longer"]["gradient_steps"] == 36 + 60 + 27
   trials = {name: c["trials"] for name, c in cost.items()}
   assert (trials["task_arithmetic"], trials["dare"], trials["multitask"]) == (3, 2, 2)
 

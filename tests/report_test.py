@@ -214,6 +214,43 @@ def test_spread_over_seeds_is_the_sample_standard_deviation():
   assert "| ATM | 80.0 ± 10.0 | 60 ± 20 | 80.0 ± 10.0 | 80.0 ± 10.0 |" in table
 
 
+def test_a_family_counts_once_in_the_second_mean():
+  families = {"a": "sentiment", "b": "sentiment", "c": "c"}
+  per_task = {"a": 0.2, "b": 0.4, "c": 0.9}
+  assert record.family_mean(per_task, families) == pytest.approx((0.3 + 0.9) / 2)
+  assert record.family_mean(per_task | {"b": None}, families) is None
+  made = report_records.record(("a", "b", "c"), families=families)
+  column = tables.results(made).head.index("Families once (%)")
+  for row in tables.results(made).rows[1:]:
+    name = next(n for n in made["models"] if words.label(n) == row[0].text)
+    own = made["models"][name]["per_task"]
+    assert float(row[column].text) == pytest.approx(
+      100 * ((own["a"] + own["b"]) / 2 + own["c"]) / 2, abs=0.051
+    )
+  alone = report_records.record(("a", "b"), families={"a": "a", "b": "b"})
+  assert "Families once (%)" not in tables.results(alone).head
+  with pytest.raises(ValueError, match="families must name one for each"):
+    record.check(report_records.record(("a", "b"), families={"a": "x"}))
+  several = [report_records.record(("a", "b", "c"), families=families, seed=s) for s in range(2)]
+  summary = record.merge_seeds(several)
+  expected = [record.family_mean(x["models"]["atm"]["per_task"], families) for x in several]
+  assert summary["models"]["atm"]["family_mean"]["values"] == expected
+  assert "| Families once (%) |" in tables.seeds(summary)
+
+
+def test_gaps_by_task_leave_out_tasks_without_a_gap():
+  models = {
+    "base": {"mean": 0.5, "per_task": {"a": 0.5, "b": 0.5}},
+    "atm": {"mean": 0.6, "per_task": {"a": 0.65, "b": 0.55}},
+    "experts": {"mean": 0.67, "per_task": {"a": 0.8, "b": 0.54}},
+  }
+  assert record.task_gaps(models, ["a", "b"])["atm"] == {"a": pytest.approx(0.5)}
+  table = tables.gaps(minimal(models=models))
+  assert table.head == ["Gap closed (%)", "a"]
+  assert [[c.text for c in row] for row in table.rows] == [["ATM", "50"]]
+  assert tables.gaps(minimal()) is None
+
+
 def test_one_seed_has_no_spread():
   summary = record.merge_seeds([seeded(0, 0.7)])
   assert summary["models"]["atm"]["mean"] == {"mean": 0.7, "spread": None, "values": [0.7]}
@@ -258,7 +295,7 @@ def test_columns_are_there_only_where_there_are_numbers():
   assert tables.results(minimal()).head == ["Model", "Mean (%)", "a", "b"]
   assert [title for title, _, _ in tables.headings(minimal())] == ["Results on validation"]
   titles = [title for title, _, _ in tables.headings(report_records.record())]
-  assert titles == ["Results on validation", "Budget", "Transfer"]
+  assert titles == ["Results on validation", "Gap closed by task", "Budget", "Transfer"]
 
 
 def test_terminal_columns_are_aligned():

@@ -59,14 +59,16 @@ def test_slices_hold_no_more_entries_than_asked():
 
 
 def test_a_pass_reads_the_source_once():
-  """An elementwise method reads everything once, kth 31 times more, an exact rank 64."""
+  """Elementwise once, kth 31 times more, an exact rank 32, and 64 where ties must be told apart."""
   base, models = small.trees(("matrix", "steps"))
-  for method, passes in [
-    (methods.task_arithmetic(), 1),
-    (methods.ties(), 1 + 31 + 1),
-    (TIES, 1 + 31 + 1 + 32 + 1),
+  tied = {"matrix": np.broadcast_to(base["matrix"] + 1, models["matrix"].shape)}
+  for method, stack, passes in [
+    (methods.task_arithmetic(), models, 1),
+    (methods.ties(), models, 1 + 31 + 1),
+    (TIES, models, 1 + 31 + 1 + 1),
+    (TIES, models | tied, 1 + 31 + 1 + 32 + 1),
   ]:
-    reads, _ = collected(method, base, models, entries=48)
+    reads, _ = collected(method, base, stack, entries=48)
     slices = [r for r in reads if r[0] == "matrix"]
     assert len(slices) == passes * 3
     assert len(reads) - len(slices) == 1

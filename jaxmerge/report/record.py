@@ -19,6 +19,7 @@ _REQUIRED = ("tasks", "models", "rounds", "budget", "config", "versions")
 _SECTIONS: dict[str, tuple[type | tuple[type, ...], str]] = {
   "title": (str, "a string"),
   "tasks": (list, "a list of names"),
+  "families": (dict, "an object of names, one a task"),
   "seed": (int, "an integer"),
   "split": (str, "'validation' or 'test'"),
   "metric": (str, "a string, the name of the metric"),
@@ -126,6 +127,9 @@ def _check_head(record: Mapping[str, Any]) -> None:
     raise ValueError(f"record: tasks must be a list of names, one at least, got {tasks!r:.80}.")
   if len(set(tasks)) < len(tasks):
     raise ValueError(f"record: tasks has a name twice: {tasks!r:.200}.")
+  families = record.get("families", dict.fromkeys(tasks, ""))
+  if families.keys() != set(tasks) or not all(isinstance(f, str) for f in families.values()):
+    raise ValueError(f"record: families must name one for each of {tasks}, got {families!r:.200}.")
   for key in ("split", "rounds_split"):
     if record.get(key, "test") not in ("validation", "test"):
       raise ValueError(f"record: {key} must be 'validation' or 'test', got {record[key]!r}.")
@@ -243,6 +247,45 @@ def gap_closed(models: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
   }
 
 
+def task_gaps(
+  models: Mapping[str, Mapping[str, Any]], tasks: Sequence[str], *, lead: float = 0.05
+) -> dict[str, dict[str, float]]:
+  """Returns the share of the gap closed by task, of every model.
+
+  Only of the tasks where the experts lead the base by more than `lead`: a small gap divides noise.
+
+  >>> models = {"base": {"per_task": {"a": 0.5}}, "experts": {"per_task": {"a": 0.9}}}
+  >>> task_gaps(models, ["a"])
+  {'base': {'a': 0.0}, 'experts': {'a': 1.0}}
+  """
+  if "base" not in models or "experts" not in models:
+    return {}
+  low, high = models["base"]["per_task"], models["experts"]["per_task"]
+  led = [t for t in tasks if None not in (low[t], high[t]) and high[t] - low[t] > lead]
+  return {
+    name: {
+      t: (own["per_task"][t] - low[t]) / (high[t] - low[t])
+      for t in led
+      if own["per_task"][t] is not None
+    }
+    for name, own in models.items()
+  }
+
+
+def family_mean(per_task: Mapping[str, float | None], families: Mapping[str, str]) -> float | None:
+  """Returns the mean over families of the mean over a family's tasks.
+
+  >>> family_mean({"a": 0.0, "b": 0.5, "c": 0.75}, {"a": "x", "b": "x", "c": "c"})
+  0.5
+  """
+  if None in per_task.values():
+    return None
+  members: dict[str, list[Any]] = {}
+  for task, family in families.items():
+    members.setdefault(family, []).append(per_task[task])
+  return float(np.mean([np.mean(own) for own in members.values()]))
+
+
 def paired_difference(
   correct_a: Sequence[Any],
   correct_b: Sequence[Any],
@@ -311,7 +354,8 @@ def merge_seeds(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
   Returns:
     `{"tasks", "seeds", "split", "metric", "models": {NAME: {"mean": s, "gap_closed": s,
-    "per_task": {task: s}}}}`, where s is `{"mean", "spread", "values"}` with a value a seed.
+    "per_task": {task: s}}}}`, where s is `{"mean", "spread", "values"}` with a value a seed; with
+    families also `"families"`, and "family_mean": s of every model.
   """
   if not records:
     raise ValueError("records: one at least is needed, got none.")
@@ -324,6 +368,7 @@ def merge_seeds(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
   for x in records[1:]:
     for key, own, other in (
       ("tasks", first["tasks"], x["tasks"]),
+      ("families", first.get("families"), x.get("families")),
       ("models", sorted(first["models"]), sorted(x["models"])),
       ("split", first.get("split"), x.get("split")),
       ("metric", first.get("metric"), x.get("metric")),
@@ -342,7 +387,10 @@ def merge_seeds(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
       "gap_closed": _spread([g.get(name) for g in gaps]),
       "per_task": {t: _spread([m["per_task"][t] for m in runs]) for t in first["tasks"]},
     }
-  kept = {key: first[key] for key in ("split", "metric") if key in first}
+    if families := first.get("families"):
+      own = [family_mean(m["per_task"], families) for m in runs]
+      models[name]["family_mean"] = _spread(own)
+  kept = {key: first[key] for key in ("split", "metric", "families") if key in first}
   return {"tasks": list(first["tasks"]), "seeds": numbers, "models": models, **kept}
 
 

@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple  # Any: a record is JSON, its values have no one type.
 
+from jaxmerge.report import record as records
 from jaxmerge.report import words
 
 
@@ -31,6 +32,10 @@ def results(record: Mapping[str, Any]) -> Table:
   columns = [_marked(record, names, {n: models[n]["mean"] for n in names})]
   if gaps:
     columns.append([Cell(words.share(gaps.get(n))) for n in names])
+  families = words.families(record)
+  if families:
+    once = {n: records.family_mean(models[n]["per_task"], families) for n in names}
+    columns.append(_marked(record, names, once))
   if has_scale:
     columns.append([Cell(words.number(models[n].get("scale"))) for n in names])
   for task in tasks:
@@ -40,11 +45,12 @@ def results(record: Mapping[str, Any]) -> Table:
     chance = record["chance"]
     known = [chance[t] for t in tasks if chance[t] is not None]
     mean = sum(known) / len(known) if len(known) == len(tasks) else None
-    blank = [Cell("")] * (bool(gaps) + has_scale)
+    blank = [Cell("")] * (bool(gaps) + bool(families) + has_scale)
     own = [Cell(words.value(record, chance[t])) for t in tasks]
     rows.insert(0, [Cell("Chance"), Cell(words.value(record, mean)), *blank, *own])
   head = ["Model", f"Mean{words.unit(record)}"]
-  head += ["Gap closed (%)"] * bool(gaps) + ["Scale"] * has_scale
+  head += ["Gap closed (%)"] * bool(gaps)
+  head += [f"Families once{words.unit(record)}"] * bool(families) + ["Scale"] * has_scale
   return Table([*head, *tasks], rows)
 
 
@@ -56,6 +62,17 @@ def _marked(
   merges = [n for n in names if words.kind(n) != "reference" and values[n] is not None]
   top = texts[max(merges, key=lambda n: values[n] or 0.0)] if len(merges) > 1 else None
   return [Cell(texts[n], n in merges and texts[n] == top) for n in names]
+
+
+def gaps(record: Mapping[str, Any]) -> Table | None:
+  """Returns the share of every task's gap that the merges close; None where there is no gap."""
+  found = records.task_gaps(record["models"], record["tasks"])
+  led = [t for t in record["tasks"] if t in found.get("experts", {})]
+  names = [n for n in words.order(found) if words.kind(n) != "reference" or n == "multitask"]
+  if not led or not names:
+    return None
+  rows = [[Cell(words.label(n)), *(Cell(words.share(found[n].get(t))) for t in led)] for n in names]
+  return Table(["Gap closed (%)", *led], rows)
 
 
 def budget(record: Mapping[str, Any]) -> Table | None:
@@ -111,6 +128,11 @@ def headings(record: Mapping[str, Any]) -> list[tuple[str, str, Table]]:
       results(record),
     ),
     (
+      "Gap closed by task",
+      "Share of the gap between base and experts, where the experts lead by over 5 points.",
+      gaps(record),
+    ),
+    (
       "Differences",
       "Paired differences of the mean over tasks, with 95 % bootstrap intervals.",
       differences(record),
@@ -137,7 +159,7 @@ def text(record: Mapping[str, Any], width: int = 100) -> str:
   """Writes the summary, the results and the budget for a terminal of `width` columns."""
   parts = [textwrap.fill(words.sentence(record), width)]
   for title, _, table in headings(record):
-    if title != "Transfer":
+    if title not in ("Gap closed by task", "Transfer"):
       parts.append(f"{title}\n{to_text(table, width)}")
   return "\n\n".join(parts) + "\n"
 
@@ -211,12 +233,14 @@ def seeds(summary: Mapping[str, Any]) -> str:
     },
     "rounds": [{"mean": v} for m in models.values() for v in m["mean"]["values"]],
   }
+  families = words.families(summary)
   rows = []
   for name in words.order(models):
     m = models[name]
     gap = m["gap_closed"]
     closed = [Cell(f"{words.share(gap['mean'])}{_plus_minus(gap['spread'], words.share)}")]
-    values = [m["mean"], *(m["per_task"][t] for t in tasks)]
+    once = [m["family_mean"]] if families else []
+    values = [m["mean"], *once, *(m["per_task"][t] for t in tasks)]
     first, *rest = (
       Cell(f"{words.value(flat, s['mean'])}{_plus_minus(s['spread'], _value_of(flat))}")
       for s in values
@@ -225,8 +249,12 @@ def seeds(summary: Mapping[str, Any]) -> str:
   number = len(summary["seeds"])
   note = f"Mean ± standard deviation over {number} seeds" if number > 1 else "One seed"
   judged = f"{summary.get('metric', 'accuracy')} on {words.split(summary)}"
-  head = ["Model", f"Mean{words.unit(flat)}", "Gap closed (%)", *tasks]
-  return f"{note}, {judged}.\n\n{to_markdown(Table(head, rows))}"
+  head = ["Model", f"Mean{words.unit(flat)}", "Gap closed (%)"]
+  head += [f"Families once{words.unit(flat)}"] * bool(families)
+  parts = [f"{note}, {judged}.\n", to_markdown(Table([*head, *tasks], rows))]
+  if own := gaps(flat | {"tasks": tasks}):
+    parts += ["By task, where the experts lead by over 5 points:\n", to_markdown(own)]
+  return "\n".join(parts)
 
 
 def _value_of(record: Mapping[str, Any]) -> Any:

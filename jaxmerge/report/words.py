@@ -68,6 +68,12 @@ def split(record: Mapping[str, Any]) -> str:
   return record.get("split", "validation")
 
 
+def families(record: Mapping[str, Any]) -> Mapping[str, str]:
+  """Returns the family of every task; nothing where each task is its own."""
+  own = record.get("families", {})
+  return own if len(set(own.values())) < len(own) else {}
+
+
 def metric(record: Mapping[str, Any]) -> str:
   """Returns the name of the metric."""
   return record.get("metric", "accuracy")

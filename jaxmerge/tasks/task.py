@@ -32,6 +32,7 @@ class Task:
     head: frozen array [features, classes], handed to the model with every batch; None where the
       model needs none. Heads of tasks with fewer classes are padded, the padding is masked.
     classes: names of the classes, in the order of the labels.
+    family: what tasks of one kind share: reports also count a family as one task. Empty: its own.
   """
 
   name: str
@@ -40,6 +41,7 @@ class Task:
   test: Split | None = None
   head: np.ndarray | None = None
   classes: tuple[str, ...] = ()
+  family: str = ""
 
   @property
   def num_classes(self) -> int:

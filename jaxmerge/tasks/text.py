@@ -106,6 +106,8 @@ FILES = {
   "language": "debian.csv.gz",
   "udhr": "udhr.csv.gz",
 }
+# Three tasks ask the same question of different texts.
+FAMILIES = {"film": "sentiment", "tweet": "sentiment", "product": "sentiment"}
 
 
 class TextTask(NamedTuple):
@@ -164,7 +166,8 @@ def encode(
     task_lib.Split({"ids": i, "mask": m}, y)
     for i, m, y in zip(np.split(ids, ends), np.split(mask, ends), labels, strict=True)
   )
-  return task_lib.Task(task.name, a, b, c, head=head, classes=task.classes)
+  family = FAMILIES.get(task.name, "")
+  return task_lib.Task(task.name, a, b, c, head=head, classes=task.classes, family=family)
 
 
 def tokens(texts: Iterable[str], tokenizer: Any, length: int) -> tuple[np.ndarray, np.ndarray]:
