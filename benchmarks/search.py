@@ -24,19 +24,20 @@ def grids(rate):
   ]
   rates = [dict(learning_rate=rate * f) for f in (1.0, 0.5, 2.0, 0.25)]
   local = [r | s for s in shapes for r in rates]
+  nesterov = dict(outer="nesterov", outer_learning_rate=0.7, outer_momentum=0.8)
   loops = [
+    _loop(rate * 2, **nesterov),
+    _loop(rate, **nesterov),
     _loop(rate * 2),
-    _loop(rate),
-    _loop(rate * 2, outer="sgd", outer_learning_rate=3.0, outer_momentum=0.0),
+    _loop(rate * 3),
+    _loop(rate * 2, outer_learning_rate=4.0),
     _loop(rate * 2, local_state="kept"),
-    _loop(rate * 2, outer_learning_rate=0.5, outer_momentum=0.9),
     _loop(rate * 2, method=dict(name="ties", density=1.0, scale=0.5)),
-    _loop(rate * 4),
-    _loop(rate, outer="sgd", outer_learning_rate=3.0, outer_momentum=0.0),
-    _loop(rate, local_state="kept"),
+    _loop(rate),
     _loop(rate * 2, schedule="constant"),
-    _loop(rate, outer_learning_rate=0.5, outer_momentum=0.9),
-    _loop(rate / 2, schedule="constant"),
+    _loop(rate * 2, outer_learning_rate=2.0),
+    _loop(rate * 4),
+    _loop(rate * 2, **nesterov, local_state="kept"),
   ]
   ways = [dict(mixed=m) | s for s in shapes[:2] for m in (False, True)]
   four = [0.35, 0.5, 0.7, 0.2]
@@ -60,8 +61,8 @@ def grids(rate):
 
 
 def _loop(rate, **changes):
-  """A trial of the loop: Nesterov's momentum outside, unless it is said otherwise."""
-  outer = dict(outer="nesterov", outer_learning_rate=0.7, outer_momentum=0.8)
+  """A trial of the loop: a long outer step along the mean, unless it is said otherwise."""
+  outer = dict(outer="sgd", outer_learning_rate=3.0, outer_momentum=0.0)
   return dict(learning_rate=rate, schedule="cosine") | outer | changes
 
 

@@ -53,7 +53,6 @@ def get_config():
   c.baselines = dict(
     experts=dict(**local),
     multitask=dict(**local),
-    experts_longer=dict(epochs=4.0, **local),  # what twice the training would reach, a second line
     task_arithmetic=dict(scales=scales),
     ties=dict(density=0.2, scales=(0.6, 0.9, 1.2, 1.5, 1.8)),
     dare=dict(drop_rate=0.5, scales=scales),
