@@ -37,7 +37,7 @@ def grids(rate):
     _loop(rate * 2, schedule="constant"),
     _loop(rate * 2, outer_learning_rate=2.0),
     _loop(rate * 4),
-    _loop(rate * 2, **nesterov, local_state="kept"),
+    _loop(rate * 2, **dict(nesterov, outer_learning_rate=0.5, outer_momentum=0.9)),
   ]
   ways = [dict(mixed=m) | s for s in shapes[:2] for m in (False, True)]
   four = [0.35, 0.5, 0.7, 0.2]

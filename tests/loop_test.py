@@ -161,6 +161,19 @@ def test_training_lowers_the_losses():
   assert all(last[n] < 0.8 * first[n] for n in first)
 
 
+def test_a_round_without_steps_of_a_task_has_no_loss_of_it():
+  # 12, 20 and 9 rows once, in batches of 10: 1, 2 and 1 steps in three rounds.
+  losses = [r["loss"] for r in run(epochs=1.0, batch_size=10).rounds]
+  taken = [n for loss in losses for n, x in loss.items() if x is not None]
+  assert sorted(taken) == ["ant", "bee", "bee", "cat"]
+  assert all(x > 0 for loss in losses for x in loss.values() if x is not None)
+
+
+def test_a_model_axis_is_refused():
+  with pytest.raises(ValueError, match="model axis is 2, but the loop does not split"):
+    run(mesh=meshes.make(1, 1, 2))
+
+
 def one_by_one(s, kept):
   """Tunes one task in stretches of a round, and nothing else."""
   task = small.classified("ant", 12)
@@ -319,8 +332,8 @@ def bee(**changes):
     (dict(tasks=bee(name="bug")), "tasks 'bee' is '20 rows, .*' there and None here"),
     (dict(tasks=bee(train=small.classified("x", 20, 2).train)), "tasks 'bee' is '20 rows, crc32"),
     (dict(start=jax.tree.map(lambda x: 2 * x, small.weights())), "leaf .* of the model to start"),
-    (dict(local_state="kept"), "leaf local.* of other settings or tasks needs another folder"),
-    (dict(outer="adam"), "leaf outer.* of other settings or tasks needs another folder"),
+    (dict(local_state="kept"), "settings 'local_state' is 'fresh' there and 'kept' here"),
+    (dict(outer="adam"), "settings 'outer' is .* there and 'adam' here"),
   ],
 )
 def test_another_run_in_the_store_is_refused_with_the_difference(stored, changes, words):

@@ -194,10 +194,11 @@ class _Run:
       plan = meshes.put(plan, meshes.by_task(self.mesh))
     state, found = self.program(state, reference, self.rows, plan, ready, rate)
     tune.refuse_divergence(self.names, found.loss, found.finite, s, when=f"round {k + 1}")
+    losses, before, later = self._by_task(found.loss), self.taken(k), self.taken(k + 1)
     record: dict[str, Any] = {
       "round": k + 1,
       **self.scores(state.params),
-      "loss": self._by_task(found.loss),
+      "loss": {n: x if later[n] > before[n] else None for n, x in losses.items()},
       "exchanges": k + 1,
       "epochs": s.epochs * (k + 1) / s.rounds,
     }
@@ -255,6 +256,12 @@ class _Run:
       "budget": self.budget(done)._asdict(),
     }
 
+  def accept(self, record: Mapping[str, Any]) -> None:
+    """Raises ValueError, naming the first difference, for the record of another run."""
+    own = self.record([])
+    for part in ("settings", "method", "tasks"):
+      _refuse_other(part, record[part], own[part])
+
   def taken(self, done: int) -> dict[str, int]:
     """Local steps that each task has taken after some rounds: the position in its data."""
     ends = [sampling.bounds(n, self.settings.rounds, done)[0] for n in self.steps]
@@ -275,14 +282,9 @@ def _restored(
   state = run.start()
   if checkpoints is None:
     return state, [], ()
-  try:
-    found = checkpoints.restore(run.saved(state))
-  except ValueError as error:
-    raise ValueError(f"{error} A run of other settings or tasks needs another folder.") from error
+  found = checkpoints.restore(run.saved(state), accept=run.accept)
   if found is None:
     return state, [], ()
-  for part in ("settings", "method", "tasks"):
-    _refuse_other(part, found.record[part], run.record([])[part])
   held, records = found.state, found.record["rounds"]
   _refuse_other_base(held["base"], run.base)
   run.base = held["base"]

@@ -234,8 +234,14 @@ def tune_all(
   over which gradients are added up.
 
   Raises:
-    ValueError: if the batch cannot be shared out evenly over the data axis.
+    ValueError: if the batch cannot be shared out evenly over the data axis, or if the mesh has a
+      model axis: the weights of a copy are not split.
   """
+  if mesh.shape["model"] > 1:
+    raise ValueError(
+      f"the mesh's model axis is {mesh.shape['model']}, but the loop does not split the weights of "
+      "a copy; make it 1 and give the devices to task or data."
+    )
   shares, size = mesh.shape["data"], plan.rows.shape[-1]
   if size % shares:
     raise ValueError(f"batch_size {size} must be a multiple of the mesh's data axis, {shares}.")

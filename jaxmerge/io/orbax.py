@@ -153,7 +153,9 @@ class Checkpoints:
       raise self._explained(step, error) from error
     self._newest = step
 
-  def restore(self, like: PyTree) -> Restored | None:
+  def restore(
+    self, like: PyTree, *, accept: Callable[[dict], None] = lambda record: None
+  ) -> Restored | None:
     """Gives the newest good step, or None where nothing was ever saved whole.
 
     Every step is read and checked against its manifest first; what fails is moved to `damaged/`.
@@ -164,18 +166,21 @@ class Checkpoints:
       like: tree of arrays or `jax.ShapeDtypeStruct`s of the same structure, shapes and dtypes as
         the saved state. Their shardings may be of any mesh; without one, an array goes to the
         first local device.
+      accept: is called with the record of that step before the arrays are looked at; raises where
+        it is of another run.
     """
     self.wait()
     orbax = self._open()
     if self._newest is None:
       return None
     folder = self._directory / str(self._newest)
+    record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    accept(record)
     wanted = {name: _abstract(x) for name, x in _by_name(like).items()}
     _check_leaves(folder, manifest.facts(folder)["leaves"], wanted)
     kept = _standard("Restore", _with_entries(wanted))
     entries = orbax.checkpointer.restore(folder / STATE, args=kept)
     leaves = [entries[k] if k in entries else _empty(x) for k, x in wanted.items()]
-    record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
     state = jax.tree.unflatten(jax.tree.structure(like), leaves)
     return Restored(self._newest, state, record, self._messages)
 
