@@ -22,22 +22,22 @@ def grids(rate):
   shapes = [
     dict(schedule=s, warmup=w) for s, w in (("cosine", 0.1), ("constant", 0.1), ("cosine", 0.0))
   ]
-  rates = [dict(learning_rate=rate * f) for f in (1.0, 0.5, 2.0, 0.25)]
+  rates = [dict(learning_rate=rate * f) for f in (1.0, 0.5, 2.0, 4.0)]
   local = [r | s for s in shapes for r in rates]
   nesterov = dict(outer="nesterov", outer_learning_rate=0.7, outer_momentum=0.8)
   loops = [
     _loop(rate * 2, **nesterov),
     _loop(rate, **nesterov),
     _loop(rate * 2),
-    _loop(rate * 3),
-    _loop(rate * 2, outer_learning_rate=4.0),
-    _loop(rate * 2, local_state="kept"),
-    _loop(rate * 2, method=dict(name="ties", density=1.0, scale=0.5)),
-    _loop(rate),
-    _loop(rate * 2, schedule="constant"),
-    _loop(rate * 2, outer_learning_rate=2.0),
-    _loop(rate * 4),
     _loop(rate * 2, **dict(nesterov, outer_learning_rate=0.5, outer_momentum=0.9)),
+    _loop(rate * 3),
+    _loop(rate * 3, local_state="kept"),
+    _loop(rate * 4),
+    _loop(rate * 3, outer_learning_rate=4.0),
+    _loop(rate * 3, method=dict(name="ties", density=1.0, scale=0.5)),
+    _loop(rate * 2, local_state="kept"),
+    _loop(rate * 2, outer_learning_rate=4.0),
+    _loop(rate * 3, schedule="constant"),
   ]
   ways = [dict(mixed=m) | s for s in shapes[:2] for m in (False, True)]
   four = [0.35, 0.5, 0.7, 0.2]
