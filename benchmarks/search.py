@@ -63,7 +63,7 @@ def grids(rate):
 def _loop(rate, **changes):
   """A trial of the loop: a long outer step along the mean, unless it is said otherwise."""
   outer = dict(outer="sgd", outer_learning_rate=3.0, outer_momentum=0.0)
-  return dict(learning_rate=rate, schedule="cosine") | outer | changes
+  return dict(learning_rate=float(f"{rate:g}"), schedule="cosine") | outer | changes
 
 
 def main():
