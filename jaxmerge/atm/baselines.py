@@ -74,12 +74,7 @@ def experts(
 
   tuned, finite = jax.jit(part, donate_argnums=(0, 1)), jax.jit(tune.finite)
   models, states = begin(meshes.put(params, meshes.everywhere(mesh)))
-  validation, score = None, evaluate.own_scorer(apply, metric, mesh=mesh)
-  seen = [len(t.validation.labels) for t in tasks]
-  best, reached = models, np.full(slots, -np.inf, np.float32)
-  if settings.early_stopping:
-    validation = meshes.put(tune.stacked(tasks, "validation", height=slots), spread)
-    best = jax.tree.map(jnp.copy, models)  # The programs take the copies over.
+  best = _Best(apply, metric, tasks, models, mesh) if settings.early_stopping else None
   for k in range(settings.rounds):
     plan = sampling.plan(names, counts, settings, k, rounds=settings.rounds)
     own = sampling.Plan(*(meshes.put(tune.pile_up(x, slots), spread) for x in plan))
@@ -87,15 +82,11 @@ def experts(
     good = finite(models)
     when = f"part {k + 1} of its expert's training"
     tune.refuse_divergence(names, losses[: len(names)], good[: len(names)], settings, when=when)
-    if validation is not None:
-      means = tune.pile_up(
-        np.array(evaluate.means(score(models, validation), seen), np.float32), slots
-      )
-      best = _better(best, models, meshes.put(means > reached, spread))
-      reached = np.maximum(means, reached)
+    if best:
+      best.see(models)
     if on_part:
       on_part(k + 1, settings.rounds)
-  models = best if settings.early_stopping else models
+  models = best.models if best else models
   steps = sampling.totals(counts, settings)
   cost = budget.tuned(steps, counts, settings.batch_size, exchanges=0)
   return jax.tree.map(lambda x: x[: len(tasks)], models), cost
@@ -136,27 +127,7 @@ def joint(
   names, counts = [t.name for t in tasks], [len(t.train.labels) for t in tasks]
   task, index, rate, real = _joint_plan(names, counts, settings, len(tasks) if mixed else 1)
 
-  @jax.jit
-  def tuned(params: Any, state: Any, rows: tune.Rows, plan: Any) -> Any:
-    def batch(task: Array, index: Array) -> Any:
-      inputs, labels = jax.tree.map(lambda x: x[task, index], (rows.inputs, rows.labels))
-      return inputs, labels, None if rows.head is None else rows.head[task], rows.classes[task]
-
-    def body(carry: Any, now: Any) -> Any:
-      task, index, rate, real = now
-
-      def go(held: Any) -> Any:
-        params, state, total = held
-        batches = jax.vmap(batch)(task, index) if mixed else batch(task[0], index[0])
-        params, state, value = step(params, state, batches, rate, mixed)
-        return params, state, total + value
-
-      return lax.cond(real, go, lambda held: held, carry), None
-
-    (params, state, total), _ = lax.scan(body, (params, state, jnp.float32(0)), plan)
-    good = tune.finite(jax.tree.map(lambda p: p[None], params))
-    return params, state, total, good
-
+  tuned = _joint_program(step, mixed)
   state, parts = local.init(params), settings.rounds
   best = (-np.inf, params)
   width = -(-len(rate) // parts)
@@ -176,6 +147,33 @@ def joint(
   n = int(real.sum())
   params = best[1] if settings.early_stopping and judge else params
   return params, cost._replace(gradient_steps=n, sequential_steps=n)
+
+
+class _Best:
+  """The models [T, *s] that did best on their own task's validation rows so far."""
+
+  def __init__(
+    self,
+    apply: tune.Apply,
+    metric: tune.Rowwise,
+    tasks: Sequence[tasks_.Task],
+    models: Any,
+    mesh: Mesh,
+  ) -> None:
+    height = jax.tree.leaves(models)[0].shape[0]
+    self.spread = meshes.by_task(mesh)
+    self.rows = meshes.put(tune.stacked(tasks, "validation", height=height), self.spread)
+    self.counts = [len(t.validation.labels) for t in tasks]
+    self.score = evaluate.own_scorer(apply, metric, mesh=mesh)
+    self.models = jax.tree.map(jnp.copy, models)  # The training's program takes its own over.
+    self.means = np.full(height, -np.inf, np.float32)
+
+  def see(self, models: Any) -> None:
+    """Keeps each model that is better than what there is."""
+    found = evaluate.means(self.score(models, self.rows), self.counts)
+    means = tune.pile_up(np.array(found, np.float32), len(self.means))
+    self.models = _better(self.models, models, meshes.put(means > self.means, self.spread))
+    self.means = np.maximum(means, self.means)
 
 
 @jax.jit
@@ -246,6 +244,33 @@ def best_scale(
       best = (jax.tree.map(lambda x, k=k: x[k], some), float(scales[start + k]))
     found += means
   return Chosen(*best, tuple(found))
+
+
+def _joint_program(step: Any, mixed: bool) -> Callable[..., Any]:
+  """Compiles a part: (params, state, rows, plan) -> (params, state, summed loss, finite [1])."""
+
+  @jax.jit
+  def tuned(params: Any, state: Any, rows: tune.Rows, plan: Any) -> Any:
+    def batch(task: Array, index: Array) -> Any:
+      inputs, labels = jax.tree.map(lambda x: x[task, index], (rows.inputs, rows.labels))
+      return inputs, labels, None if rows.head is None else rows.head[task], rows.classes[task]
+
+    def body(carry: Any, now: Any) -> Any:
+      task, index, rate, real = now
+
+      def go(held: Any) -> Any:
+        params, state, total = held
+        batches = jax.vmap(batch)(task, index) if mixed else batch(task[0], index[0])
+        params, state, value = step(params, state, batches, rate, mixed)
+        return params, state, total + value
+
+      return lax.cond(real, go, lambda held: held, carry), None
+
+    (params, state, total), _ = lax.scan(body, (params, state, jnp.float32(0)), plan)
+    good = tune.finite(jax.tree.map(lambda p: p[None], params))
+    return params, state, total, good
+
+  return tuned
 
 
 def _joint_plan(
