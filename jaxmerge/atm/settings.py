@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import math
 import re
-from typing import Literal
+from typing import Literal, get_args, get_origin, get_type_hints
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,14 +82,9 @@ class Settings:
 
 
 _CHOICES: dict[str, tuple[str, ...]] = {
-  "schedule": ("constant", "cosine"),
-  "optimizer": ("adamw", "sgd"),
-  "local_state": ("fresh", "kept"),
-  "steps": ("epochs", "equal"),
-  "reference": ("current", "base"),
-  "outer": ("none", "sgd", "nesterov", "adam", "damped"),
-  "outer_schedule": ("constant", "cosine"),
-  "compute_dtype": ("float32", "bfloat16"),
+  name: get_args(kind)
+  for name, kind in get_type_hints(Settings).items()
+  if get_origin(kind) is Literal
 }
 _TINY = 1e-300  # Stands for "greater than zero".
 _WHOLE = ("rounds", "batch_size", "at_once", "seed")
