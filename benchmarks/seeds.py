@@ -85,7 +85,6 @@ def markdown(facts, summary):
     f"seed, cold: {', '.join(f'{w:.0f} s' for w in walls) or 'not measured'}.",
     "",
     report.seeds(summary),
-    "",
     "| difference of the mean over tasks, in points | mean | 95 % interval |",
     "| --- | ---: | ---: |",
   ]

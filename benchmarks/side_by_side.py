@@ -21,7 +21,8 @@ def main():
   parser.add_argument("--devices", type=int, default=2)
   parser.add_argument("--repeat", type=int, default=7)
   parser.add_argument("--steps", type=int, default=0, help="local steps; 0: those of a round")
-  options = parser.parse_args()
+  options, changes = parser.parse_known_args()
+  changes = [tuple(c.removeprefix("--config.").split("=", 1)) for c in changes]
   os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={options.devices}"
 
   import jax
@@ -30,7 +31,7 @@ def main():
   from jaxmerge import configuring, mesh, problems
   from jaxmerge.atm import sampling, tune
 
-  config = configuring.load(options.config).to_dict()
+  config = configuring.load(options.config, changes).to_dict()
   problem, settings = problems.make(config), problems.settings_of(config)
   if options.steps:
     share = options.steps * settings.batch_size / len(problem.tasks[0].train.labels)

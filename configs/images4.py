@@ -21,7 +21,7 @@ def get_config():
   # Budget, shared by all compared models.
   c.rounds = 16  # exchanges per task
   c.epochs = 8.0  # epochs per task over the whole run
-  c.batch_size = 64  # rows
+  c.batch_size = 32  # rows
   c.learning_rate = 2e-3
   c.schedule = "cosine"  # over the run: constant or cosine
   c.warmup = 0.1  # share of the run's steps

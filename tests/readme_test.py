@@ -55,3 +55,12 @@ def test_method_table_is_the_catalog():
 )
 def test_files_that_the_readme_names_exist(path):
   assert (pathlib.Path(__file__).parents[1] / path).exists()
+
+
+@pytest.mark.parametrize(
+  ("name", "table"),
+  re.findall(r"<!-- results: (\w+) -->\n(.*?)\n<!-- end of results -->", TEXT, re.S),
+)
+def test_results_are_those_of_the_benchmark(name, table):
+  path = pathlib.Path(__file__).parents[1] / "benchmarks" / "results" / f"{name}.md"
+  assert f"\n\n{table}\n\n" in path.read_text(encoding="utf-8")
