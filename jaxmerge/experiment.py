@@ -115,11 +115,22 @@ class _Work:
     """Passes a message on."""
     self.progress({"message": message})
 
-  def bar(self, phase: str, unit: str = "part") -> Callable[[int, int], None]:
-    """Makes the callback that shows how far a phase is."""
-    return lambda done, total: self.progress(
-      {"phase": phase, "done": done, "total": total, "unit": unit, "numbers": {}}
-    )
+  def bar(
+    self, phase: str, total: int, unit: str = "part", *, fresh: bool = True
+  ) -> Callable[..., None]:
+    """Shows that a phase begins; returns the callback (done, total, **numbers) that shows more.
+
+    One that is not `fresh` goes on from somewhere, which its first callback tells.
+    """
+
+    def show(done: int, total: int, **numbers: float) -> None:
+      self.progress(
+        {"phase": phase, "done": done, "total": total, "unit": unit, "numbers": numbers}
+      )
+
+    if fresh:
+      show(0, total)
+    return show
 
   def kept(self, phase: str, make: Callable[[], tuple[Any, Any]]) -> tuple[Any, Any]:
     """Returns what a phase made, from its checkpoint if it has one: (arrays, plain facts)."""
@@ -166,7 +177,7 @@ class _Work:
         self.problem.tasks,
         settings,
         mesh=self.mesh,
-        on_part=self.bar(name),
+        on_part=self.bar(name, settings.rounds),
       )
       return models, cost._asdict()
 
@@ -180,6 +191,7 @@ class _Work:
     plan = {"average": {}} | {
       k: dict(v) for k, v in self.config["baselines"].items() if k in catalog.METHODS
     }
+    shown = self.bar("one-shot merges", len(plan), "method")
     with self.timed("one-shot merges"):
       for done, (name, settings) in enumerate(plan.items()):
         scales = settings.pop("scales", None)
@@ -202,7 +214,7 @@ class _Work:
         self.models[name] = chosen.params
         self.facts[name] = {} if len(scales) == 1 else {"scale": chosen.scale, "settings": settings}
         self.costs[name] = tuned._replace(exchanges=1, trials=len(scales))
-        self.bar("one-shot merges", "method")(done + 1, len(plan))
+        shown(done + 1, len(plan))
 
   def multitask(self) -> None:
     """One model trained on all tasks, in turn or in mixed batches: the better on validation."""
@@ -222,7 +234,7 @@ class _Work:
           settings,
           mixed=mixed,
           judge=self.mean,
-          on_part=self.bar(f"multitask, {way}"),
+          on_part=self.bar(f"multitask, {way}", settings.rounds),
         )
         tried.append((self.mean(params), params, cost, way))
       best = max(tried, key=lambda t: t[0])
@@ -256,18 +268,13 @@ class _Work:
       best = self.best_one_shot()
       tasks, params, before = problems.post_hoc(tasks), self.models[best], self.costs[best]
 
+    fresh = not (self.workdir / "checkpoints" / name).exists()
+    shown = self.bar(name, settings.rounds, "round", fresh=fresh)
+
     def show(record: dict[str, Any]) -> None:
       self.curves[name] = [*self.curves.get(name, []), record]
       workdirs.write_metrics(self.workdir, self.curves)
-      self.progress(
-        {
-          "phase": name,
-          "done": record["round"],
-          "total": settings.rounds,
-          "unit": "round",
-          "numbers": {"mean": record["mean"]},
-        }
-      )
+      shown(record["round"], settings.rounds, mean=record["mean"])
 
     keep = config["checkpoint"]["keep"]
     with (
