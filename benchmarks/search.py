@@ -32,12 +32,12 @@ def grids(rate):
     _loop(rate * 2, **dict(nesterov, outer_learning_rate=0.5, outer_momentum=0.9)),
     _loop(rate * 3),
     _loop(rate * 3, local_state="kept"),
-    _loop(rate * 4),
-    _loop(rate * 3, outer_learning_rate=4.0),
-    _loop(rate * 3, method=dict(name="ties", density=1.0, scale=0.5)),
-    _loop(rate * 2, local_state="kept"),
-    _loop(rate * 2, outer_learning_rate=4.0),
-    _loop(rate * 3, schedule="constant"),
+    _loop(rate * 4, local_state="kept"),
+    _loop(rate * 3, local_state="kept", outer_learning_rate=4.0),
+    _loop(rate * 6, local_state="kept", outer_learning_rate=2.0),
+    _loop(rate * 3, local_state="kept", schedule="constant"),
+    _loop(rate * 3, local_state="kept", **nesterov),
+    _loop(rate * 3, local_state="kept", method=dict(name="ties", density=1.0, scale=0.5)),
   ]
   ways = [dict(mixed=m) | s for s in shapes[:2] for m in (False, True)]
   four = [0.35, 0.5, 0.7, 0.2]
