@@ -120,11 +120,16 @@ def headings(record: Mapping[str, Any]) -> list[tuple[str, str, Table]]:
   """Returns the tables that the record has, each with a heading and a sentence that explains."""
   judged = words.split(record)
   own = words.metric(record)
+  note = f"{own.capitalize()} on {judged} rows. The best merge of a column is marked; base, joint "
+  note += "training and experts are no merges."
+  if families := words.families(record):
+    shared = [f for f in dict.fromkeys(families.values()) if list(families.values()).count(f) > 1]
+    kin = "; ".join(", ".join(t for t in record["tasks"] if families[t] == f) for f in shared)
+    note += f" In “Families once” these count as one task: {kin}."
   made = [
     (
       f"Results on {judged}",
-      f"{own.capitalize()} on {judged} rows. The best merge of a column is marked; base, joint "
-      "training and experts are no merges.",
+      note,
       results(record),
     ),
     (
