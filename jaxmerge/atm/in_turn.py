@@ -12,8 +12,6 @@ from typing import Any  # Any: parameters and states are the user's trees.
 
 import jax
 import numpy as np
-import optax
-from jax.sharding import Mesh
 
 from jaxmerge import memory, stage, streaming, tree, views
 from jaxmerge import mesh as meshes
@@ -24,23 +22,13 @@ from jaxmerge.atm.sampling import Plan
 from jaxmerge.stage import Method
 
 
-def program(
-  step: Any,
-  local: optax.GradientTransformation,
-  outer: optax.GradientTransformation | None,
-  method: Method,
-  *,
-  tasks: int,
-  slots: int,
-  kept: bool,
-  layout: views.Views,
-  mesh: Mesh,
-) -> Callable[..., tuple[rounds.State, rounds.Measured]]:
-  """Makes a round like `round.program`, which tunes `slots` tasks at a time.
+def program(parts: rounds.Parts) -> Callable[..., tuple[rounds.State, rounds.Measured]]:
+  """Makes a round like `round.program`, which tunes `parts.slots` tasks at a time.
 
   Rows, plan and kept local states are host arrays with a multiple of `slots` tasks. The geometry of
   the task vectors is not measured: the copies are never together on the devices.
   """
+  step, local, outer, method, tasks, slots, kept, layout, mesh = parts
 
   @jax.jit
   def tuned(params: Any, states: Any, rows: tune.Rows, plan: Plan) -> Any:

@@ -151,8 +151,7 @@ class _Run:
     self.head = () if head is None else meshes.put(head[: len(tasks)], meshes.everywhere(mesh))
     if self.waves == 1:
       self.rows = meshes.put(self.rows, meshes.by_task(mesh))
-    make = rounds.program if self.waves == 1 else in_turn.program
-    self.program = make(
+    parts = rounds.Parts(
       step,
       self.local,
       self.outer,
@@ -163,6 +162,7 @@ class _Run:
       layout=layout,
       mesh=mesh,
     )
+    self.program = rounds.program(parts) if self.waves == 1 else in_turn.program(parts)
 
   def start(self) -> rounds.State:
     """The state before the first round."""

@@ -45,33 +45,39 @@ class Measured(NamedTuple):
   conflict: Array | None = None
 
 
-def program(
-  step: Any,
-  local: optax.GradientTransformation,
-  outer: optax.GradientTransformation | None,
-  method: Method,
-  *,
-  tasks: int,
-  slots: int,
-  kept: bool,
-  layout: views.Views,
-  mesh: Mesh,
-) -> Callable[..., tuple[State, Measured]]:
-  """Compiles the round: (state, base, rows, plan, ready, rate) -> (state, measured).
+class Parts(NamedTuple):
+  """What a round is made of.
 
-  Learning rates, batches and the method's numbers are arguments: all rounds run one executable.
-
-  Args:
+  Attributes:
     step: the local step.
     local: the local optimiser.
     outer: the outer optimiser, or None.
     method: how task vectors are merged.
     tasks: number of tasks T.
-    slots: T rounded up to a multiple of the mesh's task axis; the spare slots do nothing.
+    slots: tasks that are tuned side by side, a multiple of the mesh's task axis; spare ones do
+      nothing.
     kept: local optimiser states carry over.
     layout: matrix views of the leaves.
     mesh: the mesh.
   """
+
+  step: Any
+  local: optax.GradientTransformation
+  outer: optax.GradientTransformation | None
+  method: Method
+  tasks: int
+  slots: int
+  kept: bool
+  layout: views.Views
+  mesh: Mesh
+
+
+def program(parts: Parts) -> Callable[..., tuple[State, Measured]]:
+  """Compiles the round: (state, base, rows, plan, ready, rate) -> (state, measured).
+
+  Learning rates, batches and the method's numbers are arguments: all rounds run one executable.
+  """
+  step, local, outer, method, tasks, slots, kept, layout, mesh = parts
 
   def once(state: State, states: Any, base: Any, rows: tune.Rows, plan: Plan, *given: Any) -> Any:
     ready, rate = given
