@@ -21,16 +21,16 @@ def get_config():
   c.rounds = 2  # exchanges per task
   c.epochs = 0.5  # epochs per task over the whole run
   c.batch_size = 32  # rows
-  c.learning_rate = 1e-4  # of the loop; experts and joint training have their own below
+  c.learning_rate = 3e-4  # of the loop; experts and joint training have their own below
   c.schedule = "cosine"  # over the run: constant or cosine
   c.warmup = 0.0  # share of the run's steps
 
   # Local tuning.
-  c.round_warmup = 0.2  # share of every round's steps
+  c.round_warmup = 0.0  # share of every round's steps
   c.optimizer = "adamw"  # adamw or sgd
   c.weight_decay = 0.01  # embeddings, norms and biases are spared
   c.clip_norm = 10.0  # global norm; 0: off
-  c.local_state = "fresh"  # the optimiser's state in each round: fresh or kept
+  c.local_state = "kept"  # the optimiser's state in each round: fresh or kept
   c.freeze = ""  # regular expression of the names of leaves that are not tuned
   c.steps = "epochs"  # equal epochs a task, or equal steps a task ("equal")
   c.at_once = 0  # tasks side by side, the others in turn; 0: all
@@ -39,15 +39,15 @@ def get_config():
 
   # The loop: merge by the method, step by the outer optimiser.
   c.method = dict(name="average")
-  c.outer = "nesterov"  # none (plain ATM), sgd, nesterov, adam, damped
-  c.outer_learning_rate = 0.7
-  c.outer_momentum = 0.8
+  c.outer = "sgd"  # none (plain ATM), sgd, nesterov, adam, damped
+  c.outer_learning_rate = 3.0  # 3/8 of each task vector
+  c.outer_momentum = 0.0
   c.outer_schedule = "constant"
   c.reference = "current"  # task vectors start from the current model, or from the base
   c.variant = "pa"  # pa: train rows, from the base; ph: validation rows, from a merged model
 
   # What is compared with at the same budget; scales are chosen on validation.
-  local = dict(learning_rate=5e-5, warmup=0.1)
+  local = dict(learning_rate=2e-4, warmup=0.1)
   scales = (0.3, 0.5)
   c.baselines = dict(
     experts=dict(**local),
@@ -64,7 +64,7 @@ def get_config():
   c.model = dict(folder="", length=24, head_scale=20.0)
 
   c.keep_experts = True  # experts/ holds the tuned experts, for later merges
-  c.checkpoint = dict(keep=3)  # newest complete checkpoints that stay
+  c.checkpoint = dict(keep=2)  # newest complete checkpoints that stay
   # -1: the devices that are left; `devices`: fake ones on a CPU, None for the real ones.
   c.mesh = dict(task=-1, data=1, model=1, devices=None)
   return c.lock()
