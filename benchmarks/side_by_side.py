@@ -80,9 +80,8 @@ def main():
     lambda a, b: bool((np.asarray(a) == b).all()), results[side_by_side], stacked
   )
   a, b = (statistics.median(times[f]) for f in times)
-  print(
-    f"{options.config}: {len(tasks)} tasks, {int(plan.real.sum())} steps, {options.devices} devices"
-  )
+  steps = int(plan.steps.sum())
+  print(f"{options.config}: {len(tasks)} tasks, {steps} steps, {options.devices} devices")
   print(f"task after task {a * 1e3:.0f} ms, one program {b * 1e3:.0f} ms, ratio {a / b:.2f}")
   print(f"tuned copies bit-equal: {all(jax.tree.leaves(equal))}")
 

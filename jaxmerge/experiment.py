@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxmerge import catalog, methods, problems, report, stage
+from jaxmerge import catalog, judging, methods, problems, report, stage
 from jaxmerge import mesh as meshes
 from jaxmerge import workdir as workdirs
 from jaxmerge.atm import baselines, budget, evaluate, loop, tune
@@ -326,7 +326,7 @@ class _Work:
       "notes": self.notes,
     }
     record["gap_closed"] = report.gap_closed(record["models"])
-    record["differences"] = differences(record, correct)
+    record["differences"] = judging.differences(record, correct)
     card = report.model_card(record, self.problem.base, "atm", license=self.problem.license)
     self.problem.save(self.workdir / "merged", self.models["atm"], card)
     workdirs.write_metrics(self.workdir, self.curves)
@@ -353,20 +353,7 @@ class _Work:
       found = self.own_score(self.padded(self.stacks[name], rows.filled.shape[0]), rows)
       parts = evaluate.per_row(found, counts)
       correct[name] = {n: p > 0.5 for n, p in zip(self.names, parts, strict=True)}
-    models = {}
-    for name, own in correct.items():
-      per_task = {t: float(c.mean(dtype=np.float64)) for t, c in own.items()}
-      models[name] = {"mean": float(np.mean(list(per_task.values()))), "per_task": per_task}
-      models[name] |= self.facts.get(name, {})
-    record = {
-      "tasks": self.names,
-      "families": {t.name: t.family or t.name for t in tasks},
-      "models": models,
-      "chance": {t.name: chance(t, split) for t in tasks},
-      "transfer": {
-        n: {t: float(c.mean(dtype=np.float64)) for t, c in own.items()} for n, own in each.items()
-      },
-    }
+    record = judging.summary(tasks, split, correct, each, self.facts)
     return record, correct
 
 
@@ -378,25 +365,3 @@ def make_like(params: Any, height: int, phase: str, mesh: Mesh) -> Any:
   return jax.tree.map(
     lambda p: jax.ShapeDtypeStruct((*lead, *p.shape), p.dtype, sharding=place), params
   )
-
-
-def chance(task: Task, split: str) -> float:
-  """Share of the most frequent class: what guessing it always would score."""
-  labels = task.splits()[split].labels
-  return float(np.bincount(labels).max() / len(labels))
-
-
-def differences(
-  record: Mapping[str, Any], correct: Mapping[str, Mapping[str, np.ndarray]]
-) -> list[dict[str, Any]]:
-  """Compares ATM with the best one-shot merge and with joint training, paired by row."""
-  shots = [n for n in record["models"] if n in catalog.METHODS]
-  chosen_by = record.get("validation") or {n: m["mean"] for n, m in record["models"].items()}
-  best = max(shots, key=lambda n: chosen_by[n])
-  pairs = [("atm", best)] + [("atm", n) for n in ("multitask", "experts") if n in record["models"]]
-  out = []
-  for a, b in pairs:
-    rows = [[correct[m][t] for t in record["tasks"]] for m in (a, b)]
-    found = report.paired_difference(*rows, seeds=False)
-    out.append({"a": a, "b": b, **found._asdict()})
-  return out

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import small_tasks as small
 
-from jaxmerge import catalog, experiment, problems
+from jaxmerge import catalog, experiment, judging, problems
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 TRAINED = ["experts", "experts_longer", "multitask"]
@@ -210,7 +210,7 @@ def test_a_method_that_a_config_names():
 def test_chance_is_the_most_frequent_class():
   task = small.classified("ant", 4)
   task.test.labels[:] = [0, 1, 1, 1, 2, 1, 0]
-  assert experiment.chance(task, "test") == pytest.approx(4 / 7)
+  assert judging.chance(task, "test") == pytest.approx(4 / 7)
 
 
 def test_a_folder_that_holds_something_else_is_refused(tmp_path):

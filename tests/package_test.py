@@ -26,7 +26,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = {
   6: {"cli", "__main__"},
   5: {"experiment", "problems", "configuring", "workdir"},
-  4: {"atm", "recipe", "fitting", "searching", "align", "experts", "adapt"},
+  4: {"atm", "judging", "recipe", "fitting", "searching", "align", "experts", "adapt"},
   3: {"methods", "memory", "streaming", "files", "tasks", "data"},
   2: {"stage", "statistics", "resolving", "views", "mesh", "models", "collecting"},
   1: {"tree", "catalog", "io", "report"},

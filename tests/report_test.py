@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxmerge import report
-from jaxmerge.report import card, output, record, tables, words
+from jaxmerge.report import card, comparing, output, record, tables, words
 
 LONG = (
   "film sentiment",
@@ -97,7 +97,7 @@ def test_a_wrong_record_is_refused_by_the_name_of_the_key(path, value, message):
 
 def test_gap_closed_is_nought_at_base_and_one_at_experts():
   means = {"base": 0.25, "experts": 0.75, "ties": 0.5, "atm": 0.625, "worse": 0.125}
-  closed = record.gap_closed({name: {"mean": mean} for name, mean in means.items()})
+  closed = comparing.gap_closed({name: {"mean": mean} for name, mean in means.items()})
   assert closed == {"base": 0.0, "experts": 1.0, "ties": 0.5, "atm": 0.75, "worse": -0.25}
 
 
@@ -111,7 +111,7 @@ def test_gap_closed_is_nought_at_base_and_one_at_experts():
   ],
 )
 def test_without_a_gap_none_is_closed(models):
-  assert record.gap_closed(models) == {}
+  assert comparing.gap_closed(models) == {}
 
 
 def test_plain_makes_json_and_says_what_was_not_finite():
@@ -133,23 +133,23 @@ booleans = st.lists(st.booleans(), min_size=1, max_size=20)
 
 @given(st.lists(booleans, min_size=1, max_size=3))
 def test_a_model_does_not_differ_from_itself(correct):
-  assert record.paired_difference(correct, correct, samples=50) == (0.0, 0.0, 0.0)
+  assert comparing.paired_difference(correct, correct, samples=50) == (0.0, 0.0, 0.0)
 
 
 def test_swapping_the_models_flips_the_interval():
   random = np.random.default_rng(0)
   a, b = ([random.random(n) < p for n in (30, 50)] for p in (0.8, 0.6))
-  there, back = record.paired_difference(a, b), record.paired_difference(b, a)
+  there, back = comparing.paired_difference(a, b), comparing.paired_difference(b, a)
   np.testing.assert_allclose(there, [-back.mean, -back.high, -back.low], atol=1e-12)
-  assert there == record.paired_difference(a, b)
-  assert there != record.paired_difference(a, b, seed=1)
+  assert there == comparing.paired_difference(a, b)
+  assert there != comparing.paired_difference(a, b, seed=1)
 
 
 def test_interval_is_that_of_the_normal_distribution_for_many_rows():
   random = np.random.default_rng(0)
   counts = (2000, 1000)
   a, b = ([random.random(n) < p for n in counts] for p in (0.8, 0.7))
-  found = record.paired_difference(a, b, samples=4000)
+  found = comparing.paired_difference(a, b, samples=4000)
   d = [x.astype(float) - y for x, y in zip(a, b, strict=True)]
   mean = np.mean([x.mean() for x in d])
   half = 1.96 * np.sqrt(sum(x.var() / x.size for x in d)) / len(d)
@@ -161,8 +161,8 @@ def test_what_two_models_share_cancels():
   a = random.random(1000) < 0.5
   b = a.copy()
   b[:10] = ~a[:10]
-  paired = record.paired_difference([a], [b])
-  apart = record.paired_difference([a], [random.permutation(b)])
+  paired = comparing.paired_difference([a], [b])
+  apart = comparing.paired_difference([a], [random.permutation(b)])
   assert paired.high - paired.low < (apart.high - apart.low) / 4
 
 
@@ -174,7 +174,7 @@ def test_seeds_widen_the_interval_only_where_they_differ():
   differ = np.stack([one, np.ones_like(one), zeros])
 
   def width(x, **kw):
-    return np.ptp(record.paired_difference([x], [np.zeros_like(x)], **kw)[1:])
+    return np.ptp(comparing.paired_difference([x], [np.zeros_like(x)], **kw)[1:])
 
   np.testing.assert_allclose(width(same), width(one), rtol=0.15)
   assert width(differ) > 3 * width(differ, seeds=False)
@@ -192,7 +192,7 @@ def test_seeds_widen_the_interval_only_where_they_differ():
 )
 def test_rows_that_are_not_paired_are_refused(a, b, message):
   with pytest.raises(ValueError, match=message):
-    record.paired_difference(a, b)
+    comparing.paired_difference(a, b)
 
 
 def seeded(seed, mean):
@@ -217,8 +217,8 @@ def test_spread_over_seeds_is_the_sample_standard_deviation():
 def test_a_family_counts_once_in_the_second_mean():
   families = {"a": "sentiment", "b": "sentiment", "c": "c"}
   per_task = {"a": 0.2, "b": 0.4, "c": 0.9}
-  assert record.family_mean(per_task, families) == pytest.approx((0.3 + 0.9) / 2)
-  assert record.family_mean(per_task | {"b": None}, families) is None
+  assert comparing.family_mean(per_task, families) == pytest.approx((0.3 + 0.9) / 2)
+  assert comparing.family_mean(per_task | {"b": None}, families) is None
   made = report_records.record(("a", "b", "c"), families=families)
   column = tables.results(made).head.index("Families once (%)")
   for row in tables.results(made).rows[1:]:
@@ -233,7 +233,7 @@ def test_a_family_counts_once_in_the_second_mean():
     record.check(report_records.record(("a", "b"), families={"a": "x"}))
   several = [report_records.record(("a", "b", "c"), families=families, seed=s) for s in range(2)]
   summary = record.merge_seeds(several)
-  expected = [record.family_mean(x["models"]["atm"]["per_task"], families) for x in several]
+  expected = [comparing.family_mean(x["models"]["atm"]["per_task"], families) for x in several]
   assert summary["models"]["atm"]["family_mean"]["values"] == expected
   assert "| Families once (%) |" in tables.seeds(summary)
 
@@ -244,7 +244,7 @@ def test_gaps_by_task_leave_out_tasks_without_a_gap():
     "atm": {"mean": 0.6, "per_task": {"a": 0.65, "b": 0.55}},
     "experts": {"mean": 0.67, "per_task": {"a": 0.8, "b": 0.54}},
   }
-  assert record.task_gaps(models, ["a", "b"])["atm"] == {"a": pytest.approx(0.5)}
+  assert comparing.task_gaps(models, ["a", "b"])["atm"] == {"a": pytest.approx(0.5)}
   table = tables.gaps(minimal(models=models))
   assert table.head == ["Gap closed (%)", "a"]
   assert [[c.text for c in row] for row in table.rows] == [["ATM", "50"]]

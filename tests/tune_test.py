@@ -154,13 +154,13 @@ def test_padded_steps_leave_parameters_and_counters_alone():
   padded = sampling.Plan(
     np.concatenate([short.rows, np.ones((spare, 4), np.int32)]),
     np.concatenate([short.learning_rate, np.full(spare, 9.0, np.float32)]),
-    np.concatenate([short.real, np.zeros(spare, bool)]),
+    short.steps,
   )
   plain = go(own, short)
   small.assert_same_bits(go(own, padded), plain)
   counters = [int(x) for x in jax.tree.leaves(plain[1]) if x.dtype == jnp.int32]
-  assert counters == [len(short.real)]
-  nothing = go(own, short._replace(real=np.zeros_like(short.real)))
+  assert counters == [int(short.steps)]
+  nothing = go(own, short._replace(steps=np.int32(0)))
   small.assert_same_bits(nothing[:2], (jax.tree.map(jnp.asarray, params), local.init(params)))
   assert float(nothing[2]) == 0
 

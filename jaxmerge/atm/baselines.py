@@ -125,15 +125,17 @@ def joint(
   step = tune.step(apply, loss, settings, local)
   rows = jax.tree.map(jnp.asarray, tune.stacked(tasks, "train"))
   names, counts = [t.name for t in tasks], [len(t.train.labels) for t in tasks]
-  task, index, rate, real = _joint_plan(names, counts, settings, len(tasks) if mixed else 1)
+  task, index, rate = _joint_plan(names, counts, settings, len(tasks) if mixed else 1)
 
   tuned = _joint_program(step, mixed)
   state, parts = local.init(params), settings.rounds
   best = (-np.inf, params)
   width = -(-len(rate) // parts)
   for k in range(parts):
-    cut = slice(k * width, (k + 1) * width)
-    plan = (task[cut], index[cut], rate[cut], real[cut])
+    start, stop = sampling.bounds(len(rate), parts, k)
+    # All parts have one shape; what follows the steps of this one is not looked at.
+    at = np.minimum(np.arange(start, start + width), len(rate) - 1)
+    plan = (task[at], index[at], rate[at], np.int32(stop - start))
     params, state, total, good = tuned(params, state, rows, plan)
     when = f"part {k + 1} of {parts}"
     tune.refuse_divergence(["joint training"], total[None], good, settings, when=when)
@@ -142,11 +144,10 @@ def joint(
     if on_part:
       on_part(k + 1, parts)
   # Of mixed batches, a last one that the tasks do not fill is left out.
-  batches = np.bincount(task[real].ravel(), minlength=len(tasks)).tolist()
+  batches = np.bincount(task.ravel(), minlength=len(tasks)).tolist()
   cost = budget.tuned(batches, counts, settings.batch_size, exchanges=0)
-  n = int(real.sum())
   params = best[1] if settings.early_stopping and judge else params
-  return params, cost._replace(gradient_steps=n, sequential_steps=n)
+  return params, cost._replace(gradient_steps=len(rate), sequential_steps=len(rate))
 
 
 class _Best:
@@ -255,18 +256,15 @@ def _joint_program(step: Any, mixed: bool) -> Callable[..., Any]:
       inputs, labels = jax.tree.map(lambda x: x[task, index], (rows.inputs, rows.labels))
       return inputs, labels, None if rows.head is None else rows.head[task], rows.classes[task]
 
-    def body(carry: Any, now: Any) -> Any:
-      task, index, rate, real = now
+    task, index, rate, steps = plan
 
-      def go(held: Any) -> Any:
-        params, state, total = held
-        batches = jax.vmap(batch)(task, index) if mixed else batch(task[0], index[0])
-        params, state, value = step(params, state, batches, rate, mixed)
-        return params, state, total + value
+    def body(s: Any, held: Any) -> Any:
+      params, state, total = held
+      batches = jax.vmap(batch)(task[s], index[s]) if mixed else batch(task[s, 0], index[s, 0])
+      params, state, value = step(params, state, batches, rate[s], mixed)
+      return params, state, total + value
 
-      return lax.cond(real, go, lambda held: held, carry), None
-
-    (params, state, total), _ = lax.scan(body, (params, state, jnp.float32(0)), plan)
+    params, state, total = lax.fori_loop(0, steps, body, (params, state, jnp.float32(0)))
     good = tune.finite(jax.tree.map(lambda p: p[None], params))
     return params, state, total, good
 
@@ -275,8 +273,8 @@ def _joint_program(step: Any, mixed: bool) -> Callable[..., Any]:
 
 def _joint_plan(
   names: Sequence[str], counts: Sequence[int], settings: Settings, width: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-  """Interleaves the tasks' batches evenly, `width` of them a step: [S, G], [S, G, B], [S], [S]."""
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """Interleaves the tasks' batches evenly, `width` of them a step: [S, G], [S, G, B], [S]."""
   size = settings.batch_size
   order = []
   for t, total in enumerate(sampling.totals(counts, settings)):
@@ -287,7 +285,4 @@ def _joint_plan(
   task = np.array([t for _, _, t, _ in order[: steps * width]], np.int32).reshape(steps, width)
   index = np.stack([b for *_, b in order[: steps * width]]).reshape(steps, width, size)
   rate = sampling.learning_rate(np.arange(steps) / steps, settings).astype(np.float32)
-  spare = -steps % settings.rounds
-  real = np.arange(steps + spare) < steps
-  padded = [np.concatenate([x, np.repeat(x[:1], spare, axis=0)]) for x in (task, index, rate)]
-  return padded[0], padded[1], padded[2], real
+  return task, index, rate

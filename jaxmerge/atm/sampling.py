@@ -23,12 +23,12 @@ class Plan(NamedTuple):
   Attributes:
     rows: int32 [T, S, B], numbers of the rows of each batch.
     learning_rate: float32 [T, S].
-    real: bool [T, S]; a padded step does nothing.
+    steps: int32 [T], how many of the S steps are taken; the padding after them is not looked at.
   """
 
   rows: np.ndarray
   learning_rate: np.ndarray
-  real: np.ndarray
+  steps: np.ndarray
 
 
 def totals(rows: Sequence[int], settings: Settings) -> tuple[int, ...]:
@@ -57,7 +57,7 @@ def plan(
   width, size = longest(steps, rounds), settings.batch_size
   index = np.zeros((len(rows), width, size), np.int32)
   rate = np.zeros((len(rows), width), np.float32)
-  real = np.zeros((len(rows), width), bool)
+  taken = np.zeros(len(rows), np.int32)
   for t, (name, n, total) in enumerate(zip(names, rows, steps, strict=True)):
     start, stop = bounds(total, rounds, k)
     own = np.arange(start, stop)
@@ -65,8 +65,8 @@ def plan(
     index[t, : len(own)] = seen.reshape(-1, size)
     within = (own - start + 1) / max(1.0, settings.round_warmup * (stop - start))
     rate[t, : len(own)] = learning_rate(own / total, settings) * np.minimum(1.0, within)
-    real[t, : len(own)] = True
-  return Plan(index, rate, real)
+    taken[t] = len(own)
+  return Plan(index, rate, taken)
 
 
 def stream(name: str, rows: int, seed: int, start: int, stop: int) -> np.ndarray:

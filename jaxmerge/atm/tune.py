@@ -203,25 +203,24 @@ def tune_one(
   plan: Plan,
   share: Callable[[Any], Any] = lambda batch: batch,
 ) -> tuple[Any, Any, Array]:
-  """Takes the planned steps of one task: a scan; padded steps leave everything as it is.
+  """Takes the planned steps of one task, and none of the padding after them.
 
   `share` places the rows of a batch, (inputs, labels), on devices. Returns parameters, optimiser
-  state and the mean loss over the real steps.
+  state and the mean loss over the steps taken.
   """
 
-  def body(carry: Any, now: Any) -> Any:
-    index, rate, real = now
+  def body(s: Any, held: Any) -> Any:
+    params, state, total = held
+    index = plan.rows[s]
+    batch = share(jax.tree.map(lambda x: x[index], (rows.inputs, rows.labels)))
+    given = (*batch, rows.head, rows.classes)
+    params, state, value = step_(params, state, given, plan.learning_rate[s])
+    return params, state, total + value
 
-    def go(held: Any) -> Any:
-      params, state, total = held
-      batch = share(jax.tree.map(lambda x: x[index], (rows.inputs, rows.labels)))
-      params, state, value = step_(params, state, (*batch, rows.head, rows.classes), rate)
-      return params, state, total + value
-
-    return lax.cond(real, go, lambda held: held, carry), None
-
-  (params, state, total), _ = lax.scan(body, (params, state, jnp.float32(0)), tuple(plan))
-  return params, state, total / jnp.maximum(plan.real.sum(), 1).astype(jnp.float32)
+  # A loop with an end, not a scan with a condition, which would copy all weights in every step.
+  plan = jax.tree.map(jnp.asarray, plan)
+  params, state, total = lax.fori_loop(0, plan.steps, body, (params, state, jnp.float32(0)))
+  return params, state, total / jnp.maximum(plan.steps, 1).astype(jnp.float32)
 
 
 def tune_all(
@@ -333,4 +332,4 @@ def _widened(head: np.ndarray, classes: int) -> np.ndarray:
 
 def pile_up(x: np.ndarray, height: int) -> np.ndarray:
   """Appends empty slots to an array with a leading task axis: [T, ...] -> [height, ...]."""
-  return _pile(list(x), height)
+  return np.concatenate([x, np.zeros((height - len(x), *x.shape[1:]), x.dtype)])

@@ -31,12 +31,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
-from jaxmerge.io import atomic, manifest
+from jaxmerge.io import atomic, leaves, manifest
 
 RECORD = "record.json"
 STATE = "state"
@@ -123,24 +122,24 @@ class Checkpoints:
     """
     self.wait()
     text = _record_text(record)
-    arrays = _named_arrays(state)
+    arrays = leaves.arrays(state)
     orbax = self._orbax or self._open()
     if step < 0 or (self._newest is not None and step <= self._newest):
       raise ValueError(
         f"step {step} cannot be saved in {self._directory}: it holds step {self._newest}, and "
         "steps must grow from 0 on."
       )
-    leaves = {name: _signature(x) for name, x in arrays.items()}
+    described = {name: leaves.signature(x) for name, x in arrays.items()}
     staging = self._directory / "unfinished" / str(step)
     try:
       if jax.process_index() == 0:
         if staging.exists():  # of a save of the same step that failed in this run
           self._set_aside(staging, "its save had failed")
         staging.mkdir(parents=True)
-      orbax.checkpointer.save(staging / STATE, args=_standard("Save", _with_entries(arrays)))
+      orbax.checkpointer.save(staging / STATE, args=_standard("Save", leaves.with_entries(arrays)))
     except (OSError, ValueError) as error:
       raise self._explained(step, error) from error
-    self._sealing = step, orbax.worker.submit(self._seal, orbax, step, leaves, text)
+    self._sealing = step, orbax.worker.submit(self._seal, orbax, step, described, text)
 
   def wait(self) -> None:
     """Waits for the save on its way, if any; raises what went wrong with it."""
@@ -176,12 +175,12 @@ class Checkpoints:
     folder = self._directory / str(self._newest)
     record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
     accept(record)
-    wanted = {name: _abstract(x) for name, x in _by_name(like).items()}
-    _check_leaves(folder, manifest.facts(folder)["leaves"], wanted)
-    kept = _standard("Restore", _with_entries(wanted))
+    wanted = {name: leaves.abstract(x) for name, x in leaves.by_name(like).items()}
+    leaves.check(folder, manifest.facts(folder)["leaves"], wanted)
+    kept = _standard("Restore", leaves.with_entries(wanted))
     entries = orbax.checkpointer.restore(folder / STATE, args=kept)
-    leaves = [entries[k] if k in entries else _empty(x) for k, x in wanted.items()]
-    state = jax.tree.unflatten(jax.tree.structure(like), leaves)
+    found = [entries[k] if k in entries else leaves.empty(x) for k, x in wanted.items()]
+    state = jax.tree.unflatten(jax.tree.structure(like), found)
     return Restored(self._newest, state, record, self._messages)
 
   def close(self) -> None:
@@ -240,7 +239,7 @@ class Checkpoints:
     atomic.sync(folder.parent)
     self._messages += (f"checkpoint {folder}: {problem}; set aside as {target}",)
 
-  def _seal(self, orbax: _Orbax, step: int, leaves: dict, text: str) -> None:
+  def _seal(self, orbax: _Orbax, step: int, described: dict, text: str) -> None:
     """Writes record and manifest after Orbax has committed, and gives the step its name."""
     orbax.checkpointer.wait_until_finished()
     if jax.process_index() != 0:
@@ -248,7 +247,7 @@ class Checkpoints:
     folder, final = self._directory / "unfinished" / str(step), self._directory / str(step)
     with atomic.write(folder / RECORD) as file:
       file.write(text.encode())
-    manifest.seal(folder, {"step": step, "leaves": leaves})
+    manifest.seal(folder, {"step": step, "leaves": described})
     folder.rename(final)
     atomic.sync(folder.parent)
     atomic.sync(self._directory)
@@ -318,70 +317,6 @@ def _check_plain(value: Any, place: str) -> None:  # Any: that is the question
       f"{place}: {value!r} of type {type(value).__name__} is not plain JSON; use dicts, lists, "
       "strings, Python numbers, booleans and None."
     )
-
-
-def _by_name(tree: PyTree) -> dict[str, Any]:  # Any: arrays, or whatever the caller took for one
-  """Leaves by path. Flat, because Orbax would turn tuples and dataclasses into dicts."""
-  named = {}
-  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-    name = jax.tree_util.keystr(path, simple=True, separator="/") or "array"
-    if name in named:
-      raise ValueError(f"two leaves of the state have the name {name!r}; rename one.")
-    named[name] = leaf
-  return named
-
-
-def _named_arrays(state: PyTree) -> dict[str, jax.Array]:
-  """Leaves by path as JAX arrays; refuses what would not come back bit for bit."""
-  arrays = _by_name(state)
-  for name, x in arrays.items():
-    if not isinstance(x, (jax.Array, np.ndarray, np.generic)):
-      raise ValueError(
-        f"state leaf {name}: {type(x).__name__} is not an array; put plain values in the record."
-      )
-    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-      raise ValueError(f"state leaf {name}: a key; save jax.random.key_data(key).")
-    if jax.dtypes.canonicalize_dtype(x.dtype) != x.dtype:
-      raise ValueError(f"state leaf {name}: {x.dtype} would be narrowed; convert it first.")
-    if not isinstance(x, jax.Array):
-      arrays[name] = jnp.array(x)  # a copy: the caller may overwrite the original
-  if not _with_entries(arrays):
-    raise ValueError("the state has no array with an entry; there is nothing to save.")
-  return arrays
-
-
-def _signature(x: Any) -> list:  # Any: an array or a description of one
-  return [str(jnp.dtype(x.dtype)), list(x.shape)]
-
-
-def _with_entries(arrays: dict) -> dict:
-  """Arrays of size zero have nothing to store, and Orbax refuses them."""
-  return {name: x for name, x in arrays.items() if x.size}
-
-
-def _empty(x: jax.ShapeDtypeStruct) -> jax.Array:
-  return jax.device_put(jnp.zeros(x.shape, x.dtype), x.sharding)
-
-
-def _abstract(x: Any) -> jax.ShapeDtypeStruct:  # Any: an array or a description of one
-  sharding = getattr(x, "sharding", None)
-  if sharding is None:
-    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-  return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-
-
-def _check_leaves(folder: Path, saved: dict, wanted: dict[str, jax.ShapeDtypeStruct]) -> None:
-  """Raises for the first leaf that differs; Orbax would cast to another dtype without a word."""
-  for name in sorted(saved.keys() | wanted.keys()):
-    if name not in saved:
-      raise ValueError(f"checkpoint {folder}: it has no leaf {name}; the state asked for has.")
-    if name not in wanted:
-      raise ValueError(f"checkpoint {folder}: leaf {name} is not in the state asked for.")
-    if saved[name] != (asked := _signature(wanted[name])):
-      raise ValueError(
-        f"checkpoint {folder}: leaf {name} is {saved[name][0]} {saved[name][1]}; "
-        f"the state asked for has {asked[0]} {asked[1]}."
-      )
 
 
 def _standard(kind: str, arrays: dict) -> Any:  # Any: one of Orbax's argument types

@@ -5,9 +5,9 @@ from typing import Any  # A lazy attribute may be any public object.
 
 _HOMES = {
   "check": "record",
-  "gap_closed": "record",
+  "gap_closed": "comparing",
   "plain": "record",
-  "paired_difference": "record",
+  "paired_difference": "comparing",
   "merge_seeds": "record",
   "markdown": "tables",
   "text": "tables",
@@ -16,7 +16,7 @@ _HOMES = {
   "model_card": "card",
   "write": "output",
 }
-_ROOMS = ("card", "drawing", "geometry", "output", "page", "plots", "record", "tables", "words")
+_ROOMS = (*dict.fromkeys(_HOMES.values()), "drawing", "geometry", "plots", "words")
 __all__ = [*_HOMES, *_ROOMS]
 
 

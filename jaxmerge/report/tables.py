@@ -6,8 +6,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple  # Any: a record is JSON, its values have no one type.
 
-from jaxmerge.report import record as records
-from jaxmerge.report import words
+from jaxmerge.report import comparing, words
 
 
 class Cell(NamedTuple):
@@ -34,7 +33,7 @@ def results(record: Mapping[str, Any]) -> Table:
     columns.append([Cell(words.share(gaps.get(n))) for n in names])
   families = words.families(record)
   if families:
-    once = {n: records.family_mean(models[n]["per_task"], families) for n in names}
+    once = {n: comparing.family_mean(models[n]["per_task"], families) for n in names}
     columns.append(_marked(record, names, once))
   if has_scale:
     columns.append([Cell(words.number(models[n].get("scale"))) for n in names])
@@ -66,7 +65,7 @@ def _marked(
 
 def gaps(record: Mapping[str, Any]) -> Table | None:
   """Returns the share of every task's gap that the merges close; None where there is no gap."""
-  found = records.task_gaps(record["models"], record["tasks"])
+  found = comparing.task_gaps(record["models"], record["tasks"])
   led = [t for t in record["tasks"] if t in found.get("experts", {})]
   names = [n for n in words.order(found) if words.kind(n) != "reference" or n == "multitask"]
   if not led or not names:

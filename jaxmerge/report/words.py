@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any  # A record is JSON, its values have no one type.
 
-from jaxmerge.report import record as records
+from jaxmerge.report import comparing
 
 LABELS = {
   "base": "Base",
@@ -128,7 +128,7 @@ def counters(record: Mapping[str, Any]) -> list[str]:
 def gaps(record: Mapping[str, Any]) -> dict[str, float]:
   """Returns the share of the gap that each model closes: as recorded, else from the means."""
   recorded = {k: v for k, v in record.get("gap_closed", {}).items() if v is not None}
-  return {**records.gap_closed(record["models"]), **recorded}
+  return {**comparing.gap_closed(record["models"]), **recorded}
 
 
 def best(record: Mapping[str, Any], of_kind: str) -> str | None:
