@@ -2,8 +2,9 @@
 
   python benchmarks/side_by_side.py --config=configs/images4.py --devices=2 --repeat=7
 
-Both tune the same copies by the same steps on the same rows, and neither merges. Task after task is
-one compiled program for all tasks, called once per task on one device, which may use all cores.
+Both tune the same copies by the same steps on the same rows, with `tune.tune_all`, and neither
+merges. Task after task is one compiled program for a single task, called once per task on one
+device, which may use all cores.
 Prints the median of each, the ratio of the medians of interleaved runs, and whether the bits are
 equal.
 """
@@ -43,30 +44,32 @@ def main():
   step = tune.step(problem.apply, tune.cross_entropy, settings, local)
   rows = tune.stacked(tasks, "train")
 
-  alone = jax.jit(
-    lambda params, rows, plan: tune.tune_one(step, params, local.init(params), rows, plan)
-  )
-  first = jax.devices()[0]
+  def tuner(grid):
+    """Tunes copies of the parameters on as many tasks as it is given, over a mesh."""
+
+    @jax.jit
+    def tuned(params, rows, plan):
+      copies = tune.copies(params, len(plan.steps), grid)
+      return tune.tune_all(step, copies, jax.vmap(local.init)(copies), rows, plan, mesh=grid)[0]
+
+    def put(rows, plan):
+      own = mesh.put((rows, plan), mesh.by_task(grid))
+      return mesh.put(problem.params, mesh.everywhere(grid)), *own
+
+    return tuned, put
+
+  alone, put = tuner(mesh.make(tasks=1))
   single = [
-    jax.device_put(jax.tree.map(lambda x, k=k: x[k], (rows, plan)), first)
-    for k in range(len(tasks))
+    put(*jax.tree.map(lambda x, k=k: x[k : k + 1], (rows, plan))) for k in range(len(tasks))
   ]
-  params = jax.device_put(problem.params, first)
+  together, put = tuner(mesh.make(tasks=len(tasks)))
+  spread = put(rows, plan)
 
   def in_sequence():
-    return [alone(params, *own)[0] for own in single]
-
-  grid = mesh.make(tasks=len(tasks))
-  spread = mesh.put((rows, plan), mesh.by_task(grid))
-  shared = mesh.put(problem.params, mesh.everywhere(grid))
-
-  @jax.jit
-  def together(params, rows, plan):
-    copies = tune.copies(params, len(tasks), grid)
-    return tune.tune_all(step, copies, jax.vmap(local.init)(copies), rows, plan, mesh=grid)[0]
+    return [alone(*own) for own in single]
 
   def side_by_side():
-    return together(shared, *spread)
+    return together(*spread)
 
   times = {in_sequence: [], side_by_side: []}
   results = {f: jax.block_until_ready(f()) for f in times}  # Compiles.
@@ -75,7 +78,7 @@ def main():
       begun = time.perf_counter()
       jax.block_until_ready(f())
       found.append(time.perf_counter() - begun)
-  stacked = jax.tree.map(lambda *xs: np.stack(xs), *results[in_sequence])
+  stacked = jax.tree.map(lambda *xs: np.concatenate(xs), *results[in_sequence])
   equal = jax.tree.map(
     lambda a, b: bool((np.asarray(a) == b).all()), results[side_by_side], stacked
   )

@@ -319,3 +319,15 @@ def test_scores_are_those_of_single_rows(four, chunk):
       np.testing.assert_array_equal(parts[k], right)
       assert evaluate.means(found[m], counts)[k] == pytest.approx(right.mean())
       assert not found[m, k, counts[k] :].any()
+
+
+@pytest.mark.parametrize("limit", [0.5, 3.0, 100.0])
+def test_clipping_is_that_of_optax(limit):
+  draw = np.random.default_rng(4).normal
+  grads = {"a": draw(size=(3, 4)).astype(np.float32), "b": draw(size=5).astype(np.float32)}
+  own, theirs = (
+    clip.update(grads, clip.init(grads))[0]
+    for clip in (tune._clip(limit), optax.clip_by_global_norm(limit))
+  )
+  for name in grads:
+    np.testing.assert_allclose(own[name], theirs[name], rtol=1e-6)
