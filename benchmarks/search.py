@@ -22,8 +22,8 @@ def grids(rate):
   shapes = [
     dict(schedule=s, warmup=w) for s, w in (("cosine", 0.1), ("constant", 0.1), ("cosine", 0.0))
   ]
-  rates = [dict(learning_rate=rate * f) for f in (1.0, 0.5, 2.0, 4.0)]
-  local = [r | s for s in shapes for r in rates]
+  local = [_rate(rate * f) | shapes[0] for f in (2, 1, 3, 0.5)]
+  local += [_rate(rate * f) | s for s in shapes[1:] for f in (2, 3, 1, 4)]
   nesterov = dict(outer="nesterov", outer_learning_rate=0.7, outer_momentum=0.8)
   loops = [
     _loop(rate * 2, **nesterov),
@@ -39,11 +39,10 @@ def grids(rate):
     _loop(rate * 3, local_state="kept", **nesterov),
     _loop(rate * 3, local_state="kept", method=dict(name="ties", density=1.0, scale=0.5)),
   ]
-  ways = [dict(mixed=m) | s for s in shapes[:2] for m in (False, True)]
   four = [0.35, 0.5, 0.7, 0.2]
   return {
     "experts": local,
-    "multitask": [r | w for w in ways for r in rates[:3]],
+    "multitask": [dict(mixed=m) | t for t in local[:6] for m in (False, True)],
     "task_arithmetic": [
       dict(scale=s) for s in (0.3, 0.4, 0.5, 0.2, 0.6, 0.25, 0.35, 0.45, 0.15, 0.8, 0.1, 1.0)
     ],
@@ -63,7 +62,11 @@ def grids(rate):
 def _loop(rate, **changes):
   """A trial of the loop: a long outer step along the mean, unless it is said otherwise."""
   outer = dict(outer="sgd", outer_learning_rate=3.0, outer_momentum=0.0)
-  return dict(learning_rate=float(f"{rate:g}"), schedule="cosine") | outer | changes
+  return _rate(rate) | dict(schedule="cosine") | outer | changes
+
+
+def _rate(rate):
+  return dict(learning_rate=float(f"{rate:g}"))
 
 
 def main():
@@ -72,6 +75,7 @@ def main():
   parser.add_argument("--out", type=pathlib.Path, required=True)
   parser.add_argument("--models", nargs="*", help="only these")
   parser.add_argument("--trials", type=int, default=12, help="the first so many of each model")
+  parser.add_argument("--rate", type=float, default=1e-4, help="the grids are around it")
   options, changes = parser.parse_known_args()
   changes = [tuple(c.removeprefix("--config.").split("=", 1)) for c in changes]
 
@@ -82,7 +86,7 @@ def main():
     count = f"--xla_force_host_platform_device_count={config['mesh']['devices']}"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {count}"
   search = Search(config, options.out.with_suffix(".json"))
-  every = grids(config["learning_rate"])
+  every = grids(options.rate)
   for model in options.models or every:
     for trial in every[model][: options.trials]:
       search.run(model, trial)

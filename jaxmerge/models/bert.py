@@ -95,7 +95,8 @@ def embed(
 def pooled(hidden: Float[Array, "B T D"], mask: Mask) -> Float[Array, "B D"]:
   """Averages over the real tokens: [B, T, D] -> [B, D]; zero where there is none."""
   weight = mask.astype(hidden.dtype)[..., None]
-  return (hidden * weight).sum(1) / jnp.maximum(weight.sum(1), 1)
+  # A product with a reciprocal, for the reason that `encoder._softmax` gives.
+  return (hidden * weight).sum(1) * (1 / jnp.maximum(weight.sum(1), 1))
 
 
 def apply(config: Config, dtype: Any = jnp.float32) -> Apply:
