@@ -165,14 +165,22 @@ class Search:
 
   def run_atm(self, trial):
     """Mean accuracy of a run of the loop."""
+    import jax
+
     from jaxmerge import experiment
     from jaxmerge.atm import loop
+    from jaxmerge.tasks.task import Split
 
     changes = {k: v for k, v in trial.items() if k != "method"}
+    # Only the last round counts here: the scores in between are made of one row a task.
+    tasks = [
+      dataclasses.replace(t, validation=Split(*jax.tree.map(lambda x: x[:1], tuple(t.validation))))
+      for t in self.tasks
+    ]
     result = loop.tune_and_merge(
       self.problem.apply,
       self.problem.params,
-      self.tasks,
+      tasks,
       experiment.method_of(trial.get("method", self.config["method"])),
       dataclasses.replace(self.settings, **changes),
       mesh=self.mesh,

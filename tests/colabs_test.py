@@ -23,7 +23,8 @@ def test_notebook_is_paired_with_its_script(script):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Of the kernel client, not of ours.
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.stem)
-def test_notebook_runs_and_ends_with_figures(script):
+def test_notebook_runs_and_ends_with_figures(script, monkeypatch):
+  monkeypatch.delenv("MPLBACKEND")  # That of the tests draws nothing into a notebook.
   book = jupytext.read(script.with_suffix(".ipynb"))
   nbclient.NotebookClient(book, timeout=600, kernel_name="python3").execute(cwd=str(FOLDER))
   outputs = [o for cell in book.cells if cell.cell_type == "code" for o in cell.outputs]
