@@ -63,7 +63,7 @@ def get_config():
   c.pretrain = dict(rows=100, steps=150, learning_rate=2e-3)  # rows a task that the base has seen
 
   c.keep_experts = True  # experts/ holds the tuned experts, for later merges
-  c.checkpoint = dict(keep=3)  # newest complete checkpoints that stay
+  c.checkpoint = dict(keep=3, every=1)  # newest complete ones that stay; rounds between saves
   # -1: the devices that are left; `devices`: fake ones on a CPU, None for the real ones.
   c.mesh = dict(task=-1, data=1, model=1, devices=2)
   return c.lock()

@@ -36,6 +36,7 @@ SCHEME: Mapping[str, Any] = {
   "method.name": Literal[tuple(catalog.METHODS)],
   "variant": Literal["pa", "ph"],
   "checkpoint.keep": int,
+  "checkpoint.every": int,
   "mesh.task": int,
   "mesh.data": int,
   "mesh.model": int,
@@ -44,7 +45,7 @@ SCHEME: Mapping[str, Any] = {
 # Groups whose keys are the experiment's or the method's own.
 OPEN = ("method", "baselines", "also", "data", "pretrain", "model")
 _REQUIRED_GROUPS = ("baselines", "also", "data")
-_LOWEST = {"checkpoint.keep": 1, "mesh.devices": 1}
+_LOWEST = {"checkpoint.keep": 1, "checkpoint.every": 1, "mesh.devices": 1}
 _WORDS = {
   str: "text",
   int: "a whole number",

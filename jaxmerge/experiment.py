@@ -290,6 +290,7 @@ class _Work:
         layout=self.problem.layout,
         mesh=self.mesh,
         checkpoints=store,
+        save_every=config["checkpoint"]["every"],
         on_round=show,
       )
     for message in result.messages:

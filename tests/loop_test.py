@@ -30,20 +30,18 @@ def chosen(**changes):
   return settings.Settings(**plain | changes)
 
 
-def run(
-  tasks=None, method=None, *, start=None, aux=None, mesh=None, store=None, on_round=None, **changes
-):
+def run(tasks=None, method=None, *, start=None, store=None, **changes):
   """The loop on three tasks of different sizes and classes, on one device."""
+  names = ("aux", "mesh", "save_every", "on_round")
+  given = {"mesh": meshes.make(1)} | {n: changes.pop(n) for n in names if n in changes}
   return loop.tune_and_merge(
     small.network,
     small.weights() if start is None else start,
     small.three() if tasks is None else tasks,
     method,
     chosen(**changes),
-    aux=aux,
-    mesh=mesh or meshes.make(1),
     checkpoints=store,
-    on_round=on_round,
+    **given,
   )
 
 
@@ -281,6 +279,19 @@ def test_a_run_that_stops_after_any_round_ends_with_the_same_bits(tmp_path, whol
   assert seen == list(range(k + 1, 4))
   assert found.messages == (f"resumed after round {k}",)
   assert_same_run(found, whole)
+
+
+def test_rounds_may_go_unsaved_but_not_the_last(tmp_path, whole):
+  method = methods.dare(0.3, 0.4)
+  given = dict(method=method, save_every=2, **ALL)
+  with orbax.Checkpoints(tmp_path, keep=None) as store, pytest.raises(Stopped):
+    run(store=store, on_round=stop_after(1), **given)
+  assert not tmp_path.exists() or not any(p.name.isdigit() for p in tmp_path.iterdir())
+  with orbax.Checkpoints(tmp_path, keep=None) as store:
+    assert_same_run(run(store=store, **given), whole)
+  assert {p.name for p in tmp_path.iterdir() if p.name.isdigit()} == {"2", "3"}
+  with pytest.raises(ValueError, match="save_every must be at least 1 round, got 0"):
+    run(**given | dict(save_every=0))
 
 
 @pytest.mark.slow

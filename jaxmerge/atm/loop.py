@@ -52,12 +52,13 @@ def tune_and_merge(
   layout: Sequence[tuple[str, str]] = (),
   mesh: Mesh | None = None,
   checkpoints: orbax.Checkpoints | None = None,
+  save_every: int = 1,
   on_round: Callable[[dict[str, Any]], None] | None = None,
 ) -> Result:
   """Tunes copies of the model on every task for a while, merges them, and repeats.
 
-  With a store of checkpoints every round is saved, and a run that was interrupted goes on from its
-  last good round, with the same bits on the same mesh.
+  With a store of checkpoints rounds are saved, and a run that was interrupted goes on from the last
+  good one, with the same bits on the same mesh.
 
   Args:
     apply: (params, inputs [B, ...], head) -> outputs [B, C]. Heads are padded to the widest.
@@ -71,6 +72,7 @@ def tune_and_merge(
     layout: matrix views for methods that need rows.
     mesh: devices; by default all, along the task axis.
     checkpoints: a store for this run alone.
+    save_every: rounds from one save to the next; the last round is always saved.
     on_round: is given the record of each round as soon as it is known.
 
   Raises:
@@ -80,6 +82,8 @@ def tune_and_merge(
   Reference: Zhou et al. 2024, ATM: improving model merging by alternating tuning and merging
   (arXiv:2411.03055).
   """
+  if save_every < 1:
+    raise ValueError(f"save_every must be at least 1 round, got {save_every}.")
   settings = settings or Settings()
   method = methods.average() if method is None else method
   params = tune.masters(params)
@@ -91,7 +95,8 @@ def tune_and_merge(
   for k in range(len(records), settings.rounds):
     state, record = held.round(state, k)
     records.append(record)
-    if checkpoints is not None:
+    due = (k + 1) % save_every == 0 or k + 1 == settings.rounds
+    if checkpoints is not None and due:
       checkpoints.save(k + 1, held.saved(state), held.record(records))
     if on_round is not None:
       on_round(record)
