@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmerge import resolving, stage, statistics, tree, views
+from jaxmerge import resolving, statistics, tree, unrolling, views
 from jaxmerge.stage import Array, Leaf, Method, Stage
 from jaxmerge.tree import Tree
 
@@ -195,11 +195,11 @@ def transform(
     shapes = {n: v.shape[1:] for n, v in x.items()}
     before = offsets(step, shapes)
     for group, names in members(step, x).items():
-      leaves = {n: leaf_of(n, shapes[n], base, ready)._replace(offset=before[n]) for n in names}
+      leaves = {n: leaf_of(n, base, ready)._replace(offset=before[n]) for n in names}
       known = dict(first[group])
       for statistic in step.statistics:
-        measured = functools.partial(_measure_all, statistic, x, leaves, known)
-        known[statistic.name] = statistics.settled(statistic, known, measured)
+        parts = [(x[n], leaf) for n, leaf in leaves.items()]
+        known[statistic.name] = statistics.settled(statistic, parts, known)
       for n in names:
         x[n] = update(step, x[n], leaves[n], known, kept[n], views.view_of(n, layout))
   return x
@@ -232,31 +232,21 @@ def _updated(step: Stage, x: Array, leaf: Leaf, known: Any, view: str | None) ->
       raise ValueError("a leaf has no matrix view; declare it in `layout` or mask the method.")
     return step.rest(x, leaf, known)
   seen = views.rows(views.whole(x), view)
-  part = leaf._replace(base=None, shape=seen.shape[1:], start=np.int32(0))
+  part = leaf._replace(base=None)
   return views.from_rows(step.update(seen, part, known), view, x.shape[1:])
 
 
-def leaf_of(
-  name: str, shape: tuple[int, ...], base: Mapping[str, Array] | None, ready: Ready
-) -> Leaf:
+def leaf_of(name: str, base: Mapping[str, Array] | None, ready: Ready) -> Leaf:
   """Describes a whole leaf to a stage."""
   aux = {n: v[name] if isinstance(v, dict) else v for n, v in ready.aux.items()}
   return Leaf(
     base=None if base is None else base[name],
     aux=aux,
     models=ready.tags,
-    tag=jnp.uint32(tree.tag(name)),
-    start=np.int32(0),
-    shape=tuple(shape),
+    tag=np.uint32(tree.tag(name)),
+    start=np.uint32(0),
     offset=np.uint32(0),
   )
-
-
-def _measure_all(
-  statistic: stage.Statistic, x: dict[str, Array], leaves: dict[str, Leaf], known: Any, state: Any
-) -> Any:
-  parts = [statistic.measure(x[n], leaf, state, known) for n, leaf in leaves.items()]
-  return functools.reduce(lambda a, b: jax.tree.map(statistic.combine, a, b), parts)
 
 
 def _driven(
@@ -272,7 +262,12 @@ def _driven(
   shapes = {n: leaf.shape[1:] for n, leaf in stacks.items() if tree.is_floating(leaf)}
   copied = stacks.keys() - shapes.keys()
   ready = prepare(method, shapes, tree.height(models), aux, names, copied)
-  out, finite = _compiled(base, reference, models, ready, method=method, layout=views.check(layout))
+  # Sums over a task axis that devices share must stay sums, which the compiler makes reductions.
+  chains = not any(views.over_first(x) for x in stacks.values())
+  views_of = views.check(layout)
+  out, finite = _compiled(
+    base, reference, models, ready, method=method, layout=views_of, chains=chains
+  )
   if not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((finite, out))):
     refuse_nonfinite(jax.device_get(finite), names, ready.order)
   return out
@@ -305,7 +300,7 @@ def refuse_height(name: str, height: int) -> None:
     )
 
 
-@functools.partial(jax.jit, static_argnames=("method", "layout"))
+@functools.partial(jax.jit, static_argnames=("method", "layout", "chains"))
 def _compiled(
   base: Tree | None,
   reference: Tree | None,
@@ -314,6 +309,7 @@ def _compiled(
   *,
   method: Method,
   layout: views.Views,
+  chains: bool,
 ) -> tuple[Tree, dict[str, tuple[Any, Any, Array]]]:
   stacks = tree.named(models)
   bases = None if base is None else tree.named(base)
@@ -327,7 +323,8 @@ def _compiled(
     one = None if bases is None else bases[name]
     finite[name] = are_finite(one, None if reference is None else zero, x)
     deltas[name] = task_vectors(x, zero)
-  merged = transform(method, deltas, references, ready, layout)
+  run = functools.partial(transform, method, layout=layout)
+  merged = (unrolling.unrolled(run) if chains else run)(deltas, references, ready)
   out = {}
   for name, leaf in stacks.items():
     if name in merged:

@@ -32,17 +32,16 @@ class Leaf(NamedTuple):
     aux: the method's numbers (scalar or [K]) and arrays aligned to this leaf ([K, *s]).
     models: [K] tags of the models, uint32.
     tag: tag of this leaf's name, uint32 scalar.
-    start: row (index along the first axis of the leaf) where this part begins, int32 scalar.
-    shape: shape of the whole leaf, without the task axis.
+    start: entries of the leaf before this part, row by row, uint32 scalar (counted past 2**32 from
+      zero again).
     offset: entries of the leaves before this one in its group, uint32 scalar.
   """
 
   base: Array | None
   aux: Mapping[str, Any]
   models: Array
-  tag: Array
+  tag: Array | np.generic
   start: Array | np.generic
-  shape: tuple[int, ...]
   offset: Array | np.generic
 
   def number(self, name: str, x: Array) -> Array:
@@ -88,26 +87,42 @@ class Group(NamedTuple):
     return self.aux[name]
 
 
-class Statistic(NamedTuple):
-  """A quantity measured over all leaves of a group, in one or more dependent passes.
+class Sum(NamedTuple):
+  """A statistic that adds up over all leaves of a group.
 
   Attributes:
     name: the key under which the result is known afterwards.
-    measure: (x, leaf, state, known) -> partial, a tree of arrays; partials add up.
-    begin: known -> state before the first pass.
-    refine: (state, total, known) -> state after a pass; the last state is the result.
-    passes: the most passes; each measures with the state of the pass before.
+    measure: (x, leaf, known) -> partial, a tree of arrays.
     combine: how two partials become one; addition unless said otherwise.
-    done: (state, known) -> boolean scalar: no further pass is needed.
+    finish: total -> result.
   """
 
   name: str
-  measure: Callable[[Array, Leaf, State, State], State]
-  begin: Callable[[State], State] = lambda known: ()
-  refine: Callable[[State, State, State], State] = lambda state, total, known: total
-  passes: int = 1
+  measure: Callable[[Array, Leaf, State], State]
   combine: Callable[[Array, Array], Array] = jnp.add
-  done: Callable[[State, State], Array | bool] = lambda state, known: False
+  finish: Callable[[State], State] = lambda total: total
+
+
+class Rank(NamedTuple):
+  """A statistic that is the value of a rank among of(x) >= 0, per model, over a group.
+
+  Drivers find it each in their way, and exactly; the result is a `statistics.Cut`.
+
+  Attributes:
+    name: the key under which the result is known afterwards.
+    of: (x, leaf) -> values [K, *s], elementwise, none negative.
+    rank: name of the known count n, limbs [2, K]: the n-th largest is searched.
+    exact: entries that tie at the value count by position, so that n of them are inside the cut;
+      otherwise all that tie are inside.
+  """
+
+  name: str
+  of: Callable[[Array, Leaf], Array]
+  rank: str
+  exact: bool = False
+
+
+Statistic = Sum | Rank
 
 
 class Fold(NamedTuple):
@@ -133,8 +148,8 @@ class Stage:
     numbers: the numbers that the stage reads from `leaf.aux`, with their default; None: no default.
     where: the leaves that the stage acts on, by name; None: all.
     scope: where statistics are added up: over the tree, per leaf, or per group that a name maps to.
-    unit: what `update` may be cut along: "entry" anywhere; "row" needs whole rows of the leaf's
-      matrix view, in which it gets x as [K, rows, columns].
+    unit: what `update` may be cut along: "entry" anywhere, and x may come flat, [K, n]; "row" needs
+      whole rows of the leaf's matrix view, in which it gets x as [K, rows, columns].
     rest: the update for leaves that have no matrix view, if `unit` needs one.
     combines: the stage is a combiner: it leaves height 1. Other stages keep the height.
     fold: the same combiner, a few experts at a time.

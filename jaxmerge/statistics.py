@@ -7,9 +7,10 @@ bit after the other. Counts are integers in two limbs (high * 2**16 + low), exac
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable
-from typing import Any  # States of statistics are dicts of arrays.
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple  # Any: what is known is a tree of arrays.
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ import numpy as np
 from jax import lax
 
 from jaxmerge import views
-from jaxmerge.stage import Group, Leaf, Statistic
+from jaxmerge.stage import Group, Leaf, Rank, Statistic, Sum
 
 Array = jax.Array
 Limbs = jax.Array | np.ndarray
@@ -25,17 +26,32 @@ LIMB = 16
 ROOM = 2**32  # As many entries of a model as one uint32 can count.
 
 
-def total(name: str, f: Callable[[Array, Leaf], Any]) -> Statistic:
+class Cut(NamedTuple):
+  """Where a ranking is cut off, per model: what is larger, or ties and comes early, is inside.
+
+  Attributes:
+    value: bit pattern of the value at the cut, uint32 [K].
+    last: position of the last entry inside, of those that tie with the value, uint32 [K].
+  """
+
+  value: Array
+  last: Array
+
+
+EVERY = np.uint32(2**32 - 1)  # As `Cut.last`: all that tie are inside.
+
+
+def total(name: str, f: Callable[[Array, Leaf], Any]) -> Sum:
   """Adds up f(x, leaf) over the leaves of a group."""
-  return Statistic(name, lambda x, leaf, state, known: f(x, leaf))
+  return Sum(name, lambda x, leaf, known: f(x, leaf))
 
 
-def greatest(name: str, f: Callable[[Array, Leaf], Any]) -> Statistic:
+def greatest(name: str, f: Callable[[Array, Leaf], Any]) -> Sum:
   """Takes the maximum of f(x, leaf) over the leaves of a group."""
-  return Statistic(name, lambda x, leaf, state, known: f(x, leaf), combine=jnp.maximum)
+  return Sum(name, lambda x, leaf, known: f(x, leaf), combine=jnp.maximum)
 
 
-def gram(name: str) -> Statistic:
+def gram(name: str) -> Sum:
   """Measures the inner products of the models: [K, *s] -> [K, K], over a group."""
 
   def products(x: Array, leaf: Leaf) -> Array:
@@ -45,104 +61,71 @@ def gram(name: str) -> Statistic:
   return total(name, products)
 
 
-def settled(statistic: Statistic, known: Any, measured: Callable[[Any], Any]) -> Any:
-  """Runs the passes of a statistic; `measured(state)` is the total over all parts of its group."""
+def inside(cut: Cut, values: Array, leaf: Leaf) -> Array:
+  """Tells which entries of `values` >= 0 a cut keeps: [K, *s] -> boolean [K, *s].
 
-  def one(state: Any) -> Any:
+  Example:
+    >>> cut = Cut(pattern(jnp.array([2.0])), jnp.array([EVERY], jnp.uint32))
+    >>> leaf = Leaf(None, {}, jnp.zeros(1, jnp.uint32), jnp.uint32(0), np.uint32(0), np.uint32(0))
+    >>> inside(cut, jnp.array([[1.0, 2.0, 3.0]]), leaf).tolist()
+    [[False, True, True]]
+  """
+  bits, value, last = pattern(values), _against(cut.value, values), _against(cut.last, values)
+  return (bits > value) | ((bits == value) & (position(values, leaf) <= last))
+
+
+def settled(
+  statistic: Statistic, parts: Sequence[tuple[Array, Leaf]], known: dict[str, Any]
+) -> Any:
+  """Returns a statistic of a group whose leaves, with their descriptions, are all at hand."""
+
+  def over(measure: Callable[[Array, Leaf], Any], combine: Callable[[Array, Array], Array]) -> Any:
+    each = [measure(x, leaf) for x, leaf in parts]
+    found = functools.reduce(lambda a, b: jax.tree.map(combine, a, b), each)
     # Where axes are explicit, a total per model is left sharded as the models are.
-    return statistic.refine(state, jax.tree.map(views.everywhere, measured(state)), known)
+    return jax.tree.map(views.everywhere, found)
 
-  def going(carry: Any) -> Array:
-    n, state = carry
-    return (n < statistic.passes) & ~jnp.asarray(statistic.done(state, known))
-
-  state = statistic.begin(known)
-  if statistic.passes == 1:
-    return one(state)
-  return lax.while_loop(going, lambda carry: (carry[0] + 1, one(carry[1])), (0, state))[1]
+  if isinstance(statistic, Sum):
+    measured = over(lambda x, leaf: statistic.measure(x, leaf, known), statistic.combine)
+    return statistic.finish(measured)
+  return _cut(statistic, over, known[statistic.rank])
 
 
-def kth(name: str, of: Callable[[Array], Array], *, rank: str) -> Statistic:
-  """Finds the exact value of rank `known[rank]` among of(x) >= 0, per model.
+def _cut(rank: Rank, over: Any, n: Any) -> Cut:
+  """Finds the value bit by bit, then the last position of those that tie, in the same way."""
 
-  Args:
-    name: the result is known under this name: the value's bit pattern, uint32 [K].
-    of: elementwise function of the stack x [K, *s]; its values must not be negative.
-    rank: name of the known count n, limbs [2, K]: the n-th largest is searched. For n = 0 the
-      result is a pattern above every finite value.
-  """
-  top = 30  # The sign bit of a non-negative float is zero.
+  def counted(chosen: Callable[[Array, Array], Array]) -> Array:
+    def one(x: Array, leaf: Leaf) -> Array:
+      values = rank.of(x, leaf)
+      return count(chosen(pattern(values), position(values, leaf)))
 
-  def measure(x: Array, leaf: Leaf, state: Any, known: Any) -> Array:
-    candidate = state["found"] | (jnp.uint32(1) << state["bit"])
-    return count(pattern(of(x)) >= _against(candidate, x))
+    return over(one, plus)
 
-  def refine(state: Any, reached: Array, known: Any) -> Any:
-    bit = jnp.uint32(1) << state["bit"]
-    enough = at_least(reached, known[rank])
-    return {
-      "found": jnp.where(enough, state["found"] | bit, state["found"]),
-      "bit": state["bit"] - jnp.uint32(1),
-    }
+  def higher(i: Any, value: Array) -> Array:
+    tried = value | (jnp.uint32(2**30) >> i)  # The sign bit of what is not negative is zero.
+    enough = at_least(counted(lambda bits, at: bits >= _against(tried, bits)), n)
+    return jnp.where(enough, tried, value)
 
-  def begin(known: Any) -> Any:
-    return {"found": jnp.zeros(known[rank].shape[-1], jnp.uint32), "bit": jnp.uint32(top)}
+  zeros = jnp.zeros(n.shape[-1], jnp.uint32)
+  every = jnp.full_like(zeros, EVERY)
+  value = lax.fori_loop(jnp.uint32(0), jnp.uint32(31), higher, zeros)
+  if not rank.exact:
+    return Cut(value, every)
 
-  return Statistic(name, measure, begin, refine, passes=top + 1, combine=plus)
+  def tied(bits: Array) -> Array:
+    return bits == _against(value, bits)
 
+  def later(carry: tuple[Array, Array]) -> tuple[Array, Array]:
+    i, last = carry
+    tried = last | (jnp.uint32(2**31) >> i)
+    before = counted(lambda bits, at: tied(bits) & (at < _against(tried, bits)))
+    return i + 1, jnp.where(at_least(before, wanted), last, tried)
 
-def top(name: str, of: Callable[[Array], Array]) -> tuple[Statistic, ...]:
-  """Finds which entries are the `known[name]` largest of(x) >= 0, ties broken by position.
-
-  `inside(name, of(x), leaf, known)` tells for each entry whether it is among them.
-
-  Args:
-    name: name of the known count n, limbs [2, K]. Exactly n entries are inside.
-    of: as for `kth`.
-  """
-  value, around, last = f"{name} value", f"{name} around", f"{name} last"
-
-  def compared(x: Array, leaf: Leaf, state: Any, known: Any) -> Any:
-    bits, cut = pattern(of(x)), _against(known[value]["found"], x)
-    return {"above": count(bits > cut), "tied": count(bits == cut)}
-
-  def measure(x: Array, leaf: Leaf, state: Any, known: Any) -> Array:
-    candidate = state["found"] | (jnp.uint32(1) << state["bit"])
-    tied = pattern(of(x)) == _against(known[value]["found"], x)
-    return count(tied & (position(x, leaf) < _against(candidate, x)))
-
-  def refine(state: Any, before: Array, known: Any) -> Any:
-    bit = jnp.uint32(1) << state["bit"]
-    return {
-      "found": jnp.where(at_least(before, wanted(known)), state["found"], state["found"] | bit),
-      "bit": state["bit"] - jnp.uint32(1),
-    }
-
-  def wanted(known: Any) -> Array:
-    return minus(known[name], known[around]["above"])
-
-  def begin(known: Any) -> Any:
-    # Where all that are tied are wanted, their positions need not be searched.
-    every = at_least(wanted(known), known[around]["tied"])
-    found = jnp.where(every, jnp.uint32(2**32 - 1), jnp.uint32(0))
-    return {"found": found, "bit": jnp.uint32(31)}
-
-  def settled(state: Any, known: Any) -> Array:
-    return (state["found"] == jnp.uint32(2**32 - 1)).all()
-
-  return (
-    kth(value, of, rank=name),
-    Statistic(around, compared, combine=plus),
-    Statistic(last, measure, begin, refine, passes=32, combine=plus, done=settled),
-  )
-
-
-def inside(name: str, values: Array, leaf: Leaf, known: Any) -> Array:
-  """Tells which entries of `values` the statistics `top` found: [K, *s] -> boolean [K, *s]."""
-  bits = pattern(values)
-  cut = _against(known[f"{name} value"]["found"], values)
-  last = _against(known[f"{name} last"]["found"], values)
-  return (bits > cut) | ((bits == cut) & (position(values, leaf) <= last))
+  wanted = minus(n, counted(lambda bits, at: bits > _against(value, bits)))
+  # Where all that are tied are wanted, their positions need not be searched.
+  last = jnp.where(at_least(wanted, counted(lambda bits, at: tied(bits))), every, zeros)
+  going = (lambda carry: (carry[0] < 32) & (carry[1] != EVERY).any(), later, (jnp.uint32(0), last))
+  return Cut(value, lax.while_loop(*going)[1])
 
 
 def pattern(values: Array) -> Array:
@@ -157,16 +140,23 @@ def pattern(values: Array) -> Array:
 
 def position(x: Array, leaf: Leaf) -> Array:
   """Returns each entry's position in its group: [K, *s] -> uint32 [1, *s]."""
+  return index(x) + jnp.asarray(leaf.start) + jnp.asarray(leaf.offset)
+
+
+def index(x: Array) -> Array:
+  """Numbers the entries of one model row by row: [K, *s] -> uint32 [1, *s].
+
+  Example:
+    >>> index(jnp.zeros((5, 2, 3))).tolist()
+    [[[0, 1, 2], [3, 4, 5]]]
+  """
   flat = jnp.zeros((1,) * x.ndim, jnp.uint32)
   stride = 1
   for axis in range(x.ndim - 1, 0, -1):
-    index = lax.broadcasted_iota(jnp.uint32, (1,) * axis + (x.shape[axis],), axis)
-    index = index.reshape((1,) * axis + (x.shape[axis],) + (1,) * (x.ndim - axis - 1))
-    if axis == 1:
-      index = index + leaf.start.astype(jnp.uint32)
-    flat = flat + index * jnp.uint32(stride)
-    stride *= leaf.shape[axis - 1]
-  return flat + jnp.asarray(leaf.offset)
+    along = lax.broadcasted_iota(jnp.uint32, (x.shape[axis],), 0) * jnp.uint32(stride)
+    flat = flat + along.reshape((1,) * axis + (-1,) + (1,) * (x.ndim - axis - 1))
+    stride = stride * x.shape[axis] % 2**32
+  return flat
 
 
 def count(mask: Array) -> Array:

@@ -1,22 +1,30 @@
 """The driver for weights that are not all in memory at once: leaf by leaf, slice by slice.
 
-A source hands out rows of one leaf of the base and of all models; a sink takes rows of the result.
-One slice is on the device at a time. Elementwise methods and integer statistics give the bits of
-`merge`.
+A source hands out entries of one leaf of the base and of all models; a sink takes those of the
+result. One slice is on the device at a time. Elementwise methods and integer statistics give the
+bits of `merge`, sums of floats are those of fixed blocks, in order: nothing depends on the cut.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple  # Any: states are trees that a stage defines.
+import itertools
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple  # Any: what is known is a tree of arrays.
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from jaxmerge import memory, stage, tree, views
-from jaxmerge.stage import Array, Leaf, Method
+from jaxmerge import memory, ranking, statistics, tree, unrolling, views
+from jaxmerge.stage import Array, Leaf, Method, Rank, Stage, Statistic, Sum
 from jaxmerge.tree import Tree
+
+BLOCK = 2**18  # Sums of floats are made of slices of so many entries, however others are cut.
+SAMPLE = 2**18  # Entries of a model that are looked at before a threshold is searched,
+PIECE = 2**9  # at least so many next to each other,
+PIECES = 16  # in at most so many places of a leaf.
 
 
 class Source(NamedTuple):
@@ -25,8 +33,8 @@ class Source(NamedTuple):
   Attributes:
     leaves: name to ShapeDtypeStruct of the base's leaves, without the task axis.
     height: number of models K.
-    read: (name, start, stop) -> (base [rows, ...], reference [rows, ...], models [K, rows, ...]);
-      rows count along the leaf's first axis. A scalar leaf is read whole, with start 0 and stop 1.
+    read: (name, start, stop) -> (base [n], reference [n], models [K, n]), NumPy arrays; entries
+      are counted row by row. They are used up before the next call.
   """
 
   leaves: Mapping[str, jax.ShapeDtypeStruct]
@@ -37,7 +45,7 @@ class Source(NamedTuple):
 def stream(
   method: Method,
   source: Source,
-  write: Callable[[str, int, Array | np.ndarray], None],
+  write: Callable[[str, int, np.ndarray], None],
   *,
   aux: Mapping[str, Any] | None = None,
   seed: int | None = None,
@@ -45,52 +53,49 @@ def stream(
   ready: memory.Ready | None = None,
   layout: Sequence[tuple[str, str]] = (),
   entries: int = 2**20,
+  done: Collection[str] = (),
 ) -> None:
-  """Merges slice by slice: for each, write(name, start, merged rows) is called.
+  """Merges slice by slice: for each, write(name, start, merged entries [n]) is called.
 
-  Every dependent pass of a statistic reads the source once more. Arguments and errors as for
-  `jaxmerge.merge`; NaN or infinity is found, and named, when its slice is read, before anything of
-  that slice is written.
+  Every statistic reads the source once more. Arguments and errors as for `jaxmerge.merge`; NaN or
+  infinity is found, and named, when its slice is first read, before anything of it is written.
 
   Args:
-    method: the method; stages that need whole rows get whole leaves.
+    method: the method; stages that need whole rows get whole rows.
     source: where base, reference and models come from.
-    write: takes the rows of the result, in the base's dtype.
+    write: takes entries of the result, in the base's dtype.
     aux: numbers by name, scalar or one per model.
     seed: for methods with random masks.
     names: names of the models.
     ready: numbers and tags that were prepared before, in place of `aux` and `seed`.
     layout: matrix views.
-    entries: upper bound on the entries per model in a slice; at least one row is taken.
+    entries: about so many entries of each model are in a slice.
+    done: names of leaves whose result is there already: they are measured, not written.
   """
   shapes = {n: s.shape for n, s in sorted(source.leaves.items()) if tree.is_floating(s)}
   if ready is None:
     aux = dict(aux or {}, **({} if seed is None else {"seed": seed}))
     copied = source.leaves.keys() - shapes.keys()
     ready = memory.prepare(method, shapes, source.height, aux, names, copied)
-  before = tuple(memory.offsets(step, shapes) for step in method)
-  cut = _Cut(method, source, shapes, ready, names, views.check(layout), entries, before)
+  offsets = tuple(memory.offsets(step, shapes) for step in method)
+  run = _Run(method, source, shapes, ready, names, views.check(layout), entries, offsets, {})
   known: tuple[Any, ...] = ()
   for i, step in enumerate(method):
     own = {}
     for group, members in memory.members(step, shapes).items():
       own[group] = dict(ready.known[i][group])
-      for j, statistic in enumerate(step.statistics):
-        state = _begun(own[group], method=method, at=(i, j))
-        for _ in range(statistic.passes):
-          if statistic.passes > 1 and _done(state, own[group], method=method, at=(i, j)):
-            break
-          found = _total(cut, members, (i, j), known, own[group], state)
-          state = _refined(state, found, own[group], method=method, at=(i, j))
-        own[group][statistic.name] = state
+      for batch in _batches(step):
+        own[group].update(_measured(run, members, i, batch, known, own[group]))
     known = (*known, own)
-  for name, start, parts in _slices(cut, shapes):
-    out = _merged(parts, _alone(cut, name, known), method=method, **cut.static(name))
+  left = [name for name in shapes if name not in done]
+  for name, start, parts, form in _slices(run, left, entries):
+    out = np.asarray(_merged(parts, _known(run, name, known), method=method, form=form))
     memory.refuse_height(name, out.shape[0])
     write(name, start, out[0])
-  for name, leaf in source.leaves.items():
-    if name not in shapes:
-      write(name, 0, source.read(name, 0, leaf.shape[0] if leaf.shape else 1)[0])
+  for name in source.leaves.keys() - shapes.keys() - set(done):
+    size = math.prod(source.leaves[name].shape)
+    for start in range(0, max(size, 1), entries):
+      write(name, start, source.read(name, start, min(start + entries, size))[0])
 
 
 def merge_slices(
@@ -102,29 +107,24 @@ def merge_slices(
   """
   reference = base if reference is None else reference
   memory.check_models(base, models, reference)
-  bases, references, stacks = (
-    {n: np.asarray(v) for n, v in tree.named(t).items()} for t in (base, reference, models)
-  )
+  trees = (tree.named(t) for t in (base, reference, models))
+  bases, references, stacks = ({n: np.asarray(v) for n, v in t.items()} for t in trees)
   out = {n: np.empty(v.shape, v.dtype) for n, v in bases.items()}
+  height = tree.height(models)
 
   def read(name: str, start: int, stop: int) -> tuple[Any, Any, Any]:
-    if not bases[name].ndim:
-      return bases[name], references[name], stacks[name]
-    rows = slice(start, stop)
-    return bases[name][rows], references[name][rows], stacks[name][:, rows]
+    own, zero = (t[name].reshape(-1)[start:stop] for t in (bases, references))
+    return own, zero, stacks[name].reshape(height, -1)[:, start:stop]
 
-  def write(name: str, start: int, part: Array | np.ndarray) -> None:
-    if out[name].ndim:
-      out[name][start : start + part.shape[0]] = part
-    else:
-      out[name][...] = part
+  def write(name: str, start: int, part: np.ndarray) -> None:
+    out[name].reshape(-1)[start : start + part.shape[0]] = part
 
   leaves = {n: jax.ShapeDtypeStruct(v.shape, v.dtype) for n, v in bases.items()}
-  stream(method, Source(leaves, tree.height(models), read), write, **options)
+  stream(method, Source(leaves, height, read), write, **options)
   return tree.rebuild(base, out)
 
 
-class _Cut(NamedTuple):
+class _Run(NamedTuple):
   """What stays the same over all slices of a merge."""
 
   method: Method
@@ -135,14 +135,26 @@ class _Cut(NamedTuple):
   layout: views.Views
   entries: int
   offsets: tuple[dict[str, np.uint32], ...]
+  checked: dict[str, int]
 
-  def static(self, name: str) -> dict[str, Any]:
-    """The part of a leaf's description that a compiled program depends on."""
-    acts = tuple(s.where is None or s.where(name) for s in self.method)
-    return {"acts": acts, "shape": self.shapes[name], "view": views.view_of(name, self.layout)}
+
+class _Form(NamedTuple):
+  """What the program of a slice depends on, besides its length: for leaves alike it is the same.
+
+  Attributes:
+    acts: whether each stage acts on the leaf.
+    shape: of the slice, (-1, ...) or that of a scalar, (); None where it can stay flat.
+    view: the leaf's matrix view.
+  """
+
+  acts: tuple[bool, ...]
+  shape: tuple[int, ...] | None
+  view: str | None
 
 
 class _Parts(NamedTuple):
+  """A slice, and what its program takes with it."""
+
   base: Any
   reference: Any
   models: Any
@@ -150,118 +162,250 @@ class _Parts(NamedTuple):
   offsets: tuple[Any, ...]
 
 
-def _slices(cut: _Cut, members: Any) -> Iterator[tuple[str, int, _Parts]]:
-  """Reads the members slice by slice, and refuses NaN and infinity."""
-  whole = any(step.unit != "entry" for step in cut.method)
+# --- Cutting and reading ---
+
+
+def _form(run: _Run, name: str) -> _Form:
+  acts = tuple(step.where is None or step.where(name) for step in run.method)
+  shape = run.shapes[name]
+  if shape and not _needs_rows(run, name):
+    return _Form(acts, None, None)
+  return _Form(acts, (-1, *shape[1:]) if shape else (), views.view_of(name, run.layout))
+
+
+def _needs_rows(run: _Run, name: str) -> bool:
+  return any(s.unit == "row" and (s.where is None or s.where(name)) for s in run.method)
+
+
+def _unit(run: _Run, name: str) -> int:
+  """As many entries must stay together."""
+  shape = run.shapes[name]
+  if not _needs_rows(run, name):
+    return 1
+  rows_lead = views.rows_lead(views.view_of(name, run.layout))
+  return max(1, math.prod(shape[1:] if rows_lead else shape))
+
+
+def _ranges(run: _Run, name: str, entries: int) -> Iterator[tuple[int, int]]:
+  """Cuts a leaf into slices of about so many entries, in whole units."""
+  size, unit = math.prod(run.shapes[name]), _unit(run, name)
+  step = unit * max(1, entries // unit)
+  for start in range(0, max(size, 1), step):
+    yield start, min(start + step, size)
+
+
+def _pieces(run: _Run, name: str, size: int) -> Iterator[tuple[int, int]]:
+  """Picks some slices all over a leaf, its share of a sample of `size` entries."""
+  own, unit = math.prod(run.shapes[name]), _unit(run, name)
+  wanted = SAMPLE * own // max(size, 1)
+  count = min(max(wanted // PIECE, 1), PIECES)
+  # A power of two: programs are compiled for every length.
+  length = unit * -(-max(PIECE, 1 << (wanted // count).bit_length()) // unit)
+  if count * length >= own:
+    count, length = 1, own
+  for i in range(count):
+    start = own * i // count // unit * unit
+    yield start, min(start + length, own)
+
+
+def _slices(
+  run: _Run, members: Collection[str], entries: int
+) -> Iterator[tuple[str, int, _Parts, _Form]]:
   for name in members:
-    shape = cut.shapes[name]
-    rows = shape[0] if shape else 1
-    across = max(1, int(np.prod(shape[1:], dtype=np.int64)))
-    step = rows if whole else max(1, cut.entries // across)
-    leaf = memory.leaf_of(name, shape, None, cut.ready)._replace(shape=())
-    for start in range(0, max(rows, 1), max(step, 1)):
-      stop = min(start + step, rows)
-      base, reference, models = cut.source.read(name, start, stop)
-      if cut.ready.order is not None:
-        models = models[cut.ready.order]
-      aux = {n: _rows(v, shape, start, stop) for n, v in leaf.aux.items()}
-      part = leaf._replace(start=np.int32(start), aux=aux)
-      flags = jax.device_get(_finite(base, reference, models))
-      memory.refuse_nonfinite({name: flags}, cut.names, cut.ready.order)
-      before = tuple(own.get(name, np.uint32(0)) for own in cut.offsets)
-      yield name, start, _Parts(base, reference, models, part, before)
+    form = _form(run, name)
+    for start, stop in _ranges(run, name, entries):
+      yield name, start, _read(run, name, start, stop), form
 
 
-def _rows(value: Any, shape: tuple[int, ...], start: int, stop: int) -> Any:
-  """The rows of an array that is aligned to the leaf; other numbers as they are."""
-  aligned = np.ndim(value) == len(shape) + 1 and shape and np.shape(value)[1:] == shape
-  return value[:, start:stop] if aligned else value
+def _read(run: _Run, name: str, start: int, stop: int) -> _Parts:
+  """Reads a slice, and refuses NaN and infinity the first time."""
+  base, reference, models = run.source.read(name, start, stop)
+  order, shape = run.ready.order, run.shapes[name]
+  if order is not None:
+    models = models[order]
+  if start >= run.checked.get(name, 0):
+    fine = finite(base)
+    flags = (fine, fine if reference is base else finite(reference), [finite(m) for m in models])
+    memory.refuse_nonfinite({name: flags}, run.names, order)
+    if start == run.checked.get(name, 0):  # A sample looks ahead.
+      run.checked[name] = stop
+  leaf = memory.leaf_of(name, None, run.ready)
+  aux = {n: _entries(v, shape, start, stop) for n, v in leaf.aux.items()}
+  before = tuple(own.get(name, np.uint32(0)) for own in run.offsets)
+  leaf = leaf._replace(start=np.uint32(start % 2**32), aux=aux)
+  return _Parts(base, reference, models, leaf, before)
 
 
-def _alone(cut: _Cut, name: str, known: tuple[Any, ...]) -> tuple[Any, ...]:
+def _entries(value: Any, shape: tuple[int, ...], start: int, stop: int) -> Any:
+  """The entries of an array that is aligned to the leaf; other numbers as they are."""
+  if not shape or np.ndim(value) != len(shape) + 1 or np.shape(value)[1:] != shape:
+    return value
+  return np.asarray(value).reshape(len(value), -1)[:, start:stop]
+
+
+_INTEGERS = {2: (np.uint16, np.int16), 4: (np.uint32, np.int32)}
+_INFINITY = {"bfloat16": 0x7F80, "float16": 0x7C00, "float32": 0x7F800000}
+
+
+def finite(x: np.ndarray | None) -> bool:
+  """Tells whether an array has neither NaN nor infinity, without a temporary array.
+
+  Example:
+    >>> finite(np.array([1.0, np.inf], np.float32)), finite(np.ones(3, np.float16))
+    (False, True)
+  """
+  if x is None or not x.size:
+    return True
+  if x.dtype.name not in _INFINITY:
+    return bool(np.isfinite(x).all())
+  # As integers: positive infinity and NaN are the largest signed, negative the largest unsigned.
+  limit = _INFINITY[x.dtype.name]
+  unsigned, signed = (x.view(integer) for integer in _INTEGERS[x.dtype.itemsize])
+  sign = 1 << (8 * x.dtype.itemsize - 1)
+  return bool(signed.max() < limit and unsigned.max() < limit + sign)
+
+
+# --- Measuring ---
+
+
+def _known(run: _Run, name: str, known: tuple[Any, ...]) -> tuple[Any, ...]:
   """What each stage knows about one leaf: that of the leaf's group."""
-  return tuple(own.get(step.group(name), {}) for step, own in zip(cut.method, known, strict=False))
+  return tuple(own.get(step.group(name), {}) for step, own in zip(run.method, known, strict=False))
 
 
-def _total(
-  cut: _Cut, members: Any, at: tuple[int, int], known: tuple[Any, ...], own: Any, state: Any
-) -> Any:
-  found = None
-  for name, _, parts in _slices(cut, members):
-    before = _alone(cut, name, known)
-    part = _measured(parts, before, own, state, method=cut.method, at=at, **cut.static(name))
-    found = part if found is None else _combined(found, part, method=cut.method, at=at)
-  return found
+def _batches(step: Stage) -> Iterator[list[Statistic]]:
+  """Groups statistics that one reading serves: neighbouring ranks among the same values."""
+
+  def kind(indexed: tuple[int, Statistic]) -> Any:
+    j, statistic = indexed
+    return (statistic.of, statistic.exact) if isinstance(statistic, Rank) else j
+
+  for _, batch in itertools.groupby(enumerate(step.statistics), kind):
+    yield [statistic for _, statistic in batch]
 
 
-_finite = jax.jit(memory.are_finite)
-
-
-def _statistic(method: Method, at: tuple[int, int]) -> stage.Statistic:
-  return method[at[0]].statistics[at[1]]
-
-
-@functools.partial(jax.jit, static_argnames=("method", "at"))
-def _begun(own: Any, *, method: Method, at: tuple[int, int]) -> Any:
-  return _statistic(method, at).begin(own)
-
-
-@functools.partial(jax.jit, static_argnames=("method", "at"))
-def _done(state: Any, own: Any, *, method: Method, at: tuple[int, int]) -> Any:
-  return _statistic(method, at).done(state, own)
-
-
-@functools.partial(jax.jit, static_argnames=("method", "at"))
-def _refined(state: Any, found: Any, own: Any, *, method: Method, at: tuple[int, int]) -> Any:
-  return _statistic(method, at).refine(state, found, own)
-
-
-@functools.partial(jax.jit, static_argnames=("method", "at"))
-def _combined(found: Any, part: Any, *, method: Method, at: tuple[int, int]) -> Any:
-  return jax.tree.map(_statistic(method, at).combine, found, part)
-
-
-def _through(
-  parts: _Parts, known: Any, method: Method, acts: Any, shape: tuple[int, ...], view: str | None
-) -> tuple[Array, Leaf]:
-  """Takes the task vectors of a slice through the first stages."""
-  x = memory.task_vectors(parts.models, parts.reference)
-  leaf = parts.leaf._replace(shape=shape, base=parts.reference)
-  kept: list[Array] = []
-  for step, acting, own, offset in zip(method, acts, known, parts.offsets, strict=False):
-    leaf = leaf._replace(offset=offset)
-    if acting:
-      x = memory.update(step, x, leaf, own, kept, view)
-  return x, leaf
-
-
-@functools.partial(jax.jit, static_argnames=("method", "at", "acts", "shape", "view"))
 def _measured(
-  parts: _Parts,
-  known: Any,
-  own: Any,
-  state: Any,
-  *,
-  method: Method,
-  at: tuple[int, int],
-  acts: tuple[bool, ...],
-  shape: tuple[int, ...],
-  view: str | None,
+  run: _Run, members: Sequence[str], i: int, batch: list[Statistic], known: Any, own: Any
+) -> dict[str, Any]:
+  before, ranks = run.method[:i], [s for s in batch if isinstance(s, Rank)]
+  if not ranks:
+    return {s.name: _sum(run, members, before, s, known, own) for s in batch if isinstance(s, Sum)}
+  wanted = [(int(high) << 16) + int(low) for s in ranks for high, low in np.asarray(own[s.rank]).T]
+  numbers = _numbers(run, members, before, ranks, known)
+  values, lasts = ranking.cut(numbers, wanted, exact=ranks[0].exact)
+  cuts = zip(*(jnp.asarray(x).reshape(len(ranks), -1) for x in (values, lasts)), strict=True)
+  return {s.name: statistics.Cut(*cut) for s, cut in zip(ranks, cuts, strict=True)}
+
+
+def _sum(
+  run: _Run, members: Sequence[str], before: Method, statistic: Sum, known: Any, own: Any
 ) -> Any:
-  x, leaf = _through(parts, known, method[: at[0]], acts, shape, view)
-  leaf = leaf._replace(offset=parts.offsets[at[0]])
-  return _statistic(method, at).measure(x, leaf, state, own)
+  """Adds up the results of fixed slices, one after the other, floats in double precision."""
+  total = dtypes = None
+  combine = np.add if statistic.combine is jnp.add else jax.jit(statistic.combine)
+  for name, _, parts, form in _slices(run, members, BLOCK):
+    seen = _known(run, name, known)
+    each = _partial(parts, seen, own, before=before, statistic=statistic, form=form)
+    dtypes = jax.tree.map(lambda x: x.dtype, each)
+    each = jax.tree.map(_wide, jax.device_get(each)) if combine is np.add else each
+    total = each if total is None else jax.tree.map(combine, total, each)
+  return statistic.finish(jax.tree.map(jnp.asarray, total, dtypes))
 
 
-@functools.partial(jax.jit, static_argnames=("method", "acts", "shape", "view"))
-def _merged(
-  parts: _Parts,
-  known: Any,
-  *,
-  method: Method,
-  acts: tuple[bool, ...],
-  shape: tuple[int, ...],
-  view: str | None,
-) -> Array:
-  x, _ = _through(parts, known, method, acts, shape, view)
-  return memory.stored(x, parts.base, parts.base.dtype)
+def _wide(x: np.ndarray) -> np.ndarray:
+  return x.astype(np.float64) if np.issubdtype(x.dtype, np.floating) else x
+
+
+def _numbers(
+  run: _Run, members: Sequence[str], before: Method, ranks: Sequence[Rank], known: Any
+) -> ranking.Numbers:
+  """The values that some statistics rank, one row per statistic and model."""
+  size = sum(math.prod(run.shapes[n]) for n in members)
+  ranges = [(n, *ends) for n in members for ends in _ranges(run, n, run.entries)]
+
+  def part(name: str, start: int, stop: int, bracket: Any = None) -> ranking.Slice:
+    parts = _read(run, name, start, stop)
+    found = _bits(
+      parts, _known(run, name, known), bracket, before=before, rank=ranks[0], form=_form(run, name)
+    )
+    bits, codes = jax.device_get(found)
+    return ranking.Slice(int(parts.offsets[len(before)]) + start, list(bits) * len(ranks), codes)
+
+  def sample() -> tuple[np.ndarray, np.ndarray]:
+    found, weights = [], []
+    for name in members:
+      whole = math.prod(run.shapes[name])
+      own = [np.stack(part(name, *ends).bits) for ends in _pieces(run, name, size)]
+      found += own
+      seen = sum(x.shape[1] for x in own)
+      weights += [np.full(x.shape[1], whole / max(seen, 1)) for x in own]
+    return np.concatenate(found, axis=1), np.concatenate(weights)
+
+  def scan(low: np.ndarray, high: np.ndarray) -> Iterator[ranking.Slice]:
+    bracket = tuple(side.reshape(len(ranks), -1) for side in (low, high))
+    return (part(*ends, bracket) for ends in ranges)
+
+  return ranking.Numbers(size, sample, scan, lambda which: part(*ranges[which]))
+
+
+# --- Programs ---
+
+
+def _through(parts: _Parts, known: Any, method: Method, form: _Form) -> tuple[Array, Leaf]:
+  """Takes the task vectors of a slice through stages; with the leaf as a next stage sees it."""
+  x = memory.task_vectors(parts.models, parts.reference)
+  base = parts.reference
+  if form.shape == ():
+    x, base = x.reshape(x.shape[:1]), None if base is None else base.reshape(())
+  leaf, kept = parts.leaf._replace(base=base), list[Array]()
+  for step, acting, own, offset in zip(method, form.acts, known, parts.offsets, strict=False):
+    if not acting:
+      continue
+    leaf = leaf._replace(offset=offset)
+    if step.unit == "row" and form.shape:
+      y = memory.update(step, x.reshape(x.shape[0], *form.shape), leaf, own, kept, form.view)
+      x = y.reshape(y.shape[0], math.prod(y.shape[1:]))
+    else:
+      x = memory.update(step, x, leaf, own, kept, form.view)
+  return x, leaf._replace(offset=parts.offsets[min(len(method), len(parts.offsets) - 1)])
+
+
+@functools.partial(jax.jit, static_argnames=("before", "statistic", "form"))
+def _partial(
+  parts: _Parts, known: Any, own: Any, *, before: Method, statistic: Sum, form: _Form
+) -> Any:
+  """What a slice adds to a sum."""
+
+  def run(parts: _Parts, known: Any, own: Any) -> Any:
+    return statistic.measure(*_through(parts, known, before, form), own)
+
+  return unrolling.unrolled(run)(parts, known, own)
+
+
+@functools.partial(jax.jit, static_argnames=("before", "rank", "form"))
+def _bits(
+  parts: _Parts, known: Any, bracket: Any, *, before: Method, rank: Rank, form: _Form
+) -> tuple[Array, Array]:
+  """The patterns [K, n] of a slice's values, and their side of each bracket, [R * K, n]."""
+
+  def run(parts: _Parts, known: Any) -> Array:
+    return statistics.pattern(rank.of(*_through(parts, known, before, form)))
+
+  bits = unrolling.unrolled(run)(parts, known)
+  bits = bits.reshape(bits.shape[0], parts.models.shape[1])
+  if bracket is None:
+    return bits, jnp.zeros((0, 0), jnp.uint8)
+  low, high = (side[..., None] for side in bracket)
+  codes = (bits[None] >= low).astype(jnp.uint8) + (bits[None] > high).astype(jnp.uint8)
+  return bits, codes.reshape(low.shape[0] * bits.shape[0], bits.shape[1])
+
+
+@functools.partial(jax.jit, static_argnames=("method", "form"))
+def _merged(parts: _Parts, known: Any, *, method: Method, form: _Form) -> Array:
+  """A slice of the result, [1, n]."""
+
+  def run(parts: _Parts, known: Any) -> Array:
+    x, _ = _through(parts, known, method, form)
+    return memory.stored(x.reshape(x.shape[0], len(parts.base)), parts.base, parts.base.dtype)
+
+  return unrolling.unrolled(run)(parts, known)

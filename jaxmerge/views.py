@@ -11,8 +11,10 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from typing import Any  # Any: arrays of NumPy as well.
 
 import jax
+import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -28,6 +30,16 @@ def view_of(name: str, views: Views) -> str | None:
     'io'
   """
   return next((view for pattern, view in views if re.search(pattern, name)), None)
+
+
+def rows_lead(view: str | None) -> bool:
+  """Tells whether whole rows follow one another in a leaf of this view.
+
+  Example:
+    >>> rows_lead("oi"), rows_lead("io"), rows_lead("boi"), rows_lead(None)
+    (True, False, True, False)
+  """
+  return view is not None and view[0] != "i" and _order(view, len(view)) == list(range(len(view)))
 
 
 def check(views: Sequence[tuple[str, str]]) -> Views:
@@ -53,6 +65,15 @@ def whole(x: Array) -> Array:
   if all(axis is None for axis in sharding.spec[1:]):
     return x
   return jax.sharding.reshard(x, _by_task(sharding, x.ndim))
+
+
+def over_first(x: Any) -> bool:
+  """Tells whether the first axis of an array is known to be sharded."""
+  if isinstance(x, np.ndarray):
+    return False
+  # The sharding of what is being traced is known where axes are explicit.
+  sharding = jax.typeof(x).sharding if isinstance(x, jax.core.Tracer) else x.sharding
+  return isinstance(sharding, NamedSharding) and any(s is not None for s in sharding.spec[:1])
 
 
 def everywhere(x: Array) -> Array:

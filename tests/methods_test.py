@@ -280,7 +280,7 @@ def test_folding_one_by_one_is_the_combiner(method):
   assert stage.foldable(method)
   step = next(s for s in method if s.combines)
   ready = memory.prepare(method, {"w": (6,)}, 3, {}, None)
-  leaf = memory.leaf_of("w", (6,), None, ready)
+  leaf = memory.leaf_of("w", None, ready)
   held = None
   for k in range(3):
     aux = {n: v[k : k + 1] if np.ndim(v) else v for n, v in leaf.aux.items()}

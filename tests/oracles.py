@@ -157,12 +157,10 @@ def uniform(seed, leaf, model, shape):
     h = (h ^ (h >> 15)) * 0x846CA68B & mask
     return h ^ (h >> 16)
 
-  start = mixed(seed ^ zlib.crc32(leaf.encode()))
-  start = mixed(start ^ (zlib.crc32(model.encode()) * 0x9E3779B1 & mask))
+  key = mixed(seed ^ zlib.crc32(leaf.encode()))
+  own = mixed((zlib.crc32(model.encode()) * 0x9E3779B1 + 1) & mask)
   out = np.zeros(shape, np.float32)
-  for index in np.ndindex(*shape):
-    h = start
-    for axis, i in enumerate(index, start=1):
-      h = mixed((h + i * 0x85EBCA77 + 0xC2B2AE3D + axis) & mask)
+  for flat, index in enumerate(np.ndindex(*shape)):
+    h = mixed(mixed((flat * 0x85EBCA77 & mask) ^ key) ^ own)
     out[index] = (h >> 8) / 2**24
   return out

@@ -88,9 +88,9 @@ def test_scope_says_where_statistics_are_added_up(scope, expected):
 
 
 def test_statistics_know_those_before_them():
-  mean = statistics.total("mean", lambda x, leaf: x.mean(axis=1))._replace(passes=1)
-  spread = stage.Statistic(
-    "spread", lambda x, leaf, state, known: jnp.square(x - known["mean"][:, None]).mean(axis=1)
+  mean = statistics.total("mean", lambda x, leaf: x.mean(axis=1))
+  spread = stage.Sum(
+    "spread", lambda x, leaf, known: jnp.square(x - known["mean"][:, None]).mean(axis=1)
   )
   step = stage.Stage(
     lambda x, leaf, known: (x - known["mean"][:, None]) / jnp.sqrt(known["spread"])[:, None],

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import jaxmerge
 from jaxmerge import stage, statistics
-from jaxmerge.stage import Leaf
+from jaxmerge.stage import Leaf, Rank
 
 HEIGHT, SIZE = 2, 24
 # Few values, so that most tie; subnormal and huge ones, and both zeros.
@@ -23,9 +23,9 @@ stacks = st.lists(st.lists(values, min_size=SIZE, max_size=SIZE), min_size=HEIGH
 ranks = st.tuples(*[st.integers(0, SIZE)] * HEIGHT)
 
 
-def leaf(shape, start=0, offset=0):
+def leaf(start=0, offset=0):
   tags = jnp.zeros(HEIGHT, jnp.uint32)
-  return Leaf(None, {}, tags, jnp.uint32(0), np.int32(start), shape, np.uint32(offset))
+  return Leaf(None, {}, tags, jnp.uint32(0), np.uint32(start), np.uint32(offset))
 
 
 def limbs(counts):
@@ -37,20 +37,11 @@ def integers(pair):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def settle(name, x, known):
-  """All statistics of `kth` or `top` over one leaf of three axes."""
-  found = dict(known)
-  all_of = {
-    "kth": (statistics.kth("value", jnp.abs, rank="n"),),
-    "top": statistics.top("n", jnp.abs),
-  }
-  whole = leaf(x.shape[1:])
-  for statistic in all_of[name]:
-    measured = functools.partial(lambda s, state: s.measure(x, whole, state, found), statistic)
-    found[statistic.name] = statistics.settled(statistic, found, measured)
-  if name == "top":
-    return statistics.inside("n", jnp.abs(x), whole, found)
-  return found["value"]["found"]
+def settle(exact, x, n):
+  """The cut at a rank over one leaf of three axes, and which entries are inside."""
+  rank = Rank("cut", lambda x, leaf: jnp.abs(x), rank="n", exact=exact)
+  cut = statistics.settled(rank, [(x, leaf())], {"n": n})
+  return cut.value, statistics.inside(cut, jnp.abs(x), leaf())
 
 
 def cube(x):
@@ -60,19 +51,20 @@ def cube(x):
 @settings(max_examples=100)
 @given(stacks, ranks)
 def test_kth_is_the_value_that_sorting_finds(x, n):
-  found = settle("kth", cube(x), {"n": limbs(n)})
+  found, inside = settle(False, cube(x), limbs(n))
   for k in range(HEIGHT):
     down = np.sort(np.abs(np.asarray(x[k], np.float32)).view(np.uint32))[::-1]
     if n[k]:
       assert found[k] == down[n[k] - 1]
+      assert inside[k].sum() == (down >= found[k]).sum()
     else:
       assert found[k] > np.float32(np.inf).view(np.uint32)
 
 
 @settings(max_examples=100)
 @given(stacks, ranks)
-def test_top_is_the_head_of_a_stable_sort(x, n):
-  found = np.asarray(settle("top", cube(x), {"n": limbs(n)})).reshape(HEIGHT, SIZE)
+def test_an_exact_cut_is_the_head_of_a_stable_sort(x, n):
+  found = np.asarray(settle(True, cube(x), limbs(n))[1]).reshape(HEIGHT, SIZE)
   for k in range(HEIGHT):
     head = np.argsort(-np.abs(np.asarray(x[k], np.float32)), kind="stable")[: n[k]]
     assert sorted(head) == np.flatnonzero(found[k]).tolist()
@@ -88,16 +80,19 @@ def test_patterns_order_as_values_do():
 def test_positions_number_a_group_row_by_row(shape):
   """A slice has the positions that its entries have in the whole leaf, behind the leaves before."""
   x = jnp.zeros((1, *shape))
-  whole = np.asarray(statistics.position(x, leaf(shape, offset=100)))
+  whole = np.asarray(statistics.position(x, leaf(offset=100)))
   np.testing.assert_array_equal(whole.reshape(-1), 100 + np.arange(x.size))
   if shape:
-    part = statistics.position(x[:, 1:2], leaf(shape, start=1, offset=100))
+    row = x[0, 0].size
+    part = statistics.position(x[:, 1:2], leaf(start=row, offset=100))
     np.testing.assert_array_equal(part, whole[:, 1:2])
+    flat = statistics.position(x.reshape(1, -1)[:, 2:], leaf(start=2, offset=100))
+    np.testing.assert_array_equal(flat[0], whole.reshape(-1)[2:])
 
 
 def test_gram_is_the_matrix_of_inner_products():
   x = np.random.default_rng(0).normal(size=(HEIGHT, 4, 5)).astype(np.float32)
-  measured = statistics.gram("gram").measure(jnp.asarray(x), leaf((4, 5)), (), {})
+  measured = statistics.gram("gram").measure(jnp.asarray(x), leaf(), {})
   np.testing.assert_allclose(measured, np.einsum("kij,lij->kl", x, x), rtol=1e-5)
 
 

@@ -84,7 +84,7 @@ def _folded(method: Method, layout: views.Views) -> tuple[Callable[..., Any], Ca
   def take(held: Any, copies: Any, base: Any, ready: memory.Ready) -> Any:
     references, out = tree.named(base), {}
     for name, x in tree.named(copies).items():
-      leaf = memory.leaf_of(name, x.shape[1:], references, ready)
+      leaf = memory.leaf_of(name, references, ready)
       delta = memory.task_vectors(x, references[name])
       delta = through(slice(at), name, delta, leaf, ready)
       out[name] = fold.add(None if held is None else held[name], delta, leaf)
@@ -94,7 +94,7 @@ def _folded(method: Method, layout: views.Views) -> tuple[Callable[..., Any], Ca
   def finish(held: Any, base: Any, ready: memory.Ready) -> Any:
     references, out = tree.named(base), {}
     for name, accumulated in held.items():
-      leaf = memory.leaf_of(name, references[name].shape, references, ready)
+      leaf = memory.leaf_of(name, references, ready)
       x = through(slice(at + 1, None), name, fold.finish(accumulated, leaf), leaf, ready)
       out[name] = memory.added(name, x, references[name], references[name].dtype)
     return tree.rebuild(base, out)

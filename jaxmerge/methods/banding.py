@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxmerge import catalog, statistics, views
 from jaxmerge.methods import averaging
-from jaxmerge.stage import Array, Group, Leaf, Method, Stage, chain
+from jaxmerge.stage import Array, Group, Leaf, Method, Rank, Stage, chain
 
 _defaults = catalog.METHODS["breadcrumbs"].parameters
 
@@ -77,7 +77,10 @@ def _size(x: Array) -> Array:
   return jnp.abs(x) if x.ndim > 1 else jnp.zeros_like(x)
 
 
-_ENDS = statistics.top("removed", _size) + statistics.top("reach", _size)
+_ENDS = (
+  Rank("top", lambda x, leaf: _size(x), rank="removed", exact=True),
+  Rank("bottom", lambda x, leaf: _size(x), rank="reach", exact=True),
+)
 
 
 def _counts(keep: Any, remove: Any, size: int, height: int) -> dict[str, Any]:
@@ -88,8 +91,8 @@ def _counts(keep: Any, remove: Any, size: int, height: int) -> dict[str, Any]:
 
 def _between(x: Array, leaf: Leaf, known: Any) -> Array:
   size = _size(x)
-  near = statistics.inside("reach", size, leaf, known)
-  return jnp.where(near & ~statistics.inside("removed", size, leaf, known), x, 0)
+  near, far = (statistics.inside(known[end], size, leaf) for end in ("bottom", "top"))
+  return jnp.where(near & ~far, x, 0)
 
 
 def _band_of_rows(x: Array, leaf: Leaf, known: Any) -> Array:
@@ -97,14 +100,12 @@ def _band_of_rows(x: Array, leaf: Leaf, known: Any) -> Array:
   K, _, columns = x.shape
   keep, remove = (jnp.asarray(leaf.aux[n]) for n in ("keep", "remove"))
   counts = _counts(keep, remove, columns, K)
-  alone = leaf._replace(start=np.int32(0), shape=(columns,), offset=np.uint32(0))
+  alone = leaf._replace(start=np.uint32(0), offset=np.uint32(0))
 
   def one(row: Array) -> Array:
     own = dict(counts)
     for end in _ENDS:
-      own[end.name] = statistics.settled(
-        end, own, lambda state: end.measure(row, alone, state, own)
-      )
+      own[end.name] = statistics.settled(end, [(row, alone)], own)
     return _between(row, alone, own)
 
   return jax.vmap(one, in_axes=1, out_axes=1)(x)

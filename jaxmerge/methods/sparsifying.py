@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from jaxmerge import catalog, statistics
 from jaxmerge.methods import averaging, random_masks
-from jaxmerge.stage import Array, Group, Leaf, Method, Scope, Stage, chain
+from jaxmerge.stage import Array, Group, Leaf, Method, Rank, Scope, Stage, Sum, chain
 
 _dare = catalog.METHODS["dare"].parameters
 
@@ -46,18 +46,10 @@ def trim(density: float, *, scope: Scope = "tree", rule: Literal["kth", "exact"]
     return {"kept": statistics.share(group.number("density"), group.size, group.height, more=more)}
 
   def update(x: Array, leaf: Leaf, known: Any) -> Array:
-    if exact:
-      return jnp.where(statistics.inside("kept", jnp.abs(x), leaf, known), x, 0)
-    cut = known["threshold"]["found"]
-    cut = cut.reshape(cut.shape + (1,) * (x.ndim - 1))
-    return jnp.where(statistics.pattern(jnp.abs(x)) >= cut, x, 0)
+    return jnp.where(statistics.inside(known["cut"], jnp.abs(x), leaf), x, 0)
 
-  measured = (
-    statistics.top("kept", jnp.abs)
-    if exact
-    else (statistics.kth("threshold", jnp.abs, rank="kept"),)
-  )
-  return (Stage(update, measured, init, {"density": density}, scope=scope),)
+  cut = Rank("cut", lambda x, leaf: jnp.abs(x), rank="kept", exact=exact)
+  return (Stage(update, (cut,), init, {"density": density}, scope=scope),)
 
 
 def drop(
@@ -141,7 +133,7 @@ def dare(
   )
 
 
-def _norms(kind: str, thin: Any) -> tuple[statistics.Statistic, ...]:
+def _norms(kind: str, thin: Any) -> tuple[Sum, ...]:
   """Measures a norm of each model's leaf before and after thinning: [2, K]."""
 
   def powers(x: Array, leaf: Leaf) -> Array:
@@ -155,5 +147,4 @@ def _norms(kind: str, thin: Any) -> tuple[statistics.Statistic, ...]:
     return (statistics.greatest("norms", powers),)
   if kind == "l1":
     return (statistics.total("norms", powers),)
-  squares = statistics.total("norms", powers)
-  return (squares._replace(refine=lambda state, total, known: jnp.sqrt(total)),)
+  return (statistics.total("norms", powers)._replace(finish=jnp.sqrt),)

@@ -1,0 +1,170 @@
+"""Exact ranks among more numbers than memory holds, in one reading of them as a rule.
+
+A sample says between which two values the wanted one lies, nearly surely. One scan counts what is
+above, and keeps what is between, which is little. Where the sample was wrong the scan has counted
+enough to know on which side to look, and is made again. Numbers are bit patterns, uint32, that
+order as the values do.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+EVERY = 2**32 - 1  # As the last position: all entries that tie are inside.
+NONE = 2**31 - 1  # As the value: above all finite ones.
+HELD = 2**22  # As many numbers are kept before equal ones are counted together.
+
+
+class Slice(NamedTuple):
+  """A part of the numbers of some models.
+
+  Attributes:
+    position: position of its first entry.
+    bits: patterns [n] of each model.
+    codes: [K, n] uint8: 2 above the bracket, 1 inside it, 0 below; empty where none was
+      asked for.
+  """
+
+  position: int
+  bits: list[np.ndarray]
+  codes: np.ndarray
+
+
+class Numbers(NamedTuple):
+  """Numbers that can be read slice by slice.
+
+  Attributes:
+    size: how many there are of each model.
+    sample: () -> some of them, [K, S], and how many each stands for, [S].
+    scan: (low [K], high [K]) -> all slices, in the order of positions, with codes.
+    slice: which -> that one of the slices, without codes.
+  """
+
+  size: int
+  sample: Callable[[], tuple[np.ndarray, np.ndarray]]
+  scan: Callable[[np.ndarray, np.ndarray], Iterator[Slice]]
+  slice: Callable[[int], Slice]
+
+
+def cut(numbers: Numbers, ranks: Sequence[int], *, exact: bool) -> tuple[np.ndarray, np.ndarray]:
+  """Finds the value of a rank for each model, and the last position of those inside.
+
+  Args:
+    numbers: where they are.
+    ranks: per model n, the n-th largest is wanted, at most as many as there are; 0 for none.
+    exact: n entries are inside, the first of those that tie; otherwise all that tie are.
+
+  Returns:
+    Patterns [K] and positions [K], uint32.
+  """
+  sample, weights = numbers.sample()
+  rows = itertools.cycle(sample)
+  searches = [_Search(n, numbers.size, row, weights) for n, row in zip(ranks, rows, strict=False)]
+  while not all(s.found for s in searches):
+    low, high = np.array([s.bracket for s in searches], np.uint32).T
+    for at, part in enumerate(numbers.scan(low, high)):
+      for s, bits, codes in zip(searches, part.bits, part.codes, strict=True):
+        s.take(at, bits, codes)
+    for s in searches:
+      s.settle()
+  lasts = [_last(numbers, k, s) if exact else EVERY for k, s in enumerate(searches)]
+  return np.array([s.value for s in searches], np.uint32), np.array(lasts, np.uint32)
+
+
+class _Search:
+  """The search for one model's value: a bracket, and what a scan saw around it."""
+
+  def __init__(self, rank: int, size: int, sample: np.ndarray, weights: np.ndarray):
+    order = np.argsort(sample, kind="stable")[::-1]
+    self.sample, self.share = sample[order], np.cumsum(weights[order]) / weights.sum()
+    self.rank, self.wanted = rank, rank / max(size, 1)
+    spread = math.sqrt(self.wanted * (1 - self.wanted) / len(sample))
+    self.error = 5 * spread + 2 / len(sample)  # Five standard deviations of a random sample.
+    self.above = self.at = 0
+    self.found, self.value, self.left, self.tied = rank == 0, NONE, 0, 0
+    self._look(0, NONE)
+
+  def take(self, at: int, bits: np.ndarray, codes: np.ndarray) -> None:
+    """Counts what is above the bracket, and keeps what is inside."""
+    if self.found:
+      return
+    self.above += int(np.count_nonzero(codes == 2))
+    low, high = self.bracket
+    if low == high:
+      self._count(at, np.array([low], np.uint32), np.array([np.count_nonzero(codes == 1)]))
+      return
+    self.held.append(_inside(bits, codes))
+    if sum(map(len, self.held)) > HELD:
+      self._count_held(at)
+    self.at = at
+
+  def settle(self) -> None:
+    """Finds the value among what a scan kept, or takes another bracket."""
+    if self.found:
+      return
+    self._count_held(self.at)
+    values = np.unique(np.concatenate([own for _, own, _ in self.kept]))
+    counts = np.zeros(len(values), np.int64)
+    for _, own, n in self.kept:
+      counts[np.searchsorted(values, own)] += n
+    left, (low, high) = self.rank - self.above, self.bracket
+    if 0 < left <= counts.sum():
+      higher = np.cumsum(counts[::-1])
+      place = int(np.searchsorted(higher, left))
+      self.found, self.value = True, int(values[-1 - place])
+      self.tied = int(counts[-1 - place])
+      self.left = left - int(higher[place]) + self.tied
+      return
+    self.error *= 16
+    self._look(*((high + 1, NONE) if left <= 0 else (0, low - 1)))
+
+  def _look(self, low: int, high: int) -> None:
+    """Takes the part of a bracket that by the sample holds the wanted rank."""
+    first, last = np.searchsorted(self.share, (self.wanted - self.error, self.wanted + self.error))
+    top = int(self.sample[first]) if self.wanted > self.error else high
+    bottom = int(self.sample[last]) if last < len(self.sample) else low
+    near = (max(low, bottom), min(high, top))
+    self.bracket = near if near[0] <= near[1] else (low, high)
+    self.above = self.at = 0
+    self.held: list[np.ndarray] = []
+    self.kept: list[tuple[int, np.ndarray, np.ndarray]] = []
+
+  def _count_held(self, at: int) -> None:
+    if self.held:
+      self._count(at, *np.unique(np.concatenate(self.held), return_counts=True))
+      self.held = []
+
+  def _count(self, at: int, values: np.ndarray, counts: np.ndarray) -> None:
+    self.kept.append((at, values, counts))
+
+
+def _inside(bits: np.ndarray, codes: np.ndarray) -> np.ndarray:
+  """Picks the numbers whose code is 1, which are few: eight others at a time are passed over."""
+  whole = len(codes) // 8 * 8
+  eights = codes[:whole].view(np.uint64) & np.uint64(0x0101010101010101)
+  near = np.flatnonzero(eights)
+  picked = bits[:whole].reshape(-1, 8)[near][codes[:whole].reshape(-1, 8)[near] == 1]
+  return np.concatenate([picked, bits[whole:][codes[whole:] == 1]])
+
+
+def _last(numbers: Numbers, k: int, search: _Search) -> int:
+  """The position of the last entry that is inside, of those that tie with the value."""
+  if search.left == search.tied:
+    return EVERY
+  left, which = search.left, 0
+  for at, values, counts in search.kept:
+    own = int(counts[values == search.value].sum())
+    if own >= left:
+      break
+    left, which = left - own, at + 1
+  while True:
+    part = numbers.slice(which)
+    places = np.flatnonzero(part.bits[k] == search.value)
+    if len(places) >= left:
+      return (part.position + int(places[left - 1])) % 2**32
+    left, which = left - len(places), which + 1

@@ -1,0 +1,89 @@
+"""Exact ranks from slices: against sorting, whatever the sample says."""
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxmerge import ranking
+
+
+def numbers(rows, sample, cuts, log=None):
+  """Numbers in slices, with the codes that a driver would make."""
+  rows = np.asarray(rows, np.uint32)
+  ends = sorted({0, *cuts, rows.shape[1]})
+  ranges = list(itertools.pairwise(ends))
+
+  def part(start, stop, bracket=None):
+    if log is not None:
+      log.append((start, stop))
+    bits = rows[:, start:stop]
+    if bracket is None:
+      return ranking.Slice(start, list(bits), np.zeros((0, 0), np.uint8))
+    low, high = bracket
+    codes = (bits >= low[:, None]).astype(np.uint8) + (bits > high[:, None]).astype(np.uint8)
+    return ranking.Slice(start, list(bits), codes)
+
+  return ranking.Numbers(
+    rows.shape[1],
+    lambda: (np.asarray(sample, np.uint32), np.ones(np.shape(sample)[1])),
+    lambda low, high: (part(*ends, (low, high)) for ends in ranges),
+    lambda which: part(*ranges[which]),
+  )
+
+
+def expected(row, n):
+  """The value, and which entries are inside, by a stable sort."""
+  order = np.argsort(-np.asarray(row, np.int64), kind="stable")[:n]
+  return (row[order[-1]] if n else ranking.NONE), set(order.tolist())
+
+
+values = st.one_of(st.integers(0, 5), st.integers(0, ranking.NONE - 1))
+
+
+@settings(max_examples=300)
+@given(st.data())
+def test_a_cut_is_the_head_of_a_stable_sort(data):
+  size, models = data.draw(st.integers(1, 60)), data.draw(st.integers(1, 3))
+  row = st.lists(values, min_size=size, max_size=size)
+  rows = np.array([data.draw(row) for _ in range(models)], np.uint32)
+  sampled = data.draw(st.integers(1, 8))
+  # A sample that has nothing to do with the numbers costs more scans, and nothing else.
+  sample = [data.draw(st.lists(values, min_size=sampled, max_size=sampled)) for _ in rows]
+  ranks = [data.draw(st.integers(0, size)) for _ in rows]
+  cuts = data.draw(st.lists(st.integers(1, size), max_size=6))
+  found, lasts = ranking.cut(numbers(rows, sample, cuts), ranks, exact=True)
+  again, every = ranking.cut(numbers(rows, sample, cuts), ranks, exact=False)
+  assert (found == again).all()
+  assert (every == ranking.EVERY).all()
+  at = np.arange(size)
+  for row, n, value, last in zip(rows, ranks, found, lasts, strict=True):
+    wanted, inside = expected(row, n)
+    assert value == wanted
+    assert set(np.flatnonzero((row > value) | ((row == value) & (at <= last))).tolist()) == inside
+
+
+def test_a_good_sample_needs_one_scan(monkeypatch):
+  monkeypatch.setattr(ranking, "HELD", 1000)  # Counted together now and then.
+  rng = np.random.default_rng(0)
+  rows = np.abs(rng.normal(size=(2, 200_000)).astype(np.float32)).view(np.uint32)
+  cuts, log = range(10_000, 200_000, 10_000), []
+  ranks = [40_000, 199_000]
+  found, _ = ranking.cut(numbers(rows, rows[:, ::50], cuts, log), ranks, exact=True)
+  assert found.tolist() == [expected(row, n)[0] for row, n in zip(rows, ranks, strict=True)]
+  assert len(log) == 20
+
+
+@pytest.mark.parametrize("share", [0.3, 1.0])
+def test_many_zeros_are_counted_not_kept(share):
+  """Frozen weights: the wanted value is zero, and nearly all numbers tie with it."""
+  rng = np.random.default_rng(0)
+  rows = np.where(rng.random((1, 50_000)) < share, 0, rng.integers(1, 100, (1, 50_000)))
+  ends, log = range(5_000, 50_000, 5_000), []
+  n = 49_000
+  found, last = ranking.cut(numbers(rows, rows[:, ::10], ends, log), [n], exact=True)
+  value, inside = expected(rows[0], n)
+  assert (found[0], last[0]) == (value, max(i for i in inside if rows[0, i] == value))
+  assert len(log) == 10 + 1  # One scan, and one slice again, where the last one inside lies.
