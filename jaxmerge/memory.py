@@ -328,7 +328,8 @@ def _compiled(
   out = {}
   for name, leaf in stacks.items():
     if name in merged:
-      out[name] = added(name, merged[name], None if bases is None else bases[name], leaf.dtype)
+      own = None if bases is None else bases[name]
+      out[name] = added(name, merged[name], own, leaf.dtype if own is None else own.dtype)
     else:
       out[name] = leaf[0] if bases is None else bases[name]
   return tree.rebuild(models if base is None else base, out), finite
@@ -369,7 +370,7 @@ def stored(merged: Array, base: Array | None, dtype: Any) -> Array:
   if base is None:
     return merged.astype(dtype)
   wide = tree.compute_dtype(merged.dtype, base.dtype)
-  return (base.astype(wide)[None] + merged.astype(wide)).astype(base.dtype)
+  return (base.astype(wide)[None] + merged.astype(wide)).astype(dtype)
 
 
 def _ordered(names: Sequence[str] | None, height: int) -> tuple[Any, np.ndarray]:

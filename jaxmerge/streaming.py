@@ -31,10 +31,11 @@ class Source(NamedTuple):
   """Where the weights come from.
 
   Attributes:
-    leaves: name to ShapeDtypeStruct of the base's leaves, without the task axis.
+    leaves: name to ShapeDtypeStruct of the result's leaves.
     height: number of models K.
     read: (name, start, stop) -> (base [n], reference [n], models [K, n]), NumPy arrays; entries
-      are counted row by row. They are used up before the next call.
+      are counted row by row. They are used up before the next call. Base and reference are None
+      where raw weights are merged.
   """
 
   leaves: Mapping[str, jax.ShapeDtypeStruct]
@@ -63,7 +64,7 @@ def stream(
   Args:
     method: the method; stages that need whole rows get whole rows.
     source: where base, reference and models come from.
-    write: takes entries of the result, in the base's dtype.
+    write: takes entries of the result, in the leaf's dtype.
     aux: numbers by name, scalar or one per model.
     seed: for methods with random masks.
     names: names of the models.
@@ -89,7 +90,9 @@ def stream(
     known = (*known, own)
   left = [name for name in shapes if name not in done]
   for name, start, parts, form in _slices(run, left, entries):
-    out = np.asarray(_merged(parts, _known(run, name, known), method=method, form=form))
+    dtype = source.leaves[name].dtype
+    merged = _merged(parts, _known(run, name, known), method=method, form=form, dtype=dtype)
+    out = np.asarray(merged)
     memory.refuse_height(name, out.shape[0])
     write(name, start, out[0])
   for name in source.leaves.keys() - shapes.keys() - set(done):
@@ -307,7 +310,8 @@ def _sum(
     seen = _known(run, name, known)
     each = _partial(parts, seen, own, before=before, statistic=statistic, form=form)
     dtypes = jax.tree.map(lambda x: x.dtype, each)
-    each = jax.tree.map(_wide, jax.device_get(each)) if combine is np.add else each
+    each = jax.device_get(each)  # Before the next slice is read to where this one lies.
+    each = jax.tree.map(_wide, each) if combine is np.add else each
     total = each if total is None else jax.tree.map(combine, total, each)
   return statistic.finish(jax.tree.map(jnp.asarray, total, dtypes))
 
@@ -400,12 +404,12 @@ def _bits(
   return bits, codes.reshape(low.shape[0] * bits.shape[0], bits.shape[1])
 
 
-@functools.partial(jax.jit, static_argnames=("method", "form"))
-def _merged(parts: _Parts, known: Any, *, method: Method, form: _Form) -> Array:
+@functools.partial(jax.jit, static_argnames=("method", "form", "dtype"))
+def _merged(parts: _Parts, known: Any, *, method: Method, form: _Form, dtype: Any) -> Array:
   """A slice of the result, [1, n]."""
 
   def run(parts: _Parts, known: Any) -> Array:
     x, _ = _through(parts, known, method, form)
-    return memory.stored(x.reshape(x.shape[0], len(parts.base)), parts.base, parts.base.dtype)
+    return memory.stored(x.reshape(x.shape[0], parts.models.shape[1]), parts.base, dtype)
 
   return unrolling.unrolled(run)(parts, known)

@@ -52,16 +52,12 @@ def folder(path: Path, *, replace: bool = False) -> Iterator[pathlib.Path]:
     NotADirectoryError: where `path` is a file.
   """
   path = pathlib.Path(path)
-  _check_free(path, replace)
+  check_free(path, replace)
   beside = _beside(path, "tmp")
   beside.mkdir(parents=True)
   try:
     yield beside
-    for inner in sorted(beside.rglob("*"), reverse=True):
-      sync(inner)
-    sync(beside)
-    _check_free(path, replace)
-    _move(beside, path)
+    move(beside, path, replace=replace)
   except BaseException:
     shutil.rmtree(beside, ignore_errors=True)
     raise
@@ -76,7 +72,12 @@ def sync(path: Path) -> None:
     os.close(handle)
 
 
-def _move(new: pathlib.Path, path: pathlib.Path) -> None:
+def move(new: pathlib.Path, path: pathlib.Path, *, replace: bool = False) -> None:
+  """Brings a folder that is complete to the disk, and to its place; see `folder`."""
+  for inner in sorted(new.rglob("*"), reverse=True):
+    sync(inner)
+  sync(new)
+  check_free(path, replace)
   old = _beside(path, "old") if path.exists() else None
   if old is not None:
     os.rename(path, old)
@@ -91,7 +92,8 @@ def _move(new: pathlib.Path, path: pathlib.Path) -> None:
     shutil.rmtree(old)
 
 
-def _check_free(path: pathlib.Path, replace: bool) -> None:
+def check_free(path: pathlib.Path, replace: bool) -> None:
+  """Raises an error that says what to do where a folder cannot be made at a path."""
   if path.exists() and not path.is_dir():
     raise NotADirectoryError(f"{path} is a file; give the path of a folder.")
   if path.exists() and not replace:

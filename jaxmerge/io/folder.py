@@ -54,19 +54,60 @@ def load(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     FileNotFoundError: where the folder, its config.json, its weights or a shard are missing.
     ValueError: naming the file and the tensor that is damaged, misplaced or in two shards.
   """
+  settings, places = config(folder), entries(folder)
+  files = dict.fromkeys(path for path, _ in places.values())
+  return {name: x for path in files for name, x in safetensors.load(path).items()}, settings
+
+
+def entries(folder: Path) -> dict[str, tuple[pathlib.Path, safetensors.Entry]]:
+  """Returns where each tensor of a folder lies, from the headers of its files alone.
+
+  Raises as `load` does.
+  """
   folder = pathlib.Path(folder)
-  settings = config(folder)
-  files = weights(folder)
-  found = {path: safetensors.header(path).tensors.keys() for path in files}
-  homes: dict[str, pathlib.Path] = {}
-  for path, inside in found.items():
-    for name in inside:
-      if name in homes:
-        raise ValueError(f"{path}: tensor {name!r} is in {homes[name].name} as well.")
-      homes[name] = path
-  _check_index(folder, homes)
-  tensors = {name: x for path in files for name, x in safetensors.load(path).items()}
-  return tensors, settings
+  found: dict[str, tuple[pathlib.Path, safetensors.Entry]] = {}
+  for path in weights(folder):
+    for name, entry in safetensors.header(path).tensors.items():
+      if name in found:
+        raise ValueError(f"{path}: tensor {name!r} is in {found[name][0].name} as well.")
+      found[name] = (path, entry)
+  _check_index(folder, {name: path for name, (path, _) in found.items()})
+  return found
+
+
+def shards(sizes: Mapping[str, int], limit: int) -> dict[str, list[str]]:
+  """Deals tensors, of so many bytes each, to files of at most `limit` bytes, in their order.
+
+  A tensor that is larger has a file of its own.
+
+  >>> shards({"a": 3, "b": 3, "c": 9}, limit=8)
+  {'model-00001-of-00002.safetensors': ['a', 'b'], 'model-00002-of-00002.safetensors': ['c']}
+  >>> shards({"a": 3}, limit=8)
+  {'model.safetensors': ['a']}
+  """
+  groups: list[list[str]] = [[]]
+  room = limit
+  for name, size in sizes.items():
+    if size > room and groups[-1]:
+      groups.append([])
+      room = limit
+    groups[-1].append(name)
+    room -= size
+  if len(groups) == 1:
+    return {WEIGHTS: groups[0]}
+  return {
+    f"model-{i:05d}-of-{len(groups):05d}.safetensors": g for i, g in enumerate(groups, start=1)
+  }
+
+
+def index(files: Mapping[str, list[str]], sizes: Mapping[str, int]) -> str:
+  """Returns the text of the index of several shards."""
+  places = {name: file for file, names in files.items() for name in names}
+  content = {
+    "metadata": {"total_size": sum(sizes.values())},
+    "weight_map": dict(sorted(places.items())),
+  }
+  return json.dumps(content, indent=2) + "\n"
 
 
 def save(

@@ -124,22 +124,34 @@ def save(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, str] | N
   if not _is_text(metadata):
     raise ValueError(f"{path}: metadata must map text to text, got {metadata!r:.200}.")
   with atomic.write(path) as file:
-    file.write(_encoded(arrays, metadata))
+    file.write(layout({name: (x.dtype, x.shape) for name, x in arrays.items()}, metadata)[0])
     for x in arrays.values():
       file.write(x.reshape(-1).view(np.uint8).data)
 
 
-def _encoded(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> bytes:
-  content: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
-  at = 0
-  for name, x in arrays.items():
-    offsets = [at, at + x.nbytes]
-    content[name] = {"dtype": _CODES[x.dtype], "shape": list(x.shape), "data_offsets": offsets}
-    at += x.nbytes
+def layout(
+  tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]], metadata: Mapping[str, str]
+) -> tuple[bytes, dict[str, Entry]]:
+  """Lays a file out before its tensors are known: what it begins with, and where each one goes.
+
+  >>> first, entries = layout({"w": (np.dtype(np.float32), (2, 3))}, {"format": "pt"})
+  >>> len(first), entries["w"].start, entries["w"].stop
+  (128, 128, 152)
+  """
+  content: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+  ends = [0]
+  for name, (dtype, shape) in tensors.items():
+    ends.append(ends[-1] + math.prod(shape) * dtype.itemsize)
+    content[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": ends[-2:]}
   text = json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode()
-  # Spaces bring the first tensor to a multiple of 8 bytes, as the reference implementation does.
-  text += b" " * (-len(text) % 8)
-  return len(text).to_bytes(8, "little") + text
+  # Spaces bring the first tensor to a multiple of 64 bytes: it can be read without a copy.
+  text += b" " * (-(8 + len(text)) % 64)
+  data = 8 + len(text)
+  entries = {
+    name: Entry(dtype, tuple(shape), data + start, data + stop)
+    for (name, (dtype, shape)), start, stop in zip(tensors.items(), ends, ends[1:], strict=False)
+  }
+  return len(text).to_bytes(8, "little") + text, entries
 
 
 def _array(path: Path, name: str, value: Any) -> np.ndarray:
@@ -230,3 +242,12 @@ def _is_text(metadata: Any) -> bool:
   return isinstance(metadata, dict) and all(
     isinstance(text, str) for pair in metadata.items() for text in pair
   )
+
+
+def is_floating(dtype: np.dtype) -> bool:
+  """Tells whether a dtype of the format holds floating-point numbers.
+
+  >>> is_floating(DTYPES["BF16"]), is_floating(DTYPES["I64"])
+  (True, False)
+  """
+  return dtype.kind == "f" or dtype.name.startswith(("bfloat", "float"))

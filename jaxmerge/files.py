@@ -1,0 +1,264 @@
+"""The driver over files: `merge_files`, in bounded memory, resumable, all or nothing.
+
+The result grows in a hidden folder beside its place, `.NAME.merging`: shards whose layout is known
+before the first byte, and a journal of the tensors that are done. It is synced, completed by the
+config, the tokenizer and the provenance, and renamed at the end.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import pathlib
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any  # Any: trees, plain JSON.
+
+import jax
+import numpy as np
+
+from jaxmerge import planning, streaming
+from jaxmerge.io import atomic, folder, growing
+from jaxmerge.io.tensor import Files, widened
+from jaxmerge.planning import Job, Output, Plan
+from jaxmerge.stage import Method
+
+Path = str | os.PathLike[str]
+
+PROVENANCE = "jaxmerge_provenance.json"
+SHARD = 5_000_000_000  # Bytes; what other tools write.
+ENTRIES = 2**20
+
+
+def merge_files(
+  method: Method,
+  models: Sequence[Path],
+  out: Path,
+  *,
+  base: Path | None = None,
+  aux: Mapping[str, Any] | None = None,
+  seed: int | None = None,
+  names: Sequence[str] | None = None,
+  layout: Sequence[tuple[str, str]] = (),
+  dtype: str | None = None,
+  missing: str = "error",
+  **options: Any,  # Of `run`: where, how much at once, whether to replace.
+) -> pathlib.Path:
+  """Merges model folders on disk into a new one, one slice of one tensor at a time.
+
+  With a base, task vectors are merged and added to it; without one, the weights themselves.
+
+  Args:
+    method: what `jaxmerge.methods` makes, or a method of your own.
+    models: Hugging Face folders with safetensors.
+    out: folder of the result.
+    base: folder of the base.
+    aux: the method's numbers: scalar, one per model, or by tensor.
+    seed: for methods with random masks.
+    names: of the models; else they are called as their folders.
+    layout: matrix views, (regular expression, view).
+    dtype: of the result's floating tensors, as numpy calls it; None: as in the base.
+    missing: "error", or "base": a tensor that some models lack is copied from the base.
+    options: as for `run`.
+
+  Returns:
+    The folder of the result.
+
+  Raises:
+    ValueError: naming file, tensor and value, for inputs that do not fit or are damaged.
+    FileExistsError: where there is something at `out` and `replace` is not set.
+  """
+  files = Files()
+  try:
+    given = [pathlib.Path(m) for m in models]
+    called = list(names) if names is not None else [str(m) for m in given]
+    opened = [planning.model(m, files, name=n) for m, n in zip(given, called, strict=True)]
+    plan = planning.simple(
+      lambda: method,
+      None if base is None else planning.model(base, files, name="the base"),
+      opened,
+      on="weights" if base is None else "task vectors",
+      numbers=aux,
+      seed=seed,
+      layout=layout,
+      dtype=None if dtype is None else np.dtype(dtype),
+      missing=missing,
+    )
+    return run(plan, out, **options)
+  finally:
+    files.close()
+
+
+def run(
+  plan: Plan,
+  out: Path,
+  *,
+  shard_size: int = SHARD,
+  entries: int = ENTRIES,
+  replace: bool = False,
+  resume: bool = True,
+  progress: Callable[[int], None] = lambda count: None,
+) -> pathlib.Path:
+  """Does what a plan says; the folder appears when all of it is done.
+
+  Args:
+    plan: what to do.
+    out: folder of the result.
+    shard_size: bytes of a file of weights, at most.
+    entries: about so many entries of each model are in memory at a time.
+    replace: whether a folder that is there is replaced.
+    resume: whether to go on with an interrupted merge of the same plan; otherwise it starts anew.
+    progress: called with the number of bytes of the result that were added.
+  """
+  out = pathlib.Path(out)
+  atomic.check_free(out, replace)
+  part = out.with_name(f".{out.name}.merging")
+  if part.exists() and not resume:
+    shutil.rmtree(part)
+  part.mkdir(parents=True, exist_ok=True)
+  with growing.locked(part, out):
+    shards = folder.shards({o.name: o.size for o in plan.outputs}, shard_size)
+    journal = growing.Journal.opened(part, _identity(plan, shards))
+    kinds = {o.name: (o.dtype, o.shape) for o in plan.outputs}
+    with growing.Shards.opened(part, kinds, shards) as sink:
+      done = journal.checked(sink)
+      progress(sum(o.size for o in plan.outputs if o.name in done))
+      for number, job in enumerate(plan.jobs):
+        _merge(plan, number, job, sink, journal, done, entries, progress)
+      _copy(plan, sink, journal, done, entries, progress)
+      journal.flush(sink)
+    _complete(part, plan, shards, journal.digests)
+    atomic.move(part, out, replace=replace)
+  return out
+
+
+def _merge(
+  plan: Plan,
+  number: int,
+  job: Job,
+  sink: growing.Shards,
+  journal: growing.Journal,
+  done: Mapping[str, str],
+  entries: int,
+  progress: Callable[[int], None],
+) -> None:
+  """Merges the tensors of one job."""
+  outputs = {o.name: o for o in plan.outputs if o.job == number}
+  if outputs.keys() <= done.keys():
+    return
+  leaves = {n: jax.ShapeDtypeStruct(o.shape, o.dtype) for n, o in outputs.items()}
+  source = streaming.Source(leaves, len(job.models), _reader(outputs, entries))
+
+  def write(name: str, start: int, part: np.ndarray) -> None:
+    journal.add(sink, name, start, part)
+    progress(part.nbytes)
+
+  streaming.stream(
+    job.method(),
+    source,
+    write,
+    aux=job.numbers,
+    seed=job.seed,
+    names=job.models,
+    layout=job.layout,
+    entries=entries,
+    done=done.keys(),
+  )
+
+
+def _copy(
+  plan: Plan,
+  sink: growing.Shards,
+  journal: growing.Journal,
+  done: Mapping[str, str],
+  entries: int,
+  progress: Callable[[int], None],
+) -> None:
+  """Copies the tensors that no job merges."""
+  for output in plan.outputs:
+    if output.job is not None or output.name in done or output.base is None:
+      continue
+    tensor, size = widened(output.base, output.dtype), max(math.prod(output.shape), 1)
+    for start in range(0, size, entries):
+      part = np.empty(min(entries, math.prod(output.shape) - start), output.dtype)
+      tensor.read(start, part)
+      journal.add(sink, output.name, start, part)
+      progress(part.nbytes)
+
+
+def _reader(outputs: Mapping[str, Output], entries: int) -> Callable[[str, int, int], Any]:
+  """Reads slices into buffers that are used again and lie as the device wants them: uncopied."""
+  buffers: dict[str, np.ndarray] = {}
+
+  def room(use: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    size = math.prod(shape) * dtype.itemsize
+    if use not in buffers or buffers[use].nbytes < size:
+      buffers[use] = _aligned(size)
+    return buffers[use][:size].view(dtype).reshape(shape)
+
+  def read(name: str, start: int, stop: int) -> tuple[Any, Any, Any]:
+    output, count = outputs[name], stop - start
+    base = None
+    if output.base is not None:
+      base = room("base", (count,), output.base.dtype)
+      output.base.read(start, base)
+    dtype = max((t.dtype for t in output.models), key=lambda d: d.itemsize)
+    if any(t.dtype != dtype and t.dtype.itemsize == dtype.itemsize for t in output.models):
+      dtype = np.dtype(np.float32)  # bfloat16 and float16 side by side.
+    models = room("models", (len(output.models), count), dtype)
+    for tensor, row in zip(output.models, models, strict=True):
+      widened(tensor, dtype).read(start, row)
+    return base, base, models
+
+  return read
+
+
+def _aligned(size: int) -> np.ndarray:
+  """Bytes that begin at a multiple of 64: from there a CPU's device takes them without a copy."""
+  raw = np.empty(size + 64, np.uint8)
+  offset = -raw.ctypes.data % 64
+  return raw[offset : offset + size]
+
+
+def _identity(plan: Plan, shards: Mapping[str, Sequence[str]]) -> str:
+  """A digest of all that decides about the bytes of the result."""
+  content = {
+    "outputs": [[o.name, o.dtype.name, o.shape, o.job] for o in plan.outputs],
+    "sources": [[t.where for t in (o.base, *o.models) if t is not None] for o in plan.outputs],
+    "jobs": [[j.models, repr(j.numbers), j.seed, list(j.layout)] for j in plan.jobs],
+    "shards": shards,
+    "inputs": {str(path): _stamp(path) for path in sorted(plan.inputs)},
+    "facts": plan.facts,
+  }
+  text = json.dumps(content, default=str, sort_keys=True)
+  return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _stamp(path: pathlib.Path) -> list[int]:
+  status = path.stat()
+  return [status.st_size, status.st_mtime_ns]
+
+
+def _complete(
+  part: pathlib.Path, plan: Plan, shards: Mapping[str, list[str]], digests: Mapping[str, str]
+) -> None:
+  """Adds to the weights what makes a folder of them that other tools open."""
+  if len(shards) > 1:
+    text = folder.index(shards, {o.name: o.size for o in plan.outputs})
+    (part / folder.INDEX).write_text(text, encoding="utf-8")
+  for path in folder.copied(plan.donor):
+    target = part / path.relative_to(plan.donor)
+    target.parent.mkdir(exist_ok=True)
+    shutil.copyfile(path, target)
+  facts = {
+    "jaxmerge": importlib.metadata.version("jaxmerge"),
+    "jax": importlib.metadata.version("jax"),
+    **plan.facts,
+    "tensors": {o.name: {"xxh3_128": digests[o.name]} for o in plan.outputs},
+    "inputs": plan.fates,
+  }
+  (part / PROVENANCE).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+  (part / growing.NAME).unlink()

@@ -1,0 +1,152 @@
+"""A folder of weights that grows: shards that are laid out before, and a journal of what is done.
+
+A crash at any moment leaves a folder from which the work goes on: a tensor counts as done when its
+bytes are synced and its line is in the journal, and when it still has the checksum of that line.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import math
+import os
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import xxhash
+
+from jaxmerge.io import atomic, safetensors
+
+NAME = "journal.jsonl"
+SYNCED = 2**28  # Bytes that are written before they are synced, and written down as done.
+Kinds = Mapping[str, tuple[np.dtype, tuple[int, ...]]]
+
+
+class Shards(NamedTuple):
+  """The files of weights that are being written."""
+
+  handles: Mapping[str, int]
+  places: Mapping[str, tuple[str, safetensors.Entry]]
+
+  @classmethod
+  @contextlib.contextmanager
+  def opened(
+    cls, part: pathlib.Path, kinds: Kinds, shards: Mapping[str, Sequence[str]]
+  ) -> Iterator[Shards]:
+    """Makes the files in their full length, so that a full disk is known now and not later."""
+    handles, places = {}, {}
+    try:
+      for file, names in shards.items():
+        first, entries = safetensors.layout({n: kinds[n] for n in names}, {"format": "pt"})
+        handles[file] = os.open(part / file, os.O_RDWR | os.O_CREAT, 0o666)
+        length = max((e.stop for e in entries.values()), default=len(first))
+        os.posix_fallocate(handles[file], 0, length)
+        os.truncate(handles[file], length)
+        os.pwrite(handles[file], first, 0)
+        places.update({n: (file, entry) for n, entry in entries.items()})
+      yield cls(handles, places)
+    finally:
+      for handle in handles.values():
+        os.close(handle)
+
+  def write(self, name: str, start: int, part: np.ndarray) -> None:
+    """Writes entries start, start + 1, ... of a tensor."""
+    file, entry = self.places[name]
+    left = np.ascontiguousarray(part).reshape(-1).view(np.uint8).data
+    position = entry.start + start * entry.dtype.itemsize
+    while left:
+      count = os.pwrite(self.handles[file], left, position)
+      left, position = left[count:], position + count
+
+  def digest(self, name: str) -> str:
+    """Reads a tensor back, and returns its checksum."""
+    file, entry = self.places[name]
+    found, at = xxhash.xxh3_128(), entry.start
+    while at < entry.stop:
+      part = os.pread(self.handles[file], min(2**22, entry.stop - at), at)
+      if not part:
+        break
+      found.update(part)
+      at += len(part)
+    return found.hexdigest()
+
+  def sync(self) -> None:
+    """Brings all files to the disk."""
+    for handle in self.handles.values():
+      os.fsync(handle)
+
+
+class Journal:
+  """Which tensors are done, on the disk, with their checksums: a line each."""
+
+  def __init__(self, path: pathlib.Path, digests: dict[str, str]):
+    self.path, self.digests = path, digests
+    self.waiting: dict[str, str] = {}
+    self.unsynced = 0
+    self.hash = xxhash.xxh3_128()
+
+  @classmethod
+  def opened(cls, part: pathlib.Path, identity: str) -> Journal:
+    """Reads the journal of an interrupted merge, or begins one.
+
+    Raises:
+      ValueError: where it is that of another merge.
+    """
+    path = part / NAME
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    records = [json.loads(line) for line in lines if line.endswith("\n")]
+    if not records:
+      with atomic.write(path) as file:
+        file.write(json.dumps({"plan": identity}).encode() + b"\n")
+      return cls(path, {})
+    if records[0] != {"plan": identity}:
+      raise ValueError(
+        f"{part} holds an interrupted merge of other inputs or settings; give its settings to go "
+        "on with it, resume=False (--resume=never) to drop it, or another place for the result."
+      )
+    return cls(path, {r["tensor"]: r["xxh3_128"] for r in records[1:]})
+
+  def checked(self, sink: Shards) -> dict[str, str]:
+    """Returns the tensors that are done, and are on the disk as they were written."""
+    fine = {n: d for n, d in self.digests.items() if sink.digest(n) == d}
+    self.digests = dict(fine)
+    return fine
+
+  def add(self, sink: Shards, name: str, start: int, part: np.ndarray) -> None:
+    """Writes a part of a tensor, and takes note of it; parts come in order."""
+    sink.write(name, start, part)
+    self.hash.update(np.ascontiguousarray(part).reshape(-1).view(np.uint8).data)
+    self.unsynced += part.nbytes
+    if start + part.size == math.prod(sink.places[name][1].shape):
+      self.waiting[name] = self.hash.hexdigest()
+      self.hash.reset()
+      if self.unsynced >= SYNCED:
+        self.flush(sink)
+
+  def flush(self, sink: Shards) -> None:
+    """Brings what was written to the disk, then the lines that say so."""
+    sink.sync()
+    with open(self.path, "a", encoding="utf-8") as file:
+      for name, digest in self.waiting.items():
+        file.write(json.dumps({"tensor": name, "xxh3_128": digest}) + "\n")
+      file.flush()
+      os.fsync(file.fileno())
+    self.digests |= self.waiting
+    self.waiting, self.unsynced = {}, 0
+
+
+@contextlib.contextmanager
+def locked(part: pathlib.Path, out: pathlib.Path) -> Iterator[None]:
+  """Keeps a second process from merging to the same place."""
+  handle = os.open(part, os.O_RDONLY)
+  try:
+    try:
+      fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as e:
+      raise ValueError(f"{out}: another process is merging to this place.") from e
+    yield
+  finally:
+    os.close(handle)

@@ -1,0 +1,78 @@
+"""Tensors that are read in parts, wherever their bytes are."""
+
+from __future__ import annotations
+
+import collections
+import os
+import pathlib
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxmerge.io.safetensors import Entry
+
+MOST = 128  # Files that are kept open at a time.
+
+
+class Tensor(NamedTuple):
+  """A tensor of a model.
+
+  Attributes:
+    where: what it is, for errors: its file and name.
+    dtype: of its entries.
+    shape: of the whole.
+    read: (start, out) fills `out` [n], of the tensor's dtype, with entries start, start + 1, ...
+  """
+
+  where: str
+  dtype: np.dtype
+  shape: tuple[int, ...]
+  read: Callable[[int, np.ndarray], None]
+
+
+class Files:
+  """Files that are open for reading: the ones used last, so that a model may have thousands."""
+
+  def __init__(self) -> None:
+    self._open: collections.OrderedDict[pathlib.Path, int] = collections.OrderedDict()
+
+  def read(self, path: pathlib.Path, position: int, out: np.ndarray) -> int:
+    """Reads bytes into an array that is contiguous; returns how many there were."""
+    handle = self._open.pop(path, None)
+    handle = os.open(path, os.O_RDONLY) if handle is None else handle
+    self._open[path] = handle
+    if len(self._open) > MOST:
+      os.close(self._open.popitem(last=False)[1])
+    left = out.reshape(-1).view(np.uint8).data
+    while left and (count := os.preadv(handle, [left], position)):
+      left, position = left[count:], position + count
+    return out.nbytes - len(left)
+
+  def close(self) -> None:
+    """Closes them all."""
+    while self._open:
+      os.close(self._open.popitem()[1])
+
+
+def stored(files: Files, path: pathlib.Path, name: str, entry: Entry) -> Tensor:
+  """A tensor whose bytes lie in a file, as its header says."""
+  where = f"{path}: tensor {name!r}"
+
+  def read(start: int, out: np.ndarray) -> None:
+    position = entry.start + start * entry.dtype.itemsize
+    if files.read(path, position, out) != out.nbytes:
+      raise ValueError(f"{where}: the file ended while it was being read; did it change?")
+
+  return Tensor(where, entry.dtype, entry.shape, read)
+
+
+def widened(tensor: Tensor, dtype: np.dtype) -> Tensor:
+  """The same tensor in another dtype."""
+
+  def read(start: int, out: np.ndarray) -> None:
+    own = np.empty(out.shape, tensor.dtype)
+    tensor.read(start, own)
+    out[...] = own
+
+  return tensor if tensor.dtype == dtype else tensor._replace(dtype=dtype, read=read)
