@@ -801,6 +801,13 @@ def test_what_an_alias_repeats_is_told_once():
   assert problems(text) == ["r.yml:6:33: density must be in [0, 1], got 2."]
 
 
+def test_what_an_error_quotes_stays_in_its_line():
+  (line,) = problems(head("", "passthrough", r'[{model: "a\n\e[31m"}, {model: b/b}]', "{}"))
+  assert r"got 2: a\n\x1b[31m, b/b." in line
+  (line,) = problems(head("", "passthrough", f"[{{model: {'a' * 9999}}}, {{model: b/b}}]", "{}"))
+  assert len(line) < 2010
+
+
 def test_the_error_is_a_value_error_with_records():
   with pytest.raises(ValueError, match="recipe") as caught:
     parsed("- 1")
@@ -873,9 +880,8 @@ def refused(text):
     assert parsed(text)
   except recipe.RecipeError as error:
     lines = re.split("\r\n|[\n\r\x85\u2028\u2029]", text)
-    for place, words in error.problems:
-      assert words
-      assert "\n" not in words
+    for (place, _), line in zip(error.problems, str(error).splitlines(), strict=True):
+      assert line.startswith(f"{place}: ")
       assert 1 <= place.line <= len(lines) + 1
       assert place.column >= 1
     return True

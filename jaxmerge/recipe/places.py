@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, NamedTuple  # Any: whatever a recipe holds can be shown.
 
+_WIDEST = 2000
 MOST = 100  # A file with more problems than this is no recipe; reading it stops.
 
 
@@ -41,7 +42,13 @@ class RecipeError(ValueError):
 
   def __str__(self) -> str:
     """Returns one line for each problem."""
-    return "\n".join(f"{p.place}: {p.text}" for p in self.problems)
+    return "\n".join(_line(f"{p.place}: {p.text}") for p in self.problems)
+
+
+def _line(text: str) -> str:
+  """Returns a text cut and escaped, so that what it quotes stays in one line of a terminal."""
+  cut = text if len(text) <= _WIDEST else text[:_WIDEST] + "..."
+  return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in cut)
 
 
 def note(found: list[Problem], place: Place, text: str) -> None:
