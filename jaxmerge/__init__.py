@@ -20,6 +20,7 @@ _ROOMS = (
   "memory",
   "methods",
   "models",
+  "recipe",
   "report",
   "stage",
   "statistics",

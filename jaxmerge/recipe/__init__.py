@@ -1,0 +1,42 @@
+"""Recipes: mergekit's YAML, read strictly, every problem told with its line; free of jax."""
+
+import importlib
+from typing import Any  # A lazy attribute may be any public object.
+
+_HOMES = {
+  "read": "schema",
+  "parse": "schema",
+  "RecipeError": "places",
+  "Recipe": "records",
+  "groups": "records",
+  "referenced": "records",
+  "Tensor": "parameters",
+  "values": "parameters",
+  "unmatched": "parameters",
+  "METHODS": "methods",
+}
+_ROOMS = (
+  "checking",
+  "fields",
+  "inputs",
+  "marked",
+  "methods",
+  "parameters",
+  "places",
+  "records",
+  "references",
+  "schema",
+)
+__all__ = [*_HOMES, *_ROOMS]
+
+
+def __getattr__(name: str) -> Any:
+  if name in _HOMES:
+    return getattr(importlib.import_module(f"jaxmerge.recipe.{_HOMES[name]}"), name)
+  if name in _ROOMS:
+    return importlib.import_module(f"jaxmerge.recipe.{name}")
+  raise AttributeError(f"module 'jaxmerge.recipe' has no attribute {name!r}.")
+
+
+def __dir__() -> list[str]:
+  return sorted(__all__)

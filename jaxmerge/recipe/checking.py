@@ -1,0 +1,111 @@
+"""Checks what belongs together in a recipe: models and methods, bases, required parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from jaxmerge.catalog import Parameter
+from jaxmerge.recipe.methods import METHODS
+from jaxmerge.recipe.parameters import Value, constant, together
+from jaxmerge.recipe.places import Place, Problem, listed
+from jaxmerge.recipe.records import Group, Model, Parameters, Recipe, groups
+
+
+def problems(recipe: Recipe) -> Iterator[Problem]:
+  """Yields what is wrong with a recipe whose parts are right one by one."""
+  ways: list[tuple[str, Place, tuple[Parameters, ...]]]
+  ways = [(recipe.merge_method, recipe.places.get("merge_method", recipe.place), ())]
+  ways += [(o.merge_method, o.place, (o.parameters,)) for o in recipe.overrides]
+  yield from _base(recipe)
+  for group in groups(recipe):
+    yield from _shape(group)
+    for name, place, above in ways:
+      # An unknown method has been told, and a copy takes whatever there is.
+      if name in METHODS and not group.copied(METHODS[name]):
+        yield from _inputs(group, name, place)
+        yield from _given(group, name, above)
+
+
+def _base(recipe: Recipe) -> Iterator[Problem]:
+  """Checks that there is a base where the recipe copies from it."""
+  wants = {
+    "exclude": bool(recipe.exclude),
+    "missing": recipe.missing == "base",
+    "tokenizer": recipe.tokenizer is not None and recipe.tokenizer.source == "base",
+  }
+  places = {"tokenizer": recipe.places.get("tokenizer_source", recipe.place), **recipe.places}
+  for key, wanted in wants.items():
+    if wanted and not all(group.base for group in groups(recipe)):
+      text = f"{key} takes from the base, but there is no base_model."
+      yield Problem(places.get(key, recipe.place), text)
+
+
+def _shape(group: Group) -> Iterator[Problem]:
+  """Checks that no model is there twice, and that layer ranges have one length."""
+  seen: dict[tuple[Model, tuple[int, int] | None], Place] = {}
+  for source in group.sources:
+    key = source.model, source.layers
+    if key in seen:
+      text = f"{str(source.model)!r} is already in line {seen[key].line}; give it one weight."
+      yield Problem(source.place, text)
+    seen.setdefault(key, source.place)
+  lengths = {s.layers[1] - s.layers[0]: str(s.model) for s in group.sources if s.layers}
+  if len(lengths) > 1:
+    words = listed(f"{n} of {model!r}" for n, model in lengths.items())
+    text = f"the sources of a slice must have equally many layers, got {words}."
+    yield Problem(group.place, text)
+
+
+def _inputs(group: Group, name: str, place: Place) -> Iterator[Problem]:
+  """Checks the base and the number of models."""
+  method = METHODS[name]
+  among = any(s.model == group.base for s in group.sources)
+  others = [str(s.model) for s in group.sources if group.merged(s, method)]
+  low, high = method.others
+  if method.base == "required" and not group.base:
+    text = f"{name} needs base_model: it merges task vectors, or starts from the base"
+    yield Problem(place, f"{text}. Models: {listed(others)}.")
+  elif method.base == "required" and group.sliced and not among:
+    text = f"the base {str(group.base)!r} is not among the sources of this slice"
+    yield Problem(group.place, f"{text}, as {name} needs it; add it with its layer_range.")
+  elif len(others) < low or (high is not None and len(others) > high):
+    beside = "" if method.base == "ignored" else " beside the base"
+    words = f": {listed(others)}" if others else ""
+    text = f"{name} merges {method.models}, got {len(others)}{beside}{words}."
+    yield Problem(group.place, text)
+
+
+def _given(group: Group, name: str, above: tuple[Parameters, ...]) -> Iterator[Problem]:
+  """Checks that required parameters are given at some level, and values that belong together."""
+  method = METHODS[name]
+  shared = (*above, *group.levels)
+  for parameter in _without(shared, method.shared):
+    text = f"{name} needs {parameter}; give it in the parameters of the slice or the recipe."
+    yield Problem(group.place, text)
+  each = []
+  for source in (s for s in group.sources if group.merged(s, method)):
+    levels = (*above, source.parameters, *group.levels)
+    each.append(_constants(levels, method.each))
+    for parameter in _without(levels, method.each):
+      text = f"{name} needs {parameter} for {str(source.model)!r}; give it in the parameters of"
+      yield Problem(source.place, f"{text} the model, the slice or the recipe.")
+  if any("weight" not in own for own in each):
+    each = [{n: v for n, v in own.items() if n != "weight"} for own in each]
+  yield from together(name, _constants(shared, method.shared), each, group.place)
+
+
+def _without(levels: Sequence[Parameters], known: Mapping[str, Parameter]) -> list[str]:
+  """Returns the required parameters that no level gives."""
+  required = (name for name, parameter in known.items() if parameter.default is None)
+  return [name for name in required if not any(name in level for level in levels)]
+
+
+def _constants(levels: Sequence[Parameters], known: Mapping[str, Parameter]) -> dict[str, Value]:
+  """Returns the values that are the same for all tensors."""
+  made: dict[str, Value] = {}
+  for name, parameter in known.items():
+    value = constant(levels, name)
+    if not any(name in level for level in levels) and parameter.default is not None:
+      value = Value(parameter.default, None)
+    made |= {name: value} if value else {}
+  return made

@@ -1,0 +1,208 @@
+"""Reads one value of a recipe as the kind that is wanted, and notes what is wrong with it.
+
+Every reader returns a value of the wanted kind. Where the recipe holds another, a problem is noted
+and a stand-in returned, so that reading goes on and all problems are told together; what has a
+problem is never returned to the caller of the library.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import types
+import warnings
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any, TypeVar  # Any: readers take what they take.
+
+from jaxmerge import catalog
+from jaxmerge.recipe.marked import Marked, plain
+from jaxmerge.recipe.places import Problem, note, shown
+from jaxmerge.recipe.records import Where
+
+T = TypeVar("T")
+Word = TypeVar("Word", bound=str)
+_LONGEST_PATTERN = 1000
+_MOST_LAYERS = 10**6
+_MOST_KNOWN = 200  # Among more words than that, looking for a near one takes too long.
+
+
+def mapping(
+  node: Marked,
+  what: str,
+  keys: Collection[str],
+  found: list[Problem],
+  *,
+  needed: Collection[str] = (),
+  refused: Mapping[str, str] = types.MappingProxyType({}),
+) -> dict[str, Marked]:
+  """Returns what a mapping gives, by key; a key without a value is not given.
+
+  Args:
+    node: the mapping.
+    what: words for it.
+    keys: all that it may have.
+    found: takes the problems.
+    needed: the keys that it must have.
+    refused: keys that are known and not supported, with what is to be said of each.
+  """
+  if not isinstance(node.value, dict):
+    note(found, node.place, f"{what} must be a mapping, got {shown(node.value)}; {_list(keys)}.")
+    return {}
+  given = {}
+  for key, value in node.value.items():
+    if key in keys:
+      given[key] = value
+    elif key in refused:
+      if value.value is not None:
+        note(found, node.keys[key], refused[key])
+    else:
+      note(found, node.keys[key], f"unknown key {shown(key)} in {what}{nearest(key, keys)}.")
+      # Stands for the key that was meant, so that this is not told to be missing as well.
+      given.update({k: value for k in closest(key, keys) if k not in node.value})
+  given = {key: value for key, value in given.items() if value.value is not None}
+  for key in needed:
+    if key not in given:
+      note(found, node.place, f"{what} needs the key {key}.")
+  return given
+
+
+def maybe(reader: Callable[..., T], node: Marked | None, *rest: Any) -> T | None:
+  """Returns what a reader makes of a value, or None if it is not given."""
+  return None if node is None else reader(node, *rest)
+
+
+def items(node: Marked, what: str, found: list[Problem]) -> tuple[Marked, ...]:
+  """Returns the items of a list, of which there must be one."""
+  if not isinstance(node.value, tuple) or not node.value:
+    got = "an empty one" if node.value == () else shown(node.value)
+    note(found, node.place, f"{what} must be a list of one item or more, got {got}.")
+    return ()
+  return node.value
+
+
+def text(node: Marked, what: str, found: list[Problem]) -> str:
+  """Returns a text that is not empty."""
+  if isinstance(node.value, str) and node.value:
+    return node.value
+  scalar = isinstance(node.value, bool | int | float)
+  hint = "; put it in quotes" if scalar else ""
+  got = "an empty one" if node.value == "" else shown(node.value)
+  note(found, node.place, f"{what} must be text, got {got}{hint}.")
+  return "?"
+
+
+def choice(node: Marked, what: str, choices: Sequence[Word], found: list[Problem]) -> Word:
+  """Returns one of several words."""
+  if node.value in choices:
+    return node.value
+  word = node.value if isinstance(node.value, str) else ""
+  note(found, node.place, f"{what} cannot be {shown(node.value)}{nearest(word, choices)}.")
+  return next((c for c in choices if c in closest(word, choices)), choices[0])
+
+
+def whole(node: Marked, what: str, low: int, high: int, found: list[Problem]) -> int:
+  """Returns a whole number from `low` to `high`."""
+  value = node.value
+  if isinstance(value, int) and not isinstance(value, bool) and low <= value <= high:
+    return value
+  wrong = f"{what} must be a whole number from {low} to {high}, got {shown(value)}"
+  note(found, node.place, f"{wrong}{quoted(value)}.")
+  return low
+
+
+def truth(node: Marked, what: str, found: list[Problem]) -> bool:
+  """Returns a truth value."""
+  if not isinstance(node.value, bool):
+    wrong = f"{what} must be true or false, got {shown(node.value)}"
+    note(found, node.place, f"{wrong}{quoted(node.value)}.")
+  return node.value is True
+
+
+def pattern(node: Marked, what: str, found: list[Problem]) -> str:
+  """Returns a regular expression."""
+  value = text(node, what, found)
+  try:
+    if len(value) > _LONGEST_PATTERN:
+      raise re.error(f"longer than {_LONGEST_PATTERN} characters")
+    with warnings.catch_warnings():
+      warnings.simplefilter("error")
+      re.compile(value)
+  except (re.error, RecursionError, OverflowError, Warning) as error:
+    wrong = f"{what} is no regular expression, got {shown(value)}: {error}"
+    note(found, node.place, f"{wrong}.")
+    return "$^"
+  return value
+
+
+def span(node: Marked, what: str, found: list[Problem]) -> tuple[int, int]:
+  """Returns a range of layers [first, last) that is written as a list."""
+  ends = node.value if isinstance(node.value, tuple) else ()
+  if len(ends) != 2:
+    note(found, node.place, f"{what} must be a list [first, last), got {_got(node)}.")
+    return 0, 1
+  problems = len(found)
+  first, last = (whole(end, what, 0, _MOST_LAYERS, found) for end in ends)
+  if first >= last and len(found) == problems:
+    note(found, node.place, f"{what} must not be empty, got [{first}, {last}).")
+  return first, max(last, first + 1)
+
+
+def layers(node: Marked, what: str, found: list[Problem]) -> tuple[tuple[int, int], ...]:
+  """Returns ranges [first, last) of layers: of `[0, 4]`, a range, or of `0-3, 8`, with 3 and 8."""
+  if isinstance(node.value, tuple):
+    return (span(node, what, found),)
+  parts = [p.strip() for p in str(node.value).split(",")]
+  if all(re.fullmatch(r"[0-9]{1,6}( *- *[0-9]{1,6})?", p) for p in parts):
+    ends = [[int(n) for n in p.split("-")] for p in parts]
+    ranges = tuple((e[0], e[-1] + 1) for e in ends)
+    if all(a < b for a, b in ranges):
+      return ranges
+  note(found, node.place, f"{what} must be such as '0-3, 8' or [0, 4], got {_got(node)}.")
+  return ((0, 1),)
+
+
+CONDITIONS = ("filter", "pattern", "layers")
+
+
+def where(node: Marked, given: Mapping[str, Marked], what: str, found: list[Problem]) -> Where:
+  """Returns the conditions among what a mapping gives; the filter `*` is none."""
+  own = maybe(text, given.get("filter"), f"filter of {what}", found)
+  return Where(
+    filter=None if own == "*" else own,
+    pattern=maybe(pattern, given.get("pattern"), f"pattern of {what}", found),
+    layers=maybe(layers, given.get("layers"), f"layers of {what}", found),
+    place=next((given[key].place for key in CONDITIONS if key in given), node.place),
+  )
+
+
+def closest(word: str, known: Iterable[str]) -> list[str]:
+  """Returns the one of the known words that is meant, if any; case and dashes do not count.
+
+  >>> closest("DARE-ties", ["dare_ties", "ties"])
+  ['dare_ties']
+  """
+  return difflib.get_close_matches(_folded(word), list(known)[:_MOST_KNOWN], n=1)
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+  """Says which word may be meant, and which there are: to be appended to an error."""
+  return catalog.nearest(_folded(word), list(known)[:_MOST_KNOWN])
+
+
+def quoted(value: object) -> str:
+  """Says what to do about a number or truth value in quotes: to be appended to an error."""
+  return "; remove the quotes" if isinstance(value, str) and plain(value) != value else ""
+
+
+def _folded(word: str) -> str:
+  return word[:60].lower().replace("-", "_")
+
+
+def _list(keys: Collection[str]) -> str:
+  return f"keys: {', '.join(keys)}" if keys else "names are its keys"
+
+
+def _got(node: Marked) -> str:
+  if isinstance(node.value, tuple) and all(isinstance(v.value, str | int) for v in node.value):
+    return f"[{', '.join(shown(v.value) for v in node.value[:4])}]"
+  return shown(node.value)

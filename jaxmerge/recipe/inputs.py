@@ -1,0 +1,211 @@
+"""Reads what is merged: parameters, and sources, slices, modules and overrides, which have them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from jaxmerge.catalog import Parameter
+from jaxmerge.recipe import fields, references
+from jaxmerge.recipe.marked import Marked
+from jaxmerge.recipe.methods import METHODS, complaint
+from jaxmerge.recipe.places import Problem, note
+from jaxmerge.recipe.records import (
+  Case,
+  Module,
+  Override,
+  Parameters,
+  Scalar,
+  Slice,
+  Source,
+  Where,
+)
+from jaxmerge.recipe.references import Context
+
+_RESIDUAL = {
+  "residual_weight": "residual_weight is not supported; mergekit does not use it either: remove it."
+}
+
+
+class Known(NamedTuple):
+  """The parameters of the methods of a recipe.
+
+  Attributes:
+    of: the methods in words; empty if one is unknown, so that nothing can be said.
+    each: parameters with a value for every model.
+    shared: parameters that are one for all models.
+  """
+
+  of: str
+  each: Mapping[str, Parameter]
+  shared: Mapping[str, Parameter]
+
+
+def known(names: Sequence[str]) -> Known:
+  """Returns the parameters of methods; where two have the same name, those of the first count."""
+  if not set(names) <= METHODS.keys():
+    return Known("", {}, {})
+  methods = [METHODS[name] for name in reversed(names)]
+  each = {n: p for m in methods for n, p in m.each.items()}
+  shared = {n: p for m in methods for n, p in m.shared.items()}
+  return Known(", ".join(dict.fromkeys(names)), each, shared)
+
+
+def level(
+  node: Marked | None, known: Known, found: list[Problem], *, at_source: bool = False
+) -> Parameters:
+  """Returns the parameters of one level; at a source, only those with a value for every model."""
+  if node is None:
+    return {}
+  if not known.of:
+    keys = tuple(node.value) if isinstance(node.value, dict) else ()
+    given = fields.mapping(node, "the parameters", keys, found)
+    return {name: cases(own, name, None, found) for name, own in given.items()}
+  allowed = {**known.each} if at_source else {**known.shared, **known.each}
+  text = f"is no parameter of {known.of}, and mergekit ignores it: remove it."
+  refused = {name: f"{name} {text}" for m in METHODS.values() for name in m.parameters}
+  text = "is one for all models: move it to the parameters of the recipe, module or slice."
+  refused |= {name: f"{name} {text}" for name in known.shared}
+  given = fields.mapping(
+    node, f"the parameters of {known.of}", tuple(allowed), found, refused=refused
+  )
+  return {name: cases(own, name, allowed[name], found) for name, own in given.items()}
+
+
+def cases(
+  node: Marked, name: str, parameter: Parameter | None, found: list[Problem]
+) -> tuple[Case, ...]:
+  """Returns the cases of a parameter: of a value, of a gradient, or of a list of conditions."""
+  listed = node.value if isinstance(node.value, tuple) else (node,)
+  if not any(isinstance(item.value, dict) for item in listed):
+    value = _value(node, name, parameter, found)
+    return (Case(value, Where(place=node.place), place=node.place),)
+  made: list[Case] = []
+  keys = ("value", *fields.CONDITIONS)
+  for item in listed:
+    given = fields.mapping(item, f"an item of {name}", keys, found, needed=("value",))
+    where = fields.where(item, given, name, found)
+    if made and made[-1].where.everywhere:
+      line = made[-1].place.line
+      note(found, item.place, f"{name}: the item in line {line} takes all tensors; put it last.")
+    own = given.get("value")
+    value = _value(own, name, parameter, found) if own else 0.0
+    made.append(Case(value, where, place=own.place if own else item.place))
+  return tuple(made)
+
+
+def _value(
+  node: Marked, name: str, parameter: Parameter | None, found: list[Problem]
+) -> Scalar | tuple[Scalar, ...]:
+  if node.value == ():
+    note(found, node.place, f"{name} must not be an empty list.")
+  parts = node.value if isinstance(node.value, tuple) else (node,)
+  if parameter and parameter.integer and isinstance(node.value, tuple):
+    note(found, node.place, f"{name} must be one whole number, not a gradient.")
+  values = []
+  for part in parts:
+    wrong = complaint(name, parameter, part.value) if parameter else None
+    if wrong:
+      note(found, part.place, wrong.removesuffix(".") + f"{fields.quoted(part.value)}.")
+    values.append(1.0 if wrong or not isinstance(part.value, Scalar) else part.value)
+  return tuple(values) if isinstance(node.value, tuple) else values[0]
+
+
+def source(node: Marked, what: str, known: Known, sliced: bool, context: Context) -> Source | None:
+  """Returns a model, or layers of one, with its parameters."""
+  keys = ("model", "layer_range", "parameters") if sliced else ("model", "parameters")
+  hint = {"layer_range": "layer_range belongs to the sources of slices, not to models."}
+  given = fields.mapping(
+    node,
+    what,
+    keys,
+    context.found,
+    needed=("model", "layer_range") if sliced else ("model",),
+    refused={} if sliced else hint,
+  )
+  if "model" not in given:
+    return None
+  layers = given.get("layer_range")
+  return Source(
+    references.model(given["model"], "model", context),
+    level(given.get("parameters"), known, context.found, at_source=True),
+    fields.maybe(fields.span, layers, f"layer_range of {what}", context.found),
+    place=given["model"].place,
+  )
+
+
+def sources(
+  node: Marked, what: str, known: Known, sliced: bool, context: Context
+) -> tuple[Source, ...]:
+  """Returns the models of a list."""
+  listed = fields.items(node, what, context.found)
+  item = "a source" if sliced else "a model"
+  made = [source(each, item, known, sliced, context) for each in listed]
+  return tuple(s for s in made if s)
+
+
+def slices(node: Marked, known: Known, context: Context) -> tuple[Slice, ...]:
+  """Returns the slices of a list."""
+  made = []
+  keys = ("sources", "base_model", "parameters")
+  for each in fields.items(node, "slices", context.found):
+    given = fields.mapping(
+      each, "a slice", keys, context.found, needed=("sources",), refused=_RESIDUAL
+    )
+    listed, base = given.get("sources"), given.get("base_model")
+    made.append(
+      Slice(
+        fields.maybe(sources, listed, "sources of a slice", known, True, context) or (),
+        fields.maybe(references.model, base, "base_model of a slice", context),
+        level(given.get("parameters"), known, context.found),
+        place=each.place,
+      )
+    )
+  return tuple(made)
+
+
+def modules(node: Marked, known: Known, context: Context) -> dict[str, Module]:
+  """Returns the modules by name."""
+  made = {}
+  names = tuple(node.value) if isinstance(node.value, dict) else ()
+  for name, each in fields.mapping(node, "modules", names, context.found).items():
+    keys = ("models", "slices", "parameters")
+    given = fields.mapping(each, f"module {name!r:.60}", keys, context.found)
+    one_of(given, ("models", "slices"), f"module {name!r:.60}", each, context.found)
+    made[name] = Module(
+      fields.maybe(sources, given.get("models"), "models", known, False, context) or (),
+      fields.maybe(slices, given.get("slices"), known, context) or (),
+      level(given.get("parameters"), known, context.found),
+      place=each.place,
+    )
+  return made
+
+
+def one_of(
+  given: Mapping[str, Marked], keys: Sequence[str], what: str, node: Marked, found: list[Problem]
+) -> None:
+  """Notes a problem if not exactly one of the keys is given."""
+  there = [key for key in keys if key in given]
+  for key in there[1:]:
+    note(found, given[key].place, f"{what} has {there[0]} already and cannot have {key} as well.")
+  if not there:
+    note(found, node.place, f"{what} needs one of {', '.join(keys)}.")
+
+
+def overrides(
+  nodes: Sequence[Marked], methods: Sequence[str], found: list[Problem]
+) -> tuple[Override, ...]:
+  """Returns the overrides; `methods` holds their methods, in the same order."""
+  made = []
+  keys = (*fields.CONDITIONS, "merge_method", "parameters")
+  for node, method in zip(nodes, methods, strict=True):
+    given = fields.mapping(node, "an override", keys, found)
+    where = fields.where(node, given, "an override", found)
+    if where.everywhere:
+      text = "an override needs pattern, filter or layers: it is for some tensors"
+      note(found, node.place, f"{text}; what is for all belongs to the recipe.")
+    if not {"merge_method", "parameters"} & given.keys():
+      note(found, node.place, "an override needs merge_method or parameters.")
+    own = level(given.get("parameters"), known((method,)), found)
+    made.append(Override(where, method, own, place=node.place))
+  return tuple(made)

@@ -1,0 +1,256 @@
+"""The methods that a recipe can name: their inputs, and parameters with defaults and ranges.
+
+Names and defaults are mergekit's, so that its recipes mean here what they mean there. What the
+methods compute stands in `jaxmerge.catalog`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple  # Any: a value of YAML.
+
+from jaxmerge.catalog import Parameter
+from jaxmerge.recipe.places import shown
+
+
+class Method(NamedTuple):
+  """What a method takes.
+
+  Attributes:
+    doc: what it does.
+    base: whether a base is needed, or used if given; a base that is ignored can be a source.
+    others: the fewest and the most models beside the base; None: no limit.
+    each: parameters with a value for every model but the base. A default of None: must be given.
+    shared: parameters with one value for all models.
+    random: whether it draws random masks.
+    divides: the switch of the division by the sum of the weights; "always" for no switch.
+  """
+
+  doc: str
+  base: Literal["required", "optional", "ignored"]
+  others: tuple[int, int | None]
+  each: Mapping[str, Parameter]
+  shared: Mapping[str, Parameter]
+  random: bool = False
+  divides: str | None = None
+
+  @property
+  def parameters(self) -> dict[str, Parameter]:
+    """All parameters by name."""
+    return {**self.each, **self.shared}
+
+  @property
+  def models(self) -> str:
+    """The number of models in words."""
+    low, high = self.others
+    number = str(low) if low == high else f"{low} or more"
+    words = {"required": " and the base", "optional": ", and a base if given", "ignored": ""}
+    return number + words[self.base]
+
+
+def _switch(default: bool, doc: str) -> Parameter:
+  return Parameter(default, doc, choices=(True, False))
+
+
+_WEIGHT = Parameter(None, "weight of the model")
+_FRACTION = Parameter(1.0, "fraction of entries kept", low=0.0, high=1.0)
+_ABOVE_ZERO = _FRACTION._replace(open_low=True)
+_MASK = _switch(False, "accepted, changes nothing: masks need no storage here")
+_GAMMA = Parameter(0.01, "fraction of the largest entries removed", low=0.0, high=1.0)
+_SPREAD = Parameter(
+  0.15, "half-width of the range of keep probabilities around the density", low=0.0, high=0.5
+)
+_SMALL = Parameter(1e-5, "changes up to this size count as none", low=0.0)
+
+
+def _arithmetic(
+  doc: str,
+  density: Parameter | None = None,
+  own: Mapping[str, Parameter] | None = None,
+  *,
+  normalize: bool = False,
+  rescale: bool = False,
+  random: bool = False,
+) -> Method:
+  """Returns a method of weighted, perhaps sparse, task vectors."""
+  each, shared = {"weight": _WEIGHT}, {}
+  if density:
+    each.update({"density": density, **(own or {})})
+    shared["rescale"] = _switch(rescale, "make up for the entries dropped")
+  shared |= {
+    "normalize": _switch(normalize, "divide by the sum of the weights"),
+    "lambda": Parameter(1.0, "factor on the merged task vector"),
+    "int8_mask": _MASK,
+  }
+  return Method(doc, "required", (1, None), each, shared, random, "normalize")
+
+
+METHODS: Mapping[str, Method] = {
+  "linear": Method(
+    "weighted mean of the weights",
+    "ignored",
+    (1, None),
+    {"weight": _WEIGHT},
+    {"normalize": _switch(True, "divide by the sum of the weights")},
+    divides="normalize",
+  ),
+  "slerp": Method(
+    "point on the arc between the base and another model",
+    "required",
+    (1, 1),
+    {},
+    {"t": Parameter(None, "0 is the base, 1 the other model", low=0.0, high=1.0)},
+  ),
+  "nuslerp": Method(
+    "point on the arc between two models, or between their task vectors",
+    "optional",
+    (2, 2),
+    {"weight": _WEIGHT},
+    {
+      "nuslerp_flatten": _switch(True, "take a tensor as one vector"),
+      "nuslerp_row_wise": _switch(False, "without flatten: rows instead of columns"),
+    },
+    divides="always",
+  ),
+  "multislerp": Method(
+    "weighted mean on the sphere, in a tangent space",
+    "optional",
+    (1, None),
+    {"weight": _WEIGHT},
+    {
+      "normalize_weights": _switch(True, "divide by the sum of the weights"),
+      "eps": Parameter(1e-8, "guards divisions by a norm", low=0.0),
+    },
+    divides="normalize_weights",
+  ),
+  "karcher": Method(
+    "mean on the sphere, by iteration, of equal weights",
+    "ignored",
+    (1, None),
+    {},
+    {
+      "max_iter": Parameter(10, "the most iterations", low=0, high=10_000, integer=True),
+      "tol": Parameter(1e-5, "a step this small ends the iteration", low=0.0),
+    },
+  ),
+  "task_arithmetic": _arithmetic("base plus weighted sum of task vectors"),
+  "ties": _arithmetic("trim, elect sign, disjoint mean", _ABOVE_ZERO, normalize=True),
+  "dare_ties": _arithmetic("drop at random, elect sign", _FRACTION, rescale=True, random=True),
+  "dare_linear": _arithmetic("drop at random", _FRACTION, rescale=True, random=True),
+  "della": _arithmetic(
+    "drop at random by magnitude, elect sign",
+    _FRACTION,
+    {"epsilon": _SPREAD},
+    normalize=True,
+    rescale=True,
+    random=True,
+  ),
+  "della_linear": _arithmetic(
+    "drop at random by magnitude", _FRACTION, {"epsilon": _SPREAD}, rescale=True, random=True
+  ),
+  "breadcrumbs": _arithmetic(
+    "remove the largest and the smallest entries", _ABOVE_ZERO, {"gamma": _GAMMA}
+  ),
+  "breadcrumbs_ties": _arithmetic(
+    "remove the largest and the smallest entries, elect sign", _ABOVE_ZERO, {"gamma": _GAMMA}
+  ),
+  "sce": Method(
+    "select by variance, weight by energy, elect sign",
+    "required",
+    (1, None),
+    {},
+    {
+      "select_topk": _FRACTION._replace(doc="fraction of positions kept, by variance"),
+      "int8_mask": _MASK,
+    },
+  ),
+  "model_stock": Method(
+    "between base and mean, by the angle of the task vectors",
+    "required",
+    (2, None),
+    {},
+    {"filter_wise": _switch(False, "an angle for every row instead of every tensor")},
+  ),
+  "arcee_fusion": Method(
+    "take over the changes of importance above a quantile", "required", (1, 1), {}, {}
+  ),
+  "nearswap": Method(
+    "take over the other model where it is near",
+    "required",
+    (1, 1),
+    {},
+    {"t": Parameter(None, "distance up to which the other model is taken", low=0.0)},
+  ),
+  "ram": Method(
+    "mean of shared changes, sum of unique ones", "required", (1, None), {}, {"epsilon": _SMALL}
+  ),
+  "ramplus_tl": Method(
+    "as ram, unique changes amplified",
+    "required",
+    (1, None),
+    {},
+    {
+      "epsilon": _SMALL,
+      "r": Parameter(0.1, "strength of the amplification", low=0.0),
+      "alpha": Parameter(0.2, "bound of the ratio of shared to unique changes", low=0.0),
+    },
+  ),
+  "passthrough": Method(
+    "copy of one model, or of its layers",
+    "ignored",
+    (1, 1),
+    {"scale": Parameter(1.0, "factor on the tensor")},
+    {},
+  ),
+}
+
+
+def complaint(name: str, parameter: Parameter, value: Any) -> str | None:
+  """Returns what is wrong with a value of a parameter, or None.
+
+  >>> complaint("density", METHODS["ties"].each["density"], 1.5)
+  'density must be in (0, 1], got 1.5.'
+  """
+  if parameter.choices:
+    if isinstance(value, bool):
+      return None
+    return f"{name} must be true or false, got {shown(value)}."
+  if isinstance(value, bool) or not isinstance(value, int | float):
+    kind = "a whole number" if parameter.integer else "a number"
+    return f"{name} must be {kind} in {parameter.range}, got {shown(value)}."
+  try:
+    parameter.check(name, value)
+  except ValueError as error:
+    return str(error)
+  return None
+
+
+def markdown() -> str:
+  """Returns the table of methods as Markdown, as docs/recipes.md shows it."""
+  rows = ["| method | base | models | per model | for all models | what |", "| --- " * 6 + "|"]
+  for name, m in METHODS.items():
+    each, shared = (", ".join(map(_cell, p, p.values())) or "-" for p in (m.each, m.shared))
+    mark = " (random)" if m.random else ""
+    rows.append(f"| `{name}`{mark} | {m.base} | {m.models} | {each} | {shared} | {m.doc} |")
+  return "\n".join(rows)
+
+
+def parameter_markdown() -> str:
+  """Returns the table of parameters as Markdown, as docs/recipes.md shows it."""
+  found: dict[tuple[str, Parameter], list[str]] = {}
+  for name, m in METHODS.items():
+    for own in m.parameters.items():
+      key = (own[0], own[1]._replace(default=None))
+      found.setdefault(key, []).append(name)
+  rows = ["| parameter | range | methods | meaning |", "| --- " * 4 + "|"]
+  for (name, p), users in sorted(found.items(), key=lambda item: item[0][0]):
+    values = "true, false" if p.choices else ("whole, " if p.integer else "") + p.range
+    rows.append(f"| `{name}` | {values} | {', '.join(users)} | {p.doc} |")
+  return "\n".join(rows)
+
+
+def _cell(name: str, parameter: Parameter) -> str:
+  default = parameter.default
+  if default is None:
+    return f"`{name}` (required)"
+  return f"`{name}` = {shown(default) if isinstance(default, bool) else f'{default:g}'}"

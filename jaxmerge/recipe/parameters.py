@@ -1,0 +1,276 @@
+"""The value of a parameter for a tensor: levels, conditions and gradients over depth.
+
+The levels, the narrowest first: override, source or model, slice, module, recipe. A parameter that
+is one for all models is not looked up at a source. The first level counts whose condition holds for
+the tensor.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+from jaxmerge.catalog import Parameter
+from jaxmerge.recipe.methods import METHODS, Method, complaint
+from jaxmerge.recipe.places import Place, Problem, RecipeError, listed
+from jaxmerge.recipe.records import (
+  Case,
+  Group,
+  Override,
+  Parameters,
+  Recipe,
+  Scalar,
+  Where,
+  groups,
+)
+
+
+class Tensor(NamedTuple):
+  """A tensor of the merged model.
+
+  Attributes:
+    name: its name.
+    layer: number of its layer in the merged model; None outside of the layers.
+    depth: how deep its layer lies in its slice, see `depth`; None outside of the layers.
+  """
+
+  name: str
+  layer: int | None = None
+  depth: float | None = None
+
+
+class Value(NamedTuple):
+  """A value, and where it is given; None for a default."""
+
+  value: Scalar
+  place: Place | None
+
+
+class Values(NamedTuple):
+  """All that a method needs to know to merge one tensor.
+
+  Attributes:
+    method: name of the method.
+    shared: parameters that are one for all models.
+    each: parameters of each source of the group, in order; none for the base.
+  """
+
+  method: str
+  shared: dict[str, Scalar]
+  each: tuple[dict[str, Scalar], ...]
+
+
+def depth(index: int, layers: int) -> float:
+  """Returns the depth in [0, 1] of a layer of a slice; the only layer of a slice has depth 1.
+
+  >>> depth(0, 5), depth(1, 5), depth(0, 1)
+  (0.0, 0.25, 1.0)
+  """
+  return index / (layers - 1) if layers > 1 else 1.0
+
+
+def evaluate(cases: Sequence[Case], tensor: Tensor) -> Value | None:
+  """Returns the value of the first case that holds for a tensor; None if none does."""
+  for case in cases:
+    if case.where.holds(tensor.name, tensor.layer):
+      return Value(interpolated(case.value, tensor.depth), case.place)
+  return None
+
+
+def interpolated(value: Scalar | tuple[Scalar, ...], depth: float | None) -> Scalar:
+  """Returns a gradient's value at a depth: numbers are interpolated, truth values step.
+
+  Tensors outside of the layers, whether before or after them, take the first value.
+
+  >>> interpolated((0, 0.5, 1), 0.75), interpolated((True, False), 0.75), interpolated(3, None)
+  (0.75, True, 3)
+  """
+  if not isinstance(value, tuple):
+    return value
+  at = (depth or 0.0) * (len(value) - 1)
+  if any(isinstance(v, bool) for v in value):
+    return value[int(at + 1e-9)]  # A depth of 6/49 times 49 is a little less than 6.
+  left, right = int(at), min(int(at) + 1, len(value) - 1)
+  return (1 - (at - left)) * value[left] + (at - left) * value[right]
+
+
+def lookup(levels: Iterable[Parameters], name: str, tensor: Tensor) -> Value | None:
+  """Returns the value of a parameter at the first level that has one for the tensor."""
+  for level in levels:
+    if found := evaluate(level.get(name, ()), tensor):
+      return found
+  return None
+
+
+def constant(levels: Iterable[Parameters], name: str) -> Value | None:
+  """Returns the value of a parameter if it is the same for all tensors."""
+  cases = next((level[name] for level in levels if name in level), ())
+  if len(cases) != 1 or not cases[0].where.everywhere or isinstance(cases[0].value, tuple):
+    return None
+  return Value(cases[0].value, cases[0].place)
+
+
+def override(recipe: Recipe, tensor: Tensor) -> Override | None:
+  """Returns the first override that is meant for a tensor, if any."""
+  fits = (o for o in recipe.overrides if o.where.holds(tensor.name, tensor.layer))
+  return next(fits, None)
+
+
+def excluded(recipe: Recipe, tensor: Tensor) -> bool:
+  """Tells whether a tensor is copied from the base."""
+  return any(where.holds(tensor.name, tensor.layer) for where in recipe.exclude)
+
+
+def values(
+  recipe: Recipe, group: Group, tensor: Tensor, names: Sequence[str] | None = None
+) -> Values:
+  """Returns the method and its parameters for a tensor, checked once more together.
+
+  Args:
+    recipe: the recipe.
+    group: the group that the tensor belongs to. A slice with one source may be a copy, and is a
+      passthrough then, see `Group.copied`.
+    tensor: the tensor of the merged model.
+    names: what it is called in each source, where that differs: in slices, layers do.
+
+  Raises:
+    RecipeError: for a required parameter without a value for this tensor, values out of range
+      together, and weights that add up to zero but are divided by their sum.
+  """
+  own = override(recipe, tensor)
+  above = (own.parameters,) if own else ()
+  name = own.merge_method if own else recipe.merge_method
+  method = METHODS[name]
+  if group.copied(method):
+    return Values("passthrough", {}, ({"scale": 1.0},))
+  found: list[Problem] = []
+
+  def picked(
+    levels: Sequence[Parameters], known: Mapping[str, Parameter], at: Tensor
+  ) -> dict[str, Value]:
+    made, problems = _picked(levels, known, at, name, group.place)
+    found.extend(problems)
+    return made
+
+  shared = picked((*above, *group.levels), method.shared, tensor)
+  each = []
+  for i, source in enumerate(group.sources):
+    at = tensor if names is None else tensor._replace(name=names[i])
+    levels = (*above, source.parameters, *group.levels)
+    each.append(picked(levels, method.each if group.merged(source, method) else {}, at))
+  found += together(name, shared, each, group.place, f" for tensor {tensor.name!r}")
+  if found:
+    raise RecipeError(found)
+  bare = [{n: v.value for n, v in given.items()} for given in (shared, *each)]
+  return Values(name, bare[0], tuple(bare[1:]))
+
+
+def _picked(
+  levels: Sequence[Parameters],
+  known: Mapping[str, Parameter],
+  tensor: Tensor,
+  method: str,
+  place: Place,
+) -> tuple[dict[str, Value], list[Problem]]:
+  """Returns the values of known parameters, defaults included, and what is wrong with them."""
+  made, problems = {}, []
+  for name, parameter in known.items():
+    value = lookup(levels, name, tensor) or Value(parameter.default, None)
+    if value.value is None:
+      at = next((level[name][-1].place for level in levels if name in level), place)
+      text = f"{method} needs {name}, but nothing gives it for tensor {tensor.name!r}"
+      problems.append(Problem(at, f"{text}; add an item without a condition."))
+    elif wrong := complaint(name, parameter, value.value):
+      problems.append(Problem(value.place or place, f"{method}: {wrong}"))
+    else:
+      made[name] = value
+  return made, problems
+
+
+def together(
+  name: str,
+  shared: Mapping[str, Value],
+  each: Sequence[Mapping[str, Value]],
+  place: Place,
+  which: str = "",
+) -> list[Problem]:
+  """Returns what is wrong with values that are right one by one.
+
+  Args:
+    name: name of the method.
+    shared: the values that are one for all models; those not known yet are missing.
+    each: the values of each model, likewise.
+    place: where the models are listed.
+    which: words for the tensor.
+  """
+  problems = []
+  for given in each:
+    if "epsilon" in given and "density" in given:
+      (density, at), (epsilon, other) = given["density"], given["epsilon"]
+      if 0 < density < 1 and not (epsilon < density and density + epsilon < 1):
+        text = f"density - epsilon and density + epsilon must be in (0, 1), got {density:g} and"
+        problems.append(Problem(at or other or place, f"{name}: {text} {epsilon:g}{which}."))
+  weights = [given["weight"] for given in each if "weight" in given]
+  if weights and _divides(METHODS[name], shared):
+    total, size = sum(w.value for w in weights), sum(abs(w.value) for w in weights)
+    if abs(total) <= 1e-6 * size:
+      numbers = listed(f"{w.value:g}" for w in weights)
+      hint = "" if METHODS[name].divides == "always" else f", or set {METHODS[name].divides}: false"
+      text = f"{name} divides by the sum of the weights, which is zero ({numbers}){which}"
+      problems.append(Problem(weights[0].place or place, f"{text}; change them{hint}."))
+  return problems
+
+
+def _divides(method: Method, shared: Mapping[str, Value]) -> bool:
+  switch = shared.get(method.divides or "")
+  return method.divides == "always" or bool(switch and switch.value)
+
+
+def unmatched(recipe: Recipe, tensors: Mapping[str, int | None]) -> tuple[Problem, ...]:
+  """Returns a problem for every condition that is the first to hold for none of the tensors.
+
+  Args:
+    recipe: the recipe.
+    tensors: the layer of every tensor by name, None outside of the layers: of the merged model,
+      and of the sources where their names differ.
+  """
+  problems = set()
+  for conditions in _conditions(recipe):
+    left = dict(tensors)
+    for where in conditions:
+      taken = [name for name, layer in left.items() if where.holds(name, layer)]
+      if not taken and not where.everywhere:
+        problems.add(Problem(where.place, _without(where, tensors)))
+      for name in taken:
+        del left[name]
+  return tuple(sorted(problems))
+
+
+def _conditions(recipe: Recipe) -> Iterator[tuple[Where, ...]]:
+  """Yields the conditions of which the first that holds counts."""
+  levels = [recipe.parameters, *(m.parameters for m in recipe.modules.values())]
+  levels += [o.parameters for o in recipe.overrides]
+  for group in groups(recipe):
+    levels += [group.levels[0], *(s.parameters for s in group.sources)]
+  yield from ((where,) for where in recipe.exclude)
+  yield tuple(o.where for o in recipe.overrides)
+  yield from (tuple(c.where for c in cases) for level in levels for cases in level.values())
+
+
+def _without(where: Where, tensors: Mapping[str, int | None]) -> str:
+  """Says why no tensor is left for a condition."""
+  if any(where.holds(name, layer) for name, layer in tensors.items()):
+    return f"items before it take all tensors of {where}; put the narrower one first."
+  text = f"{where} holds for none of the {len(tensors)} tensors"
+  wanted = where.filter or where.pattern
+  if wanted is None:
+    layers = [layer for layer in tensors.values() if layer is not None]
+    return (
+      f"{text}; their layers are 0 to {max(layers)}." if layers else f"{text}; none is a layer."
+    )
+  parts = [[p for p in name.split(".") if not p.isdigit()] for name in tensors]
+  long = wanted.count(".") + 1
+  words = {".".join(p[i : i + long]) for p in parts for i in range(len(p))}
+  close = difflib.get_close_matches(wanted, sorted(words), n=1)
+  return f"{text}; did you mean {close[0]!r}?" if close else f"{text}."

@@ -1,0 +1,84 @@
+"""Where something stands in a recipe, and the one error that lists all that is wrong there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple  # Any: whatever a recipe holds can be shown.
+
+_WIDEST = 2000
+MOST = 100  # A file with more problems than this is no recipe; reading it stops.
+
+
+class Place(NamedTuple):
+  """A position in a file; line and column count from one."""
+
+  file: str
+  line: int
+  column: int
+
+  def __str__(self) -> str:
+    """Returns `file:line:column`, which editors and terminals open."""
+    return f"{self.file}:{self.line}:{self.column}"
+
+
+class Problem(NamedTuple):
+  """What is wrong, and where."""
+
+  place: Place
+  text: str
+
+
+class RecipeError(ValueError):
+  """All that is wrong with a recipe: a line each, `file:line:column: what`, by position."""
+
+  def __init__(self, problems: Iterable[Problem]) -> None:
+    # What an alias repeats is read twice, and told once.
+    super().__init__(tuple(sorted(set(problems))))
+
+  @property
+  def problems(self) -> tuple[Problem, ...]:
+    """The problems, by position."""
+    return self.args[0]
+
+  def __str__(self) -> str:
+    """Returns one line for each problem."""
+    return "\n".join(_line(f"{p.place}: {p.text}") for p in self.problems)
+
+
+def _line(text: str) -> str:
+  """Returns a text cut and escaped, so that what it quotes stays in one line of a terminal."""
+  cut = text if len(text) <= _WIDEST else text[:_WIDEST] + "..."
+  return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in cut)
+
+
+def note(found: list[Problem], place: Place, text: str) -> None:
+  """Adds a problem to those found; raises them all when there are too many to go on."""
+  found.append(Problem(place, text))
+  if len(found) >= MOST:
+    raise RecipeError(found)
+
+
+def listed(words: Iterable[str], most: int = 8) -> str:
+  """Returns words in one line, the first of them if there are many.
+
+  >>> listed(["a", "b", "c"], most=2)
+  'a, b and 1 more'
+  """
+  words = list(words)
+  rest = f" and {len(words) - most} more" if len(words) > most else ""
+  return ", ".join(words[:most]) + rest
+
+
+def shown(value: Any) -> str:
+  """Returns a value of a recipe as an error shows it: short, and on one line.
+
+  >>> shown("bfloat"), shown(True), shown(None), shown((1, 2))
+  ("'bfloat'", 'true', 'nothing', 'a list')
+  """
+  if isinstance(value, bool):
+    return "true" if value else "false"
+  if value is None:
+    return "nothing"
+  if isinstance(value, tuple | dict):
+    return "a list" if isinstance(value, tuple) else "a mapping"
+  return repr(value[:60] + "..." if isinstance(value, str) and len(value) > 60 else value)

@@ -1,0 +1,270 @@
+"""What a recipe says, as typed records: the result of reading, the input of planning."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Literal, NamedTuple
+
+from jaxmerge.recipe.methods import Method
+from jaxmerge.recipe.places import Place
+
+Scalar = float | int | bool
+Missing = Literal["error", "base", "mean", "skip"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+  """A reference to a model; equal to another one that means the same, wherever it stands.
+
+  Attributes:
+    path: a local folder, a hub id, or the name of another recipe of the file.
+    revision: of the hub's repository.
+    adapter: path of an adapter that is added to the model.
+    adapter_revision: revision of the adapter.
+    place: where the reference stands.
+  """
+
+  path: str
+  revision: str | None = None
+  adapter: str | None = None
+  adapter_revision: str | None = None
+  place: Place = dataclasses.field(kw_only=True, compare=False)
+
+  def __str__(self) -> str:
+    """Returns the reference as mergekit writes it: `path@revision+adapter@revision`."""
+    parts = [(self.path, self.revision), (self.adapter, self.adapter_revision)]
+    return "+".join(path + (f"@{own}" if own else "") for path, own in parts if path)
+
+
+@dataclasses.dataclass(frozen=True)
+class Where:
+  """Which tensors something is meant for: those that fulfil every condition given, else all.
+
+  Attributes:
+    filter: text that is part of the tensor's name.
+    pattern: regular expression that is found in the name.
+    layers: layers of the merged model, as ranges [first, last).
+    place: where this is said.
+  """
+
+  filter: str | None = None
+  pattern: str | None = None
+  layers: tuple[tuple[int, int], ...] | None = None
+  place: Place = dataclasses.field(kw_only=True, compare=False)
+
+  @property
+  def everywhere(self) -> bool:
+    """Whether no condition is given."""
+    return self.filter is None and self.pattern is None and self.layers is None
+
+  def holds(self, name: str, layer: int | None) -> bool:
+    """Tells whether a tensor is meant; one outside of all layers has the layer None."""
+    return (
+      (self.filter is None or self.filter in name)
+      and (self.pattern is None or re.search(self.pattern, name) is not None)
+      and (
+        self.layers is None or (layer is not None and any(a <= layer < b for a, b in self.layers))
+      )
+    )
+
+  def __str__(self) -> str:
+    """Returns the conditions in words."""
+    given = {"filter": self.filter, "pattern": self.pattern}
+    words = [f"{key} {value!r}" for key, value in given.items() if value is not None]
+    if self.layers is not None:
+      spans = (f"{a}-{b - 1}" if b - a > 1 else str(a) for a, b in self.layers)
+      words.append(f"layers {', '.join(spans)}")
+    return " and ".join(words)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+  """A value of a parameter, for the tensors that `where` selects.
+
+  Attributes:
+    value: a tuple is a gradient over depth.
+    where: the tensors.
+    place: where the value stands.
+  """
+
+  value: Scalar | tuple[Scalar, ...]
+  where: Where
+  place: Place = dataclasses.field(kw_only=True, compare=False)
+
+
+# By name of the parameter; the first case that holds for a tensor is its value.
+Parameters = Mapping[str, tuple[Case, ...]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+  """A model that is merged, or some of its layers [first, last)."""
+
+  model: Model
+  parameters: Parameters
+  layers: tuple[int, int] | None = None
+  place: Place = dataclasses.field(kw_only=True, compare=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Slice:
+  """Layers of the merged model: the sources are merged layer by layer."""
+
+  sources: tuple[Source, ...]
+  base_model: Model | None
+  parameters: Parameters
+  place: Place = dataclasses.field(kw_only=True, compare=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Module:
+  """A part of the merged model with models or slices of its own: a vision tower, a decoder."""
+
+  models: tuple[Source, ...]
+  slices: tuple[Slice, ...]
+  parameters: Parameters
+  place: Place = dataclasses.field(kw_only=True, compare=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Token:
+  """Where the embedding of a token comes from.
+
+  Attributes:
+    model: the model whose embedding is taken; None: the embedding is zero.
+    token: the token of that model; None with `token_id` None: the token of the same text.
+    token_id: or its number.
+    force: whether models that have the token get this embedding as well.
+  """
+
+  model: Model | None
+  token: str | None = None
+  token_id: int | None = None
+  force: bool = False
+  place: Place = dataclasses.field(kw_only=True, compare=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokenizer:
+  """The merged model's tokenizer.
+
+  Attributes:
+    source: where the vocabulary comes from: "union", "base" or a model.
+    tokens: tokens whose embedding is laid down.
+    pad_to_multiple_of: the number of rows of the embedding is rounded up to a multiple of it.
+    place: where it is described.
+  """
+
+  source: str | Model
+  tokens: Mapping[str, Token]
+  pad_to_multiple_of: int | None = None
+  place: Place = dataclasses.field(kw_only=True, compare=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Override:
+  """Another method, or other parameters, for some tensors."""
+
+  where: Where
+  merge_method: str
+  parameters: Parameters
+  place: Place = dataclasses.field(kw_only=True, compare=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+  """One document of a recipe file. Exactly one of models, slices, modules is not empty.
+
+  Attributes:
+    merge_method: a name in `methods.METHODS`.
+    dtype: as the recipe says it, without a leading `torch.`.
+    out_dtype: likewise.
+    tokenizer: from either of the keys `tokenizer` and `tokenizer_source`.
+    name: by which later documents refer to the result.
+    compat: "mergekit" asks for mergekit's own rules where they differ from the papers.
+    missing: what happens to a tensor that some models lack.
+    exclude: tensors that are copied from the base.
+    overrides: the first whose `where` holds counts.
+    seed: of random masks.
+    uses: names of the recipes of the same file that this one builds on.
+    places: where the keys stand.
+  """
+
+  merge_method: str
+  models: tuple[Source, ...] = ()
+  slices: tuple[Slice, ...] = ()
+  modules: Mapping[str, Module] = dataclasses.field(default_factory=dict)
+  base_model: Model | None = None
+  parameters: Parameters = dataclasses.field(default_factory=dict)
+  dtype: str | None = None
+  out_dtype: str | None = None
+  tokenizer: Tokenizer | None = None
+  chat_template: str | None = None
+  name: str | None = None
+  compat: Literal["mergekit"] | None = None
+  missing: Missing = "error"
+  exclude: tuple[Where, ...] = ()
+  overrides: tuple[Override, ...] = ()
+  seed: int | None = None
+  uses: tuple[str, ...] = ()
+  place: Place = dataclasses.field(kw_only=True, compare=False)
+  places: Mapping[str, Place] = dataclasses.field(kw_only=True, compare=False)
+
+
+class Group(NamedTuple):
+  """Sources that are merged with each other.
+
+  Attributes:
+    sources: the models as listed; a base that is not among them is not here.
+    base: the base that counts here, if any.
+    levels: parameters of slice, module and recipe, the narrowest first.
+    module: name of the module, None if the recipe has none.
+    sliced: whether the sources are layers, so that a base must be among them to take part.
+    place: where the group is written.
+  """
+
+  sources: tuple[Source, ...]
+  base: Model | None
+  levels: tuple[Parameters, ...]
+  module: str | None
+  sliced: bool
+  place: Place
+
+  def merged(self, source: Source, method: Method) -> bool:
+    """Tells whether a source is merged: it is, unless the method takes it as the base."""
+    return method.base == "ignored" or source.model != self.base
+
+  def copied(self, method: Method) -> bool:
+    """Tells whether the only source of a slice is taken over as it is.
+
+    It is, if it is the base, or if the method needs a pair of models: so stacks of layers can be
+    merged in some places and copied in others.
+    """
+    if not self.sliced or len(self.sources) != 1 or method.base == "ignored":
+      return False
+    return self.sources[0].model == self.base or method.others[1] in (1, 2)
+
+
+def groups(recipe: Recipe) -> tuple[Group, ...]:
+  """Returns the groups of a recipe: one if it has whole models, else one for each slice."""
+  whole = Module(recipe.models, recipe.slices, {}, place=recipe.place)
+  made = []
+  for name, part in recipe.modules.items() or [(None, whole)]:
+    levels = (part.parameters, recipe.parameters)
+    if part.models:
+      place = part.models[0].place
+      made.append(Group(part.models, recipe.base_model, levels, name, False, place))
+    for s in part.slices:
+      base = s.base_model or recipe.base_model
+      made.append(Group(s.sources, base, (s.parameters, *levels), name, True, s.place))
+  return tuple(made)
+
+
+def referenced(recipe: Recipe) -> tuple[Model, ...]:
+  """Returns the models that are merged, and the bases, each once, in order of appearance."""
+  models = [recipe.base_model] if recipe.base_model else []
+  for group in groups(recipe):
+    models += [s.model for s in group.sources] + ([group.base] if group.base else [])
+  return tuple(dict.fromkeys(models))

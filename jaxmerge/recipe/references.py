@@ -1,0 +1,178 @@
+"""Reads references to models, and the tokenizer, which is put together from models."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Collection
+from typing import NamedTuple
+
+from jaxmerge.recipe import fields
+from jaxmerge.recipe.marked import Marked
+from jaxmerge.recipe.places import Problem, listed, note, shown
+from jaxmerge.recipe.records import Model, Token, Tokenizer
+
+_SOURCES = ("union", "base")
+_ARCHITECTURE = {
+  "override_architecture": "override_architecture is not supported: no architecture is asked for; "
+  "remove it."
+}
+
+
+class Context(NamedTuple):
+  """What reading needs to know beside the text.
+
+  Attributes:
+    found: takes the problems.
+    names: names of the recipes of the file, if it has several.
+    is_folder: tells whether a path is a folder.
+  """
+
+  found: list[Problem]
+  names: Collection[str]
+  is_folder: Callable[[str], bool]
+
+
+def model(node: Marked, what: str, context: Context) -> Model:
+  """Returns a reference: `path@revision+adapter`, or a mapping that spells the parts out.
+
+  A text that is a folder as a whole, or the name of a recipe of the file, is not taken apart.
+  """
+  if isinstance(node.value, dict):
+    return _spelt_out(node, what, context)
+  text = fields.text(node, what, context.found)
+  if text in context.names or context.is_folder(text):
+    return Model(text, place=node.place)
+  parts = text.split("+")
+  if len(parts) > 2:
+    note(context.found, node.place, f"{what} has more than one +: {shown(text)}{_spell('+')}.")
+  path, revision = _location(parts[0], node, what, context)
+  if revision and path in context.names:
+    note(context.found, node.place, f"{what} {path!r} is a recipe, which has no revision.")
+  elif context.names and path not in context.names and _is_word(path, context):
+    close = difflib.get_close_matches(path, context.names, n=1)
+    hint = f"did you mean {close[0]!r}?" if close else f"Recipes: {listed(context.names)}."
+    text = f"{what} {shown(path)} is no recipe of this file and no folder; {hint} For a model of"
+    note(context.found, node.place, f"{text} the hub, write {{model: {{path: {path[:60]}}}}}.")
+  own = _location(parts[1], node, what, context) if len(parts) > 1 else (None, None)
+  return Model(path, revision, *own, place=node.place)
+
+
+def _spelt_out(node: Marked, what: str, context: Context) -> Model:
+  keys = ("model", "adapter", "lora")
+  given = fields.mapping(node, what, keys, context.found, needed=("model",), refused=_ARCHITECTURE)
+  if "adapter" in given and "lora" in given:
+    note(context.found, node.keys["lora"], f"{what} has both an adapter and a lora: remove one.")
+  path, revision = _part(given.get("model"), f"model of {what}", context)
+  own = _part(given.get("adapter", given.get("lora")), f"adapter of {what}", context)
+  return Model(path or "?", revision, *own, place=node.place)
+
+
+def _part(node: Marked | None, what: str, context: Context) -> tuple[str | None, str | None]:
+  """Returns path and revision of {path, revision}, taken literally, or of `path@revision`."""
+  if node is None:
+    return None, None
+  if not isinstance(node.value, dict):
+    return _location(fields.text(node, what, context.found), node, what, context)
+  found = context.found
+  given = fields.mapping(node, what, ("path", "revision"), found, needed=("path",))
+  path = fields.maybe(fields.text, given.get("path"), f"path of {what}", found)
+  revision = fields.maybe(fields.text, given.get("revision"), f"revision of {what}", found)
+  return path or "?", revision
+
+
+def _location(text: str, node: Marked, what: str, context: Context) -> tuple[str, str | None]:
+  path, *revision = [text] if context.is_folder(text) else text.split("@")
+  if len(revision) > 1:
+    note(context.found, node.place, f"{what} has more than one @: {shown(text)}{_spell('@')}.")
+  elif not path or revision == [""]:
+    note(context.found, node.place, f"{what} has an empty part: {shown(node.value)}.")
+  return path or "?", revision[0] if revision else None
+
+
+def _spell(mark: str) -> str:
+  form = "{model: {path: ..., revision: ...}, adapter: {path: ...}}"
+  return f"; if {mark} belongs to a path, there is no such folder here: write {form}"
+
+
+def _is_word(path: str, context: Context) -> bool:
+  return "/" not in path and not context.is_folder(path)
+
+
+def source(node: Marked, what: str, models: Collection[Model], context: Context) -> Model | str:
+  """Returns "union", "base", or the model whose vocabulary is taken.
+
+  A single word must be one of the two, a model of the recipe, or a folder, so that none is misspelt
+  unnoticed.
+  """
+  if node.value in _SOURCES:
+    return str(node.value)
+  own = model(node, what, context)
+  paths = {m.path for m in models}
+  word = isinstance(node.value, str) and _is_word(own.path, context)
+  if word and own.path not in paths | set(context.names):
+    near = fields.nearest(own.path, (*_SOURCES, *paths))
+    note(context.found, node.place, f"{what} cannot be {shown(own.path)}{near}.")
+  return own
+
+
+def tokenizer(node: Marked, models: Collection[Model], context: Context) -> Tokenizer:
+  """Returns what the key `tokenizer` says; `models` are those of the recipe."""
+  keys, found = ("source", "tokens", "pad_to_multiple_of"), context.found
+  given = fields.mapping(node, "tokenizer", keys, found)
+  own = fields.maybe(source, given.get("source"), "source of tokenizer", models, context)
+  pad = given.get("pad_to_multiple_of")
+  tokens = {}
+  if "tokens" in given:
+    inside = given["tokens"].value
+    names = tuple(inside) if isinstance(inside, dict) else ()
+    inside = fields.mapping(given["tokens"], "tokens", names, found)
+    tokens = {name: _token(each, name, models, context) for name, each in inside.items()}
+  return Tokenizer(
+    own or "union",
+    tokens,
+    fields.maybe(fields.whole, pad, "pad_to_multiple_of", 1, 2**20, found),
+    place=node.place,
+  )
+
+
+def _token(node: Marked, name: str, models: Collection[Model], context: Context) -> Token:
+  what, found = f"token {shown(name)}", context.found
+  given = fields.mapping(node, what, ("source", "force"), found, needed=("source",))
+  force = fields.maybe(fields.truth, given.get("force"), f"force of {what}", found) or False
+  if "source" not in given:
+    return Token(None, force=force, place=node.place)
+  own = given["source"]
+  if isinstance(own.value, dict) and "kind" in own.value:
+    return _kind(own, f"source of {what}", force, models, context)
+  donor = _donor(own, f"source of {what}", models, context)
+  return Token(donor, force=force, place=own.place)
+
+
+def _kind(
+  node: Marked, what: str, force: bool, models: Collection[Model], context: Context
+) -> Token:
+  found = context.found
+  kind = fields.choice(node.value["kind"], f"kind of {what}", ("model_token", "zero"), found)
+  if kind == "zero":
+    fields.mapping(node, what, ("kind",), found)
+    return Token(None, force=force, place=node.place)
+  keys = ("kind", "model", "token", "token_id")
+  given = fields.mapping(node, what, keys, found, needed=("model",))
+  if ("token" in given) == ("token_id" in given):
+    note(found, node.place, f"{what} needs either token or token_id.")
+  return Token(
+    fields.maybe(_donor, given.get("model"), f"model of {what}", models, context),
+    fields.maybe(fields.text, given.get("token"), f"token of {what}", found),
+    fields.maybe(fields.whole, given.get("token_id"), f"token_id of {what}", 0, 2**31 - 1, found),
+    force,
+    place=node.place,
+  )
+
+
+def _donor(node: Marked, what: str, models: Collection[Model], context: Context) -> Model:
+  own = model(node, what, context)
+  if own not in models:
+    near = fields.nearest(str(own), map(str, models))
+    zero = "; for a zero embedding, write {kind: zero}" if str(own) == "zero" else ""
+    note(context.found, node.place, f"{what} must be a model of the recipe{zero}{near}.")
+  return own

@@ -1,0 +1,255 @@
+"""Reads a recipe file strictly: all that it says, or one error that lists all problems."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pathlib
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Literal
+
+from jaxmerge.recipe import checking, fields, inputs, marked, references
+from jaxmerge.recipe.marked import Marked
+from jaxmerge.recipe.methods import METHODS
+from jaxmerge.recipe.places import Place, Problem, RecipeError, note, shown
+from jaxmerge.recipe.records import Missing, Model, Recipe, Tokenizer, Where, referenced
+from jaxmerge.recipe.references import Context
+
+MOST_DOCUMENTS = 100
+MOST_OVERRIDES = 200
+DTYPES = ("float32", "bfloat16", "float16")
+CHAT_TEMPLATES = ("auto", "alpaca", "chatml", "llama3", "mistral", "exaone")
+COMPAT: tuple[Literal["mergekit"], ...] = ("mergekit",)
+MISSING: tuple[Missing, ...] = ("error", "base", "mean", "skip")
+INPUTS = ("models", "slices", "modules")
+KEYS = (
+  "merge_method",
+  *INPUTS,
+  "base_model",
+  "parameters",
+  "dtype",
+  "out_dtype",
+  "tokenizer_source",
+  "tokenizer",
+  "chat_template",
+  "name",
+  "compat",
+  "missing",
+  "exclude",
+  "overrides",
+  "seed",
+)
+_OTHERS = {
+  "mergekit-moe": ("experts", "gate_mode", "shared_experts"),
+  "mergekit-evolve": ("genome",),
+}
+_REFUSED = {
+  key: f"{key}: this is a recipe of {program}, which is not supported."
+  for program, keys in _OTHERS.items()
+  for key in keys
+}
+
+
+def read(path: str | os.PathLike[str]) -> tuple[Recipe, ...]:
+  """Reads a recipe file: one record for each document, each after those that it builds on.
+
+  Raises:
+    RecipeError: a ValueError with all problems, a line each: `file:line:column: what`.
+  """
+  path = pathlib.Path(path)
+  with path.open("rb") as file:
+    content = file.read(4 * marked.LONGEST + 1)
+  if len(content) > 4 * marked.LONGEST:
+    raise RecipeError([Problem(Place(str(path), 1, 1), "too long for a recipe.")])
+  try:
+    text = content.decode("utf-8")
+  except UnicodeDecodeError as error:
+    before = content[: error.start].decode("utf-8")
+    place = marked.position(before, len(before), str(path))
+    raise RecipeError([Problem(place, f"not UTF-8: {error.reason}.")]) from error
+  return parse(text, str(path))
+
+
+def parse(
+  text: str, file: str = "recipe.yml", is_folder: Callable[[str], bool] = os.path.isdir
+) -> tuple[Recipe, ...]:
+  """Reads the text of a recipe file, as `read` does.
+
+  Args:
+    text: the YAML.
+    file: what errors call it.
+    is_folder: tells whether a reference names a local folder, in the current directory.
+
+  Example:
+    >>> (recipe,) = parse("{merge_method: linear, models: [{model: a, parameters: {weight: 1}}]}")
+    >>> str(recipe.models[0].model), recipe.models[0].parameters["weight"][0].value
+    ('a', 1)
+  """
+  found: list[Problem] = []
+  nodes = marked.documents(text, file, found)
+  if not nodes or len(nodes) > MOST_DOCUMENTS:
+    what = f"more than {MOST_DOCUMENTS} recipes" if nodes else "no recipe"
+    raise RecipeError([*found, Problem(Place(file, 1, 1), f"{what} in this file.")])
+  context = Context(found, _names(nodes, found) if len(nodes) > 1 else (), is_folder)
+  recipes = tuple(recipe for node in nodes if (recipe := _recipe(node, context)))
+  for problem in (p for recipe in recipes for p in checking.problems(recipe)):
+    note(found, *problem)
+  ordered = _ordered(recipes, found)
+  if found:
+    raise RecipeError(found)
+  return ordered
+
+
+def _names(nodes: Sequence[Marked], found: list[Problem]) -> dict[str, Place]:
+  """Returns the names of recipes and where they stand; the last stage may have none."""
+  names: dict[str, Place] = {}
+  nameless = None
+  for node in nodes:
+    own = node.value.get("name") if isinstance(node.value, dict) else None
+    if own is None:
+      if nameless and isinstance(node.value, dict):
+        text = f"only one recipe of a file may be without a name; so is that in line {nameless}."
+        note(found, node.place, text)
+      nameless = node.place.line
+    elif isinstance(own.value, str) and own.value in names:
+      text = f"the name {shown(own.value)} is already in line {names[own.value].line}."
+      note(found, own.place, text)
+    elif isinstance(own.value, str):
+      names[own.value] = own.place
+  return names
+
+
+def _recipe(node: Marked, context: Context) -> Recipe | None:
+  """Returns the record of one document; None if it is no mapping."""
+  found = context.found
+  if node.value is None:
+    note(found, node.place, "this document is empty; remove the --- before or after it.")
+    return None
+  given = fields.mapping(
+    node, "the recipe", KEYS, found, needed=("merge_method",), refused=_REFUSED
+  )
+  if not isinstance(node.value, dict):
+    return None
+  inputs.one_of(given, INPUTS, "the recipe", node, found)
+  changes = fields.maybe(fields.items, given.get("overrides"), "overrides", found) or ()
+  if len(changes) > MOST_OVERRIDES:
+    note(found, given["overrides"].place, f"there are more than {MOST_OVERRIDES} overrides.")
+    changes = ()
+  methods = _methods(given.get("merge_method"), changes, found)
+  known = inputs.known(methods)
+  recipe = Recipe(
+    methods[0],
+    fields.maybe(inputs.sources, given.get("models"), "models", known, False, context) or (),
+    fields.maybe(inputs.slices, given.get("slices"), known, context) or (),
+    fields.maybe(inputs.modules, given.get("modules"), known, context) or {},
+    fields.maybe(references.model, given.get("base_model"), "base_model", context),
+    inputs.level(given.get("parameters"), known, found),
+    fields.maybe(_dtype, given.get("dtype"), "dtype", found),
+    fields.maybe(_dtype, given.get("out_dtype"), "out_dtype", found),
+    chat_template=fields.maybe(_chat_template, given.get("chat_template"), found),
+    name=fields.maybe(_name, given.get("name"), found),
+    compat=fields.maybe(fields.choice, given.get("compat"), "compat", COMPAT, found),
+    missing=fields.maybe(fields.choice, given.get("missing"), "missing", MISSING, found) or "error",
+    exclude=fields.maybe(_exclude, given.get("exclude"), found) or (),
+    overrides=inputs.overrides(changes, methods[1:], found),
+    seed=fields.maybe(fields.whole, given.get("seed"), "seed", 0, 2**32 - 1, found),
+    place=node.place,
+    places=node.keys,
+  )
+  recipe = dataclasses.replace(recipe, tokenizer=_tokenizer(given, recipe, context))
+  return dataclasses.replace(recipe, uses=_uses(recipe, context.names))
+
+
+def _methods(own: Marked | None, changes: Sequence[Marked], found: list[Problem]) -> list[str]:
+  """Returns the method of the recipe and those of its overrides; "" for an unknown one."""
+
+  def method(node: Marked) -> str:
+    near = fields.choice(node, "merge_method", tuple(METHODS), found)
+    word = node.value if isinstance(node.value, str) else ""
+    return near if fields.closest(word, METHODS) else ""
+
+  first = fields.maybe(method, own) or ""
+  insides = [node.value if isinstance(node.value, dict) else {} for node in changes]
+  others = [inside.get("merge_method") for inside in insides]
+  return [first, *(method(n) if n and n.value is not None else first for n in others)]
+
+
+def _dtype(node: Marked, what: str, found: list[Problem]) -> str:
+  if isinstance(node.value, str):
+    node = node._replace(value=node.value.removeprefix("torch."))
+  return fields.choice(node, what, DTYPES, found)
+
+
+def _chat_template(node: Marked, found: list[Problem]) -> str:
+  """Returns the name of a template, or the Jinja text of one."""
+  jinja = isinstance(node.value, str) and ("{{" in node.value or "{%" in node.value)
+  return node.value if jinja else fields.choice(node, "chat_template", CHAT_TEMPLATES, found)
+
+
+def _name(node: Marked, found: list[Problem]) -> str:
+  """Returns a name that can be that of a folder, and can stand in a reference."""
+  name = fields.text(node, "name", found)
+  if name != "?" and not re.fullmatch(r"\w[\w.-]{0,99}", name):
+    text = f"name may have letters, digits, '.', '-' and '_', got {shown(name)}"
+    note(found, node.place, f"{text}.")
+  return name
+
+
+def _exclude(node: Marked, found: list[Problem]) -> tuple[Where, ...]:
+  listed = fields.items(node, "exclude", found)
+  return tuple(
+    Where(pattern=fields.pattern(each, "an item of exclude", found), place=each.place)
+    for each in listed
+  )
+
+
+def _tokenizer(given: Mapping[str, Marked], recipe: Recipe, context: Context) -> Tokenizer | None:
+  """Returns the tokenizer, which either of two keys describes."""
+  models, old = dict.fromkeys(referenced(recipe)), given.get("tokenizer_source")
+  new = fields.maybe(references.tokenizer, given.get("tokenizer"), models, context)
+  if old is None:
+    return new
+  source = references.source(old, "tokenizer_source", models, context)
+  if new:
+    text = (
+      "tokenizer_source and tokenizer cannot both be given: move it to the source of tokenizer."
+    )
+    note(context.found, old.place, text)
+  return new or Tokenizer(source, {}, place=old.place)
+
+
+def _uses(recipe: Recipe, names: Collection[str]) -> tuple[str, ...]:
+  """Returns the names of the recipes of the file that a recipe refers to, in their order."""
+  models = [*referenced(recipe)]
+  if recipe.tokenizer:
+    models += [token.model for token in recipe.tokenizer.tokens.values() if token.model]
+    models += [m for m in (recipe.tokenizer.source,) if isinstance(m, Model)]
+  paths = {m.path for m in models}
+  return tuple(name for name in names if name in paths)
+
+
+def _ordered(recipes: Sequence[Recipe], found: list[Problem]) -> tuple[Recipe, ...]:
+  """Returns the recipes, each after those that it uses, else in the order of the file."""
+  named = {r.name: r for r in recipes if r.name}
+  done: list[Recipe] = []
+  open_: list[Recipe] = []
+
+  def visit(recipe: Recipe) -> None:
+    if any(recipe is r for r in open_):
+      circle = ", ".join(repr(r.name) for r in (*open_[open_.index(recipe) :], recipe))
+      note(
+        found,
+        recipe.places.get("name", recipe.place),
+        f"recipes build on each other in a circle: {circle}.",
+      )
+    elif not any(recipe is r for r in done):
+      open_.append(recipe)
+      for name in recipe.uses:
+        if name in named:
+          visit(named[name])
+      done.append(open_.pop())
+
+  for recipe in recipes:
+    visit(recipe)
+  return tuple(done)
