@@ -51,6 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
   try:
     if options.command == "atm":
       _tune_and_merge(config, options.workdir, options.resume)
+    elif options.command == "merge":
+      _merge(options)
     elif options.command == "report":
       _report(options.workdir)
     else:
@@ -119,6 +121,18 @@ def parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
   atm.add_argument("--workdir", required=True, metavar="FOLDER", help=workdir)
   resume = "go on with the run in the workdir: if there is one, not at all, or fail without one"
   atm.add_argument("--resume", choices=("auto", "never", "must"), default="auto", help=resume)
+
+  about = "merge the models of a recipe to a new folder"
+  merge = commands.add_parser("merge", help=about, description=f"{about.capitalize()}.")
+  merge.add_argument("recipe", metavar="RECIPE.yml", help="which models, and how")
+  merge.add_argument("out", metavar="OUT", help="folder of the result")
+  dry = "check everything, say what would be done, and do nothing"
+  merge.add_argument("--dry-run", action="store_true", help=dry)
+  merge.add_argument("--replace", action="store_true", help="replace OUT if it is there")
+  again = "go on with an interrupted merge of the same recipe, or start anew"
+  merge.add_argument("--resume", choices=("auto", "never"), default="auto", help=again)
+  shard = "bytes of a file of weights, at most: 5GB, 500MB"
+  merge.add_argument("--shard-size", type=_bytes, default="5GB", metavar="SIZE", help=shard)
 
   about = "print the table of a finished run, and remake its page and plots"
   report = commands.add_parser("report", help=about, description=f"{about.capitalize()}.")
@@ -249,6 +263,53 @@ def numbers(values: Mapping[str, Any]) -> str:
   """
   shown = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items())
   return ", ".join(shown)
+
+
+def _merge(options: argparse.Namespace) -> None:
+  from jaxmerge import planning
+  from jaxmerge.io import atomic, tensor
+  from jaxmerge.recipe import plan as plans
+
+  out, files = pathlib.Path(options.out), tensor.Files()
+  if not options.dry_run:
+    atomic.check_free(out, options.replace)
+  plan = plans.of_file(options.recipe, files)
+  if options.dry_run:
+    print("\n".join(planning.described(plan, shard_size=options.shard_size)))
+    return
+  from jaxmerge import files as driver
+
+  with progress_bars() as progress:
+    done = 0
+
+    def show(count: int) -> None:
+      nonlocal done
+      done += count
+      told = {"phase": "merging", "done": done / 1e6, "total": plan.written / 1e6, "unit": "MB"}
+      progress(told)
+
+    driver.run(
+      plan,
+      out,
+      shard_size=options.shard_size,
+      replace=options.replace,
+      resume=options.resume == "auto",
+      progress=show,
+    )
+  print(f"merged: {out}")
+
+
+def _bytes(text: str) -> int:
+  """Reads a size.
+
+  >>> _bytes("5GB"), _bytes("500MB")
+  (5000000000, 500000000)
+  """
+  units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "B": 1}
+  for unit, factor in units.items():
+    if text.upper().endswith(unit) and text[: -len(unit)].replace(".", "", 1).isdigit():
+      return int(float(text[: -len(unit)]) * factor)
+  raise argparse.ArgumentTypeError(f"{text!r} is no size; write 5GB or 500MB")
 
 
 def _report(workdir: str) -> None:

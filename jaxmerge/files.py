@@ -20,7 +20,7 @@ from typing import Any  # Any: trees, plain JSON.
 import jax
 import numpy as np
 
-from jaxmerge import planning, streaming
+from jaxmerge import planning, streaming, views
 from jaxmerge.io import atomic, folder, growing
 from jaxmerge.io.tensor import Files, widened
 from jaxmerge.planning import Job, Output, Plan
@@ -61,7 +61,7 @@ def merge_files(
     names: of the models; else they are called as their folders.
     layout: matrix views, (regular expression, view).
     dtype: of the result's floating tensors, as numpy calls it; None: as in the base.
-    missing: "error", or "base": a tensor that some models lack is copied from the base.
+    missing: what becomes of a tensor that some models lack: "error", "base", "mean" or "skip".
     options: as for `run`.
 
   Returns:
@@ -76,17 +76,12 @@ def merge_files(
     given = [pathlib.Path(m) for m in models]
     called = list(names) if names is not None else [str(m) for m in given]
     opened = [planning.model(m, files, name=n) for m, n in zip(given, called, strict=True)]
-    plan = planning.simple(
-      lambda: method,
-      None if base is None else planning.model(base, files, name="the base"),
-      opened,
-      on="weights" if base is None else "task vectors",
-      numbers=aux,
-      seed=seed,
-      layout=layout,
-      dtype=None if dtype is None else np.dtype(dtype),
-      missing=missing,
+    job = planning.Job(
+      lambda: method, "a method", tuple(called), aux or {}, seed, views.check(layout)
     )
+    start = None if base is None else planning.model(base, files, name="the base")
+    kept = None if dtype is None else np.dtype(dtype)
+    plan = planning.simple(job, start, opened, dtype=kept, missing=missing)
     return run(plan, out, **options)
   finally:
     files.close()
@@ -228,10 +223,11 @@ def _identity(plan: Plan, shards: Mapping[str, Sequence[str]]) -> str:
   content = {
     "outputs": [[o.name, o.dtype.name, o.shape, o.job] for o in plan.outputs],
     "sources": [[t.where for t in (o.base, *o.models) if t is not None] for o in plan.outputs],
-    "jobs": [[j.models, repr(j.numbers), j.seed, list(j.layout)] for j in plan.jobs],
+    "jobs": [[j.words, j.models, repr(j.numbers), j.seed, list(j.layout)] for j in plan.jobs],
     "shards": shards,
     "inputs": {str(path): _stamp(path) for path in sorted(plan.inputs)},
     "facts": plan.facts,
+    "texts": plan.texts,
   }
   text = json.dumps(content, default=str, sort_keys=True)
   return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
@@ -253,6 +249,8 @@ def _complete(
     target = part / path.relative_to(plan.donor)
     target.parent.mkdir(exist_ok=True)
     shutil.copyfile(path, target)
+  for name, text in plan.texts.items():
+    (part / name).write_text(text, encoding="utf-8")
   facts = {
     "jaxmerge": importlib.metadata.version("jaxmerge"),
     "jax": importlib.metadata.version("jax"),

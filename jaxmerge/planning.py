@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import collections
+import json
 import math
 import os
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple  # Any: a method, which only a driver looks into.
 
 import numpy as np
@@ -35,6 +38,7 @@ class Job(NamedTuple):
 
   Attributes:
     method: () -> the method; called when there is work to do.
+    words: the method and its settings, as plain JSON.
     models: names of the models.
     numbers: the method's numbers by name: for all, or by tensor.
     seed: for random masks.
@@ -42,10 +46,37 @@ class Job(NamedTuple):
   """
 
   method: Callable[[], Any]
+  words: Any
   models: tuple[str, ...]
   numbers: Mapping[str, Any] = {}
   seed: int | None = None
   layout: Sequence[tuple[str, str]] = ()
+
+
+class Part(NamedTuple):
+  """A tensor of an input, and the model it is of; None where the model lacks it."""
+
+  model: str
+  name: str
+  tensor: Tensor | None
+
+
+class Want(NamedTuple):
+  """A tensor of the result, before it is known whether its parts are there and fit.
+
+  Attributes:
+    name: its name.
+    base: what task vectors start from, and what is copied where the models are not merged.
+    models: what is merged; none: the base is copied.
+    job: which of the jobs merges it.
+    raw: the weights are merged themselves; the base only helps out.
+  """
+
+  name: str
+  base: Part | None
+  models: tuple[Part, ...] = ()
+  job: int = 0
+  raw: bool = False
 
 
 class Output(NamedTuple):
@@ -84,16 +115,18 @@ class Plan(NamedTuple):
     jobs: what merges them.
     fates: model to tensor to what becomes of it.
     donor: the folder whose config and tokenizer the result takes over.
-    facts: plain JSON about inputs and settings, for the provenance.
     inputs: the files that are read.
+    facts: plain JSON about the settings, for the provenance.
+    texts: files of the result that are not the donor's, by name.
   """
 
   outputs: tuple[Output, ...]
   jobs: tuple[Job, ...]
   fates: Mapping[str, Mapping[str, str]]
   donor: pathlib.Path
-  facts: Mapping[str, Any]
   inputs: frozenset[pathlib.Path]
+  facts: Mapping[str, Any] = {}
+  texts: Mapping[str, str] = {}
 
   @property
   def read(self) -> int:
@@ -105,6 +138,40 @@ class Plan(NamedTuple):
   def written(self) -> int:
     """Bytes of the tensors of the result."""
     return sum(o.size for o in self.outputs)
+
+
+def described(plan: Plan, *, shard_size: int) -> list[str]:
+  """Says what a plan will do and cost, for `--dry-run`."""
+  fates: collections.Counter[str] = collections.Counter()
+  for own in plan.fates.values():
+    fates.update(re.sub(r"^[^:]*: |(merged) to .*", r"\1", words) for words in own.values())
+  made = [o for o in plan.outputs if o.job is not None]
+  out = [
+    f"result: {len(plan.outputs)} tensors, {size(plan.written)}, "
+    f"{len(folder.shards({o.name: o.size for o in plan.outputs}, shard_size))} files",
+    f"merged: {len(made)} tensors, copied: {len(plan.outputs) - len(made)}",
+    f"inputs: {len(plan.inputs)} files, {size(plan.read)} in one reading",
+  ]
+  out += [f"  {count} tensors of the inputs: {words}" for words, count in sorted(fates.items())]
+  for i, job in enumerate(plan.jobs):
+    count = sum(o.job == i for o in plan.outputs)
+    if count:
+      settings = json.dumps(job.words, default=str)
+      out.append(f"job {i + 1}: {count} tensors of {len(job.models)} models, {settings}")
+  return out
+
+
+def size(count: float) -> str:
+  """Writes a number of bytes.
+
+  >>> size(1_495_000_000)
+  '1.50 GB'
+  """
+  for unit in ("B", "kB", "MB"):
+    if count < 1000:
+      return f"{count:.3g} {unit}"
+    count /= 1000
+  return f"{count:,.2f} GB"
 
 
 class Problems(ValueError):
@@ -124,84 +191,146 @@ def model(path: str | os.PathLike[str], files: Files, *, name: str | None = None
 
 
 def simple(
-  method: Callable[[], Any],
+  job: Job,
   base: Model | None,
   models: Sequence[Model],
   *,
-  on: str,
-  numbers: Mapping[str, Any] | None = None,
-  seed: int | None = None,
-  layout: Sequence[tuple[str, str]] = (),
   dtype: np.dtype | None = None,
   missing: str = "error",
-  facts: Mapping[str, Any] | None = None,
 ) -> Plan:
-  """Plans a merge of whole models by one method.
+  """Plans a merge of whole models by one method: of task vectors with a base, else of weights.
 
   Args:
-    method: () -> the method.
-    base: the base; None where raw weights are merged.
+    job: what merges them.
+    base: the base.
     models: the models to be merged.
-    on: what the method acts on, "task vectors" or "weights".
-    numbers: the method's numbers.
-    seed: for random masks.
-    layout: matrix views.
-    dtype: of the result's floating tensors; None: as in the base, or the first model.
-    missing: what becomes of a tensor that some models lack: "error", or "base": copied from there.
-    facts: for the provenance.
+    dtype: of the result's floating tensors; None: as in the base, or in the first model.
+    missing: as for `assembled`.
 
   Raises:
     Problems: naming every tensor and model that do not fit.
   """
   donor = base or models[0]
-  problems = [p for m in models if m is not donor for p in _differences(donor, m, missing)]
+
+  def part(model: Model, name: str) -> Part:
+    return Part(model.name, name, model.tensors.get(name))
+
+  wants = [
+    Want(name, part(donor, name), tuple(part(m, name) for m in models), raw=base is None)
+    for name in sorted({name for m in (donor, *models) for name in m.tensors})
+  ]
+  return assembled(wants, [job], (donor, *models), dtype=dtype, missing=missing)
+
+
+def assembled(
+  wants: Sequence[Want],
+  jobs: Sequence[Job],
+  models: Sequence[Model],
+  *,
+  dtype: np.dtype | None = None,
+  missing: str = "error",
+  fates: Mapping[str, Mapping[str, str]] | None = None,
+) -> Plan:
+  """Makes a plan of what is wanted, or tells all that does not fit.
+
+  Args:
+    wants: the tensors of the result.
+    jobs: what merges them.
+    models: all inputs; config and tokenizer are those of the first.
+    dtype: of the result's floating tensors; None: that of the base, or of the first model.
+    missing: what becomes of a tensor that some models lack: "error"; "base", copied from there;
+      "mean", of the models that have it; "skip", left out of the result.
+    fates: what is known already of tensors that are not wanted.
+
+  Raises:
+    Problems: naming every tensor and model that do not fit.
+  """
+  told = {m.name: dict((fates or {}).get(m.name, {})) for m in models}
+  problems = [line for want in wants for line in _mismatches(want, missing)]
   if problems:
     raise Problems(problems)
-  fates: dict[str, dict[str, str]] = {m.name: {} for m in (donor, *models)}
-  outputs = []
-  for name, own in donor.tensors.items():
-    parts = tuple(m.tensors[name] for m in models if name in m.tensors)
-    merged = safetensors.is_floating(own.dtype) and len(parts) == len(models)
-    stored_as = dtype if dtype is not None and safetensors.is_floating(own.dtype) else own.dtype
-    start = own if on == "task vectors" or not merged else None
-    outputs.append(Output(name, stored_as, start, parts if merged else (), 0 if merged else None))
-    for m in (donor, *models):
-      if name in m.tensors:
-        fates[m.name][name] = _fate(m is donor, merged, on)
-  job = Job(method, tuple(m.name for m in models), numbers or {}, seed, layout)
-  inputs = frozenset(file for m in (donor, *models) for file in m.files)
-  return Plan(tuple(outputs), (job,), fates, donor.folder, facts or {}, inputs)
+  every, outputs = list(jobs), []
+  for want in wants:
+    found, words = _settled(want, missing, every)
+    for which in (want.base, *want.models):
+      if which is not None and which.tensor is not None:
+        known = told[which.model].get(which.name, "dropped")
+        told[which.model][which.name] = (
+          words if known.startswith("dropped") else f"{known}; {words}"
+        )
+    if found is not None:
+      own = (found.base or found.models[0]).dtype
+      stored_as = dtype if dtype is not None and safetensors.is_floating(own) else own
+      outputs.append(found._replace(dtype=stored_as))
+  for m in models:
+    problems += [
+      f"tensor {name!r} of {m.name} has no place in the result: exclude it."
+      for name in sorted(m.tensors.keys() - told[m.name].keys())
+    ]
+  if problems:
+    raise Problems(problems)
+  inputs = frozenset(file for m in models for file in m.files)
+  return Plan(tuple(outputs), tuple(every), told, models[0].folder, inputs)
 
 
-def _fate(donor: bool, merged: bool, on: str) -> str:
-  if merged:
-    return "base of the merge" if donor and on == "task vectors" else "merged"
-  return "copied" if donor else "dropped: the base's is copied"
+def _settled(want: Want, missing: str, jobs: list[Job]) -> tuple[Output | None, str]:
+  """Decides what becomes of a tensor that is wanted; with words for it."""
+  base = None if want.base is None else want.base.tensor
+  parts = [p for p in want.models if p.tensor is not None]
+  tensors = tuple(p.tensor for p in parts if p.tensor is not None)
+  first = base or tensors[0]
+  made = Output(want.name, first.dtype, first, (), None)
+  whole = len(parts) == len(want.models) and (want.raw or base is not None)
+  if not want.models or not safetensors.is_floating(first.dtype):
+    whose = want.base.model if base is not None and want.base else parts[0].model
+    return made, f"{want.name}: copied from {whose}"
+  if whole:
+    start = None if want.raw else base
+    return made._replace(base=start, models=tensors, job=want.job), f"merged to {want.name}"
+  if missing == "mean" and tensors:
+    names = tuple(p.model for p in parts)
+    job = next(
+      (i for i, j in enumerate(jobs) if j.words == "mean" and j.models == names), len(jobs)
+    )
+    if job == len(jobs):
+      jobs.append(Job(_mean, "mean", names))
+    words = f"{want.name}: mean of the models that have it"
+    return made._replace(base=None, models=tensors, job=job), words
+  if missing == "base" and base is not None:
+    return made, f"{want.name}: copied from the base, as not all models have it"
+  return None, "dropped: not all models have it"
 
 
-def _differences(donor: Model, other: Model, missing: str) -> list[str]:
-  """Says, tensor by tensor, where a model does not fit the one whose layout the result takes."""
-  lines = []
-  for name in sorted(donor.tensors.keys() | other.tensors.keys()):
-    ours, theirs = donor.tensors.get(name), other.tensors.get(name)
-    if theirs is None and missing == "error":
-      lines.append(
-        f"tensor {name!r} is in {donor.name} but not in {other.name}; missing: base copies it."
+def _mean() -> Any:
+  from jaxmerge import methods  # jax comes with it.
+
+  return methods.average()
+
+
+def _mismatches(want: Want, missing: str) -> Iterator[str]:
+  """Says where the parts of a tensor are missing or do not fit the first of them."""
+  parts = [p for p in (want.base, *want.models) if p is not None]
+  there = [p for p in parts if p.tensor is not None]
+  if missing == "error":
+    for p in parts:
+      if p.tensor is None:
+        yield (
+          f"tensor {p.name!r} is in {there[0].model} but not in {p.model}; "
+          "`missing` says what to do: base, mean or skip."
+        )
+  for p in there[1:]:
+    ours, theirs = there[0].tensor, p.tensor
+    if ours is None or theirs is None:
+      continue
+    if ours.shape != theirs.shape:
+      yield (
+        f"tensor {p.name!r} is {list(theirs.shape)} in {p.model} but {there[0].name!r} is "
+        f"{list(ours.shape)} in {there[0].model}{_vocabulary(ours.shape, theirs.shape)}."
       )
-    elif ours is None:
-      lines.append(f"tensor {name!r} is in {other.name} but not in {donor.name}; exclude it.")
-    elif theirs is not None and ours.shape != theirs.shape:
-      lines.append(
-        f"tensor {name!r} is {list(ours.shape)} in {donor.name} but {list(theirs.shape)} in "
-        f"{other.name}{_vocabulary(ours.shape, theirs.shape)}."
+    elif safetensors.is_floating(ours.dtype) != safetensors.is_floating(theirs.dtype):
+      yield (
+        f"tensor {p.name!r} is {theirs.dtype} in {p.model} but {ours.dtype} in {there[0].model}."
       )
-    elif theirs is not None and safetensors.is_floating(ours.dtype) != safetensors.is_floating(
-      theirs.dtype
-    ):
-      lines.append(
-        f"tensor {name!r} is {ours.dtype} in {donor.name} but {theirs.dtype} in {other.name}."
-      )
-  return lines
 
 
 def _vocabulary(ours: tuple[int, ...], theirs: tuple[int, ...]) -> str:

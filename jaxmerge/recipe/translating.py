@@ -1,0 +1,169 @@
+"""From the methods and parameters of recipes to this library's.
+
+Without `compat` a method is what its paper says; with `compat: mergekit` it has mergekit's numbers
+where these differ. docs/recipes.md has the table of differences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from jaxmerge.recipe.records import Scalar
+
+Numbers = Mapping[str, Sequence[Scalar] | Scalar]
+
+
+class Translation(NamedTuple):
+  """A method of this library.
+
+  Attributes:
+    method: its name in `jaxmerge.methods`.
+    settings: what its factory is called with.
+    numbers: its number -> the recipe's parameter, perhaps turned: the values come per tensor.
+    raw: it merges the weights themselves.
+    pair: the base is the first of the models.
+  """
+
+  method: str
+  settings: Mapping[str, Any]
+  numbers: Mapping[str, Callable[[Mapping[str, Any]], Any]]
+  raw: bool = False
+  pair: bool = False
+
+
+def translated(
+  name: str,
+  shared: Mapping[str, Scalar],
+  *,
+  base: bool,
+  varied: Collection[str] = (),
+  compat: bool = False,
+) -> Translation:
+  """Returns what a method of a recipe is here.
+
+  Args:
+    name: the recipe's method.
+    shared: its parameters that are one for all models, for any of its tensors.
+    base: whether there is a base.
+    varied: parameters that differ between tensors; a density that does is counted per tensor.
+    compat: whether mergekit's numbers are asked for.
+  """
+  return _METHODS[name](_Given(shared, base, "density" in varied, compat))
+
+
+class _Given(NamedTuple):
+  shared: Mapping[str, Scalar]
+  base: bool
+  apart: bool
+  compat: bool
+
+  @property
+  def zero_sum(self) -> dict[str, str]:
+    return {"zero_sum": "plus" if self.compat else "majority"}
+
+  @property
+  def joined(self) -> dict[str, str]:
+    return {"reduce": "mean" if self.shared["normalize"] else "sum"}
+
+  @property
+  def trimmed(self) -> dict[str, str]:
+    if self.compat:
+      return {"scope": "leaf", "rule": "exact"}
+    return {"scope": "leaf" if self.apart else "tree", "rule": "kth"}
+
+  @property
+  def dropped(self) -> dict[str, str | None]:
+    return {"rescale": ("l1" if self.compat else "inverse") if self.shared["rescale"] else None}
+
+  @property
+  def restored(self) -> dict[str, str | None]:
+    return {"rescale": "l1" if self.shared["rescale"] else None}
+
+
+def _of(parameter: str) -> Callable[[Mapping[str, Any]], Any]:
+  return lambda values: values[parameter]
+
+
+def _rest(parameter: str) -> Callable[[Mapping[str, Any]], Any]:
+  """One minus a parameter: a density is what a drop rate leaves."""
+
+  def turned(values: Mapping[str, Any]) -> Any:
+    value = values[parameter]
+    return tuple(1 - v for v in value) if isinstance(value, tuple) else 1 - value
+
+  return turned
+
+
+_SUMMED = {"weight": _of("weight"), "scale": _of("lambda")}
+_DENSE = _SUMMED | {"density": _of("density")}
+_BANDED = _SUMMED | {"keep": _of("density"), "remove": _of("gamma")}
+
+
+def _normalize(given: _Given) -> dict[str, Any]:
+  return {"normalize": given.shared["normalize"]}
+
+
+def _nuslerp(given: _Given) -> Translation:
+  scope = "column" if given.shared["nuslerp_row_wise"] else "row"
+  settings = {"scope": "leaf" if given.shared["nuslerp_flatten"] else scope}
+  return Translation("nuslerp", settings, {"weight": _of("weight")}, raw=not given.base)
+
+
+def _banded(given: _Given) -> dict[str, Any]:
+  return {"yields": "remove" if given.compat else "keep", **given.restored}
+
+
+_METHODS: Mapping[str, Callable[[_Given], Translation]] = {
+  "linear": lambda g: Translation("average", _normalize(g), {"weight": _of("weight")}, raw=True),
+  "slerp": lambda g: Translation("slerp", {}, {"t": _of("t")}, raw=True, pair=True),
+  "nuslerp": _nuslerp,
+  "multislerp": lambda g: Translation(
+    "multislerp",
+    {"normalize": g.shared["normalize_weights"]},
+    {"weight": _of("weight")},
+    raw=not g.base,
+  ),
+  "karcher": lambda g: Translation(
+    "karcher", {"max_iter": g.shared["max_iter"]}, {"tol": _of("tol")}, raw=True
+  ),
+  "task_arithmetic": lambda g: Translation("task_arithmetic", _normalize(g), _SUMMED),
+  "ties": lambda g: Translation(
+    "ties", {**g.trimmed, **g.joined, **g.zero_sum, **g.restored}, _DENSE
+  ),
+  "dare_ties": lambda g: Translation(
+    "dare_ties",
+    {"density": 1.0, **g.dropped, **g.joined, **g.zero_sum},
+    _SUMMED | {"drop_rate": _rest("density")},
+  ),
+  "dare_linear": lambda g: Translation(
+    "dare", {**g.dropped, **_normalize(g)}, _SUMMED | {"drop_rate": _rest("density")}
+  ),
+  "della": lambda g: Translation(
+    "della",
+    {**g.dropped, **g.joined, "zero_sum": "plus"},
+    _DENSE | {"epsilon": _of("epsilon")},
+  ),
+  "della_linear": lambda g: Translation(
+    "della_linear", {**g.dropped, **_normalize(g)}, _DENSE | {"epsilon": _of("epsilon")}
+  ),
+  "breadcrumbs": lambda g: Translation("breadcrumbs", {**_banded(g), **_normalize(g)}, _BANDED),
+  "breadcrumbs_ties": lambda g: Translation(
+    "breadcrumbs_ties", {**_banded(g), **g.joined, **g.zero_sum}, _BANDED
+  ),
+  "sce": lambda g: Translation(
+    "sce", {"floor": 1e-6 if g.compat else 0.0}, {"density": _of("select_topk")}
+  ),
+  "model_stock": lambda g: Translation(
+    "model_stock",
+    {"scope": "row" if g.shared["filter_wise"] else "leaf", "floor": 1e-6 if g.compat else 0.0},
+    {},
+  ),
+  "arcee_fusion": lambda g: Translation("arcee_fusion", {}, {}),
+  "nearswap": lambda g: Translation("nearswap", {}, {"t": _of("t")}, raw=True, pair=True),
+  "ram": lambda g: Translation("ram", {}, {"threshold": _of("epsilon")}),
+  "ramplus_tl": lambda g: Translation(
+    "ramplus_tl", {}, {"threshold": _of("epsilon"), "boost": _of("r"), "limit": _of("alpha")}
+  ),
+  "passthrough": lambda g: Translation("passthrough", {}, {"scale": _of("scale")}, raw=True),
+}

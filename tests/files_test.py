@@ -1,0 +1,246 @@
+"""Merging folders: the bits of memory, whole or not at all, whatever comes between."""
+
+import json
+import os
+import stat
+
+import folders
+import ml_dtypes
+import numpy as np
+import pytest
+import small
+
+import jaxmerge
+from jaxmerge import files, methods, planning, stage
+
+NAMES = ("red", "green", "blue")
+METHODS = {
+  "average": (methods.average(), {}),
+  "task_arithmetic": (methods.task_arithmetic(0.5, (1.0, 0.5, 2.0)), {}),
+  "ties": (methods.ties(0.3), {}),
+  "ties by leaf, exact": (methods.ties(0.3, scope="leaf", rule="exact"), {}),
+  "dare_ties": (methods.dare_ties(0.4, 0.5), {"seed": 7}),
+  "breadcrumbs": (methods.breadcrumbs(0.5, 0.1), {}),
+}
+
+
+def paths(root, count=3):
+  return [root / f"m{k}" for k in range(count)]
+
+
+def in_memory(method, models, **options):
+  base, *rest = models
+  return jaxmerge.merge(method, base, jaxmerge.stack(rest), names=NAMES, **options)
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_files_have_the_bits_of_memory(tmp_path, name, dtype):
+  method, options = METHODS[name]
+  models = folders.family(tmp_path, dtype=dtype)
+  out = files.merge_files(
+    method, paths(tmp_path), tmp_path / "out", base=tmp_path / "base", names=NAMES, **options
+  )
+  small.same(folders.read(out), in_memory(method, models, **options))
+
+
+def test_weights_are_merged_without_a_base(tmp_path):
+  _, *models = folders.family(tmp_path)
+  out = files.merge_files(methods.average((1.0, 2.0, 3.0)), paths(tmp_path), tmp_path / "out")
+  expected = jaxmerge.blend(methods.average((1.0, 2.0, 3.0)), jaxmerge.stack(models))
+  small.close(folders.read(out), expected)
+
+
+def test_a_method_of_ten_lines_works_at_once(tmp_path):
+  def clipped_mean(limit):
+    def f(x, leaf):
+      bound = leaf.number("limit", x)
+      return x.clip(-bound, bound).mean(axis=0, keepdims=True)
+
+    return stage.leafwise(f, numbers={"limit": limit}, combines=True)
+
+  models = folders.family(tmp_path)
+  method = clipped_mean(0.05)
+  out = files.merge_files(
+    method, paths(tmp_path), tmp_path / "out", base=tmp_path / "base", names=NAMES
+  )
+  small.same(folders.read(out), in_memory(method, models))
+
+
+def test_nothing_depends_on_how_it_is_cut(tmp_path):
+  """Chunks, shards of the result, and the order in which the models are listed."""
+  folders.family(tmp_path)
+  method = methods.ties(0.3)
+  found = []
+  for k, (order, options) in enumerate(
+    [
+      ((0, 1, 2), {}),
+      ((0, 1, 2), {"entries": 7}),
+      ((2, 0, 1), {"entries": 50, "shard_size": 200}),
+    ]
+  ):
+    out = files.merge_files(
+      method,
+      [tmp_path / f"m{i}" for i in order],
+      tmp_path / f"out{k}",
+      base=tmp_path / "base",
+      names=[NAMES[i] for i in order],
+      **options,
+    )
+    found.append(folders.read(out))
+  for other in found[1:]:
+    small.same(other, found[0])
+
+
+def test_the_result_is_a_folder_that_other_tools_open(tmp_path):
+  safetensors = pytest.importorskip("safetensors.numpy")
+  folders.family(tmp_path)
+  out = files.merge_files(methods.average(), paths(tmp_path), tmp_path / "out", shard_size=500)
+  index = json.loads((out / "model.safetensors.index.json").read_text())
+  assert len(set(index["weight_map"].values())) > 3
+  for name, file in index["weight_map"].items():
+    assert name in safetensors.load_file(out / file)
+  assert (out / "config.json").read_bytes() == (tmp_path / "m0/config.json").read_bytes()
+  assert (out / "tokenizer.json").exists()
+  umask = os.umask(0)
+  os.umask(umask)
+  assert {stat.S_IMODE(p.stat().st_mode) for p in out.iterdir()} == {0o666 & ~umask}
+  assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "m0", "m1", "m2", "out"]
+
+
+def test_every_tensor_of_every_input_is_accounted_for(tmp_path):
+  models = folders.family(tmp_path)
+  out = files.merge_files(
+    methods.average(), paths(tmp_path), tmp_path / "out", base=tmp_path / "base", names=NAMES
+  )
+  told = json.loads((out / files.PROVENANCE).read_text())
+  assert told["inputs"].keys() == {"the base", *NAMES}
+  for own, model in zip(("the base", *NAMES), models, strict=True):
+    assert told["inputs"][own].keys() == model.keys()
+  assert told["inputs"]["red"]["model.norm.weight"] == "merged to model.norm.weight"
+  assert told["inputs"]["red"]["position_ids"] == "position_ids: copied from the base"
+
+
+@pytest.mark.parametrize(
+  ("missing", "expected"),
+  [("base", lambda b, a: b), ("mean", lambda b, a: a), ("skip", None)],
+)
+def test_what_becomes_of_a_tensor_that_a_model_lacks(tmp_path, missing, expected):
+  base, first, second, third = folders.family(tmp_path)
+  lacking = "lm_head.weight"
+  folders.write(tmp_path / "m0", {n: x for n, x in first.items() if n != lacking})
+  merge = (methods.average(), paths(tmp_path), tmp_path / "out")
+  with pytest.raises(planning.Problems, match=r"'lm_head.weight' is in the base but not in red"):
+    files.merge_files(*merge, base=tmp_path / "base", names=NAMES)
+  out = files.merge_files(*merge, base=tmp_path / "base", names=NAMES, missing=missing)
+  found = folders.read(out)
+  if expected is None:
+    assert lacking not in found
+  else:
+    mean = (second[lacking] + third[lacking]) / 2
+    np.testing.assert_allclose(found[lacking], expected(base[lacking], mean), atol=1e-6)
+
+
+def test_all_problems_are_told_at_once(tmp_path):
+  _, first, second, _ = folders.family(tmp_path)
+  folders.write(tmp_path / "m0", first | {"model.norm.weight": np.zeros(7, np.float32)})
+  folders.write(tmp_path / "m1", second | {"score.weight": np.zeros(2, np.float32)}, shards=2)
+  with pytest.raises(planning.Problems) as error:
+    files.merge_files(
+      methods.average(), paths(tmp_path), tmp_path / "out", base=tmp_path / "base", names=NAMES
+    )
+  assert len(error.value.lines) == 4
+  text = str(error.value)
+  assert "'model.norm.weight' is [7] in red but 'model.norm.weight' is [6] in the base" in text
+  assert "'score.weight' is in green but not in the base" in text
+  assert not (tmp_path / "out").exists()
+
+
+def test_nan_is_named_and_nothing_appears(tmp_path):
+  _, first, *_ = folders.family(tmp_path)
+  first["model.layers.1.mlp.up_proj.weight"][3, 2] = np.nan
+  folders.write(tmp_path / "m0", first)
+  with pytest.raises(ValueError, match=r"'model.layers.1.mlp.up_proj.weight' of model red has NaN"):
+    files.merge_files(
+      methods.average(), paths(tmp_path), tmp_path / "out", base=tmp_path / "base", names=NAMES
+    )
+  assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_is_there_is_not_touched(tmp_path):
+  folders.family(tmp_path)
+  kept = tmp_path / "out" / "model.safetensors.index.json"
+  kept.parent.mkdir()
+  kept.write_text("stale")
+  merge = (methods.average(), paths(tmp_path), tmp_path / "out")
+  with pytest.raises(FileExistsError, match=r"out exists; pass replace=True"):
+    files.merge_files(*merge)
+  assert kept.read_text() == "stale"
+  files.merge_files(*merge, replace=True)
+  assert not kept.exists()
+
+
+def test_an_interrupted_merge_goes_on_and_gives_the_same_bytes(tmp_path, monkeypatch):
+  from jaxmerge.io import growing
+
+  folders.family(tmp_path)
+  monkeypatch.setattr(growing, "SYNCED", 1)  # Every tensor is written down as done.
+  merge = (methods.average(), paths(tmp_path))
+  whole = files.merge_files(*merge, tmp_path / "whole", shard_size=500)
+  done = []
+
+  def stop(count):
+    done.append(count)
+    if len(done) == 6:
+      raise KeyboardInterrupt
+
+  with pytest.raises(KeyboardInterrupt):
+    files.merge_files(*merge, tmp_path / "out", shard_size=500, progress=stop)
+  part = tmp_path / ".out.merging"
+  assert part.exists()
+  assert not (tmp_path / "out").exists()
+  before = len((part / growing.NAME).read_text().splitlines())
+  again = []
+  files.merge_files(*merge, tmp_path / "out", shard_size=500, progress=again.append)
+  assert before >= 5
+  assert len(again) < len(done) + 10
+  for path in sorted(whole.iterdir()):
+    assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes(), path.name
+  assert not part.exists()
+
+
+def test_what_was_damaged_meanwhile_is_made_again(tmp_path, monkeypatch):
+  from jaxmerge.io import growing
+
+  folders.family(tmp_path)
+  monkeypatch.setattr(growing, "SYNCED", 1)
+  merge = (methods.average(), paths(tmp_path))
+  whole = files.merge_files(*merge, tmp_path / "whole")
+  with pytest.raises(KeyboardInterrupt):
+    files.merge_files(
+      *merge,
+      tmp_path / "out",
+      progress=lambda n: (_ for _ in ()).throw(KeyboardInterrupt) if n else None,
+    )
+  part = tmp_path / ".out.merging" / "model.safetensors"
+  content = bytearray(part.read_bytes())
+  content[-40:] = bytes(40)
+  part.write_bytes(content)
+  files.merge_files(*merge, tmp_path / "out")
+  name = "model.safetensors"
+  assert (whole / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
+
+
+def test_another_merge_is_not_gone_on_with(tmp_path):
+  folders.family(tmp_path)
+
+  def stop(count):
+    raise KeyboardInterrupt
+
+  with pytest.raises(KeyboardInterrupt):
+    files.merge_files(methods.average(), paths(tmp_path), tmp_path / "out", progress=stop)
+  with pytest.raises(
+    ValueError, match=r"\.out\.merging holds an interrupted merge of other inputs"
+  ):
+    files.merge_files(methods.average(), paths(tmp_path, 2), tmp_path / "out")
+  files.merge_files(methods.average(), paths(tmp_path, 2), tmp_path / "out", resume=False)

@@ -1,0 +1,66 @@
+"""Small model folders on disk, for the tests of merging files."""
+
+import json
+
+import numpy as np
+
+from jaxmerge.io import safetensors
+
+CONFIG = {"model_type": "llama", "num_hidden_layers": 3, "torch_dtype": "float32"}
+
+
+def tensors(seed, *, layers=3, vocabulary=10, width=6, near=None, dtype=np.float32):
+  """Tensors of a tiny decoder; those of a fine-tuned model lie near another one's."""
+  rng = np.random.default_rng(seed)
+  shapes = {"model.embed_tokens.weight": (vocabulary, width)}
+  for i in range(layers):
+    shapes |= {
+      f"model.layers.{i}.input_layernorm.weight": (width,),
+      f"model.layers.{i}.mlp.up_proj.weight": (2 * width, width),
+      f"model.layers.{i}.self_attn.q_proj.weight": (width, width),
+    }
+  shapes |= {"model.norm.weight": (width,), "lm_head.weight": (vocabulary, width)}
+  made = {n: rng.normal(size=s).astype(np.float32) for n, s in shapes.items()}
+  if near is not None:
+    made = {n: near[n].astype(np.float32) + x / 8 for n, x in made.items()}
+  return {n: x.astype(dtype) for n, x in made.items()} | {
+    "position_ids": np.arange(4, dtype=np.int32)
+  }
+
+
+def write(folder, tensors, *, config=None, shards=1):
+  """Writes a Hugging Face folder."""
+  folder.mkdir(parents=True, exist_ok=True)
+  (folder / "config.json").write_text(json.dumps(CONFIG if config is None else config))
+  (folder / "tokenizer.json").write_text('{"version": "1.0"}')
+  names = list(tensors)
+  if shards == 1:
+    safetensors.save(folder / "model.safetensors", tensors, {"format": "pt"})
+    return folder
+  places = {}
+  for i in range(shards):
+    file = f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
+    own = names[i::shards]
+    safetensors.save(folder / file, {n: tensors[n] for n in own}, {"format": "pt"})
+    places |= dict.fromkeys(own, file)
+  index = {"metadata": {}, "weight_map": places}
+  (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+  return folder
+
+
+def family(root, count=3, **options):
+  """Writes a base and models near it; returns their tensors, the base's first."""
+  base = tensors(0, **options)
+  models = [tensors(k + 1, near=base, **options) for k in range(count)]
+  write(root / "base", base)
+  for k, model in enumerate(models):
+    write(root / f"m{k}", model, shards=k + 1)
+  return [base, *models]
+
+
+def read(folder):
+  """All tensors of a folder, whatever its shards."""
+  found = {}
+  for path in sorted(folder.glob("*.safetensors")):
+    found |= safetensors.load(path)
+  return found
