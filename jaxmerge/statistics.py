@@ -25,12 +25,12 @@ LIMB = 16
 ROOM = 2**32  # As many entries of a model as one uint32 can count.
 
 
-def total(name: str, f: Callable[[Array, Leaf], Any]) -> Statistic:
+def total(name: str, f: Callable[[Any, Leaf], Any]) -> Statistic:
   """Adds up f(x, leaf) over the leaves of a group."""
   return Statistic(name, lambda x, leaf, state, known: f(x, leaf))
 
 
-def greatest(name: str, f: Callable[[Array, Leaf], Any]) -> Statistic:
+def greatest(name: str, f: Callable[[Any, Leaf], Any]) -> Statistic:
   """Takes the maximum of f(x, leaf) over the leaves of a group."""
   return Statistic(name, lambda x, leaf, state, known: f(x, leaf), combine=jnp.maximum)
 
@@ -39,10 +39,16 @@ def gram(name: str) -> Statistic:
   """Measures the inner products of the models: [K, *s] -> [K, K], over a group."""
 
   def products(x: Array, leaf: Leaf) -> Array:
-    axes = list(range(1, x.ndim))
-    return lax.dot_general(x, x, ((axes, axes), ((), ())), precision="highest")
+    return inner_products(x)
 
   return total(name, products)
+
+
+def inner_products(x: Array) -> Array:
+  """Returns the inner products of the models: [K, *s] -> [K, K]."""
+  axes = list(range(1, x.ndim))
+  place = views.unsharded(x, 2)
+  return lax.dot_general(x, x, ((axes, axes), ((), ())), precision="highest", out_sharding=place)
 
 
 def settled(statistic: Statistic, known: Any, measured: Callable[[Any], Any]) -> Any:
@@ -62,20 +68,22 @@ def settled(statistic: Statistic, known: Any, measured: Callable[[Any], Any]) ->
   return lax.while_loop(going, lambda carry: (carry[0] + 1, one(carry[1])), (0, state))[1]
 
 
-def kth(name: str, of: Callable[[Array], Array], *, rank: str) -> Statistic:
+def kth(name: str, of: Callable[[Any, Leaf], Array], *, rank: str) -> Statistic:
   """Finds the exact value of rank `known[rank]` among of(x) >= 0, per model.
 
   Args:
-    name: the result is known under this name: the value's bit pattern, uint32 [K].
-    of: elementwise function of the stack x [K, *s]; its values must not be negative.
-    rank: name of the known count n, limbs [2, K]: the n-th largest is searched. For n = 0 the
+    name: the result is known under this name: the value's bit pattern, uint32 [M].
+    of: elementwise function (x [K, *s], leaf) -> [M, *s] of the stack; its values must not be
+      negative. Each of the M rows has a threshold of its own.
+    rank: name of the known count n, limbs [2, M]: the n-th largest is searched. For n = 0 the
       result is a pattern above every finite value.
   """
   top = 30  # The sign bit of a non-negative float is zero.
 
   def measure(x: Array, leaf: Leaf, state: Any, known: Any) -> Array:
     candidate = state["found"] | (jnp.uint32(1) << state["bit"])
-    return count(pattern(of(x)) >= _against(candidate, x))
+    values = of(x, leaf)
+    return count(pattern(values) >= _against(candidate, values))
 
   def refine(state: Any, reached: Array, known: Any) -> Any:
     bit = jnp.uint32(1) << state["bit"]
@@ -91,25 +99,27 @@ def kth(name: str, of: Callable[[Array], Array], *, rank: str) -> Statistic:
   return Statistic(name, measure, begin, refine, passes=top + 1, combine=plus)
 
 
-def top(name: str, of: Callable[[Array], Array]) -> tuple[Statistic, ...]:
+def top(name: str, of: Callable[[Any, Leaf], Array]) -> tuple[Statistic, ...]:
   """Finds which entries are the `known[name]` largest of(x) >= 0, ties broken by position.
 
-  `inside(name, of(x), leaf, known)` tells for each entry whether it is among them.
+  `inside(name, of(x, leaf), leaf, known)` tells for each entry whether it is among them.
 
   Args:
-    name: name of the known count n, limbs [2, K]. Exactly n entries are inside.
+    name: name of the known count n, limbs [2, M]. Exactly n entries are inside.
     of: as for `kth`.
   """
   value, around, last = f"{name} value", f"{name} around", f"{name} last"
 
   def compared(x: Array, leaf: Leaf, state: Any, known: Any) -> Any:
-    bits, cut = pattern(of(x)), _against(known[value]["found"], x)
+    values = of(x, leaf)
+    bits, cut = pattern(values), _against(known[value]["found"], values)
     return {"above": count(bits > cut), "tied": count(bits == cut)}
 
   def measure(x: Array, leaf: Leaf, state: Any, known: Any) -> Array:
     candidate = state["found"] | (jnp.uint32(1) << state["bit"])
-    tied = pattern(of(x)) == _against(known[value]["found"], x)
-    return count(tied & (position(x, leaf) < _against(candidate, x)))
+    values = of(x, leaf)
+    tied = pattern(values) == _against(known[value]["found"], values)
+    return count(tied & (position(values, leaf) < _against(candidate, values)))
 
   def refine(state: Any, before: Array, known: Any) -> Any:
     bit = jnp.uint32(1) << state["bit"]
@@ -236,8 +246,8 @@ def limbs(number: int) -> np.ndarray:
   return np.array([number >> LIMB, number & (2**LIMB - 1)], np.uint32)
 
 
-def share(fraction: Any, size: int, height: int, *, more: int = 0) -> Limbs:
-  """Returns min(floor(fraction * size) + more, size) per model, as limbs [2, height].
+def share(fraction: Any, size: int, height: int, *, more: int = 0, least: int = 0) -> Limbs:
+  """Returns floor(fraction * size) + more, between `least` and size, as limbs [2, height].
 
   A Python number or NumPy array is counted on the host: the product in double precision,
   truncated, as `int(fraction * size)`. A jax array, traced or not, has float32 precision, and the
@@ -251,11 +261,15 @@ def share(fraction: Any, size: int, height: int, *, more: int = 0) -> Limbs:
     [[0, 0], [7, 7]]
   """
   if isinstance(fraction, jax.Array):
-    counted = _traced_share(jnp.broadcast_to(fraction, (height,)), size)
-    return at_most(plus(counted, jnp.asarray(limbs(more))[:, None]), size)
+    if size >= 2**47:
+      raise ValueError(f"a group of {size} entries is too large to rank; at most 2**47 - 1.")
+    counted = part(jnp.broadcast_to(fraction, (height,)), jnp.asarray(limbs(size))[:, None])
+    counted = plus(counted, jnp.asarray(limbs(more))[:, None])
+    low = jnp.broadcast_to(jnp.asarray(limbs(least))[:, None], counted.shape)
+    return at_most(jnp.where(at_least(counted, low), counted, low), size)
   each = np.broadcast_to(np.asarray(fraction), (height,))
   # As text: float32(0.7) means 0.7, not 0.699999988.
-  counts = [min(int(float(str(f)) * size) + more, size) for f in each]
+  counts = [min(max(int(float(str(f)) * size) + more, least), size) for f in each]
   return np.stack([limbs(n) for n in counts], axis=1)
 
 
@@ -265,17 +279,18 @@ def at_most(a: Limbs, size: int) -> Array:
   return jnp.where(at_least(a, whole), whole, a)
 
 
-def _traced_share(fraction: Array, size: int) -> Array:
-  """floor(fraction * size) by long multiplication in digits of 16 bits: [K] -> limbs [2, K]."""
-  if size >= 2**47:
-    raise ValueError(f"a group of {size} entries is too large to rank; at most 2**47 - 1.")
+def part(fraction: Array, whole: Array) -> Array:
+  """Returns floor(fraction * whole): fractions [M] of counts below 2**47, normal limbs [2, M].
+
+  By long multiplication in digits of 16 bits; see `share` for how a fraction counts.
+  """
   fraction = jnp.clip(fraction.astype(jnp.float32), 0, 1)
   power = lax.bitcast_convert_type(pattern(fraction) & jnp.uint32(0x7F800000), jnp.float32)
   half = power * jnp.float32(2**-24)  # Half a unit in the last of 24 places.
   a = [x + y for x, y in zip(_digits(fraction), _digits(half), strict=True)]
   for i in range(2):
     a[i], a[i + 1] = a[i] & 0xFFFF, a[i + 1] + (a[i] >> 16)
-  b = [jnp.uint32((size >> (16 * i)) & 0xFFFF) for i in range(3)]
+  b = [whole[1], whole[0] & jnp.uint32(0xFFFF), whole[0] >> 16]
   out = [jnp.zeros_like(a[0]) for _ in range(6)]
   for i in range(3):
     carry = jnp.zeros_like(a[0])
@@ -284,7 +299,7 @@ def _traced_share(fraction: Array, size: int) -> Array:
       out[i + j], carry = t & 0xFFFF, t >> 16
     out[i + 3] = carry
   product = jnp.stack([out[4] | (out[5] << 16), out[3]])
-  return jnp.where(fraction < 1, product, jnp.asarray(limbs(size))[:, None])
+  return jnp.where(fraction < 1, product, whole)
 
 
 def _digits(fraction: Array) -> list[Array]:

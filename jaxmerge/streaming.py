@@ -223,8 +223,8 @@ def _combined(found: Any, part: Any, *, method: Method, at: tuple[int, int]) -> 
 
 def _through(
   parts: _Parts, known: Any, method: Method, acts: Any, shape: tuple[int, ...], view: str | None
-) -> tuple[Array, Leaf]:
-  """Takes the task vectors of a slice through the first stages."""
+) -> tuple[Array, Leaf, list[Array]]:
+  """Takes the task vectors of a slice through the first stages; also returns what is held."""
   x = memory.task_vectors(parts.models, parts.reference)
   leaf = parts.leaf._replace(shape=shape, base=parts.reference)
   kept: list[Array] = []
@@ -232,7 +232,7 @@ def _through(
     leaf = leaf._replace(offset=offset)
     if acting:
       x = memory.update(step, x, leaf, own, kept, view)
-  return x, leaf
+  return x, leaf, kept
 
 
 @functools.partial(jax.jit, static_argnames=("method", "at", "acts", "shape", "view"))
@@ -248,9 +248,9 @@ def _measured(
   shape: tuple[int, ...],
   view: str | None,
 ) -> Any:
-  x, leaf = _through(parts, known, method[: at[0]], acts, shape, view)
+  x, leaf, kept = _through(parts, known, method[: at[0]], acts, shape, view)
   leaf = leaf._replace(offset=parts.offsets[at[0]])
-  return _statistic(method, at).measure(x, leaf, state, own)
+  return _statistic(method, at).measure(memory.seen(method[at[0]], x, kept), leaf, state, own)
 
 
 @functools.partial(jax.jit, static_argnames=("method", "acts", "shape", "view"))
@@ -263,5 +263,5 @@ def _merged(
   shape: tuple[int, ...],
   view: str | None,
 ) -> Array:
-  x, _ = _through(parts, known, method, acts, shape, view)
+  x, _, _ = _through(parts, known, method, acts, shape, view)
   return memory.stored(x, parts.base, parts.base.dtype)
