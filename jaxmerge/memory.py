@@ -262,7 +262,7 @@ def leaf_of(
 
 
 def _measure_all(
-  statistic: stage.Statistic, x: dict[str, Array], leaves: dict[str, Leaf], known: Any, state: Any
+  statistic: stage.Statistic, x: dict[str, Any], leaves: dict[str, Leaf], known: Any, state: Any
 ) -> Any:
   parts = [statistic.measure(x[n], leaf, state, known) for n, leaf in leaves.items()]
   return functools.reduce(lambda a, b: jax.tree.map(statistic.combine, a, b), parts)

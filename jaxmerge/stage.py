@@ -117,7 +117,7 @@ class Statistic(NamedTuple):
   """
 
   name: str
-  measure: Callable[[Array, Leaf, State, State], State]
+  measure: Callable[[Any, Leaf, State, State], State]
   begin: Callable[[State], State] = lambda known: ()
   refine: Callable[[State, State, State], State] = lambda state, total, known: total
   passes: int = 1

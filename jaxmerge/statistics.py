@@ -80,7 +80,7 @@ def kth(name: str, of: Callable[[Any, Leaf], Array], *, rank: str) -> Statistic:
   """
   top = 30  # The sign bit of a non-negative float is zero.
 
-  def measure(x: Array, leaf: Leaf, state: Any, known: Any) -> Array:
+  def measure(x: Any, leaf: Leaf, state: Any, known: Any) -> Array:
     candidate = state["found"] | (jnp.uint32(1) << state["bit"])
     values = of(x, leaf)
     return count(pattern(values) >= _against(candidate, values))
@@ -110,12 +110,12 @@ def top(name: str, of: Callable[[Any, Leaf], Array]) -> tuple[Statistic, ...]:
   """
   value, around, last = f"{name} value", f"{name} around", f"{name} last"
 
-  def compared(x: Array, leaf: Leaf, state: Any, known: Any) -> Any:
+  def compared(x: Any, leaf: Leaf, state: Any, known: Any) -> Any:
     values = of(x, leaf)
     bits, cut = pattern(values), _against(known[value]["found"], values)
     return {"above": count(bits > cut), "tied": count(bits == cut)}
 
-  def measure(x: Array, leaf: Leaf, state: Any, known: Any) -> Array:
+  def measure(x: Any, leaf: Leaf, state: Any, known: Any) -> Array:
     candidate = state["found"] | (jnp.uint32(1) << state["bit"])
     values = of(x, leaf)
     tied = pattern(values) == _against(known[value]["found"], values)

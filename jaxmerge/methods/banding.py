@@ -55,8 +55,8 @@ def breadcrumbs(
     >>> jaxmerge.merge(method, base, experts)["w"].tolist()
     [0.0, -3.0, 2.0, 0.0]
   """
-  given = {"scale": scale, "weight": weight, "rescale": rescale, "normalize": normalize}
-  catalog.check("breadcrumbs", given)
+  given = {"scope": scope, "yields": yields, "rescale": rescale, "normalize": normalize}
+  catalog.check("breadcrumbs", {**given, "scale": scale, "weight": weight})
   return chain(
     sparsifying.matched(band(keep, remove, scope=scope, yields=yields), rescale),
     averaging.weighted_sum(weight, normalize=normalize),
@@ -87,7 +87,8 @@ def breadcrumbs_ties(
     >>> jaxmerge.merge(method, base, experts)["w"].tolist()
     [0.0, -3.0, 5.0, 0.0]
   """
-  catalog.check("breadcrumbs_ties", {"rescale": rescale})
+  given = {"scope": scope, "yields": yields, "rescale": rescale, "reduce": reduce}
+  catalog.check("breadcrumbs_ties", {**given, "zero_sum": zero_sum})
   return chain(
     sparsifying.matched(band(keep, remove, scope=scope, yields=yields), rescale),
     signs.elected(scale, weight, reduce, zero_sum),

@@ -60,7 +60,7 @@ def probabilities(x: Array, density: Array, epsilon: Array) -> Array:
 
   Example:
     >>> x = jnp.array([[[0.9, -0.1, 0.4, 0.0, -0.6, 0.2]]])
-    >>> print(probabilities(x, 0.5, 0.2).round(2))
+    >>> print(np.asarray(probabilities(x, 0.5, 0.2)).round(2))
     [[[0.7  0.38 0.54 0.3  0.62 0.46]]]
   """
   order = jnp.argsort(jnp.abs(x), axis=2, stable=True)
@@ -89,9 +89,10 @@ def della(
     >>> jaxmerge.merge(della(density=1.0, scale=1.0), base, experts, seed=0)["w"].tolist()
     [-3.0, 3.0]
   """
-  return chain(
-    magprune(density, epsilon, rescale=rescale), signs.elected(scale, weight, reduce, zero_sum)
-  )
+  given = {"rescale": rescale, "reduce": reduce, "zero_sum": zero_sum}
+  catalog.check("della", given)
+  pruned = magprune(density, epsilon, rescale=rescale)
+  return chain(pruned, signs.elected(scale, weight, reduce, zero_sum))
 
 
 def della_linear(
@@ -121,7 +122,8 @@ def della_linear(
     >>> jaxmerge.merge(method, base, experts, seed=0)["w"].tolist()
     [-1.0, 3.0]
   """
-  catalog.check("della_linear", {"scale": scale, "weight": weight, "normalize": normalize})
+  given = {"scale": scale, "weight": weight, "rescale": rescale, "normalize": normalize}
+  catalog.check("della_linear", given)
   adding = averaging.weighted_sum(weight, normalize=normalize)
   return chain(magprune(density, epsilon, rescale=rescale), adding, averaging.scaled(scale))
 

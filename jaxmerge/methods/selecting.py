@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxmerge import catalog, statistics
+from jaxmerge import catalog, statistics, views
 from jaxmerge.methods import averaging, signs
 from jaxmerge.stage import Array, Group, Leaf, Method, Stage, chain, for_models, join
 
@@ -89,7 +89,7 @@ def _erased(floor: float) -> Method:
     usable = (own.sum() > 0) & (own.sum() >= leaf.scalar("floor", x))
     weight = jnp.where(usable, own / jnp.where(usable, own.sum(), 1), 1 / x.shape[0])
     agreeing = signs.agreeing(x)
-    weight = weight.reshape((-1,) + (1,) * (x.ndim - 1)) * (agreeing != 0)
+    weight = jnp.where(agreeing != 0, weight.reshape((-1,) + (1,) * (x.ndim - 1)), 0)
     total = jnp.sum(weight, axis=0, keepdims=True)
     return jnp.sum(weight * agreeing, axis=0, keepdims=True) / jnp.maximum(total, 1e-6)
 
@@ -162,6 +162,7 @@ def nearswap(t: float = catalog.METHODS["nearswap"].parameters["t"].default) -> 
   catalog.check("nearswap", {"t": t})
 
   def update(x: Array, leaf: Leaf, known: Any) -> Array:
+    x = views.together(x)
     first, second = x[:1], x[1:]
     t, apart = leaf.scalar("t", x), second - first
     return jnp.where(jnp.abs(apart) <= t, second, first + t * jnp.sign(apart))

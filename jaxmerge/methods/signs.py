@@ -162,7 +162,9 @@ def ties(
     >>> jaxmerge.merge(ties(density=0.4), base, experts)["w"].tolist()
     [2.0, -2.0, 0.0]
   """
-  catalog.check("ties", {"rescale": rescale})
+  given = {"density": density, "rule": rule, "rescale": rescale, "reduce": reduce}
+  chosen = {} if callable(scope) else {"scope": scope}
+  catalog.check("ties", {**given, **chosen, "scale": scale, "weight": weight, "zero_sum": zero_sum})
   trimmed = sparsifying.matched(sparsifying.trim(density, scope=scope, rule=rule), rescale)
   return chain(trimmed, elected(scale, weight, reduce, zero_sum))
 

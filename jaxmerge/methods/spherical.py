@@ -46,8 +46,9 @@ def spanned(
   Example:
     >>> import jaxmerge
     >>> unit = spanned(lambda gram, leaf: 1 / jnp.sqrt(jnp.diagonal(gram)))
-    >>> print(jaxmerge.blend(unit, {"w": jnp.array([[3.0, 4.0], [0.0, 2.0]])})["w"].round(1))
-    [0.6 1.8]
+    >>> models = {"w": jnp.array([[0.0, 4.0], [2.0, 0.0]])}
+    >>> jaxmerge.blend(unit, models)["w"].tolist()
+    [1.0, 1.0]
   """
   made = functools.partial(
     Stage, init=init, numbers=numbers or {}, scope="leaf", combines=True, ordered=ordered
@@ -90,7 +91,7 @@ def slerp(t: float = catalog.METHODS["slerp"].parameters["t"].default) -> Method
   Example:
     >>> import jaxmerge
     >>> models = {"w": jnp.array([[2.0, 0.0], [0.0, 1.0]])}
-    >>> print(jaxmerge.blend(slerp(t=0.5), models)["w"].round(4))
+    >>> print(np.asarray(jaxmerge.blend(slerp(t=0.5), models)["w"]).round(4))
     [1.4142 0.7071]
   """
   catalog.check("slerp", {"t": t})
@@ -121,7 +122,7 @@ def nuslerp(
   Example:
     >>> import jaxmerge
     >>> models = {"w": jnp.array([[2.0, 0.0], [0.0, 1.0]])}
-    >>> print(jaxmerge.blend(nuslerp(weight=(1.0, 3.0)), models)["w"].round(4))
+    >>> print(np.asarray(jaxmerge.blend(nuslerp(weight=(1.0, 3.0)), models)["w"]).round(4))
     [0.7654 0.9239]
   """
   catalog.check("nuslerp", {"weight": weight, "scope": scope})
@@ -155,7 +156,7 @@ def multislerp(
   Example:
     >>> import jaxmerge
     >>> models = {"w": jnp.array([[2.0, 0.0], [0.0, 1.0]])}
-    >>> print(jaxmerge.blend(multislerp(), models)["w"].round(4))
+    >>> print(np.asarray(jaxmerge.blend(multislerp(), models)["w"]).round(4))
     [1.0607 1.0607]
   """
   catalog.check("multislerp", {"weight": weight, "normalize": normalize})
@@ -194,7 +195,7 @@ def karcher(
   Example:
     >>> import jaxmerge
     >>> models = {"w": jnp.array([[1.0, 0.0, 0.0], [0.8, 0.6, 0.0], [0.0, 0.0, 1.0]])}
-    >>> print(jaxmerge.blend(karcher(), models)["w"].round(4))
+    >>> print(np.asarray(jaxmerge.blend(karcher(), models)["w"]).round(4))
     [0.8154 0.2718 0.5111]
   """
   catalog.check("karcher", {"weight": weight, "max_iter": max_iter, "tol": tol})

@@ -36,7 +36,7 @@ def model_stock(
     >>> import jaxmerge
     >>> base = {"w": jnp.zeros(3)}
     >>> experts = {"w": jnp.array([[1.0, 0.0, 0.0], [0.8, 0.6, 0.0]])}
-    >>> print(jaxmerge.merge(model_stock(), base, experts)["w"].round(4))
+    >>> print(np.asarray(jaxmerge.merge(model_stock(), base, experts)["w"]).round(4))
     [0.8    0.2667 0.    ]
   """
   catalog.check("model_stock", {"scope": scope, "clip": clip, "floor": floor})
