@@ -60,10 +60,11 @@ def weighted_sum(weight: float | tuple[float, ...] = _weight, *, normalize: bool
   """
   if normalize:
     return leafwise(
-      lambda x, leaf: _safe_mean(_add_to_mean(None, x, leaf), leaf),
+      # The weights are divided, not the sum: a scale that follows would be multiplied into it.
+      lambda x, leaf: _sum(x * _shares(x, leaf)),
       numbers={"weight": weight},
       combines=True,
-      fold=Fold(_add_to_mean, _safe_mean),
+      fold=Fold(_add_to_mean, lambda held, leaf: held["sum"] / _safe(held["weight"])),
     )
 
   def add(held: Array | None, x: Array, leaf: Leaf) -> Array:
@@ -115,9 +116,14 @@ def _mean(held: dict[str, Array], leaf: Leaf) -> Array:
   return held["sum"] * (1 / held["weight"])
 
 
-def _safe_mean(held: dict[str, Array], leaf: Leaf) -> Array:
-  weight = held["weight"]
-  return _mean({**held, "weight": jnp.where(jnp.abs(weight) < 1e-8, 1, weight)}, leaf)
+def _shares(x: Array, leaf: Leaf) -> Array:
+  """The weights over their sum, or over 1 where that is nearly zero."""
+  weight = _spread(x, leaf)
+  return weight / _safe(_sum(weight))
+
+
+def _safe(divisor: Array) -> Array:
+  return jnp.where(jnp.abs(divisor) < 1e-8, 1, divisor)
 
 
 def _add_to_mean(held: dict[str, Array] | None, x: Array, leaf: Leaf) -> dict[str, Array]:
