@@ -179,7 +179,7 @@ def kind(config: ConfigDict, key: str, source: str) -> Any:
     parameter = catalog.entry(config.method.name).parameters[last]
     if parameter.choices:
       return Literal[parameter.choices]
-    return float | tuple
+    return float | tuple if parameter.number else int
   if last not in parent:
     raise _unknown(config, key, parent, ".".join(groups), source)
   value = parent[last]

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmerge import resolving, statistics, tree, unrolling, views
+from jaxmerge import resolving, stage, statistics, tree, unrolling, views
 from jaxmerge.stage import Array, Leaf, Method, Stage
 from jaxmerge.tree import Tree
 
@@ -40,7 +40,7 @@ def merge(
       one of these, or an array [K, *s], per leaf. Other numbers do not compile again.
     seed: for methods with random masks.
     names: names of the models. Masks depend on them and not on the order; without them the models
-      are called "0", "1", and so on.
+      are called "0", "1", and so on. Methods to which the order matters keep that of the stack.
     reference: what is subtracted from the models, if not the base.
     layout: matrix views, (regular expression, view), see `jaxmerge.views`.
 
@@ -133,7 +133,7 @@ def prepare(
     ValueError: for unknown, missing or ill-shaped numbers, for names that are not K different ones,
       and for a leaf that no combiner will touch.
   """
-  order, tags = _ordered(names, height)
+  order, tags = _ordered(names, height, keep=stage.ordered(method))
   values = resolving.resolved(method, aux, shapes, height, copied)
   if order is not None:
     values = {n: resolving.permuted(v, order) for n, v in values.items()}
@@ -198,7 +198,7 @@ def transform(
       leaves = {n: leaf_of(n, base, ready)._replace(offset=before[n]) for n in names}
       known = dict(first[group])
       for statistic in step.statistics:
-        parts = [(x[n], leaf) for n, leaf in leaves.items()]
+        parts = [(seen(step, x[n], kept[n]), leaf) for n, leaf in leaves.items()]
         known[statistic.name] = statistics.settled(statistic, parts, known)
       for n in names:
         x[n] = update(step, x[n], leaves[n], known, kept[n], views.view_of(n, layout))
@@ -213,7 +213,7 @@ def update(
     kept.append(x)
     return x
   if step.keep == "pop":
-    return step.update(kept.pop(), x, leaf)
+    return step.update((kept.pop(), x), leaf, known)
   y = _updated(step, x, leaf, known, view)
   height = 1 if step.combines else x.shape[0]
   if y.shape[0] != height:
@@ -224,16 +224,24 @@ def update(
   return y
 
 
+def seen(step: Stage, x: Any, kept: list[Array]) -> Any:
+  """Returns what a stage measures: x, or the pair of x and what `join` holds."""
+  return (kept[-1], x) if step.keep == "pop" else x
+
+
 def _updated(step: Stage, x: Array, leaf: Leaf, known: Any, view: str | None) -> Array:
   if step.unit == "entry":
     return step.update(x, leaf, known)
   if view is None:
     if step.rest is None:
       raise ValueError("a leaf has no matrix view; declare it in `layout` or mask the method.")
-    return step.rest(x, leaf, known)
-  seen = views.rows(views.whole(x), view)
-  part = leaf._replace(base=None)
-  return views.from_rows(step.update(seen, part, known), view, x.shape[1:])
+    if step.rest != "row":
+      return step.rest(x, leaf, known)
+    view = "i" * (x.ndim - 1)
+  rows = views.rows(views.whole(x), view)
+  base = None if leaf.base is None else views.rows(views.whole(leaf.base[None]), view)[0]
+  y = step.update(rows, leaf._replace(base=base), known)
+  return views.from_rows(y, view, x.shape[1:])
 
 
 def leaf_of(name: str, base: Mapping[str, Array] | None, ready: Ready) -> Leaf:
@@ -373,12 +381,12 @@ def stored(merged: Array, base: Array | None, dtype: Any) -> Array:
   return (base.astype(wide)[None] + merged.astype(wide)).astype(dtype)
 
 
-def _ordered(names: Sequence[str] | None, height: int) -> tuple[Any, np.ndarray]:
+def _ordered(names: Sequence[str] | None, height: int, *, keep: bool) -> tuple[Any, np.ndarray]:
   given = [str(k) for k in range(height)] if names is None else list(names)
   tags = np.array([tree.tag(n) for n in given], np.uint32)
   if len(given) != height or len(set(tags.tolist())) != height:
     raise ValueError(f"names must be {height} different names, one per model, got {given}.")
-  if names is None:
+  if names is None or keep:
     return None, tags
   order = np.argsort(tags, kind="stable")
   return (None if (order == np.arange(height)).all() else order), tags[order]

@@ -58,6 +58,13 @@ class Leaf(NamedTuple):
       )
     return value.reshape(value.shape + (1,) * (x.ndim - value.ndim)) if value.ndim else value
 
+  def scalar(self, name: str, x: Array) -> Array:
+    """Returns the number `name`, one for all models, in the dtype of `x`; ValueError for more."""
+    value = jnp.asarray(self.aux[name], x.dtype)
+    if value.ndim:
+      raise ValueError(f"{name} must be one number for all models, got {value.shape[0]} values.")
+    return value
+
 
 class Group(NamedTuple):
   """What is known of a group of leaves before any weight is read: for `Stage.init`.
@@ -86,6 +93,14 @@ class Group(NamedTuple):
       )
     return self.aux[name]
 
+  def seen(self, name: str) -> np.ndarray | None:
+    """Returns a number, scalar or [K]; None if it is traced, elsewhere, or differs by entry."""
+    value = self.number(name)
+    if isinstance(value, jax.core.Tracer) or not getattr(value, "is_fully_addressable", True):
+      return None
+    each = np.asarray(value, np.float64)
+    return each if each.ndim <= 1 else None
+
 
 class Sum(NamedTuple):
   """A statistic that adds up over all leaves of a group.
@@ -94,30 +109,30 @@ class Sum(NamedTuple):
     name: the key under which the result is known afterwards.
     measure: (x, leaf, known) -> partial, a tree of arrays.
     combine: how two partials become one; addition unless said otherwise.
-    finish: total -> result.
+    finish: (total, known) -> result.
   """
 
   name: str
-  measure: Callable[[Array, Leaf, State], State]
+  measure: Callable[[Any, Leaf, State], State]
   combine: Callable[[Array, Array], Array] = jnp.add
-  finish: Callable[[State], State] = lambda total: total
+  finish: Callable[[State, State], State] = lambda total, known: total
 
 
 class Rank(NamedTuple):
-  """A statistic that is the value of a rank among of(x) >= 0, per model, over a group.
+  """A statistic that is the value of a rank among of(x) >= 0, per row, over a group.
 
   Drivers find it each in their way, and exactly; the result is a `statistics.Cut`.
 
   Attributes:
     name: the key under which the result is known afterwards.
-    of: (x, leaf) -> values [K, *s], elementwise, none negative.
-    rank: name of the known count n, limbs [2, K]: the n-th largest is searched.
+    of: (x, leaf) -> values [M, *s], elementwise, none negative; each row has a cut of its own.
+    rank: name of the known count n, limbs [2, M]: the n-th largest is searched.
     exact: entries that tie at the value count by position, so that n of them are inside the cut;
       otherwise all that tie are inside.
   """
 
   name: str
-  of: Callable[[Array, Leaf], Array]
+  of: Callable[[Any, Leaf], Array]
   rank: str
   exact: bool = False
 
@@ -149,11 +164,15 @@ class Stage:
     where: the leaves that the stage acts on, by name; None: all.
     scope: where statistics are added up: over the tree, per leaf, or per group that a name maps to.
     unit: what `update` may be cut along: "entry" anywhere, and x may come flat, [K, n]; "row" needs
-      whole rows of the leaf's matrix view, in which it gets x as [K, rows, columns].
-    rest: the update for leaves that have no matrix view, if `unit` needs one.
+      whole rows of the leaf's matrix view, in which it gets x as [K, rows, columns] and leaf.base
+      as [rows, columns].
+    rest: the update for leaves that have no matrix view, if `unit` needs one; "row": they are shown
+      as one row.
     combines: the stage is a combiner: it leaves height 1. Other stages keep the height.
     fold: the same combiner, a few experts at a time.
-    keep: "push" keeps x aside as it is, "pop" calls update(before, x, leaf) with what was kept.
+    keep: "push" keeps x aside as it is; "pop" gives the stage, to measure and to update, the pair
+      (what was kept, x) in place of x.
+    ordered: the order of the models matters: drivers keep the caller's.
   """
 
   update: Callable[..., Array]
@@ -163,10 +182,11 @@ class Stage:
   where: tree.Predicate | None = None
   scope: Scope = "tree"
   unit: Literal["entry", "row"] = "entry"
-  rest: Callable[..., Array] | None = None
+  rest: Callable[..., Array] | Literal["row"] | None = None
   combines: bool = False
   fold: Fold | None = None
   keep: Literal["push", "pop"] | None = None
+  ordered: bool = False
 
   def group(self, name: str) -> str:
     """Returns the group of a leaf: statistics are added up over a group."""
@@ -204,8 +224,8 @@ def masked(method: Method, where: tree.Predicate) -> Method:
   return tuple(dataclasses.replace(stage, where=both(stage.where)) for stage in method)
 
 
-def join(inner: Method, f: Callable[[Array, Array, Leaf], Array]) -> Method:
-  """Calls f(x, y, leaf) with the stack before and after `inner`.
+def join(inner: Method, f: Callable[[Array, Array, Leaf], Array] | Stage) -> Method:
+  """Calls f(x, y, leaf) with the stack before and after `inner`; a stage f gets the pair (x, y).
 
   For norm matching, masks by the result, and the like.
 
@@ -214,10 +234,15 @@ def join(inner: Method, f: Callable[[Array, Array, Leaf], Array]) -> Method:
     >>> [stage.keep for stage in kept]
     ['push', None, 'pop']
   """
+
+  def apart(pair: tuple[Array, Array], leaf: Leaf, known: State) -> Array:
+    return f(*pair, leaf)  # type: ignore[operator]
+
+  last = f if isinstance(f, Stage) else Stage(apart)
   return (
     Stage(update=lambda x, leaf, known: x, keep="push"),
     *inner,
-    Stage(update=f, keep="pop"),
+    dataclasses.replace(last, keep="pop"),
   )
 
 
@@ -276,6 +301,30 @@ def _same(a: Any, b: Any) -> bool:
   if a is b or any(isinstance(v, jax.core.Tracer) for v in (a, b)):
     return a is b
   return np.array_equal(np.asarray(a), np.asarray(b))
+
+
+def ordered(method: Method) -> bool:
+  """Tells whether the order of the models matters to a method."""
+  return any(stage.ordered for stage in method)
+
+
+def for_models(method: str, least: int, most: int | None = None) -> Callable[[Group], State]:
+  """Makes a `Stage.init` that refuses another number of models, naming the method.
+
+  Example:
+    >>> for_models("slerp", 2, 2)(Group({}, 3, {}))
+    Traceback (most recent call last):
+    ValueError: slerp merges 2 models, got 3.
+  """
+  words = f"{least} or more" if most is None else f"{least}"
+  plural = "s" * (most != 1)
+
+  def init(group: Group) -> State:
+    if not least <= group.height <= (group.height if most is None else most):
+      raise ValueError(f"{method} merges {words} model{plural}, got {group.height}.")
+    return {}
+
+  return init
 
 
 def foldable(method: Method) -> bool:

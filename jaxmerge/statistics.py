@@ -41,12 +41,12 @@ class Cut(NamedTuple):
 EVERY = np.uint32(2**32 - 1)  # As `Cut.last`: all that tie are inside.
 
 
-def total(name: str, f: Callable[[Array, Leaf], Any]) -> Sum:
+def total(name: str, f: Callable[[Any, Leaf], Any]) -> Sum:
   """Adds up f(x, leaf) over the leaves of a group."""
   return Sum(name, lambda x, leaf, known: f(x, leaf))
 
 
-def greatest(name: str, f: Callable[[Array, Leaf], Any]) -> Sum:
+def greatest(name: str, f: Callable[[Any, Leaf], Any]) -> Sum:
   """Takes the maximum of f(x, leaf) over the leaves of a group."""
   return Sum(name, lambda x, leaf, known: f(x, leaf), combine=jnp.maximum)
 
@@ -55,10 +55,16 @@ def gram(name: str) -> Sum:
   """Measures the inner products of the models: [K, *s] -> [K, K], over a group."""
 
   def products(x: Array, leaf: Leaf) -> Array:
-    axes = list(range(1, x.ndim))
-    return lax.dot_general(x, x, ((axes, axes), ((), ())), precision="highest")
+    return inner_products(x)
 
   return total(name, products)
+
+
+def inner_products(x: Array) -> Array:
+  """Returns the inner products of the models: [K, *s] -> [K, K]."""
+  axes = list(range(1, x.ndim))
+  place = views.unsharded(x, 2)
+  return lax.dot_general(x, x, ((axes, axes), ((), ())), precision="highest", out_sharding=place)
 
 
 def inside(cut: Cut, values: Array, leaf: Leaf) -> Array:
@@ -74,12 +80,10 @@ def inside(cut: Cut, values: Array, leaf: Leaf) -> Array:
   return (bits > value) | ((bits == value) & (position(values, leaf) <= last))
 
 
-def settled(
-  statistic: Statistic, parts: Sequence[tuple[Array, Leaf]], known: dict[str, Any]
-) -> Any:
+def settled(statistic: Statistic, parts: Sequence[tuple[Any, Leaf]], known: dict[str, Any]) -> Any:
   """Returns a statistic of a group whose leaves, with their descriptions, are all at hand."""
 
-  def over(measure: Callable[[Array, Leaf], Any], combine: Callable[[Array, Array], Array]) -> Any:
+  def over(measure: Callable[[Any, Leaf], Any], combine: Callable[[Array, Array], Array]) -> Any:
     each = [measure(x, leaf) for x, leaf in parts]
     found = functools.reduce(lambda a, b: jax.tree.map(combine, a, b), each)
     # Where axes are explicit, a total per model is left sharded as the models are.
@@ -87,7 +91,7 @@ def settled(
 
   if isinstance(statistic, Sum):
     measured = over(lambda x, leaf: statistic.measure(x, leaf, known), statistic.combine)
-    return statistic.finish(measured)
+    return statistic.finish(measured, known)
   return _cut(statistic, over, known[statistic.rank])
 
 
@@ -95,7 +99,7 @@ def _cut(rank: Rank, over: Any, n: Any) -> Cut:
   """Finds the value bit by bit, then the last position of those that tie, in the same way."""
 
   def counted(chosen: Callable[[Array, Array], Array]) -> Array:
-    def one(x: Array, leaf: Leaf) -> Array:
+    def one(x: Any, leaf: Leaf) -> Array:
       values = rank.of(x, leaf)
       return count(chosen(pattern(values), position(values, leaf)))
 
@@ -226,8 +230,8 @@ def limbs(number: int) -> np.ndarray:
   return np.array([number >> LIMB, number & (2**LIMB - 1)], np.uint32)
 
 
-def share(fraction: Any, size: int, height: int, *, more: int = 0) -> Limbs:
-  """Returns min(floor(fraction * size) + more, size) per model, as limbs [2, height].
+def share(fraction: Any, size: int, height: int, *, more: int = 0, least: int = 0) -> Limbs:
+  """Returns floor(fraction * size) + more, between `least` and size, as limbs [2, height].
 
   A Python number or NumPy array is counted on the host: the product in double precision,
   truncated, as `int(fraction * size)`. A jax array, traced or not, has float32 precision, and the
@@ -241,11 +245,15 @@ def share(fraction: Any, size: int, height: int, *, more: int = 0) -> Limbs:
     [[0, 0], [7, 7]]
   """
   if isinstance(fraction, jax.Array):
-    counted = _traced_share(jnp.broadcast_to(fraction, (height,)), size)
-    return at_most(plus(counted, jnp.asarray(limbs(more))[:, None]), size)
+    if size >= 2**47:
+      raise ValueError(f"a group of {size} entries is too large to rank; at most 2**47 - 1.")
+    counted = part(jnp.broadcast_to(fraction, (height,)), jnp.asarray(limbs(size))[:, None])
+    counted = plus(counted, jnp.asarray(limbs(more))[:, None])
+    low = jnp.broadcast_to(jnp.asarray(limbs(least))[:, None], counted.shape)
+    return at_most(jnp.where(at_least(counted, low), counted, low), size)
   each = np.broadcast_to(np.asarray(fraction), (height,))
   # As text: float32(0.7) means 0.7, not 0.699999988.
-  counts = [min(int(float(str(f)) * size) + more, size) for f in each]
+  counts = [min(max(int(float(str(f)) * size) + more, least), size) for f in each]
   return np.stack([limbs(n) for n in counts], axis=1)
 
 
@@ -255,17 +263,18 @@ def at_most(a: Limbs, size: int) -> Array:
   return jnp.where(at_least(a, whole), whole, a)
 
 
-def _traced_share(fraction: Array, size: int) -> Array:
-  """floor(fraction * size) by long multiplication in digits of 16 bits: [K] -> limbs [2, K]."""
-  if size >= 2**47:
-    raise ValueError(f"a group of {size} entries is too large to rank; at most 2**47 - 1.")
+def part(fraction: Array, whole: Array) -> Array:
+  """Returns floor(fraction * whole): fractions [M] of counts below 2**47, normal limbs [2, M].
+
+  By long multiplication in digits of 16 bits; see `share` for how a fraction counts.
+  """
   fraction = jnp.clip(fraction.astype(jnp.float32), 0, 1)
   power = lax.bitcast_convert_type(pattern(fraction) & jnp.uint32(0x7F800000), jnp.float32)
   half = power * jnp.float32(2**-24)  # Half a unit in the last of 24 places.
   a = [x + y for x, y in zip(_digits(fraction), _digits(half), strict=True)]
   for i in range(2):
     a[i], a[i + 1] = a[i] & 0xFFFF, a[i + 1] + (a[i] >> 16)
-  b = [jnp.uint32((size >> (16 * i)) & 0xFFFF) for i in range(3)]
+  b = [whole[1], whole[0] & jnp.uint32(0xFFFF), whole[0] >> 16]
   out = [jnp.zeros_like(a[0]) for _ in range(6)]
   for i in range(3):
     carry = jnp.zeros_like(a[0])
@@ -274,7 +283,7 @@ def _traced_share(fraction: Array, size: int) -> Array:
       out[i + j], carry = t & 0xFFFF, t >> 16
     out[i + 3] = carry
   product = jnp.stack([out[4] | (out[5] << 16), out[3]])
-  return jnp.where(fraction < 1, product, jnp.asarray(limbs(size))[:, None])
+  return jnp.where(fraction < 1, product, whole)
 
 
 def _digits(fraction: Array) -> list[Array]:

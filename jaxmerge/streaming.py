@@ -290,30 +290,29 @@ def _batches(step: Stage) -> Iterator[list[Statistic]]:
 def _measured(
   run: _Run, members: Sequence[str], i: int, batch: list[Statistic], known: Any, own: Any
 ) -> dict[str, Any]:
-  before, ranks = run.method[:i], [s for s in batch if isinstance(s, Rank)]
+  ranks = [s for s in batch if isinstance(s, Rank)]
   if not ranks:
-    return {s.name: _sum(run, members, before, s, known, own) for s in batch if isinstance(s, Sum)}
+    return {s.name: _sum(run, members, i, s, known, own) for s in batch if isinstance(s, Sum)}
   wanted = [(int(high) << 16) + int(low) for s in ranks for high, low in np.asarray(own[s.rank]).T]
-  numbers = _numbers(run, members, before, ranks, known)
+  numbers = _numbers(run, members, i, ranks, known)
   values, lasts = ranking.cut(numbers, wanted, exact=ranks[0].exact)
   cuts = zip(*(jnp.asarray(x).reshape(len(ranks), -1) for x in (values, lasts)), strict=True)
   return {s.name: statistics.Cut(*cut) for s, cut in zip(ranks, cuts, strict=True)}
 
 
-def _sum(
-  run: _Run, members: Sequence[str], before: Method, statistic: Sum, known: Any, own: Any
-) -> Any:
+def _sum(run: _Run, members: Sequence[str], i: int, statistic: Sum, known: Any, own: Any) -> Any:
   """Adds up the results of fixed slices, one after the other, floats in double precision."""
   total = dtypes = None
+  static = {"before": run.method[:i], "step": run.method[i], "statistic": statistic}
   combine = np.add if statistic.combine is jnp.add else jax.jit(statistic.combine)
   for name, _, parts, form in _slices(run, members, BLOCK):
     seen = _known(run, name, known)
-    each = _partial(parts, seen, own, before=before, statistic=statistic, form=form)
+    each = _partial(parts, seen, own, form=form, **static)
     dtypes = jax.tree.map(lambda x: x.dtype, each)
     each = jax.device_get(each)  # Before the next slice is read to where this one lies.
     each = jax.tree.map(_wide, each) if combine is np.add else each
     total = each if total is None else jax.tree.map(combine, total, each)
-  return statistic.finish(jax.tree.map(jnp.asarray, total, dtypes))
+  return statistic.finish(jax.tree.map(jnp.asarray, total, dtypes), own)
 
 
 def _wide(x: np.ndarray) -> np.ndarray:
@@ -321,19 +320,19 @@ def _wide(x: np.ndarray) -> np.ndarray:
 
 
 def _numbers(
-  run: _Run, members: Sequence[str], before: Method, ranks: Sequence[Rank], known: Any
+  run: _Run, members: Sequence[str], i: int, ranks: Sequence[Rank], known: Any
 ) -> ranking.Numbers:
   """The values that some statistics rank, one row per statistic and model."""
+  static = {"before": run.method[:i], "step": run.method[i], "rank": ranks[0]}
   size = sum(math.prod(run.shapes[n]) for n in members)
   ranges = [(n, *ends) for n in members for ends in _ranges(run, n, run.entries)]
 
   def part(name: str, start: int, stop: int, bracket: Any = None) -> ranking.Slice:
     parts = _read(run, name, start, stop)
-    found = _bits(
-      parts, _known(run, name, known), bracket, before=before, rank=ranks[0], form=_form(run, name)
-    )
+    seen, form = _known(run, name, known), _form(run, name)
+    found = _bits(parts, seen, bracket, form=form, **static)
     bits, codes = jax.device_get(found)
-    return ranking.Slice(int(parts.offsets[len(before)]) + start, list(bits) * len(ranks), codes)
+    return ranking.Slice(int(parts.offsets[i]) + start, list(bits) * len(ranks), codes)
 
   def sample() -> tuple[np.ndarray, np.ndarray]:
     found, weights = [], []
@@ -355,8 +354,14 @@ def _numbers(
 # --- Programs ---
 
 
-def _through(parts: _Parts, known: Any, method: Method, form: _Form) -> tuple[Array, Leaf]:
-  """Takes the task vectors of a slice through stages; with the leaf as a next stage sees it."""
+def _through(
+  parts: _Parts, known: Any, method: Method, form: _Form
+) -> tuple[Array, Leaf, list[Array]]:
+  """Takes the task vectors of a slice through stages.
+
+  Returns:
+    The stack, the leaf as the next stage sees it, and what `join` holds.
+  """
   x = memory.task_vectors(parts.models, parts.reference)
   base = parts.reference
   if form.shape == ():
@@ -367,33 +372,52 @@ def _through(parts: _Parts, known: Any, method: Method, form: _Form) -> tuple[Ar
       continue
     leaf = leaf._replace(offset=offset)
     if step.unit == "row" and form.shape:
-      y = memory.update(step, x.reshape(x.shape[0], *form.shape), leaf, own, kept, form.view)
+      own_base = None if base is None else base.reshape(form.shape)
+      y = x.reshape(x.shape[0], *form.shape)
+      y = memory.update(step, y, leaf._replace(base=own_base), own, kept, form.view)
       x = y.reshape(y.shape[0], math.prod(y.shape[1:]))
     else:
       x = memory.update(step, x, leaf, own, kept, form.view)
-  return x, leaf._replace(offset=parts.offsets[min(len(method), len(parts.offsets) - 1)])
+  at = min(len(method), len(parts.offsets) - 1)
+  return x, leaf._replace(offset=parts.offsets[at]), kept
 
 
-@functools.partial(jax.jit, static_argnames=("before", "statistic", "form"))
+@functools.partial(jax.jit, static_argnames=("before", "step", "statistic", "form"))
 def _partial(
-  parts: _Parts, known: Any, own: Any, *, before: Method, statistic: Sum, form: _Form
+  parts: _Parts,
+  known: Any,
+  own: Any,
+  *,
+  before: Method,
+  step: Stage,
+  statistic: Sum,
+  form: _Form,
 ) -> Any:
   """What a slice adds to a sum."""
 
   def run(parts: _Parts, known: Any, own: Any) -> Any:
-    return statistic.measure(*_through(parts, known, before, form), own)
+    x, leaf, kept = _through(parts, known, before, form)
+    return statistic.measure(memory.seen(step, x, kept), leaf, own)
 
   return unrolling.unrolled(run)(parts, known, own)
 
 
-@functools.partial(jax.jit, static_argnames=("before", "rank", "form"))
+@functools.partial(jax.jit, static_argnames=("before", "step", "rank", "form"))
 def _bits(
-  parts: _Parts, known: Any, bracket: Any, *, before: Method, rank: Rank, form: _Form
+  parts: _Parts,
+  known: Any,
+  bracket: Any,
+  *,
+  before: Method,
+  step: Stage,
+  rank: Rank,
+  form: _Form,
 ) -> tuple[Array, Array]:
   """The patterns [K, n] of a slice's values, and their side of each bracket, [R * K, n]."""
 
   def run(parts: _Parts, known: Any) -> Array:
-    return statistics.pattern(rank.of(*_through(parts, known, before, form)))
+    x, leaf, kept = _through(parts, known, before, form)
+    return statistics.pattern(rank.of(memory.seen(step, x, kept), leaf))
 
   bits = unrolling.unrolled(run)(parts, known)
   bits = bits.reshape(bits.shape[0], parts.models.shape[1])
@@ -409,7 +433,7 @@ def _merged(parts: _Parts, known: Any, *, method: Method, form: _Form, dtype: An
   """A slice of the result, [1, n]."""
 
   def run(parts: _Parts, known: Any) -> Array:
-    x, _ = _through(parts, known, method, form)
+    x, _, _ = _through(parts, known, method, form)
     return memory.stored(x.reshape(x.shape[0], parts.models.shape[1]), parts.base, dtype)
 
   return unrolling.unrolled(run)(parts, known)

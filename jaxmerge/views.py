@@ -84,6 +84,22 @@ def everywhere(x: Array) -> Array:
   return jax.sharding.reshard(x, NamedSharding(sharding.mesh, P(*(None,) * x.ndim)))
 
 
+def together(x: Array) -> Array:
+  """Brings the models together where explicit axes shard the task axis; the others stay."""
+  sharding = jax.typeof(x).sharding
+  if sharding.spec[0] is None:
+    return x
+  return jax.sharding.reshard(x, NamedSharding(sharding.mesh, P(None, *sharding.spec[1:])))
+
+
+def unsharded(x: Array, ndim: int) -> NamedSharding | None:
+  """Returns where an array of `ndim` axes is on every device; None if no explicit axis shards x."""
+  sharding = jax.typeof(x).sharding
+  if all(axis is None for axis in sharding.spec):
+    return None
+  return NamedSharding(sharding.mesh, P(*(None,) * ndim))
+
+
 def reshaped(x: Array, shape: tuple[int, ...]) -> Array:
   """Reshapes a whole stack behind its task axis: [K, ...] -> [K, ...]."""
   sharding = jax.typeof(x).sharding

@@ -1,11 +1,11 @@
 """Every method in every way to run it: one table.
 
-The rows are the methods, each test is a column. Bits are compared wherever the sums are made in
-the same order; elsewhere to `ATOL`, a few units in the last place of float32 weights near 1.
+The rows are the methods (`methods_table.py`), each test is a column. Bits are compared wherever the
+sums are made in the same order; elsewhere to `ATOL`, a few units in the last place of float32
+weights near 1.
 """
 
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,109 +15,37 @@ import pytest
 import small
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from methods_table import SEED, TABLE
 
 import jaxmerge
-from jaxmerge import memory, methods, streaming
+from jaxmerge import memory, stage, streaming
 
 ATOL = 2e-6
 
 
-class Row(NamedTuple):
-  """A method and what is known of it.
-
-  Attributes:
-    method: the method.
-    oracle: (task vectors, keep masks) -> merged task vector, by the transcription in NumPy.
-    vary: values of its numbers besides the scale, to vectorise over.
-    seeded: it needs a seed.
-    summed: it measures sums of floats, whose last bits depend on how leaves are cut.
-    symmetric: the order of the models does not matter.
-    height: number of models.
-  """
-
-  method: tuple
-  oracle: object
-  vary: dict
-  seeded: bool = False
-  summed: bool = False
-  symmetric: bool = True
-  height: int = 4
-
-  def options(self, **more):
-    return {**({"seed": 11} if self.seeded else {}), "layout": small.VIEWS, **more}
-
-
-WEIGHT = (1.0, 0.5, 2.0, 1.5)
-RATE = 0.4
-
-
-def _ties(*args, **options):
-  density, scale = 0.3, 0.5
-  return Row(
-    methods.ties(density, scale, *args, **options),
-    lambda taus, keep: oracles.ties(taus, density, scale, *args, **options),
-    {"density": (0.3, 0.7, 1.0)},
-  )
-
-
-def _dare(rescale):
-  return Row(
-    methods.dare(RATE, 0.5, rescale=rescale),
-    lambda taus, keep: oracles.weighted_sum(
-      oracles.dare(taus, keep, RATE, rescale), np.ones(len(taus)), 0.5
-    ),
-    {"drop_rate": (0.0, 0.3, 1.0)},
-    seeded=True,
-    summed=rescale in ("l1", "l2"),
-  )
-
-
-def _breadcrumbs(scope):
-  return Row(
-    methods.breadcrumbs(0.5, 0.2, 0.5, scope),
-    lambda taus, keep: oracles.breadcrumbs(taus, 0.5, 0.2, 0.5, scope, small.VIEWS),
-    {"keep": (0.5, 0.3, 1.0), "remove": (0.1, 0.0, 0.7)},
-  )
-
-
-TABLE = {
-  "average": Row(
-    methods.average(WEIGHT),
-    lambda taus, keep: oracles.average(taus, WEIGHT[: len(taus)]),
-    {"weight": (WEIGHT, (1.0, 0.0, 0.0, 0.0), (1.0, 1.0, 1.0, 1.0))},
-  ),
-  "task_arithmetic": Row(
-    methods.task_arithmetic(0.5, WEIGHT),
-    lambda taus, keep: oracles.weighted_sum(taus, WEIGHT[: len(taus)], 0.5),
-    {"weight": (WEIGHT, (1.0, 0.0, 0.0, 0.0), (-1.0, 1.0, 1.0, 2.0))},
-  ),
-  "negation": Row(
-    methods.negation(0.5),
-    lambda taus, keep: oracles.weighted_sum(taus, [-1] * len(taus), 0.5),
-    {},
-  ),
-  "analogy": Row(
-    methods.analogy(0.5),
-    lambda taus, keep: oracles.weighted_sum(taus, (-1, 1, 1), 0.5),
-    {},
-    symmetric=False,
-    height=3,
-  ),
-  "ties": _ties(),
-  "ties by leaf, exact": _ties(scope="leaf", rule="exact"),
-  "ties, sum": _ties(reduce="sum"),
-  "ties, max": _ties(reduce="max", zero_sum="plus"),
-  **{f"dare, {rescale}": _dare(rescale) for rescale in ("inverse", "l1", "l2", "linf", None)},
-  "dare_ties": Row(
-    methods.dare_ties(RATE, 0.3, 0.5),
-    lambda taus, keep: oracles.ties(oracles.dare(taus, keep, RATE, "inverse"), 0.3, 0.5),
-    {"drop_rate": (0.0, 0.3, 0.8), "density": (0.3, 0.7, 1.0)},
-    seeded=True,
-  ),
-  **{f"breadcrumbs by {scope}": _breadcrumbs(scope) for scope in ("tree", "leaf", "row")},
-}
 # These share their stages with other rows; their columns that compile anew are marked slow.
-SLOW = {"ties, sum", "ties, max", "dare_ties", "breadcrumbs by tree"}
+SLOW = {
+  "task_arithmetic, normalized",
+  "ties by leaf, exact, l1",
+  "ties, sum",
+  "ties, max",
+  "dare, normalized",
+  "dare_ties",
+  "breadcrumbs by tree",
+  "breadcrumbs by leaf, remove",
+  "breadcrumbs by row, remove",
+  "breadcrumbs_ties",
+  "della, l1",
+  "della_linear",
+  "nuslerp by leaf",
+  "nuslerp by column",
+  "multislerp",
+  "model_stock by row",
+  "sce of a third",
+  "ram",
+  "ramplus_tl by tree",
+  "passthrough",
+}
 rows = pytest.mark.parametrize("name", TABLE)
 rows_slow = pytest.mark.parametrize(
   "name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in TABLE]
@@ -128,7 +56,7 @@ rows_slow = pytest.mark.parametrize(
 def eager(name, leaves=small.ALL):
   """What every column compares with: (base, models, merged), whole and on one device."""
   row = TABLE[name]
-  base, models = small.trees(leaves, height=row.height)
+  base, models = row.trees(leaves)
   return base, models, merged(row, base, models)
 
 
@@ -138,20 +66,14 @@ def merged(row, base, models, **options):
   )
 
 
-def keep_masks(models, names=None):
-  """What the masks of a seeded method keep: a transcription of the hash."""
-  height = len(models["matrix"])
-  names = [str(k) for k in range(height)] if names is None else names
-  shapes = {n: x.shape[1:] for n, x in models.items()}
-  return [
-    {n: oracles.uniform(11, n, model, s) >= np.float32(RATE) for n, s in shapes.items()}
-    for model in names
-  ]
+def draw(k, leaf, shape):
+  """The random numbers of a model called str(k): a transcription of the hash."""
+  return oracles.uniform(SEED, leaf, str(k), shape)
 
 
 def expected(row, base, models):
   """Base plus the transcription's task vector; integers are the base's."""
-  tau = row.oracle(oracles.deltas(base, models), keep_masks(models))
+  tau = row.oracle(oracles.deltas(base, models), draw)
   return {n: base[n] + tau[n] if n in tau else base[n] for n in base}
 
 
@@ -169,35 +91,38 @@ def test_jit_gives_the_bits_of_eager(name):
   (small.close if TABLE[name].summed else small.same)(found, out)
 
 
-@rows
+@rows_slow
 def test_vmap_over_numbers_is_a_loop_and_grad_is_the_slope(name):
-  """The merged task vector is linear in the scale, so its slope is a difference quotient."""
+  """The merged task vector is linear in the scale, so its slope is a difference quotient.
+
+  Without a scale the task vectors are stretched: each method is linear in that, near every point.
+  """
   row = TABLE[name]
   base, models, _ = eager(name, small.FEW)
   numbers = {n: np.asarray(v, np.float32) for n, v in row.vary.items()}
-  if name != "average":
-    numbers["scale"] = np.array([0.25, 0.5, 2.0], np.float32)
+  scaled = "scale" in stage.numbers(row.method)
+  factors = np.array([0.25, 0.5, 2.0], np.float32)
   probe = np.cos(np.arange(128, dtype=np.float32)).reshape(8, 16)
 
-  def probed(free, fixed):
-    out = jaxmerge.merge(row.method, base, models, aux={**free, **fixed}, **row.options())
+  def stretched(factor):
+    zero = {n: x[None] for n, x in base.items()}
+    return {n: x if n == "steps" else zero[n] + factor * (x - zero[n]) for n, x in models.items()}
+
+  def probed(factor, fixed):
+    near = models if scaled else stretched(factor)
+    aux = {**fixed, **({"scale": factor} if scaled else {})}
+    out = jaxmerge.merge(row.method, base, near, aux=aux, **row.options())
     return jnp.sum((out["matrix"] - base["matrix"]) * probe), out
 
-  free = {n: numbers.pop(n) for n in ("scale",) if n in numbers} or {
-    "weight": numbers.pop("weight")
-  }
   both = jax.vmap(jax.value_and_grad(probed, has_aux=True))
-  (values, outs), slopes = both(free, numbers)
-  for i in range(3):
-    one = {n: v[i].tolist() for n, v in {**free, **numbers}.items()}
-    alone = merged(row, base, models, aux=one)
-    small.close({n: x[i] for n, x in outs.items()}, alone, 1e-6)
-    if name == "average":
-      tau = models["matrix"] - base["matrix"]
-      own = (probe * (tau - (alone["matrix"] - base["matrix"]))).sum(axis=(1, 2))
-      np.testing.assert_allclose(slopes["weight"][i], own / sum(one["weight"]), atol=1e-5)
-    else:
-      np.testing.assert_allclose(slopes["scale"][i] * one["scale"], values[i], atol=1e-5)
+  (values, outs), slopes = both(factors, numbers)
+  for i, factor in enumerate(factors.tolist()):
+    one = {n: v[i].tolist() for n, v in numbers.items()}
+    near = models if scaled else jax.tree.map(np.asarray, stretched(np.float32(factor)))
+    alone = merged(row, base, near, aux={**one, **({"scale": factor} if scaled else {})})
+    small.close({n: x[i] for n, x in outs.items()}, alone, ATOL if row.summed else 1e-6)
+    if name != "nearswap":
+      np.testing.assert_allclose(slopes[i] * factor, values[i], atol=1e-5)
 
 
 LAYOUTS = {
@@ -215,8 +140,8 @@ def test_eight_devices(name, layout):
   row = TABLE[name]
   base, models, out = eager(name, small.FEW)
   sides, kind = LAYOUTS[layout]
-  if sides[0] > 1 and row.height == 3:
-    sides = (1, 8, 1)
+  if row.height % sides[0]:
+    sides = (1, 8, 1) if kind == AxisType.Auto else (1, 4, 2)
   mesh = jax.make_mesh(sides, ("task", "row", "column"), axis_types=(kind,) * 3)
 
   def put(x, *axes):
@@ -251,7 +176,7 @@ def test_slices_give_the_bits_of_whole_leaves(name, entries):
 def test_bfloat16_in_and_out(name):
   """Computed in float32 and rounded once: the bits of the float32 merge, rounded."""
   row = TABLE[name]
-  base, models = small.trees(small.FEW, height=row.height)
+  base, models = row.trees(small.FEW)
   low = lambda x: jnp.asarray(x, jnp.bfloat16) if x.dtype == np.float32 else x  # noqa: E731
   wide = lambda x: np.asarray(x, np.float32) if x.dtype == jnp.bfloat16 else x  # noqa: E731
   base, models = jax.tree.map(low, (base, models))
@@ -265,12 +190,14 @@ def test_bfloat16_in_and_out(name):
 @rows_slow
 def test_one_task(name):
   row = TABLE[name]
-  if name == "analogy":
-    pytest.skip("an analogy is of three models")
-  base, models = small.trees(small.FEW, height=1)
+  base, models = row.trees(small.FEW, height=1)
   aux = {"weight": 1.0} if "weight" in row.vary else {}
-  out = merged(row, base, models, aux=aux)
-  small.close(out, expected(row, base, models), ATOL)
+  if row.one:
+    out = merged(row, base, models, aux=aux)
+    small.close(out, expected(row, base, models), ATOL)
+  elif row.height == 2 or "stock" in name:
+    with pytest.raises(ValueError, match=r"merges 2 (or more )?models, got 1"):
+      merged(row, base, models, aux=aux)
 
 
 @rows
@@ -292,7 +219,7 @@ def test_inputs_are_left_alone_and_give_the_same_bits_again(name):
 @rows_slow
 def test_order_of_named_models_does_not_matter(name):
   row = TABLE[name]
-  base, models, _ = eager(name, small.FEW)
+  base, models, out = eager(name, small.FEW)
   names = small.NAMES[: row.height]
   weight = dict(zip(names, row.vary["weight"][0], strict=True)) if "weight" in row.vary else None
   if name == "analogy":
@@ -303,12 +230,24 @@ def test_order_of_named_models_does_not_matter(name):
     turned = {n: x[order] for n, x in models.items()}
     own = [names[k] for k in order]
     aux = {} if weight is None else {"weight": [weight[n] for n in own]}
-    found.append(merged(row, base, turned, names=own, aux=aux))
+    if stage.ordered(row.method):
+      small.same(merged(row, base, models, names=own), out)
+    else:
+      found.append(merged(row, base, turned, names=own, aux=aux))
   for other in found[1:]:
     small.same(other, found[0])
 
 
-@rows
+@pytest.mark.parametrize("name", [n for n in TABLE if TABLE[n].weights])
+def test_weights_are_task_vectors_from_zero(name):
+  row = TABLE[name]
+  base, models, out = eager(name)
+  models = {**models, "steps": np.stack([base["steps"]] * row.height)}
+  found = jaxmerge.blend(row.method, models, **row.options())
+  small.same(jax.tree.map(np.asarray, found), out)
+
+
+@pytest.mark.parametrize("name", [n for n in TABLE if TABLE[n].homogeneous])
 def test_twice_the_task_vectors_give_twice_the_result(name):
   row = TABLE[name]
   base, models, _ = eager(name)

@@ -44,19 +44,24 @@ def kth(x, density):
 
 
 def exact(x, density):
-  """Keeps the floor(density * d) largest; ties go to the lower index."""
-  keep = np.argsort(-np.abs(x), kind="stable")[: int(density * x.size)]
+  """Keeps the floor(density * d) largest, but at least one; ties go to the lower index."""
+  keep = np.argsort(-np.abs(x), kind="stable")[: max(1, int(density * x.size))]
   return np.where(np.isin(np.arange(x.size), keep), x, 0)
 
 
-def band(x, keep, remove):
+def band(x, keep, remove, yields="keep"):
   """Zeroes the floor(remove * d) largest, keeps the floor(keep * d) next; ties by index."""
-  start = int(remove * x.size)
-  ranks = np.argsort(-np.abs(x), kind="stable")[start : start + int(keep * x.size)]
+  start, count = int(remove * x.size), int(keep * x.size)
+  if yields == "remove":
+    start = min(start, x.size - count)
+  ranks = np.argsort(-np.abs(x), kind="stable")[start : start + count]
   return np.where(np.isin(np.arange(x.size), ranks), x, 0)
 
 
-def weighted_sum(taus, weights, scale=1.0):
+def weighted_sum(taus, weights, scale=1.0, normalize=False):
+  weights = np.asarray(weights)[: len(taus)]
+  if normalize:
+    scale = scale / (weights.sum() if abs(weights.sum()) >= 1e-8 else 1)
   return {n: scale * sum(w * t[n] for w, t in zip(weights, taus, strict=True)) for n in taus[0]}
 
 
@@ -73,15 +78,25 @@ def ties(
   rule="kth",
   reduce="mean",
   zero_sum="majority",
+  rescale=None,
 ):
   """Trim, elect a sign, disjoint merge."""
   trimmed = {"kth": kth, "exact": exact}[rule]
   if scope == "tree":
-    kept = [trimmed(flat(t), density) for t in taus]
+    kept = [unflat(trimmed(flat(t), density), t) for t in taus]
   else:
-    kept = [flat(per_leaf(lambda x: trimmed(x, density), t)) for t in taus]
-  weights = np.ones(len(taus)) if weights is None else np.asarray(weights)
-  x = np.stack(kept) * weights[:, None]
+    kept = [per_leaf(lambda x: trimmed(x, density), t) for t in taus]
+  if rescale:
+    kept = [
+      {n: _rescaled(k[n], t[n], 0, rescale) for n in t} for k, t in zip(kept, taus, strict=True)
+    ]
+  return elected(kept, scale, weights, reduce, zero_sum)
+
+
+def elected(taus, scale=1.0, weights=None, reduce="mean", zero_sum="majority"):
+  """Elect a sign by the weighted task vectors, disjoint merge."""
+  weights = np.ones(len(taus)) if weights is None else np.asarray(weights)[: len(taus)]
+  x = np.stack([flat(t) for t in taus]) * weights[:, None]
   sign = np.sign(x.sum(axis=0))
   sign = np.where(sign == 0, 1 if zero_sum == "plus" else np.sign(sign.sum()), sign)
   merged = np.zeros(x.shape[1])
@@ -107,26 +122,53 @@ def rows(x, view):
   return index.transpose(outputs + inputs).reshape(-1, columns)
 
 
-def breadcrumbs(taus, keep, remove, scale=1.0, scope="leaf", views=()):
+def breadcrumbs(taus, keep, remove, scale=1.0, scope="leaf", views=(), yields="keep"):
+  return weighted_sum(banded(taus, keep, remove, scope, views, yields), np.ones(len(taus)), scale)
+
+
+def banded(taus, keep, remove, scope="leaf", views=(), yields="keep"):
   """Bands per leaf, per row, or over the tree; scalar leaves are kept as they are."""
   views = dict(views)
 
   def one(tau):
     ranked = {n: x for n, x in tau.items() if x.ndim}
     if scope == "tree":
-      cut = unflat(band(flat(ranked), keep, remove), ranked)
+      cut = unflat(band(flat(ranked), keep, remove, yields), ranked)
     elif scope == "leaf":
-      cut = per_leaf(lambda x: band(x, keep, remove), ranked)
+      cut = per_leaf(lambda x: band(x, keep, remove, yields), ranked)
     else:
       cut = {}
       for n, x in ranked.items():
         out = np.zeros(x.size)
         for row in rows(x, views.get(n, "i" * x.ndim)):
-          out[row] = band(x.reshape(-1)[row], keep, remove)
+          out[row] = band(x.reshape(-1)[row], keep, remove, yields)
         cut[n] = out.reshape(x.shape)
     return {**tau, **cut}
 
-  return weighted_sum([one(t) for t in taus], np.ones(len(taus)), scale)
+  return [one(t) for t in taus]
+
+
+def della(taus, draw, density, epsilon, rescale, views=()):
+  """Keeps an entry with a probability that rises with its rank in the row, and makes up for it.
+
+  `draw(k, leaf, shape)` gives the random numbers of model k.
+  """
+  views, out = dict(views), []
+  for k, tau in enumerate(taus):
+    own = {}
+    for n, x in tau.items():
+      thin, index = np.zeros(x.size), rows(x, views.get(n, "i" * x.ndim))
+      uniform = draw(k, n, index.shape)
+      for row, numbers in zip(index, uniform, strict=True):
+        values, size = x.reshape(-1)[row], len(row)
+        rank = np.argsort(np.argsort(np.abs(values), kind="stable"))
+        q = density - epsilon + 2 * epsilon * rank / (size - 1) if size > 1 else density
+        thin[row] = np.where(numbers >= 1 - q, values / (q if rescale == "inverse" else 1), 0)
+      own[n] = thin.reshape(x.shape)
+    if rescale not in ("inverse", None):
+      own = {n: _rescaled(own[n], tau[n], 0, rescale) for n in tau}
+    out.append(own)
+  return out
 
 
 def dare(taus, kept, drop_rate, rescale):

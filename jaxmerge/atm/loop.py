@@ -122,8 +122,9 @@ class _Run:
     layout: views.Views,
     mesh: Mesh,
   ) -> None:
-    # In the order of the tags, so that the caller's order never matters.
-    self.tasks = tasks = sorted(given, key=lambda t: tree.tag(t.name))
+    # In the order of the tags, so that the caller's order never matters but where it must.
+    by_tag = sorted(given, key=lambda t: tree.tag(t.name))
+    self.tasks = tasks = list(given) if stage.ordered(method) else by_tag
     self.settings, self.mesh = settings, mesh
     self.names = [t.name for t in tasks]
     self.counts = [len(t.train.labels) for t in tasks]

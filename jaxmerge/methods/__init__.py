@@ -2,23 +2,54 @@
 
 from jaxmerge.methods.arithmetic import analogy, negation, task_arithmetic
 from jaxmerge.methods.averaging import average, scaled, weighted, weighted_sum
-from jaxmerge.methods.banding import band, breadcrumbs
-from jaxmerge.methods.signs import dare_ties, disjoint_max, disjoint_mean, elect_sign, ties
-from jaxmerge.methods.sparsifying import dare, drop, trim
+from jaxmerge.methods.banding import band, breadcrumbs, breadcrumbs_ties
+from jaxmerge.methods.overlapping import ram, ramplus_tl
+from jaxmerge.methods.pruning import della, della_linear, magprune
+from jaxmerge.methods.selecting import arcee_fusion, most_varied, nearswap, passthrough, sce
+from jaxmerge.methods.signs import (
+  dare_ties,
+  disjoint_max,
+  disjoint_mean,
+  elect_sign,
+  elected,
+  ties,
+)
+from jaxmerge.methods.sparsifying import dare, drop, matched, trim
+from jaxmerge.methods.spherical import karcher, multislerp, nuslerp, slerp, spanned
+from jaxmerge.methods.stock import model_stock
 
 __all__ = [
   "analogy",
+  "arcee_fusion",
   "average",
   "band",
   "breadcrumbs",
+  "breadcrumbs_ties",
   "dare",
   "dare_ties",
+  "della",
+  "della_linear",
   "disjoint_max",
   "disjoint_mean",
   "drop",
   "elect_sign",
+  "elected",
+  "karcher",
+  "magprune",
+  "matched",
+  "model_stock",
+  "most_varied",
+  "multislerp",
+  "nearswap",
   "negation",
+  "nuslerp",
+  "passthrough",
+  "ram",
+  "ramplus_tl",
   "scaled",
+  "sce",
+  "slerp",
+  "spanned",
   "task_arithmetic",
   "ties",
   "trim",

@@ -12,12 +12,14 @@ _defaults = catalog.METHODS["task_arithmetic"].parameters
 def task_arithmetic(
   scale: float = _defaults["scale"].default,
   weight: float | tuple[float, ...] = _defaults["weight"].default,
+  normalize: bool = _defaults["normalize"].default,
 ) -> Method:
   """Adds the task vectors up, times `scale`: base + scale * sum_i weight_i * tau_i.
 
   Args:
     scale: factor on the sum; 1/K gives the average.
     weight: weight of each task vector, scalar or one per model.
+    normalize: divide by the sum of the weights, see `weighted_sum`.
 
   Reference: Ilharco et al. 2023, Editing models with task arithmetic (arXiv:2212.04089).
 
@@ -27,8 +29,8 @@ def task_arithmetic(
     >>> jaxmerge.merge(task_arithmetic(scale=0.5), base, experts)["w"].tolist()
     [3.0]
   """
-  catalog.check("task_arithmetic", {"scale": scale, "weight": weight})
-  return chain(averaging.weighted_sum(weight), averaging.scaled(scale))
+  catalog.check("task_arithmetic", {"scale": scale, "weight": weight, "normalize": normalize})
+  return chain(averaging.weighted_sum(weight, normalize=normalize), averaging.scaled(scale))
 
 
 def negation(scale: float = catalog.METHODS["negation"].parameters["scale"].default) -> Method:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -36,24 +36,36 @@ def average(weight: float | tuple[float, ...] = _weight, normalize: bool = True)
     return weighted_sum(weight)
   return (
     Stage(
-      lambda x, leaf, known: _mean(x, leaf),
-      init=_refuse_zero_sum,
+      lambda x, leaf, known: _mean(_add_to_mean(None, x, leaf), leaf),
+      init=refuse_zero_sum("average"),
       numbers={"weight": weight},
       scope="leaf",
       combines=True,
-      fold=Fold(_add_to_mean, lambda held, leaf: _over(held["sum"], held["weight"])),
+      fold=Fold(_add_to_mean, _mean),
     ),
   )
 
 
-def weighted_sum(weight: float | tuple[float, ...] = _weight) -> Method:
+def weighted_sum(weight: float | tuple[float, ...] = _weight, *, normalize: bool = False) -> Method:
   """Adds the models up, each times its weight: [K, ...] -> [1, ...].
+
+  Args:
+    weight: weight of each model, scalar or one per model.
+    normalize: divide by the sum of the weights; by 1 where that is below 1e-8 in magnitude.
 
   Example:
     >>> import jaxmerge
     >>> jaxmerge.blend(weighted_sum((1.0, -1.0)), {"w": jnp.array([[3.0], [1.0]])})["w"].tolist()
     [2.0]
   """
+  if normalize:
+    return leafwise(
+      # The weights are divided, not the sum: a scale that follows would be multiplied into it.
+      lambda x, leaf: _sum(x * _shares(x, leaf)),
+      numbers={"weight": weight},
+      combines=True,
+      fold=Fold(_add_to_mean, lambda held, leaf: held["sum"] / _safe(held["weight"])),
+    )
 
   def add(held: Array | None, x: Array, leaf: Leaf) -> Array:
     part = _sum(x * leaf.number("weight", x))
@@ -98,15 +110,20 @@ def _spread(x: Array, leaf: Leaf) -> Array:
   return jnp.broadcast_to(weight, x.shape[:1] + (1,) * (x.ndim - 1)) if weight.ndim == 0 else weight
 
 
-def _mean(x: Array, leaf: Leaf) -> Array:
-  weight = _spread(x, leaf)
-  return _over(_sum(x * weight), _sum(weight))
-
-
-def _over(total: Array, weight: Array) -> Array:
+def _mean(held: dict[str, Array], leaf: Leaf) -> Array:
   # Compilers make a product of a division by one number where the array is large, but not where it
   # is small: the last bit would depend on how a leaf is cut.
-  return total * (1 / weight)
+  return held["sum"] * (1 / held["weight"])
+
+
+def _shares(x: Array, leaf: Leaf) -> Array:
+  """The weights over their sum, or over 1 where that is nearly zero."""
+  weight = _spread(x, leaf)
+  return weight / _safe(_sum(weight))
+
+
+def _safe(divisor: Array) -> Array:
+  return jnp.where(jnp.abs(divisor) < 1e-8, 1, divisor)
 
 
 def _add_to_mean(held: dict[str, Array] | None, x: Array, leaf: Leaf) -> dict[str, Array]:
@@ -115,15 +132,17 @@ def _add_to_mean(held: dict[str, Array] | None, x: Array, leaf: Leaf) -> dict[st
   return part if held is None else {k: held[k] + part[k] for k in part}
 
 
-def _refuse_zero_sum(group: Group) -> dict[str, Array]:
-  weight = group.number("weight")
-  if isinstance(weight, jax.core.Tracer) or not getattr(weight, "is_fully_addressable", True):
+def refuse_zero_sum(method: str) -> Callable[[Group], dict[str, Array]]:
+  """Makes a `Stage.init` that refuses weights that add up to zero, naming method and leaf."""
+
+  def init(group: Group) -> dict[str, Array]:
+    weight = group.seen("weight")
+    if weight is not None and abs(np.broadcast_to(weight, (group.height,)).sum()) < 1e-8:
+      (name,) = group.shapes
+      raise ValueError(
+        f"{method}: weights must not add up to zero, got {weight.tolist()} for leaf {name!r}; "
+        "give other weights or normalize=False."
+      )
     return {}
-  each = np.asarray(weight, np.float64)
-  if each.ndim <= 1 and abs(np.broadcast_to(each, (group.height,)).sum()) < 1e-8:
-    (name,) = group.shapes
-    raise ValueError(
-      f"average: weights must not add up to zero, got {each.tolist()} for leaf {name!r}; "
-      "give other weights or normalize=False."
-    )
-  return {}
+
+  return init

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Literal  # Any: what is known is a tree of arrays.
 
 import jax
@@ -9,17 +10,24 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmerge import catalog, statistics, views
-from jaxmerge.methods import averaging
+from jaxmerge.methods import averaging, signs, sparsifying
 from jaxmerge.stage import Array, Group, Leaf, Method, Rank, Stage, chain
 
 _defaults = catalog.METHODS["breadcrumbs"].parameters
+_ties = catalog.METHODS["breadcrumbs_ties"].parameters
+Scope = Literal["tree", "leaf", "row"]
+Yields = Literal["keep", "remove"]
 
 
 def breadcrumbs(
   keep: float = _defaults["keep"].default,
   remove: float = _defaults["remove"].default,
   scale: float = _defaults["scale"].default,
-  scope: Literal["tree", "leaf", "row"] = _defaults["scope"].default,
+  weight: float | tuple[float, ...] = _defaults["weight"].default,
+  scope: Scope = _defaults["scope"].default,
+  yields: Yields = _defaults["yields"].default,
+  rescale: str | None = _defaults["rescale"].default,
+  normalize: bool = _defaults["normalize"].default,
 ) -> Method:
   """Cuts off the largest and the smallest entries of each task vector, and adds the rest up.
 
@@ -30,8 +38,13 @@ def breadcrumbs(
     keep: fraction kept, in (0, 1].
     remove: fraction of the largest that is zeroed first, in [0, 1].
     scale: factor on the sum of the task vectors.
+    weight: weight of each task vector, scalar or one per model.
     scope: entries are ranked over the whole model, per leaf, or per row of the leaf's matrix view;
       a leaf without a view counts as one row.
+    yields: where both fractions together exceed all entries, "keep" keeps fewer, as the authors do;
+      "remove" removes fewer, as mergekit does.
+    rescale: norm of each leaf that is restored, see `matched`; None: none.
+    normalize: divide by the sum of the weights, see `weighted_sum`.
 
   Reference: Davari and Belilovsky 2024, Model breadcrumbs (arXiv:2312.06795).
 
@@ -42,12 +55,53 @@ def breadcrumbs(
     >>> jaxmerge.merge(method, base, experts)["w"].tolist()
     [0.0, -3.0, 2.0, 0.0]
   """
-  catalog.check("breadcrumbs", {"keep": keep, "remove": remove, "scale": scale, "scope": scope})
-  adding = chain(averaging.weighted_sum(), averaging.scaled(scale))
-  return chain(band(keep, remove, scope=scope), adding)
+  given = {"scope": scope, "yields": yields, "rescale": rescale, "normalize": normalize}
+  catalog.check("breadcrumbs", {**given, "scale": scale, "weight": weight})
+  return chain(
+    sparsifying.matched(band(keep, remove, scope=scope, yields=yields), rescale),
+    averaging.weighted_sum(weight, normalize=normalize),
+    averaging.scaled(scale),
+  )
 
 
-def band(keep: float, remove: float, *, scope: Literal["tree", "leaf", "row"] = "leaf") -> Method:
+def breadcrumbs_ties(
+  keep: float = _ties["keep"].default,
+  remove: float = _ties["remove"].default,
+  scale: float = _ties["scale"].default,
+  weight: float | tuple[float, ...] = _ties["weight"].default,
+  scope: Scope = _ties["scope"].default,
+  yields: Yields = _ties["yields"].default,
+  rescale: str | None = _ties["rescale"].default,
+  reduce: Literal["mean", "sum", "max"] = _ties["reduce"].default,
+  zero_sum: Literal["majority", "plus"] = _ties["zero_sum"].default,
+) -> Method:
+  """Cuts off both ends as `breadcrumbs` does, then elects signs and joins as `ties` does.
+
+  Reference: Davari and Belilovsky 2024 (arXiv:2312.06795), joined with TIES in mergekit.
+
+  Example:
+    >>> import jaxmerge
+    >>> base = {"w": jnp.zeros(4)}
+    >>> experts = {"w": jnp.array([[9.0, -3.0, 2.0, 1.0], [8.0, 2.0, 3.0, 0.0]])}
+    >>> method = breadcrumbs_ties(keep=0.5, remove=0.25, scale=1.0)
+    >>> jaxmerge.merge(method, base, experts)["w"].tolist()
+    [0.0, -3.0, 5.0, 0.0]
+  """
+  given = {"scope": scope, "yields": yields, "rescale": rescale, "reduce": reduce}
+  catalog.check("breadcrumbs_ties", {**given, "zero_sum": zero_sum})
+  return chain(
+    sparsifying.matched(band(keep, remove, scope=scope, yields=yields), rescale),
+    signs.elected(scale, weight, reduce, zero_sum),
+  )
+
+
+def band(
+  keep: float,
+  remove: float,
+  *,
+  scope: Scope = _defaults["scope"].default,
+  yields: Yields = _defaults["yields"].default,
+) -> Method:
   """Keeps the entries between the largest and the smallest of each task vector; see `breadcrumbs`.
 
   Example:
@@ -56,50 +110,57 @@ def band(keep: float, remove: float, *, scope: Literal["tree", "leaf", "row"] = 
     >>> jaxmerge.blend(band(keep=0.5, remove=0.25), x)["w"].tolist()
     [0.0, -3.0, 2.0, 0.0]
   """
-  catalog.check("breadcrumbs", {"keep": keep, "remove": remove, "scope": scope})
+  given = {"keep": keep, "remove": remove, "scope": scope, "yields": yields}
+  catalog.check("breadcrumbs", given)
   numbers = {"keep": keep, "remove": remove}
   if scope == "row":
-    return (Stage(_band_of_rows, numbers=numbers, unit="row", rest=_band_of_one_row),)
+    by_row = functools.partial(_band_of_rows, yields=yields)
+    alone = functools.partial(_band_of_one_row, yields=yields)
+    return (Stage(by_row, numbers=numbers, unit="row", rest=alone),)
 
   def init(group: Group) -> dict[str, Any]:
     counted = group._replace(shapes={n: s for n, s in group.shapes.items() if s})
     statistics.refuse_unrankable(counted)
-    return _counts(group.number("keep"), group.number("remove"), counted.size, group.height)
+    fractions = group.number("keep"), group.number("remove")
+    return _counts(*fractions, counted.size, group.height, yields)
 
   def update(x: Array, leaf: Leaf, known: Any) -> Array:
-    return x if x.ndim == 1 else _between(x, leaf, known)
+    return _between(x, leaf, known) if x.ndim > 1 else x
 
   return (Stage(update, _ENDS, init, numbers, scope=scope),)
 
 
-def _size(x: Array) -> Array:
+def _size(x: Array, leaf: Leaf) -> Array:
   """Magnitudes; scalar leaves count as zeros, which no threshold tells from other zeros."""
   return jnp.abs(x) if x.ndim > 1 else jnp.zeros_like(x)
 
 
 _ENDS = (
-  Rank("top", lambda x, leaf: _size(x), rank="removed", exact=True),
-  Rank("bottom", lambda x, leaf: _size(x), rank="reach", exact=True),
+  Rank("top", _size, rank="removed", exact=True),
+  Rank("bottom", _size, rank="reach", exact=True),
 )
 
 
-def _counts(keep: Any, remove: Any, size: int, height: int) -> dict[str, Any]:
+def _counts(keep: Any, remove: Any, size: int, height: int, yields: Yields) -> dict[str, Any]:
   """How many of the largest are removed, and down to which rank entries are kept, as limbs."""
   removed, kept = (jnp.asarray(statistics.share(f, size, height)) for f in (remove, keep))
+  if yields == "remove":
+    room = statistics.minus(jnp.broadcast_to(statistics.limbs(size)[:, None], kept.shape), kept)
+    removed = jnp.where(statistics.at_least(room, removed), removed, room)
   return {"removed": removed, "reach": statistics.at_most(statistics.plus(removed, kept), size)}
 
 
 def _between(x: Array, leaf: Leaf, known: Any) -> Array:
-  size = _size(x)
+  size = _size(x, leaf)
   near, far = (statistics.inside(known[end], size, leaf) for end in ("bottom", "top"))
   return jnp.where(near & ~far, x, 0)
 
 
-def _band_of_rows(x: Array, leaf: Leaf, known: Any) -> Array:
+def _band_of_rows(x: Array, leaf: Leaf, known: Any, *, yields: Yields) -> Array:
   """Keeps the band of each row: x [K, rows, columns], each (model, row) ranked by itself."""
   K, _, columns = x.shape
   keep, remove = (jnp.asarray(leaf.aux[n]) for n in ("keep", "remove"))
-  counts = _counts(keep, remove, columns, K)
+  counts = _counts(keep, remove, columns, K, yields)
   alone = leaf._replace(start=np.uint32(0), offset=np.uint32(0))
 
   def one(row: Array) -> Array:
@@ -111,8 +172,8 @@ def _band_of_rows(x: Array, leaf: Leaf, known: Any) -> Array:
   return jax.vmap(one, in_axes=1, out_axes=1)(x)
 
 
-def _band_of_one_row(x: Array, leaf: Leaf, known: Any) -> Array:
+def _band_of_one_row(x: Array, leaf: Leaf, known: Any, *, yields: Yields) -> Array:
   if x.ndim == 1:
     return x
   flat = views.reshaped(views.whole(x), (x.shape[0], 1, x.size // x.shape[0]))
-  return views.reshaped(_band_of_rows(flat, leaf, known), x.shape)
+  return views.reshaped(_band_of_rows(flat, leaf, known, yields=yields), x.shape)

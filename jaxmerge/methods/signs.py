@@ -34,7 +34,7 @@ def elect_sign(zero_sum: Literal["majority", "plus"] = _ties["zero_sum"].default
     [3.0, 2.0]
   """
   if zero_sum == "plus":
-    return pointwise(lambda x: jnp.where(x * jnp.where(_added(x) < 0, -1, 1) > 0, x, 0))
+    return pointwise(agreeing)
 
   def sides(x: Array, leaf: Leaf) -> Array:
     merged = _added(x)
@@ -52,6 +52,16 @@ def elect_sign(zero_sum: Literal["majority", "plus"] = _ties["zero_sum"].default
 
   counted = statistics.total("sides", sides)._replace(combine=statistics.plus)
   return (Stage(update, (counted,)),)
+
+
+def agreeing(x: Array) -> Array:
+  """Zeroes the entries whose sign is not that of the sum; where it is zero, plus is elected.
+
+  Example:
+    >>> agreeing(jnp.array([[3.0, 1.0], [-1.0, -1.0]])).tolist()
+    [[3.0, 1.0], [0.0, 0.0]]
+  """
+  return jnp.where(x * jnp.where(_added(x) < 0, -1, 1) > 0, x, 0)
 
 
 def disjoint_mean(weight: float | tuple[float, ...] = _ties["weight"].default) -> Method:
@@ -94,6 +104,32 @@ def disjoint_max() -> Method:
   return leafwise(extreme, combines=True)
 
 
+def elected(
+  scale: float = _ties["scale"].default,
+  weight: float | tuple[float, ...] = _ties["weight"].default,
+  reduce: Literal["mean", "sum", "max"] = _ties["reduce"].default,
+  zero_sum: Literal["majority", "plus"] = _ties["zero_sum"].default,
+) -> Method:
+  """Weighs the models, elects a sign per entry, and joins those that agree.
+
+  This is what TIES does once task vectors are trimmed; arguments as for `ties`.
+
+  Example:
+    >>> import jaxmerge
+    >>> x = {"w": jnp.array([[3.0, 1.0], [-1.0, 2.0]])}
+    >>> jaxmerge.blend(elected(scale=2.0), x)["w"].tolist()
+    [6.0, 3.0]
+  """
+  catalog.check("ties", {"scale": scale, "weight": weight, "reduce": reduce, "zero_sum": zero_sum})
+  joined = {
+    "mean": lambda: disjoint_mean(weight),
+    # The entries carry their weights already.
+    "sum": lambda: pointwise(_added, combines=True),
+    "max": disjoint_max,
+  }[reduce]()
+  return chain(averaging.weighted(weight), elect_sign(zero_sum), joined, averaging.scaled(scale))
+
+
 def ties(
   density: float = _ties["density"].default,
   scale: float = _ties["scale"].default,
@@ -102,6 +138,7 @@ def ties(
   rule: Literal["kth", "exact"] = _ties["rule"].default,
   reduce: Literal["mean", "sum", "max"] = _ties["reduce"].default,
   zero_sum: Literal["majority", "plus"] = _ties["zero_sum"].default,
+  rescale: str | None = _ties["rescale"].default,
 ) -> Method:
   """Trims each task vector, elects a sign per entry, and averages the entries that agree.
 
@@ -114,6 +151,7 @@ def ties(
     rule: what happens at the threshold, see `trim`.
     reduce: how the entries that agree are joined.
     zero_sum: which sign is elected where the entries cancel out, see `elect_sign`.
+    rescale: norm of each leaf that is restored after trimming, see `matched`; None: none.
 
   Reference: Yadav et al. 2023, TIES-Merging (arXiv:2306.01708).
 
@@ -124,22 +162,11 @@ def ties(
     >>> jaxmerge.merge(ties(density=0.4), base, experts)["w"].tolist()
     [2.0, -2.0, 0.0]
   """
-  given = {"density": density, "scale": scale, "weight": weight, "rule": rule}
+  given = {"density": density, "rule": rule, "rescale": rescale, "reduce": reduce}
   chosen = {} if callable(scope) else {"scope": scope}
-  catalog.check("ties", {**given, **chosen, "reduce": reduce, "zero_sum": zero_sum})
-  joined = {
-    "mean": lambda: disjoint_mean(weight),
-    # The entries carry their weights already.
-    "sum": lambda: pointwise(_added, combines=True),
-    "max": disjoint_max,
-  }[reduce]()
-  return chain(
-    sparsifying.trim(density, scope=scope, rule=rule),
-    averaging.weighted(weight),
-    elect_sign(zero_sum),
-    joined,
-    averaging.scaled(scale),
-  )
+  catalog.check("ties", {**given, **chosen, "scale": scale, "weight": weight, "zero_sum": zero_sum})
+  trimmed = sparsifying.matched(sparsifying.trim(density, scope=scope, rule=rule), rescale)
+  return chain(trimmed, elected(scale, weight, reduce, zero_sum))
 
 
 def dare_ties(

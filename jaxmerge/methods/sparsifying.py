@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from jaxmerge import catalog, statistics
 from jaxmerge.methods import averaging, random_masks
-from jaxmerge.stage import Array, Group, Leaf, Method, Rank, Scope, Stage, Sum, chain
+from jaxmerge.stage import Array, Group, Leaf, Method, Rank, Scope, Stage, chain, join, leafwise
 
 _dare = catalog.METHODS["dare"].parameters
 
@@ -23,7 +23,7 @@ def trim(density: float, *, scope: Scope = "tree", rule: Literal["kth", "exact"]
     scope: entries are counted over the whole model or per leaf.
     rule: "kth" keeps every entry at least as large as the (d - floor(density * d))-th smallest of
       d, hence one more than the fraction, and all that tie with it; "exact" keeps
-      floor(density * d) entries, the first ones among those that tie.
+      max(1, floor(density * d)) entries, the first ones among those that tie.
 
   Reference: Yadav et al. 2023, TIES-Merging (arXiv:2306.01708), step 1.
 
@@ -42,8 +42,9 @@ def trim(density: float, *, scope: Scope = "tree", rule: Literal["kth", "exact"]
   def init(group: Group) -> dict[str, Any]:
     if exact:
       statistics.refuse_unrankable(group)
-    more = 0 if exact else 1
-    return {"kept": statistics.share(group.number("density"), group.size, group.height, more=more)}
+    density = group.number("density")
+    extra = {"least": 1} if exact else {"more": 1}
+    return {"kept": statistics.share(density, group.size, group.height, **extra)}
 
   def update(x: Array, leaf: Leaf, known: Any) -> Array:
     return jnp.where(statistics.inside(known["cut"], jnp.abs(x), leaf), x, 0)
@@ -65,7 +66,7 @@ def drop(
   Args:
     drop_rate: probability that an entry is dropped, in [0, 1]. 1 drops all.
     rescale: "inverse" divides by 1 - drop_rate; "l1", "l2", "linf" restore that norm of the whole
-      leaf, where neither norm is below 1e-7; None leaves the entries as they are.
+      leaf, see `matched`; None leaves the entries as they are.
 
   Reference: Yu et al. 2024, Language models are super Mario (arXiv:2311.03099).
 
@@ -77,32 +78,53 @@ def drop(
   """
   catalog.check("dare", {"drop_rate": drop_rate, "rescale": rescale})
 
-  def kept(x: Array, leaf: Leaf) -> Array:
-    return random_masks.uniform(x, leaf) >= leaf.number("drop_rate", x)
-
-  def thin(x: Array, leaf: Leaf) -> Array:
-    return jnp.where(kept(x, leaf), x, 0)
-
-  def share(x: Array, leaf: Leaf, known: Any) -> Array:
-    """What the kept entries amount to, of the whole."""
-    if rescale == "inverse":
-      return 1 - leaf.number("drop_rate", x)
-    before, after = (known["norms"][i].reshape((-1,) + (1,) * (x.ndim - 1)) for i in range(2))
-    usable = (before >= 1e-7) & (after >= 1e-7)
-    return jnp.where(usable, after / jnp.where(usable, before, 1), 1)
-
-  def update(x: Array, leaf: Leaf, known: Any) -> Array:
-    if rescale is None:
-      return thin(x, leaf)
+  def update(x: Array, leaf: Leaf) -> Array:
+    rate = leaf.number("drop_rate", x)
+    kept = random_masks.uniform(x, leaf) >= rate
+    thin = jnp.where(kept, x, 0)
     # The divisor is chosen entry by entry: compilers make a product of a division by one number
     # where the array is large, and the last bit would depend on how a leaf is cut.
-    mask = kept(x, leaf)
-    return jnp.where(mask, x, 0) / jnp.where(mask, share(x, leaf, known), 1)
+    return thin / jnp.where(kept, 1 - rate, 1) if rescale == "inverse" else thin
 
-  numbers = {"drop_rate": drop_rate, "seed": None}
-  if rescale in ("inverse", None):
-    return (Stage(update, numbers=numbers),)
-  return (Stage(update, _norms(rescale, thin), numbers=numbers, scope="leaf"),)
+  thinned = leafwise(update, numbers={"drop_rate": drop_rate, "seed": None})
+  return thinned if rescale == "inverse" else matched(thinned, rescale)
+
+
+def matched(method: Method, norm: str | None) -> Method:
+  """Runs a transform, then gives each model's leaf back the norm that it had before.
+
+  Args:
+    method: a transform.
+    norm: "l1", "l2" or "linf"; None runs the transform alone. Where a norm before or after is below
+      1e-7, entries stay as they are.
+
+  Example:
+    >>> import jaxmerge
+    >>> x = {"w": jnp.array([[4.0, -3.0, 2.0, 1.0]])}
+    >>> jaxmerge.blend(matched(trim(0.25, rule="exact"), "l1"), x)["w"].tolist()
+    [10.0, 0.0, 0.0, 0.0]
+  """
+  if norm is None:
+    return method
+
+  def measure(pair: tuple[Array, Array], leaf: Leaf) -> tuple[Array, ...]:
+    return tuple(power(jnp.abs(x), tuple(range(1, x.ndim))) for x in pair)
+
+  def power(size: Array, axes: tuple[int, ...]) -> Array:
+    if norm == "linf":
+      return jnp.max(size, axis=axes)
+    return jnp.sum(size if norm == "l1" else size * size, axis=axes)
+
+  def update(pair: tuple[Array, Array], leaf: Leaf, known: Any) -> Array:
+    (before, after), least = known["powers"], 1e-14 if norm == "l2" else 1e-7
+    usable = (before >= least) & (after >= least)
+    share = jnp.where(usable, after, 1) / jnp.where(usable, before, 1)
+    share = jnp.sqrt(share) if norm == "l2" else share
+    # Chosen entry by entry, as in `drop`.
+    return pair[1] / jnp.where(pair[1] != 0, share.reshape((-1,) + (1,) * (pair[1].ndim - 1)), 1)
+
+  measured = (statistics.greatest if norm == "linf" else statistics.total)("powers", measure)
+  return join(method, Stage(update, (measured,), scope="leaf"))
 
 
 def dare(
@@ -110,6 +132,7 @@ def dare(
   scale: float = _dare["scale"].default,
   weight: float | tuple[float, ...] = _dare["weight"].default,
   rescale: str | None = _dare["rescale"].default,
+  normalize: bool = _dare["normalize"].default,
 ) -> Method:
   """Drops entries at random, rescales the rest, and adds the task vectors up. Needs a seed.
 
@@ -118,6 +141,7 @@ def dare(
     scale: factor on the sum of the task vectors.
     weight: weight of each task vector, scalar or one per model.
     rescale: see `drop`.
+    normalize: divide by the sum of the weights, see `weighted_sum`.
 
   Reference: Yu et al. 2024 (arXiv:2311.03099).
 
@@ -127,24 +151,6 @@ def dare(
     >>> jaxmerge.merge(dare(drop_rate=0.0, scale=0.5), base, experts, seed=0)["w"].tolist()
     [2.0, 3.0]
   """
-  catalog.check("dare", {"scale": scale, "weight": weight})
-  return chain(
-    drop(drop_rate, rescale=rescale), averaging.weighted_sum(weight), averaging.scaled(scale)
-  )
-
-
-def _norms(kind: str, thin: Any) -> tuple[Sum, ...]:
-  """Measures a norm of each model's leaf before and after thinning: [2, K]."""
-
-  def powers(x: Array, leaf: Leaf) -> Array:
-    both = jnp.stack([jnp.abs(x), jnp.abs(thin(x, leaf))])
-    axes = tuple(range(2, both.ndim))
-    if kind == "linf":
-      return jnp.max(both, axis=axes)
-    return jnp.sum(both if kind == "l1" else both * both, axis=axes)
-
-  if kind == "linf":
-    return (statistics.greatest("norms", powers),)
-  if kind == "l1":
-    return (statistics.total("norms", powers),)
-  return (statistics.total("norms", powers)._replace(finish=jnp.sqrt),)
+  catalog.check("dare", {"scale": scale, "weight": weight, "normalize": normalize})
+  adding = averaging.weighted_sum(weight, normalize=normalize)
+  return chain(drop(drop_rate, rescale=rescale), adding, averaging.scaled(scale))

@@ -1,0 +1,141 @@
+"""DELLA: dropping entries at random, small ones of a row more often than large ones."""
+
+from __future__ import annotations
+
+from typing import Any, Literal  # Any: what is known is a tree of arrays.
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmerge import catalog
+from jaxmerge.methods import averaging, random_masks, signs, sparsifying
+from jaxmerge.stage import Array, Group, Leaf, Method, Stage, chain
+
+_della = catalog.METHODS["della"].parameters
+_linear = catalog.METHODS["della_linear"].parameters
+
+
+def magprune(
+  density: float = _della["density"].default,
+  epsilon: float = _della["epsilon"].default,
+  *,
+  rescale: str | None = _della["rescale"].default,
+) -> Method:
+  """Drops entries at random by the rank of their magnitude in the row, and makes up for them.
+
+  In a row of n entries, that of rank r = 1 ... n by ascending magnitude is kept with probability
+  q = density - epsilon + 2 epsilon (r - 1) / (n - 1). A row is one of the leaf's matrix view; a
+  leaf without a view counts as one row. Masks are those of `drop` where epsilon is 0.
+
+  Args:
+    density: mean probability to be kept, in (0, 1]. 1 keeps all.
+    epsilon: half the width of the range of probabilities, which must lie inside (0, 1).
+    rescale: "inverse" divides by q; "l1", "l2", "linf" restore that norm of the whole leaf, see
+      `matched`; None leaves the entries as they are.
+
+  Reference: Deep et al. 2024, DELLA-Merging (arXiv:2406.11617).
+
+  Example:
+    >>> import jaxmerge
+    >>> x = {"w": jnp.arange(1.0, 1001)[None]}
+    >>> kept = jaxmerge.blend(magprune(0.5, 0.4, rescale=None), x, seed=0)["w"] > 0
+    >>> bool(kept[:500].mean() < 0.4), bool(kept[500:].mean() > 0.6)
+    (True, True)
+  """
+  catalog.check("della", {"density": density, "epsilon": epsilon, "rescale": rescale})
+
+  def update(x: Array, leaf: Leaf, known: Any) -> Array:
+    q = probabilities(x, leaf.number("density", x), leaf.number("epsilon", x))
+    kept = random_masks.uniform(x, leaf) >= 1 - q
+    thin = jnp.where(kept, x, 0)
+    return thin / jnp.where(kept, q, 1) if rescale == "inverse" else thin
+
+  numbers = {"density": density, "epsilon": epsilon, "seed": None}
+  pruned = (Stage(update, (), _refuse_window, numbers, scope="leaf", unit="row", rest="row"),)
+  return pruned if rescale == "inverse" else sparsifying.matched(pruned, rescale)
+
+
+def probabilities(x: Array, density: Array | float, epsilon: Array | float) -> Array:
+  """Returns the probability of each entry to be kept: [K, rows, columns] -> the same.
+
+  Example:
+    >>> x = jnp.array([[[0.9, -0.1, 0.4, 0.0, -0.6, 0.2]]])
+    >>> print(np.asarray(probabilities(x, 0.5, 0.2)).round(2))
+    [[[0.7  0.38 0.54 0.3  0.62 0.46]]]
+  """
+  order = jnp.argsort(jnp.abs(x), axis=2, stable=True)
+  ranks = jnp.argsort(order, axis=2).astype(x.dtype) / max(x.shape[2] - 1, 1)
+  # The only entry of a row is in the middle.
+  height = 2 * ranks - 1 if x.shape[2] > 1 else ranks
+  return jnp.where(density >= 1, 1, density + epsilon * height)
+
+
+def della(
+  density: float = _della["density"].default,
+  epsilon: float = _della["epsilon"].default,
+  scale: float = _della["scale"].default,
+  weight: float | tuple[float, ...] = _della["weight"].default,
+  rescale: str | None = _della["rescale"].default,
+  reduce: Literal["mean", "sum", "max"] = _della["reduce"].default,
+  zero_sum: Literal["majority", "plus"] = _della["zero_sum"].default,
+) -> Method:
+  """Drops entries by rank (`magprune`), then elects signs and joins as `ties` does. Needs a seed.
+
+  Reference: Deep et al. 2024, DELLA-Merging (arXiv:2406.11617).
+
+  Example:
+    >>> import jaxmerge
+    >>> base, experts = {"w": jnp.zeros(2)}, {"w": jnp.array([[1.0, 2.0], [-3.0, 4.0]])}
+    >>> jaxmerge.merge(della(density=1.0, scale=1.0), base, experts, seed=0)["w"].tolist()
+    [-3.0, 3.0]
+  """
+  given = {"rescale": rescale, "reduce": reduce, "zero_sum": zero_sum}
+  catalog.check("della", given)
+  pruned = magprune(density, epsilon, rescale=rescale)
+  return chain(pruned, signs.elected(scale, weight, reduce, zero_sum))
+
+
+def della_linear(
+  density: float = _linear["density"].default,
+  epsilon: float = _linear["epsilon"].default,
+  scale: float = _linear["scale"].default,
+  weight: float | tuple[float, ...] = _linear["weight"].default,
+  rescale: str | None = _linear["rescale"].default,
+  normalize: bool = _linear["normalize"].default,
+) -> Method:
+  """Drops entries by rank (`magprune`), and adds the task vectors up. Needs a seed.
+
+  Args:
+    density: see `magprune`.
+    epsilon: see `magprune`.
+    scale: factor on the sum of the task vectors.
+    weight: weight of each task vector, scalar or one per model.
+    rescale: see `magprune`.
+    normalize: divide by the sum of the weights, see `weighted_sum`.
+
+  Reference: Deep et al. 2024, DELLA-Merging (arXiv:2406.11617), without its election.
+
+  Example:
+    >>> import jaxmerge
+    >>> base, experts = {"w": jnp.zeros(2)}, {"w": jnp.array([[1.0, 2.0], [-3.0, 4.0]])}
+    >>> method = della_linear(density=1.0, scale=0.5)
+    >>> jaxmerge.merge(method, base, experts, seed=0)["w"].tolist()
+    [-1.0, 3.0]
+  """
+  given = {"scale": scale, "weight": weight, "rescale": rescale, "normalize": normalize}
+  catalog.check("della_linear", given)
+  adding = averaging.weighted_sum(weight, normalize=normalize)
+  return chain(magprune(density, epsilon, rescale=rescale), adding, averaging.scaled(scale))
+
+
+def _refuse_window(group: Group) -> dict[str, Any]:
+  density, epsilon = group.seen("density"), group.seen("epsilon")
+  if density is None or epsilon is None:
+    return {}
+  outside = (density < 1) & ((density - epsilon <= 0) | (density + epsilon >= 1))
+  if np.any(outside):
+    raise ValueError(
+      "magprune: density - epsilon and density + epsilon must lie inside (0, 1), got density "
+      f"{density.tolist()} and epsilon {epsilon.tolist()}."
+    )
+  return {}

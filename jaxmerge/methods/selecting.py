@@ -1,0 +1,190 @@
+"""Choosing entries by what the models make of them: variance, importance, nearness."""
+
+from __future__ import annotations
+
+from typing import Any  # What is known is a tree of arrays.
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxmerge import catalog, statistics, views
+from jaxmerge.methods import averaging, signs
+from jaxmerge.stage import Array, Group, Leaf, Method, Rank, Stage, Sum, chain, for_models, join
+
+_sce = catalog.METHODS["sce"].parameters
+
+
+def sce(density: float = _sce["density"].default, floor: float = _sce["floor"].default) -> Method:
+  """Selects the entries at which the models differ most, weighs the models, erases minorities.
+
+  Leaf by leaf: kept are the entries of largest variance over the models, floor(density * n) of the
+  n whose variance is not zero, ties broken by position; a model weighs as much as the mean square
+  of what is left of it; entries that do not have the sign of the sum are left out of the mean.
+
+  Args:
+    density: fraction kept, in (0, 1]. 1 keeps all entries.
+    floor: where the mean squares add up to less, models count equally; 1e-6 in mergekit, which is
+      more than small task vectors have.
+
+  Reference: Wan et al. 2024, FuseChat (arXiv:2408.07990).
+
+  Example:
+    >>> import jaxmerge
+    >>> base, experts = {"w": jnp.zeros(2)}, {"w": jnp.array([[1.0, 2.0], [2.0, -1.0]])}
+    >>> jaxmerge.merge(sce(), base, experts)["w"].tolist()
+    [1.5, 2.0]
+  """
+  catalog.check("sce", {"density": density, "floor": floor})
+  return chain(most_varied(density), _erased(floor))
+
+
+def most_varied(density: float) -> Method:
+  """Keeps the entries of largest variance over the models, in all models; see `sce`.
+
+  Example:
+    >>> import jaxmerge
+    >>> x = {"w": jnp.array([[1.0, 2.0, 5.0, 0.0], [1.0, 3.0, 1.0, 1.0]])}
+    >>> jaxmerge.blend(chain(most_varied(0.4), averaging.average()), x)["w"].tolist()
+    [0.0, 0.0, 3.0, 0.0]
+  """
+
+  def init(group: Group) -> dict[str, Any]:
+    statistics.refuse_unrankable(group)
+    density = jnp.asarray(group.number("density"), jnp.float32)
+    if density.ndim:
+      raise ValueError(f"sce: density must be one number for all models, got {density.shape[0]}.")
+    return {"density": density.reshape(1)}
+
+  def differing(x: Array, leaf: Leaf, known: Any) -> Array:
+    return statistics.count(_variance(x, leaf) > 0)
+
+  def kept(total: Array, known: Any) -> Array:
+    return statistics.part(known["density"], total)
+
+  def update(x: Array, leaf: Leaf, known: Any) -> Array:
+    inside = statistics.inside(known["cut"], _variance(x, leaf), leaf)
+    return jnp.where(inside | (known["density"][0] >= 1), x, 0)
+
+  counted = Sum("kept", differing, combine=statistics.plus, finish=kept)
+  measured = (counted, Rank("cut", _variance, rank="kept", exact=True))
+  return (Stage(update, measured, init, {"density": density}, scope="leaf"),)
+
+
+def _variance(x: Array, leaf: Leaf) -> Array:
+  """Variance over the models: [K, *s] -> [1, *s]; exactly 0 where all are equal."""
+  low, high = (f(x, axis=0, keepdims=True) for f in (jnp.min, jnp.max))
+  return jnp.where(low == high, 0, jnp.var(x, axis=0, keepdims=True))
+
+
+def _erased(floor: float) -> Method:
+  """Averages the entries that have the sign of the sum, by the mean squares of the models."""
+
+  def squares(x: Array, leaf: Leaf) -> Array:
+    return jnp.sum(x * x, axis=tuple(range(1, x.ndim)))
+
+  def update(x: Array, leaf: Leaf, known: Any) -> Array:
+    own = known["squares"] / known["size"]
+    usable = (own.sum() > 0) & (own.sum() >= leaf.scalar("floor", x))
+    weight = jnp.where(usable, own / jnp.where(usable, own.sum(), 1), 1 / x.shape[0])
+    agreeing = signs.agreeing(x)
+    weight = jnp.where(agreeing != 0, weight.reshape((-1,) + (1,) * (x.ndim - 1)), 0)
+    total = jnp.sum(weight, axis=0, keepdims=True)
+    return jnp.sum(weight * agreeing, axis=0, keepdims=True) / jnp.maximum(total, 1e-6)
+
+  def init(group: Group) -> dict[str, Any]:
+    return {"size": jnp.float32(max(group.size, 1))}
+
+  measured = (statistics.total("squares", squares),)
+  return (Stage(update, measured, init, {"floor": floor}, scope="leaf", combines=True),)
+
+
+def arcee_fusion() -> Method:
+  """Takes over those entries of one model that are far from the base and in a changed row.
+
+  An entry's importance is its distance from the base times the divergence of its row,
+  sum p log(p / q) with p and q the softmax of the model's and the base's row, each plus 1e-8. Taken
+  are, leaf by leaf, entries of at least the median plus 1.5 times the distance of the quartiles.
+  Rows are those of the leaf's matrix view; a leaf without a view is one row.
+
+  Reference: mergekit 0.1 (arcee.ai, 2025).
+
+  Example:
+    >>> import jaxmerge
+    >>> base, expert = {"w": jnp.zeros(5)}, {"w": jnp.array([[1.0, 0.1, 0.2, 0.3, 0.4]])}
+    >>> jaxmerge.merge(arcee_fusion(), base, expert)["w"].tolist()
+    [1.0, 0.0, 0.0, 0.0, 0.0]
+  """
+
+  def importance(x: Array, leaf: Leaf, known: Any) -> Array:
+    if leaf.base is None:
+      raise ValueError("arcee_fusion compares with a base; run it by merge, not by blend.")
+    base = leaf.base.astype(x.dtype)[None]
+    tuned, base = (jax.nn.softmax(w, axis=-1) + 1e-8 for w in (base + x, base))
+    divergence = jnp.sum(tuned * jnp.log(tuned / base), axis=-1, keepdims=True)
+    # Rounding may leave less than nothing of a divergence.
+    return jnp.abs(x) * jnp.maximum(divergence, 0)
+
+  def init(group: Group) -> dict[str, Any]:
+    for_models("arcee_fusion", 1, 1)(group)
+    last = max(group.size - 1, 0)
+    ranks = [group.size - n * last // 4 for n in (1, 2, 3)]
+    return {"ranks": jnp.stack([jnp.asarray(statistics.limbs(n)) for n in ranks], axis=1)}
+
+  def thrice(pair: tuple[Array, Array], leaf: Leaf) -> Array:
+    return jnp.broadcast_to(pair[1], (3, *pair[1].shape[1:]))
+
+  def update(pair: tuple[Array, Array], leaf: Leaf, known: Any) -> Array:
+    quartiles = lax.bitcast_convert_type(known["quartiles"].value, jnp.float32)
+    threshold = quartiles[1] + 1.5 * (quartiles[2] - quartiles[0])
+    return jnp.where(pair[1].astype(jnp.float32) >= threshold, pair[0], 0)
+
+  measured = (Rank("quartiles", thrice, rank="ranks"),)
+  rows = Stage(importance, unit="row", rest="row")
+  return join((rows,), Stage(update, measured, init, scope="leaf"))
+
+
+def nearswap(t: float = catalog.METHODS["nearswap"].parameters["t"].default) -> Method:
+  """Moves each entry of the first model towards the second's by at most t.
+
+  Entries that are no further apart than t are swapped. The stack holds the base and the other
+  model, in this order.
+
+  Args:
+    t: how far an entry may move.
+
+  Reference: alchemonaut 2024, the model card of QuartetAnemoi-70B-t0.0001.
+
+  Example:
+    >>> import jaxmerge
+    >>> models = {"w": jnp.array([[1.0, 1.0, 1.0], [1.25, 2.0, 0.0]])}
+    >>> jaxmerge.blend(nearswap(t=0.5), models)["w"].tolist()
+    [1.25, 1.5, 0.5]
+  """
+  catalog.check("nearswap", {"t": t})
+
+  def update(x: Array, leaf: Leaf, known: Any) -> Array:
+    x = views.together(x)
+    first, second = x[:1], x[1:]
+    t, apart = leaf.scalar("t", x), second - first
+    return jnp.where(jnp.abs(apart) <= t, second, first + t * jnp.sign(apart))
+
+  init = for_models("nearswap", 2, 2)
+  return (Stage(update, (), init, {"t": t}, combines=True, ordered=True),)
+
+
+def passthrough(
+  scale: float = catalog.METHODS["passthrough"].parameters["scale"].default,
+) -> Method:
+  """Returns one model, times a number.
+
+  Reference: mergekit (Goddard et al. 2024, arXiv:2403.13257).
+
+  Example:
+    >>> import jaxmerge
+    >>> jaxmerge.blend(passthrough(0.5), {"w": jnp.array([[3.0]])})["w"].tolist()
+    [1.5]
+  """
+  catalog.check("passthrough", {"scale": scale})
+  one = Stage(lambda x, leaf, known: x, init=for_models("passthrough", 1, 1))
+  return chain((one,), averaging.scaled(scale))

@@ -1,0 +1,293 @@
+"""Means on spheres: methods that know the models only by their inner products.
+
+Every result lies in the span of the models, so a method is a function from the Gram matrix to K
+coefficients; the weights themselves are read once to measure it and once to combine them.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, Literal  # Any: what is known is a tree of arrays.
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxmerge import catalog, statistics, views
+from jaxmerge.methods import averaging
+from jaxmerge.stage import Array, Group, Leaf, Method, Stage, for_models
+
+Solve = Callable[[Array, Leaf], Array]
+_dot = functools.partial(jnp.dot, precision="highest")
+_nuslerp = catalog.METHODS["nuslerp"].parameters
+_multislerp = catalog.METHODS["multislerp"].parameters
+_karcher = catalog.METHODS["karcher"].parameters
+
+
+def spanned(
+  solve: Solve,
+  *,
+  scope: Literal["leaf", "row", "column"] = "leaf",
+  numbers: Mapping[str, Any] | None = None,
+  init: Callable[[Group], Any] = lambda group: {},
+  ordered: bool = False,
+) -> Method:
+  """Combines the models with coefficients that follow from their inner products.
+
+  Args:
+    solve: (inner products [K, K], leaf) -> coefficients [K].
+    scope: what is a vector: the leaf, or each row or column of its matrix view. A leaf without a
+      view is one vector.
+    numbers: the numbers that `solve` reads from the leaf.
+    init: checks, before any weight is read.
+    ordered: the order of the models matters.
+
+  Example:
+    >>> import jaxmerge
+    >>> unit = spanned(lambda gram, leaf: 1 / jnp.sqrt(jnp.diagonal(gram)))
+    >>> models = {"w": jnp.array([[0.0, 4.0], [2.0, 0.0]])}
+    >>> jaxmerge.blend(unit, models)["w"].tolist()
+    [1.0, 1.0]
+  """
+  made = functools.partial(
+    Stage, init=init, numbers=numbers or {}, scope="leaf", combines=True, ordered=ordered
+  )
+  if scope == "leaf":
+    return (
+      made(
+        lambda x, leaf, known: _combined(solve(known["gram"], leaf), x),
+        (statistics.gram("gram"),),
+      ),
+    )
+
+  def update(x: Array, leaf: Leaf, known: Any) -> Array:
+    across = 2 if scope == "row" else 1
+    batch = 3 - across
+    contract = (([across], [across]), ([batch], [batch]))
+    place = views.unsharded(x, 3)
+    grams = lax.dot_general(x, x, contract, precision="highest", out_sharding=place)
+    found = jax.vmap(lambda gram: solve(gram, leaf), out_axes=1)(grams)
+    return jnp.sum(x * jnp.expand_dims(found, across), axis=0, keepdims=True)
+
+  def rest(x: Array, leaf: Leaf, known: Any) -> Array:
+    return _combined(solve(statistics.inner_products(x), leaf), x)
+
+  return (made(update, unit="row", rest=rest),)
+
+
+def slerp(t: float = catalog.METHODS["slerp"].parameters["t"].default) -> Method:
+  """Interpolates two models along the arc between them, leaf by leaf.
+
+  With w the angle between the leaves a and b, the result is (sin((1-t) w) a + sin(t w) b) / sin w.
+  Where their cosine is above 0.9995 in magnitude it is (1-t) a + t b. The stack holds the first and
+  the second end, in this order.
+
+  Args:
+    t: 0 is the first model, 1 the second.
+
+  Reference: Shoemake 1985, Animating rotation with quaternion curves (SIGGRAPH).
+
+  Example:
+    >>> import jaxmerge
+    >>> models = {"w": jnp.array([[2.0, 0.0], [0.0, 1.0]])}
+    >>> print(np.asarray(jaxmerge.blend(slerp(t=0.5), models)["w"]).round(4))
+    [1.4142 0.7071]
+  """
+  catalog.check("slerp", {"t": t})
+
+  def solve(gram: Array, leaf: Leaf) -> Array:
+    cosine = cosines(gram)[0, 1]
+    return _arc(leaf.scalar("t", gram), cosine, jnp.abs(cosine) > 0.9995)
+
+  return spanned(solve, numbers={"t": t}, init=for_models("slerp", 2, 2), ordered=True)
+
+
+def nuslerp(
+  weight: float | tuple[float, ...] = _nuslerp["weight"].default,
+  scope: Literal["leaf", "row", "column"] = _nuslerp["scope"].default,
+) -> Method:
+  """Interpolates two models, or their task vectors, along the arc between them, by weights.
+
+  As `slerp` with t = w2 / (w1 + w2), or 0.5 where the weights cancel out; only parallel and
+  antiparallel vectors are interpolated straight.
+
+  Args:
+    weight: weight of each model, scalar or one per model.
+    scope: the vectors are whole leaves, or the rows (all inputs of an output) or columns (all
+      outputs of an input) of the leaf's matrix view; a leaf without a view is one vector.
+
+  Reference: mergekit (Goddard et al. 2024, arXiv:2403.13257).
+
+  Example:
+    >>> import jaxmerge
+    >>> models = {"w": jnp.array([[2.0, 0.0], [0.0, 1.0]])}
+    >>> print(np.asarray(jaxmerge.blend(nuslerp(weight=(1.0, 3.0)), models)["w"]).round(4))
+    [0.7654 0.9239]
+  """
+  catalog.check("nuslerp", {"weight": weight, "scope": scope})
+
+  def solve(gram: Array, leaf: Leaf) -> Array:
+    own = _weights(gram, leaf)
+    usable = jnp.abs(own.sum()) >= 1e-6
+    t = jnp.where(usable, own[1] / jnp.where(usable, own.sum(), 1), 0.5)
+    cosine = cosines(gram)[0, 1]
+    return _arc(t, cosine, 1 - jnp.abs(cosine) <= _noise(gram))
+
+  return spanned(solve, scope=scope, numbers={"weight": weight}, init=for_models("nuslerp", 2, 2))
+
+
+def multislerp(
+  weight: float | tuple[float, ...] = _multislerp["weight"].default,
+  normalize: bool = _multislerp["normalize"].default,
+) -> Method:
+  """Averages directions and norms of the models, or of their task vectors, leaf by leaf.
+
+  The result is (sum_i w_i norm_i) times the unit vector along sum_i w_i unit_i. Where the unit
+  vectors cancel out it is the weighted mean, so that a leaf of zeros stays zero.
+
+  Args:
+    weight: weight of each model, scalar or one per model.
+    normalize: divide by the sum of the weights.
+
+  Reference: mergekit (Goddard et al. 2024, arXiv:2403.13257), in closed form: its step in the
+  tangent space at the mean is zero.
+
+  Example:
+    >>> import jaxmerge
+    >>> models = {"w": jnp.array([[2.0, 0.0], [0.0, 1.0]])}
+    >>> print(np.asarray(jaxmerge.blend(multislerp(), models)["w"]).round(4))
+    [1.0607 1.0607]
+  """
+  catalog.check("multislerp", {"weight": weight, "normalize": normalize})
+
+  def solve(gram: Array, leaf: Leaf) -> Array:
+    own = _weights(gram, leaf)
+    if normalize:
+      own = own / jnp.where(jnp.abs(own.sum()) < 1e-8, 1, own.sum())
+    norms = root(jnp.diagonal(gram))
+    square = _dot(_dot(own, cosines(gram)), own)
+    usable = square > _noise(gram)
+    unit = jnp.where(usable, _dot(own, norms), 1) / root(jnp.where(usable, square, 1))
+    return jnp.where(usable, unit * _over(own, norms), own)
+
+  init = averaging.refuse_zero_sum("multislerp") if normalize else for_models("multislerp", 1)
+  return spanned(solve, numbers={"weight": weight}, init=init)
+
+
+def karcher(
+  weight: float | tuple[float, ...] = _karcher["weight"].default,
+  max_iter: int = _karcher["max_iter"].default,
+  tol: float = _karcher["tol"].default,
+) -> Method:
+  """Takes the Karcher mean of the directions of the models times their mean norm, leaf by leaf.
+
+  The mean of the unit vectors on the sphere is found by steps of its gradient: from u along
+  sum_i w_i (angle_i / sin angle_i) (u_i - cos(angle_i) u). It starts at their normalised mean.
+
+  Args:
+    weight: weight of each model, scalar or one per model.
+    max_iter: most steps.
+    tol: models of a smaller norm have no direction; a smaller step is the last.
+
+  Reference: Karcher 1977, Riemannian center of mass and mollifier smoothing.
+
+  Example:
+    >>> import jaxmerge
+    >>> models = {"w": jnp.array([[1.0, 0.0, 0.0], [0.8, 0.6, 0.0], [0.0, 0.0, 1.0]])}
+    >>> print(np.asarray(jaxmerge.blend(karcher(), models)["w"]).round(4))
+    [0.8154 0.2718 0.5111]
+  """
+  catalog.check("karcher", {"weight": weight, "max_iter": max_iter, "tol": tol})
+
+  def solve(gram: Array, leaf: Leaf) -> Array:
+    own, least = _weights(gram, leaf), leaf.scalar("tol", gram)
+    own = own / jnp.where(jnp.abs(own.sum()) < 1e-8, 1, own.sum())
+    norms = root(jnp.diagonal(gram))
+    valid = norms > least
+    share = jnp.where(valid, own, 0)
+    share = share / jnp.where(jnp.abs(share.sum()) < 1e-8, 1, share.sum())
+    mean = _mean_direction(cosines(gram), share, valid, least, max_iter)
+    return _dot(own, norms) * jnp.where(valid, _over(mean, norms), 0)
+
+  init = averaging.refuse_zero_sum("karcher")
+  return spanned(solve, numbers={"weight": weight, "tol": tol}, init=init)
+
+
+def _mean_direction(
+  cosine: Array, weight: Array, valid: Array, least: Array, max_iter: int
+) -> Array:
+  """Returns the Karcher mean of unit vectors as coefficients [K]; all steps stay in their span."""
+
+  def norm(c: Array) -> Array:
+    return root(_dot(_dot(c, cosine), c))
+
+  def step(carry: tuple[Array, Array], _: None) -> tuple[tuple[Array, Array], None]:
+    c, done = carry
+    dots = jnp.clip(_dot(cosine, c), -1, 1)
+    inside = 1 - jnp.abs(dots) > _noise(cosine)
+    angle = jnp.arccos(jnp.where(inside, dots, 0))
+    # Near the mean angle / sin angle is 1; the opposite point has no direction.
+    factor = jnp.where(inside, angle / jnp.sin(angle), jnp.where(dots > 0, 1, 0))
+    pull = weight * factor
+    tangent = pull - _dot(pull, dots) * c
+    length = norm(tangent)
+    moved = jnp.cos(length) * c + jnp.sinc(length / jnp.pi) * tangent
+    done = done | (length < least)
+    return (jnp.where(done, c, _over(moved, norm(moved))), done), None
+
+  first = (valid & (jnp.cumsum(valid) == 1)).astype(cosine.dtype)
+  start = norm(weight)
+  usable = start > jnp.maximum(least, jnp.sqrt(_noise(cosine)))
+  c = jnp.where(usable, weight / jnp.where(usable, start, 1), first)
+  return lax.scan(step, (c, jnp.asarray(False)), length=max_iter)[0][0]
+
+
+def _arc(t: Array, cosine: Array, straight: Array) -> Array:
+  """Coefficients of two vectors at t of the arc, or of the straight line, between them: [2]."""
+  angle = jnp.arccos(jnp.where(straight, 0, cosine))
+  arc = jnp.stack([jnp.sin((1 - t) * angle), jnp.sin(t * angle)]) / jnp.sin(angle)
+  return jnp.where(straight, jnp.stack([1 - t, t]), arc)
+
+
+def cosines(gram: Array, floor: Array | float = 0.0) -> Array:
+  """Returns cosines of inner products, 0 where a norm is: [K, K] -> [K, K].
+
+  `floor` is the least product of two norms to divide by.
+
+  Example:
+    >>> cosines(jnp.array([[4.0, 1.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 0.0]])).tolist()
+    [[1.0, 0.5, 0.0], [0.5, 1.0, 0.0], [0.0, 0.0, 0.0]]
+  """
+  norms = root(jnp.diagonal(gram))
+  products = jnp.maximum(norms[:, None] * norms[None], floor)
+  return jnp.clip(_over(gram, products), -1, 1)
+
+
+def root(square: Array) -> Array:
+  """Square root, 0 with gradient 0 where the argument is not positive.
+
+  Example:
+    >>> root(jnp.array([4.0, 0.0, -1e-9])).tolist()
+    [2.0, 0.0, 0.0]
+  """
+  positive = square > 0
+  return jnp.where(positive, jnp.sqrt(jnp.where(positive, square, 1)), 0)
+
+
+def _over(x: Array, y: Array) -> Array:
+  """Divides, 0 where the divisor is not positive."""
+  return jnp.where(y > 0, x / jnp.where(y > 0, y, 1), 0)
+
+
+def _noise(x: Array) -> Array:
+  """What rounding leaves of a difference of numbers near 1."""
+  return jnp.asarray(16 * jnp.finfo(x.dtype).eps, x.dtype)
+
+
+def _weights(gram: Array, leaf: Leaf) -> Array:
+  return jnp.broadcast_to(leaf.number("weight", gram[0]), gram[0].shape)
+
+
+def _combined(coefficients: Array, x: Array) -> Array:
+  return jnp.sum(x * coefficients.reshape((-1,) + (1,) * (x.ndim - 1)), axis=0, keepdims=True)

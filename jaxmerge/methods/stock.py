@@ -1,0 +1,54 @@
+"""Model Stock: how far to go from the base to the mean, by the angle between the models."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import jax.numpy as jnp
+
+from jaxmerge import catalog
+from jaxmerge.methods import spherical
+from jaxmerge.stage import Array, Leaf, Method, for_models
+
+_defaults = catalog.METHODS["model_stock"].parameters
+
+
+def model_stock(
+  scope: Literal["leaf", "row"] = _defaults["scope"].default,
+  clip: bool = _defaults["clip"].default,
+  floor: float = _defaults["floor"].default,
+) -> Method:
+  """Goes from the base to the mean of N models as far as their task vectors agree.
+
+  The step is t = N cos / (1 + (N - 1) cos), with cos the mean cosine of all pairs of task vectors:
+  1 where all are the same, 0 where they are orthogonal. Opposed task vectors give steps below 0, or
+  of any size; where the denominator is below 1e-6 in magnitude t is 0.
+
+  Args:
+    scope: one t per leaf, or per row of the leaf's matrix view; a leaf without a view has one.
+    clip: keep t in [0, 1]; recommended.
+    floor: least product of two norms that a cosine divides by; 1e-6 in mergekit, which takes small
+      task vectors for orthogonal ones.
+
+  Reference: Jang et al. 2024, Model Stock (arXiv:2403.19522).
+
+  Example:
+    >>> import jaxmerge
+    >>> base = {"w": jnp.zeros(3)}
+    >>> experts = {"w": jnp.array([[1.0, 0.0, 0.0], [0.8, 0.6, 0.0]])}
+    >>> print(np.asarray(jaxmerge.merge(model_stock(), base, experts)["w"]).round(4))
+    [0.8    0.2667 0.    ]
+  """
+  catalog.check("model_stock", {"scope": scope, "clip": clip, "floor": floor})
+
+  def solve(gram: Array, leaf: Leaf) -> Array:
+    K = gram.shape[0]
+    cosines = spherical.cosines(gram, leaf.scalar("floor", gram))
+    cosine = jnp.sum(jnp.where(jnp.eye(K, dtype=bool), 0, cosines)) / (K * (K - 1))
+    under = 1 + (K - 1) * cosine
+    usable = jnp.abs(under) >= 1e-6
+    t = jnp.where(usable, K * cosine / jnp.where(usable, under, 1), 0)
+    return jnp.broadcast_to((jnp.clip(t, 0, 1) if clip else t) / K, (K,))
+
+  init = for_models("model_stock", 2)
+  return spherical.spanned(solve, scope=scope, numbers={"floor": floor}, init=init)

@@ -1,0 +1,236 @@
+"""Dropping entries at random: DARE, DELLA, and the masks themselves."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+
+import jaxmerge
+from jaxmerge import methods, stage
+
+TAU = np.array([[0.9, -0.1, 0.4, 0.0, -0.6, 0.2]], np.float32)
+ZERO = {"w": jnp.zeros(6)}
+
+
+def merged(method, tau=TAU, **options):
+  """The merged task vector of an example with one leaf."""
+  zero = {"w": jnp.zeros(tau.shape[1:])}
+  return np.asarray(jaxmerge.merge(method, zero, {"w": jnp.asarray(tau)}, **options)["w"])
+
+
+def close(x, y, atol=1e-6):
+  np.testing.assert_allclose(x, np.asarray(y, np.float64), atol=atol, rtol=0)
+
+
+ONES = {"a": np.ones((3, 40, 50), np.float32), "b": np.ones((3, 2000), np.float32)}
+NOTHING = {n: np.zeros(x.shape[1:], np.float32) for n, x in ONES.items()}
+
+
+DROPPED = stage.chain(methods.drop(0.5, rescale=None), methods.weighted_sum())
+
+
+def masks(drop_rate, seed=0):
+  """Which entries are kept: a stack of booleans per leaf."""
+  picked = [
+    jaxmerge.blend(DROPPED, ONES, seed=seed, aux={"drop_rate": drop_rate, "weight": tuple(one)})
+    for one in np.eye(3).tolist()
+  ]
+  return {n: np.stack([np.asarray(one[n]) != 0 for one in picked]) for n in ONES}
+
+
+@pytest.mark.parametrize("drop_rate", [0.1, 0.5, 0.9])
+def test_masks_drop_the_share_asked_for(drop_rate):
+  """Mean within 4 standard deviations; counts over cells of 50 follow the binomial's variance."""
+  kept = masks(drop_rate)
+  q = 1 - drop_rate
+  for x in kept.values():
+    for model in x:
+      n = model.size
+      assert abs(model.mean() - q) < 4 * np.sqrt(q * drop_rate / n)
+      cells = model.reshape(40, 50).sum(axis=1)
+      chi = ((cells - 50 * q) ** 2 / (50 * q * drop_rate)).sum()
+      assert abs(chi - 40) < 5 * np.sqrt(2 * 40)
+
+
+def test_masks_of_models_leaves_seeds_and_neighbours_are_independent():
+  """Correlations of fair masks of 2000 entries stay within 4 standard deviations."""
+  kept, other = masks(0.5), masks(0.5, seed=1)
+
+  def sign(x):
+    return np.where(x, 1.0, -1.0).reshape(-1)
+
+  a, b = kept["a"], kept["b"]
+  pairs = [
+    (a[0], a[1]),
+    (a[0], a[2]),
+    (b[1], b[2]),
+    (a[0], b[0]),
+    (a[0], other["a"][0]),
+    (b[2], other["b"][2]),
+    (a[0], a[0].T.reshape(40, 50)),
+  ]
+  for x, y in pairs:
+    assert abs((sign(x) * sign(y)).mean()) < 4 / np.sqrt(2000)
+  for axis in (0, 1):
+    turned = np.where(a[0], 1.0, -1.0)
+    assert abs((turned * np.roll(turned, 1, axis=axis)).mean()) < 4 / np.sqrt(2000)
+
+
+def test_masks_do_not_depend_on_order_or_on_what_else_there_is():
+  names = ("x", "y", "z")
+  tau = np.random.default_rng(0).normal(size=(3, 2000)).astype(np.float32)
+  method = methods.dare(0.5, 1.0)
+  zero = {"b": NOTHING["b"]}
+  alone = jaxmerge.merge(method, zero, {"b": tau}, seed=7, names=names)["b"]
+  both = jaxmerge.merge(method, NOTHING, {"a": ONES["a"], "b": tau}, seed=7, names=names)["b"]
+  turned = jaxmerge.merge(
+    method, zero, {"b": tau[[2, 0, 1]]}, seed=7, names=[names[k] for k in (2, 0, 1)]
+  )["b"]
+  np.testing.assert_array_equal(alone, both)
+  np.testing.assert_array_equal(alone, turned)
+  parts = [
+    jaxmerge.merge(method, zero, {"b": tau[k : k + 1]}, seed=7, names=names[k : k + 1])["b"]
+    for k in range(3)
+  ]
+  close(alone, sum(parts), atol=1e-5)
+
+
+def test_kept_entries_are_divided():
+  """Exactly where 1 - p is a power of two; elsewhere the compiler may multiply by the inverse."""
+  tau = np.random.default_rng(0).normal(size=(1, 500)).astype(np.float32)
+  method = methods.dare(0.5, 1.0)
+  for p in (0.5, 0.75, 0.875, 0.1, 0.9):
+    out = merged(method, tau, seed=2, aux={"drop_rate": p})
+    kept = out != 0
+    expected = (tau[0] / (np.float32(1) - np.float32(p)))[kept]
+    np.testing.assert_array_max_ulp(out[kept], expected, 0 if p in (0.5, 0.75, 0.875) else 2)
+
+
+@pytest.mark.parametrize("rescale", ["inverse", "l1", "l2", "linf", None])
+def test_dropping_nothing_and_everything(rescale):
+  np.testing.assert_array_equal(
+    merged(methods.dare(0.0, 1.0, rescale=rescale), TAU, seed=0), TAU[0]
+  )
+  np.testing.assert_array_equal(merged(methods.dare(1.0, 1.0, rescale=rescale), seed=0), 0)
+
+
+@pytest.mark.parametrize("rescale", ["inverse", "l1", "l2", "linf", None])
+def test_dare_agrees_with_the_transcription(rescale):
+  rng = np.random.default_rng(1)
+  models = {n: rng.normal(size=x.shape).astype(np.float32) for n, x in ONES.items()}
+  kept = masks(0.8, seed=5)
+  kept = [{n: x[k] for n, x in kept.items()} for k in range(3)]
+  taus = oracles.dare(oracles.deltas(NOTHING, models), kept, 0.8, rescale)
+  expected = oracles.weighted_sum(taus, (1, 2, 1), 0.5)
+  method = methods.dare(0.8, 0.5, (1.0, 2.0, 1.0), rescale=rescale)
+  out = jaxmerge.merge(method, NOTHING, models, seed=5)
+  for n in out:
+    close(out[n], expected[n], atol=2e-5)
+
+
+def test_dare_ties_agrees_with_the_transcription():
+  rng = np.random.default_rng(1)
+  models = {n: rng.normal(size=x.shape).astype(np.float32) for n, x in ONES.items()}
+  kept = masks(0.8, seed=5)
+  kept = [{n: x[k] for n, x in kept.items()} for k in range(3)]
+  taus = oracles.dare(oracles.deltas(NOTHING, models), kept, 0.8, "inverse")
+  out = jaxmerge.merge(methods.dare_ties(0.8, 0.3), NOTHING, models, seed=5)
+  expected = oracles.ties(taus, 0.3)
+  for n in out:
+    close(out[n], expected[n], atol=2e-5)
+
+
+def test_the_l1_norm_is_restored():
+  """Worked example: of tau_1 the first and fifth entries survive, times 2.2 / 1.5."""
+  tau, keep = TAU[0], np.array([1, 0, 0, 0, 1, 0], bool)
+  (out,) = oracles.dare([{"w": tau}], [{"w": keep}], 0.5, "l1")
+  close(out["w"], [1.32, 0, 0, 0, -0.88, 0])
+  seeds = jnp.arange(300, dtype=jnp.uint32)
+  one = {"w": jnp.asarray(TAU)}
+  bare = jax.vmap(lambda s: jaxmerge.blend(methods.drop(0.5, rescale=None), one, seed=s)["w"])
+  # The fourth entry of the example is zero, kept or not.
+  same = ((np.asarray(bare(seeds)) != 0) == (keep & (tau != 0))).all(axis=1)
+  seed = int(np.argmax(same))
+  assert same[seed]
+  close(jaxmerge.blend(methods.drop(0.5, rescale="l1"), one, seed=seed)["w"], out["w"])
+
+
+def test_dare_is_unbiased():
+  """The mean over n = 400 seeds is tau within 3 of its deviations, tau * sqrt(p / (1 - p) / n)."""
+  seeds = jnp.arange(400, dtype=jnp.uint32)
+  method = methods.dare(0.9, 1.0)
+  out = jax.vmap(lambda s: jaxmerge.merge(method, ZERO, {"w": TAU}, seed=s)["w"])(seeds)
+  error = np.abs(np.asarray(out).mean(axis=0) - TAU[0])
+  assert (error <= 3 * np.sqrt(9 / 400) * np.abs(TAU[0]) + 1e-7).all()
+
+
+# --- DELLA ---
+
+
+def test_probabilities_rise_with_the_rank():
+  """The worked example, for a vector, and for rows that are the columns of a kernel [in, out]."""
+  example = [0.7, 0.38, 0.54, 0.3, 0.62, 0.46]
+  kept = np.zeros(6)
+  method = methods.magprune(0.5, 0.2, rescale=None)
+  seeds = jnp.arange(2000, dtype=jnp.uint32)
+  sure = {"w": jnp.where(TAU == 0, 1e-3, TAU)}
+  kept = jax.vmap(lambda s: jaxmerge.blend(method, sure, seed=s)["w"])(seeds) != 0
+  # Four deviations of a mean of 2000.
+  close(np.asarray(kept).mean(axis=0), example, atol=4 * 0.5 / np.sqrt(2000))
+  x = jnp.asarray(np.stack([TAU[0], TAU[0, ::-1]], axis=1))[None]
+  q = methods.pruning.probabilities(x.transpose(0, 2, 1), 0.5, 0.2)
+  close(q[0], [example, example[::-1]])
+
+
+@pytest.mark.parametrize("columns", [1, 2, 7])
+def test_the_mean_probability_of_a_row_is_the_density(columns):
+  x = np.random.default_rng(0).normal(size=(3, 5, columns)).astype(np.float32)
+  q = methods.pruning.probabilities(jnp.asarray(x), 0.6, 0.3)
+  close(q.mean(axis=2), np.full((3, 5), 0.6))
+  assert methods.pruning.probabilities(jnp.asarray(x), 1.0, 0.3).min() == 1
+
+
+@pytest.mark.parametrize("rescale", ["inverse", "l1", None])
+def test_without_a_window_della_is_dare(rescale):
+  """Bit for bit, masks too, where rows lie as they do in the leaf."""
+  rng = np.random.default_rng(0)
+  models = {n: rng.normal(size=x.shape).astype(np.float32) for n, x in ONES.items()}
+  found = jaxmerge.merge(
+    methods.della_linear(0.5, 0.0, 1.0, rescale=rescale),
+    NOTHING,
+    models,
+    seed=3,
+    layout=(("a", "oi"),),
+  )
+  other = jaxmerge.merge(methods.dare(0.5, 1.0, rescale=rescale), NOTHING, models, seed=3)
+  np.testing.assert_array_equal(found["a"], other["a"])
+
+
+def test_della_is_unbiased():
+  """The mean over 400 seeds is tau within 4 of its deviations, |tau| sqrt((1 - q) / q / 400)."""
+  seeds = jnp.arange(400, dtype=jnp.uint32)
+  method = methods.della(0.5, 0.2, 1.0)
+  out = jax.vmap(lambda s: jaxmerge.merge(method, ZERO, {"w": TAU}, seed=s)["w"])(seeds)
+  error = np.abs(np.asarray(out).mean(axis=0) - TAU[0])
+  q = np.array([0.7, 0.38, 0.54, 0.3, 0.62, 0.46])
+  assert (error <= 4 * np.sqrt((1 - q) / q / 400) * np.abs(TAU[0]) + 1e-7).all()
+
+
+def test_keeping_all_is_ties_and_task_arithmetic():
+  tau = np.random.default_rng(0).normal(size=(3, 10)).astype(np.float32)
+  close(
+    merged(methods.della(1.0, 0.3, 0.5), tau, seed=0),
+    merged(methods.ties(1.0, 0.5, zero_sum="plus"), tau),
+  )
+  close(
+    merged(methods.della_linear(1.0, 0.3, 0.5), tau, seed=0),
+    merged(methods.task_arithmetic(0.5), tau),
+  )
+
+
+@pytest.mark.parametrize(("density", "epsilon"), [(0.1, 0.1), (0.9, 0.1), ((0.5, 0.05), 0.1)])
+def test_probabilities_outside_of_0_and_1_are_refused(density, epsilon):
+  tau = {"w": jnp.ones((2, 3))}
+  with pytest.raises(ValueError, match=r"must lie inside \(0, 1\), got density .* and epsilon 0.1"):
+    jaxmerge.merge(methods.della(density, epsilon), {"w": jnp.ones(3)}, tau, seed=0)

@@ -1,0 +1,254 @@
+"""The rows of the common table of tests: every method, and what is known of it."""
+
+from typing import NamedTuple
+
+import numpy as np
+import oracles
+import oracles_entries
+import oracles_spheres
+import small
+
+from jaxmerge import methods
+
+
+class Row(NamedTuple):
+  """A method and what is known of it.
+
+  Attributes:
+    method: the method.
+    oracle: (task vectors, draw) -> merged task vector, by the transcription in NumPy; random
+      numbers are draw(k, leaf, shape).
+    vary: values of its numbers besides the scale, to vectorise over.
+    seeded: it needs a seed.
+    summed: it measures sums of floats, whose last bits depend on how leaves are cut.
+    homogeneous: twice the task vectors give twice the result.
+    height: number of models.
+    one: it also takes one model.
+    weights: it merges weights, as if the base were zero.
+  """
+
+  method: tuple
+  oracle: object
+  vary: dict
+  seeded: bool = False
+  summed: bool = False
+  homogeneous: bool = True
+  height: int = 4
+  one: bool = True
+  weights: bool = False
+
+  def options(self, **more):
+    return {**({"seed": SEED} if self.seeded else {}), "layout": small.VIEWS, **more}
+
+  def trees(self, leaves, height=None):
+    """A base and a stack of models; weights are task vectors from zero."""
+    base, models = small.trees(leaves, height=height or self.height)
+    if self.weights:
+      base = {n: np.zeros_like(x) if x.dtype == np.float32 else x for n, x in base.items()}
+    return base, models
+
+
+SEED = 11
+WEIGHT = (1.0, 0.5, 2.0, 1.5)
+PAIR = (1.0, 3.0)
+RATE = 0.4
+WEIGHTS = {"weight": (WEIGHT, (1.0, 0.0, 0.0, 0.0), (1.0, 1.0, 1.0, 1.0))}
+PAIRS = {"weight": (PAIR, (1.0, 0.0), (1.0, 1.0))}
+
+
+def _ties(*args, **options):
+  density, scale = 0.3, 0.5
+  return Row(
+    methods.ties(density, scale, *args, **options),
+    lambda taus, draw: oracles.ties(taus, density, scale, *args, **options),
+    {"density": (0.3, 0.7, 1.0), **(WEIGHTS if args else {})},
+    summed=options.get("rescale") in ("l1", "l2"),
+  )
+
+
+def dropped(taus, draw, rescale):
+  keep = [
+    {n: draw(k, n, x.shape) >= np.float32(RATE) for n, x in t.items()} for k, t in enumerate(taus)
+  ]
+  return oracles.dare(taus, keep, RATE, rescale)
+
+
+def _dare(rescale, **options):
+  return Row(
+    methods.dare(RATE, 0.5, WEIGHT, rescale, **options),
+    lambda taus, draw: oracles.weighted_sum(dropped(taus, draw, rescale), WEIGHT, 0.5, **options),
+    {"drop_rate": (0.0, 0.3, 1.0), **WEIGHTS},
+    seeded=True,
+    summed=rescale in ("l1", "l2"),
+  )
+
+
+def _breadcrumbs(scope, yields="keep"):
+  keep, remove = (0.5, 0.2) if yields == "keep" else (0.7, 0.4)
+  return Row(
+    methods.breadcrumbs(keep, remove, 0.5, scope=scope, yields=yields),
+    lambda taus, draw: oracles.breadcrumbs(taus, keep, remove, 0.5, scope, small.VIEWS, yields),
+    {"keep": (0.5, 0.3, 1.0), "remove": (0.1, 0.0, 0.7)},
+  )
+
+
+def _della(rescale):
+  density, epsilon = 0.5, 0.2
+  return Row(
+    methods.della(density, epsilon, 0.5, WEIGHT, rescale),
+    lambda taus, draw: oracles.elected(
+      oracles.della(taus, draw, density, epsilon, rescale, small.VIEWS), 0.5, WEIGHT, "mean", "plus"
+    ),
+    {"density": (0.5, 0.3, 1.0), "epsilon": (0.2, 0.0, 0.1), **WEIGHTS},
+    seeded=True,
+    summed=rescale == "l1",
+  )
+
+
+def _spherical(method, oracle, vary, **options):
+  return Row(method, lambda taus, draw: oracle(taus), vary, summed=True, **options)
+
+
+def _nuslerp(scope):
+  return _spherical(
+    methods.nuslerp(PAIR, scope),
+    lambda taus: oracles_spheres.nuslerp(taus, PAIR, scope, small.VIEWS),
+    PAIRS,
+    height=2,
+    one=False,
+  )
+
+
+def _stock(scope, clip):
+  return _spherical(
+    methods.model_stock(scope, clip),
+    lambda taus: oracles_spheres.model_stock(taus, scope, small.VIEWS, clip),
+    {"floor": (0.0, 1e-6, 0.1)},
+    height=3,
+    one=False,
+  )
+
+
+def _fused(taus, draw):
+  base, _ = small.trees()
+  return oracles_entries.arcee_fusion(taus, base, small.VIEWS)
+
+
+TABLE = {
+  "average": Row(
+    methods.average(WEIGHT), lambda taus, draw: oracles.average(taus, WEIGHT[: len(taus)]), WEIGHTS
+  ),
+  "task_arithmetic": Row(
+    methods.task_arithmetic(0.5, WEIGHT),
+    lambda taus, draw: oracles.weighted_sum(taus, WEIGHT, 0.5),
+    {"weight": (WEIGHT, (1.0, 0.0, 0.0, 0.0), (-1.0, 1.0, 1.0, 2.0))},
+  ),
+  "task_arithmetic, normalized": Row(
+    methods.task_arithmetic(0.5, WEIGHT, normalize=True),
+    lambda taus, draw: oracles.weighted_sum(taus, WEIGHT, 0.5, normalize=True),
+    {"weight": (WEIGHT, (1.0, 0.0, 0.0, 0.0), (-1.0, 1.0, 1.0, -1.0))},
+  ),
+  "negation": Row(
+    methods.negation(0.5),
+    lambda taus, draw: oracles.weighted_sum(taus, [-1] * len(taus), 0.5),
+    {},
+  ),
+  "analogy": Row(
+    methods.analogy(0.5),
+    lambda taus, draw: oracles.weighted_sum(taus, (-1, 1, 1), 0.5),
+    {},
+    height=3,
+    one=False,
+  ),
+  "ties": _ties(),
+  "ties by leaf, exact": _ties(scope="leaf", rule="exact"),
+  "ties by leaf, exact, l1": _ties(WEIGHT, "leaf", "exact", zero_sum="plus", rescale="l1"),
+  "ties, sum": _ties(reduce="sum"),
+  "ties, max": _ties(reduce="max", zero_sum="plus"),
+  **{f"dare, {rescale}": _dare(rescale) for rescale in ("inverse", "l1", "l2", "linf", None)},
+  "dare, normalized": _dare("inverse", normalize=True),
+  "dare_ties": Row(
+    methods.dare_ties(RATE, 0.3, 0.5),
+    lambda taus, draw: oracles.ties(dropped(taus, draw, "inverse"), 0.3, 0.5),
+    {"drop_rate": (0.0, 0.3, 0.8), "density": (0.3, 0.7, 1.0)},
+    seeded=True,
+  ),
+  **{f"breadcrumbs by {scope}": _breadcrumbs(scope) for scope in ("tree", "leaf", "row")},
+  **{f"breadcrumbs by {s}, remove": _breadcrumbs(s, "remove") for s in ("leaf", "row")},
+  "breadcrumbs_ties": Row(
+    methods.breadcrumbs_ties(0.5, 0.2, 0.5, WEIGHT),
+    lambda taus, draw: oracles.elected(oracles.banded(taus, 0.5, 0.2), 0.5, WEIGHT, "sum"),
+    WEIGHTS,
+  ),
+  "della": _della("inverse"),
+  "della, l1": _della("l1"),
+  "della_linear": Row(
+    methods.della_linear(0.5, 0.2, 0.5, WEIGHT, normalize=True),
+    lambda taus, draw: oracles.weighted_sum(
+      oracles.della(taus, draw, 0.5, 0.2, "inverse", small.VIEWS), WEIGHT, 0.5, normalize=True
+    ),
+    WEIGHTS,
+    seeded=True,
+  ),
+  "slerp": _spherical(
+    methods.slerp(0.3),
+    lambda taus: oracles_spheres.slerp(taus, 0.3),
+    {"t": (0.3, 0.0, 1.0)},
+    height=2,
+    one=False,
+    weights=True,
+  ),
+  **{f"nuslerp by {scope}": _nuslerp(scope) for scope in ("leaf", "row", "column")},
+  "multislerp": _spherical(
+    methods.multislerp(WEIGHT), lambda taus: oracles_spheres.multislerp(taus, WEIGHT), WEIGHTS
+  ),
+  "karcher": _spherical(
+    methods.karcher(WEIGHT, max_iter=20),
+    lambda taus: oracles_spheres.karcher(taus, WEIGHT),
+    WEIGHTS,
+    weights=True,
+  ),
+  "model_stock": _stock("leaf", clip=False),
+  "model_stock by row": _stock("row", clip=True),
+  "sce": Row(
+    methods.sce(),
+    lambda taus, draw: oracles_entries.sce(taus),
+    {"density": (0.3, 0.7, 1.0), "floor": (0.0, 1e-6, 1.0)},
+    summed=True,
+  ),
+  "sce of a third": Row(
+    methods.sce(0.3), lambda taus, draw: oracles_entries.sce(taus, 0.3), {}, summed=True, one=False
+  ),
+  "ram": Row(
+    methods.ram(), lambda taus, draw: oracles_entries.ram(taus), {"threshold": (0.0, 1e-5, 0.1)}
+  ),
+  "ramplus_tl": Row(
+    methods.ramplus_tl(0.1, 0.5, 3.0),
+    lambda taus, draw: oracles_entries.ram(taus, 0.1, 0.5, 3.0),
+    {"boost": (0.5, 0.0, 1.0), "limit": (3.0, 0.0, 0.2)},
+    homogeneous=False,
+  ),
+  "ramplus_tl by tree": Row(
+    methods.ramplus_tl(0.1, 0.5, 3.0, "tree"),
+    lambda taus, draw: oracles_entries.ram(taus, 0.1, 0.5, 3.0, "tree"),
+    {},
+    homogeneous=False,
+  ),
+  "arcee_fusion": Row(methods.arcee_fusion(), _fused, {}, homogeneous=False, height=1),
+  "nearswap": Row(
+    methods.nearswap(0.1),
+    lambda taus, draw: oracles_entries.nearswap(taus, 0.1),
+    {"t": (0.1, 0.0, 1e-4)},
+    homogeneous=False,
+    height=2,
+    one=False,
+    weights=True,
+  ),
+  "passthrough": Row(
+    methods.passthrough(0.5),
+    lambda taus, draw: oracles.weighted_sum(taus, [1.0], 0.5),
+    {},
+    height=1,
+    weights=True,
+  ),
+}

@@ -1,0 +1,70 @@
+"""Slow transcriptions in NumPy of the methods that choose entries; see `oracles.py`."""
+
+import numpy as np
+import oracles
+
+
+def sce(taus, density=1.0, floor=0.0):
+  """Select by variance, weigh by mean squares, erase minorities."""
+  out = {}
+  for n in taus[0]:
+    x = np.stack([t[n].reshape(-1) for t in taus])
+    variance = x.var(axis=0)
+    variance[x.max(axis=0) == x.min(axis=0)] = 0
+    if density < 1:
+      count = int(density * np.count_nonzero(variance))
+      keep = np.argsort(-variance, kind="stable")[:count]
+      x = np.where(np.isin(np.arange(x.shape[1]), keep), x, 0)
+    squares = np.array([np.mean(row**2) for row in x])
+    usable = squares.sum() > 0 and squares.sum() >= floor
+    weights = squares / squares.sum() if usable else np.full(len(x), 1 / len(x))
+    merged = np.zeros(x.shape[1])
+    for p in range(x.shape[1]):
+      sign = 1 if x[:, p].sum() >= 0 else -1
+      own = np.where(np.sign(x[:, p]) == sign, weights, 0)
+      merged[p] = own @ x[:, p] / max(own.sum(), 1e-6)
+    out[n] = merged.reshape(taus[0][n].shape)
+  return out
+
+
+def ram(taus, threshold=1e-5, boost=0.0, limit=0.0, scope="leaf"):
+  """Sums what one model changes, amplified, and averages what many do."""
+  changed = [{n: np.abs(x) > threshold for n, x in t.items()} for t in taus]
+  out = {n: np.zeros(x.shape) for n, x in taus[0].items()}
+  counts = {n: sum(c[n].astype(int) for c in changed) for n in out}
+  for tau, own in zip(taus, changed, strict=True):
+    shared = {n: np.sum(own[n] & (counts[n] > 1)) for n in out}
+    unique = {n: np.sum(own[n] & (counts[n] == 1)) for n in out}
+    if scope == "tree":
+      shared, unique = (dict.fromkeys(out, sum(v.values())) for v in (shared, unique))
+    for n in out:
+      factor = 1 + boost * min(shared[n] / max(unique[n], 1), limit)
+      out[n] += np.where(own[n] & (counts[n] == 1), factor * tau[n], 0)
+      out[n] += np.where(own[n] & (counts[n] > 1), tau[n] / np.maximum(counts[n], 1), 0)
+  return out
+
+
+def arcee_fusion(taus, base, views=()):
+  """Takes entries over whose importance is far above the median; sorts for the quartiles."""
+  (tau,), views, out = taus, dict(views), {}
+  for n, x in tau.items():
+    importance = np.zeros(x.size)
+    for row in oracles.rows(x, views.get(n, "i" * x.ndim)):
+      old = base[n].reshape(-1)[row].astype(np.float64)
+      p, q = (np.exp(w) / np.exp(w).sum() + 1e-8 for w in (old + x.reshape(-1)[row], old))
+      importance[row] = np.abs(x.reshape(-1)[row]) * max(np.sum(p * np.log(p / q)), 0)
+    low, middle, high = (np.sort(importance)[int(f * (x.size - 1))] for f in (0.25, 0.5, 0.75))
+    keep = importance >= middle + 1.5 * (high - low)
+    out[n] = np.where(keep.reshape(x.shape), x, 0)
+  return out
+
+
+def nearswap(models, t):
+  """As first written: a weight that falls with the distance."""
+  a, b = models
+  out = {}
+  for n in a:
+    far = np.abs(a[n] - b[n])
+    weight = np.where(far > 0, np.minimum(t / np.where(far > 0, far, 1), 1), 1)
+    out[n] = (1 - weight) * a[n] + weight * b[n]
+  return out
