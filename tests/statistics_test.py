@@ -36,13 +36,17 @@ def integers(pair):
   return [(int(high) << statistics.LIMB) + int(low) for high, low in np.asarray(pair).T]
 
 
+def size(x, leaf):
+  return jnp.abs(x)
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def settle(name, x, known):
   """All statistics of `kth` or `top` over one leaf of three axes."""
   found = dict(known)
   all_of = {
-    "kth": (statistics.kth("value", jnp.abs, rank="n"),),
-    "top": statistics.top("n", jnp.abs),
+    "kth": (statistics.kth("value", size, rank="n"),),
+    "top": statistics.top("n", size),
   }
   whole = leaf(x.shape[1:])
   for statistic in all_of[name]:
@@ -227,6 +231,32 @@ def test_traced_shares_of_decimals_are_exact(size):
   steps = np.arange(1001)
   decimal = steps * size // 1000
   assert integers(traced((steps / 1000).astype(np.float32), size, 0)) == decimal.tolist()
+
+
+@pytest.mark.parametrize("size", [0, 1, 10, 2**31 + 7])
+def test_shares_of_at_least_some(size):
+  for fraction in (0.001, jnp.float32(0.001)):
+    found = integers(statistics.share(fraction, size, 2, least=1))
+    assert found == [min(max(size // 1000, 1), size)] * 2
+
+
+@given(st.integers(0, 2**47 - 1), st.floats(0, 1, width=32))
+def test_parts_of_counts_that_are_measured(size, fraction):
+  """As shares of a size that is known before."""
+  part = statistics.part(jnp.array([fraction], jnp.float32), jnp.asarray(limbs([size])))
+  assert integers(part) == integers(statistics.share(jnp.float32(fraction), size, 1))
+
+
+def test_thresholds_of_another_height():
+  """Three ranks of one row: the quartiles of 0 ... 8."""
+  x = jnp.arange(9.0).reshape(1, 3, 3)
+  thrice = statistics.kth("value", lambda x, leaf: jnp.broadcast_to(x, (3, 3, 3)), rank="n")
+  known = {"n": limbs([7, 5, 3])}
+  found = statistics.settled(
+    thrice, known, lambda state: thrice.measure(x, leaf((3, 3)), state, known)
+  )
+  patterns = statistics.pattern(jnp.array([2.0, 4.0, 6.0]))
+  assert found["found"].tolist() == patterns.tolist()
 
 
 def test_groups_that_are_too_large_are_refused():

@@ -55,7 +55,7 @@ def magprune(
   return pruned if rescale == "inverse" else sparsifying.matched(pruned, rescale)
 
 
-def probabilities(x: Array, density: Array, epsilon: Array) -> Array:
+def probabilities(x: Array, density: Array | float, epsilon: Array | float) -> Array:
   """Returns the probability of each entry to be kept: [K, rows, columns] -> the same.
 
   Example:
