@@ -1,4 +1,5 @@
 import inspect
+import pathlib
 import subprocess
 import sys
 
@@ -6,6 +7,8 @@ import jax.numpy as jnp
 import pytest
 
 from jaxmerge import catalog, methods, stage
+
+DOCS = (pathlib.Path(__file__).parents[1] / "docs" / "methods.md").read_text(encoding="utf-8")
 
 
 def test_the_table_is_free_of_jax():
@@ -87,6 +90,14 @@ def test_bad_settings_are_refused(settings, message):
     ("breadcrumbs", {"remove": -0.1}, r"breadcrumbs: remove must be in \[0, 1\], got -0.1"),
     ("breadcrumbs", {"scope": "column"}, "breadcrumbs: scope must be one of 'tree', 'leaf', 'row'"),
     ("average", {"normalize": "yes"}, "average: normalize must be one of True, False, got 'yes'"),
+    ("breadcrumbs", {"yields": "both"}, "breadcrumbs: yields must be one of 'keep', 'remove'"),
+    ("ties", {"rescale": "inverse"}, "ties: rescale must be one of 'l1', 'l2', 'linf', None"),
+    ("della", {"epsilon": 0.6}, r"della: epsilon must be in \[0, 0.5\], got 0.6"),
+    ("slerp", {"t": 1.5}, r"slerp: t must be in \[0, 1\], got 1.5"),
+    ("nuslerp", {"scope": "tree"}, "nuslerp: scope must be one of 'leaf', 'row', 'column'"),
+    ("karcher", {"max_iter": 2.5}, r"karcher: max_iter must be in \[0, infinity\), got 2.5"),
+    ("model_stock", {"floor": -1.0}, r"model_stock: floor must be in \[0, infinity\), got -1.0"),
+    ("ramplus_tl", {"scope": "row"}, "ramplus_tl: scope must be one of 'leaf', 'tree'"),
   ],
 )
 def test_factories_check_their_settings(name, settings, message):
@@ -110,6 +121,33 @@ def test_seed_range():
   for value in (-1, 2**32, 0.5):
     with pytest.raises(ValueError, match=r"seed must be in \[0, 4294967295\], got"):
       catalog.check_number("seed", value)
+
+
+def test_a_number_of_many_methods_has_the_widest_range():
+  """The t of slerp ends at 1, that of nearswap does not; no density is 0."""
+  catalog.check_number("t", 7.0)
+  for name, value in (("t", -0.1), ("density", 0.0), ("epsilon", 0.6), ("scale", float("nan"))):
+    with pytest.raises(ValueError, match=f"{name} must be in"):
+      catalog.check_number(name, value)
+
+
+def test_lengths_are_static_and_whole():
+  assert not catalog.METHODS["karcher"].parameters["max_iter"].number
+  for value in (-1, 2.5, jnp.float32(3)):
+    with pytest.raises(ValueError, match=r"karcher: max_iter must be (in|a number in) \[0, inf"):
+      catalog.check("karcher", {"max_iter": value})
+
+
+@pytest.mark.parametrize("name", catalog.METHODS)
+def test_every_method_has_its_section_in_the_docs(name):
+  """Under its name, with all its parameters and its paper."""
+  (section,) = (s for s in DOCS.split("\n### ") if s.startswith(f"`{name}`"))
+  entry = catalog.METHODS[name]
+  for parameter in entry.parameters:
+    assert f"`{parameter}`" in section, parameter
+  assert entry.paper.split(" (")[0] in section
+  assert f"Merges {entry.on.replace('either', 'weights or task vectors')}" in section
+  assert ("xperimental" in section) == entry.experimental
 
 
 def test_markdown_has_a_row_per_method():

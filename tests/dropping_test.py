@@ -231,6 +231,6 @@ def test_keeping_all_is_ties_and_task_arithmetic():
 
 @pytest.mark.parametrize(("density", "epsilon"), [(0.1, 0.1), (0.9, 0.1), ((0.5, 0.05), 0.1)])
 def test_probabilities_outside_of_0_and_1_are_refused(density, epsilon):
-  tau = {"w": jnp.ones((2, 3))}
+  tau, aux = {"w": jnp.ones((2, 3))}, {"density": density, "epsilon": epsilon}
   with pytest.raises(ValueError, match=r"must lie inside \(0, 1\), got density .* and epsilon 0.1"):
-    jaxmerge.merge(methods.della(density, epsilon), {"w": jnp.ones(3)}, tau, seed=0)
+    jaxmerge.merge(methods.della(), {"w": jnp.ones(3)}, tau, aux=aux, seed=0)

@@ -207,6 +207,22 @@ def test_empty_task_vectors_give_the_base(name):
   small.same(merged(TABLE[name], base, same), base)
 
 
+@rows_slow
+def test_gradients_at_the_base_are_finite(name):
+  """Norms, cosines and shares of nothing have no gradient; that must not make one NaN."""
+  row = TABLE[name]
+  base, models, _ = eager(name, small.FEW)
+  same = np.stack([base["matrix"]] * row.height)
+
+  @jax.jit
+  @jax.grad
+  def slope(x):
+    out = jaxmerge.merge(row.method, base, {**models, "matrix": x}, **row.options())
+    return jnp.sum(out["matrix"])
+
+  assert np.isfinite(slope(same)).all()
+
+
 @rows
 def test_inputs_are_left_alone_and_give_the_same_bits_again(name):
   base, models, out = eager(name)

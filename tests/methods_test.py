@@ -52,8 +52,8 @@ def close(x, y, atol=1e-6):
       [0.766667, -0.5, 0.4, 0.7, -0.6, -0.4],
     ),
     (
-      methods.ties(0.5, weight=(1.0, 0.5, 0.5), scope="leaf", rule="exact", reduce="sum"),
-      [1.15, -0.25, -0.4, 0.35, -0.6, -0.2],  # The third sum is zero, and most are negative.
+      methods.ties(0.5, 1.0, (1.0, 0.5, 0.5), "leaf", "exact", "sum", "plus"),
+      [1.15, -0.25, 0.4, 0.35, -0.6, -0.2],
     ),
     (methods.task_arithmetic(1.0, (1.0, 2.0, 1.0), normalize=True), TAU.T @ (0.25, 0.5, 0.25)),
     (methods.task_arithmetic(1.0, (1.0, 0.0, -1.0), normalize=True), TAU[0] - TAU[2]),

@@ -29,7 +29,7 @@ FLOORS = {
   4: {"atm", "judging", "recipe", "fitting", "searching", "align", "experts", "adapt"},
   3: {"methods", "memory", "streaming", "files", "tasks", "data"},
   2: {"stage", "statistics", "resolving", "views", "mesh", "models", "collecting"},
-  1: {"tree", "catalog", "io", "report"},
+  1: {"tree", "catalog", "published", "io", "report"},
 }
 FLOOR = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 

@@ -153,6 +153,47 @@ def test_a_join_that_undoes_its_combiner_is_found_too():
     jaxmerge.blend(apart, MODELS)
 
 
+def test_a_stage_that_joins_measures_the_pair():
+  """Entries times the largest before over the largest after."""
+
+  def ratio(pair, leaf, known):
+    before, after = known["largest"]
+    return pair[1] * (before / after)[:, None]
+
+  def largest(pair, leaf):
+    return tuple(jnp.abs(x).max(axis=1) for x in pair)
+
+  last = stage.Stage(ratio, (statistics.greatest("largest", largest),), scope="leaf")
+  halved = stage.join(stage.pointwise(lambda x: jnp.where(x > 2, x / 4, x)), last)
+  models = {"a": jnp.array([[1.0, 8.0], [2.0, 1.0]])}
+  assert blended(stage.chain(halved, added), models) == {"a": [6.0, 9.0]}
+
+
+def test_the_order_of_models_is_kept_where_it_matters():
+  first = (stage.Stage(lambda x, leaf, known: x[:1], combines=True, ordered=True),)
+  assert stage.ordered(first)
+  assert not stage.ordered(added)
+  for names in (("a", "b"), ("b", "a")):
+    out = jaxmerge.blend(stage.chain(first), MODELS, names=names)
+    np.testing.assert_array_equal(out["a"], MODELS["a"][0])
+
+
+def test_rows_without_a_view_are_one_row_if_the_stage_says_so():
+  """x over the sum of its row, where the base's row is shown too."""
+  step = stage.Stage(
+    lambda x, leaf, known: x / (leaf.base[None] + x).sum(axis=2, keepdims=True),
+    unit="row",
+    rest="row",
+  )
+  base = {"a": jnp.ones((2, 2)), "b": jnp.ones((2, 2)), "c": jnp.float32(1)}
+  tau = {"a": jnp.array([[[1.0, 5.0], [1.0, 1.0]]]), "c": jnp.array([3.0])}
+  models = {"a": 1 + tau["a"], "b": 1 + tau["a"], "c": 1 + tau["c"]}
+  out = jaxmerge.merge((step,), base, models, layout=(("a", "io"),))
+  assert (out["a"] - 1).tolist() == [[0.25, 0.625], [0.25, 0.125]]
+  np.testing.assert_allclose(out["b"] - 1, tau["a"][0] / 12, atol=1e-6)
+  assert out["c"] - 1 == 0.75
+
+
 def test_rows_need_a_view_or_a_rest():
   step = stage.Stage(lambda x, leaf, known: x / x.sum(axis=2, keepdims=True), unit="row")
   method = stage.chain((step,), added)

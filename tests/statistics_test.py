@@ -224,6 +224,29 @@ def test_traced_shares_of_decimals_are_exact(size):
   assert integers(traced((steps / 1000).astype(np.float32), size, 0)) == decimal.tolist()
 
 
+@pytest.mark.parametrize("size", [0, 1, 10, 2**31 + 7])
+def test_shares_of_at_least_some(size):
+  for fraction in (0.001, jnp.float32(0.001)):
+    found = integers(statistics.share(fraction, size, 2, least=1))
+    assert found == [min(max(size // 1000, 1), size)] * 2
+
+
+@given(st.integers(0, 2**47 - 1), st.floats(0, 1, width=32))
+def test_parts_of_counts_that_are_measured(size, fraction):
+  """As shares of a size that is known before."""
+  part = statistics.part(jnp.array([fraction], jnp.float32), jnp.asarray(limbs([size])))
+  assert integers(part) == integers(statistics.share(jnp.float32(fraction), size, 1))
+
+
+def test_thresholds_of_another_height():
+  """Three ranks of one row: the quartiles of 0 ... 8."""
+  x = jnp.arange(9.0).reshape(1, 3, 3)
+  thrice = Rank("cut", lambda x, leaf: jnp.broadcast_to(x, (3, 3, 3)), rank="n")
+  found = statistics.settled(thrice, [(x, leaf())], {"n": limbs([7, 5, 3])})
+  patterns = statistics.pattern(jnp.array([2.0, 4.0, 6.0]))
+  assert found.value.tolist() == patterns.tolist()
+
+
 def test_groups_that_are_too_large_are_refused():
   with pytest.raises(ValueError, match=r"a group of 140737488355328 entries is too large to rank"):
     jax.eval_shape(lambda f: statistics.share(f, 2**47, 1), jnp.float32(0.5))
