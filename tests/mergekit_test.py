@@ -16,105 +16,33 @@ from mergekit_outputs import CASES, EPS, RANDOM
 
 import jaxmerge
 from jaxmerge import methods
-from jaxmerge.stage import chain
+from jaxmerge.recipe import methods as recipe_methods
+from jaxmerge.recipe import translating
 
 # A method is built once, and takes its numbers as arrays: another value does not compile again.
-built = functools.cache(lambda factory, **options: factory(**options))
+built = functools.cache(lambda name, settings: getattr(methods, name)(**dict(settings)))
 
 
-@functools.cache
-def banded():
-  return chain(methods.band(0.5, 0.1), methods.weighted_sum(), methods.scaled(1.0))
+def ours(case):
+  """The method that a recipe with `compat: mergekit` would run, its numbers, and its inputs."""
+  known = recipe_methods.METHODS[case.method]
+  defaults = {n: p.default for n, p in known.parameters.items()}
+  given = {**defaults, **case.parameters}
+  each = {n: given[n] for n in known.each}
+  each = {n: tuple(v if isinstance(v, list) else [v] * len(case.models)) for n, v in each.items()}
+  shared = {n: given[n] for n in known.shared}
+  own = translating.translated(case.method, shared, base=case.base, compat=True)
+  numbers = {n: np.array(of({**shared, **each}), np.float64) for n, of in own.numbers.items()}
+  numbers |= {"seed": 0} if known.random else {}
+  return built(own.method, tuple(own.settings.items())), numbers, own
 
 
-@functools.cache
-def mean_of_task_vectors():
-  return chain(methods.average(), methods.scaled(1.0))
-
-
-def each(value, weight):
-  """A value per model."""
-  return value if isinstance(value, list) else [value] * len(weight)
-
-
-def reduce(p, default):
-  return "mean" if p.get("normalize", default) else "sum"
-
-
-AS_MERGEKIT = {"scope": "leaf", "rule": "exact", "zero_sum": "plus"}
-# From mergekit's parameters to a method here, and its numbers.
-OURS = {
-  "linear": lambda p: (
-    built(methods.average, normalize=p.get("normalize", True)),
-    {"weight": p["weight"]},
-  ),
-  "task_arithmetic": lambda p: (
-    mean_of_task_vectors() if p.get("normalize") else built(methods.task_arithmetic),
-    {"weight": p["weight"], "scale": p.get("lambda", 1.0)},
-  ),
-  "ties": lambda p: (
-    built(methods.ties, reduce=reduce(p, True), **AS_MERGEKIT),
-    {
-      "density": each(p["density"], p["weight"]),
-      "weight": p["weight"],
-      "scale": p.get("lambda", 1.0),
-    },
-  ),
-  "breadcrumbs": lambda p: (
-    banded(),
-    {
-      "keep": p["density"],
-      "remove": p["gamma"] if p["density"] < 1 else 0.0,
-      "weight": p["weight"],
-      "scale": p["lambda"],
-    },
-  ),
-  "dare_linear": lambda p: (
-    built(methods.dare, rescale="l1" if p.get("rescale", True) else None),
-    {
-      "drop_rate": 1 - p.get("density", 1.0),
-      "weight": p["weight"],
-      "scale": p.get("lambda", 1.0),
-      "seed": 0,
-    },
-  ),
-  "dare_ties": lambda p: (
-    built(methods.dare_ties, density=1.0, rescale="l1", reduce=reduce(p, False), **AS_MERGEKIT),
-    {"drop_rate": 0.0, "weight": p["weight"], "scale": 1.0, "seed": 0},
-  ),
-}
-
-# What mergekit calls the base is here the first of the models that are blended.
-BASE_IS_A_MODEL = {"slerp"}
-
-# Methods of mergekit that have no factory here yet. Each will be a line of OURS.
-TO_FILL_IN = {
-  "arcee_fusion",
-  "breadcrumbs_ties",
-  "della",
-  "della_linear",
-  "karcher",
-  "model_stock",
-  "multislerp",
-  "nearswap",
-  "nuslerp",
-  "passthrough",
-  "ram",
-  "ramplus_tl",
-  "sce",
-  "slerp",
-}
-
-# Cases of methods that are here, but not in this variant.
+# Cases in a variant that is not here.
 WITHOUT = {
   "linear, bfloat16": "computes in bfloat16; here in float32",
   "task_arithmetic, bfloat16": "computes in bfloat16; here in float32",
   "ties, bfloat16": "computes in bfloat16; here in float32",
-  "task_arithmetic, zero sum": "divides by 1 where weights add up to zero; here refused",
-  "ties, one entry at least": "keeps one entry where floor(density * d) is zero; here none",
-  "ties, rescale": "restores the L1 norm after trimming",
-  "breadcrumbs, rescale": "restores the L1 norm after trimming",
-  "breadcrumbs, less removed than asked for": "keeps its density by removing fewer of the largest",
+  "task_arithmetic, zero sum": "divides by 1 where weights add up to zero; a recipe is refused",
 }
 
 # How far apart results may be, in units; 8 where nothing is said.
@@ -138,20 +66,19 @@ RUN = [
   pytest.param(name, base, id=f"{base}: {name}", marks=MARKS[base])
   for name, case in CASES.items()
   for base in case.bases
-  if case.method in OURS and name not in WITHOUT
+  if name not in WITHOUT
 ]
 
 
 def merged(case, trees, numbers=None):
   """What jaxmerge computes of the base and the fine-tuned models: tensor -> array."""
-  method, own = OURS[case.method](case.parameters)
-  blended = case.method in BASE_IS_A_MODEL
-  models = ("base", *case.models) if blended else case.models
+  method, own, translation = ours(case)
+  models = ("base", *case.models) if translation.pair else case.models
   stack = {n: np.stack([trees[m][n] for m in models]) for n in trees["base"]}
   options = {"aux": {**own, **(numbers or {})}, "layout": layout(trees["base"])}
-  if case.base and not blended:
-    return jaxmerge.merge(method, trees["base"], stack, **options)
-  return jaxmerge.blend(method, stack, **options)
+  if translation.raw:
+    return jaxmerge.blend(method, stack, **options)
+  return jaxmerge.merge(method, trees["base"], stack, **options)
 
 
 def alone(trees, tensor):
@@ -164,12 +91,8 @@ def layout(tensors):
   return tuple((f"^{n}$", "oi") for n, x in tensors.items() if x.ndim == 2)
 
 
-def test_every_method_is_compared_or_listed():
-  """Fails where a listed method has a factory by now: it is time for its line."""
-  assert OURS.keys() | TO_FILL_IN == {case.method for case in CASES.values()}
-  assert not OURS.keys() & TO_FILL_IN
-  assert not TO_FILL_IN & set(methods.__all__)
-  assert {CASES[name].method for name in WITHOUT} <= OURS.keys()
+def test_every_method_of_recipes_is_compared():
+  assert {case.method for case in CASES.values()} == recipe_methods.METHODS.keys()
 
 
 @pytest.mark.parametrize("method", sorted({case.method for case in CASES.values()}))
@@ -221,7 +144,7 @@ def compare(tensor, x, theirs, zero, method):
   return int((np.abs(ours.samples - theirs.samples) > units * unit).sum())
 
 
-@pytest.mark.parametrize("name", [n for n, case in RANDOM.items() if case.method in OURS])
+@pytest.mark.parametrize("name", RANDOM)
 def test_random_masks_have_the_moments_of_mergekits(name):
   """Means over seeds, to five deviations of their difference."""
   case = RANDOM[name]
