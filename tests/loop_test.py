@@ -102,6 +102,16 @@ def test_the_order_of_the_tasks_does_not_matter():
   assert small.differ(alike.params, first.params)
 
 
+def test_a_method_to_which_order_matters_gets_the_callers():
+  """Slerp at 0 is the first task vector: merging the first task alone, whatever the names."""
+  one, two, _ = small.three()
+  for pair in ((one, two), (two, one)):
+    found = run(list(pair), methods.slerp(t=0.0), rounds=1)
+    alone = run([pair[0]], methods.average(), rounds=1)
+    left, right = (x.params["dense"]["kernel"] for x in (found, alone))
+    np.testing.assert_allclose(left, right, atol=1e-5)
+
+
 @pytest.mark.parametrize(
   "changes",
   [

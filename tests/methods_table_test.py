@@ -173,6 +173,19 @@ def test_slices_give_the_bits_of_whole_leaves(name, entries):
 
 
 @rows_slow
+def test_stages_of_entries_see_no_axes(name):
+  """Drivers may hand them a leaf in one row, in pieces."""
+  row = TABLE[name]
+  if row.seeded or any(step.unit != "entry" for step in row.method):
+    pytest.skip("masks and rows depend on axes")
+  base, models, out = eager(name, small.FEW)
+  flat = {n: x.reshape(-1) for n, x in base.items()}
+  found = merged(row, flat, {n: x.reshape(row.height, -1) for n, x in models.items()})
+  found = {n: x.reshape(base[n].shape) for n, x in found.items()}
+  (small.close if row.summed else small.same)(found, out)
+
+
+@rows_slow
 def test_bfloat16_in_and_out(name):
   """Computed in float32 and rounded once: the bits of the float32 merge, rounded."""
   row = TABLE[name]
