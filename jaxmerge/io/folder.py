@@ -18,6 +18,7 @@ Path = str | os.PathLike[str]
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
+PROVENANCE = "jaxmerge_provenance.json"  # How a merged model came to be; checksums of its tensors.
 # What a folder with new weights takes over from the base's folder, where it is there. Weights, code
 # and the base's own model card are not taken over.
 COPIED = (
@@ -159,6 +160,8 @@ def config(folder: Path) -> dict[str, Any]:
 def weights(folder: Path) -> list[pathlib.Path]:
   """Returns the paths of the files that hold a folder's weights."""
   folder = pathlib.Path(folder)
+  if not folder.is_dir():
+    raise FileNotFoundError(f"{folder}: no such folder.")
   if (folder / WEIGHTS).is_file():
     return [folder / WEIGHTS]
   if not (folder / INDEX).is_file():
