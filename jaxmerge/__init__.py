@@ -16,6 +16,7 @@ _HOMES = {
 _ROOMS = (
   "atm",
   "catalog",
+  "inspecting",
   "io",
   "memory",
   "methods",

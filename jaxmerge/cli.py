@@ -55,6 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
       _merge(options)
     elif options.command == "report":
       _report(options.workdir)
+    elif options.command == "inspect":
+      _inspect(options.model, options.checksums, options.check, options.json)
     else:
       _methods()
     sys.stdout.flush()
@@ -137,6 +139,15 @@ def parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
   about = "print the table of a finished run, and remake its page and plots"
   report = commands.add_parser("report", help=about, description=f"{about.capitalize()}.")
   report.add_argument("workdir", metavar="WORKDIR", help="the folder of the run")
+
+  about = "show what is in a folder: tensors, sizes, ties, how it was merged"
+  inspect = commands.add_parser("inspect", help=about, description=f"{about.capitalize()}.")
+  inspect.add_argument("model", metavar="MODEL", help="a model, or a PEFT adapter")
+  checksums = "read the weights: show xxh3_128 of every tensor, and which are equal"
+  inspect.add_argument("--checksums", action="store_true", help=checksums)
+  check = "read the weights: are they as jaxmerge wrote them? status 1 where not"
+  inspect.add_argument("--check", action="store_true", help=check)
+  inspect.add_argument("--json", action="store_true", help="print JSON")
 
   about = "list the merging methods: formula, settings, paper"
   commands.add_parser("methods", help=about, description=f"{about.capitalize()}.")
@@ -326,6 +337,37 @@ def _report(workdir: str) -> None:
   print(report.text(record))
   report.write(record, workdir)
   print(f"report: {path.with_suffix('.html')}")
+
+
+def _inspect(path: str, checksums: bool, check: bool, as_json: bool) -> None:
+  from jaxmerge import inspecting
+  from jaxmerge.report import listing
+
+  record = inspecting.described(path)
+  size = sum(tensor["bytes"] for tensor in record["tensors"])
+  with progress_bars() as show:
+    if check:
+      record = inspecting.checked(record, _counted(show, "read", size))
+    elif checksums:
+      record = inspecting.hashed(record, _counted(show, "read", size))
+  print(json.dumps(record, indent=1) if as_json else listing.text(record))
+  wrong = [
+    n for key in ("changed", "missing", "added") for n in record.get("check", {}).get(key, [])
+  ]
+  if wrong:
+    raise ValueError(f"{path}: {len(wrong)} tensors are not as recorded, {wrong[0]!r} the first.")
+
+
+def _counted(show: Callable[[Event], None], phase: str, size: int) -> Callable[[int], None]:
+  """Returns what takes numbers of bytes and shows their sum, of `size` bytes, as progress."""
+  done = 0
+
+  def count(more: int) -> None:
+    nonlocal done
+    done += more
+    show({"phase": phase, "done": done // 10**6, "total": size // 10**6, "unit": "MB"})
+
+  return count
 
 
 def _methods() -> None:

@@ -28,7 +28,7 @@ from jaxmerge.stage import Method
 
 Path = str | os.PathLike[str]
 
-PROVENANCE = "jaxmerge_provenance.json"
+PROVENANCE = folder.PROVENANCE
 SHARD = 5_000_000_000  # Bytes; what other tools write.
 ENTRIES = 2**20
 

@@ -27,7 +27,17 @@ FLOORS = {
   6: {"cli", "__main__"},
   5: {"experiment", "problems", "configuring", "workdir"},
   4: {"atm", "judging", "recipe", "fitting", "searching", "align", "experts", "adapt"},
-  3: {"methods", "memory", "streaming", "files", "tasks", "data"},
+  3: {
+    "methods",
+    "memory",
+    "streaming",
+    "planning",
+    "files",
+    "inspecting",
+    "differing",
+    "tasks",
+    "data",
+  },
   2: {"stage", "statistics", "resolving", "views", "mesh", "models", "collecting"},
   1: {"tree", "catalog", "published", "io", "report"},
 }

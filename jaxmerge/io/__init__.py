@@ -1,9 +1,9 @@
-"""Files in and out, byte for byte: safetensors, Hugging Face folders, checkpoints."""
+"""Files in and out: safetensors, Hugging Face folders, PEFT adapters, checkpoints."""
 
 import importlib
 from types import ModuleType
 
-__all__ = ["atomic", "folder", "orbax", "safetensors"]
+__all__ = ["adapter", "atomic", "folder", "orbax", "safetensors"]
 
 
 def __getattr__(name: str) -> ModuleType:

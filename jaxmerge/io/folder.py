@@ -18,6 +18,7 @@ Path = str | os.PathLike[str]
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
+PROVENANCE = "jaxmerge_provenance.json"  # How a merged model came to be; checksums of its tensors.
 # What a folder with new weights takes over from the base's folder, where it is there. Weights, code
 # and the base's own model card are not taken over.
 COPIED = (
@@ -153,12 +154,14 @@ def config(folder: Path) -> dict[str, Any]:
   folder = pathlib.Path(folder)
   if not folder.is_dir():
     raise FileNotFoundError(f"{folder}: no such folder.")
-  return _json(folder / CONFIG)
+  return read_json(folder / CONFIG)
 
 
 def weights(folder: Path) -> list[pathlib.Path]:
   """Returns the paths of the files that hold a folder's weights."""
   folder = pathlib.Path(folder)
+  if not folder.is_dir():
+    raise FileNotFoundError(f"{folder}: no such folder.")
   if (folder / WEIGHTS).is_file():
     return [folder / WEIGHTS]
   if not (folder / INDEX).is_file():
@@ -172,6 +175,24 @@ def copied(folder: Path) -> list[pathlib.Path]:
   """Returns the paths of the files that a folder with new weights takes over from this one."""
   folder = pathlib.Path(folder)
   return sorted({path for name in COPIED for path in folder.glob(name) if path.is_file()})
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+  """Returns the JSON object in a file.
+
+  Raises:
+    FileNotFoundError: where there is no file.
+    ValueError: naming the file that does not hold one.
+  """
+  if not path.is_file():
+    raise FileNotFoundError(f"{path}: no such file.")
+  try:
+    content = json.loads(path.read_text(encoding="utf-8"))
+  except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    raise ValueError(f"{path}: not JSON ({error}).") from error
+  if not isinstance(content, dict):
+    raise ValueError(f"{path}: must be a JSON object, got {content!r:.100}.")
+  return content
 
 
 def _check_index(folder: pathlib.Path, homes: Mapping[str, pathlib.Path]) -> None:
@@ -189,7 +210,7 @@ def _check_index(folder: pathlib.Path, homes: Mapping[str, pathlib.Path]) -> Non
 
 def _weight_map(folder: pathlib.Path) -> dict[str, str]:
   path = folder / INDEX
-  shards = _json(path).get("weight_map")
+  shards = read_json(path).get("weight_map")
   if not isinstance(shards, dict) or not shards:
     raise ValueError(
       f"{path}: weight_map must map names of tensors to shards, got {shards!r:.200}."
@@ -206,15 +227,3 @@ def _weight_map(folder: pathlib.Path) -> dict[str, str]:
     if not (folder / shard).is_file():
       raise FileNotFoundError(f"{path}: tensor {name!r} is in {shard}, which is missing.")
   return shards
-
-
-def _json(path: pathlib.Path) -> dict[str, Any]:
-  if not path.is_file():
-    raise FileNotFoundError(f"{path}: no such file.")
-  try:
-    content = json.loads(path.read_text(encoding="utf-8"))
-  except (json.JSONDecodeError, UnicodeDecodeError) as error:
-    raise ValueError(f"{path}: not JSON ({error}).") from error
-  if not isinstance(content, dict):
-    raise ValueError(f"{path}: must be a JSON object, got {content!r:.100}.")
-  return content

@@ -1,0 +1,184 @@
+"""What is in a folder of weights: tensors, totals, ties, provenance, as plain records.
+
+Headers say most of it; only checksums read the weights. Free of jax.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import pathlib
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any  # A record is JSON, its values have no one type.
+
+import numpy as np
+import xxhash
+
+from jaxmerge.io import adapter, folder, safetensors
+from jaxmerge.io.tensor import Files, stored
+
+Record = dict[str, Any]
+
+PART = 2**22  # Bytes that are read at a time.
+
+
+def described(path: str | os.PathLike[str]) -> Record:
+  """Describes a model, a merged model or a PEFT adapter, from the headers of its files.
+
+  Returns:
+    `folder`; `kind`, "model" or "adapter"; `files` (name, bytes); `tensors` (name, dtype, shape,
+    bytes, file), 2 before 10; `dtypes`, their totals; `parameters`, entries of floating-point
+    tensors; `tied`, tie_word_embeddings of config.json, None where it is silent; `shared`, names of
+    tensors that are not stored to the names that hold their bytes, as the files say; `adapter`,
+    the adapter's config, and `provenance`, all but the checksums, where there are such files.
+
+  Raises:
+    FileNotFoundError: where the folder or its weights are missing.
+    ValueError: naming the file that is damaged, and the tensor.
+  """
+  path = pathlib.Path(path)
+  entries = _entries(path)
+  files = sorted({file for file, _ in entries.values()})
+  tensors = [
+    {
+      "name": name,
+      "dtype": entry.dtype.name,
+      "shape": list(entry.shape),
+      "bytes": entry.stop - entry.start,
+      "file": file.name,
+    }
+    for name, (file, entry) in sorted(entries.items(), key=lambda item: _natural(item[0]))
+  ]
+  floating = (e for _, e in entries.values() if safetensors.is_floating(e.dtype))
+  record = {
+    "folder": str(path),
+    "kind": "adapter" if adapter.is_adapter(path) else "model",
+    "files": [{"name": file.name, "bytes": file.stat().st_size} for file in files],
+    "tensors": tensors,
+    "dtypes": _totals(tensors),
+    "parameters": sum(math.prod(e.shape) for e in floating),
+    "tied": _tied(path),
+    "shared": _shared(files, entries),
+  }
+  if adapter.is_adapter(path):
+    record["adapter"] = folder.read_json(path / adapter.CONFIG)
+  if (path / folder.PROVENANCE).is_file():
+    record["provenance"], _ = _provenance(path)
+  return record
+
+
+def hashed(record: Record, progress: Callable[[int], None] = lambda count: None) -> Record:
+  """Reads the weights once: adds `xxh3_128` to each tensor, and `equal`, lists of names.
+
+  Args:
+    record: of `described`.
+    progress: called with the number of bytes that were read.
+  """
+  entries, files = _entries(pathlib.Path(record["folder"])), Files()
+  try:
+    digests = {n: _digest(files, n, *entries[n], progress) for n in _names(record)}
+  finally:
+    files.close()
+  tensors = [{**tensor, "xxh3_128": digests[tensor["name"]]} for tensor in record["tensors"]]
+  groups: dict[Any, list[str]] = {}
+  for tensor in tensors:
+    # Without entries all are equal, and nothing is tied.
+    if tensor["bytes"]:
+      kind = tensor["dtype"], tuple(tensor["shape"]), tensor["xxh3_128"]
+      groups.setdefault(kind, []).append(tensor["name"])
+  return {**record, "tensors": tensors, "equal": [g for g in groups.values() if len(g) > 1]}
+
+
+def checked(record: Record, progress: Callable[[int], None] = lambda count: None) -> Record:
+  """Reads the weights, and adds `check`: how they compare with the checksums of the provenance.
+
+  It has the number of tensors that are the `same`, and the names of those that are `changed`,
+  `missing` (recorded, not there) and `added`.
+
+  Raises:
+    FileNotFoundError: where there is no provenance.
+    ValueError: where it has no checksums.
+  """
+  _, recorded = _provenance(pathlib.Path(record["folder"]))
+  record = hashed(record, progress)
+  found = {tensor["name"]: tensor["xxh3_128"] for tensor in record["tensors"]}
+  both = found.keys() & recorded.keys()
+  check = {
+    "same": sum(found[name] == recorded[name] for name in both),
+    "changed": sorted((n for n in both if found[n] != recorded[n]), key=_natural),
+    "missing": sorted(recorded.keys() - found.keys(), key=_natural),
+    "added": sorted(found.keys() - recorded.keys(), key=_natural),
+  }
+  return {**record, "check": check}
+
+
+def _names(record: Record) -> list[str]:
+  return [tensor["name"] for tensor in record["tensors"]]
+
+
+def _natural(name: str) -> list[Any]:
+  return [int(x) if x.isdigit() else x for x in re.split(r"([0-9]+)", name)]
+
+
+def _entries(path: pathlib.Path) -> dict[str, tuple[pathlib.Path, safetensors.Entry]]:
+  if not adapter.is_adapter(path):
+    return folder.entries(path)
+  _, weights = adapter.paths(path)
+  return {name: (weights, entry) for name, entry in safetensors.header(weights).tensors.items()}
+
+
+def _totals(tensors: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, int]]:
+  totals: dict[str, dict[str, int]] = {}
+  for tensor in tensors:
+    own = totals.setdefault(tensor["dtype"], {"tensors": 0, "entries": 0, "bytes": 0})
+    own["tensors"] += 1
+    own["entries"] += math.prod(tensor["shape"])
+    own["bytes"] += tensor["bytes"]
+  return totals
+
+
+def _tied(path: pathlib.Path) -> bool | None:
+  """What the config says of tied weights; models of several parts say it of the text part."""
+  if not (path / folder.CONFIG).is_file():
+    return None
+  config = folder.config(path)
+  inner = config.get("text_config")
+  both = [config, inner if isinstance(inner, dict) else {}]
+  return next((c["tie_word_embeddings"] for c in both if "tie_word_embeddings" in c), None)
+
+
+def _shared(files: Iterable[pathlib.Path], names: Mapping[str, Any]) -> dict[str, str]:
+  """Tensors that share the bytes of others: safetensors stores one, and names it for the rest."""
+  noted = (item for file in files for item in safetensors.header(file).metadata.items())
+  return {name: held for name, held in noted if held in names and name not in names}
+
+
+def _digest(
+  files: Files,
+  name: str,
+  path: pathlib.Path,
+  entry: safetensors.Entry,
+  progress: Callable[[int], None],
+) -> str:
+  tensor, found = stored(files, path, name, entry), xxhash.xxh3_128()
+  size, step = math.prod(entry.shape), PART // entry.dtype.itemsize
+  for start in range(0, size, step):
+    part = np.empty(min(step, size - start), entry.dtype)
+    tensor.read(start, part)
+    found.update(part.view(np.uint8).data)
+    progress(part.nbytes)
+  return found.hexdigest()
+
+
+def _provenance(path: pathlib.Path) -> tuple[Record, dict[str, str]]:
+  """What a merged model says about itself, and the checksums of its tensors."""
+  file = path / folder.PROVENANCE
+  if not file.is_file():
+    raise FileNotFoundError(f"{file}: no such file; only what jaxmerge merged can be checked.")
+  content = folder.read_json(file)
+  tensors = content.pop("tensors", None)
+  try:
+    return content, {name: entry["xxh3_128"] for name, entry in tensors.items()}
+  except (AttributeError, TypeError, KeyError) as error:
+    raise ValueError(f"{file}: tensors must map names to xxh3_128; it is damaged.") from error

@@ -1,0 +1,78 @@
+"""What is in a folder of weights, as text for a terminal, from the record of `inspecting`."""
+
+from __future__ import annotations
+
+import collections
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any  # A record is JSON, its values have no one type.
+
+from jaxmerge.report import words
+
+# What of an adapter's config says what it is.
+_ADAPTER = ("peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "base_model_name_or_path")
+
+
+def text(record: Mapping[str, Any]) -> str:
+  """Writes the tensors, the totals by dtype, and what is known beyond them."""
+  hashed = any("xxh3_128" in tensor for tensor in record["tensors"])
+  rows = [["tensor", "dtype", "shape", "bytes", *["xxh3_128"] * hashed]]
+  for t in record["tensors"]:
+    shape = "×".join(map(str, t["shape"])) or "scalar"
+    own = [t["name"], t["dtype"], shape, f"{t['bytes']:,}"]
+    rows.append([*own, t["xxh3_128"]] if hashed else own)
+  totals = [["dtype", "tensors", "entries", "bytes"]]
+  for dtype, own in record["dtypes"].items():
+    totals.append([dtype, *(f"{own[key]:,}" for key in totals[0][1:])])
+  facts = [f"{what:<11} {line}" for what, line in _facts(record)]
+  return "\n\n".join(["\n".join(part) for part in (columns(rows), columns(totals), facts)]) + "\n"
+
+
+def columns(rows: Sequence[Sequence[str]]) -> list[str]:
+  """Writes rows, of which the first are headings, as aligned lines; names to the left.
+
+  >>> columns([["name", "size"], ["a", "10"]])
+  ['name  size', '──────────', 'a       10']
+  """
+  wide = [max(map(len, column)) for column in zip(*rows, strict=True)]
+  lines = [
+    "  ".join([row[0].ljust(wide[0]), *map(str.rjust, row[1:], wide[1:])]).rstrip() for row in rows
+  ]
+  return [lines[0], "─" * max(map(len, lines)), *lines[1:]]
+
+
+def _facts(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+  yield "parameters", f"{record['parameters']:,}"
+  files = record["files"]
+  names = ", ".join(f["name"] for f in files[:3]) + ", …" * (len(files) > 3)
+  yield "files", f"{len(files)}, {sum(f['bytes'] for f in files):,} bytes: {names}"
+  if record["tied"] is not None:
+    yield "tied", f"tie_word_embeddings is {json.dumps(record['tied'])} in config.json"
+  for name, held in record["shared"].items():
+    yield "shared", f"{name} is not stored: it has the bytes of {held}"
+  for group in record.get("equal", []):
+    yield "equal", ", ".join(group)
+  if "adapter" in record:
+    known = {k: record["adapter"][k] for k in _ADAPTER if record["adapter"].get(k) is not None}
+    yield "adapter", ", ".join(f"{k} {_short(v)}" for k, v in known.items())
+  yield from _provenance(record)
+
+
+def _provenance(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+  for key, value in record.get("provenance", {}).items():
+    if key != "inputs" or not isinstance(value, dict):
+      yield "provenance", f"{key}: {_short(value)}"
+      continue
+    for model, fates in value.items():
+      counts = collections.Counter(fates.values() if isinstance(fates, dict) else [str(fates)])
+      told = [f"{count:,} {fate}" for fate, count in counts.most_common()]
+      yield "provenance", f"input {model}: {', '.join(told) or 'no tensors'}"
+  if "check" in record:
+    check = record["check"]
+    told = [f"{len(check[key]):,} {key}" for key in ("changed", "missing", "added") if check[key]]
+    yield "check", ", ".join([f"{check['same']:,} tensors as recorded", *told])
+
+
+def _short(value: Any) -> str:
+  written = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+  return words.short(" ".join(written.split()), 120)
