@@ -151,11 +151,15 @@ def _merge(
     journal.add(sink, name, start, part)
     progress(part.nbytes)
 
+  # Some tensors of the job may be copied after all: a model lacks them, or they hold integers.
+  numbers = {
+    n: {t: v[t] for t in outputs} if isinstance(v, dict) else v for n, v in job.numbers.items()
+  }
   streaming.stream(
     job.method(),
     source,
     write,
-    aux=job.numbers,
+    aux=numbers,
     seed=job.seed,
     names=job.models,
     layout=job.layout,
