@@ -6,6 +6,7 @@ from typing import Any  # A lazy attribute may be any public object.
 _HOMES = {
   "merge": "jaxmerge.memory",
   "blend": "jaxmerge.memory",
+  "merge_files": "jaxmerge.files",
   "stack": "jaxmerge.tree",
   "unstack": "jaxmerge.tree",
   "tune_and_merge": "jaxmerge.atm.loop",
@@ -16,11 +17,13 @@ _HOMES = {
 _ROOMS = (
   "atm",
   "catalog",
+  "files",
   "inspecting",
   "io",
   "memory",
   "methods",
   "models",
+  "planning",
   "recipe",
   "report",
   "stage",

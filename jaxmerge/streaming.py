@@ -11,36 +11,18 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple  # Any: what is known is a tree of arrays.
+from typing import Any  # Any: what is known is a tree of arrays.
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmerge import memory, ranking, statistics, tree, unrolling, views
+from jaxmerge import memory, ranking, slicing, statistics, tree, unrolling, views
+from jaxmerge.slicing import Form, Parts, Run, Source
 from jaxmerge.stage import Array, Leaf, Method, Rank, Stage, Statistic, Sum
 from jaxmerge.tree import Tree
 
 BLOCK = 2**18  # Sums of floats are made of slices of so many entries, however others are cut.
-SAMPLE = 2**18  # Entries of a model that are looked at before a threshold is searched,
-PIECE = 2**9  # at least so many next to each other,
-PIECES = 16  # in at most so many places of a leaf.
-
-
-class Source(NamedTuple):
-  """Where the weights come from.
-
-  Attributes:
-    leaves: name to ShapeDtypeStruct of the result's leaves.
-    height: number of models K.
-    read: (name, start, stop) -> (base [n], reference [n], models [K, n]), NumPy arrays; entries
-      are counted row by row. They are used up before the next call. Base and reference are None
-      where raw weights are merged.
-  """
-
-  leaves: Mapping[str, jax.ShapeDtypeStruct]
-  height: int
-  read: Callable[[str, int, int], tuple[Any, Any, Any]]
 
 
 def stream(
@@ -79,7 +61,7 @@ def stream(
     copied = source.leaves.keys() - shapes.keys()
     ready = memory.prepare(method, shapes, source.height, aux, names, copied)
   offsets = tuple(memory.offsets(step, shapes) for step in method)
-  run = _Run(method, source, shapes, ready, names, views.check(layout), entries, offsets, {})
+  run = Run(method, source, shapes, ready, names, views.check(layout), entries, offsets, {})
   known: tuple[Any, ...] = ()
   for i, step in enumerate(method):
     own = {}
@@ -89,9 +71,11 @@ def stream(
         own[group].update(_measured(run, members, i, batch, known, own[group]))
     known = (*known, own)
   left = [name for name in shapes if name not in done]
-  for name, start, parts, form in _slices(run, left, entries):
+  for name, start, parts, form in slicing.slices(run, left, entries):
     dtype = source.leaves[name].dtype
-    merged = _merged(parts, _known(run, name, known), method=method, form=form, dtype=dtype)
+    merged = _merged(
+      parts, slicing.known_of(run, name, known), method=method, form=form, dtype=dtype
+    )
     out = np.asarray(merged)
     memory.refuse_height(name, out.shape[0])
     write(name, start, out[0])
@@ -127,155 +111,6 @@ def merge_slices(
   return tree.rebuild(base, out)
 
 
-class _Run(NamedTuple):
-  """What stays the same over all slices of a merge."""
-
-  method: Method
-  source: Source
-  shapes: dict[str, tuple[int, ...]]
-  ready: memory.Ready
-  names: Sequence[str] | None
-  layout: views.Views
-  entries: int
-  offsets: tuple[dict[str, np.uint32], ...]
-  checked: dict[str, int]
-
-
-class _Form(NamedTuple):
-  """What the program of a slice depends on, besides its length: for leaves alike it is the same.
-
-  Attributes:
-    acts: whether each stage acts on the leaf.
-    shape: of the slice, (-1, ...) or that of a scalar, (); None where it can stay flat.
-    view: the leaf's matrix view.
-  """
-
-  acts: tuple[bool, ...]
-  shape: tuple[int, ...] | None
-  view: str | None
-
-
-class _Parts(NamedTuple):
-  """A slice, and what its program takes with it."""
-
-  base: Any
-  reference: Any
-  models: Any
-  leaf: Leaf
-  offsets: tuple[Any, ...]
-
-
-# --- Cutting and reading ---
-
-
-def _form(run: _Run, name: str) -> _Form:
-  acts = tuple(step.where is None or step.where(name) for step in run.method)
-  shape = run.shapes[name]
-  if shape and not _needs_rows(run, name):
-    return _Form(acts, None, None)
-  return _Form(acts, (-1, *shape[1:]) if shape else (), views.view_of(name, run.layout))
-
-
-def _needs_rows(run: _Run, name: str) -> bool:
-  return any(s.unit == "row" and (s.where is None or s.where(name)) for s in run.method)
-
-
-def _unit(run: _Run, name: str) -> int:
-  """As many entries must stay together."""
-  shape = run.shapes[name]
-  if not _needs_rows(run, name):
-    return 1
-  rows_lead = views.rows_lead(views.view_of(name, run.layout))
-  return max(1, math.prod(shape[1:] if rows_lead else shape))
-
-
-def _ranges(run: _Run, name: str, entries: int) -> Iterator[tuple[int, int]]:
-  """Cuts a leaf into slices of about so many entries, in whole units."""
-  size, unit = math.prod(run.shapes[name]), _unit(run, name)
-  step = unit * max(1, entries // unit)
-  for start in range(0, max(size, 1), step):
-    yield start, min(start + step, size)
-
-
-def _pieces(run: _Run, name: str, size: int) -> Iterator[tuple[int, int]]:
-  """Picks some slices all over a leaf, its share of a sample of `size` entries."""
-  own, unit = math.prod(run.shapes[name]), _unit(run, name)
-  wanted = SAMPLE * own // max(size, 1)
-  count = min(max(wanted // PIECE, 1), PIECES)
-  # A power of two: programs are compiled for every length.
-  length = unit * -(-max(PIECE, 1 << (wanted // count).bit_length()) // unit)
-  if count * length >= own:
-    count, length = 1, own
-  for i in range(count):
-    start = own * i // count // unit * unit
-    yield start, min(start + length, own)
-
-
-def _slices(
-  run: _Run, members: Collection[str], entries: int
-) -> Iterator[tuple[str, int, _Parts, _Form]]:
-  for name in members:
-    form = _form(run, name)
-    for start, stop in _ranges(run, name, entries):
-      yield name, start, _read(run, name, start, stop), form
-
-
-def _read(run: _Run, name: str, start: int, stop: int) -> _Parts:
-  """Reads a slice, and refuses NaN and infinity the first time."""
-  base, reference, models = run.source.read(name, start, stop)
-  order, shape = run.ready.order, run.shapes[name]
-  if order is not None:
-    models = models[order]
-  if start >= run.checked.get(name, 0):
-    fine = finite(base)
-    flags = (fine, fine if reference is base else finite(reference), [finite(m) for m in models])
-    memory.refuse_nonfinite({name: flags}, run.names, order)
-    if start == run.checked.get(name, 0):  # A sample looks ahead.
-      run.checked[name] = stop
-  leaf = memory.leaf_of(name, None, run.ready)
-  aux = {n: _entries(v, shape, start, stop) for n, v in leaf.aux.items()}
-  before = tuple(own.get(name, np.uint32(0)) for own in run.offsets)
-  leaf = leaf._replace(start=np.uint32(start % 2**32), aux=aux)
-  return _Parts(base, reference, models, leaf, before)
-
-
-def _entries(value: Any, shape: tuple[int, ...], start: int, stop: int) -> Any:
-  """The entries of an array that is aligned to the leaf; other numbers as they are."""
-  if not shape or np.ndim(value) != len(shape) + 1 or np.shape(value)[1:] != shape:
-    return value
-  return np.asarray(value).reshape(len(value), -1)[:, start:stop]
-
-
-_INTEGERS = {2: (np.uint16, np.int16), 4: (np.uint32, np.int32)}
-_INFINITY = {"bfloat16": 0x7F80, "float16": 0x7C00, "float32": 0x7F800000}
-
-
-def finite(x: np.ndarray | None) -> bool:
-  """Tells whether an array has neither NaN nor infinity, without a temporary array.
-
-  Example:
-    >>> finite(np.array([1.0, np.inf], np.float32)), finite(np.ones(3, np.float16))
-    (False, True)
-  """
-  if x is None or not x.size:
-    return True
-  if x.dtype.name not in _INFINITY:
-    return bool(np.isfinite(x).all())
-  # As integers: positive infinity and NaN are the largest signed, negative the largest unsigned.
-  limit = _INFINITY[x.dtype.name]
-  unsigned, signed = (x.view(integer) for integer in _INTEGERS[x.dtype.itemsize])
-  sign = 1 << (8 * x.dtype.itemsize - 1)
-  return bool(signed.max() < limit and unsigned.max() < limit + sign)
-
-
-# --- Measuring ---
-
-
-def _known(run: _Run, name: str, known: tuple[Any, ...]) -> tuple[Any, ...]:
-  """What each stage knows about one leaf: that of the leaf's group."""
-  return tuple(own.get(step.group(name), {}) for step, own in zip(run.method, known, strict=False))
-
-
 def _batches(step: Stage) -> Iterator[list[Statistic]]:
   """Groups statistics that one reading serves: neighbouring ranks among the same values."""
 
@@ -288,7 +123,7 @@ def _batches(step: Stage) -> Iterator[list[Statistic]]:
 
 
 def _measured(
-  run: _Run, members: Sequence[str], i: int, batch: list[Statistic], known: Any, own: Any
+  run: Run, members: Sequence[str], i: int, batch: list[Statistic], known: Any, own: Any
 ) -> dict[str, Any]:
   ranks = [s for s in batch if isinstance(s, Rank)]
   if not ranks:
@@ -300,13 +135,13 @@ def _measured(
   return {s.name: statistics.Cut(*cut) for s, cut in zip(ranks, cuts, strict=True)}
 
 
-def _sum(run: _Run, members: Sequence[str], i: int, statistic: Sum, known: Any, own: Any) -> Any:
+def _sum(run: Run, members: Sequence[str], i: int, statistic: Sum, known: Any, own: Any) -> Any:
   """Adds up the results of fixed slices, one after the other, floats in double precision."""
   total = dtypes = None
   static = {"before": run.method[:i], "step": run.method[i], "statistic": statistic}
   combine = np.add if statistic.combine is jnp.add else jax.jit(statistic.combine)
-  for name, _, parts, form in _slices(run, members, BLOCK):
-    seen = _known(run, name, known)
+  for name, _, parts, form in slicing.slices(run, members, BLOCK):
+    seen = slicing.known_of(run, name, known)
     each = _partial(parts, seen, own, form=form, **static)
     dtypes = jax.tree.map(lambda x: x.dtype, each)
     each = jax.device_get(each)  # Before the next slice is read to where this one lies.
@@ -320,16 +155,16 @@ def _wide(x: np.ndarray) -> np.ndarray:
 
 
 def _numbers(
-  run: _Run, members: Sequence[str], i: int, ranks: Sequence[Rank], known: Any
+  run: Run, members: Sequence[str], i: int, ranks: Sequence[Rank], known: Any
 ) -> ranking.Numbers:
   """The values that some statistics rank, one row per statistic and model."""
   static = {"before": run.method[:i], "step": run.method[i], "rank": ranks[0]}
   size = sum(math.prod(run.shapes[n]) for n in members)
-  ranges = [(n, *ends) for n in members for ends in _ranges(run, n, run.entries)]
+  ranges = [(n, *ends) for n in members for ends in slicing.ranges(run, n, run.entries)]
 
   def part(name: str, start: int, stop: int, bracket: Any = None) -> ranking.Slice:
-    parts = _read(run, name, start, stop)
-    seen, form = _known(run, name, known), _form(run, name)
+    parts = slicing.read(run, name, start, stop)
+    seen, form = slicing.known_of(run, name, known), slicing.form_of(run, name)
     found = _bits(parts, seen, bracket, form=form, **static)
     bits, codes = jax.device_get(found)
     return ranking.Slice(int(parts.offsets[i]) + start, list(bits) * len(ranks), codes)
@@ -338,7 +173,7 @@ def _numbers(
     found, weights = [], []
     for name in members:
       whole = math.prod(run.shapes[name])
-      own = [np.stack(part(name, *ends).bits) for ends in _pieces(run, name, size)]
+      own = [np.stack(part(name, *ends).bits) for ends in slicing.pieces(run, name, size)]
       found += own
       seen = sum(x.shape[1] for x in own)
       weights += [np.full(x.shape[1], whole / max(seen, 1)) for x in own]
@@ -355,7 +190,7 @@ def _numbers(
 
 
 def _through(
-  parts: _Parts, known: Any, method: Method, form: _Form
+  parts: Parts, known: Any, method: Method, form: Form
 ) -> tuple[Array, Leaf, list[Array]]:
   """Takes the task vectors of a slice through stages.
 
@@ -384,18 +219,18 @@ def _through(
 
 @functools.partial(jax.jit, static_argnames=("before", "step", "statistic", "form"))
 def _partial(
-  parts: _Parts,
+  parts: Parts,
   known: Any,
   own: Any,
   *,
   before: Method,
   step: Stage,
   statistic: Sum,
-  form: _Form,
+  form: Form,
 ) -> Any:
   """What a slice adds to a sum."""
 
-  def run(parts: _Parts, known: Any, own: Any) -> Any:
+  def run(parts: Parts, known: Any, own: Any) -> Any:
     x, leaf, kept = _through(parts, known, before, form)
     return statistic.measure(memory.seen(step, x, kept), leaf, own)
 
@@ -404,18 +239,18 @@ def _partial(
 
 @functools.partial(jax.jit, static_argnames=("before", "step", "rank", "form"))
 def _bits(
-  parts: _Parts,
+  parts: Parts,
   known: Any,
   bracket: Any,
   *,
   before: Method,
   step: Stage,
   rank: Rank,
-  form: _Form,
+  form: Form,
 ) -> tuple[Array, Array]:
   """The patterns [K, n] of a slice's values, and their side of each bracket, [R * K, n]."""
 
-  def run(parts: _Parts, known: Any) -> Array:
+  def run(parts: Parts, known: Any) -> Array:
     x, leaf, kept = _through(parts, known, before, form)
     return statistics.pattern(rank.of(memory.seen(step, x, kept), leaf))
 
@@ -429,10 +264,10 @@ def _bits(
 
 
 @functools.partial(jax.jit, static_argnames=("method", "form", "dtype"))
-def _merged(parts: _Parts, known: Any, *, method: Method, form: _Form, dtype: Any) -> Array:
+def _merged(parts: Parts, known: Any, *, method: Method, form: Form, dtype: Any) -> Array:
   """A slice of the result, [1, n]."""
 
-  def run(parts: _Parts, known: Any) -> Array:
+  def run(parts: Parts, known: Any) -> Array:
     x, _, _ = _through(parts, known, method, form)
     return memory.stored(x.reshape(x.shape[0], parts.models.shape[1]), parts.base, dtype)
 

@@ -30,6 +30,7 @@ FLOORS = {
   3: {
     "methods",
     "memory",
+    "slicing",
     "streaming",
     "planning",
     "files",
@@ -38,7 +39,17 @@ FLOORS = {
     "tasks",
     "data",
   },
-  2: {"stage", "statistics", "resolving", "views", "mesh", "models", "collecting"},
+  2: {
+    "stage",
+    "statistics",
+    "ranking",
+    "unrolling",
+    "resolving",
+    "views",
+    "mesh",
+    "models",
+    "collecting",
+  },
   1: {"tree", "catalog", "published", "io", "report"},
 }
 FLOOR = {room: floor for floor, rooms in FLOORS.items() for room in rooms}

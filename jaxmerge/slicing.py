@@ -1,0 +1,178 @@
+"""Cutting leaves into slices, and reading them: what a driver puts on the device at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple  # Any: arrays of NumPy, and what stages know.
+
+import jax
+import numpy as np
+
+from jaxmerge import memory, views
+from jaxmerge.stage import Leaf, Method
+
+SAMPLE = 2**18  # Entries of a model that are looked at before a threshold is searched,
+PIECE = 2**9  # at least so many next to each other,
+PIECES = 16  # in at most so many places of a leaf.
+
+
+class Source(NamedTuple):
+  """Where the weights come from.
+
+  Attributes:
+    leaves: name to ShapeDtypeStruct of the result's leaves.
+    height: number of models K.
+    read: (name, start, stop) -> (base [n], reference [n], models [K, n]), NumPy arrays; entries
+      are counted row by row. They are used up before the next call. Base and reference are None
+      where raw weights are merged.
+  """
+
+  leaves: Mapping[str, jax.ShapeDtypeStruct]
+  height: int
+  read: Callable[[str, int, int], tuple[Any, Any, Any]]
+
+
+class Run(NamedTuple):
+  """What stays the same over all slices of a merge."""
+
+  method: Method
+  source: Source
+  shapes: dict[str, tuple[int, ...]]
+  ready: memory.Ready
+  names: Sequence[str] | None
+  layout: views.Views
+  entries: int
+  offsets: tuple[dict[str, np.uint32], ...]
+  checked: dict[str, int]
+
+
+class Form(NamedTuple):
+  """What the program of a slice depends on, besides its length: for leaves alike it is the same.
+
+  Attributes:
+    acts: whether each stage acts on the leaf.
+    shape: of the slice, (-1, ...) or that of a scalar, (); None where it can stay flat.
+    view: the leaf's matrix view.
+  """
+
+  acts: tuple[bool, ...]
+  shape: tuple[int, ...] | None
+  view: str | None
+
+
+class Parts(NamedTuple):
+  """A slice, and what its program takes with it."""
+
+  base: Any
+  reference: Any
+  models: Any
+  leaf: Leaf
+  offsets: tuple[Any, ...]
+
+
+def form_of(run: Run, name: str) -> Form:
+  """Returns the form of a leaf's slices."""
+  acts = tuple(step.where is None or step.where(name) for step in run.method)
+  shape = run.shapes[name]
+  if shape and not _needs_rows(run, name):
+    return Form(acts, None, None)
+  return Form(acts, (-1, *shape[1:]) if shape else (), views.view_of(name, run.layout))
+
+
+def _needs_rows(run: Run, name: str) -> bool:
+  return any(s.unit == "row" and (s.where is None or s.where(name)) for s in run.method)
+
+
+def _unit(run: Run, name: str) -> int:
+  """As many entries must stay together."""
+  shape = run.shapes[name]
+  if not _needs_rows(run, name):
+    return 1
+  rows_lead = views.rows_lead(views.view_of(name, run.layout))
+  return max(1, math.prod(shape[1:] if rows_lead else shape))
+
+
+def ranges(run: Run, name: str, entries: int) -> Iterator[tuple[int, int]]:
+  """Cuts a leaf into slices of about so many entries, in whole units."""
+  size, unit = math.prod(run.shapes[name]), _unit(run, name)
+  step = unit * max(1, entries // unit)
+  for start in range(0, max(size, 1), step):
+    yield start, min(start + step, size)
+
+
+def pieces(run: Run, name: str, size: int) -> Iterator[tuple[int, int]]:
+  """Picks some slices all over a leaf, its share of a sample of `size` entries."""
+  own, unit = math.prod(run.shapes[name]), _unit(run, name)
+  wanted = SAMPLE * own // max(size, 1)
+  count = min(max(wanted // PIECE, 1), PIECES)
+  # A power of two: programs are compiled for every length.
+  length = unit * -(-max(PIECE, 1 << (wanted // count).bit_length()) // unit)
+  if count * length >= own:
+    count, length = 1, own
+  for i in range(count):
+    start = own * i // count // unit * unit
+    yield start, min(start + length, own)
+
+
+def slices(
+  run: Run, members: Collection[str], entries: int
+) -> Iterator[tuple[str, int, Parts, Form]]:
+  """Reads leaves slice by slice: yields name, start, slice and form."""
+  for name in members:
+    form = form_of(run, name)
+    for start, stop in ranges(run, name, entries):
+      yield name, start, read(run, name, start, stop), form
+
+
+def read(run: Run, name: str, start: int, stop: int) -> Parts:
+  """Reads a slice, and refuses NaN and infinity the first time."""
+  base, reference, models = run.source.read(name, start, stop)
+  order, shape = run.ready.order, run.shapes[name]
+  if order is not None:
+    models = models[order]
+  if start >= run.checked.get(name, 0):
+    fine = finite(base)
+    flags = (fine, fine if reference is base else finite(reference), [finite(m) for m in models])
+    memory.refuse_nonfinite({name: flags}, run.names, order)
+    if start == run.checked.get(name, 0):  # A sample looks ahead.
+      run.checked[name] = stop
+  leaf = memory.leaf_of(name, None, run.ready)
+  aux = {n: _entries(v, shape, start, stop) for n, v in leaf.aux.items()}
+  before = tuple(own.get(name, np.uint32(0)) for own in run.offsets)
+  leaf = leaf._replace(start=np.uint32(start % 2**32), aux=aux)
+  return Parts(base, reference, models, leaf, before)
+
+
+def _entries(value: Any, shape: tuple[int, ...], start: int, stop: int) -> Any:
+  """The entries of an array that is aligned to the leaf; other numbers as they are."""
+  if not shape or np.ndim(value) != len(shape) + 1 or np.shape(value)[1:] != shape:
+    return value
+  return np.asarray(value).reshape(len(value), -1)[:, start:stop]
+
+
+_INTEGERS = {2: (np.uint16, np.int16), 4: (np.uint32, np.int32)}
+_INFINITY = {"bfloat16": 0x7F80, "float16": 0x7C00, "float32": 0x7F800000}
+
+
+def finite(x: np.ndarray | None) -> bool:
+  """Tells whether an array has neither NaN nor infinity, without a temporary array.
+
+  Example:
+    >>> finite(np.array([1.0, np.inf], np.float32)), finite(np.ones(3, np.float16))
+    (False, True)
+  """
+  if x is None or not x.size:
+    return True
+  if x.dtype.name not in _INFINITY:
+    return bool(np.isfinite(x).all())
+  # As integers: positive infinity and NaN are the largest signed, negative the largest unsigned.
+  limit = _INFINITY[x.dtype.name]
+  unsigned, signed = (x.view(integer) for integer in _INTEGERS[x.dtype.itemsize])
+  sign = 1 << (8 * x.dtype.itemsize - 1)
+  return bool(signed.max() < limit and unsigned.max() < limit + sign)
+
+
+def known_of(run: Run, name: str, known: tuple[Any, ...]) -> tuple[Any, ...]:
+  """What each stage knows about one leaf: that of the leaf's group."""
+  return tuple(own.get(step.group(name), {}) for step, own in zip(run.method, known, strict=False))
