@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pathlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple  # Any: numbers of many kinds, what a config.json holds.
@@ -11,7 +12,7 @@ from typing import Any, NamedTuple  # Any: numbers of many kinds, what a config.
 import numpy as np
 
 from jaxmerge import planning
-from jaxmerge.io import folder, safetensors
+from jaxmerge.io import adapter, folder, safetensors
 from jaxmerge.io.tensor import Files
 from jaxmerge.planning import Job, Part, Plan, Want
 from jaxmerge.recipe import layers, parameters, schema, translating
@@ -20,6 +21,7 @@ from jaxmerge.recipe.places import Problem, RecipeError
 from jaxmerge.recipe.records import Group, Model, Recipe, Source, groups, referenced
 
 Opened = Mapping[Model, planning.Model]
+RECIPE = "jaxmerge_recipe.yml"
 
 
 class _Row(NamedTuple):
@@ -31,23 +33,47 @@ class _Row(NamedTuple):
 
 
 def of_file(path: str | os.PathLike[str], files: Files) -> Plan:
-  """Plans the recipe of a file; its models are local folders.
+  """Plans the recipe of a file; its models are local folders, perhaps with adapters.
 
   Raises:
-    RecipeError: for what is wrong with the recipe.
+    RecipeError: for what is wrong with the recipe, or cannot be run yet.
     planning.Problems: naming the tensors and models that do not fit each other.
   """
   found = schema.read(path)
-  if len(found) != 1:
-    raise RecipeError([Problem(found[1].place, "several recipes in one file cannot be run yet.")])
-  return planned(found[0], lambda model: _opened(model, files))
+  problems = [p for recipe in found for p in _not_yet(recipe)]
+  if len(found) > 1:
+    problems.append(Problem(found[1].place, "several recipes in one file cannot be run yet."))
+  if problems:
+    raise RecipeError(problems)
+  text = pathlib.Path(path).read_text(encoding="utf-8")
+  plan = planned(found[0], lambda model: _opened(model, files))
+  return plan._replace(facts={"recipe": text}, texts={**plan.texts, RECIPE: text})
+
+
+def _not_yet(recipe: Recipe) -> Iterator[Problem]:
+  """What a recipe may say, but is not done yet."""
+  for key in ("tokenizer", "tokenizer_source", "chat_template"):
+    if key in recipe.places:
+      text = (
+        f"{key} cannot be run yet; without it, the files of the base (or first model) are taken."
+      )
+      yield Problem(recipe.places[key], text)
+  if recipe.compat == "mergekit" and recipe.dtype not in (None, "float32"):
+    text = "compat: mergekit computes in float32 alone yet; write dtype: float32 and out_dtype."
+    yield Problem(recipe.places["dtype"], text)
 
 
 def _opened(model: Model, files: Files) -> planning.Model:
-  if model.adapter or model.revision:
-    raise RecipeError([Problem(model.place, f"{model}: adapters and revisions cannot be run yet.")])
+  if model.revision or model.adapter_revision:
+    text = f"{model}: models of the hub cannot be opened yet; download it, and give its folder."
+    raise RecipeError([Problem(model.place, text)])
   try:
-    return planning.model(model.path, files, name=str(model))
+    opened = planning.model(model.path, files, name=str(model))
+    if model.adapter is None:
+      return opened
+    weights = pathlib.Path(model.adapter) / adapter.WEIGHTS
+    tensors = adapter.adapted(opened.tensors, model.adapter, files)
+    return opened._replace(tensors=tensors, files=(*opened.files, weights))
   except (OSError, ValueError) as error:
     raise RecipeError([Problem(model.place, str(error))]) from error
 
@@ -77,11 +103,10 @@ def planned(recipe: Recipe, open_model: Callable[[Model], planning.Model]) -> Pl
     [donor, *(m for m in models.values() if m is not donor)],
     dtype=_dtype(recipe),
     missing=recipe.missing,
-    fates=_left_out(models, rows),
+    fates=_left_out(recipe, models, rows),
   )
   changed = _config(recipe, config, rows)
   return plan._replace(
-    facts={"recipe": repr(recipe)},
     texts={} if changed == config else {folder.CONFIG: json.dumps(changed, indent=2) + "\n"},
   )
 
@@ -168,11 +193,17 @@ def _all_names(rows: Sequence[_Row]) -> dict[str, int | None]:
   return found | {row.tensor.name: row.tensor.layer for row in rows}
 
 
-def _left_out(models: Opened, rows: Sequence[_Row]) -> dict[str, dict[str, str]]:
-  """What becomes of layers that no slice takes, and of tensors outside that another slice gives."""
-  if not any(row.group.sliced for row in rows):
-    return {}
-  return {m.name: dict.fromkeys(m.tensors, "dropped: in no slice") for m in models.values()}
+def _left_out(recipe: Recipe, models: Opened, rows: Sequence[_Row]) -> dict[str, dict[str, str]]:
+  """What becomes of tensors that nothing is made of: excluded ones, and layers in no slice."""
+  told: dict[str, dict[str, str]] = {m.name: {} for m in models.values()}
+  if any(row.group.sliced for row in rows):
+    told = {m.name: dict.fromkeys(m.tensors, "dropped: in no slice") for m in models.values()}
+  for row in rows:
+    if parameters.excluded(recipe, row.tensor):
+      for source, name in zip(row.group.sources, row.names, strict=True):
+        if name in models[source.model].tensors:
+          told[models[source.model].name][name] = "dropped: excluded"
+  return told
 
 
 # --- What becomes of them ---

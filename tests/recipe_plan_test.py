@@ -1,0 +1,228 @@
+"""Recipes run: what becomes of every tensor, and that it is what the methods say."""
+
+import json
+import pathlib
+
+import folders
+import numpy as np
+import pytest
+import small
+
+import jaxmerge
+from jaxmerge import files, methods, planning
+from jaxmerge.io.tensor import Files
+from jaxmerge.recipe import RecipeError, layers
+from jaxmerge.recipe import plan as plans
+
+
+@pytest.fixture
+def family(tmp_path, monkeypatch):
+  """A base and three models near it, in the current directory."""
+  monkeypatch.chdir(tmp_path)
+  return folders.family(tmp_path)
+
+
+def run(text, out="out", **options):
+  """Runs a recipe, and returns the tensors of the result."""
+  return folders.read(files.run(plan_of(text), out, **options))
+
+
+def plan_of(text):
+  pathlib.Path("recipe.yml").write_text(text)
+  return plans.of_file("recipe.yml", Files())
+
+
+TIES = """
+merge_method: ties
+base_model: base
+models:
+  - model: m0
+    parameters: {weight: 1.0, density: 0.5}
+  - model: m1
+    parameters: {weight: 0.5, density: 0.3}
+"""
+
+
+def test_a_recipe_is_the_method(family):
+  base, first, second, _ = family
+  expected = jaxmerge.merge(
+    methods.ties(weight=(1.0, 0.5)),
+    base,
+    jaxmerge.stack([first, second]),
+    names=["m0", "m1"],
+    aux={"density": (0.5, 0.3)},
+  )
+  small.same(run(TIES), expected)
+
+
+def test_a_density_over_depth_is_counted_per_tensor(family):
+  base, first, *_ = family
+  text = """
+merge_method: ties
+base_model: base
+models: [{model: m0, parameters: {weight: 1, density: [0.2, 0.4, 1.0]}}]
+"""
+  found = run(text)
+  for i, density in enumerate((0.2, 0.4, 1.0)):
+    name = f"model.layers.{i}.mlp.up_proj.weight"
+    own_base, own = ({name: t[name]} for t in (base, first))
+    out = jaxmerge.merge(
+      methods.ties(density, scope="leaf"), own_base, {name: own[name][None]}, names=["m0"]
+    )
+    small.close({name: found[name]}, out)
+
+
+def test_filters_choose_tensor_by_tensor(family):
+  base, first, *_ = family
+  text = """
+merge_method: slerp
+base_model: base
+models: [{model: m0}]
+parameters:
+  t:
+    - {filter: self_attn, value: 0}
+    - {filter: mlp, value: [0, 1]}
+    - {value: 1}
+"""
+  found = run(text)
+  attention, head = "model.layers.1.self_attn.q_proj.weight", "lm_head.weight"
+  np.testing.assert_allclose(found[attention], base[attention], atol=1e-6)
+  np.testing.assert_allclose(found[head], first[head], atol=1e-6)
+  up = "model.layers.{}.mlp.up_proj.weight"
+  np.testing.assert_allclose(found[up.format(0)], base[up.format(0)], atol=1e-6)
+  np.testing.assert_allclose(found[up.format(2)], first[up.format(2)], atol=1e-6)
+  pair = {"w": np.stack([t[up.format(1)] for t in (base, first)])}
+  small.close({"w": found[up.format(1)]}, jaxmerge.blend(methods.slerp(0.5), pair))
+
+
+def test_layers_are_stacked(family):
+  """The frankenmerge: layers of two models on top of each other, and a changed config."""
+  _, first, second, _ = family
+  text = """
+merge_method: passthrough
+slices:
+  - sources: [{model: m0, layer_range: [0, 2]}]
+  - sources: [{model: m1, layer_range: [1, 3]}]
+"""
+  found = run(text)
+  q = "model.layers.{}.self_attn.q_proj.weight"
+  order = [(first, 0), (first, 1), (second, 1), (second, 2)]
+  for i, (model, layer) in enumerate(order):
+    np.testing.assert_array_equal(found[q.format(i)], model[q.format(layer)])
+  assert q.format(4) not in found
+  np.testing.assert_array_equal(
+    found["model.embed_tokens.weight"], first["model.embed_tokens.weight"]
+  )
+  np.testing.assert_array_equal(found["lm_head.weight"], second["lm_head.weight"])
+  config = json.loads(pathlib.Path("out/config.json").read_text())
+  assert config["num_hidden_layers"] == 4
+  told = json.loads(pathlib.Path("out/jaxmerge_provenance.json").read_text())["inputs"]
+  assert told["m0"][q.format(2)] == "dropped: in no slice"
+  assert told["m1"][q.format(1)] == f"{q.format(2)}: copied from m1"
+
+
+def test_slices_are_merged_layer_by_layer(family):
+  _, first, second, _ = family
+  text = """
+merge_method: linear
+slices:
+  - sources:
+      - {model: m0, layer_range: [0, 2], parameters: {weight: 1}}
+      - {model: m1, layer_range: [1, 3], parameters: {weight: 3}}
+"""
+  found = run(text)
+  up = "model.layers.{}.mlp.up_proj.weight"
+  for i in range(2):
+    expected = (first[up.format(i)] + 3 * second[up.format(i + 1)]) / 4
+    np.testing.assert_allclose(found[up.format(i)], expected, atol=1e-6)
+
+
+def test_exclude_overrides_and_dtype(family):
+  base, first, second, _ = family
+  text = (
+    TIES
+    + """
+exclude: ["lm_head"]
+overrides:
+  - {pattern: "norm", merge_method: linear}
+out_dtype: bfloat16
+"""
+  )
+  found = run(text)
+  assert {x.dtype.name for n, x in found.items() if n != "position_ids"} == {"bfloat16"}
+  assert json.loads(pathlib.Path("out/config.json").read_text())["torch_dtype"] == "bfloat16"
+  head, norm = "lm_head.weight", "model.norm.weight"
+  np.testing.assert_array_equal(found[head], base[head].astype(found[head].dtype))
+  mean = (first[norm] + 0.5 * second[norm]) / 1.5
+  np.testing.assert_allclose(found[norm].astype(np.float32), mean, rtol=1e-2)
+
+
+def test_the_recipe_travels_with_the_result(family):
+  run(TIES)
+  assert pathlib.Path("out/jaxmerge_recipe.yml").read_text() == TIES
+  assert json.loads(pathlib.Path("out/jaxmerge_provenance.json").read_text())["recipe"] == TIES
+
+
+def test_compat_has_mergekits_thresholds(family):
+  base, first, second, _ = family
+  expected = jaxmerge.merge(
+    methods.ties(weight=(1.0, 0.5), scope="leaf", rule="exact", zero_sum="plus"),
+    base,
+    jaxmerge.stack([first, second]),
+    names=["m0", "m1"],
+    aux={"density": (0.5, 0.3)},
+  )
+  small.same(run(TIES + "compat: mergekit\n"), expected)
+
+
+@pytest.mark.parametrize(
+  ("text", "place", "words"),
+  [
+    (TIES.replace("m1", "m9"), "7:12", "m9: no such folder"),
+    (TIES + "exclude: [lm_haed]\n", "9:11", "did you mean 'lm_head'"),
+    (TIES + "tokenizer_source: union\n", "9:", "cannot be run yet"),
+    (TIES.replace("weight: 0.5", "weight: [{filter: mlp, value: 1}]"), "8:", "needs weight"),
+  ],
+)
+def test_what_only_the_models_tell_has_its_place_too(family, text, place, words):
+  with pytest.raises(RecipeError) as error:
+    plan_of(text)
+  assert f"recipe.yml:{place}" in str(error.value)
+  assert words in str(error.value)
+
+
+def test_a_range_of_layers_that_is_not_there(family):
+  text = "merge_method: passthrough\nslices: [{sources: [{model: m0, layer_range: [2, 5]}]}]\n"
+  with pytest.raises(RecipeError, match="layer_range ends at 5, but m0 has 3 layers"):
+    plan_of(text)
+
+
+def test_vocabularies_that_differ_are_named(family):
+  _, first, *_ = family
+  wide = np.zeros((12, 6), np.float32)
+  folders.write(pathlib.Path("m0"), first | {"lm_head.weight": wide})
+  with pytest.raises(
+    planning.Problems, match=r"\[12, 6\] in m0 but .* \[10, 6\] in base; if these"
+  ):
+    plan_of(TIES)
+
+
+@pytest.mark.parametrize(
+  ("name", "expected"),
+  [
+    ("transformer.h.11.attn.c_attn.weight", ("transformer.h.", 11, "attn.c_attn.weight")),
+    ("encoder.block.0.layer.1.wi.weight", ("encoder.block.", 0, "layer.1.wi.weight")),
+    ("0.auto_model.x", ("", 0, "auto_model.x")),
+    ("lm_head.weight", None),
+  ],
+)
+def test_places_of_names(name, expected):
+  found = layers.place(name)
+  assert found == expected
+
+
+def test_the_stack_of_a_model_with_two_towers():
+  names = [f"vision.layers.{i}.w" for i in range(2)] + [f"text.layers.{i}.w" for i in range(3)]
+  assert layers.main(names, {"text_config": {"num_hidden_layers": 3}}) == "text.layers."
+  with pytest.raises(ValueError, match=r"text.layers.\* \(3\), vision.layers.\* \(2\)"):
+    layers.main(names, {})
