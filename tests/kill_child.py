@@ -10,7 +10,8 @@ directory that resumes whatever it finds there and gives a digest of what it end
 `SCENARIOS` to have it killed. A run is killed by SIGKILL after some seconds, or at an event: just
 before the n-th call that changes a file below its directory.
 
-Events are what Python does: every open for writing, sync, rename, mkdir, rmdir and removal, by our
+Events are what Python does: every open for writing, positioned write, sync, rename, mkdir, rmdir
+and removal, by our
 own code and by Orbax's. The array files, which Orbax's native library writes from its own threads,
 make no events; kills at random moments meet those.
 """
@@ -95,13 +96,33 @@ def merging(directory):
   return digest
 
 
+def files(directory, inputs):
+  """A merge of folders whose every tensor is synced and written down; all bytes of the result."""
+  import hashlib
+
+  from jaxmerge import files, methods
+  from jaxmerge.io import growing
+
+  growing.SYNCED = 1
+  inputs, out = pathlib.Path(inputs), pathlib.Path(directory) / "out"
+  models = [inputs / f"m{k}" for k in range(3)]
+  method = methods.trim(0.5) + methods.weighted_sum()
+  if not out.exists():
+    files.merge_files(method, models, out, base=inputs / "base", shard_size=500, entries=50)
+  digest = hashlib.sha256()
+  for path in sorted(out.iterdir()):
+    digest.update(path.name.encode() + path.read_bytes())
+  assert [p.name for p in out.parent.iterdir()] == ["out"]
+  return digest
+
+
 def np_bytes(x):
   import numpy as np
 
   return np.asarray(x).tobytes()
 
 
-SCENARIOS = {"counting": counting, "merging": merging}
+SCENARIOS = {"counting": counting, "merging": merging, "files": files}
 
 
 class Client:
@@ -144,6 +165,7 @@ def serve():
   import orbax.checkpoint
 
   import jaxmerge.atm.loop
+  import jaxmerge.files
   import jaxmerge.io.orbax  # noqa: F401
 
   assert not jax._src.xla_bridge._backends, "a backend has started; the server must not fork"
@@ -218,7 +240,13 @@ def _watch(directory, kill_event, events):
     note("os.fsync", os.readlink(f"/proc/self/fd/{number}"))
     sync(file)
 
-  os.fsync = fsync
+  write = os.pwrite
+
+  def pwrite(file, *given):
+    note("os.pwrite", os.readlink(f"/proc/self/fd/{file}"))
+    return write(file, *given)
+
+  os.fsync, os.pwrite = fsync, pwrite
   sys.addaudithook(hook)
 
 

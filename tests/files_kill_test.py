@@ -1,0 +1,81 @@
+"""Whatever the moment of a kill, the resumed merge of files ends with the same bytes."""
+
+import itertools
+
+import folders
+import kill_child
+import numpy as np
+import pytest
+
+
+@pytest.fixture(scope="module")
+def child():
+  with kill_child.connect() as client:
+    yield client
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+  root = tmp_path_factory.mktemp("inputs")
+  folders.family(root)
+  return str(root)
+
+
+@pytest.fixture(scope="module")
+def whole(child, inputs, tmp_path_factory):
+  """The uninterrupted merge."""
+  return child.run("files", tmp_path_factory.mktemp("whole"), inputs=inputs)
+
+
+def kill_and_resume(child, inputs, directory, event):
+  """Kills a merge before an event; whether it was killed, and the digest of the resumed one."""
+  directory.mkdir()
+  killed = child.run("files", directory, inputs=inputs, kill_event=event)["killed"]
+  return killed, child.run("files", directory, inputs=inputs)["digest"]
+
+
+def test_events_come_in_the_order_that_makes_them_safe(whole):
+  """What is written is synced before the journal says so, and all of it before the rename."""
+  events = whole["events"]
+  journal = [i for i, e in enumerate(events) if e == "os.fsync .out.merging/journal.jsonl"]
+  assert len(journal) >= 10
+  for before, after in itertools.pairwise(journal[:-1]):
+    between = events[before + 1 : after]
+    last = max(i for i, e in enumerate(between) if e.startswith("os.pwrite"))
+    assert any(e.startswith("os.fsync") and "model-" in e for e in between[last:])
+  renamed = events.index("os.rename .out.merging")
+  assert "os.fsync .out.merging" in events[:renamed]
+  assert "os.fsync ." in events[renamed:]
+
+
+@pytest.mark.parametrize(
+  "event", ["os.rename .out.merging", "os.remove .out.merging/journal.jsonl"]
+)
+def test_killed_before_a_turning_point(child, inputs, whole, tmp_path, event):
+  number = whole["events"].index(event) + 1
+  killed, digest = kill_and_resume(child, inputs, tmp_path / "run", number)
+  assert killed
+  assert digest == whole["digest"]
+
+
+@pytest.mark.slow
+def test_killed_at_every_event(child, inputs, whole, tmp_path):
+  for event in range(1, len(whole["events"]) + 1):
+    killed, digest = kill_and_resume(child, inputs, tmp_path / str(event), event)
+    assert killed, event
+    assert digest == whole["digest"], whole["events"][event - 1]
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_again_and_again(child, inputs, whole, tmp_path):
+  random, kills, runs = np.random.default_rng(0), 0, 0
+  while kills < 30:
+    directory = tmp_path / str(runs)
+    directory.mkdir()
+    for _ in range(5):  # Killed again and again, unless it comes to its end, before it is let be.
+      after = random.uniform(0.3, 1.0) * whole["seconds"]
+      if not child.run("files", directory, inputs=inputs, kill_after=after)["killed"]:
+        break
+      kills += 1
+    assert child.run("files", directory, inputs=inputs)["digest"] == whole["digest"]
+    runs += 1
