@@ -16,6 +16,7 @@ _HOMES = {
 _ROOMS = (
   "atm",
   "catalog",
+  "differing",
   "inspecting",
   "io",
   "memory",

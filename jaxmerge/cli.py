@@ -55,6 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
       _report(options.workdir)
     elif options.command == "inspect":
       _inspect(options.model, options.checksums, options.check, options.json)
+    elif options.command == "diff":
+      _diff(options)
     else:
       _methods()
     sys.stdout.flush()
@@ -67,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if (e.name or "jaxmerge").startswith("jaxmerge"):
       raise
     return _failed(f"{e}; it comes with an extra: pip install 'jaxmerge[demo]'.", 1, debug)
-  except (ValueError, OSError) as e:
+  except (ValueError, OSError, ImportError) as e:
     return _failed(e, 1, debug)
   except KeyboardInterrupt:
     resumes = options.command == "atm" and options.resume != "never"
@@ -134,6 +136,15 @@ def parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
   check = "read the weights: are they as jaxmerge wrote them? status 1 where not"
   inspect.add_argument("--check", action="store_true", help=check)
   inspect.add_argument("--json", action="store_true", help="print JSON")
+
+  about = "show how models differ from their base: norms, cosines, sign conflicts"
+  diff = commands.add_parser("diff", help=about, description=f"{about.capitalize()}.")
+  diff.add_argument("base", metavar="BASE", help="the model that task vectors start from")
+  diff.add_argument("models", metavar="MODEL", nargs="+", help="a model, or a PEFT adapter")
+  singular = "measure the energy in the top singular values of matrices with such names"
+  diff.add_argument("--singular", metavar="REGEX", help=singular)
+  diff.add_argument("--top", metavar="N", type=int, default=16, help="how many; 16 if not given")
+  diff.add_argument("--out", metavar="FOLDER", help="write diff.json and plots into it")
 
   about = "list the merging methods: formula, settings, paper"
   commands.add_parser("methods", help=about, description=f"{about.capitalize()}.")
@@ -295,6 +306,35 @@ def _inspect(path: str, checksums: bool, check: bool, as_json: bool) -> None:
   ]
   if wrong:
     raise ValueError(f"{path}: {len(wrong)} tensors are not as recorded, {wrong[0]!r} the first.")
+
+
+def _diff(options: argparse.Namespace) -> None:
+  if options.top < 1:
+    raise ValueError(f"--top must be 1 or more, got {options.top}.")
+  from jaxmerge import differing, planning
+  from jaxmerge.io.tensor import Files
+  from jaxmerge.report import differences, drawing
+
+  if options.out is not None:
+    drawing.figure(1.0)  # Matplotlib is missed now, and not after minutes.
+  files = Files()
+  try:
+    base = planning.model(options.base, files)
+    models = differing.opened(options.models, base, files)
+    size = differing.size(base, models, options.singular)
+    with progress_bars() as show:
+      record = differing.compare(
+        base,
+        models,
+        singular=options.singular,
+        top=options.top,
+        progress=_counted(show, "read", size),
+      )
+  finally:
+    files.close()
+  print(differences.text(record))
+  for path in [] if options.out is None else differences.write(record, options.out):
+    print(f"wrote {path}")
 
 
 def _counted(show: Callable[[Event], None], phase: str, size: int) -> Callable[[int], None]:

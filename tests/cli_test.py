@@ -96,6 +96,11 @@ def test_help_and_errors_do_not_import_jax():
     list(atm("--config.rounds=eight")),
     list(atm(config="configs/image4.py")),
     ["report", "nowhere"],
+    ["inspect", "--help"],
+    ["inspect", "nowhere"],
+    ["diff", "--help"],
+    ["diff", "nowhere", "neither"],
+    ["diff", "nowhere", "neither", "--top=0"],
   ]
   code = """
     import contextlib, io, json, sys

@@ -35,6 +35,7 @@ FLOORS = {
     "files",
     "inspecting",
     "differing",
+    "task_vectors",
     "tasks",
     "data",
   },
