@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if (e.name or "jaxmerge").startswith("jaxmerge"):
       raise
     return _failed(f"{e}; it comes with an extra: pip install 'jaxmerge[demo]'.", 1, debug)
-  except (ValueError, OSError, ImportError) as e:
+  except (ValueError, OSError) as e:
     return _failed(e, 1, debug)
   except KeyboardInterrupt:
     resumes = options.command == "atm" and options.resume != "never"
@@ -316,7 +316,10 @@ def _diff(options: argparse.Namespace) -> None:
   from jaxmerge.report import differences, drawing
 
   if options.out is not None:
-    drawing.figure(1.0)  # Matplotlib is missed now, and not after minutes.
+    try:
+      drawing.figure(1.0)  # Matplotlib is missed now, and not after minutes.
+    except ImportError as e:
+      raise ValueError(str(e)) from e
   files = Files()
   try:
     base = planning.model(options.base, files)
