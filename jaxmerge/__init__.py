@@ -17,6 +17,7 @@ _HOMES = {
 _ROOMS = (
   "atm",
   "catalog",
+  "differing",
   "files",
   "inspecting",
   "io",

@@ -1,4 +1,4 @@
-"""The command line: the only place that parses flags, prints, and draws progress.
+"""The command line: flags in, exit status out. `commands.py` does what is asked for.
 
 Help and errors of a config come without importing jax: each command imports what it needs. Exit
 status: 0 done, 1 failed, 2 wrong usage or config, 130 interrupted.
@@ -7,19 +7,16 @@ status: 0 done, 1 failed, 2 wrong usage or config, 130 interrupted.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import difflib
 import importlib.metadata
-import json
 import os
-import pathlib
 import shlex
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NoReturn  # Any: a progress event and a record are plain JSON.
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn  # Any: a config is imported only by commands that have one.
 
-Event = Mapping[str, Any]
+from jaxmerge import commands, progress
 
 _CHANGES = """\
 changes of the config:
@@ -40,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
   arguments = list(sys.argv[1:] if arguments is None else arguments)
   debug = "--debug" in arguments
   if not arguments:
-    _say(parser().format_help())
+    progress.say(parser().format_help())
     return 2
   try:
     changes, rest = split(arguments)
@@ -49,16 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
   except ValueError as e:
     return _failed(e, 2, debug)
   try:
-    if options.command == "atm":
-      _tune_and_merge(config, options.workdir, options.resume)
-    elif options.command == "merge":
-      _merge(options)
-    elif options.command == "report":
-      _report(options.workdir)
-    elif options.command == "inspect":
-      _inspect(options.model, options.checksums, options.check, options.json)
-    else:
-      _methods()
+    getattr(commands, options.command)(options, config)
     sys.stdout.flush()
     return 0
   except BrokenPipeError:
@@ -74,7 +62,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
   except KeyboardInterrupt:
     resumes = options.command == "atm" and options.resume != "never"
     again = shlex.join(["jaxmerge", *arguments])
-    _say("interrupted" + (f"; this goes on from the last saved round:\n  {again}" * resumes))
+    progress.say(
+      "interrupted" + (f"; this goes on from the last saved round:\n  {again}" * resumes)
+    )
     return 130
 
 
@@ -110,11 +100,11 @@ def parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
   """Returns the parser; its help shows the keys of the config that is among the arguments."""
   top = _Parser(prog="jaxmerge", description="Model merging in JAX.", allow_abbrev=False)
   top.add_argument("--version", action="version", version=importlib.metadata.version("jaxmerge"))
-  commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+  every = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
   layout = argparse.RawDescriptionHelpFormatter
 
   about = "tune and merge models as a config says, compare and report"
-  atm = commands.add_parser(
+  atm = every.add_parser(
     "atm", help=about, description=f"{about.capitalize()}.", epilog=_epilog(arguments),
     formatter_class=layout, allow_abbrev=False,
   )  # fmt: skip
@@ -125,7 +115,7 @@ def parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
   atm.add_argument("--resume", choices=("auto", "never", "must"), default="auto", help=resume)
 
   about = "merge the models of a recipe to a new folder"
-  merge = commands.add_parser("merge", help=about, description=f"{about.capitalize()}.")
+  merge = every.add_parser("merge", help=about, description=f"{about.capitalize()}.")
   merge.add_argument("recipe", metavar="RECIPE.yml", help="which models, and how")
   merge.add_argument("out", metavar="OUT", help="folder of the result")
   dry = "check everything, say what would be done, and do nothing"
@@ -137,11 +127,11 @@ def parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
   merge.add_argument("--shard-size", type=_bytes, default="5GB", metavar="SIZE", help=shard)
 
   about = "print the table of a finished run, and remake its page and plots"
-  report = commands.add_parser("report", help=about, description=f"{about.capitalize()}.")
+  report = every.add_parser("report", help=about, description=f"{about.capitalize()}.")
   report.add_argument("workdir", metavar="WORKDIR", help="the folder of the run")
 
   about = "show what is in a folder: tensors, sizes, ties, how it was merged"
-  inspect = commands.add_parser("inspect", help=about, description=f"{about.capitalize()}.")
+  inspect = every.add_parser("inspect", help=about, description=f"{about.capitalize()}.")
   inspect.add_argument("model", metavar="MODEL", help="a model, or a PEFT adapter")
   checksums = "read the weights: show xxh3_128 of every tensor, and which are equal"
   inspect.add_argument("--checksums", action="store_true", help=checksums)
@@ -149,11 +139,20 @@ def parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
   inspect.add_argument("--check", action="store_true", help=check)
   inspect.add_argument("--json", action="store_true", help="print JSON")
 
+  about = "show how models differ from their base: norms, cosines, sign conflicts"
+  diff = every.add_parser("diff", help=about, description=f"{about.capitalize()}.")
+  diff.add_argument("base", metavar="BASE", help="the model that task vectors start from")
+  diff.add_argument("models", metavar="MODEL", nargs="+", help="a model, or a PEFT adapter")
+  singular = "measure the energy in the top singular values of matrices with such names"
+  diff.add_argument("--singular", metavar="REGEX", help=singular)
+  diff.add_argument("--top", metavar="N", type=int, default=16, help="how many; 16 if not given")
+  diff.add_argument("--out", metavar="FOLDER", help="write diff.json and plots into it")
+
   about = "list the merging methods: formula, settings, paper"
-  commands.add_parser("methods", help=about, description=f"{about.capitalize()}.")
-  for command in (top, *commands.choices.values()):
+  every.add_parser("methods", help=about, description=f"{about.capitalize()}.")
+  for command in (top, *every.choices.values()):
     command.add_argument("--debug", action="store_true", help="show the traceback of an error")
-  _check_words(top, commands.choices, arguments)
+  _check_words(top, every.choices, arguments)
   return top
 
 
@@ -205,111 +204,6 @@ def _config(options: argparse.Namespace, changes: Sequence[tuple[str, str]]) -> 
   return None
 
 
-def _tune_and_merge(config: Any, workdir: str, resume: str) -> None:
-  fake_devices(config.mesh.devices)
-  from jaxmerge import experiment, report
-
-  with progress_bars() as progress:
-    record = experiment.run(config, workdir, resume=resume, progress=progress)
-  print(report.text(record))
-  print(f"report: {pathlib.Path(workdir) / 'report.html'}")
-
-
-def fake_devices(count: int | None) -> None:
-  """Asks for `count` devices on the CPU, before jax starts; the user's own flags stay.
-
-  It has no effect where jax finds an accelerator.
-  """
-  flags = os.environ.get("XLA_FLAGS", "")
-  name = "--xla_force_host_platform_device_count"
-  if count is not None and name not in flags:
-    os.environ["XLA_FLAGS"] = f"{flags} {name}={count}".strip()
-
-
-@contextlib.contextmanager
-def progress_bars() -> Iterator[Callable[[Event], None]]:
-  """Yields what takes progress events: bars on a terminal, else only the messages, on stderr.
-
-  An event is {"phase", "done", "total", "unit", "numbers"} or {"message"}.
-  """
-  if not sys.stderr.isatty():
-    yield lambda event: _say(event["message"]) if "message" in event else None
-    return
-  from rich import console, progress
-
-  columns = (
-    progress.TextColumn("{task.description}", markup=False),
-    progress.BarColumn(bar_width=24),
-    progress.TextColumn("{task.completed:g}/{task.total:g} {task.fields[unit]}", markup=False),
-    progress.TimeElapsedColumn(),
-    # Rounds may take minutes: the speed is taken from all of them.
-    progress.TimeRemainingColumn(elapsed_when_finished=False),
-    progress.TextColumn("{task.fields[numbers]}", markup=False),
-  )
-  bars: dict[str, progress.TaskID] = {}
-  to = console.Console(stderr=True)
-  with progress.Progress(*columns, console=to, speed_estimate_period=3600.0) as drawn:
-
-    def show(event: Event) -> None:
-      if "message" in event:
-        to.print(event["message"], markup=False, highlight=False)
-        return
-      phase, done, total = event["phase"], event["done"], event["total"]
-      text = numbers(event.get("numbers", {}))
-      if phase not in bars:
-        # A resumed run begins in the middle; what was done before says nothing of the speed.
-        unit = event.get("unit", "")
-        bars[phase] = drawn.add_task(phase, total=total, completed=done, unit=unit, numbers=text)
-      else:
-        drawn.update(bars[phase], completed=done, total=total, numbers=text)
-
-    yield show
-
-
-def numbers(values: Mapping[str, Any]) -> str:
-  """Returns current numbers as a short text.
-
-  >>> numbers({"mean": 0.71234, "round": 3})
-  'mean 0.7123, round 3'
-  """
-  shown = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items())
-  return ", ".join(shown)
-
-
-def _merge(options: argparse.Namespace) -> None:
-  from jaxmerge import planning
-  from jaxmerge.io import atomic, tensor
-  from jaxmerge.recipe import plan as plans
-
-  out, files = pathlib.Path(options.out), tensor.Files()
-  if not options.dry_run:
-    atomic.check_free(out, options.replace)
-  plan = plans.of_file(options.recipe, files)
-  if options.dry_run:
-    print("\n".join(planning.described(plan, shard_size=options.shard_size)))
-    return
-  from jaxmerge import files as driver
-
-  with progress_bars() as progress:
-    done = 0
-
-    def show(count: int) -> None:
-      nonlocal done
-      done += count
-      told = {"phase": "merging", "done": done / 1e6, "total": plan.written / 1e6, "unit": "MB"}
-      progress(told)
-
-    driver.run(
-      plan,
-      out,
-      shard_size=options.shard_size,
-      replace=options.replace,
-      resume=options.resume == "auto",
-      progress=show,
-    )
-  print(f"merged: {out}")
-
-
 def _bytes(text: str) -> int:
   """Reads a size.
 
@@ -323,76 +217,12 @@ def _bytes(text: str) -> int:
   raise argparse.ArgumentTypeError(f"{text!r} is no size; write 5GB or 500MB")
 
 
-def _report(workdir: str) -> None:
-  from jaxmerge import report
-
-  path = pathlib.Path(workdir) / "report.json"
-  if not path.is_file():
-    raise ValueError(f"there is no {path}: the run has not finished, or this is no workdir.")
-  try:
-    record = json.loads(path.read_text(encoding="utf-8"))
-  except ValueError as e:
-    raise ValueError(f"{path} is not a JSON file: {e}") from e
-  report.check(record)
-  print(report.text(record))
-  report.write(record, workdir)
-  print(f"report: {path.with_suffix('.html')}")
-
-
-def _inspect(path: str, checksums: bool, check: bool, as_json: bool) -> None:
-  from jaxmerge import inspecting
-  from jaxmerge.report import listing
-
-  record = inspecting.described(path)
-  size = sum(tensor["bytes"] for tensor in record["tensors"])
-  with progress_bars() as show:
-    if check:
-      record = inspecting.checked(record, _counted(show, "read", size))
-    elif checksums:
-      record = inspecting.hashed(record, _counted(show, "read", size))
-  print(json.dumps(record, indent=1) if as_json else listing.text(record))
-  wrong = [
-    n for key in ("changed", "missing", "added") for n in record.get("check", {}).get(key, [])
-  ]
-  if wrong:
-    raise ValueError(f"{path}: {len(wrong)} tensors are not as recorded, {wrong[0]!r} the first.")
-
-
-def _counted(show: Callable[[Event], None], phase: str, size: int) -> Callable[[int], None]:
-  """Returns what takes numbers of bytes and shows their sum, of `size` bytes, as progress."""
-  done = 0
-
-  def count(more: int) -> None:
-    nonlocal done
-    done += more
-    show({"phase": phase, "done": done // 10**6, "total": size // 10**6, "unit": "MB"})
-
-  return count
-
-
-def _methods() -> None:
-  from jaxmerge import catalog
-
-  width = max(map(len, catalog.METHODS))
-  for name, entry in catalog.METHODS.items():
-    mark = " (experimental)" if entry.experimental else ""
-    print(
-      f"{name:{width}}  {entry.formula}{mark}\n{'':{width}}  {entry.paper}; needs {entry.needs}"
-    )
-    for parameter, p in entry.parameters.items():
-      print(f"{'':{width}}    {parameter}={p.default!r}: {p.doc}, {p.range}")
-
-
 def _failed(error: BaseException | str, status: int, debug: bool) -> int:
   if debug and isinstance(error, BaseException):
     traceback.print_exception(error)
   else:
-    _say(f"error: {error}")
+    progress.say(f"error: {error}")
   return status
-
-
-def _say(text: str) -> None:
-  print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

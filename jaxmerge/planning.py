@@ -7,7 +7,6 @@ import json
 import math
 import os
 import pathlib
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple  # Any: a method, which only a driver looks into.
 
@@ -144,7 +143,7 @@ def described(plan: Plan, *, shard_size: int) -> list[str]:
   """Says what a plan will do and cost, for `--dry-run`."""
   fates: collections.Counter[str] = collections.Counter()
   for own in plan.fates.values():
-    fates.update(re.sub(r"^[^:]*: |(merged) to .*", r"\1", words) for words in own.values())
+    fates.update(words.split(" -> ")[0] for words in own.values())
   made = [o for o in plan.outputs if o.job is not None]
   out = [
     f"result: {len(plan.outputs)} tensors, {size(plan.written)}, "
@@ -251,9 +250,12 @@ def assembled(
     raise Problems(problems)
   every, outputs = list(jobs), []
   for want in wants:
-    found, words = _settled(want, missing, every)
+    found, fate = _settled(want, missing, every)
     for which in (want.base, *want.models):
       if which is not None and which.tensor is not None:
+        base = which is want.base and fate == "merged" and not want.raw
+        words = "base of the merge" if base else fate
+        words += f" -> {want.name}" if which.name != want.name and found is not None else ""
         known = told[which.model].get(which.name, "dropped")
         told[which.model][which.name] = (
           words if known.startswith("dropped") else f"{known}; {words}"
@@ -283,10 +285,10 @@ def _settled(want: Want, missing: str, jobs: list[Job]) -> tuple[Output | None, 
   whole = len(parts) == len(want.models) and (want.raw or base is not None)
   if not want.models or not safetensors.is_floating(first.dtype):
     whose = want.base.model if base is not None and want.base else parts[0].model
-    return made, f"{want.name}: copied from {whose}"
+    return made, f"copied from {whose}"
   if whole:
     start = None if want.raw else base
-    return made._replace(base=start, models=tensors, job=want.job), f"merged to {want.name}"
+    return made._replace(base=start, models=tensors, job=want.job), "merged"
   if missing == "mean" and tensors:
     names = tuple(p.model for p in parts)
     job = next(
@@ -294,10 +296,9 @@ def _settled(want: Want, missing: str, jobs: list[Job]) -> tuple[Output | None, 
     )
     if job == len(jobs):
       jobs.append(Job(_mean, "mean", names))
-    words = f"{want.name}: mean of the models that have it"
-    return made._replace(base=None, models=tensors, job=job), words
+    return made._replace(base=None, models=tensors, job=job), "mean of the models that have it"
   if missing == "base" and base is not None:
-    return made, f"{want.name}: copied from the base, as not all models have it"
+    return made, "copied from the base, as not all models have it"
   return None, "dropped: not all models have it"
 
 

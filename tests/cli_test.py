@@ -17,7 +17,7 @@ import hypothesis.strategies as st
 import pytest
 
 import jaxmerge
-from jaxmerge import cli, configuring
+from jaxmerge import cli, commands, configuring
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 CONFIGS = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "configs").glob("*.py"))
@@ -96,6 +96,11 @@ def test_help_and_errors_do_not_import_jax():
     list(atm("--config.rounds=eight")),
     list(atm(config="configs/image4.py")),
     ["report", "nowhere"],
+    ["inspect", "--help"],
+    ["inspect", "nowhere"],
+    ["diff", "--help"],
+    ["diff", "nowhere", "neither"],
+    ["diff", "nowhere", "neither", "--top=0"],
   ]
   code = """
     import contextlib, io, json, sys
@@ -436,7 +441,7 @@ def test_progress_on_a_terminal_shows_numbers_and_messages(monkeypatch, runs):
 )
 def test_fake_devices_leave_the_users_flags(monkeypatch, before, count, after):
   monkeypatch.setenv("XLA_FLAGS", before)
-  cli.fake_devices(count)
+  commands.fake_devices(count)
   assert cli.os.environ["XLA_FLAGS"] == after
 
 

@@ -24,7 +24,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # A room imports only rooms on floors below its own, or beside it.
 FLOORS = {
-  6: {"cli", "__main__"},
+  6: {"cli", "commands", "progress", "__main__"},
   5: {"experiment", "problems", "configuring", "workdir"},
   4: {"atm", "judging", "recipe", "fitting", "searching", "align", "experts", "adapt"},
   3: {
@@ -36,6 +36,7 @@ FLOORS = {
     "files",
     "inspecting",
     "differing",
+    "task_vectors",
     "tasks",
     "data",
   },

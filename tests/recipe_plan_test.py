@@ -118,7 +118,7 @@ slices:
   assert config["num_hidden_layers"] == 4
   told = json.loads(pathlib.Path("out/jaxmerge_provenance.json").read_text())["inputs"]
   assert told["m0"][q.format(2)] == "dropped: in no slice"
-  assert told["m1"][q.format(1)] == f"{q.format(2)}: copied from m1"
+  assert told["m1"][q.format(1)] == f"copied from m1 -> {q.format(2)}"
 
 
 def test_slices_are_merged_layer_by_layer(family):

@@ -16,7 +16,15 @@ _HOMES = {
   "model_card": "card",
   "write": "output",
 }
-_ROOMS = (*dict.fromkeys(_HOMES.values()), "drawing", "geometry", "listing", "plots", "words")
+_ROOMS = (
+  *dict.fromkeys(_HOMES.values()),
+  "differences",
+  "drawing",
+  "geometry",
+  "listing",
+  "plots",
+  "words",
+)
 __all__ = [*_HOMES, *_ROOMS]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any  # A record is JSON, and Matplotlib is optional: neither has types to name.
 
 import numpy as np
@@ -17,7 +17,12 @@ def cosines(record: Mapping[str, Any]) -> Any:
   if not known or len(tasks) < 2:
     return None
   chosen = known if len(known) == 1 else [known[0], known[-1]]
-  grids = [np.array(r["cosines"], dtype=float) for r in chosen]
+  return matrices({f"Round {r['round']}": r["cosines"] for r in chosen}, tasks)
+
+
+def matrices(cosines: Mapping[str, Any], tasks: Sequence[str]) -> Any:
+  """Draws matrices of cosines between the task vectors of two tasks or more, by their titles."""
+  grids = [np.array(grid, dtype=float) for grid in cosines.values()]
   hidden = np.eye(len(tasks), dtype=bool)
   limit = max(np.max(np.abs(np.where(hidden | np.isnan(g), 0.0, g))) for g in grids)
   # A floor, so that small cosines look small.
@@ -26,18 +31,18 @@ def cosines(record: Mapping[str, Any]) -> Any:
   widest = max(drawing.text_width(drawing.figure(1.0)[0], t) for t in labels)
   left, below = widest + 0.15, 0.75 * widest + 0.2  # inches, for names of rows and columns
   # Many tasks: one matrix above the other, so that cells stay legible.
-  across = len(chosen) if len(tasks) <= 9 else 1
+  across = len(grids) if len(tasks) <= 9 else 1
   side = min((drawing.WIDTH - left - 0.2 * across) / across, 0.62 * len(tasks))
-  down = len(chosen) // across
+  down = len(grids) // across
   height = down * (side + 0.35) + (down - 1) * 0.1 + below + 0.38
-  made, plots = drawing.figure(height, columns=len(chosen))
-  for i, (axes, entry, grid) in enumerate(zip(plots, chosen, grids, strict=True)):
+  made, plots = drawing.figure(height, columns=len(grids))
+  for i, (axes, title, grid) in enumerate(zip(plots, cosines, grids, strict=True)):
     shown = np.ma.masked_array(grid, hidden | np.isnan(grid))
     image = axes.imshow(shown, cmap="PuOr_r", vmin=-limit, vmax=limit)
     column, row = i % across, i // across
     corner = (left + column * (side + 0.2), below + (down - 1 - row) * (side + 0.45))
     drawing.place(made, axes, (*corner, side, side))
-    axes.set_title(f"Round {entry['round']}", loc="left", fontsize=9, color=drawing.INK)
+    axes.set_title(title, loc="left", fontsize=9, color=drawing.INK)
     axes.set_xticks(range(len(tasks)), labels if row == down - 1 else [""] * len(tasks))
     axes.tick_params(axis="x", labelrotation=45)
     for text in axes.get_xticklabels():
@@ -81,13 +86,19 @@ def norms(record: Mapping[str, Any]) -> Any:
   rounds = [r for r in record["rounds"] if r.get("norms")]
   if not rounds:
     return None
-  xs = [r["round"] for r in rounds]
-  made, axes = drawing.figure(max(3.4, 0.17 * len(record["tasks"]) + 1.2))
+  curves = {task: drawing.column([r["norms"] for r in rounds], task) for task in record["tasks"]}
+  return lengths(
+    [r["round"] for r in rounds], curves, "Round", "Norm (L2, in units of the weights)"
+  )
+
+
+def lengths(xs: Sequence[float], curves: Mapping[str, np.ndarray], x: str, y: str) -> Any:
+  """Draws a curve a task, NaN where nothing is known, with its name and last value at the right."""
+  made, axes = drawing.figure(max(3.4, 0.17 * len(curves) + 1.2))
   drawing.span(axes, xs)
-  labels = drawing.names(record["tasks"])
+  labels = drawing.names(list(curves))
   marks, heights = [], []
-  for i, task in enumerate(record["tasks"]):
-    ys = drawing.column([r["norms"] for r in rounds], task)
+  for i, (task, ys) in enumerate(curves.items()):
     if not np.isfinite(ys).any():
       continue
     turn, place = divmod(i, len(drawing.SERIES))
@@ -99,7 +110,7 @@ def norms(record: Mapping[str, Any]) -> Any:
     heights += ys[np.isfinite(ys)].tolist()
   if not marks:
     return None
-  drawing.dress(axes, "Length of the task vectors", "Round", "Norm (L2, in units of the weights)")
+  drawing.dress(axes, "Length of the task vectors", x, y)
   drawing.fit(axes, heights, floor=0.0)
   drawing.label_right(made, axes, marks)
   return made

@@ -9,6 +9,7 @@ from typing import Any  # A record is JSON, its values have no one type.
 
 from jaxmerge.report import words
 
+NAMED = 4  # Tensors that are equal, or files, of which there may be many.
 # What of an adapter's config says what it is.
 _ADAPTER = ("peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "base_model_name_or_path")
 
@@ -44,14 +45,15 @@ def columns(rows: Sequence[Sequence[str]]) -> list[str]:
 def _facts(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
   yield "parameters", f"{record['parameters']:,}"
   files = record["files"]
-  names = ", ".join(f["name"] for f in files[:3]) + ", …" * (len(files) > 3)
+  names = ", ".join(f["name"] for f in files[:NAMED]) + ", …" * (len(files) > NAMED)
   yield "files", f"{len(files)}, {sum(f['bytes'] for f in files):,} bytes: {names}"
   if record["tied"] is not None:
     yield "tied", f"tie_word_embeddings is {json.dumps(record['tied'])} in config.json"
   for name, held in record["shared"].items():
     yield "shared", f"{name} is not stored: it has the bytes of {held}"
   for group in record.get("equal", []):
-    yield "equal", ", ".join(group)
+    more = f" and {len(group) - NAMED} more" if len(group) > NAMED else ""
+    yield "equal", ", ".join(group[:NAMED]) + more
   if "adapter" in record:
     known = {k: record["adapter"][k] for k in _ADAPTER if record["adapter"].get(k) is not None}
     yield "adapter", ", ".join(f"{k} {_short(v)}" for k, v in known.items())
@@ -64,7 +66,8 @@ def _provenance(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
       yield "provenance", f"{key}: {_short(value)}"
       continue
     for model, fates in value.items():
-      counts = collections.Counter(fates.values() if isinstance(fates, dict) else [str(fates)])
+      every = fates.values() if isinstance(fates, dict) else [fates]
+      counts = collections.Counter(str(fate).split(" -> ")[0] for fate in every)
       told = [f"{count:,} {fate}" for fate, count in counts.most_common()]
       yield "provenance", f"input {model}: {', '.join(told) or 'no tensors'}"
   if "check" in record:

@@ -1,0 +1,147 @@
+"""What each command does; the only place that prints results. A command takes its options."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pathlib
+from typing import Any  # A config is imported only by commands that have one.
+
+from jaxmerge import progress
+
+
+def atm(options: argparse.Namespace, config: Any) -> None:
+  """Tunes and merges as a config says, and prints the table."""
+  fake_devices(config.mesh.devices)
+  from jaxmerge import experiment
+  from jaxmerge import report as reports
+
+  with progress.bars() as show:
+    record = experiment.run(config, options.workdir, resume=options.resume, progress=show)
+  print(reports.text(record))
+  print(f"report: {pathlib.Path(options.workdir) / 'report.html'}")
+
+
+def fake_devices(count: int | None) -> None:
+  """Asks for `count` devices on the CPU, before jax starts; the user's own flags stay.
+
+  It has no effect where jax finds an accelerator.
+  """
+  flags = os.environ.get("XLA_FLAGS", "")
+  name = "--xla_force_host_platform_device_count"
+  if count is not None and name not in flags:
+    os.environ["XLA_FLAGS"] = f"{flags} {name}={count}".strip()
+
+
+def merge(options: argparse.Namespace, config: Any) -> None:
+  """Merges the models of a recipe."""
+  from jaxmerge import planning
+  from jaxmerge.io import atomic, tensor
+  from jaxmerge.recipe import plan as plans
+
+  out, files = pathlib.Path(options.out), tensor.Files()
+  if not options.dry_run:
+    atomic.check_free(out, options.replace)
+  plan = plans.of_file(options.recipe, files)
+  if options.dry_run:
+    print("\n".join(planning.described(plan, shard_size=options.shard_size)))
+    return
+  from jaxmerge import files as driver
+
+  with progress.bars() as show:
+    driver.run(
+      plan,
+      out,
+      shard_size=options.shard_size,
+      replace=options.replace,
+      resume=options.resume == "auto",
+      progress=progress.counted(show, "merging", plan.written),
+    )
+  print(f"merged: {out}")
+
+
+def report(options: argparse.Namespace, config: Any) -> None:
+  """Prints the table of a finished run, and remakes its page and plots."""
+  from jaxmerge import report as reports
+
+  path = pathlib.Path(options.workdir) / "report.json"
+  if not path.is_file():
+    raise ValueError(f"there is no {path}: the run has not finished, or this is no workdir.")
+  try:
+    record = json.loads(path.read_text(encoding="utf-8"))
+  except ValueError as e:
+    raise ValueError(f"{path} is not a JSON file: {e}") from e
+  reports.check(record)
+  print(reports.text(record))
+  reports.write(record, options.workdir)
+  print(f"report: {path.with_suffix('.html')}")
+
+
+def inspect(options: argparse.Namespace, config: Any) -> None:
+  """Shows what is in a folder of weights."""
+  from jaxmerge import inspecting
+  from jaxmerge.report import listing
+
+  record = inspecting.described(options.model)
+  size = sum(tensor["bytes"] for tensor in record["tensors"])
+  with progress.bars() as show:
+    if options.check:
+      record = inspecting.checked(record, progress.counted(show, "read", size))
+    elif options.checksums:
+      record = inspecting.hashed(record, progress.counted(show, "read", size))
+  print(json.dumps(record, indent=1) if options.json else listing.text(record))
+  wrong = [
+    n for key in ("changed", "missing", "added") for n in record.get("check", {}).get(key, [])
+  ]
+  if wrong:
+    raise ValueError(
+      f"{options.model}: {len(wrong)} tensors are not as recorded, {wrong[0]!r} the first."
+    )
+
+
+def diff(options: argparse.Namespace, config: Any) -> None:
+  """Shows how models differ from their base."""
+  if options.top < 1:
+    raise ValueError(f"--top must be 1 or more, got {options.top}.")
+  from jaxmerge import differing, planning
+  from jaxmerge.io.tensor import Files
+  from jaxmerge.report import differences, drawing
+
+  if options.out is not None:
+    try:
+      drawing.figure(1.0)  # Matplotlib is missed now, and not after minutes.
+    except ImportError as e:
+      raise ValueError(str(e)) from e
+  files = Files()
+  try:
+    base = planning.model(options.base, files)
+    models = differing.opened(options.models, base, files)
+    size = differing.size(base, models, options.singular)
+    with progress.bars() as show:
+      record = differing.compare(
+        base,
+        models,
+        singular=options.singular,
+        top=options.top,
+        progress=progress.counted(show, "read", size),
+      )
+  finally:
+    files.close()
+  print(differences.text(record))
+  for path in [] if options.out is None else differences.write(record, options.out):
+    print(f"wrote {path}")
+
+
+def methods(options: argparse.Namespace, config: Any) -> None:
+  """Lists the methods."""
+  from jaxmerge import catalog
+
+  width = max(map(len, catalog.METHODS))
+  for name, entry in catalog.METHODS.items():
+    mark = " (experimental)" if entry.experimental else ""
+    print(
+      f"{name:{width}}  {entry.formula}{mark}\n{'':{width}}  {entry.paper}; needs {entry.needs}"
+    )
+    for parameter, p in entry.parameters.items():
+      print(f"{'':{width}}    {parameter}={p.default!r}: {p.doc}, {p.range}")

@@ -1,0 +1,233 @@
+"""How models differ from their base: norms, cosines, sign conflicts, spectra, as a plain record.
+
+Files are read once, and once more for spectra, a slice at a time. Free of jax.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import pathlib
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any  # A record is JSON, its values have no one type.
+
+import numpy as np
+
+from jaxmerge import planning, task_vectors
+from jaxmerge.io import adapter, safetensors
+from jaxmerge.io.tensor import Files, Tensor
+from jaxmerge.planning import Model, Problems
+from jaxmerge.task_vectors import Count, Sums
+
+Record = dict[str, Any]
+
+SHOWN = 20  # Lines of an error, at most.
+
+# What tensors are for, by the first expression that is found in their names.
+KINDS = {
+  "norm": r"norm|(^|[._])(ln|bn)(_?[0-9f])?\.",
+  "head": r"(^|\.)(lm_head|embed_out|classifier|score)\.",
+  "embedding": r"embed|(^|\.)w[tp]e\.|^shared\.",
+  "attention": r"attn|attention|(^|[._])[qkvo]_proj\.",
+  "mlp": r"mlp|ffn|feed_?forward|expert|reludense|intermediate|(^|\.)(fc[0-9]|output\.dense)\.",
+}
+
+
+def names(paths: Sequence[str]) -> list[str]:
+  """Returns what models are called: the ends of their paths, as long as it takes to differ.
+
+  >>> names(["runs/chat", "runs/code/"]), names(["runs/chat/last", "runs/code/last"])
+  (['chat', 'code'], ['chat/last', 'code/last'])
+
+  Raises:
+    ValueError: where a path is given twice.
+  """
+  parts = [pathlib.PurePath(path).parts or (path,) for path in paths]
+  for own, path in zip(parts, paths, strict=True):
+    if parts.count(own) > 1:
+      raise ValueError(f"{path} is given twice; compare different models.")
+  ends = ([own[-n:] for own in parts] for n in range(1, 1 + max(map(len, parts))))
+  called = next(short for short in ends if len(set(short)) == len(short))
+  return [str(pathlib.PurePath(*own)) for own in called]
+
+
+def opened(paths: Sequence[str], base: Model, files: Files) -> list[Model]:
+  """Opens the models that are compared with a base; an adapter is the base as it leaves it."""
+  models = []
+  for path, name in zip(paths, names(paths), strict=True):
+    if adapter.is_adapter(path):
+      tensors, own = adapter.adapted(base.tensors, path, files), adapter.paths(path)
+      models.append(Model(name, pathlib.Path(path), tensors, own))
+    else:
+      models.append(planning.model(path, files, name=name))
+  return models
+
+
+def compare(
+  base: Model,
+  models: Sequence[Model],
+  *,
+  singular: str | None = None,
+  top: int = 16,
+  progress: Count = lambda count: None,
+) -> Record:
+  """Measures task vectors, models minus base: whole, by layer, by kind and by tensor.
+
+  Args:
+    base: the base.
+    models: K models with its tensors.
+    singular: a regular expression: of matrices in whose names it is found, the share of the energy
+      in the largest singular values is measured.
+    top: how many singular values these are.
+    progress: called with the number of bytes that were read; `size` of them in all.
+
+  Returns:
+    `base`, its folder; `models`, names, and their `folders`; measures of the `whole`, and by name
+    of `layers` (the first number in a tensor's name, else "outside"), `kinds` and `tensors`:
+    `entries`, `base_norm`, `norms`, `relative` (norms over the base's), `cosines` (in the order of
+    `models`) and `sign_conflict` (a share of the entries); `singular`, by tensor and model, with
+    `share` and `values`, `top` of them; `uncompared`, names of tensors of integers. None stands
+    where something would be divided by zero.
+
+  Raises:
+    Problems: naming all tensors that do not fit.
+    ValueError: naming the tensor that has NaN or infinity; for a `singular` without a matrix.
+  """
+  check(base, models)
+  chosen = matrices(base, singular)
+  sums = {
+    n: task_vectors.summed([t, *(m.tensors[n] for m in models)], progress)
+    for n, t in _floating(base)
+  }
+  if not sums:
+    raise ValueError(f"{base.folder} has no tensors of floating-point numbers.")
+  called = [m.name for m in models]
+  spectra: Record = {}
+  for name in chosen:
+    own = base.tensors[name]
+    squares = [task_vectors.spectrum(own, m.tensors[name], progress) for m in models]
+    spectra[name] = {m: _share(values, top) for m, values in zip(called, squares, strict=True)}
+  return {
+    "base": str(base.folder),
+    "models": called,
+    "folders": {m.name: str(m.folder) for m in models},
+    "whole": _stats(functools.reduce(Sums.__add__, sums.values()), called),
+    "layers": _grouped(sums, layer, called),
+    "kinds": _grouped(sums, kind, called),
+    "tensors": {name: _stats(own, called) for name, own in sums.items()},
+    "top": top,
+    "singular": spectra,
+    "uncompared": sorted(base.tensors.keys() - sums.keys()),
+  }
+
+
+def size(base: Model, models: Sequence[Model], singular: str | None = None) -> int:
+  """Returns the bytes that `compare` reads; raises as it does."""
+  check(base, models)
+  total = sum(_bytes([t, *(m.tensors[n] for m in models)]) for n, t in _floating(base))
+  chosen = [[base.tensors[n], m.tensors[n]] for n in matrices(base, singular) for m in models]
+  return total + sum(map(_bytes, chosen))
+
+
+def layer(name: str) -> str:
+  """Returns the layer of a tensor: the first number in its name.
+
+  >>> layer("model.layers.12.mlp.experts.3.w1.weight"), layer("lm_head.weight")
+  ('12', 'outside')
+  """
+  return next((part for part in name.split(".") if part.isdecimal()), "outside")
+
+
+def kind(name: str) -> str:
+  """Returns what a tensor is for, by its name.
+
+  >>> kind("model.layers.0.post_attention_layernorm.weight"), kind("h.0.attn.c_proj.weight")
+  ('norm', 'attention')
+  """
+  found = (k for k, pattern in KINDS.items() if re.search(pattern, name, re.IGNORECASE))
+  return next(found, "other")
+
+
+def matrices(base: Model, singular: str | None) -> list[str]:
+  """Returns the names of the matrices in which a regular expression is found.
+
+  Raises:
+    ValueError: where it is none, or there is no such matrix.
+  """
+  if singular is None:
+    return []
+  try:
+    found = [n for n, t in _floating(base) if re.search(singular, n) and len(t.shape) == 2]
+  except re.error as error:
+    raise ValueError(f"singular: {singular!r} is no regular expression ({error}).") from error
+  if not found:
+    raise ValueError(f"singular: {singular!r} is in no name of a matrix of {base.folder}.")
+  return found
+
+
+def check(base: Model, models: Sequence[Model]) -> None:
+  """Raises Problems that name the tensors in which models and base do not fit."""
+  lines = []
+  for model in models:
+    for name in sorted(base.tensors.keys() | model.tensors.keys()):
+      own, other = base.tensors.get(name), model.tensors.get(name)
+      if own is None or other is None:
+        there, lacking = (model, base) if own is None else (base, model)
+        lines.append(f"tensor {name!r} is in {there.folder} but not in {lacking.folder}.")
+      elif own.shape != other.shape:
+        lines.append(
+          f"tensor {name!r} is {list(own.shape)} in {base.folder} but {list(other.shape)} in "
+          f"{model.folder}."
+        )
+      elif safetensors.is_floating(own.dtype) != safetensors.is_floating(other.dtype):
+        lines.append(
+          f"tensor {name!r} is {own.dtype} in {base.folder} but {other.dtype} in {model.folder}."
+        )
+  if len(lines) > SHOWN:
+    lines = [*lines[:SHOWN], f"and {len(lines) - SHOWN} more tensors do not fit."]
+  if lines:
+    raise Problems(lines)
+
+
+def _floating(base: Model) -> Iterator[tuple[str, Tensor]]:
+  return ((n, t) for n, t in base.tensors.items() if safetensors.is_floating(t.dtype))
+
+
+def _bytes(tensors: Sequence[Tensor]) -> int:
+  return sum(math.prod(t.shape) * t.dtype.itemsize for t in tensors)
+
+
+# --- Records ---
+
+
+def _grouped(sums: Mapping[str, Sums], group: Callable[[str], str], called: list[str]) -> Record:
+  """Adds up over the tensors of each group; layers are in order, what is outside comes last."""
+  totals: dict[str, Sums] = {}
+  for name, own in sums.items():
+    key = group(name)
+    totals[key] = totals[key] + own if key in totals else own
+  order = sorted(totals, key=lambda key: (not key.isdecimal(), int(key) if key.isdecimal() else 0))
+  return {key: _stats(totals[key], called) for key in order}
+
+
+def _stats(sums: Sums, called: Sequence[str]) -> Record:
+  norms, base = np.sqrt(sums.gram.diagonal()), math.sqrt(sums.base)
+  products = np.outer(norms, norms)
+  return {
+    "entries": sums.entries,
+    "base_norm": base,
+    "norms": dict(zip(called, norms.tolist(), strict=True)),
+    "relative": {model: _ratio(x, base) for model, x in zip(called, norms, strict=True)},
+    "cosines": [list(map(_ratio, *rows)) for rows in zip(sums.gram, products, strict=True)],
+    "sign_conflict": _ratio(sums.conflicts, sums.entries),
+  }
+
+
+def _share(squares: np.ndarray, top: int) -> Record:
+  values = np.sqrt(squares[:top]).tolist()
+  return {"share": _ratio(squares[:top].sum(), squares.sum()), "values": values}
+
+
+def _ratio(x: float, y: float) -> float | None:
+  return float(x / y) if y else None

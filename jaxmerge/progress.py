@@ -1,0 +1,77 @@
+"""Progress on the terminal."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any  # A progress event is plain JSON.
+
+Event = Mapping[str, Any]
+
+
+def say(text: str) -> None:
+  """Prints a line on stderr, at once."""
+  print(text, file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def bars() -> Iterator[Callable[[Event], None]]:
+  """Yields what takes progress events: bars on a terminal, else only the messages, on stderr.
+
+  An event is {"phase", "done", "total", "unit", "numbers"} or {"message"}.
+  """
+  if not sys.stderr.isatty():
+    yield lambda event: say(event["message"]) if "message" in event else None
+    return
+  from rich import console, progress
+
+  columns = (
+    progress.TextColumn("{task.description}", markup=False),
+    progress.BarColumn(bar_width=24),
+    progress.TextColumn("{task.completed:g}/{task.total:g} {task.fields[unit]}", markup=False),
+    progress.TimeElapsedColumn(),
+    # Rounds may take minutes: the speed is taken from all of them.
+    progress.TimeRemainingColumn(elapsed_when_finished=False),
+    progress.TextColumn("{task.fields[numbers]}", markup=False),
+  )
+  known: dict[str, progress.TaskID] = {}
+  to = console.Console(stderr=True)
+  with progress.Progress(*columns, console=to, speed_estimate_period=3600.0) as drawn:
+
+    def show(event: Event) -> None:
+      if "message" in event:
+        to.print(event["message"], markup=False, highlight=False)
+        return
+      phase, done, total = event["phase"], event["done"], event["total"]
+      text = numbers(event.get("numbers", {}))
+      if phase not in known:
+        # A resumed run begins in the middle; what was done before says nothing of the speed.
+        unit = event.get("unit", "")
+        known[phase] = drawn.add_task(phase, total=total, completed=done, unit=unit, numbers=text)
+      else:
+        drawn.update(known[phase], completed=done, total=total, numbers=text)
+
+    yield show
+
+
+def numbers(values: Mapping[str, Any]) -> str:
+  """Returns current numbers as a short text.
+
+  >>> numbers({"mean": 0.71234, "round": 3})
+  'mean 0.7123, round 3'
+  """
+  shown = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items())
+  return ", ".join(shown)
+
+
+def counted(show: Callable[[Event], None], phase: str, size: int) -> Callable[[int], None]:
+  """Returns what takes numbers of bytes and shows their sum, of `size` bytes, as progress."""
+  done = 0
+
+  def count(more: int) -> None:
+    nonlocal done
+    done += more
+    show({"phase": phase, "done": done // 10**6, "total": size // 10**6, "unit": "MB"})
+
+  return count

@@ -1,0 +1,136 @@
+"""How models differ from their base: tables, figures and files, from the record of `differing`."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any  # A record is JSON, and Matplotlib is optional: neither has types to name.
+
+from jaxmerge.io import atomic
+from jaxmerge.report import drawing, geometry, tables
+from jaxmerge.report.tables import Cell, Table
+
+PAIRS = 6  # So many cosines have columns of their own; of more there is the mean.
+FIGURES = ("cosines", "norms")
+
+
+def text(record: Mapping[str, Any], width: int = 100) -> str:
+  """Writes all tables for a terminal of `width` columns, the whole model last."""
+  names = record["models"]
+  several = ", sign conflicts, cosines" if len(names) > 1 else ""
+  parts = [("By tensor: norms (in % of the base's)", groups(record["tensors"], names, brief=True))]
+  if record["singular"]:
+    title = f"Energy in the {record['top']} largest singular values (%)"
+    parts.append((title, singular(record)))
+  for kind in ("layer", "kind"):
+    title = f"By {kind}: norms (in % of the base's){several}"
+    parts.append((title, groups(record[f"{kind}s"], names)))
+  parts.append(("Whole models", whole(record)))
+  written = [f"{title}\n{tables.to_text(table, width)}" for title, table in parts]
+  if len(names) > 1:
+    conflict, size = _percent(record["whole"]["sign_conflict"]), record["whole"]["entries"]
+    written.append(f"Models disagree on the sign at {conflict} % of {size:,} entries.")
+  if record["uncompared"]:
+    written.append(f"Not compared, as they hold integers: {', '.join(record['uncompared'])}.")
+  return "\n\n".join(written) + "\n"
+
+
+def groups(
+  entries: Mapping[str, Mapping[str, Any]], names: Sequence[str], *, brief: bool = False
+) -> Table:
+  """Returns a row a group: norms, sign conflicts, cosines between tasks; `brief` is norms alone."""
+  pairs = [] if brief else list(itertools.combinations(range(len(names)), 2))
+  head, rows = ["", *names], []
+  for group, own in entries.items():
+    sizes = [f"{own['norms'][n]:.4g} ({_percent(own['relative'][n])})" for n in names]
+    found = [own["cosines"][i][j] for i, j in pairs]
+    if len(pairs) > PAIRS:
+      known = [x for x in found if x is not None]
+      found = [sum(known) / len(known) if known else None]
+    conflict = [_percent(own["sign_conflict"])] * bool(pairs)
+    rows.append([Cell(x) for x in (group, *sizes, *conflict, *map(_cosine, found))])
+  if pairs:
+    head.append("Sign conflicts (%)")
+    apart = [f"{names[i]} · {names[j]}" for i, j in pairs]
+    head += apart if len(pairs) <= PAIRS else ["Mean cosine"]
+  return Table(head, rows)
+
+
+def whole(record: Mapping[str, Any]) -> Table:
+  """Returns a row a model: its norm, and its cosines with the others."""
+  own, names = record["whole"], record["models"]
+  several = len(names) > 1
+  rows = [
+    [name, f"{own['norms'][name]:.4g}", _percent(own["relative"][name])]
+    + [_cosine(x) for x in cosines] * several
+    for name, cosines in zip(names, own["cosines"], strict=True)
+  ]
+  head = ["Model", "Norm", "% of the base's", *names * several]
+  return Table(head, [[Cell(x) for x in row] for row in rows])
+
+
+def singular(record: Mapping[str, Any]) -> Table:
+  """Returns a row a matrix: the share of each model's energy in the largest singular values."""
+  names = record["models"]
+  rows = [
+    [Cell(matrix), *(Cell(_percent(own[n]["share"])) for n in names)]
+    for matrix, own in record["singular"].items()
+  ]
+  return Table(["", *names], rows)
+
+
+def _percent(x: float | None) -> str:
+  return "–" if x is None else f"{100 * x:#.3g}".rstrip(".")
+
+
+def _cosine(x: float | None) -> str:
+  # Adding zero turns -0 into 0.
+  return "–" if x is None else f"{round(x, 3) + 0.0:.3f}"
+
+
+# --- Figures ---
+
+
+def figures(record: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns the figures that the record has numbers for, by name."""
+  made = {"cosines": cosines(record), "norms": norms(record)}
+  return {name: figure for name, figure in made.items() if figure is not None}
+
+
+def cosines(record: Mapping[str, Any]) -> Any:
+  """Draws the cosines between the task vectors of two models or more."""
+  several = len(record["models"]) > 1
+  return (
+    geometry.matrices({"Whole model": record["whole"]["cosines"]}, record["models"])
+    if several
+    else None
+  )
+
+
+def norms(record: Mapping[str, Any]) -> Any:
+  """Draws the norms of task vectors over two layers or more, in % of the base's norms."""
+  layers = {int(key): own["relative"] for key, own in record["layers"].items() if key.isdecimal()}
+  if len(layers) < 2:
+    return None
+  curves = {n: 100 * drawing.column(list(layers.values()), n) for n in record["models"]}
+  return geometry.lengths(list(layers), curves, "Layer", "Norm (L2, in % of the base's)")
+
+
+def write(record: Mapping[str, Any], folder: str | pathlib.Path) -> list[pathlib.Path]:
+  """Writes NAME.png of all figures and diff.json into a folder, and returns their paths.
+
+  All is made before anything is written; figures of an earlier record that this one lacks are
+  removed.
+  """
+  drawn = {f"{name}.png": drawing.png(made) for name, made in figures(record).items()}
+  files = {**drawn, "diff.json": (json.dumps(record, indent=1, allow_nan=False) + "\n").encode()}
+  home = pathlib.Path(folder)
+  for name in FIGURES:
+    if f"{name}.png" not in drawn:
+      (home / f"{name}.png").unlink(missing_ok=True)
+  for name, data in files.items():
+    with atomic.write(home / name) as file:
+      file.write(data)
+  return [home / name for name in files]

@@ -1,0 +1,104 @@
+"""Sums over task vectors, models minus base, a slice of a tensor at a time. Free of jax."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxmerge.io.tensor import Tensor
+
+Count = Callable[[int], None]
+
+ENTRIES = 2**16  # Of each model at a time: what stays in a processor's cache.
+CHUNK = 2**20  # Entries of a matrix whose spectrum is taken.
+
+
+class Sums(NamedTuple):
+  """What is added up over entries, for K models.
+
+  Attributes:
+    entries: how many there are.
+    gram: inner products of the task vectors, [K, K].
+    base: sum of the base's squares.
+    conflicts: entries at which task vectors of opposite sign meet.
+  """
+
+  entries: int
+  gram: np.ndarray
+  base: float
+  conflicts: int
+
+  def __add__(self, other: Any) -> Sums:  # Any: as tuple has it.
+    return Sums(*(a + b for a, b in zip(self, other, strict=True)))
+
+
+def summed(tensors: Sequence[Tensor], progress: Count) -> Sums:
+  """Adds up over a tensor of the base and the same of all models, in double precision.
+
+  Args:
+    tensors: that of the base, then those of the models.
+    progress: called with the number of bytes that were read.
+
+  Raises:
+    ValueError: naming the tensor that has NaN or infinity.
+  """
+  height, entries = len(tensors) - 1, math.prod(tensors[0].shape)
+  total = Sums(entries, np.zeros((height, height)), 0.0, 0)
+  for start in range(0, entries, ENTRIES):
+    base, x = deltas(tensors, start, min(ENTRIES, entries - start))
+    # Not by matrix multiplication: for so few rows a library's threads cost more than they save.
+    gram, square = np.einsum("in,jn->ij", x, x), float(np.einsum("n,n->", base, base))
+    if not np.isfinite(np.trace(gram) + square):
+      fine = [np.isfinite(base).all(), *np.isfinite(x).all(axis=1)]
+      raise ValueError(f"{tensors[int(np.argmin(fine))].where} has NaN or infinity.")
+    meeting = (x > 0).any(axis=0) & (x < 0).any(axis=0)
+    total += Sums(0, gram, square, int(np.count_nonzero(meeting)))
+    progress(base.size * sum(t.dtype.itemsize for t in tensors))
+  return total
+
+
+def deltas(tensors: Sequence[Tensor], start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+  """Reads entries start, start + 1, ... of the base [n], and the task vectors there [K, n]."""
+  wide = np.empty((len(tensors), count))
+  for tensor, row in zip(tensors, wide, strict=True):
+    own = np.empty(count, tensor.dtype)
+    tensor.read(start, own)
+    row[...] = own
+  with np.errstate(invalid="ignore"):  # Infinity minus infinity; `summed` says where it is.
+    wide[1:] -= wide[0]
+  return wide[0], wide[1:]
+
+
+def spectrum(base: Tensor, model: Tensor, progress: Count) -> np.ndarray:
+  """Returns the squares of all singular values of a task vector [m, n], the largest first.
+
+  They are the eigenvalues of the Gram matrix of its smaller side, which is added up slice by slice.
+  """
+  rows, columns = base.shape
+  gram = np.zeros((min(base.shape),) * 2)
+  for x in _rows(base, model) if columns <= rows else _columns(base, model):
+    gram += x.T @ x
+    progress(x.size * (base.dtype.itemsize + model.dtype.itemsize))
+  return np.linalg.eigvalsh(gram)[::-1].clip(0)
+
+
+def _rows(base: Tensor, model: Tensor) -> Iterator[np.ndarray]:
+  """Rows of a task vector, some at a time, [r, n]."""
+  rows, columns = base.shape
+  step = max(1, CHUNK // columns)
+  for first in range(0, rows, step):
+    count = min(step, rows - first)
+    yield deltas([base, model], first * columns, count * columns)[1].reshape(count, columns)
+
+
+def _columns(base: Tensor, model: Tensor) -> Iterator[np.ndarray]:
+  """Columns of a task vector, some at a time, as rows, [c, m]."""
+  rows, columns = base.shape
+  step = max(1, CHUNK // rows)
+  for first in range(0, columns, step):
+    count = min(step, columns - first)
+    parts = [deltas([base, model], i * columns + first, count)[1][0] for i in range(rows)]
+    yield np.stack(parts, axis=1)
