@@ -1,0 +1,274 @@
+"""Merging folders: CPU seconds, wall time and memory beside a floor, and beside mergekit.
+
+  python benchmarks/merge_files.py --work=runs/merge_files --params 0.75e9 1.5e9 \\
+    --out=benchmarks/results/merge_files [--mergekit=PYTHON]
+
+Makes a base and three models of each size in a Llama layout (bfloat16, made again only if they are
+not there). The floor reads every input byte once and writes every output byte once, in the same
+order and slices, without arithmetic. Floor, jaxmerge and, with the Python of an environment that
+has mergekit, mergekit run in turns, each in a process of its own, for several rounds; the table has
+medians. `merge` is the merge itself, without the start of Python and imports; `process` is all of
+it. Memory is the peak of the resident pages, and of the anonymous ones among them.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import platform
+import statistics
+import subprocess
+import sys
+import threading
+import time
+
+METHODS = {
+  "linear": "merge_method: linear\nparameters: {weight: 1.0}",
+  "task_arithmetic": "merge_method: task_arithmetic\nparameters: {weight: 1.0, lambda: 0.3}",
+  "dare_linear": "merge_method: dare_linear\nparameters: {weight: 1.0, density: 0.5}",
+  "slerp": "merge_method: slerp\nparameters: {t: 0.5}",
+  "ties": "merge_method: ties\nparameters: {weight: 1.0, density: 0.2}",
+  "ties by tensor": "merge_method: ties\nparameters: {weight: 1.0, density: 0.2}",
+  "breadcrumbs": "merge_method: breadcrumbs\nparameters: {weight: 1.0, density: 0.5, gamma: 0.01}",
+  "della": "merge_method: della\nparameters: {weight: 1.0, density: 0.5, epsilon: 0.15}",
+}
+OURS = {"ties by tensor": "compat: mergekit", "dare_linear": "seed: 0", "della": "seed: 0"}
+MODELS = 3
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("--work", type=pathlib.Path, help="folder for the models; needs the space")
+  parser.add_argument("--params", type=float, nargs="+", default=[0.75e9])
+  parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+  parser.add_argument("--rounds", type=int, default=3)
+  parser.add_argument("--mergekit", help="the Python of an environment with mergekit")
+  parser.add_argument("--out", type=pathlib.Path, help="OUT.json and OUT.md are written")
+  parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
+  options = parser.parse_args()
+  if options.child:
+    print(json.dumps(child(*options.child)))
+    return
+  rows = []
+  for params in options.params:
+    root = made(options.work, int(params))
+    for method in options.methods:
+      rows.append(measured(root, method, options.rounds, options.mergekit))
+      print(json.dumps(rows[-1]), flush=True)
+  page = table(rows)
+  print(page)
+  if options.out:
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.with_suffix(".json").write_text(json.dumps(rows, indent=1) + "\n")
+    options.out.with_suffix(".md").write_text(page)
+
+
+# --- Inputs ---
+
+
+def shapes(params):
+  """The tensors of a Llama layout with about so many parameters, 2048 wide."""
+  width, inner, vocabulary = 2048, 5632, 32000
+  of_layer = {
+    "self_attn.q_proj": (width, width),
+    "self_attn.k_proj": (width // 8, width),
+    "self_attn.v_proj": (width // 8, width),
+    "self_attn.o_proj": (width, width),
+    "mlp.gate_proj": (inner, width),
+    "mlp.up_proj": (inner, width),
+    "mlp.down_proj": (width, inner),
+    "input_layernorm": (width,),
+  }
+  sizes = [s[0] * (s[1] if len(s) > 1 else 1) for s in of_layer.values()]
+  layers = max(1, round((params - 2 * vocabulary * width) / sum(sizes)))
+  found = {"model.embed_tokens.weight": (vocabulary, width), "lm_head.weight": (vocabulary, width)}
+  for i in range(layers):
+    found |= {f"model.layers.{i}.{name}.weight": s for name, s in of_layer.items()}
+  return found | {"model.norm.weight": (width,)}, layers
+
+
+def made(work, params):
+  """Makes base and models, tensor by tensor; a model that is complete is left as it is."""
+  import ml_dtypes
+  import numpy as np
+
+  from jaxmerge.io import safetensors
+
+  every, layers = shapes(params)
+  kinds = {n: (np.dtype(ml_dtypes.bfloat16), s) for n, s in every.items()}
+  config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 2048}
+  config |= {"num_hidden_layers": layers, "vocab_size": 32000, "intermediate_size": 5632}
+  config |= {"num_attention_heads": 32, "num_key_value_heads": 4, "torch_dtype": "bfloat16"}
+  root = work / f"{params / 1e9:g}b"
+  for k in range(MODELS + 1):
+    folder = root / ("base" if k == 0 else f"m{k}")
+    if (folder / "config.json").exists():
+      continue
+    folder.mkdir(parents=True, exist_ok=True)
+    first, entries = safetensors.layout(kinds, {"format": "pt"})
+    with open(folder / "model.safetensors", "wb") as file:
+      file.write(first)
+      for i, (name, entry) in enumerate(entries.items()):
+        x = np.random.default_rng([0, i]).standard_normal(entry.shape, np.float32) * 0.02
+        if k:
+          x += np.random.default_rng([k, i]).standard_normal(entry.shape, np.float32) * 1e-3
+        assert file.tell() == entry.start, name
+        file.write(x.astype(entry.dtype).view(np.uint8).data)
+    (folder / "config.json").write_text(json.dumps(config))
+  return root
+
+
+# --- One process ---
+
+
+def child(what, root, out):
+  """Runs the floor or a recipe; the seconds of its parts, and the memory."""
+  peak = Peak()
+  began = time.process_time(), time.perf_counter()
+  if what == "floor":
+    floor(pathlib.Path(root), pathlib.Path(out))
+  else:
+    from jaxmerge import files
+    from jaxmerge.io.tensor import Files
+    from jaxmerge.recipe import plan
+
+    began = time.process_time(), time.perf_counter()
+    files.run(plan.of_file(what, Files()), out, replace=True)
+  spent = time.process_time() - began[0], time.perf_counter() - began[1]
+  return {"cpu": spent[0], "wall": spent[1], **peak.stop()}
+
+
+class Peak:
+  """Watches the memory of this process."""
+
+  def __init__(self):
+    self.anonymous, self.ended = 0, threading.Event()
+    self.thread = threading.Thread(target=self.watch, daemon=True)
+    self.thread.start()
+
+  def watch(self):
+    while not self.ended.wait(0.05):
+      self.anonymous = max(self.anonymous, status("RssAnon"))
+
+  def stop(self):
+    self.ended.set()
+    self.thread.join()
+    return {"resident": status("VmHWM"), "anonymous": max(self.anonymous, status("RssAnon"))}
+
+
+def status(key):
+  """A line of /proc/self/status, in MB."""
+  lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+  return next((int(line.split()[1]) / 1e3 for line in lines if line.startswith(key)), 0.0)
+
+
+def floor(recipe, out):
+  """Reads the bytes of a recipe's models and writes as many as the result has."""
+  import numpy as np
+
+  from jaxmerge.io import folder
+
+  names = json.loads(recipe.read_text())
+  places = [folder.entries(name) for name in names]
+  handles = {p: os.open(p, os.O_RDONLY) for own in places for p, _ in own.values()}
+  step = 2**21
+  room = [np.empty(step, np.uint8) for _ in places]
+  target = os.open(out, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+  at = 0
+  for tensor, (_, entry) in places[0].items():
+    for start in range(0, entry.stop - entry.start, step):
+      count = min(step, entry.stop - entry.start - start)
+      for own, buffer in zip(places, room, strict=True):
+        path, where = own[tensor]
+        os.preadv(handles[path], [buffer[:count].data], where.start + start)
+      at += os.pwrite(target, room[0][:count].data, at)
+  os.close(target)
+
+
+# --- Measuring ---
+
+
+def recipe_of(root, method, ours):
+  """Writes the recipe of a method; returns its path and the folders it reads."""
+  count = {"slerp": 1}.get(method, MODELS)
+  models = [str(root / f"m{k + 1}") for k in range(count)]
+  read = models if method == "linear" else [str(root / "base"), *models]
+  lines = [METHODS[method], "dtype: bfloat16" if not ours else "out_dtype: bfloat16", "models:"]
+  lines += [f"  - model: {m}" for m in models]
+  lines += [] if method == "linear" else [f"base_model: {root / 'base'}"]
+  lines += [OURS[method]] if ours and method in OURS else []
+  path = root / f"{method.replace(' ', '_')}_{'ours' if ours else 'mergekit'}.yml"
+  path.write_text("\n".join(lines) + "\n")
+  return path, read
+
+
+def process(command):
+  """Runs a process; what it printed last, its CPU seconds and wall time."""
+  began = time.perf_counter()
+  with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as running:
+    text = running.stdout.read()
+    _, code, usage = os.wait4(running.pid, 0)
+    running.returncode = os.waitstatus_to_exitcode(code)
+  if running.returncode:
+    raise SystemExit(f"{' '.join(map(str, command))} failed with status {running.returncode}")
+  spent = {"process": usage.ru_utime + usage.ru_stime, "process_wall": time.perf_counter() - began}
+  return text.strip().splitlines()[-1:] or [""], spent
+
+
+def measured(root, method, rounds, mergekit):
+  """Medians of all that is compared, measured in turns."""
+  own, read = recipe_of(root, method, True)
+  theirs, _ = recipe_of(root, method, False)
+  listed = root / "floor.json"
+  listed.write_text(json.dumps(read))
+  me = [sys.executable, str(pathlib.Path(__file__).resolve()), "--child"]
+  commands = {
+    "floor": [*me, "floor", str(listed), str(root / "floor.bin")],
+    "jaxmerge": [*me, str(own), str(root), str(root / "out")],
+  }
+  if mergekit:
+    run = [mergekit, "-m", "mergekit.scripts.run_yaml", str(theirs), str(root / "out_mergekit")]
+    commands["mergekit"] = [*run, "--no-write-model-card", "-q"]
+  found = {name: [] for name in commands}
+  for _ in range(rounds):
+    for name, command in commands.items():
+      (last,), spent = process(command)
+      found[name].append({**spent, **(json.loads(last) if name != "mergekit" else {})})
+  row = {"model": root.name, "method": method, "models": len(read), "rounds": rounds}
+  for name, every in found.items():
+    row[name] = {key: statistics.median(e[key] for e in every) for key in every[0]}
+  return row
+
+
+def table(rows):
+  """The results as Markdown."""
+  both = any("mergekit" in row for row in rows)
+  lines = [
+    f"Medians of {rows[0]['rounds']} rounds in turns; {os.cpu_count()} cores,"
+    f" {platform.machine()}, Python {platform.python_version()}. Times in seconds of CPU (wall).",
+    "",
+    "| parameters | method | floor | merge | merge / floor | process | resident, anonymous MB |"
+    + (" mergekit | mergekit / process |" if both else ""),
+    "| --- | --- | --: | --: | --: | --: | --: |" + (" --: | --: |" if both else ""),
+  ]
+  for row in rows:
+    floor, own = row["floor"], row["jaxmerge"]
+    line = (
+      f"| {row['model']} | {row['method']} | {floor['cpu']:.2f} ({floor['wall']:.2f}) "
+      f"| {own['cpu']:.2f} ({own['wall']:.2f}) | {own['cpu'] / floor['cpu']:.1f} "
+      f"({own['wall'] / floor['wall']:.1f}) | {own['process']:.1f} ({own['process_wall']:.1f}) "
+      f"| {own['resident']:.0f}, {own['anonymous']:.0f} |"
+    )
+    if "mergekit" in row:
+      other = row["mergekit"]
+      line += (
+        f" {other['process']:.1f} ({other['process_wall']:.1f}) "
+        f"| {other['process'] / own['process']:.1f} "
+        f"({other['process_wall'] / own['process_wall']:.1f}) |"
+      )
+    lines.append(line)
+  return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+  main()
