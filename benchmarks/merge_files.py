@@ -2,13 +2,12 @@
 
   python benchmarks/merge_files.py --work=runs/merge_files --params 0.75e9 1.5e9 --out=OUT
 
-
 Makes a base and three models of each size in a Llama layout (bfloat16, made again only if they are
 not there). The floor reads every input byte once and writes every output byte once, in the same
 order and slices, without arithmetic. Floor, jaxmerge and, where --mergekit gives the Python of an
-environment that has it, mergekit run in turns, each in a process of its own, for several rounds; the table has
-medians. `merge` is the merge itself, without the start of Python and imports; `process` is all of
-it. Memory is the peak of the resident pages, and of the anonymous ones among them.
+environment that has it, mergekit run in turns, each in a process of its own, for several rounds;
+the table has medians. `merge` is the merge itself, without the start of Python and imports;
+`process` is all of it. Memory is the peak of the resident pages, and of the anonymous ones.
 """
 
 import argparse

@@ -14,15 +14,15 @@ import math
 import os
 import pathlib
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any  # Any: trees, plain JSON.
 
 import jax
 import numpy as np
 
-from jaxmerge import planning, streaming, views
+from jaxmerge import fingerprint, planning, streaming, views
 from jaxmerge.io import atomic, folder, growing
-from jaxmerge.io.tensor import Files, widened
+from jaxmerge.io.tensor import Files, Tensor
 from jaxmerge.planning import Job, Output, Plan
 from jaxmerge.stage import Method
 
@@ -76,9 +76,8 @@ def merge_files(
     given = [pathlib.Path(m) for m in models]
     called = list(names) if names is not None else [str(m) for m in given]
     opened = [planning.model(m, files, name=n) for m, n in zip(given, called, strict=True)]
-    job = planning.Job(
-      lambda: method, "a method", tuple(called), aux or {}, seed, views.check(layout)
-    )
+    words = {"method": fingerprint.fingerprint(method)}
+    job = planning.Job(lambda: method, words, tuple(called), aux or {}, seed, views.check(layout))
     start = None if base is None else planning.model(base, files, name="the base")
     kept = None if dtype is None else np.dtype(dtype)
     plan = planning.simple(job, start, opened, dtype=kept, missing=missing)
@@ -136,19 +135,20 @@ def _merge(
   job: Job,
   sink: growing.Shards,
   journal: growing.Journal,
-  done: Mapping[str, str],
+  done: Collection[str],
   entries: int,
   progress: Callable[[int], None],
 ) -> None:
   """Merges the tensors of one job."""
   outputs = {o.name: o for o in plan.outputs if o.job == number}
-  if outputs.keys() <= done.keys():
+  if outputs.keys() <= set(done):
     return
   leaves = {n: jax.ShapeDtypeStruct(o.shape, o.dtype) for n, o in outputs.items()}
-  source = streaming.Source(leaves, len(job.models), _reader(outputs, entries))
+  reader = _Reader(outputs)
+  source = streaming.Source(leaves, len(job.models), reader.read)
 
   def write(name: str, start: int, part: np.ndarray) -> None:
-    journal.add(sink, name, start, part)
+    journal.add(sink, name, start, part, reader.read_last)
     progress(part.nbytes)
 
   # Some tensors of the job may be copied after all: a model lacks them, or they hold integers.
@@ -164,7 +164,7 @@ def _merge(
     names=job.models,
     layout=job.layout,
     entries=entries,
-    done=done.keys(),
+    done=done,
   )
 
 
@@ -172,7 +172,7 @@ def _copy(
   plan: Plan,
   sink: growing.Shards,
   journal: growing.Journal,
-  done: Mapping[str, str],
+  done: Collection[str],
   entries: int,
   progress: Callable[[int], None],
 ) -> None:
@@ -180,39 +180,61 @@ def _copy(
   for output in plan.outputs:
     if output.job is not None or output.name in done or output.base is None:
       continue
-    tensor, size = widened(output.base, output.dtype), max(math.prod(output.shape), 1)
-    for start in range(0, size, entries):
-      part = np.empty(min(entries, math.prod(output.shape) - start), output.dtype)
-      tensor.read(start, part)
-      journal.add(sink, output.name, start, part)
+    size = math.prod(output.shape)
+    for start in range(0, max(size, 1), entries):
+      own = np.empty(min(entries, size - start), output.base.dtype)
+      output.base.read(start, own)
+      part = own.astype(output.dtype)
+      journal.add(sink, output.name, start, part, {output.base.where: own})
       progress(part.nbytes)
 
 
-def _reader(outputs: Mapping[str, Output], entries: int) -> Callable[[str, int, int], Any]:
-  """Reads slices into buffers that are used again and lie as the device wants them: uncopied."""
-  buffers: dict[str, np.ndarray] = {}
+class _Reader:
+  """Reads slices into buffers that are used again, and lie as the device wants them: uncopied.
 
-  def room(use: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    size = math.prod(shape) * dtype.itemsize
-    if use not in buffers or buffers[use].nbytes < size:
-      buffers[use] = _aligned(size)
-    return buffers[use][:size].view(dtype).reshape(shape)
+  Attributes:
+    read_last: what was read last, by where it is from.
+  """
 
-  def read(name: str, start: int, stop: int) -> tuple[Any, Any, Any]:
-    output, count = outputs[name], stop - start
+  def __init__(self, outputs: Mapping[str, Output]):
+    self.outputs = outputs
+    self.buffers: dict[Any, np.ndarray] = {}
+    self.read_last: dict[str, np.ndarray] = {}
+
+  def read(self, name: str, start: int, stop: int) -> tuple[Any, Any, Any]:
+    """Reads entries of the base and of all models."""
+    output, count = self.outputs[name], stop - start
+    self.read_last = {}
     base = None
     if output.base is not None:
-      base = room("base", (count,), output.base.dtype)
-      output.base.read(start, base)
-    dtype = max((t.dtype for t in output.models), key=lambda d: d.itemsize)
-    if any(t.dtype != dtype and t.dtype.itemsize == dtype.itemsize for t in output.models):
-      dtype = np.dtype(np.float32)  # bfloat16 and float16 side by side.
-    models = room("models", (len(output.models), count), dtype)
-    for tensor, row in zip(output.models, models, strict=True):
-      widened(tensor, dtype).read(start, row)
+      base = self._room("base", (count,), output.base.dtype)
+      self._fill(output.base, start, base)
+    models = self._room("models", (len(output.models), count), _common(output.models))
+    for i, (tensor, row) in enumerate(zip(output.models, models, strict=True)):
+      if tensor.dtype == row.dtype:
+        self._fill(tensor, start, row)
+      else:
+        own = self._room(i, (count,), tensor.dtype)
+        self._fill(tensor, start, own)
+        row[...] = own
     return base, base, models
 
-  return read
+  def _fill(self, tensor: Tensor, start: int, out: np.ndarray) -> None:
+    tensor.read(start, out)
+    self.read_last[tensor.where] = out
+
+  def _room(self, use: Any, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    size = math.prod(shape) * dtype.itemsize
+    if use not in self.buffers or self.buffers[use].nbytes < size:
+      self.buffers[use] = _aligned(size)
+    return self.buffers[use][:size].view(dtype).reshape(shape)
+
+
+def _common(tensors: Sequence[Tensor]) -> np.dtype:
+  """The dtype in which tensors can lie side by side without a loss."""
+  dtype = max((t.dtype for t in tensors), key=lambda d: d.itemsize)
+  narrow = any(t.dtype != dtype and t.dtype.itemsize == dtype.itemsize for t in tensors)
+  return np.dtype(np.float32) if narrow else dtype  # bfloat16 and float16.
 
 
 def _aligned(size: int) -> np.ndarray:
@@ -225,9 +247,13 @@ def _aligned(size: int) -> np.ndarray:
 def _identity(plan: Plan, shards: Mapping[str, Sequence[str]]) -> str:
   """A digest of all that decides about the bytes of the result."""
   content = {
+    "jaxmerge": importlib.metadata.version("jaxmerge"),
     "outputs": [[o.name, o.dtype.name, o.shape, o.job] for o in plan.outputs],
     "sources": [[t.where for t in (o.base, *o.models) if t is not None] for o in plan.outputs],
-    "jobs": [[j.words, j.models, repr(j.numbers), j.seed, list(j.layout)] for j in plan.jobs],
+    "jobs": [
+      [j.words, j.models, fingerprint.fingerprint(j.numbers), j.seed, list(j.layout)]
+      for j in plan.jobs
+    ],
     "shards": shards,
     "inputs": {str(path): _stamp(path) for path in sorted(plan.inputs)},
     "facts": plan.facts,
@@ -243,7 +269,7 @@ def _stamp(path: pathlib.Path) -> list[int]:
 
 
 def _complete(
-  part: pathlib.Path, plan: Plan, shards: Mapping[str, list[str]], digests: Mapping[str, str]
+  part: pathlib.Path, plan: Plan, shards: Mapping[str, list[str]], digests: Mapping[str, Any]
 ) -> None:
   """Adds to the weights what makes a folder of them that other tools open."""
   if len(shards) > 1:
@@ -259,7 +285,7 @@ def _complete(
     "jaxmerge": importlib.metadata.version("jaxmerge"),
     "jax": importlib.metadata.version("jax"),
     **plan.facts,
-    "tensors": {o.name: {"xxh3_128": digests[o.name]} for o in plan.outputs},
+    "tensors": {o.name: digests[o.name] for o in plan.outputs},
     "inputs": plan.fates,
   }
   (part / PROVENANCE).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")

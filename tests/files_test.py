@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import small
+import xxhash
 
 import jaxmerge
 from jaxmerge import files, methods, planning, stage
@@ -119,6 +120,23 @@ def test_every_tensor_of_every_input_is_accounted_for(tmp_path):
     assert told["inputs"][own].keys() == model.keys()
   assert told["inputs"]["red"]["model.norm.weight"] == "merged"
   assert told["inputs"]["red"]["position_ids"] == "copied from the base"
+
+
+def test_checksums_of_inputs_are_those_of_their_tensors(tmp_path):
+  """By where they are from: a base, and a model of another dtype, read in many slices."""
+  base, first, *_ = folders.family(tmp_path)
+  half = {n: x.astype(np.float16) if x.dtype == np.float32 else x for n, x in first.items()}
+  folders.write(tmp_path / "m0", half)
+  out = files.merge_files(
+    methods.average(), paths(tmp_path), tmp_path / "out", base=tmp_path / "base", entries=7
+  )
+  told = json.loads((out / files.PROVENANCE).read_text())["tensors"]
+  for name, x in folders.read(out).items():
+    assert told[name]["xxh3_128"] == xxhash.xxh3_128_hexdigest(x.tobytes())
+    sources = {"base": base} if name == "position_ids" else {"base": base, "m0": half}
+    for folder, tensors in sources.items():
+      where = f"{tmp_path / folder / 'model.safetensors'}: tensor {name!r}"
+      assert told[name]["inputs"][where] == xxhash.xxh3_128_hexdigest(tensors[name].tobytes())
 
 
 @pytest.mark.parametrize(
@@ -239,8 +257,12 @@ def test_another_merge_is_not_gone_on_with(tmp_path):
 
   with pytest.raises(KeyboardInterrupt):
     files.merge_files(methods.average(), paths(tmp_path), tmp_path / "out", progress=stop)
-  with pytest.raises(
-    ValueError, match=r"\.out\.merging holds an interrupted merge of other inputs"
-  ):
-    files.merge_files(methods.average(), paths(tmp_path, 2), tmp_path / "out")
+  for method, models in [
+    (methods.average(), paths(tmp_path, 2)),
+    (methods.weighted_sum(), paths(tmp_path)),
+  ]:
+    with pytest.raises(
+      ValueError, match=r"out\.merging holds an interrupted merge of other inputs"
+    ):
+      files.merge_files(method, models, tmp_path / "out")
   files.merge_files(methods.average(), paths(tmp_path, 2), tmp_path / "out", resume=False)

@@ -41,6 +41,7 @@ FLOORS = {
     "data",
   },
   2: {
+    "fingerprint",
     "stage",
     "statistics",
     "ranking",

@@ -13,7 +13,7 @@ import math
 import os
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple  # Any: digests are plain JSON.
 
 import numpy as np
 import xxhash
@@ -80,13 +80,17 @@ class Shards(NamedTuple):
 
 
 class Journal:
-  """Which tensors are done, on the disk, with their checksums: a line each."""
+  """Which tensors are done, on the disk: a line each, with checksums of result and inputs.
 
-  def __init__(self, path: pathlib.Path, digests: dict[str, str]):
+  Attributes:
+    digests: tensor to {"xxh3_128": its checksum, "inputs": {where: checksum}}.
+  """
+
+  def __init__(self, path: pathlib.Path, digests: dict[str, Any]):
     self.path, self.digests = path, digests
-    self.waiting: dict[str, str] = {}
+    self.waiting: dict[str, Any] = {}
     self.unsynced = 0
-    self.hash = xxhash.xxh3_128()
+    self.hashes: dict[str | None, Any] = {}
 
   @classmethod
   def opened(cls, part: pathlib.Path, identity: str) -> Journal:
@@ -107,22 +111,27 @@ class Journal:
         f"{part} holds an interrupted merge of other inputs or settings; give its settings to go "
         "on with it, resume=False (--resume=never) to drop it, or another place for the result."
       )
-    return cls(path, {r["tensor"]: r["xxh3_128"] for r in records[1:]})
+    return cls(path, {r.pop("tensor"): r for r in records[1:]})
 
-  def checked(self, sink: Shards) -> dict[str, str]:
+  def checked(self, sink: Shards) -> set[str]:
     """Returns the tensors that are done, and are on the disk as they were written."""
-    fine = {n: d for n, d in self.digests.items() if sink.digest(n) == d}
-    self.digests = dict(fine)
-    return fine
+    self.digests = {n: d for n, d in self.digests.items() if sink.digest(n) == d["xxh3_128"]}
+    return set(self.digests)
 
-  def add(self, sink: Shards, name: str, start: int, part: np.ndarray) -> None:
-    """Writes a part of a tensor, and takes note of it; parts come in order."""
+  def add(
+    self, sink: Shards, name: str, start: int, part: np.ndarray, inputs: Mapping[str, np.ndarray]
+  ) -> None:
+    """Writes a part of a tensor, and takes note of it and its inputs; parts come in order."""
     sink.write(name, start, part)
-    self.hash.update(np.ascontiguousarray(part).reshape(-1).view(np.uint8).data)
+    every: dict[str | None, np.ndarray] = {None: part, **inputs}
+    for whose, array in every.items():
+      own = self.hashes.setdefault(whose, xxhash.xxh3_128())
+      own.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
     self.unsynced += part.nbytes
     if start + part.size == math.prod(sink.places[name][1].shape):
-      self.waiting[name] = self.hash.hexdigest()
-      self.hash.reset()
+      found = {whose: own.hexdigest() for whose, own in self.hashes.items()}
+      self.waiting[name] = {"xxh3_128": found.pop(None), "inputs": found}
+      self.hashes = {}
       if self.unsynced >= SYNCED:
         self.flush(sink)
 
@@ -131,7 +140,7 @@ class Journal:
     sink.sync()
     with open(self.path, "a", encoding="utf-8") as file:
       for name, digest in self.waiting.items():
-        file.write(json.dumps({"tensor": name, "xxh3_128": digest}) + "\n")
+        file.write(json.dumps({"tensor": name, **digest}) + "\n")
       file.flush()
       os.fsync(file.fileno())
     self.digests |= self.waiting
