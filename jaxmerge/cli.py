@@ -123,6 +123,8 @@ def parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
   merge.add_argument("--replace", action="store_true", help="replace OUT if it is there")
   again = "go on with an interrupted merge of the same recipe, or start anew"
   merge.add_argument("--resume", choices=("auto", "never"), default="auto", help=again)
+  lax = "let NaN and infinity in the models pass"
+  merge.add_argument("--allow-nonfinite", action="store_true", help=lax)
   shard = "bytes of a file of weights, at most: 5GB, 500MB"
   merge.add_argument("--shard-size", type=_bytes, default="5GB", metavar="SIZE", help=shard)
 

@@ -56,6 +56,7 @@ def merge(options: argparse.Namespace, config: Any) -> None:
       shard_size=options.shard_size,
       replace=options.replace,
       resume=options.resume == "auto",
+      nonfinite=options.allow_nonfinite,
       progress=progress.counted(show, "merging", plan.written),
     )
   print(f"merged: {out}")

@@ -94,6 +94,7 @@ def run(
   entries: int = ENTRIES,
   replace: bool = False,
   resume: bool = True,
+  nonfinite: bool = False,
   progress: Callable[[int], None] = lambda count: None,
 ) -> pathlib.Path:
   """Does what a plan says; the folder appears when all of it is done.
@@ -105,6 +106,7 @@ def run(
     entries: about so many entries of each model are in memory at a time.
     replace: whether a folder that is there is replaced.
     resume: whether to go on with an interrupted merge of the same plan; otherwise it starts anew.
+    nonfinite: whether NaN and infinity in the inputs are let pass; what they spoil is the method's.
     progress: called with the number of bytes of the result that were added.
   """
   out = pathlib.Path(out)
@@ -121,7 +123,7 @@ def run(
       done = journal.checked(sink)
       progress(sum(o.size for o in plan.outputs if o.name in done))
       for number, job in enumerate(plan.jobs):
-        _merge(plan, number, job, sink, journal, done, entries, progress)
+        _merge(plan, number, job, sink, journal, done, entries, nonfinite, progress)
       _copy(plan, sink, journal, done, entries, progress)
       journal.flush(sink)
     _complete(part, plan, shards, journal.digests)
@@ -137,6 +139,7 @@ def _merge(
   journal: growing.Journal,
   done: Collection[str],
   entries: int,
+  nonfinite: bool,
   progress: Callable[[int], None],
 ) -> None:
   """Merges the tensors of one job."""
@@ -165,6 +168,7 @@ def _merge(
     layout=job.layout,
     entries=entries,
     done=done,
+    nonfinite=nonfinite,
   )
 
 

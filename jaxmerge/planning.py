@@ -12,6 +12,7 @@ from typing import Any, NamedTuple  # Any: a method, which only a driver looks i
 
 import numpy as np
 
+from jaxmerge import catalog
 from jaxmerge.io import folder, safetensors
 from jaxmerge.io.tensor import Files, Tensor, stored
 
@@ -156,7 +157,10 @@ def described(plan: Plan, *, shard_size: int) -> list[str]:
     count = sum(o.job == i for o in plan.outputs)
     if count:
       settings = json.dumps(job.words, default=str)
-      out.append(f"job {i + 1}: {count} tensors of {len(job.models)} models, {settings}")
+      name = str(job.words.get("method")) if isinstance(job.words, dict) else ""
+      reads = catalog.METHODS[name].reads if name in catalog.METHODS else 1
+      often = "" if reads == 1 else f", read {reads} times"
+      out.append(f"job {i + 1}: {count} tensors of {len(job.models)} models{often}, {settings}")
   return out
 
 

@@ -59,7 +59,8 @@ class Entry(NamedTuple):
   """A method: what it computes in one formula, where it comes from, what it needs.
 
   `on` says what is merged: task vectors, by `jaxmerge.merge`, or the weights themselves, by
-  `jaxmerge.blend`.
+  `jaxmerge.blend`. `reads` says how often the models are read where they are on disk, with the
+  default settings.
   """
 
   formula: str
@@ -68,6 +69,7 @@ class Entry(NamedTuple):
   needs: str = "weights"
   experimental: bool = False
   on: Literal["task vectors", "weights", "either"] = "task vectors"
+  reads: int = 1
 
 
 def plain(value: Any) -> bool:
@@ -182,6 +184,7 @@ METHODS: Mapping[str, Entry] = {
       "zero_sum": _ZERO_SUM,
       "rescale": _NORM,
     },
+    reads=3,
   ),
   "dare": Entry(
     "θ₀ + λ Σ wᵢ (mᵢ⊙τᵢ)/(1-p)",
@@ -210,6 +213,7 @@ METHODS: Mapping[str, Entry] = {
       "zero_sum": _ZERO_SUM,
     },
     needs="weights, seed",
+    reads=3,
   ),
   "della": Entry(
     "drop by rank, then elect sign, disjoint mean",
@@ -227,11 +231,13 @@ METHODS: Mapping[str, Entry] = {
     "θ₀ + λ Σ wᵢ (mask of the largest γ and smallest 1-β-γ)⊙τᵢ",
     _BREADCRUMBS,
     {**_BAND, "normalize": _NORMALIZE},
+    reads=2,
   ),
   "breadcrumbs_ties": Entry(
     "Breadcrumbs, then elect sign, disjoint sum",
     _BREADCRUMBS,
     {**_BAND, "reduce": _REDUCE._replace(default="sum"), "zero_sum": _ZERO_SUM},
+    reads=3,
   ),
   "model_stock": Entry(
     "θ₀ + t mean τᵢ, t = N cos/(1 + (N-1) cos)",
@@ -243,6 +249,7 @@ METHODS: Mapping[str, Entry] = {
       "clip": Parameter(False, "keep t in [0, 1]", choices=(True, False)),
       "floor": _FLOOR._replace(doc="least product of two norms that a cosine divides by"),
     },
+    reads=2,
   ),
   "sce": Entry(
     "θ₀ + Σ wᵢeᵢ⊙τᵢ / Σ wᵢeᵢ, wᵢ ∝ mean τᵢ², eᵢ elected",
@@ -253,6 +260,7 @@ METHODS: Mapping[str, Entry] = {
       ),
       "floor": _FLOOR._replace(doc="models count equally where Σ mean τᵢ² is below"),
     },
+    reads=4,
   ),
   "ram": Entry(
     "θ₀ + Σ τᵢ / how many models change the entry",
@@ -272,17 +280,20 @@ METHODS: Mapping[str, Entry] = {
       ),
     },
     experimental=True,
+    reads=2,
   ),
   "arcee_fusion": Entry(
     "θ₀ + τ where abs(τ)·KL(softmax θ, softmax θ₀) ≥ median + 1.5 IQR",
     "mergekit 0.1 (arcee.ai, 2025)",
     {},
+    reads=2,
   ),
   "slerp": Entry(
     "(sin((1-t)ω) θ₁ + sin(tω) θ₂) / sin ω",
     "Shoemake 1985 (SIGGRAPH)",
     {"t": Parameter(0.5, "0 is the first model, 1 the second", low=0.0, high=1.0)},
     on="weights",
+    reads=2,
   ),
   "nuslerp": Entry(
     "SLERP with t = w₂/(w₁ + w₂)",
@@ -296,12 +307,14 @@ METHODS: Mapping[str, Entry] = {
       ),
     },
     on="either",
+    reads=2,
   ),
   "multislerp": Entry(
     "(Σ wᵢ‖θᵢ‖) · unit(Σ wᵢ unit(θᵢ))",
     "mergekit (Goddard et al. 2024, arXiv:2403.13257)",
     {"weight": _WEIGHT, "normalize": _NORMALIZE._replace(default=True)},
     on="either",
+    reads=2,
   ),
   "karcher": Entry(
     "(Σ wᵢ‖θᵢ‖) · Karcher mean of unit(θᵢ)",
@@ -312,6 +325,7 @@ METHODS: Mapping[str, Entry] = {
       "tol": Parameter(1e-5, "norms and steps up to this count as zero", low=0.0),
     },
     on="weights",
+    reads=2,
   ),
   "nearswap": Entry(
     "θ₀ + clip(θ - θ₀, -t, t)",

@@ -45,6 +45,7 @@ class Run(NamedTuple):
   entries: int
   offsets: tuple[dict[str, np.uint32], ...]
   checked: dict[str, int]
+  nonfinite: bool
 
 
 class Form(NamedTuple):
@@ -131,7 +132,7 @@ def read(run: Run, name: str, start: int, stop: int) -> Parts:
   order, shape = run.ready.order, run.shapes[name]
   if order is not None:
     models = models[order]
-  if start >= run.checked.get(name, 0):
+  if not run.nonfinite and start >= run.checked.get(name, 0):
     fine = finite(base)
     flags = (fine, fine if reference is base else finite(reference), [finite(m) for m in models])
     memory.refuse_nonfinite({name: flags}, run.names, order)

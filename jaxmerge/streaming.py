@@ -37,6 +37,7 @@ def stream(
   layout: Sequence[tuple[str, str]] = (),
   entries: int = 2**20,
   done: Collection[str] = (),
+  nonfinite: bool = False,
 ) -> None:
   """Merges slice by slice: for each, write(name, start, merged entries [n]) is called.
 
@@ -54,6 +55,7 @@ def stream(
     layout: matrix views.
     entries: about so many entries of each model are in a slice.
     done: names of leaves whose result is there already: they are measured, not written.
+    nonfinite: whether NaN and infinity are let pass.
   """
   shapes = {n: s.shape for n, s in sorted(source.leaves.items()) if tree.is_floating(s)}
   if ready is None:
@@ -61,24 +63,18 @@ def stream(
     copied = source.leaves.keys() - shapes.keys()
     ready = memory.prepare(method, shapes, source.height, aux, names, copied)
   offsets = tuple(memory.offsets(step, shapes) for step in method)
-  run = Run(method, source, shapes, ready, names, views.check(layout), entries, offsets, {})
-  known: tuple[Any, ...] = ()
-  for i, step in enumerate(method):
-    own = {}
-    for group, members in memory.members(step, shapes).items():
-      own[group] = dict(ready.known[i][group])
-      for batch in _batches(step):
-        own[group].update(_measured(run, members, i, batch, known, own[group]))
-    known = (*known, own)
-  left = [name for name in shapes if name not in done]
-  for name, start, parts, form in slicing.slices(run, left, entries):
-    dtype = source.leaves[name].dtype
-    merged = _merged(
-      parts, slicing.known_of(run, name, known), method=method, form=form, dtype=dtype
-    )
-    out = np.asarray(merged)
-    memory.refuse_height(name, out.shape[0])
-    write(name, start, out[0])
+  run = Run(
+    method, source, shapes, ready, names, views.check(layout), entries, offsets, {}, nonfinite
+  )
+  for leaves in _together(run):
+    left = [name for name in leaves if name not in done]
+    known = _knowledge(run, leaves) if left else ()
+    for name, start, parts, form in slicing.slices(run, left, entries):
+      dtype = source.leaves[name].dtype
+      seen = slicing.known_of(run, name, known)
+      out = np.asarray(_merged(parts, seen, method=method, form=form, dtype=dtype))
+      memory.refuse_height(name, out.shape[0])
+      write(name, start, out[0])
   for name in source.leaves.keys() - shapes.keys() - set(done):
     size = math.prod(source.leaves[name].shape)
     for start in range(0, max(size, 1), entries):
@@ -109,6 +105,25 @@ def merge_slices(
   leaves = {n: jax.ShapeDtypeStruct(v.shape, v.dtype) for n, v in bases.items()}
   stream(method, Source(leaves, height, read), write, **options)
   return tree.rebuild(base, out)
+
+
+def _together(run: Run) -> list[list[str]]:
+  """Groups the leaves that must be measured before any of them is merged; others go one by one."""
+  apart = all(step.scope == "leaf" or not step.statistics for step in run.method)
+  return [[name] for name in run.shapes] if apart else [list(run.shapes)]
+
+
+def _knowledge(run: Run, leaves: Sequence[str]) -> tuple[Any, ...]:
+  """Measures what the stages know, by group."""
+  known: tuple[Any, ...] = ()
+  for i, step in enumerate(run.method):
+    own = {}
+    for group, members in memory.members(step, dict.fromkeys(leaves)).items():
+      own[group] = dict(run.ready.known[i][group])
+      for batch in _batches(step):
+        own[group].update(_measured(run, members, i, batch, known, own[group]))
+    known = (*known, own)
+  return known
 
 
 def _batches(step: Stage) -> Iterator[list[Statistic]]:

@@ -185,6 +185,15 @@ def test_nan_is_named_and_nothing_appears(tmp_path):
   assert not (tmp_path / "out").exists()
 
 
+def test_nan_passes_where_it_is_allowed(tmp_path):
+  _, first, *_ = folders.family(tmp_path)
+  first["model.norm.weight"][2] = np.nan
+  folders.write(tmp_path / "m0", first)
+  out = files.merge_files(methods.average(), paths(tmp_path), tmp_path / "out", nonfinite=True)
+  found = folders.read(out)["model.norm.weight"]
+  assert np.isnan(found).nonzero()[0].tolist() == [2]
+
+
 def test_a_folder_that_is_there_is_not_touched(tmp_path):
   folders.family(tmp_path)
   kept = tmp_path / "out" / "model.safetensors.index.json"

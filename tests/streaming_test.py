@@ -7,7 +7,7 @@ import pytest
 import small
 
 import jaxmerge
-from jaxmerge import memory, methods, stage, streaming
+from jaxmerge import catalog, memory, methods, stage, streaming
 
 TIES = methods.ties(0.3, rule="exact")
 
@@ -186,3 +186,21 @@ def test_large_leaves_have_the_same_bits_however_they_are_cut(name):
   out = jaxmerge.merge(method, base, models, **options)
   for entries in (1000, 70_000):
     small.same(streaming.merge_slices(method, base, models, entries=entries, **options), out)
+
+
+@pytest.mark.parametrize("name", catalog.METHODS)
+def test_the_catalog_says_how_often_models_are_read(name):
+  method = getattr(methods, name)()
+  measured = sum(len(list(streaming._batches(step))) for step in method)
+  assert catalog.METHODS[name].reads == 1 + measured
+
+
+def test_leaves_that_are_measured_alone_are_merged_before_the_next_is_read():
+  base, models = small.trees(("matrix", "vector"))
+  stack = models | {"steps": np.zeros((4, 1), np.int32)}
+  reads, _ = collected(methods.ties(scope="leaf", zero_sum="plus"), base, stack, entries=10**6)
+  names = [name for name, _, _ in reads]
+  assert names == sorted(names)
+  reads, _ = collected(methods.ties(zero_sum="plus"), base, stack, entries=10**6)
+  names = [name for name, _, _ in reads]
+  assert names != sorted(names)

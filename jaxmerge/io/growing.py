@@ -123,8 +123,8 @@ class Journal:
   ) -> None:
     """Writes a part of a tensor, and takes note of it and its inputs; parts come in order."""
     sink.write(name, start, part)
-    every: dict[str | None, np.ndarray] = {None: part, **inputs}
-    for whose, array in every.items():
+    every: list[tuple[str | None, np.ndarray]] = [(None, part), *inputs.items()]
+    for whose, array in every:
       own = self.hashes.setdefault(whose, xxhash.xxh3_128())
       own.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
     self.unsynced += part.nbytes
