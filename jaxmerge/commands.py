@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import pathlib
+import shutil
 from typing import Any  # A config is imported only by commands that have one.
 
 from jaxmerge import progress
@@ -35,30 +36,37 @@ def fake_devices(count: int | None) -> None:
 
 
 def merge(options: argparse.Namespace, config: Any) -> None:
-  """Merges the models of a recipe."""
+  """Merges the models of a recipe; recipes that others build on are merged beside, and removed."""
   from jaxmerge import planning
   from jaxmerge.io import atomic, tensor
   from jaxmerge.recipe import plan as plans
 
   out, files = pathlib.Path(options.out), tensor.Files()
-  if not options.dry_run:
-    atomic.check_free(out, options.replace)
-  plan = plans.of_file(options.recipe, files)
   if options.dry_run:
+    plan = plans.of_file(options.recipe, files)
     print("\n".join(planning.described(plan, shard_size=options.shard_size)))
     return
+  atomic.check_free(out, options.replace)
+  plans.of_file(options.recipe, files)  # All that is wrong is told before jax is imported.
   from jaxmerge import files as driver
 
+  stages: list[pathlib.Path] = []
+  settings = {"shard_size": options.shard_size, "resume": options.resume == "auto"}
+  settings["nonfinite"] = options.allow_nonfinite
   with progress.bars() as show:
-    driver.run(
-      plan,
-      out,
-      shard_size=options.shard_size,
-      replace=options.replace,
-      resume=options.resume == "auto",
-      nonfinite=options.allow_nonfinite,
-      progress=progress.counted(show, "merging", plan.written),
-    )
+
+    def made(name: str, plan: planning.Plan) -> planning.Model:
+      stages.append(out.with_name(f".{out.name}.{name}.stage"))
+      if not driver.holds(stages[-1], plan, shard_size=options.shard_size):
+        told = progress.counted(show, name, plan.written)
+        driver.run(plan, stages[-1], replace=True, progress=told, **settings)
+      return planning.model(stages[-1], files, name=name)
+
+    plan = plans.of_file(options.recipe, files, made)
+    told = progress.counted(show, "merging", plan.written)
+    driver.run(plan, out, replace=options.replace, progress=told, **settings)
+  for stage in stages:
+    shutil.rmtree(stage)
   print(f"merged: {out}")
 
 

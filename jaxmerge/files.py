@@ -131,6 +131,13 @@ def run(
   return out
 
 
+def holds(out: Path, plan: Plan, *, shard_size: int = SHARD) -> bool:
+  """Tells whether a folder is what a plan makes."""
+  path = pathlib.Path(out) / PROVENANCE
+  shards = folder.shards({o.name: o.size for o in plan.outputs}, shard_size)
+  return path.is_file() and folder.read_json(path).get("plan") == _identity(plan, shards)
+
+
 def _merge(
   plan: Plan,
   number: int,
@@ -286,6 +293,7 @@ def _complete(
   for name, text in plan.texts.items():
     (part / name).write_text(text, encoding="utf-8")
   facts = {
+    "plan": _identity(plan, shards),
     "jaxmerge": importlib.metadata.version("jaxmerge"),
     "jax": importlib.metadata.version("jax"),
     **plan.facts,

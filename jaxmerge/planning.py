@@ -25,12 +25,14 @@ class Model(NamedTuple):
     folder: where it lies.
     tensors: its tensors by name.
     files: of its weights.
+    config: what its config.json says; None: what is in the folder.
   """
 
   name: str
   folder: pathlib.Path
   tensors: Mapping[str, Tensor]
   files: tuple[pathlib.Path, ...]
+  config: Mapping[str, Any] | None = None
 
 
 class Job(NamedTuple):
@@ -193,6 +195,19 @@ def model(path: str | os.PathLike[str], files: Files, *, name: str | None = None
   return Model(name or str(path), path, tensors, tuple({file for file, _ in places.values()}))
 
 
+def foreseen(name: str, plan: Plan) -> Model:
+  """Returns the model that a plan will make: it can be planned with, and not be read."""
+
+  def read(start: int, out: np.ndarray) -> None:
+    raise ValueError(f"{name} has not been made yet.")
+
+  tensors = {
+    o.name: Tensor(f"{name}: tensor {o.name!r}", o.dtype, o.shape, read) for o in plan.outputs
+  }
+  text = plan.texts.get(folder.CONFIG)
+  return Model(name, plan.donor, tensors, (), None if text is None else json.loads(text))
+
+
 def simple(
   job: Job,
   base: Model | None,
@@ -255,9 +270,10 @@ def assembled(
   every, outputs = list(jobs), []
   for want in wants:
     found, fate = _settled(want, missing, every)
-    for which in (want.base, *want.models):
+    # The base may be one of the models as well.
+    for which in dict.fromkeys((*want.models, want.base)):
       if which is not None and which.tensor is not None:
-        base = which is want.base and fate == "merged" and not want.raw
+        base = which == want.base and fate == "merged" and not want.raw
         words = "base of the merge" if base else fate
         words += f" -> {want.name}" if which.name != want.name and found is not None else ""
         known = told[which.model].get(which.name, "dropped")

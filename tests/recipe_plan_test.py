@@ -9,7 +9,8 @@ import pytest
 import small
 
 import jaxmerge
-from jaxmerge import files, methods, planning
+from jaxmerge import cli, files, methods, planning
+from jaxmerge.io import safetensors
 from jaxmerge.io.tensor import Files
 from jaxmerge.recipe import RecipeError, layers
 from jaxmerge.recipe import plan as plans
@@ -226,3 +227,58 @@ def test_the_stack_of_a_model_with_two_towers():
   assert layers.main(names, {"text_config": {"num_hidden_layers": 3}}) == "text.layers."
   with pytest.raises(ValueError, match=r"text.layers.\* \(3\), vision.layers.\* \(2\)"):
     layers.main(names, {})
+
+
+STAGES = """
+name: mean
+merge_method: linear
+models: [{model: m0}, {model: m1}]
+parameters: {weight: 1}
+---
+merge_method: slerp
+base_model: mean
+models: [{model: m2}]
+parameters: {t: 0.25}
+"""
+
+
+def test_recipes_build_on_each_other(family, capsys):
+  _, first, second, third = family
+  pathlib.Path("recipe.yml").write_text(STAGES)
+  assert cli.main(["merge", "recipe.yml", "out", "--dry-run"]) == 0
+  assert "merged: 12 tensors, copied: 1" in capsys.readouterr().out
+  assert cli.main(["merge", "recipe.yml", "out"]) == 0
+  mean = jaxmerge.blend(methods.average(), jaxmerge.stack([first, second]))
+  pair = jaxmerge.stack([{n: np.asarray(x) for n, x in mean.items()}, third])
+  small.close(folders.read(pathlib.Path("out")), jaxmerge.blend(methods.slerp(0.25), pair))
+  assert [p.name for p in pathlib.Path().glob(".*")] == []
+
+
+def test_the_command_tells_what_is_wrong_and_leaves_nothing(family, capsys):
+  pathlib.Path("recipe.yml").write_text(TIES.replace("density", "densty"))
+  assert cli.main(["merge", "recipe.yml", "out"]) == 1
+  err = capsys.readouterr().err
+  assert "recipe.yml:6:" in err
+  assert "did you mean 'density'" in err
+  assert not pathlib.Path("out").exists()
+
+
+def test_adapters_are_merged_as_they_are_read(family):
+  """A recipe's `model+adapter` is the base plus scale B A."""
+  base, first, *_ = family
+  name = "model.layers.0.self_attn.q_proj"
+  rng = np.random.default_rng(0)
+  a, b = (rng.normal(size=s).astype(np.float32) for s in ((2, 6), (6, 2)))
+  pathlib.Path("lora").mkdir()
+  config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
+  pathlib.Path("lora/adapter_config.json").write_text(json.dumps(config))
+  weights = {f"base_model.model.{name}.lora_{k}.weight": x for k, x in (("A", a), ("B", b))}
+  safetensors.save("lora/adapter_model.safetensors", weights)
+  found = run("""
+merge_method: task_arithmetic
+base_model: base
+models: [{model: m0+lora, parameters: {weight: 0.5}}]
+""")
+  tuned = first[f"{name}.weight"] + 2.0 * b @ a
+  mean = (base[f"{name}.weight"] + tuned) / 2
+  np.testing.assert_allclose(found[f"{name}.weight"], mean, atol=1e-5)

@@ -32,21 +32,37 @@ class _Row(NamedTuple):
   names: tuple[str, ...]
 
 
-def of_file(path: str | os.PathLike[str], files: Files) -> Plan:
-  """Plans the recipe of a file; its models are local folders, perhaps with adapters.
+def of_file(
+  path: str | os.PathLike[str],
+  files: Files,
+  made: Callable[[str, Plan], planning.Model] = planning.foreseen,
+) -> Plan:
+  """Plans the last recipe of a file; its models are local folders, perhaps with adapters.
+
+  Args:
+    path: of the file.
+    files: open files of the models.
+    made: (name, plan) -> the model that a recipe makes on which another one builds; by default it
+      is only known what that will be, which is enough to plan.
 
   Raises:
-    RecipeError: for what is wrong with the recipe, or cannot be run yet.
-    planning.Problems: naming the tensors and models that do not fit each other.
+    RecipeError: for what is wrong with the recipes, or cannot be run yet.
+    planning.Problems: naming the tensors and models that do not fit.
   """
-  found = schema.read(path)
-  problems = [p for recipe in found for p in _not_yet(recipe)]
-  if len(found) > 1:
-    problems.append(Problem(found[1].place, "several recipes in one file cannot be run yet."))
+  recipes = schema.read(path)
+  problems = [p for recipe in recipes for p in _not_yet(recipe)]
   if problems:
     raise RecipeError(problems)
   text = pathlib.Path(path).read_text(encoding="utf-8")
-  plan = planned(found[0], lambda model: _opened(model, files))
+  results: dict[str, planning.Model] = {}
+
+  def opened(model: Model) -> planning.Model:
+    return results[model.path] if model.path in results else _opened(model, files)
+
+  for recipe in recipes[:-1]:
+    if recipe.name is not None:
+      results[recipe.name] = made(recipe.name, planned(recipe, opened))
+  plan = planned(recipes[-1], opened)
   return plan._replace(facts={"recipe": text}, texts={**plan.texts, RECIPE: text})
 
 
@@ -91,7 +107,7 @@ def planned(recipe: Recipe, open_model: Callable[[Model], planning.Model]) -> Pl
   """
   models = {m: open_model(m) for m in referenced(recipe)}
   donor = models[recipe.base_model or groups(recipe)[0].sources[0].model]
-  config = folder.config(donor.folder)
+  config = donor.config or folder.config(donor.folder)
   rows = list(_rows(recipe, models, config))
   unmatched = parameters.unmatched(recipe, _all_names(rows))
   if unmatched:
