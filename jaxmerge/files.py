@@ -253,8 +253,10 @@ def _complete(
     target = part / path.relative_to(plan.donor)
     target.parent.mkdir(exist_ok=True)
     shutil.copyfile(path, target)
-  for name, text in plan.texts.items():
-    (part / name).write_text(text, encoding="utf-8")
+  for name, own in plan.texts.items():
+    (part / name).unlink(missing_ok=True)
+    if own is not None:
+      (part / name).write_text(own, encoding="utf-8")
   facts = {
     "jaxmerge": importlib.metadata.version("jaxmerge"),
     "jax": importlib.metadata.version("jax"),
