@@ -290,8 +290,10 @@ def _complete(
     target = part / path.relative_to(plan.donor)
     target.parent.mkdir(exist_ok=True)
     shutil.copyfile(path, target)
-  for name, text in plan.texts.items():
-    (part / name).write_text(text, encoding="utf-8")
+  for name, own in plan.texts.items():
+    (part / name).unlink(missing_ok=True)
+    if own is not None:
+      (part / name).write_text(own, encoding="utf-8")
   facts = {
     "plan": _identity(plan, shards),
     "jaxmerge": importlib.metadata.version("jaxmerge"),

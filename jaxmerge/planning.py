@@ -119,7 +119,7 @@ class Plan(NamedTuple):
     donor: the folder whose config and tokenizer the result takes over.
     inputs: the files that are read.
     facts: plain JSON about the settings, for the provenance.
-    texts: files of the result that are not the donor's, by name.
+    texts: files of the result that are not the donor's, by name; None: the donor's is left out.
   """
 
   outputs: tuple[Output, ...]
@@ -128,7 +128,7 @@ class Plan(NamedTuple):
   donor: pathlib.Path
   inputs: frozenset[pathlib.Path]
   facts: Mapping[str, Any] = {}
-  texts: Mapping[str, str] = {}
+  texts: Mapping[str, str | None] = {}
 
   @property
   def read(self) -> int:

@@ -181,7 +181,6 @@ def test_compat_has_mergekits_thresholds(family):
   [
     (TIES.replace("m1", "m9"), "7:12", "m9: no such folder"),
     (TIES + "exclude: [lm_haed]\n", "9:11", "did you mean 'lm_head'"),
-    (TIES + "tokenizer_source: union\n", "9:", "cannot be run yet"),
     (TIES.replace("weight: 0.5", "weight: [{filter: mlp, value: 1}]"), "8:", "needs weight"),
   ],
 )

@@ -15,7 +15,7 @@ from jaxmerge import planning
 from jaxmerge.io import adapter, folder, safetensors
 from jaxmerge.io.tensor import Files
 from jaxmerge.planning import Job, Part, Plan, Want
-from jaxmerge.recipe import layers, parameters, schema, translating
+from jaxmerge.recipe import layers, parameters, schema, tokenizer, translating
 from jaxmerge.recipe.methods import METHODS
 from jaxmerge.recipe.places import Problem, RecipeError
 from jaxmerge.recipe.records import Group, Model, Recipe, Source, groups, referenced
@@ -68,12 +68,6 @@ def of_file(
 
 def _not_yet(recipe: Recipe) -> Iterator[Problem]:
   """What a recipe may say, but is not done yet."""
-  for key in ("tokenizer", "tokenizer_source", "chat_template"):
-    if key in recipe.places:
-      text = (
-        f"{key} cannot be run yet; without it, the files of the base (or first model) are taken."
-      )
-      yield Problem(recipe.places[key], text)
   if recipe.compat == "mergekit" and recipe.dtype not in (None, "float32"):
     text = "compat: mergekit computes in float32 alone yet; write dtype: float32 and out_dtype."
     yield Problem(recipe.places["dtype"], text)
@@ -105,7 +99,8 @@ def planned(recipe: Recipe, open_model: Callable[[Model], planning.Model]) -> Pl
     RecipeError: for what is wrong with the recipe once the models are known.
     planning.Problems: naming the tensors and models that do not fit each other.
   """
-  models = {m: open_model(m) for m in referenced(recipe)}
+  built = tokenizer.built(recipe, {m: open_model(m) for m in referenced(recipe)})
+  models = built.models
   donor = models[recipe.base_model or groups(recipe)[0].sources[0].model]
   config = donor.config or folder.config(donor.folder)
   rows = list(_rows(recipe, models, config))
@@ -121,10 +116,9 @@ def planned(recipe: Recipe, open_model: Callable[[Model], planning.Model]) -> Pl
     missing=recipe.missing,
     fates=_left_out(recipe, models, rows),
   )
-  changed = _config(recipe, config, rows)
-  return plan._replace(
-    texts={} if changed == config else {folder.CONFIG: json.dumps(changed, indent=2) + "\n"},
-  )
+  changed = built.config(_config(recipe, config, rows))
+  texts = {} if changed == config else {folder.CONFIG: json.dumps(changed, indent=2) + "\n"}
+  return plan._replace(texts={**texts, **built.texts}, fates=built.fates(plan.fates))
 
 
 # --- Which tensors there are ---

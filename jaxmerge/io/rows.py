@@ -1,0 +1,87 @@
+"""Matrices whose rows are gathered when they are read: from one matrix, and from a few others."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from jaxmerge.io.tensor import Tensor, widened
+
+BLOCK = 2**18  # Entries that a mean reads at a time.
+Row = tuple[Tensor, int]  # A tensor, and which of its rows.
+
+
+def gathered(
+  tensor: Tensor, rows: np.ndarray, fills: Mapping[int, Sequence[Row]], empty: np.ndarray
+) -> Tensor:
+  """Returns a tensor with other rows; neighbours that stay neighbours are read at once.
+
+  Args:
+    tensor: the rows' source, [N, ...].
+    rows: [M], for each row of the result the one of the tensor that it is; -1: it is none of them.
+    fills: where these come from: the mean of so many rows of other tensors; of none, zero.
+    empty: [M], rows that are the mean of all others, whatever is said above.
+  """
+  width = math.prod(tensor.shape[1:])
+  breaks = (np.diff(rows) != 1) | (rows[:-1] < 0)
+  ends = np.append(np.flatnonzero(breaks) + 1, len(rows))
+
+  def read(start: int, out: np.ndarray) -> None:
+    done = 0
+    while done < out.size:
+      row, offset = divmod(start + done, width)
+      end = int(ends[np.searchsorted(ends, row, side="right")])
+      part = out[done : done + end * width - (start + done)]
+      if rows[row] >= 0:
+        tensor.read(int(rows[row]) * width + offset, part)
+      else:
+        part[...] = _mean(fills.get(row, ()), width)[offset : offset + part.size]
+      done += part.size
+
+  made = tensor._replace(
+    where=f"{tensor.where}, {len(rows)} rows by the tokenizer",
+    shape=(len(rows), *tensor.shape[1:]),
+    read=read,
+  )
+  return _filled(made, empty) if empty.any() else made
+
+
+def _mean(sources: Sequence[Row], width: int) -> np.ndarray:
+  """Reads the mean of rows, in float32; zero without any."""
+  total, own = np.zeros(width, np.float32), np.empty(width, np.float32)
+  for tensor, row in sources:
+    widened(tensor, own.dtype).read(row * width, own)
+    total += own
+  return total / np.float32(max(len(sources), 1))
+
+
+def _filled(tensor: Tensor, empty: np.ndarray) -> Tensor:
+  """The same tensor, with the mean of all other rows in those that are empty.
+
+  The others are read once for it, in blocks at fixed places, when the first empty row is asked for.
+  """
+  width = math.prod(tensor.shape[1:])
+
+  @functools.cache
+  def mean() -> np.ndarray:
+    total = np.zeros(width)
+    step = max(1, BLOCK // width)
+    for first in range(0, len(empty), step):
+      kept = ~empty[first : first + step]
+      x = np.empty((len(kept), width), np.float32)
+      widened(tensor, x.dtype).read(first * width, x.reshape(-1))
+      total += x[kept].sum(axis=0, dtype=np.float64)
+    return total / np.count_nonzero(~empty)
+
+  def read(start: int, out: np.ndarray) -> None:
+    tensor.read(start, out)
+    rows = range(start // width, -(-(start + out.size) // width))
+    for row in (r for r in rows if empty[r]):
+      first = max(row * width, start)
+      part = out[first - start : (row + 1) * width - start]
+      part[...] = mean()[first - row * width :][: part.size]
+
+  return tensor._replace(read=read)

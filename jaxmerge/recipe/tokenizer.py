@@ -1,0 +1,200 @@
+"""The merged model's tokenizer: its vocabulary and files, and embeddings with rows in its order."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple  # Any: what a config.json holds.
+
+import numpy as np
+
+from jaxmerge import planning
+from jaxmerge.io import folder as folders
+from jaxmerge.io import rows
+from jaxmerge.recipe import chat, embeddings, vocabulary
+from jaxmerge.recipe.places import Problem, RecipeError, listed
+from jaxmerge.recipe.records import Model, Recipe, Tokenizer
+from jaxmerge.recipe.vocabulary import Flags, Vocabulary
+
+Opened = Mapping[Model, planning.Model]
+Own = Mapping[Model, Vocabulary]
+Texts = Mapping[str, str | None]
+
+GENERATION = "generation_config.json"
+
+
+class Built(NamedTuple):
+  """What comes of a recipe's tokenizer and chat template.
+
+  Attributes:
+    models: the models; their embeddings and output heads have a row for each token of the result.
+    texts: files of the result by name; None: it is not taken over from the donor.
+    size: how many rows; None: they are as they were.
+    names: the tensors with other rows.
+    numbers: of special tokens, for the config, where the vocabulary is not the donor's.
+  """
+
+  models: Opened
+  texts: Texts
+  size: int | None = None
+  names: frozenset[str] = frozenset()
+  numbers: Mapping[str, Any] | None = None
+
+  def config(self, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a config.json as it holds for the result."""
+    changed = {**config, **{k: v for k, v in (self.numbers or {}).items() if k in config}}
+    inner = config.get("text_config") or {}
+    if self.size is not None and "vocab_size" in inner:
+      changed["text_config"] = {**inner, "vocab_size": self.size}
+    if self.size is not None and ("vocab_size" in config or "vocab_size" not in inner):
+      changed["vocab_size"] = self.size
+    return changed
+
+  def fates(self, fates: Mapping[str, Mapping[str, str]]) -> dict[str, dict[str, str]]:
+    """Says of each tensor with other rows that it has them."""
+    return {
+      model: {
+        n: f"rows by the tokenizer; {words}" if n in self.names else words
+        for n, words in own.items()
+      }
+      for model, own in fates.items()
+    }
+
+
+def built(recipe: Recipe, models: Opened) -> Built:
+  """Does what a recipe says about the tokenizer and the chat template.
+
+  Args:
+    recipe: the recipe.
+    models: all that it names; the result takes over the files of the first.
+
+  Raises:
+    RecipeError: for tokenizers that cannot be read or brought together, and embeddings without a
+      row for each token.
+  """
+  made, home = Built(models, {}), next(iter(models.values())).folder
+  if recipe.tokenizer is not None:
+    made, home = _built(recipe, recipe.tokenizer, models)
+  if recipe.chat_template is not None:
+    template = chat.chosen(recipe.chat_template, [m.folder for m in models.values()])
+    if template is not None:
+      own = chat.texts(template, home, made.texts.get(vocabulary.SETTINGS))
+      made = made._replace(texts={**made.texts, **own})
+  return made
+
+
+def _built(recipe: Recipe, said: Tokenizer, models: Opened) -> tuple[Built, pathlib.Path]:
+  """Brings the vocabularies together; with the folder whose tokenizer is taken."""
+  own = {m: _read(m, opened.folder) for m, opened in models.items()}
+  merged = _merged(recipe, said, own)
+  names = embeddings.names(own, models)
+  _raise([*embeddings.narrow(own, models, names), *embeddings.misplaced(said, own, models, names)])
+  forced = {text for text, token in said.tokens.items() if token.force}
+  pad = said.pad_to_multiple_of or 1
+  size = -(-merged.size // pad) * pad
+  made = Built(_stamped(models), _texts(merged, next(iter(models.values())).folder))
+  made = made._replace(numbers=_numbers(merged, own))
+  heights = {t.shape[0] for m in models.values() for n, t in m.tensors.items() if n in names}
+  kept = heights == {size} or (len(heights) == 1 and said.pad_to_multiple_of is None)
+  if kept and all(v.ids == merged.ids for v in own.values()) and not forced:
+    return made, merged.folder
+  orders = {m: embeddings.order(v, merged, size, forced) for m, v in own.items()}
+  empty = np.ones(size, bool)
+  empty[list(merged.ids.values())] = False
+  changed = {m: dict(opened.tensors) for m, opened in models.items()}
+  for name in sorted(names):
+    fills = embeddings.fills(name, said, merged, own, models, recipe.base_model)
+    for m, tensors in changed.items():
+      if name in tensors:
+        tensors[name] = rows.gathered(tensors[name], orders[m], fills, empty)
+  opened = {m: o._replace(tensors=changed[m]) for m, o in made.models.items()}
+  return made._replace(models=opened, size=size, names=names), merged.folder
+
+
+def _raise(problems: Sequence[Problem]) -> None:
+  if problems:
+    raise RecipeError(problems)
+
+
+def _stamped(models: Opened) -> Opened:
+  """The models, with the tokenizer's files among those that are read."""
+  found = {m: [o.folder / name for name in vocabulary.FILES] for m, o in models.items()}
+  return {
+    m: o._replace(files=(*o.files, *(path for path in found[m] if path.is_file())))
+    for m, o in models.items()
+  }
+
+
+# --- The vocabulary ---
+
+
+def _read(model: Model, folder: pathlib.Path) -> Vocabulary:
+  try:
+    return vocabulary.read(folder)
+  except (OSError, ValueError) as error:
+    raise RecipeError([Problem(model.place, str(error))]) from error
+
+
+def _merged(recipe: Recipe, said: Tokenizer, own: Own) -> Vocabulary:
+  """The vocabulary of the result: that of one model, and what is added to it."""
+  first = next(iter(own.values()))
+  if isinstance(said.source, Model):
+    model = said.source
+    if model.revision:
+      text = f"{model}: models of the hub cannot be opened yet; download it, and give its folder."
+      raise RecipeError([Problem(model.place, text)])
+    first = own[model] if model in own else _read(model, pathlib.Path(model.path))
+  more = _others(recipe, said, own, first) if said.source == "union" else {}
+  more |= {text: vocabulary.PLAIN for text in said.tokens if text not in {**first.ids, **more}}
+  return vocabulary.extended(first, more)
+
+
+def _others(recipe: Recipe, said: Tokenizer, own: Own, first: Vocabulary) -> dict[str, Flags]:
+  """What a union adds to the first model's vocabulary, in the order of the models and numbers."""
+  ordinary: dict[str, Model] = {}
+  more: dict[str, Flags] = {}
+  for model, other in own.items():
+    for text in sorted(other.ids, key=other.ids.__getitem__):
+      if text in other.added:
+        if text not in first.added:
+          more.setdefault(text, other.added[text])
+      elif text not in first.ids:
+        ordinary.setdefault(text, model)
+  lost = {t: m for t, m in ordinary.items() if t not in more and t not in said.tokens}
+  if recipe.compat == "mergekit":
+    return {**dict.fromkeys(lost, vocabulary.PLAIN), **more}
+  if lost:
+    names = listed((f"{text!r} of {model}" for text, model in lost.items()), 4)
+    text = (
+      f"union: ordinary tokens that {next(iter(own))} lacks: {names}. Added to it, they would "
+      "cut words in another way: name a model as the source, or, to have them added all the same, "
+      "list them under tokens or write compat: mergekit."
+    )
+    raise RecipeError([Problem(said.place, text)])
+  return more
+
+
+def _texts(merged: Vocabulary, home: pathlib.Path) -> Texts:
+  """The tokenizer's files as far as they differ from those in the folder that is taken over."""
+  made: dict[str, str | None] = {}
+  if merged.folder != home:
+    made = {p.name: None for n in (*vocabulary.FILES, "*.model") for p in home.glob(n)}
+    numbers = _special(merged.folder / GENERATION)
+    if numbers and (home / GENERATION).is_file():
+      made[GENERATION] = vocabulary.text(folders.read_json(home / GENERATION) | numbers)
+  for name, text in vocabulary.texts(merged).items():
+    path = home / name
+    if merged.folder != home or not path.is_file() or path.read_text(encoding="utf-8") != text:
+      made[name] = text
+  return made
+
+
+def _special(path: pathlib.Path) -> dict[str, Any]:
+  """The numbers of special tokens that a config says."""
+  content = folders.read_json(path) if path.is_file() else {}
+  return {key: value for key, value in content.items() if key.endswith("_token_id")}
+
+
+def _numbers(merged: Vocabulary, own: Own) -> dict[str, Any]:
+  same = merged.folder == next(iter(own.values())).folder
+  return {} if same else _special(merged.folder / folders.CONFIG)
