@@ -17,6 +17,14 @@ from jaxmerge.io import folder, safetensors
 from jaxmerge.io.tensor import Files, Tensor, stored
 
 
+class Part(NamedTuple):
+  """A tensor of an input, and the model it is of; None where the model lacks it."""
+
+  model: str
+  name: str
+  tensor: Tensor | None
+
+
 class Model(NamedTuple):
   """A model on disk.
 
@@ -26,6 +34,9 @@ class Model(NamedTuple):
     tensors: its tensors by name.
     files: of its weights.
     config: what its config.json says; None: what is in the folder.
+    tied: names of output heads to the embeddings that they are, by the config: they are no
+      tensors of their own, and stand in where another model's head is not tied.
+    dropped: tensors of its files that are not among its tensors, and why.
   """
 
   name: str
@@ -33,6 +44,12 @@ class Model(NamedTuple):
   tensors: Mapping[str, Tensor]
   files: tuple[pathlib.Path, ...]
   config: Mapping[str, Any] | None = None
+  tied: Mapping[str, Tensor] = {}
+  dropped: Mapping[str, str] = {}
+
+  def part(self, name: str) -> Part:
+    """Returns one of its tensors by name, or that it has none."""
+    return Part(self.name, name, self.tensors.get(name, self.tied.get(name)))
 
 
 class Job(NamedTuple):
@@ -53,14 +70,6 @@ class Job(NamedTuple):
   numbers: Mapping[str, Any] = {}
   seed: int | None = None
   layout: Sequence[tuple[str, str]] = ()
-
-
-class Part(NamedTuple):
-  """A tensor of an input, and the model it is of; None where the model lacks it."""
-
-  model: str
-  name: str
-  tensor: Tensor | None
 
 
 class Want(NamedTuple):
@@ -192,7 +201,28 @@ def model(path: str | os.PathLike[str], files: Files, *, name: str | None = None
   path = pathlib.Path(path)
   places = folder.entries(path)
   tensors = {n: stored(files, file, n, entry) for n, (file, entry) in sorted(places.items())}
-  return Model(name or str(path), path, tensors, tuple({file for file, _ in places.values()}))
+  opened = Model(name or str(path), path, tensors, tuple({file for file, _ in places.values()}))
+  return _with_ties(opened, folder.config(path))
+
+
+_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
+_HEADS = ("lm_head.weight", "embed_out.weight")
+
+
+def _with_ties(opened: Model, config: Mapping[str, Any]) -> Model:
+  """Takes an output head for the embedding where the config says that it is."""
+  said = [
+    c.get("tie_word_embeddings") for c in (config, config.get("text_config")) if isinstance(c, dict)
+  ]
+  embedding = next((n for n in opened.tensors if n.endswith(_EMBEDDINGS)), None)
+  if True not in said or embedding is None:
+    return opened
+  heads = [n for n in opened.tensors if n.endswith(_HEADS)] or list(_HEADS[:1])
+  return opened._replace(
+    tensors={n: t for n, t in opened.tensors.items() if n not in heads},
+    tied=dict.fromkeys(heads, opened.tensors[embedding]),
+    dropped={n: f"dropped: tied to {embedding}" for n in heads if n in opened.tensors},
+  )
 
 
 def foreseen(name: str, plan: Plan) -> Model:
@@ -230,11 +260,8 @@ def simple(
   """
   donor = base or models[0]
 
-  def part(model: Model, name: str) -> Part:
-    return Part(model.name, name, model.tensors.get(name))
-
   wants = [
-    Want(name, part(donor, name), tuple(part(m, name) for m in models), raw=base is None)
+    Want(name, donor.part(name), tuple(m.part(name) for m in models), raw=base is None)
     for name in sorted({name for m in (donor, *models) for name in m.tensors})
   ]
   return assembled(wants, [job], (donor, *models), dtype=dtype, missing=missing)
@@ -263,8 +290,14 @@ def assembled(
   Raises:
     Problems: naming every tensor and model that do not fit.
   """
-  told = {m.name: dict((fates or {}).get(m.name, {})) for m in models}
+  told = {m.name: {**m.dropped, **(fates or {}).get(m.name, {})} for m in models}
   problems = [line for want in wants for line in _mismatches(want, missing)]
+  problems += [
+    f"tensor {want.name!r} is tied to the embedding by the config of {models[0].name}, but not in "
+    "all models: exclude it, or set tie_word_embeddings to false there."
+    for want in wants
+    if want.name in models[0].tied and want.models
+  ]
   if problems:
     raise Problems(problems)
   every, outputs = list(jobs), []

@@ -159,6 +159,36 @@ def test_what_becomes_of_a_tensor_that_a_model_lacks(tmp_path, missing, expected
     np.testing.assert_allclose(found[lacking], expected(base[lacking], mean), atol=1e-6)
 
 
+def test_tied_heads_stay_tied(tmp_path):
+  """By the configs: a head that some files hold all the same is left out of the result."""
+  base, *_ = folders.family(tmp_path)
+  tied = folders.CONFIG | {"tie_word_embeddings": True}
+  headless = {n: x for n, x in base.items() if n != "lm_head.weight"}
+  folders.write(tmp_path / "base", headless, config=tied)
+  for k in range(3):
+    folders.write(tmp_path / f"m{k}", folders.read(tmp_path / f"m{k}"), config=tied)
+  out = files.merge_files(
+    methods.average(), paths(tmp_path), tmp_path / "out", base=tmp_path / "base", names=NAMES
+  )
+  assert "lm_head.weight" not in folders.read(out)
+  told = json.loads((out / files.PROVENANCE).read_text())["inputs"]
+  assert told["red"]["lm_head.weight"] == "dropped: tied to model.embed_tokens.weight"
+
+
+def test_an_embedding_stands_in_for_a_head_that_is_tied_to_it(tmp_path):
+  _, first, second, third = folders.family(tmp_path)
+  tied = folders.CONFIG | {"tie_word_embeddings": True}
+  headless = {n: x for n, x in first.items() if n != "lm_head.weight"}
+  folders.write(tmp_path / "m0", headless, config=tied)
+  out = files.merge_files(
+    methods.average(), [*paths(tmp_path)[1:], tmp_path / "m0"], tmp_path / "o"
+  )
+  heads = [first["model.embed_tokens.weight"], second["lm_head.weight"], third["lm_head.weight"]]
+  np.testing.assert_allclose(folders.read(out)["lm_head.weight"], np.mean(heads, 0), atol=1e-6)
+  with pytest.raises(planning.Problems, match=r"'lm_head.weight' is tied to the embedding by the"):
+    files.merge_files(methods.average(), paths(tmp_path), tmp_path / "other")
+
+
 def test_all_problems_are_told_at_once(tmp_path):
   _, first, second, _ = folders.family(tmp_path)
   folders.write(tmp_path / "m0", first | {"model.norm.weight": np.zeros(7, np.float32)})

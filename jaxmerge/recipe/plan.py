@@ -293,7 +293,7 @@ def _wants(
     name = row.tensor.name
     if name not in wants:  # It is excluded.
       own_base = models[row.group.base] if row.group.base else donor
-      wants[name] = Want(name, Part(own_base.name, name, own_base.tensors.get(name)))
+      wants[name] = Want(name, own_base.part(name))
   return [wants[row.tensor.name] for row in rows], jobs
 
 
@@ -343,7 +343,7 @@ def _want(translation: translating.Translation, own: _Settled, models: Opened, j
 
   def part(i: int) -> Part:
     model = models[group.sources[i].model]
-    return Part(model.name, own.row.names[i], model.tensors.get(own.row.names[i]))
+    return model.part(own.row.names[i])
 
   parts = [part(i) for i in own.merged]
   if translation.method == "passthrough" and own.given()["scale"] == (1.0,):
@@ -352,7 +352,7 @@ def _want(translation: translating.Translation, own: _Settled, models: Opened, j
   if group.base is not None:
     listed = [i for i, s in enumerate(group.sources) if s.model == group.base]
     model = models[group.base]
-    base = part(listed[0]) if listed else Part(model.name, name, model.tensors.get(name))
+    base = part(listed[0]) if listed else model.part(name)
   if translation.pair and base is not None:
     parts.insert(0, base)
   return Want(name, base, tuple(parts), job, translation.raw)
