@@ -48,15 +48,14 @@ def get_config():
   c.variant = "pa"  # pa: train rows, from the base; ph: validation rows, from a merged model
 
   # What is compared with at the same budget; scales are chosen on validation.
-  local = dict(learning_rate=2e-4, warmup=0.1)
-  scales = (0.2, 0.3, 0.4, 0.5, 0.6)
+  scales = (0.2, 0.3, 0.35, 0.4, 0.5)
   c.baselines = dict(
-    experts=dict(**local),
-    multitask=dict(**local),
+    experts=dict(learning_rate=2e-4, warmup=0.1),
+    multitask=dict(learning_rate=3e-4, warmup=0.1),
     task_arithmetic=dict(scales=scales),
-    ties=dict(density=0.2, scales=(0.6, 0.9, 1.2, 1.5, 1.8)),
-    dare=dict(drop_rate=0.5, scales=scales),
-    breadcrumbs=dict(keep=0.85, remove=0.05, scales=scales),
+    ties=dict(density=0.5, scales=(0.8, 1.1, 1.4, 1.7, 2.0)),
+    dare=dict(drop_rate=0.2, scales=scales),
+    breadcrumbs=dict(keep=0.85, remove=0.01, scales=scales),
   )
   # Further runs of the loop: name of the run -> changes of this config.
   c.also = dict(

@@ -47,15 +47,14 @@ def get_config():
   c.variant = "pa"  # pa: train rows, from the base; ph: validation rows, from a merged model
 
   # What is compared with at the same budget; scales are chosen on validation.
-  local = dict(learning_rate=2e-4, warmup=0.1)
   scales = (0.3, 0.5)
   c.baselines = dict(
-    experts=dict(**local),
-    multitask=dict(**local),
+    experts=dict(learning_rate=2e-4, warmup=0.1),
+    multitask=dict(learning_rate=3e-4, warmup=0.1),
     task_arithmetic=dict(scales=scales),
-    ties=dict(density=0.2, scales=(0.9, 1.5)),
-    dare=dict(drop_rate=0.5, scales=scales),
-    breadcrumbs=dict(keep=0.85, remove=0.05, scales=scales),
+    ties=dict(density=0.5, scales=(1.1, 1.7)),
+    dare=dict(drop_rate=0.2, scales=scales),
+    breadcrumbs=dict(keep=0.85, remove=0.01, scales=scales),
   )
   c.also = dict()  # further runs of the loop: name of the run -> changes of this config
 
