@@ -7,6 +7,7 @@ bytes are synced and its line is in the journal, and when it still has the check
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import math
@@ -43,7 +44,7 @@ class Shards(NamedTuple):
         first, entries = safetensors.layout({n: kinds[n] for n in names}, {"format": "pt"})
         handles[file] = os.open(part / file, os.O_RDWR | os.O_CREAT, 0o666)
         length = max((e.stop for e in entries.values()), default=len(first))
-        os.posix_fallocate(handles[file], 0, length)
+        _make_room(handles[file], part / file, length)
         os.truncate(handles[file], length)
         os.pwrite(handles[file], first, 0)
         places.update({n: (file, entry) for n, entry in entries.items()})
@@ -77,6 +78,16 @@ class Shards(NamedTuple):
     """Brings all files to the disk."""
     for handle in self.handles.values():
       os.fsync(handle)
+
+
+def _make_room(handle: int, path: pathlib.Path, length: int) -> None:
+  try:
+    os.posix_fallocate(handle, 0, length)
+  except OSError as error:
+    if error.errno != errno.ENOSPC:
+      raise
+    text = f"no space on the disk for its {length:,} bytes; free some, and the same command goes on"
+    raise OSError(errno.ENOSPC, text, str(path)) from error
 
 
 class Journal:

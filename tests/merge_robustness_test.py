@@ -1,0 +1,214 @@
+"""What goes wrong with merges elsewhere: each an error that names the culprit, and nothing left."""
+
+import errno
+import json
+import os
+import pathlib
+import struct
+
+import folders
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from jaxmerge import cli
+from jaxmerge.io import safetensors
+
+RECIPE = """
+merge_method: task_arithmetic
+base_model: base
+models:
+  - model: m0
+    parameters: {weight: 0.5}
+  - model: m1
+    parameters: {weight: 0.5}
+"""
+SHARD = pathlib.Path("m1/model-00002-of-00002.safetensors")
+INDEX = pathlib.Path("m1/model.safetensors.index.json")
+
+
+@pytest.fixture
+def family(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  pathlib.Path("recipe.yml").write_text(RECIPE)
+  return folders.family(tmp_path, count=2)
+
+
+def truncated():
+  SHARD.write_bytes(SHARD.read_bytes()[:-100])
+
+
+def header(change):
+  """Rewrites the JSON header of a shard."""
+  raw = SHARD.read_bytes()
+  (length,) = struct.unpack("<Q", raw[:8])
+  content = json.loads(raw[8 : 8 + length])
+  change(content)
+  text = json.dumps(content).encode()
+  SHARD.write_bytes(struct.pack("<Q", len(text)) + text + raw[8 + length :])
+
+
+def overlapping():
+  def change(content):
+    names = [n for n in content if n != "__metadata__"]
+    content[names[1]]["data_offsets"] = content[names[0]]["data_offsets"]
+    content[names[1]]["shape"] = content[names[0]]["shape"]
+
+  header(change)
+
+
+def index(change):
+  content = json.loads(INDEX.read_text())
+  change(content["weight_map"])
+  INDEX.write_text(json.dumps(content))
+
+
+def pickled():
+  for path in pathlib.Path("m0").glob("*.safetensors"):
+    path.rename(path.with_name("pytorch_model.bin"))
+
+
+def tensor(folder, name, change):
+  content = folders.read(pathlib.Path(folder))
+  content[name] = change(content[name])
+  folders.write(pathlib.Path(folder), content)
+
+
+def recipe(old, new):
+  pathlib.Path("recipe.yml").write_text(RECIPE.replace(old, new))
+
+
+NORM = "model.norm.weight"
+DAMAGE = {
+  "truncated shard": (truncated, ["model-00002-of-00002.safetensors", "truncated"]),
+  "missing shard": (SHARD.unlink, ["model-00002-of-00002.safetensors", "missing"]),
+  "overlapping offsets": (overlapping, ["model-00002-of-00002.safetensors", "overlaps"]),
+  "a header that is not JSON": (
+    lambda: SHARD.write_bytes(struct.pack("<Q", 40) + b"{" * 48),
+    ["model-00002-of-00002.safetensors", "not JSON"],
+  ),
+  "a huge header": (
+    lambda: SHARD.write_bytes(struct.pack("<Q", 2**60) + b"{}"),
+    ["model-00002-of-00002.safetensors", "over the limit"],
+  ),
+  "an index that leaves the folder": (
+    lambda: index(lambda m: m.update({NORM: "../base/model.safetensors"})),
+    ["model.safetensors.index.json", "'../base/model.safetensors'", "not the name of a file"],
+  ),
+  "an index with an absolute path": (
+    lambda: index(lambda m: m.update({NORM: "/etc/hosts"})),
+    ["model.safetensors.index.json", "'/etc/hosts'"],
+  ),
+  "a pickle": (pickled, ["m0", "pytorch_model.bin is a pickle"]),
+  "another shape": (
+    lambda: tensor("m0", NORM, lambda x: x[:-1]),
+    [repr(NORM), "[5] in m0", "[6]", "base"],
+  ),
+  "another vocabulary": (
+    lambda: tensor("m0", "lm_head.weight", lambda x: np.concatenate([x, x])),
+    ["'lm_head.weight'", "[20, 6] in m0", "tokenizer"],
+  ),
+  "integers for floats": (
+    lambda: tensor("m0", NORM, lambda x: x.astype(np.int32)),
+    [repr(NORM), "int32 in m0", "float32"],
+  ),
+  "another number of layers": (
+    lambda: folders.write(pathlib.Path("m0"), folders.tensors(5, layers=2)),
+    ["'model.layers.2.mlp.up_proj.weight'", "not in m0"],
+  ),
+  "NaN": (
+    lambda: tensor("m0", NORM, lambda x: np.where(np.arange(6) == 3, np.nan, x)),
+    [repr(NORM), "model m0", "NaN"],
+  ),
+  "an unknown key": (lambda: recipe("base_model", "base_modle"), ["recipe.yml:3:1", "base_model"]),
+  "an unknown parameter": (lambda: recipe("weight", "wieght"), ["recipe.yml:6:", "'weight'"]),
+  "a misspelt method": (
+    lambda: recipe("task_arithmetic", "task-arithmetic"),
+    ["recipe.yml:2:15", "'task_arithmetic'"],
+  ),
+  "a misspelt dtype": (
+    lambda: recipe("base_model: base", "base_model: base\ndtype: bfloat"),
+    ["recipe.yml:4:8", "bfloat16"],
+  ),
+  "a density out of range": (
+    lambda: recipe("task_arithmetic", "ties\nparameters: {density: 1.5}"),
+    ["recipe.yml:3:", "density must be in (0, 1], got 1.5"],
+  ),
+  "weights that add up to zero": (
+    lambda: recipe("weight: 0.5", "weight: 0.0, normalize: true"),
+    ["recipe.yml:"],
+  ),
+  "a filter that matches nothing": (
+    lambda: recipe("{weight: 0.5}", "{weight: [{filter: mpl, value: 1}, {value: 0.5}]}"),
+    ["recipe.yml:6:", "did you mean 'mlp'"],
+  ),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_it_is_named_and_nothing_is_left(family, capsys, name):
+  damage, words = DAMAGE[name]
+  damage()
+  assert cli.main(["merge", "recipe.yml", "out"]) == 1
+  err = capsys.readouterr().err
+  for word in words:
+    assert word in err
+  assert "Traceback" not in err
+  assert not pathlib.Path("out").exists()
+  if name != "NaN":  # That is found while weights are read; what was merged so far is kept.
+    assert not pathlib.Path(".out.merging").exists()
+    assert cli.main(["merge", "recipe.yml", "out", "--dry-run"]) == 1
+
+
+def test_stale_files_do_not_stay_beside_new_ones(family, capsys):
+  stale = pathlib.Path("out/model-00001-of-00009.safetensors")
+  stale.parent.mkdir()
+  stale.write_text("stale")
+  assert cli.main(["merge", "recipe.yml", "out"]) == 1
+  assert "out exists" in capsys.readouterr().err
+  assert cli.main(["merge", "recipe.yml", "out", "--replace"]) == 0
+  assert not stale.exists()
+
+
+def test_paths_with_plus_and_at_are_paths(family):
+  pathlib.Path("m0").rename("m0+more@home")
+  recipe("m0", "m0+more@home")
+  assert cli.main(["merge", "recipe.yml", "out"]) == 0
+
+
+def test_a_full_disk_is_an_error_and_nothing_is_lost(family, capsys, monkeypatch):
+  def full(handle, start, length):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+  with monkeypatch.context() as patched:
+    patched.setattr(os, "posix_fallocate", full)
+    assert cli.main(["merge", "recipe.yml", "out"]) == 1
+  err = capsys.readouterr().err
+  assert "no space on the disk for its" in err
+  assert ".out.merging/model.safetensors" in err
+  assert cli.main(["merge", "recipe.yml", "out"]) == 0
+
+
+@settings(
+  max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(st.data())
+def test_any_byte_of_a_header_may_be_wrong(family, data):
+  """An error or a plan, for any damage to the headers; never another exception."""
+  whole = SHARD.read_bytes()
+  (length,) = struct.unpack("<Q", whole[:8])
+  raw = bytearray(whole)
+  for _ in range(data.draw(st.integers(1, 4))):
+    raw[data.draw(st.integers(0, 7 + length))] = data.draw(st.integers(0, 255))
+  SHARD.write_bytes(raw)
+  try:
+    assert cli.main(["merge", "recipe.yml", "out", "--dry-run"]) in (0, 1)
+  finally:
+    SHARD.write_bytes(whole)
+
+
+def test_headers_are_read_as_they_are(family):
+  """The control: an untouched family is merged."""
+  assert cli.main(["merge", "recipe.yml", "out"]) == 0
+  assert safetensors.load("out/model.safetensors").keys() == family[0].keys()
