@@ -26,8 +26,13 @@ _OUTPUTS = re.compile(
 )
 
 
-def _named(name: str, tensor: Tensor) -> bool:
-  """Tells whether a tensor is called as an embedding of tokens, or as an output head."""
+def named(name: str, tensor: Tensor) -> bool:
+  """Tells whether a tensor is called as an embedding of tokens, or as an output head.
+
+  >>> own = Tensor("", np.dtype(np.float32), (9, 2), lambda start, out: None)
+  >>> named("model.embed_tokens.weight", own), named("bert.position_embeddings.weight", own)
+  (True, False)
+  """
   if _OUTPUTS.search(name):
     return len(tensor.shape) in (1, 2)
   return len(tensor.shape) == 2 and layers.is_input(name) and not _OTHERS.search(name)
@@ -39,14 +44,14 @@ def names(own: Own, models: Opened) -> frozenset[str]:
     name
     for model, opened in models.items()
     for name, tensor in opened.tensors.items()
-    if _named(name, tensor) and tensor.shape[0] >= own[model].size
+    if named(name, tensor) and tensor.shape[0] >= own[model].size
   )
 
 
 def narrow(own: Own, models: Opened, names: frozenset[str]) -> Iterator[Problem]:
   """Finds tensors with fewer rows than the model has tokens."""
   for model, opened in models.items():
-    called = {n: t.shape[0] for n, t in opened.tensors.items() if _named(n, t)}
+    called = {n: t.shape[0] for n, t in opened.tensors.items() if named(n, t)}
     size = own[model].size
     short = {n: rows for n, rows in called.items() if rows < size and (n in names or not names)}
     if short or not called.keys() & names:
