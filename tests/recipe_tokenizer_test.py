@@ -279,6 +279,17 @@ def test_embeddings_smaller_than_the_vocabulary(three):
   assert f"{EMBEDDING} has 9 rows" in str(error.value)
 
 
+def test_rows_of_another_length(three):
+  """They are not taken from, not even where the model is not merged."""
+  wide = folders.tensors(1, vocabulary=16, width=8)
+  folders.write(pathlib.Path("wide"), wide)
+  pathlib.Path("wide/tokenizer.json").write_bytes(pathlib.Path("chat/tokenizer.json").read_bytes())
+  with pytest.raises(
+    RecipeError, match=r"yml:4:33: .* has rows of \[8\] in wide, but of \[6\] in base"
+  ):
+    plan_of(LINEAR.replace("chat", "wide") + "tokenizer_source: union\n")
+
+
 @pytest.mark.parametrize(
   ("name", "content", "words"),
   [
