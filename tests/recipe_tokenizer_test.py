@@ -11,7 +11,7 @@ import pytest
 from jaxmerge import files
 from jaxmerge.io import rows
 from jaxmerge.io.tensor import Files, Tensor
-from jaxmerge.recipe import RecipeError, chat
+from jaxmerge.recipe import RecipeError, chat, embeddings
 from jaxmerge.recipe import plan as plans
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -279,13 +279,101 @@ def test_embeddings_smaller_than_the_vocabulary(three):
   assert f"{EMBEDDING} has 9 rows" in str(error.value)
 
 
+def test_rows_of_another_length(three):
+  """They are not taken from, not even where the model is not merged."""
+  wide = folders.tensors(1, vocabulary=16, width=8)
+  folders.write(pathlib.Path("wide"), wide)
+  pathlib.Path("wide/tokenizer.json").write_bytes(pathlib.Path("chat/tokenizer.json").read_bytes())
+  with pytest.raises(
+    RecipeError, match=r"yml:4:33: .* has rows of \[8\] in wide, but of \[6\] in base"
+  ):
+    plan_of(LINEAR.replace("chat", "wide") + "tokenizer_source: union\n")
+
+
+@pytest.mark.parametrize(
+  ("name", "content", "words"),
+  [
+    ("tokenizer.json", {"model": {"vocab": {"a": "b"}}}, "vocab of model must map tokens to whole"),
+    ("tokenizer_config.json", {"added_tokens_decoder": []}, None),
+    ("tokenizer_config.json", {"added_tokens_decoder": {"x": {"content": "a"}}}, "content and id"),
+    ("tokenizer_config.json", {"added_tokens_decoder": [1]}, "must be a JSON dict"),
+    ("added_tokens.json", {"a": -1}, "must map tokens to whole numbers"),
+  ],
+)
+def test_files_of_tokenizers_are_checked(three, name, content, words):
+  path = pathlib.Path("chat", name)
+  path.write_text(json.dumps(content))
+  text = LINEAR + "tokenizer_source: base\n"
+  if words is None:
+    plan_of(text)
+  else:
+    with pytest.raises(RecipeError, match=rf"yml:4:33: .*{words}"):
+      plan_of(text)
+
+
+def test_a_union_of_scored_tokens(three):
+  for name, words in (("base", WORDS), ("chat", WORDS), ("turned", WORDS[::-1])):
+    path = pathlib.Path(name, "tokenizer.json")
+    content = json.loads(path.read_text())
+    content["model"] = {"type": "Unigram", "unk_id": 0, "vocab": [[w, -1.0] for w in words]}
+    path.write_text(json.dumps(content))
+  found = views(LINEAR + "tokenizer_source: union\n")
+  np.testing.assert_array_equal(found[2][:10], three[2][EMBEDDING][ORDER])
+
+
+def test_copies_have_the_merged_rows_too(three):
+  """Tensors that are excluded, and layers that are stacked, go with the merged vocabulary."""
+  base, tuned, turned = three
+  out = run(LINEAR + "tokenizer_source: union\nexclude: [lm_head]\n")
+  np.testing.assert_array_equal(out[HEAD], np.concatenate([base[HEAD], tuned[HEAD][10:11]]))
+  text = """
+merge_method: passthrough
+slices:
+  - sources: [{model: base, layer_range: [0, 2]}]
+  - sources: [{model: turned, layer_range: [1, 3]}]
+tokenizer_source: union
+"""
+  out = run(text)
+  np.testing.assert_array_equal(out[EMBEDDING], base[EMBEDDING])
+  np.testing.assert_array_equal(out[HEAD], turned[HEAD][ORDER])
+
+
+def test_positions_are_no_tokens():
+  def named(name, *shape):
+    return embeddings.named(
+      name, Tensor(name, np.dtype(np.float32), shape, lambda start, out: None)
+    )
+
+  for name in (
+    "model.embed_tokens.weight",
+    "transformer.wte.weight",
+    "bert.embeddings.word_embeddings.weight",
+    "shared.weight",
+    "lm_head.weight",
+    "cls.predictions.decoder.weight",
+    "gpt_neox.embed_in.weight",
+    "embed_out.weight",
+    "output.weight",
+    "tok_embeddings.weight",
+  ):
+    assert named(name, 9, 2), name
+  assert named("cls.predictions.bias", 9)
+  for name in (
+    "transformer.wpe.weight",
+    "bert.embeddings.position_embeddings.weight",
+    "bert.embeddings.token_type_embeddings.weight",
+    "model.decoder.embed_positions.weight",
+    "vision.patch_embed.weight",
+    "encoder.layer.0.attention.output.dense.weight",
+  ):
+    assert not named(name, 9, 2), name
+  assert not named("bert.embeddings.LayerNorm.weight", 9)
+
+
 def test_tokenizers_that_cannot_be_read(three):
   pathlib.Path("chat/tokenizer.json").unlink()
   pathlib.Path("chat/tokenizer.model").write_bytes(b"pieces")
   with pytest.raises(RecipeError, match=r"yml:4:33: chat: .*tokenizer.model is not read: convert"):
-    plan_of(LINEAR + "tokenizer_source: union\n")
-  pathlib.Path("chat/tokenizer.json").write_text('{"model": {"vocab": {"a": "b"}}}')
-  with pytest.raises(RecipeError, match="vocab of model must map tokens to whole numbers"):
     plan_of(LINEAR + "tokenizer_source: union\n")
 
 

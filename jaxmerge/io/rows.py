@@ -24,6 +24,14 @@ def gathered(
     rows: [M], for each row of the result the one of the tensor that it is; -1: it is none of them.
     fills: where these come from: the mean of so many rows of other tensors; of none, zero.
     empty: [M], rows that are the mean of all others, whatever is said above.
+
+  >>> own = np.array([5, 6, 7], np.float32)
+  >>> read = lambda start, out: np.copyto(out, own[start : start + len(out)])
+  >>> tensor = Tensor("x", own.dtype, own.shape, read)
+  >>> made = gathered(tensor, np.array([2, 0, -1]), {}, np.array([False, False, True]))
+  >>> out = np.empty(3, np.float32)
+  >>> made.read(0, out), out
+  (None, array([7., 5., 6.], dtype=float32))
   """
   width = math.prod(tensor.shape[1:])
   breaks = (np.diff(rows) != 1) | (rows[:-1] < 0)

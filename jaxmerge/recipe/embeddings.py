@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
 import numpy as np
 
@@ -26,8 +27,13 @@ _OUTPUTS = re.compile(
 )
 
 
-def _named(name: str, tensor: Tensor) -> bool:
-  """Tells whether a tensor is called as an embedding of tokens, or as an output head."""
+def named(name: str, tensor: Tensor) -> bool:
+  """Tells whether a tensor is called as an embedding of tokens, or as an output head.
+
+  >>> own = Tensor("", np.dtype(np.float32), (9, 2), lambda start, out: None)
+  >>> named("model.embed_tokens.weight", own), named("bert.position_embeddings.weight", own)
+  (True, False)
+  """
   if _OUTPUTS.search(name):
     return len(tensor.shape) in (1, 2)
   return len(tensor.shape) == 2 and layers.is_input(name) and not _OTHERS.search(name)
@@ -39,20 +45,32 @@ def names(own: Own, models: Opened) -> frozenset[str]:
     name
     for model, opened in models.items()
     for name, tensor in opened.tensors.items()
-    if _named(name, tensor) and tensor.shape[0] >= own[model].size
+    if named(name, tensor) and tensor.shape[0] >= own[model].size
   )
 
 
 def narrow(own: Own, models: Opened, names: frozenset[str]) -> Iterator[Problem]:
   """Finds tensors with fewer rows than the model has tokens."""
   for model, opened in models.items():
-    called = {n: t.shape[0] for n, t in opened.tensors.items() if _named(n, t)}
+    called = {n: t.shape[0] for n, t in opened.tensors.items() if named(n, t)}
     size = own[model].size
     short = {n: rows for n, rows in called.items() if rows < size and (n in names or not names)}
     if short or not called.keys() & names:
       words = listed(f"{n} has {rows} rows" for n, rows in (short or called).items())
       text = f"{model}: its tokenizer needs {size} rows, but {words or 'there is no embedding'}"
       yield Problem(model.place, f"{text}; give it the tokenizer that it was trained with.")
+
+
+def uneven(models: Opened, names: frozenset[str]) -> Iterator[Problem]:
+  """Finds tensors whose rows are not like those of the first model that has them."""
+  for name in sorted(names):
+    (first, own), *others = [
+      (m, o.tensors[name].shape[1:]) for m, o in models.items() if name in o.tensors
+    ]
+    for model, shape in others:
+      if shape != own:
+        text = f"{name} has rows of {list(shape)} in {model}, but of {list(own)} in {first}."
+        yield Problem(model.place, text)
 
 
 def misplaced(
@@ -74,30 +92,61 @@ def misplaced(
         yield Problem(token.place, f"token_id {token.token_id} is out of range: {place}.")
 
 
-def order(own: Vocabulary, merged: Vocabulary, size: int, forced: set[str]) -> np.ndarray:
-  """Returns for each row of the result the model's own row of that token; -1 where it has none."""
-  found = np.full(size, -1, np.int64)
-  for text, row in merged.ids.items():
-    if text in own.ids and text not in forced:
-      found[row] = own.ids[text]
+class Order(NamedTuple):
+  """How the rows of the result go together.
+
+  Attributes:
+    said: what the recipe says.
+    base: its base, if it has one.
+    own: the vocabularies of the models.
+    merged: that of the result.
+    size: rows of the result.
+  """
+
+  said: Tokenizer
+  base: Model | None
+  own: Own
+  merged: Vocabulary
+  size: int
+
+
+def reordered(models: Opened, names: frozenset[str], order: Order) -> dict[Model, planning.Model]:
+  """Returns the models with the tensors of these names as they are in the result."""
+  empty = np.ones(order.size, bool)
+  empty[list(order.merged.ids.values())] = False
+  own = {m: _rows(order, m) for m in models}
+  found = {m: dict(opened.tensors) for m, opened in models.items()}
+  for name in sorted(names):
+    fills = _fills(order, name, models)
+    for m, tensors in found.items():
+      if name in tensors:
+        tensors[name] = rows.gathered(tensors[name], own[m], fills, empty)
+  return {m: opened._replace(tensors=found[m]) for m, opened in models.items()}
+
+
+def _rows(order: Order, model: Model) -> np.ndarray:
+  """For each row of the result the model's own row of that token; -1 where it has none."""
+  found, ids = np.full(order.size, -1, np.int64), order.own[model].ids
+  forced = {text for text, token in order.said.tokens.items() if token.force}
+  for text, row in order.merged.ids.items():
+    if text in ids and text not in forced:
+      found[row] = ids[text]
   return found
 
 
-def fills(
-  name: str, said: Tokenizer, merged: Vocabulary, own: Own, models: Opened, base: Model | None
-) -> dict[int, list[rows.Row]]:
-  """Returns the rows for models that lack a token: the base's, else all those whose mean it is."""
-  there = [m for m in models if name in models[m].tensors]
+def _fills(order: Order, name: str, models: Opened) -> dict[int, list[rows.Row]]:
+  """The rows for models that lack a token: the base's, else all those whose mean it is."""
+  tensors = {m: o.tensors[name] for m, o in models.items() if name in o.tensors}
   found = {}
-  for text, row in merged.ids.items():
-    have = [(m, own[m].ids[text]) for m in there if text in own[m].ids]
-    if text in said.tokens:
-      have = _donor(said.tokens[text], text, own)
-    elif len(have) == len(there):
+  for text, row in order.merged.ids.items():
+    have = [(m, order.own[m].ids[text]) for m in tensors if text in order.own[m].ids]
+    if text in order.said.tokens:
+      have = _donor(order.said.tokens[text], text, order.own)
+    elif len(have) == len(tensors):
       continue
-    elif have and have[0][0] == base:
+    elif have and have[0][0] == order.base:
       have = have[:1]
-    found[row] = [(models[m].tensors[name], number) for m, number in have]
+    found[row] = [(tensors[m], number) for m, number in have]
   return found
 
 

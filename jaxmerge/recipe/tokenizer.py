@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple  # Any: what a config.json holds.
-
-import numpy as np
 
 from jaxmerge import planning
 from jaxmerge.io import folder as folders
-from jaxmerge.io import rows
 from jaxmerge.recipe import chat, embeddings, vocabulary
 from jaxmerge.recipe.places import Problem, RecipeError, listed
 from jaxmerge.recipe.records import Model, Recipe, Tokenizer
@@ -88,30 +85,30 @@ def _built(recipe: Recipe, said: Tokenizer, models: Opened) -> tuple[Built, path
   own = {m: _read(m, opened.folder) for m, opened in models.items()}
   merged = _merged(recipe, said, own)
   names = embeddings.names(own, models)
-  _raise([*embeddings.narrow(own, models, names), *embeddings.misplaced(said, own, models, names)])
-  forced = {text for text, token in said.tokens.items() if token.force}
-  pad = said.pad_to_multiple_of or 1
-  size = -(-merged.size // pad) * pad
-  made = Built(_stamped(models), _texts(merged, next(iter(models.values())).folder))
-  made = made._replace(numbers=_numbers(merged, own))
-  heights = {t.shape[0] for m in models.values() for n, t in m.tensors.items() if n in names}
-  kept = heights == {size} or (len(heights) == 1 and said.pad_to_multiple_of is None)
-  if kept and all(v.ids == merged.ids for v in own.values()) and not forced:
+  _check(said, own, models, names)
+  made = Built(
+    _stamped(models),
+    _texts(merged, next(iter(models.values())).folder),
+    numbers=_numbers(merged, own),
+  )
+  pad = said.pad_to_multiple_of
+  size = -(-merged.size // (pad or 1)) * (pad or 1)
+  heights = {m.tensors[n].shape[0] for m in models.values() for n in names & m.tensors.keys()}
+  forced = any(token.force for token in said.tokens.values())
+  alike = len(heights) == 1 and all(v.ids == merged.ids for v in own.values())
+  if alike and not forced and (pad is None or heights == {size}):
     return made, merged.folder
-  orders = {m: embeddings.order(v, merged, size, forced) for m, v in own.items()}
-  empty = np.ones(size, bool)
-  empty[list(merged.ids.values())] = False
-  changed = {m: dict(opened.tensors) for m, opened in models.items()}
-  for name in sorted(names):
-    fills = embeddings.fills(name, said, merged, own, models, recipe.base_model)
-    for m, tensors in changed.items():
-      if name in tensors:
-        tensors[name] = rows.gathered(tensors[name], orders[m], fills, empty)
-  opened = {m: o._replace(tensors=changed[m]) for m, o in made.models.items()}
-  return made._replace(models=opened, size=size, names=names), merged.folder
+  order = embeddings.Order(said, recipe.base_model, own, merged, size)
+  found = embeddings.reordered(made.models, names, order)
+  return made._replace(models=found, size=size, names=names), merged.folder
 
 
-def _raise(problems: Sequence[Problem]) -> None:
+def _check(said: Tokenizer, own: Own, models: Opened, names: frozenset[str]) -> None:
+  problems = [
+    *embeddings.narrow(own, models, names),
+    *embeddings.uneven(models, names),
+    *embeddings.misplaced(said, own, models, names),
+  ]
   if problems:
     raise RecipeError(problems)
 
@@ -145,8 +142,8 @@ def _merged(recipe: Recipe, said: Tokenizer, own: Own) -> Vocabulary:
       raise RecipeError([Problem(model.place, text)])
     first = own[model] if model in own else _read(model, pathlib.Path(model.path))
   more = _others(recipe, said, own, first) if said.source == "union" else {}
-  more |= {text: vocabulary.PLAIN for text in said.tokens if text not in {**first.ids, **more}}
-  return vocabulary.extended(first, more)
+  named = {t: vocabulary.PLAIN for t in said.tokens if t not in first.ids and t not in more}
+  return vocabulary.extended(first, {**more, **named})
 
 
 def _others(recipe: Recipe, said: Tokenizer, own: Own, first: Vocabulary) -> dict[str, Flags]:

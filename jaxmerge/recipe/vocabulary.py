@@ -77,8 +77,8 @@ def _ordinary(folder: pathlib.Path) -> dict[str, int]:
   if (folder / TOKENIZER).is_file():
     model = folders.read_json(folder / TOKENIZER).get("model")
     found = model.get("vocab") if isinstance(model, dict) else None
-    if isinstance(found, list):  # Unigram: pairs of token and score.
-      return {pair[0]: i for i, pair in enumerate(found)}
+    if isinstance(found, list) and all(isinstance(v, list) and len(v) == 2 for v in found):
+      return {str(token): i for i, (token, _score) in enumerate(found)}  # Unigram.
     return _numbers(found, f"{folder / TOKENIZER}: vocab of model")
   if (folder / WORDS).is_file():
     return _numbers(folders.read_json(folder / WORDS), str(folder / WORDS))
@@ -103,19 +103,33 @@ def _numbers(found: Any, where: str) -> dict[str, int]:
 
 def _added(folder: pathlib.Path) -> Iterator[tuple[str, int, Flags]]:
   """Tokens added in any of the files, with number and flags; what comes first counts."""
-  entries = list(_part(folder, TOKENIZER, "added_tokens", []))
-  decoder = _part(folder, SETTINGS, "added_tokens_decoder", {})
-  entries += [{**entry, "id": int(number)} for number, entry in decoder.items()]
-  for entry in entries:
-    yield entry["content"], entry["id"], {k: entry.get(k, v) for k, v in PLAIN.items()}
-  if (folder / ADDED).is_file():
-    for token, number in _numbers(folders.read_json(folder / ADDED), str(folder / ADDED)).items():
+  where = folder / TOKENIZER
+  for entry in _part(where, "added_tokens", list):
+    yield _entry(entry, where)
+  where = folder / SETTINGS
+  for number, entry in _part(where, "added_tokens_decoder", dict).items():
+    own = entry if isinstance(entry, dict) else {}
+    yield _entry(own | {"id": int(number) if number.isdecimal() else number}, where)
+  where = folder / ADDED
+  if where.is_file():
+    for token, number in _numbers(folders.read_json(where), str(where)).items():
       yield token, number, PLAIN
 
 
-def _part(folder: pathlib.Path, name: str, key: str, default: Any) -> Any:
-  content = folders.read_json(folder / name) if (folder / name).is_file() else {}
-  return content.get(key) or default
+def _part(path: pathlib.Path, key: str, kind: type) -> Any:
+  """What a file says under a key; empty without the file or the key."""
+  found = (folders.read_json(path) if path.is_file() else {}).get(key) or kind()
+  if not isinstance(found, kind):
+    raise ValueError(f"{path}: {key} must be a JSON {kind.__name__}, got {found!r:.100}.")
+  return found
+
+
+def _entry(entry: Any, where: pathlib.Path) -> tuple[str, int, Flags]:
+  own = entry if isinstance(entry, dict) else {}
+  token, number = own.get("content"), own.get("id")
+  if not isinstance(token, str) or type(number) is not int or number < 0:
+    raise ValueError(f"{where}: an added token needs content and id, got {entry!r:.100}.")
+  return token, number, {key: own.get(key, value) for key, value in PLAIN.items()}
 
 
 def extended(own: Vocabulary, tokens: Mapping[str, Flags]) -> Vocabulary:
