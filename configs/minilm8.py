@@ -59,7 +59,7 @@ def get_config():
   )
   # Further runs of the loop: name of the run -> changes of this config.
   c.also = dict(
-    atm_plain=dict(outer="none"),
+    atm_plain=dict(outer="none", schedule="constant", warmup=0.1),
     atm_10=dict(rounds=10),
   )
 
