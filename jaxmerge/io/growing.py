@@ -41,7 +41,8 @@ class Shards(NamedTuple):
     handles, places = {}, {}
     try:
       for file, names in shards.items():
-        first, entries = safetensors.layout({n: kinds[n] for n in names}, {"format": "pt"})
+        own = {n: kinds[n] for n in names}
+        first, entries = safetensors.layout(own, {"format": "pt"}, align=64)
         handles[file] = os.open(part / file, os.O_RDWR | os.O_CREAT, 0o666)
         length = max((e.stop for e in entries.values()), default=len(first))
         _make_room(handles[file], part / file, length)
@@ -111,6 +112,8 @@ class Journal:
       ValueError: where it is that of another merge.
     """
     path = part / NAME
+    for unfinished in part.glob(f".{NAME}.*"):
+      unfinished.unlink()
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
     records = [json.loads(line) for line in lines if line.endswith("\n")]
     if not records:

@@ -130,11 +130,17 @@ def save(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, str] | N
 
 
 def layout(
-  tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]], metadata: Mapping[str, str]
+  tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]],
+  metadata: Mapping[str, str],
+  *,
+  align: int = 8,
 ) -> tuple[bytes, dict[str, Entry]]:
   """Lays a file out before its tensors are known: what it begins with, and where each one goes.
 
-  >>> first, entries = layout({"w": (np.dtype(np.float32), (2, 3))}, {"format": "pt"})
+  Spaces bring the first tensor to a multiple of `align` bytes: of 8, as in the reference
+  implementation, or of 64, from where a CPU's device takes it without a copy.
+
+  >>> first, entries = layout({"w": (np.dtype(np.float32), (2, 3))}, {"format": "pt"}, align=64)
   >>> len(first), entries["w"].start, entries["w"].stop
   (128, 128, 152)
   """
@@ -144,8 +150,7 @@ def layout(
     ends.append(ends[-1] + math.prod(shape) * dtype.itemsize)
     content[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": ends[-2:]}
   text = json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode()
-  # Spaces bring the first tensor to a multiple of 64 bytes: it can be read without a copy.
-  text += b" " * (-(8 + len(text)) % 64)
+  text += b" " * (-(8 + len(text)) % align)
   data = 8 + len(text)
   entries = {
     name: Entry(dtype, tuple(shape), data + start, data + stop)
