@@ -60,11 +60,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
   except (ValueError, OSError) as e:
     return _failed(e, 1, debug)
   except KeyboardInterrupt:
-    resumes = options.command == "atm" and options.resume != "never"
-    again = shlex.join(["jaxmerge", *arguments])
-    progress.say(
-      "interrupted" + (f"; this goes on from the last saved round:\n  {again}" * resumes)
-    )
+    saved = {"atm": "the last saved round", "merge": "the last finished tensors"}
+    resumes = options.command in saved and options.resume != "never"
+    told = f"; this goes on from {saved[options.command]}:" if resumes else ""
+    again = f"\n  {shlex.join(['jaxmerge', *arguments])}" if resumes else ""
+    progress.say(f"interrupted{told}{again}")
     return 130
 
 

@@ -47,22 +47,30 @@ def merge(options: argparse.Namespace, config: Any) -> None:
     print("\n".join(planning.described(plan, shard_size=options.shard_size)))
     return
   atomic.check_free(out, options.replace)
-  plans.of_file(options.recipe, files)  # All that is wrong is told before jax is imported.
+  stages: list[pathlib.Path] = []
+
+  def foreseen(name: str, plan: planning.Plan) -> planning.Model:
+    stages.append(out.with_name(f".{out.name}.{name}.stage"))
+    return planning.foreseen(name, plan)
+
+  # All that is wrong is told before jax is imported.
+  plan = plans.of_file(options.recipe, files, foreseen)
   from jaxmerge import files as driver
 
-  stages: list[pathlib.Path] = []
   settings = {"shard_size": options.shard_size, "resume": options.resume == "auto"}
   settings["nonfinite"] = options.allow_nonfinite
   with progress.bars() as show:
+    left = iter(stages)
 
     def made(name: str, plan: planning.Plan) -> planning.Model:
-      stages.append(out.with_name(f".{out.name}.{name}.stage"))
-      if not driver.holds(stages[-1], plan, shard_size=options.shard_size):
+      stage = next(left)
+      if not driver.holds(stage, plan, shard_size=options.shard_size):
         told = progress.counted(show, name, plan.written)
-        driver.run(plan, stages[-1], replace=True, progress=told, **settings)
-      return planning.model(stages[-1], files, name=name)
+        driver.run(plan, stage, replace=True, progress=told, **settings)
+      return planning.model(stage, files, name=name)
 
-    plan = plans.of_file(options.recipe, files, made)
+    if stages:
+      plan = plans.of_file(options.recipe, files, made)
     told = progress.counted(show, "merging", plan.written)
     driver.run(plan, out, replace=options.replace, progress=told, **settings)
   for stage in stages:

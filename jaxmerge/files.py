@@ -299,6 +299,7 @@ def _complete(
     "jaxmerge": importlib.metadata.version("jaxmerge"),
     "jax": importlib.metadata.version("jax"),
     **plan.facts,
+    "jobs": [{"method": j.words, "models": j.models, "seed": j.seed} for j in plan.jobs],
     "tensors": {o.name: digests[o.name] for o in plan.outputs},
     "inputs": plan.fates,
   }

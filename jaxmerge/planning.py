@@ -168,6 +168,8 @@ def described(plan: Plan, *, shard_size: int) -> list[str]:
     count = sum(o.job == i for o in plan.outputs)
     if count:
       settings = json.dumps(job.words, default=str)
+      if job.seed is not None:
+        settings += f", seed {job.seed}"
       name = str(job.words.get("method")) if isinstance(job.words, dict) else ""
       reads = catalog.METHODS[name].reads if name in catalog.METHODS else 1
       often = "" if reads == 1 else f", read {reads} times"
@@ -314,7 +316,8 @@ def assembled(
           words if known.startswith("dropped") else f"{known}; {words}"
         )
     if found is not None:
-      own = (found.base or found.models[0]).dtype
+      first = found.base or found.models[0]
+      own = first.kept or first.dtype
       stored_as = dtype if dtype is not None and safetensors.is_floating(own) else own
       outputs.append(found._replace(dtype=stored_as))
   for m in models:

@@ -62,6 +62,8 @@ def cut(numbers: Numbers, ranks: Sequence[int], *, exact: bool) -> tuple[np.ndar
   Returns:
     Patterns [K] and positions [K], uint32.
   """
+  if not numbers.size:
+    return np.full(len(ranks), NONE, np.uint32), np.full(len(ranks), EVERY, np.uint32)
   sample, weights = numbers.sample()
   rows = itertools.cycle(sample)
   searches = [_Search(n, numbers.size, row, weights) for n, row in zip(ranks, rows, strict=False)]
@@ -82,7 +84,7 @@ class _Search:
   def __init__(self, rank: int, size: int, sample: np.ndarray, weights: np.ndarray):
     order = np.argsort(sample, kind="stable")[::-1]
     self.sample, self.share = sample[order], np.cumsum(weights[order]) / weights.sum()
-    self.rank, self.wanted = rank, rank / max(size, 1)
+    self.rank, self.wanted = rank, rank / size
     spread = math.sqrt(self.wanted * (1 - self.wanted) / len(sample))
     self.error = 5 * spread + 2 / len(sample)  # Five standard deviations of a random sample.
     self.above = self.at = 0

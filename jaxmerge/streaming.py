@@ -75,7 +75,7 @@ def stream(
       out = np.asarray(_merged(parts, seen, method=method, form=form, dtype=dtype))
       memory.refuse_height(name, out.shape[0])
       write(name, start, out[0])
-  for name in source.leaves.keys() - shapes.keys() - set(done):
+  for name in sorted(source.leaves.keys() - shapes.keys() - set(done)):
     size = math.prod(source.leaves[name].shape)
     for start in range(0, max(size, 1), entries):
       write(name, start, source.read(name, start, min(start + entries, size))[0])

@@ -400,6 +400,15 @@ def test_interrupt_says_how_to_go_on(capsys, runs):
   assert "jaxmerge" not in capsys.readouterr().err
 
 
+def test_an_interrupted_merge_says_how_to_go_on(capsys, monkeypatch):
+  def interrupt(options, config):
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(commands, "merge", interrupt)
+  assert cli.main(["merge", "recipe.yml", "out dir"]) == 130
+  assert "finished tensors:\n  jaxmerge merge recipe.yml 'out dir'" in capsys.readouterr().err
+
+
 EVENTS = [
   {"phase": "experts", "done": 3, "total": 10, "unit": "round", "numbers": {"mean": 0.71234}},
   {"message": "[checkpoint 3] set aside"},

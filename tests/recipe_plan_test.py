@@ -4,6 +4,7 @@ import json
 import pathlib
 
 import folders
+import ml_dtypes
 import numpy as np
 import pytest
 import small
@@ -262,17 +263,23 @@ def test_the_command_tells_what_is_wrong_and_leaves_nothing(family, capsys):
   assert not pathlib.Path("out").exists()
 
 
+def write_adapter(folder, module):
+  """Writes an adapter of rank 2 and scale 2 for one matrix; returns A and B."""
+  rng = np.random.default_rng(0)
+  a, b = (rng.normal(size=s).astype(np.float32) for s in ((2, 6), (6, 2)))
+  pathlib.Path(folder).mkdir()
+  config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
+  pathlib.Path(folder, "adapter_config.json").write_text(json.dumps(config))
+  weights = {f"base_model.model.{module}.lora_{k}.weight": x for k, x in (("A", a), ("B", b))}
+  safetensors.save(f"{folder}/adapter_model.safetensors", weights)
+  return a, b
+
+
 def test_adapters_are_merged_as_they_are_read(family):
   """A recipe's `model+adapter` is the base plus scale B A."""
   base, first, *_ = family
   name = "model.layers.0.self_attn.q_proj"
-  rng = np.random.default_rng(0)
-  a, b = (rng.normal(size=s).astype(np.float32) for s in ((2, 6), (6, 2)))
-  pathlib.Path("lora").mkdir()
-  config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
-  pathlib.Path("lora/adapter_config.json").write_text(json.dumps(config))
-  weights = {f"base_model.model.{name}.lora_{k}.weight": x for k, x in (("A", a), ("B", b))}
-  safetensors.save("lora/adapter_model.safetensors", weights)
+  a, b = write_adapter("lora", name)
   found = run("""
 merge_method: task_arithmetic
 base_model: base
@@ -281,3 +288,45 @@ models: [{model: m0+lora, parameters: {weight: 0.5}}]
   tuned = first[f"{name}.weight"] + 2.0 * b @ a
   mean = (base[f"{name}.weight"] + tuned) / 2
   np.testing.assert_allclose(found[f"{name}.weight"], mean, atol=1e-5)
+
+
+def test_a_model_with_an_adapter_is_stored_as_its_base_is(tmp_path, monkeypatch):
+  """Its matrices are computed in float32; a result without `dtype` keeps that of the files."""
+  monkeypatch.chdir(tmp_path)
+  folders.family(tmp_path, dtype=ml_dtypes.bfloat16)
+  write_adapter("lora", "model.layers.0.self_attn.q_proj")
+  plan = plan_of("""
+merge_method: linear
+models: [{model: m0+lora}, {model: m1}]
+parameters: {weight: 0.5}
+""")
+  assert {pathlib.Path("lora", n) for n in ("adapter_config.json", "adapter_model.safetensors")} < (
+    plan.inputs
+  )
+  found = folders.read(files.run(plan, "out"))
+  assert {x.dtype.name for x in found.values()} == {"bfloat16", "int32"}
+
+
+def test_masks_are_those_of_seed_0_where_a_recipe_gives_none(family, capsys):
+  base, first, second, _ = family
+  found = run("""
+merge_method: dare_linear
+base_model: base
+models:
+  - {model: m0, parameters: {weight: 0.5, density: 0.4}}
+  - {model: m1, parameters: {weight: 0.5, density: 0.4}}
+""")
+  expected = jaxmerge.merge(
+    methods.dare(0.6, weight=0.5, scale=1.0),
+    base,
+    jaxmerge.stack([first, second]),
+    names=["m0", "m1"],
+    aux={"seed": 0},
+  )
+  small.close(found, expected)
+  told = json.loads(pathlib.Path("out/jaxmerge_provenance.json").read_text())["jobs"]
+  assert [(j["method"]["method"], j["models"], j["seed"]) for j in told] == [
+    ("dare", ["m0", "m1"], 0)
+  ]
+  assert cli.main(["merge", "recipe.yml", "again", "--dry-run"]) == 0
+  assert "seed 0" in capsys.readouterr().out

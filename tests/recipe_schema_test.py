@@ -203,7 +203,7 @@ def test_linear():
     "linear",
     "float16",
     None,
-    None,
+    0,
   )
   assert [plain(s.parameters) for s in own.models] == [{"weight": w} for w in (1.0, 0.3, 0.5)]
   place = own.models[0].place

@@ -165,6 +165,18 @@ def test_nan_is_named_before_its_slice_is_written(whose):
   assert [start for name, start in writes if name == "matrix"] == [0, 16, 32, 48, 64]
 
 
+@pytest.mark.parametrize(
+  "method",
+  [methods.ties(0.5, scope="leaf"), methods.breadcrumbs(0.5, 0.1), methods.sce(0.5)],
+  ids=["ties", "breadcrumbs", "sce"],
+)
+def test_a_leaf_without_entries_stays_as_it_is(method):
+  base, models = small.trees(("matrix", "steps"))
+  base["empty"], models["empty"] = np.zeros((0, 3), np.float32), np.zeros((4, 0, 3), np.float32)
+  out = jaxmerge.merge(method, base, models)
+  small.close(streaming.merge_slices(method, base, models), out)
+
+
 def test_prepared_numbers_take_the_place_of_aux():
   base, models = small.trees()
   shapes = {n: x.shape for n, x in base.items() if x.dtype == np.float32}

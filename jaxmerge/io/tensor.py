@@ -23,12 +23,15 @@ class Tensor(NamedTuple):
     dtype: of its entries.
     shape: of the whole.
     read: (start, out) fills `out` [n], of the tensor's dtype, with entries start, start + 1, ...
+    kept: dtype in which a result stores it, where it is another one: what is computed from narrow
+      weights is read in float32.
   """
 
   where: str
   dtype: np.dtype
   shape: tuple[int, ...]
   read: Callable[[int, np.ndarray], None]
+  kept: np.dtype | None = None
 
 
 class Files:

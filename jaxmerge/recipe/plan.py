@@ -81,9 +81,8 @@ def _opened(model: Model, files: Files) -> planning.Model:
     opened = planning.model(model.path, files, name=str(model))
     if model.adapter is None:
       return opened
-    weights = pathlib.Path(model.adapter) / adapter.WEIGHTS
     tensors = adapter.adapted(opened.tensors, model.adapter, files)
-    return opened._replace(tensors=tensors, files=(*opened.files, weights))
+    return opened._replace(tensors=tensors, files=(*opened.files, *adapter.paths(model.adapter)))
   except (OSError, ValueError) as error:
     raise RecipeError([Problem(model.place, str(error))]) from error
 

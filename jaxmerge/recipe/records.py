@@ -187,7 +187,7 @@ class Recipe:
     missing: what happens to a tensor that some models lack.
     exclude: tensors that are copied from the base.
     overrides: the first whose `where` holds counts.
-    seed: of random masks.
+    seed: of random masks; 0 where the recipe gives none.
     uses: names of the recipes of the same file that this one builds on.
     places: where the keys stand.
   """
@@ -207,7 +207,7 @@ class Recipe:
   missing: Missing = "error"
   exclude: tuple[Where, ...] = ()
   overrides: tuple[Override, ...] = ()
-  seed: int | None = None
+  seed: int = 0
   uses: tuple[str, ...] = ()
   place: Place = dataclasses.field(kw_only=True, compare=False)
   places: Mapping[str, Place] = dataclasses.field(kw_only=True, compare=False)
