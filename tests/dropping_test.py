@@ -5,22 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
+from example import close, merged
 
 import jaxmerge
 from jaxmerge import methods, stage
 
 TAU = np.array([[0.9, -0.1, 0.4, 0.0, -0.6, 0.2]], np.float32)
 ZERO = {"w": jnp.zeros(6)}
-
-
-def merged(method, tau=TAU, **options):
-  """The merged task vector of an example with one leaf."""
-  zero = {"w": jnp.zeros(tau.shape[1:])}
-  return np.asarray(jaxmerge.merge(method, zero, {"w": jnp.asarray(tau)}, **options)["w"])
-
-
-def close(x, y, atol=1e-6):
-  np.testing.assert_allclose(x, np.asarray(y, np.float64), atol=atol, rtol=0)
 
 
 ONES = {"a": np.ones((3, 40, 50), np.float32), "b": np.ones((3, 2000), np.float32)}

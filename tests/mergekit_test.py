@@ -4,7 +4,6 @@ A unit is the spacing of float32 at the largest value of the merged tensor.
 """
 
 import functools
-import importlib.util
 import itertools
 
 import mergekit_outputs
@@ -57,11 +56,7 @@ UNDECIDED = {
 }
 TIED = 1e-5
 
-needs_minilm = pytest.mark.skipif(
-  importlib.util.find_spec(synthetic_models.MINILM) is None,
-  reason="the weights of all-MiniLM-L6-v2 are not installed",
-)
-MARKS = {"llama": (), "minilm": (needs_minilm, pytest.mark.slow)}
+MARKS = {"llama": (), "minilm": (pytest.mark.minilm, pytest.mark.slow)}
 RUN = [
   pytest.param(name, base, id=f"{base}: {name}", marks=MARKS[base])
   for name, case in CASES.items()

@@ -47,8 +47,10 @@ SLOW = {
   "passthrough",
 }
 rows = pytest.mark.parametrize("name", TABLE)
-rows_slow = pytest.mark.parametrize(
-  "name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in TABLE]
+MARKED = {n: pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in TABLE}
+rows_slow = pytest.mark.parametrize("name", MARKED.values())
+rows_of_entries = pytest.mark.parametrize(
+  "name", [p for n, p in MARKED.items() if all(s.unit == "entry" for s in TABLE[n].method)]
 )
 
 
@@ -172,12 +174,10 @@ def test_slices_give_the_bits_of_whole_leaves(name, entries):
   (small.close if row.summed else small.same)(found, out)
 
 
-@rows_slow
+@rows_of_entries
 def test_stages_of_entries_see_no_axes(name):
   """Drivers may hand them a leaf in one row, in pieces."""
   row = TABLE[name]
-  if row.seeded or any(step.unit != "entry" for step in row.method):
-    pytest.skip("masks and rows depend on axes")
   base, models, out = eager(name, small.FEW)
   flat = {n: x.reshape(-1) for n, x in base.items()}
   found = merged(row, flat, {n: x.reshape(row.height, -1) for n, x in models.items()})

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
+from example import TAU, close, merged
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -14,25 +15,7 @@ import jaxmerge
 from jaxmerge import memory, methods, stage
 
 BASE = {"w": jnp.array([1.0, -1.0, 0.5, 0.0, 2.0, -0.5])}
-TAU = np.array(
-  [
-    [0.9, -0.1, 0.4, 0.0, -0.6, 0.2],
-    [-0.3, -0.5, 0.1, 0.7, -0.2, 0.0],
-    [0.5, 0.3, -0.8, 0.1, 0.2, -0.4],
-  ],
-  np.float32,
-)
 ZERO = {"w": jnp.zeros(6)}
-
-
-def merged(method, tau=TAU, **options):
-  """The merged task vector of an example with one leaf."""
-  zero = {"w": jnp.zeros(tau.shape[1:])}
-  return np.asarray(jaxmerge.merge(method, zero, {"w": jnp.asarray(tau)}, **options)["w"])
-
-
-def close(x, y, atol=1e-6):
-  np.testing.assert_allclose(x, np.asarray(y, np.float64), atol=atol, rtol=0)
 
 
 @pytest.mark.parametrize(

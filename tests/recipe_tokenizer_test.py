@@ -4,9 +4,11 @@ import json
 import pathlib
 
 import folders
+import jinja2.sandbox
 import ml_dtypes
 import numpy as np
 import pytest
+import tokenizers
 
 from jaxmerge import files
 from jaxmerge.io import rows
@@ -109,7 +111,6 @@ def test_a_union_has_the_tokens_of_all(three):
 
 
 def test_what_is_written_is_a_tokenizer(three):
-  tokenizers = pytest.importorskip("tokenizers")
   run(LINEAR + "tokenizer: {source: union, tokens: {new: {source: {kind: zero}}}}\n")
   made = tokenizers.Tokenizer.from_file("out/tokenizer.json")
   assert made.encode("w3 <|im_end|>w1 new").ids == [3, 10, 1, 11]
@@ -440,9 +441,8 @@ TURNS = [
   ],
 )
 def test_named_templates(name, expected):
-  sandbox = pytest.importorskip("jinja2.sandbox")
   for trim in (True, False):
-    made = sandbox.ImmutableSandboxedEnvironment(trim_blocks=trim, lstrip_blocks=trim)
+    made = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=trim, lstrip_blocks=trim)
     template = made.from_string(chat.TEMPLATES[name])
     found = template.render(
       messages=TURNS, bos_token="<s>", eos_token="</s>", add_generation_prompt=True

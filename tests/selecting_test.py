@@ -5,30 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import oracles_entries
 import pytest
+from example import TAU, close, merged
 from hypothesis import given
 from hypothesis import strategies as st
 
 import jaxmerge
 from jaxmerge import methods
-
-TAU = np.array(
-  [
-    [0.9, -0.1, 0.4, 0.0, -0.6, 0.2],
-    [-0.3, -0.5, 0.1, 0.7, -0.2, 0.0],
-    [0.5, 0.3, -0.8, 0.1, 0.2, -0.4],
-  ],
-  np.float32,
-)
-
-
-def merged(method, tau, **options):
-  """The merged task vector of an example with one leaf."""
-  tau = jnp.asarray(tau, jnp.float32)
-  return np.asarray(jaxmerge.merge(method, {"w": tau[0] * 0}, {"w": tau}, **options)["w"])
-
-
-def close(x, y, atol=1e-6):
-  np.testing.assert_allclose(x, np.asarray(y, np.float64), atol=atol, rtol=0)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracles_spheres
 import pytest
+from example import TAU, blended, close, merged
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -14,24 +15,6 @@ from jaxmerge import methods
 A, B = [2.0, 0.0], [0.0, 1.0]
 THREE = [[1.0, 0.0, 0.0], [0.8, 0.6, 0.0], [0.0, 0.0, 1.0]]
 PAIR = [[[2.0, 0.0], [1.0, 1.0]], [[0.0, 1.0], [1.0, 1.0]]]
-EX = [
-  [0.9, -0.1, 0.4, 0.0, -0.6, 0.2],
-  [-0.3, -0.5, 0.1, 0.7, -0.2, 0.0],
-  [0.5, 0.3, -0.8, 0.1, 0.2, -0.4],
-]
-
-
-def blended(method, x, **options):
-  return np.asarray(jaxmerge.blend(method, {"w": jnp.asarray(x, jnp.float32)}, **options)["w"])
-
-
-def merged(method, tau, **options):
-  tau = jnp.asarray(tau, jnp.float32)
-  return np.asarray(jaxmerge.merge(method, {"w": tau[0] * 0}, {"w": tau}, **options)["w"])
-
-
-def close(x, y, atol=2e-6):
-  np.testing.assert_allclose(x, np.asarray(y, np.float64), atol=atol, rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -67,7 +50,7 @@ def test_worked_example(method, models, expected):
     ([[1.0, 0.0, 0.0], [0.8, 0.6, 0.0]], 0.888889),
     ([[1.0, 2.0], [1.0, 2.0], [1.0, 2.0]], 1.0),
     (np.eye(3), 0.0),
-    (EX, -0.694057),
+    (TAU, -0.694057),
     # Far apart beyond 90 degrees the step has any size; where it would be infinite it is none.
     ([[1.0, 0.0], [-0.8, 0.6]], -8.0),
     ([[1.0, 0.0], [-1.0, 0.0]], 0.0),

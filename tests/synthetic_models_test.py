@@ -1,7 +1,5 @@
 """Models made of names: the bits that recorded outputs rest on, and what is in them."""
 
-import importlib.util
-
 import numpy as np
 import pytest
 import synthetic_models
@@ -24,13 +22,7 @@ CHECKSUMS = {
 }
 
 
-needs_minilm = pytest.mark.skipif(
-  importlib.util.find_spec(synthetic_models.MINILM) is None,
-  reason="the weights of all-MiniLM-L6-v2 are not installed",
-)
-
-
-@pytest.mark.parametrize("name", ["llama", pytest.param("minilm", marks=needs_minilm)])
+@pytest.mark.parametrize("name", ["llama", pytest.param("minilm", marks=pytest.mark.minilm)])
 def test_bits_are_those_recorded(name):
   base = synthetic_models.BASES[name]()
   models = {m: synthetic_models.fine_tuned(base, m) for m in synthetic_models.FINE_TUNED}
