@@ -4,7 +4,6 @@ import itertools
 
 import folders
 import kill_child
-import numpy as np
 import pytest
 
 
@@ -68,14 +67,5 @@ def test_killed_at_every_event(child, inputs, whole, tmp_path):
 
 @pytest.mark.slow
 def test_killed_at_random_moments_again_and_again(child, inputs, whole, tmp_path):
-  random, kills, runs = np.random.default_rng(0), 0, 0
-  while kills < 30:
-    directory = tmp_path / str(runs)
-    directory.mkdir()
-    for _ in range(5):  # Killed again and again, unless it comes to its end, before it is let be.
-      after = random.uniform(0.3, 1.0) * whole["seconds"]
-      if not child.run("files", directory, inputs=inputs, kill_after=after)["killed"]:
-        break
-      kills += 1
-    assert child.run("files", directory, inputs=inputs)["digest"] == whole["digest"]
-    runs += 1
+  digests = child.kill_at_random("files", tmp_path, whole["seconds"], inputs=inputs)
+  assert set(digests) == {whole["digest"]}

@@ -20,6 +20,7 @@ import contextlib
 import json
 import os
 import pathlib
+import random
 import select
 import signal
 import subprocess
@@ -142,6 +143,23 @@ class Client:
     assert answer["error"] is None, answer["error"]
     assert answer["killed"] or answer["digest"], "the run ended without a result"
     return answer
+
+  def kill_at_random(self, scenario, root, seconds, *, kills=30, **options):
+    """Runs that are killed at random moments of `seconds`; gives the digest of each in the end.
+
+    Each is killed up to five times, unless it comes to its end, before it is let be.
+    """
+    moments, left, digests = random.Random(0), kills, []
+    while left > 0:
+      directory = root / str(len(digests))
+      directory.mkdir()
+      for _ in range(5):
+        after = moments.uniform(0.3, 1.0) * seconds
+        if not self.run(scenario, directory, kill_after=after, **options)["killed"]:
+          break
+        left -= 1
+      digests.append(self.run(scenario, directory, **options)["digest"])
+    return digests
 
 
 @contextlib.contextmanager

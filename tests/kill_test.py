@@ -3,7 +3,6 @@
 import shutil
 
 import kill_child
-import numpy as np
 import pytest
 
 from jaxmerge.io import manifest
@@ -92,14 +91,5 @@ def test_killed_at_events_of_the_very_first_save(child, tmp_path):
 
 @pytest.mark.slow
 def test_killed_at_random_moments_again_and_again(child, whole, tmp_path):
-  random = np.random.default_rng(0)
-  kills = runs = 0
-  while kills < 30:
-    directory = tmp_path / str(runs)
-    for _ in range(5):  # killed again and again, unless it comes to its end, before it is let be
-      after = random.uniform(0.3, 1.0) * whole["seconds"]
-      if not child.run("counting", directory, kill_after=after)["killed"]:
-        break
-      kills += 1
-    assert child.run("counting", directory)["digest"] == whole["digest"]
-    runs += 1
+  digests = child.kill_at_random("counting", tmp_path, whole["seconds"])
+  assert set(digests) == {whole["digest"]}

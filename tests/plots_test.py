@@ -1,6 +1,7 @@
 import subprocess
 import sys
 
+import drawn
 import numpy as np
 import pytest
 import report_records
@@ -43,37 +44,10 @@ def test_values_that_are_apart_stay():
   assert drawing.spread([], 1.0, 0.0, 1.0) == []
 
 
-def boxes(figure, monkeypatch):
-  """The texts that are drawn, with their extents in pixels; slanted ones left out."""
-  renderer = figure.canvas.get_renderer()
-  drawn = []
-
-  def record(gc, x, y, s, prop, angle, ismath=False, mtext=None):
-    drawn.append(mtext)
-
-  monkeypatch.setattr(renderer, "draw_text", record)
-  figure.draw(renderer)
-  return [
-    (t.get_text(), t.get_window_extent(renderer)) for t in drawn if t.get_rotation() % 90 == 0
-  ]
-
-
 @pytest.mark.parametrize("name", plots.NAMES)
 @pytest.mark.parametrize("case", CASES)
 def test_no_text_overlaps_another_or_leaves_the_figure(case, name, monkeypatch):
-  figure = plots.figures(CASES[case])[name]
-  width, height = figure.canvas.get_width_height()
-  found = boxes(figure, monkeypatch)
-  for i, (text, a) in enumerate(found):
-    assert a.x0 >= 0, text
-    assert a.y0 >= 0, text
-    assert a.x1 <= width, text
-    assert a.y1 <= height, text
-    for other, b in found[i + 1 :]:
-      wide = min(a.x1, b.x1) - max(a.x0, b.x0)
-      tall = min(a.y1, b.y1) - max(a.y0, b.y0)
-      # Boxes hold room for descenders, so neighbours may share a sliver of it.
-      assert wide <= 0 or tall <= 0.25 * min(a.height, b.height), (text, other)
+  drawn.assert_readable(plots.figures(CASES[case])[name], monkeypatch)
 
 
 def test_curves_are_the_numbers_of_the_record():
