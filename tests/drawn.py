@@ -4,7 +4,7 @@
 def assert_readable(figure, monkeypatch):
   """No text overlaps another one or leaves the figure."""
   width, height = figure.canvas.get_width_height()
-  found = _boxes(figure, monkeypatch)
+  found = boxes(figure, monkeypatch)
   for i, (text, a) in enumerate(found):
     assert min(a.x0, a.y0) >= 0, text
     assert a.x1 <= width, text
@@ -17,7 +17,7 @@ def assert_readable(figure, monkeypatch):
   return found
 
 
-def _boxes(figure, monkeypatch):
+def boxes(figure, monkeypatch):
   """The texts that are drawn, with their extents in pixels; slanted ones left out."""
   renderer = figure.canvas.get_renderer()
   drawn = []

@@ -113,7 +113,7 @@ def test_missing_numbers_leave_holes():
 def test_names_are_never_formulas(monkeypatch):
   made = report_records.record(["$x^2$", "a $5 task", "b_\\alpha{"], 2)
   figure = geometry.norms(made)
-  texts = [text for text, _ in boxes(figure, monkeypatch)]
+  texts = [text for text, _ in drawn.boxes(figure, monkeypatch)]
   assert any(text.startswith("a \\$5 task") for text in texts)
   assert plots.images(made)
 
