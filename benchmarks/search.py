@@ -14,6 +14,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import sys
 import time
 
 
@@ -90,7 +91,7 @@ def main():
   for model in options.models or every:
     for trial in every[model][: options.trials]:
       search.run(model, trial)
-  page = search.page(options.config)
+  page = search.page(" ".join(["python benchmarks/search.py", *sys.argv[1:]]))
   options.out.with_suffix(".md").write_text(page)
   print(page)
 
@@ -215,10 +216,10 @@ class Search:
     scores = self.score(jax.tree.map(lambda p: p[None], params), self.rows)
     return float(np.mean(evaluate.means(scores[0], self.counts)))
 
-  def page(self, config):
+  def page(self, command):
     """The best trial of every model."""
     rows = [
-      f"`python benchmarks/search.py --config={config} --out={self.path.with_suffix('')}`",
+      f"`{command}`",
       "",
       "| model | trials | minutes | best mean on validation (%) | settings |",
       "| --- | ---: | ---: | ---: | --- |",

@@ -49,13 +49,17 @@ def main():
 
 
 def one(config, seed, folder, changes):
-  """Runs one seed in a process of its own; returns its wall time, None if it was there already."""
+  """Runs one seed in a process of its own; returns its wall time, None if it was interrupted."""
+  watch = folder / "seconds.json"  # Of a run in one go.
   if (folder / "report.json").exists():
-    return None
-  begun = time.perf_counter()
+    return json.loads(watch.read_text()) if watch.exists() else None
+  cold, begun = not folder.exists(), time.perf_counter()
   command = [sys.executable, "-m", "jaxmerge", "atm", f"--config={config}", f"--workdir={folder}"]
   subprocess.run([*command, f"--config.seed={seed}", *changes], check=True)
-  return time.perf_counter() - begun
+  seconds = time.perf_counter() - begun
+  if cold:
+    watch.write_text(json.dumps(seconds))
+  return seconds if cold else None
 
 
 def differences(folders, records):
