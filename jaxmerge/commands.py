@@ -43,11 +43,12 @@ def merge(options: argparse.Namespace, config: Any) -> None:
 
   out, files = pathlib.Path(options.out), tensor.Files()
   if options.dry_run:
-    plan = plans.of_file(options.recipe, files)
+    plan = plans.of_file(options.recipe, files, download=options.download)
     print("\n".join(planning.described(plan, shard_size=options.shard_size)))
     return
   atomic.check_free(out, options.replace)
-  plans.of_file(options.recipe, files)  # All that is wrong is told before jax is imported.
+  # All that is wrong is told before jax is imported, and all that is lacking fetched.
+  plans.of_file(options.recipe, files, download=options.download)
   from jaxmerge import files as driver
 
   stages: list[pathlib.Path] = []
@@ -90,9 +91,11 @@ def report(options: argparse.Namespace, config: Any) -> None:
 def inspect(options: argparse.Namespace, config: Any) -> None:
   """Shows what is in a folder of weights."""
   from jaxmerge import inspecting
+  from jaxmerge.io import hub
   from jaxmerge.report import listing
 
-  record = inspecting.described(options.model)
+  found = hub.located(*hub.split(options.model), download=options.download)
+  record = inspecting.described(found.folder)
   size = sum(tensor["bytes"] for tensor in record["tensors"])
   with progress.bars() as show:
     if options.check:
@@ -114,6 +117,7 @@ def diff(options: argparse.Namespace, config: Any) -> None:
   if options.top < 1:
     raise ValueError(f"--top must be 1 or more, got {options.top}.")
   from jaxmerge import differing, planning
+  from jaxmerge.io import hub
   from jaxmerge.io.tensor import Files
   from jaxmerge.report import differences, drawing
 
@@ -124,8 +128,11 @@ def diff(options: argparse.Namespace, config: Any) -> None:
       raise ValueError(str(e)) from e
   files = Files()
   try:
-    base = planning.model(options.base, files)
-    models = differing.opened(options.models, base, files)
+    given = [options.base, *options.models]
+    called = differing.names(options.models)
+    folders = [hub.located(*hub.split(m), download=options.download).folder for m in given]
+    base = planning.model(folders[0], files)
+    models = differing.opened(folders[1:], base, files, called)
     size = differing.size(base, models, options.singular)
     with progress.bars() as show:
       record = differing.compare(

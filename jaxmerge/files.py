@@ -21,7 +21,7 @@ import jax
 import numpy as np
 
 from jaxmerge import fingerprint, planning, streaming, views
-from jaxmerge.io import atomic, folder, growing
+from jaxmerge.io import atomic, folder, growing, hub
 from jaxmerge.io.tensor import Files, Tensor
 from jaxmerge.planning import Job, Output, Plan
 from jaxmerge.stage import Method
@@ -39,6 +39,7 @@ def merge_files(
   out: Path,
   *,
   base: Path | None = None,
+  download: bool = False,
   aux: Mapping[str, Any] | None = None,
   seed: int | None = None,
   names: Sequence[str] | None = None,
@@ -53,9 +54,11 @@ def merge_files(
 
   Args:
     method: what `jaxmerge.methods` makes, or a method of your own.
-    models: Hugging Face folders with safetensors.
+    models: Hugging Face folders with safetensors; or, as texts, ids of the hub: `org/name`, or
+      `org/name@revision`.
     out: folder of the result.
-    base: folder of the base.
+    base: the base, likewise.
+    download: whether models that the hub's cache lacks are fetched; else no network is used.
     aux: the method's numbers: scalar, one per model, or by tensor.
     seed: for methods with random masks.
     names: of the models; else they are called as their folders.
@@ -72,15 +75,24 @@ def merge_files(
     FileExistsError: where there is something at `out` and `replace` is not set.
   """
   files = Files()
+  commits: dict[str, str] = {}
+
+  def opened(model: Path, name: str) -> planning.Model:
+    path, revision = hub.split(model)
+    found = hub.located(path, revision, download=download)
+    if found.commit is not None:
+      commits[hub.joined(path, revision)] = found.commit
+    return planning.model(found.folder, files, name=name, home=found.home)
+
   try:
-    given = [pathlib.Path(m) for m in models]
-    called = list(names) if names is not None else [str(m) for m in given]
-    opened = [planning.model(m, files, name=n) for m, n in zip(given, called, strict=True)]
+    called = list(names) if names is not None else [str(pathlib.Path(m)) for m in models]
+    each = [opened(m, n) for m, n in zip(models, called, strict=True)]
     words = {"method": fingerprint.fingerprint(method)}
     job = planning.Job(lambda: method, words, tuple(called), aux or {}, seed, views.check(layout))
-    start = None if base is None else planning.model(base, files, name="the base")
+    start = None if base is None else opened(base, "the base")
     kept = None if dtype is None else np.dtype(dtype)
-    plan = planning.simple(job, start, opened, dtype=kept, missing=missing)
+    plan = planning.simple(job, start, each, dtype=kept, missing=missing)
+    plan = plan._replace(facts={"hub": commits} if commits else {})
     return run(plan, out, **options)
   finally:
     files.close()
