@@ -20,10 +20,11 @@ from typing import Any  # Any: trees, plain JSON.
 import jax
 import numpy as np
 
-from jaxmerge import fingerprint, planning, streaming, views
+from jaxmerge import fingerprint, planning, streaming, summarizing, views
 from jaxmerge.io import atomic, folder, growing, hub
 from jaxmerge.io.tensor import Files, Tensor
 from jaxmerge.planning import Job, Output, Plan
+from jaxmerge.report import card
 from jaxmerge.stage import Method
 
 Path = str | os.PathLike[str]
@@ -43,6 +44,7 @@ def merge_files(
   aux: Mapping[str, Any] | None = None,
   seed: int | None = None,
   names: Sequence[str] | None = None,
+  words: str | None = None,
   layout: Sequence[tuple[str, str]] = (),
   dtype: str | None = None,
   missing: str = "error",
@@ -62,6 +64,7 @@ def merge_files(
     aux: the method's numbers: scalar, one per model, or by tensor.
     seed: for methods with random masks.
     names: of the models; else they are called as their folders.
+    words: what the model card calls the method, such as "TIES, density 0.2".
     layout: matrix views, (regular expression, view).
     dtype: of the result's floating tensors, as numpy calls it; None: as in the base.
     missing: what becomes of a tensor that some models lack: "error", "base", "mean" or "skip".
@@ -87,8 +90,8 @@ def merge_files(
   try:
     called = list(names) if names is not None else [str(pathlib.Path(m)) for m in models]
     each = [opened(m, n) for m, n in zip(models, called, strict=True)]
-    words = {"method": fingerprint.fingerprint(method)}
-    job = planning.Job(lambda: method, words, tuple(called), aux or {}, seed, views.check(layout))
+    said = {"method": fingerprint.fingerprint(method), **({"words": words} if words else {})}
+    job = planning.Job(lambda: method, said, tuple(called), aux or {}, seed, views.check(layout))
     start = None if base is None else opened(base, "the base")
     kept = None if dtype is None else np.dtype(dtype)
     plan = planning.simple(job, start, each, dtype=kept, missing=missing)
@@ -302,6 +305,8 @@ def _complete(
     target = part / path.relative_to(plan.donor)
     target.parent.mkdir(exist_ok=True)
     shutil.copyfile(path, target)
+  text = card.merge_card(summarizing.summary(plan))
+  (part / folder.README).write_text(text, encoding="utf-8")
   for name, own in plan.texts.items():
     (part / name).unlink(missing_ok=True)
     if own is not None:

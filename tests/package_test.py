@@ -33,6 +33,7 @@ FLOORS = {
     "slicing",
     "streaming",
     "planning",
+    "summarizing",
     "files",
     "inspecting",
     "differing",
