@@ -125,6 +125,8 @@ def parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
   merge.add_argument("--resume", choices=("auto", "never"), default="auto", help=again)
   lax = "let NaN and infinity in the models pass"
   merge.add_argument("--allow-nonfinite", action="store_true", help=lax)
+  after = "then run this, without a shell; {out} is the result, and its last line JSON of numbers"
+  merge.add_argument("--evaluate", metavar="COMMAND", help=after)
   fetch = "fetch models of the hub that its cache lacks; without it, no network is used"
   merge.add_argument("--download", action="store_true", help=fetch)
   shard = "bytes of a file of weights, at most: 5GB, 500MB"

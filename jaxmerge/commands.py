@@ -37,14 +37,17 @@ def fake_devices(count: int | None) -> None:
 
 def merge(options: argparse.Namespace, config: Any) -> None:
   """Merges the models of a recipe; recipes that others build on are merged beside, and removed."""
-  from jaxmerge import planning
+  from jaxmerge import evaluating, planning
   from jaxmerge.io import atomic, tensor
   from jaxmerge.recipe import plan as plans
 
   out, files = pathlib.Path(options.out), tensor.Files()
+  evaluate = None if options.evaluate is None else evaluating.command(options.evaluate)
   if options.dry_run:
     plan = plans.of_file(options.recipe, files, download=options.download)
     print("\n".join(planning.described(plan, shard_size=options.shard_size)))
+    if evaluate is not None:
+      print(f"then: {options.evaluate}")
     return
   atomic.check_free(out, options.replace)
   # All that is wrong is told before jax is imported, and all that is lacking fetched.
@@ -68,7 +71,9 @@ def merge(options: argparse.Namespace, config: Any) -> None:
     driver.run(plan, out, replace=options.replace, progress=told, **settings)
   for stage in stages:
     shutil.rmtree(stage)
-  print(f"merged: {out}")
+  print(f"merged: {out}", flush=True)
+  if evaluate is not None:
+    print(f"evaluated: {progress.numbers(evaluating.evaluated(out, evaluate))}")
 
 
 def report(options: argparse.Namespace, config: Any) -> None:

@@ -20,7 +20,7 @@ from typing import Any  # Any: trees, plain JSON.
 import jax
 import numpy as np
 
-from jaxmerge import fingerprint, planning, streaming, summarizing, views
+from jaxmerge import evaluating, fingerprint, planning, streaming, summarizing, views
 from jaxmerge.io import atomic, folder, growing, hub
 from jaxmerge.io.tensor import Files, Tensor
 from jaxmerge.planning import Job, Output, Plan
@@ -48,6 +48,7 @@ def merge_files(
   layout: Sequence[tuple[str, str]] = (),
   dtype: str | None = None,
   missing: str = "error",
+  evaluate: evaluating.Evaluate | None = None,
   **options: Any,  # Of `run`: where, how much at once, whether to replace.
 ) -> pathlib.Path:
   """Merges model folders on disk into a new one, one slice of one tensor at a time.
@@ -68,6 +69,8 @@ def merge_files(
     layout: matrix views, (regular expression, view).
     dtype: of the result's floating tensors, as numpy calls it; None: as in the base.
     missing: what becomes of a tensor that some models lack: "error", "base", "mean" or "skip".
+    evaluate: folder -> numbers by name, called when the result is complete; they are written into
+      its `jaxmerge_evaluation.json`.
     options: as for `run`.
 
   Returns:
@@ -96,9 +99,12 @@ def merge_files(
     kept = None if dtype is None else np.dtype(dtype)
     plan = planning.simple(job, start, each, dtype=kept, missing=missing)
     plan = plan._replace(facts={"hub": commits} if commits else {})
-    return run(plan, out, **options)
+    made = run(plan, out, **options)
   finally:
     files.close()
+  if evaluate is not None:
+    evaluating.evaluated(made, evaluate)
+  return made
 
 
 def run(

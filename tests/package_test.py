@@ -34,6 +34,7 @@ FLOORS = {
     "streaming",
     "planning",
     "summarizing",
+    "evaluating",
     "files",
     "inspecting",
     "differing",
