@@ -118,7 +118,8 @@ def _snapshot(name: str, revision: str | None, download: bool, weights: bool) ->
     if weights:
       fetched(home.name, _weights(home))
   except (OSError, errors.HTTPError) as error:
-    why = f"{called}: no such folder, and not to be had from the hub: {error}"
+    said = " ".join(str(error).split())
+    why = f"{called}: no such folder, and not to be had from the hub: {said}"
     raise FileNotFoundError(why if download else missing) from error
   try:
     if weights:
