@@ -125,6 +125,10 @@ def parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
   merge.add_argument("--resume", choices=("auto", "never"), default="auto", help=again)
   lax = "let NaN and infinity in the models pass"
   merge.add_argument("--allow-nonfinite", action="store_true", help=lax)
+  after = "then run this, without a shell; {out} is the result, and its last line JSON of numbers"
+  merge.add_argument("--evaluate", metavar="COMMAND", help=after)
+  fetch = "fetch models of the hub that its cache lacks; without it, no network is used"
+  merge.add_argument("--download", action="store_true", help=fetch)
   shard = "bytes of a file of weights, at most: 5GB, 500MB"
   merge.add_argument("--shard-size", type=_bytes, default="5GB", metavar="SIZE", help=shard)
 
@@ -135,6 +139,7 @@ def parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
   about = "show what is in a folder: tensors, sizes, ties, how it was merged"
   inspect = every.add_parser("inspect", help=about, description=f"{about.capitalize()}.")
   inspect.add_argument("model", metavar="MODEL", help="a model, or a PEFT adapter")
+  inspect.add_argument("--download", action="store_true", help=fetch)
   checksums = "read the weights: show xxh3_128 of every tensor, and which are equal"
   inspect.add_argument("--checksums", action="store_true", help=checksums)
   check = "read the weights: are they as jaxmerge wrote them? status 1 where not"
@@ -145,6 +150,7 @@ def parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
   diff = every.add_parser("diff", help=about, description=f"{about.capitalize()}.")
   diff.add_argument("base", metavar="BASE", help="the model that task vectors start from")
   diff.add_argument("models", metavar="MODEL", nargs="+", help="a model, or a PEFT adapter")
+  diff.add_argument("--download", action="store_true", help=fetch)
   singular = "measure the energy in the top singular values of matrices with such names"
   diff.add_argument("--singular", metavar="REGEX", help=singular)
   diff.add_argument("--top", metavar="N", type=int, default=16, help="how many; 16 if not given")

@@ -37,14 +37,17 @@ def fake_devices(count: int | None) -> None:
 
 def merge(options: argparse.Namespace, config: Any) -> None:
   """Merges the models of a recipe; recipes that others build on are merged beside, and removed."""
-  from jaxmerge import planning
+  from jaxmerge import evaluating, planning
   from jaxmerge.io import atomic, tensor
   from jaxmerge.recipe import plan as plans
 
   out, files = pathlib.Path(options.out), tensor.Files()
+  evaluate = None if options.evaluate is None else evaluating.command(options.evaluate)
   if options.dry_run:
-    plan = plans.of_file(options.recipe, files)
+    plan = plans.of_file(options.recipe, files, download=options.download)
     print("\n".join(planning.described(plan, shard_size=options.shard_size)))
+    if evaluate is not None:
+      print(f"then: {options.evaluate}")
     return
   atomic.check_free(out, options.replace)
   stages: list[pathlib.Path] = []
@@ -53,8 +56,8 @@ def merge(options: argparse.Namespace, config: Any) -> None:
     stages.append(out.with_name(f".{out.name}.{name}.stage"))
     return planning.foreseen(name, plan)
 
-  # All that is wrong is told before jax is imported.
-  plan = plans.of_file(options.recipe, files, foreseen)
+  # All that is wrong is told before jax is imported, and all that is lacking fetched.
+  plan = plans.of_file(options.recipe, files, foreseen, download=options.download)
   from jaxmerge import files as driver
 
   settings = {"shard_size": options.shard_size, "resume": options.resume == "auto"}
@@ -75,7 +78,9 @@ def merge(options: argparse.Namespace, config: Any) -> None:
     driver.run(plan, out, replace=options.replace, progress=told, **settings)
   for stage in stages:
     shutil.rmtree(stage)
-  print(f"merged: {out}")
+  print(f"merged: {out}", flush=True)
+  if evaluate is not None:
+    print(f"evaluated: {progress.numbers(evaluating.evaluated(out, evaluate))}")
 
 
 def report(options: argparse.Namespace, config: Any) -> None:
@@ -98,9 +103,11 @@ def report(options: argparse.Namespace, config: Any) -> None:
 def inspect(options: argparse.Namespace, config: Any) -> None:
   """Shows what is in a folder of weights."""
   from jaxmerge import inspecting
+  from jaxmerge.io import hub
   from jaxmerge.report import listing
 
-  record = inspecting.described(options.model)
+  found = hub.located(*hub.split(options.model), download=options.download)
+  record = inspecting.described(found.folder)
   size = sum(tensor["bytes"] for tensor in record["tensors"])
   with progress.bars() as show:
     if options.check:
@@ -122,6 +129,7 @@ def diff(options: argparse.Namespace, config: Any) -> None:
   if options.top < 1:
     raise ValueError(f"--top must be 1 or more, got {options.top}.")
   from jaxmerge import differing, planning
+  from jaxmerge.io import hub
   from jaxmerge.io.tensor import Files
   from jaxmerge.report import differences, drawing
 
@@ -132,8 +140,11 @@ def diff(options: argparse.Namespace, config: Any) -> None:
       raise ValueError(str(e)) from e
   files = Files()
   try:
-    base = planning.model(options.base, files)
-    models = differing.opened(options.models, base, files)
+    given = [options.base, *options.models]
+    called = differing.names(options.models)
+    folders = [hub.located(*hub.split(m), download=options.download).folder for m in given]
+    base = planning.model(folders[0], files)
+    models = differing.opened(folders[1:], base, files, called)
     size = differing.size(base, models, options.singular)
     with progress.bars() as show:
       record = differing.compare(

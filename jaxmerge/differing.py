@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 import pathlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -52,10 +53,18 @@ def names(paths: Sequence[str]) -> list[str]:
   return [str(pathlib.PurePath(*own)) for own in called]
 
 
-def opened(paths: Sequence[str], base: Model, files: Files) -> list[Model]:
-  """Opens the models that are compared with a base; an adapter is the base as it leaves it."""
+def opened(
+  paths: Sequence[str | os.PathLike[str]],
+  base: Model,
+  files: Files,
+  called: Sequence[str] | None = None,
+) -> list[Model]:
+  """Opens the models that are compared with a base; an adapter is the base as it leaves it.
+
+  They are called as `called` says, else by the ends of their paths.
+  """
   models = []
-  for path, name in zip(paths, names(paths), strict=True):
+  for path, name in zip(paths, called or names(list(map(str, paths))), strict=True):
     if adapter.is_adapter(path):
       tensors, own = adapter.adapted(base.tensors, path, files), adapter.paths(path)
       models.append(Model(name, pathlib.Path(path), tensors, own))

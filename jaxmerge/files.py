@@ -20,10 +20,11 @@ from typing import Any  # Any: trees, plain JSON.
 import jax
 import numpy as np
 
-from jaxmerge import fingerprint, planning, streaming, views
-from jaxmerge.io import atomic, folder, growing
+from jaxmerge import evaluating, fingerprint, planning, streaming, summarizing, views
+from jaxmerge.io import atomic, folder, growing, hub
 from jaxmerge.io.tensor import Files, Tensor
 from jaxmerge.planning import Job, Output, Plan
+from jaxmerge.report import card
 from jaxmerge.stage import Method
 
 Path = str | os.PathLike[str]
@@ -39,12 +40,15 @@ def merge_files(
   out: Path,
   *,
   base: Path | None = None,
+  download: bool = False,
   aux: Mapping[str, Any] | None = None,
   seed: int | None = None,
   names: Sequence[str] | None = None,
+  words: str | None = None,
   layout: Sequence[tuple[str, str]] = (),
   dtype: str | None = None,
   missing: str = "error",
+  evaluate: evaluating.Evaluate | None = None,
   **options: Any,  # Of `run`: where, how much at once, whether to replace.
 ) -> pathlib.Path:
   """Merges model folders on disk into a new one, one slice of one tensor at a time.
@@ -53,15 +57,20 @@ def merge_files(
 
   Args:
     method: what `jaxmerge.methods` makes, or a method of your own.
-    models: Hugging Face folders with safetensors.
+    models: Hugging Face folders with safetensors; or, as texts, ids of the hub: `org/name`, or
+      `org/name@revision`.
     out: folder of the result.
-    base: folder of the base.
+    base: the base, likewise.
+    download: whether models that the hub's cache lacks are fetched; else no network is used.
     aux: the method's numbers: scalar, one per model, or by tensor.
     seed: for methods with random masks.
     names: of the models; else they are called as their folders.
+    words: what the model card calls the method, such as "TIES, density 0.2".
     layout: matrix views, (regular expression, view).
     dtype: of the result's floating tensors, as numpy calls it; None: as in the base.
     missing: what becomes of a tensor that some models lack: "error", "base", "mean" or "skip".
+    evaluate: folder -> numbers by name, called when the result is complete; they are written into
+      its `jaxmerge_evaluation.json`.
     options: as for `run`.
 
   Returns:
@@ -72,18 +81,30 @@ def merge_files(
     FileExistsError: where there is something at `out` and `replace` is not set.
   """
   files = Files()
+  commits: dict[str, str] = {}
+
+  def opened(model: Path, name: str) -> planning.Model:
+    path, revision = hub.split(model)
+    found = hub.located(path, revision, download=download)
+    if found.commit is not None:
+      commits[hub.joined(path, revision)] = found.commit
+    return planning.model(found.folder, files, name=name, home=found.home)
+
   try:
-    given = [pathlib.Path(m) for m in models]
-    called = list(names) if names is not None else [str(m) for m in given]
-    opened = [planning.model(m, files, name=n) for m, n in zip(given, called, strict=True)]
-    words = {"method": fingerprint.fingerprint(method)}
-    job = planning.Job(lambda: method, words, tuple(called), aux or {}, seed, views.check(layout))
-    start = None if base is None else planning.model(base, files, name="the base")
+    called = list(names) if names is not None else [str(pathlib.Path(m)) for m in models]
+    each = [opened(m, n) for m, n in zip(models, called, strict=True)]
+    said = {"method": fingerprint.fingerprint(method), **({"words": words} if words else {})}
+    job = planning.Job(lambda: method, said, tuple(called), aux or {}, seed, views.check(layout))
+    start = None if base is None else opened(base, "the base")
     kept = None if dtype is None else np.dtype(dtype)
-    plan = planning.simple(job, start, opened, dtype=kept, missing=missing)
-    return run(plan, out, **options)
+    plan = planning.simple(job, start, each, dtype=kept, missing=missing)
+    plan = plan._replace(facts={"hub": commits} if commits else {})
+    made = run(plan, out, **options)
   finally:
     files.close()
+  if evaluate is not None:
+    evaluating.evaluated(made, evaluate)
+  return made
 
 
 def run(
@@ -290,6 +311,8 @@ def _complete(
     target = part / path.relative_to(plan.donor)
     target.parent.mkdir(exist_ok=True)
     shutil.copyfile(path, target)
+  text = card.merge_card(summarizing.summary(plan))
+  (part / folder.README).write_text(text, encoding="utf-8")
   for name, own in plan.texts.items():
     (part / name).unlink(missing_ok=True)
     if own is not None:

@@ -198,12 +198,17 @@ class Problems(ValueError):
     self.lines = tuple(lines)
 
 
-def model(path: str | os.PathLike[str], files: Files, *, name: str | None = None) -> Model:
-  """Opens a Hugging Face folder: only the headers of its files are read."""
+def model(
+  path: str | os.PathLike[str], files: Files, *, name: str | None = None, home: str | None = None
+) -> Model:
+  """Opens a Hugging Face folder: only the headers of its files are read.
+
+  Its tensors say that they are from `home`, where that is given, in place of the folder.
+  """
   path = pathlib.Path(path)
-  places = folder.entries(path)
-  tensors = {n: stored(files, file, n, entry) for n, (file, entry) in sorted(places.items())}
-  opened = Model(name or str(path), path, tensors, tuple({file for file, _ in places.values()}))
+  places = sorted(folder.entries(path).items())
+  tensors = {n: stored(files, file, n, entry, home=home) for n, (file, entry) in places}
+  opened = Model(name or str(path), path, tensors, tuple({file for _, (file, _) in places}))
   return _with_ties(opened, folder.config(path))
 
 

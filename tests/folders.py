@@ -1,5 +1,6 @@
 """Small model folders on disk, for the tests of merging files."""
 
+import hashlib
 import json
 
 import numpy as np
@@ -46,6 +47,21 @@ def write(folder, tensors, *, config=None, shards=1):
   index = {"metadata": {}, "weight_map": places}
   (folder / "model.safetensors.index.json").write_text(json.dumps(index))
   return folder
+
+
+def cached(cache, name, folder, *, revision="main"):
+  """Moves a folder into a cache as the hub's client lays it out; returns the commit."""
+  repository = cache / f"models--{name.replace('/', '--')}"
+  commit = hashlib.sha1(name.encode()).hexdigest()
+  for part in ("refs", "blobs", f"snapshots/{commit}"):
+    (repository / part).mkdir(parents=True, exist_ok=True)
+  (repository / "refs" / revision).write_text(commit)
+  for path in sorted(folder.iterdir()):
+    blob = hashlib.sha256(path.read_bytes()).hexdigest()
+    path.replace(repository / "blobs" / blob)
+    (repository / "snapshots" / commit / path.name).symlink_to(f"../../blobs/{blob}")
+  folder.rmdir()
+  return commit
 
 
 def family(root, count=3, **options):

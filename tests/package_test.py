@@ -33,6 +33,8 @@ FLOORS = {
     "slicing",
     "streaming",
     "planning",
+    "summarizing",
+    "evaluating",
     "files",
     "inspecting",
     "differing",

@@ -1,9 +1,9 @@
-"""Files in and out: safetensors, Hugging Face folders, PEFT adapters, checkpoints."""
+"""Files in and out: safetensors, Hugging Face folders and hub, PEFT adapters, checkpoints."""
 
 import importlib
 from types import ModuleType
 
-__all__ = ["adapter", "atomic", "folder", "orbax", "safetensors"]
+__all__ = ["adapter", "atomic", "folder", "hub", "orbax", "safetensors"]
 
 
 def __getattr__(name: str) -> ModuleType:

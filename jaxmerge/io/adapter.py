@@ -71,11 +71,14 @@ def paths(folder: Path) -> tuple[pathlib.Path, pathlib.Path]:
   return folder / CONFIG, folder / WEIGHTS
 
 
-def adapted(base: Mapping[str, Tensor], folder: Path, files: Files) -> dict[str, Tensor]:
+def adapted(
+  base: Mapping[str, Tensor], folder: Path, files: Files, *, home: str | None = None
+) -> dict[str, Tensor]:
   """Returns the tensors of a base as an adapter leaves them.
 
   Matrices that are adapted are float32, computed when they are read; tensors that the adapter holds
-  whole (modules_to_save) take the place of the base's; all others are passed through.
+  whole (modules_to_save) take the place of the base's; all others are passed through. They say that
+  they are from `home`, where that is given, in place of the folder.
 
   >>> tensors = adapted(planning.model("base", files).tensors, "adapter", files)  # doctest: +SKIP
 
@@ -85,7 +88,7 @@ def adapted(base: Mapping[str, Tensor], folder: Path, files: Files) -> dict[str,
   """
   path, weights = paths(folder)
   config = _settings(path)
-  parts, out = _sorted(weights, base, files)
+  parts, out = _sorted(weights, base, files, home)
   layers = {f"{m}.weight": _layer(path, m, own, out, config) for m, own in parts.items()}
   plain = [layers[f"{m}.weight"] for m, own in parts.items() if "lora_A.weight" in own]
   _check_square(plain, config["fan_in_fan_out"])
@@ -133,13 +136,13 @@ def _check_numbers(path: pathlib.Path, config: dict[str, Any], key: str, pattern
 
 
 def _sorted(
-  path: pathlib.Path, base: Mapping[str, Tensor], files: Files
+  path: pathlib.Path, base: Mapping[str, Tensor], files: Files, home: str | None
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
   """Sorts the adapter's tensors: parts by module; and the base's, some of them replaced whole."""
   parts: dict[str, dict[str, Tensor]] = {}
   out = dict(base)
   for key, entry in safetensors.header(path).tensors.items():
-    tensor = stored(files, path, key, entry)
+    tensor = stored(files, path, key, entry, home=home)
     if not key.startswith(_PREFIX):
       raise ValueError(f"{tensor.where}: names of an adapter's tensors begin with {_PREFIX!r}.")
     # A base's tensor that PEFT saved along with the adapter of its module.

@@ -18,6 +18,7 @@ Path = str | os.PathLike[str]
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
+README = "README.md"
 PROVENANCE = "jaxmerge_provenance.json"  # How a merged model came to be; checksums of its tensors.
 # What a folder with new weights takes over from the base's folder, where it is there. Weights, code
 # and the base's own model card are not taken over.
@@ -144,7 +145,7 @@ def save(
       target.parent.mkdir(exist_ok=True)
       shutil.copyfile(path, target)
     if readme is not None:
-      (beside / "README.md").write_text(readme, encoding="utf-8")
+      (beside / README).write_text(readme, encoding="utf-8")
     safetensors.save(beside / WEIGHTS, tensors, metadata or {"format": "pt"})
   return pathlib.Path(folder)
 

@@ -58,9 +58,11 @@ class Files:
       os.close(self._open.popitem()[1])
 
 
-def stored(files: Files, path: pathlib.Path, name: str, entry: Entry) -> Tensor:
-  """A tensor whose bytes lie in a file, as its header says."""
-  where = f"{path}: tensor {name!r}"
+def stored(
+  files: Files, path: pathlib.Path, name: str, entry: Entry, *, home: str | None = None
+) -> Tensor:
+  """A tensor whose bytes lie in a file, as its header says; `home` stands for its folder."""
+  where = f"{path if home is None else f'{home}/{path.name}'}: tensor {name!r}"
 
   def read(start: int, out: np.ndarray) -> None:
     position = entry.start + start * entry.dtype.itemsize

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple  # Any: numbers of many kinds, what a config.
 import numpy as np
 
 from jaxmerge import planning
-from jaxmerge.io import adapter, folder, safetensors
+from jaxmerge.io import folder, safetensors
 from jaxmerge.io.tensor import Files
 from jaxmerge.planning import Job, Part, Plan, Want
-from jaxmerge.recipe import layers, parameters, schema, tokenizer, translating
+from jaxmerge.recipe import layers, opening, parameters, schema, tokenizer, translating
 from jaxmerge.recipe.methods import METHODS
 from jaxmerge.recipe.places import Problem, RecipeError
 from jaxmerge.recipe.records import Group, Model, Recipe, Source, groups, referenced
@@ -36,14 +36,17 @@ def of_file(
   path: str | os.PathLike[str],
   files: Files,
   made: Callable[[str, Plan], planning.Model] = planning.foreseen,
+  *,
+  download: bool = False,
 ) -> Plan:
-  """Plans the last recipe of a file; its models are local folders, perhaps with adapters.
+  """Plans the last recipe of a file; its models are folders or ids, perhaps with adapters.
 
   Args:
     path: of the file.
     files: open files of the models.
     made: (name, plan) -> the model that a recipe makes on which another one builds; by default it
       is only known what that will be, which is enough to plan.
+    download: whether models that the hub's cache lacks are fetched; else no network is used.
 
   Raises:
     RecipeError: for what is wrong with the recipes, or cannot be run yet.
@@ -55,15 +58,17 @@ def of_file(
     raise RecipeError(problems)
   text = pathlib.Path(path).read_text(encoding="utf-8")
   results: dict[str, planning.Model] = {}
+  opener = opening.opener(files, download=download)
 
-  def opened(model: Model) -> planning.Model:
-    return results[model.path] if model.path in results else _opened(model, files)
+  def model(own: Model) -> planning.Model:
+    return results[own.path] if own.path in results else opener.model(own)
 
   for recipe in recipes[:-1]:
     if recipe.name is not None:
-      results[recipe.name] = made(recipe.name, planned(recipe, opened))
-  plan = planned(recipes[-1], opened)
-  return plan._replace(facts={"recipe": text}, texts={**plan.texts, RECIPE: text})
+      results[recipe.name] = made(recipe.name, planned(recipe, model, opener.folder))
+  plan = planned(recipes[-1], model, opener.folder)
+  facts = {"recipe": text, **({"hub": opener.commits} if opener.commits else {})}
+  return plan._replace(facts=facts, texts={**plan.texts, RECIPE: text})
 
 
 def _not_yet(recipe: Recipe) -> Iterator[Problem]:
@@ -73,32 +78,24 @@ def _not_yet(recipe: Recipe) -> Iterator[Problem]:
     yield Problem(recipe.places["dtype"], text)
 
 
-def _opened(model: Model, files: Files) -> planning.Model:
-  if model.revision or model.adapter_revision:
-    text = f"{model}: models of the hub cannot be opened yet; download it, and give its folder."
-    raise RecipeError([Problem(model.place, text)])
-  try:
-    opened = planning.model(model.path, files, name=str(model))
-    if model.adapter is None:
-      return opened
-    tensors = adapter.adapted(opened.tensors, model.adapter, files)
-    return opened._replace(tensors=tensors, files=(*opened.files, *adapter.paths(model.adapter)))
-  except (OSError, ValueError) as error:
-    raise RecipeError([Problem(model.place, str(error))]) from error
-
-
-def planned(recipe: Recipe, open_model: Callable[[Model], planning.Model]) -> Plan:
+def planned(
+  recipe: Recipe,
+  open_model: Callable[[Model], planning.Model],
+  folder_of: Callable[[Model], pathlib.Path],
+) -> Plan:
   """Plans what a recipe says.
 
   Args:
     recipe: the recipe.
     open_model: opens a model that it names.
+    folder_of: returns the folder of a model of which only the tokenizer is wanted.
 
   Raises:
     RecipeError: for what is wrong with the recipe once the models are known.
     planning.Problems: naming the tensors and models that do not fit each other.
   """
-  built = tokenizer.built(recipe, {m: open_model(m) for m in referenced(recipe)})
+  opened = {m: open_model(m) for m in referenced(recipe)}
+  built = tokenizer.built(recipe, opened, folder_of)
   models = built.models
   donor = models[recipe.base_model or groups(recipe)[0].sources[0].model]
   config = donor.config or folder.config(donor.folder)

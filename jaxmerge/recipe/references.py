@@ -52,7 +52,11 @@ def model(node: Marked, what: str, context: Context) -> Model:
     close = difflib.get_close_matches(path, context.names, n=1)
     hint = f"did you mean {close[0]!r}?" if close else f"Recipes: {listed(context.names)}."
     text = f"{what} {shown(path)} is no recipe of this file and no folder; {hint} For a model of"
-    note(context.found, node.place, f"{text} the hub, write {{model: {{path: {path[:60]}}}}}.")
+    note(
+      context.found,
+      node.place,
+      f"{text} the hub, write {{model: {{path: {path[:60]}, revision: main}}}}.",
+    )
   own = _location(parts[1], node, what, context) if len(parts) > 1 else (None, None)
   return Model(path, revision, *own, place=node.place)
 

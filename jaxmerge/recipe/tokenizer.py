@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple  # Any: what a config.json holds.
 
 from jaxmerge import planning
@@ -16,6 +16,7 @@ from jaxmerge.recipe.vocabulary import Flags, Vocabulary
 Opened = Mapping[Model, planning.Model]
 Own = Mapping[Model, Vocabulary]
 Texts = Mapping[str, str | None]
+FolderOf = Callable[[Model], pathlib.Path]
 
 GENERATION = "generation_config.json"
 
@@ -58,12 +59,13 @@ class Built(NamedTuple):
     }
 
 
-def built(recipe: Recipe, models: Opened) -> Built:
+def built(recipe: Recipe, models: Opened, folder_of: FolderOf) -> Built:
   """Does what a recipe says about the tokenizer and the chat template.
 
   Args:
     recipe: the recipe.
     models: all that it names; the result takes over the files of the first.
+    folder_of: returns the folder of a model of which only the vocabulary is wanted.
 
   Raises:
     RecipeError: for tokenizers that cannot be read or brought together, and embeddings without a
@@ -71,7 +73,7 @@ def built(recipe: Recipe, models: Opened) -> Built:
   """
   made, home = Built(models, {}), next(iter(models.values())).folder
   if recipe.tokenizer is not None:
-    made, home = _built(recipe, recipe.tokenizer, models)
+    made, home = _built(recipe, recipe.tokenizer, models, folder_of)
   if recipe.chat_template is not None:
     template = chat.chosen(recipe.chat_template, [m.folder for m in models.values()])
     if template is not None:
@@ -80,10 +82,12 @@ def built(recipe: Recipe, models: Opened) -> Built:
   return made
 
 
-def _built(recipe: Recipe, said: Tokenizer, models: Opened) -> tuple[Built, pathlib.Path]:
+def _built(
+  recipe: Recipe, said: Tokenizer, models: Opened, folder_of: FolderOf
+) -> tuple[Built, pathlib.Path]:
   """Brings the vocabularies together; with the folder whose tokenizer is taken."""
-  own = {m: _read(m, opened.folder) for m, opened in models.items()}
-  merged = _merged(recipe, said, own)
+  own = {m: _read(m, lambda m: models[m].folder) for m in models}
+  merged = _merged(recipe, said, own, folder_of)
   names = embeddings.names(own, models)
   _check(said, own, models, names)
   made = Built(
@@ -125,22 +129,19 @@ def _stamped(models: Opened) -> Opened:
 # --- The vocabulary ---
 
 
-def _read(model: Model, folder: pathlib.Path) -> Vocabulary:
+def _read(model: Model, folder_of: FolderOf) -> Vocabulary:
   try:
-    return vocabulary.read(folder)
+    return vocabulary.read(folder_of(model))
   except (OSError, ValueError) as error:
     raise RecipeError([Problem(model.place, str(error))]) from error
 
 
-def _merged(recipe: Recipe, said: Tokenizer, own: Own) -> Vocabulary:
+def _merged(recipe: Recipe, said: Tokenizer, own: Own, folder_of: FolderOf) -> Vocabulary:
   """The vocabulary of the result: that of one model, and what is added to it."""
   first = next(iter(own.values()))
   if isinstance(said.source, Model):
     model = said.source
-    if model.revision:
-      text = f"{model}: models of the hub cannot be opened yet; download it, and give its folder."
-      raise RecipeError([Problem(model.place, text)])
-    first = own[model] if model in own else _read(model, pathlib.Path(model.path))
+    first = own[model] if model in own else _read(model, folder_of)
   more = _others(recipe, said, own, first) if said.source == "union" else {}
   named = {t: vocabulary.PLAIN for t in said.tokens if t not in first.ids and t not in more}
   return vocabulary.extended(first, {**more, **named})

@@ -14,6 +14,7 @@ _HOMES = {
   "seeds": "tables",
   "html": "page",
   "model_card": "card",
+  "merge_card": "card",
   "write": "output",
 }
 _ROOMS = (

@@ -1,11 +1,13 @@
-"""The model card of a merged model: Markdown with a YAML head, as model hubs read it."""
+"""The model cards of merged models: Markdown with a YAML head, as model hubs read it."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any  # A record is JSON, its values have no one type.
 
+from jaxmerge import catalog
 from jaxmerge.report import page, tables, words
 from jaxmerge.report import record as records
 
@@ -26,16 +28,13 @@ def model_card(
     known = ", ".join(words.order(record["models"]))
     raise ValueError(f"method must be a model of the record ({known}), got {method!r}.")
   name, model = words.label(method), record["models"][method]
-  # JSON strings are YAML strings, so no name can break out of the head.
-  head = {"license": license, "base_model": base_name}
-  lines = [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in head.items()]
   sign = " %" if words.percent(record) else ""
   reached = f"{words.value(record, model['mean'])}{sign} mean {words.metric(record)}"
   over = f"over {len(record['tasks'])} tasks, judged on {words.split(record)}"
   gap = words.gaps(record).get(method)
   closed = f": {words.share(gap)} % of the gap between base and experts" if gap is not None else ""
   parts = [
-    "---\n" + "\n".join([*lines, "tags:", "- merge", "- jaxmerge"]) + "\n---",
+    _head({"license": license, "base_model": base_name}),
     f"# {tables.escaped(words.title(record))}: {tables.escaped(name)}",
     f"One model for {len(record['tasks'])} tasks, merged with jaxmerge from "
     f"{tables.escaped(base_name)}.",
@@ -47,6 +46,88 @@ def model_card(
     notes = "\n".join(f"- {tables.escaped(note)}" for note in record["notes"])
     parts.append(f"## Notes\n\n{notes}")
   return "\n\n".join(parts).rstrip() + "\n"
+
+
+def merge_card(summary: Mapping[str, Any]) -> str:
+  """Writes the model card of a merge of files, from what `summarizing.summary` says of it.
+
+  Only models of the hub are named in its head: a path there would be taken for somebody's model.
+  """
+  ids = dict.fromkeys(reference.split("@")[0] for reference in summary["hub"])
+  head = {"base_model": list(ids), "base_model_relation": "merge"} if ids else {}
+  if summary["library"] is not None:
+    head["library_name"] = summary["library"]
+  names = dict.fromkeys(_called(m) for m in summary["methods"])
+  title = f"Merge of {_many(summary['models'])}: {', '.join(names) or 'copies of tensors'}"
+  counts = f"Tensors: {summary['merged']} merged, {summary['copied']} copied."
+  commits = (f"{reference}: commit {own}" for reference, own in summary["hub"].items())
+  parts = [
+    _head(head),
+    f"# {tables.escaped(title)}",
+    "Merged with jaxmerge from these models; the first gave config and tokenizer.",
+    _listed(summary["models"]),
+    *([f"From the hub:\n\n{_listed(commits)}"] if ids else []),
+    f"## Method\n\n{counts}",
+    *map(_method, summary["methods"]),
+    *_recipe(summary["recipe"]),
+    _listed(_versions(summary["versions"])),
+    "`jaxmerge_provenance.json` has checksums, and what became of every tensor of every model.",
+  ]
+  return "\n\n".join(parts) + "\n"
+
+
+def _called(method: Mapping[str, Any]) -> str:
+  """What people call a method: of the catalog, as its user says, or by what its code is."""
+  if method["method"] in catalog.METHODS or method["method"] == "mean":
+    return words.label(method["method"])
+  return method["settings"].get("words", "a method given in Python")
+
+
+def _many(models: Sequence[str]) -> str:
+  return f"{len(models)} model{'s' * (len(models) != 1)}"
+
+
+def _method(method: Mapping[str, Any]) -> str:
+  """Describes what merged some of the tensors."""
+  entry = catalog.METHODS.get(method["method"])
+  many = f"{method['tensors']} tensors of {_many(method['models'])}"
+  about = f"**{tables.escaped(_called(method))}**, {many}"
+  if entry is not None:
+    mark = " This method is experimental." if entry.experimental else ""
+    about = f"{about}: {tables.escaped(f'{entry.formula}; {entry.paper}')}.{mark}"
+  settings = {k: v for k, v in method["settings"].items() if k != "words"}
+  if entry is None and _called(method) != "mean":
+    settings["fingerprint of its code"] = method["method"]
+  facts = {"models": ", ".join(method["models"]), **method["numbers"], **dict(page.flat(settings))}
+  if method["seed"] is not None:
+    facts["seed"] = str(method["seed"])
+  return f"{about}\n\n{_listed(f'{k}: {v}' for k, v in facts.items() if k)}"
+
+
+def _recipe(text: str | None) -> Sequence[str]:
+  """Shows the recipe, behind a fence that nothing in it ends, and how it is run again."""
+  if text is None:
+    return ("## How it was made\n\nBy `jaxmerge.merge_files`, from Python.",)
+  fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+  command = "```sh\njaxmerge merge jaxmerge_recipe.yml OUT\n```"
+  return (
+    f"## Recipe\n\n{fence}yaml\n{text.rstrip()}\n{fence}",
+    f"## How it was made\n\n{command}\n\nPaths in the recipe begin where it was run.",
+  )
+
+
+def _head(given: Mapping[str, Any]) -> str:
+  """Writes the YAML head. JSON strings are YAML strings, so no name can break out of it."""
+  lines = [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in given.items()]
+  return "\n".join(["---", *lines, "tags:", "- merge", "- jaxmerge", "---"])
+
+
+def _listed(lines: Iterable[str]) -> str:
+  return "\n".join(f"- {tables.escaped(line)}" for line in lines)
+
+
+def _versions(given: Mapping[str, Any]) -> list[str]:
+  return [f"Version of {k}: {v}" for k, v in page.flat(given) if k]
 
 
 def _making(record: Mapping[str, Any], method: str) -> str:
@@ -65,10 +146,9 @@ def _making(record: Mapping[str, Any], method: str) -> str:
     facts |= dict(page.flat(model["settings"]))
   if "seed" in record:
     facts["Seed"] = str(record["seed"])
-  facts |= {f"Version of {k}": v for k, v in page.flat(record["versions"]) if k}
-  listed = "\n".join(f"- {tables.escaped(k)}: {tables.escaped(v)}" for k, v in facts.items())
+  lines = [*(f"{k}: {v}" for k, v in facts.items()), *_versions(record["versions"])]
   config = "\n".join(
     f"    {k} = {' '.join(v.split())}" for k, v in page.flat(record["config"]) if k
   )
-  parts = [how, f"Tasks: {', '.join(map(tables.escaped, record['tasks']))}.", listed]
+  parts = [how, f"Tasks: {', '.join(map(tables.escaped, record['tasks']))}.", _listed(lines)]
   return "\n\n".join(p for p in [*parts, config and f"Config:\n\n{config}"] if p)

@@ -1,0 +1,139 @@
+"""Models of the hub: from an id to the folder in the local cache; the network only where asked."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from jaxmerge.io import adapter, folder
+
+# What is fetched, and nothing else: no pickles, no code. Of the weights, what the index names.
+SMALL = (*folder.COPIED, folder.INDEX, adapter.CONFIG)
+
+_ID = re.compile(r"([A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*", re.ASCII)
+_REVISION = re.compile(r"\w[\w./-]*", re.ASCII)
+
+
+class Found(NamedTuple):
+  """Where a model lies.
+
+  Attributes:
+    folder: its folder.
+    commit: of the hub's repository, whatever branch or tag was named; None: no model of the hub.
+    home: what the folder is called where its own path would tell of this machine: `id@commit`.
+  """
+
+  folder: pathlib.Path
+  commit: str | None = None
+  home: str | None = None
+
+
+def is_id(path: str, revision: str | None = None) -> bool:
+  """Tells whether a path is meant as the id of a model of the hub, `owner/name`.
+
+  A folder is never one, nor is what would lie in a folder that is there: a path that is misspelt is
+  not looked up elsewhere. With a revision it is one even so, and needs no owner.
+
+  >>> is_id("org/model"), is_id("./org/model"), is_id("gpt2"), is_id("gpt2", "main")
+  (True, False, False, True)
+  """
+  if os.path.isdir(path) or ".." in path or not _ID.fullmatch(path):
+    return False
+  return revision is not None or ("/" in path and not os.path.exists(path.split("/")[0]))
+
+
+def split(reference: str | os.PathLike[str]) -> tuple[str, str | None]:
+  """Returns path and revision of `path@revision`; a folder, or a `Path`, is not taken apart.
+
+  >>> split("org/model@main"), split("org/model"), split(pathlib.Path("org/model@main"))
+  (('org/model', 'main'), ('org/model', None), ('./org/model@main', None))
+  """
+  if not isinstance(reference, str):
+    path = os.fspath(reference)
+    return path if os.path.isabs(path) else os.path.join(os.curdir, path), None
+  path, at, revision = reference.partition("@")
+  return (path, revision) if at and is_id(path, revision) else (reference, None)
+
+
+def joined(path: str, revision: str | None) -> str:
+  """Returns `path@revision`, as a recipe says it."""
+  return path if revision is None else f"{path}@{revision}"
+
+
+def located(
+  path: str, revision: str | None = None, *, download: bool = False, weights: bool = True
+) -> Found:
+  """Returns where a model or an adapter lies: the folder itself, or the snapshot of an id.
+
+  Without `download` no network is used: the snapshot is in the hub's cache, or that is an error.
+
+  Args:
+    path: a folder, or an id of the hub. What is neither is returned for its opener to refuse.
+    revision: a branch, a tag or a commit of the hub's repository; None: its main branch.
+    download: whether what the cache lacks is fetched: safetensors, config, tokenizer.
+    weights: whether weights are needed; otherwise the small files will do.
+
+  Raises:
+    ValueError: for a revision of what is no model of the hub.
+    FileNotFoundError: where it is not in the cache, or cannot be fetched; with what to do.
+  """
+  if is_id(path, revision):
+    return _snapshot(path, revision, download, weights)
+  owner, slash, _ = path.partition("/")
+  if revision is None and slash and not os.path.exists(path) and is_id(path, "main"):
+    hint = f"for a model of the hub, write {path}@main, as {owner} is a folder here"
+    raise FileNotFoundError(f"{path}: no such folder; {hint}.")
+  if revision is not None:
+    what = "a folder here" if os.path.isdir(path) else "no id of the hub (owner/name)"
+    raise ValueError(f"{path} is {what} and has no revision: remove {revision!r}.")
+  return Found(pathlib.Path(path))
+
+
+def _snapshot(name: str, revision: str | None, download: bool, weights: bool) -> Found:
+  called = joined(name, revision)
+  if revision is not None and (".." in revision or not _REVISION.fullmatch(revision)):
+    raise ValueError(f"{called}: the revision must be a branch, a tag or a commit.")
+  try:
+    import huggingface_hub
+    from huggingface_hub import errors
+  except ModuleNotFoundError as error:
+    what = f"{called}: no such folder; models of the hub need an extra"
+    raise FileNotFoundError(f"{what}: pip install 'jaxmerge[hub]'.") from error
+
+  def fetched(commit: str | None, names: Sequence[str]) -> pathlib.Path:
+    own = huggingface_hub.snapshot_download(
+      name, revision=commit, allow_patterns=list(names), local_files_only=not download
+    )
+    return pathlib.Path(own)
+
+  missing = (
+    f"{called}: no such folder, and not, or not all of it, in the hub's cache; --download, or "
+    "download=True in Python, fetches it."
+  )
+  try:
+    home = fetched(revision, SMALL)
+    if weights:
+      fetched(home.name, _weights(home))
+  except (OSError, errors.HTTPError) as error:
+    said = " ".join(str(error).split())
+    why = f"{called}: no such folder, and not to be had from the hub: {said}"
+    raise FileNotFoundError(why if download else missing) from error
+  try:
+    if weights:
+      adapter.paths(home) if adapter.is_adapter(home) else folder.weights(home)
+  except FileNotFoundError as error:
+    why = f"{called}: the hub has no safetensors of it, and pickles are not read: {error}"
+    raise FileNotFoundError(why if download else missing) from error
+  return Found(home, home.name, f"{name}@{home.name}")
+
+
+def _weights(home: pathlib.Path) -> list[str]:
+  """Names of the files of weights, by the index if there is one."""
+  index = folder.read_json(home / folder.INDEX) if (home / folder.INDEX).is_file() else {}
+  shards = index.get("weight_map")
+  named = set(shards.values()) if isinstance(shards, dict) else set()
+  names = {n for n in named if isinstance(n, str) and n.endswith(".safetensors")}
+  return sorted({folder.WEIGHTS, adapter.WEIGHTS, *names})

@@ -1,0 +1,58 @@
+"""Opens what recipes name: folders and ids of the hub, with adapters on top."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Callable
+from typing import NamedTuple
+
+from jaxmerge import planning
+from jaxmerge.io import adapter, hub
+from jaxmerge.io.tensor import Files
+from jaxmerge.recipe.places import Problem, RecipeError
+from jaxmerge.recipe.records import Model
+
+
+class Opener(NamedTuple):
+  """How models are opened.
+
+  Attributes:
+    model: opens a model; RecipeError for one that is not there, or is damaged.
+    folder: finds the folder of one whose tokenizer alone is wanted; OSError, ValueError.
+    commits: of the models of the hub that were opened, by what the recipe calls them.
+  """
+
+  model: Callable[[Model], planning.Model]
+  folder: Callable[[Model], pathlib.Path]
+  commits: dict[str, str]
+
+
+def opener(files: Files, *, download: bool = False) -> Opener:
+  """Returns how the models of recipes are opened; nothing is fetched without `download`."""
+  commits: dict[str, str] = {}
+
+  def located(path: str, revision: str | None, weights: bool = True) -> hub.Found:
+    found = hub.located(path, revision, download=download, weights=weights)
+    if found.commit is not None:
+      commits[hub.joined(path, revision)] = found.commit
+    return found
+
+  def whole(model: Model) -> planning.Model:
+    found = located(model.path, model.revision)
+    opened = planning.model(found.folder, files, name=str(model), home=found.home)
+    if model.adapter is None:
+      return opened
+    own = located(model.adapter, model.adapter_revision)
+    tensors = adapter.adapted(opened.tensors, own.folder, files, home=own.home)
+    return opened._replace(tensors=tensors, files=(*opened.files, *adapter.paths(own.folder)))
+
+  def opened(model: Model) -> planning.Model:
+    try:
+      return whole(model)
+    except (OSError, ValueError) as error:
+      raise RecipeError([Problem(model.place, str(error))]) from error
+
+  def folder(model: Model) -> pathlib.Path:
+    return located(model.path, model.revision, weights=False).folder
+
+  return Opener(opened, folder, commits)

@@ -1,0 +1,93 @@
+"""What a plan does, as the plain record that the model card is written from; free of jax."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any  # A record is JSON, its values have no one type.
+
+import numpy as np
+
+from jaxmerge import differing
+from jaxmerge.io import folder
+from jaxmerge.planning import Job, Plan
+
+Record = dict[str, Any]
+
+
+def summary(plan: Plan) -> Record:
+  """Describes a merge: what went in, what was done to how many tensors, with which versions.
+
+  It is a function of the plan and the donor's small files: no date, no place on this machine.
+
+  Returns:
+    `models`, names of all inputs, the donor first; `hub`, references to models of the hub and their
+    commits; `methods`, one record for each job (see `_method`); `merged` and `copied`, numbers of
+    tensors; `library`, of Python, that opens the result, None if that is not known; `recipe`, its
+    text, None without one; `versions` of packages.
+  """
+  names = _names(list(plan.fates), plan)
+  made = [o for o in plan.outputs if o.job is not None]
+  counts = [sum(o.job == i for o in made) for i in range(len(plan.jobs))]
+  return {
+    "models": list(names.values()),
+    "hub": dict(plan.facts.get("hub", {})),
+    "methods": [_method(job, names, n) for job, n in zip(plan.jobs, counts, strict=True) if n],
+    "merged": len(made),
+    "copied": len(plan.outputs) - len(made),
+    "library": _library(plan),
+    "recipe": plan.facts.get("recipe"),
+    "versions": {p: importlib.metadata.version(p) for p in ("jaxmerge", "jax")},
+  }
+
+
+def _names(models: Sequence[str], plan: Plan) -> dict[str, str]:
+  """What models are called: as the recipe says, else without the folders that they lie in."""
+  own = [m for m in models if os.path.isabs(m) and "recipe" not in plan.facts]
+  short = dict(zip(own, differing.names(own), strict=True)) if own else {}
+  return {m: short.get(m, m) for m in models}
+
+
+def _method(job: Job, names: Mapping[str, str], count: int) -> Record:
+  """Describes a job.
+
+  Returns:
+    `method`, its name in the catalog, or what it is called; `settings`, `numbers`, in words;
+    `models`, their names; `tensors`, how many; `seed`, None without one.
+  """
+  words = dict(job.words) if isinstance(job.words, Mapping) else {"method": str(job.words)}
+  return {
+    "method": words.pop("method"),
+    "settings": words,
+    "numbers": {
+      n: _number(x, [names.get(m, m) for m in job.models]) for n, x in job.numbers.items()
+    },
+    "models": [names.get(m, m) for m in job.models],
+    "tensors": count,
+    "seed": job.seed,
+  }
+
+
+def _number(value: Any, models: Sequence[str]) -> str:
+  """Writes one of a method's numbers: for all, for each model, or the range over the tensors.
+
+  >>> _number((1.0, 0.5), ["chat", "code"]), _number({"w": 0.2, "v": 0.8}, [])
+  ('1 (chat), 0.5 (code)', 'from 0.2 to 0.8, by tensor')
+  """
+  if isinstance(value, Mapping):
+    every = np.concatenate([np.ravel(np.asarray(v, np.float64)) for v in value.values()])
+    return f"from {every.min():.6g} to {every.max():.6g}, by tensor"
+  each = np.asarray(value, np.float64)
+  if each.shape == (len(models),):
+    return ", ".join(f"{x:.6g} ({m})" for x, m in zip(each, models, strict=True))
+  return f"{each:.6g}" if each.ndim == 0 else f"{each.size} values"
+
+
+def _library(plan: Plan) -> str | None:
+  """The library that opens the result, as far as its config tells."""
+  if (plan.donor / "modules.json").is_file():
+    return "sentence-transformers"
+  config = folder.config(plan.donor)
+  known = isinstance(config.get("architectures"), list) and "model_type" in config
+  return "transformers" if known or "transformers_version" in config else None

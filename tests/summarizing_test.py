@@ -1,0 +1,157 @@
+"""The model card of a merge: what it says is so, and it says nothing of the machine."""
+
+import json
+import pathlib
+import re
+
+import folders
+import pytest
+import yaml
+from huggingface_hub import constants
+
+from jaxmerge import catalog, files, methods, report
+from jaxmerge.io.tensor import Files
+from jaxmerge.recipe import plan as plans
+
+RECIPE = """\
+# ```by hand```
+merge_method: dare_ties
+base_model: base
+models:
+  - {model: m0, parameters: {weight: 1.0, density: [0.5, 1.0]}}
+  - {model: m1, parameters: {weight: 0.5, density: 0.3}}
+exclude: [lm_head]
+seed: 3
+"""
+SUMMARY = {
+  "models": ["base", "chat"],
+  "hub": {},
+  "methods": [],
+  "merged": 0,
+  "copied": 2,
+  "library": None,
+  "recipe": None,
+  "versions": {"jaxmerge": "0"},
+}
+
+
+@pytest.fixture(autouse=True)
+def family(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  return folders.family(tmp_path)
+
+
+def merged(text, out="out"):
+  """Runs a recipe; returns the head and the body of the card."""
+  pathlib.Path("recipe.yml").write_text(text)
+  return parts(files.run(plans.of_file("recipe.yml", Files()), out))
+
+
+def parts(out):
+  opening, head, body = (out / "README.md").read_text(encoding="utf-8").split("---\n", 2)
+  assert opening == ""
+  return yaml.safe_load(head), body
+
+
+def test_the_card_says_what_was_done():
+  head, body = merged(RECIPE)
+  assert head == {"tags": ["merge", "jaxmerge"]}
+  made = json.loads(pathlib.Path("out/jaxmerge_provenance.json").read_text())["inputs"]["m0"]
+  count = list(made.values()).count("merged")
+  assert f"Tensors: {count} merged, {13 - count} copied." in body
+  assert f"**dare ties**, {count} tensors of 2 models: " in body
+  assert catalog.METHODS["dare_ties"].paper in body
+  assert "\n- weight: 1 (m0), 0.5 (m1)\n" in body
+  assert "\n- drop\\_rate: from 0 to 0.7, by tensor\n" in body
+  assert "\n- seed: 3\n" in body
+  assert "experimental" not in body
+
+
+def test_the_recipe_is_in_it_as_it_is():
+  _, body = merged(RECIPE)
+  (fence, inside) = re.search(r"^(`{4,})yaml\n(.*?)\n\1$", body, re.S | re.M).groups()
+  assert inside + "\n" == RECIPE
+  assert fence not in RECIPE
+
+
+def test_every_method_is_there_and_experimental_ones_say_so():
+  _, body = merged(RECIPE + "overrides: [{pattern: norm, merge_method: ram}]\n")
+  assert "# Merge of 3 models: dare ties, ram\n" in body
+  (ram,) = (line for line in body.splitlines() if line.startswith("**ram**"))
+  assert ram.endswith("This method is experimental.")
+  assert body.count("experimental") == 1
+
+
+def test_the_bytes_depend_on_the_plan_alone(tmp_path, monkeypatch):
+  merged(RECIPE, "first")
+  elsewhere = tmp_path / "elsewhere"
+  elsewhere.mkdir()
+  folders.family(elsewhere)
+  monkeypatch.chdir(elsewhere)
+  merged(RECIPE, "second")
+  first, second = (tmp_path / "first/README.md"), (elsewhere / "second/README.md")
+  assert first.read_bytes() == second.read_bytes()
+  assert str(tmp_path) not in first.read_text()
+
+
+def test_a_merge_from_python_tells_no_place_on_the_machine(tmp_path):
+  models = [tmp_path / "m0", tmp_path / "m1"]
+  (tmp_path / "m0/README.md").write_text("the donor's own")
+  out = files.merge_files(
+    methods.ties(0.3), models, tmp_path / "out", aux={"scale": 0.5}, words="TIES, *dense*"
+  )
+  _, body = parts(out)
+  assert str(tmp_path) not in body
+  assert "# Merge of 2 models: TIES, \\*dense\\*\n" in body
+  assert "\n- m0\n- m1\n" in body
+  assert "\n- scale: 0.5\n" in body
+  assert "the donor's own" not in body
+
+
+def test_a_method_without_words_is_told_by_its_fingerprint():
+  out = files.merge_files(methods.average(), ["m0", "m1"], "out")
+  _, body = parts(out)
+  other = files.merge_files(methods.average((1.0, 2.0)), ["m0", "m1"], "other")
+  assert "# Merge of 2 models: a method given in Python\n" in body
+  digest = re.search(r"fingerprint of its code: (\w+)", body)[1]
+  assert digest not in parts(other)[1]
+
+
+def test_the_head_names_models_of_the_hub_and_no_paths(tmp_path, monkeypatch):
+  monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+  commit = folders.cached(tmp_path / "cache", "org/chat", tmp_path / "m0", revision="v2")
+  text = RECIPE.replace("model: m0", "model: org/chat@v2")
+  head, body = merged(text)
+  assert head["base_model"] == ["org/chat"]
+  assert head["base_model_relation"] == "merge"
+  assert f"\n- org/chat@v2: commit {commit}\n" in body
+
+
+@pytest.mark.parametrize(
+  ("config", "file", "library"),
+  [
+    ({"architectures": ["Llama"], "model_type": "llama"}, None, "transformers"),
+    ({"architectures": ["Bert"], "model_type": "bert"}, "modules.json", "sentence-transformers"),
+    ({"model_type": "mine"}, None, None),
+  ],
+)
+def test_the_library_is_named_where_it_is_known(family, config, file, library):
+  folders.write(pathlib.Path("base"), family[0], config=config)
+  if file:
+    pathlib.Path("base", file).write_text("[]")
+  head, _ = merged(RECIPE)
+  assert head.get("library_name") == library
+
+
+def test_names_break_neither_head_nor_body():
+  name = 'x"\n---\n# [a](b)'
+  text = report.merge_card({**SUMMARY, "hub": {name: "c"}, "models": [name], "library": name})
+  (head,) = yaml.safe_load_all(text.split("\n---\n", 1)[0])
+  assert head["library_name"] == head["base_model"][0] == name
+  assert '\n- x" --- # \\[a\\](b)\n' in text
+
+
+def test_a_copy_has_a_card_too():
+  _, body = merged("merge_method: passthrough\nmodels: [{model: m0}]")
+  assert "# Merge of 1 model: copies of tensors\n" in body
+  assert "Tensors: 0 merged, 13 copied." in body
