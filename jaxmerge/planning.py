@@ -13,8 +13,8 @@ from typing import Any, NamedTuple  # Any: a method, which only a driver looks i
 import numpy as np
 
 from jaxmerge import catalog
-from jaxmerge.io import folder, safetensors
-from jaxmerge.io.tensor import Files, Tensor, stored
+from jaxmerge.io import checkpoint, folder, safetensors, weights
+from jaxmerge.io.tensor import Files, Tensor
 
 
 class Part(NamedTuple):
@@ -151,18 +151,22 @@ class Plan(NamedTuple):
     return sum(o.size for o in self.outputs)
 
 
-def described(plan: Plan, *, shard_size: int) -> list[str]:
+def described(plan: Plan, *, shard_size: int, out_format: str = "safetensors") -> list[str]:
   """Says what a plan will do and cost, for `--dry-run`."""
   fates: collections.Counter[str] = collections.Counter()
   for own in plan.fates.values():
     fates.update(words.split(" -> ")[0] for words in own.values())
   made = [o for o in plan.outputs if o.job is not None]
+  shards = len(folder.shards({o.name: o.size for o in plan.outputs}, shard_size))
+  room = f", a checkpoint; while it is made, {size(2 * plan.written)} on the disk"
   out = [
-    f"result: {len(plan.outputs)} tensors, {size(plan.written)}, "
-    f"{len(folder.shards({o.name: o.size for o in plan.outputs}, shard_size))} files",
+    f"result: {len(plan.outputs)} tensors, {size(plan.written)}"
+    + (room if out_format == "orbax" else f", {shards} files"),
     f"merged: {len(made)} tensors, copied: {len(plan.outputs) - len(made)}",
     f"inputs: {len(plan.inputs)} files, {size(plan.read)} in one reading",
   ]
+  folders = plan.facts.get("folders", {}).items()
+  out += [f"  {name}: checkpoint {own}" for name, own in folders if checkpoint.is_one(own)]
   out += [f"  {count} tensors of the inputs: {words}" for words, count in sorted(fates.items())]
   for i, job in enumerate(plan.jobs):
     count = sum(o.job == i for o in plan.outputs)
@@ -197,12 +201,10 @@ class Problems(ValueError):
 
 
 def model(path: str | os.PathLike[str], files: Files, *, name: str | None = None) -> Model:
-  """Opens a Hugging Face folder: only the headers of its files are read."""
-  path = pathlib.Path(path)
-  places = folder.entries(path)
-  tensors = {n: stored(files, file, n, entry) for n, (file, entry) in sorted(places.items())}
-  opened = Model(name or str(path), path, tensors, tuple({file for file, _ in places.values()}))
-  return _with_ties(opened, folder.config(path))
+  """Opens a Hugging Face folder or a checkpoint: only headers and manifests are read."""
+  own = weights.model(path, files)
+  opened = Model(name or str(pathlib.Path(path)), own.folder, own.tensors, own.files)
+  return _with_ties(opened, weights.config(own.folder))
 
 
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
@@ -325,7 +327,8 @@ def assembled(
   if problems:
     raise Problems(problems)
   inputs = frozenset(file for m in models for file in m.files)
-  return Plan(tuple(outputs), tuple(every), told, models[0].folder, inputs)
+  facts = {"folders": {m.name: str(m.folder) for m in models if m.files}}
+  return Plan(tuple(outputs), tuple(every), told, models[0].folder, inputs, facts)
 
 
 def _settled(want: Want, missing: str, jobs: list[Job]) -> tuple[Output | None, str]:
