@@ -44,7 +44,8 @@ def merge(options: argparse.Namespace, config: Any) -> None:
   out, files = pathlib.Path(options.out), tensor.Files()
   if options.dry_run:
     plan = plans.of_file(options.recipe, files)
-    print("\n".join(planning.described(plan, shard_size=options.shard_size)))
+    size, kind = options.shard_size, options.out_format
+    print("\n".join(planning.described(plan, shard_size=size, out_format=kind)))
     return
   atomic.check_free(out, options.replace)
   plans.of_file(options.recipe, files)  # All that is wrong is told before jax is imported.
@@ -63,8 +64,10 @@ def merge(options: argparse.Namespace, config: Any) -> None:
       return planning.model(stages[-1], files, name=name)
 
     plan = plans.of_file(options.recipe, files, made)
-    told = progress.counted(show, "merging", plan.written)
-    driver.run(plan, out, replace=options.replace, progress=told, **settings)
+    copies = 2 if options.out_format == "orbax" else 1
+    told = progress.counted(show, "merging", plan.written * copies)
+    settings |= {"out_format": options.out_format, "replace": options.replace}
+    driver.run(plan, out, progress=told, **settings)
   for stage in stages:
     shutil.rmtree(stage)
   print(f"merged: {out}")
