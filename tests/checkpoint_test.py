@@ -109,6 +109,18 @@ def test_a_large_leaf_is_saved_in_chunks(tmp_path):
   assert math.prod(found.storage.chunk_shape) * 4 <= arrays.CHUNK
 
 
+def test_small_tensors_are_written_together(tmp_path):
+  """Not one file, and one change of the database's tree, for each."""
+
+  def ones(start, out):
+    out[...] = 1
+
+  one = Tensor("ones", np.dtype(np.float32), (300, 2), ones)
+  checkpoint.write(tmp_path, {f"layers.{i}.weight": one for i in range(100)})
+  assert len(list((tmp_path / "state/d").iterdir())) < 5
+  assert all((x == 1).all() for x in read(tmp_path).values())
+
+
 DTYPES = ["float32", "bfloat16", "float16", "float64", "float8_e4m3fn", "float8_e5m2"]
 DTYPES += ["int64", "int32", "int16", "int8", "uint64", "uint32", "uint16", "uint8", "bool"]
 

@@ -23,7 +23,7 @@ Progress = Callable[[int], None]
 METADATA = "_METADATA"
 CHUNK = 2**22  # Bytes of a chunk, at most, where it is ours to choose.
 BAND = 2**20  # Entries of a band, at least, so that small chunks are read many at a time.
-WRITTEN = 2**25  # Bytes that are written together: they make a file.
+WRITTEN = 2**24  # Bytes that are written together: they make a file.
 
 
 class Band(NamedTuple):
@@ -152,7 +152,7 @@ def write(
 ) -> None:
   """Writes a checkpoint that `orbax.checkpoint` restores: as NumPy arrays, or placed as it is told.
 
-  Some `WRITTEN` bytes are in memory at a time, and as many compressed. A tensor without entries has
+  Some `WRITTEN` bytes are on their way at a time, in a few copies. A tensor without entries has
   nothing to store and is left out, as Orbax does.
 
   Args:
@@ -163,48 +163,62 @@ def write(
   Raises:
     OSError: where the disk is full or fails.
   """
-  leaves, waiting, size = {}, list[Any](), 0
+  leaves, waiting = {}, list[_Part]()
   for path, tensor in tensors.items():
     if not math.prod(tensor.shape):
       continue
-    chunks = chunk(tensor.shape, tensor.dtype.itemsize)
-    leaves[str(path)] = _leaf(path, chunks)
-    store = _created(state, ".".join(path), tensor, chunks)
-    for index, part in _parts(tensor, chunks):
-      # Compressed from where it lies: nobody writes to it any more.
-      future = store[index].write(part, can_reference_source_data_indefinitely=True)
-      waiting.append((tensor.where, part.nbytes, future.commit))
-      size += part.nbytes
-      if size >= WRITTEN:
-        waiting, size = _waited(waiting, progress), 0
-  _waited(waiting, progress)
+    leaves[str(path)] = _leaf(path, chunk(tensor.shape, tensor.dtype.itemsize))
+    for part in _parts(".".join(path), tensor):
+      waiting.append(part)
+      if sum(p.entries.nbytes for p in waiting) >= WRITTEN:
+        waiting = _written(state, waiting, progress)
+  _written(state, waiting, progress)
   content = {"tree_metadata": leaves, "use_ocdbt": True, "use_zarr3": False}
   content |= {"store_array_data_equal_to_fill_value": True, "custom_metadata": None}
   (state / METADATA).write_text(json.dumps(content), encoding="utf-8")
   (state / "_CHECKPOINT_METADATA").write_text("{}", encoding="utf-8")
 
 
-def _parts(tensor: Tensor, chunks: tuple[int, ...]) -> Iterator[tuple[Any, np.ndarray]]:
+class _Part(NamedTuple):
+  """A band of a tensor on its way into the database."""
+
+  key: str
+  tensor: Tensor
+  box: tuple[int | slice, ...]
+  entries: np.ndarray
+
+
+def _parts(key: str, tensor: Tensor) -> Iterator[_Part]:
   """Reads a tensor band by band."""
-  at = 0
+  at, chunks = 0, chunk(tensor.shape, tensor.dtype.itemsize)
   while at < math.prod(tensor.shape):
     found = band(tensor.shape, chunks, at)
-    part = np.empty(found.stop - found.start, tensor.dtype)
-    tensor.read(found.start, part)
+    entries = np.empty(found.stop - found.start, tensor.dtype)
+    tensor.read(found.start, entries)
     shape = [i.stop - i.start for i in found.box if isinstance(i, slice)]
-    yield found.box, part.reshape((*shape, *tensor.shape[len(found.box) :]))
+    shape += tensor.shape[len(found.box) :]
+    yield _Part(key, tensor, found.box, entries.reshape(shape))
     at = found.stop
 
 
-def _waited(waiting: list[Any], progress: Progress) -> list[Any]:
-  """Waits until parts are on the disk."""
-  for where, size, future in waiting:
-    try:
-      future.result()
-    except (ValueError, OSError, RuntimeError) as error:
-      about = f"not copied into the checkpoint: {error}"
-      raise OSError(error_code(error) or errno.EIO, about, where) from error
-    progress(size)
+def _written(state: pathlib.Path, parts: list[_Part], progress: Progress) -> list[_Part]:
+  """Brings parts to the disk: in one transaction, which is one file and one change of the tree."""
+  import tensorstore
+
+  transaction, tensors = tensorstore.Transaction(), {p.key: p.tensor for p in parts}
+  # One context: stores of several would be several databases, and change the tree one by one.
+  shared = {"transaction": transaction, "context": _context()}
+  try:
+    stores = {key: _created(state, key, t, **shared) for key, t in tensors.items()}
+    for part in parts:
+      stores[part.key][part.box].write(part.entries).copy.result()
+    transaction.commit_sync()
+  except (ValueError, OSError, RuntimeError) as error:
+    about = f"not copied into the checkpoint: {error}"
+    code = error_code(error) or errno.EIO
+    raise OSError(code, about, parts[0].tensor.where) from error
+  for part in parts:
+    progress(part.entries.nbytes)
   return []
 
 
@@ -222,17 +236,18 @@ def _leaf(path: Sequence[str], chunks: Sequence[int]) -> dict[str, Any]:
 
 def _existing(state: pathlib.Path, key: str) -> Any:
   """Opens an array of the database."""
-  return _open(_spec(state, key), open=True, read=True)
+  return _open(_spec(state, key), open=True, read=True, context=_context())
 
 
-def _created(state: pathlib.Path, key: str, tensor: Tensor, chunks: tuple[int, ...]) -> Any:
-  """Makes an array in the database, as Orbax does."""
-  spec = _spec(state, key)
-  # Small values stand in the tree, which is one node; zeros are stored, so that a gap is seen.
-  spec["kvstore"]["config"] = {"max_inline_value_bytes": 2**10, "max_decoded_node_bytes": 10**8}
+def _created(state: pathlib.Path, key: str, tensor: Tensor, **shared: Any) -> Any:
+  """Opens an array for writing, and makes it where it is not there."""
+  spec, chunks = _spec(state, key), chunk(tensor.shape, tensor.dtype.itemsize)
+  # Small values stand in the tree, whose nodes are small: every transaction writes some anew.
+  spec["kvstore"]["config"] = {"max_inline_value_bytes": 2**10, "max_decoded_node_bytes": 2**18}
   spec["metadata"] = {"chunks": chunks, "compressor": {"id": "zstd", "level": 1}}
+  # Zeros are stored: Orbax takes a gap for a loss.
   spec |= {"store_data_equal_to_fill_value": True, "dtype": tensor.dtype.name}
-  return _open(spec, create=True, shape=tensor.shape)
+  return _open(spec, create=True, open=True, shape=tensor.shape, **shared)
 
 
 def _spec(state: pathlib.Path, key: str) -> dict[str, Any]:
@@ -240,10 +255,15 @@ def _spec(state: pathlib.Path, key: str) -> dict[str, Any]:
   return {"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": base, "path": f"{key}/"}}
 
 
-def _open(spec: dict[str, Any], **options: Any) -> Any:
+def _context() -> Any:
+  """Chunks are coded a few at a time, and none is kept: bands are."""
   import tensorstore  # Late: plans, help and errors do without.
 
-  # Chunks are decoded a few at a time, and none is kept: bands are.
   limits = {"data_copy_concurrency": {"limit": 2}, "file_io_concurrency": {"limit": 4}}
-  context = tensorstore.Context({"cache_pool": {"total_bytes_limit": 0}, **limits})
-  return tensorstore.open(spec, context=context, **options).result()
+  return tensorstore.Context({"cache_pool": {"total_bytes_limit": 0}, **limits})
+
+
+def _open(spec: dict[str, Any], **options: Any) -> Any:
+  import tensorstore
+
+  return tensorstore.open(spec, **options).result()
