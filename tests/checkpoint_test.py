@@ -15,11 +15,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import small
+import small_tasks
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxmerge
 from jaxmerge import differing, files, inspecting, methods, planning
+from jaxmerge.atm import loop, settings
 from jaxmerge.io import arrays, checkpoint, orbax, weights
 from jaxmerge.io.tensor import Files, Tensor
 
@@ -151,6 +153,20 @@ def test_a_workdir_means_the_newest_step_of_its_loop(tmp_path, path):
   (tmp_path / "checkpoints/atm/unfinished/5").mkdir(parents=True)
   assert checkpoint.found(tmp_path / path) == tmp_path / "checkpoints/atm/4"
   small.same(read(tmp_path / path), expected)
+
+
+def test_a_run_of_the_loop_is_the_model_that_it_made(tmp_path):
+  chosen = settings.Settings(rounds=2, epochs=2.0, batch_size=4, outer="nesterov")
+  with orbax.Checkpoints(tmp_path / "checkpoints/atm") as store:
+    made = loop.tune_and_merge(
+      small_tasks.network,
+      small_tasks.weights(),
+      small_tasks.three(),
+      methods.average(),
+      chosen,
+      checkpoints=store,
+    )
+  small.same(read(tmp_path), jaxmerge.tree.named(made.params))
 
 
 def test_a_store_of_its_own_is_a_workdir_too(tmp_path):
