@@ -123,6 +123,10 @@ def parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
   merge.add_argument("--replace", action="store_true", help="replace OUT if it is there")
   again = "go on with an interrupted merge of the same recipe, or start anew"
   merge.add_argument("--resume", choices=("auto", "never"), default="auto", help=again)
+  kind = "what weights are written as: safetensors, or a checkpoint of Orbax in OUT/state"
+  merge.add_argument(
+    "--out-format", choices=("safetensors", "orbax"), default="safetensors", help=kind
+  )
   lax = "let NaN and infinity in the models pass"
   merge.add_argument("--allow-nonfinite", action="store_true", help=lax)
   after = "then run this, without a shell; {out} is the result, and its last line JSON of numbers"
@@ -138,7 +142,7 @@ def parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
 
   about = "show what is in a folder: tensors, sizes, ties, how it was merged"
   inspect = every.add_parser("inspect", help=about, description=f"{about.capitalize()}.")
-  inspect.add_argument("model", metavar="MODEL", help="a model, or a PEFT adapter")
+  inspect.add_argument("model", metavar="MODEL", help="a model, a checkpoint, or a PEFT adapter")
   inspect.add_argument("--download", action="store_true", help=fetch)
   checksums = "read the weights: show xxh3_128 of every tensor, and which are equal"
   inspect.add_argument("--checksums", action="store_true", help=checksums)

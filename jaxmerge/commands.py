@@ -37,7 +37,7 @@ def fake_devices(count: int | None) -> None:
 
 def merge(options: argparse.Namespace, config: Any) -> None:
   """Merges the models of a recipe; recipes that others build on are merged beside, and removed."""
-  from jaxmerge import evaluating, planning
+  from jaxmerge import evaluating, planning, summarizing
   from jaxmerge.io import atomic, tensor
   from jaxmerge.recipe import plan as plans
 
@@ -45,7 +45,8 @@ def merge(options: argparse.Namespace, config: Any) -> None:
   evaluate = None if options.evaluate is None else evaluating.command(options.evaluate)
   if options.dry_run:
     plan = plans.of_file(options.recipe, files, download=options.download)
-    print("\n".join(planning.described(plan, shard_size=options.shard_size)))
+    size, kind = options.shard_size, options.out_format
+    print("\n".join(summarizing.described(plan, shard_size=size, out_format=kind)))
     if evaluate is not None:
       print(f"then: {options.evaluate}")
     return
@@ -74,8 +75,10 @@ def merge(options: argparse.Namespace, config: Any) -> None:
 
     if stages:
       plan = plans.of_file(options.recipe, files, made)
-    told = progress.counted(show, "merging", plan.written)
-    driver.run(plan, out, replace=options.replace, progress=told, **settings)
+    copies = 2 if options.out_format == "orbax" else 1
+    told = progress.counted(show, "merging", plan.written * copies)
+    settings |= {"out_format": options.out_format, "replace": options.replace}
+    driver.run(plan, out, progress=told, **settings)
   for stage in stages:
     shutil.rmtree(stage)
   print(f"merged: {out}", flush=True)

@@ -2,7 +2,9 @@
 
 The result grows in a hidden folder beside its place, `.NAME.merging`: shards whose layout is known
 before the first byte, and a journal of the tensors that are done. It is synced, completed by the
-config, the tokenizer and the provenance, and renamed at the end.
+config, the tokenizer and the provenance, and renamed at the end. A checkpoint of Orbax is made from
+the shards when these are complete, in parts as well; an interruption in the midst of it leaves the
+shards, from which it is made again.
 """
 
 from __future__ import annotations
@@ -21,8 +23,8 @@ import jax
 import numpy as np
 
 from jaxmerge import evaluating, fingerprint, planning, streaming, summarizing, views
-from jaxmerge.io import atomic, folder, growing, hub
-from jaxmerge.io.tensor import Files, Tensor
+from jaxmerge.io import atomic, checkpoint, folder, growing, hub
+from jaxmerge.io.tensor import Files, Tensor, stored
 from jaxmerge.planning import Job, Output, Plan
 from jaxmerge.report import card
 from jaxmerge.stage import Method
@@ -30,6 +32,7 @@ from jaxmerge.stage import Method
 Path = str | os.PathLike[str]
 
 PROVENANCE = folder.PROVENANCE
+FORMATS = ("safetensors", "orbax")
 SHARD = 5_000_000_000  # Bytes; what other tools write.
 ENTRIES = 2**20
 
@@ -57,8 +60,8 @@ def merge_files(
 
   Args:
     method: what `jaxmerge.methods` makes, or a method of your own.
-    models: Hugging Face folders with safetensors; or, as texts, ids of the hub: `org/name`, or
-      `org/name@revision`.
+    models: Hugging Face folders with safetensors, or checkpoints: of a run, its newest step; or, as
+      texts, ids of the hub: `org/name`, or `org/name@revision`.
     out: folder of the result.
     base: the base, likewise.
     download: whether models that the hub's cache lacks are fetched; else no network is used.
@@ -98,7 +101,7 @@ def merge_files(
     start = None if base is None else opened(base, "the base")
     kept = None if dtype is None else np.dtype(dtype)
     plan = planning.simple(job, start, each, dtype=kept, missing=missing)
-    plan = plan._replace(facts={"hub": commits} if commits else {})
+    plan = plan._replace(facts={**plan.facts, **({"hub": commits} if commits else {})})
     made = run(plan, out, **options)
   finally:
     files.close()
@@ -116,6 +119,7 @@ def run(
   replace: bool = False,
   resume: bool = True,
   nonfinite: bool = False,
+  out_format: str = "safetensors",
   progress: Callable[[int], None] = lambda count: None,
 ) -> pathlib.Path:
   """Does what a plan says; the folder appears when all of it is done.
@@ -128,8 +132,13 @@ def run(
     replace: whether a folder that is there is replaced.
     resume: whether to go on with an interrupted merge of the same plan; otherwise it starts anew.
     nonfinite: whether NaN and infinity in the inputs are let pass; what they spoil is the method's.
-    progress: called with the number of bytes of the result that were added.
+    out_format: "safetensors", or "orbax": a checkpoint in `out / "state"`, which `orbax.checkpoint`
+      restores as {"params": {name: array}}; on the way it takes twice the room.
+    progress: called with the number of bytes of the result that were added; those of a checkpoint
+      are added twice.
   """
+  if out_format not in FORMATS:
+    raise ValueError(f"out_format must be one of {', '.join(FORMATS)}, got {out_format!r}.")
   out = pathlib.Path(out)
   atomic.check_free(out, replace)
   part = out.with_name(f".{out.name}.merging")
@@ -138,7 +147,7 @@ def run(
   part.mkdir(parents=True, exist_ok=True)
   with growing.locked(part, out):
     shards = folder.shards({o.name: o.size for o in plan.outputs}, shard_size)
-    journal = growing.Journal.opened(part, _identity(plan, shards))
+    journal = growing.Journal.opened(part, _identity(plan, shards, out_format))
     kinds = {o.name: (o.dtype, o.shape) for o in plan.outputs}
     with growing.Shards.opened(part, kinds, shards) as sink:
       done = journal.checked(sink)
@@ -147,16 +156,20 @@ def run(
         _merge(plan, number, job, sink, journal, done, entries, nonfinite, progress)
       _copy(plan, sink, journal, done, entries, progress)
       journal.flush(sink)
-    _complete(part, plan, shards, journal.digests)
+    if out_format == "orbax":
+      _transcribe(part, sink, progress)
+    _complete(part, plan, shards, journal.digests, out_format)
     atomic.move(part, out, replace=replace)
   return out
 
 
 def holds(out: Path, plan: Plan, *, shard_size: int = SHARD) -> bool:
-  """Tells whether a folder is what a plan makes."""
+  """Tells whether a folder with safetensors is what a plan makes."""
   path = pathlib.Path(out) / PROVENANCE
   shards = folder.shards({o.name: o.size for o in plan.outputs}, shard_size)
-  return path.is_file() and folder.read_json(path).get("plan") == _identity(plan, shards)
+  return path.is_file() and folder.read_json(path).get("plan") == _identity(
+    plan, shards, FORMATS[0]
+  )
 
 
 def _merge(
@@ -276,7 +289,7 @@ def _aligned(size: int) -> np.ndarray:
   return raw[offset : offset + size]
 
 
-def _identity(plan: Plan, shards: Mapping[str, Sequence[str]]) -> str:
+def _identity(plan: Plan, shards: Mapping[str, Sequence[str]], out_format: str) -> str:
   """A digest of all that decides about the bytes of the result."""
   content = {
     "jaxmerge": importlib.metadata.version("jaxmerge"),
@@ -287,6 +300,7 @@ def _identity(plan: Plan, shards: Mapping[str, Sequence[str]]) -> str:
       for j in plan.jobs
     ],
     "shards": shards,
+    "format": out_format,
     "inputs": {str(path): _stamp(path) for path in sorted(plan.inputs)},
     "facts": plan.facts,
     "texts": plan.texts,
@@ -300,11 +314,27 @@ def _stamp(path: pathlib.Path) -> list[int]:
   return [status.st_size, status.st_mtime_ns]
 
 
+def _transcribe(part: pathlib.Path, sink: growing.Shards, progress: Callable[[int], None]) -> None:
+  """Makes a checkpoint of the shards."""
+  files = Files()
+  places = sink.places.items()
+  try:
+    tensors = {n: stored(files, part / file, n, entry) for n, (file, entry) in places}
+    checkpoint.write(part, tensors, progress)
+  finally:
+    files.close()
+
+
 def _complete(
-  part: pathlib.Path, plan: Plan, shards: Mapping[str, list[str]], digests: Mapping[str, Any]
+  part: pathlib.Path,
+  plan: Plan,
+  shards: Mapping[str, list[str]],
+  digests: Mapping[str, Any],
+  out_format: str,
 ) -> None:
-  """Adds to the weights what makes a folder of them that other tools open."""
-  if len(shards) > 1:
+  """Adds to the weights what makes a folder of them that other tools open; removes the rest."""
+  passing = [growing.NAME] if out_format == "safetensors" else [*shards, growing.NAME]
+  if len(shards) > 1 and out_format == "safetensors":
     text = folder.index(shards, {o.name: o.size for o in plan.outputs})
     (part / folder.INDEX).write_text(text, encoding="utf-8")
   for path in folder.copied(plan.donor):
@@ -318,7 +348,7 @@ def _complete(
     if own is not None:
       (part / name).write_text(own, encoding="utf-8")
   facts = {
-    "plan": _identity(plan, shards),
+    "plan": _identity(plan, shards, out_format),
     "jaxmerge": importlib.metadata.version("jaxmerge"),
     "jax": importlib.metadata.version("jax"),
     **plan.facts,
@@ -327,4 +357,5 @@ def _complete(
     "inputs": plan.fates,
   }
   (part / PROVENANCE).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-  (part / growing.NAME).unlink()
+  for name in passing:
+    (part / name).unlink()

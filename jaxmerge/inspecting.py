@@ -15,8 +15,8 @@ from typing import Any  # A record is JSON, its values have no one type.
 import numpy as np
 import xxhash
 
-from jaxmerge.io import adapter, folder, safetensors
-from jaxmerge.io.tensor import Files, stored
+from jaxmerge.io import adapter, folder, safetensors, weights
+from jaxmerge.io.tensor import Files, Tensor
 
 Record = dict[str, Any]
 
@@ -24,44 +24,45 @@ PART = 2**22  # Bytes that are read at a time.
 
 
 def described(path: str | os.PathLike[str]) -> Record:
-  """Describes a model, a merged model or a PEFT adapter, from the headers of its files.
+  """Describes a model, a merged model, a checkpoint or a PEFT adapter, from headers and manifests.
 
   Returns:
-    `folder`; `kind`, "model" or "adapter"; `files` (name, bytes); `tensors` (name, dtype, shape,
-    bytes, file), 2 before 10; `dtypes`, their totals; `parameters`, entries of floating-point
-    tensors; `tied`, tie_word_embeddings of config.json, None where it is silent; `shared`, names of
-    tensors that are not stored to the names that hold their bytes, as the files say; `adapter`,
-    the adapter's config, and `provenance`, all but the checksums, where there are such files.
+    `folder`, of a run that of its newest step; `kind`, "model", "checkpoint" or "adapter"; `files`
+    (name, bytes); `tensors` (name, dtype, shape, bytes, file), 2 before 10; `dtypes`, their totals;
+    `parameters`, entries of floating-point tensors; `tied`, tie_word_embeddings of config.json,
+    None where it is silent; `shared`, names of tensors that are not stored to the names that hold
+    their bytes, as the files say; `adapter`, the adapter's config, and `provenance`, all but the
+    checksums, where there are such files.
 
   Raises:
     FileNotFoundError: where the folder or its weights are missing.
     ValueError: naming the file that is damaged, and the tensor.
   """
-  path = pathlib.Path(path)
-  entries = _entries(path)
-  files = sorted({file for file, _ in entries.values()})
+  own = weights.opened(path, Files())
+  path = own.folder
   tensors = [
     {
       "name": name,
-      "dtype": entry.dtype.name,
-      "shape": list(entry.shape),
-      "bytes": entry.stop - entry.start,
-      "file": file.name,
+      "dtype": tensor.dtype.name,
+      "shape": list(tensor.shape),
+      "bytes": math.prod(tensor.shape) * tensor.dtype.itemsize,
+      "file": own.homes[name].name,
     }
-    for name, (file, entry) in sorted(entries.items(), key=lambda item: _natural(item[0]))
+    for name, tensor in sorted(own.tensors.items(), key=lambda item: _natural(item[0]))
   ]
-  floating = (e for _, e in entries.values() if safetensors.is_floating(e.dtype))
+  floating = (t for t in own.tensors.values() if safetensors.is_floating(t.dtype))
+  names = ((str(file.relative_to(path)), file.stat().st_size) for file in own.files)
   record = {
     "folder": str(path),
-    "kind": "adapter" if adapter.is_adapter(path) else "model",
-    "files": [{"name": file.name, "bytes": file.stat().st_size} for file in files],
+    "kind": own.kind,
+    "files": [{"name": name, "bytes": size} for name, size in names],
     "tensors": tensors,
     "dtypes": _totals(tensors),
-    "parameters": sum(math.prod(e.shape) for e in floating),
+    "parameters": sum(math.prod(t.shape) for t in floating),
     "tied": _tied(path),
-    "shared": _shared(files, entries),
+    "shared": {} if own.kind == "checkpoint" else _shared(own.files, own.tensors),
   }
-  if adapter.is_adapter(path):
+  if own.kind == "adapter":
     record["adapter"] = folder.read_json(path / adapter.CONFIG)
   if (path / folder.PROVENANCE).is_file():
     record["provenance"], _ = _provenance(path)
@@ -75,9 +76,10 @@ def hashed(record: Record, progress: Callable[[int], None] = lambda count: None)
     record: of `described`.
     progress: called with the number of bytes that were read.
   """
-  entries, files = _entries(pathlib.Path(record["folder"])), Files()
+  files = Files()
   try:
-    digests = {n: _digest(files, n, *entries[n], progress) for n in _names(record)}
+    own = weights.opened(record["folder"], files).tensors
+    digests = {name: _digest(own[name], progress) for name in _names(record)}
   finally:
     files.close()
   tensors = [{**tensor, "xxh3_128": digests[tensor["name"]]} for tensor in record["tensors"]]
@@ -121,13 +123,6 @@ def _natural(name: str) -> list[Any]:
   return [int(x) if x.isdigit() else x for x in re.split(r"([0-9]+)", name)]
 
 
-def _entries(path: pathlib.Path) -> dict[str, tuple[pathlib.Path, safetensors.Entry]]:
-  if not adapter.is_adapter(path):
-    return folder.entries(path)
-  _, weights = adapter.paths(path)
-  return {name: (weights, entry) for name, entry in safetensors.header(weights).tensors.items()}
-
-
 def _totals(tensors: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, int]]:
   totals: dict[str, dict[str, int]] = {}
   for tensor in tensors:
@@ -154,17 +149,10 @@ def _shared(files: Iterable[pathlib.Path], names: Mapping[str, Any]) -> dict[str
   return {name: held for name, held in noted if held in names and name not in names}
 
 
-def _digest(
-  files: Files,
-  name: str,
-  path: pathlib.Path,
-  entry: safetensors.Entry,
-  progress: Callable[[int], None],
-) -> str:
-  tensor, found = stored(files, path, name, entry), xxhash.xxh3_128()
-  size, step = math.prod(entry.shape), PART // entry.dtype.itemsize
-  for start in range(0, size, step):
-    part = np.empty(min(step, size - start), entry.dtype)
+def _digest(tensor: Tensor, progress: Callable[[int], None]) -> str:
+  found, size = xxhash.xxh3_128(), math.prod(tensor.shape)
+  for start in range(0, size, step := PART // tensor.dtype.itemsize):
+    part = np.empty(min(step, size - start), tensor.dtype)
     tensor.read(start, part)
     found.update(part.view(np.uint8).data)
     progress(part.nbytes)

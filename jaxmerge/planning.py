@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import json
 import math
 import os
@@ -12,9 +11,8 @@ from typing import Any, NamedTuple  # Any: a method, which only a driver looks i
 
 import numpy as np
 
-from jaxmerge import catalog
-from jaxmerge.io import folder, safetensors
-from jaxmerge.io.tensor import Files, Tensor, stored
+from jaxmerge.io import folder, safetensors, weights
+from jaxmerge.io.tensor import Files, Tensor
 
 
 class Part(NamedTuple):
@@ -37,6 +35,7 @@ class Model(NamedTuple):
     tied: names of output heads to the embeddings that they are, by the config: they are no
       tensors of their own, and stand in where another model's head is not tied.
     dropped: tensors of its files that are not among its tensors, and why.
+    home: what its folder is called where the path would tell of this machine.
   """
 
   name: str
@@ -46,6 +45,7 @@ class Model(NamedTuple):
   config: Mapping[str, Any] | None = None
   tied: Mapping[str, Tensor] = {}
   dropped: Mapping[str, str] = {}
+  home: str | None = None
 
   def part(self, name: str) -> Part:
     """Returns one of its tensors by name, or that it has none."""
@@ -151,45 +151,6 @@ class Plan(NamedTuple):
     return sum(o.size for o in self.outputs)
 
 
-def described(plan: Plan, *, shard_size: int) -> list[str]:
-  """Says what a plan will do and cost, for `--dry-run`."""
-  fates: collections.Counter[str] = collections.Counter()
-  for own in plan.fates.values():
-    fates.update(words.split(" -> ")[0] for words in own.values())
-  made = [o for o in plan.outputs if o.job is not None]
-  out = [
-    f"result: {len(plan.outputs)} tensors, {size(plan.written)}, "
-    f"{len(folder.shards({o.name: o.size for o in plan.outputs}, shard_size))} files",
-    f"merged: {len(made)} tensors, copied: {len(plan.outputs) - len(made)}",
-    f"inputs: {len(plan.inputs)} files, {size(plan.read)} in one reading",
-  ]
-  out += [f"  {count} tensors of the inputs: {words}" for words, count in sorted(fates.items())]
-  for i, job in enumerate(plan.jobs):
-    count = sum(o.job == i for o in plan.outputs)
-    if count:
-      settings = json.dumps(job.words, default=str)
-      if job.seed is not None:
-        settings += f", seed {job.seed}"
-      name = str(job.words.get("method")) if isinstance(job.words, dict) else ""
-      reads = catalog.METHODS[name].reads if name in catalog.METHODS else 1
-      often = "" if reads == 1 else f", read {reads} times"
-      out.append(f"job {i + 1}: {count} tensors of {len(job.models)} models{often}, {settings}")
-  return out
-
-
-def size(count: float) -> str:
-  """Writes a number of bytes.
-
-  >>> size(1_495_000_000)
-  '1.50 GB'
-  """
-  for unit in ("B", "kB", "MB"):
-    if count < 1000:
-      return f"{count:.3g} {unit}"
-    count /= 1000
-  return f"{count:,.2f} GB"
-
-
 class Problems(ValueError):
   """All that is wrong with a merge, a line each."""
 
@@ -201,15 +162,14 @@ class Problems(ValueError):
 def model(
   path: str | os.PathLike[str], files: Files, *, name: str | None = None, home: str | None = None
 ) -> Model:
-  """Opens a Hugging Face folder: only the headers of its files are read.
+  """Opens a Hugging Face folder or a checkpoint: only headers and manifests are read.
 
   Its tensors say that they are from `home`, where that is given, in place of the folder.
   """
-  path = pathlib.Path(path)
-  places = sorted(folder.entries(path).items())
-  tensors = {n: stored(files, file, n, entry, home=home) for n, (file, entry) in places}
-  opened = Model(name or str(path), path, tensors, tuple({file for _, (file, _) in places}))
-  return _with_ties(opened, folder.config(path))
+  own = weights.model(path, files, home=home)
+  called = name or str(pathlib.Path(path))
+  opened = Model(called, own.folder, own.tensors, own.files, home=home)
+  return _with_ties(opened, weights.config(own.folder))
 
 
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
@@ -333,7 +293,8 @@ def assembled(
   if problems:
     raise Problems(problems)
   inputs = frozenset(file for m in models for file in m.files)
-  return Plan(tuple(outputs), tuple(every), told, models[0].folder, inputs)
+  facts = {"folders": {m.name: m.home or str(m.folder) for m in models if m.files}}
+  return Plan(tuple(outputs), tuple(every), told, models[0].folder, inputs, facts)
 
 
 def _settled(want: Want, missing: str, jobs: list[Job]) -> tuple[Output | None, str]:

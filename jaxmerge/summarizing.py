@@ -1,19 +1,64 @@
-"""What a plan does, as the plain record that the model card is written from; free of jax."""
+"""What a plan does: in words for `--dry-run`, and as the record that the model card is made of."""
 
 from __future__ import annotations
 
+import collections
 import importlib.metadata
+import json
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any  # A record is JSON, its values have no one type.
 
 import numpy as np
 
-from jaxmerge import differing
-from jaxmerge.io import folder
+from jaxmerge import catalog, differing
+from jaxmerge.io import checkpoint, folder
 from jaxmerge.planning import Job, Plan
 
 Record = dict[str, Any]
+
+
+def described(plan: Plan, *, shard_size: int, out_format: str = "safetensors") -> list[str]:
+  """Says what a plan will do and cost, for `--dry-run`."""
+  fates: collections.Counter[str] = collections.Counter()
+  for own in plan.fates.values():
+    fates.update(words.split(" -> ")[0] for words in own.values())
+  made = [o for o in plan.outputs if o.job is not None]
+  shards = len(folder.shards({o.name: o.size for o in plan.outputs}, shard_size))
+  room = f", a checkpoint; while it is made, {size(2 * plan.written)} on the disk"
+  out = [
+    f"result: {len(plan.outputs)} tensors, {size(plan.written)}"
+    + (room if out_format == "orbax" else f", {shards} files"),
+    f"merged: {len(made)} tensors, copied: {len(plan.outputs) - len(made)}",
+    f"inputs: {len(plan.inputs)} files, {size(plan.read)} in one reading",
+  ]
+  folders = plan.facts.get("folders", {}).items()
+  out += [f"  {name}: checkpoint {own}" for name, own in folders if checkpoint.is_one(own)]
+  out += [f"  {count} tensors of the inputs: {words}" for words, count in sorted(fates.items())]
+  for i, job in enumerate(plan.jobs):
+    count = sum(o.job == i for o in plan.outputs)
+    if count:
+      settings = json.dumps(job.words, default=str)
+      if job.seed is not None:
+        settings += f", seed {job.seed}"
+      name = str(job.words.get("method")) if isinstance(job.words, dict) else ""
+      reads = catalog.METHODS[name].reads if name in catalog.METHODS else 1
+      often = "" if reads == 1 else f", read {reads} times"
+      out.append(f"job {i + 1}: {count} tensors of {len(job.models)} models{often}, {settings}")
+  return out
+
+
+def size(count: float) -> str:
+  """Writes a number of bytes.
+
+  >>> size(1_495_000_000)
+  '1.50 GB'
+  """
+  for unit in ("B", "kB", "MB"):
+    if count < 1000:
+      return f"{count:.3g} {unit}"
+    count /= 1000
+  return f"{count:,.2f} GB"
 
 
 def summary(plan: Plan) -> Record:

@@ -26,11 +26,18 @@ def whole(child, inputs, tmp_path_factory):
   return child.run("files", tmp_path_factory.mktemp("whole"), inputs=inputs)
 
 
-def kill_and_resume(child, inputs, directory, event):
+@pytest.fixture(scope="module")
+def whole_checkpoint(child, inputs, tmp_path_factory):
+  """The uninterrupted merge to a checkpoint."""
+  directory = tmp_path_factory.mktemp("whole_checkpoint")
+  return child.run("files", directory, inputs=inputs, out_format="orbax")
+
+
+def kill_and_resume(child, inputs, directory, event, **options):
   """Kills a merge before an event; whether it was killed, and the digest of the resumed one."""
   directory.mkdir()
-  killed = child.run("files", directory, inputs=inputs, kill_event=event)["killed"]
-  return killed, child.run("files", directory, inputs=inputs)["digest"]
+  killed = child.run("files", directory, inputs=inputs, kill_event=event, **options)["killed"]
+  return killed, child.run("files", directory, inputs=inputs, **options)["digest"]
 
 
 def test_events_come_in_the_order_that_makes_them_safe(whole):
@@ -55,6 +62,35 @@ def test_killed_before_a_turning_point(child, inputs, whole, tmp_path, event):
   killed, digest = kill_and_resume(child, inputs, tmp_path / "run", number)
   assert killed
   assert digest == whole["digest"]
+
+
+@pytest.mark.parametrize(
+  "event",
+  [
+    "os.mkdir .out.merging/state",
+    "open .out.merging/state/_METADATA",
+    "open .out.merging/jaxmerge_provenance.json",
+    "os.remove .out.merging/model-00003",
+    "os.remove .out.merging/journal.jsonl",
+    "os.rename .out.merging",
+  ],
+)
+def test_a_checkpoint_killed_before_a_turning_point(
+  child, inputs, whole_checkpoint, tmp_path, event
+):
+  events = whole_checkpoint["events"]
+  number = 1 + next(i for i, e in enumerate(events) if e.startswith(event))
+  killed, digest = kill_and_resume(child, inputs, tmp_path / "run", number, out_format="orbax")
+  assert killed
+  assert digest == whole_checkpoint["digest"]
+
+
+@pytest.mark.slow
+def test_a_checkpoint_killed_at_random_moments(child, inputs, whole_checkpoint, tmp_path):
+  """The arrays are written by threads that make no events."""
+  seconds, options = whole_checkpoint["seconds"], {"inputs": inputs, "out_format": "orbax"}
+  digests = child.kill_at_random("files", tmp_path, seconds, kills=10, **options)
+  assert set(digests) == {whole_checkpoint["digest"]}
 
 
 @pytest.mark.slow

@@ -97,24 +97,42 @@ def merging(directory):
   return digest
 
 
-def files(directory, inputs):
-  """A merge of folders whose every tensor is synced and written down; all bytes of the result."""
+def files(directory, inputs, out_format="safetensors"):
+  """A merge of folders whose every tensor is synced and written down; all bytes of the result.
+
+  Of a checkpoint, whose files have names of their own in every run, the bytes of the tensors.
+  """
   import hashlib
 
   from jaxmerge import files, methods
-  from jaxmerge.io import growing
+  from jaxmerge.io import arrays, checkpoint, growing
 
-  growing.SYNCED = 1
+  growing.SYNCED = arrays.WRITTEN = 1
   inputs, out = pathlib.Path(inputs), pathlib.Path(directory) / "out"
   models = [inputs / f"m{k}" for k in range(3)]
   method = methods.trim(0.5) + methods.weighted_sum()
   if not out.exists():
-    files.merge_files(method, models, out, base=inputs / "base", shard_size=500, entries=50)
+    options = {"shard_size": 500, "entries": 50, "out_format": out_format}
+    files.merge_files(method, models, out, base=inputs / "base", **options)
   digest = hashlib.sha256()
   for path in sorted(out.iterdir()):
-    digest.update(path.name.encode() + path.read_bytes())
+    if path.name not in ("state", "manifest.json"):
+      digest.update(path.name.encode() + path.read_bytes())
+  if out_format == "orbax":
+    for name, tensor in checkpoint.tensors(out).items():
+      digest.update(name.encode() + np_bytes(whole(tensor)))
   assert [p.name for p in out.parent.iterdir()] == ["out"]
   return digest
+
+
+def whole(tensor):
+  import math
+
+  import numpy as np
+
+  out = np.empty(math.prod(tensor.shape), tensor.dtype)
+  tensor.read(0, out)
+  return out
 
 
 def np_bytes(x):

@@ -12,7 +12,7 @@ NAME = "manifest.json"
 _FORMAT = 1
 
 
-def seal(folder: Path, facts: dict) -> None:
+def seal(folder: Path, facts: dict, *, within: str = ".") -> None:
   """Writes the manifest of a folder: its files' sizes and BLAKE2b digests, and the facts given.
 
   All files, the manifest and all directories below the folder are on the disk afterwards.
@@ -20,8 +20,9 @@ def seal(folder: Path, facts: dict) -> None:
   Args:
     folder: has no manifest yet; nobody writes to it any more.
     facts: plain JSON that the manifest vouches for as well.
+    within: a folder in it whose files alone are sealed; others may come and change.
   """
-  files = _files(folder)
+  files = _files(folder, within)
   for path in files.values():
     atomic.sync(path)
   sizes = {name: [path.stat().st_size, _digest(path)] for name, path in files.items()}
@@ -37,8 +38,14 @@ def facts(folder: Path) -> dict:
   return _body(folder)["facts"]
 
 
-def damage(folder: Path) -> str | None:
-  """Says what is wrong with a sealed folder, the first thing found; None where nothing is."""
+def damage(folder: Path, *, within: str = ".", contents: bool = True) -> str | None:
+  """Says what is wrong with a sealed folder, the first thing found; None where nothing is.
+
+  Args:
+    folder: the folder.
+    within: a folder in it whose files alone are looked at.
+    contents: whether files are read for their checksums; else only their names and sizes count.
+  """
   if not folder.is_dir():
     return "it is not a directory"
   if not any(folder.iterdir()):
@@ -49,7 +56,9 @@ def damage(folder: Path) -> str | None:
     return f"{NAME} is missing"
   except ValueError as error:
     return f"{NAME} is damaged: {error}"
-  files = _files(folder)
+  files = _files(folder, within)
+  inside = Path(within)
+  sealed = {name: own for name, own in sealed.items() if Path(name).is_relative_to(inside)}
   if missing := sorted(sealed.keys() - files.keys()):
     return f"file {missing[0]} is missing"
   if added := sorted(files.keys() - sealed.keys()):
@@ -58,7 +67,7 @@ def damage(folder: Path) -> str | None:
     size, digest = sealed[name]
     if path.stat().st_size != size:
       return f"file {name} has {path.stat().st_size} bytes, not {size}"
-    if _digest(path) != digest:
+    if contents and _digest(path) != digest:
       return f"file {name} fails its checksum"
   return None
 
@@ -76,12 +85,13 @@ def _body(folder: Path) -> dict:
   return body
 
 
-def _files(folder: Path) -> dict[str, Path]:
-  """All files below a folder but the manifest, by their relative names, in the order of the names.
+def _files(folder: Path, within: str) -> dict[str, Path]:
+  """All files within a folder but the manifest, by their relative names, in the order of the names.
 
   A link counts as a file: sealed folders have none, so it shows as one too many.
   """
-  found = {p.relative_to(folder).as_posix(): p for p in folder.rglob("*") if not _is_folder(p)}
+  inner = (folder / within).rglob("*")
+  found = {p.relative_to(folder).as_posix(): p for p in inner if not _is_folder(p)}
   return {name: path for name, path in sorted(found.items()) if name != NAME}
 
 

@@ -24,7 +24,6 @@ import errno
 import json
 import logging
 import os
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -35,10 +34,9 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
-from jaxmerge.io import atomic, leaves, manifest
+from jaxmerge.io import arrays, atomic, checkpoint, leaves, manifest
+from jaxmerge.io.checkpoint import RECORD, STATE
 
-RECORD = "record.json"
-STATE = "state"
 _NONE, _FAILED = -1, -2  # what process 0 tells the others in place of a step
 
 
@@ -122,21 +120,21 @@ class Checkpoints:
     """
     self.wait()
     text = _record_text(record)
-    arrays = leaves.arrays(state)
+    held = leaves.arrays(state)
     orbax = self._orbax or self._open()
     if step < 0 or (self._newest is not None and step <= self._newest):
       raise ValueError(
         f"step {step} cannot be saved in {self._directory}: it holds step {self._newest}, and "
         "steps must grow from 0 on."
       )
-    described = {name: leaves.signature(x) for name, x in arrays.items()}
+    described = {name: leaves.signature(x) for name, x in held.items()}
     staging = self._directory / "unfinished" / str(step)
     try:
       if jax.process_index() == 0:
         if staging.exists():  # of a save of the same step that failed in this run
           self._set_aside(staging, "its save had failed")
         staging.mkdir(parents=True)
-      orbax.checkpointer.save(staging / STATE, args=_standard("Save", leaves.with_entries(arrays)))
+      orbax.checkpointer.save(staging / STATE, args=_saving(leaves.with_entries(held)))
     except (OSError, ValueError) as error:
       raise self._explained(step, error) from error
     self._sealing = step, orbax.worker.submit(self._seal, orbax, step, described, text)
@@ -177,7 +175,7 @@ class Checkpoints:
     accept(record)
     wanted = {name: leaves.abstract(x) for name, x in leaves.by_name(like).items()}
     leaves.check(folder, manifest.facts(folder)["leaves"], wanted)
-    kept = _standard("Restore", leaves.with_entries(wanted))
+    kept = _restoring(leaves.with_entries(wanted))
     entries = orbax.checkpointer.restore(folder / STATE, args=kept)
     found = [entries[k] if k in entries else leaves.empty(x) for k, x in wanted.items()]
     state = jax.tree.unflatten(jax.tree.structure(like), found)
@@ -211,7 +209,8 @@ class Checkpoints:
 
   def _tidy(self) -> int:
     """Sets aside what is damaged or interrupted, empties `retired`; the newest step or _NONE."""
-    problems = {s: _problem(self._directory / str(s)) for s in _steps(self._directory)}
+    steps = checkpoint.steps(self._directory)
+    problems = {s: checkpoint.problem(self._directory / str(s)) for s in steps}
     good = [s for s, problem in problems.items() if problem is None]
     if problems and not good:
       raise ValueError(
@@ -256,16 +255,14 @@ class Checkpoints:
   def _retire(self) -> None:
     """Deletes all but the newest steps; renamed first, so that a half deleted one has no name."""
     retired = self._directory / "retired"
-    for step in _steps(self._directory)[: -self._keep] if self._keep else []:
+    for step in checkpoint.steps(self._directory)[: -self._keep] if self._keep else []:
       retired.mkdir(exist_ok=True)
       (self._directory / str(step)).rename(retired / str(step))
       shutil.rmtree(retired / str(step))
 
   def _explained(self, step: int, error: Exception) -> Exception:
     """The error with the step's name; a file system error of Orbax's own writers as OSError."""
-    code = error.errno if isinstance(error, OSError) else None
-    if found := re.search(r"os_error_code='(\d+)'", str(error)):
-      code = int(found.group(1))
+    code = arrays.error_code(error)
     about = f"step {step} could not be saved in {self._directory}"
     if code is None:
       return ValueError(f"{about}: {error}")
@@ -273,19 +270,6 @@ class Checkpoints:
     if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
       about += "; free some space there and run again"
     return OSError(code, f"{about}. Steps saved before it are untouched. ({error})")
-
-
-def _problem(folder: Path) -> str | None:
-  """What is wrong with a step's folder, or None."""
-  if (problem := manifest.damage(folder)) is not None:
-    return problem
-  step = manifest.facts(folder)["step"]
-  return None if str(step) == folder.name else f"{manifest.NAME} is that of step {step}"
-
-
-def _steps(directory: Path) -> list[int]:
-  names = (p.name for p in directory.iterdir()) if directory.is_dir() else ()
-  return sorted(int(n) for n in names if re.fullmatch(r"0|[1-9][0-9]*", n))
 
 
 def _interrupted(directory: Path) -> list[Path]:
@@ -319,10 +303,18 @@ def _check_plain(value: Any, place: str) -> None:  # Any: that is the question
     )
 
 
-def _standard(kind: str, arrays: dict) -> Any:  # Any: one of Orbax's argument types
+def _saving(held: dict) -> Any:  # Any: one of Orbax's argument types
+  """Saves in chunks, so that a part of a large leaf can be read without the rest."""
   import orbax.checkpoint as ocp  # late: a second of imports that help and errors need not pay
 
-  return getattr(ocp.args, f"Standard{kind}")(arrays)
+  each = {name: ocp.SaveArgs(chunk_byte_size=arrays.CHUNK) for name in held}
+  return ocp.args.StandardSave(held, save_args=each)
+
+
+def _restoring(wanted: dict) -> Any:
+  import orbax.checkpoint as ocp
+
+  return ocp.args.StandardRestore(wanted)
 
 
 def _start() -> _Orbax:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple  # Any: numbers of many kinds, what a config.
 import numpy as np
 
 from jaxmerge import planning
-from jaxmerge.io import folder, safetensors
+from jaxmerge.io import folder, safetensors, weights
 from jaxmerge.io.tensor import Files
 from jaxmerge.planning import Job, Part, Plan, Want
 from jaxmerge.recipe import layers, opening, parameters, schema, tokenizer, translating
@@ -67,7 +67,7 @@ def of_file(
     if recipe.name is not None:
       results[recipe.name] = made(recipe.name, planned(recipe, model, opener.folder))
   plan = planned(recipes[-1], model, opener.folder)
-  facts = {"recipe": text, **({"hub": opener.commits} if opener.commits else {})}
+  facts = {"recipe": text, **({"hub": opener.commits} if opener.commits else {}), **plan.facts}
   return plan._replace(facts=facts, texts={**plan.texts, RECIPE: text})
 
 
@@ -98,7 +98,7 @@ def planned(
   built = tokenizer.built(recipe, opened, folder_of)
   models = built.models
   donor = models[recipe.base_model or groups(recipe)[0].sources[0].model]
-  config = donor.config or folder.config(donor.folder)
+  config = donor.config or weights.config(donor.folder)
   rows = list(_rows(recipe, models, config))
   unmatched = parameters.unmatched(recipe, _all_names(rows))
   if unmatched:
@@ -324,14 +324,16 @@ def _job(
 
 
 def _views(members: Sequence[_Settled], models: Opened) -> tuple[tuple[str, str], ...]:
-  """Files hold [out, in]: a table of views by the number of axes."""
-  by_axes: dict[int, list[str]] = {}
+  """Files hold [out, in], Flax's kernels [in, out]: a table of views by the number of axes."""
+  by_view: dict[str, list[str]] = {}
   for own in members:
     name = own.row.names[0]
     tensor = models[own.row.group.sources[0].model].tensors.get(name)
     if tensor is not None and len(tensor.shape) >= 2:
-      by_axes.setdefault(len(tensor.shape), []).append(re.escape(own.row.tensor.name))
-  return tuple((f"^({'|'.join(names)})$", "o" + "i" * (n - 1)) for n, names in by_axes.items())
+      inner = "i" * (len(tensor.shape) - 1)
+      view = f"{inner}o" if name.split("/")[-1] == "kernel" else f"o{inner}"
+      by_view.setdefault(view, []).append(re.escape(own.row.tensor.name))
+  return tuple((f"^({'|'.join(names)})$", view) for view, names in by_view.items())
 
 
 def _want(translation: translating.Translation, own: _Settled, models: Opened, job: int) -> Want:
@@ -367,7 +369,7 @@ def _dtype(recipe: Recipe) -> np.dtype | None:
 def _config(recipe: Recipe, config: Mapping[str, Any], rows: Sequence[_Row]) -> dict[str, Any]:
   """The donor's config, as it holds for the result."""
   changed = dict(config)
-  if recipe.out_dtype or recipe.dtype:
+  if config and (recipe.out_dtype or recipe.dtype):
     key = "dtype" if "dtype" in config else "torch_dtype"
     changed[key] = recipe.out_dtype or recipe.dtype
   count = layers.count_key(config)

@@ -1,0 +1,269 @@
+"""The arrays of an Orbax checkpoint, read and written in parts: zarr arrays in an OCDBT database.
+
+Free of jax: TensorStore does the work, and what Orbax knows beyond it is JSON in `_METADATA`. A
+*band* is a run of entries, row by row, that is made of whole chunks: one is in memory at a time.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import pathlib
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple  # Any: stores of TensorStore, which is imported late.
+
+import numpy as np
+
+from jaxmerge.io.tensor import Tensor
+
+Progress = Callable[[int], None]
+
+METADATA = "_METADATA"
+CHUNK = 2**22  # Bytes of a chunk, at most, where it is ours to choose.
+BAND = 2**20  # Entries of a band, at least, so that small chunks are read many at a time.
+WRITTEN = 2**24  # Bytes that are written together: they make a file.
+
+
+class Band(NamedTuple):
+  """A run of entries: [start, stop), and how the array is indexed to have them."""
+
+  start: int
+  stop: int
+  box: tuple[int | slice, ...]
+
+
+def chunk(shape: Sequence[int], itemsize: int) -> tuple[int, ...]:
+  """Returns the shape of chunks that follow one another row by row, of at most `CHUNK` bytes.
+
+  >>> chunk((3, 4), 4), chunk((10, 2**19), 4), chunk((2, 2**21), 4), chunk((), 4)
+  ((3, 4), (2, 524288), (1, 1048576), ())
+  """
+  limit = CHUNK // itemsize
+  axis = next((i for i in range(len(shape)) if math.prod(shape[i + 1 :]) <= limit), 0)
+  rows = [min(n, limit // math.prod(shape[axis + 1 :])) for n in shape[axis : axis + 1]]
+  return (1,) * axis + (*rows, *shape[axis + 1 :])
+
+
+def band(shape: Sequence[int], chunks: Sequence[int], at: int) -> Band:
+  """Returns the band in which an entry lies; the array has entries.
+
+  >>> band((5, 4, 2**19), (1, 2, 2**18), at=2 * 2**19)
+  Band(start=1048576, stop=2097152, box=(0, slice(2, 4, None)))
+  """
+  if not shape:
+    return Band(0, 1, ())
+  # Chunks of height one lie on top of each other: the first axis that they cut is a band's.
+  axis = next((i for i, n in enumerate(chunks) if n > 1), len(shape) - 1)
+  inner = math.prod(shape[axis + 1 :])
+  height = chunks[axis] * max(1, BAND // (chunks[axis] * inner))
+  row = at // inner
+  *outer, own = map(int, np.unravel_index(row, tuple(shape[: axis + 1])))
+  first = own // height * height
+  last = min(first + height, shape[axis])
+  begin = row - own
+  return Band((begin + first) * inner, (begin + last) * inner, (*outer, slice(first, last)))
+
+
+def keys(state: pathlib.Path) -> dict[str, str]:
+  """Returns the leaves of a checkpoint: path in the tree to name in the database.
+
+  Raises:
+    ValueError: where `_METADATA` is not as Orbax writes it.
+  """
+  path = state / METADATA
+  try:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    leaves = [[k["key"] for k in v["key_metadata"]] for v in content["tree_metadata"].values()]
+    usual = content["use_ocdbt"] and not content["use_zarr3"]
+  except (ValueError, KeyError, TypeError, AttributeError) as error:
+    raise ValueError(f"{path}: not the metadata of a checkpoint of Orbax ({error!r}).") from error
+  if not usual:
+    raise ValueError(f"{path}: use_ocdbt must be true and use_zarr3 false; save it with these.")
+  return {"/".join(map(str, keys)): ".".join(map(str, keys)) for keys in leaves}
+
+
+class Arrays:
+  """The arrays of a checkpoint, open for reading; a class because it holds the band read last.
+
+  Args:
+    state: folder of the database.
+    check: called before the first reading; raises where the files are damaged.
+  """
+
+  def __init__(self, state: pathlib.Path, check: Callable[[], None]) -> None:
+    self.state, self.check, self.checked = state, check, False
+    self.key: str | None = None
+    self.store: Any = None
+    self.band, self.entries = Band(0, 0, ()), np.empty(0)
+
+  def tensor(self, key: str, name: str, dtype: np.dtype, shape: tuple[int, ...]) -> Tensor:
+    """Returns an array of the database, as the checkpoint's manifest describes it."""
+    where = f"{self.state}: tensor {name!r}"
+
+    def read(start: int, out: np.ndarray) -> None:
+      if not self.checked:
+        self.check()
+        self.checked = True
+      try:
+        if out.size:
+          self._read(key, dtype, shape, start, out)
+      except (ValueError, OSError, RuntimeError) as error:
+        raise ValueError(f"{where}: {error}") from error
+
+    return Tensor(where, dtype, shape, read)
+
+  def _read(
+    self, key: str, dtype: np.dtype, shape: tuple[int, ...], start: int, out: np.ndarray
+  ) -> None:
+    if self.key != key:
+      self._forget()
+      self.key, self.store = None, _existing(self.state, key)
+      self.key = key
+    found = self.store.dtype.numpy_dtype, self.store.shape
+    if found != (dtype, shape):
+      said = f"{dtype} {list(shape)} by the manifest"
+      raise ValueError(f"it is {found[0]} {list(found[1])} on disk, but {said}.")
+    done = 0
+    while done < out.size:
+      part = self._holding(start + done)[start + done - self.band.start :][: out.size - done]
+      out[done : done + part.size] = part
+      done += part.size
+
+  def _holding(self, at: int) -> np.ndarray:
+    """Returns the entries of the band in which an entry lies."""
+    if not self.band.start <= at < self.band.stop:
+      chunks = self.store.chunk_layout.read_chunk.shape or ()
+      found = band(self.store.shape, chunks, at)
+      self._forget()  # The old band goes before the new one comes.
+      self.entries = np.asarray(self.store[found.box].read().result()).reshape(-1)
+      self.band = found
+    return self.entries
+
+  def _forget(self) -> None:
+    self.band, self.entries = Band(0, 0, ()), np.empty(0)
+
+
+def write(
+  state: pathlib.Path,
+  tensors: Mapping[tuple[str, ...], Tensor],
+  progress: Progress = lambda count: None,
+) -> None:
+  """Writes a checkpoint that `orbax.checkpoint` restores: as NumPy arrays, or placed as it is told.
+
+  Some `WRITTEN` bytes are on their way at a time, in a few copies. A tensor without entries has
+  nothing to store and is left out, as Orbax does.
+
+  Args:
+    state: folder of the database, which is empty.
+    tensors: by their path in the tree of nested dicts.
+    progress: called with the number of bytes that were written.
+
+  Raises:
+    OSError: where the disk is full or fails.
+  """
+  leaves, waiting = {}, list[_Part]()
+  for path, tensor in tensors.items():
+    if not math.prod(tensor.shape):
+      continue
+    leaves[str(path)] = _leaf(path, chunk(tensor.shape, tensor.dtype.itemsize))
+    for part in _parts(".".join(path), tensor):
+      waiting.append(part)
+      if sum(p.entries.nbytes for p in waiting) >= WRITTEN:
+        waiting = _written(state, waiting, progress)
+  _written(state, waiting, progress)
+  content = {"tree_metadata": leaves, "use_ocdbt": True, "use_zarr3": False}
+  content |= {"store_array_data_equal_to_fill_value": True, "custom_metadata": None}
+  (state / METADATA).write_text(json.dumps(content), encoding="utf-8")
+  (state / "_CHECKPOINT_METADATA").write_text("{}", encoding="utf-8")
+
+
+class _Part(NamedTuple):
+  """A band of a tensor on its way into the database."""
+
+  key: str
+  tensor: Tensor
+  box: tuple[int | slice, ...]
+  entries: np.ndarray
+
+
+def _parts(key: str, tensor: Tensor) -> Iterator[_Part]:
+  """Reads a tensor band by band."""
+  at, chunks = 0, chunk(tensor.shape, tensor.dtype.itemsize)
+  while at < math.prod(tensor.shape):
+    found = band(tensor.shape, chunks, at)
+    entries = np.empty(found.stop - found.start, tensor.dtype)
+    tensor.read(found.start, entries)
+    shape = [i.stop - i.start for i in found.box if isinstance(i, slice)]
+    shape += tensor.shape[len(found.box) :]
+    yield _Part(key, tensor, found.box, entries.reshape(shape))
+    at = found.stop
+
+
+def _written(state: pathlib.Path, parts: list[_Part], progress: Progress) -> list[_Part]:
+  """Brings parts to the disk: in one transaction, which is one file and one change of the tree."""
+  import tensorstore
+
+  transaction, tensors = tensorstore.Transaction(), {p.key: p.tensor for p in parts}
+  # One context: stores of several would be several databases, and change the tree one by one.
+  shared = {"transaction": transaction, "context": _context()}
+  try:
+    stores = {key: _created(state, key, t, **shared) for key, t in tensors.items()}
+    for part in parts:
+      stores[part.key][part.box].write(part.entries).copy.result()
+    transaction.commit_sync()
+  except (ValueError, OSError, RuntimeError) as error:
+    about = f"not copied into the checkpoint: {error}"
+    code = error_code(error) or errno.EIO
+    raise OSError(code, about, parts[0].tensor.where) from error
+  for part in parts:
+    progress(part.entries.nbytes)
+  return []
+
+
+def error_code(error: Exception) -> int | None:
+  """Returns the error number of a file system that TensorStore met, None where it was another."""
+  found = re.search(r"os_error_code='(\d+)'", str(error))
+  return int(found.group(1)) if found else getattr(error, "errno", None)
+
+
+def _leaf(path: Sequence[str], chunks: Sequence[int]) -> dict[str, Any]:
+  """What Orbax notes of a leaf; 2 says that a key is one of a dict."""
+  value = {"value_type": "np.ndarray", "skip_deserialize": False, "write_shape": list(chunks)}
+  return {"key_metadata": [{"key": k, "key_type": 2} for k in path], "value_metadata": value}
+
+
+def _existing(state: pathlib.Path, key: str) -> Any:
+  """Opens an array of the database."""
+  return _open(_spec(state, key), open=True, read=True, context=_context())
+
+
+def _created(state: pathlib.Path, key: str, tensor: Tensor, **shared: Any) -> Any:
+  """Opens an array for writing, and makes it where it is not there."""
+  spec, chunks = _spec(state, key), chunk(tensor.shape, tensor.dtype.itemsize)
+  # Small values stand in the tree, whose nodes are small: every transaction writes some anew.
+  spec["kvstore"]["config"] = {"max_inline_value_bytes": 2**10, "max_decoded_node_bytes": 2**18}
+  spec["metadata"] = {"chunks": chunks, "compressor": {"id": "zstd", "level": 1}}
+  # Zeros are stored: Orbax takes a gap for a loss.
+  spec |= {"store_data_equal_to_fill_value": True, "dtype": tensor.dtype.name}
+  return _open(spec, create=True, open=True, shape=tensor.shape, **shared)
+
+
+def _spec(state: pathlib.Path, key: str) -> dict[str, Any]:
+  base = {"driver": "file", "path": f"{state.resolve()}/"}
+  return {"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": base, "path": f"{key}/"}}
+
+
+def _context() -> Any:
+  """Chunks are coded a few at a time, and none is kept: bands are."""
+  import tensorstore  # Late: plans, help and errors do without.
+
+  limits = {"data_copy_concurrency": {"limit": 2}, "file_io_concurrency": {"limit": 4}}
+  return tensorstore.Context({"cache_pool": {"total_bytes_limit": 0}, **limits})
+
+
+def _open(spec: dict[str, Any], **options: Any) -> Any:
+  import tensorstore
+
+  return tensorstore.open(spec, **options).result()

@@ -1,0 +1,139 @@
+"""Which checkpoint a path means, whether it is whole, and its model: from JSON alone.
+
+A checkpoint is a folder with arrays under `state/` and a manifest: a step of a store, as `orbax.py`
+keeps them, or a merged model. Its model is what lies under `params` in the tree of the state. Free
+of jax.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import ml_dtypes  # noqa: F401  NumPy learns the names of bfloat16 and the 8-bit floats from it.
+import numpy as np
+
+from jaxmerge.io import arrays, manifest
+from jaxmerge.io.tensor import Tensor
+
+RECORD = "record.json"
+STATE = "state"
+MODEL = "params"
+STORES = "checkpoints"  # Where a workdir has its stores,
+LOOP = "atm"  # and the one among them that counts.
+
+
+def steps(directory: Path) -> list[int]:
+  """Returns the numbers of a store's steps, whole or not, from the first to the last."""
+  names = (p.name for p in directory.iterdir()) if directory.is_dir() else ()
+  return sorted(int(n) for n in names if re.fullmatch(r"0|[1-9][0-9]*", n))
+
+
+def problem(folder: Path) -> str | None:
+  """Says what is wrong with a step of a store, or None; reads all of it."""
+  if (found := manifest.damage(folder)) is not None:
+    return found
+  step = manifest.facts(folder)["step"]
+  return None if str(step) == folder.name else f"{manifest.NAME} is that of step {step}"
+
+
+def is_one(folder: str | Path) -> bool:
+  """Tells whether a folder is a checkpoint."""
+  return (Path(folder) / STATE).is_dir()
+
+
+def found(path: Path) -> Path | None:
+  """Returns the folder of the checkpoint that a path means, or None where it means none.
+
+  A path is that folder; or a store, whose newest step it means; or a workdir or its `checkpoints`,
+  where of several stores that of the loop, `atm`, counts.
+
+  Raises:
+    ValueError: naming the stores, where there are several and none is the loop's.
+  """
+  if is_one(path):
+    return path
+  path = path / STORES if (path / STORES).is_dir() else path
+  if _is_store(path):
+    return path / str(steps(path)[-1])
+  stores = [p for p in sorted(path.iterdir()) if _is_store(p)] if path.is_dir() else []
+  own = [p for p in stores if p.name == LOOP] or stores
+  if len(own) > 1:
+    names = ", ".join(p.name for p in own)
+    raise ValueError(f"{path} holds several runs, {names}: give the folder of one of them.")
+  return own[0] / str(steps(own[0])[-1]) if own else None
+
+
+def _is_store(path: Path) -> bool:
+  inner = [path / str(step) for step in steps(path)]
+  return any(is_one(p) or (p / manifest.NAME).is_file() for p in inner)
+
+
+def tensors(folder: Path) -> dict[str, Tensor]:
+  """Returns the model of a checkpoint by the names of its leaves; no array is read yet.
+
+  That no file is missing or cut is seen at once. Checksums are compared before the first reading.
+
+  >>> tensors(Path("runs/images4/checkpoints/atm/12"))["dense_0/kernel"].shape  # doctest: +SKIP
+
+  Raises:
+    ValueError: for a checkpoint that is damaged, or has no model.
+  """
+  _refuse(folder, manifest.damage(folder, within=STATE, contents=False))
+  saved, keys = manifest.facts(folder)["leaves"], arrays.keys(folder / STATE)
+  own = {n.removeprefix(f"{MODEL}/"): n for n in saved if n.startswith(f"{MODEL}/")}
+  if not own:
+    there = ", ".join(sorted({name.split("/")[0] for name in saved}))
+    raise ValueError(
+      f"{folder}: there is no model under {MODEL!r} in the state, which has {there:.200}; a model "
+      f"is saved as {{{MODEL!r}: tree}}."
+    )
+
+  def check() -> None:
+    _refuse(folder, manifest.damage(folder, within=STATE))
+
+  opened = arrays.Arrays(folder / STATE, check)
+  return {
+    name: opened.tensor(keys.get(leaf, leaf), name, np.dtype(saved[leaf][0]), tuple(saved[leaf][1]))
+    for name, leaf in sorted(own.items())
+  }
+
+
+def _refuse(folder: Path, damage: str | None) -> None:
+  """Raises where a checkpoint is damaged, and says which others there are."""
+  if damage is None:
+    return
+  others = [n for n in steps(folder.parent) if folder.name.isdecimal() and str(n) != folder.name]
+  hint = f"; steps {', '.join(map(str, others))} are beside it: give the folder of one" * bool(
+    others
+  )
+  raise ValueError(f"{folder}: the checkpoint is damaged: {damage}{hint}.")
+
+
+def files(folder: Path) -> tuple[Path, ...]:
+  """Returns the files that hold a checkpoint's arrays."""
+  return tuple(sorted(p for p in (folder / STATE).rglob("*") if p.is_file()))
+
+
+def write(
+  folder: Path, model: Mapping[str, Tensor], progress: arrays.Progress = lambda count: None
+) -> None:
+  """Writes a model as the checkpoint of a folder, whose other files stay; seals it.
+
+  `orbax.checkpoint` restores `folder / "state"` as {"params": {name: array}}. What an interrupted
+  writing has left is replaced.
+
+  Args:
+    folder: the folder.
+    model: tensors by name.
+    progress: called with the number of bytes that were written.
+  """
+  state = folder / STATE
+  if state.exists():
+    shutil.rmtree(state)
+  state.mkdir()
+  arrays.write(state, {(MODEL, name): tensor for name, tensor in model.items()}, progress)
+  leaves = {f"{MODEL}/{name}": [t.dtype.name, list(t.shape)] for name, t in model.items()}
+  manifest.seal(folder, {"leaves": leaves}, within=STATE)

@@ -1,0 +1,88 @@
+"""What kind of folder a path is, and its tensors: the one place that decides it.
+
+A model is a Hugging Face folder with safetensors, or a checkpoint; an adapter is a PEFT folder.
+Headers and manifests are read, no weights. Free of jax.
+"""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple  # Any: what a config.json holds.
+
+from jaxmerge.io import adapter, checkpoint, folder, safetensors
+from jaxmerge.io.tensor import Files, Tensor, stored
+
+Path = folder.Path
+
+
+class Weights(NamedTuple):
+  """What is in a folder of weights.
+
+  Attributes:
+    kind: "model", "checkpoint" or "adapter".
+    folder: where it lies; where a path means the newest step of a run, that step's folder.
+    tensors: by name.
+    homes: the file that each tensor is in; all of a checkpoint's are in the folder of its state.
+    files: that hold the tensors.
+  """
+
+  kind: str
+  folder: pathlib.Path
+  tensors: Mapping[str, Tensor]
+  homes: Mapping[str, pathlib.Path]
+  files: tuple[pathlib.Path, ...]
+
+
+def opened(path: Path, files: Files) -> Weights:
+  """Opens a model or an adapter.
+
+  Raises:
+    FileNotFoundError: where the folder or its weights are missing.
+    ValueError: naming the file that is damaged, and the tensor.
+  """
+  path = pathlib.Path(path)
+  if not adapter.is_adapter(path):
+    return model(path, files)
+  _, own = adapter.paths(path)
+  return _stored("adapter", path, _entries(own), files)
+
+
+def model(path: Path, files: Files, *, home: str | None = None) -> Weights:
+  """Opens a model; raises as `opened` does. `home` is what its tensors call its folder."""
+  path = pathlib.Path(path)
+  usual = (path / folder.WEIGHTS).is_file() or (path / folder.INDEX).is_file()
+  step = None if usual else checkpoint.found(path)
+  if step is None:
+    return _stored("model", path, folder.entries(path), files, home)
+  tensors = checkpoint.tensors(step)
+  homes = dict.fromkeys(tensors, step / checkpoint.STATE)
+  return Weights("checkpoint", step, tensors, homes, checkpoint.files(step))
+
+
+def config(path: Path) -> dict[str, Any]:
+  """Returns what config.json says; nothing for a checkpoint, or what was merged from one, without.
+
+  Raises:
+    FileNotFoundError: where another folder has none.
+  """
+  path = pathlib.Path(path)
+  without = checkpoint.is_one(path) or (path / folder.PROVENANCE).is_file()
+  return {} if without and not (path / folder.CONFIG).is_file() else folder.config(path)
+
+
+def _entries(path: pathlib.Path) -> dict[str, tuple[pathlib.Path, safetensors.Entry]]:
+  return {name: (path, entry) for name, entry in safetensors.header(path).tensors.items()}
+
+
+def _stored(
+  kind: str,
+  path: pathlib.Path,
+  entries: Mapping[str, tuple[pathlib.Path, safetensors.Entry]],
+  files: Files,
+  home: str | None = None,
+) -> Weights:
+  places = sorted(entries.items())
+  tensors = {n: stored(files, file, n, entry, home=home) for n, (file, entry) in places}
+  homes = {name: file for name, (file, _) in entries.items()}
+  return Weights(kind, path, tensors, homes, tuple(sorted(set(homes.values()))))
