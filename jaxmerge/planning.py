@@ -15,6 +15,7 @@ import numpy as np
 from jaxmerge import catalog
 from jaxmerge.io import folder, safetensors
 from jaxmerge.io.tensor import Files, Tensor, stored
+from jaxmerge.precision import Precision
 
 
 class Part(NamedTuple):
@@ -99,6 +100,7 @@ class Output(NamedTuple):
     base: what task vectors start from, or what is copied; None where raw weights are merged.
     models: the models' tensors, as the job lists them; none where it is copied.
     job: which job merges it; None: it is copied from the base.
+    precision: what it is merged in; None: float32 or wider.
   """
 
   name: str
@@ -106,6 +108,7 @@ class Output(NamedTuple):
   base: Tensor | None
   models: tuple[Tensor, ...]
   job: int | None
+  precision: Precision | None = None
 
   @property
   def shape(self) -> tuple[int, ...]:
@@ -163,6 +166,8 @@ def described(plan: Plan, *, shard_size: int) -> list[str]:
     f"merged: {len(made)} tensors, copied: {len(plan.outputs) - len(made)}",
     f"inputs: {len(plan.inputs)} files, {size(plan.read)} in one reading",
   ]
+  narrow = collections.Counter(o.precision.dtype for o in made if o.precision is not None)
+  out += [f"computed in {dtype}: {count} tensors" for dtype, count in sorted(narrow.items())]
   out += [f"  {count} tensors of the inputs: {words}" for words, count in sorted(fates.items())]
   for i, job in enumerate(plan.jobs):
     count = sum(o.job == i for o in plan.outputs)

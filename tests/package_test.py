@@ -42,6 +42,7 @@ FLOORS = {
   },
   2: {
     "fingerprint",
+    "precision",
     "stage",
     "statistics",
     "ranking",
