@@ -20,7 +20,7 @@ from mergekit_outputs import CASES, EPS, RANDOM
 import jaxmerge
 from jaxmerge import methods, streaming
 from jaxmerge.recipe import methods as recipe_methods
-from jaxmerge.recipe import translating
+from jaxmerge.recipe import narrowing, translating
 
 # A method is built once, and takes its numbers as arrays: another value does not compile again.
 built = functools.cache(lambda name, settings: getattr(methods, name)(**dict(settings)))
@@ -169,7 +169,7 @@ def narrow(case, trees):
   def write(name, start, part):
     out[name].reshape(-1)[start : start + len(part)] = part
 
-  precision = translating.narrowed(translation.method, np.dtype(case.dtype))
+  precision = narrowing.narrowed(translation.method, np.dtype(case.dtype))
   leaves = {n: jax.ShapeDtypeStruct(x.shape, np.float32) for n, x in out.items()}
   source = streaming.Source(leaves, len(models), read, dict.fromkeys(out, precision))
   streaming.stream(method, source, write, aux=own, layout=layout(trees["base"]))
@@ -234,7 +234,7 @@ def test_a_narrow_dtype_is_another_result():
 
 def test_what_selects_by_rounding_errors_is_refused():
   with pytest.raises(ValueError, match=r"arcee_fusion .* write dtype: float32 and out_dtype"):
-    translating.narrowed("arcee_fusion", np.dtype("bfloat16"))
+    narrowing.narrowed("arcee_fusion", np.dtype("bfloat16"))
 
 
 @pytest.mark.parametrize("name", RANDOM)

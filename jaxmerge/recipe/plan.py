@@ -11,11 +11,11 @@ from typing import Any, NamedTuple  # Any: numbers of many kinds, what a config.
 
 import numpy as np
 
-from jaxmerge import planning, precision
-from jaxmerge.io import adapter, folder, safetensors
+from jaxmerge import planning
+from jaxmerge.io import adapter, folder
 from jaxmerge.io.tensor import Files
-from jaxmerge.planning import Job, Output, Part, Plan, Want
-from jaxmerge.recipe import layers, parameters, schema, tokenizer, translating
+from jaxmerge.planning import Job, Part, Plan, Want
+from jaxmerge.recipe import layers, narrowing, parameters, schema, tokenizer, translating
 from jaxmerge.recipe.methods import METHODS
 from jaxmerge.recipe.places import Problem, RecipeError
 from jaxmerge.recipe.records import Group, Model, Recipe, Source, groups, referenced
@@ -102,12 +102,12 @@ def planned(recipe: Recipe, open_model: Callable[[Model], planning.Model]) -> Pl
     wants,
     jobs,
     [donor, *(m for m in models.values() if m is not donor)],
-    dtype=_dtype(recipe),
+    dtype=narrowing.stored(recipe),
     missing=recipe.missing,
     fates=_left_out(recipe, models, rows),
   )
   if recipe.compat == "mergekit":
-    plan = _narrowed(recipe, plan)
+    plan = narrowing.computed(recipe, plan)
   changed = built.config(_config(recipe, config, rows))
   texts = {} if changed == config else {folder.CONFIG: json.dumps(changed, indent=2) + "\n"}
   return plan._replace(texts={**texts, **built.texts}, fates=built.fates(plan.fates))
@@ -350,45 +350,7 @@ def _want(translation: translating.Translation, own: _Settled, models: Opened, j
   return Want(name, base, tuple(parts), job, translation.raw)
 
 
-def _narrowed(recipe: Recipe, plan: Plan) -> Plan:
-  """Makes tensors compute in `dtype`, else in what those that they are made of have in common.
-
-  Raises:
-    RecipeError: for a method that cannot be computed so.
-  """
-  problems: set[Problem] = set()
-
-  def narrow(output: Output) -> Output:
-    if not safetensors.is_floating(output.dtype):
-      return output
-    parts = [t.dtype for t in (output.base, *output.models) if t is not None]
-    dtype = _named(recipe.dtype) or precision.common(parts)
-    words = None if output.job is None else plan.jobs[output.job].words
-    method = words["method"] if isinstance(words, dict) else "passthrough"
-    stored = _dtype(recipe) or dtype
-    try:
-      return output._replace(precision=translating.narrowed(method, dtype), dtype=stored)
-    except ValueError as error:
-      problems.add(Problem(recipe.places["compat"], str(error)))
-      return output
-
-  outputs = tuple(narrow(output) for output in plan.outputs)
-  if problems:
-    raise RecipeError(sorted(problems))
-  return plan._replace(outputs=outputs)
-
-
 # --- What else is written ---
-
-_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-
-
-def _dtype(recipe: Recipe) -> np.dtype | None:
-  return _named(recipe.out_dtype or recipe.dtype)
-
-
-def _named(dtype: str | None) -> np.dtype | None:
-  return safetensors.DTYPES[_DTYPES[dtype]] if dtype else None
 
 
 def _config(recipe: Recipe, config: Mapping[str, Any], rows: Sequence[_Row]) -> dict[str, Any]:

@@ -9,10 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
-
-from jaxmerge import precision
-from jaxmerge.precision import Precision
 from jaxmerge.recipe.records import Scalar
 
 Numbers = Mapping[str, Sequence[Scalar] | Scalar]
@@ -54,42 +50,6 @@ def translated(
     compat: whether mergekit's numbers are asked for.
   """
   return _METHODS[name](_Given(shared, base, "density" in varied, compat))
-
-
-# Methods of this library that mergekit computes operation by operation in the dtype of its inputs,
-# the weights too. The others it computes in float32, or by formulas that round elsewhere.
-_EACH = {
-  *("task_arithmetic", "ties", "dare", "dare_ties", "della", "della_linear"),
-  *("breadcrumbs", "breadcrumbs_ties", "sce", "ram"),
-}
-_WIDE = {"ramplus_tl"}  # Its factors are float32, and so is mergekit's result.
-
-
-def narrowed(method: str, dtype: np.dtype) -> Precision | None:
-  """Returns in what a method of this library is computed with mergekit's numbers.
-
-  Args:
-    method: its name in `jaxmerge.methods`.
-    dtype: what mergekit casts the inputs to.
-
-  Raises:
-    ValueError: if mergekit's numbers cannot be had.
-
-  Example:
-    >>> narrowed("slerp", np.dtype(np.float16))
-    Precision(dtype='float16', each=False, numbers=(), wide=False)
-    >>> narrowed("slerp", np.dtype(np.float32)) is None
-    True
-  """
-  if dtype.name not in precision.NARROW:
-    return None
-  if method == "arcee_fusion":
-    raise ValueError(
-      f"arcee_fusion with compat: mergekit would compute in {dtype.name}, where the divergences "
-      f"that it selects by are rounding errors; write dtype: float32 and out_dtype: {dtype.name}."
-    )
-  each = method in _EACH
-  return Precision(dtype.name, each, ("weight",) if each else (), method in _WIDE)
 
 
 class _Given(NamedTuple):
