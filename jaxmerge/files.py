@@ -22,7 +22,7 @@ from typing import Any  # Any: trees, plain JSON.
 import jax
 import numpy as np
 
-from jaxmerge import evaluating, fingerprint, planning, streaming, summarizing, views
+from jaxmerge import evaluating, fingerprint, planning, precision, streaming, summarizing, views
 from jaxmerge.io import atomic, checkpoint, folder, growing, hub
 from jaxmerge.io.tensor import Files, Tensor, stored
 from jaxmerge.planning import Job, Output, Plan
@@ -189,7 +189,8 @@ def _merge(
     return
   leaves = {n: jax.ShapeDtypeStruct(o.shape, o.dtype) for n, o in outputs.items()}
   reader = _Reader(outputs)
-  source = streaming.Source(leaves, len(job.models), reader.read)
+  narrow = {n: o.precision for n, o in outputs.items() if o.precision is not None}
+  source = streaming.Source(leaves, len(job.models), reader.read, narrow)
 
   def write(name: str, start: int, part: np.ndarray) -> None:
     journal.add(sink, name, start, part, reader.read_last)
@@ -229,7 +230,8 @@ def _copy(
     for start in range(0, max(size, 1), entries):
       own = np.empty(min(entries, size - start), output.base.dtype)
       output.base.read(start, own)
-      part = own.astype(output.dtype)
+      part = own if output.precision is None else own.astype(np.dtype(output.precision.dtype))
+      part = part.astype(output.dtype)
       journal.add(sink, output.name, start, part, {output.base.where: own})
       progress(part.nbytes)
 
@@ -254,7 +256,9 @@ class _Reader:
     if output.base is not None:
       base = self._room("base", (count,), output.base.dtype)
       self._fill(output.base, start, base)
-    models = self._room("models", (len(output.models), count), _common(output.models))
+    models = self._room(
+      "models", (len(output.models), count), precision.common([t.dtype for t in output.models])
+    )
     for i, (tensor, row) in enumerate(zip(output.models, models, strict=True)):
       if tensor.dtype == row.dtype:
         self._fill(tensor, start, row)
@@ -275,13 +279,6 @@ class _Reader:
     return self.buffers[use][:size].view(dtype).reshape(shape)
 
 
-def _common(tensors: Sequence[Tensor]) -> np.dtype:
-  """The dtype in which tensors can lie side by side without a loss."""
-  dtype = max((t.dtype for t in tensors), key=lambda d: d.itemsize)
-  narrow = any(t.dtype != dtype and t.dtype.itemsize == dtype.itemsize for t in tensors)
-  return np.dtype(np.float32) if narrow else dtype  # bfloat16 and float16.
-
-
 def _aligned(size: int) -> np.ndarray:
   """Bytes that begin at a multiple of 64: from there a CPU's device takes them without a copy."""
   raw = np.empty(size + 64, np.uint8)
@@ -293,7 +290,7 @@ def _identity(plan: Plan, shards: Mapping[str, Sequence[str]], out_format: str) 
   """A digest of all that decides about the bytes of the result."""
   content = {
     "jaxmerge": importlib.metadata.version("jaxmerge"),
-    "outputs": [[o.name, o.dtype.name, o.shape, o.job] for o in plan.outputs],
+    "outputs": [[o.name, o.dtype.name, o.shape, o.job, o.precision] for o in plan.outputs],
     "sources": [[t.where for t in (o.base, *o.models) if t is not None] for o in plan.outputs],
     "jobs": [
       [j.words, j.models, fingerprint.fingerprint(j.numbers), j.seed, list(j.layout)]

@@ -13,6 +13,7 @@ import numpy as np
 
 from jaxmerge.io import folder, safetensors, weights
 from jaxmerge.io.tensor import Files, Tensor
+from jaxmerge.precision import Precision
 
 
 class Part(NamedTuple):
@@ -99,6 +100,7 @@ class Output(NamedTuple):
     base: what task vectors start from, or what is copied; None where raw weights are merged.
     models: the models' tensors, as the job lists them; none where it is copied.
     job: which job merges it; None: it is copied from the base.
+    precision: what it is merged in; None: float32 or wider.
   """
 
   name: str
@@ -106,6 +108,7 @@ class Output(NamedTuple):
   base: Tensor | None
   models: tuple[Tensor, ...]
   job: int | None
+  precision: Precision | None = None
 
   @property
   def shape(self) -> tuple[int, ...]:

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from jaxmerge import memory, views
+from jaxmerge.precision import Precision
 from jaxmerge.stage import Leaf, Method
 
 SAMPLE = 2**18  # Entries of a model that are looked at before a threshold is searched,
@@ -26,11 +27,13 @@ class Source(NamedTuple):
     read: (name, start, stop) -> (base [n], reference [n], models [K, n]), NumPy arrays; entries
       are counted row by row. They are used up before the next call. Base and reference are None
       where raw weights are merged.
+    precision: of leaves that are not merged in float32 or wider, by name.
   """
 
   leaves: Mapping[str, jax.ShapeDtypeStruct]
   height: int
   read: Callable[[str, int, int], tuple[Any, Any, Any]]
+  precision: Mapping[str, Precision] = {}
 
 
 class Run(NamedTuple):
@@ -55,11 +58,18 @@ class Form(NamedTuple):
     acts: whether each stage acts on the leaf.
     shape: of the slice, (-1, ...) or that of a scalar, (); None where it can stay flat.
     view: the leaf's matrix view.
+    precision: what it is merged in; None: float32 or wider.
   """
 
   acts: tuple[bool, ...]
   shape: tuple[int, ...] | None
   view: str | None
+  precision: Precision | None = None
+
+  @property
+  def each(self) -> str | None:
+    """The dtype to which every operation rounds."""
+    return self.precision.dtype if self.precision is not None and self.precision.each else None
 
 
 class Parts(NamedTuple):
@@ -75,10 +85,11 @@ class Parts(NamedTuple):
 def form_of(run: Run, name: str) -> Form:
   """Returns the form of a leaf's slices."""
   acts = tuple(step.where is None or step.where(name) for step in run.method)
-  shape = run.shapes[name]
+  shape, precision = run.shapes[name], run.source.precision.get(name)
   if shape and not _needs_rows(run, name):
-    return Form(acts, None, None)
-  return Form(acts, (-1, *shape[1:]) if shape else (), views.view_of(name, run.layout))
+    return Form(acts, None, None, precision)
+  view = views.view_of(name, run.layout)
+  return Form(acts, (-1, *shape[1:]) if shape else (), view, precision)
 
 
 def _needs_rows(run: Run, name: str) -> bool:

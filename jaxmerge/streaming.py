@@ -204,6 +204,24 @@ def _numbers(
 # --- Programs ---
 
 
+def _narrowed(parts: Parts, form: Form) -> Parts:
+  """Rounds what a slice is made of, where it is merged in a narrow dtype."""
+  narrow = form.precision
+  if narrow is None:
+    return parts
+
+  def to(x: Any) -> Any:
+    return None if x is None else unrolling.rounded(jnp.asarray(x, jnp.float32), narrow.dtype)
+
+  aux = {n: to(v) if n in narrow.numbers else v for n, v in parts.leaf.aux.items()}
+  return parts._replace(
+    base=to(parts.base),
+    reference=to(parts.reference),
+    models=to(parts.models),
+    leaf=parts.leaf._replace(aux=aux),
+  )
+
+
 def _through(
   parts: Parts, known: Any, method: Method, form: Form
 ) -> tuple[Array, Leaf, list[Array]]:
@@ -213,6 +231,8 @@ def _through(
     The stack, the leaf as the next stage sees it, and what `join` holds.
   """
   x = memory.task_vectors(parts.models, parts.reference)
+  if form.precision is not None:
+    x = unrolling.rounded(x, form.precision.dtype)
   base = parts.reference
   if form.shape == ():
     x, base = x.reshape(x.shape[:1]), None if base is None else base.reshape(())
@@ -249,7 +269,7 @@ def _partial(
     x, leaf, kept = _through(parts, known, before, form)
     return statistic.measure(memory.seen(step, x, kept), leaf, own)
 
-  return unrolling.unrolled(run)(parts, known, own)
+  return unrolling.unrolled(run, each=form.each)(_narrowed(parts, form), known, own)
 
 
 @functools.partial(jax.jit, static_argnames=("before", "step", "rank", "form"))
@@ -269,7 +289,7 @@ def _bits(
     x, leaf, kept = _through(parts, known, before, form)
     return statistics.pattern(rank.of(memory.seen(step, x, kept), leaf))
 
-  bits = unrolling.unrolled(run)(parts, known)
+  bits = unrolling.unrolled(run, each=form.each)(_narrowed(parts, form), known)
   bits = bits.reshape(bits.shape[0], parts.models.shape[1])
   if bracket is None:
     return bits, jnp.zeros((0, 0), jnp.uint8)
@@ -281,9 +301,14 @@ def _bits(
 @functools.partial(jax.jit, static_argnames=("method", "form", "dtype"))
 def _merged(parts: Parts, known: Any, *, method: Method, form: Form, dtype: Any) -> Array:
   """A slice of the result, [1, n]."""
+  narrow = form.precision
 
   def run(parts: Parts, known: Any) -> Array:
     x, _, _ = _through(parts, known, method, form)
-    return memory.stored(x.reshape(x.shape[0], parts.models.shape[1]), parts.base, dtype)
+    kept = dtype if narrow is None else jnp.float32
+    return memory.stored(x.reshape(x.shape[0], parts.models.shape[1]), parts.base, kept)
 
-  return unrolling.unrolled(run)(parts, known)
+  out = unrolling.unrolled(run, each=form.each)(_narrowed(parts, form), known)
+  if narrow is None:
+    return out
+  return (out if narrow.wide else unrolling.rounded(out, narrow.dtype)).astype(dtype)

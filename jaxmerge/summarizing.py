@@ -32,6 +32,8 @@ def described(plan: Plan, *, shard_size: int, out_format: str = "safetensors") -
     f"merged: {len(made)} tensors, copied: {len(plan.outputs) - len(made)}",
     f"inputs: {len(plan.inputs)} files, {size(plan.read)} in one reading",
   ]
+  narrow = collections.Counter(o.precision.dtype for o in made if o.precision is not None)
+  out += [f"computed in {dtype}: {count} tensors" for dtype, count in sorted(narrow.items())]
   folders = plan.facts.get("folders", {}).items()
   out += [f"  {name}: checkpoint {own}" for name, own in folders if checkpoint.is_one(own)]
   out += [f"  {count} tensors of the inputs: {words}" for words, count in sorted(fates.items())]

@@ -44,6 +44,7 @@ FLOORS = {
   },
   2: {
     "fingerprint",
+    "precision",
     "stage",
     "statistics",
     "ranking",

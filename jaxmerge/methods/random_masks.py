@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 
 from jaxmerge import statistics
@@ -29,6 +30,17 @@ def uniform(x: Array, leaf: Leaf) -> Array:
   entries = _mixed(entries * jnp.uint32(0x85EBCA77) ^ key)
   models = _mixed(leaf.models * jnp.uint32(0x9E3779B1) + jnp.uint32(1))
   h = _mixed(entries ^ models.reshape((-1,) + (1,) * (x.ndim - 1)))
+  return uniform_of_bits(h)
+
+
+@jax.jit  # By its name a driver that rounds what methods compute knows what it must not round.
+def uniform_of_bits(h: Array) -> Array:
+  """Makes numbers in [0, 1) of uint32.
+
+  Example:
+    >>> uniform_of_bits(jnp.uint32(2**31)).tolist()
+    0.5
+  """
   return (h >> 8).astype(jnp.float32) * jnp.float32(2**-24)
 
 

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple  # Any: numbers of many kinds, what a config.
 import numpy as np
 
 from jaxmerge import planning
-from jaxmerge.io import folder, safetensors, weights
+from jaxmerge.io import folder, weights
 from jaxmerge.io.tensor import Files
 from jaxmerge.planning import Job, Part, Plan, Want
-from jaxmerge.recipe import layers, opening, parameters, schema, tokenizer, translating
+from jaxmerge.recipe import layers, narrowing, opening, parameters, schema, tokenizer, translating
 from jaxmerge.recipe.methods import METHODS
 from jaxmerge.recipe.places import Problem, RecipeError
 from jaxmerge.recipe.records import Group, Model, Recipe, Source, groups, referenced
@@ -53,9 +53,6 @@ def of_file(
     planning.Problems: naming the tensors and models that do not fit.
   """
   recipes = schema.read(path)
-  problems = [p for recipe in recipes for p in _not_yet(recipe)]
-  if problems:
-    raise RecipeError(problems)
   text = pathlib.Path(path).read_text(encoding="utf-8")
   results: dict[str, planning.Model] = {}
   opener = opening.opener(files, download=download)
@@ -69,13 +66,6 @@ def of_file(
   plan = planned(recipes[-1], model, opener.folder)
   facts = {"recipe": text, **({"hub": opener.commits} if opener.commits else {}), **plan.facts}
   return plan._replace(facts=facts, texts={**plan.texts, RECIPE: text})
-
-
-def _not_yet(recipe: Recipe) -> Iterator[Problem]:
-  """What a recipe may say, but is not done yet."""
-  if recipe.compat == "mergekit" and recipe.dtype not in (None, "float32"):
-    text = "compat: mergekit computes in float32 alone yet; write dtype: float32 and out_dtype."
-    yield Problem(recipe.places["dtype"], text)
 
 
 def planned(
@@ -108,10 +98,12 @@ def planned(
     wants,
     jobs,
     [donor, *(m for m in models.values() if m is not donor)],
-    dtype=_dtype(recipe),
+    dtype=narrowing.stored(recipe),
     missing=recipe.missing,
     fates=_left_out(recipe, models, rows),
   )
+  if recipe.compat == "mergekit":
+    plan = narrowing.computed(recipe, plan)
   changed = built.config(_config(recipe, config, rows))
   texts = {} if changed == config else {folder.CONFIG: json.dumps(changed, indent=2) + "\n"}
   return plan._replace(texts={**texts, **built.texts}, fates=built.fates(plan.fates))
@@ -357,13 +349,6 @@ def _want(translation: translating.Translation, own: _Settled, models: Opened, j
 
 
 # --- What else is written ---
-
-_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-
-
-def _dtype(recipe: Recipe) -> np.dtype | None:
-  chosen = recipe.out_dtype or recipe.dtype
-  return safetensors.DTYPES[_DTYPES[chosen]] if chosen else None
 
 
 def _config(recipe: Recipe, config: Mapping[str, Any], rows: Sequence[_Row]) -> dict[str, Any]:

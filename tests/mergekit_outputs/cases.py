@@ -41,7 +41,6 @@ def _averaging():
   yield "linear, weights", Case("linear", {"weight": UNEQUAL}, base=False, minilm=True)
   yield "linear, sum", Case("linear", {"weight": UNEQUAL, "normalize": False}, base=False)
   yield "linear, zero sum", Case("linear", {"weight": OPPOSITE}, base=False)
-  yield "linear, bfloat16", Case("linear", {"weight": UNEQUAL}, base=False, dtype="bfloat16")
   yield "passthrough", Case("passthrough", {}, ONE, base=False)
   yield "passthrough, scale", Case("passthrough", {"scale": 0.3}, ONE, base=False)
 
@@ -83,8 +82,6 @@ def _sums():
   yield "task_arithmetic, mean", Case("task_arithmetic", mean)
   mean = {"weight": OPPOSITE, "normalize": True}
   yield "task_arithmetic, zero sum", Case("task_arithmetic", mean)
-  low = {"weight": UNEQUAL, "lambda": 0.3}
-  yield "task_arithmetic, bfloat16", Case("task_arithmetic", low, dtype="bfloat16")
   yield "dare_linear, all kept", Case("dare_linear", {"weight": UNEQUAL, "lambda": 0.3})
   yield "della_linear, all kept", Case("della_linear", {"weight": UNEQUAL, "lambda": 0.3})
   for name, density, gamma in (
@@ -114,7 +111,6 @@ def _elections():
   pair = {"weight": OPPOSITE, "density": 1.0, "normalize": False}
   yield "ties, cancelling", Case("ties", pair, ("first", "first", "second"))
   yield "ties, rescale", Case("ties", {**half, "rescale": True})
-  yield "ties, bfloat16", Case("ties", {**half, "lambda": 0.7}, dtype="bfloat16")
   yield "dare_ties, all kept", Case("dare_ties", {"weight": UNEQUAL})
   yield "della, all kept", Case("della", {"weight": UNEQUAL})
   crumbs = {"weight": UNEQUAL, "density": 0.5, "gamma": 0.01}
@@ -144,9 +140,41 @@ def _others():
   yield "ramplus_tl, epsilon", Case("ramplus_tl", {"epsilon": 1e-3})
 
 
+def _narrow():
+  low, half = {"weight": UNEQUAL, "lambda": 0.3}, {"weight": UNEQUAL, "density": 0.5}
+  for name, case in {
+    "linear": Case("linear", {"weight": UNEQUAL}, base=False),
+    "passthrough, scale": Case("passthrough", {"scale": 0.3}, ONE, base=False),
+    "slerp": Case("slerp", {"t": 0.25}, ("far",)),
+    "nuslerp": Case("nuslerp", {"weight": [1.0, 3.0]}, ("first", "far"), base=False),
+    "nuslerp, rows, base": Case("nuslerp", {"weight": [1.0, 3.0], "nuslerp_flatten": False}, TWO),
+    "multislerp": Case("multislerp", {"weight": UNEQUAL}, WIDE, base=False),
+    "karcher": Case("karcher", {}, WIDE, base=False),
+    "task_arithmetic": Case("task_arithmetic", low),
+    "dare_linear, all kept": Case("dare_linear", low),
+    "della_linear, all kept": Case("della_linear", low),
+    "breadcrumbs": Case("breadcrumbs", {**half, "gamma": 0.2, "rescale": True}),
+    "ties": Case("ties", {**half, "lambda": 0.7}),
+    "ties, rescale": Case("ties", {**half, "density": [0.2, 0.5, 0.8], "rescale": True}),
+    "dare_ties, all kept": Case("dare_ties", {"weight": UNEQUAL}),
+    "della, all kept": Case("della", {"weight": UNEQUAL}),
+    "breadcrumbs_ties": Case("breadcrumbs_ties", {**half, "gamma": 0.01}),
+    "sce": Case("sce", {}),
+    "sce, half": Case("sce", {"select_topk": 0.5}),
+    "model_stock": Case("model_stock", {}),
+    "model_stock, rows": Case("model_stock", {"filter_wise": True}),
+    "nearswap": Case("nearswap", {"t": 1e-3}, ONE),
+    "ram": Case("ram", {}),
+    "ramplus_tl": Case("ramplus_tl", {}),
+  }.items():
+    yield f"{name}, bfloat16", case._replace(dtype="bfloat16")
+    if name in ("task_arithmetic", "ties", "sce"):
+      yield f"{name}, float16", case._replace(dtype="float16")
+
+
 CASES: Mapping[str, Case] = {
   name: case
-  for part in (_averaging, _spherical, _sums, _elections, _others)
+  for part in (_averaging, _spherical, _sums, _elections, _others, _narrow)
   for name, case in part()
 }
 

@@ -1,0 +1,86 @@
+"""In which dtype a recipe computes and stores: `compat: mergekit` computes in narrow ones too."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from jaxmerge import precision
+from jaxmerge.io import safetensors
+from jaxmerge.planning import Output, Plan
+from jaxmerge.precision import Precision
+from jaxmerge.recipe.places import Problem, RecipeError
+from jaxmerge.recipe.records import Recipe
+
+_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+# Methods of this library that mergekit computes operation by operation in the dtype of its inputs,
+# the weights too. The others it computes in float32, or by formulas that round elsewhere.
+_EACH = {
+  *("task_arithmetic", "ties", "dare", "dare_ties", "della", "della_linear"),
+  *("breadcrumbs", "breadcrumbs_ties", "sce", "ram"),
+}
+_WIDE = {"ramplus_tl"}  # Its factors are float32, and so is mergekit's result.
+
+
+def narrowed(method: str, dtype: np.dtype) -> Precision | None:
+  """Returns in what a method of this library is computed with mergekit's numbers.
+
+  Args:
+    method: its name in `jaxmerge.methods`.
+    dtype: what mergekit casts the inputs to.
+
+  Raises:
+    ValueError: if mergekit's numbers cannot be had.
+
+  Example:
+    >>> narrowed("slerp", np.dtype(np.float16))
+    Precision(dtype='float16', each=False, numbers=(), wide=False)
+    >>> narrowed("slerp", np.dtype(np.float32)) is None
+    True
+  """
+  if dtype.name not in precision.NARROW:
+    return None
+  if method == "arcee_fusion":
+    raise ValueError(
+      f"arcee_fusion with compat: mergekit would compute in {dtype.name}, where the divergences "
+      f"that it selects by are rounding errors; write dtype: float32 and out_dtype: {dtype.name}."
+    )
+  each = method in _EACH
+  return Precision(dtype.name, each, ("weight",) if each else (), method in _WIDE)
+
+
+def stored(recipe: Recipe) -> np.dtype | None:
+  """Returns the dtype of the result's floating tensors; None: what the inputs have."""
+  return _named(recipe.out_dtype or recipe.dtype)
+
+
+def _named(dtype: str | None) -> np.dtype | None:
+  return safetensors.DTYPES[_DTYPES[dtype]] if dtype else None
+
+
+def computed(recipe: Recipe, plan: Plan) -> Plan:
+  """Makes tensors compute in `dtype`, else in what those that they are made of have in common.
+
+  Raises:
+    RecipeError: for a method that cannot be computed so.
+  """
+  problems: set[Problem] = set()
+
+  def narrow(output: Output) -> Output:
+    if not safetensors.is_floating(output.dtype):
+      return output
+    parts = [t.dtype for t in (output.base, *output.models) if t is not None]
+    dtype = _named(recipe.dtype) or precision.common(parts)
+    words = None if output.job is None else plan.jobs[output.job].words
+    method = words["method"] if isinstance(words, dict) else "passthrough"
+    kept = stored(recipe) or dtype
+    try:
+      return output._replace(precision=narrowed(method, dtype), dtype=kept)
+    except ValueError as error:
+      place = recipe.places.get("dtype", recipe.places["compat"])
+      problems.add(Problem(place, str(error)))
+      return output
+
+  outputs = tuple(narrow(output) for output in plan.outputs)
+  if problems:
+    raise RecipeError(sorted(problems))
+  return plan._replace(outputs=outputs)

@@ -1,0 +1,85 @@
+"""Programs rewritten: what is rounded, and what is not."""
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import small
+
+from jaxmerge import methods, streaming, unrolling
+from jaxmerge.precision import Precision
+
+DTYPES = [ml_dtypes.bfloat16, np.float16]
+EACH = Precision("bfloat16", each=True, numbers=("weight",))
+
+
+def streamed(method, precision=None, **options):
+  """Merges the small tree in float32 leaves."""
+  base, models = small.trees(("matrix", "vector", "cube"))
+  out = {n: np.empty(x.size, np.float32) for n, x in base.items()}
+
+  def read(name, start, stop):
+    own = base[name].reshape(-1)[start:stop]
+    return own, own, models[name].reshape(4, -1)[:, start:stop]
+
+  def write(name, start, part):
+    out[name][start : start + len(part)] = part
+
+  leaves = {n: jax.ShapeDtypeStruct(x.shape, x.dtype) for n, x in base.items()}
+  source = streaming.Source(
+    leaves, 4, read, {} if precision is None else dict.fromkeys(out, precision)
+  )
+  streaming.stream(method, source, write, layout=small.VIEWS, **options)
+  return out, {n: x.reshape(-1) for n, x in base.items()}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rounds_as_a_cast_does(dtype):
+  """To even, subnormal numbers and infinity among them."""
+  rng = np.random.default_rng(0)
+  x = (rng.normal(size=4096) * 10.0 ** rng.integers(-9, 6, 4096)).astype(np.float32)
+  x = np.concatenate([x, np.float32([0, -0.0, 65519, 65520, 2**-25, 3 * 2**-25, 1 + 2**-8])])
+  with np.errstate(over="ignore"):
+    expected = x.astype(dtype).astype(np.float32)
+  found = jax.jit(lambda x: unrolling.rounded(x, np.dtype(dtype).name))(x)
+  np.testing.assert_array_equal(found, expected)
+
+
+def test_every_operation_rounds_and_a_sum_rounds_once():
+  def f(x):
+    return jnp.sqrt((x * x).sum(axis=0)) / 3
+
+  x = np.float32([[1.01, 3.3], [2.02, 0.7], [5.5, 1e-3]]).astype(ml_dtypes.bfloat16)
+  squares = (x * x).astype(np.float32)
+  root = np.sqrt((squares[2] + (squares[1] + squares[0])).astype(x.dtype))
+  expected = (root / x.dtype.type(3)).astype(np.float32)
+  found = jax.jit(unrolling.unrolled(f, each="bfloat16"))(x.astype(np.float32))
+  np.testing.assert_array_equal(found.astype(x.dtype).astype(np.float32), expected)
+  # What is returned is not rounded yet.
+  assert (np.asarray(found) != expected).any()
+
+
+@pytest.mark.parametrize("entries", [5, 2**20])
+def test_a_narrow_dtype_does_not_depend_on_the_cut(entries):
+  method = methods.ties(0.4, weight=(1.0, 0.3, 2.0, 0.7), scope="leaf", rule="exact", rescale="l1")
+  found, _ = streamed(method, EACH, entries=entries)
+  expected, _ = streamed(method, EACH, entries=16)
+  small.same(found, expected)
+
+
+def test_random_masks_are_those_of_float32():
+  """The numbers that masks are drawn with are not rounded: only what is kept is."""
+  method = methods.dare(0.5, scale=1.0, weight=(1.0, 0.0, 0.0, 0.0), rescale=None)
+  wide, base = streamed(method, seed=3)
+  narrow, _ = streamed(method, EACH._replace(wide=True), seed=3)
+  for name, x in base.items():
+    low = np.asarray(unrolling.rounded(x, "bfloat16"))
+    kept = wide[name] != x
+    assert ((narrow[name] != low) & ~kept).sum() == 0
+    assert ((narrow[name] != low) & kept).sum() > 0.8 * kept.sum()
+
+
+def test_without_a_dtype_nothing_changes():
+  text = str(jax.make_jaxpr(unrolling.unrolled(lambda x: x.mean(axis=0) / 3))(jnp.ones((3, 4))))
+  assert "reduce_precision" not in text
