@@ -237,9 +237,11 @@ def _updated(step: Stage, x: Array, leaf: Leaf, known: Any, view: str | None) ->
       raise ValueError("a leaf has no matrix view; declare it in `layout` or mask the method.")
     if step.rest != "row":
       return step.rest(x, leaf, known)
-    view = "i" * (x.ndim - 1)
+  view = views.or_row(x, view)
   rows = views.rows(views.whole(x), view)
   base = None if leaf.base is None else views.rows(views.whole(leaf.base[None]), view)[0]
+  if step.ranked and "ranks" not in known:
+    known = {**known, "ranks": statistics.ranks(rows)}
   y = step.update(rows, leaf._replace(base=base), known)
   return views.from_rows(y, view, x.shape[1:])
 

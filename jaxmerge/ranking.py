@@ -51,6 +51,25 @@ class Numbers(NamedTuple):
   slice: Callable[[int], Slice]
 
 
+def ranks(bits: np.ndarray) -> np.ndarray:
+  """Returns the place of each number in its row, as `statistics.ranks` does: [K, rows, columns].
+
+  A device of a CPU sorts ten times slower.
+
+  >>> ranks(np.array([[[9, 1, 4, 1]]], np.uint32)).tolist()
+  [[[3, 0, 2, 1]]]
+  """
+  out, columns = np.empty(bits.shape, np.int32), bits.shape[-1]
+  places = np.arange(columns, dtype=np.int32)
+  columns_of = places.astype(np.uint64)
+  for own, row in zip(out.reshape(-1, columns), bits.reshape(-1, columns), strict=True):
+    # The column beside the number: numbers that tie stay in order, and none is sorted twice.
+    keys = (row.astype(np.uint64) << np.uint64(32)) | columns_of
+    keys.sort()
+    own[keys.astype(np.uint32)] = places
+  return out
+
+
 def cut(numbers: Numbers, ranks: Sequence[int], *, exact: bool) -> tuple[np.ndarray, np.ndarray]:
   """Finds the value of a rank for each model, and the last position of those inside.
 

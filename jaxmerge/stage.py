@@ -168,6 +168,8 @@ class Stage:
       as [rows, columns].
     rest: the update for leaves that have no matrix view, if `unit` needs one; "row": they are shown
       as one row.
+    ranked: the update finds under "ranks", in what is known, the place 0, 1, ... of each entry in
+      its row by ascending magnitude, [K, rows, columns]; of those that tie the first comes first.
     combines: the stage is a combiner: it leaves height 1. Other stages keep the height.
     fold: the same combiner, a few experts at a time.
     keep: "push" keeps x aside as it is; "pop" gives the stage, to measure and to update, the pair
@@ -183,6 +185,7 @@ class Stage:
   scope: Scope = "tree"
   unit: Literal["entry", "row"] = "entry"
   rest: Callable[..., Array] | Literal["row"] | None = None
+  ranked: bool = False
   combines: bool = False
   fold: Fold | None = None
   keep: Literal["push", "pop"] | None = None

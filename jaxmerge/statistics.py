@@ -51,6 +51,16 @@ def greatest(name: str, f: Callable[[Any, Leaf], Any]) -> Sum:
   return Sum(name, lambda x, leaf, known: f(x, leaf), combine=jnp.maximum)
 
 
+def ranks(x: Array) -> Array:
+  """Returns the place of each entry in its row by ascending magnitude: [K, rows, columns].
+
+  Example:
+    >>> ranks(jnp.array([[[0.9, -0.1, 0.4, 0.1]]])).tolist()
+    [[[3, 0, 2, 1]]]
+  """
+  return jnp.argsort(jnp.argsort(jnp.abs(x), axis=2, stable=True), axis=2)
+
+
 def gram(name: str) -> Sum:
   """Measures the inner products of the models: [K, *s] -> [K, K], over a group."""
 

@@ -72,6 +72,7 @@ def stream(
     for name, start, parts, form in slicing.slices(run, left, entries):
       dtype = source.leaves[name].dtype
       seen = slicing.known_of(run, name, known)
+      seen = _ranked(parts, seen, method, form)
       out = np.asarray(_merged(parts, seen, method=method, form=form, dtype=dtype))
       memory.refuse_height(name, out.shape[0])
       write(name, start, out[0])
@@ -156,7 +157,7 @@ def _sum(run: Run, members: Sequence[str], i: int, statistic: Sum, known: Any, o
   static = {"before": run.method[:i], "step": run.method[i], "statistic": statistic}
   combine = np.add if statistic.combine is jnp.add else jax.jit(statistic.combine)
   for name, _, parts, form in slicing.slices(run, members, BLOCK):
-    seen = slicing.known_of(run, name, known)
+    seen = _ranked(parts, slicing.known_of(run, name, known), run.method[:i], form)
     each = _partial(parts, seen, own, form=form, **static)
     dtypes = jax.tree.map(lambda x: x.dtype, each)
     each = jax.device_get(each)  # Before the next slice is read to where this one lies.
@@ -180,6 +181,7 @@ def _numbers(
   def part(name: str, start: int, stop: int, bracket: Any = None) -> ranking.Slice:
     parts = slicing.read(run, name, start, stop)
     seen, form = slicing.known_of(run, name, known), slicing.form_of(run, name)
+    seen = _ranked(parts, seen, run.method[:i], form)
     found = _bits(parts, seen, bracket, form=form, **static)
     bits, codes = jax.device_get(found)
     return ranking.Slice(int(parts.offsets[i]) + start, list(bits) * len(ranks), codes)
@@ -199,6 +201,15 @@ def _numbers(
     return (part(*ends, bracket) for ends in ranges)
 
   return ranking.Numbers(size, sample, scan, lambda which: part(*ranges[which]))
+
+
+def _ranked(parts: Parts, known: tuple[Any, ...], method: Method, form: Form) -> tuple[Any, ...]:
+  """Adds ranks in rows to what stages know, where the host sorts faster than the device."""
+  for i, (step, acting) in enumerate(zip(method, form.acts, strict=False)):
+    if step.ranked and acting and jax.default_backend() == "cpu":
+      bits = np.asarray(_magnitudes(parts, known, before=method[:i], form=form))
+      known = (*known[:i], {**known[i], "ranks": ranking.ranks(bits)}, *known[i + 1 :])
+  return known
 
 
 # --- Programs ---
@@ -296,6 +307,18 @@ def _bits(
   low, high = (side[..., None] for side in bracket)
   codes = (bits[None] >= low).astype(jnp.uint8) + (bits[None] > high).astype(jnp.uint8)
   return bits, codes.reshape(low.shape[0] * bits.shape[0], bits.shape[1])
+
+
+@functools.partial(jax.jit, static_argnames=("before", "form"))
+def _magnitudes(parts: Parts, known: Any, *, before: Method, form: Form) -> Array:
+  """The patterns of a slice's magnitudes, in rows: [K, rows, columns]."""
+
+  def run(parts: Parts, known: Any) -> Array:
+    x, _, _ = _through(parts, known, before, form)
+    y = x.reshape(x.shape[0], *form.shape) if form.shape else x
+    return statistics.pattern(jnp.abs(views.rows(y, views.or_row(y, form.view))))
+
+  return unrolling.unrolled(run, each=form.each)(_narrowed(parts, form), known)
 
 
 @functools.partial(jax.jit, static_argnames=("method", "form", "dtype"))

@@ -32,6 +32,11 @@ def view_of(name: str, views: Views) -> str | None:
   return next((view for pattern, view in views if re.search(pattern, name)), None)
 
 
+def or_row(x: Array, view: str | None) -> str:
+  """Returns the view of a stack's leaf; one row, where it has none."""
+  return "i" * (x.ndim - 1) if view is None else view
+
+
 def rows_lead(view: str | None) -> bool:
   """Tells whether whole rows follow one another in a leaf of this view.
 

@@ -8,7 +8,7 @@ import pytest
 from example import close, merged
 
 import jaxmerge
-from jaxmerge import methods, stage
+from jaxmerge import methods, stage, statistics
 
 TAU = np.array([[0.9, -0.1, 0.4, 0.0, -0.6, 0.2]], np.float32)
 ZERO = {"w": jnp.zeros(6)}
@@ -169,17 +169,22 @@ def test_probabilities_rise_with_the_rank():
   kept = jax.vmap(lambda s: jaxmerge.blend(method, sure, seed=s)["w"])(seeds) != 0
   # Four deviations of a mean of 2000.
   close(np.asarray(kept).mean(axis=0), example, atol=4 * 0.5 / np.sqrt(2000))
-  x = jnp.asarray(np.stack([TAU[0], TAU[0, ::-1]], axis=1))[None]
-  q = methods.pruning.probabilities(x.transpose(0, 2, 1), 0.5, 0.2)
-  close(q[0], [example, example[::-1]])
+  x = jnp.asarray(np.stack([TAU[0], TAU[0, ::-1]]))[None]
+  close(probabilities(x, 0.5, 0.2)[0], [example, example[::-1]])
+
+
+def probabilities(x, density, epsilon):
+  return methods.pruning.probabilities(
+    statistics.ranks(jnp.asarray(x)), jnp.float32(density), jnp.float32(epsilon)
+  )
 
 
 @pytest.mark.parametrize("columns", [1, 2, 7])
 def test_the_mean_probability_of_a_row_is_the_density(columns):
   x = np.random.default_rng(0).normal(size=(3, 5, columns)).astype(np.float32)
-  q = methods.pruning.probabilities(jnp.asarray(x), 0.6, 0.3)
+  q = probabilities(x, 0.6, 0.3)
   close(q.mean(axis=2), np.full((3, 5), 0.6))
-  assert methods.pruning.probabilities(jnp.asarray(x), 1.0, 0.3).min() == 1
+  assert probabilities(x, 1.0, 0.3).min() == 1
 
 
 @pytest.mark.parametrize("rescale", ["inverse", "l1", None])

@@ -2,12 +2,13 @@
 
 import itertools
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxmerge import ranking
+from jaxmerge import ranking, statistics
 
 
 def numbers(rows, sample, cuts, log=None):
@@ -87,3 +88,13 @@ def test_many_zeros_are_counted_not_kept(share):
   value, inside = expected(rows[0], n)
   assert (found[0], last[0]) == (value, max(i for i in inside if rows[0, i] == value))
   assert len(log) == 10 + 1  # One scan, and one slice again, where the last one inside lies.
+
+
+@pytest.mark.parametrize("columns", [1, 2, 64, 3000])
+def test_places_in_rows_are_those_of_the_device(columns):
+  """Ties stand in order of their columns; a zero with a sign is a zero."""
+  rng = np.random.default_rng(columns)
+  x = np.round(rng.normal(size=(2, 5, columns)), 1).astype(np.float32)
+  x[:, :, 0] = -0.0
+  found = ranking.ranks(np.abs(x).view(np.uint32))
+  np.testing.assert_array_equal(found, statistics.ranks(jnp.asarray(x)))

@@ -45,28 +45,29 @@ def magprune(
   catalog.check("della", {"density": density, "epsilon": epsilon, "rescale": rescale})
 
   def update(x: Array, leaf: Leaf, known: Any) -> Array:
-    q = probabilities(x, leaf.number("density", x), leaf.number("epsilon", x))
+    q = probabilities(known["ranks"], leaf.number("density", x), leaf.number("epsilon", x))
     kept = random_masks.uniform(x, leaf) >= 1 - q
     thin = jnp.where(kept, x, 0)
     return thin / jnp.where(kept, q, 1) if rescale == "inverse" else thin
 
   numbers = {"density": density, "epsilon": epsilon, "seed": None}
-  pruned = (Stage(update, (), _refuse_window, numbers, scope="leaf", unit="row", rest="row"),)
+  row = dict[str, Any](scope="leaf", unit="row", rest="row", ranked=True)
+  pruned = (Stage(update, (), _refuse_window, numbers, **row),)
   return pruned if rescale == "inverse" else sparsifying.matched(pruned, rescale)
 
 
-def probabilities(x: Array, density: Array | float, epsilon: Array | float) -> Array:
-  """Returns the probability of each entry to be kept: [K, rows, columns] -> the same.
+def probabilities(ranks: Array, density: Array, epsilon: Array) -> Array:
+  """Returns the probability of each entry to be kept, from the places in its row 0, 1, ...
 
   Example:
-    >>> x = jnp.array([[[0.9, -0.1, 0.4, 0.0, -0.6, 0.2]]])
-    >>> print(np.asarray(probabilities(x, 0.5, 0.2)).round(2))
+    >>> ranks = jnp.array([[[5, 1, 3, 0, 4, 2]]])
+    >>> print(np.asarray(probabilities(ranks, jnp.float32(0.5), jnp.float32(0.2))).round(2))
     [[[0.7  0.38 0.54 0.3  0.62 0.46]]]
   """
-  order = jnp.argsort(jnp.abs(x), axis=2, stable=True)
-  ranks = jnp.argsort(order, axis=2).astype(x.dtype) / max(x.shape[2] - 1, 1)
+  columns = ranks.shape[2]
+  places = ranks.astype(density.dtype) / max(columns - 1, 1)
   # The only entry of a row is in the middle.
-  height = 2 * ranks - 1 if x.shape[2] > 1 else ranks
+  height = 2 * places - 1 if columns > 1 else places
   return jnp.where(density >= 1, 1, density + epsilon * height)
 
 

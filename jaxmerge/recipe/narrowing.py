@@ -68,7 +68,7 @@ def computed(recipe: Recipe, plan: Plan) -> Plan:
   def narrow(output: Output) -> Output:
     if not safetensors.is_floating(output.dtype):
       return output
-    parts = [t.dtype for t in (output.base, *output.models) if t is not None]
+    parts = [t.kept or t.dtype for t in (output.base, *output.models) if t is not None]
     dtype = _named(recipe.dtype) or precision.common(parts)
     words = None if output.job is None else plan.jobs[output.job].words
     method = words["method"] if isinstance(words, dict) else "passthrough"
