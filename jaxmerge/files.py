@@ -16,7 +16,7 @@ import math
 import os
 import pathlib
 import shutil
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any  # Any: trees, plain JSON.
 
 import jax
@@ -34,7 +34,7 @@ Path = str | os.PathLike[str]
 PROVENANCE = folder.PROVENANCE
 FORMATS = ("safetensors", "orbax")
 SHARD = 5_000_000_000  # Bytes; what other tools write.
-ENTRIES = 2**20
+ENTRIES = 2**19  # All models' slices fit the cache of a core, and the calls are few.
 
 
 def merge_files(
@@ -147,18 +147,17 @@ def run(
   part.mkdir(parents=True, exist_ok=True)
   with growing.locked(part, out):
     shards = folder.shards({o.name: o.size for o in plan.outputs}, shard_size)
-    journal = growing.Journal.opened(part, _identity(plan, shards, out_format))
     kinds = {o.name: (o.dtype, o.shape) for o in plan.outputs}
-    with growing.Shards.opened(part, kinds, shards) as sink:
-      done = journal.checked(sink)
-      progress(sum(o.size for o in plan.outputs if o.name in done))
+    with growing.opened(part, kinds, shards, _identity(plan, shards, out_format)) as weights:
+      progress(sum(o.size for o in plan.outputs if o.name in weights.digests))
       for number, job in enumerate(plan.jobs):
-        _merge(plan, number, job, sink, journal, done, entries, nonfinite, progress)
-      _copy(plan, sink, journal, done, entries, progress)
-      journal.flush(sink)
+        own = [o for o in plan.outputs if o.job == number]
+        _merge(job, own, weights, entries, nonfinite, progress)
+      _copy([o for o in plan.outputs if o.job is None], weights, entries, progress)
+      weights.flush()
     if out_format == "orbax":
-      _transcribe(part, sink, progress)
-    _complete(part, plan, shards, journal.digests, out_format)
+      _transcribe(part, weights, progress)
+    _complete(part, plan, shards, weights.digests, out_format)
     atomic.move(part, out, replace=replace)
   return out
 
@@ -173,32 +172,29 @@ def holds(out: Path, plan: Plan, *, shard_size: int = SHARD) -> bool:
 
 
 def _merge(
-  plan: Plan,
-  number: int,
   job: Job,
-  sink: growing.Shards,
-  journal: growing.Journal,
-  done: Collection[str],
+  outputs: Sequence[Output],
+  weights: growing.Growing,
   entries: int,
   nonfinite: bool,
   progress: Callable[[int], None],
 ) -> None:
   """Merges the tensors of one job."""
-  outputs = {o.name: o for o in plan.outputs if o.job == number}
-  if outputs.keys() <= set(done):
+  done = set(weights.digests)
+  if {o.name for o in outputs} <= done:
     return
-  leaves = {n: jax.ShapeDtypeStruct(o.shape, o.dtype) for n, o in outputs.items()}
+  leaves = {o.name: jax.ShapeDtypeStruct(o.shape, o.dtype) for o in outputs}
   reader = _Reader(outputs)
-  narrow = {n: o.precision for n, o in outputs.items() if o.precision is not None}
+  narrow = {o.name: o.precision for o in outputs if o.precision is not None}
   source = streaming.Source(leaves, len(job.models), reader.read, narrow)
 
   def write(name: str, start: int, part: np.ndarray) -> None:
-    journal.add(sink, name, start, part, reader.read_last)
+    weights.add(name, start, part, reader.read_last)
     progress(part.nbytes)
 
   # Some tensors of the job may be copied after all: a model lacks them, or they hold integers.
   numbers = {
-    n: {t: v[t] for t in outputs} if isinstance(v, dict) else v for n, v in job.numbers.items()
+    n: {t: v[t] for t in leaves} if isinstance(v, dict) else v for n, v in job.numbers.items()
   }
   streaming.stream(
     job.method(),
@@ -215,16 +211,14 @@ def _merge(
 
 
 def _copy(
-  plan: Plan,
-  sink: growing.Shards,
-  journal: growing.Journal,
-  done: Collection[str],
+  outputs: Sequence[Output],
+  weights: growing.Growing,
   entries: int,
   progress: Callable[[int], None],
 ) -> None:
   """Copies the tensors that no job merges."""
-  for output in plan.outputs:
-    if output.job is not None or output.name in done or output.base is None:
+  for output in outputs:
+    if output.name in weights.digests or output.base is None:
       continue
     size = math.prod(output.shape)
     for start in range(0, max(size, 1), entries):
@@ -232,7 +226,7 @@ def _copy(
       output.base.read(start, own)
       part = own if output.precision is None else own.astype(np.dtype(output.precision.dtype))
       part = part.astype(output.dtype)
-      journal.add(sink, output.name, start, part, {output.base.where: own})
+      weights.add(output.name, start, part, {output.base.where: own})
       progress(part.nbytes)
 
 
@@ -243,23 +237,24 @@ class _Reader:
     read_last: what was read last, by where it is from.
   """
 
-  def __init__(self, outputs: Mapping[str, Output]):
-    self.outputs = outputs
+  def __init__(self, outputs: Sequence[Output]):
+    self.outputs = {o.name: o for o in outputs}
     self.buffers: dict[Any, np.ndarray] = {}
     self.read_last: dict[str, np.ndarray] = {}
 
-  def read(self, name: str, start: int, stop: int) -> tuple[Any, Any, Any]:
-    """Reads entries of the base and of all models."""
+  def read(self, name: str, start: int, stop: int, order: Any) -> tuple[Any, Any, Any]:
+    """Reads entries of the base and of all models, see `streaming.Source`."""
     output, count = self.outputs[name], stop - start
     self.read_last = {}
     base = None
     if output.base is not None:
       base = self._room("base", (count,), output.base.dtype)
       self._fill(output.base, start, base)
-    models = self._room(
-      "models", (len(output.models), count), precision.common([t.dtype for t in output.models])
-    )
-    for i, (tensor, row) in enumerate(zip(output.models, models, strict=True)):
+    dtype = precision.common([t.dtype for t in output.models])
+    models = self._room("models", (len(output.models), count), dtype)
+    places = np.arange(len(output.models))[order]
+    for i, row in zip(places, models, strict=True):
+      tensor = output.models[i]
       if tensor.dtype == row.dtype:
         self._fill(tensor, start, row)
       else:
@@ -311,10 +306,12 @@ def _stamp(path: pathlib.Path) -> list[int]:
   return [status.st_size, status.st_mtime_ns]
 
 
-def _transcribe(part: pathlib.Path, sink: growing.Shards, progress: Callable[[int], None]) -> None:
+def _transcribe(
+  part: pathlib.Path, weights: growing.Growing, progress: Callable[[int], None]
+) -> None:
   """Makes a checkpoint of the shards."""
   files = Files()
-  places = sink.places.items()
+  places = weights.places.items()
   try:
     tensors = {n: stored(files, part / file, n, entry) for n, (file, entry) in places}
     checkpoint.write(part, tensors, progress)

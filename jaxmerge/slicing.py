@@ -24,15 +24,16 @@ class Source(NamedTuple):
   Attributes:
     leaves: name to ShapeDtypeStruct of the result's leaves.
     height: number of models K.
-    read: (name, start, stop) -> (base [n], reference [n], models [K, n]), NumPy arrays; entries
-      are counted row by row. They are used up before the next call. Base and reference are None
-      where raw weights are merged.
+    read: (name, start, stop, order) -> (base [n], reference [n], models [K, n]), NumPy arrays;
+      entries are counted row by row, and models[i] is the one at index i of `order`, a slice or an
+      array. They are used up before the next call. Base and reference are None where raw weights
+      are merged.
     precision: of leaves that are not merged in float32 or wider, by name.
   """
 
   leaves: Mapping[str, jax.ShapeDtypeStruct]
   height: int
-  read: Callable[[str, int, int], tuple[Any, Any, Any]]
+  read: Callable[[str, int, int, Any], tuple[Any, Any, Any]]
   precision: Mapping[str, Precision] = {}
 
 
@@ -139,10 +140,9 @@ def slices(
 
 def read(run: Run, name: str, start: int, stop: int) -> Parts:
   """Reads a slice, and refuses NaN and infinity the first time."""
-  base, reference, models = run.source.read(name, start, stop)
   order, shape = run.ready.order, run.shapes[name]
-  if order is not None:
-    models = models[order]
+  index = slice(None) if order is None else order
+  base, reference, models = run.source.read(name, start, stop, index)
   if not run.nonfinite and start >= run.checked.get(name, 0):
     fine = finite(base)
     flags = (fine, fine if reference is base else finite(reference), [finite(m) for m in models])

@@ -79,7 +79,8 @@ def stream(
   for name in sorted(source.leaves.keys() - shapes.keys() - set(done)):
     size = math.prod(source.leaves[name].shape)
     for start in range(0, max(size, 1), entries):
-      write(name, start, source.read(name, start, min(start + entries, size))[0])
+      stop = min(start + entries, size)
+      write(name, start, source.read(name, start, stop, slice(None))[0])
 
 
 def merge_slices(
@@ -96,9 +97,9 @@ def merge_slices(
   out = {n: np.empty(v.shape, v.dtype) for n, v in bases.items()}
   height = tree.height(models)
 
-  def read(name: str, start: int, stop: int) -> tuple[Any, Any, Any]:
+  def read(name: str, start: int, stop: int, order: Any) -> tuple[Any, Any, Any]:
     own, zero = (t[name].reshape(-1)[start:stop] for t in (bases, references))
-    return own, zero, stacks[name].reshape(height, -1)[:, start:stop]
+    return own, zero, stacks[name].reshape(height, -1)[order, start:stop]
 
   def write(name: str, start: int, part: np.ndarray) -> None:
     out[name].reshape(-1)[start : start + part.shape[0]] = part

@@ -157,9 +157,9 @@ def narrow(case, trees):
   stack = {n: np.stack([trees[m][n].reshape(-1) for m in models]) for n in trees["base"]}
   out = {n: np.empty(x.shape, np.float32) for n, x in trees["base"].items()}
 
-  def read(name, start, stop):
+  def read(name, start, stop, order):
     zero = None if base is None else base[name][start:stop]
-    return zero, zero, stack[name][:, start:stop]
+    return zero, zero, stack[name][order, start:stop]
 
   def write(name, start, part):
     out[name].reshape(-1)[start : start + len(part)] = part

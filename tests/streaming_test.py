@@ -17,10 +17,10 @@ def source(base, models, log):
   leaves = {n: jax.ShapeDtypeStruct(x.shape, x.dtype) for n, x in base.items()}
   height = len(models["steps"])
 
-  def read(name, start, stop):
+  def read(name, start, stop, order):
     log.append((name, start, stop))
     own = base[name].reshape(-1)[start:stop]
-    return own, own, models[name].reshape(height, -1)[:, start:stop]
+    return own, own, models[name].reshape(height, -1)[order, start:stop]
 
   return streaming.Source(leaves, height, read)
 

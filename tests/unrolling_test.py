@@ -19,9 +19,9 @@ def streamed(method, precision=None, **options):
   base, models = small.trees(("matrix", "vector", "cube"))
   out = {n: np.empty(x.size, np.float32) for n, x in base.items()}
 
-  def read(name, start, stop):
+  def read(name, start, stop, order):
     own = base[name].reshape(-1)[start:stop]
-    return own, own, models[name].reshape(4, -1)[:, start:stop]
+    return own, own, models[name].reshape(4, -1)[order, start:stop]
 
   def write(name, start, part):
     out[name][start : start + len(part)] = part

@@ -26,17 +26,18 @@ SYNCED = 2**28  # Bytes that are written before they are synced, and written dow
 Kinds = Mapping[str, tuple[np.dtype, tuple[int, ...]]]
 
 
-class Shards(NamedTuple):
-  """The files of weights that are being written."""
+class _Shards(NamedTuple):
+  """The files of weights that are being written, and those among them that are not synced."""
 
   handles: Mapping[str, int]
   places: Mapping[str, tuple[str, safetensors.Entry]]
+  unsynced: set[str]
 
   @classmethod
   @contextlib.contextmanager
   def opened(
     cls, part: pathlib.Path, kinds: Kinds, shards: Mapping[str, Sequence[str]]
-  ) -> Iterator[Shards]:
+  ) -> Iterator[_Shards]:
     """Makes the files in their full length, so that a full disk is known now and not later."""
     handles, places = {}, {}
     try:
@@ -49,7 +50,7 @@ class Shards(NamedTuple):
         os.truncate(handles[file], length)
         os.pwrite(handles[file], first, 0)
         places.update({n: (file, entry) for n, entry in entries.items()})
-      yield cls(handles, places)
+      yield cls(handles, places, set(handles))
     finally:
       for handle in handles.values():
         os.close(handle)
@@ -57,6 +58,7 @@ class Shards(NamedTuple):
   def write(self, name: str, start: int, part: np.ndarray) -> None:
     """Writes entries start, start + 1, ... of a tensor."""
     file, entry = self.places[name]
+    self.unsynced.add(file)
     left = np.ascontiguousarray(part).reshape(-1).view(np.uint8).data
     position = entry.start + start * entry.dtype.itemsize
     while left:
@@ -76,9 +78,9 @@ class Shards(NamedTuple):
     return found.hexdigest()
 
   def sync(self) -> None:
-    """Brings all files to the disk."""
-    for handle in self.handles.values():
-      os.fsync(handle)
+    """Brings what was written to the disk."""
+    while self.unsynced:
+      os.fsync(self.handles[self.unsynced.pop()])
 
 
 def _make_room(handle: int, path: pathlib.Path, length: int) -> None:
@@ -91,74 +93,88 @@ def _make_room(handle: int, path: pathlib.Path, length: int) -> None:
     raise OSError(errno.ENOSPC, text, str(path)) from error
 
 
-class Journal:
-  """Which tensors are done, on the disk: a line each, with checksums of result and inputs.
+@contextlib.contextmanager
+def opened(
+  part: pathlib.Path, kinds: Kinds, shards: Mapping[str, Sequence[str]], identity: str
+) -> Iterator[Growing]:
+  """Opens the weights of a folder for writing: those of an interrupted merge, or new ones.
+
+  Args:
+    part: the folder.
+    kinds: dtype and shape of every tensor.
+    shards: file to its tensors.
+    identity: of the merge.
+
+  Raises:
+    ValueError: where the folder holds another merge.
+    OSError: where there is no room for the files.
+  """
+  digests = _journal(part, identity)
+  with _Shards.opened(part, kinds, shards) as files:
+    whole = {n: d for n, d in digests.items() if files.digest(n) == d["xxh3_128"]}
+    yield Growing(part / NAME, files, whole)
+
+
+def _journal(part: pathlib.Path, identity: str) -> dict[str, Any]:
+  """Reads the journal of an interrupted merge, or begins one."""
+  path = part / NAME
+  for unfinished in part.glob(f".{NAME}.*"):
+    unfinished.unlink()
+  lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+  records = [json.loads(line) for line in lines if line.endswith("\n")]
+  if not records:
+    with atomic.write(path) as file:
+      file.write(json.dumps({"plan": identity}).encode() + b"\n")
+    return {}
+  if records[0] != {"plan": identity}:
+    raise ValueError(
+      f"{part} holds an interrupted merge of other inputs or settings; give its settings to go "
+      "on with it, resume=False (--resume=never) to drop it, or another place for the result."
+    )
+  return {r.pop("tensor"): r for r in records[1:]}
+
+
+class Growing:
+  """Weights that are being written, and the journal of those that are done.
 
   Attributes:
-    digests: tensor to {"xxh3_128": its checksum, "inputs": {where: checksum}}.
+    places: tensor to its file and where it lies there.
+    digests: tensors that are done to {"xxh3_128": checksum, "inputs": {where: checksum}}: a line
+      each of the journal, and on the disk as they were written.
   """
 
-  def __init__(self, path: pathlib.Path, digests: dict[str, Any]):
-    self.path, self.digests = path, digests
-    self.waiting: dict[str, Any] = {}
-    self.unsynced = 0
-    self.hashes: dict[str | None, Any] = {}
+  def __init__(self, path: pathlib.Path, shards: _Shards, digests: dict[str, Any]):
+    self.path, self.digests, self.places = path, digests, shards.places
+    self._shards = shards
+    self._waiting: dict[str, Any] = {}
+    self._unsynced = 0
+    self._hashes: dict[str | None, Any] = {}
 
-  @classmethod
-  def opened(cls, part: pathlib.Path, identity: str) -> Journal:
-    """Reads the journal of an interrupted merge, or begins one.
-
-    Raises:
-      ValueError: where it is that of another merge.
-    """
-    path = part / NAME
-    for unfinished in part.glob(f".{NAME}.*"):
-      unfinished.unlink()
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    records = [json.loads(line) for line in lines if line.endswith("\n")]
-    if not records:
-      with atomic.write(path) as file:
-        file.write(json.dumps({"plan": identity}).encode() + b"\n")
-      return cls(path, {})
-    if records[0] != {"plan": identity}:
-      raise ValueError(
-        f"{part} holds an interrupted merge of other inputs or settings; give its settings to go "
-        "on with it, resume=False (--resume=never) to drop it, or another place for the result."
-      )
-    return cls(path, {r.pop("tensor"): r for r in records[1:]})
-
-  def checked(self, sink: Shards) -> set[str]:
-    """Returns the tensors that are done, and are on the disk as they were written."""
-    self.digests = {n: d for n, d in self.digests.items() if sink.digest(n) == d["xxh3_128"]}
-    return set(self.digests)
-
-  def add(
-    self, sink: Shards, name: str, start: int, part: np.ndarray, inputs: Mapping[str, np.ndarray]
-  ) -> None:
+  def add(self, name: str, start: int, part: np.ndarray, inputs: Mapping[str, np.ndarray]) -> None:
     """Writes a part of a tensor, and takes note of it and its inputs; parts come in order."""
-    sink.write(name, start, part)
+    self._shards.write(name, start, part)
     every: list[tuple[str | None, np.ndarray]] = [(None, part), *inputs.items()]
     for whose, array in every:
-      own = self.hashes.setdefault(whose, xxhash.xxh3_128())
+      own = self._hashes.setdefault(whose, xxhash.xxh3_128())
       own.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-    self.unsynced += part.nbytes
-    if start + part.size == math.prod(sink.places[name][1].shape):
-      found = {whose: own.hexdigest() for whose, own in self.hashes.items()}
-      self.waiting[name] = {"xxh3_128": found.pop(None), "inputs": found}
-      self.hashes = {}
-      if self.unsynced >= SYNCED:
-        self.flush(sink)
+    self._unsynced += part.nbytes
+    if start + part.size == math.prod(self.places[name][1].shape):
+      found = {whose: own.hexdigest() for whose, own in self._hashes.items()}
+      self._waiting[name] = {"xxh3_128": found.pop(None), "inputs": found}
+      self._hashes = {}
+      if self._unsynced >= SYNCED:
+        self.flush()
 
-  def flush(self, sink: Shards) -> None:
+  def flush(self) -> None:
     """Brings what was written to the disk, then the lines that say so."""
-    sink.sync()
+    self._shards.sync()
     with open(self.path, "a", encoding="utf-8") as file:
-      for name, digest in self.waiting.items():
+      for name, digest in self._waiting.items():
         file.write(json.dumps({"tensor": name, **digest}) + "\n")
       file.flush()
       os.fsync(file.fileno())
-    self.digests |= self.waiting
-    self.waiting, self.unsynced = {}, 0
+    self.digests |= self._waiting
+    self._waiting, self._unsynced = {}, 0
 
 
 @contextlib.contextmanager
