@@ -88,8 +88,8 @@ def test_a_checkpoint_killed_before_a_turning_point(
 @pytest.mark.slow
 def test_a_checkpoint_killed_at_random_moments(child, inputs, whole_checkpoint, tmp_path):
   """The arrays are written by threads that make no events."""
-  seconds, options = whole_checkpoint["seconds"], {"inputs": inputs, "out_format": "orbax"}
-  digests = child.kill_at_random("files", tmp_path, seconds, kills=10, **options)
+  options = {"inputs": inputs, "out_format": "orbax"}
+  digests = child.kill_at_random("files", tmp_path, kills=10, **options)
   assert set(digests) == {whole_checkpoint["digest"]}
 
 
@@ -103,5 +103,5 @@ def test_killed_at_every_event(child, inputs, whole, tmp_path):
 
 @pytest.mark.slow
 def test_killed_at_random_moments_again_and_again(child, inputs, whole, tmp_path):
-  digests = child.kill_at_random("files", tmp_path, whole["seconds"], inputs=inputs)
+  digests = child.kill_at_random("files", tmp_path, inputs=inputs)
   assert set(digests) == {whole["digest"]}

@@ -25,6 +25,7 @@ import select
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -162,21 +163,26 @@ class Client:
     assert answer["killed"] or answer["digest"], "the run ended without a result"
     return answer
 
-  def kill_at_random(self, scenario, root, seconds, *, kills=30, **options):
-    """Runs that are killed at random moments of `seconds`; gives the digest of each in the end.
+  def kill_at_random(self, scenario, root, *, kills=30, **options):
+    """Runs that are killed at random moments; gives the digest of each in the end.
 
     Each is killed up to five times, unless it comes to its end, before it is let be.
     """
+
+    def directory(name):
+      (root / name).mkdir()
+      return root / name
+
+    seconds = self.run(scenario, directory("whole"), **options)["seconds"]
     moments, left, digests = random.Random(0), kills, []
     while left > 0:
-      directory = root / str(len(digests))
-      directory.mkdir()
+      place = directory(str(len(digests)))
       for _ in range(5):
         after = moments.uniform(0.3, 1.0) * seconds
-        if not self.run(scenario, directory, kill_after=after, **options)["killed"]:
+        if not self.run(scenario, place, kill_after=after, **options)["killed"]:
           break
         left -= 1
-      digests.append(self.run(scenario, directory, **options)["digest"])
+      digests.append(self.run(scenario, place, **options)["digest"])
     return digests
 
 
@@ -187,11 +193,14 @@ def connect():
   flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
   command = [sys.executable, "-W", "ignore", __file__]
   pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-  with subprocess.Popen(command, cwd=root, env=os.environ | flags, **pipes) as process:
-    try:
-      yield Client(process)
-    finally:
-      process.stdin.close()  # the server ends at the end of its input
+  with tempfile.TemporaryDirectory() as cache:  # Every run compiles the same programs.
+    flags |= {"JAX_COMPILATION_CACHE_DIR": cache, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    flags["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+    with subprocess.Popen(command, cwd=root, env=os.environ | flags, **pipes) as process:
+      try:
+        yield Client(process)
+      finally:
+        process.stdin.close()  # the server ends at the end of its input
 
 
 def serve():

@@ -91,5 +91,5 @@ def test_killed_at_events_of_the_very_first_save(child, tmp_path):
 
 @pytest.mark.slow
 def test_killed_at_random_moments_again_and_again(child, whole, tmp_path):
-  digests = child.kill_at_random("counting", tmp_path, whole["seconds"])
+  digests = child.kill_at_random("counting", tmp_path)
   assert set(digests) == {whole["digest"]}
