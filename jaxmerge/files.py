@@ -9,9 +9,6 @@ shards, from which it is made again.
 
 from __future__ import annotations
 
-import hashlib
-import importlib.metadata
-import json
 import math
 import os
 import pathlib
@@ -22,11 +19,19 @@ from typing import Any  # Any: trees, plain JSON.
 import jax
 import numpy as np
 
-from jaxmerge import evaluating, fingerprint, planning, precision, streaming, summarizing, views
-from jaxmerge.io import atomic, checkpoint, folder, growing, hub
-from jaxmerge.io.tensor import Files, Tensor, stored
+from jaxmerge import (
+  evaluating,
+  fingerprint,
+  finishing,
+  planning,
+  precision,
+  streaming,
+  tying,
+  views,
+)
+from jaxmerge.io import atomic, folder, growing, hub
+from jaxmerge.io.tensor import Files, Tensor
 from jaxmerge.planning import Job, Output, Plan
-from jaxmerge.report import card
 from jaxmerge.stage import Method
 
 Path = str | os.PathLike[str]
@@ -148,16 +153,18 @@ def run(
   with growing.locked(part, out):
     shards = folder.shards({o.name: o.size for o in plan.outputs}, shard_size)
     kinds = {o.name: (o.dtype, o.shape) for o in plan.outputs}
-    with growing.opened(part, kinds, shards, _identity(plan, shards, out_format)) as weights:
+    identity = finishing.identity(plan, shards, out_format)
+    plan = tying.tied(plan)
+    with growing.opened(part, kinds, shards, identity) as weights:
       progress(sum(o.size for o in plan.outputs if o.name in weights.digests))
       for number, job in enumerate(plan.jobs):
         own = [o for o in plan.outputs if o.job == number]
         _merge(job, own, weights, entries, nonfinite, progress)
       _copy([o for o in plan.outputs if o.job is None], weights, entries, progress)
       weights.flush()
-    if out_format == "orbax":
-      _transcribe(part, weights, progress)
-    _complete(part, plan, shards, weights.digests, out_format)
+      if out_format == "orbax":
+        finishing.transcribe(part, weights, progress)
+    finishing.complete(part, plan, shards, identity, weights.digests, out_format)
     atomic.move(part, out, replace=replace)
   return out
 
@@ -166,7 +173,7 @@ def holds(out: Path, plan: Plan, *, shard_size: int = SHARD) -> bool:
   """Tells whether a folder with safetensors is what a plan makes."""
   path = pathlib.Path(out) / PROVENANCE
   shards = folder.shards({o.name: o.size for o in plan.outputs}, shard_size)
-  return path.is_file() and folder.read_json(path).get("plan") == _identity(
+  return path.is_file() and folder.read_json(path).get("plan") == finishing.identity(
     plan, shards, FORMATS[0]
   )
 
@@ -216,18 +223,21 @@ def _copy(
   entries: int,
   progress: Callable[[int], None],
 ) -> None:
-  """Copies the tensors that no job merges."""
+  """Copies the tensors that no job merges: from the base, or from what they are tied to."""
   for output in outputs:
-    if output.name in weights.digests or output.base is None:
+    source = output.base if output.same is None else weights.tensor(output.same)
+    if output.name in weights.digests or source is None:
       continue
     size = math.prod(output.shape)
     for start in range(0, max(size, 1), entries):
-      own = np.empty(min(entries, size - start), output.base.dtype)
-      output.base.read(start, own)
-      part = own if output.precision is None else own.astype(np.dtype(output.precision.dtype))
-      part = part.astype(output.dtype)
-      weights.add(output.name, start, part, {output.base.where: own})
-      progress(part.nbytes)
+      own = np.empty(min(entries, size - start), source.dtype)
+      source.read(start, own)
+      if output.same is not None:
+        weights.add(output.name, start, own, {})
+      else:
+        part = own if output.precision is None else own.astype(np.dtype(output.precision.dtype))
+        weights.add(output.name, start, part.astype(output.dtype), {source.where: own})
+      progress(own.size * output.dtype.itemsize)
 
 
 class _Reader:
@@ -279,77 +289,3 @@ def _aligned(size: int) -> np.ndarray:
   raw = np.empty(size + 64, np.uint8)
   offset = -raw.ctypes.data % 64
   return raw[offset : offset + size]
-
-
-def _identity(plan: Plan, shards: Mapping[str, Sequence[str]], out_format: str) -> str:
-  """A digest of all that decides about the bytes of the result."""
-  content = {
-    "jaxmerge": importlib.metadata.version("jaxmerge"),
-    "outputs": [[o.name, o.dtype.name, o.shape, o.job, o.precision] for o in plan.outputs],
-    "sources": [[t.where for t in (o.base, *o.models) if t is not None] for o in plan.outputs],
-    "jobs": [
-      [j.words, j.models, fingerprint.fingerprint(j.numbers), j.seed, list(j.layout)]
-      for j in plan.jobs
-    ],
-    "shards": shards,
-    "format": out_format,
-    "inputs": {str(path): _stamp(path) for path in sorted(plan.inputs)},
-    "facts": plan.facts,
-    "texts": plan.texts,
-  }
-  text = json.dumps(content, default=str, sort_keys=True)
-  return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-
-
-def _stamp(path: pathlib.Path) -> list[int]:
-  status = path.stat()
-  return [status.st_size, status.st_mtime_ns]
-
-
-def _transcribe(
-  part: pathlib.Path, weights: growing.Growing, progress: Callable[[int], None]
-) -> None:
-  """Makes a checkpoint of the shards."""
-  files = Files()
-  places = weights.places.items()
-  try:
-    tensors = {n: stored(files, part / file, n, entry) for n, (file, entry) in places}
-    checkpoint.write(part, tensors, progress)
-  finally:
-    files.close()
-
-
-def _complete(
-  part: pathlib.Path,
-  plan: Plan,
-  shards: Mapping[str, list[str]],
-  digests: Mapping[str, Any],
-  out_format: str,
-) -> None:
-  """Adds to the weights what makes a folder of them that other tools open; removes the rest."""
-  passing = [growing.NAME] if out_format == "safetensors" else [*shards, growing.NAME]
-  if len(shards) > 1 and out_format == "safetensors":
-    text = folder.index(shards, {o.name: o.size for o in plan.outputs})
-    (part / folder.INDEX).write_text(text, encoding="utf-8")
-  for path in folder.copied(plan.donor):
-    target = part / path.relative_to(plan.donor)
-    target.parent.mkdir(exist_ok=True)
-    shutil.copyfile(path, target)
-  text = card.merge_card(summarizing.summary(plan))
-  (part / folder.README).write_text(text, encoding="utf-8")
-  for name, own in plan.texts.items():
-    (part / name).unlink(missing_ok=True)
-    if own is not None:
-      (part / name).write_text(own, encoding="utf-8")
-  facts = {
-    "plan": _identity(plan, shards, out_format),
-    "jaxmerge": importlib.metadata.version("jaxmerge"),
-    "jax": importlib.metadata.version("jax"),
-    **plan.facts,
-    "jobs": [{"method": j.words, "models": j.models, "seed": j.seed} for j in plan.jobs],
-    "tensors": {o.name: digests[o.name] for o in plan.outputs},
-    "inputs": plan.fates,
-  }
-  (part / PROVENANCE).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-  for name in passing:
-    (part / name).unlink()

@@ -101,6 +101,7 @@ class Output(NamedTuple):
     models: the models' tensors, as the job lists them; none where it is copied.
     job: which job merges it; None: it is copied from the base.
     precision: what it is merged in; None: float32 or wider.
+    same: a tensor of the result whose bytes it gets; None: it has its own.
   """
 
   name: str
@@ -109,6 +110,7 @@ class Output(NamedTuple):
   models: tuple[Tensor, ...]
   job: int | None
   precision: Precision | None = None
+  same: str | None = None
 
   @property
   def shape(self) -> tuple[int, ...]:
@@ -176,7 +178,7 @@ def model(
 
 
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
-_HEADS = ("lm_head.weight", "embed_out.weight")
+HEADS = ("lm_head.weight", "embed_out.weight")
 
 
 def _with_ties(opened: Model, config: Mapping[str, Any]) -> Model:
@@ -187,7 +189,7 @@ def _with_ties(opened: Model, config: Mapping[str, Any]) -> Model:
   embedding = next((n for n in opened.tensors if n.endswith(_EMBEDDINGS)), None)
   if True not in said or embedding is None:
     return opened
-  heads = [n for n in opened.tensors if n.endswith(_HEADS)] or list(_HEADS[:1])
+  heads = [n for n in opened.tensors if n.endswith(HEADS)] or list(HEADS[:1])
   return opened._replace(
     tensors={n: t for n, t in opened.tensors.items() if n not in heads},
     tied=dict.fromkeys(heads, opened.tensors[embedding]),

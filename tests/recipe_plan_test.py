@@ -10,7 +10,7 @@ import pytest
 import small
 
 import jaxmerge
-from jaxmerge import cli, files, methods, planning
+from jaxmerge import cli, files, methods, planning, summarizing
 from jaxmerge.io import safetensors
 from jaxmerge.io.tensor import Files
 from jaxmerge.recipe import RecipeError, layers
@@ -222,7 +222,7 @@ def test_compat_computes_in_the_dtype_of_the_files(tmp_path, monkeypatch, dtype)
   own = folders.family(tmp_path, dtype=dtype)
   text = SUM + "compat: mergekit\n"
   name = np.dtype(dtype).name
-  assert f"computed in {name}: 11 tensors" in planning.described(plan_of(text), shard_size=10**9)
+  assert f"computed in {name}: 11 tensors" in summarizing.described(plan_of(text), shard_size=10**9)
   found = run(text)
   assert found["model.norm.weight"].dtype == dtype
   assert_summed(found, own, dtype)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import functools
 import json
 import math
 import os
@@ -20,6 +21,7 @@ import numpy as np
 import xxhash
 
 from jaxmerge.io import atomic, safetensors
+from jaxmerge.io.tensor import Tensor
 
 NAME = "journal.jsonl"
 SYNCED = 2**28  # Bytes that are written before they are synced, and written down as done.
@@ -63,6 +65,14 @@ class _Shards(NamedTuple):
     position = entry.start + start * entry.dtype.itemsize
     while left:
       count = os.pwrite(self.handles[file], left, position)
+      left, position = left[count:], position + count
+
+  def read(self, name: str, start: int, out: np.ndarray) -> None:
+    """Reads entries of a tensor back."""
+    file, entry = self.places[name]
+    left = out.view(np.uint8).data
+    position = entry.start + start * entry.dtype.itemsize
+    while left and (count := os.preadv(self.handles[file], [left], position)):
       left, position = left[count:], position + count
 
   def digest(self, name: str) -> str:
@@ -164,6 +174,12 @@ class Growing:
       self._hashes = {}
       if self._unsynced >= SYNCED:
         self.flush()
+
+  def tensor(self, name: str) -> Tensor:
+    """Returns a tensor that is done, to be read back."""
+    file, entry = self.places[name]
+    read = functools.partial(self._shards.read, name)
+    return Tensor(f"{self.path.parent / file}: tensor {name!r}", entry.dtype, entry.shape, read)
 
   def flush(self) -> None:
     """Brings what was written to the disk, then the lines that say so."""
