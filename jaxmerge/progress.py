@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any  # A progress event is plain JSON.
 
@@ -66,12 +67,18 @@ def numbers(values: Mapping[str, Any]) -> str:
 
 
 def counted(show: Callable[[Event], None], phase: str, size: int) -> Callable[[int], None]:
-  """Returns what takes numbers of bytes and shows their sum, of `size` bytes, as progress."""
-  done = 0
+  """Returns what takes numbers of bytes and shows their sum, of `size` bytes, and their speed."""
+  done, first, begun = 0, 0, 0.0
 
   def count(more: int) -> None:
-    nonlocal done
+    nonlocal done, first, begun
     done += more
-    show({"phase": phase, "done": done // 10**6, "total": size // 10**6, "unit": "MB"})
+    event = {"phase": phase, "done": done // 10**6, "total": size // 10**6, "unit": "MB"}
+    if not begun:  # What comes first may be what an interrupted run has done.
+      first, begun = done, time.monotonic()
+      show(event)
+      return
+    speed = (done - first) / 1e6 / max(time.monotonic() - begun, 1e-3)
+    show({**event, "numbers": {"MB/s": round(speed)}})
 
   return count

@@ -87,23 +87,24 @@ def form_of(run: Run, name: str) -> Form:
   """Returns the form of a leaf's slices."""
   acts = tuple(step.where is None or step.where(name) for step in run.method)
   shape, precision = run.shapes[name], run.source.precision.get(name)
-  if shape and not _needs_rows(run, name):
+  if shape and _needs(run, name) == {"entry"}:
     return Form(acts, None, None, precision)
   view = views.view_of(name, run.layout)
   return Form(acts, (-1, *shape[1:]) if shape else (), view, precision)
 
 
-def _needs_rows(run: Run, name: str) -> bool:
-  return any(s.unit == "row" and (s.where is None or s.where(name)) for s in run.method)
+def _needs(run: Run, name: str) -> set[str]:
+  """The units of the stages that act on a leaf."""
+  return {"entry", *(s.unit for s in run.method if s.where is None or s.where(name))}
 
 
 def _unit(run: Run, name: str) -> int:
   """As many entries must stay together."""
-  shape = run.shapes[name]
-  if not _needs_rows(run, name):
+  shape, needs = run.shapes[name], _needs(run, name)
+  if needs == {"entry"}:
     return 1
-  rows_lead = views.rows_lead(views.view_of(name, run.layout))
-  return max(1, math.prod(shape[1:] if rows_lead else shape))
+  cut = "matrix" not in needs and views.rows_lead(views.view_of(name, run.layout))
+  return max(1, math.prod(shape[1:] if cut else shape))
 
 
 def ranges(run: Run, name: str, entries: int) -> Iterator[tuple[int, int]]:

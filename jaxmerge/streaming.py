@@ -253,7 +253,7 @@ def _through(
     if not acting:
       continue
     leaf = leaf._replace(offset=offset)
-    if step.unit == "row" and form.shape:
+    if step.unit != "entry" and form.shape:
       own_base = None if base is None else base.reshape(form.shape)
       y = x.reshape(x.shape[0], *form.shape)
       y = memory.update(step, y, leaf._replace(base=own_base), own, kept, form.view)

@@ -17,7 +17,7 @@ import hypothesis.strategies as st
 import pytest
 
 import jaxmerge
-from jaxmerge import cli, commands, configuring
+from jaxmerge import cli, commands, configuring, progress
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 CONFIGS = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "configs").glob("*.py"))
@@ -407,6 +407,18 @@ def test_an_interrupted_merge_says_how_to_go_on(capsys, monkeypatch):
   monkeypatch.setattr(commands, "merge", interrupt)
   assert cli.main(["merge", "recipe.yml", "out dir"]) == 130
   assert "finished tensors:\n  jaxmerge merge recipe.yml 'out dir'" in capsys.readouterr().err
+
+
+def test_bytes_are_counted_with_their_speed(monkeypatch):
+  """What an interrupted run has done, which comes first, says nothing of the speed."""
+  seconds = iter([10.0, 12.0])
+  monkeypatch.setattr(progress.time, "monotonic", lambda: next(seconds))
+  events = []
+  count = progress.counted(events.append, "merging", 50_000_000)
+  count(30_000_000)
+  count(8_000_000)
+  event = {"phase": "merging", "total": 50, "unit": "MB"}
+  assert events == [event | {"done": 30}, event | {"done": 38, "numbers": {"MB/s": 4}}]
 
 
 EVENTS = [

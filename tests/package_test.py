@@ -35,6 +35,8 @@ FLOORS = {
     "planning",
     "summarizing",
     "evaluating",
+    "tying",
+    "finishing",
     "files",
     "inspecting",
     "differing",

@@ -177,6 +177,15 @@ def test_a_leaf_without_entries_stays_as_it_is(method):
   small.close(streaming.merge_slices(method, base, models), out)
 
 
+@pytest.mark.parametrize("scope", ["row", "column"])
+@pytest.mark.parametrize("layout", ["oi", "io"])
+def test_what_columns_need_is_not_cut_by_rows(scope, layout):
+  base, models = small.trees(("matrix", "steps"), height=2)
+  method, options = methods.nuslerp((0.3, 0.7), scope), {"layout": (("matrix", layout),)}
+  out = jaxmerge.merge(method, base, models, **options)
+  small.same(streaming.merge_slices(method, base, models, entries=32, **options), out)
+
+
 def test_prepared_numbers_take_the_place_of_aux():
   base, models = small.trees()
   shapes = {n: x.shape for n, x in base.items() if x.dtype == np.float32}

@@ -73,7 +73,7 @@ def spanned(
   def rest(x: Array, leaf: Leaf, known: Any) -> Array:
     return _combined(solve(statistics.inner_products(x), leaf), x)
 
-  return (made(update, unit="row", rest=rest),)
+  return (made(update, unit="row" if scope == "row" else "matrix", rest=rest),)
 
 
 def slerp(t: float = catalog.METHODS["slerp"].parameters["t"].default) -> Method:
