@@ -12,7 +12,7 @@ from typing import Any  # A record is JSON, its values have no one type.
 import numpy as np
 
 from jaxmerge import catalog, differing
-from jaxmerge.io import checkpoint, folder
+from jaxmerge.io import checkpoint, folder, weights
 from jaxmerge.planning import Job, Plan
 
 Record = dict[str, Any]
@@ -135,6 +135,6 @@ def _library(plan: Plan) -> str | None:
   """The library that opens the result, as far as its config tells."""
   if (plan.donor / "modules.json").is_file():
     return "sentence-transformers"
-  config = folder.config(plan.donor)
+  config = weights.config(plan.donor)
   known = isinstance(config.get("architectures"), list) and "model_type" in config
   return "transformers" if known or "transformers_version" in config else None

@@ -266,7 +266,7 @@ def test_safetensors_to_orbax_and_back_has_the_same_bits(tmp_path, dtype):
   back = files.merge_files(one, [there], tmp_path / "back")
   small.same(folders.read(back), base)
   assert {p.name for p in there.iterdir()} == {
-    "config.json", "tokenizer.json", "manifest.json", "state", files.PROVENANCE
+    "README.md", "config.json", "tokenizer.json", "manifest.json", "state", files.PROVENANCE
   }  # fmt: skip
   for name in ("config.json", "tokenizer.json"):
     assert (back / name).read_bytes() == (tmp_path / "base" / name).read_bytes()
@@ -455,7 +455,7 @@ def test_a_recipe_merges_runs_to_a_checkpoint(tmp_path):
   for name, x in models[0].items():
     mean = np.asarray((x + models[1][name]) / 2)
     np.testing.assert_array_equal(found[name], mean.astype(ml_dtypes.bfloat16))
-  names = {"manifest.json", "state", files.PROVENANCE, "jaxmerge_recipe.yml"}
+  names = {"README.md", "manifest.json", "state", files.PROVENANCE, "jaxmerge_recipe.yml"}
   assert {p.name for p in (tmp_path / "out").iterdir()} == names
   again = recipe(tmp_path / "s.yml", tmp_path / "out", tmp_path / "out/../a")
   assert cli.main(["merge", str(again), str(tmp_path / "more")]) == 0

@@ -406,17 +406,8 @@ def test_killed_at_a_save(child, unkilled, tmp_path, event):
 
 @pytest.mark.slow
 def test_killed_at_random_moments(child, unkilled, tmp_path):
-  random = np.random.default_rng(0)
-  kills = runs = 0
-  while kills < 30:
-    directory = tmp_path / str(runs)
-    for _ in range(6):
-      after = random.uniform(0.3, 1.0) * unkilled["seconds"]
-      if not child.run("merging", directory, kill_after=after)["killed"]:
-        break
-      kills += 1
-    assert child.run("merging", directory)["digest"] == unkilled["digest"]
-    runs += 1
+  digests = child.kill_at_random("merging", tmp_path)
+  assert set(digests) == {unkilled["digest"]}
 
 
 # Bad input.
