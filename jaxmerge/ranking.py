@@ -84,8 +84,8 @@ def cut(numbers: Numbers, ranks: Sequence[int], *, exact: bool) -> tuple[np.ndar
   if not numbers.size:
     return np.full(len(ranks), NONE, np.uint32), np.full(len(ranks), EVERY, np.uint32)
   sample, weights = numbers.sample()
-  rows = itertools.cycle(sample)
-  searches = [_Search(n, numbers.size, row, weights) for n, row in zip(ranks, rows, strict=False)]
+  rows = itertools.cycle([_sorted(row, weights) for row in sample])
+  searches = [_Search(n, numbers.size, *row) for n, row in zip(ranks, rows, strict=False)]
   while not all(s.found for s in searches):
     low, high = np.array([s.bracket for s in searches], np.uint32).T
     for at, part in enumerate(numbers.scan(low, high)):
@@ -97,16 +97,22 @@ def cut(numbers: Numbers, ranks: Sequence[int], *, exact: bool) -> tuple[np.ndar
   return np.array([s.value for s in searches], np.uint32), np.array(lasts, np.uint32)
 
 
+def _sorted(sample: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """Sorts a sample from the largest on, with the share of all that each and those before are."""
+  order = np.argsort(sample)[::-1]
+  return sample[order], np.cumsum(weights[order]) / weights.sum()
+
+
 class _Search:
   """The search for one model's value: a bracket, and what a scan saw around it."""
 
-  def __init__(self, rank: int, size: int, sample: np.ndarray, weights: np.ndarray):
-    order = np.argsort(sample, kind="stable")[::-1]
-    self.sample, self.share = sample[order], np.cumsum(weights[order]) / weights.sum()
+  def __init__(self, rank: int, size: int, sample: np.ndarray, share: np.ndarray):
+    self.sample, self.share = sample, share
+    self.held: list[tuple[int, np.ndarray]] = []
+    self.kept: list[tuple[int, np.ndarray, np.ndarray]] = []
     self.rank, self.wanted = rank, rank / size
     spread = math.sqrt(self.wanted * (1 - self.wanted) / len(sample))
     self.error = 5 * spread + 2 / len(sample)  # Five standard deviations of a random sample.
-    self.above = self.at = 0
     self.found, self.value, self.left, self.tied = rank == 0, NONE, 0, 0
     self._look(0, NONE)
 
@@ -119,16 +125,18 @@ class _Search:
     if low == high:
       self._count(at, np.array([low], np.uint32), np.array([np.count_nonzero(codes == 1)]))
       return
-    self.held.append(_inside(bits, codes))
-    if sum(map(len, self.held)) > HELD:
-      self._count_held(at)
-    self.at = at
+    self.held.append((at, _inside(bits, codes)))
+    if sum(len(own) for _, own in self.held) > HELD:
+      every = np.concatenate([own for _, own in self.held])
+      self._count(at, *np.unique(every, return_counts=True))
+      self.held = []
 
   def settle(self) -> None:
     """Finds the value among what a scan kept, or takes another bracket."""
     if self.found:
       return
-    self._count_held(self.at)
+    for at, own in self.held:
+      self._count(at, *np.unique(own, return_counts=True))
     values = np.unique(np.concatenate([own for _, own, _ in self.kept]))
     counts = np.zeros(len(values), np.int64)
     for _, own, n in self.kept:
@@ -151,14 +159,7 @@ class _Search:
     bottom = int(self.sample[last]) if last < len(self.sample) else low
     near = (max(low, bottom), min(high, top))
     self.bracket = near if near[0] <= near[1] else (low, high)
-    self.above = self.at = 0
-    self.held: list[np.ndarray] = []
-    self.kept: list[tuple[int, np.ndarray, np.ndarray]] = []
-
-  def _count_held(self, at: int) -> None:
-    if self.held:
-      self._count(at, *np.unique(np.concatenate(self.held), return_counts=True))
-      self.held = []
+    self.above, self.held, self.kept = 0, [], []
 
   def _count(self, at: int, values: np.ndarray, counts: np.ndarray) -> None:
     self.kept.append((at, values, counts))

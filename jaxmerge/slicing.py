@@ -13,7 +13,9 @@ from jaxmerge import memory, views
 from jaxmerge.precision import Precision
 from jaxmerge.stage import Leaf, Method
 
-SAMPLE = 2**18  # Entries of a model that are looked at before a threshold is searched,
+SAMPLE = 2**18  # Entries of a model that are looked at before a threshold is searched, at most,
+FEW = 2**15  # and at least, if one in `SPARSE` is fewer,
+SPARSE = 2**6
 PIECE = 2**9  # at least so many next to each other,
 PIECES = 16  # in at most so many places of a leaf.
 
@@ -118,7 +120,7 @@ def ranges(run: Run, name: str, entries: int) -> Iterator[tuple[int, int]]:
 def pieces(run: Run, name: str, size: int) -> Iterator[tuple[int, int]]:
   """Picks some slices all over a leaf, its share of a sample of `size` entries."""
   own, unit = math.prod(run.shapes[name]), _unit(run, name)
-  wanted = SAMPLE * own // max(size, 1)
+  wanted = min(SAMPLE, max(FEW, size // SPARSE)) * own // max(size, 1)
   count = min(max(wanted // PIECE, 1), PIECES)
   # A power of two: programs are compiled for every length.
   length = unit * -(-max(PIECE, 1 << (wanted // count).bit_length()) // unit)
