@@ -39,7 +39,6 @@ Path = str | os.PathLike[str]
 PROVENANCE = folder.PROVENANCE
 FORMATS = ("safetensors", "orbax")
 SHARD = 5_000_000_000  # Bytes; what other tools write.
-ENTRIES = 2**19  # All models' slices fit the cache of a core, and the calls are few.
 
 
 def merge_files(
@@ -120,7 +119,7 @@ def run(
   out: Path,
   *,
   shard_size: int = SHARD,
-  entries: int = ENTRIES,
+  entries: int = planning.ENTRIES,
   replace: bool = False,
   resume: bool = True,
   nonfinite: bool = False,

@@ -15,6 +15,8 @@ from jaxmerge.io import folder, safetensors, weights
 from jaxmerge.io.tensor import Files, Tensor
 from jaxmerge.precision import Precision
 
+ENTRIES = 2**19  # In a slice: those of all models fit a core's cache, and the calls are few.
+
 
 class Part(NamedTuple):
   """A tensor of an input, and the model it is of; None where the model lacks it."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import importlib.metadata
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any  # A record is JSON, its values have no one type.
@@ -13,7 +14,7 @@ import numpy as np
 
 from jaxmerge import catalog, differing
 from jaxmerge.io import checkpoint, folder, weights
-from jaxmerge.planning import Job, Plan
+from jaxmerge.planning import ENTRIES, Job, Plan
 
 Record = dict[str, Any]
 
@@ -28,9 +29,10 @@ def described(plan: Plan, *, shard_size: int, out_format: str = "safetensors") -
   room = f", a checkpoint; while it is made, {size(2 * plan.written)} on the disk"
   out = [
     f"result: {len(plan.outputs)} tensors, {size(plan.written)}"
-    + (room if out_format == "orbax" else f", {shards} files"),
+    + (room if out_format == "orbax" else f", {shards} file{'s' * (shards != 1)}"),
     f"merged: {len(made)} tensors, copied: {len(plan.outputs) - len(made)}",
     f"inputs: {len(plan.inputs)} files, {size(plan.read)} in one reading",
+    f"memory: {size(memory(plan))} or less",
   ]
   narrow = collections.Counter(o.precision.dtype for o in made if o.precision is not None)
   out += [f"computed in {dtype}: {count} tensors" for dtype, count in sorted(narrow.items())]
@@ -48,6 +50,29 @@ def described(plan: Plan, *, shard_size: int, out_format: str = "safetensors") -
       often = "" if reads == 1 else f", read {reads} times"
       out.append(f"job {i + 1}: {count} tensors of {len(job.models)} models{often}, {settings}")
   return out
+
+
+_RUNTIME = 240_000_000  # Bytes of Python and jax; what follows is measured as well.
+_WORKING = 40  # Bytes for each entry of a slice and each model: as read, in float32, as bits.
+_RANKED = 40_000_000  # Bytes of the values near a threshold, for each model.
+
+
+def memory(plan: Plan) -> int:
+  """Estimates the resident memory of a merge, in bytes; it takes about so much or less.
+
+  It grows with the number of models and not with their size, except where statistics of columns
+  need whole matrices.
+  """
+  most = 0
+  for o in (o for o in plan.outputs if o.job is not None):
+    words = plan.jobs[o.job].words if o.job is not None else {}
+    words = words if isinstance(words, dict) else {}
+    whole = words.get("scope") == "column"
+    entries = math.prod(o.shape) if whole else min(ENTRIES, math.prod(o.shape))
+    entry = catalog.METHODS.get(str(words.get("method")))
+    ranked = entry is not None and bool({"density", "remove"} & entry.parameters.keys())
+    most = max(most, (_WORKING * entries * (len(o.models) + 1)) + ranked * _RANKED * len(o.models))
+  return _RUNTIME + most
 
 
 def size(count: float) -> str:

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from huggingface_hub import constants
 
-from jaxmerge import catalog, files, methods, report
+from jaxmerge import catalog, files, methods, report, summarizing
 from jaxmerge.io.tensor import Files
 from jaxmerge.recipe import plan as plans
 
@@ -155,3 +155,28 @@ def test_a_copy_has_a_card_too():
   _, body = merged("merge_method: passthrough\nmodels: [{model: m0}]")
   assert "# Merge of 1 model: copies of tensors\n" in body
   assert "Tensors: 0 merged, 13 copied." in body
+
+
+def memory_of(method, count, rows):
+  """The estimate for a recipe over models whose matrices have so many rows."""
+  each = "".join(f"  - {{model: m{k}, parameters: {{weight: 1}}}}\n" for k in range(count))
+  pathlib.Path("recipe.yml").write_text(f"{method}\nbase_model: base\nmodels:\n{each}")
+  plan = plans.of_file("recipe.yml", Files())
+
+  def taller(tensor):
+    return tensor and tensor._replace(shape=(rows, *tensor.shape))
+
+  large = [
+    o._replace(base=taller(o.base), models=tuple(map(taller, o.models))) for o in plan.outputs
+  ]
+  return summarizing.memory(plan._replace(outputs=tuple(large)))
+
+
+def test_memory_grows_with_the_models_alone_unless_columns_are_whole():
+  """About what `benchmarks/merge_files.py` measures: under half a gigabyte for three models."""
+  ties = "merge_method: ties"
+  small, large = (memory_of(ties, 3, rows) for rows in (10**6, 10**8))
+  assert memory_of(ties, 2, 10**6) < small == large < 500_000_000
+  columns = "merge_method: nuslerp\nparameters: {nuslerp_flatten: false, nuslerp_row_wise: true}"
+  small, large = (memory_of(columns, 2, rows) for rows in (10**6, 10**8))
+  assert large > 50 * small
