@@ -77,6 +77,7 @@ def shapes(params):
     "mlp.up_proj": (inner, width),
     "mlp.down_proj": (width, inner),
     "input_layernorm": (width,),
+    "post_attention_layernorm": (width,),
   }
   sizes = [s[0] * (s[1] if len(s) > 1 else 1) for s in of_layer.values()]
   layers = max(1, round((params - 2 * vocabulary * width) / sum(sizes)))
@@ -229,7 +230,7 @@ def measured(root, method, rounds, mergekit):
   }
   if mergekit:
     run = [mergekit, "-m", "mergekit.scripts.run_yaml", str(theirs), str(root / "out_mergekit")]
-    commands["mergekit"] = [*run, "--no-write-model-card", "-q"]
+    commands["mergekit"] = [*run, "--no-write-model-card", "--quiet"]
   found = {name: [] for name in commands}
   for _ in range(rounds):
     for name, command in commands.items():

@@ -1,10 +1,10 @@
 """Programs of methods, rewritten: sums over the task axis as chains, operations that round.
 
 A reduction over the task axis is written out: x[2] + (x[1] + x[0]). A compiler for CPUs makes a
-scalar loop of a reduction over a short first axis, many times slower than the chain, which it fuses
-and vectorises; and how it rounds in that loop depends on how large the array is, so that a slice
-would not have the bits of the whole. Methods need not know: a driver rewrites the traced program
-where no device holds but some of the models.
+scalar loop of a reduction over a short first axis, several times slower than the chain, which it
+fuses and vectorises; and how it rounds in that loop depends on how large the array is, so that a
+slice would not have the bits of the whole. Methods need not know: a driver rewrites the traced
+program where no device holds but some of the models.
 
 The same rewriting makes a program of float32 compute in a narrower dtype, operation by operation.
 A program of that dtype would not: compilers keep float32 inside of what they fuse.
