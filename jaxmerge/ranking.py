@@ -54,7 +54,7 @@ class Numbers(NamedTuple):
 def ranks(bits: np.ndarray) -> np.ndarray:
   """Returns the place of each number in its row, as `statistics.ranks` does: [K, rows, columns].
 
-  A device of a CPU sorts ten times slower.
+  For devices that sort more slowly than the host: CPUs.
 
   >>> ranks(np.array([[[9, 1, 4, 1]]], np.uint32)).tolist()
   [[[3, 0, 2, 1]]]
@@ -123,12 +123,12 @@ class _Search:
     self.above += int(np.count_nonzero(codes == 2))
     low, high = self.bracket
     if low == high:
-      self._count(at, np.array([low], np.uint32), np.array([np.count_nonzero(codes == 1)]))
+      self.kept.append((at, np.array([low], np.uint32), np.array([np.count_nonzero(codes == 1)])))
       return
     self.held.append((at, _inside(bits, codes)))
     if sum(len(own) for _, own in self.held) > HELD:
       every = np.concatenate([own for _, own in self.held])
-      self._count(at, *np.unique(every, return_counts=True))
+      self.kept.append((at, *np.unique(every, return_counts=True)))
       self.held = []
 
   def settle(self) -> None:
@@ -136,7 +136,7 @@ class _Search:
     if self.found:
       return
     for at, own in self.held:
-      self._count(at, *np.unique(own, return_counts=True))
+      self.kept.append((at, *np.unique(own, return_counts=True)))
     values = np.unique(np.concatenate([own for _, own, _ in self.kept]))
     counts = np.zeros(len(values), np.int64)
     for _, own, n in self.kept:
@@ -160,9 +160,6 @@ class _Search:
     near = (max(low, bottom), min(high, top))
     self.bracket = near if near[0] <= near[1] else (low, high)
     self.above, self.held, self.kept = 0, [], []
-
-  def _count(self, at: int, values: np.ndarray, counts: np.ndarray) -> None:
-    self.kept.append((at, values, counts))
 
 
 def _inside(bits: np.ndarray, codes: np.ndarray) -> np.ndarray:

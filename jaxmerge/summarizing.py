@@ -64,14 +64,16 @@ def memory(plan: Plan) -> int:
   need whole matrices.
   """
   most = 0
-  for o in (o for o in plan.outputs if o.job is not None):
-    words = plan.jobs[o.job].words if o.job is not None else {}
-    words = words if isinstance(words, dict) else {}
-    whole = words.get("scope") == "column"
-    entries = math.prod(o.shape) if whole else min(ENTRIES, math.prod(o.shape))
+  for i, job in enumerate(plan.jobs):
+    words = job.words if isinstance(job.words, dict) else {}
     entry = catalog.METHODS.get(str(words.get("method")))
     ranked = entry is not None and bool({"density", "remove"} & entry.parameters.keys())
-    most = max(most, (_WORKING * entries * (len(o.models) + 1)) + ranked * _RANKED * len(o.models))
+    largest = max((math.prod(o.shape) for o in plan.outputs if o.job == i), default=0)
+    if not largest:
+      continue
+    entries = largest if words.get("scope") == "column" else min(ENTRIES, largest)
+    count = len(job.models)
+    most = max(most, _WORKING * entries * (count + 1) + ranked * _RANKED * count)
   return _RUNTIME + most
 
 
