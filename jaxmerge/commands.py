@@ -69,14 +69,13 @@ def merge(options: argparse.Namespace, config: Any) -> None:
     def made(name: str, plan: planning.Plan) -> planning.Model:
       stage = next(left)
       if not driver.holds(stage, plan, shard_size=options.shard_size):
-        told = progress.counted(show, name, plan.written)
+        told = progress.counted(show, name, summarizing.work(plan))
         driver.run(plan, stage, replace=True, progress=told, **settings)
       return planning.model(stage, files, name=name)
 
     if stages:
       plan = plans.of_file(options.recipe, files, made)
-    copies = 2 if options.out_format == "orbax" else 1
-    told = progress.counted(show, "merging", plan.written * copies)
+    told = progress.counted(show, "merging", summarizing.work(plan, options.out_format))
     settings |= {"out_format": options.out_format, "replace": options.replace}
     driver.run(plan, out, progress=told, **settings)
   for stage in stages:

@@ -26,6 +26,7 @@ from jaxmerge import (
   planning,
   precision,
   streaming,
+  summarizing,
   tying,
   views,
 )
@@ -138,8 +139,9 @@ def run(
     nonfinite: whether NaN and infinity in the inputs are let pass; what they spoil is the method's.
     out_format: "safetensors", or "orbax": a checkpoint in `out / "state"`, which `orbax.checkpoint`
       restores as {"params": {name: array}}; on the way it takes twice the room.
-    progress: called with the number of bytes of the result that were added; those of a checkpoint
-      are added twice.
+    progress: called with the number of bytes of the result that were measured, once for each
+      reading, or added; those of a checkpoint are added twice. `summarizing.work` says how many
+      there will be.
   """
   if out_format not in FORMATS:
     raise ValueError(f"out_format must be one of {', '.join(FORMATS)}, got {out_format!r}.")
@@ -158,7 +160,8 @@ def run(
       progress(sum(o.size for o in plan.outputs if o.name in weights.digests))
       for number, job in enumerate(plan.jobs):
         own = [o for o in plan.outputs if o.job == number]
-        _merge(job, own, weights, entries, nonfinite, progress)
+        more = sum(o.size for o in own) * (summarizing.readings(job) - 1)
+        _merge(job, own, weights, entries, nonfinite, progress, more)
       _copy([o for o in plan.outputs if o.job is None], weights, entries, progress)
       weights.flush()
       if out_format == "orbax":
@@ -184,10 +187,12 @@ def _merge(
   entries: int,
   nonfinite: bool,
   progress: Callable[[int], None],
+  more: int,
 ) -> None:
-  """Merges the tensors of one job."""
+  """Merges the tensors of one job; progress is told of so many bytes more than there are."""
   done = set(weights.digests)
   if {o.name for o in outputs} <= done:
+    _tell(progress, more)
     return
   leaves = {o.name: jax.ShapeDtypeStruct(o.shape, o.dtype) for o in outputs}
   reader = _Reader(outputs)
@@ -197,6 +202,12 @@ def _merge(
   def write(name: str, start: int, part: np.ndarray) -> None:
     weights.add(name, start, part, reader.read_last)
     progress(part.nbytes)
+
+  def measured(name: str, count: int) -> None:
+    nonlocal more
+    told = min(more, count * leaves[name].dtype.itemsize)  # Sometimes it takes a reading more.
+    more -= told
+    _tell(progress, told)
 
   # Some tensors of the job may be copied after all: a model lacks them, or they hold integers.
   numbers = {
@@ -213,7 +224,14 @@ def _merge(
     entries=entries,
     done=done,
     nonfinite=nonfinite,
+    measured=measured,
   )
+  _tell(progress, more)  # By its options a method may need fewer readings.
+
+
+def _tell(progress: Callable[[int], None], count: int) -> None:
+  if count:
+    progress(count)
 
 
 def _copy(

@@ -52,6 +52,7 @@ class Run(NamedTuple):
   offsets: tuple[dict[str, np.uint32], ...]
   checked: dict[str, int]
   nonfinite: bool
+  measured: Callable[[str, int], None]
 
 
 class Form(NamedTuple):
@@ -122,8 +123,7 @@ def pieces(run: Run, name: str, size: int) -> Iterator[tuple[int, int]]:
   own, unit = math.prod(run.shapes[name]), _unit(run, name)
   wanted = min(SAMPLE, max(FEW, size // SPARSE)) * own // max(size, 1)
   count = min(max(wanted // PIECE, 1), PIECES)
-  # A power of two: programs are compiled for every length.
-  length = unit * -(-max(PIECE, 1 << (wanted // count).bit_length()) // unit)
+  length = unit * -(-max(PIECE, wanted // count) // unit)
   if count * length >= own:
     count, length = 1, own
   for i in range(count):
@@ -159,11 +159,35 @@ def read(run: Run, name: str, start: int, stop: int) -> Parts:
   return Parts(base, reference, models, leaf, before)
 
 
+def picked(run: Run, name: str, start: int, parts: Parts, columns: np.ndarray) -> Parts:
+  """Takes some entries of a flat slice; stages see each of them where it lies in the leaf."""
+
+  def of(x: Any) -> Any:
+    # As integers: NumPy picks those of dtypes that are not its own one by one.
+    return None if x is None else np.take(x.view(f"u{x.itemsize}"), columns, -1).view(x.dtype)
+
+  base = of(parts.base)
+  aux = memory.leaf_of(name, None, run.ready).aux
+  shape = run.shapes[name]
+  own = {n: v[:, columns] if _is_aligned(aux[n], shape) else v for n, v in parts.leaf.aux.items()}
+  places = (start + columns - np.arange(len(columns))).astype(np.uint32)[None]
+  return parts._replace(
+    base=base,
+    reference=base if parts.reference is parts.base else of(parts.reference),
+    models=of(parts.models),
+    leaf=parts.leaf._replace(start=places, aux=own),
+  )
+
+
 def _entries(value: Any, shape: tuple[int, ...], start: int, stop: int) -> Any:
   """The entries of an array that is aligned to the leaf; other numbers as they are."""
-  if not shape or np.ndim(value) != len(shape) + 1 or np.shape(value)[1:] != shape:
+  if not _is_aligned(value, shape):
     return value
   return np.asarray(value).reshape(len(value), -1)[:, start:stop]
+
+
+def _is_aligned(value: Any, shape: tuple[int, ...]) -> bool:
+  return bool(shape) and np.ndim(value) == len(shape) + 1 and np.shape(value)[1:] == shape
 
 
 _INTEGERS = {2: (np.uint16, np.int16), 4: (np.uint32, np.int32)}

@@ -33,7 +33,7 @@ class Leaf(NamedTuple):
     models: [K] tags of the models, uint32.
     tag: tag of this leaf's name, uint32 scalar.
     start: entries of the leaf before this part, row by row, uint32 scalar (counted past 2**32 from
-      zero again).
+      zero again); for entries picked here and there, how many were left out as well, [1, n].
     offset: entries of the leaves before this one in its group, uint32 scalar.
   """
 
@@ -41,7 +41,7 @@ class Leaf(NamedTuple):
   aux: Mapping[str, Any]
   models: Array
   tag: Array | np.generic
-  start: Array | np.generic
+  start: Array | np.ndarray | np.generic
   offset: Array | np.generic
 
   def number(self, name: str, x: Array) -> Array:

@@ -31,14 +31,15 @@ class Cut(NamedTuple):
 
   Attributes:
     value: bit pattern of the value at the cut, uint32 [K].
-    last: position of the last entry inside, of those that tie with the value, uint32 [K].
+    last: position of the last entry inside, of those that tie with the value, uint32 [K]; None:
+      all that tie are inside.
   """
 
   value: Array
-  last: Array
+  last: Array | None = None
 
 
-EVERY = np.uint32(2**32 - 1)  # As `Cut.last`: all that tie are inside.
+EVERY = np.uint32(2**32 - 1)  # As a position in `Cut.last`: all that tie are inside.
 
 
 def total(name: str, f: Callable[[Any, Leaf], Any]) -> Sum:
@@ -81,13 +82,16 @@ def inside(cut: Cut, values: Array, leaf: Leaf) -> Array:
   """Tells which entries of `values` >= 0 a cut keeps: [K, *s] -> boolean [K, *s].
 
   Example:
-    >>> cut = Cut(pattern(jnp.array([2.0])), jnp.array([EVERY], jnp.uint32))
+    >>> cut = Cut(pattern(jnp.array([2.0])))
     >>> leaf = Leaf(None, {}, jnp.zeros(1, jnp.uint32), jnp.uint32(0), np.uint32(0), np.uint32(0))
     >>> inside(cut, jnp.array([[1.0, 2.0, 3.0]]), leaf).tolist()
     [[False, True, True]]
   """
-  bits, value, last = pattern(values), _against(cut.value, values), _against(cut.last, values)
-  return (bits > value) | ((bits == value) & (position(values, leaf) <= last))
+  bits, value = pattern(values), _against(cut.value, values)
+  if cut.last is None:
+    return bits >= value
+  early = position(values, leaf) <= _against(cut.last, values)
+  return (bits > value) | ((bits == value) & early)
 
 
 def settled(statistic: Statistic, parts: Sequence[tuple[Any, Leaf]], known: dict[str, Any]) -> Any:
@@ -121,10 +125,11 @@ def _cut(rank: Rank, over: Any, n: Any) -> Cut:
     return jnp.where(enough, tried, value)
 
   zeros = jnp.zeros(n.shape[-1], jnp.uint32)
-  every = jnp.full_like(zeros, EVERY)
   value = lax.fori_loop(jnp.uint32(0), jnp.uint32(31), higher, zeros)
   if not rank.exact:
-    return Cut(value, every)
+    return Cut(value)
+
+  every = jnp.full_like(zeros, EVERY)
 
   def tied(bits: Array) -> Array:
     return bits == _against(value, bits)

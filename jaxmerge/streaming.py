@@ -22,7 +22,8 @@ from jaxmerge.slicing import Form, Parts, Run, Source
 from jaxmerge.stage import Array, Leaf, Method, Rank, Stage, Statistic, Sum
 from jaxmerge.tree import Tree
 
-BLOCK = 2**18  # Sums of floats are made of slices of so many entries, however others are cut.
+BLOCK = 2**19  # Sums of floats are made of slices of so many entries, however others are cut.
+PICKED = 2**14  # So many entries are picked from a slice at a time.
 
 
 def stream(
@@ -38,6 +39,7 @@ def stream(
   entries: int = 2**20,
   done: Collection[str] = (),
   nonfinite: bool = False,
+  measured: Callable[[str, int], None] = lambda name, count: None,
 ) -> None:
   """Merges slice by slice: for each, write(name, start, merged entries [n]) is called.
 
@@ -56,6 +58,7 @@ def stream(
     entries: about so many entries of each model are in a slice.
     done: names of leaves whose result is there already: they are measured, not written.
     nonfinite: whether NaN and infinity are let pass.
+    measured: called with a leaf's name and a number of its entries that a statistic has seen.
   """
   shapes = {n: s.shape for n, s in sorted(source.leaves.items()) if tree.is_floating(s)}
   if ready is None:
@@ -63,9 +66,8 @@ def stream(
     copied = source.leaves.keys() - shapes.keys()
     ready = memory.prepare(method, shapes, source.height, aux, names, copied)
   offsets = tuple(memory.offsets(step, shapes) for step in method)
-  run = Run(
-    method, source, shapes, ready, names, views.check(layout), entries, offsets, {}, nonfinite
-  )
+  layout = views.check(layout)
+  run = Run(method, source, shapes, ready, names, layout, entries, offsets, {}, nonfinite, measured)
   for leaves in _together(run):
     left = [name for name in leaves if name not in done]
     known = _knowledge(run, leaves) if left else ()
@@ -148,8 +150,13 @@ def _measured(
   wanted = [(int(high) << 16) + int(low) for s in ranks for high, low in np.asarray(own[s.rank]).T]
   numbers = _numbers(run, members, i, ranks, known)
   values, lasts = ranking.cut(numbers, wanted, exact=ranks[0].exact)
-  cuts = zip(*(jnp.asarray(x).reshape(len(ranks), -1) for x in (values, lasts)), strict=True)
-  return {s.name: statistics.Cut(*cut) for s, cut in zip(ranks, cuts, strict=True)}
+  cuts = {}
+  for s, value, last in zip(
+    ranks, *(x.reshape(len(ranks), -1) for x in (values, lasts)), strict=True
+  ):
+    tied = (last != ranking.EVERY).any()
+    cuts[s.name] = statistics.Cut(jnp.asarray(value), jnp.asarray(last) if tied else None)
+  return cuts
 
 
 def _sum(run: Run, members: Sequence[str], i: int, statistic: Sum, known: Any, own: Any) -> Any:
@@ -164,6 +171,7 @@ def _sum(run: Run, members: Sequence[str], i: int, statistic: Sum, known: Any, o
     each = jax.device_get(each)  # Before the next slice is read to where this one lies.
     each = jax.tree.map(_wide, each) if combine is np.add else each
     total = each if total is None else jax.tree.map(combine, total, each)
+    run.measured(name, parts.models.shape[1])
   return statistic.finish(jax.tree.map(jnp.asarray, total, dtypes), own)
 
 
@@ -179,29 +187,50 @@ def _numbers(
   size = sum(math.prod(run.shapes[n]) for n in members)
   ranges = [(n, *ends) for n in members for ends in slicing.ranges(run, n, run.entries)]
 
-  def part(name: str, start: int, stop: int, bracket: Any = None) -> ranking.Slice:
-    parts = slicing.read(run, name, start, stop)
-    seen, form = slicing.known_of(run, name, known), slicing.form_of(run, name)
-    seen = _ranked(parts, seen, run.method[:i], form)
-    found = _bits(parts, seen, bracket, form=form, **static)
-    bits, codes = jax.device_get(found)
-    return ranking.Slice(int(parts.offsets[i]) + start, list(bits) * len(ranks), codes)
+  def read(name: str, start: int, stop: int) -> tuple[Parts, dict[str, Any]]:
+    parts, form = slicing.read(run, name, start, stop), slicing.form_of(run, name)
+    seen = _ranked(parts, slicing.known_of(run, name, known), run.method[:i], form)
+    return parts, {"known": seen, "form": form, **static}
+
+  def picked(name: str, start: int, parts: Parts, told: Any, columns: np.ndarray) -> np.ndarray:
+    if told["form"].shape is not None:  # Stages need whole rows.
+      return np.asarray(_bits(parts, **told))[:, columns]
+    found = []
+    for at in range(0, len(columns), PICKED):
+      own = np.zeros(PICKED, np.int64)
+      count = min(PICKED, len(columns) - at)
+      own[:count] = columns[at : at + count]
+      few = slicing.picked(run, name, start, parts, own)
+      found.append(np.asarray(_bits(few, **told))[:, :count])
+    return np.concatenate(found, axis=1)
 
   def sample() -> tuple[np.ndarray, np.ndarray]:
     found, weights = [], []
-    for name in members:
-      whole = math.prod(run.shapes[name])
-      own = [np.stack(part(name, *ends).bits) for ends in slicing.pieces(run, name, size)]
+    for name in (n for n in members if math.prod(run.shapes[n])):
+      own = []
+      for start, stop in slicing.pieces(run, name, size):
+        own.append(picked(name, start, *read(name, start, stop), np.arange(stop - start)))
       found += own
       seen = sum(x.shape[1] for x in own)
-      weights += [np.full(x.shape[1], whole / max(seen, 1)) for x in own]
+      weights += [np.full(x.shape[1], math.prod(run.shapes[name]) / seen) for x in own]
     return np.concatenate(found, axis=1), np.concatenate(weights)
 
   def scan(low: np.ndarray, high: np.ndarray) -> Iterator[ranking.Slice]:
-    bracket = tuple(side.reshape(len(ranks), -1) for side in (low, high))
-    return (part(*ends, bracket) for ends in ranges)
+    bracket = tuple(side.reshape(len(ranks), -1, 1) for side in (low, high))
+    single = bool((low == high).any())
+    for name, start, stop in ranges:
+      parts, told = read(name, start, stop)
+      above, within, near = jax.device_get(_sides(parts, bracket=bracket, single=single, **told))
+      position = int(parts.offsets[i]) + start
+      pick = functools.partial(picked, name, start, parts, told)
+      yield ranking.Slice(position, above, within, near, pick)
+      run.measured(name, stop - start)
 
-  return ranking.Numbers(size, sample, scan, lambda which: part(*ranges[which]))
+  def whole(which: int) -> tuple[int, np.ndarray]:
+    parts, told = read(*ranges[which])
+    return int(parts.offsets[i]) + ranges[which][1], np.asarray(_bits(parts, **told))
+
+  return ranking.Numbers(size, sample, scan, whole)
 
 
 def _ranked(parts: Parts, known: tuple[Any, ...], method: Method, form: Form) -> tuple[Any, ...]:
@@ -284,8 +313,25 @@ def _partial(
   return unrolling.unrolled(run, each=form.each)(_narrowed(parts, form), known, own)
 
 
-@functools.partial(jax.jit, static_argnames=("before", "step", "rank", "form"))
+_RANKED = ("before", "step", "rank", "form")
+
+
+@functools.partial(jax.jit, static_argnames=_RANKED)
 def _bits(
+  parts: Parts, known: Any, *, before: Method, step: Stage, rank: Rank, form: Form
+) -> Array:
+  """The patterns of a slice's values, [K, n]."""
+
+  def run(parts: Parts, known: Any) -> Array:
+    x, leaf, kept = _through(parts, known, before, form)
+    return statistics.pattern(rank.of(memory.seen(step, x, kept), leaf))
+
+  bits = unrolling.unrolled(run, each=form.each)(_narrowed(parts, form), known)
+  return bits.reshape(bits.shape[0], parts.models.shape[1])
+
+
+@functools.partial(jax.jit, static_argnames=(*_RANKED, "single"))
+def _sides(
   parts: Parts,
   known: Any,
   bracket: Any,
@@ -294,20 +340,20 @@ def _bits(
   step: Stage,
   rank: Rank,
   form: Form,
-) -> tuple[Array, Array]:
-  """The patterns [K, n] of a slice's values, and their side of each bracket, [R * K, n]."""
+  single: bool,
+) -> tuple[Array, Array | None, Array]:
+  """On which side of brackets a slice's values are: what `ranking.Slice` holds."""
+  bits = _bits(parts, known, before=before, step=step, rank=rank, form=form)
+  low, high = bracket
+  above, within = bits[None] > high, bits[None] >= low
 
-  def run(parts: Parts, known: Any) -> Array:
-    x, leaf, kept = _through(parts, known, before, form)
-    return statistics.pattern(rank.of(memory.seen(step, x, kept), leaf))
+  def rows(side: Array) -> Array:
+    return side.reshape(low.shape[0] * bits.shape[0], bits.shape[1])
 
-  bits = unrolling.unrolled(run, each=form.each)(_narrowed(parts, form), known)
-  bits = bits.reshape(bits.shape[0], parts.models.shape[1])
-  if bracket is None:
-    return bits, jnp.zeros((0, 0), jnp.uint8)
-  low, high = (side[..., None] for side in bracket)
-  codes = (bits[None] >= low).astype(jnp.uint8) + (bits[None] > high).astype(jnp.uint8)
-  return bits, codes.reshape(low.shape[0] * bits.shape[0], bits.shape[1])
+  near = unrolling.unrolled(functools.partial(jnp.any, axis=0))(
+    rows(within & ~above & (low < high))
+  )
+  return rows(above), rows(within) if single else None, near
 
 
 @functools.partial(jax.jit, static_argnames=("before", "form"))

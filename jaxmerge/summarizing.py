@@ -45,11 +45,23 @@ def described(plan: Plan, *, shard_size: int, out_format: str = "safetensors") -
       settings = json.dumps(job.words, default=str)
       if job.seed is not None:
         settings += f", seed {job.seed}"
-      name = str(job.words.get("method")) if isinstance(job.words, dict) else ""
-      reads = catalog.METHODS[name].reads if name in catalog.METHODS else 1
+      reads = readings(job)
       often = "" if reads == 1 else f", read {reads} times"
       out.append(f"job {i + 1}: {count} tensors of {len(job.models)} models{often}, {settings}")
   return out
+
+
+def readings(job: Job) -> int:
+  """Returns how often a job reads its models; once, as far as is known, by a method of a user's."""
+  name = str(job.words.get("method")) if isinstance(job.words, dict) else ""
+  return catalog.METHODS[name].reads if name in catalog.METHODS else 1
+
+
+def work(plan: Plan, out_format: str = "safetensors") -> int:
+  """Returns the bytes that progress is told of: those of the result, once for each reading."""
+  often = [readings(job) for job in plan.jobs]
+  merged = sum(o.size * (1 if o.job is None else often[o.job]) for o in plan.outputs)
+  return merged + (plan.written if out_format == "orbax" else 0)
 
 
 _RUNTIME = 240_000_000  # Bytes of Python and jax; what follows is measured as well.

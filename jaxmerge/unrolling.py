@@ -4,7 +4,8 @@ A reduction over the task axis is written out: x[2] + (x[1] + x[0]). A compiler 
 scalar loop of a reduction over a short first axis, several times slower than the chain, which it
 fuses and vectorises; and how it rounds in that loop depends on how large the array is, so that a
 slice would not have the bits of the whole. Methods need not know: a driver rewrites the traced
-program where no device holds but some of the models.
+program where no device holds but some of the models. Inner products of a few models become sums
+of products for the same reason: a library's matrix product is made for larger ones.
 
 The same rewriting makes a program of float32 compute in a narrower dtype, operation by operation.
 A program of that dtype would not: compilers keep float32 inside of what they fuse.
@@ -31,6 +32,7 @@ _CHAINS = {
   "reduce_or": jnp.logical_or,
 }
 LONGEST = 64  # A longer first axis is no task axis, and would make a long program.
+PAIRS = 16  # As many inner products are written out, at most.
 # Functions that are one operation: they round their result alone.
 _ONE = {"_var"}
 # Random numbers are compared with, and not rounded.
@@ -41,6 +43,8 @@ _EXACT = {"broadcast_in_dim", "concatenate", "reshape", "select_n", "slice", "sq
 
 def unrolled(f: Callable[..., Any], *, each: str | None = None) -> Callable[..., Any]:
   """Returns f with its reductions over a first axis, of at most `LONGEST`, as chains.
+
+  Products of at most `PAIRS` pairs of models become sums.
 
   Args:
     f: a function of arrays.
@@ -114,12 +118,32 @@ def _one(equation: Any, given: list[Any], to: Round) -> list[Any]:
     # The new term on the left: of two products in a sum a compiler fuses the left one's rounding
     # away, and in a reduction that is the newer.
     return [functools.reduce(lambda held, x: _CHAINS[name](x, held), list(given[0]))]
+  if name == "dot_general" and _is_few(given, settings["dimension_numbers"]):
+    return [_products(*given)]
   bound = equation.primitive.get_bind_params(settings)  # A pair in other versions of jax.
   functions, settings = bound if isinstance(bound, tuple) else ((), bound)
   if name in ("while", "scan", "cond"):
     settings = {key: _inner(value, to) for key, value in settings.items()}
   out = equation.primitive.bind(*functions, *given, **settings)
   return out if equation.primitive.multiple_results else [out]
+
+
+def _is_few(given: Sequence[Any], axes: Any) -> bool:
+  """Tells whether a product is that of each of a few models with each."""
+  (left, right), batch = axes
+  rest = tuple(range(1, given[0].ndim))
+  pairs = given[0].shape[0] * given[1].shape[0]
+  return tuple(left) == tuple(right) == rest and batch == ((), ()) and 0 < pairs <= PAIRS
+
+
+def _products(x: Any, y: Any) -> Any:
+  """The inner product of each of some models with each of others, [K, *s], [M, *s] -> [K, M]."""
+  same = x is y
+  found: dict[tuple[int, int], Any] = {}
+  for i in range(x.shape[0]):
+    for j in range(y.shape[0]):
+      found[i, j] = found[j, i] if same and j < i else jnp.sum(x[i] * y[j])
+  return jnp.stack([jnp.stack([found[i, j] for j in range(y.shape[0])]) for i in range(len(x))])
 
 
 def _called(equation: Any) -> str | None:

@@ -13,7 +13,10 @@ import small
 import xxhash
 
 import jaxmerge
-from jaxmerge import files, methods, planning, stage
+from jaxmerge import files, methods, planning, stage, summarizing
+from jaxmerge.io import growing
+from jaxmerge.io.tensor import Files
+from jaxmerge.recipe import plan as plans
 
 NAMES = ("red", "green", "blue")
 METHODS = {
@@ -238,8 +241,6 @@ def test_a_folder_that_is_there_is_not_touched(tmp_path):
 
 
 def test_an_interrupted_merge_goes_on_and_gives_the_same_bytes(tmp_path, monkeypatch):
-  from jaxmerge.io import growing
-
   folders.family(tmp_path)
   monkeypatch.setattr(growing, "SYNCED", 1)  # Every tensor is written down as done.
   merge = (methods.average(), paths(tmp_path))
@@ -266,9 +267,40 @@ def test_an_interrupted_merge_goes_on_and_gives_the_same_bytes(tmp_path, monkeyp
   assert not part.exists()
 
 
-def test_what_was_damaged_meanwhile_is_made_again(tmp_path, monkeypatch):
-  from jaxmerge.io import growing
+RECIPES = {
+  "measured twice": "merge_method: ties\nparameters: {weight: 1.0, density: 0.5}",
+  "measured once": "compat: mergekit\nmerge_method: ties\nparameters: {weight: 1.0, density: 0.5}",
+  "not measured": "merge_method: task_arithmetic\nparameters: {weight: 1.0}",
+}
 
+
+@pytest.mark.parametrize("text", RECIPES.values(), ids=RECIPES)
+@pytest.mark.parametrize("interrupted", [False, True], ids=["in one go", "interrupted"])
+def test_progress_is_told_of_all_the_work(tmp_path, monkeypatch, text, interrupted):
+  monkeypatch.setattr(growing, "SYNCED", 1)
+  folders.family(tmp_path)
+  recipe = tmp_path / "recipe.yml"
+  models = "".join(f"- model: {p}\n" for p in paths(tmp_path))
+  recipe.write_text(f"{text}\nbase_model: {tmp_path / 'base'}\nmodels:\n{models}")
+  plan = plans.of_file(str(recipe), Files())
+  counts = []
+
+  def told(count):
+    counts.append(count)
+    if interrupted and len(counts) > 20:
+      raise KeyboardInterrupt
+
+  if interrupted:
+    with pytest.raises(KeyboardInterrupt):
+      files.run(plan, tmp_path / "out", progress=told, entries=16)
+    counts, interrupted = [], False
+  files.run(plan, tmp_path / "out", progress=told, entries=16)
+  assert sum(counts) == summarizing.work(plan)
+  # The first is what was done before.
+  assert max(counts[1:]) < sum(counts) / 2
+
+
+def test_what_was_damaged_meanwhile_is_made_again(tmp_path, monkeypatch):
   folders.family(tmp_path)
   monkeypatch.setattr(growing, "SYNCED", 1)
   merge = (methods.average(), paths(tmp_path))

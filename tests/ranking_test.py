@@ -17,21 +17,24 @@ def numbers(rows, sample, cuts, log=None):
   ends = sorted({0, *cuts, rows.shape[1]})
   ranges = list(itertools.pairwise(ends))
 
-  def part(start, stop, bracket=None):
+  def part(start, stop, low, high):
+    bits = part_of(start, stop)
+    low, high = low[:, None], high[:, None]
+    above, within = bits > high, bits >= low
+    near = (within & ~above & (low < high)).any(axis=0)
+    single = (low == high).any()
+    return ranking.Slice(start, above, within if single else None, near, lambda at: bits[:, at])
+
+  def part_of(start, stop):
     if log is not None:
       log.append((start, stop))
-    bits = rows[:, start:stop]
-    if bracket is None:
-      return ranking.Slice(start, list(bits), np.zeros((0, 0), np.uint8))
-    low, high = bracket
-    codes = (bits >= low[:, None]).astype(np.uint8) + (bits > high[:, None]).astype(np.uint8)
-    return ranking.Slice(start, list(bits), codes)
+    return rows[:, start:stop]
 
   return ranking.Numbers(
     rows.shape[1],
     lambda: (np.asarray(sample, np.uint32), np.ones(np.shape(sample)[1])),
-    lambda low, high: (part(*ends, (low, high)) for ends in ranges),
-    lambda which: part(*ranges[which]),
+    lambda low, high: (part(*ends, low, high) for ends in ranges),
+    lambda which: (ranges[which][0], part_of(*ranges[which])),
   )
 
 
@@ -44,7 +47,7 @@ def expected(row, n):
 values = st.one_of(st.integers(0, 5), st.integers(0, ranking.NONE - 1))
 
 
-@settings(max_examples=300)
+@settings(max_examples=400)
 @given(st.data())
 def test_a_cut_is_the_head_of_a_stable_sort(data):
   size, models = data.draw(st.integers(1, 60)), data.draw(st.integers(1, 3))
@@ -55,8 +58,11 @@ def test_a_cut_is_the_head_of_a_stable_sort(data):
   sample = [data.draw(st.lists(values, min_size=sampled, max_size=sampled)) for _ in rows]
   ranks = [data.draw(st.integers(0, size)) for _ in rows]
   cuts = data.draw(st.lists(st.integers(1, size), max_size=6))
-  found, lasts = ranking.cut(numbers(rows, sample, cuts), ranks, exact=True)
-  again, every = ranking.cut(numbers(rows, sample, cuts), ranks, exact=False)
+  with pytest.MonkeyPatch.context() as patch:  # Room for a few, or for all.
+    patch.setattr(ranking, "HELD", data.draw(st.sampled_from([3, 12, 2**22])))
+    patch.setattr(ranking, "FINE", data.draw(st.sampled_from([1, 16])))
+    found, lasts = ranking.cut(numbers(rows, sample, cuts), ranks, exact=True)
+    again, every = ranking.cut(numbers(rows, sample, cuts), ranks, exact=False)
   assert (found == again).all()
   assert (every == ranking.EVERY).all()
   at = np.arange(size)
@@ -66,15 +72,23 @@ def test_a_cut_is_the_head_of_a_stable_sort(data):
     assert set(np.flatnonzero((row > value) | ((row == value) & (at <= last))).tolist()) == inside
 
 
-def test_a_good_sample_needs_one_scan(monkeypatch):
-  monkeypatch.setattr(ranking, "HELD", 1000)  # Counted together now and then.
+@pytest.mark.parametrize(
+  ("different", "held", "scans"),
+  [(None, 2**22, 1), (100, 4000, 1), (None, 2000, 2)],
+  ids=["much room", "equal ones together", "too many are different"],
+)
+def test_a_good_sample_needs_one_scan_where_there_is_room(monkeypatch, different, held, scans):
+  monkeypatch.setattr(ranking, "HELD", held)
+  monkeypatch.setattr(ranking, "FINE", 8)
   rng = np.random.default_rng(0)
-  rows = np.abs(rng.normal(size=(2, 200_000)).astype(np.float32)).view(np.uint32)
+  x = np.abs(rng.normal(size=(2, 200_000)))
+  x = x if different is None else np.round(x * different) / different
+  rows = x.astype(np.float32).view(np.uint32)
   cuts, log = range(10_000, 200_000, 10_000), []
   ranks = [40_000, 199_000]
-  found, _ = ranking.cut(numbers(rows, rows[:, ::50], cuts, log), ranks, exact=True)
+  found, _ = ranking.cut(numbers(rows, rows[:, ::50], cuts, log), ranks, exact=False)
   assert found.tolist() == [expected(row, n)[0] for row, n in zip(rows, ranks, strict=True)]
-  assert len(log) == 20
+  assert len(log) == 20 * scans
 
 
 @pytest.mark.parametrize("share", [0.3, 1.0])

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import small
 
-from jaxmerge import methods, streaming, unrolling
+from jaxmerge import methods, statistics, streaming, unrolling
 from jaxmerge.precision import Precision
 
 DTYPES = [ml_dtypes.bfloat16, np.float16]
@@ -83,3 +83,16 @@ def test_random_masks_are_those_of_float32():
 def test_without_a_dtype_nothing_changes():
   text = str(jax.make_jaxpr(unrolling.unrolled(lambda x: x.mean(axis=0) / 3))(jnp.ones((3, 4))))
   assert "reduce_precision" not in text
+
+
+@pytest.mark.parametrize("height", [1, 3, 4, 5])
+def test_inner_products_are_sums_where_models_are_few(height):
+  x = np.random.default_rng(0).normal(size=(height, 6, 50)).astype(np.float32)
+  f = unrolling.unrolled(statistics.inner_products)
+  found = f(jnp.asarray(x))
+  flat = x.reshape(height, -1).astype(np.float64)
+  np.testing.assert_allclose(found, flat @ flat.T, rtol=1e-5, atol=1e-4)
+  assert ("dot_general" in str(jax.make_jaxpr(f)(x))) == (height > 4)
+  assert str(jax.make_jaxpr(f)(x)).count("reduce_sum") == (height * (height + 1) // 2) * (
+    height < 5
+  )

@@ -46,8 +46,8 @@ def elect_sign(zero_sum: Literal["majority", "plus"] = _ties["zero_sum"].default
       statistics.at_least(sides[:, i : i + 1], sides[:, 1 - i : 2 - i])[0] for i in (0, 1)
     )
     majority = more.astype(x.dtype) - fewer.astype(x.dtype)
-    elected = jnp.sign(_added(x))
-    elected = jnp.where(elected == 0, majority, elected)
+    merged = _added(x)
+    elected = jnp.where(merged > 0, 1, jnp.where(merged < 0, -1, majority))
     return jnp.where(x * elected > 0, x, 0)
 
   counted = statistics.total("sides", sides)._replace(combine=statistics.plus)
