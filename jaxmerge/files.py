@@ -88,14 +88,10 @@ def merge_files(
     ValueError: naming file, tensor and value, for inputs that do not fit or are damaged.
     FileExistsError: where there is something at `out` and `replace` is not set.
   """
-  files = Files()
-  commits: dict[str, str] = {}
+  files, find = Files(), hub.Finder(download=download)
 
   def opened(model: Path, name: str) -> planning.Model:
-    path, revision = hub.split(model)
-    found = hub.located(path, revision, download=download)
-    if found.commit is not None:
-      commits[hub.joined(path, revision)] = found.commit
+    found = find(*hub.split(model))
     return planning.model(found.folder, files, name=name, home=found.home)
 
   try:
@@ -106,7 +102,7 @@ def merge_files(
     start = None if base is None else opened(base, "the base")
     kept = None if dtype is None else np.dtype(dtype)
     plan = planning.simple(job, start, each, dtype=kept, missing=missing)
-    plan = plan._replace(facts={**plan.facts, **({"hub": commits} if commits else {})})
+    plan = plan._replace(facts={**plan.facts, **find.facts})
     made = run(plan, out, **options)
   finally:
     files.close()

@@ -92,6 +92,30 @@ def located(
   return Found(pathlib.Path(path))
 
 
+class Finder:
+  """Finds models as `located` does, and takes note of what came from the hub.
+
+  Attributes:
+    commits: of the models of the hub that were found, by what they were called.
+  """
+
+  def __init__(self, *, download: bool = False):
+    self.commits: dict[str, str] = {}
+    self._download = download
+
+  def __call__(self, path: str, revision: str | None = None, *, weights: bool = True) -> Found:
+    """Returns where a model or an adapter lies, see `located`."""
+    found = located(path, revision, download=self._download, weights=weights)
+    if found.commit is not None:
+      self.commits[joined(path, revision)] = found.commit
+    return found
+
+  @property
+  def facts(self) -> dict[str, dict[str, str]]:
+    """What the provenance says of the hub; nothing where nothing came from there."""
+    return {"hub": self.commits} if self.commits else {}
+
+
 def _snapshot(name: str, revision: str | None, download: bool, weights: bool) -> Found:
   called = joined(name, revision)
   if revision is not None and (".." in revision or not _REVISION.fullmatch(revision)):

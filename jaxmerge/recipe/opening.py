@@ -19,30 +19,24 @@ class Opener(NamedTuple):
   Attributes:
     model: opens a model; RecipeError for one that is not there, or is damaged.
     folder: finds the folder of one whose tokenizer alone is wanted; OSError, ValueError.
-    commits: of the models of the hub that were opened, by what the recipe calls them.
+    find: finds both, and knows what came from the hub.
   """
 
   model: Callable[[Model], planning.Model]
   folder: Callable[[Model], pathlib.Path]
-  commits: dict[str, str]
+  find: hub.Finder
 
 
 def opener(files: Files, *, download: bool = False) -> Opener:
   """Returns how the models of recipes are opened; nothing is fetched without `download`."""
-  commits: dict[str, str] = {}
-
-  def located(path: str, revision: str | None, weights: bool = True) -> hub.Found:
-    found = hub.located(path, revision, download=download, weights=weights)
-    if found.commit is not None:
-      commits[hub.joined(path, revision)] = found.commit
-    return found
+  find = hub.Finder(download=download)
 
   def whole(model: Model) -> planning.Model:
-    found = located(model.path, model.revision)
+    found = find(model.path, model.revision)
     opened = planning.model(found.folder, files, name=str(model), home=found.home)
     if model.adapter is None:
       return opened
-    own = located(model.adapter, model.adapter_revision)
+    own = find(model.adapter, model.adapter_revision)
     tensors = adapter.adapted(opened.tensors, own.folder, files, home=own.home)
     return opened._replace(tensors=tensors, files=(*opened.files, *adapter.paths(own.folder)))
 
@@ -53,6 +47,6 @@ def opener(files: Files, *, download: bool = False) -> Opener:
       raise RecipeError([Problem(model.place, str(error))]) from error
 
   def folder(model: Model) -> pathlib.Path:
-    return located(model.path, model.revision, weights=False).folder
+    return find(model.path, model.revision, weights=False).folder
 
-  return Opener(opened, folder, commits)
+  return Opener(opened, folder, find)

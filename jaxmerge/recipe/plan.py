@@ -64,7 +64,7 @@ def of_file(
     if recipe.name is not None:
       results[recipe.name] = made(recipe.name, planned(recipe, model, opener.folder))
   plan = planned(recipes[-1], model, opener.folder)
-  facts = {"recipe": text, **({"hub": opener.commits} if opener.commits else {}), **plan.facts}
+  facts = {"recipe": text, **opener.find.facts, **plan.facts}
   return plan._replace(facts=facts, texts={**plan.texts, RECIPE: text})
 
 
