@@ -153,6 +153,7 @@ _TASK_ARITHMETIC = "Ilharco et al. 2023 (arXiv:2212.04089)"
 _DARE = "Yu et al. 2024 (arXiv:2311.03099)"
 _BREADCRUMBS = "Davari and Belilovsky 2024 (arXiv:2312.06795)"
 _DELLA = "Deep et al. 2024 (arXiv:2406.11617)"
+_YIN = "Yin et al. 2018 (arXiv:1803.01498)"
 _RAM = "Yuan et al. 2026 (arXiv:2601.13572)"
 
 METHODS: Mapping[str, Entry] = {
@@ -239,6 +240,20 @@ METHODS: Mapping[str, Entry] = {
     {**_BAND, "reduce": _REDUCE._replace(default="sum"), "zero_sum": _ZERO_SUM},
     reads=3,
   ),
+  "magmax": Entry(
+    "θ₀ + λ τᵢ of largest abs(τᵢ), entry by entry",
+    "Marczak et al. 2024 (arXiv:2407.06322)",
+    {"scale": _SCALE._replace(default=0.5)},
+  ),
+  "consensus": Entry(
+    "θ₀ + λ (entries that k models need) ⊙ Σ τᵢ, needed where abs(τᵢ) > ε abs(Σ τⱼ - τᵢ)",
+    "Wang et al. 2024 (arXiv:2405.07813)",
+    {
+      "scale": _SCALE._replace(default=0.3),
+      "threshold": Parameter(0.4, "ε, scalar or one per model", low=0.0),
+      "least": Parameter(2, "k, as many models must need an entry", low=0, integer=True),
+    },
+  ),
   "model_stock": Entry(
     "θ₀ + t mean τᵢ, t = N cos/(1 + (N-1) cos)",
     "Jang et al. 2024 (arXiv:2403.19522)",
@@ -286,6 +301,28 @@ METHODS: Mapping[str, Entry] = {
     "θ₀ + τ where abs(τ)·KL(softmax θ, softmax θ₀) ≥ median + 1.5 IQR",
     "mergekit 0.1 (arcee.ai, 2025)",
     {},
+    reads=2,
+  ),
+  "median": Entry("median of θᵢ, entry by entry", _YIN, {}, on="either"),
+  "trimmed_mean": Entry(
+    "mean of θᵢ without the f lowest and f highest, entry by entry",
+    _YIN,
+    {"trim": Parameter(1, "f", low=0, integer=True, static=True)},
+    on="either",
+  ),
+  "krum": Entry(
+    "mean of the m models with the least sum of squared distances to the K - f - 2 nearest",
+    "Blanchard et al. 2017 (arXiv:1703.02757)",
+    {
+      "outliers": Parameter(
+        1, "f, as many models may be anything", low=0, integer=True, static=True
+      ),
+      "select": Parameter(1, "m, as many are averaged", low=1, integer=True, static=True),
+      "scope": Parameter(
+        "tree", "distances of whole models, or of leaves", choices=("tree", "leaf")
+      ),
+    },
+    on="either",
     reads=2,
   ),
   "slerp": Entry(

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import numpy as np
 import oracles
 import oracles_entries
+import oracles_robust
 import oracles_spheres
 import small
 
@@ -129,6 +130,16 @@ def _stock(scope, clip):
   )
 
 
+def _krum(scope):
+  return Row(
+    methods.krum(0, 2, scope),
+    lambda taus, draw: oracles_robust.krum(taus, 0, 2, scope),
+    {},
+    summed=True,
+    one=False,
+  )
+
+
 def _fused(taus, draw):
   base, _ = small.trees()
   return oracles_entries.arcee_fusion(taus, base, small.VIEWS)
@@ -190,6 +201,17 @@ TABLE = {
     WEIGHTS,
     seeded=True,
   ),
+  "magmax": Row(methods.magmax(), lambda taus, draw: oracles_entries.magmax(taus, 0.5), {}),
+  "consensus": Row(
+    methods.consensus(0.5),
+    lambda taus, draw: oracles_entries.consensus(taus, 0.5, 0.4, 2),
+    {"threshold": (0.4, 0.0, 1.0), "least": (2.0, 0.0, 5.0)},
+  ),
+  "median": Row(methods.median(), lambda taus, draw: oracles_robust.median(taus), {}),
+  "trimmed_mean": Row(
+    methods.trimmed_mean(), lambda taus, draw: oracles_robust.trimmed_mean(taus, 1), {}, one=False
+  ),
+  **{f"krum by {scope}": _krum(scope) for scope in ("tree", "leaf")},
   "slerp": _spherical(
     methods.slerp(0.3),
     lambda taus: oracles_spheres.slerp(taus, 0.3),

@@ -27,6 +27,25 @@ def sce(taus, density=1.0, floor=0.0):
   return out
 
 
+def magmax(taus, scale):
+  """Goes through the models, and takes over what is at least as large."""
+  out = {n: x.copy() for n, x in taus[0].items()}
+  for tau in taus[1:]:
+    for n, x in tau.items():
+      out[n] = np.where(np.abs(x) >= np.abs(out[n]), x, out[n])
+  return {n: scale * x for n, x in out.items()}
+
+
+def consensus(taus, scale, threshold, least):
+  """Counts the TALL masks."""
+  total = {n: sum(t[n] for t in taus) for n in taus[0]}
+  out = {}
+  for n, x in total.items():
+    votes = sum((np.abs(t[n]) > threshold * np.abs(x - t[n])).astype(int) for t in taus)
+    out[n] = scale * np.where(votes >= least, x, 0)
+  return out
+
+
 def ram(taus, threshold=1e-5, boost=0.0, limit=0.0, scope="leaf"):
   """Sums what one model changes, amplified, and averages what many do."""
   changed = [{n: np.abs(x) > threshold for n, x in t.items()} for t in taus]

@@ -1,4 +1,6 @@
-"""Choosing entries: SCE, Arcee fusion, NearSwap, passthrough, RAM."""
+"""Choosing entries: MagMax, consensus, SCE, Arcee fusion, NearSwap, passthrough, RAM."""
+
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +18,10 @@ from jaxmerge import methods
 @pytest.mark.parametrize(
   ("method", "expected"),
   [
+    (methods.magmax(1.0), [0.9, -0.5, -0.8, 0.7, -0.6, -0.4]),
+    (methods.consensus(1.0), [1.1, -0.3, -0.3, 0, -0.6, -0.2]),
+    (methods.consensus(1.0, 0.4, 3), [0, -0.3, 0, 0, 0, 0]),
+    (methods.consensus(0.5, 1.0, 1), TAU.sum(axis=0) / 2),
     (methods.sce(), [0.714786, -0.255752, -0.8, 0.355072, -0.444248, -0.4]),
     (methods.sce(0.34), [0.708602, 0, -0.8, 0, 0, 0]),
     (methods.sce(0.1), np.zeros(6)),
@@ -31,6 +37,25 @@ from jaxmerge import methods
 )
 def test_worked_example(method, expected):
   close(merged(method, TAU), expected)
+
+
+def test_magmax_takes_the_last_of_those_that_tie():
+  close(merged(methods.magmax(1.0), [[0.3, -0.5], [-0.3, 0.5], [0.1, -0.5]]), [-0.3, -0.5])
+
+
+@pytest.mark.parametrize("k", range(3))
+def test_magmax_of_the_result_and_a_model_is_the_result(k):
+  once = merged(methods.magmax(1.0))
+  close(merged(methods.magmax(1.0), [once, TAU[k]]), once, atol=0)
+
+
+def test_consensus_of_none_and_of_too_many():
+  """No entry is dropped, or all are; a larger threshold drops more."""
+  close(merged(methods.consensus(0.3, 0.4, 0)), merged(methods.task_arithmetic(0.3)))
+  close(merged(methods.consensus(1.0, 0.4, 4)), np.zeros(6), atol=0)
+  kept = [merged(methods.consensus(1.0, t)) != 0 for t in (0.0, 0.2, 0.4, 0.8, 2.0)]
+  assert all((more >= fewer).all() for more, fewer in itertools.pairwise(kept))
+  assert kept[0].sum() > kept[-1].sum()
 
 
 def test_sce_of_small_task_vectors():

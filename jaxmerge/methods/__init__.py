@@ -3,9 +3,10 @@
 from jaxmerge.methods.arithmetic import analogy, negation, task_arithmetic
 from jaxmerge.methods.averaging import average, scaled, weighted, weighted_sum
 from jaxmerge.methods.banding import band, breadcrumbs, breadcrumbs_ties
-from jaxmerge.methods.overlapping import ram, ramplus_tl
+from jaxmerge.methods.overlapping import consensus, ram, ramplus_tl
 from jaxmerge.methods.pruning import della, della_linear, magprune
-from jaxmerge.methods.selecting import arcee_fusion, most_varied, nearswap, passthrough, sce
+from jaxmerge.methods.robust import krum, median, trimmed_mean
+from jaxmerge.methods.selecting import arcee_fusion, magmax, most_varied, nearswap, passthrough, sce
 from jaxmerge.methods.signs import (
   dare_ties,
   disjoint_max,
@@ -23,6 +24,7 @@ __all__ = [
   "arcee_fusion",
   "average",
   "band",
+  "consensus",
   "breadcrumbs",
   "breadcrumbs_ties",
   "dare",
@@ -35,8 +37,11 @@ __all__ = [
   "elect_sign",
   "elected",
   "karcher",
+  "magmax",
+  "krum",
   "magprune",
   "matched",
+  "median",
   "model_stock",
   "most_varied",
   "multislerp",
@@ -53,6 +58,7 @@ __all__ = [
   "task_arithmetic",
   "ties",
   "trim",
+  "trimmed_mean",
   "weighted",
   "weighted_sum",
 ]

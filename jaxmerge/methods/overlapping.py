@@ -1,4 +1,4 @@
-"""RAM: entries that only one model changes are kept, those that many change are averaged."""
+"""What becomes of an entry by how many models change it, or need it."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from typing import Any, Literal  # Any: what is known is a tree of arrays.
 import jax.numpy as jnp
 
 from jaxmerge import catalog, statistics
-from jaxmerge.stage import Array, Leaf, Method, Stage, Sum, leafwise
+from jaxmerge.methods import averaging
+from jaxmerge.stage import Array, Leaf, Method, Stage, Sum, chain, leafwise
 
+_consensus = catalog.METHODS["consensus"].parameters
 _ram = catalog.METHODS["ramplus_tl"].parameters
 
 
@@ -83,6 +85,42 @@ def ramplus_tl(
 
   measured = Sum("counts", counts, combine=statistics.plus)
   return (Stage(update, (measured,), numbers=given, scope=scope, combines=True),)
+
+
+def consensus(
+  scale: float = _consensus["scale"].default,
+  threshold: float | tuple[float, ...] = _consensus["threshold"].default,
+  least: int = _consensus["least"].default,
+) -> Method:
+  """Adds the task vectors up, without the entries that too few models need.
+
+  A model needs an entry where its task vector is larger in magnitude than `threshold` times what
+  the others add to it: these entries are its TALL mask.
+
+  Args:
+    scale: factor on the sum.
+    threshold: the larger, the fewer entries a model needs; scalar or one per model.
+    least: as many models must need an entry. 2 drops those that none needs, and those that only one
+      does; 0 drops none.
+
+  Reference: Wang et al. 2024, Localizing task information (arXiv:2405.07813).
+
+  Example:
+    >>> import jaxmerge
+    >>> x = {"w": jnp.array([[2.0, 2.0, 0.5], [1.0, -0.1, -0.5]])}
+    >>> jaxmerge.blend(consensus(scale=1.0), x)["w"].tolist()
+    [3.0, 0.0, 0.0]
+  """
+  catalog.check("consensus", {"scale": scale, "threshold": threshold, "least": least})
+
+  def update(x: Array, leaf: Leaf) -> Array:
+    total = jnp.sum(x, axis=0, keepdims=True)
+    needed = jnp.abs(x) > leaf.number("threshold", x) * jnp.abs(total - x)
+    many = _changers(needed).astype(x.dtype) >= leaf.scalar("least", x)
+    return jnp.where(many, total, 0)
+
+  settings = {"threshold": threshold, "least": least}
+  return chain(leafwise(update, numbers=settings, combines=True), averaging.scaled(scale))
 
 
 def _changed(x: Array, leaf: Leaf) -> Array:

@@ -1,7 +1,8 @@
-"""Choosing entries by what the models make of them: variance, importance, nearness."""
+"""Choosing entries by what the models make of them: size, variance, importance, nearness."""
 
 from __future__ import annotations
 
+import functools
 from typing import Any  # What is known is a tree of arrays.
 
 import jax
@@ -10,7 +11,19 @@ from jax import lax
 
 from jaxmerge import catalog, statistics, views
 from jaxmerge.methods import averaging, signs
-from jaxmerge.stage import Array, Group, Leaf, Method, Rank, Stage, Sum, chain, for_models, join
+from jaxmerge.stage import (
+  Array,
+  Fold,
+  Group,
+  Leaf,
+  Method,
+  Rank,
+  Stage,
+  Sum,
+  chain,
+  for_models,
+  join,
+)
 
 _sce = catalog.METHODS["sce"].parameters
 
@@ -142,6 +155,37 @@ def arcee_fusion() -> Method:
   measured = (Rank("quartiles", thrice, rank="ranks"),)
   rows = Stage(importance, unit="row", rest="row")
   return join((rows,), Stage(update, measured, init, scope="leaf"))
+
+
+def magmax(scale: float = catalog.METHODS["magmax"].parameters["scale"].default) -> Method:
+  """Takes, entry by entry, the task vector of largest magnitude; of those that tie, the last.
+
+  Args:
+    scale: factor on the result.
+
+  Reference: Marczak et al. 2024, MagMax (arXiv:2407.06322).
+
+  Example:
+    >>> import jaxmerge
+    >>> x = {"w": jnp.array([[0.9, 0.25], [-0.5, -0.25]])}
+    >>> jaxmerge.blend(magmax(scale=1.0), x)["w"].round(2).tolist()
+    [0.9, -0.25]
+  """
+  catalog.check("magmax", {"scale": scale})
+
+  def larger(held: Array | None, x: Array, leaf: Leaf) -> Array:
+    rows = jnp.split(views.together(x), x.shape[0])
+    return functools.reduce(_larger, rows if held is None else [held, *rows])
+
+  fold = Fold(larger, lambda held, leaf: held)
+  largest = Stage(
+    lambda x, leaf, known: larger(None, x, leaf), combines=True, ordered=True, fold=fold
+  )
+  return chain((largest,), averaging.scaled(scale))
+
+
+def _larger(held: Array, x: Array) -> Array:
+  return jnp.where(jnp.abs(x) >= jnp.abs(held), x, held)
 
 
 def nearswap(t: float = catalog.METHODS["nearswap"].parameters["t"].default) -> Method:

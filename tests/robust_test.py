@@ -1,0 +1,85 @@
+"""Aggregation against outliers: worked examples, identities, and what one bad model can do."""
+
+import numpy as np
+import pytest
+from example import TAU, blended, close, merged
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+
+from jaxmerge import methods
+
+# Four models that agree, and one that does not.
+G = np.array([[1.0, 2.0], [1.3, 1.8], [0.9, 2.3], [1.15, 1.95], [10.0, -10.0]], np.float32)
+
+
+@pytest.mark.parametrize(
+  ("method", "expected"),
+  [
+    (methods.median(), [1.15, 1.95]),
+    (methods.trimmed_mean(1), [1.15, 1.916667]),
+    (methods.trimmed_mean(2), [1.15, 1.95]),
+    (methods.krum(1), [1.15, 1.95]),
+    (methods.krum(1, 2), [1.075, 1.975]),
+    (methods.krum(1, 4), [1.0875, 2.0125]),
+  ],
+)
+def test_worked_example(method, expected):
+  close(blended(method, G), expected)
+
+
+def test_the_lower_of_two_middles_is_the_median():
+  close(blended(methods.median(), [[4.0], [1.0], [3.0], [2.0]]), [2.0])
+
+
+def test_identities():
+  close(merged(methods.trimmed_mean(0)), merged(methods.average()))
+  close(merged(methods.median()), merged(methods.trimmed_mean(1)))
+  close(merged(methods.krum(0, 3)), merged(methods.average()))
+
+
+@pytest.mark.parametrize("height", [31, 32, 33, 40])
+def test_many_models_are_sorted_as_well(height):
+  x = np.random.default_rng(0).normal(size=(height, 50)).astype(np.float32)
+  close(blended(methods.median(), x), np.sort(x, axis=0)[(height - 1) // 2], atol=0)
+  close(blended(methods.trimmed_mean(4), x), np.sort(x, axis=0)[4:-4].mean(axis=0))
+
+
+finite = st.floats(-1e6, 1e6, width=32)
+
+
+@given(arrays.arrays(np.float32, (5, 3), elements=finite), st.integers(0, 4), finite)
+def test_one_model_cannot_leave_the_range_of_the_others(x, which, value):
+  others = np.delete(x, which, axis=0)
+  x[which] = value
+  slack = 1e-6 * np.abs(others).max()
+  for method in (methods.median(), methods.trimmed_mean(1)):
+    out = blended(method, x)
+    assert (others.min(axis=0) - slack <= out).all()
+    assert (out <= others.max(axis=0) + slack).all()
+
+
+@pytest.mark.parametrize("far", [1e2, 1e6, 1e12])
+def test_krum_leaves_out_what_is_far(far):
+  x = np.array(G)
+  x[4] = far
+  close(blended(methods.krum(1, 4), x), x[:4].mean(axis=0))
+
+
+def test_near_models_are_told_apart():
+  """By their differences: squares of weights near 100 have no digits left for those of 1e-3."""
+  x = 100 + 1e-3 * np.array([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.5, 0.5], [8.0, 8.0]])
+  close(blended(methods.krum(1), x), x[3].astype(np.float32), atol=0)
+
+
+@pytest.mark.parametrize(
+  ("method", "message"),
+  [
+    (methods.trimmed_mean(2), "trimmed_mean merges 5 or more models, got 3"),
+    (methods.krum(1), "krum merges 5 or more models, got 3"),
+    (methods.krum(0, 4), "krum: of 3 models, 0 of them outliers, at most 3 can be selected, got"),
+  ],
+)
+def test_too_few_models_are_refused(method, message):
+  with pytest.raises(ValueError, match=message):
+    merged(method, TAU)
