@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from typing import Any  # A stack is any tree of arrays.
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 AXES = ("task", "data", "model")
+Rules = Sequence[tuple[str, P]]  # Regular expression of a leaf's name, and how it is sharded.
 
 
 def make(
@@ -58,6 +60,44 @@ def by_task(mesh: Mesh) -> NamedSharding:
 def everywhere(mesh: Mesh) -> NamedSharding:
   """Returns the sharding of what every device holds whole."""
   return NamedSharding(mesh, P())
+
+
+def spec(name: str, shape: Sequence[int], rules: Rules) -> P:
+  """Returns how a leaf is sharded: the first rule whose pattern is found in its name.
+
+  >>> spec("layers/mlp/up/kernel", (2, 8, 32), [("/kernel$", P(None, None, "model"))])
+  PartitionSpec(None, None, 'model')
+
+  Raises:
+    ValueError: where no rule matches, or the one that does has more axes than the leaf.
+  """
+  for pattern, own in rules:
+    if re.search(pattern, name):
+      if len(own) > len(shape):
+        raise ValueError(f"leaf {name!r} of shape {list(shape)} cannot be sharded as {own}.")
+      return own
+  patterns = ", ".join(repr(pattern) for pattern, _ in rules)
+  raise ValueError(f"no sharding rule matches leaf {name!r}; there are rules for {patterns}.")
+
+
+def place(name: str, shape: Sequence[int], mesh: Mesh | None, rules: Rules) -> Sharding:
+  """Returns where a leaf goes: by its rule over a mesh, or to the default device without one.
+
+  Raises:
+    ValueError: as `spec`, or where the devices of an axis do not divide the leaf's.
+  """
+  if mesh is None:
+    return SingleDeviceSharding(jax.devices()[0])
+  own = spec(name, shape, rules)
+  for size, axes in zip(shape, own, strict=False):
+    each = (axes,) if isinstance(axes, str) else tuple(axes or ())
+    count = math.prod(mesh.shape[axis] for axis in each)
+    if size % count:
+      raise ValueError(
+        f"leaf {name!r} of shape {list(shape)} cannot be sharded as {own}: {size} entries over "
+        f"{count} devices."
+      )
+  return NamedSharding(mesh, own)
 
 
 def put(tree: Any, sharding: NamedSharding) -> Any:

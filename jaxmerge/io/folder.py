@@ -137,17 +137,21 @@ def save(
   Raises:
     FileExistsError: where the folder is there and `replace` is not set.
   """
-  source = pathlib.Path(source)
   config(source)
   with atomic.folder(folder, replace=replace) as beside:
-    for path in copied(source):
-      target = beside / path.relative_to(source)
-      target.parent.mkdir(exist_ok=True)
-      shutil.copyfile(path, target)
-    if readme is not None:
-      (beside / README).write_text(readme, encoding="utf-8")
+    surround(beside, source, readme)
     safetensors.save(beside / WEIGHTS, tensors, metadata or {"format": "pt"})
   return pathlib.Path(folder)
+
+
+def surround(made: pathlib.Path, source: Path, readme: str | None = None) -> None:
+  """Copies what a folder with new weights takes over from `source`, and writes a model card."""
+  for path in copied(source):
+    target = made / path.relative_to(source)
+    target.parent.mkdir(exist_ok=True)
+    shutil.copyfile(path, target)
+  if readme is not None:
+    (made / README).write_text(readme, encoding="utf-8")
 
 
 def config(folder: Path) -> dict[str, Any]:

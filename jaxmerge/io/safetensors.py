@@ -13,7 +13,7 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple  # What JSON holds is any object until it is checked.
 
 import ml_dtypes
@@ -120,13 +120,50 @@ def save(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, str] | N
     ValueError: naming the file and the tensor whose dtype or name the format does not know.
   """
   arrays = {name: _array(path, name, x) for name, x in tensors.items()}
+  kinds = {name: (x.dtype, x.shape) for name, x in arrays.items()}
+  write(path, kinds, arrays.items(), metadata)
+
+
+def write(
+  path: Path,
+  kinds: Mapping[str, tuple[np.dtype, tuple[int, ...]]],
+  tensors: Iterable[tuple[str, Any]],
+  metadata: Mapping[str, str] | None = None,
+) -> None:
+  """Writes tensors one after the other, as they come; the file appears whole or not at all.
+
+  Args:
+    path: of the file; a file that is there is replaced.
+    kinds: dtype and shape of every tensor, in their order.
+    tensors: names and arrays, in this order.
+    metadata: text by text, for the header.
+
+  Raises:
+    ValueError: naming the file and the tensor whose dtype or name the format does not know, or that
+      is not the one that was announced.
+  """
   metadata = dict(metadata or {})
   if not _is_text(metadata):
     raise ValueError(f"{path}: metadata must map text to text, got {metadata!r:.200}.")
+  left = dict(kinds)
   with atomic.write(path) as file:
-    file.write(layout({name: (x.dtype, x.shape) for name, x in arrays.items()}, metadata)[0])
-    for x in arrays.values():
+    file.write(layout(kinds, metadata)[0])
+    for name, value in tensors:
+      x = _array(path, name, value)
+      if (name, (x.dtype, x.shape)) != next(iter(left.items()), None):
+        raise ValueError(
+          f"{path}: tensor {name!r}, {x.dtype} {list(x.shape)}, is not the next one."
+        )
+      del left[name]
       file.write(x.reshape(-1).view(np.uint8).data)
+    if left:
+      raise ValueError(f"{path}: tensor {next(iter(left))!r} is missing.")
+
+
+def one(path: Path, name: str, entry: Entry) -> np.ndarray:
+  """Reads one tensor of a file whose header is known."""
+  with open(path, "rb") as file:
+    return _read(file, pathlib.Path(path), name, entry)
 
 
 def layout(

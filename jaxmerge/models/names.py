@@ -44,7 +44,7 @@ def expand(rules: Iterable[Rule], num_layers: int) -> tuple[Rule, ...]:
   return tuple(
     Rule(rule.ours.format(layer=k), rule.theirs.format(layer=k), rule.transposed)
     for rule in rules
-    for k in range(num_layers if "{layer}" in rule.ours else 1)
+    for k in range(num_layers if "{layer}" in rule.theirs else 1)
   )
 
 
@@ -63,12 +63,24 @@ def to_ours(
     ValueError: naming each tensor that is missing, and each that table and `rest` do not know.
   """
   wanted = {rule.theirs: rule for rule in rules}
-  missing = [name for name in wanted if name not in tensors]
-  unknown = [name for name in tensors if name not in wanted and not re.fullmatch(rest, name)]
-  if missing or unknown:
-    raise ValueError(f"{where}: {_difference(missing, unknown)}")
+  check(tensors, wanted, rest, where=where)
   ours = {rule.ours: _turned(tensors[name], rule, where) for name, rule in wanted.items()}
   return ours, {name: x for name, x in tensors.items() if name not in wanted}
+
+
+def check(
+  tensors: Iterable[str], wanted: Iterable[str], rest: str, *, where: str = "the file"
+) -> None:
+  """Compares the names of a file's tensors with those that a model has.
+
+  Raises:
+    ValueError: naming each that is missing, and each that neither the model nor `rest` knows.
+  """
+  found, own = set(tensors), set(wanted)
+  missing = [name for name in wanted if name not in found]
+  unknown = [name for name in tensors if name not in own and not re.fullmatch(rest, name)]
+  if missing or unknown:
+    raise ValueError(f"{where}: {_difference(missing, unknown)}")
 
 
 def to_theirs(leaves: Mapping[str, np.ndarray], rules: Sequence[Rule]) -> dict[str, np.ndarray]:

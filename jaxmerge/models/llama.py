@@ -1,0 +1,249 @@
+"""Llama-like decoders with the weights of Hugging Face folders, loaded straight into shards.
+
+Parameters are a nested dict; kernels are [in, out], and the leaves of the layers are stacked: row k
+of `layers/mlp/up/kernel`, [L, D, F], is the transpose of `model.layers.k.mlp.up_proj.weight`.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast  # Parameters are a nested dict of arrays.
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Integer, PRNGKeyArray
+
+from jaxmerge import mesh as meshes
+from jaxmerge import tree
+from jaxmerge.io import atomic, safetensors, tensor
+from jaxmerge.io import folder as folder_lib
+from jaxmerge.models import decoder, names
+
+Config = decoder.Config
+Params = dict[str, Any]
+Ids = Integer[Array | np.ndarray, "B T"]
+Apply = Callable[..., Float[Array, "B T V"]]
+
+_LAYER = "layers"
+_THEIR_LAYER = "model.layers.{layer}"
+ROWS = 2**22  # Bytes of a tensor that are read at a time, where columns of it are wanted.
+
+TABLE = (
+  names.Rule("embed/embedding", "model.embed_tokens.weight"),
+  names.Rule(f"{_LAYER}/attention_norm/scale", f"{_THEIR_LAYER}.input_layernorm.weight"),
+  *names.dense(f"{_LAYER}/attention/query", f"{_THEIR_LAYER}.self_attn.q_proj"),
+  *names.dense(f"{_LAYER}/attention/key", f"{_THEIR_LAYER}.self_attn.k_proj"),
+  *names.dense(f"{_LAYER}/attention/value", f"{_THEIR_LAYER}.self_attn.v_proj"),
+  *names.dense(f"{_LAYER}/attention/output", f"{_THEIR_LAYER}.self_attn.o_proj"),
+  names.Rule(f"{_LAYER}/attention/query_norm/scale", f"{_THEIR_LAYER}.self_attn.q_norm.weight"),
+  names.Rule(f"{_LAYER}/attention/key_norm/scale", f"{_THEIR_LAYER}.self_attn.k_norm.weight"),
+  names.Rule(f"{_LAYER}/mlp_norm/scale", f"{_THEIR_LAYER}.post_attention_layernorm.weight"),
+  *names.dense(f"{_LAYER}/mlp/gate", f"{_THEIR_LAYER}.mlp.gate_proj"),
+  *names.dense(f"{_LAYER}/mlp/up", f"{_THEIR_LAYER}.mlp.up_proj"),
+  *names.dense(f"{_LAYER}/mlp/down", f"{_THEIR_LAYER}.mlp.down_proj"),
+  names.Rule("norm/scale", "model.norm.weight"),
+  names.Rule("head/kernel", "lm_head.weight", transposed=True),
+)
+# What files hold besides: constants of the positions, and a head that is the embedding once more.
+REST = r"(model\.layers\.\d+\.self_attn|model)\.rotary_emb\.inv_freq|lm_head\.weight"
+VIEWS = ((r"^layers/.*/kernel$", "bio"), (r"/kernel$", "io"), (r"/embedding$", "oi"))
+# Which axis of a leaf the devices of the mesh's axis `model` share: heads and the MLP's width are
+# split, so that a layer's two blocks each need one sum over these devices.
+SHARDING: meshes.Rules = (
+  (r"^layers/.*/(query|key|value|gate|up)/kernel$", P(None, None, "model")),
+  (r"^layers/.*/(query|key|value|gate|up)/bias$", P(None, "model")),
+  (r"^layers/.*/(output|down)/kernel$", P(None, "model", None)),
+  (r"^(embed/embedding)$", P("model", None)),
+  (r"^(head/kernel)$", P(None, "model")),
+  (r"/(scale|bias)$", P()),
+)
+
+
+def init(config: Config, key: PRNGKeyArray) -> Params:
+  """Draws parameters: normal of deviation 0.02, zero biases, unit scales."""
+  return cast(Params, decoder.Decoder(config).init(key, jnp.zeros((1, 1), jnp.int32))["params"])
+
+
+def apply(config: Config, dtype: Any = jnp.float32, *, remat: bool = False) -> Apply:
+  """Returns the model (params, ids [B, T], positions, mask) -> logits [B, T, V], in float32.
+
+  Args:
+    config: sizes and options.
+    dtype: of products; parameters are cast where they are used.
+    remat: compute each layer again in the backward pass, for memory.
+  """
+  model = decoder.Decoder(config, dtype, remat)
+
+  def logits(
+    params: Params, ids: Ids, positions: Ids | None = None, mask: Ids | None = None
+  ) -> Float[Array, "B T V"]:
+    given = jax.tree.map(jnp.asarray, (ids, positions, mask))  # None stays None.
+    return cast(Array, model.apply({"params": params}, *given))
+
+  return logits
+
+
+def load(
+  folder: str | pathlib.Path,
+  *,
+  mesh: Mesh | None = None,
+  sharding: meshes.Rules = SHARDING,
+  dtype: Any = None,
+) -> tuple[Config, Params]:
+  """Reads a decoder from a Hugging Face folder, each device's shard by itself.
+
+  Of a file, only the bytes of a shard are read at a time; no whole tensor is held beside the
+  arrays, where those are sharded.
+
+  Args:
+    folder: with config.json and safetensors.
+    mesh: where the parameters go; None: to the default device.
+    sharding: (pattern, PartitionSpec) by name of a leaf; the first match wins.
+    dtype: of the parameters; None: those of the files.
+
+  Raises:
+    FileNotFoundError: where the folder or a file is missing.
+    ValueError: naming the tensor that is missing, unknown, of a wrong shape, or not finite.
+  """
+  config = decoder.config_from(folder_lib.config(folder), where=f"{folder}/config.json")
+  places = folder_lib.entries(folder)
+  rules = _rules(config)
+  _check(config, rules, {n: entry for n, (_, entry) in places.items()}, str(folder))
+  files = tensor.Files()
+  try:
+    theirs = {n: tensor.stored(files, path, n, entry) for n, (path, entry) in places.items()}
+    abstract = jax.eval_shape(lambda: init(config, jax.random.key(0)))
+    leaves = {}
+    for rule in rules:
+      shape = tree.named(abstract)[rule.ours].shape
+      own = [theirs[one.theirs] for one in names.expand([rule], config.num_layers)]
+      place = meshes.place(rule.ours, shape, mesh, sharding)
+      kind = own[0].dtype if dtype is None else np.dtype(dtype)
+
+      def part(index: Any, rule: names.Rule = rule, own: Any = own, kind: Any = kind) -> np.ndarray:
+        return _part(own, rule, index).astype(kind, copy=False)
+
+      leaves[rule.ours] = jax.make_array_from_callback(shape, place, part)
+  finally:
+    files.close()
+  return config, cast(Params, tree.rebuild(abstract, leaves))
+
+
+def save(
+  folder: str | pathlib.Path,
+  config: Config,
+  params: Params,
+  *,
+  source: str | pathlib.Path,
+  readme: str | None = None,
+  replace: bool = False,
+) -> pathlib.Path:
+  """Writes a Hugging Face folder with these parameters, all else as in the folder `source`.
+
+  Tensors go to the files, and have the dtypes, that they have in `source`; one of them is in memory
+  at a time.
+  """
+  places = folder_lib.entries(source)
+  rules = _rules(config)
+  _check(config, rules, {n: entry for n, (_, entry) in places.items()}, str(source))
+  leaves = tree.named(params)
+  homes = {
+    one.theirs: (rule, k)
+    for rule in rules
+    for k, one in enumerate(names.expand([rule], config.num_layers))
+  }
+
+  def array(name: str, path: pathlib.Path, entry: safetensors.Entry) -> np.ndarray:
+    if name not in homes:
+      tied = config.tied and name == "lm_head.weight"
+      name = "model.embed_tokens.weight" if tied else name
+    if name not in homes:
+      return safetensors.one(path, name, entry)
+    rule, k = homes[name]
+    leaf = leaves[rule.ours]
+    x = np.asarray(leaf[k] if _is_stacked(rule) else leaf)
+    return (x.T if rule.transposed else x).astype(entry.dtype, copy=False)
+
+  with atomic.folder(folder, replace=replace) as beside:
+    folder_lib.surround(beside, source, readme)
+    for path in dict.fromkeys(path for path, _ in places.values()):
+      own = {n: entry for n, (home, entry) in places.items() if home == path}
+      kinds = {n: (entry.dtype, entry.shape) for n, entry in own.items()}
+      made = ((n, array(n, path, entry)) for n, entry in own.items())
+      safetensors.write(beside / path.name, kinds, made, safetensors.header(path).metadata)
+    if (index := pathlib.Path(source) / folder_lib.INDEX).is_file():
+      shutil.copyfile(index, beside / folder_lib.INDEX)
+  return pathlib.Path(folder)
+
+
+def _rules(config: Config) -> tuple[names.Rule, ...]:
+  """The rules of the leaves that a decoder with these options has."""
+  left_out = {
+    "head/kernel": config.tied,
+    "query/bias": not config.qkv_bias,
+    "key/bias": not config.qkv_bias,
+    "value/bias": not config.qkv_bias,
+    "output/bias": not config.output_bias,
+    "gate/bias": not config.mlp_bias,
+    "up/bias": not config.mlp_bias,
+    "down/bias": not config.mlp_bias,
+    "query_norm/scale": not config.head_norm,
+    "key_norm/scale": not config.head_norm,
+  }
+  ends = tuple(end for end, out in left_out.items() if out)
+  return tuple(rule for rule in TABLE if not rule.ours.endswith(ends))
+
+
+def _is_stacked(rule: names.Rule) -> bool:
+  return "{layer}" in rule.theirs
+
+
+def _check(
+  config: Config,
+  rules: Sequence[names.Rule],
+  entries: Mapping[str, safetensors.Entry],
+  where: str,
+) -> None:
+  """Refuses tensors that are missing, unknown or of another shape than the config's."""
+  abstract = tree.named(jax.eval_shape(lambda: init(config, jax.random.key(0))))
+  wanted = {one.theirs: rule for rule in rules for one in names.expand([rule], config.num_layers)}
+  names.check(entries, wanted, REST, where=where)
+  for name, rule in wanted.items():
+    leaf, entry = abstract[rule.ours], entries[name]
+    shape = leaf.shape[1:] if _is_stacked(rule) else leaf.shape
+    shape = shape[::-1] if rule.transposed else shape
+    if entry.shape != shape:
+      raise ValueError(
+        f"{where}: {name!r} has shape {list(entry.shape)}, but config.json asks for {list(shape)}."
+      )
+    if not safetensors.is_floating(entry.dtype):
+      raise ValueError(f"{where}: {name!r} is {entry.dtype}; weights must be floating point.")
+
+
+def _part(own: Sequence[tensor.Tensor], rule: names.Rule, index: tuple[slice, ...]) -> np.ndarray:
+  """Reads a part of a leaf: rows and columns of each of the layers that are in it."""
+  if not _is_stacked(rule):
+    return _cut(own[0], rule, index)
+  return np.stack([_cut(one, rule, index[1:]) for one in own[index[0]]])
+
+
+def _cut(own: tensor.Tensor, rule: names.Rule, index: tuple[slice, ...]) -> np.ndarray:
+  """Reads rows and columns of one tensor, without holding more of it than `ROWS` bytes beside."""
+  order = index[::-1] if rule.transposed else index
+  ranges = [range(*s.indices(size)) for s, size in zip(order, own.shape, strict=True)]
+  row = int(np.prod(own.shape[1:]))
+  out = np.empty([len(r) for r in ranges], own.dtype)
+  step = max(1, ROWS // max(row * own.dtype.itemsize, 1))
+  for start in range(0, len(ranges[0]), step):
+    count = min(step, len(ranges[0]) - start)
+    rows = np.empty((count, *own.shape[1:]), own.dtype)
+    own.read((ranges[0].start + start) * row, rows.reshape(-1))
+    out[start : start + count] = rows[(slice(None), *order[1:])]
+  if not np.isfinite(out.astype(np.float32)).all():
+    raise ValueError(f"{own.where} holds NaN or infinity.")
+  return np.ascontiguousarray(out.T) if rule.transposed else out
