@@ -146,6 +146,9 @@ _WINDOW = {
     doc="how the kept entries make up for the dropped: 1/q, or the norm of the whole leaf"
   ),
 }
+_RANK_TOL = Parameter(
+  1e-6, "singular values up to this share of the largest count as zero", low=0.0, high=1.0
+)
 _THRESHOLD = Parameter(1e-5, "entries up to this magnitude count as unchanged", low=0.0)
 SEED = Parameter(None, "seed of random masks", low=0, high=2**32 - 1, integer=True)
 
@@ -153,6 +156,7 @@ _TASK_ARITHMETIC = "Ilharco et al. 2023 (arXiv:2212.04089)"
 _DARE = "Yu et al. 2024 (arXiv:2311.03099)"
 _BREADCRUMBS = "Davari and Belilovsky 2024 (arXiv:2312.06795)"
 _DELLA = "Deep et al. 2024 (arXiv:2406.11617)"
+_ISO = "Marczak et al. 2025 (arXiv:2502.04959)"
 _YIN = "Yin et al. 2018 (arXiv:1803.01498)"
 _RAM = "Yuan et al. 2026 (arXiv:2601.13572)"
 
@@ -302,6 +306,27 @@ METHODS: Mapping[str, Entry] = {
     "mergekit 0.1 (arcee.ai, 2025)",
     {},
     reads=2,
+  ),
+  "iso_c": Entry(
+    "θ₀ + λ s̄UVᵀ, Σ τᵢ = U diag(s) Vᵀ, s̄ = mean s",
+    _ISO,
+    {"scale": _SCALE, "rank_tol": _RANK_TOL},
+  ),
+  "iso_cts": Entry(
+    "Iso-C of directions of Σ τᵢ and of what they leave of each τᵢ",
+    _ISO,
+    {
+      "scale": _SCALE,
+      "common": Parameter(
+        0.8, "share of the directions that are the sum's", low=0.0, high=1.0, static=True
+      ),
+      "rank_tol": _RANK_TOL,
+    },
+  ),
+  "tsv": Entry(
+    "θ₀ + λ U⊥ diag(s) V⊥ᵀ, of each τᵢ the first 1/K of its directions, made orthogonal",
+    "Gargiulo et al. 2025 (arXiv:2412.00081)",
+    {"scale": _SCALE, "rank_tol": _RANK_TOL},
   ),
   "median": Entry("median of θᵢ, entry by entry", _YIN, {}, on="either"),
   "trimmed_mean": Entry(

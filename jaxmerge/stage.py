@@ -165,7 +165,7 @@ class Stage:
     scope: where statistics are added up: over the tree, per leaf, or per group that a name maps to.
     unit: what `update` may be cut along: "entry" anywhere, and x may come flat, [K, n]; "row" needs
       whole rows of the leaf's matrix view, in which it gets x as [K, rows, columns] and leaf.base
-      as [rows, columns]; "matrix" gets all rows as well, for statistics of columns.
+      as [rows, columns]; "matrix" gets whole matrices so, those of stacked layers one by one.
     rest: the update for leaves that have no matrix view, if `unit` needs one; "row": they are shown
       as one row.
     ranked: the update finds under "ranks", in what is known, the place 0, 1, ... of each entry in

@@ -138,6 +138,20 @@ def from_rows(y: Array, view: str, shape: tuple[int, ...]) -> Array:
   return moved.transpose((0, *(b + 1 for b in back)))
 
 
+def matrices(x: Array, view: str) -> Array:
+  """Shows a stack as matrices, of stacked layers one each: [K, *s] -> [K, matrices, rows, columns].
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> matrices(jnp.zeros((3, 5, 4, 2)), "bio").shape
+    (3, 5, 2, 4)
+  """
+  sizes = zip(x.shape[1:], view, strict=True)
+  count = math.prod(n for n, letter in sizes if letter == "b")
+  y = rows(x, view)
+  return reshaped(y, (x.shape[0], count, y.shape[1] // count, y.shape[2]))
+
+
 def _order(view: str, ndim: int) -> list[int]:
   if len(view) != ndim:
     raise ValueError(f"view {view!r} names {len(view)} axes, but the leaf has {ndim}.")

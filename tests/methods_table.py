@@ -6,6 +6,7 @@ import numpy as np
 import oracles
 import oracles_entries
 import oracles_robust
+import oracles_spectra
 import oracles_spheres
 import small
 
@@ -140,6 +141,15 @@ def _krum(scope):
   )
 
 
+def _spectral(method, rule):
+  return Row(
+    method,
+    lambda taus, draw: oracles_spectra.by_matrix(rule, taus, 0.5, small.VIEWS),
+    {"rank_tol": (1e-6, 0.0, 1e-3)},
+    summed=True,
+  )
+
+
 def _fused(taus, draw):
   base, _ = small.trees()
   return oracles_entries.arcee_fusion(taus, base, small.VIEWS)
@@ -207,6 +217,11 @@ TABLE = {
     lambda taus, draw: oracles_entries.consensus(taus, 0.5, 0.4, 2),
     {"threshold": (0.4, 0.0, 1.0), "least": (2.0, 0.0, 5.0)},
   ),
+  "iso_c": _spectral(methods.iso_c(0.5), oracles_spectra.flat),
+  "iso_cts": _spectral(
+    methods.iso_cts(0.5, 0.4), lambda matrices: oracles_spectra.iso_cts(matrices, 0.4)
+  ),
+  "tsv": _spectral(methods.tsv(0.5), oracles_spectra.tsv),
   "median": Row(methods.median(), lambda taus, draw: oracles_robust.median(taus), {}),
   "trimmed_mean": Row(
     methods.trimmed_mean(), lambda taus, draw: oracles_robust.trimmed_mean(taus, 1), {}, one=False

@@ -15,7 +15,12 @@ def per_vector(rule, taus, scope="leaf", views=()):
     index = np.arange(x.size)[None]
     if scope != "leaf" and n in views:
       index = oracles.rows(x, views[n])
-      index = index if scope == "row" else index.T
+      if scope == "column":  # Of each of the stacked matrices.
+        count = int(
+          np.prod([d for d, letter in zip(x.shape, views[n], strict=True) if letter == "b"])
+        )
+        index = index.reshape(count, -1, index.shape[1]).transpose(0, 2, 1)
+        index = index.reshape(-1, index.shape[2])
     merged = np.zeros(x.size)
     for vector in index:
       merged[vector] = rule([t[n].reshape(-1)[vector] for t in taus])

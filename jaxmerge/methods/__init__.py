@@ -16,6 +16,7 @@ from jaxmerge.methods.signs import (
   ties,
 )
 from jaxmerge.methods.sparsifying import dare, drop, matched, trim
+from jaxmerge.methods.spectral import iso_c, iso_cts, tsv
 from jaxmerge.methods.spherical import karcher, multislerp, nuslerp, slerp, spanned
 from jaxmerge.methods.stock import model_stock
 
@@ -36,6 +37,8 @@ __all__ = [
   "drop",
   "elect_sign",
   "elected",
+  "iso_c",
+  "iso_cts",
   "karcher",
   "magmax",
   "krum",
@@ -59,6 +62,7 @@ __all__ = [
   "ties",
   "trim",
   "trimmed_mean",
+  "tsv",
   "weighted",
   "weighted_sum",
 ]

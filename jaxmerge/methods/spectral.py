@@ -1,0 +1,182 @@
+"""Merging matrices by their singular values and vectors.
+
+A matrix is one of a leaf's matrix view, of stacked layers one each; leaves without a view are
+averaged. Singular directions that are zero, up to `rank_tol`, are left out: their vectors are
+arbitrary, and a low-rank task vector has many of them.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any  # What is known is a tree of arrays.
+
+import jax.numpy as jnp
+
+from jaxmerge import catalog, views
+from jaxmerge.methods import averaging
+from jaxmerge.stage import Array, Leaf, Method, Stage, chain
+
+_iso_c = catalog.METHODS["iso_c"].parameters
+_iso_cts = catalog.METHODS["iso_cts"].parameters
+_tsv = catalog.METHODS["tsv"].parameters
+_added = functools.partial(jnp.sum, axis=0, keepdims=True)
+
+
+def iso_c(
+  scale: float = _iso_c["scale"].default, rank_tol: float = _iso_c["rank_tol"].default
+) -> Method:
+  """Adds the task matrices up, and makes all singular values of the sum equal to their mean.
+
+  Args:
+    scale: factor on the merged task vector.
+    rank_tol: singular values up to this share of the largest are zero, and not counted.
+
+  Reference: Marczak et al. 2025, No task left behind (arXiv:2502.04959).
+
+  Example:
+    >>> import jaxmerge
+    >>> x = {"w": jnp.array([[[3.0, 0.0], [0.0, 0.0]], [[0.0, 0.0], [0.0, 1.0]]])}
+    >>> jaxmerge.blend(iso_c(), x, layout=(("w", "oi"),))["w"].tolist()
+    [[2.0, 0.0], [0.0, 2.0]]
+  """
+  catalog.check("iso_c", {"scale": scale, "rank_tol": rank_tol})
+
+  def update(x: Array, leaf: Leaf, known: Any) -> Array:
+    return _flat(_added(x), leaf.scalar("rank_tol", x))
+
+  return chain(_by_matrix(update, {"rank_tol": rank_tol}), averaging.scaled(scale))
+
+
+def iso_cts(
+  scale: float = _iso_cts["scale"].default,
+  common: float = _iso_cts["common"].default,
+  rank_tol: float = _iso_cts["rank_tol"].default,
+) -> Method:
+  """Takes most directions from the sum of the task matrices, some from each, and flattens all.
+
+  The directions of a task are the first of what the common ones leave of its matrix on the side of
+  the outputs. They share what is left of r = min(outputs, inputs) equally, rounded to the nearest;
+  where that is none, the result is that of `iso_c`.
+
+  Args:
+    scale: factor on the merged task vector.
+    common: share of the r directions that are the sum's, in [0, 1].
+    rank_tol: singular values up to this share of the largest are zero, and not counted.
+
+  Reference: Marczak et al. 2025, No task left behind (arXiv:2502.04959).
+
+  Example:
+    >>> import jaxmerge
+    >>> x = {"w": jnp.array([[[3.0, 0.0], [0.0, 0.0]], [[0.0, 0.0], [0.0, 1.0]]])}
+    >>> jaxmerge.blend(iso_cts(common=1.0), x, layout=(("w", "oi"),))["w"].tolist()
+    [[2.0, 0.0], [0.0, 2.0]]
+  """
+  catalog.check("iso_cts", {"scale": scale, "common": common, "rank_tol": rank_tol})
+
+  def update(x: Array, leaf: Leaf, known: Any) -> Array:
+    tol = leaf.scalar("rank_tol", x)
+    shared, own = slots(min(x.shape[1:]), x.shape[0], common)
+    if not own:
+      return _flat(_added(x), tol)
+    u, s, v = (y[0] for y in _svd(_added(x), tol))
+    u, s, v = u[:, :shared], s[:shared], v[:, :shared]
+    # What is left of a task whose directions are all common is rounding error.
+    norms = jnp.sqrt(jnp.maximum(jnp.sum(x * x, axis=(1, 2)), 1e-30))
+    rest = _svd(x - u @ (u.T @ x), tol, norms)
+    lefts, values, rights = _side_by_side(*(y[..., :own] for y in rest))
+    lefts, rights = (jnp.concatenate(p, axis=1) for p in ((lefts, u), (rights, v)))
+    values = jnp.concatenate([values, s])
+    mean = _mean(values)
+    return (mean * _orthogonal(lefts, tol) @ _orthogonal(rights, tol).T)[None]
+
+  return chain(_by_matrix(update, {"rank_tol": rank_tol}), averaging.scaled(scale))
+
+
+def slots(rank: int, height: int, common: float) -> tuple[int, int]:
+  """Deals the directions of a matrix: how many are common, and how many each task has.
+
+  >>> slots(768, 8, 0.8), slots(768, 14, 0.8), slots(768, 20, 0.8)
+  ((616, 19), (614, 11), (608, 8))
+  """
+  own = min(round((rank - int(rank * common)) / height), rank // height)
+  return rank - own * height, own
+
+
+def tsv(scale: float = _tsv["scale"].default, rank_tol: float = _tsv["rank_tol"].default) -> Method:
+  """Keeps the first singular directions of each task matrix, and makes them orthogonal.
+
+  Of K tasks each keeps 1/K of the directions, but at least one.
+
+  Args:
+    scale: factor on the merged task vector.
+    rank_tol: singular values up to this share of the largest are zero; so are those of what the
+      directions span.
+
+  Reference: Gargiulo et al. 2025, Task singular vectors (arXiv:2412.00081), TSV-M.
+
+  Example:
+    >>> import jaxmerge
+    >>> x = {"w": jnp.array([[[3.0, 0.0], [0.0, 0.0]], [[0.0, 0.0], [0.0, 1.0]]])}
+    >>> jaxmerge.blend(tsv(), x, layout=(("w", "oi"),))["w"].tolist()
+    [[3.0, 0.0], [0.0, 1.0]]
+  """
+  catalog.check("tsv", {"scale": scale, "rank_tol": rank_tol})
+
+  def update(x: Array, leaf: Leaf, known: Any) -> Array:
+    tol, K = leaf.scalar("rank_tol", x), x.shape[0]
+    kept = max(1, int(min(x.shape[1:]) * (1 / K)))
+    lefts, values, rights = _side_by_side(*(y[..., :kept] for y in _svd(x, tol)))
+    return ((_orthogonal(lefts, tol) * values[None]) @ _orthogonal(rights, tol).T)[None]
+
+  return chain(_by_matrix(update, {"rank_tol": rank_tol}), averaging.scaled(scale))
+
+
+def _by_matrix(update: Any, numbers: dict[str, Any]) -> Method:
+  """A combiner of matrices; leaves without a view are averaged."""
+
+  def together(x: Array, leaf: Leaf, known: Any) -> Array:
+    return update(views.together(x), leaf, known) if x.size else x[:1]
+
+  def rest(x: Array, leaf: Leaf, known: Any) -> Array:
+    return _added(x) * (1 / x.shape[0])
+
+  return (Stage(together, unit="matrix", rest=rest, numbers=numbers, combines=True),)
+
+
+def _svd(x: Array, tol: Array, size: Array | None = None) -> tuple[Array, Array, Array]:
+  """Thin singular value decompositions: [K, m, n] -> [K, m, r], [K, r], [K, n, r].
+
+  Directions whose value is at most `tol` times `size` [K], or the largest, are zero. What is zero
+  altogether has no singular vectors, and no gradient.
+  """
+  empty = ~jnp.any(x != 0, axis=(1, 2), keepdims=True)
+  unit = jnp.eye(x.shape[1], x.shape[2], dtype=x.dtype)[None]
+  u, s, vt = jnp.linalg.svd(jnp.where(empty, unit, x), full_matrices=False)
+  least = tol * (s[:, :1] if size is None else size[:, None])
+  kept = (s > least) & ~empty[:, 0]
+  u, v = (jnp.where(kept[:, None], y, 0) for y in (u, vt.transpose(0, 2, 1)))
+  return u, jnp.where(kept, s, 0), v
+
+
+def _flat(x: Array, tol: Array) -> Array:
+  """Gives all singular values their mean: [1, m, n] -> [1, m, n]."""
+  u, s, v = (y[0] for y in _svd(x, tol))
+  return (_mean(s) * u @ v.T)[None]
+
+
+def _mean(values: Array) -> Array:
+  """The mean of the values that are not zero."""
+  count = jnp.sum(values > 0)
+  return jnp.sum(values) / jnp.maximum(count, 1).astype(values.dtype)
+
+
+def _side_by_side(u: Array, s: Array, v: Array) -> tuple[Array, Array, Array]:
+  """The directions of all tasks next to each other: [m, K k], [K k], [n, K k]."""
+  left, right = (y.transpose(1, 0, 2).reshape(y.shape[1], -1) for y in (u, v))
+  return left, s.reshape(-1), right
+
+
+def _orthogonal(x: Array, tol: Array) -> Array:
+  """The nearest matrix with orthonormal columns, on what the columns span: [m, k] -> [m, k]."""
+  u, _, v = (y[0] for y in _svd(x[None], tol))
+  return u @ v.T

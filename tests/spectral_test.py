@@ -1,0 +1,157 @@
+"""Merging by singular values: worked examples, closed forms, low ranks, layouts."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from example import close
+
+import jaxmerge
+from jaxmerge import methods
+from jaxmerge.methods import spectral
+
+A = np.array([[3.0, 0, 0], [0, 1, 0]])
+B = np.array([[0.0, 0, 1], [0, 2, 0]])
+EVERY = [methods.iso_c(), methods.iso_cts(), methods.tsv()]
+IDS = ["iso_c", "iso_cts", "tsv"]
+
+
+def merged(method, matrices, view="oi"):
+  tau = jnp.asarray(np.stack(matrices), jnp.float32)
+  found = jaxmerge.merge(method, {"w": tau[0] * 0}, {"w": tau}, layout=(("w", view),))
+  return np.asarray(found["w"])
+
+
+def drawn(height, rows, columns, *, rank=None, seed=0):
+  rng = np.random.default_rng(seed)
+  if rank is None:
+    return list(rng.normal(size=(height, rows, columns)))
+  left, right = rng.normal(size=(height, rows, rank)), rng.normal(size=(height, rank, columns))
+  return list(left @ right)
+
+
+def values(x):
+  return np.linalg.svd(x, compute_uv=False)
+
+
+@pytest.mark.parametrize(
+  ("method", "expected"),
+  [
+    (methods.iso_c(), [[2.923025, 0, 0.974342], [0, 3.081139, 0]]),
+    (methods.iso_c(0.5), [[1.4615125, 0, 0.487171], [0, 1.5405695, 0]]),
+    (methods.iso_cts(common=1.0), [[2.923025, 0, 0.974342], [0, 3.081139, 0]]),
+    (methods.tsv(), [[3, 0, 0], [0, 2, 0]]),
+  ],
+)
+def test_worked_example(method, expected):
+  close(merged(method, [A, B]), expected, atol=3e-6)
+
+
+@pytest.mark.parametrize(
+  ("rank", "height", "common", "expected"),
+  [
+    (768, 8, 0.8, (616, 19)),
+    (768, 14, 0.8, (614, 11)),
+    (768, 20, 0.8, (608, 8)),
+    (2, 8, 0.8, (2, 0)),
+    (3, 2, 0.0, (1, 1)),
+    (8, 4, 1.0, (8, 0)),
+  ],
+)
+def test_directions_are_dealt(rank, height, common, expected):
+  """Never more than there are, where rounding asks for it."""
+  assert spectral.slots(rank, height, common) == expected
+
+
+@pytest.mark.parametrize("shape", [(6, 9), (9, 6), (7, 7)])
+def test_iso_c_keeps_the_sum_of_the_singular_values(shape):
+  matrices = drawn(3, *shape)
+  total, found = sum(matrices), merged(methods.iso_c(), matrices)
+  close(values(found), np.full(min(shape), values(total).mean()), atol=1e-5)
+  # The directions are those of the sum.
+  assert np.isclose(np.sum(found * total), values(total).mean() * values(total).sum(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("common", [0.0, 0.3, 0.8])
+def test_iso_cts_has_equal_singular_values(common):
+  matrices = drawn(2, 8, 12)
+  found = values(merged(methods.iso_cts(common=common), matrices))
+  close(found, np.full(8, found[0]), atol=1e-5)
+  assert np.abs(merged(methods.iso_cts(common=common), matrices)).max() > 0.1
+
+
+def test_tsv_of_one_model_is_the_model():
+  (x,) = drawn(1, 5, 7)
+  close(merged(methods.tsv(), [x]), x, atol=1e-5)
+
+
+def test_tsv_adds_up_tasks_that_share_nothing():
+  """Each of rank k, with left and right vectors of its own."""
+  q, _ = np.linalg.qr(np.random.default_rng(0).normal(size=(8, 8)))
+  p, _ = np.linalg.qr(np.random.default_rng(1).normal(size=(9, 9)))
+  own = [q[:, :4] @ np.diag([4, 3, 2, 1.0]) @ p[:4], q[:, 4:] @ np.diag([5, 2, 2, 0.5]) @ p[4:8]]
+  close(merged(methods.tsv(), own), sum(own), atol=1e-5)
+
+
+def test_tsv_lets_no_arbitrary_vectors_in():
+  """Tasks of rank 2 and 1 where three directions are kept: the others have no vectors."""
+  q, _ = np.linalg.qr(np.random.default_rng(0).normal(size=(6, 6)))
+  own = [q[:, :2] @ np.diag([2, 1.0]) @ q[:2], 3 * q[:, 2:3] @ q[2:3]]
+  close(merged(methods.tsv(), own), sum(own), atol=1e-5)
+
+
+def test_tsv_has_a_low_rank():
+  assert np.linalg.matrix_rank(merged(methods.tsv(), drawn(3, 5, 7)), tol=1e-4) == 3
+
+
+@pytest.mark.parametrize("method", EVERY, ids=IDS)
+@pytest.mark.parametrize("rank", [1, 2])
+def test_low_ranks_do_not_depend_on_arbitrary_vectors(method, rank):
+  """Noise far below the directions that are there changes nothing."""
+  matrices = drawn(2, 6, 8, rank=rank)
+  noise = drawn(2, 6, 8, seed=1)
+  near = [x + 1e-7 * n for x, n in zip(matrices, noise, strict=True)]
+  found = merged(method, matrices)
+  close(merged(method, near), found, atol=1e-4)
+  assert np.linalg.matrix_rank(found, tol=1e-3) <= 2 * rank
+
+
+@pytest.mark.parametrize("method", EVERY, ids=IDS)
+def test_two_layouts_give_one_model(method):
+  """Files have [out, in], Flax kernels [in, out]; attention kernels have three axes."""
+  matrices = drawn(2, 6, 8)
+  found = merged(method, matrices)
+  close(merged(method, [x.T for x in matrices], "io").T, found, atol=1e-5)
+  heads = merged(method, [x.T.reshape(8, 2, 3) for x in matrices], "ioo")
+  close(heads.reshape(8, 6).T, found, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", EVERY, ids=IDS)
+def test_stacked_layers_are_matrices_of_their_own(method):
+  layers = [drawn(2, 6, 8, seed=s) for s in range(3)]
+  stacked = [np.stack(own) for own in zip(*layers, strict=True)]
+  found = merged(method, stacked, "boi")
+  for x, own in zip(found, layers, strict=True):
+    close(x, merged(method, own), atol=1e-5)
+
+
+@pytest.mark.parametrize("method", [methods.iso_c(), methods.tsv()], ids=["iso_c", "tsv"])
+def test_a_transpose_passes_through(method):
+  matrices = drawn(3, 6, 8)
+  close(merged(method, [x.T for x in matrices]).T, merged(method, matrices), atol=1e-5)
+
+
+@pytest.mark.parametrize("method", EVERY, ids=IDS)
+def test_nothing_of_nothing(method):
+  """A frozen matrix among others, a task that leaves one alone, an empty one."""
+  zero, (x,) = np.zeros((4, 5)), drawn(1, 4, 5)
+  close(merged(method, [zero, zero]), zero, atol=0)
+  assert np.isfinite(merged(method, [x, zero])).all()
+  assert merged(method, [zero[:0], zero[:0]]).shape == (0, 5)
+
+
+def test_gradients_are_finite():
+  x = {"w": jnp.asarray(np.stack(drawn(2, 4, 5)), jnp.float32)}
+  for method in EVERY:
+    slope = jax.grad(lambda x, m=method: jaxmerge.blend(m, x, layout=(("w", "oi"),))["w"].sum())(x)
+    assert np.isfinite(slope["w"]).all()
