@@ -146,6 +146,10 @@ _WINDOW = {
     doc="how the kept entries make up for the dropped: 1/q, or the norm of the whole leaf"
   ),
 }
+_DESCENT = {
+  "learning_rate": Parameter(1e-5, "of the descent", low=0.0),
+  "steps": Parameter(300, "steps of the descent", low=0, integer=True, static=True),
+}
 _RANK_TOL = Parameter(
   1e-6, "singular values up to this share of the largest count as zero", low=0.0, high=1.0
 )
@@ -327,6 +331,20 @@ METHODS: Mapping[str, Entry] = {
     "θ₀ + λ U⊥ diag(s) V⊥ᵀ, of each τᵢ the first 1/K of its directions, made orthogonal",
     "Gargiulo et al. 2025 (arXiv:2412.00081)",
     {"scale": _SCALE, "rank_tol": _RANK_TOL},
+  ),
+  "wudi": Entry(
+    "θ₀ + λx, x from Σ τᵢ by Adam on Σ norm((x - τᵢ)τᵢᵀ)² / norm(τᵢ)²",
+    "Cheng et al. 2025 (arXiv:2503.08099)",
+    {"scale": _SCALE, **_DESCENT},
+  ),
+  "optmerge": Entry(
+    "WUDI with the first 1/K of the singular directions of each τᵢ",
+    "Wei et al. 2025 (arXiv:2505.19892)",
+    {
+      "scale": _SCALE,
+      "tuned": Parameter("full", "how the models were tuned", choices=("full", "lora")),
+      **_DESCENT,
+    },
   ),
   "median": Entry("median of θᵢ, entry by entry", _YIN, {}, on="either"),
   "trimmed_mean": Entry(

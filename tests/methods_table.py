@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 import oracles
+import oracles_descent
 import oracles_entries
 import oracles_robust
 import oracles_spectra
@@ -141,13 +142,22 @@ def _krum(scope):
   )
 
 
-def _spectral(method, rule):
+def _matrices(method, rule, vary, homogeneous):
   return Row(
     method,
     lambda taus, draw: oracles_spectra.by_matrix(rule, taus, 0.5, small.VIEWS),
-    {"rank_tol": (1e-6, 0.0, 1e-3)},
+    vary,
     summed=True,
+    homogeneous=homogeneous,
   )
+
+
+def _spectral(method, rule):
+  return _matrices(method, rule, {"rank_tol": (1e-6, 0.0, 1e-3)}, homogeneous=True)
+
+
+def _descent(method, rule):
+  return _matrices(method, rule, {"learning_rate": (1e-4, 0.0, 1e-3)}, homogeneous=False)
 
 
 def _fused(taus, draw):
@@ -222,6 +232,14 @@ TABLE = {
     methods.iso_cts(0.5, 0.4), lambda matrices: oracles_spectra.iso_cts(matrices, 0.4)
   ),
   "tsv": _spectral(methods.tsv(0.5), oracles_spectra.tsv),
+  "wudi": _descent(methods.wudi(0.5, 1e-4, 20), lambda taus: oracles_descent.wudi(taus, 1e-4, 20)),
+  **{
+    f"optmerge, {tuned}": _descent(
+      methods.optmerge(0.5, tuned, 1e-4, 20),
+      lambda taus, tuned=tuned: oracles_descent.optmerge(taus, tuned, 1e-4, 20),
+    )
+    for tuned in ("full", "lora")
+  },
   "median": Row(methods.median(), lambda taus, draw: oracles_robust.median(taus), {}),
   "trimmed_mean": Row(
     methods.trimmed_mean(), lambda taus, draw: oracles_robust.trimmed_mean(taus, 1), {}, one=False

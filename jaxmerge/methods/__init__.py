@@ -3,6 +3,7 @@
 from jaxmerge.methods.arithmetic import analogy, negation, task_arithmetic
 from jaxmerge.methods.averaging import average, scaled, weighted, weighted_sum
 from jaxmerge.methods.banding import band, breadcrumbs, breadcrumbs_ties
+from jaxmerge.methods.descent import optmerge, wudi
 from jaxmerge.methods.overlapping import consensus, ram, ramplus_tl
 from jaxmerge.methods.pruning import della, della_linear, magprune
 from jaxmerge.methods.robust import krum, median, trimmed_mean
@@ -51,6 +52,7 @@ __all__ = [
   "nearswap",
   "negation",
   "nuslerp",
+  "optmerge",
   "passthrough",
   "ram",
   "ramplus_tl",
@@ -65,4 +67,5 @@ __all__ = [
   "tsv",
   "weighted",
   "weighted_sum",
+  "wudi",
 ]

@@ -44,7 +44,7 @@ def iso_c(
   def update(x: Array, leaf: Leaf, known: Any) -> Array:
     return _flat(_added(x), leaf.scalar("rank_tol", x))
 
-  return chain(_by_matrix(update, {"rank_tol": rank_tol}), averaging.scaled(scale))
+  return chain(by_matrix(update, {"rank_tol": rank_tol}), averaging.scaled(scale))
 
 
 def iso_cts(
@@ -78,18 +78,18 @@ def iso_cts(
     shared, own = slots(min(x.shape[1:]), x.shape[0], common)
     if not own:
       return _flat(_added(x), tol)
-    u, s, v = (y[0] for y in _svd(_added(x), tol))
+    u, s, v = (y[0] for y in svd(_added(x), tol))
     u, s, v = u[:, :shared], s[:shared], v[:, :shared]
     # What is left of a task whose directions are all common is rounding error.
     norms = jnp.sqrt(jnp.maximum(jnp.sum(x * x, axis=(1, 2)), 1e-30))
-    rest = _svd(x - u @ (u.T @ x), tol, norms)
+    rest = svd(x - u @ (u.T @ x), tol, norms)
     lefts, values, rights = _side_by_side(*(y[..., :own] for y in rest))
     lefts, rights = (jnp.concatenate(p, axis=1) for p in ((lefts, u), (rights, v)))
     values = jnp.concatenate([values, s])
     mean = _mean(values)
     return (mean * _orthogonal(lefts, tol) @ _orthogonal(rights, tol).T)[None]
 
-  return chain(_by_matrix(update, {"rank_tol": rank_tol}), averaging.scaled(scale))
+  return chain(by_matrix(update, {"rank_tol": rank_tol}), averaging.scaled(scale))
 
 
 def slots(rank: int, height: int, common: float) -> tuple[int, int]:
@@ -125,13 +125,13 @@ def tsv(scale: float = _tsv["scale"].default, rank_tol: float = _tsv["rank_tol"]
   def update(x: Array, leaf: Leaf, known: Any) -> Array:
     tol, K = leaf.scalar("rank_tol", x), x.shape[0]
     kept = max(1, int(min(x.shape[1:]) * (1 / K)))
-    lefts, values, rights = _side_by_side(*(y[..., :kept] for y in _svd(x, tol)))
+    lefts, values, rights = _side_by_side(*(y[..., :kept] for y in svd(x, tol)))
     return ((_orthogonal(lefts, tol) * values[None]) @ _orthogonal(rights, tol).T)[None]
 
-  return chain(_by_matrix(update, {"rank_tol": rank_tol}), averaging.scaled(scale))
+  return chain(by_matrix(update, {"rank_tol": rank_tol}), averaging.scaled(scale))
 
 
-def _by_matrix(update: Any, numbers: dict[str, Any]) -> Method:
+def by_matrix(update: Any, numbers: dict[str, Any]) -> Method:
   """A combiner of matrices; leaves without a view are averaged."""
 
   def together(x: Array, leaf: Leaf, known: Any) -> Array:
@@ -143,7 +143,9 @@ def _by_matrix(update: Any, numbers: dict[str, Any]) -> Method:
   return (Stage(together, unit="matrix", rest=rest, numbers=numbers, combines=True),)
 
 
-def _svd(x: Array, tol: Array, size: Array | None = None) -> tuple[Array, Array, Array]:
+def svd(
+  x: Array, tol: Array | float = 0.0, size: Array | None = None
+) -> tuple[Array, Array, Array]:
   """Thin singular value decompositions: [K, m, n] -> [K, m, r], [K, r], [K, n, r].
 
   Directions whose value is at most `tol` times `size` [K], or the largest, are zero. What is zero
@@ -160,7 +162,7 @@ def _svd(x: Array, tol: Array, size: Array | None = None) -> tuple[Array, Array,
 
 def _flat(x: Array, tol: Array) -> Array:
   """Gives all singular values their mean: [1, m, n] -> [1, m, n]."""
-  u, s, v = (y[0] for y in _svd(x, tol))
+  u, s, v = (y[0] for y in svd(x, tol))
   return (_mean(s) * u @ v.T)[None]
 
 
@@ -178,5 +180,5 @@ def _side_by_side(u: Array, s: Array, v: Array) -> tuple[Array, Array, Array]:
 
 def _orthogonal(x: Array, tol: Array) -> Array:
   """The nearest matrix with orthonormal columns, on what the columns span: [m, k] -> [m, k]."""
-  u, _, v = (y[0] for y in _svd(x[None], tol))
+  u, _, v = (y[0] for y in svd(x[None], tol))
   return u @ v.T

@@ -1,0 +1,150 @@
+"""Merging matrices by descent: task vectors stand for the inputs that their tasks have.
+
+A matrix is one of a leaf's matrix view, of stacked layers one each; leaves without a view are
+averaged. The rows of a task matrix span, nearly, what its layer's inputs span: another update does
+the task no harm as far as it differs from the task's own in other directions only.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, Literal  # Any: what is known, and an optimiser's state, are trees.
+
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from jaxmerge import catalog
+from jaxmerge.methods import averaging, spectral
+from jaxmerge.stage import Array, Leaf, Method, chain
+
+_wudi = catalog.METHODS["wudi"].parameters
+_optmerge = catalog.METHODS["optmerge"].parameters
+_added = functools.partial(jnp.sum, axis=0)
+
+
+def wudi(
+  scale: float = _wudi["scale"].default,
+  learning_rate: float = _wudi["learning_rate"].default,
+  steps: int = _wudi["steps"].default,
+) -> Method:
+  """Moves the sum of the task matrices to where it disturbs each task less.
+
+  Adam minimises the sum over tasks of |(x - tau) tau^T|^2 / |tau|^2, from x the sum of all tau.
+
+  Args:
+    scale: factor on the merged task vector.
+    learning_rate: about as far as an entry moves in a step, at most.
+    steps: of descent; none leave the sum.
+
+  Reference: Cheng et al. 2025, Whoever started the interference should end it (arXiv:2503.08099).
+
+  Example:
+    >>> import jaxmerge
+    >>> x = {"w": jnp.array([[[3.0, 0.0], [0.0, 0.0]], [[0.0, 0.0], [0.0, 1.0]]])}
+    >>> jaxmerge.blend(wudi(), x, layout=(("w", "oi"),))["w"].tolist()
+    [[3.0, 0.0], [0.0, 1.0]]
+  """
+  catalog.check("wudi", {"scale": scale, "learning_rate": learning_rate, "steps": steps})
+
+  def update(x: Array, leaf: Leaf, known: Any) -> Array:
+    spans = x.transpose(0, 2, 1) @ x
+    rate = leaf.scalar("learning_rate", x)
+    return _descended(_added(x), x, spans / _squares(x), _adam(rate), steps)
+
+  numbers = {"learning_rate": learning_rate}
+  return chain(spectral.by_matrix(update, numbers), averaging.scaled(scale))
+
+
+def optmerge(
+  scale: float = _optmerge["scale"].default,
+  tuned: Literal["full", "lora"] = _optmerge["tuned"].default,
+  learning_rate: float = _optmerge["learning_rate"].default,
+  steps: int = _optmerge["steps"].default,
+) -> Method:
+  """As `wudi`, with the first singular directions of each task matrix in its place.
+
+  Of K tasks each keeps 1/K of the directions, but at least one. Models that were tuned as a whole
+  keep those of their distance from the mean, and the descent begins at the sum; models tuned by
+  adapters keep those of their task matrix, and it begins at the mean, by momentum in place of Adam.
+
+  Args:
+    scale: factor on the merged task vector.
+    tuned: "full" or "lora".
+    learning_rate: of Adam; with adapters, the authors have 1e-4.
+    steps: of descent.
+
+  Reference: Wei et al. 2025, OptMerge (arXiv:2505.19892).
+
+  Example:
+    >>> import jaxmerge
+    >>> x = {"w": jnp.array([[[3.0, 0.0], [0.0, 0.0]], [[0.0, 0.0], [0.0, 1.0]]])}
+    >>> jaxmerge.blend(optmerge(steps=0), x, layout=(("w", "oi"),))["w"].tolist()
+    [[3.0, 0.0], [0.0, 1.0]]
+  """
+  settings = {"learning_rate": learning_rate, "steps": steps}
+  catalog.check("optmerge", {"scale": scale, "tuned": tuned, **settings})
+
+  def update(x: Array, leaf: Leaf, known: Any) -> Array:
+    K, rate = x.shape[0], leaf.scalar("learning_rate", x)
+    kept = max(1, int(min(x.shape[1:]) * (1 / K)))
+    mean = _added(x) * (1 / K)
+    _, s, v = (y[..., :kept] for y in spectral.svd(x))
+    spans = (v * (s * s)[:, None]) @ v.transpose(0, 2, 1) / _squares(x)
+    if tuned == "lora":
+      return _descended(mean, _first(x, kept), spans, optax.sgd(rate, momentum=0.9), steps)
+    targets = mean[None] + _first(x - mean[None], kept)
+    return _descended(_added(x), targets, spans, _adam(rate), steps)
+
+  numbers = {"learning_rate": learning_rate}
+  return chain(spectral.by_matrix(update, numbers), averaging.scaled(scale))
+
+
+def _descended(
+  start: Array,
+  targets: Array,
+  spans: Array,
+  optimizer: optax.GradientTransformation,
+  steps: int,
+) -> Array:
+  """Minimises the sum over tasks of trace((x - target) span (x - target)^T): [o, i] -> [1, o, i].
+
+  The gradient needs the tasks' spans [K, i, i] and targets [K, o, i] only as two sums.
+  """
+  span, pull = _added(spans), _added(targets @ spans)
+  return _steps(lambda x: 2 * (x @ span - pull), start, optimizer, steps)[None]
+
+
+def _steps(
+  gradient: Callable[[Array], Array],
+  start: Array,
+  optimizer: optax.GradientTransformation,
+  steps: int,
+) -> Array:
+  """Goes down a gradient."""
+
+  def step(carry: tuple[Array, Any], _: None) -> tuple[tuple[Array, Any], None]:
+    x, state = carry
+    update, state = optimizer.update(gradient(x), state, x)
+    return (optax.apply_updates(x, update), state), None
+
+  (x, _), _ = lax.scan(step, (start, optimizer.init(start)), length=steps)
+  return x
+
+
+def _adam(rate: Array) -> optax.GradientTransformation:
+  # A root of what may be zero: far below `eps`, it only keeps gradients through it finite.
+  return optax.adam(rate, eps_root=1e-30)
+
+
+def _squares(x: Array) -> Array:
+  """The squared norm of each task matrix, 1 where there is none: [K, o, i] -> [K, 1, 1]."""
+  own = jnp.sum(x * x, axis=(1, 2), keepdims=True)
+  return jnp.where(own == 0, 1, own)
+
+
+def _first(x: Array, count: int) -> Array:
+  """Keeps the first singular directions of each matrix."""
+  u, s, v = (y[..., :count] for y in spectral.svd(x))
+  return (u * s[:, None]) @ v.transpose(0, 2, 1)

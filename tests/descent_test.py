@@ -1,0 +1,78 @@
+"""Merging by descent: worked examples, fixed points, and what a step may do."""
+
+import jax.numpy as jnp
+import numpy as np
+import oracles_descent
+import pytest
+from example import close
+from spectral_test import A, B, drawn, merged
+
+from jaxmerge import methods
+
+
+def test_the_first_step_of_wudi():
+  """Of the sum of the two matrices one entry disturbs: it moves by the learning rate."""
+  found = merged(methods.wudi(steps=1), [A, B])
+  expected = A + B
+  expected[1, 1] -= 1e-5
+  close(found, expected, atol=3e-7)
+  assert oracles_descent.loss(A + B, [A, B], [A, B], [A, B]) == pytest.approx(1.2)
+
+
+def test_worked_example_of_optmerge():
+  """The transcription has the losses that the specification of the method gives."""
+  first = lambda x: oracles_descent.truncated(x, 1)  # noqa: E731
+  rows = [first(x) for x in (A, B)]
+  mean = (A + B) / 2
+  lora = oracles_descent.loss(mean, rows, rows, [A, B])
+  full = oracles_descent.loss(A + B, [mean + first(x - mean) for x in (A, B)], rows, [A, B])
+  assert (lora, full) == (pytest.approx(2.225), pytest.approx(1.8))
+
+
+@pytest.mark.parametrize("method", [methods.wudi(steps=0), methods.optmerge(steps=0)])
+def test_no_steps_leave_the_sum(method):
+  matrices = drawn(3, 4, 6)
+  close(merged(method, matrices), sum(matrices), atol=1e-6)
+
+
+def test_no_steps_leave_the_mean_of_adapters():
+  matrices = drawn(3, 4, 6, rank=1)
+  close(merged(methods.optmerge(tuned="lora", steps=0), matrices), np.mean(matrices, axis=0))
+
+
+def test_tasks_with_inputs_of_their_own_add_up():
+  """None disturbs another: the sum is where the descent ends as well."""
+  own = np.zeros((2, 4, 6))
+  own[0, :, :3], own[1, :, 3:] = drawn(2, 4, 3)
+  close(merged(methods.wudi(steps=50), own), own.sum(axis=0), atol=1e-6)
+
+
+def test_one_model_is_itself():
+  (x,) = drawn(1, 4, 6)
+  close(merged(methods.wudi(), [x]), x)
+  close(merged(methods.optmerge(), [x]), x, atol=1e-5)
+
+
+@pytest.mark.parametrize("steps", [10, 100])
+def test_descent_goes_down_and_not_far(steps):
+  matrices = drawn(3, 8, 12)
+  found = merged(methods.wudi(learning_rate=1e-3, steps=steps), matrices).astype(np.float64)
+  loss = lambda x: oracles_descent.loss(x, matrices, matrices, matrices)  # noqa: E731
+  assert loss(found) < loss(sum(matrices))
+  assert np.abs(found - sum(matrices)).max() <= 1e-3 * steps * 1.5
+
+
+@pytest.mark.parametrize("method", [methods.wudi(steps=9), methods.optmerge(steps=9)])
+def test_two_layouts_give_one_model(method):
+  matrices = drawn(2, 6, 8)
+  found = merged(method, matrices)
+  close(merged(method, [x.T for x in matrices], "io").T, found, atol=1e-5)
+  far = merged(method, [x.T for x in matrices]).T
+  assert np.abs(far - found).max() > 1e-6
+
+
+@pytest.mark.parametrize("method", [methods.wudi(), methods.optmerge()])
+def test_frozen_matrices_stay(method):
+  zero, (x,) = np.zeros((4, 5)), drawn(1, 4, 5)
+  close(merged(method, [zero, zero]), zero, atol=0)
+  assert np.isfinite(merged(method, [jnp.asarray(x), zero])).all()
