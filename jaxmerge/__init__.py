@@ -16,6 +16,7 @@ _HOMES = {
 }
 _ROOMS = (
   "atm",
+  "bundles",
   "catalog",
   "differing",
   "files",

@@ -1,0 +1,163 @@
+"""Bundles: what each task gets back, on worked examples and from disk."""
+
+import itertools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import small
+from example import TAU, close
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+
+from jaxmerge import bundles, methods
+from jaxmerge.io import safetensors
+
+NAMES = ("red", "green", "blue")
+BASE = {"w": jnp.array([1.0, -1.0, 0.5, 0.0, 2.0, -0.5])}
+
+
+def example(make, tau=TAU, **options):
+  tau = jnp.asarray(tau, jnp.float32)
+  names = NAMES[: len(tau)]
+  return make({"w": tau[0] * 0}, {"w": tau}, names=names, **options)
+
+
+def test_worked_example_of_emr():
+  bundle = example(bundles.emr)
+  close(bundle.shared["w"], [0.9, -0.5, -0.8, 0.7, -0.6, -0.4])
+  masks = [[1, 1, 0, 0, 1, 0], [0, 1, 0, 1, 1, 0], [1, 0, 1, 1, 0, 1]]
+  close(bundle.masks["w"], masks)
+  close(bundle.scales, [1.1, 1.0, 0.821429])
+  close(bundle.for_task("red")["w"], [0.99, -0.55, 0, 0, -0.66, 0])
+
+
+def test_worked_example_of_tall_masks():
+  bundle = example(bundles.tall_masks, threshold=1.0)
+  close(bundle.shared["w"], TAU.sum(axis=0))
+  close(bundle.masks["w"], [[1, 0, 0, 0, 1, 0], [0, 1, 0, 1, 0, 0], [0, 0, 1, 0, 0, 1]])
+  counts = np.asarray(example(bundles.tall_masks).masks["w"]).sum(axis=0)
+  assert counts.tolist() == [2, 3, 2, 1, 2, 2]
+
+
+def test_consensus_counts_tall_masks():
+  masks = np.asarray(example(bundles.tall_masks, threshold=0.3).masks["w"])
+  x = {"w": jnp.asarray(TAU)}
+  found = methods.consensus(1.0, 0.3)
+  kept = np.asarray(bundles.memory.blend(found, x)["w"]) != 0
+  assert (kept == (masks.sum(axis=0) >= 2)).all()
+
+
+@pytest.mark.parametrize("make", [bundles.emr, bundles.tall_masks])
+def test_one_task_gets_its_model_back(make):
+  base, models = small.trees(height=1)
+  bundle = make(base, models, names=("red",))
+  own = {n: x[0] if n != "steps" else base[n] for n, x in models.items()}
+  small.close(jax.tree.map(np.asarray, bundle.for_task("red")), own)
+
+
+@given(arrays.arrays(np.float32, (3, 7), elements=st.floats(-8, 8, width=16)))
+def test_emr_gives_each_task_its_magnitude_back(tau):
+  bundle = example(bundles.emr, tau)
+  for k, name in enumerate(bundle.names):
+    served = np.abs(bundle.for_task(name)["w"]).sum()
+    if np.asarray(bundle.masks["w"])[k].any():
+      np.testing.assert_allclose(served, np.abs(tau[k]).sum(), rtol=1e-4, atol=1e-5)
+    else:
+      assert served == 0
+
+
+def test_magnitudes_of_leaves_or_of_the_tree():
+  """Two leaves of different size: their means add up, or their entries."""
+  base = {"a": jnp.zeros(1), "b": jnp.zeros(3)}
+  models = {"a": jnp.array([[1.0], [4.0]]), "b": jnp.array([[1.0, 1, 1], [-2, 0, 0]])}
+  leaf, whole = (bundles.emr(base, models, ratio=r).scales for r in ("leaf", "tree"))
+  # The first takes 4 and (0, 1, 1) of what is shared, the second 4 and (-2, 0, 0).
+  close(leaf, [(1 + 1) / (4 + 2 / 3), 1.0])
+  close(whole, [(1 + 3) / (4 + 2), 1.0])
+
+
+def test_larger_thresholds_mask_more():
+  kept = [np.asarray(example(bundles.tall_masks, threshold=t).masks["w"]) for t in (0, 0.4, 1, 5)]
+  assert all((more >= fewer).all() for more, fewer in itertools.pairwise(kept))
+  each = np.asarray(example(bundles.tall_masks, threshold=(0.0, 0.4, 5.0)).masks["w"])
+  for k, one in enumerate((0, 1, 3)):
+    assert (each[k] == kept[one][k]).all()
+
+
+def test_what_is_shared_may_be_merged_by_any_method():
+  bundle = example(bundles.tall_masks, method=methods.ties(0.5, reduce="sum"))
+  close(bundle.shared["w"], [1.4, -0.5, -0.8, 0.7, -0.8, -0.4])
+
+
+@pytest.mark.parametrize("make", [bundles.emr, bundles.tall_masks])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_saved_bundles_come_back(tmp_path, make, dtype):
+  base, models = small.trees(height=3)
+  low = lambda x: jnp.asarray(x, dtype) if x.dtype == np.float32 else jnp.asarray(x)  # noqa: E731
+  base, models = ({"deep": jax.tree.map(low, t)} for t in (base, models))
+  bundle = make(base, models, names=NAMES)
+  bundles.save(tmp_path / "bundle", bundle)
+  found = bundles.load(tmp_path / "bundle")
+  assert found.names == NAMES
+  assert found.method == bundle.method
+  for name in NAMES:
+    small.same(*(jax.tree.map(np.asarray, b.for_task(name)["deep"]) for b in (found, bundle)))
+  size = sum(x.size for x in bundle.shared.values())
+  assert (tmp_path / "bundle/masks.safetensors").stat().st_size < 3 * size / 8 + 1000
+  with pytest.raises(FileExistsError):
+    bundles.save(tmp_path / "bundle", bundle)
+
+
+def test_works_under_jit():
+  base, models = small.trees(height=3)
+  floats = lambda t: {n: x for n, x in t.items() if x.dtype == np.float32}  # noqa: E731
+  base, models = floats(base), floats(models)
+
+  @jax.jit
+  def served(base, models):
+    return bundles.emr(base, models, names=NAMES).for_task("green")
+
+  small.close(served(base, models), bundles.emr(base, models, names=NAMES).for_task("green"))
+
+
+def test_unknown_tasks_and_names_are_refused():
+  bundle = example(bundles.emr)
+  with pytest.raises(ValueError, match=r"no task 'gren'; did you mean 'green'\?"):
+    bundle.for_task("gren")
+  for names in (("a", "b"), ("a", "b", "a")):
+    with pytest.raises(ValueError, match="3 models need as many different names, got"):
+      bundles.emr({"w": jnp.zeros(6)}, {"w": jnp.asarray(TAU)}, names=names)
+
+
+@pytest.mark.parametrize(
+  "change",
+  [
+    {"names": ["red"]},
+    {"scales": [1.0]},
+    {"shapes": {"w": [7]}},
+    {"shapes": {"v": [6]}},
+    {"shapes": 3},
+    {"names": None},
+  ],
+)
+def test_damaged_descriptions_are_named(tmp_path, change):
+  path = bundles.save(tmp_path / "b", example(bundles.emr)) / bundles.ABOUT
+  path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+  with pytest.raises(ValueError, match=r"bundle.json: no description of a bundle"):
+    bundles.load(tmp_path / "b")
+
+
+def test_missing_files_are_named(tmp_path):
+  with pytest.raises(FileNotFoundError, match=r"bundle.json: no such file"):
+    bundles.load(tmp_path)
+  path = bundles.save(tmp_path / "b", example(bundles.emr))
+  safetensors.save(path / "masks.safetensors", {})
+  with pytest.raises(ValueError, match=r"bundle.json: no description of a bundle"):
+    bundles.load(path)
+  (path / "masks.safetensors").unlink()
+  with pytest.raises(FileNotFoundError, match=r"masks.safetensors"):
+    bundles.load(path)
