@@ -28,6 +28,7 @@ _ROOMS = (
   "planning",
   "recipe",
   "report",
+  "searching",
   "stage",
   "statistics",
   "tasks",

@@ -171,6 +171,15 @@ METHODS: Mapping[str, Entry] = {
     {"weight": _WEIGHT, "normalize": _NORMALIZE._replace(default=True)},
     on="either",
   ),
+  "checkpoint_average": Entry(
+    "Σ wᵢθᵢ, wᵢ = 1/K, or ∝ i, or a moving average's",
+    "Li et al. 2025 (arXiv:2505.12082)",
+    {
+      "kind": Parameter("sma", "the weights: equal, linear, moving", choices=("sma", "wma", "ema")),
+      "alpha": Parameter(0.2, "share of the newest in a moving average", low=0.0, high=1.0),
+    },
+    on="either",
+  ),
   "task_arithmetic": Entry(
     "θ₀ + λ Σ wᵢτᵢ",
     _TASK_ARITHMETIC,

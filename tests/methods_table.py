@@ -169,6 +169,14 @@ TABLE = {
   "average": Row(
     methods.average(WEIGHT), lambda taus, draw: oracles.average(taus, WEIGHT[: len(taus)]), WEIGHTS
   ),
+  **{
+    f"checkpoint_average, {kind}": Row(
+      methods.checkpoint_average(kind),
+      lambda taus, draw, kind=kind: oracles.checkpoint_average(taus, kind, 0.2),
+      {"alpha": (0.2, 0.0, 1.0)},
+    )
+    for kind in ("sma", "wma", "ema")
+  },
   "task_arithmetic": Row(
     methods.task_arithmetic(0.5, WEIGHT),
     lambda taus, draw: oracles.weighted_sum(taus, WEIGHT, 0.5),

@@ -69,6 +69,15 @@ def average(taus, weights):
   return weighted_sum(taus, weights, 1 / sum(weights))
 
 
+def checkpoint_average(taus, kind, alpha):
+  """Goes through the checkpoints."""
+  out = {n: x.copy() for n, x in taus[0].items()}
+  for i, tau in enumerate(taus[1:], start=2):
+    share = {"sma": 1 / i, "wma": 2 / (i + 1), "ema": alpha}[kind]
+    out = {n: x + share * (tau[n] - x) for n, x in out.items()}
+  return out
+
+
 def ties(
   taus,
   density,

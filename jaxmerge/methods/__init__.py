@@ -1,7 +1,14 @@
 """Merging methods: factories that return a `Method`, one file a family."""
 
 from jaxmerge.methods.arithmetic import analogy, negation, task_arithmetic
-from jaxmerge.methods.averaging import average, scaled, weighted, weighted_sum
+from jaxmerge.methods.averaging import (
+  average,
+  checkpoint_average,
+  moving_weights,
+  scaled,
+  weighted,
+  weighted_sum,
+)
 from jaxmerge.methods.banding import band, breadcrumbs, breadcrumbs_ties
 from jaxmerge.methods.descent import optmerge, wudi
 from jaxmerge.methods.overlapping import consensus, ram, ramplus_tl
@@ -26,6 +33,7 @@ __all__ = [
   "arcee_fusion",
   "average",
   "band",
+  "checkpoint_average",
   "consensus",
   "breadcrumbs",
   "breadcrumbs_ties",
@@ -48,6 +56,7 @@ __all__ = [
   "median",
   "model_stock",
   "most_varied",
+  "moving_weights",
   "multislerp",
   "nearswap",
   "negation",

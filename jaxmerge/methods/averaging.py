@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any, Literal  # Any: what is known; numbers of NumPy, or traced.
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +12,7 @@ import numpy as np
 from jaxmerge import catalog
 from jaxmerge.stage import Array, Fold, Group, Leaf, Method, Stage, leafwise
 
+_checkpoints = catalog.METHODS["checkpoint_average"].parameters
 _weight = catalog.METHODS["average"].parameters["weight"].default
 
 
@@ -44,6 +46,49 @@ def average(weight: float | tuple[float, ...] = _weight, normalize: bool = True)
       fold=Fold(_add_to_mean, _mean),
     ),
   )
+
+
+def checkpoint_average(
+  kind: Literal["sma", "wma", "ema"] = _checkpoints["kind"].default,
+  alpha: float = _checkpoints["alpha"].default,
+) -> Method:
+  """Averages checkpoints of one run, the oldest first: [K, ...] -> [1, ...].
+
+  Args:
+    kind: "sma", all alike; "wma", the i-th i times; "ema", a moving average that begins with the
+      first, m + alpha (x - m).
+    alpha: share of the newest, for "ema".
+
+  Reference: Li et al. 2025, Model merging in pre-training (arXiv:2505.12082).
+
+  Example:
+    >>> import jax.numpy as jnp, jaxmerge
+    >>> jaxmerge.blend(checkpoint_average("wma"), {"w": jnp.array([0.0, 3.0, 6.0])})["w"].tolist()
+    4.0
+  """
+  catalog.check("checkpoint_average", {"kind": kind, "alpha": alpha})
+
+  def update(x: Array, leaf: Leaf, known: Any) -> Array:
+    K = x.shape[0]
+    weights = {
+      "sma": lambda: jnp.full(K, 1 / K, x.dtype),
+      "wma": lambda: jnp.arange(1, K + 1, dtype=x.dtype) * (2 / (K * (K + 1))),
+      "ema": lambda: jnp.stack(moving_weights(K, leaf.scalar("alpha", x))),
+    }[kind]()
+    return _sum(x * weights.reshape((-1,) + (1,) * (x.ndim - 1)))
+
+  return (Stage(update, numbers={"alpha": alpha}, combines=True, ordered=True),)
+
+
+def moving_weights(height: int, alpha: Any) -> list[Any]:
+  """Returns the weights of a moving average of checkpoints, the oldest first.
+
+  Example:
+    >>> moving_weights(3, 0.5)
+    [0.25, 0.25, 0.5]
+  """
+  left = [(1 - alpha) ** (height - 1 - i) for i in range(height)]
+  return [left[0], *(alpha * x for x in left[1:])]
 
 
 def weighted_sum(weight: float | tuple[float, ...] = _weight, *, normalize: bool = False) -> Method:

@@ -1,0 +1,114 @@
+"""Searched soups: worked examples, and what every search keeps."""
+
+import itertools
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from example import blended, close
+
+from jaxmerge import memory, methods, searching
+
+MODELS = np.random.default_rng(0).normal(size=(5, 8)).astype(np.float32)
+
+
+def nearness(target):
+  return lambda params: -float(np.sum((np.asarray(params["w"]) - target) ** 2))
+
+
+@pytest.mark.parametrize(
+  ("kind", "alpha", "expected"),
+  [("sma", 0.5, 1.75), ("wma", 0.5, 2.4), ("ema", 0.1, 0.661), ("ema", 0.2, 1.248)],
+)
+def test_checkpoints_are_averaged(kind, alpha, expected):
+  x = [[0.0], [1.0], [2.0], [4.0]]
+  close(blended(methods.checkpoint_average(kind, alpha), x), [expected])
+  close(sum(methods.moving_weights(6, alpha)), 1.0)
+
+
+def test_the_newest_alone():
+  close(blended(methods.checkpoint_average("ema", 1.0), MODELS), MODELS[-1], atol=0)
+
+
+def test_a_score_that_likes_one_model_leaves_it_as_it_is():
+  soup = searching.greedy_soup({"w": jnp.asarray(MODELS)}, nearness(MODELS[3]))
+  np.testing.assert_array_equal(soup.params["w"], MODELS[3])
+  assert soup.weights.tolist() == [0, 0, 0, 1, 0]
+
+
+def test_a_greedy_soup_is_the_mean_of_its_ingredients_and_never_worse():
+  target = MODELS[:3].mean(axis=0)
+  soup = searching.greedy_soup({"w": jnp.asarray(MODELS)}, nearness(target))
+  chosen = soup.weights > 0
+  close(soup.params["w"], MODELS[chosen].mean(axis=0))
+  close(soup.weights[chosen], np.full(chosen.sum(), 1 / chosen.sum()))
+  singles, accepted = soup.tried[:5], [max(found for _, found in soup.tried[:5])]
+  for _, found in soup.tried[5:]:
+    if found > accepted[-1]:
+      accepted.append(found)
+  assert len(singles) == 5
+  assert accepted[-1] == soup.score
+  assert len(accepted) == chosen.sum()
+
+
+@pytest.mark.parametrize(("ties", "expected"), [(False, [0, 0, 1]), (True, [1 / 3] * 3)])
+def test_ties_are_accepted_where_that_is_asked_for(ties, expected):
+  models = {"w": jnp.asarray(MODELS[:3])}
+  soup = searching.greedy_soup(models, lambda params: 1.0, accept_ties=ties)
+  close(soup.weights, expected)
+
+
+SCORES = np.array([[0.9, 0.2, 0.5], [0.3, 0.8, 0.55], [0.6, 0.5, 0.2]])
+
+
+def test_categories_and_experts_of_soce():
+  """Correlations of -1, -0.13 and 0.13: each category is unlike another one."""
+  assert searching._experts(SCORES, 0.5) == [0, 1]
+  with pytest.raises(ValueError, match=r"no two of the 3 categories have a correlation below 0.1"):
+    searching._experts(SCORES, 0.1)
+  # Constant scores are like none.
+  assert searching._experts(np.array([[0.5, 0.1], [0.5, 0.9]]), 0.5) == [0, 1]
+
+
+@pytest.mark.parametrize(("count", "size"), [(1, 1), (2, 9), (3, 36), (4, 84)])
+def test_the_grid_has_all_weights_that_add_up(count, size):
+  equal, *found = searching._grid(count, 0.1)
+  close(equal, np.full(count, 1 / count))
+  assert len(found) == size
+  close(np.sum(found, axis=1), np.ones(size))
+  assert all((own > 0.05).all() for own in found)
+  assert len({tuple(np.round(own, 6)) for own in found}) == size
+
+
+def test_soce_finds_the_best_of_the_grid():
+  target = 0.7 * MODELS[0] + 0.3 * MODELS[1]
+  soup = searching.soce({"w": jnp.asarray(MODELS[:3])}, SCORES, nearness(target))
+  close(soup.weights, [0.7, 0.3, 0])
+  close(soup.params["w"], target)
+
+
+def test_lcsc_comes_near_what_the_checkpoints_span():
+  """Coefficients may be negative; they always add up to one."""
+  target = 1.5 * MODELS[4] - 0.5 * MODELS[0]
+  models = {"w": jnp.asarray(MODELS)}
+  start = searching.lcsc(models, nearness(target), generations=0)
+  soup = searching.lcsc(models, nearness(target), generations=300)
+  assert soup.score > start.score / 20
+  close([own.sum() for own, _ in soup.tried], np.ones(305))
+  assert soup.weights.min() < 0
+  assert searching.lcsc(models, nearness(target), generations=300).score == soup.score
+  best = list(itertools.accumulate((found for _, found in start.tried), max))
+  assert start.score == best[-1]
+  decay = methods.checkpoint_average("ema", 0.5)
+  close(memory.blend(decay, models)["w"], MODELS.T @ start.tried[0][0])
+
+
+def test_bad_scores_are_refused():
+  models = {"w": jnp.asarray(MODELS)}
+  with pytest.raises(
+    ValueError, match=r"the score of the weights \[1.0, 0.0, .*\] is not a number"
+  ):
+    searching.greedy_soup(models, lambda params: float("nan"))
+  for scores in (SCORES, np.full((5, 2), np.nan), np.zeros(5)):
+    with pytest.raises(ValueError, match=r"scores must be finite, \[models, categories\] of 5"):
+      searching.soce(models, scores, lambda params: 0.0)
