@@ -10,12 +10,13 @@ import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any  # Settings are of many kinds.
 
-from jaxmerge import published
-from jaxmerge.published import Entry, Parameter
+from jaxmerge import parameter, published
+from jaxmerge.parameter import Parameter
+from jaxmerge.published import Entry
 
 METHODS = published.METHODS
 SEED = published.SEED
-plain = published.plain
+plain = parameter.plain
 
 
 def entry(method: str) -> Entry:

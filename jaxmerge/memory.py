@@ -239,26 +239,15 @@ def _updated(step: Stage, x: Array, leaf: Leaf, known: Any, view: str | None) ->
       return step.rest(x, leaf, known)
   view = views.or_row(x, view)
   if step.unit == "matrix":
-    return _by_matrix(step, views.whole(x), leaf, known, view)
+    return views.by_matrix(
+      lambda own, base: step.update(own, leaf._replace(base=base), known), x, leaf.base, view
+    )
   rows = views.rows(views.whole(x), view)
   base = None if leaf.base is None else views.rows(views.whole(leaf.base[None]), view)[0]
   if step.ranked and "ranks" not in known:
     known = {**known, "ranks": statistics.ranks(rows)}
   y = step.update(rows, leaf._replace(base=base), known)
   return views.from_rows(y, view, x.shape[1:])
-
-
-def _by_matrix(step: Stage, x: Array, leaf: Leaf, known: Any, view: str) -> Array:
-  """Updates each matrix of a leaf by itself."""
-
-  def one(matrix: Array, base: Array | None) -> Array:
-    return step.update(matrix, leaf._replace(base=base), known)
-
-  own = views.matrices(x, view)
-  base = None if leaf.base is None else views.matrices(views.whole(leaf.base[None]), view)[0]
-  y = jax.vmap(one, in_axes=(1, 0), out_axes=1)(own, base)
-  joined = views.reshaped(y, (y.shape[0], y.shape[1] * y.shape[2], y.shape[3]))
-  return views.from_rows(joined, view, x.shape[1:])
 
 
 def leaf_of(name: str, base: Mapping[str, Array] | None, ready: Ready) -> Leaf:

@@ -65,8 +65,8 @@ def everywhere(mesh: Mesh) -> NamedSharding:
 def spec(name: str, shape: Sequence[int], rules: Rules) -> P:
   """Returns how a leaf is sharded: the first rule whose pattern is found in its name.
 
-  >>> spec("layers/mlp/up/kernel", (2, 8, 32), [("/kernel$", P(None, None, "model"))])
-  PartitionSpec(None, None, 'model')
+  >>> tuple(spec("layers/mlp/up/kernel", (2, 8, 32), [("/kernel$", P(None, None, "model"))]))
+  (None, None, 'model')
 
   Raises:
     ValueError: where no rule matches, or the one that does has more axes than the leaf.

@@ -5,54 +5,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
-
-class Parameter(NamedTuple):
-  """A setting of a method.
-
-  A *number* may be an array (scalar or one per model) and may be traced; anything else chooses a
-  branch or a length and is static: what has `choices`, its only values, or is marked so. `low` and
-  `high` bound a number, `open_low` excludes the lower bound. `integer` marks a whole number.
-  """
-
-  default: Any
-  doc: str
-  low: float = -math.inf
-  high: float = math.inf
-  open_low: bool = False
-  choices: tuple[Any, ...] = ()
-  integer: bool = False
-  static: bool = False
-
-  @property
-  def number(self) -> bool:
-    """Tells whether values may be arrays."""
-    return not (self.choices or self.static)
-
-  @property
-  def range(self) -> str:
-    """The allowed values in words: `(0, 1]` or `'tree', 'leaf'`."""
-    if self.choices:
-      return ", ".join(repr(c) for c in self.choices)
-    left = "(" if self.open_low or math.isinf(self.low) else "["
-    right = ")" if math.isinf(self.high) else "]"
-    return f"{left}{self.low:.10g}, {self.high:.10g}{right}".replace("inf", "infinity")
-
-  def check(self, name: str, value: Any) -> None:
-    """Raises ValueError, with value and range, for a value outside the range."""
-    if self.choices:
-      if value not in self.choices:
-        raise ValueError(f"{name} must be one of {self.range}, got {value!r}.")
-      return
-    for v in _flat(value):
-      if not plain(v):
-        raise ValueError(f"{name} must be a number in {self.range}, got {v!r}.")
-      inside = self.low <= v <= self.high and not (self.open_low and v == self.low)
-      if not math.isfinite(v) or not inside or (self.integer and v != int(v)):
-        raise ValueError(f"{name} must be in {self.range}, got {v!r}.")
+from jaxmerge.parameter import Parameter
 
 
 class Entry(NamedTuple):
@@ -70,24 +26,6 @@ class Entry(NamedTuple):
   experimental: bool = False
   on: Literal["task vectors", "weights", "either"] = "task vectors"
   reads: int = 1
-
-
-def plain(value: Any) -> bool:
-  """Tells whether a value is a number, or a sequence of numbers, that can be looked at now.
-
-  Example:
-    >>> plain(0.5), plain((0.5, 1)), plain("0.5")
-    (True, True, False)
-  """
-  if isinstance(value, (list, tuple)):
-    return all(plain(v) for v in value)
-  return isinstance(value, (int, float))
-
-
-def _flat(value: Any) -> list[Any]:
-  if isinstance(value, (list, tuple)):
-    return [v for part in value for v in _flat(part)]
-  return [value]
 
 
 _WEIGHT = Parameter(1.0, "weight of each model, scalar or one per model")

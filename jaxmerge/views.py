@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any  # Any: arrays of NumPy as well.
 
 import jax
@@ -150,6 +150,23 @@ def matrices(x: Array, view: str) -> Array:
   count = math.prod(n for n, letter in sizes if letter == "b")
   y = rows(x, view)
   return reshaped(y, (x.shape[0], count, y.shape[1] // count, y.shape[2]))
+
+
+def by_matrix(
+  f: Callable[[Array, Array | None], Array], x: Array, base: Array | None, view: str
+) -> Array:
+  """Applies f to each matrix of a leaf, [K, rows, columns] and base: [K, *s] -> [M, *s].
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> by_matrix(lambda x, base: x[:1] * 2, jnp.ones((3, 4, 2)), None, "io").shape
+    (1, 4, 2)
+  """
+  own = matrices(whole(x), view)
+  zero = None if base is None else matrices(whole(base[None]), view)[0]
+  y = jax.vmap(f, in_axes=(1, 0), out_axes=1)(own, zero)
+  joined = reshaped(y, (y.shape[0], y.shape[1] * y.shape[2], y.shape[3]))
+  return from_rows(joined, view, x.shape[1:])
 
 
 def _order(view: str, ndim: int) -> list[int]:

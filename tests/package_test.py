@@ -32,6 +32,7 @@ FLOORS = {
     "memory",
     "slicing",
     "streaming",
+    "bundles",
     "planning",
     "summarizing",
     "evaluating",
@@ -57,7 +58,7 @@ FLOORS = {
     "models",
     "collecting",
   },
-  1: {"tree", "catalog", "published", "io", "report"},
+  1: {"tree", "catalog", "parameter", "published", "io", "report"},
 }
 FLOOR = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 

@@ -167,9 +167,9 @@ def magmax(scale: float = catalog.METHODS["magmax"].parameters["scale"].default)
 
   Example:
     >>> import jaxmerge
-    >>> x = {"w": jnp.array([[0.9, 0.25], [-0.5, -0.25]])}
-    >>> jaxmerge.blend(magmax(scale=1.0), x)["w"].round(2).tolist()
-    [0.9, -0.25]
+    >>> x = {"w": jnp.array([[0.75, 0.25], [-0.5, -0.25]])}
+    >>> jaxmerge.blend(magmax(scale=1.0), x)["w"].tolist()
+    [0.75, -0.25]
   """
   catalog.check("magmax", {"scale": scale})
 
