@@ -69,6 +69,7 @@ def test_killed_before_a_turning_point(child, inputs, whole, tmp_path, event):
   [
     "os.mkdir .out.merging/state",
     "open .out.merging/state/_METADATA",
+    "os.rename .out.merging/.manifest.json",
     "open .out.merging/jaxmerge_provenance.json",
     "os.remove .out.merging/model-00003",
     "os.remove .out.merging/journal.jsonl",

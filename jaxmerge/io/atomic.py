@@ -39,6 +39,12 @@ def write(path: Path) -> Iterator[BinaryIO]:
   sync(path.parent)
 
 
+def tidy(folder: Path) -> None:
+  """Removes the hidden files that writings into a folder have left when they were killed."""
+  for unfinished in pathlib.Path(folder).glob(".*.????????.tmp"):
+    unfinished.unlink()
+
+
 @contextlib.contextmanager
 def folder(path: Path, *, replace: bool = False) -> Iterator[pathlib.Path]:
   """Makes a folder that appears at `path`, with all its files, when the block ends without error.

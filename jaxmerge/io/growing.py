@@ -128,8 +128,7 @@ def opened(
 def _journal(part: pathlib.Path, identity: str) -> dict[str, Any]:
   """Reads the journal of an interrupted merge, or begins one."""
   path = part / NAME
-  for unfinished in part.glob(f".{NAME}.*"):
-    unfinished.unlink()
+  atomic.tidy(part)
   lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
   records = [json.loads(line) for line in lines if line.endswith("\n")]
   if not records:
