@@ -1,4 +1,4 @@
-"""What is asked of the one table of all methods, `published.py`. Free of jax.
+"""What is asked of the one table of all methods, `published/`. Free of jax.
 
 Factories read defaults and ranges here, so do configs, error messages, `jaxmerge methods` and the
 README: a fact about a method stands in one place.

@@ -65,6 +65,12 @@ class Leaf(NamedTuple):
       raise ValueError(f"{name} must be one number for all models, got {value.shape[0]} values.")
     return value
 
+  def compared(self, method: str) -> Array:
+    """Returns the base; ValueError, naming the method, where raw weights are merged."""
+    if self.base is None:
+      raise ValueError(f"{method} compares with a base; run it by merge, not by blend.")
+    return self.base
+
 
 class Group(NamedTuple):
   """What is known of a group of leaves before any weight is read: for `Stage.init`.
@@ -125,14 +131,15 @@ class Rank(NamedTuple):
 
   Attributes:
     name: the key under which the result is known afterwards.
-    of: (x, leaf) -> values [M, *s], elementwise, none negative; each row has a cut of its own.
+    of: (x, leaf, known) -> values [M, *s], elementwise, none negative; each row has a cut of its
+      own.
     rank: name of the known count n, limbs [2, M]: the n-th largest is searched.
     exact: entries that tie at the value count by position, so that n of them are inside the cut;
       otherwise all that tie are inside.
   """
 
   name: str
-  of: Callable[[Any, Leaf], Array]
+  of: Callable[[Any, Leaf, State], Array]
   rank: str
   exact: bool = False
 

@@ -106,15 +106,15 @@ def settled(statistic: Statistic, parts: Sequence[tuple[Any, Leaf]], known: dict
   if isinstance(statistic, Sum):
     measured = over(lambda x, leaf: statistic.measure(x, leaf, known), statistic.combine)
     return statistic.finish(measured, known)
-  return _cut(statistic, over, known[statistic.rank])
+  return _cut(statistic, over, known)
 
 
-def _cut(rank: Rank, over: Any, n: Any) -> Cut:
+def _cut(rank: Rank, over: Any, known: Any) -> Cut:
   """Finds the value bit by bit, then the last position of those that tie, in the same way."""
 
   def counted(chosen: Callable[[Array, Array], Array]) -> Array:
     def one(x: Any, leaf: Leaf) -> Array:
-      values = rank.of(x, leaf)
+      values = rank.of(x, leaf, known)
       return count(chosen(pattern(values), position(values, leaf)))
 
     return over(one, plus)
@@ -124,6 +124,7 @@ def _cut(rank: Rank, over: Any, n: Any) -> Cut:
     enough = at_least(counted(lambda bits, at: bits >= _against(tried, bits)), n)
     return jnp.where(enough, tried, value)
 
+  n = known[rank.rank]
   zeros = jnp.zeros(n.shape[-1], jnp.uint32)
   value = lax.fori_loop(jnp.uint32(0), jnp.uint32(31), higher, zeros)
   if not rank.exact:

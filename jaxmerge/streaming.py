@@ -148,7 +148,7 @@ def _measured(
   if not ranks:
     return {s.name: _sum(run, members, i, s, known, own) for s in batch if isinstance(s, Sum)}
   wanted = [(int(high) << 16) + int(low) for s in ranks for high, low in np.asarray(own[s.rank]).T]
-  numbers = _numbers(run, members, i, ranks, known)
+  numbers = _numbers(run, members, i, ranks, known, own)
   values, lasts = ranking.cut(numbers, wanted, exact=ranks[0].exact)
   cuts = {}
   for s, value, last in zip(
@@ -180,10 +180,10 @@ def _wide(x: np.ndarray) -> np.ndarray:
 
 
 def _numbers(
-  run: Run, members: Sequence[str], i: int, ranks: Sequence[Rank], known: Any
+  run: Run, members: Sequence[str], i: int, ranks: Sequence[Rank], known: Any, own: Any
 ) -> ranking.Numbers:
   """The values that some statistics rank, one row per statistic and model."""
-  static = {"before": run.method[:i], "step": run.method[i], "rank": ranks[0]}
+  static = {"before": run.method[:i], "step": run.method[i], "rank": ranks[0], "own": own}
   size = sum(math.prod(run.shapes[n]) for n in members)
   ranges = [(n, *ends) for n in members for ends in slicing.ranges(run, n, run.entries)]
 
@@ -318,15 +318,15 @@ _RANKED = ("before", "step", "rank", "form")
 
 @functools.partial(jax.jit, static_argnames=_RANKED)
 def _bits(
-  parts: Parts, known: Any, *, before: Method, step: Stage, rank: Rank, form: Form
+  parts: Parts, known: Any, own: Any, *, before: Method, step: Stage, rank: Rank, form: Form
 ) -> Array:
   """The patterns of a slice's values, [K, n]."""
 
-  def run(parts: Parts, known: Any) -> Array:
+  def run(parts: Parts, known: Any, own: Any) -> Array:
     x, leaf, kept = _through(parts, known, before, form)
-    return statistics.pattern(rank.of(memory.seen(step, x, kept), leaf))
+    return statistics.pattern(rank.of(memory.seen(step, x, kept), leaf, own))
 
-  bits = unrolling.unrolled(run, each=form.each)(_narrowed(parts, form), known)
+  bits = unrolling.unrolled(run, each=form.each)(_narrowed(parts, form), known, own)
   return bits.reshape(bits.shape[0], parts.models.shape[1])
 
 
@@ -334,6 +334,7 @@ def _bits(
 def _sides(
   parts: Parts,
   known: Any,
+  own: Any,
   bracket: Any,
   *,
   before: Method,
@@ -343,7 +344,7 @@ def _sides(
   single: bool,
 ) -> tuple[Array, Array | None, Array]:
   """On which side of brackets a slice's values are: what `ranking.Slice` holds."""
-  bits = _bits(parts, known, before=before, step=step, rank=rank, form=form)
+  bits = _bits(parts, known, own, before=before, step=step, rank=rank, form=form)
   low, high = bracket
   above, within = bits[None] > high, bits[None] >= low
 

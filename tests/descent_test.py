@@ -35,6 +35,45 @@ def test_no_steps_leave_the_sum(method):
   close(merged(method, matrices), sum(matrices), atol=1e-6)
 
 
+def gaps(moved, matrices, eta):
+  """The loss that DOGE descends on, by its definition."""
+  rates = [eta / np.linalg.norm(x) for x in matrices]
+  total = sum(c * (x + moved) for c, x in zip(rates, matrices, strict=True))
+  return sum(np.sum(np.sum(x * (x - total), axis=1) ** 2) for x in matrices)
+
+
+def corrected(matrices, eta, **settings):
+  """The correction that DOGE adds to every task matrix."""
+  found = merged(methods.doge(eta=eta, density=1.0, **settings), matrices)
+  rates = [eta / np.linalg.norm(x) for x in matrices]
+  return found / sum(rates) - sum(c * x for c, x in zip(rates, matrices, strict=True)) / sum(rates)
+
+
+def test_doge_without_steps_adds_task_matrices_of_one_norm():
+  assert gaps(0, [A, B], 0.07) == pytest.approx(93.902521)
+  close(corrected([A, B], 0.07, steps=0), 0 * A, atol=1e-6)
+
+
+def test_doge_closes_gaps_outside_the_shared_directions():
+  matrices = drawn(3, 12, 9)
+  found = [corrected(matrices, 0.5, learning_rate=1e-2, steps=n) for n in (1, 100)]
+  losses = [gaps(moved, matrices, 0.5) for moved in (0, *found)]
+  assert losses[0] > losses[1] > losses[2]
+  free = corrected(matrices, 0.5, learning_rate=1e-2, steps=100, subspace=99)
+  assert gaps(free, matrices, 0.5) < losses[2]
+
+
+def test_the_first_step_of_doge_is_that_of_adam():
+  """In every entry by the learning rate, down the slope: no direction is shared of two."""
+  slope = np.zeros_like(A)
+  for place in np.ndindex(A.shape):
+    step = np.zeros_like(A)
+    step[place] = 1e-4
+    slope[place] = gaps(step, [A, B], 0.07) - gaps(-step, [A, B], 0.07)
+  moved = corrected([A, B], 0.07, learning_rate=1e-2, steps=1)
+  close(moved, -1e-2 * np.sign(np.round(slope, 9)), atol=1e-5)
+
+
 def test_no_steps_leave_the_mean_of_adapters():
   matrices = drawn(3, 4, 6, rank=1)
   close(merged(methods.optmerge(tuned="lora", steps=0), matrices), np.mean(matrices, axis=0))

@@ -9,6 +9,7 @@ import oracles_entries
 import oracles_robust
 import oracles_spectra
 import oracles_spheres
+import oracles_subspaces
 import small
 
 from jaxmerge import methods
@@ -28,6 +29,7 @@ class Row(NamedTuple):
     height: number of models.
     one: it also takes one model.
     weights: it merges weights, as if the base were zero.
+  atol: how far results may be apart whose sums are made in another order.
   """
 
   method: tuple
@@ -39,6 +41,7 @@ class Row(NamedTuple):
   height: int = 4
   one: bool = True
   weights: bool = False
+  atol: float = 1e-6
 
   def options(self, **more):
     return {**({"seed": SEED} if self.seeded else {}), "layout": small.VIEWS, **more}
@@ -160,6 +163,69 @@ def _descent(method, rule):
   return _matrices(method, rule, {"learning_rate": (1e-4, 0.0, 1e-3)}, homogeneous=False)
 
 
+def _doge(taus, draw):
+  return oracles_subspaces.doge(taus, 0.5, 0.5, 0.3, 3, 1e-3, 20, small.VIEWS)
+
+
+def _drm(direction):
+  def rule(xs):
+    return oracles_subspaces.drm(xs, 0.5, direction, WEIGHT[: len(xs)])
+
+  def rest(xs):
+    return oracles_subspaces.elected(xs, WEIGHT[: len(xs)])
+
+  def merged(taus, draw):
+    found = oracles_subspaces.by_matrix(rule, rest, taus, small.VIEWS)
+    return oracles_subspaces.scaled(found, 0.5)
+
+  return Row(methods.drm(0.5, 0.5, direction, WEIGHT), merged, WEIGHTS, summed=True)
+
+
+def _lore(*settings):
+  def rule(xs):
+    return oracles_subspaces.lore(xs, 1.5, *settings)
+
+  def rest(xs):
+    return np.mean(xs, axis=0)
+
+  return Row(
+    methods.lore(1.5, *settings),
+    lambda taus, draw: oracles_subspaces.by_matrix(rule, rest, taus, small.VIEWS),
+    {"mu": (0.3, 0.0, 0.5), "delta_scale": (1.0, 0.0, 1.5)},
+    summed=True,
+  )
+
+
+def _opcm(taus, draw):
+  return oracles_subspaces.scaled(oracles_subspaces.opcm(taus, 0.5, small.VIEWS), 0.5)
+
+
+def _widen(taus, draw):
+  base, _ = small.trees()
+  return oracles_subspaces.widen(taus, base, 0.5, 1.2, 0.8, small.VIEWS)
+
+
+def _lwptv(score, prune):
+  base, _ = small.trees()
+  return Row(
+    methods.lwptv(0.5, 0.5, WEIGHT, score, prune),
+    lambda taus, draw: oracles_entries.lwptv(taus, base, 0.5, 0.5, WEIGHT, score, prune),
+    {"prune_ratio": (0.5, 0.0, 1.0), **WEIGHTS},
+    summed=True,
+    homogeneous=True,
+  )
+
+
+def _flag(rank, pairs):
+  return Row(
+    methods.flag(rank, 5, pairs),
+    lambda taus, draw: oracles_robust.flag(taus, rank, 5, pairs),
+    {"pairs": (pairs, 0.0, 1.0)},
+    summed=True,
+    atol=4e-6,  # The models are nearly at right angles: their first directions hardly differ.
+  )
+
+
 def _fused(taus, draw):
   base, _ = small.trees()
   return oracles_entries.arcee_fusion(taus, base, small.VIEWS)
@@ -199,11 +265,23 @@ TABLE = {
     height=3,
     one=False,
   ),
+  "portllm": Row(
+    methods.portllm(0.5),
+    lambda taus, draw: oracles.weighted_sum(taus, (-1, 1), 0.5),
+    {},
+    height=2,
+    one=False,
+  ),
   "ties": _ties(),
   "ties by leaf, exact": _ties(scope="leaf", rule="exact"),
   "ties by leaf, exact, l1": _ties(WEIGHT, "leaf", "exact", zero_sum="plus", rescale="l1"),
   "ties, sum": _ties(reduce="sum"),
   "ties, max": _ties(reduce="max", zero_sum="plus"),
+  "ties_slack": Row(
+    methods.ties_slack((0.0, 0.5, 0.0, 2.0), 0.3, 0.5),
+    lambda taus, draw: oracles_entries.ties_slack(taus, (0.0, 0.5, 0.0, 2.0), 0.3, 0.5),
+    {"slack": (0.0, 0.5, 2.0), "density": (0.3, 0.7, 1.0)},
+  ),
   **{f"dare, {rescale}": _dare(rescale) for rescale in ("inverse", "l1", "l2", "linf", None)},
   "dare, normalized": _dare("inverse", normalize=True),
   "dare_ties": Row(
@@ -235,6 +313,15 @@ TABLE = {
     lambda taus, draw: oracles_entries.consensus(taus, 0.5, 0.4, 2),
     {"threshold": (0.4, 0.0, 1.0), "least": (2.0, 0.0, 5.0)},
   ),
+  "pcb": Row(
+    methods.pcb(0.3, 0.5, WEIGHT, 0.05),
+    lambda taus, draw: oracles_entries.pcb(taus, 0.3, 0.5, WEIGHT, 0.05),
+    {"ratio": (0.3, 0.1, 1.0), "clamp": (0.05, 0.0, 0.2), **WEIGHTS},
+    homogeneous=False,
+  ),
+  "lwptv": _lwptv("deviation", "lowest"),
+  "lwptv by norm": _lwptv("relative_norm", "highest"),
+  "lwptv by size": _lwptv("rms", "lowest"),
   "iso_c": _spectral(methods.iso_c(0.5), oracles_spectra.flat),
   "iso_cts": _spectral(
     methods.iso_cts(0.5, 0.4), lambda matrices: oracles_spectra.iso_cts(matrices, 0.4)
@@ -248,6 +335,27 @@ TABLE = {
     )
     for tuned in ("full", "lora")
   },
+  "doge": Row(
+    methods.doge(0.5, 0.5, 0.3, 3, 1e-3, 20),
+    _doge,
+    {"eta": (0.5, 0.0, 1.0), "density": (0.3, 0.7, 1.0), "learning_rate": (1e-3, 0.0, 1e-4)},
+    summed=True,
+    homogeneous=False,
+    one=False,  # The directions of one task are all shared: which are the first is arbitrary.
+  ),
+  **{f"drm, {direction}": _drm(direction) for direction in ("vertical", "horizontal")},
+  "lore": _lore(0.3, True, 5, "mean"),
+  "lore, elected": _lore(0.3, True, 5, "elected"),
+  "opcm": Row(methods.opcm(0.5), _opcm, {"alpha": (0.5, 0.0, 1.0)}, summed=True),
+  "widen": Row(
+    methods.widen(0.5, 1.2, 0.8),
+    _widen,
+    {"threshold": (1.2, 0.0, 3.0), "calibrated": (0.8, 0.0, 1.0)},
+    summed=True,
+    homogeneous=False,
+  ),
+  "flag": _flag(1, 0.0),
+  "flag of two, pairs": _flag(2, 0.5),
   "median": Row(methods.median(), lambda taus, draw: oracles_robust.median(taus), {}),
   "trimmed_mean": Row(
     methods.trimmed_mean(), lambda taus, draw: oracles_robust.trimmed_mean(taus, 1), {}, one=False

@@ -44,6 +44,13 @@ SLOW = {
   "sce of a third",
   "ram",
   "ramplus_tl by tree",
+  "portllm",
+  "ties_slack",
+  "lwptv by norm",
+  "lwptv by size",
+  "drm, horizontal",
+  "lore, elected",
+  "flag of two, pairs",
   "passthrough",
 }
 rows = pytest.mark.parametrize("name", TABLE)
@@ -68,6 +75,14 @@ def merged(row, base, models, **options):
   )
 
 
+def alike(row, found, out):
+  """Bits, or what is left to sums that are made in another order."""
+  if row.summed:
+    small.close(found, out, row.atol)
+  else:
+    small.same(found, out)
+
+
 def draw(k, leaf, shape):
   """The random numbers of a model called str(k): a transcription of the hash."""
   return oracles.uniform(SEED, leaf, str(k), shape)
@@ -90,7 +105,7 @@ def test_jit_gives_the_bits_of_eager(name):
   base, models, out = eager(name, small.FEW)
   jitted = jax.jit(jaxmerge.merge, static_argnums=0, static_argnames="layout")
   found = jitted(TABLE[name].method, base, models, **TABLE[name].options())
-  (small.close if TABLE[name].summed else small.same)(found, out)
+  alike(TABLE[name], found, out)
 
 
 @rows_slow
@@ -159,7 +174,7 @@ def test_eight_devices(name, layout):
   if kind == AxisType.Explicit:
     assert jax.typeof(found["matrix"]).sharding.spec == P("row", "column")
   if sides[0] > 1 or row.summed:
-    small.close(jax.device_get(found), out, ATOL)
+    small.close(jax.device_get(found), out, max(ATOL, row.atol))
   else:
     small.same(jax.device_get(found), out)
 
@@ -171,7 +186,7 @@ def test_slices_give_the_bits_of_whole_leaves(name, entries):
   row = TABLE[name]
   base, models, out = eager(name, small.FEW)
   found = streaming.merge_slices(row.method, base, models, entries=entries, **row.options())
-  (small.close if row.summed else small.same)(found, out)
+  alike(row, found, out)
 
 
 @rows_of_entries
@@ -182,7 +197,7 @@ def test_stages_of_entries_see_no_axes(name):
   flat = {n: x.reshape(-1) for n, x in base.items()}
   found = merged(row, flat, {n: x.reshape(row.height, -1) for n, x in models.items()})
   found = {n: x.reshape(base[n].shape) for n, x in found.items()}
-  (small.close if row.summed else small.same)(found, out)
+  alike(row, found, out)
 
 
 @rows_slow
@@ -204,7 +219,8 @@ def test_bfloat16_in_and_out(name):
 def test_one_task(name):
   row = TABLE[name]
   base, models = row.trees(small.FEW, height=1)
-  aux = {"weight": 1.0} if "weight" in row.vary else {}
+  # Of numbers that are one per model the first.
+  aux = {n: v[0] for n, v in stage.numbers(row.method).items() if isinstance(v, tuple)}
   if row.one:
     out = merged(row, base, models, aux=aux)
     small.close(out, expected(row, base, models), ATOL)
@@ -250,15 +266,13 @@ def test_order_of_named_models_does_not_matter(name):
   row = TABLE[name]
   base, models, out = eager(name, small.FEW)
   names = small.NAMES[: row.height]
-  weight = dict(zip(names, row.vary["weight"][0], strict=True)) if "weight" in row.vary else None
-  if name == "analogy":
-    weight = dict(zip(names, (-1.0, 1.0, 1.0), strict=True))
+  numbers = {n: v for n, v in stage.numbers(row.method).items() if isinstance(v, tuple)}
   found = []
   for shift in range(1, row.height):
     order = np.roll(np.arange(row.height), shift)
     turned = {n: x[order] for n, x in models.items()}
     own = [names[k] for k in order]
-    aux = {} if weight is None else {"weight": [weight[n] for n in own]}
+    aux = {n: [v[k] for k in order] for n, v in numbers.items()}
     if stage.ordered(row.method):
       small.same(merged(row, base, models, names=own), out)
     else:

@@ -61,6 +61,26 @@ def test_task_arithmetic_adds_to_the_base():
   close(out["w"], [1.33, -1.09, 0.41, 0.24, 1.82, -0.56])
 
 
+def test_a_patch_is_carried_over_to_a_newer_base():
+  old, tuned = TAU[0], TAU[1]
+  models = {"w": jnp.stack([jnp.asarray(old), jnp.asarray(tuned)])}
+  close(jaxmerge.merge(methods.portllm(), BASE, models)["w"], BASE["w"] + tuned - old)
+  same = jaxmerge.merge(methods.portllm(), {"w": models["w"][0]}, models)
+  close(same["w"], tuned)
+
+
+@pytest.mark.parametrize(
+  ("slack", "expected"), [(0.0, [-0.4, -0.35]), ((0.5, 0.0), [0.3, -0.35]), ((9, 0), [0.3, -0.35])]
+)
+def test_slack_wins_elections_for_a_model(slack, expected):
+  tau = [[0.3, -0.2], [-0.4, -0.5]]
+  close(merged(methods.ties_slack(slack, density=1.0), tau), expected)
+
+
+def test_no_slack_is_ties():
+  close(merged(methods.ties_slack(density=0.5)), merged(methods.ties(0.5)), atol=0)
+
+
 @pytest.mark.parametrize("scope", ["tree", "leaf", "row"])
 def test_breadcrumbs_keeps_the_middle(scope):
   method = methods.breadcrumbs(keep=0.5, remove=0.2, scale=1.0, scope=scope)

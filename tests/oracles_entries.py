@@ -46,6 +46,60 @@ def consensus(taus, scale, threshold, least):
   return out
 
 
+def ties_slack(taus, slack, density, scale):
+  """TIES with an election of its own, entry by entry."""
+  x = np.stack([oracles.kth(oracles.flat(t), density) for t in taus])
+  sign = np.sign((x * (1 + np.asarray(slack)[: len(x), None])).sum(axis=0))
+  sign = np.where(sign == 0, np.sign(sign.sum()), sign)
+  merged = [
+    np.mean(c[c * s > 0]) if (c * s > 0).any() else 0 for c, s in zip(x.T, sign, strict=True)
+  ]
+  return oracles.unflat(scale * np.array(merged), taus[0])
+
+
+def pcb(taus, ratio, scale, weights, clamp):
+  """The first of the authors' variants, on whole models, by sorting."""
+  x = np.stack([oracles.flat(t) for t in taus])
+  K, d = x.shape
+
+  def clipped(row, low, high):
+    ordered = np.sort(row)
+    return np.clip(row, ordered[int(d * low)], ordered[int(d * (1 - high) - 1)])
+
+  def unit(row):
+    low, high = row.min(), row.max()
+    return (row - low) / (high - low) if high > low else np.zeros_like(row)
+
+  size = np.stack([clipped(np.abs(row), clamp, clamp) for row in x])
+  scores = np.exp(K * np.stack([unit(row) for row in size]) ** 2) * np.tanh(x * x.sum(axis=0))
+  share = np.stack([unit(clipped(row, 1 - ratio, 0)) for row in scores])
+  own = np.asarray(weights)[:K, None] * share * np.sign(x) * size
+  merged = own.sum(axis=0) / np.maximum(share.sum(axis=0), 1e-12)
+  return oracles.unflat(scale * merged, taus[0])
+
+
+def lwptv(taus, base, prune_ratio, scale, weights, score, prune):
+  """Scores every leaf, each a layer of its own."""
+  names = sorted(taus[0])
+  kept = []
+  for tau in taus:
+    scores = []
+    for n in names:
+      mean = np.mean([t[n] for t in taus], axis=0)
+      scores.append(
+        {
+          "deviation": np.mean(np.abs(tau[n] - mean)),
+          "relative_norm": np.linalg.norm(tau[n]) / np.linalg.norm(base[n]),
+          "rms": np.sqrt(np.mean(tau[n] ** 2)),
+        }[score]
+      )
+    order = np.argsort(scores, kind="stable")
+    count = int(prune_ratio * len(names))
+    left = order[count:] if prune == "lowest" else order[: len(names) - count]
+    kept.append({n: tau[n] * (i in left) for i, n in enumerate(names)})
+  return oracles.weighted_sum(kept, weights, scale)
+
+
 def ram(taus, threshold=1e-5, boost=0.0, limit=0.0, scope="leaf"):
   """Sums what one model changes, amplified, and averages what many do."""
   changed = [{n: np.abs(x) > threshold for n, x in t.items()} for t in taus]

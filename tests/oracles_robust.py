@@ -32,3 +32,28 @@ def krum(taus, outliers, select, scope="tree"):
     scores.append(sum(far[: len(vectors) - outliers - 2]))
   best = np.argsort(scores, kind="stable")[:select]
   return oracles.unflat(np.mean([vectors[i] for i in best], axis=0), taus[0])
+
+
+def flag(taus, rank, steps, pairs, start=None):
+  """With whole models as vectors, by singular values, as the authors; from equal weights."""
+  g = np.stack([oracles.flat(t) for t in taus], axis=1)
+  norms = np.linalg.norm(g, axis=0)
+  h = g / np.where(norms == 0, 1, norms)
+  K = h.shape[1]
+  y, value = start, np.inf
+  for _ in range(steps + (start is None)):
+
+    def weight(v, y=y):
+      return 1.0 if y is None else (abs(1 - np.sum((y.T @ v) ** 2)) + 1e-7) ** -0.25
+
+    columns = [weight(h[:, i]) * h[:, i] for i in range(K)]
+    if pairs:
+      apart = [h[:, i] - h[:, j] for i in range(K) for j in range(K) if i != j]
+      columns += [pairs / (K * (K - 1)) * weight(v) * v for v in apart]
+    tried = np.linalg.svd(np.stack(columns, axis=1), full_matrices=False)[0][:, :rank]
+    left = np.sum(np.sqrt(np.maximum(1 - np.sum((tried.T @ h) ** 2, axis=0), 0)))
+    if left >= value:
+      break
+    y, value = tried, left
+  merged = (y @ y.T @ h).sum(axis=1) / K * np.sort(norms)[(K - 1) // 2]
+  return oracles.unflat(merged, taus[0])

@@ -1,6 +1,7 @@
 """Aggregation against outliers: worked examples, identities, and what one bad model can do."""
 
 import numpy as np
+import oracles_robust
 import pytest
 from example import TAU, blended, close, merged
 from hypothesis import given
@@ -26,6 +27,48 @@ G = np.array([[1.0, 2.0], [1.3, 1.8], [0.9, 2.3], [1.15, 1.95], [10.0, -10.0]], 
 )
 def test_worked_example(method, expected):
   close(blended(method, G), expected)
+
+
+H = np.array([[1.0, 2.0], [1.2, 1.8], [0.9, 2.1], [1.1, 1.9], [10.0, -10.0]], np.float32)
+
+
+def far(x):
+  """What is left of the models' directions beside one, which the descent makes small."""
+  h = H / np.linalg.norm(H, axis=1, keepdims=True)
+  return np.sum(np.sqrt(np.maximum(1 - (h @ x / np.linalg.norm(x)) ** 2, 0)))
+
+
+def test_worked_example_of_directions():
+  """The transcription goes the authors' way, from (1, 0); from equal weights it comes further."""
+  models = [{"w": x.astype(np.float64)} for x in H]
+  first = np.array([[1.0], [0.0]])
+  steps = [oracles_robust.flag(models, 1, n, 0.0, first)["w"] for n in range(1, 6)]
+  expected = [1.362057, 1.241882, 1.209737, 1.193122, 1.192956]
+  np.testing.assert_allclose([far(first[:, 0]), *map(far, steps)], [4.218156, *expected], atol=2e-5)
+  factor = 5 / np.median(np.linalg.norm(H, axis=1))
+  close(steps[-1] * factor, [1.647099, 3.283883], atol=2e-5)
+  assert far(blended(methods.flag(), H)) <= expected[-1]
+
+
+def test_as_many_directions_as_models_leave_the_mean():
+  x = np.random.default_rng(0).normal(size=(4, 30)).astype(np.float32)
+  norms = np.linalg.norm(x, axis=1, keepdims=True)
+  expected = np.mean(x / norms, axis=0) * np.sort(norms.ravel())[1]
+  close(blended(methods.flag(4), x), expected, atol=1e-5)
+
+
+def test_directions_do_not_depend_on_the_norms_of_the_models():
+  factors = np.array([[1.0], [3.0], [0.5], [1.0], [7.0]], np.float32)
+  one, other = (blended(methods.flag(2, pairs=0.5), x) for x in (H, H * factors))
+  close(one / np.linalg.norm(one), other / np.linalg.norm(other), atol=1e-5)
+
+
+def test_an_outlier_hardly_turns_the_direction():
+  good, all_ = blended(methods.flag(), H[:4]), blended(methods.flag(), H)
+  mean = blended(methods.average(), H)
+  cosine = [x @ good / np.linalg.norm(x) / np.linalg.norm(good) for x in (all_, mean)]
+  assert cosine[0] > 0.999
+  assert cosine[1] < 0.5
 
 
 def test_the_lower_of_two_middles_is_the_median():

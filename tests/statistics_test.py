@@ -39,7 +39,7 @@ def integers(pair):
 @functools.partial(jax.jit, static_argnums=0)
 def settle(exact, x, n):
   """The cut at a rank over one leaf of three axes, and which entries are inside."""
-  rank = Rank("cut", lambda x, leaf: jnp.abs(x), rank="n", exact=exact)
+  rank = Rank("cut", lambda x, leaf, known: jnp.abs(x), rank="n", exact=exact)
   cut = statistics.settled(rank, [(x, leaf())], {"n": n})
   return cut.value, statistics.inside(cut, jnp.abs(x), leaf())
 
@@ -241,7 +241,7 @@ def test_parts_of_counts_that_are_measured(size, fraction):
 def test_thresholds_of_another_height():
   """Three ranks of one row: the quartiles of 0 ... 8."""
   x = jnp.arange(9.0).reshape(1, 3, 3)
-  thrice = Rank("cut", lambda x, leaf: jnp.broadcast_to(x, (3, 3, 3)), rank="n")
+  thrice = Rank("cut", lambda x, leaf, known: jnp.broadcast_to(x, (3, 3, 3)), rank="n")
   found = statistics.settled(thrice, [(x, leaf())], {"n": limbs([7, 5, 3])})
   patterns = statistics.pattern(jnp.array([2.0, 4.0, 6.0]))
   assert found.value.tolist() == patterns.tolist()

@@ -1,6 +1,6 @@
 """Merging methods: factories that return a `Method`, one file a family."""
 
-from jaxmerge.methods.arithmetic import analogy, negation, task_arithmetic
+from jaxmerge.methods.arithmetic import analogy, negation, portllm, task_arithmetic
 from jaxmerge.methods.averaging import (
   average,
   checkpoint_average,
@@ -10,10 +10,12 @@ from jaxmerge.methods.averaging import (
   weighted_sum,
 )
 from jaxmerge.methods.banding import band, breadcrumbs, breadcrumbs_ties
-from jaxmerge.methods.descent import optmerge, wudi
+from jaxmerge.methods.competing import pcb, widen
+from jaxmerge.methods.descent import doge, optmerge, wudi
+from jaxmerge.methods.gating import gate, layer_of, lwptv
 from jaxmerge.methods.overlapping import consensus, ram, ramplus_tl
 from jaxmerge.methods.pruning import della, della_linear, magprune
-from jaxmerge.methods.robust import krum, median, trimmed_mean
+from jaxmerge.methods.robust import flag, krum, median, trimmed_mean
 from jaxmerge.methods.selecting import arcee_fusion, magmax, most_varied, nearswap, passthrough, sce
 from jaxmerge.methods.signs import (
   dare_ties,
@@ -22,35 +24,44 @@ from jaxmerge.methods.signs import (
   elect_sign,
   elected,
   ties,
+  ties_slack,
 )
 from jaxmerge.methods.sparsifying import dare, drop, matched, trim
 from jaxmerge.methods.spectral import iso_c, iso_cts, tsv
 from jaxmerge.methods.spherical import karcher, multislerp, nuslerp, slerp, spanned
 from jaxmerge.methods.stock import model_stock
+from jaxmerge.methods.subspaces import drm, lore, opcm
 
 __all__ = [
   "analogy",
   "arcee_fusion",
   "average",
   "band",
-  "checkpoint_average",
-  "consensus",
   "breadcrumbs",
   "breadcrumbs_ties",
+  "checkpoint_average",
+  "consensus",
   "dare",
   "dare_ties",
   "della",
   "della_linear",
   "disjoint_max",
   "disjoint_mean",
+  "doge",
+  "drm",
   "drop",
   "elect_sign",
   "elected",
+  "flag",
+  "gate",
   "iso_c",
   "iso_cts",
   "karcher",
-  "magmax",
   "krum",
+  "layer_of",
+  "lore",
+  "lwptv",
+  "magmax",
   "magprune",
   "matched",
   "median",
@@ -61,8 +72,11 @@ __all__ = [
   "nearswap",
   "negation",
   "nuslerp",
+  "opcm",
   "optmerge",
   "passthrough",
+  "pcb",
+  "portllm",
   "ram",
   "ramplus_tl",
   "scaled",
@@ -71,10 +85,12 @@ __all__ = [
   "spanned",
   "task_arithmetic",
   "ties",
+  "ties_slack",
   "trim",
   "trimmed_mean",
   "tsv",
   "weighted",
   "weighted_sum",
+  "widen",
   "wudi",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from jaxmerge import catalog
 from jaxmerge.methods import averaging
-from jaxmerge.stage import Method, chain
+from jaxmerge.stage import Method, Stage, chain, for_models
 
 _defaults = catalog.METHODS["task_arithmetic"].parameters
 
@@ -63,3 +63,24 @@ def analogy(scale: float = catalog.METHODS["analogy"].parameters["scale"].defaul
   """
   catalog.check("analogy", {"scale": scale})
   return chain(averaging.weighted_sum((-1.0, 1.0, 1.0)), averaging.scaled(scale))
+
+
+def portllm(scale: float = catalog.METHODS["portllm"].parameters["scale"].default) -> Method:
+  """Carries a fine-tuning of an older base over to a newer one: base + scale * (tuned - old).
+
+  The stack holds the older base and what was tuned from it, in this order.
+
+  Args:
+    scale: factor on the older model's task vector.
+
+  Reference: Khan et al. 2024, PortLLM (arXiv:2410.10870).
+
+  Example:
+    >>> import jax.numpy as jnp, jaxmerge
+    >>> newer, old_and_tuned = {"w": jnp.array([10.0])}, {"w": jnp.array([[1.0], [3.0]])}
+    >>> jaxmerge.merge(portllm(), newer, old_and_tuned)["w"].tolist()
+    [12.0]
+  """
+  catalog.check("portllm", {"scale": scale})
+  two = Stage(lambda x, leaf, known: x, init=for_models("portllm", 2, 2))
+  return chain((two,), averaging.weighted_sum((-1.0, 1.0)), averaging.scaled(scale))

@@ -130,7 +130,7 @@ def band(
   return (Stage(update, _ENDS, init, numbers, scope=scope),)
 
 
-def _size(x: Array, leaf: Leaf) -> Array:
+def _size(x: Array, leaf: Leaf, known: Any) -> Array:
   """Magnitudes; scalar leaves count as zeros, which no threshold tells from other zeros."""
   return jnp.abs(x) if x.ndim > 1 else jnp.zeros_like(x)
 
@@ -151,7 +151,7 @@ def _counts(keep: Any, remove: Any, size: int, height: int, yields: Yields) -> d
 
 
 def _between(x: Array, leaf: Leaf, known: Any) -> Array:
-  size = _size(x, leaf)
+  size = _size(x, leaf, known)
   near, far = (statistics.inside(known[end], size, leaf) for end in ("bottom", "top"))
   return jnp.where(near & ~far, x, 0)
 

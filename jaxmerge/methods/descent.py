@@ -15,12 +15,13 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from jaxmerge import catalog
+from jaxmerge import catalog, statistics
 from jaxmerge.methods import averaging, spectral
-from jaxmerge.stage import Array, Leaf, Method, chain
+from jaxmerge.stage import Array, Group, Leaf, Method, Rank, chain
 
 _wudi = catalog.METHODS["wudi"].parameters
 _optmerge = catalog.METHODS["optmerge"].parameters
+_doge = catalog.METHODS["doge"].parameters
 _added = functools.partial(jnp.sum, axis=0)
 
 
@@ -99,6 +100,71 @@ def optmerge(
 
   numbers = {"learning_rate": learning_rate}
   return chain(spectral.by_matrix(update, numbers), averaging.scaled(scale))
+
+
+def doge(
+  scale: float = _doge["scale"].default,
+  eta: float = _doge["eta"].default,
+  density: float = _doge["density"].default,
+  subspace: int = _doge["subspace"].default,
+  learning_rate: float = _doge["learning_rate"].default,
+  steps: int = _doge["steps"].default,
+) -> Method:
+  """Adds a correction to all task matrices that brings their sum nearer to each of them.
+
+  Task matrices are brought to norm `eta`. Adam minimises the sum, over tasks and rows, of the
+  squared products of a row of tau and that of the gap tau - sum_i eta_i (tau_i + x); the gradient
+  is taken outside the first singular directions, of outputs, that the tasks share. Of tau_i + x
+  the entries count where tau_i is large. Leaves without a view stay those of the base.
+
+  Args:
+    scale: factor on the merged task vector.
+    eta: norm of each task matrix.
+    density: fraction of each task vector's entries that count, in (0, 1], of the whole model; the
+      authors count the entries of matrices only.
+    subspace: of r = min(outputs, inputs) directions, floor(r / subspace) are shared.
+    learning_rate: of Adam.
+    steps: of descent; none leave x at 0.
+
+  Reference: Wei et al. 2025, Adaptive projective gradient descent (arXiv:2501.01230), DOGE TA.
+
+  Example:
+    >>> import jaxmerge
+    >>> x = {"w": jnp.array([[[3.0, 0.0], [0.0, 4.0]]])}
+    >>> method = doge(eta=1.0, density=1.0, steps=0)
+    >>> print(jaxmerge.blend(method, x, layout=(("w", "oi"),))["w"])
+    [[0.6 0. ] [0.  0.8]]
+  """
+  settings = {"density": density, "eta": eta, "learning_rate": learning_rate}
+  catalog.check("doge", {**settings, "scale": scale, "subspace": subspace, "steps": steps})
+
+  def init(group: Group) -> dict[str, Any]:
+    return {"kept": statistics.share(group.number("density"), group.size, group.height, more=1)}
+
+  def update(x: Array, leaf: Leaf, known: Any) -> Array:
+    K, r = x.shape[0], min(x.shape[1:])
+    some = jnp.any(x != 0, axis=(1, 2), keepdims=True)
+    rates = jnp.where(some, leaf.scalar("eta", x) / jnp.sqrt(_squares(x)), 0)
+    held, weight = _added(x * rates), jnp.sum(rates)
+    each = spectral.svd(x)[0][..., : r // K].transpose(1, 0, 2).reshape(1, x.shape[1], -1)
+    shared = spectral.svd(each)[0][0, :, : r // subspace] if each.shape[2] else each[0]
+
+    def gradient(moved: Array) -> Array:
+      gaps = jnp.sum(x * (x - (held + weight * moved)[None]), axis=2, keepdims=True)
+      slope = _added(gaps * x) * (-2 * weight)
+      return slope - shared @ (shared.T @ slope)
+
+    start = jnp.zeros_like(held)
+    moved = _steps(gradient, start, _adam(leaf.scalar("learning_rate", x)), steps)
+    counted = statistics.inside(known["cut"], jnp.abs(x), leaf)
+    return _added(jnp.where(counted, (x + moved[None]) * rates, 0))[None]
+
+  def rest(x: Array, leaf: Leaf, known: Any) -> Array:
+    return jnp.zeros_like(x[:1])
+
+  cut = Rank("cut", lambda x, leaf, known: jnp.abs(x), rank="kept")
+  merged = spectral.by_matrix(update, settings, rest, statistics=(cut,), init=init)
+  return chain(merged, averaging.scaled(scale))
 
 
 def _descended(

@@ -6,11 +6,13 @@ import functools
 from typing import Any, Literal  # Any: what is known is a tree of arrays.
 
 import jax.numpy as jnp
+from jax import lax
 
 from jaxmerge import catalog, statistics, views
 from jaxmerge.stage import Array, Group, Leaf, Method, Stage, for_models, pointwise
 
 _krum = catalog.METHODS["krum"].parameters
+_flag = catalog.METHODS["flag"].parameters
 NETWORK = 32  # More models than that are sorted by the compiler's sort.
 
 
@@ -109,6 +111,100 @@ def krum(
 
   measured = (statistics.total("distances", distances),)
   return (Stage(update, measured, init, scope=scope, combines=True),)
+
+
+def flag(
+  rank: int = _flag["rank"].default,
+  steps: int = _flag["steps"].default,
+  pairs: float = _flag["pairs"].default,
+) -> Method:
+  """Projects the models' directions on the few directions that are nearest to most of them.
+
+  With h_i the models at norm 1, orthonormal directions Y are sought that make the sum over models
+  of sqrt(1 - |Y^T h_i|^2) small: in each step, the first singular directions of the h_i, each
+  weighted by how near it is to the Y before. The mean of the projected h_i, times the median of the
+  models' norms, is the result.
+
+  The descent begins at equal weights, so that nothing is random; the authors begin anywhere. They
+  divide the sum of the projections by `rank`, and leave the norm to the caller.
+
+  Args:
+    rank: number of directions; as many as there are models leave the mean of the h_i.
+    steps: at most; the descent ends where the sum grows.
+    pairs: weight of the differences h_i - h_j beside the h_i.
+
+  Reference: Almasi et al. 2023, Flag Aggregator (arXiv:2302.05865).
+
+  Example:
+    >>> import jaxmerge
+    >>> models = {"w": jnp.array([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0], [0.0, 9.0]])}
+    >>> print(np.asarray(jaxmerge.blend(flag(), models)["w"]).round(3))
+    [0.75 0. ]
+  """
+  catalog.check("flag", {"rank": rank, "steps": steps, "pairs": pairs})
+
+  def coefficients(products: Array, known: Any) -> Array:
+    squares = jnp.diagonal(products)
+    norms = jnp.sqrt(jnp.where(squares > 0, squares, 1))
+    # The directions count as constant in gradients: where eigenvalues are equal they have none.
+    unit = lax.stop_gradient(products / (norms[:, None] * norms[None]))
+    shares = _near(unit, known["pairs"], rank, steps) / norms
+    length = _middle(jnp.where(squares > 0, norms, 0))
+    return length * shares * (1 / products.shape[0])
+
+  def init(group: Group) -> dict[str, Any]:
+    return {"pairs": jnp.asarray(group.number("pairs"))}
+
+  def update(x: Array, leaf: Leaf, known: Any) -> Array:
+    own = known["coefficients"].astype(x.dtype)
+    return jnp.sum(x * own.reshape((-1,) + (1,) * (x.ndim - 1)), axis=0, keepdims=True)
+
+  measured = statistics.gram("coefficients")._replace(finish=coefficients)
+  return (Stage(update, (measured,), init, {"pairs": pairs}, combines=True),)
+
+
+def _middle(values: Array) -> Array:
+  """The median; the lower one of two."""
+  return jnp.sort(values)[(values.shape[0] - 1) // 2]
+
+
+def _near(products: Array, pairs: Array, rank: int, steps: int) -> Array:
+  """Coefficients by model of the sum of the projections, from the models' inner products [K, K]."""
+  K = products.shape[0]
+  values, vectors = jnp.linalg.eigh(products)
+  roots = jnp.sqrt(jnp.where(values > 1e-6 * values[-1], values, 0) + 1e-30)
+  points = vectors * roots[None]  # A row a model, in coordinates of the space that they span.
+  first, second = jnp.triu_indices(K, 1)
+  apart = points[first] - points[second]
+  share = pairs.astype(points.dtype) / max(K * (K - 1), 1)
+
+  def nearness(x: Array, basis: Array) -> Array:
+    return jnp.sum((x @ basis) ** 2, axis=1)
+
+  def sought(basis: Array | None) -> Array:
+    weights = jnp.ones(K) if basis is None else _weights(nearness(points, basis))
+    among = jnp.ones(len(first)) if basis is None else _weights(nearness(apart, basis))
+    both = points * weights[:, None], apart * (share * among)[:, None]
+    # Each pair is met in both orders.
+    spread = both[0].T @ both[0] + 2 * both[1].T @ both[1]
+    return jnp.linalg.eigh(spread)[1][:, ::-1][:, :rank]
+
+  def left(basis: Array) -> Array:
+    return jnp.sum(jnp.sqrt(jnp.maximum(1 - nearness(points, basis), 0)))
+
+  def step(held: tuple[Array, Array], _: None) -> tuple[tuple[Array, Array], None]:
+    basis, going = held
+    tried = sought(basis)
+    going = going & (left(tried) < left(basis))
+    return (jnp.where(going, tried, basis), going), None
+
+  (basis, _), _ = lax.scan(step, (sought(None), jnp.bool_(True)), length=steps)
+  projected = basis @ (basis.T @ jnp.sum(points, axis=0))
+  return vectors @ jnp.where(roots > 1e-14, projected / roots, 0)
+
+
+def _weights(nearness: Array) -> Array:
+  return (jnp.abs(1 - nearness) + 1e-7) ** -0.25
 
 
 def _ascending(x: Array) -> list[Array]:

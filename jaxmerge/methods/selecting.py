@@ -70,13 +70,13 @@ def most_varied(density: float) -> Method:
     return {"density": density.reshape(1)}
 
   def differing(x: Array, leaf: Leaf, known: Any) -> Array:
-    return statistics.count(_variance(x, leaf) > 0)
+    return statistics.count(_variance(x, leaf, known) > 0)
 
   def kept(total: Array, known: Any) -> Array:
     return statistics.part(known["density"], total)
 
   def update(x: Array, leaf: Leaf, known: Any) -> Array:
-    inside = statistics.inside(known["cut"], _variance(x, leaf), leaf)
+    inside = statistics.inside(known["cut"], _variance(x, leaf, known), leaf)
     return jnp.where(inside | (known["density"][0] >= 1), x, 0)
 
   counted = Sum("kept", differing, combine=statistics.plus, finish=kept)
@@ -84,7 +84,7 @@ def most_varied(density: float) -> Method:
   return (Stage(update, measured, init, {"density": density}, scope="leaf"),)
 
 
-def _variance(x: Array, leaf: Leaf) -> Array:
+def _variance(x: Array, leaf: Leaf, known: Any) -> Array:
   """Variance over the models: [K, *s] -> [1, *s]; exactly 0 where all are equal."""
   low, high = (f(x, axis=0, keepdims=True) for f in (jnp.min, jnp.max))
   return jnp.where(low == high, 0, jnp.var(x, axis=0, keepdims=True))
@@ -130,9 +130,7 @@ def arcee_fusion() -> Method:
   """
 
   def importance(x: Array, leaf: Leaf, known: Any) -> Array:
-    if leaf.base is None:
-      raise ValueError("arcee_fusion compares with a base; run it by merge, not by blend.")
-    base = leaf.base.astype(x.dtype)[None]
+    base = leaf.compared("arcee_fusion").astype(x.dtype)[None]
     tuned, base = (jax.nn.softmax(w, axis=-1) + 1e-8 for w in (base + x, base))
     divergence = jnp.sum(tuned * jnp.log(tuned / base), axis=-1, keepdims=True)
     # Rounding may leave less than nothing of a divergence.
@@ -144,7 +142,7 @@ def arcee_fusion() -> Method:
     ranks = [group.size - n * last // 4 for n in (1, 2, 3)]
     return {"ranks": jnp.stack([jnp.asarray(statistics.limbs(n)) for n in ranks], axis=1)}
 
-  def thrice(pair: tuple[Array, Array], leaf: Leaf) -> Array:
+  def thrice(pair: tuple[Array, Array], leaf: Leaf, known: Any) -> Array:
     return jnp.broadcast_to(pair[1], (3, *pair[1].shape[1:]))
 
   def update(pair: tuple[Array, Array], leaf: Leaf, known: Any) -> Array:

@@ -12,17 +12,22 @@ from jaxmerge.methods import averaging, sparsifying
 from jaxmerge.stage import Array, Leaf, Method, Scope, Stage, chain, leafwise, pointwise
 
 _ties = catalog.METHODS["ties"].parameters
+_slack = catalog.METHODS["ties_slack"].parameters
 _dare = catalog.METHODS["dare"].parameters
 _added = functools.partial(jnp.sum, axis=0, keepdims=True)
 
 
-def elect_sign(zero_sum: Literal["majority", "plus"] = _ties["zero_sum"].default) -> Method:
+def elect_sign(
+  zero_sum: Literal["majority", "plus"] = _ties["zero_sum"].default,
+  slack: float | tuple[float, ...] | None = None,
+) -> Method:
   """Zeroes the entries whose sign is not that of the sum over the models; K is kept.
 
   Args:
     zero_sum: where the sum is zero, "majority" takes the sign that most entries of the merged model
       have, as the authors do, and zeroes the entry in all models if that is a draw; "plus" takes
       the positive sign, as mergekit and peft do.
+    slack: how much more a model's entries count in the sum, scalar or one per model; None: 0.
 
   Reference: Yadav et al. 2023, TIES-Merging (arXiv:2306.01708), step 2.
 
@@ -33,11 +38,14 @@ def elect_sign(zero_sum: Literal["majority", "plus"] = _ties["zero_sum"].default
     >>> jaxmerge.blend(elected, x)["w"].tolist()
     [3.0, 2.0]
   """
-  if zero_sum == "plus":
+  if zero_sum == "plus" and slack is None:
     return pointwise(agreeing)
 
+  def votes(x: Array, leaf: Leaf) -> Array:
+    return _added(x if slack is None else x * (1 + leaf.number("slack", x)))
+
   def sides(x: Array, leaf: Leaf) -> Array:
-    merged = _added(x)
+    merged = votes(x, leaf)
     return jnp.concatenate([statistics.count(merged > 0), statistics.count(merged < 0)], axis=1)
 
   def update(x: Array, leaf: Leaf, known: Any) -> Array:
@@ -46,12 +54,12 @@ def elect_sign(zero_sum: Literal["majority", "plus"] = _ties["zero_sum"].default
       statistics.at_least(sides[:, i : i + 1], sides[:, 1 - i : 2 - i])[0] for i in (0, 1)
     )
     majority = more.astype(x.dtype) - fewer.astype(x.dtype)
-    merged = _added(x)
+    merged = votes(x, leaf)
     elected = jnp.where(merged > 0, 1, jnp.where(merged < 0, -1, majority))
     return jnp.where(x * elected > 0, x, 0)
 
   counted = statistics.total("sides", sides)._replace(combine=statistics.plus)
-  return (Stage(update, (counted,)),)
+  return (Stage(update, (counted,), numbers={} if slack is None else {"slack": slack}),)
 
 
 def agreeing(x: Array) -> Array:
@@ -167,6 +175,41 @@ def ties(
   catalog.check("ties", {**given, **chosen, "scale": scale, "weight": weight, "zero_sum": zero_sum})
   trimmed = sparsifying.matched(sparsifying.trim(density, scope=scope, rule=rule), rescale)
   return chain(trimmed, elected(scale, weight, reduce, zero_sum))
+
+
+def ties_slack(
+  slack: float | tuple[float, ...] = _slack["slack"].default,
+  density: float = _slack["density"].default,
+  scale: float = _slack["scale"].default,
+  scope: Scope = _slack["scope"].default,
+  rule: Literal["kth", "exact"] = _slack["rule"].default,
+) -> Method:
+  """As `ties`, but the entries of some models count for more when the signs are elected.
+
+  For a model tuned on little data beside one that moved far: its entries lose fewer elections, and
+  are averaged as they are.
+
+  Experimental: the paper's inequality could not be read, this is one way to have its effect.
+
+  Args:
+    slack: an entry votes as one (1 + slack) times as large, scalar or one per model: (0, 0.5) is
+      for the second of two. 0 is plain TIES; with a large slack its model always wins.
+    density: fraction of the entries kept, in (0, 1].
+    scale: factor on the merged task vector.
+    scope: see `ties`.
+    rule: see `trim`.
+
+  Reference: Tao et al. 2024, Model merging for low-resource languages (arXiv:2407.03994), TIES-SV.
+
+  Example:
+    >>> import jaxmerge
+    >>> x = {"w": jnp.array([[-0.5, -0.5], [0.375, -0.25]])}
+    >>> jaxmerge.blend(ties_slack(slack=(0.0, 0.5), density=1.0), x)["w"].tolist()
+    [0.375, -0.375]
+  """
+  catalog.check("ties_slack", {"slack": slack, "density": density, "scale": scale, "rule": rule})
+  trimmed = sparsifying.trim(density, scope=scope, rule=rule)
+  return chain(trimmed, elect_sign(slack=slack), disjoint_mean(), averaging.scaled(scale))
 
 
 def dare_ties(

@@ -49,7 +49,7 @@ def trim(density: float, *, scope: Scope = "tree", rule: Literal["kth", "exact"]
   def update(x: Array, leaf: Leaf, known: Any) -> Array:
     return jnp.where(statistics.inside(known["cut"], jnp.abs(x), leaf), x, 0)
 
-  cut = Rank("cut", lambda x, leaf: jnp.abs(x), rank="kept", exact=exact)
+  cut = Rank("cut", lambda x, leaf, known: jnp.abs(x), rank="kept", exact=exact)
   return (Stage(update, (cut,), init, {"density": density}, scope=scope),)
 
 

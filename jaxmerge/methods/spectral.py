@@ -8,6 +8,7 @@ arbitrary, and a low-rank task vector has many of them.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any  # What is known is a tree of arrays.
 
 import jax.numpy as jnp
@@ -131,16 +132,22 @@ def tsv(scale: float = _tsv["scale"].default, rank_tol: float = _tsv["rank_tol"]
   return chain(by_matrix(update, {"rank_tol": rank_tol}), averaging.scaled(scale))
 
 
-def by_matrix(update: Any, numbers: dict[str, Any]) -> Method:
-  """A combiner of matrices; leaves without a view are averaged."""
+def by_matrix(
+  update: Callable[..., Array],
+  numbers: dict[str, Any],
+  rest: Callable[..., Array] | None = None,
+  **more: Any,
+) -> Method:
+  """A combiner of matrices; leaves without a view are averaged, or what `rest` makes of them."""
 
   def together(x: Array, leaf: Leaf, known: Any) -> Array:
     return update(views.together(x), leaf, known) if x.size else x[:1]
 
-  def rest(x: Array, leaf: Leaf, known: Any) -> Array:
+  def mean(x: Array, leaf: Leaf, known: Any) -> Array:
     return _added(x) * (1 / x.shape[0])
 
-  return (Stage(together, unit="matrix", rest=rest, numbers=numbers, combines=True),)
+  rest = rest or mean
+  return (Stage(together, unit="matrix", rest=rest, numbers=numbers, combines=True, **more),)
 
 
 def svd(

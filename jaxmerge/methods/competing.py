@@ -1,0 +1,183 @@
+"""Weights of their own for entries or columns, for which the models compete."""
+
+from __future__ import annotations
+
+from typing import Any  # What is known is a tree of arrays.
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxmerge import catalog, statistics, views
+from jaxmerge.methods import averaging, spectral
+from jaxmerge.stage import Array, Group, Leaf, Method, Rank, Stage, chain
+
+_pcb = catalog.METHODS["pcb"].parameters
+_widen = catalog.METHODS["widen"].parameters
+
+
+def pcb(
+  ratio: float = _pcb["ratio"].default,
+  scale: float = _pcb["scale"].default,
+  weight: float | tuple[float, ...] = _pcb["weight"].default,
+  clamp: float = _pcb["clamp"].default,
+) -> Method:
+  """Averages the entries by how large each is in its model, and how well the models agree on it.
+
+  The score of an entry is exp(K n²) tanh(tau_i * sum_j tau_j), n its magnitude from 0, the least of
+  its model, to 1, the largest. The best `ratio` of a model's scores become weights from 0 to 1; the
+  others are 0.
+
+  Args:
+    ratio: fraction of each model's entries that have a weight, in (0, 1].
+    scale: factor on the merged task vector.
+    weight: factor on each model's entries, scalar or one per model.
+    clamp: this fraction of the smallest magnitudes and of the largest is clipped to the next.
+
+  Reference: Du et al. 2024, Parameter competition balancing (arXiv:2410.02396).
+
+  Example:
+    >>> import jaxmerge
+    >>> x = {"w": jnp.array([[1.0, -0.5, 0.25, 0.0], [1.0, 0.5, 0.0, 0.0]])}
+    >>> jaxmerge.blend(pcb(ratio=0.5, scale=1.0, clamp=0.0), x)["w"].tolist()
+    [1.0, 0.0, 0.0, 0.0]
+  """
+  given = {"ratio": ratio, "weight": weight, "clamp": clamp}
+  catalog.check("pcb", {**given, "scale": scale})
+
+  def init(group: Group) -> dict[str, Any]:
+    statistics.refuse_unrankable(group)
+    share, tail = group.number("ratio"), group.number("clamp")
+    low, one = _from_top(group, tail), _from_top(group, 1.0) + jnp.asarray([[0], [1]], jnp.uint32)
+    high = statistics.at_most(_from_top(group, _rest(tail), more=1), group.size)
+    best = statistics.at_most(_from_top(group, _rest(share)), group.size)
+    all_ = _from_top(group, 0.0)
+    last = statistics.plus(statistics.minus(all_, best), one)
+    return {"low": low, "high": high, "ranks": jnp.concatenate([best, one, last, all_], axis=1)}
+
+  def update(x: Array, leaf: Leaf, known: Any) -> Array:
+    # Of each model the least score that counts and the best, or minus what is left to nothing.
+    found = _values(known["scores"], x).reshape(4, x.shape[0])
+    least, best = (jnp.where(found[i] > 0, found[i], -found[i + 2]) for i in (0, 1))
+    least, best = (v.reshape((-1,) + (1,) * (x.ndim - 1)) for v in (least, best))
+    share = _from_0_to_1(jnp.clip(_scores(x, known), least, best), least, best)
+    size = jnp.clip(jnp.abs(x), *_ends(x, known))
+    own = share * jnp.sign(x) * size * leaf.number("weight", x)
+    return _added(own) / jnp.maximum(_added(share), 1e-12)
+
+  def magnitudes(x: Array, leaf: Leaf, known: Any) -> Array:
+    return jnp.abs(x)
+
+  def four(x: Array, leaf: Leaf, known: Any) -> Array:
+    scores = _scores(x, known)
+    sides = jnp.maximum(scores, 0), jnp.maximum(-scores, 0)
+    return jnp.concatenate([sides[i] for i in (0, 0, 1, 1)])
+
+  measured = (
+    Rank("smallest", magnitudes, rank="low"),
+    Rank("largest", magnitudes, rank="high"),
+    Rank("scores", four, rank="ranks"),
+  )
+  return chain((Stage(update, measured, init, given, combines=True),), averaging.scaled(scale))
+
+
+def _rest(fraction: Any) -> Any:
+  return 1 - (fraction if isinstance(fraction, jax.Array) else np.asarray(fraction))
+
+
+def _from_top(group: Group, fraction: Any, more: int = 0) -> Array:
+  """As the n-th largest, the entry that floor(fraction * size) entries are smaller than."""
+  counted = jnp.asarray(statistics.share(fraction, group.size, group.height))
+  whole = jnp.broadcast_to(jnp.asarray(statistics.limbs(group.size + more))[:, None], counted.shape)
+  return statistics.minus(whole, counted)
+
+
+def _values(cut: statistics.Cut, x: Array) -> Array:
+  return lax.bitcast_convert_type(cut.value, jnp.float32).astype(x.dtype)
+
+
+def _ends(x: Array, known: Any) -> list[Array]:
+  """The magnitudes between which each model's are clipped, [K, 1, ...]."""
+  found = (_values(known[end], x) for end in ("smallest", "largest"))
+  return [v.reshape((-1,) + (1,) * (x.ndim - 1)) for v in found]
+
+
+def _scores(x: Array, known: Any) -> Array:
+  x = views.together(x)
+  low, high = _ends(x, known)
+  size = _from_0_to_1(jnp.clip(jnp.abs(x), low, high), low, high)
+  # Over exp(K), which no weight depends on: it would overflow for many models.
+  return jnp.exp(x.shape[0] * ((size - 1) * (size + 1))) * jnp.tanh(x * _added(x))
+
+
+def _from_0_to_1(x: Array, low: Array, high: Array) -> Array:
+  # A product: how a division by one number rounds may depend on the length of the array.
+  factor = jnp.where(high > low, 1 / jnp.where(high > low, high - low, 1), 0)
+  # A product that something is added to is rounded once or twice, as compilers like.
+  return jnp.clip((x - low) * factor, 0, 1)
+
+
+def widen(
+  scale: float = _widen["scale"].default,
+  threshold: float = _widen["threshold"].default,
+  calibrated: float = _widen["calibrated"].default,
+) -> Method:
+  """Weighs the columns of the task matrices by how far each model moved them.
+
+  For models of which one moved much farther from the base than others: what counts is the rank of a
+  column among those of its own model, by its change of norm, and by its change of direction. A rank
+  r from 0 to 1 gives the weight exp(r_i) / sum_j exp(r_j), or `calibrated`, where it is larger than
+  `threshold` times the mean rank; the two weights are averaged. Columns are those of the leaf's
+  matrix view, one an input; of leaves without a view each entry is one, with its magnitude for r.
+
+  Args:
+    scale: factor on the merged task vector.
+    threshold: ranks larger than this times their mean are calibrated.
+    calibrated: weight of these.
+
+  Reference: Yu et al. 2024, WIDEN (arXiv:2408.03092).
+
+  Example:
+    >>> import jaxmerge
+    >>> base, experts = {"w": jnp.ones((1, 2))}, {"w": jnp.array([[[3.0, 2.0]]])}
+    >>> jaxmerge.merge(widen(), base, experts, layout=(("w", "oi"),))["w"].tolist()
+    [[3.0, 2.0]]
+  """
+  given = {"threshold": threshold, "calibrated": calibrated}
+  catalog.check("widen", {**given, "scale": scale})
+
+  def shares(score: Array, leaf: Leaf) -> Array:
+    mean = jnp.mean(score, axis=tuple(range(1, score.ndim)), keepdims=True)
+    own = jax.nn.softmax(score, axis=0)
+    high = score > leaf.scalar("threshold", score) * mean
+    return jnp.where(high, leaf.scalar("calibrated", score), own)
+
+  def update(x: Array, leaf: Leaf, known: Any) -> Array:
+    base = leaf.compared("widen").astype(x.dtype)[None]
+    (size, unit), (size_0, unit_0) = _columns(base + x), _columns(base)
+    turned = jnp.sum((unit - unit_0) ** 2, axis=1, keepdims=True)
+    both = [shares(_places(change), leaf) for change in (jnp.abs(size - size_0), turned)]
+    return _added(x * (both[0] + both[1]) * 0.5)
+
+  def rest(x: Array, leaf: Leaf, known: Any) -> Array:
+    x = views.together(x)
+    return _added(x * shares(jnp.abs(x), leaf))
+
+  return chain(spectral.by_matrix(update, given, rest), averaging.scaled(scale))
+
+
+def _columns(x: Array) -> tuple[Array, Array]:
+  """Norms [K, 1, i] and directions [K, o, i] of columns; one of zeros has no direction."""
+  x = lax.stop_gradient(x)
+  size = jnp.sqrt(jnp.sum(x * x, axis=1, keepdims=True))
+  return size, x / jnp.where(size == 0, 1, size)
+
+
+def _places(x: Array) -> Array:
+  """The places of the columns by size, as 0, 1/n, ..., (n - 1)/n: [K, 1, i] -> [K, 1, i]."""
+  return statistics.ranks(x).astype(x.dtype) * (1 / max(x.shape[2], 1))
+
+
+def _added(x: Array) -> Array:
+  return jnp.sum(x, axis=0, keepdims=True)

@@ -1,0 +1,133 @@
+"""Layers of task vectors that are taken or left as a whole."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any, Literal  # Any: what is known is a tree of arrays.
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmerge import catalog, statistics, tree, views
+from jaxmerge.methods import averaging
+from jaxmerge.stage import Array, Group, Leaf, Method, Stage, chain
+
+_lwptv = catalog.METHODS["lwptv"].parameters
+
+
+def layer_of(name: str) -> str:
+  """Returns the layer of a leaf: its name up to the first number, or without its last part.
+
+  Layers that are stacked in one leaf count as one.
+
+  Example:
+    >>> layer_of("model.layers.11.mlp.up_proj.weight"), layer_of("embeddings/word/embedding")
+    ('model.layers.11', 'embeddings/word')
+  """
+  numbered = re.match(r"(?:.*?[./_])??\d+(?=[./_]|$)", name)
+  return numbered[0] if numbered else re.sub(r"[./][^./]*$", "", name)
+
+
+def gate(
+  prune_ratio: float = _lwptv["prune_ratio"].default,
+  score: Literal["deviation", "relative_norm", "rms"] = _lwptv["score"].default,
+  prune: Literal["lowest", "highest"] = _lwptv["prune"].default,
+  layer: Callable[[str], str] = layer_of,
+) -> Method:
+  """Zeroes whole layers of each task vector, those of least score; see `lwptv`.
+
+  Goes before any merger: `chain(gate(0.3), ties())`.
+
+  Args:
+    prune_ratio: of L layers, floor(prune_ratio * L) are zeroed in each model.
+    score: see `lwptv`.
+    prune: see `lwptv`.
+    layer: the layer that a leaf belongs to, by their names.
+
+  Example:
+    >>> import jaxmerge
+    >>> x = {"0/w": jnp.array([[4.0], [1.0]]), "1/w": jnp.array([[1.0], [2.0]])}
+    >>> jaxmerge.blend(chain(gate(score="rms"), averaging.weighted_sum()), x)
+    {'0/w': Array([4.], dtype=float32), '1/w': Array([2.], dtype=float32)}
+  """
+  catalog.check("lwptv", {"prune_ratio": prune_ratio, "score": score, "prune": prune})
+
+  def init(group: Group) -> dict[str, Any]:
+    layers = sorted({layer(n) for n in group.shapes})
+    places = [layers.index(layer(n)) for n in group.shapes]
+    sizes = np.zeros(len(layers))
+    np.add.at(sizes, places, [np.prod(s) for s in group.shapes.values()])
+    pruned = statistics.share(group.number("prune_ratio"), len(layers), group.height)
+    return {
+      "tags": np.array([tree.tag(n) for n in group.shapes], np.uint32),
+      "places": np.array(places, np.int32),
+      "sizes": np.maximum(sizes, 1).astype(np.float32),
+      "pruned": pruned[1],
+    }
+
+  def place(leaf: Leaf, known: Any) -> Array:
+    return jnp.asarray(known["places"])[jnp.argmax(jnp.asarray(known["tags"]) == leaf.tag)]
+
+  def measure(x: Array, leaf: Leaf, known: Any) -> Array:
+    x, axes = views.together(x), tuple(range(1, x.ndim))
+    if score == "deviation":
+      own = jnp.sum(jnp.abs(x - jnp.mean(x, axis=0, keepdims=True)), axis=axes)
+    else:
+      own = jnp.sum(x * x, axis=axes)
+    if score == "relative_norm":
+      base = leaf.compared("gate").astype(x.dtype)
+      own = jnp.concatenate([own, jnp.sum(base * base)[None]])
+    chosen = jnp.arange(known["sizes"].shape[0]) == place(leaf, known)
+    return jnp.where(chosen[:, None], own[None], 0)
+
+  def kept(total: Array, known: Any) -> Array:
+    if score == "relative_norm":
+      scores = total[:, :-1] / (total[:, -1:] + 1e-30)
+    else:
+      scores = total / jnp.asarray(known["sizes"])[:, None]
+    count = scores.shape[0]
+    order = jnp.argsort(jnp.argsort(scores, axis=0, stable=True), axis=0).astype(jnp.uint32)
+    pruned = jnp.asarray(known["pruned"])[None]
+    return order >= pruned if prune == "lowest" else order + pruned < count
+
+  def update(x: Array, leaf: Leaf, known: Any) -> Array:
+    own = known["kept"][place(leaf, known)]
+    return jnp.where(own.reshape((-1,) + (1,) * (x.ndim - 1)), x, 0)
+
+  measured = statistics.Sum("kept", measure, finish=kept)
+  return (Stage(update, (measured,), init, {"prune_ratio": prune_ratio}),)
+
+
+def lwptv(
+  prune_ratio: float = _lwptv["prune_ratio"].default,
+  scale: float = _lwptv["scale"].default,
+  weight: float | tuple[float, ...] = _lwptv["weight"].default,
+  score: Literal["deviation", "relative_norm", "rms"] = _lwptv["score"].default,
+  prune: Literal["lowest", "highest"] = _lwptv["prune"].default,
+) -> Method:
+  """Leaves the layers of a task vector that hardly stand out to the base, and adds the others up.
+
+  Experimental: the paper's score could not be read; "deviation" is a reconstruction.
+
+  Args:
+    prune_ratio: of L layers, floor(prune_ratio * L) are left out of each model; layers are those of
+      `layer_of`.
+    scale: factor on the sum of what is kept.
+    weight: weight of each task vector, scalar or one per model.
+    score: of a layer: "deviation", the mean distance from the mean task vector; "relative_norm",
+      the norm beside the base's; "rms", the root of the mean square.
+    prune: whether layers of lowest or of highest score are left out; of those that tie, the first
+      by name count as lower.
+
+  Reference: Zhang et al. 2025, Merging smarter, generalizing better (arXiv:2506.09093).
+
+  Example:
+    >>> import jaxmerge
+    >>> x = {"0/w": jnp.array([[4.0], [1.0]]), "1/w": jnp.array([[1.0], [2.0]])}
+    >>> jaxmerge.blend(lwptv(0.5, scale=1.0, score="rms"), x)
+    {'0/w': Array([4.], dtype=float32), '1/w': Array([2.], dtype=float32)}
+  """
+  catalog.check("lwptv", {"scale": scale, "weight": weight})
+  pruned = gate(prune_ratio, score, prune)
+  return chain(pruned, averaging.weighted_sum(weight), averaging.scaled(scale))

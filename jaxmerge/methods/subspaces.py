@@ -1,0 +1,219 @@
+"""Merging matrices in directions that the models share, or that others leave free.
+
+A matrix is one of a leaf's matrix view, of stacked layers one each. What becomes of leaves without
+a view is said at each method.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal  # Any: what is known is a tree of arrays.
+
+import jax.numpy as jnp
+from jax import lax
+
+from jaxmerge import catalog, views
+from jaxmerge.methods import averaging, spectral
+from jaxmerge.stage import Array, Leaf, Method, Stage, Sum, chain, join
+
+_drm = catalog.METHODS["drm"].parameters
+_lore = catalog.METHODS["lore"].parameters
+_opcm = catalog.METHODS["opcm"].parameters
+
+
+def drm(
+  scale: float = _drm["scale"].default,
+  drop_rate: float = _drm["drop_rate"].default,
+  direction: Literal["vertical", "horizontal"] = _drm["direction"].default,
+  weight: float | tuple[float, ...] = _drm["weight"].default,
+  rank_tol: float = _drm["rank_tol"].default,
+) -> Method:
+  """Trims, elects signs and averages in the singular directions of all task matrices together.
+
+  The task matrices side by side are U S [V_1 ... V_K]; the rows of each V_k are brought to norm 1,
+  their smallest entries are zeroed, and the rows get S times their norm again. What is left is
+  joined by sign election and a disjoint mean, and U brings it back. Leaves without a view are
+  joined in the same way, untrimmed.
+
+  Args:
+    scale: factor on the merged task vector.
+    drop_rate: this fraction of the entries is zeroed, of all models together; 0 zeroes none.
+    direction: "vertical" shares the directions of inputs (the matrices stand on one another),
+      "horizontal" those of outputs.
+    weight: factor on each model's entries after the election, scalar or one per model.
+    rank_tol: directions with singular values up to this share of the largest are left out.
+
+  Reference: Chaichana et al. 2025, Decom-Renorm-Merge (arXiv:2505.23117).
+
+  Example:
+    >>> import jaxmerge
+    >>> x = {"w": jnp.array([[[3.0, 0.0], [0.0, 0.0]], [[0.0, 0.0], [0.0, 1.0]]])}
+    >>> jaxmerge.blend(drm(drop_rate=0.0), x, layout=(("w", "oi"),))["w"].tolist()
+    [[3.0, 0.0], [0.0, 1.0]]
+  """
+  given = {"weight": weight, "rank_tol": rank_tol}
+  catalog.check("drm", {**given, "scale": scale, "drop_rate": drop_rate, "direction": direction})
+
+  def update(x: Array, leaf: Leaf, known: Any) -> Array:
+    x = x.transpose(0, 2, 1) if direction == "vertical" else x
+    K, n, m = x.shape
+    joined = x.transpose(1, 0, 2).reshape(1, n, K * m)
+    u, s, v = (y[0] for y in spectral.svd(joined, leaf.scalar("rank_tol", x)))
+    rows = v.T.reshape(-1, K, m).transpose(1, 0, 2)
+    squares = jnp.sum(rows * rows, axis=2, keepdims=True)
+    norms = jnp.sqrt(jnp.where(squares > 0, squares, 1))
+    kept = _largest(rows / norms, 1 - drop_rate) * norms * s[None, :, None]
+    y = (u @ _elected(kept, leaf)[0])[None]
+    return y.transpose(0, 2, 1) if direction == "vertical" else y
+
+  def rest(x: Array, leaf: Leaf, known: Any) -> Array:
+    return _elected(views.together(x), leaf)
+
+  return chain(spectral.by_matrix(update, given, rest), averaging.scaled(scale))
+
+
+def _largest(x: Array, share: float) -> Array:
+  """Keeps this share of the entries, by magnitude, and what ties with the last of them."""
+  dropped = x.size - round(x.size * share)
+  if not dropped:
+    return x
+  size = jnp.abs(x)
+  return jnp.where(size >= jnp.sort(size.reshape(-1))[dropped - 1], x, 0)
+
+
+def _elected(x: Array, leaf: Leaf) -> Array:
+  """Averages the entries that have the sign of the sum; of a draw, that of most sums."""
+  total = jnp.sum(x, axis=0, keepdims=True)
+  more, less = (jnp.sum(side, dtype=jnp.int32) for side in (total > 0, total < 0))
+  draw = jnp.sign(more - less).astype(x.dtype)
+  sign = jnp.where(total > 0, 1, jnp.where(total < 0, -1, draw))
+  own = jnp.where(x * sign > 0, x, 0) * (leaf.number("weight", x) if "weight" in leaf.aux else 1)
+  count = jnp.sum(own != 0, axis=0, keepdims=True, dtype=jnp.int32)
+  return jnp.sum(own, axis=0, keepdims=True) / jnp.maximum(count, 1).astype(x.dtype)
+
+
+def lore(
+  delta_scale: float = _lore["delta_scale"].default,
+  mu: float = _lore["mu"].default,
+  relative: bool = _lore["relative"].default,
+  sweeps: int = _lore["sweeps"].default,
+  join: Literal["mean", "elected"] = _lore["join"].default,
+) -> Method:
+  """Splits the models into a common matrix and low-rank parts, and adds the parts' mean to it.
+
+  In turns, the common matrix becomes the mean of the models without their parts, and each part what
+  is left of its model's difference when every singular value is made smaller by mu. Needs no base.
+  With delta_scale 1 and the mean this is nearly the average of the models, and at last exactly
+  that. Leaves without a view are averaged.
+
+  The paper prints the square of the nuclear norm; this is the descent that it describes, which is
+  one on the norm itself.
+
+  Args:
+    delta_scale: factor on what the low-rank parts come to.
+    mu: what is taken off each singular value: in units of the weights, see `relative`.
+    relative: mu is a share of the largest singular value of the models' distances from their mean.
+    sweeps: of the descent.
+    join: how the parts come together: their mean, or that of the entries whose sign is elected.
+
+  Reference: Liu et al. 2025, LoRE-Merging (arXiv:2502.10749).
+
+  Example:
+    >>> import jaxmerge
+    >>> x = {"w": jnp.array([[[4.0, 0.0], [0.0, 1.0]], [[0.0, 0.0], [0.0, 1.0]]])}
+    >>> jaxmerge.blend(lore(mu=0.5), x, layout=(("w", "oi"),))["w"].round(3).tolist()
+    [[2.0, 0.0], [0.0, 1.0]]
+  """
+  given = {"delta_scale": delta_scale, "mu": mu}
+  catalog.check("lore", {**given, "relative": relative, "sweeps": sweeps, "join": join})
+
+  def update(x: Array, leaf: Leaf, known: Any) -> Array:
+    least = leaf.scalar("mu", x)
+    if relative:
+      least = least * jnp.max(spectral.svd(x - _mean(x))[1])
+
+    def sweep(held: tuple[Array, Array], _: None) -> tuple[tuple[Array, Array], None]:
+      common = _mean(x - held[1])
+      u, s, v = spectral.svd(x - common)
+      shrunk = u * jnp.maximum(s - least, 0)[:, None]
+      return (common, shrunk @ v.transpose(0, 2, 1)), None
+
+    (common, parts), _ = lax.scan(sweep, (_mean(x), jnp.zeros_like(x)), length=sweeps)
+    merged = _mean(parts) if join == "mean" else _elected(parts, leaf)
+    return common + leaf.scalar("delta_scale", x) * merged
+
+  return spectral.by_matrix(update, given)
+
+
+def _mean(x: Array) -> Array:
+  return jnp.sum(x, axis=0, keepdims=True) * (1 / x.shape[0])
+
+
+def opcm(scale: float = _opcm["scale"].default, alpha: float = _opcm["alpha"].default) -> Method:
+  """Adds one model after the other, each where those before it have left room.
+
+  To the matrix M of the models before, a task matrix is added without its part on the singular
+  directions of M: without u_j u_j^T tau v_j v_j^T for every j, and without the whole block of the
+  first k, which have a share `alpha` of the sum of the singular values. At the end all leaves are
+  scaled so that the norm of the whole is the mean norm of the task vectors. Leaves without a view
+  are added up.
+
+  The authors scale after each model; as neither the directions nor k depend on the scale, once is
+  the same. So what is kept between two models is M, and the sum and number of the norms.
+
+  Args:
+    scale: factor on the merged task vector.
+    alpha: the larger, the more directions are kept clear of what comes later.
+
+  Reference: Tang et al. 2025, Merging models on the fly (arXiv:2501.09522).
+
+  Example:
+    >>> import jaxmerge
+    >>> x = {"w": jnp.array([[[3.0, 0.0], [0.0, 1.0]], [[1.0, 2.0], [2.0, 1.0]]])}
+    >>> print(np.asarray(jaxmerge.blend(opcm(), x, layout=(("w", "oi"),))["w"]).round(3))
+    [[2.236 1.491]
+     [1.491 0.745]]
+  """
+  catalog.check("opcm", {"scale": scale, "alpha": alpha})
+
+  def update(x: Array, leaf: Leaf, known: Any) -> Array:
+    alpha = leaf.scalar("alpha", x)
+
+    def add(held: Array, tau: Array) -> tuple[Array, None]:
+      return held + projected(tau, held, alpha), None
+
+    return lax.scan(add, x[0], x[1:])[0][None]
+
+  def rest(x: Array, leaf: Leaf, known: Any) -> Array:
+    return jnp.sum(x, axis=0, keepdims=True)
+
+  def squares(pair: tuple[Array, Array], leaf: Leaf, known: Any) -> tuple[Array, Array]:
+    first, second = (jnp.sum(y * y, axis=tuple(range(1, y.ndim))) for y in pair)
+    return first, second
+
+  def factor(total: tuple[Array, Array], known: Any) -> Array:
+    # A root of zero has no gradient.
+    each, merged = (jnp.where(t > 0, jnp.sqrt(jnp.where(t > 0, t, 1)), 0) for t in total)
+    return jnp.sum(each) * (1 / each.shape[0]) / jnp.where(merged > 0, merged, 1)[0]
+
+  def scaled(pair: tuple[Array, Array], leaf: Leaf, known: Any) -> Array:
+    return pair[1] * known["factor"]
+
+  in_turn = spectral.by_matrix(update, {"alpha": alpha}, rest, ordered=True)
+  last = Stage(scaled, (Sum("factor", squares, finish=factor),))
+  return chain(join(in_turn, last), averaging.scaled(scale))
+
+
+def projected(tau: Array, held: Array, alpha: Array | float) -> Array:
+  """Returns what a task matrix adds outside the directions of another: [m, n] -> [m, n].
+
+  Example:
+    >>> held, tau = jnp.diag(jnp.array([4.0, 1.0])), jnp.array([[1.0, 2.0], [3.0, 4.0]])
+    >>> projected(tau, held, 0.5).round(4).tolist()
+    [[0.0, 2.0], [3.0, 0.0]]
+  """
+  u, s, v = (y[0] for y in spectral.svd(held[None]))
+  k = jnp.sum(jnp.cumsum(s) <= alpha * jnp.sum(s))  # Before the first sum that is larger.
+  place = jnp.arange(s.shape[0])
+  block = (place[:, None] < k) & (place[None] < k)
+  taken = jnp.where(block | jnp.eye(s.shape[0], dtype=bool), u.T @ tau @ v, 0)
+  return tau - u @ taken @ v.T

@@ -1,0 +1,32 @@
+"""What the tables are made of: the type of an entry, and parameters that many methods have."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal, NamedTuple
+
+from jaxmerge.parameter import Parameter
+
+
+class Entry(NamedTuple):
+  """A method: what it computes in one formula, where it comes from, what it needs.
+
+  `on` says what is merged: task vectors, by `jaxmerge.merge`, or the weights themselves, by
+  `jaxmerge.blend`. `reads` says how often the models are read where they are on disk, with the
+  default settings.
+  """
+
+  formula: str
+  paper: str
+  parameters: Mapping[str, Parameter]
+  needs: str = "weights"
+  experimental: bool = False
+  on: Literal["task vectors", "weights", "either"] = "task vectors"
+  reads: int = 1
+
+
+WEIGHT = Parameter(1.0, "weight of each model, scalar or one per model")
+SCALE = Parameter(1.0, "factor on the merged task vector")
+FLOOR = Parameter(0.0, "", low=0.0)
+NORMALIZE = Parameter(False, "divide by the sum of the weights", choices=(True, False))
+SEED = Parameter(None, "seed of random masks", low=0, high=2**32 - 1, integer=True)

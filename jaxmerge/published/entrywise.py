@@ -1,0 +1,280 @@
+"""Methods that merge entry by entry: sums, what is trimmed, dropped at random, or chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from jaxmerge.parameter import Parameter
+from jaxmerge.published import entry
+from jaxmerge.published.entry import Entry
+
+_DENSITY = Parameter(0.2, "fraction of entries kept", low=0.0, high=1.0, open_low=True)
+_DROP_RATE = Parameter(0.5, "probability that an entry is dropped", low=0.0, high=1.0)
+_SCOPE = Parameter(
+  "tree", "entries are ranked over the whole model or per leaf", choices=("tree", "leaf")
+)
+_RULE = Parameter(
+  "kth",
+  "'kth' keeps all entries at the threshold, 'exact' breaks ties by position",
+  choices=("kth", "exact"),
+)
+_RESCALE = Parameter(
+  "inverse",
+  "how the kept entries make up for the dropped: 1/(1-p), or the norm of the whole leaf",
+  choices=("inverse", "l1", "l2", "linf", None),
+)
+_NORM = Parameter(
+  None, "the norm of each leaf that is restored after trimming", choices=("l1", "l2", "linf", None)
+)
+_REDUCE = Parameter("mean", "how agreeing entries are joined", choices=("mean", "sum", "max"))
+_ZERO_SUM = Parameter(
+  "majority",
+  "sign where task vectors cancel out: that of most entries, or plus",
+  choices=("majority", "plus"),
+)
+_BAND = {
+  "keep": Parameter(0.2, "fraction of entries kept", low=0.0, high=1.0, open_low=True),
+  "remove": Parameter(0.1, "fraction of the largest entries removed", low=0.0, high=1.0),
+  "scale": entry.SCALE._replace(default=0.3),
+  "weight": entry.WEIGHT,
+  "scope": Parameter(
+    "leaf",
+    "entries are ranked over the whole model, per leaf, or per row of a matrix view",
+    choices=("tree", "leaf", "row"),
+  ),
+  "yields": Parameter(
+    "keep",
+    "which fraction gives way where both together exceed all entries",
+    choices=("keep", "remove"),
+  ),
+  "rescale": _NORM,
+}
+_WINDOW = {
+  "density": Parameter(0.7, "mean probability to be kept", low=0.0, high=1.0, open_low=True),
+  "epsilon": Parameter(
+    0.07, "probabilities are density - epsilon to density + epsilon", low=0.0, high=0.5
+  ),
+  "scale": entry.SCALE._replace(default=1.1),
+  "weight": entry.WEIGHT,
+  "rescale": _RESCALE._replace(
+    doc="how the kept entries make up for the dropped: 1/q, or the norm of the whole leaf"
+  ),
+}
+_THRESHOLD = Parameter(1e-5, "entries up to this magnitude count as unchanged", low=0.0)
+_TASK_ARITHMETIC = "Ilharco et al. 2023 (arXiv:2212.04089)"
+_DARE = "Yu et al. 2024 (arXiv:2311.03099)"
+_BREADCRUMBS = "Davari and Belilovsky 2024 (arXiv:2312.06795)"
+_DELLA = "Deep et al. 2024 (arXiv:2406.11617)"
+_RAM = "Yuan et al. 2026 (arXiv:2601.13572)"
+
+METHODS: Mapping[str, Entry] = {
+  "average": Entry(
+    "Σ wᵢθᵢ / Σ wᵢ",
+    "Wortsman et al. 2022 (arXiv:2203.05482)",
+    {"weight": entry.WEIGHT, "normalize": entry.NORMALIZE._replace(default=True)},
+    on="either",
+  ),
+  "checkpoint_average": Entry(
+    "Σ wᵢθᵢ, wᵢ = 1/K, or ∝ i, or a moving average's",
+    "Li et al. 2025 (arXiv:2505.12082)",
+    {
+      "kind": Parameter("sma", "the weights: equal, linear, moving", choices=("sma", "wma", "ema")),
+      "alpha": Parameter(0.2, "share of the newest in a moving average", low=0.0, high=1.0),
+    },
+    on="either",
+  ),
+  "task_arithmetic": Entry(
+    "θ₀ + λ Σ wᵢτᵢ",
+    _TASK_ARITHMETIC,
+    {
+      "scale": entry.SCALE._replace(default=0.3),
+      "weight": entry.WEIGHT,
+      "normalize": entry.NORMALIZE,
+    },
+  ),
+  "negation": Entry("θ₀ - λτ", _TASK_ARITHMETIC, {"scale": entry.SCALE._replace(default=0.3)}),
+  "analogy": Entry(
+    "θ₀ + λ(τ_C + τ_B - τ_A)", _TASK_ARITHMETIC, {"scale": entry.SCALE._replace(default=0.3)}
+  ),
+  "portllm": Entry(
+    "θ₀ + λ(τ_B - τ_A)",
+    "Khan et al. 2024 (arXiv:2410.10870)",
+    {"scale": entry.SCALE},
+  ),
+  "passthrough": Entry(
+    "sθ",
+    "mergekit (Goddard et al. 2024, arXiv:2403.13257)",
+    {"scale": entry.SCALE._replace(doc="factor on the weights")},
+    on="weights",
+  ),
+  "ties": Entry(
+    "trim, elect sign, disjoint mean",
+    "Yadav et al. 2023 (arXiv:2306.01708)",
+    {
+      "density": _DENSITY,
+      "scale": entry.SCALE,
+      "weight": entry.WEIGHT,
+      "scope": _SCOPE,
+      "rule": _RULE,
+      "reduce": _REDUCE,
+      "zero_sum": _ZERO_SUM,
+      "rescale": _NORM,
+    },
+    reads=3,
+  ),
+  "ties_slack": Entry(
+    "TIES, with votes (1 + μᵢ)τᵢ",
+    "Tao et al. 2024 (arXiv:2407.03994)",
+    {
+      "slack": Parameter(0.0, "μ, how much more a vote counts, scalar or one per model", low=0.0),
+      "density": _DENSITY,
+      "scale": entry.SCALE,
+      "scope": _SCOPE,
+      "rule": _RULE,
+    },
+    experimental=True,
+    reads=3,
+  ),
+  "breadcrumbs": Entry(
+    "θ₀ + λ Σ wᵢ (mask of the largest γ and smallest 1-β-γ)⊙τᵢ",
+    _BREADCRUMBS,
+    {**_BAND, "normalize": entry.NORMALIZE},
+    reads=2,
+  ),
+  "breadcrumbs_ties": Entry(
+    "Breadcrumbs, then elect sign, disjoint sum",
+    _BREADCRUMBS,
+    {**_BAND, "reduce": _REDUCE._replace(default="sum"), "zero_sum": _ZERO_SUM},
+    reads=3,
+  ),
+  "dare": Entry(
+    "θ₀ + λ Σ wᵢ (mᵢ⊙τᵢ)/(1-p)",
+    _DARE,
+    {
+      "drop_rate": _DROP_RATE,
+      "scale": entry.SCALE._replace(default=0.3),
+      "weight": entry.WEIGHT,
+      "rescale": _RESCALE,
+      "normalize": entry.NORMALIZE,
+    },
+    needs="weights, seed",
+  ),
+  "dare_ties": Entry(
+    "DARE, then trim, elect sign, disjoint mean",
+    _DARE,
+    {
+      "drop_rate": _DROP_RATE,
+      "density": _DENSITY,
+      "scale": entry.SCALE,
+      "weight": entry.WEIGHT,
+      "rescale": _RESCALE,
+      "scope": _SCOPE,
+      "rule": _RULE,
+      "reduce": _REDUCE,
+      "zero_sum": _ZERO_SUM,
+    },
+    needs="weights, seed",
+    reads=3,
+  ),
+  "della": Entry(
+    "drop by rank, then elect sign, disjoint mean",
+    _DELLA,
+    {**_WINDOW, "reduce": _REDUCE, "zero_sum": _ZERO_SUM._replace(default="plus")},
+    needs="weights, seed",
+  ),
+  "della_linear": Entry(
+    "θ₀ + λ Σ wᵢ mᵢ⊙τᵢ/qᵢ, qᵢ by rank in the row",
+    _DELLA,
+    {**_WINDOW, "normalize": entry.NORMALIZE},
+    needs="weights, seed",
+  ),
+  "sce": Entry(
+    "θ₀ + Σ wᵢeᵢ⊙τᵢ / Σ wᵢeᵢ, wᵢ ∝ mean τᵢ², eᵢ elected",
+    "Wan et al. 2024 (arXiv:2408.07990)",
+    {
+      "density": _DENSITY._replace(
+        default=1.0, doc="fraction kept of the positions at which the models differ"
+      ),
+      "floor": entry.FLOOR._replace(doc="models count equally where Σ mean τᵢ² is below"),
+    },
+    reads=4,
+  ),
+  "magmax": Entry(
+    "θ₀ + λ τᵢ of largest abs(τᵢ), entry by entry",
+    "Marczak et al. 2024 (arXiv:2407.06322)",
+    {"scale": entry.SCALE._replace(default=0.5)},
+  ),
+  "consensus": Entry(
+    "θ₀ + λ (entries that k models need) ⊙ Σ τᵢ, needed where abs(τᵢ) > ε abs(Σ τⱼ - τᵢ)",
+    "Wang et al. 2024 (arXiv:2405.07813)",
+    {
+      "scale": entry.SCALE._replace(default=0.3),
+      "threshold": Parameter(0.4, "ε, scalar or one per model", low=0.0),
+      "least": Parameter(2, "k, as many models must need an entry", low=0, integer=True),
+    },
+  ),
+  "pcb": Entry(
+    "θ₀ + λ Σ wᵢsᵢ⊙τᵢ / Σ sᵢ, sᵢ the largest of exp(Kτᵢ²)⊙tanh(τᵢ⊙Σ τⱼ), from 0 to 1",
+    "Du et al. 2024 (arXiv:2410.02396)",
+    {
+      "ratio": Parameter(0.1, "fraction of entries kept", low=0.0, high=1.0, open_low=True),
+      "scale": entry.SCALE._replace(default=1.2),
+      "weight": entry.WEIGHT,
+      "clamp": Parameter(
+        1e-4, "fraction of the largest and of the smallest that are clipped", low=0.0, high=0.5
+      ),
+    },
+    reads=3,
+  ),
+  "lwptv": Entry(
+    "θ₀ + λ Σ wᵢ (layers of model i that stand out)⊙τᵢ",
+    "Zhang et al. 2025 (arXiv:2506.09093)",
+    {
+      "prune_ratio": Parameter(0.5, "fraction of the layers that are pruned", low=0.0, high=1.0),
+      "scale": entry.SCALE._replace(default=0.3),
+      "weight": entry.WEIGHT,
+      "score": Parameter(
+        "deviation",
+        "of a layer: mean distance from the mean task vector, norm beside the base's, or size",
+        choices=("deviation", "relative_norm", "rms"),
+      ),
+      "prune": Parameter(
+        "lowest", "layers of lowest or highest score are pruned", choices=("lowest", "highest")
+      ),
+    },
+    experimental=True,
+    reads=2,
+  ),
+  "ram": Entry(
+    "θ₀ + Σ τᵢ / how many models change the entry",
+    _RAM,
+    {"threshold": _THRESHOLD},
+    experimental=True,
+  ),
+  "ramplus_tl": Entry(
+    "RAM, entries that only one changes times 1 + r clip(ρᵢ, 0, α)",
+    _RAM,
+    {
+      "threshold": _THRESHOLD,
+      "boost": Parameter(0.1, "r, how much unique entries are amplified", low=0.0),
+      "limit": Parameter(0.2, "α, bound on ρ, the shared entries per unique one", low=0.0),
+      "scope": Parameter(
+        "leaf", "ρ is counted per leaf or over the whole model", choices=("leaf", "tree")
+      ),
+    },
+    experimental=True,
+    reads=2,
+  ),
+  "arcee_fusion": Entry(
+    "θ₀ + τ where abs(τ)·KL(softmax θ, softmax θ₀) ≥ median + 1.5 IQR",
+    "mergekit 0.1 (arcee.ai, 2025)",
+    {},
+    reads=2,
+  ),
+  "nearswap": Entry(
+    "θ₀ + clip(θ - θ₀, -t, t)",
+    "alchemonaut 2024 (QuartetAnemoi-70B)",
+    {"t": Parameter(1e-4, "how near an entry must be to be swapped", low=0.0)},
+    on="weights",
+  ),
+}

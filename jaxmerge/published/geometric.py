@@ -1,0 +1,204 @@
+"""Methods that merge vectors and matrices: on spheres, by singular values, against outliers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from jaxmerge.parameter import Parameter
+from jaxmerge.published import entry
+from jaxmerge.published.entry import Entry
+
+_DESCENT = {
+  "learning_rate": Parameter(1e-5, "of the descent", low=0.0),
+  "steps": Parameter(300, "steps of the descent", low=0, integer=True, static=True),
+}
+_RANK_TOL = Parameter(
+  1e-6, "singular values up to this share of the largest count as zero", low=0.0, high=1.0
+)
+_ISO = "Marczak et al. 2025 (arXiv:2502.04959)"
+_YIN = "Yin et al. 2018 (arXiv:1803.01498)"
+
+METHODS: Mapping[str, Entry] = {
+  "flag": Entry(
+    "projection of unit(θᵢ) on the r directions nearest to them, as long as the median",
+    "Almasi et al. 2023 (arXiv:2302.05865)",
+    {
+      "rank": Parameter(1, "r, directions", low=1, integer=True, static=True),
+      "steps": Parameter(10, "reweightings, at most", low=0, integer=True, static=True),
+      "pairs": Parameter(0.0, "weight of the distances between the models", low=0.0),
+    },
+    on="either",
+    reads=2,
+  ),
+  "slerp": Entry(
+    "(sin((1-t)ω) θ₁ + sin(tω) θ₂) / sin ω",
+    "Shoemake 1985 (SIGGRAPH)",
+    {"t": Parameter(0.5, "0 is the first model, 1 the second", low=0.0, high=1.0)},
+    on="weights",
+    reads=2,
+  ),
+  "nuslerp": Entry(
+    "SLERP with t = w₂/(w₁ + w₂)",
+    "mergekit (Goddard et al. 2024, arXiv:2403.13257)",
+    {
+      "weight": entry.WEIGHT,
+      "scope": Parameter(
+        "leaf",
+        "what is a vector: a leaf, or a row or column of a matrix view",
+        choices=("leaf", "row", "column"),
+      ),
+    },
+    on="either",
+    reads=2,
+  ),
+  "multislerp": Entry(
+    "(Σ wᵢ‖θᵢ‖) · unit(Σ wᵢ unit(θᵢ))",
+    "mergekit (Goddard et al. 2024, arXiv:2403.13257)",
+    {"weight": entry.WEIGHT, "normalize": entry.NORMALIZE._replace(default=True)},
+    on="either",
+    reads=2,
+  ),
+  "karcher": Entry(
+    "(Σ wᵢ‖θᵢ‖) · Karcher mean of unit(θᵢ)",
+    "Karcher 1977 (Comm. Pure Appl. Math. 30)",
+    {
+      "weight": entry.WEIGHT,
+      "max_iter": Parameter(10, "most steps", low=0, integer=True, static=True),
+      "tol": Parameter(1e-5, "norms and steps up to this count as zero", low=0.0),
+    },
+    on="weights",
+    reads=2,
+  ),
+  "model_stock": Entry(
+    "θ₀ + t mean τᵢ, t = N cos/(1 + (N-1) cos)",
+    "Jang et al. 2024 (arXiv:2403.19522)",
+    {
+      "scope": Parameter(
+        "leaf", "one t per leaf, or per row of a matrix view", choices=("leaf", "row")
+      ),
+      "clip": Parameter(False, "keep t in [0, 1]", choices=(True, False)),
+      "floor": entry.FLOOR._replace(doc="least product of two norms that a cosine divides by"),
+    },
+    reads=2,
+  ),
+  "iso_c": Entry(
+    "θ₀ + λ s̄UVᵀ, Σ τᵢ = U diag(s) Vᵀ, s̄ = mean s",
+    _ISO,
+    {"scale": entry.SCALE, "rank_tol": _RANK_TOL},
+  ),
+  "iso_cts": Entry(
+    "Iso-C of directions of Σ τᵢ and of what they leave of each τᵢ",
+    _ISO,
+    {
+      "scale": entry.SCALE,
+      "common": Parameter(
+        0.8, "share of the directions that are the sum's", low=0.0, high=1.0, static=True
+      ),
+      "rank_tol": _RANK_TOL,
+    },
+  ),
+  "tsv": Entry(
+    "θ₀ + λ U⊥ diag(s) V⊥ᵀ, of each τᵢ the first 1/K of its directions, made orthogonal",
+    "Gargiulo et al. 2025 (arXiv:2412.00081)",
+    {"scale": entry.SCALE, "rank_tol": _RANK_TOL},
+  ),
+  "drm": Entry(
+    "θ₀ + λ U·(sign election and disjoint mean of the largest entries of Sᵢ V̂ᵢ), [τ₁ … τ_K] = USVᵀ",
+    "Chaichana et al. 2025 (arXiv:2505.23117)",
+    {
+      "scale": entry.SCALE,
+      "drop_rate": Parameter(0.8, "fraction of entries pruned", low=0.0, high=1.0, static=True),
+      "direction": Parameter(
+        "vertical", "what the models share: inputs or outputs", choices=("vertical", "horizontal")
+      ),
+      "weight": entry.WEIGHT,
+      "rank_tol": _RANK_TOL._replace(default=1e-2),
+    },
+  ),
+  "lore": Entry(
+    "θ̂ + λ mean δᵢ, least Σ norm(θ̂ + δᵢ - θᵢ)²/2 + μ norm(δᵢ)₁ of singular values",
+    "Liu et al. 2025 (arXiv:2502.10749)",
+    {
+      "delta_scale": Parameter(1.0, "λ, factor on the mean of the low-rank parts"),
+      "mu": Parameter(0.01, "μ, what is taken off each singular value", low=0.0),
+      "relative": Parameter(
+        False, "count μ in the largest singular value of θᵢ - mean", choices=(True, False)
+      ),
+      "sweeps": Parameter(20, "of the descent", low=0, integer=True, static=True),
+      "join": Parameter(
+        "mean", "of the low-rank parts: mean, or sign election", choices=("mean", "elected")
+      ),
+    },
+    on="either",
+  ),
+  "opcm": Entry(
+    "θ₀ + λM norm/‖M‖, M = τ₁ + what each next τᵢ adds outside the directions of M",
+    "Tang et al. 2025 (arXiv:2501.09522)",
+    {
+      "scale": entry.SCALE,
+      "alpha": Parameter(
+        0.5, "share of the singular values whose directions are kept clear", low=0.0, high=1.0
+      ),
+    },
+    reads=2,
+  ),
+  "widen": Entry(
+    "θ₀ + λ Σ wᵢ⊙τᵢ, wᵢ by the ranks of the columns' changes of size and direction",
+    "Yu et al. 2024 (arXiv:2408.03092)",
+    {
+      "scale": entry.SCALE,
+      "threshold": Parameter(1.0, "a score so many times the mean is calibrated", low=0.0),
+      "calibrated": Parameter(1.0, "weight of what is calibrated"),
+    },
+  ),
+  "wudi": Entry(
+    "θ₀ + λx, x from Σ τᵢ by Adam on Σ norm((x - τᵢ)τᵢᵀ)² / norm(τᵢ)²",
+    "Cheng et al. 2025 (arXiv:2503.08099)",
+    {"scale": entry.SCALE, **_DESCENT},
+  ),
+  "optmerge": Entry(
+    "WUDI with the first 1/K of the singular directions of each τᵢ",
+    "Wei et al. 2025 (arXiv:2505.19892)",
+    {
+      "scale": entry.SCALE,
+      "tuned": Parameter("full", "how the models were tuned", choices=("full", "lora")),
+      **_DESCENT,
+    },
+  ),
+  "doge": Entry(
+    "θ₀ + λ Σ ηᵢ mᵢ⊙(τᵢ + Δ), ηᵢ = η/norm(τᵢ), Δ by Adam, outside the tasks' shared directions",
+    "Wei et al. 2025 (arXiv:2501.01230)",
+    {
+      "scale": entry.SCALE,
+      "eta": Parameter(0.07, "η, the norm to which each task matrix is brought", low=0.0),
+      "density": Parameter(0.3, "fraction of entries kept", low=0.0, high=1.0, open_low=True),
+      "subspace": Parameter(
+        6, "one in so many directions is shared", low=1, integer=True, static=True
+      ),
+      **{n: _DESCENT[n]._replace(default=v) for n, v in (("learning_rate", 1e-4), ("steps", 400))},
+    },
+    reads=2,
+  ),
+  "median": Entry("median of θᵢ, entry by entry", _YIN, {}, on="either"),
+  "trimmed_mean": Entry(
+    "mean of θᵢ without the f lowest and f highest, entry by entry",
+    _YIN,
+    {"trim": Parameter(1, "f", low=0, integer=True, static=True)},
+    on="either",
+  ),
+  "krum": Entry(
+    "mean of the m models with the least sum of squared distances to the K - f - 2 nearest",
+    "Blanchard et al. 2017 (arXiv:1703.02757)",
+    {
+      "outliers": Parameter(
+        1, "f, as many models may be anything", low=0, integer=True, static=True
+      ),
+      "select": Parameter(1, "m, as many are averaged", low=1, integer=True, static=True),
+      "scope": Parameter(
+        "tree", "distances of whole models, or of leaves", choices=("tree", "leaf")
+      ),
+    },
+    on="either",
+    reads=2,
+  ),
+}

@@ -1,0 +1,82 @@
+"""Layers that are pruned as a whole: worked example, counts, names."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from example import close
+
+import jaxmerge
+from jaxmerge import methods, stage
+
+LAYERS = [f"layer_{i}/{part}" for i in range(4) for part in ("kernel", "bias")]
+SIZES = np.array([0.4, 0.1, 0.3, 0.2])
+
+
+def stack(height=1):
+  """Task vectors whose layers have these root mean squares, in another order in each model."""
+  rng = np.random.default_rng(0)
+  out = {}
+  for n in LAYERS:
+    sizes = [np.roll(SIZES, k)[int(n[6])] for k in range(height)]
+    out[n] = jnp.asarray(np.stack([s * rng.choice([-1.0, 1.0], 6) for s in sizes]), jnp.float32)
+  return out
+
+
+def kept(method, x):
+  """Whether the leaves of each layer of a model are there."""
+  out = jaxmerge.blend(stage.chain(method, methods.weighted_sum()), x)
+  some = [bool(np.asarray(out[n]).any()) for n in LAYERS]
+  return [some[i : i + 2] for i in range(0, 8, 2)]
+
+
+def test_worked_example():
+  found = kept(methods.gate(0.5, "rms"), stack())
+  assert found == [[True] * 2, [False] * 2, [True] * 2, [False] * 2]
+  found = kept(methods.gate(0.5, "rms", "highest"), stack())
+  assert found == [[False] * 2, [True] * 2, [False] * 2, [True] * 2]
+
+
+@pytest.mark.parametrize(("ratio", "left"), [(0.0, 4), (0.3, 3), (0.5, 2), (0.99, 1), (1.0, 0)])
+@pytest.mark.parametrize("score", ["deviation", "rms"])
+def test_every_model_loses_as_many_layers(ratio, left, score):
+  x = stack(3)
+  for k in range(3):
+    alone = {"weight": np.eye(3)[k]}
+    method = methods.lwptv(ratio, 1.0, score=score)
+    out = jaxmerge.blend(method, x, aux=alone)
+    layers = {n[:7] for n in LAYERS if np.asarray(out[n]).any()}
+    assert len(layers) == left
+
+
+def test_nothing_pruned_is_task_arithmetic_and_all_is_the_base():
+  x = stack(3)
+  base = {n: v[0] * 0 + 1 for n, v in x.items()}
+  models = {n: v + 1 for n, v in x.items()}
+  for ratio, scale in ((0.0, 0.3), (1.0, 0.0)):
+    found = jaxmerge.merge(methods.lwptv(ratio), base, models)
+    expected = jaxmerge.merge(methods.task_arithmetic(scale), base, models)
+    for n in found:
+      close(found[n], expected[n])
+
+
+def test_layers_may_be_named_by_the_caller():
+  """All in one layer: it is pruned, or not."""
+  for ratio, some in ((0.99, True), (1.0, False)):
+    found = kept(methods.gate(ratio, layer=lambda name: "all"), stack())
+    assert found == [[some] * 2] * 4
+
+
+@pytest.mark.parametrize(
+  ("name", "layer"),
+  [
+    ("layer_11/attention/query/kernel", "layer_11"),
+    ("model.layers.3.mlp.up_proj.weight", "model.layers.3"),
+    ("transformer.h.0.attn.c_attn.weight", "transformer.h.0"),
+    ("model.embed_tokens.weight", "model.embed_tokens"),
+    ("pooler/bias", "pooler"),
+    ("conv1.weight", "conv1"),
+    ("w", "w"),
+  ],
+)
+def test_layer_of(name, layer):
+  assert methods.layer_of(name) == layer

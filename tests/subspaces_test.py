@@ -1,0 +1,117 @@
+"""Merging in shared or free directions: worked examples, identities, what the papers claim."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from example import close
+from spectral_test import A, B, drawn, merged, values
+
+import jaxmerge
+from jaxmerge import methods
+from jaxmerge.methods import subspaces
+
+D = [np.diag([4.0, 1.0]), np.diag([0.0, 1.0])]
+PAIR = [np.diag([3.0, 1.0]), np.array([[1.0, 2.0], [2.0, 1.0]])]
+
+
+@pytest.mark.parametrize(
+  ("method", "matrices", "expected"),
+  [
+    (methods.drm(drop_rate=0.5, direction="horizontal"), [A, B], [[3, 0, 1], [0, 1.5, 0]]),
+    (methods.drm(drop_rate=0.5), [A, B], [[3, 0, 1], [0, 1.5, 0]]),
+    (methods.lore(mu=0.5), D, [[2, 0], [0, 1]]),
+    (methods.lore(2.0, mu=0.5), D, [[2, 0], [0, 1]]),
+    (methods.lore(mu=5.0), D, [[2, 0], [0, 1]]),
+    (methods.opcm(), PAIR, [[2.236068, 1.490712], [1.490712, 0.745356]]),
+  ],
+)
+def test_worked_example(method, matrices, expected):
+  close(merged(method, matrices), expected, atol=3e-6)
+
+
+@pytest.mark.parametrize(
+  ("alpha", "zeros"),
+  [(0.5, np.eye(4, dtype=bool)), (0.8, np.eye(4, dtype=bool) | (np.indices((4, 4)) < 2).all(0))],
+)
+def test_what_is_added_avoids_the_directions(alpha, zeros):
+  tau = np.arange(1.0, 17).reshape(4, 4)
+  found = subspaces.projected(jnp.asarray(tau), jnp.diag(jnp.array([4.0, 3, 2, 1])), alpha)
+  close(found, np.where(zeros, 0, tau), atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(4, 9), (9, 4), (5, 5)])
+def test_what_is_added_is_orthogonal_to_what_is_held(shape):
+  held, tau = (np.asarray(x, np.float32) for x in drawn(2, *shape))
+  found = np.asarray(subspaces.projected(jnp.asarray(tau), jnp.asarray(held), 0.3))
+  assert abs(np.sum(found * held)) < 1e-4 * np.linalg.norm(tau) * np.linalg.norm(held)
+
+
+def test_the_whole_has_the_mean_norm_of_the_task_vectors():
+  each = drawn(5, 6, 4)
+  norms = [np.linalg.norm(x) for x in each]
+  assert np.linalg.norm(merged(methods.opcm(), each)) == pytest.approx(np.mean(norms), rel=1e-5)
+
+
+def test_the_order_of_what_comes_one_after_the_other_matters():
+  each = drawn(3, 6, 4)
+  assert np.abs(merged(methods.opcm(), each) - merged(methods.opcm(), each[::-1])).max() > 1e-2
+
+
+@pytest.mark.parametrize("direction", ["vertical", "horizontal"])
+def test_directions_swap_under_transposition(direction):
+  other = {"vertical": "horizontal", "horizontal": "vertical"}[direction]
+  each = drawn(3, 6, 4)
+  turned = merged(methods.drm(direction=other), [x.T for x in each])
+  close(merged(methods.drm(direction=direction), each), turned.T, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+  "method",
+  [
+    methods.drm(drop_rate=0.0, rank_tol=0.0),
+    methods.lore(sweeps=3),
+    methods.opcm(),
+    methods.lore(join="elected"),
+  ],
+)
+def test_one_model_is_itself(method):
+  x = drawn(1, 6, 4)
+  close(merged(method, x), x[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("direction", ["vertical", "horizontal"])
+def test_equal_models_are_themselves_where_nothing_is_dropped(direction):
+  x = drawn(1, 6, 4) * 3
+  close(merged(methods.drm(drop_rate=0.0, direction=direction, rank_tol=0.0), x), x[0], atol=1e-5)
+
+
+def test_lore_tends_to_the_average():
+  each = drawn(3, 4, 5)
+  found = [merged(methods.lore(mu=0.8, sweeps=n), each) for n in (5, 60)]
+  far = [np.abs(x - np.mean(each, axis=0)).max() for x in found]
+  assert far[1] < 0.1 * far[0]
+  assert far[1] < 1e-3
+
+
+def test_what_is_taken_off_every_singular_value_lowers_the_rank():
+  """All that is left of the parts is what delta_scale multiplies."""
+  each = drawn(3, 8, 6)
+  one, two = (merged(methods.lore(s, 0.7, relative=True), each) for s in (1.0, 2.0))
+  rank = np.sum(values(two - one) > 1e-4)
+  assert 0 < rank < 6
+
+
+@pytest.mark.parametrize("method", [methods.drm(), methods.lore(), methods.opcm()])
+def test_low_ranks_zeros_and_empty_matrices(method):
+  low = drawn(3, 7, 6, rank=1)
+  assert np.isfinite(merged(method, low)).all()
+  zero = np.zeros((4, 5))
+  assert not merged(method, [zero, zero]).any()
+  assert np.isfinite(merged(method, [zero, *drawn(1, 4, 5)])).all()
+  assert merged(method, [zero[:0], zero[:0]]).shape == (0, 5)
+
+
+def test_without_a_view_signs_are_elected():
+  x = {"w": jnp.array([[1.0, -1.0, 2.0], [1.0, 2.0, -2.0]])}
+  found = jaxmerge.blend(methods.drm(), x)["w"]
+  close(found, [1.0, 2.0, 2.0])
