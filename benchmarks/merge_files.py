@@ -6,7 +6,7 @@ Makes a base and three models of each size in a Llama layout (bfloat16, made aga
 not there). The floor reads every input byte once and writes every output byte once, in the same
 order and slices, without arithmetic. Floor, jaxmerge and, where --mergekit gives the Python of an
 environment that has it, mergekit run in turns, each in a process of its own, for several rounds;
-the table has medians. `merge` is the merge itself, without the start of Python and imports;
+the table has medians. `floor` and `merge` are without the start of Python and imports;
 `process` is all of it. Memory is the peak of the resident pages, and of the anonymous ones.
 """
 
@@ -42,6 +42,7 @@ def main():
   parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
   parser.add_argument("--rounds", type=int, default=3)
   parser.add_argument("--mergekit", help="the Python of an environment with mergekit")
+  parser.add_argument("--mergekit-params", type=float, nargs="+", help="its sizes, if not all")
   parser.add_argument("--out", type=pathlib.Path, help="OUT.json and OUT.md are written")
   parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
   options = parser.parse_args()
@@ -51,15 +52,15 @@ def main():
   rows = []
   for params in options.params:
     root = made(options.work, int(params))
+    compared = params in (options.mergekit_params or options.params)
     for method in options.methods:
-      rows.append(measured(root, method, options.rounds, options.mergekit))
+      rows.append(measured(root, method, options.rounds, options.mergekit if compared else None))
       print(json.dumps(rows[-1]), flush=True)
-  page = table(rows)
-  print(page)
-  if options.out:
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.with_suffix(".json").write_text(json.dumps(rows, indent=1) + "\n")
-    options.out.with_suffix(".md").write_text(page)
+      if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.with_suffix(".json").write_text(json.dumps(rows, indent=1) + "\n")
+        options.out.with_suffix(".md").write_text(table(rows))
+  print(table(rows))
 
 
 # --- Inputs ---
@@ -124,8 +125,12 @@ def made(work, params):
 def child(what, root, out):
   """Runs the floor or a recipe; the seconds of its parts, and the memory."""
   peak = Peak()
-  began = time.process_time(), time.perf_counter()
   if what == "floor":
+    import numpy  # noqa: F401
+
+    from jaxmerge.io import folder  # noqa: F401
+
+    began = time.process_time(), time.perf_counter()
     floor(pathlib.Path(root), pathlib.Path(out))
   else:
     from jaxmerge import files
@@ -268,6 +273,8 @@ def table(rows):
         f"| {other['process'] / own['process']:.1f} "
         f"({other['process_wall'] / own['process_wall']:.1f}) |"
       )
+    elif both:
+      line += " | |"
     lines.append(line)
   return "\n".join(lines) + "\n"
 

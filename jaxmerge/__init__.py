@@ -15,6 +15,7 @@ _HOMES = {
   "Split": "jaxmerge.tasks.task",
 }
 _ROOMS = (
+  "adapters",
   "atm",
   "bundles",
   "catalog",

@@ -16,14 +16,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmerge import catalog, memory, methods, tree
+from jaxmerge import catalog, memory, methods, reversible, tree
 from jaxmerge.io import atomic, folder, safetensors
 from jaxmerge.stage import Method
 from jaxmerge.tree import Tree
 
 Path = str | os.PathLike[str]
 
-ABOUT = "bundle.json"
+rmm = reversible.rmm
+ABOUT = reversible.ABOUT
 FILES = ("base", "shared", "masks")  # Each is a file NAME.safetensors.
 
 
@@ -178,12 +179,16 @@ def _named(names: Sequence[str] | None, models: Tree) -> tuple[str, ...]:
   return names
 
 
-def save(path: Path, bundle: Bundle, *, replace: bool = False) -> pathlib.Path:
+def save(
+  path: Path, bundle: Bundle | reversible.Reversible, *, replace: bool = False
+) -> pathlib.Path:
   """Writes a bundle to a folder, which appears whole or not at all; a mask takes a bit an entry.
 
   Raises:
     FileExistsError: where the folder is there and `replace` is not set.
   """
+  if isinstance(bundle, reversible.Reversible):
+    return reversible.save(path, bundle, replace=replace)
   shapes = {n: list(np.shape(x)) for n, x in bundle.shared.items()}
   about = {"method": bundle.method, "names": bundle.names, "shapes": shapes}
   about["scales"] = np.asarray(bundle.scales).tolist()
@@ -198,7 +203,7 @@ def save(path: Path, bundle: Bundle, *, replace: bool = False) -> pathlib.Path:
   return pathlib.Path(path)
 
 
-def load(path: Path) -> Bundle:
+def load(path: Path) -> Bundle | reversible.Reversible:
   """Reads a bundle from a folder; its base is a nested dict, taken apart at the names' slashes.
 
   Raises:
@@ -207,6 +212,8 @@ def load(path: Path) -> Bundle:
   """
   path = pathlib.Path(path)
   about = folder.read_json(path / ABOUT)
+  if about.get("method") == reversible.METHOD:
+    return reversible.load(path)
   base, shared, masks = (safetensors.load(path / f"{file}.safetensors") for file in FILES)
   try:
     names, shapes = tuple(about["names"]), {n: tuple(s) for n, s in about["shapes"].items()}

@@ -11,7 +11,8 @@ class Parameter(NamedTuple):
 
   A *number* may be an array (scalar or one per model) and may be traced; anything else chooses a
   branch or a length and is static: what has `choices`, its only values, or is marked so. `low` and
-  `high` bound a number, `open_low` excludes the lower bound. `integer` marks a whole number.
+  `high` bound a number, `open_low` excludes the lower bound. `integer` marks a whole number, `each`
+  one that may differ from model to model.
   """
 
   default: Any
@@ -22,6 +23,7 @@ class Parameter(NamedTuple):
   choices: tuple[Any, ...] = ()
   integer: bool = False
   static: bool = False
+  each: bool = False
 
   @property
   def number(self) -> bool:
@@ -48,7 +50,8 @@ class Parameter(NamedTuple):
         raise ValueError(f"{name} must be a number in {self.range}, got {v!r}.")
       inside = self.low <= v <= self.high and not (self.open_low and v == self.low)
       if not math.isfinite(v) or not inside or (self.integer and v != int(v)):
-        raise ValueError(f"{name} must be in {self.range}, got {v!r}.")
+        kind = "a whole number " if self.integer else ""
+        raise ValueError(f"{name} must be {kind}in {self.range}, got {v!r}.")
 
 
 def plain(value: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Soups whose ingredients are searched by a score: greedy soups, SoCE, LCSC.
+"""Soups whose ingredients are searched by a score, or learned.
 
 The score is a function of a model, of any kind, that is larger for better ones: the caller
 evaluates. Candidates are weighted sums of the models, by one compiled program.
@@ -7,10 +7,13 @@ evaluates. Candidates are weighted sums of the models, by one compiled program.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple  # Any: a model is a tree of arrays.
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 
 from jaxmerge import memory, methods, tree
 from jaxmerge.tree import Tree
@@ -96,6 +99,89 @@ def greedy_soup(models: Tree, score: Score, *, accept_ties: bool = False) -> Sou
     if taste(larger / larger.sum(), ties=accept_ties):
       held = larger
   return taste.soup()
+
+
+class LearnedSoup(NamedTuple):
+  """What descent found.
+
+  Attributes:
+    params: the model.
+    weights: of the models, [K] for each leaf by name, adding up to 1.
+    temperature: what the logits are multiplied by.
+    losses: of each batch, before its step.
+  """
+
+  params: Tree
+  weights: dict[str, np.ndarray]
+  temperature: float
+  losses: np.ndarray
+
+
+def learned_soup(
+  models: Tree,
+  loss: Callable[[Tree, jax.Array, Any], jax.Array],
+  batches: Iterable[Any],
+  *,
+  by_leaf: bool = True,
+  learning_rate: float = 0.05,
+) -> LearnedSoup:
+  """Learns weights for each leaf by descent on held-out rows; they begin equal.
+
+  All models are in memory. Weights are the softmax of what AdamW moves, without weight decay. The
+  authors take 5 epochs in batches of 256 rows.
+
+  Args:
+    models: stack of K models, [K, *s].
+    loss: (params, temperature, batch) -> scalar, of the logits times the temperature, which is
+      learned as well and begins at 1. It is traced.
+    batches: all batches of all epochs, of one shape.
+    by_leaf: a weight for each leaf and model; else for each model.
+    learning_rate: of AdamW.
+
+  Reference: Wortsman et al. 2022, Model soups (arXiv:2203.05482), appendix on learned soups.
+
+  Raises:
+    ValueError: for no batches, and for a loss that is NaN or infinite, with its number.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> models = {"w": jnp.array([0.0, 4.0])}
+    >>> far = lambda params, temperature, batch: (params["w"] - batch) ** 2
+    >>> soup = learned_soup(models, far, [jnp.float32(3.0)] * 200)
+    >>> print(soup.weights["w"].round(2), round(float(soup.params["w"]), 2))
+    [0.25 0.75] 3.0
+  """
+  height, leaves = tree.height(models), tree.named(models)
+  keys = [n for n, x in leaves.items() if tree.is_floating(x)]
+  start = {n: np.zeros(height, np.float32) for n in (keys if by_leaf else [""])}
+  adam = optax.adamw(learning_rate, weight_decay=0.0)
+
+  mix = methods.average(normalize=False)
+
+  def shares(logits: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    own = {n: jax.nn.softmax(v) for n, v in logits.items()}
+    return {n: own[n if by_leaf else ""] for n in keys}
+
+  def mixed(models: Tree, logits: dict[str, jax.Array]) -> Tree:
+    return memory.blend(mix, models, aux={"weight": shares(logits)})
+
+  @jax.jit
+  def step(models: Tree, held: Any, state: Any, batch: Any) -> tuple[Any, Any, jax.Array]:
+    value, slope = jax.value_and_grad(lambda h: loss(mixed(models, h[0]), h[1], batch))(held)
+    update, state = adam.update(slope, state, held)
+    return optax.apply_updates(held, update), state, value
+
+  held = (jax.tree.map(jnp.asarray, start), jnp.float32(1.0))
+  state, losses = adam.init(held), []
+  for batch in batches:
+    held, state, value = step(models, held, state, batch)
+    losses.append(float(value))
+    if not np.isfinite(losses[-1]):
+      raise ValueError(f"the loss of batch {len(losses)} is {losses[-1]}.")
+  if not losses:
+    raise ValueError("no batches are given.")
+  weights = {n: np.asarray(v) for n, v in shares(held[0]).items()}
+  return LearnedSoup(mixed(models, held[0]), weights, float(held[1]), np.array(losses))
 
 
 def soce(

@@ -95,7 +95,11 @@ def test_bad_settings_are_refused(settings, message):
     ("della", {"epsilon": 0.6}, r"della: epsilon must be in \[0, 0.5\], got 0.6"),
     ("slerp", {"t": 1.5}, r"slerp: t must be in \[0, 1\], got 1.5"),
     ("nuslerp", {"scope": "tree"}, "nuslerp: scope must be one of 'leaf', 'row', 'column'"),
-    ("karcher", {"max_iter": 2.5}, r"karcher: max_iter must be in \[0, infinity\), got 2.5"),
+    (
+      "karcher",
+      {"max_iter": 2.5},
+      r"karcher: max_iter must be a whole number in \[0, infinity\), got 2.5",
+    ),
     ("model_stock", {"floor": -1.0}, r"model_stock: floor must be in \[0, infinity\), got -1.0"),
     ("ramplus_tl", {"scope": "row"}, "ramplus_tl: scope must be one of 'leaf', 'tree'"),
   ],
@@ -119,7 +123,7 @@ def test_unknown_method_is_named_with_the_nearest():
 def test_seed_range():
   catalog.check_number("seed", 2**32 - 1)
   for value in (-1, 2**32, 0.5):
-    with pytest.raises(ValueError, match=r"seed must be in \[0, 4294967295\], got"):
+    with pytest.raises(ValueError, match=r"seed must be a whole number in \[0, 4294967295\], got"):
       catalog.check_number("seed", value)
 
 
@@ -134,7 +138,7 @@ def test_a_number_of_many_methods_has_the_widest_range():
 def test_lengths_are_static_and_whole():
   assert not catalog.METHODS["karcher"].parameters["max_iter"].number
   for value in (-1, 2.5, jnp.float32(3)):
-    with pytest.raises(ValueError, match=r"karcher: max_iter must be (in|a number in) \[0, inf"):
+    with pytest.raises(ValueError, match=r"karcher: max_iter must be a (whole )?number in"):
       catalog.check("karcher", {"max_iter": value})
 
 

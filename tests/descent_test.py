@@ -2,9 +2,9 @@
 
 import jax.numpy as jnp
 import numpy as np
-import oracles_descent
 import pytest
 from example import close
+from reference import descent
 from spectral_test import A, B, drawn, merged
 
 from jaxmerge import methods
@@ -16,16 +16,16 @@ def test_the_first_step_of_wudi():
   expected = A + B
   expected[1, 1] -= 1e-5
   close(found, expected, atol=3e-7)
-  assert oracles_descent.loss(A + B, [A, B], [A, B], [A, B]) == pytest.approx(1.2)
+  assert descent.loss(A + B, [A, B], [A, B], [A, B]) == pytest.approx(1.2)
 
 
 def test_worked_example_of_optmerge():
   """The transcription has the losses that the specification of the method gives."""
-  first = lambda x: oracles_descent.truncated(x, 1)  # noqa: E731
+  first = lambda x: descent.truncated(x, 1)  # noqa: E731
   rows = [first(x) for x in (A, B)]
   mean = (A + B) / 2
-  lora = oracles_descent.loss(mean, rows, rows, [A, B])
-  full = oracles_descent.loss(A + B, [mean + first(x - mean) for x in (A, B)], rows, [A, B])
+  lora = descent.loss(mean, rows, rows, [A, B])
+  full = descent.loss(A + B, [mean + first(x - mean) for x in (A, B)], rows, [A, B])
   assert (lora, full) == (pytest.approx(2.225), pytest.approx(1.8))
 
 
@@ -96,7 +96,7 @@ def test_one_model_is_itself():
 def test_descent_goes_down_and_not_far(steps):
   matrices = drawn(3, 8, 12)
   found = merged(methods.wudi(learning_rate=1e-3, steps=steps), matrices).astype(np.float64)
-  loss = lambda x: oracles_descent.loss(x, matrices, matrices, matrices)  # noqa: E731
+  loss = lambda x: descent.loss(x, matrices, matrices, matrices)  # noqa: E731
   assert loss(found) < loss(sum(matrices))
   assert np.abs(found - sum(matrices)).max() <= 1e-3 * steps * 1.5
 

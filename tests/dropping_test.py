@@ -3,9 +3,9 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracles
 import pytest
 from example import close, merged
+from reference import basics
 
 import jaxmerge
 from jaxmerge import methods, stage, statistics
@@ -112,8 +112,8 @@ def test_dare_agrees_with_the_transcription(rescale):
   models = {n: rng.normal(size=x.shape).astype(np.float32) for n, x in ONES.items()}
   kept = masks(0.8, seed=5)
   kept = [{n: x[k] for n, x in kept.items()} for k in range(3)]
-  taus = oracles.dare(oracles.deltas(NOTHING, models), kept, 0.8, rescale)
-  expected = oracles.weighted_sum(taus, (1, 2, 1), 0.5)
+  taus = basics.dare(basics.deltas(NOTHING, models), kept, 0.8, rescale)
+  expected = basics.weighted_sum(taus, (1, 2, 1), 0.5)
   method = methods.dare(0.8, 0.5, (1.0, 2.0, 1.0), rescale=rescale)
   out = jaxmerge.merge(method, NOTHING, models, seed=5)
   for n in out:
@@ -125,9 +125,9 @@ def test_dare_ties_agrees_with_the_transcription():
   models = {n: rng.normal(size=x.shape).astype(np.float32) for n, x in ONES.items()}
   kept = masks(0.8, seed=5)
   kept = [{n: x[k] for n, x in kept.items()} for k in range(3)]
-  taus = oracles.dare(oracles.deltas(NOTHING, models), kept, 0.8, "inverse")
+  taus = basics.dare(basics.deltas(NOTHING, models), kept, 0.8, "inverse")
   out = jaxmerge.merge(methods.dare_ties(0.8, 0.3), NOTHING, models, seed=5)
-  expected = oracles.ties(taus, 0.3)
+  expected = basics.ties(taus, 0.3)
   for n in out:
     close(out[n], expected[n], atol=2e-5)
 
@@ -135,7 +135,7 @@ def test_dare_ties_agrees_with_the_transcription():
 def test_the_l1_norm_is_restored():
   """Worked example: of tau_1 the first and fifth entries survive, times 2.2 / 1.5."""
   tau, keep = TAU[0], np.array([1, 0, 0, 0, 1, 0], bool)
-  (out,) = oracles.dare([{"w": tau}], [{"w": keep}], 0.5, "l1")
+  (out,) = basics.dare([{"w": tau}], [{"w": keep}], 0.5, "l1")
   close(out["w"], [1.32, 0, 0, 0, -0.88, 0])
   seeds = jnp.arange(300, dtype=jnp.uint32)
   one = {"w": jnp.asarray(TAU)}

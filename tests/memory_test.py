@@ -173,7 +173,7 @@ REFUSED = {
   ),
   "negative seed": (
     lambda: jaxmerge.merge(DARE, BASE, MODELS, seed=-1),
-    r"seed must be in \[0, 4294967295\], got -1",
+    r"seed must be a whole number in \[0, 4294967295\], got -1",
   ),
   "seed of floats": (
     lambda: jaxmerge.merge(DARE, BASE, MODELS, aux={"seed": jnp.float32(1)}),

@@ -3,14 +3,8 @@
 from typing import NamedTuple
 
 import numpy as np
-import oracles
-import oracles_descent
-import oracles_entries
-import oracles_robust
-import oracles_spectra
-import oracles_spheres
-import oracles_subspaces
 import small
+from reference import basics, descent, entries, robust, spectra, spheres, subspaces
 
 from jaxmerge import methods
 
@@ -66,7 +60,7 @@ def _ties(*args, **options):
   density, scale = 0.3, 0.5
   return Row(
     methods.ties(density, scale, *args, **options),
-    lambda taus, draw: oracles.ties(taus, density, scale, *args, **options),
+    lambda taus, draw: basics.ties(taus, density, scale, *args, **options),
     {"density": (0.3, 0.7, 1.0), **(WEIGHTS if args else {})},
     summed=options.get("rescale") in ("l1", "l2"),
   )
@@ -76,13 +70,13 @@ def dropped(taus, draw, rescale):
   keep = [
     {n: draw(k, n, x.shape) >= np.float32(RATE) for n, x in t.items()} for k, t in enumerate(taus)
   ]
-  return oracles.dare(taus, keep, RATE, rescale)
+  return basics.dare(taus, keep, RATE, rescale)
 
 
 def _dare(rescale, **options):
   return Row(
     methods.dare(RATE, 0.5, WEIGHT, rescale, **options),
-    lambda taus, draw: oracles.weighted_sum(dropped(taus, draw, rescale), WEIGHT, 0.5, **options),
+    lambda taus, draw: basics.weighted_sum(dropped(taus, draw, rescale), WEIGHT, 0.5, **options),
     {"drop_rate": (0.0, 0.3, 1.0), **WEIGHTS},
     seeded=True,
     summed=rescale in ("l1", "l2"),
@@ -93,7 +87,7 @@ def _breadcrumbs(scope, yields="keep"):
   keep, remove = (0.5, 0.2) if yields == "keep" else (0.7, 0.4)
   return Row(
     methods.breadcrumbs(keep, remove, 0.5, scope=scope, yields=yields),
-    lambda taus, draw: oracles.breadcrumbs(taus, keep, remove, 0.5, scope, small.VIEWS, yields),
+    lambda taus, draw: basics.breadcrumbs(taus, keep, remove, 0.5, scope, small.VIEWS, yields),
     {"keep": (0.5, 0.3, 1.0), "remove": (0.1, 0.0, 0.7)},
   )
 
@@ -102,8 +96,12 @@ def _della(rescale):
   density, epsilon = 0.5, 0.2
   return Row(
     methods.della(density, epsilon, 0.5, WEIGHT, rescale),
-    lambda taus, draw: oracles.elected(
-      oracles.della(taus, draw, density, epsilon, rescale, small.VIEWS), 0.5, WEIGHT, "mean", "plus"
+    lambda taus, draw: basics.elected(
+      basics.della(taus, draw, density, epsilon, rescale, small.VIEWS),
+      0.5,
+      WEIGHT,
+      "mean",
+      "plus",
     ),
     {"density": (0.5, 0.3, 1.0), "epsilon": (0.2, 0.0, 0.1), **WEIGHTS},
     seeded=True,
@@ -118,7 +116,7 @@ def _spherical(method, oracle, vary, **options):
 def _nuslerp(scope):
   return _spherical(
     methods.nuslerp(PAIR, scope),
-    lambda taus: oracles_spheres.nuslerp(taus, PAIR, scope, small.VIEWS),
+    lambda taus: spheres.nuslerp(taus, PAIR, scope, small.VIEWS),
     PAIRS,
     height=2,
     one=False,
@@ -128,7 +126,7 @@ def _nuslerp(scope):
 def _stock(scope, clip):
   return _spherical(
     methods.model_stock(scope, clip),
-    lambda taus: oracles_spheres.model_stock(taus, scope, small.VIEWS, clip),
+    lambda taus: spheres.model_stock(taus, scope, small.VIEWS, clip),
     {"floor": (0.0, 1e-6, 0.1)},
     height=3,
     one=False,
@@ -138,7 +136,7 @@ def _stock(scope, clip):
 def _krum(scope):
   return Row(
     methods.krum(0, 2, scope),
-    lambda taus, draw: oracles_robust.krum(taus, 0, 2, scope),
+    lambda taus, draw: robust.krum(taus, 0, 2, scope),
     {},
     summed=True,
     one=False,
@@ -148,7 +146,7 @@ def _krum(scope):
 def _matrices(method, rule, vary, homogeneous):
   return Row(
     method,
-    lambda taus, draw: oracles_spectra.by_matrix(rule, taus, 0.5, small.VIEWS),
+    lambda taus, draw: spectra.by_matrix(rule, taus, 0.5, small.VIEWS),
     vary,
     summed=True,
     homogeneous=homogeneous,
@@ -164,52 +162,52 @@ def _descent(method, rule):
 
 
 def _doge(taus, draw):
-  return oracles_subspaces.doge(taus, 0.5, 0.5, 0.3, 3, 1e-3, 20, small.VIEWS)
+  return subspaces.doge(taus, 0.5, 0.5, 0.3, 3, 1e-3, 20, small.VIEWS)
 
 
 def _drm(direction):
   def rule(xs):
-    return oracles_subspaces.drm(xs, 0.5, direction, WEIGHT[: len(xs)])
+    return subspaces.drm(xs, 0.5, direction, WEIGHT[: len(xs)])
 
   def rest(xs):
-    return oracles_subspaces.elected(xs, WEIGHT[: len(xs)])
+    return subspaces.elected(xs, WEIGHT[: len(xs)])
 
   def merged(taus, draw):
-    found = oracles_subspaces.by_matrix(rule, rest, taus, small.VIEWS)
-    return oracles_subspaces.scaled(found, 0.5)
+    found = subspaces.by_matrix(rule, rest, taus, small.VIEWS)
+    return subspaces.scaled(found, 0.5)
 
   return Row(methods.drm(0.5, 0.5, direction, WEIGHT), merged, WEIGHTS, summed=True)
 
 
 def _lore(*settings):
   def rule(xs):
-    return oracles_subspaces.lore(xs, 1.5, *settings)
+    return subspaces.lore(xs, 1.5, *settings)
 
   def rest(xs):
     return np.mean(xs, axis=0)
 
   return Row(
     methods.lore(1.5, *settings),
-    lambda taus, draw: oracles_subspaces.by_matrix(rule, rest, taus, small.VIEWS),
+    lambda taus, draw: subspaces.by_matrix(rule, rest, taus, small.VIEWS),
     {"mu": (0.3, 0.0, 0.5), "delta_scale": (1.0, 0.0, 1.5)},
     summed=True,
   )
 
 
 def _opcm(taus, draw):
-  return oracles_subspaces.scaled(oracles_subspaces.opcm(taus, 0.5, small.VIEWS), 0.5)
+  return subspaces.scaled(subspaces.opcm(taus, 0.5, small.VIEWS), 0.5)
 
 
 def _widen(taus, draw):
   base, _ = small.trees()
-  return oracles_subspaces.widen(taus, base, 0.5, 1.2, 0.8, small.VIEWS)
+  return subspaces.widen(taus, base, 0.5, 1.2, 0.8, small.VIEWS)
 
 
 def _lwptv(score, prune):
   base, _ = small.trees()
   return Row(
     methods.lwptv(0.5, 0.5, WEIGHT, score, prune),
-    lambda taus, draw: oracles_entries.lwptv(taus, base, 0.5, 0.5, WEIGHT, score, prune),
+    lambda taus, draw: entries.lwptv(taus, base, 0.5, 0.5, WEIGHT, score, prune),
     {"prune_ratio": (0.5, 0.0, 1.0), **WEIGHTS},
     summed=True,
     homogeneous=True,
@@ -219,7 +217,7 @@ def _lwptv(score, prune):
 def _flag(rank, pairs):
   return Row(
     methods.flag(rank, 5, pairs),
-    lambda taus, draw: oracles_robust.flag(taus, rank, 5, pairs),
+    lambda taus, draw: robust.flag(taus, rank, 5, pairs),
     {"pairs": (pairs, 0.0, 1.0)},
     summed=True,
     atol=4e-6,  # The models are nearly at right angles: their first directions hardly differ.
@@ -228,46 +226,48 @@ def _flag(rank, pairs):
 
 def _fused(taus, draw):
   base, _ = small.trees()
-  return oracles_entries.arcee_fusion(taus, base, small.VIEWS)
+  return entries.arcee_fusion(taus, base, small.VIEWS)
 
 
 TABLE = {
   "average": Row(
-    methods.average(WEIGHT), lambda taus, draw: oracles.average(taus, WEIGHT[: len(taus)]), WEIGHTS
+    methods.average(WEIGHT),
+    lambda taus, draw: basics.average(taus, WEIGHT[: len(taus)]),
+    WEIGHTS,
   ),
   **{
     f"checkpoint_average, {kind}": Row(
       methods.checkpoint_average(kind),
-      lambda taus, draw, kind=kind: oracles.checkpoint_average(taus, kind, 0.2),
+      lambda taus, draw, kind=kind: basics.checkpoint_average(taus, kind, 0.2),
       {"alpha": (0.2, 0.0, 1.0)},
     )
     for kind in ("sma", "wma", "ema")
   },
   "task_arithmetic": Row(
     methods.task_arithmetic(0.5, WEIGHT),
-    lambda taus, draw: oracles.weighted_sum(taus, WEIGHT, 0.5),
+    lambda taus, draw: basics.weighted_sum(taus, WEIGHT, 0.5),
     {"weight": (WEIGHT, (1.0, 0.0, 0.0, 0.0), (-1.0, 1.0, 1.0, 2.0))},
   ),
   "task_arithmetic, normalized": Row(
     methods.task_arithmetic(0.5, WEIGHT, normalize=True),
-    lambda taus, draw: oracles.weighted_sum(taus, WEIGHT, 0.5, normalize=True),
+    lambda taus, draw: basics.weighted_sum(taus, WEIGHT, 0.5, normalize=True),
     {"weight": (WEIGHT, (1.0, 0.0, 0.0, 0.0), (-1.0, 1.0, 1.0, -1.0))},
   ),
   "negation": Row(
     methods.negation(0.5),
-    lambda taus, draw: oracles.weighted_sum(taus, [-1] * len(taus), 0.5),
+    lambda taus, draw: basics.weighted_sum(taus, [-1] * len(taus), 0.5),
     {},
   ),
   "analogy": Row(
     methods.analogy(0.5),
-    lambda taus, draw: oracles.weighted_sum(taus, (-1, 1, 1), 0.5),
+    lambda taus, draw: basics.weighted_sum(taus, (-1, 1, 1), 0.5),
     {},
     height=3,
     one=False,
   ),
   "portllm": Row(
     methods.portllm(0.5),
-    lambda taus, draw: oracles.weighted_sum(taus, (-1, 1), 0.5),
+    lambda taus, draw: basics.weighted_sum(taus, (-1, 1), 0.5),
     {},
     height=2,
     one=False,
@@ -279,14 +279,14 @@ TABLE = {
   "ties, max": _ties(reduce="max", zero_sum="plus"),
   "ties_slack": Row(
     methods.ties_slack((0.0, 0.5, 0.0, 2.0), 0.3, 0.5),
-    lambda taus, draw: oracles_entries.ties_slack(taus, (0.0, 0.5, 0.0, 2.0), 0.3, 0.5),
+    lambda taus, draw: entries.ties_slack(taus, (0.0, 0.5, 0.0, 2.0), 0.3, 0.5),
     {"slack": (0.0, 0.5, 2.0), "density": (0.3, 0.7, 1.0)},
   ),
   **{f"dare, {rescale}": _dare(rescale) for rescale in ("inverse", "l1", "l2", "linf", None)},
   "dare, normalized": _dare("inverse", normalize=True),
   "dare_ties": Row(
     methods.dare_ties(RATE, 0.3, 0.5),
-    lambda taus, draw: oracles.ties(dropped(taus, draw, "inverse"), 0.3, 0.5),
+    lambda taus, draw: basics.ties(dropped(taus, draw, "inverse"), 0.3, 0.5),
     {"drop_rate": (0.0, 0.3, 0.8), "density": (0.3, 0.7, 1.0)},
     seeded=True,
   ),
@@ -294,44 +294,45 @@ TABLE = {
   **{f"breadcrumbs by {s}, remove": _breadcrumbs(s, "remove") for s in ("leaf", "row")},
   "breadcrumbs_ties": Row(
     methods.breadcrumbs_ties(0.5, 0.2, 0.5, WEIGHT),
-    lambda taus, draw: oracles.elected(oracles.banded(taus, 0.5, 0.2), 0.5, WEIGHT, "sum"),
+    lambda taus, draw: basics.elected(basics.banded(taus, 0.5, 0.2), 0.5, WEIGHT, "sum"),
     WEIGHTS,
   ),
   "della": _della("inverse"),
   "della, l1": _della("l1"),
   "della_linear": Row(
     methods.della_linear(0.5, 0.2, 0.5, WEIGHT, normalize=True),
-    lambda taus, draw: oracles.weighted_sum(
-      oracles.della(taus, draw, 0.5, 0.2, "inverse", small.VIEWS), WEIGHT, 0.5, normalize=True
+    lambda taus, draw: basics.weighted_sum(
+      basics.della(taus, draw, 0.5, 0.2, "inverse", small.VIEWS),
+      WEIGHT,
+      0.5,
+      normalize=True,
     ),
     WEIGHTS,
     seeded=True,
   ),
-  "magmax": Row(methods.magmax(), lambda taus, draw: oracles_entries.magmax(taus, 0.5), {}),
+  "magmax": Row(methods.magmax(), lambda taus, draw: entries.magmax(taus, 0.5), {}),
   "consensus": Row(
     methods.consensus(0.5),
-    lambda taus, draw: oracles_entries.consensus(taus, 0.5, 0.4, 2),
+    lambda taus, draw: entries.consensus(taus, 0.5, 0.4, 2),
     {"threshold": (0.4, 0.0, 1.0), "least": (2.0, 0.0, 5.0)},
   ),
   "pcb": Row(
     methods.pcb(0.3, 0.5, WEIGHT, 0.05),
-    lambda taus, draw: oracles_entries.pcb(taus, 0.3, 0.5, WEIGHT, 0.05),
+    lambda taus, draw: entries.pcb(taus, 0.3, 0.5, WEIGHT, 0.05),
     {"ratio": (0.3, 0.1, 1.0), "clamp": (0.05, 0.0, 0.2), **WEIGHTS},
     homogeneous=False,
   ),
   "lwptv": _lwptv("deviation", "lowest"),
   "lwptv by norm": _lwptv("relative_norm", "highest"),
   "lwptv by size": _lwptv("rms", "lowest"),
-  "iso_c": _spectral(methods.iso_c(0.5), oracles_spectra.flat),
-  "iso_cts": _spectral(
-    methods.iso_cts(0.5, 0.4), lambda matrices: oracles_spectra.iso_cts(matrices, 0.4)
-  ),
-  "tsv": _spectral(methods.tsv(0.5), oracles_spectra.tsv),
-  "wudi": _descent(methods.wudi(0.5, 1e-4, 20), lambda taus: oracles_descent.wudi(taus, 1e-4, 20)),
+  "iso_c": _spectral(methods.iso_c(0.5), spectra.flat),
+  "iso_cts": _spectral(methods.iso_cts(0.5, 0.4), lambda matrices: spectra.iso_cts(matrices, 0.4)),
+  "tsv": _spectral(methods.tsv(0.5), spectra.tsv),
+  "wudi": _descent(methods.wudi(0.5, 1e-4, 20), lambda taus: descent.wudi(taus, 1e-4, 20)),
   **{
     f"optmerge, {tuned}": _descent(
       methods.optmerge(0.5, tuned, 1e-4, 20),
-      lambda taus, tuned=tuned: oracles_descent.optmerge(taus, tuned, 1e-4, 20),
+      lambda taus, tuned=tuned: descent.optmerge(taus, tuned, 1e-4, 20),
     )
     for tuned in ("full", "lora")
   },
@@ -356,14 +357,14 @@ TABLE = {
   ),
   "flag": _flag(1, 0.0),
   "flag of two, pairs": _flag(2, 0.5),
-  "median": Row(methods.median(), lambda taus, draw: oracles_robust.median(taus), {}),
+  "median": Row(methods.median(), lambda taus, draw: robust.median(taus), {}),
   "trimmed_mean": Row(
-    methods.trimmed_mean(), lambda taus, draw: oracles_robust.trimmed_mean(taus, 1), {}, one=False
+    methods.trimmed_mean(), lambda taus, draw: robust.trimmed_mean(taus, 1), {}, one=False
   ),
   **{f"krum by {scope}": _krum(scope) for scope in ("tree", "leaf")},
   "slerp": _spherical(
     methods.slerp(0.3),
-    lambda taus: oracles_spheres.slerp(taus, 0.3),
+    lambda taus: spheres.slerp(taus, 0.3),
     {"t": (0.3, 0.0, 1.0)},
     height=2,
     one=False,
@@ -371,11 +372,11 @@ TABLE = {
   ),
   **{f"nuslerp by {scope}": _nuslerp(scope) for scope in ("leaf", "row", "column")},
   "multislerp": _spherical(
-    methods.multislerp(WEIGHT), lambda taus: oracles_spheres.multislerp(taus, WEIGHT), WEIGHTS
+    methods.multislerp(WEIGHT), lambda taus: spheres.multislerp(taus, WEIGHT), WEIGHTS
   ),
   "karcher": _spherical(
     methods.karcher(WEIGHT, max_iter=20),
-    lambda taus: oracles_spheres.karcher(taus, WEIGHT),
+    lambda taus: spheres.karcher(taus, WEIGHT),
     WEIGHTS,
     weights=True,
   ),
@@ -383,32 +384,34 @@ TABLE = {
   "model_stock by row": _stock("row", clip=True),
   "sce": Row(
     methods.sce(),
-    lambda taus, draw: oracles_entries.sce(taus),
+    lambda taus, draw: entries.sce(taus),
     {"density": (0.3, 0.7, 1.0), "floor": (0.0, 1e-6, 1.0)},
     summed=True,
   ),
   "sce of a third": Row(
-    methods.sce(0.3), lambda taus, draw: oracles_entries.sce(taus, 0.3), {}, summed=True, one=False
+    methods.sce(0.3),
+    lambda taus, draw: entries.sce(taus, 0.3),
+    {},
+    summed=True,
+    one=False,
   ),
-  "ram": Row(
-    methods.ram(), lambda taus, draw: oracles_entries.ram(taus), {"threshold": (0.0, 1e-5, 0.1)}
-  ),
+  "ram": Row(methods.ram(), lambda taus, draw: entries.ram(taus), {"threshold": (0.0, 1e-5, 0.1)}),
   "ramplus_tl": Row(
     methods.ramplus_tl(0.1, 0.5, 3.0),
-    lambda taus, draw: oracles_entries.ram(taus, 0.1, 0.5, 3.0),
+    lambda taus, draw: entries.ram(taus, 0.1, 0.5, 3.0),
     {"boost": (0.5, 0.0, 1.0), "limit": (3.0, 0.0, 0.2)},
     homogeneous=False,
   ),
   "ramplus_tl by tree": Row(
     methods.ramplus_tl(0.1, 0.5, 3.0, "tree"),
-    lambda taus, draw: oracles_entries.ram(taus, 0.1, 0.5, 3.0, "tree"),
+    lambda taus, draw: entries.ram(taus, 0.1, 0.5, 3.0, "tree"),
     {},
     homogeneous=False,
   ),
   "arcee_fusion": Row(methods.arcee_fusion(), _fused, {}, homogeneous=False, height=1),
   "nearswap": Row(
     methods.nearswap(0.1),
-    lambda taus, draw: oracles_entries.nearswap(taus, 0.1),
+    lambda taus, draw: entries.nearswap(taus, 0.1),
     {"t": (0.1, 0.0, 1e-4)},
     homogeneous=False,
     height=2,
@@ -417,7 +420,7 @@ TABLE = {
   ),
   "passthrough": Row(
     methods.passthrough(0.5),
-    lambda taus, draw: oracles.weighted_sum(taus, [1.0], 0.5),
+    lambda taus, draw: basics.weighted_sum(taus, [1.0], 0.5),
     {},
     height=1,
     weights=True,

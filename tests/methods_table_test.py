@@ -10,12 +10,12 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracles
 import pytest
 import small
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from methods_table import SEED, TABLE
+from reference import basics
 
 import jaxmerge
 from jaxmerge import memory, stage, streaming
@@ -85,12 +85,12 @@ def alike(row, found, out):
 
 def draw(k, leaf, shape):
   """The random numbers of a model called str(k): a transcription of the hash."""
-  return oracles.uniform(SEED, leaf, str(k), shape)
+  return basics.uniform(SEED, leaf, str(k), shape)
 
 
 def expected(row, base, models):
   """Base plus the transcription's task vector; integers are the base's."""
-  tau = row.oracle(oracles.deltas(base, models), draw)
+  tau = row.oracle(basics.deltas(base, models), draw)
   return {n: base[n] + tau[n] if n in tau else base[n] for n in base}
 
 

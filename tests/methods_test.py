@@ -5,11 +5,11 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracles
 import pytest
 from example import TAU, close, merged
 from hypothesis import given
 from hypothesis import strategies as st
+from reference import basics
 
 import jaxmerge
 from jaxmerge import memory, methods, stage
@@ -191,7 +191,7 @@ TABLE = {
     f"ties {rule} {scope} {reduce} {zero}": (
       methods.ties(0.4, 0.5, (1.0, 2.0, 1.0), scope, rule, reduce, zero),
       functools.partial(
-        oracles.ties,
+        basics.ties,
         density=0.4,
         scale=0.5,
         weights=(1, 2, 1),
@@ -212,18 +212,18 @@ TABLE = {
     f"breadcrumbs {scope}": (
       methods.breadcrumbs(0.5, 0.2, 1.0, scope=scope),
       functools.partial(
-        oracles.breadcrumbs, keep=0.5, remove=0.2, scope=scope, views=((("a"), "oi"),)
+        basics.breadcrumbs, keep=0.5, remove=0.2, scope=scope, views=((("a"), "oi"),)
       ),
     )
     for scope in ("tree", "leaf", "row")
   },
   "average": (
     methods.average((1.0, 2.0, 4.0)),
-    lambda taus: oracles.average(taus, (1, 2, 4)),
+    lambda taus: basics.average(taus, (1, 2, 4)),
   ),
   "task_arithmetic": (
     methods.task_arithmetic(0.5, (1.0, 2.0, -1.0)),
-    lambda taus: oracles.weighted_sum(taus, (1, 2, -1), 0.5),
+    lambda taus: basics.weighted_sum(taus, (1, 2, -1), 0.5),
   ),
 }
 
@@ -234,7 +234,7 @@ def test_agrees_with_the_transcription(name, x):
   method, oracle = TABLE[name]
   models = in_leaves(x)
   out = jaxmerge.merge(method, EMPTY, models, layout=(("a", "oi"),))
-  expected = oracle(oracles.deltas(EMPTY, models))
+  expected = oracle(basics.deltas(EMPTY, models))
   for n in out:
     close(out[n], expected[n])
 
@@ -312,8 +312,8 @@ def test_identity(name):
 def test_ties_follows_the_elected_sign_and_stays_in_bounds(x):
   x = np.asarray(x, np.float32)
   models = in_leaves(x)
-  tau = oracles.flat(jaxmerge.merge(TIES, EMPTY, models))
-  trimmed = np.stack([oracles.kth(row, 0.5) for row in x])
+  tau = basics.flat(jaxmerge.merge(TIES, EMPTY, models))
+  trimmed = np.stack([basics.kth(row, 0.5) for row in x])
   sign = np.sign(trimmed.sum(axis=0))
   assert (np.sign(tau) * sign >= 0).all()
   assert (np.abs(tau) <= np.abs(x).max(axis=0)).all()

@@ -32,6 +32,8 @@ FLOORS = {
     "memory",
     "slicing",
     "streaming",
+    "adapters",
+    "reversible",
     "bundles",
     "planning",
     "summarizing",

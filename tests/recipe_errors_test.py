@@ -18,7 +18,7 @@ ERRORS = [
   (head("out_dtype: int64"), 4, 12, "out_dtype cannot be 'int64'"),
   (head("", "dare-ties"), 1, 15, "merge_method cannot be 'dare-ties'; did you mean 'dare_ties'? "),
   (head("", "LINEAR"), 1, 15, "did you mean 'linear'?"),
-  (head("", "3"), 1, 15, "merge_method cannot be 3; Known: arcee_fusion, "),
+  (head("", "3"), 1, 15, "merge_method cannot be 3; Known: analogy, arcee_fusion, "),
   ("models: [{model: a/b}]", 1, 1, "the recipe needs the key merge_method."),
   ("merge_method: linear", 1, 1, "the recipe needs one of models, slices, modules."),
   (head("slices: []"), 4, 9, "the recipe has models already and cannot have slices as well."),
@@ -255,7 +255,7 @@ ERRORS = [
     head("", "karcher", parameters="{max_iter: 2.5}"),
     3,
     24,
-    "max_iter must be in [0, 10000], got 2.5.",
+    "max_iter must be a whole number in [0, 10000], got 2.5.",
   ),
   (
     head("", "karcher", parameters="{max_iter: [1, 2]}"),

@@ -1,12 +1,12 @@
 """Aggregation against outliers: worked examples, identities, and what one bad model can do."""
 
 import numpy as np
-import oracles_robust
 import pytest
 from example import TAU, blended, close, merged
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
+from reference import robust
 
 from jaxmerge import methods
 
@@ -42,7 +42,7 @@ def test_worked_example_of_directions():
   """The transcription goes the authors' way, from (1, 0); from equal weights it comes further."""
   models = [{"w": x.astype(np.float64)} for x in H]
   first = np.array([[1.0], [0.0]])
-  steps = [oracles_robust.flag(models, 1, n, 0.0, first)["w"] for n in range(1, 6)]
+  steps = [robust.flag(models, 1, n, 0.0, first)["w"] for n in range(1, 6)]
   expected = [1.362057, 1.241882, 1.209737, 1.193122, 1.192956]
   np.testing.assert_allclose([far(first[:, 0]), *map(far, steps)], [4.218156, *expected], atol=2e-5)
   factor = 5 / np.median(np.linalg.norm(H, axis=1))

@@ -112,3 +112,41 @@ def test_bad_scores_are_refused():
   for scores in (SCORES, np.full((5, 2), np.nan), np.zeros(5)):
     with pytest.raises(ValueError, match=r"scores must be finite, \[models, categories\] of 5"):
       searching.soce(models, scores, lambda params: 0.0)
+
+
+def learned(models, target, steps=300, **options):
+  def far(params, temperature, batch):
+    return sum(jnp.sum((params[n] - target[n]) ** 2) for n in target) + (temperature - 2.0) ** 2
+
+  return searching.learned_soup(models, far, [0.0] * steps, **options)
+
+
+def test_a_learned_soup_begins_as_the_mean():
+  soup = learned({"w": jnp.asarray(MODELS)}, {"w": MODELS[0]}, 1, learning_rate=0.0)
+  close(soup.params["w"], MODELS.mean(axis=0))
+  close(soup.weights["w"], np.full(5, 0.2))
+  assert soup.temperature == 1.0
+
+
+def test_a_learned_soup_has_weights_for_each_leaf():
+  """One leaf is best in one model, one in another: what is one for all leaves cannot have both."""
+  models = {"v": jnp.asarray(MODELS), "w": jnp.asarray(MODELS[::-1].copy())}
+  best = {"v": 1, "w": 3}
+  target = {n: x[best[n]] for n, x in models.items()}
+  soup, shared = (learned(models, target, by_leaf=by_leaf) for by_leaf in (True, False))
+  assert soup.losses[-1] < 0.1 * shared.losses[-1]
+  assert soup.losses[-1] < 0.01 * soup.losses[0]
+  for n in target:
+    assert soup.weights[n].argmax() == best[n]
+    assert soup.weights[n].sum() == pytest.approx(1.0, abs=1e-5)
+    close(soup.params[n], soup.weights[n] @ np.asarray(models[n]), atol=1e-5)
+  close(shared.weights["v"], shared.weights["w"])
+  assert soup.temperature == pytest.approx(2.0, abs=0.05)
+
+
+def test_a_learned_soup_needs_batches_and_a_loss_that_is_a_number():
+  models = {"w": jnp.asarray(MODELS)}
+  with pytest.raises(ValueError, match="no batches are given"):
+    searching.learned_soup(models, lambda params, temperature, batch: 0.0, [])
+  with pytest.raises(ValueError, match="the loss of batch 1 is nan"):
+    searching.learned_soup(models, lambda p, t, b: jnp.sum(p["w"]) * b, [jnp.float32(np.nan)])

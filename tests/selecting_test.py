@@ -5,11 +5,11 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracles_entries
 import pytest
 from example import TAU, close, merged
 from hypothesis import given
 from hypothesis import strategies as st
+from reference import entries
 
 import jaxmerge
 from jaxmerge import methods
@@ -72,13 +72,13 @@ def test_where_all_models_agree_nothing_is_selected():
 
 
 # Few values: most variances tie with others.
-entries = st.sampled_from([0.0, 0.5, -0.5, 1.0, -1.0])
+values = st.sampled_from([0.0, 0.5, -0.5, 1.0, -1.0])
 
 
-@given(st.lists(st.lists(entries, min_size=8, max_size=8), min_size=2, max_size=2))
+@given(st.lists(st.lists(values, min_size=8, max_size=8), min_size=2, max_size=2))
 def test_sce_breaks_ties_by_position(x):
   x = np.asarray(x, np.float32)
-  expected = oracles_entries.sce([{"w": row.astype(np.float64)} for row in x], 0.5)["w"]
+  expected = entries.sce([{"w": row.astype(np.float64)} for row in x], 0.5)["w"]
   close(merged(methods.sce(0.5), x), expected)
 
 
@@ -109,7 +109,7 @@ def fused(base, model, **options):
 
 
 def test_importance_is_distance_times_divergence_of_the_row():
-  """The worked example: two entries of 0.117993 and 0.014892, the quartiles are zero."""
+  """The worked example: two values of 0.117993 and 0.014892, the quartiles are zero."""
   join = methods.arcee_fusion()
   leaf = jaxmerge.stage.Leaf(W0, {}, *(None,) * 4)
   importance = join[1].update((W - W0)[None], leaf, {})[0]
@@ -155,7 +155,7 @@ def test_nearswap_swaps_what_is_near(x):
 
 
 def test_gradient_of_nearswap():
-  """By t it is the direction, where entries are far apart."""
+  """By t it is the direction, where values are far apart."""
   models = {"w": jnp.array([[0.0, 0.0, 0.0], [1.0, -1.0, 0.1]])}
   slope = jax.jacobian(lambda t: jaxmerge.blend(methods.nearswap(), models, aux={"t": t})["w"])
   assert slope(0.5).tolist() == [1.0, -1.0, 0.0]

@@ -13,6 +13,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any  # What JSON holds is any object until it is checked.
 
+import numpy as np
+
 from jaxmerge.io import folder as folders
 from jaxmerge.io import lora, safetensors
 from jaxmerge.io.tensor import Files, Tensor, stored
@@ -24,6 +26,7 @@ WEIGHTS = "adapter_model.safetensors"
 
 _PREFIX = "base_model.model."
 _MAGNITUDE = "lora_magnitude_vector"
+_PAIR = ("lora_A.weight", "lora_B.weight")
 _LAYER = re.compile(
   rf"(?P<module>.+)\.(?P<part>lora_[AB]\.weight|lora_embedding_[AB]|{_MAGNITUDE})"
 )
@@ -93,6 +96,33 @@ def adapted(
   plain = [layers[f"{m}.weight"] for m, own in parts.items() if "lora_A.weight" in own]
   _check_square(plain, config["fan_in_fan_out"])
   return {**out, **lora.computed(layers)}
+
+
+def factors(folder: Path, files: Files) -> dict[str, tuple[np.ndarray, np.ndarray, float]]:
+  """Reads the factors of an adapter: module to A [r, in], B [out, r], and the factor on B @ A.
+
+  Raises:
+    FileNotFoundError: where a file of the adapter is missing.
+    ValueError: naming the tensor that is no factor of a plain LoRA layer.
+  """
+  path, weights = paths(folder)
+  config = _settings(path)
+  found: dict[str, dict[str, np.ndarray]] = {}
+  for key, entry in safetensors.header(weights).tensors.items():
+    tensor = stored(files, weights, key, entry)
+    part = _LAYER.fullmatch(key.removeprefix(_PREFIX))
+    if not key.startswith(_PREFIX) or not part or part["part"] not in _PAIR:
+      raise ValueError(
+        f"{tensor.where}: is no factor of a plain LoRA layer; apply the adapter to its base, and "
+        "merge the models."
+      )
+    x = np.empty(tensor.shape, tensor.dtype)
+    tensor.read(0, x.reshape(-1))
+    found.setdefault(part["module"], {})[part["part"]] = x
+  for module, parts in found.items():
+    if parts.keys() != set(_PAIR) or parts[_PAIR[0]].shape[:1] != parts[_PAIR[1]].shape[1:]:
+      raise ValueError(f"{weights}: {module!r} has no pair of factors, A [r, in] and B [out, r].")
+  return {m: (own[_PAIR[0]], own[_PAIR[1]], _scale(path, config, m)) for m, own in found.items()}
 
 
 # --- What the files say ---
@@ -196,13 +226,19 @@ def _layer(
   if magnitude is not None and magnitude.shape != b.shape[:1]:
     raise ValueError(f"{magnitude.where}: must be {list(b.shape[:1])}, is {list(magnitude.shape)}.")
   rank = _number(path, config["rank_pattern"], module, config["r"])
-  alpha = _number(path, config["alpha_pattern"], module, config["lora_alpha"])
   if a.shape[0] != rank:
     raise ValueError(f"{a.where}: its rank is {a.shape[0]}, but {rank} by r or rank_pattern.")
   square = own.shape == (a.shape[1], b.shape[0]) == (b.shape[0], a.shape[1])
   transposed = config["fan_in_fan_out"] if square else own.shape == (a.shape[1], b.shape[0])
-  scale = alpha / (math.sqrt(rank) if config["use_rslora"] else rank)
+  scale = _scale(path, config, module)
   return lora.Layer(own, a, b, magnitude, scale, embedding or transposed)
+
+
+def _scale(path: pathlib.Path, config: Mapping[str, Any], module: str) -> float:
+  """The factor on B @ A."""
+  rank = _number(path, config["rank_pattern"], module, config["r"])
+  alpha = _number(path, config["alpha_pattern"], module, config["lora_alpha"])
+  return alpha / (math.sqrt(rank) if config["use_rslora"] else rank)
 
 
 def _check_matrices(own: Tensor, a: Tensor, b: Tensor, embedding: bool) -> None:

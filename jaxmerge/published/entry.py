@@ -13,7 +13,7 @@ class Entry(NamedTuple):
 
   `on` says what is merged: task vectors, by `jaxmerge.merge`, or the weights themselves, by
   `jaxmerge.blend`. `reads` says how often the models are read where they are on disk, with the
-  default settings.
+  default settings; `models`, how many there are at least and at most, beside the base.
   """
 
   formula: str
@@ -23,9 +23,10 @@ class Entry(NamedTuple):
   experimental: bool = False
   on: Literal["task vectors", "weights", "either"] = "task vectors"
   reads: int = 1
+  models: tuple[int, int | None] = (1, None)
 
 
-WEIGHT = Parameter(1.0, "weight of each model, scalar or one per model")
+WEIGHT = Parameter(1.0, "weight of each model, scalar or one per model", each=True)
 SCALE = Parameter(1.0, "factor on the merged task vector")
 FLOOR = Parameter(0.0, "", low=0.0)
 NORMALIZE = Parameter(False, "divide by the sum of the weights", choices=(True, False))

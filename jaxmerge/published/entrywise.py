@@ -94,18 +94,23 @@ METHODS: Mapping[str, Entry] = {
   ),
   "negation": Entry("θ₀ - λτ", _TASK_ARITHMETIC, {"scale": entry.SCALE._replace(default=0.3)}),
   "analogy": Entry(
-    "θ₀ + λ(τ_C + τ_B - τ_A)", _TASK_ARITHMETIC, {"scale": entry.SCALE._replace(default=0.3)}
+    "θ₀ + λ(τ_C + τ_B - τ_A)",
+    _TASK_ARITHMETIC,
+    {"scale": entry.SCALE._replace(default=0.3)},
+    models=(3, 3),
   ),
   "portllm": Entry(
     "θ₀ + λ(τ_B - τ_A)",
     "Khan et al. 2024 (arXiv:2410.10870)",
     {"scale": entry.SCALE},
+    models=(2, 2),
   ),
   "passthrough": Entry(
     "sθ",
     "mergekit (Goddard et al. 2024, arXiv:2403.13257)",
     {"scale": entry.SCALE._replace(doc="factor on the weights")},
     on="weights",
+    models=(1, 1),
   ),
   "ties": Entry(
     "trim, elect sign, disjoint mean",
@@ -126,7 +131,9 @@ METHODS: Mapping[str, Entry] = {
     "TIES, with votes (1 + μᵢ)τᵢ",
     "Tao et al. 2024 (arXiv:2407.03994)",
     {
-      "slack": Parameter(0.0, "μ, how much more a vote counts, scalar or one per model", low=0.0),
+      "slack": Parameter(
+        0.0, "μ, how much more a vote counts, scalar or one per model", low=0.0, each=True
+      ),
       "density": _DENSITY,
       "scale": entry.SCALE,
       "scope": _SCOPE,
@@ -209,7 +216,7 @@ METHODS: Mapping[str, Entry] = {
     "Wang et al. 2024 (arXiv:2405.07813)",
     {
       "scale": entry.SCALE._replace(default=0.3),
-      "threshold": Parameter(0.4, "ε, scalar or one per model", low=0.0),
+      "threshold": Parameter(0.4, "ε, scalar or one per model", low=0.0, each=True),
       "least": Parameter(2, "k, as many models must need an entry", low=0, integer=True),
     },
   ),
@@ -270,11 +277,13 @@ METHODS: Mapping[str, Entry] = {
     "mergekit 0.1 (arcee.ai, 2025)",
     {},
     reads=2,
+    models=(1, 1),
   ),
   "nearswap": Entry(
     "θ₀ + clip(θ - θ₀, -t, t)",
     "alchemonaut 2024 (QuartetAnemoi-70B)",
     {"t": Parameter(1e-4, "how near an entry must be to be swapped", low=0.0)},
     on="weights",
+    models=(2, 2),
   ),
 }

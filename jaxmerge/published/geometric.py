@@ -36,6 +36,7 @@ METHODS: Mapping[str, Entry] = {
     {"t": Parameter(0.5, "0 is the first model, 1 the second", low=0.0, high=1.0)},
     on="weights",
     reads=2,
+    models=(2, 2),
   ),
   "nuslerp": Entry(
     "SLERP with t = w₂/(w₁ + w₂)",
@@ -50,6 +51,7 @@ METHODS: Mapping[str, Entry] = {
     },
     on="either",
     reads=2,
+    models=(2, 2),
   ),
   "multislerp": Entry(
     "(Σ wᵢ‖θᵢ‖) · unit(Σ wᵢ unit(θᵢ))",
@@ -80,6 +82,7 @@ METHODS: Mapping[str, Entry] = {
       "floor": entry.FLOOR._replace(doc="least product of two norms that a cosine divides by"),
     },
     reads=2,
+    models=(2, None),
   ),
   "iso_c": Entry(
     "θ₀ + λ s̄UVᵀ, Σ τᵢ = U diag(s) Vᵀ, s̄ = mean s",
@@ -185,6 +188,7 @@ METHODS: Mapping[str, Entry] = {
     _YIN,
     {"trim": Parameter(1, "f", low=0, integer=True, static=True)},
     on="either",
+    models=(3, None),
   ),
   "krum": Entry(
     "mean of the m models with the least sum of squared distances to the K - f - 2 nearest",
@@ -200,5 +204,6 @@ METHODS: Mapping[str, Entry] = {
     },
     on="either",
     reads=2,
+    models=(5, None),
   ),
 }

@@ -1,7 +1,8 @@
 """The methods that a recipe can name: their inputs, and parameters with defaults and ranges.
 
-Names and defaults are mergekit's, so that its recipes mean here what they mean there. What the
-methods compute stands in `jaxmerge.catalog`.
+Names and defaults are mergekit's, so that its recipes mean here what they mean there. Methods that
+it does not have are here with the names, parameters and defaults of `jaxmerge.catalog`, where what
+all of them compute stands.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple  # Any: a value of YAML.
 
+from jaxmerge import catalog
 from jaxmerge.catalog import Parameter
 from jaxmerge.recipe.places import shown
 
@@ -85,7 +87,7 @@ def _arithmetic(
   return Method(doc, "required", (1, None), each, shared, random, "normalize")
 
 
-METHODS: Mapping[str, Method] = {
+_MERGEKITS: Mapping[str, Method] = {
   "linear": Method(
     "weighted mean of the weights",
     "ignored",
@@ -205,16 +207,40 @@ METHODS: Mapping[str, Method] = {
 }
 
 
+def _own(entry: catalog.Entry) -> Method:
+  """Returns what a method of the catalog takes."""
+  needs: dict[str, Literal["required", "optional", "ignored"]] = {
+    "task vectors": "required",
+    "either": "optional",
+    "weights": "ignored",
+  }
+  each = {n: p for n, p in entry.parameters.items() if p.each}
+  shared = {n: p for n, p in entry.parameters.items() if not p.each}
+  divides = "normalize" if "normalize" in shared else None
+  random = "seed" in entry.needs
+  return Method(entry.formula, needs[entry.on], entry.models, each, shared, random, divides)
+
+
+METHODS: Mapping[str, Method] = {
+  **_MERGEKITS,
+  **{n: _own(entry) for n, entry in catalog.METHODS.items() if n not in _MERGEKITS},
+}
+
+
 def complaint(name: str, parameter: Parameter, value: Any) -> str | None:
   """Returns what is wrong with a value of a parameter, or None.
 
   >>> complaint("density", METHODS["ties"].each["density"], 1.5)
   'density must be in (0, 1], got 1.5.'
   """
+  if parameter.choices == (True, False):
+    return None if isinstance(value, bool) else f"{name} must be true or false, got {shown(value)}."
   if parameter.choices:
-    if isinstance(value, bool):
+    words = [c for c in parameter.choices if c is not None]
+    if value in words:
       return None
-    return f"{name} must be true or false, got {shown(value)}."
+    near = catalog.nearest(value if isinstance(value, str) else "", words)
+    return f"{name} cannot be {shown(value)}{near}."
   if isinstance(value, bool) or not isinstance(value, int | float):
     kind = "a whole number" if parameter.integer else "a number"
     return f"{name} must be {kind} in {parameter.range}, got {shown(value)}."
@@ -244,7 +270,8 @@ def parameter_markdown() -> str:
       found.setdefault(key, []).append(name)
   rows = ["| parameter | range | methods | meaning |", "| --- " * 4 + "|"]
   for (name, p), users in sorted(found.items(), key=lambda item: item[0][0]):
-    values = "true, false" if p.choices else ("whole, " if p.integer else "") + p.range
+    values = "true, false" if p.choices == (True, False) else p.range
+    values = ("whole, " if p.integer else "") + values
     rows.append(f"| `{name}` | {values} | {', '.join(users)} | {p.doc} |")
   return "\n".join(rows)
 
@@ -253,4 +280,4 @@ def _cell(name: str, parameter: Parameter) -> str:
   default = parameter.default
   if default is None:
     return f"`{name}` (required)"
-  return f"`{name}` = {shown(default) if isinstance(default, bool) else f'{default:g}'}"
+  return f"`{name}` = {shown(default) if isinstance(default, bool | str) else f'{default:g}'}"

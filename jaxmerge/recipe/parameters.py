@@ -79,7 +79,7 @@ def evaluate(cases: Sequence[Case], tensor: Tensor) -> Value | None:
 
 
 def interpolated(value: Scalar | tuple[Scalar, ...], depth: float | None) -> Scalar:
-  """Returns a gradient's value at a depth: numbers are interpolated, truth values step.
+  """Returns a gradient's value at a depth: numbers are interpolated, other values step.
 
   Tensors outside of the layers, whether before or after them, take the first value.
 
@@ -89,10 +89,11 @@ def interpolated(value: Scalar | tuple[Scalar, ...], depth: float | None) -> Sca
   if not isinstance(value, tuple):
     return value
   at = (depth or 0.0) * (len(value) - 1)
-  if any(isinstance(v, bool) for v in value):
+  numbers = [v for v in value if not isinstance(v, bool | str)]
+  if len(numbers) < len(value):
     return value[int(at + 1e-9)]  # A depth of 6/49 times 49 is a little less than 6.
   left, right = int(at), min(int(at) + 1, len(value) - 1)
-  return (1 - (at - left)) * value[left] + (at - left) * value[right]
+  return (1 - (at - left)) * numbers[left] + (at - left) * numbers[right]
 
 
 def lookup(levels: Iterable[Parameters], name: str, tensor: Tensor) -> Value | None:
@@ -207,15 +208,16 @@ def together(
   problems = []
   for given in each:
     if "epsilon" in given and "density" in given:
-      (density, at), (epsilon, other) = given["density"], given["epsilon"]
+      density, epsilon = (float(given[n].value) for n in ("density", "epsilon"))
+      at, other = given["density"].place, given["epsilon"].place
       if 0 < density < 1 and not (epsilon < density and density + epsilon < 1):
         text = f"density - epsilon and density + epsilon must be in (0, 1), got {density:g} and"
         problems.append(Problem(at or other or place, f"{name}: {text} {epsilon:g}{which}."))
   weights = [given["weight"] for given in each if "weight" in given]
   if weights and _divides(METHODS[name], shared):
-    total, size = sum(w.value for w in weights), sum(abs(w.value) for w in weights)
-    if abs(total) <= 1e-6 * size:
-      numbers = listed(f"{w.value:g}" for w in weights)
+    values = [float(w.value) for w in weights]
+    if abs(sum(values)) <= 1e-6 * sum(abs(v) for v in values):
+      numbers = listed(f"{v:g}" for v in values)
       hint = "" if METHODS[name].divides == "always" else f", or set {METHODS[name].divides}: false"
       text = f"{name} divides by the sum of the weights, which is zero ({numbers}){which}"
       problems.append(Problem(weights[0].place or place, f"{text}; change them{hint}."))

@@ -223,7 +223,7 @@ class _Settled(NamedTuple):
     """Equal for rows that one job merges."""
     known = METHODS[self.values.method].shared
     switches = [
-      (n, v) for n, v in self.values.shared.items() if known[n].choices or known[n].integer
+      (n, v) for n, v in self.values.shared.items() if known[n].integer or not known[n].number
     ]
     return self.values.method, *sorted(switches), self.row.group.base, self.sources_of
 

@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 from jaxmerge.recipe.methods import Method
 from jaxmerge.recipe.places import Place
 
-Scalar = float | int | bool
+Scalar = float | int | bool | str
 Missing = Literal["error", "base", "mean", "skip"]
 
 

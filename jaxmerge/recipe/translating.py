@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from jaxmerge import catalog
 from jaxmerge.recipe.records import Scalar
 
 Numbers = Mapping[str, Sequence[Scalar] | Scalar]
@@ -49,7 +50,17 @@ def translated(
     varied: parameters that differ between tensors; a density that does is counted per tensor.
     compat: whether mergekit's numbers are asked for.
   """
+  if name not in _METHODS:
+    return _same(name, shared, base)
   return _METHODS[name](_Given(shared, base, "density" in varied, compat))
+
+
+def _same(name: str, shared: Mapping[str, Scalar], base: bool) -> Translation:
+  """A method that mergekit does not have: its parameters are the factory's."""
+  entry = catalog.METHODS[name]
+  settings = {n: shared[n] for n, p in entry.parameters.items() if not p.number and n in shared}
+  numbers = {n: _of(n) for n, p in entry.parameters.items() if p.number}
+  return Translation(name, settings, numbers, raw=entry.on == "either" and not base)
 
 
 class _Given(NamedTuple):

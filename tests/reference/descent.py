@@ -1,10 +1,11 @@
-"""Slow transcriptions in NumPy of the methods that descend; see `oracles.py`.
+"""Slow transcriptions in NumPy of the methods that descend; see `basics.py`.
 
 They know of no Gram matrices: a gradient is the sum over tasks of that of a squared norm.
 """
 
 import numpy as np
-from oracles_spectra import first
+
+from reference.spectra import first
 
 
 def adam(gradient, x, rate, steps):

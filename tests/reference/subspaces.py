@@ -1,8 +1,9 @@
-"""Slow transcriptions in NumPy of the methods that share directions; see `oracles.py`."""
+"""Slow transcriptions in NumPy of the methods that share directions; see `basics.py`."""
 
 import numpy as np
-from oracles_descent import adam
-from oracles_spectra import first
+
+from reference.descent import adam
+from reference.spectra import first
 
 
 def matrices_of(x, view):

@@ -1,4 +1,4 @@
-"""Slow transcriptions in NumPy of the methods that work with singular values; see `oracles.py`."""
+"""Slow transcriptions in NumPy of the methods that work with singular values; see `basics.py`."""
 
 import numpy as np
 

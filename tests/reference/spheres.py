@@ -1,11 +1,12 @@
-"""Slow transcriptions in NumPy of the methods that work with angles; see `oracles.py`.
+"""Slow transcriptions in NumPy of the methods that work with angles; see `basics.py`.
 
 They work on the vectors themselves, in float64, and know of no Gram matrix. A vector is a leaf, or
 one row or column of its matrix view.
 """
 
 import numpy as np
-import oracles
+
+from reference import basics
 
 
 def per_vector(rule, taus, scope="leaf", views=()):
@@ -14,7 +15,7 @@ def per_vector(rule, taus, scope="leaf", views=()):
   for n, x in taus[0].items():
     index = np.arange(x.size)[None]
     if scope != "leaf" and n in views:
-      index = oracles.rows(x, views[n])
+      index = basics.rows(x, views[n])
       if scope == "column":  # Of each of the stacked matrices.
         count = int(
           np.prod([d for d, letter in zip(x.shape, views[n], strict=True) if letter == "b"])

@@ -1,7 +1,8 @@
-"""Slow transcriptions in NumPy of the methods that choose entries; see `oracles.py`."""
+"""Slow transcriptions in NumPy of the methods that choose entries; see `basics.py`."""
 
 import numpy as np
-import oracles
+
+from reference import basics
 
 
 def sce(taus, density=1.0, floor=0.0):
@@ -48,18 +49,18 @@ def consensus(taus, scale, threshold, least):
 
 def ties_slack(taus, slack, density, scale):
   """TIES with an election of its own, entry by entry."""
-  x = np.stack([oracles.kth(oracles.flat(t), density) for t in taus])
+  x = np.stack([basics.kth(basics.flat(t), density) for t in taus])
   sign = np.sign((x * (1 + np.asarray(slack)[: len(x), None])).sum(axis=0))
   sign = np.where(sign == 0, np.sign(sign.sum()), sign)
   merged = [
     np.mean(c[c * s > 0]) if (c * s > 0).any() else 0 for c, s in zip(x.T, sign, strict=True)
   ]
-  return oracles.unflat(scale * np.array(merged), taus[0])
+  return basics.unflat(scale * np.array(merged), taus[0])
 
 
 def pcb(taus, ratio, scale, weights, clamp):
   """The first of the authors' variants, on whole models, by sorting."""
-  x = np.stack([oracles.flat(t) for t in taus])
+  x = np.stack([basics.flat(t) for t in taus])
   K, d = x.shape
 
   def clipped(row, low, high):
@@ -75,7 +76,7 @@ def pcb(taus, ratio, scale, weights, clamp):
   share = np.stack([unit(clipped(row, 1 - ratio, 0)) for row in scores])
   own = np.asarray(weights)[:K, None] * share * np.sign(x) * size
   merged = own.sum(axis=0) / np.maximum(share.sum(axis=0), 1e-12)
-  return oracles.unflat(scale * merged, taus[0])
+  return basics.unflat(scale * merged, taus[0])
 
 
 def lwptv(taus, base, prune_ratio, scale, weights, score, prune):
@@ -97,7 +98,7 @@ def lwptv(taus, base, prune_ratio, scale, weights, score, prune):
     count = int(prune_ratio * len(names))
     left = order[count:] if prune == "lowest" else order[: len(names) - count]
     kept.append({n: tau[n] * (i in left) for i, n in enumerate(names)})
-  return oracles.weighted_sum(kept, weights, scale)
+  return basics.weighted_sum(kept, weights, scale)
 
 
 def ram(taus, threshold=1e-5, boost=0.0, limit=0.0, scope="leaf"):
@@ -122,7 +123,7 @@ def arcee_fusion(taus, base, views=()):
   (tau,), views, out = taus, dict(views), {}
   for n, x in tau.items():
     importance = np.zeros(x.size)
-    for row in oracles.rows(x, views.get(n, "i" * x.ndim)):
+    for row in basics.rows(x, views.get(n, "i" * x.ndim)):
       old = base[n].reshape(-1)[row].astype(np.float64)
       p, q = (np.exp(w) / np.exp(w).sum() + 1e-8 for w in (old + x.reshape(-1)[row], old))
       importance[row] = np.abs(x.reshape(-1)[row]) * max(np.sum(p * np.log(p / q)), 0)

@@ -1,7 +1,8 @@
-"""Slow transcriptions in NumPy of aggregation against outliers; see `oracles.py`."""
+"""Slow transcriptions in NumPy of aggregation against outliers; see `basics.py`."""
 
 import numpy as np
-import oracles
+
+from reference import basics
 
 
 def by_entry(rule, taus):
@@ -25,18 +26,18 @@ def krum(taus, outliers, select, scope="tree"):
   if scope == "leaf":
     every = {n: krum([{n: t[n]} for t in taus], outliers, select)[n] for n in taus[0]}
     return every
-  vectors = [oracles.flat(t) for t in taus]
+  vectors = [basics.flat(t) for t in taus]
   scores = []
   for i, x in enumerate(vectors):
     far = sorted(np.sum((x - y) ** 2) for j, y in enumerate(vectors) if j != i)
     scores.append(sum(far[: len(vectors) - outliers - 2]))
   best = np.argsort(scores, kind="stable")[:select]
-  return oracles.unflat(np.mean([vectors[i] for i in best], axis=0), taus[0])
+  return basics.unflat(np.mean([vectors[i] for i in best], axis=0), taus[0])
 
 
 def flag(taus, rank, steps, pairs, start=None):
   """With whole models as vectors, by singular values, as the authors; from equal weights."""
-  g = np.stack([oracles.flat(t) for t in taus], axis=1)
+  g = np.stack([basics.flat(t) for t in taus], axis=1)
   norms = np.linalg.norm(g, axis=0)
   h = g / np.where(norms == 0, 1, norms)
   K = h.shape[1]
@@ -56,4 +57,4 @@ def flag(taus, rank, steps, pairs, start=None):
       break
     y, value = tried, left
   merged = (y @ y.T @ h).sum(axis=1) / K * np.sort(norms)[(K - 1) // 2]
-  return oracles.unflat(merged, taus[0])
+  return basics.unflat(merged, taus[0])

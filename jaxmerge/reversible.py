@@ -1,0 +1,159 @@
+"""Adapters of several tasks kept as one: a mean, a few directions, each task's coefficients."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple  # Any: arrays of jax, or of NumPy where loaded.
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmerge import catalog
+from jaxmerge.adapters import Adapter, Lora, Path
+from jaxmerge.io import atomic, folder, safetensors
+
+ABOUT = "bundle.json"
+METHOD = "rmm"
+_FILES = ("means", "bases", "coefficients")  # Each is a file NAME.safetensors.
+
+
+class Reversible(NamedTuple):
+  """Low-rank factors of n tasks, each position of a factor near a plane of p directions.
+
+  A position is a column of a, or a row of b; both are vectors of the rank r.
+
+  Attributes:
+    names: of the tasks.
+    means: [positions, r] by factor, `MATRIX/a` or `MATRIX/b`.
+    bases: [positions, r, p] by factor.
+    coefficients: [n, positions, p] by factor.
+    scales: of the adapters, [n] by matrix.
+  """
+
+  names: tuple[str, ...]
+  means: dict[str, Any]
+  bases: dict[str, Any]
+  coefficients: dict[str, Any]
+  scales: dict[str, Any]
+
+  def for_task(self, name: str) -> dict[str, Lora]:
+    """Returns the adapter of a task.
+
+    Raises:
+      ValueError: for a task that the bundle does not have.
+    """
+    if name not in self.names:
+      raise ValueError(f"the bundle has no task {name!r}{catalog.nearest(name, self.names)}.")
+    k = self.names.index(name)
+
+    def factor(key: str) -> Any:
+      moved = jnp.einsum("xrp,xp->xr", self.bases[key], self.coefficients[key][k])
+      return self.means[key] + moved
+
+    return {
+      matrix: Lora(factor(f"{matrix}/a").T, factor(f"{matrix}/b"), scale[k])
+      for matrix, scale in self.scales.items()
+    }
+
+
+def rmm(adapters: Sequence[Adapter], names: Sequence[str], *, components: int = 1) -> Reversible:
+  """Finds, for each position of each factor, the plane nearest to the tasks' vectors.
+
+  With `components` = min(rank, n - 1) nothing is lost; with fewer the squared error is the least
+  that is possible, and (p(r + n) + r) / (rn) of the factors' room is needed.
+
+  Experimental: the paper was read in part. Factors are compared as they are: b @ a is the same for
+  b @ g and inverse(g) @ a, so tasks should have been tuned from one start of a.
+
+  Args:
+    adapters: of n tasks, with the same matrices and ranks.
+    names: of the tasks.
+    components: directions p, from 0 (the mean alone) to min(rank, n - 1).
+
+  Reference: Alipour and Amiri 2025, Towards reversible model merging (arXiv:2510.14163).
+
+  Raises:
+    ValueError: naming the matrix that adapters do not have in common, or a number out of range.
+
+  Example:
+    >>> a = jnp.eye(2)
+    >>> tasks = [{"w": Lora(a, jnp.array([[1.0, 0.0]]))}, {"w": Lora(a, jnp.array([[3.0, 2.0]]))}]
+    >>> print(np.asarray(rmm(tasks, ("cat", "dog")).for_task("dog")["w"].delta()).round(5))
+    [[3. 2.]]
+  """
+  n = len(adapters)
+  if len(names) != n or len(set(names)) != n or not n:
+    raise ValueError(f"{n} adapters need as many different names, got {list(names)}.")
+  shapes = [{m: (own.a.shape, own.b.shape) for m, own in each.items()} for each in adapters]
+  for name, other in zip(names, shapes, strict=True):
+    for m in sorted(other.keys() | shapes[0].keys()):
+      if other.get(m) != shapes[0].get(m):
+        raise ValueError(
+          f"matrix {m!r}: its factors are {other.get(m)} in {name!r}, but {shapes[0].get(m)} in "
+          f"{names[0]!r}; all adapters need the same ones."
+        )
+  least = min((own.rank for own in adapters[0].values()), default=0)
+  if not 0 <= components <= min(least, n - 1):
+    raise ValueError(
+      f"components must be from 0 to {min(least, n - 1)}, for {n} adapters of rank {least}, got "
+      f"{components}."
+    )
+  means, bases, coefficients, scales = {}, {}, {}, {}
+  for m in adapters[0]:
+    scales[m] = jnp.stack([jnp.asarray(each[m].scale, jnp.float32) for each in adapters])
+    for key, x in (
+      (f"{m}/a", jnp.stack([jnp.asarray(each[m].a).T for each in adapters], axis=2)),
+      (f"{m}/b", jnp.stack([jnp.asarray(each[m].b) for each in adapters], axis=2)),
+    ):
+      mean = jnp.mean(x, axis=2)
+      apart = x - mean[..., None]
+      basis = jnp.linalg.svd(apart, full_matrices=False)[0][..., :components]
+      means[key], bases[key] = mean, basis
+      coefficients[key] = jnp.einsum("xrp,xrn->nxp", basis, apart)
+  return Reversible(tuple(names), means, bases, coefficients, scales)
+
+
+def save(path: Path, bundle: Reversible, *, replace: bool = False) -> pathlib.Path:
+  """Writes a bundle to a folder, which appears whole or not at all."""
+  scales = {m: np.asarray(s).tolist() for m, s in bundle.scales.items()}
+  about = {"method": METHOD, "names": bundle.names, "scales": scales}
+  parts = (bundle.means, bundle.bases, bundle.coefficients)
+  with atomic.folder(path, replace=replace) as beside:
+    for file, own in zip(_FILES, parts, strict=True):
+      safetensors.save(beside / f"{file}.safetensors", {n: np.asarray(x) for n, x in own.items()})
+    (beside / ABOUT).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+  return pathlib.Path(path)
+
+
+def load(path: Path) -> Reversible:
+  """Reads a bundle from a folder.
+
+  Raises:
+    FileNotFoundError: where the folder or a file of it is missing.
+    ValueError: naming the file that is damaged, or does not fit the others.
+  """
+  path = pathlib.Path(path)
+  about = folder.read_json(path / ABOUT)
+  means, bases, coefficients = (safetensors.load(path / f"{file}.safetensors") for file in _FILES)
+  try:
+    names = tuple(about["names"])
+    scales = {m: np.array(s, np.float32) for m, s in about["scales"].items()}
+    keys = {f"{m}/{x}" for m in scales for x in "ab"}
+    for key in keys | means.keys() | bases.keys() | coefficients.keys():
+      positions, rank = means[key].shape
+      count = bases[key].shape[2]
+      if bases[key].shape[:2] != (positions, rank):
+        raise ValueError(f"the directions of {key!r} do not fit its mean")
+      if coefficients[key].shape != (len(names), positions, count):
+        raise ValueError(f"the coefficients of {key!r} do not fit its directions")
+    if any(s.shape != (len(names),) for s in scales.values()):
+      raise ValueError("a scale is needed for each task")
+  except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+    raise ValueError(f"{path / ABOUT}: no description of a bundle ({error}).") from error
+
+  def own(loaded: dict[str, np.ndarray]) -> dict[str, Any]:
+    return {n: jnp.asarray(x) for n, x in loaded.items()}
+
+  return Reversible(names, own(means), own(bases), own(coefficients), own(scales))
