@@ -21,6 +21,7 @@ _ROOMS = (
   "catalog",
   "differing",
   "files",
+  "hi_merging",
   "inspecting",
   "io",
   "memory",

@@ -26,7 +26,17 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = {
   6: {"cli", "commands", "progress", "__main__"},
   5: {"experiment", "problems", "configuring", "workdir"},
-  4: {"atm", "judging", "recipe", "fitting", "searching", "align", "experts", "adapt"},
+  4: {
+    "atm",
+    "judging",
+    "recipe",
+    "fitting",
+    "searching",
+    "hi_merging",
+    "align",
+    "experts",
+    "adapt",
+  },
   3: {
     "methods",
     "memory",

@@ -1,0 +1,82 @@
+"""Hi-Merging: what a search may do, and that it never loses."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from example import close
+
+import jaxmerge
+from jaxmerge import methods, stage
+from jaxmerge.hi_merging import hi_merging
+
+LAYERS = ("layer_0/w", "layer_1/w", "head/w")
+FEW = (0.5, 1.0)
+
+
+def family(height=2, seed=0):
+  rng = np.random.default_rng(seed)
+  base = {n: jnp.asarray(rng.normal(size=6), jnp.float32) for n in LAYERS}
+  taus = {n: jnp.asarray(rng.normal(size=(height, 6)), jnp.float32) for n in base}
+  return base, {n: x[None] + taus[n] for n, x in base.items()}
+
+
+def far(params, target):
+  return -float(sum(jnp.sum((params[n] - target[n]) ** 2) for n in params))
+
+
+def test_a_score_that_says_nothing_leaves_the_merge():
+  base, models = family()
+  found = hi_merging(base, models, lambda params, k: 1.0, grid=FEW)
+  method = stage.chain(methods.elected(reduce="sum"))
+  expected = jaxmerge.merge(method, base, models)
+  for n in base:
+    close(found.params[n], expected[n])
+  assert found.steps == []
+
+
+def test_one_model_that_is_best_as_it_is_comes_back():
+  base, models = family(1)
+  own = {n: x[0] for n, x in models.items()}
+  found = hi_merging(base, models, lambda params, k: far(params, own))
+  for n in base:
+    close(found.params[n], models[n][0])
+  for table in (found.density, found.scale):
+    assert all(v.tolist() == [1.0] for v in table.values())
+
+
+def test_a_layer_that_is_in_the_way_gives_way():
+  """The heads add up to more than either model wants; the rest is the same for both."""
+  base = {n: jnp.zeros(4) for n in LAYERS}
+  models = {n: jnp.ones((2, 4)) * 0.5 for n in LAYERS}
+  models["head/w"] = jnp.array([[1.0] * 4, [3.0] * 4])
+
+  def score(params, k):
+    return -float(jnp.sum((params["head/w"] - (1.0 + k)) ** 2))
+
+  before = jaxmerge.merge(methods.elected(reduce="sum"), base, models)
+  found = hi_merging(base, models, score, grid=(1.0,))
+  assert found.score > np.mean([score(before, k) for k in range(2)])
+  assert [step[0] for step in found.steps] == ["head"]
+  assert found.steps[0][2] in ("trimmed", "scaled", "dropped")
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("most", [None, 1])
+def test_a_search_never_loses(seed, most):
+  base, models = family(3, seed)
+  targets = [{n: x[k] for n, x in models.items()} for k in range(3)]
+
+  def score(params, k):
+    return far(params, targets[k])
+
+  found = hi_merging(base, models, score, grid=(1.0,), most=most)
+  plain = jaxmerge.merge(methods.elected(reduce="sum"), base, models)
+  assert found.score >= np.mean([score(plain, k) for k in range(3)])
+  assert found.score == pytest.approx(np.mean([score(found.params, k) for k in range(3)]))
+  assert most is None or len(found.steps) <= most
+
+
+def test_a_score_that_is_no_number_is_refused():
+  base, models = family()
+  with pytest.raises(ValueError, match=r"the scores of a model are \[nan, nan\]; they must be"):
+    hi_merging(base, models, lambda params, k: float("nan"), grid=FEW)
