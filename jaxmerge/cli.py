@@ -61,6 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return _failed(e, 1, debug)
   except KeyboardInterrupt:
     saved = {"atm": "the last saved round", "merge": "the last finished tensors"}
+    saved["bench"] = "the last finished method"
     resumes = options.command in saved and options.resume != "never"
     told = f"; this goes on from {saved[options.command]}:" if resumes else ""
     again = f"\n  {shlex.join(['jaxmerge', *arguments])}" if resumes else ""
@@ -113,6 +114,12 @@ def parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
   atm.add_argument("--workdir", required=True, metavar="FOLDER", help=workdir)
   resume = "go on with the run in the workdir: if there is one, not at all, or fail without one"
   atm.add_argument("--resume", choices=("auto", "never", "must"), default="auto", help=resume)
+
+  about = "merge the experts of an experiment by every method, and rank the methods"
+  bench = every.add_parser("bench", help=about, description=f"{about.capitalize()}.")
+  bench.add_argument("--config", required=True, metavar="FILE", help="methods and what to try")
+  bench.add_argument("--workdir", required=True, metavar="FOLDER", help="folder for the results")
+  bench.add_argument("--resume", choices=("auto", "never", "must"), default="auto", help=resume)
 
   about = "merge the models of a recipe to a new folder"
   merge = every.add_parser("merge", help=about, description=f"{about.capitalize()}.")
@@ -211,6 +218,10 @@ def _config(options: argparse.Namespace, changes: Sequence[tuple[str, str]]) -> 
     from jaxmerge import configuring
 
     return configuring.load(options.config, changes)
+  if options.command == "bench":
+    from jaxmerge import configuring
+
+    return configuring.bench(options.config, changes)
   if changes:
     raise ValueError(f"--config.{changes[0][0]}: the command {options.command!r} has no config.")
   return None

@@ -24,6 +24,24 @@ def atm(options: argparse.Namespace, config: Any) -> None:
   print(f"report: {pathlib.Path(options.workdir) / 'report.html'}")
 
 
+def bench(options: argparse.Namespace, config: Any) -> None:
+  """Merges the experts of an experiment by every method, and prints the leaderboard."""
+  from jaxmerge import configuring
+
+  fake_devices(configuring.of_bench(config, options.config, 0).mesh.devices)
+  from jaxmerge import benching
+  from jaxmerge.report import leaderboard, tables
+
+  with progress.bars() as show:
+    facts = benching.run(
+      config, options.config, options.workdir, resume=options.resume, progress=show
+    )
+  own = leaderboard.table(facts)
+  short = own._replace(head=own.head[:7], rows=[row[:7] for row in own.rows])
+  print(tables.to_text(short))
+  print(f"leaderboard: {pathlib.Path(options.workdir) / 'leaderboard.md'}")
+
+
 def fake_devices(count: int | None) -> None:
   """Asks for `count` devices on the CPU, before jax starts; the user's own flags stay.
 

@@ -67,6 +67,76 @@ def load(path: str, changes: Sequence[tuple[str, str]] = ()) -> ConfigDict:
   return config.lock()
 
 
+BENCH: Mapping[str, Any] = {
+  "run": str,
+  "seeds": int,
+  "final": bool,
+  "methods": dict,
+  "changes": dict,
+}
+
+
+def bench(path: str, changes: Sequence[tuple[str, str]] = ()) -> ConfigDict:
+  """Returns the locked config of a leaderboard of methods, changed and checked.
+
+  `run` is the experiment's config, beside this one; `methods` maps a row's name to settings of the
+  method of that name, or of the one under `name`: a tuple is a list of values to try. `changes` are
+  changes of the experiment's config.
+  """
+  config = read(path)
+  for key, text in changes:
+    if key not in BENCH:
+      raise ValueError(f"{path}: unknown key 'config.{key}'{catalog.nearest(key, BENCH)}.")
+    value = parse(text, BENCH[key], key, path)
+    with config.ignore_type():
+      config[key] = ConfigDict(value) if isinstance(value, dict) else value
+  for key in config:
+    if key not in BENCH:
+      raise ValueError(f"{path}: unknown key 'config.{key}'{catalog.nearest(key, BENCH)}.")
+  for key, kind_ in BENCH.items():
+    if key not in config:
+      raise ValueError(f"{path}: the key 'config.{key}' is missing; it must be there.")
+    value = dict(config[key]) if isinstance(config[key], ConfigDict) else config[key]
+    if not _fits(value, kind_):
+      raise _wrong(key, repr(value), kind_, path, "")
+  if config.seeds < 1:
+    raise ValueError(f"{path}: config.seeds must be at least 1, got {config.seeds}.")
+  for name, own in config.methods.items():
+    where = f"{path}: config.methods.{name}"
+    settings_ = {"name": name, **own}
+    word = settings_.pop("name")
+    entry = catalog.METHODS.get(word)
+    if entry is None:
+      raise ValueError(
+        f"{where}: no method is called {word!r}{catalog.nearest(word, catalog.METHODS)}."
+      )
+    if entry.on == "weights" or entry.models[1] is not None:
+      raise ValueError(f"{where}: {word} does not merge the task vectors of any number of models.")
+    for key, value in settings_.items():
+      for one in value if isinstance(value, tuple | list) else (value,):
+        _check_method({"name": word, key: one}, where)
+  of_bench(config, path, 0)
+  return config.lock()
+
+
+def of_bench(config: Mapping[str, Any], source: str, seed: int) -> ConfigDict:
+  """Returns the config of the experts that a leaderboard merges."""
+  path = str(pathlib.Path(source).parent / config["run"])
+  own = load(path).copy_and_resolve_references().unlock()
+  experts = own.baselines.get("experts", ConfigDict())
+  with own.ignore_type():
+    own.baselines, own.also = ConfigDict({"experts": experts}), ConfigDict()
+  changes = {**config["changes"], "seed": seed, "final": config["final"], "keep_experts": False}
+  for key, value in flat(changes).items():
+    if key not in flat(own):
+      raise ValueError(
+        f"{source}: config.changes: {path} has no key {key!r}{catalog.nearest(key, flat(own))}."
+      )
+    change(own, key, value, f"{source}: config.changes")
+  check(own, path)
+  return own.lock()
+
+
 def read(path: str) -> ConfigDict:
   """Returns what `get_config()` in the file returns."""
   file = pathlib.Path(path)

@@ -50,7 +50,7 @@ def run(
   workdir = pathlib.Path(workdir)
   plain = json.loads(config.to_json())
   workdirs.check(workdir, plain, resume)
-  work = _Work(plain, workdir, progress)
+  work = Work(plain, workdir, progress)
   workdirs.claim(workdir, plain)
   work.base()
   work.experts()
@@ -68,7 +68,7 @@ def method_of(settings: Mapping[str, Any]) -> Method:
   return getattr(methods, name)(**settings)
 
 
-class _Work:
+class Work:
   """A run in progress: the problem, what is compared so far, and where it goes."""
 
   def __init__(
@@ -210,6 +210,7 @@ class _Work:
           counts,
           names=self.names,
           seed=seed,
+          layout=self.problem.layout,
         )
         self.models[name] = chosen.params
         self.facts[name] = {} if len(scales) == 1 else {"scale": chosen.scale, "settings": settings}

@@ -25,7 +25,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # A room imports only rooms on floors below its own, or beside it.
 FLOORS = {
   6: {"cli", "commands", "progress", "__main__"},
-  5: {"experiment", "problems", "configuring", "workdir"},
+  5: {"experiment", "benching", "problems", "configuring", "workdir"},
   4: {
     "atm",
     "judging",

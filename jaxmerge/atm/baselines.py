@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple  # Any: parameters are the user's tree.
 
 import jax
@@ -12,7 +13,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh
 
-from jaxmerge import memory, tree
+from jaxmerge import memory, tree, views
 from jaxmerge import mesh as meshes
 from jaxmerge.atm import budget, evaluate, sampling, tune
 from jaxmerge.atm.settings import Settings
@@ -210,6 +211,8 @@ def best_scale(
   *,
   names: Sequence[str],
   seed: int | None = None,
+  aux: Mapping[str, Any] | None = None,
+  layout: Sequence[tuple[str, str]] = (),
   at_once: int = 8,
 ) -> Chosen:
   """Merges with every scale, scores all merges in one program, and takes the best.
@@ -224,27 +227,45 @@ def best_scale(
     counts: number of validation rows of each task.
     names: names of the experts.
     seed: for methods with random masks.
+    aux: other numbers of the method.
+    layout: matrix views.
     at_once: scales that are merged and scored together.
   """
-
-  # Base and models are arguments: caught in a closure they would be constants of the program.
-  @jax.jit
-  def merged(base: Any, models: Any, scales: Array) -> Any:
-    def one(scale: Array) -> Any:
-      return memory.merge(method, base, models, aux={"scale": scale}, seed=seed, names=names)
-
-    return jax.vmap(one)(scales)
-
+  merged = functools.partial(
+    at_scales, method=method, seed=seed, names=tuple(names), layout=views.check(layout)
+  )
   found: list[float] = []
   best: tuple[Any, float] = (None, 0.0)
   for start in range(0, len(scales), at_once):
-    some = merged(base, models, jnp.asarray(scales[start : start + at_once], jnp.float32))
+    own = jnp.asarray(scales[start : start + at_once], jnp.float32)
+    some = merged(base, models, own, dict(aux or {}))
     means = [float(np.mean(evaluate.means(s, counts))) for s in np.asarray(score(some, rows))]
     if not found or max(means) > max(found):
       k = int(np.argmax(means))
       best = (jax.tree.map(lambda x, k=k: x[k], some), float(scales[start + k]))
     found += means
   return Chosen(*best, tuple(found))
+
+
+@functools.partial(jax.jit, static_argnames=("method", "seed", "names", "layout"))
+def at_scales(
+  base: Any,
+  models: Any,
+  scales: Array,
+  aux: Mapping[str, Any],
+  *,
+  method: Method,
+  seed: int | None,
+  names: tuple[str, ...],
+  layout: views.Views,
+) -> Any:
+  """Merges with every one of some scales: models [T, *s], scales [S] -> [S, *s]."""
+
+  def one(scale: Array) -> Any:
+    numbers = {**aux, "scale": scale}
+    return memory.merge(method, base, models, aux=numbers, seed=seed, names=names, layout=layout)
+
+  return jax.vmap(one)(scales)
 
 
 def _joint_program(step: Any, mixed: bool) -> Callable[..., Any]:

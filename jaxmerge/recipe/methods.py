@@ -87,7 +87,7 @@ def _arithmetic(
   return Method(doc, "required", (1, None), each, shared, random, "normalize")
 
 
-_MERGEKITS: Mapping[str, Method] = {
+MERGEKITS: Mapping[str, Method] = {
   "linear": Method(
     "weighted mean of the weights",
     "ignored",
@@ -222,8 +222,8 @@ def _own(entry: catalog.Entry) -> Method:
 
 
 METHODS: Mapping[str, Method] = {
-  **_MERGEKITS,
-  **{n: _own(entry) for n, entry in catalog.METHODS.items() if n not in _MERGEKITS},
+  **MERGEKITS,
+  **{n: _own(entry) for n, entry in catalog.METHODS.items() if n not in MERGEKITS},
 }
 
 

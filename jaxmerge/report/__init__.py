@@ -22,6 +22,7 @@ _ROOMS = (
   "differences",
   "drawing",
   "geometry",
+  "leaderboard",
   "listing",
   "plots",
   "words",

@@ -1,0 +1,209 @@
+"""Every method on the same experts: numbers chosen on validation, several seeds, a leaderboard."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import pathlib
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any  # Any: configs and records are plain trees.
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmerge import catalog, configuring, experiment, methods, report, stage, views, workdir
+from jaxmerge.atm import baselines, evaluate
+from jaxmerge.io import atomic
+from jaxmerge.report import leaderboard
+from jaxmerge.stage import Method
+
+Progress = Callable[[Mapping[str, Any]], None]
+
+
+def run(
+  config: Any,
+  source: str,
+  folder: str | pathlib.Path,
+  *,
+  resume: str = "auto",
+  progress: Progress = lambda event: None,
+) -> dict[str, Any]:
+  """Tunes the experts of an experiment for each seed, merges them by every method, compares.
+
+  Leaves `leaderboard.json`, `leaderboard.md` and `leaderboard.png` in the folder. An interrupted
+  run goes on with the first method of the seed that it has no result of.
+
+  Args:
+    config: of the bench, as `configuring.bench` reads it.
+    source: path of its file: the experiment's config is found beside it.
+    folder: of the run; it is created.
+    resume: see `experiment.run`.
+    progress: see `experiment.run`.
+
+  Returns:
+    What `leaderboard.json` holds.
+
+  Raises:
+    ValueError: if the folder holds a run of another config, naming the first differences.
+  """
+  folder, plain = pathlib.Path(folder), json.loads(config.to_json())
+  workdir.check(folder, plain, resume)
+  workdir.claim(folder, plain)
+  records = [_seed(plain, source, folder, seed, progress) for seed in range(plain["seeds"])]
+  summary = report.merge_seeds([r["record"] for r in records])
+  facts = {
+    "config": plain,
+    "versions": workdir.versions(),
+    "noise": [r["noise"] for r in records],
+    "methods": {n: [r["methods"][n] for r in records] for n in plain["methods"]},
+    "summary": summary,
+  }
+  with atomic.write(folder / "leaderboard.json") as file:
+    file.write((json.dumps(facts, indent=1) + "\n").encode())
+  with atomic.write(folder / "leaderboard.md") as file:
+    file.write(leaderboard.markdown(facts).encode())
+  leaderboard.write(facts, folder / "leaderboard.png")
+  return facts
+
+
+def _seed(
+  config: dict[str, Any], source: str, folder: pathlib.Path, seed: int, progress: Progress
+) -> dict[str, Any]:
+  """The scores of base, experts and all methods, for one seed."""
+  own = configuring.of_bench(config, source, seed)
+  plain, home = json.loads(own.to_json()), folder / f"seed{seed}"
+  workdir.check(home, plain, "auto")
+  workdir.claim(home, plain)
+  work = experiment.Work(plain, home, progress)
+  work.base()
+  work.experts()
+  split = "test" if config["final"] else "validation"
+  rows = work.rows if split == "validation" else work.placed(work.problem.tasks, split)
+  counts = [len(t.splits()[split].labels) for t in work.problem.tasks]
+
+  def scored(params: Any) -> dict[str, float]:
+    found = work.score(jax.tree.map(lambda p: p[None], params), rows)
+    return dict(zip(work.names, evaluate.means(found[0], counts), strict=True))
+
+  whole = home / "methods"
+  shown = work.bar(f"methods, seed {seed}", len(config["methods"]), "method")
+  made = {}
+  for done, (name, settings) in enumerate(config["methods"].items()):
+    path = whole / f"{name}.json"
+    if not path.exists():
+      found = _searched(work, name, settings)
+      found["per_task"] = scored(found.pop("params"))
+      whole.mkdir(exist_ok=True)
+      with atomic.write(path) as file:
+        file.write((json.dumps(found, indent=1) + "\n").encode())
+    made[name] = json.loads(path.read_text(encoding="utf-8"))
+    mean = float(np.mean(list(made[name]["per_task"].values())))
+    shown(done + 1, len(config["methods"]), mean=mean)
+  height = rows.filled.shape[0]
+  own_scores = evaluate.means(
+    work.own_score(work.padded(work.stacks["experts"], height), rows), counts
+  )
+  scores = {"base": scored(work.params), "experts": dict(zip(work.names, own_scores, strict=True))}
+  scores |= {name: own["per_task"] for name, own in made.items()}
+  models = {n: {"mean": float(np.mean(list(t.values()))), "per_task": t} for n, t in scores.items()}
+  return {
+    "record": {
+      "tasks": work.names,
+      "models": models,
+      "rounds": [],
+      "budget": {},
+      "config": plain,
+      "versions": workdir.versions(),
+      "split": split,
+      "seed": seed,
+    },
+    "noise": _noise(scores["experts"], counts),
+    "methods": made,
+  }
+
+
+def _noise(per_task: Mapping[str, float], counts: Sequence[int]) -> float:
+  """Standard error of a mean over tasks that comes from the number of rows."""
+  parts = [p * (1 - p) / n for p, n in zip(per_task.values(), counts, strict=True)]
+  return float(np.sqrt(np.sum(parts)) / len(parts))
+
+
+def _searched(work: experiment.Work, name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+  """The merge that is best on validation of all on a method's grid; its cost."""
+  counts = [len(t.validation.labels) for t in work.problem.tasks]
+  best: tuple[float, Any, dict[str, Any]] = (-np.inf, None, {})
+  trials = 0
+  for word, fixed, numbers, scales in _candidates(name, settings):
+    method = _method(word, json.dumps(fixed, sort_keys=True))
+    seed = work.settings.seed if "seed" in stage.numbers(method) else None
+    chosen = baselines.best_scale(
+      method,
+      work.params,
+      work.stacks["experts"],
+      scales,
+      work.score,
+      work.rows,
+      counts,
+      names=work.names,
+      seed=seed,
+      aux=numbers,
+      layout=work.problem.layout,
+    )
+    trials += len(scales)
+    if max(chosen.means) > best[0]:
+      own = {**fixed, **numbers, "scale": chosen.scale}
+      best = max(chosen.means), chosen.params, own if _has_scale(word) else {**fixed, **numbers}
+      measured = method, numbers, chosen.scale, seed
+  cost = _cost(work, *measured) if work.settings.seed == 0 else {}
+  return {"validation": best[0], "settings": best[2], "trials": trials, "params": best[1], **cost}
+
+
+def _candidates(
+  name: str, settings: Mapping[str, Any]
+) -> Iterator[tuple[str, dict[str, Any], dict[str, float], tuple[float, ...]]]:
+  """Yields method, static settings, numbers, and the scales to try with them."""
+  own = {"name": name, **settings}
+  word = own.pop("name")
+  parameters = catalog.entry(word).parameters
+  grid = {n: tuple(v) if isinstance(v, list | tuple) else (v,) for n, v in own.items()}
+  scales = tuple(float(v) for v in grid.pop("scale", (1.0,)))
+  if "scale" in parameters and "scale" not in own:
+    scales = (parameters["scale"].default,)
+  for values in itertools.product(*grid.values()):
+    made = dict(zip(grid, values, strict=True))
+    numbers = {n: float(v) for n, v in made.items() if parameters[n].number}
+    yield word, {n: v for n, v in made.items() if n not in numbers}, numbers, scales
+
+
+def _has_scale(name: str) -> bool:
+  return "scale" in catalog.entry(name).parameters
+
+
+@functools.cache
+def _method(name: str, fixed: str) -> Method:
+  """The same object for the same settings: programs are kept by it."""
+  method = getattr(methods, name)(**json.loads(fixed))
+  return method if _has_scale(name) else stage.chain(method, methods.scaled(1.0))
+
+
+def _cost(
+  work: experiment.Work,
+  method: Method,
+  numbers: Mapping[str, float],
+  scale: float,
+  seed: int | None,
+) -> dict[str, float]:
+  """Seconds of one merge in memory, compiled, and the bytes that it needs beside its arguments."""
+  given = work.params, work.stacks["experts"], jnp.asarray([scale], jnp.float32), dict(numbers)
+  options: dict[str, Any] = {"method": method, "seed": seed, "names": tuple(work.names)}
+  options["layout"] = views.check(work.problem.layout)
+  program = baselines.at_scales.lower(*given, **options).compile()
+  jax.block_until_ready(program(*given))
+  begun = time.perf_counter()
+  jax.block_until_ready(program(*given))
+  seconds = time.perf_counter() - begun
+  memory = program.memory_analysis()
+  return {"seconds": seconds} | ({"bytes": float(memory.temp_size_in_bytes)} if memory else {})

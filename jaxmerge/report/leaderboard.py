@@ -1,0 +1,100 @@
+"""The leaderboard of methods: a table, and a plot; free of jax."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any  # A record is JSON, and Matplotlib is optional: neither has types to name.
+
+from jaxmerge.report import drawing, tables, words
+from jaxmerge.report.tables import Cell, Table
+
+
+def ranked(facts: Mapping[str, Any]) -> list[str]:
+  """Returns the methods, the best mean first."""
+  models = facts["summary"]["models"]
+  return sorted(facts["methods"], key=lambda n: -models[n]["mean"]["mean"])
+
+
+def table(facts: Mapping[str, Any], most: int | None = None) -> Table:
+  """Returns a row a method, base and experts around them; `most` keeps the best."""
+  models, tasks = facts["summary"]["models"], facts["summary"]["tasks"]
+  chosen = ranked(facts)
+  every = ["experts", *chosen[:most], "base"]
+  head = ["Method", "Mean (%)", "Gap closed (%)", "Settings", "Trials", "Seconds", "MB"]
+  rows = []
+  for name in every:
+    own, runs = models[name], facts["methods"].get(name, [])
+    first = runs[0] if runs else {}
+    row = [words.label(name) if not runs else name, _spread(own["mean"], 1)]
+    row += [_spread(own["gap_closed"], 0), settings(runs), str(first.get("trials", ""))]
+    row += [f"{first['seconds']:.2g}" if "seconds" in first else ""]
+    row += [f"{first['bytes'] / 1e6:.0f}" if "bytes" in first else ""]
+    row += [_spread(own["per_task"][t], 1) for t in tasks]
+    rows.append([Cell(text, best=name == chosen[0] and i == 1) for i, text in enumerate(row)])
+  return Table([*head, *tasks], rows)
+
+
+def settings(runs: Sequence[Mapping[str, Any]]) -> str:
+  """Returns what was chosen, for each seed where they differ.
+
+  >>> settings([{"settings": {"scale": 0.5}}, {"settings": {"scale": 0.3}}])
+  'scale 0.5, 0.3'
+  """
+  names = dict.fromkeys(n for r in runs for n in r["settings"])
+  parts = []
+  for name in names:
+    values = [_plain(r["settings"].get(name)) for r in runs]
+    parts.append(f"{name} {', '.join(values if len(set(values)) > 1 else values[:1])}")
+  return "; ".join(parts)
+
+
+def _plain(value: Any) -> str:
+  return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _spread(own: Mapping[str, Any], digits: int) -> str:
+  if own["mean"] is None:
+    return ""
+  spread = "" if own["spread"] is None else f" ± {100 * own['spread']:.{digits}f}"
+  return f"{100 * own['mean']:.{digits}f}{spread}"
+
+
+def markdown(facts: Mapping[str, Any]) -> str:
+  """Returns the leaderboard as a page of Markdown."""
+  summary, noise = facts["summary"], max(facts["noise"])
+  number = len(summary["seeds"])
+  of = f"Mean ± standard deviation over {number} seeds" if number > 1 else "One seed"
+  about = (
+    f"{of}, accuracy on {words.split(summary)}. The rows alone leave a standard error of "
+    f"{100 * noise:.1f} points on a mean. Settings are the best of so many trials on validation; "
+    "seconds and MB are those of one merge in memory, once compiled, beside the models."
+  )
+  return f"{about}\n\n{tables.to_markdown(table(facts))}"
+
+
+def figure(facts: Mapping[str, Any]) -> Any:
+  """Draws the share of the gap that every method closes, with its spread over seeds."""
+  names = ranked(facts)[::-1]
+  closed = [facts["summary"]["models"][n]["gap_closed"] for n in names]
+  made, axes = drawing.figure(0.9 + 0.2 * len(names))
+  title = f"Gap from base to experts closed, {words.split(facts['summary'])} (%)"
+  drawing.dress(axes, title, "", "")
+  axes.grid(axis="y", visible=False)
+  axes.grid(axis="x", color=drawing.GRID, linewidth=0.6)
+  values = [100 * (c["mean"] or 0.0) for c in closed]
+  spreads = [100 * (c["spread"] or 0.0) for c in closed]
+  axes.errorbar(
+    values, range(len(names)), xerr=spreads, fmt="o", color=drawing.INK, markersize=4, linewidth=1
+  )
+  axes.axvline(100, color=drawing.INK, linewidth=0.9, linestyle=drawing.DASHES["experts"])
+  axes.set_yticks(range(len(names)), [drawing.literal(n) for n in names], fontsize=drawing.SIZE)
+  axes.set_ylim(-0.7, len(names) - 0.3)
+  width = max(drawing.text_width(made, n) for n in names)
+  drawing.settle(made, axes, left=width + 0.2)
+  return made
+
+
+def write(facts: Mapping[str, Any], path: pathlib.Path) -> None:
+  """Writes the plot."""
+  path.write_bytes(drawing.png(figure(facts)))

@@ -1,0 +1,133 @@
+"""The leaderboard of methods: what is tried, what is kept, what is refused."""
+
+import json
+import pathlib
+
+import pytest
+
+from jaxmerge import benching, cli, configuring
+from jaxmerge.report import leaderboard
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+CONFIG = """
+from ml_collections import config_dict
+
+
+def get_config():
+  c = config_dict.ConfigDict()
+  c.run = {run!r}
+  c.seeds = {seeds}
+  c.final = {final}
+  c.changes = dict(epochs=1.0, rounds=1, data=dict(train=64, validation=40, test=40))
+  c.methods = dict({methods})
+  return c.lock()
+"""
+METHODS = """
+  average=dict(),
+  task_arithmetic=dict(scale=(0.25,)),
+  ties=dict(density=(0.2, 0.5), rule=("kth", "exact"), scale=(0.5, 1.0, 1.5)),
+  flattened=dict(name="iso_c", scale=0.5),
+  median=dict(),
+"""
+
+
+def written(folder, methods=METHODS, seeds=2, final=True):
+  path = folder / "methods.py"
+  run = str(ROOT / "configs" / "images4.py")
+  path.write_text(CONFIG.format(run=run, seeds=seeds, final=final, methods=methods))
+  return str(path)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+  """A leaderboard of little data: its config, folder, and what was told."""
+  folder = tmp_path_factory.mktemp("bench")
+  path = written(folder)
+  facts = benching.run(configuring.bench(path), path, folder / "run")
+  return path, folder / "run", facts
+
+
+def test_every_method_is_there_with_its_trials(made):
+  _, folder, facts = made
+  own = json.loads((folder / "leaderboard.json").read_text())
+  assert own == json.loads(json.dumps(facts))
+  trials = {n: [r["trials"] for r in runs] for n, runs in own["methods"].items()}
+  expected = {"average": 1, "task_arithmetic": 1, "ties": 12, "flattened": 1, "median": 1}
+  assert trials == {n: [t] * 2 for n, t in expected.items()}
+  chosen = own["methods"]["ties"][0]["settings"]
+  assert chosen["density"] in (0.2, 0.5)
+  assert chosen["rule"] in ("kth", "exact")
+  assert chosen["scale"] in (0.5, 1.0, 1.5)
+
+
+def test_a_mean_is_a_quarter_of_the_sum(made):
+  """Two rows of the same merge have the same scores."""
+  both = (made[2]["methods"][n] for n in ("average", "task_arithmetic"))
+  for mean, quarter in zip(*both, strict=True):
+    assert mean["per_task"] == pytest.approx(quarter["per_task"], abs=0.03)
+    assert mean["validation"] == pytest.approx(quarter["validation"], abs=0.02)
+
+
+def test_costs_are_those_of_a_merge(made):
+  runs = made[2]["methods"]["ties"]
+  assert runs[0]["seconds"] > 0
+  assert runs[0]["bytes"] > 0
+  assert "seconds" not in runs[1]
+
+
+def test_the_page_ranks_the_methods(made):
+  _, folder, facts = made
+  models = facts["summary"]["models"]
+  means = [models[n]["mean"]["mean"] for n in leaderboard.ranked(facts)]
+  assert means == sorted(means, reverse=True)
+  page = (folder / "leaderboard.md").read_text()
+  order = [line.split(" | ")[0].strip("| ") for line in page.splitlines() if line.startswith("| ")]
+  assert order[2:-1] == [n.replace("_", "\\_") for n in leaderboard.ranked(facts)]
+  assert (order[1], order[-1]) == ("Experts", "Base") or order[1] == ":--"
+  assert (folder / "leaderboard.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_finished_run_is_not_made_again(made):
+  path, folder, _ = made
+  files = sorted(folder.glob("seed*/methods/*.json"))
+  assert len(files) == 10
+  before = [f.stat().st_mtime_ns for f in files]
+  files[3].unlink()
+  again = benching.run(configuring.bench(path), path, folder)
+  after = [f.stat().st_mtime_ns for f in files]
+  assert [a == b for a, b in zip(before, after, strict=True)] == [True] * 3 + [False] + [True] * 6
+  same = again["summary"]["models"], made[2]["summary"]["models"]
+  assert same[0] == same[1]
+
+
+@pytest.mark.parametrize(
+  ("methods", "changes", "message"),
+  [
+    ("tie=dict()", (), r"config.methods.tie: no method is called 'tie'; did you mean 'ties'"),
+    ("ties=dict(densty=0.2)", (), r"config.methods.ties: .*no parameter 'densty'"),
+    ("ties=dict(density=(0.2, 1.5))", (), r"config.methods.ties: .*density must be in \(0, 1\]"),
+    ("slerp=dict()", (), "slerp does not merge the task vectors of any number of models"),
+    ("average=dict()", (("seeds", "0"),), "config.seeds must be at least 1, got 0"),
+    ("average=dict()", (("seed", "1"),), r"unknown key 'config.seed'; did you mean 'seeds'"),
+    ("average=dict()", (("changes", "{'epoch': 1}"),), "has no key 'epoch'; did you mean 'epochs'"),
+  ],
+)
+def test_is_refused(tmp_path, methods, changes, message):
+  with pytest.raises(ValueError, match=message):
+    configuring.bench(written(tmp_path, methods), changes)
+
+
+def test_the_command_line_tells_errors_in_one_line(tmp_path, capsys):
+  path = written(tmp_path, "tie=dict()")
+  assert cli.main(["bench", f"--config={path}", f"--workdir={tmp_path / 'run'}"]) == 2
+  told = capsys.readouterr().err
+  assert told.count("\n") == 1
+  assert "did you mean 'ties'" in told
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*_methods.py")), ids=str)
+def test_configs_are_sound_and_try_at_most_twelve(path):
+  config = configuring.bench(str(path))
+  for name, own in config.methods.items():
+    trials = sum(len(scales) for *_, scales in benching._candidates(name, dict(own)))
+    assert trials <= 12, name
