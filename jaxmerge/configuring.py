@@ -119,7 +119,7 @@ def bench(path: str, changes: Sequence[tuple[str, str]] = ()) -> ConfigDict:
   return config.lock()
 
 
-def of_bench(config: Mapping[str, Any], source: str, seed: int) -> ConfigDict:
+def of_bench(config: Mapping[str, Any] | ConfigDict, source: str, seed: int) -> ConfigDict:
   """Returns the config of the experts that a leaderboard merges."""
   path = str(pathlib.Path(source).parent / config["run"])
   own = load(path).copy_and_resolve_references().unlock()

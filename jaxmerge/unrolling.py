@@ -133,7 +133,8 @@ def _is_few(given: Sequence[Any], axes: Any) -> bool:
   (left, right), batch = axes
   rest = tuple(range(1, given[0].ndim))
   pairs = given[0].shape[0] * given[1].shape[0]
-  return tuple(left) == tuple(right) == rest and batch == ((), ()) and 0 < pairs <= PAIRS
+  whole = tuple(left) == tuple(right) == rest and given[0].ndim == given[1].ndim
+  return whole and batch == ((), ()) and 0 < pairs <= PAIRS
 
 
 def _products(x: Any, y: Any) -> Any:

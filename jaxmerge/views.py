@@ -164,7 +164,9 @@ def by_matrix(
   """
   own = matrices(whole(x), view)
   zero = None if base is None else matrices(whole(base[None]), view)[0]
-  y = jax.vmap(f, in_axes=(1, 0), out_axes=1)(own, zero)
+  # One after the other: a matrix keeps the devices busy, and decompositions are not to be batched.
+  each = (own.swapaxes(0, 1), zero)
+  y = jax.lax.map(lambda pair: f(*pair), each).swapaxes(0, 1)
   joined = reshaped(y, (y.shape[0], y.shape[1] * y.shape[2], y.shape[3]))
   return from_rows(joined, view, x.shape[1:])
 

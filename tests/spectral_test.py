@@ -1,6 +1,9 @@
 """Merging by singular values: worked examples, closed forms, low ranks, layouts."""
 
+import functools
+
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -155,3 +158,22 @@ def test_gradients_are_finite():
   for method in EVERY:
     slope = jax.grad(lambda x, m=method: jaxmerge.blend(m, x, layout=(("w", "oi"),))["w"].sum())(x)
     assert np.isfinite(slope["w"]).all()
+
+
+@pytest.mark.parametrize("method", [methods.iso_c(), methods.iso_cts(), methods.tsv()], ids=IDS)
+def test_decompositions_come_one_after_the_other(method):
+  """A batch of them waits for threads of the pool it runs in; two batches wait for ever."""
+  x = {"w": jnp.ones((4, 3, 6, 5))}
+  blend = functools.partial(jaxmerge.blend, method, layout=(("w", "boi"),))
+  shapes = []
+
+  def walk(jaxpr):
+    for equation in jaxpr.eqns:
+      if equation.primitive.name == "svd":
+        shapes.append(equation.invars[0].aval.shape)
+      for inner in jax.extend.core.jaxprs_in_params(equation.params):
+        walk(inner)
+
+  walk(jax.make_jaxpr(blend)(x).jaxpr)
+  assert shapes
+  assert all(len(shape) == 2 for shape in shapes)

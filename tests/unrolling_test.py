@@ -96,3 +96,11 @@ def test_inner_products_are_sums_where_models_are_few(height):
   assert str(jax.make_jaxpr(f)(x)).count("reduce_sum") == (height * (height + 1) // 2) * (
     height < 5
   )
+
+
+def test_products_of_matrices_with_stacks_stay_what_they_are():
+  """A few rows with each matrix of a stack: no inner products of models, though rows are few."""
+  rng = np.random.default_rng(0)
+  u, x = rng.normal(size=(5, 2)).astype(np.float32), rng.normal(size=(3, 5, 5)).astype(np.float32)
+  found = unrolling.unrolled(lambda u, x: u.T @ x)(jnp.asarray(u), jnp.asarray(x))
+  np.testing.assert_allclose(found, u.T @ x, rtol=1e-5, atol=1e-5)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any  # What is known is a tree of arrays.
 
 import jax.numpy as jnp
+from jax import lax
 
 from jaxmerge import catalog, views
 from jaxmerge.methods import averaging
@@ -160,7 +161,10 @@ def svd(
   """
   empty = ~jnp.any(x != 0, axis=(1, 2), keepdims=True)
   unit = jnp.eye(x.shape[1], x.shape[2], dtype=x.dtype)[None]
-  u, s, vt = jnp.linalg.svd(jnp.where(empty, unit, x), full_matrices=False)
+  # One after the other: a decomposition of several on a CPU waits for threads of the pool that it
+  # runs in itself, and two at a time on two cores wait for ever.
+  one = functools.partial(jnp.linalg.svd, full_matrices=False)
+  u, s, vt = lax.map(one, jnp.where(empty, unit, x))
   least = tol * (s[:, :1] if size is None else size[:, None])
   kept = (s > least) & ~empty[:, 0]
   u, v = (jnp.where(kept[:, None], y, 0) for y in (u, vt.transpose(0, 2, 1)))
