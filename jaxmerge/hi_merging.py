@@ -62,12 +62,16 @@ class _Search:
     aux = {n: {k: jnp.asarray(t[layer]) for k, layer in self.layer_of.items()} for n, t in both}
     return self.merge(self.base, self.models, aux=aux)
 
+  def one(self, params: Tree, k: int) -> float:
+    """The score on the task of a model."""
+    found = float(self.score(params, k))
+    if not np.isfinite(found):
+      raise ValueError(f"the score on the task of model {k} is {found}; it must be finite.")
+    return found
+
   def each(self, params: Tree) -> np.ndarray:
     """The score on every task."""
-    found = np.array([float(self.score(params, k)) for k in range(self.height)])
-    if not np.isfinite(found).all():
-      raise ValueError(f"the scores of a model are {found.tolist()}; they must be finite.")
-    return found
+    return np.array([self.one(params, k) for k in range(self.height)])
 
 
 def hi_merging(
@@ -121,7 +125,7 @@ def hi_merging(
     for p, s in itertools.product(grid, repeat=2):
       alone = np.eye(K)[k] * s
       made = search.made(search.table([p] * K), search.table(alone.tolist()))
-      tried.append((float(score(made, k)), p, s))
+      tried.append((search.one(made, k), p, s))
     # Of what scores the same, the most is kept.
     _, density[k], scale[k] = max(tried)
   densities, scales = search.table(density.tolist()), search.table(scale.tolist())
@@ -159,9 +163,9 @@ def _in_the_way(
     helps, harms = np.zeros(K), np.zeros(K)
     for k in range(K):
       alone = {**nothing, name: scale[name] * np.eye(K, dtype=np.float32)[k]}
-      helps[k] = float(search.score(search.made(density, alone), k)) - start[k]
+      helps[k] = search.one(search.made(density, alone), k) - start[k]
       without = search.made(density, _changed(scale, name, k, 0.0))
-      harms[k] = float(search.score(without, k)) - merged[k]
+      harms[k] = search.one(without, k) - merged[k]
     if ((helps > 0) & (harms > 0)).any():
       found.append((-float(np.sum(helps + harms)), name, int(np.argmax(harms))))
   return [(name, k) for _, name, k in sorted(found)]

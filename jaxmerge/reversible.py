@@ -13,6 +13,7 @@ import numpy as np
 from jaxmerge import catalog
 from jaxmerge.adapters import Adapter, Lora, Path
 from jaxmerge.io import atomic, folder, safetensors
+from jaxmerge.methods import spectral
 
 ABOUT = "bundle.json"
 METHOD = "rmm"
@@ -109,7 +110,7 @@ def rmm(adapters: Sequence[Adapter], names: Sequence[str], *, components: int = 
     ):
       mean = jnp.mean(x, axis=2)
       apart = x - mean[..., None]
-      basis = jnp.linalg.svd(apart, full_matrices=False)[0][..., :components]
+      basis = spectral.svd(apart)[0][..., :components]
       means[key], bases[key] = mean, basis
       coefficients[key] = jnp.einsum("xrp,xrn->nxp", basis, apart)
   return Reversible(tuple(names), means, bases, coefficients, scales)

@@ -77,6 +77,13 @@ def test_slack_wins_elections_for_a_model(slack, expected):
   close(merged(methods.ties_slack(slack, density=1.0), tau), expected)
 
 
+def test_slack_counts_where_plus_is_elected_too():
+  tau = [[0.3, -0.2], [-0.4, -0.5]]
+  for slack, expected in ((0.0, [-0.4, -0.7]), ((0.5, 0.0), [0.3, -0.7])):
+    method = stage.chain(methods.elect_sign("plus", slack), methods.weighted_sum())
+    close(merged(method, tau), expected)
+
+
 def test_no_slack_is_ties():
   close(merged(methods.ties_slack(density=0.5)), merged(methods.ties(0.5)), atol=0)
 

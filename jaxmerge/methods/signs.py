@@ -38,11 +38,13 @@ def elect_sign(
     >>> jaxmerge.blend(elected, x)["w"].tolist()
     [3.0, 2.0]
   """
-  if zero_sum == "plus" and slack is None:
-    return pointwise(agreeing)
+  numbers = {} if slack is None else {"slack": slack}
 
   def votes(x: Array, leaf: Leaf) -> Array:
     return _added(x if slack is None else x * (1 + leaf.number("slack", x)))
+
+  if zero_sum == "plus":
+    return leafwise(lambda x, leaf: agreeing(x, votes(x, leaf)), numbers=numbers)
 
   def sides(x: Array, leaf: Leaf) -> Array:
     merged = votes(x, leaf)
@@ -59,17 +61,20 @@ def elect_sign(
     return jnp.where(x * elected > 0, x, 0)
 
   counted = statistics.total("sides", sides)._replace(combine=statistics.plus)
-  return (Stage(update, (counted,), numbers={} if slack is None else {"slack": slack}),)
+  return (Stage(update, (counted,), numbers=numbers),)
 
 
-def agreeing(x: Array) -> Array:
+def agreeing(x: Array, total: Array | None = None) -> Array:
   """Zeroes the entries whose sign is not that of the sum; where it is zero, plus is elected.
+
+  A total [1, *s] may take the place of the sum.
 
   Example:
     >>> agreeing(jnp.array([[3.0, 1.0], [-1.0, -1.0]])).tolist()
     [[3.0, 1.0], [0.0, 0.0]]
   """
-  return jnp.where(x * jnp.where(_added(x) < 0, -1, 1) > 0, x, 0)
+  total = _added(x) if total is None else total
+  return jnp.where(x * jnp.where(total < 0, -1, 1) > 0, x, 0)
 
 
 def disjoint_mean(weight: float | tuple[float, ...] = _ties["weight"].default) -> Method:

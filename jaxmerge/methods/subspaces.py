@@ -62,11 +62,11 @@ def drm(
     squares = jnp.sum(rows * rows, axis=2, keepdims=True)
     norms = jnp.sqrt(jnp.where(squares > 0, squares, 1))
     kept = _largest(rows / norms, 1 - drop_rate) * norms * s[None, :, None]
-    y = (u @ _elected(kept, leaf)[0])[None]
+    y = (u @ _elected(kept, leaf.number("weight", x))[0])[None]
     return y.transpose(0, 2, 1) if direction == "vertical" else y
 
   def rest(x: Array, leaf: Leaf, known: Any) -> Array:
-    return _elected(views.together(x), leaf)
+    return _elected(views.together(x), leaf.number("weight", x))
 
   return chain(spectral.by_matrix(update, given, rest), averaging.scaled(scale))
 
@@ -80,13 +80,13 @@ def _largest(x: Array, share: float) -> Array:
   return jnp.where(size >= jnp.sort(size.reshape(-1))[dropped - 1], x, 0)
 
 
-def _elected(x: Array, leaf: Leaf) -> Array:
-  """Averages the entries that have the sign of the sum; of a draw, that of most sums."""
+def _elected(x: Array, weight: Array | float = 1) -> Array:
+  """Averages the entries that have the sign of the sum, then weighted; of a draw, of most sums."""
   total = jnp.sum(x, axis=0, keepdims=True)
   more, less = (jnp.sum(side, dtype=jnp.int32) for side in (total > 0, total < 0))
   draw = jnp.sign(more - less).astype(x.dtype)
   sign = jnp.where(total > 0, 1, jnp.where(total < 0, -1, draw))
-  own = jnp.where(x * sign > 0, x, 0) * (leaf.number("weight", x) if "weight" in leaf.aux else 1)
+  own = jnp.where(x * sign > 0, x, 0) * weight
   count = jnp.sum(own != 0, axis=0, keepdims=True, dtype=jnp.int32)
   return jnp.sum(own, axis=0, keepdims=True) / jnp.maximum(count, 1).astype(x.dtype)
 
@@ -138,7 +138,7 @@ def lore(
       return (common, shrunk @ v.transpose(0, 2, 1)), None
 
     (common, parts), _ = lax.scan(sweep, (_mean(x), jnp.zeros_like(x)), length=sweeps)
-    merged = _mean(parts) if join == "mean" else _elected(parts, leaf)
+    merged = _mean(parts) if join == "mean" else _elected(parts)
     return common + leaf.scalar("delta_scale", x) * merged
 
   return spectral.by_matrix(update, given)
