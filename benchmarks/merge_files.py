@@ -180,7 +180,7 @@ def floor(recipe, out):
   handles = {p: os.open(p, os.O_RDONLY) for own in places for p, _ in own.values()}
   step = 2**21
   room = [np.empty(step, np.uint8) for _ in places]
-  target = os.open(out, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+  target = os.open(out, os.O_RDWR | os.O_CREAT | os.O_EXCL)
   at = 0
   for tensor, (_, entry) in places[0].items():
     for start in range(0, entry.stop - entry.start, step):

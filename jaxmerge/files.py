@@ -18,6 +18,7 @@ from typing import Any  # Any: trees, plain JSON.
 
 import jax
 import numpy as np
+import xxhash
 
 from jaxmerge import (
   evaluating,
@@ -25,6 +26,7 @@ from jaxmerge import (
   finishing,
   planning,
   precision,
+  slicing,
   streaming,
   summarizing,
   tying,
@@ -40,6 +42,7 @@ Path = str | os.PathLike[str]
 PROVENANCE = folder.PROVENANCE
 FORMATS = ("safetensors", "orbax")
 SHARD = 5_000_000_000  # Bytes; what other tools write.
+HOT = 2**20  # Bytes that a core's cache holds beside all else.
 
 
 def merge_files(
@@ -196,7 +199,7 @@ def _merge(
   source = streaming.Source(leaves, len(job.models), reader.read, narrow)
 
   def write(name: str, start: int, part: np.ndarray) -> None:
-    weights.add(name, start, part, reader.read_last)
+    weights.add(name, start, part, reader.digests.get(name, {}))
     progress(part.nbytes)
 
   def measured(name: str, count: int) -> None:
@@ -242,53 +245,77 @@ def _copy(
     if output.name in weights.digests or source is None:
       continue
     size = math.prod(output.shape)
+    digest = xxhash.xxh3_128()
     for start in range(0, max(size, 1), entries):
       own = np.empty(min(entries, size - start), source.dtype)
       source.read(start, own)
-      if output.same is not None:
-        weights.add(output.name, start, own, {})
-      else:
-        part = own if output.precision is None else own.astype(np.dtype(output.precision.dtype))
-        weights.add(output.name, start, part.astype(output.dtype), {source.where: own})
+      digest.update(own.view(np.uint8).data)
+      part = own
+      if output.same is None and output.precision is not None:
+        part = own.astype(np.dtype(output.precision.dtype))
+      inputs = {source.where: digest.hexdigest()} if output.same is None else {}
+      weights.add(output.name, start, part.astype(output.dtype, copy=False), inputs)
       progress(own.size * output.dtype.itemsize)
 
 
 class _Reader:
   """Reads slices into buffers that are used again, and lie as the device wants them: uncopied.
 
+  What is read the first time is shown and hashed bit by bit, while it is in a core's cache.
+
   Attributes:
-    read_last: what was read last, by where it is from.
+    digests: by tensor of the result whose inputs were all read, and by where an input is from, its
+      checksum.
   """
 
   def __init__(self, outputs: Sequence[Output]):
     self.outputs = {o.name: o for o in outputs}
     self.buffers: dict[Any, np.ndarray] = {}
-    self.read_last: dict[str, np.ndarray] = {}
+    self.digests: dict[str, dict[str, str]] = {o.name: {} for o in outputs}
+    self._hashes: dict[slicing.Whose, Any] = {}
 
-  def read(self, name: str, start: int, stop: int, order: Any) -> tuple[Any, Any, Any]:
+  def read(
+    self, name: str, start: int, stop: int, order: Any, look: slicing.Look | None
+  ) -> tuple[Any, Any, Any]:
     """Reads entries of the base and of all models, see `streaming.Source`."""
     output, count = self.outputs[name], stop - start
-    self.read_last = {}
     base = None
     if output.base is not None:
       base = self._room("base", (count,), output.base.dtype)
-      self._fill(output.base, start, base)
+      self._fill(name, "base", output.base, start, base, look)
     dtype = precision.common([t.dtype for t in output.models])
     models = self._room("models", (len(output.models), count), dtype)
     places = np.arange(len(output.models))[order]
-    for i, row in zip(places, models, strict=True):
+    for k, (i, row) in enumerate(zip(places, models, strict=True)):
       tensor = output.models[i]
-      if tensor.dtype == row.dtype:
-        self._fill(tensor, start, row)
-      else:
-        own = self._room(i, (count,), tensor.dtype)
-        self._fill(tensor, start, own)
+      own = row if tensor.dtype == row.dtype else self._room(k, (count,), tensor.dtype)
+      self._fill(name, k, tensor, start, own, look)
+      if own is not row:
         row[...] = own
-    return base, base, models
+    return base, None, models
 
-  def _fill(self, tensor: Tensor, start: int, out: np.ndarray) -> None:
-    tensor.read(start, out)
-    self.read_last[tensor.where] = out
+  def _fill(
+    self,
+    name: str,
+    whose: slicing.Whose,
+    tensor: Tensor,
+    start: int,
+    out: np.ndarray,
+    look: slicing.Look | None,
+  ) -> None:
+    if look is None:
+      tensor.read(start, out)
+      return
+    if start == 0:
+      self._hashes[whose] = xxhash.xxh3_128()
+    step = HOT // out.dtype.itemsize
+    for first in range(0, max(out.size, 1), step):
+      part = out[first : first + step]
+      tensor.read(start + first, part)
+      look(whose, part)
+      self._hashes[whose].update(part.view(np.uint8).data)
+    if start + out.size == math.prod(tensor.shape):
+      self.digests[name][tensor.where] = self._hashes.pop(whose).hexdigest()
 
   def _room(self, use: Any, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     size = math.prod(shape) * dtype.itemsize

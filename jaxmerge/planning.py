@@ -15,7 +15,7 @@ from jaxmerge.io import folder, safetensors, weights
 from jaxmerge.io.tensor import Files, Tensor
 from jaxmerge.precision import Precision
 
-ENTRIES = 2**19  # In a slice: those of all models fit a core's cache, and the calls are few.
+ENTRIES = 2**20  # In a slice: few calls, and little memory.
 
 
 class Part(NamedTuple):

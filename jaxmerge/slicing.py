@@ -13,11 +13,15 @@ from jaxmerge import memory, views
 from jaxmerge.precision import Precision
 from jaxmerge.stage import Leaf, Method
 
-SAMPLE = 2**18  # Entries of a model that are looked at before a threshold is searched, at most,
+SAMPLE = 2**20  # Entries of a model that are looked at before a threshold is searched, at most,
 FEW = 2**15  # and at least, if one in `SPARSE` is fewer,
 SPARSE = 2**6
 PIECE = 2**9  # at least so many next to each other,
 PIECES = 16  # in at most so many places of a leaf.
+
+
+Whose = str | int
+Look = Callable[[Whose, np.ndarray], None]
 
 
 class Source(NamedTuple):
@@ -26,16 +30,19 @@ class Source(NamedTuple):
   Attributes:
     leaves: name to ShapeDtypeStruct of the result's leaves.
     height: number of models K.
-    read: (name, start, stop, order) -> (base [n], reference [n], models [K, n]), NumPy arrays;
-      entries are counted row by row, and models[i] is the one at index i of `order`, a slice or an
-      array. They are used up before the next call. Base and reference are None where raw weights
-      are merged.
+    read: (name, start, stop, order, look) -> (base [n], reference [n], models [K, n]), NumPy
+      arrays; entries are counted row by row, and models[i] is the one at index i of `order`, a
+      slice or an array. They are used up before the next call. The base is None where raw weights
+      are merged, the reference is None where it is the base. `look`, if there is one, is called
+      with "base", "reference" or i, and
+      with entries of it, each once and in order, best while they are in a cache: the slice is read
+      the first time, and right after the ones before it.
     precision: of leaves that are not merged in float32 or wider, by name.
   """
 
   leaves: Mapping[str, jax.ShapeDtypeStruct]
   height: int
-  read: Callable[[str, int, int, Any], tuple[Any, Any, Any]]
+  read: Callable[[str, int, int, Any, Look | None], tuple[Any, Any, Any]]
   precision: Mapping[str, Precision] = {}
 
 
@@ -53,6 +60,7 @@ class Run(NamedTuple):
   checked: dict[str, int]
   nonfinite: bool
   measured: Callable[[str, int], None]
+  counted: Callable[[int], Any]
 
 
 class Form(NamedTuple):
@@ -132,31 +140,63 @@ def pieces(run: Run, name: str, size: int) -> Iterator[tuple[int, int]]:
 
 
 def slices(
-  run: Run, members: Collection[str], entries: int
+  run: Run, members: Collection[str], entries: int, *, check: bool = True
 ) -> Iterator[tuple[str, int, Parts, Form]]:
-  """Reads leaves slice by slice: yields name, start, slice and form."""
+  """Reads leaves slice by slice: yields name, start, slice and form; `check` as for `read`."""
   for name in members:
     form = form_of(run, name)
     for start, stop in ranges(run, name, entries):
-      yield name, start, read(run, name, start, stop), form
+      yield name, start, read(run, name, start, stop, check=check), form
 
 
-def read(run: Run, name: str, start: int, stop: int) -> Parts:
-  """Reads a slice, and refuses NaN and infinity the first time."""
-  order, shape = run.ready.order, run.shapes[name]
-  index = slice(None) if order is None else order
-  base, reference, models = run.source.read(name, start, stop, index)
-  if not run.nonfinite and start >= run.checked.get(name, 0):
-    fine = finite(base)
-    flags = (fine, fine if reference is base else finite(reference), [finite(m) for m in models])
-    memory.refuse_nonfinite({name: flags}, run.names, order)
-    if start == run.checked.get(name, 0):  # A sample looks ahead.
-      run.checked[name] = stop
+def read(
+  run: Run, name: str, start: int, stop: int, *, check: bool = True, ahead: bool = False
+) -> Parts:
+  """Reads a slice.
+
+  Slices of a leaf come in order, over and over; when they come the first time, NaN and infinity are
+  refused. One that is read `ahead` is out of order; without `check` the caller will refuse them.
+  """
+  index = slice(None) if run.ready.order is None else run.ready.order
+  first = not ahead and start == run.checked.get(name, 0)
+  check = check and not run.nonfinite
+  seen: dict[Whose, bool] = {}
+
+  def look(whose: Whose, part: np.ndarray) -> None:
+    if check:
+      seen[whose] = seen.get(whose, True) and finite(part)
+
+  base, reference, models = run.source.read(name, start, stop, index, look if first else None)
+  if first:
+    run.checked[name] = stop
   leaf = memory.leaf_of(name, None, run.ready)
-  aux = {n: _entries(v, shape, start, stop) for n, v in leaf.aux.items()}
+  aux = {n: _entries(v, run.shapes[name], start, stop) for n, v in leaf.aux.items()}
   before = tuple(own.get(name, np.uint32(0)) for own in run.offsets)
   leaf = leaf._replace(start=np.uint32(start % 2**32), aux=aux)
-  return Parts(base, reference, models, leaf, before)
+  if form_of(run, name).shape is None:
+    leaf = leaf._replace(places=run.counted(stop - start))
+  parts = Parts(base, reference, models, leaf, before)
+  if check and (ahead or not all(seen.values())):
+    refuse_nonfinite(run, name, parts)
+  return parts
+
+
+def refuse_nonfinite(run: Run, name: str, parts: Parts) -> None:
+  """Raises ValueError, naming leaf and model, where a slice has NaN or infinity."""
+  base = finite(parts.base)
+  reference = base if parts.reference is None else finite(parts.reference)
+  flags = (base, reference, [finite(m) for m in parts.models])
+  memory.refuse_nonfinite({name: flags}, run.names, run.ready.order)
+
+
+def look_at(look: Look, base: Any, reference: Any, models: Any) -> None:
+  """Shows all of a slice at once."""
+  if base is not None:
+    look("base", base)
+  if reference is not None:
+    look("reference", reference)
+  for k, model in enumerate(models):
+    look(k, model)
 
 
 def picked(run: Run, name: str, start: int, parts: Parts, columns: np.ndarray) -> Parts:
@@ -166,16 +206,15 @@ def picked(run: Run, name: str, start: int, parts: Parts, columns: np.ndarray) -
     # As integers: NumPy picks those of dtypes that are not its own one by one.
     return None if x is None else np.take(x.view(f"u{x.itemsize}"), columns, -1).view(x.dtype)
 
-  base = of(parts.base)
   aux = memory.leaf_of(name, None, run.ready).aux
   shape = run.shapes[name]
   own = {n: v[:, columns] if _is_aligned(aux[n], shape) else v for n, v in parts.leaf.aux.items()}
-  places = (start + columns - np.arange(len(columns))).astype(np.uint32)[None]
+  places = columns.astype(np.uint32)[None]
   return parts._replace(
-    base=base,
-    reference=base if parts.reference is parts.base else of(parts.reference),
+    base=of(parts.base),
+    reference=of(parts.reference),
     models=of(parts.models),
-    leaf=parts.leaf._replace(start=places, aux=own),
+    leaf=parts.leaf._replace(places=places, aux=own),
   )
 
 
@@ -190,8 +229,8 @@ def _is_aligned(value: Any, shape: tuple[int, ...]) -> bool:
   return bool(shape) and np.ndim(value) == len(shape) + 1 and np.shape(value)[1:] == shape
 
 
-_INTEGERS = {2: (np.uint16, np.int16), 4: (np.uint32, np.int32)}
-_INFINITY = {"bfloat16": 0x7F80, "float16": 0x7C00, "float32": 0x7F800000}
+INTEGERS = {2: (np.uint16, np.int16), 4: (np.uint32, np.int32)}
+INFINITY = {"bfloat16": 0x7F80, "float16": 0x7C00, "float32": 0x7F800000}
 
 
 def finite(x: np.ndarray | None) -> bool:
@@ -203,11 +242,11 @@ def finite(x: np.ndarray | None) -> bool:
   """
   if x is None or not x.size:
     return True
-  if x.dtype.name not in _INFINITY:
+  if x.dtype.name not in INFINITY:
     return bool(np.isfinite(x).all())
   # As integers: positive infinity and NaN are the largest signed, negative the largest unsigned.
-  limit = _INFINITY[x.dtype.name]
-  unsigned, signed = (x.view(integer) for integer in _INTEGERS[x.dtype.itemsize])
+  limit = INFINITY[x.dtype.name]
+  unsigned, signed = (x.view(integer) for integer in INTEGERS[x.dtype.itemsize])
   sign = 1 << (8 * x.dtype.itemsize - 1)
   return bool(signed.max() < limit and unsigned.max() < limit + sign)
 

@@ -33,16 +33,18 @@ class Leaf(NamedTuple):
     models: [K] tags of the models, uint32.
     tag: tag of this leaf's name, uint32 scalar.
     start: entries of the leaf before this part, row by row, uint32 scalar (counted past 2**32 from
-      zero again); for entries picked here and there, how many were left out as well, [1, n].
+      zero again).
     offset: entries of the leaves before this one in its group, uint32 scalar.
+    places: places of the part's entries after `start`, uint32 [1, n]; None: 0, 1, ... row by row.
   """
 
   base: Array | None
   aux: Mapping[str, Any]
   models: Array
   tag: Array | np.generic
-  start: Array | np.ndarray | np.generic
+  start: Array | np.generic
   offset: Array | np.generic
+  places: Array | np.ndarray | None = None
 
   def number(self, name: str, x: Array) -> Array:
     """Returns the number `name` in the dtype of `x`, shaped to multiply a stack x [K, *s].
@@ -182,6 +184,8 @@ class Stage:
     keep: "push" keeps x aside as it is; "pop" gives the stage, to measure and to update, the pair
       (what was kept, x) in place of x.
     ordered: the order of the models matters: drivers keep the caller's.
+    deferred: without its statistics `update` gives NaN where they would count, and stages after it
+      leave that NaN: a driver may measure them only when it sees one.
   """
 
   update: Callable[..., Array]
@@ -197,6 +201,7 @@ class Stage:
   fold: Fold | None = None
   keep: Literal["push", "pop"] | None = None
   ordered: bool = False
+  deferred: bool = False
 
   def group(self, name: str) -> str:
     """Returns the group of a leaf: statistics are added up over a group."""

@@ -160,16 +160,23 @@ def pattern(values: Array) -> Array:
 
 def position(x: Array, leaf: Leaf) -> Array:
   """Returns each entry's position in its group: [K, *s] -> uint32 [1, *s]."""
-  return index(x) + jnp.asarray(leaf.start) + jnp.asarray(leaf.offset)
+  return index(x, leaf) + jnp.asarray(leaf.offset)
 
 
-def index(x: Array) -> Array:
-  """Numbers the entries of one model row by row: [K, *s] -> uint32 [1, *s].
+def index(x: Array, leaf: Leaf) -> Array:
+  """Numbers the entries of one model row by row, over the leaf: [K, *s] -> uint32 [1, *s].
 
   Example:
-    >>> index(jnp.zeros((5, 2, 3))).tolist()
-    [[[0, 1, 2], [3, 4, 5]]]
+    >>> leaf = Leaf(None, {}, jnp.zeros(1, jnp.uint32), jnp.uint32(0), np.uint32(7), np.uint32(0))
+    >>> index(jnp.zeros((5, 2, 3)), leaf).tolist()
+    [[[7, 8, 9], [10, 11, 12]]]
   """
+  # Listed, places are loaded as the weights are; counted, they are 64 bits wide in the machine.
+  places = _counted(x) if leaf.places is None else jnp.asarray(leaf.places)
+  return places + jnp.asarray(leaf.start)
+
+
+def _counted(x: Array) -> Array:
   flat = jnp.zeros((1,) * x.ndim, jnp.uint32)
   stride = 1
   for axis in range(x.ndim - 1, 0, -1):
@@ -179,15 +186,15 @@ def index(x: Array) -> Array:
   return flat
 
 
-def count(mask: Array) -> Array:
-  """Counts per model: boolean [K, *s] -> limbs uint32 [2, K], normal.
+def count(mask: Array, most: int = 1) -> Array:
+  """Counts per model: boolean, or numbers up to `most`, [K, *s] -> limbs uint32 [2, K], normal.
 
   Example:
     >>> count(jnp.array([[True, False, True], [False, False, True]])).tolist()
     [[0, 0], [2, 1]]
   """
   axes = sorted(range(1, mask.ndim), key=lambda axis: -mask.shape[axis])
-  if math.prod(mask.shape[1:]) < ROOM:
+  if math.prod(mask.shape[1:]) * most < ROOM:
     one = jnp.sum(mask, axis=tuple(axes), dtype=jnp.uint32)
     return normal(jnp.stack([jnp.zeros_like(one), one]))
   low = jnp.sum(mask, axis=axes[0], dtype=jnp.uint32, keepdims=True)

@@ -17,12 +17,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmerge import memory, ranking, slicing, statistics, tree, unrolling, views
+from jaxmerge import kernels, memory, ranking, slicing, statistics, tree, views
 from jaxmerge.slicing import Form, Parts, Run, Source
-from jaxmerge.stage import Array, Leaf, Method, Rank, Stage, Statistic, Sum
+from jaxmerge.stage import Method, Rank, Stage, Statistic, Sum
 from jaxmerge.tree import Tree
 
-BLOCK = 2**19  # Sums of floats are made of slices of so many entries, however others are cut.
+BLOCK = 2**20  # Sums of floats are made of slices of so many entries, however others are cut.
+_OVERFLOW = (
+  "leaf {name!r}: the result has NaN or infinity, though no input has: {dtype} cannot hold it, or "
+  "the method's numbers do not fit; choose a wider dtype for the result, or let such values pass."
+)
 PICKED = 2**14  # So many entries are picked from a slice at a time.
 
 
@@ -67,22 +71,34 @@ def stream(
     ready = memory.prepare(method, shapes, source.height, aux, names, copied)
   offsets = tuple(memory.offsets(step, shapes) for step in method)
   layout = views.check(layout)
-  run = Run(method, source, shapes, ready, names, layout, entries, offsets, {}, nonfinite, measured)
+  # Most slices are as long as others: their places are put on the device once.
+  counted = functools.lru_cache(2)(lambda n: jax.device_put(np.arange(n, dtype=np.uint32)[None]))
+  run = Run(
+    method, source, shapes, ready, names, layout, entries, offsets, {}, nonfinite, measured, counted
+  )
   for leaves in _together(run):
     left = [name for name in leaves if name not in done]
     known = _knowledge(run, leaves) if left else ()
-    for name, start, parts, form in slicing.slices(run, left, entries):
-      dtype = source.leaves[name].dtype
-      seen = slicing.known_of(run, name, known)
-      seen = _ranked(parts, seen, method, form)
-      out = np.asarray(_merged(parts, seen, method=method, form=form, dtype=dtype))
-      memory.refuse_height(name, out.shape[0])
-      write(name, start, out[0])
+    late = _late(method)
+    for name, start, parts, form in slicing.slices(run, left, entries, check=False):
+      out = _result(run, name, parts, known, form)
+      fine = slicing.finite(out)
+      if not fine and not nonfinite:
+        slicing.refuse_nonfinite(run, name, parts)
+      if not fine and late:
+        known, late = _knowledge(run, leaves, known), frozenset()
+        # Others have been read to where this one lay.
+        parts = slicing.read(run, name, start, start + out.size, check=False)
+        out = _result(run, name, parts, known, form)
+        fine = slicing.finite(out)
+      if not fine and not nonfinite:
+        raise ValueError(_OVERFLOW.format(name=name, dtype=out.dtype))
+      write(name, start, out)
   for name in sorted(source.leaves.keys() - shapes.keys() - set(done)):
     size = math.prod(source.leaves[name].shape)
     for start in range(0, max(size, 1), entries):
       stop = min(start + entries, size)
-      write(name, start, source.read(name, start, stop, slice(None))[0])
+      write(name, start, source.read(name, start, stop, slice(None), lambda *_: None)[0])
 
 
 def merge_slices(
@@ -92,16 +108,18 @@ def merge_slices(
 
   Takes and returns what `jaxmerge.merge` does, as NumPy arrays; `options` are those of `stream`.
   """
-  reference = base if reference is None else reference
-  memory.check_models(base, models, reference)
-  trees = (tree.named(t) for t in (base, reference, models))
+  memory.check_models(base, models, base if reference is None else reference)
+  trees = (tree.named(t) for t in (base, {} if reference is None else reference, models))
   bases, references, stacks = ({n: np.asarray(v) for n, v in t.items()} for t in trees)
   out = {n: np.empty(v.shape, v.dtype) for n, v in bases.items()}
   height = tree.height(models)
 
-  def read(name: str, start: int, stop: int, order: Any) -> tuple[Any, Any, Any]:
-    own, zero = (t[name].reshape(-1)[start:stop] for t in (bases, references))
-    return own, zero, stacks[name].reshape(height, -1)[order, start:stop]
+  def read(name: str, start: int, stop: int, order: Any, look: Any) -> tuple[Any, Any, Any]:
+    own, *zero = (t[name].reshape(-1)[start:stop] for t in (bases, references) if t)
+    parts = own, zero[0] if zero else None, stacks[name].reshape(height, -1)[order, start:stop]
+    if look is not None:
+      slicing.look_at(look, *parts)
+    return parts
 
   def write(name: str, start: int, part: np.ndarray) -> None:
     out[name].reshape(-1)[start : start + part.shape[0]] = part
@@ -117,17 +135,34 @@ def _together(run: Run) -> list[list[str]]:
   return [[name] for name in run.shapes] if apart else [list(run.shapes)]
 
 
-def _knowledge(run: Run, leaves: Sequence[str]) -> tuple[Any, ...]:
-  """Measures what the stages know, by group."""
+def _late(method: Method) -> frozenset[int]:
+  """The stages whose statistics may be measured when something depends on them."""
+  last = max((i for i, step in enumerate(method) if step.statistics), default=-1)
+  return frozenset({last} if last >= 0 and method[last].deferred else ())
+
+
+def _knowledge(run: Run, leaves: Sequence[str], before: Any = None) -> tuple[Any, ...]:
+  """Measures what the stages know, by group; what may come late only after what is known before."""
   known: tuple[Any, ...] = ()
+  late = _late(run.method) if before is None else frozenset()
   for i, step in enumerate(run.method):
     own = {}
     for group, members in memory.members(step, dict.fromkeys(leaves)).items():
-      own[group] = dict(run.ready.known[i][group])
-      for batch in _batches(step):
+      own[group] = dict(run.ready.known[i][group] if before is None else before[i][group])
+      batches = () if i in late else _batches(step)
+      for batch in (b for b in batches if b[0].name not in own[group]):
         own[group].update(_measured(run, members, i, batch, known, own[group]))
     known = (*known, own)
   return known
+
+
+def _result(run: Run, name: str, parts: Parts, known: tuple[Any, ...], form: Form) -> np.ndarray:
+  """A slice of the result, [n]."""
+  seen = _ranked(parts, slicing.known_of(run, name, known), run.method, form)
+  dtype = run.source.leaves[name].dtype
+  out = np.asarray(kernels.merged(parts, seen, method=run.method, form=form, dtype=dtype))
+  memory.refuse_height(name, out.shape[0])
+  return out[0]
 
 
 def _batches(step: Stage) -> Iterator[list[Statistic]]:
@@ -166,7 +201,7 @@ def _sum(run: Run, members: Sequence[str], i: int, statistic: Sum, known: Any, o
   combine = np.add if statistic.combine is jnp.add else jax.jit(statistic.combine)
   for name, _, parts, form in slicing.slices(run, members, BLOCK):
     seen = _ranked(parts, slicing.known_of(run, name, known), run.method[:i], form)
-    each = _partial(parts, seen, own, form=form, **static)
+    each = kernels.partial_sum(parts, seen, own, form=form, **static)
     dtypes = jax.tree.map(lambda x: x.dtype, each)
     each = jax.device_get(each)  # Before the next slice is read to where this one lies.
     each = jax.tree.map(_wide, each) if combine is np.add else each
@@ -187,21 +222,24 @@ def _numbers(
   size = sum(math.prod(run.shapes[n]) for n in members)
   ranges = [(n, *ends) for n in members for ends in slicing.ranges(run, n, run.entries)]
 
-  def read(name: str, start: int, stop: int) -> tuple[Parts, dict[str, Any]]:
-    parts, form = slicing.read(run, name, start, stop), slicing.form_of(run, name)
+  def read(
+    name: str, start: int, stop: int, *, ahead: bool = False
+  ) -> tuple[Parts, dict[str, Any]]:
+    parts = slicing.read(run, name, start, stop, ahead=ahead)
+    form = slicing.form_of(run, name)
     seen = _ranked(parts, slicing.known_of(run, name, known), run.method[:i], form)
     return parts, {"known": seen, "form": form, **static}
 
   def picked(name: str, start: int, parts: Parts, told: Any, columns: np.ndarray) -> np.ndarray:
     if told["form"].shape is not None:  # Stages need whole rows.
-      return np.asarray(_bits(parts, **told))[:, columns]
+      return np.asarray(kernels.patterns(parts, **told))[:, columns]
     found = []
     for at in range(0, len(columns), PICKED):
       own = np.zeros(PICKED, np.int64)
       count = min(PICKED, len(columns) - at)
       own[:count] = columns[at : at + count]
       few = slicing.picked(run, name, start, parts, own)
-      found.append(np.asarray(_bits(few, **told))[:, :count])
+      found.append(np.asarray(kernels.patterns(few, **told))[:, :count])
     return np.concatenate(found, axis=1)
 
   def sample() -> tuple[np.ndarray, np.ndarray]:
@@ -209,7 +247,8 @@ def _numbers(
     for name in (n for n in members if math.prod(run.shapes[n])):
       own = []
       for start, stop in slicing.pieces(run, name, size):
-        own.append(picked(name, start, *read(name, start, stop), np.arange(stop - start)))
+        parts, told = read(name, start, stop, ahead=True)
+        own.append(picked(name, start, parts, told, np.arange(stop - start)))
       found += own
       seen = sum(x.shape[1] for x in own)
       weights += [np.full(x.shape[1], math.prod(run.shapes[name]) / seen) for x in own]
@@ -220,7 +259,9 @@ def _numbers(
     single = bool((low == high).any())
     for name, start, stop in ranges:
       parts, told = read(name, start, stop)
-      above, within, near = jax.device_get(_sides(parts, bracket=bracket, single=single, **told))
+      above, within, near = jax.device_get(
+        kernels.sides(parts, bracket=bracket, single=single, **told)
+      )
       position = int(parts.offsets[i]) + start
       pick = functools.partial(picked, name, start, parts, told)
       yield ranking.Slice(position, above, within, near, pick)
@@ -228,7 +269,7 @@ def _numbers(
 
   def whole(which: int) -> tuple[int, np.ndarray]:
     parts, told = read(*ranges[which])
-    return int(parts.offsets[i]) + ranges[which][1], np.asarray(_bits(parts, **told))
+    return int(parts.offsets[i]) + ranges[which][1], np.asarray(kernels.patterns(parts, **told))
 
   return ranking.Numbers(size, sample, scan, whole)
 
@@ -237,149 +278,6 @@ def _ranked(parts: Parts, known: tuple[Any, ...], method: Method, form: Form) ->
   """Adds ranks in rows to what stages know, where the host sorts faster than the device."""
   for i, (step, acting) in enumerate(zip(method, form.acts, strict=False)):
     if step.ranked and acting and jax.default_backend() == "cpu":
-      bits = np.asarray(_magnitudes(parts, known, before=method[:i], form=form))
+      bits = np.asarray(kernels.magnitudes(parts, known, before=method[:i], form=form))
       known = (*known[:i], {**known[i], "ranks": ranking.ranks(bits)}, *known[i + 1 :])
   return known
-
-
-# --- Programs ---
-
-
-def _narrowed(parts: Parts, form: Form) -> Parts:
-  """Rounds what a slice is made of, where it is merged in a narrow dtype."""
-  narrow = form.precision
-  if narrow is None:
-    return parts
-
-  def to(x: Any) -> Any:
-    return None if x is None else unrolling.rounded(jnp.asarray(x, jnp.float32), narrow.dtype)
-
-  aux = {n: to(v) if n in narrow.numbers else v for n, v in parts.leaf.aux.items()}
-  return parts._replace(
-    base=to(parts.base),
-    reference=to(parts.reference),
-    models=to(parts.models),
-    leaf=parts.leaf._replace(aux=aux),
-  )
-
-
-def _through(
-  parts: Parts, known: Any, method: Method, form: Form
-) -> tuple[Array, Leaf, list[Array]]:
-  """Takes the task vectors of a slice through stages.
-
-  Returns:
-    The stack, the leaf as the next stage sees it, and what `join` holds.
-  """
-  x = memory.task_vectors(parts.models, parts.reference)
-  if form.precision is not None:
-    x = unrolling.rounded(x, form.precision.dtype)
-  base = parts.reference
-  if form.shape == ():
-    x, base = x.reshape(x.shape[:1]), None if base is None else base.reshape(())
-  leaf, kept = parts.leaf._replace(base=base), list[Array]()
-  for step, acting, own, offset in zip(method, form.acts, known, parts.offsets, strict=False):
-    if not acting:
-      continue
-    leaf = leaf._replace(offset=offset)
-    if step.unit != "entry" and form.shape:
-      own_base = None if base is None else base.reshape(form.shape)
-      y = x.reshape(x.shape[0], *form.shape)
-      y = memory.update(step, y, leaf._replace(base=own_base), own, kept, form.view)
-      x = y.reshape(y.shape[0], math.prod(y.shape[1:]))
-    else:
-      x = memory.update(step, x, leaf, own, kept, form.view)
-  at = min(len(method), len(parts.offsets) - 1)
-  return x, leaf._replace(offset=parts.offsets[at]), kept
-
-
-@functools.partial(jax.jit, static_argnames=("before", "step", "statistic", "form"))
-def _partial(
-  parts: Parts,
-  known: Any,
-  own: Any,
-  *,
-  before: Method,
-  step: Stage,
-  statistic: Sum,
-  form: Form,
-) -> Any:
-  """What a slice adds to a sum."""
-
-  def run(parts: Parts, known: Any, own: Any) -> Any:
-    x, leaf, kept = _through(parts, known, before, form)
-    return statistic.measure(memory.seen(step, x, kept), leaf, own)
-
-  return unrolling.unrolled(run, each=form.each)(_narrowed(parts, form), known, own)
-
-
-_RANKED = ("before", "step", "rank", "form")
-
-
-@functools.partial(jax.jit, static_argnames=_RANKED)
-def _bits(
-  parts: Parts, known: Any, own: Any, *, before: Method, step: Stage, rank: Rank, form: Form
-) -> Array:
-  """The patterns of a slice's values, [K, n]."""
-
-  def run(parts: Parts, known: Any, own: Any) -> Array:
-    x, leaf, kept = _through(parts, known, before, form)
-    return statistics.pattern(rank.of(memory.seen(step, x, kept), leaf, own))
-
-  bits = unrolling.unrolled(run, each=form.each)(_narrowed(parts, form), known, own)
-  return bits.reshape(bits.shape[0], parts.models.shape[1])
-
-
-@functools.partial(jax.jit, static_argnames=(*_RANKED, "single"))
-def _sides(
-  parts: Parts,
-  known: Any,
-  own: Any,
-  bracket: Any,
-  *,
-  before: Method,
-  step: Stage,
-  rank: Rank,
-  form: Form,
-  single: bool,
-) -> tuple[Array, Array | None, Array]:
-  """On which side of brackets a slice's values are: what `ranking.Slice` holds."""
-  bits = _bits(parts, known, own, before=before, step=step, rank=rank, form=form)
-  low, high = bracket
-  above, within = bits[None] > high, bits[None] >= low
-
-  def rows(side: Array) -> Array:
-    return side.reshape(low.shape[0] * bits.shape[0], bits.shape[1])
-
-  near = unrolling.unrolled(functools.partial(jnp.any, axis=0))(
-    rows(within & ~above & (low < high))
-  )
-  return rows(above), rows(within) if single else None, near
-
-
-@functools.partial(jax.jit, static_argnames=("before", "form"))
-def _magnitudes(parts: Parts, known: Any, *, before: Method, form: Form) -> Array:
-  """The patterns of a slice's magnitudes, in rows: [K, rows, columns]."""
-
-  def run(parts: Parts, known: Any) -> Array:
-    x, _, _ = _through(parts, known, before, form)
-    y = x.reshape(x.shape[0], *form.shape) if form.shape else x
-    return statistics.pattern(jnp.abs(views.rows(y, views.or_row(y, form.view))))
-
-  return unrolling.unrolled(run, each=form.each)(_narrowed(parts, form), known)
-
-
-@functools.partial(jax.jit, static_argnames=("method", "form", "dtype"))
-def _merged(parts: Parts, known: Any, *, method: Method, form: Form, dtype: Any) -> Array:
-  """A slice of the result, [1, n]."""
-  narrow = form.precision
-
-  def run(parts: Parts, known: Any) -> Array:
-    x, _, _ = _through(parts, known, method, form)
-    kept = dtype if narrow is None else jnp.float32
-    return memory.stored(x.reshape(x.shape[0], parts.models.shape[1]), parts.base, kept)
-
-  out = unrolling.unrolled(run, each=form.each)(_narrowed(parts, form), known)
-  if narrow is None:
-    return out
-  return (out if narrow.wide else unrolling.rounded(out, narrow.dtype)).astype(dtype)

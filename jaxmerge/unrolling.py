@@ -5,7 +5,9 @@ scalar loop of a reduction over a short first axis, several times slower than th
 fuses and vectorises; and how it rounds in that loop depends on how large the array is, so that a
 slice would not have the bits of the whole. Methods need not know: a driver rewrites the traced
 program where no device holds but some of the models. Inner products of a few models become sums
-of products for the same reason: a library's matrix product is made for larger ones.
+of products for the same reason: a library's matrix product is made for larger ones. And where a
+driver has whole axes before it, sums along them are made by halves, each half added to the other:
+such sums are vectors to the end, and more exact than one after the other.
 
 The same rewriting makes a program of float32 compute in a narrower dtype, operation by operation.
 A program of that dtype would not: compilers keep float32 inside of what they fuse.
@@ -14,15 +16,23 @@ A program of that dtype would not: compilers keep float32 inside of what they fu
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
-from typing import Any  # Any: functions and arguments of any kind.
+from typing import Any, NamedTuple  # Any: functions and arguments of any kind.
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.extend import core
 
-Round = Callable[[Any], Any]
+
+class _Way(NamedTuple):
+  """How a program is rewritten: see `unrolled`."""
+
+  rounded: Callable[[Any], Any]
+  halves: bool
+
+
 _CHAINS = {
   "reduce_sum": jnp.add,
   "reduce_max": jnp.maximum,
@@ -32,6 +42,15 @@ _CHAINS = {
   "reduce_or": jnp.logical_or,
 }
 LONGEST = 64  # A longer first axis is no task axis, and would make a long program.
+_WHOLE: dict[str, Callable[..., Any]] = {
+  "reduce_sum": jnp.sum,
+  "reduce_max": jnp.max,
+  "reduce_min": jnp.min,
+  "reduce_prod": jnp.prod,
+  "reduce_and": jnp.all,
+  "reduce_or": jnp.any,
+}
+SHORTEST = 2**12  # A shorter axis, or what is left of one, is not worth halving.
 PAIRS = 16  # As many inner products are written out, at most.
 # Functions that are one operation: they round their result alone.
 _ONE = {"_var"}
@@ -41,7 +60,9 @@ _RANDOM = "uniform_of_bits"
 _EXACT = {"broadcast_in_dim", "concatenate", "reshape", "select_n", "slice", "squeeze", "transpose"}
 
 
-def unrolled(f: Callable[..., Any], *, each: str | None = None) -> Callable[..., Any]:
+def unrolled(
+  f: Callable[..., Any], *, each: str | None = None, halves: bool = False
+) -> Callable[..., Any]:
   """Returns f with its reductions over a first axis, of at most `LONGEST`, as chains.
 
   Products of at most `PAIRS` pairs of models become sums.
@@ -50,6 +71,8 @@ def unrolled(f: Callable[..., Any], *, each: str | None = None) -> Callable[...,
     f: a function of arrays.
     each: a dtype to which the result of every operation is rounded, a reduction being one. What f
       returns is not: a sum over a part of a leaf is not complete.
+    halves: whether reductions over all last axes are made by halves where these are long; no device
+      may hold but a part of them.
 
   Example:
     >>> text = str(jax.make_jaxpr(unrolled(lambda x: x.sum(axis=0)))(jnp.ones((3, 4))))
@@ -60,8 +83,8 @@ def unrolled(f: Callable[..., Any], *, each: str | None = None) -> Callable[...,
   @functools.wraps(f)
   def run(*arguments: Any) -> Any:
     traced, shapes = jax.make_jaxpr(f, return_shape=True)(*arguments)
-    to = (lambda x: x) if each is None else functools.partial(rounded, dtype=each)
-    out = _evaluated(traced.jaxpr, traced.consts, jax.tree.leaves(arguments), to)
+    way = _Way(lambda x: x if each is None else rounded(x, each), halves)
+    out = _evaluated(traced.jaxpr, traced.consts, jax.tree.leaves(arguments), way)
     return jax.tree.unflatten(jax.tree.structure(shapes), out)
 
   return run
@@ -86,11 +109,11 @@ def rounded(x: Any, dtype: str) -> Any:
 
 
 def _evaluated(
-  jaxpr: core.Jaxpr, consts: Sequence[Any], arguments: Sequence[Any], to: Round
+  jaxpr: core.Jaxpr, consts: Sequence[Any], arguments: Sequence[Any], way: _Way
 ) -> list[Any]:
   """Runs a traced program, its reductions over a first axis as chains.
 
-  What an operation returns is rounded by `to` where another one reads it.
+  What an operation returns is rounded where another one reads it.
   """
   values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *arguments], strict=True))
   raw = set()
@@ -98,32 +121,35 @@ def _evaluated(
   def read(atom: Any) -> Any:
     if isinstance(atom, core.Literal):
       return atom.val
-    return to(values[atom]) if atom in raw else values[atom]
+    return way.rounded(values[atom]) if atom in raw else values[atom]
 
   for equation in jaxpr.eqns:
     given = [read(atom) for atom in equation.invars]
-    values.update(zip(equation.outvars, _one(equation, given, to), strict=True))
+    values.update(zip(equation.outvars, _one(equation, given, way), strict=True))
     if equation.primitive.name not in _EXACT and _called(equation) != _RANDOM:
       raw.update(equation.outvars)
   return [atom.val if isinstance(atom, core.Literal) else values[atom] for atom in jaxpr.outvars]
 
 
-def _one(equation: Any, given: list[Any], to: Round) -> list[Any]:
+def _one(equation: Any, given: list[Any], way: _Way) -> list[Any]:
   name, settings = equation.primitive.name, equation.params
   if name in ("jit", "pjit", "closed_call"):  # What jax.numpy is made of.
     inner = settings["jaxpr"] if "jaxpr" in settings else settings["call_jaxpr"]
-    own = (lambda x: x) if _called(equation) in (*_ONE, _RANDOM) else to
+    whole = _called(equation) in (*_ONE, _RANDOM)
+    own = way._replace(rounded=lambda x: x) if whole else way
     return _evaluated(inner.jaxpr, inner.consts, given, own)
   if name in _CHAINS and settings["axes"] == (0,) and 0 < given[0].shape[0] <= LONGEST:
     # The new term on the left: of two products in a sum a compiler fuses the left one's rounding
     # away, and in a reduction that is the newer.
     return [functools.reduce(lambda held, x: _CHAINS[name](x, held), list(given[0]))]
+  if name in _CHAINS and way.halves and _are_last(settings["axes"], given[0].ndim):
+    return [_by_halves(given[0], len(settings["axes"]), name)]
   if name == "dot_general" and _is_few(given, settings["dimension_numbers"]):
-    return [_products(*given)]
+    return [_products(given[0], given[1], way)]
   bound = equation.primitive.get_bind_params(settings)  # A pair in other versions of jax.
   functions, settings = bound if isinstance(bound, tuple) else ((), bound)
   if name in ("while", "scan", "cond"):
-    settings = {key: _inner(value, to) for key, value in settings.items()}
+    settings = {key: _inner(value, way) for key, value in settings.items()}
   out = equation.primitive.bind(*functions, *given, **settings)
   return out if equation.primitive.multiple_results else [out]
 
@@ -137,14 +163,46 @@ def _is_few(given: Sequence[Any], axes: Any) -> bool:
   return whole and batch == ((), ()) and 0 < pairs <= PAIRS
 
 
-def _products(x: Any, y: Any) -> Any:
+def _are_last(axes: Sequence[Any], rank: int) -> bool:
+  return sorted(map(int, axes)) == list(range(rank - len(axes), rank))
+
+
+def _by_halves(x: Any, axes: int = 1, name: str = "reduce_sum") -> Any:
+  """Reduces the last axes: each half with the other, down to what is short."""
+  join, short = _CHAINS[name], x.shape[: x.ndim - axes]
+  length = math.prod(x.shape[x.ndim - axes :])
+  x, odd = x.reshape(*short, length), []
+  while length >= SHORTEST:
+    if length % 2:
+      odd.append(x[..., -1])
+    length //= 2
+    x = join(x[..., :length], x[..., length : 2 * length])
+  dtype = {"dtype": x.dtype} if name in ("reduce_sum", "reduce_prod") else {}
+  return functools.reduce(join, odd, _WHOLE[name](x, axis=-1, **dtype))
+
+
+def _quartered(parts: Callable[[slice], list[Any]], size: int) -> Any:
+  """Adds the quarters of vectors [size] up as they are made: parts(places) -> [P, size / 4]."""
+  step = size // 4
+  quarters = [parts(slice(q * step, (q + 1) * step)) for q in range(4)]
+  sums = [functools.reduce(jnp.add, same) for same in zip(*quarters, strict=True)]
+  return lax.optimization_barrier(jnp.stack(sums))
+
+
+def _products(x: Any, y: Any, way: _Way) -> Any:
   """The inner product of each of some models with each of others, [K, *s], [M, *s] -> [K, M]."""
-  same = x is y
-  found: dict[tuple[int, int], Any] = {}
-  for i in range(x.shape[0]):
-    for j in range(y.shape[0]):
-      found[i, j] = found[j, i] if same and j < i else jnp.sum(x[i] * y[j])
-  return jnp.stack([jnp.stack([found[i, j] for j in range(y.shape[0])]) for i in range(len(x))])
+  n, m = x.shape[0], y.shape[0]
+  pairs = [(i, j) for i in range(n) for j in range(m) if not (x is y and j < i)]
+  size = math.prod(x.shape[1:])
+  if way.halves and size % 4 == 0 and size >= SHORTEST:
+    # All at once, and the first sums where the products are made: a compiler fuses no more.
+    left, right = (v.reshape(v.shape[0], size) for v in (x, y))
+    sums = _by_halves(_quartered(lambda at: [left[i, at] * right[j, at] for i, j in pairs], size))
+  else:
+    sums = [jnp.sum(x[i] * y[j]) for i, j in pairs]
+  found = dict(zip(pairs, sums, strict=True))
+  found |= {(j, i): each for (i, j), each in found.items() if x is y}
+  return jnp.stack([jnp.stack([found[i, j] for j in range(m)]) for i in range(n)])
 
 
 def _called(equation: Any) -> str | None:
@@ -152,14 +210,14 @@ def _called(equation: Any) -> str | None:
   return equation.params.get("name")
 
 
-def _inner(setting: Any, to: Round) -> Any:
+def _inner(setting: Any, way: _Way) -> Any:
   """Rewrites the programs of a loop or a branch."""
   if isinstance(setting, tuple):
-    return tuple(_inner(part, to) for part in setting)
+    return tuple(_inner(part, way) for part in setting)
   if not isinstance(setting, core.ClosedJaxpr):
     return setting
 
   def run(*arguments: Any) -> list[Any]:
-    return _evaluated(setting.jaxpr, setting.consts, arguments, to)
+    return _evaluated(setting.jaxpr, setting.consts, arguments, way)
 
   return jax.make_jaxpr(run)(*setting.in_avals)

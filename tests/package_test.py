@@ -41,6 +41,7 @@ FLOORS = {
     "methods",
     "memory",
     "slicing",
+    "kernels",
     "streaming",
     "adapters",
     "reversible",

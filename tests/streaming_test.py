@@ -7,7 +7,7 @@ import pytest
 import small
 
 import jaxmerge
-from jaxmerge import catalog, memory, methods, stage, streaming
+from jaxmerge import catalog, kernels, memory, methods, slicing, stage, streaming
 
 TIES = methods.ties(0.3, rule="exact")
 
@@ -17,10 +17,13 @@ def source(base, models, log):
   leaves = {n: jax.ShapeDtypeStruct(x.shape, x.dtype) for n, x in base.items()}
   height = len(models["steps"])
 
-  def read(name, start, stop, order):
+  def read(name, start, stop, order, look):
     log.append((name, start, stop))
     own = base[name].reshape(-1)[start:stop]
-    return own, own, models[name].reshape(height, -1)[order, start:stop]
+    parts = own, None, models[name].reshape(height, -1)[order, start:stop]
+    if look is not None:
+      slicing.look_at(look, *parts)
+    return parts
 
   return streaming.Source(leaves, height, read)
 
@@ -110,7 +113,7 @@ def test_rows_get_whole_leaves():
 def test_another_value_or_seed_does_not_compile_again():
   base, models = small.trees()
   method = methods.dare(0.5)
-  programs = (streaming._merged,)
+  programs = (kernels.merged,)
   streaming.merge_slices(method, base, models, seed=1, entries=50)
   sizes = [p._cache_size() for p in programs]
   streaming.merge_slices(method, base, models, seed=2, aux={"drop_rate": 0.9}, entries=50)
@@ -225,3 +228,42 @@ def test_leaves_that_are_measured_alone_are_merged_before_the_next_is_read():
   reads, _ = collected(methods.ties(zero_sum="plus"), base, stack, entries=10**6)
   names = [name for name, _, _ in reads]
   assert names != sorted(names)
+
+
+@pytest.mark.parametrize("at", [0, 40, 300, 900])
+def test_nan_is_found_beyond_what_a_sample_has_seen(at, monkeypatch):
+  """A sample looks at the first entries of a leaf, before its slices come in order."""
+  monkeypatch.setattr(slicing, "FEW", 32)
+  monkeypatch.setattr(slicing, "PIECE", 8)
+  rng = np.random.default_rng(0)
+  base = {"steps": rng.normal(size=1000).astype(np.float32)}
+  models = {"steps": rng.normal(size=(2, 1000)).astype(np.float32)}
+  models["steps"][1, at] = np.nan
+  with pytest.raises(ValueError, match="leaf 'steps' of model 1 has NaN or infinity"):
+    collected(methods.trim(0.3) + methods.weighted_sum(), base, models, entries=256)
+
+
+def test_a_result_that_its_dtype_cannot_hold_is_refused():
+  base = {"steps": np.full(9, 60000, np.float16)}
+  models = {"steps": np.full((2, 9), 65000, np.float16)}
+  method = methods.task_arithmetic(1.0)
+  with pytest.raises(ValueError, match="leaf 'steps': the result has NaN or infinity, though no "):
+    collected(method, base, models)
+  _, ((_, _, written),) = collected(method, base, models, nonfinite=True)
+  assert np.isinf(written).all()
+
+
+@pytest.mark.parametrize(("tied", "readings"), [(False, 1), (True, 3)])
+def test_a_majority_is_counted_only_where_it_decides(tied, readings):
+  """Nothing cancels out in random numbers; where something does, its slice is read again."""
+  rng = np.random.default_rng(0)
+  base = {"steps": np.zeros(96, np.float32)}
+  models = {"steps": rng.normal(size=(2, 96)).astype(np.float32) + 0.3}
+  if tied:
+    models["steps"][:, 70] = 1.0, -1.0
+  method = methods.elected()
+  reads, writes = collected(method, base, models, entries=96)
+  assert len(reads) == readings
+  merged = jaxmerge.merge(method, base, models)["steps"]
+  np.testing.assert_array_equal(writes[0][2], merged)
+  assert (merged[70] == 1.0) == tied  # Most entries are positive.

@@ -19,7 +19,7 @@ def streamed(method, precision=None, **options):
   base, models = small.trees(("matrix", "vector", "cube"))
   out = {n: np.empty(x.size, np.float32) for n, x in base.items()}
 
-  def read(name, start, stop, order):
+  def read(name, start, stop, order, look):
     own = base[name].reshape(-1)[start:stop]
     return own, own, models[name].reshape(4, -1)[order, start:stop]
 
@@ -104,3 +104,18 @@ def test_products_of_matrices_with_stacks_stay_what_they_are():
   u, x = rng.normal(size=(5, 2)).astype(np.float32), rng.normal(size=(3, 5, 5)).astype(np.float32)
   found = unrolling.unrolled(lambda u, x: u.T @ x)(jnp.asarray(u), jnp.asarray(x))
   np.testing.assert_allclose(found, u.T @ x, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("length", [1000, 4096, 10_007])
+def test_long_sums_by_halves_are_the_sums(length):
+  x = np.random.default_rng(0).normal(size=(3, length)).astype(np.float32)
+
+  def f(x):
+    return x.sum(axis=1), x.max(axis=1), (x > 0).sum(axis=1), statistics.inner_products(x)
+
+  found = jax.jit(unrolling.unrolled(f, halves=True))(jnp.asarray(x))
+  wide = x.astype(np.float64)
+  expected = wide.sum(axis=1), wide.max(axis=1), (x > 0).sum(axis=1), wide @ wide.T
+  for own, right in zip(found, expected, strict=True):
+    np.testing.assert_allclose(own, right, rtol=1e-5, atol=1e-3)
+  np.testing.assert_array_equal(found[2], expected[2])

@@ -157,20 +157,26 @@ class Growing:
     self._shards = shards
     self._waiting: dict[str, Any] = {}
     self._unsynced = 0
-    self._hashes: dict[str | None, Any] = {}
+    self._hash: Any = None
 
-  def add(self, name: str, start: int, part: np.ndarray, inputs: Mapping[str, np.ndarray]) -> None:
-    """Writes a part of a tensor, and takes note of it and its inputs; parts come in order."""
+  def add(self, name: str, start: int, part: np.ndarray, inputs: Mapping[str, str]) -> None:
+    """Writes a part of a tensor; parts come in order.
+
+    Args:
+      name: the tensor.
+      start: entries of it before this part.
+      part: entries.
+      inputs: checksums of what the whole tensor is made of, by where it is from; the last part's
+        are taken.
+    """
+    if start == 0:
+      self._hash = xxhash.xxh3_128()
+    flat = np.ascontiguousarray(part).reshape(-1).view(np.uint8)
+    self._hash.update(flat.data)
     self._shards.write(name, start, part)
-    every: list[tuple[str | None, np.ndarray]] = [(None, part), *inputs.items()]
-    for whose, array in every:
-      own = self._hashes.setdefault(whose, xxhash.xxh3_128())
-      own.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
     self._unsynced += part.nbytes
     if start + part.size == math.prod(self.places[name][1].shape):
-      found = {whose: own.hexdigest() for whose, own in self._hashes.items()}
-      self._waiting[name] = {"xxh3_128": found.pop(None), "inputs": found}
-      self._hashes = {}
+      self._waiting[name] = {"xxh3_128": self._hash.hexdigest(), "inputs": dict(inputs)}
       if self._unsynced >= SYNCED:
         self.flush()
 

@@ -46,7 +46,7 @@ def magprune(
 
   def update(x: Array, leaf: Leaf, known: Any) -> Array:
     q = probabilities(known["ranks"], leaf.number("density", x), leaf.number("epsilon", x))
-    kept = random_masks.uniform(x, leaf) >= 1 - q
+    kept = random_masks.chosen(x, leaf, q)
     thin = jnp.where(kept, x, 0)
     return thin / jnp.where(kept, q, 1) if rescale == "inverse" else thin
 

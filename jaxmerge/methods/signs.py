@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from jaxmerge import catalog, statistics
 from jaxmerge.methods import averaging, sparsifying
-from jaxmerge.stage import Array, Leaf, Method, Scope, Stage, chain, leafwise, pointwise
+from jaxmerge.stage import Array, Group, Leaf, Method, Scope, Stage, chain, leafwise, pointwise
 
 _ties = catalog.METHODS["ties"].parameters
 _slack = catalog.METHODS["ties_slack"].parameters
@@ -20,6 +20,8 @@ _added = functools.partial(jnp.sum, axis=0, keepdims=True)
 def elect_sign(
   zero_sum: Literal["majority", "plus"] = _ties["zero_sum"].default,
   slack: float | tuple[float, ...] | None = None,
+  *,
+  deferred: bool = False,
 ) -> Method:
   """Zeroes the entries whose sign is not that of the sum over the models; K is kept.
 
@@ -28,6 +30,7 @@ def elect_sign(
       have, as the authors do, and zeroes the entry in all models if that is a draw; "plus" takes
       the positive sign, as mergekit and peft do.
     slack: how much more a model's entries count in the sum, scalar or one per model; None: 0.
+    deferred: the majority may be counted late, see `Stage`: what follows leaves NaN as it is.
 
   Reference: Yadav et al. 2023, TIES-Merging (arXiv:2306.01708), step 2.
 
@@ -47,21 +50,28 @@ def elect_sign(
     return leafwise(lambda x, leaf: agreeing(x, votes(x, leaf)), numbers=numbers)
 
   def sides(x: Array, leaf: Leaf) -> Array:
-    merged = votes(x, leaf)
-    return jnp.concatenate([statistics.count(merged > 0), statistics.count(merged < 0)], axis=1)
+    # Of no sign counts 1, so that plus and minus are counted at once.
+    return statistics.count((1 + jnp.sign(votes(x, leaf))).astype(jnp.uint32), most=2)
 
   def update(x: Array, leaf: Leaf, known: Any) -> Array:
-    sides = known["sides"]
-    more, fewer = (
-      statistics.at_least(sides[:, i : i + 1], sides[:, 1 - i : 2 - i])[0] for i in (0, 1)
-    )
-    majority = more.astype(x.dtype) - fewer.astype(x.dtype)
     merged = votes(x, leaf)
-    elected = jnp.where(merged > 0, 1, jnp.where(merged < 0, -1, majority))
-    return jnp.where(x * elected > 0, x, 0)
+    signs = x * jnp.where(merged > 0, 1, jnp.where(merged < 0, -1, majority(x, known)))
+    agreed = jnp.where(signs > 0, x, 0)
+    return agreed if "sides" in known else jnp.where(jnp.isnan(signs) & (x != 0), jnp.nan, agreed)
+
+  def majority(x: Array, known: Any) -> Array | float:
+    if "sides" not in known:
+      return jnp.nan
+    found, even = known["sides"], known["even"]
+    more, fewer = (statistics.at_least(a, b)[0] for a, b in ((found, even), (even, found)))
+    return more.astype(x.dtype) - fewer.astype(x.dtype)
 
   counted = statistics.total("sides", sides)._replace(combine=statistics.plus)
-  return (Stage(update, (counted,), numbers=numbers),)
+
+  def even(group: Group) -> dict[str, Any]:
+    return {"even": statistics.limbs(group.size)[:, None]}
+
+  return (Stage(update, (counted,), even, numbers, deferred=deferred),)
 
 
 def agreeing(x: Array, total: Array | None = None) -> Array:
@@ -140,7 +150,9 @@ def elected(
     "sum": lambda: pointwise(_added, combines=True),
     "max": disjoint_max,
   }[reduce]()
-  return chain(averaging.weighted(weight), elect_sign(zero_sum), joined, averaging.scaled(scale))
+  return chain(
+    averaging.weighted(weight), elect_sign(zero_sum, deferred=True), joined, averaging.scaled(scale)
+  )
 
 
 def ties(

@@ -80,7 +80,7 @@ def drop(
 
   def update(x: Array, leaf: Leaf) -> Array:
     rate = leaf.number("drop_rate", x)
-    kept = random_masks.uniform(x, leaf) >= rate
+    kept = random_masks.chosen(x, leaf, 1 - rate)
     thin = jnp.where(kept, x, 0)
     # The divisor is chosen entry by entry: compilers make a product of a division by one number
     # where the array is large, and the last bit would depend on how a leaf is cut.

@@ -1,0 +1,174 @@
+"""What runs on the device, a slice at a time: each function is one compiled program.
+
+A program is made for the stages, the form of a slice and its length, and serves all leaves alike.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any  # Any: what is known is a tree of arrays.
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxmerge import memory, slicing, statistics, unrolling, views
+from jaxmerge.slicing import Form, Parts
+from jaxmerge.stage import Array, Leaf, Method, Rank, Stage, Sum
+
+
+def _narrowed(parts: Parts, form: Form) -> Parts:
+  """Rounds what a slice is made of, where it is merged in a narrow dtype."""
+  narrow = form.precision
+  if narrow is None:
+    return parts
+
+  def to(x: Any) -> Any:
+    return None if x is None else unrolling.rounded(jnp.asarray(x, jnp.float32), narrow.dtype)
+
+  aux = {n: to(v) if n in narrow.numbers else v for n, v in parts.leaf.aux.items()}
+  return parts._replace(
+    base=to(parts.base),
+    reference=to(parts.reference),
+    models=to(parts.models),
+    leaf=parts.leaf._replace(aux=aux),
+  )
+
+
+def _through(
+  parts: Parts, known: Any, method: Method, form: Form
+) -> tuple[Array, Leaf, list[Array]]:
+  """Takes the task vectors of a slice through stages.
+
+  Returns:
+    The stack, the leaf as the next stage sees it, and what `join` holds.
+  """
+  base = parts.base if parts.reference is None else parts.reference
+  x = memory.task_vectors(parts.models, base)
+  if form.precision is not None:
+    x = unrolling.rounded(x, form.precision.dtype)
+  if form.shape == ():
+    x, base = x.reshape(x.shape[:1]), None if base is None else base.reshape(())
+  leaf, kept = parts.leaf._replace(base=base), list[Array]()
+  for step, acting, own, offset in zip(method, form.acts, known, parts.offsets, strict=False):
+    if not acting:
+      continue
+    leaf = leaf._replace(offset=offset)
+    if step.unit != "entry" and form.shape:
+      own_base = None if base is None else base.reshape(form.shape)
+      y = x.reshape(x.shape[0], *form.shape)
+      y = memory.update(step, y, leaf._replace(base=own_base), own, kept, form.view)
+      x = y.reshape(y.shape[0], math.prod(y.shape[1:]))
+    else:
+      x = memory.update(step, x, leaf, own, kept, form.view)
+  at = min(len(method), len(parts.offsets) - 1)
+  return x, leaf._replace(offset=parts.offsets[at]), kept
+
+
+@functools.partial(jax.jit, static_argnames=("before", "step", "statistic", "form"))
+def partial_sum(
+  parts: Parts,
+  known: Any,
+  own: Any,
+  *,
+  before: Method,
+  step: Stage,
+  statistic: Sum,
+  form: Form,
+) -> Any:
+  """What a slice adds to a sum."""
+
+  def run(parts: Parts, known: Any, own: Any) -> Any:
+    x, leaf, kept = _through(parts, known, before, form)
+    return statistic.measure(memory.seen(step, x, kept), leaf, own)
+
+  return unrolling.unrolled(run, each=form.each, halves=True)(_narrowed(parts, form), known, own)
+
+
+_RANKED = ("before", "step", "rank", "form")
+
+
+@functools.partial(jax.jit, static_argnames=_RANKED)
+def patterns(
+  parts: Parts, known: Any, own: Any, *, before: Method, step: Stage, rank: Rank, form: Form
+) -> Array:
+  """The patterns of a slice's values, [K, n]."""
+
+  def run(parts: Parts, known: Any, own: Any) -> Array:
+    x, leaf, kept = _through(parts, known, before, form)
+    return statistics.pattern(rank.of(memory.seen(step, x, kept), leaf, own))
+
+  bits = unrolling.unrolled(run, each=form.each, halves=True)(_narrowed(parts, form), known, own)
+  return bits.reshape(bits.shape[0], parts.models.shape[1])
+
+
+@functools.partial(jax.jit, static_argnames=(*_RANKED, "single"))
+def sides(
+  parts: Parts,
+  known: Any,
+  own: Any,
+  bracket: Any,
+  *,
+  before: Method,
+  step: Stage,
+  rank: Rank,
+  form: Form,
+  single: bool,
+) -> tuple[Array, Array | None, Array]:
+  """On which side of brackets a slice's values are: what `ranking.Slice` holds."""
+  bits = patterns(parts, known, own, before=before, step=step, rank=rank, form=form)
+  low, high = bracket
+  above, within = bits[None] > high, bits[None] >= low
+
+  def rows(side: Array) -> Array:
+    return side.reshape(low.shape[0] * bits.shape[0], bits.shape[1])
+
+  near = unrolling.unrolled(functools.partial(jnp.any, axis=0))(
+    rows(within & ~above & (low < high))
+  )
+  return rows(above), rows(within) if single else None, near
+
+
+@functools.partial(jax.jit, static_argnames=("before", "form"))
+def magnitudes(parts: Parts, known: Any, *, before: Method, form: Form) -> Array:
+  """The patterns of a slice's magnitudes, in rows: [K, rows, columns]."""
+
+  def run(parts: Parts, known: Any) -> Array:
+    x, _, _ = _through(parts, known, before, form)
+    y = x.reshape(x.shape[0], *form.shape) if form.shape else x
+    return statistics.pattern(jnp.abs(views.rows(y, views.or_row(y, form.view))))
+
+  return unrolling.unrolled(run, each=form.each, halves=True)(_narrowed(parts, form), known)
+
+
+@functools.partial(jax.jit, static_argnames=("method", "form", "dtype"))
+def merged(parts: Parts, known: Any, *, method: Method, form: Form, dtype: Any) -> Array:
+  """A slice of the result, [1, n]: NaN where an input has NaN or infinity."""
+  narrow = form.precision
+
+  def run(parts: Parts, known: Any) -> Array:
+    x, _, _ = _through(parts, known, method, form)
+    kept = dtype if narrow is None else jnp.float32
+    return memory.stored(x.reshape(x.shape[0], parts.models.shape[1]), parts.base, kept)
+
+  out = unrolling.unrolled(run, each=form.each, halves=True)(_narrowed(parts, form), known)
+  if narrow is not None:
+    out = (out if narrow.wide else unrolling.rounded(out, narrow.dtype)).astype(dtype)
+  return jnp.where(_finite(parts), out, jnp.nan)
+
+
+def _finite(parts: Parts) -> Array:
+  """Tells where an entry is finite in all inputs, [1, n]: less work here than in a reading."""
+  each = [x for x in (parts.base, parts.reference, parts.models) if x is not None]
+  fine, exponents = list[Array](), dict[int, list[Array]]()
+  for x in (jnp.asarray(x) for x in each):
+    limit = slicing.INFINITY.get(x.dtype.name)
+    if limit is None:
+      fine += list(jnp.atleast_2d(jnp.isfinite(x)))
+      continue
+    bits = lax.bitcast_convert_type(x, slicing.INTEGERS[x.dtype.itemsize][0])
+    bits = jnp.atleast_2d(bits & bits.dtype.type(limit))
+    exponents.setdefault(limit, []).extend(bits)
+  fine += [functools.reduce(jnp.maximum, own) < limit for limit, own in exponents.items()]
+  return functools.reduce(jnp.logical_and, fine)[None]
