@@ -4,10 +4,13 @@
 
 Makes a base and three models of each size in a Llama layout (bfloat16, made again only if they are
 not there). The floor reads every input byte once and writes every output byte once, in the same
-order and slices, without arithmetic. Floor, jaxmerge and, where --mergekit gives the Python of an
-environment that has it, mergekit run in turns, each in a process of its own, for several rounds;
-the table has medians. `floor` and `merge` are without the start of Python and imports;
-`process` is all of it. Memory is the peak of the resident pages, and of the anonymous ones.
+order and slices, without arithmetic: no checksums, no look for NaN. Floor, jaxmerge and, where
+--mergekit gives the Python of an environment that has it, mergekit run in turns, each in a process
+of its own, for several rounds, and write new files. The table has the smallest of each: what else a
+machine does only adds. `floor` and `merge` are without the start of Python, imports and compiling:
+`start-up` is the merge of a model with a few slices of the same lengths, for which the same
+programs are compiled; `process` is all of it. Memory is the peak of the resident pages, and of the
+anonymous ones.
 """
 
 import argparse
@@ -15,7 +18,7 @@ import json
 import os
 import pathlib
 import platform
-import statistics
+import shutil
 import subprocess
 import sys
 import threading
@@ -49,12 +52,13 @@ def main():
   if options.child:
     print(json.dumps(child(*options.child)))
     return
-  rows = []
+  rows, start = [], made(options.work, 0)
   for params in options.params:
     root = made(options.work, int(params))
     compared = params in (options.mergekit_params or options.params)
     for method in options.methods:
-      rows.append(measured(root, method, options.rounds, options.mergekit if compared else None))
+      other = options.mergekit if compared else None
+      rows.append(measured(root, start, method, options.rounds, other))
       print(json.dumps(rows[-1]), flush=True)
       if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
@@ -66,8 +70,19 @@ def main():
 # --- Inputs ---
 
 
+# Slices as long as those of larger models, full ones and last ones: for the start-up.
+START = {
+  "model.embed_tokens.weight": (768, 2048),
+  "lm_head.weight": (768, 2048),
+  "model.layers.0.mlp.down_proj.weight": (188, 5632),
+  "model.norm.weight": (2048,),
+}
+
+
 def shapes(params):
   """The tensors of a Llama layout with about so many parameters, 2048 wide."""
+  if not params:
+    return START, 1
   width, inner, vocabulary = 2048, 5632, 32000
   of_layer = {
     "self_attn.q_proj": (width, width),
@@ -222,15 +237,17 @@ def process(command):
   return text.strip().splitlines()[-1:] or [""], spent
 
 
-def measured(root, method, rounds, mergekit):
-  """Medians of all that is compared, measured in turns."""
+def measured(root, start, method, rounds, mergekit):
+  """The smallest of all that is compared, measured in turns."""
   own, read = recipe_of(root, method, True)
+  first, _ = recipe_of(start, method, True)
   theirs, _ = recipe_of(root, method, False)
   listed = root / "floor.json"
   listed.write_text(json.dumps(read))
   me = [sys.executable, str(pathlib.Path(__file__).resolve()), "--child"]
   commands = {
     "floor": [*me, "floor", str(listed), str(root / "floor.bin")],
+    "start": [*me, str(first), str(start), str(start / "out")],
     "jaxmerge": [*me, str(own), str(root), str(root / "out")],
   }
   if mergekit:
@@ -239,11 +256,14 @@ def measured(root, method, rounds, mergekit):
   found = {name: [] for name in commands}
   for _ in range(rounds):
     for name, command in commands.items():
+      for old in (root / "out", start / "out", root / "out_mergekit"):
+        shutil.rmtree(old, ignore_errors=True)
+      (root / "floor.bin").unlink(missing_ok=True)
       (last,), spent = process(command)
       found[name].append({**spent, **(json.loads(last) if name != "mergekit" else {})})
   row = {"model": root.name, "method": method, "models": len(read), "rounds": rounds}
   for name, every in found.items():
-    row[name] = {key: statistics.median(e[key] for e in every) for key in every[0]}
+    row[name] = {key: min(e[key] for e in every) for key in every[0]}
   return row
 
 
@@ -251,19 +271,21 @@ def table(rows):
   """The results as Markdown."""
   both = any("mergekit" in row for row in rows)
   lines = [
-    f"Medians of {rows[0]['rounds']} rounds in turns; {os.cpu_count()} cores,"
+    f"Smallest of {rows[0]['rounds']} rounds in turns; {os.cpu_count()} cores,"
     f" {platform.machine()}, Python {platform.python_version()}. Times in seconds of CPU (wall).",
     "",
-    "| parameters | method | floor | merge | merge / floor | process | resident, anonymous MB |"
-    + (" mergekit | mergekit / process |" if both else ""),
-    "| --- | --- | --: | --: | --: | --: | --: |" + (" --: | --: |" if both else ""),
+    "| parameters | method | floor | start-up | merge | merge / floor | process "
+    "| resident, anonymous MB |" + (" mergekit | mergekit / process |" if both else ""),
+    "| --- | --- | --: | --: | --: | --: | --: | --: |" + (" --: | --: |" if both else ""),
   ]
   for row in rows:
-    floor, own = row["floor"], row["jaxmerge"]
+    floor, start, own = row["floor"], row["start"], row["jaxmerge"]
+    cpu, wall = (own[key] - start[key] for key in ("cpu", "wall"))
     line = (
       f"| {row['model']} | {row['method']} | {floor['cpu']:.2f} ({floor['wall']:.2f}) "
-      f"| {own['cpu']:.2f} ({own['wall']:.2f}) | {own['cpu'] / floor['cpu']:.1f} "
-      f"({own['wall'] / floor['wall']:.1f}) | {own['process']:.1f} ({own['process_wall']:.1f}) "
+      f"| {start['cpu']:.2f} ({start['wall']:.2f}) | {cpu:.2f} ({wall:.2f}) "
+      f"| {cpu / floor['cpu']:.1f} ({wall / floor['wall']:.1f}) "
+      f"| {own['process']:.1f} ({own['process_wall']:.1f}) "
       f"| {own['resident']:.0f}, {own['anonymous']:.0f} |"
     )
     if "mergekit" in row:

@@ -236,17 +236,22 @@ def _updated(step: Stage, x: Array, leaf: Leaf, known: Any, view: str | None) ->
     if step.rest is None:
       raise ValueError("a leaf has no matrix view; declare it in `layout` or mask the method.")
     if step.rest != "row":
-      return step.rest(x, leaf, known)
+      own = None if leaf.places is None else leaf.places.reshape(1, *x.shape[1:])
+      return step.rest(x, leaf._replace(places=own), known)
   view = views.or_row(x, view)
   if step.unit == "matrix":
     return views.by_matrix(
-      lambda own, base: step.update(own, leaf._replace(base=base), known), x, leaf.base, view
+      lambda own, base: step.update(own, leaf._replace(base=base, places=None), known),
+      x,
+      leaf.base,
+      view,
     )
   rows = views.rows(views.whole(x), view)
   base = None if leaf.base is None else views.rows(views.whole(leaf.base[None]), view)[0]
   if step.ranked and "ranks" not in known:
     known = {**known, "ranks": statistics.ranks(rows)}
-  y = step.update(rows, leaf._replace(base=base), known)
+  places = None if leaf.places is None else leaf.places.reshape(1, *rows.shape[1:])
+  y = step.update(rows, leaf._replace(base=base, places=places), known)
   return views.from_rows(y, view, x.shape[1:])
 
 

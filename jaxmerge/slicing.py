@@ -173,7 +173,7 @@ def read(
   aux = {n: _entries(v, run.shapes[name], start, stop) for n, v in leaf.aux.items()}
   before = tuple(own.get(name, np.uint32(0)) for own in run.offsets)
   leaf = leaf._replace(start=np.uint32(start % 2**32), aux=aux)
-  if form_of(run, name).shape is None:
+  if run.shapes[name]:
     leaf = leaf._replace(places=run.counted(stop - start))
   parts = Parts(base, reference, models, leaf, before)
   if check and (ahead or not all(seen.values())):
