@@ -12,6 +12,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxmerge import tree
+
 AXES = ("task", "data", "model")
 Rules = Sequence[tuple[str, P]]  # Regular expression of a leaf's name, and how it is sharded.
 
@@ -100,6 +102,44 @@ def place(name: str, shape: Sequence[int], mesh: Mesh | None, rules: Rules) -> S
   return NamedSharding(mesh, own)
 
 
-def put(tree: Any, sharding: NamedSharding) -> Any:
-  """Places all leaves of a tree with one sharding."""
-  return jax.tree.map(lambda x: jax.device_put(x, sharding), tree)
+def places(given: Any, mesh: Mesh, rules: Rules = (), *, stacked: bool = False) -> Any:
+  """Returns where the leaves of a tree go: each by its rule, whole on every device without rules.
+
+  Args:
+    given: tree of what has a shape: of one model [*s], also where the result is for a stack.
+    mesh: the mesh.
+    rules: how leaves are sharded, by name; they do not speak of a task axis.
+    stacked: for a stack [T, *s] of such models, whose first axis lies over the mesh's task axis.
+
+  Raises:
+    ValueError: as `place`, or where the mesh has a model axis and there are no rules.
+
+  >>> mesh, model = make(2, 1, 2, devices=jax.devices()[:4]), {"w": np.zeros((6, 4))}
+  >>> tuple(places(model, mesh, [("w", P(None, "model"))], stacked=True)["w"].spec)
+  ('task', None, 'model')
+  """
+  if mesh.shape["model"] > 1 and not rules:
+    raise ValueError(
+      f"the mesh's model axis is {mesh.shape['model']}, but there are no sharding rules that say "
+      "how weights are split over it; give some, or make it 1 and give the devices to task or data."
+    )
+  lead = ("task",) if stacked else ()
+
+  def one(path: tuple[Any, ...], x: Any) -> NamedSharding:
+    if not rules:
+      return NamedSharding(mesh, P(*lead))
+    name = tree.name_of(path)
+    place(name, np.shape(x), mesh, rules)
+    axes = list(lead + tuple(spec(name, np.shape(x), rules)))
+    while axes and axes[-1] is None:  # As the compiler writes it, lest programs compile again.
+      axes.pop()
+    return NamedSharding(mesh, P(*axes))
+
+  return jax.tree_util.tree_map_with_path(one, given)
+
+
+def put(given: Any, where: Any) -> Any:
+  """Places the leaves of a tree: all with one sharding, or each with its own of a like tree."""
+  if isinstance(where, Sharding):
+    return jax.tree.map(lambda x: jax.device_put(x, where), given)
+  return jax.tree.map(jax.device_put, given, where)

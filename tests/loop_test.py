@@ -11,6 +11,7 @@ import kill_child
 import numpy as np
 import pytest
 import small_tasks as small
+from jax.sharding import PartitionSpec as P
 
 from jaxmerge import mesh as meshes
 from jaxmerge import methods, stage
@@ -32,7 +33,7 @@ def chosen(**changes):
 
 def run(tasks=None, method=None, *, start=None, store=None, **changes):
   """The loop on three tasks of different sizes and classes, on one device."""
-  names = ("aux", "mesh", "save_every", "on_round")
+  names = ("aux", "mesh", "save_every", "on_round", "sharding")
   given = {"mesh": meshes.make(1)} | {n: changes.pop(n) for n in names if n in changes}
   return loop.tune_and_merge(
     small.network,
@@ -118,12 +119,15 @@ def test_a_method_to_which_order_matters_gets_the_callers():
     dict(schedule="cosine", outer="nesterov", outer_momentum=0.5, outer_schedule="cosine"),
     dict(at_once=1),
     pytest.param(dict(local_state="kept", early_stopping=True), marks=pytest.mark.slow),
+    pytest.param(dict(mesh=(2, 1, 2), local_state="kept"), marks=pytest.mark.slow),
   ],
 )
 def test_all_rounds_run_what_the_first_one_compiled(changes):
   seen = []
   with compilations() as names:
-    run(mesh=meshes.make(2), rounds=4, on_round=lambda r: seen.append(len(names)), **changes)
+    sizes = changes.get("mesh", (2,))
+    given = changes | dict(mesh=meshes.make(*sizes), sharding=RULES if len(sizes) > 1 else ())
+    run(rounds=4, on_round=lambda r: seen.append(len(names)), **given)
   # In turn, the waves after the first compile in round one as well.
   assert sum("once" in n or "tuned" in n for n in names[: seen[0]]) == 1
   assert seen == [seen[0]] * 4, names[seen[0] :]
@@ -177,9 +181,13 @@ def test_a_round_without_steps_of_a_task_has_no_loss_of_it():
   assert all(x > 0 for loss in losses for x in loss.values() if x is not None)
 
 
-def test_a_model_axis_is_refused():
-  with pytest.raises(ValueError, match="model axis is 2, but the loop does not split"):
+def test_a_model_axis_without_rules_is_refused():
+  with pytest.raises(ValueError, match="model axis is 2, but there are no sharding rules"):
     run(mesh=meshes.make(1, 1, 2))
+  with pytest.raises(ValueError, match="no sharding rule matches leaf 'dense/bias'"):
+    run(mesh=meshes.make(1, 1, 2), sharding=[("kernel$", P(None, "model"))])
+  with pytest.raises(ValueError, match=r"'dense/kernel' .* 5 entries over 2 devices"):
+    run(mesh=meshes.make(1, 1, 2), sharding=[("kernel$", P(None, "model")), ("", P())])
 
 
 def one_by_one(s, kept):
@@ -264,6 +272,26 @@ def test_the_mesh_changes_rounding_alone(sizes):
   # Means over tasks and rows are added up in another order, which Adam amplifies.
   found, expected = (run(mesh=meshes.make(*s), rounds=2) for s in (sizes, (1, 1)))
   small.assert_close(found.params, expected.params, rtol=1e-4, atol=1e-5)
+
+
+RULES = (("kernel$", P("model", None)), ("bias$", P()))
+
+
+@pytest.mark.slow
+def test_tasks_rows_and_weights_are_spread_together(tmp_path):
+  """A kernel of four rows over two devices of each copy; kept states and outer ones lie with it."""
+  mesh = meshes.make(2, 2, 2)
+  found = run(mesh=mesh, sharding=RULES, **ALL)
+  expected = run(**ALL)
+  kernel = found.params["dense"]["kernel"]
+  assert kernel.sharding.spec == P("model")
+  assert {s.data.shape for s in kernel.addressable_shards} == {(2, 5)}
+  # Rows, tasks and inputs are added up in another order, which Adam amplifies.
+  small.assert_close(found.params, expected.params, rtol=1e-4, atol=1e-5)
+  with orbax.Checkpoints(tmp_path) as store, pytest.raises(Stopped):
+    run(mesh=mesh, sharding=RULES, store=store, on_round=stop_after(2), **ALL)
+  with orbax.Checkpoints(tmp_path) as store:
+    assert_same_run(run(mesh=mesh, sharding=RULES, store=store, **ALL), found)
 
 
 # Interruption.

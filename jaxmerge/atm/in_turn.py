@@ -16,8 +16,8 @@ import numpy as np
 from jaxmerge import memory, stage, streaming, tree, views
 from jaxmerge import mesh as meshes
 from jaxmerge.atm import outer as outers
+from jaxmerge.atm import placing, tune
 from jaxmerge.atm import round as rounds
-from jaxmerge.atm import tune
 from jaxmerge.atm.sampling import Plan
 from jaxmerge.stage import Method
 
@@ -28,19 +28,24 @@ def program(parts: rounds.Parts) -> Callable[..., tuple[rounds.State, rounds.Mea
   Rows, plan and kept local states are host arrays with a multiple of `slots` tasks. The geometry of
   the task vectors is not measured: the copies are never together on the devices.
   """
-  step, local, outer, method, tasks, slots, kept, layout, mesh = parts
+  step, local, outer, method, tasks, slots, kept, layout, mesh, rules = parts
 
   @jax.jit
   def tuned(params: Any, states: Any, rows: tune.Rows, plan: Plan) -> Any:
-    spread = tune.copies(params, slots, mesh)
-    states = states if kept else jax.vmap(local.init)(spread)
-    copies, states, loss = tune.tune_all(step, spread, states, rows, plan, mesh=mesh)
+    spread = tune.copies(params, slots, mesh, rules)
+    states = states if kept else placing.states(local, spread, mesh, rules)
+    copies, states, loss = tune.tune_all(step, spread, states, rows, plan, mesh=mesh, rules=rules)
     return copies, states if kept else (), loss, tune.finite(copies)
 
   @jax.jit
   def move(*given: Any) -> Any:
-    moved = outers.moved(outer, *given)
-    return jax.lax.with_sharding_constraint(moved, meshes.everywhere(mesh))
+    params, own = outers.moved(outer, *given)
+    places = meshes.places(params, mesh, rules), placing.of_states(outer, params, mesh, rules)
+    return jax.lax.with_sharding_constraint((params, own), places)
+
+  def placed(states: Any, base: Any) -> Any:
+    places = placing.of_states(local, base, mesh, rules, stacked=True) if kept else ()
+    return meshes.put(states, places)
 
   take, finish = _folded(method, layout) if stage.foldable(method) else _held(method, layout)
 
@@ -51,8 +56,8 @@ def program(parts: rounds.Parts) -> Callable[..., tuple[rounds.State, rounds.Mea
     for start in range(0, tasks, slots):
       filled = min(slots, tasks - start)
       cut = functools.partial(jax.tree.map, lambda x, s=start: x[s : s + slots])
-      own = meshes.put(cut((state.local, rows, plan)), meshes.by_task(mesh))
-      copies, after, loss, finite = tuned(state.params, *own)
+      spread = meshes.put(cut((rows, plan)), meshes.by_task(mesh))
+      copies, after, loss, finite = tuned(state.params, placed(cut(state.local), base), *spread)
       copies = jax.tree.map(lambda x, n=filled: x[:n], copies)
       held = take(held, copies, base, _own(ready, start, start + filled))
       states.append(jax.device_get(after))
@@ -61,7 +66,7 @@ def program(parts: rounds.Parts) -> Callable[..., tuple[rounds.State, rounds.Mea
     found = rounds.Measured(np.concatenate(losses), np.concatenate(finites))
     if not np.all(found.finite):
       return state, found  # The caller refuses it; there is nothing to merge.
-    target = meshes.put(finish(held, base, ready), meshes.everywhere(mesh))
+    target = meshes.put(finish(held, base, ready), meshes.places(base, mesh, rules))
     params, own_state = move(state.params, target, state.outer, np.float32(rate))
     after = jax.tree.map(lambda *xs: np.concatenate(xs), *states)
     return rounds.State(params, own_state, after), found

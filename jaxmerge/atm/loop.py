@@ -10,12 +10,12 @@ from typing import Any, NamedTuple  # Any: parameters are the user's tree.
 
 import jax
 import numpy as np
-from jax import lax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jaxmerge import memory, methods, stage, tree, views
 from jaxmerge import mesh as meshes
-from jaxmerge.atm import budget, evaluate, in_turn, outer, sampling, tune
+from jaxmerge.atm import budget, evaluate, in_turn, outer, placing, sampling, tune
 from jaxmerge.atm import round as rounds
 from jaxmerge.atm.settings import Settings
 from jaxmerge.io import orbax
@@ -51,6 +51,7 @@ def tune_and_merge(
   aux: Mapping[str, Any] | None = None,
   layout: Sequence[tuple[str, str]] = (),
   mesh: Mesh | None = None,
+  sharding: meshes.Rules = (),
   checkpoints: orbax.Checkpoints | None = None,
   save_every: int = 1,
   on_round: Callable[[dict[str, Any]], None] | None = None,
@@ -71,6 +72,8 @@ def tune_and_merge(
     aux: the method's numbers.
     layout: matrix views for methods that need rows.
     mesh: devices; by default all, along the task axis.
+    sharding: rules by which a model's weights are split over the mesh's model axis, see
+      `jaxmerge.mesh`; a mesh with such an axis needs them.
     checkpoints: a store for this run alone.
     save_every: rounds from one save to the next; the last round is always saved.
     on_round: is given the record of each round as soon as it is known.
@@ -89,7 +92,7 @@ def tune_and_merge(
   params = tune.masters(params)
   tune.check(tasks)
   mesh = mesh or meshes.make(tasks=len(tasks))
-  given = (loss, metric, aux or {}, views.check(layout), mesh)
+  given = (loss, metric, aux or {}, views.check(layout), mesh, sharding)
   held = _Run(apply, params, tasks, method, settings, *given)
   state, records, messages = _restored(held, checkpoints)
   for k in range(len(records), settings.rounds):
@@ -121,18 +124,19 @@ class _Run:
     aux: Mapping[str, Any],
     layout: views.Views,
     mesh: Mesh,
+    rules: meshes.Rules,
   ) -> None:
     # In the order of the tags, so that the caller's order never matters but where it must.
     by_tag = sorted(given, key=lambda t: tree.tag(t.name))
     self.tasks = tasks = list(given) if stage.ordered(method) else by_tag
-    self.settings, self.mesh = settings, mesh
+    self.settings, self.mesh, self.rules = settings, mesh, rules
     self.names = [t.name for t in tasks]
     self.counts = [len(t.train.labels) for t in tasks]
     self.steps = sampling.totals(self.counts, settings)
     self.local = tune.direction(settings, params)
     self.outer = outer.direction(settings)
     self.kept = settings.local_state == "kept"
-    self.base = meshes.put(params, meshes.everywhere(mesh))
+    self.base = meshes.put(params, meshes.places(params, mesh, rules))
     side = mesh.shape["task"]
     at_once = settings.at_once or len(tasks)
     self.slots = -(-min(at_once, len(tasks)) // side) * side
@@ -167,6 +171,7 @@ class _Run:
       kept=self.kept,
       layout=layout,
       mesh=mesh,
+      rules=rules,
     )
     self.program = rounds.program(parts) if self.waves == 1 else in_turn.program(parts)
 
@@ -176,13 +181,11 @@ class _Run:
 
     @jax.jit
     def local(params: Any) -> Any:
-      spread = tune.copies(params, self.slots * self.waves, self.mesh)
-      return lax.with_sharding_constraint(
-        jax.vmap(self.local.init)(spread), meshes.by_task(self.mesh)
-      )
+      spread = tune.copies(params, self.slots * self.waves, self.mesh, self.rules)
+      return placing.states(self.local, spread, self.mesh, self.rules)
 
     # Placed as a round returns it, so that all rounds run one executable.
-    own = meshes.put(own, meshes.everywhere(self.mesh))
+    own = meshes.put(own, placing.of_states(self.outer, self.base, self.mesh, self.rules))
     states = local(self.base) if self.kept else ()
     return rounds.State(self.base, own, states if self.waves == 1 else jax.device_get(states))
 
@@ -226,14 +229,20 @@ class _Run:
     n, side = len(self.tasks), self.mesh.shape["task"]
     # Without the empty slots, whose number depends on the mesh.
     local = jax.tree.map(lambda x: x[:n], state.local)
-    if self.waves == 1:
-      spread = meshes.everywhere(self.mesh) if n % side else meshes.by_task(self.mesh)
-      local = meshes.put(local, spread)
+    if self.kept and self.waves == 1:
+      local = meshes.put(local, self.local_places(even=n % side == 0))
     held = {"params": state.params, "outer": state.outer, "local": local, "base": self.base}
     held["head"] = self.head  # Frozen: computed once, and never again after a resume.
     if self.settings.early_stopping:
       held["best"] = state.params if self.best is None else self.best
     return held
+
+  def local_places(self, *, even: bool = True) -> Any:
+    """Where kept local states go: over the task axis, if it divides them, or whole to all of it."""
+    places = placing.of_states(self.local, self.base, self.mesh, self.rules, stacked=True)
+    if even:
+      return places
+    return jax.tree.map(lambda s: NamedSharding(self.mesh, P(None, *s.spec[1:])), places)
 
   def resumed(self, held: dict[str, Any], start: rounds.State) -> rounds.State:
     """The state that a checkpoint holds, with the empty slots of the start."""
@@ -246,8 +255,8 @@ class _Run:
     local = jax.tree.map(
       lambda x, y: np.concatenate([x, y[n:]]), jax.device_get(held["local"]), start.local
     )
-    if self.waves == 1:
-      local = meshes.put(local, meshes.by_task(self.mesh))
+    if self.kept and self.waves == 1:
+      local = meshes.put(local, self.local_places())
     return rounds.State(held["params"], held["outer"], local)
 
   def record(self, records: list[dict[str, Any]]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from jaxmerge import memory, statistics, tree, views
 from jaxmerge import mesh as meshes
 from jaxmerge.atm import outer as outers
-from jaxmerge.atm import tune
+from jaxmerge.atm import placing, tune
 from jaxmerge.atm.sampling import Plan
 from jaxmerge.stage import Array, Method
 
@@ -59,6 +59,7 @@ class Parts(NamedTuple):
     kept: local optimiser states carry over.
     layout: matrix views of the leaves.
     mesh: the mesh.
+    rules: how the weights of a model are sharded over the mesh's model axis.
   """
 
   step: Any
@@ -70,6 +71,7 @@ class Parts(NamedTuple):
   kept: bool
   layout: views.Views
   mesh: Mesh
+  rules: meshes.Rules = ()
 
 
 def program(parts: Parts) -> Callable[..., tuple[State, Measured]]:
@@ -77,24 +79,33 @@ def program(parts: Parts) -> Callable[..., tuple[State, Measured]]:
 
   Learning rates, batches and the method's numbers are arguments: all rounds run one executable.
   """
-  step, local, outer, method, tasks, slots, kept, layout, mesh = parts
+  # Only the local states: the model may be the reference, or the best one so far.
+  compiled = jax.jit(function(parts), donate_argnames=("states",) if parts.kept else ())
+  return lambda state, *rest: compiled(state._replace(local=()), state.local, *rest)
+
+
+def function(parts: Parts) -> Callable[..., tuple[State, Measured]]:
+  """Returns a round as a function: (state, states, base, rows, plan, ready, rate) -> as `program`.
+
+  `states` are the kept local optimiser states, which the state that goes in does not have.
+  """
+  step, local, outer, method, tasks, slots, kept, layout, mesh, rules = parts
 
   def once(state: State, states: Any, base: Any, rows: tune.Rows, plan: Plan, *given: Any) -> Any:
     ready, rate = given
-    spread = tune.copies(state.params, slots, mesh)
-    states = states if kept else jax.vmap(local.init)(spread)
-    tuned, states, loss = tune.tune_all(step, spread, states, rows, plan, mesh=mesh)
+    spread = tune.copies(state.params, slots, mesh, rules)
+    states = states if kept else placing.states(local, spread, mesh, rules)
+    tuned, states, loss = tune.tune_all(step, spread, states, rows, plan, mesh=mesh, rules=rules)
     stacks = {n: v[:tasks] for n, v in tree.named(tuned).items()}
     target = merged(method, stacks, base, ready, layout)
     params, own = outers.moved(outer, state.params, target, state.outer, rate)
     # Where they came in, so that the next round is the same executable.
-    params, own = lax.with_sharding_constraint((params, own), meshes.everywhere(mesh))
+    places = meshes.places(params, mesh, rules), placing.of_states(outer, params, mesh, rules)
+    params, own = lax.with_sharding_constraint((params, own), places)
     found = measured(stacks, state.params, loss[:tasks])
     return State(params, own, states if kept else ()), found
 
-  # Only the local states: the model may be the reference, or the best one so far.
-  compiled = jax.jit(once, donate_argnames=("states",) if kept else ())
-  return lambda state, *rest: compiled(state._replace(local=()), state.local, *rest)
+  return once
 
 
 def merged(

@@ -224,23 +224,27 @@ def tune_one(
 
 
 def tune_all(
-  step_: Any, params: Any, states: Any, rows: Rows, plan: Plan, *, mesh: Mesh
+  step_: Any,
+  params: Any,
+  states: Any,
+  rows: Rows,
+  plan: Plan,
+  *,
+  mesh: Mesh,
+  rules: meshes.Rules = (),
 ) -> tuple[Any, Any, Array]:
   """Tunes stacked copies [T, *s], each on its task, on the task axis of the mesh.
 
   Devices take their tasks one after the other, so each copy has the bits of tuning it alone. There
   is no communication over the task axis. The rows of a batch are shared out over the data axis,
-  over which gradients are added up.
+  over which gradients are added up; the weights of a copy by the rules, over the model axis.
 
   Raises:
-    ValueError: if the batch cannot be shared out evenly over the data axis, or if the mesh has a
-      model axis: the weights of a copy are not split.
+    ValueError: if the batch cannot be shared out evenly over the data axis, if a rule does not fit
+      a leaf, or if the mesh has a model axis and there are no rules.
   """
-  if mesh.shape["model"] > 1:
-    raise ValueError(
-      f"the mesh's model axis is {mesh.shape['model']}, but the loop does not split the weights of "
-      "a copy; make it 1 and give the devices to task or data."
-    )
+  one_model = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), params)
+  own_places = meshes.places(one_model, mesh, rules)
   shares, size = mesh.shape["data"], plan.rows.shape[-1]
   if size % shares:
     raise ValueError(f"batch_size {size} must be a multiple of the mesh's data axis, {shares}.")
@@ -251,9 +255,16 @@ def tune_all(
     own = jax.sharding.NamedSharding(jax.sharding.get_abstract_mesh(), P("data"))
     return lax.with_sharding_constraint(batch, own)
 
+  def kept(params: Any, states: Any, *given: Any) -> Any:
+    params, states, value = step_(params, states, *given)
+    here = jax.sharding.get_abstract_mesh()
+    inner = jax.tree.map(lambda s: jax.sharding.NamedSharding(here, s.spec), own_places)
+    return lax.with_sharding_constraint(params, inner), states, value
+
   def one(own: Any) -> Any:
     params, states, rows, plan = own
-    return tune_one(step_, params, states, rows, plan, share)
+    # The loop carries the weights from step to step as they lie; the states follow them.
+    return tune_one(kept if rules else step_, params, states, rows, plan, share)
 
   alone = jax.shard_map(
     lambda *stacks: lax.map(one, stacks),
@@ -266,10 +277,10 @@ def tune_all(
   return alone(params, states, rows, plan)
 
 
-def copies(params: Any, height: int, mesh: Mesh) -> Any:
+def copies(params: Any, height: int, mesh: Mesh, rules: meshes.Rules = ()) -> Any:
   """Stacks equal copies of a model over the task axis: [*s] -> [T, *s]. To be called under jit."""
   spread = jax.tree.map(lambda p: jnp.broadcast_to(p[None], (height, *p.shape)), params)
-  return lax.with_sharding_constraint(spread, meshes.by_task(mesh))
+  return lax.with_sharding_constraint(spread, meshes.places(params, mesh, rules, stacked=True))
 
 
 def finite(models: Any) -> Array:

@@ -1,0 +1,50 @@
+"""Where the state of a round lies: optimiser states beside the weights that they belong to."""
+
+from __future__ import annotations
+
+from typing import Any  # Any: parameters and states are the user's trees.
+
+import jax
+import optax
+from jax import lax
+from jax.sharding import Mesh
+
+from jaxmerge import mesh as meshes
+
+
+def states(
+  optimizer: optax.GradientTransformation, params: Any, mesh: Mesh, rules: meshes.Rules = ()
+) -> Any:
+  """Starts an optimiser for each copy of a stack [T, *s], placed as the copies. Under jit."""
+  one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), params)
+  places = of_states(optimizer, one, mesh, rules, stacked=True)
+  return lax.with_sharding_constraint(jax.vmap(optimizer.init)(params), places)
+
+
+def of_states(
+  optimizer: optax.GradientTransformation | None,
+  params: Any,
+  mesh: Mesh,
+  rules: meshes.Rules = (),
+  *,
+  stacked: bool = False,
+) -> Any:
+  """Returns where an optimiser's state goes: what is like the weights as they, the rest everywhere.
+
+  Args:
+    optimizer: the optimiser; None has the state ().
+    params: tree of the weights of one model, or of their shapes.
+    mesh: the mesh.
+    rules: how weights are sharded.
+    stacked: for a stack of states, one a task.
+  """
+  if optimizer is None:
+    return ()
+  rest = meshes.by_task(mesh) if stacked else meshes.everywhere(mesh)
+  return optax.tree_utils.tree_map_params(
+    optimizer,
+    lambda _, place: place,
+    jax.eval_shape(optimizer.init, params),
+    meshes.places(params, mesh, rules, stacked=stacked),
+    transform_non_params=lambda _: rest,
+  )
