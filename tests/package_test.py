@@ -68,6 +68,7 @@ FLOORS = {
     "resolving",
     "views",
     "mesh",
+    "hlo",
     "models",
     "collecting",
   },

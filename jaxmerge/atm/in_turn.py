@@ -28,14 +28,12 @@ def program(parts: rounds.Parts) -> Callable[..., tuple[rounds.State, rounds.Mea
   Rows, plan and kept local states are host arrays with a multiple of `slots` tasks. The geometry of
   the task vectors is not measured: the copies are never together on the devices.
   """
-  step, local, outer, method, tasks, slots, kept, layout, mesh, rules = parts
+  _, local, outer, method, tasks, slots, kept, layout, mesh, rules = parts
 
   @jax.jit
   def tuned(params: Any, states: Any, rows: tune.Rows, plan: Plan) -> Any:
-    spread = tune.copies(params, slots, mesh, rules)
-    states = states if kept else placing.states(local, spread, mesh, rules)
-    copies, states, loss = tune.tune_all(step, spread, states, rows, plan, mesh=mesh, rules=rules)
-    return copies, states if kept else (), loss, tune.finite(copies)
+    copies, states, loss = rounds.tuning(parts, params, states, rows, plan)
+    return copies, states, loss, tune.finite(copies)
 
   @jax.jit
   def move(*given: Any) -> Any:

@@ -89,23 +89,55 @@ def function(parts: Parts) -> Callable[..., tuple[State, Measured]]:
 
   `states` are the kept local optimiser states, which the state that goes in does not have.
   """
-  step, local, outer, method, tasks, slots, kept, layout, mesh, rules = parts
 
   def once(state: State, states: Any, base: Any, rows: tune.Rows, plan: Plan, *given: Any) -> Any:
-    ready, rate = given
-    spread = tune.copies(state.params, slots, mesh, rules)
-    states = states if kept else placing.states(local, spread, mesh, rules)
-    tuned, states, loss = tune.tune_all(step, spread, states, rows, plan, mesh=mesh, rules=rules)
-    stacks = {n: v[:tasks] for n, v in tree.named(tuned).items()}
-    target = merged(method, stacks, base, ready, layout)
-    params, own = outers.moved(outer, state.params, target, state.outer, rate)
-    # Where they came in, so that the next round is the same executable.
-    places = meshes.places(params, mesh, rules), placing.of_states(outer, params, mesh, rules)
-    params, own = lax.with_sharding_constraint((params, own), places)
-    found = measured(stacks, state.params, loss[:tasks])
-    return State(params, own, states if kept else ()), found
+    tuned, states, loss = tuning(parts, state.params, states, rows, plan)
+    params, own, found = merging(parts, tuned, loss, state.params, state.outer, base, *given)
+    return State(params, own, states), found
 
   return once
+
+
+def tuning(
+  parts: Parts, params: Any, states: Any, rows: tune.Rows, plan: Plan
+) -> tuple[Any, Any, Array]:
+  """The first half of a round, to be traced: copies of the model, each tuned on its task.
+
+  Returns the stack of tuned copies, their optimiser states if they are kept, and the losses [T].
+  """
+  mesh, rules = parts.mesh, parts.rules
+  spread = tune.copies(params, parts.slots, mesh, rules)
+  states = states if parts.kept else placing.states(parts.local, spread, mesh, rules)
+  tuned, states, loss = tune.tune_all(
+    parts.step, spread, states, rows, plan, mesh=mesh, rules=rules
+  )
+  return tuned, states if parts.kept else (), loss
+
+
+def merging(
+  parts: Parts,
+  tuned: Any,
+  loss: Array,
+  current: Any,
+  own: Any,
+  base: Any,
+  ready: memory.Ready,
+  rate: Any,
+) -> tuple[Any, Any, Measured]:
+  """The second half of a round, to be traced: merge, outer step, what is measured.
+
+  Returns the new parameters, the outer optimiser's state, and what was measured.
+  """
+  stacks = {n: v[: parts.tasks] for n, v in tree.named(tuned).items()}
+  target = merged(parts.method, stacks, base, ready, parts.layout)
+  params, own = outers.moved(parts.outer, current, target, own, rate)
+  # Where they came in, so that the next round is the same executable.
+  places = (
+    meshes.places(params, parts.mesh, parts.rules),
+    placing.of_states(parts.outer, params, parts.mesh, parts.rules),
+  )
+  params, own = lax.with_sharding_constraint((params, own), places)
+  return params, own, measured(stacks, current, loss[: parts.tasks])
 
 
 def merged(

@@ -1,0 +1,1 @@
+"""What a compiled program does, read from its text: who talks to whom, products, bytes."""

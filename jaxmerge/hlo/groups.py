@@ -1,0 +1,153 @@
+"""Which devices talk to each other in a collective, and along which axes of the mesh."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+
+Groups = tuple[tuple[int, ...], ...]
+
+
+def replica_groups(attributes: str, devices: int) -> Groups:
+  """Returns the groups of devices of a collective, from the attributes of its line.
+
+  Raises:
+    ValueError: for a syntax that is not known, and for groups that do not hold each of the devices
+      once: what cannot be read must not pass for silence.
+
+  Example:
+    >>> replica_groups("replica_groups={{0,1},{2,3}}, channel_id=1", 4)
+    ((0, 1), (2, 3))
+    >>> replica_groups("replica_groups=[2,2]<=[2,2]T(1,0)", 4)
+    ((0, 2), (1, 3))
+    >>> replica_groups("replica_groups=mesh['x'=2,'y'=2] {'y'}", 4)
+    ((0, 1), (2, 3))
+  """
+  value = _value(attributes, "replica_groups")
+  if value is None:
+    raise ValueError(f"a collective has no replica groups: {attributes[:200]!r}.")
+  found = _listed(value, devices) or _counted(value) or _of_mesh(value)
+  if found is None:
+    raise ValueError(f"replica groups in a syntax that is not known: {value[:200]!r}.")
+  if sorted(i for group in found for i in group) != list(range(devices)):
+    raise ValueError(f"replica groups {value[:200]!r} do not hold each of {devices} devices once.")
+  return found
+
+
+def pairs(attributes: str, devices: int) -> Groups:
+  """Returns the pairs (source, target) of a permutation, from the attributes of its line.
+
+  Raises:
+    ValueError: for a syntax that is not known, or a device that there is not.
+
+  Example:
+    >>> pairs("channel_id=2, source_target_pairs={{0,1},{1,0}}", 2)
+    ((0, 1), (1, 0))
+  """
+  found = re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}(?=, |$)", attributes)
+  if found is None:
+    raise ValueError(f"a permutation has no pairs that can be read: {attributes[:200]!r}.")
+  out = _lists(found[1])
+  if any(i >= devices for pair in out for i in pair):
+    raise ValueError(f"pairs {found[0][:200]!r} name devices beyond {devices}.")
+  return out
+
+
+def axes(groups: Iterable[Iterable[int]], shape: Mapping[str, int]) -> tuple[str, ...]:
+  """Returns the axes of a mesh along which the devices of some group differ, in their order.
+
+  Example:
+    >>> axes([(0, 1), (2, 3)], {"task": 2, "model": 2})
+    ('model',)
+  """
+  spanned: set[int] = set()
+  for group in groups:
+    places = np.array(np.unravel_index(list(group), tuple(shape.values())))
+    spanned |= set(np.flatnonzero((places != places[:, :1]).any(axis=1)).tolist())
+  return tuple(name for i, name in enumerate(shape) if i in spanned)
+
+
+def _value(attributes: str, key: str) -> str | None:
+  found = re.search(rf"(?:^|, ){key}=", attributes)
+  return attributes[found.end() :] if found else None
+
+
+def _lists(text: str) -> Groups:
+  return tuple(tuple(int(i) for i in own.split(",")) for own in re.findall(r"\{(\d[\d,]*)\}", text))
+
+
+def _listed(value: str, devices: int) -> Groups | None:
+  """Explicit: {{0,1},{2,3}}, or {} for all in one."""
+  found = re.match(r"\{((?:\{\d+(?:,\d+)*\},?)*)\}(?=, |$)", value)
+  if found is None:
+    return None
+  return _lists(found[1]) or (tuple(range(devices)),)
+
+
+_SIZES = r"(\d+(?:,\d+)*)"
+
+
+def _counted(value: str) -> Groups | None:
+  """Counted through, maybe with axes exchanged: [4,2]<=[8], [2,4]<=[4,2]T(1,0)."""
+  found = re.match(rf"\[(\d+),(\d+)\]<=\[{_SIZES}\](?:T\({_SIZES}\))?(?=, |$)", value)
+  if found is None:
+    return None
+  ids = _ids(found[3], found[4])
+  rows, columns = int(found[1]), int(found[2])
+  if rows * columns != ids.size:
+    raise ValueError(f"replica groups {value[:80]!r} do not fit together.")
+  return _rows(ids.reshape(rows, columns))
+
+
+def _of_mesh(value: str) -> Groups | None:
+  """By axes of a mesh: mesh['x'=2,'y'=4] {'y'}, with parts of axes and device ids of its own.
+
+  'y':(2)4 is the part of y of size 4 that 2 larger ones are above.
+  """
+  axis = r"'[^']+'=\d+"
+  part = r"'[^']+'(?::\(\d+\)\d+)?"
+  ids = rf"(?:, device_ids=\((?:\[{_SIZES}\](?:T\({_SIZES}\))?|{_SIZES})\))?"
+  pattern = rf"mesh\[({axis}(?:,{axis})*)\]{ids} \{{({part}(?:,\s*{part})*)\}}(?=, |$)"
+  found = re.match(pattern, value)
+  if found is None:
+    return None
+  sizes = {n: int(size) for n, size in re.findall(r"'([^']+)'=(\d+)", found[1])}
+  if found[2]:
+    order = _ids(found[2], found[3])
+  else:
+    order = np.array(_numbers(found[4])) if found[4] else np.arange(math.prod(sizes.values()))
+  parts = re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", found[5])
+  if order.size != math.prod(sizes.values()) or any(n not in sizes for n, _, _ in parts):
+    raise ValueError(f"replica groups {value[:200]!r} do not fit together.")
+  spots, at = [], 0  # Each axis as (above, part, below) where a part of it is named.
+  split: list[int] = []
+  for name, size in sizes.items():
+    own = [(int(pre or 1), int(some or size)) for n, pre, some in parts if n == name]
+    ends = sorted({1, size} | {pre for pre, _ in own} | {pre * count for pre, count in own})
+    pieces = [b // a for a, b in itertools.pairwise(ends)]
+    if math.prod(pieces) != size:
+      raise ValueError(f"replica groups {value[:200]!r} do not fit together.")
+    for pre, count in own:
+      spots += [at + i for i, a in enumerate(ends[:-1]) if pre <= a < pre * count]
+    split += pieces
+    at += len(pieces)
+  others = [i for i in range(len(split)) if i not in spots]
+  grid = order.reshape(split).transpose([*others, *spots])
+  return _rows(grid.reshape(-1, math.prod(split[i] for i in spots)))
+
+
+def _ids(sizes: str, order: str | None) -> np.ndarray:
+  grid = np.arange(math.prod(_numbers(sizes))).reshape(_numbers(sizes))
+  return (grid.transpose(_numbers(order)) if order else grid).reshape(-1)
+
+
+def _numbers(text: str) -> list[int]:
+  return [int(n) for n in text.split(",")]
+
+
+def _rows(grid: np.ndarray) -> Groups:
+  return tuple(tuple(row) for row in grid.tolist())

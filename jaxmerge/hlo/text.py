@@ -1,0 +1,308 @@
+"""Reads the text of a compiled program: computations, operations, loops and how often they run.
+
+The text is that of `jax.stages.Compiled.as_text()`, optimised HLO of one device of many. What is
+not understood is an error: nothing that runs is passed over.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+
+class Shape(NamedTuple):
+  """An array: its dtype as HLO writes it, its sizes, and its memory space (0: main memory)."""
+
+  dtype: str
+  sizes: tuple[int, ...]
+  space: int = 0
+
+  @property
+  def entries(self) -> int:
+    """Number of entries."""
+    return math.prod(self.sizes)
+
+  @property
+  def bytes(self) -> int:
+    """Bytes, without the padding of tiles."""
+    return math.ceil(self.entries * _bits(self.dtype) / 8)
+
+
+class Op(NamedTuple):
+  """An operation.
+
+  Attributes:
+    name: unique in its computation.
+    kind: the opcode, such as "all-reduce-start".
+    shapes: of the result; those of a tuple one after the other.
+    operands: names of the operands; of a parameter or a constant, what is between the brackets.
+    attributes: the rest of the line.
+    root: it is the computation's result.
+  """
+
+  name: str
+  kind: str
+  shapes: tuple[Shape, ...]
+  operands: tuple[str, ...]
+  attributes: str
+  root: bool = False
+
+
+class Module(NamedTuple):
+  """A program: its computations by name, the first that runs, and the number of devices."""
+
+  entry: str
+  computations: dict[str, dict[str, Op]]
+  devices: int
+
+
+class Step(NamedTuple):
+  """An operation that runs: in which computation, how often, and whether inside a fusion."""
+
+  op: Op
+  within: dict[str, Op]
+  times: int
+  fused: bool
+
+
+def read(text: str) -> Module:
+  """Reads a program.
+
+  Raises:
+    ValueError: for text that is no compiled program, or one with replicas beside partitions.
+
+  Example:
+    >>> module = read('''HloModule small, num_partitions=2
+    ... ENTRY %main (x: f32[4]) -> f32[4] {
+    ...   %x = f32[4]{0} parameter(0)
+    ...   ROOT %y = f32[4]{0} negate(%x)
+    ... }''')
+    >>> module.devices, module.computations["main"]["y"].operands
+    (2, ('x',))
+  """
+  head = text.partition("\n")[0]
+  if not head.startswith("HloModule"):
+    raise ValueError(f"this is not the text of a compiled program: {head[:80]!r}.")
+  if int(_found(r"replica_count=(\d+)", head) or 1) != 1:
+    raise ValueError("the program has replicas beside partitions; collectives of such are unknown.")
+  computations: dict[str, dict[str, Op]] = {}
+  entry, current = "", None
+  for line in text.splitlines():
+    if line.endswith("{") and " -> " in line and (found := _HEAD.match(line)):
+      current = computations.setdefault(found[2], {})
+      entry = found[2] if found[1] else entry
+    elif line.startswith("}"):
+      current = None
+    elif current is not None and (found := _LINE.match(line)):
+      op = _op(found[2], line[found.end() :], bool(found[1]))
+      current[op.name] = op
+  if not entry:
+    raise ValueError("the text of the program has no entry computation.")
+  return Module(entry, computations, int(_found(r"num_partitions=(\d+)", head) or 1))
+
+
+def steps(module: Module, trips: int = 1) -> Iterator[Step]:
+  """Yields every operation that runs, with how often it does.
+
+  Of a conditional every branch counts. Functions of reductions, sorts and the like are not entered.
+
+  Args:
+    module: the program.
+    trips: how often a loop runs whose number of trips the program computes.
+  """
+  yield from _within(module, module.entry, 1, False, trips)
+
+
+def _within(module: Module, name: str, times: int, fused: bool, trips: int) -> Iterator[Step]:
+  within = module.computations[name]
+  for op in within.values():
+    yield Step(op, within, times, fused)
+    for called, count in _called(module, within, op, trips):
+      inside = fused or op.kind in ("fusion", "custom-call")
+      yield from _within(module, called, times * count, inside, trips)
+
+
+def _called(module: Module, within: dict[str, Op], op: Op, trips: int) -> Iterator[tuple[str, int]]:
+  """The computations that an operation runs, and how often."""
+  if op.kind == "while":
+    count = loop(module, within, op)
+    count = trips if count is None else count
+    yield attribute(op, "body"), count
+    yield attribute(op, "condition"), count + 1
+  elif op.kind == "conditional":
+    names = _found(r"branch_computations=\{([^}]*)\}", op.attributes)
+    branches = re.findall(r"%?([\w.\-]+)", names) if names else []
+    if not branches:
+      branches = [attribute(op, f"{side}_computation") for side in ("true", "false")]
+    yield from ((branch, 1) for branch in branches)
+  elif op.kind == "call":
+    yield attribute(op, "to_apply"), 1
+  elif op.kind in ("fusion", "async-start"):
+    yield attribute(op, "calls"), 1
+  elif op.kind == "custom-call" and (
+    names := _found(r"(?:called_computations=\{|calls=\{?)([^},]*)", op.attributes)
+  ):
+    yield names.lstrip("%"), 1
+
+
+def attribute(op: Op, key: str) -> str:
+  """Returns the name that an attribute holds, such as the body of a loop.
+
+  Raises:
+    ValueError: naming the operation, where it has no such attribute.
+  """
+  found = _found(rf"(?:^|, ){key}=%?([\w.\-]+)", op.attributes)
+  if found is None:
+    raise ValueError(f"{op.kind} {op.name!r} has no {key}: {op.attributes[:80]!r}.")
+  return found
+
+
+def loop(module: Module, within: dict[str, Op], op: Op) -> int | None:
+  """Returns how often the body of a loop runs, or None where the program computes that."""
+  if told := _found(r'"known_trip_count":\{"n":"(\d+)"\}', op.attributes):
+    return int(told)
+  body = module.computations[attribute(op, "body")]
+  test, way = _test(module, module.computations[attribute(op, "condition")])
+  if test is None:
+    return None
+  now, limit = (_held(operand, body, within, op) for operand in test)
+  start = now and now.start
+  if now is None or limit is None or start is None or limit.start is None:
+    return None
+  if limit.step != 0 or not now.step or way not in _WAYS:
+    return None
+  ahead = (limit.start - start) / now.step
+  count = math.floor(ahead) + 1 if way in ("LE", "GE") else math.ceil(ahead)
+  return max(0, count)
+
+
+class _Held(NamedTuple):
+  """A number that a loop carries: at the start, and what a trip adds to it; None: not known."""
+
+  start: int | None
+  step: int | None
+
+
+_WAYS = ("LT", "LE", "GT", "GE", "NE")
+
+
+def _test(
+  module: Module, condition: dict[str, Op]
+) -> tuple[tuple[int | str, int | str] | None, str]:
+  """What a loop compares: each side a number, as text, or a place in what the loop carries."""
+  root = next(op for op in condition.values() if op.root)
+  sides = [_origin(condition, name) for name in root.operands]
+  if root.kind == "fusion":
+    inner = module.computations[attribute(root, "calls")]
+    root = next(op for op in inner.values() if op.root)
+    own = [_plain(inner, name) for name in root.operands]
+    sides = [
+      sides[int(op.operands[0])] if op.kind == "parameter" else _origin(inner, op.name)
+      for op in own
+    ]
+  if root.kind != "compare" or len(sides) != 2 or None in sides:
+    return None, ""
+  return (sides[0], sides[1]), attribute(root, "direction")  # type: ignore[return-value]
+
+
+def _plain(within: dict[str, Op], name: str) -> Op:
+  """The operation that a name stands for, past copies."""
+  op = within[name]
+  while op.kind in ("copy", "bitcast") and op.operands[0] in within:
+    op = within[op.operands[0]]
+  return op
+
+
+def _origin(within: dict[str, Op], name: str) -> int | str | None:
+  """A constant, as text, or the index in the tuple that the computation is given."""
+  op = _plain(within, name)
+  if op.kind == "constant":
+    return op.operands[0] if re.fullmatch(r"-?\d+", op.operands[0]) else None
+  if op.kind == "get-tuple-element" and _plain(within, op.operands[0]).kind == "parameter":
+    return _index(op)
+  return None
+
+
+def _index(op: Op) -> int:
+  return int(_found(r"index=(\d+)", op.attributes) or 0)
+
+
+def _held(side: int | str, body: dict[str, Op], within: dict[str, Op], op: Op) -> _Held | None:
+  if isinstance(side, str):
+    return _Held(int(side), 0)
+  given = _plain(within, op.operands[0])
+  if given.kind != "tuple":
+    return None
+  first = _origin(within, given.operands[side])
+  after = next(o for o in body.values() if o.root)
+  if after.kind != "tuple":
+    return None
+  return _Held(int(first) if isinstance(first, str) else None, _added(body, after, side))
+
+
+def _added(body: dict[str, Op], after: Op, side: int) -> int | None:
+  """What a trip adds to a number that the loop carries."""
+  if _origin(body, after.operands[side]) == side:
+    return 0
+  op = _plain(body, after.operands[side])
+  if op.kind != "add":
+    return None
+  found = [_origin(body, name) for name in op.operands]
+  numbers = [int(x) for x in found if isinstance(x, str)]
+  return numbers[0] if side in found and numbers else None
+
+
+def _op(name: str, rest: str, root: bool) -> Op:
+  rest = re.sub(r"/\*.*?\*/", "", rest)
+  kind_at = _end(rest) if rest.startswith("(") else rest.index(" ")
+  shapes = tuple(
+    Shape(dtype, tuple(int(n.lstrip("<=")) for n in sizes.split(",") if n), _space(layout))
+    for dtype, sizes, layout in _SHAPE.findall(rest[:kind_at])
+  )
+  rest = rest[kind_at:].lstrip()
+  kind, _, inside = rest.partition("(")
+  stop = _end(f"({inside}") - 1
+  given = inside[: stop - 1] if stop else inside
+  if kind in ("parameter", "constant"):
+    operands: tuple[str, ...] = (given,)
+  else:
+    operands = tuple(re.findall(r"%([\w.\-]+)", given))
+  return Op(name, kind, shapes, operands, inside[stop:].removeprefix(", "), root)
+
+
+def _end(text: str) -> int:
+  """Where the bracket that a text begins with is closed; after the last character if it is not."""
+  depth = 0
+  for match in re.finditer(r'"(?:[^"\\]|\\.)*"|[()]', text):
+    depth += {"(": 1, ")": -1}.get(match[0], 0)
+    if not depth:
+      return match.end()
+  return len(text) + 1
+
+
+def _space(layout: str) -> int:
+  return int(_found(r"S\((\d+)\)", layout) or 0)
+
+
+def _found(pattern: str, text: str) -> str | None:
+  found = re.search(pattern, text)
+  return found[1] if found else None
+
+
+def _bits(dtype: str) -> int:
+  """Bits of an entry; tokens have none."""
+  if dtype in ("token", "opaque"):
+    return 0
+  if dtype == "pred":
+    return 8
+  width = _found(r"^(?:[suf]|bf|c)(\d+)", dtype)
+  if width is None:
+    raise ValueError(f"a program has entries of the dtype {dtype!r}, whose size is not known.")
+  return int(width)
+
+
+_HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(")
+_LINE = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
+_SHAPE = re.compile(r"([a-z]\w*)\[([\d,<=]*)\](\{[^{}]*\})?")

@@ -1,0 +1,132 @@
+"""The collectives of a compiled program: their kinds, the mesh axes they span, their bytes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from jax.sharding import Mesh
+
+from jaxmerge.hlo import groups
+from jaxmerge.hlo import text as texts
+
+KINDS = (
+  "all-reduce",
+  "all-gather",
+  "reduce-scatter",
+  "all-to-all",
+  "ragged-all-to-all",
+  "collective-broadcast",
+  "collective-permute",
+)
+# What else leaves a device, and says of no axis where to.
+_OTHERS = ("send", "recv", "send-start", "recv-start")
+
+
+class Collective(NamedTuple):
+  """One collective of a program.
+
+  Attributes:
+    kind: one of `KINDS`.
+    axes: of the mesh, along which devices talk, in the mesh's order; () where none does.
+    bytes: of the whole array, on one device: what is gathered, reduced, exchanged.
+    devices: in a group.
+    times: how often it runs.
+  """
+
+  kind: str
+  axes: tuple[str, ...]
+  bytes: int
+  devices: int
+  times: int
+
+  @property
+  def sent(self) -> float:
+    """Bytes that one device sends in all, by the ring algorithm."""
+    share = (self.devices - 1) / self.devices
+    if self.kind in ("collective-permute", "collective-broadcast"):
+      share = float(self.devices > 1)
+    return self.times * self.bytes * share * (2 if self.kind == "all-reduce" else 1)
+
+
+def collectives(text: str, mesh: Mesh, trips: int = 1) -> list[Collective]:
+  """Returns the collectives of a compiled program, in the order of its text.
+
+  Args:
+    text: of the program, `compiled.as_text()`.
+    mesh: over whose devices, in its order, it is compiled.
+    trips: how often a loop runs whose number of trips the program computes.
+
+  Raises:
+    ValueError: for a collective that cannot be attributed: replica groups in an unknown syntax, a
+      mode or an operation that is not known, a mesh of another number of devices.
+
+  Example:
+    >>> mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("task",))
+    >>> place = jax.NamedSharding(mesh, jax.sharding.PartitionSpec("task"))
+    >>> x = jax.ShapeDtypeStruct((2, 4), jnp.float32, sharding=place)
+    >>> compiled = jax.jit(lambda x: x.sum(0)).lower(x).compile()
+    >>> [(c.kind, c.axes, c.bytes) for c in collectives(compiled.as_text(), mesh)]
+    [('all-reduce', ('task',), 16)]
+  """
+  module = texts.read(text)
+  if module.devices != mesh.size:
+    raise ValueError(f"the program is for {module.devices} devices, the mesh has {mesh.size}.")
+  found, seen = [], set[str]()
+  for step in texts.steps(module, trips):
+    if step.op.kind in _OTHERS:
+      raise ValueError(f"{step.op.kind} {step.op.name!r} cannot be attributed to mesh axes.")
+    if kind_of(step.op) is not None:
+      found.append(_collective(module, step, mesh))
+      seen.add(step.op.name)
+  written = set(
+    re.findall(rf"%?([\w.\-]+) = [^\n]*?[)}}\]] (?:{'|'.join(KINDS)})(?:-start)?\(", text)
+  )
+  if missed := sorted(written - seen):
+    raise ValueError(f"a collective was not reached: {', '.join(missed)}.")
+  return found
+
+
+def kind_of(op: texts.Op) -> str | None:
+  """Returns the kind of a collective that an operation starts, or None."""
+  kind = op.kind.removesuffix("-start")
+  return kind if kind in KINDS else None
+
+
+def by_axis(found: Iterable[Collective]) -> dict[tuple[str, tuple[str, ...]], tuple[int, float]]:
+  """Adds up collectives of one kind over the same axes: how often they run, and bytes sent.
+
+  Those along no axis are left out.
+  """
+  out: dict[tuple[str, tuple[str, ...]], tuple[int, float]] = {}
+  for one in found:
+    if one.axes:
+      times, sent = out.get((one.kind, one.axes), (0, 0.0))
+      out[one.kind, one.axes] = (times + one.times, sent + one.sent)
+  return out
+
+
+def _collective(module: texts.Module, step: texts.Step, mesh: Mesh) -> Collective:
+  op, kind = step.op, kind_of(step.op)
+  assert kind is not None
+  if kind == "collective-permute":
+    own = groups.pairs(op.attributes, module.devices)
+    size = 2 if any(a != b for a, b in own) else 1
+  else:
+    _check_mode(op, kind, module.devices)
+    own = groups.replica_groups(op.attributes, module.devices)
+    size = max(len(group) for group in own)
+  inside = sum(s.bytes for name in op.operands for s in step.within[name].shapes)
+  whole = inside * size if kind == "all-gather" else inside
+  return Collective(kind, groups.axes(own, dict(mesh.shape)), whole, size, step.times)
+
+
+def _check_mode(op: texts.Op, kind: str, devices: int) -> None:
+  """Raises ValueError where the numbers in replica groups are not those of devices."""
+  by_id = "use_global_device_ids=true" in op.attributes
+  # These name partitions as soon as they have a channel.
+  by_partition = kind in ("all-to-all", "ragged-all-to-all", "collective-broadcast")
+  across = re.search(r"(?:^|, )channel_id=\d+", op.attributes)
+  if devices > 1 and not (across and (by_id or by_partition)):
+    raise ValueError(f"{op.kind} {op.name!r} names replicas, not devices: {op.attributes[:200]!r}.")

@@ -1,0 +1,212 @@
+"""How much a compiled program computes, and how many bytes it moves through a device's memory.
+
+Counted from the text, operation by operation, with loops as often as they run; the compiler's own
+estimate counts the body of a loop once.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxmerge.hlo import text as texts
+from jaxmerge.hlo import traffic
+from jaxmerge.hlo.text import Module, Op, Shape
+
+
+class Work(NamedTuple):
+  """What one device does.
+
+  Attributes:
+    flops: of products of matrices and convolutions, a multiplication and an addition being two.
+    bytes: read from and written to the device's main memory.
+    open_loops: loops whose number of trips the program computes.
+  """
+
+  flops: int
+  bytes: int
+  open_loops: int
+
+
+# What moves no bytes: names for what is there, or the end of what has been started.
+_FREE = {
+  "parameter",
+  "constant",
+  "tuple",
+  "get-tuple-element",
+  "bitcast",
+  "after-all",
+  "opt-barrier",
+  "while",
+  "conditional",
+  "call",
+  "async-start",
+  "async-update",
+  "async-done",
+  "copy-done",
+  "slice-done",
+  "add-dependency",
+  "partition-id",
+  "replica-id",
+  "domain",
+} | {f"{kind}-done" for kind in traffic.KINDS}
+_PARTS = ("dynamic-slice", "slice", "gather")  # These read as much as they give.
+
+
+def count(text: str, trips: int = 1) -> Work:
+  """Counts products and bytes of a compiled program, on one device.
+
+  A fusion reads its operands and writes its results once; of an operand of which it takes slices,
+  it reads these. Products inside kernels of other makers (custom calls) are not seen.
+
+  Args:
+    text: of the program, `compiled.as_text()`.
+    trips: how often a loop runs whose number of trips the program computes.
+
+  Example:
+    >>> x = jax.ShapeDtypeStruct((4, 8), jnp.float32)
+    >>> compiled = jax.jit(lambda x: x @ x.T).lower(x).compile()
+    >>> count(compiled.as_text()).flops
+    256
+  """
+  module = texts.read(text)
+  flops = moved = unknown = 0
+  for step in texts.steps(module, trips):
+    flops += step.times * products(step.op, step.within)
+    if not step.fused:
+      moved += step.times * _moved(module, step.within, step.op)
+    if step.op.kind == "while":
+      unknown += texts.loop(module, step.within, step.op) is None
+  return Work(flops, moved, unknown)
+
+
+def products(op: Op, within: dict[str, Op]) -> int:
+  """Returns the floating-point operations of a product of matrices or a convolution; else 0."""
+  if op.kind not in ("dot", "convolution"):
+    return 0
+  left, right = (within[name].shapes[0] for name in op.operands[:2])
+  out = op.shapes[0]
+  if op.kind == "dot":
+    found = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", op.attributes)
+    axes = [int(i) for i in found[1].split(",") if i] if found else []
+    return 2 * out.entries * int(np.prod([left.sizes[i] for i in axes], dtype=np.int64))
+  return 2 * _convolved(op, left, right, out)
+
+
+def _convolved(op: Op, left: Shape, right: Shape, out: Shape) -> int:
+  """Multiplications of a convolution: holes and borders, where there is nothing, do not count."""
+  names = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", op.attributes)
+  if names is None:
+    raise ValueError(f"convolution {op.name!r} has no dim_labels: {op.attributes[:200]!r}.")
+  inputs, kernel, outputs = names.groups()
+  total = out.sizes[outputs.index("b")] * out.sizes[outputs.index("f")]
+  total *= right.sizes[kernel.index("i")]
+  for i in range(len(outputs) - 2):
+    spatial = [
+      t.sizes[n.index(str(i))] for t, n in ((left, inputs), (right, kernel), (out, outputs))
+    ]
+    total *= _met(*spatial, **_window(op.attributes, i))
+  return total
+
+
+def _window(attributes: str, axis: int) -> dict[str, int]:
+  """How a convolution goes along one axis."""
+  found = re.search(r"(?:^|, )window=\{([^}]*)\}", attributes)
+  told = dict(re.findall(r"(\w+)=(\S+)", found[1])) if found else {}
+  own = {
+    key: told[key].split("x")[axis]
+    for key in ("stride", "pad", "lhs_dilate", "rhs_dilate")
+    if key in told
+  }
+  return {
+    "stride": int(own.get("stride", 1)),
+    "before": int(own.get("pad", "0_0").split("_")[0]),
+    "spread": int(own.get("lhs_dilate", 1)),
+    "apart": int(own.get("rhs_dilate", 1)),
+  }
+
+
+def _met(
+  size: int, window: int, out: int, *, stride: int, before: int, spread: int, apart: int
+) -> int:
+  """Counts the pairs of a place of the output and one of the window that meet an entry."""
+  last = (size - 1) * spread
+  if window > out:  # The longer of the two goes into the array.
+    places = np.arange(window) * apart - before
+    steps = [int(o) * stride for o in range(out)]
+  else:
+    places = np.arange(out) * stride - before
+    steps = [int(w) * apart for w in range(window)]
+  at = (places + step for step in steps)
+  return sum(int(((p >= 0) & (p <= last) & (p % spread == 0)).sum()) for p in at)
+
+
+def _moved(module: Module, within: dict[str, Op], op: Op) -> int:
+  """Bytes of main memory that an operation reads and writes."""
+  if op.kind in _FREE:
+    return 0
+  given = [within[name].shapes for name in op.operands if name in within]
+  if op.kind == "fusion":
+    inner = module.computations[texts.attribute(op, "calls")]
+    read = sum(min(_main(shapes), _read(module, inner, i)) for i, shapes in enumerate(given))
+    return read + _written(inner, op)
+  if op.kind in _PARTS:
+    return _main(op.shapes) + min(_main(given[0]), sum(s.bytes for s in op.shapes))
+  if op.kind == "slice-start":
+    return _main(op.shapes[1:2]) + min(_main(given[0]), op.shapes[1].bytes)
+  if op.kind == "copy-start":
+    return _main(op.shapes[:1]) + _main(given[0])
+  if op.kind == "dynamic-update-slice":
+    return _main(given[1]) + min(_main(op.shapes), sum(s.bytes for s in given[1]))
+  if traffic.kind_of(op) is not None and op.kind.endswith("-start"):
+    whole = 2 if op.kind != "all-gather-start" else 1
+    return whole * sum(_main(shapes) for shapes in given)
+  return _main(op.shapes) + sum(_main(shapes) for shapes in given)
+
+
+def _main(shapes: tuple[Shape, ...]) -> int:
+  return sum(s.bytes for s in shapes if s.space == 0)
+
+
+def _read(module: Module, inner: dict[str, Op], position: int) -> int:
+  """Bytes that a fusion reads of an operand."""
+  name = next(
+    op.name for op in inner.values() if op.kind == "parameter" and op.operands[0] == str(position)
+  )
+  whole, total, todo = sum(s.bytes for s in inner[name].shapes), 0, [name]
+  while todo:
+    own = todo.pop()
+    for user in inner.values():
+      if user.kind in ("parameter", "constant") or own not in user.operands:
+        continue
+      at = user.operands.index(own)
+      if user.kind == "bitcast":
+        todo.append(user.name)
+      elif user.kind in _PARTS and at == 0:
+        total += sum(s.bytes for s in user.shapes)
+      elif user.kind == "dynamic-update-slice" and at == 0:
+        continue  # What is not written stays where it is.
+      elif user.kind == "fusion":
+        total += _read(module, module.computations[texts.attribute(user, "calls")], at)
+      else:
+        return whole
+  return min(total, whole)
+
+
+def _written(inner: dict[str, Op], op: Op) -> int:
+  """Bytes that a fusion writes: where it replaces a slice of an operand, that slice."""
+  root = next(o for o in inner.values() if o.root)
+  parts = [inner[name] for name in root.operands] if root.kind == "tuple" else [root]
+  if len(parts) != len(op.shapes):
+    return _main(op.shapes)
+  total = 0
+  for part, shape in zip(parts, op.shapes, strict=True):
+    while part.kind == "bitcast":
+      part = inner[part.operands[0]]
+    own = shape.bytes
+    if part.kind == "dynamic-update-slice":
+      own = sum(s.bytes for s in inner[part.operands[1]].shapes)
+    total += own if shape.space == 0 else 0
+  return total
