@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from jaxmerge import mesh as meshes
 from jaxmerge import tree
 from jaxmerge.io import folder, safetensors
-from jaxmerge.models import decoder, llama
+from jaxmerge.models import decoder_config, llama
 
 TINY = pathlib.Path(__file__).parent / "fixtures" / "tiny_decoders"
 NAMES = sorted(path.name for path in TINY.iterdir())
@@ -171,6 +171,52 @@ def test_drawn_parameters_have_the_names_and_shapes_of_files():
     tree.check_same(drawn, params, left="drawn", right="loaded")
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_exported_folders_are_read_back(tmp_path, name):
+  config, params = llama.load(TINY / name)
+  out = llama.export(tmp_path / "out", config, params, readme="Made.")
+  found, again = llama.load(out)
+  assert found == config
+  jax.tree.map(np.testing.assert_array_equal, again, params)
+  tensors, theirs = folder.load(out)[0], folder.load(TINY / name)[0]
+  assert {n: x.tobytes() for n, x in tensors.items()} == {n: x.tobytes() for n, x in theirs.items()}
+
+
+def test_what_no_kind_of_decoder_has_is_not_exported(tmp_path):
+  config, params = llama.load(TINY / "qwen3")
+  odd = config._replace(qkv_bias=True)
+  with pytest.raises(ValueError, match="no kind of decoder among llama, qwen2, qwen3 has all opt"):
+    llama.export(tmp_path / "out", odd, params)
+  with pytest.raises(ValueError, match=r"'head/kernel' is in the parameters but not in the config"):
+    llama.export(tmp_path / "out", config._replace(tied=True), params)
+  assert not (tmp_path / "out").exists()
+
+
+FIELDS = {"vocab_size": 8, "hidden_size": 8, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1}
+FIELDS |= {"head_size": 4, "intermediate_size": 8}
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    ({"hiden_size": 8}, "config.model: unknown field 'hiden_size'; did you mean 'hidden_size'"),
+    ({"num_layers": None}, "config.model: missing num_layers"),
+    ({"num_layers": 2.0}, "config.model: num_layers must be a positive int, got 2.0"),
+    ({"epsilon": 0}, "config.model: epsilon must be a positive number, got 0"),
+    ({"tied": 1}, "config.model: tied must be true or false, got 1"),
+    ({"rotary": 1e4}, "config.model.rotary must be a group of fields, got 10000.0"),
+    ({"rotary": {"low": "1"}}, "config.model.rotary: low must be a positive number, got '1'"),
+    ({"num_kv_heads": 3}, "num_heads 2 is no multiple of num_kv_heads 3"),
+    ({"head_size": 3}, "rotary positions need heads of even size, got head_size 3"),
+    ({"remat": "yes"}, "config.model: remat must be true or false, got 'yes'"),
+  ],
+)
+def test_fields_that_make_no_decoder_are_refused(change, message):
+  given = {k: v for k, v in {**FIELDS, **change}.items() if v is not None}
+  with pytest.raises(ValueError, match=message):
+    llama.of_fields(given)
+
+
 def changed(tmp_path, **settings):
   """A copy of a model whose config says something else."""
   out = tmp_path / "model"
@@ -235,5 +281,5 @@ def test_older_configs_have_the_positions_elsewhere():
   old["rope_scaling"] = {"type": "linear", "factor": 2.0}
   new = {k: v for k, v in old.items() if not k.startswith("rope")}
   new["rope_parameters"] = {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5}
-  assert decoder.config_from(old) == decoder.config_from(new)
-  assert decoder.config_from(old).rotary == decoder.Rotary(5e5, 2.0)
+  assert decoder_config.config_from(old) == decoder_config.config_from(new)
+  assert decoder_config.config_from(old).rotary == decoder_config.Rotary(5e5, 2.0)

@@ -1,4 +1,4 @@
-"""The layers of a Llama-like decoder in Flax, and their sizes.
+"""The layers of a Llama-like decoder in Flax.
 
 RMS norms before each block, rotary positions, grouped-query attention and SwiGLU, as in Touvron et
 al. 2023 (arXiv:2307.09288); options make it Qwen2, Qwen3 or SmolLM2. The layers are one scan: their
@@ -7,11 +7,7 @@ leaves are stacked, [layers, ...], and a program does not grow with their number
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import (
-  Any,
-  NamedTuple,
-)  # Settings are what JSON holds; a dtype is what jax takes as one.
+from typing import Any  # A dtype is what jax takes as one.
 
 import flax.linen as nn
 import jax
@@ -19,148 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Integer
 
-
-class Rotary(NamedTuple):
-  """How positions turn queries and keys.
-
-  Attributes:
-    theta: base of the wavelengths.
-    factor: by how much positions are stretched; 1: not at all.
-    low: wavelengths above original / low are stretched by `factor`,
-    high: those below original / high are not, and between them in part; None: all are stretched.
-    original: number of positions before they were stretched.
-  """
-
-  theta: float = 10000.0
-  factor: float = 1.0
-  low: float | None = None
-  high: float | None = None
-  original: float | None = None
-
-
-class Config(NamedTuple):
-  """The sizes and options of a decoder, as in its config.json.
-
-  Attributes:
-    vocab_size: V.
-    hidden_size: D.
-    num_layers: L.
-    num_heads: heads of queries.
-    num_kv_heads: heads of keys and values; it divides that of queries.
-    head_size: of one head.
-    intermediate_size: F, between the matrices of a layer's MLP.
-    epsilon: of the norms.
-    rotary: of the positions.
-    tied: the head is the embedding.
-    qkv_bias: queries, keys and values have a bias.
-    output_bias: the output of attention has one.
-    mlp_bias: the matrices of the MLP have one.
-    head_norm: queries and keys are normalised, head by head.
-  """
-
-  vocab_size: int
-  hidden_size: int
-  num_layers: int
-  num_heads: int
-  num_kv_heads: int
-  head_size: int
-  intermediate_size: int
-  epsilon: float = 1e-6
-  rotary: Rotary = Rotary()
-  tied: bool = False
-  qkv_bias: bool = False
-  output_bias: bool = False
-  mlp_bias: bool = False
-  head_norm: bool = False
-
-
-_SIZES = {
-  "vocab_size": "vocab_size",
-  "hidden_size": "hidden_size",
-  "num_layers": "num_hidden_layers",
-  "num_heads": "num_attention_heads",
-  "intermediate_size": "intermediate_size",
-}
-KINDS = ("llama", "qwen2", "qwen3")
-
-
-def config_from(settings: Mapping[str, Any], where: str = "config.json") -> Config:
-  """Reads sizes and options from the contents of a config.json.
-
-  Raises:
-    ValueError: for a missing or impossible size, or a kind of decoder that this is not.
-  """
-  kind = settings.get("model_type")
-  if kind not in KINDS:
-    raise ValueError(f"{where}: model_type must be one of {', '.join(KINDS)}, got {kind!r}.")
-  for key, value in {"hidden_act": "silu", "use_sliding_window": False}.items():
-    if settings.get(key, value) != value:
-      raise ValueError(f"{where}: {key} is {settings[key]!r}; this decoder has {value!r} only.")
-  others = sorted({str(t) for t in settings.get("layer_types") or ()} - {"full_attention"})
-  if others:
-    raise ValueError(
-      f"{where}: layer_types has {others[0]!r}; this decoder has full_attention only."
-    )
-  sizes = {ours: _count(settings, theirs, where) for ours, theirs in _SIZES.items()}
-  heads, width = sizes["num_heads"], sizes["hidden_size"]
-  key_heads = _count(settings, "num_key_value_heads", where, heads)
-  if heads % key_heads:
-    raise ValueError(
-      f"{where}: num_attention_heads {heads} is no multiple of num_key_value_heads {key_heads}."
-    )
-  if settings.get("head_dim") is None and width % heads:
-    raise ValueError(f"{where}: hidden_size {width} is no multiple of num_attention_heads {heads}.")
-  head_size = _count(settings, "head_dim", where, width // heads)
-  if head_size % 2:
-    raise ValueError(f"{where}: rotary positions need heads of even size, got {head_size}.")
-  biased = bool(settings.get("attention_bias", False))
-  return Config(
-    **sizes,
-    num_kv_heads=key_heads,
-    head_size=head_size,
-    epsilon=_number(settings.get("rms_norm_eps", 1e-6), "rms_norm_eps", where),
-    rotary=_rotary(settings, where),
-    tied=bool(settings.get("tie_word_embeddings", False)),
-    qkv_bias=biased or kind == "qwen2",
-    output_bias=biased and kind != "qwen2",
-    mlp_bias=bool(settings.get("mlp_bias", False)),
-    head_norm=kind == "qwen3",
-  )
-
-
-def _count(settings: Mapping[str, Any], key: str, where: str, default: int | None = None) -> int:
-  value = settings.get(key)
-  if value is None:
-    if default is None:
-      raise ValueError(f"{where}: missing {key}.")
-    return default
-  if type(value) is not int or value <= 0:
-    raise ValueError(f"{where}: {key} must be a positive int, got {value!r}.")
-  return value
-
-
-def _number(value: Any, key: str, where: str) -> float:
-  if type(value) not in (int, float) or value <= 0:
-    raise ValueError(f"{where}: {key} must be a positive number, got {value!r}.")
-  return float(value)
-
-
-def _rotary(settings: Mapping[str, Any], where: str) -> Rotary:
-  """Reads how positions turn: from one record in newer files, from two places in older ones."""
-  own = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
-  kind = own.get("rope_type", own.get("type", "default"))
-  theta = own.get("rope_theta", settings.get("rope_theta", 10000.0))
-  rotary = Rotary(_number(theta, "rope_theta", where))
-  if kind == "default":
-    return rotary
-  if kind not in ("linear", "llama3"):
-    known = "default, linear, llama3"
-    raise ValueError(f"{where}: rope_type must be one of {known}, got {kind!r}.")
-  needed = {"factor": "factor"}
-  if kind == "llama3":
-    needed |= {"low": "low_freq_factor", "high": "high_freq_factor"}
-    needed |= {"original": "original_max_position_embeddings"}
-  return rotary._replace(**{n: _number(own.get(key), key, where) for n, key in needed.items()})
+from jaxmerge.models.decoder_config import Config
 
 
 def frequencies(config: Config) -> np.ndarray:

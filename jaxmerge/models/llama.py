@@ -6,9 +6,10 @@ of `layers/mlp/up/kernel`, [L, D, F], is the transpose of `model.layers.k.mlp.up
 
 from __future__ import annotations
 
+import json
 import pathlib
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast  # Parameters are a nested dict of arrays.
 
 import jax
@@ -22,9 +23,9 @@ from jaxmerge import mesh as meshes
 from jaxmerge import tree
 from jaxmerge.io import atomic, safetensors, tensor
 from jaxmerge.io import folder as folder_lib
-from jaxmerge.models import decoder, names
+from jaxmerge.models import decoder, decoder_config, names
 
-Config = decoder.Config
+Config = decoder_config.Config
 Params = dict[str, Any]
 Ids = Integer[Array | np.ndarray, "B T"]
 Apply = Callable[..., Float[Array, "B T V"]]
@@ -88,6 +89,35 @@ def apply(config: Config, dtype: Any = jnp.float32, *, remat: bool = False) -> A
   return logits
 
 
+def of_fields(fields: Mapping[str, Any], dtype: Any = jnp.float32) -> tuple[Config, Apply]:
+  """Returns the decoder that an experiment's config describes: its config, and (params, ids, head).
+
+  The model takes rows of token ids [B, T] and no head, and gives logits [B, T, V] in float32.
+
+  >>> sizes = dict(vocab_size=256, hidden_size=8, num_layers=1, num_heads=2, num_kv_heads=1)
+  >>> config, model = of_fields(dict(sizes, head_size=4, intermediate_size=8, remat=True))
+  >>> shape = jax.eval_shape(lambda: model(init(config, jax.random.key(0)), jnp.zeros((2, 3), int)))
+  >>> shape.shape
+  (2, 3, 256)
+
+  Args:
+    fields: those of `Config` by name, and `remat`, as in `apply`.
+    dtype: of products.
+  """
+  own = dict(fields)
+  remat = own.pop("remat", False)
+  if not isinstance(remat, bool):
+    raise ValueError(f"config.model: remat must be true or false, got {remat!r}.")
+  config = decoder_config.config_of(own)
+  logits = apply(config, dtype, remat=remat)
+
+  def model(params: Params, ids: Ids, head: Any = None) -> Float[Array, "B T V"]:
+    del head  # It is among the parameters.
+    return logits(params, ids)
+
+  return config, model
+
+
 def load(
   folder: str | pathlib.Path,
   *,
@@ -110,7 +140,7 @@ def load(
     FileNotFoundError: where the folder or a file is missing.
     ValueError: naming the tensor that is missing, unknown, of a wrong shape, or not finite.
   """
-  config = decoder.config_from(folder_lib.config(folder), where=f"{folder}/config.json")
+  config = decoder_config.config_from(folder_lib.config(folder), where=f"{folder}/config.json")
   places = folder_lib.entries(folder)
   rules = _rules(config)
   _check(config, rules, {n: entry for n, (_, entry) in places.items()}, str(folder))
@@ -165,9 +195,7 @@ def save(
     if name not in homes:
       return safetensors.one(path, name, entry)
     rule, k = homes[name]
-    leaf = leaves[rule.ours]
-    x = np.asarray(leaf[k] if _is_stacked(rule) else leaf)
-    return (x.T if rule.transposed else x).astype(entry.dtype, copy=False)
+    return _theirs(leaves[rule.ours], rule, k).astype(entry.dtype, copy=False)
 
   with atomic.folder(folder, replace=replace) as beside:
     folder_lib.surround(beside, source, readme)
@@ -179,6 +207,50 @@ def save(
     if (index := pathlib.Path(source) / folder_lib.INDEX).is_file():
       shutil.copyfile(index, beside / folder_lib.INDEX)
   return pathlib.Path(folder)
+
+
+def export(
+  folder: str | pathlib.Path,
+  config: Config,
+  params: Params,
+  *,
+  max_positions: int = 2048,
+  readme: str | None = None,
+  replace: bool = False,
+) -> pathlib.Path:
+  """Writes a Hugging Face folder of a decoder that comes from no folder: `load` reads it back.
+
+  Raises:
+    ValueError: for parameters that are not the config's, or options that no kind of decoder has.
+  """
+  settings = decoder_config.settings_of(config, max_positions=max_positions)
+  abstract = jax.eval_shape(lambda: init(config, jax.random.key(0)))
+  tree.check_same(abstract, params, left="the config", right="the parameters", dtype=False)
+  leaves = tree.named(params)
+
+  def tensors() -> Iterator[tuple[str, np.ndarray]]:
+    for rule in _rules(config):
+      for k, one in enumerate(names.expand([rule], config.num_layers)):
+        yield one.theirs, _theirs(leaves[rule.ours], rule, k)
+
+  kinds: dict[str, tuple[np.dtype, tuple[int, ...]]] = {}
+  for rule in _rules(config):
+    leaf = leaves[rule.ours]
+    shape = leaf.shape[1:] if _is_stacked(rule) else leaf.shape
+    own = (np.dtype(leaf.dtype), shape[::-1] if rule.transposed else shape)
+    kinds |= {one.theirs: own for one in names.expand([rule], config.num_layers)}
+  with atomic.folder(folder, replace=replace) as beside:
+    (beside / folder_lib.CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
+    safetensors.write(beside / folder_lib.WEIGHTS, kinds, tensors(), {"format": "pt"})
+    if readme is not None:
+      (beside / folder_lib.README).write_text(readme, encoding="utf-8")
+  return pathlib.Path(folder)
+
+
+def _theirs(leaf: Any, rule: names.Rule, layer: int) -> np.ndarray:
+  """Returns the tensor of a file from a leaf: the layer's own, turned as the rule says."""
+  x = np.asarray(leaf[layer] if _is_stacked(rule) else leaf)
+  return np.ascontiguousarray(x.T) if rule.transposed else x
 
 
 def _rules(config: Config) -> tuple[names.Rule, ...]:
