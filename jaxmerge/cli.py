@@ -167,6 +167,18 @@ def parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
   diff.add_argument("--top", metavar="N", type=int, default=16, help="how many; 16 if not given")
   diff.add_argument("--out", metavar="FOLDER", help="write diff.json and plots into it")
 
+  about = (
+    "compile the programs of a config for TPUs, without one: do they fit, how fast can they be"
+  )
+  compiles = every.add_parser("compile", help=about, description=f"{about.capitalize()}.")
+  what = "an experiment, or a merge"
+  compiles.add_argument("--config", required=True, metavar="FILE", help=what)
+  which = "chips and their shape: v5e:4x4, v5p:4x4x4"
+  compiles.add_argument("--topology", required=True, metavar="NAME", help=which)
+  many = "so many slices of that shape"
+  compiles.add_argument("--slices", type=int, default=1, metavar="N", help=many)
+  compiles.add_argument("--json", action="store_true", help="print JSON")
+
   about = "list the merging methods: formula, settings, paper"
   every.add_parser("methods", help=about, description=f"{about.capitalize()}.")
   for command in (top, *every.choices.values()):
@@ -222,6 +234,11 @@ def _config(options: argparse.Namespace, changes: Sequence[tuple[str, str]]) -> 
     from jaxmerge import configuring
 
     return configuring.bench(options.config, changes)
+  if options.command == "compile":
+    from jaxmerge import chips, compile_config
+
+    chips.named(options.topology, options.slices)  # A wrong name is told first.
+    return compile_config.load(options.config, changes)
   if changes:
     raise ValueError(f"--config.{changes[0][0]}: the command {options.command!r} has no config.")
   return None

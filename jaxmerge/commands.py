@@ -42,6 +42,29 @@ def bench(options: argparse.Namespace, config: Any) -> None:
   print(f"leaderboard: {pathlib.Path(options.workdir) / 'leaderboard.md'}")
 
 
+def compile(options: argparse.Namespace, config: Any) -> None:
+  """Compiles the programs of a config for TPUs, and prints what they need and how fast they can be.
+
+  Raises:
+    ValueError: with the reason, where one of them does not fit.
+  """
+  from jaxmerge import chips
+
+  chips.set_environment()
+  from jaxmerge import compiling
+  from jaxmerge.report import needs, tables
+
+  place = chips.named(options.topology, options.slices)
+  plain = json.loads(config.to_json())
+  record = compiling.run(plain, place, lambda own: progress.say(needs.line(own)))
+  if options.json:
+    print(json.dumps(record, indent=2))
+  else:
+    print(tables.to_text(needs.memory(record)), tables.to_text(needs.traffic(record)), sep="\n")
+  if bad := [own for own in record["programs"] if not own["fits"]]:
+    raise ValueError(f"{bad[0]['name']} does not fit {options.topology}: {bad[0]['reason']}")
+
+
 def fake_devices(count: int | None) -> None:
   """Asks for `count` devices on the CPU, before jax starts; the user's own flags stay.
 

@@ -83,22 +83,7 @@ def bench(path: str, changes: Sequence[tuple[str, str]] = ()) -> ConfigDict:
   method of that name, or of the one under `name`: a tuple is a list of values to try. `changes` are
   changes of the experiment's config.
   """
-  config = read(path)
-  for key, text in changes:
-    if key not in BENCH:
-      raise ValueError(f"{path}: unknown key 'config.{key}'{catalog.nearest(key, BENCH)}.")
-    value = parse(text, BENCH[key], key, path)
-    with config.ignore_type():
-      config[key] = ConfigDict(value) if isinstance(value, dict) else value
-  for key in config:
-    if key not in BENCH:
-      raise ValueError(f"{path}: unknown key 'config.{key}'{catalog.nearest(key, BENCH)}.")
-  for key, kind_ in BENCH.items():
-    if key not in config:
-      raise ValueError(f"{path}: the key 'config.{key}' is missing; it must be there.")
-    value = dict(config[key]) if isinstance(config[key], ConfigDict) else config[key]
-    if not _fits(value, kind_):
-      raise _wrong(key, repr(value), kind_, path, "")
+  config = of_scheme(path, BENCH, changes)
   if config.seeds < 1:
     raise ValueError(f"{path}: config.seeds must be at least 1, got {config.seeds}.")
   for name, own in config.methods.items():
@@ -114,9 +99,35 @@ def bench(path: str, changes: Sequence[tuple[str, str]] = ()) -> ConfigDict:
       raise ValueError(f"{where}: {word} does not merge the task vectors of any number of models.")
     for key, value in settings_.items():
       for one in value if isinstance(value, tuple | list) else (value,):
-        _check_method({"name": word, key: one}, where)
+        check_method({"name": word, key: one}, where)
   of_bench(config, path, 0)
   return config.lock()
+
+
+def of_scheme(
+  path: str, scheme: Mapping[str, Any], changes: Sequence[tuple[str, str]]
+) -> ConfigDict:
+  """Reads a config that has these keys and no others, and changes it."""
+  config = read(path)
+  for key, text in changes:
+    group, _, last = key.partition(".")
+    if group not in scheme or (last and last not in config.get(group, {})):
+      known = [*scheme, *flat(config)]
+      raise ValueError(f"{path}: unknown key 'config.{key}'{catalog.nearest(key, known)}.")
+    value = parse(text, type(config[group][last]) if last else scheme[key], key, path)
+    with config.ignore_type():
+      place = config[group] if last else config
+      place[last or key] = ConfigDict(value) if isinstance(value, dict) else value
+  for key in config:
+    if key not in scheme:
+      raise ValueError(f"{path}: unknown key 'config.{key}'{catalog.nearest(key, scheme)}.")
+  for key, kind_ in scheme.items():
+    if key not in config:
+      raise ValueError(f"{path}: the key 'config.{key}' is missing; it must be there.")
+    value = dict(config[key]) if isinstance(config[key], ConfigDict) else config[key]
+    if not _fits(value, kind_):
+      raise _wrong(key, repr(value), kind_, path, "")
+  return config
 
 
 def of_bench(config: Mapping[str, Any] | ConfigDict, source: str, seed: int) -> ConfigDict:
@@ -174,14 +185,14 @@ def check(config: ConfigDict, source: str) -> None:
   if missing:
     raise ValueError(f"{source}: the key 'config.{missing[0]}' is missing; it must be there.")
   _check_loop({key: config[key] for key in LOOP}, source)
-  _check_method(dict(config.method), f"{source}: config.method")
+  check_method(dict(config.method), f"{source}: config.method")
   for name, own in config.baselines.items():
     _check_group(own, f"baselines.{name}", source)
     if name in ("multitask", "experts") or name.startswith("experts_"):
       _check_changes(config, own, LOOP, f"{source}: config.baselines.{name}")
     else:
       rest = {k: v for k, v in own.items() if k != "scales"}
-      _check_method({"name": name, **rest}, f"{source}: config.baselines")
+      check_method({"name": name, **rest}, f"{source}: config.baselines")
   for name, own in config.also.items():
     if not name.startswith("atm_"):
       raise ValueError(
@@ -336,7 +347,8 @@ def _check_loop(values: Mapping[str, Any], source: str) -> None:
     raise ValueError(f"{source}: config.{e}") from e
 
 
-def _check_method(given: Mapping[str, Any], where: str) -> None:
+def check_method(given: Mapping[str, Any], where: str) -> None:
+  """Raises ValueError for a method that there is not, or settings that it does not have."""
   own = dict(given)
   try:
     catalog.check(own.pop("name"), own)

@@ -61,6 +61,7 @@ class Run(NamedTuple):
   nonfinite: bool
   measured: Callable[[str, int], None]
   counted: Callable[[int], Any]
+  call: Callable[..., Any]
 
 
 class Form(NamedTuple):

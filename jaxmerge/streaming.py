@@ -44,6 +44,7 @@ def stream(
   done: Collection[str] = (),
   nonfinite: bool = False,
   measured: Callable[[str, int], None] = lambda name, count: None,
+  call: Callable[..., Any] = lambda program, *given, **static: program(*given, **static),
 ) -> None:
   """Merges slice by slice: for each, write(name, start, merged entries [n]) is called.
 
@@ -63,6 +64,7 @@ def stream(
     done: names of leaves whose result is there already: they are measured, not written.
     nonfinite: whether NaN and infinity are let pass.
     measured: called with a leaf's name and a number of its entries that a statistic has seen.
+    call: calls the compiled programs, (program, *arguments, **static), for who wants to see them.
   """
   shapes = {n: s.shape for n, s in sorted(source.leaves.items()) if tree.is_floating(s)}
   if ready is None:
@@ -74,7 +76,19 @@ def stream(
   # Most slices are as long as others: their places are put on the device once.
   counted = functools.lru_cache(2)(lambda n: jax.device_put(np.arange(n, dtype=np.uint32)[None]))
   run = Run(
-    method, source, shapes, ready, names, layout, entries, offsets, {}, nonfinite, measured, counted
+    method,
+    source,
+    shapes,
+    ready,
+    names,
+    layout,
+    entries,
+    offsets,
+    {},
+    nonfinite,
+    measured,
+    counted,
+    call,
   )
   for leaves in _together(run):
     left = [name for name in leaves if name not in done]
@@ -158,9 +172,9 @@ def _knowledge(run: Run, leaves: Sequence[str], before: Any = None) -> tuple[Any
 
 def _result(run: Run, name: str, parts: Parts, known: tuple[Any, ...], form: Form) -> np.ndarray:
   """A slice of the result, [n]."""
-  seen = _ranked(parts, slicing.known_of(run, name, known), run.method, form)
+  seen = _ranked(run, parts, slicing.known_of(run, name, known), run.method, form)
   dtype = run.source.leaves[name].dtype
-  out = np.asarray(kernels.merged(parts, seen, method=run.method, form=form, dtype=dtype))
+  out = np.asarray(run.call(kernels.merged, parts, seen, method=run.method, form=form, dtype=dtype))
   memory.refuse_height(name, out.shape[0])
   return out[0]
 
@@ -200,8 +214,8 @@ def _sum(run: Run, members: Sequence[str], i: int, statistic: Sum, known: Any, o
   static = {"before": run.method[:i], "step": run.method[i], "statistic": statistic}
   combine = np.add if statistic.combine is jnp.add else jax.jit(statistic.combine)
   for name, _, parts, form in slicing.slices(run, members, BLOCK):
-    seen = _ranked(parts, slicing.known_of(run, name, known), run.method[:i], form)
-    each = kernels.partial_sum(parts, seen, own, form=form, **static)
+    seen = _ranked(run, parts, slicing.known_of(run, name, known), run.method[:i], form)
+    each = run.call(kernels.partial_sum, parts, seen, own, form=form, **static)
     dtypes = jax.tree.map(lambda x: x.dtype, each)
     each = jax.device_get(each)  # Before the next slice is read to where this one lies.
     each = jax.tree.map(_wide, each) if combine is np.add else each
@@ -227,19 +241,19 @@ def _numbers(
   ) -> tuple[Parts, dict[str, Any]]:
     parts = slicing.read(run, name, start, stop, ahead=ahead)
     form = slicing.form_of(run, name)
-    seen = _ranked(parts, slicing.known_of(run, name, known), run.method[:i], form)
+    seen = _ranked(run, parts, slicing.known_of(run, name, known), run.method[:i], form)
     return parts, {"known": seen, "form": form, **static}
 
   def picked(name: str, start: int, parts: Parts, told: Any, columns: np.ndarray) -> np.ndarray:
     if told["form"].shape is not None:  # Stages need whole rows.
-      return np.asarray(kernels.patterns(parts, **told))[:, columns]
+      return np.asarray(run.call(kernels.patterns, parts, **told))[:, columns]
     found = []
     for at in range(0, len(columns), PICKED):
       own = np.zeros(PICKED, np.int64)
       count = min(PICKED, len(columns) - at)
       own[:count] = columns[at : at + count]
       few = slicing.picked(run, name, start, parts, own)
-      found.append(np.asarray(kernels.patterns(few, **told))[:, :count])
+      found.append(np.asarray(run.call(kernels.patterns, few, **told))[:, :count])
     return np.concatenate(found, axis=1)
 
   def sample() -> tuple[np.ndarray, np.ndarray]:
@@ -260,7 +274,7 @@ def _numbers(
     for name, start, stop in ranges:
       parts, told = read(name, start, stop)
       above, within, near = jax.device_get(
-        kernels.sides(parts, bracket=bracket, single=single, **told)
+        run.call(kernels.sides, parts, bracket=bracket, single=single, **told)
       )
       position = int(parts.offsets[i]) + start
       pick = functools.partial(picked, name, start, parts, told)
@@ -269,15 +283,19 @@ def _numbers(
 
   def whole(which: int) -> tuple[int, np.ndarray]:
     parts, told = read(*ranges[which])
-    return int(parts.offsets[i]) + ranges[which][1], np.asarray(kernels.patterns(parts, **told))
+    return int(parts.offsets[i]) + ranges[which][1], np.asarray(
+      run.call(kernels.patterns, parts, **told)
+    )
 
   return ranking.Numbers(size, sample, scan, whole)
 
 
-def _ranked(parts: Parts, known: tuple[Any, ...], method: Method, form: Form) -> tuple[Any, ...]:
+def _ranked(
+  run: Run, parts: Parts, known: tuple[Any, ...], method: Method, form: Form
+) -> tuple[Any, ...]:
   """Adds ranks in rows to what stages know, where the host sorts faster than the device."""
   for i, (step, acting) in enumerate(zip(method, form.acts, strict=False)):
     if step.ranked and acting and jax.default_backend() == "cpu":
-      bits = np.asarray(kernels.magnitudes(parts, known, before=method[:i], form=form))
+      bits = np.asarray(run.call(kernels.magnitudes, parts, known, before=method[:i], form=form))
       known = (*known[:i], {**known[i], "ranks": ranking.ranks(bits)}, *known[i + 1 :])
   return known

@@ -25,7 +25,16 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # A room imports only rooms on floors below its own, or beside it.
 FLOORS = {
   6: {"cli", "commands", "progress", "__main__"},
-  5: {"experiment", "benching", "problems", "configuring", "workdir"},
+  5: {
+    "experiment",
+    "benching",
+    "problems",
+    "configuring",
+    "workdir",
+    "shaping",
+    "compiling",
+    "compile_config",
+  },
   4: {
     "atm",
     "judging",
@@ -69,6 +78,8 @@ FLOORS = {
     "views",
     "mesh",
     "hlo",
+    "chips",
+    "roofline",
     "models",
     "collecting",
   },

@@ -1,0 +1,27 @@
+"""Merge of eight experts of 7 B parameters in memory, by TIES, on 16 chips of v5e: to compile.
+
+jaxmerge compile --config=configs/merge_7b.py --topology v5e:4x4
+"""
+
+from ml_collections import config_dict
+
+
+def get_config():
+  c = config_dict.ConfigDict()
+  c.models = 8  # experts, beside their base
+  c.dtype = "bfloat16"  # of all weights; the merge computes in float32
+  c.method = dict(name="task_arithmetic", scale=0.3)
+
+  # The decoder: fields of jaxmerge.models.decoder_config.Config. These sizes are Llama 2 7B's.
+  c.model = dict(
+    vocab_size=32000,
+    hidden_size=4096,
+    num_layers=32,
+    num_heads=32,
+    num_kv_heads=32,
+    head_size=128,
+    intermediate_size=11008,
+  )
+  c.mesh = dict(task=1, data=1, model=-1)  # -1: the devices that are left
+  c.entries = 2**20  # of a slice, where models are streamed through one device
+  return c.lock()

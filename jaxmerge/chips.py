@@ -1,0 +1,178 @@
+"""TPU chips and slices by name: their devices without one at hand, and how fast they can be.
+
+Peak numbers are per chip, from the pages of docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x};
+links of v4 are from Jouppi et al. 2023 (arXiv:2304.01433).
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.metadata
+import importlib.util
+import math
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple  # Any: devices of a topology are no `jax.Device`.
+
+GIB = 2**30
+# Before jax is imported: no TPU is looked for, several compilers may run side by side, and the
+# compiler does not complain of a machine that is none of Cloud's; what it compiles for is named.
+ENVIRONMENT = {
+  "TPU_SKIP_MDS_QUERY": "1",
+  "JAX_PLATFORMS": "cpu",
+  "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+  "TPU_WORKER_HOSTNAMES": "localhost",
+  "TPU_ACCELERATOR_TYPE": "v5litepod-16",
+}
+
+
+class Chip(NamedTuple):
+  """What one chip can do.
+
+  Attributes:
+    flops: bfloat16 operations per second.
+    memory: bytes of high-bandwidth memory.
+    bandwidth: of that memory, bytes per second.
+    links: bytes per second that all links to other chips send together.
+    ports: number of links.
+    outside: bytes per second to other slices, over the data centre's network; None: not published.
+    shapes: of slices, as documented.
+  """
+
+  flops: float
+  memory: int
+  bandwidth: float
+  links: float
+  ports: int
+  outside: float | None
+  shapes: tuple[str, ...]
+
+  @property
+  def ring(self) -> float:
+    """Bytes per second that a chip sends in a ring along one axis of the torus, both ways."""
+    return 2 * self.links / self.ports
+
+
+_FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+_CUBE = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16")
+_LARGE = (*_CUBE, "8x16x16", "16x16x16")
+CHIPS: Mapping[str, Chip] = {
+  "v4": Chip(275e12, 32 * GIB, 1200e9, 300e9, 6, None, _LARGE),
+  "v5e": Chip(197e12, 16 * GIB, 819e9, 200e9, 4, 6.4e12 / 8 / 256, _FLAT),
+  "v5p": Chip(459e12, 95 * GIB, 2765e9, 600e9, 6, None, (*_LARGE, "16x16x24")),
+  "v6e": Chip(918e12, 32 * GIB, 1638e9, 400e9, 4, 25.6e12 / 8 / 256, _FLAT),
+  "tpu7x": Chip(2307e12, 192 * GIB, 7380e9, 600e9, 6, None, _LARGE),
+}
+
+
+class Slice(NamedTuple):
+  """Chips of a kind in a shape, maybe several such slices: "v5e:4x4"."""
+
+  name: str
+  kind: str
+  sizes: tuple[int, ...]
+  slices: int
+
+  @property
+  def chip(self) -> Chip:
+    """What one of the chips can do."""
+    return CHIPS[self.kind]
+
+  @property
+  def chips(self) -> int:
+    """Number of chips, in all slices."""
+    return self.slices * math.prod(self.sizes)
+
+
+def named(name: str, slices: int = 1) -> Slice:
+  """Reads the name of a topology.
+
+  >>> named("v5p:4x4x8", slices=2).chips
+  256
+
+  Raises:
+    ValueError: for another name, with names that are good.
+  """
+  found = re.fullmatch(r"([a-z0-9]+):(\d+(?:x\d+)*)", name)
+  if found is None or found[1] not in CHIPS:
+    raise ValueError(f"there is no TPU topology {name!r}.{_near(name)} Names are {_names()}.")
+  if slices < 1:
+    raise ValueError(f"slices must be at least 1, got {slices}.")
+  kind, sizes = found[1], tuple(int(n) for n in found[2].split("x"))
+  shapes = CHIPS[kind].shapes
+  largest = max((tuple(map(int, s.split("x"))) for s in shapes), key=math.prod)
+  good = len(sizes) == len(largest) and all(0 < a <= b for a, b in zip(sizes, largest, strict=True))
+  even = sizes == (1, 1) or not (sizes[0] % 2 or sizes[1] % 2) if len(sizes) > 1 else False
+  if not (good and even):
+    raise ValueError(
+      f"there is no TPU topology {name!r}: {kind} has {len(largest)} axes of at most "
+      f"{'x'.join(map(str, largest))} chips, the first two even, such as "
+      f"{', '.join(f'{kind}:{s}' for s in shapes)}."
+    )
+  return Slice(name, kind, sizes, slices)
+
+
+def devices(place: Slice) -> list[Any]:
+  """Returns the devices of a slice, to compile for. No TPU is needed, but its compiler is.
+
+  Raises:
+    ValueError: where libtpu is not installed, or is not the one that this jax wants.
+  """
+  check_compiler()
+  from jax.experimental import topologies
+
+  options: dict[str, Any] = {"num_slices": place.slices} if place.slices > 1 else {}
+  if place.sizes == (1, 1):
+    options["chips_per_host_bounds"] = (1, 1, 1)
+  found = topologies.get_topology_desc(platform="tpu", topology_name=place.name, **options)
+  return list(found.devices)
+
+
+def check_compiler() -> None:
+  """Raises ValueError, with what to install, where there is no libtpu, or a wrong one."""
+  if importlib.util.find_spec("libtpu") is None:
+    raise ValueError("compiling for TPU needs libtpu: pip install 'jaxmerge[tpu]'.")
+  wanted = _wanted(importlib.metadata.requires("jax") or ())
+  own, jax = importlib.metadata.version("libtpu"), importlib.metadata.version("jax")
+  if (
+    wanted is not None and re.fullmatch(wanted.replace(".", r"\.").replace("*", ".*"), own) is None
+  ):
+    raise ValueError(
+      f"jax {jax} goes with libtpu {wanted}, but {own} is installed: pip install 'jax[tpu]=={jax}'."
+    )
+
+
+def set_environment() -> None:
+  """Sets what the TPU's compiler needs on a machine without TPU. Before jax is imported."""
+  os.environ.update(ENVIRONMENT)
+
+
+def _wanted(requirements: Iterable[str]) -> str | None:
+  """The version of libtpu in a package's requirements, such as "0.0.42.*"."""
+  for one in requirements:
+    if found := re.match(r"libtpu\s*==\s*([\d.*]+)", one):
+      return found[1]
+  return None
+
+
+def _names() -> str:
+  some = {kind: (chip.shapes[0], chip.shapes[-1]) for kind, chip in CHIPS.items()}
+  return ", ".join(f"{kind}:{a} to {kind}:{b}" for kind, (a, b) in some.items())
+
+
+def _near(name: str) -> str:
+  """A good name for one of Cloud's machine types, or a misspelt one."""
+  known = [f"{kind}:{shape}" for kind, chip in CHIPS.items() for shape in chip.shapes]
+  if found := re.fullmatch(r"(v4|v5p|v5e|v5litepod|v6e|tpu7x)-(\d+)", name.lower()):
+    kind = {"v5litepod": "v5e"}.get(found[1], found[1])
+    count = int(found[2]) // (2 if kind in ("v4", "v5p") else 1)  # Those count cores.
+    known = [n for n in known if n.startswith(f"{kind}:") and named(n).chips == count]
+    return f" Did you mean {known[-1]}?" if known else ""
+  close = difflib.get_close_matches(name, known, n=1)
+  return f" Did you mean {close[0]}?" if close else ""
+
+
+def crossing(axis_devices: Sequence[Any]) -> bool:
+  """Tells whether some devices lie in several slices."""
+  return len({getattr(d, "slice_index", None) or 0 for d in axis_devices}) > 1

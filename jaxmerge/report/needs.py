@@ -1,0 +1,74 @@
+"""Tables of what compiled programs need: memory, collectives, time at least. From plain records."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any  # A record is JSON, its values have no one type.
+
+from jaxmerge.report.tables import Cell, Table
+
+_KINDS = ("arguments", "outputs", "temporaries", "aliased", "total")
+_BOUNDS = {"products": "products", "memory": "memory", "links": "links", "outside": "network"}
+
+
+def line(program: Mapping[str, Any]) -> str:
+  """Returns one line about a program that has been compiled."""
+  seconds = program["seconds"]["compile"]
+  if not program["fits"]:
+    return f"{program['name']}: compiled in {seconds:.1f} s, and does not fit"
+  return f"{program['name']}: compiled in {seconds:.1f} s"
+
+
+def memory(record: Mapping[str, Any]) -> Table:
+  """Returns a row a program: bytes on each device by kind, compile time, least time of a run."""
+  limit = size(record["memory"])
+  head = ["Program", *(k.capitalize() for k in _KINDS[:-1]), f"Of {limit}", "Compile", "At least"]
+  rows = []
+  for own in record["programs"]:
+    cells = [Cell(own["name"])]
+    if "memory" in own:
+      cells += [Cell(size(own["memory"][kind])) for kind in _KINDS]
+    else:
+      cells += [Cell("")] * (len(_KINDS) - 1) + [Cell("does not fit")]
+    cells.append(Cell(f"{own['seconds']['compile']:.1f} s"))
+    times = own.get("times")
+    bound = f"{seconds(times['bound'])} ({_BOUNDS[times['by']]})" if times else ""
+    rows.append([*cells, Cell(bound)])
+  return Table(head, rows)
+
+
+def traffic(record: Mapping[str, Any]) -> Table:
+  """Returns a row for each program, kind of collective and axes: how often, and bytes sent."""
+  rows = []
+  for own in record["programs"]:
+    found = own.get("collectives")
+    if found == []:
+      rows.append([Cell(own["name"]), Cell("none"), Cell(""), Cell(""), Cell("")])
+    for one in found or ():
+      cells = [own["name"], one["kind"], ", ".join(one["axes"]), str(one["times"])]
+      rows.append([Cell(c) for c in (*cells, size(one["bytes_sent"]))])
+  return Table(["Program", "Collective", "Over", "Times", "Each device sends"], rows)
+
+
+def size(count: float) -> str:
+  """Writes a number of bytes.
+
+  >>> size(7585210368), size(20972544), size(12)
+  ('7.06 GiB', '20 MiB', '12 B')
+  """
+  for unit, power in (("TiB", 40), ("GiB", 30), ("MiB", 20), ("KiB", 10)):
+    if count >= 2**power:
+      return f"{count / 2**power:.3g} {unit}"
+  return f"{count:.0f} B"
+
+
+def seconds(value: float) -> str:
+  """Writes a time.
+
+  >>> seconds(75.3), seconds(0.0481), seconds(2.8e-5)
+  ('75.3 s', '48.1 ms', '28 us')
+  """
+  for unit, factor in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
+    if value >= factor or unit == "us":
+      return f"{value / factor:.3g} {unit}"
+  return ""

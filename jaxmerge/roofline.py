@@ -1,0 +1,85 @@
+"""How long a compiled program must take at least, on chips of known peak speed.
+
+A roofline (Williams et al. 2009, CACM 52(4)): products at the peak of the matrix units, bytes at
+the peak of the memory, collectives at that of the links; the slowest of the three bounds the time
+from below, as if the others went on beside it. What a real run adds (vector units, latencies, what
+waits for what) is not in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxmerge import chips
+from jaxmerge.hlo.traffic import Collective
+from jaxmerge.hlo.work import Work
+
+
+class Times(NamedTuple):
+  """Seconds at least.
+
+  Attributes:
+    products: of matrices, at the peak of the matrix units.
+    memory: bytes through the device's memory.
+    links: between chips, one mesh axis after the other.
+    outside: between slices; None where the speed of that network is not published.
+  """
+
+  products: float
+  memory: float
+  links: float
+  outside: float | None
+
+  @property
+  def bound(self) -> float:
+    """The longest of them."""
+    return max(self.products, self.memory, self.links, self.outside or 0.0)
+
+  @property
+  def by(self) -> str:
+    """What the longest is."""
+    return max(self._fields, key=lambda name: getattr(self, name) or 0.0)
+
+
+def times(
+  work: Work, collectives: Sequence[Collective], mesh: Mesh, chip: chips.Chip, devices: int = 1
+) -> Times:
+  """Returns the least times of a program.
+
+  A collective is taken to run as a ring along one axis of the torus, whatever mesh axes it spans;
+  where these cross slices, it goes over the data centre's network.
+
+  Args:
+    work: products and bytes of one device.
+    collectives: of the program.
+    mesh: over which it runs.
+    chip: the chips.
+    devices: of a chip; they share it evenly.
+
+  Example:
+    >>> mesh = Mesh(np.array(jax.devices()[:2]), ("task",))
+    >>> found = [Collective("all-reduce", ("task",), 10**9, 2, 3)]
+    >>> times(Work(197 * 10**12, 0, 0), found, mesh, chips.CHIPS["v5e"]).bound
+    1.0
+    >>> round(times(Work(0, 0, 0), found, mesh, chips.CHIPS["v5e"]).links, 3)
+    0.03
+  """
+  far = {axis for axis in mesh.axis_names if _crosses(mesh, axis)}
+  inside = sum(c.sent for c in collectives if not far & set(c.axes))
+  outside = sum(c.sent for c in collectives if far & set(c.axes))
+  over = None if chip.outside is None else outside * devices / chip.outside
+  return Times(
+    work.flops * devices / chip.flops,
+    work.bytes * devices / chip.bandwidth,
+    inside * devices / chip.ring,
+    over if far else 0.0,
+  )
+
+
+def _crosses(mesh: Mesh, axis: str) -> bool:
+  lines = np.moveaxis(mesh.devices, mesh.axis_names.index(axis), -1)
+  return any(chips.crossing(line.tolist()) for line in lines.reshape(-1, lines.shape[-1]))
