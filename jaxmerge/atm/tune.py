@@ -103,8 +103,13 @@ def stacked(given: Sequence[tasks.Task], split: str, *, height: int | None = Non
 
 
 def cross_entropy(outputs: Array, labels: Array | np.ndarray) -> Array:
-  """Returns the cross entropy of each row in nats: logits [B, C], labels [B] -> [B]."""
-  return optax.softmax_cross_entropy_with_integer_labels(outputs, labels)
+  """Returns the cross entropy of each label in nats: logits [B, ..., C], labels [B, ...]."""
+  if outputs.ndim == 2:
+    return optax.softmax_cross_entropy_with_integer_labels(outputs, labels)
+  # Logits of tokens may be shared by devices: a sum is cut up among them, picking one out is not.
+  place = lax.broadcasted_iota(labels.dtype, outputs.shape, outputs.ndim - 1)
+  own = jnp.where(place == labels[..., None], outputs, jnp.zeros((), outputs.dtype))
+  return jax.nn.logsumexp(outputs, axis=-1) - own.sum(-1)
 
 
 def accuracy(outputs: Array, labels: Array | np.ndarray) -> Array:
