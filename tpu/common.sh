@@ -1,0 +1,49 @@
+# Sourced by the scripts beside it: what they share. Settings are variables of the environment:
+#   TPU       name of the TPU VM
+#   TOPOLOGY  chips and their shape, as for `jaxmerge compile`: v5e:4x4
+#   ZONE      such as us-west4-a
+#   PROJECT   of Google Cloud; empty: the one that gcloud is set to
+#   VERSION   software of the VM; empty: the usual one of the chips
+#   SPOT=1    cheap, and may be taken away at any time
+#   QUEUED=1  by a queued resource, which waits until there are chips
+#   SHARE     NFS share HOST:/PATH that all workers mount, for runs that outlive the VM
+#   POLL      seconds between two looks; 30
+# shellcheck shell=bash disable=SC2034  # Some variables are for the others.
+set -euo pipefail
+
+: "${TPU:?is the name of the TPU VM: export TPU=NAME}"
+: "${ZONE:?is where it is: export ZONE=us-west4-a}"
+PROJECT=${PROJECT:-}
+POLL=${POLL:-30}
+SPOT=${SPOT:-0}
+QUEUED=${QUEUED:-0}
+SHARE=${SHARE:-}
+# On a worker, below its home.
+PLACE=jaxmerge
+RUNS=runs
+
+where=("--zone=$ZONE" ${PROJECT:+"--project=$PROJECT"})
+
+say() { printf '%s\n' "$*" >&2; }
+
+fail() {
+  say "error: $*"
+  exit 1
+}
+
+tpu_vm() { gcloud compute tpus tpu-vm "$@" "${where[@]}"; }
+
+queued_resource() { gcloud compute tpus queued-resources "$@" "${where[@]}"; }
+
+# The state of the VM, such as READY or PREEMPTED; MISSING where there is none.
+state() {
+  tpu_vm describe "$TPU" --format='value(state)' 2>/dev/null || printf 'MISSING\n'
+}
+
+# The state of the queued resource, such as WAITING_FOR_RESOURCES, ACTIVE, SUSPENDED.
+queued_state() {
+  queued_resource describe "$TPU" --format='value(state.state)' 2>/dev/null || printf 'MISSING\n'
+}
+
+# Runs a command on some workers: all, or a number.
+remote() { tpu_vm ssh "$TPU" "--worker=$1" "--command=$2"; }

@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# Starts a run on all workers, and returns: tpu/launch.sh --config=configs/NAME.py [FLAG ...]
+# The flags are those of `jaxmerge atm`. A run of the same name goes on from its last saved round.
+# shellcheck source-path=SCRIPTDIR source=common.sh
+source "$(dirname "$0")/common.sh"
+
+config=
+for flag in "$@"; do
+  case $flag in
+    --config=*) config=${flag#--config=} ;;
+    --workdir*) fail "the workdir is ~/$RUNS/CONFIG on the workers; leave --workdir out" ;;
+  esac
+done
+[[ -n $config ]] || fail "which config? tpu/launch.sh --config=configs/NAME.py"
+name=$(basename "$config" .py)
+run=".venv/bin/jaxmerge atm$(printf ' %q' "$@") --workdir=\"\$HOME/$RUNS/$name\" --distributed"
+
+# The exit status is kept, so that others can ask for it; the log of a run that goes on does too.
+remote all "set -eu
+cd $PLACE
+rm -f run.status
+nohup bash -c $(printf %q "$run; echo \$? >run.status") >>run.log 2>&1 </dev/null &"
+say "$TPU: started $name on all workers; tpu/logs.sh shows what they say"
