@@ -60,6 +60,7 @@ def compile(options: argparse.Namespace, config: Any) -> None:
   if options.json:
     print(json.dumps(record, indent=2))
   else:
+    print(needs.heading(record))
     print(tables.to_text(needs.memory(record)), tables.to_text(needs.traffic(record)), sep="\n")
   if bad := [own for own in record["programs"] if not own["fits"]]:
     raise ValueError(f"{bad[0]['name']} does not fit {options.topology}: {bad[0]['reason']}")

@@ -95,8 +95,8 @@ def record(program: Program, chip: chips.Chip | None, *, devices: int = 1) -> di
     devices: of a chip.
 
   Returns:
-    {"name", "fits", "reason", "seconds", "memory", "work", "collectives", "times"}; of a program
-    that the compiler refuses for want of memory, only the first four.
+    {"name", "fits", "reason", "seconds", "mesh", "memory", "work", "collectives", "times"}; of a
+    program that the compiler refuses for want of memory, only the first five.
   """
   begun = time.perf_counter()
   lowered = program.lower()
@@ -108,7 +108,8 @@ def record(program: Program, chip: chips.Chip | None, *, devices: int = 1) -> di
       raise
     seconds = {"trace": traced - begun, "compile": time.perf_counter() - traced}
     reason = " ".join(str(e).split())[:300]
-    return {"name": program.name, "fits": False, "reason": reason, "seconds": seconds}
+    facts = {"name": program.name, "fits": False, "reason": reason, "seconds": seconds}
+    return {**facts, "mesh": dict(program.mesh.shape)}
   seconds = {"trace": traced - begun, "compile": time.perf_counter() - traced}
   text = compiled.as_text() or ""
   own = work.count(text, program.trips)
@@ -166,14 +167,15 @@ def of_loop(config: Mapping[str, Any], devices: Sequence[Any]) -> Iterator[Progr
   method = experiment.method_of(config["method"])
   local, own = tune.direction(settings, params), outer.direction(settings)
   kept = settings.local_state == "kept"
-  step = tune.step(shapes.apply, tune.cross_entropy, settings, local)
+  model = placing.in_place(shapes.apply, mesh, rules)
+  step = tune.step(model, tune.cross_entropy, settings, local)
   parts = rounds.Parts(step, local, own, method, count, slots, kept, shapes.layout, mesh, rules)
   by_task = meshes.by_task(mesh)
   plan = sampling.plan(names, list(shapes.counts.values()), settings, 0, rounds=settings.rounds)
   trips = int(plan.steps.max())
   plan = placed(sampling.Plan(*(tune.pile_up(x, slots) for x in plan)), by_task)
   rows = placed(shapes.rows(slots), by_task)
-  model = placed(params, meshes.places(params, mesh, rules))
+  weights = placed(params, meshes.places(params, mesh, rules))
   outers = () if own is None else jax.eval_shape(own.init, params)
   outers = placed(outers, placing.of_states(own, params, mesh, rules))
   stack = placed(_stack(params, slots), meshes.places(params, mesh, rules, stacked=True))
@@ -186,8 +188,8 @@ def of_loop(config: Mapping[str, Any], devices: Sequence[Any]) -> Iterator[Progr
   ready = memory.prepare(method, leaves, count, aux, names)._replace(order=None)
   rate, loss = np.float32(1), Struct((slots,), jnp.float32, sharding=by_task)
 
-  def tuning(model: Any, states: Any, rows: Any, plan: Any) -> Any:
-    return rounds.tuning(parts, model, states, rows, plan)
+  def tuning(weights: Any, states: Any, rows: Any, plan: Any) -> Any:
+    return rounds.tuning(parts, weights, states, rows, plan)
 
   def merging(stack: Any, loss: Any, *given: Any) -> Any:
     return rounds.merging(parts, stack, loss, *given)
@@ -195,12 +197,12 @@ def of_loop(config: Mapping[str, Any], devices: Sequence[Any]) -> Iterator[Progr
   donated = ("states",) if kept else ()
   half = jax.jit(tuning, donate_argnames=donated)
   whole = jax.jit(rounds.function(parts), donate_argnames=donated)
-  merged = (stack, loss, model, outers, model, ready, rate)
-  state = rounds.State(model, outers, ())
-  yield Program("tune", lambda: half.lower(model, states, rows, plan), mesh, trips)
+  merged = (stack, loss, weights, outers, weights, ready, rate)
+  state = rounds.State(weights, outers, ())
+  yield Program("tune", lambda: half.lower(weights, states, rows, plan), mesh, trips)
   yield Program("merge", lambda: jax.jit(merging).lower(*merged), mesh)
   rest = (rows, plan, ready, rate)
-  yield Program("tune and merge", lambda: whole.lower(state, states, model, *rest), mesh, trips)
+  yield Program("tune and merge", lambda: whole.lower(state, states, weights, *rest), mesh, trips)
 
 
 def placed(given: Any, where: Any) -> Any:

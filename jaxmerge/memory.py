@@ -282,7 +282,8 @@ def _driven(
   copied = stacks.keys() - shapes.keys()
   ready = prepare(method, shapes, tree.height(models), aux, names, copied)
   # Sums over a task axis that devices share must stay sums, which the compiler makes reductions.
-  chains = not any(views.over_first(x) for x in stacks.values())
+  shared = any(views.over_first(x) for x in stacks.values())
+  chains = False if shared else unrolling.pays(stacks.values())
   views_of = views.check(layout)
   out, finite = _compiled(
     base, reference, models, ready, method=method, layout=views_of, chains=chains
@@ -328,7 +329,7 @@ def _compiled(
   *,
   method: Method,
   layout: views.Views,
-  chains: bool,
+  chains: bool | None,
 ) -> tuple[Tree, dict[str, tuple[Any, Any, Array]]]:
   stacks = tree.named(models)
   bases = None if base is None else tree.named(base)
@@ -343,7 +344,7 @@ def _compiled(
     finite[name] = are_finite(one, None if reference is None else zero, x)
     deltas[name] = task_vectors(x, zero)
   run = functools.partial(transform, method, layout=layout)
-  merged = (unrolling.unrolled(run) if chains else run)(deltas, references, ready)
+  merged = unrolling.chosen(run, chains)(deltas, references, ready)
   out = {}
   for name, leaf in stacks.items():
     if name in merged:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple  # Any: functions and arguments of any kind.
 
 import jax
@@ -88,6 +88,26 @@ def unrolled(
     return jax.tree.unflatten(jax.tree.structure(shapes), out)
 
   return run
+
+
+def pays(arrays: Iterable[Any]) -> bool | None:
+  """Tells whether chains pay where some arrays are: everywhere but on a TPU.
+
+  Its compiler would write down, in float32, what a chain takes apart. None: the arrays are traced,
+  and only who compiles the program knows for what.
+  """
+  given = list(arrays)
+  if any(isinstance(x, jax.core.Tracer) for x in given):
+    return None
+  own = {d.platform for x in given if isinstance(x, jax.Array) for d in x.devices()}
+  return "tpu" not in (own or {jax.default_backend()})
+
+
+def chosen(f: Callable[..., Any], chains: bool | None) -> Callable[..., Any]:
+  """Returns f with chains, or as it is, as `pays` tells."""
+  if chains is None:
+    return lambda *given: lax.platform_dependent(*given, tpu=f, default=unrolled(f))
+  return unrolled(f) if chains else f
 
 
 def rounded(x: Any, dtype: str) -> Any:

@@ -10,6 +10,7 @@ import pytest
 import jaxmerge
 from jaxmerge import chips, compile_config, compiling, problems, shaping, streaming, tree
 from jaxmerge.models import bert
+from jaxmerge.report import needs
 
 CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
 TINY = {
@@ -33,9 +34,7 @@ def tiny_loop(**changes):
   data = {"domains": ["a", "b", "c", "d"], "length": 8, "train": 16}
   mesh = {"task": 2, "data": 2, "model": 2, "devices": None}
   own = {"model": TINY | {"remat": False, "tied": True}, "data": data, "mesh": mesh}
-  return config(
-    "decoder_1b_v5e.py", **own, batch_size=4, rounds=2, compute_dtype="float32", **changes
-  )
+  return config("decoder_1b.py", **own, batch_size=4, rounds=2, compute_dtype="float32", **changes)
 
 
 @pytest.fixture(scope="module")
@@ -96,9 +95,26 @@ def test_the_compiler_that_refuses_tells_why():
     def compile(self):
       raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: used 18.03G of\n 15.75G hbm")
 
-  own = compiling.record(compiling.Program("tune", Lowered, None), None)
+  mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("device",))
+  own = compiling.record(compiling.Program("tune", Lowered, mesh), None)
   assert not own["fits"]
   assert own["reason"] == "RESOURCE_EXHAUSTED: used 18.03G of 15.75G hbm"
+
+
+@pytest.mark.slow
+def test_tables_say_what_the_record_says(loop):
+  programs = [*loop.values(), {"name": "big", "fits": False, "seconds": {"compile": 1.0}}]
+  record = {"topology": "v5e:2x4", "slices": 1, "chips": 8, "devices": 8, "memory": 2**34}
+  record["programs"] = programs
+  assert needs.heading(record) == "v5e:2x4: 8 chips, 16 GiB each; mesh: task 2, data 2, model 2"
+  rows = [[cell.text for cell in row] for row in needs.memory(record).rows]
+  assert [row[0] for row in rows] == [*loop, "big"]
+  total = loop["tune"]["memory"]["total"]
+  assert rows[0][5] == needs.size(total)
+  assert rows[-1][5] == "does not fit"
+  found = [[cell.text for cell in row] for row in needs.traffic(record).rows]
+  assert sum(row[0] == "tune" for row in found) == len(loop["tune"]["collectives"])
+  assert needs.line(programs[-1]) == "big: compiled in 1.0 s, and does not fit"
 
 
 def test_more_than_the_chip_has_does_not_fit():

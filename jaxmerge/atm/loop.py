@@ -149,7 +149,7 @@ class _Run:
     ready = memory.prepare(method, shapes, len(tasks), aux, [t.name for t in given])
     self.ready = ready._replace(order=None)
     self.method = _described(method, aux)
-    step = tune.step(apply, loss, settings, self.local)
+    step = tune.step(placing.in_place(apply, mesh, rules), loss, settings, self.local)
     height = -(-len(tasks) // side) * side
     self.whole = meshes.put(tune.stacked(tasks, "validation", height=height), meshes.by_task(mesh))
     self.validation = [len(t.validation.labels) for t in tasks]

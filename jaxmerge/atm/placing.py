@@ -10,6 +10,26 @@ from jax import lax
 from jax.sharding import Mesh
 
 from jaxmerge import mesh as meshes
+from jaxmerge.atm import tune
+
+
+def in_place(apply: tune.Apply, mesh: Mesh, rules: meshes.Rules = ()) -> tune.Apply:
+  """Returns a model whose weights, and with them its gradients, are sharded by the rules.
+
+  To be called in the manual part of a program over the task axis, as local steps are. Left to
+  itself, the compiler may shard a gradient in another way, and bring it over in every step.
+  """
+  if not rules:
+    return apply
+
+  def placed(params: Any, inputs: Any, head: Any) -> Any:
+    here = jax.sharding.get_abstract_mesh()
+    own = jax.tree.map(
+      lambda s: jax.sharding.NamedSharding(here, s.spec), meshes.places(params, mesh, rules)
+    )
+    return apply(lax.with_sharding_constraint(params, own), inputs, head)
+
+  return placed
 
 
 def states(

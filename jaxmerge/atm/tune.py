@@ -316,12 +316,17 @@ def _clip(limit: float) -> optax.GradientTransformation:
 
   def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
     del params
-    flat = [g.ravel() for g in jax.tree.leaves(grads)]
-    norm = jnp.sqrt(sum(jnp.vdot(g, g, precision="highest") for g in flat))
+    norm = jnp.sqrt(sum(_square(g) for g in jax.tree.leaves(grads)))
     scale = jnp.where(norm < limit, 1, limit / norm)
     return jax.tree.map(lambda g: g * scale.astype(g.dtype), grads), state
 
   return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def _square(x: Array) -> Array:
+  """The inner product of an array with itself, which devices that share it add up in parts."""
+  axes = tuple(range(x.ndim))
+  return lax.dot_general(x, x, ((axes, axes), ((), ())), precision="highest")
 
 
 def _decays(name: str, leaf: Any) -> bool:

@@ -73,18 +73,24 @@ def collectives(text: str, mesh: Mesh, trips: int = 1) -> list[Collective]:
   module = texts.read(text)
   if module.devices != mesh.size:
     raise ValueError(f"the program is for {module.devices} devices, the mesh has {mesh.size}.")
-  found, seen = [], set[str]()
+  found, seen, begun, going_on = [], set[str](), set[str | None](), dict[str | None, str]()
   for step in texts.steps(module, trips):
     if step.op.kind in _OTHERS:
       raise ValueError(f"{step.op.kind} {step.op.name!r} cannot be attributed to mesh axes.")
     if kind_of(step.op) is not None:
-      found.append(_collective(module, step, mesh))
       seen.add(step.op.name)
+      if _continues(step):
+        going_on[_chain(step.op)] = step.op.name
+      else:
+        begun.add(_chain(step.op))
+        found.append(_collective(module, step, mesh))
   written = set(
     re.findall(rf"%?([\w.\-]+) = [^\n]*?[)}}\]] (?:{'|'.join(KINDS)})(?:-start)?\(", text)
   )
   if missed := sorted(written - seen):
     raise ValueError(f"a collective was not reached: {', '.join(missed)}.")
+  if orphans := sorted(name for chain, name in going_on.items() if chain not in begun):
+    raise ValueError(f"a collective goes on that has not begun: {', '.join(orphans)}.")
   return found
 
 
@@ -105,6 +111,24 @@ def by_axis(found: Iterable[Collective]) -> dict[tuple[str, tuple[str, ...]], tu
       times, sent = out.get((one.kind, one.axes), (0, 0.0))
       out[one.kind, one.axes] = (times + one.times, sent + one.sent)
   return out
+
+
+def _chain(op: texts.Op) -> str | None:
+  """What the parts of one collective share that a TPU carries out beside several fusions."""
+  found = re.search(r'chain_id="(\d+)"', op.attributes)
+  channel = re.search(r"(?:^|, )channel_id=(\d+)", op.attributes)
+  return f"{channel[1]}:{found[1]}" if found and channel else None
+
+
+def _continues(step: texts.Step) -> bool:
+  """Tells whether a collective is a later part of one: in the text each part looks like all of it.
+
+  The first feeds a custom call that says so.
+  """
+  if _chain(step.op) is None:
+    return False
+  users = [op for op in step.within.values() if step.op.name in op.operands]
+  return not any('custom_call_target="AsyncCollectiveStart"' in op.attributes for op in users)
 
 
 def _collective(module: texts.Module, step: texts.Step, mesh: Mesh) -> Collective:

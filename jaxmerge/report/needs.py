@@ -19,6 +19,18 @@ def line(program: Mapping[str, Any]) -> str:
   return f"{program['name']}: compiled in {seconds:.1f} s"
 
 
+def heading(record: Mapping[str, Any]) -> str:
+  """Returns one line about the devices, and the mesh that they make."""
+  name = (
+    record["topology"] if record["slices"] == 1 else f"{record['slices']} x {record['topology']}"
+  )
+  meshes = [own["mesh"] for own in record["programs"] if "mesh" in own]
+  axes = ", ".join(f"{axis} {count}" for axis, count in meshes[0].items()) if meshes else "unknown"
+  chips, devices = record["chips"], record["devices"]
+  each = f", {devices} devices" if devices != chips else ""
+  return f"{name}: {chips} chips{each}, {size(record['memory'])} each; mesh: {axes}"
+
+
 def memory(record: Mapping[str, Any]) -> Table:
   """Returns a row a program: bytes on each device by kind, compile time, least time of a run."""
   limit = size(record["memory"])

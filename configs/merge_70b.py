@@ -1,0 +1,29 @@
+"""Merge of eight experts of 70 B parameters in memory, sharded over 64 chips of v5p: to compile.
+
+  jaxmerge compile --config=configs/merge_70b.py --topology v5p:4x4x4
+
+Measured: docs/tpu.md.
+"""
+
+from ml_collections import config_dict
+
+
+def get_config():
+  c = config_dict.ConfigDict()
+  c.models = 8  # experts, beside their base
+  c.dtype = "bfloat16"  # of all weights; the merge computes in float32
+  c.method = dict(name="task_arithmetic", scale=0.3)
+
+  # The decoder: fields of jaxmerge.models.decoder_config.Config. These sizes are Llama 2 70B's.
+  c.model = dict(
+    vocab_size=32000,
+    hidden_size=8192,
+    num_layers=80,
+    num_heads=64,
+    num_kv_heads=8,
+    head_size=128,
+    intermediate_size=28672,
+  )
+  c.mesh = dict(task=1, data=1, model=-1)  # -1: the devices that are left
+  c.entries = 2**20  # of a slice, where models are streamed through one device
+  return c.lock()
