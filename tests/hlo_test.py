@@ -203,6 +203,39 @@ def test_what_cannot_be_attributed_is_an_error(line, words):
     traffic.collectives(program(line), MESH)
 
 
+def chained(first):
+  """A collective that a TPU begins in one fusion and goes on with in another."""
+  part = GROUPS.replace("channel_id=1", "channel_id=7") + ', frontend_attributes={chain_id="3"}'
+  begin = 'custom_call_target="AsyncCollectiveStart"' if first else 'custom_call_target="Other"'
+  return f"""HloModule m, num_partitions=4
+
+%begin (p: f32[8,4]) -> f32[16,4] {{
+  %p = f32[8,4]{{1,0}} parameter(0)
+  %g = f32[16,4]{{1,0}} all-gather(%p), {part}
+  ROOT %c = f32[16,4]{{1,0}} custom-call(%g), {begin}
+}}
+
+%go_on (q: f32[8,4]) -> f32[16,4] {{
+  %q = f32[8,4]{{1,0}} parameter(0)
+  %h = f32[16,4]{{1,0}} all-gather(%q), {part}
+  ROOT %d = f32[16,4]{{1,0}} custom-call(%h), custom_call_target="AsyncCollectiveDone"
+}}
+
+ENTRY %main (x: f32[8,4]) -> f32[16,4] {{
+  %x = f32[8,4]{{1,0}} parameter(0)
+  %y = f32[16,4]{{1,0}} fusion(%x), kind=kCustom, calls=%begin
+  ROOT %z = f32[16,4]{{1,0}} fusion(%x), kind=kCustom, calls=%go_on
+}}
+"""
+
+
+def test_a_collective_in_parts_counts_once():
+  (found,) = traffic.collectives(chained(True), MESH)
+  assert (found.kind, found.axes, found.times, found.sent) == ("all-gather", ("data",), 1, 128.0)
+  with pytest.raises(ValueError, match="goes on that has not begun: h"):
+    traffic.collectives(chained(False), MESH)
+
+
 def test_other_texts_are_errors():
   good = program(f"ROOT %y = f32[8,4] all-reduce(%x), {GROUPS}")
   with pytest.raises(ValueError, match="for 4 devices, the mesh has 8"):
