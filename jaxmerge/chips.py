@@ -12,7 +12,7 @@ import importlib.util
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple  # Any: devices of a topology are no `jax.Device`.
 
 GIB = 2**30
@@ -171,8 +171,3 @@ def _near(name: str) -> str:
     return f" Did you mean {known[-1]}?" if known else ""
   close = difflib.get_close_matches(name, known, n=1)
   return f" Did you mean {close[0]}?" if close else ""
-
-
-def crossing(axis_devices: Sequence[Any]) -> bool:
-  """Tells whether some devices lie in several slices."""
-  return len({getattr(d, "slice_index", None) or 0 for d in axis_devices}) > 1

@@ -118,7 +118,7 @@ def record(program: Program, chip: chips.Chip | None, *, devices: int = 1) -> di
   limit = None if chip is None else chip.memory // devices
   fits = limit is None or needs["total"] <= limit
   reason = "" if fits else f"needs {needs['total']} bytes a device; it has {limit}"
-  times = None if chip is None else roofline.times(own, found, program.mesh, chip, devices)
+  times = None if chip is None else roofline.times(own, found, chip, devices)
   return {
     "name": program.name,
     "fits": fits,
@@ -128,8 +128,11 @@ def record(program: Program, chip: chips.Chip | None, *, devices: int = 1) -> di
     "memory": needs,
     "work": own._asdict(),
     "collectives": [
-      {"kind": kind, "axes": list(axes), "times": count, "bytes_sent": sent}
-      for (kind, axes), (count, sent) in sorted(traffic.by_axis(found).items())
+      {"kind": kind, "axes": list(axes), "outside": outside, "times": count, "bytes_sent": sent}
+      for outside in (False, True)
+      for (kind, axes), (count, sent) in sorted(
+        traffic.by_axis(c for c in found if c.outside == outside).items()
+      )
     ],
     "times": None if times is None else {**times._asdict(), "bound": times.bound, "by": times.by},
   }

@@ -11,9 +11,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import numpy as np
-from jax.sharding import Mesh
-
 from jaxmerge import chips
 from jaxmerge.hlo.traffic import Collective
 from jaxmerge.hlo.work import Work
@@ -46,40 +43,31 @@ class Times(NamedTuple):
 
 
 def times(
-  work: Work, collectives: Sequence[Collective], mesh: Mesh, chip: chips.Chip, devices: int = 1
+  work: Work, collectives: Sequence[Collective], chip: chips.Chip, devices: int = 1
 ) -> Times:
   """Returns the least times of a program.
 
-  A collective is taken to run as a ring along one axis of the torus, whatever mesh axes it spans;
-  where these cross slices, it goes over the data centre's network.
+  A collective is taken to run as a ring along one axis of the torus, whatever mesh axes it spans.
 
   Args:
     work: products and bytes of one device.
     collectives: of the program.
-    mesh: over which it runs.
     chip: the chips.
     devices: of a chip; they share it evenly.
 
   Example:
-    >>> mesh = Mesh(np.array(jax.devices()[:2]), ("task",))
     >>> found = [Collective("all-reduce", ("task",), 10**9, 2, 3)]
-    >>> times(Work(197 * 10**12, 0, 0), found, mesh, chips.CHIPS["v5e"]).bound
+    >>> times(Work(197 * 10**12, 0, 0), found, chips.CHIPS["v5e"]).bound
     1.0
-    >>> round(times(Work(0, 0, 0), found, mesh, chips.CHIPS["v5e"]).links, 3)
+    >>> round(times(Work(0, 0, 0), found, chips.CHIPS["v5e"]).links, 3)
     0.03
   """
-  far = {axis for axis in mesh.axis_names if _crosses(mesh, axis)}
-  inside = sum(c.sent for c in collectives if not far & set(c.axes))
-  outside = sum(c.sent for c in collectives if far & set(c.axes))
+  inside = sum(c.sent for c in collectives if not c.outside)
+  outside = sum(c.sent for c in collectives if c.outside)
   over = None if chip.outside is None else outside * devices / chip.outside
   return Times(
     work.flops * devices / chip.flops,
     work.bytes * devices / chip.bandwidth,
     inside * devices / chip.ring,
-    over if far else 0.0,
+    over if outside else 0.0,
   )
-
-
-def _crosses(mesh: Mesh, axis: str) -> bool:
-  lines = np.moveaxis(mesh.devices, mesh.axis_names.index(axis), -1)
-  return any(chips.crossing(line.tolist()) for line in lines.reshape(-1, lines.shape[-1]))

@@ -4,10 +4,8 @@ import importlib.metadata
 import importlib.util
 import os
 
-import jax
 import numpy as np
 import pytest
-from jax.sharding import Mesh
 
 from jaxmerge import chips, roofline
 from jaxmerge.hlo.traffic import Collective
@@ -81,11 +79,6 @@ def test_the_environment_is_set(monkeypatch):
   assert {name: os.environ[name] for name in chips.ENVIRONMENT} == chips.ENVIRONMENT
 
 
-def mesh(*sizes):
-  devices = np.array(jax.devices()[: np.prod(sizes)]).reshape(sizes)
-  return Mesh(devices, ("task", "data", "model"))
-
-
 def test_each_bound_is_its_amount_over_its_speed():
   chip = chips.CHIPS["v5p"]
   found = [
@@ -93,7 +86,7 @@ def test_each_bound_is_its_amount_over_its_speed():
     Collective("all-gather", ("model",), 10**9, 2, 1),
     Collective("all-reduce", (), 10**12, 1, 1),
   ]
-  own = roofline.times(Work(int(459e12), int(2 * 2765e9), 0), found, mesh(1, 4, 2), chip)
+  own = roofline.times(Work(int(459e12), int(2 * 2765e9), 0), found, chip)
   np.testing.assert_allclose(own[:3], [1, 2, (60e9 + 0.5e9) / 200e9])
   assert own.outside == 0
   assert (own.bound, own.by) == (2, "memory")
@@ -101,30 +94,18 @@ def test_each_bound_is_its_amount_over_its_speed():
 
 def test_two_devices_of_a_chip_share_it():
   chip, work = chips.CHIPS["tpu7x"], Work(10**12, 10**9, 0)
-  one, two = (roofline.times(work, [], mesh(1, 1, 1), chip, devices) for devices in (1, 2))
+  one, two = (roofline.times(work, [], chip, devices) for devices in (1, 2))
   np.testing.assert_allclose(two[:2], 2 * np.array(one[:2]))
 
 
-def test_what_crosses_slices_takes_the_other_network(monkeypatch):
-  devices = jax.devices()
-  monkeypatch.setattr(chips, "crossing", lambda line: {devices[0], devices[4]} <= set(line))
+def test_what_goes_between_slices_takes_the_other_network():
   found = [
+    Collective("all-reduce", ("task",), 10**9, 2, 1, outside=True),
     Collective("all-reduce", ("task",), 10**9, 2, 1),
-    Collective("all-reduce", ("model",), 10**9, 2, 1),
   ]
-  own = roofline.times(Work(0, 0, 0), found, mesh(2, 2, 2), chips.CHIPS["v5e"])
+  own = roofline.times(Work(0, 0, 0), found, chips.CHIPS["v5e"])
   np.testing.assert_allclose((own.links, own.outside), (1e9 / 100e9, 1e9 / 3.125e9))
   assert own.by == "outside"
-  unknown = roofline.times(Work(0, 0, 0), found, mesh(2, 2, 2), chips.CHIPS["v5p"])
+  unknown = roofline.times(Work(0, 0, 0), found, chips.CHIPS["v5p"])
   assert unknown.outside is None
   assert unknown.by == "links"
-
-
-def test_devices_of_several_slices_cross():
-  class Device:
-    def __init__(self, index):
-      self.slice_index = index
-
-  assert chips.crossing([Device(0), Device(1)])
-  assert not chips.crossing([Device(1), Device(1)])
-  assert not chips.crossing(jax.devices())

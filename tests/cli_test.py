@@ -21,8 +21,9 @@ from jaxmerge import cli, commands, configuring, progress
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SHIPPED = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "configs").glob("*.py"))
-# Others are of the bench, or of merges to compile.
-CONFIGS = [p for p in SHIPPED if not p.endswith("_methods.py") and "/merge_" not in p]
+# Others are of the bench, or to compile.
+OTHERS = ("_methods.py", "/merge_", "/decoder_")
+CONFIGS = [p for p in SHIPPED if not any(word in p for word in OTHERS)]
 IMAGES = "configs/images4.py"
 
 

@@ -2,14 +2,25 @@
 
 import importlib.util
 import pathlib
+import re
 
 import pytest
 
-from jaxmerge import cli, compile_config
+from jaxmerge import chips, cli, compile_config
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 MERGE = str(ROOT / "configs" / "merge_7b.py")
 LOOP = str(ROOT / "configs" / "decoder_1b.py")
+
+
+@pytest.mark.parametrize("name", ["merge_7b", "merge_70b", "decoder_1b", "decoder_8b"])
+def test_shipped_configs_are_sound_and_say_their_command(name):
+  path = f"configs/{name}.py"
+  assert compile_config.load(str(ROOT / path)).is_locked
+  source = (ROOT / path).read_text()
+  (found, *_) = re.findall(rf"jaxmerge compile --config={path} --topology (\S+)", source)
+  assert chips.named(found).name == found
+  assert f"--config={path} --topology {found}" in (ROOT / "docs" / "tpu.md").read_text()
 
 
 def test_an_experiment_and_a_merge_are_told_apart():

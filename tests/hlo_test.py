@@ -236,6 +236,69 @@ def test_a_collective_in_parts_counts_once():
     traffic.collectives(chained(False), MESH)
 
 
+class Device:
+  """A device of a slice, as TPUs have them."""
+
+  def __init__(self, number, index):
+    self.id, self.slice_index = number, index
+    self.platform, self.process_index = "tpu", index
+
+
+def two_slices(order=range(8)):
+  """Two slices of four devices."""
+  devices = np.empty(8, object)
+  devices[:] = [Device(100_000 * (s + 1) + i, s) for s in (0, 1) for i in range(4)]
+  return jax.sharding.Mesh(devices[list(order)].reshape(4, 2), ("task", "data"))
+
+
+def sent(target, kind):
+  hosts = '_xla_host_transfer_handler_name="xla_megascale_runtime"'
+  told = f'{hosts},_xla_megascale_target={target},_xla_megascale_transfer_type="{kind}"'
+  return program(
+    f"%y = f32[8,4]{{1,0}} all-reduce(%x), {GROUPS}, to_apply=%add\n"
+    f"  %s = (f32[8,4]{{1,0}}, u32[], token[]) send(%y, %x), channel_id=2, "
+    f"frontend_attributes={{{told}}}\n"
+    f"  ROOT %r = (f32[8,4]{{1,0}}, u32[], token[]) recv(%x), channel_id=3, "
+    f"frontend_attributes={{{hosts}}}"
+  )
+
+
+@pytest.mark.parametrize(
+  ("target", "kind", "wanted"),
+  [
+    ('"{1,2}x{0:3}"', "ALL_REDUCE", ("all-reduce", ("task",), 128, 2, 1, True)),
+    (
+      "{{100000->200001},{200001->100000}}",
+      "ONE_TO_ONE",
+      ("collective-permute", ("task", "data"), 128, 2, 1, True),
+    ),
+  ],
+)
+def test_what_is_sent_between_slices(target, kind, wanted):
+  inside, outside = traffic.collectives(sent(target, kind), two_slices())
+  assert inside == ("all-reduce", ("data",), 128, 2, 1, False)
+  assert outside == wanted
+
+
+@pytest.mark.parametrize(
+  ("target", "kind", "words"),
+  [
+    ('"{1,2}x{0:3}"', "ALL_TO_ALL", "cannot be attributed"),
+    ('"everyone"', "ALL_REDUCE", "cannot be attributed"),
+    ("{{100000->300001}}", "ONE_TO_ONE", "names device 300001, which the mesh has not"),
+  ],
+)
+def test_what_is_sent_elsewhere_is_an_error(target, kind, words):
+  with pytest.raises(ValueError, match=words):
+    traffic.collectives(sent(target, kind), two_slices())
+
+
+def test_slices_that_are_mixed_are_an_error():
+  mesh = two_slices([0, 4, 1, 5, 2, 6, 3, 7])
+  with pytest.raises(ValueError, match="one after the other"):
+    traffic.collectives(sent('"{1,2}x{0:3}"', "ALL_REDUCE"), mesh)
+
+
 def test_other_texts_are_errors():
   good = program(f"ROOT %y = f32[8,4] all-reduce(%x), {GROUPS}")
   with pytest.raises(ValueError, match="for 4 devices, the mesh has 8"):

@@ -20,8 +20,8 @@ KINDS = (
   "collective-broadcast",
   "collective-permute",
 )
-# What else leaves a device, and says of no axis where to.
-_OTHERS = ("send", "recv", "send-start", "recv-start")
+# What else leaves a device: between slices of TPUs, by the hosts.
+_SENDS, _RECEIVES = ("send", "send-start"), ("recv", "recv-start")
 
 
 class Collective(NamedTuple):
@@ -33,6 +33,7 @@ class Collective(NamedTuple):
     bytes: of the whole array, on one device: what is gathered, reduced, exchanged.
     devices: in a group.
     times: how often it runs.
+    outside: it goes between slices of TPUs, over the data centre's network.
   """
 
   kind: str
@@ -40,6 +41,7 @@ class Collective(NamedTuple):
   bytes: int
   devices: int
   times: int
+  outside: bool = False
 
   @property
   def sent(self) -> float:
@@ -71,11 +73,16 @@ def collectives(text: str, mesh: Mesh, trips: int = 1) -> list[Collective]:
     [('all-reduce', ('task',), 16)]
   """
   module = texts.read(text)
-  if module.devices != mesh.size:
-    raise ValueError(f"the program is for {module.devices} devices, the mesh has {mesh.size}.")
+  slices = _slices(mesh)
+  if module.devices != mesh.size // len(slices):
+    raise ValueError(
+      f"the program is for {module.devices * len(slices)} devices, the mesh has {mesh.size}."
+    )
   found, seen, begun, going_on = [], set[str](), set[str | None](), dict[str | None, str]()
   for step in texts.steps(module, trips):
-    if step.op.kind in _OTHERS:
+    if step.op.kind in _SENDS:
+      found.append(_sent(step, mesh))
+    if step.op.kind in _RECEIVES and _HOSTS not in step.op.attributes:
       raise ValueError(f"{step.op.kind} {step.op.name!r} cannot be attributed to mesh axes.")
     if kind_of(step.op) is not None:
       seen.add(step.op.name)
@@ -83,7 +90,7 @@ def collectives(text: str, mesh: Mesh, trips: int = 1) -> list[Collective]:
         going_on[_chain(step.op)] = step.op.name
       else:
         begun.add(_chain(step.op))
-        found.append(_collective(module, step, mesh))
+        found.append(_collective(module, step, mesh, slices))
   written = set(
     re.findall(rf"%?([\w.\-]+) = [^\n]*?[)}}\]] (?:{'|'.join(KINDS)})(?:-start)?\(", text)
   )
@@ -131,7 +138,54 @@ def _continues(step: texts.Step) -> bool:
   return not any('custom_call_target="AsyncCollectiveStart"' in op.attributes for op in users)
 
 
-def _collective(module: texts.Module, step: texts.Step, mesh: Mesh) -> Collective:
+def _slices(mesh: Mesh) -> list[list[int]]:
+  """The places in the mesh of the devices of each slice; a program is compiled for one of them.
+
+  Raises:
+    ValueError: where the devices of slices are mixed: their numbers in a program are not known.
+  """
+  own = [getattr(d, "slice_index", None) or 0 for d in mesh.devices.flat]
+  out = [[i for i, s in enumerate(own) if s == one] for one in sorted(set(own))]
+  if sorted(own) != own or len({len(places) for places in out}) != 1:
+    raise ValueError("the mesh must take slices one after the other, and all of each.")
+  return out
+
+
+_HOSTS = '_xla_host_transfer_handler_name="xla_megascale_runtime"'
+
+
+def _sent(step: texts.Step, mesh: Mesh) -> Collective:
+  """What is sent between slices, and along which axes; devices have their ids there."""
+  op = step.op
+  place = {d.id: i for i, d in enumerate(mesh.devices.flat)}
+  told = re.search(r"_xla_megascale_target=(\{\{.*?\}\}|\"[^\"]*\")", op.attributes)
+  target = told[1] if told and _HOSTS in op.attributes else ""
+  pairs = re.fullmatch(r"\{(?:\{\d+->\d+\},?)+\}", target)
+  every = re.fullmatch(r'"\{(\d+(?:,\d+)*)\}x\{(\d+):(\d+)\}"', target)
+  if pairs:
+    kind = "collective-permute"
+    own = [tuple(map(int, pair)) for pair in re.findall(r"(\d+)->(\d+)", target)]
+  elif every and "ALL_REDUCE" in op.attributes:
+    numbers = [int(n) for n in every[1].split(",")]
+    inside = range(int(every[2]), int(every[3]) + 1)
+    kind, own = "all-reduce", [tuple(_SLICE * n + i for n in numbers) for i in inside]
+  else:
+    raise ValueError(f"{op.kind} {op.name!r} cannot be attributed to mesh axes: {target[:200]!r}.")
+  try:
+    ids = [[place[i] for i in group] for group in own]
+  except KeyError as e:
+    raise ValueError(f"{op.kind} {op.name!r} names device {e}, which the mesh has not.") from e
+  size = sum(s.bytes for s in step.within[op.operands[0]].shapes)
+  spans = groups.axes(ids, dict(mesh.shape))
+  return Collective(kind, spans, size, max(map(len, own)), step.times, outside=True)
+
+
+_SLICE = 100_000  # The ids of devices of slice n begin at n times that.
+
+
+def _collective(
+  module: texts.Module, step: texts.Step, mesh: Mesh, slices: list[list[int]]
+) -> Collective:
   op, kind = step.op, kind_of(step.op)
   assert kind is not None
   if kind == "collective-permute":
@@ -143,7 +197,8 @@ def _collective(module: texts.Module, step: texts.Step, mesh: Mesh) -> Collectiv
     size = max(len(group) for group in own)
   inside = sum(s.bytes for name in op.operands for s in step.within[name].shapes)
   whole = inside * size if kind == "all-gather" else inside
-  return Collective(kind, groups.axes(own, dict(mesh.shape)), whole, size, step.times)
+  ids = [[places[i] for i in group] for places in slices for group in own]
+  return Collective(kind, groups.axes(ids, dict(mesh.shape)), whole, size, step.times)
 
 
 def _check_mode(op: texts.Op, kind: str, devices: int) -> None:

@@ -57,7 +57,8 @@ def traffic(record: Mapping[str, Any]) -> Table:
     if found == []:
       rows.append([Cell(own["name"]), Cell("none"), Cell(""), Cell(""), Cell("")])
     for one in found or ():
-      cells = [own["name"], one["kind"], ", ".join(one["axes"]), str(one["times"])]
+      over = ", ".join(one["axes"]) + " (between slices)" * one["outside"]
+      cells = [own["name"], one["kind"], over, str(one["times"])]
       rows.append([Cell(c) for c in (*cells, size(one["bytes_sent"]))])
   return Table(["Program", "Collective", "Over", "Times", "Each device sends"], rows)
 
