@@ -119,7 +119,7 @@ def run(
   out: Path,
   *,
   shard_size: int = SHARD,
-  entries: int = planning.ENTRIES,
+  entries: int | None = None,
   replace: bool = False,
   resume: bool = True,
   nonfinite: bool = False,
@@ -132,7 +132,7 @@ def run(
     plan: what to do.
     out: folder of the result.
     shard_size: bytes of a file of weights, at most.
-    entries: about so many entries of each model are in memory at a time.
+    entries: about so many entries of each model are in memory at a time; None: by their number.
     replace: whether a folder that is there is replaced.
     resume: whether to go on with an interrupted merge of the same plan; otherwise it starts anew.
     nonfinite: whether NaN and infinity in the inputs are let pass; what they spoil is the method's.
@@ -160,8 +160,10 @@ def run(
       for number, job in enumerate(plan.jobs):
         own = [o for o in plan.outputs if o.job == number]
         more = sum(o.size for o in own) * (summarizing.readings(job) - 1)
-        _merge(job, own, weights, entries, nonfinite, progress, more)
-      _copy([o for o in plan.outputs if o.job is None], weights, entries, progress)
+        each = entries or planning.entries(len(job.models))
+        _merge(job, own, weights, each, nonfinite, progress, more)
+      each = entries or planning.entries(1)
+      _copy([o for o in plan.outputs if o.job is None], weights, each, progress)
       weights.flush()
       if out_format == "orbax":
         finishing.transcribe(part, weights, progress)

@@ -15,7 +15,7 @@ from jaxmerge.io import folder, safetensors, weights
 from jaxmerge.io.tensor import Files, Tensor
 from jaxmerge.precision import Precision
 
-ENTRIES = 2**20  # In a slice: few calls, and little memory.
+ENTRIES = 2**22  # In a slice, of base and models together: few calls, and little memory.
 
 
 class Part(NamedTuple):
@@ -123,6 +123,15 @@ class Output(NamedTuple):
   def size(self) -> int:
     """Bytes of the tensor as it is stored."""
     return math.prod(self.shape) * self.dtype.itemsize
+
+
+def entries(models: int) -> int:
+  """Returns how many entries of each of some models, and of the base, are in a slice.
+
+  >>> entries(3) == 2**20, entries(20) == 2**17
+  (True, True)
+  """
+  return 1 << (ENTRIES // (models + 1)).bit_length() - 1
 
 
 class Plan(NamedTuple):

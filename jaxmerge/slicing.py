@@ -13,8 +13,8 @@ from jaxmerge import memory, views
 from jaxmerge.precision import Precision
 from jaxmerge.stage import Leaf, Method
 
-SAMPLE = 2**20  # Entries of a model that are looked at before a threshold is searched, at most,
-FEW = 2**15  # and at least, if one in `SPARSE` is fewer,
+SAMPLE = 2**22  # Entries of all models that are looked at before a threshold is searched, at most,
+FEW = 2**15  # and of each at least, if one in `SPARSE` is fewer,
 SPARSE = 2**6
 PIECE = 2**9  # at least so many next to each other,
 PIECES = 16  # in at most so many places of a leaf.
@@ -130,7 +130,8 @@ def ranges(run: Run, name: str, entries: int) -> Iterator[tuple[int, int]]:
 def pieces(run: Run, name: str, size: int) -> Iterator[tuple[int, int]]:
   """Picks some slices all over a leaf, its share of a sample of `size` entries."""
   own, unit = math.prod(run.shapes[name]), _unit(run, name)
-  wanted = min(SAMPLE, max(FEW, size // SPARSE)) * own // max(size, 1)
+  most = max(FEW, SAMPLE // (run.source.height + 1))
+  wanted = min(most, max(FEW, size // SPARSE)) * own // max(size, 1)
   count = min(max(wanted // PIECE, 1), PIECES)
   length = unit * -(-max(PIECE, wanted // count) // unit)
   if count * length >= own:

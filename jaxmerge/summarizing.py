@@ -12,9 +12,9 @@ from typing import Any  # A record is JSON, its values have no one type.
 
 import numpy as np
 
-from jaxmerge import catalog, differing
+from jaxmerge import catalog, differing, planning
 from jaxmerge.io import checkpoint, folder, weights
-from jaxmerge.planning import ENTRIES, Job, Plan
+from jaxmerge.planning import Job, Plan
 
 Record = dict[str, Any]
 
@@ -66,7 +66,7 @@ def work(plan: Plan, out_format: str = "safetensors") -> int:
 
 _RUNTIME = 240_000_000  # Bytes of Python and jax; what follows is measured as well.
 _WORKING = 40  # Bytes for each entry of a slice and each model: as read, in float32, as bits.
-_RANKED = 40_000_000  # Bytes of the values near a threshold, for each model.
+_RANKED = 120_000_000  # Bytes of samples, and of the values near a threshold.
 
 
 def memory(plan: Plan) -> int:
@@ -83,9 +83,10 @@ def memory(plan: Plan) -> int:
     largest = max((math.prod(o.shape) for o in plan.outputs if o.job == i), default=0)
     if not largest:
       continue
-    entries = largest if words.get("scope") == "column" else min(ENTRIES, largest)
     count = len(job.models)
-    most = max(most, _WORKING * entries * (count + 1) + ranked * _RANKED * count)
+    cut = planning.entries(count)
+    entries = largest if words.get("scope") == "column" else min(cut, largest)
+    most = max(most, _WORKING * entries * (count + 1) + ranked * _RANKED)
   return _RUNTIME + most
 
 
