@@ -98,19 +98,23 @@ def record(program: Program, chip: chips.Chip | None, *, devices: int = 1) -> di
     {"name", "fits", "reason", "seconds", "mesh", "memory", "work", "collectives", "times"}; of a
     program that the compiler refuses for want of memory, only the first five.
   """
-  begun = time.perf_counter()
+  begun, busy = time.perf_counter(), time.process_time()
   lowered = program.lower()
   traced = time.perf_counter()
+
+  def seconds() -> dict[str, float]:
+    now = time.perf_counter()
+    return {"trace": traced - begun, "compile": now - traced, "cpu": time.process_time() - busy}
+
   try:
     compiled = lowered.compile()
   except jax.errors.JaxRuntimeError as e:
     if not str(e).startswith("RESOURCE_EXHAUSTED"):
       raise
-    seconds = {"trace": traced - begun, "compile": time.perf_counter() - traced}
     reason = " ".join(str(e).split())[:300]
-    facts = {"name": program.name, "fits": False, "reason": reason, "seconds": seconds}
+    facts = {"name": program.name, "fits": False, "reason": reason, "seconds": seconds()}
     return {**facts, "mesh": dict(program.mesh.shape)}
-  seconds = {"trace": traced - begun, "compile": time.perf_counter() - traced}
+  took = seconds()
   text = compiled.as_text() or ""
   own = work.count(text, program.trips)
   found = traffic.collectives(text, program.mesh, program.trips)
@@ -123,7 +127,7 @@ def record(program: Program, chip: chips.Chip | None, *, devices: int = 1) -> di
     "name": program.name,
     "fits": fits,
     "reason": reason,
-    "seconds": seconds,
+    "seconds": took,
     "mesh": dict(program.mesh.shape),
     "memory": needs,
     "work": own._asdict(),
