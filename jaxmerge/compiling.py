@@ -287,7 +287,7 @@ def _streamed(
   )
   mesh = Mesh(np.array([device]), ("device",))
   for (name, *_), lower in calls.items():
-    yield Program(f"streamed{name.replace('_', ' ')}", lower, mesh)
+    yield Program(f"streamed {name.replace('_', ' ')}", lower, mesh)
 
 
 _TRACED = ("known", "own", "bracket")  # What programs of `streaming` are given by name and trace.
