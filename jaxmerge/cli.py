@@ -1,7 +1,7 @@
 """The command line: flags in, exit status out. `commands.py` does what is asked for.
 
 Help and errors of a config come without importing jax: each command imports what it needs. Exit
-status: 0 done, 1 failed, 2 wrong usage or config, 130 interrupted.
+status: 0 done, 1 failed, 2 wrong usage or config, 130 interrupted, 143 stopped by SIGTERM.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import traceback
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn  # Any: a config is imported only by commands that have one.
 
-from jaxmerge import commands, progress
+from jaxmerge import commands, progress, stopping
 
 _CHANGES = """\
 changes of the config:
@@ -42,9 +42,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
   try:
     changes, rest = split(arguments)
     options = parser(rest).parse_args(rest)
+    _check_many(options, rest)
     config = _config(options, changes)
   except ValueError as e:
     return _failed(e, 2, debug)
+  if getattr(options, "distributed", False):
+    from jaxmerge import launching
+
+    return launching.run(lambda: _done(options, config, arguments))
+  return _done(options, config, arguments)
+
+
+def _done(options: argparse.Namespace, config: Any, arguments: Sequence[str]) -> int:
+  """Does what a command is for; the exit status."""
+  debug = options.debug
   try:
     getattr(commands, options.command)(options, config)
     sys.stdout.flush()
@@ -59,14 +70,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return _failed(f"{e}; it comes with an extra: pip install 'jaxmerge[demo]'.", 1, debug)
   except (ValueError, OSError) as e:
     return _failed(e, 1, debug)
+  except stopping.Stopped as e:
+    progress.say(f"{e}{_again(options, arguments)}")
+    return 143
   except KeyboardInterrupt:
-    saved = {"atm": "the last saved round", "merge": "the last finished tensors"}
-    saved["bench"] = "the last finished method"
-    resumes = options.command in saved and options.resume != "never"
-    told = f"; this goes on from {saved[options.command]}:" if resumes else ""
-    again = f"\n  {shlex.join(['jaxmerge', *arguments])}" if resumes else ""
-    progress.say(f"interrupted{told}{again}")
+    progress.say(f"interrupted{_again(options, arguments)}")
     return 130
+
+
+def _again(options: argparse.Namespace, arguments: Sequence[str]) -> str:
+  """How to go on with what was stopped."""
+  saved = {"atm": "the last saved round", "merge": "the last finished tensors"}
+  saved["bench"] = "the last finished method"
+  if options.command not in saved or options.resume == "never":
+    return ""
+  return f"; this goes on from {saved[options.command]}:\n  {shlex.join(['jaxmerge', *arguments])}"
 
 
 def split(arguments: Sequence[str]) -> tuple[list[tuple[str, str]], list[str]]:
@@ -114,6 +132,7 @@ def parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
   atm.add_argument("--workdir", required=True, metavar="FOLDER", help=workdir)
   resume = "go on with the run in the workdir: if there is one, not at all, or fail without one"
   atm.add_argument("--resume", choices=("auto", "never", "must"), default="auto", help=resume)
+  _many(atm)
 
   about = "merge the experts of an experiment by every method, and rank the methods"
   bench = every.add_parser("bench", help=about, description=f"{about.capitalize()}.")
@@ -185,6 +204,30 @@ def parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
     command.add_argument("--debug", action="store_true", help="show the traceback of an error")
   _check_words(top, every.choices, arguments)
   return top
+
+
+def _many(command: argparse.ArgumentParser) -> None:
+  """Adds the flags of a command that many processes can share."""
+  many = "run as one of many processes; Cloud TPU and Slurm tell which, elsewhere say so:"
+  command.add_argument("--distributed", action="store_true", help=many)
+  known = os.environ.get
+  told, number, index = (
+    known(f"JAX_{name}") for name in ("COORDINATOR_ADDRESS", "NUM_PROCESSES", "PROCESS_ID")
+  )
+  where = "where process 0 is; $JAX_COORDINATOR_ADDRESS if not given"
+  command.add_argument("--coordinator", metavar="HOST:PORT", default=told, help=where)
+  count = "number of processes; $JAX_NUM_PROCESSES if not given"
+  command.add_argument("--processes", metavar="N", type=int, default=number, help=count)
+  own = "which of them this is, from 0; $JAX_PROCESS_ID if not given"
+  command.add_argument("--process", metavar="I", type=int, default=index, help=own)
+
+
+def _check_many(options: argparse.Namespace, arguments: Sequence[str]) -> None:
+  """Raises ValueError for flags of many processes where this is to be the only one."""
+  flags = [a.split("=")[0] for a in arguments]
+  for flag in ("--coordinator", "--processes", "--process"):
+    if flag in flags and not options.distributed:
+      raise ValueError(f"{flag} says which of many processes this is: it needs --distributed.")
 
 
 def _check_words(

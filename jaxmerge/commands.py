@@ -9,19 +9,36 @@ import pathlib
 import shutil
 from typing import Any  # A config is imported only by commands that have one.
 
-from jaxmerge import progress
+from jaxmerge import progress, stopping
 
 
 def atm(options: argparse.Namespace, config: Any) -> None:
-  """Tunes and merges as a config says, and prints the table."""
-  fake_devices(config.mesh.devices)
+  """Tunes and merges as a config says, and prints the table; of many processes the first prints."""
+  joined(options, config.mesh.devices)
   from jaxmerge import experiment
   from jaxmerge import report as reports
 
-  with progress.bars() as show:
-    record = experiment.run(config, options.workdir, resume=options.resume, progress=show)
+  with progress.bars() as show, stopping.asked() as stop:
+    record = experiment.run(
+      config, options.workdir, resume=options.resume, progress=show, stop=stop
+    )
   print(reports.text(record))
   print(f"report: {pathlib.Path(options.workdir) / 'report.html'}")
+
+
+def joined(options: argparse.Namespace, devices: int | None) -> None:
+  """Asks for fake devices, and joins the other processes where there are some."""
+  own = (options.coordinator, options.processes, options.process)
+  if not options.distributed:
+    fake_devices(devices)
+    return
+  if devices is not None and options.processes:
+    fake_devices(max(1, devices // options.processes))  # They are those of the whole run.
+  from jaxmerge import launching, processes
+
+  processes.start(*own)
+  if not processes.first():
+    launching.quiet()
 
 
 def bench(options: argparse.Namespace, config: Any) -> None:

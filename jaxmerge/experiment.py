@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxmerge import catalog, judging, methods, problems, report, stage
+from jaxmerge import catalog, judging, methods, problems, processes, report, stage, stopping
 from jaxmerge import mesh as meshes
 from jaxmerge import workdir as workdirs
 from jaxmerge.atm import baselines, budget, evaluate, loop, tune
@@ -31,6 +31,7 @@ def run(
   *,
   resume: str = "auto",
   progress: Callable[[Event], None] = lambda event: None,
+  stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
   """Runs the experiment of a config and leaves report, plots, checkpoints and models in `workdir`.
 
@@ -40,18 +41,21 @@ def run(
     resume: "auto" goes on with a run of the same config, "never" wants an empty folder, "must"
       wants a run to go on with.
     progress: is given events: {"phase", "done", "total", "unit", "numbers"} or {"message"}.
+    stop: is asked after each round, or part of another phase, whether to stop there.
 
   Returns:
-    The record that `report.json` holds.
+    The record that `report.json` holds. Of many processes the first one writes, alone.
 
   Raises:
+    Stopped: where `stop` said yes; rounds are saved, a phase that is not done will start anew.
     ValueError: if the folder holds a run of another config, naming the first differences.
   """
   workdir = pathlib.Path(workdir)
   plain = json.loads(config.to_json())
   workdirs.check(workdir, plain, resume)
-  work = Work(plain, workdir, progress)
-  workdirs.claim(workdir, plain)
+  work = Work(plain, workdir, progress, stop)
+  if processes.first():
+    workdirs.claim(workdir, plain)
   work.base()
   work.experts()
   work.one_shot()
@@ -72,17 +76,23 @@ class Work:
   """A run in progress: the problem, what is compared so far, and where it goes."""
 
   def __init__(
-    self, config: dict[str, Any], workdir: pathlib.Path, progress: Callable[[Event], None]
+    self,
+    config: dict[str, Any],
+    workdir: pathlib.Path,
+    progress: Callable[[Event], None],
+    stop: Callable[[], bool] = lambda: False,
   ) -> None:
-    self.config, self.workdir, self.progress = config, workdir, progress
+    self.config, self.workdir, self.progress, self.stop = config, workdir, progress, stop
     self.seconds: dict[str, float] = {}
     with self.timed("data and base"):
-      self.problem = problems.make(config)
+      self.problem = problems.shared(problems.make(config))
     self.settings = problems.settings_of(config)
     self.names = [t.name for t in self.problem.tasks]
     axes = {k: config["mesh"][k] for k in meshes.AXES}
     self.mesh = meshes.make(**axes, tasks=len(self.names))
-    self.params = jax.tree.map(lambda p: jnp.asarray(p, jnp.float32), self.problem.params)
+    self.params = self.whole(
+      jax.tree.map(lambda p: jnp.asarray(p, jnp.float32), self.problem.params)
+    )
     self.score = evaluate.scorer(self.problem.apply, tune.accuracy, mesh=self.mesh)
     self.own_score = evaluate.own_scorer(self.problem.apply, tune.accuracy, mesh=self.mesh)
     self.rows = self.placed(self.problem.tasks, "validation")
@@ -108,8 +118,14 @@ class Work:
 
   def padded(self, stack: Any, height: int) -> Any:
     """Puts a stack of models on the devices, with empty slots up to a height."""
-    own = jax.tree.map(lambda x: tune.pile_up(x, height), jax.device_get(stack))
+    own = jax.tree.map(lambda x: tune.pile_up(x, height), meshes.fetch(stack))
     return meshes.put(own, meshes.by_task(self.mesh))
+
+  def whole(self, params: Any) -> Any:
+    """A model that each process has computed by itself, as all of them see it: the first one's."""
+    if jax.process_count() == 1 or not jax.tree.leaves(params)[0].is_fully_addressable:
+      return params
+    return meshes.put(processes.same(params), meshes.everywhere(self.mesh))
 
   def say(self, message: str) -> None:
     """Passes a message on."""
@@ -120,13 +136,16 @@ class Work:
   ) -> Callable[..., None]:
     """Shows that a phase begins; returns the callback (done, total, **numbers) that shows more.
 
-    One that is not `fresh` goes on from somewhere, which its first callback tells.
+    One that is not `fresh` goes on from somewhere, which its first callback tells. After a part,
+    but not after a round, the run stops where it is asked to: the loop stops by itself.
     """
 
     def show(done: int, total: int, **numbers: float) -> None:
       self.progress(
         {"phase": phase, "done": done, "total": total, "unit": unit, "numbers": numbers}
       )
+      if done and unit != "round" and processes.agree(self.stop()):
+        raise stopping.Stopped(f"stopped in {phase}, after {unit} {done} of {total}")
 
     if fresh:
       show(0, total)
@@ -139,13 +158,14 @@ class Work:
       self.timed(phase),
     ):
       like = make_like(self.params, len(self.names), phase, self.mesh)
-      found = store.restore(like) if (self.workdir / "checkpoints" / phase).exists() else None
+      found = store.restore(like)
       for message in store.set_aside:
         self.say(message)
       if found is not None:
         self.say(f"{phase}: restored")
         return found.state, found.record["facts"]
       made, facts = make()
+      made = made if phase.split("_")[0] == "experts" else self.whole(made)
       store.save(1, made, {"facts": facts})
       return made, facts
 
@@ -162,8 +182,8 @@ class Work:
     if self.config["keep_experts"]:
       for k, name in enumerate(self.names):
         folder = self.workdir / "experts" / name
-        if not folder.exists():
-          one = jax.tree.map(lambda x, k=k: x[k], self.stacks["experts"])
+        one = meshes.fetch(jax.tree.map(lambda x, k=k: x[k], self.stacks["experts"]))
+        if processes.first() and not folder.exists():
           self.problem.save(folder, one, f"Expert of task {name}.\n")
 
   def one_stack(self, name: str, own: Mapping[str, Any]) -> None:
@@ -253,7 +273,7 @@ class Work:
   def mean(self, params: Any) -> float:
     """Mean validation accuracy over the tasks."""
     counts = [len(t.validation.labels) for t in self.problem.tasks]
-    found = self.score(jax.tree.map(lambda p: p[None], params), self.rows)
+    found = self.score(jax.tree.map(lambda p: p[None], self.whole(params)), self.rows)
     return float(np.mean(evaluate.means(found[0], counts)))
 
   def atm(self) -> None:
@@ -274,7 +294,8 @@ class Work:
 
     def show(record: dict[str, Any]) -> None:
       self.curves[name] = [*self.curves.get(name, []), record]
-      workdirs.write_metrics(self.workdir, self.curves)
+      if processes.first():
+        workdirs.write_metrics(self.workdir, self.curves)
       shown(record["round"], settings.rounds, mean=record["mean"])
 
     keep = config["checkpoint"]["keep"]
@@ -293,6 +314,7 @@ class Work:
         checkpoints=store,
         save_every=config["checkpoint"]["every"],
         on_round=show,
+        stop=self.stop,
       )
     for message in result.messages:
       self.say(f"{name}: {message}")
@@ -330,10 +352,12 @@ class Work:
     record["gap_closed"] = report.gap_closed(record["models"])
     record["differences"] = judging.differences(record, correct)
     card = report.model_card(record, self.problem.base, "atm", license=self.problem.license)
-    self.problem.save(self.workdir / "merged", self.models["atm"], card)
-    workdirs.write_metrics(self.workdir, self.curves)
-    workdirs.write_correct(self.workdir, correct)
-    report.write(record, self.workdir)
+    merged = meshes.fetch(self.models["atm"])
+    if processes.first():
+      self.problem.save(self.workdir / "merged", merged, card)
+      workdirs.write_metrics(self.workdir, self.curves)
+      workdirs.write_correct(self.workdir, correct)
+      report.write(record, self.workdir)
     return record
 
   def judged(self, split: str) -> tuple[dict[str, Any], dict[str, dict[str, np.ndarray]]]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any  # A stack is any tree of arrays.
 
 import jax
@@ -14,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxmerge import tree
 
+Array = jax.Array
 AXES = ("task", "data", "model")
 Rules = Sequence[tuple[str, P]]  # Regular expression of a leaf's name, and how it is sharded.
 
@@ -50,8 +52,25 @@ def make(
   wanted = math.prod(sizes.values())
   if wanted > len(given):
     raise ValueError(f"a mesh {sizes} needs {wanted} devices, but there are {len(given)}.")
-  grid = np.array(given[:wanted]).reshape(tuple(sizes.values()))
+  grid = np.array(_evenly(given, wanted, sizes)).reshape(tuple(sizes.values()))
   return Mesh(grid, AXES)
+
+
+def _evenly(
+  given: Sequence[jax.Device], wanted: int, sizes: dict[str, int]
+) -> Sequence[jax.Device]:
+  """The first devices; of many processes the first ones of each, so that all of them take part."""
+  owners = sorted({d.process_index for d in given})
+  each, left = divmod(wanted, len(owners))
+  if left:
+    raise ValueError(
+      f"a mesh {sizes} has {wanted} devices, which {len(owners)} processes cannot share evenly; "
+      "give other sizes, or another number of processes."
+    )
+  own = [[d for d in given if d.process_index == owner][:each] for owner in owners]
+  if any(len(devices) < each for devices in own):
+    raise ValueError(f"a mesh {sizes} needs {each} devices of each process; some have fewer.")
+  return [device for devices in own for device in devices]
 
 
 def by_task(mesh: Mesh) -> NamedSharding:
@@ -139,7 +158,37 @@ def places(given: Any, mesh: Mesh, rules: Rules = (), *, stacked: bool = False) 
 
 
 def put(given: Any, where: Any) -> Any:
-  """Places the leaves of a tree: all with one sharding, or each with its own of a like tree."""
+  """Places the leaves of a tree: all with one sharding, or each with its own of a like tree.
+
+  Where devices of other processes take part, each process gives what its own devices will hold; an
+  array in the memory of a process must be the same in all of them.
+  """
   if isinstance(where, Sharding):
-    return jax.tree.map(lambda x: jax.device_put(x, where), given)
-  return jax.tree.map(jax.device_put, given, where)
+    return jax.tree.map(lambda x: _put(x, where), given)
+  return jax.tree.map(_put, given, where)
+
+
+def _put(x: Any, where: Sharding) -> Array:
+  if where.is_fully_addressable:
+    return jax.device_put(x, where)
+  if isinstance(x, jax.Array) and x.sharding.device_set == where.device_set:
+    return _moved(where)(x)
+  own = np.asarray(x)
+  return jax.make_array_from_callback(own.shape, where, lambda index: own[index])
+
+
+@functools.lru_cache(maxsize=64)
+def _moved(where: Sharding) -> Callable[[Array], Array]:
+  return jax.jit(lambda x: x, out_shardings=where)
+
+
+def fetch(given: Any) -> Any:
+  """Brings the leaves of a tree, whole, to the memory of every process: NumPy arrays."""
+
+  def own(x: Any) -> Any:
+    if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
+      return x
+    assert isinstance(x.sharding, NamedSharding)
+    return _put(x, NamedSharding(x.sharding.mesh, P()))
+
+  return jax.tree.map(np.asarray, jax.device_get(jax.tree.map(own, given)))

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 from jax import lax
 
-from jaxmerge import tree
+from jaxmerge import processes, tree
 from jaxmerge.atm import sampling, tune
 from jaxmerge.atm.settings import Settings
 from jaxmerge.io import atomic, safetensors
@@ -158,6 +158,16 @@ def make(config: Mapping[str, Any]) -> Problem:
   if name not in MAKERS:
     raise ValueError(f"experiment must be one of {', '.join(MAKERS)}, got {name!r}.")
   return MAKERS[name](config)
+
+
+def shared(problem: Problem) -> Problem:
+  """A problem that each process has made by itself, with the first one's weights and heads."""
+  heads = [t.head for t in problem.tasks if t.head is not None]
+  params, heads = processes.same((problem.params, heads))
+  if heads:
+    tasks = zip(problem.tasks, heads, strict=True)
+    problem = problem._replace(tasks=tuple(dataclasses.replace(t, head=h) for t, h in tasks))
+  return problem._replace(params=params)
 
 
 def settings_of(config: Mapping[str, Any]) -> Settings:

@@ -13,6 +13,7 @@ from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from jaxmerge import mesh as meshes
 from jaxmerge.atm import tune
 from jaxmerge.stage import Array
 
@@ -43,7 +44,8 @@ def scorer(apply: tune.Apply, metric: tune.Rowwise, *, mesh: Mesh, chunk: int = 
       out_specs=P(None, "task"),
       axis_names={"task"},
       check_vma=False,
-    )
+    ),
+    out_shardings=meshes.everywhere(mesh),  # Every process reads all scores.
   )
 
 
@@ -61,7 +63,8 @@ def own_scorer(apply: tune.Apply, metric: tune.Rowwise, *, mesh: Mesh, chunk: in
       out_specs=P("task"),
       axis_names={"task"},
       check_vma=False,
-    )
+    ),
+    out_shardings=meshes.everywhere(mesh),  # Every process reads all scores.
   )
 
 

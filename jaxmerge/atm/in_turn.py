@@ -12,6 +12,7 @@ from typing import Any  # Any: parameters and states are the user's trees.
 
 import jax
 import numpy as np
+from jax import lax
 
 from jaxmerge import memory, stage, streaming, tree, views
 from jaxmerge import mesh as meshes
@@ -33,13 +34,14 @@ def program(parts: rounds.Parts) -> Callable[..., tuple[rounds.State, rounds.Mea
   @jax.jit
   def tuned(params: Any, states: Any, rows: tune.Rows, plan: Plan) -> Any:
     copies, states, loss = rounds.tuning(parts, params, states, rows, plan)
-    return copies, states, loss, tune.finite(copies)
+    told = lax.with_sharding_constraint((loss, tune.finite(copies)), meshes.everywhere(mesh))
+    return copies, states, *told
 
   @jax.jit
   def move(*given: Any) -> Any:
     params, own = outers.moved(outer, *given)
     places = meshes.places(params, mesh, rules), placing.of_states(outer, params, mesh, rules)
-    return jax.lax.with_sharding_constraint((params, own), places)
+    return lax.with_sharding_constraint((params, own), places)
 
   def placed(states: Any, base: Any) -> Any:
     places = placing.of_states(local, base, mesh, rules, stacked=True) if kept else ()
@@ -58,7 +60,7 @@ def program(parts: rounds.Parts) -> Callable[..., tuple[rounds.State, rounds.Mea
       copies, after, loss, finite = tuned(state.params, placed(cut(state.local), base), *spread)
       copies = jax.tree.map(lambda x, n=filled: x[:n], copies)
       held = take(held, copies, base, _own(ready, start, start + filled))
-      states.append(jax.device_get(after))
+      states.append(meshes.fetch(after))
       losses.append(np.asarray(loss)[:filled])
       finites.append(np.asarray(finite)[:filled])
     found = rounds.Measured(np.concatenate(losses), np.concatenate(finites))
@@ -119,10 +121,10 @@ def _held(method: Method, layout: views.Views) -> tuple[Callable[..., Any], Call
   """Keeps the tuned copies in host memory, and merges them there at the end."""
 
   def take(held: Any, copies: Any, base: Any, ready: memory.Ready) -> Any:
-    return [*(held or []), jax.device_get(copies)]
+    return [*(held or []), meshes.fetch(copies)]
 
   def finish(held: Any, base: Any, ready: memory.Ready) -> Any:
     models = jax.tree.map(lambda *xs: np.concatenate(xs), *held)
-    return streaming.merge_slices(method, jax.device_get(base), models, ready=ready, layout=layout)
+    return streaming.merge_slices(method, meshes.fetch(base), models, ready=ready, layout=layout)
 
   return take, finish

@@ -9,11 +9,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple  # Any: parameters are the user's tree.
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxmerge import memory, methods, stage, tree, views
+from jaxmerge import memory, methods, processes, stage, stopping, tree, views
 from jaxmerge import mesh as meshes
 from jaxmerge.atm import budget, evaluate, in_turn, outer, placing, sampling, tune
 from jaxmerge.atm import round as rounds
@@ -55,6 +56,7 @@ def tune_and_merge(
   checkpoints: orbax.Checkpoints | None = None,
   save_every: int = 1,
   on_round: Callable[[dict[str, Any]], None] | None = None,
+  stop: Callable[[], bool] | None = None,
 ) -> Result:
   """Tunes copies of the model on every task for a while, merges them, and repeats.
 
@@ -77,8 +79,10 @@ def tune_and_merge(
     checkpoints: a store for this run alone.
     save_every: rounds from one save to the next; the last round is always saved.
     on_round: is given the record of each round as soon as it is known.
+    stop: is asked after each round; where it says yes in any process, all save that round and stop.
 
   Raises:
+    Stopped: where `stop` said yes before the last round.
     ValueError: for bad data, trees, settings, a task whose training diverges, or a store that holds
       a run with other settings.
 
@@ -98,11 +102,17 @@ def tune_and_merge(
   for k in range(len(records), settings.rounds):
     state, record = held.round(state, k)
     records.append(record)
-    due = (k + 1) % save_every == 0 or k + 1 == settings.rounds
+    last = k + 1 == settings.rounds
+    asked = stop is not None and not last and processes.agree(stop())
+    due = (k + 1) % save_every == 0 or last or asked
     if checkpoints is not None and due:
       checkpoints.save(k + 1, held.saved(state), held.record(records))
     if on_round is not None:
       on_round(record)
+    if asked:
+      if checkpoints is not None:
+        checkpoints.wait()
+      raise stopping.Stopped(f"stopped after round {k + 1} of {settings.rounds}")
   if checkpoints is not None:
     checkpoints.wait()
   params = held.best if settings.early_stopping and held.best is not None else state.params
@@ -187,7 +197,7 @@ class _Run:
     # Placed as a round returns it, so that all rounds run one executable.
     own = meshes.put(own, placing.of_states(self.outer, self.base, self.mesh, self.rules))
     states = local(self.base) if self.kept else ()
-    return rounds.State(self.base, own, states if self.waves == 1 else jax.device_get(states))
+    return rounds.State(self.base, own, states if self.waves == 1 else meshes.fetch(states))
 
   def round(self, state: rounds.State, k: int) -> tuple[rounds.State, dict[str, Any]]:
     """Runs round k (from 0), and returns the new state and the round's record."""
@@ -248,12 +258,12 @@ class _Run:
     """The state that a checkpoint holds, with the empty slots of the start."""
     n = len(self.tasks)
     if self.rows.head is not None:
-      head = np.asarray(held["head"])
+      head = meshes.fetch(held["head"])
       self.head = held["head"]
       self.rows = _headed(self.rows, head)
       self.whole = _headed(self.whole, head)
     local = jax.tree.map(
-      lambda x, y: np.concatenate([x, y[n:]]), jax.device_get(held["local"]), start.local
+      lambda x, y: np.concatenate([x, y[n:]]), *meshes.fetch((held["local"], start.local))
     )
     if self.kept and self.waves == 1:
       local = meshes.put(local, self.local_places())
@@ -316,7 +326,7 @@ def _headed(rows: tune.Rows, head: np.ndarray) -> tune.Rows:
   """The rows with other heads [T, features, C], placed as they were."""
   piled = tune.pile_up(head, rows.filled.shape[0])
   if isinstance(rows.head, jax.Array):
-    return rows._replace(head=jax.device_put(piled, rows.head.sharding))
+    return rows._replace(head=meshes.put(piled, rows.head.sharding))
   return rows._replace(head=piled)
 
 
@@ -333,8 +343,8 @@ def _refuse_other_base(theirs: Any, ours: Any) -> None:
   """Raises ValueError if the start differs by more than another mesh would explain."""
   mine = tree.named(ours)
   for name, x in tree.named(theirs).items():
-    x, y = np.asarray(x), np.asarray(mine[name])
-    if np.abs(x - y).max(initial=0) > 1e-3 * max(np.abs(x).max(initial=0), 1e-30):
+    far, size = (float(jnp.abs(v).max(initial=0)) for v in (x - mine[name], x))
+    if far > 1e-3 * max(size, 1e-30):
       raise ValueError(
         f"the checkpoints are of another run: leaf {name!r} of the model to start from is another "
         "there; start from the same, or use another folder."

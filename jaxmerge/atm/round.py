@@ -137,7 +137,9 @@ def merging(
     placing.of_states(parts.outer, params, parts.mesh, parts.rules),
   )
   params, own = lax.with_sharding_constraint((params, own), places)
-  return params, own, measured(stacks, current, loss[: parts.tasks])
+  # On every device, so that every process can read it.
+  found = measured(stacks, current, loss[: parts.tasks])
+  return params, own, lax.with_sharding_constraint(found, meshes.everywhere(parts.mesh))
 
 
 def merged(

@@ -298,7 +298,7 @@ def refuse_divergence(
   names: Sequence[str], losses: Any, good: Any, settings: Settings, *, when: str
 ) -> None:
   """Raises ValueError, naming the task, for a loss or a tuned copy that is not finite."""
-  for name, value, fine in zip(names, np.asarray(losses), np.asarray(good), strict=True):
+  for name, value, fine in zip(names, *meshes.fetch((losses, good)), strict=True):
     if not (np.isfinite(value) and fine):
       raise ValueError(
         f"{name!r} diverged in {when}: loss {float(value)}, parameters "

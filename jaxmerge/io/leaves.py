@@ -35,7 +35,7 @@ def arrays(state: PyTree) -> dict[str, jax.Array]:
     if jax.dtypes.canonicalize_dtype(x.dtype) != x.dtype:
       raise ValueError(f"state leaf {name}: {x.dtype} would be narrowed; convert it first.")
     if not isinstance(x, jax.Array):
-      arrays[name] = jnp.array(x)  # a copy: the caller may overwrite the original
+      arrays[name] = jax.device_put(np.array(x), home())  # a copy: the caller may overwrite his
   if not with_entries(arrays):
     raise ValueError("the state has no array with an entry; there is nothing to save.")
   return arrays
@@ -53,15 +53,21 @@ def with_entries(arrays: dict) -> dict:
 
 def empty(x: jax.ShapeDtypeStruct) -> jax.Array:
   """Returns the array of a description without entries."""
-  return jax.device_put(jnp.zeros(x.shape, x.dtype), x.sharding)
+  return jax.device_put(np.zeros(x.shape, x.dtype), x.sharding)
 
 
 def abstract(x: Any) -> jax.ShapeDtypeStruct:  # Any: an array or a description of one
-  """Returns the description of an array; without a sharding it goes to the first local device."""
-  sharding = getattr(x, "sharding", None)
-  if sharding is None:
-    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  """Returns the description of an array; without a sharding it goes where `home` says."""
+  sharding = getattr(x, "sharding", None) or home()
   return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+
+def home() -> jax.sharding.Sharding:
+  """Returns where an array goes that has no place: the first device, or all, of many processes."""
+  if jax.process_count() == 1:
+    return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  mesh = jax.sharding.Mesh(np.array(jax.devices()), ("device",))
+  return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
 
 def check(folder: Path, saved: dict, wanted: dict[str, jax.ShapeDtypeStruct]) -> None:

@@ -144,10 +144,16 @@ class Checkpoints:
     if self._sealing is None:
       return
     (step, future), self._sealing = self._sealing, None
+    failed = True
     try:
       future.result()
+      failed = False
     except (OSError, ValueError) as error:
       raise self._explained(step, error) from error
+    finally:  # A step counts only where it counts in every process.
+      others = jax.process_count() > 1 and bool(multihost_utils.process_allgather(failed).any())
+    if others:
+      raise OSError(f"step {step} could not be saved in {self._directory}: another process failed.")
     self._newest = step
 
   def restore(

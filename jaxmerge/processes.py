@@ -1,0 +1,84 @@
+"""Many processes, one program: how they start, what they agree on, how a loss shows.
+
+Each process has devices of its own, and all run the same program on the mesh of all devices. What
+they compute on a mesh is the same everywhere; what one process alone knows (a file that is there, a
+signal that came) must be agreed on before it may decide anything. One process makes all of it true
+without a word.
+"""
+
+from __future__ import annotations
+
+from typing import Any  # Any: trees of arrays, and jax's own errors.
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+HEARTBEAT = 10  # Seconds without a sign of life after which a process counts as dead.
+_SIGNS = ("Gloo", "NCCL", "UNAVAILABLE", "coordination service", "Connection", "heartbeat")
+
+
+def start(
+  coordinator: str | None = None, number: int | None = None, index: int | None = None
+) -> None:
+  """Joins the processes of a run; to be called before jax computes anything.
+
+  Without arguments the cluster tells where the others are: Cloud TPU, Slurm, Open MPI.
+
+  Args:
+    coordinator: host and port of process 0, as "10.0.0.1:1234".
+    number: number of processes.
+    index: which of them this is, from 0.
+
+  Raises:
+    ValueError: where no cluster is found and an argument is missing, or one is out of range.
+
+  >>> start("10.0.0.1:1234", number=2, index=0)  # doctest: +SKIP
+  """
+  # Signals are the caller's: of those that ask to stop, the loop hears after a round.
+  jax.config.update("jax_enable_preemption_service", False)
+  try:
+    jax.distributed.initialize(coordinator, number, index, heartbeat_timeout_seconds=HEARTBEAT)
+  except (ValueError, TypeError) as e:
+    raise ValueError(
+      f"the processes of the run cannot be found: {e} On Cloud TPU and Slurm they are found by "
+      "themselves; elsewhere give --coordinator=HOST:PORT, --processes=N and --process=I."
+    ) from e
+
+
+def first() -> bool:
+  """Tells whether this is the process that writes and speaks for all."""
+  return jax.process_index() == 0
+
+
+def agree(flag: bool) -> bool:
+  """Tells whether the flag is set in any process; all must ask at the same point.
+
+  >>> agree(True), agree(False)
+  (True, False)
+  """
+  if jax.process_count() == 1:
+    return flag
+  return bool(multihost_utils.process_allgather(np.asarray(flag)).any())
+
+
+def same(given: Any) -> Any:
+  """Returns process 0's values of a tree of arrays, in the memory of every process.
+
+  One process gives the tree back as it is. All must call it with the same shapes and dtypes.
+
+  >>> same({"w": 1.0})
+  {'w': 1.0}
+  """
+  if jax.process_count() == 1:
+    return given
+  return multihost_utils.broadcast_one_to_all(jax.tree.map(np.asarray, given))
+
+
+def lost(error: BaseException) -> bool:
+  """Tells whether an error most likely says that another process is gone.
+
+  >>> lost(ValueError("rounds must be positive"))
+  False
+  """
+  return isinstance(error, jax.errors.JaxRuntimeError) and any(s in str(error) for s in _SIGNS)
