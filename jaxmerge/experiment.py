@@ -114,7 +114,7 @@ class Work:
     """Puts a split of all tasks on the devices."""
     side = self.mesh.shape["task"]
     height = -(-len(tasks) // side) * side
-    return meshes.put(tune.stacked(tasks, split, height=height), meshes.by_task(self.mesh))
+    return tune.placed(tasks, split, self.mesh, height=height)
 
   def padded(self, stack: Any, height: int) -> Any:
     """Puts a stack of models on the devices, with empty slots up to a height."""

@@ -13,8 +13,8 @@ from collections.abc import Callable
 from jaxmerge import progress
 
 GONE = (
-  "error: {who} has lost another process of the run, or was killed itself. Whatever was saved is "
-  "whole: start all processes again, and the run goes on from there."
+  "error: {who} has lost another process of the run, which ended or never came, or was killed "
+  "itself. Whatever was saved is whole: start all processes again, and the run goes on from there."
 )
 
 

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxmerge import mesh as meshes
 from jaxmerge import resolving, stage, statistics, tree, unrolling, views
 from jaxmerge.stage import Array, Leaf, Method, Stage
 from jaxmerge.tree import Tree
@@ -289,7 +290,7 @@ def _driven(
     base, reference, models, ready, method=method, layout=views_of, chains=chains
   )
   if not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((finite, out))):
-    refuse_nonfinite(jax.device_get(finite), names, ready.order)
+    refuse_nonfinite(meshes.fetch(finite), names, ready.order)
   return out
 
 

@@ -78,6 +78,18 @@ def by_task(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, P("task"))
 
 
+def own_slots(mesh: Mesh, height: int) -> range:
+  """Returns the slots of a stack of `height` that devices of this process hold.
+
+  >>> own_slots(make(4, 2), 8)
+  range(0, 8)
+  """
+  here, side = jax.process_index(), mesh.shape["task"]
+  own = [t for t in range(side) if any(d.process_index == here for d in mesh.devices[t].flat)]
+  each = height // side
+  return range(own[0] * each, (own[-1] + 1) * each)
+
+
 def everywhere(mesh: Mesh) -> NamedSharding:
   """Returns the sharding of what every device holds whole."""
   return NamedSharding(mesh, P())

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-HEARTBEAT = 10  # Seconds without a sign of life after which a process counts as dead.
+HEARTBEAT = 15  # Seconds without a sign of life after which a process counts as dead.
 _SIGNS = ("Gloo", "NCCL", "UNAVAILABLE", "coordination service", "Connection", "heartbeat")
 
 

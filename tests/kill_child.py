@@ -16,6 +16,7 @@ own code and by Orbax's. The array files, which Orbax's native library writes fr
 make no events; kills at random moments meet those.
 """
 
+import atexit
 import contextlib
 import json
 import os
@@ -23,6 +24,7 @@ import pathlib
 import random
 import select
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -142,7 +144,82 @@ def np_bytes(x):
   return np.asarray(x).tobytes()
 
 
-SCENARIOS = {"counting": counting, "merging": merging, "files": files}
+def spread(directory, out=None, sizes=(4, 2, 1), rounds=4, slow=0.0):
+  """Tuning and merging four tasks on a mesh of eight devices, whichever processes they belong to.
+
+  The digest is that of all records and the model; process 0 writes the model to `out`.
+  """
+  import hashlib
+
+  import small_tasks as small
+  from jax.sharding import PartitionSpec as P
+
+  from jaxmerge import mesh as meshes
+  from jaxmerge import methods, processes, stopping
+  from jaxmerge.atm import loop, settings
+  from jaxmerge.io import orbax
+
+  changes = dict(epochs=3.0 * rounds, batch_size=4, learning_rate=0.05, local_state="kept")
+  changes |= dict(outer="nesterov", outer_momentum=0.5, early_stopping=True)
+  tasks = [*small.three(), small.classified("dog", 16)]
+  rules = (("kernel$", P("model", None)), ("bias$", P()))
+  with orbax.Checkpoints(pathlib.Path(directory), keep=2) as store, stopping.asked() as stop:
+    found = loop.tune_and_merge(
+      small.network,
+      small.weights(),
+      tasks,
+      methods.dare(0.3, 0.4),
+      settings.Settings(rounds=rounds, **changes),
+      mesh=meshes.make(*sizes),
+      sharding=rules,
+      checkpoints=store,
+      stop=stop,
+      on_round=lambda record: time.sleep(slow),
+    )
+  kept = [{k: v for k, v in r.items() if k != "seconds"} for r in found.rounds]
+  assert len(kept) == rounds
+  digest, params = hashlib.sha256(json.dumps(kept).encode()), meshes.fetch(found.params)
+  for leaf in ("kernel", "bias"):
+    digest.update(np_bytes(params["dense"][leaf]))
+  if out is not None and processes.first():
+    import numpy as np
+
+    np.savez(out, **params["dense"])
+  return digest
+
+
+def merges(directory):
+  """Merges of entries and of integer counts, rows and columns over all eight devices."""
+  import hashlib
+
+  import small
+  from jax.sharding import NamedSharding
+  from jax.sharding import PartitionSpec as P
+
+  import jaxmerge
+  from jaxmerge import mesh as meshes
+
+  mesh, digest = meshes.make(1, 4, 2), hashlib.sha256()
+  base, models = small.trees(small.FEW)
+  axes = {"matrix": ("data", "model"), "steps": ()}
+  own = meshes.put(base, {n: NamedSharding(mesh, P(*a)) for n, a in axes.items()})
+  stacks = meshes.put(models, {n: NamedSharding(mesh, P(None, *a)) for n, a in axes.items()})
+  from jaxmerge import methods
+
+  for method in (methods.ties(0.3), methods.dare(0.4, 0.5), methods.task_arithmetic(0.5)):
+    seed = {"seed": 11} if "seed" in jaxmerge.stage.numbers(method) else {}
+    for _, leaf in sorted(meshes.fetch(jaxmerge.merge(method, own, stacks, **seed)).items()):
+      digest.update(np_bytes(leaf))
+  return digest
+
+
+SCENARIOS = {
+  "counting": counting,
+  "merging": merging,
+  "files": files,
+  "spread": spread,
+  "merges": merges,
+}
 
 
 class Client:
@@ -162,6 +239,21 @@ class Client:
     assert answer["error"] is None, answer["error"]
     assert answer["killed"] or answer["digest"], "the run ended without a result"
     return answer
+
+  def run_many(
+    self, scenario, directory, *, processes=2, devices=4, kill=None, heartbeat=100, **options
+  ):
+    """Runs a scenario in several processes that share a mesh; gives the answer of each.
+
+    `kill` is (which, signal, seconds after all have joined), or (which, SIGKILL, number of an event
+    of that process). A `heartbeat` of None is that of users; the tests' own machine may be slow.
+    """
+    many = {"processes": processes, "devices": devices, "kill": kill, "heartbeat": heartbeat}
+    request = {"scenario": scenario, "directory": str(directory), "options": options}
+    print(json.dumps(request | many), file=self._process.stdin, flush=True)
+    line = self._process.stdout.readline()
+    assert line, "the server of runs has ended"
+    return json.loads(line)
 
   def kill_at_random(self, scenario, root, *, kills=30, **options):
     """Runs that are killed at random moments; gives the digest of each in the end.
@@ -217,7 +309,9 @@ def serve():
   assert threading.active_count() == 1, f"the server has threads: {threading.enumerate()}"
   del orbax
   for line in sys.stdin:
-    print(json.dumps(_answer(json.loads(line))), flush=True)
+    request = json.loads(line)
+    answer = _answer_many(request) if "processes" in request else _answer(request)
+    print(json.dumps(answer), flush=True)
 
 
 def _answer(request):
@@ -252,6 +346,89 @@ def _child(request, writing):
   with open(writing, "w", encoding="utf-8") as pipe:
     pipe.write(json.dumps(report))
   os._exit(0)
+
+
+def _answer_many(request):
+  """Forks processes that share a mesh, signals one where that is asked for, and reports on each.
+
+  An answer has the exit status, the digest, what was said, and when the process ended, in seconds
+  after the signal.
+  """
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    port = free.getsockname()[1]
+  which, number, moment = request["kill"] or (None, None, None)
+  left, pipes, said, began = {}, [], [], time.monotonic()
+  for index in range(request["processes"]):
+    reading, writing = os.pipe()
+    said.append(tempfile.TemporaryFile())  # noqa: SIM115
+    pid = os.fork()
+    if pid == 0:
+      os.close(reading)
+      os.dup2(said[-1].fileno(), 1)
+      os.dup2(said[-1].fileno(), 2)
+      _one_of_many(request, index, port, writing)
+    os.close(writing)
+    left[pid] = index
+    pipes.append(open(reading, encoding="utf-8"))  # noqa: SIM115
+  pids = {index: pid for pid, index in left.items()}
+  ends, statuses = {}, {}
+  if isinstance(moment, float):
+    for pipe in pipes:
+      pipe.read(1)  # It has joined the others, or ended.
+    time.sleep(moment)
+    os.kill(pids[which], number)
+    began = time.monotonic()
+  while left:
+    pid, status = os.waitpid(-1, os.WNOHANG)
+    if pid in left:
+      index = left.pop(pid)
+      ends[index], statuses[index] = time.monotonic(), os.waitstatus_to_exitcode(status)
+      if index == which and isinstance(moment, int):
+        began = ends[index]
+    elif time.monotonic() - began > 200:
+      for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    time.sleep(0.01)
+  answers = []
+  for index, (pipe, file) in enumerate(zip(pipes, said, strict=True)):
+    with pipe, file:
+      text = pipe.read().strip()
+      report = json.loads(text) if text else {"digest": None, "events": []}
+      file.seek(0)
+      told = {"said": file.read().decode(errors="replace"), "after": ends[index] - began}
+      answers.append(report | told | {"status": statuses[index]})
+  return answers
+
+
+def _one_of_many(request, index, port, writing):
+  """What a process of many does: as `jaxmerge atm --distributed`, with a scenario for a command."""
+  from jaxmerge import launching, processes, stopping
+
+  report = {"digest": None, "events": []}
+  os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={request['devices']}"
+
+  def work():
+    which, _, moment = request["kill"] or (None, None, None)
+    event = moment if which == index and isinstance(moment, int) else None
+    _watch(request["directory"], event, report["events"])
+    processes.HEARTBEAT = request["heartbeat"] or processes.HEARTBEAT
+    if request["processes"] > 1:
+      processes.start(f"127.0.0.1:{port}", request["processes"], index)
+    os.write(writing, b" ")
+    try:
+      digest = SCENARIOS[request["scenario"]](request["directory"], **request["options"])
+    except stopping.Stopped as e:
+      print(e, flush=True)
+      return 143
+    report["digest"] = digest.hexdigest()
+    return 0
+
+  status = launching.run(work)
+  with open(writing, "w", encoding="utf-8") as pipe:
+    pipe.write(json.dumps(report))
+  atexit._run_exitfuncs()  # The orderly end, in which processes wait for each other.
+  os._exit(status)
 
 
 def _watch(directory, kill_event, events):

@@ -61,7 +61,7 @@ def experts(
   local = tune.direction(settings, params)
   step = tune.step(apply, loss, settings, local)
   spread = meshes.by_task(mesh)
-  rows = meshes.put(tune.stacked(tasks, "train", height=slots), spread)
+  rows = tune.placed(tasks, "train", mesh, height=slots)
   names, counts = [t.name for t in tasks], [len(t.train.labels) for t in tasks]
 
   @jax.jit
@@ -164,7 +164,7 @@ class _Best:
   ) -> None:
     height = jax.tree.leaves(models)[0].shape[0]
     self.spread = meshes.by_task(mesh)
-    self.rows = meshes.put(tune.stacked(tasks, "validation", height=height), self.spread)
+    self.rows = tune.placed(tasks, "validation", mesh, height=height)
     self.counts = [len(t.validation.labels) for t in tasks]
     self.score = evaluate.own_scorer(apply, metric, mesh=mesh)
     self.models = jax.tree.map(jnp.copy, models)  # The training's program takes its own over.

@@ -161,16 +161,18 @@ class _Run:
     self.method = _described(method, aux)
     step = tune.step(placing.in_place(apply, mesh, rules), loss, settings, self.local)
     height = -(-len(tasks) // side) * side
-    self.whole = meshes.put(tune.stacked(tasks, "validation", height=height), meshes.by_task(mesh))
+    self.whole = tune.placed(tasks, "validation", mesh, height=height)
     self.validation = [len(t.validation.labels) for t in tasks]
     self.score = evaluate.scorer(apply, metric, mesh=mesh)
     self.best: Any = None
     self.best_mean = -np.inf
-    self.rows = tune.stacked(tasks, "train", height=self.slots * self.waves)
-    head = self.rows.head
-    self.head = () if head is None else meshes.put(head[: len(tasks)], meshes.everywhere(mesh))
+    height = self.slots * self.waves
     if self.waves == 1:
-      self.rows = meshes.put(self.rows, meshes.by_task(mesh))
+      self.rows = tune.placed(tasks, "train", mesh, height=height)
+    else:
+      self.rows = tune.stacked(tasks, "train", height=height)
+    head = meshes.fetch(self.rows.head)
+    self.head = () if head is None else meshes.put(head[: len(tasks)], meshes.everywhere(mesh))
     parts = rounds.Parts(
       step,
       self.local,

@@ -67,13 +67,20 @@ def masters(params: Any) -> Any:
   return jax.tree.map(lambda p: jnp.asarray(p, tree.compute_dtype(jnp.asarray(p).dtype)), params)
 
 
-def stacked(given: Sequence[tasks.Task], split: str, *, height: int | None = None) -> Rows:
+def stacked(
+  given: Sequence[tasks.Task],
+  split: str,
+  *,
+  height: int | None = None,
+  slots: range | None = None,
+) -> Rows:
   """Stacks one split of the tasks; shorter ones are padded with zeros, which no step reads.
 
   Args:
     given: the tasks.
     split: name of the split.
     height: number of slots T; those past the last task stay empty.
+    slots: those of them that are stacked; all by default.
 
   Raises:
     ValueError: if the rows of two tasks differ in structure, dtype or shape, or their heads in kind
@@ -84,22 +91,49 @@ def stacked(given: Sequence[tasks.Task], split: str, *, height: int | None = Non
       raise ValueError(f"task {t.name!r} has no {split} split, only {', '.join(t.splits())}.")
   parts = [t.splits()[split] for t in given]
   rows = max(len(p.labels) for p in parts)
-  height = height or len(parts)
+  slots = slots or range(height or len(parts))
   for t, part in zip(given[1:], parts[1:], strict=True):
     rowed = [{"inputs": jax.tree.map(_first, p.inputs)} for p in (parts[0], part)]
     left, right = (f"a row of task {name!r}" for name in (given[0].name, t.name))
     tree.check_same(*rowed, left=left, right=right)
   heads = _heads(given)
   wide = max(t.num_classes for t in given)
-  padded = _pile([_widened(h, wide) for h in heads], height) if heads else None
-  empty = [0] * (height - len(given))
+
+  def pile(*xs: Any) -> np.ndarray:
+    own = [pile_up(np.asarray(xs[k]), rows) for k in slots if k < len(xs)]
+    return _pile(own, xs[0], rows, len(slots))
+
+  def each(values: Sequence[int], empty: int) -> np.ndarray:
+    return np.array([values[k] if k < len(values) else empty for k in slots], np.int32)
+
+  heads = [_widened(h, wide) for h in heads]
   return Rows(
-    jax.tree.map(lambda *xs: _pile(_lengthened(xs, rows), height), *[p.inputs for p in parts]),
-    _pile(_lengthened([p.labels for p in parts], rows), height),
-    padded,
-    np.array([t.num_classes for t in given] + [wide] * len(empty), np.int32),
-    np.array([len(p.labels) for p in parts] + empty, np.int32),
+    jax.tree.map(pile, *[p.inputs for p in parts]),
+    pile(*[p.labels for p in parts]),
+    pile_up(np.stack(heads), max(slots) + 1)[slots.start : slots.stop] if heads else None,
+    each([t.num_classes for t in given], wide),
+    each([len(p.labels) for p in parts], 0),
   )
+
+
+def placed(given: Sequence[tasks.Task], split: str, mesh: Mesh, *, height: int) -> Rows:
+  """Stacks one split, its slots over the task axis of a mesh: of many processes each its own ones.
+
+  Arguments and errors as for `stacked`.
+  """
+  where, own = meshes.by_task(mesh), meshes.own_slots(mesh, height)
+  rows = stacked(given, split, height=height, slots=own)
+  if where.is_fully_addressable:
+    return meshes.put(rows, where)
+
+  def put(x: np.ndarray) -> Array:
+    def shard(index: Any) -> np.ndarray:
+      start, stop, _ = index[0].indices(height)
+      return x[start - own.start : stop - own.start]
+
+    return jax.make_array_from_callback((height, *x.shape[1:]), where, shard)
+
+  return jax.tree.map(put, rows)
 
 
 def cross_entropy(outputs: Array, labels: Array | np.ndarray) -> Array:
@@ -333,18 +367,13 @@ def _decays(name: str, leaf: Any) -> bool:
   return leaf.ndim > 1 and not tree.matching(r"(?i)embed|norm|bias|scale")(name)
 
 
-def _pile(parts: Sequence[np.ndarray], height: int) -> np.ndarray:
-  empty = [np.zeros_like(parts[0])] * (height - len(parts))
-  return np.stack([*parts, *empty])
+def _pile(parts: Sequence[np.ndarray], like: Any, rows: int, height: int) -> np.ndarray:
+  empty = np.zeros((rows, *np.shape(like)[1:]), np.asarray(like).dtype)
+  return np.stack([*parts, *[empty] * (height - len(parts))])
 
 
 def _first(x: Any) -> np.ndarray:
   return np.asarray(x)[0]
-
-
-def _lengthened(parts: Sequence[Any], rows: int) -> list[np.ndarray]:
-  own = [np.asarray(x) for x in parts]
-  return [np.concatenate([x, np.zeros((rows - len(x), *x.shape[1:]), x.dtype)]) for x in own]
 
 
 def _heads(given: Sequence[tasks.Task]) -> list[np.ndarray]:
@@ -370,4 +399,4 @@ def _widened(head: np.ndarray, classes: int) -> np.ndarray:
 
 def pile_up(x: np.ndarray, height: int) -> np.ndarray:
   """Appends empty slots to an array with a leading task axis: [T, ...] -> [height, ...]."""
-  return np.concatenate([x, np.zeros((height - len(x), *x.shape[1:]), x.dtype)])
+  return np.concatenate([x, np.zeros((max(0, height - len(x)), *x.shape[1:]), x.dtype)])

@@ -1,0 +1,129 @@
+"""Several processes on one mesh: the numbers of one, killed and resumed, asked to stop."""
+
+import random
+import signal
+
+import kill_child
+import numpy as np
+import pytest
+
+from jaxmerge.io import manifest
+
+pytestmark = pytest.mark.slow
+GONE = "has lost another process of the run"
+
+
+@pytest.fixture(scope="module")
+def child():
+  with kill_child.connect() as client:
+    yield client
+
+
+@pytest.fixture(scope="module")
+def whole(child, tmp_path_factory):
+  """The uninterrupted run in two processes of four devices: the answers, and the model."""
+  folder = tmp_path_factory.mktemp("whole")
+  answers = child.run_many("spread", folder / "run", out=str(folder / "model.npz"))
+  assert [a["status"] for a in answers] == [0, 0], answers
+  return answers, np.load(folder / "model.npz")
+
+
+def model(child, directory, out, **options):
+  """Runs what is in a directory to its end; the model."""
+  answers = child.run_many("spread", directory, out=str(out), **options)
+  assert [a["status"] for a in answers] == [0] * len(answers), answers
+  return np.load(out)
+
+
+def close(a, b):
+  """Sums over tasks and rows are made in another order, which Adam amplifies."""
+  for leaf in ("kernel", "bias"):
+    np.testing.assert_allclose(a[leaf], b[leaf], rtol=1e-4, atol=1e-5)
+
+
+def test_two_processes_have_the_numbers_of_one(child, whole, tmp_path):
+  answers, found = whole
+  assert answers[0]["digest"] == answers[1]["digest"]
+  close(found, model(child, tmp_path / "run", tmp_path / "one.npz", processes=1, devices=8))
+  # Process 0 alone writes what is not a shard, and seals.
+  own = {e for e in answers[1]["events"] if "array_metadatas" not in e}
+  assert not own, own
+
+
+def test_merges_of_entries_have_the_bits_of_one_process(child, tmp_path):
+  one = child.run_many("merges", tmp_path, processes=1, devices=8)
+  two = child.run_many("merges", tmp_path)
+  assert {a["digest"] for a in (*one, *two)} == {one[0]["digest"]}, (one, two)
+  assert one[0]["digest"]
+
+
+def test_weights_are_split_between_processes(child, tmp_path):
+  """The devices of a copy belong to both processes: no process has a whole model."""
+  sizes = dict(sizes=(1, 2, 4), rounds=1)
+  one = model(child, tmp_path / "a", tmp_path / "a.npz", processes=1, devices=8, **sizes)
+  close(model(child, tmp_path / "b", tmp_path / "b.npz", **sizes), one)
+
+
+def stopped(answers, which):
+  """Checks that the process that was left alone has stopped in time and said why."""
+  other = answers[1 - which]
+  assert other["status"] not in (0, None), other["said"]
+  assert GONE in other["said"]
+  assert other["after"] < 30
+
+
+def test_killed_again_and_again_either_of_two(child, whole, tmp_path):
+  """At renames and other events of a save, and at random moments; bit for bit in the end."""
+  answers, _ = whole
+  events = answers[0]["events"]
+  renames = [i + 1 for i, e in enumerate(events) if e.startswith("os.rename")]
+  moments, kills, run = random.Random(0), 0, 0
+  while kills < 20:
+    directory = tmp_path / str(run)
+    for k in range(5):
+      which = (run + k) % 2
+      # The events of process 1 are few: both its saves' metadata, of every round.
+      event = moments.choice(renames) if which == 0 else moments.randint(1, 4)
+      moment = event if k % 2 else moments.uniform(0.1, 2.0)
+      heartbeat = 4 if run else None  # The first time as users have it.
+      given = dict(kill=(which, signal.SIGKILL, moment), heartbeat=heartbeat)
+      found = child.run_many("spread", directory, **given)
+      if found[which]["status"] != -signal.SIGKILL:
+        break  # It came to its end before the moment.
+      kills += 1
+      stopped(found, which)
+      steps = [path for path in directory.glob("[0-9]*") if path.is_dir()]
+      assert all(manifest.damage(path) is None for path in steps)
+    final = child.run_many("spread", directory)
+    assert [a["status"] for a in final] == [0, 0], final
+    assert final[0]["digest"] == answers[0]["digest"]
+    run += 1
+
+
+def test_resumed_on_other_devices_and_by_other_processes(child, whole, tmp_path):
+  """Stopped by SIGTERM in the second round, then finished elsewhere."""
+  _, expected = whole
+  for number, (count, devices, sizes) in enumerate(
+    [(1, 8, (4, 2, 1)), (2, 2, (2, 1, 2)), (1, 1, (1, 1, 1))]
+  ):
+    directory = tmp_path / str(number)
+    answers = child.run_many("spread", directory, slow=0.5, kill=(number % 2, signal.SIGTERM, 1.0))
+    assert [a["status"] for a in answers] == [143, 143], answers
+    assert all("stopped after round" in a["said"] for a in answers)
+    assert max(a["after"] for a in answers) < 20
+    given = dict(processes=count, devices=devices, sizes=sizes)
+    close(model(child, directory, tmp_path / f"{number}.npz", **given), expected)
+
+
+def test_asked_to_stop_and_resumed_with_the_same_bits(child, whole, tmp_path):
+  """Whichever process hears of it, both stop after the same round."""
+  answers, _ = whole
+  for which in (0, 1):
+    directory = tmp_path / str(which)
+    found = child.run_many("spread", directory, slow=0.5, kill=(which, signal.SIGTERM, 1.0))
+    assert [a["status"] for a in found] == [143, 143], found
+    last = {a["said"].strip().splitlines()[-1] for a in found}
+    assert len(last) == 1, last
+    assert last.pop().startswith("stopped after round")
+    final = child.run_many("spread", directory)
+    assert final[0]["digest"] == answers[0]["digest"]
