@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple  # Any: trees and numbers of many kinds.
 
@@ -11,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxmerge import dealing, resolving, stage, statistics, tree, unrolling, views
 from jaxmerge import mesh as meshes
-from jaxmerge import resolving, stage, statistics, tree, unrolling, views
 from jaxmerge.stage import Array, Leaf, Method, Stage
 from jaxmerge.tree import Tree
 
@@ -141,7 +140,7 @@ def prepare(
   heights, known = dict.fromkeys(shapes, height), []
   for step in method:
     first = {}
-    for group, found in members(step, shapes).items():
+    for group, found in stage.members(step, shapes).items():
       at = max(heights[n] for n in found)
       first[group] = step.init(resolving.group(found, shapes, at, values))
       heights.update(dict.fromkeys(found, 1) if step.combines else {})
@@ -151,58 +150,30 @@ def prepare(
   return Ready(resolving.arrays(values), tags, order, tuple(known))
 
 
-def members(step: Stage, names: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
-  """Returns the leaves that a stage acts on, by group.
-
-  Example:
-    >>> (step,) = stage.masked(stage.pointwise(jnp.abs), lambda name: name != "b")
-    >>> members(step, {"a": (2,), "b": (3,), "c": ()})
-    {'': ('a', 'c')}
-  """
-  groups: dict[str, list[str]] = {}
-  for name in names:
-    if step.where is None or step.where(name):
-      groups.setdefault(step.group(name), []).append(name)
-  return {group: tuple(found) for group, found in groups.items()}
-
-
-def offsets(step: Stage, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.uint32]:
-  """Counts, for each leaf that a stage acts on, the entries before it in its group.
-
-  Example:
-    >>> (step,) = stage.pointwise(jnp.abs)
-    >>> {name: int(n) for name, n in offsets(step, {"a": (2, 3), "b": (4,), "c": ()}).items()}
-    {'a': 0, 'b': 6, 'c': 10}
-  """
-  out = {}
-  for names in members(step, shapes).values():
-    sizes = [math.prod(shapes[n]) for n in names]
-    # Wraps past 2**32, where ranking by position is refused.
-    out.update({n: np.uint32(sum(sizes[:i]) % 2**32) for i, n in enumerate(names)})
-  return out
-
-
 def transform(
   method: Method,
   models: dict[str, Array],
   base: Mapping[str, Array] | None,
   ready: Ready,
   layout: views.Views = (),
+  deal: dealing.Deal | None = None,
 ) -> dict[str, Array]:
   """Runs a method over leaves by name, while tracing: stacks [K, *s] -> stacks [M, *s]."""
   x: dict[str, Any] = dict(models)
   kept: dict[str, list[Array]] = {name: [] for name in x}
   for step, first in zip(method, ready.known, strict=True):
     shapes = {n: v.shape[1:] for n, v in x.items()}
-    before = offsets(step, shapes)
-    for group, names in members(step, x).items():
+    before = stage.offsets(step, shapes)
+    for group, names in stage.members(step, x).items():
       leaves = {n: leaf_of(n, base, ready)._replace(offset=before[n]) for n in names}
       known = dict(first[group])
       for statistic in step.statistics:
         parts = [(seen(step, x[n], kept[n]), leaf) for n, leaf in leaves.items()]
         known[statistic.name] = statistics.settled(statistic, parts, known)
-      for n in names:
-        x[n] = update(step, x[n], leaves[n], known, kept[n], views.view_of(n, layout))
+      done = dealing.leaves(step, x, leaves, known, layout, deal)
+      for n in [n for n in names if n not in done]:
+        done[n] = update(step, x[n], leaves[n], known, kept[n], views.view_of(n, layout))
+      x.update(done)
   return x
 
 
@@ -285,10 +256,8 @@ def _driven(
   # Sums over a task axis that devices share must stay sums, which the compiler makes reductions.
   shared = any(views.over_first(x) for x in stacks.values())
   chains = False if shared else unrolling.pays(stacks.values())
-  views_of = views.check(layout)
-  out, finite = _compiled(
-    base, reference, models, ready, method=method, layout=views_of, chains=chains
-  )
+  given = dict(method=method, layout=views.check(layout), deal=dealing.of(stacks.values(), chains))
+  out, finite = _compiled(base, reference, models, ready, **given)
   if not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((finite, out))):
     refuse_nonfinite(meshes.fetch(finite), names, ready.order)
   return out
@@ -321,7 +290,7 @@ def refuse_height(name: str, height: int) -> None:
     )
 
 
-@functools.partial(jax.jit, static_argnames=("method", "layout", "chains"))
+@functools.partial(jax.jit, static_argnames=("method", "layout", "deal"))
 def _compiled(
   base: Tree | None,
   reference: Tree | None,
@@ -330,7 +299,7 @@ def _compiled(
   *,
   method: Method,
   layout: views.Views,
-  chains: bool | None,
+  deal: dealing.Deal,
 ) -> tuple[Tree, dict[str, tuple[Any, Any, Array]]]:
   stacks = tree.named(models)
   bases = None if base is None else tree.named(base)
@@ -344,8 +313,8 @@ def _compiled(
     one = None if bases is None else bases[name]
     finite[name] = are_finite(one, None if reference is None else zero, x)
     deltas[name] = task_vectors(x, zero)
-  run = functools.partial(transform, method, layout=layout)
-  merged = unrolling.chosen(run, chains)(deltas, references, ready)
+  run = functools.partial(transform, method, layout=layout, deal=deal)
+  merged = unrolling.chosen(run, deal.chains)(deltas, references, ready)
   out = {}
   for name, leaf in stacks.items():
     if name in merged:

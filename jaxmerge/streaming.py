@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmerge import kernels, memory, ranking, slicing, statistics, tree, views
+from jaxmerge import kernels, memory, ranking, slicing, stage, statistics, tree, views
 from jaxmerge.slicing import Form, Parts, Run, Source
 from jaxmerge.stage import Method, Rank, Stage, Statistic, Sum
 from jaxmerge.tree import Tree
@@ -71,7 +71,7 @@ def stream(
     aux = dict(aux or {}, **({} if seed is None else {"seed": seed}))
     copied = source.leaves.keys() - shapes.keys()
     ready = memory.prepare(method, shapes, source.height, aux, names, copied)
-  offsets = tuple(memory.offsets(step, shapes) for step in method)
+  offsets = tuple(stage.offsets(step, shapes) for step in method)
   layout = views.check(layout)
   # Most slices are as long as others: their places are put on the device once.
   counted = functools.lru_cache(2)(lambda n: jax.device_put(np.arange(n, dtype=np.uint32)[None]))
@@ -161,7 +161,7 @@ def _knowledge(run: Run, leaves: Sequence[str], before: Any = None) -> tuple[Any
   late = _late(run.method) if before is None else frozenset()
   for i, step in enumerate(run.method):
     own = {}
-    for group, members in memory.members(step, dict.fromkeys(leaves)).items():
+    for group, members in stage.members(step, dict.fromkeys(leaves)).items():
       own[group] = dict(run.ready.known[i][group] if before is None else before[i][group])
       batches = () if i in late else _batches(step)
       for batch in (b for b in batches if b[0].name not in own[group]):

@@ -49,6 +49,7 @@ FLOORS = {
   3: {
     "methods",
     "memory",
+    "dealing",
     "slicing",
     "kernels",
     "streaming",

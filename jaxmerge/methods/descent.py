@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from jaxmerge import catalog, statistics
+from jaxmerge import catalog, statistics, views
 from jaxmerge.methods import averaging, spectral
 from jaxmerge.stage import Array, Group, Leaf, Method, Rank, chain
 
@@ -160,7 +160,7 @@ def doge(
     return _added(jnp.where(counted, (x + moved[None]) * rates, 0))[None]
 
   def rest(x: Array, leaf: Leaf, known: Any) -> Array:
-    return jnp.zeros_like(x[:1])
+    return jnp.zeros_like(views.together(x)[:1])
 
   cut = Rank("cut", lambda x, leaf, known: jnp.abs(x), rank="kept")
   merged = spectral.by_matrix(update, settings, rest, statistics=(cut,), init=init)

@@ -1,0 +1,172 @@
+"""Whole matrices, dealt over the devices of a mesh and back.
+
+A method of matrices needs each of them whole, and decompositions are what it costs. Left alone, a
+compiler brings every matrix to every device, and all of them decompose all. Here matrices of one
+shape, of many leaves and of the layers that a leaf stacks, are laid side by side, shared out over
+all devices, worked on one after the other there, and brought back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple  # Any: what goes with a matrix is a tree of arrays.
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxmerge import unrolling, views
+from jaxmerge.stage import Leaf, Stage
+
+Array = jax.Array
+Rule = Callable[[Array, Array | None, Any], Array]
+
+
+class Deal(NamedTuple):
+  """How matrices are dealt.
+
+  Attributes:
+    mesh: all its devices take part; None: matrices stay where the compiler has them.
+    chains: whether sums over models are chains, as elsewhere in the program; see `unrolling`.
+  """
+
+  mesh: Mesh | None = None
+  chains: bool | None = False
+
+
+class Hand(NamedTuple):
+  """A leaf whose matrices are dealt.
+
+  Attributes:
+    x: its stack [K, *s].
+    base: its base [*s], or None.
+    view: its matrix view.
+    more: tree of arrays that belong to the leaf.
+  """
+
+  x: Array
+  base: Array | None
+  view: str
+  more: Any
+
+
+def leaves(
+  step: Stage,
+  x: Mapping[str, Array],
+  about: Mapping[str, Leaf],
+  known: Any,
+  layout: views.Views,
+  deal: Deal | None,
+) -> dict[str, Array]:
+  """Updates those of some leaves [K, *s] that a stage takes matrix by matrix: [M, *s].
+
+  Args:
+    step: the stage.
+    x: leaves by name.
+    about: what the stage knows about each leaf of a group.
+    known: what it knows of the group.
+    layout: matrix views; a leaf without one is left out, and so is one without entries.
+    deal: where matrices are dealt to.
+  """
+  if step.unit != "matrix" or step.keep or deal is None or deal.mesh is None:
+    return {}
+  hands = {}
+  for name, leaf in about.items():
+    own, view = x[name], views.view_of(name, layout)
+    if own.size and (view is not None or step.rest == "row"):
+      hands[name] = Hand(own, leaf.base, views.or_row(own, view), (leaf._replace(base=None), known))
+
+  def update(x: Array, base: Array | None, more: Any) -> Array:
+    leaf, known = more
+    return step.update(x, leaf._replace(base=base), known)
+
+  return dealt(update, hands, deal)
+
+
+def dealt(f: Rule, hands: Mapping[str, Hand], deal: Deal) -> dict[str, Array]:
+  """Applies f to every matrix of some leaves, [K, rows, columns] -> [M, rows, columns] each.
+
+  Args:
+    f: (stack of a matrix, its base or None, what belongs to the leaf) -> merged matrix.
+    hands: the leaves by name.
+    deal: where to.
+
+  Returns:
+    The merged leaves [M, *s].
+
+  Example:
+    >>> mesh = jax.make_mesh((4,), ("device",), devices=jax.devices()[:4])
+    >>> hands = {"w": Hand(jnp.ones((3, 5, 4, 2)), None, "bio", ())}
+    >>> dealt(lambda x, base, more: x[:1] * 2, hands, Deal(mesh))["w"].shape
+    (1, 5, 4, 2)
+  """
+  alike: dict[Any, list[str]] = {}
+  shown = {name: views.matrices(views.whole(h.x), h.view) for name, h in hands.items()}
+  for name, h in hands.items():
+    own = jax.tree.map(lambda v: (jnp.shape(v), jnp.result_type(v)), h.more)
+    key = shown[name].shape[:1] + shown[name].shape[2:], shown[name].dtype, h.base is None, str(own)
+    alike.setdefault(key, []).append(name)
+  out = {}
+  for names in alike.values():
+    counts = [shown[n].shape[1] for n in names]
+    xs = jnp.concatenate([shown[n].swapaxes(0, 1) for n in names])
+    bases = [own for n in names if (own := _base(hands[n])) is not None]
+    base = jnp.concatenate(bases) if bases else None
+    more = jax.tree.map(lambda *v: jnp.stack(v), *[hands[n].more for n in names])
+    whose = jnp.repeat(jnp.arange(len(names)), jnp.array(counts), total_repeat_length=sum(counts))
+    own = unrolling.chosen(f, deal.chains)
+    ys = _worked(own, (xs, base, jax.tree.map(lambda v: v[whose], more)), deal.mesh)
+    starts = [sum(counts[:i]) for i in range(len(names))]
+    for name, start, count in zip(names, starts, counts, strict=True):
+      out[name] = _back(ys[start : start + count], hands[name])
+  return out
+
+
+def _worked(f: Rule, given: Any, mesh: Mesh | None) -> Array:
+  """Deals, works, and collects: each of given [n, ...] -> [n, M, rows, columns]."""
+  each = lambda given: lax.map(lambda one: f(*one), given)  # noqa: E731
+  if mesh is None:
+    return each(given)
+  count, axes = given[0].shape[0], P(mesh.axis_names)
+  height = -(-count // mesh.size) * mesh.size
+
+  def padded(x: Array) -> Array:
+    # The first once more, not zeros: what f makes of those is nobody's business.
+    spare = jnp.broadcast_to(x[:1], (height - count, *x.shape[1:]))
+    return _laid(jnp.concatenate([x, spare]), NamedSharding(mesh, axes))
+
+  shared = jax.shard_map(each, mesh=mesh, in_specs=axes, out_specs=axes, check_vma=False)
+  return _laid(shared(jax.tree.map(padded, given)), NamedSharding(mesh, P()))[:count]
+
+
+def _laid(x: Array, where: NamedSharding) -> Array:
+  explicit = AxisType.Explicit in where.mesh.axis_types
+  return jax.sharding.reshard(x, where) if explicit else lax.with_sharding_constraint(x, where)
+
+
+def _base(hand: Hand) -> Array | None:
+  if hand.base is None:
+    return None
+  return views.matrices(views.whole(hand.base[None]), hand.view)[0]
+
+
+def _back(ys: Array, hand: Hand) -> Array:
+  """[matrices, M, rows, columns] -> [M, *s]."""
+  y = ys.swapaxes(0, 1)
+  joined = y.reshape(y.shape[0], y.shape[1] * y.shape[2], y.shape[3])
+  return views.from_rows(joined, hand.view, hand.x.shape[1:])
+
+
+def of(arrays: Iterable[Any], chains: bool | None) -> Deal:
+  """Returns how matrices of these arrays are dealt: over the mesh that shards them, if one does.
+
+  >>> of([jnp.ones(3)], chains=True)
+  Deal(mesh=None, chains=True)
+  """
+  for x in arrays:
+    sharding = None if isinstance(x, jax.core.Tracer) else getattr(x, "sharding", None)
+    if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1:
+      return Deal(sharding.mesh if isinstance(sharding.mesh, Mesh) else None, chains)
+  return Deal(None, chains)
