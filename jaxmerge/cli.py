@@ -69,6 +69,11 @@ def _done(options: argparse.Namespace, config: Any, arguments: Sequence[str]) ->
       raise
     return _failed(f"{e}; it comes with an extra: pip install 'jaxmerge[demo]'.", 1, debug)
   except (ValueError, OSError) as e:
+    if getattr(options, "distributed", False):
+      from jaxmerge import processes
+
+      if processes.lost(e):
+        raise
     return _failed(e, 1, debug)
   except stopping.Stopped as e:
     progress.say(f"{e}{_again(options, arguments)}")
@@ -146,6 +151,7 @@ def parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
   merge.add_argument("out", metavar="OUT", help="folder of the result")
   dry = "check everything, say what would be done, and do nothing"
   merge.add_argument("--dry-run", action="store_true", help=dry)
+  _many(merge)
   merge.add_argument("--replace", action="store_true", help="replace OUT if it is there")
   again = "go on with an interrupted merge of the same recipe, or start anew"
   merge.add_argument("--resume", choices=("auto", "never"), default="auto", help=again)

@@ -118,7 +118,9 @@ def merge(options: argparse.Namespace, config: Any) -> None:
 
   # All that is wrong is told before jax is imported, and all that is lacking fetched.
   plan = plans.of_file(options.recipe, files, foreseen, download=options.download)
+  joined(options, None)
   from jaxmerge import files as driver
+  from jaxmerge import processes
 
   settings = {"shard_size": options.shard_size, "resume": options.resume == "auto"}
   settings["nonfinite"] = options.allow_nonfinite
@@ -137,6 +139,8 @@ def merge(options: argparse.Namespace, config: Any) -> None:
     told = progress.counted(show, "merging", summarizing.work(plan, options.out_format))
     settings |= {"out_format": options.out_format, "replace": options.replace}
     driver.run(plan, out, progress=told, **settings)
+  if not processes.first():
+    return
   for stage in stages:
     shutil.rmtree(stage)
   print(f"merged: {out}", flush=True)

@@ -9,11 +9,12 @@ shards, from which it is made again.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import pathlib
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any  # Any: trees, plain JSON.
 
 import jax
@@ -26,6 +27,7 @@ from jaxmerge import (
   finishing,
   planning,
   precision,
+  processes,
   slicing,
   streaming,
   summarizing,
@@ -128,6 +130,9 @@ def run(
 ) -> pathlib.Path:
   """Does what a plan says; the folder appears when all of it is done.
 
+  Of many processes, which see the same folders, each writes its share of the tensors; what counts
+  over several tensors each measures by itself. The first one completes the result.
+
   Args:
     plan: what to do.
     out: folder of the result.
@@ -147,29 +152,54 @@ def run(
   out = pathlib.Path(out)
   atomic.check_free(out, replace)
   part = out.with_name(f".{out.name}.merging")
-  if part.exists() and not resume:
-    shutil.rmtree(part)
-  part.mkdir(parents=True, exist_ok=True)
-  with growing.locked(part, out):
+  first, index = processes.first(), jax.process_index()
+  if first:
+    if part.exists() and not resume:
+      shutil.rmtree(part)
+    part.mkdir(parents=True, exist_ok=True)
+    atomic.tidy(part)
+  processes.agree(True)  # The folder is there for all.
+  with growing.locked(part, out) if first else contextlib.nullcontext():
     shards = folder.shards({o.name: o.size for o in plan.outputs}, shard_size)
     kinds = {o.name: (o.dtype, o.shape) for o in plan.outputs}
     identity = finishing.identity(plan, shards, out_format)
     plan = tying.tied(plan)
-    with growing.opened(part, kinds, shards, identity) as weights:
+    own = _share(plan.outputs, index, jax.process_count())
+    begun = growing.opened(
+      part, kinds, shards, identity, journal=growing.journal(index), checked=own
+    )
+    with begun as weights:
       progress(sum(o.size for o in plan.outputs if o.name in weights.digests))
       for number, job in enumerate(plan.jobs):
-        own = [o for o in plan.outputs if o.job == number]
-        more = sum(o.size for o in own) * (summarizing.readings(job) - 1)
+        outputs = [o for o in plan.outputs if o.job == number]
+        more = sum(o.size for o in outputs) * (summarizing.readings(job) - 1)
         each = entries or planning.entries(len(job.models))
-        _merge(job, own, weights, each, nonfinite, progress, more)
+        _merge(job, outputs, weights, own, each, nonfinite, progress, more)
       each = entries or planning.entries(1)
-      _copy([o for o in plan.outputs if o.job is None], weights, each, progress)
+      copied = [o for o in plan.outputs if o.job is None and o.name in own]
+      _copy(copied, weights, each, progress)
       weights.flush()
-      if out_format == "orbax":
+      processes.agree(True)  # All have written and synced their share.
+      if first and out_format == "orbax":
         finishing.transcribe(part, weights, progress)
-    finishing.complete(part, plan, shards, identity, weights.digests, out_format)
-    atomic.move(part, out, replace=replace)
+    if first:
+      digests = growing.noted(part, identity)
+      finishing.complete(part, plan, shards, identity, digests, out_format)
+      atomic.move(part, out, replace=replace)
+  processes.agree(True)  # None goes on before the result is there.
   return out
+
+
+def _share(outputs: Sequence[Output], index: int, count: int) -> set[str]:
+  """The tensors that one of many processes writes: neighbours, about as many bytes as others have.
+
+  Those that are tied to another one go with it, since they are copied from it.
+  """
+  total, before, owner = sum(o.size for o in outputs), 0, {}
+  for o in outputs:
+    owner[o.name] = min(count - 1, before * count // max(total, 1))
+    before += o.size
+  return {o.name for o in outputs if owner[o.same or o.name] == index}
 
 
 def holds(out: Path, plan: Plan, *, shard_size: int = SHARD) -> bool:
@@ -185,13 +215,17 @@ def _merge(
   job: Job,
   outputs: Sequence[Output],
   weights: growing.Growing,
+  own: Collection[str],
   entries: int,
   nonfinite: bool,
   progress: Callable[[int], None],
   more: int,
 ) -> None:
-  """Merges the tensors of one job; progress is told of so many bytes more than there are."""
-  done = set(weights.digests)
+  """Merges this process's own tensors of one job; what is counted over all, it measures itself.
+
+  Progress is told of so many bytes more than there are.
+  """
+  done = weights.digests.keys() | ({o.name for o in outputs} - set(own))
   if {o.name for o in outputs} <= done:
     _tell(progress, more)
     return

@@ -58,7 +58,8 @@ def complete(
   out_format: str,
 ) -> None:
   """Adds to the weights what makes a folder of them that other tools open; removes the rest."""
-  passing = [growing.NAME] if out_format == "safetensors" else [*shards, growing.NAME]
+  passing = [path.name for path in growing.journals(part)]
+  passing += [] if out_format == "safetensors" else shards
   if len(shards) > 1 and out_format == "safetensors":
     text = folder.index(shards, {o.name: o.size for o in plan.outputs})
     (part / folder.INDEX).write_text(text, encoding="utf-8")

@@ -3,6 +3,7 @@
 import random
 import signal
 
+import folders
 import kill_child
 import numpy as np
 import pytest
@@ -127,3 +128,23 @@ def test_asked_to_stop_and_resumed_with_the_same_bits(child, whole, tmp_path):
     assert last.pop().startswith("stopped after round")
     final = child.run_many("spread", directory)
     assert final[0]["digest"] == answers[0]["digest"]
+
+
+def test_files_are_merged_to_the_bytes_of_one_process(child, tmp_path):
+  """With a threshold over the whole model; killed at some of its events, and resumed by others."""
+  folders.family(tmp_path / "inputs")
+  options = dict(inputs=str(tmp_path / "inputs"))
+  (tmp_path / "one").mkdir()
+  expected = child.run("files", tmp_path / "one", **options)["digest"]
+  whole = child.run_many("files", tmp_path / "two", devices=1, **options)
+  assert [a["digest"] for a in whole] == [expected, expected], whole
+  written = [sum("pwrite" in e for e in a["events"]) for a in whole]
+  assert min(written) > 1  # Both had something to do.
+  for which, share, count in [(0, 0.5, 2), (1, 0.4, 2), (0, 0.9, 3), (1, 0.7, 1)]:
+    directory = tmp_path / f"{which}-{share}"
+    kill = (which, signal.SIGKILL, int(share * len(whole[which]["events"])))
+    found = child.run_many("files", directory, devices=1, kill=kill, heartbeat=4, **options)
+    stopped(found, which)
+    assert not (directory / "out").exists()
+    final = child.run_many("files", directory, processes=count, devices=1, **options)
+    assert [a["digest"] for a in final] == [expected] * count, final

@@ -14,7 +14,7 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple  # Any: digests are plain JSON.
 
 import numpy as np
@@ -105,7 +105,13 @@ def _make_room(handle: int, path: pathlib.Path, length: int) -> None:
 
 @contextlib.contextmanager
 def opened(
-  part: pathlib.Path, kinds: Kinds, shards: Mapping[str, Sequence[str]], identity: str
+  part: pathlib.Path,
+  kinds: Kinds,
+  shards: Mapping[str, Sequence[str]],
+  identity: str,
+  *,
+  journal: str = NAME,
+  checked: Collection[str] | None = None,
 ) -> Iterator[Growing]:
   """Opens the weights of a folder for writing: those of an interrupted merge, or new ones.
 
@@ -114,33 +120,67 @@ def opened(
     kinds: dtype and shape of every tensor.
     shards: file to its tensors.
     identity: of the merge.
+    journal: name of the journal that is continued; all that are there are read.
+    checked: tensors whose checksums are compared, before they count as done; all by default.
 
   Raises:
     ValueError: where the folder holds another merge.
     OSError: where there is no room for the files.
   """
-  digests = _journal(part, identity)
+  _begin(part / journal, identity)
+  digests = noted(part, identity)
   with _Shards.opened(part, kinds, shards) as files:
-    whole = {n: d for n, d in digests.items() if files.digest(n) == d["xxh3_128"]}
-    yield Growing(part / NAME, files, whole)
+    own = digests.keys() if checked is None else digests.keys() & set(checked)
+    whole = {n: digests[n] for n in own if files.digest(n) == digests[n]["xxh3_128"]}
+    yield Growing(part / journal, files, whole)
 
 
-def _journal(part: pathlib.Path, identity: str) -> dict[str, Any]:
-  """Reads the journal of an interrupted merge, or begins one."""
-  path = part / NAME
-  atomic.tidy(part)
-  lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-  records = [json.loads(line) for line in lines if line.endswith("\n")]
+def journal(index: int) -> str:
+  """Returns the name of the journal of one of many processes.
+
+  >>> journal(0), journal(3)
+  ('journal.jsonl', 'journal-3.jsonl')
+  """
+  return NAME if index == 0 else f"journal-{index}.jsonl"
+
+
+def journals(part: pathlib.Path) -> list[pathlib.Path]:
+  """Returns the journals of a folder: one of each process that has merged there."""
+  return sorted(part.glob("journal*.jsonl"))
+
+
+def noted(part: pathlib.Path, identity: str) -> dict[str, Any]:
+  """Returns what the journals of a folder say is done, by tensor."""
+  found: dict[str, Any] = {}
+  for path in journals(part):
+    records = _records(path)
+    if records and records[0] != {"plan": identity}:
+      raise _other(part)
+    found |= {r.pop("tensor"): r for r in records[1:]}
+  return found
+
+
+def _begin(path: pathlib.Path, identity: str) -> None:
+  """Begins a journal, unless it is that of an interrupted merge."""
+  records = _records(path) if path.exists() else []
   if not records:
     with atomic.write(path) as file:
       file.write(json.dumps({"plan": identity}).encode() + b"\n")
-    return {}
-  if records[0] != {"plan": identity}:
-    raise ValueError(
-      f"{part} holds an interrupted merge of other inputs or settings; give its settings to go "
-      "on with it, resume=False (--resume=never) to drop it, or another place for the result."
-    )
-  return {r.pop("tensor"): r for r in records[1:]}
+  elif records[0] != {"plan": identity}:
+    raise _other(path.parent)
+
+
+def _records(path: pathlib.Path) -> list[dict[str, Any]]:
+  """The lines of a journal that are whole."""
+  lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+  return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def _other(part: pathlib.Path) -> ValueError:
+  return ValueError(
+    f"{part} holds an interrupted merge of other inputs or settings; give its settings to go "
+    "on with it, resume=False (--resume=never) to drop it, or another place for the result."
+  )
 
 
 class Growing:
