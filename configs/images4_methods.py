@@ -25,6 +25,7 @@ def get_config():
     dare=dict(drop_rate=(0.2, 0.5), scale=SCALES),
     dare_ties=dict(drop_rate=(0.2, 0.5), density=0.5, scale=WIDE),
     della=dict(density=(0.5, 0.7), scale=WIDE),
+    della_linear=dict(density=(0.5, 0.7), scale=SCALES),
     breadcrumbs=dict(keep=0.85, remove=(0.01, 0.05), scale=SCALES),
     breadcrumbs_ties=dict(keep=0.85, remove=0.01, scale=SCALES),
     pcb=dict(ratio=(0.1, 0.3), scale=WIDE),
@@ -48,5 +49,6 @@ def get_config():
     trimmed_mean=dict(),
     flag=dict(rank=(1, 2, 4)),
     ram=dict(),
+    ramplus_tl=dict(boost=(0.1, 0.5, 1.0)),
   )
   return c.lock()

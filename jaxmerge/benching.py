@@ -196,14 +196,17 @@ def _cost(
   scale: float,
   seed: int | None,
 ) -> dict[str, float]:
-  """Seconds of one merge in memory, compiled, and the bytes that it needs beside its arguments."""
+  """CPU seconds of one merge in memory, compiled; the bytes that it needs beside its arguments.
+
+  Seconds of the processor, of all threads: other work on the machine does not count.
+  """
   given = work.params, work.stacks["experts"], jnp.asarray([scale], jnp.float32), dict(numbers)
   options: dict[str, Any] = {"method": method, "seed": seed, "names": tuple(work.names)}
   options["layout"] = views.check(work.problem.layout)
   program = baselines.at_scales.lower(*given, **options).compile()
   jax.block_until_ready(program(*given))
-  begun = time.perf_counter()
+  begun = time.process_time()
   jax.block_until_ready(program(*given))
-  seconds = time.perf_counter() - begun
+  seconds = time.process_time() - begun
   memory = program.memory_analysis()
   return {"seconds": seconds} | ({"bytes": float(memory.temp_size_in_bytes)} if memory else {})

@@ -21,7 +21,7 @@ def table(facts: Mapping[str, Any], most: int | None = None) -> Table:
   models, tasks = facts["summary"]["models"], facts["summary"]["tasks"]
   chosen = ranked(facts)
   every = ["experts", *chosen[:most], "base"]
-  head = ["Method", "Mean (%)", "Gap closed (%)", "Settings", "Trials", "Seconds", "MB"]
+  head = ["Method", "Mean (%)", "Gap closed (%)", "Settings", "Trials", "CPU seconds", "MB"]
   rows = []
   for name in every:
     own, runs = models[name], facts["methods"].get(name, [])
@@ -68,7 +68,8 @@ def markdown(facts: Mapping[str, Any]) -> str:
   about = (
     f"{of}, accuracy on {words.split(summary)}. The rows alone leave a standard error of "
     f"{100 * noise:.1f} points on a mean. Settings are the best of so many trials on validation; "
-    "seconds and MB are those of one merge in memory, once compiled, beside the models."
+    "CPU seconds (of all threads) and MB are those of one merge in memory, once compiled, beside "
+    "the models."
   )
   return f"{about}\n\n{tables.to_markdown(table(facts))}"
 
