@@ -30,6 +30,7 @@ _ROOMS = (
   "planning",
   "recipe",
   "report",
+  "running",
   "searching",
   "stage",
   "statistics",

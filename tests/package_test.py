@@ -50,6 +50,7 @@ FLOORS = {
     "methods",
     "memory",
     "dealing",
+    "running",
     "slicing",
     "kernels",
     "streaming",

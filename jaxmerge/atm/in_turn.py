@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax import lax
 
-from jaxmerge import memory, stage, streaming, tree, views
+from jaxmerge import memory, running, stage, streaming, views
 from jaxmerge import mesh as meshes
 from jaxmerge.atm import outer as outers
 from jaxmerge.atm import placing, tune
@@ -76,35 +76,8 @@ def program(parts: rounds.Parts) -> Callable[..., tuple[rounds.State, rounds.Mea
 
 def _folded(method: Method, layout: views.Views) -> tuple[Callable[..., Any], Callable[..., Any]]:
   """Merges waves as they come: take one into the accumulator, finish."""
-  at, fold = next((i, step.fold) for i, step in enumerate(method) if step.fold)
-
-  def through(at: slice, name: str, x: Any, leaf: stage.Leaf, ready: memory.Ready) -> Any:
-    for step, known in zip(method[at], ready.known[at], strict=True):
-      if step.where is None or step.where(name):
-        view = views.view_of(name, layout)
-        x = memory.update(step, x, leaf, known[step.group(name)], [], view)
-    return x
-
-  @jax.jit
-  def take(held: Any, copies: Any, base: Any, ready: memory.Ready) -> Any:
-    references, out = tree.named(base), {}
-    for name, x in tree.named(copies).items():
-      leaf = memory.leaf_of(name, references, ready)
-      delta = memory.task_vectors(x, references[name])
-      delta = through(slice(at), name, delta, leaf, ready)
-      out[name] = fold.add(None if held is None else held[name], delta, leaf)
-    return out
-
-  @jax.jit
-  def finish(held: Any, base: Any, ready: memory.Ready) -> Any:
-    references, out = tree.named(base), {}
-    for name, accumulated in held.items():
-      leaf = memory.leaf_of(name, references, ready)
-      x = through(slice(at + 1, None), name, fold.finish(accumulated, leaf), leaf, ready)
-      out[name] = memory.added(name, x, references[name], references[name].dtype)
-    return tree.rebuild(base, out)
-
-  return take, finish
+  take, finish = running.accumulator(method, layout)
+  return take, lambda held, base, ready: finish(held, base, base, ready)
 
 
 def _own(ready: memory.Ready, start: int, stop: int) -> memory.Ready:

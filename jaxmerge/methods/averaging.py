@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmerge import catalog
-from jaxmerge.stage import Array, Fold, Group, Leaf, Method, Stage, leafwise
+from jaxmerge.stage import Array, Fold, Group, Leaf, Method, Stage, State, leafwise
 
 _checkpoints = catalog.METHODS["checkpoint_average"].parameters
 _weight = catalog.METHODS["average"].parameters["weight"].default
@@ -68,16 +68,36 @@ def checkpoint_average(
   """
   catalog.check("checkpoint_average", {"kind": kind, "alpha": alpha})
 
-  def update(x: Array, leaf: Leaf, known: Any) -> Array:
+  def add(held: State, x: Array, leaf: Leaf) -> State:
     K = x.shape[0]
-    weights = {
-      "sma": lambda: jnp.full(K, 1 / K, x.dtype),
-      "wma": lambda: jnp.arange(1, K + 1, dtype=x.dtype) * (2 / (K * (K + 1))),
-      "ema": lambda: jnp.stack(moving_weights(K, leaf.scalar("alpha", x))),
-    }[kind]()
-    return _sum(x * weights.reshape((-1,) + (1,) * (x.ndim - 1)))
+    before = jnp.zeros((), x.dtype) if held is None else held["count"]
+    left: Any = 1.0  # Of what is held.
+    if kind == "sma":
+      weights = jnp.ones(K, x.dtype)
+    elif kind == "wma":
+      weights = before + jnp.arange(1, K + 1, dtype=x.dtype)
+    else:
+      alpha = leaf.scalar("alpha", x)
+      own = moving_weights(K, alpha)
+      weights = jnp.stack(own if held is None else [alpha * (1 - alpha) ** (K - 1), *own[1:]])
+      left = (1 - alpha) ** K
+    part = _sum(x * weights.reshape((-1,) + (1,) * (x.ndim - 1)))
+    total = part if held is None else held["sum"] * left + part
+    return {"sum": total, "count": before + K}
 
-  return (Stage(update, numbers={"alpha": alpha}, combines=True, ordered=True),)
+  def finish(held: State, leaf: Leaf) -> Array:
+    count = held["count"]
+    factors = {"sma": 1 / count, "wma": 2 / (count * (count + 1)), "ema": 1.0}
+    return held["sum"] * factors[kind]
+
+  stage = Stage(
+    lambda x, leaf, known: finish(add(None, x, leaf), leaf),
+    numbers={"alpha": alpha},
+    combines=True,
+    ordered=True,
+    fold=Fold(add, finish),
+  )
+  return (stage,)
 
 
 def moving_weights(height: int, alpha: Any) -> list[Any]:

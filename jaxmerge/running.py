@@ -1,0 +1,291 @@
+"""Merges of models that come one after the other: init, update, finalize; constant memory.
+
+The checkpoints of a run, or experts that arrive over weeks: what is kept between two of them is an
+accumulator as large as one model. `of` takes any method with a fold, `opcm` is the continual method
+that has none. States are trees of arrays: they go through `jit` and `lax.scan`, and to disk.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple  # Any: states and parameters are trees.
+
+import jax
+import jax.numpy as jnp
+
+from jaxmerge import catalog, memory, stage, tree, views
+from jaxmerge.methods import subspaces
+from jaxmerge.stage import Method, State
+from jaxmerge.tree import Tree
+
+_opcm = catalog.METHODS["opcm"].parameters
+
+
+class Running(NamedTuple):
+  """A merge of models that come one after the other.
+
+  Attributes:
+    init: (params) -> state, before the first; only shapes and dtypes are looked at.
+    update: (state, params) -> state, with one more model; for methods with random masks
+      (state, params, name), as the masks depend on it.
+    finalize: (state) -> params, the merge of the models so far; ValueError if there are none. The
+      state may go on.
+  """
+
+  init: Callable[[Tree], State]
+  update: Callable[..., State]
+  finalize: Callable[[State], Tree]
+
+
+def of(
+  method: Method,
+  base: Tree | None = None,
+  *,
+  aux: Mapping[str, Any] | None = None,
+  seed: int | None = None,
+  layout: Sequence[tuple[str, str]] = (),
+) -> Running:
+  """Runs a method over models that come one after the other, as `merge` does over all at once.
+
+  Means, sums, random drops before a sum, the largest entry: whatever has a fold and measures
+  nothing. Leaves that are not floating point are the base's, or the first model's.
+
+  Args:
+    method: with a fold: `average`, `checkpoint_average`, `task_arithmetic`, `dare`, `magmax`, ...
+    base: what task vectors are taken from and added to; None: the weights themselves are merged.
+    aux: numbers in place of the method's own; one number for all models.
+    seed: for methods with random masks.
+    layout: matrix views.
+
+  Raises:
+    ValueError: if the method has no fold; in `update`, for a tree that does not match, NaN or
+      infinity (where values can be looked at), and weights that are one per model.
+
+  Example:
+    >>> run = of(jaxmerge.methods.checkpoint_average("ema", alpha=0.5))
+    >>> state = run.init({"w": jnp.zeros(1)})
+    >>> for value in (4.0, 8.0, 0.0):
+    ...   state = run.update(state, {"w": jnp.array([value])})
+    >>> run.finalize(state)["w"].tolist()
+    [3.0]
+  """
+  if not stage.foldable(method):
+    raise ValueError(
+      "the method needs all models at once: it measures them, or its combiner has no fold; "
+      "merge a stack, or use `average`, `checkpoint_average`, `task_arithmetic`, `dare`, `magmax` "
+      "or `running.opcm`."
+    )
+  numbers = dict(aux or {}, **({} if seed is None else {"seed": seed}))
+  take, finish = accumulator(method, views.check(layout))
+  seeded = "seed" in stage.numbers(method)
+
+  def prepared(params: Tree, name: str | None) -> memory.Ready:
+    leaves = tree.named(params)
+    shapes = {n: x.shape for n, x in leaves.items() if tree.is_floating(x)}
+    names = None if name is None else [name]
+    return memory.prepare(method, shapes, 1, numbers, names, leaves.keys() - shapes.keys())
+
+  def init(params: Tree) -> State:
+    _check(base, params)
+    alone = jax.eval_shape(lambda p: take(None, _one(p), base, prepared(params, None)), params)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), alone)
+    return {"count": jnp.zeros((), jnp.int32), "held": zeros, "like": _kept(params)}
+
+  def update(state: State, params: Tree, name: str | None = None) -> State:
+    _check(base, params)
+    if seeded and name is None:
+      raise ValueError("the method's random masks depend on the model's name: give update a name.")
+    ready = prepared(params, name)
+    held = added(state["count"], state["held"], params, base, ready)
+    like = jax.tree.map(functools.partial(_first, state["count"]), state["like"], params)
+    _refuse_nonfinite(params, base, name or "given to update")
+    return {"count": state["count"] + 1, "held": held, "like": like}
+
+  @jax.jit
+  def added(count: Any, held: Any, params: Tree, base: Any, ready: memory.Ready) -> State:
+    def alone(held: State) -> State:
+      return take(None, _one(params), base, ready)
+
+    def more(held: State) -> State:
+      return take(held, _one(params), base, ready)
+
+    return jax.lax.cond(count == 0, alone, more, held)
+
+  def finalize(state: State) -> Tree:
+    _refuse_empty(state)
+    like = state["like"] if base is None else base
+    return finish(state["held"], base, like, prepared(like, "finished" if seeded else None))
+
+  return Running(init, update, finalize)
+
+
+def accumulator(
+  method: Method, layout: views.Views
+) -> tuple[Callable[..., State], Callable[..., Tree]]:
+  """Returns what takes some models more, and what makes the merge of an accumulator.
+
+  `take(held, models, base, ready)`: an accumulator or None, a stack [k, *s], the base or None, the
+  numbers of these models -> an accumulator by leaf. `finish(held, base, like, ready)` -> a model;
+  leaves that are not floating point are those of `like`.
+
+  Example:
+    >>> take, finish = accumulator(jaxmerge.methods.average(), ())
+    >>> models = {"w": jnp.array([[1.0], [3.0]])}
+    >>> ready = memory.prepare(jaxmerge.methods.average(), {"w": (1,)}, 2, {}, None)
+    >>> like = {"w": jnp.zeros(1)}
+    >>> finish(take(None, models, None, ready), None, like, ready)["w"].tolist()
+    [2.0]
+  """
+  at, fold = next((i, step.fold) for i, step in enumerate(method) if step.fold)
+
+  def through(at: slice, name: str, x: Any, leaf: stage.Leaf, ready: memory.Ready) -> Any:
+    for step, known in zip(method[at], ready.known[at], strict=True):
+      if step.where is None or step.where(name):
+        view = views.view_of(name, layout)
+        x = memory.update(step, x, leaf, known[step.group(name)], [], view)
+    return x
+
+  @jax.jit
+  def take(held: Any, models: Any, base: Any, ready: memory.Ready) -> Any:
+    references, out = None if base is None else tree.named(base), {}
+    for name, x in tree.named(models).items():
+      if not tree.is_floating(x):
+        continue
+      leaf = memory.leaf_of(name, references, ready)
+      delta = memory.task_vectors(x, None if references is None else references[name])
+      delta = through(slice(at), name, delta, leaf, ready)
+      out[name] = fold.add(None if held is None else held[name], delta, leaf)
+    return out
+
+  @jax.jit
+  def finish(held: Any, base: Any, like: Any, ready: memory.Ready) -> Any:
+    references, out = None if base is None else tree.named(base), tree.named(like)
+    for name, accumulated in held.items():
+      leaf = memory.leaf_of(name, references, ready)
+      x = through(slice(at + 1, None), name, fold.finish(accumulated, leaf), leaf, ready)
+      own = None if references is None else references[name]
+      out[name] = memory.added(name, x, own, out[name].dtype)
+    return tree.rebuild(like, out)
+
+  return take, finish
+
+
+def opcm(
+  base: Tree,
+  scale: float = _opcm["scale"].default,
+  alpha: float = _opcm["alpha"].default,
+  *,
+  layout: Sequence[tuple[str, str]] = (),
+) -> Running:
+  """Merges by `methods.opcm` models that come one after the other.
+
+  The state holds the merged task vectors before they are scaled, and the sum and number of the
+  norms: a model of K merges as if all K had been given at once.
+
+  Args:
+    base: what the models were tuned from.
+    scale: factor on the merged task vector.
+    alpha: see `methods.opcm`.
+    layout: matrix views; leaves without one are added up.
+
+  Raises:
+    ValueError: in `update`, for a tree that does not match the base, NaN or infinity.
+
+  Reference: Tang et al. 2025, Merging models on the fly (arXiv:2501.09522).
+
+  Example:
+    >>> run = opcm({"w": jnp.zeros((2, 2))}, layout=(("w", "oi"),))
+    >>> state = run.init({"w": jnp.zeros((2, 2))})
+    >>> for x in ([[3.0, 0.0], [0.0, 1.0]], [[1.0, 2.0], [2.0, 1.0]]):
+    ...   state = run.update(state, {"w": jnp.array(x)})
+    >>> print(np.asarray(run.finalize(state)["w"]).round(3))
+    [[2.236 1.491]
+     [1.491 0.745]]
+  """
+  catalog.check("opcm", {"scale": scale, "alpha": alpha})
+  table, bases = views.check(layout), tree.named(base)
+
+  def init(params: Tree) -> State:
+    _check(base, params)
+    zeros = {n: jnp.zeros(x.shape, tree.compute_dtype(x.dtype)) for n, x in floating(params)}
+    return {"count": jnp.zeros((), jnp.int32), "norms": jnp.zeros(()), "merged": zeros}
+
+  def floating(params: Tree) -> list[tuple[str, Any]]:
+    return [(n, x) for n, x in tree.named(params).items() if tree.is_floating(x)]
+
+  def update(state: State, params: Tree, name: str | None = None) -> State:
+    _check(base, params)
+    _refuse_nonfinite(params, base, name or "given to update")
+    return added(state, params, bases)
+
+  @jax.jit
+  def added(state: State, params: Tree, bases: Any) -> State:
+    taus = {n: memory.task_vectors(x[None], bases[n]) for n, x in floating(params)}
+    merged = {}
+    for n, tau in taus.items():
+      held, view = state["merged"][n], views.view_of(n, table)
+      if view is None:
+        merged[n] = held + tau[0]
+      else:
+        merged[n] = views.by_matrix(_in_turn, jnp.concatenate([held[None], tau]), None, view)[0]
+    norms = state["norms"] + _norm(taus)
+    return {"count": state["count"] + 1, "norms": norms, "merged": merged}
+
+  def _in_turn(pair: Any, _: Any) -> Any:
+    held, tau = pair
+    return (held + subspaces.projected(tau, held, alpha))[None]
+
+  @jax.jit
+  def scaled(state: State, bases: Any) -> Tree:
+    norm = _norm(state["merged"])
+    factor = scale * state["norms"] / state["count"].astype(jnp.float32) / jnp.where(norm > 0, norm, 1)
+    out = dict(bases)
+    for n, x in state["merged"].items():
+      out[n] = memory.added(n, (x * factor.astype(x.dtype))[None], bases[n], bases[n].dtype)
+    return tree.rebuild(base, out)
+
+  def finalize(state: State) -> Tree:
+    _refuse_empty(state)
+    return scaled(state, bases)
+
+  return Running(init, update, finalize)
+
+
+def _norm(leaves: Mapping[str, Any]) -> Any:
+  return jnp.sqrt(sum(jnp.sum(x.astype(jnp.float32) ** 2) for x in leaves.values()))
+
+
+def _one(params: Tree) -> Tree:
+  return jax.tree.map(lambda x: jnp.asarray(x)[None], params)
+
+
+def _kept(params: Tree) -> Tree:
+  """What a merge without a base keeps of the models: leaves that are not merged, and dtypes."""
+  return jax.tree.map(
+    lambda x: jnp.zeros((0,) if tree.is_floating(x) else jnp.shape(x), x.dtype), params
+  )
+
+
+def _first(count: Any, kept: Any, x: Any) -> Any:
+  return kept if tree.is_floating(x) else jnp.where(count == 0, x, kept)
+
+
+def _check(base: Tree | None, params: Tree) -> None:
+  if base is not None:
+    tree.check_same(base, params, left="the base", right="the model", dtype=False)
+
+
+def _refuse_empty(state: State) -> None:
+  if not isinstance(state["count"], jax.core.Tracer) and int(state["count"]) == 0:
+    raise ValueError("no model was given to update: there is nothing to finalize.")
+
+
+def _refuse_nonfinite(params: Tree, base: Tree | None, name: str) -> None:
+  finite = {}
+  for n, x in tree.named(params).items():
+    if isinstance(x, jax.core.Tracer):
+      return
+    if tree.is_floating(x):
+      finite[n] = (True, True, jnp.isfinite(x).all()[None])
+  memory.refuse_nonfinite(jax.device_get(finite), [name])

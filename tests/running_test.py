@@ -1,0 +1,120 @@
+"""Models that come one after the other: the merge of all at once, in the memory of one."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import small
+
+import jaxmerge
+from jaxmerge import methods, running
+
+BASE, MODELS = small.trees()
+SAME = {n: x if n != "steps" else np.stack([BASE["steps"]] * len(x)) for n, x in MODELS.items()}
+
+
+def one(k):
+  return {n: x[k] for n, x in MODELS.items()}
+
+
+def run(merge, like=BASE, count=4, **options):
+  state = merge.init(like)
+  for k in range(count):
+    state = merge.update(state, one(k), **{n: v(k) for n, v in options.items()})
+  return state
+
+
+@pytest.mark.parametrize(
+  ("method", "bits"),
+  [
+    (methods.average(), True),
+    (methods.task_arithmetic(0.5), True),
+    (methods.magmax(), True),
+    (methods.checkpoint_average("sma"), True),
+    (methods.checkpoint_average("wma"), False),
+    (methods.checkpoint_average("ema", 0.3), False),
+  ],
+  ids=["average", "task_arithmetic", "magmax", "sma", "wma", "ema"],
+)
+def test_is_the_merge_of_the_stack(method, bits):
+  merge = running.of(method, BASE)
+  found = jax.tree.map(np.asarray, merge.finalize(run(merge)))
+  expected = jax.tree.map(np.asarray, jaxmerge.merge(method, BASE, MODELS))
+  small.same(found, expected) if bits else small.close(found, expected)
+
+
+def test_without_a_base_the_weights_are_merged():
+  method = methods.checkpoint_average("ema", 0.3)
+  merge = running.of(method)
+  expected = jaxmerge.blend(method, SAME)
+  found = merge.finalize(run(merge))
+  small.close({**found, "steps": expected["steps"]}, expected)
+  np.testing.assert_array_equal(found["steps"], MODELS["steps"][0])
+
+
+def test_a_moving_average_moves():
+  """By its definition: m + alpha (x - m), from the first model on."""
+  merge, mean = running.of(methods.checkpoint_average("ema", 0.3)), MODELS["matrix"][0]
+  state = run(merge, count=1)
+  for k in range(1, 4):
+    state = merge.update(state, one(k))
+    mean = mean + np.float32(0.3) * (MODELS["matrix"][k] - mean)
+    np.testing.assert_allclose(merge.finalize(state)["matrix"], mean, atol=1e-6)
+
+
+def test_masks_depend_on_names_alone():
+  method = methods.dare(0.5, 0.4)
+  merge = running.of(method, BASE, seed=3)
+  found = merge.finalize(run(merge, name=lambda k: small.NAMES[k]))
+  expected = jaxmerge.merge(method, BASE, MODELS, seed=3, names=small.NAMES)
+  small.close(found, expected)
+  with pytest.raises(ValueError, match="masks depend on the model's name"):
+    merge.update(merge.init(BASE), one(0))
+
+
+def test_opcm_is_that_of_the_stack_after_every_model():
+  """The state stays as large as one model, and nothing is lost by stopping to look."""
+  merge = running.opcm(BASE, 0.5, 0.4, layout=small.VIEWS)
+  state = merge.init(BASE)
+  shapes = jax.tree.map(jnp.shape, state)
+  for k in range(4):
+    state = merge.update(state, one(k))
+    assert jax.tree.map(jnp.shape, state) == shapes
+    if k in (0, 3):
+      some = {n: x[: k + 1] for n, x in MODELS.items()}
+      expected = jaxmerge.merge(methods.opcm(0.5, 0.4), BASE, some, layout=small.VIEWS)
+      small.close(jax.device_get(merge.finalize(state)), jax.device_get(expected), 2e-6)
+
+
+@pytest.mark.parametrize("continual", [False, True], ids=["of", "opcm"])
+def test_a_trajectory_is_one_program(continual):
+  """States keep their structure: they go through scan, and numbers need not compile again."""
+  method = methods.checkpoint_average("wma")
+  merge = running.opcm(BASE) if continual else running.of(method, BASE)
+  stack = jax.tree.map(jnp.asarray, MODELS)
+  state, _ = jax.lax.scan(lambda s, x: (merge.update(s, x), None), merge.init(BASE), stack)
+  small.close(merge.finalize(state), merge.finalize(run(merge)), 1e-6)
+
+
+@pytest.mark.parametrize(
+  ("call", "message"),
+  [
+    (lambda: running.of(methods.ties()), "needs all models at once"),
+    (lambda: running.of(methods.opcm()), "running.opcm"),
+    (lambda: run(running.of(methods.average((1.0, 2.0)))), "weight has 2 values, but there are 1"),
+    (lambda: running.of(methods.average(), BASE).init({"w": jnp.ones(2)}), "in the base but not"),
+    (lambda: running.opcm(BASE).update({}, {**one(0), "vector": np.ones(3)}), "'vector' is"),
+    (lambda: running.of(methods.average()).finalize({"count": 0}), "no model was given"),
+    (lambda: run(running.opcm(BASE), count=0) and running.opcm(BASE, alpha=2.0), "alpha must be"),
+  ],
+)
+def test_is_refused(call, message):
+  with pytest.raises(ValueError, match=message):
+    call()
+
+
+def test_nan_is_named():
+  merge, bad = running.of(methods.average(), BASE), one(0)
+  bad["vector"] = np.full_like(bad["vector"], np.nan)
+  with pytest.raises(ValueError, match="leaf 'vector' of model given to update has NaN"):
+    merge.update(merge.init(BASE), bad)
