@@ -16,11 +16,25 @@ import numpy as np
 
 from jaxmerge import catalog, configuring, experiment, methods, report, stage, views, workdir
 from jaxmerge.atm import baselines, evaluate
-from jaxmerge.io import atomic
+from jaxmerge.io import atomic, orbax
 from jaxmerge.report import leaderboard
 from jaxmerge.stage import Method
 
 Progress = Callable[[Mapping[str, Any]], None]
+# Keys of an experiment's config on which its experts do not depend.
+_FREE = (
+  "also",
+  "baselines.",
+  "checkpoint",
+  "early_stopping",
+  "final",
+  "keep_experts",
+  "mesh",
+  "method",
+  "outer",
+  "reference",
+  "variant",
+)
 
 
 def run(
@@ -47,7 +61,8 @@ def run(
     What `leaderboard.json` holds.
 
   Raises:
-    ValueError: if the folder holds a run of another config, naming the first differences.
+    ValueError: if the folder holds a run of another config, naming the first differences, or
+      `config.experts` names a run with other experts or none.
   """
   folder, plain = pathlib.Path(folder), json.loads(config.to_json())
   workdir.check(folder, plain, resume)
@@ -79,7 +94,10 @@ def _seed(
   workdir.claim(home, plain)
   work = experiment.Work(plain, home, progress)
   work.base()
-  work.experts()
+  if config["experts"]:
+    work.stacks["experts"] = _taken(work, pathlib.Path(config["experts"].format(seed=seed)))
+  else:
+    work.experts()
   split = "test" if config["final"] else "validation"
   rows = work.rows if split == "validation" else work.placed(work.problem.tasks, split)
   counts = [len(t.splits()[split].labels) for t in work.problem.tasks]
@@ -123,6 +141,31 @@ def _seed(
     "noise": _noise(scores["experts"], counts),
     "methods": made,
   }
+
+
+def _taken(work: experiment.Work, folder: pathlib.Path) -> Any:
+  """Returns the experts of an ATM run; ValueError if it has none, or was told to tune others."""
+  path, place = folder / "config.json", folder / "checkpoints" / "experts"
+  if not path.is_file() or not place.is_dir():
+    raise ValueError(f"config.experts: {folder} holds no experts of a run ({place}).")
+  theirs, ours = (
+    configuring.flat(c) for c in (json.loads(path.read_text(encoding="utf-8")), work.config)
+  )
+  for key in sorted(theirs.keys() | ours.keys()):
+    if (key.startswith("baselines.experts.") or not key.startswith(_FREE)) and theirs.get(
+      key
+    ) != ours.get(key):
+      raise ValueError(
+        f"config.experts: {folder} tuned other experts: {key} is {theirs.get(key)!r} there and "
+        f"{ours.get(key)!r} here."
+      )
+  like = experiment.make_like(work.params, len(work.names), "experts", work.mesh)
+  with orbax.Checkpoints(place, keep=1) as store:
+    found = store.restore(like)
+  if found is None:
+    raise ValueError(f"config.experts: {place} holds no whole checkpoint.")
+  work.say(f"experts: those of {folder}")
+  return found.state
 
 
 def _noise(per_task: Mapping[str, float], counts: Sequence[int]) -> float:

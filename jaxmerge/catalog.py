@@ -74,9 +74,34 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 def markdown() -> str:
   """Returns the table of methods as Markdown, as the README shows it."""
-  rows = ["| method | formula | paper | needs |", "| --- | --- | --- | --- |"]
+  head = ("method", "formula", "paper", "needs", "leaves without a view", "cost")
+  rows = [head, ("---",) * len(head)]
   for name, e in METHODS.items():
     mark = " (experimental)" if e.experimental else ""
     numbers = ", ".join(f"{p}={q.default!r}" for p, q in e.parameters.items() if q.number)
-    rows.append(f"| `{name}({numbers})`{mark} | {e.formula} | {e.paper} | {e.needs} |")
-  return "\n".join(rows)
+    called = f"`{name}({numbers})`{mark}"
+    rows.append((called, e.formula, e.paper, needs(name), e.uncovered or "as all", cost(name)))
+  return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def needs(method: str) -> str:
+  """Returns what a method must be given.
+
+  Example:
+    >>> needs("dare"), needs("tsv")
+    ('weights, seed', 'weights, views')
+  """
+  return entry(method).needs + (", views" if entry(method).uncovered else "")
+
+
+def cost(method: str) -> str:
+  """Returns how often a method reads the models, what it holds of them, and its decompositions.
+
+  Example:
+    >>> cost("ties"), cost("tsv")
+    ('3 passes, slices', '1 pass, matrices, K + 2 SVDs')
+  """
+  e = entry(method)
+  held = {"entry": "slices", "row": "rows", "matrix": "matrices"}[e.unit]
+  svds = f", {e.svds} SVD{'s' * (e.svds != '1')}" if e.svds else ""
+  return f"{e.reads} pass{'es' * (e.reads != 1)}, {held}{svds}"

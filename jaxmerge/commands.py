@@ -233,8 +233,9 @@ def methods(options: argparse.Namespace, config: Any) -> None:
   width = max(map(len, catalog.METHODS))
   for name, entry in catalog.METHODS.items():
     mark = " (experimental)" if entry.experimental else ""
-    print(
-      f"{name:{width}}  {entry.formula}{mark}\n{'':{width}}  {entry.paper}; needs {entry.needs}"
-    )
+    rest = f"; leaves without a matrix view: {entry.uncovered}" if entry.uncovered else ""
+    print(f"{name:{width}}  {entry.formula}{mark}")
+    print(f"{'':{width}}  {entry.paper}; needs {catalog.needs(name)}")
+    print(f"{'':{width}}  {catalog.cost(name)}{rest}")
     for parameter, p in entry.parameters.items():
       print(f"{'':{width}}    {parameter}={p.default!r}: {p.doc}, {p.range}")

@@ -71,6 +71,7 @@ BENCH: Mapping[str, Any] = {
   "run": str,
   "seeds": int,
   "final": bool,
+  "experts": str,
   "methods": dict,
   "changes": dict,
 }
@@ -79,9 +80,10 @@ BENCH: Mapping[str, Any] = {
 def bench(path: str, changes: Sequence[tuple[str, str]] = ()) -> ConfigDict:
   """Returns the locked config of a leaderboard of methods, changed and checked.
 
-  `run` is the experiment's config, beside this one; `methods` maps a row's name to settings of the
-  method of that name, or of the one under `name`: a tuple is a list of values to try. `changes` are
-  changes of the experiment's config.
+  `run` is the experiment's config, beside this one; `experts` the folder of an ATM run of it whose
+  experts are merged, {seed} standing for the seed, or empty: then they are tuned. `methods` maps a
+  row's name to settings of the method of that name, or of the one under `name`: a tuple is a list
+  of values to try. `changes` are changes of the experiment's config.
   """
   config = of_scheme(path, BENCH, changes)
   if config.seeds < 1:

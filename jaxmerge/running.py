@@ -239,7 +239,9 @@ def opcm(
   @jax.jit
   def scaled(state: State, bases: Any) -> Tree:
     norm = _norm(state["merged"])
-    factor = scale * state["norms"] / state["count"].astype(jnp.float32) / jnp.where(norm > 0, norm, 1)
+    factor = (
+      scale * state["norms"] / state["count"].astype(jnp.float32) / jnp.where(norm > 0, norm, 1)
+    )
     out = dict(bases)
     for n, x in state["merged"].items():
       out[n] = memory.added(n, (x * factor.astype(x.dtype))[None], bases[n], bases[n].dtype)

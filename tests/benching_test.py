@@ -16,6 +16,7 @@ from ml_collections import config_dict
 def get_config():
   c = config_dict.ConfigDict()
   c.run = {run!r}
+  c.experts = {experts!r}
   c.seeds = {seeds}
   c.final = {final}
   c.changes = dict(epochs=1.0, rounds=1, data=dict(train=64, validation=40, test=40))
@@ -31,10 +32,12 @@ METHODS = """
 """
 
 
-def written(folder, methods=METHODS, seeds=2, final=True):
+def written(folder, methods=METHODS, seeds=2, final=True, experts=""):
   path = folder / "methods.py"
   run = str(ROOT / "configs" / "images4.py")
-  path.write_text(CONFIG.format(run=run, seeds=seeds, final=final, methods=methods))
+  path.write_text(
+    CONFIG.format(run=run, seeds=seeds, final=final, methods=methods, experts=experts)
+  )
   return str(path)
 
 
@@ -98,6 +101,20 @@ def test_a_finished_run_is_not_made_again(made):
   assert [a == b for a, b in zip(before, after, strict=True)] == [True] * 3 + [False] + [True] * 6
   same = again["summary"]["models"], made[2]["summary"]["models"]
   assert same[0] == same[1]
+
+
+def test_experts_of_a_run_are_taken(made, tmp_path):
+  """Those of another seed are refused, and so is a folder without any."""
+  _, folder, facts = made
+  path = written(tmp_path, "average=dict()", 1, experts=str(folder / "seed{seed}"))
+  again = benching.run(configuring.bench(path), path, tmp_path / "run")
+  own, theirs = (f["summary"]["models"]["experts"]["mean"]["values"][0] for f in (again, facts))
+  assert own == theirs
+  assert not (tmp_path / "run" / "seed0" / "checkpoints" / "experts").exists()
+  for experts, message in (("seed1", "seed is 1 there and 0 here"), ("none", "holds no experts")):
+    path = written(tmp_path, "average=dict()", 1, experts=str(folder / experts))
+    with pytest.raises(ValueError, match=message):
+      benching.run(configuring.bench(path), path, tmp_path / experts)
 
 
 @pytest.mark.parametrize(

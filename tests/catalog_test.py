@@ -1,11 +1,15 @@
+import functools
 import inspect
 import pathlib
 import subprocess
 import sys
 
+import jax
+import jax.extend
 import jax.numpy as jnp
 import pytest
 
+import jaxmerge
 from jaxmerge import catalog, methods, stage
 
 DOCS = (pathlib.Path(__file__).parents[1] / "docs" / "methods.md").read_text(encoding="utf-8")
@@ -157,4 +161,32 @@ def test_every_method_has_its_section_in_the_docs(name):
 def test_markdown_has_a_row_per_method():
   lines = catalog.markdown().splitlines()
   assert len(lines) == 2 + len(catalog.METHODS)
-  assert all(line.count(" | ") == 3 for line in lines)
+  assert all(line.count(" | ") == 5 for line in lines)
+
+
+@pytest.mark.parametrize("name", catalog.METHODS)
+def test_costs_in_the_table_are_those_of_the_stages(name):
+  """What is held at a time, and how many decompositions a matrix takes, counted as traced."""
+  entry, method = catalog.METHODS[name], getattr(methods, name)()
+  order = ("entry", "row", "matrix")
+  assert entry.unit == max((s.unit for s in method), key=order.index)
+  assert bool(entry.uncovered) == any(s.unit != "entry" for s in method)
+  if entry.unit == "matrix":
+    counts = [decompositions(method, height) for height in (2, 5)]
+    assert counts == [eval(entry.svds.replace(" K", " * K") or "0", {"K": k}) for k in (2, 5)]
+
+
+def decompositions(method, height):
+  """How many singular value decompositions run for one matrix of so many models."""
+  models = {"w": jnp.ones((height, 40, 50))}
+  merge = functools.partial(jaxmerge.merge, method, layout=(("w", "oi"),))
+
+  def count(jaxpr):
+    total = 0
+    for equation in jaxpr.eqns:
+      times = equation.params["length"] if equation.primitive.name == "scan" else 1
+      inner = sum(map(count, jax.extend.core.jaxprs_in_params(equation.params)))
+      total += times * (inner + (equation.primitive.name == "svd"))
+    return total
+
+  return count(jax.make_jaxpr(merge)({"w": models["w"][0]}, models).jaxpr)

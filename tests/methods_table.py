@@ -23,7 +23,11 @@ class Row(NamedTuple):
     height: number of models.
     one: it also takes one model.
     weights: it merges weights, as if the base were zero.
-  atol: how far results may be apart whose sums are made in another order.
+    based: the transcription takes the base as well.
+    steep: rounding errors grow: which direction is the first, which of two near zero counts, or how
+      far a descent has come hangs by them. Random models have something in common then.
+    low: matrices of low rank have the transcription's result; it may fill up their directions.
+    atol: how far results may be apart whose sums are made in another order.
   """
 
   method: tuple
@@ -35,6 +39,9 @@ class Row(NamedTuple):
   height: int = 4
   one: bool = True
   weights: bool = False
+  based: bool = False
+  steep: bool = False
+  low: bool = True
   atol: float = 1e-6
 
   def options(self, **more):
@@ -49,7 +56,9 @@ class Row(NamedTuple):
 
 
 SEED = 11
-WEIGHT = (1.0, 0.5, 2.0, 1.5)
+EIGHT = (1.0, 0.5, 2.0, 1.5, 0.25, 1.0, 3.0, 0.75)  # Of as many models as any test has.
+WEIGHT = EIGHT[:4]
+SLACKS = (0.0, 0.5, 0.0, 2.0, 0.25, 0.0, 0.0, 1.0)
 PAIR = (1.0, 3.0)
 RATE = 0.4
 WEIGHTS = {"weight": (WEIGHT, (1.0, 0.0, 0.0, 0.0), (1.0, 1.0, 1.0, 1.0))}
@@ -60,7 +69,9 @@ def _ties(*args, **options):
   density, scale = 0.3, 0.5
   return Row(
     methods.ties(density, scale, *args, **options),
-    lambda taus, draw: basics.ties(taus, density, scale, *args, **options),
+    lambda taus, draw: basics.ties(
+      taus, density, scale, *(EIGHT if a is WEIGHT else a for a in args), **options
+    ),
     {"density": (0.3, 0.7, 1.0), **(WEIGHTS if args else {})},
     summed=options.get("rescale") in ("l1", "l2"),
   )
@@ -76,7 +87,7 @@ def dropped(taus, draw, rescale):
 def _dare(rescale, **options):
   return Row(
     methods.dare(RATE, 0.5, WEIGHT, rescale, **options),
-    lambda taus, draw: basics.weighted_sum(dropped(taus, draw, rescale), WEIGHT, 0.5, **options),
+    lambda taus, draw: basics.weighted_sum(dropped(taus, draw, rescale), EIGHT, 0.5, **options),
     {"drop_rate": (0.0, 0.3, 1.0), **WEIGHTS},
     seeded=True,
     summed=rescale in ("l1", "l2"),
@@ -99,7 +110,7 @@ def _della(rescale):
     lambda taus, draw: basics.elected(
       basics.della(taus, draw, density, epsilon, rescale, small.VIEWS),
       0.5,
-      WEIGHT,
+      EIGHT,
       "mean",
       "plus",
     ),
@@ -167,16 +178,16 @@ def _doge(taus, draw):
 
 def _drm(direction):
   def rule(xs):
-    return subspaces.drm(xs, 0.5, direction, WEIGHT[: len(xs)])
+    return subspaces.drm(xs, 0.5, direction, EIGHT[: len(xs)])
 
   def rest(xs):
-    return subspaces.elected(xs, WEIGHT[: len(xs)])
+    return subspaces.elected(xs, EIGHT[: len(xs)])
 
   def merged(taus, draw):
     found = subspaces.by_matrix(rule, rest, taus, small.VIEWS)
     return subspaces.scaled(found, 0.5)
 
-  return Row(methods.drm(0.5, 0.5, direction, WEIGHT), merged, WEIGHTS, summed=True)
+  return Row(methods.drm(0.5, 0.5, direction, WEIGHT), merged, WEIGHTS, summed=True, steep=True)
 
 
 def _lore(*settings):
@@ -198,19 +209,18 @@ def _opcm(taus, draw):
   return subspaces.scaled(subspaces.opcm(taus, 0.5, small.VIEWS), 0.5)
 
 
-def _widen(taus, draw):
-  base, _ = small.trees()
+def _widen(taus, draw, base):
   return subspaces.widen(taus, base, 0.5, 1.2, 0.8, small.VIEWS)
 
 
 def _lwptv(score, prune):
-  base, _ = small.trees()
   return Row(
     methods.lwptv(0.5, 0.5, WEIGHT, score, prune),
-    lambda taus, draw: entries.lwptv(taus, base, 0.5, 0.5, WEIGHT, score, prune),
+    lambda taus, draw, base: entries.lwptv(taus, base, 0.5, 0.5, EIGHT, score, prune),
     {"prune_ratio": (0.5, 0.0, 1.0), **WEIGHTS},
     summed=True,
     homogeneous=True,
+    based=True,
   )
 
 
@@ -220,19 +230,19 @@ def _flag(rank, pairs):
     lambda taus, draw: robust.flag(taus, rank, 5, pairs),
     {"pairs": (pairs, 0.0, 1.0)},
     summed=True,
+    steep=True,
     atol=4e-6,  # The models are nearly at right angles: their first directions hardly differ.
   )
 
 
-def _fused(taus, draw):
-  base, _ = small.trees()
+def _fused(taus, draw, base):
   return entries.arcee_fusion(taus, base, small.VIEWS)
 
 
 TABLE = {
   "average": Row(
     methods.average(WEIGHT),
-    lambda taus, draw: basics.average(taus, WEIGHT[: len(taus)]),
+    lambda taus, draw: basics.average(taus, EIGHT[: len(taus)]),
     WEIGHTS,
   ),
   **{
@@ -245,12 +255,12 @@ TABLE = {
   },
   "task_arithmetic": Row(
     methods.task_arithmetic(0.5, WEIGHT),
-    lambda taus, draw: basics.weighted_sum(taus, WEIGHT, 0.5),
+    lambda taus, draw: basics.weighted_sum(taus, EIGHT, 0.5),
     {"weight": (WEIGHT, (1.0, 0.0, 0.0, 0.0), (-1.0, 1.0, 1.0, 2.0))},
   ),
   "task_arithmetic, normalized": Row(
     methods.task_arithmetic(0.5, WEIGHT, normalize=True),
-    lambda taus, draw: basics.weighted_sum(taus, WEIGHT, 0.5, normalize=True),
+    lambda taus, draw: basics.weighted_sum(taus, EIGHT, 0.5, normalize=True),
     {"weight": (WEIGHT, (1.0, 0.0, 0.0, 0.0), (-1.0, 1.0, 1.0, -1.0))},
   ),
   "negation": Row(
@@ -278,8 +288,8 @@ TABLE = {
   "ties, sum": _ties(reduce="sum"),
   "ties, max": _ties(reduce="max", zero_sum="plus"),
   "ties_slack": Row(
-    methods.ties_slack((0.0, 0.5, 0.0, 2.0), 0.3, 0.5),
-    lambda taus, draw: entries.ties_slack(taus, (0.0, 0.5, 0.0, 2.0), 0.3, 0.5),
+    methods.ties_slack(SLACKS[:4], 0.3, 0.5),
+    lambda taus, draw: entries.ties_slack(taus, SLACKS, 0.3, 0.5),
     {"slack": (0.0, 0.5, 2.0), "density": (0.3, 0.7, 1.0)},
   ),
   **{f"dare, {rescale}": _dare(rescale) for rescale in ("inverse", "l1", "l2", "linf", None)},
@@ -294,7 +304,7 @@ TABLE = {
   **{f"breadcrumbs by {s}, remove": _breadcrumbs(s, "remove") for s in ("leaf", "row")},
   "breadcrumbs_ties": Row(
     methods.breadcrumbs_ties(0.5, 0.2, 0.5, WEIGHT),
-    lambda taus, draw: basics.elected(basics.banded(taus, 0.5, 0.2), 0.5, WEIGHT, "sum"),
+    lambda taus, draw: basics.elected(basics.banded(taus, 0.5, 0.2), 0.5, EIGHT, "sum"),
     WEIGHTS,
   ),
   "della": _della("inverse"),
@@ -303,7 +313,7 @@ TABLE = {
     methods.della_linear(0.5, 0.2, 0.5, WEIGHT, normalize=True),
     lambda taus, draw: basics.weighted_sum(
       basics.della(taus, draw, 0.5, 0.2, "inverse", small.VIEWS),
-      WEIGHT,
+      EIGHT,
       0.5,
       normalize=True,
     ),
@@ -318,7 +328,7 @@ TABLE = {
   ),
   "pcb": Row(
     methods.pcb(0.3, 0.5, WEIGHT, 0.05),
-    lambda taus, draw: entries.pcb(taus, 0.3, 0.5, WEIGHT, 0.05),
+    lambda taus, draw: entries.pcb(taus, 0.3, 0.5, EIGHT, 0.05),
     {"ratio": (0.3, 0.1, 1.0), "clamp": (0.05, 0.0, 0.2), **WEIGHTS},
     homogeneous=False,
   ),
@@ -347,13 +357,14 @@ TABLE = {
   **{f"drm, {direction}": _drm(direction) for direction in ("vertical", "horizontal")},
   "lore": _lore(0.3, True, 5, "mean"),
   "lore, elected": _lore(0.3, True, 5, "elected"),
-  "opcm": Row(methods.opcm(0.5), _opcm, {"alpha": (0.5, 0.0, 1.0)}, summed=True),
+  "opcm": Row(methods.opcm(0.5), _opcm, {"alpha": (0.5, 0.0, 1.0)}, summed=True, low=False),
   "widen": Row(
     methods.widen(0.5, 1.2, 0.8),
     _widen,
     {"threshold": (1.2, 0.0, 3.0), "calibrated": (0.8, 0.0, 1.0)},
     summed=True,
     homogeneous=False,
+    based=True,
   ),
   "flag": _flag(1, 0.0),
   "flag of two, pairs": _flag(2, 0.5),
@@ -372,13 +383,14 @@ TABLE = {
   ),
   **{f"nuslerp by {scope}": _nuslerp(scope) for scope in ("leaf", "row", "column")},
   "multislerp": _spherical(
-    methods.multislerp(WEIGHT), lambda taus: spheres.multislerp(taus, WEIGHT), WEIGHTS
+    methods.multislerp(WEIGHT), lambda taus: spheres.multislerp(taus, EIGHT), WEIGHTS
   ),
   "karcher": _spherical(
-    methods.karcher(WEIGHT, max_iter=20),
-    lambda taus: spheres.karcher(taus, WEIGHT),
+    methods.karcher(WEIGHT, max_iter=100),
+    lambda taus: spheres.karcher(taus, EIGHT),
     WEIGHTS,
     weights=True,
+    steep=True,
   ),
   "model_stock": _stock("leaf", clip=False),
   "model_stock by row": _stock("row", clip=True),
@@ -408,7 +420,7 @@ TABLE = {
     {},
     homogeneous=False,
   ),
-  "arcee_fusion": Row(methods.arcee_fusion(), _fused, {}, homogeneous=False, height=1),
+  "arcee_fusion": Row(methods.arcee_fusion(), _fused, {}, homogeneous=False, height=1, based=True),
   "nearswap": Row(
     methods.nearswap(0.1),
     lambda taus, draw: entries.nearswap(taus, 0.1),

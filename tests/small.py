@@ -10,13 +10,16 @@ FEW = ("matrix", "steps")
 
 
 def trees(leaves=ALL, *, height=4, seed=0):
-  """A base and a stack of models near it; a fifth of each task vector is zero."""
-  rng = np.random.default_rng(seed)
+  """A base and a stack of at most eight models near it; a fifth of each task vector is zero."""
+  rng, more = (np.random.default_rng(s) for s in (seed, seed + 1000))
   base, models = {}, {}
   for name, shape in SHAPES.items():
     x = rng.normal(size=shape).astype(np.float32)
-    tau = rng.normal(size=(4, *shape)).astype(np.float32) / 8
-    tau = np.where(rng.random(tau.shape) < 0.2, np.float32(0), tau)[:height]
+    halves = []
+    for source in (rng, more):
+      tau = source.normal(size=(4, *shape)).astype(np.float32) / 8
+      halves.append(np.where(source.random(tau.shape) < 0.2, np.float32(0), tau))
+    tau = np.concatenate(halves)[:height]
     base[name], models[name] = x, (x[None] + tau).astype(np.float32)
   base["steps"] = np.arange(4, dtype=np.int32)
   models["steps"] = np.stack([base["steps"] + 1] * height)

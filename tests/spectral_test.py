@@ -177,3 +177,37 @@ def test_decompositions_come_one_after_the_other(method):
   walk(jax.make_jaxpr(blend)(x).jaxpr)
   assert shapes
   assert all(len(shape) == 2 for shape in shapes)
+
+
+POLAR = [methods.iso_c, methods.iso_cts, methods.tsv]
+
+
+@pytest.mark.parametrize("make", POLAR, ids=IDS)
+def test_products_give_what_decompositions_do(make):
+  matrices = drawn(3, 12, 20)
+  close(merged(make(polar="products"), matrices), merged(make(), matrices), atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(40, 12), (12, 40), (1, 5), (7, 7)])
+def test_products_bring_singular_values_to_one(shape):
+  """As low as a thousandth of the largest, at any size; what is zero stays near zero."""
+  rng, r = np.random.default_rng(0), min(shape)
+  (u, _), (v, _) = (np.linalg.qr(rng.normal(size=(n, r))) for n in shape)
+  for size in (1e-8, 1.0, 1e6):
+    s = size * np.geomspace(1, 1.001e-3, r)
+    found = np.asarray(spectral.by_products(jnp.asarray(u * s @ v.T, jnp.float32)))
+    close(values(found), np.ones(r), atol=1e-5)
+    close(found, u @ v.T, atol=1e-4)
+  s = np.where(np.arange(r) < (r + 1) // 2, 1.0, 1e-7)
+  found = values(spectral.by_products(jnp.asarray(u * s @ v.T, jnp.float32)))
+  assert found[(r + 1) // 2 :].max(initial=0) < 1e-3
+
+
+def test_products_alone_need_no_decomposition():
+  x = {"w": jnp.ones((4, 6, 5))}
+  blend = functools.partial(jaxmerge.blend, layout=(("w", "oi"),))
+  text = str(jax.make_jaxpr(lambda x: blend(methods.iso_c(polar="products"), x))(x))
+  assert "svd" not in text
+  slope = jax.grad(lambda x: blend(methods.iso_c(polar="products"), x)["w"].sum())
+  for value in (0.0, 1.0):
+    assert np.isfinite(slope({"w": value * x["w"]})["w"]).all()

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from example import close
+from reference import subspaces as transcribed
 from spectral_test import A, B, drawn, merged, values
 
 import jaxmerge
@@ -115,3 +116,15 @@ def test_without_a_view_signs_are_elected():
   x = {"w": jnp.array([[1.0, -1.0, 2.0], [1.0, 2.0, -2.0]])}
   found = jaxmerge.blend(methods.drm(), x)["w"]
   close(found, [1.0, 2.0, 2.0])
+
+
+@pytest.mark.parametrize("direction", ["vertical", "horizontal"])
+def test_drm_drops_of_the_directions_that_there_are(direction):
+  """Task matrices of rank two have four directions of eight; none of the others is dropped."""
+  rng = np.random.default_rng(3)
+  left, right = rng.normal(size=(2, 8, 2)), rng.normal(size=(2, 2, 10))
+  x = {"w": jnp.asarray(left @ right, jnp.float32)}
+  found = jaxmerge.blend(methods.drm(1.0, 0.5, direction), x, layout=(("w", "oi"),))
+  close(
+    found["w"], transcribed.drm(list(np.asarray(x["w"], np.float64)), 0.5, direction), atol=1e-5
+  )

@@ -91,10 +91,11 @@ def optmerge(
     K, rate = x.shape[0], leaf.scalar("learning_rate", x)
     kept = max(1, int(min(x.shape[1:]) * (1 / K)))
     mean = _added(x) * (1 / K)
-    _, s, v = (y[..., :kept] for y in spectral.svd(x))
+    u, s, v = (y[..., :kept] for y in spectral.svd(x))
     spans = (v * (s * s)[:, None]) @ v.transpose(0, 2, 1) / _squares(x)
     if tuned == "lora":
-      return _descended(mean, _first(x, kept), spans, optax.sgd(rate, momentum=0.9), steps)
+      first = (u * s[:, None]) @ v.transpose(0, 2, 1)
+      return _descended(mean, first, spans, optax.sgd(rate, momentum=0.9), steps)
     targets = mean[None] + _first(x - mean[None], kept)
     return _descended(_added(x), targets, spans, _adam(rate), steps)
 

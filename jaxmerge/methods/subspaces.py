@@ -61,7 +61,7 @@ def drm(
     rows = v.T.reshape(-1, K, m).transpose(1, 0, 2)
     squares = jnp.sum(rows * rows, axis=2, keepdims=True)
     norms = jnp.sqrt(jnp.where(squares > 0, squares, 1))
-    kept = _largest(rows / norms, 1 - drop_rate) * norms * s[None, :, None]
+    kept = _largest(rows / norms, s > 0, 1 - drop_rate) * norms * s[None, :, None]
     y = (u @ _elected(kept, leaf.number("weight", x))[0])[None]
     return y.transpose(0, 2, 1) if direction == "vertical" else y
 
@@ -71,13 +71,22 @@ def drm(
   return chain(spectral.by_matrix(update, given, rest), averaging.scaled(scale))
 
 
-def _largest(x: Array, share: float) -> Array:
-  """Keeps this share of the entries, by magnitude, and what ties with the last of them."""
-  dropped = x.size - round(x.size * share)
-  if not dropped:
-    return x
-  size = jnp.abs(x)
-  return jnp.where(size >= jnp.sort(size.reshape(-1))[dropped - 1], x, 0)
+def _largest(x: Array, there: Array, share: float) -> Array:
+  """Keeps this share of the entries of the rows that are there, and what ties with the last.
+
+  Args:
+    x: what all models have in each direction, [K, n, m].
+    there: the directions that count, [n].
+    share: of their entries that is kept, by magnitude.
+  """
+  K, n, m = x.shape
+  sizes = [count * K * m for count in range(n + 1)]  # By the number of directions.
+  dropped = jnp.asarray([size - round(size * share) for size in sizes], jnp.int32)
+  count = jnp.sum(there, dtype=jnp.int32)
+  size = jnp.where(there[:, None], jnp.abs(x), -1)
+  place = (n - count) * (K * m) + dropped[count] - 1
+  least = jnp.sort(size.reshape(-1))[jnp.maximum(place, 0)]
+  return jnp.where((dropped[count] == 0) | (size >= least), x, 0)
 
 
 def _elected(x: Array, weight: Array | float = 1) -> Array:
@@ -127,17 +136,19 @@ def lore(
   catalog.check("lore", {**given, "relative": relative, "sweeps": sweeps, "join": join})
 
   def update(x: Array, leaf: Leaf, known: Any) -> Array:
-    least = leaf.scalar("mu", x)
-    if relative:
-      least = least * jnp.max(spectral.svd(x - _mean(x))[1])
+    common, parts, least = _mean(x), jnp.zeros_like(x), leaf.scalar("mu", x)
+
+    def shrunk(u: Array, s: Array, v: Array) -> Array:
+      return (u * jnp.maximum(s - least, 0)[:, None]) @ v.transpose(0, 2, 1)
 
     def sweep(held: tuple[Array, Array], _: None) -> tuple[tuple[Array, Array], None]:
       common = _mean(x - held[1])
-      u, s, v = spectral.svd(x - common)
-      shrunk = u * jnp.maximum(s - least, 0)[:, None]
-      return (common, shrunk @ v.transpose(0, 2, 1)), None
+      return (common, shrunk(*spectral.svd(x - common))), None
 
-    (common, parts), _ = lax.scan(sweep, (_mean(x), jnp.zeros_like(x)), length=sweeps)
+    if sweeps:  # What the unit of mu is measured on is what the first sweep decomposes.
+      first = spectral.svd(x - common)
+      least = least * jnp.max(first[1]) if relative else least
+      (common, parts), _ = lax.scan(sweep, (common, shrunk(*first)), length=sweeps - 1)
     merged = _mean(parts) if join == "mean" else _elected(parts)
     return common + leaf.scalar("delta_scale", x) * merged
 

@@ -13,7 +13,10 @@ class Entry(NamedTuple):
 
   `on` says what is merged: task vectors, by `jaxmerge.merge`, or the weights themselves, by
   `jaxmerge.blend`. `reads` says how often the models are read where they are on disk, with the
-  default settings; `models`, how many there are at least and at most, beside the base.
+  default settings; `models`, how many there are at least and at most, beside the base. `unit` is
+  what of all models is held at a time, `svds` the decompositions of each matrix by the number K of
+  models, and `uncovered` what becomes of leaves that no matrix view covers, where that matters;
+  these too with the default settings.
   """
 
   formula: str
@@ -24,6 +27,9 @@ class Entry(NamedTuple):
   on: Literal["task vectors", "weights", "either"] = "task vectors"
   reads: int = 1
   models: tuple[int, int | None] = (1, None)
+  unit: Literal["entry", "row", "matrix"] = "entry"
+  svds: str = ""
+  uncovered: str = ""
 
 
 WEIGHT = Parameter(1.0, "weight of each model, scalar or one per model", each=True)

@@ -188,12 +188,16 @@ METHODS: Mapping[str, Entry] = {
     _DELLA,
     {**_WINDOW, "reduce": _REDUCE, "zero_sum": _ZERO_SUM._replace(default="plus")},
     needs="weights, seed",
+    unit="row",
+    uncovered="one row",
   ),
   "della_linear": Entry(
     "θ₀ + λ Σ wᵢ mᵢ⊙τᵢ/qᵢ, qᵢ by rank in the row",
     _DELLA,
     {**_WINDOW, "normalize": entry.NORMALIZE},
     needs="weights, seed",
+    unit="row",
+    uncovered="one row",
   ),
   "sce": Entry(
     "θ₀ + Σ wᵢeᵢ⊙τᵢ / Σ wᵢeᵢ, wᵢ ∝ mean τᵢ², eᵢ elected",
@@ -278,6 +282,8 @@ METHODS: Mapping[str, Entry] = {
     {},
     reads=2,
     models=(1, 1),
+    unit="row",
+    uncovered="one row",
   ),
   "nearswap": Entry(
     "θ₀ + clip(θ - θ₀, -t, t)",

@@ -15,6 +15,7 @@ _DESCENT = {
 _RANK_TOL = Parameter(
   1e-6, "singular values up to this share of the largest count as zero", low=0.0, high=1.0
 )
+_POLAR = Parameter("svd", "how columns are made orthonormal", choices=("svd", "products"))
 _ISO = "Marczak et al. 2025 (arXiv:2502.04959)"
 _YIN = "Yin et al. 2018 (arXiv:1803.01498)"
 
@@ -87,7 +88,10 @@ METHODS: Mapping[str, Entry] = {
   "iso_c": Entry(
     "θ₀ + λ s̄UVᵀ, Σ τᵢ = U diag(s) Vᵀ, s̄ = mean s",
     _ISO,
-    {"scale": entry.SCALE, "rank_tol": _RANK_TOL},
+    {"scale": entry.SCALE, "rank_tol": _RANK_TOL, "polar": _POLAR},
+    unit="matrix",
+    svds="1",
+    uncovered="averaged",
   ),
   "iso_cts": Entry(
     "Iso-C of directions of Σ τᵢ and of what they leave of each τᵢ",
@@ -98,12 +102,19 @@ METHODS: Mapping[str, Entry] = {
         0.8, "share of the directions that are the sum's", low=0.0, high=1.0, static=True
       ),
       "rank_tol": _RANK_TOL,
+      "polar": _POLAR,
     },
+    unit="matrix",
+    svds="K + 3",
+    uncovered="averaged",
   ),
   "tsv": Entry(
     "θ₀ + λ U⊥ diag(s) V⊥ᵀ, of each τᵢ the first 1/K of its directions, made orthogonal",
     "Gargiulo et al. 2025 (arXiv:2412.00081)",
-    {"scale": entry.SCALE, "rank_tol": _RANK_TOL},
+    {"scale": entry.SCALE, "rank_tol": _RANK_TOL, "polar": _POLAR},
+    unit="matrix",
+    svds="K + 2",
+    uncovered="averaged",
   ),
   "drm": Entry(
     "θ₀ + λ U·(sign election and disjoint mean of the largest entries of Sᵢ V̂ᵢ), [τ₁ … τ_K] = USVᵀ",
@@ -117,6 +128,9 @@ METHODS: Mapping[str, Entry] = {
       "weight": entry.WEIGHT,
       "rank_tol": _RANK_TOL._replace(default=1e-2),
     },
+    unit="matrix",
+    svds="1",
+    uncovered="elected, averaged",
   ),
   "lore": Entry(
     "θ̂ + λ mean δᵢ, least Σ norm(θ̂ + δᵢ - θᵢ)²/2 + μ norm(δᵢ)₁ of singular values",
@@ -133,6 +147,9 @@ METHODS: Mapping[str, Entry] = {
       ),
     },
     on="either",
+    unit="matrix",
+    svds="20 K",
+    uncovered="averaged",
   ),
   "opcm": Entry(
     "θ₀ + λM norm/‖M‖, M = τ₁ + what each next τᵢ adds outside the directions of M",
@@ -144,6 +161,9 @@ METHODS: Mapping[str, Entry] = {
       ),
     },
     reads=2,
+    unit="matrix",
+    svds="K - 1",
+    uncovered="added up",
   ),
   "widen": Entry(
     "θ₀ + λ Σ wᵢ⊙τᵢ, wᵢ by the ranks of the columns' changes of size and direction",
@@ -153,11 +173,15 @@ METHODS: Mapping[str, Entry] = {
       "threshold": Parameter(1.0, "a score so many times the mean is calibrated", low=0.0),
       "calibrated": Parameter(1.0, "weight of what is calibrated"),
     },
+    unit="matrix",
+    uncovered="weighed by entry",
   ),
   "wudi": Entry(
     "θ₀ + λx, x from Σ τᵢ by Adam on Σ norm((x - τᵢ)τᵢᵀ)² / norm(τᵢ)²",
     "Cheng et al. 2025 (arXiv:2503.08099)",
     {"scale": entry.SCALE, **_DESCENT},
+    unit="matrix",
+    uncovered="averaged",
   ),
   "optmerge": Entry(
     "WUDI with the first 1/K of the singular directions of each τᵢ",
@@ -167,6 +191,9 @@ METHODS: Mapping[str, Entry] = {
       "tuned": Parameter("full", "how the models were tuned", choices=("full", "lora")),
       **_DESCENT,
     },
+    unit="matrix",
+    svds="2 K",
+    uncovered="averaged",
   ),
   "doge": Entry(
     "θ₀ + λ Σ ηᵢ mᵢ⊙(τᵢ + Δ), ηᵢ = η/norm(τᵢ), Δ by Adam, outside the tasks' shared directions",
@@ -181,6 +208,9 @@ METHODS: Mapping[str, Entry] = {
       **{n: _DESCENT[n]._replace(default=v) for n, v in (("learning_rate", 1e-4), ("steps", 400))},
     },
     reads=2,
+    unit="matrix",
+    svds="K + 1",
+    uncovered="the base's",
   ),
   "median": Entry("median of θᵢ, entry by entry", _YIN, {}, on="either"),
   "trimmed_mean": Entry(

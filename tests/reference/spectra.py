@@ -23,7 +23,7 @@ def by_matrix(rule, taus, scale, views):
 def orthogonal(x):
   """The polar factor, of what is not zero."""
   u, s, vt = np.linalg.svd(x, full_matrices=False)
-  kept = s > 1e-6 * max(s[0], 1e-300)
+  kept = s > 1e-6 * s.max(initial=1e-300)
   return u[:, kept] @ vt[kept]
 
 

@@ -1,0 +1,335 @@
+"""Seconds, passes and memory of every method: in memory, over files, and for each matrix.
+
+  python benchmarks/methods.py --params=0.1e9 --models=4 --work=runs/methods --out=OUT
+  python benchmarks/methods.py --params=1e9 --models=8 --where files matrices --work=runs/methods
+
+A base and its models have a Llama layout whose width follows from the size. Each method runs in a
+process of its own, with its default parameters, on as many of the models as it takes:
+
+  memory    one merge of float32 arrays, once compiled; MB are those that the program needs beside
+            its arguments and result
+  files     one merge of bfloat16 folders, compiling included; passes are bytes that were read,
+            over those of the inputs; MB is the peak of what the process holds itself
+  matrices  methods of whole matrices, one matrix of each shape: the seconds of the whole model are
+            extrapolated by their number. Beside them the seconds of the decompositions alone that
+            the method asks for, counted in its traced program.
+
+Seconds are those of the processor, all threads, and of the wall in brackets.
+"""
+
+import argparse
+import functools
+import json
+import math
+import os
+import pathlib
+import platform
+import subprocess
+import sys
+import time
+
+PLACES = ("memory", "files", "matrices")
+LAYERS, VOCABULARY = 12, 8  # Blocks, and rows of the embedding in units of the width.
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("--params", type=float, default=0.1e9)
+  parser.add_argument("--models", type=int, default=4)
+  parser.add_argument("--where", nargs="+", choices=PLACES, default=list(PLACES))
+  parser.add_argument("--methods", nargs="+", help="names; all unless given")
+  parser.add_argument("--work", type=pathlib.Path, default=pathlib.Path("runs/methods"))
+  parser.add_argument("--out", type=pathlib.Path, help="OUT.json and OUT.md are written")
+  parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
+  options = parser.parse_args()
+  if options.child:
+    print(json.dumps(child(*options.child, options)))
+    return
+  from jaxmerge import catalog
+
+  if "files" in options.where:
+    made(options)
+  rows = []
+  for name in options.methods or catalog.METHODS:
+    row = {"method": name, "models": height(name, options.models)}
+    for place in options.where:
+      if place != "matrices" or catalog.entry(name).unit == "matrix":
+        row[place] = process(place, name, options)
+    rows.append(row)
+    print(json.dumps(row), flush=True)
+    write(rows, options)
+  print(table(rows, options))
+
+
+def process(place, name, options):
+  """Runs one measurement in a process of its own."""
+  command = [sys.executable, str(pathlib.Path(__file__).resolve()), "--child", place, name]
+  command += [f"--params={options.params}", f"--models={options.models}", f"--work={options.work}"]
+  run = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+  if run.returncode:
+    raise SystemExit(f"{name}, {place}: failed with status {run.returncode}.")
+  return json.loads(run.stdout.strip().splitlines()[-1])
+
+
+# --- Inputs ---
+
+
+def shapes(params):
+  """The tensors, [out, in], of a model of about so many parameters."""
+  width = 64 * max(1, round(math.sqrt(params / (12.5 * LAYERS + VOCABULARY)) / 64))
+  inner = 64 * round(width * 8 / 3 / 64)
+  block = {f"self_attn.{n}_proj": (width, width) for n in "qkvo"}
+  block |= {"mlp.gate_proj": (inner, width), "mlp.up_proj": (inner, width)}
+  block |= {"mlp.down_proj": (width, inner), "input_layernorm": (width,)}
+  found = {"model.embed_tokens.weight": (VOCABULARY * width, width)}
+  for i in range(LAYERS):
+    found |= {f"model.layers.{i}.{name}.weight": s for name, s in block.items()}
+  return found | {"model.norm.weight": (width,)}
+
+
+VIEWS = (("_proj.weight$", "oi"), ("embed_tokens.weight$", "oi"))
+
+
+def tensor(k, i, shape):
+  """A tensor of the base (k = 0) or of a model near it: a few directions, and noise."""
+  import numpy as np
+
+  x = np.random.default_rng([0, i]).standard_normal(shape, np.float32) * np.float32(0.02)
+  if not k:
+    return x
+  own = np.random.default_rng([k, i])
+  x += own.standard_normal(shape, np.float32) * np.float32(1e-3)
+  if len(shape) == 2:
+    left, right = (own.standard_normal((n, 4), np.float32) for n in shape)
+    x += left @ right.T * np.float32(1e-3)
+  return x
+
+
+def made(options):
+  """Writes base and models, tensor by tensor; what is complete is left as it is."""
+  import ml_dtypes
+  import numpy as np
+
+  from jaxmerge.io import safetensors
+
+  every = shapes(options.params)
+  kinds = {n: (np.dtype(ml_dtypes.bfloat16), s) for n, s in every.items()}
+  for k in range(options.models + 1):
+    folder = place_of(options, k)
+    if (folder / "config.json").exists():
+      continue
+    folder.mkdir(parents=True, exist_ok=True)
+    first, entries = safetensors.layout(kinds, {"format": "pt"})
+    with open(folder / "model.safetensors", "wb") as file:
+      file.write(first)
+      for i, (name, entry) in enumerate(entries.items()):
+        assert file.tell() == entry.start, name
+        file.write(tensor(k, i, entry.shape).astype(entry.dtype).view(np.uint8).data)
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
+
+
+def place_of(options, k):
+  return options.work / f"{options.params / 1e9:g}b" / ("base" if k == 0 else f"m{k}")
+
+
+def height(name, models):
+  """As many models as the method takes, of those that there are."""
+  from jaxmerge import catalog
+
+  least, most = catalog.entry(name).models
+  return max(least, min(models, most or models))
+
+
+# --- One process ---
+
+
+def child(place, name, options):
+  """Measures one method."""
+  from jaxmerge import catalog, methods, stage
+
+  method = getattr(methods, name)()
+  seed = {"seed": 0} if "seed" in stage.numbers(method) else {}
+  weights = catalog.entry(name).on == "weights"
+  run = {"memory": in_memory, "files": over_files, "matrices": by_matrix}[place]
+  return run(name, method, seed, weights, options)
+
+
+def timed(f):
+  """Returns what f returns, the CPU seconds of it, and those of the wall."""
+  import jax
+
+  began = time.process_time(), time.perf_counter()
+  out = jax.block_until_ready(f())
+  return out, time.process_time() - began[0], time.perf_counter() - began[1]
+
+
+def in_memory(name, method, seed, weights, options):
+  import jax
+  import numpy as np
+
+  import jaxmerge
+
+  count = height(name, options.models)
+  every = shapes(options.params)
+  base = {n: tensor(0, i, s) for i, (n, s) in enumerate(every.items())}
+  models = {
+    n: np.stack([tensor(k + 1, i, s) for k in range(count)])
+    for i, (n, s) in enumerate(every.items())
+  }
+  options_ = {"layout": VIEWS, **seed}
+  if weights:
+    run = jax.jit(lambda base, models: jaxmerge.blend(method, models, **options_))
+  else:
+    run = jax.jit(lambda base, models: jaxmerge.merge(method, base, models, **options_))
+  given = jax.tree.map(jax.numpy.asarray, (base, models))
+  del base, models
+  program, compiling, _ = timed(lambda: run.lower(*given).compile())
+  jax.block_until_ready(program(*given))
+  _, cpu, wall = timed(lambda: program(*given))
+  memory = program.memory_analysis()
+  return {
+    "cpu": cpu,
+    "wall": wall,
+    "compiling": compiling,
+    "mb": memory.temp_size_in_bytes / 1e6,
+  }
+
+
+def over_files(name, method, seed, weights, options):
+  from merge_files import Peak
+
+  import jaxmerge
+
+  count = height(name, options.models)
+  models = [place_of(options, k + 1) for k in range(count)]
+  base = None if weights else place_of(options, 0)
+  out = options.work / "out"
+  read = functools.partial(_counter, "rchar")
+  peak, before = Peak(), read()
+  given = {"base": base, "layout": VIEWS, "replace": True, **seed}
+  _, cpu, wall = timed(lambda: jaxmerge.merge_files(method, models, out, **given) and None)
+  passes = (read() - before) / sum(
+    (m / "model.safetensors").stat().st_size for m in [*models, *([base] if base else [])]
+  )
+  return {"cpu": cpu, "wall": wall, "passes": passes, "mb": peak.stop()["anonymous"]}
+
+
+def _counter(key):
+  """A line of /proc/self/io: bytes."""
+  lines = pathlib.Path("/proc/self/io").read_text().splitlines()
+  return next(int(line.split()[1]) for line in lines if line.startswith(key))
+
+
+def by_matrix(name, method, seed, weights, options):
+  import collections
+
+  import jax
+  import numpy as np
+
+  import jaxmerge
+
+  count = height(name, options.models)
+  totals = {"cpu": 0.0, "wall": 0.0, "svd_cpu": 0.0, "svd_wall": 0.0}
+  kinds = collections.Counter(s for s in shapes(options.params).values() if len(s) == 2)
+  each = []
+  for i, (shape, number) in enumerate(kinds.items()):
+    base = {"w": jax.numpy.asarray(tensor(0, i, shape))}
+    models = {"w": jax.numpy.asarray(np.stack([tensor(k + 1, i, shape) for k in range(count)]))}
+    run = jax.jit(lambda b, m: jaxmerge.merge(method, b, m, layout=(("w", "oi"),), **seed))
+    alone = jax.jit(functools.partial(decomposed, svds(run, base, models)))
+    row = {"shape": shape, "number": number}
+    for key, program, given in (("", run, (base, models)), ("svd_", alone, (models["w"],))):
+      jax.block_until_ready(program(*given))
+      _, row[f"{key}cpu"], row[f"{key}wall"] = timed(functools.partial(program, *given))
+    each.append(row)
+    for key in totals:
+      totals[key] += number * row[key]
+  return {**totals, "each": each}
+
+
+def svds(run, base, models):
+  """The shapes of the decompositions that a program runs, as often as it does."""
+  import jax
+  import jax.extend
+
+  def of(jaxpr):
+    found = []
+    for equation in jaxpr.eqns:
+      times = equation.params["length"] if equation.primitive.name == "scan" else 1
+      inner = [equation.invars[0].aval.shape] if equation.primitive.name == "svd" else []
+      for sub in jax.extend.core.jaxprs_in_params(equation.params):
+        inner += of(sub)
+      found += times * inner
+    return found
+
+  return of(jax.make_jaxpr(run)(base, models).jaxpr)
+
+
+def decomposed(every, x):
+  """Decomposes matrices of these shapes, made of the models' entries, one after the other."""
+  import jax
+  import jax.numpy as jnp
+
+  total = []
+  for shape, times in sorted({s: every.count(s) for s in every}.items()):
+    flat = jnp.resize(x.reshape(-1), math.prod(shape)).reshape(shape)
+
+    def one(scale, flat=flat):
+      u, s, vt = jnp.linalg.svd(flat * scale, full_matrices=False)
+      return u.sum() + s.sum() + vt.sum()
+
+    total.append(jax.lax.map(one, 1 + jnp.arange(times, dtype=x.dtype)))
+  return total
+
+
+# --- Results ---
+
+
+def write(rows, options):
+  if options.out:
+    facts = {"command": " ".join(["python benchmarks/methods.py", *sys.argv[1:]]), "rows": rows}
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n")
+    options.out.with_suffix(".md").write_text(table(rows, options))
+
+
+def table(rows, options):
+  """The results as Markdown."""
+  head, line = ["method", "models"], ["---", "--:"]
+  titles = {
+    "memory": ("in memory, s", "MB"),
+    "files": ("files, s", "passes", "MB"),
+    "matrices": ("matrices, s", "of that SVDs, s", "ratio"),
+  }
+  for place in options.where:
+    head += titles[place]
+    line += ["--:"] * len(titles[place])
+  lines = [
+    f"{options.params / 1e9:g} B parameters, {options.models} models; seconds of CPU, of all "
+    f"threads, and of the wall in brackets; {os.cpu_count()} cores, {platform.machine()}, Python "
+    f"{platform.python_version()}.",
+    "",
+    f"| {' | '.join(head)} |",
+    f"| {' | '.join(line)} |",
+  ]
+  for row in rows:
+    cells = [f"`{row['method']}`", str(row["models"])]
+    for place in options.where:
+      own = row.get(place)
+      if own is None:
+        cells += [""] * len(titles[place])
+        continue
+      cells.append(f"{own['cpu']:.3g} ({own['wall']:.3g})")
+      if place == "memory":
+        cells.append(f"{own['mb']:.0f}")
+      elif place == "files":
+        cells += [f"{own['passes']:.2f}", f"{own['mb']:.0f}"]
+      else:
+        ratio = f"{own['cpu'] / own['svd_cpu']:.2f}" if own["svd_cpu"] > 1e-4 else ""
+        cells += [f"{own['svd_cpu']:.3g} ({own['svd_wall']:.3g})" if ratio else "", ratio]
+    lines.append(f"| {' | '.join(cells)} |")
+  return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+  main()

