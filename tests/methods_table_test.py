@@ -169,6 +169,9 @@ def drawn(row, seed, kind):
       tau[1:] = 0
     if row.steep:
       tau = tau / 4 + rng.normal(size=zero.shape) / 8
+      tau = (
+        tau if zero.shape else np.abs(tau)
+      )  # Two numbers that differ in sign have no mean angle.
     tau = np.round(tau * 2**16) / 2**16
     base[n], models[n] = zero.astype(np.float32), (zero + tau).astype(np.float32)
   return base, models

@@ -1,0 +1,28 @@
+"""What reference code makes of inputs that are drawn here; see `record.py`."""
+
+import pathlib
+
+import numpy as np
+
+HEIGHT = 4
+SHAPES = {"matrix": (12, 20), "square": (16, 16), "vector": (20,)}  # [out, in], as in files.
+VIEWS = (("matrix|square", "oi"),)
+
+
+def inputs():
+  """A base, and task vectors with something in common, float64: ({leaf: x}, [{leaf: tau}])."""
+  rng = np.random.default_rng(7)
+  base = {n: rng.normal(size=s) for n, s in SHAPES.items()}
+  common = {n: rng.normal(size=s) / 16 for n, s in SHAPES.items()}
+  taus = [{n: common[n] + rng.normal(size=s) / 8 for n, s in SHAPES.items()} for _ in range(HEIGHT)]
+  return base, taus
+
+
+def recorded():
+  """Returns {case: {leaf: array}}."""
+  found = {}
+  with np.load(pathlib.Path(__file__).parent / "outputs.npz") as file:
+    for key in file.files:
+      case, leaf = key.split("/")
+      found.setdefault(case, {})[leaf] = file[key]
+  return found

@@ -1,0 +1,183 @@
+"""Runs the reference code of methods on the inputs of this folder, and records what comes out.
+
+In an environment of its own, with PyTorch and NumPy alone:
+
+  python -m venv env && env/bin/pip install torch==2.13.0 numpy
+  env/bin/pip install --no-deps peft==0.21.2
+  git clone https://github.com/tanganke/fusion_bench          # at 54c9e8c
+  git clone https://github.com/yophis/decom-renorm-merge      # at 8c0f961
+  git clone https://github.com/duguodong7/pcb-merging         # at 5897888
+  env/bin/python tests/oracles/record.py --fusion-bench=fusion_bench \\
+    --drm=decom-renorm-merge --pcb=pcb-merging
+
+Nothing of that code is here: single functions are taken out of their files, without what those
+import, and called in float64. `tests/oracles_test.py` compares.
+"""
+
+import __future__
+
+import argparse
+import ast
+import contextlib
+import copy
+import importlib.util
+import math
+import pathlib
+import sys
+import types
+import warnings
+from collections import OrderedDict
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+import oracles
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  for name in ("fusion-bench", "drm", "pcb"):
+    parser.add_argument(f"--{name}", type=pathlib.Path, required=True)
+  options = parser.parse_args()
+  base, taus = oracles.inputs()
+  base, *taus = ({n: torch.tensor(x) for n, x in t.items()} for t in (base, *taus))
+  torch.set_default_dtype(torch.float64)
+  cases = {
+    **of_fusion_bench(options.fusion_bench / "fusion_bench" / "method", base, taus),
+    **of_peft(taus),
+    **of_drm(options.drm / "drm" / "_decom_renorm_merge.py", taus),
+    **of_pcb(options.pcb / "pcb-merging.py", taus),
+  }
+  out = {
+    f"{case}/{n}": x.detach().float().numpy() for case, own in cases.items() for n, x in own.items()
+  }
+  np.savez_compressed(pathlib.Path(oracles.__file__).parent / "outputs.npz", **out)
+  print(f"{len(cases)} cases")
+
+
+def functions(path, *names, **more):
+  """Takes functions, methods of classes among them, out of a file; returns a namespace."""
+  parsed = ast.parse(path.read_text())
+  chosen = [
+    node for node in ast.walk(parsed) if isinstance(node, ast.FunctionDef) and node.name in names
+  ]
+  assert {node.name for node in chosen} == set(names), path
+  scope = {"torch": torch, "math": math, "copy": copy, "warnings": warnings, "np": np}
+  scope |= {"OrderedDict": OrderedDict, "timeit_context": lambda _: contextlib.nullcontext()}
+  scope |= {"tqdm": Bar, **more}
+  body = ast.Module(body=chosen, type_ignores=[])
+  flags = __future__.annotations.compiler_flag
+  exec(compile(body, str(path), "exec", flags=flags, dont_inherit=True), scope)
+  return types.SimpleNamespace(**scope)
+
+
+class Bar:
+  """A progress bar that shows nothing."""
+
+  def __new__(cls, items, **_):
+    return items
+
+  @staticmethod
+  def write(_):
+    pass
+
+
+def flat(tau):
+  return torch.cat([tau[n].reshape(-1) for n in sorted(tau)])
+
+
+def unflat(vector, like):
+  parts = vector.split([like[n].numel() for n in sorted(like)])
+  return {n: p.reshape(like[n].shape) for n, p in zip(sorted(like), parts, strict=True)}
+
+
+def of_fusion_bench(root, base, taus):
+  copies = lambda: copy.deepcopy(taus)  # noqa: E731
+  stack, cases = torch.stack([flat(t) for t in taus]), {}
+  own = functions(root / "isotropic_merging" / "iso_utils.py", "iso_c", "iso_cts")
+  cases["iso_c"] = own.iso_c(copies(), accelerator="cpu")
+  cases["iso_cts"] = own.iso_cts(copies(), common_space_fraction=0.5, accelerator="cpu")
+  name = "compute_and_sum_svd_mem_reduction"
+  own = functions(root / "task_singular_vector" / "utils" / "TSVM_utils.py", name)
+  cases["tsv"] = getattr(own, name)(copies(), accelerator="cpu")
+  own = functions(
+    root / "ties_merging" / "ties_merging_utils.py",
+    *("topk_values_mask", "resolve_zero_signs", "resolve_sign", "disjoint_merge", "ties_merging"),
+  )
+  for reduce in ("mean", "sum", "max"):
+    cases[f"ties, {reduce}"] = unflat(own.ties_merging(stack, 0.3, reduce), taus[0])
+  own = functions(root / "wudi" / "wudi.py", "wudi_merging")
+  cases["wudi"] = own.wudi_merging(copies(), accelerator="cpu", iter_num=40)
+  own = functions(
+    root / "magmax" / "magmax.py", "_magmax_select", "_is_float_param", _SKIP_DTYPES=()
+  )
+  cases["magmax"] = own._magmax_select(copies())
+  own = functions(
+    root / "emr_merging" / "utils.py",
+    *("_sign", "emr_merge"),
+    state_dict_sum=lambda ts: {n: sum(t[n] for t in ts) for n in ts[0]},
+  )
+  shared, masks, scales = own.emr_merge(copies())
+  for k, scale in enumerate(scales):
+    cases[f"emr, task {k}"] = {n: shared[n] * masks[n][k] * scale for n in shared}
+  own = functions(root / "tall_mask" / "utils.py", "generate_task_masks")
+  mask = own.generate_task_masks(stack, stack + flat(base)[None], flat(base), tall_mask_lambda=0.4)
+  for k, mine in enumerate(mask):
+    cases[f"tall_masks, task {k}"] = unflat(mine * stack.sum(0), taus[0])
+  own = functions(root / "opcm" / "opcm.py", "merge_linear_weights", svd=full)
+  state = types.SimpleNamespace(previous_lambda_t=1.0, lambda_t=1.0)
+  for n in ("matrix", "square"):
+    held, zero = taus[0][n], torch.zeros_like(taus[0][n])
+    for tau in taus[1:]:
+      held = own.merge_linear_weights(state, held, zero, tau[n], n, alpha=0.5)
+    cases.setdefault("opcm, before it is scaled", {})[n] = held
+  return cases
+
+
+def full(x):
+  u, s, vh = torch.linalg.svd(x, full_matrices=True)
+  return u, s, vh.T
+
+
+def of_peft(taus):
+  """Functions on lists of tensors: each leaf by itself."""
+  (place,) = importlib.util.find_spec("peft").submodule_search_locations
+  own = functions(
+    pathlib.Path(place) / "utils" / "merge_utils.py",
+    *("magnitude_based_pruning", "calculate_majority_sign_mask", "disjoint_merge"),
+    *("reshape_weight_task_tensors", "prune", "random_pruning"),
+    *("task_arithmetic", "magnitude_prune", "ties"),
+  )
+  weights, out = torch.tensor([1.0, 0.5, 2.0, 1.5]), {}
+  for n in taus[0]:
+    each = [t[n] for t in taus]
+    out.setdefault("peft, task_arithmetic", {})[n] = own.task_arithmetic(each, weights)
+    out.setdefault("peft, magnitude_prune", {})[n] = own.magnitude_prune(each, weights, 0.3)
+    out.setdefault("peft, ties", {})[n] = own.ties(each, weights, 0.3)
+  return out
+
+
+def of_drm(path, taus):
+  names = ("zero_out_non_topk", "resolve_elementwise_sign_conflict", "average")
+  names += ("disjoint_averaging", "resolve_sign", "right_drm", "left_drm")
+  defined = {
+    n.name for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.FunctionDef)
+  }
+  own, out = functions(path, *(n for n in names if n in defined)), {}
+  for case, merge in (("drm, horizontal", own.right_drm), ("drm, vertical", own.left_drm)):
+    out[case] = {
+      n: merge([t[n].clone() for t in taus], 1.0, None, basis_dropping_rate=0.5)
+      for n in ("matrix", "square")
+    }
+  return out
+
+
+def of_pcb(path, taus):
+  own = functions(path, "normalize", "clamp", "act", "PCB_merge")
+  merged, *_ = own.PCB_merge(torch.stack([flat(t) for t in taus]), pcb_ratio=0.1)
+  return {"pcb": unflat(merged, taus[0])}
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,99 @@
+"""Merges beside what the authors' code, or that of their colleagues, makes of the same inputs.
+
+The outputs are recorded, see `oracles/record.py`; `mergekit_test.py` has those of mergekit. What
+differs on purpose is in docs/deviations.md.
+"""
+
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+
+import jaxmerge
+from jaxmerge import bundles, methods, stage
+
+BASE, TAUS = oracles.inputs()
+RECORDED = oracles.recorded()
+WEIGHT = (1.0, 0.5, 2.0, 1.5)
+METHODS = {
+  "iso_c": methods.iso_c(),
+  "iso_cts": methods.iso_cts(common=0.5),
+  "tsv": methods.tsv(),
+  "ties, mean": methods.ties(0.3),
+  "ties, sum": methods.ties(0.3, reduce="sum"),
+  "ties, max": methods.ties(0.3, reduce="max"),
+  "wudi": methods.wudi(steps=40),
+  "magmax": methods.magmax(1.0),
+  "peft, task_arithmetic": methods.task_arithmetic(1.0, WEIGHT),
+  "drm, horizontal": methods.drm(1.0, 0.5, "horizontal"),
+  "drm, vertical": methods.drm(1.0, 0.5, "vertical"),
+  "pcb": methods.pcb(0.1, 1.0),
+}
+
+
+def stack(leaves):
+  """The task vectors as models on a base of zero, in float32."""
+  return {n: jnp.asarray(np.stack([t[n] for t in TAUS]), jnp.float32) for n in leaves}
+
+
+def agree(found, case, atol=1e-5):
+  for n, x in RECORDED[case].items():
+    np.testing.assert_allclose(np.asarray(found[n]), x, rtol=0, atol=atol, err_msg=f"{case}: {n}")
+
+
+@pytest.mark.parametrize("case", METHODS)
+def test_agrees_with_the_reference(case):
+  leaves = RECORDED[case]
+  base = {n: jnp.zeros(x.shape) for n, x in leaves.items()}
+  agree(jaxmerge.merge(METHODS[case], base, stack(leaves), layout=oracles.VIEWS), case)
+
+
+def test_peft_prunes_by_magnitude():
+  """A trim by leaf, and a weighted sum: a chain of stages."""
+  trimmed = methods.trim(0.3, scope="leaf", rule="exact")
+  case = "peft, magnitude_prune"
+  method = stage.chain(trimmed, methods.weighted_sum(WEIGHT))
+  agree(jaxmerge.blend(method, stack(RECORDED[case])), case)
+
+
+def test_peft_votes_without_weights_and_counts():
+  """Its signs are those of the plain sum, and its mean divides by the number that agree."""
+  case = "peft, ties"
+  trimmed = methods.trim(0.3, scope="leaf", rule="exact")
+  of_number = stage.pointwise(
+    lambda x: (
+      x.sum(0, keepdims=True) / jnp.maximum((x != 0).sum(0, keepdims=True, dtype=x.dtype), 1)
+    ),
+    combines=True,
+  )
+  weighted = methods.weighted(WEIGHT)
+  method = stage.chain(trimmed, methods.elect_sign("plus"), weighted, of_number)
+  agree(jaxmerge.blend(method, stack(RECORDED[case])), case)
+
+
+def test_opcm_before_it_is_scaled():
+  """The reference scales after each model; the directions do not depend on it."""
+  case = "opcm, before it is scaled"
+  models = stack(RECORDED[case])
+  found = jaxmerge.blend(methods.opcm(), models, layout=oracles.VIEWS)
+  norms = [np.sqrt(sum(np.sum(x[k] ** 2) for x in models.values())) for k in range(oracles.HEIGHT)]
+  whole = np.sqrt(sum(np.sum(np.asarray(x) ** 2) for x in found.values()))
+  np.testing.assert_allclose(whole, np.mean(norms), rtol=1e-5)
+  size = np.sqrt(sum(np.sum(x**2) for x in RECORDED[case].values()))
+  agree({n: x * size / whole for n, x in found.items()}, case, 2e-5)
+
+
+@pytest.mark.parametrize("kind", ["emr", "tall_masks"])
+def test_bundles_agree_task_by_task(kind):
+  leaves = RECORDED[f"{kind}, task 0"]
+  base = {n: jnp.zeros(x.shape) for n, x in leaves.items()}
+  names = [f"task {k}" for k in range(oracles.HEIGHT)]
+  made = getattr(bundles, kind)(base, stack(leaves), names=names)
+  for name in names:
+    agree(made.for_task(name), f"{kind}, {name}")
+
+
+def test_every_case_is_compared():
+  every = {*METHODS, "peft, magnitude_prune", "peft, ties", "opcm, before it is scaled"}
+  every |= {f"{kind}, task {k}" for kind in ("emr", "tall_masks") for k in range(oracles.HEIGHT)}
+  assert every == RECORDED.keys()
