@@ -23,7 +23,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 SHIPPED = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "configs").glob("*.py"))
 # Others are of the bench, or to compile.
 OTHERS = ("_methods.py", "/merge_", "/decoder_")
-CONFIGS = [p for p in SHIPPED if not any(word in p for word in OTHERS)]
+CONFIGS = [p for p in SHIPPED if "_atm_" in p or not any(word in p for word in OTHERS)]
 IMAGES = "configs/images4.py"
 
 

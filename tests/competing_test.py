@@ -29,11 +29,6 @@ def test_worked_example_of_columns():
   close(widened(methods.widen()), expected, atol=2e-6)
 
 
-def test_the_other_layout_gives_the_same():
-  turned = widened(methods.widen(), BASE.T, MOVED.transpose(0, 2, 1), "io")
-  close(turned.T, widened(methods.widen()))
-
-
 def test_one_model_alone_keeps_all_its_columns():
   close(widened(methods.widen(), moved=MOVED[:1]), BASE + MOVED[0])
 

@@ -102,11 +102,9 @@ def test_descent_goes_down_and_not_far(steps):
 
 
 @pytest.mark.parametrize("method", [methods.wudi(steps=9), methods.optmerge(steps=9)])
-def test_two_layouts_give_one_model(method):
+def test_a_transpose_gives_another_model(method):
   matrices = drawn(2, 6, 8)
-  found = merged(method, matrices)
-  close(merged(method, [x.T for x in matrices], "io").T, found, atol=1e-5)
-  far = merged(method, [x.T for x in matrices]).T
+  found, far = merged(method, matrices), merged(method, [x.T for x in matrices]).T
   assert np.abs(far - found).max() > 1e-6
 
 

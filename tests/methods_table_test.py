@@ -374,6 +374,42 @@ def test_slices_give_the_bits_of_whole_leaves(name):
   alike(row, found, few(group)[1][name])
 
 
+def test_two_layouts_give_one_model():
+  """Files have [out, in], Flax kernels [in, out]; attention kernels have three axes.
+
+  Random masks are those of an entry's place in its leaf, hence others.
+  """
+  names = [n for n, r in TABLE.items() if any(s.unit != "entry" for s in r.method) and not r.seeded]
+  shown = {
+    "oi": lambda x: x.swapaxes(-1, -2),
+    "io": lambda x: x,
+    "ioo": lambda x: x.reshape(*x.shape[:-1], 4, 4),
+  }
+  trees = {n: TABLE[n].trees(("matrix",)) for n in names}  # [in, out]
+
+  @jax.jit
+  def run(trees):
+    return {
+      n: {
+        view: jaxmerge.merge(
+          TABLE[n].method, *jax.tree.map(show, own), **TABLE[n].options(layout=(("m", view),))
+        )["matrix"]
+        for view, show in shown.items()
+      }
+      for n, own in trees.items()
+    }
+
+  found = jax.device_get(run(jax.tree.map(jnp.asarray, trees)))
+
+  def check(n):
+    assert np.abs(found[n]["io"] - trees[n][0]["matrix"]).max() > 1e-3
+    for view in ("oi", "ioo"):
+      own, expected = found[n][view], shown[view](found[n]["io"])
+      np.testing.assert_allclose(own, expected, rtol=0, atol=4 * ATOL, err_msg=view)
+
+  check_each(names, check)
+
+
 @groups
 def test_bfloat16_in_and_out(group):
   """Computed in float32 and rounded once: the bits of the float32 merge, rounded."""

@@ -120,16 +120,6 @@ def test_low_ranks_do_not_depend_on_arbitrary_vectors(method, rank):
 
 
 @pytest.mark.parametrize("method", EVERY, ids=IDS)
-def test_two_layouts_give_one_model(method):
-  """Files have [out, in], Flax kernels [in, out]; attention kernels have three axes."""
-  matrices = drawn(2, 6, 8)
-  found = merged(method, matrices)
-  close(merged(method, [x.T for x in matrices], "io").T, found, atol=1e-5)
-  heads = merged(method, [x.T.reshape(8, 2, 3) for x in matrices], "ioo")
-  close(heads.reshape(8, 6).T, found, atol=1e-5)
-
-
-@pytest.mark.parametrize("method", EVERY, ids=IDS)
 def test_stacked_layers_are_matrices_of_their_own(method):
   layers = [drawn(2, 6, 8, seed=s) for s in range(3)]
   stacked = [np.stack(own) for own in zip(*layers, strict=True)]
