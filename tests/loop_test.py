@@ -294,6 +294,31 @@ def test_tasks_rows_and_weights_are_spread_together(tmp_path):
     assert_same_run(run(mesh=mesh, sharding=RULES, store=store, **ALL), found)
 
 
+@pytest.mark.slow
+def test_a_round_moves_nothing_between_host_and_devices(monkeypatch):
+  """All that a round needs is placed before it. On a CPU the guard does not see what comes back."""
+  real, rounds = loop.rounds.program, []
+
+  def guarded(parts):
+    program = real(parts)
+
+    def once(state, base, rows, plan, ready, rate):
+      with jax.transfer_guard("disallow"):
+        found = program(state, base, rows, plan, ready, rate)
+        jax.block_until_ready(found)
+      with jax.transfer_guard("disallow"), pytest.raises(Exception, match="Disallowed"):
+        own = plan._replace(steps=np.asarray(plan.steps))
+        program(state._replace(local=found[0].local), base, rows, own, ready, rate)
+      rounds.append(found)
+      return found
+
+    return once
+
+  monkeypatch.setattr(loop.rounds, "program", guarded)
+  found = run(mesh=meshes.make(2, 2, 2), sharding=RULES, rounds=2)
+  assert len(rounds) == len(found.rounds) == 2
+
+
 # Interruption.
 
 

@@ -213,6 +213,7 @@ class _Run:
     reference = self.base if s.reference == "base" else state.params
     if self.waves == 1:
       plan = meshes.put(plan, meshes.by_task(self.mesh))
+      ready, rate = meshes.put((ready, rate), meshes.everywhere(self.mesh))
     state, found = self.program(state, reference, self.rows, plan, ready, rate)
     tune.refuse_divergence(self.names, found.loss, found.finite, s, when=f"round {k + 1}")
     losses, before, later = self._by_task(found.loss), self.taken(k), self.taken(k + 1)

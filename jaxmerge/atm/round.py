@@ -13,7 +13,7 @@ import optax
 from jax import lax
 from jax.sharding import Mesh
 
-from jaxmerge import memory, statistics, tree, views
+from jaxmerge import dealing, memory, statistics, tree, views
 from jaxmerge import mesh as meshes
 from jaxmerge.atm import outer as outers
 from jaxmerge.atm import placing, tune
@@ -129,7 +129,9 @@ def merging(
   Returns the new parameters, the outer optimiser's state, and what was measured.
   """
   stacks = {n: v[: parts.tasks] for n, v in tree.named(tuned).items()}
-  target = merged(parts.method, stacks, base, ready, parts.layout)
+  # Matrices that are split lie whole nowhere: the devices share the work on them.
+  deal = dealing.Deal(parts.mesh) if parts.rules and parts.mesh.size > 1 else None
+  target = merged(parts.method, stacks, base, ready, parts.layout, deal)
   params, own = outers.moved(parts.outer, current, target, own, rate)
   # Where they came in, so that the next round is the same executable.
   places = (
@@ -143,12 +145,17 @@ def merging(
 
 
 def merged(
-  method: Method, stacks: dict[str, Array], base: Any, ready: memory.Ready, layout: views.Views
+  method: Method,
+  stacks: dict[str, Array],
+  base: Any,
+  ready: memory.Ready,
+  layout: views.Views,
+  deal: dealing.Deal | None = None,
 ) -> Any:
   """Returns base + M(models - base) inside a program: stacks [T, *s] by name -> tree of [*s]."""
   references = tree.named(base)
   deltas = {n: x - references[n][None] for n, x in stacks.items()}
-  out = memory.transform(method, deltas, references, ready, layout)
+  out = memory.transform(method, deltas, references, ready, layout, deal)
   return tree.rebuild(
     base, {n: memory.added(n, v, references[n], references[n].dtype) for n, v in out.items()}
   )
