@@ -306,9 +306,9 @@ def test_a_round_moves_nothing_between_host_and_devices(monkeypatch):
       with jax.transfer_guard("disallow"):
         found = program(state, base, rows, plan, ready, rate)
         jax.block_until_ready(found)
+      host, next_ = plan._replace(steps=np.asarray(plan.steps)), found[0]
       with jax.transfer_guard("disallow"), pytest.raises(Exception, match="Disallowed"):
-        own = plan._replace(steps=np.asarray(plan.steps))
-        program(state._replace(local=found[0].local), base, rows, own, ready, rate)
+        program(next_, base, rows, host, ready, rate)
       rounds.append(found)
       return found
 
