@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from jaxmerge import catalog, judging, methods, problems, processes, report, stage, stopping
 from jaxmerge import mesh as meshes
 from jaxmerge import workdir as workdirs
-from jaxmerge.atm import baselines, budget, evaluate, loop, tune
+from jaxmerge.atm import baselines, budget, evaluate, loop, placing, tune
 from jaxmerge.io import orbax
 from jaxmerge.stage import Method
 from jaxmerge.tasks.task import Task
@@ -114,7 +114,7 @@ class Work:
     """Puts a split of all tasks on the devices."""
     side = self.mesh.shape["task"]
     height = -(-len(tasks) // side) * side
-    return tune.placed(tasks, split, self.mesh, height=height)
+    return placing.rows(tasks, split, self.mesh, height=height)
 
   def padded(self, stack: Any, height: int) -> Any:
     """Puts a stack of models on the devices, with empty slots up to a height."""

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from jaxmerge import memory, tree, views
 from jaxmerge import mesh as meshes
-from jaxmerge.atm import budget, evaluate, sampling, tune
+from jaxmerge.atm import budget, evaluate, placing, sampling, tune
 from jaxmerge.atm.settings import Settings
 from jaxmerge.stage import Array, Method
 from jaxmerge.tasks import task as tasks_
@@ -61,7 +61,7 @@ def experts(
   local = tune.direction(settings, params)
   step = tune.step(apply, loss, settings, local)
   spread = meshes.by_task(mesh)
-  rows = tune.placed(tasks, "train", mesh, height=slots)
+  rows = placing.rows(tasks, "train", mesh, height=slots)
   names, counts = [t.name for t in tasks], [len(t.train.labels) for t in tasks]
 
   @jax.jit
@@ -164,7 +164,7 @@ class _Best:
   ) -> None:
     height = jax.tree.leaves(models)[0].shape[0]
     self.spread = meshes.by_task(mesh)
-    self.rows = tune.placed(tasks, "validation", mesh, height=height)
+    self.rows = placing.rows(tasks, "validation", mesh, height=height)
     self.counts = [len(t.validation.labels) for t in tasks]
     self.score = evaluate.own_scorer(apply, metric, mesh=mesh)
     self.models = jax.tree.map(jnp.copy, models)  # The training's program takes its own over.

@@ -161,14 +161,14 @@ class _Run:
     self.method = _described(method, aux)
     step = tune.step(placing.in_place(apply, mesh, rules), loss, settings, self.local)
     height = -(-len(tasks) // side) * side
-    self.whole = tune.placed(tasks, "validation", mesh, height=height)
+    self.whole = placing.rows(tasks, "validation", mesh, height=height)
     self.validation = [len(t.validation.labels) for t in tasks]
     self.score = evaluate.scorer(apply, metric, mesh=mesh)
     self.best: Any = None
     self.best_mean = -np.inf
     height = self.slots * self.waves
     if self.waves == 1:
-      self.rows = tune.placed(tasks, "train", mesh, height=height)
+      self.rows = placing.rows(tasks, "train", mesh, height=height)
     else:
       self.rows = tune.stacked(tasks, "train", height=height)
     head = meshes.fetch(self.rows.head)

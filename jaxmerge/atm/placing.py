@@ -1,16 +1,19 @@
-"""Where the state of a round lies: optimiser states beside the weights that they belong to."""
+"""Where things of a round lie: rows by task, optimiser states beside the weights they belong to."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any  # Any: parameters and states are the user's trees.
 
 import jax
+import numpy as np
 import optax
 from jax import lax
 from jax.sharding import Mesh
 
 from jaxmerge import mesh as meshes
 from jaxmerge.atm import tune
+from jaxmerge.tasks import task
 
 
 def in_place(apply: tune.Apply, mesh: Mesh, rules: meshes.Rules = ()) -> tune.Apply:
@@ -30,6 +33,26 @@ def in_place(apply: tune.Apply, mesh: Mesh, rules: meshes.Rules = ()) -> tune.Ap
     return apply(lax.with_sharding_constraint(params, own), inputs, head)
 
   return placed
+
+
+def rows(given: Sequence[task.Task], split: str, mesh: Mesh, *, height: int) -> tune.Rows:
+  """Stacks one split, its slots over the task axis of a mesh: of many processes each its own ones.
+
+  Arguments and errors as for `tune.stacked`.
+  """
+  where, own = meshes.by_task(mesh), meshes.own_slots(mesh, height)
+  stack = tune.stacked(given, split, height=height, slots=own)
+  if where.is_fully_addressable:
+    return meshes.put(stack, where)
+
+  def put(x: np.ndarray) -> jax.Array:
+    def shard(index: Any) -> np.ndarray:
+      start, stop, _ = index[0].indices(height)
+      return x[start - own.start : stop - own.start]
+
+    return jax.make_array_from_callback((height, *x.shape[1:]), where, shard)
+
+  return jax.tree.map(put, stack)
 
 
 def states(

@@ -116,26 +116,6 @@ def stacked(
   )
 
 
-def placed(given: Sequence[tasks.Task], split: str, mesh: Mesh, *, height: int) -> Rows:
-  """Stacks one split, its slots over the task axis of a mesh: of many processes each its own ones.
-
-  Arguments and errors as for `stacked`.
-  """
-  where, own = meshes.by_task(mesh), meshes.own_slots(mesh, height)
-  rows = stacked(given, split, height=height, slots=own)
-  if where.is_fully_addressable:
-    return meshes.put(rows, where)
-
-  def put(x: np.ndarray) -> Array:
-    def shard(index: Any) -> np.ndarray:
-      start, stop, _ = index[0].indices(height)
-      return x[start - own.start : stop - own.start]
-
-    return jax.make_array_from_callback((height, *x.shape[1:]), where, shard)
-
-  return jax.tree.map(put, rows)
-
-
 def cross_entropy(outputs: Array, labels: Array | np.ndarray) -> Array:
   """Returns the cross entropy of each label in nats: logits [B, ..., C], labels [B, ...]."""
   if outputs.ndim == 2:
@@ -357,7 +337,7 @@ def _clip(limit: float) -> optax.GradientTransformation:
   return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
-def _square(x: Array) -> Array:
+def _square(x: Any) -> Array:
   """The inner product of an array with itself, which devices that share it add up in parts."""
   axes = tuple(range(x.ndim))
   return lax.dot_general(x, x, ((axes, axes), ((), ())), precision="highest")
