@@ -84,7 +84,10 @@ def minilm8(config: Mapping[str, Any]) -> Shapes:
 
 
 def decoder(config: Mapping[str, Any]) -> Shapes:
-  """A decoder, and rows of the config's length: each token's label is the next one."""
+  """A decoder, and rows of the config's length: each token's label is the next one.
+
+  A task has as many rows as the config asks for; one of fewer documents would have fewer.
+  """
   own, model = llama.of_fields(dict(config["model"]), jnp.dtype(config["compute_dtype"]))
   data = dict(config["data"])
   params = jax.eval_shape(lambda: llama.init(own, jax.random.key(0)))
