@@ -17,7 +17,7 @@ import hypothesis.strategies as st
 import pytest
 
 import jaxmerge
-from jaxmerge import cli, commands, configuring, progress
+from jaxmerge import cli, commands, configuring, progress, stopping
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SHIPPED = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "configs").glob("*.py"))
@@ -54,7 +54,7 @@ def runs(monkeypatch):
   stub = types.ModuleType("jaxmerge.experiment")
   stub.calls, stub.script = [], lambda progress: None
 
-  def run(config, workdir, *, resume, progress):
+  def run(config, workdir, *, resume, progress, stop):
     stub.calls.append((config, workdir, resume))
     stub.script(progress)
     return record()
@@ -336,6 +336,7 @@ def test_missing_config_file_lists_what_there_is(capsys):
     (["atm", f"--config={IMAGES}", "--workdir=x", "more"], ["more"]),
     (["methods", "--config.rounds=3"], ["--config.rounds", "no config"]),
     (["report"], ["WORKDIR"]),
+    (["atm", f"--config={IMAGES}", "--workdir=x", "--process=1"], ["--process", "--distributed"]),
   ],
 )
 def test_wrong_usage_is_one_message(capsys, arguments, parts):
@@ -401,6 +402,17 @@ def test_interrupt_says_how_to_go_on(capsys, runs):
   assert shlex.join(["jaxmerge", *atm("--config.rounds=3")]) in err
   assert cli.main(atm("--resume=never")) == 130
   assert "jaxmerge" not in capsys.readouterr().err
+
+
+def test_a_run_that_is_asked_to_stop_says_how_to_go_on(capsys, runs):
+  def stop(progress):
+    raise stopping.Stopped("stopped after round 2 of 3")
+
+  runs.script = stop
+  assert cli.main(atm("--config.rounds=3")) == 143
+  err = capsys.readouterr().err
+  assert err.startswith("stopped after round 2 of 3; this goes on from the last saved round:")
+  assert shlex.join(["jaxmerge", *atm("--config.rounds=3")]) in err
 
 
 def test_an_interrupted_merge_says_how_to_go_on(capsys, monkeypatch):
