@@ -65,7 +65,7 @@ def one(config, seed, folder, changes):
 def differences(folders, records):
   """ATM against every other model, paired by row, with a bootstrap over rows and seeds."""
   tasks, loops = records[0]["tasks"], [n for n in records[0]["models"] if n.startswith("atm")]
-  loaded = [np.load(f / "correct.npz", allow_pickle=False) for f in folders]
+  loaded = [np.load(f / "rows.npz", allow_pickle=False) for f in folders]
 
   def rows(model):
     each = [[np.asarray(own[f"{model}/{t}"]) for own in loaded] for t in tasks]

@@ -93,8 +93,10 @@ class Work:
     self.params = self.whole(
       jax.tree.map(lambda p: jnp.asarray(p, jnp.float32), self.problem.params)
     )
-    self.score = evaluate.scorer(self.problem.apply, tune.accuracy, mesh=self.mesh)
-    self.own_score = evaluate.own_scorer(self.problem.apply, tune.accuracy, mesh=self.mesh)
+    self.metric = self.problem.metric
+    given = (self.problem.apply, self.metric.rowwise)
+    self.score = evaluate.scorer(*given, mesh=self.mesh)
+    self.own_score = evaluate.own_scorer(*given, mesh=self.mesh)
     self.rows = self.placed(self.problem.tasks, "validation")
     self.models: dict[str, Any] = {}
     self.stacks: dict[str, Any] = {}  # A model for each task, [T, *s]: "experts" and longer ones.
@@ -196,6 +198,8 @@ class Work:
         self.params,
         self.problem.tasks,
         settings,
+        loss=self.problem.loss,
+        metric=self.metric,
         mesh=self.mesh,
         on_part=self.bar(name, settings.rounds),
       )
@@ -231,6 +235,7 @@ class Work:
           names=self.names,
           seed=seed,
           layout=self.problem.layout,
+          metric=self.metric,
         )
         self.models[name] = chosen.params
         self.facts[name] = {} if len(scales) == 1 else {"scale": chosen.scale, "settings": settings}
@@ -254,10 +259,11 @@ class Work:
           self.problem.tasks,
           settings,
           mixed=mixed,
-          judge=self.mean,
+          loss=self.problem.loss,
+          judge=self.gain,
           on_part=self.bar(f"multitask, {way}", settings.rounds),
         )
-        tried.append((self.mean(params), params, cost, way))
+        tried.append((self.gain(params), params, cost, way))
       best = max(tried, key=lambda t: t[0])
       facts = {
         "cost": best[2]._replace(trials=2)._asdict(),
@@ -270,11 +276,11 @@ class Work:
     self.facts["multitask"] = {"settings": facts["settings"]}
     self.costs["multitask"] = budget.Budget(**facts["cost"])
 
-  def mean(self, params: Any) -> float:
-    """Mean validation accuracy over the tasks."""
+  def gain(self, params: Any) -> float:
+    """Mean validation score over the tasks; more is better."""
     counts = [len(t.validation.labels) for t in self.problem.tasks]
     found = self.score(jax.tree.map(lambda p: p[None], self.whole(params)), self.rows)
-    return float(np.mean(evaluate.means(found[0], counts)))
+    return float(self.metric.gain(np.mean(evaluate.means(found[0], counts))))
 
   def atm(self) -> None:
     """ATM, and the further runs of the loop that the config asks for."""
@@ -309,6 +315,8 @@ class Work:
         tasks,
         method_of(config["method"]),
         settings,
+        loss=self.problem.loss,
+        metric=self.metric,
         layout=self.problem.layout,
         mesh=self.mesh,
         checkpoints=store,
@@ -325,13 +333,13 @@ class Work:
   def best_one_shot(self) -> str:
     """Name of the one-shot merge that is best on validation."""
     names = [n for n in self.models if n in catalog.METHODS]
-    return max(names, key=lambda n: self.mean(self.models[n]))
+    return max(names, key=lambda n: self.gain(self.models[n]))
 
   def finish(self) -> dict[str, Any]:
     """Scores all models, and writes report, models and metrics."""
     split = "test" if self.config["final"] else "validation"
     with self.timed("final scores"):
-      record, correct = self.judged(split)
+      record, scores = self.judged(split)
       if split == "test":
         seen, _ = self.judged("validation")
         record["validation"] = {n: m["mean"] for n, m in seen["models"].items()}
@@ -350,13 +358,13 @@ class Work:
       "notes": self.notes,
     }
     record["gap_closed"] = report.gap_closed(record["models"])
-    record["differences"] = judging.differences(record, correct)
+    record["differences"] = judging.differences(record, scores)
     card = report.model_card(record, self.problem.base, "atm", license=self.problem.license)
     merged = meshes.fetch(self.models["atm"])
     if processes.first():
       self.problem.save(self.workdir / "merged", merged, card)
       workdirs.write_metrics(self.workdir, self.curves)
-      workdirs.write_correct(self.workdir, correct)
+      workdirs.write_rows(self.workdir, scores)
       report.write(record, self.workdir)
     return record
 
@@ -369,18 +377,18 @@ class Work:
     def scored(params: Any) -> dict[str, np.ndarray]:
       found = self.score(jax.tree.map(lambda p: p[None], params), rows)
       parts = evaluate.per_row(found[0], counts)
-      return {n: p > 0.5 for n, p in zip(self.names, parts, strict=True)}
+      return {n: self.metric.kept(p) for n, p in zip(self.names, parts, strict=True)}
 
-    correct = {n: scored(params) for n, params in self.models.items()}
+    scores = {n: scored(params) for n, params in self.models.items()}
     experts = self.stacks["experts"]
     each = {n: scored(jax.tree.map(lambda x, k=k: x[k], experts)) for k, n in enumerate(self.names)}
-    correct["experts"] = {n: each[n][n] for n in self.names}
+    scores["experts"] = {n: each[n][n] for n in self.names}
     for name in self.stacks.keys() - {"experts"}:
       found = self.own_score(self.padded(self.stacks[name], rows.filled.shape[0]), rows)
       parts = evaluate.per_row(found, counts)
-      correct[name] = {n: p > 0.5 for n, p in zip(self.names, parts, strict=True)}
-    record = judging.summary(tasks, split, correct, each, self.facts)
-    return record, correct
+      scores[name] = {n: self.metric.kept(p) for n, p in zip(self.names, parts, strict=True)}
+    record = judging.summary(tasks, split, scores, each, self.facts, self.metric)
+    return record, scores
 
 
 def make_like(params: Any, height: int, phase: str, mesh: Mesh) -> Any:

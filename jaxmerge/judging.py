@@ -1,4 +1,4 @@
-"""What models have got right, as numbers of a record: means, chance, transfer, differences."""
+"""How models score on rows, as numbers of a record: means, chance, transfer, differences."""
 
 from __future__ import annotations
 
@@ -8,61 +8,62 @@ from typing import Any  # Any: records are plain trees.
 import numpy as np
 
 from jaxmerge import catalog
+from jaxmerge.atm import evaluate
 from jaxmerge.report import comparing
 from jaxmerge.tasks.task import Task
 
-Correct = Mapping[str, np.ndarray]  # Of every task, one boolean a row.
+Scores = Mapping[str, np.ndarray]  # Of every task, one score a row.
 
 
 def summary(
   tasks: Sequence[Task],
   split: str,
-  correct: Mapping[str, Correct],
-  experts: Mapping[str, Correct],
+  scores: Mapping[str, Scores],
+  experts: Mapping[str, Scores],
   facts: Mapping[str, Mapping[str, Any]],
+  metric: evaluate.Metric = evaluate.ACCURACY,
 ) -> dict[str, Any]:
   """Returns the sections of a record that tell how good the models are.
 
   Args:
     tasks: with the split that was judged.
     split: "validation" or "test".
-    correct: of every model and task, which rows are right.
+    scores: of every model and task, the score of each row.
     experts: the same of the expert of every task on all tasks.
     facts: more to say of some models.
+    metric: what the scores are.
   """
   models = {}
-  for name, own in correct.items():
-    per_task = _shares(own)
+  for name, own in scores.items():
+    per_task = _means(own)
     models[name] = {"mean": float(np.mean(list(per_task.values()))), "per_task": per_task}
     models[name] |= facts.get(name, {})
-  return {
+  found = {
+    "metric": metric.name,
+    "lower_is_better": metric.lower_is_better,
     "tasks": [t.name for t in tasks],
     "families": {t.name: t.family or t.name for t in tasks},
     "models": models,
-    "chance": {t.name: chance(t, split) for t in tasks},
-    "transfer": {name: _shares(own) for name, own in experts.items()},
+    "transfer": {name: _means(own) for name, own in experts.items()},
   }
+  if metric.chance is not None:
+    found["chance"] = {t.name: metric.chance(t.splits()[split].labels) for t in tasks}
+  return found
 
 
-def _shares(correct: Correct) -> dict[str, float]:
-  return {t: float(c.mean(dtype=np.float64)) for t, c in correct.items()}
+def _means(scores: Scores) -> dict[str, float]:
+  return {t: float(s.mean(dtype=np.float64)) for t, s in scores.items()}
 
 
-def chance(task: Task, split: str) -> float:
-  """Share of the most frequent class: what guessing it always would score."""
-  labels = task.splits()[split].labels
-  return float(np.bincount(labels).max() / len(labels))
-
-
-def differences(record: Mapping[str, Any], correct: Mapping[str, Correct]) -> list[dict[str, Any]]:
+def differences(record: Mapping[str, Any], scores: Mapping[str, Scores]) -> list[dict[str, Any]]:
   """Compares ATM with the best one-shot merge and with joint training, paired by row."""
   shots = [n for n in record["models"] if n in catalog.METHODS]
   chosen_by = record.get("validation") or {n: m["mean"] for n, m in record["models"].items()}
-  best = max(shots, key=lambda n: chosen_by[n])
+  best = (min if record["lower_is_better"] else max)(shots, key=lambda n: chosen_by[n])
   pairs = [("atm", best)] + [("atm", n) for n in ("multitask", "experts") if n in record["models"]]
   out = []
   for a, b in pairs:
-    rows = [[correct[m][t] for t in record["tasks"]] for m in (a, b)]
+    rows = [[scores[m][t] for t in record["tasks"]] for m in (a, b)]
     found = comparing.paired_difference(*rows, seeds=False)
     out.append({"a": a, "b": b, **found._asdict()})
   return out

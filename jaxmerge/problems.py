@@ -14,11 +14,11 @@ import optax
 from jax import lax
 
 from jaxmerge import processes, tree
-from jaxmerge.atm import sampling, tune
+from jaxmerge.atm import baselines, evaluate, sampling, tune
 from jaxmerge.atm.settings import Settings
 from jaxmerge.io import atomic, safetensors
-from jaxmerge.models import bert, cnn
-from jaxmerge.tasks import heads, images, text
+from jaxmerge.models import bert, cnn, llama
+from jaxmerge.tasks import domains, heads, images, text
 from jaxmerge.tasks.task import Task
 
 
@@ -34,6 +34,8 @@ class Problem(NamedTuple):
     layout: matrix views of the leaves.
     save: (folder, params, readme) writes a model that other tools open.
     license: of the base model.
+    loss: (outputs, labels) -> [B, ...], whose mean is minimised.
+    metric: what models are judged by.
   """
 
   title: str
@@ -44,6 +46,8 @@ class Problem(NamedTuple):
   layout: tuple[tuple[str, str], ...]
   save: Callable[[pathlib.Path, Any, str], None]
   license: str
+  loss: tune.Rowwise = tune.cross_entropy
+  metric: evaluate.Metric = evaluate.ACCURACY
 
 
 def images4(config: Mapping[str, Any]) -> Problem:
@@ -146,9 +150,39 @@ def minilm8(config: Mapping[str, Any]) -> Problem:
   )
 
 
+def domains6(config: Mapping[str, Any]) -> Problem:
+  """Six domains of bytes and a decoder that has been trained on some rows of each, mixed."""
+  own, apply = llama.of_fields(config["model"], jnp.dtype(config["compute_dtype"]))
+  sizes = dict(config["data"])
+  found = domains.load(sizes.pop("domains"), seed=config["seed"], **sizes)
+  mixed = jax.tree.map(lambda *xs: np.concatenate(xs), *[d.pretrain for d in found])
+  settings = Settings(schedule="cosine", clip_norm=1.0, seed=config["seed"], **config["pretrain"])
+  params = llama.init(own, jax.random.key(config["seed"]))
+  mixture = Task("mixture", mixed, found[0].task.validation)
+  params, _ = baselines.joint(apply, params, [mixture], settings, mixed=False)
+
+  def save(folder: pathlib.Path, params: Any, readme: str) -> None:
+    length = sizes["length"]
+    llama.export(folder, own, params, max_positions=length, readme=readme, replace=True)
+
+  million = sum(x.size for x in jax.tree.leaves(params)) / 1e6
+  return Problem(
+    f"{len(found)} domains of text, a byte-level decoder",
+    f"a decoder of bytes with {million:.1f} M parameters, trained on some rows of every domain",
+    apply,
+    params,
+    tuple(d.task for d in found),
+    llama.VIEWS,
+    save,
+    "apache-2.0",
+    metric=evaluate.BITS_PER_BYTE,
+  )
+
+
 MAKERS: Mapping[str, Callable[[Mapping[str, Any]], Problem]] = {
   "images4": images4,
   "minilm8": minilm8,
+  "domains6": domains6,
 }
 
 

@@ -66,10 +66,10 @@ def write_metrics(workdir: pathlib.Path, curves: Mapping[str, Sequence[Mapping[s
     file.write("".join(f"{line}\n" for line in lines).encode())
 
 
-def write_correct(workdir: pathlib.Path, correct: Mapping[str, Mapping[str, np.ndarray]]) -> None:
-  """Writes correct.npz: for every model and task, which rows it got right, as MODEL/TASK."""
-  flat = {f"{model}/{task}": rows for model, own in correct.items() for task, rows in own.items()}
-  with atomic.write(workdir / "correct.npz") as file:
+def write_rows(workdir: pathlib.Path, scores: Mapping[str, Mapping[str, np.ndarray]]) -> None:
+  """Writes rows.npz: for every model and task, the score of each row, as MODEL/TASK."""
+  flat = {f"{model}/{task}": rows for model, own in scores.items() for task, rows in own.items()}
+  with atomic.write(workdir / "rows.npz") as file:
     np.savez_compressed(file, allow_pickle=False, **flat)
 
 

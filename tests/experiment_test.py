@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import small_tasks as small
 
-from jaxmerge import catalog, experiment, judging, problems
+from jaxmerge import catalog, experiment, problems
+from jaxmerge.atm import evaluate
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 TRAINED = ["experts", "experts_longer", "multitask"]
@@ -133,10 +134,10 @@ def test_the_folder_holds_the_run(workdir, record):
   assert [(x["run"], x["round"]) for x in lines] == [
     (run, k) for run in ("atm", "plain") for k in (1, 2, 3)
   ]
-  correct = np.load(workdir / "correct.npz")
+  rows = np.load(workdir / "rows.npz")
   for name in MODELS:
     for task, score in record["models"][name]["per_task"].items():
-      assert correct[f"{name}/{task}"].mean() == pytest.approx(score)
+      assert rows[f"{name}/{task}"].mean() == pytest.approx(score)
   assert "<html" in (workdir / "report.html").read_text()
   assert list((workdir / "plots").glob("*.png"))
   assert (workdir / "merged" / "model.npz").exists()
@@ -210,7 +211,7 @@ def test_a_method_that_a_config_names():
 def test_chance_is_the_most_frequent_class():
   task = small.classified("ant", 4)
   task.test.labels[:] = [0, 1, 1, 1, 2, 1, 0]
-  assert judging.chance(task, "test") == pytest.approx(4 / 7)
+  assert evaluate.ACCURACY.chance(task.test.labels) == pytest.approx(4 / 7)
 
 
 def test_a_folder_that_holds_something_else_is_refused(tmp_path):

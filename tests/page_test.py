@@ -60,7 +60,7 @@ def test_nothing_in_a_record_becomes_markup():
 
 @pytest.mark.parametrize("record", [report_records.record(), nasty()])
 def test_the_page_stands_alone(record):
-  images = {"accuracy": b"\x89PNG one", "per_task": b"\x89PNG two"}
+  images = {"mean": b"\x89PNG one", "per_task": b"\x89PNG two"}
   text = page.html(record, images)
   sources = [attrs["src"] for tag, attrs in Reader(text).tags if tag == "img"]
   head = "data:image/png;base64,"

@@ -52,7 +52,7 @@ def test_no_text_overlaps_another_or_leaves_the_figure(case, name, monkeypatch):
 
 def test_curves_are_the_numbers_of_the_record():
   made = report_records.record(rounds=3)
-  (axes,) = plots.accuracy(made).axes
+  (axes,) = plots.mean(made).axes
   curve = next(line for line in axes.lines if line.get_linewidth() == 2.2)
   np.testing.assert_allclose(curve.get_xdata(), [1, 2, 3])
   np.testing.assert_allclose(curve.get_ydata(), [100 * r["mean"] for r in made["rounds"]])
@@ -75,7 +75,7 @@ def test_one_shot_merges_close_their_gap_at_one_exchange():
 def test_every_plot_of_results_names_its_split():
   for split in ("validation", "test"):
     figures = plots.figures(report_records.record(split=split))
-    for name in ("accuracy", "per_task", "gap_closed"):
+    for name in ("mean", "per_task", "gap_closed"):
       (axes,) = figures[name].axes
       assert split in axes.get_xlabel() + axes.get_ylabel()
 
@@ -94,7 +94,7 @@ def test_validation_curves_are_never_shares_of_a_test_gap():
 
 def test_figures_are_those_that_the_record_has_numbers_for():
   assert list(plots.figures(report_records.record())) == list(plots.NAMES)
-  assert list(plots.figures(minimal())) == ["accuracy", "per_task"]
+  assert list(plots.figures(minimal())) == ["mean", "per_task"]
   assert list(plots.figures(minimal(rounds=[]))) == ["per_task"]
   one = report_records.record(["only"], 2)
   assert "cosines" not in plots.figures(one)
@@ -121,7 +121,7 @@ def test_names_are_never_formulas(monkeypatch):
 def test_the_same_record_gives_the_same_bytes(tmp_path):
   made = minimal()
   paths = plots.write(made, tmp_path / "plots")
-  assert [p.name for p in paths] == ["accuracy.png", "per_task.png"]
+  assert [p.name for p in paths] == ["mean.png", "per_task.png"]
   assert [p.read_bytes() for p in paths] == list(plots.images(made).values())
   assert all(p.read_bytes().startswith(b"\x89PNG") for p in paths)
 

@@ -183,10 +183,10 @@ def test_seeds_widen_the_interval_only_where_they_differ():
 @pytest.mark.parametrize(
   ("a", "b", "message"),
   [
-    ([[True]], [], "correct_a has 1 tasks and correct_b 0"),
+    ([[True]], [], "scores_a has 1 tasks and scores_b 0"),
     ([], [], "one at least"),
     ([[True, False]], [[True]], "same rows"),
-    ([[0.5]], [[True]], "must be booleans, got float64"),
+    ([[0.5]], [[True]], "must be booleans or floats, got float64"),
     ([[[True], [True]], [[True]]], [[[True], [True]], [[True]]], "task 1: 1 seeds, task 0: 2"),
   ],
 )
@@ -382,7 +382,7 @@ def test_report_is_written_whole_and_as_strict_json(tmp_path):
   report.write(made, tmp_path)
   files = sorted(p.relative_to(tmp_path) for p in tmp_path.rglob("*") if p.is_file())
   assert [str(f) for f in files] == [
-    "plots/accuracy.png",
+    "plots/mean.png",
     "plots/cosines.png",
     "plots/gap_closed.png",
     "plots/norms.png",
@@ -406,7 +406,7 @@ def test_the_same_record_in_another_order_gives_the_same_bytes(tmp_path):
   other["rounds"] = [dict(reversed(x.items())) for x in made["rounds"]]
   report.write(made, tmp_path / "a")
   report.write(other, tmp_path / "b")
-  for file in ("report.json", "report.html", "plots/accuracy.png", "plots/per_task.png"):
+  for file in ("report.json", "report.html", "plots/mean.png", "plots/per_task.png"):
     assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
 
 

@@ -30,7 +30,7 @@ def experts(
   settings: Settings,
   *,
   loss: tune.Rowwise = tune.cross_entropy,
-  metric: tune.Rowwise = tune.accuracy,
+  metric: evaluate.Metric | tune.Rowwise = evaluate.ACCURACY,
   mesh: Mesh | None = None,
   on_part: Progress | None = None,
 ) -> tuple[Any, budget.Budget]:
@@ -45,7 +45,7 @@ def experts(
     settings: local settings; those of rounds and outer steps are not used. With early stopping
       each expert is the one that is best on its own validation rows after a part.
     loss: (outputs, labels) -> [B].
-    metric: (outputs, labels) -> [B], for early stopping.
+    metric: (outputs, labels) -> [B], for early stopping; of a function more is better.
     mesh: devices.
     on_part: is called with the number of parts done and their number.
 
@@ -75,7 +75,8 @@ def experts(
 
   tuned, finite = jax.jit(part, donate_argnums=(0, 1)), jax.jit(tune.finite)
   models, states = begin(meshes.put(params, meshes.everywhere(mesh)))
-  best = _Best(apply, metric, tasks, models, mesh) if settings.early_stopping else None
+  judged = evaluate.metric_of(metric)
+  best = _Best(apply, judged, tasks, models, mesh) if settings.early_stopping else None
   for k in range(settings.rounds):
     plan = sampling.plan(names, counts, settings, k, rounds=settings.rounds)
     own = sampling.Plan(*(meshes.put(tune.pile_up(x, slots), spread) for x in plan))
@@ -113,7 +114,8 @@ def joint(
     settings: local settings; the learning rate follows the schedule over all steps.
     mixed: a step averages the gradients of T batches; otherwise tasks take turns, one batch a step.
     loss: (outputs, labels) -> [B].
-    judge: the validation score of a model, for early stopping: the best after any part is returned.
+    judge: the validation score of a model, more is better, for early stopping: the best after any
+      part is returned.
     on_part: is called with the number of parts done and their number.
 
   Returns:
@@ -157,7 +159,7 @@ class _Best:
   def __init__(
     self,
     apply: tune.Apply,
-    metric: tune.Rowwise,
+    metric: evaluate.Metric,
     tasks: Sequence[tasks_.Task],
     models: Any,
     mesh: Mesh,
@@ -166,16 +168,17 @@ class _Best:
     self.spread = meshes.by_task(mesh)
     self.rows = placing.rows(tasks, "validation", mesh, height=height)
     self.counts = [len(t.validation.labels) for t in tasks]
-    self.score = evaluate.own_scorer(apply, metric, mesh=mesh)
+    self.gain = metric.gain
+    self.score = evaluate.own_scorer(apply, metric.rowwise, mesh=mesh)
     self.models = jax.tree.map(jnp.copy, models)  # The training's program takes its own over.
-    self.means = np.full(height, -np.inf, np.float32)
+    self.gains = np.full(height, -np.inf, np.float32)
 
   def see(self, models: Any) -> None:
     """Keeps each model that is better than what there is."""
     found = evaluate.means(self.score(models, self.rows), self.counts)
-    means = tune.pile_up(np.array(found, np.float32), len(self.means))
-    self.models = _better(self.models, models, meshes.put(means > self.means, self.spread))
-    self.means = np.maximum(means, self.means)
+    gains = tune.pile_up(self.gain(np.array(found, np.float32)), len(self.gains))
+    self.models = _better(self.models, models, meshes.put(gains > self.gains, self.spread))
+    self.gains = np.maximum(gains, self.gains)
 
 
 @jax.jit
@@ -213,6 +216,7 @@ def best_scale(
   seed: int | None = None,
   aux: Mapping[str, Any] | None = None,
   layout: Sequence[tuple[str, str]] = (),
+  metric: evaluate.Metric = evaluate.ACCURACY,
   at_once: int = 8,
 ) -> Chosen:
   """Merges with every scale, scores all merges in one program, and takes the best.
@@ -229,6 +233,7 @@ def best_scale(
     seed: for methods with random masks.
     aux: other numbers of the method.
     layout: matrix views.
+    metric: which of two scores is better.
     at_once: scales that are merged and scored together.
   """
   merged = functools.partial(
@@ -240,8 +245,9 @@ def best_scale(
     own = jnp.asarray(scales[start : start + at_once], jnp.float32)
     some = merged(base, models, own, dict(aux or {}))
     means = [float(np.mean(evaluate.means(s, counts))) for s in np.asarray(score(some, rows))]
-    if not found or max(means) > max(found):
-      k = int(np.argmax(means))
+    gains = [metric.gain(m) for m in means]
+    if not found or max(gains) > max(map(metric.gain, found)):
+      k = int(np.argmax(gains))
       best = (jax.tree.map(lambda x, k=k: x[k], some), float(scales[start + k]))
     found += means
   return Chosen(*best, tuple(found))

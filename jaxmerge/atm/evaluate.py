@@ -1,10 +1,10 @@
-"""Scoring models on tasks, row by row."""
+"""Scoring models on tasks, row by row: what a score is, and whether more of it is better."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any  # Any: parameters are the user's tree.
+from typing import Any, NamedTuple  # Any: parameters are the user's tree.
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,57 @@ from jaxmerge.atm import tune
 from jaxmerge.stage import Array
 
 Scorer = Callable[[Any, tune.Rows], Array]
+
+
+class Metric(NamedTuple):
+  """What models are judged by.
+
+  Attributes:
+    name: for people.
+    rowwise: (outputs, labels) -> score of each row, [B].
+    lower_is_better: whether less of it is better, as of a loss.
+    chance: (labels) -> what a guess without looking scores; None: nothing is known.
+    right_or_wrong: a row's score is 1 or 0.
+
+  Example:
+    >>> round(BITS_PER_BYTE.rowwise(jnp.zeros((1, 2, 256)), jnp.zeros((1, 2), int))[0].item(), 4)
+    8.0
+  """
+
+  name: str
+  rowwise: tune.Rowwise
+  lower_is_better: bool = False
+  chance: Callable[[np.ndarray], float] | None = None
+  right_or_wrong: bool = False
+
+  def gain(self, score: Any) -> Any:
+    """Returns the score, or its negative: more is better."""
+    return -score if self.lower_is_better else score
+
+  def kept(self, scores: np.ndarray) -> np.ndarray:
+    """Returns the scores of rows as they are kept: booleans of what is right or wrong."""
+    return scores > 0.5 if self.right_or_wrong else scores
+
+
+def metric_of(given: Metric | tune.Rowwise) -> Metric:
+  """Makes a metric of a function whose scores are the better the larger they are."""
+  if isinstance(given, Metric):
+    return given
+  return Metric(getattr(given, "__name__", "score"), given)
+
+
+def most_frequent(labels: np.ndarray) -> float:
+  """Returns the share of the most frequent class: what guessing it always would score."""
+  return float(np.bincount(labels).max() / len(labels))
+
+
+def bits_per_byte(outputs: Array, labels: Array | np.ndarray) -> Array:
+  """Returns the mean cross entropy of each row in bits: logits [B, T, V], labels [B, T] -> [B]."""
+  return tune.cross_entropy(outputs, labels).mean(-1) / np.float32(np.log(2))
+
+
+ACCURACY = Metric("accuracy", tune.accuracy, chance=most_frequent, right_or_wrong=True)
+BITS_PER_BYTE = Metric("bits per byte", bits_per_byte, lower_is_better=True)
 
 
 def scorer(apply: tune.Apply, metric: tune.Rowwise, *, mesh: Mesh, chunk: int = 100) -> Scorer:

@@ -48,7 +48,7 @@ def tune_and_merge(
   settings: Settings | None = None,
   *,
   loss: tune.Rowwise = tune.cross_entropy,
-  metric: tune.Rowwise = tune.accuracy,
+  metric: evaluate.Metric | tune.Rowwise = evaluate.ACCURACY,
   aux: Mapping[str, Any] | None = None,
   layout: Sequence[tuple[str, str]] = (),
   mesh: Mesh | None = None,
@@ -69,8 +69,8 @@ def tune_and_merge(
     tasks: what to tune on; names must differ.
     method: how task vectors are merged, the plain mean by default.
     settings: how long and how; see `Settings`.
-    loss: (outputs, labels) -> [B], minimised.
-    metric: (outputs, labels) -> [B], reported on the validation rows.
+    loss: (outputs, labels) -> [B, ...], whose mean is minimised.
+    metric: (outputs, labels) -> [B], reported on the validation rows; of a function more is better.
     aux: the method's numbers.
     layout: matrix views for methods that need rows.
     mesh: devices; by default all, along the task axis.
@@ -96,7 +96,7 @@ def tune_and_merge(
   params = tune.masters(params)
   tune.check(tasks)
   mesh = mesh or meshes.make(tasks=len(tasks))
-  given = (loss, metric, aux or {}, views.check(layout), mesh, sharding)
+  given = (loss, evaluate.metric_of(metric), aux or {}, views.check(layout), mesh, sharding)
   held = _Run(apply, params, tasks, method, settings, *given)
   state, records, messages = _restored(held, checkpoints)
   for k in range(len(records), settings.rounds):
@@ -130,7 +130,7 @@ class _Run:
     method: Method,
     settings: Settings,
     loss: tune.Rowwise,
-    metric: tune.Rowwise,
+    metric: evaluate.Metric,
     aux: Mapping[str, Any],
     layout: views.Views,
     mesh: Mesh,
@@ -163,9 +163,10 @@ class _Run:
     height = -(-len(tasks) // side) * side
     self.whole = placing.rows(tasks, "validation", mesh, height=height)
     self.validation = [len(t.validation.labels) for t in tasks]
-    self.score = evaluate.scorer(apply, metric, mesh=mesh)
+    self.gain = metric.gain
+    self.score = evaluate.scorer(apply, metric.rowwise, mesh=mesh)
     self.best: Any = None
-    self.best_mean = -np.inf
+    self.best_gain = -np.inf
     height = self.slots * self.waves
     if self.waves == 1:
       self.rows = placing.rows(tasks, "train", mesh, height=height)
@@ -227,8 +228,8 @@ class _Run:
     if found.gram is not None:
       shape = rounds.geometry(found, self.size)
       record |= dict(shape, norms=dict(zip(self.names, shape["norms"], strict=True)))
-    if record["mean"] > self.best_mean:
-      self.best, self.best_mean = state.params, record["mean"]
+    if self.gain(record["mean"]) > self.best_gain:
+      self.best, self.best_gain = state.params, self.gain(record["mean"])
     return state, dict(record, seconds=time.perf_counter() - begun)
 
   def scores(self, params: Any) -> dict[str, Any]:
@@ -317,7 +318,7 @@ def _restored(
   _refuse_other_base(held["base"], run.base)
   run.base = held["base"]
   if run.settings.early_stopping:
-    run.best, run.best_mean = held["best"], max(r["mean"] for r in records)
+    run.best, run.best_gain = held["best"], max(run.gain(r["mean"]) for r in records)
   return (
     run.resumed(held, state),
     records,

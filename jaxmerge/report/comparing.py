@@ -36,7 +36,11 @@ def gap_closed(models: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
 
 
 def task_gaps(
-  models: Mapping[str, Mapping[str, Any]], tasks: Sequence[str], *, lead: float = 0.05
+  models: Mapping[str, Mapping[str, Any]],
+  tasks: Sequence[str],
+  *,
+  lead: float = 0.05,
+  lower_is_better: bool = False,
 ) -> dict[str, dict[str, float]]:
   """Returns the share of the gap closed by task, of every model.
 
@@ -49,7 +53,8 @@ def task_gaps(
   if "base" not in models or "experts" not in models:
     return {}
   low, high = models["base"]["per_task"], models["experts"]["per_task"]
-  led = [t for t in tasks if None not in (low[t], high[t]) and high[t] - low[t] > lead]
+  sign = -1 if lower_is_better else 1
+  led = [t for t in tasks if None not in (low[t], high[t]) and sign * (high[t] - low[t]) > lead]
   return {
     name: {
       t: (own["per_task"][t] - low[t]) / (high[t] - low[t])
@@ -75,22 +80,22 @@ def family_mean(per_task: Mapping[str, float | None], families: Mapping[str, str
 
 
 def paired_difference(
-  correct_a: Sequence[Any],
-  correct_b: Sequence[Any],
+  scores_a: Sequence[Any],
+  scores_b: Sequence[Any],
   *,
   seeds: bool = True,
   samples: int = 2000,
   seed: int = 0,
 ) -> Difference:
-  """Returns accuracy of a minus accuracy of b, mean over tasks, with a 95 % bootstrap interval.
+  """Returns the score of a minus that of b, mean over tasks, with a 95 % bootstrap interval.
 
   Rows are drawn with replacement, the same rows for both models and for every seed, so that what
   the two share cancels. Where the seeds judge different rows, the interval holds as well: the
   variance of a mean over rows of means over seeds is the same.
 
   Args:
-    correct_a: one array of booleans a task, [rows] or [seeds, rows].
-    correct_b: the same rows judged by the other model.
+    scores_a: one array a task, [rows] or [seeds, rows]: what is right, or scores.
+    scores_b: the same rows judged by the other model.
     seeds: whether seeds are drawn too, the same for every task. False: the seeds at hand are all.
     samples: number of bootstrap samples.
     seed: of the draws.
@@ -98,7 +103,7 @@ def paired_difference(
   >>> paired_difference([[True, True]], [[False, False]])
   Difference(mean=1.0, low=1.0, high=1.0)
   """
-  differences = _differences(correct_a, correct_b)
+  differences = _differences(scores_a, scores_b)
   if samples < 1:
     raise ValueError(f"samples must be at least 1, got {samples}.")
   random = np.random.default_rng(seed)
@@ -115,21 +120,22 @@ def paired_difference(
   return Difference(float(np.mean([x.mean() for x in differences])), float(low), float(high))
 
 
-def _differences(correct_a: Sequence[Any], correct_b: Sequence[Any]) -> list[np.ndarray]:
-  """Checks the arrays and returns a minus b, [seeds, rows] in {-1, 0, 1}, of every task."""
-  if len(correct_a) != len(correct_b) or not len(correct_a):
+def _differences(scores_a: Sequence[Any], scores_b: Sequence[Any]) -> list[np.ndarray]:
+  """Checks the arrays and returns a minus b, [seeds, rows], of every task."""
+  if len(scores_a) != len(scores_b) or not len(scores_a):
     raise ValueError(
-      f"correct_a has {len(correct_a)} tasks and correct_b {len(correct_b)}; "
+      f"scores_a has {len(scores_a)} tasks and scores_b {len(scores_b)}; "
       "both need the same tasks, one at least."
     )
   result = []
-  for i, (a, b) in enumerate(zip(correct_a, correct_b, strict=True)):
+  for i, (a, b) in enumerate(zip(scores_a, scores_b, strict=True)):
     a, b = np.asarray(a), np.asarray(b)
-    if a.dtype != bool or b.dtype != bool:
-      raise ValueError(f"task {i}: must be booleans, got {a.dtype}, {b.dtype}.")
+    if a.dtype != b.dtype or a.dtype.kind not in "bf":
+      raise ValueError(f"task {i}: must be booleans or floats, got {a.dtype}, {b.dtype}.")
     if a.shape != b.shape or a.ndim not in (1, 2) or not a.size:
       raise ValueError(f"task {i}: a is {a.shape} and b is {b.shape}; both must be the same rows.")
-    result.append(np.atleast_2d(a.astype(np.int8) - b.astype(np.int8)))
+    wide = np.int8 if a.dtype == bool else np.float64
+    result.append(np.atleast_2d(a.astype(wide) - b.astype(wide)))
     if result[i].shape[0] != result[0].shape[0]:
       raise ValueError(f"task {i}: {result[i].shape[0]} seeds, task 0: {result[0].shape[0]}.")
   return result

@@ -11,7 +11,7 @@ from typing import Any  # A record is JSON, its values have no one type.
 from jaxmerge.report import tables, words
 
 _CAPTIONS = {
-  "accuracy": "The merged model after every round; the other models are level lines.",
+  "mean": "The merged model after every round; the other models are level lines.",
   "per_task": "Base, the best one-shot merge, the best ATM run, joint training and experts.",
   "gap_closed": "Diamonds are one-shot merges: every expert is sent once.",
   "cosines": "How alike the directions are in which two tasks pull; 0 is unrelated, 1 is the same.",

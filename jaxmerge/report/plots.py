@@ -13,13 +13,13 @@ from jaxmerge.report import drawing, geometry, words
 Rounds = Sequence[Mapping[str, Any]]
 
 
-NAMES = ("accuracy", "per_task", "gap_closed", "cosines", "norms", "sign_conflict")
+NAMES = ("mean", "per_task", "gap_closed", "cosines", "norms", "sign_conflict")
 
 
 def figures(record: Mapping[str, Any]) -> dict[str, Any]:
   """Returns the figures that the record has numbers for, by name, in the order of `NAMES`."""
   makers = (
-    accuracy,
+    mean,
     per_task,
     gap_closed,
     geometry.cosines,
@@ -74,7 +74,7 @@ def _unit(record: Mapping[str, Any]) -> float:
   return 100.0 if words.percent(record) else 1.0
 
 
-def accuracy(record: Mapping[str, Any]) -> Any:
+def mean(record: Mapping[str, Any]) -> Any:
   """Draws the mean over tasks after every round, with all other models as labelled lines."""
   curves, unit = runs(record), _unit(record)
   if not curves:
@@ -84,14 +84,14 @@ def accuracy(record: Mapping[str, Any]) -> Any:
   made, axes = drawing.figure(3.9)
   drawing.span(axes, [r["round"] for rounds in curves.values() for r in rounds])
   marks, heights = [], []
-  for name, mean in means.items():
+  for name, level in means.items():
     if name in curves:
       continue
     axes.axhline(
-      unit * mean, color=palette[name], linewidth=1.1, linestyle=drawing.dashes(name), zorder=1.5
+      unit * level, color=palette[name], linewidth=1.1, linestyle=drawing.dashes(name), zorder=1.5
     )
-    text = f"{drawing.model(name)} {words.value(record, mean)}"
-    marks.append(drawing.Mark(unit * mean, text, palette[name]))
+    text = f"{drawing.model(name)} {words.value(record, level)}"
+    marks.append(drawing.Mark(unit * level, text, palette[name]))
   for name, rounds in curves.items():
     ys = drawing.column(rounds, "mean") * unit
     if not np.isfinite(ys).any():
@@ -107,7 +107,7 @@ def accuracy(record: Mapping[str, Any]) -> Any:
   if not marks:
     return None
   own, same = rounds_split(record), judged == rounds_split(record)
-  what = f"Mean {words.metric(record)}{f', {own}' if same else ''}{words.unit(record)}"
+  what = f"Mean {words.axis(record, f', {own}' if same else '')}"
   across = "Round" if same else f"Round (curves: {own}; level lines: {judged})"
   drawing.dress(axes, "Mean over tasks after every round", across, what)
   drawing.fit(axes, [*heights, *(m.y for m in marks)])
@@ -132,7 +132,8 @@ def per_task(record: Mapping[str, Any]) -> Any:
   pitch = thick * len(names) + (0.1 if many else 0.16)
   starts = np.arange(len(tasks)) * pitch
   made, axes = drawing.figure(len(tasks) * pitch + 1.05)
-  what = f"{words.metric(record).capitalize()}, {words.split(record)}{words.unit(record)}"
+  what = words.axis(record, f", {words.split(record)}")
+  what = what[0].upper() + what[1:]
   drawing.dress(axes, "", what, "")
   _bars(axes, record, names, starts, thick, numbers=not many)
   _chance(axes, record, starts, thick, len(names))

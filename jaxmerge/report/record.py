@@ -1,7 +1,7 @@
 """The record of a run: a plain tree of numbers and strings.
 
-`report.json` is such a record. Accuracies are fractions in it; `None` stands for a number that does
-not exist.
+`report.json` is such a record. Accuracies are fractions in it, and of another metric it says if less
+is better; `None` stands for a number that does not exist.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ _SECTIONS: dict[str, tuple[type | tuple[type, ...], str]] = {
   "seed": (int, "an integer"),
   "split": (str, "'validation' or 'test'"),
   "metric": (str, "a string, the name of the metric"),
+  "lower_is_better": (bool, "true or false"),
   "models": (dict, "an object of models"),
   "gap_closed": (dict, "an object of numbers"),
   "budget": (dict, "an object of counters"),
@@ -247,6 +248,7 @@ def merge_seeds(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
       ("models", sorted(first["models"]), sorted(x["models"])),
       ("split", first.get("split"), x.get("split")),
       ("metric", first.get("metric"), x.get("metric")),
+      ("lower_is_better", first.get("lower_is_better"), x.get("lower_is_better")),
     ):
       if own != other:
         raise ValueError(
@@ -265,7 +267,8 @@ def merge_seeds(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     if families := first.get("families"):
       own = [comparing.family_mean(m["per_task"], families) for m in runs]
       models[name]["family_mean"] = _spread(own)
-  kept = {key: first[key] for key in ("split", "metric", "families") if key in first}
+  keys = ("split", "metric", "lower_is_better", "families")
+  kept = {key: first[key] for key in keys if key in first}
   return {"tasks": list(first["tasks"]), "seeds": numbers, "models": models, **kept}
 
 

@@ -59,13 +59,15 @@ def _marked(
   """A column, the best merge marked; equal as written is equal."""
   texts = {n: words.value(record, values[n]) for n in names}
   merges = [n for n in names if words.kind(n) != "reference" and values[n] is not None]
-  top = texts[max(merges, key=lambda n: values[n] or 0.0)] if len(merges) > 1 else None
+  best = max(merges, key=lambda n: words.gain(record, values[n] or 0.0), default="")
+  top = texts[best] if len(merges) > 1 else None
   return [Cell(texts[n], n in merges and texts[n] == top) for n in names]
 
 
 def gaps(record: Mapping[str, Any]) -> Table | None:
   """Returns the share of every task's gap that the merges close; None where there is no gap."""
-  found = comparing.task_gaps(record["models"], record["tasks"])
+  lower = words.lower_is_better(record)
+  found = comparing.task_gaps(record["models"], record["tasks"], lower_is_better=lower)
   led = [t for t in record["tasks"] if t in found.get("experts", {})]
   names = [n for n in words.order(found) if words.kind(n) != "reference" or n == "multitask"]
   if not led or not names:
@@ -111,7 +113,7 @@ def differences(record: Mapping[str, Any]) -> Table | None:
     what = f"{words.label(entry['a'])} − {words.label(entry['b'])}"
     numbers = (words.value(record, entry[key]) for key in ("mean", "low", "high"))
     rows.append([Cell(what), *map(Cell, numbers)])
-  unit = " (points)" if words.percent(record) else ""
+  unit = " (points)" if words.percent(record) else words.unit(record)
   return Table(["Models", f"Difference{unit}", "2.5 %", "97.5 %"], rows)
 
 
@@ -119,8 +121,9 @@ def headings(record: Mapping[str, Any]) -> list[tuple[str, str, Table]]:
   """Returns the tables that the record has, each with a heading and a sentence that explains."""
   judged = words.split(record)
   own = words.metric(record)
-  note = f"{own.capitalize()} on {judged} rows. The best merge of a column is marked; base, joint "
-  note += "training and experts are no merges."
+  less = "; less is better" if words.lower_is_better(record) else ""
+  note = f"{own.capitalize()} on {judged} rows{less}. The best merge of a column is marked; base, "
+  note += "joint training and experts are no merges."
   if families := words.families(record):
     shared = [f for f in dict.fromkeys(families.values()) if list(families.values()).count(f) > 1]
     kin = "; ".join(", ".join(t for t in record["tasks"] if families[t] == f) for f in shared)
@@ -133,7 +136,8 @@ def headings(record: Mapping[str, Any]) -> list[tuple[str, str, Table]]:
     ),
     (
       "Gap closed by task",
-      "Share of the gap between base and experts, where the experts lead by over 5 points.",
+      "Share of the gap between base and experts, where the experts lead by over "
+      f"{words.lead(record)}.",
       gaps(record),
     ),
     (
@@ -236,6 +240,7 @@ def seeds(summary: Mapping[str, Any]) -> str:
       for n, m in models.items()
     },
     "rounds": [{"mean": v} for m in models.values() for v in m["mean"]["values"]],
+    **{key: summary[key] for key in ("metric", "lower_is_better") if key in summary},
   }
   families = words.families(summary)
   rows = []
@@ -252,12 +257,13 @@ def seeds(summary: Mapping[str, Any]) -> str:
     rows.append([Cell(words.label(name)), first, *closed, *rest])
   number = len(summary["seeds"])
   note = f"Mean ± standard deviation over {number} seeds" if number > 1 else "One seed"
-  judged = f"{summary.get('metric', 'accuracy')} on {words.split(summary)}"
+  judged = f"{words.metric(summary)} on {words.split(summary)}"
+  judged += "; less is better" if words.lower_is_better(summary) else ""
   head = ["Model", f"Mean{words.unit(flat)}", "Gap closed (%)"]
   head += [f"Families once{words.unit(flat)}"] * bool(families)
   parts = [f"{note}, {judged}.\n", to_markdown(Table([*head, *tasks], rows))]
   if own := gaps(flat | {"tasks": tasks}):
-    parts += ["By task, where the experts lead by over 5 points:\n", to_markdown(own)]
+    parts += [f"By task, where the experts lead by over {words.lead(flat)}:\n", to_markdown(own)]
   return "\n".join(parts)
 
 

@@ -79,22 +79,49 @@ def metric(record: Mapping[str, Any]) -> str:
   return record.get("metric", "accuracy")
 
 
+def lower_is_better(record: Mapping[str, Any]) -> bool:
+  """Says whether less of the metric is better, as of a loss."""
+  return bool(record.get("lower_is_better", False))
+
+
+def gain(record: Mapping[str, Any], x: float) -> float:
+  """Returns a value of the metric, or its negative: more is better."""
+  return -x if lower_is_better(record) else x
+
+
 def percent(record: Mapping[str, Any]) -> bool:
-  """Says whether the metric is a fraction of one, and so written in percent."""
+  """Says whether the metric is a fraction of one of which more is better: written in percent."""
+  if lower_is_better(record):
+    return False
   values = [v for m in record["models"].values() for v in (m["mean"], *m["per_task"].values())]
   values += [entry["mean"] for entry in record["rounds"]]
   return all(0 <= v <= 1 for v in values if v is not None)
 
 
 def unit(record: Mapping[str, Any]) -> str:
-  """Returns " (%)" for fractions, nothing for other metrics."""
+  """Returns " (%)" for fractions, the name of a metric of which less is better, else nothing."""
+  if lower_is_better(record):
+    return f" ({metric(record)})"
   return " (%)" if percent(record) else ""
 
 
+def axis(record: Mapping[str, Any], what: str) -> str:
+  """Returns the words at an axis of the metric, `what` after its name."""
+  name = f"{metric(record)}{what}"
+  return f"{name} (less is better)" if lower_is_better(record) else f"{name}{unit(record)}"
+
+
+def lead(record: Mapping[str, Any]) -> str:
+  """Returns in words by how much experts must lead for the gap of a task to be told."""
+  return f"0.05 {metric(record)}" if lower_is_better(record) else "5 points"
+
+
 def value(record: Mapping[str, Any], x: float | None, digits: int = 1) -> str:
-  """Writes a value of the metric: 0.7663 is "76.6"; other metrics get four digits."""
+  """Writes a value of the metric: 0.7663 is "76.6", 2.34567 bits "2.346"; others have 4 digits."""
   if x is None:
     return "–"
+  if lower_is_better(record):
+    return f"{x:.3f}"
   return f"{100 * x:.{digits}f}" if percent(record) else f"{x:.4g}"
 
 
@@ -132,13 +159,13 @@ def gaps(record: Mapping[str, Any]) -> dict[str, float]:
 
 
 def best(record: Mapping[str, Any], of_kind: str) -> str | None:
-  """Returns the model of this kind with the highest mean; None where there is none."""
+  """Returns the model of this kind with the best mean; None where there is none."""
   means = {
     name: record["models"][name]["mean"]
     for name in order(record["models"])
     if kind(name) == of_kind and record["models"][name]["mean"] is not None
   }
-  return max(means, key=lambda name: means[name]) if means else None
+  return max(means, key=lambda name: gain(record, means[name])) if means else None
 
 
 def title(record: Mapping[str, Any]) -> str:
