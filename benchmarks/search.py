@@ -111,7 +111,8 @@ class Search:
     side = self.mesh.shape["task"]
     rows = tune.stacked(self.tasks, "validation", height=-(-len(self.tasks) // side) * side)
     self.rows = mesh.put(rows, mesh.by_task(self.mesh))
-    self.score = evaluate.scorer(self.problem.apply, tune.accuracy, mesh=self.mesh)
+    self.metric = self.problem.metric
+    self.score = evaluate.scorer(self.problem.apply, self.metric.rowwise, mesh=self.mesh)
     self.trials = json.loads(path.read_text()) if path.exists() else []
     self.stack = None
 
@@ -136,11 +137,16 @@ class Search:
 
     settings = dataclasses.replace(self.settings, **trial)
     return baselines.experts(
-      self.problem.apply, self.problem.params, self.tasks, settings, mesh=self.mesh
+      self.problem.apply,
+      self.problem.params,
+      self.tasks,
+      settings,
+      loss=self.problem.loss,
+      mesh=self.mesh,
     )[0]
 
   def run_experts(self, trial):
-    """Mean accuracy of the experts, each on its own task."""
+    """Mean score of the experts, each on its own task."""
     import jax
     import numpy as np
 
@@ -154,18 +160,23 @@ class Search:
     return float(np.mean(own))
 
   def run_multitask(self, trial):
-    """Mean accuracy of joint training."""
+    """Mean score of joint training."""
     from jaxmerge.atm import baselines
 
     settings = {k: v for k, v in trial.items() if k != "mixed"}
     settings = dataclasses.replace(self.settings, **settings)
     params, _ = baselines.joint(
-      self.problem.apply, self.problem.params, self.tasks, settings, mixed=trial["mixed"]
+      self.problem.apply,
+      self.problem.params,
+      self.tasks,
+      settings,
+      mixed=trial["mixed"],
+      loss=self.problem.loss,
     )
     return self.mean(params)
 
   def run_atm(self, trial):
-    """Mean accuracy of a run of the loop."""
+    """Mean score of a run of the loop."""
     import jax
 
     from jaxmerge import experiment
@@ -184,6 +195,8 @@ class Search:
       tasks,
       experiment.method_of(trial.get("method", self.config["method"])),
       dataclasses.replace(self.settings, **changes),
+      loss=self.problem.loss,
+      metric=self.metric,
       mesh=self.mesh,
     )
     return self.mean(result.params)
@@ -191,14 +204,14 @@ class Search:
   run_atm_plain = run_atm_10 = run_atm
 
   def merge(self, model, trial):
-    """Mean accuracy of a one-shot merge of the best experts."""
+    """Mean score of a one-shot merge of the best experts."""
     import jaxmerge
 
     if self.stack is None:
       found = [t for t in self.trials if t["model"] == "experts"]
       if not found:
         raise SystemExit(f"search the experts before {model}.")
-      self.stack = self.experts(max(found, key=lambda t: t["mean"])["trial"])
+      self.stack = self.experts(max(found, key=self.gain)["trial"])
     seed = self.settings.seed if model == "dare" else None
     method = getattr(jaxmerge.methods, model)()
     names = [t.name for t in self.tasks]
@@ -207,7 +220,7 @@ class Search:
     )
 
   def mean(self, params):
-    """Mean validation accuracy over the tasks."""
+    """Mean validation score over the tasks."""
     import jax
     import numpy as np
 
@@ -216,22 +229,27 @@ class Search:
     scores = self.score(jax.tree.map(lambda p: p[None], params), self.rows)
     return float(np.mean(evaluate.means(scores[0], self.counts)))
 
+  def gain(self, trial):
+    """The score of a trial, or its negative: more is better."""
+    return self.metric.gain(trial["mean"])
+
   def page(self, command):
     """The best trial of every model."""
+    name, unit = self.metric.name, 100 if self.metric.right_or_wrong else 1
+    name += " (%)" if unit == 100 else ""
     rows = [
       f"`{command}`",
       "",
-      "| model | trials | minutes | best mean on validation (%) | settings |",
+      f"| model | trials | minutes | best mean on validation, {name} | settings |",
       "| --- | ---: | ---: | ---: | --- |",
     ]
     for model in dict.fromkeys(t["model"] for t in self.trials):
       own = [t for t in self.trials if t["model"] == model]
-      best = max(own, key=lambda t: t["mean"])
+      best = max(own, key=self.gain)
       minutes = sum(t["seconds"] for t in own) / 60
       settings = ", ".join(f"{k}={v}" for k, v in best["trial"].items())
-      rows.append(
-        f"| {model} | {len(own)} | {minutes:.1f} | {100 * best['mean']:.1f} | {settings} |"
-      )
+      mean = f"{unit * best['mean']:.{1 if unit == 100 else 3}f}"
+      rows.append(f"| {model} | {len(own)} | {minutes:.1f} | {mean} | {settings} |")
     return "\n".join(rows) + "\n"
 
 

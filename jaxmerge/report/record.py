@@ -1,7 +1,7 @@
 """The record of a run: a plain tree of numbers and strings.
 
-`report.json` is such a record. Accuracies are fractions in it, and of another metric it says if less
-is better; `None` stands for a number that does not exist.
+`report.json` is such a record. Accuracies are fractions in it; of another metric it says if less is
+better. `None` stands for a number that does not exist.
 """
 
 from __future__ import annotations
