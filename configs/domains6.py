@@ -27,7 +27,7 @@ def get_config():
 
   # Budget, shared by all compared models.
   c.rounds = 10  # exchanges per task
-  c.epochs = 1.0  # epochs per task over the whole run
+  c.epochs = 2.0  # epochs per task over the whole run
   c.batch_size = 8  # rows
   c.learning_rate = 1e-3
   c.schedule = "cosine"  # over the run: constant or cosine
@@ -85,7 +85,7 @@ def get_config():
     domains=("english", "germanic", "romance", "slavic", "c", "python"),
     length=128,
     pretrain=400,
-    train=600,
+    train=400,
     validation=48,
     test=96,
   )

@@ -37,15 +37,17 @@ SCHEME: Mapping[str, Any] = {
   "variant": Literal["pa", "ph"],
   "checkpoint.keep": int,
   "checkpoint.every": int,
+  "score_every": int,
   "mesh.task": int,
   "mesh.data": int,
   "mesh.model": int,
   "mesh.devices": int | None,
 }
+OPTIONAL = ("score_every",)  # It is 1 in configs that lack it: every round is scored.
 # Groups whose keys are the experiment's or the method's own.
 OPEN = ("method", "baselines", "also", "data", "pretrain", "model")
 _REQUIRED_GROUPS = ("baselines", "also", "data")
-_LOWEST = {"checkpoint.keep": 1, "checkpoint.every": 1, "mesh.devices": 1}
+_LOWEST = {"checkpoint.keep": 1, "checkpoint.every": 1, "score_every": 1, "mesh.devices": 1}
 _WORDS = {
   str: "text",
   int: "a whole number",
@@ -183,7 +185,7 @@ def check(config: ConfigDict, source: str) -> None:
     elif key.split(".")[0] not in OPEN:
       raise ValueError(f"{source}: unknown key 'config.{key}'{catalog.nearest(key, SCHEME)}.")
   present = {*values, *config}
-  missing = [key for key in (*SCHEME, *_REQUIRED_GROUPS) if key not in present]
+  missing = [k for k in (*SCHEME, *_REQUIRED_GROUPS) if k not in present and k not in OPTIONAL]
   if missing:
     raise ValueError(f"{source}: the key 'config.{missing[0]}' is missing; it must be there.")
   _check_loop({key: config[key] for key in LOOP}, source)

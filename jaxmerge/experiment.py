@@ -302,7 +302,8 @@ class Work:
       self.curves[name] = [*self.curves.get(name, []), record]
       if processes.first():
         workdirs.write_metrics(self.workdir, self.curves)
-      shown(record["round"], settings.rounds, mean=record["mean"])
+      scored = {} if record["mean"] is None else {"mean": record["mean"]}
+      shown(record["round"], settings.rounds, **scored)
 
     keep = config["checkpoint"]["keep"]
     with (
@@ -321,6 +322,7 @@ class Work:
         mesh=self.mesh,
         checkpoints=store,
         save_every=config["checkpoint"]["every"],
+        score_every=config.get("score_every", 1),
         on_round=show,
         stop=self.stop,
       )

@@ -33,7 +33,7 @@ def chosen(**changes):
 
 def run(tasks=None, method=None, *, start=None, store=None, **changes):
   """The loop on three tasks of different sizes and classes, on one device."""
-  names = ("aux", "mesh", "save_every", "on_round", "sharding")
+  names = ("aux", "mesh", "save_every", "score_every", "on_round", "sharding")
   given = {"mesh": meshes.make(1)} | {n: changes.pop(n) for n in names if n in changes}
   return loop.tune_and_merge(
     small.network,
@@ -261,6 +261,24 @@ def test_early_stopping_returns_the_best_round():
     ]
   )
   assert score == pytest.approx(means[k])
+
+
+def test_rounds_between_scores_have_none_and_the_same_model(tmp_path):
+  changes = dict(rounds=3, epochs=6.0, early_stopping=True)
+  every = run(**changes)
+  with orbax.Checkpoints(tmp_path) as store:
+    some = run(score_every=2, store=store, **changes)
+  assert [r["mean"] is None for r in some.rounds] == [True, False, False]
+  assert some.rounds[0]["per_task"] == dict.fromkeys(every.rounds[0]["per_task"])
+  kept = [r for r in timeless(some.rounds) if r["mean"] is not None]
+  assert kept == timeless(every.rounds)[1:]
+  best = max(kept, key=lambda r: r["mean"])["mean"]
+  with orbax.Checkpoints(tmp_path) as store:
+    again = run(score_every=2, store=store, **changes)
+  small.assert_same_bits(again.params, some.params)
+  assert best == max(r["mean"] for r in again.rounds if r["mean"] is not None)
+  with pytest.raises(ValueError, match="score_every must be at least 1 round, got 0"):
+    run(score_every=0, **changes)
 
 
 # Other devices.

@@ -38,6 +38,7 @@ def gain(outputs, labels):
 LOSS, GAIN = evaluate.Metric("loss", loss, lower_is_better=True), gain
 
 
+@pytest.mark.slow
 def test_choices_by_a_loss_are_those_by_its_negative():
   tasks, base = small.three(), small.weights()
   own = settings.Settings(rounds=4, epochs=8.0, batch_size=4, learning_rate=0.3, schedule="cosine")

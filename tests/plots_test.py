@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from report_test import LONG, minimal
 from sklearn import isotonic
 
-from jaxmerge.report import drawing, geometry, plots
+from jaxmerge.report import drawing, geometry, plots, record
 
 CASES = {
   "four tasks": report_records.record(),
@@ -48,6 +48,17 @@ def test_values_that_are_apart_stay():
 @pytest.mark.parametrize("case", CASES)
 def test_no_text_overlaps_another_or_leaves_the_figure(case, name, monkeypatch):
   drawn.assert_readable(plots.figures(CASES[case])[name], monkeypatch)
+
+
+def test_rounds_that_are_not_scored_leave_a_curve_through_those_that_are():
+  made = report_records.record(rounds=4)
+  for k in (0, 2):
+    made["rounds"][k] |= {"mean": None, "per_task": dict.fromkeys(made["tasks"])}
+  record.check(record.plain(made))
+  (axes,) = plots.mean(made).axes
+  curve = next(line for line in axes.lines if line.get_linewidth() == 2.2)
+  assert curve.get_xdata().tolist() == [2, 4]
+  assert set(plots.figures(made)) == set(plots.NAMES)
 
 
 def test_curves_are_the_numbers_of_the_record():

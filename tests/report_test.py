@@ -382,9 +382,9 @@ def test_report_is_written_whole_and_as_strict_json(tmp_path):
   report.write(made, tmp_path)
   files = sorted(p.relative_to(tmp_path) for p in tmp_path.rglob("*") if p.is_file())
   assert [str(f) for f in files] == [
-    "plots/mean.png",
     "plots/cosines.png",
     "plots/gap_closed.png",
+    "plots/mean.png",
     "plots/norms.png",
     "plots/per_task.png",
     "plots/sign_conflict.png",

@@ -55,6 +55,7 @@ def tune_and_merge(
   sharding: meshes.Rules = (),
   checkpoints: orbax.Checkpoints | None = None,
   save_every: int = 1,
+  score_every: int = 1,
   on_round: Callable[[dict[str, Any]], None] | None = None,
   stop: Callable[[], bool] | None = None,
 ) -> Result:
@@ -78,6 +79,8 @@ def tune_and_merge(
       `jaxmerge.mesh`; a mesh with such an axis needs them.
     checkpoints: a store for this run alone.
     save_every: rounds from one save to the next; the last round is always saved.
+    score_every: rounds from one scoring to the next; the last round is always scored, those between
+      have None for scores, and none of them is the best of early stopping.
     on_round: is given the record of each round as soon as it is known.
     stop: is asked after each round; where it says yes in any process, all save that round and stop.
 
@@ -89,8 +92,9 @@ def tune_and_merge(
   Reference: Zhou et al. 2024, ATM: improving model merging by alternating tuning and merging
   (arXiv:2411.03055).
   """
-  if save_every < 1:
-    raise ValueError(f"save_every must be at least 1 round, got {save_every}.")
+  for name, every in {"save_every": save_every, "score_every": score_every}.items():
+    if every < 1:
+      raise ValueError(f"{name} must be at least 1 round, got {every}.")
   settings = settings or Settings()
   method = methods.average() if method is None else method
   params = tune.masters(params)
@@ -100,11 +104,11 @@ def tune_and_merge(
   held = _Run(apply, params, tasks, method, settings, *given)
   state, records, messages = _restored(held, checkpoints)
   for k in range(len(records), settings.rounds):
-    state, record = held.round(state, k)
-    records.append(record)
     last = k + 1 == settings.rounds
+    state, record = held.round(state, k, scored=last or (k + 1) % score_every == 0)
+    records.append(record)
     asked = stop is not None and not last and processes.agree(stop())
-    due = (k + 1) % save_every == 0 or last or asked
+    due = last or asked or (k + 1) % save_every == 0
     if checkpoints is not None and due:
       checkpoints.save(k + 1, held.saved(state), held.record(records))
     if on_round is not None:
@@ -202,7 +206,9 @@ class _Run:
     states = local(self.base) if self.kept else ()
     return rounds.State(self.base, own, states if self.waves == 1 else meshes.fetch(states))
 
-  def round(self, state: rounds.State, k: int) -> tuple[rounds.State, dict[str, Any]]:
+  def round(
+    self, state: rounds.State, k: int, *, scored: bool = True
+  ) -> tuple[rounds.State, dict[str, Any]]:
     """Runs round k (from 0), and returns the new state and the round's record."""
     begun, s = time.perf_counter(), self.settings
     plan = sampling.plan(self.names, self.counts, s, k, rounds=s.rounds)
@@ -220,7 +226,7 @@ class _Run:
     losses, before, later = self._by_task(found.loss), self.taken(k), self.taken(k + 1)
     record: dict[str, Any] = {
       "round": k + 1,
-      **self.scores(state.params),
+      **(self.scores(state.params) if scored else self.unscored()),
       "loss": {n: x if later[n] > before[n] else None for n, x in losses.items()},
       "exchanges": k + 1,
       "epochs": s.epochs * (k + 1) / s.rounds,
@@ -228,7 +234,7 @@ class _Run:
     if found.gram is not None:
       shape = rounds.geometry(found, self.size)
       record |= dict(shape, norms=dict(zip(self.names, shape["norms"], strict=True)))
-    if self.gain(record["mean"]) > self.best_gain:
+    if scored and self.gain(record["mean"]) > self.best_gain:
       self.best, self.best_gain = state.params, self.gain(record["mean"])
     return state, dict(record, seconds=time.perf_counter() - begun)
 
@@ -237,6 +243,10 @@ class _Run:
     found = self.score(jax.tree.map(lambda p: p[None], params), self.whole)
     each = evaluate.means(found[0], self.validation)
     return {"mean": float(np.mean(each)), "per_task": dict(zip(self.names, each, strict=True))}
+
+  def unscored(self) -> dict[str, Any]:
+    """What stands for the scores of a model that is not scored."""
+    return {"mean": None, "per_task": dict.fromkeys(self.names)}
 
   def saved(self, state: rounds.State) -> dict[str, Any]:
     """What a checkpoint holds."""
@@ -318,7 +328,8 @@ def _restored(
   _refuse_other_base(held["base"], run.base)
   run.base = held["base"]
   if run.settings.early_stopping:
-    run.best, run.best_gain = held["best"], max(run.gain(r["mean"]) for r in records)
+    gains = [run.gain(r["mean"]) for r in records if r["mean"] is not None]
+    run.best, run.best_gain = held["best"], max(gains, default=-np.inf)
   return (
     run.resumed(held, state),
     records,

@@ -3,7 +3,7 @@
 import importlib
 from types import ModuleType
 
-__all__ = ["bert", "cnn", "encoder", "names"]
+__all__ = ["bert", "cnn", "decoder", "decoder_config", "encoder", "llama", "names"]
 
 
 def __getattr__(name: str) -> ModuleType:

@@ -94,16 +94,17 @@ def mean(record: Mapping[str, Any]) -> Any:
     marks.append(drawing.Mark(unit * level, text, palette[name]))
   for name, rounds in curves.items():
     ys = drawing.column(rounds, "mean") * unit
-    if not np.isfinite(ys).any():
+    scored = np.isfinite(ys)
+    if not scored.any():
       continue
     lead = name == "atm"
     width = 2.2 if lead else 1.6
-    xs = [r["round"] for r in rounds]
-    drawing.curve(axes, xs, ys.tolist(), palette[name], linewidth=width, zorder=3)
-    last = ys[np.isfinite(ys)][-1]
+    xs, ys = drawing.column(rounds, "round")[scored], ys[scored]
+    drawing.curve(axes, xs.tolist(), ys.tolist(), palette[name], linewidth=width, zorder=3)
+    last = ys[-1]
     text = f"{drawing.model(name)} {words.value(record, last / unit)}"
     marks.append(drawing.Mark(last, text, palette[name], lead=True))
-    heights += ys[np.isfinite(ys)].tolist()
+    heights += ys.tolist()
   if not marks:
     return None
   own, same = rounds_split(record), judged == rounds_split(record)
