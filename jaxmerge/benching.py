@@ -121,9 +121,10 @@ def _seed(
     mean = float(np.mean(list(made[name]["per_task"].values())))
     shown(done + 1, len(config["methods"]), mean=mean)
   height = rows.filled.shape[0]
-  own_scores = evaluate.means(
+  own_rows = evaluate.per_row(
     work.own_score(work.padded(work.stacks["experts"], height), rows), counts
   )
+  own_scores = [float(s.mean(dtype=np.float64)) for s in own_rows]
   scores = {"base": scored(work.params), "experts": dict(zip(work.names, own_scores, strict=True))}
   scores |= {name: own["per_task"] for name, own in made.items()}
   models = {n: {"mean": float(np.mean(list(t.values()))), "per_task": t} for n, t in scores.items()}
@@ -135,10 +136,12 @@ def _seed(
       "budget": {},
       "config": plain,
       "versions": workdir.versions(),
+      "metric": work.metric.name,
+      "lower_is_better": work.metric.lower_is_better,
       "split": split,
       "seed": seed,
     },
-    "noise": _noise(scores["experts"], counts),
+    "noise": _noise(own_rows),
     "methods": made,
   }
 
@@ -168,9 +171,13 @@ def _taken(work: experiment.Work, folder: pathlib.Path) -> Any:
   return found.state
 
 
-def _noise(per_task: Mapping[str, float], counts: Sequence[int]) -> float:
-  """Standard error of a mean over tasks that comes from the number of rows."""
-  parts = [p * (1 - p) / n for p, n in zip(per_task.values(), counts, strict=True)]
+def _noise(scores: Sequence[np.ndarray]) -> float:
+  """Standard error of a mean over tasks that comes from the number of rows: scores [rows] a task.
+
+  >>> round(_noise([np.array([1.0, 1.0, 0.0, 0.0])]), 4)
+  0.25
+  """
+  parts = [s.var(dtype=np.float64) / len(s) for s in scores]
   return float(np.sqrt(np.sum(parts)) / len(parts))
 
 
@@ -194,14 +201,22 @@ def _searched(work: experiment.Work, name: str, settings: Mapping[str, Any]) -> 
       seed=seed,
       aux=numbers,
       layout=work.problem.layout,
+      metric=work.metric,
     )
+    gain = max(map(work.metric.gain, chosen.means))
     trials += len(scales)
-    if max(chosen.means) > best[0]:
+    if gain > best[0]:
       own = {**fixed, **numbers, "scale": chosen.scale}
-      best = max(chosen.means), chosen.params, own if _has_scale(word) else {**fixed, **numbers}
+      best = gain, chosen.params, own if _has_scale(word) else {**fixed, **numbers}
       measured = method, numbers, chosen.scale, seed
   cost = _cost(work, *measured) if work.settings.seed == 0 else {}
-  return {"validation": best[0], "settings": best[2], "trials": trials, "params": best[1], **cost}
+  return {
+    "validation": work.metric.gain(best[0]),
+    "settings": best[2],
+    "trials": trials,
+    "params": best[1],
+    **cost,
+  }
 
 
 def _candidates(

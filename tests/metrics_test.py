@@ -9,7 +9,7 @@ import small_tasks as small
 from jaxmerge import mesh as meshes
 from jaxmerge import methods
 from jaxmerge.atm import baselines, evaluate, loop, settings, tune
-from jaxmerge.report import card, comparing, plots, record, tables, words
+from jaxmerge.report import card, comparing, leaderboard, plots, record, tables, words
 
 
 def test_bits_of_bytes_by_hand():
@@ -132,6 +132,24 @@ def test_seeds_of_a_loss(both):
     record.merge_seeds(
       [records[0], {k: v for k, v in records[1].items() if k != "lower_is_better"}]
     )
+
+
+def test_a_leaderboard_of_a_loss_has_the_least_first(both):
+  records = [dict(both[1], seed=s) for s in range(2)]
+  runs = [{"settings": {"scale": 0.5}, "trials": 3}] * 2
+  facts = {
+    "summary": record.merge_seeds(records),
+    "methods": {"average": runs, "ties": runs, "dare": runs},
+    "noise": [0.01, 0.02],
+  }
+  means = {n: both[1]["models"][n]["mean"] for n in facts["methods"]}
+  assert leaderboard.ranked(facts) == sorted(means, key=means.get)
+  table = leaderboard.table(facts)
+  assert table.head[1] == "Mean (bits per byte)"
+  assert table.rows[1][1] == tables.Cell(f"{min(means.values()):.3f} ± 0.000", best=True)
+  shown = leaderboard.markdown(facts)
+  assert "bits per byte on validation; less is better" in shown
+  assert "a standard error of 0.020 bits per byte on a mean" in shown
 
 
 def test_paired_differences_of_scores():

@@ -12,25 +12,26 @@ from jaxmerge.report.tables import Cell, Table
 
 def ranked(facts: Mapping[str, Any]) -> list[str]:
   """Returns the methods, the best mean first."""
-  models = facts["summary"]["models"]
-  return sorted(facts["methods"], key=lambda n: -models[n]["mean"]["mean"])
+  models, summary = facts["summary"]["models"], facts["summary"]
+  return sorted(facts["methods"], key=lambda n: -words.gain(summary, models[n]["mean"]["mean"]))
 
 
 def table(facts: Mapping[str, Any], most: int | None = None) -> Table:
   """Returns a row a method, base and experts around them; `most` keeps the best."""
   models, tasks = facts["summary"]["models"], facts["summary"]["tasks"]
-  chosen = ranked(facts)
+  chosen, flat = ranked(facts), tables.as_record(facts["summary"])
   every = ["experts", *chosen[:most], "base"]
   head = ["Method", "Mean (%)", "Gap closed (%)", "Settings", "Trials", "CPU seconds", "MB"]
+  head[1] = f"Mean{words.unit(flat)}"
   rows = []
   for name in every:
     own, runs = models[name], facts["methods"].get(name, [])
     first = runs[0] if runs else {}
-    row = [words.label(name) if not runs else name, _spread(own["mean"], 1)]
-    row += [_spread(own["gap_closed"], 0), settings(runs), str(first.get("trials", ""))]
+    row = [words.label(name) if not runs else name, _spread(own["mean"], flat)]
+    row += [_spread(own["gap_closed"], None), settings(runs), str(first.get("trials", ""))]
     row += [f"{first['seconds']:.2g}" if "seconds" in first else ""]
     row += [f"{first['bytes'] / 1e6:.0f}" if "bytes" in first else ""]
-    row += [_spread(own["per_task"][t], 1) for t in tasks]
+    row += [_spread(own["per_task"][t], flat) for t in tasks]
     rows.append([Cell(text, best=name == chosen[0] and i == 1) for i, text in enumerate(row)])
   return Table([*head, *tasks], rows)
 
@@ -53,22 +54,30 @@ def _plain(value: Any) -> str:
   return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _spread(own: Mapping[str, Any], digits: int) -> str:
+def _spread(own: Mapping[str, Any], record: Mapping[str, Any] | None) -> str:
+  """Mean and spread, of the record's metric or, without one, as whole percent."""
   if own["mean"] is None:
     return ""
-  spread = "" if own["spread"] is None else f" ± {100 * own['spread']:.{digits}f}"
-  return f"{100 * own['mean']:.{digits}f}{spread}"
+  mean, spread = (
+    x if x is None else f"{100 * x:.0f}" if record is None else words.value(record, x)
+    for x in (own["mean"], own["spread"])
+  )
+  return f"{mean}{'' if spread is None else f' ± {spread}'}"
 
 
 def markdown(facts: Mapping[str, Any]) -> str:
   """Returns the leaderboard as a page of Markdown."""
   summary, noise = facts["summary"], max(facts["noise"])
+  flat = tables.as_record(summary)
+  unit = "points" if words.percent(flat) else words.metric(flat)
+  less = "; less is better" if words.lower_is_better(flat) else ""
   number = len(summary["seeds"])
   of = f"Mean ± standard deviation over {number} seeds" if number > 1 else "One seed"
   about = (
-    f"{of}, accuracy on {words.split(summary)}. The rows alone leave a standard error of "
-    f"{100 * noise:.1f} points on a mean. Settings are the best of so many trials on validation; "
-    "CPU seconds (of all threads) and MB are those of one merge in memory, once compiled, beside "
+    f"{of}, {words.metric(flat)} on {words.split(summary)}{less}. The rows alone leave a standard "
+    f"error of {words.value(flat, noise)} {unit} on a mean. Settings are the best of so many "
+    "trials on validation; CPU seconds (of all threads) and MB are those of one merge in memory, "
+    "once compiled, beside "
     "the models."
   )
   return f"{about}\n\n{tables.to_markdown(table(facts))}"

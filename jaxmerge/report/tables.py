@@ -233,15 +233,7 @@ def _block(columns: Sequence[Sequence[str]], lines: int) -> str:
 def seeds(summary: Mapping[str, Any]) -> str:
   """Writes mean ± spread over seeds of every model as Markdown, from `record.merge_seeds`."""
   models, tasks = summary["models"], summary["tasks"]
-  # As a record, for the unit: the means of a seed count as the means of rounds.
-  flat = {
-    "models": {
-      n: {"mean": m["mean"]["mean"], "per_task": {t: m["per_task"][t]["mean"] for t in tasks}}
-      for n, m in models.items()
-    },
-    "rounds": [{"mean": v} for m in models.values() for v in m["mean"]["values"]],
-    **{key: summary[key] for key in ("metric", "lower_is_better") if key in summary},
-  }
+  flat = as_record(summary)
   families = words.families(summary)
   rows = []
   for name in words.order(models):
@@ -265,6 +257,20 @@ def seeds(summary: Mapping[str, Any]) -> str:
   if own := gaps(flat | {"tasks": tasks}):
     parts += [f"By task, where the experts lead by over {words.lead(flat)}:\n", to_markdown(own)]
   return "\n".join(parts)
+
+
+def as_record(summary: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns means over seeds as a record, for what is said of a record's metric."""
+  models, tasks = summary["models"], summary["tasks"]
+  return {
+    "models": {
+      n: {"mean": m["mean"]["mean"], "per_task": {t: m["per_task"][t]["mean"] for t in tasks}}
+      for n, m in models.items()
+    },
+    # The means of a seed count as the means of rounds.
+    "rounds": [{"mean": v} for m in models.values() for v in m["mean"]["values"]],
+    **{key: summary[key] for key in ("metric", "lower_is_better") if key in summary},
+  }
 
 
 def _value_of(record: Mapping[str, Any]) -> Any:
