@@ -94,9 +94,10 @@ class Work:
       jax.tree.map(lambda p: jnp.asarray(p, jnp.float32), self.problem.params)
     )
     self.metric = self.problem.metric
-    given = (self.problem.apply, self.metric.rowwise)
-    self.score = evaluate.scorer(*given, mesh=self.mesh)
-    self.own_score = evaluate.own_scorer(*given, mesh=self.mesh)
+    apply, rowwise = self.problem.apply, self.metric.rowwise
+    self.score = evaluate.scorer(apply, rowwise, mesh=self.mesh)
+    self.own_score = evaluate.own_scorer(apply, rowwise, mesh=self.mesh)
+    self.judged_by: Any = {"loss": self.problem.loss, "metric": self.metric}
     self.rows = self.placed(self.problem.tasks, "validation")
     self.models: dict[str, Any] = {}
     self.stacks: dict[str, Any] = {}  # A model for each task, [T, *s]: "experts" and longer ones.
@@ -142,10 +143,9 @@ class Work:
     but not after a round, the run stops where it is asked to: the loop stops by itself.
     """
 
-    def show(done: int, total: int, **numbers: float) -> None:
-      self.progress(
-        {"phase": phase, "done": done, "total": total, "unit": unit, "numbers": numbers}
-      )
+    def show(done: int, total: int, **numbers: float | None) -> None:
+      known = {k: v for k, v in numbers.items() if v is not None}
+      self.progress({"phase": phase, "done": done, "total": total, "unit": unit, "numbers": known})
       if done and unit != "round" and processes.agree(self.stop()):
         raise stopping.Stopped(f"stopped in {phase}, after {unit} {done} of {total}")
 
@@ -198,8 +198,7 @@ class Work:
         self.params,
         self.problem.tasks,
         settings,
-        loss=self.problem.loss,
-        metric=self.metric,
+        **self.judged_by,
         mesh=self.mesh,
         on_part=self.bar(name, settings.rounds),
       )
@@ -302,8 +301,7 @@ class Work:
       self.curves[name] = [*self.curves.get(name, []), record]
       if processes.first():
         workdirs.write_metrics(self.workdir, self.curves)
-      scored = {} if record["mean"] is None else {"mean": record["mean"]}
-      shown(record["round"], settings.rounds, **scored)
+      shown(record["round"], settings.rounds, mean=record["mean"])
 
     keep = config["checkpoint"]["keep"]
     with (
@@ -316,8 +314,7 @@ class Work:
         tasks,
         method_of(config["method"]),
         settings,
-        loss=self.problem.loss,
-        metric=self.metric,
+        **self.judged_by,
         layout=self.problem.layout,
         mesh=self.mesh,
         checkpoints=store,
@@ -376,21 +373,21 @@ class Work:
     rows = self.rows if split == "validation" else self.placed(tasks, split)
     counts = [len(t.splits()[split].labels) for t in tasks]
 
-    def scored(params: Any) -> dict[str, np.ndarray]:
-      found = self.score(jax.tree.map(lambda p: p[None], params), rows)
-      parts = evaluate.per_row(found[0], counts)
+    def named(found: Any) -> dict[str, np.ndarray]:
+      parts = evaluate.per_row(found, counts)
       return {n: self.metric.kept(p) for n, p in zip(self.names, parts, strict=True)}
+
+    def scored(params: Any) -> dict[str, np.ndarray]:
+      return named(self.score(jax.tree.map(lambda p: p[None], params), rows)[0])
 
     scores = {n: scored(params) for n, params in self.models.items()}
     experts = self.stacks["experts"]
     each = {n: scored(jax.tree.map(lambda x, k=k: x[k], experts)) for k, n in enumerate(self.names)}
     scores["experts"] = {n: each[n][n] for n in self.names}
     for name in self.stacks.keys() - {"experts"}:
-      found = self.own_score(self.padded(self.stacks[name], rows.filled.shape[0]), rows)
-      parts = evaluate.per_row(found, counts)
-      scores[name] = {n: self.metric.kept(p) for n, p in zip(self.names, parts, strict=True)}
-    record = judging.summary(tasks, split, scores, each, self.facts, self.metric)
-    return record, scores
+      stack = self.padded(self.stacks[name], rows.filled.shape[0])
+      scores[name] = named(self.own_score(stack, rows))
+    return judging.summary(tasks, split, scores, each, self.facts, self.metric), scores
 
 
 def make_like(params: Any, height: int, phase: str, mesh: Mesh) -> Any:
