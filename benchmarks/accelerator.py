@@ -15,7 +15,8 @@ runs at small sizes; so it does with --parameters and --decoder. Of several devi
 - rounds: seconds of a whole round with 1, 2, 4, 8 tasks, in steady state.
 - save: how long an asynchronous save keeps the loop waiting, and how long it takes.
 - numbers: the same merges on this machine's CPU, operation by operation; the largest difference in
-  units of the last place of each leaf's largest entry.
+  units of the last place of each leaf's largest entry. And loss and gradients of a
+  small decoder, in bfloat16, beside the CPU's in float32.
 """
 
 import argparse
@@ -273,7 +274,29 @@ def numbers(device, options):
     print(f"| {name} | {differ} of {total} | {far:.3g} |", flush=True)
     if far > 1:
       raise SystemExit(f"{name} on {device.device_kind} is not what the CPU computes.")
+  found["decoder"] = far = gradients(device, there)
+  print(f"loss and gradients of a small decoder, bf16: {far:.2g} from float32", flush=True)
+  if far > 0.03:
+    raise SystemExit(f"gradients on {device.device_kind} are not what the CPU computes.")
   return found
+
+
+def gradients(device, there):
+  """How far a small decoder's loss and gradients in bfloat16 are from the CPU's in float32."""
+  fields, rows, length = DECODERS["tiny"]
+  batch = text("numbers", fields["vocab_size"], rows, length).train
+  found = []
+  for place, dtype in ((device, jnp.bfloat16), (there, jnp.float32)):
+    config, apply = llama.of_fields(fields, dtype)
+
+    def loss(params, ids, labels, apply=apply):
+      return tune.cross_entropy(apply(params, ids), labels).mean()
+
+    with jax.default_device(there):
+      params = llama.init(config, jax.random.key(0))
+    found.append(jax.jit(jax.value_and_grad(loss))(*jax.device_put((params, *batch), place)))
+  flat = [np.concatenate([np.ravel(x) for x in jax.tree.leaves(own)]) for own in found]
+  return float(np.linalg.norm(flat[0] - flat[1]) / np.linalg.norm(flat[1]))
 
 
 def text(name, vocabulary, rows, length):

@@ -41,6 +41,7 @@ def test_everything_is_measured_and_the_numbers_are_those_of_the_cpu(benchmark, 
     assert found["merges"][name]["bytes_per_second"] > 0
     assert found["numbers"][name]["units"] <= 1
     assert f"| {name} |" in shown
+  assert found["numbers"]["decoder"] < 0.03
   assert list(found["rounds"]) == [1, 2]
   assert 0 < found["save"]["wait"] <= found["save"]["total"]
   assert found["step"]["utilisation"] is None  # Nobody knows the peak of this CPU.
