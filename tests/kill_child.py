@@ -245,7 +245,7 @@ class Client:
   ):
     """Runs a scenario in several processes that share a mesh; gives the answer of each.
 
-    `kill` is (which, signal, seconds after all have joined), or (which, SIGKILL, number of an event
+    `kill` is (which, signal, seconds after all have joined), or (which, signal, number of an event
     of that process). A `heartbeat` of None is that of users; the tests' own machine may be slow.
     """
     many = {"processes": processes, "devices": devices, "kill": kill, "heartbeat": heartbeat}
@@ -409,9 +409,9 @@ def _one_of_many(request, index, port, writing):
   os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={request['devices']}"
 
   def work():
-    which, _, moment = request["kill"] or (None, None, None)
+    which, number, moment = request["kill"] or (None, signal.SIGKILL, None)
     event = moment if which == index and isinstance(moment, int) else None
-    _watch(request["directory"], event, report["events"])
+    _watch(request["directory"], event, report["events"], number)
     processes.HEARTBEAT = request["heartbeat"] or processes.HEARTBEAT
     if request["processes"] > 1:
       processes.start(f"127.0.0.1:{port}", request["processes"], index)
@@ -431,7 +431,7 @@ def _one_of_many(request, index, port, writing):
   os._exit(status)
 
 
-def _watch(directory, kill_event, events):
+def _watch(directory, kill_event, events, number=signal.SIGKILL):
   """Notes every change below the directory, and kills this process just before one of them."""
   root = os.path.abspath(directory)
 
@@ -441,7 +441,7 @@ def _watch(directory, kill_event, events):
       return
     events.append(f"{name} {os.path.relpath(path, root)}")
     if len(events) == kill_event:
-      os.kill(os.getpid(), signal.SIGKILL)
+      os.kill(os.getpid(), number)
 
   def hook(name, values):
     if name not in _CHANGES and name != "open":

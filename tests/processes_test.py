@@ -102,30 +102,28 @@ def test_killed_again_and_again_either_of_two(child, whole, tmp_path):
 
 
 def test_resumed_on_other_devices_and_by_other_processes(child, whole, tmp_path):
-  """Stopped by SIGTERM in the second round, then finished elsewhere."""
+  """Stopped by SIGTERM during the first save, then finished elsewhere."""
   _, expected = whole
   for number, (count, devices, sizes) in enumerate(
     [(1, 8, (4, 2, 1)), (2, 2, (2, 1, 2)), (1, 1, (1, 1, 1))]
   ):
     directory = tmp_path / str(number)
-    answers = child.run_many("spread", directory, slow=0.5, kill=(number % 2, signal.SIGTERM, 1.0))
+    answers = child.run_many("spread", directory, kill=(number % 2, signal.SIGTERM, 3))
     assert [a["status"] for a in answers] == [143, 143], answers
-    assert all("stopped after round" in a["said"] for a in answers)
-    assert max(a["after"] for a in answers) < 20
     given = dict(processes=count, devices=devices, sizes=sizes)
     close(model(child, directory, tmp_path / f"{number}.npz", **given), expected)
 
 
 def test_asked_to_stop_and_resumed_with_the_same_bits(child, whole, tmp_path):
-  """Whichever process hears of it, both stop after the same round."""
+  """Whichever process hears of it, both stop after the same round: the one that they are in."""
   answers, _ = whole
   for which in (0, 1):
     directory = tmp_path / str(which)
-    found = child.run_many("spread", directory, slow=0.5, kill=(which, signal.SIGTERM, 1.0))
+    found = child.run_many("spread", directory, slow=0.5, kill=(which, signal.SIGTERM, 3))
     assert [a["status"] for a in found] == [143, 143], found
     last = {a["said"].strip().splitlines()[-1] for a in found}
     assert len(last) == 1, last
-    assert last.pop().startswith("stopped after round")
+    assert last.pop() in ("stopped after round 1 of 4", "stopped after round 2 of 4")
     final = child.run_many("spread", directory)
     assert final[0]["digest"] == answers[0]["digest"]
 
