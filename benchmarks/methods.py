@@ -49,6 +49,7 @@ def main():
 
   if "files" in options.where:
     made(options)
+    made(tiny_of(options))
   rows = []
   for name in options.methods or catalog.METHODS:
     row = {"method": name, "models": height(name, options.models)}
@@ -128,6 +129,10 @@ def made(options):
     (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
 
 
+def tiny_of(options):
+  return argparse.Namespace(work=options.work, params=1e5, models=0)
+
+
 def place_of(options, k):
   return options.work / f"{options.params / 1e9:g}b" / ("base" if k == 0 else f"m{k}")
 
@@ -198,16 +203,19 @@ def in_memory(name, method, seed, weights, options):
 def over_files(name, method, seed, weights, options):
   from merge_files import Peak
 
-  import jaxmerge
+  from jaxmerge import files, methods
 
   count = height(name, options.models)
   models = [place_of(options, k + 1) for k in range(count)]
   base = None if weights else place_of(options, 0)
   out = options.work / "out"
   read = functools.partial(_counter, "rchar")
+  # Modules are read as well: they must be there before bytes are counted.
+  tiny = place_of(tiny_of(options), 0)
+  files.merge_files(methods.average(), [tiny], options.work / "tiny", replace=True)
   peak, before = Peak(), read()
   given = {"base": base, "layout": VIEWS, "replace": True, **seed}
-  _, cpu, wall = timed(lambda: jaxmerge.merge_files(method, models, out, **given) and None)
+  _, cpu, wall = timed(lambda: files.merge_files(method, models, out, **given) and None)
   passes = (read() - before) / sum(
     (m / "model.safetensors").stat().st_size for m in [*models, *([base] if base else [])]
   )

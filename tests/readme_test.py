@@ -1,5 +1,6 @@
 """The README's code runs, and what it says of methods is what the catalog says."""
 
+import json
 import pathlib
 import re
 
@@ -7,6 +8,7 @@ import jax
 import pytest
 
 from jaxmerge import catalog
+from jaxmerge.report import leaderboard, tables
 
 TEXT = (pathlib.Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 DESIGN = (pathlib.Path(__file__).parents[1] / "docs" / "design.md").read_text(encoding="utf-8")
@@ -66,3 +68,13 @@ def test_files_that_the_readme_names_exist(path):
 def test_results_are_those_of_the_benchmark(name, table):
   path = pathlib.Path(__file__).parents[1] / "benchmarks" / "results" / f"{name}.md"
   assert f"\n\n{table}\n\n" in path.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+  ("name", "count", "table"),
+  re.findall(r"<!-- top: (\w+) (\d+) -->\n(.*?)\n<!-- end of top -->", TEXT, re.S),
+)
+def test_leaderboards_begin_as_the_readme_says(name, count, table):
+  path = pathlib.Path(__file__).parents[1] / "benchmarks" / "results" / f"{name}.json"
+  facts = json.loads(path.read_text(encoding="utf-8"))
+  assert table == tables.to_markdown(leaderboard.top(facts, int(count))).strip()
