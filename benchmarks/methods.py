@@ -265,8 +265,10 @@ def svds(run, base, models):
     for equation in jaxpr.eqns:
       times = equation.params["length"] if equation.primitive.name == "scan" else 1
       inner = [equation.invars[0].aval.shape] if equation.primitive.name == "svd" else []
-      for sub in jax.extend.core.jaxprs_in_params(equation.params):
-        inner += of(sub)
+      each = [of(sub) for sub in jax.extend.core.jaxprs_in_params(equation.params)]
+      if equation.primitive.name == "cond":  # Of branches, such as those for platforms, one runs.
+        each = [max(each, key=len)]
+      inner += [shape for own in each for shape in own]
       found += times * inner
     return found
 

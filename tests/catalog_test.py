@@ -184,9 +184,12 @@ def decompositions(method, height):
   def count(jaxpr):
     total = 0
     for equation in jaxpr.eqns:
-      times = equation.params["length"] if equation.primitive.name == "scan" else 1
-      inner = sum(map(count, jax.extend.core.jaxprs_in_params(equation.params)))
-      total += times * (inner + (equation.primitive.name == "svd"))
+      name = equation.primitive.name
+      times = equation.params["length"] if name == "scan" else 1
+      # Of branches, such as those for platforms, one runs.
+      each = list(map(count, jax.extend.core.jaxprs_in_params(equation.params)))
+      inner = max(each, default=0) if name == "cond" else sum(each)
+      total += times * (inner + (name == "svd"))
     return total
 
   return count(jax.make_jaxpr(merge)({"w": models["w"][0]}, models).jaxpr)

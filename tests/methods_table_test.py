@@ -374,7 +374,9 @@ def test_eight_devices(group, layout):
     assert found[n]["matrix"].sharding.num_devices == 8
     if kind == AxisType.Explicit:
       assert jax.typeof(found[n]["matrix"]).sharding.spec == P("row", "column")
-    if sides[0] > 1 or TABLE[n].summed:
+    if layout == "tasks" and TABLE[n].steep:  # Beside the transcription.
+      small.close(jax.device_get(found[n]), out[n], 1e-4)
+    elif sides[0] > 1 or TABLE[n].summed:
       small.close(jax.device_get(found[n]), out[n], max(ATOL, TABLE[n].atol))
     else:
       small.same(jax.device_get(found[n]), out[n])
