@@ -172,9 +172,8 @@ def apart(found: Iterable[Document], share: float = 0.5) -> dict[str, list[Docum
 def rows(found: Iterable[Document], length: int) -> task_lib.Split:
   """Cuts documents, one after the other, into rows of bytes; a label is the byte after its input.
 
-  >>> rows([Document("a", "abcde")], 2)
-  Split(inputs=array([[97, 98], [99, 100]], dtype=int32), labels=array([[98, 99], [100, 101]],
-  dtype=int32))
+  >>> [x.tolist() for x in rows([Document("a", "abcde")], 2)]
+  [[[97, 98], [99, 100]], [[98, 99], [100, 101]]]
   """
   text = "\n\n".join(d.text.strip("\n") for d in found)
   stream = np.frombuffer(text.encode(), np.uint8).astype(np.int32)
