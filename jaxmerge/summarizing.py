@@ -65,7 +65,7 @@ def work(plan: Plan, out_format: str = "safetensors") -> int:
 
 
 _RUNTIME = 240_000_000  # Bytes of Python and jax; what follows is measured as well.
-_WORKING = 40  # Bytes for each entry of a slice and each model: as read, in float32, as bits.
+_WORKING = 30  # Bytes for each entry of a slice and each model: as read, in float32, as bits.
 _RANKED = 120_000_000  # Bytes of samples, and of the values near a threshold.
 
 

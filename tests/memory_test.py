@@ -9,7 +9,7 @@ import pytest
 import small
 
 import jaxmerge
-from jaxmerge import memory, methods
+from jaxmerge import dealing, memory, methods
 
 AVERAGE, TA, TIES, DARE = (
   methods.average(),
@@ -136,7 +136,8 @@ def test_numbers_are_no_constants_of_the_program():
   base, models = small.trees(small.FEW)
   shapes = {"matrix": (8, 16)}
   ready = memory.prepare(methods.task_arithmetic(0.123456), shapes, 4, {}, None)
-  run = functools.partial(memory._compiled.lower, method=TA, layout=(), chains=True)
+  given = {"method": TA, "layout": (), "deal": dealing.of([], chains=True)}
+  run = functools.partial(memory._compiled.lower, **given)
   assert "0.123456" not in run(base, None, models, ready).as_text()
 
 

@@ -108,7 +108,8 @@ def test_resumed_on_other_devices_and_by_other_processes(child, whole, tmp_path)
     [(1, 8, (4, 2, 1)), (2, 2, (2, 1, 2)), (1, 1, (1, 1, 1))]
   ):
     directory = tmp_path / str(number)
-    answers = child.run_many("spread", directory, kill=(number % 2, signal.SIGTERM, 3))
+    kill = (number % 2, signal.SIGTERM, 3)
+    answers = child.run_many("spread", directory, slow=0.5, kill=kill)
     assert [a["status"] for a in answers] == [143, 143], answers
     given = dict(processes=count, devices=devices, sizes=sizes)
     close(model(child, directory, tmp_path / f"{number}.npz", **given), expected)

@@ -121,8 +121,10 @@ def cross_entropy(outputs: Array, labels: Array | np.ndarray) -> Array:
   if outputs.ndim == 2:
     return optax.softmax_cross_entropy_with_integer_labels(outputs, labels)
   # Logits of tokens may be shared by devices: a sum is cut up among them, picking one out is not.
-  place = lax.broadcasted_iota(labels.dtype, outputs.shape, outputs.ndim - 1)
-  own = jnp.where(place == labels[..., None], outputs, jnp.zeros((), outputs.dtype))
+  place = lax.broadcasted_iota(jnp.int32, outputs.shape, outputs.ndim - 1)
+  own = jnp.where(
+    place == labels.astype(np.int32)[..., None], outputs, jnp.zeros((), outputs.dtype)
+  )
   return jax.nn.logsumexp(outputs, axis=-1) - own.sum(-1)
 
 

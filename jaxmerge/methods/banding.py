@@ -161,7 +161,7 @@ def _band_of_rows(x: Array, leaf: Leaf, known: Any, *, yields: Yields) -> Array:
   K, _, columns = x.shape
   keep, remove = (jnp.asarray(leaf.aux[n]) for n in ("keep", "remove"))
   counts = _counts(keep, remove, columns, K, yields)
-  alone = leaf._replace(start=np.uint32(0), offset=np.uint32(0))
+  alone = leaf._replace(start=np.uint32(0), offset=np.uint32(0), places=None)
 
   def one(row: Array) -> Array:
     own = dict(counts)

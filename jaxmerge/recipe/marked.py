@@ -173,6 +173,10 @@ def _events(text: str, file: str, found: list[Problem]) -> Iterator[yaml.Event]:
   except yaml.MarkedYAMLError as error:
     mark = error.problem_mark or error.context_mark
     place = _place(mark, file) if mark else place
+    if "nesting depth" in str(error.problem):  # The parser has a limit as well, a higher one.
+      raise RecipeError(
+        [*found, Problem(place, f"nested deeper than {DEEPEST} levels.")]
+      ) from error
     tab = "\t" in "".join(text.split("\n")[place.line - 1 : place.line])[: place.column]
     hint = "; indent with spaces, not with tabs" if tab else ""
     context = f" {error.context}" if error.context else ""
