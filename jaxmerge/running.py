@@ -99,7 +99,7 @@ def of(
     ready = prepared(params, name)
     held = added(state["count"], state["held"], params, base, ready)
     like = jax.tree.map(functools.partial(_first, state["count"]), state["like"], params)
-    _refuse_nonfinite(params, base, name or "given to update")
+    _refuse_nonfinite(params, name or "given to update")
     return {"count": state["count"] + 1, "held": held, "like": like}
 
   @jax.jit
@@ -216,7 +216,7 @@ def opcm(
 
   def update(state: State, params: Tree, name: str | None = None) -> State:
     _check(base, params)
-    _refuse_nonfinite(params, base, name or "given to update")
+    _refuse_nonfinite(params, name or "given to update")
     return added(state, params, bases)
 
   @jax.jit
@@ -283,7 +283,7 @@ def _refuse_empty(state: State) -> None:
     raise ValueError("no model was given to update: there is nothing to finalize.")
 
 
-def _refuse_nonfinite(params: Tree, base: Tree | None, name: str) -> None:
+def _refuse_nonfinite(params: Tree, name: str) -> None:
   finite = {}
   for n, x in tree.named(params).items():
     if isinstance(x, jax.core.Tracer):

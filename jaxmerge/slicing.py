@@ -34,9 +34,8 @@ class Source(NamedTuple):
       arrays; entries are counted row by row, and models[i] is the one at index i of `order`, a
       slice or an array. They are used up before the next call. The base is None where raw weights
       are merged, the reference is None where it is the base. `look`, if there is one, is called
-      with "base", "reference" or i, and
-      with entries of it, each once and in order, best while they are in a cache: the slice is read
-      the first time, and right after the ones before it.
+      with "base", "reference" or i, and with entries of it, each once and in order, best while they
+      are in a cache: the slice is read the first time, and right after the ones before it.
     precision: of leaves that are not merged in float32 or wider, by name.
   """
 

@@ -99,8 +99,8 @@ def stream(
       fine = slicing.finite(out)
       if not fine and not nonfinite:
         slicing.refuse_nonfinite(run, name, parts)
-      if not fine and late:
-        known, late = _knowledge(run, leaves, known), frozenset()
+      if not fine and late is not None:
+        known, late = _knowledge(run, leaves, known), None
         # Others have been read to where this one lay.
         parts = slicing.read(run, name, start, start + out.size, check=False)
         out = _result(run, name, parts, known, form)
@@ -149,21 +149,21 @@ def _together(run: Run) -> list[list[str]]:
   return [[name] for name in run.shapes] if apart else [list(run.shapes)]
 
 
-def _late(method: Method) -> frozenset[int]:
-  """The stages whose statistics may be measured when something depends on them."""
-  last = max((i for i, step in enumerate(method) if step.statistics), default=-1)
-  return frozenset({last} if last >= 0 and method[last].deferred else ())
+def _late(method: Method) -> int | None:
+  """The stage whose statistics may be measured when something depends on them, if there is one."""
+  last = max((i for i, step in enumerate(method) if step.statistics), default=None)
+  return last if last is not None and method[last].deferred else None
 
 
 def _knowledge(run: Run, leaves: Sequence[str], before: Any = None) -> tuple[Any, ...]:
   """Measures what the stages know, by group; what may come late only after what is known before."""
   known: tuple[Any, ...] = ()
-  late = _late(run.method) if before is None else frozenset()
+  late = _late(run.method) if before is None else None
   for i, step in enumerate(run.method):
     own = {}
     for group, members in stage.members(step, dict.fromkeys(leaves)).items():
       own[group] = dict(run.ready.known[i][group] if before is None else before[i][group])
-      batches = () if i in late else _batches(step)
+      batches = () if i == late else _batches(step)
       for batch in (b for b in batches if b[0].name not in own[group]):
         own[group].update(_measured(run, members, i, batch, known, own[group]))
     known = (*known, own)
