@@ -7,7 +7,9 @@ not there). The floor reads every input byte once and writes every output byte o
 order and slices, without arithmetic: no checksums, no look for NaN. Floor, jaxmerge and, where
 --mergekit gives the Python of an environment that has it, mergekit run in turns, each in a process
 of its own, for several rounds, and write new files. The table has the smallest of each: what else a
-machine does only adds. `floor` and `merge` are without the start of Python, imports and compiling:
+machine does only adds. Before each there is a pause: free memory goes back to the host of a virtual
+machine within seconds, and what writes to it first pays for having it again; so all pay, as a user
+does, and not just those that come late after another. `floor` and `merge` are without the start of Python, imports and compiling:
 `start-up` is the merge of a model with a few slices of the same lengths, for which the same
 programs are compiled; `process` is all of it. Memory is the peak of the resident pages, and of the
 anonymous ones.
@@ -34,8 +36,9 @@ METHODS = {
   "breadcrumbs": "merge_method: breadcrumbs\nparameters: {weight: 1.0, density: 0.5, gamma: 0.01}",
   "della": "merge_method: della\nparameters: {weight: 1.0, density: 0.5, epsilon: 0.15}",
 }
-OURS = {"ties by tensor": "compat: mergekit", "dare_linear": "seed: 0", "della": "seed: 0"}
+OURS = {"ties by tensor": "compat: mergekit\ndtype: float32", "dare_linear": "seed: 0", "della": "seed: 0"}
 MODELS = 3
+PAUSE = 6.0  # seconds
 
 
 def main():
@@ -259,6 +262,7 @@ def measured(root, start, method, rounds, mergekit):
       for old in (root / "out", start / "out", root / "out_mergekit"):
         shutil.rmtree(old, ignore_errors=True)
       (root / "floor.bin").unlink(missing_ok=True)
+      time.sleep(PAUSE)
       (last,), spent = process(command)
       found[name].append({**spent, **(json.loads(last) if name != "mergekit" else {})})
   row = {"model": root.name, "method": method, "models": len(read), "rounds": rounds}

@@ -38,7 +38,7 @@ def get_config():
   # The loop: merge by the method, step by the outer optimiser.
   c.method = dict(name="average")
   c.outer = "sgd"  # none (plain ATM), sgd, nesterov, adam, damped
-  c.outer_learning_rate = 2.0
+  c.outer_learning_rate = 1.0
   c.outer_momentum = 0.0
   c.outer_schedule = "constant"
   c.reference = "current"  # task vectors start from the current model, or from the base

@@ -77,7 +77,7 @@ def _done(options: argparse.Namespace, config: Any, arguments: Sequence[str]) ->
     return _failed(e, 1, debug)
   except stopping.Stopped as e:
     progress.say(f"{e}{_again(options, arguments)}")
-    return 143
+    return stopping.STATUS
   except KeyboardInterrupt:
     progress.say(f"interrupted{_again(options, arguments)}")
     return 130
@@ -137,6 +137,9 @@ def parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
   atm.add_argument("--workdir", required=True, metavar="FOLDER", help=workdir)
   resume = "go on with the run in the workdir: if there is one, not at all, or fail without one"
   atm.add_argument("--resume", choices=("auto", "never", "must"), default="auto", help=resume)
+  late = "after SIGTERM, end in the middle of a round that takes longer; "
+  late += f"{stopping.GRACE:g} if not given"
+  atm.add_argument("--grace", metavar="SECONDS", type=float, default=stopping.GRACE, help=late)
   _many(atm)
 
   about = "merge the experts of an experiment by every method, and rank the methods"

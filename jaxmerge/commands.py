@@ -18,7 +18,7 @@ def atm(options: argparse.Namespace, config: Any) -> None:
   from jaxmerge import experiment
   from jaxmerge import report as reports
 
-  with progress.bars() as show, stopping.asked() as stop:
+  with progress.bars() as show, stopping.asked(options.grace) as stop:
     record = experiment.run(
       config, options.workdir, resume=options.resume, progress=show, stop=stop
     )

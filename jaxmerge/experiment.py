@@ -317,6 +317,7 @@ class Work:
         **self.judged_by,
         layout=self.problem.layout,
         mesh=self.mesh,
+        sharding=self.problem.sharding if self.mesh.shape["model"] > 1 else (),
         checkpoints=store,
         save_every=config["checkpoint"]["every"],
         score_every=config.get("score_every", 1),

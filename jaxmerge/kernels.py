@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxmerge import memory, slicing, statistics, unrolling, views
+from jaxmerge import memory, ranking, slicing, statistics, unrolling, views
 from jaxmerge.slicing import Form, Parts
 from jaxmerge.stage import Array, Leaf, Method, Rank, Stage, Sum
 
@@ -103,31 +103,21 @@ def patterns(
   return bits.reshape(bits.shape[0], parts.models.shape[1])
 
 
-@functools.partial(jax.jit, static_argnames=(*_RANKED, "single"))
+@functools.partial(jax.jit, static_argnames=_RANKED)
 def sides(
   parts: Parts,
   known: Any,
   own: Any,
-  bracket: Any,
+  bracket: tuple[Array, Array],
   *,
   before: Method,
   step: Stage,
   rank: Rank,
   form: Form,
-  single: bool,
-) -> tuple[Array, Array | None, Array]:
-  """On which side of brackets a slice's values are: what `ranking.Slice` holds."""
+) -> Array:
+  """On which sides of brackets [R, K, 1] a slice's values are: see `ranking.sides`."""
   bits = patterns(parts, known, own, before=before, step=step, rank=rank, form=form)
-  low, high = bracket
-  above, within = bits[None] > high, bits[None] >= low
-
-  def rows(side: Array) -> Array:
-    return side.reshape(low.shape[0] * bits.shape[0], bits.shape[1])
-
-  near = unrolling.unrolled(functools.partial(jnp.any, axis=0))(
-    rows(within & ~above & (low < high))
-  )
-  return rows(above), rows(within) if single else None, near
+  return ranking.sides(bits, *bracket, jnp.where)
 
 
 @functools.partial(jax.jit, static_argnames=("before", "form"))

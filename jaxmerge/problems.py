@@ -13,6 +13,7 @@ import numpy as np
 import optax
 from jax import lax
 
+from jaxmerge import mesh as meshes
 from jaxmerge import processes, tree
 from jaxmerge.atm import baselines, evaluate, sampling, tune
 from jaxmerge.atm.settings import Settings
@@ -36,6 +37,7 @@ class Problem(NamedTuple):
     license: of the base model.
     loss: (outputs, labels) -> [B, ...], whose mean is minimised.
     metric: what models are judged by.
+    sharding: rules for a mesh whose model axis splits the weights of a copy; none: it cannot.
   """
 
   title: str
@@ -48,6 +50,7 @@ class Problem(NamedTuple):
   license: str
   loss: tune.Rowwise = tune.cross_entropy
   metric: evaluate.Metric = evaluate.ACCURACY
+  sharding: meshes.Rules = ()
 
 
 def images4(config: Mapping[str, Any]) -> Problem:
@@ -176,6 +179,7 @@ def domains6(config: Mapping[str, Any]) -> Problem:
     save,
     "apache-2.0",
     metric=evaluate.BITS_PER_BYTE,
+    sharding=llama.SHARDING,
   )
 
 

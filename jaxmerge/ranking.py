@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple  # Any: arrays of NumPy, or of jax.
 
 import numpy as np
 
@@ -26,21 +26,19 @@ class Slice(NamedTuple):
 
   Attributes:
     position: position of its first entry.
-    above: [M, n] boolean: above the bracket, for each of M ranks.
-    within: [M, n] boolean: inside or above it; None where no bracket is a single value.
-    near: [n] boolean: inside of some bracket that is more than one value.
-    bits: columns [m] -> patterns of these entries, [K, m]; the i-th rank is one of row i modulo K.
+    sides: [K, n], what `sides` returns for these entries and the brackets.
+    bits: columns [m] -> patterns of these entries, [K, m].
   """
 
   position: int
-  above: np.ndarray
-  within: np.ndarray | None
-  near: np.ndarray
+  sides: np.ndarray
   bits: Callable[[np.ndarray], np.ndarray]
 
 
 class Numbers(NamedTuple):
   """Numbers that can be read slice by slice; a slice is used up before the next one is read.
+
+  Of M ranks that are searched at once the i-th is one of model i modulo K.
 
   Attributes:
     size: how many there are of each model.
@@ -55,6 +53,26 @@ class Numbers(NamedTuple):
   slice: Callable[[int], tuple[int, np.ndarray]]
 
 
+_ABOVE, _INSIDE = 1, 2  # What a number is to the first bracket of its row; for the next, times 4.
+
+
+def sides(bits: Any, low: Any, high: Any, where: Callable[..., Any] = np.where) -> Any:
+  """Tells where numbers are to brackets: [K, n], [R, K, 1], [R, K, 1] -> unsigned [K, n].
+
+  All R brackets of a number are in one small integer, so that a program makes and writes it once.
+
+  >>> bits, low, high = np.array([[1, 5, 9]]), np.array([[[5]], [[0]]]), np.array([[[6]], [[2]]])
+  >>> sides(bits, low, high).tolist()
+  [[8, 6, 5]]
+  """
+  kind = np.min_scalar_type(4 ** len(low) - 1).type
+  found = kind(0)
+  for r in range(len(low)):
+    inside = where(bits >= low[r], kind(_INSIDE << 2 * r), kind(0))
+    found = found | where(bits > high[r], kind(_ABOVE << 2 * r), inside)
+  return found
+
+
 def ranks(bits: np.ndarray) -> np.ndarray:
   """Returns the place of each number in its row, as `statistics.ranks` does: [K, rows, columns].
 
@@ -63,15 +81,56 @@ def ranks(bits: np.ndarray) -> np.ndarray:
   >>> ranks(np.array([[[9, 1, 4, 1]]], np.uint32)).tolist()
   [[[3, 0, 2, 1]]]
   """
-  out, columns = np.empty(bits.shape, np.int32), bits.shape[-1]
-  places = np.arange(columns, dtype=np.int32)
-  columns_of = places.astype(np.uint64)
-  for own, row in zip(out.reshape(-1, columns), bits.reshape(-1, columns), strict=True):
-    # The column beside the number: numbers that tie stay in order, and none is sorted twice.
-    keys = (row.astype(np.uint64) << np.uint64(32)) | columns_of
-    keys.sort()
-    own[keys.astype(np.uint32)] = places
-  return out
+  columns = bits.shape[-1]
+  given, step = bits.reshape(-1, columns), max(1, TOGETHER // max(columns, 1))
+  # As narrow as they can be: what is written here is read again by the device.
+  out, short = np.empty(given.shape, np.min_scalar_type(max(columns - 1, 0))), True
+  places = np.broadcast_to(np.arange(columns, dtype=np.uint32), (step, columns)).copy()
+  narrow = places.astype(out.dtype)
+  # Where rows begin in the flat array, in which NumPy takes and writes several times faster.
+  starts = np.arange(step)[:, None] * columns
+  for at in range(0, len(given), step):
+    rows = given[at : at + step]
+    some, first = places[: len(rows)], starts[: len(rows)]
+    order = _shortly(rows, some) if short else _wholly(rows, some)
+    order += first
+    if short:
+      found = np.take(rows, order, mode="wrap")
+      wrong = np.flatnonzero((found[:, 1:] < found[:, :-1]).any(axis=1))
+      if len(wrong):
+        order[wrong] = _wholly(rows[wrong], some[wrong]) + first[wrong]
+        short = 2 * len(wrong) < len(rows)
+    out[at : at + step].reshape(-1)[order] = narrow[: len(rows)]
+  return out.reshape(bits.shape)
+
+
+TOGETHER = 2**15  # As many numbers are sorted in one go: they and their keys stay in a cache.
+
+
+def _shortly(bits: np.ndarray, places: np.ndarray) -> np.ndarray:
+  """The order of each row, but for numbers below 2**31 that differ in their last bits alone.
+
+  There the column stands, so that numbers that tie stay in order; keys of 32 bits are sorted more
+  than twice as fast as longer ones.
+  """
+  last = 2 ** max(bits.shape[1] - 1, 0).bit_length() - 1
+  keys = bits << np.uint32(1)
+  keys &= ~np.uint32(last)
+  keys |= places
+  keys.sort(axis=1)
+  order = keys.astype(np.int64)
+  order &= last
+  return order
+
+
+def _wholly(bits: np.ndarray, places: np.ndarray) -> np.ndarray:
+  """The order of each row, with the column beside the number."""
+  keys = bits.astype(np.uint64)
+  keys <<= np.uint64(32)
+  keys |= places
+  keys.sort(axis=1)
+  keys &= np.uint64(2**32 - 1)
+  return keys.view(np.int64)
 
 
 def cut(numbers: Numbers, ranks: Sequence[int], *, exact: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -102,6 +161,8 @@ def cut(numbers: Numbers, ranks: Sequence[int], *, exact: bool) -> tuple[np.ndar
 
 def _sorted(sample: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   """Sorts a sample from the largest on, with the share of all that each and those before are."""
+  if (weights == weights[0]).all():
+    return np.sort(sample)[::-1], np.arange(1, len(sample) + 1) / len(sample)
   # The place beside the number: sorted as one, several times faster than by `argsort`.
   keys = (sample.astype(np.uint64) << np.uint64(32)) | np.arange(len(sample), dtype=np.uint64)
   keys.sort()
@@ -111,22 +172,37 @@ def _sorted(sample: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.nda
 
 def _take(searches: Sequence[_Search], which: int, part: Slice, exact: bool) -> None:
   """Counts what is above the brackets, and keeps what is inside."""
-  columns = np.flatnonzero(part.near)
-  patterns = part.bits(columns) if len(columns) else None
-  for k, search in enumerate(searches):
+  height, kind = len(part.sides), part.sides.dtype.type
+  insides = np.zeros((height, 1), part.sides.dtype)
+  for i, search in enumerate(searches):
+    if not search.found and not search.single:
+      insides[i % height] |= kind(_INSIDE << 2 * (i // height))
+  columns, patterns = _NOTHING, None
+  if insides.any():
+    columns = np.flatnonzero(_union(part.sides, insides) != 0)
+    patterns = part.bits(columns) if len(columns) else None
+  few = np.take(part.sides, columns, axis=1)
+  for i, search in enumerate(searches):
+    k, shift = i % height, 2 * (i // height)
     if search.found:
       continue
-    above = int(np.count_nonzero(part.above[k]))
-    search.above += above
-    low, high = search.bracket
-    if low == high and part.within is not None:  # Equal ones are often very many.
-      count = np.count_nonzero(part.within[k]) - above
-      search.keep(_Kept(which, np.array([low], np.uint32), np.array([count])), len(searches))
+    above, inside = kind(_ABOVE << shift), kind(_INSIDE << shift)
+    search.above += int(np.count_nonzero(part.sides[k] & above))
+    if search.single:  # Equal ones are often very many.
+      count = np.count_nonzero(part.sides[k] & inside)
+      own = np.array([search.bracket[0]], np.uint32)
+      search.keep(_Kept(which, own, np.array([count])), len(searches))
     elif patterns is not None:
-      own = patterns[k % len(patterns)]
-      inside = (own >= low) & (own <= high)
-      at = (part.position + columns[inside]).astype(np.uint32) if exact else None
-      search.keep(_Kept(which, own[inside], None, at), len(searches))
+      own = np.flatnonzero((few[k] & inside) != 0)
+      at = (part.position + columns[own]).astype(np.uint32) if exact else None
+      search.keep(_Kept(which, patterns[k][own], None, at), len(searches))
+
+
+def _union(sides: np.ndarray, masks: np.ndarray) -> np.ndarray:
+  """What any row has of its mask: [K, n], [K, 1] -> [n]."""
+  if (masks == masks[0]).all():
+    return np.bitwise_or.reduce(sides) & masks[0]
+  return np.bitwise_or.reduce(sides & masks)
 
 
 class _Kept(NamedTuple):
@@ -174,6 +250,11 @@ class _Search:
     self._look(0, NONE)
     if self.found:
       self.bracket = (NONE, NONE)
+
+  @property
+  def single(self) -> bool:
+    """Whether the bracket is one value."""
+    return self.bracket[0] == self.bracket[1]
 
   def keep(self, kept: _Kept, searches: int) -> None:
     """Keeps what is inside the bracket: equal ones together, or coarsely, where they are many."""

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple  # Any: arrays of NumPy, and what stages know
 import jax
 import numpy as np
 
-from jaxmerge import memory, views
+from jaxmerge import memory, statistics, views
 from jaxmerge.precision import Precision
 from jaxmerge.stage import Leaf, Method
 
@@ -252,6 +252,14 @@ def finite(x: np.ndarray | None) -> bool:
   return bool(signed.max() < limit and unsigned.max() < limit + sign)
 
 
-def known_of(run: Run, name: str, known: tuple[Any, ...]) -> tuple[Any, ...]:
-  """What each stage knows about one leaf: that of the leaf's group."""
-  return tuple(own.get(step.group(name), {}) for step, own in zip(run.method, known, strict=False))
+def known_of(
+  run: Run, name: str, known: tuple[Any, ...], parts: Parts
+) -> tuple[dict[str, Any], ...]:
+  """What each stage knows about a slice: what the leaf's group has, cuts by position."""
+  found = [own.get(step.group(name), {}) for step, own in zip(run.method, known, strict=False)]
+  size = parts.models.shape[1]
+  for i, (own, offset) in enumerate(zip(found, parts.offsets, strict=False)):
+    cuts = {n: v for n, v in own.items() if isinstance(v, statistics.Cut) and v.last is not None}
+    first = int(parts.leaf.start) + int(offset)
+    found[i] = own | {n: statistics.passed(cut, first, size) for n, cut in cuts.items()}
+  return tuple(found)

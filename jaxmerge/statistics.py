@@ -94,6 +94,21 @@ def inside(cut: Cut, values: Array, leaf: Leaf) -> Array:
   return (bits > value) | ((bits == value) & early)
 
 
+def passed(cut: Cut, first: int, size: int) -> Cut:
+  """A cut for `size` entries from position `first` on: by value alone unless it lies among them.
+
+  Example:
+    >>> cut = Cut(jnp.array([7], jnp.uint32), jnp.array([100], jnp.uint32))
+    >>> passed(cut, 0, 50).value.tolist(), passed(cut, 101, 50).value.tolist()
+    ([7], [8])
+  """
+  last, places = np.asarray(cut.last).astype(np.int64), first % 2**32
+  if ((places <= last) & (last < places + size - 1)).any():
+    return cut
+  # Behind it none that ties is inside: as if the value were the next one.
+  return Cut(cut.value + (last < places).astype(np.uint32))
+
+
 def settled(statistic: Statistic, parts: Sequence[tuple[Any, Leaf]], known: dict[str, Any]) -> Any:
   """Returns a statistic of a group whose leaves, with their descriptions, are all at hand."""
 

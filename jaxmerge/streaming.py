@@ -27,7 +27,7 @@ _OVERFLOW = (
   "leaf {name!r}: the result has NaN or infinity, though no input has: {dtype} cannot hold it, or "
   "the method's numbers do not fit; choose a wider dtype for the result, or let such values pass."
 )
-PICKED = 2**14  # So many entries are picked from a slice at a time.
+PICKED = 2**12, 2**15  # So many entries are picked from a slice at a time: few, or many.
 
 
 def stream(
@@ -172,7 +172,7 @@ def _knowledge(run: Run, leaves: Sequence[str], before: Any = None) -> tuple[Any
 
 def _result(run: Run, name: str, parts: Parts, known: tuple[Any, ...], form: Form) -> np.ndarray:
   """A slice of the result, [n]."""
-  seen = _ranked(run, parts, slicing.known_of(run, name, known), run.method, form)
+  seen = _ranked(run, parts, slicing.known_of(run, name, known, parts), run.method, form)
   dtype = run.source.leaves[name].dtype
   out = np.asarray(run.call(kernels.merged, parts, seen, method=run.method, form=form, dtype=dtype))
   memory.refuse_height(name, out.shape[0])
@@ -214,7 +214,7 @@ def _sum(run: Run, members: Sequence[str], i: int, statistic: Sum, known: Any, o
   static = {"before": run.method[:i], "step": run.method[i], "statistic": statistic}
   combine = np.add if statistic.combine is jnp.add else jax.jit(statistic.combine)
   for name, _, parts, form in slicing.slices(run, members, BLOCK):
-    seen = _ranked(run, parts, slicing.known_of(run, name, known), run.method[:i], form)
+    seen = _ranked(run, parts, slicing.known_of(run, name, known, parts), run.method[:i], form)
     each = run.call(kernels.partial_sum, parts, seen, own, form=form, **static)
     dtypes = jax.tree.map(lambda x: x.dtype, each)
     each = jax.device_get(each)  # Before the next slice is read to where this one lies.
@@ -241,16 +241,17 @@ def _numbers(
   ) -> tuple[Parts, dict[str, Any]]:
     parts = slicing.read(run, name, start, stop, ahead=ahead)
     form = slicing.form_of(run, name)
-    seen = _ranked(run, parts, slicing.known_of(run, name, known), run.method[:i], form)
+    seen = _ranked(run, parts, slicing.known_of(run, name, known, parts), run.method[:i], form)
     return parts, {"known": seen, "form": form, **static}
 
   def picked(name: str, start: int, parts: Parts, told: Any, columns: np.ndarray) -> np.ndarray:
     if told["form"].shape is not None:  # Stages need whole rows.
       return np.asarray(run.call(kernels.patterns, parts, **told))[:, columns]
     found = []
-    for at in range(0, len(columns), PICKED):
-      own = np.zeros(PICKED, np.int64)
-      count = min(PICKED, len(columns) - at)
+    room = PICKED[len(columns) > PICKED[0]]
+    for at in range(0, len(columns), room):
+      own = np.zeros(room, np.int64)
+      count = min(room, len(columns) - at)
       own[:count] = columns[at : at + count]
       few = slicing.picked(run, name, start, parts, own)
       found.append(np.asarray(run.call(kernels.patterns, few, **told))[:, :count])
@@ -270,15 +271,12 @@ def _numbers(
 
   def scan(low: np.ndarray, high: np.ndarray) -> Iterator[ranking.Slice]:
     bracket = tuple(side.reshape(len(ranks), -1, 1) for side in (low, high))
-    single = bool((low == high).any())
     for name, start, stop in ranges:
       parts, told = read(name, start, stop)
-      above, within, near = jax.device_get(
-        run.call(kernels.sides, parts, bracket=bracket, single=single, **told)
-      )
+      sides = np.asarray(run.call(kernels.sides, parts, bracket=bracket, **told))
       position = int(parts.offsets[i]) + start
       pick = functools.partial(picked, name, start, parts, told)
-      yield ranking.Slice(position, above, within, near, pick)
+      yield ranking.Slice(position, sides, pick)
       run.measured(name, stop - start)
 
   def whole(which: int) -> tuple[int, np.ndarray]:

@@ -1,4 +1,4 @@
-"""The experiment on domains of text, small: its numbers are those of the model that it leaves."""
+"""The experiment on domains of text, small, each copy of the model split over two devices."""
 
 import pathlib
 
@@ -18,6 +18,7 @@ CHANGES = {
   "model.num_layers": "1",
   "model.head_size": "8",
   "model.intermediate_size": "24",
+  "mesh.model": "2",
   "pretrain.batch_size": "4",
   "batch_size": "4",
   "baselines": "{'multitask': {}, 'task_arithmetic': {'scales': (0.2, 0.5)}}",

@@ -19,11 +19,8 @@ def numbers(rows, sample, cuts, log=None):
 
   def part(start, stop, low, high):
     bits = part_of(start, stop)
-    low, high = low[:, None], high[:, None]
-    above, within = bits > high, bits >= low
-    near = (within & ~above & (low < high)).any(axis=0)
-    single = (low == high).any()
-    return ranking.Slice(start, above, within if single else None, near, lambda at: bits[:, at])
+    brackets = [x.reshape(-1, len(rows), 1) for x in (low, high)]
+    return ranking.Slice(start, ranking.sides(bits, *brackets), lambda at: bits[:, at])
 
   def part_of(start, stop):
     if log is not None:
