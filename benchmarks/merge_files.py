@@ -9,13 +9,16 @@ order and slices, without arithmetic: no checksums, no look for NaN. Floor, jaxm
 of its own, for several rounds, and write new files. The table has the smallest of each: what else a
 machine does only adds. Before each there is a pause: free memory goes back to the host of a virtual
 machine within seconds, and what writes to it first pays for having it again; so all pay, as a user
-does, and not just those that come late after another. `floor` and `merge` are without the start of Python, imports and compiling:
-`start-up` is the merge of a model with a few slices of the same lengths, for which the same
-programs are compiled; `process` is all of it. Memory is the peak of the resident pages, and of the
-anonymous ones.
+does, and not just those that come late after another.
+
+`floor` and `merge` are without the start of Python, imports and compiling: `start-up` is the merge
+of a model with a few slices of the same lengths, for which the same programs are compiled;
+`process` is all of it. Memory is the peak of the resident pages, and of the anonymous ones. All
+compute in float32; "ties by tensor" has mergekit's thresholds, one for each tensor.
 """
 
 import argparse
+import itertools
 import json
 import os
 import pathlib
@@ -36,9 +39,12 @@ METHODS = {
   "breadcrumbs": "merge_method: breadcrumbs\nparameters: {weight: 1.0, density: 0.5, gamma: 0.01}",
   "della": "merge_method: della\nparameters: {weight: 1.0, density: 0.5, epsilon: 0.15}",
 }
-OURS = {"ties by tensor": "compat: mergekit\ndtype: float32", "dare_linear": "seed: 0", "della": "seed: 0"}
-MODELS = 3
-PAUSE = 6.0  # seconds
+OURS = {
+  "ties by tensor": "compat: mergekit\ndtype: float32",
+  "dare_linear": "seed: 0",
+  "della": "seed: 0",
+}
+PAUSE = 4.0  # seconds
 
 
 def main():
@@ -46,27 +52,29 @@ def main():
   parser.add_argument("--work", type=pathlib.Path, help="folder for the models; needs the space")
   parser.add_argument("--params", type=float, nargs="+", default=[0.75e9])
   parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+  parser.add_argument("--models", type=int, nargs="+", default=[3], help="besides the base")
   parser.add_argument("--rounds", type=int, default=3)
   parser.add_argument("--mergekit", help="the Python of an environment with mergekit")
   parser.add_argument("--mergekit-params", type=float, nargs="+", help="its sizes, if not all")
+  parser.add_argument("--mergekit-rounds", type=int, help="its rounds, if not all")
   parser.add_argument("--out", type=pathlib.Path, help="OUT.json and OUT.md are written")
   parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
   options = parser.parse_args()
   if options.child:
     print(json.dumps(child(*options.child)))
     return
-  rows, start = [], made(options.work, 0)
-  for params in options.params:
-    root = made(options.work, int(params))
-    compared = params in (options.mergekit_params or options.params)
-    for method in options.methods:
-      other = options.mergekit if compared else None
-      rows.append(measured(root, start, method, options.rounds, other))
-      print(json.dumps(rows[-1]), flush=True)
-      if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.with_suffix(".json").write_text(json.dumps(rows, indent=1) + "\n")
-        options.out.with_suffix(".md").write_text(table(rows))
+  rows, start = [], made(options.work, 0, max(options.models))
+  theirs = options.rounds if options.mergekit_rounds is None else options.mergekit_rounds
+  for params, models, method in itertools.product(options.params, options.models, options.methods):
+    root = made(options.work, int(params), models)
+    compared = options.mergekit and params in (options.mergekit_params or options.params)
+    other = (options.mergekit, theirs) if compared else None
+    rows.append(measured(root, start, method, models, options.rounds, other))
+    print(json.dumps(rows[-1]), flush=True)
+    if options.out:
+      options.out.parent.mkdir(parents=True, exist_ok=True)
+      options.out.with_suffix(".json").write_text(json.dumps(rows, indent=1) + "\n")
+      options.out.with_suffix(".md").write_text(table(rows))
   print(table(rows))
 
 
@@ -106,7 +114,7 @@ def shapes(params):
   return found | {"model.norm.weight": (width,)}, layers
 
 
-def made(work, params):
+def made(work, params, models):
   """Makes base and models, tensor by tensor; a model that is complete is left as it is."""
   import ml_dtypes
   import numpy as np
@@ -119,7 +127,7 @@ def made(work, params):
   config |= {"num_hidden_layers": layers, "vocab_size": 32000, "intermediate_size": 5632}
   config |= {"num_attention_heads": 32, "num_key_value_heads": 4, "torch_dtype": "bfloat16"}
   root = work / f"{params / 1e9:g}b"
-  for k in range(MODELS + 1):
+  for k in range(models + 1):
     folder = root / ("base" if k == 0 else f"m{k}")
     if (folder / "config.json").exists():
       continue
@@ -213,9 +221,9 @@ def floor(recipe, out):
 # --- Measuring ---
 
 
-def recipe_of(root, method, ours):
+def recipe_of(root, method, models, ours):
   """Writes the recipe of a method; returns its path and the folders it reads."""
-  count = {"slerp": 1}.get(method, MODELS)
+  count = {"slerp": 1}.get(method, models)
   models = [str(root / f"m{k + 1}") for k in range(count)]
   read = models if method == "linear" else [str(root / "base"), *models]
   lines = [METHODS[method], "dtype: bfloat16" if not ours else "out_dtype: bfloat16", "models:"]
@@ -240,11 +248,11 @@ def process(command):
   return text.strip().splitlines()[-1:] or [""], spent
 
 
-def measured(root, start, method, rounds, mergekit):
+def measured(root, start, method, models, rounds, mergekit):
   """The smallest of all that is compared, measured in turns."""
-  own, read = recipe_of(root, method, True)
-  first, _ = recipe_of(start, method, True)
-  theirs, _ = recipe_of(root, method, False)
+  own, read = recipe_of(root, method, models, True)
+  first, _ = recipe_of(start, method, models, True)
+  theirs, _ = recipe_of(root, method, models, False)
   listed = root / "floor.json"
   listed.write_text(json.dumps(read))
   me = [sys.executable, str(pathlib.Path(__file__).resolve()), "--child"]
@@ -254,11 +262,13 @@ def measured(root, start, method, rounds, mergekit):
     "jaxmerge": [*me, str(own), str(root), str(root / "out")],
   }
   if mergekit:
-    run = [mergekit, "-m", "mergekit.scripts.run_yaml", str(theirs), str(root / "out_mergekit")]
+    run = [mergekit[0], "-m", "mergekit.scripts.run_yaml", str(theirs), str(root / "out_mergekit")]
     commands["mergekit"] = [*run, "--no-write-model-card", "--quiet"]
   found = {name: [] for name in commands}
-  for _ in range(rounds):
+  for i in range(rounds):
     for name, command in commands.items():
+      if name == "mergekit" and i >= mergekit[1]:
+        continue
       for old in (root / "out", start / "out", root / "out_mergekit"):
         shutil.rmtree(old, ignore_errors=True)
       (root / "floor.bin").unlink(missing_ok=True)
@@ -278,15 +288,16 @@ def table(rows):
     f"Smallest of {rows[0]['rounds']} rounds in turns; {os.cpu_count()} cores,"
     f" {platform.machine()}, Python {platform.python_version()}. Times in seconds of CPU (wall).",
     "",
-    "| parameters | method | floor | start-up | merge | merge / floor | process "
+    "| parameters | inputs | method | floor | start-up | merge | merge / floor | process "
     "| resident, anonymous MB |" + (" mergekit | mergekit / process |" if both else ""),
-    "| --- | --- | --: | --: | --: | --: | --: | --: |" + (" --: | --: |" if both else ""),
+    "| --- | --: | --- | --: | --: | --: | --: | --: | --: |" + (" --: | --: |" if both else ""),
   ]
   for row in rows:
     floor, start, own = row["floor"], row["start"], row["jaxmerge"]
     cpu, wall = (own[key] - start[key] for key in ("cpu", "wall"))
     line = (
-      f"| {row['model']} | {row['method']} | {floor['cpu']:.2f} ({floor['wall']:.2f}) "
+      f"| {row['model']} | {row['models']} | {row['method']} "
+      f"| {floor['cpu']:.2f} ({floor['wall']:.2f}) "
       f"| {start['cpu']:.2f} ({start['wall']:.2f}) | {cpu:.2f} ({wall:.2f}) "
       f"| {cpu / floor['cpu']:.1f} ({wall / floor['wall']:.1f}) "
       f"| {own['process']:.1f} ({own['process_wall']:.1f}) "

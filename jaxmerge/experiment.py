@@ -97,7 +97,8 @@ class Work:
     apply, rowwise = self.problem.apply, self.metric.rowwise
     self.score = evaluate.scorer(apply, rowwise, mesh=self.mesh)
     self.own_score = evaluate.own_scorer(apply, rowwise, mesh=self.mesh)
-    self.judged_by: Any = {"loss": self.problem.loss, "metric": self.metric}
+    self.given: Any = {"loss": self.problem.loss, "metric": self.metric, "mesh": self.mesh}
+    self.given["sharding"] = self.problem.sharding if self.mesh.shape["model"] > 1 else ()
     self.rows = self.placed(self.problem.tasks, "validation")
     self.models: dict[str, Any] = {}
     self.stacks: dict[str, Any] = {}  # A model for each task, [T, *s]: "experts" and longer ones.
@@ -198,8 +199,7 @@ class Work:
         self.params,
         self.problem.tasks,
         settings,
-        **self.judged_by,
-        mesh=self.mesh,
+        **self.given,
         on_part=self.bar(name, settings.rounds),
       )
       return models, cost._asdict()
@@ -314,10 +314,8 @@ class Work:
         tasks,
         method_of(config["method"]),
         settings,
-        **self.judged_by,
+        **self.given,
         layout=self.problem.layout,
-        mesh=self.mesh,
-        sharding=self.problem.sharding if self.mesh.shape["model"] > 1 else (),
         checkpoints=store,
         save_every=config["checkpoint"]["every"],
         score_every=config.get("score_every", 1),

@@ -177,7 +177,8 @@ def _take(searches: Sequence[_Search], which: int, part: Slice, exact: bool) -> 
   for i, search in enumerate(searches):
     if not search.found and not search.single:
       insides[i % height] |= kind(_INSIDE << 2 * (i // height))
-  columns, patterns = _NOTHING, None
+  columns: np.ndarray = _NOTHING
+  patterns = None
   if insides.any():
     columns = np.flatnonzero(_union(part.sides, insides) != 0)
     patterns = part.bits(columns) if len(columns) else None
@@ -190,8 +191,8 @@ def _take(searches: Sequence[_Search], which: int, part: Slice, exact: bool) -> 
     search.above += int(np.count_nonzero(part.sides[k] & above))
     if search.single:  # Equal ones are often very many.
       count = np.count_nonzero(part.sides[k] & inside)
-      own = np.array([search.bracket[0]], np.uint32)
-      search.keep(_Kept(which, own, np.array([count])), len(searches))
+      value = np.array([search.bracket[0]], np.uint32)
+      search.keep(_Kept(which, value, np.array([count])), len(searches))
     elif patterns is not None:
       own = np.flatnonzero((few[k] & inside) != 0)
       at = (part.position + columns[own]).astype(np.uint32) if exact else None

@@ -32,6 +32,7 @@ def experts(
   loss: tune.Rowwise = tune.cross_entropy,
   metric: evaluate.Metric | tune.Rowwise = evaluate.ACCURACY,
   mesh: Mesh | None = None,
+  sharding: meshes.Rules = (),
   on_part: Progress | None = None,
 ) -> tuple[Any, budget.Budget]:
   """Tunes a copy of the model on each task for the whole budget, without merging.
@@ -47,6 +48,7 @@ def experts(
     loss: (outputs, labels) -> [B].
     metric: (outputs, labels) -> [B], for early stopping; of a function more is better.
     mesh: devices.
+    sharding: rules by which a model's weights are split over the mesh's model axis.
     on_part: is called with the number of parts done and their number.
 
   Returns:
@@ -59,22 +61,22 @@ def experts(
   side = mesh.shape["task"]
   slots = -(-len(tasks) // side) * side
   local = tune.direction(settings, params)
-  step = tune.step(apply, loss, settings, local)
+  step = tune.step(placing.in_place(apply, mesh, sharding), loss, settings, local)
   spread = meshes.by_task(mesh)
   rows = placing.rows(tasks, "train", mesh, height=slots)
   names, counts = [t.name for t in tasks], [len(t.train.labels) for t in tasks]
 
   @jax.jit
   def begin(params: Any) -> Any:
-    models = tune.copies(params, slots, mesh)
+    models = tune.copies(params, slots, mesh, sharding)
     # All parts run one executable only if the first gets what the others return.
-    return models, lax.with_sharding_constraint(jax.vmap(local.init)(models), spread)
+    return models, placing.states(local, models, mesh, sharding)
 
   def part(models: Any, states: Any, rows: tune.Rows, plan: sampling.Plan) -> Any:
-    return tune.tune_all(step, models, states, rows, plan, mesh=mesh)
+    return tune.tune_all(step, models, states, rows, plan, mesh=mesh, rules=sharding)
 
   tuned, finite = jax.jit(part, donate_argnums=(0, 1)), jax.jit(tune.finite)
-  models, states = begin(meshes.put(params, meshes.everywhere(mesh)))
+  models, states = begin(meshes.put(params, meshes.places(params, mesh, sharding)))
   judged = evaluate.metric_of(metric)
   best = _Best(apply, judged, tasks, models, mesh) if settings.early_stopping else None
   for k in range(settings.rounds):
