@@ -20,7 +20,8 @@ from typing import Any, NamedTuple  # Any: digests are plain JSON.
 import numpy as np
 import xxhash
 
-from jaxmerge.io import atomic, safetensors
+from jaxmerge.io import atomic, pages, safetensors
+from jaxmerge.io.pages import PagedFile
 from jaxmerge.io.tensor import Tensor
 
 NAME = "journal.jsonl"
@@ -31,7 +32,7 @@ Kinds = Mapping[str, tuple[np.dtype, tuple[int, ...]]]
 class _Shards(NamedTuple):
   """The files of weights that are being written, and those among them that are not synced."""
 
-  handles: Mapping[str, int]
+  files: Mapping[str, PagedFile]
   places: Mapping[str, tuple[str, safetensors.Entry]]
   unsynced: set[str]
 
@@ -41,46 +42,40 @@ class _Shards(NamedTuple):
     cls, part: pathlib.Path, kinds: Kinds, shards: Mapping[str, Sequence[str]]
   ) -> Iterator[_Shards]:
     """Makes the files in their full length, so that a full disk is known now and not later."""
-    handles, places = {}, {}
+    files, places = dict[str, PagedFile](), {}
     try:
       for file, names in shards.items():
         own = {n: kinds[n] for n in names}
-        first, entries = safetensors.layout(own, {"format": "pt"}, align=64)
-        handles[file] = os.open(part / file, os.O_RDWR | os.O_CREAT, 0o666)
+        first, entries = safetensors.layout(own, {"format": "pt"}, align=pages.PAGE)
+        files[file] = PagedFile(part / file)
         length = max((e.stop for e in entries.values()), default=len(first))
-        _make_room(handles[file], part / file, length)
-        os.truncate(handles[file], length)
-        os.pwrite(handles[file], first, 0)
+        _make_room(files[file].handle, part / file, length)
+        os.truncate(files[file].handle, length)
+        files[file].write(memoryview(first), 0)
         places.update({n: (file, entry) for n, entry in entries.items()})
-      yield cls(handles, places, set(handles))
+      yield cls(files, places, set(files))
     finally:
-      for handle in handles.values():
-        os.close(handle)
+      for opened in files.values():
+        opened.close()
 
   def write(self, name: str, start: int, part: np.ndarray) -> None:
     """Writes entries start, start + 1, ... of a tensor."""
     file, entry = self.places[name]
     self.unsynced.add(file)
-    left = np.ascontiguousarray(part).reshape(-1).view(np.uint8).data
-    position = entry.start + start * entry.dtype.itemsize
-    while left:
-      count = os.pwrite(self.handles[file], left, position)
-      left, position = left[count:], position + count
+    data = np.ascontiguousarray(part).reshape(-1).view(np.uint8).data
+    self.files[file].write(data, entry.start + start * entry.dtype.itemsize)
 
   def read(self, name: str, start: int, out: np.ndarray) -> None:
     """Reads entries of a tensor back."""
     file, entry = self.places[name]
-    left = out.view(np.uint8).data
-    position = entry.start + start * entry.dtype.itemsize
-    while left and (count := os.preadv(self.handles[file], [left], position)):
-      left, position = left[count:], position + count
+    self.files[file].read(out.view(np.uint8).data, entry.start + start * entry.dtype.itemsize)
 
   def digest(self, name: str) -> str:
     """Reads a tensor back, and returns its checksum."""
     file, entry = self.places[name]
     found, at = xxhash.xxh3_128(), entry.start
     while at < entry.stop:
-      part = os.pread(self.handles[file], min(2**22, entry.stop - at), at)
+      part = os.pread(self.files[file].handle, min(2**22, entry.stop - at), at)
       if not part:
         break
       found.update(part)
@@ -90,7 +85,7 @@ class _Shards(NamedTuple):
   def sync(self) -> None:
     """Brings what was written to the disk."""
     while self.unsynced:
-      os.fsync(self.handles[self.unsynced.pop()])
+      self.files[self.unsynced.pop()].sync()
 
 
 def _make_room(handle: int, path: pathlib.Path, length: int) -> None:

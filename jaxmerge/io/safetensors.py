@@ -175,7 +175,7 @@ def layout(
   """Lays a file out before its tensors are known: what it begins with, and where each one goes.
 
   Spaces bring the first tensor to a multiple of `align` bytes: of 8, as in the reference
-  implementation, or of 64, from where a CPU's device takes it without a copy.
+  implementation, or of a page, from where disks and devices take it without a copy.
 
   >>> first, entries = layout({"w": (np.dtype(np.float32), (2, 3))}, {"format": "pt"}, align=64)
   >>> len(first), entries["w"].start, entries["w"].stop
