@@ -206,9 +206,10 @@ def holds(out: Path, plan: Plan, *, shard_size: int = SHARD) -> bool:
   """Tells whether a folder with safetensors is what a plan makes."""
   path = pathlib.Path(out) / PROVENANCE
   shards = folder.shards({o.name: o.size for o in plan.outputs}, shard_size)
-  return path.is_file() and folder.read_json(path).get("plan") == finishing.identity(
-    plan, shards, FORMATS[0]
-  )
+  if not path.is_file():
+    return False
+  told = folder.read_json(path, folder.LONGEST_PROVENANCE)
+  return told.get("plan") == finishing.identity(plan, shards, FORMATS[0])
 
 
 def _merge(

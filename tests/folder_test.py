@@ -113,7 +113,7 @@ def test_a_missing_shard_is_named(sharded):
 
 
 @pytest.mark.parametrize(
-  "shard", ["../base/model.safetensors", "/model.safetensors", "a\\b", 3, ""]
+  "shard", ["../base/model.safetensors", "/model.safetensors", "a\\b", 3, "", "a" * 10_000]
 )
 def test_an_index_does_not_lead_out_of_its_folder(sharded, single, shard):
   reindex(sharded, ids=shard)
@@ -146,6 +146,10 @@ def test_a_tensor_in_two_shards_is_refused(sharded):
   [
     ("config.json", b"{", ValueError, "config.json: not JSON"),
     ("config.json", b"[]", ValueError, "config.json: must be a JSON object"),
+    ("config.json", b'{"a":' * 500_000, ValueError, "config.json: not JSON .nested too deep"),
+    ("config.json", b'{"a": 1' + b"0" * 5000 + b"}", ValueError, "config.json: not JSON .*digits"),
+    ("config.json", b'{"a": 1, "a": 1}', ValueError, "config.json: names 'a' twice"),
+    ("config.json", b'{"a": "\\udc00"}', ValueError, "config.json: half of a surrogate pair"),
     ("model.safetensors", b"12345", ValueError, "model.safetensors: .*truncated"),
     ("model.safetensors", None, FileNotFoundError, "neither model.safetensors nor"),
     ("config.json", None, FileNotFoundError, "config.json: no such file"),
@@ -157,6 +161,23 @@ def test_damaged_and_missing_files_are_named(single, name, data, error, message)
     (single / name).write_bytes(data)
   with pytest.raises(error, match=message):
     folder.load(single)
+
+
+@pytest.mark.parametrize("name", [folder.INDEX, "config.json"])
+def test_a_huge_file_is_refused_unread(sharded, name):
+  with open(sharded / name, "r+b") as file:
+    file.truncate(10**10)  # Sparse: it takes no room.
+  with pytest.raises(ValueError, match=f"{name}: 10000000000 bytes are over the limit"):
+    folder.load(sharded)
+
+
+def test_an_index_that_names_a_tensor_twice_is_refused(sharded):
+  text = (sharded / folder.INDEX).read_text()
+  assert '"ids": ' in text
+  again = text.replace('"ids": ', '"ids": "model-00001-of-00003.safetensors", "ids": ')
+  (sharded / folder.INDEX).write_text(again)
+  with pytest.raises(ValueError, match=r"index\.json: names 'ids' twice"):
+    folder.load(sharded)
 
 
 def test_a_pickle_is_not_read(single):

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import stat
+import time
 
 import hypothesis
 import ml_dtypes
@@ -106,7 +107,14 @@ DAMAGED = {
   "names 'w' twice": (b'{"w": {}, "w": {}}', b""),
   "not JSON": (b'{"w": ', b""),
   "JSON object": (b"[1, 2]", b""),
-  "is not JSON .*can't decode": (b'{"\xff": 1}', b""),
+  "not JSON .*can't decode": (b'{"\xff": 1}', b""),
+  r"not JSON \(nested too deep\)": (b"[" * 500_000, b""),
+  "not JSON .*4300 digits": (b'{"w": ' + b"9" * 5000 + b"}", b""),
+  r"half of a surrogate pair is no text, in .*ud800": (b'{"w\\ud800": {}}', b""),
+  "'w': its shape has 65 axes, over the limit of 64": ({"w": entry(shape=[1] * 65)}, bytes(8)),
+  r"'w': F32 \[0, 4611686018427387904\] is larger": ({"w": entry(shape=(0, 2**62))}, bytes(8)),
+  r"'w': shape \[18446744073709551616\]": ({"w": entry(shape=(2**64,))}, bytes(8)),
+  "'w': data_offsets .* must be two positions": ({"w": entry(offsets=(0, 2**64))}, bytes(8)),
   "'w'.*overlaps 'v'": ({"v": entry(), "w": entry(offsets=(4, 12))}, bytes(12)),
   "'w' leaves a gap after 'v'": ({"v": entry(), "w": entry(offsets=(12, 20))}, bytes(20)),
   "'w' leaves a gap after the header": ({"w": entry(offsets=(4, 12))}, bytes(12)),
@@ -137,6 +145,24 @@ def test_truncated_anywhere_is_refused(tmp_path):
     path.write_bytes(whole[:length])
     with pytest.raises(ValueError, match=r"m\.safetensors: .*truncated"):
       files.header(path)
+
+
+def test_a_name_that_is_there_twice_is_found_soon_among_many(tmp_path):
+  """In time that grows with the number of names, not with its square."""
+  names = b", ".join(b'"w%d": 0' % i for i in range(200_000))
+  path = raw_file(tmp_path / "bad.safetensors", b"{" + names + b', "w199999": 0}')
+  start = time.perf_counter()
+  with pytest.raises(ValueError, match=r"bad\.safetensors: the header: names 'w199999' twice"):
+    files.header(path)
+  assert time.perf_counter() - start < 20  # A fifth of a second where nothing else runs.
+
+
+def test_a_name_of_a_whole_surrogate_pair_is_one(tmp_path):
+  path = raw_file(
+    tmp_path / "m.safetensors", json.dumps({"w\U0001f600": entry()}).encode(), bytes(8)
+  )
+  assert b"\\ud83d" in path.read_bytes()
+  assert files.header(path).tensors.keys() == {"w\U0001f600"}
 
 
 def test_a_header_that_is_too_long_is_refused_unread(tmp_path):

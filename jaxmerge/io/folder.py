@@ -11,7 +11,7 @@ from typing import Any  # What JSON holds is any object until it is checked.
 
 import numpy as np
 
-from jaxmerge.io import atomic, safetensors
+from jaxmerge.io import atomic, parsing, safetensors
 
 Path = str | os.PathLike[str]
 
@@ -20,6 +20,8 @@ INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
 README = "README.md"
 PROVENANCE = "jaxmerge_provenance.json"  # How a merged model came to be; checksums of its tensors.
+LONGEST_PROVENANCE = 10 * parsing.LONGEST  # Bytes; a line for every tensor of every input.
+_LONGEST_NAME = 255  # Characters of a file's name, on every common disk.
 # What a folder with new weights takes over from the base's folder, where it is there. Weights, code
 # and the base's own model card are not taken over.
 COPIED = (
@@ -182,22 +184,26 @@ def copied(folder: Path) -> list[pathlib.Path]:
   return sorted({path for name in COPIED for path in folder.glob(name) if path.is_file()})
 
 
-def read_json(path: pathlib.Path) -> dict[str, Any]:
+def read_json(path: pathlib.Path, longest: int = parsing.LONGEST) -> dict[str, Any]:
   """Returns the JSON object in a file.
+
+  >>> read_json(pathlib.Path("all-MiniLM-L6-v2/config.json"))["model_type"]  # doctest: +SKIP
+  'bert'
+
+  Args:
+    path: of the file.
+    longest: bytes that it may have.
 
   Raises:
     FileNotFoundError: where there is no file.
-    ValueError: naming the file that does not hold one.
+    ValueError: naming the file that does not hold one, is too long, or names a key twice.
   """
   if not path.is_file():
     raise FileNotFoundError(f"{path}: no such file.")
-  try:
-    content = json.loads(path.read_text(encoding="utf-8"))
-  except (json.JSONDecodeError, UnicodeDecodeError) as error:
-    raise ValueError(f"{path}: not JSON ({error}).") from error
-  if not isinstance(content, dict):
-    raise ValueError(f"{path}: must be a JSON object, got {content!r:.100}.")
-  return content
+  size = path.stat().st_size
+  if size > longest:
+    raise ValueError(f"{path}: {size} bytes are over the limit of {longest} for JSON.")
+  return parsing.parsed(str(path), path.read_bytes())
 
 
 def _check_index(folder: pathlib.Path, homes: Mapping[str, pathlib.Path]) -> None:
@@ -225,10 +231,13 @@ def _weight_map(folder: pathlib.Path) -> dict[str, str]:
     if (
       not isinstance(shard, str)
       or not shard
+      or len(shard) > _LONGEST_NAME
       or pathlib.PurePath(shard).name != shard
       or "\\" in shard
     ):
-      raise ValueError(f"{path}: tensor {name!r}: {shard!r} is not the name of a file beside it.")
+      raise ValueError(
+        f"{path}: tensor {name!r}: {shard!r:.300} is not the name of a file beside it."
+      )
     if not (folder / shard).is_file():
       raise FileNotFoundError(f"{path}: tensor {name!r} is in {shard}, which is missing.")
   return shards

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple  # What JSON holds is any object until it is 
 import ml_dtypes
 import numpy as np
 
-from jaxmerge.io import atomic
+from jaxmerge.io import atomic, parsing
 
 Path = str | os.PathLike[str]
 
@@ -41,8 +41,9 @@ DTYPES: Mapping[str, np.dtype] = {
   "BOOL": np.dtype(np.bool_),
 }
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
-# The limit of the reference implementation; a longer header is a damaged or hostile file.
-LONGEST_HEADER = 100_000_000
+LONGEST_HEADER = parsing.LONGEST  # A longer one is a damaged or hostile file.
+MOST_AXES = 64  # NumPy's limit.
+LARGEST = 2**63  # Bytes, and a position: what a disk can hold counts in 64 bits.
 
 
 class Entry(NamedTuple):
@@ -67,7 +68,8 @@ def header(path: Path) -> Header:
   Raises:
     FileNotFoundError: where there is no file.
     ValueError: naming the file, and the tensor where one is at fault: truncated, not JSON, a header
-      that is too long, unknown dtypes, shapes that do not fit their bytes, gaps and overlaps.
+      that is too long, names that are no text, unknown dtypes, shapes that do not fit their bytes
+      or have too many axes, gaps and overlaps.
   """
   path = pathlib.Path(path)
   if not path.is_file():
@@ -87,7 +89,7 @@ def header(path: Path) -> Header:
       raise ValueError(
         f"{path}: the header ends at byte {8 + length}, but the file has {size}; it is truncated."
       )
-    content = _parsed(path, file.read(length))
+    content = parsing.parsed(f"{path}: the header", file.read(length))
   metadata = content.pop("__metadata__", {})
   if not _is_text(metadata):
     raise ValueError(f"{path}: __metadata__ must map text to text, got {metadata!r:.200}.")
@@ -219,25 +221,6 @@ def _read(file: Any, path: Path, name: str, entry: Entry) -> np.ndarray:
   return x
 
 
-def _parsed(path: Path, text: bytes) -> dict[str, Any]:
-  def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content = dict(pairs)
-    if len(content) < len(pairs):
-      names = [name for name, _ in pairs]
-      twice = next(name for name in names if names.count(name) > 1)
-      raise ValueError(f"{path}: the header names {twice!r} twice.")
-    return content
-
-  try:
-    decoded = text.decode()
-    content = json.loads(decoded, object_pairs_hook=unique)
-  except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-    raise ValueError(f"{path}: the header is not JSON ({error}); the file is damaged.") from error
-  if not isinstance(content, dict):
-    raise ValueError(f"{path}: the header must be a JSON object, got {decoded!r:.100}.")
-  return content
-
-
 def _entry(path: Path, name: str, value: Any, data: int) -> Entry:
   at = f"{path}: tensor {name!r}"
   if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
@@ -246,13 +229,18 @@ def _entry(path: Path, name: str, value: Any, data: int) -> Entry:
   if not isinstance(code, str) or code not in DTYPES:
     raise ValueError(f"{at}: dtype {code!r} is unknown; known are {', '.join(DTYPES)}.")
   if not _are_counts(shape):
-    raise ValueError(f"{at}: shape {shape!r:.200} must be a list of sizes.")
+    raise ValueError(f"{at}: shape {shape!r:.200} must be a list of sizes below 2**63.")
+  if len(shape) > MOST_AXES:
+    raise ValueError(f"{at}: its shape has {len(shape)} axes, over the limit of {MOST_AXES}.")
   if not _are_counts(offsets) or len(offsets) != 2:
-    raise ValueError(f"{at}: data_offsets {offsets!r:.200} must be two positions.")
+    raise ValueError(f"{at}: data_offsets {offsets!r:.200} must be two positions below 2**63.")
+  # Axes of no entries do not let the others be of any size: arrays of such shapes cannot be made.
+  if math.prod(max(n, 1) for n in shape) * DTYPES[code].itemsize >= LARGEST:
+    raise ValueError(f"{at}: {code} {shape!r:.200} is larger than any file.")
   needed = math.prod(shape) * DTYPES[code].itemsize
   if offsets[1] - offsets[0] != needed:
     raise ValueError(
-      f"{at}: {code} {shape} takes {needed} bytes, but data_offsets {offsets} hold "
+      f"{at}: {code} {shape!r:.200} takes {needed} bytes, but data_offsets {offsets} hold "
       f"{offsets[1] - offsets[0]}."
     )
   return Entry(DTYPES[code], tuple(shape), data + offsets[0], data + offsets[1])
@@ -277,7 +265,7 @@ def _check_layout(path: Path, entries: Mapping[str, Entry], data: int, size: int
 
 
 def _are_counts(values: Any) -> bool:
-  return isinstance(values, list) and all(type(n) is int and n >= 0 for n in values)
+  return isinstance(values, list) and all(type(n) is int and 0 <= n < LARGEST for n in values)
 
 
 def _is_text(metadata: Any) -> bool:

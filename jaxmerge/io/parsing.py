@@ -1,0 +1,63 @@
+"""JSON of others, read strictly and within bounds: headers of weights, indexes, configs."""
+
+from __future__ import annotations
+
+import collections
+import json
+import re
+from typing import Any  # What JSON holds is any object until it is checked.
+
+# Bytes of a text: the limit of the safetensors format's reference implementation for a header. A
+# tokenizer of 260 thousand tokens has 34 million.
+LONGEST = 100_000_000
+_ESCAPED = re.compile(rb"\\u[dD]")
+
+
+def parsed(where: str, content: bytes) -> dict[str, Any]:
+  """Returns the JSON object that a text is.
+
+  >>> parsed("config.json", b'{"layers": 12, "layers": 6}')
+  Traceback (most recent call last):
+  ValueError: config.json: names 'layers' twice.
+
+  Args:
+    where: the file, and the part of it, for errors.
+    content: the text, in UTF-8.
+
+  Raises:
+    ValueError: beginning with `where`: for what is no JSON, nested too deep, or no object; for
+      numbers of thousands of digits, a key that is there twice, and half of a surrogate pair, which
+      no file or terminal takes as text.
+  """
+  twice: list[str] = []
+
+  def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs) and not twice:
+      twice.append(collections.Counter(name for name, _ in pairs).most_common(1)[0][0])
+    return made
+
+  try:
+    decoded = content.decode()
+    made = json.loads(decoded, object_pairs_hook=unique)
+    half = _half(made) if _ESCAPED.search(content) else None
+  except RecursionError as error:
+    raise ValueError(f"{where}: not JSON (nested too deep).") from error
+  except ValueError as error:  # Too many digits are one as well, and no JSONDecodeError.
+    raise ValueError(f"{where}: not JSON ({error}).") from error
+  if not isinstance(made, dict):
+    raise ValueError(f"{where}: must be a JSON object, got {decoded[:100]!r}.")
+  if twice:
+    raise ValueError(f"{where}: names {twice[0]!r:.200} twice.")
+  if half is not None:
+    raise ValueError(f"{where}: half of a surrogate pair is no text, in {half!r}.")
+  return made
+
+
+def _half(made: Any) -> str | None:
+  """Returns what is around half of a surrogate pair, which JSON can write as an escape."""
+  try:
+    json.dumps(made, ensure_ascii=False).encode()
+  except UnicodeEncodeError as error:
+    return error.object[max(0, error.start - 40) : error.end + 10]
+  return None
