@@ -180,10 +180,21 @@ def test_an_index_that_names_a_tensor_twice_is_refused(sharded):
     folder.load(sharded)
 
 
-def test_a_pickle_is_not_read(single):
-  os.rename(single / folder.WEIGHTS, single / "pytorch_model.bin")
-  with pytest.raises(FileNotFoundError, match=r"pytorch_model\.bin is a pickle, which is not read"):
+@pytest.mark.parametrize("ending", [".bin", ".pt", ".pth"])
+def test_a_pickle_is_not_read_and_it_is_said_how_to_convert_it(single, ending):
+  name = f"pytorch_model{ending}"
+  os.rename(single / folder.WEIGHTS, single / name)
+  fill(single, {"optimizer.pt": b"", "args.bin": b""})
+  how = rf"safetensors\.torch\.save_file\(torch\.load\('{name}', weights_only=True\), 'model\.safe"
+  with pytest.raises(FileNotFoundError, match=rf"; {name} is a pickle, .* save_pretrained .*{how}"):
     folder.load(single)
+  with pytest.raises(FileNotFoundError, match=rf"{name}: no folder; {name} is a pickle, .*{how}"):
+    folder.load(single / name)
+
+
+def test_a_file_of_weights_is_no_folder(single):
+  with pytest.raises(FileNotFoundError, match="is a file; give the folder that it lies in"):
+    folder.load(single / folder.WEIGHTS)
 
 
 def test_a_missing_folder_is_named(tmp_path):

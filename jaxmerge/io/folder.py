@@ -20,6 +20,7 @@ INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
 README = "README.md"
 PROVENANCE = "jaxmerge_provenance.json"  # How a merged model came to be; checksums of its tensors.
+PICKLES = (".bin", ".pt", ".pth")  # Endings of weights that are not read.
 LONGEST_PROVENANCE = 10 * parsing.LONGEST  # Bytes; a line for every tensor of every input.
 _LONGEST_NAME = 255  # Characters of a file's name, on every common disk.
 # What a folder with new weights takes over from the base's folder, where it is there. Weights, code
@@ -160,7 +161,7 @@ def config(folder: Path) -> dict[str, Any]:
   """Returns the contents of a folder's config.json."""
   folder = pathlib.Path(folder)
   if not folder.is_dir():
-    raise FileNotFoundError(f"{folder}: no such folder.")
+    raise FileNotFoundError(f"{folder}: {_not_a_folder(folder)}.")
   return read_json(folder / CONFIG)
 
 
@@ -168,14 +169,33 @@ def weights(folder: Path) -> list[pathlib.Path]:
   """Returns the paths of the files that hold a folder's weights."""
   folder = pathlib.Path(folder)
   if not folder.is_dir():
-    raise FileNotFoundError(f"{folder}: no such folder.")
+    raise FileNotFoundError(f"{folder}: {_not_a_folder(folder)}.")
   if (folder / WEIGHTS).is_file():
     return [folder / WEIGHTS]
   if not (folder / INDEX).is_file():
-    pickled = sorted(path.name for path in folder.glob("*.bin"))
-    hint = f"; {pickled[0]} is a pickle, which is not read: convert it first" if pickled else ""
+    pickled = [path for path in sorted(folder.iterdir()) if path.suffix in PICKLES]
+    # Beside weights there are those of the optimizer, of the arguments of training.
+    own = [path for path in pickled if "model" in path.name] + pickled
+    hint = f"; {_conversion(own[0])}" if own else ""
     raise FileNotFoundError(f"{folder}: neither {WEIGHTS} nor {INDEX} is there{hint}.")
   return sorted({folder / shard for shard in _weight_map(folder).values()})
+
+
+def _not_a_folder(path: pathlib.Path) -> str:
+  if not path.is_file():
+    return "no such folder"
+  if path.suffix in PICKLES:
+    return f"no folder; {_conversion(path)}"
+  return "is a file; give the folder that it lies in"
+
+
+def _conversion(path: pathlib.Path) -> str:
+  """Says how a pickle, which can hold code, becomes what is read."""
+  return (
+    f"{path.name} is a pickle, which is not read. To convert it, load it by its class in "
+    f"transformers, whose save_pretrained writes safetensors; or, where it holds tensors by name, "
+    f"safetensors.torch.save_file(torch.load({path.name!r}, weights_only=True), {WEIGHTS!r})"
+  )
 
 
 def copied(folder: Path) -> list[pathlib.Path]:
