@@ -227,7 +227,7 @@ def _entry(path: Path, name: str, value: Any, data: int) -> Entry:
     raise ValueError(f"{at}: expected dtype, shape and data_offsets, got {value!r:.200}.")
   code, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
   if not isinstance(code, str) or code not in DTYPES:
-    raise ValueError(f"{at}: dtype {code!r} is unknown; known are {', '.join(DTYPES)}.")
+    raise ValueError(f"{at}: dtype {code!r:.100} is unknown; known are {', '.join(DTYPES)}.")
   if not _are_counts(shape):
     raise ValueError(f"{at}: shape {shape!r:.200} must be a list of sizes below 2**63.")
   if len(shape) > MOST_AXES:
