@@ -25,6 +25,7 @@ from jaxmerge import (
   evaluating,
   fingerprint,
   finishing,
+  opening,
   planning,
   precision,
   processes,
@@ -71,7 +72,8 @@ def merge_files(
   Args:
     method: what `jaxmerge.methods` makes, or a method of your own.
     models: Hugging Face folders with safetensors, or checkpoints: of a run, its newest step; or, as
-      texts, ids of the hub: `org/name`, or `org/name@revision`.
+      texts, ids of the hub: `org/name`, or `org/name@revision`; or, as texts, either of them with a
+      PEFT adapter: `model+adapter`.
     out: folder of the result.
     base: the base, likewise.
     download: whether models that the hub's cache lacks are fetched; else no network is used.
@@ -96,8 +98,7 @@ def merge_files(
   files, find = Files(), hub.Finder(download=download)
 
   def opened(model: Path, name: str) -> planning.Model:
-    found = find(*hub.split(model))
-    return planning.model(found.folder, files, name=name, home=found.home)
+    return opening.opened(opening.split(model), files, find, name)
 
   try:
     called = list(names) if names is not None else [str(pathlib.Path(m)) for m in models]

@@ -57,6 +57,7 @@ FLOORS = {
     "adapters",
     "reversible",
     "bundles",
+    "opening",
     "planning",
     "summarizing",
     "evaluating",

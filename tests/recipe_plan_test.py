@@ -365,6 +365,26 @@ models: [{model: m0+lora, parameters: {weight: 0.5}}]
   np.testing.assert_allclose(found[f"{name}.weight"], mean, atol=1e-5)
 
 
+def test_merge_files_takes_models_with_adapters(family):
+  """As a recipe does; a folder whose name has a + is that folder."""
+  _, first, second, _ = family
+  name = "model.layers.0.self_attn.q_proj"
+  a, b = write_adapter("lora", name)
+  pathlib.Path("m1").rename("m+1")
+  found = folders.read(files.merge_files(methods.average(), ["m0+lora", "m+1"], "out"))
+  mean = (first[f"{name}.weight"] + 2.0 * b @ a + second[f"{name}.weight"]) / 2
+  np.testing.assert_allclose(found[f"{name}.weight"], mean, atol=1e-5)
+  told = json.loads(pathlib.Path("out/jaxmerge_provenance.json").read_text())
+  assert told["inputs"].keys() == {"m0+lora", "m+1"}
+  for models, words in [
+    (["m0+lorra"], "lorra: no such folder"),
+    (["m0+m+1"], r"m0\+m\+1: no such folder, and not `model\+adapter`"),
+    ([pathlib.Path("m0+lora")], r"m0\+lora: no such folder"),
+  ]:
+    with pytest.raises((FileNotFoundError, ValueError), match=words):
+      files.merge_files(methods.average(), models, "other")
+
+
 def test_a_model_with_an_adapter_is_stored_as_its_base_is(tmp_path, monkeypatch):
   """Its matrices are computed in float32; a result without `dtype` keeps that of the files."""
   monkeypatch.chdir(tmp_path)

@@ -6,8 +6,8 @@ import pathlib
 from collections.abc import Callable
 from typing import NamedTuple
 
-from jaxmerge import planning
-from jaxmerge.io import adapter, hub
+from jaxmerge import opening, planning
+from jaxmerge.io import hub
 from jaxmerge.io.tensor import Files
 from jaxmerge.recipe.places import Problem, RecipeError
 from jaxmerge.recipe.records import Model
@@ -31,18 +31,10 @@ def opener(files: Files, *, download: bool = False) -> Opener:
   """Returns how the models of recipes are opened; nothing is fetched without `download`."""
   find = hub.Finder(download=download)
 
-  def whole(model: Model) -> planning.Model:
-    found = find(model.path, model.revision)
-    opened = planning.model(found.folder, files, name=str(model), home=found.home)
-    if model.adapter is None:
-      return opened
-    own = find(model.adapter, model.adapter_revision)
-    tensors = adapter.adapted(opened.tensors, own.folder, files, home=own.home)
-    return opened._replace(tensors=tensors, files=(*opened.files, *adapter.paths(own.folder)))
-
   def opened(model: Model) -> planning.Model:
+    own = (model.path, model.revision, model.adapter, model.adapter_revision)
     try:
-      return whole(model)
+      return opening.opened(opening.Reference(*own), files, find, str(model))
     except (OSError, ValueError) as error:
       raise RecipeError([Problem(model.place, str(error))]) from error
 

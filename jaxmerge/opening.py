@@ -1,0 +1,67 @@
+"""Opens a model by how it is called: a folder, an id of the hub, either with an adapter on top."""
+
+from __future__ import annotations
+
+import os
+from typing import NamedTuple
+
+from jaxmerge import planning
+from jaxmerge.io import adapter, hub
+from jaxmerge.io.tensor import Files
+
+
+class Reference(NamedTuple):
+  """A model, and the adapter that is added to it.
+
+  Attributes:
+    path: a folder, or an id of the hub.
+    revision: of the hub's repository.
+    adapter: folder or id of the adapter, if there is one.
+    adapter_revision: its revision.
+  """
+
+  path: str
+  revision: str | None = None
+  adapter: str | None = None
+  adapter_revision: str | None = None
+
+
+def split(reference: str | os.PathLike[str]) -> Reference:
+  """Takes `model@revision+adapter@revision` apart; a folder, or a `Path`, is not taken apart.
+
+  >>> split("org/model@main+org/adapter")
+  Reference(path='org/model', revision='main', adapter='org/adapter', adapter_revision=None)
+
+  Raises:
+    ValueError: for more than one `+`, and for nothing beside it.
+  """
+  if not isinstance(reference, str) or "+" not in reference or os.path.isdir(reference):
+    return Reference(*hub.split(reference))
+  parts = reference.split("+")
+  if len(parts) > 2 or not all(parts):
+    raise ValueError(
+      f"{reference}: no such folder, and not `model+adapter`; a Path is not taken apart."
+    )
+  return Reference(*hub.split(parts[0]), *hub.split(parts[1]))
+
+
+def opened(own: Reference, files: Files, find: hub.Finder, name: str) -> planning.Model:
+  """Opens a model: only headers are read. An adapted matrix is computed when it is read.
+
+  Args:
+    own: which one.
+    files: open files of the models.
+    find: finds folders and what is in the hub's cache.
+    name: what the model is called.
+
+  Raises:
+    FileNotFoundError: where it, or its adapter, is not there.
+    ValueError: naming what is damaged or does not fit.
+  """
+  found = find(own.path, own.revision)
+  model = planning.model(found.folder, files, name=name, home=found.home)
+  if own.adapter is None:
+    return model
+  added = find(own.adapter, own.adapter_revision)
+  tensors = adapter.adapted(model.tensors, added.folder, files, home=added.home)
+  return model._replace(tensors=tensors, files=(*model.files, *adapter.paths(added.folder)))
