@@ -7,7 +7,7 @@ import json
 import os
 import pathlib
 import shutil
-from typing import Any  # A config is imported only by commands that have one.
+from typing import Any  # A config, and a plan, are imported only by commands that have one.
 
 from jaxmerge import progress, stopping
 
@@ -97,27 +97,21 @@ def fake_devices(count: int | None) -> None:
 def merge(options: argparse.Namespace, config: Any) -> None:
   """Merges the models of a recipe; recipes that others build on are merged beside, and removed."""
   from jaxmerge import evaluating, planning, summarizing
-  from jaxmerge.io import atomic, tensor
+  from jaxmerge.io import growing, tensor
   from jaxmerge.recipe import plan as plans
 
   out, files = pathlib.Path(options.out), tensor.Files()
   evaluate = None if options.evaluate is None else evaluating.command(options.evaluate)
+  # All that is wrong is told before jax is imported, and all that is lacking fetched.
+  plan, stages = _planned(options, out, files)
   if options.dry_run:
-    plan = plans.of_file(options.recipe, files, download=options.download)
     size, kind = options.shard_size, options.out_format
     print("\n".join(summarizing.described(plan, shard_size=size, out_format=kind)))
+    if (free := growing.free(out)) is not None:
+      print(f"disk: {summarizing.size(free)} free")
     if evaluate is not None:
       print(f"then: {options.evaluate}")
     return
-  atomic.check_free(out, options.replace)
-  stages: list[pathlib.Path] = []
-
-  def foreseen(name: str, plan: planning.Plan) -> planning.Model:
-    stages.append(out.with_name(f".{out.name}.{name}.stage"))
-    return planning.foreseen(name, plan)
-
-  # All that is wrong is told before jax is imported, and all that is lacking fetched.
-  plan = plans.of_file(options.recipe, files, foreseen, download=options.download)
   joined(options, None)
   from jaxmerge import files as driver
   from jaxmerge import processes
@@ -146,6 +140,45 @@ def merge(options: argparse.Namespace, config: Any) -> None:
   print(f"merged: {out}", flush=True)
   if evaluate is not None:
     print(f"evaluated: {progress.numbers(evaluating.evaluated(out, evaluate))}")
+
+
+def _planned(
+  options: argparse.Namespace, out: pathlib.Path, files: Any
+) -> tuple[Any, list[pathlib.Path]]:
+  """The plan of a merge, and where the recipes that it builds on are merged.
+
+  What is wrong with recipe, models and the place of the result is told at once.
+  """
+  from jaxmerge import finishing, planning, summarizing
+  from jaxmerge.io import atomic, growing
+  from jaxmerge.recipe import plan as plans
+  from jaxmerge.recipe import telling
+
+  stages: dict[str, tuple[pathlib.Path, planning.Plan]] = {}
+  found: list[Exception] = []
+  made: list[planning.Plan] = []
+
+  def foreseen(name: str, plan: planning.Plan) -> planning.Model:
+    stages[name] = out.with_name(f".{out.name}.{name}.stage"), plan
+    return planning.foreseen(name, plan)
+
+  with telling.noted(found):
+    atomic.check_free(out, options.replace)
+  with telling.noted(found):
+    made.append(plans.of_file(options.recipe, files, foreseen, download=options.download))
+  needed, begun = 0, [place for place, _ in stages.values()]
+  for place, plan in [*stages.values(), *((out, plan) for plan in made)]:
+    kind = options.out_format if place == out else "safetensors"
+    needed += summarizing.room(plan, kind)
+    begun.append(growing.part_of(place))
+    # What is made of another recipe's result is known when that is there.
+    if options.resume == "auto" and not stages.keys() & plan.fates.keys():
+      with telling.noted(found):
+        finishing.check_begun(plan, place, shard_size=options.shard_size, out_format=kind)
+  with telling.noted(found):
+    growing.check_room(out, needed, begun=begun)
+  telling.check(found)
+  return made[0], [place for place, _ in stages.values()]
 
 
 def report(options: argparse.Namespace, config: Any) -> None:

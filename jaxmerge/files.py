@@ -152,11 +152,12 @@ def run(
     raise ValueError(f"out_format must be one of {', '.join(FORMATS)}, got {out_format!r}.")
   out = pathlib.Path(out)
   atomic.check_free(out, replace)
-  part = out.with_name(f".{out.name}.merging")
+  part = growing.part_of(out)
   first, index = processes.first(), jax.process_index()
   if first:
     if part.exists() and not resume:
       shutil.rmtree(part)
+    growing.check_room(out, summarizing.room(plan, out_format), begun=[part])
     part.mkdir(parents=True, exist_ok=True)
     atomic.tidy(part)
   processes.agree(True)  # The folder is there for all.

@@ -36,6 +36,14 @@ def identity(plan: Plan, shards: Mapping[str, Sequence[str]], out_format: str) -
   return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
+def check_begun(plan: Plan, out: pathlib.Path, *, shard_size: int, out_format: str) -> None:
+  """Raises ValueError where an interrupted merge of other inputs or settings lies beside `out`."""
+  part = growing.part_of(out)
+  if growing.journals(part):
+    shards = folder.shards({o.name: o.size for o in plan.outputs}, shard_size)
+    growing.noted(part, identity(plan, shards, out_format))
+
+
 def _stamp(path: pathlib.Path) -> list[int]:
   status = path.stat()
   return [status.st_size, status.st_mtime_ns]

@@ -274,17 +274,11 @@ def assembled(
     Problems: naming every tensor and model that do not fit.
   """
   told = {m.name: {**m.dropped, **(fates or {}).get(m.name, {})} for m in models}
-  problems = [line for want in wants for line in _mismatches(want, missing)]
-  problems += [
-    f"tensor {want.name!r} is tied to the embedding by the config of {models[0].name}, but not in "
-    "all models: exclude it, or set tie_word_embeddings to false there."
-    for want in wants
-    if want.name in models[0].tied and want.models
-  ]
-  if problems:
-    raise Problems(problems)
+  problems = unfit(wants, models[0], missing)
   every, outputs = list(jobs), []
   for want in wants:
+    if not _there(want):
+      continue
     found, fate = _settled(want, missing, every)
     # The base may be one of the models as well.
     for which in dict.fromkeys((*want.models, want.base)):
@@ -311,6 +305,24 @@ def assembled(
   inputs = frozenset(file for m in models for file in m.files)
   facts = {"folders": {m.name: m.home or str(m.folder) for m in models if m.files}}
   return Plan(tuple(outputs), tuple(every), told, models[0].folder, inputs, facts)
+
+
+def unfit(wants: Sequence[Want], donor: Model, missing: str) -> list[str]:
+  """Says what does not fit: parts that are missing, of other shapes, or tied in some models only.
+
+  >>> unfit([Want("w", None, (Part("a", "w", None),))], Model("a", pathlib.Path(), {}, ()), "mean")
+  ["tensor 'w' is wanted of a, which has none."]
+  """
+  return [line for want in wants for line in _mismatches(want, missing)] + [
+    f"tensor {want.name!r} is tied to the embedding by the config of {donor.name}, but not in "
+    "all models: exclude it, or set tie_word_embeddings to false there."
+    for want in wants
+    if want.name in donor.tied and want.models
+  ]
+
+
+def _there(want: Want) -> list[Part]:
+  return [p for p in (want.base, *want.models) if p is not None and p.tensor is not None]
 
 
 def _settled(want: Want, missing: str, jobs: list[Job]) -> tuple[Output | None, str]:
@@ -349,7 +361,10 @@ def _mean() -> Any:
 def _mismatches(want: Want, missing: str) -> Iterator[str]:
   """Says where the parts of a tensor are missing or do not fit the first of them."""
   parts = [p for p in (want.base, *want.models) if p is not None]
-  there = [p for p in parts if p.tensor is not None]
+  there = _there(want)
+  if not there:
+    yield f"tensor {want.name!r} is wanted of {parts[0].model}, which has none."
+    return
   if missing == "error":
     for p in parts:
       if p.tensor is None:

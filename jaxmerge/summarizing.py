@@ -26,10 +26,10 @@ def described(plan: Plan, *, shard_size: int, out_format: str = "safetensors") -
     fates.update(words.split(" -> ")[0] for words in own.values())
   made = [o for o in plan.outputs if o.job is not None]
   shards = len(folder.shards({o.name: o.size for o in plan.outputs}, shard_size))
-  room = f", a checkpoint; while it is made, {size(2 * plan.written)} on the disk"
+  taken = f", a checkpoint; while it is made, {size(room(plan, out_format))} on the disk"
   out = [
     f"result: {len(plan.outputs)} tensors, {size(plan.written)}"
-    + (room if out_format == "orbax" else f", {shards} file{'s' * (shards != 1)}"),
+    + (taken if out_format == "orbax" else f", {shards} file{'s' * (shards != 1)}"),
     f"merged: {len(made)} tensors, copied: {len(plan.outputs) - len(made)}",
     f"inputs: {len(plan.inputs)} files, {size(plan.read)} in one reading",
     f"memory: {size(memory(plan))} or less",
@@ -62,6 +62,11 @@ def work(plan: Plan, out_format: str = "safetensors") -> int:
   often = [readings(job) for job in plan.jobs]
   merged = sum(o.size * (1 if o.job is None else often[o.job]) for o in plan.outputs)
   return merged + (plan.written if out_format == "orbax" else 0)
+
+
+def room(plan: Plan, out_format: str = "safetensors") -> int:
+  """Returns the bytes that a result takes on the disk while it is made."""
+  return plan.written * (2 if out_format == "orbax" else 1)
 
 
 _RUNTIME = 240_000_000  # Bytes of Python and jax; what follows is measured as well.

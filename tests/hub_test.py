@@ -260,4 +260,4 @@ def test_the_client_is_imported_only_for_an_id(tmp_path):
     capture_output=True, text=True, check=False, cwd=tmp_path,
   )  # fmt: skip
   assert run.returncode == 0, run.stderr
-  assert run.stderr.count("pip install 'jaxmerge[hub]'") == 2
+  assert run.stderr.count("pip install 'jaxmerge[hub]'") == 3  # Both models of the recipe are told.

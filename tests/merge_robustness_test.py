@@ -4,14 +4,15 @@ import errno
 import json
 import os
 import pathlib
+import shutil
 import struct
 
 import folders
 import numpy as np
 import pytest
 
-from jaxmerge import cli
-from jaxmerge.io import safetensors
+from jaxmerge import cli, files, methods
+from jaxmerge.io import growing, safetensors
 
 RECIPE = """
 merge_method: task_arithmetic
@@ -186,6 +187,88 @@ def test_a_full_disk_is_an_error_and_nothing_is_lost(family, capsys, monkeypatch
   assert "no space on the disk for its" in err
   assert ".out.merging/model.safetensors" in err
   assert cli.main(["merge", "recipe.yml", "out"]) == 0
+
+
+def told(capsys, *flags):
+  """What is wrong with a merge, in a dry run and in earnest."""
+  lines = []
+  for more in (["--dry-run"], []):
+    assert cli.main(["merge", "recipe.yml", "out", *more, *flags]) == 1
+    lines.append(capsys.readouterr().err)
+  assert lines[0] == lines[1]
+  return lines[0]
+
+
+def test_of_all_models_and_the_place_of_the_result_it_is_told_at_once(family, capsys):
+  truncated()
+  recipe("m0", "m7")
+  pathlib.Path("out").mkdir()
+  err = told(capsys)
+  assert err.startswith("error: out exists; pass replace=True (--replace)")
+  assert "\nrecipe.yml:5:12: m7: no such folder" in err
+  assert "\nrecipe.yml:7:12: m1/model-00002-of-00002.safetensors: " in err
+  assert len(err.splitlines()) == 3
+  assert list(pathlib.Path("out").iterdir()) == []
+
+
+def test_of_all_recipes_of_a_file_it_is_told_at_once(family, capsys):
+  """Also of a model that is merged with what cannot be made."""
+  text = RECIPE.replace("base_model: base", "base_model: ./base").replace("m1", "./m1")
+  first, second = text.replace("m0", "./m8"), text.replace("m0", "./m9").replace("./m1", "first")
+  pathlib.Path("recipe.yml").write_text(f"{first}name: first\n---\n{second}")
+  err = told(capsys)
+  assert "m8: no such folder" in err
+  assert "m9: no such folder" in err
+
+
+def test_of_tokenizers_filters_parameters_and_shapes_it_is_told_at_once(family, capsys):
+  tensor("m0", NORM, lambda x: x[:-1])
+  tensor("m1", "lm_head.weight", lambda x: np.concatenate([x, x]))
+  first, second = (
+    "{weight: [{filter: mpl, value: 1}, {value: 0.5}]}",
+    "{weight: [{filter: mlp, value: 1}]}",
+  )
+  text = RECIPE.replace("{weight: 0.5}", first, 1).replace("{weight: 0.5}", second)
+  pathlib.Path("recipe.yml").write_text(text + "tokenizer_source: union\n")
+  err = told(capsys)
+  for words in [
+    "base/tokenizer.json: vocab of model must map",
+    "m0/tokenizer.json: vocab of model must map",
+    "m1/tokenizer.json: vocab of model must map",
+    "did you mean 'mlp'?",
+    f"needs weight, but nothing gives it for tensor {NORM!r}",
+    f"tensor {NORM!r} is [5] in m0",
+  ]:
+    assert words in err
+  assert "[20, 6]" not in err  # Embeddings would have been brought together.
+
+
+def test_a_merge_of_other_inputs_that_is_not_complete_is_told_of(family, capsys):
+  journal = pathlib.Path(".out.merging/journal.jsonl")
+  journal.parent.mkdir()
+  journal.write_text('{"plan": "another"}\n')
+  assert "error: .out.merging holds an interrupted merge of other inputs or settings" in told(
+    capsys
+  )
+  assert cli.main(["merge", "recipe.yml", "out", "--dry-run", "--resume=never"]) == 0
+  assert journal.exists()
+
+
+def test_a_disk_without_room_is_told_of_before_the_merge(family, capsys, monkeypatch):
+  """What an interrupted merge has there already is not needed again."""
+  assert cli.main(["merge", "recipe.yml", "out", "--dry-run"]) == 0
+  assert "\ndisk: " in capsys.readouterr().out
+  size = sum(x.nbytes for x in family[0].values())
+  usage = shutil.disk_usage(".")._replace(free=size - 1)
+  monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+  err = told(capsys)
+  assert f"{size:,} bytes are to be written, but {size - 1:,} are free on the disk" in err
+  with pytest.raises(OSError, match="are free on the disk"):
+    files.merge_files(methods.average(), ["m0", "m1"], "out")
+  assert {p.name for p in pathlib.Path().iterdir()} == {"base", "m0", "m1", "recipe.yml"}
+  pathlib.Path("begun").mkdir()
+  pathlib.Path("begun/part").write_bytes(bytes(size))
+  growing.check_room(pathlib.Path("out"), size, begun=[pathlib.Path("begun")])
 
 
 def test_headers_are_read_as_they_are(family):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tokenizers
 
-from jaxmerge import files
+from jaxmerge import files, planning
 from jaxmerge.io import rows
 from jaxmerge.io.tensor import Files, Tensor
 from jaxmerge.recipe import RecipeError, chat, embeddings
@@ -286,7 +286,7 @@ def test_rows_of_another_length(three):
   folders.write(pathlib.Path("wide"), wide)
   pathlib.Path("wide/tokenizer.json").write_bytes(pathlib.Path("chat/tokenizer.json").read_bytes())
   with pytest.raises(
-    RecipeError, match=r"yml:4:33: .* has rows of \[8\] in wide, but of \[6\] in base"
+    planning.Problems, match=r"yml:4:33: .* has rows of \[8\] in wide, but of \[6\] in base"
   ):
     plan_of(LINEAR.replace("chat", "wide") + "tokenizer_source: union\n")
 

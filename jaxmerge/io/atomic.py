@@ -103,7 +103,9 @@ def check_free(path: pathlib.Path, replace: bool) -> None:
   if path.exists() and not path.is_dir():
     raise NotADirectoryError(f"{path} is a file; give the path of a folder.")
   if path.exists() and not replace:
-    raise FileExistsError(f"{path} exists; pass replace=True to replace it, or give another path.")
+    raise FileExistsError(
+      f"{path} exists; pass replace=True (--replace) to replace it, or give another path."
+    )
 
 
 def _beside(path: pathlib.Path, ending: str) -> pathlib.Path:

@@ -14,7 +14,8 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import shutil
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple  # Any: digests are plain JSON.
 
 import numpy as np
@@ -96,6 +97,38 @@ def _make_room(handle: int, path: pathlib.Path, length: int) -> None:
       raise
     text = f"no space on the disk for its {length:,} bytes; free some, and the same command goes on"
     raise OSError(errno.ENOSPC, text, str(path)) from error
+
+
+def part_of(out: pathlib.Path) -> pathlib.Path:
+  """Returns the folder in which what shall be at `out` grows.
+
+  >>> part_of(pathlib.Path("models/merged")).name
+  '.merged.merging'
+  """
+  return out.with_name(f".{out.name}.merging")
+
+
+def free(out: pathlib.Path) -> int | None:
+  """Returns how many bytes are free on the disk of a folder that is still to be made, if known."""
+  there = next(p for p in out.absolute().parents if p.is_dir())
+  usage = shutil.disk_usage(there)
+  return usage.free if usage.total else None
+
+
+def check_room(out: pathlib.Path, needed: int, *, begun: Iterable[pathlib.Path] = ()) -> None:
+  """Raises OSError where a disk has no room for what shall be at `out`.
+
+  Args:
+    out: a folder that is still to be made.
+    needed: bytes that it takes while it is made.
+    begun: folders in which a part of these is already.
+  """
+  files = [p for own in begun for p in own.rglob("*") if p.is_file()]
+  left = needed - sum(p.stat().st_size for p in files)
+  room = free(out)
+  if room is not None and left > room:
+    text = f"{left:,} bytes are to be written, but {room:,} are free on the disk; free some, or "
+    raise OSError(errno.ENOSPC, f"{text}give another place", str(out))
 
 
 @contextlib.contextmanager

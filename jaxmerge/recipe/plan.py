@@ -6,7 +6,7 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple  # Any: numbers of many kinds, what a config.json holds.
 
 import numpy as np
@@ -15,21 +15,24 @@ from jaxmerge import planning
 from jaxmerge.io import folder, weights
 from jaxmerge.io.tensor import Files
 from jaxmerge.planning import Job, Part, Plan, Want
-from jaxmerge.recipe import layers, narrowing, opening, parameters, schema, tokenizer, translating
+from jaxmerge.recipe import (
+  embeddings,
+  layers,
+  narrowing,
+  opening,
+  parameters,
+  schema,
+  stacking,
+  telling,
+  tokenizer,
+  translating,
+)
 from jaxmerge.recipe.methods import METHODS
 from jaxmerge.recipe.places import Problem, RecipeError
-from jaxmerge.recipe.records import Group, Model, Recipe, Source, groups, referenced
+from jaxmerge.recipe.records import Model, Recipe, Source, groups, referenced
+from jaxmerge.recipe.stacking import Opened, Row
 
-Opened = Mapping[Model, planning.Model]
 RECIPE = "jaxmerge_recipe.yml"
-
-
-class _Row(NamedTuple):
-  """A tensor of the result: which group makes it, and what it is called in each source."""
-
-  tensor: parameters.Tensor
-  group: Group
-  names: tuple[str, ...]
 
 
 def of_file(
@@ -56,16 +59,49 @@ def of_file(
   text = pathlib.Path(path).read_text(encoding="utf-8")
   results: dict[str, planning.Model] = {}
   opener = opening.opener(files, download=download)
+  found: list[Exception] = []
 
   def model(own: Model) -> planning.Model:
     return results[own.path] if own.path in results else opener.model(own)
 
-  for recipe in recipes[:-1]:
-    if recipe.name is not None:
-      results[recipe.name] = made(recipe.name, planned(recipe, model, opener.folder))
-  plan = planned(recipes[-1], model, opener.folder)
+  for recipe in (r for r in recipes[:-1] if r.name is not None):
+    for plan in _tried(recipe, model, opener.folder, results, found):
+      results[str(recipe.name)] = (planning.foreseen if found else made)(str(recipe.name), plan)
+  last = _tried(recipes[-1], model, opener.folder, results, found)
+  telling.check(found)
+  (plan,) = last
   facts = {"recipe": text, **opener.find.facts, **plan.facts}
   return plan._replace(facts=facts, texts={**plan.texts, RECIPE: text})
+
+
+def _tried(
+  recipe: Recipe,
+  open_model: Callable[[Model], planning.Model],
+  folder_of: Callable[[Model], pathlib.Path],
+  results: Mapping[str, planning.Model],
+  found: list[Exception],
+) -> list[Plan]:
+  """The plan of a recipe; none where it has problems, or one that it builds on has."""
+  plans: list[Plan] = []
+  with telling.noted(found):
+    if all(name in results for name in recipe.uses):
+      plans.append(planned(recipe, open_model, folder_of))
+    else:
+      _opened([m for m in referenced(recipe) if m.path not in recipe.uses], open_model)
+  return plans
+
+
+def _opened(
+  models: Iterable[Model], open_model: Callable[[Model], planning.Model]
+) -> dict[Model, planning.Model]:
+  """Opens models, or tells of all that cannot be opened."""
+  made: dict[Model, planning.Model] = {}
+  found: list[Exception] = []
+  for model in models:
+    with telling.noted(found):
+      made[model] = open_model(model)
+  telling.check(found)
+  return made
 
 
 def planned(
@@ -84,23 +120,37 @@ def planned(
     RecipeError: for what is wrong with the recipe once the models are known.
     planning.Problems: naming the tensors and models that do not fit each other.
   """
-  opened = {m: open_model(m) for m in referenced(recipe)}
-  built = tokenizer.built(recipe, opened, folder_of)
-  models = built.models
+  found: list[Exception] = []
+  opened = _opened(referenced(recipe), open_model)
+  built = tokenizer.Built(opened, {})
+  with telling.noted(found):
+    built = tokenizer.built(recipe, opened, folder_of)
+  models, uneven = built.models, bool(found)
   donor = models[recipe.base_model or groups(recipe)[0].sources[0].model]
   config = donor.config or weights.config(donor.folder)
-  rows = list(_rows(recipe, models, config))
-  unmatched = parameters.unmatched(recipe, _all_names(rows))
-  if unmatched:
-    raise RecipeError(unmatched)
-  wants, jobs = _wants(recipe, models, donor, rows)
+  rows: list[Row] = []
+  with telling.noted(found):
+    rows = list(stacking.rows(recipe, models, config))
+  if not rows:
+    telling.check(found)
+  if problems := parameters.unmatched(recipe, stacking.all_names(rows)):
+    found.append(RecipeError(problems))
+  settled, problems = _settled(recipe, rows)
+  if problems:
+    found.append(RecipeError(problems))
+  wants, jobs = _wants(recipe, models, donor, rows, settled)
+  if found:  # Of embeddings that were not brought together nothing can be told.
+    known = [w for w in wants if not (uneven and _is_embedding(w))]
+    lines = planning.unfit(known, donor, recipe.missing)
+    found += [planning.Problems(lines)] if lines else []
+    telling.check(found)
   plan = planning.assembled(
     wants,
     jobs,
     [donor, *(m for m in models.values() if m is not donor)],
     dtype=narrowing.stored(recipe),
     missing=recipe.missing,
-    fates=_left_out(recipe, models, rows),
+    fates=stacking.left_out(recipe, models, rows),
   )
   if recipe.compat == "mergekit":
     plan = narrowing.computed(recipe, plan)
@@ -109,108 +159,13 @@ def planned(
   return plan._replace(texts={**texts, **built.texts}, fates=built.fates(plan.fates))
 
 
-# --- Which tensors there are ---
-
-
-def _rows(recipe: Recipe, models: Opened, config: Mapping[str, Any]) -> Iterator[_Row]:
-  made = groups(recipe)
-  for module in dict.fromkeys(g.module for g in made):
-    own = [g for g in made if g.module == module]
-    if own[0].sliced:
-      yield from _stacked(own, models, config)
-    else:
-      yield from _whole(own[0], models)
-
-
-def _inside(group: Group, name: str) -> bool:
-  """Tells whether a tensor belongs to the group's module: the module is a part of its name."""
-  return group.module is None or group.module in name.split(".")
-
-
-def _whole(group: Group, models: Opened) -> Iterator[_Row]:
-  """Whole models: the tensors of all of them, by their names."""
-  members = [models[s.model] for s in group.sources] + ([models[group.base]] if group.base else [])
-  names = [n for n in sorted({n for m in members for n in m.tensors}) if _inside(group, n)]
-  heights = layers.stacks(names)
-  for name in names:
-    tensor = parameters.Tensor(name)
-    if at := layers.place(name):
-      depth = parameters.depth(at.layer, heights[at.stack])
-      tensor = parameters.Tensor(name, at.layer, depth)
-    yield _Row(tensor, group, (name,) * len(group.sources))
-
-
-def _stacked(own: Sequence[Group], models: Opened, config: Mapping[str, Any]) -> Iterator[_Row]:
-  """Slices: their layers on top of each other; what lies before comes from the first of them."""
-  names = {m: [n for n in models[m].tensors if _inside(own[0], n)] for m in models}
-  try:
-    stack = layers.main(names[own[0].sources[0].model], config)
-  except ValueError as error:
-    raise RecipeError([Problem(own[0].place, str(error))]) from error
-  begun = 0
-  for group in own:
-    starts = [s.layers[0] if s.layers else 0 for s in group.sources]
-    first = group.sources[0].layers or (0, layers.stacks(names[group.sources[0].model])[stack])
-    count = first[1] - first[0]
-    _check_ranges(group, names, stack)
-    for i in range(count):
-      heads = [f"{stack}{start + i}." for start in starts]
-      rests = {
-        name.removeprefix(head)
-        for source, head in zip(group.sources, heads, strict=True)
-        for name in names[source.model]
-        if name.startswith(head)
-      }
-      for rest in sorted(rests):
-        name = f"{stack}{begun + i}.{rest}"
-        tensor = parameters.Tensor(name, begun + i, parameters.depth(i, count))
-        yield _Row(tensor, group, tuple(head + rest for head in heads))
-    begun += count
-  outside = sorted(
-    {n for g in own for s in g.sources for n in names[s.model] if not n.startswith(stack)}
-  )
-  for name in outside:
-    group = own[0] if layers.is_input(name) else own[-1]
-    yield _Row(parameters.Tensor(name), group, (name,) * len(group.sources))
-
-
-def _check_ranges(group: Group, names: Mapping[Model, Sequence[str]], stack: str) -> None:
-  problems = []
-  for source in group.sources:
-    height = layers.stacks(names[source.model]).get(stack, 0)
-    if source.layers and source.layers[1] > height:
-      text = f"layer_range ends at {source.layers[1]}, but {source.model} has {height} layers."
-      problems.append(Problem(source.place, text))
-  if problems:
-    raise RecipeError(problems)
-
-
-def _all_names(rows: Sequence[_Row]) -> dict[str, int | None]:
-  """The layer of every name of a tensor, in the result and in the sources."""
-  found = {n: row.tensor.layer for row in rows for n in row.names}
-  return found | {row.tensor.name: row.tensor.layer for row in rows}
-
-
-def _left_out(recipe: Recipe, models: Opened, rows: Sequence[_Row]) -> dict[str, dict[str, str]]:
-  """What becomes of tensors that nothing is made of: excluded ones, and layers in no slice."""
-  told: dict[str, dict[str, str]] = {m.name: {} for m in models.values()}
-  if any(row.group.sliced for row in rows):
-    told = {m.name: dict.fromkeys(m.tensors, "dropped: in no slice") for m in models.values()}
-  for row in rows:
-    if parameters.excluded(recipe, row.tensor):
-      for source, name in zip(row.group.sources, row.names, strict=True):
-        if name in models[source.model].tensors:
-          told[models[source.model].name][name] = "dropped: excluded"
-  return told
-
-
 # --- What becomes of them ---
 
 
 class _Settled(NamedTuple):
   """A row with its method and parameters, and which of the group's sources are merged."""
 
-  row: _Row
+  row: Row
   values: parameters.Values
   merged: tuple[int, ...]
 
@@ -238,7 +193,8 @@ class _Settled(NamedTuple):
     return {**self.values.shared, **own}
 
 
-def _settled(recipe: Recipe, rows: Sequence[_Row]) -> list[_Settled]:
+def _settled(recipe: Recipe, rows: Sequence[Row]) -> tuple[list[_Settled], tuple[Problem, ...]]:
+  """The rows that are not excluded, and what is wrong with the parameters of the others."""
   found: list[_Settled] = []
   problems: list[Problem] = []
   for row in rows:
@@ -252,16 +208,18 @@ def _settled(recipe: Recipe, rows: Sequence[_Row]) -> list[_Settled]:
     method, sources = METHODS[values.method], row.group.sources
     merged = tuple(i for i, s in enumerate(sources) if row.group.merged(s, method))
     found.append(_Settled(row, values, merged))
-  if problems:
-    raise RecipeError(sorted(set(problems)))
-  return found
+  return found, tuple(problems)
 
 
 def _wants(
-  recipe: Recipe, models: Opened, donor: planning.Model, rows: Sequence[_Row]
+  recipe: Recipe,
+  models: Opened,
+  donor: planning.Model,
+  rows: Sequence[Row],
+  settled: Sequence[_Settled],
 ) -> tuple[list[Want], list[Job]]:
   kinds: dict[Any, list[_Settled]] = {}
-  for own in _settled(recipe, rows):
+  for own in settled:
     kinds.setdefault(own.kind, []).append(own)
   jobs: list[Job] = []
   wants: dict[str, Want] = {}
@@ -279,10 +237,21 @@ def _wants(
       wants[name] = _want(translation, own, models, len(jobs) - 1)
   for row in rows:
     name = row.tensor.name
-    if name not in wants:  # It is excluded.
+    if parameters.excluded(recipe, row.tensor):
       own_base = models[row.group.base] if row.group.base else donor
       wants[name] = Want(name, own_base.part(name))
+    elif name not in wants:  # Its parameters are wrong; whether its parts fit is told all the same.
+      pairs = zip(row.group.sources, row.names, strict=True)
+      parts = tuple(models[s.model].part(n) for s, n in pairs)
+      # The base of slices is one of their sources.
+      base = row.group.base if not row.group.sliced else None
+      wants[name] = Want(name, models[base].part(name) if base else None, parts, raw=True)
   return [wants[row.tensor.name] for row in rows], jobs
+
+
+def _is_embedding(want: Want) -> bool:
+  parts = [p for p in (want.base, *want.models) if p is not None]
+  return any(p.tensor is not None and embeddings.named(p.name, p.tensor) for p in parts)
 
 
 def _varied(members: Sequence[_Settled]) -> set[str]:
@@ -351,7 +320,7 @@ def _want(translation: translating.Translation, own: _Settled, models: Opened, j
 # --- What else is written ---
 
 
-def _config(recipe: Recipe, config: Mapping[str, Any], rows: Sequence[_Row]) -> dict[str, Any]:
+def _config(recipe: Recipe, config: Mapping[str, Any], rows: Sequence[Row]) -> dict[str, Any]:
   """The donor's config, as it holds for the result."""
   changed = dict(config)
   if config and (recipe.out_dtype or recipe.dtype):

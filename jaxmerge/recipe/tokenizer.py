@@ -8,7 +8,7 @@ from typing import Any, NamedTuple  # Any: what a config.json holds.
 
 from jaxmerge import planning
 from jaxmerge.io import folder as folders
-from jaxmerge.recipe import chat, embeddings, vocabulary
+from jaxmerge.recipe import chat, embeddings, telling, vocabulary
 from jaxmerge.recipe.places import Problem, RecipeError, listed
 from jaxmerge.recipe.records import Model, Recipe, Tokenizer
 from jaxmerge.recipe.vocabulary import Flags, Vocabulary
@@ -71,22 +71,36 @@ def built(recipe: Recipe, models: Opened, folder_of: FolderOf) -> Built:
     RecipeError: for tokenizers that cannot be read or brought together, and embeddings without a
       row for each token.
   """
+  found: list[Exception] = []
   made, home = Built(models, {}), next(iter(models.values())).folder
   if recipe.tokenizer is not None:
-    made, home = _built(recipe, recipe.tokenizer, models, folder_of)
+    with telling.noted(found):
+      made, home = _built(recipe, recipe.tokenizer, models, folder_of)
   if recipe.chat_template is not None:
-    template = chat.chosen(recipe.chat_template, [m.folder for m in models.values()])
-    if template is not None:
-      own = chat.texts(template, home, made.texts.get(vocabulary.SETTINGS))
-      made = made._replace(texts={**made.texts, **own})
+    with telling.noted(found):
+      made = _with_template(made, recipe.chat_template, models, home)
+  telling.check(found)
   return made
+
+
+def _with_template(made: Built, said: str, models: Opened, home: pathlib.Path) -> Built:
+  template = chat.chosen(said, [m.folder for m in models.values()])
+  if template is None:
+    return made
+  own = chat.texts(template, home, made.texts.get(vocabulary.SETTINGS))
+  return made._replace(texts={**made.texts, **own})
 
 
 def _built(
   recipe: Recipe, said: Tokenizer, models: Opened, folder_of: FolderOf
 ) -> tuple[Built, pathlib.Path]:
   """Brings the vocabularies together; with the folder whose tokenizer is taken."""
-  own = {m: _read(m, lambda m: models[m].folder) for m in models}
+  own: dict[Model, Vocabulary] = {}
+  found: list[Exception] = []
+  for m in models:
+    with telling.noted(found):
+      own[m] = _read(m, lambda m: models[m].folder)
+  telling.check(found)
   merged = _merged(recipe, said, own, folder_of)
   names = embeddings.names(own, models)
   _check(said, own, models, names)
@@ -103,8 +117,8 @@ def _built(
   if alike and not forced and (pad is None or heights == {size}):
     return made, merged.folder
   order = embeddings.Order(said, recipe.base_model, own, merged, size)
-  found = embeddings.reordered(made.models, names, order)
-  return made._replace(models=found, size=size, names=names), merged.folder
+  ordered = embeddings.reordered(made.models, names, order)
+  return made._replace(models=ordered, size=size, names=names), merged.folder
 
 
 def _check(said: Tokenizer, own: Own, models: Opened, names: frozenset[str]) -> None:

@@ -1,0 +1,129 @@
+"""Which tensors the result of a recipe has, and what each is called in its sources."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple  # Any: what a config.json holds.
+
+from jaxmerge import planning
+from jaxmerge.recipe import layers, parameters
+from jaxmerge.recipe.places import Problem, RecipeError
+from jaxmerge.recipe.records import Group, Model, Recipe, groups
+
+Opened = Mapping[Model, planning.Model]
+
+
+class Row(NamedTuple):
+  """A tensor of the result.
+
+  Attributes:
+    tensor: what it is called, and where it lies.
+    group: the sources that make it.
+    names: what it is called in each source.
+  """
+
+  tensor: parameters.Tensor
+  group: Group
+  names: tuple[str, ...]
+
+
+def rows(recipe: Recipe, models: Opened, config: Mapping[str, Any]) -> Iterator[Row]:
+  """Yields the tensors of the result.
+
+  Args:
+    recipe: the recipe.
+    models: all that it names.
+    config: of the donor, which says how high the stack of layers is.
+
+  Raises:
+    RecipeError: for layers that the models do not have.
+  """
+  made = groups(recipe)
+  for module in dict.fromkeys(g.module for g in made):
+    own = [g for g in made if g.module == module]
+    if own[0].sliced:
+      yield from _stacked(own, models, config)
+    else:
+      yield from _whole(own[0], models)
+
+
+def _inside(group: Group, name: str) -> bool:
+  """Tells whether a tensor belongs to the group's module: the module is a part of its name."""
+  return group.module is None or group.module in name.split(".")
+
+
+def _whole(group: Group, models: Opened) -> Iterator[Row]:
+  """Whole models: the tensors of all of them, by their names."""
+  members = [models[s.model] for s in group.sources] + ([models[group.base]] if group.base else [])
+  names = [n for n in sorted({n for m in members for n in m.tensors}) if _inside(group, n)]
+  heights = layers.stacks(names)
+  for name in names:
+    tensor = parameters.Tensor(name)
+    if at := layers.place(name):
+      depth = parameters.depth(at.layer, heights[at.stack])
+      tensor = parameters.Tensor(name, at.layer, depth)
+    yield Row(tensor, group, (name,) * len(group.sources))
+
+
+def _stacked(own: Sequence[Group], models: Opened, config: Mapping[str, Any]) -> Iterator[Row]:
+  """Slices: their layers on top of each other; what lies before comes from the first of them."""
+  names = {m: [n for n in models[m].tensors if _inside(own[0], n)] for m in models}
+  try:
+    stack = layers.main(names[own[0].sources[0].model], config)
+  except ValueError as error:
+    raise RecipeError([Problem(own[0].place, str(error))]) from error
+  begun = 0
+  for group in own:
+    starts = [s.layers[0] if s.layers else 0 for s in group.sources]
+    first = group.sources[0].layers or (0, layers.stacks(names[group.sources[0].model])[stack])
+    count = first[1] - first[0]
+    _check_ranges(group, names, stack)
+    for i in range(count):
+      heads = [f"{stack}{start + i}." for start in starts]
+      rests = {
+        name.removeprefix(head)
+        for source, head in zip(group.sources, heads, strict=True)
+        for name in names[source.model]
+        if name.startswith(head)
+      }
+      for rest in sorted(rests):
+        name = f"{stack}{begun + i}.{rest}"
+        tensor = parameters.Tensor(name, begun + i, parameters.depth(i, count))
+        yield Row(tensor, group, tuple(head + rest for head in heads))
+    begun += count
+  outside = sorted(
+    {n for g in own for s in g.sources for n in names[s.model] if not n.startswith(stack)}
+  )
+  for name in outside:
+    group = own[0] if layers.is_input(name) else own[-1]
+    yield Row(parameters.Tensor(name), group, (name,) * len(group.sources))
+
+
+def _check_ranges(group: Group, names: Mapping[Model, Sequence[str]], stack: str) -> None:
+  problems = []
+  for source in group.sources:
+    height = layers.stacks(names[source.model]).get(stack, 0)
+    if source.layers and source.layers[1] > height:
+      text = f"layer_range ends at {source.layers[1]}, but {source.model} has {height} layers."
+      problems.append(Problem(source.place, text))
+  if problems:
+    raise RecipeError(problems)
+
+
+def all_names(rows: Sequence[Row]) -> dict[str, int | None]:
+  """Returns the layer of every name of a tensor, in the result and in the sources."""
+  found = {n: row.tensor.layer for row in rows for n in row.names}
+  return found | {row.tensor.name: row.tensor.layer for row in rows}
+
+
+def left_out(recipe: Recipe, models: Opened, rows: Sequence[Row]) -> dict[str, dict[str, str]]:
+  """Says what becomes of what nothing is made of: excluded tensors, and layers in no slice."""
+  told: dict[str, dict[str, str]] = {m.name: {} for m in models.values()}
+  if any(row.group.sliced for row in rows):
+    told = {m.name: dict.fromkeys(m.tensors, "dropped: in no slice") for m in models.values()}
+  for row in rows:
+    if parameters.excluded(recipe, row.tensor):
+      for source, name in zip(row.group.sources, row.names, strict=True):
+        if name in models[source.model].tensors:
+          told[models[source.model].name][name] = "dropped: excluded"
+  return told
