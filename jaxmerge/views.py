@@ -48,7 +48,7 @@ def rows_lead(view: str | None) -> bool:
 
 
 def check(views: Sequence[tuple[str, str]]) -> Views:
-  """Returns the table as a tuple; ValueError for a word with other letters than b, o, i.
+  """Returns the table as a tuple; ValueError for other letters than b, o, i, or bad patterns.
 
   Example:
     >>> check([("kernel$", "ix")])
@@ -58,6 +58,10 @@ def check(views: Sequence[tuple[str, str]]) -> Views:
   for pattern, view in views:
     if set(view) - set("boi") or not view:
       raise ValueError(f"view {view!r} of {pattern!r} must be a word of the letters b, o and i.")
+    try:
+      re.compile(pattern)
+    except re.error as error:
+      raise ValueError(f"{pattern!r}, of {view!r}, is no regular expression: {error}.") from error
   return tuple((pattern, view) for pattern, view in views)
 
 

@@ -180,6 +180,7 @@ exclude: ["lm_head", 'embed_(in|out)']
 overrides:
   - {pattern: "norm.*weight$", merge_method: linear}
   - {layers: "0-3, 8", filter: mlp, parameters: {density: 0.5}}
+layout: [{pattern: 'c_attn\\.weight', view: io}, {filter: experts, view: boi}]
 """
 GOOD = [LINEAR, SLERP, TIES, DARE, STACK, STOCK, MODULES, STAGES, OWN]
 

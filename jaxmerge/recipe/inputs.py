@@ -1,7 +1,8 @@
-"""Reads what is merged: parameters, and sources, slices, modules and overrides, which have them."""
+"""Reads what is merged: parameters; sources, slices, modules and overrides, which have them."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -9,7 +10,7 @@ from jaxmerge.catalog import Parameter
 from jaxmerge.recipe import fields, references
 from jaxmerge.recipe.marked import Marked
 from jaxmerge.recipe.methods import METHODS, complaint
-from jaxmerge.recipe.places import Problem, note
+from jaxmerge.recipe.places import Problem, note, shown
 from jaxmerge.recipe.records import (
   Case,
   Module,
@@ -18,10 +19,12 @@ from jaxmerge.recipe.records import (
   Scalar,
   Slice,
   Source,
+  View,
   Where,
 )
 from jaxmerge.recipe.references import Context
 
+MOST_VIEWS = 200
 _RESIDUAL = {
   "residual_weight": "residual_weight is not supported; mergekit does not use it either: remove it."
 }
@@ -209,3 +212,29 @@ def overrides(
     own = level(given.get("parameters"), known((method,)), found)
     made.append(Override(where, method, own, place=node.place))
   return tuple(made)
+
+
+def layout(node: Marked, found: list[Problem]) -> tuple[View, ...]:
+  """Returns the matrix views."""
+  listed = fields.items(node, "layout", found)
+  if len(listed) > MOST_VIEWS:
+    note(found, node.place, f"there are more than {MOST_VIEWS} items of layout.")
+    return ()
+  made = []
+  what = "an item of layout"
+  for each in listed:
+    given = fields.mapping(each, what, (*fields.CONDITIONS, "view"), found, needed=("view",))
+    where = fields.where(each, given, what, found)
+    if where.everywhere:
+      note(found, each.place, f"{what} needs pattern, filter or layers: tensors differ in axes.")
+    if "view" in given:
+      made.append(View(where, _axes(given["view"], found), place=given["view"].place))
+  return tuple(made)
+
+
+def _axes(node: Marked, found: list[Problem]) -> str:
+  word = fields.text(node, "view", found)
+  if word != "?" and not re.fullmatch("[boi]{1,64}", word):
+    text = "view must have a letter for each axis, o (output), i (input) or b (batch: one of many"
+    note(found, node.place, f"{text} matrices), such as io, got {shown(word)}.")
+  return word

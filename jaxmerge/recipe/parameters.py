@@ -257,6 +257,7 @@ def _conditions(recipe: Recipe) -> Iterator[tuple[Where, ...]]:
     levels += [group.levels[0], *(s.parameters for s in group.sources)]
   yield from ((where,) for where in recipe.exclude)
   yield tuple(o.where for o in recipe.overrides)
+  yield tuple(v.where for v in recipe.layout)
   yield from (tuple(c.where for c in cases) for level in levels for cases in level.values())
 
 

@@ -6,7 +6,7 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple  # Any: numbers of many kinds, what a config.json holds.
 
 import numpy as np
@@ -29,7 +29,7 @@ from jaxmerge.recipe import (
 )
 from jaxmerge.recipe.methods import METHODS
 from jaxmerge.recipe.places import Problem, RecipeError
-from jaxmerge.recipe.records import Model, Recipe, Source, groups, referenced
+from jaxmerge.recipe.records import Model, Recipe, Source, View, groups, referenced
 from jaxmerge.recipe.stacking import Opened, Row
 
 RECIPE = "jaxmerge_recipe.yml"
@@ -136,7 +136,7 @@ def planned(
   if problems := parameters.unmatched(recipe, stacking.all_names(rows)):
     found.append(RecipeError(problems))
   settled, problems = _settled(recipe, rows)
-  if problems:
+  if problems := (*problems, *_misfits(recipe, models, settled)):
     found.append(RecipeError(problems))
   wants, jobs = _wants(recipe, models, donor, rows, settled)
   if found:  # Of embeddings that were not brought together nothing can be told.
@@ -185,6 +185,12 @@ class _Settled(NamedTuple):
   @property
   def sources_of(self) -> tuple[Model, ...]:
     return tuple(s.model for s in self.sources)
+
+  def shape(self, models: Opened) -> tuple[int, ...]:
+    """That of the first source that has the tensor; empty without one."""
+    pairs = zip(self.row.group.sources, self.row.names, strict=True)
+    found = (models[s.model].part(n).tensor for s, n in pairs)
+    return next((t.shape for t in found if t is not None), ())
 
   def given(self) -> dict[str, Any]:
     """The recipe's parameters: one value, or a tuple with one per model."""
@@ -281,20 +287,39 @@ def _job(
   words = {"method": translation.method, **translation.settings}
   random = METHODS[members[0].values.method].random
   seed = recipe.seed if random else None
-  return Job(method, words, tuple(called), numbers, seed, _views(members, models))
+  return Job(method, words, tuple(called), numbers, seed, _views(recipe, members, models))
 
 
-def _views(members: Sequence[_Settled], models: Opened) -> tuple[tuple[str, str], ...]:
-  """Files hold [out, in], Flax's kernels [in, out]: a table of views by the number of axes."""
+def _views(
+  recipe: Recipe, members: Sequence[_Settled], models: Opened
+) -> tuple[tuple[str, str], ...]:
+  """The recipe's layout; else files hold [out, in], and Flax's kernels [in, out]."""
   by_view: dict[str, list[str]] = {}
   for own in members:
-    name = own.row.names[0]
-    tensor = models[own.row.group.sources[0].model].tensors.get(name)
-    if tensor is not None and len(tensor.shape) >= 2:
-      inner = "i" * (len(tensor.shape) - 1)
-      view = f"{inner}o" if name.split("/")[-1] == "kernel" else f"o{inner}"
+    axes = len(own.shape(models))
+    said = _declared(recipe, own)
+    inner = "i" * (axes - 1)
+    view = f"{inner}o" if own.row.names[0].split("/")[-1] == "kernel" else f"o{inner}"
+    if said is not None or axes >= 2:
+      view = said.axes if said is not None else view
       by_view.setdefault(view, []).append(re.escape(own.row.tensor.name))
   return tuple((f"^({'|'.join(names)})$", view) for view, names in by_view.items())
+
+
+def _declared(recipe: Recipe, own: _Settled) -> View | None:
+  name, layer = own.row.tensor.name, own.row.tensor.layer
+  return next((v for v in recipe.layout if v.where.holds(name, layer)), None)
+
+
+def _misfits(recipe: Recipe, models: Opened, settled: Sequence[_Settled]) -> Iterator[Problem]:
+  """Finds views with another number of axes than a tensor: of each view the first."""
+  told: set[View] = set()
+  for own in settled:
+    view, shape = _declared(recipe, own), own.shape(models)
+    if view is not None and shape and len(view.axes) != len(shape) and view not in told:
+      told.add(view)
+      text = f"view {view.axes!r} names {len(view.axes)} axes, but {own.row.tensor.name!r} is"
+      yield Problem(view.place, f"{text} {list(shape)}; narrow the condition, or name every axis.")
 
 
 def _want(translation: translating.Translation, own: _Settled, models: Opened, job: int) -> Want:

@@ -174,6 +174,21 @@ class Override:
 
 
 @dataclasses.dataclass(frozen=True)
+class View:
+  """Which axes of some tensors are outputs, the rows of a matrix, and which are inputs.
+
+  Attributes:
+    where: the tensors.
+    axes: a letter for each axis, `o`, `i` or `b`, as in `jaxmerge.views`.
+    place: where this is said.
+  """
+
+  where: Where
+  axes: str
+  place: Place = dataclasses.field(kw_only=True, compare=False)
+
+
+@dataclasses.dataclass(frozen=True)
 class Recipe:
   """One document of a recipe file. Exactly one of models, slices, modules is not empty.
 
@@ -187,6 +202,7 @@ class Recipe:
     missing: what happens to a tensor that some models lack.
     exclude: tensors that are copied from the base.
     overrides: the first whose `where` holds counts.
+    layout: matrix views; the first whose `where` holds counts.
     seed: of random masks; 0 where the recipe gives none.
     uses: names of the recipes of the same file that this one builds on.
     places: where the keys stand.
@@ -207,6 +223,7 @@ class Recipe:
   missing: Missing = "error"
   exclude: tuple[Where, ...] = ()
   overrides: tuple[Override, ...] = ()
+  layout: tuple[View, ...] = ()
   seed: int = 0
   uses: tuple[str, ...] = ()
   place: Place = dataclasses.field(kw_only=True, compare=False)

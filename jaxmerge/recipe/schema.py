@@ -38,6 +38,7 @@ KEYS = (
   "missing",
   "exclude",
   "overrides",
+  "layout",
   "seed",
 )
 _OTHERS = {
@@ -153,6 +154,7 @@ def _recipe(node: Marked, context: Context) -> Recipe | None:
     missing=fields.maybe(fields.choice, given.get("missing"), "missing", MISSING, found) or "error",
     exclude=fields.maybe(_exclude, given.get("exclude"), found) or (),
     overrides=inputs.overrides(changes, methods[1:], found),
+    layout=fields.maybe(inputs.layout, given.get("layout"), found) or (),
     seed=fields.maybe(fields.whole, given.get("seed"), "seed", 0, 2**32 - 1, found) or 0,
     place=node.place,
     places=node.keys,
