@@ -11,7 +11,7 @@ from typing import Any, NamedTuple  # Any: a method, which only a driver looks i
 
 import numpy as np
 
-from jaxmerge.io import folder, safetensors, weights
+from jaxmerge.io import folder, safetensors, ties, weights
 from jaxmerge.io.tensor import Files, Tensor
 from jaxmerge.precision import Precision
 
@@ -188,23 +188,16 @@ def model(
   return _with_ties(opened, weights.config(own.folder))
 
 
-_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
-HEADS = ("lm_head.weight", "embed_out.weight")
-
-
 def _with_ties(opened: Model, config: Mapping[str, Any]) -> Model:
   """Takes an output head for the embedding where the config says that it is."""
-  said = [
-    c.get("tie_word_embeddings") for c in (config, config.get("text_config")) if isinstance(c, dict)
-  ]
-  embedding = next((n for n in opened.tensors if n.endswith(_EMBEDDINGS)), None)
-  if True not in said or embedding is None:
+  found = ties.said(opened.tensors, config)
+  if found is None:
     return opened
-  heads = [n for n in opened.tensors if n.endswith(HEADS)] or list(HEADS[:1])
+  embedding, heads = found
   return opened._replace(
     tensors={n: t for n, t in opened.tensors.items() if n not in heads},
-    tied=dict.fromkeys(heads, opened.tensors[embedding]),
-    dropped={n: f"dropped: tied to {embedding}" for n in heads if n in opened.tensors},
+    tied=dict.fromkeys(heads or ties.HEADS, opened.tensors[embedding]),
+    dropped=dict.fromkeys(heads, f"dropped: tied to {embedding}"),
   )
 
 

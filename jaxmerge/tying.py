@@ -9,7 +9,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from jaxmerge.io.tensor import Tensor
-from jaxmerge.planning import HEADS, Output, Plan
+from jaxmerge.io.ties import HEADS
+from jaxmerge.planning import Output, Plan
 
 HEAD = 32  # Entries that are compared before all of them are.
 CHUNK = 2**20

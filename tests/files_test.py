@@ -178,6 +178,34 @@ def test_tied_heads_stay_tied(tmp_path):
   assert told["red"]["lm_head.weight"] == "dropped: tied to model.embed_tokens.weight"
 
 
+@pytest.mark.parametrize(
+  ("embedding", "head", "others"),
+  [
+    ("shared.weight", "lm_head.weight", ("decoder.embed_tokens.weight",)),  # T5
+    ("model.decoder.embed_tokens.weight", "proj_out.weight", ()),  # Whisper
+    ("bert.embeddings.word_embeddings.weight", "cls.predictions.decoder.weight", ()),
+    ("embeddings.word_embeddings.weight", "vocab_projector.weight", ()),  # DistilBERT
+    ("model.embed_tokens.weight", "lm_head.weight", ("vision.layers.0.proj_out.weight",)),
+  ],
+)
+def test_the_pair_that_a_config_ties_is_found_by_names_and_shapes(
+  tmp_path, embedding, head, others
+):
+  x = np.ones((5, 2), np.float32)
+  made = {embedding: x, head: 2 * x, **dict.fromkeys(others, 3 * x)}
+  tied = {"model_type": "x", "tie_word_embeddings": True}
+  opened = planning.model(folders.write(tmp_path / "m", made, config=tied), Files())
+  assert opened.tensors.keys() == {embedding, *others}
+  assert opened.dropped == {head: f"dropped: tied to {embedding}"}
+  assert opened.part(head).tensor == opened.tensors[embedding]
+  other = folders.write(tmp_path / "o", {**made, head: x[:3]}, config=tied)
+  assert head in planning.model(other, Files()).tensors  # It cannot be the embedding.
+  made.pop(head)
+  opened = planning.model(folders.write(tmp_path / "h", made, config=tied), Files())
+  assert opened.part(head).tensor == opened.tensors[embedding]
+  assert opened.dropped == {}
+
+
 def test_an_embedding_stands_in_for_a_head_that_is_tied_to_it(tmp_path):
   _, first, second, third = folders.family(tmp_path)
   tied = folders.CONFIG | {"tie_word_embeddings": True}

@@ -19,6 +19,9 @@ SIDE = {
   "tokenizer.json": b'{"version": "1.0"}',
   "vocab.txt": b"[PAD]\n[UNK]\n",
   "spiece.model": bytes(range(256)),
+  "multilingual.tiktoken": b"IQ== 0",
+  "normalizer.json": b"{}",
+  "video_preprocessor_config.json": b"{}",
   "1_Pooling/config.json": b"{}",
 }
 

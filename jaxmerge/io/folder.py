@@ -29,6 +29,7 @@ COPIED = (
   CONFIG,
   "generation_config.json",
   "preprocessor_config.json",
+  "video_preprocessor_config.json",
   "processor_config.json",
   "tokenizer.json",
   "tokenizer_config.json",
@@ -37,7 +38,9 @@ COPIED = (
   "vocab.txt",
   "vocab.json",
   "merges.txt",
+  "normalizer.json",  # Whisper's, of spellings.
   "*.model",
+  "*.tiktoken",
   "chat_template.*",
   # sentence-transformers: which modules follow the encoder, and their settings.
   "modules.json",

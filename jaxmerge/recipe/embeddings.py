@@ -22,8 +22,8 @@ Own = Mapping[Model, Vocabulary]
 # Embeddings, but not of tokens.
 _OTHERS = re.compile(r"(^|[._])(pos|positions?|wpe|type|patch)([._]|$)")
 _OUTPUTS = re.compile(
-  r"(^|\.)(\w*lm_head|embed_out|output|vocab_projector|predictions|(lm_head|predictions)\.decoder)"
-  r"\.(weight|bias)$"
+  r"(^|\.)(\w*lm_head|embed_out|proj_out|output|vocab_projector|predictions"
+  r"|(lm_head|predictions)\.decoder)\.(weight|bias)$"
 )
 
 
