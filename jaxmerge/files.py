@@ -96,16 +96,14 @@ def merge_files(
     FileExistsError: where there is something at `out` and `replace` is not set.
   """
   files, find = Files(), hub.Finder(download=download)
-
-  def opened(model: Path, name: str) -> planning.Model:
-    return opening.opened(opening.split(model), files, find, name)
-
   try:
     called = list(names) if names is not None else [str(pathlib.Path(m)) for m in models]
-    each = [opened(m, n) for m, n in zip(models, called, strict=True)]
+    references = [*zip(called, models, strict=True)]
+    references += [] if base is None else [("the base", base)]
+    each = opening.every(references, files, find)
+    start = None if base is None else each.pop()
     said = {"method": fingerprint.fingerprint(method), **({"words": words} if words else {})}
     job = planning.Job(lambda: method, said, tuple(called), aux or {}, seed, views.check(layout))
-    start = None if base is None else opened(base, "the base")
     kept = None if dtype is None else np.dtype(dtype)
     plan = planning.simple(job, start, each, dtype=kept, missing=missing)
     plan = plan._replace(facts={**plan.facts, **find.facts})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from jaxmerge import planning
@@ -65,3 +66,21 @@ def opened(own: Reference, files: Files, find: hub.Finder, name: str) -> plannin
   added = find(own.adapter, own.adapter_revision)
   tensors = adapter.adapted(model.tensors, added.folder, files, home=added.home)
   return model._replace(tensors=tensors, files=(*model.files, *adapter.paths(added.folder)))
+
+
+def every(
+  references: Iterable[tuple[str, str | os.PathLike[str]]], files: Files, find: hub.Finder
+) -> list[planning.Model]:
+  """Opens models by their names and references, or tells of all that cannot be opened."""
+  made: list[planning.Model] = []
+  wrong: list[OSError | ValueError] = []
+  for name, reference in references:
+    try:
+      made.append(opened(split(reference), files, find, name))
+    except (OSError, ValueError) as error:
+      wrong.append(error)
+  if len(wrong) == 1:
+    raise wrong[0]
+  if wrong:
+    raise planning.Problems([str(error) for error in wrong])
+  return made

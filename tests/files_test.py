@@ -235,6 +235,16 @@ def test_all_problems_are_told_at_once(tmp_path):
   assert not (tmp_path / "out").exists()
 
 
+def test_all_models_that_cannot_be_opened_are_told_at_once(tmp_path):
+  folders.family(tmp_path)
+  (tmp_path / "m1" / "config.json").write_text("{")
+  with pytest.raises(planning.Problems) as error:
+    files.merge_files(methods.average(), paths(tmp_path), tmp_path / "out", base=tmp_path / "none")
+  damaged, missing = error.value.lines
+  assert "m1/config.json: not JSON" in damaged
+  assert missing == f"{tmp_path / 'none'}: no such folder."
+
+
 def test_nan_is_named_and_nothing_appears(tmp_path):
   _, first, *_ = folders.family(tmp_path)
   first["model.layers.1.mlp.up_proj.weight"][3, 2] = np.nan
