@@ -35,7 +35,7 @@ from jaxmerge import (
   tying,
   views,
 )
-from jaxmerge.io import atomic, folder, growing, hub
+from jaxmerge.io import atomic, folder, growing, hub, safetensors
 from jaxmerge.io.tensor import Files, Tensor
 from jaxmerge.planning import Job, Output, Plan
 from jaxmerge.stage import Method
@@ -152,11 +152,18 @@ def run(
   atomic.check_free(out, replace)
   part = growing.part_of(out)
   first, index = processes.first(), jax.process_index()
+  left = first and replace and resume and bool(atomic.replaced(out))
+  if processes.agree(left and holds(out, plan, shard_size=shard_size, out_format=out_format)):
+    if first:
+      atomic.discard(out)  # A kill came between the renames and this.
+    progress(summarizing.work(plan, out_format))
+    return out
   if first:
     if part.exists() and not resume:
       shutil.rmtree(part)
     growing.check_room(out, summarizing.room(plan, out_format), begun=[part])
-    part.mkdir(parents=True, exist_ok=True)
+    with atomic.room(part):
+      part.mkdir(parents=True, exist_ok=True)
     atomic.tidy(part)
   processes.agree(True)  # The folder is there for all.
   with growing.locked(part, out) if first else contextlib.nullcontext():
@@ -164,26 +171,29 @@ def run(
     kinds = {o.name: (o.dtype, o.shape) for o in plan.outputs}
     identity = finishing.identity(plan, shards, out_format)
     plan = tying.tied(plan)
-    own = _share(plan.outputs, index, jax.process_count())
-    begun = growing.opened(
-      part, kinds, shards, identity, journal=growing.journal(index), checked=own
-    )
-    with begun as weights:
-      progress(sum(o.size for o in plan.outputs if o.name in weights.digests))
-      for number, job in enumerate(plan.jobs):
-        outputs = [o for o in plan.outputs if o.job == number]
-        more = sum(o.size for o in outputs) * (summarizing.readings(job) - 1)
-        each = entries or planning.entries(len(job.models))
-        _merge(job, outputs, weights, own, each, nonfinite, progress, more)
-      each = entries or planning.entries(1)
-      copied = [o for o in plan.outputs if o.job is None and o.name in own]
-      _copy(copied, weights, each, progress)
-      weights.flush()
-      processes.agree(True)  # All have written and synced their share.
-      if first and out_format == "orbax":
-        finishing.transcribe(part, weights, progress)
+    digests = finishing.whole(part, identity, shards, out_format) if first else None
+    if processes.agree(digests is not None):
+      progress(summarizing.work(plan, out_format))
+    else:
+      own = _share(plan.outputs, index, jax.process_count())
+      begun = growing.opened(
+        part, kinds, shards, identity, journal=growing.journal(index), checked=own
+      )
+      with begun as weights:
+        progress(sum(o.size for o in plan.outputs if o.name in weights.digests))
+        for number, job in enumerate(plan.jobs):
+          outputs = [o for o in plan.outputs if o.job == number]
+          more = sum(o.size for o in outputs) * (summarizing.readings(job) - 1)
+          each = entries or planning.entries(len(job.models))
+          _merge(job, outputs, weights, own, each, nonfinite, progress, more)
+        copied = [o for o in plan.outputs if o.job is None and o.name in own]
+        _copy(copied, weights, entries or planning.entries(1), nonfinite, progress)
+        weights.flush()
+        processes.agree(True)  # All have written and synced their share.
+        if first and out_format == "orbax":
+          finishing.transcribe(part, weights, progress)
     if first:
-      digests = growing.noted(part, identity)
+      digests = digests or growing.noted(part, identity)
       finishing.complete(part, plan, shards, identity, digests, out_format)
       atomic.move(part, out, replace=replace)
   processes.agree(True)  # None goes on before the result is there.
@@ -202,14 +212,16 @@ def _share(outputs: Sequence[Output], index: int, count: int) -> set[str]:
   return {o.name for o in outputs if owner[o.same or o.name] == index}
 
 
-def holds(out: Path, plan: Plan, *, shard_size: int = SHARD) -> bool:
-  """Tells whether a folder with safetensors is what a plan makes."""
+def holds(
+  out: Path, plan: Plan, *, shard_size: int = SHARD, out_format: str = "safetensors"
+) -> bool:
+  """Tells whether a folder is what a plan makes."""
   path = pathlib.Path(out) / PROVENANCE
   shards = folder.shards({o.name: o.size for o in plan.outputs}, shard_size)
   if not path.is_file():
     return False
   told = folder.read_json(path, folder.LONGEST_PROVENANCE)
-  return told.get("plan") == finishing.identity(plan, shards, FORMATS[0])
+  return told.get("plan") == finishing.identity(plan, shards, out_format)
 
 
 def _merge(
@@ -274,6 +286,7 @@ def _copy(
   outputs: Sequence[Output],
   weights: growing.Growing,
   entries: int,
+  nonfinite: bool,
   progress: Callable[[int], None],
 ) -> None:
   """Copies the tensors that no job merges: from the base, or from what they are tied to."""
@@ -288,11 +301,27 @@ def _copy(
       source.read(start, own)
       digest.update(own.view(np.uint8).data)
       part = own
-      if output.same is None and output.precision is not None:
-        part = own.astype(np.dtype(output.precision.dtype))
+      with np.errstate(over="ignore", invalid="ignore"):  # It is refused below, and named.
+        if output.same is None and output.precision is not None:
+          part = own.astype(np.dtype(output.precision.dtype))
+        part = part.astype(output.dtype, copy=False)
+      if not nonfinite and safetensors.is_floating(output.dtype):
+        _refuse_nonfinite(output, source, own, part)
       inputs = {source.where: digest.hexdigest()} if output.same is None else {}
-      weights.add(output.name, start, part.astype(output.dtype, copy=False), inputs)
-      progress(own.size * output.dtype.itemsize)
+      weights.add(output.name, start, part, inputs)
+      progress(part.nbytes)
+
+
+def _refuse_nonfinite(output: Output, source: Tensor, own: np.ndarray, part: np.ndarray) -> None:
+  """Raises ValueError where a slice that is copied has NaN or infinity, as read or as stored."""
+  lax = "nonfinite=True (--allow-nonfinite) lets it pass"
+  if not slicing.finite(own):
+    raise ValueError(f"{source.where}, which is copied, has NaN or infinity; {lax}.")
+  if not slicing.finite(part):
+    raise ValueError(
+      f"{source.where}: {output.dtype} cannot hold its values; choose a wider dtype for the "
+      f"result, or {lax}."
+    )
 
 
 class _Reader:

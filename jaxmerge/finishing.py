@@ -10,9 +10,11 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any  # Any: digests are plain JSON.
 
-from jaxmerge import fingerprint, summarizing
-from jaxmerge.io import checkpoint, folder, growing
-from jaxmerge.planning import Plan
+import numpy as np
+
+from jaxmerge import fingerprint, inspecting, stage, summarizing
+from jaxmerge.io import atomic, checkpoint, folder, growing
+from jaxmerge.planning import Job, Plan
 from jaxmerge.report import card
 
 
@@ -54,7 +56,38 @@ def transcribe(
 ) -> None:
   """Makes a checkpoint of the shards."""
   tensors = {name: weights.tensor(name) for name in weights.places}
-  checkpoint.write(part, tensors, progress)
+  with atomic.room(part / checkpoint.STATE):
+    checkpoint.write(part, tensors, progress)
+
+
+def whole(
+  part: pathlib.Path, identity: str, shards: Mapping[str, Sequence[str]], out_format: str
+) -> dict[str, Any] | None:
+  """Returns the digests of a folder that only lacks its name, since a kill came before the rename.
+
+  The provenance is written when the weights are whole, and before anything is removed: a folder
+  that has it is that of a merge which is done, if its tensors still have their checksums.
+
+  Returns:
+    Tensor to what the journal said of it; None where there is work to do on the weights.
+
+  Raises:
+    ValueError: where the folder holds another merge.
+  """
+  if not (part / folder.PROVENANCE).is_file():
+    return None
+  facts = folder.read_json(part / folder.PROVENANCE)
+  if facts.get("plan") != identity:
+    raise growing.other(part)
+  if out_format != "safetensors":
+    _strip(part, shards, out_format)  # Else the shards might be taken for the result.
+  try:
+    found = inspecting.checked(inspecting.described(part))["check"]
+  except (FileNotFoundError, ValueError):  # It was damaged meanwhile, and is made again.
+    return None
+  if found["changed"] or found["missing"] or found["added"]:
+    return None
+  return {n: {k: own[k] for k in ("xxh3_128", "inputs")} for n, own in facts["tensors"].items()}
 
 
 def complete(
@@ -66,30 +99,73 @@ def complete(
   out_format: str,
 ) -> None:
   """Adds to the weights what makes a folder of them that other tools open; removes the rest."""
-  passing = [path.name for path in growing.journals(part)]
-  passing += [] if out_format == "safetensors" else shards
   if len(shards) > 1 and out_format == "safetensors":
-    text = folder.index(shards, {o.name: o.size for o in plan.outputs})
-    (part / folder.INDEX).write_text(text, encoding="utf-8")
+    _write(part / folder.INDEX, folder.index(shards, {o.name: o.size for o in plan.outputs}))
   for path in folder.copied(plan.donor):
     target = part / path.relative_to(plan.donor)
-    target.parent.mkdir(exist_ok=True)
-    shutil.copyfile(path, target)
-  text = card.merge_card(summarizing.summary(plan))
-  (part / folder.README).write_text(text, encoding="utf-8")
+    with atomic.room(target):
+      target.parent.mkdir(exist_ok=True)
+      shutil.copyfile(path, target)
+  _write(part / folder.README, card.merge_card(summarizing.summary(plan)))
   for name, own in plan.texts.items():
     (part / name).unlink(missing_ok=True)
     if own is not None:
-      (part / name).write_text(own, encoding="utf-8")
+      _write(part / name, own)
   facts = {
     "plan": identity,
     "jaxmerge": importlib.metadata.version("jaxmerge"),
     "jax": importlib.metadata.version("jax"),
     **plan.facts,
-    "jobs": [{"method": j.words, "models": j.models, "seed": j.seed} for j in plan.jobs],
-    "tensors": {o.name: digests[o.name] for o in plan.outputs},
+    "jobs": [_job(plan, number) for number in range(len(plan.jobs))],
+    "tensors": {
+      o.name: digests[o.name] | ({} if o.job is None else {"job": o.job + 1}) for o in plan.outputs
+    },
     "inputs": plan.fates,
   }
-  (part / folder.PROVENANCE).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-  for name in passing:
-    (part / name).unlink()
+  with atomic.write(part / folder.PROVENANCE) as file:
+    file.write(json.dumps(facts, indent=1, default=str).encode() + b"\n")
+  _strip(part, shards, out_format)
+
+
+def _write(path: pathlib.Path, text: str) -> None:
+  with atomic.room(path):
+    path.write_text(text, encoding="utf-8")
+
+
+def _strip(part: pathlib.Path, shards: Mapping[str, Sequence[str]], out_format: str) -> None:
+  """Removes what a folder has of the merge, and not of its result."""
+  for path in growing.journals(part):
+    path.unlink()
+  for name in [] if out_format == "safetensors" else shards:
+    (part / name).unlink(missing_ok=True)
+
+
+def _job(plan: Plan, number: int) -> dict[str, Any]:
+  """What the provenance says of a job: its number counts from 1, as in what became of tensors."""
+  job = plan.jobs[number]
+  return {
+    "job": number + 1,
+    "method": job.words,
+    "numbers": _numbers(job),
+    "models": job.models,
+    "seed": job.seed,
+    "tensors": sum(o.job == number for o in plan.outputs),
+  }
+
+
+def _numbers(job: Job) -> dict[str, Any]:
+  """The method's numbers: its own, or those that it was given for all tensors or for each."""
+  every = {**stage.numbers(job.method()), **job.numbers}
+  return {name: _plain(x, len(job.models)) for name, x in every.items() if name != "seed"}
+
+
+def _plain(value: Any, most: int) -> Any:
+  """A number as plain JSON; of more than one for each model, such as a Fisher matrix, a digest."""
+  if value is None or isinstance(value, bool | int | float | str):
+    return value
+  if isinstance(value, Mapping):
+    return {name: _plain(own, most) for name, own in value.items()}
+  own = np.asarray(value)
+  if own.size <= most:
+    return own.tolist()
+  return {"shape": list(own.shape), "fingerprint": fingerprint.fingerprint(own)}

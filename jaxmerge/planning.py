@@ -7,10 +7,11 @@ import math
 import os
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple  # Any: a method, which only a driver looks into.
+from typing import Any, NamedTuple  # Any: a method, which only a driver looks into; plans.
 
 import numpy as np
 
+from jaxmerge import catalog
 from jaxmerge.io import folder, safetensors, ties, weights
 from jaxmerge.io.tensor import Files, Tensor
 from jaxmerge.precision import Precision
@@ -145,6 +146,7 @@ class Plan(NamedTuple):
     inputs: the files that are read.
     facts: plain JSON about the settings, for the provenance.
     texts: files of the result that are not the donor's, by name; None: the donor's is left out.
+    earlier: plans that are done before, whose results this one takes, by name.
   """
 
   outputs: tuple[Output, ...]
@@ -154,6 +156,7 @@ class Plan(NamedTuple):
   inputs: frozenset[pathlib.Path]
   facts: Mapping[str, Any] = {}
   texts: Mapping[str, str | None] = {}
+  earlier: Mapping[str, Any] = {}
 
   @property
   def read(self) -> int:
@@ -190,10 +193,9 @@ def model(
 
 def _with_ties(opened: Model, config: Mapping[str, Any]) -> Model:
   """Takes an output head for the embedding where the config says that it is."""
-  found = ties.said(opened.tensors, config)
-  if found is None:
+  embedding, heads = ties.said(opened.tensors, config) or (None, [])
+  if embedding is None:
     return opened
-  embedding, heads = found
   return opened._replace(
     tensors={n: t for n, t in opened.tensors.items() if n not in heads},
     tied=dict.fromkeys(heads or ties.HEADS, opened.tensors[embedding]),
@@ -276,8 +278,8 @@ def assembled(
     # The base may be one of the models as well.
     for which in dict.fromkeys((*want.models, want.base)):
       if which is not None and which.tensor is not None:
-        base = which == want.base and fate == "merged" and not want.raw
-        words = "base of the merge" if base else fate
+        base = which == want.base and fate.startswith("merged") and not want.raw
+        words = fate.replace("merged by", "base of", 1) if base else fate
         words += f" -> {want.name}" if which.name != want.name and found is not None else ""
         known = told[which.model].get(which.name, "dropped")
         told[which.model][which.name] = (
@@ -330,8 +332,8 @@ def _settled(want: Want, missing: str, jobs: list[Job]) -> tuple[Output | None, 
     whose = want.base.model if base is not None and want.base else parts[0].model
     return made, f"copied from {whose}"
   if whole:
-    start = None if want.raw else base
-    return made._replace(base=start, models=tensors, job=want.job), "merged"
+    merged = made._replace(base=None if want.raw else base, models=tensors, job=want.job)
+    return merged, f"merged by {called(jobs, want.job)}"
   if missing == "mean" and tensors:
     names = tuple(p.model for p in parts)
     job = next(
@@ -339,10 +341,22 @@ def _settled(want: Want, missing: str, jobs: list[Job]) -> tuple[Output | None, 
     )
     if job == len(jobs):
       jobs.append(Job(_mean, "mean", names))
-    return made._replace(base=None, models=tensors, job=job), "mean of the models that have it"
+    fate = f"mean of the models that have it, {called(jobs, job)}"
+    return made._replace(base=None, models=tensors, job=job), fate
   if missing == "base" and base is not None:
     return made, "copied from the base, as not all models have it"
   return None, "dropped: not all models have it"
+
+
+def called(jobs: Sequence[Job], index: int) -> str:
+  """Names a job by its method, where that has a name, and by its number, from 1.
+
+  >>> called([Job(lambda: None, {"method": "ties", "density": 0.2}, ("chat", "code"))], 0)
+  'ties, job 1'
+  """
+  words = jobs[index].words
+  name = words.get("method") if isinstance(words, Mapping) else None
+  return f"{name}, job {index + 1}" if name in catalog.METHODS else f"job {index + 1}"
 
 
 def _mean() -> Any:

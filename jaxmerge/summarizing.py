@@ -20,7 +20,9 @@ Record = dict[str, Any]
 
 
 def described(plan: Plan, *, shard_size: int, out_format: str = "safetensors") -> list[str]:
-  """Says what a plan will do and cost, for `--dry-run`."""
+  """Says what a plan, and each that is done before it, will do and cost, for `--dry-run`."""
+  if plan.earlier:
+    return _each_described(plan, shard_size, out_format)
   fates: collections.Counter[str] = collections.Counter()
   for own in plan.fates.values():
     fates.update(words.split(" -> ")[0] for words in own.values())
@@ -49,6 +51,27 @@ def described(plan: Plan, *, shard_size: int, out_format: str = "safetensors") -
       often = "" if reads == 1 else f", read {reads} times"
       out.append(f"job {i + 1}: {count} tensors of {len(job.models)} models{often}, {settings}")
   return out
+
+
+def _each_described(plan: Plan, shard_size: int, out_format: str) -> list[str]:
+  """Says it of several plans: those before write safetensors, which stay until all is done."""
+  every, out = [*plan.earlier.values(), plan], list[str]()
+  for name, own in plan.earlier.items():
+    lines = described(own, shard_size=shard_size)
+    out += [f"recipe {name!r}, done before and removed at the end:", *(f"  {x}" for x in lines)]
+  out += ["the last recipe:"]
+  lines = described(plan._replace(earlier={}), shard_size=shard_size, out_format=out_format)
+  out += [f"  {x}" for x in lines]
+  once = sum(sum(_read(own, i) for i in (None, *range(len(own.jobs)))) for own in every)
+  written, most = sum(own.written for own in every), max(map(memory, every))
+  return [*out, f"in all: {size(once)} read, {size(written)} written, memory {size(most)} or less"]
+
+
+def _read(plan: Plan, job: int | None) -> int:
+  """Bytes that a job reads, as often as it does; None: those that are copied."""
+  parts = [t for o in plan.outputs if o.job == job for t in (o.base, *o.models) if t is not None]
+  often = 1 if job is None else readings(plan.jobs[job])
+  return often * sum(math.prod(t.shape) * t.dtype.itemsize for t in parts)
 
 
 def readings(job: Job) -> int:

@@ -54,14 +54,93 @@ def test_events_come_in_the_order_that_makes_them_safe(whole):
   assert "os.fsync ." in events[renamed:]
 
 
+def redone(answer):
+  """What a run has written of weights."""
+  made = "os.mkdir .out.merging/state"
+  return [e for e in answer["events"] if e.startswith("os.pwrite") or e == made]
+
+
+def last(events, event):
+  """The number of the last event of a kind."""
+  return max(i for i, e in enumerate(events, start=1) if e.startswith(event))
+
+
 @pytest.mark.parametrize(
-  "event", ["os.rename .out.merging", "os.remove .out.merging/journal.jsonl"]
+  "event",
+  ["os.remove .out.merging/journal.jsonl", "os.fsync .out.merging", "os.rename .out.merging"],
 )
-def test_killed_before_a_turning_point(child, inputs, whole, tmp_path, event):
-  number = whole["events"].index(event) + 1
-  killed, digest = kill_and_resume(child, inputs, tmp_path / "run", number)
-  assert killed
-  assert digest == whole["digest"]
+def test_killed_when_all_is_written_it_is_only_moved(child, inputs, whole, tmp_path, event):
+  directory, number = tmp_path / "run", last(whole["events"], event)
+  directory.mkdir()
+  assert child.run("files", directory, inputs=inputs, kill_event=number)["killed"]
+  answer = child.run("files", directory, inputs=inputs)
+  assert answer["digest"] == whole["digest"]
+  assert redone(answer) == []
+  assert len(redone(whole)) > 13
+
+
+@pytest.mark.parametrize(
+  "event",
+  [
+    "os.remove .out.merging/journal",
+    "os.remove .out.merging/model-00003",
+    "os.rename .out.merging",
+  ],
+)
+def test_a_checkpoint_that_is_written_is_only_moved(
+  child, inputs, whole_checkpoint, tmp_path, event
+):
+  directory, number = tmp_path / "run", last(whole_checkpoint["events"], event)
+  options = {"inputs": inputs, "out_format": "orbax"}
+  directory.mkdir()
+  assert child.run("files", directory, kill_event=number, **options)["killed"]
+  answer = child.run("files", directory, **options)
+  assert answer["digest"] == whole_checkpoint["digest"]
+  assert redone(answer) == []
+
+
+def stale(directory):
+  """A folder with another result, which is to be replaced."""
+  (directory / "out").mkdir(parents=True)
+  (directory / "out" / "stale.safetensors").write_text("stale")
+  return directory
+
+
+@pytest.fixture(scope="module")
+def replacing(child, inputs, tmp_path_factory):
+  """The events of an uninterrupted merge that replaces a folder."""
+  directory = stale(tmp_path_factory.mktemp("replacing"))
+  return child.run("files", directory, inputs=inputs, replace=True)["events"]
+
+
+@pytest.mark.parametrize(
+  ("event", "there"),
+  [
+    ("os.rename out", "stale"),
+    ("os.rename .out.merging", None),
+    ("os.fsync .", "new"),
+    ("os.remove .out.", "new"),
+    ("os.rmdir .out.", "new"),
+  ],
+)
+def test_a_replacement_killed_at_every_event_of_it(
+  child, inputs, whole, replacing, tmp_path, event, there
+):
+  """One of both is always there, whole; nothing stays of the other, and nothing is redone."""
+  options = {"inputs": inputs, "replace": True}
+  assert len(replacing) - replacing.index("os.rename out") == 5
+  directory, number = stale(tmp_path / "run"), last(replacing, event)
+  assert child.run("files", directory, kill_event=number, **options)["killed"]
+  out, (old, *_) = directory / "out", [*directory.glob(".out.*.old"), None]
+  if there == "stale":
+    assert [p.name for p in out.iterdir()] == ["stale.safetensors"]
+  elif there is None:
+    assert [p.name for p in old.iterdir()] == ["stale.safetensors"]
+  else:
+    assert (out / "jaxmerge_provenance.json").exists()
+  answer = child.run("files", directory, **options)
+  assert answer["digest"] == whole["digest"]
+  assert redone(answer) == []
 
 
 @pytest.mark.parametrize(
@@ -70,10 +149,7 @@ def test_killed_before_a_turning_point(child, inputs, whole, tmp_path, event):
     "os.mkdir .out.merging/state",
     "open .out.merging/state/_METADATA",
     "os.rename .out.merging/.manifest.json",
-    "open .out.merging/jaxmerge_provenance.json",
-    "os.remove .out.merging/model-00003",
-    "os.remove .out.merging/journal.jsonl",
-    "os.rename .out.merging",
+    "open .out.merging/.jaxmerge_provenance.json",
   ],
 )
 def test_a_checkpoint_killed_before_a_turning_point(

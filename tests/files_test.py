@@ -14,7 +14,7 @@ import xxhash
 
 import jaxmerge
 from jaxmerge import files, methods, planning, stage, summarizing
-from jaxmerge.io import growing
+from jaxmerge.io import atomic, growing
 from jaxmerge.io.tensor import Files
 from jaxmerge.recipe import plan as plans
 
@@ -121,7 +121,10 @@ def test_every_tensor_of_every_input_is_accounted_for(tmp_path):
   assert told["inputs"].keys() == {"the base", *NAMES}
   for own, model in zip(("the base", *NAMES), models, strict=True):
     assert told["inputs"][own].keys() == model.keys()
-  assert told["inputs"]["red"]["model.norm.weight"] == "merged"
+  assert told["inputs"]["red"]["model.norm.weight"] == "merged by job 1"
+  assert told["inputs"]["the base"]["model.norm.weight"] == "base of job 1"
+  assert told["tensors"]["model.norm.weight"]["job"] == 1
+  assert "job" not in told["tensors"]["position_ids"]
   assert told["inputs"]["red"]["position_ids"] == "copied from the base"
 
 
@@ -278,28 +281,48 @@ def test_a_folder_that_is_there_is_not_touched(tmp_path):
   assert not kept.exists()
 
 
+def stopped(number):
+  """A progress that interrupts the merge when it is told something for so many times."""
+  told = []
+
+  def progress(count):
+    told.append(count)
+    if len(told) == number:
+      raise KeyboardInterrupt
+
+  return progress
+
+
 def test_an_interrupted_merge_goes_on_and_gives_the_same_bytes(tmp_path, monkeypatch):
   folders.family(tmp_path)
   monkeypatch.setattr(growing, "SYNCED", 1)  # Every tensor is written down as done.
   merge = (methods.average(), paths(tmp_path))
-  whole = files.merge_files(*merge, tmp_path / "whole", shard_size=500)
-  done = []
-
-  def stop(count):
-    done.append(count)
-    if len(done) == 6:
-      raise KeyboardInterrupt
-
+  told = []
+  whole = files.merge_files(*merge, tmp_path / "whole", shard_size=500, progress=told.append)
+  stop = stopped(6)
   with pytest.raises(KeyboardInterrupt):
     files.merge_files(*merge, tmp_path / "out", shard_size=500, progress=stop)
   part = tmp_path / ".out.merging"
   assert part.exists()
   assert not (tmp_path / "out").exists()
-  before = len((part / growing.NAME).read_text().splitlines())
-  again = []
+  journal = (part / growing.NAME).read_text().splitlines()[1:]
+  finished = {json.loads(line)["tensor"] for line in journal}
+  assert 5 <= len(finished) < 13
+  again, added = [], set()
+  add = growing.Growing.add
+
+  def noted(self, name, *rest):
+    added.add(name)
+    add(self, name, *rest)
+
+  monkeypatch.setattr(growing.Growing, "add", noted)
   files.merge_files(*merge, tmp_path / "out", shard_size=500, progress=again.append)
-  assert before >= 5
-  assert len(again) < len(done) + 10
+  # What was done is told at once, and the rest tensor by tensor: none of them again.
+  tensors = folders.read(whole)
+  assert added == tensors.keys() - finished
+  assert again[0] == sum(tensors[n].nbytes for n in finished)
+  assert sorted(again[1:]) == sorted(tensors[n].nbytes for n in added)
+  assert sum(again) == sum(told)
   for path in sorted(whole.iterdir()):
     assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes(), path.name
   assert not part.exists()
@@ -356,6 +379,47 @@ def test_what_was_damaged_meanwhile_is_made_again(tmp_path, monkeypatch):
   files.merge_files(*merge, tmp_path / "out")
   name = "model.safetensors"
   assert (whole / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
+
+
+def test_a_torn_line_of_the_journal_is_dropped(tmp_path, monkeypatch):
+  """And what is written after it stands in lines of its own."""
+  folders.family(tmp_path)
+  monkeypatch.setattr(growing, "SYNCED", 1)
+  merge = (methods.average(), paths(tmp_path))
+  whole = files.merge_files(*merge, tmp_path / "whole")
+  for number in (4, 3, 3):
+    with pytest.raises(KeyboardInterrupt):
+      files.merge_files(*merge, tmp_path / "out", progress=stopped(number))
+    with open(tmp_path / ".out.merging" / growing.NAME, "a") as journal:
+      journal.write('{"tensor": "lm_he')
+  again = []
+  out = files.merge_files(*merge, tmp_path / "out", progress=again.append)
+  assert len(again) == 1 + 13 - (3 + 2 + 2)
+  small.same(folders.read(out), folders.read(whole))
+
+
+def test_a_complete_folder_that_was_damaged_before_its_renaming(tmp_path, monkeypatch):
+  """Killed right before that, and a byte changed since: the checksums tell."""
+  folders.family(tmp_path)
+  merge = (methods.average(), paths(tmp_path))
+  whole = files.merge_files(*merge, tmp_path / "whole")
+
+  def killed(*_, **__):
+    raise KeyboardInterrupt
+
+  with monkeypatch.context() as patched:
+    patched.setattr(atomic, "move", killed)
+    with pytest.raises(KeyboardInterrupt):
+      files.merge_files(*merge, tmp_path / "out")
+  part = tmp_path / ".out.merging"
+  assert not list(part.glob("journal*"))
+  with pytest.raises(ValueError, match=r"out\.merging holds an interrupted merge of other inputs"):
+    files.merge_files(methods.average(), paths(tmp_path, 2), tmp_path / "out")
+  content = bytearray((part / "model.safetensors").read_bytes())
+  content[-3] ^= 1
+  (part / "model.safetensors").write_bytes(content)
+  out = files.merge_files(*merge, tmp_path / "out")
+  small.same(folders.read(out), folders.read(whole))
 
 
 def test_another_merge_is_not_gone_on_with(tmp_path):

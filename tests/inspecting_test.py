@@ -137,7 +137,7 @@ def test_what_the_driver_writes_is_as_recorded(tmp_path):
   record = inspecting.checked(inspecting.described(out))
   assert record["check"] == {"same": 4, "changed": [], "missing": [], "added": []}
   assert set(record["provenance"]["inputs"]) == {"the base", str(paths[1]), str(paths[2])}
-  assert "input the base: 3 base of the merge, 1 copied from the base" in listing.text(record)
+  assert "input the base: 3 base of job 1, 1 copied from the base" in listing.text(record)
 
 
 @pytest.mark.parametrize("tensors", [None, [], {"w": None}, {"w": {"sha": "0"}}])

@@ -100,7 +100,7 @@ def merging(directory):
   return digest
 
 
-def files(directory, inputs, out_format="safetensors"):
+def files(directory, inputs, out_format="safetensors", replace=False):
   """A merge of folders whose every tensor is synced and written down; all bytes of the result.
 
   Of a checkpoint, whose files have names of their own in every run, the bytes of the tensors.
@@ -114,8 +114,8 @@ def files(directory, inputs, out_format="safetensors"):
   inputs, out = pathlib.Path(inputs), pathlib.Path(directory) / "out"
   models = [inputs / f"m{k}" for k in range(3)]
   method = methods.trim(0.5) + methods.weighted_sum()
-  if not out.exists():
-    options = {"shard_size": 500, "entries": 50, "out_format": out_format}
+  if replace or not out.exists():
+    options = {"shard_size": 500, "entries": 50, "out_format": out_format, "replace": replace}
     files.merge_files(method, models, out, base=inputs / "base", **options)
   digest = hashlib.sha256()
   for path in sorted(out.iterdir()):

@@ -184,7 +184,8 @@ def test_a_full_disk_is_an_error_and_nothing_is_lost(family, capsys, monkeypatch
     patched.setattr(os, "posix_fallocate", full)
     assert cli.main(["merge", "recipe.yml", "out"]) == 1
   err = capsys.readouterr().err
-  assert "no space on the disk for its" in err
+  assert "No space left on device for its" in err
+  assert "free some room, and the same command goes on" in err
   assert ".out.merging/model.safetensors" in err
   assert cli.main(["merge", "recipe.yml", "out"]) == 0
 
@@ -269,6 +270,116 @@ def test_a_disk_without_room_is_told_of_before_the_merge(family, capsys, monkeyp
   pathlib.Path("begun").mkdir()
   pathlib.Path("begun/part").write_bytes(bytes(size))
   growing.check_room(pathlib.Path("out"), size, begun=[pathlib.Path("begun")])
+
+
+def stopped_at(patched, call, file, number):
+  """Lets a call of the system say, the n-th time that it is for a file, that the quota is full."""
+  real, left = getattr(os, call), [number]
+
+  def full(handle, *given):
+    left[0] -= pathlib.Path(os.readlink(f"/proc/self/fd/{handle}")).name == file
+    if not left[0]:
+      raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+    return real(handle, *given)
+
+  patched.setattr(os, call, full)
+
+
+@pytest.mark.parametrize(
+  ("call", "file", "number"),
+  [
+    ("pwrite", "model-00003-of-00004.safetensors", 3),
+    ("fsync", "model-00002-of-00005.safetensors", 2),
+    ("fsync", "journal.jsonl", 4),
+    ("fsync", "README.md", 1),
+  ],
+)
+def test_a_disk_that_fills_later_is_named_and_nothing_is_lost(
+  family, capsys, monkeypatch, call, file, number
+):
+  monkeypatch.setattr(growing, "SYNCED", 1)
+  if call == "fsync":
+    pathlib.Path("recipe.yml").write_text(SLICES)  # Nothing is compiled.
+  command = ["merge", "recipe.yml", "out", "--shard-size", "500B"]
+  assert cli.main([*command[:2], "whole", *command[3:]]) == 0
+  with monkeypatch.context() as patched:
+    stopped_at(patched, call, file, number)
+    assert cli.main(command) == 1
+  err = capsys.readouterr().err
+  assert "Disk quota exceeded; what was finished is kept" in err
+  assert f".out.merging/{file}'" in err
+  assert not pathlib.Path("out").exists()
+  written = []
+  monkeypatch.setattr(growing.Growing, "add", counted(growing.Growing.add, written))
+  assert cli.main(command) == 0
+  assert len(set(written)) < 13 - 2  # Those that were finished are not made again.
+  for path in pathlib.Path("whole").iterdir():
+    assert path.read_bytes() == pathlib.Path("out", path.name).read_bytes(), path
+
+
+def counted(add, names):
+  def noted(self, name, *rest):
+    names.append(name)
+    add(self, name, *rest)
+
+  return noted
+
+
+@pytest.mark.parametrize("file", ["README.md", "model.safetensors.index.json"])
+def test_a_small_file_that_has_no_room_is_named(family, capsys, file):
+  """Written to a device that is always full."""
+  pathlib.Path("recipe.yml").write_text(SLICES)
+  part = pathlib.Path(".out.merging")
+  part.mkdir()
+  (part / file).symlink_to("/dev/full")
+  command = ["merge", "recipe.yml", "out", "--shard-size", "500B"]
+  assert cli.main(command) == 1
+  err = capsys.readouterr().err
+  assert "No space left on device; what was finished is kept" in err
+  assert f".out.merging/{file}'" in err
+  (part / file).unlink()
+  assert cli.main(command) == 0
+
+
+HEAD = "lm_head.weight"
+LAYER = "model.layers.0.input_layernorm.weight"
+SLICES = """
+merge_method: passthrough
+slices:
+- sources: [{model: m0, layer_range: [0, 2]}]
+- sources: [{model: m1, layer_range: [0, 1]}]
+"""
+COPIED = {
+  "excluded": (RECIPE + "exclude: [norm]\n", "base", NORM, NORM, np.nan),
+  "in no other model": (RECIPE + "missing: base\n", "base", HEAD, HEAD, -np.inf),
+  "a layer on top": (SLICES, "m1", LAYER, LAYER.replace("0", "2"), np.nan),
+}
+
+
+@pytest.mark.parametrize("name", COPIED)
+def test_what_is_copied_is_looked_at_as_well(family, capsys, name):
+  text, folder, source, made, value = COPIED[name]
+  pathlib.Path("recipe.yml").write_text(text)
+  if name == "in no other model":
+    folders.write(pathlib.Path("m0"), {n: x for n, x in family[1].items() if n != HEAD})
+  tensor(folder, source, lambda x: np.where(np.arange(x.size).reshape(x.shape) == 3, value, x))
+  assert cli.main(["merge", "recipe.yml", "out"]) == 1
+  err = capsys.readouterr().err
+  assert f"{folder}/model.safetensors: tensor {source!r}, which is copied, has NaN or" in err
+  assert "--allow-nonfinite" in err
+  assert not pathlib.Path("out").exists()
+  assert cli.main(["merge", "recipe.yml", "out", "--allow-nonfinite"]) == 0
+  found = folders.read(pathlib.Path("out"))[made].reshape(-1)
+  np.testing.assert_array_equal(found[3], np.float32(value))
+  assert np.isfinite(np.delete(found, 3)).all()
+
+
+def test_what_is_copied_to_a_dtype_that_cannot_hold_it_is_refused(family, capsys):
+  pathlib.Path("recipe.yml").write_text(SLICES + "out_dtype: float16\n")
+  tensor("m0", LAYER, lambda x: x * np.float32(1e6))
+  assert cli.main(["merge", "recipe.yml", "out"]) == 1
+  err = capsys.readouterr().err
+  assert f"m0/model.safetensors: tensor {LAYER!r}: float16 cannot hold its values" in err
 
 
 def test_headers_are_read_as_they_are(family):

@@ -365,12 +365,54 @@ def test_recipes_build_on_each_other(family, capsys):
   _, first, second, third = family
   pathlib.Path("recipe.yml").write_text(STAGES)
   assert cli.main(["merge", "recipe.yml", "out", "--dry-run"]) == 0
-  assert "merged: 12 tensors, copied: 1" in capsys.readouterr().out
+  before, after = capsys.readouterr().out.split("the last recipe:\n")
+  assert before.startswith(
+    "recipe 'mean', done before and removed at the end:\n  result: 13 tensors"
+  )
+  assert "  job 1: 12 tensors of 2 models, " in before
+  assert "  memory: " in before
+  assert "  merged: 12 tensors, copied: 1\n" in after
+  assert "in all: 11.3 kB read, 3.78 kB written, memory " in after
   assert cli.main(["merge", "recipe.yml", "out"]) == 0
   mean = jaxmerge.blend(methods.average(), jaxmerge.stack([first, second]))
   pair = jaxmerge.stack([{n: np.asarray(x) for n, x in mean.items()}, third])
   small.close(folders.read(pathlib.Path("out")), jaxmerge.blend(methods.slerp(0.25), pair))
   assert [p.name for p in pathlib.Path().glob(".*")] == []
+  told = json.loads(pathlib.Path("out/jaxmerge_provenance.json").read_text())
+  earlier = told["earlier"]["mean"]
+  name = "model.norm.weight"
+  assert told["inputs"]["m2"][name] == "merged by slerp, job 1"
+  assert earlier["inputs"].keys() == {"m0", "m1"}
+  assert earlier["inputs"]["m1"][name] == "merged by average, job 1"
+  assert earlier["inputs"]["m0"]["position_ids"] == "copied from m0"
+  assert earlier["jobs"][0]["numbers"] == {"weight": [1.0, 1.0]}
+  # Checksums lead from the result to the files that all began with.
+  (between,) = (x for n, x in told["tensors"][name]["inputs"].items() if "mean.stage" in n)
+  assert earlier["tensors"][name]["xxh3_128"] == between
+  assert {n.split("/")[0] for n in earlier["tensors"][name]["inputs"]} == {"m0", "m1"}
+
+
+def test_the_provenance_tells_which_method_merged_a_tensor(family):
+  run("""
+merge_method: ties
+base_model: base
+models:
+  - {model: m0, parameters: {weight: 1.0, density: 0.5}}
+  - {model: m1, parameters: {weight: 0.5, density: 0.25}}
+overrides: [{pattern: self_attn, merge_method: task_arithmetic}]
+""")
+  told = json.loads(pathlib.Path("out/jaxmerge_provenance.json").read_text())
+  jobs = {job["job"]: job for job in told["jobs"]}
+  for name, method in [("mlp.up_proj", "ties"), ("self_attn.q_proj", "task_arithmetic")]:
+    tensor = f"model.layers.1.{name}.weight"
+    job = jobs[told["tensors"][tensor]["job"]]
+    assert job["method"]["method"] == method
+    assert told["inputs"]["m0"][tensor] == f"merged by {method}, job {job['job']}"
+    assert told["inputs"]["base"][tensor] == f"base of {method}, job {job['job']}"
+    assert job["numbers"]["weight"] == [1.0, 0.5]
+    assert job["tensors"] == sum(own.get("job") == job["job"] for own in told["tensors"].values())
+  (ties,) = (job for job in jobs.values() if job["method"]["method"] == "ties")
+  assert ties["numbers"]["density"] == [0.5, 0.25]
 
 
 def test_the_command_tells_what_is_wrong_and_leaves_nothing(family, capsys):

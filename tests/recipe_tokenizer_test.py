@@ -107,7 +107,7 @@ def test_a_union_has_the_tokens_of_all(three):
   told = output("tokenizer_config.json")["added_tokens_decoder"]["10"]
   assert told == {"content": "<|im_end|>", **SPECIAL}
   fates = output("jaxmerge_provenance.json")["inputs"]["turned"]
-  assert fates[HEAD] == "rows by the tokenizer; merged"
+  assert fates[HEAD] == "rows by the tokenizer; merged by average, job 1"
 
 
 def test_what_is_written_is_a_tokenizer(three):

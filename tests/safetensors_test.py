@@ -271,6 +271,15 @@ def test_a_folder_that_is_there_is_replaced_only_when_asked(tmp_path):
   assert tree_of(tmp_path) == {"out/new": "2"}
 
 
+def test_what_a_kill_between_two_renames_has_left_is_removed_later(tmp_path):
+  for name in (".out.0123abcd.old", ".out.mine.old", ".other.0123abcd.old"):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "kept").write_text("1")
+  with atomic.folder(tmp_path / "out", replace=True) as beside:
+    (beside / "new").write_text("2")
+  assert sorted(os.listdir(tmp_path)) == [".other.0123abcd.old", ".out.mine.old", "out"]
+
+
 def test_a_folder_never_takes_the_place_of_a_file(tmp_path):
   (tmp_path / "out").write_text("1")
   with (

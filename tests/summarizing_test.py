@@ -57,7 +57,7 @@ def test_the_card_says_what_was_done():
   head, body = merged(RECIPE)
   assert head == {"tags": ["merge", "jaxmerge"]}
   made = json.loads(pathlib.Path("out/jaxmerge_provenance.json").read_text())["inputs"]["m0"]
-  count = list(made.values()).count("merged")
+  count = list(made.values()).count("merged by dare_ties, job 1")
   assert f"Tensors: {count} merged, {13 - count} copied." in body
   assert f"**dare ties**, {count} tensors of 2 models: " in body
   assert catalog.METHODS["dare_ties"].paper in body

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import glob
 import os
 import pathlib
 import secrets
@@ -11,6 +13,38 @@ from collections.abc import Iterator
 from typing import BinaryIO
 
 Path = str | os.PathLike[str]
+
+
+class Full(OSError):
+  """A disk or a quota is full; the message says which file had no room, and how to go on."""
+
+
+@contextlib.contextmanager
+def room(path: Path, need: str = "") -> Iterator[None]:
+  """Says of what is written in the block, and finds no room, which file it was.
+
+  >>> with room("model.safetensors"):
+  ...   raise OSError(errno.ENOSPC, "")
+  Traceback (most recent call last):
+    ...
+  jaxmerge.io.atomic.Full: [Errno 28] No space left on device; what was finished is kept: free
+  some room, and the same command goes on: 'model.safetensors'
+
+  Args:
+    path: of the file, or of the folder where it is made.
+    need: words for how much it needs.
+
+  Raises:
+    Full: where the disk or the quota is full.
+  """
+  try:
+    yield
+  except OSError as error:
+    if isinstance(error, Full) or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+      raise
+    kept = "what was finished is kept: free some room, and the same command goes on"
+    text = f"{os.strerror(error.errno)}{need}; {kept}"
+    raise Full(error.errno, text, str(path)) from error
 
 
 @contextlib.contextmanager
@@ -27,11 +61,12 @@ def write(path: Path) -> Iterator[BinaryIO]:
   beside = _beside(path, "tmp")
   path.parent.mkdir(parents=True, exist_ok=True)
   try:
-    with open(beside, "xb") as file:
-      yield file
-      file.flush()
-      os.fsync(file.fileno())
-    os.replace(beside, path)
+    with room(path):
+      with open(beside, "xb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+      os.replace(beside, path)
   except BaseException:
     with contextlib.suppress(FileNotFoundError):
       beside.unlink()
@@ -51,7 +86,8 @@ def folder(path: Path, *, replace: bool = False) -> Iterator[pathlib.Path]:
 
   The block fills the hidden folder beside `path` that it is given; after an error that is removed.
   With `replace` an old folder at `path` is moved aside, then removed once the new one is in place:
-  a crash between the two renames leaves it, whole, as `.NAME.XXXXXXXX.old`.
+  a crash between the two renames leaves it, whole, as `.NAME.XXXXXXXX.old`, until the next folder
+  has come to this place.
 
   Raises:
     FileExistsError: where something is at `path` already and `replace` is not set.
@@ -73,7 +109,8 @@ def sync(path: Path) -> None:
   """Brings a file's bytes, or a folder's entries, to the disk."""
   handle = os.open(path, os.O_RDONLY)
   try:
-    os.fsync(handle)
+    with room(path):
+      os.fsync(handle)
   finally:
     os.close(handle)
 
@@ -94,8 +131,18 @@ def move(new: pathlib.Path, path: pathlib.Path, *, replace: bool = False) -> Non
       os.rename(old, path)
     raise
   sync(path.parent)
-  if old is not None:
+  discard(path)
+
+
+def discard(path: pathlib.Path) -> None:
+  """Removes what was at a path before, and has been replaced."""
+  for old in replaced(path):
     shutil.rmtree(old)
+
+
+def replaced(path: pathlib.Path) -> list[pathlib.Path]:
+  """Returns the folders that were at a path before, and that a crash kept from being removed."""
+  return sorted(path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 8}.old"))
 
 
 def check_free(path: pathlib.Path, replace: bool) -> None:

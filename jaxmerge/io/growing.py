@@ -48,10 +48,11 @@ class _Shards(NamedTuple):
       for file, names in shards.items():
         own = {n: kinds[n] for n in names}
         first, entries = safetensors.layout(own, {"format": "pt"}, align=pages.PAGE)
-        files[file] = PagedFile(part / file)
         length = max((e.stop for e in entries.values()), default=len(first))
-        _make_room(files[file].handle, part / file, length)
-        os.truncate(files[file].handle, length)
+        with atomic.room(part / file, f" for its {length:,} bytes"):
+          files[file] = PagedFile(part / file)
+          os.posix_fallocate(files[file].handle, 0, length)
+          os.truncate(files[file].handle, length)
         files[file].write(memoryview(first), 0)
         places.update({n: (file, entry) for n, entry in entries.items()})
       yield cls(files, places, set(files))
@@ -87,16 +88,6 @@ class _Shards(NamedTuple):
     """Brings what was written to the disk."""
     while self.unsynced:
       self.files[self.unsynced.pop()].sync()
-
-
-def _make_room(handle: int, path: pathlib.Path, length: int) -> None:
-  try:
-    os.posix_fallocate(handle, 0, length)
-  except OSError as error:
-    if error.errno != errno.ENOSPC:
-      raise
-    text = f"no space on the disk for its {length:,} bytes; free some, and the same command goes on"
-    raise OSError(errno.ENOSPC, text, str(path)) from error
 
 
 def part_of(out: pathlib.Path) -> pathlib.Path:
@@ -153,7 +144,7 @@ def opened(
 
   Raises:
     ValueError: where the folder holds another merge.
-    OSError: where there is no room for the files.
+    atomic.Full: where there is no room for the files.
   """
   _begin(part / journal, identity)
   digests = noted(part, identity)
@@ -183,19 +174,21 @@ def noted(part: pathlib.Path, identity: str) -> dict[str, Any]:
   for path in journals(part):
     records = _records(path)
     if records and records[0] != {"plan": identity}:
-      raise _other(part)
+      raise other(part)
     found |= {r.pop("tensor"): r for r in records[1:]}
   return found
 
 
 def _begin(path: pathlib.Path, identity: str) -> None:
-  """Begins a journal, unless it is that of an interrupted merge."""
+  """Begins a journal, unless it is that of an interrupted merge: its last line may be torn."""
   records = _records(path) if path.exists() else []
   if not records:
     with atomic.write(path) as file:
       file.write(json.dumps({"plan": identity}).encode() + b"\n")
   elif records[0] != {"plan": identity}:
-    raise _other(path.parent)
+    raise other(path.parent)
+  elif (torn := path.read_bytes()).rfind(b"\n") + 1 < len(torn):
+    os.truncate(path, torn.rfind(b"\n") + 1)
 
 
 def _records(path: pathlib.Path) -> list[dict[str, Any]]:
@@ -204,7 +197,8 @@ def _records(path: pathlib.Path) -> list[dict[str, Any]]:
   return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def _other(part: pathlib.Path) -> ValueError:
+def other(part: pathlib.Path) -> ValueError:
+  """Returns the error for a folder in which another merge was interrupted."""
   return ValueError(
     f"{part} holds an interrupted merge of other inputs or settings; give its settings to go "
     "on with it, resume=False (--resume=never) to drop it, or another place for the result."
@@ -257,7 +251,7 @@ class Growing:
   def flush(self) -> None:
     """Brings what was written to the disk, then the lines that say so."""
     self._shards.sync()
-    with open(self.path, "a", encoding="utf-8") as file:
+    with atomic.room(self.path), open(self.path, "a", encoding="utf-8") as file:
       for name, digest in self._waiting.items():
         file.write(json.dumps({"tensor": name, **digest}) + "\n")
       file.flush()

@@ -12,6 +12,8 @@ import mmap
 import os
 import pathlib
 
+from jaxmerge.io import atomic
+
 PAGE = 4096  # Bytes; what goes past the cache begins and ends at a multiple, in file and memory.
 LEAST = 2**16  # Shorter pieces are not worth it.
 ROOM = 2**21
@@ -35,6 +37,7 @@ class PagedFile:
   """
 
   def __init__(self, path: pathlib.Path):
+    self.path = path
     self.handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     self._past: int | None = None
     self._room: mmap.mmap | None = None
@@ -46,15 +49,16 @@ class PagedFile:
         raise
 
   def write(self, data: memoryview, position: int) -> None:
-    """Writes bytes; none of them counts before `sync`."""
+    """Writes bytes; none of them counts before `sync`. OSError names the file of a full disk."""
     first = -position % PAGE
     whole = (len(data) - first) // PAGE * PAGE
-    if self._past is None or whole < LEAST:
-      self._write(self.handle, data, position)
-      return
-    self._write(self.handle, data[:first], position)
-    self._write_pages(self._past, data[first : first + whole], position + first)
-    self._write(self.handle, data[first + whole :], position + first + whole)
+    with atomic.room(self.path):
+      if self._past is None or whole < LEAST:
+        self._write(self.handle, data, position)
+        return
+      self._write(self.handle, data[:first], position)
+      self._write_pages(self._past, data[first : first + whole], position + first)
+      self._write(self.handle, data[first + whole :], position + first + whole)
 
   def read(self, out: memoryview, position: int) -> int:
     """Reads bytes back; returns how many there were."""
@@ -65,7 +69,8 @@ class PagedFile:
 
   def sync(self) -> None:
     """Brings what was written to the disk."""
-    os.fsync(self.handle)
+    with atomic.room(self.path):
+      os.fsync(self.handle)
 
   def close(self) -> None:
     """Closes the file."""

@@ -48,7 +48,8 @@ def of_file(
     path: of the file.
     files: open files of the models.
     made: (name, plan) -> the model that a recipe makes on which another one builds; by default it
-      is only known what that will be, which is enough to plan.
+      is only known what that will be, which is enough to plan. Of one that is there, the facts of
+      the plan keep the provenance, under `earlier`.
     download: whether models that the hub's cache lacks are fetched; else no network is used.
 
   Raises:
@@ -58,6 +59,7 @@ def of_file(
   recipes = schema.read(path)
   text = pathlib.Path(path).read_text(encoding="utf-8")
   results: dict[str, planning.Model] = {}
+  earlier: dict[str, Plan] = {}
   opener = opening.opener(files, download=download)
   found: list[Exception] = []
 
@@ -66,12 +68,18 @@ def of_file(
 
   for recipe in (r for r in recipes[:-1] if r.name is not None):
     for plan in _tried(recipe, model, opener.folder, results, found):
+      earlier[str(recipe.name)] = plan
       results[str(recipe.name)] = (planning.foreseen if found else made)(str(recipe.name), plan)
   last = _tried(recipes[-1], model, opener.folder, results, found)
   telling.check(found)
   (plan,) = last
   facts = {"recipe": text, **opener.find.facts, **plan.facts}
-  return plan._replace(facts=facts, texts={**plan.texts, RECIPE: text})
+  there = {name: own.folder / folder.PROVENANCE for name, own in results.items() if own.files}
+  if there:
+    facts["earlier"] = {
+      name: folder.read_json(path, folder.LONGEST_PROVENANCE) for name, path in there.items()
+    }
+  return plan._replace(facts=facts, texts={**plan.texts, RECIPE: text}, earlier=earlier)
 
 
 def _tried(
