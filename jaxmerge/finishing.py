@@ -12,7 +12,7 @@ from typing import Any  # Any: digests are plain JSON.
 
 import numpy as np
 
-from jaxmerge import fingerprint, inspecting, stage, summarizing
+from jaxmerge import fingerprint, inspecting, summarizing
 from jaxmerge.io import atomic, checkpoint, folder, growing
 from jaxmerge.planning import Job, Plan
 from jaxmerge.report import card
@@ -155,6 +155,8 @@ def _job(plan: Plan, number: int) -> dict[str, Any]:
 
 def _numbers(job: Job) -> dict[str, Any]:
   """The method's numbers: its own, or those that it was given for all tensors or for each."""
+  from jaxmerge import stage  # With jax, which a dry run does without.
+
   every = {**stage.numbers(job.method()), **job.numbers}
   return {name: _plain(x, len(job.models)) for name, x in every.items() if name != "seed"}
 
