@@ -219,6 +219,23 @@ def picked(run: Run, name: str, start: int, parts: Parts, columns: np.ndarray) -
   )
 
 
+def padded(run: Run, name: str, parts: Parts, length: int) -> Parts:
+  """Adds zeros to a flat slice, up to a length."""
+  more = length - parts.models.shape[1]
+
+  def of(x: Any) -> Any:
+    return None if x is None else np.pad(x, [(0, 0)] * (np.ndim(x) - 1) + [(0, more)])
+
+  aux, shape = memory.leaf_of(name, None, run.ready).aux, run.shapes[name]
+  own = {n: of(v) if _is_aligned(aux[n], shape) else v for n, v in parts.leaf.aux.items()}
+  return parts._replace(
+    base=of(parts.base),
+    reference=of(parts.reference),
+    models=of(parts.models),
+    leaf=parts.leaf._replace(places=run.counted(length), aux=own),
+  )
+
+
 def _entries(value: Any, shape: tuple[int, ...], start: int, stop: int) -> Any:
   """The entries of an array that is aligned to the leaf; other numbers as they are."""
   if not _is_aligned(value, shape):

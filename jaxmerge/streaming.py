@@ -27,6 +27,7 @@ _OVERFLOW = (
   "leaf {name!r}: the result has NaN or infinity, though no input has: {dtype} cannot hold it, or "
   "the method's numbers do not fit; choose a wider dtype for the result, or let such values pass."
 )
+LEAST = 64  # A compiler unrolls a loop over fewer entries, and may round in it in another way.
 PICKED = 2**12, 2**15  # So many entries are picked from a slice at a time: few, or many.
 
 
@@ -172,11 +173,14 @@ def _knowledge(run: Run, leaves: Sequence[str], before: Any = None) -> tuple[Any
 
 def _result(run: Run, name: str, parts: Parts, known: tuple[Any, ...], form: Form) -> np.ndarray:
   """A slice of the result, [n]."""
+  count = parts.models.shape[1]
+  if form.shape is None and count < LEAST:
+    parts = slicing.padded(run, name, parts, LEAST)
   seen = _ranked(run, parts, slicing.known_of(run, name, known, parts), run.method, form)
   dtype = run.source.leaves[name].dtype
   out = np.asarray(run.call(kernels.merged, parts, seen, method=run.method, form=form, dtype=dtype))
   memory.refuse_height(name, out.shape[0])
-  return out[0]
+  return out[0, :count]
 
 
 def _batches(step: Stage) -> Iterator[list[Statistic]]:

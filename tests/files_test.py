@@ -3,6 +3,8 @@
 import json
 import os
 import stat
+import subprocess
+import sys
 
 import folders
 import ml_dtypes
@@ -13,7 +15,7 @@ import small
 import xxhash
 
 import jaxmerge
-from jaxmerge import files, methods, planning, stage, summarizing
+from jaxmerge import files, methods, planning, stage, streaming, summarizing
 from jaxmerge.io import atomic, growing
 from jaxmerge.io.tensor import Files
 from jaxmerge.recipe import plan as plans
@@ -95,6 +97,95 @@ def test_nothing_depends_on_how_it_is_cut(tmp_path):
     found.append(folders.read(out))
   for other in found[1:]:
     small.same(other, found[0])
+
+
+# What rests on sums of floats over whole tensors; and whether the weights themselves are merged.
+SUMS = {
+  "slerp": (methods.slerp(0.3), True),
+  "nuslerp": (methods.nuslerp((0.3, 0.7)), False),
+  "multislerp": (methods.multislerp(), True),
+  "karcher": (methods.karcher(), True),
+  "model_stock": (methods.model_stock(), False),
+  "sce": (methods.sce(0.5), False),
+}
+
+
+@pytest.mark.parametrize("name", SUMS)
+def test_sums_of_floats_do_not_depend_on_how_they_are_cut(tmp_path, monkeypatch, name):
+  """They are those of fixed blocks, of which a tensor has several; and near those of memory."""
+  monkeypatch.setattr(streaming, "BLOCK", 64)
+  method, raw = SUMS[name]
+  rng = np.random.default_rng(0)
+  trees = [{"w.weight": rng.normal(size=(17, 8)).astype(np.float32)} for _ in range(3)]
+  for folder, tree in zip(("base", "m0", "m1"), trees, strict=True):
+    folders.write(tmp_path / folder, tree)
+  base, *models = trees
+  symmetric = name not in ("slerp", "nuslerp")
+  found = []
+  for order, options in [
+    ((0, 1), {}),
+    ((0, 1), {"entries": 9}),
+    ((1, 0) if symmetric else (0, 1), {"entries": 128, "shard_size": 100}),
+  ]:
+    out = files.merge_files(
+      method,
+      [tmp_path / f"m{i}" for i in order],
+      tmp_path / f"out{len(found)}",
+      base=None if raw else tmp_path / "base",
+      names=[NAMES[i] for i in order],
+      **options,
+    )
+    found.append(folders.read(out))
+  for other in found[1:]:
+    small.same(other, found[0])
+  stack, names = jaxmerge.stack(models), NAMES[:2]
+  if raw:
+    expected = jaxmerge.blend(method, stack, names=names)
+  else:
+    expected = jaxmerge.merge(method, base, stack, names=names)
+  small.close(found[0], expected, 2e-6)
+
+
+# Runs on some of the cores, which count when jax is imported, and prints digests of the results.
+ON_CORES = """
+import hashlib, os, pathlib, sys
+count, root = int(sys.argv[1]), pathlib.Path(sys.argv[2])
+os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:count])
+from jaxmerge import files, methods
+for name, method, raw in (
+  ("slerp", methods.slerp(0.3), True),
+  ("sce", methods.sce(0.5), False),
+):
+  out = root / f"{name}{count}"
+  files.merge_files(method, [root / "m0", root / "m1"], out, base=None if raw else root / "base")
+  print(name, hashlib.sha256((out / "model.safetensors").read_bytes()).hexdigest())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="cores cannot be chosen here.")
+def test_one_thread_and_two_give_the_same_bytes(tmp_path):
+  """With a tensor so large that a compiler shares it out over threads, and sums of two blocks."""
+  cores = len(os.sched_getaffinity(0))
+  if cores < 2:
+    pytest.skip("there is one core only.")
+  rng = np.random.default_rng(0)
+  for name in ("base", "m0", "m1"):
+    large = rng.normal(size=(1025, 1100)).astype(np.float32)
+    folders.write(tmp_path / name, {"large.weight": large, "small.bias": large[0, :7]})
+  env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+  told = [
+    subprocess.run(
+      [sys.executable, "-c", ON_CORES, str(count), str(tmp_path)],
+      env=env,
+      capture_output=True,
+      text=True,
+      check=True,
+    ).stdout
+    for count in (1, 2)
+  ]
+  assert len(told[0].splitlines()) == 2
+  assert told[0] == told[1]
 
 
 def test_the_result_is_a_folder_that_other_tools_open(tmp_path):
