@@ -45,6 +45,28 @@ def rows(recipe: Recipe, models: Opened, config: Mapping[str, Any]) -> Iterator[
       yield from _stacked(own, models, config)
     else:
       yield from _whole(own[0], models)
+  if recipe.modules:
+    yield from _outside(recipe, models, made)
+
+
+def _outside(recipe: Recipe, models: Opened, made: Sequence[Group]) -> Iterator[Row]:
+  """Tensors of no module: those that are excluded are copied, others are refused."""
+  sources = tuple({s.model: s for g in made for s in g.sources}.values())
+  every = Group(sources, recipe.base_model, (), None, False, recipe.place)
+  modules = {str(g.module): g for g in made}
+  problems = []
+  for name, owner in sorted({n: m.name for m in models.values() for n in m.tensors}.items()):
+    homes = [module for module, group in modules.items() if _inside(group, name)]
+    tensor = parameters.Tensor(name)
+    if not homes and parameters.excluded(recipe, tensor):
+      yield Row(tensor, every, (name,) * len(sources))
+    elif len(homes) != 1:
+      which = f"the modules {' and '.join(homes)}" if homes else "no module"
+      hint = f"exclude it, or write a module {name.split('.')[0]!r}"
+      text = f"tensor {name!r} of {owner} is in {which}: {'name one of them' if homes else hint}."
+      problems.append(Problem(recipe.places["modules"], text))
+  if problems:
+    raise RecipeError(problems)
 
 
 def _inside(group: Group, name: str) -> bool:
