@@ -139,7 +139,8 @@ def run(
     entries: about so many entries of each model are in memory at a time; None: by their number.
     replace: whether a folder that is there is replaced.
     resume: whether to go on with an interrupted merge of the same plan; otherwise it starts anew.
-    nonfinite: whether NaN and infinity in the inputs are let pass; what they spoil is the method's.
+    nonfinite: whether NaN and infinity in the inputs are let pass: where an input has either, the
+      result has NaN; what they spoil beside, such as a sum over a tensor, is the method's.
     out_format: "safetensors", or "orbax": a checkpoint in `out / "state"`, which `orbax.checkpoint`
       restores as {"params": {name: array}}; on the way it takes twice the room.
     progress: called with the number of bytes of the result that were measured, once for each

@@ -339,9 +339,11 @@ def test_all_models_that_cannot_be_opened_are_told_at_once(tmp_path):
   assert missing == f"{tmp_path / 'none'}: no such folder."
 
 
-def test_nan_is_named_and_nothing_appears(tmp_path):
-  _, first, *_ = folders.family(tmp_path)
-  first["model.layers.1.mlp.up_proj.weight"][3, 2] = np.nan
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_is_named_and_nothing_appears(tmp_path, value, dtype):
+  _, first, *_ = folders.family(tmp_path, dtype=dtype)
+  first["model.layers.1.mlp.up_proj.weight"][3, 2] = value
   folders.write(tmp_path / "m0", first)
   with pytest.raises(ValueError, match=r"'model.layers.1.mlp.up_proj.weight' of model red has NaN"):
     files.merge_files(
@@ -350,13 +352,19 @@ def test_nan_is_named_and_nothing_appears(tmp_path):
   assert not (tmp_path / "out").exists()
 
 
-def test_nan_passes_where_it_is_allowed(tmp_path):
-  _, first, *_ = folders.family(tmp_path)
-  first["model.norm.weight"][2] = np.nan
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_passes_where_it_is_allowed(tmp_path, value):
+  """As NaN, whichever it is; all other entries are what they are without it."""
+  name = "model.norm.weight"
+  _, first, second, third = folders.family(tmp_path)
+  mean = (first[name] + second[name] + third[name]) / 3
+  mean[2] = np.nan
+  first[name][2] = value
   folders.write(tmp_path / "m0", first)
   out = files.merge_files(methods.average(), paths(tmp_path), tmp_path / "out", nonfinite=True)
-  found = folders.read(out)["model.norm.weight"]
-  assert np.isnan(found).nonzero()[0].tolist() == [2]
+  found = folders.read(out)
+  np.testing.assert_allclose(found[name], mean, 1e-6)
+  assert all(np.isfinite(x).all() for n, x in found.items() if n != name)
 
 
 def test_a_folder_that_is_there_is_not_touched(tmp_path):

@@ -1,0 +1,137 @@
+"""What `--dry-run` says a merge reads, writes and needs, counted by hand and while it is done."""
+
+import pathlib
+
+import folders
+import ml_dtypes
+import numpy as np
+import pytest
+
+from jaxmerge import cli, files, planning, summarizing
+from jaxmerge.io.tensor import Files, Tensor
+from jaxmerge.recipe import plan as plans
+
+# A folder of `folders.family`: embedding, head and last norm, three layers; and four integers.
+FLOATS = 60 + 60 + 6 + 3 * (6 + 72 + 36)
+INTEGERS = 4 * 4
+TIES = """
+merge_method: ties
+base_model: base
+models: [{model: m0}, {model: m2}]
+parameters: {weight: 1, density: 0.5}
+"""
+SLERP = """
+merge_method: slerp
+base_model: base
+models: [{model: m0}]
+parameters: {t: 0.5}
+exclude: [lm_head]
+"""
+SUM = """
+merge_method: task_arithmetic
+base_model: base
+models: [{model: m0}, {model: m1}]
+parameters: {weight: 1}
+exclude: [lm_head]
+"""
+
+
+@pytest.fixture
+def family(tmp_path, monkeypatch):
+  """A base and three models, the last one in three files, in the current directory."""
+  monkeypatch.chdir(tmp_path)
+  return folders.family(tmp_path)
+
+
+def said(capsys, text, *options):
+  """The lines of a dry run."""
+  pathlib.Path("recipe.yml").write_text(text)
+  assert cli.main(["merge", "recipe.yml", "out", "--dry-run", *options]) == 0
+  assert not pathlib.Path("out").exists()
+  return capsys.readouterr().out.splitlines()
+
+
+def plan_of(text):
+  pathlib.Path("recipe.yml").write_text(text)
+  return plans.of_file("recipe.yml", Files())
+
+
+def test_what_is_read_and_written_is_told_in_bytes(family, capsys):
+  """Of four bytes an entry: 468 of the base and two models, and the integers of the base alone."""
+  assert FLOATS == 468
+  lines = said(capsys, TIES)
+  assert lines[:4] == [
+    "result: 13 tensors, 1.89 kB, 1 file",  # 1888
+    "merged: 12 tensors, copied: 1",
+    "inputs: 5 files, 5.63 kB in one reading",  # 1 + 1 + 3 files; 5632
+    "memory: 360 MB or less",
+  ]
+  assert lines[-1].startswith("job 1: 12 tensors of 2 models, read 3 times, {")
+  plan = plan_of(TIES)
+  assert (plan.written, plan.read) == (4 * FLOATS + INTEGERS, 3 * 4 * FLOATS + INTEGERS)
+
+
+@pytest.mark.parametrize(
+  ("options", "line"),
+  [
+    # Two of 240; 24 + 288 + 144 + 24; 288 + 144 + 24; 288 + 144 + 24 + 16.
+    (["--shard-size=500B"], "result: 13 tensors, 1.89 kB, 4 files"),
+    (
+      ["--out-format=orbax"],
+      "result: 13 tensors, 1.89 kB, a checkpoint; while it is made, 3.78 kB on the disk",
+    ),
+  ],
+)
+def test_the_files_of_the_result_are_told(family, capsys, options, line):
+  assert said(capsys, TIES, *options)[0] == line
+
+
+def test_narrow_weights_are_half_as_many_bytes(tmp_path, monkeypatch, capsys):
+  monkeypatch.chdir(tmp_path)
+  folders.family(tmp_path, dtype=ml_dtypes.bfloat16)
+  lines = said(capsys, SUM + "out_dtype: float32\n")
+  assert lines[0] == "result: 13 tensors, 1.89 kB, 1 file"
+  assert lines[2] == "inputs: 4 files, 2.58 kB in one reading"  # 2 * (468 + 2 * 408) + 16
+  assert lines[-1].startswith("job 1: 11 tensors of 2 models, {")
+
+
+def test_memory_is_that_of_slices_and_not_of_models():
+  """Of 30 bytes for each entry of a slice, of 2**20 each of three models and a base."""
+  shapes = {"small": (2**10,), "large": (2**16, 2**16)}
+  job = planning.Job(None, {"method": "task_arithmetic"}, ("a", "b", "c"))
+
+  def needed(*names, **words):
+    parts = {n: Tensor(n, np.dtype(np.float16), shapes[n], None) for n in names}
+    outputs = tuple(planning.Output(n, t.dtype, t, (), 0) for n, t in parts.items())
+    own = job._replace(words=job.words | words)
+    return summarizing.memory(planning.Plan(outputs, (own,), {}, pathlib.Path(), frozenset()))
+
+  start = 240_000_000
+  assert needed() == start
+  assert needed("small") == start + 30 * 4 * 2**10
+  assert needed("large", "small") == start + 30 * 4 * 2**20
+  # Samples, and the values near a threshold; whole matrices.
+  assert needed("small", method="ties") == start + 30 * 4 * 2**10 + 120_000_000
+  assert needed("large", scope="column") == start + 30 * 4 * 2**32
+
+
+@pytest.mark.parametrize(("text", "readings"), [(SUM, 1), (SLERP, 2)], ids=["sum", "slerp"])
+def test_as_much_is_read_as_a_dry_run_says(family, capsys, text, readings):
+  """What is merged once for each reading, what is copied once."""
+  plan, counts = plan_of(text), []
+
+  def counting(tensor):
+    def read(start, out):
+      counts.append(out.nbytes)
+      tensor.read(start, out)
+
+    return None if tensor is None else tensor._replace(read=read)
+
+  outputs = tuple(
+    o._replace(base=counting(o.base), models=tuple(map(counting, o.models))) for o in plan.outputs
+  )
+  files.run(plan._replace(outputs=outputs), "done", entries=16)
+  copied = sum(o.size for o in outputs if o.job is None)
+  assert sum(counts) == readings * (plan.read - copied) + copied
+  often = f", read {readings} times" if readings > 1 else ""
+  assert f" models{often}, {{" in said(capsys, text)[-1]
