@@ -195,8 +195,8 @@ def test_the_result_is_a_folder_that_other_tools_open(tmp_path):
   assert len(set(index["weight_map"].values())) > 3
   for name, file in index["weight_map"].items():
     assert name in safetensors.numpy.load_file(out / file)
-  assert (out / "config.json").read_bytes() == (tmp_path / "m0/config.json").read_bytes()
-  assert (out / "tokenizer.json").exists()
+  for name in ("config.json", "generation_config.json", "tokenizer.json"):
+    assert (out / name).read_bytes() == (tmp_path / "m0" / name).read_bytes()
   umask = os.umask(0)
   os.umask(umask)
   assert {stat.S_IMODE(p.stat().st_mode) for p in out.iterdir()} == {0o666 & ~umask}

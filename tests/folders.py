@@ -33,6 +33,7 @@ def write(folder, tensors, *, config=None, shards=1):
   """Writes a Hugging Face folder."""
   folder.mkdir(parents=True, exist_ok=True)
   (folder / "config.json").write_text(json.dumps(CONFIG if config is None else config))
+  (folder / "generation_config.json").write_text('{"max_length": 20, "do_sample": true}')
   (folder / "tokenizer.json").write_text('{"version": "1.0"}')
   names = list(tensors)
   if shards == 1:
