@@ -5,6 +5,7 @@ import contextlib
 import io
 import json
 import pathlib
+import re
 import shlex
 import subprocess
 import sys
@@ -450,20 +451,44 @@ def test_progress_is_quiet_when_not_a_terminal(capsys, runs):
   assert capsys.readouterr().err == "[checkpoint 3] set aside\n"
 
 
-def test_progress_on_a_terminal_shows_numbers_and_messages(monkeypatch, runs):
-  class Terminal(io.StringIO):
-    def isatty(self):
-      return True
+class Terminal(io.StringIO):
+  """A terminal that keeps what is written to stderr."""
 
-  terminal = Terminal()
-  monkeypatch.setenv("TERM", "xterm-256color")
-  monkeypatch.setenv("COLUMNS", "160")
-  monkeypatch.setattr(sys, "stderr", terminal)
+  def isatty(self):
+    return True
+
+  @classmethod
+  def of(cls, monkeypatch):
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", "160")
+    own = cls()
+    monkeypatch.setattr(sys, "stderr", own)
+    return own
+
+
+def test_progress_on_a_terminal_shows_numbers_and_messages(monkeypatch, runs):
+  terminal = Terminal.of(monkeypatch)
   runs.script = lambda progress: [progress(event) for event in EVENTS]
   assert cli.main(atm()) == 0
   shown = terminal.getvalue()
   for part in ("[checkpoint 3] set aside", "experts", "4/10 round", "mean 0.75", "0/8 round"):
     assert part in shown
+
+
+def test_progress_on_a_terminal_shows_the_time_that_is_left(monkeypatch):
+  """Of what is done since the first event: 1 MB a second, and 60 MB to go."""
+  from rich import console
+
+  terminal = Terminal.of(monkeypatch)
+  now = [1000.0]
+  monkeypatch.setattr(console, "monotonic", lambda: now[0])
+  with progress.bars() as show:
+    for seconds, done in ((0, 30), (5, 35), (10, 40)):
+      now[0] = 1000.0 + seconds
+      show({"phase": "merging", "done": done, "total": 100, "unit": "MB"})
+  last = terminal.getvalue().split("merging")[-1]
+  assert "40/100 MB" in last
+  assert re.findall(r"\d+:\d\d:\d\d", last) == ["0:00:10", "0:01:00"]
 
 
 @pytest.mark.parametrize(
