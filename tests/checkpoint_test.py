@@ -266,7 +266,8 @@ def test_safetensors_to_orbax_and_back_has_the_same_bits(tmp_path, dtype):
   back = files.merge_files(one, [there], tmp_path / "back")
   small.same(folders.read(back), base)
   assert {p.name for p in there.iterdir()} == {
-    "README.md", "config.json", "tokenizer.json", "manifest.json", "state", files.PROVENANCE
+    "README.md", "config.json", "generation_config.json", "tokenizer.json", "manifest.json",
+    "state", files.PROVENANCE,
   }  # fmt: skip
   for name in ("config.json", "tokenizer.json"):
     assert (back / name).read_bytes() == (tmp_path / "base" / name).read_bytes()

@@ -150,7 +150,7 @@ slices:
   check(found, named(expected, 4))
   np.testing.assert_array_equal(found[NORM.format(2)], first[NORM.format(1)])
   told = json.loads(pathlib.Path("out", files.PROVENANCE).read_text())["inputs"]["m0"]
-  assert told[QUERY.format(2)] == f"merged -> {QUERY.format(3)}"
+  assert told[QUERY.format(2)] == f"merged by passthrough, job 1 -> {QUERY.format(3)}"
 
 
 MISSING = """
