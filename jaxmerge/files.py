@@ -217,12 +217,10 @@ def holds(
   out: Path, plan: Plan, *, shard_size: int = SHARD, out_format: str = "safetensors"
 ) -> bool:
   """Tells whether a folder is what a plan makes."""
-  path = pathlib.Path(out) / PROVENANCE
-  shards = folder.shards({o.name: o.size for o in plan.outputs}, shard_size)
-  if not path.is_file():
+  if not (pathlib.Path(out) / PROVENANCE).is_file():
     return False
-  told = folder.read_json(path, folder.LONGEST_PROVENANCE)
-  return told.get("plan") == finishing.identity(plan, shards, out_format)
+  shards = folder.shards({o.name: o.size for o in plan.outputs}, shard_size)
+  return folder.provenance(out).get("plan") == finishing.identity(plan, shards, out_format)
 
 
 def _merge(

@@ -76,7 +76,7 @@ def whole(
   """
   if not (part / folder.PROVENANCE).is_file():
     return None
-  facts = folder.read_json(part / folder.PROVENANCE)
+  facts = folder.provenance(part)
   if facts.get("plan") != identity:
     raise growing.other(part)
   if out_format != "safetensors":

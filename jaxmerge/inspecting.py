@@ -164,7 +164,7 @@ def _provenance(path: pathlib.Path) -> tuple[Record, dict[str, str]]:
   file = path / folder.PROVENANCE
   if not file.is_file():
     raise FileNotFoundError(f"{file}: no such file; only what jaxmerge merged can be checked.")
-  content = folder.read_json(file, folder.LONGEST_PROVENANCE)
+  content = folder.provenance(path)
   tensors = content.pop("tensors", None)
   try:
     return content, {name: entry["xxh3_128"] for name, entry in tensors.items()}

@@ -21,7 +21,7 @@ CONFIG = "config.json"
 README = "README.md"
 PROVENANCE = "jaxmerge_provenance.json"  # How a merged model came to be; checksums of its tensors.
 PICKLES = (".bin", ".pt", ".pth")  # Endings of weights that are not read.
-LONGEST_PROVENANCE = 10 * parsing.LONGEST  # Bytes; a line for every tensor of every input.
+_LONGEST_PROVENANCE = 10 * parsing.LONGEST  # Bytes; a line for every tensor of every input.
 _LONGEST_NAME = 255  # Characters of a file's name, on every common disk.
 # What a folder with new weights takes over from the base's folder, where it is there. Weights, code
 # and the base's own model card are not taken over.
@@ -227,6 +227,11 @@ def read_json(path: pathlib.Path, longest: int = parsing.LONGEST) -> dict[str, A
   if size > longest:
     raise ValueError(f"{path}: {size} bytes are over the limit of {longest} for JSON.")
   return parsing.parsed(str(path), path.read_bytes())
+
+
+def provenance(folder: Path) -> dict[str, Any]:
+  """Returns how the model of a folder came to be; errors as for `read_json`."""
+  return read_json(pathlib.Path(folder) / PROVENANCE, _LONGEST_PROVENANCE)
 
 
 def _check_index(folder: pathlib.Path, homes: Mapping[str, pathlib.Path]) -> None:

@@ -8,6 +8,7 @@ more time on that than a merge of averages on all the rest.
 from __future__ import annotations
 
 import errno
+import functools
 import mmap
 import os
 import pathlib
@@ -39,25 +40,21 @@ class PagedFile:
   def __init__(self, path: pathlib.Path):
     self.path = path
     self.handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    # The second handle is open from the first large piece to the next sync: shards can be many.
     self._past: int | None = None
-    self._room: mmap.mmap | None = None
-    try:
-      if flag := getattr(os, "O_DIRECT", 0):
-        self._past = os.open(path, os.O_WRONLY | flag)
-    except OSError as error:
-      if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
-        raise
+    self._flag = getattr(os, "O_DIRECT", 0)  # 0: the cache cannot be passed.
 
   def write(self, data: memoryview, position: int) -> None:
     """Writes bytes; none of them counts before `sync`. OSError names the file of a full disk."""
     first = -position % PAGE
     whole = (len(data) - first) // PAGE * PAGE
     with atomic.room(self.path):
-      if self._past is None or whole < LEAST:
+      past = self._opened() if whole >= LEAST else None
+      if past is None:
         self._write(self.handle, data, position)
         return
       self._write(self.handle, data[:first], position)
-      self._write_pages(self._past, data[first : first + whole], position + first)
+      self._write_pages(past, data[first : first + whole], position + first)
       self._write(self.handle, data[first + whole :], position + first + whole)
 
   def read(self, out: memoryview, position: int) -> int:
@@ -71,29 +68,42 @@ class PagedFile:
     """Brings what was written to the disk."""
     with atomic.room(self.path):
       os.fsync(self.handle)
+    self._shut()
 
   def close(self) -> None:
     """Closes the file."""
+    self._shut()
     os.close(self.handle)
+
+  def _opened(self) -> int | None:
+    """The handle that passes the cache, where there can be one."""
+    if self._past is None and self._flag:
+      try:
+        self._past = os.open(self.path, os.O_WRONLY | self._flag)
+      except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+          raise
+        self._flag = 0
+    return self._past
+
+  def _shut(self) -> None:
     if self._past is not None:
       os.close(self._past)
+      self._past = None
 
   def _write_pages(self, past: int, data: memoryview, position: int) -> None:
     """Writes whole pages, from memory that lies as the disk wants it."""
-    self._room = self._room or mmap.mmap(-1, ROOM)
+    room = _room()
     for start in range(0, len(data), ROOM):
-      own = data[start : start + ROOM]
-      self._room[: len(own)] = own
-      pages = memoryview(self._room)[: len(own)]
-      done = 0
+      own, done = data[start : start + ROOM], 0
+      room[: len(own)] = own
       try:
-        while self._past is not None and done < len(own) and done % PAGE == 0:
-          done += os.pwrite(past, pages[done:], position + start + done)
+        while self._flag and done < len(own) and done % PAGE == 0:
+          done += os.pwrite(past, room[done : len(own)], position + start + done)
       except OSError as error:
         if error.errno != errno.EINVAL:
           raise
-        os.close(past)  # This disk wants it otherwise.
-        self._past = None
+        self._flag = 0  # This disk wants it otherwise.
       self._write(self.handle, own[done:], position + start + done)
 
   @staticmethod
@@ -101,3 +111,9 @@ class PagedFile:
     while data:
       count = os.pwrite(handle, data, position)
       data, position = data[count:], position + count
+
+
+@functools.cache
+def _room() -> memoryview:
+  """Memory that begins at a page, one for all files."""
+  return memoryview(mmap.mmap(-1, ROOM))

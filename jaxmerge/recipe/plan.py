@@ -74,11 +74,9 @@ def of_file(
   telling.check(found)
   (plan,) = last
   facts = {"recipe": text, **opener.find.facts, **plan.facts}
-  there = {name: own.folder / folder.PROVENANCE for name, own in results.items() if own.files}
+  there = {name: own.folder for name, own in results.items() if own.files}
   if there:
-    facts["earlier"] = {
-      name: folder.read_json(path, folder.LONGEST_PROVENANCE) for name, path in there.items()
-    }
+    facts["earlier"] = {name: folder.provenance(path) for name, path in there.items()}
   return plan._replace(facts=facts, texts={**plan.texts, RECIPE: text}, earlier=earlier)
 
 
