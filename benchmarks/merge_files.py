@@ -4,12 +4,13 @@
 
 Makes a base and three models of each size in a Llama layout (bfloat16, made again only if they are
 not there). The floor reads every input byte once and writes every output byte once, in the same
-order and slices, without arithmetic: no checksums, no look for NaN. Floor, jaxmerge and, where
---mergekit gives the Python of an environment that has it, mergekit run in turns, each in a process
-of its own, for several rounds, and write new files. The table has the smallest of each: what else a
-machine does only adds. Before each there is a pause: free memory goes back to the host of a virtual
-machine within seconds, and what writes to it first pays for having it again; so all pay, as a user
-does, and not just those that come late after another.
+order and slices, through the page cache as any program does, without arithmetic: no checksums, no
+look for NaN. Floor, jaxmerge and, where --mergekit gives the Python of an environment that has it,
+mergekit run in turns, each in a process of its own, for several rounds, and write new files. The
+table has medians: of the times, and of the ratios within each round. Before each there is a pause:
+free memory goes back to the host of a virtual machine within seconds, and what writes to it first
+pays for having it again; so all pay, as a user does, not just those that come late after another.
+Rows of OUT.json that are not measured again stay in the table.
 
 `floor` and `merge` are without the start of Python, imports and compiling: `start-up` is the merge
 of a model with a few slices of the same lengths, for which the same programs are compiled;
@@ -24,6 +25,7 @@ import os
 import pathlib
 import platform
 import shutil
+import statistics
 import subprocess
 import sys
 import threading
@@ -63,19 +65,31 @@ def main():
   if options.child:
     print(json.dumps(child(*options.child)))
     return
-  rows, start = [], made(options.work, 0, max(options.models))
+  rows = json.loads(options.out.with_suffix(".json").read_text()) if known(options.out) else []
+  start = made(options.work, 0, max(options.models))
   theirs = options.rounds if options.mergekit_rounds is None else options.mergekit_rounds
   for params, models, method in itertools.product(options.params, options.models, options.methods):
     root = made(options.work, int(params), models)
     compared = options.mergekit and params in (options.mergekit_params or options.params)
     other = (options.mergekit, theirs) if compared else None
-    rows.append(measured(root, start, method, models, options.rounds, other))
-    print(json.dumps(rows[-1]), flush=True)
+    row = measured(root, start, method, models, options.rounds, other)
+    rows = sorted([*(r for r in rows if key(r) != key(row)), row], key=key)
+    print(json.dumps(row), flush=True)
     if options.out:
       options.out.parent.mkdir(parents=True, exist_ok=True)
       options.out.with_suffix(".json").write_text(json.dumps(rows, indent=1) + "\n")
       options.out.with_suffix(".md").write_text(table(rows))
   print(table(rows))
+
+
+def known(out):
+  """If an earlier run left results there."""
+  return out and out.with_suffix(".json").exists()
+
+
+def key(row):
+  """What a row is of, and its place in the table."""
+  return float(row["model"][:-1]), list(METHODS).index(row["method"]), row["models"]
 
 
 # --- Inputs ---
@@ -249,7 +263,7 @@ def process(command):
 
 
 def measured(root, start, method, models, rounds, mergekit):
-  """The smallest of all that is compared, measured in turns."""
+  """All that is compared, measured in turns: for each, what every round gave."""
   own, read = recipe_of(root, method, models, True)
   first, _ = recipe_of(start, method, models, True)
   theirs, _ = recipe_of(root, method, models, False)
@@ -275,45 +289,55 @@ def measured(root, start, method, models, rounds, mergekit):
       time.sleep(PAUSE)
       (last,), spent = process(command)
       found[name].append({**spent, **(json.loads(last) if name != "mergekit" else {})})
-  row = {"model": root.name, "method": method, "models": len(read), "rounds": rounds}
-  for name, every in found.items():
-    row[name] = {key: min(e[key] for e in every) for key in every[0]}
-  return row
+  return {"model": root.name, "method": method, "models": len(read), **found}
 
 
 def table(rows):
   """The results as Markdown."""
   both = any("mergekit" in row for row in rows)
   lines = [
-    f"Smallest of {rows[0]['rounds']} rounds in turns; {os.cpu_count()} cores,"
-    f" {platform.machine()}, Python {platform.python_version()}. Times in seconds of CPU (wall).",
+    f"Medians of rounds in turns; {os.cpu_count()} cores, {platform.machine()}, Python"
+    f" {platform.python_version()}. Times in seconds of CPU (wall).",
     "",
-    "| parameters | inputs | method | floor | start-up | merge | merge / floor | process "
+    "| parameters | inputs | method | rounds | floor | start-up | merge | merge / floor | process "
     "| resident, anonymous MB |" + (" mergekit | mergekit / process |" if both else ""),
-    "| --- | --: | --- | --: | --: | --: | --: | --: | --: |" + (" --: | --: |" if both else ""),
+    "| --- | --: | --- | --: | --: | --: | --: | --: | --: | --: |"
+    + (" --: | --: |" if both else ""),
   ]
   for row in rows:
     floor, start, own = row["floor"], row["start"], row["jaxmerge"]
-    cpu, wall = (own[key] - start[key] for key in ("cpu", "wall"))
-    line = (
-      f"| {row['model']} | {row['models']} | {row['method']} "
-      f"| {floor['cpu']:.2f} ({floor['wall']:.2f}) "
-      f"| {start['cpu']:.2f} ({start['wall']:.2f}) | {cpu:.2f} ({wall:.2f}) "
-      f"| {cpu / floor['cpu']:.1f} ({wall / floor['wall']:.1f}) "
-      f"| {own['process']:.1f} ({own['process_wall']:.1f}) "
-      f"| {own['resident']:.0f}, {own['anonymous']:.0f} |"
-    )
+    merge = [{k: o[k] - s[k] for k in ("cpu", "wall")} for o, s in zip(own, start, strict=True)]
+    cells = [
+      row["model"],
+      str(row["models"]),
+      row["method"],
+      str(len(own)),
+      *(spent(every, ("cpu", "wall"), ".2f") for every in (floor, start, merge)),
+      spent(ratios(merge, floor, ("cpu", "wall")), ("cpu", "wall"), ".1f"),
+      spent(own, WHOLE, ".1f"),
+      ", ".join(f"{max(o[k] for o in own):.0f}" for k in ("resident", "anonymous")),
+    ]
     if "mergekit" in row:
-      other = row["mergekit"]
-      line += (
-        f" {other['process']:.1f} ({other['process_wall']:.1f}) "
-        f"| {other['process'] / own['process']:.1f} "
-        f"({other['process_wall'] / own['process_wall']:.1f}) |"
-      )
+      theirs = row["mergekit"]
+      cells += [spent(theirs, WHOLE, ".1f"), spent(ratios(theirs, own, WHOLE), WHOLE, ".1f")]
     elif both:
-      line += " | |"
-    lines.append(line)
+      cells += ["", ""]
+    lines.append(f"| {' | '.join(cells)} |")
   return "\n".join(lines) + "\n"
+
+
+WHOLE = "process", "process_wall"
+
+
+def ratios(every, others, keys):
+  """The ratios within each round that both have."""
+  return [{k: e[k] / o[k] for k in keys} for e, o in zip(every, others, strict=False)]
+
+
+def spent(every, keys, digits):
+  """Medians over the rounds: CPU (wall)."""
+  cpu, wall = (format(statistics.median(e[k] for e in every), digits) for k in keys)
+  return f"{cpu} ({wall})"
 
 
 if __name__ == "__main__":
