@@ -41,6 +41,25 @@ METHODS = {
   "breadcrumbs": "merge_method: breadcrumbs\nparameters: {weight: 1.0, density: 0.5, gamma: 0.01}",
   "della": "merge_method: della\nparameters: {weight: 1.0, density: 0.5, epsilon: 0.15}",
 }
+# Those that share their passes with others, or that few people use: run where they are named.
+MORE = {
+  "dare_ties": "merge_method: dare_ties\nparameters: {weight: 1.0, density: 0.5}",
+  "breadcrumbs_ties": "merge_method: breadcrumbs_ties\nparameters: {weight: 1.0, density: 0.5}",
+  "della_linear": "merge_method: della_linear\nparameters: {weight: 1.0, density: 0.5}",
+  "sce": "merge_method: sce\nparameters: {select_topk: 0.5}",
+  "model_stock": "merge_method: model_stock",
+  "nuslerp": "merge_method: nuslerp\nparameters: {weight: 1.0}",
+  "multislerp": "merge_method: multislerp\nparameters: {weight: 1.0}",
+  "karcher": "merge_method: karcher",
+  "arcee_fusion": "merge_method: arcee_fusion",
+  "nearswap": "merge_method: nearswap\nparameters: {t: 0.0001}",
+  "ram": "merge_method: ram",
+  "ramplus_tl": "merge_method: ramplus_tl",
+  "passthrough": "merge_method: passthrough",
+}
+EVERY = METHODS | MORE
+COUNTS = {"nuslerp": 2} | dict.fromkeys(("slerp", "arcee_fusion", "nearswap", "passthrough"), 1)
+BASELESS = {"linear", "nuslerp", "multislerp", "karcher", "passthrough"}
 OURS = {
   "ties by tensor": "compat: mergekit\ndtype: float32",
   "dare_linear": "seed: 0",
@@ -53,7 +72,7 @@ def main():
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--work", type=pathlib.Path, help="folder for the models; needs the space")
   parser.add_argument("--params", type=float, nargs="+", default=[0.75e9])
-  parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+  parser.add_argument("--methods", nargs="+", choices=EVERY, default=list(METHODS))
   parser.add_argument("--models", type=int, nargs="+", default=[3], help="besides the base")
   parser.add_argument("--rounds", type=int, default=3)
   parser.add_argument("--mergekit", help="the Python of an environment with mergekit")
@@ -89,7 +108,7 @@ def known(out):
 
 def key(row):
   """What a row is of, and its place in the table."""
-  return float(row["model"][:-1]), list(METHODS).index(row["method"]), row["models"]
+  return float(row["model"][:-1]), list(EVERY).index(row["method"]), row["models"]
 
 
 # --- Inputs ---
@@ -237,12 +256,12 @@ def floor(recipe, out):
 
 def recipe_of(root, method, models, ours):
   """Writes the recipe of a method; returns its path and the folders it reads."""
-  count = {"slerp": 1}.get(method, models)
+  count = COUNTS.get(method, models)
   models = [str(root / f"m{k + 1}") for k in range(count)]
-  read = models if method == "linear" else [str(root / "base"), *models]
-  lines = [METHODS[method], "dtype: bfloat16" if not ours else "out_dtype: bfloat16", "models:"]
+  read = models if method in BASELESS else [str(root / "base"), *models]
+  lines = [EVERY[method], "dtype: bfloat16" if not ours else "out_dtype: bfloat16", "models:"]
   lines += [f"  - model: {m}" for m in models]
-  lines += [] if method == "linear" else [f"base_model: {root / 'base'}"]
+  lines += [] if method in BASELESS else [f"base_model: {root / 'base'}"]
   lines += [OURS[method]] if ours and method in OURS else []
   path = root / f"{method.replace(' ', '_')}_{'ours' if ours else 'mergekit'}.yml"
   path.write_text("\n".join(lines) + "\n")

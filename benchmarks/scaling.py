@@ -48,7 +48,8 @@ def main(arguments=None):
   found = {}
   for part in options.parts or ("strong", "weak", "round"):
     if part == "round":
-      found[part] = whole(held, config["mesh"]["devices"] or 1, config["checkpoint"]["every"])
+      often = config.get("score_every", 1), config["checkpoint"]["every"]
+      found[part] = whole(held, config["mesh"]["devices"] or 1, *often)
     else:
       found[part] = scaling(held, part, options.devices)
   return found
@@ -124,8 +125,8 @@ def scaling(held, part, devices):
   return found
 
 
-def whole(held, devices, every):
-  """A table of what a round is made of."""
+def whole(held, devices, score_every, save_every):
+  """A table of what a round is made of, if not every one is scored and saved: their mean."""
   from jaxmerge.io import orbax
 
   tasks = held.problem.tasks
@@ -137,8 +138,12 @@ def whole(held, devices, every):
   rows = {
     "tuning": [b - m for b, m in zip(bare, merge, strict=True)],
     "merge": merge,
-    "scores on validation": [s - b for s, b in zip(scored, bare, strict=True)],
-    f"save, in one round of {every}": [(s - b) / every for s, b in zip(saved, scored, strict=True)],
+    f"scores on validation, in one round of {score_every}": [
+      (s - b) / score_every for s, b in zip(scored, bare, strict=True)
+    ],
+    f"save, in one round of {save_every}": [
+      (s - b) / save_every for s, b in zip(saved, scored, strict=True)
+    ],
   }
   print(f"\na round, {devices} devices")
   print("| part | wall, s | CPU, s | % of the CPU |\n| --- | --: | --: | --: |")

@@ -37,6 +37,7 @@ def get_config():
   c.at_once = 0  # tasks side by side, the others in turn; 0: all
   c.compute_dtype = "float32"
   c.early_stopping = False  # the best round by validation instead of the last
+  c.score_every = 5  # rounds from one point of the curves to the next
 
   # The loop: merge by the method, step by the outer optimiser.
   c.method = dict(name="average")

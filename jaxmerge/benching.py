@@ -33,6 +33,7 @@ _FREE = (
   "method",
   "outer",
   "reference",
+  "score_every",
   "variant",
 )
 

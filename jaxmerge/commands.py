@@ -114,7 +114,7 @@ def merge(options: argparse.Namespace, config: Any) -> None:
     return
   joined(options, None)
   from jaxmerge import files as driver
-  from jaxmerge import processes
+  from jaxmerge import finishing, processes
 
   settings = {"shard_size": options.shard_size, "resume": options.resume == "auto"}
   settings["nonfinite"] = options.allow_nonfinite
@@ -123,7 +123,8 @@ def merge(options: argparse.Namespace, config: Any) -> None:
 
     def made(name: str, plan: planning.Plan) -> planning.Model:
       stage = next(left)
-      if not driver.holds(stage, plan, shard_size=options.shard_size):
+      kind = options.shard_size, "safetensors", options.allow_nonfinite
+      if not finishing.holds(stage, plan, *kind):
         told = progress.counted(show, name, summarizing.work(plan))
         driver.run(plan, stage, replace=True, progress=told, **settings)
       return planning.model(stage, files, name=name)
@@ -135,7 +136,7 @@ def merge(options: argparse.Namespace, config: Any) -> None:
     driver.run(plan, out, progress=told, **settings)
   if not processes.first():
     return
-  for stage in stages:
+  for stage in growing.stages(out):  # Others may be of a merge that was killed at this line.
     shutil.rmtree(stage)
   print(f"merged: {out}", flush=True)
   if evaluate is not None:
@@ -159,7 +160,7 @@ def _planned(
   made: list[planning.Plan] = []
 
   def foreseen(name: str, plan: planning.Plan) -> planning.Model:
-    stages[name] = out.with_name(f".{out.name}.{name}.stage"), plan
+    stages[name] = growing.stage_of(out, name), plan
     return planning.foreseen(name, plan)
 
   with telling.noted(found):

@@ -154,7 +154,7 @@ def run(
   part = growing.part_of(out)
   first, index = processes.first(), jax.process_index()
   left = first and replace and resume and bool(atomic.replaced(out))
-  if processes.agree(left and holds(out, plan, shard_size=shard_size, out_format=out_format)):
+  if processes.agree(left and finishing.holds(out, plan, shard_size, out_format, nonfinite)):
     if first:
       atomic.discard(out)  # A kill came between the renames and this.
     progress(summarizing.work(plan, out_format))
@@ -172,13 +172,21 @@ def run(
     kinds = {o.name: (o.dtype, o.shape) for o in plan.outputs}
     identity = finishing.identity(plan, shards, out_format)
     plan = tying.tied(plan)
-    digests = finishing.whole(part, identity, shards, out_format) if first else None
+    digests = None
+    if first:
+      digests = finishing.whole(part, identity, shards, out_format, nonfinite)
     if processes.agree(digests is not None):
       progress(summarizing.work(plan, out_format))
     else:
       own = _share(plan.outputs, index, jax.process_count())
       begun = growing.opened(
-        part, kinds, shards, identity, journal=growing.journal(index), checked=own
+        part,
+        kinds,
+        shards,
+        identity,
+        journal=growing.journal(index),
+        checked=own,
+        nonfinite=nonfinite,
       )
       with begun as weights:
         progress(sum(o.size for o in plan.outputs if o.name in weights.digests))
@@ -211,16 +219,6 @@ def _share(outputs: Sequence[Output], index: int, count: int) -> set[str]:
     owner[o.name] = min(count - 1, before * count // max(total, 1))
     before += o.size
   return {o.name for o in outputs if owner[o.same or o.name] == index}
-
-
-def holds(
-  out: Path, plan: Plan, *, shard_size: int = SHARD, out_format: str = "safetensors"
-) -> bool:
-  """Tells whether a folder is what a plan makes."""
-  if not (pathlib.Path(out) / PROVENANCE).is_file():
-    return False
-  shards = folder.shards({o.name: o.size for o in plan.outputs}, shard_size)
-  return folder.provenance(out).get("plan") == finishing.identity(plan, shards, out_format)
 
 
 def _merge(

@@ -46,6 +46,17 @@ def check_begun(plan: Plan, out: pathlib.Path, *, shard_size: int, out_format: s
     growing.noted(part, identity(plan, shards, out_format))
 
 
+def holds(out: pathlib.Path, plan: Plan, shard_size: int, out_format: str, nonfinite: bool) -> bool:
+  """Tells whether a folder is what a plan makes, by a merge that lets NaN pass, or does not."""
+  if not (out / folder.PROVENANCE).is_file():
+    return False
+  facts = folder.provenance(out)
+  shards = folder.shards({o.name: o.size for o in plan.outputs}, shard_size)
+  if facts.get("plan") != identity(plan, shards, out_format):
+    return False
+  return all(growing.counts(own, nonfinite) for own in facts["tensors"].values())
+
+
 def _stamp(path: pathlib.Path) -> list[int]:
   status = path.stat()
   return [status.st_size, status.st_mtime_ns]
@@ -61,7 +72,11 @@ def transcribe(
 
 
 def whole(
-  part: pathlib.Path, identity: str, shards: Mapping[str, Sequence[str]], out_format: str
+  part: pathlib.Path,
+  identity: str,
+  shards: Mapping[str, Sequence[str]],
+  out_format: str,
+  nonfinite: bool,
 ) -> dict[str, Any] | None:
   """Returns the digests of a folder that only lacks its name, since a kill came before the rename.
 
@@ -69,7 +84,8 @@ def whole(
   that has it is that of a merge which is done, if its tensors still have their checksums.
 
   Returns:
-    Tensor to what the journal said of it; None where there is work to do on the weights.
+    Tensor to what the journal said of it; None where there is work to do on the weights, also where
+    NaN is not let pass, and was so there.
 
   Raises:
     ValueError: where the folder holds another merge.
@@ -87,7 +103,9 @@ def whole(
     return None
   if found["changed"] or found["missing"] or found["added"]:
     return None
-  return {n: {k: own[k] for k in ("xxh3_128", "inputs")} for n, own in facts["tensors"].items()}
+  if not all(growing.counts(own, nonfinite) for own in facts["tensors"].values()):
+    return None
+  return {n: {k: v for k, v in own.items() if k != "job"} for n, own in facts["tensors"].items()}
 
 
 def complete(

@@ -11,6 +11,7 @@ from typing import Any  # Any: what is known is a tree of arrays.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jaxmerge import memory, ranking, slicing, statistics, unrolling, views
@@ -145,7 +146,13 @@ def merged(parts: Parts, known: Any, *, method: Method, form: Form, dtype: Any) 
   out = unrolling.unrolled(run, each=form.each, halves=True)(_narrowed(parts, form), known)
   if narrow is not None:
     out = (out if narrow.wide else unrolling.rounded(out, narrow.dtype)).astype(dtype)
-  return jnp.where(_finite(parts), out, jnp.nan)
+  if out.dtype.name not in slicing.INFINITY:
+    return jnp.where(_finite(parts), out, jnp.nan)
+  # As integers: of narrow floats a compiler for CPUs would make wide ones to choose among them.
+  kind = slicing.INTEGERS[out.dtype.itemsize][0]
+  bits = lax.bitcast_convert_type(out, kind)
+  nan = np.asarray(np.nan, out.dtype).view(kind)
+  return lax.bitcast_convert_type(jnp.where(_finite(parts), bits, nan), out.dtype)
 
 
 def _finite(parts: Parts) -> Array:

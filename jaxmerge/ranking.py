@@ -244,7 +244,7 @@ class _Search:
     self.sample, self.share = sample, share
     self.rank, self.wanted = rank, rank / size
     spread = math.sqrt(self.wanted * (1 - self.wanted) / len(sample))
-    self.error = 4 * spread + 2 / len(sample)  # Four standard deviations of a random sample.
+    self.error = 3 * spread + 2 / len(sample)  # Three standard deviations of a random sample.
     self.found, self.value, self.left, self.tied = rank == 0, NONE, 0, 0
     self.kept: list[_Kept] = []
     self.above = self.held = self.joined = self.shift = 0

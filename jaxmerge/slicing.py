@@ -16,6 +16,7 @@ from jaxmerge.stage import Leaf, Method
 SAMPLE = 2**22  # Entries of all models that are looked at before a threshold is searched, at most,
 FEW = 2**15  # and of each at least, if one in `SPARSE` is fewer,
 SPARSE = 2**6
+NEAR = 2**18  # Entries that are looked at a second time while a core's cache still holds them.
 PIECE = 2**9  # at least so many next to each other,
 PIECES = 16  # in at most so many places of a leaf.
 
@@ -264,9 +265,10 @@ def finite(x: np.ndarray | None) -> bool:
     return bool(np.isfinite(x).all())
   # As integers: positive infinity and NaN are the largest signed, negative the largest unsigned.
   limit = INFINITY[x.dtype.name]
-  unsigned, signed = (x.view(integer) for integer in INTEGERS[x.dtype.itemsize])
+  unsigned, signed = (x.view(integer).reshape(-1) for integer in INTEGERS[x.dtype.itemsize])
   sign = 1 << (8 * x.dtype.itemsize - 1)
-  return bool(signed.max() < limit and unsigned.max() < limit + sign)
+  parts = (slice(at, at + NEAR) for at in range(0, x.size, NEAR))
+  return all(signed[own].max() < limit and unsigned[own].max() < limit + sign for own in parts)
 
 
 def known_of(

@@ -140,9 +140,11 @@ def summary(plan: Plan) -> Record:
     `models`, names of all inputs, the donor first; `hub`, references to models of the hub and their
     commits; `methods`, one record for each job (see `_method`); `merged` and `copied`, numbers of
     tensors; `library`, of Python, that opens the result, None if that is not known; `recipe`, its
-    text, None without one; `versions` of packages.
+    text, None without one; `versions` of packages; `earlier`, the same of recipes that it
+    builds on, by name.
   """
   names = _names(list(plan.fates), plan)
+  earlier = {name: own._replace(facts=plan.facts) for name, own in plan.earlier.items()}
   made = [o for o in plan.outputs if o.job is not None]
   counts = [sum(o.job == i for o in made) for i in range(len(plan.jobs))]
   return {
@@ -154,6 +156,7 @@ def summary(plan: Plan) -> Record:
     "library": _library(plan),
     "recipe": plan.facts.get("recipe"),
     "versions": {p: importlib.metadata.version(p) for p in ("jaxmerge", "jax")},
+    "earlier": {name: summary(own) for name, own in earlier.items()},
   }
 
 

@@ -497,6 +497,35 @@ def test_a_torn_line_of_the_journal_is_dropped(tmp_path, monkeypatch):
   small.same(folders.read(out), folders.read(whole))
 
 
+@pytest.mark.parametrize("moment", ["in its midst", "before its renaming"])
+def test_what_passed_with_nan_does_not_count_where_that_is_refused(tmp_path, monkeypatch, moment):
+  """A merge that let NaN pass and was interrupted, gone on with by one that does not."""
+  name = "model.embed_tokens.weight"  # One of the first.
+  base, first, *_ = folders.family(tmp_path)
+  folders.write(tmp_path / "m0", {**first, name: np.full_like(first[name], np.nan)})
+  monkeypatch.setattr(growing, "SYNCED", 1)
+  merge = (methods.average(), paths(tmp_path), tmp_path / "out")
+
+  def killed(*_, **__):
+    raise KeyboardInterrupt
+
+  with monkeypatch.context() as patched:
+    patched.setattr(atomic, "move", killed)
+    with pytest.raises(KeyboardInterrupt):
+      files.merge_files(
+        *merge, nonfinite=True, progress=stopped(6 if moment == "in its midst" else 99)
+      )
+  with pytest.raises(ValueError, match=rf"leaf '{name}' of model .*m0 has NaN"):
+    files.merge_files(*merge)
+  assert not (tmp_path / "out").exists()
+  # What let NaN pass goes on with either, and says so of what it did.
+  out = files.merge_files(*merge, nonfinite=True)
+  told = json.loads((out / files.PROVENANCE).read_text())["tensors"]
+  assert told[name]["nonfinite"] == "allowed"
+  assert np.isnan(folders.read(out)[name]).all()
+  assert base.keys() == told.keys()
+
+
 def test_a_complete_folder_that_was_damaged_before_its_renaming(tmp_path, monkeypatch):
   """Killed right before that, and a byte changed since: the checksums tell."""
   folders.family(tmp_path)

@@ -9,6 +9,7 @@ Compiling is what takes the time. Columns that need a program of their own run m
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -306,23 +307,26 @@ def test_vmap_over_numbers_is_a_loop_and_grad_is_the_slope(group):
   check_each(names, check)
 
 
+# Devices along tasks, rows and columns; the second where the tasks cannot be shared out evenly.
 LAYOUTS = {
-  "rows": ((1, 8, 1), AxisType.Auto),
-  "columns": ((1, 1, 8), AxisType.Auto),
-  "tasks": ((8, 1, 1), AxisType.Auto),
-  "explicit": ((2, 2, 2), AxisType.Explicit),
+  "rows": ((1, 8, 1), None, AxisType.Auto),
+  "columns": ((1, 1, 4), None, AxisType.Auto),
+  "tasks": ((8, 1, 1), None, AxisType.Auto),
+  "two": ((2, 1, 1), (1, 2, 1), AxisType.Auto),
+  "explicit": ((2, 2, 2), (1, 4, 2), AxisType.Explicit),
 }
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @groups
-def test_eight_devices(group, layout):
+def test_two_four_and_eight_devices(group, layout):
   """Equal bits where each device sums over all models and no float is summed over entries.
 
   On the axis of tasks lie eight models, where a method takes as many. Entries are entries, by
   column as by row; variants are run where all axes are shared.
   """
-  sides, kind = LAYOUTS[layout]
+  sides, other, kind = LAYOUTS[layout]
+  count = math.prod(sides)
   names = of(group, () if layout == "explicit" else VARIANTS)
   if layout == "columns":
     names = [n for n in names if any(s.unit != "entry" for s in TABLE[n].method)]
@@ -334,9 +338,11 @@ def test_eight_devices(group, layout):
   if layout == "tasks":
     given = {n: (*TABLE[n].trees(small.FEW, 8), numbers(n, 8)) for n in names}
     out = {n: expected(TABLE[n], *given[n][:2]) for n in names}
+  placed = {"axis_types": (kind,) * 3, "devices": jax.devices()[:count]}
   meshes = {
-    s: jax.make_mesh(s, ("task", "row", "column"), axis_types=(kind,) * 3)
-    for s in (sides, (1, 4, 2))
+    s: jax.make_mesh(s, ("task", "row", "column"), **placed)
+    for s in (sides, other)
+    if s is not None
   }
 
   def spread(name, mesh):
@@ -352,7 +358,7 @@ def test_eight_devices(group, layout):
     return every(base), every(models, "task"), aux
 
   found = {}
-  for side, mesh in meshes.items():  # An odd number of models is on all devices.
+  for side, mesh in meshes.items():
     own = tuple(
       n for n in names if (side == sides) == (TABLE[n].height % sides[0] == 0 or layout == "tasks")
     )
@@ -371,7 +377,7 @@ def test_eight_devices(group, layout):
       found.update(run(spreads))
 
   def check(n):
-    assert found[n]["matrix"].sharding.num_devices == 8
+    assert found[n]["matrix"].sharding.num_devices == count
     if kind == AxisType.Explicit:
       assert jax.typeof(found[n]["matrix"]).sharding.spec == P("row", "column")
     if layout == "tasks" and TABLE[n].steep:  # Beside the transcription.

@@ -28,6 +28,8 @@ METHODS = {
   "drm, horizontal": methods.drm(1.0, 0.5, "horizontal"),
   "drm, vertical": methods.drm(1.0, 0.5, "vertical"),
   "pcb": methods.pcb(0.1, 1.0),
+  "ram": methods.ram(oracles.THRESHOLD),
+  "ramplus": methods.ramplus_tl(oracles.THRESHOLD, boost=0.2, limit=1.0, scope="tree"),
 }
 
 

@@ -293,6 +293,8 @@ def test_compat_that_cannot_be_had_is_refused(tmp_path, monkeypatch):
   text = "merge_method: arcee_fusion\nbase_model: base\nmodels: [{model: m0}]\ncompat: mergekit\n"
   with pytest.raises(RecipeError, match=r"recipe.yml:4:1: .* write dtype: float32 and out_dtype"):
     plan_of(text)
+  with pytest.raises(RecipeError, match=r"(?s)write dtype: float32.*5:11: .*'lm_head'"):
+    plan_of(text + "exclude: [lm_haed]\n")
   assert plan_of(text + "dtype: float32\nout_dtype: bfloat16\n").outputs[0].precision is None
 
 
@@ -348,6 +350,23 @@ def test_the_stack_of_a_model_with_two_towers():
     layers.main(names, {})
 
 
+def test_configs_count_the_layers_in_the_right_place():
+  both = {"text_config": {"num_hidden_layers": 3}, "vision_config": {"num_hidden_layers": 3}}
+  order = {0: 0, 1: 2}
+  found = layers.resized(both, 3, order, "vision_model", {"text_model"})
+  assert found == {**both, "vision_config": {"num_hidden_layers": 2}}
+  with pytest.raises(ValueError, match=r"in text_config.num_hidden_layers and vision_config.num"):
+    layers.resized(both, 3, order)
+  t5 = {"num_layers": 3, "num_decoder_layers": 3}
+  assert layers.resized(t5, 3, order, "encoder", {"decoder"}) == {**t5, "num_layers": 2}
+  assert layers.resized(t5, 3, order, "decoder", {"encoder"}) == {**t5, "num_decoder_layers": 2}
+  kinds = {"n_layer": 3, "layer_types": ["full", "sliding", "full"], "eos_token_id": [1, 2, 3]}
+  found = layers.resized(kinds, 3, {0: 1, 1: 0})
+  assert found == {**kinds, "n_layer": 2, "layer_types": ["sliding", "full"]}
+  assert layers.resized({"num_hidden_layers": 9}, None, order) == {"num_hidden_layers": 2}
+  assert layers.resized({"model_type": "mine"}, 3, order) == {"model_type": "mine"}
+
+
 STAGES = """
 name: mean
 merge_method: linear
@@ -386,6 +405,9 @@ def test_recipes_build_on_each_other(family, capsys):
   assert earlier["inputs"]["m1"][name] == "merged by average, job 1"
   assert earlier["inputs"]["m0"]["position_ids"] == "copied from m0"
   assert earlier["jobs"][0]["numbers"] == {"weight": [1.0, 1.0]}
+  card = pathlib.Path("out/README.md").read_text()
+  assert "# Merge of 3 models: Average, slerp\n" in card
+  assert "## Merged before: mean\n\nTensors: 12 merged, 1 copied.\n\n- m0\n- m1\n\n**Av" in card
   # Checksums lead from the result to the files that all began with.
   (between,) = (x for n, x in told["tensors"][name]["inputs"].items() if "mean.stage" in n)
   assert earlier["tensors"][name]["xxh3_128"] == between

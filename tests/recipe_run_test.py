@@ -249,7 +249,8 @@ def towers(tmp_path, monkeypatch):
   for k, name in enumerate(("base", "m0", "m1")):
     rng = np.random.default_rng(k)
     made.append({n: np.asarray(rng.normal(size=s), np.float32) for n, s in TOWERS.items()})
-    folders.write(tmp_path / name, made[-1], config={"model_type": "clip"})
+    heights = {f"{tower}_config": {"num_hidden_layers": 3} for tower in ("text", "vision")}
+    folders.write(tmp_path / name, made[-1], config={"model_type": "clip", **heights})
   return made
 
 
@@ -263,6 +264,7 @@ modules:
     slices:
       - sources: [{{model: m0, layer_range: [0, 2]}}, {{model: base, layer_range: [1, 3]}}]
       - sources: [{{model: m1, layer_range: [2, 3]}}]
+      - sources: [{{model: m1, layer_range: [0, 1]}}]
     parameters: {{weight: [{{filter: "layers.1.", value: 0.5}}, {{value: 2}}]}}
 parameters: {{weight: 1}}
 {}
@@ -284,10 +286,14 @@ def test_modules_are_merged_each_in_its_own_way(towers):
   expected[fc.format(0)] = (2 * first_0 + 0.5 * base_1) / 2.5
   expected[fc.format(1)] = (0.5 * first_1 + 2 * base_2) / 2.5
   expected[fc.format(2)] = second[fc.format(2)]
+  expected[fc.format(3)] = second[fc.format(0)]
   patch, norm = "vision_model.patch_embed.weight", "vision_model.norm.weight"
   expected[patch] = (first[patch] + base[patch]) / 2
   expected[norm] = second[norm]
   check(found, expected)
+  config = json.loads(pathlib.Path("out/config.json").read_text())
+  heights = {t: config[f"{t}_config"]["num_hidden_layers"] for t in ("text", "vision")}
+  assert heights == {"text": 3, "vision": 4}
   told = json.loads(pathlib.Path("out", files.PROVENANCE).read_text())["inputs"]
   assert told["base"]["logit_scale"] == "copied from base"
   assert told["m1"]["logit_scale"] == "dropped: excluded"

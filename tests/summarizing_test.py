@@ -32,6 +32,7 @@ SUMMARY = {
   "library": None,
   "recipe": None,
   "versions": {"jaxmerge": "0"},
+  "earlier": {},
 }
 
 
@@ -75,10 +76,10 @@ def test_the_recipe_is_in_it_as_it_is():
 
 
 def test_every_method_is_there_and_experimental_ones_say_so():
-  _, body = merged(RECIPE + "overrides: [{pattern: norm, merge_method: ram}]\n")
-  assert "# Merge of 3 models: dare ties, ram\n" in body
-  (ram,) = (line for line in body.splitlines() if line.startswith("**ram**"))
-  assert ram.endswith("This method is experimental.")
+  _, body = merged(RECIPE + "overrides: [{pattern: norm, merge_method: lwptv}]\n")
+  assert "# Merge of 3 models: dare ties, lwptv\n" in body
+  (own,) = (line for line in body.splitlines() if line.startswith("**lwptv**"))
+  assert own.endswith("This method is experimental.")
   assert body.count("experimental") == 1
 
 

@@ -2,6 +2,7 @@
 
 A crash at any moment leaves a folder from which the work goes on: a tensor counts as done when its
 bytes are synced and its line is in the journal, and when it still has the checksum of that line.
+Where NaN and infinity were let pass, the line says so: it does not count where they are refused.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import contextlib
 import errno
 import fcntl
 import functools
+import glob
 import json
 import math
 import os
@@ -27,6 +29,7 @@ from jaxmerge.io.tensor import Tensor
 
 NAME = "journal.jsonl"
 SYNCED = 2**28  # Bytes that are written before they are synced, and written down as done.
+UNCHECKED = {"nonfinite": "allowed"}  # In the line of a tensor whose inputs may have NaN.
 Kinds = Mapping[str, tuple[np.dtype, tuple[int, ...]]]
 
 
@@ -99,6 +102,20 @@ def part_of(out: pathlib.Path) -> pathlib.Path:
   return out.with_name(f".{out.name}.merging")
 
 
+def stage_of(out: pathlib.Path, name: str) -> pathlib.Path:
+  """Returns the folder of what is made first, and that `out` is made of.
+
+  >>> stage_of(pathlib.Path("models/merged"), "halves").name
+  '.merged.halves.stage'
+  """
+  return out.with_name(f".{out.name}.{name}.stage")
+
+
+def stages(out: pathlib.Path) -> list[pathlib.Path]:
+  """Returns the folders that are there of what is made before `out`."""
+  return sorted(out.parent.glob(f".{glob.escape(out.name)}.*.stage"))
+
+
 def free(out: pathlib.Path) -> int | None:
   """Returns how many bytes are free on the disk of a folder that is still to be made, if known."""
   there = next(p for p in out.absolute().parents if p.is_dir())
@@ -131,6 +148,7 @@ def opened(
   *,
   journal: str = NAME,
   checked: Collection[str] | None = None,
+  nonfinite: bool = False,
 ) -> Iterator[Growing]:
   """Opens the weights of a folder for writing: those of an interrupted merge, or new ones.
 
@@ -141,6 +159,7 @@ def opened(
     identity: of the merge.
     journal: name of the journal that is continued; all that are there are read.
     checked: tensors whose checksums are compared, before they count as done; all by default.
+    nonfinite: whether NaN and infinity are let pass.
 
   Raises:
     ValueError: where the folder holds another merge.
@@ -149,9 +168,19 @@ def opened(
   _begin(part / journal, identity)
   digests = noted(part, identity)
   with _Shards.opened(part, kinds, shards) as files:
-    own = digests.keys() if checked is None else digests.keys() & set(checked)
+    own = {n for n, digest in digests.items() if counts(digest, nonfinite)}
+    own &= own if checked is None else set(checked)
     whole = {n: digests[n] for n in own if files.digest(n) == digests[n]["xxh3_128"]}
-    yield Growing(part / journal, files, whole)
+    yield Growing(part / journal, files, whole, UNCHECKED if nonfinite else {})
+
+
+def counts(digest: Mapping[str, Any], nonfinite: bool) -> bool:
+  """Tells whether a tensor that is done is so for a merge that lets NaN pass, or does not.
+
+  >>> counts({"xxh3_128": "0a"}, False), counts({"xxh3_128": "0a", **UNCHECKED}, False)
+  (True, False)
+  """
+  return nonfinite or not UNCHECKED.items() <= digest.items()
 
 
 def journal(index: int) -> str:
@@ -175,7 +204,10 @@ def noted(part: pathlib.Path, identity: str) -> dict[str, Any]:
     records = _records(path)
     if records and records[0] != {"plan": identity}:
       raise other(part)
-    found |= {r.pop("tensor"): r for r in records[1:]}
+    for record in records[1:]:
+      name = record.pop("tensor")
+      if name not in found or counts(record, False):
+        found[name] = record
   return found
 
 
@@ -210,12 +242,18 @@ class Growing:
 
   Attributes:
     places: tensor to its file and where it lies there.
-    digests: tensors that are done to {"xxh3_128": checksum, "inputs": {where: checksum}}: a line
-      each of the journal, and on the disk as they were written.
+    digests: tensors that are done to {"xxh3_128": checksum, "inputs": {where: checksum}} and the
+      mark: a line each of the journal, and on the disk as they were written.
   """
 
-  def __init__(self, path: pathlib.Path, shards: _Shards, digests: dict[str, Any]):
-    self.path, self.digests, self.places = path, digests, shards.places
+  def __init__(
+    self,
+    path: pathlib.Path,
+    shards: _Shards,
+    digests: dict[str, Any],
+    mark: Mapping[str, str],
+  ):
+    self.path, self.digests, self.places, self.mark = path, digests, shards.places, mark
     self._shards = shards
     self._waiting: dict[str, Any] = {}
     self._unsynced = 0
@@ -238,7 +276,8 @@ class Growing:
     self._shards.write(name, start, part)
     self._unsynced += part.nbytes
     if start + part.size == math.prod(self.places[name][1].shape):
-      self._waiting[name] = {"xxh3_128": self._hash.hexdigest(), "inputs": dict(inputs)}
+      digest = self._hash.hexdigest()
+      self._waiting[name] = {"xxh3_128": digest, "inputs": dict(inputs), **self.mark}
       if self._unsynced >= SYNCED:
         self.flush()
 

@@ -17,8 +17,6 @@ _ram = catalog.METHODS["ramplus_tl"].parameters
 def ram(threshold: float = _ram["threshold"].default) -> Method:
   """Divides each entry of the sum of the task vectors by the number of models that change it.
 
-  Experimental: it has been checked against mergekit, not against the authors' code.
-
   Args:
     threshold: entries up to this magnitude count as unchanged, and as zero.
 
@@ -49,9 +47,8 @@ def ramplus_tl(
   """As `ram`, but amplifies the entries that only one model changes.
 
   They are multiplied by 1 + boost * min(rho, limit), with rho the number of entries that the model
-  shares with others, for each that it alone changes.
-
-  Experimental: it has been checked against mergekit, not against the authors' code.
+  shares with others, for each that it alone changes. The defaults are those of mergekit; the
+  authors' code has a limit of 1 and counts over the whole model.
 
   Args:
     threshold: entries up to this magnitude count as unchanged, and as zero.

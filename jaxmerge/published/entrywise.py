@@ -260,7 +260,6 @@ METHODS: Mapping[str, Entry] = {
     "θ₀ + Σ τᵢ / how many models change the entry",
     _RAM,
     {"threshold": _THRESHOLD},
-    experimental=True,
   ),
   "ramplus_tl": Entry(
     "RAM, entries that only one changes times 1 + r clip(ρᵢ, 0, α)",
@@ -273,7 +272,6 @@ METHODS: Mapping[str, Entry] = {
         "leaf", "ρ is counted per leaf or over the whole model", choices=("leaf", "tree")
       ),
     },
-    experimental=True,
     reads=2,
   ),
   "arcee_fusion": Entry(

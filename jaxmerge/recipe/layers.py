@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NamedTuple  # Any: what a config.json holds.
 
 _FIRST_NUMBER = re.compile(r"^((?:[^.]*[^.\d][^.]*\.)*)(\d+)\.(.+)$")
-_COUNTS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "num_decoder_layers")
+_COUNTS = (
+  *("num_hidden_layers", "num_layers", "n_layer", "n_layers", "num_decoder_layers"),
+  *("encoder_layers", "decoder_layers", "depth"),
+)
+_PLAIN = {"num", "n", "hidden", "layers", "layer", "config", "model"}  # They tell nothing apart.
 _INPUTS = re.compile(r"(^|[._])(embed\w*|\w*embeddings?|wte|wpe|shared|patch_embed\w*)(\.|$)")
 
 
@@ -59,9 +63,50 @@ def main(names: Iterable[str], config: Mapping[str, Any]) -> str:
   return fits[0]
 
 
-def count_key(config: Mapping[str, Any]) -> str | None:
-  """Returns the key under which a config says how many layers there are."""
-  return next((key for key in _COUNTS if key in config), None)
+def resized(
+  config: Mapping[str, Any],
+  height: int | None,
+  order: Mapping[int, int],
+  module: str = "",
+  others: Collection[str] = (),
+) -> dict[str, Any]:
+  """Returns a config of a model whose layers are stacked anew.
+
+  >>> resized({"num_hidden_layers": 2, "layer_types": ["full", "slide"]}, 2, {0: 0, 1: 1, 2: 1})
+  {'num_hidden_layers': 3, 'layer_types': ['full', 'slide', 'slide']}
+
+  Args:
+    config: what it says of the old stack; of a model of several towers, in a part for each.
+    height: layers of the old stack; None: it is not known.
+    order: layer of the new stack to that of the old one.
+    module: the part of the model that the stack is of.
+    others: its other parts.
+
+  Raises:
+    ValueError: where it cannot be told which of its numbers is meant.
+  """
+  parts = {"": config, **{k: v for k, v in config.items() if isinstance(v, Mapping)}}
+  fits = [(n, k) for n, own in parts.items() for k in _COUNTS if own.get(k) == height is not None]
+  mine, theirs = _words(module), set().union(*map(_words, others)) - _words(module)
+  called = [p for p in fits if _words("_".join(p)) & mine]
+  places = called or [p for p in fits if not _words("_".join(p)) & theirs]
+  places = places or [("", key) for key in _COUNTS if key in config][:1]
+  if len({part for part, _ in places}) > 1:
+    every = " and ".join(".".join(filter(None, p)) for p in places)
+    raise ValueError(f"the config says in {every} that there are {height} layers: which is meant?")
+  made = dict(config)
+  for part, key in places:
+    own = {**parts[part], key: len(order)}
+    for name, each in own.items():  # One entry for each layer, such as its kind of attention.
+      if "layer" in name and isinstance(each, list) and len(each) == height:
+        own[name] = [each[order[i]] for i in range(len(order))]
+    made = {**made, part: own} if part else {**made, **own}
+    parts[part] = own
+  return made
+
+
+def _words(name: str) -> set[str]:
+  return set(re.split(r"[_.]", name)) - _PLAIN - {""}
 
 
 def is_input(name: str) -> bool:

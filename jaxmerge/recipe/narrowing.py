@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import numpy as np
 
 from jaxmerge import precision
 from jaxmerge.io import safetensors
+from jaxmerge.io.tensor import Tensor
 from jaxmerge.planning import Output, Plan
 from jaxmerge.precision import Precision
-from jaxmerge.recipe.places import Problem, RecipeError
+from jaxmerge.recipe.places import Problem
 from jaxmerge.recipe.records import Recipe
 
 _DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -57,30 +60,29 @@ def _named(dtype: str | None) -> np.dtype | None:
   return safetensors.DTYPES[_DTYPES[dtype]] if dtype else None
 
 
-def computed(recipe: Recipe, plan: Plan) -> Plan:
-  """Makes tensors compute in `dtype`, else in what those that they are made of have in common.
+def refused(recipe: Recipe, method: str, parts: Sequence[Tensor]) -> Iterator[Problem]:
+  """Says if the numbers of mergekit cannot be had of a method, merging such tensors."""
+  if all(safetensors.is_floating(t.dtype) for t in parts):
+    try:
+      narrowed(method, _dtype(recipe, parts))
+    except ValueError as error:
+      yield Problem(recipe.places.get("dtype", recipe.places["compat"]), str(error))
 
-  Raises:
-    RecipeError: for a method that cannot be computed so.
-  """
-  problems: set[Problem] = set()
+
+def _dtype(recipe: Recipe, parts: Sequence[Tensor]) -> np.dtype:
+  return _named(recipe.dtype) or precision.common([t.kept or t.dtype for t in parts])
+
+
+def computed(recipe: Recipe, plan: Plan) -> Plan:
+  """Makes tensors compute in `dtype`, else in what those that they are made of have in common."""
 
   def narrow(output: Output) -> Output:
     if not safetensors.is_floating(output.dtype):
       return output
-    parts = [t.kept or t.dtype for t in (output.base, *output.models) if t is not None]
-    dtype = _named(recipe.dtype) or precision.common(parts)
+    dtype = _dtype(recipe, [t for t in (output.base, *output.models) if t is not None])
     words = None if output.job is None else plan.jobs[output.job].words
     method = words["method"] if isinstance(words, dict) else "passthrough"
     kept = stored(recipe) or dtype
-    try:
-      return output._replace(precision=narrowed(method, dtype), dtype=kept)
-    except ValueError as error:
-      place = recipe.places.get("dtype", recipe.places["compat"])
-      problems.add(Problem(place, str(error)))
-      return output
+    return output._replace(precision=narrowed(method, dtype), dtype=kept)
 
-  outputs = tuple(narrow(output) for output in plan.outputs)
-  if problems:
-    raise RecipeError(sorted(problems))
-  return plan._replace(outputs=outputs)
+  return plan._replace(outputs=tuple(map(narrow, plan.outputs)))

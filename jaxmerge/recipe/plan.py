@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxmerge import planning
 from jaxmerge.io import folder, weights
-from jaxmerge.io.tensor import Files
+from jaxmerge.io.tensor import Files, Tensor
 from jaxmerge.planning import Job, Part, Plan, Want
 from jaxmerge.recipe import (
   embeddings,
@@ -139,6 +139,9 @@ def planned(
     rows = list(stacking.rows(recipe, models, config))
   if not rows:
     telling.check(found)
+  changed = dict(config)
+  with telling.noted(found):
+    changed = _config(recipe, config, rows, donor)
   if problems := parameters.unmatched(recipe, stacking.all_names(rows)):
     found.append(RecipeError(problems))
   settled, problems = _settled(recipe, rows)
@@ -160,7 +163,7 @@ def planned(
   )
   if recipe.compat == "mergekit":
     plan = narrowing.computed(recipe, plan)
-  changed = built.config(_config(recipe, config, rows))
+  changed = built.config(changed)
   texts = {} if changed == config else {folder.CONFIG: json.dumps(changed, indent=2) + "\n"}
   return plan._replace(texts={**texts, **built.texts}, fates=built.fates(plan.fates))
 
@@ -192,11 +195,16 @@ class _Settled(NamedTuple):
   def sources_of(self) -> tuple[Model, ...]:
     return tuple(s.model for s in self.sources)
 
+  def tensors(self, models: Opened) -> list[Tensor]:
+    """Those that it is made of, as far as the sources have them, and the base's."""
+    pairs = [(s.model, n) for s, n in zip(self.row.group.sources, self.row.names, strict=True)]
+    pairs += [(self.row.group.base, self.row.tensor.name)] if self.row.group.base else []
+    found = (models[m].part(n).tensor for m, n in pairs)
+    return [t for t in found if t is not None]
+
   def shape(self, models: Opened) -> tuple[int, ...]:
-    """That of the first source that has the tensor; empty without one."""
-    pairs = zip(self.row.group.sources, self.row.names, strict=True)
-    found = (models[s.model].part(n).tensor for s, n in pairs)
-    return next((t.shape for t in found if t is not None), ())
+    """That of the first tensor; empty without one."""
+    return next((t.shape for t in self.tensors(models)), ())
 
   def given(self) -> dict[str, Any]:
     """The recipe's parameters: one value, or a tuple with one per model."""
@@ -318,9 +326,14 @@ def _declared(recipe: Recipe, own: _Settled) -> View | None:
 
 
 def _misfits(recipe: Recipe, models: Opened, settled: Sequence[_Settled]) -> Iterator[Problem]:
-  """Finds views with another number of axes than a tensor: of each view the first."""
+  """Finds methods that cannot be computed as mergekit does, and views of other axes than a tensor.
+
+  Of each view, that is of the first tensor.
+  """
   told: set[View] = set()
   for own in settled:
+    if recipe.compat == "mergekit":
+      yield from narrowing.refused(recipe, own.values.method, own.tensors(models))
     view, shape = _declared(recipe, own), own.shape(models)
     if view is not None and shape and len(view.axes) != len(shape) and view not in told:
       told.add(view)
@@ -351,13 +364,19 @@ def _want(translation: translating.Translation, own: _Settled, models: Opened, j
 # --- What else is written ---
 
 
-def _config(recipe: Recipe, config: Mapping[str, Any], rows: Sequence[Row]) -> dict[str, Any]:
+def _config(
+  recipe: Recipe, config: Mapping[str, Any], rows: Sequence[Row], donor: planning.Model
+) -> dict[str, Any]:
   """The donor's config, as it holds for the result."""
   changed = dict(config)
   if config and (recipe.out_dtype or recipe.dtype):
     key = "dtype" if "dtype" in config else "torch_dtype"
     changed[key] = recipe.out_dtype or recipe.dtype
-  count = layers.count_key(config)
-  if count and any(row.group.sliced for row in rows):
-    changed[count] = 1 + max(row.tensor.layer for row in rows if row.tensor.layer is not None)
+  heights = layers.stacks(donor.tensors)
+  for module, own in stacking.stacked(rows).items():
+    others = {str(g.module) for g in groups(recipe)} - {str(module)}
+    try:
+      changed = layers.resized(changed, heights.get(own.stack), own.order, module or "", others)
+    except ValueError as error:
+      raise RecipeError([Problem(own.group.place, str(error))]) from error
   return changed

@@ -132,6 +132,31 @@ def _check_ranges(group: Group, names: Mapping[Model, Sequence[str]], stack: str
     raise RecipeError(problems)
 
 
+class Stack(NamedTuple):
+  """Layers that are stacked anew.
+
+  Attributes:
+    stack: what their names begin with.
+    order: layer of the result to that of its first source.
+    group: the first of the groups that they are of.
+  """
+
+  stack: str
+  order: dict[int, int]
+  group: Group
+
+
+def stacked(rows: Sequence[Row]) -> dict[str | None, Stack]:
+  """Returns the stacks that slices make, by their modules."""
+  found: dict[str | None, Stack] = {}
+  for row in rows:
+    new, old = layers.place(row.tensor.name), layers.place(row.names[0])
+    if row.group.sliced and row.tensor.layer is not None and new and old:
+      own = found.setdefault(row.group.module, Stack(new.stack, {}, row.group))
+      own.order[new.layer] = old.layer
+  return found
+
+
 def all_names(rows: Sequence[Row]) -> dict[str, int | None]:
   """Returns the layer of every name of a tensor, in the result and in the sources."""
   found = {n: row.tensor.layer for row in rows for n in row.names}

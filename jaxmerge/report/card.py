@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any  # A record is JSON, its values have no one type.
 
 from jaxmerge import catalog
@@ -57,23 +58,36 @@ def merge_card(summary: Mapping[str, Any]) -> str:
   head = {"base_model": list(ids), "base_model_relation": "merge"} if ids else {}
   if summary["library"] is not None:
     head["library_name"] = summary["library"]
-  names = dict.fromkeys(_called(m) for m in summary["methods"])
-  title = f"Merge of {_many(summary['models'])}: {', '.join(names) or 'copies of tensors'}"
-  counts = f"Tensors: {summary['merged']} merged, {summary['copied']} copied."
+  every = [*summary["earlier"].values(), summary]
+  names = dict.fromkeys(_called(m) for own in every for m in own["methods"])
+  models = dict.fromkeys(m for own in every for m in own["models"] if m not in summary["earlier"])
+  title = f"Merge of {_many([*models])}: {', '.join(names) or 'copies of tensors'}"
   commits = (f"{reference}: commit {own}" for reference, own in summary["hub"].items())
   parts = [
     _head(head),
     f"# {tables.escaped(title)}",
     "Merged with jaxmerge from these models; the first gave config and tokenizer.",
     _listed(summary["models"]),
+    *itertools.chain(*(_earlier(name, own) for name, own in summary["earlier"].items())),
     *([f"From the hub:\n\n{_listed(commits)}"] if ids else []),
-    f"## Method\n\n{counts}",
+    f"## Method\n\n{_counts(summary)}",
     *map(_method, summary["methods"]),
     *_recipe(summary["recipe"]),
     _listed(_versions(summary["versions"])),
     "`jaxmerge_provenance.json` has checksums, and what became of every tensor of every model.",
   ]
   return "\n\n".join(parts) + "\n"
+
+
+def _earlier(name: str, summary: Mapping[str, Any]) -> Iterator[str]:
+  """Describes a merge whose result is one of the models."""
+  yield f"## Merged before: {tables.escaped(name)}\n\n{_counts(summary)}"
+  yield _listed(summary["models"])
+  yield from map(_method, summary["methods"])
+
+
+def _counts(summary: Mapping[str, Any]) -> str:
+  return f"Tensors: {summary['merged']} merged, {summary['copied']} copied."
 
 
 def _called(method: Mapping[str, Any]) -> str:

@@ -6,6 +6,8 @@ import numpy as np
 
 HEIGHT = 4
 SHAPES = {"matrix": (12, 20), "square": (16, 16), "vector": (20,)}  # [out, in], as in files.
+THRESHOLD = 0.2  # Of RAM: more entries change in one model alone than in several.
+OUTPUTS = pathlib.Path(__file__).parent / "outputs.npz"
 VIEWS = (("matrix|square", "oi"),)
 
 
@@ -21,7 +23,7 @@ def inputs():
 def recorded():
   """Returns {case: {leaf: array}}."""
   found = {}
-  with np.load(pathlib.Path(__file__).parent / "outputs.npz") as file:
+  with np.load(OUTPUTS) as file:
     for key in file.files:
       case, leaf = key.split("/")
       found.setdefault(case, {})[leaf] = file[key]

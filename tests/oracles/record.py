@@ -7,8 +7,11 @@ In an environment of its own, with PyTorch and NumPy alone:
   git clone https://github.com/tanganke/fusion_bench          # at 54c9e8c
   git clone https://github.com/yophis/decom-renorm-merge      # at 8c0f961
   git clone https://github.com/duguodong7/pcb-merging         # at 5897888
+  git clone https://github.com/xiangchi-yuan/mrl              # at e2d930d
   env/bin/python tests/oracles/record.py --fusion-bench=fusion_bench \\
-    --drm=decom-renorm-merge --pcb=pcb-merging
+    --drm=decom-renorm-merge --pcb=pcb-merging --ram=mrl --peft
+
+What is recorded of code that is not given stays.
 
 Nothing of that code is here: single functions are taken out of their files, without what those
 import, and called in float64. `tests/oracles_test.py` compares.
@@ -37,22 +40,30 @@ import oracles
 
 def main():
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  for name in ("fusion-bench", "drm", "pcb"):
-    parser.add_argument(f"--{name}", type=pathlib.Path, required=True)
+  for name in ("fusion-bench", "drm", "pcb", "ram"):
+    parser.add_argument(f"--{name}", type=pathlib.Path)
+  parser.add_argument("--peft", action="store_true")
   options = parser.parse_args()
   base, taus = oracles.inputs()
   base, *taus = ({n: torch.tensor(x) for n, x in t.items()} for t in (base, *taus))
   torch.set_default_dtype(torch.float64)
-  cases = {
-    **of_fusion_bench(options.fusion_bench / "fusion_bench" / "method", base, taus),
-    **of_peft(taus),
-    **of_drm(options.drm / "drm" / "_decom_renorm_merge.py", taus),
-    **of_pcb(options.pcb / "pcb-merging.py", taus),
-  }
-  out = {
+  cases = {}
+  if options.fusion_bench:
+    cases |= of_fusion_bench(options.fusion_bench / "fusion_bench" / "method", base, taus)
+  if options.peft:
+    cases |= of_peft(taus)
+  if options.drm:
+    cases |= of_drm(options.drm / "drm" / "_decom_renorm_merge.py", taus)
+  if options.pcb:
+    cases |= of_pcb(options.pcb / "pcb-merging.py", taus)
+  if options.ram:
+    cases |= of_ram(options.ram / "ram-main.py", taus)
+  before = oracles.recorded() if oracles.OUTPUTS.exists() else {}
+  out = {f"{case}/{n}": x for case, own in before.items() for n, x in own.items()}
+  out |= {
     f"{case}/{n}": x.detach().float().numpy() for case, own in cases.items() for n, x in own.items()
   }
-  np.savez_compressed(pathlib.Path(oracles.__file__).parent / "outputs.npz", **out)
+  np.savez_compressed(oracles.OUTPUTS, **out)
   print(f"{len(cases)} cases")
 
 
@@ -177,6 +188,17 @@ def of_pcb(path, taus):
   own = functions(path, "normalize", "clamp", "act", "PCB_merge")
   merged, *_ = own.PCB_merge(torch.stack([flat(t) for t in taus]), pcb_ratio=0.1)
   return {"pcb": unflat(merged, taus[0])}
+
+
+def of_ram(path, taus):
+  """RAM, and RAM+ where what is alone counts 1.2 times: of entries above a threshold."""
+  plain, rescaled = "agentic_reinforcement_merge", "agentic_reinforcement_merge_rescale_v2"
+  own = functions(path, plain, rescaled)
+  base = {n: torch.zeros_like(x) for n, x in taus[0].items()}
+  return {
+    "ram": getattr(own, plain)(base, taus, threshold=oracles.THRESHOLD),
+    "ramplus": getattr(own, rescaled)(base, taus, threshold=oracles.THRESHOLD, r=1.2),
+  }
 
 
 if __name__ == "__main__":
