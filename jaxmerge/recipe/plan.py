@@ -354,8 +354,9 @@ def _want(translation: translating.Translation, own: _Settled, models: Opened, j
   base = None
   if group.base is not None:
     listed = [i for i, s in enumerate(group.sources) if s.model == group.base]
-    model = models[group.base]
-    base = part(listed[0]) if listed else model.part(name)
+    # Layers of a slice lie elsewhere in a base that is not among its sources.
+    apart = None if group.sliced else models[group.base].part(name)
+    base = part(listed[0]) if listed else apart
   if translation.pair and base is not None:
     parts.insert(0, base)
   return Want(name, base, tuple(parts), job, translation.raw)
