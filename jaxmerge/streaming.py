@@ -283,6 +283,7 @@ def _numbers(
       yield ranking.Slice(position, sides, pick)
       run.measured(name, stop - start)
 
+  @functools.lru_cache(2)  # Models often want the same slices.
   def whole(which: int) -> tuple[int, np.ndarray]:
     parts, told = read(*ranges[which])
     return int(parts.offsets[i]) + ranges[which][1], np.asarray(
