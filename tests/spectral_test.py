@@ -33,6 +33,12 @@ def drawn(height, rows, columns, *, rank=None, seed=0):
   return list(left @ right)
 
 
+def equations(jaxpr):
+  """All of a program, with those of what it calls."""
+  called = [jax.extend.core.jaxprs_in_params(e.params) for e in jaxpr.eqns]
+  return [*jaxpr.eqns, *(e for each in called for sub in each for e in equations(sub))]
+
+
 def values(x):
   return np.linalg.svd(x, compute_uv=False)
 
@@ -155,16 +161,8 @@ def test_decompositions_come_one_after_the_other(method):
   """A batch of them waits for threads of the pool it runs in; two batches wait for ever."""
   x = {"w": jnp.ones((4, 3, 6, 5))}
   blend = functools.partial(jaxmerge.blend, method, layout=(("w", "boi"),))
-  shapes = []
-
-  def walk(jaxpr):
-    for equation in jaxpr.eqns:
-      if equation.primitive.name == "svd":
-        shapes.append(equation.invars[0].aval.shape)
-      for inner in jax.extend.core.jaxprs_in_params(equation.params):
-        walk(inner)
-
-  walk(jax.make_jaxpr(blend)(x).jaxpr)
+  found = equations(jax.make_jaxpr(blend)(x).jaxpr)
+  shapes = [e.invars[0].aval.shape for e in found if e.primitive.name == "svd"]
   assert shapes
   assert all(len(shape) == 2 for shape in shapes)
 

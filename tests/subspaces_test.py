@@ -1,11 +1,14 @@
 """Merging in shared or free directions: worked examples, identities, what the papers claim."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from example import close
 from reference import subspaces as transcribed
-from spectral_test import A, B, drawn, merged, values
+from spectral_test import A, B, drawn, equations, merged, values
 
 import jaxmerge
 from jaxmerge import methods
@@ -118,13 +121,27 @@ def test_without_a_view_signs_are_elected():
   close(found, [1.0, 2.0, 2.0])
 
 
-@pytest.mark.parametrize("direction", ["vertical", "horizontal"])
-def test_drm_drops_of_the_directions_that_there_are(direction):
+@pytest.mark.parametrize(
+  ("direction", "rate"),
+  [("vertical", 0.5), ("horizontal", 0.5), ("vertical", 0.0), ("vertical", 0.9), ("vertical", 1.0)],
+)
+def test_drm_drops_of_the_directions_that_there_are(direction, rate):
   """Task matrices of rank two have four directions of eight; none of the others is dropped."""
   rng = np.random.default_rng(3)
   left, right = rng.normal(size=(2, 8, 2)), rng.normal(size=(2, 2, 10))
   x = {"w": jnp.asarray(left @ right, jnp.float32)}
-  found = jaxmerge.blend(methods.drm(1.0, 0.5, direction), x, layout=(("w", "oi"),))
+  found = jaxmerge.blend(methods.drm(1.0, rate, direction), x, layout=(("w", "oi"),))
   close(
-    found["w"], transcribed.drm(list(np.asarray(x["w"], np.float64)), 0.5, direction), atol=1e-5
+    found["w"], transcribed.drm(list(np.asarray(x["w"], np.float64)), rate, direction), atol=1e-5
   )
+
+
+@pytest.mark.parametrize("direction", ["vertical", "horizontal"])
+def test_drm_decomposes_the_models_together_and_sorts_nothing(direction):
+  x = {"w": jnp.ones((4, 3, 6, 5))}
+  blend = functools.partial(jaxmerge.blend, methods.drm(direction=direction))
+  traced = jax.make_jaxpr(functools.partial(blend, layout=(("w", "boi"),)))(x)
+  found = equations(traced.jaxpr)
+  shapes = {e.invars[0].aval.shape for e in found if e.primitive.name == "svd"}
+  assert shapes == {{"vertical": (5, 24), "horizontal": (6, 20)}[direction]}
+  assert not any("sort" in e.primitive.name for e in found)

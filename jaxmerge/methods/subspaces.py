@@ -9,11 +9,12 @@ from __future__ import annotations
 from typing import Any, Literal  # Any: what is known is a tree of arrays.
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
-from jaxmerge import catalog, views
+from jaxmerge import catalog, statistics, views
 from jaxmerge.methods import averaging, spectral
-from jaxmerge.stage import Array, Leaf, Method, Stage, Sum, chain, join
+from jaxmerge.stage import Array, Leaf, Method, Rank, Stage, Sum, chain, join
 
 _drm = catalog.METHODS["drm"].parameters
 _lore = catalog.METHODS["lore"].parameters
@@ -58,11 +59,11 @@ def drm(
     K, n, m = x.shape
     joined = x.transpose(1, 0, 2).reshape(1, n, K * m)
     u, s, v = (y[0] for y in spectral.svd(joined, leaf.scalar("rank_tol", x)))
-    rows = v.T.reshape(-1, K, m).transpose(1, 0, 2)
-    squares = jnp.sum(rows * rows, axis=2, keepdims=True)
+    each = v.reshape(K, m, -1)  # Directions stay last, as they come: large arrays are not turned.
+    squares = jnp.sum(each * each, axis=1, keepdims=True)
     norms = jnp.sqrt(jnp.where(squares > 0, squares, 1))
-    kept = _largest(rows / norms, s > 0, 1 - drop_rate) * norms * s[None, :, None]
-    y = (u @ _elected(kept, leaf.number("weight", x))[0])[None]
+    kept = _largest(each / norms, s > 0, 1 - drop_rate, leaf) * norms * s[None, None]
+    y = (u @ _elected(kept, leaf.number("weight", x))[0].T)[None]
     return y.transpose(0, 2, 1) if direction == "vertical" else y
 
   def rest(x: Array, leaf: Leaf, known: Any) -> Array:
@@ -71,22 +72,24 @@ def drm(
   return chain(spectral.by_matrix(update, given, rest), averaging.scaled(scale))
 
 
-def _largest(x: Array, there: Array, share: float) -> Array:
-  """Keeps this share of the entries of the rows that are there, and what ties with the last.
+def _largest(x: Array, there: Array, share: float, leaf: Leaf) -> Array:
+  """Keeps this share of the entries of the columns that are there, and what ties with the next.
 
   Args:
-    x: what all models have in each direction, [K, n, m].
+    x: what all models have in each direction, [K, m, n]; zero in directions that do not count.
     there: the directions that count, [n].
     share: of their entries that is kept, by magnitude.
+    leaf: what they belong to.
   """
-  K, n, m = x.shape
-  sizes = [count * K * m for count in range(n + 1)]  # By the number of directions.
-  dropped = jnp.asarray([size - round(size * share) for size in sizes], jnp.int32)
-  count = jnp.sum(there, dtype=jnp.int32)
-  size = jnp.where(there[:, None], jnp.abs(x), -1)
-  place = (n - count) * (K * m) + dropped[count] - 1
-  least = jnp.sort(size.reshape(-1))[jnp.maximum(place, 0)]
-  return jnp.where((dropped[count] == 0) | (size >= least), x, 0)
+  K, m, n = x.shape
+  # By the number of directions, the place of the next; where there is none, all are kept.
+  places = [statistics.limbs(round(count * K * m * share) + 1) for count in range(n + 1)]
+  own = {"place": jnp.asarray(np.stack(places))[jnp.sum(there, dtype=jnp.int32)][:, None]}
+  cut = statistics.settled(_LEAST, [(x[None], leaf)], own)
+  return jnp.where(statistics.inside(cut, jnp.abs(x)[None], leaf)[0], x, 0)
+
+
+_LEAST = Rank("least", lambda x, leaf, known: jnp.abs(x), rank="place")
 
 
 def _elected(x: Array, weight: Array | float = 1) -> Array:
