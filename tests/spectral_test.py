@@ -156,6 +156,59 @@ def test_gradients_are_finite():
     assert np.isfinite(slope["w"]).all()
 
 
+@pytest.mark.parametrize("shape", [(4, 6), (6, 4), (4, 4)])
+def test_gradients_are_those_of_the_decomposition(shape):
+  x, probe = (jnp.asarray(y, jnp.float32) for y in drawn(2, *shape))
+
+  def seen(u, s, v):
+    return jnp.sum((u**3 * s[None]) @ v.T * probe)
+
+  def plain(x):
+    u, s, vt = jnp.linalg.svd(x, full_matrices=False)
+    return jnp.stack([seen(u, s, vt.T), jnp.sum(u @ vt * probe) + s[0]])
+
+  def own(x):
+    q, s = spectral.flat(x, 1e-6)
+    return jnp.stack([seen(*(y[0] for y in spectral.svd(x[None]))), jnp.sum(q * probe) + s[0]])
+
+  close(jax.jit(jax.jacrev(own))(x), jax.jit(jax.jacrev(plain))(x), atol=1e-4)
+
+
+SLOPES = [*EVERY, methods.drm(drop_rate=0.0, direction="horizontal"), methods.opcm()]
+
+
+@pytest.mark.parametrize("method", SLOPES, ids=[*IDS, "drm", "opcm"])
+def test_gradients_of_nothing_and_of_low_rank(method):
+  """Singular values of zero are equal. One model of rank one stays as it is, and of that rank."""
+  u, v = np.array([0.6, 0.8, 0, 0]), np.full(5, 5**-0.5)
+  probe, low, zero = np.cos(np.arange(20)).reshape(4, 5), 2 * np.outer(u, v), np.zeros((4, 5))
+
+  @jax.jit
+  @jax.grad
+  def slope(models):
+    base = {"w": jnp.zeros((4, 5))}
+    out = jaxmerge.merge(method, base, {"w": models}, layout=(("w", "oi"),))
+    return jnp.sum(out["w"] * jnp.asarray(probe, jnp.float32))
+
+  def of(*matrices):
+    return np.asarray(slope(jnp.asarray(np.stack(matrices), jnp.float32)))
+
+  outside = (np.eye(4) - np.outer(u, u)) @ probe @ (np.eye(5) - np.outer(v, v))
+  if method is not SLOPES[-1]:  # The norm of the first alone is that of all.
+    close(of(low)[0], probe - outside, atol=1e-5)
+  close(of(zero), [zero], atol=0)
+  for pair in ((zero, zero), (low, zero), (zero, low), (low, low), (low, low[::-1])):
+    assert np.isfinite(of(*pair)).all()
+
+
+def test_where_singular_values_are_equal_iso_c_has_a_gradient():
+  """Near I the flattened matrix is I (1 + tr dx / n) + (dx - dx^T) / 2."""
+  probe = jnp.asarray(drawn(1, 4, 4)[0], jnp.float32)
+  blend = functools.partial(jaxmerge.blend, methods.iso_c(), layout=(("w", "oi"),))
+  slope = jax.grad(lambda x: jnp.sum(blend({"w": x[None]})["w"] * probe))(jnp.eye(4))
+  close(slope, jnp.trace(probe) / 4 * jnp.eye(4) + (probe - probe.T) / 2, atol=1e-5)
+
+
 @pytest.mark.parametrize("method", [methods.iso_c(), methods.iso_cts(), methods.tsv()], ids=IDS)
 def test_decompositions_come_one_after_the_other(method):
   """A batch of them waits for threads of the pool it runs in; two batches wait for ever."""

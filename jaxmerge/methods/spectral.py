@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable
 from typing import Any, Literal  # Any: what is known is a tree of arrays.
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -51,7 +52,7 @@ def iso_c(
   catalog.check("iso_c", {"scale": scale, "rank_tol": rank_tol, "polar": polar})
 
   def update(x: Array, leaf: Leaf, known: Any) -> Array:
-    return _flat(_added(x), leaf.scalar("rank_tol", x), polar)
+    return _evened(_added(x), leaf.scalar("rank_tol", x), polar)
 
   return chain(by_matrix(update, {"rank_tol": rank_tol}), averaging.scaled(scale))
 
@@ -90,7 +91,7 @@ def iso_cts(
     tol = leaf.scalar("rank_tol", x)
     shared, own = slots(min(x.shape[1:]), x.shape[0], common)
     if not own:
-      return _flat(_added(x), tol, polar)
+      return _evened(_added(x), tol, polar)
     u, s, v = (y[0] for y in svd(_added(x), tol))
     u, s, v = u[:, :shared], s[:shared], v[:, :shared]
     # What is left of a task whose directions are all common is rounding error.
@@ -176,27 +177,81 @@ def svd(
   """Thin singular value decompositions: [K, m, n] -> [K, m, r], [K, r], [K, n, r].
 
   Directions whose value is at most `tol` times `size` [K], or the largest, are zero. What is zero
-  altogether has no singular vectors, and no gradient.
+  altogether has no singular vectors, and no gradient. Vectors of equal values can turn into each
+  other and have none of their own: theirs is that of vectors which do not.
   """
   empty = ~jnp.any(x != 0, axis=(1, 2), keepdims=True)
   unit = jnp.eye(x.shape[1], x.shape[2], dtype=x.dtype)[None]
   # One after the other: a decomposition of several on a CPU waits for threads of the pool that it
   # runs in itself, and two at a time on two cores wait for ever.
-  one = functools.partial(jnp.linalg.svd, full_matrices=False)
-  u, s, vt = lax.map(one, jnp.where(empty, unit, x))
+  u, s, v = lax.map(_thin, jnp.where(empty, unit, x))
   least = tol * (s[:, :1] if size is None else size[:, None])
   kept = (s > least) & ~empty[:, 0]
-  u, v = (jnp.where(kept[:, None], y, 0) for y in (u, vt.transpose(0, 2, 1)))
+  u, v = (jnp.where(kept[:, None], y, 0) for y in (u, v))
   return u, jnp.where(kept, s, 0), v
 
 
-def _flat(x: Array, tol: Array, polar: Polar) -> Array:
+@jax.custom_jvp
+def _thin(x: Array) -> tuple[Array, Array, Array]:
+  u, s, vt = jnp.linalg.svd(x, full_matrices=False)
+  return u, s, vt.T
+
+
+@_thin.defjvp
+def _turns(given: tuple[Array], moves: tuple[Array]) -> tuple[Any, Any]:
+  """How vectors and values move; JAX's own rule divides by values and differences of zero."""
+  u, s, v = _thin(*given)
+  (dx,) = moves
+  within = u.T @ dx @ v
+  left, right = s[:, None] * within, within * s[None]
+  apart = _inverse((s[None] + s[:, None]) * (s[None] - s[:, None]))
+  du, dv = u @ (apart * (right + right.T)), v @ (apart * (left + left.T))
+  if u.shape[0] > v.shape[0]:
+    du += (dx @ v - u @ within) * _inverse(s)[None]
+  if u.shape[0] < v.shape[0]:
+    dv += (dx.T @ u - v @ within.T) * _inverse(s)[None]
+  return (u, s, v), (du, jnp.diagonal(within), dv)
+
+
+@jax.custom_jvp
+def flat(x: Array, tol: Array | float) -> tuple[Array, Array]:
+  """Brings singular values to 1, and returns what they were: [m, n] -> [m, n], [r].
+
+  Those up to `tol` of the largest are zero. There is a gradient where singular values are equal,
+  and their vectors have none.
+
+  Example:
+    >>> flat(jnp.diag(jnp.array([3.0, 2.0, 0.0])), 1e-6)[0].tolist()
+    [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 0.0]]
+  """
+  u, s, v = (y[0] for y in svd(x[None], tol))
+  return u @ v.T, s
+
+
+@flat.defjvp
+def _flat_moves(given: tuple[Any, Any], moves: tuple[Any, Any]) -> tuple[Any, Any]:
+  (x, tol), (dx, _) = given, moves
+  u, s, v = (y[0] for y in svd(x[None], tol))
+  within = u.T @ dx @ v
+  turns = (within - within.T) * _inverse(s[:, None] + s[None])
+  left, right = ((y * _inverse(s)[None]) for y in (dx @ v - u @ within, dx.T @ u - v @ within.T))
+  moved = u @ turns @ v.T + left @ v.T + u @ right.T
+  return (u @ v.T, s), (moved, jnp.diagonal(within))
+
+
+def _inverse(x: Array) -> Array:
+  """One over x, and 0 where that is nothing."""
+  some = jnp.abs(x) > jnp.finfo(x.dtype).tiny
+  return jnp.where(some, 1 / jnp.where(some, x, 1), 0)
+
+
+def _evened(x: Array, tol: Array, polar: Polar) -> Array:
   """Gives all singular values their mean: [1, m, n] -> [1, m, n]."""
   if polar == "products":
     q = by_products(x[0])
     return (jnp.sum(q * x[0]) / jnp.maximum(jnp.sum(q * q), 1) * q)[None]
-  u, s, v = (y[0] for y in svd(x, tol))
-  return (_mean(s) * u @ v.T)[None]
+  q, s = flat(x[0], tol)
+  return (_mean(s) * q)[None]
 
 
 def _mean(values: Array) -> Array:
@@ -213,10 +268,7 @@ def _side_by_side(u: Array, s: Array, v: Array) -> tuple[Array, Array, Array]:
 
 def _orthogonal(x: Array, tol: Array, polar: Polar) -> Array:
   """The nearest matrix with orthonormal columns, on what the columns span: [m, k] -> [m, k]."""
-  if polar == "products":
-    return by_products(x)
-  u, _, v = (y[0] for y in svd(x[None], tol))
-  return u @ v.T
+  return by_products(x) if polar == "products" else flat(x, tol)[0]
 
 
 def by_products(x: Array) -> Array:
