@@ -99,11 +99,12 @@ def merge(options: argparse.Namespace, config: Any) -> None:
   from jaxmerge import evaluating, planning, summarizing
   from jaxmerge.io import growing, tensor
   from jaxmerge.recipe import plan as plans
+  from jaxmerge.recipe import telling
 
   out, files = pathlib.Path(options.out), tensor.Files()
   evaluate = None if options.evaluate is None else evaluating.command(options.evaluate)
   # All that is wrong is told before jax is imported, and all that is lacking fetched.
-  plan, stages = _planned(options, out, files)
+  plan, stages, full = _planned(options, out, files)
   if options.dry_run:
     size, kind = options.shard_size, options.out_format
     print("\n".join(summarizing.described(plan, shard_size=size, out_format=kind)))
@@ -111,6 +112,8 @@ def merge(options: argparse.Namespace, config: Any) -> None:
       print(f"disk: {summarizing.size(free)} free")
     if evaluate is not None:
       print(f"then: {options.evaluate}")
+  telling.check(full)
+  if options.dry_run:
     return
   joined(options, None)
   from jaxmerge import files as driver
@@ -145,8 +148,8 @@ def merge(options: argparse.Namespace, config: Any) -> None:
 
 def _planned(
   options: argparse.Namespace, out: pathlib.Path, files: Any
-) -> tuple[Any, list[pathlib.Path]]:
-  """The plan of a merge, and where the recipes that it builds on are merged.
+) -> tuple[Any, list[pathlib.Path], list[Exception]]:
+  """The plan of a merge, where the recipes that it builds on are merged, and if the disk is full.
 
   What is wrong with recipe, models and the place of the result is told at once.
   """
@@ -176,10 +179,11 @@ def _planned(
     if options.resume == "auto" and not stages.keys() & plan.fates.keys():
       with telling.noted(found):
         finishing.check_begun(plan, place, shard_size=options.shard_size, out_format=kind)
-  with telling.noted(found):
+  full: list[Exception] = []  # If nothing else is wrong, there is a plan to show.
+  with telling.noted(full):
     growing.check_room(out, needed, begun=begun)
-  telling.check(found)
-  return made[0], [place for place, _ in stages.values()]
+  telling.check([*found, *full] if found else [])
+  return made[0], [place for place, _ in stages.values()], full
 
 
 def report(options: argparse.Namespace, config: Any) -> None:

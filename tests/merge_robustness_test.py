@@ -262,6 +262,10 @@ def test_a_disk_without_room_is_told_of_before_the_merge(family, capsys, monkeyp
   size = sum(x.nbytes for x in family[0].values())
   usage = shutil.disk_usage(".")._replace(free=size - 1)
   monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+  assert cli.main(["merge", "recipe.yml", "out", "--dry-run"]) == 1
+  plan = capsys.readouterr()
+  assert plan.out.startswith("result: 13 tensors, ")  # It is shown all the same.
+  assert "are free on the disk" in plan.err
   err = told(capsys)
   assert f"{size:,} bytes are to be written, but {size - 1:,} are free on the disk" in err
   with pytest.raises(OSError, match="are free on the disk"):
