@@ -69,7 +69,7 @@ def get_config():
   c.model = dict(folder="", length=24, head_scale=20.0)
 
   c.keep_experts = True  # experts/ holds the tuned experts, for later merges
-  c.checkpoint = dict(keep=2, every=5)  # newest complete ones that stay; rounds between saves
+  c.checkpoint = dict(keep=2, every=10)  # newest complete ones that stay; rounds between saves
   # -1: the devices that are left; `devices`: fake ones on a CPU, None for the real ones.
   c.mesh = dict(task=-1, data=1, model=1, devices=None)
   return c.lock()
