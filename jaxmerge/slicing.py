@@ -16,9 +16,9 @@ from jaxmerge.stage import Leaf, Method
 SAMPLE = 2**22  # Entries of all models that are looked at before a threshold is searched, at most,
 FEW = 2**15  # and of each at least, if one in `SPARSE` is fewer,
 SPARSE = 2**6
-NEAR = 2**18  # Entries that are looked at a second time while a core's cache still holds them.
 PIECE = 2**9  # at least so many next to each other,
 PIECES = 16  # in at most so many places of a leaf.
+NEAR = 2**18  # Entries that are looked at a second time while a core's cache still holds them.
 
 
 Whose = str | int

@@ -310,9 +310,10 @@ def test_vmap_over_numbers_is_a_loop_and_grad_is_the_slope(group):
 # Devices along tasks, rows and columns; the second where the tasks cannot be shared out evenly.
 LAYOUTS = {
   "rows": ((1, 8, 1), None, AxisType.Auto),
-  "columns": ((1, 1, 4), None, AxisType.Auto),
+  "columns": ((1, 1, 8), None, AxisType.Auto),
   "tasks": ((8, 1, 1), None, AxisType.Auto),
   "two": ((2, 1, 1), (1, 2, 1), AxisType.Auto),
+  "four": ((1, 2, 2), None, AxisType.Auto),
   "explicit": ((2, 2, 2), (1, 4, 2), AxisType.Explicit),
 }
 

@@ -196,9 +196,10 @@ class _Settled(NamedTuple):
     return tuple(s.model for s in self.sources)
 
   def tensors(self, models: Opened) -> list[Tensor]:
-    """Those that it is made of, as far as the sources have them, and the base's."""
-    pairs = [(s.model, n) for s, n in zip(self.row.group.sources, self.row.names, strict=True)]
-    pairs += [(self.row.group.base, self.row.tensor.name)] if self.row.group.base else []
+    """Those that it is made of, as far as the models have them; the base of slices is a source."""
+    group = self.row.group
+    pairs = [(s.model, n) for s, n in zip(group.sources, self.row.names, strict=True)]
+    pairs += [(group.base, self.row.tensor.name)] if group.base and not group.sliced else []
     found = (models[m].part(n).tensor for m, n in pairs)
     return [t for t in found if t is not None]
 
