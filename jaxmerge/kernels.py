@@ -117,7 +117,14 @@ def sides(
   form: Form,
 ) -> Array:
   """On which sides of brackets [R, K, 1] a slice's values are: see `ranking.sides`."""
-  bits = patterns(parts, known, own, before=before, step=step, rank=rank, form=form)
+  return beside(
+    patterns(parts, known, own, before=before, step=step, rank=rank, form=form), bracket
+  )
+
+
+@jax.jit
+def beside(bits: Array, bracket: tuple[Array, Array]) -> Array:
+  """On which sides of brackets patterns are that a slice is known by."""
   return ranking.sides(bits, *bracket, jnp.where)
 
 

@@ -42,13 +42,14 @@ class Numbers(NamedTuple):
 
   Attributes:
     size: how many there are of each model.
-    sample: () -> some of them, [K, S], and how many each stands for, [S].
+    sample: () -> some of them, [K, S], how many each stands for, [S], and where each run of those
+      that are neighbours begins, [C].
     scan: (low [M], high [M]) -> all slices, in the order of positions.
     slice: which -> position of the first entry of that one of the slices, and patterns [K, n].
   """
 
   size: int
-  sample: Callable[[], tuple[np.ndarray, np.ndarray]]
+  sample: Callable[[], tuple[np.ndarray, np.ndarray, np.ndarray]]
   scan: Callable[[np.ndarray, np.ndarray], Iterator[Slice]]
   slice: Callable[[int], tuple[int, np.ndarray]]
 
@@ -146,9 +147,9 @@ def cut(numbers: Numbers, ranks: Sequence[int], *, exact: bool) -> tuple[np.ndar
   """
   if not numbers.size:
     return np.full(len(ranks), NONE, np.uint32), np.full(len(ranks), EVERY, np.uint32)
-  sample, weights = numbers.sample()
-  rows = itertools.cycle([_sorted(row, weights) for row in sample])
-  searches = [_Search(n, numbers.size, *row) for n, row in zip(ranks, rows, strict=False)]
+  sample, weights, starts = numbers.sample()
+  rows = itertools.cycle([_Sample(row, weights, starts) for row in sample])
+  searches = [_Search(n, numbers.size, row) for n, row in zip(ranks, rows, strict=False)]
   while not all(s.found for s in searches):
     low, high = np.array([s.bracket for s in searches], np.uint32).T
     for which, part in enumerate(numbers.scan(low, high)):
@@ -159,15 +160,33 @@ def cut(numbers: Numbers, ranks: Sequence[int], *, exact: bool) -> tuple[np.ndar
   return np.array([s.value for s in searches], np.uint32), np.array(lasts, np.uint32)
 
 
-def _sorted(sample: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """Sorts a sample from the largest on, with the share of all that each and those before are."""
-  if (weights == weights[0]).all():
-    return np.sort(sample)[::-1], np.arange(1, len(sample) + 1) / len(sample)
-  # The place beside the number: sorted as one, several times faster than by `argsort`.
-  keys = (sample.astype(np.uint64) << np.uint64(32)) | np.arange(len(sample), dtype=np.uint64)
-  keys.sort()
-  order = keys[::-1].astype(np.uint32)
-  return sample[order], np.cumsum(weights[order]) / weights.sum()
+class _Sample:
+  """Some numbers of a model from the largest on, and each one's share of all with those before."""
+
+  def __init__(self, row: np.ndarray, weights: np.ndarray, starts: np.ndarray):
+    self.given, self.weights, self.starts = row, weights, starts
+    if (weights == weights[0]).all():
+      self.values, self.share = np.sort(row)[::-1], np.arange(1, len(row) + 1) / len(row)
+      return
+    # The place beside the number: sorted as one, several times faster than by `argsort`.
+    keys = (row.astype(np.uint64) << np.uint64(32)) | np.arange(len(row), dtype=np.uint64)
+    keys.sort()
+    order = keys[::-1].astype(np.uint32)
+    self.values, self.share = row[order], np.cumsum(weights[order]) / weights.sum()
+
+  def error(self, wanted: float) -> float:
+    """Three standard deviations of the share of those above the value of a wanted share.
+
+    Neighbours may be alike: runs of them are compared with the runs beside them.
+    """
+    size = len(self.values)
+    value = self.values[min(int(np.searchsorted(self.share, wanted)), size - 1)]
+    above = self.weights * ((self.given >= value) - wanted)
+    runs = np.add.reduceat(above, self.starts)
+    apart = np.diff(runs)
+    many = len(runs) / max(len(apart), 1)
+    alike = math.sqrt(many * float(apart @ apart) / 2) / self.weights.sum()
+    return 3 * max(math.sqrt(wanted * (1 - wanted) / size), alike) + 2 / size
 
 
 def _take(searches: Sequence[_Search], which: int, part: Slice, exact: bool) -> None:
@@ -240,11 +259,9 @@ _NOTHING = np.zeros(0, np.uint32)
 class _Search:
   """The search for one model's value: a bracket, and what a scan saw around it."""
 
-  def __init__(self, rank: int, size: int, sample: np.ndarray, share: np.ndarray):
-    self.sample, self.share = sample, share
-    self.rank, self.wanted = rank, rank / size
-    spread = math.sqrt(self.wanted * (1 - self.wanted) / len(sample))
-    self.error = 3 * spread + 2 / len(sample)  # Three standard deviations of a random sample.
+  def __init__(self, rank: int, size: int, sample: _Sample):
+    self.sample, self.rank, self.wanted = sample, rank, rank / size
+    self.error = sample.error(self.wanted)
     self.found, self.value, self.left, self.tied = rank == 0, NONE, 0, 0
     self.kept: list[_Kept] = []
     self.above = self.held = self.joined = self.shift = 0
@@ -292,7 +309,7 @@ class _Search:
       self.tied = int(counts[-1 - place])
       self.left = left - int(higher[place]) + self.tied
       return
-    self.error *= 16
+    self.error *= 4
     self._look(*((high + 1, NONE) if left <= 0 else (0, low - 1)))
 
   def _coarse(self, values: np.ndarray) -> np.ndarray:
@@ -302,9 +319,10 @@ class _Search:
 
   def _look(self, low: int, high: int) -> None:
     """Takes the part of a bracket that by the sample holds the wanted rank."""
-    first, last = np.searchsorted(self.share, (self.wanted - self.error, self.wanted + self.error))
-    top = int(self.sample[first]) if self.wanted > self.error else high
-    bottom = int(self.sample[last]) if last < len(self.sample) else low
+    values, ends = self.sample.values, (self.wanted - self.error, self.wanted + self.error)
+    first, last = np.searchsorted(self.sample.share, ends)
+    top = int(values[first]) if self.wanted > self.error else high
+    bottom = int(values[last]) if last < len(values) else low
     near = (max(low, bottom), min(high, top))
     self._scan(*(near if near[0] <= near[1] else (low, high)))
 

@@ -110,8 +110,8 @@ def _needs(run: Run, name: str) -> set[str]:
   return {"entry", *(s.unit for s in run.method if s.where is None or s.where(name))}
 
 
-def _unit(run: Run, name: str) -> int:
-  """As many entries must stay together."""
+def unit(run: Run, name: str) -> int:
+  """Returns how many entries of a leaf must stay together: a row, the leaf, or one."""
   shape, needs = run.shapes[name], _needs(run, name)
   if needs == {"entry"}:
     return 1
@@ -121,23 +121,23 @@ def _unit(run: Run, name: str) -> int:
 
 def ranges(run: Run, name: str, entries: int) -> Iterator[tuple[int, int]]:
   """Cuts a leaf into slices of about so many entries, in whole units."""
-  size, unit = math.prod(run.shapes[name]), _unit(run, name)
-  step = unit * max(1, entries // unit)
+  size, together = math.prod(run.shapes[name]), unit(run, name)
+  step = together * max(1, entries // together)
   for start in range(0, max(size, 1), step):
     yield start, min(start + step, size)
 
 
 def pieces(run: Run, name: str, size: int) -> Iterator[tuple[int, int]]:
   """Picks some slices all over a leaf, its share of a sample of `size` entries."""
-  own, unit = math.prod(run.shapes[name]), _unit(run, name)
+  own, together = math.prod(run.shapes[name]), unit(run, name)
   most = max(FEW, SAMPLE // (run.source.height + 1))
   wanted = min(most, max(FEW, size // SPARSE)) * own // max(size, 1)
   count = min(max(wanted // PIECE, 1), PIECES)
-  length = unit * -(-max(PIECE, wanted // count) // unit)
+  length = together * -(-max(PIECE, wanted // count) // together)
   if count * length >= own:
     count, length = 1, own
   for i in range(count):
-    start = own * i // count // unit * unit
+    start = own * i // count // together * together
     yield start, min(start + length, own)
 
 

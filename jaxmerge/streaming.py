@@ -249,8 +249,6 @@ def _numbers(
     return parts, {"known": seen, "form": form, **static}
 
   def picked(name: str, start: int, parts: Parts, told: Any, columns: np.ndarray) -> np.ndarray:
-    if told["form"].shape is not None:  # Stages need whole rows.
-      return np.asarray(run.call(kernels.patterns, parts, **told))[:, columns]
     found = []
     room = PICKED[len(columns) > PICKED[0]]
     for at in range(0, len(columns), room):
@@ -261,26 +259,38 @@ def _numbers(
       found.append(np.asarray(run.call(kernels.patterns, few, **told))[:, :count])
     return np.concatenate(found, axis=1)
 
-  def sample() -> tuple[np.ndarray, np.ndarray]:
-    found, weights = [], []
+  def sample() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    found, weights, lengths = [], [], list[int]()
     for name in (n for n in members if math.prod(run.shapes[n])):
       own = []
       for start, stop in slicing.pieces(run, name, size):
         parts, told = read(name, start, stop, ahead=True)
-        own.append(picked(name, start, parts, told, np.arange(stop - start)))
+        count = stop - start
+        if told["form"].shape is None:
+          own.append(picked(name, start, parts, told, np.arange(count)))
+          lengths.append(count)
+        else:
+          own.append(np.asarray(run.call(kernels.patterns, parts, **told)))
+          lengths += [slicing.unit(run, name)] * (count // slicing.unit(run, name))
       found += own
       seen = sum(x.shape[1] for x in own)
       weights += [np.full(x.shape[1], math.prod(run.shapes[name]) / seen) for x in own]
-    return np.concatenate(found, axis=1), np.concatenate(weights)
+    starts = np.cumsum([0, *lengths[:-1]])
+    return np.concatenate(found, axis=1), np.concatenate(weights), starts
 
   def scan(low: np.ndarray, high: np.ndarray) -> Iterator[ranking.Slice]:
     bracket = tuple(side.reshape(len(ranks), -1, 1) for side in (low, high))
     for name, start, stop in ranges:
       parts, told = read(name, start, stop)
-      sides = np.asarray(run.call(kernels.sides, parts, bracket=bracket, **told))
       position = int(parts.offsets[i]) + start
-      pick = functools.partial(picked, name, start, parts, told)
-      yield ranking.Slice(position, sides, pick)
+      if told["form"].shape is None:
+        sides = run.call(kernels.sides, parts, bracket=bracket, **told)
+        pick = functools.partial(picked, name, start, parts, told)
+      else:  # Stages need whole rows: none is gone through for a few of its entries.
+        bits = run.call(kernels.patterns, parts, **told)
+        sides = run.call(kernels.beside, bits, bracket)
+        pick = functools.partial(np.take, np.asarray(bits), axis=1)
+      yield ranking.Slice(position, np.asarray(sides), pick)
       run.measured(name, stop - start)
 
   @functools.lru_cache(2)  # Models often want the same slices.

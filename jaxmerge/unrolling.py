@@ -50,7 +50,7 @@ _WHOLE: dict[str, Callable[..., Any]] = {
   "reduce_and": jnp.all,
   "reduce_or": jnp.any,
 }
-SHORTEST = 2**12  # A shorter axis, or what is left of one, is not worth halving.
+SHORTEST = 2**7  # A shorter axis, or what is left of one, is not worth halving.
 PAIRS = 16  # As many inner products are written out, at most.
 # Functions that are one operation: they round their result alone.
 _ONE = {"_var"}

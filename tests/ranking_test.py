@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from jaxmerge import ranking, statistics
 
 
-def numbers(rows, sample, cuts, log=None):
-  """Numbers in slices, with the codes that a driver would make."""
+def numbers(rows, sample, cuts, log=None, run=1):
+  """Numbers in slices, with the codes that a driver would make; so many sampled ones are a run."""
   rows = np.asarray(rows, np.uint32)
   ends = sorted({0, *cuts, rows.shape[1]})
   ranges = list(itertools.pairwise(ends))
@@ -29,10 +29,15 @@ def numbers(rows, sample, cuts, log=None):
 
   return ranking.Numbers(
     rows.shape[1],
-    lambda: (np.asarray(sample, np.uint32), np.ones(np.shape(sample)[1])),
+    lambda: (np.asarray(sample, np.uint32), *weighed(np.shape(sample)[1], run)),
     lambda low, high: (part(*ends, low, high) for ends in ranges),
     lambda which: (ranges[which][0], part_of(*ranges[which])),
   )
+
+
+def weighed(size, run):
+  """Weights of sampled numbers, and where each run of them begins."""
+  return np.ones(size), np.arange(0, size, run)
 
 
 def expected(row, n):
@@ -86,6 +91,20 @@ def test_a_good_sample_needs_one_scan_where_there_is_room(monkeypatch, different
   found, _ = ranking.cut(numbers(rows, rows[:, ::50], cuts, log), ranks, exact=False)
   assert found.tolist() == [expected(row, n)[0] for row, n in zip(rows, ranks, strict=True)]
   assert len(log) == 20 * scans
+
+
+def test_a_sample_of_rows_that_differ_needs_one_scan_too():
+  """Each row has a scale of its own, so that its entries tell little that is new."""
+  rng = np.random.default_rng(0)
+  scans = []
+  for _ in range(20):
+    x = np.abs(rng.normal(size=(500, 200))) * np.exp(0.5 * rng.normal(size=(500, 1)))
+    rows, picked = (v.astype(np.float32).view(np.uint32).reshape(1, -1) for v in (x, x[::10]))
+    log = []
+    found, _ = ranking.cut(numbers(rows, picked, [], log, run=200), [50_000], exact=False)
+    assert found[0] == np.sort(rows[0])[-50_000]
+    scans.append(len(log))
+  assert sum(scans) <= 22  # More than half of the samples would need a second scan.
 
 
 @pytest.mark.parametrize("share", [0.3, 1.0])

@@ -139,18 +139,20 @@ def arcee_fusion() -> Method:
   def init(group: Group) -> dict[str, Any]:
     for_models("arcee_fusion", 1, 1)(group)
     last = max(group.size - 1, 0)
-    ranks = [group.size - n * last // 4 for n in (1, 2, 3)]
-    return {"ranks": jnp.stack([jnp.asarray(statistics.limbs(n)) for n in ranks], axis=1)}
+    ranks = {name: group.size - n * last // 4 for n, name in enumerate(quartiles, 1)}
+    return {f"{name}_rank": jnp.asarray(statistics.limbs(n))[:, None] for name, n in ranks.items()}
 
-  def thrice(pair: tuple[Array, Array], leaf: Leaf, known: Any) -> Array:
-    return jnp.broadcast_to(pair[1], (3, *pair[1].shape[1:]))
+  def second(pair: tuple[Array, Array], leaf: Leaf, known: Any) -> Array:
+    return pair[1]
 
   def update(pair: tuple[Array, Array], leaf: Leaf, known: Any) -> Array:
-    quartiles = lax.bitcast_convert_type(known["quartiles"].value, jnp.float32)
-    threshold = quartiles[1] + 1.5 * (quartiles[2] - quartiles[0])
+    cuts = [lax.bitcast_convert_type(known[name].value, jnp.float32) for name in quartiles]
+    lower, median, upper = (cut[0] for cut in cuts)
+    threshold = median + 1.5 * (upper - lower)
     return jnp.where(pair[1].astype(jnp.float32) >= threshold, pair[0], 0)
 
-  measured = (Rank("quartiles", thrice, rank="ranks"),)
+  quartiles = ("lower", "median", "upper")
+  measured = tuple(Rank(name, second, rank=f"{name}_rank") for name in quartiles)
   rows = Stage(importance, unit="row", rest="row")
   return join((rows,), Stage(update, measured, init, scope="leaf"))
 
