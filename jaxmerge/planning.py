@@ -129,10 +129,10 @@ class Output(NamedTuple):
 def entries(models: int) -> int:
   """Returns how many entries of each of some models, and of the base, are in a slice.
 
-  >>> entries(3) == 2**20, entries(20) == 2**17
+  >>> entries(1) == entries(3) == 2**20, entries(20) == 2**17
   (True, True)
   """
-  return 1 << (ENTRIES // (models + 1)).bit_length() - 1
+  return 1 << (ENTRIES // max(models + 1, 4)).bit_length() - 1
 
 
 class Plan(NamedTuple):
