@@ -26,7 +26,7 @@ def get_config():
   c.final = True  # read the test rows, once per model, at the end; else validation is reported
 
   # Budget, shared by all compared models.
-  c.rounds = 10  # exchanges per task
+  c.rounds = 50  # exchanges per task
   c.epochs = 2.0  # epochs per task over the whole run
   c.batch_size = 8  # rows
   c.learning_rate = 1e-3
@@ -44,11 +44,12 @@ def get_config():
   c.at_once = 0  # tasks side by side, the others in turn; 0: all
   c.compute_dtype = "float32"
   c.early_stopping = False  # the best round by validation instead of the last
+  c.score_every = 10  # rounds from one point of the curves to the next
 
   # The loop: merge by the method, step by the outer optimiser.
   c.method = dict(name="average")
   c.outer = "sgd"  # none (plain ATM), sgd, nesterov, adam, damped
-  c.outer_learning_rate = 1.0  # 2.0 overshot in the second round, by validation
+  c.outer_learning_rate = 2.0  # 1/3 of each task vector
   c.outer_momentum = 0.0
   c.outer_schedule = "constant"
   c.reference = "current"  # task vectors start from the current model, or from the base
@@ -92,7 +93,7 @@ def get_config():
   c.pretrain = dict(epochs=2.0, batch_size=8, learning_rate=2e-3, warmup=0.05)
 
   c.keep_experts = False  # experts/ would hold the tuned experts, for later merges
-  c.checkpoint = dict(keep=2, every=2)  # newest complete ones that stay; rounds between saves
+  c.checkpoint = dict(keep=2, every=10)  # newest complete ones that stay; rounds between saves
   # -1: the devices that are left; `devices`: fake ones on a CPU, None for the real ones.
   c.mesh = dict(task=-1, data=1, model=1, devices=2)
   return c.lock()
