@@ -421,6 +421,18 @@ def test_errors_have_a_place_and_say_what_is_right(text, line, column, words):
       5,
       "the base 'a/b' is not among the sources of",
     ),
+    (
+      slices(("c/d", "[0, 4]"), ("e/f", "[0, 4]"), method="nuslerp", parameters="{weight: 1}"),
+      5,
+      5,
+      "as nuslerp needs it; add it with its layer_range, or give no base_model.",
+    ),
+    (
+      slices(("a/b", "[0, 4]"), ("a/b", "[4, 8]"), ("c/d", "[0, 4]")),
+      7,
+      17,
+      "the base 'a/b' is already in line 6, and slerp starts from one; remove it.",
+    ),
     (slices(("a/b", "null"), ("c/d", "[0, 4]")), 6, 9, "a source needs the key layer_range."),
     (
       slices(("a/b", "[0, 4]"), method="ties", base="", parameters="{weight: 1}"),

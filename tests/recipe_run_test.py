@@ -153,6 +153,53 @@ slices:
   assert told[QUERY.format(2)] == f"merged by passthrough, job 1 -> {QUERY.format(3)}"
 
 
+SHIFTED = """
+merge_method: linear
+base_model: base
+slices:
+  - sources: [{{model: m0, layer_range: [1, 3]}}, {{model: m1, layer_range: [1, 3]}}{}]
+parameters: {{weight: 1}}
+{}
+"""
+
+
+@pytest.mark.parametrize("listed", ["", ", {model: base, layer_range: [0, 2]}"])
+def test_what_is_excluded_from_a_slice_is_a_layer_of_the_base(family, listed):
+  """The one that is merged there; without one, that at the place of the first source."""
+  base = family[0]
+  found = run(SHIFTED.format(listed, "exclude: [mlp]"))
+  shift = 0 if listed else 1
+  for layer in range(2):
+    np.testing.assert_array_equal(found[UP.format(layer)], base[UP.format(layer + shift)])
+  told = json.loads(pathlib.Path("out", files.PROVENANCE).read_text())["inputs"]
+  source = UP.format(shift)
+  words = "copied from base" + (f" -> {UP.format(0)}" if shift else "")
+  assert told["base"][source] == words
+  assert told["m0"][UP.format(2)] == "dropped: excluded"
+
+
+def test_a_base_helps_out_with_layers_of_slices(family):
+  base, first, *_ = family
+  folders.write(pathlib.Path("m0"), {n: x for n, x in first.items() if n != UP.format(2)})
+  found = run(SHIFTED.format("", "missing: base"))
+  np.testing.assert_array_equal(found[UP.format(1)], base[UP.format(2)])
+  assert len([n for n in found if "mlp" in n]) == 2
+
+
+def test_layers_of_one_model_are_merged_with_each_other(family):
+  _, first, *_ = family
+  text = """
+merge_method: linear
+slices:
+  - sources: [{model: m0, layer_range: [0, 1]}, {model: m0, layer_range: [2, 3]}]
+parameters: {weight: 1}
+"""
+  pairs = {
+    n: (first[n], first[n.replace("layers.0.", "layers.2.")]) for n in named(lambda n, i: n, 1)
+  }
+  check(run(text), {n: np.mean(pair, axis=0) for n, pair in pairs.items()})
+
+
 MISSING = """
 merge_method: task_arithmetic
 base_model: base

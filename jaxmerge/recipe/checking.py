@@ -59,15 +59,19 @@ def _shape(group: Group) -> Iterator[Problem]:
 def _inputs(group: Group, name: str, place: Place) -> Iterator[Problem]:
   """Checks the base and the number of models."""
   method = METHODS[name]
-  among = any(s.model == group.base for s in group.sources)
+  as_base = [s for s in group.sources if s.model == group.base]
   others = [str(s.model) for s in group.sources if group.merged(s, method)]
   low, high = method.others
   if method.base == "required" and not group.base:
     text = f"{name} needs base_model: it merges task vectors, or starts from the base"
     yield Problem(place, f"{text}. Models: {listed(others)}.")
-  elif method.base == "required" and group.sliced and not among:
+  elif method.base != "ignored" and group.base and group.sliced and not as_base:
     text = f"the base {str(group.base)!r} is not among the sources of this slice"
-    yield Problem(group.place, f"{text}, as {name} needs it; add it with its layer_range.")
+    hint = "add it with its layer_range" + ", or give no base_model" * (method.base == "optional")
+    yield Problem(group.place, f"{text}, as {name} needs it; {hint}.")
+  elif method.base != "ignored" and len({s.layers for s in as_base}) > 1:
+    text = f"the base {str(group.base)!r} is already in line {as_base[0].place.line}"
+    yield Problem(as_base[1].place, f"{text}, and {name} starts from one; remove it.")
   elif len(others) < low or (high is not None and len(others) > high):
     beside = "" if method.base == "ignored" else " beside the base"
     words = f": {listed(others)}" if others else ""

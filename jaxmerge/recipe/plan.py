@@ -17,7 +17,6 @@ from jaxmerge.io.tensor import Files, Tensor
 from jaxmerge.planning import Job, Part, Plan, Want
 from jaxmerge.recipe import (
   embeddings,
-  layers,
   narrowing,
   opening,
   parameters,
@@ -29,7 +28,7 @@ from jaxmerge.recipe import (
 )
 from jaxmerge.recipe.methods import METHODS
 from jaxmerge.recipe.places import Problem, RecipeError
-from jaxmerge.recipe.records import Model, Recipe, Source, View, groups, referenced
+from jaxmerge.recipe.records import Missing, Model, Recipe, Source, View, groups, referenced
 from jaxmerge.recipe.stacking import Opened, Row
 
 RECIPE = "jaxmerge_recipe.yml"
@@ -141,7 +140,7 @@ def planned(
     telling.check(found)
   changed = dict(config)
   with telling.noted(found):
-    changed = _config(recipe, config, rows, donor)
+    changed = stacking.config(recipe, config, rows, donor)
   if problems := parameters.unmatched(recipe, stacking.all_names(rows)):
     found.append(RecipeError(problems))
   settled, problems = _settled(recipe, rows)
@@ -255,12 +254,12 @@ def _wants(
     jobs.append(_job(recipe, translation, members, models))
     for own in members:
       name = own.row.tensor.name
-      wants[name] = _want(translation, own, models, len(jobs) - 1)
+      wants[name] = _want(translation, own, models, len(jobs) - 1, recipe.missing)
   for row in rows:
     name = row.tensor.name
     if parameters.excluded(recipe, row.tensor):
       own_base = models[row.group.base] if row.group.base else donor
-      wants[name] = Want(name, own_base.part(name))
+      wants[name] = Want(name, own_base.part(row.in_base))
     elif name not in wants:  # Its parameters are wrong; whether its parts fit is told all the same.
       pairs = zip(row.group.sources, row.names, strict=True)
       parts = tuple(models[s.model].part(n) for s, n in pairs)
@@ -289,7 +288,7 @@ def _job(
     first = next(iter(each.values()))
     same = all(np.array_equal(first, v) for v in each.values())
     numbers[name] = first if same else each
-  called = [models[m].name for m in members[0].sources_of]
+  called = _different([models[m].name for m in members[0].sources_of])
   base = members[0].row.group.base
   if translation.pair and base is not None:
     called.insert(0, models[base].name)
@@ -303,6 +302,12 @@ def _job(
   random = METHODS[members[0].values.method].random
   seed = recipe.seed if random else None
   return Job(method, words, tuple(called), numbers, seed, _views(recipe, members, models))
+
+
+def _different(names: Sequence[str]) -> list[str]:
+  """Names of sources; layers of one model may be several of them."""
+  counts = [names[: i + 1].count(name) for i, name in enumerate(names)]
+  return [f"{n} ({c})" if c > 1 else n for n, c in zip(names, counts, strict=True)]
 
 
 def _views(
@@ -342,7 +347,9 @@ def _misfits(recipe: Recipe, models: Opened, settled: Sequence[_Settled]) -> Ite
       yield Problem(view.place, f"{text} {list(shape)}; narrow the condition, or name every axis.")
 
 
-def _want(translation: translating.Translation, own: _Settled, models: Opened, job: int) -> Want:
+def _want(
+  translation: translating.Translation, own: _Settled, models: Opened, job: int, missing: Missing
+) -> Want:
   group, name = own.row.group, own.row.tensor.name
 
   def part(i: int) -> Part:
@@ -355,30 +362,10 @@ def _want(translation: translating.Translation, own: _Settled, models: Opened, j
   base = None
   if group.base is not None:
     listed = [i for i, s in enumerate(group.sources) if s.model == group.base]
-    # Layers of a slice lie elsewhere in a base that is not among its sources.
-    apart = None if group.sliced else models[group.base].part(name)
+    # A base that is not among the sources of a slice is looked at only where it helps out.
+    aside = not group.sliced or missing == "base"
+    apart = models[group.base].part(own.row.in_base) if aside else None
     base = part(listed[0]) if listed else apart
   if translation.pair and base is not None:
     parts.insert(0, base)
   return Want(name, base, tuple(parts), job, translation.raw)
-
-
-# --- What else is written ---
-
-
-def _config(
-  recipe: Recipe, config: Mapping[str, Any], rows: Sequence[Row], donor: planning.Model
-) -> dict[str, Any]:
-  """The donor's config, as it holds for the result."""
-  changed = dict(config)
-  if config and (recipe.out_dtype or recipe.dtype):
-    key = "dtype" if "dtype" in config else "torch_dtype"
-    changed[key] = recipe.out_dtype or recipe.dtype
-  heights = layers.stacks(donor.tensors)
-  for module, own in stacking.stacked(rows).items():
-    others = {str(g.module) for g in groups(recipe)} - {str(module)}
-    try:
-      changed = layers.resized(changed, heights.get(own.stack), own.order, module or "", others)
-    except ValueError as error:
-      raise RecipeError([Problem(own.group.place, str(error))]) from error
-  return changed

@@ -26,6 +26,12 @@ class Row(NamedTuple):
   group: Group
   names: tuple[str, ...]
 
+  @property
+  def in_base(self) -> str:
+    """What it is called in the base; layers of a slice lie there as in the first source."""
+    pairs = zip(self.group.sources, self.names, strict=True)
+    return next((name for s, name in pairs if s.model == self.group.base), self.names[0])
+
 
 def rows(recipe: Recipe, models: Opened, config: Mapping[str, Any]) -> Iterator[Row]:
   """Yields the tensors of the result.
@@ -174,3 +180,25 @@ def left_out(recipe: Recipe, models: Opened, rows: Sequence[Row]) -> dict[str, d
         if name in models[source.model].tensors:
           told[models[source.model].name][name] = "dropped: excluded"
   return told
+
+
+def config(
+  recipe: Recipe, own: Mapping[str, Any], rows: Sequence[Row], donor: planning.Model
+) -> dict[str, Any]:
+  """Returns the donor's config, `own`, as it holds for the result: its dtype, and how many layers.
+
+  Raises:
+    RecipeError: where it cannot be told which of its numbers is that of the layers.
+  """
+  changed = dict(own)
+  if own and (recipe.out_dtype or recipe.dtype):
+    key = "dtype" if "dtype" in own else "torch_dtype"
+    changed[key] = recipe.out_dtype or recipe.dtype
+  heights = layers.stacks(donor.tensors)
+  for module, stack in stacked(rows).items():
+    others = {str(g.module) for g in groups(recipe)} - {str(module)}
+    try:
+      changed = layers.resized(changed, heights.get(stack.stack), stack.order, module or "", others)
+    except ValueError as error:
+      raise RecipeError([Problem(stack.group.place, str(error))]) from error
+  return changed
