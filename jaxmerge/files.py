@@ -22,6 +22,7 @@ import numpy as np
 import xxhash
 
 from jaxmerge import (
+  asking,
   evaluating,
   fingerprint,
   finishing,
@@ -95,17 +96,17 @@ def merge_files(
     ValueError: naming file, tensor and value, for inputs that do not fit or are damaged.
     FileExistsError: where there is something at `out` and `replace` is not set.
   """
+  called = list(names) if names is not None else [str(pathlib.Path(m)) for m in models]
+  kept = asking.checked(called, len(models), base=base is not None, dtype=dtype, missing=missing)
   files, find = Files(), hub.Finder(download=download)
   try:
-    called = list(names) if names is not None else [str(pathlib.Path(m)) for m in models]
     references = [*zip(called, models, strict=True)]
-    references += [] if base is None else [("the base", base)]
+    references += [] if base is None else [(asking.BASE, base)]
     each = opening.every(references, files, find)
     start = None if base is None else each.pop()
     said = {"method": fingerprint.fingerprint(method), **({"words": words} if words else {})}
     job = planning.Job(lambda: method, said, tuple(called), aux or {}, seed, views.check(layout))
-    kept = None if dtype is None else np.dtype(dtype)
-    plan = planning.simple(job, start, each, dtype=kept, missing=missing)
+    plan = asking.planned(job, start, each, dtype=kept, missing=missing)
     plan = plan._replace(facts={**plan.facts, **find.facts})
     made = run(plan, out, **options)
   finally:

@@ -216,35 +216,6 @@ def foreseen(name: str, plan: Plan) -> Model:
   return Model(name, plan.donor, tensors, (), None if text is None else json.loads(text))
 
 
-def simple(
-  job: Job,
-  base: Model | None,
-  models: Sequence[Model],
-  *,
-  dtype: np.dtype | None = None,
-  missing: str = "error",
-) -> Plan:
-  """Plans a merge of whole models by one method: of task vectors with a base, else of weights.
-
-  Args:
-    job: what merges them.
-    base: the base.
-    models: the models to be merged.
-    dtype: of the result's floating tensors; None: as in the base, or in the first model.
-    missing: as for `assembled`.
-
-  Raises:
-    Problems: naming every tensor and model that do not fit.
-  """
-  donor = base or models[0]
-
-  wants = [
-    Want(name, donor.part(name), tuple(m.part(name) for m in models), raw=base is None)
-    for name in sorted({name for m in (donor, *models) for name in m.tensors})
-  ]
-  return assembled(wants, [job], (donor, *models), dtype=dtype, missing=missing)
-
-
 def assembled(
   wants: Sequence[Want],
   jobs: Sequence[Job],

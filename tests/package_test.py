@@ -59,6 +59,7 @@ FLOORS = {
     "bundles",
     "opening",
     "planning",
+    "asking",
     "summarizing",
     "evaluating",
     "tying",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple  # Any: what a config.json holds.
 
-from jaxmerge import planning
+from jaxmerge import asking, planning
 from jaxmerge.recipe import layers, parameters
 from jaxmerge.recipe.places import Problem, RecipeError
 from jaxmerge.recipe.records import Group, Model, Recipe, groups
@@ -190,10 +190,8 @@ def config(
   Raises:
     RecipeError: where it cannot be told which of its numbers is that of the layers.
   """
-  changed = dict(own)
-  if own and (recipe.out_dtype or recipe.dtype):
-    key = "dtype" if "dtype" in own else "torch_dtype"
-    changed[key] = recipe.out_dtype or recipe.dtype
+  dtype = recipe.out_dtype or recipe.dtype
+  changed = asking.stated(own, dtype) if own and dtype else dict(own)
   heights = layers.stacks(donor.tensors)
   for module, stack in stacked(rows).items():
     others = {str(g.module) for g in groups(recipe)} - {str(module)}

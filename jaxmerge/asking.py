@@ -1,0 +1,106 @@
+"""A merge of whole models by one method, as Python asks for it: checked, then planned."""
+
+from __future__ import annotations
+
+import collections
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any  # What a config.json holds.
+
+import numpy as np
+
+from jaxmerge import catalog, planning
+from jaxmerge.io import folder, safetensors, weights
+from jaxmerge.planning import Job, Model, Plan, Want
+
+MISSING = ("error", "base", "mean", "skip")
+BASE = "the base"  # What it is called.
+
+
+def checked(
+  names: Sequence[str], models: int, *, base: bool, dtype: Any, missing: str
+) -> np.dtype | None:
+  """Checks what is said beside the models, before any of them is opened.
+
+  >>> checked(["chat", "code"], 2, base=False, dtype="float16", missing="mean")
+  dtype('float16')
+
+  Args:
+    names: of the models.
+    models: how many they are.
+    base: whether there is a base.
+    dtype: of the result's floating tensors, as numpy calls it; None: as in the base.
+    missing: what becomes of a tensor that some models lack.
+
+  Returns:
+    The dtype.
+
+  Raises:
+    ValueError: with the value, and what would be right.
+  """
+  if not models:
+    raise ValueError("there is no model to merge: give one or more.")
+  if len(names) != models:
+    raise ValueError(f"names must be {models}, one for each model, got {list(names)}.")
+  counts = collections.Counter([*names, *([BASE] if base else [])])
+  if twice := [name for name, count in counts.items() if count > 1]:
+    raise ValueError(f"{twice[0]!r} is what two models are called: names tells them apart.")
+  if missing not in MISSING:
+    raise ValueError(f"missing cannot be {missing!r}{catalog.nearest(str(missing), MISSING)}.")
+  if missing == "base" and not base:
+    raise ValueError("missing='base' takes tensors from the base, but there is none: give one.")
+  return None if dtype is None else _floating(dtype)
+
+
+def _floating(said: Any) -> np.dtype:
+  known = {d.name: d for d in safetensors.DTYPES.values() if safetensors.is_floating(d)}
+  try:
+    name = np.dtype(said).name
+  except TypeError:
+    name = str(said)
+  if name not in known:
+    raise ValueError(f"dtype cannot be {said!r}{catalog.nearest(name, known)}.")
+  return known[name]
+
+
+def planned(
+  job: Job,
+  base: Model | None,
+  models: Sequence[Model],
+  *,
+  dtype: np.dtype | None = None,
+  missing: str = "error",
+) -> Plan:
+  """Plans a merge of whole models by one method: of task vectors with a base, else of weights.
+
+  Args:
+    job: what merges them.
+    base: the base.
+    models: the models to be merged.
+    dtype: of the result's floating tensors; None: as in the base, or in the first model.
+    missing: as for `planning.assembled`.
+
+  Raises:
+    planning.Problems: naming every tensor and model that do not fit.
+  """
+  donor = base or models[0]
+
+  wants = [
+    Want(name, donor.part(name), tuple(m.part(name) for m in models), raw=base is None)
+    for name in sorted({name for m in (donor, *models) for name in m.tensors})
+  ]
+  plan = planning.assembled(wants, [job], (donor, *models), dtype=dtype, missing=missing)
+  config = {} if dtype is None else weights.config(donor.folder)
+  if dtype is None or not config or stated(config, dtype.name) == config:
+    return plan
+  text = json.dumps(stated(config, dtype.name), indent=2) + "\n"
+  return plan._replace(texts={folder.CONFIG: text})
+
+
+def stated(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+  """Returns a config that says in which dtype weights are stored, as its library calls the key.
+
+  >>> stated({"torch_dtype": "float32"}, "bfloat16")
+  {'torch_dtype': 'bfloat16'}
+  """
+  return {**config, "dtype" if "dtype" in config else "torch_dtype": dtype}
