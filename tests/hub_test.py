@@ -149,6 +149,17 @@ def test_a_folder_comes_before_an_id(models, tmp_path):
     hub.located("org/base", "main")
 
 
+@pytest.mark.parametrize("path", ["lr@1e-5", "runs/lr@1e-5", "runs/a+b@last"])
+def test_a_folder_whose_name_has_marks_is_that_folder(tmp_path, remote, path):
+  tensors = folders.tensors(7)
+  folders.write(tmp_path / path, tensors)
+  folders.write(tmp_path / "runs/base", tensors)
+  small.same(folders.read(files.merge_files(methods.average(), [path], "out")), tensors)
+  assert cli.main(["inspect", path]) == 0
+  assert cli.main(["diff", "runs/base", path]) == 0
+  assert remote.asked == []
+
+
 @pytest.mark.parametrize("path", ["models/chta", "./org/base", "../org/base", "a/b/c", "org"])
 def test_what_is_a_misspelt_path_is_not_looked_up(tmp_path, remote, path):
   (tmp_path / "models").mkdir()

@@ -54,6 +54,8 @@ def split(reference: str | os.PathLike[str]) -> tuple[str, str | None]:
   if not isinstance(reference, str):
     path = os.fspath(reference)
     return path if os.path.isabs(path) else os.path.join(os.curdir, path), None
+  if os.path.isdir(reference):
+    return reference, None
   path, at, revision = reference.partition("@")
   return (path, revision) if at and is_id(path, revision) else (reference, None)
 
