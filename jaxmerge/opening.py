@@ -65,7 +65,10 @@ def opened(own: Reference, files: Files, find: hub.Finder, name: str) -> plannin
     return model
   added = find(own.adapter, own.adapter_revision)
   tensors = adapter.adapted(model.tensors, added.folder, files, home=added.home)
-  return model._replace(tensors=tensors, files=(*model.files, *adapter.paths(added.folder)))
+  names = {id(tensor): name for name, tensor in model.tensors.items()}
+  tied = {head: tensors[names[id(tensor)]] for head, tensor in model.tied.items()}
+  paths = adapter.paths(added.folder)
+  return model._replace(tensors=tensors, tied=tied, files=(*model.files, *paths))
 
 
 def every(

@@ -213,7 +213,8 @@ def foreseen(name: str, plan: Plan) -> Model:
     o.name: Tensor(f"{name}: tensor {o.name!r}", o.dtype, o.shape, read) for o in plan.outputs
   }
   text = plan.texts.get(folder.CONFIG)
-  return Model(name, plan.donor, tensors, (), None if text is None else json.loads(text))
+  config = weights.config(plan.donor) if text is None else json.loads(text)
+  return _with_ties(Model(name, plan.donor, tensors, (), config), config)
 
 
 def assembled(

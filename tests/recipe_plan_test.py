@@ -493,6 +493,50 @@ def test_merge_files_takes_models_with_adapters(family):
       files.merge_files(methods.average(), models, "other")
 
 
+def tied(folder, tensors):
+  """Writes a model without a head, whose config says that the head is the embedding."""
+  config = folders.CONFIG | {"tie_word_embeddings": True}
+  own = {n: x for n, x in tensors.items() if n != "lm_head.weight"}
+  folders.write(pathlib.Path(folder), own, config=config)
+
+
+def test_an_adapter_of_an_embedding_is_one_of_the_head_that_is_tied_to_it(family):
+  _, first, second, _ = family
+  name = "model.embed_tokens"
+  tied("m0", first)
+  pathlib.Path("lora").mkdir()
+  config = {"peft_type": "LORA", "r": 1, "lora_alpha": 2, "target_modules": ["embed_tokens"]}
+  pathlib.Path("lora/adapter_config.json").write_text(json.dumps(config))
+  a, b = np.ones((1, 10), np.float32), np.ones((6, 1), np.float32)
+  parts = {f"base_model.model.{name}.lora_embedding_{k}": x for k, x in (("A", a), ("B", b))}
+  safetensors.save("lora/adapter_model.safetensors", parts)
+  found = run("""
+merge_method: linear
+models: [{model: m1}, {model: m0+lora}]
+parameters: {weight: 1}
+""")
+  for head in (f"{name}.weight", "lm_head.weight"):
+    mean = (second[head] + first[f"{name}.weight"] + 2) / 2
+    np.testing.assert_allclose(found[head], mean, atol=1e-6)
+
+
+def test_ties_of_what_a_recipe_makes_are_known_before_it_is_made(family, capsys):
+  _, first, second, third = family
+  tied("m0", first)
+  tied("m1", second)
+  text = STAGES.replace(
+    "base_model: mean\nmodels: [{model: m2}]", "base_model: m2\nmodels: [{model: mean}]"
+  )
+  pathlib.Path("recipe.yml").write_text(text.replace("m2", "./m2"))
+  assert cli.main(["merge", "recipe.yml", "out"]) == 0, capsys.readouterr().err
+  name = "lm_head.weight"
+  mean = (first["model.embed_tokens.weight"] + second["model.embed_tokens.weight"]) / 2
+  pair = {name: np.stack([third[name], mean])}
+  small.close(
+    {name: folders.read(pathlib.Path("out"))[name]}, jaxmerge.blend(methods.slerp(0.25), pair)
+  )
+
+
 def test_a_model_with_an_adapter_is_stored_as_its_base_is(tmp_path, monkeypatch):
   """Its matrices are computed in float32; a result without `dtype` keeps that of the files."""
   monkeypatch.chdir(tmp_path)

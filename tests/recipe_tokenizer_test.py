@@ -11,7 +11,7 @@ import pytest
 import tokenizers
 
 from jaxmerge import files, planning
-from jaxmerge.io import rows
+from jaxmerge.io import rows, safetensors
 from jaxmerge.io.tensor import Files, Tensor
 from jaxmerge.recipe import RecipeError, chat, embeddings
 from jaxmerge.recipe import plan as plans
@@ -108,6 +108,19 @@ def test_a_union_has_the_tokens_of_all(three):
   assert told == {"content": "<|im_end|>", **SPECIAL}
   fates = output("jaxmerge_provenance.json")["inputs"]["turned"]
   assert fates[HEAD] == "rows by the tokenizer; merged by average, job 1"
+
+
+def test_a_head_that_is_tied_in_one_model_has_the_rows_too(three):
+  base, tuned, turned = three
+  config = CONFIG | {"vocab_size": 16, "tie_word_embeddings": True}
+  pathlib.Path("chat/config.json").write_text(json.dumps(config))
+  headless = {n: x for n, x in tuned.items() if n != HEAD}
+  safetensors.save("chat/model.safetensors", headless, {"format": "pt"})
+  found = views(LINEAR + "tokenizer_source: union\n", HEAD)
+  extra = tuned[EMBEDDING][10:11]
+  np.testing.assert_array_equal(found[0], np.concatenate([base[HEAD], extra]))
+  np.testing.assert_array_equal(found[1], tuned[EMBEDDING][:11])
+  np.testing.assert_array_equal(found[2], np.concatenate([turned[HEAD][ORDER], extra]))
 
 
 def test_what_is_written_is_a_tokenizer(three):

@@ -64,9 +64,7 @@ def narrow(own: Own, models: Opened, names: frozenset[str]) -> Iterator[Problem]
 def uneven(models: Opened, names: frozenset[str]) -> Iterator[Problem]:
   """Finds tensors whose rows are not like those of the first model that has them."""
   for name in sorted(names):
-    (first, own), *others = [
-      (m, o.tensors[name].shape[1:]) for m, o in models.items() if name in o.tensors
-    ]
+    (first, own), *others = [(m, t.shape[1:]) for m, t in _having(name, models).items()]
     for model, shape in others:
       if shape != own:
         text = f"{name} has rows of {list(shape)} in {model}, but of {list(own)} in {first}."
@@ -84,7 +82,7 @@ def misplaced(
     if token.token_id is None and wanted not in own[token.model].ids:
       yield Problem(token.place, f"{token.model} has no token {wanted!r}.")
     for name in sorted(names):
-      tensor = models[token.model].tensors.get(name)
+      tensor = models[token.model].part(name).tensor
       if tensor is None:
         yield Problem(token.place, f"{token.model} has no tensor {name!r} to take the row from.")
       elif token.token_id is not None and token.token_id >= tensor.shape[0]:
@@ -116,12 +114,20 @@ def reordered(models: Opened, names: frozenset[str], order: Order) -> dict[Model
   empty[list(order.merged.ids.values())] = False
   own = {m: _rows(order, m) for m in models}
   found = {m: dict(opened.tensors) for m, opened in models.items()}
+  tied = {m: dict(opened.tied) for m, opened in models.items()}
   for name in sorted(names):
     fills = _fills(order, name, models)
-    for m, tensors in found.items():
-      if name in tensors:
-        tensors[name] = rows.gathered(tensors[name], own[m], fills, empty)
-  return {m: opened._replace(tensors=found[m]) for m, opened in models.items()}
+    for m in models:
+      for tensors in (found[m], tied[m]):
+        if name in tensors:
+          tensors[name] = rows.gathered(tensors[name], own[m], fills, empty)
+  return {m: o._replace(tensors=found[m], tied=tied[m]) for m, o in models.items()}
+
+
+def _having(name: str, models: Opened) -> dict[Model, Tensor]:
+  """The tensors of a name; an embedding stands in for a head that is tied to it."""
+  found = {m: opened.part(name).tensor for m, opened in models.items()}
+  return {m: tensor for m, tensor in found.items() if tensor is not None}
 
 
 def _rows(order: Order, model: Model) -> np.ndarray:
@@ -136,7 +142,7 @@ def _rows(order: Order, model: Model) -> np.ndarray:
 
 def _fills(order: Order, name: str, models: Opened) -> dict[int, list[rows.Row]]:
   """The rows for models that lack a token: the base's, else all those whose mean it is."""
-  tensors = {m: o.tensors[name] for m, o in models.items() if name in o.tensors}
+  tensors = _having(name, models)
   found = {}
   for text, row in order.merged.ids.items():
     have = [(m, order.own[m].ids[text]) for m in tensors if text in order.own[m].ids]
