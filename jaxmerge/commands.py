@@ -175,6 +175,8 @@ def _planned(
     kind = options.out_format if place == out else "safetensors"
     needed += summarizing.room(plan, kind)
     begun.append(growing.part_of(place))
+    with telling.noted(found):
+      finishing.check_place(plan, out)
     # What is made of another recipe's result is known when that is there.
     if options.resume == "auto" and not stages.keys() & plan.fates.keys():
       with telling.noted(found):

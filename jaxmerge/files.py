@@ -152,6 +152,7 @@ def run(
     raise ValueError(f"out_format must be one of {', '.join(FORMATS)}, got {out_format!r}.")
   out = pathlib.Path(out)
   atomic.check_free(out, replace)
+  finishing.check_place(plan, out)
   part = growing.part_of(out)
   first, index = processes.first(), jax.process_index()
   left = first and replace and resume and bool(atomic.replaced(out))

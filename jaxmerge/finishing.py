@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import os
 import pathlib
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -44,6 +45,17 @@ def check_begun(plan: Plan, out: pathlib.Path, *, shard_size: int, out_format: s
   if growing.journals(part):
     shards = folder.shards({o.name: o.size for o in plan.outputs}, shard_size)
     growing.noted(part, identity(plan, shards, out_format))
+
+
+def check_place(plan: Plan, out: pathlib.Path) -> None:
+  """Raises ValueError where a result would replace, and so remove, what it is made of."""
+  place = os.path.realpath(out)
+  for path in sorted({plan.donor, *(file.parent for file in plan.inputs)}):
+    if os.path.commonpath([place, os.path.realpath(path)]) == place:
+      raise ValueError(
+        f"{out}: {path}, which is merged, lies there and would be removed; give another place for "
+        "the result."
+      )
 
 
 def holds(out: pathlib.Path, plan: Plan, shard_size: int, out_format: str, nonfinite: bool) -> bool:

@@ -170,6 +170,19 @@ def test_stale_files_do_not_stay_beside_new_ones(family, capsys):
   assert not stale.exists()
 
 
+@pytest.mark.parametrize("out", ["m1", "link"])
+def test_models_are_not_replaced_by_what_is_made_of_them(family, capsys, out):
+  pathlib.Path("link").symlink_to("m1")
+  recipe("m1", "link")
+  for more in (["--dry-run"], []):
+    assert cli.main(["merge", "recipe.yml", out, "--replace", *more]) == 1
+    assert "which is merged, lies there and would be removed" in capsys.readouterr().err
+  assert folders.read(pathlib.Path("m1")).keys() == family[2].keys()
+  assert not list(pathlib.Path().glob(".*"))
+  with pytest.raises(ValueError, match="m0: m0, which is merged, lies there"):
+    files.merge_files(methods.average(), ["m0", "m1"], "m0", replace=True)
+
+
 def test_paths_with_plus_and_at_are_paths(family):
   pathlib.Path("m0").rename("m0+more@home")
   recipe("m0", "m0+more@home")
