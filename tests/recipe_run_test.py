@@ -360,3 +360,30 @@ def test_what_is_in_no_module_is_named(towers):
   found = run(text.replace("modules:", more))
   mean = (towers[1]["logit_scale"] + towers[2]["logit_scale"]) / 2
   np.testing.assert_allclose(found["logit_scale"], mean, rtol=1e-6)
+
+
+def test_a_module_that_is_in_no_name_is_told(towers):
+  text = MODULES.format('exclude: ["^logit_scale$"]')
+  more = "modules:\n  vision_modle: {models: [{model: m0}]}"
+  with pytest.raises(RecipeError) as error:
+    run(text.replace("modules:", more))
+  (line,) = str(error.value).splitlines()
+  assert line.startswith(
+    "recipe.yml:5:17: the module 'vision_modle' is a part of no tensor's name;"
+  )
+  assert line.endswith("did you mean 'vision_model'?")
+
+
+def test_modules_of_checkpoints_are_parts_of_their_names_too(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  trees = [{f"{n}/kernel": np.full((2, 2), k, np.float32) for n in ("eye", "ear")} for k in (1, 3)]
+  for k, own in enumerate(trees):
+    folders.write(tmp_path / f"m{k}", own)
+  found = run("""
+merge_method: linear
+modules:
+  eye: {models: [{model: m0}, {model: m1}]}
+  ear: {models: [{model: m1}]}
+parameters: {weight: 1}
+""")
+  check(found, {"eye/kernel": trees[0]["eye/kernel"] * 2, "ear/kernel": trees[1]["ear/kernel"]})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple  # Any: what a config.json holds.
 
@@ -68,16 +70,26 @@ def _outside(recipe: Recipe, models: Opened, made: Sequence[Group]) -> Iterator[
       yield Row(tensor, every, (name,) * len(sources))
     elif len(homes) != 1:
       which = f"the modules {' and '.join(homes)}" if homes else "no module"
-      hint = f"exclude it, or write a module {name.split('.')[0]!r}"
+      hint = f"exclude it, or write a module {_parts(name)[0]!r}"
       text = f"tensor {name!r} of {owner} is in {which}: {'name one of them' if homes else hint}."
       problems.append(Problem(recipe.places["modules"], text))
+  every = {part for m in models.values() for name in m.tensors for part in _parts(name)}
+  for module in modules.keys() - every:
+    close = difflib.get_close_matches(module, sorted(every), n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else "."
+    text = f"the module {module!r} is a part of no tensor's name{hint}"
+    problems.append(Problem(recipe.modules[module].place, text))
   if problems:
     raise RecipeError(problems)
 
 
 def _inside(group: Group, name: str) -> bool:
   """Tells whether a tensor belongs to the group's module: the module is a part of its name."""
-  return group.module is None or group.module in name.split(".")
+  return group.module is None or group.module in _parts(name)
+
+
+def _parts(name: str) -> list[str]:
+  return re.split("[./]", name)
 
 
 def _whole(group: Group, models: Opened) -> Iterator[Row]:
