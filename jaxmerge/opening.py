@@ -68,7 +68,8 @@ def opened(own: Reference, files: Files, find: hub.Finder, name: str) -> plannin
   names = {id(tensor): name for name, tensor in model.tensors.items()}
   tied = {head: tensors[names[id(tensor)]] for head, tensor in model.tied.items()}
   paths = adapter.paths(added.folder)
-  return model._replace(tensors=tensors, tied=tied, files=(*model.files, *paths))
+  dropped = {**model.dropped, **adapter.fates(added.folder)}
+  return model._replace(tensors=tensors, tied=tied, dropped=dropped, files=(*model.files, *paths))
 
 
 def every(

@@ -38,7 +38,8 @@ class Model(NamedTuple):
     config: what its config.json says; None: what is in the folder.
     tied: names of output heads to the embeddings that they are, by the config: they are no
       tensors of their own, and stand in where another model's head is not tied.
-    dropped: tensors of its files that are not among its tensors, and why.
+    dropped: tensors of its files that are not among its tensors, and what becomes of them: why they
+      are dropped, or what an adapter's are added to.
     home: what its folder is called where the path would tell of this machine.
   """
 
@@ -250,13 +251,12 @@ def assembled(
     # The base may be one of the models as well.
     for which in dict.fromkeys((*want.models, want.base)):
       if which is not None and which.tensor is not None:
-        base = which == want.base and fate.startswith("merged") and not want.raw
-        words = fate.replace("merged by", "base of", 1) if base else fate
+        words = _fate_of(which, want, found, fate)
         words += f" -> {want.name}" if which.name != want.name and found is not None else ""
         known = told[which.model].get(which.name, "dropped")
-        told[which.model][which.name] = (
-          words if known.startswith("dropped") else f"{known}; {words}"
-        )
+        if not known.startswith("dropped"):
+          words = known if words.startswith("dropped") else f"{known}; {words}"
+        told[which.model][which.name] = words
     if found is not None:
       first = found.base or found.models[0]
       own = first.kept or first.dtype
@@ -318,6 +318,15 @@ def _settled(want: Want, missing: str, jobs: list[Job]) -> tuple[Output | None, 
   if missing == "base" and base is not None:
     return made, "copied from the base, as not all models have it"
   return None, "dropped: not all models have it"
+
+
+def _fate_of(which: Part, want: Want, made: Output | None, fate: str) -> str:
+  """Says of one of a tensor's parts what it is to the result."""
+  if which != want.base or made is None or made.job is None:
+    return fate
+  if made.base is not None:
+    return fate.replace("merged by", "base of", 1)
+  return fate if which in want.models else "dropped: only the models are merged"
 
 
 def called(jobs: Sequence[Job], index: int) -> str:

@@ -228,6 +228,22 @@ def test_what_a_recipe_does_where_a_model_lacks_a_tensor(family, missing):
   check(found, expected)
 
 
+def test_a_base_that_is_not_merged_is_not_said_to_be(family):
+  """By a method of weights, and where the models that have a tensor are averaged."""
+  run("merge_method: linear\nbase_model: base\nmodels: [{model: m0}]\nparameters: {weight: 1}\n")
+  told = json.loads(pathlib.Path("out", files.PROVENANCE).read_text())["inputs"]
+  assert told["base"].pop("position_ids") == "copied from base"
+  assert set(told["base"].values()) == {"dropped: only the models are merged"}
+  assert set(told["m0"].values()) == {"copied from base", "merged by average, job 1"}
+  own = {n: x for n, x in family[1].items() if n != FINAL}
+  folders.write(pathlib.Path("m0"), own)
+  pathlib.Path("out").rename("before")
+  run(MISSING.format("mean"))
+  told = json.loads(pathlib.Path("out", files.PROVENANCE).read_text())["inputs"]
+  assert told["base"][FINAL] == "dropped: only the models are merged"
+  assert told["m1"][FINAL] == "mean of the models that have it, job 2"
+
+
 def test_layers_are_chosen_by_their_numbers(family):
   base, first, second, _ = family
   text = """
@@ -276,6 +292,9 @@ models:
 """
   tuned = first | {name: first[name] + 2 * b.astype(np.float64) @ a}
   check(run(text), named(lambda n, i: (base[n] + tuned[n]) / 2))
+  told = json.loads(pathlib.Path("out", files.PROVENANCE).read_text())["inputs"]
+  for part in parts:
+    assert told[f"m0+{folder}"][part] == f"adapter, added -> {name}"
 
 
 # A model of two towers, in which nothing but the modules tells one stack of layers from the other.

@@ -98,6 +98,24 @@ def adapted(
   return {**out, **lora.computed(layers)}
 
 
+def fates(folder: Path) -> dict[str, str]:
+  """Says of each tensor of an adapter which one of the model it is added to, or stands for.
+
+  >>> fates("adapter")  # doctest: +SKIP
+  {'base_model.model.q_proj.lora_A.weight': 'adapter, added -> q_proj.weight', ...}
+
+  Raises:
+    FileNotFoundError: where a file of the adapter is missing.
+  """
+  found = {}
+  for key in safetensors.header(paths(folder)[1]).tensors:
+    name = _in_model(key)
+    part = _LAYER.fullmatch(name)
+    words = f"added -> {part['module']}.weight" if part else f"in place of the model's -> {name}"
+    found[key] = f"adapter, {words}"
+  return found
+
+
 def factors(folder: Path, files: Files) -> dict[str, tuple[np.ndarray, np.ndarray, float]]:
   """Reads the factors of an adapter: module to A [r, in], B [out, r], and the factor on B @ A.
 
@@ -175,8 +193,7 @@ def _sorted(
     tensor = stored(files, path, key, entry, home=home)
     if not key.startswith(_PREFIX):
       raise ValueError(f"{tensor.where}: names of an adapter's tensors begin with {_PREFIX!r}.")
-    # A base's tensor that PEFT saved along with the adapter of its module.
-    name = key.removeprefix(_PREFIX).replace(".base_layer.", ".")
+    name = _in_model(key)
     if found := _LAYER.fullmatch(name):
       parts.setdefault(found["module"], {})[found["part"]] = tensor
     elif name not in base:
@@ -192,6 +209,11 @@ def _sorted(
     else:
       out[name] = tensor
   return parts, out
+
+
+def _in_model(key: str) -> str:
+  """What a tensor, or its module, is called in the model; PEFT may save it beside its adapter."""
+  return key.removeprefix(_PREFIX).replace(".base_layer.", ".")
 
 
 def _near(name: str, base: Mapping[str, Tensor]) -> str:
