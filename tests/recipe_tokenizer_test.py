@@ -190,6 +190,18 @@ def test_a_token_of_several_models_has_the_base_or_their_mean(three):
   np.testing.assert_array_equal(found[2][9], three[0][EMBEDDING][9])  # </s>, from the base.
 
 
+def test_a_mean_does_not_depend_on_how_models_are_listed(three):
+  for name, value in (("a", 1e8), ("b", 1.0), ("c", -1e8)):
+    made = write(name, 1, WORDS, ["<s>", "</s>", "<x>"])
+    made[EMBEDDING][10] = value
+    safetensors.save(f"{name}/model.safetensors", made, {"format": "pt"})
+  listed = "{model: base}, {model: %s}, {model: %s}, {model: %s}"
+  text = LINEAR.replace("{model: base}, {model: chat}, {model: turned}", listed)
+  text += "tokenizer_source: union\n"
+  found = [views(text % order)[0][10] for order in (("a", "b", "c"), ("c", "a", "b"))]
+  np.testing.assert_array_equal(*found)
+
+
 def test_rows_that_are_laid_down(three):
   base, tuned, turned = (x[EMBEDDING] for x in three)
   text = (

@@ -152,7 +152,8 @@ def _fills(order: Order, name: str, models: Opened) -> dict[int, list[rows.Row]]
       continue
     elif have and have[0][0] == order.base:
       have = have[:1]
-    found[row] = [(tensors[m], number) for m, number in have]
+    # In an order of their own: a sum must not depend on how the models are listed.
+    found[row] = [(tensors[m], number) for m, number in sorted(have, key=lambda own: str(own[0]))]
   return found
 
 
