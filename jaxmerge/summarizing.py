@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any  # A record is JSON, its values have no one type.
 
@@ -76,7 +77,7 @@ def _read(plan: Plan, job: int | None) -> int:
 
 def readings(job: Job) -> int:
   """Returns how often a job reads its models; once, as far as is known, by a method of a user's."""
-  name = str(job.words.get("method")) if isinstance(job.words, dict) else ""
+  name = str(_words(job).get("method"))
   return catalog.METHODS[name].reads if name in catalog.METHODS else 1
 
 
@@ -100,22 +101,37 @@ _RANKED = 120_000_000  # Bytes of samples, and of the values near a threshold.
 def memory(plan: Plan) -> int:
   """Estimates the resident memory of a merge, in bytes; it takes about so much or less.
 
-  It grows with the number of models and not with their size, except where statistics of columns
-  need whole matrices.
+  It grows with the number of models and not with their size, except where a method needs whole
+  matrices, or rows that do not lie one after the other.
   """
   most = 0
   for i, job in enumerate(plan.jobs):
-    words = job.words if isinstance(job.words, dict) else {}
-    entry = catalog.METHODS.get(str(words.get("method")))
+    entry = catalog.METHODS.get(str(_words(job).get("method")))
     ranked = entry is not None and bool({"density", "remove"} & entry.parameters.keys())
-    largest = max((math.prod(o.shape) for o in plan.outputs if o.job == i), default=0)
-    if not largest:
-      continue
-    count = len(job.models)
-    cut = planning.entries(count)
-    entries = largest if words.get("scope") == "column" else min(cut, largest)
-    most = max(most, _WORKING * entries * (count + 1) + ranked * _RANKED)
+    entries = max((_held(job, o) for o in plan.outputs if o.job == i), default=0)
+    if entries:
+      most = max(most, _WORKING * entries * (len(job.models) + 1) + ranked * _RANKED)
   return _RUNTIME + most
+
+
+def _held(job: Job, output: planning.Output) -> int:
+  """Entries of a tensor that are in memory at a time, of each model."""
+  whole, words = math.prod(output.shape), _words(job)
+  cut = min(planning.entries(len(job.models)), whole)
+  entry = catalog.METHODS.get(str(words.get("method")))
+  scope = {"row": "row", "column": "matrix"}.get(str(words.get("scope")))
+  unit = scope or ("entry" if entry is None else entry.unit)
+  if unit != "row" or cut == whole:
+    return whole if unit == "matrix" else cut
+  lead = [re.fullmatch("b*o+i*", view) is not None for _, view in job.layout]
+  if not (lead and all(lead)):  # Looking for names takes long where there are thousands.
+    found = (i for i, (pattern, _) in enumerate(job.layout) if re.search(pattern, output.name))
+    lead = [lead[i] for i in found][:1] or [False]
+  return max(cut, math.prod(output.shape[1:])) if lead[0] else whole
+
+
+def _words(job: Job) -> Mapping[str, Any]:
+  return job.words if isinstance(job.words, Mapping) else {}
 
 
 def size(count: float) -> str:
@@ -174,7 +190,7 @@ def _method(job: Job, names: Mapping[str, str], count: int) -> Record:
     `method`, its name in the catalog, or what it is called; `settings`, `numbers`, in words;
     `models`, their names; `tensors`, how many; `seed`, None without one.
   """
-  words = dict(job.words) if isinstance(job.words, Mapping) else {"method": str(job.words)}
+  words = dict(_words(job)) or {"method": str(job.words)}
   return {
     "method": words.pop("method"),
     "settings": words,

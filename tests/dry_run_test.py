@@ -115,6 +115,10 @@ def test_memory_is_that_of_slices_and_not_of_models():
   # Samples, and the values near a threshold; whole matrices.
   assert needed("small", method="ties") == start + 30 * 4 * 2**10 + 120_000_000
   assert needed("large", scope="column") == start + 30 * 4 * 2**32
+  assert needed("large", "small", method="tsv") == start + 30 * 4 * 2**32
+  # Rows come in slices where they lie one after the other.
+  sliced, job = needed("large", scope="row"), job._replace(layout=[("large", "oi")])
+  assert (sliced, needed("large", scope="row")) == (start + 30 * 4 * 2**32, start + 30 * 4 * 2**20)
 
 
 @pytest.mark.parametrize(("text", "readings"), [(SUM, 1), (SLERP, 2)], ids=["sum", "slerp"])
