@@ -41,6 +41,8 @@ class Model(NamedTuple):
     dropped: tensors of its files that are not among its tensors, and what becomes of them: why they
       are dropped, or what an adapter's are added to.
     home: what its folder is called where the path would tell of this machine.
+    texts: files that it will have beside those of the folder, or in their place, where it is still
+      to be made; None: it will not have that one.
   """
 
   name: str
@@ -51,6 +53,7 @@ class Model(NamedTuple):
   tied: Mapping[str, Tensor] = {}
   dropped: Mapping[str, str] = {}
   home: str | None = None
+  texts: Mapping[str, str | None] = {}
 
   def part(self, name: str) -> Part:
     """Returns one of its tensors by name, or that it has none."""
@@ -215,7 +218,7 @@ def foreseen(name: str, plan: Plan) -> Model:
   }
   text = plan.texts.get(folder.CONFIG)
   config = weights.config(plan.donor) if text is None else json.loads(text)
-  return _with_ties(Model(name, plan.donor, tensors, (), config), config)
+  return _with_ties(Model(name, plan.donor, tensors, (), config, texts=plan.texts), config)
 
 
 def assembled(

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tokenizers
 
-from jaxmerge import files, planning
+from jaxmerge import cli, files, planning
 from jaxmerge.io import rows, safetensors
 from jaxmerge.io.tensor import Files, Tensor
 from jaxmerge.recipe import RecipeError, chat, embeddings
@@ -425,6 +425,49 @@ def test_chat_templates_with_another_tokenizer(three):
   assert output("tokenizer_config.json")["chat_template"] == "{{ mine }}"
   run(LINEAR.replace("{model: chat}, ", "") + "chat_template: chatml\n")
   assert output("tokenizer_config.json")["chat_template"] == chat.TEMPLATES["chatml"]
+
+
+STAGES = """
+name: first
+merge_method: linear
+models: [{model: base}, {model: chat}]
+parameters: {weight: 1}
+tokenizer: {source: chat, tokens: {<x>: {source: {kind: zero}}}}
+chat_template: "{{ first }}"
+---
+merge_method: linear
+models: [{model: turned}%s]
+parameters: {weight: 1}
+tokenizer: {source: first%s}
+chat_template: auto
+"""
+
+
+@pytest.mark.parametrize(
+  ("more", "tokens"),
+  [
+    ("", ""),
+    (
+      ", {model: first}",
+      ", tokens: {<y>: {source: {kind: model_token, model: first, token: <x>}}}",
+    ),
+  ],
+  ids=["of which the tokenizer is taken", "that is merged"],
+)
+def test_the_tokenizer_of_what_a_recipe_makes_is_known_before_it_is_made(three, more, tokens):
+  """What it will have, and not what the folder has that it takes its files from."""
+  turned = three[2]
+  pathlib.Path("recipe.yml").write_text(STAGES % (more, tokens))
+  for options in (["--dry-run"], []):
+    assert cli.main(["merge", "recipe.yml", "out", *options]) == 0
+  out = folders.read(pathlib.Path("out"))
+  count = 13 if more else 12
+  assert out[EMBEDDING].shape == (count, 6)
+  added = {e["content"]: e["id"] for e in output("tokenizer.json")["added_tokens"]}
+  assert added == {"<s>": 8, "</s>": 9, "<|im_end|>": 10, "<x>": 11} | ({"<y>": 12} if more else {})
+  if not more:
+    np.testing.assert_array_equal(out[EMBEDDING][:10], turned[EMBEDDING][ORDER])
+  assert output("tokenizer_config.json")["chat_template"] == "{{ first }}"
 
 
 TURNS = [

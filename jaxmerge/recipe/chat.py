@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import collections
 import json
-import pathlib
 from collections.abc import Iterable
 from typing import Any  # What JSON holds.
 
-from jaxmerge.io import folder as folders
 from jaxmerge.recipe import vocabulary
-from jaxmerge.recipe.vocabulary import JINJA, JSON, SETTINGS
+from jaxmerge.recipe.vocabulary import JINJA, JSON, SETTINGS, Papers
 
 _KEY = "chat_template"
 
@@ -82,23 +80,23 @@ Write a response that appropriately completes the request.') -%}
 }
 
 
-def chosen(said: str, models: Iterable[pathlib.Path]) -> str | None:
+def chosen(said: str, models: Iterable[Papers]) -> str | None:
   """Returns the Jinja text of what a recipe says; None for `auto` where no model has a template.
 
   `auto` is the template that most models have; of equally frequent ones, that of the first.
   """
   if said != "auto":
     return TEMPLATES.get(said, said)
-  found = collections.Counter(own.strip() for path in models if (own := _own(path)))
+  found = collections.Counter(own.strip() for papers in models if (own := _own(papers)))
   return found.most_common(1)[0][0] if found else None
 
 
-def _own(folder: pathlib.Path) -> str | None:
+def _own(papers: Papers) -> str | None:
   """Returns a model's template: the file of it counts before the one among the settings."""
-  if (folder / JINJA).is_file():
-    return (folder / JINJA).read_text(encoding="utf-8")
+  if (text := papers.text(JINJA)) is not None:
+    return text
   for name in (JSON, SETTINGS):
-    found: Any = folders.read_json(folder / name).get(_KEY) if (folder / name).is_file() else None
+    found: Any = papers.json(name).get(_KEY)
     if isinstance(found, list):  # Several, each with a name.
       found = {entry.get("name"): entry.get("template") for entry in found}.get("default")
     if isinstance(found, str) and found:
@@ -106,20 +104,19 @@ def _own(folder: pathlib.Path) -> str | None:
   return None
 
 
-def texts(template: str, folder: pathlib.Path, settings: str | None = None) -> dict[str, str]:
-  """Returns the files of a folder that hold the template, by name, with another one in them.
+def texts(template: str, papers: Papers, settings: str | None = None) -> dict[str, str]:
+  """Returns the files of a model that hold the template, by name, with another one in them.
 
   Args:
     template: the Jinja text.
-    folder: whose files are changed.
-    settings: text of tokenizer_config.json, if it is not that of the folder.
+    papers: the files that are changed.
+    settings: text of tokenizer_config.json, if it is another one.
   """
   if settings is None:
-    path = folder / SETTINGS
-    settings = path.read_text(encoding="utf-8") if path.is_file() else "{}"
+    settings = papers.text(SETTINGS) or "{}"
   made = {SETTINGS: vocabulary.text({**json.loads(settings), _KEY: template})}
-  if (folder / JINJA).is_file():
+  if papers.has(JINJA):
     made[JINJA] = template
-  if (folder / JSON).is_file():
+  if papers.has(JSON):
     made[JSON] = vocabulary.text({_KEY: template})
   return made

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pathlib
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -11,6 +10,7 @@ from jaxmerge.io import hub
 from jaxmerge.io.tensor import Files
 from jaxmerge.recipe.places import Problem, RecipeError
 from jaxmerge.recipe.records import Model
+from jaxmerge.recipe.vocabulary import Papers
 
 
 class Opener(NamedTuple):
@@ -18,12 +18,12 @@ class Opener(NamedTuple):
 
   Attributes:
     model: opens a model; RecipeError for one that is not there, or is damaged.
-    folder: finds the folder of one whose tokenizer alone is wanted; OSError, ValueError.
+    papers: finds the small files of one whose tokenizer alone is wanted; OSError, ValueError.
     find: finds both, and knows what came from the hub.
   """
 
   model: Callable[[Model], planning.Model]
-  folder: Callable[[Model], pathlib.Path]
+  papers: Callable[[Model], Papers]
   find: hub.Finder
 
 
@@ -38,7 +38,7 @@ def opener(files: Files, *, download: bool = False) -> Opener:
     except (OSError, ValueError) as error:
       raise RecipeError([Problem(model.place, str(error))]) from error
 
-  def folder(model: Model) -> pathlib.Path:
-    return find(model.path, model.revision, weights=False).folder
+  def papers(model: Model) -> Papers:
+    return Papers(find(model.path, model.revision, weights=False).folder)
 
-  return Opener(opened, folder, find)
+  return Opener(opened, papers, find)

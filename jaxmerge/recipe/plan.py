@@ -30,6 +30,7 @@ from jaxmerge.recipe.methods import METHODS
 from jaxmerge.recipe.places import Problem, RecipeError
 from jaxmerge.recipe.records import Missing, Model, Recipe, Source, View, groups, referenced
 from jaxmerge.recipe.stacking import Opened, Row
+from jaxmerge.recipe.vocabulary import Papers
 
 RECIPE = "jaxmerge_recipe.yml"
 
@@ -65,11 +66,14 @@ def of_file(
   def model(own: Model) -> planning.Model:
     return results[own.path] if own.path in results else opener.model(own)
 
+  def papers(own: Model) -> Papers:
+    return tokenizer.papers(results[own.path]) if own.path in results else opener.papers(own)
+
   for recipe in (r for r in recipes[:-1] if r.name is not None):
-    for plan in _tried(recipe, model, opener.folder, results, found):
+    for plan in _tried(recipe, model, papers, results, found):
       earlier[str(recipe.name)] = plan
       results[str(recipe.name)] = (planning.foreseen if found else made)(str(recipe.name), plan)
-  last = _tried(recipes[-1], model, opener.folder, results, found)
+  last = _tried(recipes[-1], model, papers, results, found)
   telling.check(found)
   (plan,) = last
   facts = {"recipe": text, **opener.find.facts, **plan.facts}
@@ -82,7 +86,7 @@ def of_file(
 def _tried(
   recipe: Recipe,
   open_model: Callable[[Model], planning.Model],
-  folder_of: Callable[[Model], pathlib.Path],
+  papers_of: Callable[[Model], Papers],
   results: Mapping[str, planning.Model],
   found: list[Exception],
 ) -> list[Plan]:
@@ -90,7 +94,7 @@ def _tried(
   plans: list[Plan] = []
   with telling.noted(found):
     if all(name in results for name in recipe.uses):
-      plans.append(planned(recipe, open_model, folder_of))
+      plans.append(planned(recipe, open_model, papers_of))
     else:
       _opened([m for m in referenced(recipe) if m.path not in recipe.uses], open_model)
   return plans
@@ -112,14 +116,14 @@ def _opened(
 def planned(
   recipe: Recipe,
   open_model: Callable[[Model], planning.Model],
-  folder_of: Callable[[Model], pathlib.Path],
+  papers_of: Callable[[Model], Papers],
 ) -> Plan:
   """Plans what a recipe says.
 
   Args:
     recipe: the recipe.
     open_model: opens a model that it names.
-    folder_of: returns the folder of a model of which only the tokenizer is wanted.
+    papers_of: returns the small files of a model of which only the tokenizer is wanted.
 
   Raises:
     RecipeError: for what is wrong with the recipe once the models are known.
@@ -129,7 +133,7 @@ def planned(
   opened = _opened(referenced(recipe), open_model)
   built = tokenizer.Built(opened, {})
   with telling.noted(found):
-    built = tokenizer.built(recipe, opened, folder_of)
+    built = tokenizer.built(recipe, opened, papers_of)
   models, uneven = built.models, bool(found)
   donor = models[recipe.base_model or groups(recipe)[0].sources[0].model]
   config = donor.config or weights.config(donor.folder)

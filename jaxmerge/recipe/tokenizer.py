@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple  # Any: what a config.json holds.
 
@@ -11,12 +10,12 @@ from jaxmerge.io import folder as folders
 from jaxmerge.recipe import chat, embeddings, telling, vocabulary
 from jaxmerge.recipe.places import Problem, RecipeError, listed
 from jaxmerge.recipe.records import Model, Recipe, Tokenizer
-from jaxmerge.recipe.vocabulary import Flags, Vocabulary
+from jaxmerge.recipe.vocabulary import Flags, Papers, Vocabulary
 
 Opened = Mapping[Model, planning.Model]
 Own = Mapping[Model, Vocabulary]
 Texts = Mapping[str, str | None]
-FolderOf = Callable[[Model], pathlib.Path]
+PapersOf = Callable[[Model], Papers]
 
 GENERATION = "generation_config.json"
 
@@ -59,23 +58,23 @@ class Built(NamedTuple):
     }
 
 
-def built(recipe: Recipe, models: Opened, folder_of: FolderOf) -> Built:
+def built(recipe: Recipe, models: Opened, papers_of: PapersOf) -> Built:
   """Does what a recipe says about the tokenizer and the chat template.
 
   Args:
     recipe: the recipe.
     models: all that it names; the result takes over the files of the first.
-    folder_of: returns the folder of a model of which only the vocabulary is wanted.
+    papers_of: returns the files of a model of which only the vocabulary is wanted.
 
   Raises:
     RecipeError: for tokenizers that cannot be read or brought together, and embeddings without a
       row for each token.
   """
   found: list[Exception] = []
-  made, home = Built(models, {}), next(iter(models.values())).folder
+  made, home = Built(models, {}), papers(next(iter(models.values())))
   if recipe.tokenizer is not None:
     with telling.noted(found):
-      made, home = _built(recipe, recipe.tokenizer, models, folder_of)
+      made, home = _built(recipe, recipe.tokenizer, models, papers_of)
   if recipe.chat_template is not None:
     with telling.noted(found):
       made = _with_template(made, recipe.chat_template, models, home)
@@ -83,8 +82,13 @@ def built(recipe: Recipe, models: Opened, folder_of: FolderOf) -> Built:
   return made
 
 
-def _with_template(made: Built, said: str, models: Opened, home: pathlib.Path) -> Built:
-  template = chat.chosen(said, [m.folder for m in models.values()])
+def papers(model: planning.Model) -> Papers:
+  """Returns the small files of a model that is opened."""
+  return Papers(model.folder, model.texts)
+
+
+def _with_template(made: Built, said: str, models: Opened, home: Papers) -> Built:
+  template = chat.chosen(said, map(papers, models.values()))
   if template is None:
     return made
   own = chat.texts(template, home, made.texts.get(vocabulary.SETTINGS))
@@ -92,21 +96,21 @@ def _with_template(made: Built, said: str, models: Opened, home: pathlib.Path) -
 
 
 def _built(
-  recipe: Recipe, said: Tokenizer, models: Opened, folder_of: FolderOf
-) -> tuple[Built, pathlib.Path]:
-  """Brings the vocabularies together; with the folder whose tokenizer is taken."""
+  recipe: Recipe, said: Tokenizer, models: Opened, papers_of: PapersOf
+) -> tuple[Built, Papers]:
+  """Brings the vocabularies together; with the files of the tokenizer that is taken."""
   own: dict[Model, Vocabulary] = {}
   found: list[Exception] = []
   for m in models:
     with telling.noted(found):
-      own[m] = _read(m, lambda m: models[m].folder)
+      own[m] = _read(m, lambda m: papers(models[m]))
   telling.check(found)
-  merged = _merged(recipe, said, own, folder_of)
+  merged = _merged(recipe, said, own, papers_of)
   names = embeddings.names(own, models)
   _check(said, own, models, names)
   made = Built(
     _stamped(models),
-    _texts(merged, next(iter(models.values())).folder),
+    _texts(merged, papers(next(iter(models.values())))),
     numbers=_numbers(merged, own),
   )
   pad = said.pad_to_multiple_of
@@ -115,10 +119,10 @@ def _built(
   forced = any(token.force for token in said.tokens.values())
   alike = len(heights) == 1 and all(v.ids == merged.ids for v in own.values())
   if alike and not forced and (pad is None or heights == {size}):
-    return made, merged.folder
+    return made, merged.papers
   order = embeddings.Order(said, recipe.base_model, own, merged, size)
   ordered = embeddings.reordered(made.models, names, order)
-  return made._replace(models=ordered, size=size, names=names), merged.folder
+  return made._replace(models=ordered, size=size, names=names), merged.papers
 
 
 def _check(said: Tokenizer, own: Own, models: Opened, names: frozenset[str]) -> None:
@@ -143,19 +147,19 @@ def _stamped(models: Opened) -> Opened:
 # --- The vocabulary ---
 
 
-def _read(model: Model, folder_of: FolderOf) -> Vocabulary:
+def _read(model: Model, papers_of: PapersOf) -> Vocabulary:
   try:
-    return vocabulary.read(folder_of(model))
+    return vocabulary.read(papers_of(model))
   except (OSError, ValueError) as error:
     raise RecipeError([Problem(model.place, str(error))]) from error
 
 
-def _merged(recipe: Recipe, said: Tokenizer, own: Own, folder_of: FolderOf) -> Vocabulary:
+def _merged(recipe: Recipe, said: Tokenizer, own: Own, papers_of: PapersOf) -> Vocabulary:
   """The vocabulary of the result: that of one model, and what is added to it."""
   first = next(iter(own.values()))
   if isinstance(said.source, Model):
     model = said.source
-    first = own[model] if model in own else _read(model, folder_of)
+    first = own[model] if model in own else _read(model, papers_of)
   more = _others(recipe, said, own, first) if said.source == "union" else {}
   named = {t: vocabulary.PLAIN for t in said.tokens if t not in first.ids and t not in more}
   return vocabulary.extended(first, {**more, **named})
@@ -186,27 +190,25 @@ def _others(recipe: Recipe, said: Tokenizer, own: Own, first: Vocabulary) -> dic
   return more
 
 
-def _texts(merged: Vocabulary, home: pathlib.Path) -> Texts:
-  """The tokenizer's files as far as they differ from those in the folder that is taken over."""
+def _texts(merged: Vocabulary, home: Papers) -> Texts:
+  """The tokenizer's files as far as they differ from those that are taken over."""
   made: dict[str, str | None] = {}
-  if merged.folder != home:
-    made = {p.name: None for n in (*vocabulary.FILES, "*.model") for p in home.glob(n)}
-    numbers = _special(merged.folder / GENERATION)
-    if numbers and (home / GENERATION).is_file():
-      made[GENERATION] = vocabulary.text(folders.read_json(home / GENERATION) | numbers)
+  if merged.papers != home:
+    made = dict.fromkeys(home.names(*vocabulary.FILES, "*.model"))
+    numbers = _special(merged.papers, GENERATION)
+    if numbers and home.has(GENERATION):
+      made[GENERATION] = vocabulary.text(home.json(GENERATION) | numbers)
   for name, text in vocabulary.texts(merged).items():
-    path = home / name
-    if merged.folder != home or not path.is_file() or path.read_text(encoding="utf-8") != text:
+    if merged.papers != home or home.text(name) != text:
       made[name] = text
   return made
 
 
-def _special(path: pathlib.Path) -> dict[str, Any]:
+def _special(papers: Papers, name: str) -> dict[str, Any]:
   """The numbers of special tokens that a config says."""
-  content = folders.read_json(path) if path.is_file() else {}
-  return {key: value for key, value in content.items() if key.endswith("_token_id")}
+  return {key: value for key, value in papers.json(name).items() if key.endswith("_token_id")}
 
 
 def _numbers(merged: Vocabulary, own: Own) -> dict[str, Any]:
-  same = merged.folder == next(iter(own.values())).folder
-  return {} if same else _special(merged.folder / folders.CONFIG)
+  same = merged.papers == next(iter(own.values())).papers
+  return {} if same else _special(merged.papers, folders.CONFIG)

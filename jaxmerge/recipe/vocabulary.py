@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import pathlib
 from collections.abc import Iterator, Mapping
@@ -37,16 +38,51 @@ PLAIN: Flags = {
 }
 
 
+class Papers(NamedTuple):
+  """The small files of a model: as they lie in a folder, or will lie there once it is made.
+
+  Attributes:
+    folder: the folder.
+    texts: files that are others, by name; None: it is not there.
+  """
+
+  folder: pathlib.Path
+  texts: Mapping[str, str | None] = {}
+
+  def has(self, name: str) -> bool:
+    """Tells whether a file is there."""
+    own = name in self.texts
+    return self.texts[name] is not None if own else (self.folder / name).is_file()
+
+  def text(self, name: str) -> str | None:
+    """Returns the text of a file; None where there is none."""
+    if name in self.texts or not self.has(name):
+      return self.texts.get(name)
+    return (self.folder / name).read_text(encoding="utf-8")
+
+  def json(self, name: str) -> dict[str, Any]:
+    """Returns the JSON object in a file; an empty one where there is none."""
+    if name in self.texts or not self.has(name):
+      return json.loads(self.texts.get(name) or "{}")
+    return folders.read_json(self.folder / name)
+
+  def names(self, *patterns: str) -> list[str]:
+    """Returns the names of the files that are there, and fit a pattern."""
+    found = {path.name for pattern in patterns for path in self.folder.glob(pattern)}
+    found |= {name for pattern in patterns for name in fnmatch.filter(self.texts, pattern)}
+    return sorted(filter(self.has, found))
+
+
 class Vocabulary(NamedTuple):
   """The tokens of a model.
 
   Attributes:
-    folder: where its files lie.
+    papers: its files.
     ids: number of each token.
     added: those that were added to the ordinary vocabulary, with their flags.
   """
 
-  folder: pathlib.Path
+  papers: Papers
   ids: Mapping[str, int]
   added: Mapping[str, Flags]
 
@@ -56,36 +92,36 @@ class Vocabulary(NamedTuple):
     return 1 + max(self.ids.values(), default=-1)
 
 
-def read(folder: pathlib.Path) -> Vocabulary:
+def read(papers: Papers) -> Vocabulary:
   """Reads tokenizer.json, else vocab.json or vocab.txt; and the tokens added in other files.
 
   Raises:
     FileNotFoundError: where there is none of them.
     ValueError: naming the file that is not as it should be.
   """
-  ids = _ordinary(folder)
+  ids = _ordinary(papers)
   added: dict[str, Flags] = {}
-  for token, number, flags in _added(folder):
+  for token, number, flags in _added(papers):
     ids.setdefault(token, number)
     added.setdefault(token, flags)
   if not ids:
-    raise ValueError(f"{folder}: the vocabulary of the tokenizer is empty.")
-  return Vocabulary(folder, ids, added)
+    raise ValueError(f"{papers.folder}: the vocabulary of the tokenizer is empty.")
+  return Vocabulary(papers, ids, added)
 
 
-def _ordinary(folder: pathlib.Path) -> dict[str, int]:
-  if (folder / TOKENIZER).is_file():
-    model = folders.read_json(folder / TOKENIZER).get("model")
+def _ordinary(papers: Papers) -> dict[str, int]:
+  folder = papers.folder
+  if papers.has(TOKENIZER):
+    model = papers.json(TOKENIZER).get("model")
     found = model.get("vocab") if isinstance(model, dict) else None
     if isinstance(found, list) and all(isinstance(v, list) and len(v) == 2 for v in found):
       return {str(token): i for i, (token, _score) in enumerate(found)}  # Unigram.
     return _numbers(found, f"{folder / TOKENIZER}: vocab of model")
-  if (folder / WORDS).is_file():
-    return _numbers(folders.read_json(folder / WORDS), str(folder / WORDS))
-  if (folder / LINES).is_file():
-    lines = (folder / LINES).read_text(encoding="utf-8").removesuffix("\n").split("\n")
-    return {token: i for i, token in enumerate(lines)}
-  pieces = sorted(path.name for path in folder.glob("*.model"))
+  if papers.has(WORDS):
+    return _numbers(papers.json(WORDS), str(folder / WORDS))
+  if (lines := papers.text(LINES)) is not None:
+    return {token: i for i, token in enumerate(lines.removesuffix("\n").split("\n"))}
+  pieces = papers.names("*.model")
   hint = (
     f"; {pieces[0]} is not read: convert it, AutoTokenizer.from_pretrained(...).save_pretrained "
     "writes tokenizer.json"
@@ -101,26 +137,26 @@ def _numbers(found: Any, where: str) -> dict[str, int]:
   return dict(found)
 
 
-def _added(folder: pathlib.Path) -> Iterator[tuple[str, int, Flags]]:
+def _added(papers: Papers) -> Iterator[tuple[str, int, Flags]]:
   """Tokens added in any of the files, with number and flags; what comes first counts."""
-  where = folder / TOKENIZER
-  for entry in _part(where, "added_tokens", list):
+  where = papers.folder / TOKENIZER
+  for entry in _part(papers, TOKENIZER, "added_tokens", list):
     yield _entry(entry, where)
-  where = folder / SETTINGS
-  for number, entry in _part(where, "added_tokens_decoder", dict).items():
+  where = papers.folder / SETTINGS
+  for number, entry in _part(papers, SETTINGS, "added_tokens_decoder", dict).items():
     own = entry if isinstance(entry, dict) else {}
     yield _entry(own | {"id": int(number) if number.isdecimal() else number}, where)
-  where = folder / ADDED
-  if where.is_file():
-    for token, number in _numbers(folders.read_json(where), str(where)).items():
-      yield token, number, PLAIN
+  for token, number in _numbers(papers.json(ADDED), str(papers.folder / ADDED)).items():
+    yield token, number, PLAIN
 
 
-def _part(path: pathlib.Path, key: str, kind: type) -> Any:
+def _part(papers: Papers, name: str, key: str, kind: type) -> Any:
   """What a file says under a key; empty without the file or the key."""
-  found = (folders.read_json(path) if path.is_file() else {}).get(key) or kind()
+  found = papers.json(name).get(key) or kind()
   if not isinstance(found, kind):
-    raise ValueError(f"{path}: {key} must be a JSON {kind.__name__}, got {found!r:.100}.")
+    raise ValueError(
+      f"{papers.folder / name}: {key} must be a JSON {kind.__name__}, got {found!r:.100}."
+    )
   return found
 
 
@@ -135,7 +171,8 @@ def _entry(entry: Any, where: pathlib.Path) -> tuple[str, int, Flags]:
 def extended(own: Vocabulary, tokens: Mapping[str, Flags]) -> Vocabulary:
   """Returns a vocabulary with more added tokens; those that it lacks are numbered at its end.
 
-  >>> extended(Vocabulary(pathlib.Path(), {"a": 0, "b": 1}, {}), {"c": PLAIN, "a": PLAIN}).ids
+  >>> own = Vocabulary(Papers(pathlib.Path()), {"a": 0, "b": 1}, {})
+  >>> extended(own, {"c": PLAIN, "a": PLAIN}).ids
   {'a': 0, 'b': 1, 'c': 2}
   """
   ids = dict(own.ids)
@@ -148,13 +185,10 @@ def extended(own: Vocabulary, tokens: Mapping[str, Flags]) -> Vocabulary:
 
 
 def texts(own: Vocabulary) -> dict[str, str]:
-  """Returns the files of a vocabulary: those of its folder, with the tokens added since."""
-  before = read(own.folder)
-  found = {
-    name: (own.folder / name).read_text(encoding="utf-8")
-    for name in FILES
-    if (own.folder / name).is_file()
-  }
+  """Returns the files of a vocabulary: as they were, with the tokens added since."""
+  before = read(own.papers)
+  every = {name: own.papers.text(name) for name in FILES}
+  found = {name: content for name, content in every.items() if content is not None}
   more = {t: {"content": t, **f} for t, f in own.added.items() if t not in before.added}
   if not more:
     return found
