@@ -102,9 +102,9 @@ def merge(options: argparse.Namespace, config: Any) -> None:
   from jaxmerge.recipe import telling
 
   out, files = pathlib.Path(options.out), tensor.Files()
-  evaluate = None if options.evaluate is None else evaluating.command(options.evaluate)
   # All that is wrong is told before jax is imported, and all that is lacking fetched.
   plan, stages, full = _planned(options, out, files)
+  evaluate = None if options.evaluate is None else evaluating.command(options.evaluate)
   if options.dry_run:
     size, kind = options.shard_size, options.out_format
     print("\n".join(summarizing.described(plan, shard_size=size, out_format=kind)))
@@ -153,7 +153,7 @@ def _planned(
 
   What is wrong with recipe, models and the place of the result is told at once.
   """
-  from jaxmerge import finishing, planning, summarizing
+  from jaxmerge import evaluating, finishing, planning, summarizing
   from jaxmerge.io import atomic, growing
   from jaxmerge.recipe import plan as plans
   from jaxmerge.recipe import telling
@@ -161,11 +161,20 @@ def _planned(
   stages: dict[str, tuple[pathlib.Path, planning.Plan]] = {}
   found: list[Exception] = []
   made: list[planning.Plan] = []
+  done: set[str] = set()
 
   def foreseen(name: str, plan: planning.Plan) -> planning.Model:
-    stages[name] = growing.stage_of(out, name), plan
-    return planning.foreseen(name, plan)
+    place = growing.stage_of(out, name)
+    stages[name] = place, plan
+    kind = options.shard_size, "safetensors", options.allow_nonfinite
+    if not finishing.holds(place, plan, *kind):
+      return planning.foreseen(name, plan)
+    done.add(name)  # By a merge that was interrupted later.
+    return planning.model(place, files, name=name)
 
+  with telling.noted(found):
+    if options.evaluate is not None:
+      evaluating.command(options.evaluate)
   with telling.noted(found):
     atomic.check_free(out, options.replace)
   with telling.noted(found):
@@ -177,10 +186,11 @@ def _planned(
     begun.append(growing.part_of(place))
     with telling.noted(found):
       finishing.check_place(plan, out)
-    # What is made of another recipe's result is known when that is there.
-    if options.resume == "auto" and not stages.keys() & plan.fates.keys():
+    used = stages.keys() if place == out else stages.keys() & plan.fates.keys()
+    if options.resume == "auto":
       with telling.noted(found):
-        finishing.check_begun(plan, place, shard_size=options.shard_size, out_format=kind)
+        anew, own = not used <= done, options.shard_size
+        finishing.check_begun(plan, place, shard_size=own, out_format=kind, anew=anew)
   full: list[Exception] = []  # If nothing else is wrong, there is a plan to show.
   with telling.noted(full):
     growing.check_room(out, needed, begun=begun)

@@ -39,9 +39,16 @@ def identity(plan: Plan, shards: Mapping[str, Sequence[str]], out_format: str) -
   return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-def check_begun(plan: Plan, out: pathlib.Path, *, shard_size: int, out_format: str) -> None:
-  """Raises ValueError where an interrupted merge of other inputs or settings lies beside `out`."""
+def check_begun(
+  plan: Plan, out: pathlib.Path, *, shard_size: int, out_format: str, anew: bool = False
+) -> None:
+  """Raises ValueError where an interrupted merge of other inputs or settings lies beside `out`.
+
+  What is made of results that are themselves made `anew` goes on with no merge that was begun.
+  """
   part = growing.part_of(out)
+  if anew and growing.journals(part):
+    raise growing.other(part)
   if growing.journals(part):
     shards = folder.shards({o.name: o.size for o in plan.outputs}, shard_size)
     growing.noted(part, identity(plan, shards, out_format))

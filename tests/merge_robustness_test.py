@@ -11,7 +11,7 @@ import folders
 import numpy as np
 import pytest
 
-from jaxmerge import cli, files, methods
+from jaxmerge import cli, files, finishing, methods
 from jaxmerge.io import growing, safetensors
 
 RECIPE = """
@@ -266,6 +266,51 @@ def test_a_merge_of_other_inputs_that_is_not_complete_is_told_of(family, capsys)
   )
   assert cli.main(["merge", "recipe.yml", "out", "--dry-run", "--resume=never"]) == 0
   assert journal.exists()
+
+
+STAGES = """
+name: mean
+merge_method: linear
+models: [{model: m0}, {model: m1}]
+parameters: {weight: 1}
+---
+merge_method: passthrough
+models: [{model: mean}]
+"""
+
+
+def test_a_merge_of_results_that_is_not_complete_goes_on_or_is_told_of(family, capsys, monkeypatch):
+  """As long as those are there it goes on with itself; they are not made again."""
+  pathlib.Path("recipe.yml").write_text(STAGES)
+  command, real = ["merge", "recipe.yml", "out"], finishing.complete
+
+  def interrupted(part, *rest):
+    if part.name == ".out.merging":
+      raise KeyboardInterrupt
+    real(part, *rest)
+
+  with monkeypatch.context() as patched:
+    patched.setattr(finishing, "complete", interrupted)
+    assert cli.main(command) == 130
+  capsys.readouterr()
+  stage = pathlib.Path(".out.mean.stage")
+  assert cli.main([*command, "--dry-run"]) == 0
+  stage.rename("aside")
+  assert "error: .out.merging holds an interrupted merge of other inputs" in told(capsys)
+  pathlib.Path("aside").rename(stage)
+  written = []
+  monkeypatch.setattr(growing.Growing, "add", counted(growing.Growing.add, written))
+  assert cli.main(command) == 0
+  assert written == []
+  mean = (family[1][NORM] + family[2][NORM]) / 2
+  np.testing.assert_allclose(folders.read(pathlib.Path("out"))[NORM], mean, atol=1e-6)
+
+
+def test_what_is_wrong_with_the_evaluation_is_told_with_the_rest(family, capsys):
+  recipe("m0", "m7")
+  err = told(capsys, "--evaluate", "no-such-program {out}")
+  assert "m7: no such folder" in err
+  assert "there is no program 'no-such-program'" in err
 
 
 def test_a_disk_without_room_is_told_of_before_the_merge(family, capsys, monkeypatch):
