@@ -257,6 +257,34 @@ def test_of_tokenizers_filters_parameters_and_shapes_it_is_told_at_once(family, 
   assert "[20, 6]" not in err  # Embeddings would have been brought together.
 
 
+def test_of_filters_and_shapes_it_is_told_where_a_model_cannot_be_opened(family, capsys):
+  """As far as the others tell; not of what only that model may have."""
+  tensor("m1", NORM, lambda x: x[:-1])
+  folders.write(pathlib.Path("base"), {n: x for n, x in family[0].items() if n != LAYER})
+  first = "{weight: [{filter: mpl, value: 1}, {value: 0.5}]}"
+  text = RECIPE.replace("{weight: 0.5}", first, 1).replace(
+    "{weight: 0.5}", "{weight: [{filter: mlp, value: 1}]}"
+  )
+  pathlib.Path("recipe.yml").write_text(text.replace("m0", "m7"))
+  err = told(capsys)
+  for words in [
+    "m7: no such folder",
+    "did you mean 'mlp'?",
+    f"needs weight, but nothing gives it for tensor {NORM!r}",
+    f"tensor {NORM!r} is [5] in m1",
+    f"tensor {LAYER!r} is in m1 but not in base",
+  ]:
+    assert words in err
+  pathlib.Path("recipe.yml").write_text(text.replace("m0", "m7") + "missing: skip\n")
+  assert "did you mean 'mlp'?" not in told(capsys)
+  config = json.dumps(folders.CONFIG | {"tie_word_embeddings": True})
+  for own in ("base", "m1"):
+    pathlib.Path(own, "config.json").write_text(config)
+  text = RECIPE.replace("{weight: 0.5}", "{weight: [{filter: lm_head, value: 1}, {value: 0.5}]}")
+  pathlib.Path("recipe.yml").write_text(text.replace("m0", "m7"))
+  assert "lm_head" not in told(capsys)
+
+
 def test_a_merge_of_other_inputs_that_is_not_complete_is_told_of(family, capsys):
   journal = pathlib.Path(".out.merging/journal.jsonl")
   journal.parent.mkdir()

@@ -39,6 +39,12 @@ def named(name: str, tensor: Tensor) -> bool:
   return len(tensor.shape) == 2 and layers.is_input(name) and not _OTHERS.search(name)
 
 
+def wanted(want: planning.Want) -> bool:
+  """Tells whether any of the parts of what is wanted is called so."""
+  parts = [p for p in (want.base, *want.models) if p is not None]
+  return any(p.tensor is not None and named(p.name, p.tensor) for p in parts)
+
+
 def names(own: Own, models: Opened) -> frozenset[str]:
   """Returns the tensors that are called so and have enough rows, in one of the models at least."""
   return frozenset(

@@ -20,6 +20,7 @@ from jaxmerge.recipe import (
   narrowing,
   opening,
   parameters,
+  partly,
   schema,
   stacking,
   telling,
@@ -96,19 +97,22 @@ def _tried(
     if all(name in results for name in recipe.uses):
       plans.append(planned(recipe, open_model, papers_of))
     else:
-      _opened([m for m in referenced(recipe) if m.path not in recipe.uses], open_model)
+      known = (m for m in referenced(recipe) if m.path in results or m.path not in recipe.uses)
+      _opened(recipe, known, open_model)
   return plans
 
 
 def _opened(
-  models: Iterable[Model], open_model: Callable[[Model], planning.Model]
+  recipe: Recipe, models: Iterable[Model], open_model: Callable[[Model], planning.Model]
 ) -> dict[Model, planning.Model]:
-  """Opens models, or tells of all that cannot be opened."""
+  """Opens models, or tells of all that cannot be opened, and what else is known to be wrong."""
   made: dict[Model, planning.Model] = {}
   found: list[Exception] = []
   for model in models:
     with telling.noted(found):
       made[model] = open_model(model)
+  if len(made) < len(referenced(recipe)):
+    found += partly.problems(recipe, made)
   telling.check(found)
   return made
 
@@ -130,7 +134,7 @@ def planned(
     planning.Problems: naming the tensors and models that do not fit each other.
   """
   found: list[Exception] = []
-  opened = _opened(referenced(recipe), open_model)
+  opened = _opened(recipe, referenced(recipe), open_model)
   built = tokenizer.Built(opened, {})
   with telling.noted(found):
     built = tokenizer.built(recipe, opened, papers_of)
@@ -152,7 +156,7 @@ def planned(
     found.append(RecipeError(problems))
   wants, jobs = _wants(recipe, models, donor, rows, settled)
   if found:  # Of embeddings that were not brought together nothing can be told.
-    known = [w for w in wants if not (uneven and _is_embedding(w))]
+    known = [w for w in wants if not (uneven and embeddings.wanted(w))]
     lines = planning.unfit(known, donor, recipe.missing)
     found += [planning.Problems(lines)] if lines else []
     telling.check(found)
@@ -271,11 +275,6 @@ def _wants(
       base = row.group.base if not row.group.sliced else None
       wants[name] = Want(name, models[base].part(name) if base else None, parts, raw=True)
   return [wants[row.tensor.name] for row in rows], jobs
-
-
-def _is_embedding(want: Want) -> bool:
-  parts = [p for p in (want.base, *want.models) if p is not None]
-  return any(p.tensor is not None and embeddings.named(p.name, p.tensor) for p in parts)
 
 
 def _varied(members: Sequence[_Settled]) -> set[str]:

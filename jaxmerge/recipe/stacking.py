@@ -52,7 +52,7 @@ def rows(recipe: Recipe, models: Opened, config: Mapping[str, Any]) -> Iterator[
     if own[0].sliced:
       yield from _stacked(own, models, config)
     else:
-      yield from _whole(own[0], models)
+      yield from whole(own[0], models)
   if recipe.modules:
     yield from _outside(recipe, models, made)
 
@@ -92,8 +92,8 @@ def _parts(name: str) -> list[str]:
   return re.split("[./]", name)
 
 
-def _whole(group: Group, models: Opened) -> Iterator[Row]:
-  """Whole models: the tensors of all of them, by their names."""
+def whole(group: Group, models: Opened) -> Iterator[Row]:
+  """Yields the tensors of whole models, by their names."""
   members = [models[s.model] for s in group.sources] + ([models[group.base]] if group.base else [])
   names = [n for n in sorted({n for m in members for n in m.tensors}) if _inside(group, n)]
   heights = layers.stacks(names)

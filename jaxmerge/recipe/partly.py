@@ -1,0 +1,56 @@
+"""What can be said of a recipe while some of its models cannot be opened."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from jaxmerge import planning
+from jaxmerge.planning import Want
+from jaxmerge.recipe import embeddings, parameters, stacking
+from jaxmerge.recipe.places import Problem, RecipeError
+from jaxmerge.recipe.records import Group, Recipe, groups
+from jaxmerge.recipe.stacking import Opened, Row
+
+
+def problems(recipe: Recipe, models: Opened) -> list[Exception]:
+  """Finds what is wrong with conditions, parameters and shapes, as far as models are open.
+
+  Of slices and modules nothing is said, as each has tensors of other models.
+
+  Args:
+    recipe: the recipe.
+    models: those that could be opened.
+  """
+  if not models or not recipe.models:
+    return []
+  base = recipe.base_model if recipe.base_model in models else None
+  sources = tuple(s for s in recipe.models if s.model in models)
+  rows = list(stacking.whole(Group(sources, base, (), None, False, recipe.place), models))
+  kept = [row for row in rows if not parameters.excluded(recipe, row.tensor)]
+  found: list[Exception] = []
+  # Where all must have the same tensors, those of one model are those of the others.
+  if recipe.missing == "error" and (told := list(_told(recipe, models, rows, kept))):
+    found.append(RecipeError(told))
+  wants = [_want(row, models) for row in kept]
+  known = [w for w in wants if recipe.tokenizer is None or not embeddings.wanted(w)]
+  if lines := planning.unfit(known, next(iter(models.values()))._replace(tied={}), recipe.missing):
+    found.append(planning.Problems(lines))
+  return found
+
+
+def _told(recipe: Recipe, models: Opened, rows: list[Row], kept: list[Row]) -> Iterator[Problem]:
+  # A head that is tied in these may be a tensor of others.
+  heads: dict[str, int | None] = dict.fromkeys(n for m in models.values() for n in m.tied)
+  yield from parameters.unmatched(recipe, heads | stacking.all_names(rows))
+  (whole,) = groups(recipe)
+  for row in kept:
+    try:
+      parameters.values(recipe, whole, row.tensor)
+    except RecipeError as error:
+      yield from error.problems
+
+
+def _want(row: Row, models: Opened) -> Want:
+  name, group = row.tensor.name, row.group
+  parts = tuple(models[s.model].part(name) for s in group.sources)
+  return Want(name, models[group.base].part(name) if group.base else None, parts, raw=True)
