@@ -10,7 +10,7 @@ from typing import Any  # What a config.json holds.
 import numpy as np
 
 from jaxmerge import catalog, planning
-from jaxmerge.io import folder, safetensors, weights
+from jaxmerge.io import folder, safetensors
 from jaxmerge.planning import Job, Model, Plan, Want
 
 MISSING = ("error", "base", "mean", "skip")
@@ -90,7 +90,7 @@ def planned(
     for name in sorted({name for m in (donor, *models) for name in m.tensors})
   ]
   plan = planning.assembled(wants, [job], (donor, *models), dtype=dtype, missing=missing)
-  config = {} if dtype is None else weights.config(donor.folder)
+  config = donor.config
   if dtype is None or not config or stated(config, dtype.name) == config:
     return plan
   text = json.dumps(stated(config, dtype.name), indent=2) + "\n"

@@ -35,7 +35,7 @@ class Model(NamedTuple):
     folder: where it lies.
     tensors: its tensors by name.
     files: of its weights.
-    config: what its config.json says; None: what is in the folder.
+    config: what its config.json says.
     tied: names of output heads to the embeddings that they are, by the config: they are no
       tensors of their own, and stand in where another model's head is not tied.
     dropped: tensors of its files that are not among its tensors, and what becomes of them: why they
@@ -49,7 +49,7 @@ class Model(NamedTuple):
   folder: pathlib.Path
   tensors: Mapping[str, Tensor]
   files: tuple[pathlib.Path, ...]
-  config: Mapping[str, Any] | None = None
+  config: Mapping[str, Any] = {}
   tied: Mapping[str, Tensor] = {}
   dropped: Mapping[str, str] = {}
   home: str | None = None
@@ -191,13 +191,13 @@ def model(
   """
   own = weights.model(path, files, home=home)
   called = name or str(pathlib.Path(path))
-  opened = Model(called, own.folder, own.tensors, own.files, home=home)
-  return _with_ties(opened, weights.config(own.folder))
+  config = weights.config(own.folder)
+  return _with_ties(Model(called, own.folder, own.tensors, own.files, config, home=home))
 
 
-def _with_ties(opened: Model, config: Mapping[str, Any]) -> Model:
+def _with_ties(opened: Model) -> Model:
   """Takes an output head for the embedding where the config says that it is."""
-  embedding, heads = ties.said(opened.tensors, config) or (None, [])
+  embedding, heads = ties.said(opened.tensors, opened.config) or (None, [])
   if embedding is None:
     return opened
   return opened._replace(
@@ -218,7 +218,7 @@ def foreseen(name: str, plan: Plan) -> Model:
   }
   text = plan.texts.get(folder.CONFIG)
   config = weights.config(plan.donor) if text is None else json.loads(text)
-  return _with_ties(Model(name, plan.donor, tensors, (), config, texts=plan.texts), config)
+  return _with_ties(Model(name, plan.donor, tensors, (), config, texts=plan.texts))
 
 
 def assembled(
@@ -246,7 +246,7 @@ def assembled(
   """
   told = {m.name: {**m.dropped, **(fates or {}).get(m.name, {})} for m in models}
   problems = unfit(wants, models[0], missing)
-  every, outputs = list(jobs), []
+  every, outputs, merged = list(jobs), [], set[str]()
   for want in wants:
     if not _there(want):
       continue
@@ -265,16 +265,30 @@ def assembled(
       own = first.kept or first.dtype
       stored_as = dtype if dtype is not None and safetensors.is_floating(own) else own
       outputs.append(found._replace(dtype=stored_as))
+      merged |= {p.model for p in want.models} if found.job is not None else set()
   for m in models:
     problems += [
       f"tensor {name!r} of {m.name} has no place in the result: exclude it."
       for name in sorted(m.tensors.keys() - told[m.name].keys())
     ]
+  problems += [
+    f"{m.name} is quantized, as quantization_config of its config says: what its tensors hold are "
+    "codes, which cannot be merged; give it as it was before, or dequantized."
+    for m in {m.name: m for m in models}.values()
+    if m.name in merged and _is_quantized(m)
+  ]
   if problems:
     raise Problems(problems)
   inputs = frozenset(file for m in models for file in m.files)
   facts = {"folders": {m.name: m.home or str(m.folder) for m in models if m.files}}
   return Plan(tuple(outputs), tuple(every), told, models[0].folder, inputs, facts)
+
+
+def _is_quantized(model: Model) -> bool:
+  """Tells whether there are matrices of codes; a config may say so of weights that are whole."""
+  matrices = [t.dtype for t in model.tensors.values() if len(t.shape) > 1]
+  codes = any(d.itemsize == 1 or not safetensors.is_floating(d) for d in matrices)
+  return codes and bool(model.config.get("quantization_config"))
 
 
 def unfit(wants: Sequence[Want], donor: Model, missing: str) -> list[str]:

@@ -329,6 +329,23 @@ def test_all_problems_are_told_at_once(tmp_path):
   assert not (tmp_path / "out").exists()
 
 
+def test_codes_of_quantized_models_are_not_merged(tmp_path, monkeypatch):
+  """They may be stacked and copied; and where only the config says so, weights are whole."""
+  monkeypatch.chdir(tmp_path)
+  config = folders.CONFIG | {"quantization_config": {"quant_method": "gptq"}}
+  trees = folders.family(tmp_path)
+  for k, own in enumerate(trees[1:]):
+    codes = {n: x.astype(np.int32) for n, x in own.items() if "up_proj" in n}
+    folders.write(tmp_path / f"m{k}", own if k == 2 else own | codes, config=config)
+  with pytest.raises(planning.Problems, match="red is quantized, as quantization_config") as error:
+    files.merge_files(methods.average(), ["m0", "m1"], "out", names=NAMES[:2])
+  assert len(error.value.lines) == 2
+  assert files.merge_files(methods.average(), ["m2"], "whole").is_dir()
+  recipe = tmp_path / "recipe.yml"
+  recipe.write_text("merge_method: passthrough\nmodels: [{model: m0}]\n")
+  assert plans.of_file(recipe, Files()).outputs
+
+
 def test_all_models_that_cannot_be_opened_are_told_at_once(tmp_path):
   folders.family(tmp_path)
   (tmp_path / "m1" / "config.json").write_text("{")

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple  # Any: numbers of many kinds, what a config.
 import numpy as np
 
 from jaxmerge import planning
-from jaxmerge.io import folder, weights
+from jaxmerge.io import folder
 from jaxmerge.io.tensor import Files, Tensor
 from jaxmerge.planning import Job, Part, Plan, Want
 from jaxmerge.recipe import (
@@ -140,7 +140,7 @@ def planned(
     built = tokenizer.built(recipe, opened, papers_of)
   models, uneven = built.models, bool(found)
   donor = models[recipe.base_model or groups(recipe)[0].sources[0].model]
-  config = donor.config or weights.config(donor.folder)
+  config = donor.config
   rows: list[Row] = []
   with telling.noted(found):
     rows = list(stacking.rows(recipe, models, config))
