@@ -186,7 +186,9 @@ def _planned(
     begun.append(growing.part_of(place))
     with telling.noted(found):
       finishing.check_place(plan, out)
-    used = stages.keys() if place == out else stages.keys() & plan.fates.keys()
+    # Their names stand before those of adapters.
+    used = {name.split("+")[0] for name in plan.fates} & stages.keys()
+    used |= stages.keys() if place == out else set()
     if options.resume == "auto":
       with telling.noted(found):
         anew, own = not used <= done, options.shard_size

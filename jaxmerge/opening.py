@@ -61,6 +61,13 @@ def opened(own: Reference, files: Files, find: hub.Finder, name: str) -> plannin
   """
   found = find(own.path, own.revision)
   model = planning.model(found.folder, files, name=name, home=found.home)
+  return adapted(model, own, files, find)
+
+
+def adapted(
+  model: planning.Model, own: Reference, files: Files, find: hub.Finder
+) -> planning.Model:
+  """Adds the adapter of a reference, where it has one, to a model; arguments as for `opened`."""
   if own.adapter is None:
     return model
   added = find(own.adapter, own.adapter_revision)

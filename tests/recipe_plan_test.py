@@ -473,6 +473,26 @@ models: [{model: m0+lora, parameters: {weight: 0.5}}]
   np.testing.assert_allclose(found[f"{name}.weight"], mean, atol=1e-5)
 
 
+def test_adapters_are_added_to_what_recipes_make(family):
+  _, first, second, _ = family
+  name = "model.layers.0.self_attn.q_proj"
+  a, b = write_adapter("lora", name)
+  text = (
+    STAGES.split("---")[0]
+    + """---
+merge_method: passthrough
+models: [{model: mean+%s}]
+"""
+  )
+  pathlib.Path("recipe.yml").write_text(text % "lora")
+  assert cli.main(["merge", "recipe.yml", "out"]) == 0
+  found = folders.read(pathlib.Path("out"))
+  for own, more in ((f"{name}.weight", 2.0 * b @ a), ("lm_head.weight", 0)):
+    np.testing.assert_allclose(found[own], (first[own] + second[own]) / 2 + more, atol=1e-5)
+  with pytest.raises(RecipeError, match=r"recipe.yml:8:18: lorra: no such folder"):
+    plan_of(text % "lorra")
+
+
 def test_merge_files_takes_models_with_adapters(family):
   """As a recipe does; a folder whose name has a + is that folder."""
   _, first, second, _ = family

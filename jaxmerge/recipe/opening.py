@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from jaxmerge import opening, planning
@@ -13,16 +14,27 @@ from jaxmerge.recipe.records import Model
 from jaxmerge.recipe.vocabulary import Papers
 
 
+@contextlib.contextmanager
+def _placed(model: Model) -> Iterator[None]:
+  """Says of what is wrong with a model where it is named."""
+  try:
+    yield
+  except (OSError, ValueError) as error:
+    raise RecipeError([Problem(model.place, str(error))]) from error
+
+
 class Opener(NamedTuple):
   """How models are opened.
 
   Attributes:
     model: opens a model; RecipeError for one that is not there, or is damaged.
+    adapted: adds the adapter of a reference, if it has one, to a model that is open; likewise.
     papers: finds the small files of one whose tokenizer alone is wanted; OSError, ValueError.
     find: finds both, and knows what came from the hub.
   """
 
   model: Callable[[Model], planning.Model]
+  adapted: Callable[[Model, planning.Model], planning.Model]
   papers: Callable[[Model], Papers]
   find: hub.Finder
 
@@ -31,14 +43,19 @@ def opener(files: Files, *, download: bool = False) -> Opener:
   """Returns how the models of recipes are opened; nothing is fetched without `download`."""
   find = hub.Finder(download=download)
 
+  def reference(model: Model) -> opening.Reference:
+    return opening.Reference(model.path, model.revision, model.adapter, model.adapter_revision)
+
   def opened(model: Model) -> planning.Model:
-    own = (model.path, model.revision, model.adapter, model.adapter_revision)
-    try:
-      return opening.opened(opening.Reference(*own), files, find, str(model))
-    except (OSError, ValueError) as error:
-      raise RecipeError([Problem(model.place, str(error))]) from error
+    with _placed(model):
+      return opening.opened(reference(model), files, find, str(model))
+
+  def adapted(model: Model, made: planning.Model) -> planning.Model:
+    with _placed(model):
+      own = opening.adapted(made, reference(model), files, find)
+      return own._replace(name=str(model))
 
   def papers(model: Model) -> Papers:
     return Papers(find(model.path, model.revision, weights=False).folder)
 
-  return Opener(opened, papers, find)
+  return Opener(opened, adapted, papers, find)

@@ -65,10 +65,12 @@ def of_file(
   found: list[Exception] = []
 
   def model(own: Model) -> planning.Model:
-    return results[own.path] if own.path in results else opener.model(own)
+    here = own.revision is None and own.path in results
+    return opener.adapted(own, results[own.path]) if here else opener.model(own)
 
   def papers(own: Model) -> Papers:
-    return tokenizer.papers(results[own.path]) if own.path in results else opener.papers(own)
+    here = own.revision is None and own.path in results
+    return tokenizer.papers(results[own.path]) if here else opener.papers(own)
 
   for recipe in (r for r in recipes[:-1] if r.name is not None):
     for plan in _tried(recipe, model, papers, results, found):

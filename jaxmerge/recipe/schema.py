@@ -227,7 +227,8 @@ def _uses(recipe: Recipe, names: Collection[str]) -> tuple[str, ...]:
   if recipe.tokenizer:
     models += [token.model for token in recipe.tokenizer.tokens.values() if token.model]
     models += [m for m in (recipe.tokenizer.source,) if isinstance(m, Model)]
-  paths = {m.path for m in models}
+  # With a revision it is a model of the hub, of the same name.
+  paths = {m.path for m in models if m.revision is None}
   return tuple(name for name in names if name in paths)
 
 
