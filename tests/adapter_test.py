@@ -180,6 +180,14 @@ def test_whole_tensors_take_the_place_of_the_bases(opened):
     np.testing.assert_array_equal(whole(found[name]), x)
 
 
+def test_whole_tensors_of_another_dtype_are_stored_as_the_bases(opened):
+  base, saved = noise(5, 9, 4, dtype=np.float16), noise(8, 9, 4)
+  name, parts = f"{WORDS}.weight", {f"{PREFIX}{WORDS}.base_layer.weight": saved}
+  for more in ({}, embedding_parts(WORDS, 2, (9, 4))):
+    found = opened({name: base}, parts | more)[name]
+    assert (found.dtype, found.kept) == (np.float32, np.float16)
+
+
 def test_an_adapted_matrix_that_is_saved_as_well_takes_the_place_of_the_bases(opened):
   saved, parts = noise(8, 9, 4), embedding_parts(WORDS, 2, (9, 4))
   a, b = parts.values()

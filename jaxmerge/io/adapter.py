@@ -207,8 +207,15 @@ def _sorted(
         "tensor it replaces; give a base of that shape."
       )
     else:
-      out[name] = tensor
+      out[name] = _like(tensor, base[name])
   return parts, out
+
+
+def _like(tensor: Tensor, own: Tensor) -> Tensor:
+  """A tensor that takes the place of the base's own: a result stores it as it would store that."""
+  kept = own.kept or own.dtype
+  alike = safetensors.is_floating(kept) == safetensors.is_floating(tensor.dtype)
+  return tensor._replace(kept=kept) if alike else tensor
 
 
 def _in_model(key: str) -> str:

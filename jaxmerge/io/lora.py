@@ -88,7 +88,8 @@ def _tensor(layer: Layer, block: Callable[[int], np.ndarray]) -> Tensor:
       done += part.size
 
   where = f"{layer.base.where} with {layer.a.where}"
-  return Tensor(where, np.dtype(np.float32), layer.base.shape, read, layer.base.dtype)
+  kept = layer.base.kept or layer.base.dtype
+  return Tensor(where, np.dtype(np.float32), layer.base.shape, read, kept)
 
 
 def _factors(layer: Layer) -> Factors:

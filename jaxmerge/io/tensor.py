@@ -23,8 +23,8 @@ class Tensor(NamedTuple):
     dtype: of its entries.
     shape: of the whole.
     read: (start, out) fills `out` [n], of the tensor's dtype, with entries start, start + 1, ...
-    kept: dtype in which a result stores it, where it is another one: what is computed from narrow
-      weights is read in float32.
+    kept: dtype in which a result stores it, where it may be another one: what is computed from
+      narrow weights is read in float32, and an adapter may hold tensors of others.
   """
 
   where: str
