@@ -391,6 +391,7 @@ def test_positions_are_no_tokens():
     "model.decoder.embed_positions.weight",
     "vision.patch_embed.weight",
     "encoder.layer.0.attention.output.dense.weight",
+    "model.layers.0.attention.output.weight",
   ):
     assert not named(name, 9, 2), name
   assert not named("bert.embeddings.LayerNorm.weight", 9)

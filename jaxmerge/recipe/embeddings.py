@@ -34,8 +34,8 @@ def named(name: str, tensor: Tensor) -> bool:
   >>> named("model.embed_tokens.weight", own), named("bert.position_embeddings.weight", own)
   (True, False)
   """
-  if _OUTPUTS.search(name):
-    return len(tensor.shape) in (1, 2)
+  if _OUTPUTS.search(name):  # Projections of such names within the layers are none.
+    return len(tensor.shape) in (1, 2) and layers.place(name) is None
   return len(tensor.shape) == 2 and layers.is_input(name) and not _OTHERS.search(name)
 
 
