@@ -214,6 +214,12 @@ def test_a_download_takes_what_is_read_and_nothing_else(models, remote, tmp_path
   plan_of(text)  # It is in the cache now.
 
 
+def test_nothing_is_fetched_for_a_recipe_that_is_wrong(remote):
+  with pytest.raises(RecipeError, match="unknown key 'wieght'"):
+    plan_of(RECIPE.replace("weight", "wieght"), download=True)
+  assert remote.asked == []
+
+
 def test_an_index_cannot_ask_for_pickles(models, remote, tmp_path):
   folder = folders.write(tmp_path / "new", folders.tensors(7), shards=2)
   index = {"weight_map": {"w": "pytorch_model.bin", "v": "*"}}

@@ -225,6 +225,19 @@ def test_of_all_models_and_the_place_of_the_result_it_is_told_at_once(family, ca
   assert list(pathlib.Path("out").iterdir()) == []
 
 
+def test_of_what_is_misspelt_and_of_models_it_is_told_at_once(family, capsys):
+  truncated()
+  recipe("weight: 0.5", "wieght: 0.5")
+  pathlib.Path("recipe.yml").write_text(
+    pathlib.Path("recipe.yml").read_text().replace("model: m0", "model: m0+")
+  )
+  err = told(capsys)
+  assert "recipe.yml:5:12: model has an empty part" in err
+  assert err.count("unknown key 'wieght'") == 2
+  assert "recipe.yml:7:12: m1/model-00002-of-00002.safetensors: " in err
+  assert "m0: " not in err
+
+
 def test_of_all_recipes_of_a_file_it_is_told_at_once(family, capsys):
   """Also of a model that is merged with what cannot be made."""
   text = RECIPE.replace("base_model: base", "base_model: ./base").replace("m1", "./m1")

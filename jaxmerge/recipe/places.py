@@ -29,11 +29,16 @@ class Problem(NamedTuple):
 
 
 class RecipeError(ValueError):
-  """All that is wrong with a recipe: a line each, `file:line:column: what`, by position."""
+  """All that is wrong with a recipe: a line each, `file:line:column: what`, by position.
 
-  def __init__(self, problems: Iterable[Problem]) -> None:
+  Attributes:
+    models: those that it names all the same, as far as nothing is wrong with what names them.
+  """
+
+  def __init__(self, problems: Iterable[Problem], models: Iterable[Any] = ()) -> None:
     # What an alias repeats is read twice, and told once.
     super().__init__(tuple(sorted(set(problems))))
+    self.models = tuple(models)
 
   @property
   def problems(self) -> tuple[Problem, ...]:

@@ -57,11 +57,11 @@ def of_file(
     RecipeError: for what is wrong with the recipes, or cannot be run yet.
     planning.Problems: naming the tensors and models that do not fit.
   """
-  recipes = schema.read(path)
+  opener = opening.opener(files, download=download)
+  recipes = schema.read(path) if download else _read(path, opener)
   text = pathlib.Path(path).read_text(encoding="utf-8")
   results: dict[str, planning.Model] = {}
   earlier: dict[str, Plan] = {}
-  opener = opening.opener(files, download=download)
   found: list[Exception] = []
 
   def model(own: Model) -> planning.Model:
@@ -84,6 +84,18 @@ def of_file(
   if there:
     facts["earlier"] = {name: folder.provenance(path) for name, path in there.items()}
   return plan._replace(facts=facts, texts={**plan.texts, RECIPE: text}, earlier=earlier)
+
+
+def _read(path: str | os.PathLike[str], opener: opening.Opener) -> tuple[Recipe, ...]:
+  """Reads recipes; of those that are wrong it is told as well which models cannot be opened."""
+  found: list[Exception] = []
+  with telling.noted(found):
+    return schema.read(path)
+  for own in found[0].models if isinstance(found[0], RecipeError) else ():
+    with telling.noted(found):
+      opener.model(own)
+  telling.check(found)
+  return ()
 
 
 def _tried(

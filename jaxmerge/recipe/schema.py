@@ -98,7 +98,11 @@ def parse(
     note(found, *problem)
   ordered = _ordered(recipes, found)
   if found:
-    raise RecipeError(found)
+    wrong = {problem.place for problem in found}
+    named = dict.fromkeys(m for recipe in recipes for m in referenced(recipe))
+    raise RecipeError(
+      found, (m for m in named if m.place not in wrong and m.path not in context.names)
+    )
   return ordered
 
 
