@@ -142,6 +142,19 @@ def test_the_vocabulary_of_the_base(three):
     assert pathlib.Path("out", name).read_bytes() == pathlib.Path("base", name).read_bytes()
 
 
+def test_the_vocabulary_of_the_base_of_slices(three):
+  text = """
+merge_method: task_arithmetic
+slices:
+  - base_model: base
+    sources: [{model: chat, layer_range: [0, 3]}, {model: base, layer_range: [0, 3]}]
+parameters: {weight: 1}
+tokenizer_source: base
+"""
+  (found,) = [o for o in plan_of(text).outputs if o.name == EMBEDDING]
+  assert found.shape == (10, 6)
+
+
 def test_the_vocabulary_of_a_model(three):
   base, _, turned = three
   pathlib.Path("base/vocab.txt").write_text("of the base alone")

@@ -9,7 +9,7 @@ from jaxmerge import planning
 from jaxmerge.io import folder as folders
 from jaxmerge.recipe import chat, embeddings, telling, vocabulary
 from jaxmerge.recipe.places import Problem, RecipeError, listed
-from jaxmerge.recipe.records import Model, Recipe, Tokenizer
+from jaxmerge.recipe.records import Model, Recipe, Tokenizer, groups
 from jaxmerge.recipe.vocabulary import Flags, Papers, Vocabulary
 
 Opened = Mapping[Model, planning.Model]
@@ -156,9 +156,10 @@ def _read(model: Model, papers_of: PapersOf) -> Vocabulary:
 
 def _merged(recipe: Recipe, said: Tokenizer, own: Own, papers_of: PapersOf) -> Vocabulary:
   """The vocabulary of the result: that of one model, and what is added to it."""
-  first = next(iter(own.values()))
-  if isinstance(said.source, Model):
-    model = said.source
+  first, model = next(iter(own.values())), said.source
+  if model == "base":  # Of slices each may have its own.
+    model = recipe.base_model or groups(recipe)[0].base or model
+  if isinstance(model, Model):
     first = own[model] if model in own else _read(model, papers_of)
   more = _others(recipe, said, own, first) if said.source == "union" else {}
   named = {t: vocabulary.PLAIN for t in said.tokens if t not in first.ids and t not in more}
