@@ -295,7 +295,7 @@ def unfit(wants: Sequence[Want], donor: Model, missing: str) -> list[str]:
   """Says what does not fit: parts that are missing, of other shapes, or tied in some models only.
 
   >>> unfit([Want("w", None, (Part("a", "w", None),))], Model("a", pathlib.Path(), {}, ()), "mean")
-  ["tensor 'w' is wanted of a, which has none."]
+  ["tensor 'w' is wanted of a, which has none; with `missing: skip` it is left out."]
   """
   return [line for want in wants for line in _mismatches(want, missing)] + [
     f"tensor {want.name!r} is tied to the embedding by the config of {donor.name}, but not in "
@@ -368,7 +368,9 @@ def _mismatches(want: Want, missing: str) -> Iterator[str]:
   parts = [p for p in (want.base, *want.models) if p is not None]
   there = _there(want)
   if not there:
-    yield f"tensor {want.name!r} is wanted of {parts[0].model}, which has none."
+    if missing != "skip":
+      hint = "with `missing: skip` it is left out"
+      yield f"tensor {want.name!r} is wanted of {parts[0].model}, which has none; {hint}."
     return
   if missing == "error":
     for p in parts:

@@ -244,6 +244,17 @@ def test_a_base_that_is_not_merged_is_not_said_to_be(family):
   assert told["m1"][FINAL] == "mean of the models that have it, job 2"
 
 
+def test_what_is_excluded_and_not_in_the_base_may_be_left_out(family):
+  text = MISSING.format("error") + "exclude: [score]\n"
+  score = {"score.weight": np.ones((2, 6), np.float32)}
+  folders.write(pathlib.Path("m0"), family[1] | score)
+  with pytest.raises(planning.Problems, match="wanted of base, which has none; with `missing: sk"):
+    run(text)
+  assert set(run(text.replace("error", "skip"))) == set(family[0])
+  told = json.loads(pathlib.Path("out", files.PROVENANCE).read_text())["inputs"]
+  assert told["m0"]["score.weight"] == "dropped: excluded"
+
+
 def test_layers_are_chosen_by_their_numbers(family):
   base, first, second, _ = family
   text = """
