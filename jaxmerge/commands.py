@@ -139,8 +139,9 @@ def merge(options: argparse.Namespace, config: Any) -> None:
     driver.run(plan, out, progress=told, **settings)
   if not processes.first():
     return
-  for stage in growing.stages(out):  # Others may be of a merge that was killed at this line.
-    shutil.rmtree(stage)
+  for stage in stages:
+    if stage.exists():  # Else they were removed by a merge that was killed at this line.
+      shutil.rmtree(stage)
   print(f"merged: {out}", flush=True)
   if evaluate is not None:
     print(f"evaluated: {progress.numbers(evaluating.evaluated(out, evaluate))}")

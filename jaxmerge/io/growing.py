@@ -11,7 +11,6 @@ import contextlib
 import errno
 import fcntl
 import functools
-import glob
 import json
 import math
 import os
@@ -109,11 +108,6 @@ def stage_of(out: pathlib.Path, name: str) -> pathlib.Path:
   '.merged.halves.stage'
   """
   return out.with_name(f".{out.name}.{name}.stage")
-
-
-def stages(out: pathlib.Path) -> list[pathlib.Path]:
-  """Returns the folders that are there of what is made before `out`."""
-  return sorted(out.parent.glob(f".{glob.escape(out.name)}.*.stage"))
 
 
 def free(out: pathlib.Path) -> int | None:
