@@ -21,6 +21,9 @@ SIDE = {
   "spiece.model": bytes(range(256)),
   "multilingual.tiktoken": b"IQ== 0",
   "normalizer.json": b"{}",
+  "source.spm": bytes(range(256)),
+  "tekken.json": b"{}",
+  "additional_chat_templates/tool_use.jinja": b"{{ tools }}",
   "video_preprocessor_config.json": b"{}",
   "1_Pooling/config.json": b"{}",
 }

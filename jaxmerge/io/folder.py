@@ -41,7 +41,13 @@ COPIED = (
   "normalizer.json",  # Whisper's, of spellings.
   "*.model",
   "*.tiktoken",
+  "*.spm",  # Marian's, of two languages.
+  "vocab-*.json",
+  "bpe.codes",
+  "tekken.json",
+  "entity_vocab.json",
   "chat_template.*",
+  "additional_chat_templates/*.jinja",
   # sentence-transformers: which modules follow the encoder, and their settings.
   "modules.json",
   "config_sentence_transformers.json",
