@@ -252,6 +252,12 @@ ERRORS = [
   ),
   (head("", "passthrough", parameters="{}"), 2, 18, "passthrough merges 1, got 2: a/b, c/d."),
   (
+    head("", "trimmed_mean", "[{model: a/b}, {model: c/d}, {model: e/f}]", "{trim: 2}"),
+    3,
+    20,
+    "trimmed_mean needs 5 or more models where trim is 2, got 3.",
+  ),
+  (
     head("", "karcher", parameters="{max_iter: 2.5}"),
     3,
     24,
@@ -286,6 +292,18 @@ ERRORS = [
     3,
     25,
     "density is no parameter of task",
+  ),
+  (
+    head("base_model: x/y", "della", parameters="{weight: 1, density: 0}"),
+    3,
+    34,
+    "density must be in (0, 1], got 0.",
+  ),
+  (
+    head("base_model: x/y", "sce", parameters="{select_topk: 0}"),
+    3,
+    27,
+    "select_topk must be in (0, 1], got 0.",
   ),
   (
     head("base_model: x/y", "della", parameters="{weight: 1, density: 0.9}"),

@@ -79,6 +79,21 @@ def _inputs(group: Group, name: str, place: Place) -> Iterator[Problem]:
     yield Problem(group.place, text)
 
 
+# Parameters that say how many models are left out, and how many more there must be than twice that.
+_LEFT_OUT = {"trimmed_mean": ("trim", 1), "krum": ("outliers", 3)}
+
+
+def _enough(group: Group, name: str, shared: Mapping[str, Value]) -> Iterator[Problem]:
+  """Checks that there are more models than a method leaves out."""
+  parameter, more = _LEFT_OUT.get(name, ("", 0))
+  if value := shared.get(parameter):
+    least = 2 * int(value.value) + more
+    count = sum(group.merged(s, METHODS[name]) for s in group.sources)
+    if count < least:
+      text = f"{name} needs {least} or more models where {parameter} is {value.value}, got {count}."
+      yield Problem(value.place or group.place, text)
+
+
 def _given(group: Group, name: str, above: tuple[Parameters, ...]) -> Iterator[Problem]:
   """Checks that required parameters are given at some level, and values that belong together."""
   method = METHODS[name]
@@ -95,7 +110,9 @@ def _given(group: Group, name: str, above: tuple[Parameters, ...]) -> Iterator[P
       yield Problem(source.place, f"{text} the model, the slice or the recipe.")
   if any("weight" not in own for own in each):
     each = [{n: v for n, v in own.items() if n != "weight"} for own in each]
-  yield from together(name, _constants(shared, method.shared), each, group.place)
+  known = _constants(shared, method.shared)
+  yield from _enough(group, name, known)
+  yield from together(name, known, each, group.place)
 
 
 def _without(levels: Sequence[Parameters], known: Mapping[str, Parameter]) -> list[str]:

@@ -141,14 +141,14 @@ MERGEKITS: Mapping[str, Method] = {
   "dare_linear": _arithmetic("drop at random", _FRACTION, rescale=True, random=True),
   "della": _arithmetic(
     "drop at random by magnitude, elect sign",
-    _FRACTION,
+    _ABOVE_ZERO,
     {"epsilon": _SPREAD},
     normalize=True,
     rescale=True,
     random=True,
   ),
   "della_linear": _arithmetic(
-    "drop at random by magnitude", _FRACTION, {"epsilon": _SPREAD}, rescale=True, random=True
+    "drop at random by magnitude", _ABOVE_ZERO, {"epsilon": _SPREAD}, rescale=True, random=True
   ),
   "breadcrumbs": _arithmetic(
     "remove the largest and the smallest entries", _ABOVE_ZERO, {"gamma": _GAMMA}
@@ -162,7 +162,7 @@ MERGEKITS: Mapping[str, Method] = {
     (1, None),
     {},
     {
-      "select_topk": _FRACTION._replace(doc="fraction of positions kept, by variance"),
+      "select_topk": _ABOVE_ZERO._replace(doc="fraction of positions kept, by variance"),
       "int8_mask": _MASK,
     },
   ),
