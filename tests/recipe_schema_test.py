@@ -124,6 +124,14 @@ def test_stages_come_after_those_that_they_use():
     ]
 
 
+def test_the_recipe_without_a_name_makes_the_result():
+  """Wherever it stands, and whether the others are for it or not."""
+  text = STAGES.split("---\n")
+  aside = text[0].replace("name: first", "name: aside")
+  found = parsed("---\n".join([text[2], aside, *text[:2]]))
+  assert [own.name for own in found] == ["aside", "first", "second", None]
+
+
 def test_a_copy_in_a_slice_needs_no_second_model():
   text = SLERP.replace(
     "merge_method", "  - sources: [{model: x/y, layer_range: [3, 4]}]\nmerge_method"

@@ -237,7 +237,10 @@ def _uses(recipe: Recipe, names: Collection[str]) -> tuple[str, ...]:
 
 
 def _ordered(recipes: Sequence[Recipe], found: list[Problem]) -> tuple[Recipe, ...]:
-  """Returns the recipes, each after those that it uses, else in the order of the file."""
+  """Returns the recipes, each after those that it uses, else in the order of the file.
+
+  The last one makes the result: it is that without a name, if there is one.
+  """
   named = {r.name: r for r in recipes if r.name}
   done: list[Recipe] = []
   open_: list[Recipe] = []
@@ -257,6 +260,6 @@ def _ordered(recipes: Sequence[Recipe], found: list[Problem]) -> tuple[Recipe, .
           visit(named[name])
       done.append(open_.pop())
 
-  for recipe in recipes:
+  for recipe in sorted(recipes, key=lambda recipe: recipe.name is None):
     visit(recipe)
   return tuple(done)
