@@ -106,6 +106,12 @@ def test_model_stock_and_tokens():
   }
 
 
+def test_older_recipes_call_the_source_of_a_tokenizer_a_model():
+  old = one(LINEAR + "tokenizer_source: model:psm/orca_v3_13b@v1\n").tokenizer.source
+  assert old == one(LINEAR + "tokenizer_source: psm/orca_v3_13b@v1\n").tokenizer.source
+  assert (old.path, old.revision) == ("psm/orca_v3_13b", "v1")
+
+
 def test_modules_have_groups():
   first, second = recipe.groups(one(MODULES))
   assert (first.module, second.module, str(second.base)) == ("text_decoder", "vision_tower", "e/f")

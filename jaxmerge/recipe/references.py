@@ -110,6 +110,8 @@ def source(node: Marked, what: str, models: Collection[Model], context: Context)
   """
   if node.value in _SOURCES:
     return str(node.value)
+  if isinstance(node.value, str):  # Older recipes of mergekit say `model:org/name`.
+    node = node._replace(value=node.value.removeprefix("model:"))
   own = model(node, what, context)
   paths = {m.path for m in models}
   word = isinstance(node.value, str) and _is_word(own.path, context)
