@@ -317,6 +317,7 @@ A, B, MAGNITUDE = "q_proj.lora_A.weight", "q_proj.lora_B.weight", "q_proj.lora_m
       "lora_B.weight': is int8; give weights that are not",
     ),
     (changed({"q_prj.weight": noise(0, 5, 7)}), "nor in the base, whose nearest is"),
+    (changed({"lm_head.weight": noise(0, 5, 7)}), r"nor in the base.*, untied \(tie_word_emb"),
     (changed({"q_proj.lora_C": noise(0, 5, 7)}), "lora_C': is neither a part of a"),
     (changed({"q_proj.lora_A.default.weight": noise(0, 5)}), "is neither a part"),
     (changed({"q_proj.weight": noise(0, 6, 7)}), r"is \[6, 7\], but \[5, 7\] in the"),
@@ -328,7 +329,7 @@ A, B, MAGNITUDE = "q_proj.lora_A.weight", "q_proj.lora_B.weight", "q_proj.lora_m
       lora_parts("layers.0.q_proj", 2, (5, 7)),
       f"the base has no tensor 'layers.0.q_proj.weight', whose nearest is '{Q}.weight'; give the",
     ),
-    (lora_parts("lm_head", 2, (5, 7)), "no tensor 'lm_head.weight'; .*untied if"),
+    (lora_parts("lm_head", 2, (5, 7)), r"no tensor 'lm_head.weight'; .*untied \("),
   ],
 )
 def test_tensors_that_are_not_understood(opened, parts, message):

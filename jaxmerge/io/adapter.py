@@ -16,7 +16,7 @@ from typing import Any  # What JSON holds is any object until it is checked.
 import numpy as np
 
 from jaxmerge.io import folder as folders
-from jaxmerge.io import lora, safetensors
+from jaxmerge.io import lora, safetensors, ties
 from jaxmerge.io.tensor import Files, Tensor, stored
 
 Path = str | os.PathLike[str]
@@ -45,6 +45,7 @@ _UNUSED = (
 )  # fmt: skip
 # Others (pissa, olora, corda, loftq, lora_ga) change the base, which then is not the one on disk.
 _STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+_UNTIED = ", untied (tie_word_embeddings: false, and a head) if the tensor is one of a tied pair"
 _MERGE = "merge it with PEFT (merge_and_unload) and give the result in place of base and adapter"
 
 
@@ -199,7 +200,8 @@ def _sorted(
     elif name not in base:
       raise ValueError(
         f"{tensor.where}: is neither a part of a LoRA layer (lora_A.weight, lora_B.weight, "
-        f"lora_embedding_A, lora_embedding_B, {_MAGNITUDE}) nor in the base{_near(name, base)}."
+        f"lora_embedding_A, lora_embedding_B, {_MAGNITUDE}) nor in the base{_near(name, base)}"
+        f"{f'; give the base{_UNTIED}' if name.endswith(ties.HEADS) else ''}."
       )
     elif tensor.shape != base[name].shape:
       raise ValueError(
@@ -240,7 +242,7 @@ def _layer(
   if name not in base:
     raise ValueError(
       f"{where}: the base has no tensor {name!r}{_near(name, base)}; give the base that the "
-      "adapter was trained on, untied if the tensor is one of a tied pair."
+      f"adapter was trained on{_UNTIED}."
     )
   embedding = any("embedding" in part for part in parts)
   pair = [f"lora_embedding_{x}" if embedding else f"lora_{x}.weight" for x in "AB"]
