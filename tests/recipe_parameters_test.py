@@ -309,6 +309,19 @@ def test_a_condition_behind_a_wider_one_is_told():
   )
 
 
+def test_a_gradient_that_is_for_no_layer_is_told():
+  """Of which all would take the first value; names of checkpoints show no layers."""
+  own = slerp("[{filter: embed, value: [0, 0.5]}, {value: [0, 1]}]")
+  (problem,) = recipe.unmatched(own, TENSORS)
+  assert problem.text == (
+    "t is a gradient over the depth of layers, but none of the tensors that it is for is in a "
+    "layer; give one value."
+  )
+  flat = {"dense_0/kernel": None, "embed/kernel": None}
+  assert len(recipe.unmatched(own, flat)) == 2
+  assert recipe.unmatched(slerp("[0.5, 0.5]"), flat) == ()
+
+
 def test_exclusions_and_overrides_are_looked_at_as_well():
   found = recipe.unmatched(one(OWN.replace("lm_head", "head_lm")), TENSORS)
   assert [(p.place.line, p.text.split(" holds")[0]) for p in found] == [

@@ -232,6 +232,8 @@ def _divides(method: Method, shared: Mapping[str, Value]) -> bool:
 def unmatched(recipe: Recipe, tensors: Mapping[str, int | None]) -> tuple[Problem, ...]:
   """Returns a problem for every condition that is the first to hold for none of the tensors.
 
+  And for every gradient over depth that is only for tensors outside of the layers.
+
   Args:
     recipe: the recipe.
     tensors: the layer of every tensor by name, None outside of the layers: of the merged model,
@@ -246,19 +248,37 @@ def unmatched(recipe: Recipe, tensors: Mapping[str, int | None]) -> tuple[Proble
         problems.add(Problem(where.place, _without(where, tensors)))
       for name in taken:
         del left[name]
-  return tuple(sorted(problems))
+  return tuple(sorted(problems | set(_flat(recipe, tensors))))
+
+
+def _flat(recipe: Recipe, tensors: Mapping[str, int | None]) -> Iterator[Problem]:
+  """Finds gradients of which no tensor takes but the first value."""
+  for name, cases in _cases(recipe):
+    left = dict(tensors)
+    for case in cases:
+      taken = {n: layer for n, layer in left.items() if case.where.holds(n, layer)}
+      left = {n: layer for n, layer in left.items() if n not in taken}
+      gradient = isinstance(case.value, tuple) and len(set(case.value)) > 1
+      if gradient and taken and all(layer is None for layer in taken.values()):
+        text = f"{name} is a gradient over the depth of layers, but none of the tensors that it is"
+        yield Problem(case.place, f"{text} for is in a layer; give one value.")
 
 
 def _conditions(recipe: Recipe) -> Iterator[tuple[Where, ...]]:
   """Yields the conditions of which the first that holds counts."""
+  yield from ((where,) for where in recipe.exclude)
+  yield tuple(o.where for o in recipe.overrides)
+  yield tuple(v.where for v in recipe.layout)
+  yield from (tuple(c.where for c in cases) for _, cases in _cases(recipe))
+
+
+def _cases(recipe: Recipe) -> Iterator[tuple[str, tuple[Case, ...]]]:
+  """Yields what is said of parameters, at all levels."""
   levels = [recipe.parameters, *(m.parameters for m in recipe.modules.values())]
   levels += [o.parameters for o in recipe.overrides]
   for group in groups(recipe):
     levels += [group.levels[0], *(s.parameters for s in group.sources)]
-  yield from ((where,) for where in recipe.exclude)
-  yield tuple(o.where for o in recipe.overrides)
-  yield tuple(v.where for v in recipe.layout)
-  yield from (tuple(c.where for c in cases) for level in levels for cases in level.values())
+  yield from (own for level in levels for own in level.items())
 
 
 def _without(where: Where, tensors: Mapping[str, int | None]) -> str:
