@@ -404,6 +404,14 @@ def test_a_module_that_is_in_no_name_is_told(towers):
   assert line.endswith("did you mean 'vision_model'?")
 
 
+def test_a_filter_of_a_module_is_for_its_tensors(towers):
+  text = MODULES.format('exclude: ["^logit_scale$"]').replace("layers.1.", "embeddings")
+  with pytest.raises(RecipeError) as error:
+    run(text)
+  (line,) = str(error.value).splitlines()
+  assert line.startswith("recipe.yml:12:36: filter 'embeddings' holds for none of the ")
+
+
 def test_modules_of_checkpoints_are_parts_of_their_names_too(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   trees = [{f"{n}/kernel": np.full((2, 2), k, np.float32) for n in ("eye", "ear")} for k in (1, 3)]

@@ -8,6 +8,7 @@ the tensor.
 from __future__ import annotations
 
 import difflib
+import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -229,7 +230,11 @@ def _divides(method: Method, shared: Mapping[str, Value]) -> bool:
   return method.divides == "always" or bool(switch and switch.value)
 
 
-def unmatched(recipe: Recipe, tensors: Mapping[str, int | None]) -> tuple[Problem, ...]:
+def unmatched(
+  recipe: Recipe,
+  tensors: Mapping[str, int | None],
+  modules: Mapping[str | None, Mapping[str, int | None]] = types.MappingProxyType({}),
+) -> tuple[Problem, ...]:
   """Returns a problem for every condition that is the first to hold for none of the tensors.
 
   And for every gradient over depth that is only for tensors outside of the layers.
@@ -238,22 +243,26 @@ def unmatched(recipe: Recipe, tensors: Mapping[str, int | None]) -> tuple[Proble
     recipe: the recipe.
     tensors: the layer of every tensor by name, None outside of the layers: of the merged model,
       and of the sources where their names differ.
+    modules: those of each module, for what is said of it alone.
   """
   problems = set()
-  for conditions in _conditions(recipe):
-    left = dict(tensors)
+  for module, conditions in _conditions(recipe):
+    every = modules.get(module, tensors)
+    left = dict(every)
     for where in conditions:
       taken = [name for name, layer in left.items() if where.holds(name, layer)]
       if not taken and not where.everywhere:
-        problems.add(Problem(where.place, _without(where, tensors)))
+        problems.add(Problem(where.place, _without(where, every)))
       for name in taken:
         del left[name]
-  return tuple(sorted(problems | set(_flat(recipe, tensors))))
+  for module, name, cases in _cases(recipe):
+    problems |= set(_flat(name, cases, modules.get(module, tensors)))
+  return tuple(sorted(problems))
 
 
-def _flat(recipe: Recipe, tensors: Mapping[str, int | None]) -> Iterator[Problem]:
+def _flat(name: str, cases: Sequence[Case], tensors: Mapping[str, int | None]) -> Iterator[Problem]:
   """Finds gradients of which no tensor takes but the first value."""
-  for name, cases in _cases(recipe):
+  if any(isinstance(case.value, tuple) for case in cases):
     left = dict(tensors)
     for case in cases:
       taken = {n: layer for n, layer in left.items() if case.where.holds(n, layer)}
@@ -264,21 +273,24 @@ def _flat(recipe: Recipe, tensors: Mapping[str, int | None]) -> Iterator[Problem
         yield Problem(case.place, f"{text} for is in a layer; give one value.")
 
 
-def _conditions(recipe: Recipe) -> Iterator[tuple[Where, ...]]:
-  """Yields the conditions of which the first that holds counts."""
-  yield from ((where,) for where in recipe.exclude)
-  yield tuple(o.where for o in recipe.overrides)
-  yield tuple(v.where for v in recipe.layout)
-  yield from (tuple(c.where for c in cases) for _, cases in _cases(recipe))
+def _conditions(recipe: Recipe) -> Iterator[tuple[str | None, tuple[Where, ...]]]:
+  """Yields the conditions of which the first that holds counts, and the module they are for."""
+  yield from ((None, (where,)) for where in recipe.exclude)
+  yield None, tuple(o.where for o in recipe.overrides)
+  yield None, tuple(v.where for v in recipe.layout)
+  yield from ((m, tuple(c.where for c in cases)) for m, _, cases in _cases(recipe))
 
 
-def _cases(recipe: Recipe) -> Iterator[tuple[str, tuple[Case, ...]]]:
-  """Yields what is said of parameters, at all levels."""
-  levels = [recipe.parameters, *(m.parameters for m in recipe.modules.values())]
-  levels += [o.parameters for o in recipe.overrides]
+def _cases(recipe: Recipe) -> Iterator[tuple[str | None, str, tuple[Case, ...]]]:
+  """Yields what is said of parameters, at all levels: the module, the name, the cases."""
+  levels: list[tuple[str | None, Parameters]] = [(None, recipe.parameters)]
+  levels += [(name, m.parameters) for name, m in recipe.modules.items()]
+  levels += [(None, o.parameters) for o in recipe.overrides]
   for group in groups(recipe):
-    levels += [group.levels[0], *(s.parameters for s in group.sources)]
-  yield from (own for level in levels for own in level.items())
+    levels += [
+      (group.module, own) for own in (group.levels[0], *(s.parameters for s in group.sources))
+    ]
+  yield from ((m, name, cases) for m, level in levels for name, cases in level.items())
 
 
 def _without(where: Where, tensors: Mapping[str, int | None]) -> str:

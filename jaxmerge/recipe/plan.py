@@ -163,7 +163,8 @@ def planned(
   changed = dict(config)
   with telling.noted(found):
     changed = stacking.config(recipe, config, rows, donor)
-  if problems := parameters.unmatched(recipe, stacking.all_names(rows)):
+  names, modules = stacking.all_names(rows), stacking.by_module(rows)
+  if problems := parameters.unmatched(recipe, names, modules):
     found.append(RecipeError(problems))
   settled, problems = _settled(recipe, rows)
   if problems := (*problems, *_misfits(recipe, models, settled)):

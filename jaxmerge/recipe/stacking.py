@@ -181,6 +181,12 @@ def all_names(rows: Sequence[Row]) -> dict[str, int | None]:
   return found | {row.tensor.name: row.tensor.layer for row in rows}
 
 
+def by_module(rows: Sequence[Row]) -> dict[str | None, dict[str, int | None]]:
+  """Returns the same for each module."""
+  modules = dict.fromkeys(row.group.module for row in rows if row.group.module is not None)
+  return {m: all_names([row for row in rows if row.group.module == m]) for m in modules}
+
+
 def left_out(recipe: Recipe, models: Opened, rows: Sequence[Row]) -> dict[str, dict[str, str]]:
   """Says what becomes of what nothing is made of: excluded tensors, and layers in no slice."""
   told: dict[str, dict[str, str]] = {m.name: {} for m in models.values()}
