@@ -154,7 +154,7 @@ def _planned(
 
   What is wrong with recipe, models and the place of the result is told at once.
   """
-  from jaxmerge import evaluating, finishing, planning, summarizing
+  from jaxmerge import evaluating, finishing, opening, planning, summarizing
   from jaxmerge.io import atomic, growing
   from jaxmerge.recipe import plan as plans
   from jaxmerge.recipe import telling
@@ -169,7 +169,7 @@ def _planned(
     stages[name] = place, plan
     kind = options.shard_size, "safetensors", options.allow_nonfinite
     if not finishing.holds(place, plan, *kind):
-      return planning.foreseen(name, plan)
+      return opening.foreseen(name, plan)
     done.add(name)  # By a merge that was interrupted later.
     return planning.model(place, files, name=name)
 

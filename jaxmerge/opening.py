@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable
 from typing import NamedTuple
 
+import numpy as np
+
 from jaxmerge import planning
-from jaxmerge.io import adapter, hub
-from jaxmerge.io.tensor import Files
+from jaxmerge.io import adapter, folder, hub, weights
+from jaxmerge.io.tensor import Files, Tensor
 
 
 class Reference(NamedTuple):
@@ -95,3 +98,17 @@ def every(
   if wrong:
     raise planning.Problems([str(error) for error in wrong])
   return made
+
+
+def foreseen(name: str, plan: planning.Plan) -> planning.Model:
+  """Returns the model that a plan will make: it can be planned with, and not be read."""
+
+  def read(start: int, out: np.ndarray) -> None:
+    raise ValueError(f"{name} has not been made yet.")
+
+  tensors = {
+    o.name: Tensor(f"{name}: tensor {o.name!r}", o.dtype, o.shape, read) for o in plan.outputs
+  }
+  text = plan.texts.get(folder.CONFIG)
+  config = weights.config(plan.donor) if text is None else json.loads(text)
+  return planning.with_ties(planning.Model(name, plan.donor, tensors, (), config, texts=plan.texts))

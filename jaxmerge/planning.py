@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import pathlib
@@ -12,10 +11,11 @@ from typing import Any, NamedTuple  # Any: a method, which only a driver looks i
 import numpy as np
 
 from jaxmerge import catalog
-from jaxmerge.io import folder, safetensors, ties, weights
+from jaxmerge.io import safetensors, ties, weights
 from jaxmerge.io.tensor import Files, Tensor
 from jaxmerge.precision import Precision
 
+ASIDE = "dropped: only the models are merged"  # What becomes of a base that is not.
 ENTRIES = 2**22  # In a slice, of base and models together: few calls, and little memory.
 
 
@@ -192,11 +192,11 @@ def model(
   own = weights.model(path, files, home=home)
   called = name or str(pathlib.Path(path))
   config = weights.config(own.folder)
-  return _with_ties(Model(called, own.folder, own.tensors, own.files, config, home=home))
+  return with_ties(Model(called, own.folder, own.tensors, own.files, config, home=home))
 
 
-def _with_ties(opened: Model) -> Model:
-  """Takes an output head for the embedding where the config says that it is."""
+def with_ties(opened: Model) -> Model:
+  """Takes an output head for the embedding where the config of a model says that it is."""
   embedding, heads = ties.said(opened.tensors, opened.config) or (None, [])
   if embedding is None:
     return opened
@@ -205,20 +205,6 @@ def _with_ties(opened: Model) -> Model:
     tied=dict.fromkeys(heads or ties.HEADS, opened.tensors[embedding]),
     dropped=dict.fromkeys(heads, f"dropped: tied to {embedding}"),
   )
-
-
-def foreseen(name: str, plan: Plan) -> Model:
-  """Returns the model that a plan will make: it can be planned with, and not be read."""
-
-  def read(start: int, out: np.ndarray) -> None:
-    raise ValueError(f"{name} has not been made yet.")
-
-  tensors = {
-    o.name: Tensor(f"{name}: tensor {o.name!r}", o.dtype, o.shape, read) for o in plan.outputs
-  }
-  text = plan.texts.get(folder.CONFIG)
-  config = weights.config(plan.donor) if text is None else json.loads(text)
-  return _with_ties(Model(name, plan.donor, tensors, (), config, texts=plan.texts))
 
 
 def assembled(
@@ -343,7 +329,7 @@ def _fate_of(which: Part, want: Want, made: Output | None, fate: str) -> str:
     return fate
   if made.base is not None:
     return fate.replace("merged by", "base of", 1)
-  return fate if which in want.models else "dropped: only the models are merged"
+  return fate if which in want.models else ASIDE
 
 
 def called(jobs: Sequence[Job], index: int) -> str:

@@ -28,10 +28,14 @@ def family(tmp_path, monkeypatch):
   return folders.family(tmp_path)
 
 
+def written(text):
+  pathlib.Path("recipe.yml").write_text(text)
+  return "recipe.yml"
+
+
 def run(text):
   """Runs a recipe, and returns the tensors of the result."""
-  pathlib.Path("recipe.yml").write_text(text)
-  return folders.read(files.run(plans.of_file("recipe.yml", Files()), "out"))
+  return folders.read(files.run(plans.of_file(written(text), Files()), "out"))
 
 
 def check(found, expected):
@@ -242,6 +246,24 @@ def test_a_base_that_is_not_merged_is_not_said_to_be(family):
   told = json.loads(pathlib.Path("out", files.PROVENANCE).read_text())["inputs"]
   assert told["base"][FINAL] == "dropped: only the models are merged"
   assert told["m1"][FINAL] == "mean of the models that have it, job 2"
+
+
+@pytest.mark.parametrize("missing", ["base", "skip"])
+def test_a_copy_of_a_model_that_lacks_a_tensor(family, missing):
+  base, first, *_ = family
+  own = {n: x for n, x in first.items() if n != FINAL}
+  folders.write(pathlib.Path("m0"), own)
+  text = "merge_method: passthrough\nbase_model: base\nmodels: [{model: m0}]\n"
+  with pytest.raises(planning.Problems, match=f"tensor '{FINAL}' is wanted of m0, which has none"):
+    plans.of_file(written(text), Files())
+  found = run(f"{text}missing: {missing}\n")
+  expected = own | ({FINAL: base[FINAL]} if missing == "base" else {})
+  assert found.keys() == expected.keys()
+  for name, x in expected.items():
+    np.testing.assert_array_equal(found[name], x)
+  told = json.loads(pathlib.Path("out", files.PROVENANCE).read_text())["inputs"]["base"]
+  assert told.pop(FINAL) == ("copied from base" if missing == "base" else planning.ASIDE)
+  assert set(told.values()) == {planning.ASIDE}
 
 
 def test_what_is_excluded_and_not_in_the_base_may_be_left_out(family):

@@ -449,10 +449,14 @@ parameters: {weight: 1}
 tokenizer: {source: chat, tokens: {<x>: {source: {kind: zero}}}}
 chat_template: "{{ first }}"
 ---
+name: second
+merge_method: passthrough
+models: [{model: first}]
+---
 merge_method: linear
 models: [{model: turned}%s]
 parameters: {weight: 1}
-tokenizer: {source: first%s}
+tokenizer: {source: second%s}
 chat_template: auto
 """
 
@@ -462,8 +466,8 @@ chat_template: auto
   [
     ("", ""),
     (
-      ", {model: first}",
-      ", tokens: {<y>: {source: {kind: model_token, model: first, token: <x>}}}",
+      ", {model: second}",
+      ", tokens: {<y>: {source: {kind: model_token, model: second, token: <x>}}}",
     ),
   ],
   ids=["of which the tokenizer is taken", "that is merged"],

@@ -14,6 +14,7 @@ import numpy as np
 from jaxmerge import planning
 from jaxmerge.io import folder
 from jaxmerge.io.tensor import Files, Tensor
+from jaxmerge.opening import foreseen
 from jaxmerge.planning import Job, Part, Plan, Want
 from jaxmerge.recipe import (
   embeddings,
@@ -39,7 +40,7 @@ RECIPE = "jaxmerge_recipe.yml"
 def of_file(
   path: str | os.PathLike[str],
   files: Files,
-  made: Callable[[str, Plan], planning.Model] = planning.foreseen,
+  made: Callable[[str, Plan], planning.Model] = foreseen,
   *,
   download: bool = False,
 ) -> Plan:
@@ -75,7 +76,7 @@ def of_file(
   for recipe in (r for r in recipes[:-1] if r.name is not None):
     for plan in _tried(recipe, model, papers, results, found):
       earlier[str(recipe.name)] = plan
-      results[str(recipe.name)] = (planning.foreseen if found else made)(str(recipe.name), plan)
+      results[str(recipe.name)] = (foreseen if found else made)(str(recipe.name), plan)
   last = _tried(recipes[-1], model, papers, results, found)
   telling.check(found)
   (plan,) = last
@@ -186,8 +187,10 @@ def planned(
   if recipe.compat == "mergekit":
     plan = narrowing.computed(recipe, plan)
   changed = built.config(changed)
-  texts = {} if changed == config else {folder.CONFIG: json.dumps(changed, indent=2) + "\n"}
-  return plan._replace(texts={**texts, **built.texts}, fates=built.fates(plan.fates))
+  own = {} if changed == config else {folder.CONFIG: json.dumps(changed, indent=2) + "\n"}
+  # A donor that is still to be made has other files than its folder.
+  texts = {**donor.texts, **own, **built.texts}
+  return plan._replace(texts=texts, fates=built.fates(plan.fates))
 
 
 # --- What becomes of them ---
@@ -376,6 +379,8 @@ def _want(
 
   parts = [part(i) for i in own.merged]
   if translation.method == "passthrough" and own.given()["scale"] == (1.0,):
+    if parts[0].tensor is None and missing == "base" and group.base is not None:
+      return Want(name, models[group.base].part(own.row.in_base))
     return Want(name, parts[0])
   base = None
   if group.base is not None:

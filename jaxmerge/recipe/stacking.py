@@ -188,10 +188,15 @@ def by_module(rows: Sequence[Row]) -> dict[str | None, dict[str, int | None]]:
 
 
 def left_out(recipe: Recipe, models: Opened, rows: Sequence[Row]) -> dict[str, dict[str, str]]:
-  """Says what becomes of what nothing is made of: excluded tensors, and layers in no slice."""
+  """Says what becomes of what nothing is made of: excluded tensors, and layers in no slice.
+
+  And a base that is not merged.
+  """
   told: dict[str, dict[str, str]] = {m.name: {} for m in models.values()}
   if any(row.group.sliced for row in rows):
     told = {m.name: dict.fromkeys(m.tensors, "dropped: in no slice") for m in models.values()}
+  for base in (models[g.base] for g in groups(recipe) if g.base and not g.sliced):
+    told[base.name] |= dict.fromkeys(base.tensors, planning.ASIDE)
   for row in rows:
     if parameters.excluded(recipe, row.tensor):
       for source, name in zip(row.group.sources, row.names, strict=True):
