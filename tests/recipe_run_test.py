@@ -447,3 +447,5 @@ modules:
 parameters: {weight: 1}
 """)
   check(found, {"eye/kernel": trees[0]["eye/kernel"] * 2, "ear/kernel": trees[1]["ear/kernel"]})
+  told = json.loads(pathlib.Path("out", files.PROVENANCE).read_text())["inputs"]
+  assert told["m0"]["ear/kernel"] == "dropped: in no module of it"

@@ -73,12 +73,12 @@ def _outside(recipe: Recipe, models: Opened, made: Sequence[Group]) -> Iterator[
       hint = f"exclude it, or write a module {_parts(name)[0]!r}"
       text = f"tensor {name!r} of {owner} is in {which}: {'name one of them' if homes else hint}."
       problems.append(Problem(recipe.places["modules"], text))
-  every = {part for m in models.values() for name in m.tensors for part in _parts(name)}
-  for module in modules.keys() - every:
-    close = difflib.get_close_matches(module, sorted(every), n=1)
+  parts = {part for m in models.values() for name in m.tensors for part in _parts(name)}
+  for own in sorted(modules.keys() - parts):
+    close = difflib.get_close_matches(own, sorted(parts), n=1)
     hint = f"; did you mean {close[0]!r}?" if close else "."
-    text = f"the module {module!r} is a part of no tensor's name{hint}"
-    problems.append(Problem(recipe.modules[module].place, text))
+    text = f"the module {own!r} is a part of no tensor's name{hint}"
+    problems.append(Problem(recipe.modules[own].place, text))
   if problems:
     raise RecipeError(problems)
 
@@ -193,8 +193,9 @@ def left_out(recipe: Recipe, models: Opened, rows: Sequence[Row]) -> dict[str, d
   And a base that is not merged.
   """
   told: dict[str, dict[str, str]] = {m.name: {} for m in models.values()}
-  if any(row.group.sliced for row in rows):
-    told = {m.name: dict.fromkeys(m.tensors, "dropped: in no slice") for m in models.values()}
+  if recipe.modules or any(row.group.sliced for row in rows):
+    words = "dropped: in no module of it" if recipe.modules else "dropped: in no slice"
+    told = {m.name: dict.fromkeys(m.tensors, words) for m in models.values()}
   for base in (models[g.base] for g in groups(recipe) if g.base and not g.sliced):
     told[base.name] |= dict.fromkeys(base.tensors, planning.ASIDE)
   for row in rows:
