@@ -18,7 +18,7 @@ from jaxmerge import catalog, judging, methods, problems, processes, report, sta
 from jaxmerge import mesh as meshes
 from jaxmerge import workdir as workdirs
 from jaxmerge.atm import baselines, budget, evaluate, loop, placing, tune
-from jaxmerge.io import orbax
+from jaxmerge.io import orbax, shared
 from jaxmerge.stage import Method
 from jaxmerge.tasks.task import Task
 
@@ -53,6 +53,7 @@ def run(
   workdir = pathlib.Path(workdir)
   plain = json.loads(config.to_json())
   workdirs.check(workdir, plain, resume)
+  shared.check(workdir)
   work = Work(plain, workdir, progress, stop)
   if processes.first():
     workdirs.claim(workdir, plain)

@@ -36,7 +36,7 @@ from jaxmerge import (
   tying,
   views,
 )
-from jaxmerge.io import atomic, folder, growing, hub, safetensors
+from jaxmerge.io import atomic, folder, growing, hub, safetensors, shared
 from jaxmerge.io.tensor import Files, Tensor
 from jaxmerge.planning import Job, Output, Plan
 from jaxmerge.stage import Method
@@ -168,7 +168,7 @@ def run(
     with atomic.room(part):
       part.mkdir(parents=True, exist_ok=True)
     atomic.tidy(part)
-  processes.agree(True)  # The folder is there for all.
+  shared.check(part)  # None goes on before it is there.
   with growing.locked(part, out) if first else contextlib.nullcontext():
     shards = folder.shards({o.name: o.size for o in plan.outputs}, shard_size)
     kinds = {o.name: (o.dtype, o.shape) for o in plan.outputs}

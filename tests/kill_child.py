@@ -213,12 +213,25 @@ def merges(directory):
   return digest
 
 
+def apart(directory):
+  """A store in a folder that each process has for itself, as on disks that are not shared."""
+  import jax
+
+  from jaxmerge.io import orbax, shared
+
+  shared.LOOKS = 2
+  place = pathlib.Path(directory) / f"disk of {jax.process_index()}"
+  with orbax.Checkpoints(place) as store:
+    store.save(1, {"x": jax.numpy.ones(3)}, {})
+
+
 SCENARIOS = {
   "counting": counting,
   "merging": merging,
   "files": files,
   "spread": spread,
   "merges": merges,
+  "apart": apart,
 }
 
 

@@ -129,6 +129,15 @@ def test_asked_to_stop_and_resumed_with_the_same_bits(child, whole, tmp_path):
     assert final[0]["digest"] == answers[0]["digest"]
 
 
+def test_folders_that_are_not_shared_are_refused_before_anything_is_saved(child, tmp_path):
+  """Else each process would keep its own shards, and none of them a checkpoint."""
+  answers = child.run_many("apart", tmp_path, devices=1)
+  assert all(a["status"] not in (0, None) for a in answers), answers
+  assert "is not one folder for all processes" in answers[0]["said"]
+  assert "not seen by process 1 of 2" in answers[0]["said"]
+  assert not list((tmp_path / "disk of 0").iterdir())
+
+
 def test_files_are_merged_to_the_bytes_of_one_process(child, tmp_path):
   """With a threshold over the whole model; killed at some of its events, and resumed by others."""
   folders.family(tmp_path / "inputs")

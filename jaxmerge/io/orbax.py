@@ -34,7 +34,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
-from jaxmerge.io import arrays, atomic, checkpoint, leaves, manifest
+from jaxmerge.io import arrays, atomic, checkpoint, leaves, manifest, shared
 from jaxmerge.io.checkpoint import RECORD, STATE
 
 _NONE, _FAILED = -1, -2  # what process 0 tells the others in place of a step
@@ -68,9 +68,10 @@ class Checkpoints:
   """Saves and restores numbered states in a directory; a class because it owns Orbax's threads.
 
   Every process of a run makes the same calls in the same order, on a directory that all of them
-  see. Nothing is touched before the first `save` or `restore`; that call sets aside whatever is
-  damaged or interrupted. Two runs must not use one directory at the same time. Use it in a `with`,
-  or close it: a program that ends without that may lose the save on its way.
+  see. Nothing is touched before the first `save` or `restore`; that call looks whether all see it,
+  and sets aside whatever is damaged or interrupted. Two runs must not use one directory at the same
+  time. Use it in a `with`, or close it: a program that ends without that may lose the save on its
+  way.
 
   Args:
     directory: created by the first save.
@@ -201,6 +202,8 @@ class Checkpoints:
   def _open(self) -> _Orbax:
     """Tidies the directory, agrees on the newest good step, and starts Orbax where it is not up."""
     newest = _FAILED
+    if self._orbax is None:
+      shared.check(self._directory)
     try:
       if jax.process_index() == 0:
         newest = self._tidy()

@@ -1,0 +1,70 @@
+"""A folder that all processes of a run see: checked, lest each of them fills one of its own."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import secrets
+import time
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from jaxmerge.io import atomic
+
+LOOKS = 70  # One a second: a network's disk may hide for a minute what another machine has made.
+
+
+def check(folder: pathlib.Path) -> None:
+  """Makes a folder, where it is missing, and looks whether every process of the run sees it.
+
+  All processes call it at the same point; none goes on before the folder is there. Process 0 alone
+  writes, a mark that it removes again. One process has nothing to check, and makes no folder.
+
+  Example:
+    >>> check(pathlib.Path("runs/images4"))
+
+  Raises:
+    ValueError: in all processes, naming those that do not see what process 0 has written.
+    OSError: in all processes, where process 0 cannot write there.
+  """
+  if jax.process_count() == 1:
+    return
+  first = jax.process_index() == 0
+  failure: OSError | None = None
+  drawn = np.frombuffer(secrets.token_bytes(4), np.uint32)
+  mark = folder / f".seen.{int(multihost_utils.broadcast_one_to_all(drawn)[0]):08x}.tmp"
+  try:
+    if first:
+      try:
+        folder.mkdir(parents=True, exist_ok=True)
+        atomic.tidy(folder)
+        mark.touch()
+      except OSError as error:  # The others must hear of it, or they wait for ever.
+        failure = error
+    if multihost_utils.process_allgather(np.asarray(failure is not None)).any():
+      raise failure or OSError(f"process 0 cannot write in {folder}.")
+    blind = _blind(mark)
+  finally:
+    if first:
+      mark.unlink(missing_ok=True)
+  if blind:
+    who = ", ".join(map(str, blind))
+    raise ValueError(
+      f"{folder} is not one folder for all processes: what process 0 writes there is not seen by "
+      f"process {who} of {jax.process_count()}. Give all of them the same folder, on a disk that "
+      "they share, such as NFS."
+    )
+
+
+def _blind(mark: pathlib.Path) -> list[int]:
+  """The processes that do not see a file, though they have looked for long."""
+  seen = np.zeros(jax.process_count(), bool)
+  for look in range(LOOKS):
+    if look:
+      time.sleep(1)
+    seen = np.asarray(multihost_utils.process_allgather(np.asarray(os.path.exists(mark)))).ravel()
+    if seen.all():
+      break
+  return np.flatnonzero(~seen).tolist()
