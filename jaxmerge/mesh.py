@@ -195,12 +195,15 @@ def _moved(where: Sharding) -> Callable[[Array], Array]:
 
 
 def fetch(given: Any) -> Any:
-  """Brings the leaves of a tree, whole, to the memory of every process: NumPy arrays."""
+  """Brings the leaves of a tree, whole, to the memory of every process: NumPy arrays.
+
+  Where devices of other processes hold parts, one leaf after the other is whole on every device.
+  """
 
   def own(x: Any) -> Any:
     if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
       return x
     assert isinstance(x.sharding, NamedSharding)
-    return _put(x, NamedSharding(x.sharding.mesh, P()))
+    return np.asarray(_put(x, NamedSharding(x.sharding.mesh, P())))
 
   return jax.tree.map(np.asarray, jax.device_get(jax.tree.map(own, given)))

@@ -376,6 +376,24 @@ def test_rounds_may_go_unsaved_but_not_the_last(tmp_path, whole):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("sizes", [(2, 2, 2), (3, 1, 2)])
+def test_optimizer_states_do_not_pass_through_the_host_where_a_run_goes_on(
+  tmp_path, monkeypatch, sizes
+):
+  """Those of all tasks may be more than a host holds; the second mesh has empty slots for some."""
+  tasks = [*small.three(), small.classified("dog", 16)]
+  given = dict(mesh=meshes.make(*sizes), sharding=RULES, **ALL)
+  expected = run(tasks, **given)
+  with orbax.Checkpoints(tmp_path) as store, pytest.raises(Stopped):
+    run(tasks, store=store, on_round=stop_after(2), **given)
+  fetched, fetch = [], meshes.fetch
+  monkeypatch.setattr(meshes, "fetch", lambda x: fetched.extend(jax.tree.leaves(x)) or fetch(x))
+  with orbax.Checkpoints(tmp_path) as store:
+    assert_same_run(run(tasks, store=store, **given), expected)
+  assert not any(np.shape(x)[1:] == (4, 5) for x in fetched)
+
+
+@pytest.mark.slow
 def test_the_best_round_is_remembered_over_an_interruption(tmp_path):
   changes = dict(outer="sgd", outer_learning_rate=6.0, epochs=9.0, early_stopping=True)
   expected = run(**changes)

@@ -276,11 +276,11 @@ class _Run:
       self.head = held["head"]
       self.rows = _headed(self.rows, head)
       self.whole = _headed(self.whole, head)
-    local = jax.tree.map(
-      lambda x, y: np.concatenate([x, y[n:]]), *meshes.fetch((held["local"], start.local))
-    )
-    if self.kept and self.waves == 1:
-      local = meshes.put(local, self.local_places())
+    local, spare = held["local"], start.local
+    if self.kept and self.waves > 1:
+      local = jax.tree.map(lambda x, y: np.concatenate([x, y[n:]]), meshes.fetch(local), spare)
+    elif self.kept and n < self.slots:
+      local = placing.padded(local, spare, self.local_places())
     return rounds.State(held["params"], held["outer"], local)
 
   def record(self, records: list[dict[str, Any]]) -> dict[str, Any]:

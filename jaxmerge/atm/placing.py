@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any  # Any: parameters and states are the user's trees.
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
@@ -62,6 +63,28 @@ def states(
   one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), params)
   places = of_states(optimizer, one, mesh, rules, stacked=True)
   return lax.with_sharding_constraint(jax.vmap(optimizer.init)(params), places)
+
+
+def padded(used: Any, every: Any, places: Any) -> Any:
+  """Puts behind the slots of a stack [n, *s] those of a longer one that come after its own n.
+
+  On the devices: the states of all tasks are many times the model, and a host may not hold them.
+
+  Args:
+    used: tree of arrays, the first n slots.
+    every: tree of arrays, all slots.
+    places: where the result goes, a tree of shardings.
+
+  >>> from jax.sharding import SingleDeviceSharding
+  >>> where = {"m": SingleDeviceSharding(jax.devices()[0])}
+  >>> padded({"m": jnp.ones(2)}, {"m": jnp.zeros(3)}, where)["m"].tolist()
+  [1.0, 1.0, 0.0]
+  """
+
+  def one(x: jax.Array, y: jax.Array) -> jax.Array:
+    return jnp.concatenate([x, y[x.shape[0] :]])
+
+  return jax.jit(lambda a, b: jax.tree.map(one, a, b), out_shardings=places)(used, every)
 
 
 def of_states(
