@@ -19,6 +19,8 @@ from jaxmerge.io import atomic
 def check(workdir: pathlib.Path, config: Mapping[str, Any], resume: str) -> None:
   """Refuses a folder that is not the run's own; nothing is written.
 
+  The mesh is not part of what a run is: it may go on with other devices or processes.
+
   Args:
     workdir: the folder, which need not exist.
     config: the plain config of the run.
@@ -42,7 +44,7 @@ def check(workdir: pathlib.Path, config: Mapping[str, Any], resume: str) -> None
   differ = [
     f"{key} is {theirs.get(key)!r} there and {ours.get(key)!r} here"
     for key in sorted(theirs.keys() | ours.keys())
-    if theirs.get(key) != ours.get(key)
+    if theirs.get(key) != ours.get(key) and not key.startswith("mesh.")
   ]
   if differ:
     more = f" and {len(differ) - 5} more" if len(differ) > 5 else ""

@@ -179,6 +179,23 @@ def test_a_run_that_stops_in_any_phase_ends_with_the_same_record(tmp_path, recor
   assert lasting(experiment.run(config(), tmp_path)) == lasting(record)
 
 
+@pytest.mark.slow
+def test_a_run_goes_on_with_another_mesh(tmp_path, workdir, record):
+  def stop(event):
+    if event.get("phase") == "atm" and event["done"] == 2:
+      raise Stopped
+
+  with pytest.raises(Stopped):
+    experiment.run(config(), tmp_path, progress=stop)
+  places = dict(task=1, data=2, model=1, devices=DEVICES)
+  found = experiment.run(config(mesh=places), tmp_path, resume="must")
+  assert [r["round"] for r in found["rounds"]] == [r["round"] for r in record["rounds"]]
+  one, two = (np.load(folder / "merged" / "model.npz") for folder in (workdir, tmp_path))
+  for name, x in one.items():
+    # Sums over tasks and rows are made in another order, which Adam amplifies.
+    np.testing.assert_allclose(two[name], x, rtol=1e-4, atol=1e-5, err_msg=name)
+
+
 def test_a_folder_of_another_config_is_refused(workdir, record):
   with pytest.raises(ValueError, match="rounds is 3 there and 4 here"):
     experiment.run(config(rounds=4), workdir)
