@@ -13,6 +13,8 @@ import sys
 
 import pytest
 
+from jaxmerge.models import bert
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SCRIPTS = sorted((ROOT / "tpu").glob("*.sh"))
 
@@ -213,6 +215,9 @@ def test_a_run_is_installed_launched_watched_and_fetched(cloud, tmp_path):
   for n in (0, 1):
     assert (home / f"worker{n}" / "jaxmerge" / "pyproject.toml").is_file()
     assert f"pip {home}/worker{n} install --quiet --editable ./jaxmerge[demo,tpu]" in calls(home)
+    # Without them configs/minilm8.py, the example of tpu/README.md, does not run.
+    weights = bert._INSTALL.removeprefix("pip install ")
+    assert f"pip {home}/worker{n} install --quiet {weights}" in calls(home)
   method = "--config.method={'name': 'ties', 'density': 0.2}"
   good(run("launch.sh", "--config=configs/images4.py", method))
   until(lambda: (home / "worker1/jaxmerge/run.status").exists())
@@ -228,6 +233,26 @@ def test_a_run_is_installed_launched_watched_and_fetched(cloud, tmp_path):
   good(run("fetch.sh", "images4", str(target)))
   assert sorted(p.name for p in target.iterdir()) == ["report.json"]
   assert "is there already" in run("fetch.sh", "images4", str(target)).stderr
+
+
+def test_new_files_are_brought_and_lost_ones_are_no_trouble(cloud, tmp_path):
+  home, run = cloud
+  own = tmp_path / "own checkout"
+  shutil.copytree(ROOT / "tpu", own / "tpu")
+  (own / "configs").mkdir()
+  (own / "configs" / "old.py").touch()
+  (own / ".gitignore").write_text("runs/\n")
+  for command in (["init", "--quiet"], ["add", "--all"]):
+    subprocess.run(["git", "-C", str(own), *command], check=True)
+  (own / "configs" / "old.py").rename(own / "configs" / "my config.py")
+  (own / "runs").mkdir()
+  (own / "runs" / "large").touch()
+  good(run("create.sh"))
+  good(run(own / "tpu" / "install.sh"))
+  there = home / "worker1" / "jaxmerge"
+  assert [p.name for p in (there / "configs").iterdir()] == ["my config.py"]
+  assert (there / "tpu" / "install.sh").is_file()
+  assert not (there / "runs").exists()
 
 
 def test_a_preempted_run_goes_on_in_a_new_vm(cloud):

