@@ -32,12 +32,14 @@ done
 [[ $worker == all ]] && workers='0 1' || workers=$worker
 case $kind/$verb in
   tpu-vm/describe)
-    [[ -e $CLOUD/state ]] || exit 1
+    if [[ -e $CLOUD/offline ]]; then rm "$CLOUD/offline"; echo 'no network' >&2; exit 1; fi
+    echo 'WARNING: this gcloud is old' >&2
+    [[ -e $CLOUD/state ]] || { echo "ERROR: (gcloud) NOT_FOUND: no $5" >&2; exit 1; }
     cat "$CLOUD/state"
     [[ $(cat "$CLOUD/state") != CREATING ]] || echo READY >"$CLOUD/state"
     ;;
   queued-resources/describe)
-    [[ -e $CLOUD/queue ]] || exit 1
+    [[ -e $CLOUD/queue ]] || { echo "ERROR: (gcloud) NOT_FOUND: no $5" >&2; exit 1; }
     head -n 1 "$CLOUD/queue"
     sed -i '$!{1d}' "$CLOUD/queue"
     ;;
@@ -272,6 +274,39 @@ def test_a_preempted_run_goes_on_in_a_new_vm(cloud):
   assert len(runs(home)) == 4
   assert sum("mount -o rw,hard nfs:/share runs" in c and c.startswith("sudo") for c in calls(home))
   assert (home / "worker0/runs/images4/report.json").exists()
+
+
+def test_a_cloud_that_does_not_answer_is_no_reason_to_make_another_vm(cloud):
+  home, run = cloud
+  share = {"SHARE": "nfs:/share"}
+  good(run("create.sh", **share))
+  good(run("install.sh", **share))
+  good(run("launch.sh", "--config=configs/images4.py", **share))
+  until(lambda: (home / "worker0/jaxmerge/run.status").exists())
+  (home / "offline").touch()
+  done = good(run("resume.sh", "--config=configs/images4.py", **share))
+  assert "no network" in done.stderr
+  assert "mine: UNKNOWN" in done.stderr
+  assert "mine: done" in done.stderr
+  assert not any(" delete " in call for call in calls(home))
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_a_run_is_started_where_the_machine_has_none(cloud, before):
+  """It went when the machine was started anew, or there was none yet."""
+  home, run = cloud
+  flags, share = ["--config=configs/images4.py"], {"SHARE": "nfs:/share"}
+  good(run("create.sh", **share))
+  good(run("install.sh", **share))
+  place = home / "worker0" / "jaxmerge"
+  if before:
+    good(run("launch.sh", *flags, **share))
+    until(lambda: (place / "run.status").exists())
+    (place / "run.status").unlink()
+    (place / "run.boot").write_text("another\n")
+  done = good(run("resume.sh", *flags, **share))
+  assert "no run since the machine started" in done.stderr
+  assert len(runs(home)) == (4 if before else 2)
 
 
 def test_a_run_that_fails_is_not_begun_again(cloud):

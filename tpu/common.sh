@@ -21,6 +21,7 @@ SHARE=${SHARE:-}
 # On a worker, below its home.
 PLACE=jaxmerge
 RUNS=runs
+BOOT=/proc/sys/kernel/random/boot_id  # Another one whenever a machine starts.
 
 where=("--zone=$ZONE" ${PROJECT:+"--project=$PROJECT"})
 
@@ -35,14 +36,25 @@ tpu_vm() { gcloud compute tpus tpu-vm "$@" "${where[@]}"; }
 
 queued_resource() { gcloud compute tpus queued-resources "$@" "${where[@]}"; }
 
-# The state of the VM, such as READY or PREEMPTED; MISSING where there is none.
-state() {
-  tpu_vm describe "$TPU" --format='value(state)' 2>/dev/null || printf 'MISSING\n'
-}
+# The state of the VM, such as READY or PREEMPTED; MISSING where there is none, UNKNOWN where gcloud
+# cannot tell, which is no reason to make another.
+state() { told tpu_vm describe "$TPU" --format='value(state)'; }
 
 # The state of the queued resource, such as WAITING_FOR_RESOURCES, ACTIVE, SUSPENDED.
-queued_state() {
-  queued_resource describe "$TPU" --format='value(state.state)' 2>/dev/null || printf 'MISSING\n'
+queued_state() { told queued_resource describe "$TPU" --format='value(state.state)'; }
+
+told() {
+  local complaints
+  complaints=$(mktemp)
+  if ! "$@" 2>"$complaints"; then
+    if grep --quiet NOT_FOUND "$complaints"; then
+      printf 'MISSING\n'
+    else
+      cat "$complaints" >&2
+      printf 'UNKNOWN\n'
+    fi
+  fi
+  rm "$complaints"
 }
 
 # Runs a command on some workers: all, or a number.

@@ -15,9 +15,11 @@ done
 name=$(basename "$config" .py)
 run=".venv/bin/jaxmerge atm$(printf ' %q' "$@") --workdir=\"\$HOME/$RUNS/$name\" --distributed"
 
-# The exit status is kept, so that others can ask for it; the log of a run that goes on does too.
+# The exit status is kept, so that others can ask for it, and since when the machine is up, so that
+# they see where the run went with it; the log of a run that goes on does too.
 remote all "set -eu
 cd $PLACE
 rm -f run.status
+cat $BOOT >run.boot
 nohup bash -c $(printf %q "$run; echo \$? >run.status") >>run.log 2>&1 </dev/null &"
 say "$TPU: started $name on all workers; tpu/logs.sh shows what they say"

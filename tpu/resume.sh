@@ -23,13 +23,20 @@ while :; do
   now=$(state)
   case $now in
     READY)
-      status=$(remote 0 "cat $PLACE/run.status 2>/dev/null || echo running") || status=unreachable
+      status=$(remote 0 "cat $PLACE/run.status 2>/dev/null ||
+        if grep --quiet --file=$BOOT $PLACE/run.boot 2>/dev/null; then echo running
+        else echo none; fi") || status=unreachable
       case $status in
         0)
           say "$TPU: done"
           exit 0
           ;;
         running | unreachable) ;;
+        none)
+          say "$TPU: no run since the machine started; starting it"
+          "$here/install.sh"
+          "$here/launch.sh" "$@"
+          ;;
         *)
           # A VM that is taken away stops its run first; it is READY for a little longer.
           sleep "$POLL"
