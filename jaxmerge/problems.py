@@ -14,7 +14,7 @@ import optax
 from jax import lax
 
 from jaxmerge import mesh as meshes
-from jaxmerge import processes, tree
+from jaxmerge import processes, shaping, tree
 from jaxmerge.atm import baselines, evaluate, sampling, tune
 from jaxmerge.atm.settings import Settings
 from jaxmerge.io import atomic, safetensors
@@ -191,11 +191,20 @@ MAKERS: Mapping[str, Callable[[Mapping[str, Any]], Problem]] = {
 
 
 def make(config: Mapping[str, Any]) -> Problem:
-  """Makes the model and tasks that the config names."""
+  """Makes the model and tasks that the config names.
+
+  Raises:
+    ValueError: for an experiment that there is not, or that has shapes alone.
+  """
   name = config["experiment"]
-  if name not in MAKERS:
-    raise ValueError(f"experiment must be one of {', '.join(MAKERS)}, got {name!r}.")
-  return MAKERS[name](config)
+  if name in MAKERS:
+    return MAKERS[name](config)
+  if name in shaping.MAKERS:
+    raise ValueError(
+      f"the experiment {name!r} has shapes alone, no weights and no rows: `jaxmerge compile` "
+      "compiles it, and `jaxmerge.tune_and_merge` runs it from Python on yours, see docs/tpu.md."
+    )
+  raise ValueError(f"experiment must be one of {', '.join(MAKERS)}, got {name!r}.")
 
 
 def shared(problem: Problem) -> Problem:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import small_tasks as small
 
-from jaxmerge import catalog, experiment, problems
+from jaxmerge import catalog, configuring, experiment, problems
 from jaxmerge.atm import evaluate
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -177,6 +177,14 @@ def test_a_run_that_stops_in_any_phase_ends_with_the_same_record(tmp_path, recor
   with pytest.raises(Stopped):
     experiment.run(config(), tmp_path, progress=stop)
   assert lasting(experiment.run(config(), tmp_path)) == lasting(record)
+
+
+def test_an_experiment_of_shapes_alone_says_what_to_do_with_it(tmp_path):
+  shapes = configuring.load(str(ROOT / "configs" / "decoder_1b.py"))
+  words = "'decoder' has shapes alone, no weights and no rows: `jaxmerge compile` compiles it"
+  with pytest.raises(ValueError, match=words):
+    experiment.run(shapes, tmp_path / "run")
+  assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow

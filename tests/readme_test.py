@@ -5,12 +5,16 @@ import pathlib
 import re
 
 import jax
+import numpy as np
 import pytest
 
+import jaxmerge
 from jaxmerge import catalog
+from jaxmerge.models import llama
 from jaxmerge.report import leaderboard, tables
 
 TEXT = (pathlib.Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+TPU = (pathlib.Path(__file__).parents[1] / "docs" / "tpu.md").read_text(encoding="utf-8")
 DESIGN = (pathlib.Path(__file__).parents[1] / "docs" / "design.md").read_text(encoding="utf-8")
 
 
@@ -40,12 +44,25 @@ def test_own_model_is_tuned_and_merged():
 def test_own_method_runs():
   import jax.numpy as jnp
 
-  import jaxmerge
-
   clipped_mean = runs(blocks(DESIGN)[1])["clipped_mean"]
   experts = {"w": jnp.array([[1.0], [5.0]])}
   merged = jaxmerge.merge(clipped_mean(2.0), {"w": jnp.zeros(1)}, experts)
   assert merged["w"].item() == 1.5
+
+
+@pytest.mark.slow
+def test_a_decoder_is_tuned_in_shards(tmp_path):
+  run, base = runs(*blocks(TPU))["run"], pathlib.Path(__file__).parent / "fixtures/tiny_decoders"
+  draw = np.random.default_rng(0).integers
+  rows = {name: draw(0, 40, (72, 9), dtype=np.int32) for name in ("ant", "bee")}
+  settings = jaxmerge.Settings(rounds=2, epochs=2.0, batch_size=4)
+  sides = dict(task=2, data=2, model=2)
+  result = run(base / "llama", rows, tmp_path, settings, **sides)
+  assert len(result.rounds) == 2
+  up = result.params["layers"]["mlp"]["up"]["kernel"]
+  assert {s.data.shape for s in up.addressable_shards} == {(2, 16, 12)}
+  _, saved = llama.load(tmp_path / "merged")
+  np.testing.assert_array_equal(saved["layers"]["mlp"]["up"]["kernel"], up)
 
 
 def test_method_table_is_the_catalog():
