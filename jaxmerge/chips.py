@@ -96,7 +96,7 @@ def named(name: str, slices: int = 1) -> Slice:
   """
   found = re.fullmatch(r"([a-z0-9]+):(\d+(?:x\d+)*)", name)
   if found is None or found[1] not in CHIPS:
-    raise ValueError(f"there is no TPU topology {name!r}.{_near(name)} Names are {_names()}.")
+    raise ValueError(f"there is no TPU topology {name!r}.{_near(name)} There are {_names()}.")
   if slices < 1:
     raise ValueError(f"slices must be at least 1, got {slices}.")
   kind, sizes = found[1], tuple(int(n) for n in found[2].split("x"))
@@ -157,8 +157,7 @@ def _wanted(requirements: Iterable[str]) -> str | None:
 
 
 def _names() -> str:
-  some = {kind: (chip.shapes[0], chip.shapes[-1]) for kind, chip in CHIPS.items()}
-  return ", ".join(f"{kind}:{a} to {kind}:{b}" for kind, (a, b) in some.items())
+  return "; ".join(f"{kind}:{', '.join(chip.shapes)}" for kind, chip in CHIPS.items())
 
 
 def _near(name: str) -> str:

@@ -29,7 +29,7 @@ def test_every_documented_shape_is_a_name(kind):
     ("v4-8", "Did you mean v4:2x2x1"),
     ("v5p:44x4", "such as v5p:2x2x1"),
     ("v6:4x4", "Did you mean v6e:4x4"),
-    ("H100", "Names are v4:2x2x1 to"),
+    ("H100", "There are v4:2x2x1, 2x2x2, .*; v5e:1x1, 2x2, 2x4, 4x4, 4x8, 8x8, 8x16, 16x16; v5p:"),
     ("v5e:", "no TPU topology 'v5e:'"),
     ("v5e:3x4", "the first two even, such as v5e:1x1, v5e:2x2"),
     ("v5e:4x4x4", "v5e has 2 axes of at most 16x16"),
