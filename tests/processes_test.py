@@ -1,7 +1,13 @@
 """Several processes on one mesh: the numbers of one, killed and resumed, asked to stop."""
 
+import json
+import os
+import pathlib
 import random
 import signal
+import socket
+import subprocess
+import sys
 
 import folders
 import kill_child
@@ -10,6 +16,7 @@ import pytest
 
 from jaxmerge.io import manifest
 
+ROOT = pathlib.Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.slow
 GONE = "has lost another process of the run"
 
@@ -156,3 +163,58 @@ def test_files_are_merged_to_the_bytes_of_one_process(child, tmp_path):
     assert not (directory / "out").exists()
     final = child.run_many("files", directory, processes=count, devices=1, **options)
     assert [a["digest"] for a in final] == [expected] * count, final
+
+
+def commanded(*arguments, count):
+  """Runs the command, as users do, in so many processes; what each prints."""
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    port = free.getsockname()[1]
+  many = ["--distributed", f"--coordinator=127.0.0.1:{port}", f"--processes={count}"]
+  each = [[*many, f"--process={i}"] for i in range(count)] if count > 1 else [[]]
+  env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+  pipes = dict(cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+  command = [sys.executable, "-m", "jaxmerge", *arguments]
+  running = [subprocess.Popen([*command, *own], **pipes) for own in each]
+  said = [process.communicate(timeout=300) for process in running]
+  assert [process.returncode for process in running] == [0] * count, said
+  return [out for out, _ in said]
+
+
+SMALL = {
+  **{f"data.{split}": "24" for split in ("train", "validation", "test")},
+  "pretrain.rows": "16",
+  "pretrain.steps": "2",
+  "rounds": "1",
+  "epochs": "1.0",
+  "also": "{}",
+  "baselines": "{}",
+  "mesh.devices": "4",
+}
+
+
+def test_an_experiment_in_two_processes_has_one_report(tmp_path):
+  changes = [f"--config.{key}={value}" for key, value in SMALL.items()]
+  given = ["--config=configs/images4_quick.py", f"--workdir={tmp_path / 'run'}", *changes]
+  first, other = commanded("atm", *given, count=2)
+  assert f"report: {tmp_path / 'run' / 'report.html'}" in first
+  assert other == ""
+  record = json.loads((tmp_path / "run" / "report.json").read_text())
+  assert sorted(record["models"]) == ["atm", "average", "base", "experts"]
+  assert record["versions"]["devices"] == "4 x cpu"
+
+
+def test_a_recipe_in_two_processes_has_the_bytes_of_one(tmp_path):
+  inputs = tmp_path / "inputs"
+  folders.family(inputs)
+  models = "".join(
+    f"  - {{model: {inputs}/m{k}, parameters: {{weight: 1, density: 0.5}}}}\n" for k in range(3)
+  )
+  recipe = tmp_path / "recipe.yml"
+  recipe.write_text(f"merge_method: ties\nbase_model: {inputs}/base\nmodels:\n{models}")
+  for count in (1, 2):
+    first, *others = commanded("merge", str(recipe), str(tmp_path / f"out{count}"), count=count)
+    assert first.splitlines()[-1].startswith("merged: ")
+    assert others == [""] * (count - 1)
+  one, two = ({p.name: p.read_bytes() for p in (tmp_path / f"out{n}").iterdir()} for n in (1, 2))
+  assert one == two
