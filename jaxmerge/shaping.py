@@ -72,11 +72,11 @@ MINILM = encoder.Config(30522, 384, 6, 12, 1536, 512)
 
 def minilm8(config: Mapping[str, Any]) -> Shapes:
   """The MiniLM encoder, and texts of the config's length."""
-  sizes = dict(config["data"])
-  tasks = text.load(sizes.pop("tasks", None) or None, seed=config["seed"], **sizes)
-  counts = {t.name: len(t.splits["train"][1]) for t in tasks}
+  data = dict(config["data"])
+  names = data.get("tasks") or text.NAMES
+  head = (MINILM.hidden_size, max(len(text.classes(n)) for n in names))
+  counts = {n: min(data.get("train") or text.TRAIN[n], text.TRAIN[n]) for n in names}
   ids = Struct((config["model"]["length"],), jnp.int32)
-  head = (MINILM.hidden_size, max(len(t.classes) for t in tasks))
   params = jax.eval_shape(lambda: bert.init(MINILM, jax.random.key(0)))
   model = bert.apply(MINILM, jnp.dtype(config["compute_dtype"]))
   row = {"ids": ids, "mask": ids}

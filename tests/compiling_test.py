@@ -11,6 +11,7 @@ import jaxmerge
 from jaxmerge import chips, compile_config, compiling, problems, shaping, streaming, tree
 from jaxmerge.models import bert
 from jaxmerge.report import needs
+from jaxmerge.tasks import text
 
 CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
 TINY = {
@@ -188,6 +189,16 @@ def test_shapes_of_images_are_those_of_the_experiment():
   own["data"] = {"train": 40, "validation": 10, "test": 10}
   real, shapes = problems.make(own), shaping.make(own)
   assert_same(real, shapes)
+
+
+def test_rows_of_texts_are_known_without_reading_them(monkeypatch):
+  rows = {t.name: len(t.splits["train"][1]) for t in text.load(train=1600)}
+  monkeypatch.setattr(text, "load", None)
+  assert shaping.make(config("minilm8.py")).counts == rows
+  every = config("minilm8.py", data={"tasks": ["film", "udhr"]})
+  assert shaping.make(every).counts == {"film": 2000, "udhr": 1476}
+  with pytest.raises(ValueError, match="no text task 'flim'; did you mean 'film'"):
+    shaping.make(config("minilm8.py", data={"tasks": ["flim"]}))
 
 
 @pytest.mark.minilm
