@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import folders
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
@@ -234,6 +235,15 @@ def test_checksums_of_inputs_are_those_of_their_tensors(tmp_path):
     for folder, tensors in sources.items():
       where = f"{tmp_path / folder / 'model.safetensors'}: tensor {name!r}"
       assert told[name]["inputs"][where] == xxhash.xxh3_128_hexdigest(tensors[name].tobytes())
+
+
+def test_a_device_takes_slices_from_where_they_were_read():
+  """A CPU's device copies what does not begin at a multiple of 64 bytes."""
+  for size in (64, 4096, 2**20):
+    read = files._aligned(size).view(np.float32)
+    assert jax.device_put(read).unsafe_buffer_pointer() == read.ctypes.data
+    aside = files._aligned(size + 64).view(np.float32)[1:]
+    assert jax.device_put(aside).unsafe_buffer_pointer() != aside.ctypes.data
 
 
 @pytest.mark.parametrize(

@@ -368,6 +368,21 @@ def arguments(mesh, own, params, tasks=4):
   return put(params, everywhere), put(rows, by_task), put(plan, by_task), ready
 
 
+def to_host(program):
+  """Operations of a compiled program that hand arrays to the host, or ask it for some."""
+  ops = [step.op for step in text.steps(text.read(program))]
+  kinds = ("infeed", "outfeed", "send", "send-start", "recv", "recv-start")
+  return [op.name for op in ops if op.kind in kinds or "callback" in op.attributes]
+
+
+def test_what_goes_to_the_host_is_seen():
+  def told(x):
+    jax.debug.callback(lambda x: None, x)
+    return x + 1
+
+  assert to_host(compiled(told, jnp.ones(4)))
+
+
 @pytest.mark.parametrize("data", [1, 2])
 def test_a_round_talks_over_tasks_when_it_merges_and_not_before(data):
   mesh = meshes.make(4, data)
@@ -381,6 +396,7 @@ def test_a_round_talks_over_tasks_when_it_merges_and_not_before(data):
   assert {axis for c in found for axis in c.axes} == ({"data"} if data > 1 else set())
   state = rounds.State(params, (), ())
   given = (state, (), params, rows, plan, ready, np.float32(1))
-  lowered = jax.jit(rounds.function(parts)).lower(*given)
-  found = traffic.collectives(lowered.compile().as_text(), mesh)
+  whole = compiled(rounds.function(parts), *given)
+  found = traffic.collectives(whole, mesh)
   assert {"all-reduce", "all-gather"} & {c.kind for c in found if "task" in c.axes}
+  assert not to_host(whole)
