@@ -9,7 +9,6 @@ from ml_collections.config_dict import ConfigDict
 
 from jaxmerge import configuring
 
-AXES = ("task", "data", "model")
 MERGE: Mapping[str, Any] = {
   "models": int,
   "dtype": Literal["bfloat16", "float32"],
@@ -39,9 +38,10 @@ def load(path: str, changes: Sequence[tuple[str, str]] = ()) -> ConfigDict:
     if config[key] < 1:
       raise ValueError(f"{path}: config.{key} must be at least 1, got {config[key]}.")
   for key, value in config.mesh.items():
-    if key not in AXES or type(value) is not int:
+    if key not in configuring.AXES or type(value) is not int:
       raise ValueError(
-        f"{path}: config.mesh has whole numbers {', '.join(AXES)}; got {key!r}: {value!r}."
+        f"{path}: config.mesh has whole numbers {', '.join(configuring.AXES)}; "
+        f"got {key!r}: {value!r}."
       )
   configuring.check_method(dict(config.method), f"{path}: config.method")
   return config.lock()

@@ -26,6 +26,7 @@ from ml_collections.config_dict import ConfigDict
 from jaxmerge import catalog
 from jaxmerge.atm import settings
 
+AXES = ("task", "data", "model")  # Those of `mesh.AXES`, which comes with jax.
 LOOP: Mapping[str, Any] = get_type_hints(settings.Settings)
 # The keys that every experiment has, and the kind of value that each takes.
 SCHEME: Mapping[str, Any] = {
@@ -38,9 +39,7 @@ SCHEME: Mapping[str, Any] = {
   "checkpoint.keep": int,
   "checkpoint.every": int,
   "score_every": int,
-  "mesh.task": int,
-  "mesh.data": int,
-  "mesh.model": int,
+  **{f"mesh.{axis}": int for axis in AXES},
   "mesh.devices": int | None,
 }
 OPTIONAL = ("score_every",)  # It is 1 in configs that lack it: every round is scored.

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from jaxmerge import chips, cli, compile_config
+from jaxmerge import chips, cli, compile_config, configuring, mesh
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 MERGE = str(ROOT / "configs" / "merge_7b.py")
@@ -46,6 +46,10 @@ def test_an_experiment_and_a_merge_are_told_apart():
 def test_what_is_wrong_is_told(change, words):
   with pytest.raises(ValueError, match=words):
     compile_config.load(MERGE, [change])
+
+
+def test_configs_name_the_axes_of_a_mesh():
+  assert configuring.AXES == mesh.AXES
 
 
 def test_another_kind_of_config_is_an_error():
