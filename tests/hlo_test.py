@@ -267,6 +267,7 @@ def sent(target, kind):
   ("target", "kind", "wanted"),
   [
     ('"{1,2}x{0:3}"', "ALL_REDUCE", ("all-reduce", ("task",), 128, 2, 1, True)),
+    ('"{1,2}x{0:3}"', "ALL_GATHER", ("all-gather", ("task",), 256, 2, 1, True)),
     (
       "{{100000->200001},{200001->100000}}",
       "ONE_TO_ONE",

@@ -162,13 +162,15 @@ def _sent(step: texts.Step, mesh: Mesh) -> Collective:
   target = told[1] if told and _HOSTS in op.attributes else ""
   pairs = re.fullmatch(r"\{(?:\{\d+->\d+\},?)+\}", target)
   every = re.fullmatch(r'"\{(\d+(?:,\d+)*)\}x\{(\d+):(\d+)\}"', target)
+  transfer = re.search(r'_xla_megascale_transfer_type="(\w+)"', op.attributes)
+  word = transfer[1] if transfer else ""
   if pairs:
     kind = "collective-permute"
     own = [tuple(map(int, pair)) for pair in re.findall(r"(\d+)->(\d+)", target)]
-  elif every and "ALL_REDUCE" in op.attributes:
+  elif every and word in _BY_ALL:
     numbers = [int(n) for n in every[1].split(",")]
     inside = range(int(every[2]), int(every[3]) + 1)
-    kind, own = "all-reduce", [tuple(_SLICE * n + i for n in numbers) for i in inside]
+    kind, own = _BY_ALL[word], [tuple(_SLICE * n + i for n in numbers) for i in inside]
   else:
     raise ValueError(f"{op.kind} {op.name!r} cannot be attributed to mesh axes: {target[:200]!r}.")
   try:
@@ -176,10 +178,12 @@ def _sent(step: texts.Step, mesh: Mesh) -> Collective:
   except KeyError as e:
     raise ValueError(f"{op.kind} {op.name!r} names device {e}, which the mesh has not.") from e
   size = sum(s.bytes for s in step.within[op.operands[0]].shapes)
+  size *= max(map(len, own)) if kind == "all-gather" else 1
   spans = groups.axes(ids, dict(mesh.shape))
   return Collective(kind, spans, size, max(map(len, own)), step.times, outside=True)
 
 
+_BY_ALL = {"ALL_REDUCE": "all-reduce", "ALL_GATHER": "all-gather"}
 _SLICE = 100_000  # The ids of devices of slice n begin at n times that.
 
 
