@@ -4,6 +4,7 @@ import json
 import pathlib
 
 import pytest
+import small_tasks as small
 
 from jaxmerge import benching, cli, configuring
 from jaxmerge.report import leaderboard
@@ -19,7 +20,12 @@ def get_config():
   c.experts = {experts!r}
   c.seeds = {seeds}
   c.final = {final}
-  c.changes = dict(epochs=1.0, rounds=1, data=dict(train=64, validation=40, test=40))
+  c.changes = dict(
+    epochs=1.0,
+    rounds=1,
+    data=dict(train=64, validation=40, test=40),
+    pretrain=dict(steps=30),
+  )
   c.methods = dict({methods})
   return c.lock()
 """
@@ -39,6 +45,12 @@ def written(folder, methods=METHODS, seeds=2, final=True, experts=""):
     CONFIG.format(run=run, seeds=seeds, final=final, methods=methods, experts=experts)
   )
   return str(path)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiled_once(tmp_path_factory):
+  with small.compiled_once(tmp_path_factory.mktemp("programs")):
+    yield
 
 
 @pytest.fixture(scope="module")
