@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import pathlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple  # Any: arrays of jax, or of NumPy where loaded.
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -108,12 +110,17 @@ def rmm(adapters: Sequence[Adapter], names: Sequence[str], *, components: int = 
       (f"{m}/a", jnp.stack([jnp.asarray(each[m].a).T for each in adapters], axis=2)),
       (f"{m}/b", jnp.stack([jnp.asarray(each[m].b) for each in adapters], axis=2)),
     ):
-      mean = jnp.mean(x, axis=2)
-      apart = x - mean[..., None]
-      basis = spectral.svd(apart)[0][..., :components]
-      means[key], bases[key] = mean, basis
-      coefficients[key] = jnp.einsum("xrp,xrn->nxp", basis, apart)
+      means[key], bases[key], coefficients[key] = _plane(x, components)
   return Reversible(tuple(names), means, bases, coefficients, scales)
+
+
+@functools.partial(jax.jit, static_argnames="components")
+def _plane(x: Any, components: int) -> tuple[Any, Any, Any]:
+  """Mean, directions and coefficients of vectors [positions, r, n]: compiled once for a shape."""
+  mean = jnp.mean(x, axis=2)
+  apart = x - mean[..., None]
+  basis = spectral.svd(apart)[0][..., :components]
+  return mean, basis, jnp.einsum("xrp,xrn->nxp", basis, apart)
 
 
 def save(path: Path, bundle: Reversible, *, replace: bool = False) -> pathlib.Path:
