@@ -36,14 +36,16 @@ def test_worked_example():
   assert found == [[False] * 2, [True] * 2, [False] * 2, [True] * 2]
 
 
+GATES = {score: methods.lwptv(scale=1.0, score=score) for score in ("deviation", "rms")}
+
+
 @pytest.mark.parametrize(("ratio", "left"), [(0.0, 4), (0.3, 3), (0.5, 2), (0.99, 1), (1.0, 0)])
-@pytest.mark.parametrize("score", ["deviation", "rms"])
+@pytest.mark.parametrize("score", GATES)
 def test_every_model_loses_as_many_layers(ratio, left, score):
   x = stack(3)
   for k in range(3):
-    alone = {"weight": np.eye(3)[k]}
-    method = methods.lwptv(ratio, 1.0, score=score)
-    out = jaxmerge.blend(method, x, aux=alone)
+    alone = {"prune_ratio": ratio, "weight": np.eye(3)[k]}
+    out = jaxmerge.blend(GATES[score], x, aux=alone)
     layers = {n[:7] for n in LAYERS if np.asarray(out[n]).any()}
     assert len(layers) == left
 

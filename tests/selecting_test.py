@@ -73,13 +73,14 @@ def test_where_all_models_agree_nothing_is_selected():
 
 # Few values: most variances tie with others.
 values = st.sampled_from([0.0, 0.5, -0.5, 1.0, -1.0])
+HALF = methods.sce(0.5)
 
 
 @given(st.lists(st.lists(values, min_size=8, max_size=8), min_size=2, max_size=2))
 def test_sce_breaks_ties_by_position(x):
   x = np.asarray(x, np.float32)
   expected = entries.sce([{"w": row.astype(np.float64)} for row in x], 0.5)["w"]
-  close(merged(methods.sce(0.5), x), expected)
+  close(merged(HALF, x), expected)
 
 
 def test_a_density_of_sce_is_one_number():
@@ -144,11 +145,14 @@ def test_fusion_needs_a_base_and_one_model():
 # --- NearSwap and passthrough ---
 
 
+NEAR = methods.nearswap(0.5)
+
+
 @given(st.lists(st.floats(-2, 2, width=32), min_size=6, max_size=6))
 def test_nearswap_swaps_what_is_near(x):
   base = np.array([0.0, 0.5, -0.5, 1.0, 0.1, -0.1], np.float32)
   other = np.asarray(x, np.float32)
-  out = np.asarray(jaxmerge.blend(methods.nearswap(0.5), {"w": jnp.stack([base, other])})["w"])
+  out = np.asarray(jaxmerge.blend(NEAR, {"w": jnp.stack([base, other])})["w"])
   near = np.abs(other - base) <= 0.5
   np.testing.assert_array_equal(out[near], other[near])
   close(np.abs(out - base)[~near], np.full((~near).sum(), 0.5))
