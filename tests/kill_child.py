@@ -18,6 +18,7 @@ make no events; kills at random moments meet those.
 
 import atexit
 import contextlib
+import gc
 import json
 import os
 import pathlib
@@ -318,9 +319,12 @@ def serve():
   import jaxmerge.files
   import jaxmerge.io.orbax  # noqa: F401
 
+  # Looks through all installed packages: once, where jax has it under this name.
+  getattr(jax._src.xla_bridge, "_discover_and_register_pjrt_plugins", lambda: None)()
   assert not jax._src.xla_bridge._backends, "a backend has started; the server must not fork"
   assert threading.active_count() == 1, f"the server has threads: {threading.enumerate()}"
   del orbax
+  gc.freeze()  # What is there now is looked through by no child.
   for line in sys.stdin:
     request = json.loads(line)
     answer = _answer_many(request) if "processes" in request else _answer(request)
