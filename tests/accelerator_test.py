@@ -6,6 +6,7 @@ import pathlib
 
 import jax
 import pytest
+import small_tasks as small
 
 from jaxmerge.models import decoder_config
 
@@ -36,7 +37,7 @@ def test_everything_is_measured_and_the_numbers_are_those_of_the_cpu(benchmark, 
   out = tmp_path / "found.json"
   given = ["--parameters=50000", "--tasks", "1", "2", "--runs=1", f"--out={out}"]
   # Attention in bfloat16 names its dtypes, but jax promotes some where it lowers them.
-  with jax.numpy_dtype_promotion("standard"):
+  with jax.numpy_dtype_promotion("standard"), small.compiled_once(tmp_path / "programs"):
     found = benchmark.main(given)
   assert json.loads(out.read_text())["merges"] == found["merges"]
   shown = capsys.readouterr().out
