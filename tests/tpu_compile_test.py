@@ -56,15 +56,23 @@ def test_what_does_not_fit_says_so():
   assert "error: merge in memory does not fit v5e:2x2: RESOURCE_EXHAUSTED" in error
 
 
-def test_a_round_of_a_decoder_talks_over_tasks_only_when_it_merges():
-  sizes = "{'vocab_size': 1024, 'hidden_size': 256, 'num_layers': 2, 'num_heads': 4, "
-  sizes += "'num_kv_heads': 2, 'head_size': 64, 'intermediate_size': 512, 'remat': True}"
+@pytest.mark.parametrize(("topology", "slices"), [("v5p:2x2x2", 1), ("v5e:2x2", 2)])
+def test_a_round_of_a_decoder_talks_over_tasks_only_when_it_merges(topology, slices):
+  """Of two slices each has a task: nothing goes between them before the merge."""
+  sizes = "{'vocab_size': 256, 'hidden_size': 128, 'num_layers': 2, 'num_heads': 2, "
+  sizes += "'num_kv_heads': 1, 'head_size': 64, 'intermediate_size': 256, 'remat': True}"
   data = "{'domains': ('a', 'b'), 'length': 128, 'train': 64}"
-  mesh = ["--config.mesh.task=2", "--config.mesh.model=2"]
+  flags = ["--config.mesh.task=2", "--config.mesh.model=2", f"--slices={slices}"]
   found, _ = compiled(
-    "decoder_1b", "v5p:2x2x2", f"--config.model={sizes}", f"--config.data={data}", *mesh
+    "decoder_1b", topology, f"--config.model={sizes}", f"--config.data={data}", *flags
   )
   assert axes(found["tune"]) == {"data", "model"}
   assert "task" in axes(found["tune and merge"])
+  outside = {
+    n: {a for c in own["collectives"] if c["outside"] for a in c["axes"]}
+    for n, own in found.items()
+  }
+  assert outside["tune"] == set()
+  assert ("task" in outside["tune and merge"]) == (slices > 1)
   assert all(own["fits"] for own in found.values())
   assert found["tune"]["work"]["open_loops"] == 1
