@@ -77,4 +77,7 @@ def _watched() -> Callable[[], None]:
 def _who() -> str:
   import jax
 
-  return f"process {jax.process_index()}"
+  try:
+    return f"process {jax.process_index()}"
+  except RuntimeError:  # Its devices have not started: nobody has told it its number.
+    return f"process {os.getpid()}"

@@ -15,7 +15,14 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 HEARTBEAT = 15  # Seconds without a sign of life after which a process counts as dead.
-_SIGNS = ("Gloo ", "NCCL", "UNAVAILABLE: ", "CoordinationService", "Connection closed by peer")
+_SIGNS = (
+  "Gloo ",
+  "NCCL",
+  "UNAVAILABLE: ",
+  "CoordinationService",
+  "Connection closed by peer",
+  "Connection reset by peer",
+)
 
 
 def start(
@@ -80,7 +87,9 @@ def lost(error: BaseException) -> bool:
 
   >>> lost(ValueError("rounds must be positive"))
   False
+  >>> lost(RuntimeError("Unable to initialize backend 'cpu': recvmsg:Connection reset by peer"))
+  True
   """
-  # Collectives on a CPU fail by a ValueError where the other end closes its connection.
-  kinds = (jax.errors.JaxRuntimeError, ValueError)
-  return isinstance(error, kinds) and any(sign in str(error) for sign in _SIGNS)
+  # Collectives on a CPU fail by a ValueError where the other end closes its connection, devices
+  # that are only starting by a RuntimeError, of which jax's own kind is one.
+  return isinstance(error, RuntimeError | ValueError) and any(sign in str(error) for sign in _SIGNS)
