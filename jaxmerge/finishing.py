@@ -47,11 +47,12 @@ def check_begun(
   What is made of results that are themselves made `anew` goes on with no merge that was begun.
   """
   part = growing.part_of(out)
-  if anew and growing.journals(part):
+  if not growing.journals(part):
+    return
+  if anew:
     raise growing.other(part)
-  if growing.journals(part):
-    shards = folder.shards({o.name: o.size for o in plan.outputs}, shard_size)
-    growing.noted(part, identity(plan, shards, out_format))
+  shards = folder.shards({o.name: o.size for o in plan.outputs}, shard_size)
+  growing.noted(part, identity(plan, shards, out_format))
 
 
 def check_place(plan: Plan, out: pathlib.Path) -> None:

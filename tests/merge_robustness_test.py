@@ -10,6 +10,7 @@ import struct
 import folders
 import numpy as np
 import pytest
+import recipes
 
 from jaxmerge import cli, files, finishing, methods
 from jaxmerge.io import growing, safetensors
@@ -309,15 +310,13 @@ def test_a_merge_of_other_inputs_that_is_not_complete_is_told_of(family, capsys)
   assert journal.exists()
 
 
-STAGES = """
-name: mean
-merge_method: linear
-models: [{model: m0}, {model: m1}]
-parameters: {weight: 1}
----
+STAGES = (
+  recipes.MEAN
+  + """\
 merge_method: passthrough
 models: [{model: mean}]
 """
+)
 
 
 def test_a_merge_of_results_that_is_not_complete_goes_on_or_is_told_of(family, capsys, monkeypatch):

@@ -7,6 +7,7 @@ import folders
 import ml_dtypes
 import numpy as np
 import pytest
+import recipes
 import small
 
 import jaxmerge
@@ -367,17 +368,15 @@ def test_configs_count_the_layers_in_the_right_place():
   assert layers.resized({"model_type": "mine"}, 3, order) == {"model_type": "mine"}
 
 
-STAGES = """
-name: mean
-merge_method: linear
-models: [{model: m0}, {model: m1}]
-parameters: {weight: 1}
----
+STAGES = (
+  recipes.MEAN
+  + """\
 merge_method: slerp
 base_model: mean
 models: [{model: m2}]
 parameters: {t: 0.25}
 """
+)
 
 
 def test_recipes_build_on_each_other(family, capsys):
@@ -479,8 +478,8 @@ def test_adapters_are_added_to_what_recipes_make(family):
   name = "model.layers.0.self_attn.q_proj"
   a, b = write_adapter("lora", name)
   text = (
-    STAGES.split("---")[0]
-    + """---
+    recipes.MEAN
+    + """\
 merge_method: passthrough
 models: [{model: mean+%s}]
 """

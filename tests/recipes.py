@@ -31,6 +31,15 @@ def plain(parameters):
   }
 
 
+# The first of two documents; the second builds on what it makes.
+MEAN = """
+name: mean
+merge_method: linear
+models: [{model: m0}, {model: m1}]
+parameters: {weight: 1}
+---
+"""
+
 LINEAR = """\
 models:
   - model: psm/orca_v3_13b
