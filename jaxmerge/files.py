@@ -170,7 +170,7 @@ def run(
     atomic.tidy(part)
   shared.check(part)  # None goes on before it is there.
   with growing.locked(part, out) if first else contextlib.nullcontext():
-    shards = folder.shards({o.name: o.size for o in plan.outputs}, shard_size)
+    shards = plan.shards(shard_size)
     kinds = {o.name: (o.dtype, o.shape) for o in plan.outputs}
     identity = finishing.identity(plan, shards, out_format)
     plan = tying.tied(plan)

@@ -51,7 +51,7 @@ def check_begun(
     return
   if anew:
     raise growing.other(part)
-  shards = folder.shards({o.name: o.size for o in plan.outputs}, shard_size)
+  shards = plan.shards(shard_size)
   growing.noted(part, identity(plan, shards, out_format))
 
 
@@ -71,7 +71,7 @@ def holds(out: pathlib.Path, plan: Plan, shard_size: int, out_format: str, nonfi
   if not (out / folder.PROVENANCE).is_file():
     return False
   facts = folder.provenance(out)
-  shards = folder.shards({o.name: o.size for o in plan.outputs}, shard_size)
+  shards = plan.shards(shard_size)
   if facts.get("plan") != identity(plan, shards, out_format):
     return False
   return all(growing.counts(own, nonfinite) for own in facts["tensors"].values())
@@ -137,7 +137,7 @@ def complete(
   out_format: str,
 ) -> None:
   """Adds to the weights what makes a folder of them that other tools open; removes the rest."""
-  if len(shards) > 1 and out_format == "safetensors":
+  if folder.WEIGHTS not in shards and out_format == "safetensors":
     _write(part / folder.INDEX, folder.index(shards, {o.name: o.size for o in plan.outputs}))
   for path in folder.copied(plan.donor):
     target = part / path.relative_to(plan.donor)

@@ -46,7 +46,7 @@ def described(path: str | os.PathLike[str]) -> Record:
       "dtype": tensor.dtype.name,
       "shape": list(tensor.shape),
       "bytes": math.prod(tensor.shape) * tensor.dtype.itemsize,
-      "file": own.homes[name].name,
+      "file": str(own.homes[name].relative_to(path)),
     }
     for name, tensor in sorted(own.tensors.items(), key=lambda item: _natural(item[0]))
   ]

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple  # Any: a method, which only a driver looks i
 import numpy as np
 
 from jaxmerge import catalog
-from jaxmerge.io import safetensors, ties, weights
+from jaxmerge.io import folder, safetensors, ties, weights
 from jaxmerge.io.tensor import Files, Tensor
 from jaxmerge.precision import Precision
 
@@ -172,6 +172,11 @@ class Plan(NamedTuple):
   def written(self) -> int:
     """Bytes of the tensors of the result."""
     return sum(o.size for o in self.outputs)
+
+  def shards(self, limit: int) -> dict[str, list[str]]:
+    """Returns the files of the result, of at most `limit` bytes, each with its tensors."""
+    sizes = {o.name: o.size for o in self.outputs}
+    return folder.shards(sizes, limit, folder.modules(self.donor))
 
 
 class Problems(ValueError):

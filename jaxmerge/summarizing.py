@@ -28,7 +28,7 @@ def described(plan: Plan, *, shard_size: int, out_format: str = "safetensors") -
   for own in plan.fates.values():
     fates.update(words.split(" -> ")[0] for words in own.values())
   made = [o for o in plan.outputs if o.job is not None]
-  shards = len(folder.shards({o.name: o.size for o in plan.outputs}, shard_size))
+  shards = len(plan.shards(shard_size))
   taken = f", a checkpoint; while it is made, {size(room(plan, out_format))} on the disk"
   out = [
     f"result: {len(plan.outputs)} tensors, {size(plan.written)}"
@@ -220,7 +220,7 @@ def _number(value: Any, models: Sequence[str]) -> str:
 
 def _library(plan: Plan) -> str | None:
   """The library that opens the result, as far as its config tells."""
-  if (plan.donor / "modules.json").is_file():
+  if (plan.donor / folder.MODULES).is_file():
     return "sentence-transformers"
   config = weights.config(plan.donor)
   known = isinstance(config.get("architectures"), list) and "model_type" in config

@@ -16,7 +16,7 @@ import small
 import xxhash
 
 import jaxmerge
-from jaxmerge import files, methods, planning, stage, streaming, summarizing
+from jaxmerge import files, inspecting, methods, planning, stage, streaming, summarizing
 from jaxmerge.io import atomic, growing
 from jaxmerge.io.tensor import Files
 from jaxmerge.recipe import plan as plans
@@ -202,6 +202,39 @@ def test_the_result_is_a_folder_that_other_tools_open(tmp_path):
   os.umask(umask)
   assert {stat.S_IMODE(p.stat().st_mode) for p in out.iterdir()} == {0o666 & ~umask}
   assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "m0", "m1", "m2", "out"]
+
+
+def test_weights_of_modules_are_merged_in_files_of_their_own(tmp_path):
+  """As sentence-transformers lays them out; by way of a checkpoint as well."""
+  folders.family(tmp_path, count=2)
+  for name, x in (("base", 1), ("m0", 2), ("m1", 4)):
+    (tmp_path / name / "modules.json").write_text("[]")
+    (tmp_path / name / "2_Dense").mkdir()
+    dense = {"linear.weight": np.full((2, 3), x, np.float32)}
+    safetensors.numpy.save_file(dense, tmp_path / name / "2_Dense" / "model.safetensors")
+    (tmp_path / name / "2_Dense" / "config.json").write_text(f'{{"from": "{name}"}}')
+  merge = methods.task_arithmetic(0.5), paths(tmp_path, 2)
+  out = files.merge_files(*merge, tmp_path / "out", base=tmp_path / "base", shard_size=400)
+  made = safetensors.numpy.load_file(out / "2_Dense" / "model.safetensors")
+  assert list(made) == ["linear.weight"]
+  np.testing.assert_array_equal(made["linear.weight"], np.full((2, 3), 1 + 0.5 * (1 + 3)))
+  assert (out / "2_Dense" / "config.json").read_text() == '{"from": "base"}'
+  assert "2_Dense/linear.weight" not in folders.read(out)
+  index = json.loads((out / "model.safetensors.index.json").read_text())
+  assert set(index["weight_map"]) == set(folders.read(out))
+  facts = json.loads((out / files.PROVENANCE).read_text())
+  assert facts["tensors"].keys() == set(folders.read(out)) | {"2_Dense/linear.weight"}
+  found = inspecting.checked(inspecting.described(out))
+  assert not any(found["check"][k] for k in ("changed", "missing", "added"))
+  place = {t["name"]: t["file"] for t in found["tensors"]}
+  assert place["2_Dense/linear.weight"] == "2_Dense/model.safetensors"
+
+  kept = tmp_path / "kept"
+  files.merge_files(*merge, kept, base=tmp_path / "base", out_format="orbax")
+  again = files.merge_files(methods.average(), [kept], tmp_path / "again", shard_size=400)
+  small.same(folders.read(again), folders.read(out))
+  file = "2_Dense/model.safetensors"
+  assert (again / file).read_bytes() == (out / file).read_bytes()
 
 
 def test_every_tensor_of_every_input_is_accounted_for(tmp_path):

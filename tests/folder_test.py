@@ -186,6 +186,55 @@ def test_an_index_that_names_a_tensor_twice_is_refused(sharded):
     folder.load(sharded)
 
 
+@pytest.mark.parametrize("stale", [False, True])
+def test_one_file_beside_an_index_of_others_is_refused(sharded, stale):
+  safetensors.save(sharded / folder.WEIGHTS, TENSORS, {"format": "pt"})
+  if stale:
+    (sharded / "model-00001-of-00003.safetensors").unlink()
+  with pytest.raises(ValueError, match=r"such as model-00001-of-00003\.safetensors, are both ther"):
+    folder.load(sharded)
+
+
+def test_an_index_may_name_the_one_file(single):
+  homes = dict.fromkeys(TENSORS, folder.WEIGHTS)
+  (single / folder.INDEX).write_text(json.dumps({"weight_map": homes}))
+  assert list(folder.load(single)[0]) == list(TENSORS)
+  (single / folder.INDEX).write_text(json.dumps({"weight_map": homes | {"x": folder.WEIGHTS}}))
+  with pytest.raises(ValueError, match=r"'x' is in model.safetensors by the index, but in no shard"):
+    folder.load(single)
+
+
+def modular(base):
+  """Adds modules, as sentence-transformers writes them: one of them has weights."""
+  fill(base, {"modules.json": b"[]", "1_Pooling/config.json": b"{}", "2_Dense/config.json": b"{}"})
+  dense = {"linear.weight": np.eye(2, dtype=np.float32)}
+  safetensors.save(base / "2_Dense" / folder.WEIGHTS, dense, {"format": "pt"})
+  return {f"2_Dense/{name}": x for name, x in dense.items()}
+
+
+@pytest.mark.parametrize("kind", ["single", "sharded"])
+def test_weights_of_modules_are_read_and_written(request, tmp_path, kind):
+  source = request.getfixturevalue(kind)
+  dense = modular(source)
+  tensors, _ = folder.load(source)
+  assert tensors.keys() == TENSORS.keys() | dense.keys()
+  np.testing.assert_array_equal(tensors["2_Dense/linear.weight"], np.eye(2))
+  out = folder.save(tmp_path / "out", tensors, source=source)
+  for file in ("2_Dense/model.safetensors", "2_Dense/config.json", "1_Pooling/config.json"):
+    assert (out / file).read_bytes() == (source / file).read_bytes()
+  assert safetensors.header(out / folder.WEIGHTS).tensors.keys() == TENSORS.keys()
+
+
+def test_a_pickle_of_a_module_is_not_read(single):
+  modular(single)
+  os.rename(single / "2_Dense" / folder.WEIGHTS, single / "2_Dense" / "pytorch_model.bin")
+  with pytest.raises(FileNotFoundError, match=r"2_Dense: model.safetensors is not .* is a pickle"):
+    folder.load(single)
+  (single / "2_Dense" / "pytorch_model.bin").unlink()
+  with pytest.raises(FileNotFoundError, match=r"2_Dense: model.safetensors is not there\."):
+    folder.load(single)
+
+
 @pytest.mark.parametrize("ending", [".bin", ".pt", ".pth"])
 def test_a_pickle_is_not_read_and_it_is_said_how_to_convert_it(single, ending):
   name = f"pytorch_model{ending}"

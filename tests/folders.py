@@ -35,6 +35,8 @@ def write(folder, tensors, *, config=None, shards=1):
   (folder / "config.json").write_text(json.dumps(CONFIG if config is None else config))
   (folder / "generation_config.json").write_text('{"max_length": 20, "do_sample": true}')
   (folder / "tokenizer.json").write_text('{"version": "1.0"}')
+  for old in folder.glob("model*.safetensors*"):
+    old.unlink()
   names = list(tensors)
   if shards == 1:
     safetensors.save(folder / "model.safetensors", tensors, {"format": "pt"})

@@ -1,4 +1,8 @@
-"""Hugging Face folders: weights in safetensors, config.json, and the tokenizer's files."""
+"""Hugging Face folders: weights in safetensors, config.json, and the tokenizer's files.
+
+Modules of sentence-transformers, such as 2_Dense, are folders with weights of their own: their
+tensors are called 2_Dense/linear.weight here, and lie in 2_Dense/model.safetensors.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,7 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any  # What JSON holds is any object until it is checked.
 
 import numpy as np
@@ -19,6 +23,9 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
 README = "README.md"
+MODULES = "modules.json"  # sentence-transformers: which modules follow the encoder, in which folders.
+MODULE = "[1-9]_*"  # A module's folder: its number, and what it is. The encoder has none.
+_WEIGHTED = ("CNN", "Dense", "LSTM", "LayerNorm", "WeightedLayerPooling")  # Not so Pooling, ...
 PROVENANCE = "jaxmerge_provenance.json"  # How a merged model came to be; checksums of its tensors.
 PICKLES = (".bin", ".pt", ".pth")  # Endings of weights that are not read.
 _LONGEST_PROVENANCE = 10 * parsing.LONGEST  # Bytes; a line for every tensor of every input.
@@ -48,29 +55,33 @@ COPIED = (
   "entity_vocab.json",
   "chat_template.*",
   "additional_chat_templates/*.jinja",
-  # sentence-transformers: which modules follow the encoder, and their settings.
-  "modules.json",
+  MODULES,
   "config_sentence_transformers.json",
   "sentence_bert_config.json",
-  "[0-9]_*/config.json",
+  f"{MODULE}/config.json",
 )
 
 
 def load(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
   """Reads all tensors of a folder by name, and its config.
 
-  The weights are in `model.safetensors`, else in the shards that its index, a file of that name
-  with `.index.json` added, lists.
+  The weights are in `model.safetensors`, or in the shards that its index, a file of that name with
+  `.index.json` added, lists; those of modules of sentence-transformers in their folders.
 
   >>> tensors, config = load("all-MiniLM-L6-v2")  # doctest: +SKIP
 
   Raises:
     FileNotFoundError: where the folder, its config.json, its weights or a shard are missing.
-    ValueError: naming the file and the tensor that is damaged, misplaced or in two shards.
+    ValueError: naming the file and the tensor that is damaged, misplaced or in two shards, or that
+      there is one file of weights, and an index of others beside it.
   """
+  folder = pathlib.Path(folder)
   settings, places = config(folder), entries(folder)
-  files = dict.fromkeys(path for path, _ in places.values())
-  return {name: x for path in files for name, x in safetensors.load(path).items()}, settings
+  read = {path: safetensors.load(path) for path in {path for path, _ in places.values()}}
+  return {
+    name: read[path][inner(str(path.relative_to(folder)), name)]
+    for name, (path, _) in places.items()
+  }, settings
 
 
 def entries(folder: Path) -> dict[str, tuple[pathlib.Path, safetensors.Entry]]:
@@ -81,44 +92,71 @@ def entries(folder: Path) -> dict[str, tuple[pathlib.Path, safetensors.Entry]]:
   folder = pathlib.Path(folder)
   found: dict[str, tuple[pathlib.Path, safetensors.Entry]] = {}
   for path in weights(folder):
-    for name, entry in safetensors.header(path).tensors.items():
+    room = "" if path.parent == folder else f"{path.parent.name}/"
+    for own, entry in safetensors.header(path).tensors.items():
+      name = room + own
       if name in found:
         raise ValueError(f"{path}: tensor {name!r} is in {found[name][0].name} as well.")
       found[name] = (path, entry)
-  _check_index(folder, {name: path for name, (path, _) in found.items()})
+  _check_index(folder, {n: path for n, (path, _) in found.items() if path.parent == folder})
   return found
 
 
-def shards(sizes: Mapping[str, int], limit: int) -> dict[str, list[str]]:
+def modules(folder: Path) -> list[str]:
+  """Returns the names of the folders of a folder's modules, as sentence-transformers calls them."""
+  folder = pathlib.Path(folder)
+  if not (folder / MODULES).is_file():
+    return []
+  return sorted(path.name for path in folder.glob(MODULE) if path.is_dir())
+
+
+def inner(file: str, name: str) -> str:
+  """Returns what a tensor is called in its file.
+
+  >>> inner("2_Dense/model.safetensors", "2_Dense/linear.weight")
+  'linear.weight'
+  >>> inner("model.safetensors", "embeddings/kernel")
+  'embeddings/kernel'
+  """
+  return name.removeprefix(f"{pathlib.PurePath(file).parent}/")
+
+
+def shards(
+  sizes: Mapping[str, int], limit: int, modules: Collection[str] = ()
+) -> dict[str, list[str]]:
   """Deals tensors, of so many bytes each, to files of at most `limit` bytes, in their order.
 
-  A tensor that is larger has a file of its own.
+  A tensor that is larger has a file of its own; those of a module are in one, of any size.
 
   >>> shards({"a": 3, "b": 3, "c": 9}, limit=8)
   {'model-00001-of-00002.safetensors': ['a', 'b'], 'model-00002-of-00002.safetensors': ['c']}
-  >>> shards({"a": 3}, limit=8)
-  {'model.safetensors': ['a']}
+  >>> shards({"a": 3, "2_Dense/w": 9}, limit=8, modules=["2_Dense"])
+  {'model.safetensors': ['a'], '2_Dense/model.safetensors': ['2_Dense/w']}
   """
   groups: list[list[str]] = [[]]
+  rooms: dict[str, list[str]] = {}
   room = limit
   for name, size in sizes.items():
+    module, inside, _ = name.partition("/")
+    if inside and module in modules:
+      rooms.setdefault(f"{module}/{WEIGHTS}", []).append(name)
+      continue
     if size > room and groups[-1]:
       groups.append([])
       room = limit
     groups[-1].append(name)
     room -= size
   if len(groups) == 1:
-    return {WEIGHTS: groups[0]}
-  return {
-    f"model-{i:05d}-of-{len(groups):05d}.safetensors": g for i, g in enumerate(groups, start=1)
-  }
+    return {WEIGHTS: groups[0], **rooms}
+  count = len(groups)
+  return {f"model-{i + 1:05d}-of-{count:05d}.safetensors": g for i, g in enumerate(groups)} | rooms
 
 
 def index(files: Mapping[str, list[str]], sizes: Mapping[str, int]) -> str:
-  """Returns the text of the index of several shards."""
-  places = {name: file for file, names in files.items() for name in names}
+  """Returns the text of the index of several shards; modules are not in it."""
+  places = {name: file for file, names in files.items() if "/" not in file for name in names}
   content = {
-    "metadata": {"total_size": sum(sizes.values())},
+    "metadata": {"total_size": sum(sizes[name] for name in places)},
     "weight_map": dict(sorted(places.items())),
   }
   return json.dumps(content, indent=2) + "\n"
@@ -137,7 +175,7 @@ def save(
 
   Args:
     folder: its path; parents are made.
-    tensors: the weights, for one `model.safetensors`.
+    tensors: the weights, for one `model.safetensors`, and one of each module.
     source: the base's folder, whose config.json and tokenizer files are copied byte for byte.
     readme: text of the model card, README.md; None writes none.
     metadata: for the header of the weights, {"format": "pt"} if None: transformers demands it.
@@ -152,7 +190,11 @@ def save(
   config(source)
   with atomic.folder(folder, replace=replace) as beside:
     surround(beside, source, readme)
-    safetensors.save(beside / WEIGHTS, tensors, metadata or {"format": "pt"})
+    sizes = dict.fromkeys(tensors, 0)
+    for file, names in shards(sizes, 0, modules(source)).items():
+      own = {inner(file, name): tensors[name] for name in names}
+      (beside / file).parent.mkdir(exist_ok=True)
+      safetensors.save(beside / file, own, metadata or {"format": "pt"})
   return pathlib.Path(folder)
 
 
@@ -175,19 +217,43 @@ def config(folder: Path) -> dict[str, Any]:
 
 
 def weights(folder: Path) -> list[pathlib.Path]:
-  """Returns the paths of the files that hold a folder's weights."""
+  """Returns the paths of the files that hold a folder's weights, its modules' among them."""
   folder = pathlib.Path(folder)
   if not folder.is_dir():
     raise FileNotFoundError(f"{folder}: {_not_a_folder(folder)}.")
-  if (folder / WEIGHTS).is_file():
-    return [folder / WEIGHTS]
-  if not (folder / INDEX).is_file():
-    pickled = [path for path in sorted(folder.iterdir()) if path.suffix in PICKLES]
-    # Beside weights there are those of the optimizer, of the arguments of training.
-    own = [path for path in pickled if "model" in path.name] + pickled
-    hint = f"; {_conversion(own[0])}" if own else ""
-    raise FileNotFoundError(f"{folder}: neither {WEIGHTS} nor {INDEX} is there{hint}.")
-  return sorted({folder / shard for shard in _weight_map(folder).values()})
+  single, several = (folder / WEIGHTS).is_file(), (folder / INDEX).is_file()
+  if not single and not several:
+    raise FileNotFoundError(f"{folder}: neither {WEIGHTS} nor {INDEX} is there{_pickled(folder)}.")
+  homes = _weight_map(folder) if several else {}
+  if single and (others := set(homes.values()) - {WEIGHTS}):
+    raise ValueError(
+      f"{folder}: {WEIGHTS} and an index of other files, such as {min(others)}, are both there; "
+      f"remove {WEIGHTS}, or {INDEX} and its files, whichever is not the model."
+    )
+  for name, shard in homes.items():
+    if not (folder / shard).is_file():
+      raise FileNotFoundError(
+        f"{folder / INDEX}: tensor {name!r} is in {shard}, which is missing."
+      )
+  return [folder / shard for shard in sorted(set(homes.values()) or {WEIGHTS})] + _rooms(folder)
+
+
+def _rooms(folder: pathlib.Path) -> list[pathlib.Path]:
+  """The files of the weights of modules; not every module has some."""
+  rooms = [folder / module for module in modules(folder)]
+  for room in rooms:
+    hint = _pickled(room)
+    if not (room / WEIGHTS).is_file() and (hint or room.name[2:] in _WEIGHTED):
+      raise FileNotFoundError(f"{room}: {WEIGHTS} is not there{hint}.")
+  return [room / WEIGHTS for room in rooms if (room / WEIGHTS).is_file()]
+
+
+def _pickled(folder: pathlib.Path) -> str:
+  """Says of pickles in a folder, if there are some, how one is converted."""
+  pickled = [path for path in sorted(folder.iterdir()) if path.suffix in PICKLES]
+  # Beside weights there are those of the optimizer, of the arguments of training.
+  own = [path for path in pickled if "model" in path.name] + pickled
+  return f"; {_conversion(own[0])}" if own else ""
 
 
 def _not_a_folder(path: pathlib.Path) -> str:
@@ -241,7 +307,7 @@ def provenance(folder: Path) -> dict[str, Any]:
 
 
 def _check_index(folder: pathlib.Path, homes: Mapping[str, pathlib.Path]) -> None:
-  if (folder / WEIGHTS).is_file():
+  if not (folder / INDEX).is_file():
     return
   index = _weight_map(folder)
   for name in sorted(index.keys() | homes.keys()):
@@ -272,6 +338,4 @@ def _weight_map(folder: pathlib.Path) -> dict[str, str]:
       raise ValueError(
         f"{path}: tensor {name!r}: {shard!r:.300} is not the name of a file beside it."
       )
-    if not (folder / shard).is_file():
-      raise FileNotFoundError(f"{path}: tensor {name!r} is in {shard}, which is missing.")
   return shards

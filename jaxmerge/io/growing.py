@@ -22,7 +22,7 @@ from typing import Any, NamedTuple  # Any: digests are plain JSON.
 import numpy as np
 import xxhash
 
-from jaxmerge.io import atomic, pages, safetensors
+from jaxmerge.io import atomic, folder, pages, safetensors
 from jaxmerge.io.pages import PagedFile
 from jaxmerge.io.tensor import Tensor
 
@@ -48,15 +48,16 @@ class _Shards(NamedTuple):
     files, places = dict[str, PagedFile](), {}
     try:
       for file, names in shards.items():
-        own = {n: kinds[n] for n in names}
+        own = {folder.inner(file, n): kinds[n] for n in names}
         first, entries = safetensors.layout(own, {"format": "pt"}, align=pages.PAGE)
         length = max((e.stop for e in entries.values()), default=len(first))
         with atomic.room(part / file, f" for its {length:,} bytes"):
+          (part / file).parent.mkdir(exist_ok=True)
           files[file] = PagedFile(part / file)
           os.posix_fallocate(files[file].handle, 0, length)
           os.truncate(files[file].handle, length)
         files[file].write(memoryview(first), 0)
-        places.update({n: (file, entry) for n, entry in entries.items()})
+        places.update({n: (file, entries[folder.inner(file, n)]) for n in names})
       yield cls(files, places, set(files))
     finally:
       for opened in files.values():

@@ -162,4 +162,4 @@ def _weights(home: pathlib.Path) -> list[str]:
   shards = index.get("weight_map")
   named = set(shards.values()) if isinstance(shards, dict) else set()
   names = {n for n in named if isinstance(n, str) and n.endswith(".safetensors")}
-  return sorted({folder.WEIGHTS, adapter.WEIGHTS, *names})
+  return sorted({folder.WEIGHTS, f"{folder.MODULE}/{folder.WEIGHTS}", adapter.WEIGHTS, *names})

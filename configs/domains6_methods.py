@@ -1,0 +1,58 @@
+"""Every one-shot merge of the experts of domains6, on the base and budget of that experiment.
+
+  jaxmerge bench --config=configs/domains6_methods.py --workdir=runs/domains6_methods
+
+Expected: leaderboard.md, .json and .png, in bits per byte: less is better. Numbers are chosen on
+validation, at most eight trials each. ATM and joint training are in the report of domains6.py.
+Time: not measured yet.
+"""
+
+from ml_collections import config_dict
+
+SCALES = (0.05, 0.1, 0.2, 0.3)
+WIDE = (0.1, 0.2, 0.4, 0.7)
+
+
+def get_config():
+  c = config_dict.ConfigDict()
+  c.run = "domains6.py"  # beside this file: data, base, budget of the experts
+  c.experts = ""  # of an ATM run, runs/domains6_{seed}; empty: they are tuned
+  c.seeds = 1  # as domains6.py
+  c.final = True  # leaderboards of test rows; numbers are chosen on validation
+  c.changes = dict()  # of the experiment's config
+  # A tuple is a list of values to try.
+  c.methods = dict(
+    average=dict(),
+    task_arithmetic=dict(scale=SCALES),
+    ties=dict(density=(0.2, 0.5), scale=WIDE),
+    dare=dict(drop_rate=0.2, scale=SCALES),
+    dare_ties=dict(drop_rate=0.2, density=0.5, scale=WIDE),
+    della=dict(density=0.7, scale=WIDE),
+    della_linear=dict(density=0.7, scale=SCALES),
+    breadcrumbs=dict(keep=0.85, remove=(0.01, 0.05), scale=SCALES),
+    breadcrumbs_ties=dict(keep=0.85, remove=0.01, scale=SCALES),
+    pcb=dict(ratio=(0.1, 0.3), scale=WIDE),
+    lwptv=dict(prune_ratio=(0.2, 0.5), scale=SCALES),
+    magmax=dict(scale=WIDE),
+    consensus=dict(threshold=(0.2, 0.4), scale=SCALES),
+    sce=dict(density=(0.5, 1.0)),
+    model_stock=dict(),
+    multislerp=dict(),
+    iso_c=dict(scale=WIDE),
+    iso_cts=dict(common=(0.6, 0.8), scale=WIDE),
+    tsv=dict(scale=WIDE),
+    drm=dict(drop_rate=(0.2, 0.8), scale=WIDE),
+    lore=dict(delta_scale=(0.3, 1.0), mu=0.1, relative=True),
+    opcm=dict(alpha=(0.5, 0.8), scale=WIDE),
+    widen=dict(scale=SCALES),
+    wudi=dict(learning_rate=1e-5, scale=SCALES),
+    optmerge=dict(learning_rate=1e-5, scale=SCALES),
+    doge=dict(eta=(0.1, 0.5), density=0.6, scale=(0.3, 1.0, 3.0)),
+    median=dict(),
+    trimmed_mean=dict(),
+    krum=dict(select=3),
+    flag=dict(rank=(1, 3)),
+    ram=dict(),
+    ramplus_tl=dict(boost=(0.1, 0.5)),
+  )
+  return c.lock()
