@@ -159,6 +159,7 @@ def _planned(
   from jaxmerge.recipe import plan as plans
   from jaxmerge.recipe import telling
 
+  atomic.check_name(out)  # All places beside it are made of its name.
   stages: dict[str, tuple[pathlib.Path, planning.Plan]] = {}
   found: list[Exception] = []
   made: list[planning.Plan] = []

@@ -16,7 +16,7 @@ import small
 import xxhash
 
 import jaxmerge
-from jaxmerge import files, inspecting, methods, planning, stage, streaming, summarizing
+from jaxmerge import cli, files, inspecting, methods, planning, stage, streaming, summarizing
 from jaxmerge.io import atomic, growing
 from jaxmerge.io.tensor import Files
 from jaxmerge.recipe import plan as plans
@@ -450,6 +450,18 @@ def stopped(number):
       raise KeyboardInterrupt
 
   return progress
+
+
+@pytest.mark.parametrize("out", [".", "..", "m0/..", "/"])
+def test_a_result_needs_a_folder_of_its_own(tmp_path, monkeypatch, capsys, out):
+  folders.family(tmp_path, count=1)
+  (tmp_path / "r.yml").write_text("merge_method: passthrough\nmodels: [{model: m0}]\n")
+  monkeypatch.chdir(tmp_path)
+  with pytest.raises(ValueError, match=r"give the result a folder of its own, such as .*merged\.$"):
+    files.merge_files(methods.average(), ["m0"], out, replace=True)
+  for flags in (["--replace"], ["--dry-run"]):
+    assert cli.main(["merge", "r.yml", out, *flags]) == 1
+    assert "give the result a folder of its own" in capsys.readouterr().err
 
 
 def test_an_interrupted_merge_goes_on_and_gives_the_same_bytes(tmp_path, monkeypatch):

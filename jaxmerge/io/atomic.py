@@ -145,8 +145,15 @@ def replaced(path: pathlib.Path) -> list[pathlib.Path]:
   return sorted(path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 8}.old"))
 
 
+def check_name(path: pathlib.Path) -> None:
+  """Raises ValueError for a path without a name of its own: what is made grows beside it."""
+  if path.name in ("", ".."):
+    raise ValueError(f"{path}: give the result a folder of its own, such as {path / 'merged'}.")
+
+
 def check_free(path: pathlib.Path, replace: bool) -> None:
   """Raises an error that says what to do where a folder cannot be made at a path."""
+  check_name(path)
   if path.exists() and not path.is_dir():
     raise NotADirectoryError(f"{path} is a file; give the path of a folder.")
   if path.exists() and not replace:
