@@ -14,7 +14,8 @@ process of its own, with its default parameters, on as many of the models as it 
             extrapolated by their number. Beside them the seconds of the decompositions alone that
             the method asks for, counted in its traced program.
 
-Seconds are those of the processor, all threads, and of the wall in brackets.
+Seconds are those of the processor, of all threads, which other work on the machine changes less than
+those of the wall.
 """
 
 import argparse
@@ -47,11 +48,12 @@ def main():
     return
   from jaxmerge import catalog
 
+  names = options.methods or list(catalog.METHODS)
   if "files" in options.where:
-    made(options)
-    made(tiny_of(options))
+    made(options, max(height(name, options.models) for name in names))
+    made(tiny_of(options), 0)
   rows = []
-  for name in options.methods or catalog.METHODS:
+  for name in names:
     row = {"method": name, "models": height(name, options.models)}
     for place in options.where:
       if place != "matrices" or catalog.entry(name).unit == "matrix":
@@ -106,7 +108,7 @@ def tensor(k, i, shape):
   return x
 
 
-def made(options):
+def made(options, models):
   """Writes base and models, tensor by tensor; what is complete is left as it is."""
   import ml_dtypes
   import numpy as np
@@ -115,7 +117,7 @@ def made(options):
 
   every = shapes(options.params)
   kinds = {n: (np.dtype(ml_dtypes.bfloat16), s) for n, s in every.items()}
-  for k in range(options.models + 1):
+  for k in range(models + 1):
     folder = place_of(options, k)
     if (folder / "config.json").exists():
       continue
@@ -130,7 +132,7 @@ def made(options):
 
 
 def tiny_of(options):
-  return argparse.Namespace(work=options.work, params=1e5, models=0)
+  return argparse.Namespace(work=options.work, params=1e5)
 
 
 def place_of(options, k):
@@ -160,12 +162,12 @@ def child(place, name, options):
 
 
 def timed(f):
-  """Returns what f returns, the CPU seconds of it, and those of the wall."""
+  """Returns what f returns, and the CPU seconds of it."""
   import jax
 
-  began = time.process_time(), time.perf_counter()
+  began = time.process_time()
   out = jax.block_until_ready(f())
-  return out, time.process_time() - began[0], time.perf_counter() - began[1]
+  return out, time.process_time() - began
 
 
 def in_memory(name, method, seed, weights, options):
@@ -188,13 +190,12 @@ def in_memory(name, method, seed, weights, options):
     run = jax.jit(lambda base, models: jaxmerge.merge(method, base, models, **options_))
   given = jax.tree.map(jax.numpy.asarray, (base, models))
   del base, models
-  program, compiling, _ = timed(lambda: run.lower(*given).compile())
+  program, compiling = timed(lambda: run.lower(*given).compile())
   jax.block_until_ready(program(*given))
-  _, cpu, wall = timed(lambda: program(*given))
+  _, cpu = timed(lambda: program(*given))
   memory = program.memory_analysis()
   return {
     "cpu": cpu,
-    "wall": wall,
     "compiling": compiling,
     "mb": memory.temp_size_in_bytes / 1e6,
   }
@@ -215,11 +216,11 @@ def over_files(name, method, seed, weights, options):
   files.merge_files(methods.average(), [tiny], options.work / "tiny", replace=True)
   peak, before = Peak(), read()
   given = {"base": base, "layout": VIEWS, "replace": True, **seed}
-  _, cpu, wall = timed(lambda: files.merge_files(method, models, out, **given) and None)
+  _, cpu = timed(lambda: files.merge_files(method, models, out, **given) and None)
   passes = (read() - before) / sum(
     (m / "model.safetensors").stat().st_size for m in [*models, *([base] if base else [])]
   )
-  return {"cpu": cpu, "wall": wall, "passes": passes, "mb": peak.stop()["anonymous"]}
+  return {"cpu": cpu, "passes": passes, "mb": peak.stop()["anonymous"]}
 
 
 def _counter(key):
@@ -237,7 +238,7 @@ def by_matrix(name, method, seed, weights, options):
   import jaxmerge
 
   count = height(name, options.models)
-  totals = {"cpu": 0.0, "wall": 0.0, "svd_cpu": 0.0, "svd_wall": 0.0}
+  totals = {"cpu": 0.0, "svd_cpu": 0.0}
   kinds = collections.Counter(s for s in shapes(options.params).values() if len(s) == 2)
   each = []
   for i, (shape, number) in enumerate(kinds.items()):
@@ -248,7 +249,7 @@ def by_matrix(name, method, seed, weights, options):
     row = {"shape": shape, "number": number}
     for key, program, given in (("", run, (base, models)), ("svd_", alone, (models["w"],))):
       jax.block_until_ready(program(*given))
-      _, row[f"{key}cpu"], row[f"{key}wall"] = timed(functools.partial(program, *given))
+      _, row[f"{key}cpu"] = timed(functools.partial(program, *given))
     each.append(row)
     for key in totals:
       totals[key] += number * row[key]
@@ -316,7 +317,7 @@ def table(rows, options):
     line += ["--:"] * len(titles[place])
   lines = [
     f"{options.params / 1e9:g} B parameters, {options.models} models; seconds of CPU, of all "
-    f"threads, and of the wall in brackets; {os.cpu_count()} cores, {platform.machine()}, Python "
+    f"threads; {os.cpu_count()} cores, {platform.machine()}, Python "
     f"{platform.python_version()}.",
     "",
     f"| {' | '.join(head)} |",
@@ -329,14 +330,14 @@ def table(rows, options):
       if own is None:
         cells += [""] * len(titles[place])
         continue
-      cells.append(f"{own['cpu']:.3g} ({own['wall']:.3g})")
+      cells.append(f"{own['cpu']:.3g}")
       if place == "memory":
         cells.append(f"{own['mb']:.0f}")
       elif place == "files":
         cells += [f"{own['passes']:.2f}", f"{own['mb']:.0f}"]
       else:
         ratio = f"{own['cpu'] / own['svd_cpu']:.2f}" if own["svd_cpu"] > 1e-4 else ""
-        cells += [f"{own['svd_cpu']:.3g} ({own['svd_wall']:.3g})" if ratio else "", ratio]
+        cells += [f"{own['svd_cpu']:.3g}" if ratio else "", ratio]
     lines.append(f"| {' | '.join(cells)} |")
   return "\n".join(lines) + "\n"
 
