@@ -14,8 +14,8 @@ process of its own, with its default parameters, on as many of the models as it 
             extrapolated by their number. Beside them the seconds of the decompositions alone that
             the method asks for, counted in its traced program.
 
-Seconds are those of the processor, of all threads, which other work on the machine changes less than
-those of the wall.
+Seconds are those of the processor, of all threads, which other work on the machine changes less
+than those of the wall.
 """
 
 import argparse

@@ -23,7 +23,7 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
 README = "README.md"
-MODULES = "modules.json"  # sentence-transformers: which modules follow the encoder, in which folders.
+MODULES = "modules.json"  # sentence-transformers: which modules follow the encoder.
 MODULE = "[1-9]_*"  # A module's folder: its number, and what it is. The encoder has none.
 _WEIGHTED = ("CNN", "Dense", "LSTM", "LayerNorm", "WeightedLayerPooling")  # Not so Pooling, ...
 PROVENANCE = "jaxmerge_provenance.json"  # How a merged model came to be; checksums of its tensors.
@@ -232,9 +232,7 @@ def weights(folder: Path) -> list[pathlib.Path]:
     )
   for name, shard in homes.items():
     if not (folder / shard).is_file():
-      raise FileNotFoundError(
-        f"{folder / INDEX}: tensor {name!r} is in {shard}, which is missing."
-      )
+      raise FileNotFoundError(f"{folder / INDEX}: tensor {name!r} is in {shard}, which is missing.")
   return [folder / shard for shard in sorted(set(homes.values()) or {WEIGHTS})] + _rooms(folder)
 
 
