@@ -5,7 +5,7 @@
 Expected: leaderboard.md, .json and .png, in bits per byte: less is better. Numbers are chosen on
 validation, at most eight trials each. ATM and joint training are in the report of domains6.py. A
 method is left out that decomposes every matrix twenty times (lore).
-Time: not measured yet.
+Time: 22 minutes on two cores.
 """
 
 from ml_collections import config_dict

@@ -147,6 +147,9 @@ def test_a_leaderboard_of_a_loss_has_the_least_first(both):
   table = leaderboard.table(facts)
   assert table.head[1] == "Mean (bits per byte)"
   assert table.rows[1][1] == tables.Cell(f"{min(means.values()):.3f} ± 0.000", best=True)
+  assert leaderboard.top(facts, 1).head[:2] == table.head[:2]
+  facts["summary"]["models"]["ties"]["gap_closed"] = {"mean": -0.004, "spread": 0.001}
+  assert next(r[2].text for r in leaderboard.table(facts).rows if r[0].text == "ties") == "0 ± 0"
   shown = leaderboard.markdown(facts)
   assert "bits per byte on validation; less is better" in shown
   assert "a standard error of 0.020 bits per byte on a mean" in shown

@@ -38,11 +38,8 @@ def table(facts: Mapping[str, Any], most: int | None = None) -> Table:
 
 def top(facts: Mapping[str, Any], most: int) -> Table:
   """Returns the best few methods, experts and base around them: mean, gap, cost of one merge."""
-  rows = table(facts, most).rows
-  return Table(
-    ["Method", "Mean (%)", "Gap closed (%)", "Trials", "CPU seconds"],
-    [[row[i] for i in (0, 1, 2, 4, 5)] for row in rows],
-  )
+  whole, kept = table(facts, most), (0, 1, 2, 4, 5)
+  return Table([whole.head[i] for i in kept], [[row[i] for i in kept] for row in whole.rows])
 
 
 def settings(runs: Sequence[Mapping[str, Any]]) -> str:
@@ -68,7 +65,7 @@ def _spread(own: Mapping[str, Any], record: Mapping[str, Any] | None) -> str:
   if own["mean"] is None:
     return ""
   mean, spread = (
-    x if x is None else f"{100 * x:.0f}" if record is None else words.value(record, x)
+    x if x is None else words.share(x) if record is None else words.value(record, x)
     for x in (own["mean"], own["spread"])
   )
   return f"{mean}{'' if spread is None else f' ± {spread}'}"
