@@ -49,7 +49,8 @@ def run(
   """Tunes the experts of an experiment for each seed, merges them by every method, compares.
 
   Leaves `leaderboard.json`, `leaderboard.md` and `leaderboard.png` in the folder. An interrupted
-  run goes on with the first method of the seed that it has no result of.
+  run goes on with the first method of the seed that it has no result of. Methods and seeds may be
+  added to a run: what has the same settings as before is not made again.
 
   Args:
     config: of the bench, as `configuring.bench` reads it.
@@ -66,7 +67,7 @@ def run(
       `config.experts` names a run with other experts or none.
   """
   folder, plain = pathlib.Path(folder), json.loads(config.to_json())
-  workdir.check(folder, plain, resume)
+  workdir.check(folder, plain, resume, free=("methods.", "seeds"))
   workdir.claim(folder, plain)
   records = [_seed(plain, source, folder, seed, progress) for seed in range(plain["seeds"])]
   summary = report.merge_seeds([r["record"] for r in records])
@@ -112,13 +113,16 @@ def _seed(
   made = {}
   for done, (name, settings) in enumerate(config["methods"].items()):
     path = whole / f"{name}.json"
-    if not path.exists():
-      found = _searched(work, name, settings)
-      found["per_task"] = scored(found.pop("params"))
+    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if known and known.get("tried") != settings:
+      work.say(f"{name}, seed {seed}: other settings than its result was found with; made again")
+    if known.get("tried") != settings:
+      known = {"tried": settings, **_searched(work, name, settings)}
+      known["per_task"] = scored(known.pop("params"))
       whole.mkdir(exist_ok=True)
       with atomic.write(path) as file:
-        file.write((json.dumps(found, indent=1) + "\n").encode())
-    made[name] = json.loads(path.read_text(encoding="utf-8"))
+        file.write((json.dumps(known, indent=1) + "\n").encode())
+    made[name] = known
     mean = float(np.mean(list(made[name]["per_task"].values())))
     shown(done + 1, len(config["methods"]), mean=mean)
   height = rows.filled.shape[0]

@@ -16,7 +16,9 @@ from jaxmerge import configuring
 from jaxmerge.io import atomic
 
 
-def check(workdir: pathlib.Path, config: Mapping[str, Any], resume: str) -> None:
+def check(
+  workdir: pathlib.Path, config: Mapping[str, Any], resume: str, free: tuple[str, ...] = ()
+) -> None:
   """Refuses a folder that is not the run's own; nothing is written.
 
   The mesh is not part of what a run is: it may go on with other devices or processes.
@@ -26,6 +28,7 @@ def check(workdir: pathlib.Path, config: Mapping[str, Any], resume: str) -> None
     config: the plain config of the run.
     resume: "auto" goes on with a run of the same config, "never" wants a folder without a run,
       "must" wants one with a run.
+    free: keys begin so that may be others than they were.
 
   Raises:
     ValueError: naming the first differences, if the folder holds a run of another config.
@@ -44,7 +47,7 @@ def check(workdir: pathlib.Path, config: Mapping[str, Any], resume: str) -> None
   differ = [
     f"{key} is {theirs.get(key)!r} there and {ours.get(key)!r} here"
     for key in sorted(theirs.keys() | ours.keys())
-    if theirs.get(key) != ours.get(key) and not key.startswith("mesh.")
+    if theirs.get(key) != ours.get(key) and not key.startswith(("mesh.", *free))
   ]
   if differ:
     more = f" and {len(differ) - 5} more" if len(differ) > 5 else ""

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 
 import pytest
 import small_tasks as small
@@ -113,6 +114,27 @@ def test_a_finished_run_is_not_made_again(made):
   assert [a == b for a, b in zip(before, after, strict=True)] == [True] * 3 + [False] + [True] * 6
   same = again["summary"]["models"], made[2]["summary"]["models"]
   assert same[0] == same[1]
+
+
+def test_methods_and_seeds_are_added_to_a_run(made, tmp_path):
+  """What is new or has other settings is made, the rest is what it was."""
+  folder = tmp_path / "run"
+  shutil.copytree(made[1], folder)
+  marked = folder / "seed0" / "methods" / "ties.json"
+  marked.write_text(marked.read_text().replace('"trials": 12', '"trials": 99'))
+  changed = METHODS.replace("scale=(0.25,)", "scale=(0.1, 0.25)") + "  sce=dict(),\n"
+  path = written(tmp_path, methods=changed, seeds=3)
+  events = []
+  facts = benching.run(configuring.bench(path), path, folder, progress=events.append)
+  trials = {n: [r["trials"] for r in runs] for n, runs in facts["methods"].items()}
+  assert trials["ties"] == [99, 12, 12]
+  assert trials["task_arithmetic"] == [2, 2, 2]
+  assert trials["sce"] == [1, 1, 1]
+  told = [e["message"] for e in events if "made again" in str(e.get("message"))]
+  assert [t.split(":")[0] for t in told] == [f"task_arithmetic, seed {i}" for i in (0, 1)]
+  with pytest.raises(ValueError, match="another config: final is True there"):
+    other = written(tmp_path, methods=changed, seeds=3, final=False)
+    benching.run(configuring.bench(other), other, folder)
 
 
 def test_experts_of_a_run_are_taken(made, tmp_path):
