@@ -12,7 +12,10 @@ process of its own, with its default parameters, on as many of the models as it 
             over those of the inputs; MB is the peak of what the process holds itself
   matrices  methods of whole matrices, one matrix of each shape: the seconds of the whole model are
             extrapolated by their number. Beside them the seconds of the decompositions alone that
-            the method asks for, counted in its traced program.
+            the method asks for, counted in its traced program, and of as many by LAPACK's SVD
+
+With `--iterations N`, methods that go on for hundreds of steps take N and 2 N of them, in memory and
+over files, and the seconds of the others are extrapolated: such are marked ~.
 
 Seconds are those of the processor, of all threads, which other work on the machine changes less
 than those of the wall.
@@ -30,6 +33,7 @@ import sys
 import time
 
 PLACES = ("memory", "files", "matrices")
+ITERATED = {"wudi": "steps", "optmerge": "steps", "doge": "steps", "lore": "sweeps"}
 LAYERS, VOCABULARY = 12, 8  # Blocks, and rows of the embedding in units of the width.
 
 
@@ -39,6 +43,7 @@ def main():
   parser.add_argument("--models", type=int, default=4)
   parser.add_argument("--where", nargs="+", choices=PLACES, default=list(PLACES))
   parser.add_argument("--methods", nargs="+", help="names; all unless given")
+  parser.add_argument("--iterations", type=int, default=0, help="0: all")
   parser.add_argument("--work", type=pathlib.Path, default=pathlib.Path("runs/methods"))
   parser.add_argument("--out", type=pathlib.Path, help="OUT.json and OUT.md are written")
   parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
@@ -68,6 +73,7 @@ def process(place, name, options):
   """Runs one measurement in a process of its own."""
   command = [sys.executable, str(pathlib.Path(__file__).resolve()), "--child", place, name]
   command += [f"--params={options.params}", f"--models={options.models}", f"--work={options.work}"]
+  command += [f"--iterations={options.iterations}"]
   run = subprocess.run(command, stdout=subprocess.PIPE, text=True)
   if run.returncode:
     raise SystemExit(f"{name}, {place}: failed with status {run.returncode}.")
@@ -154,11 +160,21 @@ def child(place, name, options):
   """Measures one method."""
   from jaxmerge import catalog, methods, stage
 
-  method = getattr(methods, name)()
-  seed = {"seed": 0} if "seed" in stage.numbers(method) else {}
-  weights = catalog.entry(name).on == "weights"
   run = {"memory": in_memory, "files": over_files, "matrices": by_matrix}[place]
-  return run(name, method, seed, weights, options)
+  weights = catalog.entry(name).on == "weights"
+
+  def measured(**settings):
+    method = getattr(methods, name)(**settings)
+    seed = {"seed": 0} if "seed" in stage.numbers(method) else {}
+    return run(name, method, seed, weights, options)
+
+  number, few = ITERATED.get(name), options.iterations
+  if place == "matrices" or not few or not number:
+    return measured()
+  once, twice = (measured(**{number: n}) for n in (few, 2 * few))
+  every = catalog.entry(name).parameters[number].default
+  cpu = once["cpu"] + (twice["cpu"] - once["cpu"]) * (every - few) / few
+  return {**twice, "cpu": cpu, "iterations": [few, 2 * few, every]}
 
 
 def timed(f):
@@ -191,8 +207,9 @@ def in_memory(name, method, seed, weights, options):
   given = jax.tree.map(jax.numpy.asarray, (base, models))
   del base, models
   program, compiling = timed(lambda: run.lower(*given).compile())
-  jax.block_until_ready(program(*given))
   _, cpu = timed(lambda: program(*given))
+  if cpu < 30:  # Where the first time weighs.
+    _, cpu = timed(lambda: program(*given))
   memory = program.memory_analysis()
   return {
     "cpu": cpu,
@@ -238,18 +255,25 @@ def by_matrix(name, method, seed, weights, options):
   import jaxmerge
 
   count = height(name, options.models)
-  totals = {"cpu": 0.0, "svd_cpu": 0.0}
+  totals = {"cpu": 0.0, "svd_cpu": 0.0, "lapack_cpu": 0.0}
   kinds = collections.Counter(s for s in shapes(options.params).values() if len(s) == 2)
   each = []
   for i, (shape, number) in enumerate(kinds.items()):
     base = {"w": jax.numpy.asarray(tensor(0, i, shape))}
     models = {"w": jax.numpy.asarray(np.stack([tensor(k + 1, i, shape) for k in range(count)]))}
     run = jax.jit(lambda b, m: jaxmerge.merge(method, b, m, layout=(("w", "oi"),), **seed))
-    alone = jax.jit(functools.partial(decomposed, svds(run, base, models)))
+    every = svds(run, base, models)
     row = {"shape": shape, "number": number}
-    for key, program, given in (("", run, (base, models)), ("svd_", alone, (models["w"],))):
-      jax.block_until_ready(program(*given))
-      _, row[f"{key}cpu"] = timed(functools.partial(program, *given))
+    for key, program, given in (
+      ("", run, (base, models)),
+      ("svd_", jax.jit(functools.partial(decomposed, every, thin)), (models["w"],)),
+      ("lapack_", jax.jit(functools.partial(decomposed, every, lapack)), (models["w"],)),
+    ):
+      program = program.lower(*given).compile()
+      _, cpu = timed(functools.partial(program, *given))
+      if cpu < 30:
+        _, cpu = timed(functools.partial(program, *given))
+      row[f"{key}cpu"] = cpu
     each.append(row)
     for key in totals:
       totals[key] += number * row[key]
@@ -276,7 +300,19 @@ def svds(run, base, models):
   return of(jax.make_jaxpr(run)(base, models).jaxpr)
 
 
-def decomposed(every, x):
+def thin(x):
+  from jaxmerge.methods import spectral
+
+  return [y[0] for y in spectral.svd(x[None])]
+
+
+def lapack(x):
+  import jax.numpy as jnp
+
+  return jnp.linalg.svd(x, full_matrices=False)
+
+
+def decomposed(every, decompose, x):
   """Decomposes matrices of these shapes, made of the models' entries, one after the other."""
   import jax
   import jax.numpy as jnp
@@ -286,8 +322,7 @@ def decomposed(every, x):
     flat = jnp.resize(x.reshape(-1), math.prod(shape)).reshape(shape)
 
     def one(scale, flat=flat):
-      u, s, vt = jnp.linalg.svd(flat * scale, full_matrices=False)
-      return u.sum() + s.sum() + vt.sum()
+      return sum(y.sum() for y in decompose(flat * scale))
 
     total.append(jax.lax.map(one, 1 + jnp.arange(times, dtype=x.dtype)))
   return total
@@ -310,7 +345,7 @@ def table(rows, options):
   titles = {
     "memory": ("in memory, s", "MB"),
     "files": ("files, s", "passes", "MB"),
-    "matrices": ("matrices, s", "of that SVDs, s", "ratio"),
+    "matrices": ("matrices, s", "of that SVDs, s", "ratio", "by LAPACK, s"),
   }
   for place in options.where:
     head += titles[place]
@@ -330,14 +365,15 @@ def table(rows, options):
       if own is None:
         cells += [""] * len(titles[place])
         continue
-      cells.append(f"{own['cpu']:.3g}")
+      cells.append(f"{'~' if 'iterations' in own else ''}{own['cpu']:.3g}")
       if place == "memory":
         cells.append(f"{own['mb']:.0f}")
       elif place == "files":
         cells += [f"{own['passes']:.2f}", f"{own['mb']:.0f}"]
       else:
-        ratio = f"{own['cpu'] / own['svd_cpu']:.2f}" if own["svd_cpu"] > 1e-4 else ""
-        cells += [f"{own['svd_cpu']:.3g}" if ratio else "", ratio]
+        some = own["svd_cpu"] > 1e-4
+        ratio = f"{own['cpu'] / own['svd_cpu']:.2f}"
+        cells += [f"{own['svd_cpu']:.3g}", ratio, f"{own['lapack_cpu']:.3g}"] if some else [""] * 3
     lines.append(f"| {' | '.join(cells)} |")
   return "\n".join(lines) + "\n"
 

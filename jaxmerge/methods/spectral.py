@@ -176,17 +176,18 @@ def svd(
 ) -> tuple[Array, Array, Array]:
   """Thin singular value decompositions: [K, m, n] -> [K, m, r], [K, r], [K, n, r].
 
-  Directions whose value is at most `tol` times `size` [K], or the largest, are zero. What is zero
-  altogether has no singular vectors, and no gradient. Vectors of equal values can turn into each
-  other and have none of their own: theirs is that of vectors which do not.
+  Directions whose value is at most `tol` times `size` [K], or the largest, are zero; so is what the
+  dtype cannot tell from zero beside it. What is zero altogether has no singular vectors, and no
+  gradient. Vectors of equal values can turn into each other and have none of their own: theirs is
+  that of vectors which do not.
   """
   empty = ~jnp.any(x != 0, axis=(1, 2), keepdims=True)
   unit = jnp.eye(x.shape[1], x.shape[2], dtype=x.dtype)[None]
   # One after the other: a decomposition of several on a CPU waits for threads of the pool that it
   # runs in itself, and two at a time on two cores wait for ever.
   u, s, v = lax.map(_thin, jnp.where(empty, unit, x))
-  least = tol * (s[:, :1] if size is None else size[:, None])
-  kept = (s > least) & ~empty[:, 0]
+  largest = s[:, :1] if size is None else size[:, None]
+  kept = (s > jnp.maximum(tol, float(jnp.finfo(x.dtype).eps)) * largest) & ~empty[:, 0]
   u, v = (jnp.where(kept[:, None], y, 0) for y in (u, v))
   return u, jnp.where(kept, s, 0), v
 
