@@ -232,7 +232,7 @@ def over_files(name, method, seed, weights, options):
   tiny = place_of(tiny_of(options), 0)
   files.merge_files(methods.average(), [tiny], options.work / "tiny", replace=True)
   peak, before = Peak(), read()
-  given = {"base": base, "layout": VIEWS, "replace": True, **seed}
+  given = {"base": base, "layout": VIEWS, "replace": True, "resume": False, **seed}
   _, cpu = timed(lambda: files.merge_files(method, models, out, **given) and None)
   passes = (read() - before) / sum(
     (m / "model.safetensors").stat().st_size for m in [*models, *([base] if base else [])]
