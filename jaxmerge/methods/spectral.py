@@ -194,36 +194,8 @@ def svd(
 
 @jax.custom_jvp
 def _thin(x: Array) -> tuple[Array, Array, Array]:
-  if x.dtype != jnp.float32:
-    return _directly(x)
-  return lax.platform_dependent(x, cpu=_by_squares, default=_directly)
-
-
-def _directly(x: Array) -> tuple[Array, Array, Array]:
   u, s, vt = jnp.linalg.svd(x, full_matrices=False)
   return u, s, vt.T
-
-
-@jax.custom_batching.sequential_vmap
-def _by_squares(x: Array) -> tuple[Array, Array, Array]:
-  """Decomposes x by the eigenvectors of its inner products, in float64.
-
-  Squares of singular values down to 1e-8 of the largest are told apart in it, which is more than
-  float32 holds of x; what is smaller than that is zero. On CPUs this takes a fraction of the time
-  of LAPACK's decomposition in float32, and has a tenth of its error.
-  """
-  if x.shape[0] < x.shape[1]:
-    v, s, u = _by_squares(x.T)
-    return u, s, v
-  with jax.enable_x64(True):
-    wide = x.astype(jnp.float64)
-    _, v = jnp.linalg.eigh(wide.T @ wide, symmetrize_input=False)
-    v = v[:, ::-1]
-    u = wide @ v
-    s = jnp.sqrt(jnp.sum(u * u, axis=0))
-    some = s > s[:1] * float(jnp.finfo(x.dtype).eps)
-    u, s = jnp.where(some[None], u / jnp.where(some, s, 1)[None], 0), jnp.where(some, s, 0)
-    return u.astype(x.dtype), s.astype(x.dtype), v.astype(x.dtype)
 
 
 @_thin.defjvp
