@@ -14,8 +14,8 @@ process of its own, with its default parameters, on as many of the models as it 
             extrapolated by their number. Beside them the seconds of the decompositions alone that
             the method asks for, counted in its traced program
 
-With `--iterations N`, methods that go on for hundreds of steps take N and 2 N of them, in memory and
-over files, and the seconds of the others are extrapolated: such are marked ~.
+With `--iterations N`, methods that go on for hundreds of steps take N and 2 N of them, in memory
+and over files, and the seconds of all are extrapolated from these: such are marked ~.
 
 Seconds are those of the processor, of all threads, which other work on the machine changes less
 than those of the wall.

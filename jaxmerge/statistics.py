@@ -2,7 +2,8 @@
 
 Thresholds are exact and need no sort, no gather and no flat copy: a non-negative float orders like
 its bit pattern, so the k-th largest is found by counting how many patterns reach three candidates,
-which leave a quarter of those that are possible. Counts are integers in two limbs (high * 2**16 + low), exact past 2**31.
+which leave a quarter of those that are possible. Counts are integers in two limbs (high * 2**16 +
+low), exact past 2**31.
 """
 
 from __future__ import annotations

@@ -132,8 +132,8 @@ def test_methods_and_seeds_are_added_to_a_run(made, tmp_path):
   assert trials["sce"] == [1, 1, 1]
   told = [e["message"] for e in events if "made again" in str(e.get("message"))]
   assert [t.split(":")[0] for t in told] == [f"task_arithmetic, seed {i}" for i in (0, 1)]
+  other = written(tmp_path, methods=changed, seeds=3, final=False)
   with pytest.raises(ValueError, match="another config: final is True there"):
-    other = written(tmp_path, methods=changed, seeds=3, final=False)
     benching.run(configuring.bench(other), other, folder)
 
 

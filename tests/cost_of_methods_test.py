@@ -1,0 +1,58 @@
+"""The benchmark of methods at a small size: what it measures, counts and extrapolates."""
+
+import importlib.util
+import json
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+PATH = pathlib.Path(__file__).resolve().parents[1] / "benchmarks" / "methods.py"
+
+
+@pytest.fixture(scope="module")
+def benchmark():
+  spec = importlib.util.spec_from_file_location(PATH.stem, PATH)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
+
+
+def test_models_have_the_size_that_is_asked_for(benchmark):
+  for params in (0.1e9, 1e9):
+    every = benchmark.shapes(params)
+    size = sum(int(jnp.prod(jnp.asarray(s, jnp.float32))) for s in every.values())
+    assert abs(size - params) < 0.15 * params
+
+
+def test_decompositions_are_counted_in_loops_and_branches(benchmark):
+  def run(base, models):
+    each = jax.lax.map(lambda x: jnp.linalg.svd(x, full_matrices=False)[1], models)
+    return each, jax.lax.cond(base[0, 0] > 0, jnp.linalg.svd, jnp.linalg.svd, base)
+
+  found = benchmark.svds(jax.jit(run), jnp.ones((4, 5)), jnp.ones((3, 6, 2)))
+  assert sorted(found) == [(4, 5)] + 3 * [(6, 2)]
+
+
+@pytest.mark.slow
+def test_a_table_of_three_methods(tmp_path):
+  command = [sys.executable, str(PATH), "--params=2e5", "--models=3", "--iterations=1"]
+  command += ["--methods", "ties", "iso_c", "wudi", f"--work={tmp_path}", f"--out={tmp_path}/out"]
+  subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+  ties, iso_c, wudi = json.loads((tmp_path / "out.json").read_text())["rows"]
+  assert set(ties) == {"method", "models", "memory", "files"}  # No matrices.
+  assert ties["files"]["passes"] == pytest.approx(3, abs=0.2)
+  assert iso_c["files"]["passes"] == pytest.approx(1, abs=0.8)  # And modules of LAPACK.
+  assert iso_c["matrices"]["svd_cpu"] > 0
+  assert [e["number"] for e in iso_c["matrices"]["each"]] == [1, 48, 24, 12]
+  assert wudi["memory"]["iterations"] == [1, 2, 300]
+  text = (tmp_path / "out.md").read_text()
+  assert [line.split("|")[1].strip() for line in text.splitlines()[4:]] == [
+    "`ties`",
+    "`iso_c`",
+    "`wudi`",
+  ]
+  assert text.count("~") == 2
