@@ -14,8 +14,9 @@ process of its own, with its default parameters, on as many of the models as it 
             extrapolated by their number. Beside them the seconds of the decompositions alone that
             the method asks for, counted in its traced program
 
-With `--iterations N`, methods that go on for hundreds of steps take N and 2 N of them, in memory
-and over files, and the seconds of all are extrapolated from these: such are marked ~.
+With `--iterations N`, methods that go on for many steps take N and 2 N of them, and the seconds of
+all are extrapolated from these: such are marked ~. Matrices are those of the blocks: methods of
+whole matrices average the embedding, as their papers do.
 
 Seconds are those of the processor, of all threads, which other work on the machine changes less
 than those of the wall.
@@ -101,6 +102,12 @@ def shapes(params):
 VIEWS = (("_proj.weight$", "oi"), ("embed_tokens.weight$", "oi"))
 
 
+def views(name):
+  from jaxmerge import catalog
+
+  return VIEWS[:1] if catalog.entry(name).unit == "matrix" else VIEWS
+
+
 def tensor(k, i, shape):
   """A tensor of the base (k = 0) or of a model near it: a few directions, and noise."""
   import numpy as np
@@ -171,12 +178,16 @@ def child(place, name, options):
     return run(name, method, seed, weights, options)
 
   number, few = ITERATED.get(name), options.iterations
-  if place == "matrices" or not few or not number:
+  if not few or not number:
     return measured()
   once, twice = (measured(**{number: n}) for n in (few, 2 * few))
   every = catalog.entry(name).parameters[number].default
-  cpu = once["cpu"] + (twice["cpu"] - once["cpu"]) * (every - few) / few
-  return {**twice, "cpu": cpu, "iterations": [few, 2 * few, every]}
+  cpu = {
+    key: once[key] + (twice[key] - once[key]) * (every - few) / few
+    for key in ("cpu", "svd_cpu")
+    if key in once
+  }
+  return {**twice, **cpu, "iterations": [few, 2 * few, every]}
 
 
 def timed(f):
@@ -201,7 +212,7 @@ def in_memory(name, method, seed, weights, options):
     n: np.stack([tensor(k + 1, i, s) for k in range(count)])
     for i, (n, s) in enumerate(every.items())
   }
-  options_ = {"layout": VIEWS, **seed}
+  options_ = {"layout": views(name), **seed}
   if weights:
     run = jax.jit(lambda base, models: jaxmerge.blend(method, models, **options_))
   else:
@@ -234,7 +245,7 @@ def over_files(name, method, seed, weights, options):
   tiny = place_of(tiny_of(options), 0)
   files.merge_files(methods.average(), [tiny], options.work / "tiny", replace=True)
   peak, before = Peak(), read()
-  given = {"base": base, "layout": VIEWS, "replace": True, "resume": False, **seed}
+  given = {"base": base, "layout": views(name), "replace": True, "resume": False, **seed}
   _, cpu = timed(lambda: files.merge_files(method, models, out, **given) and None)
   passes = (read() - before) / sum(
     (m / "model.safetensors").stat().st_size for m in [*models, *([base] if base else [])]
@@ -258,7 +269,7 @@ def by_matrix(name, method, seed, weights, options):
 
   count = height(name, options.models)
   totals = {"cpu": 0.0, "svd_cpu": 0.0}
-  kinds = collections.Counter(s for s in shapes(options.params).values() if len(s) == 2)
+  kinds = collections.Counter(s for n, s in shapes(options.params).items() if "_proj" in n)
   each = []
   for i, (shape, number) in enumerate(kinds.items()):
     base = {"w": jax.numpy.asarray(tensor(0, i, shape))}
