@@ -75,6 +75,7 @@ FLOORS = {
     "fingerprint",
     "precision",
     "stage",
+    "counting",
     "statistics",
     "ranking",
     "unrolling",

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jaxmerge
-from jaxmerge import stage, statistics
+from jaxmerge import counting, stage, statistics
 from jaxmerge.stage import Leaf, Rank
 
 HEIGHT, SIZE = 2, 24
@@ -29,11 +29,11 @@ def leaf(start=0, offset=0):
 
 
 def limbs(counts):
-  return np.stack([statistics.limbs(n) for n in counts], axis=1)
+  return np.stack([counting.limbs(n) for n in counts], axis=1)
 
 
 def integers(pair):
-  return [(int(high) << statistics.LIMB) + int(low) for high, low in np.asarray(pair).T]
+  return [(int(high) << counting.LIMB) + int(low) for high, low in np.asarray(pair).T]
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -141,19 +141,17 @@ def test_totals_and_maxima_over_a_tree():
 def test_arithmetic_of_limbs_is_that_of_integers(a, b):
   a, b = max(a, b), min(a, b)
   x, y = limbs([a, b]), limbs([b, b])
-  assert integers(statistics.minus(jnp.asarray(x), jnp.asarray(y))) == [a - b, 0]
-  assert statistics.at_least(x, y).tolist() == [True, True]
-  assert statistics.at_least(y, x).tolist() == [a == b, True]
-  assert integers(statistics.plus(x, y)) == [a + b, 2 * b]
-  assert integers(statistics.at_most(jnp.asarray(x), b)) == [b, b]
+  assert integers(counting.minus(jnp.asarray(x), jnp.asarray(y))) == [a - b, 0]
+  assert counting.at_least(x, y).tolist() == [True, True]
+  assert counting.at_least(y, x).tolist() == [a == b, True]
+  assert integers(counting.plus(x, y)) == [a + b, 2 * b]
+  assert integers(counting.at_most(jnp.asarray(x), b)) == [b, b]
 
 
 def test_many_partial_counts_do_not_overflow():
   """2**17 slices with full low limbs: a sum without carries would pass 2**32."""
   part = jnp.asarray(limbs([2**16 - 1]))
-  total = jax.lax.fori_loop(
-    0, 2**17, lambda _, n: statistics.plus(n, part), jnp.asarray(limbs([0]))
-  )
+  total = jax.lax.fori_loop(0, 2**17, lambda _, n: counting.plus(n, part), jnp.asarray(limbs([0])))
   assert integers(total) == [2**17 * (2**16 - 1)]
 
 
@@ -162,16 +160,16 @@ def test_counting_in_limbs(shape, monkeypatch):
   """The path for leaves past 2**32 entries, at a scale where it can be run."""
   mask = np.random.default_rng(0).random((HEIGHT, *shape)) < 0.9
   expected = mask.reshape(HEIGHT, -1).sum(axis=1).tolist()
-  assert integers(statistics.count(jnp.asarray(mask))) == expected
+  assert integers(counting.count(jnp.asarray(mask))) == expected
   monkeypatch.setattr(statistics, "LIMB", 4)
-  monkeypatch.setattr(statistics, "ROOM", 2**4)
-  found = statistics.count(jnp.asarray(mask))
+  monkeypatch.setattr(counting, "ROOM", 2**4)
+  found = counting.count(jnp.asarray(mask))
   assert integers(found) == expected
   assert (np.asarray(found[1]) < 2**4).all()
 
 
 def test_the_limb_path_takes_leaves_past_one_integer():
-  found = jax.eval_shape(statistics.count, jax.ShapeDtypeStruct((3, 2**17, 2**17), bool))
+  found = jax.eval_shape(counting.count, jax.ShapeDtypeStruct((3, 2**17, 2**17), bool))
   assert (found.shape, found.dtype) == ((2, 3), jnp.uint32)
 
 
@@ -184,7 +182,7 @@ def test_counting_past_one_integer():
     column = jnp.broadcast_to(
       jax.lax.broadcasted_iota(jnp.int32, (2**16,), 0), (1, 2**16 + 1, 2**16)
     )
-    return statistics.count(column < n)
+    return counting.count(column < n)
 
   assert integers(counted(2**16 - 1)) == [(2**16 - 1) * (2**16 + 1)]
 
@@ -201,13 +199,13 @@ sizes = st.one_of(st.integers(1, 10**4), st.integers(1, 2**47 - 1))
 @given(fractions_of, sizes, st.integers(0, 1))
 def test_shares_on_the_host_are_those_of_python(fraction, size, more):
   expected = min(int(fraction * size) + more, size)
-  assert integers(statistics.share(fraction, size, 2, more=more)) == [expected] * 2
-  assert integers(statistics.share((fraction, 1.0), size, 2, more=more)) == [expected, size]
+  assert integers(counting.share(fraction, size, 2, more=more)) == [expected] * 2
+  assert integers(counting.share((fraction, 1.0), size, 2, more=more)) == [expected, size]
 
 
 def test_a_short_float_means_its_decimal():
-  assert integers(statistics.share(np.float32(0.7), 10, 1)) == [7]
-  assert integers(statistics.share(np.array([0.7, 0.29], np.float32), 1000, 2)) == [700, 290]
+  assert integers(counting.share(np.float32(0.7), 10, 1)) == [7]
+  assert integers(counting.share(np.array([0.7, 0.29], np.float32), 1000, 2)) == [700, 290]
 
 
 SIZES = (1, 7, 10, 1000, 12345, 10**6, 2**24 + 1, 2**31 + 7, 10**11, 2**47 - 1)
@@ -215,7 +213,7 @@ SIZES = (1, 7, 10, 1000, 12345, 10**6, 2**24 + 1, 2**31 + 7, 10**11, 2**47 - 1)
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def traced(fraction, size, more):
-  return statistics.share(fraction, size, fraction.shape[0], more=more)
+  return counting.share(fraction, size, fraction.shape[0], more=more)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -243,15 +241,15 @@ def test_traced_shares_of_decimals_are_exact(size):
 @pytest.mark.parametrize("size", [0, 1, 10, 2**31 + 7])
 def test_shares_of_at_least_some(size):
   for fraction in (0.001, jnp.float32(0.001)):
-    found = integers(statistics.share(fraction, size, 2, least=1))
+    found = integers(counting.share(fraction, size, 2, least=1))
     assert found == [min(max(size // 1000, 1), size)] * 2
 
 
 @given(st.integers(0, 2**47 - 1), st.floats(0, 1, width=32))
 def test_parts_of_counts_that_are_measured(size, fraction):
   """As shares of a size that is known before."""
-  part = statistics.part(jnp.array([fraction], jnp.float32), jnp.asarray(limbs([size])))
-  assert integers(part) == integers(statistics.share(jnp.float32(fraction), size, 1))
+  part = counting.part(jnp.array([fraction], jnp.float32), jnp.asarray(limbs([size])))
+  assert integers(part) == integers(counting.share(jnp.float32(fraction), size, 1))
 
 
 def test_thresholds_of_another_height():
@@ -265,7 +263,7 @@ def test_thresholds_of_another_height():
 
 def test_groups_that_are_too_large_are_refused():
   with pytest.raises(ValueError, match=r"a group of 140737488355328 entries is too large to rank"):
-    jax.eval_shape(lambda f: statistics.share(f, 2**47, 1), jnp.float32(0.5))
+    jax.eval_shape(lambda f: counting.share(f, 2**47, 1), jnp.float32(0.5))
   group = stage.Group({"w": (2**16, 2**16)}, 2, {})
   with pytest.raises(ValueError, match=r"fewer than 2\*\*32 entries, got 4294967296; use scope="):
     statistics.refuse_unrankable(group)

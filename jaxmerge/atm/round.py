@@ -13,7 +13,7 @@ import optax
 from jax import lax
 from jax.sharding import Mesh
 
-from jaxmerge import dealing, memory, statistics, tree, views
+from jaxmerge import counting, dealing, memory, tree, views
 from jaxmerge import mesh as meshes
 from jaxmerge.atm import outer as outers
 from jaxmerge.atm import placing, tune
@@ -170,10 +170,8 @@ def measured(stacks: dict[str, Array], current: Any, loss: Array) -> Measured:
     axes = list(range(1, delta.ndim))
     gram = lax.dot_general(delta, delta, ((axes, axes), ((), ())), precision="highest")
     meet = (delta > 0).any(0, keepdims=True) & (delta < 0).any(0, keepdims=True)
-    found.append((gram, statistics.count(meet)[:, 0]))
-  gram, conflict = functools.reduce(
-    lambda a, b: (a[0] + b[0], statistics.normal(a[1] + b[1])), found
-  )
+    found.append((gram, counting.count(meet)[:, 0]))
+  gram, conflict = functools.reduce(lambda a, b: (a[0] + b[0], counting.normal(a[1] + b[1])), found)
   finite = tune.finite(stacks) & jnp.isfinite(jnp.diagonal(gram))
   return Measured(loss, finite, gram, conflict)
 
@@ -187,5 +185,5 @@ def geometry(found: Measured, size: int) -> dict[str, Any]:
   return {
     "norms": norms.tolist(),
     "cosines": np.clip(cosines, -1, 1).tolist(),
-    "sign_conflict": ((high << statistics.LIMB) + low) / size,
+    "sign_conflict": ((high << counting.LIMB) + low) / size,
   }

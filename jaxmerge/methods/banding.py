@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmerge import catalog, statistics, views
+from jaxmerge import catalog, counting, statistics, views
 from jaxmerge.methods import averaging, signs, sparsifying
 from jaxmerge.stage import Array, Group, Leaf, Method, Rank, Stage, chain
 
@@ -143,11 +143,11 @@ _ENDS = (
 
 def _counts(keep: Any, remove: Any, size: int, height: int, yields: Yields) -> dict[str, Any]:
   """How many of the largest are removed, and down to which rank entries are kept, as limbs."""
-  removed, kept = (jnp.asarray(statistics.share(f, size, height)) for f in (remove, keep))
+  removed, kept = (jnp.asarray(counting.share(f, size, height)) for f in (remove, keep))
   if yields == "remove":
-    room = statistics.minus(jnp.broadcast_to(statistics.limbs(size)[:, None], kept.shape), kept)
-    removed = jnp.where(statistics.at_least(room, removed), removed, room)
-  return {"removed": removed, "reach": statistics.at_most(statistics.plus(removed, kept), size)}
+    room = counting.minus(jnp.broadcast_to(counting.limbs(size)[:, None], kept.shape), kept)
+    removed = jnp.where(counting.at_least(room, removed), removed, room)
+  return {"removed": removed, "reach": counting.at_most(counting.plus(removed, kept), size)}
 
 
 def _between(x: Array, leaf: Leaf, known: Any) -> Array:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxmerge import catalog, statistics, views
+from jaxmerge import catalog, counting, statistics, views
 from jaxmerge.methods import averaging, spectral
 from jaxmerge.stage import Array, Group, Leaf, Method, Rank, Stage, chain
 
@@ -50,10 +50,10 @@ def pcb(
     statistics.refuse_unrankable(group)
     share, tail = group.number("ratio"), group.number("clamp")
     low, one = _from_top(group, tail), _from_top(group, 1.0) + jnp.asarray([[0], [1]], jnp.uint32)
-    high = statistics.at_most(_from_top(group, _rest(tail), more=1), group.size)
-    best = statistics.at_most(_from_top(group, _rest(share)), group.size)
+    high = counting.at_most(_from_top(group, _rest(tail), more=1), group.size)
+    best = counting.at_most(_from_top(group, _rest(share)), group.size)
     all_ = _from_top(group, 0.0)
-    last = statistics.plus(statistics.minus(all_, best), one)
+    last = counting.plus(counting.minus(all_, best), one)
     return {"low": low, "high": high, "ranks": jnp.concatenate([best, one, last, all_], axis=1)}
 
   def update(x: Array, leaf: Leaf, known: Any) -> Array:
@@ -88,9 +88,9 @@ def _rest(fraction: Any) -> Any:
 
 def _from_top(group: Group, fraction: Any, more: int = 0) -> Array:
   """As the n-th largest, the entry that floor(fraction * size) entries are smaller than."""
-  counted = jnp.asarray(statistics.share(fraction, group.size, group.height))
-  whole = jnp.broadcast_to(jnp.asarray(statistics.limbs(group.size + more))[:, None], counted.shape)
-  return statistics.minus(whole, counted)
+  counted = jnp.asarray(counting.share(fraction, group.size, group.height))
+  whole = jnp.broadcast_to(jnp.asarray(counting.limbs(group.size + more))[:, None], counted.shape)
+  return counting.minus(whole, counted)
 
 
 def _values(cut: statistics.Cut, x: Array) -> Array:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from jaxmerge import catalog, statistics, views
+from jaxmerge import catalog, counting, statistics, views
 from jaxmerge.methods import averaging, spectral
 from jaxmerge.stage import Array, Group, Leaf, Method, Rank, chain
 
@@ -140,7 +140,7 @@ def doge(
   catalog.check("doge", {**settings, "scale": scale, "subspace": subspace, "steps": steps})
 
   def init(group: Group) -> dict[str, Any]:
-    return {"kept": statistics.share(group.number("density"), group.size, group.height, more=1)}
+    return {"kept": counting.share(group.number("density"), group.size, group.height, more=1)}
 
   def update(x: Array, leaf: Leaf, known: Any) -> Array:
     K, r = x.shape[0], min(x.shape[1:])

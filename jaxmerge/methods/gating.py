@@ -9,7 +9,7 @@ from typing import Any, Literal  # Any: what is known is a tree of arrays.
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmerge import catalog, statistics, tree, views
+from jaxmerge import catalog, counting, statistics, tree, views
 from jaxmerge.methods import averaging
 from jaxmerge.stage import Array, Group, Leaf, Method, Stage, chain
 
@@ -58,7 +58,7 @@ def gate(
     places = [layers.index(layer(n)) for n in group.shapes]
     sizes = np.zeros(len(layers))
     np.add.at(sizes, places, [np.prod(s) for s in group.shapes.values()])
-    pruned = statistics.share(group.number("prune_ratio"), len(layers), group.height)
+    pruned = counting.share(group.number("prune_ratio"), len(layers), group.height)
     return {
       "tags": np.array([tree.tag(n) for n in group.shapes], np.uint32),
       "places": np.array(places, np.int32),

@@ -6,7 +6,7 @@ from typing import Any, Literal  # Any: what is known is a tree of arrays.
 
 import jax.numpy as jnp
 
-from jaxmerge import catalog, statistics
+from jaxmerge import catalog, counting
 from jaxmerge.methods import averaging
 from jaxmerge.stage import Array, Leaf, Method, Stage, Sum, chain, leafwise
 
@@ -70,7 +70,7 @@ def ramplus_tl(
   def counts(x: Array, leaf: Leaf, known: Any) -> tuple[Array, Array]:
     changed = _changed(x, leaf)
     alone = _changers(changed) == 1
-    return statistics.count(changed & ~alone), statistics.count(changed & alone)
+    return counting.count(changed & ~alone), counting.count(changed & alone)
 
   def update(x: Array, leaf: Leaf, known: Any) -> Array:
     shared, unique = (_number(n, x) for n in known["counts"])
@@ -80,7 +80,7 @@ def ramplus_tl(
     factor = jnp.where(_changers(changed) == 1, factor.reshape((-1,) + (1,) * (x.ndim - 1)), 1)
     return _shared_mean(jnp.where(changed, x * factor, 0), changed)
 
-  measured = Sum("counts", counts, combine=statistics.plus)
+  measured = Sum("counts", counts, combine=counting.plus)
   return (Stage(update, (measured,), numbers=given, scope=scope, combines=True),)
 
 
@@ -135,4 +135,4 @@ def _shared_mean(x: Array, changed: Array) -> Array:
 
 
 def _number(limbs: Array, like: Array) -> Array:
-  return limbs[0].astype(like.dtype) * 2**statistics.LIMB + limbs[1].astype(like.dtype)
+  return limbs[0].astype(like.dtype) * 2**counting.LIMB + limbs[1].astype(like.dtype)

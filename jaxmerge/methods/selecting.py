@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxmerge import catalog, statistics, views
+from jaxmerge import catalog, counting, statistics, views
 from jaxmerge.methods import averaging, signs
 from jaxmerge.stage import (
   Array,
@@ -70,16 +70,16 @@ def most_varied(density: float) -> Method:
     return {"density": density.reshape(1)}
 
   def differing(x: Array, leaf: Leaf, known: Any) -> Array:
-    return statistics.count(_variance(x, leaf, known) > 0)
+    return counting.count(_variance(x, leaf, known) > 0)
 
   def kept(total: Array, known: Any) -> Array:
-    return statistics.part(known["density"], total)
+    return counting.part(known["density"], total)
 
   def update(x: Array, leaf: Leaf, known: Any) -> Array:
     inside = statistics.inside(known["cut"], _variance(x, leaf, known), leaf)
     return jnp.where(inside | (known["density"][0] >= 1), x, 0)
 
-  counted = Sum("kept", differing, combine=statistics.plus, finish=kept)
+  counted = Sum("kept", differing, combine=counting.plus, finish=kept)
   measured = (counted, Rank("cut", _variance, rank="kept", exact=True))
   return (Stage(update, measured, init, {"density": density}, scope="leaf"),)
 
@@ -140,7 +140,7 @@ def arcee_fusion() -> Method:
     for_models("arcee_fusion", 1, 1)(group)
     last = max(group.size - 1, 0)
     ranks = {name: group.size - n * last // 4 for n, name in enumerate(quartiles, 1)}
-    return {f"{name}_rank": jnp.asarray(statistics.limbs(n))[:, None] for name, n in ranks.items()}
+    return {f"{name}_rank": jnp.asarray(counting.limbs(n))[:, None] for name, n in ranks.items()}
 
   def second(pair: tuple[Array, Array], leaf: Leaf, known: Any) -> Array:
     return pair[1]

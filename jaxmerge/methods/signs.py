@@ -7,7 +7,7 @@ from typing import Any, Literal  # Any: what is known is a tree of arrays.
 
 import jax.numpy as jnp
 
-from jaxmerge import catalog, statistics
+from jaxmerge import catalog, counting, statistics
 from jaxmerge.methods import averaging, sparsifying
 from jaxmerge.stage import Array, Group, Leaf, Method, Scope, Stage, chain, leafwise, pointwise
 
@@ -51,7 +51,7 @@ def elect_sign(
 
   def sides(x: Array, leaf: Leaf) -> Array:
     # Of no sign counts 1, so that plus and minus are counted at once.
-    return statistics.count((1 + jnp.sign(votes(x, leaf))).astype(jnp.uint32), most=2)
+    return counting.count((1 + jnp.sign(votes(x, leaf))).astype(jnp.uint32), most=2)
 
   def update(x: Array, leaf: Leaf, known: Any) -> Array:
     merged = votes(x, leaf)
@@ -63,13 +63,13 @@ def elect_sign(
     if "sides" not in known:
       return jnp.nan
     found, even = known["sides"], known["even"]
-    more, fewer = (statistics.at_least(a, b)[0] for a, b in ((found, even), (even, found)))
+    more, fewer = (counting.at_least(a, b)[0] for a, b in ((found, even), (even, found)))
     return more.astype(x.dtype) - fewer.astype(x.dtype)
 
-  counted = statistics.total("sides", sides)._replace(combine=statistics.plus)
+  counted = statistics.total("sides", sides)._replace(combine=counting.plus)
 
   def even(group: Group) -> dict[str, Any]:
-    return {"even": statistics.limbs(group.size)[:, None]}
+    return {"even": counting.limbs(group.size)[:, None]}
 
   return (Stage(update, (counted,), even, numbers, deferred=deferred),)
 

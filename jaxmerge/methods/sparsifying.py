@@ -6,7 +6,7 @@ from typing import Any, Literal  # Any: what is known is a tree of arrays.
 
 import jax.numpy as jnp
 
-from jaxmerge import catalog, statistics
+from jaxmerge import catalog, counting, statistics
 from jaxmerge.methods import averaging, random_masks
 from jaxmerge.stage import Array, Group, Leaf, Method, Rank, Scope, Stage, chain, join, leafwise
 
@@ -44,7 +44,7 @@ def trim(density: float, *, scope: Scope = "tree", rule: Literal["kth", "exact"]
       statistics.refuse_unrankable(group)
     density = group.number("density")
     extra = {"least": 1} if exact else {"more": 1}
-    return {"kept": statistics.share(density, group.size, group.height, **extra)}
+    return {"kept": counting.share(density, group.size, group.height, **extra)}
 
   def update(x: Array, leaf: Leaf, known: Any) -> Array:
     return jnp.where(statistics.inside(known["cut"], jnp.abs(x), leaf), x, 0)

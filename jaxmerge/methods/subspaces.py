@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxmerge import catalog, statistics, views
+from jaxmerge import catalog, counting, statistics, views
 from jaxmerge.methods import averaging, spectral
 from jaxmerge.stage import Array, Leaf, Method, Rank, Stage, Sum, chain, join
 
@@ -83,7 +83,7 @@ def _largest(x: Array, there: Array, share: float, leaf: Leaf) -> Array:
   """
   K, m, n = x.shape
   # By the number of directions, the place of the next; where there is none, all are kept.
-  places = [statistics.limbs(round(count * K * m * share) + 1) for count in range(n + 1)]
+  places = [counting.limbs(round(count * K * m * share) + 1) for count in range(n + 1)]
   own = {"place": jnp.asarray(np.stack(places))[jnp.sum(there, dtype=jnp.int32)][:, None]}
   cut = statistics.settled(_LEAST, [(x[None], leaf)], own)
   return jnp.where(statistics.inside(cut, jnp.abs(x)[None], leaf)[0], x, 0)
