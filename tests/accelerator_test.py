@@ -1,24 +1,18 @@
 """The benchmark of accelerators in its CPU form, and the operations that it counts."""
 
-import importlib.util
 import json
-import pathlib
 
 import jax
 import pytest
+import scripts
 import small_tasks as small
 
 from jaxmerge.models import decoder_config
 
-PATH = pathlib.Path(__file__).resolve().parents[1] / "benchmarks" / "accelerator.py"
-
 
 @pytest.fixture(scope="module")
 def benchmark():
-  spec = importlib.util.spec_from_file_location(PATH.stem, PATH)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module
+  return scripts.benchmark("accelerator")
 
 
 def test_operations_by_hand(benchmark):

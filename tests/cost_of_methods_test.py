@@ -1,24 +1,20 @@
 """The benchmark of methods at a small size: what it measures, counts and extrapolates."""
 
-import importlib.util
 import json
-import pathlib
 import subprocess
 import sys
 
 import jax
 import jax.numpy as jnp
 import pytest
+import scripts
 
-PATH = pathlib.Path(__file__).resolve().parents[1] / "benchmarks" / "methods.py"
+PATH = scripts.BENCHMARKS / "methods.py"
 
 
 @pytest.fixture(scope="module")
 def benchmark():
-  spec = importlib.util.spec_from_file_location(PATH.stem, PATH)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module
+  return scripts.benchmark("methods")
 
 
 def test_models_have_the_size_that_is_asked_for(benchmark):
