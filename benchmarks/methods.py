@@ -199,6 +199,12 @@ def timed(f):
   return out, time.process_time() - began
 
 
+def warm(f):
+  """The CPU seconds of f: of its second call, where the first is short and so its start weighs."""
+  _, cpu = timed(f)
+  return cpu if cpu > 30 else timed(f)[1]
+
+
 def in_memory(name, method, seed, weights, options):
   import jax
   import numpy as np
@@ -220,9 +226,7 @@ def in_memory(name, method, seed, weights, options):
   given = jax.tree.map(jax.numpy.asarray, (base, models))
   del base, models
   program, compiling = timed(lambda: run.lower(*given).compile())
-  _, cpu = timed(lambda: program(*given))
-  if cpu < 30:  # Where the first time weighs.
-    _, cpu = timed(lambda: program(*given))
+  cpu = warm(functools.partial(program, *given))
   memory = program.memory_analysis()
   return {
     "cpu": cpu,
@@ -282,10 +286,7 @@ def by_matrix(name, method, seed, weights, options):
     row = {"shape": shape, "number": number, "svd_cpu": 0.0}
     for key, (program, given) in programs.items():
       program = program.lower(*given).compile()
-      _, cpu = timed(functools.partial(program, *given))
-      if cpu < 30:
-        _, cpu = timed(functools.partial(program, *given))
-      row[f"{key}cpu"] = cpu
+      row[f"{key}cpu"] = warm(functools.partial(program, *given))
     each.append(row)
     for key in totals:
       totals[key] += number * row[key]

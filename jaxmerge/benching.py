@@ -114,9 +114,9 @@ def _seed(
   for done, (name, settings) in enumerate(config["methods"].items()):
     path = whole / f"{name}.json"
     known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    if known and known.get("tried") != settings:
-      work.say(f"{name}, seed {seed}: other settings than its result was found with; made again")
     if known.get("tried") != settings:
+      if known:
+        work.say(f"{name}, seed {seed}: other settings than its result was found with; made again")
       known = {"tried": settings, **_searched(work, name, settings)}
       known["per_task"] = scored(known.pop("params"))
       whole.mkdir(exist_ok=True)

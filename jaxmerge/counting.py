@@ -57,7 +57,8 @@ def counts(masks: Sequence[Array]) -> list[Array]:
     every = lax.reduce([mask.astype(jnp.uint32) for mask in masks], zeros, _added, axes)
     return [normal(jnp.stack([jnp.zeros_like(one), one])) for one in every]
 
-  if math.prod(masks[0].shape[1:]) >= ROOM:
+  # Where devices share a mask, one sum of several makes them gather what sums of one add up.
+  if math.prod(masks[0].shape[1:]) >= ROOM or jax.device_count() > 1:
     return apart(*masks)
   # On CPUs one sum of several runs at several times the speed of a sum of one.
   return lax.platform_dependent(*masks, cpu=together, default=apart)

@@ -2,14 +2,12 @@
 
 Thresholds are exact and need no sort, no gather and no flat copy: a non-negative float orders like
 its bit pattern, so the k-th largest is found by counting how many patterns reach three candidates,
-which leave a quarter of those that are possible. Counts are
-those of `counting`, exact past 2**31.
+which leave a quarter of those that are possible. Counts are those of `counting`, exact past 2**31.
 """
 
 from __future__ import annotations
 
 import functools
-import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple  # Any: what is known is a tree of arrays.
 
@@ -179,16 +177,15 @@ def _cut(rank: Rank, over: Any, known: Any) -> Cut:
     )
     return [~counting.at_least(some, wanted) for some in before]
 
-  above, tied = counted(lambda bits, at: [f(bits, _against(value, bits)) for f in _ABOVE_AND_TIED])
+  above, tied = counted(
+    lambda bits, at: [bits > _against(value, bits), bits == _against(value, bits)]
+  )
   wanted = counting.minus(n, above)
   # Where all that are tied are wanted, their positions need not be searched.
   last = jnp.where(counting.at_least(wanted, tied), EVERY, zeros)
   positions = functools.partial(_narrowed, top=EVERY, holds=wanting)
   start = jnp.uint32(2**30), last
   return Cut(value, lax.while_loop(_unsettled, positions, start)[1])
-
-
-_ABOVE_AND_TIED = (operator.gt, operator.eq)
 
 
 def _narrowed(
