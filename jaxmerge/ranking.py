@@ -145,7 +145,7 @@ def cut(numbers: Numbers, ranks: Sequence[int], *, exact: bool) -> tuple[np.ndar
   Returns:
     Patterns [K] and positions [K], uint32.
   """
-  if not numbers.size:
+  if not numbers.size or not any(ranks):
     return np.full(len(ranks), NONE, np.uint32), np.full(len(ranks), EVERY, np.uint32)
   sample, weights, starts = numbers.sample()
   rows = itertools.cycle([_Sample(row, weights, starts) for row in sample])

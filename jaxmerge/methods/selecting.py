@@ -73,7 +73,8 @@ def most_varied(density: float) -> Method:
     return counting.count(_variance(x, leaf, known) > 0)
 
   def kept(total: Array, known: Any) -> Array:
-    return counting.part(known["density"], total)
+    # Where all are kept no cut is needed: drivers that search for one outside of a program skip it.
+    return jnp.where(known["density"] >= 1, 0, counting.part(known["density"], total))
 
   def update(x: Array, leaf: Leaf, known: Any) -> Array:
     inside = statistics.inside(known["cut"], _variance(x, leaf, known), leaf)
