@@ -33,6 +33,15 @@ def test_one_model_alone_keeps_all_its_columns():
   close(widened(methods.widen(), moved=MOVED[:1]), BASE + MOVED[0])
 
 
+def test_columns_of_zeros_count_as_not_turned():
+  base = BASE * np.array([0, 1, 1, 1], np.float32)
+  expected = [
+    [0.395521, 0.840768, 0.831347, -0.756218],
+    [0.183959, 1.251921, -1.423381, 1.865674],
+  ]
+  close(widened(methods.widen(), base=base), expected, atol=2e-6)
+
+
 def test_weights_of_columns_need_a_base():
   with pytest.raises(ValueError, match="widen compares with a base; run it by merge, not by blend"):
     jaxmerge.blend(methods.widen(), {"w": jnp.asarray(MOVED)}, layout=(("w", "oi"),))

@@ -129,7 +129,8 @@ def widen(
   column among those of its own model, by its change of norm, and by its change of direction. A rank
   r from 0 to 1 gives the weight exp(r_i) / sum_j exp(r_j), or `calibrated`, where it is larger than
   `threshold` times the mean rank; the two weights are averaged. Columns are those of the leaf's
-  matrix view, one an input; of leaves without a view each entry is one, with its magnitude for r.
+  matrix view, one an input; one that was or becomes zero counts as not turned. Of leaves without a
+  view each entry is one, with its magnitude for r.
 
   Args:
     scale: factor on the merged task vector.
@@ -157,6 +158,7 @@ def widen(
     base = leaf.compared("widen").astype(x.dtype)[None]
     (size, unit), (size_0, unit_0) = _columns(base + x), _columns(base)
     turned = jnp.sum((unit - unit_0) ** 2, axis=1, keepdims=True)
+    turned = jnp.where((size == 0) | (size_0 == 0), 0, turned)
     both = [shares(_places(change), leaf) for change in (jnp.abs(size - size_0), turned)]
     return _added(x * (both[0] + both[1]) * 0.5)
 
