@@ -49,7 +49,7 @@ class _Search:
     self.layer_of = {n: layer(n) for n in leaves}
     self.layers = sorted(set(self.layer_of.values()))
     kept = methods.trim(1.0, scope="leaf", rule="exact")
-    method = stage.chain(kept, methods.elected(reduce="sum"))
+    method = stage.chain(kept, methods.elected(reduce="sum", zero_sum="plus"))
     self.merge = jax.jit(functools.partial(memory.merge, method))
 
   def table(self, values: Sequence[float]) -> dict[str, np.ndarray]:
@@ -167,5 +167,6 @@ def _in_the_way(
       without = search.made(density, _changed(scale, name, k, 0.0))
       harms[k] = search.one(without, k) - merged[k]
     if ((helps > 0) & (harms > 0)).any():
-      found.append((-float(np.sum(helps + harms)), name, int(np.argmax(harms))))
+      worst = int(np.argmax(np.where(helps > 0, harms, -np.inf)))
+      found.append((-float(np.sum(helps + harms)), name, worst))
   return [(name, k) for _, name, k in sorted(found)]
