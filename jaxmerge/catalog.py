@@ -12,9 +12,10 @@ from typing import Any  # Settings are of many kinds.
 
 from jaxmerge import parameter, published
 from jaxmerge.parameter import Parameter
-from jaxmerge.published import Entry
+from jaxmerge.published import Entry, Other
 
 METHODS = published.METHODS
+OTHERS = published.OTHERS
 SEED = published.SEED
 plain = parameter.plain
 
@@ -74,14 +75,32 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 def markdown() -> str:
   """Returns the table of methods as Markdown, as the README shows it."""
-  head = ("method", "formula", "paper", "needs", "leaves without a view", "cost")
-  rows = [head, ("---",) * len(head)]
+  rows = []
   for name, e in METHODS.items():
-    mark = " (experimental)" if e.experimental else ""
     numbers = ", ".join(f"{p}={q.default!r}" for p, q in e.parameters.items() if q.number)
-    called = f"`{name}({numbers})`{mark}"
+    called = f"`{name}({numbers})`{mark(e)}"
     rows.append((called, e.formula, e.paper, needs(name), e.uncovered or "as all", cost(name)))
-  return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+  return _table(("method", "formula", "paper", "needs", "leaves without a view", "cost"), rows)
+
+
+def others_markdown() -> str:
+  """Returns the table of what is not a method as Markdown, as the README shows it."""
+  rows = [(f"`{n}`{mark(o)}", o.formula, o.paper, o.needs, o.gives) for n, o in OTHERS.items()]
+  return _table(("function", "formula", "paper", "needs", "gives"), rows)
+
+
+def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+  return "\n".join(f"| {' | '.join(row)} |" for row in [head, ("---",) * len(head), *rows])
+
+
+def mark(e: Entry | Other) -> str:
+  """Returns what stands behind the name of what is experimental.
+
+  Example:
+    >>> mark(METHODS["ties"]), mark(METHODS["ties_slack"])
+    ('', ' (experimental)')
+  """
+  return " (experimental)" if e.experimental else ""
 
 
 def needs(method: str) -> str:

@@ -286,10 +286,13 @@ def methods(options: argparse.Namespace, config: Any) -> None:
 
   width = max(map(len, catalog.METHODS))
   for name, entry in catalog.METHODS.items():
-    mark = " (experimental)" if entry.experimental else ""
     rest = f"; leaves without a matrix view: {entry.uncovered}" if entry.uncovered else ""
-    print(f"{name:{width}}  {entry.formula}{mark}")
+    print(f"{name:{width}}  {entry.formula}{catalog.mark(entry)}")
     print(f"{'':{width}}  {entry.paper}; needs {catalog.needs(name)}")
     print(f"{'':{width}}  {catalog.cost(name)}{rest}")
     for parameter, p in entry.parameters.items():
       print(f"{'':{width}}    {parameter}={p.default!r}: {p.doc}, {p.range}")
+  print("\nIn Python alone, on arrays in memory:")
+  for name, other in catalog.OTHERS.items():
+    print(f"jaxmerge.{name}  {other.formula}{catalog.mark(other)}")
+    print(f"{'':{width}}  {other.paper}; needs {other.needs}; gives {other.gives}")

@@ -1,4 +1,5 @@
 import functools
+import importlib
 import inspect
 import pathlib
 import subprocess
@@ -36,7 +37,7 @@ def test_numbers_of_a_method_are_in_its_entry(name):
   entry = catalog.METHODS[name]
   assert ("seed" in found) == ("seed" in entry.needs)
   own = {n for n, p in entry.parameters.items() if p.number}
-  # Some methods fix a number that their stages have, as negation does its weight.
+  # Some methods fix a number that their stages have, as `negate` does its weight.
   assert own <= found.keys() <= own | {"seed", "weight"}
 
 
@@ -156,6 +157,41 @@ def test_every_method_has_its_section_in_the_docs(name):
   assert entry.paper.split(" (")[0] in section
   assert f"Merges {entry.on.replace('either', 'weights or task vectors')}" in section
   assert ("xperimental" in section) == entry.experimental
+
+
+PARTS = {  # Of which methods are made.
+  "band",
+  "disjoint_max",
+  "disjoint_mean",
+  "drop",
+  "elect_sign",
+  "elected",
+  "gate",
+  "layer_of",
+  "magprune",
+  "matched",
+  "most_varied",
+  "moving_weights",
+  "scaled",
+  "spanned",
+  "trim",
+  "weighted",
+  "weighted_sum",
+}
+
+
+def test_every_factory_is_in_the_table():
+  assert set(methods.__all__) == catalog.METHODS.keys() | PARTS
+
+
+@pytest.mark.parametrize("name", catalog.OTHERS)
+def test_what_is_no_method_is_told_as_its_docstring_does(name):
+  module, function = name.split(".")
+  text = inspect.getdoc(getattr(importlib.import_module(f"jaxmerge.{module}"), function))
+  other = catalog.OTHERS[name]
+  assert other.paper.split(" (")[1].rstrip(")") in text
+  assert ("Experimental" in text) == other.experimental
+  assert f"`{name}" in DOCS or f"`{function}(" in DOCS
 
 
 def test_markdown_has_a_row_per_method():

@@ -253,6 +253,11 @@ TABLE = {
     )
     for kind in ("sma", "wma", "ema")
   },
+  "checkpoint_average, ema from zero": Row(
+    methods.checkpoint_average("ema", start="zero"),
+    lambda taus, draw: basics.checkpoint_average(taus, "ema", 0.2, "zero"),
+    {"alpha": (0.2, 0.01, 1.0)},
+  ),
   "task_arithmetic": Row(
     methods.task_arithmetic(0.5, WEIGHT),
     lambda taus, draw: basics.weighted_sum(taus, EIGHT, 0.5),
@@ -263,8 +268,8 @@ TABLE = {
     lambda taus, draw: basics.weighted_sum(taus, EIGHT, 0.5, normalize=True),
     {"weight": (WEIGHT, (1.0, 0.0, 0.0, 0.0), (-1.0, 1.0, 1.0, -1.0))},
   ),
-  "negation": Row(
-    methods.negation(0.5),
+  "negate": Row(
+    methods.negate(0.5),
     lambda taus, draw: basics.weighted_sum(taus, [-1] * len(taus), 0.5),
     {},
   ),
@@ -285,7 +290,7 @@ TABLE = {
   "ties": _ties(),
   "ties by leaf, exact": _ties(scope="leaf", rule="exact"),
   "ties by leaf, exact, l1": _ties(WEIGHT, "leaf", "exact", zero_sum="plus", rescale="l1"),
-  "ties, sum": _ties(reduce="sum"),
+  "ties by count, sum": _ties(reduce="sum", votes="count"),
   "ties, max": _ties(reduce="max", zero_sum="plus"),
   "ties_slack": Row(
     methods.ties_slack(SLACKS[:4], 0.3, 0.5),
@@ -372,6 +377,8 @@ TABLE = {
   "trimmed_mean": Row(
     methods.trimmed_mean(), lambda taus, draw: robust.trimmed_mean(taus, 1), {}, one=False
   ),
+  "meamed": Row(methods.meamed(), lambda taus, draw: robust.meamed(taus, 1), {}, one=False),
+  "phocas": Row(methods.phocas(), lambda taus, draw: robust.phocas(taus, 1), {}, one=False),
   **{f"krum by {scope}": _krum(scope) for scope in ("tree", "leaf")},
   "slerp": _spherical(
     methods.slerp(0.3),

@@ -31,7 +31,7 @@ ATOL = 2e-6
 VARIANTS = {
   "task_arithmetic, normalized",
   "ties by leaf, exact, l1",
-  "ties, sum",
+  "ties by count, sum",
   "ties, max",
   "dare, normalized",
   "dare_ties",
@@ -57,6 +57,7 @@ VARIANTS = {
   "flag of two, pairs",
   "passthrough",
   "checkpoint_average, wma",
+  "checkpoint_average, ema from zero",
   "dare, l1",
   "dare, linf",
   "dare, None",

@@ -24,7 +24,7 @@ ZERO = {"w": jnp.zeros(6)}
     (methods.average(), [0.366667, -0.1, -0.1, 0.266667, -0.2, -0.066667]),
     (methods.average(weight=(1.0, 0.0, 0.0)), TAU[0]),
     (methods.average(weight=(1.0, 2.0, 0.0), normalize=False), TAU[0] + 2 * TAU[1]),
-    (methods.negation(scale=0.3), [-0.33, 0.09, 0.09, -0.24, 0.18, 0.06]),
+    (methods.negate(scale=0.3), [-0.33, 0.09, 0.09, -0.24, 0.18, 0.06]),
     (methods.analogy(scale=1.0), [-0.7, -0.1, -1.1, 0.8, 0.6, -0.6]),
     (methods.ties(0.5), [0.7, -0.5, -0.8, 0.7, -0.4, -0.4]),
     (methods.ties(0.5, reduce="sum"), [1.4, -0.5, -0.8, 0.7, -0.8, -0.4]),
@@ -277,8 +277,8 @@ IDENTITIES = {
     lambda x: merged(TIES, np.abs(x), aux={"density": 1.0}),
     lambda x: merged(MEAN, np.abs(x)),
   ),
-  "negation is task arithmetic of the negatives": (
-    lambda x: merged(methods.negation(1.0), -x),
+  "negate is task arithmetic of the negatives": (
+    lambda x: merged(methods.negate(1.0), -x),
     lambda x: merged(TA, x),
   ),
   "breadcrumbs of everything is task arithmetic": (

@@ -62,14 +62,8 @@ def test_peft_votes_without_weights_and_counts():
   """Its signs are those of the plain sum, and its mean divides by the number that agree."""
   case = "peft, ties"
   trimmed = methods.trim(0.3, scope="leaf", rule="exact")
-  of_number = stage.pointwise(
-    lambda x: (
-      x.sum(0, keepdims=True) / jnp.maximum((x != 0).sum(0, keepdims=True, dtype=x.dtype), 1)
-    ),
-    combines=True,
-  )
-  weighted = methods.weighted(WEIGHT)
-  method = stage.chain(trimmed, methods.elect_sign("plus"), weighted, of_number)
+  joined = methods.weighted(WEIGHT), methods.disjoint_mean(None)
+  method = stage.chain(trimmed, methods.elect_sign("plus"), *joined)
   agree(jaxmerge.blend(method, stack(RECORDED[case])), case)
 
 

@@ -69,6 +69,7 @@ def test_method_table_is_the_catalog():
   docs = pathlib.Path(__file__).parents[1] / "docs" / "methods.md"
   for text in (TEXT, docs.read_text(encoding="utf-8")):
     assert f"<!-- methods -->\n{catalog.markdown()}\n<!-- end of methods -->" in text
+    assert f"<!-- others -->\n{catalog.others_markdown()}\n<!-- end of others -->" in text
 
 
 @pytest.mark.parametrize(

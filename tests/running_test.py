@@ -33,8 +33,9 @@ def run(merge, like=BASE, count=4, **options):
     (methods.checkpoint_average("sma"), True),
     (methods.checkpoint_average("wma"), False),
     (methods.checkpoint_average("ema", 0.3), False),
+    (methods.checkpoint_average("ema", 0.3, "zero"), False),
   ],
-  ids=["average", "task_arithmetic", "magmax", "sma", "wma", "ema"],
+  ids=["average", "task_arithmetic", "magmax", "sma", "wma", "ema", "ema from zero"],
 )
 def test_is_the_merge_of_the_stack(method, bits):
   merge = running.of(method, BASE)

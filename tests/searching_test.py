@@ -30,6 +30,19 @@ def test_the_newest_alone():
   close(blended(methods.checkpoint_average("ema", 1.0), MODELS), MODELS[-1], atol=0)
 
 
+def test_a_moving_average_from_zero_is_divided_by_its_weights():
+  x = np.array([[0.0], [1.0], [2.0], [4.0]], np.float32)
+  close(blended(methods.checkpoint_average("ema", 0.2, "zero"), x), [1.248 / (1 - 0.8**4)])
+  with pytest.raises(ValueError, match="alpha must not be 0 where the average begins at zero"):
+    blended(methods.checkpoint_average("ema", 0.0, "zero"), x)
+
+
+@pytest.mark.parametrize("settings", [("sma",), ("wma",), ("ema",), ("ema", 0.2, "zero")])
+def test_an_average_of_equal_checkpoints_is_any_of_them(settings):
+  same = np.repeat(MODELS[:1], 4, axis=0)
+  close(blended(methods.checkpoint_average(*settings), same), MODELS[0])
+
+
 def test_a_score_that_likes_one_model_leaves_it_as_it_is():
   soup = searching.greedy_soup({"w": jnp.asarray(MODELS)}, nearness(MODELS[3]))
   np.testing.assert_array_equal(soup.params["w"], MODELS[3])

@@ -1,6 +1,6 @@
 """Merging methods: factories that return a `Method`, one file a family."""
 
-from jaxmerge.methods.arithmetic import analogy, negation, portllm, task_arithmetic
+from jaxmerge.methods.arithmetic import analogy, negate, portllm, task_arithmetic
 from jaxmerge.methods.averaging import (
   average,
   checkpoint_average,
@@ -15,7 +15,7 @@ from jaxmerge.methods.descent import doge, optmerge, wudi
 from jaxmerge.methods.gating import gate, layer_of, lwptv
 from jaxmerge.methods.overlapping import consensus, ram, ramplus_tl
 from jaxmerge.methods.pruning import della, della_linear, magprune
-from jaxmerge.methods.robust import flag, krum, median, trimmed_mean
+from jaxmerge.methods.robust import flag, krum, meamed, median, phocas, trimmed_mean
 from jaxmerge.methods.selecting import arcee_fusion, magmax, most_varied, nearswap, passthrough, sce
 from jaxmerge.methods.signs import (
   dare_ties,
@@ -64,18 +64,20 @@ __all__ = [
   "magmax",
   "magprune",
   "matched",
+  "meamed",
   "median",
   "model_stock",
   "most_varied",
   "moving_weights",
   "multislerp",
   "nearswap",
-  "negation",
+  "negate",
   "nuslerp",
   "opcm",
   "optmerge",
   "passthrough",
   "pcb",
+  "phocas",
   "portllm",
   "ram",
   "ramplus_tl",

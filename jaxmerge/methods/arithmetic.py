@@ -33,7 +33,7 @@ def task_arithmetic(
   return chain(averaging.weighted_sum(weight, normalize=normalize), averaging.scaled(scale))
 
 
-def negation(scale: float = catalog.METHODS["negation"].parameters["scale"].default) -> Method:
+def negate(scale: float = catalog.METHODS["negate"].parameters["scale"].default) -> Method:
   """Subtracts the task vectors, to make the model forget: base - scale * sum_i tau_i.
 
   Reference: Ilharco et al. 2023 (arXiv:2212.04089).
@@ -41,10 +41,10 @@ def negation(scale: float = catalog.METHODS["negation"].parameters["scale"].defa
   Example:
     >>> import jax.numpy as jnp, jaxmerge
     >>> base, experts = {"w": jnp.array([1.0])}, {"w": jnp.array([[2.0]])}
-    >>> jaxmerge.merge(negation(scale=0.5), base, experts)["w"].tolist()
+    >>> jaxmerge.merge(negate(scale=0.5), base, experts)["w"].tolist()
     [0.5]
   """
-  catalog.check("negation", {"scale": scale})
+  catalog.check("negate", {"scale": scale})
   return chain(averaging.weighted_sum(-1.0), averaging.scaled(scale))
 
 

@@ -51,13 +51,15 @@ def average(weight: float | tuple[float, ...] = _weight, normalize: bool = True)
 def checkpoint_average(
   kind: Literal["sma", "wma", "ema"] = _checkpoints["kind"].default,
   alpha: float = _checkpoints["alpha"].default,
+  start: Literal["first", "zero"] = _checkpoints["start"].default,
 ) -> Method:
   """Averages checkpoints of one run, the oldest first: [K, ...] -> [1, ...].
 
   Args:
-    kind: "sma", all alike; "wma", the i-th i times; "ema", a moving average that begins with the
-      first, m + alpha (x - m).
+    kind: "sma", all alike; "wma", the i-th i times; "ema", a moving average, m + alpha (x - m).
     alpha: share of the newest, for "ema".
+    start: the moving average begins with the first checkpoint, which so weighs more than those that
+      follow, or at zero, and is divided by the sum of the weights; alpha must not be 0 then.
 
   Reference: Li et al. 2025, Model merging in pre-training (arXiv:2505.12082).
 
@@ -66,7 +68,7 @@ def checkpoint_average(
     >>> jaxmerge.blend(checkpoint_average("wma"), {"w": jnp.array([0.0, 3.0, 6.0])})["w"].tolist()
     4.0
   """
-  catalog.check("checkpoint_average", {"kind": kind, "alpha": alpha})
+  catalog.check("checkpoint_average", {"kind": kind, "alpha": alpha, "start": start})
 
   def add(held: State, x: Array, leaf: Leaf) -> State:
     K = x.shape[0]
@@ -79,7 +81,9 @@ def checkpoint_average(
     else:
       alpha = leaf.scalar("alpha", x)
       own = moving_weights(K, alpha)
-      weights = jnp.stack(own if held is None else [alpha * (1 - alpha) ** (K - 1), *own[1:]])
+      if held is not None or start == "zero":
+        own[0] = alpha * (1 - alpha) ** (K - 1)
+      weights = jnp.stack(own)
       left = (1 - alpha) ** K
     part = _sum(x * weights.reshape((-1,) + (1,) * (x.ndim - 1)))
     total = part if held is None else held["sum"] * left + part
@@ -87,11 +91,20 @@ def checkpoint_average(
 
   def finish(held: State, leaf: Leaf) -> Array:
     count = held["count"]
-    factors = {"sma": 1 / count, "wma": 2 / (count * (count + 1)), "ema": 1.0}
-    return held["sum"] * factors[kind]
+    if kind != "ema":
+      return held["sum"] * (1 / count if kind == "sma" else 2 / (count * (count + 1)))
+    weights = 1.0 if start == "first" else 1 - (1 - leaf.scalar("alpha", held["sum"])) ** count
+    return held["sum"] / weights
+
+  def init(group: Group) -> State:
+    alpha = group.seen("alpha") if "alpha" in group.aux else None
+    if kind == "ema" and start == "zero" and alpha is not None and not alpha.all():
+      raise ValueError("checkpoint_average: alpha must not be 0 where the average begins at zero.")
+    return {}
 
   stage = Stage(
     lambda x, leaf, known: finish(add(None, x, leaf), leaf),
+    init=init,
     numbers={"alpha": alpha},
     combines=True,
     ordered=True,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, Literal  # Any: what is known is a tree of arrays.
 
 import jax.numpy as jnp
@@ -12,6 +13,8 @@ from jaxmerge import catalog, statistics, views
 from jaxmerge.stage import Array, Group, Leaf, Method, Stage, for_models, pointwise
 
 _krum = catalog.METHODS["krum"].parameters
+_meamed = catalog.METHODS["meamed"].parameters
+_phocas = catalog.METHODS["phocas"].parameters
 _flag = catalog.METHODS["flag"].parameters
 NETWORK = 32  # More models than that are sorted by the compiler's sort.
 
@@ -29,7 +32,7 @@ def median() -> Method:
   """
 
   def middle(x: Array) -> Array:
-    return _ascending(x)[(x.shape[0] - 1) // 2]
+    return _central(_ascending(x))
 
   return pointwise(middle, combines=True)
 
@@ -51,12 +54,76 @@ def trimmed_mean(trim: int = catalog.METHODS["trimmed_mean"].parameters["trim"].
   catalog.check("trimmed_mean", {"trim": trim})
 
   def update(x: Array, leaf: Leaf, known: Any) -> Array:
-    own = jnp.concatenate(_ascending(x)[trim : x.shape[0] - trim])
-    # A product: how a division by one number rounds may depend on the length of the array.
-    return jnp.sum(own, axis=0, keepdims=True) * (1 / own.shape[0])
+    return _mean(_ascending(x)[trim : x.shape[0] - trim])
 
   init = for_models("trimmed_mean", 2 * trim + 1)
   return (Stage(update, init=init, combines=True),)
+
+
+def meamed(outliers: int = _meamed["outliers"].default) -> Method:
+  """Averages, entry by entry, all but the `outliers` models farthest from the median.
+
+  Of two that are as far, the lower is kept.
+
+  Args:
+    outliers: models that are left out at each entry; there must be at least 2 * outliers + 1.
+
+  Reference: Xie et al. 2018, Generalized Byzantine-tolerant SGD (arXiv:1802.10116), mean around
+  the median.
+
+  Example:
+    >>> import jaxmerge
+    >>> models = {"w": jnp.array([[1.0], [2.0], [3.0], [100.0]])}
+    >>> jaxmerge.blend(meamed(), models)["w"].tolist()
+    [2.0]
+  """
+  catalog.check("meamed", {"outliers": outliers})
+  return _around(_central, outliers, "meamed")
+
+
+def phocas(outliers: int = _phocas["outliers"].default) -> Method:
+  """Averages, entry by entry, all but the `outliers` models farthest from the trimmed mean.
+
+  The trimmed mean leaves out as many on each side. Of two that are as far, the lower is kept.
+
+  Args:
+    outliers: models that are left out at each entry; there must be at least 2 * outliers + 1.
+
+  Reference: Xie et al. 2018, Phocas (arXiv:1805.09682).
+
+  Example:
+    >>> import jaxmerge
+    >>> models = {"w": jnp.array([[1.0], [2.0], [3.0], [100.0]])}
+    >>> jaxmerge.blend(phocas(), models)["w"].tolist()
+    [2.0]
+  """
+  catalog.check("phocas", {"outliers": outliers})
+  return _around(lambda rows: _mean(rows[outliers : len(rows) - outliers]), outliers, "phocas")
+
+
+def _around(center: Callable[[list[Array]], Array], outliers: int, name: str) -> Method:
+  """Averages, entry by entry, the models nearest to what `center` makes of them in order."""
+
+  def update(x: Array, leaf: Leaf, known: Any) -> Array:
+    rows = _ascending(x)
+    middle, n = center(rows), len(rows) - outliers
+    # Neighbours in order are the nearest: of each low one and the n-th after it one is left out.
+    pairs = zip(rows[:outliers], rows[n:], strict=True)
+    ends = [jnp.where(high - middle < middle - low, high, low) for low, high in pairs]
+    return _mean([*ends, *rows[outliers:n]])
+
+  return (Stage(update, init=for_models(name, 2 * outliers + 1), combines=True),)
+
+
+def _central(rows: list[Array]) -> Array:
+  """The median of rows in ascending order; the lower one of two."""
+  return rows[(len(rows) - 1) // 2]
+
+
+def _mean(rows: list[Array]) -> Array:
+  own = jnp.concatenate(rows)
+  # A product: how a division by one number rounds may depend on the length of the array.
+  return jnp.sum(own, axis=0, keepdims=True) * (1 / own.shape[0])
 
 
 def krum(

@@ -21,6 +21,7 @@ def elect_sign(
   zero_sum: Literal["majority", "plus"] = _ties["zero_sum"].default,
   slack: float | tuple[float, ...] | None = None,
   *,
+  votes: Literal["sum", "count"] = _ties["votes"].default,
   deferred: bool = False,
 ) -> Method:
   """Zeroes the entries whose sign is not that of the sum over the models; K is kept.
@@ -30,6 +31,7 @@ def elect_sign(
       have, as the authors do, and zeroes the entry in all models if that is a draw; "plus" takes
       the positive sign, as mergekit and peft do.
     slack: how much more a model's entries count in the sum, scalar or one per model; None: 0.
+    votes: what is added up: "sum" the entries, "count" their signs.
     deferred: the majority may be counted late, see `Stage`: what follows leaves NaN as it is.
 
   Reference: Yadav et al. 2023, TIES-Merging (arXiv:2306.01708), step 2.
@@ -43,18 +45,19 @@ def elect_sign(
   """
   numbers = {} if slack is None else {"slack": slack}
 
-  def votes(x: Array, leaf: Leaf) -> Array:
-    return _added(x if slack is None else x * (1 + leaf.number("slack", x)))
+  def total(x: Array, leaf: Leaf) -> Array:
+    each = jnp.sign(x) if votes == "count" else x
+    return _added(each if slack is None else each * (1 + leaf.number("slack", x)))
 
   if zero_sum == "plus":
-    return leafwise(lambda x, leaf: agreeing(x, votes(x, leaf)), numbers=numbers)
+    return leafwise(lambda x, leaf: agreeing(x, total(x, leaf)), numbers=numbers)
 
   def sides(x: Array, leaf: Leaf) -> Array:
     # Of no sign counts 1, so that plus and minus are counted at once.
-    return counting.count((1 + jnp.sign(votes(x, leaf))).astype(jnp.uint32), most=2)
+    return counting.count((1 + jnp.sign(total(x, leaf))).astype(jnp.uint32), most=2)
 
   def update(x: Array, leaf: Leaf, known: Any) -> Array:
-    merged = votes(x, leaf)
+    merged = total(x, leaf)
     signs = x * jnp.where(merged > 0, 1, jnp.where(merged < 0, -1, majority(x, known)))
     agreed = jnp.where(signs > 0, x, 0)
     return agreed if "sides" in known else jnp.where(jnp.isnan(signs) & (x != 0), jnp.nan, agreed)
@@ -87,11 +90,11 @@ def agreeing(x: Array, total: Array | None = None) -> Array:
   return jnp.where(x * jnp.where(total < 0, -1, 1) > 0, x, 0)
 
 
-def disjoint_mean(weight: float | tuple[float, ...] = _ties["weight"].default) -> Method:
+def disjoint_mean(weight: float | tuple[float, ...] | None = _ties["weight"].default) -> Method:
   """Averages, entry by entry, the models whose entry is not zero: [K, ...] -> [1, ...].
 
   With unequal weights, which the entries must already carry, the divisor is the sum of the weights
-  of those models. An entry that is zero in all models stays zero.
+  of those models; with None it is their number. An entry that is zero in all models stays zero.
 
   Reference: Yadav et al. 2023, TIES-Merging (arXiv:2306.01708), step 3.
 
@@ -102,11 +105,11 @@ def disjoint_mean(weight: float | tuple[float, ...] = _ties["weight"].default) -
   """
 
   def mean(x: Array, leaf: Leaf) -> Array:
-    weight = jnp.where(x != 0, leaf.number("weight", x), 0)
-    divisor = jnp.sum(weight, axis=0, keepdims=True)
+    each = jnp.ones((), x.dtype) if weight is None else leaf.number("weight", x)
+    divisor = _added(jnp.where(x != 0, each, 0))
     return _added(x) / jnp.where(divisor == 0, 1, divisor)
 
-  return leafwise(mean, numbers={"weight": weight}, combines=True)
+  return leafwise(mean, numbers={} if weight is None else {"weight": weight}, combines=True)
 
 
 def disjoint_max() -> Method:
@@ -132,6 +135,7 @@ def elected(
   weight: float | tuple[float, ...] = _ties["weight"].default,
   reduce: Literal["mean", "sum", "max"] = _ties["reduce"].default,
   zero_sum: Literal["majority", "plus"] = _ties["zero_sum"].default,
+  votes: Literal["sum", "count"] = _ties["votes"].default,
 ) -> Method:
   """Weighs the models, elects a sign per entry, and joins those that agree.
 
@@ -143,16 +147,16 @@ def elected(
     >>> jaxmerge.blend(elected(scale=2.0), x)["w"].tolist()
     [6.0, 3.0]
   """
-  catalog.check("ties", {"scale": scale, "weight": weight, "reduce": reduce, "zero_sum": zero_sum})
+  election = {"zero_sum": zero_sum, "votes": votes}
+  catalog.check("ties", {"scale": scale, "weight": weight, "reduce": reduce, **election})
   joined = {
     "mean": lambda: disjoint_mean(weight),
     # The entries carry their weights already.
     "sum": lambda: pointwise(_added, combines=True),
     "max": disjoint_max,
   }[reduce]()
-  return chain(
-    averaging.weighted(weight), elect_sign(zero_sum, deferred=True), joined, averaging.scaled(scale)
-  )
+  agreed = elect_sign(zero_sum, votes=votes, deferred=True)
+  return chain(averaging.weighted(weight), agreed, joined, averaging.scaled(scale))
 
 
 def ties(
@@ -164,6 +168,7 @@ def ties(
   reduce: Literal["mean", "sum", "max"] = _ties["reduce"].default,
   zero_sum: Literal["majority", "plus"] = _ties["zero_sum"].default,
   rescale: str | None = _ties["rescale"].default,
+  votes: Literal["sum", "count"] = _ties["votes"].default,
 ) -> Method:
   """Trims each task vector, elects a sign per entry, and averages the entries that agree.
 
@@ -177,6 +182,7 @@ def ties(
     reduce: how the entries that agree are joined.
     zero_sum: which sign is elected where the entries cancel out, see `elect_sign`.
     rescale: norm of each leaf that is restored after trimming, see `matched`; None: none.
+    votes: what elects a sign, the "sum" of the entries, or their "count" with either sign.
 
   Reference: Yadav et al. 2023, TIES-Merging (arXiv:2306.01708).
 
@@ -187,11 +193,11 @@ def ties(
     >>> jaxmerge.merge(ties(density=0.4), base, experts)["w"].tolist()
     [2.0, -2.0, 0.0]
   """
-  given = {"density": density, "rule": rule, "rescale": rescale, "reduce": reduce}
+  given = {"density": density, "rule": rule, "rescale": rescale, "reduce": reduce, "votes": votes}
   chosen = {} if callable(scope) else {"scope": scope}
   catalog.check("ties", {**given, **chosen, "scale": scale, "weight": weight, "zero_sum": zero_sum})
   trimmed = sparsifying.matched(sparsifying.trim(density, scope=scope, rule=rule), rescale)
-  return chain(trimmed, elected(scale, weight, reduce, zero_sum))
+  return chain(trimmed, elected(scale, weight, reduce, zero_sum, votes))
 
 
 def ties_slack(

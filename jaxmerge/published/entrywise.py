@@ -27,6 +27,9 @@ _NORM = Parameter(
   None, "the norm of each leaf that is restored after trimming", choices=("l1", "l2", "linf", None)
 )
 _REDUCE = Parameter("mean", "how agreeing entries are joined", choices=("mean", "sum", "max"))
+_VOTES = Parameter(
+  "sum", "what elects a sign: the sum of the entries, or how many have it", choices=("sum", "count")
+)
 _ZERO_SUM = Parameter(
   "majority",
   "sign where task vectors cancel out: that of most entries, or plus",
@@ -80,6 +83,11 @@ METHODS: Mapping[str, Entry] = {
     {
       "kind": Parameter("sma", "the weights: equal, linear, moving", choices=("sma", "wma", "ema")),
       "alpha": Parameter(0.2, "share of the newest in a moving average", low=0.0, high=1.0),
+      "start": Parameter(
+        "first",
+        "where a moving average begins: first checkpoint, or zero",
+        choices=("first", "zero"),
+      ),
     },
     on="either",
   ),
@@ -92,7 +100,7 @@ METHODS: Mapping[str, Entry] = {
       "normalize": entry.NORMALIZE,
     },
   ),
-  "negation": Entry("θ₀ - λτ", _TASK_ARITHMETIC, {"scale": entry.SCALE._replace(default=0.3)}),
+  "negate": Entry("θ₀ - λτ", _TASK_ARITHMETIC, {"scale": entry.SCALE._replace(default=0.3)}),
   "analogy": Entry(
     "θ₀ + λ(τ_C + τ_B - τ_A)",
     _TASK_ARITHMETIC,
@@ -124,6 +132,7 @@ METHODS: Mapping[str, Entry] = {
       "reduce": _REDUCE,
       "zero_sum": _ZERO_SUM,
       "rescale": _NORM,
+      "votes": _VOTES,
     },
     reads=3,
   ),

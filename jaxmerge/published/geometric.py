@@ -18,6 +18,7 @@ _RANK_TOL = Parameter(
 _POLAR = Parameter("svd", "how columns are made orthonormal", choices=("svd", "products"))
 _ISO = "Marczak et al. 2025 (arXiv:2502.04959)"
 _YIN = "Yin et al. 2018 (arXiv:1803.01498)"
+_OUTLIERS = Parameter(1, "f, as many models may be anything", low=0, integer=True, static=True)
 
 METHODS: Mapping[str, Entry] = {
   "flag": Entry(
@@ -220,13 +221,25 @@ METHODS: Mapping[str, Entry] = {
     on="either",
     models=(3, None),
   ),
+  "meamed": Entry(
+    "mean of the K - f of θᵢ nearest to their median, entry by entry",
+    "Xie et al. 2018 (arXiv:1802.10116)",
+    {"outliers": _OUTLIERS},
+    on="either",
+    models=(3, None),
+  ),
+  "phocas": Entry(
+    "mean of the K - f of θᵢ nearest to their trimmed mean, entry by entry",
+    "Xie et al. 2018 (arXiv:1805.09682)",
+    {"outliers": _OUTLIERS},
+    on="either",
+    models=(3, None),
+  ),
   "krum": Entry(
     "mean of the m models with the least sum of squared distances to the K - f - 2 nearest",
     "Blanchard et al. 2017 (arXiv:1703.02757)",
     {
-      "outliers": Parameter(
-        1, "f, as many models may be anything", low=0, integer=True, static=True
-      ),
+      "outliers": _OUTLIERS,
       "select": Parameter(1, "m, as many are averaged", low=1, integer=True, static=True),
       "scope": Parameter(
         "tree", "distances of whole models, or of leaves", choices=("tree", "leaf")

@@ -110,7 +110,7 @@ MERGEKITS: Mapping[str, Method] = {
     {"weight": _WEIGHT},
     {
       "nuslerp_flatten": _switch(True, "take a tensor as one vector"),
-      "nuslerp_row_wise": _switch(False, "without flatten: rows instead of columns"),
+      "nuslerp_row_wise": _switch(False, "without flatten: vectors along the first axis"),
     },
     divides="always",
   ),

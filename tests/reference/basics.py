@@ -69,13 +69,15 @@ def average(taus, weights):
   return weighted_sum(taus, weights, 1 / sum(weights))
 
 
-def checkpoint_average(taus, kind, alpha):
+def checkpoint_average(taus, kind, alpha, start="first"):
   """Goes through the checkpoints."""
-  out = {n: x.copy() for n, x in taus[0].items()}
-  for i, tau in enumerate(taus[1:], start=2):
+  begun = {"first": 1, "zero": 0}[start if kind == "ema" else "first"]
+  out, weights = {n: begun * x for n, x in taus[0].items()}, begun
+  for i, tau in enumerate(taus[begun:], start=1 + begun):
     share = {"sma": 1 / i, "wma": 2 / (i + 1), "ema": alpha}[kind]
     out = {n: x + share * (tau[n] - x) for n, x in out.items()}
-  return out
+    weights += share * (1 - weights)
+  return {n: x / weights for n, x in out.items()}
 
 
 def ties(
@@ -88,6 +90,7 @@ def ties(
   reduce="mean",
   zero_sum="majority",
   rescale=None,
+  votes="sum",
 ):
   """Trim, elect a sign, disjoint merge."""
   trimmed = {"kth": kth, "exact": exact}[rule]
@@ -99,14 +102,14 @@ def ties(
     kept = [
       {n: _rescaled(k[n], t[n], 0, rescale) for n in t} for k, t in zip(kept, taus, strict=True)
     ]
-  return elected(kept, scale, weights, reduce, zero_sum)
+  return elected(kept, scale, weights, reduce, zero_sum, votes)
 
 
-def elected(taus, scale=1.0, weights=None, reduce="mean", zero_sum="majority"):
+def elected(taus, scale=1.0, weights=None, reduce="mean", zero_sum="majority", votes="sum"):
   """Elect a sign by the weighted task vectors, disjoint merge."""
   weights = np.ones(len(taus)) if weights is None else np.asarray(weights)[: len(taus)]
   x = np.stack([flat(t) for t in taus]) * weights[:, None]
-  sign = np.sign(x.sum(axis=0))
+  sign = np.sign((np.sign(x) if votes == "count" else x).sum(axis=0))
   sign = np.where(sign == 0, 1 if zero_sum == "plus" else np.sign(sign.sum()), sign)
   merged = np.zeros(x.shape[1])
   for p in range(x.shape[1]):

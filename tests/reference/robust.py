@@ -22,6 +22,23 @@ def trimmed_mean(taus, trim):
   return by_entry(lambda row: np.mean(row[trim : len(row) - trim]), taus)
 
 
+def around(center):
+  """The mean of the values nearest to a center; of two that are as far, the lower one."""
+
+  def merged(taus, outliers):
+    def rule(row):
+      order = np.argsort(np.abs(row - center(row, outliers)), kind="stable")
+      return np.mean(row[order[: len(row) - outliers]])
+
+    return by_entry(rule, taus)
+
+  return merged
+
+
+meamed = around(lambda row, f: row[(len(row) - 1) // 2])
+phocas = around(lambda row, f: np.mean(row[f : len(row) - f]))
+
+
 def krum(taus, outliers, select, scope="tree"):
   if scope == "leaf":
     every = {n: krum([{n: t[n]} for t in taus], outliers, select)[n] for n in taus[0]}
