@@ -148,6 +148,7 @@ def test_worked_example_of_reverting():
   found = np.stack([bundle.for_task(n)["w"].b[0] for n in TASKS], axis=1)
   close(found[:, 0], [1.24612, -0.143943], atol=2e-5)
   assert np.sum((found - X) ** 2) == pytest.approx(0.566763**2, abs=1e-5)
+  assert np.linalg.norm(bundle.coefficients["w/b"]) == pytest.approx(4.321895, abs=1e-5)
 
 
 @pytest.mark.parametrize("n", [2, 3, 6])

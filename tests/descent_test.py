@@ -17,6 +17,7 @@ def test_the_first_step_of_wudi():
   expected[1, 1] -= 1e-5
   close(found, expected, atol=3e-7)
   assert descent.loss(A + B, [A, B], [A, B], [A, B]) == pytest.approx(1.2)
+  close(descent.slope(A + B, [A, B], [A, B], [A, B]), [[0, 0, 0], [0, 2, 0]])
 
 
 def test_worked_example_of_optmerge():

@@ -76,6 +76,28 @@ def test_a_search_never_loses(seed, most):
   assert most is None or len(found.steps) <= most
 
 
+def test_one_model_alone_comes_nearer_to_what_is_sought():
+  base, models = family(1)
+  target = {n: x[0] * 0.9 for n, x in models.items()}
+  own = far({n: x[0] for n, x in models.items()}, target)
+  assert hi_merging(base, models, lambda params, k: far(params, target)).score >= own
+
+
+def test_a_layer_gives_way_in_a_model_that_it_helps():
+  """The second model's head harms more, but the base does not score better with it alone."""
+  base = {n: jnp.zeros(4) for n in LAYERS}
+  models = {n: jnp.ones((2, 4)) * 0.5 for n in LAYERS}
+  models["head/w"] = jnp.array([[1.0] * 4, [3.0] * 4])
+
+  def score(params, k):
+    return -float(jnp.sum(jnp.abs(params["head/w"] - 1.0))) * (1 + k)
+
+  found = hi_merging(base, models, score, grid=(1.0,))
+  plain = found.scale["head"] * 0 + 1
+  assert [step[1] for step in found.steps] == [0]
+  assert (found.scale["head"] <= plain).all()
+
+
 def test_a_score_that_is_no_number_is_refused():
   base, models = family()
   with pytest.raises(

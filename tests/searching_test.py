@@ -77,8 +77,9 @@ SCORES = np.array([[0.9, 0.2, 0.5], [0.3, 0.8, 0.55], [0.6, 0.5, 0.2]])
 def test_categories_and_experts_of_soce():
   """Correlations of -1, -0.13 and 0.13: each category is unlike another one."""
   assert searching._experts(SCORES, 0.5) == [0, 1]
-  with pytest.raises(ValueError, match=r"no two of the 3 categories have a correlation below 0.1"):
-    searching._experts(SCORES, 0.1)
+  with pytest.raises(ValueError, match=r"no two of the 3 categories .* below 0.13206"):
+    searching._experts(SCORES, 0.13206)
+  assert searching._experts(SCORES, 0.13207) == [0, 1]
   # Constant scores are like none.
   assert searching._experts(np.array([[0.5, 0.1], [0.5, 0.9]]), 0.5) == [0, 1]
 
@@ -100,12 +101,20 @@ def test_soce_finds_the_best_of_the_grid():
   close(soup.params["w"], target)
 
 
+def test_a_score_without_bends_is_best_at_a_corner_of_the_grid():
+  score = lambda params: float(np.sum(np.asarray(params["w"])))  # noqa: E731
+  soup = searching.soce({"w": jnp.asarray(MODELS[:3])}, SCORES, score)
+  first, second = MODELS[:2].sum(axis=1)
+  close(soup.weights, [0.9, 0.1, 0] if first > second else [0.1, 0.9, 0])
+
+
 def test_lcsc_comes_near_what_the_checkpoints_span():
   """Coefficients may be negative; they always add up to one."""
   target = 1.5 * MODELS[4] - 0.5 * MODELS[0]
   models = {"w": jnp.asarray(MODELS)}
   start = searching.lcsc(models, nearness(target), generations=0)
   soup = searching.lcsc(models, nearness(target), generations=300)
+  assert soup.score == max(found for _, found in soup.tried)
   assert soup.score > start.score / 20
   close([own.sum() for own, _ in soup.tried], np.ones(305))
   assert soup.weights.min() < 0

@@ -89,6 +89,13 @@ def test_iso_cts_has_equal_singular_values(common):
   assert np.abs(merged(methods.iso_cts(common=common), matrices)).max() > 0.1
 
 
+def test_iso_c_keeps_what_is_even_already():
+  """A matrix with orthonormal rows, and one of rank 1: what it lacks it does not get."""
+  q, _ = np.linalg.qr(np.random.default_rng(0).normal(size=(8, 5)))
+  close(merged(methods.iso_c(), [q.T]), q.T, atol=1e-6)
+  close(merged(methods.iso_c(), [np.diag([2.0, 0.0])]), np.diag([2.0, 0.0]), atol=1e-6)
+
+
 def test_tsv_of_one_model_is_the_model():
   (x,) = drawn(1, 5, 7)
   close(merged(methods.tsv(), [x]), x, atol=1e-5)

@@ -56,6 +56,17 @@ def test_the_whole_has_the_mean_norm_of_the_task_vectors():
   assert np.linalg.norm(merged(methods.opcm(), each)) == pytest.approx(np.mean(norms), rel=1e-5)
 
 
+def test_what_holds_nothing_leaves_all_room():
+  (x,) = drawn(1, 6, 4)
+  close(merged(methods.opcm(), [0 * x, x]), x / 2, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", [methods.opcm(), methods.lore(1.5, mu=0.8, sweeps=4)])
+def test_a_transpose_passes_through(method):
+  each = drawn(3, 6, 4)
+  close(merged(method, [x.T for x in each]).T, merged(method, each), atol=1e-5)
+
+
 def test_the_order_of_what_comes_one_after_the_other_matters():
   each = drawn(3, 6, 4)
   assert np.abs(merged(methods.opcm(), each) - merged(methods.opcm(), each[::-1])).max() > 1e-2
