@@ -36,6 +36,15 @@ def test_worked_example():
   assert found == [[False] * 2, [True] * 2, [False] * 2, [True] * 2]
 
 
+def test_any_function_is_a_score():
+  """The root mean square is one that is there; a function of its square prunes the same."""
+  square = lambda x, leaf: jnp.sum(x * x, axis=tuple(range(1, x.ndim)))  # noqa: E731
+  assert kept(methods.gate(0.5, square), stack()) == kept(methods.gate(0.5, "rms"), stack())
+  assert kept(methods.gate(0.5, lambda x, leaf: -square(x, leaf)), stack()) == kept(
+    methods.gate(0.5, "rms", "highest"), stack()
+  )
+
+
 GATES = {score: methods.lwptv(scale=1.0, score=score) for score in ("deviation", "rms")}
 
 

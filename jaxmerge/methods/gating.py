@@ -13,6 +13,7 @@ from jaxmerge import catalog, counting, statistics, tree, views
 from jaxmerge.methods import averaging
 from jaxmerge.stage import Array, Group, Leaf, Method, Stage, chain
 
+Score = Callable[[Array, Leaf], Array]
 _lwptv = catalog.METHODS["lwptv"].parameters
 
 
@@ -31,7 +32,7 @@ def layer_of(name: str) -> str:
 
 def gate(
   prune_ratio: float = _lwptv["prune_ratio"].default,
-  score: Literal["deviation", "relative_norm", "rms"] = _lwptv["score"].default,
+  score: Literal["deviation", "relative_norm", "rms"] | Score = _lwptv["score"].default,
   prune: Literal["lowest", "highest"] = _lwptv["prune"].default,
   layer: Callable[[str], str] = layer_of,
 ) -> Method:
@@ -41,7 +42,8 @@ def gate(
 
   Args:
     prune_ratio: of L layers, floor(prune_ratio * L) are zeroed in each model.
-    score: see `lwptv`.
+    score: see `lwptv`; or a function (x [K, *s], leaf) -> [K] of a part of a leaf, which is added up
+      over a layer and divided by the number of its entries.
     prune: see `lwptv`.
     layer: the layer that a leaf belongs to, by their names.
 
@@ -51,7 +53,8 @@ def gate(
     >>> jaxmerge.blend(chain(gate(score="rms"), averaging.weighted_sum()), x)
     {'0/w': Array([4.], dtype=float32), '1/w': Array([2.], dtype=float32)}
   """
-  catalog.check("lwptv", {"prune_ratio": prune_ratio, "score": score, "prune": prune})
+  named = {} if callable(score) else {"score": score}
+  catalog.check("lwptv", {"prune_ratio": prune_ratio, **named, "prune": prune})
 
   def init(group: Group) -> dict[str, Any]:
     layers = sorted({layer(n) for n in group.shapes})
@@ -71,7 +74,9 @@ def gate(
 
   def measure(x: Array, leaf: Leaf, known: Any) -> Array:
     x, axes = views.together(x), tuple(range(1, x.ndim))
-    if score == "deviation":
+    if callable(score):
+      own = score(x, leaf)
+    elif score == "deviation":
       own = jnp.sum(jnp.abs(x - jnp.mean(x, axis=0, keepdims=True)), axis=axes)
     else:
       own = jnp.sum(x * x, axis=axes)
