@@ -42,8 +42,8 @@ def gate(
 
   Args:
     prune_ratio: of L layers, floor(prune_ratio * L) are zeroed in each model.
-    score: see `lwptv`; or a function (x [K, *s], leaf) -> [K] of a part of a leaf, which is added up
-      over a layer and divided by the number of its entries.
+    score: see `lwptv`; or a function (x [K, *s], leaf) -> [K] of a part of a leaf, which is added
+      up over a layer and divided by the number of its entries.
     prune: see `lwptv`.
     layer: the layer that a leaf belongs to, by their names.
 
