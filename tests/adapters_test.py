@@ -6,6 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from example import close
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference import adapters as transcribed
+from reference import bundles as apart
 
 import jaxmerge
 from jaxmerge import adapters, bundles, methods, reversible
@@ -42,6 +46,35 @@ def test_stacking_is_task_arithmetic_of_what_the_adapters_add():
     assert found[name].rank == 7
     expected = sum(w * x[name].delta() for w, x in zip(weights, every, strict=True))
     close(found[name].delta(), expected, atol=1e-5)
+
+
+SEEDS, WEIGHTS = st.integers(0, 2**32 - 1), st.tuples(*[st.floats(-2, 2)] * 3)
+
+
+@settings(max_examples=10)
+@given(SEEDS, WEIGHTS)
+def test_stacks_and_means_agree_with_a_transcription(seed, weights):
+  every = drawn((1, 4, 2), seed)
+  stacked = adapters.flora(every, weights)
+  padded = adapters.averaged(every, weights, pad=True)
+  for n in stacked:
+    own = [x[n] for x in every]
+    for found, make in ((stacked[n], transcribed.flora), (padded[n], transcribed.averaged)):
+      a, b = make(own, weights)
+      close(found.a, a, atol=1e-5)
+      close(found.b, b, atol=1e-5)
+      close(found.delta(), b @ a, atol=1e-4)
+
+
+@settings(max_examples=8)
+@given(SEEDS, st.sampled_from([1, 2]))
+def test_planes_agree_with_a_transcription(seed, components):
+  every = [{"down": x["down"]} for x in drawn((3, 3, 3, 3), seed)]
+  bundle = bundles.rmm(every, TASKS, components=components)
+  a = apart.rmm([x["down"].a.T for x in every], components)
+  b = apart.rmm([x["down"].b for x in every], components)
+  for k, name in enumerate(TASKS):
+    close(bundle.for_task(name)["down"].delta(), every[k]["down"].scale * b[k] @ a[k].T, atol=1e-4)
 
 
 def test_what_some_adapters_lack_counts_as_nothing_added():

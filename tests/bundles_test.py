@@ -1,5 +1,6 @@
 """Bundles: what each task gets back, on worked examples and from disk."""
 
+import functools
 import itertools
 import json
 
@@ -12,11 +13,14 @@ from example import TAU, close
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
+from reference import basics
+from reference import bundles as transcribed
 
 from jaxmerge import bundles, methods
 from jaxmerge.io import safetensors
 
 NAMES = ("red", "green", "blue")
+LIMITS = (0.0, 0.5, 1.0)
 BASE = {"w": jnp.array([1.0, -1.0, 0.5, 0.0, 2.0, -0.5])}
 
 
@@ -68,6 +72,28 @@ def test_emr_gives_each_task_its_magnitude_back(tau):
       np.testing.assert_allclose(served, np.abs(tau[k]).sum(), rtol=1e-4, atol=1e-5)
     else:
       assert served == 0
+
+
+@jax.jit
+def _served(base, models):
+  """What all tasks get, of EMR with both ratios, and of TALL masks: one program."""
+  emr = functools.partial(bundles.emr, base, models)
+  made = emr(ratio="leaf"), emr(ratio="tree"), bundles.tall_masks(base, models, threshold=LIMITS)
+  return [[bundle.for_task(name) for name in bundle.names] for bundle in made]
+
+
+@given(arrays.arrays(np.int8, (4, 9), elements=st.integers(-8, 8)))
+def test_agrees_with_a_transcription(x):
+  """Entries are multiples of 1/4: sums are exact, and may well be zero or equal."""
+  trees = {"matrix": x[:, :6].reshape(4, 2, 3) / 4, "vector": x[:, 6:] / 4}
+  base, models = ({n: np.float32(t[s]) for n, t in trees.items()} for s in (0, slice(1, 4)))
+  taus = basics.deltas(base, models)
+  expected = transcribed.emr(taus, "leaf"), transcribed.emr(taus, "tree")
+  for found, own in zip(
+    _served(base, models), (*expected, transcribed.tall_masks(taus, LIMITS)), strict=True
+  ):
+    for served, tau in zip(found, own, strict=True):
+      small.close(served, {n: base[n] + t for n, t in tau.items()}, atol=1e-5)
 
 
 def test_magnitudes_of_leaves_or_of_the_tree():

@@ -4,6 +4,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from example import close
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from reference import basics, searches
 
 import jaxmerge
 from jaxmerge import methods, stage
@@ -96,6 +99,27 @@ def test_a_layer_gives_way_in_a_model_that_it_helps():
   plain = found.scale["head"] * 0 + 1
   assert [step[1] for step in found.steps] == [0]
   assert (found.scale["head"] <= plain).all()
+
+
+@settings(max_examples=1)
+@given(st.integers(0, 2**32 - 1))
+@example(3)
+def test_a_search_agrees_with_a_transcription(seed):
+  """Each task likes models near its own one; in the example layers are trimmed and scaled."""
+  base, models = family(2, seed)
+  rng = np.random.default_rng(seed)
+  mixed = lambda x, y: 0.3 * x + 0.7 * y + 0.5 * rng.normal(size=6)  # noqa: E731
+  goals = [{n: mixed(base[n], x[k]) for n, x in models.items()} for k in range(2)]
+
+  def score(params, k):
+    return -sum(np.sum((np.asarray(params[n], np.float64) - x) ** 2) for n, x in goals[k].items())
+
+  found = hi_merging(base, models, score, grid=FEW)
+  wide = {n: np.asarray(x, np.float64) for n, x in base.items()}
+  params, best = searches.hi_merging(wide, basics.deltas(base, models), score, FEW)
+  for n in base:
+    close(found.params[n], params[n], atol=1e-5)
+  close(found.score, best, atol=1e-4)
 
 
 def test_a_score_that_is_no_number_is_refused():

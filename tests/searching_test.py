@@ -6,6 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from example import blended, close
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+from reference import searches
 
 from jaxmerge import memory, methods, searching
 
@@ -69,6 +73,67 @@ def test_ties_are_accepted_where_that_is_asked_for(ties, expected):
   models = {"w": jnp.asarray(MODELS[:3])}
   soup = searching.greedy_soup(models, lambda params: 1.0, accept_ties=ties)
   close(soup.weights, expected)
+
+
+def family(seed, count):
+  """Random models as a stack and as a list, a random goal, and how near to it a model is."""
+  rng = np.random.default_rng(seed)
+  shapes = {"v": (3,), "w": (2, 2)}
+  stack = {n: jnp.asarray(rng.normal(size=(count, *s)), jnp.float32) for n, s in shapes.items()}
+  each = [{n: np.asarray(x[k], np.float64) for n, x in stack.items()} for k in range(count)]
+  goal = {n: rng.normal(size=s) for n, s in shapes.items()}
+
+  def near(model):
+    return -float(sum(np.sum((np.asarray(model[n], np.float64) - goal[n]) ** 2) for n in goal))
+
+  return stack, each, goal, near
+
+
+SEEDS = st.integers(0, 2**32 - 1)
+
+
+def like(found, expected):
+  assert found.keys() == expected.keys()
+  for n, x in expected.items():
+    close(found[n], x, atol=1e-5)
+
+
+@settings(max_examples=8)
+@given(SEEDS, st.booleans(), st.booleans())
+def test_greedy_soups_agree_with_a_transcription(seed, coarse, ties):
+  """Coarse scores are often equal."""
+  stack, each, _, near = family(seed, 4)
+  score = (lambda model: round(near(model) / 3)) if coarse else near
+  found = searching.greedy_soup(stack, score, accept_ties=ties)
+  expected, chosen = searches.greedy_soup(each, score, ties)
+  assert np.flatnonzero(found.weights).tolist() == sorted(chosen)
+  like(found.params, expected)
+
+
+@settings(max_examples=8)
+@given(SEEDS, arrays.arrays(np.int8, (4, 3), elements=st.integers(0, 9)))
+def test_soce_agrees_with_a_transcription(seed, scores):
+  """No correlation of small integers is as near to the bound as rounding."""
+  stack, each, _, near = family(seed, 4)
+  expected = searches.soce(each, scores, near, 0.4567, 0.2)
+  if expected is None:
+    with pytest.raises(ValueError, match="have a correlation below"):
+      searching.soce(stack, scores, near, correlation=0.4567, step=0.2)
+  else:
+    like(searching.soce(stack, scores, near, correlation=0.4567, step=0.2).params, expected)
+
+
+@settings(max_examples=5)
+@given(SEEDS)
+def test_lcsc_agrees_with_a_transcription(seed):
+  """It begins with moving averages, and tries what lies in the checkpoints' plane."""
+  stack, each, _, near = family(seed, 4)
+  decays = (0.3, 0.6, 0.9)
+  found = searching.lcsc(stack, near, generations=5, decays=decays, seed=seed)
+  averages = [searches.moving_average(each, d) for d in decays]
+  tried = averages + [searches.combined(each, own) for own, _ in found.tried[3:]]
+  close([value for _, value in found.tried], [near(model) for model in tried], atol=1e-4)
+  like(found.params, max(tried, key=near))
 
 
 SCORES = np.array([[0.9, 0.2, 0.5], [0.3, 0.8, 0.55], [0.6, 0.5, 0.2]])
@@ -164,6 +229,17 @@ def test_a_learned_soup_has_weights_for_each_leaf():
     close(soup.params[n], soup.weights[n] @ np.asarray(models[n]), atol=1e-5)
   close(shared.weights["v"], shared.weights["w"])
   assert soup.temperature == pytest.approx(2.0, abs=0.05)
+
+
+@settings(max_examples=2)
+@given(SEEDS)
+def test_learned_soups_agree_with_a_transcription(seed):
+  stack, each, goal, _ = family(seed, 4)
+  found = learned(stack, goal, steps=5)
+  slopes = lambda model, t: ({n: 2 * (x - goal[n]) for n, x in model.items()}, 2 * (t - 2.0))  # noqa: E731
+  expected, temperature = searches.learned_soup(each, slopes, 5, 0.05)
+  like(found.params, expected)
+  close(found.temperature, temperature, atol=1e-5)
 
 
 def test_a_learned_soup_needs_batches_and_a_loss_that_is_a_number():
