@@ -22,6 +22,7 @@ METHODS = {
   "ties, mean": methods.ties(0.3),
   "ties, sum": methods.ties(0.3, reduce="sum"),
   "ties, max": methods.ties(0.3, reduce="max"),
+  "doge": methods.doge(1.0, 0.07, 0.3, 6),
   "wudi": methods.wudi(steps=40),
   "magmax": methods.magmax(1.0),
   "peft, task_arithmetic": methods.task_arithmetic(1.0, WEIGHT),

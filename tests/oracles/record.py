@@ -24,9 +24,11 @@ import ast
 import contextlib
 import copy
 import importlib.util
+import logging
 import math
 import pathlib
 import sys
+import time
 import types
 import warnings
 from collections import OrderedDict
@@ -143,7 +145,41 @@ def of_fusion_bench(root, base, taus):
     for tau in taus[1:]:
       held = own.merge_linear_weights(state, held, zero, tau[n], n, alpha=0.5)
     cases.setdefault("opcm, before it is scaled", {})[n] = held
-  return cases
+  return cases | of_doge(root / "doge_ta" / "doge_ta.py", taus)
+
+
+def of_doge(path, taus):
+  """All of its class that merges, on a pool whose base is zero."""
+  names = {n: f"encoder.{n}.weight" for n in ("matrix", "square")}  # As it chooses its layers.
+  models = {f"task {k}": {key: t[n] for n, key in names.items()} for k, t in enumerate(taus)}
+  zero = {key: torch.zeros_like(taus[0][n]) for n, key in names.items()}
+
+  class Model:
+    def __init__(self, tensors):
+      self.tensors = tensors
+
+    def state_dict(self, keep_vars):
+      return self.tensors
+
+    def load_state_dict(self, tensors):
+      self.tensors = tensors
+
+  class Pool:
+    model_names = tuple(models)
+
+    def load_model(self, name):
+      return Model(models.get(name, zero))
+
+  rules = ("compute_task_vectors", "compute_layer_lamdas", "taskvector_loss", "optimize_delta")
+  rules += ("topk_values_mask", "state_dict_to_vector", "vector_to_state_dict", "run")
+  own = functions(path, *rules, nn=torch.nn, time=time, BaseModelPool=Pool, log=logging.getLogger())
+  merger = type("Merger", (), {name: getattr(own, name) for name in rules})()
+  merger.config = types.SimpleNamespace(subspace=6, K=30, lamda=0.07)
+  merger.device, merger.delta = "cpu", None
+  merger.fabric = types.SimpleNamespace(backward=lambda loss: loss.backward())
+  merger.profile, merger.print_profile_summary = contextlib.nullcontext, lambda: None
+  merged = merger.run(Pool()).tensors
+  return {"doge": {n: merged[key] for n, key in names.items()}}
 
 
 def full(x):
