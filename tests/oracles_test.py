@@ -29,6 +29,10 @@ METHODS = {
   "drm, horizontal": methods.drm(1.0, 0.5, "horizontal"),
   "drm, vertical": methods.drm(1.0, 0.5, "vertical"),
   "pcb": methods.pcb(0.1, 1.0),
+  "median": methods.median(),
+  "trimmed_mean": methods.trimmed_mean(1),
+  # Asked for 1: theirs counts as many neighbours as the paper for one outlier less.
+  "krum": methods.krum(0, 2),
   "ram": methods.ram(oracles.THRESHOLD),
   "ramplus": methods.ramplus_tl(oracles.THRESHOLD, boost=0.2, limit=1.0, scope="tree"),
 }

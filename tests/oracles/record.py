@@ -8,8 +8,9 @@ In an environment of its own, with PyTorch and NumPy alone:
   git clone https://github.com/yophis/decom-renorm-merge      # at 8c0f961
   git clone https://github.com/duguodong7/pcb-merging         # at 5897888
   git clone https://github.com/xiangchi-yuan/mrl              # at e2d930d
+  git clone https://github.com/hamidralmasi/FlagAggregator   # at 1ae2c45
   env/bin/python tests/oracles/record.py --fusion-bench=fusion_bench \\
-    --drm=decom-renorm-merge --pcb=pcb-merging --ram=mrl --peft
+    --drm=decom-renorm-merge --pcb=pcb-merging --ram=mrl --flag=FlagAggregator --peft
 
 What is recorded of code that is not given stays.
 
@@ -42,7 +43,7 @@ import oracles
 
 def main():
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  for name in ("fusion-bench", "drm", "pcb", "ram"):
+  for name in ("fusion-bench", "drm", "pcb", "ram", "flag"):
     parser.add_argument(f"--{name}", type=pathlib.Path)
   parser.add_argument("--peft", action="store_true")
   options = parser.parse_args()
@@ -60,6 +61,8 @@ def main():
     cases |= of_pcb(options.pcb / "pcb-merging.py", taus)
   if options.ram:
     cases |= of_ram(options.ram / "ram-main.py", taus)
+  if options.flag:
+    cases |= of_flag_aggregator(options.flag, taus)
   before = oracles.recorded() if oracles.OUTPUTS.exists() else {}
   out = {f"{case}/{n}": x for case, own in before.items() for n, x in own.items()}
   out |= {
@@ -235,6 +238,18 @@ def of_ram(path, taus):
     "ram": getattr(own, plain)(base, taus, threshold=oracles.THRESHOLD),
     "ramplus": getattr(own, rescaled)(base, taus, threshold=oracles.THRESHOLD, r=1.2),
   }
+
+
+def of_flag_aggregator(root, taus):
+  """Medians, trimmed means, and Krum, which for f has one neighbour more than the paper."""
+  vectors, out = [flat(t) for t in taus], {}
+  out["median"] = functions(root / "aggregators" / "median.py", "aggregate").aggregate(vectors)
+  own = functions(root / "aggregators" / "trmean.py", "trmean", "aggr_trmean")
+  out["trimmed_mean"] = own.aggr_trmean(vectors, 1)
+  tools = functions(root / "tools" / "misc.py", "pairwise")
+  own = functions(root / "aggregators" / "krum.py", "_compute_scores", "aggregate", tools=tools)
+  out["krum"] = own.aggregate(vectors, f=1, m=2)
+  return {case: unflat(x, taus[0]) for case, x in out.items()}
 
 
 if __name__ == "__main__":
