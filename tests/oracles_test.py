@@ -84,6 +84,13 @@ def test_opcm_before_it_is_scaled():
   agree({n: x * size / whole for n, x in found.items()}, case, 2e-5)
 
 
+def test_widen_compares_with_a_base():
+  base = {n: jnp.asarray(x, jnp.float32) for n, x in BASE.items()}
+  models = {n: base[n][None] + x for n, x in stack(BASE).items()}
+  merged = jaxmerge.merge(methods.widen(), base, models, layout=oracles.VIEWS)
+  agree({n: merged[n] - x for n, x in base.items()}, "widen")
+
+
 @pytest.mark.parametrize("kind", ["emr", "tall_masks"])
 def test_bundles_agree_task_by_task(kind):
   leaves = RECORDED[f"{kind}, task 0"]
@@ -95,6 +102,6 @@ def test_bundles_agree_task_by_task(kind):
 
 
 def test_every_case_is_compared():
-  every = {*METHODS, "peft, magnitude_prune", "peft, ties", "opcm, before it is scaled"}
+  every = {*METHODS, "peft, magnitude_prune", "peft, ties", "opcm, before it is scaled", "widen"}
   every |= {f"{kind}, task {k}" for kind in ("emr", "tall_masks") for k in range(oracles.HEIGHT)}
   assert every == RECORDED.keys()

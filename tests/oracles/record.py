@@ -8,9 +8,11 @@ In an environment of its own, with PyTorch and NumPy alone:
   git clone https://github.com/yophis/decom-renorm-merge      # at 8c0f961
   git clone https://github.com/duguodong7/pcb-merging         # at 5897888
   git clone https://github.com/xiangchi-yuan/mrl              # at e2d930d
-  git clone https://github.com/hamidralmasi/FlagAggregator   # at 1ae2c45
+  git clone https://github.com/hamidralmasi/FlagAggregator    # at 1ae2c45
+  git clone https://github.com/yule-BUAA/MergeLLM             # at 9178ef9
   env/bin/python tests/oracles/record.py --fusion-bench=fusion_bench \\
-    --drm=decom-renorm-merge --pcb=pcb-merging --ram=mrl --flag=FlagAggregator --peft
+    --drm=decom-renorm-merge --pcb=pcb-merging --ram=mrl --flag=FlagAggregator --widen=MergeLLM \\
+    --peft
 
 What is recorded of code that is not given stays.
 
@@ -28,6 +30,7 @@ import importlib.util
 import logging
 import math
 import pathlib
+import re
 import sys
 import time
 import types
@@ -43,7 +46,7 @@ import oracles
 
 def main():
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  for name in ("fusion-bench", "drm", "pcb", "ram", "flag"):
+  for name in ("fusion-bench", "drm", "pcb", "ram", "flag", "widen"):
     parser.add_argument(f"--{name}", type=pathlib.Path)
   parser.add_argument("--peft", action="store_true")
   options = parser.parse_args()
@@ -63,6 +66,9 @@ def main():
     cases |= of_ram(options.ram / "ram-main.py", taus)
   if options.flag:
     cases |= of_flag_aggregator(options.flag, taus)
+  if options.widen:
+    path = options.widen / "model_merging_methods" / "merging_methods.py"
+    cases |= of_widen(path, base, taus)
   before = oracles.recorded() if oracles.OUTPUTS.exists() else {}
   out = {f"{case}/{n}": x for case, own in before.items() for n, x in own.items()}
   out |= {
@@ -250,6 +256,34 @@ def of_flag_aggregator(root, taus):
   own = functions(root / "aggregators" / "krum.py", "_compute_scores", "aggregate", tools=tools)
   out["krum"] = own.aggregate(vectors, f=1, m=2)
   return {case: unflat(x, taus[0]) for case, x in out.items()}
+
+
+def of_widen(path, base, taus):
+  """On models whose names are those of a decoder's layers."""
+  key = "model.layers.0.{}.weight".format
+  own = functions(
+    path,
+    "widen_merging",
+    nn=torch.nn,
+    re=re,
+    get_param_names_to_merge=lambda input_param_names, exclude_param_names_regex: input_param_names,
+    TaskVector=lambda pretrained_model, finetuned_model, exclude_param_names_regex: (
+      types.SimpleNamespace(task_vector_param_dict=finetuned_model.tau)
+    ),
+  )
+
+  def model(tau):
+    tensors = {key(n): x + tau[n] for n, x in base.items()}
+    modules = {n.removesuffix(".weight"): torch.nn.Linear(1, 1) for n in tensors}
+    return types.SimpleNamespace(
+      tau={key(n): x for n, x in tau.items()},
+      named_parameters=tensors.items,
+      named_modules=modules.items,
+    )
+
+  start = model({n: torch.zeros_like(x) for n, x in base.items()})
+  merged = own.widen_merging(None, start, [model(t) for t in taus], [])
+  return {"widen": {n: merged[key(n)] - x for n, x in base.items()}}
 
 
 if __name__ == "__main__":
