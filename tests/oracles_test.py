@@ -84,6 +84,15 @@ def test_opcm_before_it_is_scaled():
   agree({n: x * size / whole for n, x in found.items()}, case, 2e-5)
 
 
+def test_flag_before_it_has_a_norm():
+  """The reference adds the projections of directions up, and leaves the norm to the caller."""
+  case = "flag, sum of projections"
+  found = jaxmerge.blend(methods.flag(rank=2, steps=10), stack(RECORDED[case]))
+  norms = [np.sqrt(sum(np.sum(x**2) for x in t.values())) for t in TAUS]
+  factor = oracles.HEIGHT / np.sort(norms)[1]  # Of the median, the lower one of two.
+  agree({n: x * factor for n, x in found.items()}, case, 5e-5)
+
+
 def test_widen_compares_with_a_base():
   base = {n: jnp.asarray(x, jnp.float32) for n, x in BASE.items()}
   models = {n: base[n][None] + x for n, x in stack(BASE).items()}
@@ -102,6 +111,7 @@ def test_bundles_agree_task_by_task(kind):
 
 
 def test_every_case_is_compared():
-  every = {*METHODS, "peft, magnitude_prune", "peft, ties", "opcm, before it is scaled", "widen"}
+  every = {*METHODS, "peft, magnitude_prune", "peft, ties", "opcm, before it is scaled"}
+  every |= {"flag, sum of projections", "widen"}
   every |= {f"{kind}, task {k}" for kind in ("emr", "tall_masks") for k in range(oracles.HEIGHT)}
   assert every == RECORDED.keys()

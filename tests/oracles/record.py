@@ -247,7 +247,7 @@ def of_ram(path, taus):
 
 
 def of_flag_aggregator(root, taus):
-  """Medians, trimmed means, and Krum, which for f has one neighbour more than the paper."""
+  """Medians, trimmed means, flags, and Krum, which for f has a neighbour more than the paper."""
   vectors, out = [flat(t) for t in taus], {}
   out["median"] = functions(root / "aggregators" / "median.py", "aggregate").aggregate(vectors)
   own = functions(root / "aggregators" / "trmean.py", "trmean", "aggr_trmean")
@@ -255,6 +255,14 @@ def of_flag_aggregator(root, taus):
   tools = functions(root / "tools" / "misc.py", "pairwise")
   own = functions(root / "aggregators" / "krum.py", "_compute_scores", "aggregate", tools=tools)
   out["krum"] = own.aggregate(vectors, f=1, m=2)
+  # The flag itself. What aggregates by it writes files, and begins at random; here equal weights.
+  own = functions(
+    root / "aggregators" / "center_algorithms_torch.py",
+    *("irls_flag", "flag_mean_iteration", "flag_mean", "calc_error_1_2"),
+  )
+  units = [(x / x.norm())[:, None] for x in vectors]
+  flag, _ = own.irls_flag(units, 2, 10, "sine", opt_err="sine", init=own.flag_mean(units, 2))
+  out["flag, sum of projections"] = flag @ (flag.T @ sum(units))
   return {case: unflat(x, taus[0]) for case, x in out.items()}
 
 
