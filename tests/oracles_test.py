@@ -22,6 +22,8 @@ METHODS = {
   "ties, mean": methods.ties(0.3),
   "ties, sum": methods.ties(0.3, reduce="sum"),
   "ties, max": methods.ties(0.3, reduce="max"),
+  "optmerge, full": methods.optmerge(1.0, "full", 1e-5, 300),
+  "optmerge, lora": methods.optmerge(1.0, "lora", 1e-4, 300),
   "doge": methods.doge(1.0, 0.07, 0.3, 6),
   "wudi": methods.wudi(steps=40),
   "magmax": methods.magmax(1.0),

@@ -10,9 +10,10 @@ In an environment of its own, with PyTorch and NumPy alone:
   git clone https://github.com/xiangchi-yuan/mrl              # at e2d930d
   git clone https://github.com/hamidralmasi/FlagAggregator    # at 1ae2c45
   git clone https://github.com/yule-BUAA/MergeLLM             # at 9178ef9
+  git clone https://github.com/WalkerWorldPeace/MLLMerging    # at 5f8a458
   env/bin/python tests/oracles/record.py --fusion-bench=fusion_bench \\
     --drm=decom-renorm-merge --pcb=pcb-merging --ram=mrl --flag=FlagAggregator --widen=MergeLLM \\
-    --peft
+    --optmerge=MLLMerging --peft
 
 What is recorded of code that is not given stays.
 
@@ -36,6 +37,7 @@ import time
 import types
 import warnings
 from collections import OrderedDict
+from unittest import mock
 
 import numpy as np
 import torch
@@ -46,7 +48,7 @@ import oracles
 
 def main():
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  for name in ("fusion-bench", "drm", "pcb", "ram", "flag", "widen"):
+  for name in ("fusion-bench", "drm", "pcb", "ram", "flag", "widen", "optmerge"):
     parser.add_argument(f"--{name}", type=pathlib.Path)
   parser.add_argument("--peft", action="store_true")
   options = parser.parse_args()
@@ -69,6 +71,8 @@ def main():
   if options.widen:
     path = options.widen / "model_merging_methods" / "merging_methods.py"
     cases |= of_widen(path, base, taus)
+  if options.optmerge:
+    cases |= of_optmerge(options.optmerge, taus)
   before = oracles.recorded() if oracles.OUTPUTS.exists() else {}
   out = {f"{case}/{n}": x for case, own in before.items() for n, x in own.items()}
   out |= {
@@ -79,11 +83,9 @@ def main():
 
 
 def functions(path, *names, **more):
-  """Takes functions, methods of classes among them, out of a file; returns a namespace."""
-  parsed = ast.parse(path.read_text())
-  chosen = [
-    node for node in ast.walk(parsed) if isinstance(node, ast.FunctionDef) and node.name in names
-  ]
+  """Takes classes and functions, methods among them, out of a file; returns a namespace."""
+  kinds, parsed = (ast.FunctionDef, ast.ClassDef), ast.parse(path.read_text())
+  chosen = [n for n in ast.walk(parsed) if isinstance(n, kinds) and n.name in names]
   assert {node.name for node in chosen} == set(names), path
   scope = {"torch": torch, "math": math, "copy": copy, "warnings": warnings, "np": np}
   scope |= {"OrderedDict": OrderedDict, "timeit_context": lambda _: contextlib.nullcontext()}
@@ -292,6 +294,26 @@ def of_widen(path, base, taus):
   start = model({n: torch.zeros_like(x) for n, x in base.items()})
   merged = own.widen_merging(None, start, [model(t) for t in taus], [])
   return {"widen": {n: merged[key(n)] - x for n, x in base.items()}}
+
+
+def of_optmerge(root, taus):
+  """Of both scripts, which work in float32; that for adapters asks for a GPU."""
+  model = lambda t: types.SimpleNamespace(  # noqa: E731
+    named_parameters={n: x.float() for n, x in t.items()}.items
+  )
+  zero, out = model({n: torch.zeros_like(x) for n, x in taus[0].items()}), {}
+  torch.set_default_dtype(torch.float32)
+  for tuned, folder in (("full", "InternVL/internvl_chat"), ("lora", "LLaMA-Factory")):
+    own = functions(
+      root / folder / "model_merging.py",
+      *("wudi_merging2", "TaskVector", "get_param_names_to_merge"),
+      nn=torch.nn,
+      re=re,
+    )
+    with mock.patch.object(torch.Tensor, "cuda", lambda x: x):
+      out[f"optmerge, {tuned}"] = own.wudi_merging2(zero, [model(t) for t in taus], [])
+  torch.set_default_dtype(torch.float64)
+  return out
 
 
 if __name__ == "__main__":
