@@ -10,7 +10,7 @@ import oracles
 import pytest
 
 import jaxmerge
-from jaxmerge import bundles, methods, stage
+from jaxmerge import adapters, bundles, methods, stage
 
 BASE, TAUS = oracles.inputs()
 RECORDED = oracles.recorded()
@@ -74,6 +74,15 @@ def test_peft_votes_without_weights_and_counts():
   agree(jaxmerge.blend(method, stack(RECORDED[case])), case)
 
 
+def test_peft_stacks_adapters():
+  each = [
+    {"w": adapters.Lora(jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32), scale)}
+    for a, b, scale in oracles.adapters()
+  ]
+  found = adapters.flora(each, WEIGHT)["w"]
+  agree({"a": found.a, "b": found.b}, "peft, cat")
+
+
 def test_opcm_before_it_is_scaled():
   """The reference scales after each model; the directions do not depend on it."""
   case = "opcm, before it is scaled"
@@ -114,6 +123,6 @@ def test_bundles_agree_task_by_task(kind):
 
 def test_every_case_is_compared():
   every = {*METHODS, "peft, magnitude_prune", "peft, ties", "opcm, before it is scaled"}
-  every |= {"flag, sum of projections", "widen"}
+  every |= {"peft, cat", "flag, sum of projections", "widen"}
   every |= {f"{kind}, task {k}" for kind in ("emr", "tall_masks") for k in range(oracles.HEIGHT)}
   assert every == RECORDED.keys()

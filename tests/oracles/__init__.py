@@ -20,6 +20,16 @@ def inputs():
   return base, taus
 
 
+def adapters():
+  """Low-rank factors of one matrix, float64: [(a [rank, in], b [out, rank], scale)]."""
+  rng = np.random.default_rng(8)
+  ranks, scales = (2, 1, 4, 3), (1.0, 2.0, 0.5, 1.5)
+  return [
+    (rng.normal(size=(r, 9)), rng.normal(size=(5, r)), s)
+    for r, s in zip(ranks, scales, strict=True)
+  ]
+
+
 def recorded():
   """Returns {case: {leaf: array}}."""
   found = {}

@@ -200,9 +200,9 @@ def full(x):
 
 def of_peft(taus):
   """Functions on lists of tensors: each leaf by itself."""
-  (place,) = importlib.util.find_spec("peft").submodule_search_locations
+  (place,) = map(pathlib.Path, importlib.util.find_spec("peft").submodule_search_locations)
   own = functions(
-    pathlib.Path(place) / "utils" / "merge_utils.py",
+    place / "utils" / "merge_utils.py",
     *("magnitude_based_pruning", "calculate_majority_sign_mask", "disjoint_merge"),
     *("reshape_weight_task_tensors", "prune", "random_pruning"),
     *("task_arithmetic", "magnitude_prune", "ties"),
@@ -213,7 +213,42 @@ def of_peft(taus):
     out.setdefault("peft, task_arithmetic", {})[n] = own.task_arithmetic(each, weights)
     out.setdefault("peft, magnitude_prune", {})[n] = own.magnitude_prune(each, weights, 0.3)
     out.setdefault("peft, ties", {})[n] = own.ties(each, weights, 0.3)
-  return out
+  return out | {"peft, cat": of_peft_adapters(place / "tuners" / "lora" / "model.py", weights)}
+
+
+def of_peft_adapters(path, weights):
+  """Adapters of one layer, stacked by the method of a model that holds it."""
+  each = {f"task {k}": x for k, x in enumerate(oracles.adapters())}
+  holder = lambda x: types.SimpleNamespace(weight=torch.nn.Parameter(torch.tensor(x)))  # noqa: E731
+  layer = types.SimpleNamespace(
+    lora_A={n: holder(a) for n, (a, _, _) in each.items()},
+    lora_B={n: holder(b) for n, (_, b, _) in each.items()},
+    scaling={n: scale for n, (_, _, scale) in each.items()},
+  )
+  rank = sum(len(a) for a, _, _ in each.values())
+
+  def inject(model, name):
+    a, b, _ = each["task 0"]
+    layer.lora_A[name] = holder(np.zeros((rank, a.shape[1])))
+    layer.lora_B[name] = holder(np.zeros((len(b), rank)))
+
+  own = functions(
+    path,
+    "add_weighted_adapter",
+    replace=lambda config, **_: config,
+    _freeze_adapter=lambda model, name: None,
+    _get_submodules=lambda model, key: (None, layer, key),
+    LoraLayer=types.SimpleNamespace,
+  )
+  model = types.SimpleNamespace(
+    peft_config=dict.fromkeys(each),
+    prefix="lora_",
+    model=types.SimpleNamespace(named_modules=lambda: [("layer", layer)]),
+    inject_adapter=inject,
+    _check_add_weighted_adapter=lambda **_: ("cat", rank, None),
+  )
+  own.add_weighted_adapter(model, list(each), weights.tolist(), "all", "cat")
+  return {"a": layer.lora_A["all"].weight, "b": layer.lora_B["all"].weight}
 
 
 def of_drm(path, taus):
