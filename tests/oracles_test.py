@@ -121,6 +121,15 @@ def test_bundles_agree_task_by_task(kind):
     agree(made.for_task(name), f"{kind}, {name}")
 
 
+def test_consensus_counts_the_masks_of_the_reference():
+  leaves = RECORDED["tall_masks, task 0"]
+  masks = [RECORDED[f"tall_masks, task {k}"] for k in range(oracles.HEIGHT)]
+  found = jaxmerge.blend(methods.consensus(1.0, 0.4, 2), stack(leaves))
+  for n in leaves:
+    used = np.sum([m[n] != 0 for m in masks], axis=0) >= 2
+    np.testing.assert_array_equal(np.asarray(found[n]) != 0, used, err_msg=n)
+
+
 def test_every_case_is_compared():
   every = {*METHODS, "peft, magnitude_prune", "peft, ties", "opcm, before it is scaled"}
   every |= {"peft, cat", "flag, sum of projections", "widen"}

@@ -18,7 +18,17 @@ In an environment of its own, with PyTorch and NumPy alone:
 What is recorded of code that is not given stays.
 
 Nothing of that code is here: single functions are taken out of their files, without what those
-import, and called in float64. `tests/oracles_test.py` compares.
+import, and called in float64 (OptMerge's work in float32). `tests/oracles_test.py` compares.
+
+Not taken:
+  DARE, of PEFT and its authors: masks are random, only their distributions agree.
+  Flag's `aggregate`: writes files to fixed places; the iteration that it calls is taken.
+  TSV, fusion-bench's second form: the same matrices by eigenvalues.
+  FLoRA, its authors': goes through clients' files; PEFT's `cat` is the same rule, with scales.
+  Consensus: the recorded TALL masks are counted.
+  Model soups: scripts around an evaluation on ImageNet.
+  LwPTV, LoRE, Hi-Merging's layers, LCSC, SoCE, RMM, TIES with slack, PortLLM: no code of their
+  authors was found.
 """
 
 import __future__
