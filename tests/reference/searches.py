@@ -104,7 +104,7 @@ def hi_merging(base, taus, score, grid):
       }
       for k, t in enumerate(taus)
     ]
-    merged = basics.elected(kept, reduce="sum")
+    merged = basics.elected(kept, reduce="sum", zero_sum="plus")
     return {n: base[n] + merged[n] for n in names}
 
   def mean(table):
@@ -126,7 +126,7 @@ def hi_merging(base, taus, score, grid):
   conflicts = [n for n in names if any(helps[n, k] > 0 and gives[n, k] < 0 for k in range(K))]
   worst = lambda n: -sum(helps[n, k] - gives[n, k] for k in range(K))  # noqa: E731
   for n in sorted(conflicts, key=worst):
-    k = min(range(K), key=lambda k, n=n: gives[n, k])
+    k = min((k for k in range(K) if helps[n, k] > 0), key=lambda k, n=n: gives[n, k])
     p, s = table[n, k]
     tried = [table] + [table | {(n, k): pair} for pair in ((p / 2, s), (p, s / 2), (p, 0.0))]
     table = max(tried, key=mean)
