@@ -3,7 +3,8 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from example import close, merged
+from example import TAU, close, merged
+from reference import entries, subspaces
 
 import jaxmerge
 from jaxmerge import methods
@@ -29,6 +30,15 @@ def test_worked_example_of_columns():
   close(widened(methods.widen()), expected, atol=2e-6)
 
 
+def test_worked_example_of_ranks_and_weights():
+  """Columns by change of norm, and by change of direction; those above the mean weigh one."""
+  ranks = [subspaces.widen_ranks(*np.array([BASE, tau], np.float64)) for tau in MOVED]
+  close(ranks[0], [[0.75, 0.25, 0, 0.5], [0.25, 0, 0.75, 0.5]], atol=0)
+  close(ranks[1], [[0, 0.75, 0.25, 0.5], [0, 0.5, 0.75, 0.25]], atol=0)
+  expected = [[0.781088, 0.377541, 0.718912, 1], [0.379322, 1, 0.781088, 0.718912]]
+  close(subspaces.widen_columns(ranks, 1.0, 1.0), expected)
+
+
 def test_one_model_alone_keeps_all_its_columns():
   close(widened(methods.widen(), moved=MOVED[:1]), BASE + MOVED[0])
 
@@ -47,15 +57,40 @@ def test_weights_of_columns_need_a_base():
     jaxmerge.blend(methods.widen(), {"w": jnp.asarray(MOVED)}, layout=(("w", "oi"),))
 
 
-def test_worked_example_of_entries():
-  close(merged(methods.pcb(0.5, 1.0)), [0.55, -0.5, -0.5, 0.5, -0.6, 0], atol=2e-6)
+PCB = methods.pcb(0.5, 1.0)
+
+
+@pytest.mark.parametrize(
+  ("weight", "expected"),
+  [
+    ((1, 1, 1), [0.55, -0.5, -0.5, 0.5, -0.6, 0]),
+    ((1, 0, 0), [0.3, 0, 0, 0, -0.6, 0]),
+    ((0, 1, 0), [0, -0.5, 0, 0.5, 0, 0]),
+    ((0, 0, 1), [0.25, 0, -0.5, 0, 0, 0]),
+  ],
+)
+def test_worked_example_of_entries(weight, expected):
+  """Of all models, and what each of them has in it: the scores of the others count as well."""
+  close(merged(PCB, aux={"weight": weight}), expected, atol=2e-6)
+
+
+def test_worked_example_of_scores():
+  """The largest of each model counts as the second largest; half of the scores are zero."""
+  share, clipped = entries.pcb_scores(TAU.astype(np.float64), 0.5, 1e-4)
+  close(share, [[1, 0, 0, 0, 0.454642, 0], [0, 0.279464, 0, 1, 0, 0], [1, 0, 0.446753, 0, 0, 0]])
+  near = [[0.6, -0.1, 0.4, 0, -0.6, 0.2], [-0.3, -0.5, 0.1, 0.5, -0.2, 0]]
+  close(clipped, [*near, [0.5, 0.3, -0.5, 0.1, 0.2, -0.4]])
 
 
 @pytest.mark.parametrize("ratio", [0.1, 0.5, 1.0])
 def test_no_entry_is_larger_than_the_largest_of_the_models(ratio):
+  """Outliers cut off; scores lie from 0 to 1, the largest of each model at 1."""
   tau = np.random.default_rng(0).normal(size=(4, 200))
-  bound = np.abs(tau).max(axis=0) + 1e-6
-  assert (np.abs(merged(methods.pcb(ratio, 1.0), tau)) <= bound).all()
+  share, clipped = entries.pcb_scores(tau, ratio, 1e-4)
+  assert share.min() >= 0
+  assert (share.max(axis=1) == 1).all()
+  bound = np.abs(clipped).max(axis=0) + 1e-6
+  assert (np.abs(merged(PCB, tau, aux={"ratio": ratio})) <= bound).all()
 
 
 def test_models_that_never_agree_have_scores_below_zero():

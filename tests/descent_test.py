@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from example import close
-from reference import descent
+from reference import descent, subspaces
 from spectral_test import A, B, drawn, merged
 
 from jaxmerge import methods
@@ -53,6 +53,22 @@ def corrected(matrices, eta, **settings):
 def test_doge_without_steps_adds_task_matrices_of_one_norm():
   assert gaps(0, [A, B], 0.07) == pytest.approx(93.902521)
   close(corrected([A, B], 0.07, steps=0), 0 * A, atol=1e-6)
+
+
+def test_worked_example_of_doge():
+  """The losses of plain steps of a half down the transcription's gradient; nothing is shared."""
+  rates, moved, losses = [0.07 / np.linalg.norm(x) for x in (A, B)], 0 * A, []
+  assert not subspaces.doge_shared([A, B], 6).any()
+  for _ in range(4):
+    losses.append(gaps(moved, [A, B], 0.07))
+    moved = moved - 0.5 * subspaces.doge_slope(moved, [A, B], rates)
+  close(losses, [93.902521, 89.5496, 85.4080, 81.4672], atol=5e-5)
+
+
+def test_directions_that_are_shared_are_projected_on():
+  shared = subspaces.doge_shared(drawn(3, 12, 9), 3)
+  close(shared @ shared, shared, atol=1e-12)
+  assert np.linalg.matrix_rank(shared) == 9 // 3
 
 
 def test_doge_closes_gaps_outside_the_shared_directions():

@@ -32,6 +32,11 @@ def test_worked_example(method, expected):
   close(blended(method, G), expected)
 
 
+def test_worked_example_of_scores():
+  """Squared distances, summed over the two nearest: of the fifth they are far above the others."""
+  close(robust.krum_scores(G.astype(np.float64), 1), [0.125, 0.175, 0.285, 0.07, 436.055], 1e-4)
+
+
 H = np.array([[1.0, 2.0], [1.2, 1.8], [0.9, 2.1], [1.1, 1.9], [10.0, -10.0]], np.float32)
 
 

@@ -16,6 +16,7 @@ from jaxmerge.methods import subspaces
 
 D = [np.diag([4.0, 1.0]), np.diag([0.0, 1.0])]
 PAIR = [np.diag([3.0, 1.0]), np.array([[1.0, 2.0], [2.0, 1.0]])]
+OPCM = methods.opcm()
 
 
 @pytest.mark.parametrize(
@@ -26,7 +27,7 @@ PAIR = [np.diag([3.0, 1.0]), np.array([[1.0, 2.0], [2.0, 1.0]])]
     (methods.lore(mu=0.5), D, [[2, 0], [0, 1]]),
     (methods.lore(2.0, mu=0.5), D, [[2, 0], [0, 1]]),
     (methods.lore(mu=5.0), D, [[2, 0], [0, 1]]),
-    (methods.opcm(), PAIR, [[2.236068, 1.490712], [1.490712, 0.745356]]),
+    (OPCM, PAIR, [[2.236068, 1.490712], [1.490712, 0.745356]]),
   ],
 )
 def test_worked_example(method, matrices, expected):
@@ -48,6 +49,14 @@ def test_what_is_added_is_orthogonal_to_what_is_held(shape):
   held, tau = (np.asarray(x, np.float32) for x in drawn(2, *shape))
   found = np.asarray(subspaces.projected(jnp.asarray(tau), jnp.asarray(held), 0.3))
   assert abs(np.sum(found * held)) < 1e-4 * np.linalg.norm(tau) * np.linalg.norm(held)
+
+
+def test_worked_example_of_what_the_whole_is_divided_by():
+  """By 1.341641 in the second step: the norm of the two beside the mean of their norms."""
+  whole = PAIR[0] + transcribed.outside(PAIR[1], PAIR[0], 0.5)
+  factor = np.linalg.norm(whole) / np.mean([np.linalg.norm(x) for x in PAIR])
+  close(factor, 1.341641)
+  close(merged(OPCM, PAIR), whole / factor, atol=3e-6)
 
 
 def test_the_whole_has_the_mean_norm_of_the_task_vectors():
@@ -106,6 +115,27 @@ def test_lore_tends_to_the_average():
   far = [np.abs(x - np.mean(each, axis=0)).max() for x in found]
   assert far[1] < 0.1 * far[0]
   assert far[1] < 1e-3
+
+
+def test_no_sweep_of_lore_raises_the_objective():
+  """Half the squared distances, plus mu times the nuclear norms; the parts are what lowers it."""
+  each, mu = drawn(3, 4, 5), 0.8
+  parts, losses = [0 * x for x in each], []
+  for _ in range(8):
+    common, parts = transcribed.lore_sweep(each, parts, mu)
+    far = sum(np.sum((common + p - x) ** 2) for p, x in zip(parts, each, strict=True)) / 2
+    losses.append(far + mu * sum(np.sum(values(p)) for p in parts))
+  assert (np.diff(losses) <= 1e-12).all()
+  assert losses[-1] < losses[0] - 0.1
+  close(merged(methods.lore(0.0, mu, sweeps=8), each), common, atol=1e-5)
+
+
+def test_lore_that_takes_nothing_off_splits_at_the_mean():
+  """Common and own part make up each model after one sweep; their mean is that of the models."""
+  each = drawn(3, 4, 5)
+  common, parts = transcribed.lore_sweep(each, [0 * x for x in each], 0.0)
+  close([common + p for p in parts], each, atol=1e-12)
+  close(merged(methods.lore(2.0, mu=0.0, sweeps=1), each), np.mean(each, axis=0), atol=1e-5)
 
 
 def test_what_is_taken_off_every_singular_value_lowers_the_rank():

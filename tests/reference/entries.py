@@ -60,7 +60,14 @@ def ties_slack(taus, slack, density, scale):
 
 def pcb(taus, ratio, scale, weights, clamp):
   """The first of the authors' variants, on whole models, by sorting."""
-  x = np.stack([basics.flat(t) for t in taus])
+  share, clipped = pcb_scores(np.stack([basics.flat(t) for t in taus]), ratio, clamp)
+  own = np.asarray(weights)[: len(share), None] * share * clipped
+  merged = own.sum(axis=0) / np.maximum(share.sum(axis=0), 1e-12)
+  return basics.unflat(scale * merged, taus[0])
+
+
+def pcb_scores(x, ratio, clamp):
+  """Scores from 0 to 1 in each model, and the entries without outliers: both [K, d]."""
   K, d = x.shape
 
   def clipped(row, low, high):
@@ -74,9 +81,7 @@ def pcb(taus, ratio, scale, weights, clamp):
   size = np.stack([clipped(np.abs(row), clamp, clamp) for row in x])
   scores = np.exp(K * np.stack([unit(row) for row in size]) ** 2) * np.tanh(x * x.sum(axis=0))
   share = np.stack([unit(clipped(row, 1 - ratio, 0)) for row in scores])
-  own = np.asarray(weights)[:K, None] * share * np.sign(x) * size
-  merged = own.sum(axis=0) / np.maximum(share.sum(axis=0), 1e-12)
-  return basics.unflat(scale * merged, taus[0])
+  return share, np.sign(x) * size
 
 
 def lwptv(taus, base, prune_ratio, scale, weights, score, prune):

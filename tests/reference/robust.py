@@ -44,12 +44,17 @@ def krum(taus, outliers, select, scope="tree"):
     every = {n: krum([{n: t[n]} for t in taus], outliers, select)[n] for n in taus[0]}
     return every
   vectors = [basics.flat(t) for t in taus]
+  best = np.argsort(krum_scores(vectors, outliers), kind="stable")[:select]
+  return basics.unflat(np.mean([vectors[i] for i in best], axis=0), taus[0])
+
+
+def krum_scores(vectors, outliers):
+  """The sum of the smallest squared distances of each to the others."""
   scores = []
   for i, x in enumerate(vectors):
     far = sorted(np.sum((x - y) ** 2) for j, y in enumerate(vectors) if j != i)
     scores.append(sum(far[: len(vectors) - outliers - 2]))
-  best = np.argsort(scores, kind="stable")[:select]
-  return basics.unflat(np.mean([vectors[i] for i in best], axis=0), taus[0])
+  return scores
 
 
 def flag(taus, rank, steps, pairs, start=None):

@@ -63,12 +63,18 @@ def lore(xs, delta_scale, mu, relative, sweeps, join):
     mu = mu * max(np.linalg.norm(x - np.mean(xs, axis=0), 2) for x in xs)
   common, parts = np.mean(xs, axis=0), [np.zeros_like(x) for x in xs]
   for _ in range(sweeps):
-    common = np.mean([x - p for x, p in zip(xs, parts, strict=True)], axis=0)
-    parts = []
-    for x in xs:
-      u, s, vt = np.linalg.svd(x - common, full_matrices=False)
-      parts.append(u @ np.diag(np.maximum(s - mu, 0)) @ vt)
+    common, parts = lore_sweep(xs, parts, mu)
   return common + delta_scale * (np.mean(parts, axis=0) if join == "mean" else elected(parts))
+
+
+def lore_sweep(xs, parts, mu):
+  """One sweep of the descent: the common matrix, then the parts."""
+  common = np.mean([x - p for x, p in zip(xs, parts, strict=True)], axis=0)
+  parts = []
+  for x in xs:
+    u, s, vt = np.linalg.svd(x - common, full_matrices=False)
+    parts.append(u @ np.diag(np.maximum(s - mu, 0)) @ vt)
+  return common, parts
 
 
 def opcm(taus, alpha, views):
@@ -102,6 +108,24 @@ def outside(tau, held, alpha):
   return u @ q @ vt
 
 
+def doge_shared(xs, subspace):
+  """The projector on the directions of outputs that the tasks share."""
+  r = min(xs[0].shape)
+  lefts = np.concatenate([first(x, r // len(xs))[0] for x in xs], axis=1)
+  u = first(lefts, r // subspace)[0] if lefts.size else lefts
+  return u @ u.T
+
+
+def doge_slope(moved, xs, rates):
+  """The gradient of the loss, in all directions."""
+  total = sum(c * (x + moved) for c, x in zip(rates, xs, strict=True))
+  g = np.zeros_like(moved)
+  for x in xs:
+    for row in range(len(x)):
+      g[row] += 2 * (x[row] @ (x[row] - total[row])) * -sum(rates) * x[row]
+  return g
+
+
 def doge(taus, scale, eta, density, subspace, rate, steps, views):
   """The gradient of the loss by its definition, row by row."""
   flat = [np.concatenate([t[n].ravel() for n in sorted(t)]) for t in taus]
@@ -112,19 +136,8 @@ def doge(taus, scale, eta, density, subspace, rate, steps, views):
 
   def rule(xs):
     rates = [eta / np.linalg.norm(x) if x.any() else 0.0 for x in xs]
-    r = min(xs[0].shape)
-    lefts = np.concatenate([first(x, r // len(xs))[0] for x in xs], axis=1)
-    u = first(lefts, r // subspace)[0] if lefts.size else lefts
-    outside = np.eye(len(u)) - u @ u.T
-
-    def slope(moved):
-      total = sum(c * (x + moved) for c, x in zip(rates, xs, strict=True))
-      g = np.zeros_like(moved)
-      for x in xs:
-        for row in range(len(x)):
-          g[row] += 2 * (x[row] @ (x[row] - total[row])) * -sum(rates) * x[row]
-      return outside @ g
-
+    free = np.eye(len(xs[0])) - doge_shared(xs, subspace)
+    slope = lambda moved: free @ doge_slope(moved, xs, rates)  # noqa: E731
     moved = adam(slope, np.zeros_like(xs[0]), rate, steps)
     parts = zip(rates, xs, least, strict=True)
     return sum(c * (x + moved) * (np.abs(x) >= low) for c, x, low in parts)
@@ -132,31 +145,41 @@ def doge(taus, scale, eta, density, subspace, rate, steps, views):
   return scaled(by_matrix(rule, lambda xs: np.zeros_like(xs[0]), taus, views), scale)
 
 
-def widen(taus, base, scale, threshold, calibrated, views):
-  """Ranks of columns by change of norm and by change of direction."""
+def shares(scores, threshold, calibrated):
+  """Softmax over the models, or a fixed share far above the mean of a model's scores."""
+  scores = np.array(scores)
+  own = np.exp(scores) / np.exp(scores).sum(axis=0)
+  mean = scores.mean(axis=tuple(range(1, scores.ndim)), keepdims=True)
+  return np.where(scores > threshold * mean, calibrated, own)
 
-  def shares(scores):
-    scores = np.array(scores)
-    own = np.exp(scores) / np.exp(scores).sum(axis=0)
-    mean = scores.mean(axis=tuple(range(1, scores.ndim)), keepdims=True)
-    return np.where(scores > threshold * mean, calibrated, own)
+
+def widen_ranks(start, tau):
+  """Ranks of the columns of one model, by change of norm and by change of direction."""
 
   def places(change):
     return np.argsort(np.argsort(change, kind="stable")) / len(change)
 
-  def columns(start, tau):
-    old, new = (np.linalg.norm(w, axis=0) for w in (start, start + tau))
-    cosine = np.sum(start * (start + tau), axis=0) / np.where(old * new == 0, 1, old * new)
-    return places(np.abs(new - old)), places(np.where(old * new == 0, 0, 1 - cosine))
+  old, new = (np.linalg.norm(w, axis=0) for w in (start, start + tau))
+  cosine = np.sum(start * (start + tau), axis=0) / np.where(old * new == 0, 1, old * new)
+  return places(np.abs(new - old)), places(np.where(old * new == 0, 0, 1 - cosine))
+
+
+def widen_columns(ranks, threshold, calibrated):
+  """The weights of the columns of each model: the mean of the shares by either rank."""
+  return sum(shares([own[i] for own in ranks], threshold, calibrated) for i in (0, 1)) / 2
+
+
+def widen(taus, base, scale, threshold, calibrated, views):
+  """Weighs columns of matrices by their ranks, and other entries by their size."""
 
   def rule(xs):
     start, *deltas = xs
-    both = [columns(start, tau) for tau in deltas]
-    weight = sum(shares([b[i] for b in both]) for i in (0, 1)) / 2
+    weight = widen_columns([widen_ranks(start, tau) for tau in deltas], threshold, calibrated)
     return sum(w * x for w, x in zip(weight, deltas, strict=True))
 
   def rest(xs):
-    return sum(w * x for w, x in zip(shares([np.abs(x) for x in xs[1:]]), xs[1:], strict=True))
+    weight = shares([np.abs(x) for x in xs[1:]], threshold, calibrated)
+    return sum(w * x for w, x in zip(weight, xs[1:], strict=True))
 
   wide = {n: np.asarray(base[n], np.float64) for n in taus[0]}
   return scaled(by_matrix(rule, rest, [wide, *taus], views), scale)
