@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from reference import entries
 
 import jaxmerge
-from jaxmerge import methods
+from jaxmerge import bundles, methods
 
 
 @pytest.mark.parametrize(
@@ -41,6 +41,14 @@ def test_worked_example(method, expected):
 
 def test_magmax_takes_the_last_of_those_that_tie():
   close(merged(methods.magmax(1.0), [[0.3, -0.5], [-0.3, 0.5], [0.1, -0.5]]), [-0.3, -0.5])
+
+
+def test_magmax_takes_the_largest_alone_against_a_majority():
+  """Two that are smaller but more together elect their sign: it is theirs for TIES and EMR."""
+  column = [[0.9], [-0.5], [-0.6]]
+  close(merged(methods.magmax(1.0), column), [0.9])
+  close(merged(methods.ties(1.0), column), [-0.55])
+  close(bundles.emr({"w": jnp.zeros(1)}, {"w": jnp.array(column)}).shared["w"], [-0.6])
 
 
 @pytest.mark.parametrize("k", range(3))
@@ -81,6 +89,12 @@ def test_sce_breaks_ties_by_position(x):
   x = np.asarray(x, np.float32)
   expected = entries.sce([{"w": row.astype(np.float64)} for row in x], 0.5)["w"]
   close(merged(HALF, x), expected)
+
+
+def test_sce_of_equal_energies_and_agreeing_signs_is_the_average():
+  x = np.abs(np.random.default_rng(0).normal(size=(2, 8))) * np.tile([1, -1], 4)
+  x /= np.linalg.norm(x, axis=1, keepdims=True)
+  close(merged(HALF, x, aux={"density": 1.0}), x.mean(axis=0))
 
 
 def test_a_density_of_sce_is_one_number():
