@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import small
-from example import TAU, close
+from example import TAU, close, merged
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
@@ -37,6 +37,15 @@ def test_worked_example_of_emr():
   close(bundle.masks["w"], masks)
   close(bundle.scales, [1.1, 1.0, 0.821429])
   close(bundle.for_task("red")["w"], [0.99, -0.55, 0, 0, -0.66, 0])
+
+
+def test_emr_shares_untrimmed_ties_by_the_largest_and_is_homogeneous():
+  """Bit for bit, where no sum is zero: twice the task vectors give every task twice its own."""
+  tau = np.hstack([TAU, np.random.default_rng(0).normal(size=(3, 200))]).astype(np.float32)
+  one, two = (example(bundles.emr, factor * tau) for factor in (1, 2))
+  np.testing.assert_array_equal(one.shared["w"], merged(methods.ties(1.0, reduce="max"), tau))
+  for name in NAMES:
+    np.testing.assert_array_equal(two.for_task(name)["w"], 2 * one.for_task(name)["w"])
 
 
 def test_worked_example_of_tall_masks():
@@ -109,6 +118,9 @@ def test_magnitudes_of_leaves_or_of_the_tree():
 def test_larger_thresholds_mask_more():
   kept = [np.asarray(example(bundles.tall_masks, threshold=t).masks["w"]) for t in (0, 0.4, 1, 5)]
   assert all((more >= fewer).all() for more, fewer in itertools.pairwise(kept))
+  assert (kept[0] == (TAU != 0)).all()
+  alone = example(bundles.tall_masks, TAU[:1], threshold=5)
+  assert (np.asarray(alone.masks["w"]) == (TAU[:1] != 0)).all()
   each = np.asarray(example(bundles.tall_masks, threshold=(0.0, 0.4, 5.0)).masks["w"])
   for k, one in enumerate((0, 1, 3)):
     assert (each[k] == kept[one][k]).all()
