@@ -152,6 +152,12 @@ def test_breadcrumbs_by_row_ranks_each_output():
   assert weight.tolist() == [[4.0, 0.0, 0.0], [0.0, 8.0, 0.0]]
 
 
+def test_breadcrumbs_by_row_removing_nothing_is_the_sum_of_trimmed_rows():
+  x = np.random.default_rng(0).normal(size=(3, 4, 6)).astype(np.float32)
+  found = merged(methods.breadcrumbs(0.5, 0.0, 1.0, scope="row"), x, layout=(("w", "oi"),))
+  close(found, np.apply_along_axis(basics.exact, 2, x, 0.5).sum(axis=0))
+
+
 def test_a_zero_sum_takes_the_majority_sign():
   tau = np.array([[1.0, 2.0, -3.0, -4.0], [-1.0, 2.0, -3.0, -4.0]], np.float32)
   draw = np.array([[1.0, 2.0, -3.0, 0.0], [-1.0, 2.0, -3.0, 0.0]], np.float32)
@@ -261,12 +267,14 @@ SINGLE = [
   (methods.task_arithmetic(1.0), {}),
   (methods.ties(1.0), {}),
   (methods.ties(1.0, reduce="max"), {}),
+  (methods.magmax(1.0), {}),
   (methods.dare(0.0, 1.0), {"seed": 3}),
   (methods.breadcrumbs(1.0, 0.0, 1.0), {}),
 ]
 
 
 TA, MEAN, TIES = methods.task_arithmetic(1.0), methods.average(), methods.ties(0.5)
+NEGATE = methods.negate(1.0)
 LEAFWISE = methods.ties(0.5, rule="exact", scope="leaf")
 IDENTITIES = {
   "task arithmetic at 1/K is the mean": (
@@ -278,8 +286,16 @@ IDENTITIES = {
     lambda x: merged(MEAN, np.abs(x)),
   ),
   "negate is task arithmetic of the negatives": (
-    lambda x: merged(methods.negate(1.0), -x),
+    lambda x: merged(NEGATE, -x),
     lambda x: merged(TA, x),
+  ),
+  "what is negated twice is the model": (
+    lambda x: merged(NEGATE, merged(NEGATE, x[:1])[None]),
+    lambda x: x[0],
+  ),
+  "ties by the largest is magmax where the largest entry has the sign of the sum": (
+    lambda x: merged(methods.ties(1.0, reduce="max")),
+    lambda x: merged(methods.magmax(1.0)),
   ),
   "breadcrumbs of everything is task arithmetic": (
     lambda x: merged(methods.breadcrumbs(1.0, 0.0, 1.0), x),
