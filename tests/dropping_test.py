@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from example import TAU as THREE
 from example import close, merged
 from reference import basics
 
@@ -154,6 +155,15 @@ def test_dare_is_unbiased():
   out = jax.vmap(lambda s: jaxmerge.merge(method, ZERO, {"w": TAU}, seed=s)["w"])(seeds)
   error = np.abs(np.asarray(out).mean(axis=0) - TAU[0])
   assert (error <= 3 * np.sqrt(9 / 400) * np.abs(TAU[0]) + 1e-7).all()
+
+
+def test_dropping_before_an_average_leaves_its_mean():
+  """Over n seeds, within 3 deviations: the root of the sum of 9 tau^2 / n, over the 3 models."""
+  seeds = jnp.arange(2000, dtype=jnp.uint32)
+  method, models = stage.chain(methods.drop(0.9), methods.average()), {"w": jnp.asarray(THREE)}
+  out = jax.vmap(lambda s: jaxmerge.merge(method, ZERO, models, seed=s)["w"])(seeds)
+  error = np.abs(np.asarray(out, np.float64).mean(axis=0) - THREE.mean(axis=0))
+  assert (error <= 3 * np.sqrt(9 / 2000 * np.sum(THREE**2, axis=0)) / 3).all()
 
 
 # --- DELLA ---
