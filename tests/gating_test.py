@@ -70,6 +70,24 @@ def test_nothing_pruned_is_task_arithmetic_and_all_is_the_base():
       close(found[n], expected[n])
 
 
+TIES = methods.ties(0.5)
+FIRST = stage.chain(methods.gate(0.0, "rms"), TIES)
+
+
+def test_a_gate_stands_before_any_method():
+  """One that prunes nothing changes nothing; of one model the pruned layers are the base's."""
+  own = LAYERS[:3:2]
+  found, expected = (
+    jaxmerge.blend(method, {n: stack(3)[n] for n in own}) for method in (FIRST, TIES)
+  )
+  base = {n: jnp.arange(6.0) for n in own}
+  models = {n: base[n][None] + stack()[n] for n in own}
+  out = jaxmerge.merge(FIRST, base, models, aux={"prune_ratio": 0.5})
+  for n in own:
+    np.testing.assert_array_equal(found[n], expected[n])
+    np.testing.assert_array_equal(out[n] == base[n], n == own[1])
+
+
 def test_layers_may_be_named_by_the_caller():
   """All in one layer: it is pruned, or not."""
   for ratio, some in ((0.99, True), (1.0, False)):
