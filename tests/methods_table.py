@@ -19,7 +19,7 @@ class Row(NamedTuple):
     vary: values of its numbers besides the scale, to vectorise over.
     seeded: it needs a seed.
     summed: it measures sums of floats, whose last bits depend on how leaves are cut.
-    homogeneous: twice the task vectors give twice the result.
+    homogeneous: a multiple of the task vectors gives that multiple of the result.
     height: number of models.
     one: it also takes one model.
     weights: it merges weights, as if the base were zero.
@@ -168,8 +168,8 @@ def _spectral(method, rule):
   return _matrices(method, rule, {"rank_tol": (1e-6, 0.0, 1e-3)}, homogeneous=True)
 
 
-def _descent(method, rule):
-  return _matrices(method, rule, {"learning_rate": (1e-4, 0.0, 1e-3)}, homogeneous=False)
+def _descent(method, rule, homogeneous=False):
+  return _matrices(method, rule, {"learning_rate": (1e-4, 0.0, 1e-3)}, homogeneous)
 
 
 def _doge(taus, draw):
@@ -348,6 +348,7 @@ TABLE = {
     f"optmerge, {tuned}": _descent(
       methods.optmerge(0.5, tuned, 1e-4, 20),
       lambda taus, tuned=tuned: descent.optmerge(taus, tuned, 1e-4, 20),
+      homogeneous=tuned == "lora",  # Its steps are as long as the gradient, not those of Adam.
     )
     for tuned in ("full", "lora")
   },

@@ -523,15 +523,20 @@ def test_weights_are_task_vectors_from_zero(name):
   small.same(jax.tree.map(np.asarray, found), out)
 
 
-@pytest.mark.parametrize("name", [n for n in TABLE if TABLE[n].homogeneous])
-def test_twice_the_task_vectors_give_twice_the_result(name):
+@rows
+def test_eight_times_the_task_vectors_give_eight_times_the_result(name):
+  """Bit for bit, or, where a row says that it is not homogeneous, something else."""
   row = TABLE[name]
   base, models, _ = eager(name)
   tau = {n: x - base[n][None] if x.dtype == np.float32 else x for n, x in models.items()}
   zero = jax.tree.map(np.zeros_like, base)
   once = merged(row, zero, tau)
-  twice = merged(row, zero, {n: 2 * x for n, x in tau.items()})
-  small.same(twice, {n: 2 * x for n, x in once.items()})
+  found = merged(row, zero, {n: 8 * x for n, x in tau.items()})
+  out = {n: 8 * x for n, x in once.items()}
+  if row.homogeneous:
+    small.same(found, out)
+  else:
+    assert max(np.abs(x - out[n]).max() for n, x in found.items()) > 10 * ATOL
 
 
 @rows
