@@ -26,6 +26,7 @@ def merge(
   names: Sequence[str] | None = None,
   reference: Tree | None = None,
   layout: Sequence[tuple[str, str]] = (),
+  deltas: bool = False,
 ) -> Tree:
   """Merges task vectors and adds the result to the base: base + M(models - base).
 
@@ -43,6 +44,7 @@ def merge(
       are called "0", "1", and so on. Methods to which the order matters keep that of the stack.
     reference: what is subtracted from the models, if not the base.
     layout: matrix views, (regular expression, view), see `jaxmerge.views`.
+    deltas: the models are task vectors: nothing is subtracted from them.
 
   Raises:
     ValueError: naming the leaf, for trees that do not match, NaN or infinity (where values can be
@@ -57,7 +59,7 @@ def merge(
   """
   check_models(base, models, base if reference is None else reference)
   aux = dict(aux or {}, **({} if seed is None else {"seed": seed}))
-  return _driven(method, base, reference, models, aux, names, layout)
+  return _driven(method, base, reference, models, aux, names, layout, deltas)
 
 
 def blend(
@@ -248,6 +250,7 @@ def _driven(
   aux: Mapping[str, Any],
   names: Sequence[str] | None,
   layout: Sequence[tuple[str, str]],
+  deltas: bool = False,
 ) -> Tree:
   stacks = tree.named(models)
   shapes = {n: leaf.shape[1:] for n, leaf in stacks.items() if tree.is_floating(leaf)}
@@ -257,7 +260,7 @@ def _driven(
   shared = any(views.over_first(x) for x in stacks.values())
   chains = False if shared else unrolling.pays(stacks.values())
   given = dict(method=method, layout=views.check(layout), deal=dealing.of(stacks.values(), chains))
-  out, finite = _compiled(base, reference, models, ready, **given)
+  out, finite = _compiled(base, reference, models, ready, **given, subtracted=deltas)
   if not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((finite, out))):
     refuse_nonfinite(meshes.fetch(finite), names, ready.order)
   return out
@@ -290,7 +293,7 @@ def refuse_height(name: str, height: int) -> None:
     )
 
 
-@functools.partial(jax.jit, static_argnames=("method", "layout", "deal"))
+@functools.partial(jax.jit, static_argnames=("method", "layout", "deal", "subtracted"))
 def _compiled(
   base: Tree | None,
   reference: Tree | None,
@@ -300,6 +303,7 @@ def _compiled(
   method: Method,
   layout: views.Views,
   deal: dealing.Deal,
+  subtracted: bool = False,
 ) -> tuple[Tree, dict[str, tuple[Any, Any, Array]]]:
   stacks = tree.named(models)
   bases = None if base is None else tree.named(base)
@@ -312,7 +316,7 @@ def _compiled(
     zero = None if references is None else references[name]
     one = None if bases is None else bases[name]
     finite[name] = are_finite(one, None if reference is None else zero, x)
-    deltas[name] = task_vectors(x, zero)
+    deltas[name] = task_vectors(x, None if subtracted else zero)
   run = functools.partial(transform, method, layout=layout, deal=deal)
   merged = unrolling.chosen(run, deal.chains)(deltas, references, ready)
   out = {}

@@ -47,6 +47,16 @@ def test_what_is_subtracted_need_not_be_what_is_added_to():
   small.close({n: out[n] for n in expected}, expected)
 
 
+def test_task_vectors_may_be_given():
+  """base + M(deltas) is base + M((reference + deltas) - reference)."""
+  base, deltas = small.trees(small.FEW)
+  reference = {n: np.ones_like(x) for n, x in base.items()}
+  deltas["matrix"] = np.round(deltas["matrix"] * 64) / 64  # That 1 + delta is exact.
+  models = {n: deltas[n] + reference[n][None] for n in base}
+  expected = jaxmerge.merge(TA, base, models, reference=reference)
+  small.same(jaxmerge.merge(TA, base, deltas, deltas=True), expected)
+
+
 def test_small_task_vectors_survive_bfloat16():
   """1/256 is lost when subtracted from 1 in bfloat16, not in float32: eight of them add up."""
   base = {"w": jnp.ones(4, jnp.bfloat16)}
