@@ -7,6 +7,7 @@ method, merge the models that they make (`applied`); the rules here stay with th
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import pathlib
@@ -113,9 +114,9 @@ def flora(adapters: Sequence[Adapter], weights: Sequence[float] | None = None) -
   shares = _shares(adapters, weights)
 
   def stacked(name: str) -> Lora:
-    own = [(s, jnp.float32(s) * x[name].scale, x[name]) for s, x in _with(name, shares, adapters)]
-    a = jnp.concatenate([factor.astype(x.a.dtype) * x.a for _, factor, x in own])
-    return Lora(a, jnp.concatenate([x.b for *_, x in own], axis=1))
+    own = [(s * x[name].scale, x[name]) for s, x in _with(name, shares, adapters)]
+    a = jnp.concatenate([_times(factor, x.a) for factor, x in own])
+    return Lora(a, jnp.concatenate([jnp.asarray(x.b) for _, x in own], axis=1))
 
   return {name: stacked(name) for name in _names(adapters)}
 
@@ -147,17 +148,10 @@ def averaged(
         f"factors of {name!r} cannot be averaged: their ranks are {found}; stack them (flora)"
         + (", or fill them up with zeros (pad=True)." if all(found) else ".")
       )
-    most = max(ranks)
-    parts = [
-      (jnp.float32(s), jnp.pad(x[name].a, ((0, most - x[name].rank), (0, 0))), x[name])
-      for s, x in own
-    ]
-    a = sum(s.astype(a.dtype) * a for s, a, _ in parts)
+    short = [(s, x[name], (0, max(ranks) - x[name].rank)) for s, x in own]
+    a = sum(_times(s, jnp.pad(x.a, (more, (0, 0)))) for s, x, more in short)
     # The scale goes to b: it may differ from adapter to adapter.
-    b = sum(
-      (s * x.scale).astype(x.b.dtype) * jnp.pad(x.b, ((0, 0), (0, most - x.rank)))
-      for s, _, x in parts
-    )
+    b = sum(_times(s * x.scale, jnp.pad(x.b, ((0, 0), more))) for s, x, more in short)
     return Lora(a, b)
 
   return {name: mean(name) for name in _names(adapters)}
@@ -177,13 +171,17 @@ def recompressed(adapter: Adapter, rank: int) -> dict[str, Lora]:
   if rank < 1:
     raise ValueError(f"rank must be at least 1, got {rank}.")
 
+  product = functools.partial(jnp.matmul, precision="highest")
+
   def nearest(own: Lora) -> Lora:
-    b, left = jnp.linalg.qr(jnp.asarray(own.b))
-    a, right = jnp.linalg.qr(jnp.asarray(own.a).T)
-    u, s, vt = jnp.linalg.svd(left @ right.T * jnp.asarray(own.scale, left.dtype))
+    dtype = tree.compute_dtype(own.a.dtype, own.b.dtype)
+    b, left = jnp.linalg.qr(jnp.asarray(own.b).astype(dtype))
+    a, right = jnp.linalg.qr(jnp.asarray(own.a).astype(dtype).T)
+    u, s, vt = jnp.linalg.svd(product(left, right.T) * jnp.asarray(own.scale, dtype))
     kept = min(rank, s.shape[0])
     root = jnp.sqrt(s[:kept])
-    return Lora(root[:, None] * (vt[:kept] @ a.T), (b @ u[:, :kept]) * root[None])
+    a, b = root[:, None] * product(vt[:kept], a.T), product(b, u[:, :kept]) * root[None]
+    return Lora(a.astype(own.a.dtype), b.astype(own.b.dtype))
 
   return {name: nearest(own) for name, own in adapter.items()}
 
@@ -212,8 +210,7 @@ def save(folder: Path, adapter: Adapter, *, replace: bool = False) -> pathlib.Pa
   ranks = {name: own.rank for name, own in adapter.items()}
   tensors = {}
   for name, own in adapter.items():
-    a = np.asarray(jnp.asarray(own.scale, own.a.dtype) * own.a)
-    tensors[f"base_model.model.{name}.lora_A.weight"] = a
+    tensors[f"base_model.model.{name}.lora_A.weight"] = np.asarray(_times(own.scale, own.a))
     tensors[f"base_model.model.{name}.lora_B.weight"] = np.asarray(own.b)
   config: dict[str, Any] = {"peft_type": "LORA", "bias": "none"}
   config |= {"r": max(ranks.values(), default=1), "lora_alpha": max(ranks.values(), default=1)}
@@ -223,6 +220,11 @@ def save(folder: Path, adapter: Adapter, *, replace: bool = False) -> pathlib.Pa
     safetensors.save(beside / peft.WEIGHTS, tensors)
     (beside / peft.CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
   return pathlib.Path(folder)
+
+
+def _times(factor: Any, x: Any) -> jax.Array:
+  wide = tree.compute_dtype(x.dtype)
+  return (jnp.asarray(factor, wide) * jnp.asarray(x).astype(wide)).astype(x.dtype)
 
 
 def _names(adapters: Sequence[Adapter]) -> list[str]:

@@ -94,6 +94,19 @@ def test_applying_and_merging_is_stacking_and_applying():
     close(merged[n]["kernel"], other[n]["kernel"], atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_stacking_rounds_once(dtype):
+  """As PEFT's `cat`: weights and scalings are multiplied into a, and b stays as it is."""
+  every = [{"w": x["up"]._replace(a=x["up"].a.astype(dtype))} for x in drawn((1, 3))]
+  found = adapters.flora(every, (0.3, 0.7))["w"]
+  own = [x["w"] for x in every]
+  wide = [w * x.scale * np.asarray(x.a, np.float64) for w, x in zip((0.3, 0.7), own, strict=True)]
+  close(found.a, np.concatenate(wide), atol=float(jnp.finfo(dtype).eps) * np.abs(wide[1]).max() / 2)
+  close(found.b, np.concatenate([x.b for x in own], axis=1), atol=0)
+  assert found.a.dtype == dtype
+  assert found.scale == 1
+
+
 @pytest.mark.parametrize("rank", [1, 2, 6, 9])
 def test_recompression_is_the_nearest_of_its_rank(rank):
   (one,) = drawn((6,))
@@ -102,6 +115,13 @@ def test_recompression_is_the_nearest_of_its_rank(rank):
     u, s, vt = np.linalg.svd(np.asarray(own.delta(), np.float64), full_matrices=False)
     close(found[name].delta(), (u[:, :rank] * s[:rank]) @ vt[:rank], atol=1e-4)
     assert found[name].rank <= rank
+
+
+def test_adapters_of_low_precision_stay_so_at_a_lower_rank():
+  own = Lora(jnp.eye(2, dtype=jnp.bfloat16) * 3, jnp.diag(jnp.array([1, 0.25], jnp.bfloat16)))
+  found = adapters.recompressed({"w": own}, 1)["w"]
+  assert found.a.dtype == found.b.dtype == jnp.bfloat16
+  close(found.delta(), [[3, 0], [0, 0]], atol=0.02)
 
 
 def test_a_saved_adapter_comes_back(tmp_path):
