@@ -1,7 +1,8 @@
 """LoRA adapters in memory: added to a model, stacked, averaged, compressed.
 
-An adapter is a dict from the names of matrices to their low-rank factors. To merge adapters by any
-method, merge the models that they make (`applied`); the rules here stay with the factors.
+An adapter is a dict from the names of matrices to their low-rank factors. `merged` merges what
+adapters add, by any method, to a model; `flora`, `averaged` and `recompressed` are rules for the
+factors, from adapters to an adapter, which `applied` adds to a model; `extracted` goes back.
 """
 
 from __future__ import annotations
@@ -11,17 +12,19 @@ import functools
 import json
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple  # Any: arrays of jax, or of NumPy where loaded.
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmerge import catalog, tree, views
+from jaxmerge import catalog, memory, tree, views
 from jaxmerge.io import adapter as peft
 from jaxmerge.io import atomic, safetensors
 from jaxmerge.io.tensor import Files
+from jaxmerge.stage import Method
 from jaxmerge.tree import Tree
 
 Path = str | os.PathLike[str]
@@ -71,26 +74,114 @@ def applied(params: Tree, adapter: Adapter, *, layout: Sequence[tuple[str, str]]
     >>> applied(params, adapter)["dense"]["kernel"].tolist()
     [[1.0, 3.0], [0.0, 0.0], [2.0, 6.0]]
   """
-  leaves, table = tree.named(params), views.check(layout)
-  changed = dict(leaves)
-  for name, own in adapter.items():
-    leaf = next((n for n in (name, f"{name}/kernel", f"{name}.weight") if n in leaves), None)
-    if leaf is None:
-      raise ValueError(f"the model has no matrix {name!r}{catalog.nearest(name, leaves)}.")
-    x = jnp.asarray(leaves[leaf])
-    inner = "i" * (x.ndim - 1)
-    usual = f"{inner}o" if leaf.endswith("kernel") else f"o{inner}"
-    view = views.view_of(leaf, table) or usual
-    delta = own.delta()
-    if views.rows(x[None], view).shape[1:] != delta.shape:
-      raise ValueError(
-        f"the adapter of {name!r} is for a matrix {list(delta.shape)} of outputs and inputs, but "
-        f"{leaf!r} is {list(x.shape)}, {view!r}."
-      )
+  leaves = tree.named(params)
+  changed = {}
+  for leaf, own in _placed(leaves, adapter, views.check(layout)).items():
+    x, delta = jnp.asarray(leaves[leaf]), own.delta()
     wide = tree.compute_dtype(x.dtype, delta.dtype)
-    moved = views.from_rows(delta.astype(wide)[None], view, x.shape)[0]
-    changed[leaf] = (x.astype(wide) + moved).astype(x.dtype)
-  return tree.rebuild(params, changed)
+    changed[leaf] = (x.astype(wide) + delta.astype(wide)).astype(x.dtype)
+  return tree.rebuild(params, leaves | changed)
+
+
+def merged(
+  method: Method,
+  base: Tree,
+  adapters: Sequence[Adapter],
+  *,
+  aux: Mapping[str, Any] | None = None,
+  seed: int | jax.Array | None = None,
+  names: Sequence[str] | None = None,
+  layout: Sequence[tuple[str, str]] = (),
+) -> Tree:
+  """Merges what K adapters add to a model: base + M(scale * b @ a of each). Like `jaxmerge.merge`.
+
+  The task vectors are the products themselves, of the factors' ranks, which may differ; those of
+  the models that `applied` makes are rounded where the base is added. Only leaves that some adapter
+  has are merged: they alone are counted by methods that count over the tree, as `ties` does. The
+  others are the base's. An adapter adds zero to a leaf that only others have.
+
+  Args:
+    method: what `jaxmerge.methods` makes.
+    base: tree of arrays [*s].
+    adapters: one a task.
+    aux: numbers by name, in place of the method's own; trees of them have the merged leaves.
+    seed: for methods with random masks.
+    names: names of the adapters; masks depend on them.
+    layout: matrix views. Leaves lie as for `applied`, and the method has the same view of them.
+
+  Raises:
+    ValueError: naming the matrix that the model does not have, or that has another shape, and what
+      `jaxmerge.merge` refuses.
+
+  Example:
+    >>> from jaxmerge import methods
+    >>> base = {"dense": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}}
+    >>> one = {"dense": Lora(jnp.array([[1.0, 0.0]]), jnp.array([[4.0], [2.0]]))}
+    >>> two = {"dense": Lora(jnp.array([[1.0, 1.0]]), jnp.array([[0.0], [3.0]]))}
+    >>> merged(methods.magmax(1.0), base, [one, two])["dense"]["kernel"].tolist()
+    [[5.0, 4.0], [1.0, 4.0]]
+  """
+  leaves, table = tree.named(base), views.check(layout)
+  placed = [_placed(leaves, own, table) for own in adapters]
+  view = {leaf: own.view for each in placed for leaf, own in each.items()}
+  if not view:
+    raise ValueError(f"{len(placed)} adapters without a matrix are given: there is none to merge.")
+
+  def stack(leaf: str) -> jax.Array:
+    added = [each[leaf].delta() if leaf in each else None for each in placed]
+    dtype = tree.compute_dtype(leaves[leaf].dtype, *(x.dtype for x in added if x is not None))
+    # What is added to these zeros lies on the devices on which the base lies.
+    zero = jnp.zeros_like(leaves[leaf], dtype=dtype)
+    return jnp.stack([zero if x is None else zero + x.astype(dtype) for x in added])
+
+  out = memory.merge(
+    method,
+    {leaf: leaves[leaf] for leaf in view},
+    {leaf: stack(leaf) for leaf in view},
+    aux=aux,
+    seed=seed,
+    names=names,
+    layout=[(rf"^{re.escape(leaf)}\Z", own) for leaf, own in view.items()],
+    deltas=True,
+  )
+  return tree.rebuild(base, leaves | out)
+
+
+def extracted(
+  base: Tree,
+  model: Tree,
+  matrices: Iterable[str],
+  rank: int,
+  *,
+  layout: Sequence[tuple[str, str]] = (),
+) -> dict[str, Lora]:
+  """Makes an adapter of what a model adds to its base: the nearest matrices of a rank.
+
+  Args:
+    base: tree of arrays [*s].
+    model: tree of arrays [*s].
+    matrices: their names, as for `applied`; of an adapter, those that it has.
+    rank: of the adapter, or less where a matrix has fewer rows or columns.
+    layout: matrix views, as for `applied`.
+
+  Raises:
+    ValueError: naming the matrix that is not there, or the leaf that differs in shape.
+
+  Example:
+    >>> base, model = {"w": jnp.ones((2, 2))}, {"w": jnp.array([[4.0, 1.0], [1.0, 2.0]])}
+    >>> print(np.abs(extracted(base, model, ["w"], 1)["w"].delta()).round(5))
+    [[3. 0.]
+     [0. 0.]]
+  """
+  tree.check_same(base, model, left="the base", right="the model", dtype=False)
+  leaves, tuned, table = tree.named(base), tree.named(model), views.check(layout)
+
+  def nearest(name: str) -> Lora:
+    leaf, view, _ = _place(leaves, name, table)
+    tau = memory.task_vectors(jnp.asarray(tuned[leaf])[None], jnp.asarray(leaves[leaf]))
+    return _nearest(views.rows(tau, view)[0], rank)
+
+  return {name: nearest(name) for name in matrices}
 
 
 def flora(adapters: Sequence[Adapter], weights: Sequence[float] | None = None) -> dict[str, Lora]:
@@ -168,20 +259,14 @@ def recompressed(adapter: Adapter, rank: int) -> dict[str, Lora]:
     [[3. 0.]
      [0. 0.]]
   """
-  if rank < 1:
-    raise ValueError(f"rank must be at least 1, got {rank}.")
-
   product = functools.partial(jnp.matmul, precision="highest")
 
   def nearest(own: Lora) -> Lora:
     dtype = tree.compute_dtype(own.a.dtype, own.b.dtype)
     b, left = jnp.linalg.qr(jnp.asarray(own.b).astype(dtype))
     a, right = jnp.linalg.qr(jnp.asarray(own.a).astype(dtype).T)
-    u, s, vt = jnp.linalg.svd(product(left, right.T) * jnp.asarray(own.scale, dtype))
-    kept = min(rank, s.shape[0])
-    root = jnp.sqrt(s[:kept])
-    a, b = root[:, None] * product(vt[:kept], a.T), product(b, u[:, :kept]) * root[None]
-    return Lora(a.astype(own.a.dtype), b.astype(own.b.dtype))
+    core = _nearest(product(left, right.T) * jnp.asarray(own.scale, dtype), rank)
+    return Lora(product(core.a, a.T).astype(own.a.dtype), product(b, core.b).astype(own.b.dtype))
 
   return {name: nearest(own) for name, own in adapter.items()}
 
@@ -220,6 +305,66 @@ def save(folder: Path, adapter: Adapter, *, replace: bool = False) -> pathlib.Pa
     safetensors.save(beside / peft.WEIGHTS, tensors)
     (beside / peft.CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
   return pathlib.Path(folder)
+
+
+class _Placed(NamedTuple):
+  lora: Lora
+  view: str
+  shape: tuple[int, ...]
+
+  def delta(self) -> jax.Array:
+    """What is added to the leaf, as it lies, [*s]."""
+    return views.from_rows(self.lora.delta()[None], self.view, self.shape)[0]
+
+
+def _placed(leaves: Mapping[str, Any], adapter: Adapter, table: views.Views) -> dict[str, _Placed]:
+  """The matrices of an adapter by the leaves of a model to which they are added."""
+  found: dict[str, _Placed] = {}
+  for name, own in adapter.items():
+    leaf, view, shape = _place(leaves, name, table)
+    if leaf in found:
+      raise ValueError(f"{name!r} is not the only matrix of an adapter that is added to {leaf!r}.")
+    if own.a.shape[0] != own.b.shape[1]:
+      raise ValueError(
+        f"the factors of {name!r} have other ranks: a is {list(own.a.shape)}, [rank, in], and b is "
+        f"{list(own.b.shape)}, [out, rank]."
+      )
+    if shape != (own.b.shape[0], own.a.shape[1]):
+      raise ValueError(
+        f"the adapter of {name!r} is for a matrix {[own.b.shape[0], own.a.shape[1]]} of outputs "
+        f"and inputs, but {leaf!r} is {list(np.shape(leaves[leaf]))}, {view!r}."
+      )
+    found[leaf] = _Placed(own, view, np.shape(leaves[leaf]))
+  return found
+
+
+def _place(
+  leaves: Mapping[str, Any], name: str, table: views.Views
+) -> tuple[str, str, tuple[int, ...]]:
+  """The leaf that an adapter means by a name, its view, and how many rows and columns it has."""
+  leaf = next((n for n in (name, f"{name}/kernel", f"{name}.weight") if n in leaves), None)
+  if leaf is None:
+    raise ValueError(f"the model has no matrix {name!r}{catalog.nearest(name, leaves)}.")
+  shape, floating = np.shape(leaves[leaf]), tree.is_floating(leaves[leaf])
+  inner = "i" * (len(shape) - 1)
+  view = views.view_of(leaf, table) or (f"{inner}o" if leaf.endswith("kernel") else f"o{inner}")
+  if not floating or len(view) != len(shape):
+    raise ValueError(
+      f"{leaf!r} is {leaves[leaf].dtype}{list(shape)}, which is no floating-point matrix {view!r}."
+    )
+  seen = jax.eval_shape(
+    lambda x: views.rows(x, view), jax.ShapeDtypeStruct((1, *shape), jnp.float32)
+  )
+  return leaf, view, seen.shape[1:]
+
+
+def _nearest(x: jax.Array, rank: int) -> Lora:
+  if rank < 1:
+    raise ValueError(f"rank must be at least 1, got {rank}.")
+  u, s, vt = jnp.linalg.svd(x, full_matrices=False)
+  kept = min(rank, s.shape[0])
+  root = jnp.sqrt(s[:kept])
+  return Lora(root[:, None] * vt[:kept], u[:, :kept] * root[None])
 
 
 def _times(factor: Any, x: Any) -> jax.Array:

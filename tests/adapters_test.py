@@ -2,12 +2,15 @@
 
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from example import close
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 from reference import adapters as transcribed
 from reference import bundles as apart
 
@@ -81,19 +84,6 @@ def test_what_some_adapters_lack_counts_as_nothing_added():
   close(adapters.flora([ONE, {}], SHARES)["w"].delta(), 0.25 * ONE["w"].delta())
 
 
-def test_applying_and_merging_is_stacking_and_applying():
-  """The two ways around: delta space, and factors."""
-  every = drawn((2, 3))
-  rng = np.random.default_rng(1)
-  shapes = {"up": (7, 5), "down": (5, 4)}  # Flax's kernels are [in, out].
-  base = {n: {"kernel": jnp.asarray(rng.normal(size=s), jnp.float32)} for n, s in shapes.items()}
-  models = jaxmerge.stack([adapters.applied(base, x) for x in every])
-  merged = jaxmerge.merge(methods.task_arithmetic(1.0, (0.3, 0.7)), base, models)
-  other = adapters.applied(base, adapters.flora(every, (0.3, 0.7)))
-  for n in shapes:
-    close(merged[n]["kernel"], other[n]["kernel"], atol=1e-5)
-
-
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_stacking_rounds_once(dtype):
   """As PEFT's `cat`: weights and scalings are multiplied into a, and b stays as it is."""
@@ -107,6 +97,166 @@ def test_stacking_rounds_once(dtype):
   assert found.scale == 1
 
 
+LAID = {"up": (7, 5), "down": (4, 5)}
+
+
+def model(seed=1, **changes):
+  """A kernel of Flax, [in, out], a weight of a file, [out, in], and leaves without an adapter."""
+  draw = np.random.default_rng(seed).normal
+  up, down = (jnp.asarray(draw(size=s), jnp.float32) for s in LAID.values())
+  return {"up": {"kernel": up}, "down.weight": down, "bias": draw(size=9), "steps": 3} | changes
+
+
+def zeros():
+  return {"up": {"kernel": jnp.zeros(LAID["up"])}, "down.weight": jnp.zeros(LAID["down"])}
+
+
+VIEWS = (("kernel$", "io"), ("weight$", "oi"))
+METHODS = {
+  "ties": (methods.ties(0.4), {}),
+  "dare": (methods.dare(0.5), {"seed": 5, "names": ("c", "b", "a")}),
+  "iso_c": (methods.iso_c(), {}),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_merging_adapters_is_merging_the_models_they_make(name):
+  """Bit for bit where the base is zero; one adapter lacks a matrix, and ranks differ."""
+  every = drawn((1, 4, 2))
+  del every[1]["down"]
+  method, given = METHODS[name]
+  models = jaxmerge.stack([adapters.applied(zeros(), x) for x in every])
+  expected = jaxmerge.merge(method, zeros(), models, layout=VIEWS, **given)
+  found = adapters.merged(method, zeros(), every, **given)  # The views are those of the adapters.
+  np.testing.assert_array_equal(found["up"]["kernel"], expected["up"]["kernel"])
+  np.testing.assert_array_equal(found["down.weight"], expected["down.weight"])
+  assert np.any(found["down.weight"])
+
+
+def test_a_method_that_looks_at_the_base_is_given_it():
+  base, every = {"up": model()["up"]}, [{"up": x["up"]} for x in drawn((2, 3))]
+  models = jaxmerge.stack([adapters.applied(base, x) for x in every])
+  expected = jaxmerge.merge(methods.widen(), base, models, layout=VIEWS)["up"]["kernel"]
+  close(adapters.merged(methods.widen(), base, every)["up"]["kernel"], expected, atol=1e-5)
+
+
+def test_leaves_without_an_adapter_are_the_bases_and_count_for_nothing():
+  """At most two fifths of the entries of the two leaves are kept, and not of all four."""
+  base, every, (method, _) = model(bias=np.ones(1000)), drawn((1, 4, 2)), METHODS["ties"]
+  found = adapters.merged(method, base | zeros(), every)
+  for name in ("bias", "steps"):
+    assert found[name] is base[name]
+  alone = adapters.merged(method, zeros(), every)
+  np.testing.assert_array_equal(found["up"]["kernel"], alone["up"]["kernel"])
+  np.testing.assert_array_equal(found["down.weight"], alone["down.weight"])
+
+
+def test_a_base_of_low_precision_does_not_round_the_task_vectors():
+  """A quarter of bfloat16's spacing at 1 each: the models are the base, four adapters are not."""
+  base, own = {"w": jnp.ones((2, 2), jnp.bfloat16)}, Lora(jnp.ones((1, 2)), jnp.ones((2, 1)), 2**-9)
+  assert adapters.applied(base, {"w": own})["w"].tolist() == [[1.0, 1.0]] * 2
+  found = adapters.merged(methods.task_arithmetic(1.0), base, [{"w": own}] * 4)["w"]
+  assert found.dtype == jnp.bfloat16
+  assert found.tolist() == [[1 + 2**-7] * 2] * 2
+
+
+def test_works_under_jit_and_grad():
+  """d/ds of (a scale) of a sum of entries is the sum of b a."""
+  base, every = {"up": model()["up"]}, [{"up": x["up"]} for x in drawn((2, 3))]
+
+  def total(own):
+    out = adapters.merged(methods.task_arithmetic(0.5), base, own)["up"]["kernel"]
+    return out.sum()
+
+  slopes = jax.jit(jax.grad(total))(every)
+  for slope, own in zip(slopes, every, strict=True):
+    close(slope["up"].scale, 0.5 * own["up"]._replace(scale=1.0).delta().sum(), atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_the_result_lies_where_the_base_lies(kind):
+  """Entries are dropped by their place in the leaf, whichever device has it."""
+  mesh = jax.make_mesh((8,), ("device",), axis_types=(kind,))
+  sharding = NamedSharding(mesh, P(None, "device"))
+  base, every = (
+    {"kernel": jnp.ones((5, 16))},
+    [{"kernel": Lora(jnp.ones((r, 5)), jnp.arange(16.0 * r).reshape(16, r))} for r in (1, 2)],
+  )
+  method, given = methods.dare(0.5), {"seed": 3}
+  expected = adapters.merged(method, base, every, **given)["kernel"]
+  found = adapters.merged(method, jax.device_put(base, sharding), every, **given)["kernel"]
+  assert found.sharding == sharding
+  close(found, expected, atol=1e-5)
+  assert not np.array_equal(expected, base["kernel"])
+
+
+def test_layouts_say_the_same():
+  """A kernel, a file's weight, an attention kernel, and two layers that are stacked for a scan."""
+  every = [{"up": x["up"]} for x in drawn((2, 3))]
+  names = ("dense", "file.weight", "heads/kernel", "layers")
+  same = [dict.fromkeys(names[:3], x["up"]) for x in every]
+  for x in same:
+    own = x["dense"]
+    x["layers"] = own._replace(b=jnp.concatenate([own.b, -own.b]))
+  base = {
+    "dense": {"kernel": jnp.zeros((7, 5))},
+    "file.weight": jnp.zeros((5, 7)),
+    "heads": {"kernel": jnp.zeros((7, 5, 1))},
+    "layers": jnp.zeros((2, 7, 5)),
+  }
+  layout = (("heads/kernel", "ioo"), ("layers", "bio"))
+  found = adapters.merged(METHODS["iso_c"][0], base, same, layout=layout)
+  kernel = np.asarray(found["dense"]["kernel"])
+  close(found["file.weight"].T, kernel, atol=1e-5)
+  close(found["heads"]["kernel"][..., 0], kernel, atol=1e-5)
+  close(found["layers"][0], kernel, atol=1e-5)
+  close(found["layers"][1], -kernel, atol=1e-5)
+
+
+def test_stacking_and_applying_is_task_arithmetic_with_shares_times_scales():
+  """The two ways around: factors, and delta space."""
+  shares, scales = (0.2, 0.5, 0.3), (2.0, 0.5, 1.0)
+  plain = [{n: x._replace(scale=1.0) for n, x in own.items()} for own in drawn((1, 4, 2))]
+  scaled = [
+    {n: x._replace(scale=s) for n, x in own.items()} for s, own in zip(scales, plain, strict=True)
+  ]
+  weights = tuple(p * s for p, s in zip(shares, scales, strict=True))
+  found = adapters.merged(methods.task_arithmetic(1.0, weights), model(), plain)
+  expected = adapters.applied(model(), adapters.flora(scaled, shares))
+  close(found["up"]["kernel"], expected["up"]["kernel"], atol=1e-5)
+  close(found["down.weight"], expected["down.weight"], atol=1e-5)
+
+
+def test_patches_are_carried_over_to_a_newer_base():
+  """PortLLM: by the models it is what `applied` does; patches compose, and commute with merging."""
+  old, new = ({"up": model(seed)["up"]} for seed in (1, 2))
+  every = [{"up": x["up"]} for x in drawn((2, 5))]
+  carry = lambda tuned: jaxmerge.merge(methods.portllm(), new, jaxmerge.stack([old, tuned]))  # noqa: E731
+  add = methods.task_arithmetic(1.0, (0.3, 0.9))
+  tuned = [adapters.applied(old, x) for x in every]
+  carried = [carry(x) for x in tuned]
+  for x, own in zip(carried, every, strict=True):
+    close(x["up"]["kernel"], adapters.applied(new, own)["up"]["kernel"], atol=1e-5)
+  first = carry(jaxmerge.merge(add, old, jaxmerge.stack(tuned)))["up"]["kernel"]
+  last = jaxmerge.merge(add, new, jaxmerge.stack(carried))["up"]["kernel"]
+  close(first, last, atol=1e-5)
+  close(first, adapters.merged(add, new, every)["up"]["kernel"], atol=1e-5)
+  one_by_one = adapters.applied(adapters.applied(new, every[0]), every[1])
+  both = adapters.applied(new, adapters.flora(every, (1.0, 1.0)))
+  close(one_by_one["up"]["kernel"], both["up"]["kernel"], atol=1e-5)
+
+
+@pytest.mark.parametrize("rank", [2, 5])
+def test_a_merge_of_adapters_is_an_adapter_again(rank):
+  """What PEFT calls `svd`: the nearest of a rank to the weighted sum, or that sum itself."""
+  every, shares = drawn((2, 3)), (0.3, 0.9)
+  out = adapters.merged(methods.task_arithmetic(1.0, shares), model(), every)
+  found = adapters.extracted(model(), out, every[0], rank)
+  for name, total in adapters.flora(every, shares).items():
+    u, s, vt = np.linalg.svd(np.asarray(total.delta(), np.float64), full_matrices=False)
+    close(found[name].delta(), (u[:, :rank] * s[:rank]) @ vt[:rank], atol=1e-4)
+
+
 @pytest.mark.parametrize("rank", [1, 2, 6, 9])
 def test_recompression_is_the_nearest_of_its_rank(rank):
   (one,) = drawn((6,))
@@ -118,10 +268,14 @@ def test_recompression_is_the_nearest_of_its_rank(rank):
 
 
 def test_adapters_of_low_precision_stay_so_at_a_lower_rank():
-  own = Lora(jnp.eye(2, dtype=jnp.bfloat16) * 3, jnp.diag(jnp.array([1, 0.25], jnp.bfloat16)))
-  found = adapters.recompressed({"w": own}, 1)["w"]
-  assert found.a.dtype == found.b.dtype == jnp.bfloat16
-  close(found.delta(), [[3, 0], [0, 0]], atol=0.02)
+  (one,) = drawn((6,))
+  low = {n: Lora(*(x.astype(jnp.bfloat16) for x in own[:2])) for n, own in one.items()}
+  wide = {n: Lora(*(x.astype(jnp.float32) for x in own[:2])) for n, own in low.items()}
+  expected = adapters.recompressed(wide, 2)
+  for name, own in adapters.recompressed(low, 2).items():
+    assert own.a.dtype == own.b.dtype == jnp.bfloat16
+    close(own.a, expected[name].a, atol=0.02)
+    close(own.b, expected[name].b, atol=0.02)
 
 
 def test_a_saved_adapter_comes_back(tmp_path):
@@ -164,7 +318,60 @@ REFUSED = {
     lambda: adapters.applied({"w": jnp.zeros((3, 3))}, ONE),
     r"the adapter of 'w' is for a matrix \[2, 3\] of outputs and inputs, but 'w' is \[3, 3\]",
   ),
+  "view": (
+    lambda: adapters.applied({"w": jnp.zeros((2, 3))}, ONE, layout=[("w", "oii")]),
+    r"'w' is float32\[2, 3\], which is no floating-point matrix 'oii'",
+  ),
+  "integers": (
+    lambda: adapters.applied({"w": jnp.zeros((2, 3), jnp.int8)}, ONE),
+    r"'w' is int8\[2, 3\], which is no floating-point matrix 'oi'",
+  ),
+  "factors": (
+    lambda: adapters.applied({"w": jnp.zeros((2, 3))}, {"w": Lora(jnp.ones((2, 3)), ONE["w"].b)}),
+    r"the factors of 'w' have other ranks: a is \[2, 3\], \[rank, in\], and b is \[2, 1\]",
+  ),
+  "twice": (
+    lambda: adapters.applied({"w.weight": jnp.zeros((2, 3))}, ONE | {"w.weight": ONE["w"]}),
+    "'w.weight' is not the only matrix of an adapter that is added to 'w.weight'",
+  ),
+  "merge of none": (
+    lambda: adapters.merged(methods.average(), {"w": jnp.zeros((2, 3))}, []),
+    "0 adapters without a matrix are given",
+  ),
+  "merge elsewhere": (
+    lambda: adapters.merged(methods.average(), {"v": jnp.zeros((2, 3))}, [ONE]),
+    "the model has no matrix 'w'.* Known: v",
+  ),
+  "merge of other shapes": (
+    lambda: adapters.merged(methods.average(), {"w": jnp.zeros((3, 3))}, [ONE]),
+    r"the adapter of 'w' is for a matrix \[2, 3\] of outputs and inputs, but 'w' is \[3, 3\]",
+  ),
+  "merge of NaN": (
+    lambda: adapters.merged(
+      methods.average(),
+      {"w": jnp.zeros((2, 3))},
+      [ONE, {"w": ONE["w"]._replace(scale=float("nan"))}],
+      names=("good", "bad"),
+    ),
+    "leaf 'w' of model bad has NaN or infinity",
+  ),
+  "names of a merge": (
+    lambda: adapters.merged(methods.average(), {"w": jnp.zeros((2, 3))}, [ONE], names=("a", "b")),
+    "names must be 1 different names",
+  ),
+  "nothing to extract": (
+    lambda: adapters.extracted({"w": jnp.zeros(3)}, {"w": jnp.ones(3)}, ["v"], 1),
+    "the model has no matrix 'v'.* Known: w",
+  ),
+  "other models": (
+    lambda: adapters.extracted({"w": jnp.zeros(3)}, {"w": jnp.ones(2)}, ["w"], 1),
+    r"leaf 'w' is \(3,\) in the base but \(2,\) in the model",
+  ),
   "rank": (lambda: adapters.recompressed(ONE, 0), "rank must be at least 1, got 0"),
+  "extracted rank": (
+    lambda: adapters.extracted({"w": jnp.zeros((2, 3))}, {"w": jnp.ones((2, 3))}, ["w"], -1),
+    "rank must be at least 1, got -1",
+  ),
   "tasks": (
     lambda: bundles.rmm([ONE, TWO], ("a", "b")),
     r"matrix 'w': its factors are .* in 'b', but .* in 'a'",
@@ -218,7 +425,7 @@ def test_more_directions_lose_less():
   every = drawn((4,) * 6)
   names = [str(k) for k in range(6)]
   left = []
-  for p in range(5):
+  for p in (0, 2, 4):
     bundle = bundles.rmm(every, names, components=p)
     made = [bundle.for_task(n)["up"].b for n in names]
     left.append(sum(float(jnp.sum((m - x["up"].b) ** 2)) for m, x in zip(made, every, strict=True)))
