@@ -175,6 +175,7 @@ def opcm(
   base: Tree,
   scale: float = _opcm["scale"].default,
   alpha: float = _opcm["alpha"].default,
+  rank_tol: float = _opcm["rank_tol"].default,
   *,
   layout: Sequence[tuple[str, str]] = (),
 ) -> Running:
@@ -186,7 +187,7 @@ def opcm(
   Args:
     base: what the models were tuned from.
     scale: factor on the merged task vector.
-    alpha: see `methods.opcm`.
+    alpha, rank_tol: see `methods.opcm`.
     layout: matrix views; leaves without one are added up.
 
   Raises:
@@ -203,7 +204,7 @@ def opcm(
     [[2.236 1.491]
      [1.491 0.745]]
   """
-  catalog.check("opcm", {"scale": scale, "alpha": alpha})
+  catalog.check("opcm", {"scale": scale, "alpha": alpha, "rank_tol": rank_tol})
   table, bases = views.check(layout), tree.named(base)
 
   def init(params: Tree) -> State:
@@ -234,7 +235,7 @@ def opcm(
 
   def _in_turn(pair: Any, _: Any) -> Any:
     held, tau = pair
-    return (held + subspaces.projected(tau, held, alpha))[None]
+    return (held + subspaces.projected(tau, held, alpha, rank_tol))[None]
 
   @jax.jit
   def scaled(state: State, bases: Any) -> Tree:

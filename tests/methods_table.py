@@ -26,7 +26,6 @@ class Row(NamedTuple):
     based: the transcription takes the base as well.
     steep: rounding errors grow: which direction is the first, which of two near zero counts, or how
       far a descent has come hangs by them. Random models have something in common then.
-    low: matrices of low rank have the transcription's result; it may fill up their directions.
     atol: how far results may be apart whose sums are made in another order.
   """
 
@@ -41,7 +40,6 @@ class Row(NamedTuple):
   weights: bool = False
   based: bool = False
   steep: bool = False
-  low: bool = True
   atol: float = 1e-6
 
   def options(self, **more):
@@ -355,7 +353,12 @@ TABLE = {
   "doge": Row(
     methods.doge(0.5, 0.5, 0.3, 3, 1e-3, 20),
     _doge,
-    {"eta": (0.5, 0.0, 1.0), "density": (0.3, 0.7, 1.0), "learning_rate": (1e-3, 0.0, 1e-4)},
+    {
+      "eta": (0.5, 0.0, 1.0),
+      "density": (0.3, 0.7, 1.0),
+      "learning_rate": (1e-3, 0.0, 1e-4),
+      "rank_tol": (1e-6, 0.0, 1e-3),
+    },
     summed=True,
     homogeneous=False,
     one=False,  # The directions of one task are all shared: which are the first is arbitrary.
@@ -363,7 +366,12 @@ TABLE = {
   **{f"drm, {direction}": _drm(direction) for direction in ("vertical", "horizontal")},
   "lore": _lore(0.3, True, 5, "mean"),
   "lore, elected": _lore(0.3, True, 5, "elected"),
-  "opcm": Row(methods.opcm(0.5), _opcm, {"alpha": (0.5, 0.0, 1.0)}, summed=True, low=False),
+  "opcm": Row(
+    methods.opcm(0.5),
+    _opcm,
+    {"alpha": (0.5, 0.0, 1.0), "rank_tol": (1e-6, 0.0, 1e-3)},
+    summed=True,
+  ),
   "widen": Row(
     methods.widen(0.5, 1.2, 0.8),
     _widen,

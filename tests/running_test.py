@@ -75,7 +75,8 @@ def test_masks_depend_on_names_alone():
 
 def test_opcm_is_that_of_the_stack_after_every_model():
   """The state stays as large as one model, and nothing is lost by stopping to look."""
-  merge = running.opcm(BASE, 0.5, 0.4, layout=small.VIEWS)
+  settings = (0.5, 0.4, 0.3)
+  merge = running.opcm(BASE, *settings, layout=small.VIEWS)
   state = merge.init(BASE)
   shapes = jax.tree.map(jnp.shape, state)
   for k in range(4):
@@ -83,7 +84,7 @@ def test_opcm_is_that_of_the_stack_after_every_model():
     assert jax.tree.map(jnp.shape, state) == shapes
     if k in (0, 3):
       some = {n: x[: k + 1] for n, x in MODELS.items()}
-      expected = jaxmerge.merge(methods.opcm(0.5, 0.4), BASE, some, layout=small.VIEWS)
+      expected = jaxmerge.merge(methods.opcm(*settings), BASE, some, layout=small.VIEWS)
       small.close(jax.device_get(merge.finalize(state)), jax.device_get(expected), 2e-6)
 
 

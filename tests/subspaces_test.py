@@ -40,14 +40,14 @@ def test_worked_example(method, matrices, expected):
 )
 def test_what_is_added_avoids_the_directions(alpha, zeros):
   tau = np.arange(1.0, 17).reshape(4, 4)
-  found = subspaces.projected(jnp.asarray(tau), jnp.diag(jnp.array([4.0, 3, 2, 1])), alpha)
+  found = subspaces.projected(jnp.asarray(tau), jnp.diag(jnp.array([4.0, 3, 2, 1])), alpha, 1e-6)
   close(found, np.where(zeros, 0, tau), atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(4, 9), (9, 4), (5, 5)])
 def test_what_is_added_is_orthogonal_to_what_is_held(shape):
   held, tau = (np.asarray(x, np.float32) for x in drawn(2, *shape))
-  found = np.asarray(subspaces.projected(jnp.asarray(tau), jnp.asarray(held), 0.3))
+  found = np.asarray(subspaces.projected(jnp.asarray(tau), jnp.asarray(held), 0.3, 1e-6))
   assert abs(np.sum(found * held)) < 1e-4 * np.linalg.norm(tau) * np.linalg.norm(held)
 
 
@@ -160,6 +160,38 @@ def test_without_a_view_signs_are_elected():
   x = {"w": jnp.array([[1.0, -1.0, 2.0], [1.0, 2.0, -2.0]])}
   found = jaxmerge.blend(methods.drm(), x)["w"]
   close(found, [1.0, 2.0, 2.0])
+
+
+ADAPTED = {
+  "opcm": (
+    methods.opcm(),
+    lambda taus: transcribed.opcm(taus, 0.5, (("w", "oi"),)),
+  ),
+  "doge": (
+    methods.doge(learning_rate=1e-5, steps=20),
+    lambda taus: transcribed.doge(taus, 1.0, 0.07, 0.3, 6, 1e-5, 20, (("w", "oi"),)),
+  ),
+}
+
+
+@pytest.mark.parametrize("name", ADAPTED)
+def test_directions_of_adapters_are_those_that_they_have(name):
+  """Also where they were added to a base: what float32 left of a subtraction is no direction."""
+  method, rule = ADAPTED[name]
+  base = np.random.default_rng(1).normal(size=(24, 32)).astype(np.float32) / 20
+  exact = np.asarray(drawn(3, 24, 32, rank=4), np.float32) / 20000
+  again = (base + exact) - base
+  tol = np.finfo(np.float32).eps * np.linalg.norm(base) / np.linalg.norm(exact[0])
+  expected = rule([{"w": x.astype(np.float64)} for x in exact])["w"]
+
+  def far(tau, tol):
+    options = {"aux": {"rank_tol": tol}, "layout": (("w", "oi"),)}
+    found = np.asarray(jaxmerge.blend(method, {"w": jnp.asarray(tau)}, **options)["w"])
+    return np.linalg.norm(found - expected) / np.linalg.norm(expected)
+
+  assert far(exact, 1e-6) < 1e-5
+  assert far(again, tol) < 1e-4
+  assert far(again, 1e-6) > 1e-2
 
 
 @pytest.mark.parametrize(

@@ -110,6 +110,7 @@ def doge(
   subspace: int = _doge["subspace"].default,
   learning_rate: float = _doge["learning_rate"].default,
   steps: int = _doge["steps"].default,
+  rank_tol: float = _doge["rank_tol"].default,
 ) -> Method:
   """Adds a correction to all task matrices that brings their sum nearer to each of them.
 
@@ -126,6 +127,8 @@ def doge(
     subspace: of r = min(outputs, inputs) directions, floor(r / subspace) are shared.
     learning_rate: of Adam.
     steps: of descent; none leave x at 0.
+    rank_tol: singular values up to this share of the largest are zero, and not shared; so are those
+      of what the tasks' directions span.
 
   Reference: Wei et al. 2025, Adaptive projective gradient descent (arXiv:2501.01230), DOGE TA.
 
@@ -136,19 +139,19 @@ def doge(
     >>> print(jaxmerge.blend(method, x, layout=(("w", "oi"),))["w"])
     [[0.6 0. ] [0.  0.8]]
   """
-  settings = {"density": density, "eta": eta, "learning_rate": learning_rate}
+  settings = {"density": density, "eta": eta, "learning_rate": learning_rate, "rank_tol": rank_tol}
   catalog.check("doge", {**settings, "scale": scale, "subspace": subspace, "steps": steps})
 
   def init(group: Group) -> dict[str, Any]:
     return {"kept": counting.share(group.number("density"), group.size, group.height, more=1)}
 
   def update(x: Array, leaf: Leaf, known: Any) -> Array:
-    K, r = x.shape[0], min(x.shape[1:])
+    K, r, tol = x.shape[0], min(x.shape[1:]), leaf.scalar("rank_tol", x)
     some = jnp.any(x != 0, axis=(1, 2), keepdims=True)
     rates = jnp.where(some, leaf.scalar("eta", x) / jnp.sqrt(_squares(x)), 0)
     held, weight = _added(x * rates), jnp.sum(rates)
-    each = spectral.svd(x)[0][..., : r // K].transpose(1, 0, 2).reshape(1, x.shape[1], -1)
-    shared = spectral.svd(each)[0][0, :, : r // subspace] if each.shape[2] else each[0]
+    each = spectral.svd(x, tol)[0][..., : r // K].transpose(1, 0, 2).reshape(1, x.shape[1], -1)
+    shared = spectral.svd(each, tol)[0][0, :, : r // subspace] if each.shape[2] else each[0]
 
     def gradient(moved: Array) -> Array:
       gaps = jnp.sum(x * (x - (held + weight * moved)[None]), axis=2, keepdims=True)

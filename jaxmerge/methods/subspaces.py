@@ -162,7 +162,11 @@ def _mean(x: Array) -> Array:
   return jnp.sum(x, axis=0, keepdims=True) * (1 / x.shape[0])
 
 
-def opcm(scale: float = _opcm["scale"].default, alpha: float = _opcm["alpha"].default) -> Method:
+def opcm(
+  scale: float = _opcm["scale"].default,
+  alpha: float = _opcm["alpha"].default,
+  rank_tol: float = _opcm["rank_tol"].default,
+) -> Method:
   """Adds one model after the other, each where those before it have left room.
 
   To the matrix M of the models before, a task matrix is added without its part on the singular
@@ -177,6 +181,7 @@ def opcm(scale: float = _opcm["scale"].default, alpha: float = _opcm["alpha"].de
   Args:
     scale: factor on the merged task vector.
     alpha: the larger, the more directions are kept clear of what comes later.
+    rank_tol: singular values of M up to this share of the largest are zero, and no directions.
 
   Reference: Tang et al. 2025, Merging models on the fly (arXiv:2501.09522).
 
@@ -187,13 +192,14 @@ def opcm(scale: float = _opcm["scale"].default, alpha: float = _opcm["alpha"].de
     [[2.236 1.491]
      [1.491 0.745]]
   """
-  catalog.check("opcm", {"scale": scale, "alpha": alpha})
+  given = {"alpha": alpha, "rank_tol": rank_tol}
+  catalog.check("opcm", {**given, "scale": scale})
 
   def update(x: Array, leaf: Leaf, known: Any) -> Array:
-    alpha = leaf.scalar("alpha", x)
+    alpha, tol = leaf.scalar("alpha", x), leaf.scalar("rank_tol", x)
 
     def add(held: Array, tau: Array) -> tuple[Array, None]:
-      return held + projected(tau, held, alpha), None
+      return held + projected(tau, held, alpha, tol), None
 
     return lax.scan(add, x[0], x[1:])[0][None]
 
@@ -212,20 +218,24 @@ def opcm(scale: float = _opcm["scale"].default, alpha: float = _opcm["alpha"].de
   def scaled(pair: tuple[Array, Array], leaf: Leaf, known: Any) -> Array:
     return pair[1] * known["factor"]
 
-  in_turn = spectral.by_matrix(update, {"alpha": alpha}, rest, ordered=True)
+  in_turn = spectral.by_matrix(update, given, rest, ordered=True)
   last = Stage(scaled, (Sum("factor", squares, finish=factor),))
   return chain(join(in_turn, last), averaging.scaled(scale))
 
 
-def projected(tau: Array, held: Array, alpha: Array | float) -> Array:
+def projected(tau: Array, held: Array, alpha: Array | float, tol: Array | float) -> Array:
   """Returns what a task matrix adds outside the directions of another: [m, n] -> [m, n].
+
+  Singular values of the other up to `tol` of the largest are no directions.
 
   Example:
     >>> held, tau = jnp.diag(jnp.array([4.0, 1.0])), jnp.array([[1.0, 2.0], [3.0, 4.0]])
-    >>> projected(tau, held, 0.5).round(4).tolist()
+    >>> projected(tau, held, 0.5, 1e-6).round(4).tolist()
     [[0.0, 2.0], [3.0, 0.0]]
+    >>> projected(tau, held, 0.5, 0.3).round(4).tolist()
+    [[0.0, 2.0], [3.0, 4.0]]
   """
-  u, s, v = (y[0] for y in spectral.svd(held[None]))
+  u, s, v = (y[0] for y in spectral.svd(held[None], tol))
   k = jnp.sum(jnp.cumsum(s) <= alpha * jnp.sum(s))  # Before the first sum that is larger.
   place = jnp.arange(s.shape[0])
   block = (place[:, None] < k) & (place[None] < k)

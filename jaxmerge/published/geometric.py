@@ -160,6 +160,7 @@ METHODS: Mapping[str, Entry] = {
       "alpha": Parameter(
         0.5, "share of the singular values whose directions are kept clear", low=0.0, high=1.0
       ),
+      "rank_tol": _RANK_TOL,
     },
     reads=2,
     unit="matrix",
@@ -207,6 +208,7 @@ METHODS: Mapping[str, Entry] = {
         6, "one in so many directions is shared", low=1, integer=True, static=True
       ),
       **{n: _DESCENT[n]._replace(default=v) for n, v in (("learning_rate", 1e-4), ("steps", 400))},
+      "rank_tol": _RANK_TOL,
     },
     reads=2,
     unit="matrix",

@@ -78,7 +78,7 @@ def lore_sweep(xs, parts, mu):
 
 
 def opcm(taus, alpha, views):
-  """As the authors: full bases, and scaled after each model."""
+  """As the authors, scaled after each model; but directions of value zero are none."""
   views = dict(views)
   merged, last = taus[0], 1.0
   norms = [np.sqrt(sum(np.sum(x * x) for x in t.values())) for t in taus]
@@ -98,14 +98,14 @@ def opcm(taus, alpha, views):
 
 
 def outside(tau, held, alpha):
-  u, s, vt = np.linalg.svd(held, full_matrices=True)
-  if not s.any():
+  u, s, vt = first(held, len(held))
+  if not s.size:
     return tau
   k = int(np.argmax(np.cumsum(s) / s.sum() > alpha))
   q = u.T @ tau @ vt.T
-  np.fill_diagonal(q, 0)
-  q[:k, :k] = 0
-  return u @ q @ vt
+  left = q - np.diag(np.diag(q))
+  left[:k, :k] = 0
+  return tau - u @ (q - left) @ vt
 
 
 def doge_shared(xs, subspace):
