@@ -1,6 +1,7 @@
 """Every method in every way to run it: one table.
 
-The rows are the methods (`methods_table.py`), each test is a column. Bits are compared wherever the
+The rows are the methods (`methods_table.py`), each test is a column, of all rows or of some
+(`methods_columns.py`). Bits are compared wherever the
 sums are made in the same order; elsewhere to `ATOL`, a few units in the last place of float32
 weights near 1.
 
@@ -20,51 +21,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from methods_columns import COLUMNS, EXCEPT, MAIN, METHOD
 from methods_table import EIGHT, SEED, SLACKS, TABLE, WEIGHT
 from reference import basics
 
 import jaxmerge
-from jaxmerge import memory, stage, streaming
+from jaxmerge import catalog, memory, stage, streaming
 
 ATOL = 2e-6
-# These share their stages with other rows: the columns about drivers leave them out.
-VARIANTS = {
-  "task_arithmetic, normalized",
-  "ties by leaf, exact, l1",
-  "ties by count, sum",
-  "ties, max",
-  "dare, normalized",
-  "dare_ties",
-  "breadcrumbs by tree",
-  "breadcrumbs by leaf, remove",
-  "breadcrumbs by row, remove",
-  "breadcrumbs_ties",
-  "della, l1",
-  "della_linear",
-  "nuslerp by leaf",
-  "nuslerp by column",
-  "multislerp",
-  "model_stock by row",
-  "sce of a third",
-  "ram",
-  "ramplus_tl by tree",
-  "portllm",
-  "ties_slack",
-  "lwptv by norm",
-  "lwptv by size",
-  "drm, horizontal",
-  "lore, elected",
-  "flag of two, pairs",
-  "passthrough",
-  "checkpoint_average, wma",
-  "checkpoint_average, ema from zero",
-  "dare, l1",
-  "dare, linf",
-  "dare, None",
-  "krum by leaf",
-  "ties by leaf, exact",
-}
-MAIN = [n for n in TABLE if n not in VARIANTS]
 rows = pytest.mark.parametrize("name", TABLE)
 GROUPS = {
   f"{names[0]} and on": names
@@ -88,9 +52,9 @@ def merged(row, base, models, **options):
   )
 
 
-def of(group, but=()):
+def of(group, column):
   """The rows of a group that a column is about."""
-  return [n for n in GROUPS[group] if n not in but]
+  return [n for n in GROUPS[group] if n in COLUMNS[column]]
 
 
 @functools.cache
@@ -151,6 +115,17 @@ def expected(row, base, models):
   """Base plus the transcription's task vector; integers are the base's."""
   tau = row.oracle(basics.deltas(base, models), draw, *([base] if row.based else []))
   return {n: base[n] + tau[n] if n in tau else base[n] for n in base}
+
+
+def test_each_method_is_in_each_column():
+  """Or it is said why not."""
+  assert catalog.METHODS.keys() == set(METHOD.values())
+  assert COLUMNS.keys() == EXCEPT.keys()
+  for column, names in COLUMNS.items():
+    missing = catalog.METHODS.keys() - {METHOD[n] for n in names}
+    reasons = EXCEPT[column]
+    assert missing <= set().union(*reasons.values()), column
+    assert all(own & missing for own in reasons.values()), column
 
 
 @rows
@@ -329,11 +304,9 @@ def test_two_four_and_eight_devices(group, layout):
   """
   sides, other, kind = LAYOUTS[layout]
   count = math.prod(sides)
-  names = of(group, () if layout == "explicit" else VARIANTS)
-  if layout == "columns":
-    names = [n for n in names if any(s.unit != "entry" for s in TABLE[n].method)]
-  if layout == "tasks":
-    names = [n for n in names if TABLE[n].height == 4]
+  columns = {"columns": "devices by columns", "tasks": "devices by tasks, eight models"}
+  names = of(group, columns.get(layout, "devices by rows"))
+  names = GROUPS[group] if layout == "explicit" else names
   if not names:
     return
   given, out = few(group)
@@ -392,7 +365,7 @@ def test_two_four_and_eight_devices(group, layout):
   check_each(names, check)
 
 
-@pytest.mark.parametrize("name", MAIN)
+@pytest.mark.parametrize("name", COLUMNS["slices"])
 def test_slices_give_the_bits_of_whole_leaves(name):
   """Slices of three rows and of two; methods of entries get them in one row."""
   row = TABLE[name]
@@ -441,7 +414,7 @@ def test_two_layouts_give_one_model():
 @groups
 def test_bfloat16_in_and_out(group):
   """Computed in float32 and rounded once: the bits of the float32 merge, rounded."""
-  names = tuple(of(group, VARIANTS))
+  names = tuple(of(group, "bfloat16"))
   low = lambda x: np.asarray(x, jnp.bfloat16) if x.dtype == np.float32 else x  # noqa: E731
   wide = lambda x: np.asarray(x, np.float32) if x.dtype == jnp.bfloat16 else x  # noqa: E731
   given, _ = few(group)
@@ -451,17 +424,53 @@ def test_bfloat16_in_and_out(group):
   check_each(names, lambda n: small.same(found[n], jax.tree.map(low, out[n])))
 
 
+@functools.cache
+def ones(group):
+  """The rows of a group that take one model, and their arguments."""
+  names = tuple(of(group, "one model"))
+  return names, {n: (*TABLE[n].trees(small.FEW, 1), numbers(n, 1)) for n in names}
+
+
 @groups
 def test_one_task(group):
-  names = of(group, {n for n in VARIANTS if TABLE[n].one})
-  given = {n: (*TABLE[n].trees(small.FEW, 1), numbers(n, 1)) for n in names}
-  ones = tuple(n for n in names if TABLE[n].one)
-  found = program(ones)(given)
-  check_each(ones, lambda n: small.close(found[n], expected(TABLE[n], *given[n][:2]), ATOL))
-  for n in names:
-    if not TABLE[n].one and (TABLE[n].height == 2 or "stock" in n):
-      with pytest.raises(ValueError, match=r"merges 2 (or more )?models, got 1"):
-        merged(TABLE[n], *given[n][:2], aux=given[n][2])
+  names, given = ones(group)
+  found = program(names)(given)
+  check_each(names, lambda n: small.close(found[n], expected(TABLE[n], *given[n][:2]), ATOL))
+
+
+@pytest.mark.parametrize("name", [n for n in TABLE if catalog.entry(METHOD[n]).models[0] > 1])
+def test_more_than_one_task_is_asked_for(name):
+  with pytest.raises(ValueError, match=r"models?, got 1|there are 1 models"):
+    merged(TABLE[name], *TABLE[name].trees(small.FEW, 1))
+
+
+# With these numbers nothing is pruned, left out or weighed.
+WHOLE = {"scale": 1, "density": 1, "keep": 1, "calibrated": 1} | dict.fromkeys(
+  ("drop_rate", "remove", "prune_ratio", "threshold", "least", "boost", "rank_tol"), 0
+)
+
+
+@groups
+def test_one_model_comes_back(group):
+  """Where nothing is pruned, at scale 1; of a method that takes more, from copies of it."""
+
+  def whole(n, aux):
+    return {m: np.full_like(v, WHOLE[m]) if m in WHOLE else v for m, v in aux.items()}
+
+  names, given = ones(group)
+  found = program(names)({n: (base, own, whole(n, aux)) for n, (base, own, aux) in given.items()})
+  for n in [n for n in of(group, "one model comes back") if n not in names]:
+    base, own, _ = eager(n)
+    given[n] = (base, {m: np.stack([x[0]] * len(x)) for m, x in own.items()}, None)
+    found[n] = merged(TABLE[n], *given[n][:2], aux=whole(n, numbers(n)))
+
+  def check(n):
+    base, models, _ = given[n]
+    own = {m: x[0] if m != "steps" else base[m] for m, x in models.items()}
+    small.close(found[n], own, ATOL)
+    assert np.abs(found[n]["matrix"] - base["matrix"]).max() > 0.1
+
+  check_each(of(group, "one model comes back"), check)
 
 
 @rows
@@ -480,13 +489,10 @@ def test_inputs_are_left_alone_and_give_the_same_bits_again(name):
   small.same(models, before[1])
 
 
-UNORDERED = [n for n, r in TABLE.items() if not (stage.ordered(r.method) or r.seeded)]
-
-
-@pytest.mark.parametrize("name", [n for n in UNORDERED if TABLE[n].height == 4])
+@pytest.mark.parametrize("name", [n for n in COLUMNS["any order"] if not TABLE[n].seeded])
 def test_order_does_not_matter_to_a_method(name):
   base, models, out = eager(name)
-  order = np.array([2, 0, 3, 1])
+  order = np.array([2, 0, 3, 1]) if TABLE[name].height == 4 else np.arange(TABLE[name].height)[::-1]
   turned = {n: x[order] for n, x in models.items()}
   aux = {
     n: [v[k] for k in order]
@@ -496,9 +502,10 @@ def test_order_does_not_matter_to_a_method(name):
   small.close(merged(TABLE[name], base, turned, aux=aux), out, max(ATOL, TABLE[name].atol))
 
 
-@pytest.mark.parametrize(
-  "name", ["average", "ties by leaf, exact, l1", "dare, inverse", "iso_c", "magmax"]
-)
+SEEDED = [n for n in COLUMNS["any order"] if TABLE[n].seeded and n in MAIN]
+
+
+@pytest.mark.parametrize("name", ["average", "ties by leaf, exact, l1", *SEEDED, "iso_c", "magmax"])
 def test_named_models_give_the_same_bits_in_any_order(name):
   """The driver's doing; methods to which the order matters get it as it is."""
   row = TABLE[name]
