@@ -16,7 +16,7 @@ from hypothesis.extra import numpy as arrays
 from reference import basics
 from reference import bundles as transcribed
 
-from jaxmerge import bundles, methods
+from jaxmerge import adapters, bundles, methods
 from jaxmerge.io import safetensors
 
 NAMES = ("red", "green", "blue")
@@ -129,6 +129,75 @@ def test_larger_thresholds_mask_more():
 def test_what_is_shared_may_be_merged_by_any_method():
   bundle = example(bundles.tall_masks, method=methods.ties(0.5, reduce="sum"))
   close(bundle.shared["w"], [1.4, -0.5, -0.8, 0.7, -0.8, -0.4])
+
+
+def models_of(base, models, names, *, make):
+  """What each task gets back: {name: model}."""
+  bundle = make(base, models, names=names)
+  return {n: jax.tree.map(np.asarray, bundle.for_task(n)) for n in names}
+
+
+def factors_of(base, models, names):
+  """The same of `rmm`: its models are factors, and have no base."""
+  pairs = zip(models["matrix"], models["cube"].reshape(-1, 3, 8), strict=True)
+  each = [{"w": adapters.Lora(jnp.asarray(a), jnp.asarray(b))} for a, b in pairs]
+  bundle = bundles.rmm(each, names)
+  own = {n: bundle.for_task(n)["w"] for n in names}
+  return {n: {"matrix": np.asarray(x.a), "cube": np.asarray(x.b)} for n, x in own.items()}
+
+
+SERVED = {
+  "emr": functools.partial(models_of, make=bundles.emr),
+  "emr by tree": functools.partial(models_of, make=functools.partial(bundles.emr, ratio="tree")),
+  "tall_masks": functools.partial(models_of, make=bundles.tall_masks),
+  "rmm": factors_of,
+}
+served = pytest.mark.parametrize("serve", SERVED.values(), ids=SERVED)
+
+
+@served
+def test_models_that_are_the_base_give_it_to_each_task(serve):
+  base, models = small.trees(height=3)
+  same = {n: np.stack([base[n]] * 3) for n in models}
+  for own in serve(base, same, NAMES).values():
+    agree = small.close if serve is factors_of else small.same  # A mean of three is rounded.
+    agree({n: x.reshape(base[n].shape) for n, x in own.items()}, {n: base[n] for n in own})
+
+
+@served
+def test_inputs_are_left_alone_and_tasks_get_the_same_bits_again(serve):
+  base, models = small.trees(height=3)
+  before = jax.tree.map(np.copy, (base, models))
+  first, second = serve(base, models, NAMES), serve(base, models, NAMES)
+  small.same(base, before[0])
+  small.same(models, before[1])
+  for name, own in first.items():
+    small.same(own, second[name])
+    assert all(x.dtype == base[n].dtype and x.size == base[n].size for n, x in own.items())
+
+
+@served
+def test_the_order_of_tasks_does_not_matter(serve):
+  base, models = small.trees(height=3)
+  order = [2, 0, 1]
+  turned = {n: x[order] for n, x in models.items()}
+  first = serve(base, models, NAMES)
+  second = serve(base, turned, [NAMES[k] for k in order])
+  for name in NAMES:
+    small.close(second[name], first[name], 4e-6)
+
+
+@served
+def test_twice_the_task_vectors_give_each_task_twice_as_much(serve):
+  """Masks and scales are the same."""
+  base, models = small.trees(height=3)
+  tau = {n: x - base[n][None] if x.dtype == np.float32 else x for n, x in models.items()}
+  zero = jax.tree.map(np.zeros_like, base)
+  once = serve(zero, tau, NAMES)
+  twice = serve(zero, {n: 2 * x if x.dtype == np.float32 else x for n, x in tau.items()}, NAMES)
+  for name, own in once.items():
+    small.close(twice[name], {n: 2 * x for n, x in own.items()}, 4e-6)
+    assert np.abs(own["matrix"]).max() > 0.1
 
 
 @pytest.mark.parametrize("make", [bundles.emr, bundles.tall_masks])
