@@ -480,6 +480,41 @@ def test_empty_task_vectors_give_the_base(name):
   small.same(merged(TABLE[name], base, same), base)
 
 
+def test_a_method_that_acts_on_no_leaf_merges_none():
+  """Several models are left then, and the leaf is named; a single one passes by as it is."""
+
+  def check(n):
+    row = TABLE[n]
+    none = stage.masked(row.method, lambda leaf: False)
+    base, models = row.trees(small.ALL)
+    if row.height == 1:
+      own = jaxmerge.merge(none, base, models, **row.options())
+      small.close(own, {m: x[0] if m != "steps" else base[m] for m, x in models.items()})
+      return
+    for merge in (jaxmerge.merge, streaming.merge_slices):
+      with pytest.raises(ValueError, match=f"no combiner touched leaf '.*': {row.height} models"):
+        merge(none, base, models, **row.options())
+
+  check_each(TABLE, check)
+
+
+def test_beside_another_a_method_that_acts_on_no_leaf_does_nothing():
+  given = {n: r.trees(small.FEW) for n, r in TABLE.items()}
+  first = stage.pointwise(lambda x: x[:1], combines=True)
+  both = {
+    n: stage.chain(stage.masked(r.method, lambda leaf: False), first) for n, r in TABLE.items()
+  }
+
+  @jax.jit
+  def run(given):
+    return {n: jaxmerge.merge(both[n], *own, **TABLE[n].options()) for n, own in given.items()}
+
+  found = jax.device_get(run(given))
+  for n, (base, models) in given.items():
+    zero = base["matrix"]
+    small.same(found[n], {**base, "matrix": zero + (models["matrix"][0] - zero)})
+
+
 @rows
 def test_inputs_are_left_alone_and_give_the_same_bits_again(name):
   base, models, out = eager(name)
