@@ -5,8 +5,8 @@ import pytest
 import small_tasks as small
 
 import jaxmerge
+from jaxmerge import catalog, methods, stage
 from jaxmerge import mesh as meshes
-from jaxmerge import methods
 from jaxmerge.atm import baselines, loop, settings
 
 NAMES = ("ant", "bee", "cat", "dog", "eel")
@@ -50,3 +50,51 @@ def test_a_round_merges_what_was_tuned(tuned, name, at_once):
   )
   assert np.abs(expected["dense"]["kernel"] - start["dense"]["kernel"]).max() > 1e-3
   small.assert_close(found.params, expected, rtol=1e-5, atol=1e-5)
+
+
+# Numbers that methods share, and whose defaults differ.
+COMMON = dict(scale=0.5, density=0.5, alpha=0.5, threshold=1e-3, learning_rate=1e-4, rank_tol=1e-6)
+
+
+def together(names):
+  """Few methods of many: each acts on the leaves of its name, and they share what numbers they do.
+
+  A round is one program, and compiling it is what takes the time.
+  """
+  groups = []
+  for name in names:
+    own = {n: v for n, v in COMMON.items() if n in catalog.entry(name).parameters}
+    made = getattr(methods, name)(**own)
+    made = stage.masked(made, lambda leaf, room=f"{name}/": leaf.startswith(room))
+    for group in groups:
+      left, right = (stage.numbers(m) for m in (group["method"], made))
+      if all(left[n] == right[n] for n in left.keys() & right.keys()):
+        group["names"].append(name)
+        group["method"] = stage.chain(group["method"], made)
+        break
+    else:
+      groups.append({"names": [name], "method": made})
+  return groups
+
+
+@pytest.mark.slow
+def test_a_round_merges_by_each_method_of_the_catalog():
+  """That takes any number of models."""
+
+  def network(params, inputs, head):
+    return sum(inputs @ own["kernel"] for own in params.values()) @ head / len(params)
+
+  tasks, kernel = [small.classified(n, 4) for n in NAMES], small.weights()["dense"]["kernel"]
+  plain = chosen(outer="none", optimizer="sgd", clip_norm=0.0)
+  every = [n for n, e in catalog.METHODS.items() if e.models[1] is None]
+  one = meshes.make(1)
+  for group in together(every):
+    start = {n: {"kernel": kernel} for n in group["names"]}
+    copies, _ = baselines.experts(network, start, tasks, plain, mesh=one)
+    method = group["method"]
+    seed = {"seed": int(loop._seed(0, 0))} if "seed" in stage.numbers(method) else {}
+    expected = jaxmerge.merge(method, start, copies, names=NAMES, layout=LAYOUT, **seed)
+    found = loop.tune_and_merge(network, start, tasks, method, plain, mesh=one, layout=LAYOUT)
+    small.assert_close(found.params, expected, rtol=1e-5, atol=1e-6)
+    for name, own in expected.items():
+      assert np.abs(own["kernel"] - kernel).max() > 1e-4, name
