@@ -237,6 +237,8 @@ def _numbers(
 ) -> ranking.Numbers:
   """The values that some statistics rank, one row per statistic and model."""
   static = {"before": run.method[:i], "step": run.method[i], "rank": ranks[0], "own": own}
+  # Entries are ranked: what the stage itself needs whole, its update does.
+  run = run._replace(method=run.method[:i])
   size = sum(math.prod(run.shapes[n]) for n in members)
   ranges = [(n, *ends) for n in members for ends in slicing.ranges(run, n, run.entries)]
 
@@ -245,7 +247,7 @@ def _numbers(
   ) -> tuple[Parts, dict[str, Any]]:
     parts = slicing.read(run, name, start, stop, ahead=ahead)
     form = slicing.form_of(run, name)
-    seen = _ranked(run, parts, slicing.known_of(run, name, known, parts), run.method[:i], form)
+    seen = _ranked(run, parts, slicing.known_of(run, name, known, parts), run.method, form)
     return parts, {"known": seen, "form": form, **static}
 
   def picked(name: str, start: int, parts: Parts, told: Any, columns: np.ndarray) -> np.ndarray:

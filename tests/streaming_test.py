@@ -230,6 +230,16 @@ def test_leaves_that_are_measured_alone_are_merged_before_the_next_is_read():
   assert names != sorted(names)
 
 
+def test_entries_are_ranked_in_slices_though_matrices_are_updated_whole():
+  """But for the sample, here the whole leaf, and the update itself."""
+  base, models = small.trees(("matrix", "steps"))
+  reads, _ = collected(methods.doge(steps=1), base, models, entries=10, layout=small.VIEWS)
+  size = base["matrix"].size
+  sizes = [stop - start for name, start, stop in reads if name == "matrix"]
+  assert sizes.count(size) == 2
+  assert sizes.count(10) == size // 10
+
+
 @pytest.mark.parametrize("at", [0, 40, 300, 900])
 def test_nan_is_found_beyond_what_a_sample_has_seen(at, monkeypatch):
   """A sample looks at the first entries of a leaf, before its slices come in order."""
