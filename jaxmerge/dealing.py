@@ -8,13 +8,14 @@ all devices, worked on one after the other there, and brought back.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple  # Any: what goes with a matrix is a tree of arrays.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxmerge import unrolling, views
@@ -28,11 +29,12 @@ class Deal(NamedTuple):
   """How matrices are dealt.
 
   Attributes:
-    mesh: all its devices take part; None: matrices stay where the compiler has them.
+    mesh: all its devices take part; None: matrices stay where the compiler has them. An abstract
+      one in a program that a caller compiles.
     chains: whether sums over models are chains, as elsewhere in the program; see `unrolling`.
   """
 
-  mesh: Mesh | None = None
+  mesh: Mesh | AbstractMesh | None = None
   chains: bool | None = False
 
 
@@ -115,8 +117,8 @@ def dealt(f: Rule, hands: Mapping[str, Hand], deal: Deal) -> dict[str, Array]:
     bases = [own for n in names if (own := _base(hands[n])) is not None]
     base = jnp.concatenate(bases) if bases else None
     more = jax.tree.map(lambda *v: jnp.stack(v), *[hands[n].more for n in names])
-    whose = jnp.repeat(jnp.arange(len(names)), jnp.array(counts), total_repeat_length=sum(counts))
-    own = unrolling.chosen(f, deal.chains)
+    whose = np.repeat(np.arange(len(names)), counts)
+    own = unrolling.chosen(lambda _: f, deal.chains)
     ys = _worked(own, (xs, base, jax.tree.map(lambda v: v[whose], more)), deal.mesh)
     starts = [sum(counts[:i]) for i in range(len(names))]
     for name, start, count in zip(names, starts, counts, strict=True):
@@ -124,7 +126,7 @@ def dealt(f: Rule, hands: Mapping[str, Hand], deal: Deal) -> dict[str, Array]:
   return out
 
 
-def _worked(f: Rule, given: Any, mesh: Mesh | None) -> Array:
+def _worked(f: Rule, given: Any, mesh: Mesh | AbstractMesh | None) -> Array:
   """Deals, works, and collects: each of given [n, ...] -> [n, M, rows, columns]."""
   each = lambda given: lax.map(lambda one: f(*one), given)  # noqa: E731
   if mesh is None:
@@ -162,11 +164,40 @@ def _back(ys: Array, hand: Hand) -> Array:
 def of(arrays: Iterable[Any], chains: bool | None) -> Deal:
   """Returns how matrices of these arrays are dealt: over the mesh that shards them, if one does.
 
+  Of traced arrays it is the mesh of their type or, with automatic axes, of the context. Matrices
+  are not dealt over axes of two kinds, nor where some are taken: inside of a `shard_map`, or where
+  a `vmap` is over models that are sharded.
+
   >>> of([jnp.ones(3)], chains=True)
   Deal(mesh=None, chains=True)
   """
-  for x in arrays:
-    sharding = None if isinstance(x, jax.core.Tracer) else getattr(x, "sharding", None)
-    if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1:
-      return Deal(sharding.mesh if isinstance(sharding.mesh, Mesh) else None, chains)
-  return Deal(None, chains)
+  mesh = next((m for x in arrays for m in _meshes(x) if m.size > 1), None)
+  return Deal(mesh if mesh is not None and _are_free(mesh) else None, chains)
+
+
+def _meshes(x: Any) -> Iterator[Mesh | AbstractMesh]:
+  """The meshes that an array may lie on."""
+  traced = isinstance(x, jax.core.Tracer)
+  sharding = jax.typeof(x).sharding if traced else getattr(x, "sharding", None)
+  if isinstance(sharding, NamedSharding):
+    yield sharding.mesh
+  context = jax.sharding.get_abstract_mesh()
+  if traced and set(context.axis_types) == {AxisType.Auto}:
+    yield context
+
+
+def _are_free(mesh: Mesh | AbstractMesh) -> bool:
+  """Tells whether a `shard_map` can have all axes of a mesh here."""
+  seen = []
+
+  def look(x: Array) -> Array:
+    seen.append(set(jax.sharding.get_abstract_mesh().axis_types))
+    return x
+
+  if set(mesh.axis_types) not in ({AxisType.Auto}, {AxisType.Explicit}):
+    return False
+  if AxisType.Manual in jax.sharding.get_abstract_mesh().axis_types:
+    return False
+  whole = jax.ShapeDtypeStruct((), jnp.float32)
+  jax.eval_shape(jax.shard_map(look, mesh=mesh, in_specs=P(), out_specs=P()), whole)
+  return seen == [{AxisType.Manual}]

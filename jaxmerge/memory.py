@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple  # Any: trees and numbers of many kinds.
 
 import jax
@@ -31,7 +31,9 @@ def merge(
   """Merges task vectors and adds the result to the base: base + M(models - base).
 
   Computes in float32 or wider and returns the base's dtypes. Leaves that are not floating point are
-  copied from the base. Works under jit, vmap and grad, on sharded arrays too.
+  copied from the base. Works under jit, vmap and grad, on sharded arrays too: methods of matrices
+  share these out over the mesh, in a program of yours over that of its arrays' types or of
+  `jax.set_mesh`; where it knows of none, every device works on every matrix.
 
   Args:
     method: what `jaxmerge.methods` makes.
@@ -317,7 +319,11 @@ def _compiled(
     one = None if bases is None else bases[name]
     finite[name] = are_finite(one, None if reference is None else zero, x)
     deltas[name] = task_vectors(x, None if subtracted else zero)
-  run = functools.partial(transform, method, layout=layout, deal=deal)
+
+  def run(chains: bool) -> Callable[..., dict[str, Array]]:
+    own = deal._replace(chains=chains)
+    return functools.partial(transform, method, layout=layout, deal=own)
+
   merged = unrolling.chosen(run, deal.chains)(deltas, references, ready)
   out = {}
   for name, leaf in stacks.items():

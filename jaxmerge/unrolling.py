@@ -103,11 +103,11 @@ def pays(arrays: Iterable[Any]) -> bool | None:
   return "tpu" not in (own or {jax.default_backend()})
 
 
-def chosen(f: Callable[..., Any], chains: bool | None) -> Callable[..., Any]:
-  """Returns f with chains, or as it is, as `pays` tells."""
+def chosen(f: Callable[[bool], Callable[..., Any]], chains: bool | None) -> Callable[..., Any]:
+  """Returns f(True) with chains, or f(False) as it is, as `pays` tells."""
   if chains is None:
-    return lambda *given: lax.platform_dependent(*given, tpu=f, default=unrolled(f))
-  return unrolled(f) if chains else f
+    return lambda *given: lax.platform_dependent(*given, tpu=f(False), default=unrolled(f(True)))
+  return unrolled(f(True)) if chains else f(False)
 
 
 def rounded(x: Any, dtype: str) -> Any:
@@ -171,7 +171,7 @@ def _one(equation: Any, given: list[Any], way: _Way) -> list[Any]:
   if name in ("while", "scan", "cond"):
     settings = {key: _inner(value, way) for key, value in settings.items()}
   out = equation.primitive.bind(*functions, *given, **settings)
-  return out if equation.primitive.multiple_results else [out]
+  return list(out) if equation.primitive.multiple_results else [out]
 
 
 def _is_few(given: Sequence[Any], axes: Any) -> bool:

@@ -1,5 +1,7 @@
 """Matrices dealt over devices: the results of one device, and a share of the work for each."""
 
+import contextlib
+import functools
 import re
 
 import jax
@@ -10,7 +12,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxmerge
-from jaxmerge import dealing, methods, views
+from jaxmerge import catalog, dealing, methods, views
 
 SHAPES = {"a": (8, 16), "b": (8, 16), "cube": (3, 8, 16), "wide": (16, 8), "bias": (16,)}
 VIEWS = (("^(a|b|wide)$", "io"), ("cube", "bio"))
@@ -62,22 +64,104 @@ def test_no_device_works_on_more_than_its_share():
   assert re.search(r"f32\[2,3,16,8\]", text)
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
-@pytest.mark.parametrize(
-  "name", ["iso_c", *(pytest.param(n, marks=pytest.mark.slow) for n in ("tsv", "wudi"))]
-)
-def test_sharded_trees_merge_as_on_one_device(name, kind):
-  """To a few units in the last place: products around a decomposition are compiled apart."""
-  every = {"wudi": methods.wudi(0.5, 1e-4, 20), "tsv": methods.tsv(), "iso_c": methods.iso_c()}
-  method = every[name]
-  base, models = trees()
-  out = jaxmerge.merge(method, base, models, layout=VIEWS)
+KINDS = pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+EVERY = {
+  "iso_c": methods.iso_c(),
+  "iso_cts": methods.iso_cts(common=0.4),
+  "tsv": methods.tsv(),
+  "drm": methods.drm(),
+  "lore": methods.lore(mu=0.3, relative=True, sweeps=2),
+  "opcm": methods.opcm(),
+  "widen": methods.widen(),
+  "wudi": methods.wudi(0.5, 1e-4, 20),
+  "optmerge": methods.optmerge(0.5, "full", 1e-4, 20),
+  "doge": methods.doge(learning_rate=1e-3, steps=20),
+}
+
+
+def merged(names, base, models):
+  return {n: jaxmerge.merge(EVERY[n], base, models, layout=VIEWS) for n in names}
+
+
+def sharded(kind, few=tuple(SHAPES)):
+  """A mesh, and the trees on it: models along tasks, matrices along rows or columns."""
   mesh = jax.make_mesh((2, 4), ("task", "x"), axis_types=(kind,) * 2)
+  base, models = ({n: tree[n] for n in few} for tree in trees())
+  own = {n: jax.device_put(x, NamedSharding(mesh, AXES[n])) for n, x in base.items()}
+  stacks = {
+    n: jax.device_put(x, NamedSharding(mesh, P("task", *AXES[n]))) for n, x in models.items()
+  }
+  return mesh, own, stacks
+
+
+def alike(found, out):
+  """To a few units in the last place: products around a decomposition are compiled apart."""
+  for name, tree in out.items():
+    for leaf, x in tree.items():
+      close = np.testing.assert_allclose
+      close(np.asarray(found[name][leaf]), x, rtol=0, atol=2e-6, err_msg=f"{name}, {leaf}")
+
+
+@KINDS
+def test_sharded_trees_merge_as_on_one_device(kind):
+  mesh, own, stacks = sharded(kind)
   with jax.set_mesh(mesh):
-    own = {n: jax.device_put(x, NamedSharding(mesh, AXES[n])) for n, x in base.items()}
-    stacks = {
-      n: jax.device_put(x, NamedSharding(mesh, P("task", *AXES[n]))) for n, x in models.items()
+    found = merged(["iso_c"], own, stacks)
+  alike(found, jax.device_get(merged(["iso_c"], *trees())))
+
+
+@functools.cache
+def alone():
+  """Every method on one device, in one program."""
+  base, models = ({n: tree[n] for n in ("cube", "bias")} for tree in trees())
+  return jax.device_get(jax.jit(functools.partial(merged, tuple(EVERY)))(base, models))
+
+
+@pytest.mark.slow
+@KINDS
+def test_every_method_of_matrices_merges_alike_where_they_are_dealt(kind):
+  """In a caller's program, which knows the devices by types alone."""
+  assert {n for n, e in catalog.METHODS.items() if e.unit == "matrix"} == EVERY.keys()
+  _, own, stacks = sharded(kind, ("cube", "bias"))
+  program = jax.jit(functools.partial(merged, tuple(EVERY)))
+  alike(jax.device_get(program(own, stacks)), alone())
+
+
+def deals(f, *given, mesh=None):
+  """How many sharded parts the program of f has."""
+  with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+    return str(jax.make_jaxpr(f)(*given)).count("shard_map")
+
+
+@KINDS
+def test_a_program_of_the_caller_deals_where_it_knows_the_mesh(kind):
+  """By the types of what it is given, or by the context."""
+  mesh, own, stacks = sharded(kind)
+  program = jax.jit(functools.partial(merged, ["iso_c"]))
+  assert deals(program, own, stacks, mesh=mesh)
+  assert deals(program, own, stacks) or kind == AxisType.Auto
+  assert bool(deals(program, *trees(), mesh=mesh)) == (kind == AxisType.Auto)
+  assert not deals(program, *trees())
+
+
+@KINDS
+def test_nothing_is_dealt_where_axes_are_taken(kind):
+  """A shard_map inside of another takes no axis twice; nor does one under a vmap over a shard."""
+  mesh, own, _ = sharded(kind)
+  run = functools.partial(merged, ["iso_c"])
+  mapped = jax.shard_map(run, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False)
+  assert deals(mapped, *trees()) == 1
+  if kind == AxisType.Explicit:
+    many = {
+      n: jax.device_put(np.stack([x] * 2), NamedSharding(mesh, P("task")))
+      for n, x in trees()[1].items()
     }
-    found = jaxmerge.merge(method, own, stacks, layout=VIEWS)
-  for leaf, x in out.items():
-    np.testing.assert_allclose(np.asarray(found[leaf]), np.asarray(x), rtol=0, atol=2e-6)
+    for each in (run, jax.jit(run)):
+      assert not deals(jax.vmap(each, (None, 0)), own, many)
+
+
+def test_axes_of_two_kinds_are_left_to_the_compiler():
+  kinds = (AxisType.Explicit, AxisType.Auto)
+  mesh = jax.make_mesh((2, 4), ("task", "x"), axis_types=kinds)
+  x = jax.device_put(np.ones((4, 8, 16), np.float32), NamedSharding(mesh, P("task")))
+  assert dealing.of([x], chains=False).mesh is None
