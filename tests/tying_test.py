@@ -8,7 +8,7 @@ import pytest
 import small
 
 import jaxmerge
-from jaxmerge import files, methods
+from jaxmerge import catalog, files, methods, stage
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -48,6 +48,32 @@ def test_a_head_that_is_the_embedding_stays_it(tmp_path, method, seed):
   assert told["inputs"][names[0]][HEAD] == f"tied to {EMBEDDING}, its equal"
   checksum = told["tensors"][EMBEDDING]["xxh3_128"]
   assert told["tensors"][HEAD] == {"xxh3_128": checksum, "inputs": {}}
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+  """Folders of a base and five models: an embedding, and the head that it is."""
+  root, rng = tmp_path_factory.mktemp("pairs"), np.random.default_rng(0)
+  base = rng.normal(size=(4, 6)).astype(np.float32)
+  for name in ("base", *(f"m{k}" for k in range(5))):
+    x = base if name == "base" else base + rng.normal(size=(4, 6)).astype(np.float32) / 8
+    folders.write(root / name, {EMBEDDING: x, HEAD: x})
+  return root
+
+
+@pytest.mark.parametrize("name", catalog.METHODS)
+def test_each_method_merges_a_head_and_its_embedding_once(pairs, tmp_path, name):
+  least, most = catalog.entry(name).models
+  method = getattr(methods, name)()
+  models = [pairs / f"m{k}" for k in range(most or max(least, 2))]
+  seed = 3 if "seed" in stage.numbers(method) else None
+  options = {"base": pairs / "base", "seed": seed, "layout": (("weight$", "oi"),)}
+  out = files.merge_files(method, models, tmp_path / "out", **options)
+  found, base = folders.read(out), folders.read(pairs / "base")
+  assert found[HEAD].tobytes() == found[EMBEDDING].tobytes()
+  assert (found[HEAD] != base[HEAD]).any()
+  fates = json.loads((out / files.PROVENANCE).read_text())["inputs"].values()
+  assert all(own[HEAD] == f"tied to {EMBEDDING}, its equal" for own in fates)
 
 
 @pytest.mark.parametrize("untied", ["base", "m1"])
