@@ -6,8 +6,7 @@ from methods_table import TABLE
 
 from jaxmerge import catalog, stage
 
-# These share their stages with another row of their method: the columns about drivers leave them
-# out.
+# These share their stages with another row of their method: columns about drivers leave them out.
 VARIANTS = {
   "task_arithmetic, normalized",
   "ties by leaf, exact",
@@ -40,8 +39,6 @@ MAIN = [n for n in TABLE if n not in VARIANTS]
 METHOD = {n: re.split("[, ]", n)[0] for n in TABLE}
 _MANY = [n for n in MAIN if catalog.entry(METHOD[n]).models[1] is None]
 _CUT = [n for n in TABLE if any(step.unit != "entry" for step in TABLE[n].method)]
-
-
 _EXACT = {n for n, e in catalog.METHODS.items() if e.models[1] is not None}
 _MORE = {n for n, e in catalog.METHODS.items() if e.models[0] > 1}
 _ENTRIES = {n for n, e in catalog.METHODS.items() if e.unit == "entry"}
@@ -49,7 +46,6 @@ _ENTRIES = {n for n, e in catalog.METHODS.items() if e.unit == "entry"}
 # By column, why methods are not in it.
 EXCEPT = {
   "slices": {},
-  "bfloat16": {},
   "devices by rows": {},
   "devices by columns": {"an entry is an entry, by column as by row": _ENTRIES},
   "devices by tasks, eight models": {"takes one, two or three models": _EXACT},
@@ -85,9 +81,9 @@ def _without(column, names):
   return [n for n in names if METHOD[n] not in left]
 
 
+# Tests that are not named here have all rows.
 COLUMNS = {
   "slices": MAIN,
-  "bfloat16": MAIN,
   "devices by rows": MAIN,
   "devices by columns": [n for n in MAIN if n in _CUT],
   "devices by tasks, eight models": _MANY,
