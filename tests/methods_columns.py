@@ -68,7 +68,7 @@ EXCEPT = {
   },
   "eight times the task vectors": {
     "compares with numbers of its own": {"pcb", "ramplus_tl", "nearswap"},
-    "descends at a rate of its own": {"wudi", "optmerge", "doge"},
+    "descends at a rate of its own": {"wudi", "doge"},
     "compares with the base": {"arcee_fusion", "widen"},
   },
   "two layouts": {"does not see rows or columns": _ENTRIES},
