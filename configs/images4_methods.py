@@ -48,6 +48,8 @@ def get_config():
     doge=dict(eta=(0.1, 0.5), density=(0.3, 0.6), scale=(1.0, 3.0, 10.0)),
     median=dict(),
     trimmed_mean=dict(),
+    meamed=dict(),
+    phocas=dict(),
     flag=dict(rank=(1, 2, 4)),
     ram=dict(),
     ramplus_tl=dict(boost=(0.1, 0.5, 1.0)),

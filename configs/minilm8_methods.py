@@ -53,6 +53,8 @@ def get_config():
     doge=dict(eta=0.5, density=0.6, learning_rate=1e-5, steps=100, scale=(0.2, 0.35, 0.5, 0.7)),
     median=dict(),
     trimmed_mean=dict(),
+    meamed=dict(),
+    phocas=dict(),
     krum=dict(select=4),
     flag=dict(rank=4),
     ram=dict(),
