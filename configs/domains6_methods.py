@@ -51,8 +51,6 @@ def get_config():
     doge=dict(eta=0.5, density=0.6, learning_rate=1e-5, steps=100, scale=SCALES),
     median=dict(),
     trimmed_mean=dict(),
-    meamed=dict(),
-    phocas=dict(),
     krum=dict(select=3),
     flag=dict(rank=(1, 3)),
     ram=dict(),
