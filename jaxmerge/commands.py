@@ -142,6 +142,8 @@ def merge(options: argparse.Namespace, config: Any) -> None:
   for stage in stages:
     if stage.exists():  # Else they were removed by a merge that was killed at this line.
       shutil.rmtree(stage)
+  for line in plan.notes:
+    print(f"note: {line}")
   print(f"merged: {out}", flush=True)
   if evaluate is not None:
     print(f"evaluated: {progress.numbers(evaluating.evaluated(out, evaluate))}")

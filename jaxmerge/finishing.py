@@ -154,6 +154,7 @@ def complete(
     "jaxmerge": importlib.metadata.version("jaxmerge"),
     "jax": importlib.metadata.version("jax"),
     **plan.facts,
+    **({"notes": plan.notes} if plan.notes else {}),
     "jobs": [_job(plan, number) for number in range(len(plan.jobs))],
     "tensors": {
       o.name: digests[o.name] | ({} if o.job is None else {"job": o.job + 1}) for o in plan.outputs

@@ -151,6 +151,7 @@ class Plan(NamedTuple):
     facts: plain JSON about the settings, for the provenance.
     texts: files of the result that are not the donor's, by name; None: the donor's is left out.
     earlier: plans that are done before, whose results this one takes, by name.
+    notes: a line each on what a user should know of the result, for dry run, terminal and card.
   """
 
   outputs: tuple[Output, ...]
@@ -161,6 +162,7 @@ class Plan(NamedTuple):
   facts: Mapping[str, Any] = {}
   texts: Mapping[str, str | None] = {}
   earlier: Mapping[str, Any] = {}
+  notes: tuple[str, ...] = ()
 
   @property
   def read(self) -> int:

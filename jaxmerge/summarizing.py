@@ -51,7 +51,7 @@ def described(plan: Plan, *, shard_size: int, out_format: str = "safetensors") -
       reads = readings(job)
       often = "" if reads == 1 else f", read {reads} times"
       out.append(f"job {i + 1}: {count} tensors of {len(job.models)} models{often}, {settings}")
-  return out
+  return [*out, *(f"note: {line}" for line in plan.notes)]
 
 
 def _each_described(plan: Plan, shard_size: int, out_format: str) -> list[str]:
@@ -156,8 +156,8 @@ def summary(plan: Plan) -> Record:
     `models`, names of all inputs, the donor first; `hub`, references to models of the hub and their
     commits; `methods`, one record for each job (see `_method`); `merged` and `copied`, numbers of
     tensors; `library`, of Python, that opens the result, None if that is not known; `recipe`, its
-    text, None without one; `versions` of packages; `earlier`, the same of recipes that it
-    builds on, by name.
+    text, None without one; `notes`, a line each; `versions` of packages; `earlier`, the same of
+    recipes that it builds on, by name.
   """
   names = _names(list(plan.fates), plan)
   earlier = {name: own._replace(facts=plan.facts) for name, own in plan.earlier.items()}
@@ -171,6 +171,7 @@ def summary(plan: Plan) -> Record:
     "copied": len(plan.outputs) - len(made),
     "library": _library(plan),
     "recipe": plan.facts.get("recipe"),
+    "notes": list(plan.notes),
     "versions": {p: importlib.metadata.version(p) for p in ("jaxmerge", "jax")},
     "earlier": {name: summary(own) for name, own in earlier.items()},
   }

@@ -1,5 +1,6 @@
 """What `--dry-run` says a merge reads, writes and needs, counted by hand and while it is done."""
 
+import json
 import pathlib
 
 import folders
@@ -141,3 +142,11 @@ def test_as_much_is_read_as_a_dry_run_says(family, capsys, text, readings):
   assert sum(counts) == readings * (plan.read - copied) + copied
   often = f", read {readings} times" if readings > 1 else ""
   assert f" models{often}, {{" in said(capsys, text)[-1]
+
+
+def test_notes_of_a_plan_are_in_dry_run_card_and_provenance(family, tmp_path):
+  plan = plan_of(SUM)._replace(notes=("a | note",))
+  assert summarizing.described(plan, shard_size=10**6)[-1] == "note: a | note"
+  out = files.run(plan, tmp_path / "out")
+  assert "## Notes\n\n- a \\| note\n" in (out / "README.md").read_text()
+  assert json.loads((out / files.PROVENANCE).read_text())["notes"] == ["a | note"]

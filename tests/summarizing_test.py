@@ -32,6 +32,7 @@ SUMMARY = {
   "library": None,
   "recipe": None,
   "versions": {"jaxmerge": "0"},
+  "notes": [],
   "earlier": {},
 }
 

@@ -72,6 +72,7 @@ def merge_card(summary: Mapping[str, Any]) -> str:
     *([f"From the hub:\n\n{_listed(commits)}"] if ids else []),
     f"## Method\n\n{_counts(summary)}",
     *map(_method, summary["methods"]),
+    *([f"## Notes\n\n{_listed(summary['notes'])}"] if summary["notes"] else []),
     *_recipe(summary["recipe"]),
     _listed(_versions(summary["versions"])),
     "`jaxmerge_provenance.json` has checksums, and what became of every tensor of every model.",
