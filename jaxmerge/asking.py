@@ -9,7 +9,7 @@ from typing import Any  # What a config.json holds.
 
 import numpy as np
 
-from jaxmerge import catalog, planning
+from jaxmerge import catalog, misfits, planning, spelling
 from jaxmerge.io import folder, safetensors
 from jaxmerge.planning import Job, Model, Plan, Want
 
@@ -83,13 +83,16 @@ def planned(
   Raises:
     planning.Problems: naming every tensor and model that do not fit.
   """
-  donor = base or models[0]
-
+  donor, *rest = spelling.alike([*([] if base is None else [base]), *models])
+  models = [donor, *rest] if base is None else rest
   wants = [
     Want(name, donor.part(name), tuple(m.part(name) for m in models), raw=base is None)
     for name in sorted({name for m in (donor, *models) for name in m.tensors})
   ]
-  plan = planning.assembled(wants, [job], (donor, *models), dtype=dtype, missing=missing)
+  told = misfits.lines(wants, (donor, *models), missing)
+  plan = planning.assembled(
+    wants, [job], (donor, *models), dtype=dtype, missing=missing, misfits=told
+  )
   config = donor.config
   if dtype is None or not config or stated(config, dtype.name) == config:
     return plan

@@ -117,7 +117,8 @@ def merge(options: argparse.Namespace, config: Any) -> None:
     return
   joined(options, None)
   from jaxmerge import files as driver
-  from jaxmerge import finishing, processes
+  from jaxmerge import finishing, outcomes, processes
+  from jaxmerge.io import folder
 
   settings = {"shard_size": options.shard_size, "resume": options.resume == "auto"}
   settings["nonfinite"] = options.allow_nonfinite
@@ -139,6 +140,10 @@ def merge(options: argparse.Namespace, config: Any) -> None:
     driver.run(plan, out, progress=told, **settings)
   if not processes.first():
     return
+  facts = folder.provenance(out)
+  for name, own in {**facts.get("earlier", {}), "": facts}.items():
+    which = f" of {name}" if name else ""
+    print(f"tensors{which}: {outcomes.line(own['counts'])}")
   for stage in stages:
     if stage.exists():  # Else they were removed by a merge that was killed at this line.
       shutil.rmtree(stage)

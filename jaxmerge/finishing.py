@@ -13,7 +13,7 @@ from typing import Any  # Any: digests are plain JSON.
 
 import numpy as np
 
-from jaxmerge import fingerprint, inspecting, summarizing
+from jaxmerge import fingerprint, inspecting, outcomes, summarizing
 from jaxmerge.io import atomic, checkpoint, folder, growing
 from jaxmerge.planning import Job, Plan
 from jaxmerge.report import card
@@ -155,6 +155,7 @@ def complete(
     "jax": importlib.metadata.version("jax"),
     **plan.facts,
     **({"notes": plan.notes} if plan.notes else {}),
+    "counts": outcomes.counts(plan),
     "jobs": [_job(plan, number) for number in range(len(plan.jobs))],
     "tensors": {
       o.name: digests[o.name] | ({} if o.job is None else {"job": o.job + 1}) for o in plan.outputs

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import pathlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple  # Any: a method, which only a driver looks into; plans.
 
 import numpy as np
@@ -16,6 +16,7 @@ from jaxmerge.io.tensor import Files, Tensor
 from jaxmerge.precision import Precision
 
 ASIDE = "dropped: only the models are merged"  # What becomes of a base that is not.
+LACKED = "copied from the base, as not all models have it"
 ENTRIES = 2**22  # In a slice, of base and models together: few calls, and little memory.
 
 
@@ -222,6 +223,7 @@ def assembled(
   dtype: np.dtype | None = None,
   missing: str = "error",
   fates: Mapping[str, Mapping[str, str]] | None = None,
+  misfits: Sequence[str] = (),
 ) -> Plan:
   """Makes a plan of what is wanted, or tells all that does not fit.
 
@@ -233,15 +235,16 @@ def assembled(
     missing: what becomes of a tensor that some models lack: "error"; "base", copied from there;
       "mean", of the models that have it; "skip", left out of the result.
     fates: what is known already of tensors that are not wanted.
+    misfits: what does not fit between the models, as `misfits.lines` says it.
 
   Raises:
     Problems: naming every tensor and model that do not fit.
   """
   told = {m.name: {**m.dropped, **(fates or {}).get(m.name, {})} for m in models}
-  problems = unfit(wants, models[0], missing)
+  problems = list(misfits)
   every, outputs, merged = list(jobs), [], set[str]()
   for want in wants:
-    if not _there(want):
+    if not there(want):
       continue
     found, fate = _settled(want, missing, every)
     # The base may be one of the models as well.
@@ -284,21 +287,8 @@ def _is_quantized(model: Model) -> bool:
   return codes and bool(model.config.get("quantization_config"))
 
 
-def unfit(wants: Sequence[Want], donor: Model, missing: str) -> list[str]:
-  """Says what does not fit: parts that are missing, of other shapes, or tied in some models only.
-
-  >>> unfit([Want("w", None, (Part("a", "w", None),))], Model("a", pathlib.Path(), {}, ()), "mean")
-  ["tensor 'w' is wanted of a, which has none; with `missing: skip` it is left out."]
-  """
-  return [line for want in wants for line in _mismatches(want, missing)] + [
-    f"tensor {want.name!r} is tied to the embedding by the config of {donor.name}, but not in "
-    "all models: exclude it, or set tie_word_embeddings to false there."
-    for want in wants
-    if want.name in donor.tied and want.models
-  ]
-
-
-def _there(want: Want) -> list[Part]:
+def there(want: Want) -> list[Part]:
+  """Returns the parts of a tensor that the models have; that of the base is the first."""
   return [p for p in (want.base, *want.models) if p is not None and p.tensor is not None]
 
 
@@ -326,7 +316,7 @@ def _settled(want: Want, missing: str, jobs: list[Job]) -> tuple[Output | None, 
     fate = f"mean of the models that have it, {called(jobs, job)}"
     return made._replace(base=None, models=tensors, job=job), fate
   if missing == "base" and base is not None:
-    return made, "copied from the base, as not all models have it"
+    return made, LACKED
   return None, "dropped: not all models have it"
 
 
@@ -354,40 +344,3 @@ def _mean() -> Any:
   from jaxmerge import methods  # jax comes with it.
 
   return methods.average()
-
-
-def _mismatches(want: Want, missing: str) -> Iterator[str]:
-  """Says where the parts of a tensor are missing or do not fit the first of them."""
-  parts = [p for p in (want.base, *want.models) if p is not None]
-  there = _there(want)
-  if not there:
-    if missing != "skip":
-      hint = "with `missing: skip` it is left out"
-      yield f"tensor {want.name!r} is wanted of {parts[0].model}, which has none; {hint}."
-    return
-  if missing == "error":
-    for p in parts:
-      if p.tensor is None:
-        yield (
-          f"tensor {p.name!r} is in {there[0].model} but not in {p.model}; "
-          "`missing` says what to do: base, mean or skip."
-        )
-  for p in there[1:]:
-    ours, theirs = there[0].tensor, p.tensor
-    if ours is None or theirs is None:
-      continue
-    if ours.shape != theirs.shape:
-      yield (
-        f"tensor {p.name!r} is {list(theirs.shape)} in {p.model} but {there[0].name!r} is "
-        f"{list(ours.shape)} in {there[0].model}{_vocabulary(ours.shape, theirs.shape)}."
-      )
-    elif safetensors.is_floating(ours.dtype) != safetensors.is_floating(theirs.dtype):
-      yield (
-        f"tensor {p.name!r} is {theirs.dtype} in {p.model} but {ours.dtype} in {there[0].model}."
-      )
-
-
-def _vocabulary(ours: tuple[int, ...], theirs: tuple[int, ...]) -> str:
-  if len(ours) == len(theirs) == 2 and ours[1:] == theirs[1:]:
-    return "; if these are vocabularies, the recipe's tokenizer key brings them together"
-  return ""

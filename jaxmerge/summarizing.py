@@ -13,7 +13,7 @@ from typing import Any  # A record is JSON, its values have no one type.
 
 import numpy as np
 
-from jaxmerge import catalog, differing, planning
+from jaxmerge import catalog, differing, outcomes, planning
 from jaxmerge.io import checkpoint, folder, weights
 from jaxmerge.planning import Job, Plan
 
@@ -33,7 +33,7 @@ def described(plan: Plan, *, shard_size: int, out_format: str = "safetensors") -
   out = [
     f"result: {len(plan.outputs)} tensors, {size(plan.written)}"
     + (taken if out_format == "orbax" else f", {shards} file{'s' * (shards != 1)}"),
-    f"merged: {len(made)} tensors, copied: {len(plan.outputs) - len(made)}",
+    f"tensors: {outcomes.line(outcomes.counts(plan))}",
     f"inputs: {len(plan.inputs)} files, {size(plan.read)} in one reading",
     f"memory: {size(memory(plan))} or less",
   ]
@@ -154,10 +154,10 @@ def summary(plan: Plan) -> Record:
 
   Returns:
     `models`, names of all inputs, the donor first; `hub`, references to models of the hub and their
-    commits; `methods`, one record for each job (see `_method`); `merged` and `copied`, numbers of
-    tensors; `library`, of Python, that opens the result, None if that is not known; `recipe`, its
-    text, None without one; `notes`, a line each; `versions` of packages; `earlier`, the same of
-    recipes that it builds on, by name.
+    commits; `methods`, one record for each job (see `_method`); `counts`, of tensors, in a line;
+    `library`, of Python, that opens the result, None if that is not known; `recipe`, its text, None
+    without one; `notes`, a line each; `versions` of packages; `earlier`, the same of recipes that
+    it builds on, by name.
   """
   names = _names(list(plan.fates), plan)
   earlier = {name: own._replace(facts=plan.facts) for name, own in plan.earlier.items()}
@@ -167,8 +167,7 @@ def summary(plan: Plan) -> Record:
     "models": list(names.values()),
     "hub": dict(plan.facts.get("hub", {})),
     "methods": [_method(job, names, n) for job, n in zip(plan.jobs, counts, strict=True) if n],
-    "merged": len(made),
-    "copied": len(plan.outputs) - len(made),
+    "counts": outcomes.line(outcomes.counts(plan)),
     "library": _library(plan),
     "recipe": plan.facts.get("recipe"),
     "notes": list(plan.notes),

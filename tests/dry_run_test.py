@@ -65,7 +65,7 @@ def test_what_is_read_and_written_is_told_in_bytes(family, capsys):
   lines = said(capsys, TIES)
   assert lines[:4] == [
     "result: 13 tensors, 1.89 kB, 1 file",  # 1888
-    "merged: 12 tensors, copied: 1",
+    "tensors: 12 merged, 1 copied, 0 dropped",
     "inputs: 5 files, 5.63 kB in one reading",  # 1 + 1 + 3 files; 5632
     "memory: 360 MB or less",
   ]

@@ -390,7 +390,7 @@ def test_recipes_build_on_each_other(family, capsys):
   )
   assert "  job 1: 12 tensors of 2 models, " in before
   assert "  memory: " in before
-  assert "  merged: 12 tensors, copied: 1\n" in after
+  assert "  tensors: 12 merged, 1 copied, 0 dropped\n" in after
   assert "in all: 11.3 kB read, 3.78 kB written, memory " in after
   assert cli.main(["merge", "recipe.yml", "out"]) == 0
   mean = jaxmerge.blend(methods.average(), jaxmerge.stack([first, second]))
@@ -407,7 +407,7 @@ def test_recipes_build_on_each_other(family, capsys):
   assert earlier["jobs"][0]["numbers"] == {"weight": [1.0, 1.0]}
   card = pathlib.Path("out/README.md").read_text()
   assert "# Merge of 3 models: Average, slerp\n" in card
-  assert "## Merged before: mean\n\nTensors: 12 merged, 1 copied.\n\n- m0\n- m1\n\n**Av" in card
+  assert "## Merged before: mean\n\nTensors: 12 merged, 1 copied, 0 dropped.\n\n- m0\n" in card
   # Checksums lead from the result to the files that all began with.
   (between,) = (x for n, x in told["tensors"][name]["inputs"].items() if "mean.stage" in n)
   assert earlier["tensors"][name]["xxh3_128"] == between

@@ -27,8 +27,7 @@ SUMMARY = {
   "models": ["base", "chat"],
   "hub": {},
   "methods": [],
-  "merged": 0,
-  "copied": 2,
+  "counts": "0 merged, 2 copied, 0 dropped",
   "library": None,
   "recipe": None,
   "versions": {"jaxmerge": "0"},
@@ -60,7 +59,7 @@ def test_the_card_says_what_was_done():
   assert head == {"tags": ["merge", "jaxmerge"]}
   made = json.loads(pathlib.Path("out/jaxmerge_provenance.json").read_text())["inputs"]["m0"]
   count = list(made.values()).count("merged by dare_ties, job 1")
-  assert f"Tensors: {count} merged, {13 - count} copied." in body
+  assert f"Tensors: {count} merged, {13 - count} copied, " in body
   assert f"**dare ties**, {count} tensors of 2 models: " in body
   assert catalog.METHODS["dare_ties"].paper in body
   assert "\n- weight: 1 (m0), 0.5 (m1)\n" in body
@@ -156,7 +155,7 @@ def test_names_break_neither_head_nor_body():
 def test_a_copy_has_a_card_too():
   _, body = merged("merge_method: passthrough\nmodels: [{model: m0}]")
   assert "# Merge of 1 model: copies of tensors\n" in body
-  assert "Tensors: 0 merged, 13 copied." in body
+  assert "Tensors: 0 merged, 13 copied, 0 dropped." in body
 
 
 def memory_of(method, count, rows):

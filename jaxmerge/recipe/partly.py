@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from jaxmerge import planning
+from jaxmerge import misfits, planning
 from jaxmerge.planning import Want
 from jaxmerge.recipe import embeddings, parameters, stacking
 from jaxmerge.recipe.places import Problem, RecipeError
@@ -33,7 +33,8 @@ def problems(recipe: Recipe, models: Opened) -> list[Exception]:
     found.append(RecipeError(told))
   wants = [_want(row, models) for row in kept]
   known = [w for w in wants if recipe.tokenizer is None or not embeddings.wanted(w)]
-  if lines := planning.unfit(known, next(iter(models.values()))._replace(tied={}), recipe.missing):
+  untied = [m._replace(tied={}) for m in models.values()]
+  if lines := misfits.lines(known, untied, recipe.missing):
     found.append(planning.Problems(lines))
   return found
 

@@ -88,7 +88,7 @@ def _earlier(name: str, summary: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _counts(summary: Mapping[str, Any]) -> str:
-  return f"Tensors: {summary['merged']} merged, {summary['copied']} copied."
+  return f"Tensors: {summary['counts']}."
 
 
 def _called(method: Mapping[str, Any]) -> str:

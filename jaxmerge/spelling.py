@@ -1,0 +1,99 @@
+"""Tensors that models store under another known name, or once where others store them twice."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from jaxmerge.io.tensor import Tensor
+from jaxmerge.io.ties import HEADS
+from jaxmerge.planning import Model
+
+ENDS = ((".gamma", ".weight"), (".beta", ".bias"))  # What norms were called, and are called now.
+# Ends of names of embeddings and heads, which may be one tensor under several of them.
+_COPIES = (
+  *("shared.weight", "embed_tokens.weight", "word_embeddings.weight", "wte.weight", *HEADS),
+  *("predictions.bias", "predictions.decoder.bias", "lm_head.bias", "lm_head.decoder.bias"),
+)
+_CHUNK = 2**20
+
+
+def alike(models: Sequence[Model]) -> list[Model]:
+  """Returns models whose tensors go by the names that the first of them has for them.
+
+  A norm's `gamma` and `beta` are its `weight` and `bias`. An embedding that some models store under
+  two names, equal bit for bit, is one tensor: where the others store it once, it is that one.
+  """
+  donor = models[0]
+  spelt = [donor, *(_respelt(m, donor) for m in models[1:])]
+  return [_once(m, spelt) for m in spelt]
+
+
+def _respelt(model: Model, donor: Model) -> Model:
+  names: dict[str, str] = {}
+  for name, tensor in model.tensors.items():
+    for old, new in (*ENDS, *(pair[::-1] for pair in ENDS)):
+      other = name.removesuffix(old) + new
+      if name.endswith(old) and _lacks(donor, name) and _lacks(model, other):
+        own = donor.tensors.get(other)
+        names |= {name: other} if own is not None and own.shape == tensor.shape else {}
+  if not names:
+    return model
+  tensors = {names.get(n, n): t for n, t in model.tensors.items()}
+  told = {old: f"spelt otherwise -> {new}" for old, new in names.items()}
+  return model._replace(tensors=tensors, dropped={**model.dropped, **told})
+
+
+def _lacks(model: Model, name: str) -> bool:
+  return model.part(name).tensor is None
+
+
+def _once(model: Model, models: Sequence[Model]) -> Model:
+  """Lets the embedding stand in for copies of it that only the others have, and drops its own."""
+  donor, stand_ins, extra = models[0], {}, {}
+  for name in {n: None for m in models for n in m.tensors if _copied(n)}:
+    having = [m for m in models if name in m.tensors]
+    if len(having) == len(models):
+      continue
+    twin = next(_twins(name, having, models), None)
+    if twin is None:
+      continue
+    if name in donor.tensors and _lacks(model, name):
+      stand_ins[name] = model.tensors[twin]
+    elif _lacks(donor, name) and name in model.tensors:
+      extra[name] = f"dropped: tied to {twin}"
+  if not stand_ins and not extra:
+    return model
+  tensors = {n: t for n, t in model.tensors.items() if n not in extra}
+  tied, dropped = {**model.tied, **stand_ins}, {**model.dropped, **extra}
+  return model._replace(tensors=tensors, tied=tied, dropped=dropped)
+
+
+def _copied(name: str) -> bool:
+  return name.endswith(_COPIES) and not any(part.isdigit() for part in name.split("."))
+
+
+def _twins(name: str, having: Sequence[Model], models: Sequence[Model]) -> Iterator[str]:
+  """Finds tensors that all models have and that equal one, bit for bit, wherever it is stored.
+
+  Of models that are still to be made that is assumed; it is compared once they are there.
+  """
+  for other in filter(_copied, having[0].tensors):
+    if other == name or not all(other in m.tensors for m in models):
+      continue
+    if all(not m.files or _equal(m.tensors[name], m.tensors[other]) for m in having):
+      yield other
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+  size = int(np.prod(a.shape))
+  if a.dtype != b.dtype or a.shape != b.shape:
+    return False
+  for start in range(0, size, _CHUNK):
+    x, y = (np.empty(min(_CHUNK, size - start), t.dtype) for t in (a, b))
+    a.read(start, x)
+    b.read(start, y)
+    if x.tobytes() != y.tobytes():
+      return False
+  return True
