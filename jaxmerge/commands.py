@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import pathlib
 import shutil
+from collections.abc import Sequence
 from typing import Any  # A config, and a plan, are imported only by commands that have one.
 
 from jaxmerge import progress, stopping
@@ -96,9 +98,8 @@ def fake_devices(count: int | None) -> None:
 
 def merge(options: argparse.Namespace, config: Any) -> None:
   """Merges the models of a recipe; recipes that others build on are merged beside, and removed."""
-  from jaxmerge import evaluating, planning, summarizing
+  from jaxmerge import evaluating, summarizing
   from jaxmerge.io import growing, tensor
-  from jaxmerge.recipe import plan as plans
   from jaxmerge.recipe import telling
 
   out, files = pathlib.Path(options.out), tensor.Files()
@@ -116,9 +117,32 @@ def merge(options: argparse.Namespace, config: Any) -> None:
   if options.dry_run:
     return
   joined(options, None)
-  from jaxmerge import files as driver
-  from jaxmerge import finishing, outcomes, processes
+  from jaxmerge import outcomes, processes
   from jaxmerge.io import folder
+
+  # Recipes that it builds on are merged beside OUT, and removed: they are under its lock as well.
+  with growing.locked(out) if processes.first() else contextlib.nullcontext():
+    plan = _executed(options, plan, stages, files)
+  if not processes.first():
+    return
+  facts = folder.provenance(out)
+  for name, own in {**facts.get("earlier", {}), "": facts}.items():
+    which = f" of {name}" if name else ""
+    print(f"tensors{which}: {outcomes.line(own['counts'])}")
+  for line in plan.notes:
+    print(f"note: {line}")
+  print(f"merged: {out}", flush=True)
+  if evaluate is not None:
+    print(f"evaluated: {progress.numbers(evaluating.evaluated(out, evaluate))}")
+
+
+def _executed(
+  options: argparse.Namespace, plan: Any, stages: Sequence[pathlib.Path], files: Any
+) -> Any:
+  """Merges the recipes that a plan builds on, then what the plan says; returns it, now with all."""
+  from jaxmerge import files as driver
+  from jaxmerge import finishing, planning, processes, summarizing
+  from jaxmerge.recipe import plan as plans
 
   settings = {"shard_size": options.shard_size, "resume": options.resume == "auto"}
   settings["nonfinite"] = options.allow_nonfinite
@@ -136,22 +160,12 @@ def merge(options: argparse.Namespace, config: Any) -> None:
     if stages:
       plan = plans.of_file(options.recipe, files, made)
     told = progress.counted(show, "merging", summarizing.work(plan, options.out_format))
-    settings |= {"out_format": options.out_format, "replace": options.replace}
-    driver.run(plan, out, progress=told, **settings)
-  if not processes.first():
-    return
-  facts = folder.provenance(out)
-  for name, own in {**facts.get("earlier", {}), "": facts}.items():
-    which = f" of {name}" if name else ""
-    print(f"tensors{which}: {outcomes.line(own['counts'])}")
-  for stage in stages:
+    settings |= {"out_format": options.out_format, "replace": options.replace, "locked": True}
+    driver.run(plan, pathlib.Path(options.out), progress=told, **settings)
+  for stage in stages if processes.first() else ():
     if stage.exists():  # Else they were removed by a merge that was killed at this line.
       shutil.rmtree(stage)
-  for line in plan.notes:
-    print(f"note: {line}")
-  print(f"merged: {out}", flush=True)
-  if evaluate is not None:
-    print(f"evaluated: {progress.numbers(evaluating.evaluated(out, evaluate))}")
+  return plan
 
 
 def _planned(
@@ -162,11 +176,12 @@ def _planned(
   What is wrong with recipe, models and the place of the result is told at once.
   """
   from jaxmerge import evaluating, finishing, opening, planning, summarizing
-  from jaxmerge.io import atomic, growing
+  from jaxmerge.io import atomic, growing, lock
   from jaxmerge.recipe import plan as plans
   from jaxmerge.recipe import telling
 
   atomic.check_name(out)  # All places beside it are made of its name.
+  lock.check(out, growing.running(out))  # What lies there and beside is that merge's.
   stages: dict[str, tuple[pathlib.Path, planning.Plan]] = {}
   found: list[Exception] = []
   made: list[planning.Plan] = []

@@ -28,8 +28,8 @@ from jaxmerge import (
   finishing,
   opening,
   planning,
-  precision,
   processes,
+  reading,
   slicing,
   streaming,
   summarizing,
@@ -46,7 +46,6 @@ Path = str | os.PathLike[str]
 PROVENANCE = folder.PROVENANCE
 FORMATS = ("safetensors", "orbax")
 SHARD = 5_000_000_000  # Bytes; what other tools write.
-HOT = 2**20  # Bytes that a core's cache holds beside all else.
 
 
 def merge_files(
@@ -126,6 +125,7 @@ def run(
   resume: bool = True,
   nonfinite: bool = False,
   out_format: str = "safetensors",
+  locked: bool = False,
   progress: Callable[[int], None] = lambda count: None,
 ) -> pathlib.Path:
   """Does what a plan says; the folder appears when all of it is done.
@@ -144,6 +144,7 @@ def run(
       result has NaN; what they spoil beside, such as a sum over a tensor, is the method's.
     out_format: "safetensors", or "orbax": a checkpoint in `out / "state"`, which `orbax.checkpoint`
       restores as {"params": {name: array}}; on the way it takes twice the room.
+    locked: whether the caller holds the lock of `out` already.
     progress: called with the number of bytes of the result that were measured, once for each
       reading, or added; those of a checkpoint are added twice. `summarizing.work` says how many
       there will be.
@@ -151,17 +152,29 @@ def run(
   if out_format not in FORMATS:
     raise ValueError(f"out_format must be one of {', '.join(FORMATS)}, got {out_format!r}.")
   out = pathlib.Path(out)
-  atomic.check_free(out, replace)
-  finishing.check_place(plan, out)
+  atomic.check_name(out)
+  first = processes.first()
+  with growing.locked(out) if first and not locked else contextlib.nullcontext():
+    atomic.check_free(out, replace)
+    finishing.check_place(plan, out)
+    left = first and replace and resume and bool(atomic.replaced(out))
+    if processes.agree(left and finishing.holds(out, plan, shard_size, out_format, nonfinite)):
+      if first:
+        atomic.discard(out)  # A kill came between the renames and this.
+      progress(summarizing.work(plan, out_format))
+    else:
+      part = _place(plan, out, resume=resume, out_format=out_format)
+      _grown(plan, part, shard_size, entries, nonfinite, out_format, progress)
+      if first:
+        atomic.move(part, out, replace=replace)
+      processes.agree(True)  # None goes on before the result is there.
+  return out
+
+
+def _place(plan: Plan, out: pathlib.Path, *, resume: bool, out_format: str) -> pathlib.Path:
+  """Makes the folder in which a result grows, unless it is there."""
   part = growing.part_of(out)
-  first, index = processes.first(), jax.process_index()
-  left = first and replace and resume and bool(atomic.replaced(out))
-  if processes.agree(left and finishing.holds(out, plan, shard_size, out_format, nonfinite)):
-    if first:
-      atomic.discard(out)  # A kill came between the renames and this.
-    progress(summarizing.work(plan, out_format))
-    return out
-  if first:
+  if processes.first():
     if part.exists() and not resume:
       shutil.rmtree(part)
     growing.check_room(out, summarizing.room(plan, out_format), begun=[part])
@@ -169,46 +182,56 @@ def run(
       part.mkdir(parents=True, exist_ok=True)
     atomic.tidy(part)
   shared.check(part)  # None goes on before it is there.
-  with growing.locked(part, out) if first else contextlib.nullcontext():
-    shards = plan.shards(shard_size)
-    kinds = {o.name: (o.dtype, o.shape) for o in plan.outputs}
-    identity = finishing.identity(plan, shards, out_format)
-    plan = tying.tied(plan)
-    digests = None
-    if first:
-      digests = finishing.whole(part, identity, shards, out_format, nonfinite)
-    if processes.agree(digests is not None):
-      progress(summarizing.work(plan, out_format))
-    else:
-      own = _share(plan.outputs, index, jax.process_count())
-      begun = growing.opened(
-        part,
-        kinds,
-        shards,
-        identity,
-        journal=growing.journal(index),
-        checked=own,
-        nonfinite=nonfinite,
-      )
-      with begun as weights:
-        progress(sum(o.size for o in plan.outputs if o.name in weights.digests))
-        for number, job in enumerate(plan.jobs):
-          outputs = [o for o in plan.outputs if o.job == number]
-          more = sum(o.size for o in outputs) * (summarizing.readings(job) - 1)
-          each = entries or planning.entries(len(job.models))
-          _merge(job, outputs, weights, own, each, nonfinite, progress, more)
-        copied = [o for o in plan.outputs if o.job is None and o.name in own]
-        _copy(copied, weights, entries or planning.entries(1), nonfinite, progress)
-        weights.flush()
-        processes.agree(True)  # All have written and synced their share.
-        if first and out_format == "orbax":
-          finishing.transcribe(part, weights, progress)
-    if first:
-      digests = digests or growing.noted(part, identity)
-      finishing.complete(part, plan, shards, identity, digests, out_format)
-      atomic.move(part, out, replace=replace)
-  processes.agree(True)  # None goes on before the result is there.
-  return out
+  return part
+
+
+def _grown(
+  plan: Plan,
+  part: pathlib.Path,
+  shard_size: int,
+  entries: int | None,
+  nonfinite: bool,
+  out_format: str,
+  progress: Callable[[int], None],
+) -> None:
+  """Brings all of a result into its folder, which then only lacks its name."""
+  first, index = processes.first(), jax.process_index()
+  shards = plan.shards(shard_size)
+  kinds = {o.name: (o.dtype, o.shape) for o in plan.outputs}
+  identity = finishing.identity(plan, shards, out_format)
+  plan = tying.tied(plan)
+  digests = None
+  if first:
+    digests = finishing.whole(part, identity, shards, out_format, nonfinite)
+  if processes.agree(digests is not None):
+    progress(summarizing.work(plan, out_format))
+  else:
+    own = _share(plan.outputs, index, jax.process_count())
+    begun = growing.opened(
+      part,
+      kinds,
+      shards,
+      identity,
+      journal=growing.journal(index),
+      checked=own,
+      nonfinite=nonfinite,
+    )
+    with begun as weights:
+      progress(sum(o.size for o in plan.outputs if o.name in weights.digests))
+      for number, job in enumerate(plan.jobs):
+        outputs = [o for o in plan.outputs if o.job == number]
+        more = sum(o.size for o in outputs) * (summarizing.readings(job) - 1)
+        each = entries or planning.entries(len(job.models))
+        _merge(job, outputs, weights, own, each, nonfinite, progress, more)
+      copied = [o for o in plan.outputs if o.job is None and o.name in own]
+      _copy(copied, weights, entries or planning.entries(1), nonfinite, progress)
+      weights.flush()
+      processes.agree(True)  # All have written and synced their share.
+      if first and out_format == "orbax":
+        finishing.transcribe(part, weights, progress)
+  if first:
+    digests = digests or growing.noted(part, identity)
+    finishing.complete(part, plan, shards, identity, digests, out_format)
 
 
 def _share(outputs: Sequence[Output], index: int, count: int) -> set[str]:
@@ -242,7 +265,7 @@ def _merge(
     _tell(progress, more)
     return
   leaves = {o.name: jax.ShapeDtypeStruct(o.shape, o.dtype) for o in outputs}
-  reader = _Reader(outputs)
+  reader = reading.Reader(outputs)
   narrow = {o.name: o.precision for o in outputs if o.precision is not None}
   source = streaming.Source(leaves, len(job.models), reader.read, narrow)
 
@@ -321,76 +344,3 @@ def _refuse_nonfinite(output: Output, source: Tensor, own: np.ndarray, part: np.
       f"{source.where}: {output.dtype} cannot hold its values; choose a wider dtype for the "
       f"result, or {lax}."
     )
-
-
-class _Reader:
-  """Reads slices into buffers that are used again, and lie as the device wants them: uncopied.
-
-  What is read the first time is shown and hashed bit by bit, while it is in a core's cache.
-
-  Attributes:
-    digests: by tensor of the result whose inputs were all read, and by where an input is from, its
-      checksum.
-  """
-
-  def __init__(self, outputs: Sequence[Output]):
-    self.outputs = {o.name: o for o in outputs}
-    self.buffers: dict[Any, np.ndarray] = {}
-    self.digests: dict[str, dict[str, str]] = {o.name: {} for o in outputs}
-    self._hashes: dict[slicing.Whose, Any] = {}
-
-  def read(
-    self, name: str, start: int, stop: int, order: Any, look: slicing.Look | None
-  ) -> tuple[Any, Any, Any]:
-    """Reads entries of the base and of all models, see `streaming.Source`."""
-    output, count = self.outputs[name], stop - start
-    base = None
-    if output.base is not None:
-      base = self._room("base", (count,), output.base.dtype)
-      self._fill(name, "base", output.base, start, base, look)
-    dtype = precision.common([t.dtype for t in output.models])
-    models = self._room("models", (len(output.models), count), dtype)
-    places = np.arange(len(output.models))[order]
-    for k, (i, row) in enumerate(zip(places, models, strict=True)):
-      tensor = output.models[i]
-      own = row if tensor.dtype == row.dtype else self._room(k, (count,), tensor.dtype)
-      self._fill(name, k, tensor, start, own, look)
-      if own is not row:
-        row[...] = own
-    return base, None, models
-
-  def _fill(
-    self,
-    name: str,
-    whose: slicing.Whose,
-    tensor: Tensor,
-    start: int,
-    out: np.ndarray,
-    look: slicing.Look | None,
-  ) -> None:
-    if look is None:
-      tensor.read(start, out)
-      return
-    if start == 0:
-      self._hashes[whose] = xxhash.xxh3_128()
-    step = HOT // out.dtype.itemsize
-    for first in range(0, max(out.size, 1), step):
-      part = out[first : first + step]
-      tensor.read(start + first, part)
-      look(whose, part)
-      self._hashes[whose].update(part.view(np.uint8).data)
-    if start + out.size == math.prod(tensor.shape):
-      self.digests[name][tensor.where] = self._hashes.pop(whose).hexdigest()
-
-  def _room(self, use: Any, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    size = math.prod(shape) * dtype.itemsize
-    if use not in self.buffers or self.buffers[use].nbytes < size:
-      self.buffers[use] = _aligned(size)
-    return self.buffers[use][:size].view(dtype).reshape(shape)
-
-
-def _aligned(size: int) -> np.ndarray:
-  """Bytes that begin at a multiple of 64: from there a CPU's device takes them without a copy."""
-  raw = np.empty(size + 64, np.uint8)
-  offset = -raw.ctypes.data % 64
-  return raw[offset : offset + size]

@@ -110,7 +110,9 @@ def stale(directory):
 def replacing(child, inputs, tmp_path_factory):
   """The events of an uninterrupted merge that replaces a folder."""
   directory = stale(tmp_path_factory.mktemp("replacing"))
-  return child.run("files", directory, inputs=inputs, replace=True)["events"]
+  *events, end = child.run("files", directory, inputs=inputs, replace=True)["events"]
+  assert end == "os.remove .out.lock"
+  return events
 
 
 @pytest.mark.parametrize(

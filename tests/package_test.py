@@ -51,6 +51,7 @@ FLOORS = {
     "memory",
     "dealing",
     "running",
+    "reading",
     "slicing",
     "kernels",
     "streaming",

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import functools
 import json
 import math
@@ -22,7 +21,7 @@ from typing import Any, NamedTuple  # Any: digests are plain JSON.
 import numpy as np
 import xxhash
 
-from jaxmerge.io import atomic, folder, pages, safetensors
+from jaxmerge.io import atomic, folder, lock, pages, safetensors
 from jaxmerge.io.pages import PagedFile
 from jaxmerge.io.tensor import Tensor
 
@@ -294,15 +293,11 @@ class Growing:
     self._waiting, self._unsynced = {}, 0
 
 
-@contextlib.contextmanager
-def locked(part: pathlib.Path, out: pathlib.Path) -> Iterator[None]:
-  """Keeps a second process from merging to the same place."""
-  handle = os.open(part, os.O_RDONLY)
-  try:
-    try:
-      fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as e:
-      raise ValueError(f"{out}: another process is merging to this place.") from e
-    yield
-  finally:
-    os.close(handle)
+def locked(out: pathlib.Path) -> contextlib.AbstractContextManager[None]:
+  """Keeps a second process from merging to the same place: it is told so, and changes nothing."""
+  return lock.held(out, running(out))
+
+
+def running(out: pathlib.Path) -> str:
+  """Returns what a second process is told."""
+  return f"{out}: another process is merging to this place; wait for it, or give another place."

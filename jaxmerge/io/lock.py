@@ -1,0 +1,163 @@
+"""Locks of places on disk: one process writes to a place, and a second one is told that it does.
+
+The lock is a file beside the place, so that it can be taken before anything there is looked at. It
+is the kernel's: whatever ends a process gives it free. Where a disk knows no such locks, as some of
+networks do not, the file itself says which machine has the place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import os
+import pathlib
+import socket
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator
+
+_UNKNOWN = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF)
+_TRIES = 5  # A look whether there is a lock takes it for a moment.
+_PAUSE = 0.02  # Seconds.
+
+
+class Busy(ValueError):
+  """Another process has the place."""
+
+
+def path_of(place: pathlib.Path) -> pathlib.Path:
+  """Returns the file that is the lock of a place.
+
+  >>> path_of(pathlib.Path("models/merged")).name
+  '.merged.lock'
+  """
+  return place.with_name(f".{place.name}.lock")
+
+
+@contextlib.contextmanager
+def held(place: pathlib.Path, busy: str) -> Iterator[None]:
+  """Holds the lock of a place, which need not be there, while the block runs.
+
+  Args:
+    place: a folder or a file; its parent is made.
+    busy: what is said where another process has it.
+
+  Raises:
+    Busy: where another process has it; nothing was changed then.
+  """
+  path = path_of(place)
+  if not path.parent.is_dir():
+    path.parent.mkdir(parents=True, exist_ok=True)
+  with contextlib.ExitStack() as stack:
+    try:
+      stack.enter_context(_locked(path, busy))
+    except OSError as error:
+      if error.errno not in _UNKNOWN:
+        raise
+      stack.enter_context(_marked(path, busy))
+    yield
+
+
+def check(place: pathlib.Path, busy: str) -> None:
+  """Raises Busy where another process has a place; makes and keeps nothing."""
+  path = path_of(place)
+  _check_mark(path, busy)
+  try:
+    handle = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
+  except FileNotFoundError:
+    return
+  try:
+    _take(handle, path, busy)
+  except OSError as error:
+    if error.errno not in _UNKNOWN:
+      raise
+  finally:
+    os.close(handle)
+
+
+@contextlib.contextmanager
+def _locked(path: pathlib.Path, busy: str) -> Iterator[None]:
+  """Holds the kernel's lock of a file, which is there no longer than the lock."""
+  while True:
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    try:
+      _take(handle, path, busy)
+      if not _is_at(handle, path):  # The one who had it before has removed it meanwhile.
+        continue
+      try:
+        yield
+      finally:
+        if _is_at(handle, path):
+          path.unlink()
+      return
+    finally:
+      os.close(handle)
+
+
+def _take(handle: int, path: pathlib.Path, busy: str) -> None:
+  for left in reversed(range(_TRIES)):
+    try:
+      fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+      if not left:
+        raise Busy(f"{busy} ({path} is locked.)") from error
+      time.sleep(_PAUSE)
+    else:
+      return
+
+
+def _is_at(handle: int, path: pathlib.Path) -> bool:
+  try:
+    return os.path.samestat(os.fstat(handle), os.lstat(path))
+  except FileNotFoundError:
+    return False
+
+
+@contextlib.contextmanager
+def _marked(path: pathlib.Path, busy: str) -> Iterator[None]:
+  """Marks a place as this machine's; among its own processes, a lock on its own disk decides."""
+  path.unlink(missing_ok=True)  # It locks nothing here.
+  digest = hashlib.blake2b(os.fsencode(path.absolute()), digest_size=16).hexdigest()
+  local = pathlib.Path(tempfile.gettempdir()) / f".jaxmerge-{os.getuid()}-{digest}.lock"
+  mark = _mark_of(path)
+  with _locked(local, busy):
+    if not _check_mark(path, busy):  # One of this machine is that of a process that was killed.
+      try:
+        handle = os.open(mark, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
+      except FileExistsError as error:
+        raise Busy(f"{busy} ({mark} has just been made.)") from error
+      try:
+        os.write(handle, _machine())
+        os.fsync(handle)
+      finally:
+        os.close(handle)
+    try:
+      yield
+    finally:
+      mark.unlink(missing_ok=True)
+
+
+def _check_mark(path: pathlib.Path, busy: str) -> bool:
+  """Tells whether a place has this machine's mark; raises Busy where it has another one's."""
+  mark = _mark_of(path)
+  try:
+    text = mark.read_bytes()[:200]
+  except FileNotFoundError:
+    return False
+  if text != _machine():
+    host = text.decode(errors="replace").split(" ")[0]
+    hint = f"This disk knows no locks: if nothing runs there any more, remove {mark}."
+    raise Busy(f"{busy} It is on the machine {host!r}. {hint}")
+  return True
+
+
+def _mark_of(path: pathlib.Path) -> pathlib.Path:
+  return path.with_name(f"{path.name}.machine")
+
+
+def _machine() -> bytes:
+  """What this machine and user are called, as no other ones are."""
+  return f"{socket.gethostname()} {uuid.getnode():x} {os.getuid()}".encode()

@@ -1,0 +1,89 @@
+"""Reads the slices of a merge of files, and hashes the inputs while they pass."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any  # Any: what a buffer is used for, a slice of models.
+
+import numpy as np
+import xxhash
+
+from jaxmerge import precision, slicing
+from jaxmerge.io.tensor import Tensor
+from jaxmerge.planning import Output
+
+HOT = 2**20  # Bytes that a core's cache holds beside all else.
+
+
+class Reader:
+  """Reads slices into buffers that are used again, and lie as the device wants them: uncopied.
+
+  What is read the first time is shown and hashed bit by bit, while it is in a core's cache.
+
+  Attributes:
+    digests: by tensor of the result whose inputs were all read, and by where an input is from, its
+      checksum.
+  """
+
+  def __init__(self, outputs: Sequence[Output]):
+    self.outputs = {o.name: o for o in outputs}
+    self.buffers: dict[Any, np.ndarray] = {}
+    self.digests: dict[str, dict[str, str]] = {o.name: {} for o in outputs}
+    self._hashes: dict[slicing.Whose, Any] = {}
+
+  def read(
+    self, name: str, start: int, stop: int, order: Any, look: slicing.Look | None
+  ) -> tuple[Any, Any, Any]:
+    """Reads entries of the base and of all models, see `streaming.Source`."""
+    output, count = self.outputs[name], stop - start
+    base = None
+    if output.base is not None:
+      base = self._room("base", (count,), output.base.dtype)
+      self._fill(name, "base", output.base, start, base, look)
+    dtype = precision.common([t.dtype for t in output.models])
+    models = self._room("models", (len(output.models), count), dtype)
+    places = np.arange(len(output.models))[order]
+    for k, (i, row) in enumerate(zip(places, models, strict=True)):
+      tensor = output.models[i]
+      own = row if tensor.dtype == row.dtype else self._room(k, (count,), tensor.dtype)
+      self._fill(name, k, tensor, start, own, look)
+      if own is not row:
+        row[...] = own
+    return base, None, models
+
+  def _fill(
+    self,
+    name: str,
+    whose: slicing.Whose,
+    tensor: Tensor,
+    start: int,
+    out: np.ndarray,
+    look: slicing.Look | None,
+  ) -> None:
+    if look is None:
+      tensor.read(start, out)
+      return
+    if start == 0:
+      self._hashes[whose] = xxhash.xxh3_128()
+    step = HOT // out.dtype.itemsize
+    for first in range(0, max(out.size, 1), step):
+      part = out[first : first + step]
+      tensor.read(start + first, part)
+      look(whose, part)
+      self._hashes[whose].update(part.view(np.uint8).data)
+    if start + out.size == math.prod(tensor.shape):
+      self.digests[name][tensor.where] = self._hashes.pop(whose).hexdigest()
+
+  def _room(self, use: Any, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    size = math.prod(shape) * dtype.itemsize
+    if use not in self.buffers or self.buffers[use].nbytes < size:
+      self.buffers[use] = _aligned(size)
+    return self.buffers[use][:size].view(dtype).reshape(shape)
+
+
+def _aligned(size: int) -> np.ndarray:
+  """Bytes that begin at a multiple of 64: from there a CPU's device takes them without a copy."""
+  raw = np.empty(size + 64, np.uint8)
+  offset = -raw.ctypes.data % 64
+  return raw[offset : offset + size]
