@@ -9,7 +9,7 @@ from typing import Any  # What a config.json holds.
 
 import numpy as np
 
-from jaxmerge import catalog, misfits, planning, spelling
+from jaxmerge import catalog, misfits, planning, spelling, tying
 from jaxmerge.io import folder, safetensors
 from jaxmerge.planning import Job, Model, Plan, Want
 
@@ -93,11 +93,11 @@ def planned(
   plan = planning.assembled(
     wants, [job], (donor, *models), dtype=dtype, missing=missing, misfits=told
   )
-  config = donor.config
-  if dtype is None or not config or stated(config, dtype.name) == config:
+  changed = stated(donor.config, dtype.name) if dtype and donor.config else donor.config
+  plan, changed = tying.settled(plan, donor, changed)
+  if changed == donor.config:
     return plan
-  text = json.dumps(stated(config, dtype.name), indent=2) + "\n"
-  return plan._replace(texts={folder.CONFIG: text})
+  return plan._replace(texts={folder.CONFIG: json.dumps(changed, indent=2) + "\n"})
 
 
 def stated(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:

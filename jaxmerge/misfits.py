@@ -29,7 +29,6 @@ def lines(wants: Sequence[Want], models: Sequence[Model], missing: str) -> list[
     models: all inputs, the donor first.
     missing: what becomes of a tensor that some models lack.
   """
-  donor = models[0]
   lacking, misshapen = _lacking(wants), _misshapen(wants)
   idle = [] if missing == "error" else list(_idle(wants, missing))
   unlike = _unlike(models, {name for pair in (*lacking, *misshapen) for name in pair})
@@ -40,13 +39,7 @@ def lines(wants: Sequence[Want], models: Sequence[Model], missing: str) -> list[
   if missing == "error":
     told += _lines_of_lacking(lacking, strangers, wants)
   told += _lines_of_shapes(misshapen, strangers)
-  told += idle
-  return told + [
-    f"tensor {want.name!r} is tied to the embedding by the config of {donor.name}, but not in "
-    "all models: exclude it, or set tie_word_embeddings to false there."
-    for want in wants
-    if want.name in donor.tied and want.models
-  ]
+  return told + idle
 
 
 def grouped(names: Iterable[str]) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxmerge import planning
 from jaxmerge.io import adapter, folder, hub, weights
-from jaxmerge.io.tensor import Files, Tensor
+from jaxmerge.io.tensor import Files, NotMade, Tensor
 
 
 class Reference(NamedTuple):
@@ -104,7 +104,7 @@ def foreseen(name: str, plan: planning.Plan) -> planning.Model:
   """Returns the model that a plan will make: it can be planned with, and not be read."""
 
   def read(start: int, out: np.ndarray) -> None:
-    raise ValueError(f"{name} has not been made yet.")
+    raise NotMade(f"{name} has not been made yet.")
 
   tensors = {
     o.name: Tensor(f"{name}: tensor {o.name!r}", o.dtype, o.shape, read) for o in plan.outputs

@@ -37,7 +37,7 @@ class Model(NamedTuple):
     tensors: its tensors by name.
     files: of its weights.
     config: what its config.json says.
-    tied: names of output heads to the embeddings that they are, by the config: they are no
+    tied: names of output heads to the embeddings that they are, by config and bytes: they are no
       tensors of their own, and stand in where another model's head is not tied.
     dropped: tensors of its files that are not among its tensors, and what becomes of them: why they
       are dropped, or what an adapter's are added to.
@@ -204,14 +204,20 @@ def model(
 
 
 def with_ties(opened: Model) -> Model:
-  """Takes an output head for the embedding where the config of a model says that it is."""
-  embedding, heads = ties.said(opened.tensors, opened.config) or (None, [])
-  if embedding is None:
+  """Takes an output head for the embedding where the config of a model and its bytes say so.
+
+  A head that is stored and differs is a tensor of its own, whatever the config says.
+  """
+  found = ties.among(opened.tensors, opened.config)
+  if found is None or not found.flag:
     return opened
+  own = opened.tensors[found.embedding]
+  one = [n for n in (*found.heads, *found.stacks) if ties.equal(own, opened.tensors[n])]
+  left = found._replace(heads=tuple(n for n in found.heads if n not in one))
   return opened._replace(
-    tensors={n: t for n, t in opened.tensors.items() if n not in heads},
-    tied=dict.fromkeys(heads or ties.HEADS, opened.tensors[embedding]),
-    dropped=dict.fromkeys(heads, f"dropped: tied to {embedding}"),
+    tensors={n: t for n, t in opened.tensors.items() if n not in one},
+    tied=dict.fromkeys([*one, *(n for n in left.absent if n not in opened.tensors)], own),
+    dropped=dict.fromkeys(one, f"dropped: tied to {found.embedding}"),
   )
 
 

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-import numpy as np
-
-from jaxmerge.io.tensor import Tensor
-from jaxmerge.io.ties import HEADS
+from jaxmerge.io import ties
 from jaxmerge.planning import Model
 
 ENDS = ((".gamma", ".weight"), (".beta", ".bias"))  # What norms were called, and are called now.
 # Ends of names of embeddings and heads, which may be one tensor under several of them.
 _COPIES = (
-  *("shared.weight", "embed_tokens.weight", "word_embeddings.weight", "wte.weight", *HEADS),
+  *("shared.weight", "embed_tokens.weight", "word_embeddings.weight", "wte.weight", *ties.HEADS),
   *("predictions.bias", "predictions.decoder.bias", "lm_head.bias", "lm_head.decoder.bias"),
 )
-_CHUNK = 2**20
 
 
 def alike(models: Sequence[Model]) -> list[Model]:
@@ -82,18 +78,5 @@ def _twins(name: str, having: Sequence[Model], models: Sequence[Model]) -> Itera
   for other in filter(_copied, having[0].tensors):
     if other == name or not all(other in m.tensors for m in models):
       continue
-    if all(not m.files or _equal(m.tensors[name], m.tensors[other]) for m in having):
+    if all(not m.files or ties.equal(m.tensors[name], m.tensors[other]) for m in having):
       yield other
-
-
-def _equal(a: Tensor, b: Tensor) -> bool:
-  size = int(np.prod(a.shape))
-  if a.dtype != b.dtype or a.shape != b.shape:
-    return False
-  for start in range(0, size, _CHUNK):
-    x, y = (np.empty(min(_CHUNK, size - start), t.dtype) for t in (a, b))
-    a.read(start, x)
-    b.read(start, y)
-    if x.tobytes() != y.tobytes():
-      return False
-  return True

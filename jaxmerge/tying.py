@@ -2,18 +2,68 @@
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any  # What a config.json holds.
 
 import numpy as np
 
+from jaxmerge.io import ties
 from jaxmerge.io.tensor import Tensor
-from jaxmerge.io.ties import HEADS
-from jaxmerge.planning import Output, Plan
+from jaxmerge.planning import Model, Output, Plan
 
-HEAD = 32  # Entries that are compared before all of them are.
-CHUNK = 2**20
+
+def settled(plan: Plan, donor: Model, config: Mapping[str, Any]) -> tuple[Plan, dict[str, Any]]:
+  """Returns a plan, and the config of its result, that agree about what is tied.
+
+  A head that the donor ties to its embedding, and that is the embedding in all other models too,
+  is left out. One that differs in some of them is merged on its own, and the config says so.
+
+  Args:
+    plan: the plan.
+    donor: the model whose config the result takes over.
+    config: that config, as far as it was brought up to date.
+  """
+  outputs = {o.name: o for o in plan.outputs}
+  found = ties.among(outputs, config)
+  if ties.lacks_head(outputs, config):
+    text = (
+      f"the config of {donor.name} says {ties.FLAG}: false, but the result has no output head; if "
+      "it is the embedding, set it to true there: a library would start from a random head."
+    )
+    return plan._replace(notes=(*plan.notes, text)), dict(config)
+  if found is None or found.flag is False:
+    return plan, dict(config)
+  first, twins = outputs[found.embedding], (*found.heads, *found.stacks)
+  one = [n for n in twins if n in donor.tied and _alike(plan, first, outputs[n])]
+  plan = _without(plan, one, found.embedding)
+  apart = [
+    n
+    for n in found.heads
+    if n not in one and (n in donor.tied or (found.flag and not _alike(plan, first, outputs[n])))
+  ]
+  if not apart:
+    return plan, dict(config)
+  changed = ties.untied(outputs, config)
+  words = (
+    f"{ties.FLAG} is false in the config of the result"
+    if changed != config
+    else f"the config still says {ties.FLAG}, as more hangs on it: transformers keeps them apart "
+    "from version 5 on"
+  )
+  text = f"{', '.join(apart)} and {found.embedding} differ in some models, and are merged apart"
+  return plan._replace(notes=(*plan.notes, f"{text}; {words}.")), changed
+
+
+def _without(plan: Plan, names: list[str], embedding: str) -> Plan:
+  """Leaves out tensors that are the embedding once more."""
+  if not names:
+    return plan
+  fates = {
+    model: {n: f"dropped: tied to {embedding}" if n in names else f for n, f in own.items()}
+    for model, own in plan.fates.items()
+  }
+  return plan._replace(outputs=tuple(o for o in plan.outputs if o.name not in names), fates=fates)
 
 
 def tied(plan: Plan) -> Plan:
@@ -27,7 +77,7 @@ def tied(plan: Plan) -> Plan:
   """
   found: dict[object, list[Output]] = {}
   same: dict[str, str] = {}
-  for output in sorted(plan.outputs, key=lambda o: o.name.endswith(HEADS)):
+  for output in sorted(plan.outputs, key=lambda o: o.name.endswith(ties.HEADS)):
     if output.job is None or len(output.shape) < 2 or _in_layers(output.name):
       continue
     others = found.setdefault(_kind(plan, output), [])
@@ -57,26 +107,17 @@ def _kind(plan: Plan, output: Output) -> object:
   return repr((output.job, output.shape, output.dtype, output.precision, own))
 
 
+def _alike(plan: Plan, a: Output, b: Output) -> bool:
+  """Tells whether two tensors have one result."""
+  return _kind(plan, a) == _kind(plan, b) and _equal(a, b)
+
+
 def _parts(output: Output) -> Iterator[Tensor]:
   yield from (t for t in (output.base, *output.models) if t is not None)
 
 
 def _equal(a: Output, b: Output) -> bool:
-  size = math.prod(a.shape)
   pairs = list(zip(_parts(a), _parts(b), strict=True))
   if any(x.dtype != y.dtype for x, y in pairs):
     return False
-  heads = (_same(x, y, 0, min(HEAD, size)) for x, y in pairs)
-  wholes = (
-    _same(x, y, start, min(start + CHUNK, size))
-    for x, y in pairs
-    for start in range(0, size, CHUNK)
-  )
-  return all(heads) and all(wholes)
-
-
-def _same(a: Tensor, b: Tensor, start: int, stop: int) -> bool:
-  x, y = np.empty(stop - start, a.dtype), np.empty(stop - start, b.dtype)
-  a.read(start, x)
-  b.read(start, y)
-  return bool((x.view(np.uint8) == y.view(np.uint8)).all())
+  return all(x is y or ties.equal(x, y) for x, y in pairs)

@@ -100,3 +100,88 @@ def test_heads_with_numbers_of_their_own_are_merged_apart(tmp_path):
   again = {n: np.float32(0.5) for n in scales}
   out = merged(tmp_path, methods.task_arithmetic(), aux={"scale": again}, replace=True)
   assert folders.read(out)[HEAD].tobytes() == found[EMBEDDING].tobytes()
+
+
+def config(flag, **more):
+  return {**folders.CONFIG, "tie_word_embeddings": flag, **more}
+
+
+def copy_of(tree, head=None):
+  """A model without an output head, or with another one."""
+  return {n: x for n, x in tree.items() if n != HEAD} | ({} if head is None else {HEAD: head})
+
+
+@pytest.mark.parametrize(
+  "where", [{}, {"text_config": {"tie_word_embeddings": True, "hidden_size": 6}}]
+)
+@pytest.mark.parametrize("donor", ["headless", "differs", "equal"])
+def test_a_head_that_differs_is_kept_though_the_config_ties_it(tmp_path, where, donor):
+  base, first, second, _ = folders.family(tmp_path)
+  heads = {"headless": None, "differs": base[HEAD], "equal": base[EMBEDDING]}
+  flag = where or {"tie_word_embeddings": True}
+  trees = copy_of(base, heads[donor]), first, copy_of(second)
+  for name, tree in zip(("base", "m0", "m1"), trees, strict=True):
+    folders.write(tmp_path / name, tree, config=folders.CONFIG | flag)
+  models = [tmp_path / "m0", tmp_path / "m1"]
+  options = {"base": tmp_path / "base"}
+  out = files.merge_files(methods.task_arithmetic(scale=1.0), models, tmp_path / "out", **options)
+  found = folders.read(out)
+  start = base[HEAD] if donor == "differs" else base[EMBEDDING]
+  expected = first[HEAD] + second[EMBEDDING] - start
+  np.testing.assert_allclose(found[HEAD], expected, atol=1e-6)
+  made = json.loads((out / "config.json").read_text())
+  assert made["tie_word_embeddings"] is False
+  assert made.get("text_config", {}).get("tie_word_embeddings", False) is False
+  told = json.loads((out / files.PROVENANCE).read_text())
+  assert told["notes"][0].startswith(f"{HEAD} and {EMBEDDING} differ in some models")
+
+
+def test_a_head_that_is_the_embedding_in_all_models_stays_tied_by_the_flag_of_the_base(tmp_path):
+  """Whatever the others say of theirs, and where one stores it in a wider dtype."""
+  base, first, second, _ = folders.family(tmp_path)
+  folders.write(tmp_path / "base", copy_of(base), config=config(True))
+  folders.write(tmp_path / "m0", copy_of(first, first[EMBEDDING]), config=config(False))
+  wide = second[EMBEDDING].astype(np.float64)
+  folders.write(tmp_path / "m1", copy_of(second, wide), config=config(True))
+  models = [tmp_path / "m0", tmp_path / "m1"]
+  out = files.merge_files(methods.average(), models, tmp_path / "out", base=tmp_path / "base")
+  assert HEAD not in folders.read(out)
+  assert json.loads((out / "config.json").read_text()) == config(True)
+
+
+def test_copies_of_a_shared_embedding_are_it(tmp_path):
+  """T5: in some files they are stored, in others not; the flag says how outputs are scaled."""
+  x, rng = np.ones((5, 2), np.float32), np.random.default_rng(0)
+  names = ["encoder.embed_tokens.weight", "decoder.embed_tokens.weight", HEAD]
+  y, z = x + rng.normal(size=x.shape).astype(np.float32), 3 * x
+  own = {"model_type": "t5", "tie_word_embeddings": False}
+  whole = {"shared.weight": y, names[0]: y, names[1]: y, HEAD: z}
+  for name, tree in (("base", {"shared.weight": x, HEAD: z}), ("m0", whole)):
+    folders.write(tmp_path / name, tree, config=own)
+  base, models = tmp_path / "base", [tmp_path / "m0"]
+  out = files.merge_files(methods.task_arithmetic(scale=1.0), models, tmp_path / "out", base=base)
+  found = folders.read(out)
+  assert found.keys() == {"shared.weight", HEAD}
+  np.testing.assert_allclose(found["shared.weight"], y, atol=1e-6)
+  assert json.loads((out / "config.json").read_text()) == own
+  out = files.merge_files(methods.average(), [*models, base], tmp_path / "mean")
+  assert folders.read(out).keys() == {"shared.weight", HEAD}
+
+
+@pytest.mark.parametrize("flag", [True, False])
+def test_a_language_model_without_a_head_is_tied_or_it_is_said(tmp_path, flag):
+  """A class that ties by default leaves the flag out; one that says no has lost its head."""
+  base, first, *_ = folders.family(tmp_path)
+  told = {} if flag else {"tie_word_embeddings": False}
+  own = folders.CONFIG | told | {"architectures": ["GemmaForCausalLM"]}
+  folders.write(tmp_path / "base", copy_of(base), config=own)
+  folders.write(tmp_path / "m0", copy_of(first, first[EMBEDDING]) if flag else first, config=own)
+  job = methods.average(), [tmp_path / "m0"], tmp_path / "out"
+  if flag:
+    assert HEAD not in folders.read(files.merge_files(*job, base=tmp_path / "base"))
+    return
+  with pytest.raises(ValueError, match=r"is in .*m0 but not in the base"):
+    files.merge_files(*job, base=tmp_path / "base")
+  out = files.merge_files(*job, base=tmp_path / "base", missing="skip")
+  (note,) = json.loads((out / files.PROVENANCE).read_text())["notes"]
+  assert "has no output head" in note

@@ -34,6 +34,10 @@ class Tensor(NamedTuple):
   kept: np.dtype | None = None
 
 
+class NotMade(ValueError):
+  """A tensor is read of a model that is still to be made."""
+
+
 class Files:
   """Files that are open for reading: the ones used last, so that a model may have thousands."""
 

@@ -1,41 +1,171 @@
-"""Which output head is the embedding, by a config and the names of tensors."""
+"""Which tensors are the embedding once more: output heads, and what encoder and decoder share.
+
+A config says that they are one, the bytes decide: heads that differ from the embedding are kept.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any  # What a config.json holds.
+import math
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple, Protocol, runtime_checkable  # Any: what a config.json holds.
 
-from jaxmerge.io.tensor import Tensor
+import numpy as np
 
+from jaxmerge.io import safetensors
+from jaxmerge.io.tensor import NotMade, Tensor
+
+FLAG = "tie_word_embeddings"
 # Ends of names, the likelier embedding first: T5 has its shared one under its stacks' names too.
+_SHARED = ".shared.weight"
 _EMBEDDINGS = (
-  ".shared.weight", "embed_tokens.weight", "wte.weight", "word_embeddings.weight",
-  "embed_in.weight",
+  _SHARED, ".decoder.embed_tokens.weight", "embed_tokens.weight", "wte.weight",
+  "word_embeddings.weight", "embed_in.weight", "tok_embeddings.weight", "tokens_embed.weight",
+  "word_embedding.weight", ".backbone.embeddings.weight", ".rwkv.embeddings.weight",
 )  # fmt: skip
 HEADS = (
   "lm_head.weight", "embed_out.weight", "proj_out.weight", "lm_head.decoder.weight",
   "cls.predictions.decoder.weight", "predictions.decoder.weight", "vocab_projector.weight",
+  "output_projection.weight", "lm_head.out_proj.weight", "lm_loss.weight", "output_layer.weight",
+  "mlm_score.decoder.weight", "head.decoder.weight",
 )  # fmt: skip
+_STACKS = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+_PARTS = ("text_config", "llm_config", "language_config")  # Of a config, that of the decoder.
+# Their flag says whether outputs are scaled; their tensors are tied by their bytes whatever it is.
+_SCALED = {"t5", "mt5", "umt5", "longt5", "pop2piano", "udop", "switch_transformers"}
+HEAD = 32  # Entries that are compared before all of them are.
+CHUNK = 2**20
 
 
-def said(
-  tensors: Mapping[str, Tensor], config: Mapping[str, Any]
-) -> tuple[str, tuple[str, ...]] | None:
-  """Returns the embedding and the heads among the tensors that are it, where a config says so.
+@runtime_checkable
+class Shaped(Protocol):
+  """What has a shape."""
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    """Its shape."""
+
+
+class Ties(NamedTuple):
+  """An embedding, and the tensors that are stored beside it and may be it.
+
+  Attributes:
+    embedding: its name.
+    heads: names of output heads of its shape.
+    stacks: names of the embeddings of encoder and decoder, where it is the one they share.
+    flag: whether the config ties them, or leaves nothing else; None: it does not say.
+  """
+
+  embedding: str
+  heads: tuple[str, ...]
+  stacks: tuple[str, ...]
+  flag: bool | None
+
+  @property
+  def absent(self) -> Iterator[str]:
+    """Names under which another model of the kind may hold the embedding once more."""
+    parts = self.embedding.split(".")[:-1]
+    for depth in range(len(parts)):
+      prefix = "".join(f"{part}." for part in parts[:depth])
+      yield from (prefix + end for end in HEADS if not self.heads)
+    if f".{self.embedding}".endswith(_SHARED):
+      prefix = self.embedding.removesuffix(_SHARED[1:])
+      yield from (prefix + end for end in _STACKS if prefix + end not in self.stacks)
+
+
+def among(tensors: Mapping[str, Shaped], config: Mapping[str, Any]) -> Ties | None:
+  """Returns the embedding among tensors, and what may be it; None without an embedding.
 
   A head has the embedding's shape and lies outside of the layers: projections of such names within
   them are none.
 
   >>> import numpy as np
-  >>> own = Tensor("", np.dtype(np.float32), (9, 2), lambda start, out: None)
-  >>> said({"shared.weight": own, "lm_head.weight": own}, {"tie_word_embeddings": True})
-  ('shared.weight', ('lm_head.weight',))
+  >>> own = {n: np.zeros((9, 2)) for n in ("shared.weight", "lm_head.weight")}
+  >>> among(own, {"tie_word_embeddings": True})
+  Ties(embedding='shared.weight', heads=('lm_head.weight',), stacks=(), flag=True)
   """
-  parts = [c for c in (config, config.get("text_config")) if isinstance(c, dict)]
-  found = (name for end in _EMBEDDINGS for name in tensors if f".{name}".endswith(end))
-  embedding = next(found, None)
-  if embedding is None or not any(c.get("tie_word_embeddings") is True for c in parts):
+  embedding = next(
+    (name for end in _EMBEDDINGS for name in tensors if f".{name}".endswith(end)), None
+  )
+  if embedding is None:
     return None
-  shape = tensors[embedding].shape
-  heads = [n for n, t in tensors.items() if n.endswith(HEADS) and t.shape == shape]
-  return embedding, tuple(n for n in heads if not any(part.isdigit() for part in n.split(".")))
+  alike = [n for n, t in tensors.items() if t.shape == tensors[embedding].shape and _outside(n)]
+  prefix = embedding.removesuffix(_SHARED[1:])
+  shared = [prefix + end for end in _STACKS] if prefix != embedding else []
+  heads = tuple(n for n in alike if n.endswith(HEADS))
+  flag = _flag(config)
+  if flag is None and not heads and _is_language_model(config):
+    flag = True  # Classes that tie by default leave it out of their files.
+  return Ties(embedding, heads, tuple(n for n in alike if n in shared), flag)
+
+
+def _is_language_model(config: Mapping[str, Any]) -> bool:
+  words = " ".join(map(str, config.get("architectures") or ()))
+  return re.search("ForCausalLM|LMHead|ForConditionalGeneration|ForMaskedLM", words) is not None
+
+
+def _outside(name: str) -> bool:
+  return not any(part.isdigit() for part in name.split("."))
+
+
+def _flag(config: Mapping[str, Any]) -> bool | None:
+  if config.get("model_type") in _SCALED:
+    return True
+  flags = [own.get(FLAG) for own in (config, *_parts(config).values())]
+  return True if True in flags else False if False in flags else None
+
+
+def _parts(config: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+  return {key: config[key] for key in _PARTS if isinstance(config.get(key), Mapping)}
+
+
+def untied(tensors: Mapping[str, Shaped], config: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns a config that ties no head to the embedding.
+
+  It stays as it is where more hangs on its flag that is not stored: a scale, the bias of a head, or
+  the embeddings of encoder and decoder.
+
+  >>> untied({}, {"text_config": {"tie_word_embeddings": True}})
+  {'text_config': {'tie_word_embeddings': False}, 'tie_word_embeddings': False}
+  """
+  found = among(tensors, config)
+  heads = found.heads if found else ()
+  biases = [n.removesuffix("weight") + "bias" for n in heads if n.endswith("decoder.weight")]
+  shared = found is not None and f".{found.embedding}".endswith(_SHARED)
+  if shared or config.get("model_type") in _SCALED or any(n not in tensors for n in biases):
+    return dict(config)
+  parts = {k: {**own, FLAG: False} for k, own in _parts(config).items() if own.get(FLAG)}
+  return {**config, **parts, FLAG: False}
+
+
+def lacks_head(tensors: Mapping[str, Shaped], config: Mapping[str, Any]) -> bool:
+  """Tells whether a language model has no output head though its config ties it to nothing."""
+  found = among(tensors, config)
+  if found is None or found.flag is not False or not _is_language_model(config):
+    return False
+  shape = tensors[found.embedding].shape
+  return [n for n, t in tensors.items() if t.shape == shape and _outside(n)] == [found.embedding]
+
+
+def equal(a: Tensor, b: Tensor) -> bool:
+  """Tells whether two tensors are equal bit for bit; those of two dtypes, entry for entry.
+
+  One that is still to be made is equal to none.
+  """
+  if a.shape != b.shape or safetensors.is_floating(a.dtype) != safetensors.is_floating(b.dtype):
+    return False
+  size = math.prod(a.shape)
+  spans = [(0, min(HEAD, size)), *((i, min(i + CHUNK, size)) for i in range(0, size, CHUNK))]
+  try:
+    return all(_same(a, b, start, stop) for start, stop in spans)
+  except NotMade:
+    return False
+
+
+def _same(a: Tensor, b: Tensor, start: int, stop: int) -> bool:
+  x, y = np.empty(stop - start, a.dtype), np.empty(stop - start, b.dtype)
+  a.read(start, x)
+  b.read(start, y)
+  if a.dtype == b.dtype:
+    return bool((x.view(np.uint8) == y.view(np.uint8)).all())
+  return bool((x.astype(np.float64) == y.astype(np.float64)).all())

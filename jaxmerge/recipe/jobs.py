@@ -1,4 +1,4 @@
-"""What a recipe does with every tensor: which job merges it, with which numbers, or it is copied."""
+"""What a recipe does with every tensor: which job merges it, by which numbers, or a copy."""
 
 from __future__ import annotations
 

@@ -33,8 +33,7 @@ def problems(recipe: Recipe, models: Opened) -> list[Exception]:
     found.append(RecipeError(told))
   wants = [_want(row, models) for row in kept]
   known = [w for w in wants if recipe.tokenizer is None or not embeddings.wanted(w)]
-  untied = [m._replace(tied={}) for m in models.values()]
-  if lines := misfits.lines(known, untied, recipe.missing):
+  if lines := misfits.lines(known, [*models.values()], recipe.missing):
     found.append(planning.Problems(lines))
   return found
 

@@ -7,7 +7,7 @@ import os
 import pathlib
 from collections.abc import Callable, Iterable, Mapping
 
-from jaxmerge import misfits, planning, spelling
+from jaxmerge import misfits, planning, spelling, tying
 from jaxmerge.io import folder
 from jaxmerge.io.tensor import Files
 from jaxmerge.opening import foreseen
@@ -196,7 +196,7 @@ def planned(
   )
   if recipe.compat == "mergekit":
     plan = narrowing.computed(recipe, plan)
-  changed = built.config(changed)
+  plan, changed = tying.settled(plan, donor, built.config(changed))
   own = {} if changed == config else {folder.CONFIG: json.dumps(changed, indent=2) + "\n"}
   # A donor that is still to be made has other files than its folder.
   texts = {**donor.texts, **own, **built.texts}
