@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxmerge import planning
-from jaxmerge.io import adapter, folder, hub, weights
+from jaxmerge.io import adapter, codes, folder, hub, weights
 from jaxmerge.io.tensor import Files, NotMade, Tensor
 
 
@@ -75,6 +75,9 @@ def adapted(
     return model
   added = find(own.adapter, own.adapter_revision)
   tensors = adapter.adapted(model.tensors, added.folder, files, home=added.home)
+  changed = {n for n, t in tensors.items() if t is not model.tensors.get(n)}
+  if line := codes.problem(model.name, model.tensors, changed, model.config, model.folder):
+    raise ValueError(f"{added.folder} is added to {line}")
   names = {id(tensor): name for name, tensor in model.tensors.items()}
   tied = {head: tensors[names[id(tensor)]] for head, tensor in model.tied.items()}
   paths = adapter.paths(added.folder)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple  # Any: a method, which only a driver looks i
 import numpy as np
 
 from jaxmerge import catalog
-from jaxmerge.io import folder, safetensors, ties, weights
+from jaxmerge.io import codes, folder, safetensors, ties, weights
 from jaxmerge.io.tensor import Files, Tensor
 from jaxmerge.precision import Precision
 
@@ -247,8 +247,8 @@ def assembled(
     Problems: naming every tensor and model that do not fit.
   """
   told = {m.name: {**m.dropped, **(fates or {}).get(m.name, {})} for m in models}
-  problems = list(misfits)
-  every, outputs, merged = list(jobs), [], set[str]()
+  problems = [*_coded(wants, models, dtype), *misfits]
+  every, outputs = list(jobs), []
   for want in wants:
     if not there(want):
       continue
@@ -267,18 +267,11 @@ def assembled(
       own = first.kept or first.dtype
       stored_as = dtype if dtype is not None and safetensors.is_floating(own) else own
       outputs.append(found._replace(dtype=stored_as))
-      merged |= {p.model for p in want.models} if found.job is not None else set()
   for m in models:
     problems += [
       f"tensor {name!r} of {m.name} has no place in the result: exclude it."
       for name in sorted(m.tensors.keys() - told[m.name].keys())
     ]
-  problems += [
-    f"{m.name} is quantized, as quantization_config of its config says: what its tensors hold are "
-    "codes, which cannot be merged; give it as it was before, or dequantized."
-    for m in {m.name: m for m in models}.values()
-    if m.name in merged and _is_quantized(m)
-  ]
   if problems:
     raise Problems(problems)
   inputs = frozenset(file for m in models for file in m.files)
@@ -286,11 +279,17 @@ def assembled(
   return Plan(tuple(outputs), tuple(every), told, models[0].folder, inputs, facts)
 
 
-def _is_quantized(model: Model) -> bool:
-  """Tells whether there are matrices of codes; a config may say so of weights that are whole."""
-  matrices = [t.dtype for t in model.tensors.values() if len(t.shape) > 1]
-  codes = any(d.itemsize == 1 or not safetensors.is_floating(d) for d in matrices)
-  return codes and bool(model.config.get("quantization_config"))
+def _coded(wants: Sequence[Want], models: Sequence[Model], dtype: np.dtype | None) -> list[str]:
+  """Says which models have codes of quantized weights where weights are merged, or are cast."""
+  merged: dict[str, set[str]] = {m.name: set() for m in models}
+  copied: dict[str, set[str]] = {m.name: set() for m in models}
+  for want in wants:
+    for p in there(want):
+      (merged if want.models else copied)[p.model].add(p.name)
+  every = {m.name: m for m in models}.values()
+  lines = (codes.problem(m.name, m.tensors, merged[m.name], m.config, m.folder) for m in every)
+  casts = (codes.cast(m.name, m.tensors, copied[m.name], dtype) for m in every if dtype)
+  return [line for line in (*lines, *casts) if line is not None]
 
 
 def there(want: Want) -> list[Part]:

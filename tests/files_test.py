@@ -382,7 +382,9 @@ def test_codes_of_quantized_models_are_not_merged(tmp_path, monkeypatch):
   for k, own in enumerate(trees[1:]):
     codes = {n: x.astype(np.int32) for n, x in own.items() if "up_proj" in n}
     folders.write(tmp_path / f"m{k}", own if k == 2 else own | codes, config=config)
-  with pytest.raises(planning.Problems, match="red is quantized, as quantization_config") as error:
+  with pytest.raises(
+    planning.Problems, match=r"of red is int32: codes .*, as quantization_config"
+  ) as error:
     files.merge_files(methods.average(), ["m0", "m1"], "out", names=NAMES[:2])
   assert len(error.value.lines) == 2
   assert files.merge_files(methods.average(), ["m2"], "whole").is_dir()

@@ -1,0 +1,143 @@
+"""Tensors that hold codes of quantized weights, told by names and dtypes of what lies beside them.
+
+A code is no weight: a mean of codes, or of scales without their codes, is no model. What any config
+says only adds to what the tensors show.
+"""
+
+from __future__ import annotations
+
+import math
+import pathlib
+import re
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any  # What a config.json holds.
+
+import numpy as np
+
+from jaxmerge.io import safetensors
+from jaxmerge.io.tensor import Tensor
+
+# Scales, zero points and tables of GPTQ, AWQ, bitsandbytes, fp8 and fp4 of several kinds, HQQ,
+# AQLM, VPTQ, EXL, quanto, torchao and MLX: what is left of the name before them is the codes'.
+_SCALE = re.compile(
+  r"[._:/]+(?:(?:input|activation|act|output|weight|pre|per_tensor|global|nested|dq|zp)_)*"
+  r"(?:q?scales?|scales?_inv(?:erse)?|(?:weight_|input_)?scales?_(?:2|ub|max)|absmax|quant_map"
+  r"|q?zeros?|zero_points?|zeropoints?|scb|code_?books?|scales?_and_zeros?|q?biases|g_idx"
+  r"|quant_state[.]\w+|smooth_factor|s[uv]h|(?:res_)?centroids[.]weight)$",
+  re.IGNORECASE,
+)
+_CODES = re.compile(
+  r"[._:/]+(?:q?weight|w_q|kernel|codes|packed|packed_weight|blocks|q?data|int_data|quantized"
+  r"|embedding|trellis|(?:res_)?indices)$",
+  re.IGNORECASE,
+)
+_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
+_KEYS = ("quantization_config", "compression_config", "quantization")
+_WEIGHT = re.compile(r"(?:^|[._:/])(?:q?weight|kernel)$")
+_BUFFER = re.compile(r"(?:_ids?|_index|mask|bias)$")  # Integers that are no codes.
+_REMEDY = "give the model as it was before, or dequantized"
+
+
+def beside(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+  """Returns the tensors of codes, and of each the name of a tensor that its codes are scaled by.
+
+  >>> import numpy as np
+  >>> own = Tensor("", np.dtype(np.int32), (8, 64), lambda start, out: None)
+  >>> scales = own._replace(dtype=np.dtype(np.float16))
+  >>> beside({"up.qweight": own, "up.scales": scales, "norm.weight": scales})
+  {'up.qweight': 'up.scales'}
+  """
+  scales: dict[str, str] = {}
+  for name in tensors:
+    if found := _SCALE.search(name):
+      scales.setdefault(name[: found.start()], name)
+  narrow = [n for n, t in tensors.items() if scales and _is_narrow(t) and not _SCALE.search(n)]
+  pairs = ((n, next((scales[s] for s in _stems(n) if s in scales), None)) for n in narrow)
+  return {name: scale for name, scale in pairs if scale is not None}
+
+
+def _is_narrow(tensor: Tensor) -> bool:
+  integers = not safetensors.is_floating(tensor.dtype) and tensor.dtype.kind != "b"
+  return (integers or tensor.dtype.itemsize == 1) and math.prod(tensor.shape) > 1
+
+
+def _stems(name: str) -> Iterator[str]:
+  """A name, and what it is without the words for codes at its end."""
+  yield name
+  while found := _CODES.search(name):
+    name = name[: found.start()]
+    yield name
+
+
+def kept(tensors: Mapping[str, Tensor]) -> frozenset[str]:
+  """Returns the codes and all that belongs to them: a result stores these as they are."""
+  found = beside(tensors)
+  stems = {stem for name in found for stem in _stems(name)}
+  others = (n for n in tensors if (at := _SCALE.search(n)) and n[: at.start()] in stems)
+  return frozenset({*found, *others})
+
+
+def problem(
+  model: str,
+  tensors: Mapping[str, Tensor],
+  merged: Collection[str],
+  config: Mapping[str, Any],
+  folder: pathlib.Path,
+) -> str | None:
+  """Says why tensors of a model cannot be merged; None where none of them are codes.
+
+  Weights in 8-bit floats without a scale are the values that they say, and can.
+
+  Args:
+    model: what it is called.
+    tensors: its tensors.
+    merged: names of those that are merged.
+    config: its config.
+    folder: where other files may say that it is quantized.
+  """
+  found = beside(tensors)
+  if every := kept(tensors) & set(merged):
+    name = min(every & found.keys(), default=min(found))
+    return (
+      f"tensor {name!r} of {model}, one of {len(found)} such, holds codes of quantized weights, "
+      f"which {found[name]!r} belongs to: neither can be merged. {_REMEDY.capitalize()}; or "
+      "exclude all of both, which copies them from the base."
+    )
+  said = _said(config, folder)
+  wide = [n for n in sorted(merged) if n in tensors and len(tensors[n].shape) > 1]
+  bare = [n for n in wide if _is_bare(n, tensors[n], said is not None)]
+  if not bare:
+    return None
+  why = "and their scale is not there" if said is None else f"as {said} says"
+  what = f"tensor {bare[0]!r} of {model} is {tensors[bare[0]].dtype}"
+  return f"{what}: codes of quantized weights, {why}. They cannot be merged: {_REMEDY}."
+
+
+def cast(
+  model: str, tensors: Mapping[str, Tensor], copied: Collection[str], dtype: np.dtype
+) -> str | None:
+  """Says which codes or scales of a model another dtype would change; None where there are none."""
+  for name in sorted(kept(tensors) & set(copied)):
+    if safetensors.is_floating(tensors[name].dtype) and tensors[name].dtype != dtype:
+      return (
+        f"tensor {name!r} of {model} belongs to quantized weights and is {tensors[name].dtype}: as "
+        f"{dtype} it would mean something else; leave the dtype of the result out."
+      )
+  return None
+
+
+def _is_bare(name: str, tensor: Tensor, said: bool) -> bool:
+  """Tells whether a matrix holds codes though nothing beside it does."""
+  if tensor.dtype.kind == "b":
+    return False
+  if safetensors.is_floating(tensor.dtype):
+    return said and tensor.dtype.itemsize == 1
+  return _BUFFER.search(name) is None if said else _WEIGHT.search(name) is not None
+
+
+def _said(config: Mapping[str, Any], folder: pathlib.Path) -> str | None:
+  """What says that a model is quantized."""
+  parts = {"": config, **{f"{k}.": v for k, v in config.items() if isinstance(v, Mapping)}}
+  keys = (f"{part}{key}" for part, own in parts.items() for key in _KEYS if own.get(key))
+  files = (name for name in _FILES if (folder / name).is_file())
+  return next(iter((*(f"{key} of its config" for key in keys), *files)), None)
