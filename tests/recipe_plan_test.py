@@ -356,7 +356,9 @@ def test_configs_count_the_layers_in_the_right_place():
   order = {0: 0, 1: 2}
   found = layers.resized(both, 3, order, "vision_model", {"text_model"})
   assert found == {**both, "vision_config": {"num_hidden_layers": 2}}
-  with pytest.raises(ValueError, match=r"in text_config.num_hidden_layers and vision_config.num"):
+  with pytest.raises(
+    ValueError, match=r"says text_config.num_hidden_layers: 3 and vision_config.num"
+  ):
     layers.resized(both, 3, order)
   t5 = {"num_layers": 3, "num_decoder_layers": 3}
   assert layers.resized(t5, 3, order, "encoder", {"decoder"}) == {**t5, "num_layers": 2}

@@ -6,10 +6,13 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NamedTuple  # Any: what a config.json holds.
 
+from jaxmerge.recipe.layer_config import Layers, ahead, stacked
+
 _FIRST_NUMBER = re.compile(r"^((?:[^.]*[^.\d][^.]*\.)*)(\d+)\.(.+)$")
 _COUNTS = (
   *("num_hidden_layers", "num_layers", "n_layer", "n_layers", "num_decoder_layers"),
-  *("encoder_layers", "decoder_layers", "depth"),
+  *("encoder_layers", "decoder_layers", "depth", "num_encoder_layers", "layers", "num_blocks"),
+  *("encoder_num_hidden_layers", "decoder_num_hidden_layers"),
 )
 _PLAIN = {"num", "n", "hidden", "layers", "layer", "config", "model"}  # They tell nothing apart.
 _INPUTS = re.compile(r"(^|[._])(embed\w*|\w*embeddings?|wte|wpe|shared|patch_embed\w*)(\.|$)")
@@ -83,26 +86,25 @@ def resized(
     others: its other parts.
 
   Raises:
-    ValueError: where it cannot be told which of its numbers is meant.
+    ValueError: where it cannot be told which of its numbers is meant, or a rule does not hold.
   """
   parts = {"": config, **{k: v for k, v in config.items() if isinstance(v, Mapping)}}
-  fits = [(n, k) for n, own in parts.items() for k in _COUNTS if own.get(k) == height is not None]
+  every = [(n, k) for n, own in parts.items() for k in _COUNTS if type(own.get(k)) is int]
+  fits = [(n, k) for n, k in every if height in (parts[n][k], parts[n][k] + ahead(parts[n]))]
   mine, theirs = _words(module), set().union(*map(_words, others)) - _words(module)
+  # Where the files hold another number of layers, the first key of a part is meant.
+  fits = fits or list({n: (n, k) for n, k in reversed(every)}.values())[::-1]
   called = [p for p in fits if _words("_".join(p)) & mine]
   places = called or [p for p in fits if not _words("_".join(p)) & theirs]
-  places = places or [("", key) for key in _COUNTS if key in config][:1]
   if len({part for part, _ in places}) > 1:
-    every = " and ".join(".".join(filter(None, p)) for p in places)
-    raise ValueError(f"the config says in {every} that there are {height} layers: which is meant?")
-  made = dict(config)
-  for part, key in places:
-    own = {**parts[part], key: len(order)}
-    for name, each in own.items():  # One entry for each layer, such as its kind of attention.
-      if "layer" in name and isinstance(each, list) and len(each) == height:
-        own[name] = [each[order[i]] for i in range(len(order))]
-    made = {**made, part: own} if part else {**made, **own}
-    parts[part] = own
-  return made
+    keys = " and ".join(f"{'.'.join(filter(None, p))}: {parts[p[0]][p[1]]}" for p in places)
+    raise ValueError(f"the config says {keys}; which of them are the {height} layers of the files?")
+  for part, key in places[:1]:
+    layers = Layers(height or parts[part][key], tuple(order[i] for i in range(len(order))))
+    own = stacked(parts[part], key, layers)
+    own |= {k: own[key] for _, k in places}
+    return {**config, part: own} if part else own
+  return dict(config)
 
 
 def _words(name: str) -> set[str]:

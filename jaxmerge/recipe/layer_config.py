@@ -1,0 +1,374 @@
+"""What a config says of each of its layers, brought up to date where layers are stacked anew.
+
+Lists with an entry for each layer, and lists of numbers of layers, follow the layers. A rule over
+their numbers stays if it says the same of every layer as before, is changed or written out as the
+list that its class has for it, or is refused.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple  # Any: what a config.json holds.
+
+Config = Mapping[str, Any]
+
+# Lists that are none of layers, though they may be as long; and parts with lists of their own.
+_OTHERS = re.compile(
+  r"architectures|.*token_ids?|.*_token_id|mrope_.*|rope_.*|.*sections?|image_.*|vision_.*|loss_.*"
+  r"|.*labels?|id2label|label2id|task.*|auto_map|quantization_config|prefix|out_features|out_indices"
+)
+# Lists of the numbers of layers; others are known by their names.
+_NUMBERS = {
+  *("mlp_only_layers", "moe_layers", "cross_attention_layers", "rope_scaling_layers"),
+  *("kv_source_layers", "hybrid_layer_ids", "sliding_window_layers", "dense_layers"),
+}
+_NUMBERED = re.compile(r"(^|_)(idx|idxs|indices|indexe?s|layer_ids|block_ids)$|_layers$")
+_FLAGS = {"no_rope_layers", "attention_layers"}  # An entry for each layer, by such names.
+# Keys of layers that are stored behind the others, to predict more tokens.
+_AHEAD = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers")
+
+
+class Layers(NamedTuple):
+  """Layers that are stacked anew.
+
+  Attributes:
+    height: how many there were, as many as are stored.
+    order: the old number of each new one.
+    said: how many there were by the config.
+  """
+
+  height: int
+  order: tuple[int, ...]
+  said: int | None = None
+
+  def each(self, value: Sequence[Any]) -> bool:
+    """Tells whether a list is as long as if it had an entry for each layer."""
+    return len(value) in (self.height, self.said) and len(value) > max(self.order, default=0)
+
+
+def stacked(config: Config, count: str, layers: Layers) -> dict[str, Any]:
+  """Returns the part of a config that is about one stack, as it holds for the new layers.
+
+  >>> own = {"n_layer": 2, "mlp_only_layers": [0], "layer_types": ["a", "b"]}
+  >>> stacked(own, "n_layer", Layers(2, (1, 0, 0)))
+  {'n_layer': 3, 'mlp_only_layers': [1, 2], 'layer_types': ['b', 'a', 'a']}
+
+  Args:
+    config: the part.
+    count: its key for the number of layers.
+    layers: the layers.
+
+  Raises:
+    ValueError: naming a rule that holds for other layers than before, and has no list.
+  """
+  made, layers = _ahead(config, config[count], layers)
+  made[count] = len(layers.order)
+  if layers.order == tuple(range(layers.height)):
+    return made
+  layers = layers._replace(said=config[count])
+  made = {key: _followed(key, value, layers) for key, value in made.items()}
+  for rule in (_sparse, _cycles, _thresholds, _shared, _scaled, _refused):
+    made = rule(config, made, layers)
+  return made
+
+
+def _ahead(config: Config, count: int, layers: Layers) -> tuple[dict[str, Any], Layers]:
+  """Counts the layers that predict more tokens apart: they lie behind all others."""
+  key = next((k for k in _AHEAD if type(config.get(k)) is int and config[k] > 0), None)
+  if key is None or layers.height != count + config[key]:
+    return dict(config), layers
+  extra = [i for i, old in enumerate(layers.order) if old >= count]
+  rest = tuple(old for old in layers.order if old < count)
+  if extra != list(range(len(rest), len(layers.order))):
+    raise ValueError(
+      f"{key} is {config[key]}: the last {config[key]} of the {layers.height} layers predict more "
+      "tokens; put them at the end, or leave them out."
+    )
+  return {**config, key: len(extra)}, Layers(count, rest)
+
+
+def ahead(config: Config) -> int:
+  """Returns how many layers a config says are stored behind those that it counts."""
+  return next((config[k] for k in _AHEAD if type(config.get(k)) is int), 0)
+
+
+# --- Lists ---
+
+
+def _followed(key: str, value: Any, layers: Layers) -> Any:
+  """Returns a value whose entries for layers are in the new order."""
+  if _OTHERS.fullmatch(key):
+    return value
+  if isinstance(value, Mapping):
+    return _inside(key, value, layers)
+  if isinstance(value, str):
+    each = layers.each(value) and "pattern" in key and key != _WINDOWS
+    return "".join(value[old] for old in layers.order) if each else value
+  if not isinstance(value, list | tuple):
+    return value
+  if key == "attention_types":  # GPT-Neo's, [[kinds, how often], ...].
+    kinds = [kind for own, times in value for _ in range(times) for kind in own]
+    return [[[kinds[old] for old in layers.order], 1]] if layers.each(kinds) else value
+  if _is_numbers(key, value, layers.height):
+    return [i for i, old in enumerate(layers.order) if old in value]
+  return [value[old] for old in layers.order] if layers.each(value) else value
+
+
+def _is_numbers(key: str, value: Sequence[Any], height: int) -> bool:
+  """Tells whether a list holds numbers of layers, each once, and not an entry for each layer."""
+  if not (key in _NUMBERS or _NUMBERED.search(key)) or key in _FLAGS:
+    return False
+  whole = all(type(v) is int and 0 <= v < height for v in value)
+  return whole and len(set(value)) == len(value)
+
+
+def _inside(key: str, value: Config, layers: Layers) -> dict[str, Any]:
+  """Returns a mapping by number of layer, or with lists of its own, in the new order."""
+  if value and all(str(k).isdecimal() and int(k) < layers.height for k in value):
+    found = {str(i): value[str(old)] for i, old in enumerate(layers.order) if str(old) in value}
+    return found if "layer" in key else dict(value)
+  if key == "linear_attn_config":  # Kimi's: its numbers begin with 1.
+    return {
+      k: [i + 1 for i, old in enumerate(layers.order) if old + 1 in v] if "layers" in k else v
+      for k, v in value.items()
+    }
+  if any("layer" in k and type(v) is int for k, v in value.items()):
+    return dict(value)  # A part about another stack.
+  return {k: _followed(k, v, layers) for k, v in value.items()}
+
+
+# --- Rules that are written out ---
+
+
+def _sparse(config: Config, made: dict[str, Any], layers: Layers) -> dict[str, Any]:
+  """Every n-th layer has experts, but for those of a list: Qwen's."""
+  step = config.get("decoder_sparse_step")
+  if type(step) is not int or step <= 1 or "mlp_only_layers" not in config:
+    return made
+  listed = config["mlp_only_layers"] or []
+  dense = [(old + 1) % step != 0 or old in listed for old in layers.order]
+  new = made["mlp_only_layers"] or []
+  if dense == [(i + 1) % step != 0 or i in new for i in range(len(dense))]:
+    return made
+  return {
+    **made,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [i for i, d in enumerate(dense) if d],
+  }
+
+
+class Cycle(NamedTuple):
+  """A rule by which layers of one kind come at equal distances, and the list that is in its place.
+
+  Attributes:
+    key: that says the distance; it need not be in a config.
+    every: the distance where none is said; 0: there is no such rule then.
+    first: whether layer 0 is of that kind; otherwise the last of so many is.
+    list: what the list is called.
+    kinds: what it calls a layer of that kind, and the others; (1, 0): it has the numbers of those.
+  """
+
+  key: str
+  every: int
+  first: bool
+  list: str
+  kinds: tuple[Any, Any]
+
+  def holds(self, every: int, layer: int) -> bool:
+    """Tells whether a layer is of that kind."""
+    return (layer if self.first else layer + 1) % every == 0
+
+
+_SLIDING, _LINEAR = ("full_attention", "sliding_attention"), ("full_attention", "linear_attention")
+_WINDOWS = "sliding_window_pattern"
+_BY_KEY = {
+  "full_attention_interval": Cycle("full_attention_interval", 4, False, "layer_types", _LINEAR),
+  "no_rope_layer_interval": Cycle("no_rope_layer_interval", 4, False, "no_rope_layers", (0, 1)),
+  "interleave_moe_layer_step": Cycle("interleave_moe_layer_step", 1, False, "moe_layers", (1, 0)),
+  "layer_group_size": Cycle("layer_group_size", 6, False, "layer_types", _LINEAR),
+  _WINDOWS: Cycle(_WINDOWS, 0, False, "layer_types", _SLIDING),
+  f"_{_WINDOWS}": Cycle(f"_{_WINDOWS}", 0, False, "layer_types", _SLIDING),
+}
+_EVERY_NTH = Cycle("global_attn_every_n_layers", 4, False, "layer_types", _SLIDING)
+
+
+def _windows(every: int, first: bool = False) -> Cycle:
+  return Cycle(_WINDOWS, every, first, "layer_types", _SLIDING)
+
+
+_HYBRID = _windows(6)._replace(kinds=("hybrid", "hybrid_sliding"))
+_VISION = _windows(4)._replace(kinds=("full_attention", "window_attention"))
+_INDEXED = _BY_KEY["full_attention_interval"]._replace(
+  kinds=("indexed_attention", "linear_attention")
+)
+# By model_type, where a class has a rule whatever its config says.
+_BY_TYPE = {
+  **dict.fromkeys(("gemma2", "vaultgemma", "gpt_oss", "t5_gemma_module"), _windows(2)),
+  "ultrabert": _windows(3),
+  **dict.fromkeys(("cohere2", "cohere2_moe", "exaone4", "exaone_moe", "olmo3"), _windows(4)),
+  **dict.fromkeys(("dory", "muse_glimmer_text", "muse_spark_text"), _windows(4)),
+  **dict.fromkeys(("muse_glimmer_vision", "muse_spark_vision"), _VISION),
+  **dict.fromkeys(("gemma3n_text", "kolibri1"), _windows(5)),
+  **dict.fromkeys(("gemma3_text", "gemma3", "gemma4_text", "gemma4_unified_text"), _windows(6)),
+  **dict.fromkeys(("beam", "neomme", "t5gemma2_text", "t5gemma2_decoder"), _windows(6)),
+  **dict.fromkeys(("diffusion_gemma_text", "embedding_gemma2_text"), _windows(6)),
+  **dict.fromkeys(("inkling_text", "inkling2_text", "inkling2_loop_text"), _HYBRID),
+  **dict.fromkeys(("cwm", "granite_swa", "granitemoe_swa"), _windows(4, first=True)),
+  **dict.fromkeys(("modernbert", "modernbert-decoder"), _EVERY_NTH._replace(every=3, first=True)),
+  "afmoe": _EVERY_NTH,
+  "bailing_hybrid": _BY_KEY["layer_group_size"],
+  **dict.fromkeys(("qwen3_next", "olmo_hybrid"), _BY_KEY["full_attention_interval"]),
+  **dict.fromkeys(("qwen3_5_text", "qwen3_5_moe_text"), _BY_KEY["full_attention_interval"]),
+  **dict.fromkeys(("qwen4_exp_text", "glm5_next_text"), _INDEXED),
+  "minimax": Cycle("", 2, True, "layer_types", _LINEAR),
+  **dict.fromkeys(
+    ("smollm3", "llama4_text", "mistral_large4_text"), _BY_KEY["no_rope_layer_interval"]
+  ),
+}
+_UNEVEN = {  # By model_type, classes whose rules are others; of which keys one says them.
+  **dict.fromkeys(("deepseek_v4", "dots3_note_text", "flint", "lfm3_vl_vision"), ("layer_types",)),
+  **dict.fromkeys(("kimi_linear", "mimo_v2_flash"), ("layer_types", "linear_attn_config")),
+  **dict.fromkeys(("jamba", "zamba"), ("layers_block_type", "attn_layer_period")),
+  "recurrent_gemma": ("layer_types",),
+}
+
+
+def _cycles(config: Config, made: dict[str, Any], layers: Layers) -> dict[str, Any]:
+  known = _BY_TYPE.get(str(config.get("model_type")))
+  cycles = {} if known is None else {known.key: known}
+  for key, own in _BY_KEY.items():
+    if key in config and not (known and known.list == own.list):
+      cycles.setdefault(key, own)
+  for cycle in cycles.values():
+    every = config.get(cycle.key, config.get(f"_{cycle.key}", cycle.every))
+    if type(every) is int and every > 0 and not config.get(cycle.list):
+      made = _written(cycle, every, made, layers)
+  return made
+
+
+def _written(cycle: Cycle, every: int, made: dict[str, Any], layers: Layers) -> dict[str, Any]:
+  before = [cycle.holds(every, old) for old in layers.order]
+  if before == [cycle.holds(every, i) for i in range(len(before))]:
+    return made
+  if cycle.kinds == (1, 0):
+    return {**made, cycle.list: [i for i, own in enumerate(before) if own]}
+  return {**made, cycle.list: [cycle.kinds[0 if own else 1] for own in before]}
+
+
+# --- Rules whose numbers can change ---
+
+_FROM = {  # Layers from a number on are of another kind; and the list that says it instead.
+  "first_k_dense_replace": ("mlp_layer_types", ("dense", "sparse")),
+  "num_dense_layers": (None, (None, None)),
+  "max_window_layers": ("layer_types", _SLIDING),
+}
+_WITH_TYPES = {  # Their classes have mlp_layer_types.
+  *("axk1", "axk2", "bailing_hybrid", "beam", "cohere2_moe", "deepseek_v32", "deepseek_v4"),
+  *("ernie4_5_vl_moe_text", "exaone_moe", "glm4_moe_lite", "glm_moe_dsa", "hy_v3", "kimi_linear"),
+  *("laguna", "mimo_v2_flash", "mistral_large4_text", "step3p5"),
+}
+
+
+def _thresholds(config: Config, made: dict[str, Any], layers: Layers) -> dict[str, Any]:
+  for key, (name, kinds) in _FROM.items():
+    first = config.get(key)
+    if type(first) is not int or (name and config.get(name)) or _idle(key, config):
+      continue
+    after = [old >= first for old in layers.order]
+    count = len(after) - sum(after)
+    if after == [i >= count for i in range(len(after))]:
+      # Where the rule says nothing else of the new layers, it stays.
+      same = after == [i >= first for i in range(len(after))]
+      made = made if same else {**made, key: count}
+    elif name == "layer_types" or (name and config.get("model_type") in _WITH_TYPES):
+      made = {**made, name: [kinds[int(own)] for own in after]}
+    else:
+      raise _error(key, first, layers)
+  return made
+
+
+def _idle(key: str, config: Config) -> bool:
+  """Tells whether no layer has a window, from whatever number on."""
+  windows = config.get("sliding_window") is not None
+  qwen = str(config.get("model_type")).startswith("qwen")
+  return key == "max_window_layers" and not config.get("use_sliding_window", windows and not qwen)
+
+
+def _shared(config: Config, made: dict[str, Any], layers: Layers) -> dict[str, Any]:
+  """The last layers use keys and values of those before: Gemma's."""
+  count = config.get("num_kv_shared_layers")
+  if type(count) is not int or count == 0:
+    return made
+  shared = [old >= layers.height - count for old in layers.order]
+  if shared != sorted(shared):
+    raise _error("num_kv_shared_layers", count, layers)
+  return {**made, "num_kv_shared_layers": sum(shared)}
+
+
+def _scaled(config: Config, made: dict[str, Any], layers: Layers) -> dict[str, Any]:
+  """MiniCPM divides what a layer adds by the root of their number."""
+  scale = config.get("scale_depth")
+  if not isinstance(scale, int | float) or not layers.order:
+    return made
+  return {**made, "scale_depth": scale * math.sqrt(len(layers.order) / layers.height)}
+
+
+# --- Rules that hold or are refused ---
+
+_EVERY = re.compile(r"layer\w*(every|interval|period|freq|step)|(every|interval|freq)\w*layer")
+_STEPS = ("cross_attention_frequency", "encoder_sparse_step", "decoder_sparse_step")
+_EDGE = re.compile(r"layer\w*_(start|end|first|last)(_index)?$|(first|skip)\w*_layers$")
+_WRITTEN = {*_BY_KEY, *_FROM, "num_kv_shared_layers"}
+
+
+def _refused(config: Config, made: dict[str, Any], layers: Layers) -> dict[str, Any]:
+  """Raises ValueError for rules that have no list, and hold for other layers than before."""
+  if config.get("hidden_size_per_layer_input"):
+    raise ValueError(
+      "the config says hidden_size_per_layer_input: tensors outside of the layers hold a part for "
+      f"each of the {layers.height} layers, so that these cannot be stacked anew."
+    )
+  moved = [(i, old) for i, old in enumerate(layers.order) if i != old]
+  if moved and config.get("scale_attn_by_inverse_layer_idx") is True:
+    raise _error("scale_attn_by_inverse_layer_idx", True, layers)
+  kind = str(config.get("model_type"))
+  if moved and kind in _UNEVEN and not any(config.get(key) for key in _UNEVEN[kind]):
+    raise _error("model_type", kind, layers)
+  cycle = _BY_TYPE.get(kind)
+  known = {*_WRITTEN, cycle.key if cycle else ""}
+  known |= {"decoder_sparse_step"} if "mlp_only_layers" in config else set()
+  for key, value in config.items():
+    wrong = type(value) is int and key not in known and not _holds(key, value, config, layers)
+    if wrong or (key == "max_window_layers" and moved and _alternates(config)):
+      raise _error(key, value, layers)
+  return made
+
+
+def _alternates(config: Config) -> bool:
+  """Tells whether every second layer before a number has a window: Qwen 2's with experts."""
+  kind = config.get("model_type") == "qwen2_moe" and not config.get("layer_types")
+  return kind and bool(config.get("use_sliding_window"))
+
+
+def _holds(key: str, value: int, config: Config, layers: Layers) -> bool:
+  """Tells whether a rule says of each new layer what it said of the old one."""
+  pairs = list(enumerate(layers.order))
+  if (_EVERY.search(key) or key in _STEPS) and value > 1:
+    offset = config.get(key.replace("period", "offset")) if "period" in key else None
+    if type(offset) is int:
+      return all((i % value == offset) == (old % value == offset) for i, old in pairs)
+    return all(i % value == old % value for i, old in pairs)
+  if _EDGE.search(key) and value > 0:
+    return all((i >= value, i > value) == (old >= value, old > value) for i, old in pairs)
+  return True
+
+
+def _error(key: str, value: Any, layers: Layers) -> ValueError:
+  i, old = next(((i, old) for i, old in enumerate(layers.order) if i != old), (0, 0))
+  return ValueError(
+    f"the config says {key}: {value}, a rule over the numbers of layers, which does not hold once "
+    f"layer {old} is layer {i}; its class has no list in place of it. Choose slices that keep the "
+    "rule, such as whole periods of it."
+  )
