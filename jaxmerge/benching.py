@@ -64,12 +64,20 @@ def run(
 
   Raises:
     ValueError: if the folder holds a run of another config, naming the first differences, or
-      `config.experts` names a run with other experts or none.
+      `config.experts` names a run with other experts or none, or another process is at work in
+      the folder.
   """
   folder, plain = pathlib.Path(folder), json.loads(config.to_json())
-  workdir.check(folder, plain, resume, free=("methods.", "seeds"))
-  workdir.claim(folder, plain)
-  records = [_seed(plain, source, folder, seed, progress) for seed in range(plain["seeds"])]
+  with workdir.held(folder, plain, resume, free=("methods.", "seeds")):
+    workdir.claim(folder, plain)
+    records = [_seed(plain, source, folder, seed, progress) for seed in range(plain["seeds"])]
+    return _written(plain, records, folder)
+
+
+def _written(
+  plain: dict[str, Any], records: Sequence[Mapping[str, Any]], folder: pathlib.Path
+) -> dict[str, Any]:
+  """Writes the leaderboard of all seeds."""
   summary = report.merge_seeds([r["record"] for r in records])
   facts = {
     "config": plain,
@@ -92,8 +100,15 @@ def _seed(
   """The scores of base, experts and all methods, for one seed."""
   own = configuring.of_bench(config, source, seed)
   plain, home = json.loads(own.to_json()), folder / f"seed{seed}"
-  workdir.check(home, plain, "auto")
-  workdir.claim(home, plain)
+  with workdir.held(home, plain, "auto"):  # It may be a run of `jaxmerge atm` as well.
+    workdir.claim(home, plain)
+    return _scored(config, plain, home, seed, progress)
+
+
+def _scored(
+  config: dict[str, Any], plain: dict[str, Any], home: pathlib.Path, seed: int, progress: Progress
+) -> dict[str, Any]:
+  """The record of a seed, in its folder."""
   work = experiment.Work(plain, home, progress)
   work.base()
   if config["experts"]:
@@ -207,8 +222,9 @@ def _searched(work: experiment.Work, name: str, settings: Mapping[str, Any]) -> 
       aux=numbers,
       layout=work.problem.layout,
       metric=work.metric,
+      called=name,
     )
-    gain = max(map(work.metric.gain, chosen.means))
+    gain = work.metric.gain(chosen.means[scales.index(chosen.scale)])
     trials += len(scales)
     if gain > best[0]:
       own = {**fixed, **numbers, "scale": chosen.scale}

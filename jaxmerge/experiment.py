@@ -19,6 +19,7 @@ from jaxmerge import mesh as meshes
 from jaxmerge import workdir as workdirs
 from jaxmerge.atm import baselines, budget, evaluate, loop, placing, tune
 from jaxmerge.io import orbax, shared
+from jaxmerge.report import words
 from jaxmerge.stage import Method
 from jaxmerge.tasks.task import Task
 
@@ -48,21 +49,21 @@ def run(
 
   Raises:
     Stopped: where `stop` said yes; rounds are saved, a phase that is not done will start anew.
-    ValueError: if the folder holds a run of another config, naming the first differences.
+    ValueError: if the folder holds a run of another config, or another run is at work in it.
   """
   workdir = pathlib.Path(workdir)
   plain = json.loads(config.to_json())
-  workdirs.check(workdir, plain, resume)
-  shared.check(workdir)
-  work = Work(plain, workdir, progress, stop)
-  if processes.first():
-    workdirs.claim(workdir, plain)
-  work.base()
-  work.experts()
-  work.one_shot()
-  work.multitask()
-  work.atm()
-  return work.finish()
+  with workdirs.held(workdir, plain, resume):
+    shared.check(workdir)
+    work = Work(plain, workdir, progress, stop)
+    if processes.first():
+      workdirs.claim(workdir, plain)
+    work.base()
+    work.experts()
+    work.one_shot()
+    work.multitask()
+    work.atm()
+    return work.finish()
 
 
 def method_of(settings: Mapping[str, Any]) -> Method:
@@ -236,6 +237,7 @@ class Work:
           seed=seed,
           layout=self.problem.layout,
           metric=self.metric,
+          called=name,
         )
         self.models[name] = chosen.params
         self.facts[name] = {} if len(scales) == 1 else {"scale": chosen.scale, "settings": settings}
@@ -260,10 +262,10 @@ class Work:
           settings,
           mixed=mixed,
           loss=self.problem.loss,
-          judge=self.gain,
+          judge=lambda p: self.metric.gain(self.mean(p)),
           on_part=self.bar(f"multitask, {way}", settings.rounds),
         )
-        tried.append((self.gain(params), params, cost, way))
+        tried.append((self.metric.gain(self.mean(params)), params, cost, way))
       best = max(tried, key=lambda t: t[0])
       facts = {
         "cost": best[2]._replace(trials=2)._asdict(),
@@ -276,11 +278,11 @@ class Work:
     self.facts["multitask"] = {"settings": facts["settings"]}
     self.costs["multitask"] = budget.Budget(**facts["cost"])
 
-  def gain(self, params: Any) -> float:
-    """Mean validation score over the tasks; more is better."""
+  def mean(self, params: Any) -> float:
+    """Mean validation score over the tasks."""
     counts = [len(t.validation.labels) for t in self.problem.tasks]
     found = self.score(jax.tree.map(lambda p: p[None], self.whole(params)), self.rows)
-    return float(self.metric.gain(np.mean(evaluate.means(found[0], counts))))
+    return float(np.mean(evaluate.means(found[0], counts)))
 
   def atm(self) -> None:
     """ATM, and the further runs of the loop that the config asks for."""
@@ -331,8 +333,9 @@ class Work:
 
   def best_one_shot(self) -> str:
     """Name of the one-shot merge that is best on validation."""
-    names = [n for n in self.models if n in catalog.METHODS]
-    return max(names, key=lambda n: self.gain(self.models[n]))
+    models = {n: {"mean": self.mean(p)} for n, p in self.models.items() if n in catalog.METHODS}
+    record = {"models": models, "lower_is_better": self.metric.lower_is_better}
+    return words.best(record, "one-shot") or "average"
 
   def finish(self) -> dict[str, Any]:
     """Scores all models, and writes report, models and metrics."""

@@ -7,9 +7,8 @@ from typing import Any  # Any: records are plain trees.
 
 import numpy as np
 
-from jaxmerge import catalog
 from jaxmerge.atm import evaluate
-from jaxmerge.report import comparing
+from jaxmerge.report import comparing, words
 from jaxmerge.tasks.task import Task
 
 Scores = Mapping[str, np.ndarray]  # Of every task, one score a row.
@@ -57,10 +56,8 @@ def _means(scores: Scores) -> dict[str, float]:
 
 def differences(record: Mapping[str, Any], scores: Mapping[str, Scores]) -> list[dict[str, Any]]:
   """Compares ATM with the best one-shot merge and with joint training, paired by row."""
-  shots = [n for n in record["models"] if n in catalog.METHODS]
-  chosen_by = record.get("validation") or {n: m["mean"] for n, m in record["models"].items()}
-  best = (min if record["lower_is_better"] else max)(shots, key=lambda n: chosen_by[n])
-  pairs = [("atm", best)] + [("atm", n) for n in ("multitask", "experts") if n in record["models"]]
+  others = (words.best(record, "one-shot"), "multitask", "experts")
+  pairs = [("atm", n) for n in others if n in record["models"]]
   out = []
   for a, b in pairs:
     rows = [[scores[m][t] for t in record["tasks"]] for m in (a, b)]

@@ -2,18 +2,54 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import pathlib
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any  # Any: configs and records are plain trees.
 
 import jax
 import numpy as np
 
-from jaxmerge import configuring
-from jaxmerge.io import atomic
+from jaxmerge import configuring, processes
+from jaxmerge.io import atomic, locking
+
+
+@contextlib.contextmanager
+def held(
+  workdir: pathlib.Path, config: Mapping[str, Any], resume: str, free: tuple[str, ...] = ()
+) -> Iterator[None]:
+  """Keeps a folder for one run until the block ends; the folder is made if need be.
+
+  All processes of a run call it at the same point: the first one holds the lock for all.
+
+  Args:
+    workdir: the folder.
+    config: as for `check`, which is done once the folder is held.
+    resume: likewise.
+    free: likewise.
+
+  Raises:
+    ValueError: in all processes, where another run is at work in the folder, or has left it.
+  """
+  if not workdir.exists():
+    check(workdir, config, resume, free)  # Nothing is made in vain.
+  with contextlib.ExitStack() as stack:
+    failure: OSError | ValueError | None = None
+    if processes.first():
+      busy = f"{workdir}: another run is at work in this folder; wait for its end, or choose "
+      busy += "another workdir. It is held"
+      try:
+        workdir.resolve().mkdir(parents=True, exist_ok=True)
+        stack.enter_context(locking.held(workdir / locking.NAME, busy))
+      except (OSError, ValueError) as error:  # The others must hear of it, or they wait for ever.
+        failure = error
+    if processes.agree(failure is not None):
+      raise failure or ValueError(f"{workdir}: process 0 could not take this folder for the run.")
+    check(workdir, config, resume, free)
+    yield
 
 
 def check(
@@ -37,7 +73,7 @@ def check(
   if not path.exists():
     if resume == "must":
       raise ValueError(f"{workdir} holds no run to resume: there is no {path.name} in it.")
-    if workdir.exists() and any(workdir.iterdir()):
+    if workdir.exists() and not all(map(_is_passing, workdir.iterdir())):
       raise ValueError(f"{workdir} is not empty and holds no run; choose another workdir.")
     return
   if resume == "never":
@@ -58,10 +94,15 @@ def check(
 
 
 def claim(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
-  """Makes the folder if need be, and the run's own by its config.json."""
-  workdir.mkdir(parents=True, exist_ok=True)
+  """Makes a folder that is held the run's own by its config.json."""
+  atomic.tidy(workdir)
   with atomic.write(workdir / "config.json") as file:
     file.write((json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
+
+
+def _is_passing(path: pathlib.Path) -> bool:
+  """Tells whether a file is a lock, or one that a kill kept from its place: nobody's work."""
+  return path.name == locking.NAME or atomic.is_unfinished(path)
 
 
 def write_metrics(workdir: pathlib.Path, curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from jaxmerge import memory, tree, views
 from jaxmerge import mesh as meshes
-from jaxmerge.atm import budget, evaluate, placing, sampling, tune
+from jaxmerge.atm import budget, checking, evaluate, placing, sampling, tune
 from jaxmerge.atm.settings import Settings
 from jaxmerge.stage import Array, Method
 from jaxmerge.tasks import task as tasks_
@@ -54,8 +54,8 @@ def experts(
   Returns:
     The stack of experts [T, *s], and what they cost.
   """
-  tune.check(tasks)
   params = tune.masters(params)
+  checking.check(apply, params, tasks, loss)
   settings = dataclasses.replace(settings, local_state="kept", round_warmup=0.0)
   mesh = mesh or meshes.make(tasks=len(tasks))
   side = mesh.shape["task"]
@@ -123,8 +123,8 @@ def joint(
   Returns:
     The model, and what it cost.
   """
-  tune.check(tasks)
   params = tune.masters(params)
+  checking.check(apply, params, tasks, loss)
   settings = dataclasses.replace(settings, round_warmup=0.0)
   local = tune.direction(settings, params)
   step = tune.step(apply, loss, settings, local)
@@ -220,8 +220,11 @@ def best_scale(
   layout: Sequence[tuple[str, str]] = (),
   metric: evaluate.Metric = evaluate.ACCURACY,
   at_once: int = 8,
+  called: str = "the merge",
 ) -> Chosen:
   """Merges with every scale, scores all merges in one program, and takes the best.
+
+  A merge, or a score, that is not finite is never the best.
 
   Args:
     method: a method with the number `scale`.
@@ -237,22 +240,34 @@ def best_scale(
     layout: matrix views.
     metric: which of two scores is better.
     at_once: scales that are merged and scored together.
+    called: what an error calls the merge.
+
+  Raises:
+    ValueError: where no scale gives a finite model with finite scores.
   """
   merged = functools.partial(
     at_scales, method=method, seed=seed, names=tuple(names), layout=views.check(layout)
   )
   found: list[float] = []
   best: tuple[Any, float] = (None, 0.0)
+  top = -np.inf
   for start in range(0, len(scales), at_once):
     own = jnp.asarray(scales[start : start + at_once], jnp.float32)
     some = merged(base, models, own, dict(aux or {}))
     means = [float(np.mean(evaluate.means(s, counts))) for s in np.asarray(score(some, rows))]
-    gains = [metric.gain(m) for m in means]
-    if not found or max(gains) > max(map(metric.gain, found)):
-      k = int(np.argmax(gains))
+    fine = np.isfinite(means) & np.asarray(_finite(some))
+    gains = np.where(fine, metric.gain(np.array(means)), -np.inf)
+    if max(gains) > top:
+      k, top = int(np.argmax(gains)), max(gains)
       best = (jax.tree.map(lambda x, k=k: x[k], some), float(scales[start + k]))
     found += means
+  if top == -np.inf:
+    tried = ", ".join(f"{scale:g}" for scale in scales)
+    raise ValueError(f"{called}: weights or scores are not finite at any scale tried, {tried}.")
   return Chosen(*best, tuple(found))
+
+
+_finite = jax.jit(tune.finite)
 
 
 @functools.partial(jax.jit, static_argnames=("method", "seed", "names", "layout"))

@@ -129,6 +129,22 @@ def means(scores: Any, counts: Sequence[int]) -> list[float]:
   return [float(s.mean(dtype=np.float64)) for s in per_row(scores, counts)]
 
 
+def refuse_unscored(names: Sequence[str], scores: Sequence[np.ndarray], of: str) -> None:
+  """Raises ValueError, naming task and row, for scores [rows] that are no finite number.
+
+  >>> refuse_unscored(["ant"], [np.array([0.5, np.nan])], "round 3")
+  Traceback (most recent call last):
+    ...
+  ValueError: round 3: the score of row 1 of task 'ant' is nan; a metric must be finite.
+  """
+  for name, rows in zip(names, scores, strict=True):
+    wrong = np.flatnonzero(~np.isfinite(rows))
+    if wrong.size:
+      row = int(wrong[0])
+      what = f"the score of row {row} of task {name!r} is {rows[row]}"
+      raise ValueError(f"{of}: {what}; a metric must be finite.")
+
+
 def _task(
   apply: tune.Apply, metric: tune.Rowwise, chunk: int, params: Any, rows: tune.Rows
 ) -> Array:

@@ -30,18 +30,20 @@ def program(parts: rounds.Parts) -> Callable[..., tuple[rounds.State, rounds.Mea
   the task vectors is not measured: the copies are never together on the devices.
   """
   _, local, outer, method, tasks, slots, kept, layout, mesh, rules = parts
+  whole = meshes.everywhere(mesh)
 
   @jax.jit
   def tuned(params: Any, states: Any, rows: tune.Rows, plan: Plan) -> Any:
     copies, states, loss = rounds.tuning(parts, params, states, rows, plan)
-    told = lax.with_sharding_constraint((loss, tune.finite(copies)), meshes.everywhere(mesh))
+    told = lax.with_sharding_constraint((loss, tune.finite(copies)), whole)
     return copies, states, *told
 
   @jax.jit
   def move(*given: Any) -> Any:
     params, own = outers.moved(outer, *given)
     places = meshes.places(params, mesh, rules), placing.of_states(outer, params, mesh, rules)
-    return lax.with_sharding_constraint((params, own), places)
+    params, own = lax.with_sharding_constraint((params, own), places)
+    return params, own, lax.with_sharding_constraint(rounds.is_finite(params), whole)
 
   def placed(states: Any, base: Any) -> Any:
     places = placing.of_states(local, base, mesh, rules, stacked=True) if kept else ()
@@ -63,13 +65,13 @@ def program(parts: rounds.Parts) -> Callable[..., tuple[rounds.State, rounds.Mea
       states.append(meshes.fetch(after))
       losses.append(np.asarray(loss)[:filled])
       finites.append(np.asarray(finite)[:filled])
-    found = rounds.Measured(np.concatenate(losses), np.concatenate(finites))
+    found = rounds.Measured(np.concatenate(losses), np.concatenate(finites), merged=True)
     if not np.all(found.finite):
       return state, found  # The caller refuses it; there is nothing to merge.
     target = meshes.put(finish(held, base, ready), meshes.places(base, mesh, rules))
-    params, own_state = move(state.params, target, state.outer, np.float32(rate))
+    params, own_state, fine = move(state.params, target, state.outer, np.float32(rate))
     after = jax.tree.map(lambda *xs: np.concatenate(xs), *states)
-    return rounds.State(params, own_state, after), found
+    return rounds.State(params, own_state, after), found._replace(merged=fine)
 
   return once
 

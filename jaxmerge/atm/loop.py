@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 import zlib
@@ -16,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxmerge import memory, methods, processes, stage, stopping, tree, views
 from jaxmerge import mesh as meshes
-from jaxmerge.atm import budget, evaluate, in_turn, outer, placing, sampling, tune
+from jaxmerge.atm import budget, checking, evaluate, in_turn, outer, placing, sampling, tune
 from jaxmerge.atm import round as rounds
 from jaxmerge.atm.settings import Settings
 from jaxmerge.io import orbax
@@ -77,7 +78,7 @@ def tune_and_merge(
     mesh: devices; by default all, along the task axis.
     sharding: rules by which a model's weights are split over the mesh's model axis, see
       `jaxmerge.mesh`; a mesh with such an axis needs them.
-    checkpoints: a store for this run alone.
+    checkpoints: a store for this run alone; it is closed at the end, and opens again when used.
     save_every: rounds from one save to the next; the last round is always saved.
     score_every: rounds from one scoring to the next; the last round is always scored, those between
       have None for scores, and none of them is the best of early stopping.
@@ -98,27 +99,26 @@ def tune_and_merge(
   settings = settings or Settings()
   method = methods.average() if method is None else method
   params = tune.masters(params)
-  tune.check(tasks)
+  checking.check(apply, params, tasks, loss)
   mesh = mesh or meshes.make(tasks=len(tasks))
   given = (loss, evaluate.metric_of(metric), aux or {}, views.check(layout), mesh, sharding)
   held = _Run(apply, params, tasks, method, settings, *given)
-  state, records, messages = _restored(held, checkpoints)
-  for k in range(len(records), settings.rounds):
-    last = k + 1 == settings.rounds
-    state, record = held.round(state, k, scored=last or (k + 1) % score_every == 0)
-    records.append(record)
-    asked = stop is not None and not last and processes.agree(stop())
-    due = last or asked or (k + 1) % save_every == 0
-    if checkpoints is not None and due:
-      checkpoints.save(k + 1, held.saved(state), held.record(records))
-    if on_round is not None:
-      on_round(record)
-    if asked:
-      if checkpoints is not None:
-        checkpoints.wait()
-      raise stopping.Stopped(f"stopped after round {k + 1} of {settings.rounds}")
-  if checkpoints is not None:
-    checkpoints.wait()
+  with contextlib.closing(checkpoints) if checkpoints is not None else contextlib.nullcontext():
+    state, records, messages = _restored(held, checkpoints)
+    for k in range(len(records), settings.rounds):
+      last = k + 1 == settings.rounds
+      state, record = held.round(state, k, scored=last or (k + 1) % score_every == 0)
+      records.append(record)
+      asked = stop is not None and not last and processes.agree(stop())
+      due = last or asked or (k + 1) % save_every == 0
+      if checkpoints is not None and due:
+        checkpoints.save(k + 1, held.saved(state), held.record(records))
+      if on_round is not None:
+        on_round(record)
+      if asked:
+        if checkpoints is not None:
+          checkpoints.wait()
+        raise stopping.Stopped(f"stopped after round {k + 1} of {settings.rounds}")
   params = held.best if settings.early_stopping and held.best is not None else state.params
   return Result(params, records, held.budget(settings.rounds), messages)
 
@@ -222,11 +222,13 @@ class _Run:
       plan = meshes.put(plan, meshes.by_task(self.mesh))
       ready, rate = meshes.put((ready, rate), meshes.everywhere(self.mesh))
     state, found = self.program(state, reference, self.rows, plan, ready, rate)
-    tune.refuse_divergence(self.names, found.loss, found.finite, s, when=f"round {k + 1}")
+    when = f"round {k + 1}"
+    tune.refuse_divergence(self.names, found.loss, found.finite, s, when=when)
+    rounds.refuse_overflow(found, state.params, when)
     losses, before, later = self._by_task(found.loss), self.taken(k), self.taken(k + 1)
     record: dict[str, Any] = {
       "round": k + 1,
-      **(self.scores(state.params) if scored else self.unscored()),
+      **(self.scores(state.params, when) if scored else self.unscored()),
       "loss": {n: x if later[n] > before[n] else None for n, x in losses.items()},
       "exchanges": k + 1,
       "epochs": s.epochs * (k + 1) / s.rounds,
@@ -238,10 +240,11 @@ class _Run:
       self.best, self.best_gain = state.params, self.gain(record["mean"])
     return state, dict(record, seconds=time.perf_counter() - begun)
 
-  def scores(self, params: Any) -> dict[str, Any]:
+  def scores(self, params: Any, when: str) -> dict[str, Any]:
     """Scores a model on the validation rows: mean over the tasks, and per task."""
-    found = self.score(jax.tree.map(lambda p: p[None], params), self.whole)
-    each = evaluate.means(found[0], self.validation)
+    found = np.asarray(self.score(jax.tree.map(lambda p: p[None], params), self.whole)[0])
+    evaluate.refuse_unscored(self.names, evaluate.per_row(found, self.validation), when)
+    each = evaluate.means(found, self.validation)
     return {"mean": float(np.mean(each)), "per_task": dict(zip(self.names, each, strict=True))}
 
   def unscored(self) -> dict[str, Any]:

@@ -35,12 +35,14 @@ class Measured(NamedTuple):
   Attributes:
     loss: [T] mean training loss of each task's steps.
     finite: [T] whether a tuned copy, and the square of its task vector's norm, are finite.
+    merged: [] whether the model after merge and outer step is finite.
     gram: [T, T] inner products of the task vectors to the current model; None if not measured.
     conflict: limbs [2] of the number of entries at which task vectors of opposite sign meet.
   """
 
   loss: Array | np.ndarray
   finite: Array | np.ndarray
+  merged: Array | np.ndarray | bool
   gram: Array | None = None
   conflict: Array | None = None
 
@@ -140,7 +142,7 @@ def merging(
   )
   params, own = lax.with_sharding_constraint((params, own), places)
   # On every device, so that every process can read it.
-  found = measured(stacks, current, loss[: parts.tasks])
+  found = measured(stacks, current, loss[: parts.tasks], params)
   return params, own, lax.with_sharding_constraint(found, meshes.everywhere(parts.mesh))
 
 
@@ -161,8 +163,8 @@ def merged(
   )
 
 
-def measured(stacks: dict[str, Array], current: Any, loss: Array) -> Measured:
-  """Measures task vectors, models - current: losses, geometry, finiteness."""
+def measured(stacks: dict[str, Array], current: Any, loss: Array, params: Any) -> Measured:
+  """Measures task vectors, models - current: losses, geometry, finiteness, also of the result."""
   now = tree.named(current)
   found = []
   for name, x in stacks.items():
@@ -173,7 +175,24 @@ def measured(stacks: dict[str, Array], current: Any, loss: Array) -> Measured:
     found.append((gram, counting.count(meet)[:, 0]))
   gram, conflict = functools.reduce(lambda a, b: (a[0] + b[0], counting.normal(a[1] + b[1])), found)
   finite = tune.finite(stacks) & jnp.isfinite(jnp.diagonal(gram))
-  return Measured(loss, finite, gram, conflict)
+  return Measured(loss, finite, is_finite(params), gram, conflict)
+
+
+def is_finite(params: Any) -> Array:
+  """Tells whether a model is free of NaN and infinity."""
+  return tune.finite(jax.tree.map(lambda p: p[None], params))[0]
+
+
+def refuse_overflow(found: Measured, params: Any, when: str) -> None:
+  """Raises ValueError, naming the leaf, where finite copies were merged to what is not finite."""
+  if bool(found.merged):
+    return
+  wrong = [n for n, x in tree.named(params).items() if not bool(jnp.isfinite(x).all())]
+  raise ValueError(
+    f"{when}: the tuned copies of all tasks are finite, but {len(wrong)} leaves of the merged "
+    f"model are not, {wrong[0]!r} the first; use a smaller outer_learning_rate, smaller weights "
+    "of the method, or another method."
+  )
 
 
 def geometry(found: Measured, size: int) -> dict[str, Any]:

@@ -42,17 +42,6 @@ class Rows(NamedTuple):
   filled: Array | np.ndarray
 
 
-def check(given: Sequence[tasks.Task]) -> None:
-  """Raises ValueError, naming task and row, for tasks that cannot be tuned on."""
-  if not given:
-    raise ValueError("at least one task is needed, got none.")
-  names = [t.name for t in given]
-  if len(set(names)) != len(names):
-    raise ValueError(f"task names must differ, got {names}.")
-  for t in given:
-    tasks.check(t)
-
-
 def masters(params: Any) -> Any:
   """Returns the parameters in float32 or wider.
 
@@ -96,21 +85,21 @@ def stacked(
     rowed = [{"inputs": jax.tree.map(_first, p.inputs)} for p in (parts[0], part)]
     left, right = (f"a row of task {name!r}" for name in (given[0].name, t.name))
     tree.check_same(*rowed, left=left, right=right)
-  heads = _heads(given)
+  own = heads(given)
   wide = max(t.num_classes for t in given)
 
   def pile(*xs: Any) -> np.ndarray:
-    own = [pile_up(np.asarray(xs[k]), rows) for k in slots if k < len(xs)]
-    return _pile(own, xs[0], rows, len(slots))
+    parts = [pile_up(np.asarray(xs[k]), rows) for k in slots if k < len(xs)]
+    return _pile(parts, xs[0], rows, len(slots))
 
   def each(values: Sequence[int], empty: int) -> np.ndarray:
     return np.array([values[k] if k < len(values) else empty for k in slots], np.int32)
 
-  heads = [_widened(h, wide) for h in heads]
+  own = [_widened(h, wide) for h in own]
   return Rows(
     jax.tree.map(pile, *[p.inputs for p in parts]),
     pile(*[p.labels for p in parts]),
-    pile_up(np.stack(heads), max(slots) + 1)[slots.start : slots.stop] if heads else None,
+    pile_up(np.stack(own), max(slots) + 1)[slots.start : slots.stop] if own else None,
     each([t.num_classes for t in given], wide),
     each([len(p.labels) for p in parts], 0),
   )
@@ -129,9 +118,12 @@ def cross_entropy(outputs: Array, labels: Array | np.ndarray) -> Array:
 
 
 def accuracy(outputs: Array, labels: Array | np.ndarray) -> Array:
-  """Tells for each row whether the largest logit is the label's: [B, C], [B] -> float32 [B]."""
-  found = outputs.argmax(-1)
-  return (found == labels.astype(found.dtype)).astype(jnp.float32)
+  """Tells for each row whether the largest logit is the label's: [B, C], [B] -> float32 [B].
+
+  A row with NaN among its logits has no largest one.
+  """
+  found, known = outputs.argmax(-1), ~jnp.isnan(outputs).any(-1)
+  return (known & (found == labels.astype(found.dtype))).astype(jnp.float32)
 
 
 def outputs(apply: Apply, params: Any, inputs: Any, head: Any, classes: Any) -> Array:
@@ -358,8 +350,8 @@ def _first(x: Any) -> np.ndarray:
   return np.asarray(x)[0]
 
 
-def _heads(given: Sequence[tasks.Task]) -> list[np.ndarray]:
-  """The heads of all tasks, or none."""
+def heads(given: Sequence[tasks.Task]) -> list[np.ndarray]:
+  """Returns the heads of all tasks, or none; ValueError where some have one, or sizes differ."""
   heads = [t.head for t in given if t.head is not None]
   if 0 < len(heads) < len(given):
     own = {t.name: "a head" if t.head is not None else "none" for t in given}

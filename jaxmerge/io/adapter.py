@@ -16,12 +16,12 @@ from typing import Any  # What JSON holds is any object until it is checked.
 import numpy as np
 
 from jaxmerge.io import folder as folders
-from jaxmerge.io import lora, safetensors, ties
+from jaxmerge.io import kinds, lora, safetensors, ties
 from jaxmerge.io.tensor import Files, Tensor, stored
 
 Path = str | os.PathLike[str]
 
-CONFIG = "adapter_config.json"
+CONFIG = kinds.ADAPTER
 WEIGHTS = "adapter_model.safetensors"
 
 _PREFIX = "base_model.model."
@@ -61,10 +61,8 @@ def paths(folder: Path) -> tuple[pathlib.Path, pathlib.Path]:
     FileNotFoundError: naming the one that is missing, or is a pickle.
   """
   folder = pathlib.Path(folder)
-  if not folder.is_dir():
-    raise FileNotFoundError(f"{folder}: no such folder.")
   if not is_adapter(folder):
-    raise FileNotFoundError(f"{folder}: {CONFIG} is not there; this is no PEFT adapter.")
+    raise FileNotFoundError(kinds.missing(folder, "adapter"))
   if not (folder / WEIGHTS).is_file():
     pickled = (folder / "adapter_model.bin").is_file()
     hint = (

@@ -7,6 +7,7 @@ import errno
 import glob
 import os
 import pathlib
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -76,8 +77,17 @@ def write(path: Path) -> Iterator[BinaryIO]:
 
 def tidy(folder: Path) -> None:
   """Removes the hidden files that writings into a folder have left when they were killed."""
-  for unfinished in pathlib.Path(folder).glob(".*.????????.tmp"):
-    unfinished.unlink()
+  for path in filter(is_unfinished, pathlib.Path(folder).iterdir()):
+    path.unlink()
+
+
+def is_unfinished(path: Path) -> bool:
+  """Tells whether a path is called like the hidden file of a writing on its way.
+
+  >>> is_unfinished("runs/.config.json.0a1b2c3d.tmp"), is_unfinished("runs/config.json")
+  (True, False)
+  """
+  return re.fullmatch(r"\..*\.[0-9a-f]{8}\.tmp", os.path.basename(path)) is not None
 
 
 @contextlib.contextmanager

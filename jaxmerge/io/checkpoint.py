@@ -15,7 +15,7 @@ from pathlib import Path
 import ml_dtypes  # noqa: F401  NumPy learns the names of bfloat16 and the 8-bit floats from it.
 import numpy as np
 
-from jaxmerge.io import arrays, manifest
+from jaxmerge.io import arrays, kinds, manifest
 from jaxmerge.io.tensor import Tensor
 
 RECORD = "record.json"
@@ -109,6 +109,8 @@ def _refuse(folder: Path, damage: str | None) -> None:
   hint = f"; steps {', '.join(map(str, others))} are beside it: give the folder of one" * bool(
     others
   )
+  if not (folder / manifest.NAME).exists():
+    hint += f"; or else {kinds.ORBAX}"
   raise ValueError(f"{folder}: the checkpoint is damaged: {damage}{hint}.")
 
 

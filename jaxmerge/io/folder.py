@@ -15,19 +15,17 @@ from typing import Any  # What JSON holds is any object until it is checked.
 
 import numpy as np
 
-from jaxmerge.io import atomic, parsing, safetensors
+from jaxmerge.io import atomic, kinds, parsing, safetensors
 
 Path = str | os.PathLike[str]
 
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
+WEIGHTS, INDEX = kinds.WEIGHTS, kinds.INDEX
 CONFIG = "config.json"
 README = "README.md"
 MODULES = "modules.json"  # sentence-transformers: which modules follow the encoder.
 MODULE = "[1-9]_*"  # A module's folder: its number, and what it is. The encoder has none.
 _WEIGHTED = ("CNN", "Dense", "LSTM", "LayerNorm", "WeightedLayerPooling")  # Not so Pooling, ...
 PROVENANCE = "jaxmerge_provenance.json"  # How a merged model came to be; checksums of its tensors.
-PICKLES = (".bin", ".pt", ".pth")  # Endings of weights that are not read.
 _LONGEST_PROVENANCE = 10 * parsing.LONGEST  # Bytes; a line for every tensor of every input.
 _LONGEST_NAME = 255  # Characters of a file's name, on every common disk.
 # What a folder with new weights takes over from the base's folder, where it is there. Weights, code
@@ -212,18 +210,16 @@ def config(folder: Path) -> dict[str, Any]:
   """Returns the contents of a folder's config.json."""
   folder = pathlib.Path(folder)
   if not folder.is_dir():
-    raise FileNotFoundError(f"{folder}: {_not_a_folder(folder)}.")
+    raise FileNotFoundError(kinds.missing(folder))
   return read_json(folder / CONFIG)
 
 
 def weights(folder: Path) -> list[pathlib.Path]:
   """Returns the paths of the files that hold a folder's weights, its modules' among them."""
   folder = pathlib.Path(folder)
-  if not folder.is_dir():
-    raise FileNotFoundError(f"{folder}: {_not_a_folder(folder)}.")
   single, several = (folder / WEIGHTS).is_file(), (folder / INDEX).is_file()
   if not single and not several:
-    raise FileNotFoundError(f"{folder}: neither {WEIGHTS} nor {INDEX} is there{_pickled(folder)}.")
+    raise FileNotFoundError(kinds.missing(folder))
   homes = _weight_map(folder) if several else {}
   if single and (others := set(homes.values()) - {WEIGHTS}):
     raise ValueError(
@@ -240,35 +236,10 @@ def _rooms(folder: pathlib.Path) -> list[pathlib.Path]:
   """The files of the weights of modules; not every module has some."""
   rooms = [folder / module for module in modules(folder)]
   for room in rooms:
-    hint = _pickled(room)
+    hint = kinds.pickled(room)
     if not (room / WEIGHTS).is_file() and (hint or room.name[2:] in _WEIGHTED):
-      raise FileNotFoundError(f"{room}: {WEIGHTS} is not there{hint}.")
+      raise FileNotFoundError(f"{room}: {WEIGHTS} is not there{'; ' * bool(hint)}{hint}.")
   return [room / WEIGHTS for room in rooms if (room / WEIGHTS).is_file()]
-
-
-def _pickled(folder: pathlib.Path) -> str:
-  """Says of pickles in a folder, if there are some, how one is converted."""
-  pickled = [path for path in sorted(folder.iterdir()) if path.suffix in PICKLES]
-  # Beside weights there are those of the optimizer, of the arguments of training.
-  own = [path for path in pickled if "model" in path.name] + pickled
-  return f"; {_conversion(own[0])}" if own else ""
-
-
-def _not_a_folder(path: pathlib.Path) -> str:
-  if not path.is_file():
-    return "no such folder"
-  if path.suffix in PICKLES:
-    return f"no folder; {_conversion(path)}"
-  return "is a file; give the folder that it lies in"
-
-
-def _conversion(path: pathlib.Path) -> str:
-  """Says how a pickle, which can hold code, becomes what is read."""
-  return (
-    f"{path.name} is a pickle, which is not read. To convert it, load it by its class in "
-    f"transformers, whose save_pretrained writes safetensors; or, where it holds tensors by name, "
-    f"safetensors.torch.save_file(torch.load({path.name!r}, weights_only=True), {WEIGHTS!r})"
-  )
 
 
 def copied(folder: Path) -> list[pathlib.Path]:

@@ -20,6 +20,7 @@ that exists, and one empty step keeps its manager from restoring any other.
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import errno
 import json
 import logging
@@ -34,9 +35,10 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
-from jaxmerge.io import arrays, atomic, checkpoint, leaves, manifest, shared
+from jaxmerge.io import arrays, atomic, checkpoint, leaves, locking, manifest, shared
 from jaxmerge.io.checkpoint import RECORD, STATE
 
+PATIENCE = 5.0  # Seconds to wait for another store of the same directory: reading takes less.
 _NONE, _FAILED = -1, -2  # what process 0 tells the others in place of a step
 
 
@@ -68,10 +70,10 @@ class Checkpoints:
   """Saves and restores numbered states in a directory; a class because it owns Orbax's threads.
 
   Every process of a run makes the same calls in the same order, on a directory that all of them
-  see. Nothing is touched before the first `save` or `restore`; that call looks whether all see it,
-  and sets aside whatever is damaged or interrupted. Two runs must not use one directory at the same
-  time. Use it in a `with`, or close it: a program that ends without that may lose the save on its
-  way.
+  see. Nothing is touched before the first `save` or `restore`; that call locks the directory, looks
+  whether all see it, and sets aside whatever is damaged or interrupted. Until it is closed, another
+  store of the same directory is refused, in this process or another. Use it in a `with`, or close
+  it: a program that ends without that may lose the save on its way.
 
   Args:
     directory: created by the first save.
@@ -95,6 +97,7 @@ class Checkpoints:
     self._newest: int | None = None
     self._messages: tuple[str, ...] = ()
     self._orbax: _Orbax | None = None
+    self._lock = contextlib.ExitStack()
     self._sealing: tuple[int, concurrent.futures.Future] | None = None  # the save on its way
 
   def __enter__(self) -> Checkpoints:
@@ -198,6 +201,7 @@ class Checkpoints:
         self._orbax.checkpointer.close()
         logging.getLogger("absl").removeFilter(self._orbax.quiet)
         self._orbax = None
+      self._lock.close()
 
   def _open(self) -> _Orbax:
     """Tidies the directory, agrees on the newest good step, and starts Orbax where it is not up."""
@@ -206,6 +210,8 @@ class Checkpoints:
       shared.check(self._directory)
     try:
       if jax.process_index() == 0:
+        if self._orbax is None:
+          self._take()
         newest = self._tidy()
     finally:  # the others must hear of a failure too, or they wait for ever
       if jax.process_count() > 1:
@@ -215,6 +221,14 @@ class Checkpoints:
     self._newest = None if newest == _NONE else newest
     self._orbax = self._orbax or _start()
     return self._orbax
+
+  def _take(self) -> None:
+    """Locks the directory, which is made if need be."""
+    self._lock.close()  # Of a call that failed.
+    self._directory.mkdir(parents=True, exist_ok=True)
+    busy = f"{self._directory}: these checkpoints are in use; wait, or close the other store of "
+    busy += "them. They are held"
+    self._lock.enter_context(locking.held(self._directory / locking.NAME, busy, patience=PATIENCE))
 
   def _tidy(self) -> int:
     """Sets aside what is damaged or interrupted, empties `retired`; the newest step or _NONE."""

@@ -80,6 +80,11 @@ def header(path: Path) -> Header:
     length = int.from_bytes(first, "little")
     if len(first) < 8:
       raise ValueError(f"{path}: {size} bytes are too few for a safetensors file; it is truncated.")
+    if first == b"version ":
+      raise ValueError(
+        f"{path}: this is a pointer of Git LFS, the weights are not here; `git lfs pull` in its "
+        "folder fetches them."
+      )
     if length > LONGEST_HEADER:
       raise ValueError(
         f"{path}: the header's length is given as {length} bytes, over the limit of "

@@ -16,10 +16,22 @@ def ranked(facts: Mapping[str, Any]) -> list[str]:
   return sorted(facts["methods"], key=lambda n: -words.gain(summary, models[n]["mean"]["mean"]))
 
 
+def best(facts: Mapping[str, Any]) -> str | None:
+  """Returns the method that is best on validation, in the mean over seeds, as `words.best`."""
+  seen = {n: [r.get("validation") for r in runs] for n, runs in facts["methods"].items()}
+  means = {n: sum(v) / len(v) for n, v in seen.items() if v and None not in v}
+  flat = tables.as_record(facts["summary"])
+  models = {n: flat["models"][n] for n in ranked(facts)}
+  return words.best(flat | {"models": models, "validation": means}, "one-shot")
+
+
 def table(facts: Mapping[str, Any], most: int | None = None) -> Table:
-  """Returns a row a method, base and experts around them; `most` keeps the best."""
+  """Returns a row a method, base and experts around them; `most` keeps the first.
+
+  The one that is best on validation is marked.
+  """
   models, tasks = facts["summary"]["models"], facts["summary"]["tasks"]
-  chosen, flat = ranked(facts), tables.as_record(facts["summary"])
+  chosen, marked, flat = ranked(facts), best(facts), tables.as_record(facts["summary"])
   every = ["experts", *chosen[:most], "base"]
   head = ["Method", "Mean (%)", "Gap closed (%)", "Settings", "Trials", "CPU seconds", "MB"]
   head[1] = f"Mean{words.unit(flat)}"
@@ -32,7 +44,7 @@ def table(facts: Mapping[str, Any], most: int | None = None) -> Table:
     row += [f"{first['seconds']:.2g}" if "seconds" in first else ""]
     row += [f"{first['bytes'] / 1e6:.0f}" if "bytes" in first else ""]
     row += [_spread(own["per_task"][t], flat) for t in tasks]
-    rows.append([Cell(text, best=name == chosen[0] and i == 1) for i, text in enumerate(row)])
+    rows.append([Cell(text, best=name == marked and i == 1) for i, text in enumerate(row)])
   return Table([*head, *tasks], rows)
 
 
@@ -81,10 +93,9 @@ def markdown(facts: Mapping[str, Any]) -> str:
   of = f"Mean ± standard deviation over {number} seeds" if number > 1 else "One seed"
   about = (
     f"{of}, {words.metric(flat)} on {words.split(summary)}{less}. The rows alone leave a standard "
-    f"error of {words.value(flat, noise)} {unit} on a mean. Settings are the best of so many "
-    "trials on validation; CPU seconds (of all threads) and MB are those of one merge in memory, "
-    "once compiled, beside "
-    "the models."
+    f"error of {words.value(flat, noise)} {unit} on a mean. The best on validation is marked. "
+    "Settings are the best of so many trials on validation; CPU seconds (of all threads) and MB "
+    "are those of one merge in memory, once compiled, beside the models."
   )
   return f"{about}\n\n{tables.to_markdown(table(facts))}"
 

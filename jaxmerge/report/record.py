@@ -231,7 +231,8 @@ def merge_seeds(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
   Returns:
     `{"tasks", "seeds", "split", "metric", "models": {NAME: {"mean": s, "gap_closed": s,
     "per_task": {task: s}}}}`, where s is `{"mean", "spread", "values"}` with a value a seed; with
-    families also `"families"`, and "family_mean": s of every model.
+    families also `"families"`, and "family_mean": s of every model; with means on validation beside
+    those on test also `"validation": {NAME: s}`.
   """
   if not records:
     raise ValueError("records: one at least is needed, got none.")
@@ -269,6 +270,9 @@ def merge_seeds(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
       models[name]["family_mean"] = _spread(own)
   keys = ("split", "metric", "lower_is_better", "families")
   kept = {key: first[key] for key in keys if key in first}
+  if all("validation" in x for x in records):
+    seen = {n: [x["validation"].get(n) for x in records] for n in first["validation"]}
+    kept["validation"] = {n: _spread(values) for n, values in seen.items()}
   return {"tasks": list(first["tasks"]), "seeds": numbers, "models": models, **kept}
 
 

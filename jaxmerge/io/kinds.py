@@ -1,0 +1,234 @@
+"""What is at a path where no model, or no adapter, is: what it is instead, and how to get to one.
+
+By the names of files alone: nothing of them is read. Free of jax.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import re
+from collections.abc import Callable, Iterator
+
+Path = str | os.PathLike[str]
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+ADAPTER = "adapter_config.json"
+PICKLES = (".bin", ".pt", ".pth")  # Endings of weights that are not read.
+_STORE = "with orbax.Checkpoints(pathlib.Path('OUT')) as store: store.save(1, {'params': tree}, {})"
+_TREE = (
+  f"give the tree to jaxmerge.merge in Python, or save it for this command: "
+  f"import pathlib; from jaxmerge.io import orbax; {_STORE}"
+)
+ORBAX = (
+  "it is a checkpoint of Orbax that another program wrote: restore it as that program does, say by "
+  f"tree = orbax.checkpoint.StandardCheckpointer().restore(FOLDER), and {_TREE}"
+)
+_ORBAX = ("_METADATA", "_CHECKPOINT_METADATA", "manifest.ocdbt", "ocdbt.process_0")
+_DATA = ("*.parquet", "*.arrow", "*.jsonl", "*.csv", "data/*.parquet", "dataset_dict.json")
+
+
+def missing(path: Path, wanted: str = "model") -> str:
+  """Says what is at a path where a model, or an adapter, was expected, and what to do.
+
+  >>> missing("models/none")
+  'models/none: no such folder.'
+
+  Args:
+    path: where there is none.
+    wanted: "model" or "adapter".
+  """
+  path = pathlib.Path(path)
+  if path.is_file():
+    return f"{path}: {_of_file(path)}."
+  if not path.is_dir():
+    return f"{path}: no such folder."
+  if not any(path.iterdir()):
+    return f"{path}: the folder is empty."
+  lacks = f"{ADAPTER} is not there; this is no PEFT adapter"
+  lacks = lacks if wanted == "adapter" else f"neither {WEIGHTS} nor {INDEX} is there"
+  found = next((text for look in _LOOKS if (text := look(path))), None)
+  if wanted == "adapter" and _is_model(path):
+    found = "it is a model: merge it as one, or make an adapter of it and its base with PEFT"
+  return f"{path}: {lacks}; {found or _listed(path)}."
+
+
+def conversion(path: pathlib.Path) -> str:
+  """Says how a pickle, which can hold code, becomes what is read."""
+  return (
+    f"{path.name} is a pickle, which is not read. To convert it, load it by its class in "
+    f"transformers, whose save_pretrained writes safetensors; or, where it holds tensors by name, "
+    f"safetensors.torch.save_file(torch.load({path.name!r}, weights_only=True), {WEIGHTS!r})"
+  )
+
+
+def pickled(folder: pathlib.Path) -> str:
+  """Says of pickles in a folder, if there are some, how one is converted."""
+  pickles = [path for path in sorted(folder.iterdir()) if path.suffix in PICKLES]
+  # Beside weights there are those of the optimizer, of the arguments of training.
+  chosen = [path for path in pickles if "model" in path.name] + pickles
+  return conversion(chosen[0]) if chosen else ""
+
+
+def _of_file(path: pathlib.Path) -> str:
+  """Says of a file what to give in its place."""
+  if path.suffix in PICKLES:
+    return f"no folder; {conversion(path)}"
+  for ending, say in ((".gguf", _gguf), (".msgpack", _msgpack)):
+    if path.suffix == ending:
+      return f"no folder; {say(path.parent)}"
+  if path.suffix == ".safetensors" and path.name != WEIGHTS and "-of-" not in path.name:
+    return (
+      f"is a file; give a folder in which it is called {WEIGHTS}, with its config.json beside it"
+    )
+  return "is a file; give the folder that it lies in"
+
+
+def _is_model(path: pathlib.Path) -> bool:
+  """Tells whether a folder holds weights that are read, of a model or an adapter."""
+  sealed = (path / "state").is_dir() and (path / "manifest.json").is_file()
+  return sealed or any((path / name).is_file() for name in (WEIGHTS, INDEX, ADAPTER))
+
+
+def _adapter(path: pathlib.Path) -> str:
+  if not (path / ADAPTER).is_file():
+    return ""
+  return (
+    "it is a PEFT adapter: give the model that it was trained on, or, where models are merged, "
+    f"MODEL+{path} for both"
+  )
+
+
+def _cache(path: pathlib.Path) -> str:
+  """A folder of the hub's cache: of a model, or of its snapshots."""
+  root = path.parent if path.name == "snapshots" else path
+  snapshots = sorted(p for p in (root / "snapshots").glob("*") if p.is_dir())
+  if not root.name.startswith("models--") or not snapshots:
+    return ""
+  main = root / "refs" / "main"
+  newest = root / "snapshots" / main.read_text().strip() if main.is_file() else snapshots[-1]
+  name = root.name.removeprefix("models--").replace("--", "/")
+  return f"it is the cache of {name} of the hub: give {name}@main, or {newest}"
+
+
+def _orbax(path: pathlib.Path) -> str:
+  """A checkpoint of Orbax that no store of jaxmerge's has sealed, or the folder of its steps."""
+  steps = [p for p in path.iterdir() if re.search(r"(^|[_-])\d+$", p.name) and p.is_dir()]
+  items = [
+    path,
+    *steps,
+    *(inner for p in [path, *steps] for inner in p.iterdir() if inner.is_dir()),
+  ]
+  if not any((p / name).exists() for p in items for name in _ORBAX):
+    return ""
+  return ORBAX
+
+
+def _msgpack(path: pathlib.Path) -> str:
+  files = sorted(path.glob("*.msgpack"))
+  if not files:
+    return ""
+  name = files[0].name
+  read = f"flax.serialization.msgpack_restore(open({name!r}, 'rb').read())"
+  return f"{name} holds weights of Flax: tree = {read}, and {_TREE}"
+
+
+def _distcp(path: pathlib.Path) -> str:
+  if not any(path.glob("*.distcp")):
+    return ""
+  module = "python -m torch.distributed.checkpoint.format_utils dcp_to_torch"
+  return (
+    f"it is a distributed checkpoint of PyTorch: {module} {path} model.pt makes one file, "
+    f"and safetensors.torch.save_file(torch.load('model.pt', weights_only=True), {WEIGHTS!r}) "
+    "what is read, where its tensors are by name, with the config.json of the model beside it"
+  )
+
+
+def _deepspeed(path: pathlib.Path) -> str:
+  if not (path / "zero_to_fp32.py").is_file() and not any(path.glob("*zero_pp_rank_*")):
+    return ""
+  return (
+    "it is a checkpoint of DeepSpeed: its zero_to_fp32.py, with --safe_serialization, writes the "
+    "safetensors that are read"
+  )
+
+
+def _gguf(path: pathlib.Path) -> str:
+  files = sorted(path.glob("*.gguf"))
+  if not files:
+    return ""
+  read = f"from_pretrained({str(path)!r}, gguf_file={files[0].name!r})"
+  return (
+    f"{files[0].name} is of llama.cpp, mostly quantised: take the model that it was made of; or "
+    f"transformers' {read}.save_pretrained writes safetensors of what is left"
+  )
+
+
+def _diffusers(path: pathlib.Path) -> str:
+  if not (path / "model_index.json").is_file():
+    return ""
+  parts = sorted(p.parent.name for p in path.glob("*/*.safetensors"))
+  return (
+    "it is a pipeline of diffusers, of several models: merge them one by one, "
+    f"{_names([str(path / name) for name in dict.fromkeys(parts)]) or 'each from its folder'}; "
+    f"weights that are called otherwise must be called {WEIGHTS} for it"
+  )
+
+
+def _otherwise(path: pathlib.Path) -> str:
+  """Safetensors under another name, or shards without their index."""
+  files = sorted(p.name for p in path.glob("*.safetensors"))
+  if any("-of-" in name for name in files):
+    return f"{files[0]} is a shard of several: their {INDEX} is missing; it comes with the model"
+  if len(files) == 1:
+    return f"{files[0]} must be called {WEIGHTS}, with the model's config.json beside it"
+  return ""
+
+
+def _foreign(path: pathlib.Path) -> str:
+  """Weights of other frameworks."""
+  for pattern, whose in {"*.h5": "Keras", "*.keras": "Keras", "saved_model.pb": "TensorFlow",
+                         "*.onnx": "ONNX", "weights*.npz": "MLX"}.items():  # fmt: skip
+    if files := sorted(path.glob(pattern)):
+      return f"{files[0].name} holds weights of {whose}: what is read are safetensors"
+  return ""
+
+
+def _pickle(path: pathlib.Path) -> str:
+  return pickled(path)
+
+
+def _near(path: pathlib.Path) -> str:
+  """Models one or two levels below, or one above."""
+  below = [p for p in _folders(path) if _is_model(p)]
+  below = below or [q for p in _folders(path) for q in _folders(p) if _is_model(q)]
+  if below:
+    return f"there are weights in it: give {_names(list(map(str, below)), ' or ')}"
+  return f"the model is one level up: give {path.parent}" if _is_model(path.parent) else ""
+
+
+def _data(path: pathlib.Path) -> str:
+  files = [p for pattern in _DATA for p in sorted(path.glob(pattern))]
+  return f"it holds data ({files[0].relative_to(path)}), and no weights" if files else ""
+
+
+_LOOKS: tuple[Callable[[pathlib.Path], str], ...] = (
+  _cache, _adapter, _distcp, _deepspeed, _diffusers, _otherwise, _pickle, _msgpack, _gguf, _near,
+  _orbax, _foreign, _data,
+)  # fmt: skip
+
+
+def _folders(path: pathlib.Path) -> Iterator[pathlib.Path]:
+  """Folders in a folder, by number and name; what is hidden is left out."""
+  inner = [p for p in path.iterdir() if p.is_dir() and not p.name.startswith(".")]
+  yield from sorted(inner, key=lambda p: (len(p.name), p.name))
+
+
+def _names(names: list[str], between: str = ", ", most: int = 4) -> str:
+  more = f" and {len(names) - most} more" if len(names) > most else ""
+  return f"{between.join(names[:most])}{more}"
+
+
+def _listed(path: pathlib.Path) -> str:
+  return f"what is there: {_names(sorted(p.name for p in path.iterdir()))}"

@@ -1,0 +1,108 @@
+"""First mistakes with the loop: refused before anything is trained, or in the round they spoil."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import small_tasks as small
+
+from jaxmerge import mesh as meshes
+from jaxmerge import methods
+from jaxmerge.atm import baselines, checking, loop, settings, tune
+
+
+def run(tasks=None, *, apply=small.network, method=None, **given):
+  chosen = settings.Settings(rounds=1, epochs=1.0, batch_size=4, learning_rate=0.05)
+  tasks = small.three() if tasks is None else tasks
+  return loop.tune_and_merge(
+    apply, small.weights(), tasks, method, chosen, mesh=meshes.make(1), **given
+  )
+
+
+def headless(classes=2):
+  """The tasks without heads, as a model has them that gives logits of so many classes."""
+  tasks = [
+    tune.tasks.Task(t.name, *(s._replace(labels=s.labels % classes) for s in t.splits().values()))
+    for t in small.three()
+  ]
+  return tasks
+
+
+def narrow(params, inputs, head):
+  """Logits of two classes."""
+  return small.network(params, inputs, np.ones((5, 2), np.float32))
+
+
+@pytest.mark.parametrize(
+  ("given", "words"),
+  [
+    ({"apply": lambda params, inputs: inputs}, r"apply must take \(params, inputs, head\)"),
+    (
+      {"tasks": headless(classes=3), "apply": narrow},
+      r"the model's outputs are \[\d+, 2\] for labels \[\d+\]; .* \[\d+, 3\] or more",
+    ),
+    (
+      {"apply": lambda params, inputs, head: small.network(params, inputs, head).mean(-1)},
+      r"task 'cat': the model's outputs are \[9\] for labels \[9\]",
+    ),
+  ],
+)
+def test_is_refused_before_anything_is_trained(given, words):
+  with pytest.raises(ValueError, match=words):
+    run(**given)
+
+
+@pytest.mark.parametrize(
+  ("tasks", "words"),
+  [
+    (small.three()[0], "tasks must be a list of jaxmerge.Task, got Task"),
+    ({"ant": small.three()[0]}, "tasks must be a list of jaxmerge.Task, got dict"),
+    ([(1, 2)], r"tasks\[0\] must be a jaxmerge.Task, got tuple"),
+  ],
+)
+def test_tasks_are_a_list_of_tasks(tasks, words):
+  with pytest.raises(ValueError, match=words):
+    checking.check(small.network, small.weights(), tasks, tune.cross_entropy)
+
+
+def test_a_model_as_wide_as_its_labels_is_not_refused():
+  assert run(headless(), apply=narrow).rounds[0]["round"] == 1
+
+
+def test_a_merge_that_overflows_in_the_last_round_is_refused():
+  """Nothing would have seen it: the copies are finite, and no round follows."""
+  words = "round 1: the tuned copies of all tasks are finite, but . leaves of the merged model"
+  with pytest.raises(ValueError, match=words):
+    run(method=methods.weighted_sum() + methods.scaled(1e10), aux={"weight": 3e38})
+
+
+def test_a_score_that_is_no_number_is_refused():
+  def metric(outputs, labels):
+    return jnp.where(labels == 0, jnp.nan, 1.0)
+
+  with pytest.raises(ValueError, match=r"round 1: the score of row \d of task '\w+' is nan"):
+    run(metric=metric)
+
+
+def test_rows_without_a_number_are_not_right():
+  logits = jnp.array([[np.nan, 1.0], [2.0, 1.0]], jnp.float32)
+  assert tune.accuracy(logits, np.zeros(2, np.int32)).tolist() == [0.0, 1.0]
+
+
+def test_a_scale_at_which_the_merge_overflows_is_never_the_best():
+  base = small.weights()
+  models = {"dense": {n: np.stack([x + 9, x]) for n, x in base["dense"].items()}}
+  method = methods.task_arithmetic()
+
+  rows = tune.stacked(small.three(), "validation")
+
+  def chosen(*scales):
+    # The scores alone would have preferred the larger one.
+    def score(some, rows):
+      return jnp.array([[[0.1]], [[0.9]]])
+
+    given = (method, base, models, scales, score, rows, [1])
+    return baselines.best_scale(*given, names=["a", "b"], called="ties")
+
+  assert chosen(0.5, 3e38).scale == 0.5
+  with pytest.raises(ValueError, match=r"ties: weights or scores are not finite at any scale"):
+    chosen(2e38, 3e38)

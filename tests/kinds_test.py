@@ -1,0 +1,104 @@
+"""What a folder is that is no model: said by its name, with the way on, to whoever opens it."""
+
+import pathlib
+
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+import jaxmerge
+from jaxmerge import adapters, cli
+from jaxmerge.io import kinds, orbax, safetensors, tensor, weights
+
+
+def fill(folder, *names):
+  for name in names:
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_bytes(b"abc")
+  return folder
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  return pathlib.Path()
+
+
+CACHE = "models--org--name"
+
+
+@pytest.mark.parametrize(
+  ("path", "files", "words"),
+  [
+    ("a", ["a/adapter_config.json"], r"a PEFT adapter: .*, MODEL\+a for both"),
+    ("a", ["a/flax_model.msgpack"], r"msgpack_restore\(open\('flax_model.msgpack', 'rb'\)"),
+    ("a", ["a/.metadata", "a/__0_0.distcp"], "format_utils dcp_to_torch a model.pt"),
+    ("a", ["a/m.Q4.gguf", "a/README.md"], "m.Q4.gguf is of llama.cpp"),
+    ("a/m.gguf", ["a/m.gguf"], r"a/m.gguf: no folder; m.gguf is of llama.cpp"),
+    ("a", ["a/model_index.json", "a/vae/x.safetensors"], "pipeline of diffusers, .*, a/vae;"),
+    (CACHE, [f"{CACHE}/snapshots/abc/x", f"{CACHE}/refs/main"], f"name@main, or {CACHE}/snap"),
+    (f"{CACHE}/snapshots", [f"{CACHE}/snapshots/0/x"], f"org/name@main, or {CACHE}/snapshots/0"),
+    ("a", ["a/pytorch_model.bin"], "pytorch_model.bin is a pickle"),
+    ("a", ["a/dataset_info.json", "a/data/train.parquet"], r"holds data \(data/train.parquet\)"),
+    ("a", ["a/checkpoint-20/model.safetensors", "a/x.json"], "in it: give a/checkpoint-20"),
+    ("a/b", ["a/model.safetensors", "a/b/tokenizer.json"], "one level up: give a"),
+    ("a", ["a/consolidated.safetensors"], "consolidated.safetensors must be called model.safe"),
+    ("a/b.safetensors", ["a/b.safetensors"], "in which it is called model.safetensors"),
+    ("a/model.safetensors", ["a/model.safetensors"], "give the folder that it lies in"),
+    ("a", ["a/model-00001-of-00002.safetensors"], "model.safetensors.index.json is missing"),
+    ("a", ["a/zero_to_fp32.py", "a/latest"], "of DeepSpeed: its zero_to_fp32.py"),
+    ("a", ["a/tf_model.h5"], "tf_model.h5 holds weights of Keras"),
+    ("a", ["a/notes.txt"], "what is there: notes.txt"),
+    ("a", [], "a: no such folder"),
+  ],
+)
+def test_a_folder_is_known_by_its_files(home, path, files, words):
+  fill(home, *files)
+  with pytest.raises(FileNotFoundError, match=words):
+    weights.model(path, tensor.Files())
+
+
+def test_an_adapter_is_missed_where_a_model_is_given(home):
+  fill(home, "a/model.safetensors")
+  (home / "b").mkdir()
+  with pytest.raises(FileNotFoundError, match=r"no PEFT adapter; it is a model"):
+    adapters.load("a")
+  with pytest.raises(FileNotFoundError, match="b: the folder is empty"):
+    adapters.load("b")
+
+
+def test_all_who_open_a_model_say_the_same(home, capsys):
+  fill(home, "a/flax_model.msgpack")
+  recipe = "merge_method: linear\nparameters: {weight: 1}\nmodels:\n- model: a\n- model: a\n"
+  (home / "recipe.yml").write_text(recipe)
+  words = kinds.missing("a")
+  for command in (["inspect", "a"], ["diff", "a", "a"], ["merge", "recipe.yml", "out"]):
+    assert cli.main(command) in (1, 2)
+    assert words in capsys.readouterr().err
+  with pytest.raises(FileNotFoundError, match="msgpack_restore"):
+    jaxmerge.merge_files(jaxmerge.methods.average(), ["a"], "out")
+
+
+def test_a_checkpoint_of_another_program_and_the_way_that_is_said(home):
+  tree = {"dense": {"kernel": np.ones((2, 3), np.float32)}}
+  with ocp.StandardCheckpointer() as other:
+    other.save((home / "steps" / "100" / "default").absolute(), tree)
+  for path in ("steps", "steps/100", "steps/100/default"):
+    with pytest.raises(FileNotFoundError, match="a checkpoint of Orbax that another program"):
+      weights.model(path, tensor.Files())
+  tree = ocp.StandardCheckpointer().restore((home / "steps/100/default").absolute())
+  with orbax.Checkpoints(pathlib.Path("OUT")) as store:
+    store.save(1, {"params": tree}, {})
+  assert list(weights.model("OUT", tensor.Files()).tensors) == ["dense/kernel"]
+  with pytest.raises(FileNotFoundError, match="the model is one level up: give OUT/1"):
+    weights.model("OUT/1/state", tensor.Files())
+  (home / "OUT/1/manifest.json").unlink()
+  with pytest.raises(ValueError, match=r"manifest.json is missing; or else it is a checkpoint of"):
+    weights.model("OUT", tensor.Files())
+
+
+def test_a_pointer_of_git_lfs_is_known(home):
+  pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n"
+  (home / "model.safetensors").write_bytes(pointer)
+  with pytest.raises(ValueError, match=r"a pointer of Git LFS, .* `git lfs pull`"):
+    safetensors.header(home / "model.safetensors")
