@@ -14,7 +14,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmerge import catalog, configuring, experiment, methods, report, stage, views, workdir
+from jaxmerge import (
+  catalog,
+  configuring,
+  experiment,
+  methods,
+  problems,
+  report,
+  stage,
+  views,
+  workdir,
+)
 from jaxmerge.atm import baselines, evaluate
 from jaxmerge.io import atomic, orbax
 from jaxmerge.report import leaderboard
@@ -182,7 +192,7 @@ def _taken(work: experiment.Work, folder: pathlib.Path) -> Any:
         f"config.experts: {folder} tuned other experts: {key} is {theirs.get(key)!r} there and "
         f"{ours.get(key)!r} here."
       )
-  like = experiment.make_like(work.params, len(work.names), "experts", work.mesh)
+  like = problems.make_like(work.params, len(work.names), "experts", work.mesh)
   with orbax.Checkpoints(place, keep=1) as store:
     found = store.restore(like)
   if found is None:

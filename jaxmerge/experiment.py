@@ -12,7 +12,6 @@ from typing import Any  # Any: configs and records are plain trees.
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
 from jaxmerge import catalog, judging, methods, problems, processes, report, stage, stopping
 from jaxmerge import mesh as meshes
@@ -162,7 +161,7 @@ class Work:
       orbax.Checkpoints(self.workdir / "checkpoints" / phase, keep=1) as store,
       self.timed(phase),
     ):
-      like = make_like(self.params, len(self.names), phase, self.mesh)
+      like = problems.make_like(self.params, len(self.names), phase, self.mesh)
       found = store.restore(like)
       for message in store.set_aside:
         self.say(message)
@@ -391,13 +390,3 @@ class Work:
       stack = self.padded(self.stacks[name], rows.filled.shape[0])
       scores[name] = named(self.own_score(stack, rows))
     return judging.summary(tasks, split, scores, each, self.facts, self.metric), scores
-
-
-def make_like(params: Any, height: int, phase: str, mesh: Mesh) -> Any:
-  """The shapes and places of what a phase keeps: a stack of experts, or one model."""
-  lead = (height,) if phase.split("_")[0] == "experts" else ()
-  even = lead and height % mesh.shape["task"] == 0
-  place = meshes.by_task(mesh) if even else meshes.everywhere(mesh)
-  return jax.tree.map(
-    lambda p: jax.ShapeDtypeStruct((*lead, *p.shape), p.dtype, sharding=place), params
-  )

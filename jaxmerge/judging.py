@@ -57,7 +57,7 @@ def _means(scores: Scores) -> dict[str, float]:
 def differences(record: Mapping[str, Any], scores: Mapping[str, Scores]) -> list[dict[str, Any]]:
   """Compares ATM with the best one-shot merge and with joint training, paired by row."""
   others = (words.best(record, "one-shot"), "multitask", "experts")
-  pairs = [("atm", n) for n in others if n in record["models"]]
+  pairs = [("atm", n) for n in others if n is not None and n in record["models"]]
   out = []
   for a, b in pairs:
     rows = [[scores[m][t] for t in record["tasks"]] for m in (a, b)]

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
+from jax.sharding import Mesh
 
 from jaxmerge import mesh as meshes
 from jaxmerge import processes, shaping, tree
@@ -215,6 +216,16 @@ def shared(problem: Problem) -> Problem:
     tasks = zip(problem.tasks, heads, strict=True)
     problem = problem._replace(tasks=tuple(dataclasses.replace(t, head=h) for t, h in tasks))
   return problem._replace(params=params)
+
+
+def make_like(params: Any, height: int, phase: str, mesh: Mesh) -> Any:
+  """The shapes and places of what a phase keeps: a stack of experts, or one model."""
+  lead = (height,) if phase.split("_")[0] == "experts" else ()
+  even = lead and height % mesh.shape["task"] == 0
+  place = meshes.by_task(mesh) if even else meshes.everywhere(mesh)
+  return jax.tree.map(
+    lambda p: jax.ShapeDtypeStruct((*lead, *p.shape), p.dtype, sharding=place), params
+  )
 
 
 def settings_of(config: Mapping[str, Any]) -> Settings:

@@ -148,6 +148,10 @@ def test_a_leaderboard_of_a_loss_has_the_least_first(both):
   assert table.head[1] == "Mean (bits per byte)"
   assert table.rows[1][1] == tables.Cell(f"{min(means.values()):.3f} ± 0.000", best=True)
   assert leaderboard.top(facts, 1).head[:2] == table.head[:2]
+  # Test rows rank, and do not choose: marked is the best on validation.
+  seen = {n: [dict(r, validation=3.0 - k) for r in runs] for k, n in enumerate(facts["methods"])}
+  marked = [r[0].text for r in leaderboard.table(facts | {"methods": seen}).rows if r[1].best]
+  assert marked == ["dare"] == [leaderboard.best(facts | {"methods": seen})]
   facts["summary"]["models"]["ties"]["gap_closed"] = {"mean": -0.004, "spread": 0.001}
   assert next(r[2].text for r in leaderboard.table(facts).rows if r[0].text == "ties") == "0 ± 0"
   shown = leaderboard.markdown(facts)

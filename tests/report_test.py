@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxmerge import report
-from jaxmerge.report import card, comparing, output, record, tables, words
+from jaxmerge.report import card, comparing, output, plots, record, tables, words
 
 LONG = (
   "film sentiment",
@@ -356,6 +356,15 @@ def test_the_summary_is_a_sentence_with_the_numbers():
   assert words.sentence(four(atm=0.75)) == "ATM reaches 75.0 % over 2 tasks (validation)."
   two = words.sentence(four(atm=0.7, atm_nesterov=0.8))
   assert two == "The best of 2 ATM runs, ATM (nesterov), reaches 80.0 % over 2 tasks (validation)."
+  # Test rows choose neither the merge nor the run.
+  seen = {"validation": {"atm": 0.8, "atm_nesterov": 0.7, "ties": 0.4, "average": 0.5}}
+  models = four(base=0.5, ties=0.6, average=0.55, atm=0.7, atm_nesterov=0.75, experts=1.0)
+  tested = models | {"split": "test"} | seen
+  assert words.sentence(tested) == (
+    "The best of 2 ATM runs, ATM, reaches 70.0 % over 2 tasks (test): 40 % of the gap between base "
+    "and experts; the best one-shot merge (Average) closes 10 %."
+  )
+  assert plots.compared(tested) == ["base", "average", "atm", "experts"]
   assert words.sentence(four(ties=0.6)) == "TIES reaches 60.0 % over 2 tasks (validation)."
   assert words.sentence(four(atm=-3.5) | {"metric": "log likelihood"}) == (
     "ATM reaches -3.5 log likelihood over 2 tasks (validation)."
