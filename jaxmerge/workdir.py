@@ -14,7 +14,9 @@ import jax
 import numpy as np
 
 from jaxmerge import configuring, processes
-from jaxmerge.io import atomic, locking
+from jaxmerge.io import atomic, lock
+
+_RUN = "run"  # What is locked in the folder: its own place may be a disk.
 
 
 @contextlib.contextmanager
@@ -40,10 +42,10 @@ def held(
     failure: OSError | ValueError | None = None
     if processes.first():
       busy = f"{workdir}: another run is at work in this folder; wait for its end, or choose "
-      busy += "another workdir. It is held"
+      busy += "another workdir."
       try:
         workdir.resolve().mkdir(parents=True, exist_ok=True)
-        stack.enter_context(locking.held(workdir / locking.NAME, busy))
+        stack.enter_context(lock.held(workdir / _RUN, busy, patience=0.0))
       except (OSError, ValueError) as error:  # The others must hear of it, or they wait for ever.
         failure = error
     if processes.agree(failure is not None):
@@ -102,7 +104,7 @@ def claim(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
 
 def _is_passing(path: pathlib.Path) -> bool:
   """Tells whether a file is a lock, or one that a kill kept from its place: nobody's work."""
-  return path.name == locking.NAME or atomic.is_unfinished(path)
+  return path.name.startswith(lock.path_of(path.with_name(_RUN)).name) or atomic.is_unfinished(path)
 
 
 def write_metrics(workdir: pathlib.Path, curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:

@@ -109,7 +109,7 @@ def attempt(chance, home):
   last = run(kind, workdir, home / "last")
   if os.waitstatus_to_exitcode(os.waitpid(last, 0)[1]):
     wrong.append(f"afterwards: {(home / 'last').read_text()}")
-  if (workdir / ".lock").exists():
+  if (workdir / ".run.lock").exists():
     wrong.append("a lock is left")
   return wrong, refused, kill
 

@@ -1,8 +1,8 @@
 """Locks of places on disk: one process writes to a place, and a second one is told that it does.
 
-The lock is a file beside the place, so that it can be taken before anything there is looked at. It
-is the kernel's: whatever ends a process gives it free. Where a disk knows no such locks, as some of
-networks do not, the file itself says which machine has the place.
+The lock is a file beside the place, so that it can be taken before anything there is looked at; it
+says which process has it. It is the kernel's: whatever ends a process gives it free. Where a disk
+knows no such locks, as some of networks do not, the file itself says which machine has the place.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ import uuid
 from collections.abc import Iterator
 
 _UNKNOWN = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF)
-_TRIES = 5  # A look whether there is a lock takes it for a moment.
-_PAUSE = 0.02  # Seconds.
+_PATIENCE = 0.1  # Seconds: a look whether there is a lock takes it for a moment.
+_PAUSE = 0.02
 
 
 class Busy(ValueError):
@@ -38,12 +38,13 @@ def path_of(place: pathlib.Path) -> pathlib.Path:
 
 
 @contextlib.contextmanager
-def held(place: pathlib.Path, busy: str) -> Iterator[None]:
+def held(place: pathlib.Path, busy: str, *, patience: float = _PATIENCE) -> Iterator[None]:
   """Holds the lock of a place, which need not be there, while the block runs.
 
   Args:
     place: a folder or a file; its parent is made.
-    busy: what is said where another process has it.
+    busy: what is said where another process has it, before it is said which one.
+    patience: seconds to wait for another one.
 
   Raises:
     Busy: where another process has it; nothing was changed then.
@@ -53,11 +54,11 @@ def held(place: pathlib.Path, busy: str) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
   with contextlib.ExitStack() as stack:
     try:
-      stack.enter_context(_locked(path, busy))
+      stack.enter_context(_locked(path, busy, patience))
     except OSError as error:
       if error.errno not in _UNKNOWN:
         raise
-      stack.enter_context(_marked(path, busy))
+      stack.enter_context(_marked(path, busy, patience))
     yield
 
 
@@ -79,14 +80,17 @@ def check(place: pathlib.Path, busy: str) -> None:
 
 
 @contextlib.contextmanager
-def _locked(path: pathlib.Path, busy: str) -> Iterator[None]:
+def _locked(path: pathlib.Path, busy: str, patience: float) -> Iterator[None]:
   """Holds the kernel's lock of a file, which is there no longer than the lock."""
   while True:
     handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     try:
-      _take(handle, path, busy)
+      _take(handle, path, busy, patience)
       if not _is_at(handle, path):  # The one who had it before has removed it meanwhile.
         continue
+      with contextlib.suppress(OSError):  # A full disk keeps nobody from having it.
+        os.truncate(handle, 0)
+        os.pwrite(handle, f"{os.getpid()} {socket.gethostname()}".encode(), 0)
       try:
         yield
       finally:
@@ -97,16 +101,28 @@ def _locked(path: pathlib.Path, busy: str) -> Iterator[None]:
       os.close(handle)
 
 
-def _take(handle: int, path: pathlib.Path, busy: str) -> None:
-  for left in reversed(range(_TRIES)):
+def _take(handle: int, path: pathlib.Path, busy: str, patience: float = _PATIENCE) -> None:
+  end = time.monotonic() + patience
+  while True:
     try:
       fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-      if not left:
-        raise Busy(f"{busy} ({path} is locked.)") from error
+      if time.monotonic() >= end:
+        raise Busy(f"{busy} ({path} is locked{_holder(handle)}.)") from error
       time.sleep(_PAUSE)
     else:
       return
+
+
+def _holder(handle: int) -> str:
+  """Says which process has a lock, as far as it has said so itself."""
+  number, _, machine = os.pread(handle, 300, 0).decode(errors="replace").partition(" ")
+  if not number.isdecimal() or not machine.isprintable():
+    return ""
+  here = machine == socket.gethostname()
+  if here and int(number) == os.getpid():
+    return " by this very process"
+  return f" by process {number} on {'this machine' if here else machine}"
 
 
 def _is_at(handle: int, path: pathlib.Path) -> bool:
@@ -117,13 +133,13 @@ def _is_at(handle: int, path: pathlib.Path) -> bool:
 
 
 @contextlib.contextmanager
-def _marked(path: pathlib.Path, busy: str) -> Iterator[None]:
+def _marked(path: pathlib.Path, busy: str, patience: float) -> Iterator[None]:
   """Marks a place as this machine's; among its own processes, a lock on its own disk decides."""
   path.unlink(missing_ok=True)  # It locks nothing here.
   digest = hashlib.blake2b(os.fsencode(path.absolute()), digest_size=16).hexdigest()
   local = pathlib.Path(tempfile.gettempdir()) / f".jaxmerge-{os.getuid()}-{digest}.lock"
   mark = _mark_of(path)
-  with _locked(local, busy):
+  with _locked(local, busy, patience):
     if not _check_mark(path, busy):  # One of this machine is that of a process that was killed.
       try:
         handle = os.open(mark, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)

@@ -35,7 +35,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
-from jaxmerge.io import arrays, atomic, checkpoint, leaves, locking, manifest, shared
+from jaxmerge.io import arrays, atomic, checkpoint, leaves, lock, manifest, shared
 from jaxmerge.io.checkpoint import RECORD, STATE
 
 PATIENCE = 5.0  # Seconds to wait for another store of the same directory: reading takes less.
@@ -226,9 +226,9 @@ class Checkpoints:
     """Locks the directory, which is made if need be."""
     self._lock.close()  # Of a call that failed.
     self._directory.mkdir(parents=True, exist_ok=True)
-    busy = f"{self._directory}: these checkpoints are in use; wait, or close the other store of "
-    busy += "them. They are held"
-    self._lock.enter_context(locking.held(self._directory / locking.NAME, busy, patience=PATIENCE))
+    busy = f"{self._directory}: these checkpoints are in use; wait, or close the other store."
+    if os.access(self._directory, os.W_OK):  # Else nobody writes here.
+      self._lock.enter_context(lock.held(self._directory / "store", busy, patience=PATIENCE))
 
   def _tidy(self) -> int:
     """Sets aside what is damaged or interrupted, empties `retired`; the newest step or _NONE."""
