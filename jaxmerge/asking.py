@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import collections
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any  # What a config.json holds.
 
 import numpy as np
 
-from jaxmerge import catalog, misfits, planning, spelling, tying
+from jaxmerge import catalog, compatibility, misfits, planning, remote_code, spelling, tying
 from jaxmerge.io import folder, safetensors
 from jaxmerge.planning import Job, Model, Plan, Want
 
@@ -70,6 +70,7 @@ def planned(
   *,
   dtype: np.dtype | None = None,
   missing: str = "error",
+  allow: Collection[str] = (),
 ) -> Plan:
   """Plans a merge of whole models by one method: of task vectors with a base, else of weights.
 
@@ -79,6 +80,7 @@ def planned(
     models: the models to be merged.
     dtype: of the result's floating tensors; None: as in the base, or in the first model.
     missing: as for `planning.assembled`.
+    allow: as for `compatibility.compared`.
 
   Raises:
     planning.Problems: naming every tensor and model that do not fit.
@@ -90,14 +92,17 @@ def planned(
     for name in sorted({name for m in (donor, *models) for name in m.tensors})
   ]
   told = misfits.lines(wants, (donor, *models), missing)
+  fit = compatibility.compared(wants, (donor, *models), allow=allow, tokens=True)
+  told += fit.unless(told)
   plan = planning.assembled(
     wants, [job], (donor, *models), dtype=dtype, missing=missing, misfits=told
   )
+  plan = plan._replace(notes=(*plan.notes, *fit.notes))
   changed = stated(donor.config, dtype.name) if dtype and donor.config else donor.config
   plan, changed = tying.settled(plan, donor, changed)
-  if changed == donor.config:
-    return plan
-  return plan._replace(texts={folder.CONFIG: json.dumps(changed, indent=2) + "\n"})
+  if changed != donor.config:
+    plan = plan._replace(texts={folder.CONFIG: json.dumps(changed, indent=2) + "\n"})
+  return remote_code.settled(plan, (donor, *models))
 
 
 def stated(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:

@@ -62,6 +62,7 @@ def merge_files(
   layout: Sequence[tuple[str, str]] = (),
   dtype: str | None = None,
   missing: str = "error",
+  allow: Sequence[str] = (),
   evaluate: evaluating.Evaluate | None = None,
   **options: Any,  # Of `run`: where, how much at once, whether to replace.
 ) -> pathlib.Path:
@@ -84,6 +85,8 @@ def merge_files(
     layout: matrix views, (regular expression, view).
     dtype: of the result's floating tensors, as numpy calls it; None: as in the base.
     missing: what becomes of a tensor that some models lack: "error", "base", "mean" or "skip".
+    allow: settings in which models may differ though weights mean something else then, such as
+      "rope_theta", or "tokens", the order of the vocabulary; the result goes by the base.
     evaluate: folder -> numbers by name, called when the result is complete; they are written into
       its `jaxmerge_evaluation.json`.
     options: as for `run`.
@@ -105,7 +108,7 @@ def merge_files(
     start = None if base is None else each.pop()
     said = {"method": fingerprint.fingerprint(method), **({"words": words} if words else {})}
     job = planning.Job(lambda: method, said, tuple(called), aux or {}, seed, views.check(layout))
-    plan = asking.planned(job, start, each, dtype=kept, missing=missing)
+    plan = asking.planned(job, start, each, dtype=kept, missing=missing, allow=allow)
     plan = plan._replace(facts={**plan.facts, **find.facts})
     made = run(plan, out, **options)
   finally:

@@ -59,6 +59,8 @@ FLOORS = {
     "reversible",
     "bundles",
     "opening",
+    "compatibility",
+    "remote_code",
     "planning",
     "misfits",
     "spelling",

@@ -437,7 +437,7 @@ def test_chat_templates_with_another_tokenizer(three):
   run(LINEAR + 'tokenizer_source: turned\nchat_template: "{{ mine }}"\n')
   assert not pathlib.Path("out/chat_template.jinja").exists()
   assert output("tokenizer_config.json")["chat_template"] == "{{ mine }}"
-  run(LINEAR.replace("{model: chat}, ", "") + "chat_template: chatml\n")
+  run(LINEAR.replace("{model: chat}, ", "") + "chat_template: chatml\nallow: [tokens]\n")
   assert output("tokenizer_config.json")["chat_template"] == chat.TEMPLATES["chatml"]
 
 

@@ -11,10 +11,10 @@ import numpy as np
 from jaxmerge import planning
 from jaxmerge.io import rows
 from jaxmerge.io.tensor import Tensor
+from jaxmerge.io.vocabulary import Vocabulary
 from jaxmerge.recipe import layers
 from jaxmerge.recipe.places import Problem, listed
 from jaxmerge.recipe.records import Model, Token, Tokenizer
-from jaxmerge.recipe.vocabulary import Vocabulary
 
 Opened = Mapping[Model, planning.Model]
 Own = Mapping[Model, Vocabulary]

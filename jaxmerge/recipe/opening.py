@@ -9,9 +9,9 @@ from typing import NamedTuple
 from jaxmerge import opening, planning
 from jaxmerge.io import hub
 from jaxmerge.io.tensor import Files
+from jaxmerge.io.vocabulary import Papers
 from jaxmerge.recipe.places import Problem, RecipeError
 from jaxmerge.recipe.records import Model
-from jaxmerge.recipe.vocabulary import Papers
 
 
 @contextlib.contextmanager

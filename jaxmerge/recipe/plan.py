@@ -7,9 +7,10 @@ import os
 import pathlib
 from collections.abc import Callable, Iterable, Mapping
 
-from jaxmerge import misfits, planning, spelling, tying
+from jaxmerge import compatibility, misfits, planning, remote_code, spelling, tying
 from jaxmerge.io import folder
 from jaxmerge.io.tensor import Files
+from jaxmerge.io.vocabulary import Papers
 from jaxmerge.opening import foreseen
 from jaxmerge.planning import Plan
 from jaxmerge.recipe import (
@@ -27,7 +28,6 @@ from jaxmerge.recipe import (
 from jaxmerge.recipe.places import RecipeError
 from jaxmerge.recipe.records import Model, Recipe, groups, referenced
 from jaxmerge.recipe.stacking import Opened, Row
-from jaxmerge.recipe.vocabulary import Papers
 
 RECIPE = "jaxmerge_recipe.yml"
 
@@ -182,6 +182,8 @@ def planned(
   known = [w for w in wants if not (uneven and embeddings.wanted(w))]
   inputs = [donor, *(m for m in models.values() if m is not donor)]
   lines = misfits.lines(known, inputs, recipe.missing)
+  fit = compatibility.compared(known, inputs, allow=recipe.allow, tokens=recipe.tokenizer is None)
+  lines += fit.unless(lines)
   if found:
     found += [planning.Problems(lines)] if lines else []
     telling.check(found)
@@ -194,10 +196,12 @@ def planned(
     fates=stacking.left_out(recipe, models, rows),
     misfits=lines,
   )
+  plan = plan._replace(notes=(*plan.notes, *fit.notes))
   if recipe.compat == "mergekit":
     plan = narrowing.computed(recipe, plan)
   plan, changed = tying.settled(plan, donor, built.config(changed))
   own = {} if changed == config else {folder.CONFIG: json.dumps(changed, indent=2) + "\n"}
   # A donor that is still to be made has other files than its folder.
   texts = {**donor.texts, **own, **built.texts}
-  return plan._replace(texts=texts, fates=built.fates(plan.fates))
+  plan = plan._replace(texts=texts, fates=built.fates(plan.fates))
+  return remote_code.settled(plan, inputs)

@@ -200,6 +200,7 @@ class Recipe:
     name: by which later documents refer to the result.
     compat: "mergekit" asks for mergekit's own rules where they differ from the papers.
     missing: what happens to a tensor that some models lack.
+    allow: settings of configs in which models may differ, or "tokens", the order of these.
     exclude: tensors that are copied from the base.
     overrides: the first whose `where` holds counts.
     layout: matrix views; the first whose `where` holds counts.
@@ -221,6 +222,7 @@ class Recipe:
   name: str | None = None
   compat: Literal["mergekit"] | None = None
   missing: Missing = "error"
+  allow: tuple[str, ...] = ()
   exclude: tuple[Where, ...] = ()
   overrides: tuple[Override, ...] = ()
   layout: tuple[View, ...] = ()

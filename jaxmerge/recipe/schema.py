@@ -36,6 +36,7 @@ KEYS = (
   "name",
   "compat",
   "missing",
+  "allow",
   "exclude",
   "overrides",
   "layout",
@@ -156,6 +157,7 @@ def _recipe(node: Marked, context: Context) -> Recipe | None:
     name=fields.maybe(_name, given.get("name"), found),
     compat=fields.maybe(fields.choice, given.get("compat"), "compat", COMPAT, found),
     missing=fields.maybe(fields.choice, given.get("missing"), "missing", MISSING, found) or "error",
+    allow=fields.maybe(_allow, given.get("allow"), found) or (),
     exclude=fields.maybe(_exclude, given.get("exclude"), found) or (),
     overrides=inputs.overrides(changes, methods[1:], found),
     layout=fields.maybe(inputs.layout, given.get("layout"), found) or (),
@@ -208,6 +210,11 @@ def _exclude(node: Marked, found: list[Problem]) -> tuple[Where, ...]:
     Where(pattern=fields.pattern(each, "an item of exclude", found), place=each.place)
     for each in listed
   )
+
+
+def _allow(node: Marked, found: list[Problem]) -> tuple[str, ...]:
+  listed = fields.items(node, "allow", found)
+  return tuple(fields.text(each, "an item of allow", found) for each in listed)
 
 
 def _tokenizer(given: Mapping[str, Marked], recipe: Recipe, context: Context) -> Tokenizer | None:

@@ -7,10 +7,11 @@ from typing import Any, NamedTuple  # Any: what a config.json holds.
 
 from jaxmerge import planning
 from jaxmerge.io import folder as folders
-from jaxmerge.recipe import chat, embeddings, telling, vocabulary
+from jaxmerge.io import vocabulary
+from jaxmerge.io.vocabulary import Flags, Papers, Vocabulary
+from jaxmerge.recipe import chat, embeddings, telling
 from jaxmerge.recipe.places import Problem, RecipeError, listed
 from jaxmerge.recipe.records import Model, Recipe, Tokenizer, groups
-from jaxmerge.recipe.vocabulary import Flags, Papers, Vocabulary
 
 Opened = Mapping[Model, planning.Model]
 Own = Mapping[Model, Vocabulary]

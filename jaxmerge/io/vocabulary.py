@@ -121,9 +121,9 @@ def _ordinary(papers: Papers) -> dict[str, int]:
     return _numbers(papers.json(WORDS), str(folder / WORDS))
   if (lines := papers.text(LINES)) is not None:
     return {token: i for i, token in enumerate(lines.removesuffix("\n").split("\n"))}
-  pieces = papers.names("*.model")
+  pieces = next(iter(papers.names("*.model")), "")
   hint = (
-    f"; {pieces[0]} is not read: convert it, AutoTokenizer.from_pretrained(...).save_pretrained "
+    f"; {pieces} is not read: convert it, AutoTokenizer.from_pretrained(...).save_pretrained "
     "writes tokenizer.json"
   )
   raise FileNotFoundError(

@@ -1,0 +1,88 @@
+"""Classes that configs of a result name: where their code is, which is never copied or run."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any  # What JSON holds.
+
+from jaxmerge.io import folder
+from jaxmerge.planning import Model, Plan
+
+_MAP, _PIPELINES = "auto_map", "custom_pipelines"
+_FILES = tuple(name for name in folder.COPIED if name.endswith("config.json") and "/" not in name)
+
+
+def settled(plan: Plan, models: Sequence[Model]) -> Plan:
+  """Returns a plan whose result says where the code of its classes is.
+
+  Of a model of the hub that is `owner/name--file.Class`, which transformers follows. Of a folder it
+  is a note on which files to copy.
+
+  Args:
+    plan: the plan.
+    models: all inputs, the donor first.
+  """
+  texts, missing = dict(plan.texts), dict[str, list[str]]()
+  for name in _FILES:
+    content = _content(plan.donor, name, plan.texts)
+    references = list(_references(content))
+    if not references:
+      continue
+    owner = next((m for m in models if _same(content, _content(m.folder, name, m.texts))), None)
+    if owner is not None and owner.home is not None:
+      hub = owner.home.split("@")[0]
+      texts[name] = json.dumps(_mapped(content, lambda own: f"{hub}--{own}"), indent=2) + "\n"
+    else:
+      where = "" if owner is None else str(owner.folder)
+      missing.setdefault(where, []).extend(f"{own.split('.')[0]}.py" for own in references)
+  notes = [_note(where, dict.fromkeys(names)) for where, names in missing.items()]
+  return plan._replace(texts=texts, notes=(*plan.notes, *notes)) if texts or notes else plan
+
+
+def _note(where: str, names: Mapping[str, None]) -> str:
+  lies = [n for n in names if where and (pathlib.Path(where) / n).is_file()]
+  own = f"from {where}" if len(lies) == len(names) else "from where the model was published"
+  return (
+    f"the result names code that is not copied, {', '.join(names)}: to open it with "
+    f"trust_remote_code, copy this, and what it imports, {own} into it."
+  )
+
+
+def _content(own: pathlib.Path, name: str, texts: Mapping[str, str | None]) -> dict[str, Any]:
+  """The JSON object in a small file of a model; an empty one where there is none."""
+  if name in texts:
+    return json.loads(texts[name] or "{}")
+  return folder.read_json(own / name) if (own / name).is_file() else {}
+
+
+def _same(content: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+  return set(_references(content)) <= set(_references(other))
+
+
+def _references(content: Mapping[str, Any]) -> Iterator[str]:
+  """Yields the classes that are named without the place of their code."""
+  names: list[str] = []
+
+  def taken(name: str) -> str:
+    names.append(name)
+    return name
+
+  _mapped(content, taken)
+  yield from names
+
+
+def _mapped(content: Any, change: Callable[[str], str], inside: str = "") -> Any:
+  """Returns JSON with another name for each class that is named without the place of its code."""
+  if isinstance(content, Mapping):
+    return {
+      key: _mapped(value, change, key if key in (_MAP, _PIPELINES) else inside)
+      if key != "impl" or inside != _PIPELINES
+      else _mapped(value, change, _MAP)
+      for key, value in content.items()
+    }
+  if isinstance(content, list):
+    return [_mapped(value, change, inside) for value in content]
+  named = inside == _MAP and isinstance(content, str) and "." in content and "--" not in content
+  return change(content) if named else content
