@@ -24,9 +24,10 @@ class Row(NamedTuple):
     one: it also takes one model.
     weights: it merges weights, as if the base were zero.
     based: the transcription takes the base as well.
+    decomposes: "matrices" or inner "products" of models: results are compared within
+      `rounding.bound`.
     steep: rounding errors grow: which direction is the first, which of two near zero counts, or how
       far a descent has come hangs by them. Random models have something in common then.
-    atol: how far results may be apart whose sums are made in another order.
   """
 
   method: tuple
@@ -39,8 +40,8 @@ class Row(NamedTuple):
   one: bool = True
   weights: bool = False
   based: bool = False
+  decomposes: str = ""
   steep: bool = False
-  atol: float = 1e-6
 
   def options(self, **more):
     return {**({"seed": SEED} if self.seeded else {}), "layout": small.VIEWS, **more}
@@ -152,13 +153,14 @@ def _krum(scope):
   )
 
 
-def _matrices(method, rule, vary, homogeneous):
+def _matrices(method, rule, vary, homogeneous, decomposes="matrices"):
   return Row(
     method,
     lambda taus, draw: spectra.by_matrix(rule, taus, 0.5, small.VIEWS),
     vary,
     summed=True,
     homogeneous=homogeneous,
+    decomposes=decomposes,
   )
 
 
@@ -166,8 +168,9 @@ def _spectral(method, rule):
   return _matrices(method, rule, {"rank_tol": (1e-6, 0.0, 1e-3)}, homogeneous=True)
 
 
-def _descent(method, rule, homogeneous=False):
-  return _matrices(method, rule, {"learning_rate": (1e-4, 0.0, 1e-3)}, homogeneous)
+def _descent(method, rule, **options):
+  vary = {"learning_rate": (1e-4, 0.0, 1e-3)}
+  return _matrices(method, rule, vary, **{"homogeneous": False, **options})
 
 
 def _doge(taus, draw):
@@ -185,7 +188,8 @@ def _drm(direction):
     found = subspaces.by_matrix(rule, rest, taus, small.VIEWS)
     return subspaces.scaled(found, 0.5)
 
-  return Row(methods.drm(0.5, 0.5, direction, WEIGHT), merged, WEIGHTS, summed=True, steep=True)
+  method = methods.drm(0.5, 0.5, direction, WEIGHT)
+  return Row(method, merged, WEIGHTS, summed=True, decomposes="matrices", steep=True)
 
 
 def _lore(*settings):
@@ -200,6 +204,7 @@ def _lore(*settings):
     lambda taus, draw: subspaces.by_matrix(rule, rest, taus, small.VIEWS),
     {"mu": (0.3, 0.0, 0.5), "delta_scale": (1.0, 0.0, 1.5)},
     summed=True,
+    decomposes="matrices",
   )
 
 
@@ -228,8 +233,8 @@ def _flag(rank, pairs):
     lambda taus, draw: robust.flag(taus, rank, 5, pairs),
     {"pairs": (pairs, 0.0, 1.0)},
     summed=True,
+    decomposes="products",
     steep=True,
-    atol=4e-6,  # The models are nearly at right angles: their first directions hardly differ.
   )
 
 
@@ -341,7 +346,9 @@ TABLE = {
   "iso_c": _spectral(methods.iso_c(0.5), spectra.flat),
   "iso_cts": _spectral(methods.iso_cts(0.5, 0.4), lambda matrices: spectra.iso_cts(matrices, 0.4)),
   "tsv": _spectral(methods.tsv(0.5), spectra.tsv),
-  "wudi": _descent(methods.wudi(0.5, 1e-4, 20), lambda taus: descent.wudi(taus, 1e-4, 20)),
+  "wudi": _descent(
+    methods.wudi(0.5, 1e-4, 20), lambda taus: descent.wudi(taus, 1e-4, 20), decomposes=""
+  ),
   **{
     f"optmerge, {tuned}": _descent(
       methods.optmerge(0.5, tuned, 1e-4, 20),
@@ -360,6 +367,7 @@ TABLE = {
       "rank_tol": (1e-6, 0.0, 1e-3),
     },
     summed=True,
+    decomposes="matrices",
     homogeneous=False,
     one=False,  # The directions of one task are all shared: which are the first is arbitrary.
   ),
@@ -371,6 +379,7 @@ TABLE = {
     _opcm,
     {"alpha": (0.5, 0.0, 1.0), "rank_tol": (1e-6, 0.0, 1e-3)},
     summed=True,
+    decomposes="matrices",
   ),
   "widen": Row(
     methods.widen(0.5, 1.2, 0.8),

@@ -1,13 +1,16 @@
 """Merges beside what the authors' code, or that of their colleagues, makes of the same inputs.
 
 The outputs are recorded, see `oracles/record.py`; `mergekit_test.py` has those of mergekit. What
-differs on purpose is in docs/deviations.md.
+differs on purpose is in docs/deviations.md. Recorded in float64, but for OptMerge: what decomposes
+is as far from that as float32 has to be (`rounding.py`).
 """
 
 import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
+import rounding
+from reference import descent, spectra, subspaces
 
 import jaxmerge
 from jaxmerge import adapters, bundles, methods, stage
@@ -15,6 +18,7 @@ from jaxmerge import adapters, bundles, methods, stage
 BASE, TAUS = oracles.inputs()
 RECORDED = oracles.recorded()
 WEIGHT = (1.0, 0.5, 2.0, 1.5)
+VIEWS = (("matrix", "oi"), ("square", "oi"))  # As transcriptions look names up.
 METHODS = {
   "iso_c": methods.iso_c(),
   "iso_cts": methods.iso_cts(common=0.5),
@@ -38,6 +42,32 @@ METHODS = {
   "ram": methods.ram(oracles.THRESHOLD),
   "ramplus": methods.ramplus_tl(oracles.THRESHOLD, boost=0.2, limit=1.0, scope="tree"),
 }
+RULES = {
+  "iso_c": spectra.flat,
+  "iso_cts": lambda xs: spectra.iso_cts(xs, 0.5),
+  "tsv": spectra.tsv,
+  "drm, horizontal": lambda xs: subspaces.drm(xs, 0.5, "horizontal"),
+  "drm, vertical": lambda xs: subspaces.drm(xs, 0.5, "vertical"),
+  "optmerge, full": lambda xs: descent.optmerge(xs, "full", 1e-5, 300),
+  "optmerge, lora": lambda xs: descent.optmerge(xs, "lora", 1e-4, 300),
+}
+DECOMPOSE = (*RULES, "doge", "opcm, before it is scaled", "flag, sum of projections")
+
+
+def case_of(name):
+  """A parameter of a test, which runs under several kernels where its method decomposes."""
+  return pytest.param(name, marks=pytest.mark.kernels) if name in DECOMPOSE else name
+
+
+def bounds(case, exact=None):
+  """How far float32 may be from a case, leaf by leaf."""
+  exact = exact or (lambda taus: spectra.by_matrix(RULES[case], taus, 1.0, VIEWS))
+
+  def of_stacks(stacks):
+    return exact([{n: x[k] for n, x in stacks.items()} for k in range(oracles.HEIGHT)])
+
+  stacks = {n: np.stack([t[n] for t in TAUS]) for n in RECORDED[case]}
+  return rounding.bound(of_stacks, stacks)
 
 
 def stack(leaves):
@@ -45,16 +75,19 @@ def stack(leaves):
   return {n: jnp.asarray(np.stack([t[n] for t in TAUS]), jnp.float32) for n in leaves}
 
 
-def agree(found, case, atol=1e-5):
+def agree(found, case, limits=None):
   for n, x in RECORDED[case].items():
-    np.testing.assert_allclose(np.asarray(found[n]), x, rtol=0, atol=atol, err_msg=f"{case}: {n}")
+    far = limits[n] if limits else 1e-5
+    np.testing.assert_allclose(np.asarray(found[n]), x, rtol=0, atol=far, err_msg=f"{case}: {n}")
 
 
-@pytest.mark.parametrize("case", METHODS)
+@pytest.mark.parametrize("case", map(case_of, METHODS))
 def test_agrees_with_the_reference(case):
   leaves = RECORDED[case]
   base = {n: jnp.zeros(x.shape) for n, x in leaves.items()}
-  agree(jaxmerge.merge(METHODS[case], base, stack(leaves), layout=oracles.VIEWS), case)
+  limits = bounds(case) if case in RULES else None
+  limits = rounding.twice(limits) if case.startswith("optmerge") else limits
+  agree(jaxmerge.merge(METHODS[case], base, stack(leaves), layout=oracles.VIEWS), case, limits)
 
 
 def test_peft_prunes_by_magnitude():
@@ -83,6 +116,7 @@ def test_peft_stacks_adapters():
   agree({"a": found.a, "b": found.b}, "peft, cat")
 
 
+@pytest.mark.kernels
 def test_opcm_before_it_is_scaled():
   """The reference scales after each model; the directions do not depend on it."""
   case = "opcm, before it is scaled"
@@ -92,16 +126,20 @@ def test_opcm_before_it_is_scaled():
   whole = np.sqrt(sum(np.sum(np.asarray(x) ** 2) for x in found.values()))
   np.testing.assert_allclose(whole, np.mean(norms), rtol=1e-5)
   size = np.sqrt(sum(np.sum(x**2) for x in RECORDED[case].values()))
-  agree({n: x * size / whole for n, x in found.items()}, case, 2e-5)
+  limits = bounds(case, lambda taus: subspaces.opcm(taus, 0.5, VIEWS))
+  scaled = {n: x * size / whole for n, x in limits.items()}
+  agree({n: x * size / whole for n, x in found.items()}, case, scaled)
 
 
+@pytest.mark.kernels
 def test_flag_before_it_has_a_norm():
   """The reference adds the projections of directions up, and leaves the norm to the caller."""
   case = "flag, sum of projections"
   found = jaxmerge.blend(methods.flag(rank=2, steps=10), stack(RECORDED[case]))
   norms = [np.sqrt(sum(np.sum(x**2) for x in t.values())) for t in TAUS]
   factor = oracles.HEIGHT / np.sort(norms)[1]  # Of the median, the lower one of two.
-  agree({n: x * factor for n, x in found.items()}, case, 5e-5)
+  # The descent ends where a sum of float32 grows, which is near its end, but not at it.
+  agree({n: x * factor for n, x in found.items()}, case, dict.fromkeys(found, 5e-5))
 
 
 def test_widen_compares_with_a_base():
