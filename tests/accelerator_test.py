@@ -5,7 +5,6 @@ import json
 import jax
 import pytest
 import scripts
-import small_tasks as small
 
 from jaxmerge.models import decoder_config
 
@@ -31,7 +30,7 @@ def test_everything_is_measured_and_the_numbers_are_those_of_the_cpu(benchmark, 
   out = tmp_path / "found.json"
   given = ["--parameters=50000", "--tasks", "1", "2", "--runs=1", f"--out={out}"]
   # Attention in bfloat16 names its dtypes, but jax promotes some where it lowers them.
-  with jax.numpy_dtype_promotion("standard"), small.compiled_once(tmp_path / "programs"):
+  with jax.numpy_dtype_promotion("standard"):
     found = benchmark.main(given)
   assert json.loads(out.read_text())["merges"] == found["merges"]
   shown = capsys.readouterr().out

@@ -19,6 +19,7 @@ from jaxmerge import adapters, bundles, methods, reversible
 from jaxmerge.adapters import Lora
 from jaxmerge.io import safetensors
 
+pytestmark = pytest.mark.kernels
 ONE = {"w": Lora(jnp.array([[1.0, 2, 0]]), jnp.array([[1.0], [0]]))}
 TWO = {"w": Lora(jnp.array([[0.0, 0, 1], [1, 0, 0]]), jnp.array([[0.0, 1], [1, 1]]))}
 SHARES = (0.25, 0.75)

@@ -17,12 +17,6 @@ C = (np.array([1.0, 0.0]), np.array([0.0, 2.0]))
 START = np.array([0.5, -1.0])
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _compiled_once(tmp_path_factory):
-  with small.compiled_once(tmp_path_factory.mktemp("programs")):
-    yield
-
-
 @pytest.fixture(autouse=True)
 def _double():
   with jax.enable_x64():

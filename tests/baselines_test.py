@@ -12,12 +12,6 @@ from jaxmerge import methods
 from jaxmerge.atm import baselines, budget, evaluate, sampling, settings, tune
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _compiled_once(tmp_path_factory):
-  with small.compiled_once(tmp_path_factory.mktemp("programs")):
-    yield
-
-
 def chosen(**changes):
   plain = dict(rounds=1, epochs=2.0, batch_size=4, learning_rate=0.05)
   return settings.Settings(**plain | changes)

@@ -5,7 +5,6 @@ import pathlib
 import shutil
 
 import pytest
-import small_tasks as small
 
 from jaxmerge import benching, cli, configuring
 from jaxmerge.report import leaderboard
@@ -46,12 +45,6 @@ def written(folder, methods=METHODS, seeds=2, final=True, experts=""):
     CONFIG.format(run=run, seeds=seeds, final=final, methods=methods, experts=experts)
   )
   return str(path)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _compiled_once(tmp_path_factory):
-  with small.compiled_once(tmp_path_factory.mktemp("programs")):
-    yield
 
 
 @pytest.fixture(scope="module")

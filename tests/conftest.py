@@ -3,12 +3,22 @@
 Warnings are errors by `filterwarnings` in pyproject.toml, where each exception states its reason.
 """
 
+import atexit
 import functools
 import importlib.util
 import os
 import pathlib
 import re
+import shutil
+import tempfile
 
+# Workers, and programs that tests start, compile each program once. The folder is new in every
+# session, so that no program of another version hides a failure; CI has one for all its parts.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+  os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jaxmerge-tests-")
+  atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 # Before jax is imported: the number of fake devices is read once, when the backend starts.
 _flags = re.sub(r"--xla_force_host_platform_device_count=\d+", "", os.environ.get("XLA_FLAGS", ""))
 os.environ["XLA_FLAGS"] = f"{_flags} --xla_force_host_platform_device_count=8".strip()

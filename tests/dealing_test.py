@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 import jaxmerge
 from jaxmerge import catalog, dealing, methods, views
 
+pytestmark = pytest.mark.kernels
 SHAPES = {"a": (8, 16), "b": (8, 16), "cube": (3, 8, 16), "wide": (16, 8), "bias": (16,)}
 VIEWS = (("^(a|b|wide)$", "io"), ("cube", "bio"))
 AXES = {"a": P("x"), "b": P(None, "x"), "cube": P(None, "x"), "wide": P("x"), "bias": P("x")}

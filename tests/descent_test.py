@@ -9,6 +9,8 @@ from spectral_test import A, B, drawn, merged
 
 from jaxmerge import methods
 
+pytestmark = pytest.mark.kernels
+
 
 def test_the_first_step_of_wudi():
   """Of the sum of the two matrices one entry disturbs: it moves by the learning rate."""

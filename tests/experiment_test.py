@@ -60,7 +60,7 @@ def made(config):
 
 @pytest.fixture(scope="module", autouse=True)
 def _made(tmp_path_factory):
-  with pytest.MonkeyPatch.context() as patch, small.compiled_once(tmp_path_factory.mktemp("c")):
+  with pytest.MonkeyPatch.context() as patch:
     patch.setattr(problems, "MAKERS", {**problems.MAKERS, "made": made})
     yield
 

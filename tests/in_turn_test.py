@@ -10,12 +10,6 @@ from jaxmerge import methods, stage
 from jaxmerge.atm import loop, settings
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _compiled_once(tmp_path_factory):
-  with small.compiled_once(tmp_path_factory.mktemp("programs")):
-    yield
-
-
 def run(method, devices, rounds=1, **changes):
   """The loop on five tasks of one size."""
   tasks = [small.classified(n, 8) for n in ("ant", "bee", "cat", "dog", "eel")]

@@ -20,12 +20,6 @@ from jaxmerge.io import orbax
 from jaxmerge.methods import random_masks
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _compiled_once(tmp_path_factory):
-  with small.compiled_once(tmp_path_factory.mktemp("programs")):
-    yield
-
-
 def chosen(**changes):
   plain = dict(rounds=3, epochs=6.0, batch_size=4, learning_rate=0.05, weight_decay=0.01)
   return settings.Settings(**plain | changes)

@@ -81,7 +81,7 @@ def agree(found, case, limits=None):
     np.testing.assert_allclose(np.asarray(found[n]), x, rtol=0, atol=far, err_msg=f"{case}: {n}")
 
 
-@pytest.mark.parametrize("case", map(case_of, METHODS))
+@pytest.mark.parametrize("case", [case_of(name) for name in METHODS])
 def test_agrees_with_the_reference(case):
   leaves = RECORDED[case]
   base = {n: jnp.zeros(x.shape) for n, x in leaves.items()}

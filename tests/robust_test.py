@@ -10,6 +10,7 @@ from reference import robust
 
 from jaxmerge import methods
 
+pytestmark = pytest.mark.kernels
 # Four models that agree, and one that does not.
 G = np.array([[1.0, 2.0], [1.3, 1.8], [0.9, 2.3], [1.15, 1.95], [10.0, -10.0]], np.float32)
 

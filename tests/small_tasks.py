@@ -1,11 +1,8 @@
 """Small problems for the tests of the loop: quadratics with known answers, and a tiny network."""
 
-import contextlib
-
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.compilation_cache import compilation_cache
 
 from jaxmerge.atm import settings
 from jaxmerge.tasks import task
@@ -88,25 +85,3 @@ def differ(a, b):
   """Whether two trees differ anywhere."""
   pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
   return any(np.any(np.asarray(x) != np.asarray(y)) for x, y in pairs)
-
-
-@contextlib.contextmanager
-def compiled_once(directory):
-  """Reads programs that recur back from a directory: most of a small test's time is compiling."""
-  options = {
-    "jax_compilation_cache_dir": str(directory),
-    "jax_persistent_cache_min_compile_time_secs": 0,
-    "jax_persistent_cache_min_entry_size_bytes": -1,
-  }
-  before = {name: getattr(jax.config, name) for name in options}
-  _configure(options)
-  try:
-    yield
-  finally:
-    _configure(before)
-
-
-def _configure(options):
-  for name, value in options.items():
-    jax.config.update(name, value)
-  compilation_cache.reset_cache()

@@ -13,6 +13,7 @@ import jaxmerge
 from jaxmerge import methods
 from jaxmerge.methods import spectral
 
+pytestmark = pytest.mark.kernels
 A = np.array([[3.0, 0, 0], [0, 1, 0]])
 B = np.array([[0.0, 0, 1], [0, 2, 0]])
 EVERY = [methods.iso_c(), methods.iso_cts(), methods.tsv()]

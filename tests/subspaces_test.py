@@ -14,6 +14,7 @@ import jaxmerge
 from jaxmerge import methods
 from jaxmerge.methods import subspaces
 
+pytestmark = pytest.mark.kernels
 D = [np.diag([4.0, 1.0]), np.diag([0.0, 1.0])]
 PAIR = [np.diag([3.0, 1.0]), np.array([[1.0, 2.0], [2.0, 1.0]])]
 OPCM = methods.opcm()

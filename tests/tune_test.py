@@ -18,12 +18,6 @@ from jaxmerge.atm import round as rounds
 COLLECTIVES = re.compile(r"\b(all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _compiled_once(tmp_path_factory):
-  with small.compiled_once(tmp_path_factory.mktemp("programs")):
-    yield
-
-
 def chosen(**changes):
   plain = dict(rounds=1, epochs=2.0, batch_size=4, learning_rate=0.05, weight_decay=0.01)
   return settings.Settings(**plain | changes)
