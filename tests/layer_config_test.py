@@ -3,9 +3,12 @@
 import json
 import pathlib
 
+import folders
 import pytest
 
-from jaxmerge.recipe import layers
+from jaxmerge.io.tensor import Files
+from jaxmerge.recipe import RecipeError, layers
+from jaxmerge.recipe import plan as plans
 from jaxmerge.recipe.layer_config import Layers, stacked
 
 DEFAULTS = json.loads((pathlib.Path(__file__).parent / "oracles/layer_types.json").read_text())
@@ -162,3 +165,31 @@ def test_layers_are_counted_as_they_are_stored():
   assert layers.resized({"text_config": own}, 3, {0: 0, 1: 2}) == {"text_config": expected}
   with pytest.raises(ValueError, match=r"which of them are the 3 layers of the files\?"):
     layers.resized({"a": own, "b": own}, 3, {0: 0, 1: 2})
+
+
+def test_lists_of_a_model_with_fewer_layers_are_not_taken():
+  assert of({"any": [7]}, [0, 8]) == {"any": [7]}
+  with pytest.raises(ValueError, match=r"an entry for each of 6 layers, but layer 8 of a model"):
+    of({"layer_types": list("abcdef")}, [0, 8])
+
+
+def test_layers_of_two_kinds_are_not_merged_with_each_other(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  trees = folders.family(tmp_path, 2)
+  own = folders.CONFIG | {"layer_types": ["full", "slides", "full"]}
+  for name, tree in zip(("base", "m0", "m1"), trees, strict=True):
+    folders.write(tmp_path / name, tree, config=own)
+  text = """
+merge_method: slerp
+base_model: m0
+parameters: {t: 0.5}
+slices:
+  - sources: [{model: m0, layer_range: [0, 1]}, {model: m1, layer_range: [%d, %d]}]
+"""
+  recipe = tmp_path / "recipe.yml"
+  recipe.write_text(text % (2, 3))
+  plan = plans.of_file(recipe, Files())
+  assert json.loads(plan.texts["config.json"])["layer_types"] == ["full"]
+  recipe.write_text(text % (1, 2))
+  with pytest.raises(RecipeError, match=r"layer_types: \['full'\] and \['slides'\]"):
+    plans.of_file(recipe, Files())

@@ -45,7 +45,15 @@ class Layers(NamedTuple):
 
   def each(self, value: Sequence[Any]) -> bool:
     """Tells whether a list is as long as if it had an entry for each layer."""
-    return len(value) in (self.height, self.said) and len(value) > max(self.order, default=0)
+    if len(value) not in (self.height, self.said):
+      return False
+    if len(value) <= max(self.order, default=0):
+      raise ValueError(
+        f"the config of the base, or first model, has {list(value)!r:.100}, an entry for each of "
+        f"{len(value)} layers, but layer {max(self.order)} of a model is stacked: let one that has "
+        "as many layers be the first."
+      )
+    return True
 
 
 def stacked(config: Config, count: str, layers: Layers) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple  # Any: what a config.json holds.
@@ -157,11 +158,13 @@ class Stack(NamedTuple):
     stack: what their names begin with.
     order: layer of the result to that of its first source.
     group: the first of the groups that they are of.
+    others: the same order for further sources, by their places in the lists.
   """
 
   stack: str
   order: dict[int, int]
   group: Group
+  others: dict[int, dict[int, int]]
 
 
 def stacked(rows: Sequence[Row]) -> dict[str | None, Stack]:
@@ -170,8 +173,10 @@ def stacked(rows: Sequence[Row]) -> dict[str | None, Stack]:
   for row in rows:
     new, old = layers.place(row.tensor.name), layers.place(row.names[0])
     if row.group.sliced and row.tensor.layer is not None and new and old:
-      own = found.setdefault(row.group.module, Stack(new.stack, {}, row.group))
+      own = found.setdefault(row.group.module, Stack(new.stack, {}, row.group, {}))
       own.order[new.layer] = old.layer
+      for k, at in enumerate(map(layers.place, row.names[1:])):
+        own.others.setdefault(k, {})[new.layer] = at.layer if at else old.layer
   return found
 
 
@@ -219,8 +224,24 @@ def config(
   heights = layers.stacks(donor.tensors)
   for module, stack in stacked(rows).items():
     others = {str(g.module) for g in groups(recipe)} - {str(module)}
+    resized = functools.partial(
+      layers.resized, changed, heights.get(stack.stack), module=module or "", others=others
+    )
     try:
-      changed = layers.resized(changed, heights.get(stack.stack), stack.order, module or "", others)
+      made = resized(order=stack.order)
+      for order in stack.others.values():
+        _check_alike(made, resized(order={**stack.order, **order}))
     except ValueError as error:
       raise RecipeError([Problem(stack.group.place, str(error))]) from error
+    changed = made
   return changed
+
+
+def _check_alike(made: Mapping[str, Any], other: Mapping[str, Any]) -> None:
+  """Raises ValueError where layers that are merged with each other are of other kinds."""
+  keys = [f"{key}: {value} and {other[key]}" for key, value in made.items() if value != other[key]]
+  if keys:
+    raise ValueError(
+      "the sources of a slice are layers that the config tells apart, and cannot be merged with "
+      f"each other; by their numbers the result would have {'; '.join(keys):.300}."
+    )
