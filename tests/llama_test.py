@@ -82,6 +82,25 @@ def test_several_files_and_a_head_that_is_the_embedding(tmp_path):
   np.testing.assert_array_equal(found["lm_head.weight"], tensors["lm_head.weight"] + 1)
 
 
+def test_a_head_that_differs_is_one_of_its_own_though_the_config_ties_it(tmp_path):
+  """It is loaded, used and saved, and the config of what is saved says so."""
+  tensors, settings = folder.load(TINY / "smollm2")
+  embedding = tensors["model.embed_tokens.weight"]
+  tensors["lm_head.weight"] = np.flip(embedding, 0)
+  source = tmp_path / "source"
+  shutil.copytree(TINY / "smollm2", source)
+  safetensors.save(source / folder.WEIGHTS, tensors, {"format": "pt"})
+  config, params = llama.load(source)
+  assert settings["tie_word_embeddings"]
+  assert not config.tied
+  ids = np.arange(6)[None]
+  tied = logits(*llama.load(TINY / "smollm2"), ids)
+  np.testing.assert_allclose(logits(config, params, ids), tied[..., ::-1], atol=1e-5)
+  found, saved = folder.load(llama.save(tmp_path / "out", config, params, source=source))
+  assert saved == settings | {"tie_word_embeddings": False}
+  np.testing.assert_array_equal(found["lm_head.weight"], tensors["lm_head.weight"])
+
+
 @pytest.mark.parametrize("sides", [(1, 1, 1), (1, 1, 2), (2, 1, 4), (1, 2, 4), (1, 1, 8)])
 def test_shards_are_read_by_themselves(monkeypatch, recorded, sides):
   """On a mesh the parameters have the same bits, and lie as the rules say."""

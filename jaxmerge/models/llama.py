@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Integer, PRNGKeyArray
 
 from jaxmerge import mesh as meshes
 from jaxmerge import tree
-from jaxmerge.io import atomic, safetensors, tensor
+from jaxmerge.io import atomic, safetensors, tensor, ties
 from jaxmerge.io import folder as folder_lib
 from jaxmerge.models import decoder, decoder_config, names
 
@@ -30,7 +30,7 @@ Params = dict[str, Any]
 Ids = Integer[Array | np.ndarray, "B T"]
 Apply = Callable[..., Float[Array, "B T V"]]
 
-_LAYER = "layers"
+_LAYER, _HEAD = "layers", "lm_head.weight"
 _THEIR_LAYER = "model.layers.{layer}"
 ROWS = 2**22  # Bytes of a tensor that are read at a time, where columns of it are wanted.
 
@@ -127,6 +127,8 @@ def load(
 ) -> tuple[Config, Params]:
   """Reads a decoder from a Hugging Face folder, each device's shard by itself.
 
+  A head that is stored and differs from the embedding is one of its own, whatever the config says.
+
   Of a file, only the bytes of a shard are read at a time; no whole tensor is held beside the
   arrays, where those are sharded.
 
@@ -142,11 +144,12 @@ def load(
   """
   config = decoder_config.config_from(folder_lib.config(folder), where=f"{folder}/config.json")
   places = folder_lib.entries(folder)
-  rules = _rules(config)
-  _check(config, rules, {n: entry for n, (_, entry) in places.items()}, str(folder))
   files = tensor.Files()
   try:
     theirs = {n: tensor.stored(files, path, n, entry) for n, (path, entry) in places.items()}
+    config = config._replace(tied=config.tied and _is_tied(theirs))
+    rules = _rules(config)
+    _check(config, rules, {n: entry for n, (_, entry) in places.items()}, str(folder))
     abstract = jax.eval_shape(lambda: init(config, jax.random.key(0)))
     leaves = {}
     for rule in rules:
@@ -162,6 +165,12 @@ def load(
   finally:
     files.close()
   return config, cast(Params, tree.rebuild(abstract, leaves))
+
+
+def _is_tied(theirs: Mapping[str, tensor.Tensor]) -> bool:
+  """Tells whether no head is stored, or one that is the embedding."""
+  head, embedding = theirs.get(_HEAD), theirs.get("model.embed_tokens.weight")
+  return head is None or (embedding is not None and ties.equal(head, embedding))
 
 
 def save(
@@ -190,7 +199,7 @@ def save(
 
   def array(name: str, path: pathlib.Path, entry: safetensors.Entry) -> np.ndarray:
     if name not in homes:
-      tied = config.tied and name == "lm_head.weight"
+      tied = config.tied and name == _HEAD
       name = "model.embed_tokens.weight" if tied else name
     if name not in homes:
       return safetensors.one(path, name, entry)
@@ -199,6 +208,10 @@ def save(
 
   with atomic.folder(folder, replace=replace) as beside:
     folder_lib.surround(beside, source, readme)
+    settings = folder_lib.config(source)
+    if settings.get(ties.FLAG) and not config.tied:
+      text = json.dumps(ties.untied({}, settings), indent=2) + "\n"
+      (beside / folder_lib.CONFIG).write_text(text)
     for path in dict.fromkeys(path for path, _ in places.values()):
       own = {n: entry for n, (home, entry) in places.items() if home == path}
       kinds = {n: (entry.dtype, entry.shape) for n, entry in own.items()}
