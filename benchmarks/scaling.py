@@ -35,7 +35,7 @@ def main(arguments=None):
     flags = f"{os.environ.get('XLA_FLAGS', '')} {flag}={max(options.devices)}"
     os.environ["XLA_FLAGS"] = flags.strip()
 
-  from jaxmerge import configuring, experiment, problems
+  from jaxmerge import configuring, problems
 
   config = configuring.load(options.config, changes).to_dict()
   problem, settings = problems.make(config), problems.settings_of(config)
@@ -43,7 +43,7 @@ def main(arguments=None):
   settings = dataclasses.replace(
     settings, rounds=options.rounds, epochs=settings.epochs * options.rounds / settings.rounds
   )
-  held = Held(problem, settings, experiment.method_of(config["method"]))
+  held = Held(problem, settings, problems.method_of(config["method"]))
   print(f"{options.config}, {os.cpu_count()} cores, {len(problem.tasks)} tasks")
   found = {}
   for part in options.parts or ("strong", "weak", "round"):

@@ -179,7 +179,7 @@ class Search:
     """Mean score of a run of the loop."""
     import jax
 
-    from jaxmerge import experiment
+    from jaxmerge import problems
     from jaxmerge.atm import loop
     from jaxmerge.tasks.task import Split
 
@@ -193,7 +193,7 @@ class Search:
       self.problem.apply,
       self.problem.params,
       tasks,
-      experiment.method_of(trial.get("method", self.config["method"])),
+      problems.method_of(trial.get("method", self.config["method"])),
       dataclasses.replace(self.settings, **changes),
       loss=self.problem.loss,
       metric=self.metric,

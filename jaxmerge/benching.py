@@ -27,6 +27,7 @@ from jaxmerge import (
 )
 from jaxmerge.atm import baselines, evaluate
 from jaxmerge.io import atomic, orbax
+from jaxmerge.io import folder as files
 from jaxmerge.report import leaderboard
 from jaxmerge.stage import Method
 
@@ -79,9 +80,30 @@ def run(
   """
   folder, plain = pathlib.Path(folder), json.loads(config.to_json())
   with workdir.held(folder, plain, resume, free=("methods.", "seeds")):
+    if (facts := _finished(folder, plain)) is not None:
+      return facts
     workdir.claim(folder, plain)
     records = [_seed(plain, source, folder, seed, progress) for seed in range(plain["seeds"])]
     return _written(plain, records, folder)
+
+
+def _finished(folder: pathlib.Path, plain: Mapping[str, Any]) -> dict[str, Any] | None:
+  """What `leaderboard.json` holds, where all is there and as the config asks for, else None."""
+  if not all((folder / f"leaderboard.{ending}").is_file() for ending in ("json", "md", "png")):
+    return None
+  facts = read(folder / "leaderboard.json")
+  homes = [folder / f"seed{seed}" / "methods" for seed in range(plain["seeds"])]
+  paths = {h / f"{name}.json": own for h in homes for name, own in plain["methods"].items()}
+  whole = all(path.is_file() and read(path).get("tried") == own for path, own in paths.items())
+  return facts if whole and facts.get("config") == plain else None
+
+
+def read(path: pathlib.Path) -> dict[str, Any]:
+  """Returns the JSON of a file of a bench; ValueError, naming it, where it is damaged."""
+  try:
+    return files.read_json(path)
+  except ValueError as error:
+    raise ValueError(f"{error} If it is removed, it is made again.") from error
 
 
 def _written(
@@ -138,7 +160,7 @@ def _scored(
   made = {}
   for done, (name, settings) in enumerate(config["methods"].items()):
     path = whole / f"{name}.json"
-    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    known = read(path) if path.exists() else {}
     if known.get("tried") != settings:
       if known:
         work.say(f"{name}, seed {seed}: other settings than its result was found with; made again")
@@ -181,9 +203,7 @@ def _taken(work: experiment.Work, folder: pathlib.Path) -> Any:
   path, place = folder / "config.json", folder / "checkpoints" / "experts"
   if not path.is_file() or not place.is_dir():
     raise ValueError(f"config.experts: {folder} holds no experts of a run ({place}).")
-  theirs, ours = (
-    configuring.flat(c) for c in (json.loads(path.read_text(encoding="utf-8")), work.config)
-  )
+  theirs, ours = (configuring.flat(c) for c in (workdir.config_of(folder), work.config))
   for key in sorted(theirs.keys() | ours.keys()):
     if (key.startswith("baselines.experts.") or not key.startswith(_FREE)) and theirs.get(
       key

@@ -16,16 +16,25 @@ from jaxmerge import progress, stopping
 
 def atm(options: argparse.Namespace, config: Any) -> None:
   """Tunes and merges as a config says, and prints the table; of many processes the first prints."""
+  from jaxmerge import report as reports
+  from jaxmerge import workdir as workdirs
+
+  folder, plain = pathlib.Path(options.workdir), json.loads(config.to_json())
+  workdirs.check(folder, plain, options.resume)
+  if (record := workdirs.finished(folder, plain)) is not None and not options.distributed:
+    progress.say("this run has finished: nothing is run again")
+    print(reports.text(record))
+    print(f"report: {folder / 'report.html'}")
+    return
   joined(options, config.mesh.devices)
   from jaxmerge import experiment
-  from jaxmerge import report as reports
 
   with progress.bars() as show, stopping.asked(options.grace) as stop:
     record = experiment.run(
       config, options.workdir, resume=options.resume, progress=show, stop=stop
     )
   print(reports.text(record))
-  print(f"report: {pathlib.Path(options.workdir) / 'report.html'}")
+  print(f"report: {folder / 'report.html'}")
 
 
 def joined(options: argparse.Namespace, devices: int | None) -> None:
@@ -227,18 +236,13 @@ def _planned(
 def report(options: argparse.Namespace, config: Any) -> None:
   """Prints the table of a finished run, and remakes its page and plots."""
   from jaxmerge import report as reports
+  from jaxmerge import workdir as workdirs
 
-  path = pathlib.Path(options.workdir) / "report.json"
-  if not path.is_file():
-    raise ValueError(f"there is no {path}: the run has not finished, or this is no workdir.")
-  try:
-    record = json.loads(path.read_text(encoding="utf-8"))
-  except ValueError as e:
-    raise ValueError(f"{path} is not a JSON file: {e}") from e
-  reports.check(record)
+  folder = pathlib.Path(options.workdir)
+  record = workdirs.record_of(folder)
   print(reports.text(record))
-  reports.write(record, options.workdir)
-  print(f"report: {path.with_suffix('.html')}")
+  reports.write(record, folder)
+  print(f"report: {folder / 'report.html'}")
 
 
 def inspect(options: argparse.Namespace, config: Any) -> None:

@@ -19,7 +19,6 @@ from jax.sharding import PartitionSpec as P
 
 from jaxmerge import (
   chips,
-  experiment,
   memory,
   problems,
   roofline,
@@ -171,7 +170,7 @@ def of_loop(config: Mapping[str, Any], devices: Sequence[Any]) -> Iterator[Progr
   side = mesh.shape["task"]
   slots, count = -(-len(names) // side) * side, len(names)
   params, rules = shapes.params, shapes.rules if mesh.shape["model"] > 1 else ()
-  method = experiment.method_of(config["method"])
+  method = problems.method_of(config["method"])
   local, own = tune.direction(settings, params), outer.direction(settings)
   kept = settings.local_state == "kept"
   model = placing.in_place(shapes.apply, mesh, rules)
@@ -232,7 +231,7 @@ def of_merge(config: Mapping[str, Any], devices: Sequence[Any]) -> Iterator[Prog
   height, dtype, method = (
     config["models"],
     jnp.dtype(config["dtype"]),
-    experiment.method_of(config["method"]),
+    problems.method_of(config["method"]),
   )
   mesh = meshes.make(**config["mesh"], devices=devices)
   params = jax.eval_shape(lambda: llama.init(own, jax.random.key(0)))

@@ -13,13 +13,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmerge import catalog, judging, methods, problems, processes, report, stage, stopping
+from jaxmerge import (
+  catalog,
+  judging,
+  keeping,
+  methods,
+  problems,
+  processes,
+  report,
+  stage,
+  stopping,
+)
 from jaxmerge import mesh as meshes
 from jaxmerge import workdir as workdirs
 from jaxmerge.atm import baselines, budget, evaluate, loop, placing, tune
 from jaxmerge.io import orbax, shared
 from jaxmerge.report import words
-from jaxmerge.stage import Method
 from jaxmerge.tasks.task import Task
 
 Event = Mapping[str, Any]
@@ -54,6 +63,8 @@ def run(
   plain = json.loads(config.to_json())
   with workdirs.held(workdir, plain, resume):
     shared.check(workdir)
+    if record := workdirs.finished(workdir, plain):
+      return record
     work = Work(plain, workdir, progress, stop)
     if processes.first():
       workdirs.claim(workdir, plain)
@@ -63,14 +74,6 @@ def run(
     work.multitask()
     work.atm()
     return work.finish()
-
-
-def method_of(settings: Mapping[str, Any]) -> Method:
-  """Makes the method that a config names: {"name": "ties", "density": 0.2}."""
-  settings = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
-  name = settings.pop("name")
-  catalog.check(name, settings)
-  return getattr(methods, name)(**settings)
 
 
 class Work:
@@ -86,7 +89,7 @@ class Work:
     self.config, self.workdir, self.progress, self.stop = config, workdir, progress, stop
     self.seconds: dict[str, float] = {}
     with self.timed("data and base"):
-      self.problem = problems.shared(problems.make(config))
+      self.problem = problems.shared(problems.make(config, self.trained))
     self.settings = problems.settings_of(config)
     self.names = [t.name for t in self.problem.tasks]
     axes = {k: config["mesh"][k] for k in meshes.AXES}
@@ -155,23 +158,32 @@ class Work:
       show(0, total)
     return show
 
+  def trained(self, like: Any, make: Callable[[], Any]) -> Any:
+    """What was trained for the base, in the memory of every process."""
+
+    def first() -> tuple[Any, dict[str, Any]]:
+      made = processes.same(make())
+      if processes.first():
+        workdirs.claim(self.workdir, self.config)  # What is saved belongs to a run.
+      return made, {}
+
+    return meshes.fetch(self.found("base", like, first)[0])
+
   def kept(self, phase: str, make: Callable[[], tuple[Any, Any]]) -> tuple[Any, Any]:
     """Returns what a phase made, from its checkpoint if it has one: (arrays, plain facts)."""
-    with (
-      orbax.Checkpoints(self.workdir / "checkpoints" / phase, keep=1) as store,
-      self.timed(phase),
-    ):
-      like = problems.make_like(self.params, len(self.names), phase, self.mesh)
-      found = store.restore(like)
-      for message in store.set_aside:
-        self.say(message)
-      if found is not None:
-        self.say(f"{phase}: restored")
-        return found.state, found.record["facts"]
+    like = problems.make_like(self.params, len(self.names), phase, self.mesh)
+
+    def whole() -> tuple[Any, Any]:
       made, facts = make()
-      made = made if phase.split("_")[0] == "experts" else self.whole(made)
-      store.save(1, made, {"facts": facts})
-      return made, facts
+      return made if phase.split("_")[0] == "experts" else self.whole(made), facts
+
+    with self.timed(phase):
+      return self.found(phase, like, whole)
+
+  def found(self, phase: str, like: Any, make: Callable[[], Any], of: str = "") -> tuple[Any, Any]:
+    """The same of any arrays, which are like some, and made of models with some digest."""
+    folder = self.workdir / "checkpoints" / phase
+    return keeping.kept(folder, like, make, say=self.say, called=phase, of=of)
 
   def base(self) -> None:
     """The model before any tuning."""
@@ -210,38 +222,46 @@ class Work:
 
   def one_shot(self) -> None:
     """The merges of the experts, each with its best scale."""
-    counts = [len(t.validation.labels) for t in self.problem.tasks]
     tuned = self.costs["experts"]
     plan = {"average": {}} | {
       k: dict(v) for k, v in self.config["baselines"].items() if k in catalog.METHODS
     }
     shown = self.bar("one-shot merges", len(plan), "method")
+    of = keeping.digest([self.params, self.stacks["experts"]])
+    like = problems.make_like(self.params, 1, "one_shot", self.mesh)
     with self.timed("one-shot merges"):
       for done, (name, settings) in enumerate(plan.items()):
-        scales = settings.pop("scales", None)
-        method = method_of({"name": name, **settings})
-        seed = self.settings.seed if "seed" in stage.numbers(method) else None
-        if scales is None:
-          scales = (1.0,)
-          method = stage.chain(method, methods.scaled(1.0))
-        chosen = baselines.best_scale(
-          method,
-          self.params,
-          self.stacks["experts"],
-          scales,
-          self.score,
-          self.rows,
-          counts,
-          names=self.names,
-          seed=seed,
-          layout=self.problem.layout,
-          metric=self.metric,
-          called=name,
-        )
-        self.models[name] = chosen.params
-        self.facts[name] = {} if len(scales) == 1 else {"scale": chosen.scale, "settings": settings}
+        scales = settings.pop("scales", None) or (1.0,)
+
+        def make(name: str = name, settings: Any = settings, scales: Any = scales) -> Any:
+          chosen = self.merged(name, settings, scales)
+          return chosen.params, {"scale": chosen.scale}
+
+        self.models[name], facts = self.found(f"one_shot/{name}", like, make, of)
+        self.facts[name] = {} if len(scales) == 1 else {**facts, "settings": settings}
         self.costs[name] = tuned._replace(exchanges=1, trials=len(scales))
         shown(done + 1, len(plan))
+
+  def merged(self, name: str, settings: Any, scales: Sequence[float]) -> baselines.Chosen:
+    """The experts, merged by a method with its best scale."""
+    method = problems.method_of({"name": name, **settings})
+    seed = self.settings.seed if "seed" in stage.numbers(method) else None
+    if "scales" not in self.config["baselines"].get(name, {}):
+      method = stage.chain(method, methods.scaled(1.0))
+    return baselines.best_scale(
+      method,
+      self.params,
+      self.stacks["experts"],
+      scales,
+      self.score,
+      self.rows,
+      [len(t.validation.labels) for t in self.problem.tasks],
+      names=self.names,
+      seed=seed,
+      layout=self.problem.layout,
+      metric=self.metric,
+      called=name,
+    )
 
   def multitask(self) -> None:
     """One model trained on all tasks, in turn or in mixed batches: the better on validation."""
@@ -250,27 +270,16 @@ class Work:
     own = dict(self.config["baselines"]["multitask"])
 
     def make() -> tuple[Any, Any]:
-      settings = problems.settings_of(self.config | own)
-      tried = []
-      for mixed in (False, True):
-        way = "mixed batches" if mixed else "in turn"
-        params, cost = baselines.joint(
-          self.problem.apply,
-          self.params,
-          self.problem.tasks,
-          settings,
-          mixed=mixed,
-          loss=self.problem.loss,
-          judge=lambda p: self.metric.gain(self.mean(p)),
-          on_part=self.bar(f"multitask, {way}", settings.rounds),
-        )
-        tried.append((self.metric.gain(self.mean(params)), params, cost, way))
-      best = max(tried, key=lambda t: t[0])
-      facts = {
-        "cost": best[2]._replace(trials=2)._asdict(),
-        "settings": {"batches": best[3], **own},
-      }
-      return best[1], facts
+      params, cost, way = baselines.better_joint(
+        self.problem.apply,
+        self.params,
+        self.problem.tasks,
+        problems.settings_of(self.config | own),
+        loss=self.problem.loss,
+        judge=lambda p: self.metric.gain(self.mean(p)),
+        on_part=lambda way, rounds: self.bar(f"multitask, {way}", rounds),
+      )
+      return params, {"cost": cost._asdict(), "settings": {"batches": way, **own}}
 
     params, facts = self.kept("multitask", make)
     self.models["multitask"] = params
@@ -314,7 +323,7 @@ class Work:
         self.problem.apply,
         params,
         tasks,
-        method_of(config["method"]),
+        problems.method_of(config["method"]),
         settings,
         **self.given,
         layout=self.problem.layout,
@@ -371,22 +380,20 @@ class Work:
 
   def judged(self, split: str) -> tuple[dict[str, Any], dict[str, dict[str, np.ndarray]]]:
     """Scores every model on every task's rows of a split, once."""
-    tasks = self.problem.tasks
-    rows = self.rows if split == "validation" else self.placed(tasks, split)
-    counts = [len(t.splits()[split].labels) for t in tasks]
+    tasks, stacks = self.problem.tasks, dict(self.stacks)
+    models = self.models | judging.unstacked(stacks.pop("experts"), len(tasks))
 
-    def named(found: Any) -> dict[str, np.ndarray]:
-      parts = evaluate.per_row(found, counts)
-      return {n: self.metric.kept(p) for n, p in zip(self.names, parts, strict=True)}
+    def make() -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+      rows = self.rows if split == "validation" else self.placed(tasks, split)
+      found = {
+        n: self.score(jax.tree.map(lambda p: p[None], m), rows)[0] for n, m in models.items()
+      }
+      for name, stack in stacks.items():
+        found[name] = self.own_score(self.padded(stack, rows.filled.shape[0]), rows)
+      return {n: np.asarray(own)[: len(tasks)] for n, own in found.items()}, {}
 
-    def scored(params: Any) -> dict[str, np.ndarray]:
-      return named(self.score(jax.tree.map(lambda p: p[None], params), rows)[0])
-
-    scores = {n: scored(params) for n, params in self.models.items()}
-    experts = self.stacks["experts"]
-    each = {n: scored(jax.tree.map(lambda x, k=k: x[k], experts)) for k, n in enumerate(self.names)}
-    scores["experts"] = {n: each[n][n] for n in self.names}
-    for name in self.stacks.keys() - {"experts"}:
-      stack = self.padded(self.stacks[name], rows.filled.shape[0])
-      scores[name] = named(self.own_score(stack, rows))
-    return judging.summary(tasks, split, scores, each, self.facts, self.metric), scores
+    like = judging.like([*models, *stacks], tasks, split)
+    of = keeping.digest([models, stacks])
+    found = meshes.fetch(self.found(f"scores_{split}", like, make, of)[0])
+    scores, experts = judging.by_row(found, list(like), tasks, split, self.metric)
+    return judging.summary(tasks, split, scores, experts, self.facts, self.metric), scores

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any  # Any: records are plain trees.
 
+import jax
 import numpy as np
 
 from jaxmerge.atm import evaluate
@@ -12,6 +13,47 @@ from jaxmerge.report import comparing, words
 from jaxmerge.tasks.task import Task
 
 Scores = Mapping[str, np.ndarray]  # Of every task, one score a row.
+
+
+def unstacked(experts: Any, number: int) -> dict[str, Any]:
+  """Returns the experts of a stack [T, *s] one by one, as `by_row` expects them to be called."""
+  return {f"expert_{k}": jax.tree.map(lambda x, k=k: x[k], experts) for k in range(number)}
+
+
+def like(names: Sequence[str], tasks: Sequence[Task], split: str) -> dict[str, Any]:
+  """Returns the shapes of scores [T, N] by model, of the rows of a split."""
+  rows = max(len(t.splits()[split].labels) for t in tasks)
+  return {n: jax.ShapeDtypeStruct((len(tasks), rows), np.float32) for n in names}
+
+
+def by_row(
+  found: Mapping[str, np.ndarray],
+  names: Sequence[str],
+  tasks: Sequence[Task],
+  split: str,
+  metric: evaluate.Metric,
+) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, dict[str, np.ndarray]]]:
+  """Returns what models, and experts, score on the rows of every task.
+
+  Args:
+    found: scores [T, N] by model, of the experts as `unstacked` calls them.
+    names: of the models, in their order.
+    tasks: the tasks.
+    split: whose rows they are.
+    metric: what they are scores of.
+
+  Raises:
+    ValueError: naming model, task and row, for a score that is no finite number.
+  """
+  scores = {}
+  own = [t.name for t in tasks]
+  for name in names:
+    parts = evaluate.per_row(found[name], [len(t.splits()[split].labels) for t in tasks])
+    evaluate.refuse_unscored(own, parts, f"{name}, {split}")
+    scores[name] = dict(zip(own, map(metric.kept, parts), strict=True))
+  experts = {n: scores.pop(f"expert_{k}") for k, n in enumerate(own)}
+  scores["experts"] = {n: experts[n][n] for n in own}
+  return scores, experts
 
 
 def summary(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple  # Any: parameters are nested dicts of arrays.
@@ -14,12 +15,13 @@ import optax
 from jax import lax
 from jax.sharding import Mesh
 
+from jaxmerge import catalog, methods, processes, shaping, tree
 from jaxmerge import mesh as meshes
-from jaxmerge import processes, shaping, tree
 from jaxmerge.atm import baselines, evaluate, sampling, tune
 from jaxmerge.atm.settings import Settings
 from jaxmerge.io import atomic, safetensors
 from jaxmerge.models import bert, cnn, llama
+from jaxmerge.stage import Method
 from jaxmerge.tasks import domains, heads, images, text
 from jaxmerge.tasks.task import Task
 
@@ -54,15 +56,24 @@ class Problem(NamedTuple):
   sharding: meshes.Rules = ()
 
 
-def images4(config: Mapping[str, Any]) -> Problem:
+# (shapes, how it is made) -> what was trained for the base: made, or what was saved of it.
+Keep = Callable[[Any, Callable[[], Any]], Any]
+
+
+def images4(config: Mapping[str, Any], keep: Keep) -> Problem:
   """Four image tasks and a small CNN that has been pretrained, briefly, on a few rows of each.
 
   The heads are trained with the base and frozen after that.
   """
   tasks = images.load(config["seed"], **config["data"])
   settings = dict(config["pretrain"])
-  params, made = pretrain(tasks, seed=config["seed"], **settings)
-  tasks = tuple(dataclasses.replace(t, head=h) for t, h in zip(tasks, made, strict=True))
+  like = {
+    "params": jax.eval_shape(cnn.init, jax.random.key(0)),
+    "heads": [jax.ShapeDtypeStruct((cnn.FEATURES, t.num_classes), np.float32) for t in tasks],
+  }
+  made = keep(like, lambda: pretrain(tasks, seed=config["seed"], **settings))
+  params, own = made["params"], map(np.asarray, made["heads"])
+  tasks = tuple(dataclasses.replace(t, head=h) for t, h in zip(tasks, own, strict=True))
 
   def save(folder: pathlib.Path, params: Any, readme: str) -> None:
     leaves = {n: np.asarray(v) for n, v in tree.named(params).items()}
@@ -85,8 +96,11 @@ def images4(config: Mapping[str, Any]) -> Problem:
 
 def pretrain(
   tasks: Sequence[Task], *, seed: int, rows: int, steps: int, learning_rate: float
-) -> tuple[Any, list[np.ndarray]]:
-  """Trains the CNN and one linear head a task jointly, on the first `rows` rows of each task."""
+) -> dict[str, Any]:
+  """Trains the CNN and one linear head a task jointly, on the first `rows` rows of each task.
+
+  Returns `params` and `heads`, a list.
+  """
   few = [
     t.train._replace(inputs=t.train.inputs[:rows], labels=t.train.labels[:rows]) for t in tasks
   ]
@@ -123,21 +137,28 @@ def pretrain(
     return lax.scan(step, (both, optimizer.init(both)), index)[0][0]
 
   params, made = train(jax.random.key(seed), index)
-  return params, [np.asarray(made[i, :, : t.num_classes]) for i, t in enumerate(tasks)]
+  each = [np.asarray(made[i, :, : t.num_classes]) for i, t in enumerate(tasks)]
+  return {"params": params, "heads": each}
 
 
-def minilm8(config: Mapping[str, Any]) -> Problem:
+def minilm8(config: Mapping[str, Any], keep: Keep) -> Problem:
   """Eight text tasks and the real all-MiniLM-L6-v2 encoder, with frozen zero-shot heads."""
   settings = dict(config["model"])
   own, params, folder = bert.minilm(settings["folder"] or None)
   tokenizer, length = bert.tokenizer(folder), settings["length"]
   sizes = dict(config["data"])
   embed = jax.jit(lambda ids, mask: bert.embed(own, params, ids, mask))
-  tasks = []
-  for task in text.load(sizes.pop("tasks", None) or None, seed=config["seed"], **sizes):
-    prompts = text.tokens(task.prompts, tokenizer, length)
-    head = heads.zero_shot(embed, *prompts, scale=settings["head_scale"])
-    tasks.append(text.encode(task, tokenizer, length, head))
+  read = text.load(sizes.pop("tasks", None) or None, seed=config["seed"], **sizes)
+  prompts = [text.tokens(task.prompts, tokenizer, length) for task in read]
+  shapes = [jax.eval_shape(embed, *own).shape[::-1] for own in prompts]
+  made = keep(
+    {"heads": [jax.ShapeDtypeStruct(shape, np.float32) for shape in shapes]},
+    lambda: {"heads": [heads.zero_shot(embed, *p, scale=settings["head_scale"]) for p in prompts]},
+  )
+  tasks = [
+    text.encode(task, tokenizer, length, np.asarray(head))
+    for task, head in zip(read, made["heads"], strict=True)
+  ]
 
   def save(target: pathlib.Path, params: Any, readme: str) -> None:
     bert.save(target, own, params, source=folder, readme=readme, replace=True)
@@ -154,16 +175,20 @@ def minilm8(config: Mapping[str, Any]) -> Problem:
   )
 
 
-def domains6(config: Mapping[str, Any]) -> Problem:
+def domains6(config: Mapping[str, Any], keep: Keep) -> Problem:
   """Six domains of bytes and a decoder that has been trained on some rows of each, mixed."""
   own, apply = llama.of_fields(config["model"], jnp.dtype(config["compute_dtype"]))
   sizes = dict(config["data"])
   found = domains.load(sizes.pop("domains"), seed=config["seed"], **sizes)
   mixed = jax.tree.map(lambda *xs: np.concatenate(xs), *[d.pretrain for d in found])
   settings = Settings(schedule="cosine", clip_norm=1.0, seed=config["seed"], **config["pretrain"])
-  params = llama.init(own, jax.random.key(config["seed"]))
+  start = functools.partial(llama.init, own, jax.random.key(config["seed"]))
   mixture = Task("mixture", mixed, found[0].task.validation)
-  params, _ = baselines.joint(apply, params, [mixture], settings, mixed=False)
+
+  def trained() -> Any:
+    return baselines.joint(apply, start(), [mixture], settings, mixed=False)[0]
+
+  params = keep(jax.eval_shape(start), trained)
 
   def save(folder: pathlib.Path, params: Any, readme: str) -> None:
     length = sizes["length"]
@@ -184,22 +209,26 @@ def domains6(config: Mapping[str, Any]) -> Problem:
   )
 
 
-MAKERS: Mapping[str, Callable[[Mapping[str, Any]], Problem]] = {
+MAKERS: Mapping[str, Callable[[Mapping[str, Any], Keep], Problem]] = {
   "images4": images4,
   "minilm8": minilm8,
   "domains6": domains6,
 }
 
 
-def make(config: Mapping[str, Any]) -> Problem:
+def make(config: Mapping[str, Any], keep: Keep = lambda like, made: made()) -> Problem:
   """Makes the model and tasks that the config names.
+
+  Args:
+    config: the plain config.
+    keep: is given shapes of what is trained for the base, and what trains it; may have it already.
 
   Raises:
     ValueError: for an experiment that there is not, or that has shapes alone.
   """
   name = config["experiment"]
   if name in MAKERS:
-    return MAKERS[name](config)
+    return MAKERS[name](config, keep)
   if name in shaping.MAKERS:
     raise ValueError(
       f"the experiment {name!r} has shapes alone, no weights and no rows: `jaxmerge compile` "
@@ -226,6 +255,14 @@ def make_like(params: Any, height: int, phase: str, mesh: Mesh) -> Any:
   return jax.tree.map(
     lambda p: jax.ShapeDtypeStruct((*lead, *p.shape), p.dtype, sharding=place), params
   )
+
+
+def method_of(settings: Mapping[str, Any]) -> Method:
+  """Makes the method that a config names: {"name": "ties", "density": 0.2}."""
+  settings = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
+  name = settings.pop("name")
+  catalog.check(name, settings)
+  return getattr(methods, name)(**settings)
 
 
 def settings_of(config: Mapping[str, Any]) -> Settings:

@@ -1,4 +1,7 @@
-"""The folder of a run: whose it is, and the plain files in it."""
+"""The folder of a run: whose it is, and the plain files in it.
+
+A run that has finished is shown without jax, which is imported where a run goes on.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +13,11 @@ import platform
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any  # Any: configs and records are plain trees.
 
-import jax
 import numpy as np
 
-from jaxmerge import configuring, processes
-from jaxmerge.io import atomic, lock
+from jaxmerge import configuring
+from jaxmerge.io import atomic, folder, lock
+from jaxmerge.report import record as records
 
 _RUN = "run"  # What is locked in the folder: its own place may be a disk.
 
@@ -36,6 +39,8 @@ def held(
   Raises:
     ValueError: in all processes, where another run is at work in the folder, or has left it.
   """
+  from jaxmerge import processes
+
   if not workdir.exists():
     check(workdir, config, resume, free)  # Nothing is made in vain.
   with contextlib.ExitStack() as stack:
@@ -69,7 +74,8 @@ def check(
     free: keys begin so that may be others than they were.
 
   Raises:
-    ValueError: naming the first differences, if the folder holds a run of another config.
+    ValueError: naming the first differences, if the folder holds a run of another config, or its
+      config.json, if it is damaged.
   """
   path = workdir / "config.json"
   if not path.exists():
@@ -80,19 +86,65 @@ def check(
     return
   if resume == "never":
     raise ValueError(f"{workdir} holds a run already; choose another workdir, or --resume=auto.")
-  theirs = configuring.flat(json.loads(path.read_text(encoding="utf-8")))
-  ours = configuring.flat(config)
-  differ = [
-    f"{key} is {theirs.get(key)!r} there and {ours.get(key)!r} here"
-    for key in sorted(theirs.keys() | ours.keys())
-    if theirs.get(key) != ours.get(key) and not key.startswith(("mesh.", *free))
-  ]
+  differ = _differences(config_of(workdir), config, free)
   if differ:
     more = f" and {len(differ) - 5} more" if len(differ) > 5 else ""
     raise ValueError(
       f"{workdir} holds a run of another config: {'; '.join(differ[:5])}{more}. Choose another "
       "workdir, or give the same config to resume."
     )
+
+
+def _differences(
+  there: Mapping[str, Any], here: Mapping[str, Any], free: tuple[str, ...] = ()
+) -> list[str]:
+  """What two configs say differently, but of the mesh and of keys that begin so."""
+  theirs, ours = configuring.flat(there), configuring.flat(here)
+  return [
+    f"{key} is {theirs.get(key)!r} there and {ours.get(key)!r} here"
+    for key in sorted(theirs.keys() | ours.keys())
+    if theirs.get(key) != ours.get(key) and not key.startswith(("mesh.", *free))
+  ]
+
+
+def config_of(workdir: pathlib.Path) -> dict[str, Any]:
+  """Returns the config of the run in a folder; ValueError, naming the file, if it is damaged."""
+  path = workdir / "config.json"
+  try:
+    return folder.read_json(path)
+  except ValueError as error:
+    raise ValueError(f"{error} Restore it, or choose another workdir.") from error
+
+
+def record_of(workdir: pathlib.Path) -> dict[str, Any]:
+  """Returns the record of a finished run; ValueError, naming the file, for what is none."""
+  path = workdir / "report.json"
+  if not path.is_file():
+    raise ValueError(f"there is no {path}: the run has not finished, or this is no workdir.")
+  again = "If it is removed, `jaxmerge atm` makes it again from the checkpoints."
+  try:
+    record = folder.read_json(path)
+  except ValueError as error:
+    raise ValueError(f"{error} {again}") from error
+  try:
+    records.check(record)
+  except ValueError as error:
+    raise ValueError(f"{path}: {error} {again}") from error
+  return record
+
+
+def finished(workdir: pathlib.Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
+  """Returns the record of a run that has come to its end, with all that it leaves, else None.
+
+  Raises:
+    ValueError: naming `report.json`, where it is damaged.
+  """
+  left = ["report.json", "report.html", "metrics.jsonl", "rows.npz", "merged"]
+  left += ["experts"] * bool(config["keep_experts"])
+  if not all((workdir / name).exists() for name in left):
+    return None
+  record = record_of(workdir)
+  return None if _differences(record["config"], config) else record
 
 
 def claim(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
@@ -123,6 +175,8 @@ def write_rows(workdir: pathlib.Path, scores: Mapping[str, Mapping[str, np.ndarr
 
 def versions() -> dict[str, str]:
   """Returns the versions of what a result depends on, and the devices."""
+  import jax
+
   packages = ("jaxmerge", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
   found = {p: importlib.metadata.version(p) for p in packages}
   devices = jax.devices()

@@ -3,6 +3,9 @@
 import importlib.util
 import json
 import pathlib
+import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -10,6 +13,7 @@ import small_tasks as small
 
 from jaxmerge import catalog, configuring, experiment, problems
 from jaxmerge.atm import evaluate
+from jaxmerge.io import manifest
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 TRAINED = ["experts", "experts_longer", "multitask"]
@@ -40,7 +44,7 @@ def config(**changes):
   return c.lock()
 
 
-def made(config):
+def made(config, keep):
   def save(folder, params, readme):
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "README.md").write_text(readme, encoding="utf-8")
@@ -50,7 +54,7 @@ def made(config):
     "Three made tasks",
     "a made base",
     small.network,
-    small.weights(),
+    keep(small.weights(), small.weights),
     tuple(small.three()),
     (),
     save,
@@ -152,13 +156,88 @@ def test_progress_is_told(events):
   assert phases.index("experts") < phases.index("one-shot merges") < phases.index("atm")
 
 
-def test_a_finished_run_is_restored(workdir, record):
+def test_a_finished_run_is_shown_and_not_run_again(workdir, record, monkeypatch):
+  def work(*given):
+    raise AssertionError("something is run")
+
+  monkeypatch.setattr(experiment, "Work", work)
+  assert experiment.run(config(), workdir, resume="must") == json.loads(json.dumps(record))
+
+
+def test_a_finished_run_is_shown_without_jax(workdir, record):
+  """As by `jaxmerge atm`: nothing that takes seconds is imported."""
+  code = """
+import json, pathlib, sys
+from jaxmerge import report, workdir
+folder = pathlib.Path(sys.argv[1])
+found = workdir.finished(folder, json.loads((folder / "config.json").read_text()))
+print(report.text(found))
+assert not {"jax", "matplotlib"} & sys.modules.keys()
+"""
+  command = [sys.executable, "-c", code, str(workdir)]
+  done = subprocess.run(command, capture_output=True, text=True, check=True)
+  assert "Results on test" in done.stdout
+
+
+def test_what_a_run_lacks_is_made_again_of_what_is_saved(tmp_path, workdir, record):
+  """The report alone: no model is trained, merged or scored; bit for bit."""
+  folder = tmp_path / "run"
+  shutil.copytree(workdir, folder)
+  (folder / "report.json").unlink()
   said = []
-  again = experiment.run(config(), workdir, resume="must", progress=said.append)
-  assert lasting(again) == lasting(record)
+  assert lasting(experiment.run(config(), folder, progress=said.append)) == lasting(record)
+  messages = {e["message"] for e in said if "message" in e}
+  phases = ["base", *TRAINED, "scores_test", "scores_validation"]
+  phases += [f"one_shot/{n}" for n in ("average", "task_arithmetic", "dare")]
+  assert messages == {f"{p}: restored" for p in phases} | {
+    f"{n}: resumed after round 3" for n in ("atm", "plain")
+  }
+
+
+def test_merges_of_other_experts_are_made_again(tmp_path, workdir):
+  folder, said = tmp_path / "run", []
+  shutil.copytree(workdir, folder)
+  (folder / "report.json").unlink()
+  record = next((folder / "checkpoints/one_shot/dare").glob("*/record.json"))
+  record.write_text(record.read_text().replace('"of": "', '"of": "0'))
+  step = record.parent
+  facts = manifest.facts(step)
+  (step / manifest.NAME).unlink()
+  manifest.seal(step, facts)
+  experiment.run(config(), folder, progress=said.append)
   messages = [e["message"] for e in said if "message" in e]
-  assert "experts: restored" in messages
-  assert "atm: resumed after round 3" in messages
+  words = "one_shot/dare: made of other models than there are now; made again"
+  assert words in messages
+
+
+@pytest.mark.parametrize(
+  ("name", "spoil", "words"),
+  [
+    ("report.json", lambda text: text[:-9], r"report.json: not JSON .* If it is removed"),
+    ("report.json", lambda text: "[" * 10**5, r"report.json: not JSON \(nested too deep"),
+    ("report.json", lambda text: text.replace('"tasks"', '"task"'), "report.json: .*did you mean"),
+    ("config.json", lambda text: "[1]", r"config.json: must be a JSON object, .* Restore it"),
+    ("config.json", lambda text: text[:-9], r"config.json: not JSON"),
+  ],
+)
+def test_a_file_that_was_spoilt_is_named(tmp_path, workdir, name, spoil, words):
+  folder = tmp_path / "run"
+  shutil.copytree(workdir, folder)
+  (folder / name).write_text(spoil((folder / name).read_text()))
+  with pytest.raises(ValueError, match=words) as error:
+    experiment.run(config(), folder)
+  assert "\n" not in str(error.value)
+
+
+def test_a_manifest_that_was_spoilt_is_named(tmp_path, workdir):
+  folder = tmp_path / "run"
+  shutil.copytree(workdir, folder)
+  (folder / "report.json").unlink()
+  path = next((folder / "checkpoints/base").glob("*/manifest.json"))
+  path.write_text("[" * 10**5)
+  words = "no good checkpoint in .*base: step 1: manifest.json is damaged: .*nested too deep"
+  with pytest.raises(ValueError, match=words):
+    experiment.run(config(), folder)
 
 
 class Stopped(Exception):
@@ -227,10 +306,10 @@ def test_post_hoc_starts_from_the_best_merge_and_costs_on_top(tmp_path):
 
 
 def test_a_method_that_a_config_names():
-  method = experiment.method_of({"name": "ties", "density": 0.3})
+  method = problems.method_of({"name": "ties", "density": 0.3})
   assert len(method) > 1
   with pytest.raises(ValueError, match="densty"):
-    experiment.method_of({"name": "ties", "densty": 0.3})
+    problems.method_of({"name": "ties", "densty": 0.3})
 
 
 def test_chance_is_the_most_frequent_class():

@@ -30,6 +30,7 @@ FLOORS = {
     "benching",
     "problems",
     "configuring",
+    "keeping",
     "workdir",
     "shaping",
     "compiling",

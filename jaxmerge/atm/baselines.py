@@ -155,6 +155,39 @@ def joint(
   return params, cost._replace(gradient_steps=len(rate), sequential_steps=len(rate))
 
 
+def better_joint(
+  apply: tune.Apply,
+  params: Any,
+  tasks: Sequence[tasks_.Task],
+  settings: Settings,
+  *,
+  loss: tune.Rowwise,
+  judge: Callable[[Any], float],
+  on_part: Callable[[str, int], Progress],
+) -> tuple[Any, budget.Budget, str]:
+  """Trains one model on all tasks in turn, another in mixed batches; returns the better one.
+
+  Arguments are those of `joint`; `on_part` makes its callback, for a way and a number of parts.
+
+  Returns:
+    The model; what one of them cost, with two trials; and how its batches were made.
+  """
+  tried = []
+  for mixed, way in ((False, "in turn"), (True, "mixed batches")):
+    made, cost = joint(
+      apply,
+      params,
+      tasks,
+      settings,
+      mixed=mixed,
+      loss=loss,
+      judge=judge,
+      on_part=on_part(way, settings.rounds),
+    )
+    tried.append((judge(made), made, cost._replace(trials=2), way))
+  return max(tried, key=lambda one: one[0])[1:]
+
+
 class _Best:
   """The models [T, *s] that did best on their own task's validation rows so far."""
 

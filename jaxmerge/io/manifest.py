@@ -6,7 +6,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from jaxmerge.io import atomic
+from jaxmerge.io import atomic, parsing
 
 NAME = "manifest.json"
 _FORMAT = 1
@@ -74,8 +74,8 @@ def damage(folder: Path, *, within: str = ".", contents: bool = True) -> str | N
 
 def _body(folder: Path) -> dict:
   """The manifest without its own digest, which must agree."""
-  whole = json.loads((folder / NAME).read_text(encoding="utf-8"))
-  if not isinstance(whole, dict) or whole.keys() != {"body", "blake2b"}:
+  whole = parsing.parsed(NAME, (folder / NAME).read_bytes())
+  if whole.keys() != {"body", "blake2b"}:
     raise ValueError("it is no manifest")
   body = whole["body"]
   if whole["blake2b"] != _text_digest(body):

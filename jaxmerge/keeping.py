@@ -1,0 +1,54 @@
+"""What a phase of a run has made: saved once, and found again when the run goes on."""
+
+from __future__ import annotations
+
+import hashlib
+import pathlib
+from collections.abc import Callable
+from typing import Any  # Any: states are trees of arrays, facts are plain JSON.
+
+from jaxmerge import mesh as meshes
+from jaxmerge import tree
+from jaxmerge.io import orbax
+
+
+def kept(
+  folder: pathlib.Path,
+  like: Any,
+  make: Callable[[], tuple[Any, dict[str, Any]]],
+  *,
+  say: Callable[[str], None],
+  called: str,
+  of: str = "",
+) -> tuple[Any, dict[str, Any]]:
+  """Returns what `make` returns, arrays and facts, from its checkpoint if it has one.
+
+  Args:
+    folder: of the checkpoint.
+    like: shapes, dtypes and places of the arrays.
+    make: makes them; all processes of a run call it, or none.
+    say: is told what was found, and what was set aside.
+    called: what it is called then.
+    of: digest of what it is made of: what was made of something else is made again.
+  """
+  with orbax.Checkpoints(folder, keep=1) as store:
+    found = store.restore(like)
+    for message in store.set_aside:
+      say(message)
+    if found is not None and found.record.get("of", "") == of:
+      say(f"{called}: restored")
+      return found.state, found.record["facts"]
+    if found is not None:
+      say(f"{called}: made of other models than there are now; made again")
+    state, facts = make()
+    store.save(1 if found is None else found.step + 1, state, {"facts": facts, "of": of})
+    return state, facts
+
+
+def digest(models: Any) -> str:
+  """Returns a digest of the bits of a tree of arrays, the same in every process."""
+  found = hashlib.blake2b(digest_size=16)
+  for name, x in tree.named(meshes.fetch(models)).items():
+    found.update(f"{name} {x.dtype} {x.shape} ".encode())
+    found.update(x.tobytes())
+  return found.hexdigest()
