@@ -71,7 +71,12 @@ def images4(config: Mapping[str, Any], keep: Keep) -> Problem:
     "params": jax.eval_shape(cnn.init, jax.random.key(0)),
     "heads": [jax.ShapeDtypeStruct((cnn.FEATURES, t.num_classes), np.float32) for t in tasks],
   }
-  made = keep(like, lambda: pretrain(tasks, seed=config["seed"], **settings))
+
+  def trained() -> dict[str, Any]:
+    params, own = pretrain(tasks, seed=config["seed"], **settings)
+    return {"params": params, "heads": own}
+
+  made = keep(like, trained)
   params, own = made["params"], map(np.asarray, made["heads"])
   tasks = tuple(dataclasses.replace(t, head=h) for t, h in zip(tasks, own, strict=True))
 
@@ -96,11 +101,8 @@ def images4(config: Mapping[str, Any], keep: Keep) -> Problem:
 
 def pretrain(
   tasks: Sequence[Task], *, seed: int, rows: int, steps: int, learning_rate: float
-) -> dict[str, Any]:
-  """Trains the CNN and one linear head a task jointly, on the first `rows` rows of each task.
-
-  Returns `params` and `heads`, a list.
-  """
+) -> tuple[Any, list[np.ndarray]]:
+  """Trains the CNN and one linear head a task jointly, on the first `rows` rows of each task."""
   few = [
     t.train._replace(inputs=t.train.inputs[:rows], labels=t.train.labels[:rows]) for t in tasks
   ]
@@ -137,8 +139,7 @@ def pretrain(
     return lax.scan(step, (both, optimizer.init(both)), index)[0][0]
 
   params, made = train(jax.random.key(seed), index)
-  each = [np.asarray(made[i, :, : t.num_classes]) for i, t in enumerate(tasks)]
-  return {"params": params, "heads": each}
+  return params, [np.asarray(made[i, :, : t.num_classes]) for i, t in enumerate(tasks)]
 
 
 def minilm8(config: Mapping[str, Any], keep: Keep) -> Problem:
