@@ -150,7 +150,7 @@ def _flat(config: Config, prefix: str = "") -> dict[str, Any]:
       found |= _flat(value, f"{prefix}{key}.")
     else:
       found[prefix + key] = _SAME.get(value, value) if isinstance(value, str) else value
-  if any(key in config for key in ("rope_theta", "rope_scaling", "rope_parameters")):
+  if config:
     found |= {prefix + key: value for key, value in _rope(config).items()}
   return found
 

@@ -37,6 +37,8 @@ def settled(plan: Plan, models: Sequence[Model]) -> Plan:
     else:
       where = "" if owner is None else str(owner.folder)
       missing.setdefault(where, []).extend(f"{own.split('.')[0]}.py" for own in references)
+  if modules := list(_modules(plan.donor)):
+    missing.setdefault(str(plan.donor), []).extend(modules)
   notes = [_note(where, dict.fromkeys(names)) for where, names in missing.items()]
   return plan._replace(texts=texts, notes=(*plan.notes, *notes)) if texts or notes else plan
 
@@ -55,6 +57,19 @@ def _content(own: pathlib.Path, name: str, texts: Mapping[str, str | None]) -> d
   if name in texts:
     return json.loads(texts[name] or "{}")
   return folder.read_json(own / name) if (own / name).is_file() else {}
+
+
+def _modules(donor: pathlib.Path) -> Iterator[str]:
+  """Yields the files of classes that modules of sentence-transformers name as their own."""
+  path = donor / folder.MODULES
+  try:
+    listed = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+  except ValueError as error:
+    raise ValueError(f"{path}: not JSON: {error}.") from error
+  for each in listed if isinstance(listed, list) else ():
+    kind = each.get("type") if isinstance(each, dict) else None
+    if isinstance(kind, str) and kind.split(".")[0] not in ("sentence_transformers", "torch"):
+      yield f"{kind.rpartition('.')[0].replace('.', '/')}.py"
 
 
 def _same(content: Mapping[str, Any], other: Mapping[str, Any]) -> bool:

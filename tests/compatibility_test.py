@@ -47,6 +47,11 @@ def compared(*models, allow=(), wants=(), tokens=True):
       "rope_scaling",
       "None in base but {'rope_type': 'linear', 'factor': 4.0} in m",
     ),
+    (
+      {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}},
+      "rope_scaling",
+      "None in base but {'rope_type': 'yarn', 'factor': 2.0} in m",
+    ),
     ({"model_type": "mistral", "hidden_act": "gelu"}, "model_type", "llama in base but mistral"),
     (
       {"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}, "rope_theta": 5e5},

@@ -58,6 +58,8 @@ def test_what_a_class_does_by_default_is_written_out(kind):
     ({"moe_layers": [0, 1, 2, 3, 4, 5]}, {"moe_layers": [0, 1, 2, 3, 4]}),
     ({"attn_layer_indices": [2, 5]}, {"attn_layer_indices": [1]}),
     ({"full_attn_idxs": [4]}, {"full_attn_idxs": [3]}),
+    ({"rope_scaling_layers": [0, 5]}, {"rope_scaling_layers": [4]}),
+    ({"block_types": ["r", "r", "a"]}, {"block_types": ["r", "a", "r", "r", "r"]}),
     ({"cross_attention_layers": [0, 5]}, {"cross_attention_layers": [4]}),
     (
       {"linear_attn_config": {"kda_layers": [1, 2, 3, 5, 6], "full_attn_layers": [4], "num": 6}},
@@ -121,6 +123,16 @@ def test_lists_and_rules_follow_the_layers(before, after):
       {"attn_layer_period": 3, "attn_layer_offset": 1},
     ),
     ({"scale_depth": 3.0}, [0] * 24, {"scale_depth": 6.0}),
+    (
+      {"out_features": ["stage6"], "out_indices": [6], "stage_names": None},
+      [0, 1],
+      {"out_features": ["stage2"], "out_indices": [2], "stage_names": ["stem", "stage1", "stage2"]},
+    ),
+    (
+      {"model_type": "glm4_moe_lite"},
+      [1, 2],
+      {"model_type": "glm4_moe_lite", "mlp_layer_types": ["sparse", "sparse"]},
+    ),
   ],
 )
 def test_numbers_of_rules_follow_the_layers(config, order, after):
@@ -137,6 +149,13 @@ def test_numbers_of_rules_follow_the_layers(config, order, after):
     ({"moe_layer_interval": 2}, [1, 2, 3]),
     ({"moe_layer_start_index": 1}, [2, 0]),
     ({"any_layer_every_n": 2}, [0, 0, 1]),
+    ({"global_attention_every_n": 2}, [0, 0, 1]),
+    ({"n_dense_layers": 1}, [1, 2]),
+    ({"out_features": ["stage3"]}, [1, 2]),
+    (
+      {"model_type": "gemma4_text", "layer_types": ["sliding_attention"] * 5 + ["full_attention"]},
+      [0, 1],
+    ),
     ({"encoder_sparse_step": 4}, [1, 2, 3]),
     ({"scale_attn_by_inverse_layer_idx": True}, [1, 2]),
     ({"hidden_size_per_layer_input": 256}, [0, 1]),

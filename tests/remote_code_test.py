@@ -61,3 +61,13 @@ def test_code_of_a_folder_is_to_be_copied_and_it_is_said(capsys):
   assert "and what it imports, from m0 into it." in capsys.readouterr().out
   assert json.loads(pathlib.Path("out/config.json").read_text()) == CONFIG
   assert not list(pathlib.Path("out").glob("*.py"))
+
+
+def test_code_of_modules_is_to_be_copied_too(tmp_path):
+  modules = [{"type": "sentence_transformers.models.Transformer"}, {"type": "own.Pooling"}]
+  (tmp_path / "base" / "modules.json").write_text(json.dumps(modules))
+  (tmp_path / "base" / "config.json").write_text(json.dumps(folders.CONFIG))
+  (tmp_path / "base" / "tokenizer_config.json").write_text("{}")
+  out = files.merge_files(methods.task_arithmetic(), ["m0"], "out", base="base")
+  (note,) = json.loads((out / files.PROVENANCE).read_text())["notes"]
+  assert note.startswith("the result names code that is not copied, own.py: to open it")

@@ -12,6 +12,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple  # Any: what a config.json holds.
 
+from jaxmerge.recipe import layer_rules
+
 Config = Mapping[str, Any]
 
 # Lists that are none of layers, though they may be as long; and parts with lists of their own.
@@ -77,7 +79,7 @@ def stacked(config: Config, count: str, layers: Layers) -> dict[str, Any]:
     return made
   layers = layers._replace(said=config[count])
   made = {key: _followed(key, value, layers) for key, value in made.items()}
-  for rule in (_sparse, _cycles, _thresholds, _shared, _scaled, _refused):
+  for rule in (_sparse, _cycles, _thresholds, _shared, _scaled, _stages, _refused):
     made = rule(config, made, layers)
   return made
 
@@ -107,18 +109,22 @@ def ahead(config: Config) -> int:
 
 def _followed(key: str, value: Any, layers: Layers) -> Any:
   """Returns a value whose entries for layers are in the new order."""
-  if _OTHERS.fullmatch(key):
+  if _OTHERS.fullmatch(key) and key not in _NUMBERS:
     return value
   if isinstance(value, Mapping):
     return _inside(key, value, layers)
   if isinstance(value, str):
-    each = layers.each(value) and "pattern" in key and key != _WINDOWS
+    each = layers.each(value) and "pattern" in key and key != layer_rules.WINDOWS
     return "".join(value[old] for old in layers.order) if each else value
   if not isinstance(value, list | tuple):
     return value
   if key == "attention_types":  # GPT-Neo's, [[kinds, how often], ...].
     kinds = [kind for own, times in value for _ in range(times) for kind in own]
     return [[[kinds[old] for old in layers.order], 1]] if layers.each(kinds) else value
+  if key == "block_types" and value:  # RecurrentGemma's, which begin anew at their end.
+    kinds = [value[old % len(value)] for old in layers.order]
+    same = kinds == [value[i % len(value)] for i in range(len(kinds))]
+    return value if same and len(value) < layers.height else kinds
   if _is_numbers(key, value, layers.height):
     return [i for i, old in enumerate(layers.order) if old in value]
   return [value[old] for old in layers.order] if layers.each(value) else value
@@ -167,86 +173,10 @@ def _sparse(config: Config, made: dict[str, Any], layers: Layers) -> dict[str, A
   }
 
 
-class Cycle(NamedTuple):
-  """A rule by which layers of one kind come at equal distances, and the list that is in its place.
-
-  Attributes:
-    key: that says the distance; it need not be in a config.
-    every: the distance where none is said; 0: there is no such rule then.
-    first: whether layer 0 is of that kind; otherwise the last of so many is.
-    list: what the list is called.
-    kinds: what it calls a layer of that kind, and the others; (1, 0): it has the numbers of those.
-  """
-
-  key: str
-  every: int
-  first: bool
-  list: str
-  kinds: tuple[Any, Any]
-
-  def holds(self, every: int, layer: int) -> bool:
-    """Tells whether a layer is of that kind."""
-    return (layer if self.first else layer + 1) % every == 0
-
-
-_SLIDING, _LINEAR = ("full_attention", "sliding_attention"), ("full_attention", "linear_attention")
-_WINDOWS = "sliding_window_pattern"
-_BY_KEY = {
-  "full_attention_interval": Cycle("full_attention_interval", 4, False, "layer_types", _LINEAR),
-  "no_rope_layer_interval": Cycle("no_rope_layer_interval", 4, False, "no_rope_layers", (0, 1)),
-  "interleave_moe_layer_step": Cycle("interleave_moe_layer_step", 1, False, "moe_layers", (1, 0)),
-  "layer_group_size": Cycle("layer_group_size", 6, False, "layer_types", _LINEAR),
-  _WINDOWS: Cycle(_WINDOWS, 0, False, "layer_types", _SLIDING),
-  f"_{_WINDOWS}": Cycle(f"_{_WINDOWS}", 0, False, "layer_types", _SLIDING),
-}
-_EVERY_NTH = Cycle("global_attn_every_n_layers", 4, False, "layer_types", _SLIDING)
-
-
-def _windows(every: int, first: bool = False) -> Cycle:
-  return Cycle(_WINDOWS, every, first, "layer_types", _SLIDING)
-
-
-_HYBRID = _windows(6)._replace(kinds=("hybrid", "hybrid_sliding"))
-_VISION = _windows(4)._replace(kinds=("full_attention", "window_attention"))
-_INDEXED = _BY_KEY["full_attention_interval"]._replace(
-  kinds=("indexed_attention", "linear_attention")
-)
-# By model_type, where a class has a rule whatever its config says.
-_BY_TYPE = {
-  **dict.fromkeys(("gemma2", "vaultgemma", "gpt_oss", "t5_gemma_module"), _windows(2)),
-  "ultrabert": _windows(3),
-  **dict.fromkeys(("cohere2", "cohere2_moe", "exaone4", "exaone_moe", "olmo3"), _windows(4)),
-  **dict.fromkeys(("dory", "muse_glimmer_text", "muse_spark_text"), _windows(4)),
-  **dict.fromkeys(("muse_glimmer_vision", "muse_spark_vision"), _VISION),
-  **dict.fromkeys(("gemma3n_text", "kolibri1"), _windows(5)),
-  **dict.fromkeys(("gemma3_text", "gemma3", "gemma4_text", "gemma4_unified_text"), _windows(6)),
-  **dict.fromkeys(("beam", "neomme", "t5gemma2_text", "t5gemma2_decoder"), _windows(6)),
-  **dict.fromkeys(("diffusion_gemma_text", "embedding_gemma2_text"), _windows(6)),
-  **dict.fromkeys(("inkling_text", "inkling2_text", "inkling2_loop_text"), _HYBRID),
-  **dict.fromkeys(("cwm", "granite_swa", "granitemoe_swa"), _windows(4, first=True)),
-  **dict.fromkeys(("modernbert", "modernbert-decoder"), _EVERY_NTH._replace(every=3, first=True)),
-  "afmoe": _EVERY_NTH,
-  "bailing_hybrid": _BY_KEY["layer_group_size"],
-  **dict.fromkeys(("qwen3_next", "olmo_hybrid"), _BY_KEY["full_attention_interval"]),
-  **dict.fromkeys(("qwen3_5_text", "qwen3_5_moe_text"), _BY_KEY["full_attention_interval"]),
-  **dict.fromkeys(("qwen4_exp_text", "glm5_next_text"), _INDEXED),
-  "minimax": Cycle("", 2, True, "layer_types", _LINEAR),
-  **dict.fromkeys(
-    ("smollm3", "llama4_text", "mistral_large4_text"), _BY_KEY["no_rope_layer_interval"]
-  ),
-}
-_UNEVEN = {  # By model_type, classes whose rules are others; of which keys one says them.
-  **dict.fromkeys(("deepseek_v4", "dots3_note_text", "flint", "lfm3_vl_vision"), ("layer_types",)),
-  **dict.fromkeys(("kimi_linear", "mimo_v2_flash"), ("layer_types", "linear_attn_config")),
-  **dict.fromkeys(("jamba", "zamba"), ("layers_block_type", "attn_layer_period")),
-  "recurrent_gemma": ("layer_types",),
-}
-
-
 def _cycles(config: Config, made: dict[str, Any], layers: Layers) -> dict[str, Any]:
-  known = _BY_TYPE.get(str(config.get("model_type")))
+  known = layer_rules.BY_TYPE.get(str(config.get("model_type")))
   cycles = {} if known is None else {known.key: known}
-  for key, own in _BY_KEY.items():
+  for key, own in layer_rules.BY_KEY.items():
     if key in config and not (known and known.list == own.list):
       cycles.setdefault(key, own)
   for cycle in cycles.values():
@@ -256,7 +186,9 @@ def _cycles(config: Config, made: dict[str, Any], layers: Layers) -> dict[str, A
   return made
 
 
-def _written(cycle: Cycle, every: int, made: dict[str, Any], layers: Layers) -> dict[str, Any]:
+def _written(
+  cycle: layer_rules.Cycle, every: int, made: dict[str, Any], layers: Layers
+) -> dict[str, Any]:
   before = [cycle.holds(every, old) for old in layers.order]
   if before == [cycle.holds(every, i) for i in range(len(before))]:
     return made
@@ -267,21 +199,12 @@ def _written(cycle: Cycle, every: int, made: dict[str, Any], layers: Layers) -> 
 
 # --- Rules whose numbers can change ---
 
-_FROM = {  # Layers from a number on are of another kind; and the list that says it instead.
-  "first_k_dense_replace": ("mlp_layer_types", ("dense", "sparse")),
-  "num_dense_layers": (None, (None, None)),
-  "max_window_layers": ("layer_types", _SLIDING),
-}
-_WITH_TYPES = {  # Their classes have mlp_layer_types.
-  *("axk1", "axk2", "bailing_hybrid", "beam", "cohere2_moe", "deepseek_v32", "deepseek_v4"),
-  *("ernie4_5_vl_moe_text", "exaone_moe", "glm4_moe_lite", "glm_moe_dsa", "hy_v3", "kimi_linear"),
-  *("laguna", "mimo_v2_flash", "mistral_large4_text", "step3p5"),
-}
-
 
 def _thresholds(config: Config, made: dict[str, Any], layers: Layers) -> dict[str, Any]:
-  for key, (name, kinds) in _FROM.items():
-    first = config.get(key)
+  kind = str(config.get("model_type"))
+  for key, (name, kinds) in layer_rules.FROM.items():
+    default = layer_rules.DENSE.get(kind) if name == "mlp_layer_types" else None
+    first = config.get(key, default)
     if type(first) is not int or (name and config.get(name)) or _idle(key, config):
       continue
     after = [old >= first for old in layers.order]
@@ -289,8 +212,10 @@ def _thresholds(config: Config, made: dict[str, Any], layers: Layers) -> dict[st
     if after == [i >= count for i in range(len(after))]:
       # Where the rule says nothing else of the new layers, it stays.
       same = after == [i >= first for i in range(len(after))]
-      made = made if same else {**made, key: count}
-    elif name == "layer_types" or (name and config.get("model_type") in _WITH_TYPES):
+      if same or key in config:
+        made = made if same else {**made, key: count}
+        continue
+    if name and (kind in layer_rules.DENSE or key == "max_window_layers"):
       made = {**made, name: [kinds[int(own)] for own in after]}
     else:
       raise _error(key, first, layers)
@@ -299,9 +224,13 @@ def _thresholds(config: Config, made: dict[str, Any], layers: Layers) -> dict[st
 
 def _idle(key: str, config: Config) -> bool:
   """Tells whether no layer has a window, from whatever number on."""
-  windows = config.get("sliding_window") is not None
-  qwen = str(config.get("model_type")).startswith("qwen")
-  return key == "max_window_layers" and not config.get("use_sliding_window", windows and not qwen)
+  kind = str(config.get("model_type"))
+  if key != "max_window_layers":
+    return False
+  if "model_type" in config and not layer_rules.WINDOWED.fullmatch(kind):
+    return True
+  windows = config.get("sliding_window") is not None and not kind.startswith("qwen")
+  return not config.get("use_sliding_window", windows)
 
 
 def _shared(config: Config, made: dict[str, Any], layers: Layers) -> dict[str, Any]:
@@ -325,11 +254,6 @@ def _scaled(config: Config, made: dict[str, Any], layers: Layers) -> dict[str, A
 
 # --- Rules that hold or are refused ---
 
-_EVERY = re.compile(r"layer\w*(every|interval|period|freq|step)|(every|interval|freq)\w*layer")
-_STEPS = ("cross_attention_frequency", "encoder_sparse_step", "decoder_sparse_step")
-_EDGE = re.compile(r"layer\w*_(start|end|first|last)(_index)?$|(first|skip)\w*_layers$")
-_WRITTEN = {*_BY_KEY, *_FROM, "num_kv_shared_layers"}
-
 
 def _refused(config: Config, made: dict[str, Any], layers: Layers) -> dict[str, Any]:
   """Raises ValueError for rules that have no list, and hold for other layers than before."""
@@ -342,16 +266,40 @@ def _refused(config: Config, made: dict[str, Any], layers: Layers) -> dict[str, 
   if moved and config.get("scale_attn_by_inverse_layer_idx") is True:
     raise _error("scale_attn_by_inverse_layer_idx", True, layers)
   kind = str(config.get("model_type"))
-  if moved and kind in _UNEVEN and not any(config.get(key) for key in _UNEVEN[kind]):
+  if (
+    moved
+    and kind in layer_rules.UNEVEN
+    and not any(config.get(key) for key in layer_rules.UNEVEN[kind])
+  ):
     raise _error("model_type", kind, layers)
-  cycle = _BY_TYPE.get(kind)
-  known = {*_WRITTEN, cycle.key if cycle else ""}
+  cycle = layer_rules.BY_TYPE.get(kind)
+  known = {*layer_rules.WRITTEN, cycle.key if cycle else ""}
   known |= {"decoder_sparse_step"} if "mlp_only_layers" in config else set()
+  known |= {"attn_layer_period"} if config.get("layers_block_type") else set()
+  if (
+    layer_rules.LAST.fullmatch(kind)
+    and (made.get("layer_types") or ["full_attention"])[-1] != "full_attention"
+  ):
+    raise _error("model_type", kind, layers)
   for key, value in config.items():
     wrong = type(value) is int and key not in known and not _holds(key, value, config, layers)
     if wrong or (key == "max_window_layers" and moved and _alternates(config)):
       raise _error(key, value, layers)
   return made
+
+
+def _stages(config: Config, made: dict[str, Any], layers: Layers) -> dict[str, Any]:
+  """Names the outputs of a backbone, which are called by their layers."""
+  names = ["stem", *(f"stage{i + 1}" for i in range(layers.height))]
+  if config.get("stage_names") not in (None, names) or not config.get("out_features"):
+    return made
+  new = {"stem": 0, names[-1]: len(layers.order)}
+  if not set(config["out_features"]) <= new.keys():
+    raise _error("out_features", config["out_features"], layers)
+  places = [new[name] for name in config["out_features"]]
+  every = [*names[:1], *(f"stage{i + 1}" for i in range(len(layers.order)))]
+  own = {"out_features": [every[i] for i in places], "out_indices": places, "stage_names": every}
+  return {k: own.get(k, v) for k, v in made.items()}
 
 
 def _alternates(config: Config) -> bool:
@@ -363,12 +311,12 @@ def _alternates(config: Config) -> bool:
 def _holds(key: str, value: int, config: Config, layers: Layers) -> bool:
   """Tells whether a rule says of each new layer what it said of the old one."""
   pairs = list(enumerate(layers.order))
-  if (_EVERY.search(key) or key in _STEPS) and value > 1:
+  if (layer_rules.EVERY.search(key) or key in layer_rules.STEPS) and value > 1:
     offset = config.get(key.replace("period", "offset")) if "period" in key else None
     if type(offset) is int:
       return all((i % value == offset) == (old % value == offset) for i, old in pairs)
     return all(i % value == old % value for i, old in pairs)
-  if _EDGE.search(key) and value > 0:
+  if layer_rules.EDGE.search(key) and value > 0:
     return all((i >= value, i > value) == (old >= value, old > value) for i, old in pairs)
   return True
 

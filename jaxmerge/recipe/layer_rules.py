@@ -1,0 +1,115 @@
+"""Which layers are of which kind by rules over their numbers, in classes of transformers 5.24."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, NamedTuple  # Any: what a config.json holds.
+
+
+class Cycle(NamedTuple):
+  """A rule by which layers of one kind come at equal distances, and the list that is in its place.
+
+  Attributes:
+    key: that says the distance; it need not be in a config.
+    every: the distance where none is said; 0: there is no such rule then.
+    first: whether layer 0 is of that kind; otherwise the last of so many is.
+    list: what the list is called.
+    kinds: what it calls a layer of that kind, and the others; (1, 0): it has the numbers of those.
+  """
+
+  key: str
+  every: int
+  first: bool
+  list: str
+  kinds: tuple[Any, Any]
+
+  def holds(self, every: int, layer: int) -> bool:
+    """Tells whether a layer is of that kind."""
+    return (layer if self.first else layer + 1) % every == 0
+
+
+_SLIDING, _LINEAR = ("full_attention", "sliding_attention"), ("full_attention", "linear_attention")
+WINDOWS = "sliding_window_pattern"
+BY_KEY = {
+  "full_attention_interval": Cycle("full_attention_interval", 4, False, "layer_types", _LINEAR),
+  "no_rope_layer_interval": Cycle("no_rope_layer_interval", 4, False, "no_rope_layers", (0, 1)),
+  "interleave_moe_layer_step": Cycle("interleave_moe_layer_step", 1, False, "moe_layers", (1, 0)),
+  "layer_group_size": Cycle("layer_group_size", 6, False, "layer_types", _LINEAR),
+  WINDOWS: Cycle(WINDOWS, 0, False, "layer_types", _SLIDING),
+  f"_{WINDOWS}": Cycle(f"_{WINDOWS}", 0, False, "layer_types", _SLIDING),
+}
+_EVERY_NTH = Cycle("global_attn_every_n_layers", 4, False, "layer_types", _SLIDING)
+
+
+def _windows(every: int, first: bool = False) -> Cycle:
+  return Cycle(WINDOWS, every, first, "layer_types", _SLIDING)
+
+
+_HYBRID = _windows(6)._replace(kinds=("hybrid", "hybrid_sliding"))
+_VISION = _windows(4)._replace(kinds=("full_attention", "window_attention"))
+_INDEXED = BY_KEY["full_attention_interval"]._replace(
+  kinds=("indexed_attention", "linear_attention")
+)
+# By model_type, where a class has a rule whatever its config says.
+BY_TYPE = {
+  **dict.fromkeys(("gemma2", "vaultgemma", "gpt_oss", "t5_gemma_module"), _windows(2)),
+  "ultrabert": _windows(3),
+  **dict.fromkeys(("cohere2", "cohere2_moe", "exaone4", "exaone_moe", "olmo3"), _windows(4)),
+  **dict.fromkeys(("dory", "muse_glimmer_text", "muse_spark_text"), _windows(4)),
+  **dict.fromkeys(("muse_glimmer_vision", "muse_spark_vision"), _VISION),
+  **dict.fromkeys(("gemma3n_text", "kolibri1"), _windows(5)),
+  **dict.fromkeys(("gemma3_text", "gemma3", "gemma4_text", "gemma4_unified_text"), _windows(6)),
+  **dict.fromkeys(("beam", "neomme", "t5gemma2_text", "t5gemma2_decoder"), _windows(6)),
+  **dict.fromkeys(("diffusion_gemma_text", "embedding_gemma2_text"), _windows(6)),
+  **dict.fromkeys(("inkling_text", "inkling2_text", "inkling2_loop_text"), _HYBRID),
+  **dict.fromkeys(("cwm", "granite_swa", "granitemoe_swa"), _windows(4, first=True)),
+  **dict.fromkeys(("modernbert", "modernbert-decoder"), _EVERY_NTH._replace(every=3, first=True)),
+  "afmoe": _EVERY_NTH,
+  "bailing_hybrid": BY_KEY["layer_group_size"],
+  **dict.fromkeys(("qwen3_next", "olmo_hybrid"), BY_KEY["full_attention_interval"]),
+  **dict.fromkeys(("qwen3_5_text", "qwen3_5_moe_text"), BY_KEY["full_attention_interval"]),
+  **dict.fromkeys(("qwen4_exp_text", "glm5_next_text"), _INDEXED),
+  "minimax": Cycle("", 2, True, "layer_types", _LINEAR),
+  **dict.fromkeys(
+    ("smollm3", "llama4_text", "mistral_large4_text"), BY_KEY["no_rope_layer_interval"]
+  ),
+}
+UNEVEN = {  # By model_type, classes whose rules are others; of which keys one says them.
+  **dict.fromkeys(("deepseek_v4", "dots3_note_text", "flint", "lfm3_vl_vision"), ("layer_types",)),
+  **dict.fromkeys(("kimi_linear", "mimo_v2_flash"), ("layer_types", "linear_attn_config")),
+  **dict.fromkeys(("jamba", "zamba"), ("layers_block_type", "attn_layer_period")),
+  **dict.fromkeys(("lara_mini", "lfm3"), ("layer_types",)),
+  "recurrent_gemma": ("block_types",),
+}
+
+
+FROM = {  # Layers from a number on are of another kind; and the list that says it instead.
+  "first_k_dense_replace": ("mlp_layer_types", ("dense", "sparse")),
+  "num_dense_layers": (None, (None, None)),
+  "max_window_layers": ("layer_types", _SLIDING),
+}
+# Classes that have mlp_layer_types, and how many layers are dense where nothing is said of it.
+DENSE = {
+  **dict.fromkeys(("axk1", "axk2", "ernie4_5_vl_moe_text", "exaone_moe", "glm4_moe_lite"), 1),
+  **dict.fromkeys(("hy_v3", "hy_v4", "hy_v4_vl_text", "laguna", "unlimited_ocr_text"), 1),
+  **dict.fromkeys(("kimi_linear", "mimo_v2_flash", "mistral_large4_text"), 1),
+  **dict.fromkeys(("beam", "deepseek_v32", "glm5_next_text", "glm_moe_dsa", "step3p5"), 3),
+  "bailing_hybrid": 2,
+  "cohere2_moe": 0,
+}
+# Classes of which layers from max_window_layers on have a window.
+WINDOWED = re.compile(
+  r"qwen(2|3)(_vl|_5_vl|_5_omni|_omni_moe)?(_text|_talker\w*)?|dots1|deepseek_ocr2\w*"
+)
+
+
+EVERY = re.compile(
+  r"layer\w*(every|interval|period|freq|step)|(every|interval|freq)\w*layer"
+  r"|(attn|attention|moe|expert|mamba|dense|sparse)\w*_(every|interval|period|freq)"
+)
+STEPS = ("cross_attention_frequency", "encoder_sparse_step", "decoder_sparse_step")
+EDGE = re.compile(
+  r"layer\w*_(start|end|first|last)(_index)?$|(first|skip|dense|moe|sparse|global|local)\w*_layers$"
+)
+LAST = re.compile(r"gemma4\w*|diffusion_gemma\w*")  # Their last layer has no window.
+WRITTEN = {*BY_KEY, *FROM, "num_kv_shared_layers"}
