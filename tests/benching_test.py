@@ -56,6 +56,7 @@ def made(tmp_path_factory):
   return path, folder / "run", facts
 
 
+@pytest.mark.slow
 def test_every_method_is_there_with_its_trials(made):
   _, folder, facts = made
   own = json.loads((folder / "leaderboard.json").read_text())
@@ -69,6 +70,7 @@ def test_every_method_is_there_with_its_trials(made):
   assert chosen["scale"] in (0.5, 1.0, 1.5)
 
 
+@pytest.mark.slow
 def test_a_mean_is_a_quarter_of_the_sum(made):
   """Two rows of the same merge have the same scores."""
   both = (made[2]["methods"][n] for n in ("average", "task_arithmetic"))
@@ -77,6 +79,7 @@ def test_a_mean_is_a_quarter_of_the_sum(made):
     assert mean["validation"] == pytest.approx(quarter["validation"], abs=0.02)
 
 
+@pytest.mark.slow
 def test_costs_are_those_of_a_merge(made):
   runs = made[2]["methods"]["ties"]
   assert runs[0]["seconds"] > 0
@@ -84,6 +87,7 @@ def test_costs_are_those_of_a_merge(made):
   assert "seconds" not in runs[1]
 
 
+@pytest.mark.slow
 def test_the_page_ranks_the_methods(made):
   _, folder, facts = made
   models = facts["summary"]["models"]
@@ -96,6 +100,7 @@ def test_the_page_ranks_the_methods(made):
   assert (folder / "leaderboard.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_not_made_again(made):
   path, folder, _ = made
   files = sorted(folder.glob("seed*/methods/*.json"))
@@ -109,6 +114,7 @@ def test_a_finished_run_is_not_made_again(made):
   assert same[0] == same[1]
 
 
+@pytest.mark.slow
 def test_methods_and_seeds_are_added_to_a_run(made, tmp_path):
   """What is new or has other settings is made, the rest is what it was."""
   folder = tmp_path / "run"
@@ -130,6 +136,7 @@ def test_methods_and_seeds_are_added_to_a_run(made, tmp_path):
     benching.run(configuring.bench(other), other, folder)
 
 
+@pytest.mark.slow
 def test_experts_of_a_run_are_taken(made, tmp_path):
   """Those of another seed are refused, and so is a folder without any."""
   _, folder, facts = made
