@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import small_tasks as small
+from marking import some_fast
 
 import jaxmerge
 from jaxmerge import catalog, methods, stage
@@ -33,7 +34,8 @@ def tuned():
   return start, tasks, copies
 
 
-@pytest.mark.parametrize(("name", "at_once"), [*((n, 0) for n in KINDS), ("tsv", 2)])
+@pytest.mark.parametrize("at_once", [0, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", some_fast(KINDS, ["della", "tsv"]))
 def test_a_round_merges_what_was_tuned(tuned, name, at_once):
   start, tasks, copies = tuned
   method = KINDS[name]

@@ -7,6 +7,7 @@ import pytest
 import report_records
 from hypothesis import given
 from hypothesis import strategies as st
+from marking import some_fast
 from report_test import LONG, minimal
 from sklearn import isotonic
 
@@ -45,7 +46,7 @@ def test_values_that_are_apart_stay():
 
 
 @pytest.mark.parametrize("name", plots.NAMES)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", some_fast(CASES, ["four tasks"]))
 def test_no_text_overlaps_another_or_leaves_the_figure(case, name, monkeypatch):
   drawn.assert_readable(plots.figures(CASES[case])[name], monkeypatch)
 
