@@ -26,6 +26,8 @@ class Row(NamedTuple):
     based: the transcription takes the base as well.
     decomposes: "matrices" or inner "products" of models: results are compared within
       `rounding.bound`.
+    adam: Adam descends, whose steps are as long where nothing is left to descend: of one model that
+      is changed alone, rounding errors are all that moves it.
     steep: rounding errors grow: which direction is the first, which of two near zero counts, or how
       far a descent has come hangs by them. Random models have something in common then.
   """
@@ -41,6 +43,7 @@ class Row(NamedTuple):
   weights: bool = False
   based: bool = False
   decomposes: str = ""
+  adam: bool = False
   steep: bool = False
 
   def options(self, **more):
@@ -168,9 +171,9 @@ def _spectral(method, rule):
   return _matrices(method, rule, {"rank_tol": (1e-6, 0.0, 1e-3)}, homogeneous=True)
 
 
-def _descent(method, rule, **options):
+def _descent(method, rule, adam=True, **options):
   vary = {"learning_rate": (1e-4, 0.0, 1e-3)}
-  return _matrices(method, rule, vary, **{"homogeneous": False, **options})
+  return _matrices(method, rule, vary, homogeneous=not adam, **options)._replace(adam=adam)
 
 
 def _doge(taus, draw):
@@ -353,7 +356,7 @@ TABLE = {
     f"optmerge, {tuned}": _descent(
       methods.optmerge(0.5, tuned, 1e-4, 20),
       lambda taus, tuned=tuned: descent.optmerge(taus, tuned, 1e-4, 20),
-      homogeneous=tuned == "lora",  # Its steps are as long as the gradient, not those of Adam.
+      adam=tuned == "full",  # The steps of adapters are as long as the gradient.
     )
     for tuned in ("full", "lora")
   },
@@ -368,6 +371,7 @@ TABLE = {
     },
     summed=True,
     decomposes="matrices",
+    adam=True,
     homogeneous=False,
     one=False,  # The directions of one task are all shared: which are the first is arbitrary.
   ),
