@@ -157,7 +157,8 @@ def _flat(config: Config, prefix: str = "") -> dict[str, Any]:
 
 def _rope(config: Config) -> dict[str, Any]:
   """The rope of a model, which versions of transformers spell differently."""
-  every = config.get("rope_parameters") or config.get("rope_scaling") or {}
+  every = config.get("rope_parameters") or config.get("rope_scaling")
+  every = every if isinstance(every, Mapping) else {}
   kinds = {k: v for k, v in every.items() if isinstance(v, Mapping)}
   own = dict(kinds.get("full_attention", {}) if kinds else every)
   sliding = kinds.get("sliding_attention", {}).get("rope_theta")

@@ -177,6 +177,14 @@ def test_layers_that_predict_more_tokens_lie_behind_those_that_are_counted():
     layers.resized(config, 6, {0: 5, 1: 0})
 
 
+def test_the_part_of_a_part_is_found():
+  own = {"thinker": {"text_config": {"num_hidden_layers": 3}, "audio": {"layers": 2}}}
+  found = layers.resized(own, 3, {0: 0, 1: 2})
+  assert found == {"thinker": {"text_config": {"num_hidden_layers": 2}, "audio": {"layers": 2}}}
+  names = ["thinker.model.layers.2.w", "thinker.audio.layers.0.w"]
+  assert layers.main(names, own) == "thinker.model.layers."
+
+
 def test_layers_are_counted_as_they_are_stored():
   """The config says 9 of 3, somewhere within; of two stacks it is asked which is meant."""
   own = {"num_hidden_layers": 9, "layer_types": list("abcdefghi")}

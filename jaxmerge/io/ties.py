@@ -100,7 +100,8 @@ def among(tensors: Mapping[str, Shaped], config: Mapping[str, Any]) -> Ties | No
 
 
 def _is_language_model(config: Mapping[str, Any]) -> bool:
-  words = " ".join(map(str, config.get("architectures") or ()))
+  classes = config.get("architectures")
+  words = " ".join(map(str, classes if isinstance(classes, list) else ()))
   return re.search("ForCausalLM|LMHead|ForConditionalGeneration|ForMaskedLM", words) is not None
 
 

@@ -119,7 +119,7 @@ def _followed(key: str, value: Any, layers: Layers) -> Any:
   if not isinstance(value, list | tuple):
     return value
   if key == "attention_types":  # GPT-Neo's, [[kinds, how often], ...].
-    kinds = [kind for own, times in value for _ in range(times) for kind in own]
+    kinds = [k for own in value if isinstance(own, list) and len(own) == 2 for k in _repeated(*own)]
     return [[[kinds[old] for old in layers.order], 1]] if layers.each(kinds) else value
   if key == "block_types" and value:  # RecurrentGemma's, which begin anew at their end.
     kinds = [value[old % len(value)] for old in layers.order]
@@ -128,6 +128,10 @@ def _followed(key: str, value: Any, layers: Layers) -> Any:
   if _is_numbers(key, value, layers.height):
     return [i for i, old in enumerate(layers.order) if old in value]
   return [value[old] for old in layers.order] if layers.each(value) else value
+
+
+def _repeated(kinds: Any, times: Any) -> list[Any]:
+  return kinds * times if isinstance(kinds, list) and type(times) is int else []
 
 
 def _is_numbers(key: str, value: Sequence[Any], height: int) -> bool:
@@ -145,7 +149,7 @@ def _inside(key: str, value: Config, layers: Layers) -> dict[str, Any]:
     return found if "layer" in key else dict(value)
   if key == "linear_attn_config":  # Kimi's: its numbers begin with 1.
     return {
-      k: [i + 1 for i, old in enumerate(layers.order) if old + 1 in v] if "layers" in k else v
+      k: [i + 1 for i, old in enumerate(layers.order) if old + 1 in v] if isinstance(v, list) else v
       for k, v in value.items()
     }
   if any("layer" in k and type(v) is int for k, v in value.items()):
@@ -159,9 +163,11 @@ def _inside(key: str, value: Config, layers: Layers) -> dict[str, Any]:
 def _sparse(config: Config, made: dict[str, Any], layers: Layers) -> dict[str, Any]:
   """Every n-th layer has experts, but for those of a list: Qwen's."""
   step = config.get("decoder_sparse_step")
+  listed = config.get("mlp_only_layers") or []
   if type(step) is not int or step <= 1 or "mlp_only_layers" not in config:
     return made
-  listed = config["mlp_only_layers"] or []
+  if not isinstance(listed, list):
+    raise ValueError(f"mlp_only_layers of the config must be a list, got {listed!r:.100}.")
   dense = [(old + 1) % step != 0 or old in listed for old in layers.order]
   new = made["mlp_only_layers"] or []
   if dense == [(i + 1) % step != 0 or i in new for i in range(len(dense))]:

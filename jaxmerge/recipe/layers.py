@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple  # Any: what a config.json holds.
 
 from jaxmerge.recipe.layer_config import Layers, ahead, stacked
@@ -57,8 +57,8 @@ def main(names: Iterable[str], config: Mapping[str, Any]) -> str:
     ValueError: if there is none, or more than one.
   """
   found = stacks(names)
-  heights = {config.get(key) for key in _COUNTS}
-  heights |= {v.get(key) for v in config.values() if isinstance(v, dict) for key in _COUNTS}
+  said = [own.get(key) for own in _parts(config).values() for key in _COUNTS]
+  heights = {height for height in said if type(height) is int}
   fits = [stack for stack, height in found.items() if height in heights] or list(found)
   if len(fits) != 1:
     words = ", ".join(f"{stack}* ({found[stack]})" for stack in fits) or "none"
@@ -88,7 +88,7 @@ def resized(
   Raises:
     ValueError: where it cannot be told which of its numbers is meant, or a rule does not hold.
   """
-  parts = {"": config, **{k: v for k, v in config.items() if isinstance(v, Mapping)}}
+  parts = _parts(config)
   every = [(n, k) for n, own in parts.items() for k in _COUNTS if type(own.get(k)) is int]
   fits = [(n, k) for n, k in every if height in (parts[n][k], parts[n][k] + ahead(parts[n]))]
   mine, theirs = _words(module), set().union(*map(_words, others)) - _words(module)
@@ -103,8 +103,24 @@ def resized(
     layers = Layers(height or parts[part][key], tuple(order[i] for i in range(len(order))))
     own = stacked(parts[part], key, layers)
     own |= {k: own[key] for _, k in places}
-    return {**config, part: own} if part else own
+    return _changed(config, part.split(".") if part else [], own)
   return dict(config)
+
+
+def _parts(config: Mapping[str, Any], prefix: str = "", depth: int = 3) -> dict[str, Any]:
+  """The parts of a config, of a part too, by their names with dots."""
+  found = {prefix: config}
+  for key, own in config.items() if depth else ():
+    if isinstance(own, Mapping):
+      found |= _parts(own, f"{prefix}.{key}".removeprefix("."), depth - 1)
+  return found
+
+
+def _changed(config: Mapping[str, Any], path: Sequence[str], own: Any) -> dict[str, Any]:
+  """A config with another part, or with what that says if the path is empty."""
+  if not path:
+    return dict(own)
+  return {**config, path[0]: _changed(config[path[0]], path[1:], own)}
 
 
 def _words(name: str) -> set[str]:
