@@ -16,7 +16,8 @@
 # Four tasks, one small network, one model that does them all. We fine-tune a copy of the model on
 # every task, merge the copies, and repeat: alternating tuning and merging, ATM
 # ([arXiv:2411.03055](https://arxiv.org/abs/2411.03055)). Beside it stand the merges that need only
-# one exchange: averaging, task arithmetic, TIES.
+# one exchange: averaging, task arithmetic, TIES, and TSV-M, which merges each layer's matrix by its
+# singular vectors.
 #
 # On a fresh machine: `pip install "jaxmerge[demo]"`.
 
@@ -89,6 +90,7 @@ for name, method in {
   "average": methods.average(),
   "task arithmetic": methods.task_arithmetic(scale=0.4),
   "TIES": methods.ties(density=0.2, scale=1.0),
+  "TSV-M": methods.tsv(),
 }.items():
   scores[name] = accuracy(jaxmerge.merge(method, base, experts))
 

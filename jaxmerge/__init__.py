@@ -24,6 +24,7 @@ _ROOMS = (
   "hi_merging",
   "inspecting",
   "io",
+  "layouts",
   "memory",
   "methods",
   "models",
@@ -45,7 +46,15 @@ def __getattr__(name: str) -> Any:
     return getattr(importlib.import_module(_HOMES[name]), name)
   if name in _ROOMS:
     return importlib.import_module(f"jaxmerge.{name}")
-  raise AttributeError(f"module 'jaxmerge' has no attribute {name!r}.")
+  raise AttributeError(f"module 'jaxmerge' has no attribute {name!r}{_hint(name)}.")
+
+
+def _hint(name: str) -> str:
+  """Says where a name is that is not here, or what is near it."""
+  catalog = importlib.import_module("jaxmerge.catalog")
+  if name in catalog.METHODS:
+    return f"; it is a method, jaxmerge.methods.{name}()"
+  return "" if name.startswith("_") else str(catalog.nearest(name, __all__))
 
 
 def __dir__() -> list[str]:

@@ -12,7 +12,6 @@ import functools
 import json
 import os
 import pathlib
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple  # Any: arrays of jax, or of NumPy where loaded.
 
@@ -20,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmerge import catalog, memory, tree, views
+from jaxmerge import arguments, catalog, layouts, memory, tree, views
 from jaxmerge.io import adapter as peft
 from jaxmerge.io import atomic, safetensors
 from jaxmerge.io.tensor import Files
@@ -58,12 +57,12 @@ class Lora(NamedTuple):
 Adapter = Mapping[str, Lora]
 
 
-def applied(params: Tree, adapter: Adapter, *, layout: Sequence[tuple[str, str]] = ()) -> Tree:
+def applied(params: Tree, adapter: Adapter, *, layout: layouts.Said | None = ()) -> Tree:
   """Adds an adapter to a model: its matrices become matrix + scale * b @ a.
 
   A matrix is the leaf of the adapter's name, or that name with `/kernel` or `.weight`. Leaves have
-  the view that `layout` says; else the outputs are the last axis of a kernel, and the first of
-  others.
+  the view that `layout` says, else that of their library (see `jaxmerge.layouts`); of two axes of
+  which that says nothing the outputs are the first.
 
   Raises:
     ValueError: naming the matrix that the model does not have, or that has another shape.
@@ -76,7 +75,7 @@ def applied(params: Tree, adapter: Adapter, *, layout: Sequence[tuple[str, str]]
   """
   leaves = tree.named(params)
   changed = {}
-  for leaf, own in _placed(leaves, adapter, views.check(layout)).items():
+  for leaf, own in _placed(leaves, adapter, layout).items():
     x, delta = jnp.asarray(leaves[leaf]), own.delta()
     wide = tree.compute_dtype(x.dtype, delta.dtype)
     changed[leaf] = (x.astype(wide) + delta.astype(wide)).astype(x.dtype)
@@ -84,14 +83,14 @@ def applied(params: Tree, adapter: Adapter, *, layout: Sequence[tuple[str, str]]
 
 
 def merged(
-  method: Method,
+  method: Method | Any,
   base: Tree,
-  adapters: Sequence[Adapter],
+  adapters: Sequence[Adapter] | Any,
   *,
   aux: Mapping[str, Any] | None = None,
   seed: int | jax.Array | None = None,
   names: Sequence[str] | None = None,
-  layout: Sequence[tuple[str, str]] = (),
+  layout: layouts.Said | None = (),
 ) -> Tree:
   """Merges what K adapters add to a model: base + M(scale * b @ a of each). Like `jaxmerge.merge`.
 
@@ -103,7 +102,7 @@ def merged(
   Args:
     method: what `jaxmerge.methods` makes.
     base: tree of arrays [*s].
-    adapters: one a task.
+    adapters: a list, one a task, or a dict of them by name.
     aux: numbers by name, in place of the method's own; trees of them have the merged leaves.
     seed: for methods with random masks.
     names: names of the adapters; masks depend on them.
@@ -121,10 +120,14 @@ def merged(
     >>> merged(methods.magmax(1.0), base, [one, two])["dense"]["kernel"].tolist()
     [[5.0, 4.0], [1.0, 4.0]]
   """
-  leaves, table = tree.named(base), views.check(layout)
-  placed = [_placed(leaves, own, table) for own in adapters]
-  view = {leaf: own.view for each in placed for leaf, own in each.items()}
-  if not view:
+  method, leaves = arguments.method(method), tree.named(base)
+  if isinstance(adapters, Mapping):  # By name; or one alone.
+    alone = all(isinstance(x, Lora) for x in adapters.values())
+    names = names if alone else names or list(adapters)
+    adapters = [adapters] if alone else list(adapters.values())
+  placed = [_placed(leaves, own, layout) for own in adapters]
+  rules = {leaf: own.rule for each in placed for leaf, own in each.items()}
+  if not rules:
     raise ValueError(f"{len(placed)} adapters without a matrix are given: there is none to merge.")
 
   def stack(leaf: str) -> jax.Array:
@@ -136,12 +139,12 @@ def merged(
 
   out = memory.merge(
     method,
-    {leaf: leaves[leaf] for leaf in view},
-    {leaf: stack(leaf) for leaf in view},
+    {leaf: leaves[leaf] for leaf in rules},
+    {leaf: stack(leaf) for leaf in rules},
     aux=aux,
     seed=seed,
     names=names,
-    layout=[(rf"^{re.escape(leaf)}\Z", own) for leaf, own in view.items()],
+    layout=layouts.fitted(method, {n: np.shape(leaves[n]) for n in rules}, rules),
     deltas=True,
   )
   return tree.rebuild(base, leaves | out)
@@ -153,7 +156,7 @@ def extracted(
   matrices: Iterable[str],
   rank: int,
   *,
-  layout: Sequence[tuple[str, str]] = (),
+  layout: layouts.Said | None = (),
 ) -> dict[str, Lora]:
   """Makes an adapter of what a model adds to its base: the nearest matrices of a rank.
 
@@ -174,10 +177,11 @@ def extracted(
      [0. 0.]]
   """
   tree.check_same(base, model, left="the base", right="the model", dtype=False)
-  leaves, tuned, table = tree.named(base), tree.named(model), views.check(layout)
+  leaves, tuned = tree.named(base), tree.named(model)
+  rules = layouts.of_leaves(leaves, layout)
 
   def nearest(name: str) -> Lora:
-    leaf, view, _ = _place(leaves, name, table)
+    leaf, view, _ = _place(leaves, name, rules)
     tau = memory.task_vectors(jnp.asarray(tuned[leaf])[None], jnp.asarray(leaves[leaf]))
     return _nearest(views.rows(tau, view)[0], rank)
 
@@ -311,17 +315,21 @@ class _Placed(NamedTuple):
   lora: Lora
   view: str
   shape: tuple[int, ...]
+  rule: layouts.Rule
 
   def delta(self) -> jax.Array:
     """What is added to the leaf, as it lies, [*s]."""
     return views.from_rows(self.lora.delta()[None], self.view, self.shape)[0]
 
 
-def _placed(leaves: Mapping[str, Any], adapter: Adapter, table: views.Views) -> dict[str, _Placed]:
+def _placed(
+  leaves: Mapping[str, Any], adapter: Adapter, layout: layouts.Said | None
+) -> dict[str, _Placed]:
   """The matrices of an adapter by the leaves of a model to which they are added."""
   found: dict[str, _Placed] = {}
+  rules = layouts.of_leaves(leaves, layout)
   for name, own in adapter.items():
-    leaf, view, shape = _place(leaves, name, table)
+    leaf, view, shape = _place(leaves, name, rules)
     if leaf in found:
       raise ValueError(f"{name!r} is not the only matrix of an adapter that is added to {leaf!r}.")
     if own.a.shape[0] != own.b.shape[1]:
@@ -334,24 +342,26 @@ def _placed(leaves: Mapping[str, Any], adapter: Adapter, table: views.Views) -> 
         f"the adapter of {name!r} is for a matrix {[own.b.shape[0], own.a.shape[1]]} of outputs "
         f"and inputs, but {leaf!r} is {list(np.shape(leaves[leaf]))}, {view!r}."
       )
-    found[leaf] = _Placed(own, view, np.shape(leaves[leaf]))
+    # A lookup stays one, though an adapter has rows and columns of it; what was open is not.
+    rule = layouts.Rule(view, "adapter") if rules[leaf].open else rules[leaf]
+    found[leaf] = _Placed(own, view, np.shape(leaves[leaf]), rule)
   return found
 
 
 def _place(
-  leaves: Mapping[str, Any], name: str, table: views.Views
+  leaves: Mapping[str, Any], name: str, rules: Mapping[str, layouts.Rule]
 ) -> tuple[str, str, tuple[int, ...]]:
   """The leaf that an adapter means by a name, its view, and how many rows and columns it has."""
   leaf = next((n for n in (name, f"{name}/kernel", f"{name}.weight") if n in leaves), None)
   if leaf is None:
     raise ValueError(f"the model has no matrix {name!r}{catalog.nearest(name, leaves)}.")
-  shape, floating = np.shape(leaves[leaf]), tree.is_floating(leaves[leaf])
-  inner = "i" * (len(shape) - 1)
-  view = views.view_of(leaf, table) or (f"{inner}o" if leaf.endswith("kernel") else f"o{inner}")
-  if not floating or len(view) != len(shape):
-    raise ValueError(
-      f"{leaf!r} is {leaves[leaf].dtype}{list(shape)}, which is no floating-point matrix {view!r}."
-    )
+  shape, dtype, rule = np.shape(leaves[leaf]), leaves[leaf].dtype, rules[leaf]
+  if not tree.is_floating(leaves[leaf]) or rule.view is None:
+    raise ValueError(f"{leaf!r} is {dtype}{list(shape)}, which is no floating-point matrix.")
+  if rule.open and len(shape) > 2:
+    said = " or ".join(f"[({leaf!r}, {view!r})]" for view in layouts.choices(len(shape)))
+    raise ValueError(f"how {leaf!r} {list(shape)} lies is not known: say it by layout, {said}.")
+  view = rule.view.replace("l", "o")
   seen = jax.eval_shape(
     lambda x: views.rows(x, view), jax.ShapeDtypeStruct((1, *shape), jnp.float32)
   )

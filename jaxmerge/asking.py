@@ -9,7 +9,16 @@ from typing import Any  # What a config.json holds.
 
 import numpy as np
 
-from jaxmerge import catalog, compatibility, misfits, planning, remote_code, spelling, tying
+from jaxmerge import (
+  catalog,
+  compatibility,
+  layouts,
+  misfits,
+  planning,
+  remote_code,
+  spelling,
+  tying,
+)
 from jaxmerge.io import folder, safetensors
 from jaxmerge.planning import Job, Model, Plan, Want
 
@@ -103,6 +112,18 @@ def planned(
   if changed != donor.config:
     plan = plan._replace(texts={folder.CONFIG: json.dumps(changed, indent=2) + "\n"})
   return remote_code.settled(plan, (donor, *models))
+
+
+def laid_out(plan: Plan, method: Any, layout: layouts.Said | None) -> Plan:
+  """Settles how the tensors of a plan's first job lie, which a method merges.
+
+  Raises:
+    ValueError: for a layout that does not fit them, or does not suffice for the method.
+  """
+  shapes = {o.name: o.shape for o in plan.outputs if o.job == 0}
+  names = [o.name for o in plan.outputs]
+  table = layouts.settled(method, shapes, layout, names=names)
+  return plan._replace(jobs=(plan.jobs[0]._replace(layout=table), *plan.jobs[1:]))
 
 
 def stated(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:

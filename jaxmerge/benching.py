@@ -18,11 +18,11 @@ from jaxmerge import (
   catalog,
   configuring,
   experiment,
+  layouts,
   methods,
   problems,
   report,
   stage,
-  views,
   workdir,
 )
 from jaxmerge.atm import baselines, evaluate
@@ -311,7 +311,7 @@ def _cost(
   """
   given = work.params, work.stacks["experts"], jnp.asarray([scale], jnp.float32), dict(numbers)
   options: dict[str, Any] = {"method": method, "seed": seed, "names": tuple(work.names)}
-  options["layout"] = views.check(work.problem.layout)
+  options["layout"] = layouts.check(work.problem.layout)
   program = baselines.at_scales.lower(*given, **options).compile()
   jax.block_until_ready(program(*given))
   begun = time.process_time()

@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxmerge import (
   chips,
+  layouts,
   memory,
   problems,
   roofline,
@@ -175,7 +176,9 @@ def of_loop(config: Mapping[str, Any], devices: Sequence[Any]) -> Iterator[Progr
   kept = settings.local_state == "kept"
   model = placing.in_place(shapes.apply, mesh, rules)
   step = tune.step(model, tune.cross_entropy, settings, local)
-  parts = rounds.Parts(step, local, own, method, count, slots, kept, shapes.layout, mesh, rules)
+  leaves = {n: x.shape for n, x in tree.named(params).items()}
+  table = layouts.settled(method, leaves, shapes.layout)
+  parts = rounds.Parts(step, local, own, method, count, slots, kept, table, mesh, rules)
   by_task = meshes.by_task(mesh)
   plan = sampling.plan(names, list(shapes.counts.values()), settings, 0, rounds=settings.rounds)
   trips = int(plan.steps.max())

@@ -18,7 +18,7 @@ from jax import lax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxmerge import unrolling, views
+from jaxmerge import layouts, unrolling, views
 from jaxmerge.stage import Leaf, Stage
 
 Array = jax.Array
@@ -59,7 +59,7 @@ def leaves(
   x: Mapping[str, Array],
   about: Mapping[str, Leaf],
   known: Any,
-  layout: views.Views,
+  layout: layouts.Table,
   deal: Deal | None,
 ) -> dict[str, Array]:
   """Updates those of some leaves [K, *s] that a stage takes matrix by matrix: [M, *s].
@@ -74,9 +74,9 @@ def leaves(
   """
   if step.unit != "matrix" or step.keep or deal is None or deal.mesh is None:
     return {}
-  hands = {}
+  hands, unit = {}, layouts.Unit(step.unit, step.lookups)
   for name, leaf in about.items():
-    own, view = x[name], views.view_of(name, layout)
+    own, view = x[name], layouts.seen(layout.view(name), unit)
     if own.size and (view is not None or step.rest == "row"):
       hands[name] = Hand(own, leaf.base, views.or_row(own, view), (leaf._replace(base=None), known))
 

@@ -22,10 +22,12 @@ import numpy as np
 import xxhash
 
 from jaxmerge import (
+  arguments,
   asking,
   evaluating,
   fingerprint,
   finishing,
+  layouts,
   opening,
   planning,
   processes,
@@ -34,7 +36,6 @@ from jaxmerge import (
   streaming,
   summarizing,
   tying,
-  views,
 )
 from jaxmerge.io import atomic, folder, growing, hub, safetensors, shared
 from jaxmerge.io.tensor import Files, Tensor
@@ -49,8 +50,8 @@ SHARD = 5_000_000_000  # Bytes; what other tools write.
 
 
 def merge_files(
-  method: Method,
-  models: Sequence[Path],
+  method: Method | Any,
+  models: Sequence[Path] | Any,
   out: Path,
   *,
   base: Path | None = None,
@@ -59,7 +60,7 @@ def merge_files(
   seed: int | None = None,
   names: Sequence[str] | None = None,
   words: str | None = None,
-  layout: Sequence[tuple[str, str]] = (),
+  layout: layouts.Said | None = (),
   dtype: str | None = None,
   missing: str = "error",
   allow: Sequence[str] = (),
@@ -72,9 +73,9 @@ def merge_files(
 
   Args:
     method: what `jaxmerge.methods` makes, or a method of your own.
-    models: Hugging Face folders with safetensors, or checkpoints: of a run, its newest step; or, as
-      texts, ids of the hub: `org/name`, or `org/name@revision`; or, as texts, either of them with a
-      PEFT adapter: `model+adapter`.
+    models: a list, or a dict by name, of Hugging Face folders with safetensors, or checkpoints: of
+      a run, its newest step; or, as texts, ids of the hub: `org/name`, or `org/name@revision`; or,
+      as texts, either of them with a PEFT adapter: `model+adapter`.
     out: folder of the result.
     base: the base, likewise.
     download: whether models that the hub's cache lacks are fetched; else no network is used.
@@ -82,7 +83,7 @@ def merge_files(
     seed: for methods with random masks.
     names: of the models; else they are called as their folders.
     words: what the model card calls the method, such as "TIES, density 0.2".
-    layout: matrix views, (regular expression, view).
+    layout: matrix views, as for `jaxmerge.merge`.
     dtype: of the result's floating tensors, as numpy calls it; None: as in the base.
     missing: what becomes of a tensor that some models lack: "error", "base", "mean" or "skip".
     allow: settings in which models may differ though weights mean something else then, such as
@@ -98,6 +99,8 @@ def merge_files(
     ValueError: naming file, tensor and value, for inputs that do not fit or are damaged.
     FileExistsError: where there is something at `out` and `replace` is not set.
   """
+  method = arguments.method(method)
+  models, names = arguments.paths(models, names)
   called = list(names) if names is not None else [str(pathlib.Path(m)) for m in models]
   kept = asking.checked(called, len(models), base=base is not None, dtype=dtype, missing=missing)
   files, find = Files(), hub.Finder(download=download)
@@ -107,8 +110,9 @@ def merge_files(
     each = opening.every(references, files, find)
     start = None if base is None else each.pop()
     said = {"method": fingerprint.fingerprint(method), **({"words": words} if words else {})}
-    job = planning.Job(lambda: method, said, tuple(called), aux or {}, seed, views.check(layout))
+    job = planning.Job(lambda: method, said, tuple(called), aux or {}, seed)
     plan = asking.planned(job, start, each, dtype=kept, missing=missing, allow=allow)
+    plan = asking.laid_out(plan, method, layout)
     plan = plan._replace(facts={**plan.facts, **find.facts})
     made = run(plan, out, **options)
   finally:

@@ -26,7 +26,7 @@ def identity(plan: Plan, shards: Mapping[str, Sequence[str]], out_format: str) -
     "outputs": [[o.name, o.dtype.name, o.shape, o.job, o.precision] for o in plan.outputs],
     "sources": [[t.where for t in (o.base, *o.models) if t is not None] for o in plan.outputs],
     "jobs": [
-      [j.words, j.models, fingerprint.fingerprint(j.numbers), j.seed, list(j.layout)]
+      [j.words, j.models, fingerprint.fingerprint(j.numbers), j.seed, j.layout.plain()]
       for j in plan.jobs
     ],
     "shards": shards,
@@ -189,6 +189,7 @@ def _job(plan: Plan, number: int) -> dict[str, Any]:
     "numbers": _numbers(job),
     "models": job.models,
     "seed": job.seed,
+    "layout": job.layout.plain(),
     "tensors": sum(o.job == number for o in plan.outputs),
   }
 

@@ -10,22 +10,32 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmerge import dealing, resolving, stage, statistics, tree, unrolling, views
+from jaxmerge import (
+  arguments,
+  dealing,
+  layouts,
+  resolving,
+  stage,
+  statistics,
+  tree,
+  unrolling,
+  views,
+)
 from jaxmerge import mesh as meshes
 from jaxmerge.stage import Array, Leaf, Method, Stage
 from jaxmerge.tree import Tree
 
 
 def merge(
-  method: Method,
+  method: Method | Any,
   base: Tree,
-  models: Tree,
+  models: Any,  # A stack; what else is taken for several models, `arguments` says.
   *,
   aux: Mapping[str, Any] | None = None,
   seed: int | Array | None = None,
   names: Sequence[str] | None = None,
   reference: Tree | None = None,
-  layout: Sequence[tuple[str, str]] = (),
+  layout: layouts.Said | layouts.Table | None = (),
   deltas: bool = False,
 ) -> Tree:
   """Merges task vectors and adds the result to the base: base + M(models - base).
@@ -38,14 +48,16 @@ def merge(
   Args:
     method: what `jaxmerge.methods` makes.
     base: tree of arrays [*s].
-    models: stack of K models, [K, *s], as `jaxmerge.stack` makes it.
+    models: stack of K models, [K, *s], as `jaxmerge.stack` makes it; or a list of K trees like the
+      base, or a dict of them by name.
     aux: numbers by name, in place of the method's own: a scalar, one per model [K], or a tree with
       one of these, or an array [K, *s], per leaf. Other numbers do not compile again.
     seed: for methods with random masks.
     names: names of the models. Masks depend on them and not on the order; without them the models
       are called "0", "1", and so on. Methods to which the order matters keep that of the stack.
     reference: what is subtracted from the models, if not the base.
-    layout: matrix views, (regular expression, view), see `jaxmerge.views`.
+    layout: matrix views of leaves, (regular expression, view), where those of their library are not
+      right, see `jaxmerge.layouts`; a view of None: the leaf is no matrix.
     deltas: the models are task vectors: nothing is subtracted from them.
 
   Raises:
@@ -59,19 +71,21 @@ def merge(
     >>> jaxmerge.merge(jaxmerge.methods.average(), base, experts)["w"].tolist()
     [2.0, 2.0]
   """
+  method = arguments.method(method)
+  models, names = arguments.stacked(base, models, names)
   check_models(base, models, base if reference is None else reference)
   aux = dict(aux or {}, **({} if seed is None else {"seed": seed}))
   return _driven(method, base, reference, models, aux, names, layout, deltas)
 
 
 def blend(
-  method: Method,
+  method: Method | Any,
   models: Tree,
   *,
   aux: Mapping[str, Any] | None = None,
   seed: int | Array | None = None,
   names: Sequence[str] | None = None,
-  layout: Sequence[tuple[str, str]] = (),
+  layout: layouts.Said | layouts.Table | None = (),
 ) -> Tree:
   """Merges the weights themselves, without a base: M(models). Arguments as for `merge`.
 
@@ -83,6 +97,7 @@ def blend(
     >>> jaxmerge.blend(jaxmerge.methods.average(weight=(3.0, 1.0)), models)["w"].tolist()
     [1.5, 1.0]
   """
+  method, models = arguments.method(method), arguments.blended(models)
   tree.height(models)
   for name, leaf in tree.named(models).items():
     if tree.is_floating(leaf) or isinstance(leaf, jax.core.Tracer):
@@ -159,7 +174,7 @@ def transform(
   models: dict[str, Array],
   base: Mapping[str, Array] | None,
   ready: Ready,
-  layout: views.Views = (),
+  layout: layouts.Table = layouts.NONE,
   deal: dealing.Deal | None = None,
 ) -> dict[str, Array]:
   """Runs a method over leaves by name, while tracing: stacks [K, *s] -> stacks [M, *s]."""
@@ -176,7 +191,7 @@ def transform(
         known[statistic.name] = statistics.settled(statistic, parts, known)
       done = dealing.leaves(step, x, leaves, known, layout, deal)
       for n in [n for n in names if n not in done]:
-        done[n] = update(step, x[n], leaves[n], known, kept[n], views.view_of(n, layout))
+        done[n] = update(step, x[n], leaves[n], known, kept[n], layout.view(n))
       x.update(done)
   return x
 
@@ -208,6 +223,7 @@ def seen(step: Stage, x: Any, kept: list[Array]) -> Any:
 def _updated(step: Stage, x: Array, leaf: Leaf, known: Any, view: str | None) -> Array:
   if step.unit == "entry":
     return step.update(x, leaf, known)
+  view = layouts.seen(view, layouts.Unit(step.unit, step.lookups))
   if view is None:
     if step.rest is None:
       raise ValueError("a leaf has no matrix view; declare it in `layout` or mask the method.")
@@ -251,7 +267,7 @@ def _driven(
   models: Tree,
   aux: Mapping[str, Any],
   names: Sequence[str] | None,
-  layout: Sequence[tuple[str, str]],
+  layout: layouts.Said | layouts.Table | None,
   deltas: bool = False,
 ) -> Tree:
   stacks = tree.named(models)
@@ -261,7 +277,8 @@ def _driven(
   # Sums over a task axis that devices share must stay sums, which the compiler makes reductions.
   shared = any(views.over_first(x) for x in stacks.values())
   chains = False if shared else unrolling.pays(stacks.values())
-  given = dict(method=method, layout=views.check(layout), deal=dealing.of(stacks.values(), chains))
+  table = layouts.settled(method, shapes, layout, names=stacks)
+  given = dict(method=method, layout=table, deal=dealing.of(stacks.values(), chains))
   out, finite = _compiled(base, reference, models, ready, **given, subtracted=deltas)
   if not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((finite, out))):
     refuse_nonfinite(meshes.fetch(finite), names, ready.order)
@@ -303,7 +320,7 @@ def _compiled(
   ready: Ready,
   *,
   method: Method,
-  layout: views.Views,
+  layout: layouts.Table,
   deal: dealing.Deal,
   subtracted: bool = False,
 ) -> tuple[Tree, dict[str, tuple[Any, Any, Array]]]:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple  # Any: a method, which only a driver looks i
 
 import numpy as np
 
-from jaxmerge import catalog
+from jaxmerge import catalog, layouts
 from jaxmerge.io import codes, folder, safetensors, ties, weights
 from jaxmerge.io.tensor import Files, Tensor
 from jaxmerge.precision import Precision
@@ -70,7 +70,7 @@ class Job(NamedTuple):
     models: names of the models.
     numbers: the method's numbers by name: for all, or by tensor.
     seed: for random masks.
-    layout: matrix views.
+    layout: matrix views by tensor.
   """
 
   method: Callable[[], Any]
@@ -78,7 +78,7 @@ class Job(NamedTuple):
   models: tuple[str, ...]
   numbers: Mapping[str, Any] = {}
   seed: int | None = None
-  layout: Sequence[tuple[str, str]] = ()
+  layout: layouts.Table = layouts.NONE
 
 
 class Want(NamedTuple):

@@ -8,13 +8,13 @@ that has none. States are trees of arrays: they go through `jit` and `lax.scan`,
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple  # Any: states and parameters are trees.
 
 import jax
 import jax.numpy as jnp
 
-from jaxmerge import catalog, memory, stage, tree, views
+from jaxmerge import arguments, catalog, layouts, memory, stage, tree, views
 from jaxmerge.methods import subspaces
 from jaxmerge.stage import Method, State
 from jaxmerge.tree import Tree
@@ -39,12 +39,12 @@ class Running(NamedTuple):
 
 
 def of(
-  method: Method,
+  method: Method | Any,
   base: Tree | None = None,
   *,
   aux: Mapping[str, Any] | None = None,
   seed: int | None = None,
-  layout: Sequence[tuple[str, str]] = (),
+  layout: layouts.Said | None = (),
 ) -> Running:
   """Runs a method over models that come one after the other, as `merge` does over all at once.
 
@@ -70,6 +70,7 @@ def of(
     >>> run.finalize(state)["w"].tolist()
     [3.0]
   """
+  method = arguments.method(method)
   if not stage.foldable(method):
     raise ValueError(
       "the method needs all models at once: it measures them, or its combiner has no fold; "
@@ -77,7 +78,7 @@ def of(
       "or `running.opcm`."
     )
   numbers = dict(aux or {}, **({} if seed is None else {"seed": seed}))
-  take, finish = accumulator(method, views.check(layout))
+  take, finish = accumulator(method, layouts.check(layout))
   seeded = "seed" in stage.numbers(method)
 
   def prepared(params: Tree, name: str | None) -> memory.Ready:
@@ -121,7 +122,7 @@ def of(
 
 
 def accumulator(
-  method: Method, layout: views.Views
+  method: Method, layout: layouts.Said | layouts.Table
 ) -> tuple[Callable[..., State], Callable[..., Tree]]:
   """Returns what takes some models more, and what makes the merge of an accumulator.
 
@@ -139,31 +140,40 @@ def accumulator(
   """
   at, fold = next((i, step.fold) for i, step in enumerate(method) if step.fold)
 
-  def through(at: slice, name: str, x: Any, leaf: stage.Leaf, ready: memory.Ready) -> Any:
+  def table(stacks: Mapping[str, Any], names: Mapping[str, Any]) -> layouts.Table:
+    shapes = {n: x.shape[1:] for n, x in stacks.items() if tree.is_floating(x)}
+    return layouts.settled(method, shapes, layout, names=names)
+
+  def through(
+    at: slice, name: str, x: Any, leaf: stage.Leaf, ready: memory.Ready, view: str | None
+  ) -> Any:
     for step, known in zip(method[at], ready.known[at], strict=True):
       if step.where is None or step.where(name):
-        view = views.view_of(name, layout)
         x = memory.update(step, x, leaf, known[step.group(name)], [], view)
     return x
 
   @jax.jit
   def take(held: Any, models: Any, base: Any, ready: memory.Ready) -> Any:
     references, out = None if base is None else tree.named(base), {}
-    for name, x in tree.named(models).items():
+    leaves = tree.named(models)
+    placed = table(leaves, leaves)
+    for name, x in leaves.items():
       if not tree.is_floating(x):
         continue
       leaf = memory.leaf_of(name, references, ready)
       delta = memory.task_vectors(x, None if references is None else references[name])
-      delta = through(slice(at), name, delta, leaf, ready)
+      delta = through(slice(at), name, delta, leaf, ready, placed.view(name))
       out[name] = fold.add(None if held is None else held[name], delta, leaf)
     return out
 
   @jax.jit
   def finish(held: Any, base: Any, like: Any, ready: memory.Ready) -> Any:
     references, out = None if base is None else tree.named(base), tree.named(like)
-    for name, accumulated in held.items():
-      leaf = memory.leaf_of(name, references, ready)
-      x = through(slice(at + 1, None), name, fold.finish(accumulated, leaf), leaf, ready)
+    about = {n: memory.leaf_of(n, references, ready) for n in held}
+    joined = {n: fold.finish(accumulated, about[n]) for n, accumulated in held.items()}
+    placed = table(joined, out)
+    for name, y in joined.items():
+      x = through(slice(at + 1, None), name, y, about[name], ready, placed.view(name))
       own = None if references is None else references[name]
       out[name] = memory.added(name, x, own, out[name].dtype)
     return tree.rebuild(like, out)
@@ -177,7 +187,7 @@ def opcm(
   alpha: float = _opcm["alpha"].default,
   rank_tol: float = _opcm["rank_tol"].default,
   *,
-  layout: Sequence[tuple[str, str]] = (),
+  layout: layouts.Said | None = (),
 ) -> Running:
   """Merges by `methods.opcm` models that come one after the other.
 
@@ -205,7 +215,10 @@ def opcm(
      [1.491 0.745]]
   """
   catalog.check("opcm", {"scale": scale, "alpha": alpha, "rank_tol": rank_tol})
-  table, bases = views.check(layout), tree.named(base)
+  bases = tree.named(base)
+  shapes = {n: jnp.shape(x) for n, x in bases.items() if tree.is_floating(x)}
+  method = subspaces.opcm(scale, alpha, rank_tol)
+  table, unit = layouts.settled(method, shapes, layout, names=bases), layouts.Unit("matrix")
 
   def init(params: Tree) -> State:
     _check(base, params)
@@ -225,7 +238,7 @@ def opcm(
     taus = {n: memory.task_vectors(x[None], bases[n]) for n, x in floating(params)}
     merged = {}
     for n, tau in taus.items():
-      held, view = state["merged"][n], views.view_of(n, table)
+      held, view = state["merged"][n], layouts.seen(table.view(n), unit)
       if view is None:
         merged[n] = held + tau[0]
       else:

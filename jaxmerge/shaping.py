@@ -8,8 +8,8 @@ from typing import Any, NamedTuple  # Any: configs are plain trees.
 import jax
 import jax.numpy as jnp
 
+from jaxmerge import layouts
 from jaxmerge import mesh as meshes
-from jaxmerge import views
 from jaxmerge.atm import tune
 from jaxmerge.models import bert, cnn, encoder, llama
 from jaxmerge.tasks import images, text
@@ -37,7 +37,7 @@ class Shapes(NamedTuple):
   inputs: Any
   labels: tuple[int, ...]
   head: tuple[int, int] | None
-  layout: views.Views
+  layout: layouts.Said
   rules: meshes.Rules = ()
 
   def rows(self, height: int) -> tune.Rows:
@@ -63,7 +63,7 @@ def images4(config: Mapping[str, Any]) -> Shapes:
   counts = {n: max(1, rows * 1797 // images.ROWS) if n == "digits" else rows for n in images.NAMES}
   params = jax.eval_shape(cnn.init, jax.random.key(0))
   picture, head = Struct((28, 28), jnp.uint8), (cnn.FEATURES, 10)
-  return Shapes(cnn.apply, params, counts, picture, (), head, views.check(cnn.VIEWS))
+  return Shapes(cnn.apply, params, counts, picture, (), head, layouts.check(cnn.VIEWS))
 
 
 # all-MiniLM-L6-v2, by its config.json.
@@ -80,7 +80,7 @@ def minilm8(config: Mapping[str, Any]) -> Shapes:
   params = jax.eval_shape(lambda: bert.init(MINILM, jax.random.key(0)))
   model = bert.apply(MINILM, jnp.dtype(config["compute_dtype"]))
   row = {"ids": ids, "mask": ids}
-  return Shapes(model, params, counts, row, (), head, views.check(bert.VIEWS))
+  return Shapes(model, params, counts, row, (), head, layouts.check(bert.VIEWS))
 
 
 def decoder(config: Mapping[str, Any]) -> Shapes:
@@ -93,7 +93,7 @@ def decoder(config: Mapping[str, Any]) -> Shapes:
   params = jax.eval_shape(lambda: llama.init(own, jax.random.key(0)))
   counts = {str(name): int(data["train"]) for name in data["domains"]}
   row = Struct((data["length"],), jnp.int32)
-  layout = views.check(llama.VIEWS)
+  layout = layouts.check(llama.VIEWS)
   return Shapes(model, params, counts, row, (data["length"],), None, layout, llama.SHARDING)
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple  # Any: arrays of NumPy, and what stages know
 import jax
 import numpy as np
 
-from jaxmerge import memory, statistics, views
+from jaxmerge import layouts, memory, statistics, views
 from jaxmerge.precision import Precision
 from jaxmerge.stage import Leaf, Method
 
@@ -54,7 +54,7 @@ class Run(NamedTuple):
   shapes: dict[str, tuple[int, ...]]
   ready: memory.Ready
   names: Sequence[str] | None
-  layout: views.Views
+  layout: layouts.Table
   entries: int
   offsets: tuple[dict[str, np.uint32], ...]
   checked: dict[str, int]
@@ -101,7 +101,7 @@ def form_of(run: Run, name: str) -> Form:
   shape, precision = run.shapes[name], run.source.precision.get(name)
   if shape and _needs(run, name) == {"entry"}:
     return Form(acts, None, None, precision)
-  view = views.view_of(name, run.layout)
+  view = run.layout.view(name)
   return Form(acts, (-1, *shape[1:]) if shape else (), view, precision)
 
 
@@ -115,7 +115,7 @@ def unit(run: Run, name: str) -> int:
   shape, needs = run.shapes[name], _needs(run, name)
   if needs == {"entry"}:
     return 1
-  cut = "matrix" not in needs and views.rows_lead(views.view_of(name, run.layout))
+  cut = "matrix" not in needs and views.rows_lead(run.layout.view(name))
   return max(1, math.prod(shape[1:] if cut else shape))
 
 

@@ -175,6 +175,8 @@ class Stage:
     unit: what `update` may be cut along: "entry" anywhere, and x may come flat, [K, n]; "row" needs
       whole rows of the leaf's matrix view, in which it gets x as [K, rows, columns] and leaf.base
       as [rows, columns]; "matrix" gets whole matrices so, those of stacked layers one by one.
+    lookups: what an entry of a lookup, such as an embedding, is to a stage of matrices: a row, or a
+      column; None: a lookup is no matrix, and has no view.
     rest: the update for leaves that have no matrix view, if `unit` needs one; "row": they are shown
       as one row.
     ranked: the update finds under "ranks", in what is known, the place 0, 1, ... of each entry in
@@ -195,6 +197,7 @@ class Stage:
   where: tree.Predicate | None = None
   scope: Scope = "tree"
   unit: Literal["entry", "row", "matrix"] = "entry"
+  lookups: Literal["row", "column"] | None = None
   rest: Callable[..., Array] | Literal["row"] | None = None
   ranked: bool = False
   combines: bool = False

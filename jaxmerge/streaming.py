@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmerge import kernels, memory, ranking, slicing, stage, statistics, tree, views
+from jaxmerge import kernels, layouts, memory, ranking, slicing, stage, statistics, tree
 from jaxmerge.slicing import Form, Parts, Run, Source
 from jaxmerge.stage import Method, Rank, Stage, Statistic, Sum
 from jaxmerge.tree import Tree
@@ -40,7 +40,7 @@ def stream(
   seed: int | None = None,
   names: Sequence[str] | None = None,
   ready: memory.Ready | None = None,
-  layout: Sequence[tuple[str, str]] = (),
+  layout: layouts.Said | layouts.Table | None = (),
   entries: int = 2**20,
   done: Collection[str] = (),
   nonfinite: bool = False,
@@ -73,7 +73,7 @@ def stream(
     copied = source.leaves.keys() - shapes.keys()
     ready = memory.prepare(method, shapes, source.height, aux, names, copied)
   offsets = tuple(stage.offsets(step, shapes) for step in method)
-  layout = views.check(layout)
+  table = layouts.settled(method, shapes, layout, names=source.leaves)
   # Most slices are as long as others: their places are put on the device once.
   counted = functools.lru_cache(2)(lambda n: jax.device_put(np.arange(n, dtype=np.uint32)[None]))
   run = Run(
@@ -82,7 +82,7 @@ def stream(
     shapes,
     ready,
     names,
-    layout,
+    table,
     entries,
     offsets,
     {},

@@ -13,7 +13,7 @@ from typing import Any  # A record is JSON, its values have no one type.
 
 import numpy as np
 
-from jaxmerge import catalog, differing, outcomes, planning
+from jaxmerge import catalog, differing, layouts, outcomes, planning
 from jaxmerge.io import checkpoint, folder, weights
 from jaxmerge.planning import Job, Plan
 
@@ -51,6 +51,7 @@ def described(plan: Plan, *, shard_size: int, out_format: str = "safetensors") -
       reads = readings(job)
       often = "" if reads == 1 else f", read {reads} times"
       out.append(f"job {i + 1}: {count} tensors of {len(job.models)} models{often}, {settings}")
+      out += [f"  outputs and inputs: {words}"] if (words := _laid_out(job)) else []
   return [*out, *(f"note: {line}" for line in plan.notes)]
 
 
@@ -116,18 +117,12 @@ def memory(plan: Plan) -> int:
 
 def _held(job: Job, output: planning.Output) -> int:
   """Entries of a tensor that are in memory at a time, of each model."""
-  whole, words = math.prod(output.shape), _words(job)
+  whole, unit = math.prod(output.shape), layouts.unit_of(job.words).unit
   cut = min(planning.entries(len(job.models)), whole)
-  entry = catalog.METHODS.get(str(words.get("method")))
-  scope = {"row": "row", "column": "matrix"}.get(str(words.get("scope")))
-  unit = scope or ("entry" if entry is None else entry.unit)
   if unit != "row" or cut == whole:
     return whole if unit == "matrix" else cut
-  lead = [re.fullmatch("b*o+i*", view) is not None for _, view in job.layout]
-  if not (lead and all(lead)):  # Looking for names takes long where there are thousands.
-    found = (i for i, (pattern, _) in enumerate(job.layout) if re.search(pattern, output.name))
-    lead = [lead[i] for i in found][:1] or [False]
-  return max(cut, math.prod(output.shape[1:])) if lead[0] else whole
+  leads = re.fullmatch("b*[ol]+i*", job.layout.view(output.name) or "") is not None
+  return max(cut, math.prod(output.shape[1:])) if leads else whole
 
 
 def _words(job: Job) -> Mapping[str, Any]:
@@ -188,7 +183,8 @@ def _method(job: Job, names: Mapping[str, str], count: int) -> Record:
 
   Returns:
     `method`, its name in the catalog, or what it is called; `settings`, `numbers`, in words;
-    `models`, their names; `tensors`, how many; `seed`, None without one.
+    `models`, their names; `tensors`, how many; `seed`, None without one; `layout`, how many
+    lie how, empty for methods that do not ask.
   """
   words = dict(_words(job)) or {"method": str(job.words)}
   return {
@@ -200,7 +196,12 @@ def _method(job: Job, names: Mapping[str, str], count: int) -> Record:
     "models": [names.get(m, m) for m in job.models],
     "tensors": count,
     "seed": job.seed,
+    "layout": _laid_out(job),
   }
+
+
+def _laid_out(job: Job) -> str:
+  return layouts.counted(job.layout, layouts.unit_of(job.words))
 
 
 def _number(value: Any, models: Sequence[str]) -> str:

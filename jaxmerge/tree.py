@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any  # A tree is whatever jax.tree accepts.
 
 import jax
@@ -79,7 +79,7 @@ def matching(pattern: str) -> Predicate:
   return lambda name: found(name) is not None
 
 
-def stack(trees: Sequence[Tree]) -> Tree:
+def stack(trees: Sequence[Tree] | Any) -> Tree:
   """Stacks models of one structure: K trees of [*s] -> one tree of [K, *s].
 
   Raises:
@@ -89,6 +89,8 @@ def stack(trees: Sequence[Tree]) -> Tree:
     >>> stack([{"w": jnp.array([1, 2])}, {"w": jnp.array([3, 4])}])["w"].tolist()
     [[1, 2], [3, 4]]
   """
+  if isinstance(trees, Mapping):
+    raise ValueError("stack takes a list of trees, got a dict; of a dict by name: models.values().")
   trees = list(trees)
   if not trees:
     raise ValueError("stack needs at least one tree, got none.")
@@ -126,7 +128,8 @@ def height(models: Tree) -> int:
       raise ValueError(f"leaf {name!r} is a scalar; in a stack every leaf has a leading task axis.")
     if leaf.shape[0] != leaves[first].shape[0]:
       raise ValueError(
-        f"leaf {name!r} holds {leaf.shape[0]} models, but {first!r} holds {leaves[first].shape[0]}."
+        f"leaf {name!r} holds {leaf.shape[0]} models, but {first!r} holds {leaves[first].shape[0]}"
+        "; is it no stack, which jaxmerge.stack makes of models?"
       )
   return leaves[first].shape[0]
 
@@ -142,13 +145,22 @@ def check_same(a: Tree, b: Tree, *, left: str, right: str, dtype: bool = True) -
   ours, theirs = named(a), named(b)
   for name in sorted(ours.keys() ^ theirs.keys()):
     where, other = (left, right) if name in ours else (right, left)
-    raise ValueError(f"leaf {name!r} is in {where} but not in {other}.")
+    raise ValueError(f"leaf {name!r} is in {where} but not in {other}{_prefix(ours, theirs)}.")
   for name, leaf in ours.items():
     x, y = (v if hasattr(v, "dtype") else np.asarray(v) for v in (leaf, theirs[name]))
     if x.shape != y.shape:
       raise ValueError(f"leaf {name!r} is {x.shape} in {left} but {y.shape} in {right}.")
     if dtype and x.dtype != y.dtype:
       raise ValueError(f"leaf {name!r} is {x.dtype} in {left} but {y.dtype} in {right}.")
+
+
+def _prefix(ours: Collection[str], theirs: Collection[str]) -> str:
+  """Says under which one key all leaves of a tree lie that lie in the other without it."""
+  for more, less in ((ours, theirs), (theirs, ours)):
+    words = {name.split("/", 1)[0] for name in more}
+    if len(words) == 1 and {name.partition("/")[2] for name in more} == set(less):
+      return f": of one all leaves lie under {words.pop()!r}, of the other they do not"
+  return ""
 
 
 def is_floating(leaf: Any) -> bool:

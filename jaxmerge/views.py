@@ -2,15 +2,15 @@
 
 A view is a word with one letter per axis of the leaf: `o` output, `i` input, `b` batch (layers that
 are stacked for a scan). A Flax kernel [in, out] is "io", a file's weight [out, in] is "oi", an
-attention kernel [in, heads, size] is "ioo", a convolution [height, width, in, out] is "iiio". A
-table of views is a sequence of (regular expression, view); the first match wins.
+attention kernel [in, heads, size] is "ioo", a convolution [height, width, in, out] is "iiio". What
+is no matrix but has rows, as an embedding has, is "li": `l` counts the entries that are looked up.
+`jaxmerge.layouts` says which leaf has which view.
 """
 
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any  # Any: arrays of NumPy as well.
 
 import jax
@@ -19,17 +19,6 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 Array = jax.Array
-Views = tuple[tuple[str, str], ...]
-
-
-def view_of(name: str, views: Views) -> str | None:
-  """Returns the view that the table declares for a leaf, or None.
-
-  Example:
-    >>> view_of("layer_0/kernel", (("kernel$", "io"),))
-    'io'
-  """
-  return next((view for pattern, view in views if re.search(pattern, name)), None)
 
 
 def or_row(x: Array, view: str | None) -> str:
@@ -45,24 +34,6 @@ def rows_lead(view: str | None) -> bool:
     (True, False, True, False)
   """
   return view is not None and view[0] != "i" and _order(view, len(view)) == list(range(len(view)))
-
-
-def check(views: Sequence[tuple[str, str]]) -> Views:
-  """Returns the table as a tuple; ValueError for other letters than b, o, i, or bad patterns.
-
-  Example:
-    >>> check([("kernel$", "ix")])
-    Traceback (most recent call last):
-    ValueError: view 'ix' of 'kernel$' must be a word of the letters b, o and i.
-  """
-  for pattern, view in views:
-    if set(view) - set("boi") or not view:
-      raise ValueError(f"view {view!r} of {pattern!r} must be a word of the letters b, o and i.")
-    try:
-      re.compile(pattern)
-    except re.error as error:
-      raise ValueError(f"{pattern!r}, of {view!r}, is no regular expression: {error}.") from error
-  return tuple((pattern, view) for pattern, view in views)
 
 
 def whole(x: Array) -> Array:
@@ -178,4 +149,4 @@ def by_matrix(
 def _order(view: str, ndim: int) -> list[int]:
   if len(view) != ndim:
     raise ValueError(f"view {view!r} names {len(view)} axes, but the leaf has {ndim}.")
-  return [axis for letter in "boi" for axis, own in enumerate(view) if own == letter]
+  return [axis for letter in "bloi" for axis, own in enumerate(view) if own == letter]

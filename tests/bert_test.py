@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from jaxmerge import tree, views
+from jaxmerge import layouts, methods, tree
 from jaxmerge.io import folder, safetensors
 from jaxmerge.models import bert, encoder, names
 
@@ -239,8 +239,9 @@ def test_drawn_parameters_have_the_structure_of_loaded_ones(tiny):
 
 
 def test_views_cover_matrices_and_only_those(tiny):
+  found = layouts.of(methods.tsv(), tiny[1], layout=bert.VIEWS)
   for name, leaf in tree.named(tiny[1]).items():
-    assert (views.view_of(name, bert.VIEWS) is not None) == (leaf.ndim == 2), name
+    assert (found[name].view is not None) == (leaf.ndim == 2), name
 
 
 def changed(**changes):

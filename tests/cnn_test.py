@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmerge import tree, views
+from jaxmerge import layouts, methods, tree
 from jaxmerge.models import cnn
 
 
@@ -101,10 +101,12 @@ def test_stacked_models_give_what_each_gives_alone(params, images):
 
 
 def test_views_cover_the_kernels(params):
-  for name, leaf in tree.named(params).items():
-    view = views.view_of(name, cnn.VIEWS)
-    assert (view is not None) == name.endswith("kernel")
-    assert view is None or len(view) == leaf.ndim
+  """And are those that a Flax tree has without them."""
+  found = layouts.of(methods.tsv(), params, layout=cnn.VIEWS)
+  assert {n: r.view for n, r in layouts.of(methods.tsv(), params).items()} == {
+    n: r.view for n, r in found.items()
+  }
+  assert all((rule.view is not None) == n.endswith("kernel") for n, rule in found.items())
 
 
 def test_images_of_another_size_are_refused(params):

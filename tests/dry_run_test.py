@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from jaxmerge import cli, files, planning, summarizing
+from jaxmerge import cli, files, layouts, planning, summarizing
 from jaxmerge.io.tensor import Files, Tensor
 from jaxmerge.recipe import plan as plans
 
@@ -118,7 +118,8 @@ def test_memory_is_that_of_slices_and_not_of_models():
   assert needed("large", scope="column") == start + 30 * 4 * 2**32
   assert needed("large", "small", method="tsv") == start + 30 * 4 * 2**32
   # Rows come in slices where they lie one after the other.
-  sliced, job = needed("large", scope="row"), job._replace(layout=[("large", "oi")])
+  table = layouts.table({"large": layouts.Rule("oi", "weight")})
+  sliced, job = needed("large", scope="row"), job._replace(layout=table)
   assert (sliced, needed("large", scope="row")) == (start + 30 * 4 * 2**32, start + 30 * 4 * 2**20)
 
 

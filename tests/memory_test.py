@@ -9,7 +9,7 @@ import pytest
 import small
 
 import jaxmerge
-from jaxmerge import dealing, memory, methods
+from jaxmerge import dealing, layouts, memory, methods
 
 AVERAGE, TA, TIES, DARE = (
   methods.average(),
@@ -146,7 +146,7 @@ def test_numbers_are_no_constants_of_the_program():
   base, models = small.trees(small.FEW)
   shapes = {"matrix": (8, 16)}
   ready = memory.prepare(methods.task_arithmetic(0.123456), shapes, 4, {}, None)
-  given = {"method": TA, "layout": (), "deal": dealing.of([], chains=True)}
+  given = {"method": TA, "layout": layouts.NONE, "deal": dealing.of([], chains=True)}
   run = functools.partial(memory._compiled.lower, **given)
   assert "0.123456" not in run(base, None, models, ready).as_text()
 
@@ -326,7 +326,7 @@ REFUSED = {
     lambda: jaxmerge.blend(AVERAGE, {"n": np.arange(4), "w": np.ones((4, 1), np.float32)}),
     "leaf 'n' is int64 and differs between models; drop it first",
   ),
-  "no models": (lambda: jaxmerge.blend(AVERAGE, {}), "a stack needs at least one leaf"),
+  "no models": (lambda: jaxmerge.blend(AVERAGE, {}), "there is no leaf in it"),
 }
 
 

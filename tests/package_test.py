@@ -50,6 +50,7 @@ FLOORS = {
   3: {
     "methods",
     "memory",
+    "arguments",
     "dealing",
     "running",
     "reading",
@@ -82,6 +83,8 @@ FLOORS = {
     "fingerprint",
     "precision",
     "stage",
+    "conventions",
+    "layouts",
     "counting",
     "statistics",
     "ranking",

@@ -341,7 +341,7 @@ ERRORS = [
   (head("layout: [{view: io}]"), 4, 10, "an item of layout needs pattern, filter or layers"),
   (head("layout: [{pattern: x}]"), 4, 10, "an item of layout needs the key view."),
   (head("layout: [{pattern: x, veiw: io}]"), 4, 23, "in an item of layout; did you mean 'view'?"),
-  (head("layout: [{pattern: x, view: oj}]"), 4, 29, "such as io, got 'oj'."),
+  (head("layout: [{pattern: x, view: oj}]"), 4, 29, "such as io, or be none, got 'oj'."),
   (head("layout: [{pattern: '(', view: io}]"), 4, 20, "is no regular expression"),
   (head("overrides: [{pattern: x}]"), 4, 13, "an override needs merge_method or parameters."),
   (head("overrides: [{pattern: x, merge_method: lineer}]"), 4, 40, "did you mean 'linear'?"),

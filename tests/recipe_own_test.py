@@ -49,7 +49,6 @@ def test_a_recipe_is_the_method(family, tmp_path, monkeypatch, name):
   found = folders.read(files.run(plans.of_file(tmp_path / "recipe.yml", Files()), tmp_path / "out"))
   method, stack = getattr(methods, name)(**settings), jaxmerge.stack(models[:count])
   options = {"names": [f"m{k}" for k in range(count)], "seed": 7 if METHODS[name].random else None}
-  options["layout"] = [(f"^{n}$", "o" + "i" * (x.ndim - 1)) for n, x in base.items() if x.ndim > 1]
   if METHODS[name].base == "required":
     expected = jaxmerge.merge(method, base, stack, **options)
   else:

@@ -140,50 +140,6 @@ slices:
     np.testing.assert_allclose(found[up.format(i)], expected, atol=1e-6)
 
 
-STOCK = """
-merge_method: model_stock
-base_model: {0}base
-models: [{{model: {0}m0}}, {{model: {0}m1}}]
-parameters: {{filter_wise: true}}
-"""
-
-
-def test_a_layout_says_which_axis_is_which(tmp_path, monkeypatch):
-  """By rows, a matrix [in, out] of GPT-2 is merged as its transpose: in a recipe, by a call."""
-  monkeypatch.chdir(tmp_path)
-  name = "h.0.attn.c_attn.weight"
-  for seed, model in enumerate(("base", "m0", "m1")):
-    x = np.random.default_rng(seed).normal(size=(6, 4)).astype(np.float32)
-    folders.write(pathlib.Path(model), {name: x})
-    folders.write(pathlib.Path(f"t-{model}"), {name: x.T})
-  expected = run(STOCK.format(""))[name].T
-  found = run(STOCK.format("t-") + "layout: [{pattern: 'c_attn.weight$', view: io}]", "declared")
-  np.testing.assert_allclose(found[name], expected, atol=1e-6)
-  method, models = methods.model_stock("row", floor=0.0), ["t-m0", "t-m1"]
-  called = files.merge_files(method, models, "called", base="t-base", layout=[("c_attn", "io")])
-  np.testing.assert_allclose(folders.read(called)[name], expected, atol=1e-6)
-  undeclared = run(STOCK.format("t-"), "undeclared")[name]
-  assert np.abs(undeclared - expected).max() > 1e-2
-
-
-@pytest.mark.parametrize(
-  ("layout", "words"),
-  [
-    ("{filter: up_prj, view: io}", "6:19: filter 'up_prj' holds for none of the 13 tensors; did"),
-    (
-      "{filter: norm, view: io}",
-      "6:31: view 'io' names 2 axes, but 'model.layers.0.input_layernorm.weight' is [6]",
-    ),
-    ("{filter: mlp, view: io}, {pattern: up_proj, view: io}", "6:45: items before it take all"),
-  ],
-)
-def test_a_layout_that_fits_no_tensor_is_refused(family, layout, words):
-  with pytest.raises(RecipeError) as error:
-    plan_of(f"{STOCK.format('')}layout: [{layout}]\n")
-  assert f"recipe.yml:{words}" in str(error.value)
-  assert len(error.value.problems) == 1
-
-
 def test_exclude_overrides_and_dtype(family):
   base, first, second, _ = family
   text = (

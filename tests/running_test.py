@@ -92,7 +92,7 @@ def test_opcm_is_that_of_the_stack_after_every_model():
 def test_a_trajectory_is_one_program(continual):
   """States keep their structure: they go through scan, and numbers need not compile again."""
   method = methods.checkpoint_average("wma")
-  merge = running.opcm(BASE) if continual else running.of(method, BASE)
+  merge = running.opcm(BASE, layout=small.VIEWS) if continual else running.of(method, BASE)
   stack = jax.tree.map(jnp.asarray, MODELS)
   state, _ = jax.lax.scan(lambda s, x: (merge.update(s, x), None), merge.init(BASE), stack)
   small.close(merge.finalize(state), merge.finalize(run(merge)), 1e-6)
@@ -105,9 +105,12 @@ def test_a_trajectory_is_one_program(continual):
     (lambda: running.of(methods.opcm()), "running.opcm"),
     (lambda: run(running.of(methods.average((1.0, 2.0)))), "weight has 2 values, but there are 1"),
     (lambda: running.of(methods.average(), BASE).init({"w": jnp.ones(2)}), "in the base but not"),
-    (lambda: running.opcm(BASE).update({}, {**one(0), "vector": np.ones(3)}), "'vector' is"),
+    (
+      lambda: running.opcm(BASE, layout=small.VIEWS).update({}, {**one(0), "vector": np.ones(3)}),
+      "'vector' is",
+    ),
     (lambda: running.of(methods.average()).finalize({"count": 0}), "no model was given"),
-    (lambda: run(running.opcm(BASE), count=0) and running.opcm(BASE, alpha=2.0), "alpha must be"),
+    (lambda: running.opcm(BASE, alpha=2.0), "alpha must be"),
   ],
 )
 def test_is_refused(call, message):

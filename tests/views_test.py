@@ -44,19 +44,6 @@ def test_rows_of_known_layouts(view, formula):
   np.testing.assert_array_equal(views.rows(jnp.asarray(x)[None], view)[0], formula(x))
 
 
-def test_the_first_match_wins():
-  table = views.check([("attention.*kernel", "ioo"), ("kernel", "io")])
-  assert views.view_of("attention/query/kernel", table) == "ioo"
-  assert views.view_of("dense/kernel", table) == "io"
-  assert views.view_of("dense/bias", table) is None
-
-
-@pytest.mark.parametrize("view", ["", "ix", "IO", "o i"])
-def test_other_letters_are_refused(view):
-  with pytest.raises(ValueError, match=f"view '{view}' of 'kernel' must be a word of the letters"):
-    views.check([("kernel", view)])
-
-
 def test_a_view_of_another_rank_is_refused():
   with pytest.raises(ValueError, match="view 'io' names 2 axes, but the leaf has 3"):
     views.rows(jnp.zeros((1, 2, 3, 4)), "io")

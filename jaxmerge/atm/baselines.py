@@ -13,7 +13,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh
 
-from jaxmerge import memory, tree, views
+from jaxmerge import layouts, memory, tree
 from jaxmerge import mesh as meshes
 from jaxmerge.atm import budget, checking, evaluate, placing, sampling, tune
 from jaxmerge.atm.settings import Settings
@@ -250,7 +250,7 @@ def best_scale(
   names: Sequence[str],
   seed: int | None = None,
   aux: Mapping[str, Any] | None = None,
-  layout: Sequence[tuple[str, str]] = (),
+  layout: layouts.Said | None = (),
   metric: evaluate.Metric = evaluate.ACCURACY,
   at_once: int = 8,
   called: str = "the merge",
@@ -279,7 +279,7 @@ def best_scale(
     ValueError: where no scale gives a finite model with finite scores.
   """
   merged = functools.partial(
-    at_scales, method=method, seed=seed, names=tuple(names), layout=views.check(layout)
+    at_scales, method=method, seed=seed, names=tuple(names), layout=layouts.check(layout)
   )
   found: list[float] = []
   best: tuple[Any, float] = (None, 0.0)
@@ -313,7 +313,7 @@ def at_scales(
   method: Method,
   seed: int | None,
   names: tuple[str, ...],
-  layout: views.Views,
+  layout: layouts.Said,
 ) -> Any:
   """Merges with every one of some scales: models [T, *s], scales [S] -> [S, *s]."""
 

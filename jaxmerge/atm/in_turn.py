@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax import lax
 
-from jaxmerge import memory, running, stage, streaming, views
+from jaxmerge import layouts, memory, running, stage, streaming
 from jaxmerge import mesh as meshes
 from jaxmerge.atm import outer as outers
 from jaxmerge.atm import placing, tune
@@ -76,7 +76,7 @@ def program(parts: rounds.Parts) -> Callable[..., tuple[rounds.State, rounds.Mea
   return once
 
 
-def _folded(method: Method, layout: views.Views) -> tuple[Callable[..., Any], Callable[..., Any]]:
+def _folded(method: Method, layout: layouts.Table) -> tuple[Callable[..., Any], Callable[..., Any]]:
   """Merges waves as they come: take one into the accumulator, finish."""
   take, finish = running.accumulator(method, layout)
   return take, lambda held, base, ready: finish(held, base, base, ready)
@@ -92,7 +92,7 @@ def _own(ready: memory.Ready, start: int, stop: int) -> memory.Ready:
   return ready._replace(tags=ready.tags[start:stop], aux=jax.tree.map(cut, ready.aux))
 
 
-def _held(method: Method, layout: views.Views) -> tuple[Callable[..., Any], Callable[..., Any]]:
+def _held(method: Method, layout: layouts.Table) -> tuple[Callable[..., Any], Callable[..., Any]]:
   """Keeps the tuned copies in host memory, and merges them there at the end."""
 
   def take(held: Any, copies: Any, base: Any, ready: memory.Ready) -> Any:

@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxmerge import memory, methods, processes, stage, stopping, tree, views
+from jaxmerge import arguments, layouts, memory, methods, processes, stage, stopping, tree
 from jaxmerge import mesh as meshes
 from jaxmerge.atm import budget, checking, evaluate, in_turn, outer, placing, sampling, tune
 from jaxmerge.atm import round as rounds
@@ -32,7 +32,8 @@ class Result(NamedTuple):
     params: the merged model.
     rounds: one record a round: means, per task, losses, geometry, exchanges, seconds.
     budget: what it cost.
-    messages: what happened on the way, such as checkpoints that were set aside.
+    messages: what happened on the way, such as checkpoints that were set aside; for methods of
+      rows and matrices, how many leaves lie how.
   """
 
   params: Any
@@ -42,16 +43,16 @@ class Result(NamedTuple):
 
 
 def tune_and_merge(
-  apply: tune.Apply,
+  apply: tune.Apply | Any,
   params: Any,
-  tasks: Sequence[tasks_.Task],
-  method: Method | None = None,
-  settings: Settings | None = None,
+  tasks: Sequence[tasks_.Task] | Any,
+  method: Method | Any = None,
+  settings: Settings | Any = None,
   *,
   loss: tune.Rowwise = tune.cross_entropy,
   metric: evaluate.Metric | tune.Rowwise = evaluate.ACCURACY,
   aux: Mapping[str, Any] | None = None,
-  layout: Sequence[tuple[str, str]] = (),
+  layout: layouts.Said | None = (),
   mesh: Mesh | None = None,
   sharding: meshes.Rules = (),
   checkpoints: orbax.Checkpoints | None = None,
@@ -74,7 +75,7 @@ def tune_and_merge(
     loss: (outputs, labels) -> [B, ...], whose mean is minimised.
     metric: (outputs, labels) -> [B], reported on the validation rows; of a function more is better.
     aux: the method's numbers.
-    layout: matrix views for methods that need rows.
+    layout: matrix views, as for `jaxmerge.merge`.
     mesh: devices; by default all, along the task axis.
     sharding: rules by which a model's weights are split over the mesh's model axis, see
       `jaxmerge.mesh`; a mesh with such an axis needs them.
@@ -97,11 +98,12 @@ def tune_and_merge(
     if every < 1:
       raise ValueError(f"{name} must be at least 1 round, got {every}.")
   settings = settings or Settings()
-  method = methods.average() if method is None else method
+  method = methods.average() if method is None else arguments.method(method)
+  tasks = arguments.tasks(apply, tasks, settings)
   params = tune.masters(params)
   checking.check(apply, params, tasks, loss)
   mesh = mesh or meshes.make(tasks=len(tasks))
-  given = (loss, evaluate.metric_of(metric), aux or {}, views.check(layout), mesh, sharding)
+  given = (loss, evaluate.metric_of(metric), aux or {}, layout, mesh, sharding)
   held = _Run(apply, params, tasks, method, settings, *given)
   with contextlib.closing(checkpoints) if checkpoints is not None else contextlib.nullcontext():
     state, records, messages = _restored(held, checkpoints)
@@ -120,7 +122,7 @@ def tune_and_merge(
           checkpoints.wait()
         raise stopping.Stopped(f"stopped after round {k + 1} of {settings.rounds}")
   params = held.best if settings.early_stopping and held.best is not None else state.params
-  return Result(params, records, held.budget(settings.rounds), messages)
+  return Result(params, records, held.budget(settings.rounds), (*held.laid_out, *messages))
 
 
 class _Run:
@@ -136,7 +138,7 @@ class _Run:
     loss: tune.Rowwise,
     metric: evaluate.Metric,
     aux: Mapping[str, Any],
-    layout: views.Views,
+    layout: layouts.Said | None,
     mesh: Mesh,
     rules: meshes.Rules,
   ) -> None:
@@ -163,6 +165,8 @@ class _Run:
     ready = memory.prepare(method, shapes, len(tasks), aux, [t.name for t in given])
     self.ready = ready._replace(order=None)
     self.method = _described(method, aux)
+    self.layout = layouts.settled(method, shapes, layout)
+    self.laid_out = layouts.lines(method, self.layout)
     step = tune.step(placing.in_place(apply, mesh, rules), loss, settings, self.local)
     height = -(-len(tasks) // side) * side
     self.whole = placing.rows(tasks, "validation", mesh, height=height)
@@ -186,7 +190,7 @@ class _Run:
       tasks=len(tasks),
       slots=self.slots,
       kept=self.kept,
-      layout=layout,
+      layout=self.layout,
       mesh=mesh,
       rules=rules,
     )

@@ -13,7 +13,7 @@ import optax
 from jax import lax
 from jax.sharding import Mesh
 
-from jaxmerge import counting, dealing, memory, tree, views
+from jaxmerge import counting, dealing, layouts, memory, tree
 from jaxmerge import mesh as meshes
 from jaxmerge.atm import outer as outers
 from jaxmerge.atm import placing, tune
@@ -71,7 +71,7 @@ class Parts(NamedTuple):
   tasks: int
   slots: int
   kept: bool
-  layout: views.Views
+  layout: layouts.Table
   mesh: Mesh
   rules: meshes.Rules = ()
 
@@ -151,7 +151,7 @@ def merged(
   stacks: dict[str, Array],
   base: Any,
   ready: memory.Ready,
-  layout: views.Views,
+  layout: layouts.Table,
   deal: dealing.Deal | None = None,
 ) -> Any:
   """Returns base + M(models - base) inside a program: stacks [T, *s] by name -> tree of [*s]."""

@@ -1,5 +1,8 @@
 """Merging methods: factories that return a `Method`, one file a family."""
 
+from typing import Any  # An attribute that is not there has no type.
+
+from jaxmerge import catalog
 from jaxmerge.methods.arithmetic import analogy, negate, portllm, task_arithmetic
 from jaxmerge.methods.averaging import (
   average,
@@ -96,3 +99,9 @@ __all__ = [
   "widen",
   "wudi",
 ]
+
+
+def __getattr__(name: str) -> Any:
+  if name.startswith("_"):
+    raise AttributeError(f"module 'jaxmerge.methods' has no attribute {name!r}.")
+  raise AttributeError(f"no method is called {name!r}{catalog.nearest(name, __all__)}.")

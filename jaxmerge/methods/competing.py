@@ -166,7 +166,9 @@ def widen(
     x = views.together(x)
     return _added(x * shares(jnp.abs(x), leaf))
 
-  return chain(spectral.by_matrix(update, given, rest), averaging.scaled(scale))
+  columns = catalog.METHODS["widen"].lookups
+  merged = spectral.by_matrix(update, given, rest, lookups=columns)
+  return chain(merged, averaging.scaled(scale))
 
 
 def _columns(x: Array) -> tuple[Array, Array]:

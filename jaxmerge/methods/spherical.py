@@ -73,7 +73,8 @@ def spanned(
   def rest(x: Array, leaf: Leaf, known: Any) -> Array:
     return _combined(solve(statistics.inner_products(x), leaf), x)
 
-  return (made(update, unit="row" if scope == "row" else "matrix", rest=rest),)
+  unit: Literal["row", "matrix"] = "row" if scope == "row" else "matrix"
+  return (made(update, unit=unit, lookups="row", rest=rest),)
 
 
 def slerp(t: float = catalog.METHODS["slerp"].parameters["t"].default) -> Method:

@@ -14,7 +14,8 @@ class Entry(NamedTuple):
   `on` says what is merged: task vectors, by `jaxmerge.merge`, or the weights themselves, by
   `jaxmerge.blend`. `reads` says how often the models are read where they are on disk, with the
   default settings; `models`, how many there are at least and at most, beside the base. `unit` is
-  what of all models is held at a time, `svds` the decompositions of each matrix by the number K of
+  what of all models is held at a time, `lookups` what an entry of a lookup is to a method of
+  matrices to which it is one, `svds` the decompositions of each matrix by the number K of
   models, and `uncovered` what becomes of leaves that no matrix view covers, where that matters;
   these too with the default settings.
   """
@@ -28,6 +29,7 @@ class Entry(NamedTuple):
   reads: int = 1
   models: tuple[int, int | None] = (1, None)
   unit: Literal["entry", "row", "matrix"] = "entry"
+  lookups: Literal["row", "column"] | None = None
   svds: str = ""
   uncovered: str = ""
 

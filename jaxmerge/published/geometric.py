@@ -176,6 +176,7 @@ METHODS: Mapping[str, Entry] = {
       "calibrated": Parameter(1.0, "weight of what is calibrated"),
     },
     unit="matrix",
+    lookups="column",
     uncovered="weighed by entry",
   ),
   "wudi": Entry(

@@ -232,9 +232,11 @@ def layout(node: Marked, found: list[Problem]) -> tuple[View, ...]:
   return tuple(made)
 
 
-def _axes(node: Marked, found: list[Problem]) -> str:
+def _axes(node: Marked, found: list[Problem]) -> str | None:
   word = fields.text(node, "view", found)
+  if word == "none":
+    return None
   if word != "?" and not re.fullmatch("[boi]{1,64}", word):
     text = "view must have a letter for each axis, o (output), i (input) or b (batch: one of many"
-    note(found, node.place, f"{text} matrices), such as io, got {shown(word)}.")
+    note(found, node.place, f"{text} matrices), such as io, or be none, got {shown(word)}.")
   return word

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple  # Any: numbers of many kinds.
 
 import numpy as np
 
-from jaxmerge import planning
+from jaxmerge import layouts, planning
 from jaxmerge.io.tensor import Tensor
 from jaxmerge.planning import Job, Part, Want
-from jaxmerge.recipe import narrowing, parameters, translating
+from jaxmerge.recipe import matrices, narrowing, parameters, translating
 from jaxmerge.recipe.methods import METHODS
 from jaxmerge.recipe.places import Problem, RecipeError
-from jaxmerge.recipe.records import Missing, Model, Recipe, Source, View
+from jaxmerge.recipe.records import Missing, Model, Recipe, Source
 from jaxmerge.recipe.stacking import Opened, Row
 
 
@@ -89,6 +88,7 @@ def wanted(
   settled: Sequence[Settled],
 ) -> tuple[list[Want], list[Job]]:
   """Returns what is wanted for each tensor of the result, and the jobs that merge."""
+  rules = matrices.rules(recipe, _shapes(models, settled))
   kinds: dict[Any, list[Settled]] = {}
   for own in settled:
     kinds.setdefault(own.kind, []).append(own)
@@ -102,7 +102,7 @@ def wanted(
       varied=_varied(members),
       compat=recipe.compat == "mergekit",
     )
-    jobs.append(_job(recipe, translation, members, models))
+    jobs.append(_job(recipe, translation, members, models, rules))
     for own in members:
       name = own.row.tensor.name
       wants[name] = _want(translation, own, models, len(jobs) - 1, recipe.missing)
@@ -126,7 +126,11 @@ def _varied(members: Sequence[Settled]) -> set[str]:
 
 
 def _job(
-  recipe: Recipe, translation: translating.Translation, members: Sequence[Settled], models: Opened
+  recipe: Recipe,
+  translation: translating.Translation,
+  members: Sequence[Settled],
+  models: Opened,
+  rules: Mapping[str, layouts.Rule],
 ) -> Job:
   numbers: dict[str, Any] = {}
   for name, of in translation.numbers.items():
@@ -147,7 +151,9 @@ def _job(
   words = {"method": translation.method, **translation.settings}
   random = METHODS[members[0].values.method].random
   seed = recipe.seed if random else None
-  return Job(method, words, tuple(called), numbers, seed, _views(recipe, members, models))
+  compat = recipe.compat == "mergekit"
+  table = matrices.table(words, rules, _shapes(models, members), compat=compat)
+  return Job(method, words, tuple(called), numbers, seed, table)
 
 
 def _different(names: Sequence[str]) -> list[str]:
@@ -156,41 +162,23 @@ def _different(names: Sequence[str]) -> list[str]:
   return [f"{n} ({c})" if c > 1 else n for n, c in zip(names, counts, strict=True)]
 
 
-def _views(
-  recipe: Recipe, members: Sequence[Settled], models: Opened
-) -> tuple[tuple[str, str], ...]:
-  """The recipe's layout; else files hold [out, in], and Flax's kernels [in, out]."""
-  by_view: dict[str, list[str]] = {}
-  for own in members:
-    axes = len(own.shape(models))
-    said = _declared(recipe, own)
-    inner = "i" * (axes - 1)
-    view = f"{inner}o" if own.row.names[0].split("/")[-1] == "kernel" else f"o{inner}"
-    if said is not None or axes >= 2:
-      view = said.axes if said is not None else view
-      by_view.setdefault(view, []).append(re.escape(own.row.tensor.name))
-  return tuple((f"^({'|'.join(names)})$", view) for view, names in by_view.items())
-
-
-def _declared(recipe: Recipe, own: Settled) -> View | None:
-  name, layer = own.row.tensor.name, own.row.tensor.layer
-  return next((v for v in recipe.layout if v.where.holds(name, layer)), None)
-
-
 def refused(recipe: Recipe, models: Opened, settled: Sequence[Settled]) -> Iterator[Problem]:
-  """Finds methods that cannot be computed as mergekit does, and views of other axes than a tensor.
-
-  Of each view, that is of the first tensor.
-  """
-  told: set[View] = set()
-  for own in settled:
-    if recipe.compat == "mergekit":
+  """Finds methods that cannot be computed as mergekit does, and views that do not fit."""
+  if recipe.compat == "mergekit":
+    for own in settled:
       yield from narrowing.refused(recipe, own.values.method, own.tensors(models))
-    view, shape = _declared(recipe, own), own.shape(models)
-    if view is not None and shape and len(view.axes) != len(shape) and view not in told:
-      told.add(view)
-      text = f"view {view.axes!r} names {len(view.axes)} axes, but {own.row.tensor.name!r} is"
-      yield Problem(view.place, f"{text} {list(shape)}; narrow the condition, or name every axis.")
+  yield from matrices.misfits(recipe, _shapes(models, settled))
+
+
+def unfit(
+  recipe: Recipe, models: Opened, settled: Sequence[Settled], jobs: Sequence[Job]
+) -> tuple[Problem, ...]:
+  """Finds methods of matrices that cannot work on their tensors."""
+  return tuple(matrices.unfit(recipe, jobs, _shapes(models, settled)))
+
+
+def _shapes(models: Opened, settled: Sequence[Settled]) -> matrices.Shapes:
+  return {own.row.tensor: own.shape(models) for own in settled if own.tensors(models)}
 
 
 def _want(

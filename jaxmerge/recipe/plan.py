@@ -178,6 +178,8 @@ def planned(
   if problems := (*problems, *jobs.refused(recipe, models, settled)):
     found.append(RecipeError(problems))
   wants, work = jobs.wanted(recipe, models, donor, rows, settled)
+  if problems := jobs.unfit(recipe, models, settled, work):
+    found.append(RecipeError(problems))
   # Of embeddings that were not brought together nothing can be told.
   known = [w for w in wants if not (uneven and embeddings.wanted(w))]
   inputs = [donor, *(m for m in models.values() if m is not donor)]

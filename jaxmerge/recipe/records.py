@@ -179,12 +179,12 @@ class View:
 
   Attributes:
     where: the tensors.
-    axes: a letter for each axis, `o`, `i` or `b`, as in `jaxmerge.views`.
+    axes: a letter for each axis, `o`, `i` or `b`, as in `jaxmerge.views`; None: no matrix.
     place: where this is said.
   """
 
   where: Where
-  axes: str
+  axes: str | None
   place: Place = dataclasses.field(kw_only=True, compare=False)
 
 

@@ -116,6 +116,8 @@ def _method(method: Mapping[str, Any]) -> str:
   facts = {"models": ", ".join(method["models"]), **method["numbers"], **dict(page.flat(settings))}
   if method["seed"] is not None:
     facts["seed"] = str(method["seed"])
+  if method.get("layout"):
+    facts["outputs and inputs"] = method["layout"]
   return f"{about}\n\n{_listed(f'{k}: {v}' for k, v in facts.items() if k)}"
 
 

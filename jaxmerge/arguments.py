@@ -1,0 +1,178 @@
+"""What callers give a merge: put right where it is clear what is meant, else told what is wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any  # Any: whatever a caller gives.
+
+import jax
+import numpy as np
+
+from jaxmerge import catalog, tree
+from jaxmerge.stage import Method, Stage
+from jaxmerge.tree import Tree
+
+
+def method(given: Any) -> Method:
+  """Returns a method; ValueError that says what was given in its place.
+
+  Example:
+    >>> method("ties")
+    Traceback (most recent call last):
+    ValueError: a method is wanted, not its name: call jaxmerge.methods.ties().
+  """
+  if isinstance(given, tuple) and all(isinstance(step, Stage) for step in given):
+    return given
+  wanted = "the method comes first, and is what a call such as jaxmerge.methods.ties() returns"
+  if isinstance(given, str):
+    if given in catalog.METHODS:
+      raise ValueError(f"a method is wanted, not its name: call jaxmerge.methods.{given}().")
+    raise ValueError(f"no method is called {given!r}{catalog.nearest(given, catalog.METHODS)}.")
+  if isinstance(given, Stage):
+    raise ValueError("a method is a tuple of stages, not one: write (stage,).")
+  if callable(given):
+    word = getattr(given, "__name__", "it")
+    raise ValueError(f"{word} makes a method and is none: call it, {word}().")
+  if isinstance(given, list | tuple):
+    raise ValueError(
+      f"{wanted}; several, or a list of stages, are joined by jaxmerge.stage.chain(...)."
+    )
+  raise ValueError(f"{wanted}; got {_kind(given)}.")
+
+
+def stacked(
+  base: Any, models: Any, names: Sequence[str] | None = None
+) -> tuple[Tree, Sequence[str] | None]:
+  """Returns the stack of models and their names: a list or dict of trees like the base is stacked.
+
+  Args:
+    base: tree of arrays [*s].
+    models: stack [K, *s], or several trees like the base: a sequence, or a dict by name.
+    names: of the models; else the keys of the dict.
+
+  Raises:
+    ValueError: for what is no tree of arrays, one model in place of several, and models where the
+      base should be.
+
+  Example:
+    >>> stack, names = stacked({"w": np.zeros(1)}, {"a": {"w": np.ones(1)}, "b": {"w": np.ones(1)}})
+    >>> stack["w"].shape, names
+    ((2, 1), ['a', 'b'])
+  """
+  if isinstance(names, str):
+    raise ValueError(f"names must be a list with a name for each model, got the text {names!r}.")
+  models = list(models) if isinstance(models, Iterator) else models
+  _refuse_others(base, "the base")
+  if _names(models) != _names(base):
+    if _several(models, base):
+      if isinstance(models, Mapping):
+        names = list(map(str, models)) if names is None else names
+        models = list(models.values())
+      return tree.stack(models), names
+    if _several(base, models):
+      raise ValueError(f"{_SWAPPED}: what is given as the base holds several models.")
+    if isinstance(models, list | tuple) and not isinstance(base, list | tuple):
+      for k, one in enumerate(models):
+        _refuse_others(one, f"model {k}")
+        tree.check_same(base, one, left="the base", right=f"model {k}", dtype=False)
+  _refuse_others(models, "the models")
+  ours, theirs = tree.named(base), tree.named(models)
+  if ours and ours.keys() == theirs.keys():
+    pairs = [(ours[n].shape, theirs[n].shape) for n in ours]
+    if all(a == b for a, b in pairs):
+      raise ValueError(
+        "one model is given in place of a stack: every leaf is as large as the base's, without an "
+        "axis of models; give a list of models, such as [model]."
+      )
+    if all(len(a) == len(b) + 1 and a[1:] == b for a, b in pairs):
+      raise ValueError(f"{_SWAPPED}: the leaves of the base have an axis of models.")
+  return models, names
+
+
+_SWAPPED = "base and models seem to be swapped, as in merge(method, base, models)"
+
+
+def blended(models: Any) -> Tree:
+  """Returns a stack to be merged without a base; ValueError for a list, which may be one or not."""
+  models = list(models) if isinstance(models, Iterator) else models
+  if isinstance(models, list | tuple) and len(models) > 1 and not hasattr(models, "_fields"):
+    leaves = [jax.tree.map(lambda x: getattr(x, "shape", None), m) for m in models]
+    if all(own == leaves[0] for own in leaves[1:]):
+      raise ValueError(
+        f"a list of {len(models)} trees alike is given in place of a stack; if they are models, "
+        "stack them: blend(method, jaxmerge.stack(models))."
+      )
+  _refuse_others(models, "the models")
+  return models
+
+
+def paths(models: Any, names: Sequence[str] | None) -> tuple[list[Any], Sequence[str] | None]:
+  """Returns the places of models and their names: a list, or a dict of them by name.
+
+  Example:
+    >>> paths({"chat": "models/chat"}, None)
+    (['models/chat'], ['chat'])
+  """
+  if isinstance(models, str | os.PathLike):
+    raise ValueError(f"models must be a list of folders, got one: give [{str(models)!r}].")
+  if isinstance(names, str):
+    raise ValueError(f"names must be a list with a name for each model, got the text {names!r}.")
+  if isinstance(models, Mapping):
+    names, models = names or list(models), models.values()
+  listed = list(models)
+  for own in listed:
+    if not isinstance(own, str | os.PathLike):
+      raise ValueError(
+        f"models must be folders or ids, got {_kind(own)}; jaxmerge.merge merges arrays in memory."
+      )
+  return listed, names
+
+
+def tasks(apply: Any, given: Any, settings: Any) -> list[Any]:
+  """Returns the tasks of a loop as a list; ValueError for arguments that are something else."""
+  if not callable(apply):
+    text = "a function (params, inputs, head) -> outputs, which comes before the params"
+    raise ValueError(f"apply must be {text}, got {_kind(apply)}.")
+  if not dataclasses.is_dataclass(settings):
+    raise ValueError(f"settings must be jaxmerge.Settings(...), got {_kind(settings)}.")
+  if dataclasses.is_dataclass(given):
+    raise ValueError("tasks must be a list of tasks, got one: give [task].")
+  return list(given.values()) if isinstance(given, Mapping) else list(given)
+
+
+def _names(given: Any) -> set[str]:
+  return set(tree.named(given))
+
+
+def _several(models: Any, base: Any) -> bool:
+  """Tells whether these are several trees with the leaves of a base."""
+  each = list(models.values()) if isinstance(models, Mapping) else models
+  if not isinstance(each, list | tuple) or not each:
+    return False
+  if len(each) == 1 and isinstance(models, Mapping):  # Or a tree that lies under one key more.
+    return jax.tree.map(np.shape, tree.named(each[0])) == jax.tree.map(np.shape, tree.named(base))
+  return all(_names(one) == _names(base) for one in each)
+
+
+def _refuse_others(given: Any, whose: str) -> None:
+  """Raises ValueError for leaves that are no arrays, and for no leaves."""
+  leaves = tree.named(given)
+  for name, leaf in leaves.items():
+    if not _is_array(leaf):
+      what = f"leaf {name!r} of {whose} is" if name else f"{whose} must be a tree of arrays, not"
+      hint = "; x.numpy() makes an array of a tensor" if hasattr(leaf, "numpy") else ""
+      raise ValueError(f"{what} {_kind(leaf)}: arrays of NumPy or JAX are merged{hint}.")
+  if not leaves:
+    hint = "; blend(method, models) merges without a base" if whose == "the base" else ""
+    raise ValueError(f"{whose} must be a tree of arrays, but there is no leaf in it{hint}.")
+
+
+def _is_array(x: Any) -> bool:
+  return hasattr(x, "shape") and hasattr(x, "dtype") and not hasattr(x, "numpy")
+
+
+def _kind(x: Any) -> str:
+  kind = type(x)
+  return kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"

@@ -1,0 +1,385 @@
+"""How libraries lay out their weights: matrix views of leaves by their names and shapes.
+
+A Flax `kernel` lies [in, out], a `weight` of PyTorch [out, in]; an embedding is looked up and is no
+matrix. Where a name leaves it open, what lies beside a leaf decides: the length of its bias, the
+other matrices of the same experts, an axis that a whole stack of layers shares. What nothing
+decides is said to be open. Free of jax.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Collection, Iterable, Mapping
+from typing import NamedTuple
+
+Shape = tuple[int, ...]
+Shapes = Mapping[str, Shape]
+
+WINDOW = 32  # Longest side of a convolution's window; no layer has fewer channels on both sides.
+
+_BOXES = {"value", "raw_value"}  # Flax keeps what it knows of a parameter around it.
+_VECTOR = re.compile(r"(.*_)?(bias|scale|gamma|beta|mean|var)|b|a_log")
+_PATCHES = re.compile(r"patch|proj|mapping|linear|dense|norm|conv|(^|_)out(_|$)|head")
+_LOOKUP = re.compile(r"embed|(^|_)emb(_|$)|^wte$|^wpe$|^shared$|_table$|relative_attention_bias")
+_TOKENS = re.compile(r"(.*_)?(cls|class|mask|dist|register|query|prompt|sep)?_?tokens?|latents")
+_STACK = re.compile(r"(.*_)?(layers?|blocks?|stack|scan|repeat|h)")
+_INWARD = re.compile(r"w?(q|k|v|kv|qkv)(_[ab])?(_proj)?|query|key|value|to_(q|k|v|qkv)")
+_OUTWARD = re.compile(r"out|wo|o|output|(o|out|output)_proj|attn_out|to_out")
+_APART = re.compile(r"(^|_)(dw|depth)_?(wise)?(_?conv.*)?$|depthwise|dwconv|time_conv")
+_TURNED = re.compile(r"transpose|deconv|upconv|up_conv|upsample")
+_EXPERTS = re.compile(r"expert|moe", re.IGNORECASE)
+_UP = re.compile(r"gate_up(_proj)?|(gate|up)(_proj)?|w[13]|wi(_[01])?|v1|fc1|input_linear")
+_DOWN = re.compile(r"down(_proj)?|w2|wo|fc2|output_linear")
+_CONV1D = {
+  "c_attn": 0,
+  "q_attn": 0,
+  "c_fc": 0,
+  "c_proj": 1,
+}  # Which axis of [in, out] is longer: 0.
+
+
+class Rule(NamedTuple):
+  """The matrix view of a leaf, and why it has this one.
+
+  Attributes:
+    view: a letter for each axis, see `jaxmerge.views`; None: the leaf has no rows or columns.
+    reason: in words.
+    open: whether neither name nor shape decide; the view then only says that rows are along the
+      last axis.
+  """
+
+  view: str | None
+  reason: str
+  open: bool = False
+
+
+def rules(shapes: Shapes) -> dict[str, Rule]:
+  """Returns the rule of each leaf of a model, by names and shapes alone.
+
+  Args:
+    shapes: of all leaves, without a task axis. What is missing cannot help to decide.
+
+  Example:
+    >>> found = rules({"up/kernel": (4, 8), "up/bias": (8,), "wte.weight": (50, 4)})
+    >>> {name: rule.view for name, rule in found.items()}
+    {'up/kernel': 'io', 'up/bias': None, 'wte.weight': 'li'}
+  """
+  model = _Model(shapes)
+  return {name: model.rule(name) for name in shapes}
+
+
+class _Name(NamedTuple):
+  """A leaf's name, taken apart: `layers/0/query/kernel/value` is kernel of query."""
+
+  parts: tuple[str, ...]
+
+  @property
+  def leaf(self) -> str:
+    return self.parts[-1].lower()
+
+  @property
+  def module(self) -> str:
+    """The nearest part before the leaf that is no number."""
+    return next((p.lower() for p in reversed(self.parts[:-1]) if not p.isdigit()), "")
+
+
+@functools.lru_cache(2**16)
+def _name(name: str) -> _Name:
+  parts = [p for p in re.split(r"[/.]", name) if p]
+  while len(parts) > 1 and parts[-1] in _BOXES:
+    parts.pop()
+  return _Name(tuple(parts) or (name,))
+
+
+class _Model:
+  """What is known of a model as a whole."""
+
+  def __init__(self, shapes: Shapes) -> None:
+    self.shapes = shapes
+    self.by_parts = {_name(n).parts: n for n in shapes}
+    self.names = {n: _name(n) for n in shapes}
+    self.stacks = self._stacks()
+    self.alone = sum(self._reads_one_channel(n) for n in shapes)
+
+  def rule(self, name: str) -> Rule:
+    """The rule of one leaf."""
+    shape, own = self.shapes[name], self.names[name]
+    if len(shape) < 2:
+      return Rule(None, "vector")
+    if _VECTOR.fullmatch(own.leaf):
+      return self._vectors(name)
+    matrix = own.leaf in ("kernel", "weight", "w") or own.leaf.endswith("_weight")
+    if not matrix and sum(n > 1 for n in shape) < 2:
+      return Rule(None, "vector")
+    if self._is_lookup(name):
+      return Rule("l" * (len(shape) - 1) + "i", "lookup")
+    return self._stacked(name) or _open(shape)
+
+  def _vectors(self, name: str) -> Rule:
+    """A bias or scale of more axes: one vector a layer or expert, if its matrix is so stacked."""
+    own, shape = self.names[name], self.shapes[name]
+    word = re.sub(r"_?bias$", "", own.leaf)
+    beside = (word, f"{word}_weight") if word not in ("", own.leaf) else ("kernel", "weight", "w")
+    held = [self.by_parts.get((*own.parts[:-1], leaf)) for leaf in beside]
+    view = next((self.rule(n).view for n in held if n), None)
+    axis = next((self.stacks[p] for p in self._paths(name) if p in self.stacks), None)
+    if axis is not None and axis < len(shape):
+      return Rule("i" * axis + "l" + "i" * (len(shape) - axis - 1), "vectors")
+    many = len(shape) - 1 if view is None else min(view.count("b"), len(shape) - 1)
+    return Rule("l" * many + "i" * (len(shape) - many) if many else None, "vectors")
+
+  def _is_lookup(self, name: str) -> bool:
+    """Tells whether a leaf is a table whose entries are looked up, such as an embedding."""
+    own = self.names[name]
+    if own.leaf == "kernel":
+      return False
+    if own.leaf == "weight":
+      word = own.module
+      fits = len(self.shapes[name]) == 2 and self._beside(name, None) is None
+      return fits and bool(_LOOKUP.search(word)) and not _PATCHES.search(word)
+    return bool(_LOOKUP.search(own.leaf) and not _PATCHES.search(own.leaf)) or bool(
+      _TOKENS.fullmatch(own.leaf)
+    )
+
+  # --- Stacks of layers ---
+
+  def _stacks(self) -> dict[tuple[str, ...], int | None]:
+    """By the path of a stack of layers: the axis that all its leaves share; None: several do."""
+    inside: dict[tuple[str, ...], list[Shape]] = {}
+    for name in self.names:
+      for path in self._paths(name):
+        inside.setdefault(path, []).append(self.shapes[name])
+    found: dict[tuple[str, ...], int | None] = {}
+    for path, each in inside.items():
+      least = min(map(len, each))
+      axes = [p for p in range(least) if len({s[p] for s in each}) == 1]
+      if axes and any(len(s) > 2 for s in each) and len(set(each)) > 1:
+        found[path] = axes[0] if len(axes) == 1 else None
+    return found
+
+  def _paths(self, name: str) -> list[tuple[str, ...]]:
+    """The paths to a leaf that end in what a stack of layers may be called, without a number."""
+    parts = self.names[name].parts
+    ends = [at + 1 for at, p in enumerate(parts[:-1]) if _STACK.fullmatch(p.lower())]
+    return [parts[:at] for at in ends if not parts[at].isdigit()]
+
+  def _stacked(self, name: str) -> Rule | None:
+    """The rule of a matrix, without the axis of the layers if it lies in a stack of these."""
+    shape, paths = self.shapes[name], self._paths(name)
+    axes = [self.stacks[p] for p in paths if p in self.stacks]
+    if len(shape) < 3 or not paths:
+      return self._matrix(name, shape, None)
+    if not axes:  # Whether layers are stacked in it only a bias beside it tells.
+      return None if self._beside(name, None) is None else self._matrix(name, shape, None)
+    axis = axes[0]
+    if axis is None:
+      return None
+    rule = self._matrix(name, shape[:axis] + shape[axis + 1 :], axis)
+    if rule is None or rule.view is None or rule.open:
+      return rule
+    view = rule.view[:axis] + "b" + rule.view[axis:]
+    return Rule(view, f"{rule.reason}, layers along axis {axis}")
+
+  def _beside(self, name: str, axis: int | None) -> Shape | None:
+    """The shape of the bias beside a leaf, without the axis of the layers."""
+    own = self.names[name]
+    words = [re.sub(r"(kernel|weight)$", "bias", own.leaf), f"{own.leaf}_bias"]
+    for word in ["b"] if own.leaf == "w" else words:
+      found = self.by_parts.get((*own.parts[:-1], word)) if word != own.leaf else None
+      if found is not None:
+        shape = self.shapes[found]
+        return shape if axis is None else shape[:axis] + shape[axis + 1 :]
+    return None
+
+  def _matrix(self, name: str, shape: Shape, axis: int | None) -> Rule | None:
+    """The rule of a leaf of two or more axes, by what it is called and what lies beside it."""
+    own, bias = self.names[name], self._beside(name, axis)
+    if len(shape) == 3 and self._is_of_experts(own):
+      return self._experts(name, shape, axis, bias)
+    if own.leaf == "kernel":
+      return _kernel(own.module, shape, bias, alone=self.alone == 1)
+    if own.leaf == "weight" or own.leaf.endswith("_weight"):
+      if len(shape) == 2:
+        return self._two(name, shape, bias)
+      return _torch_convolution(own.module, shape, bias, alone=self.alone == 1)
+    if own.leaf == "w" and len(shape) == 2 and bias is not None:
+      return _by_bias(shape, bias)
+    return None
+
+  def _reads_one_channel(self, name: str) -> bool:
+    """Tells whether a leaf is a convolution of one channel, which is the input or stands alone."""
+    own, shape = self.names[name], self.shapes[name]
+    if len(shape) < 3 or own.leaf not in ("kernel", "weight"):
+      return False
+    return shape[-2 if own.leaf == "kernel" else 1] == 1
+
+  # --- PyTorch's weights of two axes ---
+
+  @functools.cached_property
+  def turned(self) -> dict[str, set[str]]:
+    """By module name: the views that biases and shapes decide, of weights of two axes."""
+    found: dict[str, set[str]] = {}
+    for name, own in self.names.items():
+      shape = self.shapes[name]
+      if own.leaf == "weight" and len(shape) == 2 and not self._is_lookup(name):
+        rule = _by_bias(shape, self._beside(name, None)) or _conv1d(own, shape)
+        if rule is not None and rule.view is not None:
+          found.setdefault(own.module, set()).add(rule.view)
+    return found
+
+  def _two(self, name: str, shape: Shape, bias: Shape | None) -> Rule | None:
+    """A weight of two axes: [out, in], but as GPT-2's Conv1D and others have it [in, out]."""
+    own = self.names[name]
+    rule = _by_bias(shape, bias) or _conv1d(own, shape)
+    if rule is not None:
+      return rule
+    if own.module in _CONV1D:  # Square: as the others of this kind lie.
+      alike: set[str] = set().union(*(self.turned.get(n, set()) for n in _CONV1D))
+      return Rule(alike.pop(), "as those beside it") if len(alike) == 1 else None
+    alike = self.turned.get(own.module) or set().union(*self.turned.values())
+    if shape[0] == shape[1] and alike == {"io"}:
+      return Rule("io", "as those beside it")
+    return Rule("oi", "weight")
+
+  # --- Experts in one tensor ---
+
+  @functools.cached_property
+  def width(self) -> int | None:
+    """The width of the model: that of its lookups, if they agree."""
+    found = {s[-1] for n, s in self.shapes.items() if len(s) == 2 and self._is_lookup(n)}
+    return found.pop() if len(found) == 1 else None
+
+  def _is_of_experts(self, own: _Name) -> bool:
+    word = own.module if own.leaf in ("weight", "kernel") else own.leaf
+    side = own.leaf != "kernel" and (_UP.fullmatch(word) or _DOWN.fullmatch(word))
+    return bool(side) or any(_EXPERTS.search(p) for p in own.parts)
+
+  def _experts(self, name: str, shape: Shape, axis: int | None, bias: Shape | None) -> Rule | None:
+    """Experts of one tensor, each a matrix: which way they lie follows from the others there."""
+    if bias is not None and len(bias) == 2 and shape[1] != shape[2]:
+      own = {"boi"} if bias[1] == shape[1] else {"bio"} if bias[1] == shape[2] else set()
+      if own:
+        return Rule(own.pop(), "experts")
+    found = self._orders(name, axis)
+    return Rule(found.pop(), "experts") if len(found) == 1 else None
+
+  def _orders(self, name: str, axis: int | None) -> set[str]:
+    """The orders that the projections up and down of the same experts allow together."""
+    own = self.names[name].parts
+    at = len(own) - (2 if self.names[name].leaf in ("weight", "kernel") else 1)
+    ups, downs = [], []
+    for parts, other in self.by_parts.items():
+      if len(parts) != len(own) or parts[:at] != own[:at] or parts[at + 1 :] != own[at + 1 :]:
+        continue
+      shape = self.shapes[other]
+      shape = shape if axis is None else shape[:axis] + shape[axis + 1 :]
+      if len(shape) == 3:
+        ups += [shape[1:]] if _UP.fullmatch(parts[at].lower()) else []
+        downs += [shape[1:]] if _DOWN.fullmatch(parts[at].lower()) else []
+    if not (_UP.fullmatch(own[at].lower()) or _DOWN.fullmatch(own[at].lower())):
+      return set()
+    found = {"boi", "bio"}
+    for up in ups:  # As [out, in]: up is [inner or twice that, width], down [width, inner].
+      found &= _orders_of(up, downs, self.width)
+    for down in downs if not ups else []:
+      found &= _orders_of(down[::-1], [], self.width)
+    return found
+
+
+def _orders_of(up: Shape, downs: Iterable[Shape], width: int | None) -> set[str]:
+  found = set()
+  for order, (inner, wide) in (("boi", up), ("bio", up[::-1])):
+    each = downs if order == "boi" else [d[::-1] for d in downs]
+    fits = all(down[0] == wide and inner in (down[1], 2 * down[1]) for down in each)
+    if fits and width in (None, wide):
+      found.add(order)
+  return found
+
+
+def _open(shape: Shape) -> Rule:
+  return Rule("l" * (len(shape) - 1) + "i", "neither name nor shape decide", open=True)
+
+
+def _by_bias(shape: Shape, bias: Shape | None) -> Rule | None:
+  """The view of two axes of which one alone is as long as the bias: that of the outputs."""
+  if bias is None or len(bias) != 1 or shape[0] == shape[1] or bias[0] not in shape:
+    return None
+  return Rule("oi" if bias[0] == shape[0] else "io", "length of its bias")
+
+
+def _conv1d(own: _Name, shape: Shape) -> Rule | None:
+  """The view of what GPT-2 has as [in, out], and others under the same names as [out, in]."""
+  longer = _CONV1D.get(own.module)
+  if longer is None or shape[0] == shape[1]:
+    return None
+  inputs_longer = longer == 1
+  return Rule("io" if (shape[0] > shape[1]) == inputs_longer else "oi", "name and shape")
+
+
+def _kernel(module: str, shape: Shape, bias: Shape | None, *, alone: bool) -> Rule | None:
+  """A kernel of Flax: outputs last, as many axes as its bias has."""
+  if len(shape) == 2:
+    return Rule("io", "kernel")
+  views = set[str]()
+  if bias is not None:
+    ends = [n for n in range(1, len(shape)) if shape[n:] == bias]
+    views = {"i" * n + "o" * (len(shape) - n) for n in ends}
+    views |= {"bio"} if len(shape) == 3 and (shape[0], shape[2]) == bias else set()
+  if len(views) == 1:
+    view = views.pop()
+  elif views or bias is not None:
+    return None
+  elif _INWARD.fullmatch(module) and (len(shape) == 3 or "kv" in module):
+    view = "i" + "o" * (len(shape) - 1)
+  elif _OUTWARD.fullmatch(module) and len(shape) == 3:
+    view = "iio"
+  elif (len(shape) > 3 or "conv" in module) and not _INWARD.fullmatch(module):
+    view = "i" * (len(shape) - 1) + "o"
+  else:
+    return None
+  if not view.endswith("io") or _OUTWARD.fullmatch(module) or len(shape) == 2:
+    return Rule(view, "length of its bias" if bias is not None else "kernel of attention")
+  return _convolution(view, module, shape[:-2], shape[-2], alone=alone, apart=view[:-1] + "l")
+
+
+def _torch_convolution(
+  module: str, shape: Shape, bias: Shape | None, *, alone: bool
+) -> Rule | None:
+  """A convolution of PyTorch, [out, in, window], or turned, [in, out, window]."""
+  rest = "i" * (len(shape) - 2)
+  turned = bool(_TURNED.search(module))
+  if bias is not None:
+    if len(shape) == 3 and bias == shape[:2]:
+      return Rule("boi", "length of its bias")
+    if len(bias) != 1 or bias[0] not in shape[:2]:
+      return None
+    turned = turned if shape[0] == shape[1] else bias[0] == shape[1]
+  if turned:
+    return Rule(f"io{rest}", "transposed convolution")
+  unsure = len(shape) == 3 and bias is None  # Many matrices might be stacked in it as well.
+  return _convolution(
+    f"oi{rest}", module, shape[2:], shape[1], alone=alone, apart=f"li{rest}", unsure=unsure
+  )
+
+
+def _convolution(
+  view: str,
+  module: str,
+  window: Collection[int],
+  inputs: int,
+  *,
+  alone: bool,
+  apart: str,
+  unsure: bool = False,
+) -> Rule | None:
+  """A convolution; of one channel it may be that each filter stands alone, and is no matrix."""
+  named = "conv" in module or "patch" in module
+  if not named and (unsure or max(window, default=0) > WINDOW):
+    return None
+  apart_by_name = bool(_APART.search(module)) or module == "conv1d"
+  if inputs > 1 or (alone and not apart_by_name):
+    return Rule(view, "convolution")
+  if apart_by_name:
+    return Rule(apart, "convolution of each channel by itself")
+  return None

@@ -1,0 +1,319 @@
+"""Which leaf has which matrix view: what a caller says, else the conventions of its library.
+
+One rule for models in memory, files and the loop. A `layout` is a sequence of (regular expression,
+view); the first that is found in a leaf's name counts, and None for a view says that the leaf is no
+matrix. Leaves that none of them names have the view of `jaxmerge.conventions`. Free of jax.
+"""
+
+from __future__ import annotations
+
+import collections
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple  # Any: a tree, and a method, which is only looked at.
+
+from jaxmerge import catalog, conventions
+from jaxmerge.conventions import Rule as Rule
+from jaxmerge.conventions import Shapes
+
+Said = Sequence[tuple[str, str | None]]
+
+_FORM = "(r'{pattern}', {first!r} | {second!r} | None)"
+SHOWN = 6  # Kinds of leaves that an error lists.
+
+
+class Table(NamedTuple):
+  """The rules of the leaves of a model, by rule; hashable, so that it may be static in a program.
+
+  Attributes:
+    groups: each rule, and the names of the leaves that have it.
+  """
+
+  groups: tuple[tuple[Rule, frozenset[str]], ...] = ()
+
+  def view(self, name: str) -> str | None:
+    """Returns the view of a leaf; None where it has none."""
+    return next((rule.view for rule, names in self.groups if name in names), None)
+
+  def plain(self) -> list[dict[str, Any]]:
+    """Returns the rules as plain JSON: view, reason, and the names of the leaves."""
+    return [
+      {"view": rule.view, "reason": rule.reason, "leaves": sorted(names)}
+      for rule, names in self.groups
+    ]
+
+
+class Unit(NamedTuple):
+  """What a stage of a method is given at a time, as far as views matter.
+
+  Attributes:
+    unit: "entry", "row" or "matrix".
+    lookups: what it takes an entry of a lookup for: a row, a column, or no part of a matrix.
+    where: the leaves that the stage acts on, by name; None: all.
+  """
+
+  unit: str
+  lookups: Literal["row", "column"] | None = None
+  where: Any = None
+
+
+NONE = Table()
+
+
+def of(method: Sequence[Any], base: Any, *, layout: Said | Table | None = ()) -> dict[str, Rule]:
+  """Returns the matrix view that each leaf has for a method, and why.
+
+  Leaves whose view is None are no matrices to the method: what becomes of them is said at each
+  method. Letters of a view are those of `jaxmerge.views`; of a lookup, such as an embedding, `l`
+  counts the entries.
+
+  Args:
+    method: what `jaxmerge.methods` makes.
+    base: tree of arrays [*s], or of their shapes.
+    layout: matrix views, as for `jaxmerge.merge`.
+
+  Raises:
+    ValueError: where `jaxmerge.merge` would, for a layout that does not fit, or does not suffice.
+
+  Example:
+    >>> import jax.numpy as jnp, jaxmerge
+    >>> base = {"dense": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}}
+    >>> found = jaxmerge.layouts.of(jaxmerge.methods.tsv(), base)
+    >>> {name: (rule.view, rule.reason) for name, rule in found.items()}
+    {'dense/bias': (None, 'vector'), 'dense/kernel': ('io', 'kernel')}
+  """
+  from jaxmerge import tree  # With jax, which planning does without.
+
+  leaves = tree.named(base)
+  shapes = {n: tuple(x.shape) for n, x in leaves.items() if tree.is_floating(x)}
+  table = settled(method, shapes, layout, names=leaves)
+  units = [unit for unit in units_of(method) if unit.unit != "entry"]
+  found = {n: rule for rule, names in table.groups for n in names}
+  sees = {
+    n: r._replace(view=next((v for u in units if (v := seen(r.view, u))), None))
+    for n, r in found.items()
+  }
+  return dict(sorted(sees.items()))
+
+
+def check(layout: Said | None) -> Said:
+  """Returns a layout as a tuple of pairs; ValueError for what is none.
+
+  Example:
+    >>> check([("kernel$", "ix")])
+    Traceback (most recent call last):
+    ValueError: view 'ix' of 'kernel$' must be a word of the letters b, o and i, or None.
+  """
+  layout = tuple(layout.items()) if isinstance(layout, Mapping) else layout
+  if isinstance(layout, str):
+    raise ValueError(
+      f"layout must be a list of pairs, such as [('kernel$', 'io')], got {layout!r}."
+    )
+  made = []
+  for pair in layout or ():
+    if isinstance(pair, str) or len(pair) != 2:
+      raise ValueError(f"layout must be a list of pairs, such as [('kernel$', 'io')]: {pair!r}.")
+    pattern, view = pair
+    if view is not None and (not isinstance(view, str) or not re.fullmatch("[boi]+", view)):
+      raise ValueError(
+        f"view {view!r} of {pattern!r} must be a word of the letters b, o and i, or None."
+      )
+    try:
+      re.compile(pattern)
+    except re.error as error:
+      raise ValueError(f"{pattern!r}, of {view!r}, is no regular expression: {error}.") from error
+    made.append((pattern, view))
+  return tuple(made)
+
+
+def settled(
+  method: Sequence[Any],
+  shapes: Shapes,
+  layout: Said | Table | None = (),
+  *,
+  names: Iterable[str] | None = None,
+) -> Table:
+  """Settles which leaf has which view for a method; no rules where it needs none.
+
+  Args:
+    method: the method.
+    shapes: of the leaves that are merged, without a task axis.
+    layout: what the caller says; a table is settled already.
+    names: of all leaves, where some are not merged: a pattern may be for these.
+
+  Raises:
+    ValueError: for patterns that no leaf has, views of other axes than a leaf, leaves of which
+      neither name nor shape say how they lie, and methods of matrices that find none.
+  """
+  if isinstance(layout, Table):
+    return layout
+  said = check(layout)
+  declared = _declared(said, shapes, shapes if names is None else names)
+  if all(unit.unit == "entry" for unit in units_of(method)):
+    return NONE
+  return fitted(method, shapes, conventions.rules(shapes) | declared)
+
+
+def fitted(method: Sequence[Any], shapes: Shapes, rules: Mapping[str, Rule]) -> Table:
+  """Makes a table of rules by leaf; ValueError where a method cannot work by them."""
+  for unit in units_of(method):
+    if problem := unfit(unit, rules, shapes):
+      raise ValueError(problem + advice(unit, rules, shapes, _FORM, "\n  "))
+  return table(rules)
+
+
+def of_leaves(leaves: Mapping[str, Any], layout: Said | None = ()) -> dict[str, Rule]:
+  """Returns the rule of each leaf: what a caller says, else the conventions of its library."""
+  shapes = {n: tuple(getattr(x, "shape", ())) for n, x in leaves.items()}
+  return conventions.rules(shapes) | _declared(check(layout), shapes, shapes)
+
+
+def table(rules: Mapping[str, Rule]) -> Table:
+  """Makes a table of rules by leaf."""
+  groups = collections.defaultdict[Rule, set[str]](set)
+  for name, rule in rules.items():
+    groups[rule].add(name)
+  return Table(tuple((r, frozenset(names)) for r, names in sorted(groups.items(), key=str)))
+
+
+def units_of(method: Sequence[Any]) -> list[Unit]:
+  """Returns what the stages of a method are given at a time."""
+  return [Unit(step.unit, step.lookups, step.where) for step in method]
+
+
+def unit_of(words: Any) -> Unit:
+  """Returns what a job's method is given at a time, as far as its words say it.
+
+  >>> unit_of({"method": "nuslerp", "scope": "column"})
+  Unit(unit='matrix', lookups='row', where=None)
+  """
+  own = words if isinstance(words, Mapping) else {}
+  entry = catalog.METHODS.get(str(own.get("method")))
+  scopes = {"row": Unit("row"), "column": Unit("matrix", "row")}
+  by_name = Unit("entry") if entry is None else Unit(entry.unit, entry.lookups)
+  return scopes.get(str(own.get("scope")), by_name)
+
+
+def seen(view: str | None, unit: Unit) -> str | None:
+  """Returns the view that a stage of rows or matrices has of a leaf; None where it has none.
+
+  Example:
+    >>> [seen("li", Unit("matrix", lookups)) for lookups in (None, "row", "column")]
+    [None, 'oi', 'io']
+  """
+  if view is None or "l" not in view:
+    return view
+  if unit.unit == "row" or unit.lookups == "row":
+    return view.replace("l", "o")
+  return view.translate(str.maketrans("li", "io")) if unit.lookups == "column" else None
+
+
+def counted(table: Table, unit: Unit) -> str:
+  """Says of how many leaves a method has which view, and why; empty where it needs none.
+
+  Example:
+    >>> rules = {"up": Rule("io", "kernel"), "wte": Rule("li", "lookup")}
+    >>> counted(table(rules), Unit("matrix"))
+    '1 io (kernel), 1 no matrix (lookup)'
+  """
+  none = "no matrix" if unit.unit == "matrix" else "one row"
+  counts = collections.Counter[str]()
+  for rule, names in table.groups:
+    counts[f"{seen(rule.view, unit) or none} ({rule.reason})"] += len(names)
+  return ", ".join(f"{count} {words}" for words, count in sorted(counts.items()))
+
+
+def lines(method: Sequence[Any], settled: Table) -> tuple[str, ...]:
+  """Says it for each of the stages of a method that ask."""
+  asks = dict.fromkeys(counted(settled, u) for u in units_of(method) if u.unit != "entry")
+  return tuple(f"outputs and inputs: {words}" for words in asks if words)
+
+
+def unfit(unit: Unit, rules: Mapping[str, Rule], shapes: Shapes) -> str | None:
+  """Says why a stage of matrices cannot work on leaves: how they lie is open, or none is one."""
+  if unit.unit != "matrix":
+    return None
+  acted = {n: r for n, r in rules.items() if unit.where is None or unit.where(n)}
+  if unit.lookups != "row" and any(r.open for r in acted.values()):
+    return "the method works on matrices, but neither name nor shape say how these leaves lie"
+  if acted and not any(seen(r.view, unit) for r in acted.values()):
+    kinds = collections.Counter(r.reason for r in acted.values())
+    each = ", ".join(f"{count} of kind {reason!r}" for reason, count in sorted(kinds.items()))
+    return f"the method works on matrices, but none of the leaves is one ({each})"
+  return None
+
+
+def open_leaves(
+  unit: Unit, rules: Mapping[str, Rule], shapes: Shapes
+) -> Iterator[tuple[str, tuple[str, ...]]]:
+  """Lists the leaves that a layout should name: a pattern for those alike, and their names."""
+  acted = [n for n in rules if unit.where is None or unit.where(n)]
+  wanted = [n for n in acted if rules[n].open] or [n for n in acted if len(shapes[n]) > 1]
+  alike: dict[tuple[str, int], list[str]] = {}
+  for name in wanted:
+    # Of layers and experts; a number in the last part tells matrices apart.
+    pattern = r"\d+".join(re.escape(p) for p in re.split(r"\d+(?=.*[/.])", name))
+    alike.setdefault((pattern, len(shapes[name])), []).append(name)
+  for (pattern, _), names in alike.items():
+    yield f"^{pattern}$", tuple(names)
+
+
+def choices(axes: int) -> tuple[str, str]:
+  """Returns two views of a leaf of so many axes: inputs before outputs, and outputs first.
+
+  Example:
+    >>> choices(2), choices(3), choices(4)
+    (('io', 'oi'), ('bio', 'boi'), ('iiio', 'oiii'))
+  """
+  if axes == 3:
+    return "bio", "boi"
+  return "i" * (axes - 1) + "o", "o" + "i" * (axes - 1)
+
+
+def advice(unit: Unit, rules: Mapping[str, Rule], shapes: Shapes, form: str, between: str) -> str:
+  """Ends an error by what to add to a layout; one of the views is to be chosen, not pasted.
+
+  Args:
+    unit: what the method is given at a time.
+    rules: by leaf.
+    shapes: of the leaves.
+    form: of an item, with {pattern} and the views {first} and {second}.
+    between: what stands before each item.
+  """
+  items = []
+  for pattern, names in open_leaves(unit, rules, shapes):
+    first, second = choices(len(shapes[names[0]]))
+    like = f"{names[0]!r} is {list(shapes[names[0]])}"
+    like += f", and {len(names) - 1} more" if len(names) > 1 else ""
+    items.append(f"{form.format(pattern=pattern, first=first, second=second)}: {like}")
+  if not items:
+    return "; use one that works on entries, such as average, ties or task_arithmetic."
+  more = [f"and {len(items) - SHOWN} more"] if len(items) > SHOWN else []
+  letters = "o for outputs, i for inputs, b for one of many, none for no matrix"
+  return between.join([f"; add to layout, with one view each ({letters}):", *items[:SHOWN], *more])
+
+
+def _declared(
+  said: Said, shapes: Shapes, names: Collection[str] | Iterable[str]
+) -> dict[str, Rule]:
+  """The rules of the leaves that a caller names."""
+  every, found = list(names), dict[str, Rule]()
+  for pattern, view in said:
+    of = [n for n in every if re.search(pattern, n)]
+    if not of:
+      raise ValueError(f"layout: {pattern!r} is found in no leaf's name; there are {_some(every)}.")
+    for name in of:
+      if name in found or name not in shapes:
+        continue
+      if view is not None and len(view) != len(shapes[name]):
+        raise ValueError(
+          f"layout: view {view!r} of {pattern!r} names {len(view)} axes, but {name!r} is "
+          f"{list(shapes[name])}; narrow the pattern, or name every axis."
+        )
+      found[name] = Rule(view, f"layout {pattern!r}")
+  return found
+
+
+def _some(names: Sequence[str]) -> str:
+  shown = ", ".join(repr(n) for n in names[:SHOWN])
+  return shown + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")

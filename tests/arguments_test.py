@@ -1,0 +1,105 @@
+"""First mistakes of callers: each is named, or does what is meant."""
+
+import jax
+import numpy as np
+import pytest
+
+import jaxmerge
+from jaxmerge import adapters, methods, running, stage
+
+BASE = {"dense": {"kernel": np.zeros((4, 3), np.float32), "bias": np.zeros(3, np.float32)}}
+TREES = [jax.tree.map(lambda x, k=k: x + k, BASE) for k in (1, 2, 6)]
+STACK = jaxmerge.stack(TREES)
+MEAN = methods.average()
+
+
+@pytest.mark.parametrize(
+  "models",
+  [TREES, tuple(TREES), iter(TREES), dict(zip("abc", TREES, strict=True)), STACK],
+  ids=["list", "tuple", "iterator", "dict", "stack"],
+)
+def test_several_trees_like_the_base_are_stacked(models):
+  found = jaxmerge.merge(MEAN, BASE, models)
+  assert {float(x) for leaf in jax.tree.leaves(found) for x in np.ravel(leaf)} == {3.0}
+
+
+def test_a_dict_names_its_models():
+  """Masks depend on names."""
+  method, names = methods.dare(0.5), ["red", "green", "blue"]
+  found = jaxmerge.merge(method, BASE, dict(zip(names, TREES, strict=True)), seed=0)
+  expected = jaxmerge.merge(method, BASE, STACK, seed=0, names=names)
+  jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def test_a_tree_that_is_a_list_stays_a_stack():
+  base = [np.zeros(2, np.float32), np.zeros(2, np.float32)]
+  found = jaxmerge.merge(MEAN, base, [np.ones((3, 2), np.float32), np.zeros((3, 2), np.float32)])
+  assert [x.tolist() for x in found] == [[1, 1], [0, 0]]
+
+
+def narrowed(models):
+  return [{"dense": {"kernel": m["dense"]["kernel"]}} for m in models]
+
+
+MISTAKES = {
+  "name": (lambda: jaxmerge.merge("ties", BASE, STACK), r"call jaxmerge\.methods\.ties\(\)"),
+  "misspelt": (lambda: jaxmerge.merge("tise", BASE, STACK), "did you mean 'ties'"),
+  "factory": (lambda: jaxmerge.merge(methods.ties, BASE, STACK), r"call it, ties\(\)"),
+  "stage": (lambda: jaxmerge.merge(MEAN[0], BASE, STACK), r"write \(stage,\)"),
+  "unchained": (lambda: jaxmerge.merge((methods.trim(0.2), MEAN), BASE, STACK), r"chain\(\.\.\.\)"),
+  "order": (lambda: jaxmerge.merge(BASE, STACK, MEAN), "the method comes first"),
+  "one model": (lambda: jaxmerge.merge(MEAN, BASE, TREES[0]), r"one model .* such as \[model\]"),
+  "swapped": (lambda: jaxmerge.merge(MEAN, STACK, BASE), "base and models seem to be swapped"),
+  "swapped list": (lambda: jaxmerge.merge(MEAN, TREES, BASE), "base and models seem to be swapped"),
+  "collection": (lambda: jaxmerge.merge(MEAN, {"params": BASE}, STACK), "lie under 'params'"),
+  "missing leaf": (
+    lambda: jaxmerge.merge(MEAN, BASE, [*TREES[:2], *narrowed(TREES[2:])]),
+    "'dense/bias' is in the base but not in model 2",
+  ),
+  "no base": (lambda: jaxmerge.merge(MEAN, None, STACK), r"blend\(method, models\) merges without"),
+  "no models": (lambda: jaxmerge.merge(MEAN, BASE, []), "the models must be a tree of arrays"),
+  "paths": (lambda: jaxmerge.merge(MEAN, "base", ["a"]), "the base must be a tree .* not str"),
+  "numbers": (lambda: jaxmerge.merge(MEAN, {"w": 1.0}, [{"w": 2.0}]), "leaf 'w' .* is float"),
+  "names": (lambda: jaxmerge.merge(MEAN, BASE, STACK, names="abc"), "names must be a list"),
+  "blend": (lambda: jaxmerge.blend("average", STACK), r"call jaxmerge\.methods\.average\(\)"),
+  "blend of a list": (lambda: jaxmerge.blend(MEAN, TREES), r"jaxmerge\.stack\(models\)"),
+  "stack of a dict": (lambda: jaxmerge.stack(BASE), r"models\.values\(\)"),
+  "files, name": (lambda: jaxmerge.merge_files("ties", ["a"], "out"), r"methods\.ties\(\)"),
+  "files, factory": (lambda: jaxmerge.merge_files(methods.ties, ["a"], "out"), "call it"),
+  "files, one": (lambda: jaxmerge.merge_files(MEAN, "abc", "out"), r"give \['abc'\]"),
+  "files, trees": (
+    lambda: jaxmerge.merge_files(MEAN, TREES, "out"),
+    "jaxmerge.merge merges arrays",
+  ),
+  "adapters": (lambda: adapters.merged(methods.ties, BASE, []), "call it"),
+  "running": (lambda: running.of("average"), r"methods\.average\(\)"),
+  "loop, method": (lambda: jaxmerge.tune_and_merge(len, BASE, [], methods.ties), "call it"),
+  "loop, order": (lambda: jaxmerge.tune_and_merge(BASE, len, []), "apply must be a function"),
+  "loop, settings": (
+    lambda: jaxmerge.tune_and_merge(len, BASE, [], MEAN, {"rounds": 3}),
+    "got dict",
+  ),
+}
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_mistakes_are_named(case):
+  call, message = MISTAKES[case]
+  with pytest.raises(ValueError, match=message):
+    call()
+
+
+def test_names_that_are_not_there():
+  with pytest.raises(AttributeError, match="no method is called 'tise'; did you mean 'ties'"):
+    methods.tise  # noqa: B018
+  with pytest.raises(AttributeError, match=r"it is a method, jaxmerge\.methods\.ties\(\)"):
+    jaxmerge.ties  # noqa: B018
+  with pytest.raises(AttributeError, match="did you mean 'merge'"):
+    jaxmerge.mrge  # noqa: B018
+
+
+def test_an_adapter_of_one_task_or_of_several_by_name():
+  one = {"dense": adapters.Lora(np.ones((1, 4), np.float32), np.ones((3, 1), np.float32))}
+  for given in (one, [one], {"chat": one}):
+    found = adapters.merged(stage.chain(MEAN), BASE, given)
+    np.testing.assert_array_equal(found["dense"]["kernel"], np.ones((4, 3)))
