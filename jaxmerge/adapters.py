@@ -121,10 +121,7 @@ def merged(
     [[5.0, 4.0], [1.0, 4.0]]
   """
   method, leaves = arguments.method(method), tree.named(base)
-  if isinstance(adapters, Mapping):  # By name; or one alone.
-    alone = all(isinstance(x, Lora) for x in adapters.values())
-    names = names if alone else names or list(adapters)
-    adapters = [adapters] if alone else list(adapters.values())
+  adapters, names = arguments.adapters(adapters, names)
   placed = [_placed(leaves, own, layout) for own in adapters]
   rules = {leaf: own.rule for each in placed for leaf, own in each.items()}
   if not rules:

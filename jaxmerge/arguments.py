@@ -130,6 +130,15 @@ def paths(models: Any, names: Sequence[str] | None) -> tuple[list[Any], Sequence
   return listed, names
 
 
+def adapters(given: Any, names: Sequence[str] | None) -> tuple[list[Any], Sequence[str] | None]:
+  """Returns adapters and their names: a list, a dict of them by name, or one, a dict of factors."""
+  if not isinstance(given, Mapping):
+    return list(given), names
+  if any(isinstance(own, Mapping) for own in given.values()):
+    return list(given.values()), names or list(given)
+  return [given], names
+
+
 def tasks(apply: Any, given: Any, settings: Any) -> list[Any]:
   """Returns the tasks of a loop as a list; ValueError for arguments that are something else."""
   if not callable(apply):

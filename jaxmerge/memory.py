@@ -48,16 +48,14 @@ def merge(
   Args:
     method: what `jaxmerge.methods` makes.
     base: tree of arrays [*s].
-    models: stack of K models, [K, *s], as `jaxmerge.stack` makes it; or a list of K trees like the
-      base, or a dict of them by name.
+    models: stack of K models, [K, *s]; or a list of trees like the base, or a dict of them by name.
     aux: numbers by name, in place of the method's own: a scalar, one per model [K], or a tree with
       one of these, or an array [K, *s], per leaf. Other numbers do not compile again.
     seed: for methods with random masks.
     names: names of the models. Masks depend on them and not on the order; without them the models
       are called "0", "1", and so on. Methods to which the order matters keep that of the stack.
     reference: what is subtracted from the models, if not the base.
-    layout: matrix views of leaves, (regular expression, view), where those of their library are not
-      right, see `jaxmerge.layouts`; a view of None: the leaf is no matrix.
+    layout: (regular expression, view or None): matrix views before those of `jaxmerge.layouts`.
     deltas: the models are task vectors: nothing is subtracted from them.
 
   Raises:

@@ -188,7 +188,7 @@ def test_rows_without_a_view_are_one_row_if_the_stage_says_so():
   base = {"a": jnp.ones((2, 2)), "b": jnp.ones((2, 2)), "c": jnp.float32(1)}
   tau = {"a": jnp.array([[[1.0, 5.0], [1.0, 1.0]]]), "c": jnp.array([3.0])}
   models = {"a": 1 + tau["a"], "b": 1 + tau["a"], "c": 1 + tau["c"]}
-  out = jaxmerge.merge((step,), base, models, layout=(("a", "io"),))
+  out = jaxmerge.merge((step,), base, models, layout=(("a", "io"), ("b", None)))
   assert (out["a"] - 1).tolist() == [[0.25, 0.625], [0.25, 0.125]]
   np.testing.assert_allclose(out["b"] - 1, tau["a"][0] / 12, atol=1e-6)
   assert out["c"] - 1 == 0.75
@@ -207,4 +207,4 @@ def test_rows_need_a_view_or_a_rest():
     [0.5, 0.25],
   ]
   with pytest.raises(ValueError, match="no matrix view; declare it in `layout` or mask the method"):
-    jaxmerge.blend(method, models)
+    jaxmerge.blend(method, models, layout=(("a", None),))
