@@ -322,7 +322,7 @@ REFUSED = {
   ),
   "view": (
     lambda: adapters.applied({"w": jnp.zeros((2, 3))}, ONE, layout=[("w", "oii")]),
-    r"'w' is float32\[2, 3\], which is no floating-point matrix",
+    r"view 'oii' of 'w' names 3 axes, but 'w' is \[2, 3\]",
   ),
   "integers": (
     lambda: adapters.applied({"w": jnp.zeros((2, 3), jnp.int8)}, ONE),
