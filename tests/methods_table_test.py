@@ -19,6 +19,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from marking import some_fast
 from methods_columns import COLUMNS, EXCEPT, MAIN, METHOD
 from methods_runs import (
   ATOL,
@@ -211,7 +212,7 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", some_fast(LAYOUTS, ["rows", "explicit"]))
 @groups
 def test_two_four_and_eight_devices(group, layout):
   """Equal bits where each device sums over all models and no float is summed over entries.
