@@ -1,5 +1,8 @@
 """First mistakes with the loop: refused before anything is trained, or in the round they spoil."""
 
+import dataclasses
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -42,7 +45,7 @@ def narrow(params, inputs, head):
     ),
     (
       {"apply": lambda params, inputs, head: small.network(params, inputs, head).mean(-1)},
-      r"task 'cat': the model's outputs are \[9\] for labels \[9\]",
+      r"'cat', train split: the model's outputs are \[9\] for labels \[9\]",
     ),
   ],
 )
@@ -62,6 +65,72 @@ def test_is_refused_before_anything_is_trained(given, words):
 def test_tasks_are_a_list_of_tasks(tasks, words):
   with pytest.raises(ValueError, match=words):
     checking.check(small.network, small.weights(), tasks, tune.cross_entropy)
+
+
+def changed(**parts):
+  """The tasks, the first with parts that the type checks of the tests would not let pass."""
+  first, *others = small.three()
+  for name, value in parts.items():
+    object.__setattr__(first, name, value)
+  return [first, *others]
+
+
+ANT = small.three()[0]
+
+
+@pytest.mark.parametrize(
+  ("tasks", "words"),
+  [
+    (changed(name=7), "task names must be texts, got 7"),
+    (
+      changed(train=ANT.train._replace(labels=ANT.train.labels.tolist())),
+      r"'ant', train split: labels must be an array of integers \[rows\], got list",
+    ),
+    (changed(train=tuple(ANT.train)), r"'ant', train split: must be .*Split\(inputs, labels\)"),
+    (
+      changed(train=ANT.train._replace(inputs=ANT.train.inputs.tolist())),
+      r"inputs\[0\]\[0\] is a float; give arrays",
+    ),
+    (
+      [
+        dataclasses.replace(t, validation=t.validation._replace(inputs=t.validation.inputs[:, :3]))
+        for t in small.three()
+      ],
+      r"'cat', validation split: the model does not take inputs float32\[9, 3\] and head",
+    ),
+    (
+      [dataclasses.replace(t, head=t.head[:3]) for t in small.three()],
+      r"'cat', train split: the model does not take inputs .* and head float32\[3, 4\]",
+    ),
+  ],
+)
+def test_tasks_that_are_made_wrong_are_named(tasks, words):
+  with pytest.raises(ValueError, match=words):
+    checking.check(small.network, small.weights(), tasks, tune.cross_entropy)
+
+
+@pytest.mark.parametrize(
+  ("parts", "words"),
+  [
+    (
+      (jax.make_mesh((1,), ("x",), devices=jax.devices()[:1]), None),
+      "mesh must have the axes task, data, model",
+    ),
+    ((None, "runs/x"), r"must be a store: .*Checkpoints\(pathlib.Path\('runs/x'"),
+  ],
+)
+def test_parts_that_are_something_else_are_named(parts, words):
+  with pytest.raises(ValueError, match=words):
+    checking.check_parts(*parts)
+
+
+@pytest.mark.parametrize(
+  ("params", "words"),
+  [({}, "has no parameters"), ([1.0], "leaf '0' of .* is a float; give arrays")],
+)
+def test_parameters_are_arrays(params, words):
+  with pytest.raises(ValueError, match=words):
+    tune.masters(params)
 
 
 def test_a_model_as_wide_as_its_labels_is_not_refused():

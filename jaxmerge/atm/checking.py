@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any  # Any: parameters, inputs and what is to be checked are the user's.
 
 import jax
 import numpy as np
 
+from jaxmerge import mesh as meshes
 from jaxmerge.atm import tune
 from jaxmerge.tasks import task as tasks
 
@@ -30,12 +32,28 @@ def check(apply: tune.Apply, params: Any, given: Any, loss: tune.Rowwise) -> Non
     if not isinstance(task, tasks.Task):
       raise ValueError(f"tasks[{k}] must be a jaxmerge.Task, got {type(task).__name__}.")
   names = [t.name for t in given]
+  if wrong := [name for name in names if not isinstance(name, str) or not name]:
+    raise ValueError(f"task names must be texts, got {wrong[0]!r}.")
   if len(set(names)) != len(names):
     raise ValueError(f"task names must differ, got {names}.")
   for task in given:
     tasks.check(task)
   tune.heads(given)
   _check_outputs(apply, params, given, loss)
+
+
+def check_parts(mesh: Any, checkpoints: Any) -> None:
+  """Raises ValueError for a mesh or a store that is something else, saying how it is made."""
+  if mesh is not None and not set(meshes.AXES) <= set(mesh.axis_names):
+    raise ValueError(
+      f"mesh must have the axes {', '.join(meshes.AXES)}, as jaxmerge.mesh.make makes it, got "
+      f"{', '.join(map(str, mesh.axis_names))}."
+    )
+  if isinstance(checkpoints, str | os.PathLike):
+    raise ValueError(
+      "checkpoints must be a store, jaxmerge.io.orbax.Checkpoints(pathlib.Path("
+      f"{str(checkpoints)!r})), in a `with`."
+    )
 
 
 def _check_outputs(
@@ -50,17 +68,39 @@ def _check_outputs(
     ) from error
   except ValueError:  # A callable that does not tell its signature.
     pass
-  widest = max(given, key=lambda t: t.num_classes)
+  task = max(given, key=lambda t: t.num_classes)
+  for name in ("train", "validation"):
+    if name in task.splits():
+      where = f"task {task.name!r}, {name} split"
+      _check_split(apply, params, where, task.splits()[name], task, loss)
+
+
+def _check_split(
+  apply: tune.Apply,
+  params: Any,
+  where: str,
+  split: tasks.Split,
+  task: tasks.Task,
+  loss: tune.Rowwise,
+) -> None:
+  """Compares the outputs for the rows of a split with their labels."""
   inputs, labels, head = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(np.shape(x), jax.dtypes.canonicalize_dtype(x.dtype)),
-    (widest.train.inputs, widest.train.labels, widest.head),
+    (split.inputs, np.asarray(split.labels), task.head),
   )
-  shape = np.shape(jax.eval_shape(apply, params, inputs, head))
+  try:
+    shape = np.shape(jax.eval_shape(apply, params, inputs, head))
+  except (TypeError, ValueError) as error:
+    rows = jax.tree.map(lambda x: f"{x.dtype}{list(x.shape)}", (inputs, head))
+    raise ValueError(
+      f"{where}: the model does not take inputs {rows[0]} and head {rows[1]}: "
+      f"{' '.join(str(error).split())}"
+    ) from error
   if loss is not tune.cross_entropy:
     return
-  if shape[:-1] != labels.shape or shape[-1] < widest.num_classes:
+  if shape[:-1] != labels.shape or shape[-1] < task.num_classes:
     raise ValueError(
-      f"task {widest.name!r}: the model's outputs are {list(shape)} for labels "
-      f"{list(labels.shape)}; cross entropy needs logits {[*labels.shape, widest.num_classes]} or "
-      "more, one for each class: give the tasks a head, or the model a wider one."
+      f"{where}: the model's outputs are {list(shape)} for labels {list(labels.shape)}; cross "
+      f"entropy needs logits {[*labels.shape, task.num_classes]} or more, one for each class: give "
+      "the tasks a head, or the model a wider one."
     )

@@ -100,6 +100,7 @@ def tune_and_merge(
   settings = settings or Settings()
   method = methods.average() if method is None else arguments.method(method)
   tasks = arguments.tasks(apply, tasks, settings)
+  checking.check_parts(mesh, checkpoints)
   params = tune.masters(params)
   checking.check(apply, params, tasks, loss)
   mesh = mesh or meshes.make(tasks=len(tasks))

@@ -48,7 +48,13 @@ def masters(params: Any) -> Any:
   Raises:
     ValueError: naming the leaf, if one is not floating point, or has NaN or infinity.
   """
-  for name, leaf in tree.named(params).items():
+  leaves = tree.named(params)
+  if not leaves:
+    raise ValueError("the model to start from has no parameters.")
+  for name, leaf in leaves.items():
+    if not hasattr(leaf, "dtype"):
+      kind = type(leaf).__name__
+      raise ValueError(f"leaf {name!r} of the model to start from is a {kind}; give arrays.")
     if not tree.is_floating(leaf):
       raise ValueError(f"leaf {name!r} is {np.asarray(leaf).dtype}; only floating point is tuned.")
     if not bool(jnp.isfinite(leaf).all()):

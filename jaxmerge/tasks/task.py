@@ -61,6 +61,17 @@ class Task:
 def check(task: Task) -> None:
   """Raises ValueError, naming task, split and row, for data that cannot be trained on."""
   for name, split in task.splits().items():
+    if not isinstance(split, Split):
+      raise ValueError(
+        f"task {task.name!r}, {name} split: must be a jaxmerge.Split(inputs, labels), "
+        f"got {type(split).__name__}."
+      )
+    if not hasattr(split.labels, "dtype"):
+      kind = type(split.labels).__name__
+      raise ValueError(
+        f"task {task.name!r}, {name} split: labels must be an array of integers [rows], got {kind}."
+      )
+  for name, split in task.splits().items():
     where = f"task {task.name!r}, {name} split"
     labels = np.asarray(split.labels)
     if labels.size == 0:
@@ -79,6 +90,8 @@ def check(task: Task) -> None:
     for path, leaf in jax.tree_util.tree_leaves_with_path(split.inputs):
       x = np.asarray(leaf)
       part = f"{where}, inputs{jax.tree_util.keystr(path)}"
+      if not hasattr(leaf, "shape"):
+        raise ValueError(f"{part} is a {type(leaf).__name__}; give arrays, np.asarray makes one.")
       if x.shape[:1] != labels.shape[:1]:
         raise ValueError(
           f"{part}: {x.shape[0] if x.ndim else 0} rows, but {labels.shape[0]} labels."
