@@ -16,7 +16,7 @@ import traceback
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn  # Any: a config is imported only by commands that have one.
 
-from jaxmerge import commands, progress, stopping
+from jaxmerge import commands, foreign_flags, progress, stopping
 
 _CHANGES = """\
 changes of the config:
@@ -41,6 +41,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 2
   try:
     changes, rest = split(arguments)
+    if rest[:1] == ["merge"]:
+      rest, told = foreign_flags.taken(rest)
+      for line in told:
+        progress.say(line)
     options = parser(rest).parse_args(rest)
     _check_many(options, rest)
     config = _config(options, changes)
@@ -164,6 +168,10 @@ def parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
   )
   lax = "let NaN and infinity in the models pass"
   merge.add_argument("--allow-nonfinite", action="store_true", help=lax)
+  rules = "take mergekit's rules and arithmetic where they differ from ours, as `compat:` does"
+  merge.add_argument("--compat", choices=("mergekit",), help=rules)
+  hard = "refuse keys of the recipe that mergekit ignores, as `strict: true` does"
+  merge.add_argument("--strict", action="store_true", help=hard)
   after = "then run this, without a shell; {out} is the result, and its last line JSON of numbers"
   merge.add_argument("--evaluate", metavar="COMMAND", help=after)
   fetch = "fetch models of the hub that its cache lacks; without it, no network is used"

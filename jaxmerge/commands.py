@@ -138,7 +138,7 @@ def merge(options: argparse.Namespace, config: Any) -> None:
   for name, own in {**facts.get("earlier", {}), "": facts}.items():
     which = f" of {name}" if name else ""
     print(f"tensors{which}: {outcomes.line(own['counts'])}")
-  for line in plan.notes:
+  for line in dict.fromkeys(n for own in (*plan.earlier.values(), plan) for n in own.notes):
     print(f"note: {line}")
   print(f"merged: {out}", flush=True)
   if evaluate is not None:
@@ -167,7 +167,9 @@ def _executed(
       return planning.model(stage, files, name=name)
 
     if stages:
-      plan = plans.of_file(options.recipe, files, made)
+      plan = plans.of_file(
+        options.recipe, files, made, strict=options.strict, compat=options.compat
+      )
     told = progress.counted(show, "merging", summarizing.work(plan, options.out_format))
     settings |= {"out_format": options.out_format, "replace": options.replace, "locked": True}
     driver.run(plan, pathlib.Path(options.out), progress=told, **settings)
@@ -211,7 +213,8 @@ def _planned(
   with telling.noted(found):
     atomic.check_free(out, options.replace)
   with telling.noted(found):
-    made.append(plans.of_file(options.recipe, files, foreseen, download=options.download))
+    asked = {name: getattr(options, name) for name in ("download", "strict", "compat")}
+    made.append(plans.of_file(options.recipe, files, foreseen, **asked))
   needed, begun = 0, [place for place, _ in stages.values()]
   for place, plan in [*stages.values(), *((out, plan) for plan in made)]:
     kind = options.out_format if place == out else "safetensors"

@@ -295,14 +295,14 @@ def test_conditions_that_hold_for_some_tensor_are_fine():
   ],
 )
 def test_conditions_that_hold_for_no_tensor(item, column, words):
-  ((place, text),) = recipe.unmatched(slerp(f"[{{{item}, value: 0}}, {{value: 1}}]"), TENSORS)
+  ((place, text, _),) = recipe.unmatched(slerp(f"[{{{item}, value: 0}}, {{value: 1}}]"), TENSORS)
   assert words in text
   assert place == ("r.yml", 5, column)
 
 
 def test_a_condition_behind_a_wider_one_is_told():
   own = slerp("[{filter: mlp, value: 0}, {filter: mlp.up_proj, value: 1}, {value: 0}]")
-  ((place, text),) = recipe.unmatched(own, TENSORS)
+  ((place, text, _),) = recipe.unmatched(own, TENSORS)
   assert (place.column, text) == (
     41,
     "items before it take all tensors of filter 'mlp.up_proj'; put the narrower one first.",

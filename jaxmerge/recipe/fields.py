@@ -34,6 +34,7 @@ def mapping(
   *,
   needed: Collection[str] = (),
   refused: Mapping[str, str] = types.MappingProxyType({}),
+  ignored: Mapping[str, str] | None = None,
 ) -> dict[str, Marked]:
   """Returns what a mapping gives, by key; a key without a value is not given.
 
@@ -44,6 +45,8 @@ def mapping(
     found: takes the problems.
     needed: the keys that it must have.
     refused: keys that are known and not supported, with what is to be said of each.
+    ignored: where mergekit ignores what it does not know: known keys of that kind, with what is to
+      be said of each. Others are ignored as well, unless they look misspelt.
   """
   if not isinstance(node.value, dict):
     note(found, node.place, f"{what} must be a mapping, got {shown(node.value)}; {_list(keys)}.")
@@ -55,6 +58,9 @@ def mapping(
     elif key in refused:
       if value.value is not None:
         note(found, node.keys[key], refused[key])
+    elif ignored is not None and (key in ignored or not closest(key, keys)):
+      text = ignored.get(key) or f"{shown(key)} is no key of {what}"
+      note(found, node.keys[key], f"{text}: it is ignored, as by mergekit.", ignored=True)
     else:
       note(found, node.keys[key], f"unknown key {shown(key)} in {what}{nearest(key, keys)}.")
       # Stands for the key that was meant, so that this is not told to be missing as well.
@@ -111,11 +117,20 @@ def whole(node: Marked, what: str, low: int, high: int, found: list[Problem]) ->
 
 
 def truth(node: Marked, what: str, found: list[Problem]) -> bool:
-  """Returns a truth value."""
-  if not isinstance(node.value, bool):
+  """Returns a truth value, which may be written as 1 or 0."""
+  if not is_truth(node.value):
     wrong = f"{what} must be true or false, got {shown(node.value)}"
     note(found, node.place, f"{wrong}{quoted(node.value)}.")
-  return node.value is True
+  return node.value in (True, 1)
+
+
+def is_truth(value: object) -> bool:
+  """Tells whether a value is true or false, or a number that stands for it, as mergekit writes it.
+
+  >>> is_truth(False), is_truth(1.0), is_truth(2), is_truth("true")
+  (True, True, False, False)
+  """
+  return isinstance(value, int | float) and value in (0, 1)
 
 
 def pattern(node: Marked, what: str, found: list[Problem]) -> str:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 from jaxmerge.catalog import Parameter
 from jaxmerge.recipe import fields, references
 from jaxmerge.recipe.marked import Marked
-from jaxmerge.recipe.methods import METHODS, complaint
+from jaxmerge.recipe.methods import MERGEKITS, METHODS, complaint
 from jaxmerge.recipe.places import Problem, note, shown
 from jaxmerge.recipe.records import (
   Case,
@@ -25,9 +25,13 @@ from jaxmerge.recipe.records import (
 from jaxmerge.recipe.references import Context
 
 MOST_VIEWS = 200
-_RESIDUAL = {
-  "residual_weight": "residual_weight is not supported; mergekit does not use it either: remove it."
+# What mergekit ignores beside what it knows.
+PARAMETERS = {
+  name: f"{name} is a parameter, and belongs under parameters; here"
+  for method in METHODS.values()
+  for name in method.parameters
 }
+_REVISION = {"revision": "a revision is part of the model, org/name@revision; beside it"}
 
 
 class Known(NamedTuple):
@@ -35,11 +39,13 @@ class Known(NamedTuple):
 
   Attributes:
     of: the methods in words; empty if one is unknown, so that nothing can be said.
+    mergekits: whether mergekit has them, so that it is known what it ignores.
     each: parameters with a value for every model.
     shared: parameters that are one for all models.
   """
 
   of: str
+  mergekits: bool
   each: Mapping[str, Parameter]
   shared: Mapping[str, Parameter]
 
@@ -47,11 +53,12 @@ class Known(NamedTuple):
 def known(names: Sequence[str]) -> Known:
   """Returns the parameters of methods; where two have the same name, those of the first count."""
   if not set(names) <= METHODS.keys():
-    return Known("", {}, {})
+    return Known("", True, {}, {})
   methods = [METHODS[name] for name in reversed(names)]
   each = {n: p for m in methods for n, p in m.each.items()}
   shared = {n: p for m in methods for n, p in m.shared.items()}
-  return Known(", ".join(dict.fromkeys(names)), each, shared)
+  words = ", ".join(dict.fromkeys(names))
+  return Known(words, set(names) <= MERGEKITS.keys(), each, shared)
 
 
 def level(
@@ -65,14 +72,25 @@ def level(
     given = fields.mapping(node, "the parameters", keys, found)
     return {name: cases(own, name, None, found) for name, own in given.items()}
   allowed = {**known.each} if at_source else {**known.shared, **known.each}
-  text = f"is no parameter of {known.of}, and mergekit ignores it: remove it."
-  refused = {name: f"{name} {text}" for m in METHODS.values() for name in m.parameters}
-  text = "is one for all models: move it to the parameters of the recipe, module or slice."
-  refused |= {name: f"{name} {text}" for name in known.shared}
+  stray = {n: _stray(n, known, allowed) for m in METHODS.values() for n in m.parameters}
   given = fields.mapping(
-    node, f"the parameters of {known.of}", tuple(allowed), found, refused=refused
+    node,
+    f"the parameters of {known.of}",
+    tuple(allowed),
+    found,
+    ignored=stray if known.mergekits else None,
+    refused={} if known.mergekits else {n: f"{text}: remove it." for n, text in stray.items()},
   )
   return {name: cases(own, name, allowed[name], found) for name, own in given.items()}
+
+
+def _stray(name: str, known: Known, allowed: Collection[str]) -> str:
+  """Says of a parameter that it is none here, and which may be meant."""
+  if name in known.shared and name not in allowed:
+    where = "the parameters of the recipe, module or slice"
+    return f"{name} is one for all models, and belongs to {where}; at a model"
+  near = fields.closest(name, allowed)
+  return f"{name} is no parameter of {known.of}" + (f" (there is {near[0]})" if near else "")
 
 
 def cases(
@@ -110,7 +128,8 @@ def _value(
     wrong = complaint(name, parameter, part.value) if parameter else None
     if wrong:
       note(found, part.place, wrong.removesuffix(".") + f"{fields.quoted(part.value)}.")
-    values.append(1.0 if wrong or not isinstance(part.value, Scalar) else part.value)
+    value = 1.0 if wrong or not isinstance(part.value, Scalar) else part.value
+    values.append(bool(value) if parameter and parameter.choices == (True, False) else value)
   return tuple(values) if isinstance(node.value, tuple) else values[0]
 
 
@@ -125,6 +144,7 @@ def source(node: Marked, what: str, known: Known, sliced: bool, context: Context
     context.found,
     needed=("model", "layer_range") if sliced else ("model",),
     refused={} if sliced else hint,
+    ignored=PARAMETERS | _REVISION,
   )
   if "model" not in given:
     return None
@@ -143,8 +163,15 @@ def sources(
   """Returns the models of a list."""
   listed = fields.items(node, what, context.found)
   item = "a source" if sliced else "a model"
-  made = [source(each, item, known, sliced, context) for each in listed]
-  return tuple(s for s in made if s)
+  made: list[Source] = []
+  for own in (source(each, item, known, sliced, context) for each in listed):
+    if own in made and known.mergekits:  # Of models that differ in parameters, it is an error.
+      line = made[made.index(own)].place.line
+      text = f"{str(own.model)!r} is already in line {line}: it counts once, as in mergekit."
+      note(context.found, own.place, text, ignored=True)
+    elif own:
+      made.append(own)
+  return tuple(made)
 
 
 def slices(node: Marked, known: Known, context: Context) -> tuple[Slice, ...]:
@@ -153,7 +180,7 @@ def slices(node: Marked, known: Known, context: Context) -> tuple[Slice, ...]:
   keys = ("sources", "base_model", "parameters")
   for each in fields.items(node, "slices", context.found):
     given = fields.mapping(
-      each, "a slice", keys, context.found, needed=("sources",), refused=_RESIDUAL
+      each, "a slice", keys, context.found, needed=("sources",), ignored=PARAMETERS
     )
     listed, base = given.get("sources"), given.get("base_model")
     made.append(
@@ -173,7 +200,7 @@ def modules(node: Marked, known: Known, context: Context) -> dict[str, Module]:
   names = tuple(node.value) if isinstance(node.value, dict) else ()
   for name, each in fields.mapping(node, "modules", names, context.found).items():
     keys = ("models", "slices", "parameters")
-    given = fields.mapping(each, f"module {name!r:.60}", keys, context.found)
+    given = fields.mapping(each, f"module {name!r:.60}", keys, context.found, ignored=PARAMETERS)
     one_of(given, ("models", "slices"), f"module {name!r:.60}", each, context.found)
     made[name] = Module(
       fields.maybe(sources, given.get("models"), "models", known, False, context) or (),
@@ -209,7 +236,8 @@ def overrides(
       note(found, node.place, f"{text}; what is for all belongs to the recipe.")
     if not {"merge_method", "parameters"} & given.keys():
       note(found, node.place, "an override needs merge_method or parameters.")
-    own = level(given.get("parameters"), known((method,)), found)
+    ours = known((method,))._replace(mergekits=False)  # mergekit has no overrides.
+    own = level(given.get("parameters"), ours, found)
     made.append(Override(where, method, own, place=node.place))
   return tuple(made)
 

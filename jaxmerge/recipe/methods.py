@@ -234,7 +234,8 @@ def complaint(name: str, parameter: Parameter, value: Any) -> str | None:
   'density must be in (0, 1], got 1.5.'
   """
   if parameter.choices == (True, False):
-    return None if isinstance(value, bool) else f"{name} must be true or false, got {shown(value)}."
+    right = isinstance(value, int | float) and value in (0, 1)  # mergekit writes 1.0 and 0.0.
+    return None if right else f"{name} must be true or false, got {shown(value)}."
   if parameter.choices:
     words = [c for c in parameter.choices if c is not None]
     if value in words:

@@ -66,7 +66,7 @@ def refused(recipe: Recipe, method: str, parts: Sequence[Tensor]) -> Iterator[Pr
     try:
       narrowed(method, _dtype(recipe, parts))
     except ValueError as error:
-      yield Problem(recipe.places.get("dtype", recipe.places["compat"]), str(error))
+      yield Problem(recipe.places.get("dtype", recipe.place), str(error))
 
 
 def _dtype(recipe: Recipe, parts: Sequence[Tensor]) -> np.dtype:

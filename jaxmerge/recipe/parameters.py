@@ -284,7 +284,7 @@ def _conditions(recipe: Recipe) -> Iterator[tuple[str | None, tuple[Where, ...]]
 def _cases(recipe: Recipe) -> Iterator[tuple[str | None, str, tuple[Case, ...]]]:
   """Yields what is said of parameters, at all levels: the module, the name, the cases."""
   levels: list[tuple[str | None, Parameters]] = [(None, recipe.parameters)]
-  levels += [(name, m.parameters) for name, m in recipe.modules.items()]
+  levels += [(name, m.parameters) for name, m in recipe.parts.items()]
   levels += [(None, o.parameters) for o in recipe.overrides]
   for group in groups(recipe):
     levels += [

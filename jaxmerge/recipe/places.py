@@ -22,10 +22,18 @@ class Place(NamedTuple):
 
 
 class Problem(NamedTuple):
-  """What is wrong, and where."""
+  """What is wrong, and where.
+
+  Attributes:
+    place: where.
+    text: what.
+    ignored: whether it is a key without effect, as mergekit has many: an error only where the
+      recipe is to be strict.
+  """
 
   place: Place
   text: str
+  ignored: bool = False
 
 
 class RecipeError(ValueError):
@@ -56,10 +64,10 @@ def _line(text: str) -> str:
   return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in cut)
 
 
-def note(found: list[Problem], place: Place, text: str) -> None:
+def note(found: list[Problem], place: Place, text: str, ignored: bool = False) -> None:
   """Adds a problem to those found; raises them all when there are too many to go on."""
-  found.append(Problem(place, text))
-  if len(found) >= MOST:
+  found.append(Problem(place, text, ignored))
+  if not ignored and sum(not problem.ignored for problem in found) >= MOST:
     raise RecipeError(found)
 
 

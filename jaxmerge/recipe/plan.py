@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pathlib
 from collections.abc import Callable, Iterable, Mapping
+from typing import Literal
 
 from jaxmerge import compatibility, misfits, planning, remote_code, spelling, tying
 from jaxmerge.io import folder
@@ -38,6 +40,8 @@ def of_file(
   made: Callable[[str, Plan], planning.Model] = foreseen,
   *,
   download: bool = False,
+  strict: bool = False,
+  compat: Literal["mergekit"] | None = None,
 ) -> Plan:
   """Plans the last recipe of a file; its models are folders or ids, perhaps with adapters.
 
@@ -48,13 +52,16 @@ def of_file(
       is only known what that will be, which is enough to plan. Of one that is there, the facts of
       the plan keep the provenance, under `earlier`.
     download: whether models that the hub's cache lacks are fetched; else no network is used.
+    strict: whether keys without effect are errors; a recipe may say so as well.
+    compat: what recipes have that say nothing of `compat` themselves.
 
   Raises:
     RecipeError: for what is wrong with the recipes, or cannot be run yet.
     planning.Problems: naming the tensors and models that do not fit.
   """
   opener = opening.opener(files, download=download)
-  recipes = schema.read(path) if download else _read(path, opener)
+  recipes = schema.read(path, strict=strict) if download else _read(path, opener, strict)
+  recipes = tuple(dataclasses.replace(r, compat=r.compat or compat) for r in recipes)
   text = pathlib.Path(path).read_text(encoding="utf-8")
   results: dict[str, planning.Model] = {}
   earlier: dict[str, Plan] = {}
@@ -75,18 +82,19 @@ def of_file(
   last = _tried(recipes[-1], model, papers, results, found)
   telling.check(found)
   (plan,) = last
-  facts = {"recipe": text, **opener.find.facts, **plan.facts}
+  asked = {"compat": compat} if compat else {}
+  facts = {"recipe": text, **asked, **opener.find.facts, **plan.facts}
   there = {name: own.folder for name, own in results.items() if own.files}
   if there:
     facts["earlier"] = {name: folder.provenance(path) for name, path in there.items()}
   return plan._replace(facts=facts, texts={**plan.texts, RECIPE: text}, earlier=earlier)
 
 
-def _read(path: str | os.PathLike[str], opener: opening.Opener) -> tuple[Recipe, ...]:
+def _read(path: str | os.PathLike[str], opener: opening.Opener, strict: bool) -> tuple[Recipe, ...]:
   """Reads recipes; of those that are wrong it is told as well which models cannot be opened."""
   found: list[Exception] = []
   with telling.noted(found):
-    return schema.read(path)
+    return schema.read(path, strict=strict)
   for own in found[0].models if isinstance(found[0], RecipeError) else ():
     with telling.noted(found):
       opener.model(own)
@@ -205,5 +213,6 @@ def planned(
   own = {} if changed == config else {folder.CONFIG: json.dumps(changed, indent=2) + "\n"}
   # A donor that is still to be made has other files than its folder.
   texts = {**donor.texts, **own, **built.texts}
-  plan = plan._replace(texts=texts, fates=built.fates(plan.fates))
+  notes = (*(f"line {p.place.line}: {p.text}" for p in recipe.ignored), *plan.notes)
+  plan = plan._replace(texts=texts, fates=built.fates(plan.fates), notes=notes)
   return remote_code.settled(plan, inputs)

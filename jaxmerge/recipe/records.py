@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
 from jaxmerge.recipe.methods import Method
-from jaxmerge.recipe.places import Place
+from jaxmerge.recipe.places import Place, Problem
 
 Scalar = float | int | bool | str
 Missing = Literal["error", "base", "mean", "skip"]
@@ -198,6 +198,7 @@ class Recipe:
     out_dtype: likewise.
     tokenizer: from either of the keys `tokenizer` and `tokenizer_source`.
     name: by which later documents refer to the result.
+    strict: whether keys without effect are errors.
     compat: "mergekit" asks for mergekit's own rules where they differ from the papers.
     missing: what happens to a tensor that some models lack.
     allow: settings of configs in which models may differ, or "tokens", the order of these.
@@ -206,6 +207,7 @@ class Recipe:
     layout: matrix views; the first whose `where` holds counts.
     seed: of random masks; 0 where the recipe gives none.
     uses: names of the recipes of the same file that this one builds on.
+    ignored: the keys without effect.
     places: where the keys stand.
   """
 
@@ -220,6 +222,7 @@ class Recipe:
   tokenizer: Tokenizer | None = None
   chat_template: str | None = None
   name: str | None = None
+  strict: bool = False
   compat: Literal["mergekit"] | None = None
   missing: Missing = "error"
   allow: tuple[str, ...] = ()
@@ -228,8 +231,19 @@ class Recipe:
   layout: tuple[View, ...] = ()
   seed: int = 0
   uses: tuple[str, ...] = ()
+  ignored: tuple[Problem, ...] = dataclasses.field(default=(), compare=False)
   place: Place = dataclasses.field(kw_only=True, compare=False)
   places: Mapping[str, Place] = dataclasses.field(kw_only=True, compare=False)
+
+  @property
+  def parts(self) -> Mapping[str | None, Module]:
+    """Returns the modules by name; of a model that is one, that one under None.
+
+    mergekit writes `default` for it.
+    """
+    whole = Module(self.models, self.slices, {}, place=self.place)
+    named: dict[str | None, Module] = dict(self.modules.items())
+    return named if self.modules.keys() - {"default"} else {None: named.get("default", whole)}
 
 
 class Group(NamedTuple):
@@ -268,9 +282,8 @@ class Group(NamedTuple):
 
 def groups(recipe: Recipe) -> tuple[Group, ...]:
   """Returns the groups of a recipe: one if it has whole models, else one for each slice."""
-  whole = Module(recipe.models, recipe.slices, {}, place=recipe.place)
   made = []
-  for name, part in recipe.modules.items() or [(None, whole)]:
+  for name, part in recipe.parts.items():
     levels = (part.parameters, recipe.parameters)
     if part.models:
       place = part.models[0].place

@@ -12,10 +12,7 @@ from jaxmerge.recipe.places import Problem, listed, note, shown
 from jaxmerge.recipe.records import Model, Token, Tokenizer
 
 _SOURCES = ("union", "base")
-_ARCHITECTURE = {
-  "override_architecture": "override_architecture is not supported: no architecture is asked for; "
-  "remove it."
-}
+_ARCHITECTURE = "override_architecture"
 
 
 class Context(NamedTuple):
@@ -62,8 +59,11 @@ def model(node: Marked, what: str, context: Context) -> Model:
 
 
 def _spelt_out(node: Marked, what: str, context: Context) -> Model:
-  keys = ("model", "adapter", "lora")
-  given = fields.mapping(node, what, keys, context.found, needed=("model",), refused=_ARCHITECTURE)
+  keys = ("model", "adapter", "lora", _ARCHITECTURE)
+  given = fields.mapping(node, what, keys, context.found, needed=("model",))
+  if _ARCHITECTURE in given:
+    text = f"{_ARCHITECTURE} changes nothing: no architecture is asked for."
+    note(context.found, node.keys[_ARCHITECTURE], text, ignored=True)
   if "adapter" in given and "lora" in given:
     note(context.found, node.keys["lora"], f"{what} has both an adapter and a lora: remove one.")
   path, revision = _part(given.get("model"), f"model of {what}", context)

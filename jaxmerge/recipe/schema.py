@@ -34,6 +34,7 @@ KEYS = (
   "tokenizer",
   "chat_template",
   "name",
+  "strict",
   "compat",
   "missing",
   "allow",
@@ -53,8 +54,16 @@ _REFUSED = {
 }
 
 
-def read(path: str | os.PathLike[str]) -> tuple[Recipe, ...]:
+_IGNORED = {"pad_to_multiple_of": "pad_to_multiple_of belongs under tokenizer; here"}
+
+
+def read(path: str | os.PathLike[str], *, strict: bool = False) -> tuple[Recipe, ...]:
   """Reads a recipe file: one record for each document, each after those that it builds on.
+
+  Args:
+    path: of the file.
+    strict: whether keys without effect, which mergekit ignores, are errors; a recipe of the file
+      may say so as well.
 
   Raises:
     RecipeError: a ValueError with all problems, a line each: `file:line:column: what`.
@@ -70,11 +79,15 @@ def read(path: str | os.PathLike[str]) -> tuple[Recipe, ...]:
     before = content[: error.start].decode("utf-8")
     place = marked.position(before, len(before), str(path))
     raise RecipeError([Problem(place, f"not UTF-8: {error.reason}.")]) from error
-  return parse(text, str(path))
+  return parse(text, str(path), strict=strict)
 
 
 def parse(
-  text: str, file: str = "recipe.yml", is_folder: Callable[[str], bool] = os.path.isdir
+  text: str,
+  file: str = "recipe.yml",
+  is_folder: Callable[[str], bool] = os.path.isdir,
+  *,
+  strict: bool = False,
 ) -> tuple[Recipe, ...]:
   """Reads the text of a recipe file, as `read` does.
 
@@ -82,6 +95,7 @@ def parse(
     text: the YAML.
     file: what errors call it.
     is_folder: tells whether a reference names a local folder, in the current directory.
+    strict: as for `read`.
 
   Example:
     >>> (recipe,) = parse("{merge_method: linear, models: [{model: a, parameters: {weight: 1}}]}")
@@ -94,10 +108,13 @@ def parse(
     what = f"more than {MOST_DOCUMENTS} recipes" if nodes else "no recipe"
     raise RecipeError([*found, Problem(Place(file, 1, 1), f"{what} in this file.")])
   context = Context(found, _names(nodes, found) if len(nodes) > 1 else (), is_folder)
-  recipes = tuple(recipe for node in nodes if (recipe := _recipe(node, context)))
-  for problem in (p for recipe in recipes for p in checking.problems(recipe)):
-    note(found, *problem)
+  recipes = tuple(recipe for node in nodes if (recipe := _checked(node, context)))
   ordered = _ordered(recipes, found)
+  if strict or any(recipe.strict for recipe in recipes):
+    refused = "strict refuses what is ignored: remove it."
+    found[:] = [p._replace(text=f"{p.text} {refused}") if p.ignored else p for p in found]
+  elif all(problem.ignored for problem in found):
+    found.clear()
   if found:
     wrong = {problem.place for problem in found}
     named = dict.fromkeys(m for recipe in recipes for m in referenced(recipe))
@@ -126,6 +143,17 @@ def _names(nodes: Sequence[Marked], found: list[Problem]) -> dict[str, Place]:
   return names
 
 
+def _checked(node: Marked, context: Context) -> Recipe | None:
+  """Returns the record of one document, with what it says in vain; None if it is no mapping."""
+  found = context.found
+  before = len(found)
+  recipe = _recipe(node, context)
+  for problem in checking.problems(recipe) if recipe else ():
+    note(found, *problem)
+  ignored = tuple(problem for problem in found[before:] if problem.ignored)
+  return dataclasses.replace(recipe, ignored=ignored) if recipe else None
+
+
 def _recipe(node: Marked, context: Context) -> Recipe | None:
   """Returns the record of one document; None if it is no mapping."""
   found = context.found
@@ -133,7 +161,13 @@ def _recipe(node: Marked, context: Context) -> Recipe | None:
     note(found, node.place, "this document is empty; remove the --- before or after it.")
     return None
   given = fields.mapping(
-    node, "the recipe", KEYS, found, needed=("merge_method",), refused=_REFUSED
+    node,
+    "the recipe",
+    KEYS,
+    found,
+    needed=("merge_method",),
+    refused=_REFUSED,
+    ignored=inputs.PARAMETERS | _IGNORED,
   )
   if not isinstance(node.value, dict):
     return None
@@ -155,6 +189,7 @@ def _recipe(node: Marked, context: Context) -> Recipe | None:
     fields.maybe(_dtype, given.get("out_dtype"), "out_dtype", found),
     chat_template=fields.maybe(_chat_template, given.get("chat_template"), found),
     name=fields.maybe(_name, given.get("name"), found),
+    strict=fields.maybe(fields.truth, given.get("strict"), "strict", found) or False,
     compat=fields.maybe(fields.choice, given.get("compat"), "compat", COMPAT, found),
     missing=fields.maybe(fields.choice, given.get("missing"), "missing", MISSING, found) or "error",
     allow=fields.maybe(_allow, given.get("allow"), found) or (),

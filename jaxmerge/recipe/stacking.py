@@ -54,7 +54,7 @@ def rows(recipe: Recipe, models: Opened, config: Mapping[str, Any]) -> Iterator[
       yield from _stacked(own, models, config)
     else:
       yield from whole(own[0], models)
-  if recipe.modules:
+  if None not in recipe.parts:
     yield from _outside(recipe, models, made)
 
 
@@ -198,8 +198,9 @@ def left_out(recipe: Recipe, models: Opened, rows: Sequence[Row]) -> dict[str, d
   And a base that is not merged.
   """
   told: dict[str, dict[str, str]] = {m.name: {} for m in models.values()}
-  if recipe.modules or any(row.group.sliced for row in rows):
-    words = "dropped: in no module of it" if recipe.modules else "dropped: in no slice"
+  modular = None not in recipe.parts
+  if modular or any(row.group.sliced for row in rows):
+    words = "dropped: in no module of it" if modular else "dropped: in no slice"
     told = {m.name: dict.fromkeys(m.tensors, words) for m in models.values()}
   for base in (models[g.base] for g in groups(recipe) if g.base and not g.sliced):
     told[base.name] |= dict.fromkeys(base.tensors, planning.ASIDE)

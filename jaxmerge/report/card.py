@@ -85,6 +85,8 @@ def _earlier(name: str, summary: Mapping[str, Any]) -> Iterator[str]:
   yield f"## Merged before: {tables.escaped(name)}\n\n{_counts(summary)}"
   yield _listed(summary["models"])
   yield from map(_method, summary["methods"])
+  if summary["notes"]:
+    yield f"Notes:\n\n{_listed(summary['notes'])}"
 
 
 def _counts(summary: Mapping[str, Any]) -> str:
