@@ -16,6 +16,8 @@ _COUNTS = (
 )
 _PLAIN = {"num", "n", "hidden", "layers", "layer", "config", "model"}  # They tell nothing apart.
 _INPUTS = re.compile(r"(^|[._])(embed\w*|\w*embeddings?|wte|wpe|shared|patch_embed\w*)(\.|$)")
+_SIGHT = {"vision_config", "audio_config", "speech_config", "visual"}
+_TOWER = re.compile(r"(^|[._])(vision|visual|vit|image|img|audio|speech|video)(_\w+)?(\.|$)")
 
 
 class Place(NamedTuple):
@@ -53,17 +55,54 @@ def stacks(names: Iterable[str]) -> dict[str, int]:
 def main(names: Iterable[str], config: Mapping[str, Any]) -> str:
   """Returns the stack that `layer_range` counts: the one as high as the config says.
 
+  Of a model that sees or hears, that is the stack of its text, by `text_config` if there is one.
+
+  >>> text = {"text_config": {"num_hidden_layers": 2}, "vision_config": {"num_hidden_layers": 2}}
+  >>> main(["vision_tower.layers.1.w", "language_model.layers.1.w"], text)
+  'language_model.layers.'
+
   Raises:
-    ValueError: if there is none, or more than one.
+    Unclear: if there is none, or more than one.
   """
   found = stacks(names)
-  said = [own.get(key) for own in _parts(config).values() for key in _COUNTS]
+  parts = _parts(config)
+  if of_text := _of_text(parts):
+    found = {stack: n for stack, n in found.items() if not is_tower(stack)} or found
+  said = [parts[part].get(key) for part in of_text or parts for key in _COUNTS]
   heights = {height for height in said if type(height) is int}
   fits = [stack for stack, height in found.items() if height in heights] or list(found)
   if len(fits) != 1:
-    words = ", ".join(f"{stack}* ({found[stack]})" for stack in fits) or "none"
-    raise ValueError(f"slices need one stack of layers; this model's are: {words}.")
+    raise Unclear({stack: found[stack] for stack in fits})
   return fits[0]
+
+
+def _of_text(parts: Collection[str]) -> list[str]:
+  """The parts of a config that are about the text; none where nothing is about anything else."""
+  named = [part for part in parts if part.split(".")[-1] == "text_config"]
+  others = [part for part in parts if not set(part.split(".")) & _SIGHT]
+  return named or (others if len(others) < len(parts) else [])
+
+
+class Unclear(ValueError):
+  """A model whose layers lie in several stacks of which none is the one that is meant.
+
+  Attributes:
+    stacks: what their names begin with, and how many layers they have.
+  """
+
+  def __init__(self, stacks: Mapping[str, int]):
+    words = ", ".join(f"{stack}* ({height})" for stack, height in stacks.items()) or "none"
+    super().__init__(f"slices need one stack of layers; this model's are: {words}.")
+    self.stacks = stacks
+
+
+def is_tower(name: str) -> bool:
+  """Tells whether a tensor or a stack is of what sees or hears beside the text.
+
+  >>> is_tower("model.visual.blocks.0.norm1.weight"), is_tower("model.layers.0.mlp.weight")
+  (True, False)
+  """
+  return _TOWER.search(name) is not None
 
 
 def resized(
@@ -96,6 +135,8 @@ def resized(
   fits = fits or list({n: (n, k) for n, k in reversed(every)}.values())[::-1]
   called = [p for p in fits if _words("_".join(p)) & mine]
   places = called or [p for p in fits if not _words("_".join(p)) & theirs]
+  if not module:  # As `main` takes the stack of the text.
+    places = [p for p in places if p[0] in _of_text(parts)] or places
   if len({part for part, _ in places}) > 1:
     keys = " and ".join(f"{'.'.join(filter(None, p))}: {parts[p[0]][p[1]]}" for p in places)
     raise ValueError(f"the config says {keys}; which of them are the {height} layers of the files?")

@@ -131,7 +131,7 @@ MERGEKITS: Mapping[str, Method] = {
     (1, None),
     {},
     {
-      "max_iter": Parameter(10, "the most iterations", low=0, high=10_000, integer=True),
+      "max_iter": Parameter(10, "the most iterations", low=0, high=1_000_000, integer=True),
       "tol": Parameter(1e-5, "a step this small ends the iteration", low=0.0),
     },
   ),

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple  # Any: what a config.json holds.
 
 from jaxmerge import asking, planning
-from jaxmerge.recipe import layers, parameters
+from jaxmerge.recipe import layers, modules, parameters
 from jaxmerge.recipe.places import Problem, RecipeError
 from jaxmerge.recipe.records import Group, Model, Recipe, groups
 
@@ -111,8 +111,9 @@ def _stacked(own: Sequence[Group], models: Opened, config: Mapping[str, Any]) ->
   names = {m: [n for n in models[m].tensors if _inside(own[0], n)] for m in models}
   try:
     stack = layers.main(names[own[0].sources[0].model], config)
-  except ValueError as error:
-    raise RecipeError([Problem(own[0].place, str(error))]) from error
+  except layers.Unclear as error:
+    text = f"{error}{modules.hint(own, names[own[0].sources[0].model], error.stacks)}"
+    raise RecipeError([Problem(own[0].place, text)]) from error
   begun = 0
   for group in own:
     starts = [s.layers[0] if s.layers else 0 for s in group.sources]
@@ -136,7 +137,9 @@ def _stacked(own: Sequence[Group], models: Opened, config: Mapping[str, Any]) ->
     {n for g in own for s in g.sources for n in names[s.model] if not n.startswith(stack)}
   )
   for name in outside:
-    group = own[0] if layers.is_input(name) else own[-1]
+    # What sees or hears is of one model as a whole.
+    apart = layers.is_tower(name) != layers.is_tower(stack)
+    group = own[0] if layers.is_input(name) and not apart else own[-1]
     yield Row(parameters.Tensor(name), group, (name,) * len(group.sources))
 
 

@@ -1,0 +1,53 @@
+"""The `modules` that a recipe would need whose slices do not say which layers they are of."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+from jaxmerge.recipe.records import Group, Source
+
+_LIKELY = ("decoder", "language_model", "text_model", "text")
+
+
+def hint(groups: Sequence[Group], names: Sequence[str], stacks: Collection[str]) -> str:
+  """Returns the `modules` of a recipe with the same slices, in one line that can be pasted.
+
+  Args:
+    groups: the slices.
+    names: of the tensors of the first model.
+    stacks: those that may be meant; empty without one, where nothing can be said.
+  """
+  if len(stacks) < 2:
+    return ""
+  parts = {module(name, stacks): None for name in sorted(names)}
+  own = [module(stack, stacks) for stack in stacks]
+  mine = next((part for part in _LIKELY if part in own), own[0])
+  slices = ", ".join(f"{{sources: [{_listed(group.sources)}]}}" for group in groups)
+  whole = f"{{models: [{_listed(groups[0].sources, ranges=False)}]}}"
+  blocks = [f"{p}: " + (f"{{slices: [{slices}]}}" if p == mine else whole) for p in parts]
+  return f" Write, for layers of {mine}: modules: {{{', '.join(blocks)}}}"
+
+
+def module(name: str, stacks: Collection[str]) -> str:
+  """Returns the part of a tensor's name that tells the parts of a model apart.
+
+  >>> module("model.encoder.layers.0.w", ["model.encoder.layers.", "model.decoder.layers."])
+  'encoder'
+  """
+  every = [stack.split(".") for stack in stacks]
+  depth = next(i for i, parts in enumerate(zip(*every, strict=False)) if len(set(parts)) > 1)
+  own = name.split(".")
+  return own[depth] if own[:depth] == every[0][:depth] and depth < len(own) else own[0]
+
+
+def _listed(sources: Sequence[Source], *, ranges: bool = True) -> str:
+  return ", ".join(f"{{{', '.join(_said(source, ranges))}}}" for source in sources)
+
+
+def _said(source: Source, ranges: bool) -> list[str]:
+  said = [f"model: {source.model}"]
+  if ranges and source.layers is not None:
+    said.append(f"layer_range: [{source.layers[0]}, {source.layers[1]}]")
+  values = {n: cases[0].value for n, cases in source.parameters.items() if len(cases) == 1}
+  plain = [f"{n}: {v}" for n, v in values.items() if not isinstance(v, bool | str | tuple)]
+  return said + ([f"parameters: {{{', '.join(plain)}}}"] if plain else [])
