@@ -43,7 +43,7 @@ def in_memory(method, models, **options):
 
 
 @pytest.mark.parametrize("name", some_fast(METHODS, ["task_arithmetic", "ties", "dare_ties"]))
-@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("dtype", some_fast([np.float32, ml_dtypes.bfloat16], [np.float32]))
 def test_files_have_the_bits_of_memory(tmp_path, name, dtype):
   method, options = METHODS[name]
   models = folders.family(tmp_path, dtype=dtype)

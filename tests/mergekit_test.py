@@ -67,8 +67,9 @@ EQUAL = {
 # Of the samples, how many may be selected otherwise because they tie.
 TIED_NARROW = 0.02
 
-# Of each method the first case runs always.
-FIRST = {case.method: name for name, case in reversed(CASES.items()) if case.dtype == "float32"}
+# The first case of each of these runs always.
+FAST = ("linear", "slerp", "ties", "dare_ties", "della_linear", "sce", "model_stock", "multislerp")
+FIRST = {case.method: name for name, case in reversed(CASES.items()) if case.method in FAST}
 MARKS = {"llama": (), "minilm": (pytest.mark.minilm, pytest.mark.slow)}
 RUN = [
   pytest.param(

@@ -6,6 +6,7 @@ import folders
 import numpy as np
 import pytest
 import small
+from marking import some_fast
 
 import jaxmerge
 from jaxmerge import catalog, files, methods, stage
@@ -61,7 +62,10 @@ def pairs(tmp_path_factory):
   return root
 
 
-@pytest.mark.parametrize("name", catalog.METHODS)
+FAST = ("average", "ties", "dare", "tsv", "krum", "slerp", "arcee_fusion")
+
+
+@pytest.mark.parametrize("name", some_fast(catalog.METHODS, FAST))
 def test_each_method_merges_a_head_and_its_embedding_once(pairs, tmp_path, name):
   least, most = catalog.entry(name).models
   method = getattr(methods, name)()
