@@ -164,7 +164,9 @@ def _executed(
       if not finishing.holds(stage, plan, *kind):
         told = progress.counted(show, name, summarizing.work(plan))
         driver.run(plan, stage, replace=True, progress=told, **settings)
-      return planning.model(stage, files, name=name)
+        finishing.vouch(stage, plan, *kind[:2])
+      files.forget(stage)
+      return planning.model(stage, files, name=name, home=name)
 
     if stages:
       plan = plans.of_file(
@@ -205,7 +207,7 @@ def _planned(
     if not finishing.holds(place, plan, *kind):
       return opening.foreseen(name, plan)
     done.add(name)  # By a merge that was interrupted later.
-    return planning.model(place, files, name=name)
+    return planning.model(place, files, name=name, home=name)
 
   with telling.noted(found):
     if options.evaluate is not None:

@@ -36,8 +36,9 @@ from jaxmerge import (
   streaming,
   summarizing,
   tying,
+  unchanged,
 )
-from jaxmerge.io import atomic, folder, growing, hub, safetensors, shared
+from jaxmerge.io import atomic, folder, growing, hub, safetensors, shared, stamps
 from jaxmerge.io.tensor import Files, Tensor
 from jaxmerge.planning import Job, Output, Plan
 from jaxmerge.stage import Method
@@ -46,6 +47,10 @@ Path = str | os.PathLike[str]
 
 PROVENANCE = folder.PROVENANCE
 FORMATS = ("safetensors", "orbax")
+_DROPPED = (
+  "Nothing of the result is kept, as it would be a mixture: run the same command again when no "
+  "other program writes there."
+)
 SHARD = 5_000_000_000  # Bytes; what other tools write.
 
 
@@ -113,7 +118,7 @@ def merge_files(
     job = planning.Job(lambda: method, said, tuple(called), aux or {}, seed)
     plan = asking.planned(job, start, each, dtype=kept, missing=missing, allow=allow)
     plan = asking.laid_out(plan, method, layout)
-    plan = plan._replace(facts={**plan.facts, **find.facts})
+    plan = plan._replace(facts={**plan.facts, **find.facts}, stamps=dict(files.stamps))
     made = run(plan, out, **options)
   finally:
     files.close()
@@ -171,7 +176,11 @@ def run(
       progress(summarizing.work(plan, out_format))
     else:
       part = _place(plan, out, resume=resume, out_format=out_format)
-      _grown(plan, part, shard_size, entries, nonfinite, out_format, progress)
+      try:
+        _grown(plan, part, shard_size, entries, nonfinite, out_format, progress)
+      except stamps.Changed as error:
+        shutil.rmtree(part)  # What was read before and after does not belong together.
+        raise stamps.Changed(f"{error} {_DROPPED}") from error
       if first:
         atomic.move(part, out, replace=replace)
       processes.agree(True)  # None goes on before the result is there.
@@ -209,7 +218,7 @@ def _grown(
   plan = tying.tied(plan)
   digests = None
   if first:
-    digests = finishing.whole(part, identity, shards, out_format, nonfinite)
+    digests = finishing.whole(part, plan, identity, shards, out_format, nonfinite)
   if processes.agree(digests is not None):
     progress(summarizing.work(plan, out_format))
   else:
@@ -219,11 +228,15 @@ def _grown(
       kinds,
       shards,
       identity,
+      inputs=unchanged.stamped(plan),
       journal=growing.journal(index),
       checked=own,
       nonfinite=nonfinite,
     )
     with begun as weights:
+      if weights.doubted:
+        unchanged.check(plan, weights.digests, part)
+        weights.vouch()
       progress(sum(o.size for o in plan.outputs if o.name in weights.digests))
       for number, job in enumerate(plan.jobs):
         outputs = [o for o in plan.outputs if o.job == number]
@@ -276,7 +289,13 @@ def _merge(
   narrow = {o.name: o.precision for o in outputs if o.precision is not None}
   source = streaming.Source(leaves, len(job.models), reader.read, narrow)
 
+  noted = False
+
   def write(name: str, start: int, part: np.ndarray) -> None:
+    nonlocal noted
+    if start == 0 and not noted and (digest := reader.whole()) is not None:
+      weights.measured(outputs[0].job or 0, digest, leaves.keys() & weights.digests.keys())
+      noted = True
     weights.add(name, start, part, reader.digests.get(name, {}))
     progress(part.nbytes)
 

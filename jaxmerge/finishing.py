@@ -13,8 +13,8 @@ from typing import Any  # Any: digests are plain JSON.
 
 import numpy as np
 
-from jaxmerge import fingerprint, inspecting, outcomes, summarizing
-from jaxmerge.io import atomic, checkpoint, folder, growing
+from jaxmerge import fingerprint, inspecting, outcomes, summarizing, unchanged
+from jaxmerge.io import atomic, checkpoint, folder, growing, stamps
 from jaxmerge.planning import Job, Plan
 from jaxmerge.report import card
 
@@ -31,7 +31,7 @@ def identity(plan: Plan, shards: Mapping[str, Sequence[str]], out_format: str) -
     ],
     "shards": shards,
     "format": out_format,
-    "inputs": {str(path): _stamp(path) for path in sorted(plan.inputs)},
+    "inputs": {str(path): _stamp(plan, path) for path in sorted(plan.inputs)},
     "facts": plan.facts,
     "texts": plan.texts,
   }
@@ -74,12 +74,31 @@ def holds(out: pathlib.Path, plan: Plan, shard_size: int, out_format: str, nonfi
   shards = plan.shards(shard_size)
   if facts.get("plan") != identity(plan, shards, out_format):
     return False
-  return all(growing.counts(own, nonfinite) for own in facts["tensors"].values())
+  tensors = _tensors(out, facts)
+  fine = all(growing.counts(own, nonfinite) for own in tensors.values())
+  return fine and unchanged.same(plan, tensors, out)
 
 
-def _stamp(path: pathlib.Path) -> list[int]:
-  status = path.stat()
-  return [status.st_size, status.st_mtime_ns]
+def vouch(out: pathlib.Path, plan: Plan, shard_size: int, out_format: str) -> None:
+  """Writes down in a result, which is an input of another merge, which files it was made of."""
+  own = identity(plan, plan.shards(shard_size), out_format)
+  growing.vouch(out, own, unchanged.stamped(plan))
+
+
+def _tensors(home: pathlib.Path, facts: Mapping[str, Any]) -> dict[str, Any]:
+  """What a provenance says of the tensors, which is read like any file that others may change."""
+  tensors = facts.get("tensors")
+  if not isinstance(tensors, dict) or not all(
+    isinstance(own, dict) and isinstance(own.get("inputs"), dict) for own in tensors.values()
+  ):
+    where = f"{home / folder.PROVENANCE}: tensors"
+    raise ValueError(f"{where} must map names to checksums; it was damaged, remove {home}.")
+  return tensors
+
+
+def _stamp(plan: Plan, path: pathlib.Path) -> list[int]:
+  stamp = plan.stamps[path] if path in plan.stamps else stamps.of(path)
+  return [stamp.size, stamp.modified]
 
 
 def transcribe(
@@ -93,6 +112,7 @@ def transcribe(
 
 def whole(
   part: pathlib.Path,
+  plan: Plan,
   identity: str,
   shards: Mapping[str, Sequence[str]],
   out_format: str,
@@ -105,7 +125,7 @@ def whole(
 
   Returns:
     Tensor to what the journal said of it; None where there is work to do on the weights, also where
-    NaN is not let pass, and was so there.
+    NaN is not let pass, and was so there, or the inputs are others.
 
   Raises:
     ValueError: where the folder holds another merge.
@@ -123,9 +143,12 @@ def whole(
     return None
   if found["changed"] or found["missing"] or found["added"]:
     return None
-  if not all(growing.counts(own, nonfinite) for own in facts["tensors"].values()):
+  tensors = _tensors(part, facts)
+  if not all(growing.counts(own, nonfinite) for own in tensors.values()):
     return None
-  return {n: {k: v for k, v in own.items() if k != "job"} for n, own in facts["tensors"].items()}
+  if not unchanged.same(plan, tensors, part):
+    return None
+  return {n: {k: v for k, v in own.items() if k != "job"} for n, own in tensors.items()}
 
 
 def complete(
@@ -149,6 +172,7 @@ def complete(
     (part / name).unlink(missing_ok=True)
     if own is not None:
       _write(part / name, own)
+  stamps.check(plan.stamps)  # All was read, and nothing is complete before this.
   facts = {
     "plan": identity,
     "jaxmerge": importlib.metadata.version("jaxmerge"),

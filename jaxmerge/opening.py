@@ -74,6 +74,7 @@ def adapted(
   if own.adapter is None:
     return model
   added = find(own.adapter, own.adapter_revision)
+  files.note(adapter.paths(added.folder))
   tensors = adapter.adapted(model.tensors, added.folder, files, home=added.home)
   changed = {n for n, t in tensors.items() if t is not model.tensors.get(n)}
   if line := codes.problem(model.name, model.tensors, changed, model.config, model.folder):

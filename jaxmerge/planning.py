@@ -12,6 +12,7 @@ import numpy as np
 
 from jaxmerge import catalog, layouts
 from jaxmerge.io import codes, folder, safetensors, ties, weights
+from jaxmerge.io.stamps import Stamp
 from jaxmerge.io.tensor import Files, Tensor
 from jaxmerge.precision import Precision
 
@@ -152,6 +153,7 @@ class Plan(NamedTuple):
     facts: plain JSON about the settings, for the provenance.
     texts: files of the result that are not the donor's, by name; None: the donor's is left out.
     earlier: plans that are done before, whose results this one takes, by name.
+    stamps: of files, before the first byte of them was read.
     notes: a line each on what a user should know of the result, for dry run, terminal and card.
   """
 
@@ -164,6 +166,7 @@ class Plan(NamedTuple):
   texts: Mapping[str, str | None] = {}
   earlier: Mapping[str, Any] = {}
   notes: tuple[str, ...] = ()
+  stamps: Mapping[pathlib.Path, Stamp] = {}
 
   @property
   def read(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from typing import Any  # Any: what a buffer is used for, a slice of models.
@@ -51,6 +52,14 @@ class Reader:
       if own is not row:
         row[...] = own
     return base, None, models
+
+  def whole(self) -> str | None:
+    """Returns the checksum of all inputs; None before each of them was read to its end."""
+    for name, output in self.outputs.items():
+      parts = {t.where for t in (output.base, *output.models) if t is not None}
+      if self.digests[name].keys() != parts:
+        return None
+    return xxhash.xxh3_128_hexdigest(json.dumps(self.digests, sort_keys=True).encode())
 
   def _fill(
     self,

@@ -13,7 +13,7 @@ import pytest
 import recipes
 
 from jaxmerge import cli, files, finishing, methods
-from jaxmerge.io import growing, safetensors
+from jaxmerge.io import folder, growing, safetensors
 
 RECIPE = """
 merge_method: task_arithmetic
@@ -344,6 +344,9 @@ def test_a_merge_of_results_that_is_not_complete_goes_on_or_is_told_of(family, c
   assert written == []
   mean = (family[1][NORM] + family[2][NORM]) / 2
   np.testing.assert_allclose(folders.read(pathlib.Path("out"))[NORM], mean, atol=1e-6)
+  # Neither the place nor the time of what is made on the way is in the provenance.
+  assert cli.main(["merge", "recipe.yml", "again"]) == 0
+  assert folder.provenance("out") == folder.provenance("again")
 
 
 def test_what_is_wrong_with_the_evaluation_is_told_with_the_rest(family, capsys):

@@ -54,6 +54,7 @@ FLOORS = {
     "dealing",
     "running",
     "reading",
+    "unchanged",
     "slicing",
     "kernels",
     "streaming",

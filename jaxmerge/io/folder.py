@@ -242,6 +242,12 @@ def _rooms(folder: pathlib.Path) -> list[pathlib.Path]:
   return [room / WEIGHTS for room in rooms if (room / WEIGHTS).is_file()]
 
 
+def small(folder: Path) -> list[pathlib.Path]:
+  """Returns the paths of the files beside the weights that say what these are, or go with them."""
+  index = pathlib.Path(folder) / INDEX
+  return [*copied(folder), *([index] if index.is_file() else [])]
+
+
 def copied(folder: Path) -> list[pathlib.Path]:
   """Returns the paths of the files that a folder with new weights takes over from this one."""
   folder = pathlib.Path(folder)

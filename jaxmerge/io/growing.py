@@ -16,80 +16,19 @@ import os
 import pathlib
 import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple  # Any: digests are plain JSON.
+from typing import Any  # Digests are plain JSON.
 
 import numpy as np
 import xxhash
 
-from jaxmerge.io import atomic, folder, lock, pages, safetensors
-from jaxmerge.io.pages import PagedFile
+from jaxmerge.io import atomic, lock, parsing
+from jaxmerge.io import shards as files
 from jaxmerge.io.tensor import Tensor
 
 NAME = "journal.jsonl"
 SYNCED = 2**28  # Bytes that are written before they are synced, and written down as done.
 UNCHECKED = {"nonfinite": "allowed"}  # In the line of a tensor whose inputs may have NaN.
-Kinds = Mapping[str, tuple[np.dtype, tuple[int, ...]]]
-
-
-class _Shards(NamedTuple):
-  """The files of weights that are being written, and those among them that are not synced."""
-
-  files: Mapping[str, PagedFile]
-  places: Mapping[str, tuple[str, safetensors.Entry]]
-  unsynced: set[str]
-
-  @classmethod
-  @contextlib.contextmanager
-  def opened(
-    cls, part: pathlib.Path, kinds: Kinds, shards: Mapping[str, Sequence[str]]
-  ) -> Iterator[_Shards]:
-    """Makes the files in their full length, so that a full disk is known now and not later."""
-    files, places = dict[str, PagedFile](), {}
-    try:
-      for file, names in shards.items():
-        own = {folder.inner(file, n): kinds[n] for n in names}
-        first, entries = safetensors.layout(own, {"format": "pt"}, align=pages.PAGE)
-        length = max((e.stop for e in entries.values()), default=len(first))
-        with atomic.room(part / file, f" for its {length:,} bytes"):
-          (part / file).parent.mkdir(exist_ok=True)
-          files[file] = PagedFile(part / file)
-          os.posix_fallocate(files[file].handle, 0, length)
-          os.truncate(files[file].handle, length)
-        files[file].write(memoryview(first), 0)
-        places.update({n: (file, entries[folder.inner(file, n)]) for n in names})
-      yield cls(files, places, set(files))
-    finally:
-      for opened in files.values():
-        opened.close()
-
-  def write(self, name: str, start: int, part: np.ndarray) -> None:
-    """Writes entries start, start + 1, ... of a tensor."""
-    file, entry = self.places[name]
-    self.unsynced.add(file)
-    data = np.ascontiguousarray(part).reshape(-1).view(np.uint8).data
-    self.files[file].write(data, entry.start + start * entry.dtype.itemsize)
-
-  def read(self, name: str, start: int, out: np.ndarray) -> None:
-    """Reads entries of a tensor back."""
-    file, entry = self.places[name]
-    self.files[file].read(out.view(np.uint8).data, entry.start + start * entry.dtype.itemsize)
-
-  def digest(self, name: str) -> str:
-    """Reads a tensor back, and returns its checksum."""
-    file, entry = self.places[name]
-    found, at = xxhash.xxh3_128(), entry.start
-    while at < entry.stop:
-      part = os.pread(self.files[file].handle, min(2**22, entry.stop - at), at)
-      if not part:
-        break
-      found.update(part)
-      at += len(part)
-    return found.hexdigest()
-
-  def sync(self) -> None:
-    """Brings what was written to the disk."""
-    while self.unsynced:
-      self.files[self.unsynced.pop()].sync()
+Stamps = Mapping[str, Sequence[int]]  # Of files, by path: plain JSON.
 
 
 def part_of(out: pathlib.Path) -> pathlib.Path:
@@ -136,10 +75,11 @@ def check_room(out: pathlib.Path, needed: int, *, begun: Iterable[pathlib.Path] 
 @contextlib.contextmanager
 def opened(
   part: pathlib.Path,
-  kinds: Kinds,
+  kinds: files.Kinds,
   shards: Mapping[str, Sequence[str]],
   identity: str,
   *,
+  inputs: Stamps | None = None,
   journal: str = NAME,
   checked: Collection[str] | None = None,
   nonfinite: bool = False,
@@ -151,6 +91,7 @@ def opened(
     kinds: dtype and shape of every tensor.
     shards: file to its tensors.
     identity: of the merge.
+    inputs: stamps of the files that are read.
     journal: name of the journal that is continued; all that are there are read.
     checked: tensors whose checksums are compared, before they count as done; all by default.
     nonfinite: whether NaN and infinity are let pass.
@@ -159,13 +100,17 @@ def opened(
     ValueError: where the folder holds another merge.
     atomic.Full: where there is no room for the files.
   """
-  _begin(part / journal, identity)
+  inputs = inputs or {}
+  _begin(part / journal, identity, inputs)
   digests = noted(part, identity)
-  with _Shards.opened(part, kinds, shards) as files:
+  doubted = any(own != inputs for own in stamps(part))
+  with files.opened(part, kinds, shards) as own_files:
     own = {n for n, digest in digests.items() if counts(digest, nonfinite)}
     own &= own if checked is None else set(checked)
-    whole = {n: digests[n] for n in own if files.digest(n) == digests[n]["xxh3_128"]}
-    yield Growing(part / journal, files, whole, UNCHECKED if nonfinite else {})
+    own &= kinds.keys()
+    whole = {n: digests[n] for n in own if own_files.digest(n) == digests[n]["xxh3_128"]}
+    mark = UNCHECKED if nonfinite else {}
+    yield Growing(part / journal, own_files, whole, mark, inputs if doubted else None)
 
 
 def counts(digest: Mapping[str, Any], nonfinite: bool) -> bool:
@@ -198,29 +143,66 @@ def noted(part: pathlib.Path, identity: str) -> dict[str, Any]:
     records = _records(path)
     if records and records[0] != {"plan": identity}:
       raise other(part)
-    for record in records[1:]:
-      name = record.pop("tensor")
-      if name not in found or counts(record, False):
-        found[name] = record
+    for record in records:
+      if "tensor" in record:
+        name = record.pop("tensor")
+        if name not in found or counts(record, False):
+          found[name] = record
   return found
 
 
-def _begin(path: pathlib.Path, identity: str) -> None:
+def stamps(part: pathlib.Path) -> list[Stamps | None]:
+  """Returns, for each journal of a folder, the stamps of what its tensors are made of."""
+  every = ([r for r in _records(path) if "stamps" in r] for path in journals(part))
+  return [records[-1]["stamps"] if records else None for records in every]
+
+
+def vouch(part: pathlib.Path, identity: str, inputs: Stamps) -> None:
+  """Writes down, in a folder that is complete, which files it was made of."""
+  _begin(part / NAME, identity, inputs)
+
+
+def _begin(path: pathlib.Path, identity: str, inputs: Stamps) -> None:
   """Begins a journal, unless it is that of an interrupted merge: its last line may be torn."""
   records = _records(path) if path.exists() else []
   if not records:
+    lines = [json.dumps({"plan": identity}), json.dumps({"stamps": inputs})]
     with atomic.write(path) as file:
-      file.write(json.dumps({"plan": identity}).encode() + b"\n")
+      file.write(("\n".join(lines) + "\n").encode())
   elif records[0] != {"plan": identity}:
     raise other(path.parent)
   elif (torn := path.read_bytes()).rfind(b"\n") + 1 < len(torn):
     os.truncate(path, torn.rfind(b"\n") + 1)
 
 
+_KINDS: Mapping[str, Mapping[str, type]] = {
+  "plan": {"plan": str},
+  "stamps": {"stamps": dict},
+  "job": {"job": int, "xxh3_128": str},
+  "tensor": {"tensor": str, "xxh3_128": str, "inputs": dict},
+}
+
+
 def _records(path: pathlib.Path) -> list[dict[str, Any]]:
-  """The lines of a journal that are whole."""
-  lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-  return [json.loads(line) for line in lines if line.endswith("\n")]
+  """The lines of a journal that are whole.
+
+  Raises:
+    ValueError: naming the file, and the line that is not as this module writes it.
+  """
+  *lines, _ = path.read_bytes().split(b"\n")
+  records = []
+  for number, line in enumerate(lines, start=1):
+    where = f"{path}: line {number}"
+    try:
+      record = parsing.parsed(where, line)
+      kind = _KINDS[next((k for k in _KINDS if k in record), "plan")]
+      if any(type(record.get(key)) is not own for key, own in kind.items()):
+        raise ValueError(f"{where}: {line[:80].decode()!r} is no line of a journal.")
+    except ValueError as error:
+      anew = "resume=False (--resume=never) drops what was done, and starts anew"
+      raise ValueError(f"{error} The journal was damaged: {anew}.") from error
+    records.append(record)
+  return records
 
 
 def other(part: pathlib.Path) -> ValueError:
@@ -231,6 +213,16 @@ def other(part: pathlib.Path) -> ValueError:
   )
 
 
+class Replaced(ValueError):
+  """An input is not what it was when a part of the result was made of it."""
+
+  def __init__(self, part: pathlib.Path, where: str):
+    super().__init__(
+      f"{where}: is not what it was when the merge in {part} was interrupted, and a part of that "
+      "is made of it; bring it back to go on, or resume=False (--resume=never) starts anew."
+    )
+
+
 class Growing:
   """Weights that are being written, and the journal of those that are done.
 
@@ -238,20 +230,50 @@ class Growing:
     places: tensor to its file and where it lies there.
     digests: tensors that are done to {"xxh3_128": checksum, "inputs": {where: checksum}} and the
       mark: a line each of the journal, and on the disk as they were written.
+    doubted: whether the inputs' stamps are others than those of what is done: then `vouch`, once
+      their checksums are compared.
   """
 
   def __init__(
     self,
     path: pathlib.Path,
-    shards: _Shards,
+    shards: files.Shards,
     digests: dict[str, Any],
     mark: Mapping[str, str],
+    inputs: Stamps | None,
   ):
     self.path, self.digests, self.places, self.mark = path, digests, shards.places, mark
+    self.doubted = inputs is not None
+    self._inputs = inputs
     self._shards = shards
+    self._jobs = {r["job"]: r["xxh3_128"] for r in _records(path) if "job" in r}
+    self._lines: list[dict[str, Any]] = []
     self._waiting: dict[str, Any] = {}
     self._unsynced = 0
     self._hash: Any = None
+
+  def vouch(self) -> None:
+    """Writes down that what is done is made of the inputs as they are now."""
+    if self._inputs is not None:
+      self._append([{"stamps": self._inputs}])
+    self._inputs = None
+
+  def measured(self, job: int, digest: str, done: Collection[str]) -> None:
+    """Writes down the checksum of all that a job has measured before its first tensor is written.
+
+    Args:
+      job: its number.
+      digest: of all its inputs.
+      done: its tensors that are done.
+
+    Raises:
+      Replaced: where these were measured with other inputs.
+    """
+    if done and self._jobs.get(job, digest) != digest:
+      raise Replaced(self.path.parent, f"an input of job {job + 1}")
+    if self._jobs.get(job) != digest:
+      self._jobs[job] = digest
+      self._lines.append({"job": job, "xxh3_128": digest})
 
   def add(self, name: str, start: int, part: np.ndarray, inputs: Mapping[str, str]) -> None:
     """Writes a part of a tensor; parts come in order.
@@ -284,13 +306,16 @@ class Growing:
   def flush(self) -> None:
     """Brings what was written to the disk, then the lines that say so."""
     self._shards.sync()
+    self._append([*self._lines, *({"tensor": n, **own} for n, own in self._waiting.items())])
+    self.digests |= self._waiting
+    self._lines, self._waiting, self._unsynced = [], {}, 0
+
+  def _append(self, records: Iterable[Mapping[str, Any]]) -> None:
     with atomic.room(self.path), open(self.path, "a", encoding="utf-8") as file:
-      for name, digest in self._waiting.items():
-        file.write(json.dumps({"tensor": name, **digest}) + "\n")
+      for record in records:
+        file.write(json.dumps(record) + "\n")
       file.flush()
       os.fsync(file.fileno())
-    self.digests |= self._waiting
-    self._waiting, self._unsynced = {}, 0
 
 
 def locked(out: pathlib.Path) -> contextlib.AbstractContextManager[None]:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import collections
 import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import numpy as np
 
+from jaxmerge.io import stamps
 from jaxmerge.io.safetensors import Entry
 
-MOST = 128  # Files that are kept open at a time.
+MOST = 64  # Files that are kept open at a time.
 
 
 class Tensor(NamedTuple):
@@ -39,10 +40,25 @@ class NotMade(ValueError):
 
 
 class Files:
-  """Files that are open for reading: the ones used last, so that a model may have thousands."""
+  """Files that are open for reading: the ones used last, so that a model may have thousands.
+
+  Attributes:
+    stamps: of files as they were before the first byte of them was read.
+  """
 
   def __init__(self) -> None:
+    self.stamps: dict[pathlib.Path, stamps.Stamp] = {}
     self._open: collections.OrderedDict[pathlib.Path, int] = collections.OrderedDict()
+
+  def note(self, paths: Iterable[pathlib.Path]) -> None:
+    """Takes the stamps of files that are read from now on."""
+    self.stamps |= stamps.taken(path for path in paths if path not in self.stamps)
+
+  def forget(self, folder: pathlib.Path) -> None:
+    """Closes the files of a folder, which is made anew, and drops their stamps."""
+    for path in [p for p in self._open if p.is_relative_to(folder)]:
+      os.close(self._open.pop(path))
+    self.stamps = {p: s for p, s in self.stamps.items() if not p.is_relative_to(folder)}
 
   def read(self, path: pathlib.Path, position: int, out: np.ndarray) -> int:
     """Reads bytes into an array that is contiguous; returns how many there were."""

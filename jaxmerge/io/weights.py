@@ -10,7 +10,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple  # Any: what a config.json holds.
 
-from jaxmerge.io import adapter, checkpoint, folder, safetensors
+from jaxmerge.io import adapter, checkpoint, folder, manifest, safetensors
 from jaxmerge.io.tensor import Files, Tensor, stored
 
 Path = folder.Path
@@ -54,7 +54,10 @@ def model(path: Path, files: Files, *, home: str | None = None) -> Weights:
   usual = (path / folder.WEIGHTS).is_file() or (path / folder.INDEX).is_file()
   step = None if usual else checkpoint.found(path)
   if step is None:
+    files.note(folder.small(path))
+    files.note(folder.weights(path))  # The index, which names them, is among the small ones.
     return _stored("model", path, folder.entries(path), files, home)
+  files.note((step / manifest.NAME, *checkpoint.files(step)))
   tensors = checkpoint.tensors(step)
   homes = dict.fromkeys(tensors, step / checkpoint.STATE)
   return Weights("checkpoint", step, tensors, homes, checkpoint.files(step))

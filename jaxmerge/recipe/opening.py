@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from jaxmerge import opening, planning
-from jaxmerge.io import hub
+from jaxmerge.io import folder, hub
 from jaxmerge.io.tensor import Files
 from jaxmerge.io.vocabulary import Papers
 from jaxmerge.recipe.places import Problem, RecipeError
@@ -56,6 +56,8 @@ def opener(files: Files, *, download: bool = False) -> Opener:
       return own._replace(name=str(model))
 
   def papers(model: Model) -> Papers:
-    return Papers(find(model.path, model.revision, weights=False).folder)
+    found = find(model.path, model.revision, weights=False).folder
+    files.note(folder.small(found))
+    return Papers(found)
 
   return Opener(opened, adapted, papers, find)

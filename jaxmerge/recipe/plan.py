@@ -7,7 +7,7 @@ import json
 import os
 import pathlib
 from collections.abc import Callable, Iterable, Mapping
-from typing import Literal
+from typing import Any, Literal  # Any: facts are plain JSON.
 
 from jaxmerge import compatibility, misfits, planning, remote_code, spelling, tying
 from jaxmerge.io import folder
@@ -77,6 +77,9 @@ def of_file(
 
   for recipe in (r for r in recipes[:-1] if r.name is not None):
     for plan in _tried(recipe, model, papers, results, found):
+      there = {n: folder.provenance(own.folder) for n, own in _there(results).items()}
+      known = {n: {"plan": own.get("plan")} for n, own in there.items() if n in recipe.uses}
+      plan = _dated(plan, results, files, {"earlier": known} if known else {})
       earlier[str(recipe.name)] = plan
       results[str(recipe.name)] = (foreseen if found else made)(str(recipe.name), plan)
   last = _tried(recipes[-1], model, papers, results, found)
@@ -84,10 +87,25 @@ def of_file(
   (plan,) = last
   asked = {"compat": compat} if compat else {}
   facts = {"recipe": text, **asked, **opener.find.facts, **plan.facts}
-  there = {name: own.folder for name, own in results.items() if own.files}
-  if there:
-    facts["earlier"] = {name: folder.provenance(path) for name, path in there.items()}
-  return plan._replace(facts=facts, texts={**plan.texts, RECIPE: text}, earlier=earlier)
+  if own := _there(results):
+    facts["earlier"] = {name: folder.provenance(made.folder) for name, made in own.items()}
+  plan = plan._replace(texts={**plan.texts, RECIPE: text}, earlier=earlier)
+  return _dated(plan, results, files, facts)
+
+
+def _there(results: Mapping[str, planning.Model]) -> dict[str, planning.Model]:
+  """Those among the results of recipes that are made already."""
+  return {name: own for name, own in results.items() if own.files}
+
+
+def _dated(
+  plan: Plan, results: Mapping[str, planning.Model], files: Files, facts: Mapping[str, Any]
+) -> Plan:
+  """The plan with the stamps of its inputs; results of recipes are known by their provenance."""
+  made = {file for own in _there(results).values() for file in own.files}
+  return plan._replace(
+    inputs=plan.inputs - made, facts={**plan.facts, **facts}, stamps=dict(files.stamps)
+  )
 
 
 def _read(path: str | os.PathLike[str], opener: opening.Opener, strict: bool) -> tuple[Recipe, ...]:

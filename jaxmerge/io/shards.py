@@ -1,0 +1,133 @@
+"""The files of weights that a merge writes: laid out before the first byte, filled in any order.
+
+Of results with many shards, a few files are open at a time: those that were written last.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import math
+import os
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+import xxhash
+
+from jaxmerge.io import atomic, folder, pages, safetensors
+from jaxmerge.io.pages import PagedFile
+
+MOST = 24  # Files that are open at a time; one that is written past the cache takes two handles.
+Kinds = Mapping[str, tuple[np.dtype, tuple[int, ...]]]
+
+
+class Shards:
+  """Files of weights, open for writing and reading back; a class because it holds open files.
+
+  Attributes:
+    places: tensor to its file, and where it lies there.
+  """
+
+  def __init__(self, part: pathlib.Path):
+    self.part, self.places = part, dict[str, tuple[str, safetensors.Entry]]()
+    self._open: collections.OrderedDict[str, PagedFile] = collections.OrderedDict()
+    self._unsynced: set[str] = set()
+    self._written: dict[str, int] = {}
+
+  def lay_out(self, kinds: Kinds, shards: Mapping[str, Sequence[str]]) -> None:
+    """Makes the files, each with its header; what they hold already stays."""
+    for file, names in shards.items():
+      own = {folder.inner(file, n): kinds[n] for n in names}
+      first, entries = safetensors.layout(own, {"format": "pt"}, align=pages.PAGE)
+      self._make(file, first, max((e.stop for e in entries.values()), default=len(first)))
+      self.places.update({n: (file, entries[folder.inner(file, n)]) for n in names})
+
+  def _make(self, file: str, first: bytes, length: int) -> None:
+    """Makes a file in its full length, so that a full disk is known now and not later."""
+    path = self.part / file
+    with atomic.room(path, f" for its {length:,} bytes"):
+      path.parent.mkdir(exist_ok=True)
+      handle = self._file(file).handle
+      os.posix_fallocate(handle, 0, length)
+      os.truncate(handle, length)
+    self._unsynced.add(file)
+    self._file(file).write(memoryview(first), 0)
+
+  def write(self, name: str, start: int, part: np.ndarray) -> None:
+    """Writes entries start, start + 1, ... of a tensor; parts come in order, each once.
+
+    Raises:
+      ValueError: for entries that are not those of the tensor, by their dtype or their place.
+    """
+    file, entry = self.places[name]
+    _check(f"{self.part / file}: tensor {name!r}", entry, start, part, self._written.get(name, 0))
+    self._unsynced.add(file)
+    data = np.ascontiguousarray(part).reshape(-1).view(np.uint8).data
+    self._file(file).write(data, entry.start + start * entry.dtype.itemsize)
+    self._written[name] = start + part.size
+
+  def read(self, name: str, start: int, out: np.ndarray) -> None:
+    """Reads entries of a tensor back."""
+    file, entry = self.places[name]
+    position = entry.start + start * entry.dtype.itemsize
+    if self._file(file).read(out.view(np.uint8).data, position) != out.nbytes:
+      raise ValueError(f"{self.part / file}: tensor {name!r} is cut; did something write there?")
+
+  def digest(self, name: str) -> str:
+    """Reads a tensor back, and returns its checksum."""
+    file, entry = self.places[name]
+    found, at = xxhash.xxh3_128(), entry.start
+    while at < entry.stop:
+      part = os.pread(self._file(file).handle, min(2**22, entry.stop - at), at)
+      if not part:
+        break
+      found.update(part)
+      at += len(part)
+    return found.hexdigest()
+
+  def sync(self) -> None:
+    """Brings what was written to the disk."""
+    while self._unsynced:
+      file = self._unsynced.pop()
+      self._file(file).sync()
+
+  def close(self) -> None:
+    """Closes all files."""
+    while self._open:
+      self._open.popitem()[1].close()
+
+  def _file(self, name: str) -> PagedFile:
+    """The file, which is opened where it is not; the one that was used first is closed for it."""
+    file = self._open.pop(name, None) or PagedFile(self.part / name)
+    self._open[name] = file
+    if len(self._open) > MOST:
+      oldest, closed = self._open.popitem(last=False)
+      if oldest in self._unsynced:
+        closed.sync()
+        self._unsynced.discard(oldest)
+      closed.close()
+    return file
+
+
+@contextlib.contextmanager
+def opened(
+  part: pathlib.Path, kinds: Kinds, shards: Mapping[str, Sequence[str]]
+) -> Iterator[Shards]:
+  """Opens the files of weights of a folder, which are made where they are not there."""
+  with contextlib.closing(Shards(part)) as files:
+    files.lay_out(kinds, shards)
+    yield files
+
+
+def _check(
+  where: str, entry: safetensors.Entry, start: int, part: np.ndarray, written: int
+) -> None:
+  """Raises ValueError for entries that would not lie as the file's header says."""
+  if part.dtype != entry.dtype:
+    raise ValueError(f"{where} is {entry.dtype}, and was to get {part.dtype}: nothing is written.")
+  if start not in (0, written) or start + part.size > math.prod(entry.shape):
+    raise ValueError(
+      f"{where} has {math.prod(entry.shape)} entries, of which {written} are written, and was to "
+      f"get {part.size} from {start} on: nothing is written."
+    )

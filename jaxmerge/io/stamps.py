@@ -1,0 +1,89 @@
+"""Whether files are still what they were: by their identity, size and times on the disk."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import stat
+import time
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+_TICK = 20_000_000  # Nanoseconds: writings that lie closer together may have one time.
+_COARSE = 2_000_000_000  # The same on disks that keep whole seconds.
+
+
+class Stamp(NamedTuple):
+  """What tells a file from what it is after any writing, and from one that takes its place.
+
+  Attributes:
+    device: the disk.
+    inode: the file on it.
+    size: bytes.
+    modified: when it was last written, in nanoseconds; tools set it back.
+    changed: when it was last written, renamed, linked or set back; no tool sets this one.
+  """
+
+  device: int
+  inode: int
+  size: int
+  modified: int
+  changed: int
+
+
+class Changed(ValueError):
+  """A file is not what it was."""
+
+
+def of(path: pathlib.Path) -> Stamp:
+  """Returns the stamp of a file, from an open handle: a network's disk then asks its server.
+
+  Raises:
+    FileNotFoundError: where there is none.
+    ValueError: where it is a device, a pipe or a folder.
+  """
+  handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # A pipe would wait for a writer.
+  try:
+    s = os.fstat(handle)
+  finally:
+    os.close(handle)
+  if not stat.S_ISREG(s.st_mode):
+    raise ValueError(f"{path}: is no regular file; give one that can be read again.")
+  return Stamp(s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns)
+
+
+def taken(paths: Iterable[pathlib.Path]) -> dict[pathlib.Path, Stamp]:
+  """Returns the stamps of files that are read next.
+
+  Where one has only just been written, it waits until another writing would have a later time.
+  """
+  found = {path: of(path) for path in paths}
+  last = max((s.changed for s in found.values()), default=0)
+  coarse = any(s.changed % 1_000_000_000 == 0 for s in found.values())
+  wait = last + (_COARSE if coarse else _TICK) - time.time_ns()
+  if 0 < wait <= (_COARSE if coarse else _TICK):  # More is another machine's clock.
+    time.sleep(wait / 1e9)
+  return found
+
+
+def check(before: Mapping[pathlib.Path, Stamp]) -> None:
+  """Raises Changed, naming the first file that is no longer what it was."""
+  for path, stamp in before.items():
+    try:
+      now = of(path)
+    except (OSError, ValueError) as error:
+      raise Changed(f"{path} was changed while it was read: {_gone(error)}.") from error
+    if now != stamp:
+      raise Changed(f"{path} was changed while it was read: {_difference(stamp, now)}.")
+
+
+def _gone(error: Exception) -> str:
+  return "it is no longer there" if isinstance(error, FileNotFoundError) else f"{error}".rstrip(".")
+
+
+def _difference(before: Stamp, now: Stamp) -> str:
+  if (before.device, before.inode) != (now.device, now.inode):
+    return "another file has taken its place"
+  if before.size != now.size:
+    return f"it had {before.size:,} bytes, and has {now.size:,}"
+  return "it was written to" if before.modified != now.modified else "its ctime is another one"

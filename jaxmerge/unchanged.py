@@ -1,0 +1,77 @@
+"""Whether the inputs of a merge are still those that a part of its result was made of.
+
+Stamps say so at once. Where these differ, files may have been copied or restored in between: then
+the checksums that were taken while they were read say it.
+"""
+
+from __future__ import annotations
+
+import math
+import pathlib
+from collections.abc import Mapping
+from typing import Any  # Any: what a journal says of a tensor is plain JSON.
+
+import numpy as np
+import xxhash
+
+from jaxmerge import planning
+from jaxmerge.io import growing, stamps
+from jaxmerge.io.tensor import Tensor
+from jaxmerge.planning import Plan
+
+
+def stamped(plan: Plan) -> dict[str, list[int]]:
+  """Returns the stamps of a plan's inputs as a journal has them.
+
+  Without the device: its number is another one after a restart, or on another node of a cluster.
+  """
+  found = plan.stamps or stamps.taken(sorted(plan.inputs))
+  return {str(path): list(stamp[1:]) for path, stamp in sorted(found.items())}
+
+
+def check(plan: Plan, done: Mapping[str, Any], part: pathlib.Path) -> None:
+  """Reads the inputs of tensors that are done, and compares their checksums.
+
+  Args:
+    plan: what is merged.
+    done: tensor to what was written down of it.
+    part: where it lies, for the error.
+
+  Raises:
+    ValueError: naming the first input that is not what it was.
+  """
+  known: dict[str, str] = {}
+  for output in plan.outputs:
+    if output.name not in done or output.same is not None:
+      continue
+    before = done[output.name].get("inputs", {})
+    for tensor in (output.base, *output.models):
+      if tensor is None or (output.job is None and tensor is not output.base):
+        continue
+      if tensor.where not in known:
+        known[tensor.where] = digest(tensor)
+      if before.get(tensor.where) != known[tensor.where]:
+        raise growing.Replaced(part, tensor.where)
+
+
+def same(plan: Plan, done: Mapping[str, Any], part: pathlib.Path) -> bool:
+  """Tells whether a folder that is complete was made of the inputs as they are now."""
+  before = growing.stamps(part)
+  if before and all(own == stamped(plan) for own in before):
+    return True
+  try:
+    check(plan, done, part)
+  except growing.Replaced:
+    return False
+  return True
+
+
+def digest(tensor: Tensor) -> str:
+  """Returns the checksum of a tensor, read in the parts in which a merge reads it."""
+  found, size = xxhash.xxh3_128(), math.prod(tensor.shape)
+  step = planning.entries(1)
+  for start in range(0, max(size, 1), step):
+    part = np.empty(min(step, size - start), tensor.dtype)
+    tensor.read(start, part)
+    found.update(part.view(np.uint8).data)
+  return found.hexdigest()
