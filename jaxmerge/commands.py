@@ -23,8 +23,8 @@ def atm(options: argparse.Namespace, config: Any) -> None:
   workdirs.check(folder, plain, options.resume)
   if (record := workdirs.finished(folder, plain)) is not None and not options.distributed:
     progress.say("this run has finished: nothing is run again")
-    print(reports.text(record))
-    print(f"report: {folder / 'report.html'}")
+    progress.tell(reports.text(record))
+    progress.tell(f"report: {folder / 'report.html'}")
     return
   joined(options, config.mesh.devices)
   from jaxmerge import experiment
@@ -33,8 +33,8 @@ def atm(options: argparse.Namespace, config: Any) -> None:
     record = experiment.run(
       config, options.workdir, resume=options.resume, progress=show, stop=stop
     )
-  print(reports.text(record))
-  print(f"report: {folder / 'report.html'}")
+  progress.tell(reports.text(record))
+  progress.tell(f"report: {folder / 'report.html'}")
 
 
 def joined(options: argparse.Namespace, devices: int | None) -> None:
@@ -66,8 +66,8 @@ def bench(options: argparse.Namespace, config: Any) -> None:
     )
   own = leaderboard.table(facts)
   short = own._replace(head=own.head[:7], rows=[row[:7] for row in own.rows])
-  print(tables.to_text(short))
-  print(f"leaderboard: {pathlib.Path(options.workdir) / 'leaderboard.md'}")
+  progress.tell(tables.to_text(short))
+  progress.tell(f"leaderboard: {pathlib.Path(options.workdir) / 'leaderboard.md'}")
 
 
 def compile(options: argparse.Namespace, config: Any) -> None:
@@ -86,10 +86,11 @@ def compile(options: argparse.Namespace, config: Any) -> None:
   plain = json.loads(config.to_json())
   record = compiling.run(plain, place, lambda own: progress.say(needs.line(own)))
   if options.json:
-    print(json.dumps(record, indent=2))
+    progress.tell(json.dumps(record, indent=2))
   else:
-    print(needs.heading(record))
-    print(tables.to_text(needs.memory(record)), tables.to_text(needs.traffic(record)), sep="\n")
+    progress.tell(needs.heading(record))
+    progress.tell(tables.to_text(needs.memory(record)))
+    progress.tell(tables.to_text(needs.traffic(record)))
   if bad := [own for own in record["programs"] if not own["fits"]]:
     raise ValueError(f"{bad[0]['name']} does not fit {options.topology}: {bad[0]['reason']}")
 
@@ -117,11 +118,11 @@ def merge(options: argparse.Namespace, config: Any) -> None:
   evaluate = None if options.evaluate is None else evaluating.command(options.evaluate)
   if options.dry_run:
     size, kind = options.shard_size, options.out_format
-    print("\n".join(summarizing.described(plan, shard_size=size, out_format=kind)))
+    progress.tell("\n".join(summarizing.described(plan, shard_size=size, out_format=kind)))
     if (free := growing.free(out)) is not None:
-      print(f"disk: {summarizing.size(free)} free")
+      progress.tell(f"disk: {summarizing.size(free)} free")
     if evaluate is not None:
-      print(f"then: {options.evaluate}")
+      progress.tell(f"then: {options.evaluate}")
   telling.check(full)
   if options.dry_run:
     return
@@ -137,12 +138,12 @@ def merge(options: argparse.Namespace, config: Any) -> None:
   facts = folder.provenance(out)
   for name, own in {**facts.get("earlier", {}), "": facts}.items():
     which = f" of {name}" if name else ""
-    print(f"tensors{which}: {outcomes.line(own['counts'])}")
+    progress.tell(f"tensors{which}: {outcomes.line(own['counts'])}")
   for line in dict.fromkeys(n for own in (*plan.earlier.values(), plan) for n in own.notes):
-    print(f"note: {line}")
-  print(f"merged: {out}", flush=True)
+    progress.tell(f"note: {line}")
+  progress.tell(f"merged: {out}")
   if evaluate is not None:
-    print(f"evaluated: {progress.numbers(evaluating.evaluated(out, evaluate))}")
+    progress.tell(f"evaluated: {progress.numbers(evaluating.evaluated(out, evaluate))}")
 
 
 def _executed(
@@ -245,9 +246,9 @@ def report(options: argparse.Namespace, config: Any) -> None:
 
   folder = pathlib.Path(options.workdir)
   record = workdirs.record_of(folder)
-  print(reports.text(record))
+  progress.tell(reports.text(record))
   reports.write(record, folder)
-  print(f"report: {folder / 'report.html'}")
+  progress.tell(f"report: {folder / 'report.html'}")
 
 
 def inspect(options: argparse.Namespace, config: Any) -> None:
@@ -264,7 +265,7 @@ def inspect(options: argparse.Namespace, config: Any) -> None:
       record = inspecting.checked(record, progress.counted(show, "read", size))
     elif options.checksums:
       record = inspecting.hashed(record, progress.counted(show, "read", size))
-  print(json.dumps(record, indent=1) if options.json else listing.text(record))
+  progress.tell(json.dumps(record, indent=1) if options.json else listing.text(record))
   wrong = [
     n for key in ("changed", "missing", "added") for n in record.get("check", {}).get(key, [])
   ]
@@ -306,9 +307,9 @@ def diff(options: argparse.Namespace, config: Any) -> None:
       )
   finally:
     files.close()
-  print(differences.text(record))
+  progress.tell(differences.text(record))
   for path in [] if options.out is None else differences.write(record, options.out):
-    print(f"wrote {path}")
+    progress.tell(f"wrote {path}")
 
 
 def methods(options: argparse.Namespace, config: Any) -> None:
@@ -318,12 +319,12 @@ def methods(options: argparse.Namespace, config: Any) -> None:
   width = max(map(len, catalog.METHODS))
   for name, entry in catalog.METHODS.items():
     rest = f"; leaves without a matrix view: {entry.uncovered}" if entry.uncovered else ""
-    print(f"{name:{width}}  {entry.formula}{catalog.mark(entry)}")
-    print(f"{'':{width}}  {entry.paper}; needs {catalog.needs(name)}")
-    print(f"{'':{width}}  {catalog.cost(name)}{rest}")
+    progress.tell(f"{name:{width}}  {entry.formula}{catalog.mark(entry)}")
+    progress.tell(f"{'':{width}}  {entry.paper}; needs {catalog.needs(name)}")
+    progress.tell(f"{'':{width}}  {catalog.cost(name)}{rest}")
     for parameter, p in entry.parameters.items():
-      print(f"{'':{width}}    {parameter}={p.default!r}: {p.doc}, {p.range}")
-  print("\nIn Python alone, on arrays in memory:")
+      progress.tell(f"{'':{width}}    {parameter}={p.default!r}: {p.doc}, {p.range}")
+  progress.tell("\nIn Python alone, on arrays in memory:")
   for name, other in catalog.OTHERS.items():
-    print(f"jaxmerge.{name}  {other.formula}{catalog.mark(other)}")
-    print(f"{'':{width}}  {other.paper}; needs {other.needs}; gives {other.gives}")
+    progress.tell(f"jaxmerge.{name}  {other.formula}{catalog.mark(other)}")
+    progress.tell(f"{'':{width}}  {other.paper}; needs {other.needs}; gives {other.gives}")

@@ -24,6 +24,7 @@ import xxhash
 from jaxmerge import (
   arguments,
   asking,
+  display,
   evaluating,
   fingerprint,
   finishing,
@@ -106,7 +107,7 @@ def merge_files(
   """
   method = arguments.method(method)
   models, names = arguments.paths(models, names)
-  called = list(names) if names is not None else [str(pathlib.Path(m)) for m in models]
+  called = [display.readable(str(pathlib.Path(m))) for m in models] if names is None else [*names]
   kept = asking.checked(called, len(models), base=base is not None, dtype=dtype, missing=missing)
   files, find = Files(), hub.Finder(download=download)
   try:

@@ -56,7 +56,11 @@ def check_begun(
 
 
 def check_place(plan: Plan, out: pathlib.Path) -> None:
-  """Raises ValueError where a result would replace, and so remove, what it is made of."""
+  """Raises ValueError where a result would replace, and so remove, what it is made of.
+
+  And where it would take over what a link leads to, out of the folder of a model.
+  """
+  folder.copied(plan.donor)
   place = os.path.realpath(out)
   for path in sorted({plan.donor, *(file.parent for file in plan.inputs)}):
     if os.path.commonpath([place, os.path.realpath(path)]) == place:

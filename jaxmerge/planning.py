@@ -10,7 +10,7 @@ from typing import Any, NamedTuple  # Any: a method, which only a driver looks i
 
 import numpy as np
 
-from jaxmerge import catalog, layouts
+from jaxmerge import catalog, display, layouts
 from jaxmerge.io import codes, folder, safetensors, ties, weights
 from jaxmerge.io.stamps import Stamp
 from jaxmerge.io.tensor import Files, Tensor
@@ -201,7 +201,7 @@ def model(
   Its tensors say that they are from `home`, where that is given, in place of the folder.
   """
   own = weights.model(path, files, home=home)
-  called = name or str(pathlib.Path(path))
+  called = name or display.readable(str(pathlib.Path(path)))
   config = weights.config(own.folder)
   return with_ties(Model(called, own.folder, own.tensors, own.files, config, home=home))
 
@@ -278,7 +278,9 @@ def assembled(
   if problems:
     raise Problems(problems)
   inputs = frozenset(file for m in models for file in m.files)
-  facts = {"folders": {m.name: m.home or str(m.folder) for m in models if m.files}}
+  facts = {
+    "folders": {m.name: m.home or display.readable(str(m.folder)) for m in models if m.files}
+  }
   return Plan(tuple(outputs), tuple(every), told, models[0].folder, inputs, facts)
 
 

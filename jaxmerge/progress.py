@@ -8,12 +8,20 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any  # A progress event is plain JSON.
 
+from jaxmerge import display
+
 Event = Mapping[str, Any]
 
 
 def say(text: str) -> None:
-  """Prints a line on stderr, at once."""
-  print(text, file=sys.stderr, flush=True)
+  """Prints a line on stderr, at once, without what a name may hide."""
+  print(display.shown(text), file=sys.stderr, flush=True)
+
+
+def tell(text: str) -> None:
+  """Prints a result on stdout, without what a name may hide, in any encoding."""
+  encoding = sys.stdout.encoding or "utf-8"
+  print(display.shown(text).encode(encoding, "backslashreplace").decode(encoding), flush=True)
 
 
 @contextlib.contextmanager
@@ -42,14 +50,16 @@ def bars() -> Iterator[Callable[[Event], None]]:
 
     def show(event: Event) -> None:
       if "message" in event:
-        to.print(event["message"], markup=False, highlight=False)
+        to.print(display.shown(event["message"]), markup=False, highlight=False)
         return
       phase, done, total = event["phase"], event["done"], event["total"]
-      text = numbers(event.get("numbers", {}))
+      text = display.name(numbers(event.get("numbers", {})))
       if phase not in known:
         # A resumed run begins in the middle; what was done before says nothing of the speed.
         unit = event.get("unit", "")
-        known[phase] = drawn.add_task(phase, total=total, completed=done, unit=unit, numbers=text)
+        known[phase] = drawn.add_task(
+          display.name(phase), total=total, completed=done, unit=unit, numbers=text
+        )
       else:
         drawn.update(known[phase], completed=done, total=total, numbers=text)
 

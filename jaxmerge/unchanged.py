@@ -14,7 +14,7 @@ from typing import Any  # Any: what a journal says of a tensor is plain JSON.
 import numpy as np
 import xxhash
 
-from jaxmerge import planning
+from jaxmerge import display, planning
 from jaxmerge.io import growing, stamps
 from jaxmerge.io.tensor import Tensor
 from jaxmerge.planning import Plan
@@ -26,7 +26,7 @@ def stamped(plan: Plan) -> dict[str, list[int]]:
   Without the device: its number is another one after a restart, or on another node of a cluster.
   """
   found = plan.stamps or stamps.taken(sorted(plan.inputs))
-  return {str(path): list(stamp[1:]) for path, stamp in sorted(found.items())}
+  return {display.readable(str(path)): list(stamp[1:]) for path, stamp in sorted(found.items())}
 
 
 def check(plan: Plan, done: Mapping[str, Any], part: pathlib.Path) -> None:

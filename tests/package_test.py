@@ -101,7 +101,7 @@ FLOORS = {
     "models",
     "collecting",
   },
-  1: {"tree", "catalog", "parameter", "published", "io", "report"},
+  1: {"tree", "display", "catalog", "parameter", "published", "io", "report"},
 }
 FLOOR = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple  # Any: stores of TensorStore, which is impor
 
 import numpy as np
 
+from jaxmerge.io import parsing
 from jaxmerge.io.tensor import Tensor
 
 Progress = Callable[[int], None]
@@ -74,7 +75,7 @@ def keys(state: pathlib.Path) -> dict[str, str]:
   """
   path = state / METADATA
   try:
-    content = json.loads(path.read_text(encoding="utf-8"))
+    content = parsing.parsed(str(path), path.read_bytes())
     leaves = [[k["key"] for k in v["key_metadata"]] for v in content["tree_metadata"].values()]
     usual = content["use_ocdbt"] and not content["use_zarr3"]
   except (ValueError, KeyError, TypeError, AttributeError) as error:

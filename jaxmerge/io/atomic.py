@@ -15,6 +15,8 @@ from typing import BinaryIO
 
 Path = str | os.PathLike[str]
 
+_TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
+
 
 class Full(OSError):
   """A disk or a quota is full; the message says which file had no room, and how to go on."""
@@ -136,9 +138,12 @@ def move(new: pathlib.Path, path: pathlib.Path, *, replace: bool = False) -> Non
     os.rename(path, old)
   try:
     os.rename(new, path)
-  except BaseException:
-    if old is not None:
+  except BaseException as error:
+    if old is not None and not path.exists():
       os.rename(old, path)
+    if isinstance(error, OSError) and error.errno in _TAKEN:
+      text = f"{path} has come into being meanwhile; what was made is in {new}, whole"
+      raise FileExistsError(f"{text}: move it to its place.") from error
     raise
   sync(path.parent)
   discard(path)
@@ -164,6 +169,11 @@ def check_name(path: pathlib.Path) -> None:
 def check_free(path: pathlib.Path, replace: bool) -> None:
   """Raises an error that says what to do where a folder cannot be made at a path."""
   check_name(path)
+  if path.is_symlink():
+    target = os.path.realpath(path)
+    raise NotADirectoryError(
+      f"{path} is a link to {target}; give that path itself, or remove the link."
+    )
   if path.exists() and not path.is_dir():
     raise NotADirectoryError(f"{path} is a file; give the path of a folder.")
   if path.exists() and not replace:

@@ -35,7 +35,7 @@ def problem(folder: Path) -> str | None:
   """Says what is wrong with a step of a store, or None; reads all of it."""
   if (found := manifest.damage(folder)) is not None:
     return found
-  step = manifest.facts(folder)["step"]
+  step = manifest.facts(folder).get("step")
   return None if str(step) == folder.name else f"{manifest.NAME} is that of step {step}"
 
 
@@ -82,7 +82,7 @@ def tensors(folder: Path) -> dict[str, Tensor]:
     ValueError: for a checkpoint that is damaged, or has no model.
   """
   _refuse(folder, manifest.damage(folder, within=STATE, contents=False))
-  saved, keys = manifest.facts(folder)["leaves"], arrays.keys(folder / STATE)
+  saved, keys = _leaves(folder), arrays.keys(folder / STATE)
   own = {n.removeprefix(f"{MODEL}/"): n for n in saved if n.startswith(f"{MODEL}/")}
   if not own:
     there = ", ".join(sorted({name.split("/")[0] for name in saved}))
@@ -96,9 +96,22 @@ def tensors(folder: Path) -> dict[str, Tensor]:
 
   opened = arrays.Arrays(folder / STATE, check)
   return {
-    name: opened.tensor(keys.get(leaf, leaf), name, np.dtype(saved[leaf][0]), tuple(saved[leaf][1]))
+    name: opened.tensor(keys.get(leaf, leaf), name, *saved[leaf])
     for name, leaf in sorted(own.items())
   }
+
+
+def _leaves(folder: Path) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
+  """Dtype and shape of every leaf, as the manifest says."""
+  leaves = manifest.facts(folder).get("leaves", {})
+  try:
+    found = {name: (np.dtype(dtype), tuple(shape)) for name, (dtype, shape) in leaves.items()}
+    fine = all(type(n) is int and n >= 0 for _, shape in found.values() for n in shape)
+  except (AttributeError, TypeError, ValueError):
+    fine = False
+  if not fine:
+    raise ValueError(f"{folder / manifest.NAME}: leaves must map names to a dtype and a shape.")
+  return found
 
 
 def _refuse(folder: Path, damage: str | None) -> None:

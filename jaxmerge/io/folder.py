@@ -10,12 +10,12 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any  # What JSON holds is any object until it is checked.
 
 import numpy as np
 
-from jaxmerge.io import atomic, kinds, parsing, safetensors
+from jaxmerge.io import atomic, kinds, links, parsing, safetensors
 
 Path = str | os.PathLike[str]
 
@@ -211,6 +211,8 @@ def config(folder: Path) -> dict[str, Any]:
   folder = pathlib.Path(folder)
   if not folder.is_dir():
     raise FileNotFoundError(kinds.missing(folder))
+  if (folder / CONFIG).exists():
+    links.check(folder / CONFIG, folder)
   return read_json(folder / CONFIG)
 
 
@@ -244,14 +246,24 @@ def _rooms(folder: pathlib.Path) -> list[pathlib.Path]:
 
 def small(folder: Path) -> list[pathlib.Path]:
   """Returns the paths of the files beside the weights that say what these are, or go with them."""
-  index = pathlib.Path(folder) / INDEX
-  return [*copied(folder), *([index] if index.is_file() else [])]
+  return _files(pathlib.Path(folder), (INDEX, *COPIED))
 
 
 def copied(folder: Path) -> list[pathlib.Path]:
-  """Returns the paths of the files that a folder with new weights takes over from this one."""
+  """Returns the paths of the files that a folder with new weights takes over from this one.
+
+  Raises:
+    ValueError: where one of them is a link to a file elsewhere, see `links.check`.
+  """
   folder = pathlib.Path(folder)
-  return sorted({path for name in COPIED for path in folder.glob(name) if path.is_file()})
+  found = _files(folder, COPIED)
+  for path in found:
+    links.check(path, folder)
+  return found
+
+
+def _files(folder: pathlib.Path, names: Iterable[str]) -> list[pathlib.Path]:
+  return sorted({path for name in names for path in folder.glob(name) if path.is_file()})
 
 
 def read_json(path: pathlib.Path, longest: int = parsing.LONGEST) -> dict[str, Any]:
@@ -269,11 +281,28 @@ def read_json(path: pathlib.Path, longest: int = parsing.LONGEST) -> dict[str, A
     ValueError: naming the file that does not hold one, is too long, or names a key twice.
   """
   if not path.is_file():
-    raise FileNotFoundError(f"{path}: no such file.")
+    what = "is no regular file" if path.exists() else "no such file"
+    raise FileNotFoundError(f"{path}: {what}.")
   size = path.stat().st_size
   if size > longest:
     raise ValueError(f"{path}: {size} bytes are over the limit of {longest} for JSON.")
   return parsing.parsed(str(path), path.read_bytes())
+
+
+def text(folder: pathlib.Path, name: str) -> str:
+  """Returns the text of a small file of a model's folder.
+
+  Raises:
+    ValueError: naming the file, where it is no text, too long, or a link out of the folder.
+  """
+  path = folder / name
+  links.check(path, folder)
+  if (size := path.stat().st_size) > parsing.LONGEST:
+    raise ValueError(f"{path}: {size} bytes are over the limit of {parsing.LONGEST} for a text.")
+  try:
+    return path.read_text(encoding="utf-8")
+  except UnicodeDecodeError as error:
+    raise ValueError(f"{path}: is no text in UTF-8: {error}.") from error
 
 
 def provenance(folder: Path) -> dict[str, Any]:

@@ -75,13 +75,18 @@ def damage(folder: Path, *, within: str = ".", contents: bool = True) -> str | N
 def _body(folder: Path) -> dict:
   """The manifest without its own digest, which must agree."""
   whole = parsing.parsed(NAME, (folder / NAME).read_bytes())
-  if whole.keys() != {"body", "blake2b"}:
+  body = whole.get("body")
+  if whole.keys() != {"body", "blake2b"} or not isinstance(body, dict):
     raise ValueError("it is no manifest")
-  body = whole["body"]
   if whole["blake2b"] != _text_digest(body):
     raise ValueError("it fails its own checksum")
-  if body["format"] != _FORMAT:
-    raise ValueError(f"it is of format {body['format']}, this version reads {_FORMAT}")
+  if body.get("format") != _FORMAT:
+    raise ValueError(f"it is of format {body.get('format')!r:.40}, this version reads {_FORMAT}")
+  sizes = body.get("files")
+  if not isinstance(body.get("facts"), dict) or not isinstance(sizes, dict):
+    raise ValueError("it is no manifest")
+  if any(not isinstance(own, list) or len(own) != 2 for own in sizes.values()):
+    raise ValueError("its files have no size and digest")
   return body
 
 

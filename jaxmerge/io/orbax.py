@@ -35,7 +35,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
-from jaxmerge.io import arrays, atomic, checkpoint, leaves, lock, manifest, shared
+from jaxmerge.io import arrays, atomic, checkpoint, leaves, lock, manifest, parsing, shared
 from jaxmerge.io.checkpoint import RECORD, STATE
 
 PATIENCE = 5.0  # Seconds to wait for another store of the same directory: reading takes less.
@@ -181,7 +181,7 @@ class Checkpoints:
     if self._newest is None:
       return None
     folder = self._directory / str(self._newest)
-    record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    record = parsing.parsed(str(folder / RECORD), (folder / RECORD).read_bytes())
     accept(record)
     wanted = {name: leaves.abstract(x) for name, x in leaves.by_name(like).items()}
     leaves.check(folder, manifest.facts(folder)["leaves"], wanted)

@@ -279,6 +279,21 @@ def _is_text(metadata: Any) -> bool:
   )
 
 
+def narrowed(x: np.ndarray, dtype: np.dtype, where: str) -> np.ndarray:
+  """Returns an array in the dtype in which it is stored.
+
+  Raises:
+    ValueError: beginning with `where`, for values that are finite, and are not so any more.
+  """
+  if x.dtype == dtype:
+    return x
+  with np.errstate(over="ignore", invalid="ignore"):  # It is refused, and named.
+    out = x.astype(dtype)
+  if is_floating(dtype) and bool((np.isfinite(x) & ~np.isfinite(out)).any()):
+    raise ValueError(f"{where}: {dtype} cannot hold its values; choose a wider dtype.")
+  return out
+
+
 def is_floating(dtype: np.dtype) -> bool:
   """Tells whether a dtype of the format holds floating-point numbers.
 

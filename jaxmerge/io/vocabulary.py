@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple  # Any: what JSON holds.
 
 from jaxmerge.io import folder as folders
+from jaxmerge.io import links
 
 TOKENIZER = "tokenizer.json"
 SETTINGS = "tokenizer_config.json"
@@ -58,12 +59,13 @@ class Papers(NamedTuple):
     """Returns the text of a file; None where there is none."""
     if name in self.texts or not self.has(name):
       return self.texts.get(name)
-    return (self.folder / name).read_text(encoding="utf-8")
+    return folders.text(self.folder, name)
 
   def json(self, name: str) -> dict[str, Any]:
     """Returns the JSON object in a file; an empty one where there is none."""
     if name in self.texts or not self.has(name):
       return json.loads(self.texts.get(name) or "{}")
+    links.check(self.folder / name, self.folder)
     return folders.read_json(self.folder / name)
 
   def names(self, *patterns: str) -> list[str]:

@@ -10,6 +10,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple  # Any: what a config.json holds.
 
+from jaxmerge import display
 from jaxmerge.io import adapter, checkpoint, folder, manifest, safetensors
 from jaxmerge.io.tensor import Files, Tensor, stored
 
@@ -51,13 +52,15 @@ def opened(path: Path, files: Files) -> Weights:
 def model(path: Path, files: Files, *, home: str | None = None) -> Weights:
   """Opens a model; raises as `opened` does. `home` is what its tensors call its folder."""
   path = pathlib.Path(path)
+  if home is None and display.readable(str(path)) != str(path):
+    home = display.readable(str(path))  # Bytes that are no UTF-8 cannot be written down.
   usual = (path / folder.WEIGHTS).is_file() or (path / folder.INDEX).is_file()
   step = None if usual else checkpoint.found(path)
   if step is None:
     files.note(folder.small(path))
     files.note(folder.weights(path))  # The index, which names them, is among the small ones.
     return _stored("model", path, folder.entries(path), files, home)
-  files.note((step / manifest.NAME, *checkpoint.files(step)))
+  files.note([*step.glob(manifest.NAME), *checkpoint.files(step)])
   tensors = checkpoint.tensors(step)
   homes = dict.fromkeys(tensors, step / checkpoint.STATE)
   return Weights("checkpoint", step, tensors, homes, checkpoint.files(step))

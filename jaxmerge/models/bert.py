@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Integer, PRNGKeyArray
 
 from jaxmerge import tree
 from jaxmerge.io import folder as folder_lib
+from jaxmerge.io import safetensors
 from jaxmerge.models import encoder, names
 
 Config = encoder.Config
@@ -148,7 +149,7 @@ def to_tensors(
       found = list(source[name].shape) if name in source else "nothing"
       raise ValueError(f"the parameters: {name!r} is {list(x.shape)}, but the base holds {found}.")
   return {
-    name: tensors[name].astype(x.dtype, copy=False) if name in tensors else x
+    name: safetensors.narrowed(tensors[name], x.dtype, f"tensor {name!r}") if name in tensors else x
     for name, x in source.items()
   }
 

@@ -159,7 +159,7 @@ def load(
       kind = own[0].dtype if dtype is None else np.dtype(dtype)
 
       def part(index: Any, rule: names.Rule = rule, own: Any = own, kind: Any = kind) -> np.ndarray:
-        return _part(own, rule, index).astype(kind, copy=False)
+        return safetensors.narrowed(_part(own, rule, index), kind, f"{folder}: {rule.ours!r}")
 
       leaves[rule.ours] = jax.make_array_from_callback(shape, place, part)
   finally:
@@ -204,7 +204,8 @@ def save(
     if name not in homes:
       return safetensors.one(path, name, entry)
     rule, k = homes[name]
-    return _theirs(leaves[rule.ours], rule, k).astype(entry.dtype, copy=False)
+    x = _theirs(leaves[rule.ours], rule, k)
+    return safetensors.narrowed(x, entry.dtype, f"{folder}: tensor {name!r}")
 
   with atomic.folder(folder, replace=replace) as beside:
     folder_lib.surround(beside, source, readme)

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any  # A record is JSON, its values have no one type.
 
-from jaxmerge import catalog
+from jaxmerge import catalog, display
 from jaxmerge.report import page, tables, words
 from jaxmerge.report import record as records
 
@@ -46,7 +46,7 @@ def model_card(
   if record.get("notes"):
     notes = "\n".join(f"- {tables.escaped(note)}" for note in record["notes"])
     parts.append(f"## Notes\n\n{notes}")
-  return "\n\n".join(parts).rstrip() + "\n"
+  return display.shown("\n\n".join(parts).rstrip() + "\n")
 
 
 def merge_card(summary: Mapping[str, Any]) -> str:
@@ -77,7 +77,7 @@ def merge_card(summary: Mapping[str, Any]) -> str:
     _listed(_versions(summary["versions"])),
     "`jaxmerge_provenance.json` has checksums, and what became of every tensor of every model.",
   ]
-  return "\n\n".join(parts) + "\n"
+  return display.shown("\n\n".join(parts) + "\n")
 
 
 def _earlier(name: str, summary: Mapping[str, Any]) -> Iterator[str]:

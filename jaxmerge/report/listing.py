@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any  # A record is JSON, its values have no one type.
 
+from jaxmerge import display
 from jaxmerge.report import words
 
 NAMED = 4  # Tensors that are equal, or files, of which there may be many.
@@ -20,12 +21,12 @@ def text(record: Mapping[str, Any]) -> str:
   rows = [["tensor", "dtype", "shape", "bytes", *["xxh3_128"] * hashed]]
   for t in record["tensors"]:
     shape = "×".join(map(str, t["shape"])) or "scalar"
-    own = [t["name"], t["dtype"], shape, f"{t['bytes']:,}"]
+    own = [display.name(t["name"]), t["dtype"], shape, f"{t['bytes']:,}"]
     rows.append([*own, t["xxh3_128"]] if hashed else own)
   totals = [["dtype", "tensors", "entries", "bytes"]]
   for dtype, own in record["dtypes"].items():
     totals.append([dtype, *(f"{own[key]:,}" for key in totals[0][1:])])
-  facts = [f"{what:<11} {line}" for what, line in _facts(record)]
+  facts = [f"{what:<11} {display.name(line)}" for what, line in _facts(record)]
   return "\n\n".join(["\n".join(part) for part in (columns(rows), columns(totals), facts)]) + "\n"
 
 

@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any  # A record is JSON, its values have no one type.
 
+from jaxmerge import display
 from jaxmerge.report import tables, words
 
 _CAPTIONS = {
@@ -100,7 +101,7 @@ def html(record: Mapping[str, Any], images: Mapping[str, bytes]) -> str:
     items = "".join(f"<li>{entities.escape(note)}</li>" for note in record["notes"])
     sections.append(f"<h2>Notes</h2><ul>{items}</ul>")
   body = "\n".join(x for x in sections if x)
-  return (
+  return display.shown(
     '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
     '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
     f"<title>{title}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n{body}\n</body>\n</html>\n"

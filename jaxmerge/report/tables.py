@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple  # Any: a record is JSON, its values have no one type.
 
+from jaxmerge import display
 from jaxmerge.report import comparing, words
 
 
@@ -192,7 +193,7 @@ def escaped(x: str) -> str:
     x = x.replace(old, new)
   for c in "\\|*_`[]":
     x = x.replace(c, f"\\{c}")
-  return " ".join(x.split())
+  return display.name(" ".join(x.split()))
 
 
 def to_text(table: Table, width: int = 100) -> str:
