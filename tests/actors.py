@@ -10,6 +10,7 @@ before one of its changes on the disk, drawn at random, and goes on when the oth
     overwritten  an input is written to, replaced, cut or removed while the merge has stopped
     exchanged    the merge is killed, an input is exchanged with size and mtime kept, or all are
                  copied, and the merge is resumed
+    appeared     something comes to the place of the result while the merge has stopped
 """
 
 import collections
@@ -133,6 +134,31 @@ def exchanged(root, method, events, draw, known):
   return said, wrong
 
 
+def appeared(root, method, events, draw, known):
+  """Something comes to the place of the result while the merge has stopped."""
+  # Often just before the last rename, after which only the parent is synced, and the lock removed.
+  merging = Merge(root, method, draw.choice([draw.randint(1, events), events - 2]))
+  out, act = root / "place" / "out", draw.choice(["folder", "file", "link", "empty"])
+  if out.exists():
+    return "done before", [] if merging.end() is None else ["not merged"]
+  if act == "file":
+    out.write_text("mine")
+  elif act == "link":
+    out.symlink_to("nowhere")
+  else:
+    out.mkdir()
+    if act == "folder":
+      (out / "mine").write_text("mine")
+  error = merging.end()
+  said = f"{act}: {short(error)}"
+  wrong = [error] if error and error.startswith("CRASH") else []
+  if error is None and (act != "empty" or digest(out) != known["old"]):
+    wrong.append("it was replaced")
+  if act == "folder" and [p.name for p in out.iterdir()] != ["mine"]:
+    wrong.append("it was changed")
+  return said, wrong
+
+
 def judged(root, error, known, act):
   out = root / "place" / "out"
   if error is not None:
@@ -170,12 +196,15 @@ def short(error):
     "is not what it was when": "told that an input is another one",
     "holds an interrupted merge": "told that it is another merge",
     "exists; pass": "told that it exists",
+    "out is a link to": "told that it exists",
+    "is a file; give the path": "told that it exists",
+    "has come into being meanwhile": "told that it exists now",
     "the file ended": "told that an input was cut",
   }
   return "merged" if error is None else next((v for k, v in kinds.items() if k in error), error)
 
 
-def tries(count, kinds=(running, overwritten, exchanged), seed=0):
+def tries(count, kinds=(running, overwritten, exchanged, appeared), seed=0):
   """Makes the tries; the record of each kind."""
   record = {}
   with tempfile.TemporaryDirectory() as folder:

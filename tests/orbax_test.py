@@ -347,6 +347,18 @@ def test_a_failing_native_write_is_an_error_and_old_steps_survive(tmp_path):
     assert store.restore(state).step == 2
 
 
+def test_a_disk_that_is_full_from_the_start_is_one_error(tmp_path, capfd):
+  soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
+  try:
+    with pytest.raises(OSError, match="step 1 could not be saved"):  # noqa: SIM117
+      with orbax.Checkpoints(tmp_path) as store:
+        store.save(1, small(), {})
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+  assert capfd.readouterr().err == ""
+
+
 def test_close_raises_what_went_wrong(tmp_path, monkeypatch):
   def broken(*_):
     raise OSError(5, "Input/output error")

@@ -23,7 +23,6 @@ import concurrent.futures
 import contextlib
 import errno
 import json
-import logging
 import os
 import shutil
 from collections.abc import Callable
@@ -35,7 +34,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
-from jaxmerge.io import arrays, atomic, checkpoint, leaves, lock, manifest, parsing, shared
+from jaxmerge.io import arrays, atomic, checkpoint, leaves, lock, manifest, parsing, quiet, shared
 from jaxmerge.io.checkpoint import RECORD, STATE
 
 PATIENCE = 5.0  # Seconds to wait for another store of the same directory: reading takes less.
@@ -63,7 +62,7 @@ class _Orbax(NamedTuple):
 
   checkpointer: Any  # Any: its type is imported late
   worker: concurrent.futures.ThreadPoolExecutor
-  quiet: Callable[[logging.LogRecord], bool]
+  quiet: Callable[[], None]
 
 
 class Checkpoints:
@@ -98,6 +97,7 @@ class Checkpoints:
     self._messages: tuple[str, ...] = ()
     self._orbax: _Orbax | None = None
     self._lock = contextlib.ExitStack()
+    self._failed = False  # Whether a save has.
     self._sealing: tuple[int, concurrent.futures.Future] | None = None  # the save on its way
 
   def __enter__(self) -> Checkpoints:
@@ -153,6 +153,7 @@ class Checkpoints:
       future.result()
       failed = False
     except (OSError, ValueError) as error:
+      self._failed = True
       raise self._explained(step, error) from error
     finally:  # A step counts only where it counts in every process.
       others = jax.process_count() > 1 and bool(multihost_utils.process_allgather(failed).any())
@@ -198,8 +199,10 @@ class Checkpoints:
     finally:
       if self._orbax is not None:
         self._orbax.worker.shutdown()
-        self._orbax.checkpointer.close()
-        logging.getLogger("absl").removeFilter(self._orbax.quiet)
+        # What fails in the end is of a save that has failed: `wait` has raised it, and named it.
+        with contextlib.suppress(*([OSError, ValueError] if self._failed else [])):
+          self._orbax.checkpointer.close()
+        self._orbax.quiet()
         self._orbax = None
       self._lock.close()
 
@@ -341,14 +344,9 @@ def _restoring(wanted: dict) -> Any:
 
 
 def _start() -> _Orbax:
-  """Starts Orbax, and silences its log: what fails is raised, so nothing is lost."""
+  """Starts Orbax, silently: what fails is raised, so nothing is lost."""
   import orbax.checkpoint as ocp
 
-  folder = os.path.dirname(ocp.__file__)
-
-  def quiet(record: logging.LogRecord) -> bool:
-    return not record.pathname.startswith(folder)
-
-  logging.getLogger("absl").addFilter(quiet)
+  end = quiet.start()
   checkpointer = ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler())
-  return _Orbax(checkpointer, concurrent.futures.ThreadPoolExecutor(1, "seal"), quiet)
+  return _Orbax(checkpointer, concurrent.futures.ThreadPoolExecutor(1, "seal"), end)

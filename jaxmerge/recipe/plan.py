@@ -59,6 +59,8 @@ def of_file(
     RecipeError: for what is wrong with the recipes, or cannot be run yet.
     planning.Problems: naming the tensors and models that do not fit.
   """
+  if os.path.exists(path) and not os.path.isfile(path):
+    raise ValueError(f"{path}: is no regular file; a recipe is read again, so give it a file.")
   opener = opening.opener(files, download=download)
   recipes = schema.read(path, strict=strict) if download else _read(path, opener, strict)
   recipes = tuple(dataclasses.replace(r, compat=r.compat or compat) for r in recipes)
