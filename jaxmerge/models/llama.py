@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Integer, PRNGKeyArray
 
 from jaxmerge import mesh as meshes
 from jaxmerge import tree
-from jaxmerge.io import atomic, safetensors, tensor, ties
+from jaxmerge.io import atomic, links, safetensors, tensor, ties
 from jaxmerge.io import folder as folder_lib
 from jaxmerge.models import decoder, decoder_config, names
 
@@ -219,6 +219,7 @@ def save(
       made = ((n, array(n, path, entry)) for n, entry in own.items())
       safetensors.write(beside / path.name, kinds, made, safetensors.header(path).metadata)
     if (index := pathlib.Path(source) / folder_lib.INDEX).is_file():
+      links.check(index, pathlib.Path(source))
       shutil.copyfile(index, beside / folder_lib.INDEX)
   return pathlib.Path(folder)
 
