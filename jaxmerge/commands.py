@@ -190,10 +190,12 @@ def _planned(
   What is wrong with recipe, models and the place of the result is told at once.
   """
   from jaxmerge import evaluating, finishing, opening, planning, summarizing
-  from jaxmerge.io import atomic, growing, lock
+  from jaxmerge.io import arrays, atomic, growing, lock
   from jaxmerge.recipe import plan as plans
   from jaxmerge.recipe import telling
 
+  if options.out_format == "orbax":
+    arrays.check_path(out)
   atomic.check_name(out)  # All places beside it are made of its name.
   lock.check(out, growing.running(out))  # What lies there and beside is that merge's.
   stages: dict[str, tuple[pathlib.Path, planning.Plan]] = {}

@@ -39,7 +39,7 @@ from jaxmerge import (
   tying,
   unchanged,
 )
-from jaxmerge.io import atomic, folder, growing, hub, safetensors, shared, stamps
+from jaxmerge.io import arrays, atomic, folder, growing, hub, safetensors, shared, stamps
 from jaxmerge.io.tensor import Files, Tensor
 from jaxmerge.planning import Job, Output, Plan
 from jaxmerge.stage import Method
@@ -166,6 +166,8 @@ def run(
     raise ValueError(f"out_format must be one of {', '.join(FORMATS)}, got {out_format!r}.")
   out = pathlib.Path(out)
   atomic.check_name(out)
+  if out_format == "orbax":
+    arrays.check_path(out)
   first = processes.first()
   with growing.locked(out) if first and not locked else contextlib.nullcontext():
     atomic.check_free(out, replace)

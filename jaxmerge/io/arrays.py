@@ -16,6 +16,7 @@ from typing import Any, NamedTuple  # Any: stores of TensorStore, which is impor
 
 import numpy as np
 
+from jaxmerge import display
 from jaxmerge.io import parsing
 from jaxmerge.io.tensor import Tensor
 
@@ -251,7 +252,15 @@ def _created(state: pathlib.Path, key: str, tensor: Tensor, **shared: Any) -> An
   return _open(spec, create=True, open=True, shape=tensor.shape, **shared)
 
 
+def check_path(path: pathlib.Path) -> None:
+  """Raises ValueError for a path in which there can be no checkpoint: TensorStore takes UTF-8."""
+  whole = str(path.absolute())
+  if display.readable(whole) != whole:
+    raise ValueError(f"{path}: has bytes that are no UTF-8; checkpoints need a path without them.")
+
+
 def _spec(state: pathlib.Path, key: str) -> dict[str, Any]:
+  check_path(state)
   base = {"driver": "file", "path": f"{state.resolve()}/"}
   return {"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": base, "path": f"{key}/"}}
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple  # Any: Matplotlib is optional, its types can
 
 import numpy as np
 
+from jaxmerge import display
 from jaxmerge.report import words
 
 WIDTH = 6.2  # inches: 8 points are 12 px where a page shows a figure 700 px wide
@@ -96,7 +97,7 @@ def dashes(name: str) -> Any:
 
 def literal(x: str) -> str:
   """Returns a name as a figure may show it: on one line, and never read as a formula."""
-  return " ".join(x.split()).replace("$", "\\$")
+  return display.name(" ".join(x.split())).replace("$", "\\$")
 
 
 def names(tasks: Sequence[str], length: int = 24) -> dict[str, str]:
