@@ -214,6 +214,7 @@ def _job(plan: Plan, number: int) -> dict[str, Any]:
   return {
     "job": number + 1,
     "method": job.words,
+    **({"recipe": job.asked} if job.asked else {}),
     "numbers": _numbers(job),
     "models": job.models,
     "seed": job.seed,

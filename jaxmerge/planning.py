@@ -72,6 +72,8 @@ class Job(NamedTuple):
     numbers: the method's numbers by name: for all, or by tensor.
     seed: for random masks.
     layout: matrix views by tensor.
+    asked: what a recipe says of it, before it is this library's method: the name, under `method`,
+      and parameters: for all, for each model, or by tensor.
   """
 
   method: Callable[[], Any]
@@ -80,6 +82,7 @@ class Job(NamedTuple):
   numbers: Mapping[str, Any] = {}
   seed: int | None = None
   layout: layouts.Table = layouts.NONE
+  asked: Mapping[str, Any] = {}
 
 
 class Want(NamedTuple):

@@ -52,7 +52,20 @@ def described(plan: Plan, *, shard_size: int, out_format: str = "safetensors") -
       often = "" if reads == 1 else f", read {reads} times"
       out.append(f"job {i + 1}: {count} tensors of {len(job.models)} models{often}, {settings}")
       out += [f"  outputs and inputs: {words}"] if (words := _laid_out(job)) else []
+      out += [f"  in the recipe: {asked(job)}"] if job.asked else []
+      out += [f"  here: {'; '.join(_numbers(job))}"] if job.numbers else []
   return [*out, *(f"note: {line}" for line in plan.notes)]
+
+
+def asked(job: Job, names: Mapping[str, str] | None = None) -> str:
+  """Says in words what a recipe asks for: its method and parameters, those of each model."""
+  called = [(names or {}).get(m, m) for m in job.models]
+  values = ((n, v) for n, v in job.asked.items() if n != "method")
+  return "; ".join([str(job.asked["method"]), *(f"{n} {_number(v, called)}" for n, v in values)])
+
+
+def _numbers(job: Job) -> list[str]:
+  return [f"{name} {_number(value, job.models)}" for name, value in job.numbers.items()]
 
 
 def _each_described(plan: Plan, shard_size: int, out_format: str) -> list[str]:
@@ -151,8 +164,8 @@ def summary(plan: Plan) -> Record:
     `models`, names of all inputs, the donor first; `hub`, references to models of the hub and their
     commits; `methods`, one record for each job (see `_method`); `counts`, of tensors, in a line;
     `library`, of Python, that opens the result, None if that is not known; `recipe`, its text, None
-    without one; `notes`, a line each; `versions` of packages; `earlier`, the same of recipes that
-    it builds on, by name.
+    without one; `compat`, where that was a flag; `notes`, a line each; `versions` of packages;
+    `earlier`, the same of recipes that it builds on, by name.
   """
   names = _names(list(plan.fates), plan)
   earlier = {name: own._replace(facts=plan.facts) for name, own in plan.earlier.items()}
@@ -165,6 +178,7 @@ def summary(plan: Plan) -> Record:
     "counts": outcomes.line(outcomes.counts(plan)),
     "library": _library(plan),
     "recipe": plan.facts.get("recipe"),
+    "compat": plan.facts.get("compat"),
     "notes": list(plan.notes),
     "versions": {p: importlib.metadata.version(p) for p in ("jaxmerge", "jax")},
     "earlier": {name: summary(own) for name, own in earlier.items()},
@@ -184,7 +198,8 @@ def _method(job: Job, names: Mapping[str, str], count: int) -> Record:
   Returns:
     `method`, its name in the catalog, or what it is called; `settings`, `numbers`, in words;
     `models`, their names; `tensors`, how many; `seed`, None without one; `layout`, how many
-    lie how, empty for methods that do not ask.
+    lie how, empty for methods that do not ask;
+    `asked`, the method and parameters of a recipe in words, None without one.
   """
   words = dict(_words(job)) or {"method": str(job.words)}
   return {
@@ -197,6 +212,7 @@ def _method(job: Job, names: Mapping[str, str], count: int) -> Record:
     "tensors": count,
     "seed": job.seed,
     "layout": _laid_out(job),
+    "asked": asked(job, names) if job.asked else None,
   }
 
 
@@ -207,16 +223,31 @@ def _laid_out(job: Job) -> str:
 def _number(value: Any, models: Sequence[str]) -> str:
   """Writes one of a method's numbers: for all, for each model, or the range over the tensors.
 
-  >>> _number((1.0, 0.5), ["chat", "code"]), _number({"w": 0.2, "v": 0.8}, [])
-  ('1 (chat), 0.5 (code)', 'from 0.2 to 0.8, by tensor')
+  >>> _number((1.0, 0.5), ["chat", "code"]), _number({"w": 0.2, "v": 0.8}, []), _number(True, [])
+  ('1 (chat), 0.5 (code)', 'from 0.2 to 0.8, by tensor', 'true')
   """
   if isinstance(value, Mapping):
-    every = np.concatenate([np.ravel(np.asarray(v, np.float64)) for v in value.values()])
-    return f"from {every.min():.6g} to {every.max():.6g}, by tensor"
-  each = np.asarray(value, np.float64)
-  if each.shape == (len(models),):
-    return ", ".join(f"{x:.6g} ({m})" for x, m in zip(each, models, strict=True))
-  return f"{each:.6g}" if each.ndim == 0 else f"{each.size} values"
+    every = [_written(np.stack([np.asarray(v) for v in value.values()]).T, models)]
+    return f"{every[0]}, by tensor"
+  return _written(np.asarray(value)[..., None], models)
+
+
+def _written(values: np.ndarray, models: Sequence[str]) -> str:
+  """Writes values [..., tensors]: of all models, or [model, tensors] of each."""
+  if values.ndim == 2 and len(values) == len(models):
+    return ", ".join(f"{_span(own)} ({m})" for own, m in zip(values, models, strict=True))
+  return _span(values) if values.ndim == 1 else f"{values[..., 0].size} values"
+
+
+def _span(values: np.ndarray) -> str:
+  """Writes the range of some values."""
+  if values.dtype.kind not in "fiu":
+    words = dict.fromkeys(
+      str(v).lower() if isinstance(v, bool) else str(v) for v in values.tolist()
+    )
+    return " or ".join(words)
+  low, high = (f"{x:.6g}" for x in (values.min(), values.max()))
+  return low if low == high else f"from {low} to {high}"
 
 
 def _library(plan: Plan) -> str | None:

@@ -63,7 +63,7 @@ def test_the_card_says_what_was_done():
   assert f"**dare ties**, {count} tensors of 2 models: " in body
   assert catalog.METHODS["dare_ties"].paper in body
   assert "\n- weight: 1 (m0), 0.5 (m1)\n" in body
-  assert "\n- drop\\_rate: from 0 to 0.7, by tensor\n" in body
+  assert "; density from 0.5 to 1 (m0), 0.3 (m1), by tensor; " in body
   assert "\n- seed: 3\n" in body
   assert "experimental" not in body
 
@@ -137,7 +137,8 @@ def test_the_head_names_models_of_the_hub_and_no_paths(tmp_path, monkeypatch):
   ],
 )
 def test_the_library_is_named_where_it_is_known(family, config, file, library):
-  folders.write(pathlib.Path("base"), family[0], config=config)
+  for name, own in zip(("base", "m0", "m1"), family[:3], strict=True):
+    folders.write(pathlib.Path(name), own, config=config)
   if file:
     pathlib.Path("base", file).write_text("[]")
   head, _ = merged(RECIPE)

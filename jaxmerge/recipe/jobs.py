@@ -10,11 +10,25 @@ import numpy as np
 from jaxmerge import layouts, planning
 from jaxmerge.io.tensor import Tensor
 from jaxmerge.planning import Job, Part, Want
-from jaxmerge.recipe import matrices, narrowing, parameters, translating
+from jaxmerge.recipe import deviating, matrices, narrowing, parameters, translating
 from jaxmerge.recipe.methods import METHODS
 from jaxmerge.recipe.places import Problem, RecipeError
 from jaxmerge.recipe.records import Missing, Model, Recipe, Source
 from jaxmerge.recipe.stacking import Opened, Row
+
+
+class Work(NamedTuple):
+  """What is done.
+
+  Attributes:
+    wants: the tensors of the result.
+    jobs: what merges them.
+    notes: what is not as in mergekit, a line for each method.
+  """
+
+  wants: list[Want]
+  jobs: list[Job]
+  notes: tuple[str, ...]
 
 
 class Settled(NamedTuple):
@@ -86,22 +100,17 @@ def wanted(
   donor: planning.Model,
   rows: Sequence[Row],
   settled: Sequence[Settled],
-) -> tuple[list[Want], list[Job]]:
+) -> Work:
   """Returns what is wanted for each tensor of the result, and the jobs that merge."""
   rules = matrices.rules(recipe, _shapes(models, settled))
   kinds: dict[Any, list[Settled]] = {}
   for own in settled:
     kinds.setdefault(own.kind, []).append(own)
   jobs: list[Job] = []
+  notes: dict[int, str | None] = {}
   wants: dict[str, Want] = {}
   for members in kinds.values():
-    translation = translating.translated(
-      members[0].values.method,
-      members[0].values.shared,
-      base=members[0].row.group.base is not None,
-      varied=_varied(members),
-      compat=recipe.compat == "mergekit",
-    )
+    translation, notes[len(jobs)] = _translated(recipe, members, models)
     jobs.append(_job(recipe, translation, members, models, rules))
     for own in members:
       name = own.row.tensor.name
@@ -117,7 +126,27 @@ def wanted(
       # The base of slices is one of their sources.
       base = row.group.base if not row.group.sliced else None
       wants[name] = Want(name, models[base].part(name) if base else None, parts, raw=True)
-  return [wants[row.tensor.name] for row in rows], jobs
+  told = dict.fromkeys(line for line in notes.values() if line is not None)
+  return Work([wants[row.tensor.name] for row in rows], jobs, tuple(told))
+
+
+def _translated(
+  recipe: Recipe, members: Sequence[Settled], models: Opened
+) -> tuple[translating.Translation, str | None]:
+  """What the method of a recipe is here, and what differs from mergekit."""
+  first = members[0]
+  here, there = (
+    translating.translated(
+      first.values.method,
+      first.values.shared,
+      base=first.row.group.base is not None,
+      varied=_varied(members),
+      compat=compat,
+    )
+    for compat in (recipe.compat == "mergekit", True)
+  )
+  ways = (here.method, here.settings, there.settings)
+  return here, deviating.line(recipe, first.values.method, *ways, first.tensors(models))
 
 
 def _varied(members: Sequence[Settled]) -> set[str]:
@@ -134,10 +163,9 @@ def _job(
 ) -> Job:
   numbers: dict[str, Any] = {}
   for name, of in translation.numbers.items():
-    each = {own.row.tensor.name: np.asarray(of(own.given()), np.float64) for own in members}
-    first = next(iter(each.values()))
-    same = all(np.array_equal(first, v) for v in each.values())
-    numbers[name] = first if same else each
+    numbers[name] = _same(
+      {own.row.tensor.name: np.asarray(of(own.given()), np.float64) for own in members}
+    )
   called = _different([models[m].name for m in members[0].sources_of])
   base = members[0].row.group.base
   if translation.pair and base is not None:
@@ -148,12 +176,23 @@ def _job(
 
     return getattr(methods, translation.method)(**translation.settings)
 
+  name = members[0].values.method
+  asked = {"method": name} | {
+    n: _same({own.row.tensor.name: own.given()[n] for own in members})
+    for n in METHODS[name].parameters
+    if n != "int8_mask" and n in members[0].given()
+  }
   words = {"method": translation.method, **translation.settings}
-  random = METHODS[members[0].values.method].random
-  seed = recipe.seed if random else None
+  seed = recipe.seed if METHODS[name].random else None
   compat = recipe.compat == "mergekit"
   table = matrices.table(words, rules, _shapes(models, members), compat=compat)
-  return Job(method, words, tuple(called), numbers, seed, table)
+  return Job(method, words, tuple(called), numbers, seed, table, asked)
+
+
+def _same(each: Mapping[str, Any]) -> Any:
+  """The value of all tensors; where they differ, the values by tensor."""
+  first = next(iter(each.values()))
+  return first if all(np.array_equal(first, v) for v in each.values()) else dict(each)
 
 
 def _different(names: Sequence[str]) -> list[str]:

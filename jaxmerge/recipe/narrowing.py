@@ -64,12 +64,13 @@ def refused(recipe: Recipe, method: str, parts: Sequence[Tensor]) -> Iterator[Pr
   """Says if the numbers of mergekit cannot be had of a method, merging such tensors."""
   if all(safetensors.is_floating(t.dtype) for t in parts):
     try:
-      narrowed(method, _dtype(recipe, parts))
+      narrowed(method, common(recipe, parts))
     except ValueError as error:
       yield Problem(recipe.places.get("dtype", recipe.place), str(error))
 
 
-def _dtype(recipe: Recipe, parts: Sequence[Tensor]) -> np.dtype:
+def common(recipe: Recipe, parts: Sequence[Tensor]) -> np.dtype:
+  """Returns the dtype that mergekit casts tensors to: the recipe's, else that of all of them."""
   return _named(recipe.dtype) or precision.common([t.kept or t.dtype for t in parts])
 
 
@@ -79,7 +80,7 @@ def computed(recipe: Recipe, plan: Plan) -> Plan:
   def narrow(output: Output) -> Output:
     if not safetensors.is_floating(output.dtype):
       return output
-    dtype = _dtype(recipe, [t for t in (output.base, *output.models) if t is not None])
+    dtype = common(recipe, [t for t in (output.base, *output.models) if t is not None])
     words = None if output.job is None else plan.jobs[output.job].words
     method = words["method"] if isinstance(words, dict) else "passthrough"
     kept = stored(recipe) or dtype

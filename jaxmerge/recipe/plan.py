@@ -205,11 +205,11 @@ def planned(
   settled, problems = jobs.settled(recipe, rows)
   if problems := (*problems, *jobs.refused(recipe, models, settled)):
     found.append(RecipeError(problems))
-  wants, work = jobs.wanted(recipe, models, donor, rows, settled)
-  if problems := jobs.unfit(recipe, models, settled, work):
+  work = jobs.wanted(recipe, models, donor, rows, settled)
+  if problems := jobs.unfit(recipe, models, settled, work.jobs):
     found.append(RecipeError(problems))
   # Of embeddings that were not brought together nothing can be told.
-  known = [w for w in wants if not (uneven and embeddings.wanted(w))]
+  known = [w for w in work.wants if not (uneven and embeddings.wanted(w))]
   inputs = [donor, *(m for m in models.values() if m is not donor)]
   lines = misfits.lines(known, inputs, recipe.missing)
   fit = compatibility.compared(known, inputs, allow=recipe.allow, tokens=recipe.tokenizer is None)
@@ -218,8 +218,8 @@ def planned(
     found += [planning.Problems(lines)] if lines else []
     telling.check(found)
   plan = planning.assembled(
-    wants,
-    work,
+    work.wants,
+    work.jobs,
     inputs,
     dtype=narrowing.stored(recipe),
     missing=recipe.missing,
@@ -233,6 +233,6 @@ def planned(
   own = {} if changed == config else {folder.CONFIG: json.dumps(changed, indent=2) + "\n"}
   # A donor that is still to be made has other files than its folder.
   texts = {**donor.texts, **own, **built.texts}
-  notes = (*(f"line {p.place.line}: {p.text}" for p in recipe.ignored), *plan.notes)
+  notes = (*(f"line {p.place.line}: {p.text}" for p in recipe.ignored), *work.notes, *plan.notes)
   plan = plan._replace(texts=texts, fates=built.fates(plan.fates), notes=notes)
   return remote_code.settled(plan, inputs)

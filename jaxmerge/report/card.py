@@ -73,7 +73,7 @@ def merge_card(summary: Mapping[str, Any]) -> str:
     f"## Method\n\n{_counts(summary)}",
     *map(_method, summary["methods"]),
     *([f"## Notes\n\n{_listed(summary['notes'])}"] if summary["notes"] else []),
-    *_recipe(summary["recipe"]),
+    *_recipe(summary["recipe"], summary.get("compat")),
     _listed(_versions(summary["versions"])),
     "`jaxmerge_provenance.json` has checksums, and what became of every tensor of every model.",
   ]
@@ -115,7 +115,13 @@ def _method(method: Mapping[str, Any]) -> str:
   settings = {k: v for k, v in method["settings"].items() if k != "words"}
   if entry is None and _called(method) != "mean":
     settings["fingerprint of its code"] = method["method"]
-  facts = {"models": ", ".join(method["models"]), **method["numbers"], **dict(page.flat(settings))}
+  asked = {"in the recipe": method["asked"]} if method.get("asked") else {}
+  facts = {
+    "models": ", ".join(method["models"]),
+    **asked,
+    **method["numbers"],
+    **dict(page.flat(settings)),
+  }
   if method["seed"] is not None:
     facts["seed"] = str(method["seed"])
   if method.get("layout"):
@@ -123,12 +129,13 @@ def _method(method: Mapping[str, Any]) -> str:
   return f"{about}\n\n{_listed(f'{k}: {v}' for k, v in facts.items() if k)}"
 
 
-def _recipe(text: str | None) -> Sequence[str]:
+def _recipe(text: str | None, compat: str | None = None) -> Sequence[str]:
   """Shows the recipe, behind a fence that nothing in it ends, and how it is run again."""
   if text is None:
     return ("## How it was made\n\nBy `jaxmerge.merge_files`, from Python.",)
   fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
-  command = "```sh\njaxmerge merge jaxmerge_recipe.yml OUT\n```"
+  flag = f" --compat {compat}" if compat else ""
+  command = f"```sh\njaxmerge merge jaxmerge_recipe.yml OUT{flag}\n```"
   return (
     f"## Recipe\n\n{fence}yaml\n{text.rstrip()}\n{fence}",
     f"## How it was made\n\n{command}\n\nPaths in the recipe begin where it was run.",

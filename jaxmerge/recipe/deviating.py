@@ -1,0 +1,67 @@
+"""Where a method of a recipe is computed otherwise than by mergekit: said in a line, as a note."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any  # A setting of a method.
+
+from jaxmerge.io import safetensors
+from jaxmerge.io.tensor import Tensor
+from jaxmerge.recipe import narrowing
+from jaxmerge.recipe.methods import MERGEKITS
+from jaxmerge.recipe.records import Recipe
+
+# What a setting means that `compat: mergekit` has otherwise.
+_HERE = {
+  ("scope", "tree"): "entries are ranked over the whole model, not tensor by tensor",
+  ("rule", "kth"): "all entries as large as the threshold are kept",
+  ("zero_sum", "majority"): "where votes cancel out, the sign of the majority counts, not plus",
+  ("rescale", "inverse"): "kept entries are divided by the share that is kept, not brought to the "
+  "L1 norm that the tensor had",
+  ("yields", "keep"): "the largest entries that are removed are not made up for",
+  ("floor", 0.0): "norms and energies below 1e-6 are taken as they are",
+}
+_SAMPLED = 10**6  # Entries of a tensor of which mergekit looks at some.
+
+
+def line(
+  recipe: Recipe,
+  name: str,
+  method: str,
+  here: Mapping[str, Any],
+  there: Mapping[str, Any],
+  parts: Sequence[Tensor],
+) -> str | None:
+  """Says what differs from mergekit for a method, and how its way is had; None for nothing.
+
+  Args:
+    recipe: the recipe.
+    name: its method.
+    method: what that is in this library.
+    here: the settings that it is merged with.
+    there: those with mergekit's numbers.
+    parts: the tensors of one that is merged.
+  """
+  if recipe.compat is not None or name not in MERGEKITS:
+    return None
+  words = [_HERE[n, v] for n, v in here.items() if v != there[n]]
+  words += _narrow(recipe, method, parts)
+  end = " `compat: mergekit` (--compat mergekit) takes its rules." if words else ""
+  if MERGEKITS[name].random:
+    words.append("random masks are drawn otherwise, with `compat` as well")
+  if name == "arcee_fusion" and any(math.prod(t.shape) > _SAMPLED for t in parts):
+    words.append("quartiles are those of all entries, not of a random sample")
+  return f"{name} is not all as in mergekit: {'; '.join(words)}.{end}" if words else None
+
+
+def _narrow(recipe: Recipe, method: str, parts: Sequence[Tensor]) -> list[str]:
+  """Says whether mergekit would compute in a narrow dtype; of rounded inputs alone, nothing."""
+  floats = [t for t in parts if safetensors.is_floating(t.dtype)]
+  if not floats or method == "arcee_fusion":  # That one cannot be had as there.
+    return []
+  dtype = narrowing.common(recipe, floats)
+  own = narrowing.narrowed(method, dtype)
+  if own is None or not (own.each or own.wide):
+    return []
+  return [f"all is computed in float32 and rounded once, not in {dtype.name}"]
