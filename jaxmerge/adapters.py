@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmerge import arguments, catalog, layouts, memory, tree, views
+from jaxmerge import arguments, catalog, layouts, memory, tree, views, wide
 from jaxmerge.io import adapter as peft
 from jaxmerge.io import atomic, safetensors
 from jaxmerge.io.tensor import Files
@@ -47,6 +47,7 @@ class Lora(NamedTuple):
     """Number of rows of a."""
     return self.a.shape[0]
 
+  @wide.aware
   def delta(self) -> jax.Array:
     """Returns the matrix, [out, in], in float32 or wider."""
     dtype = tree.compute_dtype(self.a.dtype, self.b.dtype)
@@ -57,6 +58,7 @@ class Lora(NamedTuple):
 Adapter = Mapping[str, Lora]
 
 
+@wide.aware
 def applied(params: Tree, adapter: Adapter, *, layout: layouts.Said | None = ()) -> Tree:
   """Adds an adapter to a model: its matrices become matrix + scale * b @ a.
 
@@ -82,6 +84,7 @@ def applied(params: Tree, adapter: Adapter, *, layout: layouts.Said | None = ())
   return tree.rebuild(params, leaves | changed)
 
 
+@wide.aware
 def merged(
   method: Method | Any,
   base: Tree,
@@ -147,6 +150,7 @@ def merged(
   return tree.rebuild(base, leaves | out)
 
 
+@wide.aware
 def extracted(
   base: Tree,
   model: Tree,
@@ -185,6 +189,7 @@ def extracted(
   return {name: nearest(name) for name in matrices}
 
 
+@wide.aware
 def flora(adapters: Sequence[Adapter], weights: Sequence[float] | None = None) -> dict[str, Lora]:
   """Stacks adapters: one adapter that adds the weighted sum of what they add, without any error.
 
@@ -213,6 +218,7 @@ def flora(adapters: Sequence[Adapter], weights: Sequence[float] | None = None) -
   return {name: stacked(name) for name in _names(adapters)}
 
 
+@wide.aware
 def averaged(
   adapters: Sequence[Adapter], weights: Sequence[float] | None = None, *, pad: bool = False
 ) -> dict[str, Lora]:
@@ -249,6 +255,7 @@ def averaged(
   return {name: mean(name) for name in _names(adapters)}
 
 
+@wide.aware
 def recompressed(adapter: Adapter, rank: int) -> dict[str, Lora]:
   """Brings an adapter to a lower rank: the nearest matrices of that rank.
 
@@ -281,9 +288,9 @@ def load(folder: Path) -> dict[str, Lora]:
       such adapters make.
   """
   with contextlib.closing(Files()) as files:
+    own = peft.factors(folder, files)
     return {
-      name: Lora(jnp.asarray(a), jnp.asarray(b), scale)
-      for name, (a, b, scale) in peft.factors(folder, files).items()
+      name: Lora(wide.copied(a), wide.copied(b), scale) for name, (a, b, scale) in own.items()
     }
 
 
@@ -359,10 +366,8 @@ def _place(
     said = " or ".join(f"[({leaf!r}, {view!r})]" for view in layouts.choices(len(shape)))
     raise ValueError(f"how {leaf!r} {list(shape)} lies is not known: say it by layout, {said}.")
   view = rule.view.replace("l", "o")
-  seen = jax.eval_shape(
-    lambda x: views.rows(x, view), jax.ShapeDtypeStruct((1, *shape), jnp.float32)
-  )
-  return leaf, view, seen.shape[1:]
+  one = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
+  return leaf, view, jax.eval_shape(lambda x: views.rows(x, view), one).shape[1:]
 
 
 def _nearest(x: jax.Array, rank: int) -> Lora:
@@ -393,7 +398,5 @@ def _shares(adapters: Sequence[Adapter], weights: Sequence[float] | None) -> lis
   return [float(w) for w in weights]
 
 
-def _with(
-  name: str, shares: Sequence[float], adapters: Sequence[Adapter]
-) -> list[tuple[float, Adapter]]:
+def _with(name: str, shares: Sequence[float], adapters: Sequence[Adapter]) -> list[Any]:
   return [(s, own) for s, own in zip(shares, adapters, strict=True) if name in own]

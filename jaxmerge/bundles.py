@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmerge import catalog, memory, methods, reversible, tree
+from jaxmerge import catalog, memory, methods, reversible, tree, wide
 from jaxmerge.io import atomic, folder, safetensors
 from jaxmerge.stage import Method
 from jaxmerge.tree import Tree
@@ -47,6 +47,7 @@ class Bundle(NamedTuple):
   masks: dict[str, Any]
   scales: Any
 
+  @wide.aware
   def for_task(self, name: str) -> Tree:
     """Returns the model of a task: the base plus its scale times its entries of what is shared.
 
@@ -67,6 +68,7 @@ class Bundle(NamedTuple):
     return tree.rebuild(self.base, {n: one(n, x) for n, x in tree.named(self.base).items()})
 
 
+@wide.aware
 def emr(
   base: Tree,
   models: Tree,
@@ -121,6 +123,7 @@ def emr(
   return Bundle("emr", _named(names, models), base, shared, masks, scales)
 
 
+@wide.aware
 def tall_masks(
   base: Tree,
   models: Tree,
@@ -228,7 +231,7 @@ def load(path: Path) -> Bundle | reversible.Reversible:
     found = str(about["method"])
   except (KeyError, TypeError, ValueError, AttributeError) as error:
     raise ValueError(f"{path / ABOUT}: no description of a bundle ({error}).") from error
-  own = {n: jnp.asarray(x) for n, x in shared.items()}
+  own = {n: wide.copied(x) for n, x in shared.items()}
   return Bundle(
     found, names, _nested(base), own, {n: jnp.asarray(x) for n, x in unpacked.items()}, scales
   )
@@ -241,5 +244,5 @@ def _nested(leaves: dict[str, np.ndarray]) -> Tree:
     home = out
     for room in rooms:
       home = home.setdefault(room, {})
-    home[last] = jnp.asarray(x)
+    home[last] = wide.copied(x)
   return out

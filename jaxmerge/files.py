@@ -290,7 +290,8 @@ def _merge(
   leaves = {o.name: jax.ShapeDtypeStruct(o.shape, o.dtype) for o in outputs}
   reader = reading.Reader(outputs)
   narrow = {o.name: o.precision for o in outputs if o.precision is not None}
-  source = streaming.Source(leaves, len(job.models), reader.read, narrow)
+  wide = {o.name for o in outputs if any(t and t.dtype.itemsize == 8 for t in (o.base, *o.models))}
+  source = streaming.Source(leaves, len(job.models), reader.read, narrow, wide)
 
   noted = False
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmerge import memory, methods, stage, tree
+from jaxmerge import memory, methods, stage, tree, wide
 from jaxmerge.tree import Tree
 
 GRID = tuple(round(0.1 * n, 1) for n in range(1, 11))
@@ -74,6 +74,7 @@ class _Search:
     return np.array([self.one(params, k) for k in range(self.height)])
 
 
+@wide.aware
 def hi_merging(
   base: Tree,
   models: Tree,

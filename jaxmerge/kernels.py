@@ -46,7 +46,7 @@ def _through(
     The stack, the leaf as the next stage sees it, and what `join` holds.
   """
   base = parts.base if parts.reference is None else parts.reference
-  x = memory.task_vectors(parts.models, base)
+  x = memory.task_vectors(parts.models, base, np.float64 if form.wide else np.float32)
   if form.precision is not None:
     x = unrolling.rounded(x, form.precision.dtype)
   if form.shape == ():

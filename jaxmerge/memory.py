@@ -13,6 +13,7 @@ import numpy as np
 from jaxmerge import (
   arguments,
   dealing,
+  finiteness,
   layouts,
   resolving,
   stage,
@@ -20,12 +21,15 @@ from jaxmerge import (
   tree,
   unrolling,
   views,
+  wide,
 )
 from jaxmerge import mesh as meshes
+from jaxmerge.methods import averaging
 from jaxmerge.stage import Array, Leaf, Method, Stage
 from jaxmerge.tree import Tree
 
 
+@wide.aware
 def merge(
   method: Method | Any,
   base: Tree,
@@ -76,6 +80,7 @@ def merge(
   return _driven(method, base, reference, models, aux, names, layout, deltas)
 
 
+@wide.aware
 def blend(
   method: Method | Any,
   models: Tree,
@@ -97,10 +102,11 @@ def blend(
   """
   method, models = arguments.method(method), arguments.blended(models)
   tree.height(models)
+  tree.refuse_complex(None, models)
   for name, leaf in tree.named(models).items():
     if tree.is_floating(leaf) or isinstance(leaf, jax.core.Tracer):
       continue
-    if bool(jnp.any(leaf != leaf[:1])):
+    if not tree.is_equal(leaf, leaf[:1]):
       raise ValueError(f"leaf {name!r} is {leaf.dtype} and differs between models; drop it first.")
   aux = dict(aux or {}, **({} if seed is None else {"seed": seed}))
   return _driven(method, None, None, models, aux, names, layout)
@@ -112,6 +118,7 @@ def check_models(base: Tree, models: Tree, reference: Tree) -> None:
   one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), models)
   tree.check_same(base, one, left="the base", right="the models", dtype=False)
   tree.check_same(base, reference, left="the base", right="the reference", dtype=False)
+  tree.refuse_complex(base, models)
   stacks = tree.named(models)
   for name, leaf in tree.named(base).items():
     dtype = stacks[name].dtype
@@ -150,7 +157,7 @@ def prepare(
     ValueError: for unknown, missing or ill-shaped numbers, for names that are not K different ones,
       and for a leaf that no combiner will touch.
   """
-  order, tags = _ordered(names, height, keep=stage.ordered(method))
+  order, tags = resolving.ordered(names, height, keep=stage.ordered(method))
   values = resolving.resolved(method, aux, shapes, height, copied)
   if order is not None:
     values = {n: resolving.permuted(v, order) for n, v in values.items()}
@@ -269,37 +276,48 @@ def _driven(
   deltas: bool = False,
 ) -> Tree:
   stacks = tree.named(models)
-  shapes = {n: leaf.shape[1:] for n, leaf in stacks.items() if tree.is_floating(leaf)}
+  shapes = {n: np.shape(leaf)[1:] for n, leaf in stacks.items() if tree.is_floating(leaf)}
+  method = averaging.with_moments(method, shapes)
   copied = stacks.keys() - shapes.keys()
   ready = prepare(method, shapes, tree.height(models), aux, names, copied)
   # Sums over a task axis that devices share must stay sums, which the compiler makes reductions.
   shared = any(views.over_first(x) for x in stacks.values())
   chains = False if shared else unrolling.pays(stacks.values())
   table = layouts.settled(method, shapes, layout, names=stacks)
-  given = dict(method=method, layout=table, deal=dealing.of(stacks.values(), chains))
-  out, finite = _compiled(base, reference, models, ready, **given, subtracted=deltas)
-  if not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((finite, out))):
-    refuse_nonfinite(meshes.fetch(finite), names, ready.order)
-  return out
+  given = dict(method=method, layout=table, subtracted=deltas)
+  given["deal"] = dealing.of(stacks.values(), chains)
+  parts = [None if t is None else tree.named(t) for t in (base, reference, models)]
+  parts = [None if t is None else {n: t[n] for n in shapes} for t in parts]
+  out = _checked(parts, ready, names, given)
+  likes = stacks if base is None else tree.named(base)
+  for n in copied:
+    out[n] = wide.copied(stacks[n][0] if base is None else likes[n])
+  return tree.rebuild(models if base is None else base, out)
 
 
-def refuse_nonfinite(
-  finite: Mapping[str, tuple[Any, Any, Any]], names: Sequence[str] | None, order: Any = None
-) -> None:
-  """Raises ValueError that names the first leaf and model whose flag is False.
-
-  Args:
-    finite: flags by leaf: of the base, of the reference, and [K] of the models in order of tags.
-    names: names of the models, or None.
-    order: where each of the models was in the caller's stack.
-  """
-  for name, (base, reference, models) in finite.items():
-    k = int(np.argmin(models))
-    k = k if order is None else int(order[k])
-    model = f"model {names[k] if names else k}"
-    for whose, fine in (("the base", base), ("the reference", reference), (model, np.all(models))):
-      if not fine:
-        raise ValueError(f"leaf {name!r} of {whose} has NaN or infinity.")
+def _checked(
+  parts: Sequence[Any], ready: Ready, names: Sequence[str] | None, given: Mapping[str, Any]
+) -> dict[str, Any]:
+  """Merges, and refuses what is not finite, where values can be looked at."""
+  out, found = _compiled(*parts, ready, **given)
+  if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((found, out))):
+    return out
+  seen = meshes.fetch(found)
+  bad = [n for n, own in seen.items() if not all(np.all(flag) for flag in own)]
+  if not bad:
+    return out
+  held = {n: finiteness.shared(*(None if t is None else t[n] for t in parts)) for n in bad}
+  if any(own.any() for own in held.values()):
+    first = parts[2] if parts[0] is None else parts[0]
+    kept = {n: first[n] if parts[0] is not None else first[n][0] for n in held}
+    parts = [
+      None if t is None else t | {n: finiteness.without(own, t[n]) for n, own in held.items()}
+      for t in parts
+    ]
+    out = _checked(parts, ready, names, given)
+    return out | {n: jnp.where(own, kept[n], out[n]) for n, own in held.items()}
+  finiteness.refuse(seen, names, ready.order)
+  raise finiteness.unsound(bad[0], out[bad[0]].dtype)
 
 
 def refuse_height(name: str, height: int) -> None:
@@ -312,42 +330,42 @@ def refuse_height(name: str, height: int) -> None:
 
 @functools.partial(jax.jit, static_argnames=("method", "layout", "deal", "subtracted"))
 def _compiled(
-  base: Tree | None,
-  reference: Tree | None,
-  models: Tree,
+  bases: dict[str, Any] | None,
+  references: dict[str, Any] | None,
+  stacks: dict[str, Any],
   ready: Ready,
   *,
   method: Method,
   layout: layouts.Table,
   deal: dealing.Deal,
   subtracted: bool = False,
-) -> tuple[Tree, dict[str, tuple[Any, Any, Array]]]:
-  stacks = tree.named(models)
-  bases = None if base is None else tree.named(base)
-  references = bases if reference is None else tree.named(reference)
-  deltas, finite = {}, {}
+) -> tuple[dict[str, Array], dict[str, finiteness.Flags]]:
+  zeros = bases if references is None else references
+  widths = {
+    n: tree.compute_dtype(x.dtype, *(t[n].dtype for t in (bases, references) if t is not None))
+    for n, x in stacks.items()
+  }
+  if stage.coupled(method):  # What is added up over leaves has one width.
+    widths = dict.fromkeys(widths, tree.compute_dtype(*widths.values()))
+  deltas, found = {}, {}
   for name, leaf in stacks.items():
-    if not tree.is_floating(leaf):
-      continue
     x = leaf if ready.order is None else _reordered(leaf, ready.order)
-    zero = None if references is None else references[name]
+    zero = None if zeros is None else zeros[name]
     one = None if bases is None else bases[name]
-    finite[name] = are_finite(one, None if reference is None else zero, x)
-    deltas[name] = task_vectors(x, None if subtracted else zero)
+    found[name] = finiteness.flags(one, None if references is None else zero, x)
+    deltas[name] = task_vectors(x, None if subtracted else zero, widths[name])
 
   def run(chains: bool) -> Callable[..., dict[str, Array]]:
     own = deal._replace(chains=chains)
     return functools.partial(transform, method, layout=layout, deal=own)
 
-  merged = unrolling.chosen(run, deal.chains)(deltas, references, ready)
+  merged = unrolling.chosen(run, deal.chains)(deltas, zeros, ready)
   out = {}
   for name, leaf in stacks.items():
-    if name in merged:
-      own = None if bases is None else bases[name]
-      out[name] = added(name, merged[name], own, leaf.dtype if own is None else own.dtype)
-    else:
-      out[name] = leaf[0] if bases is None else bases[name]
-  return tree.rebuild(models if base is None else base, out), finite
+    own = None if bases is None else bases[name]
+    out[name] = added(name, merged[name], own, leaf.dtype if own is None else own.dtype)
+    found[name] = found[name]._replace(merged=finiteness.sound(name, out[name]))
+  return out, found
 
 
 def _reordered(x: Array, order: Array) -> Array:
@@ -355,18 +373,12 @@ def _reordered(x: Array, order: Array) -> Array:
   return x.at[order].get(out_sharding=jax.typeof(x).sharding)
 
 
-def are_finite(base: Array | None, reference: Array | None, x: Array) -> tuple[Any, Any, Array]:
-  """Tells whether base, reference, and each model of a stack [K, *s] have finite values only."""
-  first, second = (True if v is None else jnp.isfinite(v).all() for v in (base, reference))
-  return first, second, jnp.isfinite(x).all(axis=tuple(range(1, x.ndim)))
-
-
-def task_vectors(x: Array, reference: Array | None) -> Array:
-  """Returns models - reference, [K, *s], in the dtype to compute in."""
+def task_vectors(x: Array, reference: Array | None, least: Any = np.float32) -> Array:
+  """Returns models - reference, [K, *s], in the dtype to compute in, of at least this width."""
   if reference is None:
-    return x.astype(tree.compute_dtype(x.dtype))
+    return x.astype(tree.compute_dtype(least, x.dtype))
   # Upcast before subtracting: bfloat16 loses the low bits of a small task vector.
-  dtype = tree.compute_dtype(x.dtype, reference.dtype)
+  dtype = tree.compute_dtype(least, x.dtype, reference.dtype)
   return x.astype(dtype) - reference.astype(dtype)[None]
 
 
@@ -386,14 +398,3 @@ def stored(merged: Array, base: Array | None, dtype: Any) -> Array:
     return merged.astype(dtype)
   wide = tree.compute_dtype(merged.dtype, base.dtype)
   return (base.astype(wide)[None] + merged.astype(wide)).astype(dtype)
-
-
-def _ordered(names: Sequence[str] | None, height: int, *, keep: bool) -> tuple[Any, np.ndarray]:
-  given = [str(k) for k in range(height)] if names is None else list(names)
-  tags = np.array([tree.tag(n) for n in given], np.uint32)
-  if len(given) != height or len(set(tags.tolist())) != height:
-    raise ValueError(f"names must be {height} different names, one per model, got {given}.")
-  if names is None or keep:
-    return None, tags
-  order = np.argsort(tags, kind="stable")
-  return (None if (order == np.arange(height)).all() else order), tags[order]

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple  # Any: a method, which only a driver looks i
 
 import numpy as np
 
-from jaxmerge import catalog, display, layouts
+from jaxmerge import catalog, display, layouts, moments
 from jaxmerge.io import codes, folder, safetensors, ties, weights
 from jaxmerge.io.stamps import Stamp
 from jaxmerge.io.tensor import Files, Tensor
@@ -318,7 +318,8 @@ def _settled(want: Want, missing: str, jobs: list[Job]) -> tuple[Output | None, 
     return made, f"copied from {whose}"
   if whole:
     merged = made._replace(base=None if want.raw else base, models=tensors, job=want.job)
-    return merged, f"merged by {called(jobs, want.job)}"
+    fate = moments.FATE if moments.is_moment(want.name) else f"merged by {called(jobs, want.job)}"
+    return merged, fate
   if missing == "mean" and tensors:
     names = tuple(p.model for p in parts)
     job = next(

@@ -2,8 +2,8 @@
 
 A sample says between which two values the wanted one lies, nearly surely. One scan counts what is
 above, and keeps what is between, which is little. Where the sample was wrong the scan has counted
-enough to know on which side to look, and is made again. Numbers are bit patterns, uint32, that
-order as the values do.
+enough to know on which side to look, and is made again. Numbers are bit patterns, unsigned integers
+of 32 or 64 bits, that order as the values do.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from typing import Any, NamedTuple  # Any: arrays of NumPy, or of jax.
 import numpy as np
 
 EVERY = 2**32 - 1  # As the last position: all entries that tie are inside.
-NONE = 2**31 - 1  # As the value: above all finite ones.
 HELD = 2**22  # As many numbers are kept, over all models, before equal ones are counted together;
 FINE = 16  # where still too many are different, they are counted in 2**16 classes.
 
@@ -46,12 +45,19 @@ class Numbers(NamedTuple):
       that are neighbours begins, [C].
     scan: (low [M], high [M]) -> all slices, in the order of positions.
     slice: which -> position of the first entry of that one of the slices, and patterns [K, n].
+    kind: the dtype of the patterns.
   """
 
   size: int
   sample: Callable[[], tuple[np.ndarray, np.ndarray, np.ndarray]]
   scan: Callable[[np.ndarray, np.ndarray], Iterator[Slice]]
   slice: Callable[[int], tuple[int, np.ndarray]]
+  kind: np.dtype = np.dtype(np.uint32)
+
+  @property
+  def top(self) -> int:
+    """The pattern above those of all finite values."""
+    return 2 ** (8 * self.kind.itemsize - 1) - 1
 
 
 _ABOVE, _INSIDE = 1, 2  # What a number is to the first bracket of its row; for the next, times 4.
@@ -83,6 +89,8 @@ def ranks(bits: np.ndarray) -> np.ndarray:
   [[[3, 0, 2, 1]]]
   """
   columns = bits.shape[-1]
+  if bits.dtype.itemsize > 4:
+    return np.argsort(np.argsort(bits, axis=-1, kind="stable"), axis=-1, kind="stable")
   given, step = bits.reshape(-1, columns), max(1, TOGETHER // max(columns, 1))
   # As narrow as they can be: what is written here is read again by the device.
   out, short = np.empty(given.shape, np.min_scalar_type(max(columns - 1, 0))), True
@@ -143,21 +151,22 @@ def cut(numbers: Numbers, ranks: Sequence[int], *, exact: bool) -> tuple[np.ndar
     exact: n entries are inside, the first of those that tie; otherwise all that tie are.
 
   Returns:
-    Patterns [K] and positions [K], uint32.
+    Patterns [K], and positions [K], uint32.
   """
+  kind, top = numbers.kind, numbers.top
   if not numbers.size or not any(ranks):
-    return np.full(len(ranks), NONE, np.uint32), np.full(len(ranks), EVERY, np.uint32)
+    return np.full(len(ranks), top, kind), np.full(len(ranks), EVERY, np.uint32)
   sample, weights, starts = numbers.sample()
   rows = itertools.cycle([_Sample(row, weights, starts) for row in sample])
-  searches = [_Search(n, numbers.size, row) for n, row in zip(ranks, rows, strict=False)]
+  searches = [_Search(n, numbers.size, row, top) for n, row in zip(ranks, rows, strict=False)]
   while not all(s.found for s in searches):
-    low, high = np.array([s.bracket for s in searches], np.uint32).T
+    low, high = np.array([s.bracket for s in searches], kind).T
     for which, part in enumerate(numbers.scan(low, high)):
       _take(searches, which, part, exact)
     for s in searches:
       s.settle()
   lasts = [_last(numbers, k, s) if exact else EVERY for k, s in enumerate(searches)]
-  return np.array([s.value for s in searches], np.uint32), np.array(lasts, np.uint32)
+  return np.array([s.value for s in searches], kind), np.array(lasts, np.uint32)
 
 
 class _Sample:
@@ -168,10 +177,7 @@ class _Sample:
     if (weights == weights[0]).all():
       self.values, self.share = np.sort(row)[::-1], np.arange(1, len(row) + 1) / len(row)
       return
-    # The place beside the number: sorted as one, several times faster than by `argsort`.
-    keys = (row.astype(np.uint64) << np.uint64(32)) | np.arange(len(row), dtype=np.uint64)
-    keys.sort()
-    order = keys[::-1].astype(np.uint32)
+    order = _order(row)[::-1]
     self.values, self.share = row[order], np.cumsum(weights[order]) / weights.sum()
 
   def error(self, wanted: float) -> float:
@@ -187,6 +193,16 @@ class _Sample:
     many = len(runs) / max(len(apart), 1)
     alike = math.sqrt(many * float(apart @ apart) / 2) / self.weights.sum()
     return 3 * max(math.sqrt(wanted * (1 - wanted) / size), alike) + 2 / size
+
+
+def _order(row: np.ndarray) -> np.ndarray:
+  """Places of numbers in ascending order."""
+  if row.dtype.itemsize > 4:
+    return np.argsort(row, kind="stable")
+  # The place beside the number: sorted as one, several times faster than by `argsort`.
+  keys = (row.astype(np.uint64) << np.uint64(32)) | np.arange(len(row), dtype=np.uint64)
+  keys.sort()
+  return keys.astype(np.uint32)
 
 
 def _take(searches: Sequence[_Search], which: int, part: Slice, exact: bool) -> None:
@@ -210,7 +226,7 @@ def _take(searches: Sequence[_Search], which: int, part: Slice, exact: bool) -> 
     search.above += int(np.count_nonzero(part.sides[k] & above))
     if search.single:  # Equal ones are often very many.
       count = np.count_nonzero(part.sides[k] & inside)
-      value = np.array([search.bracket[0]], np.uint32)
+      value = np.array([search.bracket[0]], search.sample.values.dtype)
       search.keep(_Kept(which, value, np.array([count])), len(searches))
     elif patterns is not None:
       own = np.flatnonzero((few[k] & inside) != 0)
@@ -259,15 +275,15 @@ _NOTHING = np.zeros(0, np.uint32)
 class _Search:
   """The search for one model's value: a bracket, and what a scan saw around it."""
 
-  def __init__(self, rank: int, size: int, sample: _Sample):
-    self.sample, self.rank, self.wanted = sample, rank, rank / size
+  def __init__(self, rank: int, size: int, sample: _Sample, top: int):
+    self.sample, self.rank, self.wanted, self.top = sample, rank, rank / size, top
     self.error = sample.error(self.wanted)
-    self.found, self.value, self.left, self.tied = rank == 0, NONE, 0, 0
+    self.found, self.value, self.left, self.tied = rank == 0, top, 0, 0
     self.kept: list[_Kept] = []
     self.above = self.held = self.joined = self.shift = 0
-    self._look(0, NONE)
+    self._look(0, top)
     if self.found:
-      self.bracket = (NONE, NONE)
+      self.bracket = (top, top)
 
   @property
   def single(self) -> bool:
@@ -310,12 +326,14 @@ class _Search:
       self.left = left - int(higher[place]) + self.tied
       return
     self.error *= 4
-    self._look(*((high + 1, NONE) if left <= 0 else (0, low - 1)))
+    self._look(*((high + 1, self.top) if left <= 0 else (0, low - 1)))
 
   def _coarse(self, values: np.ndarray) -> np.ndarray:
     """Rounds values of the bracket down, so that few are different."""
-    low = np.uint32(self.bracket[0])
-    return values if not self.shift else ((values - low) >> self.shift << self.shift) + low
+    if not self.shift:
+      return values
+    low, shift = (values.dtype.type(n) for n in (self.bracket[0], self.shift))
+    return ((values - low) >> shift << shift) + low
 
   def _look(self, low: int, high: int) -> None:
     """Takes the part of a bracket that by the sample holds the wanted rank."""

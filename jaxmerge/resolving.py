@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any  # Numbers come as Python numbers, arrays, or trees of them.
 
 import jax
@@ -41,6 +41,18 @@ def resolved(
       raise ValueError(f"the method takes no number {name!r}{catalog.nearest(name, values)}.")
     values[name] = value
   return {n: _checked(n, value, shapes, height, copied) for n, value in values.items()}
+
+
+def ordered(names: Sequence[str] | None, height: int, *, keep: bool) -> tuple[Any, np.ndarray]:
+  """Returns the models' order by tag, None where it is as given or to be kept, and their tags."""
+  given = [str(k) for k in range(height)] if names is None else list(names)
+  tags = np.array([tree.tag(n) for n in given], np.uint32)
+  if len(given) != height or len(set(tags.tolist())) != height:
+    raise ValueError(f"names must be {height} different names, one per model, got {given}.")
+  if names is None or keep:
+    return None, tags
+  order = np.argsort(tags, kind="stable")
+  return (None if (order == np.arange(height)).all() else order), tags[order]
 
 
 def permuted(value: Any, order: np.ndarray) -> Any:

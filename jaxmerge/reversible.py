@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmerge import catalog
+from jaxmerge import catalog, wide
 from jaxmerge.adapters import Adapter, Lora, Path
 from jaxmerge.io import atomic, folder, safetensors
 from jaxmerge.methods import spectral
@@ -41,6 +41,7 @@ class Reversible(NamedTuple):
   coefficients: dict[str, Any]
   scales: dict[str, Any]
 
+  @wide.aware
   def for_task(self, name: str) -> dict[str, Lora]:
     """Returns the adapter of a task.
 
@@ -61,6 +62,7 @@ class Reversible(NamedTuple):
     }
 
 
+@wide.aware
 def rmm(adapters: Sequence[Adapter], names: Sequence[str], *, components: int = 1) -> Reversible:
   """Finds, for each position of each factor, the plane nearest to the tasks' vectors.
 
@@ -162,6 +164,6 @@ def load(path: Path) -> Reversible:
     raise ValueError(f"{path / ABOUT}: no description of a bundle ({error}).") from error
 
   def own(loaded: dict[str, np.ndarray]) -> dict[str, Any]:
-    return {n: jnp.asarray(x) for n, x in loaded.items()}
+    return {n: wide.copied(x) for n, x in loaded.items()}
 
   return Reversible(names, own(means), own(bases), own(coefficients), own(scales))

@@ -14,8 +14,19 @@ from typing import Any, NamedTuple  # Any: states and parameters are trees.
 import jax
 import jax.numpy as jnp
 
-from jaxmerge import arguments, catalog, layouts, memory, stage, tree, views
-from jaxmerge.methods import subspaces
+from jaxmerge import (
+  arguments,
+  catalog,
+  finiteness,
+  layouts,
+  memory,
+  moments,
+  stage,
+  tree,
+  views,
+  wide,
+)
+from jaxmerge.methods import averaging, subspaces
 from jaxmerge.stage import Method, State
 from jaxmerge.tree import Tree
 
@@ -78,8 +89,9 @@ def of(
       "or `running.opcm`."
     )
   numbers = dict(aux or {}, **({} if seed is None else {"seed": seed}))
-  take, finish = accumulator(method, layouts.check(layout))
   seeded = "seed" in stage.numbers(method)
+  method = averaging.with_moments(method)
+  take, finish = accumulator(method, layouts.check(layout))
 
   def prepared(params: Tree, name: str | None) -> memory.Ready:
     leaves = tree.named(params)
@@ -89,7 +101,9 @@ def of(
 
   def init(params: Tree) -> State:
     _check(base, params)
-    alone = jax.eval_shape(lambda p: take(None, _one(p), base, prepared(params, None)), params)
+    own = None if base is None else _merged(base)
+    ready = prepared(params, None)
+    alone = jax.eval_shape(lambda p: take(None, _one(p), own, ready), _merged(params))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), alone)
     return {"count": jnp.zeros((), jnp.int32), "held": zeros, "like": _kept(params)}
 
@@ -98,7 +112,8 @@ def of(
     if seeded and name is None:
       raise ValueError("the method's random masks depend on the model's name: give update a name.")
     ready = prepared(params, name)
-    held = added(state["count"], state["held"], params, base, ready)
+    own = None if base is None else _merged(base)
+    held = added(state["count"], state["held"], _merged(params), own, ready)
     like = jax.tree.map(functools.partial(_first, state["count"]), state["like"], params)
     _refuse_nonfinite(params, name or "given to update")
     return {"count": state["count"] + 1, "held": held, "like": like}
@@ -116,9 +131,11 @@ def of(
   def finalize(state: State) -> Tree:
     _refuse_empty(state)
     like = state["like"] if base is None else base
-    return finish(state["held"], base, like, prepared(like, "finished" if seeded else None))
+    ready = prepared(like, "finished" if seeded else None)
+    out = finish(state["held"], base if base is None else _merged(base), _merged(like), ready)
+    return tree.rebuild(like, {n: wide.copied(x) for n, x in tree.named(like).items()} | out)
 
-  return Running(init, update, finalize)
+  return Running(*(wide.aware(f, base) for f in (init, update, finalize)))
 
 
 def accumulator(
@@ -138,7 +155,10 @@ def accumulator(
     >>> finish(take(None, models, None, ready), None, like, ready)["w"].tolist()
     [2.0]
   """
-  at, fold = next((i, step.fold) for i, step in enumerate(method) if step.fold)
+
+  def fold_of(name: str) -> tuple[int, stage.Fold]:
+    steps = enumerate(method)
+    return next((i, s.fold) for i, s in steps if s.fold and (s.where is None or s.where(name)))
 
   def table(stacks: Mapping[str, Any], names: Mapping[str, Any]) -> layouts.Table:
     shapes = {n: x.shape[1:] for n, x in stacks.items() if tree.is_floating(x)}
@@ -162,6 +182,7 @@ def accumulator(
         continue
       leaf = memory.leaf_of(name, references, ready)
       delta = memory.task_vectors(x, None if references is None else references[name])
+      at, fold = fold_of(name)
       delta = through(slice(at), name, delta, leaf, ready, placed.view(name))
       out[name] = fold.add(None if held is None else held[name], delta, leaf)
     return out
@@ -170,10 +191,12 @@ def accumulator(
   def finish(held: Any, base: Any, like: Any, ready: memory.Ready) -> Any:
     references, out = None if base is None else tree.named(base), tree.named(like)
     about = {n: memory.leaf_of(n, references, ready) for n in held}
-    joined = {n: fold.finish(accumulated, about[n]) for n, accumulated in held.items()}
+    steps = {n: fold_of(n) for n in held}
+    joined = {n: steps[n][1].finish(part, about[n]) for n, part in held.items()}
     placed = table(joined, out)
     for name, y in joined.items():
-      x = through(slice(at + 1, None), name, y, about[name], ready, placed.view(name))
+      rest = slice(steps[name][0] + 1, None)
+      x = through(rest, name, y, about[name], ready, placed.view(name))
       own = None if references is None else references[name]
       out[name] = memory.added(name, x, own, out[name].dtype)
     return tree.rebuild(like, out)
@@ -231,7 +254,7 @@ def opcm(
   def update(state: State, params: Tree, name: str | None = None) -> State:
     _check(base, params)
     _refuse_nonfinite(params, name or "given to update")
-    return added(state, params, bases)
+    return added(state, _merged(params), _merged(base))
 
   @jax.jit
   def added(state: State, params: Tree, bases: Any) -> State:
@@ -239,7 +262,7 @@ def opcm(
     merged = {}
     for n, tau in taus.items():
       held, view = state["merged"][n], layouts.seen(table.view(n), unit)
-      if view is None:
+      if view is None or moments.is_moment(n):
         merged[n] = held + tau[0]
       else:
         merged[n] = views.by_matrix(_in_turn, jnp.concatenate([held[None], tau]), None, view)[0]
@@ -251,25 +274,32 @@ def opcm(
     return (held + subspaces.projected(tau, held, alpha, rank_tol))[None]
 
   @jax.jit
-  def scaled(state: State, bases: Any) -> Tree:
+  def scaled(state: State, bases: Any) -> dict[str, Any]:
     norm = _norm(state["merged"])
     factor = (
       scale * state["norms"] / state["count"].astype(jnp.float32) / jnp.where(norm > 0, norm, 1)
     )
-    out = dict(bases)
+    out = {}
     for n, x in state["merged"].items():
-      out[n] = memory.added(n, (x * factor.astype(x.dtype))[None], bases[n], bases[n].dtype)
-    return tree.rebuild(base, out)
+      own = 1 / state["count"].astype(x.dtype) if moments.is_moment(n) else factor.astype(x.dtype)
+      out[n] = memory.added(n, (x * own)[None], bases[n], bases[n].dtype)
+    return out
 
   def finalize(state: State) -> Tree:
     _refuse_empty(state)
-    return scaled(state, bases)
+    out = scaled(state, _merged(base))
+    return tree.rebuild(base, {n: wide.copied(x) for n, x in bases.items()} | out)
 
-  return Running(init, update, finalize)
+  return Running(*(wide.aware(f, base) for f in (init, update, finalize)))
 
 
 def _norm(leaves: Mapping[str, Any]) -> Any:
   return jnp.sqrt(sum(jnp.sum(x.astype(jnp.float32) ** 2) for x in leaves.values()))
+
+
+def _merged(params: Tree) -> dict[str, Any]:
+  """The leaves that are merged; the others go through no program."""
+  return {n: x for n, x in tree.named(params).items() if tree.is_floating(x)}
 
 
 def _one(params: Tree) -> Tree:
@@ -278,13 +308,17 @@ def _one(params: Tree) -> Tree:
 
 def _kept(params: Tree) -> Tree:
   """What a merge without a base keeps of the models: leaves that are not merged, and dtypes."""
-  return jax.tree.map(
-    lambda x: jnp.zeros((0,) if tree.is_floating(x) else jnp.shape(x), x.dtype), params
-  )
+
+  def one(x: Any) -> Any:
+    return wide.zeros((0,) if tree.is_floating(x) else x.shape, x.dtype)
+
+  return jax.tree.map(one, params)
 
 
 def _first(count: Any, kept: Any, x: Any) -> Any:
-  return kept if tree.is_floating(x) else jnp.where(count == 0, x, kept)
+  if tree.is_floating(x) or not isinstance(count, jax.core.Tracer):
+    return kept if tree.is_floating(x) or count else wide.copied(x)
+  return jnp.where(count == 0, x, kept)
 
 
 def _check(base: Tree | None, params: Tree) -> None:
@@ -298,10 +332,10 @@ def _refuse_empty(state: State) -> None:
 
 
 def _refuse_nonfinite(params: Tree, name: str) -> None:
-  finite = {}
+  found = {}
   for n, x in tree.named(params).items():
     if isinstance(x, jax.core.Tracer):
       return
     if tree.is_floating(x):
-      finite[n] = (True, True, jnp.isfinite(x).all()[None])
-  memory.refuse_nonfinite(jax.device_get(finite), [name])
+      found[n] = finiteness.Flags(True, True, finiteness.finite(jnp.asarray(x))[None])
+  finiteness.refuse(jax.device_get(found), [name])

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple  # Any: arrays of NumPy, and what stages know
 import jax
 import numpy as np
 
-from jaxmerge import layouts, memory, statistics, views
+from jaxmerge import finiteness, layouts, memory, moments, statistics, views
 from jaxmerge.precision import Precision
 from jaxmerge.stage import Leaf, Method
 
@@ -38,16 +38,26 @@ class Source(NamedTuple):
       with "base", "reference" or i, and with entries of it, each once and in order, best while they
       are in a cache: the slice is read the first time, and right after the ones before it.
     precision: of leaves that are not merged in float32 or wider, by name.
+    wide: names of leaves that have 64 bits in an input; those that have them in the result count
+      anyhow.
   """
 
   leaves: Mapping[str, jax.ShapeDtypeStruct]
   height: int
   read: Callable[[str, int, int, Any, Look | None], tuple[Any, Any, Any]]
   precision: Mapping[str, Precision] = {}
+  wide: Collection[str] = ()
 
 
 class Run(NamedTuple):
-  """What stays the same over all slices of a merge."""
+  """What stays the same over all slices of a merge, and what was seen of them.
+
+  Attributes:
+    checked: entries of a leaf that have been looked at.
+    wide: names of the leaves that are merged in 64 bits.
+    held: by leaf that has such, the places of infinities that are in all inputs, and their values,
+      in the slice that was read last.
+  """
 
   method: Method
   source: Source
@@ -62,6 +72,8 @@ class Run(NamedTuple):
   measured: Callable[[str, int], None]
   counted: Callable[[int], Any]
   call: Callable[..., Any]
+  wide: Collection[str]
+  held: dict[str, tuple[np.ndarray, np.ndarray]]
 
 
 class Form(NamedTuple):
@@ -72,12 +84,14 @@ class Form(NamedTuple):
     shape: of the slice, (-1, ...) or that of a scalar, (); None where it can stay flat.
     view: the leaf's matrix view.
     precision: what it is merged in; None: float32 or wider.
+    wide: it is merged in 64 bits.
   """
 
   acts: tuple[bool, ...]
   shape: tuple[int, ...] | None
   view: str | None
   precision: Precision | None = None
+  wide: bool = False
 
   @property
   def each(self) -> str | None:
@@ -99,10 +113,11 @@ def form_of(run: Run, name: str) -> Form:
   """Returns the form of a leaf's slices."""
   acts = tuple(step.where is None or step.where(name) for step in run.method)
   shape, precision = run.shapes[name], run.source.precision.get(name)
+  wide = name in run.wide
   if shape and _needs(run, name) == {"entry"}:
-    return Form(acts, None, None, precision)
+    return Form(acts, None, None, precision, wide)
   view = run.layout.view(name)
-  return Form(acts, (-1, *shape[1:]) if shape else (), view, precision)
+  return Form(acts, (-1, *shape[1:]) if shape else (), view, precision, wide)
 
 
 def _needs(run: Run, name: str) -> set[str]:
@@ -178,17 +193,42 @@ def read(
   if run.shapes[name]:
     leaf = leaf._replace(places=run.counted(stop - start))
   parts = Parts(base, reference, models, leaf, before)
-  if check and (ahead or not all(seen.values())):
+  if name in run.held or (check and (ahead or not all(seen.values()))):
+    parts = vetted(run, name, parts, refuse=check)
+  return parts
+
+
+def vetted(run: Run, name: str, parts: Parts, *, refuse: bool) -> Parts:
+  """Puts zeros in place of infinities that all inputs of a slice have, and refuses others.
+
+  Raises:
+    ValueError: naming leaf and model, where there is NaN or infinity besides, if that is refused.
+  """
+  held = finiteness.shared(parts.base, parts.reference, parts.models)
+  if held.any() or name in run.held:
+    first = parts.models[0] if parts.base is None else parts.base
+    run.held[name] = (held, first[held])
+    each = (parts.base, parts.reference, parts.models)
+    base, reference, models = (
+      None if x is None else np.where(held, x.dtype.type(0), x) for x in each
+    )
+    parts = parts._replace(base=base, reference=reference, models=models)
+  if refuse:
     refuse_nonfinite(run, name, parts)
   return parts
+
+
+def sound(name: str, out: np.ndarray) -> bool:
+  """Tells whether entries of a result are finite, and those of running variances not negative."""
+  return finite(out) and not (moments.is_variance(name) and bool((out < 0).any()))
 
 
 def refuse_nonfinite(run: Run, name: str, parts: Parts) -> None:
   """Raises ValueError, naming leaf and model, where a slice has NaN or infinity."""
   base = finite(parts.base)
   reference = base if parts.reference is None else finite(parts.reference)
-  flags = (base, reference, [finite(m) for m in parts.models])
-  memory.refuse_nonfinite({name: flags}, run.names, run.ready.order)
+  flags = finiteness.Flags(base, reference, [finite(m) for m in parts.models])
+  finiteness.refuse({name: flags}, run.names, run.ready.order)
 
 
 def look_at(look: Look, base: Any, reference: Any, models: Any) -> None:

@@ -357,6 +357,11 @@ def ordered(method: Method) -> bool:
   return any(stage.ordered for stage in method)
 
 
+def coupled(method: Method) -> bool:
+  """Tells whether statistics of a method are added up over several leaves."""
+  return any(step.statistics and step.scope != "leaf" for step in method)
+
+
 def for_models(method: str, least: int, most: int | None = None) -> Callable[[Group], State]:
   """Makes a `Stage.init` that refuses another number of models, naming the method.
 
@@ -379,9 +384,6 @@ def for_models(method: str, least: int, most: int | None = None) -> Callable[[Gr
 def foldable(method: Method) -> bool:
   """Tells whether a method can take experts a few at a time: nothing measured, and a fold."""
   combiners = [stage for stage in method if stage.combines]
-  return (
-    len(combiners) == 1
-    and combiners[0].fold is not None
-    and combiners[0].where is None
-    and not any(stage.statistics or stage.keep for stage in method)
-  )
+  alone = len(combiners) == 1 or all(stage.where is not None for stage in combiners)
+  whole = not any(stage.statistics or stage.keep for stage in method)
+  return bool(combiners) and alone and whole and all(stage.fold for stage in combiners)

@@ -26,7 +26,7 @@ class Cut(NamedTuple):
   """Where a ranking is cut off, per model: what is larger, or ties and comes early, is inside.
 
   Attributes:
-    value: bit pattern of the value at the cut, uint32 [K].
+    value: bit pattern of the value at the cut, [K]; see `pattern`.
     last: position of the last entry inside, of those that tie with the value, uint32 [K]; None:
       all that tie are inside.
   """
@@ -35,7 +35,7 @@ class Cut(NamedTuple):
   last: Array | None = None
 
 
-LARGEST = np.uint32(2**31 - 1)  # The sign bit of what is not negative is zero.
+_KINDS = {4: (jnp.float32, jnp.uint32), 8: (jnp.float64, jnp.uint64)}
 EVERY = np.uint32(2**32 - 1)  # As a position in `Cut.last`: all that tie are inside.
 
 
@@ -63,7 +63,7 @@ def ranks(x: Array) -> Array:
 
 
 def _ranks_by_order(x: Array) -> Array:
-  return jnp.argsort(jnp.argsort(x, axis=2, stable=True), axis=2)
+  return jnp.argsort(jnp.argsort(x, axis=2, stable=True), axis=2).astype(jnp.int32)
 
 
 def _ranks_by_digits(x: Array) -> Array:
@@ -131,7 +131,7 @@ def passed(cut: Cut, first: int, size: int) -> Cut:
   if ((places <= last) & (last < places + size - 1)).any():
     return cut
   # Behind it none that ties is inside: as if the value were the next one.
-  return Cut(cut.value + (last < places).astype(np.uint32))
+  return Cut(cut.value + (last < places).astype(cut.value.dtype))
 
 
 def settled(statistic: Statistic, parts: Sequence[tuple[Any, Leaf]], known: dict[str, Any]) -> Any:
@@ -146,10 +146,10 @@ def settled(statistic: Statistic, parts: Sequence[tuple[Any, Leaf]], known: dict
   if isinstance(statistic, Sum):
     measured = over(lambda x, leaf: statistic.measure(x, leaf, known), statistic.combine)
     return statistic.finish(measured, known)
-  return _cut(statistic, over, known)
+  return _cut(statistic, over, parts, known)
 
 
-def _cut(rank: Rank, over: Any, known: Any) -> Cut:
+def _cut(rank: Rank, over: Any, parts: Sequence[tuple[Any, Leaf]], known: Any) -> Cut:
   """Finds the value at the cut, then the last position of those that tie with it."""
 
   def counted(chosen: Callable[[Array, Array], Sequence[Array]]) -> Sequence[Array]:
@@ -165,9 +165,11 @@ def _cut(rank: Rank, over: Any, known: Any) -> Cut:
 
   n = known[rank.rank]
   zeros = jnp.zeros(n.shape[-1], jnp.uint32)
-  patterns = functools.partial(_narrowed, top=LARGEST, holds=reached)
-  start = jnp.uint32(2**30), zeros
-  _, value = lax.fori_loop(0, 16, lambda i, carry: patterns(carry), start)
+  kind = jax.eval_shape(lambda: pattern(rank.of(*parts[0], known))).dtype.type
+  bits = 8 * np.dtype(kind).itemsize  # The sign bit of what is not negative is zero.
+  patterns = functools.partial(_narrowed, top=kind(2 ** (bits - 1) - 1), holds=reached)
+  start = jnp.asarray(kind(2 ** (bits - 2))), zeros.astype(kind)
+  _, value = lax.fori_loop(0, bits // 2, lambda i, carry: patterns(carry), start)
   if not rank.exact:
     return Cut(value)
 
@@ -189,7 +191,7 @@ def _cut(rank: Rank, over: Any, known: Any) -> Cut:
 
 
 def _narrowed(
-  carry: tuple[Array, Array], top: np.uint32, holds: Callable[[Sequence[Array]], Sequence[Array]]
+  carry: tuple[Array, Array], top: Any, holds: Callable[[Sequence[Array]], Sequence[Array]]
 ) -> tuple[Array, Array]:
   """One step of the search for the largest number, up to `top`, of which something holds.
 
@@ -209,14 +211,30 @@ def _unsettled(carry: tuple[Array, Array]) -> Array:
   return (carry[0] > 0) & (carry[1] != EVERY).any()
 
 
+def comparable(x: Array) -> Array:
+  """Returns values in the dtype in which they are ranked: float32, or float64 if they have it."""
+  return x.astype(_KINDS[max(x.dtype.itemsize, 4)][0])
+
+
 def pattern(values: Array) -> Array:
-  """Returns bit patterns, uint32, that order as the non-negative values do, in float32.
+  """Returns bit patterns, unsigned integers, that order as the non-negative values do.
 
   Example:
     >>> pattern(jnp.array([0.0, 1.0, 1.5])).tolist()
     [0, 1065353216, 1069547520]
   """
-  return lax.bitcast_convert_type(values.astype(jnp.float32), jnp.uint32)
+  x = comparable(values)
+  return lax.bitcast_convert_type(x, _KINDS[x.dtype.itemsize][1])
+
+
+def at(cut: Cut) -> Array:
+  """Returns the values at a cut, [K]: the numbers of whose patterns it tells.
+
+  Example:
+    >>> at(Cut(pattern(jnp.array([1.5])))).tolist()
+    [1.5]
+  """
+  return lax.bitcast_convert_type(cut.value, _KINDS[cut.value.dtype.itemsize][0])
 
 
 def position(x: Array, leaf: Leaf) -> Array:

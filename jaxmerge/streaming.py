@@ -17,16 +17,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmerge import kernels, layouts, memory, ranking, slicing, stage, statistics, tree
+from jaxmerge import (
+  finiteness,
+  kernels,
+  layouts,
+  memory,
+  ranking,
+  slicing,
+  stage,
+  statistics,
+  tree,
+  wide,
+)
+from jaxmerge.methods import averaging
 from jaxmerge.slicing import Form, Parts, Run, Source
 from jaxmerge.stage import Method, Rank, Stage, Statistic, Sum
 from jaxmerge.tree import Tree
 
 BLOCK = 2**20  # Sums of floats are made of slices of so many entries, however others are cut.
-_OVERFLOW = (
-  "leaf {name!r}: the result has NaN or infinity, though no input has: {dtype} cannot hold it, or "
-  "the method's numbers do not fit; choose a wider dtype for the result, or let such values pass."
-)
 LEAST = 64  # A compiler unrolls a loop over fewer entries, and may round in it in another way.
 PICKED = 2**12, 2**15  # So many entries are picked from a slice at a time: few, or many.
 
@@ -68,52 +76,72 @@ def stream(
     call: calls the compiled programs, (program, *arguments, **static), for who wants to see them.
   """
   shapes = {n: s.shape for n, s in sorted(source.leaves.items()) if tree.is_floating(s)}
-  if ready is None:
-    aux = dict(aux or {}, **({} if seed is None else {"seed": seed}))
-    copied = source.leaves.keys() - shapes.keys()
-    ready = memory.prepare(method, shapes, source.height, aux, names, copied)
-  offsets = tuple(stage.offsets(step, shapes) for step in method)
-  table = layouts.settled(method, shapes, layout, names=source.leaves)
-  # Most slices are as long as others: their places are put on the device once.
-  counted = functools.lru_cache(2)(lambda n: jax.device_put(np.arange(n, dtype=np.uint32)[None]))
-  run = Run(
-    method,
-    source,
-    shapes,
-    ready,
-    names,
-    table,
-    entries,
-    offsets,
-    {},
-    nonfinite,
-    measured,
-    counted,
-    call,
-  )
-  for leaves in _together(run):
-    left = [name for name in leaves if name not in done]
-    known = _knowledge(run, leaves) if left else ()
-    late = _late(method)
-    for name, start, parts, form in slicing.slices(run, left, entries, check=False):
-      out = _result(run, name, parts, known, form)
-      fine = slicing.finite(out)
-      if not fine and not nonfinite:
-        slicing.refuse_nonfinite(run, name, parts)
-      if not fine and late is not None:
-        known, late = _knowledge(run, leaves, known), None
-        # Others have been read to where this one lay.
-        parts = slicing.read(run, name, start, start + out.size, check=False)
-        out = _result(run, name, parts, known, form)
-        fine = slicing.finite(out)
-      if not fine and not nonfinite:
-        raise ValueError(_OVERFLOW.format(name=name, dtype=out.dtype))
-      write(name, start, out)
+  method = averaging.with_moments(method, shapes)
+  wides = {n for n in shapes if n in source.wide or wide.is_wide(source.leaves[n])}
+  wides = set(shapes) if wides and stage.coupled(method) else wides
+  with wide.context([np.zeros(0)] if wides else []):
+    if ready is None:
+      aux = dict(aux or {}, **({} if seed is None else {"seed": seed}))
+      copied = source.leaves.keys() - shapes.keys()
+      ready = memory.prepare(method, shapes, source.height, aux, names, copied)
+    run = Run(
+      method,
+      source,
+      shapes,
+      ready,
+      names,
+      layouts.settled(method, shapes, layout, names=source.leaves),
+      entries,
+      offsets=tuple(stage.offsets(step, shapes) for step in method),
+      checked={},
+      nonfinite=nonfinite,
+      measured=measured,
+      # Most slices are as long as others: their places are put on the device once.
+      counted=functools.lru_cache(2)(lambda n: jax.device_put(np.arange(n, dtype=np.uint32)[None])),
+      call=call,
+      wide=wides,
+      held={},
+    )
+    for leaves in _together(run):
+      _merged(run, leaves, [name for name in leaves if name not in done], write)
   for name in sorted(source.leaves.keys() - shapes.keys() - set(done)):
     size = math.prod(source.leaves[name].shape)
     for start in range(0, max(size, 1), entries):
       stop = min(start + entries, size)
       write(name, start, source.read(name, start, stop, slice(None), lambda *_: None)[0])
+
+
+def _merged(
+  run: Run,
+  leaves: Sequence[str],
+  left: Sequence[str],
+  write: Callable[[str, int, np.ndarray], None],
+) -> None:
+  """Measures some leaves together, and merges those of them that are left to do."""
+  known = _knowledge(run, leaves) if left else ()
+  late, strict = _late(run.method), not run.nonfinite
+  for name, start, parts, form in slicing.slices(run, left, run.entries, check=False):
+    out = _result(run, name, parts, known, form)
+    fine = slicing.sound(name, out)
+    if not fine and name not in run.held:
+      parts = slicing.vetted(run, name, parts, refuse=strict)
+      if name in run.held:
+        out = _result(run, name, parts, known, form)
+        fine = slicing.sound(name, out)
+    if not fine and late is not None:
+      known, late = _knowledge(run, leaves, known), None
+      # Others have been read to where this one lay.
+      parts = slicing.read(run, name, start, start + out.size, check=False)
+      out = _result(run, name, parts, known, form)
+      fine = slicing.sound(name, out)
+    if not fine and strict:
+      slicing.refuse_nonfinite(run, name, parts)
+      raise finiteness.unsound(name, out.dtype, remedy=", or let such values pass")
+    if name in run.held:
+      places, values = run.held[name]
+      out = np.array(out)  # What is on the device may not be written to.
+      out[places] = values.astype(out.dtype)
+    write(name, start, out)
 
 
 def merge_slices(
@@ -140,7 +168,9 @@ def merge_slices(
     out[name].reshape(-1)[start : start + part.shape[0]] = part
 
   leaves = {n: jax.ShapeDtypeStruct(v.shape, v.dtype) for n, v in bases.items()}
-  stream(method, Source(leaves, height, read), write, **options)
+  each = (bases, references, stacks)
+  wides = {n for t in each for n, x in t.items() if wide.is_wide(x)}
+  stream(method, Source(leaves, height, read, wide=wides), write, **options)
   return tree.rebuild(base, out)
 
 
@@ -302,7 +332,8 @@ def _numbers(
       run.call(kernels.patterns, parts, **told)
     )
 
-  return ranking.Numbers(size, sample, scan, whole)
+  kind = np.dtype(np.uint64 if members[0] in run.wide else np.uint32)
+  return ranking.Numbers(size, sample, scan, whole, kind)
 
 
 def _ranked(

@@ -96,7 +96,14 @@ def stack(trees: Sequence[Tree] | Any) -> Tree:
     raise ValueError("stack needs at least one tree, got none.")
   for k, other in enumerate(trees[1:], start=1):
     check_same(trees[0], other, left="model 0", right=f"model {k}")
-  return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+  return jax.tree.map(lambda *leaves: _stacked(leaves), *trees)
+
+
+def _stacked(leaves: Sequence[Any]) -> Any:
+  """Stacks leaves; by NumPy those of NumPy that JAX, as it is set, would make narrow."""
+  every = all(isinstance(x, (np.ndarray, np.generic)) for x in leaves)
+  narrowed = every and jax.dtypes.canonicalize_dtype(leaves[0].dtype) != leaves[0].dtype
+  return np.stack(leaves) if narrowed else jnp.stack(leaves)
 
 
 def unstack(models: Tree) -> list[Tree]:
@@ -171,6 +178,33 @@ def is_floating(leaf: Any) -> bool:
     (True, False)
   """
   return jnp.issubdtype(leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf), jnp.floating)
+
+
+def is_equal(a: Any, b: Any) -> bool:
+  """Tells whether two arrays are equal, bit for bit; neither goes through a program of JAX.
+
+  Example:
+    >>> is_equal(np.array([2**40, 1]), np.array([0, 1]))
+    False
+  """
+  kept = all(isinstance(x, np.ndarray) for x in (a, b))
+  return bool((a == b).all() if kept else jnp.all(a == b))
+
+
+def refuse_complex(base: Tree | None, models: Tree) -> None:
+  """Raises ValueError, naming the leaf, for complex numbers that differ, or that are traced."""
+  ones = {} if base is None else named(base)
+  for name, leaf in named(models).items():
+    dtype = leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype
+    if not jnp.issubdtype(dtype, jnp.complexfloating):
+      continue
+    one = leaf[:1] if base is None else ones[name]
+    traced = any(isinstance(x, jax.core.Tracer) for x in (leaf, one))
+    if traced or not is_equal(leaf, one if base is None else one[None]):
+      raise ValueError(
+        f"leaf {name!r} is {dtype}, and complex numbers are not merged; give its real and its "
+        "imaginary part as two leaves."
+      )
 
 
 def compute_dtype(*dtypes: Any) -> np.dtype:

@@ -148,6 +148,7 @@ def test_numbers_are_no_constants_of_the_program():
   ready = memory.prepare(methods.task_arithmetic(0.123456), shapes, 4, {}, None)
   given = {"method": TA, "layout": layouts.NONE, "deal": dealing.of([], chains=True)}
   run = functools.partial(memory._compiled.lower, **given)
+  base, models = ({"matrix": own["matrix"]} for own in (base, models))
   assert "0.123456" not in run(base, None, models, ready).as_text()
 
 

@@ -86,6 +86,8 @@ FLOORS = {
     "stage",
     "conventions",
     "layouts",
+    "finiteness",
+    "wide",
     "counting",
     "statistics",
     "ranking",
@@ -101,7 +103,7 @@ FLOORS = {
     "models",
     "collecting",
   },
-  1: {"tree", "display", "catalog", "parameter", "published", "io", "report"},
+  1: {"tree", "display", "catalog", "parameter", "published", "io", "report", "moments"},
 }
 FLOOR = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 

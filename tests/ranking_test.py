@@ -1,5 +1,6 @@
 """Exact ranks from slices: against sorting, whatever the sample says."""
 
+import functools
 import itertools
 
 import jax.numpy as jnp
@@ -10,10 +11,12 @@ from hypothesis import strategies as st
 
 from jaxmerge import ranking, statistics
 
+TOP = 2**31 - 1
 
-def numbers(rows, sample, cuts, log=None, run=1):
+
+def numbers(rows, sample, cuts, log=None, run=1, kind=np.uint32):
   """Numbers in slices, with the codes that a driver would make; so many sampled ones are a run."""
-  rows = np.asarray(rows, np.uint32)
+  rows = np.asarray(rows, kind)
   ends = sorted({0, *cuts, rows.shape[1]})
   ranges = list(itertools.pairwise(ends))
 
@@ -29,9 +32,10 @@ def numbers(rows, sample, cuts, log=None, run=1):
 
   return ranking.Numbers(
     rows.shape[1],
-    lambda: (np.asarray(sample, np.uint32), *weighed(np.shape(sample)[1], run)),
+    lambda: (np.asarray(sample, kind), *weighed(np.shape(sample)[1], run)),
     lambda low, high: (part(*ends, low, high) for ends in ranges),
     lambda which: (ranges[which][0], part_of(*ranges[which])),
+    np.dtype(kind),
   )
 
 
@@ -40,21 +44,20 @@ def weighed(size, run):
   return np.ones(size), np.arange(0, size, run)
 
 
-def expected(row, n):
+def expected(row, n, top=TOP):
   """The value, and which entries are inside, by a stable sort."""
   order = np.argsort(-np.asarray(row, np.int64), kind="stable")[:n]
-  return (row[order[-1]] if n else ranking.NONE), set(order.tolist())
-
-
-values = st.one_of(st.integers(0, 5), st.integers(0, ranking.NONE - 1))
+  return (row[order[-1]] if n else top), set(order.tolist())
 
 
 @settings(max_examples=100)
 @given(st.data())
 def test_a_cut_is_the_head_of_a_stable_sort(data):
   size, models = data.draw(st.integers(1, 60)), data.draw(st.integers(1, 3))
+  kind, top = data.draw(st.sampled_from([(np.uint32, TOP), (np.uint64, 2**63 - 1)]))
+  values = st.one_of(st.integers(0, 5), st.integers(0, top - 1), st.integers(2**30, 2**30 + 9))
   row = st.lists(values, min_size=size, max_size=size)
-  rows = np.array([data.draw(row) for _ in range(models)], np.uint32)
+  rows = np.array([data.draw(row) for _ in range(models)], kind)
   sampled = data.draw(st.integers(1, 8))
   # A sample that has nothing to do with the numbers costs more scans, and nothing else.
   sample = [data.draw(st.lists(values, min_size=sampled, max_size=sampled)) for _ in rows]
@@ -63,13 +66,14 @@ def test_a_cut_is_the_head_of_a_stable_sort(data):
   with pytest.MonkeyPatch.context() as patch:  # Room for a few, or for all.
     patch.setattr(ranking, "HELD", data.draw(st.sampled_from([3, 12, 2**22])))
     patch.setattr(ranking, "FINE", data.draw(st.sampled_from([1, 16])))
-    found, lasts = ranking.cut(numbers(rows, sample, cuts), ranks, exact=True)
-    again, every = ranking.cut(numbers(rows, sample, cuts), ranks, exact=False)
+    given_ = functools.partial(numbers, rows, sample, cuts, kind=kind)
+    found, lasts = ranking.cut(given_(), ranks, exact=True)
+    again, every = ranking.cut(given_(), ranks, exact=False)
   assert (found == again).all()
   assert (every == ranking.EVERY).all()
   at = np.arange(size)
   for row, n, value, last in zip(rows, ranks, found, lasts, strict=True):
-    wanted, inside = expected(row, n)
+    wanted, inside = expected(row, n, top)
     assert value == wanted
     assert set(np.flatnonzero((row > value) | ((row == value) & (at <= last))).tolist()) == inside
 

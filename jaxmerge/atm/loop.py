@@ -15,12 +15,13 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxmerge import arguments, layouts, memory, methods, processes, stage, stopping, tree
+from jaxmerge import arguments, layouts, memory, methods, processes, stage, stopping, tree, wide
 from jaxmerge import mesh as meshes
 from jaxmerge.atm import budget, checking, evaluate, in_turn, outer, placing, sampling, tune
 from jaxmerge.atm import round as rounds
 from jaxmerge.atm.settings import Settings
 from jaxmerge.io import orbax
+from jaxmerge.methods import averaging
 from jaxmerge.stage import Method
 from jaxmerge.tasks import task as tasks_
 
@@ -42,6 +43,7 @@ class Result(NamedTuple):
   messages: tuple[str, ...]
 
 
+@wide.aware
 def tune_and_merge(
   apply: tune.Apply | Any,
   params: Any,
@@ -162,10 +164,11 @@ class _Run:
     self.size = sum(int(np.prod(s, dtype=np.int64)) for s in shapes.values())
     self.seeded = "seed" in stage.numbers(method)
     aux = dict(aux, seed=0) if self.seeded else dict(aux)
+    self.method = _described(method, aux)
+    method = averaging.with_moments(method, shapes)
     # Numbers per model come in the caller's order, the stacks of the loop are in that of the tags.
     ready = memory.prepare(method, shapes, len(tasks), aux, [t.name for t in given])
     self.ready = ready._replace(order=None)
-    self.method = _described(method, aux)
     self.layout = layouts.settled(method, shapes, layout)
     self.laid_out = layouts.lines(method, self.layout)
     step = tune.step(placing.in_place(apply, mesh, rules), loss, settings, self.local)
@@ -183,18 +186,8 @@ class _Run:
       self.rows = tune.stacked(tasks, "train", height=height)
     head = meshes.fetch(self.rows.head)
     self.head = () if head is None else meshes.put(head[: len(tasks)], meshes.everywhere(mesh))
-    parts = rounds.Parts(
-      step,
-      self.local,
-      self.outer,
-      method,
-      tasks=len(tasks),
-      slots=self.slots,
-      kept=self.kept,
-      layout=self.layout,
-      mesh=mesh,
-      rules=rules,
-    )
+    sizes = (len(tasks), self.slots, self.kept)
+    parts = rounds.Parts(step, self.local, self.outer, method, *sizes, self.layout, mesh, rules)
     self.program = rounds.program(parts) if self.waves == 1 else in_turn.program(parts)
 
   def start(self) -> rounds.State:

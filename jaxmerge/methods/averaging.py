@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal  # Any: what is known; numbers of NumPy, or traced.
 
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmerge import catalog
-from jaxmerge.stage import Array, Fold, Group, Leaf, Method, Stage, State, leafwise
+from jaxmerge import catalog, moments
+from jaxmerge.stage import (
+  Array,
+  Fold,
+  Group,
+  Leaf,
+  Method,
+  Stage,
+  State,
+  chain,
+  leafwise,
+  masked,
+)
 
 _checkpoints = catalog.METHODS["checkpoint_average"].parameters
 _weight = catalog.METHODS["average"].parameters["weight"].default
+_sum = functools.partial(jnp.sum, axis=0, keepdims=True)
 
 
 def average(weight: float | tuple[float, ...] = _weight, normalize: bool = True) -> Method:
@@ -157,6 +169,43 @@ def weighted_sum(weight: float | tuple[float, ...] = _weight, *, normalize: bool
   )
 
 
+def _counted(held: dict[str, Array] | None, x: Array, leaf: Leaf) -> dict[str, Array]:
+  part = {"sum": _sum(x), "count": jnp.full((), x.shape[0], x.dtype)}
+  return part if held is None else {k: held[k] + part[k] for k in part}
+
+
+_MOMENTS = masked(
+  leafwise(
+    lambda x, leaf: _sum(x) * (1 / x.shape[0]),
+    combines=True,
+    fold=Fold(_counted, lambda held, leaf: held["sum"] * (1 / held["count"])),
+  ),
+  moments.is_moment,
+)
+
+
+def with_moments(method: Method, names: Iterable[str] | None = None) -> Method:
+  """Returns the method for leaves of these names, or any: running statistics are averaged instead.
+
+  Example:
+    >>> import jaxmerge
+    >>> base = {"bn.running_var": jnp.array([4.0]), "w": jnp.array([4.0])}
+    >>> models = {n: jnp.array([[1.0], [2.0], [3.0]]) for n in base}
+    >>> merged = jaxmerge.merge(jaxmerge.methods.task_arithmetic(1.0), base, models)
+    >>> merged["bn.running_var"].tolist(), merged["w"].tolist()
+    ([2.0], [-2.0])
+  """
+  needless = names is not None and not any(map(moments.is_moment, names))
+  if needless or _MOMENTS[0] in method:
+    return method
+  return _with_moments(method)
+
+
+@functools.lru_cache(256)  # Stages are keys of compiled programs: the same ones for one method.
+def _with_moments(method: Method) -> Method:
+  return chain(masked(method, lambda name: not moments.is_moment(name)), _MOMENTS)
+
+
 def scaled(scale: float | tuple[float, ...]) -> Method:
   """Multiplies the stack by the number `scale`.
 
@@ -177,9 +226,6 @@ def weighted(weight: float | tuple[float, ...]) -> Method:
     [6.0]
   """
   return leafwise(lambda x, leaf: x * leaf.number("weight", x), numbers={"weight": weight})
-
-
-_sum = functools.partial(jnp.sum, axis=0, keepdims=True)
 
 
 def _spread(x: Array, leaf: Leaf) -> Array:

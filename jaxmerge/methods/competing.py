@@ -94,7 +94,7 @@ def _from_top(group: Group, fraction: Any, more: int = 0) -> Array:
 
 
 def _values(cut: statistics.Cut, x: Array) -> Array:
-  return lax.bitcast_convert_type(cut.value, jnp.float32).astype(x.dtype)
+  return statistics.at(cut).astype(x.dtype)
 
 
 def _ends(x: Array, known: Any) -> list[Array]:

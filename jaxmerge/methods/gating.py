@@ -83,14 +83,14 @@ def gate(
     if score == "relative_norm":
       base = leaf.compared("gate").astype(x.dtype)
       own = jnp.concatenate([own, jnp.sum(base * base)[None]])
-    chosen = jnp.arange(known["sizes"].shape[0]) == place(leaf, known)
+    chosen = jnp.arange(known["sizes"].shape[0], dtype=jnp.int32) == place(leaf, known)
     return jnp.where(chosen[:, None], own[None], 0)
 
   def kept(total: Array, known: Any) -> Array:
     if score == "relative_norm":
       scores = total[:, :-1] / (total[:, -1:] + 1e-30)
     else:
-      scores = total / jnp.asarray(known["sizes"])[:, None]
+      scores = total / jnp.asarray(known["sizes"], total.dtype)[:, None]
     count = scores.shape[0]
     order = jnp.argsort(jnp.argsort(scores, axis=0, stable=True), axis=0).astype(jnp.uint32)
     pruned = jnp.asarray(known["pruned"])[None]

@@ -7,7 +7,7 @@ from typing import Any  # What is known is a tree of arrays.
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+import numpy as np
 
 from jaxmerge import catalog, counting, statistics, views
 from jaxmerge.methods import averaging, signs
@@ -98,7 +98,7 @@ def _erased(floor: float) -> Method:
     return jnp.sum(x * x, axis=tuple(range(1, x.ndim)))
 
   def update(x: Array, leaf: Leaf, known: Any) -> Array:
-    own = known["squares"] / known["size"]
+    own = known["squares"] / jnp.asarray(known["size"], known["squares"].dtype)
     usable = (own.sum() > 0) & (own.sum() >= leaf.scalar("floor", x))
     weight = jnp.where(usable, own / jnp.where(usable, own.sum(), 1), 1 / x.shape[0])
     agreeing = signs.agreeing(x)
@@ -107,7 +107,7 @@ def _erased(floor: float) -> Method:
     return jnp.sum(weight * agreeing, axis=0, keepdims=True) / jnp.maximum(total, 1e-6)
 
   def init(group: Group) -> dict[str, Any]:
-    return {"size": jnp.float32(max(group.size, 1))}
+    return {"size": np.float32(max(group.size, 1))}
 
   measured = (statistics.total("squares", squares),)
   return (Stage(update, measured, init, {"floor": floor}, scope="leaf", combines=True),)
@@ -147,10 +147,9 @@ def arcee_fusion() -> Method:
     return pair[1]
 
   def update(pair: tuple[Array, Array], leaf: Leaf, known: Any) -> Array:
-    cuts = [lax.bitcast_convert_type(known[name].value, jnp.float32) for name in quartiles]
-    lower, median, upper = (cut[0] for cut in cuts)
+    lower, median, upper = (statistics.at(known[name])[0] for name in quartiles)
     threshold = median + 1.5 * (upper - lower)
-    return jnp.where(pair[1].astype(jnp.float32) >= threshold, pair[0], 0)
+    return jnp.where(statistics.comparable(pair[1]) >= threshold, pair[0], 0)
 
   quartiles = ("lower", "median", "upper")
   measured = tuple(Rank(name, second, rank=f"{name}_rank") for name in quartiles)

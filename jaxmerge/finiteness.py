@@ -1,0 +1,96 @@
+"""NaN and infinity: what inputs may not have, what results may not become, and what passes.
+
+An infinity that base and all models have at one place, such as the -inf of a mask, is no number to
+merge: it is copied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple  # Any: arrays of jax or of NumPy, or None.
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmerge import moments
+
+
+class Flags(NamedTuple):
+  """Whether values of a leaf are finite: of base, reference, each model [K], and the result.
+
+  Those of a result that is a running variance are not negative either.
+  """
+
+  base: Any
+  reference: Any
+  models: Any
+  merged: Any = True
+
+
+def finite(x: Any, first: int = 0) -> Any:
+  """Tells whether values are finite, over the axes from the first one on.
+
+  Example:
+    >>> finite(jnp.array([[1.0, jnp.nan], [1.0, 2.0]]), 1).tolist()
+    [False, True]
+  """
+  # NaN and infinity are the largest: on CPUs several times as fast as asking every entry.
+  return jnp.isfinite(jnp.max(jnp.abs(x), axis=tuple(range(first, x.ndim)), initial=0))
+
+
+def flags(base: Any, reference: Any, x: Any) -> Flags:
+  """Looks at base [*s] and reference, arrays or None, and at a stack of models [K, *s]."""
+  one, two = (True if v is None else finite(v) for v in (base, reference))
+  return Flags(one, two, finite(x, 1))
+
+
+def sound(name: str, merged: Any) -> Any:
+  """Tells whether a merged leaf is finite, and, of running variances, not negative."""
+  fine = finite(merged)
+  return fine & jnp.all(merged >= 0) if moments.is_variance(name) else fine
+
+
+def refuse(found: Mapping[str, Flags], names: Sequence[str] | None, order: Any = None) -> None:
+  """Raises ValueError that names the first leaf and model whose flag is False.
+
+  Args:
+    found: flags by leaf, of models in order of tags.
+    names: names of the models, or None.
+    order: where each of the models was in the caller's stack.
+  """
+  for name, own in found.items():
+    k = int(np.argmin(own.models))
+    k = k if order is None else int(order[k])
+    each = ("the base", own.base), ("the reference", own.reference)
+    for whose, fine in (*each, (f"model {names[k] if names else k}", np.all(own.models))):
+      if not fine:
+        raise ValueError(f"leaf {name!r} of {whose} has NaN or infinity.")
+
+
+def unsound(name: str, dtype: Any, *, remedy: str = "") -> ValueError:
+  """Returns the error for a leaf whose result cannot be kept."""
+  below = "a variance below zero, " if moments.is_variance(name) else ""
+  return ValueError(
+    f"leaf {name!r}: the result has {below}NaN or infinity, though no input has: {dtype} cannot "
+    "hold it, or the method's numbers do not fit; choose a wider dtype for the result, or smaller "
+    f"numbers{remedy}."
+  )
+
+
+def shared(base: Any, reference: Any, x: Any) -> Any:
+  """Tells at which entries base, reference and all models [K, *s] have one and the same infinity.
+
+  Example:
+    >>> shared(np.array([-np.inf, 1]), None, np.array([[-np.inf, np.inf], [-np.inf, np.inf]]))
+    array([ True, False])
+  """
+  every = [v for v in (base, reference) if v is not None] + list(x)
+  same = np.isinf(np.asarray(every[0]))
+  for other in every[1:]:
+    same &= np.asarray(other) == np.asarray(every[0])
+  return same
+
+
+def without(held: Any, x: Any) -> Any:
+  """Puts zeros at such entries, for the merge: they are copied beside it."""
+  return None if x is None else jnp.where(held, jnp.zeros((), x.dtype), jnp.asarray(x))

@@ -1,0 +1,103 @@
+"""Merging in 64 bits: what has them is merged in them, whatever JAX is set to."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar  # Any: trees of arrays.
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def is_wide(x: Any) -> bool:
+  """Tells whether a leaf has floating-point numbers of 64 bits.
+
+  Example:
+    >>> is_wide(np.ones(2)), is_wide(jnp.ones(2)), is_wide(np.arange(2))
+    (True, False, False)
+  """
+  dtype = getattr(x, "dtype", None)
+  return dtype is not None and jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize == 8
+
+
+def is_narrowed(dtype: Any) -> bool:
+  """Tells whether JAX, as it is set now, makes a dtype a narrower one.
+
+  Example:
+    >>> is_narrowed(np.float64), is_narrowed(np.int32)
+    (True, False)
+  """
+  return jax.dtypes.canonicalize_dtype(dtype) != dtype
+
+
+def context(*trees: Any) -> contextlib.AbstractContextManager[Any]:
+  """Makes JAX compute in 64 bits where leaves have them; else leaves it as it is.
+
+  What is being traced has the width of its program, which cannot be changed within.
+
+  Example:
+    >>> with context({"w": np.ones(2)}):
+    ...   print(jnp.asarray(np.ones(2)).dtype)
+    float64
+  """
+  leaves = [x for own in trees for x in jax.tree.leaves(own)]
+  traced = any(isinstance(x, jax.core.Tracer) for x in leaves)
+  return (
+    jax.enable_x64(True) if any(map(is_wide, leaves)) and not traced else contextlib.nullcontext()
+  )
+
+
+def aware(f: Callable[P, R], *more: Any) -> Callable[P, R]:
+  """Makes a function compute in 64 bits where its arguments, or `more`, have them.
+
+  What it returns in 64 bits, and JAX as it is set would narrow at the next step, is of NumPy.
+
+  Example:
+    >>> aware(lambda x: 2 * jnp.asarray(x))(np.array([1 / 3]))
+    array([0.66666667])
+  """
+
+  @functools.wraps(f)
+  def run(*args: P.args, **kwargs: P.kwargs) -> R:
+    held = context(args, kwargs, more)
+    if isinstance(held, contextlib.nullcontext):
+      return f(*args, **kwargs)
+    with held:
+      out = f(*args, **kwargs)
+    return jax.tree.map(_kept, out)
+
+  return run
+
+
+def _kept(x: Any) -> Any:
+  narrowed = isinstance(x, jax.Array) and is_wide(x) and is_narrowed(x.dtype)
+  return np.asarray(x) if narrowed and len(x.sharding.device_set) == 1 else x
+
+
+def zeros(shape: tuple[int, ...], dtype: Any) -> Any:
+  """Returns zeros of a dtype, of NumPy where JAX would narrow it.
+
+  Example:
+    >>> zeros((1,), np.int64)
+    array([0])
+  """
+  return np.zeros(shape, dtype) if is_narrowed(dtype) else jnp.zeros(shape, dtype)
+
+
+def copied(x: Any) -> Any:
+  """Returns a leaf that is not merged: the same values in the same dtype, never through a program.
+
+  Example:
+    >>> copied(np.array([2**40 + 7])).tolist()
+    [1099511627783]
+  """
+  if isinstance(x, jax.Array):
+    return x
+  own = np.array(x)
+  return own if is_narrowed(own.dtype) else jnp.asarray(own)

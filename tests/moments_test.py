@@ -1,0 +1,172 @@
+"""Running statistics are averaged, counters and equal infinities copied, the rest refused."""
+
+import folders
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import small_tasks
+
+import jaxmerge
+from jaxmerge import files, methods, moments, running, streaming
+from jaxmerge import mesh as meshes
+from jaxmerge.atm import loop
+
+NAMES = {
+  "batch_stats/layer_1/bn/mean": (True, False),
+  "batch_stats/layer_1/bn/var": (True, True),
+  "layer1.0.bn1.running_mean": (True, False),
+  "layer1.0.bn1.running_var": (True, True),
+  "bn/moving_variance": (True, True),
+  "layer1.0.bn1.num_batches_tracked": (True, False),
+  "params/layer_1/bn/scale": (False, False),
+  "head.mean": (False, False),
+  "vae/var": (False, False),
+}
+
+
+def test_names_of_running_statistics():
+  assert {n: (moments.is_moment(n), moments.is_variance(n)) for n in NAMES} == NAMES
+
+
+BASE = {
+  "bn.running_mean": np.array([1.0, -1.0], np.float32),
+  "bn.running_var": np.array([4.0, 2.0], np.float32),
+  "bn.num_batches_tracked": np.array(2**40 + 1),
+  "mask": np.array([[-np.inf, 0.0], [0.0, -np.inf]], np.float32),
+  "weight": np.array([[1.0, 2.0], [3.0, 4.0]], np.float32),
+}
+EACH = [
+  {
+    **BASE,
+    "bn.running_mean": BASE["bn.running_mean"] * k,
+    "bn.running_var": BASE["bn.running_var"] / 2**k,
+    "weight": BASE["weight"] + np.float32(k),
+  }
+  for k in (1, 2, 3)
+]
+MODELS = jaxmerge.stack(EACH)
+MEANS = {"bn.running_mean": [2.0, -2.0], "bn.running_var": [3.5 / 3, 1.75 / 3]}
+METHODS = {
+  "task_arithmetic": methods.task_arithmetic(1.0),
+  "ties": methods.ties(0.5),
+  "model_stock": methods.model_stock(),
+  "opcm": methods.opcm(),
+}
+
+
+def check(out):
+  for n, mean in MEANS.items():
+    np.testing.assert_allclose(out[n], mean, rtol=1e-6, err_msg=n)
+  assert out["bn.num_batches_tracked"] == 2**40 + 1
+  np.testing.assert_array_equal(out["mask"], BASE["mask"])
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_statistics_are_averaged_by_every_method_and_equal_infinities_copied(name):
+  """Those of the weights, which the method measures, are as if there were no others."""
+  given = {"layout": (("weight", "oi"), ("mask", None))}
+  out = jaxmerge.merge(METHODS[name], BASE, MODELS, **given)
+  check(out)
+  alone = [{n: t[n] for n in ("mask", "weight")} for t in (BASE, MODELS)]
+  alone = jaxmerge.merge(METHODS[name], *alone, **given)
+  np.testing.assert_array_equal(out["weight"], alone["weight"])
+  sliced = streaming.merge_slices(METHODS[name], BASE, MODELS, entries=2, **given)
+  check(sliced)
+  np.testing.assert_allclose(sliced["weight"], out["weight"], rtol=1e-6)
+
+
+def test_files_average_statistics_and_copy_counters(tmp_path):
+  for name, own in zip(("base", "m0", "m1", "m2"), (BASE, *EACH), strict=True):
+    folders.write(tmp_path / name, own)
+  models = [tmp_path / f"m{k}" for k in range(3)]
+  out = files.merge_files(METHODS["ties"], models, tmp_path / "out", base=tmp_path / "base")
+  check(folders.read(out))
+
+
+@pytest.mark.parametrize("base", [BASE, None], ids=["base", "none"])
+def test_models_one_after_the_other(base):
+  """Without a base the means are those of the weights."""
+  own = {n: x for n, x in BASE.items() if n != "mask"}
+  method = METHODS["task_arithmetic"] if base else methods.average()
+  run = running.of(method, own if base else None)
+  state = run.init(own)
+  for model in EACH:
+    state = run.update(state, {n: model[n] for n in own})
+  check({**run.finalize(state), "mask": BASE["mask"]})
+
+
+def test_the_continual_merge_averages_them_too():
+  own = {n: x for n, x in BASE.items() if n != "mask"}
+  run = running.opcm(own)
+  state = run.init(own)
+  for model in EACH:
+    state = run.update(state, {n: model[n] for n in own})
+  check({**run.finalize(state), "mask": BASE["mask"]})
+
+
+@pytest.mark.parametrize("at_once", [0, 1])
+def test_the_loop_averages_them(at_once):
+  """What a step changes as a weight, and a method adds up as one, is a mean all the same."""
+  tasks = small_tasks.quadratics((np.eye(1), np.ones(1)), (np.eye(1), 3 * np.ones(1)))
+
+  def apply(params, inputs, head):
+    own = {"theta": params["batch_stats"]["var"] + 0 * params["weight"]}
+    return small_tasks.quadratic(own, inputs, head)
+
+  start = {"batch_stats": {"var": np.ones(1, np.float32)}, "weight": np.ones(1, np.float32)}
+  settings = small_tasks.descent(1, 1, 0.5, at_once=at_once)
+  given = {"mesh": meshes.make(1), "loss": small_tasks.as_given, "metric": small_tasks.as_given}
+  out = loop.tune_and_merge(
+    apply, start, tasks, methods.task_arithmetic(1.0), settings, **given
+  ).params
+  assert out["batch_stats"]["var"].tolist() == [1.5]  # The mean of 1 and 2, where the sum is 2.
+
+
+@pytest.mark.parametrize(
+  "merge", [jaxmerge.merge, streaming.merge_slices], ids=["memory", "slices"]
+)
+def test_negative_variances_and_other_infinities_are_refused(merge):
+  zero = {**BASE, "bn.running_var": np.zeros(2, np.float32)}
+  with pytest.raises(ValueError, match=r"'bn.running_var': the result has a variance below zero"):
+    merge(METHODS["ties"], zero, MODELS, reference=BASE)
+  for where in ((2, 0, 1), (1, 0, 0)):
+    other = {**MODELS, "mask": np.array(MODELS["mask"])}
+    other["mask"][where] = np.inf
+    with pytest.raises(
+      ValueError, match=f"leaf 'mask' of model {where[0]} has NaN or infinity|the base"
+    ):
+      merge(METHODS["ties"], BASE, other)
+
+
+@pytest.mark.parametrize(
+  "merge", [jaxmerge.merge, streaming.merge_slices], ids=["memory", "slices"]
+)
+def test_a_result_that_its_dtype_cannot_hold_is_refused(merge):
+  base = {"w": np.array([6e4, 0], np.float16)}
+  models = {"w": np.array([[6.1e4, 0], [6.2e4, 0]], np.float16)}
+  with pytest.raises(
+    ValueError, match=r"'w': the result has NaN or infinity, .* float16 cannot hold"
+  ):
+    merge(methods.task_arithmetic(2.0), base, models)
+  assert merge(methods.average(), base, models)["w"][0] == 61504
+
+
+def test_complex_numbers_are_copied_where_they_are_equal_and_else_refused():
+  z = {"z": np.array([1j, 2**0.5]), "w": np.ones(2, np.float32)}
+  same = jaxmerge.stack([z, z])
+  for out in (jaxmerge.merge(METHODS["ties"], z, same), jaxmerge.blend(methods.average(), same)):
+    assert out["z"].dtype == z["z"].dtype
+    np.testing.assert_array_equal(out["z"], z["z"])
+  other = {**same, "z": same["z"] * np.array([[1], [1 + 1e-15]])}
+  for merge in (
+    lambda t: jaxmerge.merge(METHODS["ties"], z, t),
+    lambda t: jaxmerge.blend(METHODS["ties"], t),
+  ):
+    for run in (merge, jax.jit(merge)):
+      with pytest.raises(
+        ValueError, match=r"leaf 'z' is complex.*, and complex numbers are not merged"
+      ):
+        run(other)
+  parts = {"re": jnp.ones(2), "im": jnp.ones(2)}  # The way that the error shows.
+  assert jaxmerge.merge(METHODS["ties"], parts, jaxmerge.stack([parts])) is not None
