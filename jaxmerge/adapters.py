@@ -12,50 +12,23 @@ import functools
 import json
 import os
 import pathlib
+import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple  # Any: arrays of jax, or of NumPy where loaded.
+from typing import Any  # Any: arrays of jax, or of NumPy where loaded.
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmerge import arguments, catalog, layouts, memory, tree, views, wide
+from jaxmerge import arguments, layouts, lora, memory, tree, views, wide
 from jaxmerge.io import adapter as peft
-from jaxmerge.io import atomic, safetensors
+from jaxmerge.io import atomic, names, safetensors
 from jaxmerge.io.tensor import Files
+from jaxmerge.lora import Adapter, Lora, Swapped
 from jaxmerge.stage import Method
 from jaxmerge.tree import Tree
 
 Path = str | os.PathLike[str]
-
-
-class Lora(NamedTuple):
-  """The factors of a matrix of low rank, scale * b @ a.
-
-  Attributes:
-    a: [rank, in].
-    b: [out, rank].
-    scale: number.
-  """
-
-  a: Any
-  b: Any
-  scale: Any = 1.0
-
-  @property
-  def rank(self) -> int:
-    """Number of rows of a."""
-    return self.a.shape[0]
-
-  @wide.aware
-  def delta(self) -> jax.Array:
-    """Returns the matrix, [out, in], in float32 or wider."""
-    dtype = tree.compute_dtype(self.a.dtype, self.b.dtype)
-    a, b = (jnp.asarray(x).astype(dtype) for x in (self.a, self.b))
-    return jnp.asarray(self.scale, dtype) * jnp.matmul(b, a, precision="highest")
-
-
-Adapter = Mapping[str, Lora]
 
 
 @wide.aware
@@ -77,7 +50,7 @@ def applied(params: Tree, adapter: Adapter, *, layout: layouts.Said | None = ())
   """
   leaves = tree.named(params)
   changed = {}
-  for leaf, own in _placed(leaves, adapter, layout).items():
+  for leaf, own in lora.placed(leaves, adapter, layout).items():
     x, delta = jnp.asarray(leaves[leaf]), own.delta()
     wide = tree.compute_dtype(x.dtype, delta.dtype)
     changed[leaf] = (x.astype(wide) + delta.astype(wide)).astype(x.dtype)
@@ -125,7 +98,7 @@ def merged(
   """
   method, leaves = arguments.method(method), tree.named(base)
   adapters, names = arguments.adapters(adapters, names)
-  placed = [_placed(leaves, own, layout) for own in adapters]
+  placed = [lora.placed(leaves, own, layout) for own in adapters]
   rules = {leaf: own.rule for each in placed for leaf, own in each.items()}
   if not rules:
     raise ValueError(f"{len(placed)} adapters without a matrix are given: there is none to merge.")
@@ -182,7 +155,7 @@ def extracted(
   rules = layouts.of_leaves(leaves, layout)
 
   def nearest(name: str) -> Lora:
-    leaf, view, _ = _place(leaves, name, rules)
+    leaf, view, _ = lora.place(leaves, name, rules)
     tau = memory.task_vectors(jnp.asarray(tuned[leaf])[None], jnp.asarray(leaves[leaf]))
     return _nearest(views.rows(tau, view)[0], rank)
 
@@ -213,7 +186,8 @@ def flora(adapters: Sequence[Adapter], weights: Sequence[float] | None = None) -
   def stacked(name: str) -> Lora:
     own = [(s * x[name].scale, x[name]) for s, x in _with(name, shares, adapters)]
     a = jnp.concatenate([_times(factor, x.a) for factor, x in own])
-    return Lora(a, jnp.concatenate([jnp.asarray(x.b) for _, x in own], axis=1))
+    b = jnp.concatenate([jnp.asarray(x.b) for _, x in own], axis=1)
+    return _kind(name, [x for _, x in own])(a, b)
 
   return {name: stacked(name) for name in _names(adapters)}
 
@@ -250,7 +224,7 @@ def averaged(
     a = sum(_times(s, jnp.pad(x.a, (more, (0, 0)))) for s, x, more in short)
     # The scale goes to b: it may differ from adapter to adapter.
     b = sum(_times(s * x.scale, jnp.pad(x.b, ((0, 0), more))) for s, x, more in short)
-    return Lora(a, b)
+    return _kind(name, [x[name] for _, x in own])(a, b)
 
   return {name: mean(name) for name in _names(adapters)}
 
@@ -274,13 +248,19 @@ def recompressed(adapter: Adapter, rank: int) -> dict[str, Lora]:
     b, left = jnp.linalg.qr(jnp.asarray(own.b).astype(dtype))
     a, right = jnp.linalg.qr(jnp.asarray(own.a).astype(dtype).T)
     core = _nearest(product(left, right.T) * jnp.asarray(own.scale, dtype), rank)
-    return Lora(product(core.a, a.T).astype(own.a.dtype), product(b, core.b).astype(own.b.dtype))
+    return type(own)(
+      product(core.a, a.T).astype(own.a.dtype), product(b, core.b).astype(own.b.dtype)
+    )
 
   return {name: nearest(own) for name, own in adapter.items()}
 
 
-def load(folder: Path) -> dict[str, Lora]:
+def load(folder: Path, *, rename: Mapping[str, str] | None = None) -> dict[str, Lora]:
   """Reads an adapter of PEFT, its factors in the dtype of the files.
+
+  Args:
+    folder: of the adapter.
+    rename: beginnings of names of its matrices to others, where those of a model are not the same.
 
   Raises:
     FileNotFoundError: where a file is missing.
@@ -290,7 +270,10 @@ def load(folder: Path) -> dict[str, Lora]:
   with contextlib.closing(Files()) as files:
     own = peft.factors(folder, files)
     return {
-      name: Lora(wide.copied(a), wide.copied(b), scale) for name, (a, b, scale) in own.items()
+      names.renamed(name, rename or {}): (Swapped if x.transposed else Lora)(
+        wide.copied(x.a), wide.copied(x.b), x.scale
+      )
+      for name, x in own.items()
     }
 
 
@@ -299,7 +282,11 @@ def save(folder: Path, adapter: Adapter, *, replace: bool = False) -> pathlib.Pa
 
   Raises:
     FileExistsError: where the folder is there and `replace` is not set.
+    ValueError: where models store some of its matrices as [in, out], and others as [out, in].
   """
+  swapped = {isinstance(own, Swapped) for own in adapter.values()}
+  if len(swapped) > 1:
+    raise ValueError("some matrices lie [in, out] and others [out, in]: save two adapters.")
   ranks = {name: own.rank for name, own in adapter.items()}
   tensors = {}
   for name, own in adapter.items():
@@ -307,67 +294,14 @@ def save(folder: Path, adapter: Adapter, *, replace: bool = False) -> pathlib.Pa
     tensors[f"base_model.model.{name}.lora_B.weight"] = np.asarray(own.b)
   config: dict[str, Any] = {"peft_type": "LORA", "bias": "none"}
   config |= {"r": max(ranks.values(), default=1), "lora_alpha": max(ranks.values(), default=1)}
-  other = {name: rank for name, rank in ranks.items() if rank != config["r"]}
+  # PEFT takes a pattern for the end of a name as well, and a dot for any character.
+  other = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != config["r"]}
+  config["fan_in_fan_out"] = swapped == {True}
   config |= {"rank_pattern": other, "alpha_pattern": other, "target_modules": sorted(ranks)}
   with atomic.folder(folder, replace=replace) as beside:
     safetensors.save(beside / peft.WEIGHTS, tensors)
     (beside / peft.CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
   return pathlib.Path(folder)
-
-
-class _Placed(NamedTuple):
-  lora: Lora
-  view: str
-  shape: tuple[int, ...]
-  rule: layouts.Rule
-
-  def delta(self) -> jax.Array:
-    """What is added to the leaf, as it lies, [*s]."""
-    return views.from_rows(self.lora.delta()[None], self.view, self.shape)[0]
-
-
-def _placed(
-  leaves: Mapping[str, Any], adapter: Adapter, layout: layouts.Said | None
-) -> dict[str, _Placed]:
-  """The matrices of an adapter by the leaves of a model to which they are added."""
-  found: dict[str, _Placed] = {}
-  rules = layouts.of_leaves(leaves, layout)
-  for name, own in adapter.items():
-    leaf, view, shape = _place(leaves, name, rules)
-    if leaf in found:
-      raise ValueError(f"{name!r} is not the only matrix of an adapter that is added to {leaf!r}.")
-    if own.a.shape[0] != own.b.shape[1]:
-      raise ValueError(
-        f"the factors of {name!r} have other ranks: a is {list(own.a.shape)}, [rank, in], and b is "
-        f"{list(own.b.shape)}, [out, rank]."
-      )
-    if shape != (own.b.shape[0], own.a.shape[1]):
-      raise ValueError(
-        f"the adapter of {name!r} is for a matrix {[own.b.shape[0], own.a.shape[1]]} of outputs "
-        f"and inputs, but {leaf!r} is {list(np.shape(leaves[leaf]))}, {view!r}."
-      )
-    # A lookup stays one, though an adapter has rows and columns of it; what was open is not.
-    rule = layouts.Rule(view, "adapter") if rules[leaf].open else rules[leaf]
-    found[leaf] = _Placed(own, view, np.shape(leaves[leaf]), rule)
-  return found
-
-
-def _place(
-  leaves: Mapping[str, Any], name: str, rules: Mapping[str, layouts.Rule]
-) -> tuple[str, str, tuple[int, ...]]:
-  """The leaf that an adapter means by a name, its view, and how many rows and columns it has."""
-  leaf = next((n for n in (name, f"{name}/kernel", f"{name}.weight") if n in leaves), None)
-  if leaf is None:
-    raise ValueError(f"the model has no matrix {name!r}{catalog.nearest(name, leaves)}.")
-  shape, dtype, rule = np.shape(leaves[leaf]), leaves[leaf].dtype, rules[leaf]
-  if not tree.is_floating(leaves[leaf]) or rule.view is None:
-    raise ValueError(f"{leaf!r} is {dtype}{list(shape)}, which is no floating-point matrix.")
-  if rule.open and len(shape) > 2:
-    said = " or ".join(f"[({leaf!r}, {view!r})]" for view in layouts.choices(len(shape)))
-    raise ValueError(f"how {leaf!r} {list(shape)} lies is not known: say it by layout, {said}.")
-  view = rule.view.replace("l", "o")
-  one = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
-  return leaf, view, jax.eval_shape(lambda x: views.rows(x, view), one).shape[1:]
 
 
 def _nearest(x: jax.Array, rank: int) -> Lora:
@@ -377,6 +311,14 @@ def _nearest(x: jax.Array, rank: int) -> Lora:
   kept = min(rank, s.shape[0])
   root = jnp.sqrt(s[:kept])
   return Lora(root[:, None] * vt[:kept], u[:, :kept] * root[None])
+
+
+def _kind(name: str, own: Sequence[Lora]) -> type[Lora]:
+  """Whether models store a matrix the other way round: all its adapters must say the same."""
+  kinds = {type(x) for x in own}
+  if len(kinds) > 1:
+    raise ValueError(f"{name!r} lies [in, out] by some of its adapters, and [out, in] by others.")
+  return kinds.pop()
 
 
 def _times(factor: Any, x: Any) -> jax.Array:

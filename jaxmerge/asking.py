@@ -110,7 +110,8 @@ def planned(
   changed = stated(donor.config, dtype.name) if dtype and donor.config else donor.config
   plan, changed = tying.settled(plan, donor, changed)
   if changed != donor.config:
-    plan = plan._replace(texts={folder.CONFIG: json.dumps(changed, indent=2) + "\n"})
+    text = json.dumps(changed, indent=2) + "\n"
+    plan = plan._replace(texts={**plan.texts, folder.CONFIG: text})
   return remote_code.settled(plan, (donor, *models))
 
 

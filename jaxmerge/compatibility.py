@@ -218,7 +218,7 @@ def _tokens(models: Sequence[Model]) -> Iterator[str]:
 def _content(files: Papers, name: str) -> bytes | None:
   if name in files.texts:
     text = files.texts[name]
-    return None if text is None else text.encode()
+    return text.encode() if isinstance(text, str) else text
   return (files.folder / name).read_bytes() if files.has(name) else None
 
 

@@ -15,7 +15,7 @@ from typing import Any  # A record is JSON, its values have no one type.
 
 import numpy as np
 
-from jaxmerge import planning, task_vectors
+from jaxmerge import adding, planning, task_vectors
 from jaxmerge.io import adapter, safetensors
 from jaxmerge.io.tensor import Files, Tensor
 from jaxmerge.planning import Model, Problems
@@ -66,8 +66,10 @@ def opened(
   models = []
   for path, name in zip(paths, called or names(list(map(str, paths))), strict=True):
     if adapter.is_adapter(path):
-      tensors, own = adapter.adapted(base.tensors, path, files), adapter.paths(path)
-      models.append(Model(name, pathlib.Path(path), tensors, own))
+      own = adding.added(base, path, files)
+      # A head that the adapter leaves apart from the embedding is none that the base stores.
+      tensors = {n: t for n, t in own.tensors.items() if n in base.tensors}
+      models.append(own._replace(name=name, folder=pathlib.Path(path), tensors=tensors))
     else:
       models.append(planning.model(path, files, name=name))
   return models

@@ -70,6 +70,7 @@ def merge_files(
   dtype: str | None = None,
   missing: str = "error",
   allow: Sequence[str] = (),
+  rename: Mapping[str, str] | None = None,
   evaluate: evaluating.Evaluate | None = None,
   **options: Any,  # Of `run`: where, how much at once, whether to replace.
 ) -> pathlib.Path:
@@ -81,7 +82,7 @@ def merge_files(
     method: what `jaxmerge.methods` makes, or a method of your own.
     models: a list, or a dict by name, of Hugging Face folders with safetensors, or checkpoints: of
       a run, its newest step; or, as texts, ids of the hub: `org/name`, or `org/name@revision`; or,
-      as texts, either of them with a PEFT adapter: `model+adapter`.
+      as texts, either of them with adapters of PEFT: `model+adapter`, `model+adapter+adapter`.
     out: folder of the result.
     base: the base, likewise.
     download: whether models that the hub's cache lacks are fetched; else no network is used.
@@ -94,6 +95,8 @@ def merge_files(
     missing: what becomes of a tensor that some models lack: "error", "base", "mean" or "skip".
     allow: settings in which models may differ though weights mean something else then, such as
       "rope_theta", or "tokens", the order of the vocabulary; the result goes by the base.
+    rename: beginnings of names of tensors, in models and adapters, to others: where their names do
+      not fit, and the prefix is none that is known.
     evaluate: folder -> numbers by name, called when the result is complete; they are written into
       its `jaxmerge_evaluation.json`.
     options: as for `run`.
@@ -113,7 +116,7 @@ def merge_files(
   try:
     references = [*zip(called, models, strict=True)]
     references += [] if base is None else [(asking.BASE, base)]
-    each = opening.every(references, files, find)
+    each = opening.every(references, files, find, rename)
     start = None if base is None else each.pop()
     said = {"method": fingerprint.fingerprint(method), **({"words": words} if words else {})}
     job = planning.Job(lambda: method, said, tuple(called), aux or {}, seed)

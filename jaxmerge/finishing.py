@@ -195,9 +195,10 @@ def complete(
   _strip(part, shards, out_format)
 
 
-def _write(path: pathlib.Path, text: str) -> None:
+def _write(path: pathlib.Path, text: str | bytes) -> None:
   with atomic.room(path):
-    path.write_text(text, encoding="utf-8")
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(text.encode() if isinstance(text, str) else text)
 
 
 def _strip(part: pathlib.Path, shards: Mapping[str, Sequence[str]], out_format: str) -> None:

@@ -1,55 +1,59 @@
-"""Opens a model by how it is called: a folder, an id of the hub, either with an adapter on top."""
+"""Opens a model by how it is called: a folder, an id of the hub, either with adapters on top."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import numpy as np
 
-from jaxmerge import planning
-from jaxmerge.io import adapter, codes, folder, hub, weights
+from jaxmerge import adding, planning, spelling
+from jaxmerge.io import folder, hub, weights
 from jaxmerge.io.tensor import Files, NotMade, Tensor
 
 
 class Reference(NamedTuple):
-  """A model, and the adapter that is added to it.
+  """A model, and the adapters that are added to it.
 
   Attributes:
     path: a folder, or an id of the hub.
     revision: of the hub's repository.
-    adapter: folder or id of the adapter, if there is one.
-    adapter_revision: its revision.
+    adapters: folders or ids of adapters, each with its revision; they are added in this order.
   """
 
   path: str
   revision: str | None = None
-  adapter: str | None = None
-  adapter_revision: str | None = None
+  adapters: tuple[tuple[str, str | None], ...] = ()
 
 
 def split(reference: str | os.PathLike[str]) -> Reference:
   """Takes `model@revision+adapter@revision` apart; a folder, or a `Path`, is not taken apart.
 
   >>> split("org/model@main+org/adapter")
-  Reference(path='org/model', revision='main', adapter='org/adapter', adapter_revision=None)
+  Reference(path='org/model', revision='main', adapters=(('org/adapter', None),))
 
   Raises:
-    ValueError: for more than one `+`, and for nothing beside it.
+    ValueError: where there is nothing beside a `+`.
   """
   if not isinstance(reference, str) or "+" not in reference or os.path.isdir(reference):
     return Reference(*hub.split(reference))
   parts = reference.split("+")
-  if len(parts) > 2 or not all(parts):
+  if not all(parts):
     raise ValueError(
       f"{reference}: no such folder, and not `model+adapter`; a Path is not taken apart."
     )
-  return Reference(*hub.split(parts[0]), *hub.split(parts[1]))
+  return Reference(*hub.split(parts[0]), tuple(hub.split(part) for part in parts[1:]))
 
 
-def opened(own: Reference, files: Files, find: hub.Finder, name: str) -> planning.Model:
+def opened(
+  own: Reference,
+  files: Files,
+  find: hub.Finder,
+  name: str,
+  rename: Mapping[str, str] | None = None,
+) -> planning.Model:
   """Opens a model: only headers are read. An adapted matrix is computed when it is read.
 
   Args:
@@ -57,6 +61,7 @@ def opened(own: Reference, files: Files, find: hub.Finder, name: str) -> plannin
     files: open files of the models.
     find: finds folders and what is in the hub's cache.
     name: what the model is called.
+    rename: beginnings of its names, and of its adapters', to others.
 
   Raises:
     FileNotFoundError: where it, or its adapter, is not there.
@@ -64,37 +69,46 @@ def opened(own: Reference, files: Files, find: hub.Finder, name: str) -> plannin
   """
   found = find(own.path, own.revision)
   model = planning.model(found.folder, files, name=name, home=found.home)
-  return adapted(model, own, files, find)
+  return adapted(model, own, files, find, rename)
 
 
 def adapted(
-  model: planning.Model, own: Reference, files: Files, find: hub.Finder
+  model: planning.Model,
+  own: Reference,
+  files: Files,
+  find: hub.Finder,
+  rename: Mapping[str, str] | None = None,
 ) -> planning.Model:
-  """Adds the adapter of a reference, where it has one, to a model; arguments as for `opened`."""
-  if own.adapter is None:
-    return model
-  added = find(own.adapter, own.adapter_revision)
-  files.note(adapter.paths(added.folder))
-  tensors = adapter.adapted(model.tensors, added.folder, files, home=added.home)
-  changed = {n for n, t in tensors.items() if t is not model.tensors.get(n)}
-  if line := codes.problem(model.name, model.tensors, changed, model.config, model.folder):
-    raise ValueError(f"{added.folder} is added to {line}")
-  names = {id(tensor): name for name, tensor in model.tensors.items()}
-  tied = {head: tensors[names[id(tensor)]] for head, tensor in model.tied.items()}
-  paths = adapter.paths(added.folder)
-  dropped = {**model.dropped, **adapter.fates(added.folder)}
-  return model._replace(tensors=tensors, tied=tied, dropped=dropped, files=(*model.files, *paths))
+  """Adds the adapters of a reference to a model; arguments as for `opened`.
+
+  The model has the tokenizer and the chat template of an adapter whose folder holds them.
+  """
+  brought: dict[str, adding.Text] = {}
+  for path, revision in own.adapters:
+    added = find(path, revision)
+    model = adding.added(model, added.folder, files, home=added.home, rename=rename)
+    texts = adding.tokenizer(added.folder, model.folder)
+    if other := [n for n in texts if n in brought and brought[n] != texts[n]]:
+      raise ValueError(f"{added.folder}: its {other[0]} is not that of the adapter before it.")
+    brought |= texts
+    if texts:
+      note = f"{model.name} has the tokenizer files of {added.home or added.folder}."
+      model = model._replace(texts={**model.texts, **texts}, notes=(*model.notes, note))
+  return spelling.renamed(model, rename or {})
 
 
 def every(
-  references: Iterable[tuple[str, str | os.PathLike[str]]], files: Files, find: hub.Finder
+  references: Iterable[tuple[str, str | os.PathLike[str]]],
+  files: Files,
+  find: hub.Finder,
+  rename: Mapping[str, str] | None = None,
 ) -> list[planning.Model]:
   """Opens models by their names and references, or tells of all that cannot be opened."""
   made: list[planning.Model] = []
   wrong: list[OSError | ValueError] = []
   for name, reference in references:
     try:
-      made.append(opened(split(reference), files, find, name))
+      made.append(opened(split(reference), files, find, name, rename))
     except (OSError, ValueError) as error:
       wrong.append(error)
   if len(wrong) == 1:

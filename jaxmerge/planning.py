@@ -43,8 +43,9 @@ class Model(NamedTuple):
     dropped: tensors of its files that are not among its tensors, and what becomes of them: why they
       are dropped, or what an adapter's are added to.
     home: what its folder is called where the path would tell of this machine.
-    texts: files that it will have beside those of the folder, or in their place, where it is still
-      to be made; None: it will not have that one.
+    texts: files that it has beside those of the folder, or in their place, such as those that an
+      adapter brings, or where it is still to be made; None: it does not have that one.
+    notes: what is to be known about it, a line each.
   """
 
   name: str
@@ -55,7 +56,8 @@ class Model(NamedTuple):
   tied: Mapping[str, Tensor] = {}
   dropped: Mapping[str, str] = {}
   home: str | None = None
-  texts: Mapping[str, str | None] = {}
+  texts: Mapping[str, str | bytes | None] = {}
+  notes: tuple[str, ...] = ()
 
   def part(self, name: str) -> Part:
     """Returns one of its tensors by name, or that it has none."""
@@ -166,7 +168,7 @@ class Plan(NamedTuple):
   donor: pathlib.Path
   inputs: frozenset[pathlib.Path]
   facts: Mapping[str, Any] = {}
-  texts: Mapping[str, str | None] = {}
+  texts: Mapping[str, str | bytes | None] = {}
   earlier: Mapping[str, Any] = {}
   notes: tuple[str, ...] = ()
   stamps: Mapping[pathlib.Path, Stamp] = {}
@@ -284,7 +286,9 @@ def assembled(
   facts = {
     "folders": {m.name: m.home or display.readable(str(m.folder)) for m in models if m.files}
   }
-  return Plan(tuple(outputs), tuple(every), told, models[0].folder, inputs, facts)
+  plan = Plan(tuple(outputs), tuple(every), told, models[0].folder, inputs, facts)
+  notes = (note for m in models for note in m.notes)
+  return plan._replace(texts=models[0].texts, notes=tuple(dict.fromkeys(notes)))
 
 
 def _coded(wants: Sequence[Want], models: Sequence[Model], dtype: np.dtype | None) -> list[str]:

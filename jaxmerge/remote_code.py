@@ -52,7 +52,9 @@ def _note(where: str, names: Mapping[str, None]) -> str:
   )
 
 
-def _content(own: pathlib.Path, name: str, texts: Mapping[str, str | None]) -> dict[str, Any]:
+def _content(
+  own: pathlib.Path, name: str, texts: Mapping[str, str | bytes | None]
+) -> dict[str, Any]:
   """The JSON object in a small file of a model; an empty one where there is none."""
   if name in texts:
     return json.loads(texts[name] or "{}")

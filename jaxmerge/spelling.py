@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
-from jaxmerge.io import ties
+from jaxmerge.io import experts, ties
+from jaxmerge.io import names as spellings
 from jaxmerge.planning import Model
 
 ENDS = ((".gamma", ".weight"), (".beta", ".bias"))  # What norms were called, and are called now.
@@ -18,11 +19,13 @@ _COPIES = (
 def alike(models: Sequence[Model]) -> list[Model]:
   """Returns models whose tensors go by the names that the first of them has for them.
 
-  A norm's `gamma` and `beta` are its `weight` and `bias`. An embedding that some models store under
+  A norm's `gamma` and `beta` are its `weight` and `bias`. Names that differ by a prefix that is
+  known, as the wrappers of models have them, are one; so are experts in one tensor and in a matrix
+  each. An embedding that some models store under
   two names, equal bit for bit, is one tensor: where the others store it once, it is that one.
   """
   donor = models[0]
-  spelt = [donor, *(_respelt(m, donor) for m in models[1:])]
+  spelt = [donor, *(_formed(_respelt(m, donor), donor) for m in models[1:])]
   return [_once(m, spelt) for m in spelt]
 
 
@@ -34,11 +37,53 @@ def _respelt(model: Model, donor: Model) -> Model:
       if name.endswith(old) and _lacks(donor, name) and _lacks(model, other):
         own = donor.tensors.get(other)
         names |= {name: other} if own is not None and own.shape == tensor.shape else {}
+    if name not in names and _lacks(donor, name):
+      found = spellings.spelled(name, donor.tensors)
+      if found and _lacks(model, found) and donor.tensors[found].shape == tensor.shape:
+        names[name] = found
+  return _called(model, names)
+
+
+def renamed(model: Model, table: Mapping[str, str]) -> Model:
+  """Returns a model with other names: by what they begin with, see `io.names.renamed`.
+
+  Raises:
+    ValueError: where two tensors would have one name.
+  """
+  names = {n: spellings.renamed(n, table) for n in (*model.tensors, *model.tied)}
+  return _called(model, {old: new for old, new in names.items() if old != new})
+
+
+def _called(model: Model, names: Mapping[str, str]) -> Model:
+  """A model of which some tensors have other names."""
   if not names:
     return model
+  made = [names.get(n, n) for n in model.tensors]
+  if len(set(made)) < len(made):
+    twice = next(n for n in made if made.count(n) > 1)
+    raise ValueError(f"two tensors of {model.name} would be called {twice!r}.")
   tensors = {names.get(n, n): t for n, t in model.tensors.items()}
-  told = {old: f"spelt otherwise -> {new}" for old, new in names.items()}
-  return model._replace(tensors=tensors, dropped={**model.dropped, **told})
+  tied = {names.get(n, n): t for n, t in model.tied.items()}
+  told = {o: f"spelt otherwise -> {n}" for o, n in names.items() if o in model.tensors}
+  return model._replace(tensors=tensors, tied=tied, dropped={**model.dropped, **told})
+
+
+def _formed(model: Model, donor: Model) -> Model:
+  """A model whose experts are in the form that the donor has: one tensor, or a matrix each."""
+  lacking = [n for n in donor.tensors if ".experts." in n and n not in model.tensors]
+  forms = experts.forms(model.tensors) if lacking else {}
+  made = {n: forms[n] for n in lacking if n in forms}
+  made = {n: f for n, f in made.items() if f.tensor.shape == donor.tensors[n].shape}
+  if not made:
+    return model
+  told: dict[str, list[str]] = {}
+  for name, form in made.items():
+    for own in form.stretches:
+      told.setdefault(own.name, []).append(name)
+  words = {o: f"in another form -> {', '.join(sorted(n)[:2])}" for o, n in told.items()}
+  kept = {n: t for n, t in model.tensors.items() if n not in told or n in donor.tensors}
+  tensors = {**kept, **{n: f.tensor for n, f in made.items()}}
+  return model._replace(tensors=tensors, dropped={**model.dropped, **words})
 
 
 def _lacks(model: Model, name: str) -> bool:

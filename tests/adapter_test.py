@@ -8,7 +8,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from jaxmerge.io import adapter, lora, safetensors
+from jaxmerge.io import adapter, safetensors
+from jaxmerge.io.peft import lowrank as lora
 from jaxmerge.io.tensor import Files, Tensor
 
 Q = "model.layers.0.q_proj"
@@ -67,7 +68,7 @@ def opened(tmp_path):
     (folder / adapter.CONFIG).write_text(json.dumps(config))
     safetensors.save(folder / adapter.WEIGHTS, parts, {"format": "pt"})
     tensors = {n: x if isinstance(x, Tensor) else held(x)[0] for n, x in base.items()}
-    return adapter.adapted(tensors, folder, files)
+    return adapter.adapted(tensors, folder, files).tensors
 
   yield adapted
   files.close()
@@ -236,7 +237,7 @@ def test_no_more_is_read_than_the_blocks_of_a_slice(opened):
 def test_a_folder_without_an_adapter(tmp_path):
   with pytest.raises(FileNotFoundError, match="none: no such folder"):
     adapter.paths(tmp_path / "none")
-  with pytest.raises(FileNotFoundError, match=r"adapter_config\.json is not there"):
+  with pytest.raises(FileNotFoundError, match="the folder is empty"):
     adapter.paths(tmp_path)
   (tmp_path / adapter.CONFIG).write_text("{}")
   with pytest.raises(FileNotFoundError, match=r"adapter_model\.safetensors is not there\.$"):
@@ -249,26 +250,33 @@ def test_a_folder_without_an_adapter(tmp_path):
 @pytest.mark.parametrize(
   ("config", "message"),
   [
-    ({"peft_type": "IA3"}, r"peft_type is 'IA3', not 'LORA'; merge it with PEFT"),
+    ({"peft_type": "POLY"}, r"peft_type is 'POLY', not one of LORA, .*; merge it with PEFT"),
     ({"peft_type": None}, "peft_type is None"),
-    ({"bias": "all"}, r"bias is 'all', only 'none' is supported"),
-    ({"lora_bias": True}, "lora_bias = True is not supported"),
-    ({"layer_replication": [[0, 2], [1, 3]]}, "layer_replication = .* is not supported"),
-    ({"trainable_token_indices": [1]}, "trainable_token_indices"),
-    ({"target_parameters": ["experts.w"]}, "target_parameters"),
+    ({"bias": "some"}, r"bias = 'some' is not known"),
+    ({"lora_bias": True}, "but needs lora_A.weight, lora_B.weight, lora_B.bias"),
+    ({"layer_replication": [[0, 2], [1, 3]]}, "must be ranges of the base's 1 layers"),
+    ({"trainable_token_indices": [1]}, "but no tensor is trainable_tokens_delta"),
+    ({"kasa_config": {"beta": 1}}, "kasa_config"),
     ({"alora_invocation_tokens": [5]}, "alora_invocation_tokens"),
     ({"use_qalora": True}, "use_qalora"),
     ({"a_key_of_tomorrow": 1}, "a_key_of_tomorrow = 1 is not supported; merge it with PEFT"),
-    ({"init_lora_weights": "pissa"}, "'pissa' changed the base .*path_initial_model_for_weight"),
+    ({"init_lora_weights": "corda"}, "'corda' changed the base .*path_initial_model_for_weight"),
     ({"init_lora_weights": "loftq"}, "'loftq' changed the base"),
     ({"use_dora": 1}, "use_dora must be true or false, got 1"),
     ({"r": 0}, "r must be a whole number, 1 or more, got 0"),
     ({"r": True}, "r must be a whole number, 1 or more, got True"),
     ({"rank_pattern": {"q": 2.5}}, "rank_pattern: 'q' must be a whole number, 1 or more, got 2.5"),
     ({"lora_alpha": "16"}, "lora_alpha must be a number, got '16'"),
+    ({"lora_alpha": 10**399}, "lora_alpha must be between .* got a number of about 400 digits"),
+    ({"lora_alpha": float("nan")}, "lora_alpha must be between .* got nan"),
+    ({"lora_alpha": float("inf")}, "lora_alpha must be between .* got inf"),
+    ({"lora_alpha": True}, "lora_alpha must be a number, got True"),
+    ({"alpha_pattern": {"q": 1e300}}, "alpha_pattern: 'q' must be between"),
+    ({"r": 10**30}, "r must be a whole number, 1 or more, got a number of about 31 digits"),
     ({"alpha_pattern": {"q": None}}, "alpha_pattern: 'q' must be a number, got None"),
     ({"alpha_pattern": ["q"]}, r"alpha_pattern must map modules to numbers, got \['q'\]"),
-    ({"rank_pattern": {"(": 2}}, r"'\(' is no regular expression"),
+    ({"rank_pattern": {"(": 2}}, r"rank_pattern: '\(' is no regular expression"),
+    ({"alpha_pattern": {r"(a)\1": 2}}, "the escape at 4 is not known; write the names of modules"),
     ({"r": 4}, r"q_proj.lora_A.weight': its rank is 2, but 4 by r or rank_pattern"),
     ({"use_dora": True}, "has lora_A.weight, lora_B.weight, but needs .*lora_magnitude_vector"),
   ],
@@ -300,7 +308,7 @@ A, B, MAGNITUDE = "q_proj.lora_A.weight", "q_proj.lora_B.weight", "q_proj.lora_m
     (changed({B: None}), "q_proj' has lora_A.weight, but needs lora_A.weight, lora_B.weight"),
     (
       changed({MAGNITUDE: noise(0, 5)}),
-      "but needs lora_A.weight, lora_B.weight, as use_dora is False in adapter_config.json",
+      "but needs lora_A.weight, lora_B.weight, as use_dora is False and lora_bias False in",
     ),
     (
       changed({"q_proj.lora_embedding_A": noise(0, 2, 5)}),
@@ -311,14 +319,14 @@ A, B, MAGNITUDE = "q_proj.lora_A.weight", "q_proj.lora_B.weight", "q_proj.lora_m
       r"A is \[2, 8\] and B \[5, 2\], .* \[5, 8\] or \[8, 5\]; it is",
     ),
     (changed({A: noise(0, 3, 7)}), r"lora_A.weight': its rank is 3, but 2 in .*lora_B.weight'"),
-    (changed({A: noise(0, 2, 7, 3, 3)}), r"is \[2, 7, 3, 3\], not a matrix; convolutions"),
+    (changed({A: noise(0, 2, 7, 3, 3)}), r"A is \[2, 63\] and B \[5, 2\]"),
     (
       changed({B: np.ones((5, 2), np.int8)}),
       "lora_B.weight': is int8; give weights that are not",
     ),
     (changed({"q_prj.weight": noise(0, 5, 7)}), "nor in the base, whose nearest is"),
     (changed({"lm_head.weight": noise(0, 5, 7)}), r"nor in the base.*, untied \(tie_word_emb"),
-    (changed({"q_proj.lora_C": noise(0, 5, 7)}), "lora_C': is neither a part of a"),
+    (changed({"q_proj.lora_C": noise(0, 5, 7)}), "lora_C': is neither a part that LORA has"),
     (changed({"q_proj.lora_A.default.weight": noise(0, 5)}), "is neither a part"),
     (changed({"q_proj.weight": noise(0, 6, 7)}), r"is \[6, 7\], but \[5, 7\] in the"),
     (
@@ -326,8 +334,8 @@ A, B, MAGNITUDE = "q_proj.lora_A.weight", "q_proj.lora_B.weight", "q_proj.lora_m
       "names of an adapter's tensors begin with 'base_model.model.'",
     ),
     (
-      lora_parts("layers.0.q_proj", 2, (5, 7)),
-      f"the base has no tensor 'layers.0.q_proj.weight', whose nearest is '{Q}.weight'; give the",
+      lora_parts("block.0.q_proj", 2, (5, 7)),
+      f"the base has no tensor 'block.0.q_proj.weight', whose nearest is '{Q}.weight'; give the",
     ),
     (lora_parts("lm_head", 2, (5, 7)), r"no tensor 'lm_head.weight'; .*untied \("),
   ],

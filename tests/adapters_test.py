@@ -1,6 +1,7 @@
 """LoRA adapters in memory: worked examples, identities, files, and what is refused."""
 
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,9 @@ from reference import bundles as apart
 import jaxmerge
 from jaxmerge import adapters, bundles, methods, reversible
 from jaxmerge.adapters import Lora
-from jaxmerge.io import safetensors
+from jaxmerge.io import adapter as peft
+from jaxmerge.io import pieces, safetensors
+from jaxmerge.io.tensor import Files, stored
 
 pytestmark = pytest.mark.kernels
 ONE = {"w": Lora(jnp.array([[1.0, 2, 0]]), jnp.array([[1.0], [0]]))}
@@ -290,7 +293,10 @@ def test_a_saved_adapter_comes_back(tmp_path):
     assert found[name].rank == one[name].rank
   config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
   assert config["r"] == 5
-  assert config["rank_pattern"] == {"up": 4}
+  # As PEFT looks for the rank of a module: it is no end of another one's name.
+  (pattern,) = config["rank_pattern"]
+  assert re.match(rf"(.*\.)?({pattern})$", "up")
+  assert not re.match(rf"(.*\.)?({pattern})$", "model.up")
 
 
 def test_what_is_no_factor_is_refused(tmp_path):
@@ -454,3 +460,52 @@ def test_a_damaged_bundle_is_refused(tmp_path):
     ValueError, match=r"bundle.json: no description of a bundle \(the coefficients"
   ):
     bundles.load(path)
+
+
+@pytest.mark.parametrize("shape", [(6, 6), (6, 4)])
+def test_an_adapter_of_layers_that_lie_in_out_is_read_as_over_files(tmp_path, shape):
+  rng = np.random.default_rng(0)
+  inner, out = shape
+  a, b, w = (rng.normal(size=s).astype(np.float32) for s in ((2, inner), (out, 2), shape))
+  name = "h.0.attn.c_attn"
+  adapters.save(tmp_path / "a", {name: adapters.Swapped(a, b)})
+  assert json.loads((tmp_path / "a" / "adapter_config.json").read_text())["fan_in_fan_out"]
+  found = adapters.load(tmp_path / "a")
+  applied = adapters.applied({f"{name}.weight": jnp.asarray(w)}, found)[f"{name}.weight"]
+  close(applied, w + (b @ a).T, atol=1e-5)
+  safetensors.save(tmp_path / "w", {f"{name}.weight": w})
+  files = Files()
+  entries = safetensors.header(tmp_path / "w").tensors.items()
+  base = {n: stored(files, tmp_path / "w", n, entry) for n, entry in entries}
+  whole = peft.adapted(base, tmp_path / "a", files).tensors[f"{name}.weight"]
+  close(pieces.loaded(whole), applied, atol=1e-6)
+  # A kernel of Flax lies so whatever the adapter says; a layout is what counts.
+  kernel = adapters.applied({name: {"kernel": jnp.asarray(w)}}, found)[name]["kernel"]
+  close(kernel, applied)
+  assert isinstance(adapters.recompressed(adapters.flora([found]), 1)[name], adapters.Swapped)
+
+
+def test_how_a_square_matrix_lies_is_not_guessed():
+  up, down = (Lora(jnp.ones((1, 4)), jnp.ones((n, 1))) for n in (4, 6))
+  x = {"up": up, "down": down}
+  params = {"up": jnp.zeros((4, 4)), "down": jnp.zeros((4, 6))}
+  with pytest.raises(ValueError, match=r"'up' is square, and what its adapter says .* 'down'"):
+    adapters.applied(params, x)
+  adapters.applied(params, x, layout=[("^up$", "io"), ("^down$", "io")])
+
+
+def test_names_of_adapters_may_begin_otherwise(tmp_path):
+  adapters.save(tmp_path / "a", {"trunk.up": ONE["w"]})
+  params = {"model.up.weight": jnp.zeros((2, 3))}
+  found = adapters.load(tmp_path / "a", rename={"trunk": "model"})
+  assert (adapters.applied(params, found)["model.up.weight"] != 0).any()
+  close(adapters.applied(params, {"up": ONE["w"]})["model.up.weight"], ONE["w"].delta())
+
+
+@pytest.mark.parametrize("config", [{"use_dora": True}, {"init_lora_weights": "pissa"}, {"r": 3}])
+def test_what_makes_an_adapter_more_than_its_factors_is_refused_in_memory(tmp_path, config):
+  adapters.save(tmp_path / "a", ONE)
+  path = tmp_path / "a" / "adapter_config.json"
+  path.write_text(json.dumps(json.loads(path.read_text()) | config))
+  with pytest.raises(ValueError, match=r"more than its factors; apply|its rank is 1, but 3"):
+    adapters.load(tmp_path / "a")

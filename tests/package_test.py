@@ -59,6 +59,8 @@ FLOORS = {
     "kernels",
     "streaming",
     "adapters",
+    "adding",
+    "lora",
     "reversible",
     "bundles",
     "opening",

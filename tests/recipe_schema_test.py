@@ -44,7 +44,7 @@ def test_linear():
   models = [
     Model("psm/orca_v3_13b", place=place),
     Model("wiz/WizardLM-13B", "v1.2", place=place),
-    Model("gar/Platypus2-13B", None, "some/adapter", "main", place=place),
+    Model("gar/Platypus2-13B", None, (("some/adapter", "main"),), place=place),
   ]
   assert [s.model for s in own.models] == models
   assert str(models[2]) == "gar/Platypus2-13B+some/adapter@main"
@@ -163,7 +163,7 @@ REFERENCES = [
 def test_references(text, folders, parts):
   own = one(f"{{merge_method: passthrough, models: [{{model: {text}}}]}}", *folders)
   m = own.models[0].model
-  assert (m.path, m.revision, m.adapter, m.adapter_revision) == parts
+  assert (m.path, m.revision, *(m.adapters or ((None, None),))[0]) == parts
 
 
 def test_a_real_folder_is_one_reference(tmp_path, monkeypatch):

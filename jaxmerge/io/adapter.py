@@ -1,52 +1,67 @@
-"""PEFT LoRA adapters, checked strictly: the tensors of a base as an adapter leaves them.
+"""Adapters of PEFT, checked strictly: the tensors of a base as an adapter leaves them.
 
-Only headers are read here; `lora.py` computes what is read of an adapted matrix, when it is read.
+Only headers are read here, unless an output head and its embedding are compared; what is adapted is
+computed when it is read. `peft` holds the kinds of adapters.
 """
 
 from __future__ import annotations
 
-import difflib
-import math
 import os
 import pathlib
-import re
 from collections.abc import Mapping, Sequence
-from typing import Any  # What JSON holds is any object until it is checked.
+from typing import NamedTuple
 
 import numpy as np
 
-from jaxmerge.io import folder as folders
-from jaxmerge.io import kinds, lora, safetensors, ties
-from jaxmerge.io.tensor import Files, Tensor, stored
+from jaxmerge.io import kinds, pieces, safetensors, ties
+from jaxmerge.io.peft import layers, parts, replicating, settings
+from jaxmerge.io.peft.base import UNTIED, Base
+from jaxmerge.io.peft.parts import Contents
+from jaxmerge.io.peft.settings import Settings
+from jaxmerge.io.tensor import Files, Tensor
 
 Path = str | os.PathLike[str]
 
 CONFIG = kinds.ADAPTER
 WEIGHTS = "adapter_model.safetensors"
 
-_PREFIX = "base_model.model."
-_MAGNITUDE = "lora_magnitude_vector"
 _PAIR = ("lora_A.weight", "lora_B.weight")
-_LAYER = re.compile(
-  rf"(?P<module>.+)\.(?P<part>lora_[AB]\.weight|lora_embedding_[AB]|{_MAGNITUDE})"
-)
-# Keys of the config that decide about the result.
-_USED = (
-  "peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora",
-  "fan_in_fan_out", "bias", "init_lora_weights",
-)  # fmt: skip
-# Keys that only say how the adapter was trained, or what the names of its tensors say as well.
-_UNUSED = (
-  "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
-  "inference_mode", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform",
-  "layers_pattern", "modules_to_save", "ensure_weight_tying", "megatron_config", "megatron_core",
-  "loftq_config", "eva_config", "corda_config", "lora_ga_config", "velora_config",
-  "qalora_group_size", "runtime_config",
-)  # fmt: skip
-# Others (pissa, olora, corda, loftq, lora_ga) change the base, which then is not the one on disk.
-_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
-_UNTIED = ", untied (tie_word_embeddings: false, and a head) if the tensor is one of a tied pair"
-_MERGE = "merge it with PEFT (merge_and_unload) and give the result in place of base and adapter"
+
+
+class Adapted(NamedTuple):
+  """The tensors of a base as an adapter leaves them.
+
+  Attributes:
+    tensors: by name.
+    tied: output heads that still are the embedding.
+    untied: output heads that are tensors of their own by the adapter, and were the embedding.
+    layers: where the adapter stacks them anew, which of the base's each layer is.
+    rows: of the embedding, where the adapter has tokens more or fewer than the base.
+    fates: what becomes of each tensor of the adapter.
+  """
+
+  tensors: dict[str, Tensor]
+  tied: dict[str, Tensor]
+  untied: tuple[str, ...]
+  layers: tuple[int, ...] | None
+  rows: int | None
+  fates: dict[str, str]
+
+
+class Factors(NamedTuple):
+  """The factors of a matrix: scale * B @ A.
+
+  Attributes:
+    a: [r, in].
+    b: [out, r].
+    scale: number.
+    transposed: whether the config says that models store the matrix as [in, out].
+  """
+
+  a: np.ndarray
+  b: np.ndarray
+  scale: float
+  transposed: bool
 
 
 def is_adapter(folder: Path) -> bool:
@@ -74,141 +89,111 @@ def paths(folder: Path) -> tuple[pathlib.Path, pathlib.Path]:
 
 
 def adapted(
-  base: Mapping[str, Tensor], folder: Path, files: Files, *, home: str | None = None
-) -> dict[str, Tensor]:
+  base: Mapping[str, Tensor],
+  folder: Path,
+  files: Files,
+  *,
+  home: str | None = None,
+  tied: Mapping[str, Tensor] | None = None,
+  heads: Sequence[str] = (),
+  rename: Mapping[str, str] | None = None,
+) -> Adapted:
   """Returns the tensors of a base as an adapter leaves them.
 
   Matrices that are adapted are float32, computed when they are read; tensors that the adapter holds
-  whole (modules_to_save) take the place of the base's; all others are passed through. They say that
-  they are from `home`, where that is given, in place of the folder.
+  whole (modules_to_save) take the place of the base's; all others are passed through.
 
-  >>> tensors = adapted(planning.model("base", files).tensors, "adapter", files)  # doctest: +SKIP
+  >>> own = adapted(planning.model("base", files).tensors, "adapter", files)  # doctest: +SKIP
+
+  Args:
+    base: its tensors.
+    folder: of the adapter.
+    files: that are open.
+    home: where tensors say that they are from, in place of the folder.
+    tied: names of output heads to the embedding that each is.
+    heads: those of them that a model has, or would have if it were not tied.
+    rename: beginnings of names of the adapter's modules to those of the base.
 
   Raises:
     FileNotFoundError: where a file of the adapter is missing.
     ValueError: naming the file, and the key or tensor, that is not understood or does not fit.
   """
   path, weights = paths(folder)
-  config = _settings(path)
-  parts, out = _sorted(weights, base, files, home)
-  layers = {f"{m}.weight": _layer(path, m, own, out, config) for m, own in parts.items()}
-  plain = [layers[f"{m}.weight"] for m, own in parts.items() if "lora_A.weight" in own]
-  _check_square(plain, config["fan_in_fan_out"])
-  return {**out, **lora.computed(layers)}
+  own, contents = settings.read(path), parts.read(weights, files, home)
+  order, tensors = replicating.replicated(base, own)
+  every = Base({**(tied or {}), **tensors}, rename or {})
+  whole = _replace(every, contents, own)
+  names = layers.change(every, contents, own)
+  changed = every.stored()
+  tokens = {n for key, n in names.items() if parts.TOKENS in contents.modules[key]}
+  out = {n: changed.get(n, t) for n, t in tensors.items()}
+  still, untied = _ties(tensors, changed, tied or {}, heads, tokens)
+  rows = _rows(every, {**out, **untied})
+  fates = _fates(weights, {**names, **{(n, -1): to for n, to in whole.items()}})
+  return Adapted({**out, **untied}, still, tuple(untied), order, rows, fates)
 
 
-def fates(folder: Path) -> dict[str, str]:
-  """Says of each tensor of an adapter which one of the model it is added to, or stands for.
-
-  >>> fates("adapter")  # doctest: +SKIP
-  {'base_model.model.q_proj.lora_A.weight': 'adapter, added -> q_proj.weight', ...}
+def factors(folder: Path, files: Files) -> dict[str, Factors]:
+  """Reads the factors of an adapter by their modules.
 
   Raises:
     FileNotFoundError: where a file of the adapter is missing.
+    ValueError: naming the tensor that is no factor of a plain LoRA layer, or the key of the config
+      by which the adapter is more than its factors.
   """
+  path, weights = paths(folder)
+  own, contents = settings.read(path), parts.read(weights, files)
+  use = "apply the adapter to its base, as model+adapter, and merge the models"
+  for key in ("use_dora", "lora_bias", "layer_replication", "target_parameters"):
+    if own.values.get(key):
+      raise ValueError(f"{path}: {key} makes it more than its factors; {use}.")
+  if own.kind != "LORA" or own.values.get("init_lora_weights") in ("pissa", "olora"):
+    said = own.values["init_lora_weights"] if own.kind == "LORA" else own.kind
+    raise ValueError(f"{path}: {said} makes it more than its factors; {use}.")
   found = {}
-  for key in safetensors.header(paths(folder)[1]).tensors:
-    name = _in_model(key)
-    part = _LAYER.fullmatch(name)
-    words = f"added -> {part['module']}.weight" if part else f"in place of the model's -> {name}"
-    found[key] = f"adapter, {words}"
+  strange = [*contents.whole.values(), *contents.shared.values()]
+  for (module, nested), each in contents.modules.items():
+    strange += [t for part, t in each.items() if part not in _PAIR or len(t.shape) != 2 or nested]
+    if strange:
+      break
+    a, b = (each.get(part) for part in _PAIR)
+    if a is None or b is None or a.shape[0] != b.shape[1]:
+      raise ValueError(f"{weights}: {module!r} has no pair of factors, A [r, in] and B [out, r].")
+    if a.shape[0] != own.rank(module):
+      raise ValueError(
+        f"{a.where}: its rank is {a.shape[0]}, but {own.rank(module)} by r or rank_pattern."
+      )
+    pair = pieces.loaded(a), pieces.loaded(b)
+    found[module] = Factors(*pair, own.scale(module), own.values["fan_in_fan_out"])
+  if strange:
+    raise ValueError(f"{strange[0].where}: is no factor of a plain LoRA layer; {use}.")
   return found
 
 
-def factors(folder: Path, files: Files) -> dict[str, tuple[np.ndarray, np.ndarray, float]]:
-  """Reads the factors of an adapter: module to A [r, in], B [out, r], and the factor on B @ A.
+# --- Tensors that an adapter holds whole ---
 
-  Raises:
-    FileNotFoundError: where a file of the adapter is missing.
-    ValueError: naming the tensor that is no factor of a plain LoRA layer.
-  """
-  path, weights = paths(folder)
-  config = _settings(path)
-  found: dict[str, dict[str, np.ndarray]] = {}
-  for key, entry in safetensors.header(weights).tensors.items():
-    tensor = stored(files, weights, key, entry)
-    part = _LAYER.fullmatch(key.removeprefix(_PREFIX))
-    if not key.startswith(_PREFIX) or not part or part["part"] not in _PAIR:
+
+def _replace(base: Base, contents: Contents, own: Settings) -> dict[str, str]:
+  """Puts tensors in the place of the base's; returns what each is called there."""
+  names = {}
+  for name, tensor in contents.whole.items():
+    found = base.name(name)
+    if found is None:
+      untied = f"; give the base{UNTIED}" if name.endswith(ties.HEADS) else ""
       raise ValueError(
-        f"{tensor.where}: is no factor of a plain LoRA layer; apply the adapter to its base, and "
-        "merge the models."
+        f"{tensor.where}: is neither a part that {own.kind} has (lora_A.weight, lora_B.weight, "
+        f"lora_embedding_A, lora_embedding_B, {parts.MAGNITUDE}) nor in the base{base.near(name)}"
+        f"{untied}."
       )
-    x = np.empty(tensor.shape, tensor.dtype)
-    tensor.read(0, x.reshape(-1))
-    found.setdefault(part["module"], {})[part["part"]] = x
-  for module, parts in found.items():
-    if parts.keys() != set(_PAIR) or parts[_PAIR[0]].shape[:1] != parts[_PAIR[1]].shape[1:]:
-      raise ValueError(f"{weights}: {module!r} has no pair of factors, A [r, in] and B [out, r].")
-  return {m: (own[_PAIR[0]], own[_PAIR[1]], _scale(path, config, m)) for m, own in found.items()}
-
-
-# --- What the files say ---
-
-
-def _settings(path: pathlib.Path) -> dict[str, Any]:
-  """Reads and checks the config; missing keys have the values that PEFT gives them."""
-  config = folders.read_json(path)
-  if config.get("peft_type") != "LORA":
-    raise ValueError(f"{path}: peft_type is {config.get('peft_type')!r}, not 'LORA'; {_MERGE}.")
-  for key, value in config.items():
-    if key not in (*_USED, *_UNUSED) and value not in (None, False, [], {}):
-      raise ValueError(f"{path}: {key} = {value!r:.100} is not supported; {_MERGE}.")
-  if config.get("bias", "none") != "none":
-    raise ValueError(f"{path}: bias is {config['bias']!r}, only 'none' is supported; {_MERGE}.")
-  if config.get("init_lora_weights") not in _STARTS:
-    raise ValueError(
-      f"{path}: init_lora_weights = {config['init_lora_weights']!r} changed the base before the "
-      "training; save the adapter with PEFT's path_initial_model_for_weight_conversion."
-    )
-  for key in ("use_rslora", "use_dora", "fan_in_fan_out"):
-    if not isinstance(config.setdefault(key, False), bool):
-      raise ValueError(f"{path}: {key} must be true or false, got {config[key]!r}.")
-  _check_numbers(path, config, "r", "rank_pattern")
-  _check_numbers(path, config, "lora_alpha", "alpha_pattern")
-  return config
-
-
-def _check_numbers(path: pathlib.Path, config: dict[str, Any], key: str, pattern: str) -> None:
-  """Completes a number and the pattern of its exceptions, and raises ValueError for other types."""
-  config.setdefault(key, 8)
-  config[pattern] = config.get(pattern) or {}
-  if not isinstance(config[pattern], dict):
-    raise ValueError(f"{path}: {pattern} must map modules to numbers, got {config[pattern]!r}.")
-  values = {key: config[key], **{f"{pattern}: {k!r}": v for k, v in config[pattern].items()}}
-  for place, value in values.items():
-    if key == "r" and (type(value) is not int or value < 1):
-      raise ValueError(f"{path}: {place} must be a whole number, 1 or more, got {value!r}.")
-    if type(value) not in (int, float):
-      raise ValueError(f"{path}: {place} must be a number, got {value!r}.")
-
-
-def _sorted(
-  path: pathlib.Path, base: Mapping[str, Tensor], files: Files, home: str | None
-) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
-  """Sorts the adapter's tensors: parts by module; and the base's, some of them replaced whole."""
-  parts: dict[str, dict[str, Tensor]] = {}
-  out = dict(base)
-  for key, entry in safetensors.header(path).tensors.items():
-    tensor = stored(files, path, key, entry, home=home)
-    if not key.startswith(_PREFIX):
-      raise ValueError(f"{tensor.where}: names of an adapter's tensors begin with {_PREFIX!r}.")
-    name = _in_model(key)
-    if found := _LAYER.fullmatch(name):
-      parts.setdefault(found["module"], {})[found["part"]] = tensor
-    elif name not in base:
+    old = base.tensor(found)
+    resized = ties.is_vocabulary(found) and tensor.shape[1:] == old.shape[1:] != ()
+    if tensor.shape != old.shape and not resized:
       raise ValueError(
-        f"{tensor.where}: is neither a part of a LoRA layer (lora_A.weight, lora_B.weight, "
-        f"lora_embedding_A, lora_embedding_B, {_MAGNITUDE}) nor in the base{_near(name, base)}"
-        f"{f'; give the base{_UNTIED}' if name.endswith(ties.HEADS) else ''}."
-      )
-    elif tensor.shape != base[name].shape:
-      raise ValueError(
-        f"{tensor.where}: is {list(tensor.shape)}, but {list(base[name].shape)} in the base, whose "
+        f"{tensor.where}: is {list(tensor.shape)}, but {list(old.shape)} in the base, whose "
         "tensor it replaces; give a base of that shape."
       )
-    else:
-      out[name] = _like(tensor, base[name])
-  return parts, out
+    base.changed[found], names[name] = _like(tensor, old), found
+  return names
 
 
 def _like(tensor: Tensor, own: Tensor) -> Tensor:
@@ -218,101 +203,67 @@ def _like(tensor: Tensor, own: Tensor) -> Tensor:
   return tensor._replace(kept=kept) if alike else tensor
 
 
-def _in_model(key: str) -> str:
-  """What a tensor, or its module, is called in the model; PEFT may save it beside its adapter."""
-  return key.removeprefix(_PREFIX).replace(".base_layer.", ".")
+# --- Heads and embeddings ---
 
 
-def _near(name: str, base: Mapping[str, Tensor]) -> str:
-  near = difflib.get_close_matches(name, base, n=1)
-  return f", whose nearest is {near[0]!r}" if near else ""
-
-
-def _layer(
-  path: pathlib.Path,
-  module: str,
-  parts: Mapping[str, Tensor],
+def _ties(
   base: Mapping[str, Tensor],
-  config: Mapping[str, Any],
-) -> lora.Layer:
-  """Brings the parts of a layer together with the base's matrix."""
-  where, name = next(iter(parts.values())).where, f"{module}.weight"
-  if name not in base:
-    raise ValueError(
-      f"{where}: the base has no tensor {name!r}{_near(name, base)}; give the base that the "
-      f"adapter was trained on{_UNTIED}."
-    )
-  embedding = any("embedding" in part for part in parts)
-  pair = [f"lora_embedding_{x}" if embedding else f"lora_{x}.weight" for x in "AB"]
-  wanted = [*pair, _MAGNITUDE] if config["use_dora"] else pair
-  if parts.keys() != set(wanted):
-    raise ValueError(
-      f"{where}: module {module!r} has {', '.join(parts)}, but needs {', '.join(wanted)}, as "
-      f"use_dora is {config['use_dora']} in {path.name}."
-    )
-  (a, b), own, magnitude = (parts[p] for p in pair), base[name], parts.get(_MAGNITUDE)
-  _check_matrices(own, a, b, embedding)
-  if magnitude is not None and magnitude.shape != b.shape[:1]:
-    raise ValueError(f"{magnitude.where}: must be {list(b.shape[:1])}, is {list(magnitude.shape)}.")
-  rank = _number(path, config["rank_pattern"], module, config["r"])
-  if a.shape[0] != rank:
-    raise ValueError(f"{a.where}: its rank is {a.shape[0]}, but {rank} by r or rank_pattern.")
-  square = own.shape == (a.shape[1], b.shape[0]) == (b.shape[0], a.shape[1])
-  transposed = config["fan_in_fan_out"] if square else own.shape == (a.shape[1], b.shape[0])
-  scale = _scale(path, config, module)
-  return lora.Layer(own, a, b, magnitude, scale, embedding or transposed)
+  changed: Mapping[str, Tensor],
+  tied: Mapping[str, Tensor],
+  heads: Sequence[str],
+  tokens: set[str],
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+  """The heads that still are the embedding, and those that no longer are.
 
-
-def _scale(path: pathlib.Path, config: Mapping[str, Any], module: str) -> float:
-  """The factor on B @ A."""
-  rank = _number(path, config["rank_pattern"], module, config["r"])
-  alpha = _number(path, config["alpha_pattern"], module, config["lora_alpha"])
-  return alpha / (math.sqrt(rank) if config["use_rslora"] else rank)
-
-
-def _check_matrices(own: Tensor, a: Tensor, b: Tensor, embedding: bool) -> None:
-  """Raises ValueError where A, B and the base's matrix do not belong together."""
-  for tensor in (own, a, b):
-    if not safetensors.is_floating(tensor.dtype):
-      raise ValueError(f"{tensor.where}: is {tensor.dtype}; give weights that are not quantized.")
-    if len(tensor.shape) != 2:
-      raise ValueError(
-        f"{tensor.where}: is {list(tensor.shape)}, not a matrix; convolutions are not supported: "
-        f"{_MERGE}."
-      )
-  if a.shape[0] != b.shape[1]:
-    raise ValueError(f"{a.where}: its rank is {a.shape[0]}, but {b.shape[1]} in {b.where}.")
-  plain, transposed = (b.shape[0], a.shape[1]), (a.shape[1], b.shape[0])
-  fits = [transposed] if embedding else [plain, transposed]
-  if own.shape not in fits:
-    raise ValueError(
-      f"{a.where}: A is {list(a.shape)} and B {list(b.shape)}, which is for a matrix "
-      f"{' or '.join(str(list(f)) for f in fits)}; it is {list(own.shape)} in {own.where}."
-    )
-
-
-def _number(path: pathlib.Path, patterns: Mapping[str, Any], module: str, default: Any) -> Any:
-  """The number of a module: that of the first pattern which is its name, or the name's end."""
-  for pattern, value in patterns.items():
-    try:
-      found = re.fullmatch(rf"(?:.*\.)?(?:{pattern})", module)
-    except re.error as error:
-      raise ValueError(f"{path}: {pattern!r} is no regular expression ({error}).") from error
-    if found:
-      return value
-  return default
-
-
-def _check_square(layers: Sequence[lora.Layer], transposed: bool) -> None:
-  """Raises ValueError where the layout of a square matrix cannot be told.
-
-  PEFT sets fan_in_fan_out right for one layer after the other and saves the last value: in a model
-  of both kinds of layers it says nothing about the others.
+  PEFT trains a head only where the adapter says so: else it stays as the embedding was. Rows of
+  single tokens are those of both.
   """
-  square = [layer for layer in layers if layer.base.shape[0] == layer.base.shape[1]]
-  wrong = [layer for layer in layers if layer.transposed != transposed]
-  if square and wrong:
-    raise ValueError(
-      f"{square[0].a.where}: the base's matrix is square, and fan_in_fan_out does not tell its "
-      f"layout, because it is wrong for {wrong[0].base.where}; {_MERGE}."
-    )
+  names = {id(t): n for n, t in base.items()}
+  still, untied = {}, {}
+  for head, tensor in tied.items():
+    embedding = names[id(tensor)]
+    new = changed.get(embedding, tensor)
+    apart = head in changed or (new is not tensor and embedding not in tokens)
+    own = changed.get(head, tensor)
+    if apart and (head in changed or head in heads) and not ties.equal(own, new):
+      untied[head] = own
+    else:
+      still[head] = new
+  return ({}, untied) if untied else (still, untied)
+
+
+def _rows(base: Base, out: Mapping[str, Tensor]) -> int | None:
+  """The rows of embedding and head, where the adapter has others than the base.
+
+  Raises:
+    ValueError: where not all of them have.
+  """
+  known = {n: t for n, t in out.items() if ties.is_vocabulary(n) and n in base.tensors}
+  grown = {n: t for n, t in known.items() if t.shape[0] != base.tensors[n].shape[0]}
+  if not grown:
+    return None
+  (name, first), *_ = grown.items()
+  for other, tensor in known.items():
+    if base.tensors[other].shape[0] == base.tensors[name].shape[0] and (
+      tensor.shape[0] != first.shape[0]
+    ):
+      raise ValueError(
+        f"{first.where}: {name!r} has {first.shape[0]} rows, but {other!r} has {tensor.shape[0]}: "
+        "those of tokens that were added are in no file; save the adapter with both "
+        "(modules_to_save, or save_embedding_layers=True)."
+      )
+  return first.shape[0]
+
+
+def _fates(weights: pathlib.Path, names: Mapping[tuple[str, int], str]) -> dict[str, str]:
+  """What becomes of the tensors of an adapter, by what they are added to, or stand for."""
+  found = {}
+  for name in safetensors.header(weights).tensors:
+    own = parts.key(name)
+    if own is None or not own.module:
+      found[name] = "adapter, shared by its modules"
+    elif own.part:
+      found[name] = f"adapter, added -> {names[own.module, own.nested]}"
+    else:
+      found[name] = f"adapter, in place of the model's -> {names[own.module, -1]}"
+  return found

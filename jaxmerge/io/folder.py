@@ -28,14 +28,8 @@ _WEIGHTED = ("CNN", "Dense", "LSTM", "LayerNorm", "WeightedLayerPooling")  # Not
 PROVENANCE = "jaxmerge_provenance.json"  # How a merged model came to be; checksums of its tensors.
 _LONGEST_PROVENANCE = 10 * parsing.LONGEST  # Bytes; a line for every tensor of every input.
 _LONGEST_NAME = 255  # Characters of a file's name, on every common disk.
-# What a folder with new weights takes over from the base's folder, where it is there. Weights, code
-# and the base's own model card are not taken over.
-COPIED = (
-  CONFIG,
-  "generation_config.json",
-  "preprocessor_config.json",
-  "video_preprocessor_config.json",
-  "processor_config.json",
+# Files of a tokenizer, beside its chat template.
+TOKENIZER = (
   "tokenizer.json",
   "tokenizer_config.json",
   "special_tokens_map.json",
@@ -51,6 +45,16 @@ COPIED = (
   "bpe.codes",
   "tekken.json",
   "entity_vocab.json",
+)
+# What a folder with new weights takes over from the base's folder, where it is there. Weights, code
+# and the base's own model card are not taken over.
+COPIED = (
+  CONFIG,
+  "generation_config.json",
+  "preprocessor_config.json",
+  "video_preprocessor_config.json",
+  "processor_config.json",
+  *TOKENIZER,
   "chat_template.*",
   "additional_chat_templates/*.jinja",
   MODULES,

@@ -170,3 +170,32 @@ def _same(a: Tensor, b: Tensor, start: int, stop: int) -> bool:
   if a.dtype == b.dtype:
     return bool((x.view(np.uint8) == y.view(np.uint8)).all())
   return bool((x.astype(np.float64) == y.astype(np.float64)).all())
+
+
+def is_vocabulary(name: str) -> bool:
+  """Tells whether a tensor is called as one with a row for each token: an embedding, or a head.
+
+  >>> is_vocabulary("model.embed_tokens.weight"), is_vocabulary("layers.0.lm_head.weight")
+  (True, False)
+  """
+  heads = name.endswith((*HEADS, *(f"{h.removesuffix('weight')}bias" for h in HEADS)))
+  embedding = any(f".{name}".endswith(end) for end in _EMBEDDINGS)
+  return (heads or embedding) and _outside(name)
+
+
+def head(config: Mapping[str, Any]) -> str | None:
+  """Returns what the head of a model is called where it is stored; None where it has none.
+
+  >>> head({"architectures": ["LlamaForCausalLM"], "model_type": "llama"})
+  'lm_head.weight'
+  """
+  if not _is_language_model(config):
+    return None
+  named = {
+    "gpt_neox": "embed_out.weight",
+    "whisper": "proj_out.weight",
+    "bert": "cls.predictions.decoder.weight",
+    "roberta": "lm_head.decoder.weight",
+    "distilbert": "vocab_projector.weight",
+  }
+  return named.get(str(config.get("model_type")), "lm_head.weight")

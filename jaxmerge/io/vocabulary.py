@@ -48,7 +48,7 @@ class Papers(NamedTuple):
   """
 
   folder: pathlib.Path
-  texts: Mapping[str, str | None] = {}
+  texts: Mapping[str, str | bytes | None] = {}
 
   def has(self, name: str) -> bool:
     """Tells whether a file is there."""
@@ -58,7 +58,8 @@ class Papers(NamedTuple):
   def text(self, name: str) -> str | None:
     """Returns the text of a file; None where there is none."""
     if name in self.texts or not self.has(name):
-      return self.texts.get(name)
+      own = self.texts.get(name)
+      return own.decode() if isinstance(own, bytes) else own
     return folders.text(self.folder, name)
 
   def json(self, name: str) -> dict[str, Any]:

@@ -260,6 +260,16 @@ def layout(node: Marked, found: list[Problem]) -> tuple[View, ...]:
   return tuple(made)
 
 
+def rename(node: Marked, found: list[Problem]) -> dict[str, str]:
+  """Returns the beginnings of names, and what stands in their place; that may be nothing."""
+  keys = tuple(node.value) if isinstance(node.value, dict) else ()
+  inside = fields.mapping(node, "rename", keys, found)
+  return {
+    old: "" if new.value == "" else fields.text(new, f"rename of {shown(old)}", found)
+    for old, new in inside.items()
+  }
+
+
 def _axes(node: Marked, found: list[Problem]) -> str | None:
   word = fields.text(node, "view", found)
   if word == "none":

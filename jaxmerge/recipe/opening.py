@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
-from jaxmerge import opening, planning
+from jaxmerge import adding, opening, planning
 from jaxmerge.io import folder, hub
 from jaxmerge.io.tensor import Files
 from jaxmerge.io.vocabulary import Papers
 from jaxmerge.recipe.places import Problem, RecipeError
 from jaxmerge.recipe.records import Model
+
+Rename = Mapping[str, str]  # Beginnings of names to others.
 
 
 @contextlib.contextmanager
@@ -28,13 +30,13 @@ class Opener(NamedTuple):
 
   Attributes:
     model: opens a model; RecipeError for one that is not there, or is damaged.
-    adapted: adds the adapter of a reference, if it has one, to a model that is open; likewise.
+    adapted: adds the adapters of a reference, if it has some, to a model that is open; likewise.
     papers: finds the small files of one whose tokenizer alone is wanted; OSError, ValueError.
     find: finds both, and knows what came from the hub.
   """
 
-  model: Callable[[Model], planning.Model]
-  adapted: Callable[[Model, planning.Model], planning.Model]
+  model: Callable[[Model, Rename], planning.Model]
+  adapted: Callable[[Model, planning.Model, Rename], planning.Model]
   papers: Callable[[Model], Papers]
   find: hub.Finder
 
@@ -44,20 +46,25 @@ def opener(files: Files, *, download: bool = False) -> Opener:
   find = hub.Finder(download=download)
 
   def reference(model: Model) -> opening.Reference:
-    return opening.Reference(model.path, model.revision, model.adapter, model.adapter_revision)
+    return opening.Reference(model.path, model.revision, model.adapters)
 
-  def opened(model: Model) -> planning.Model:
+  def opened(model: Model, rename: Rename) -> planning.Model:
     with _placed(model):
-      return opening.opened(reference(model), files, find, str(model))
+      return opening.opened(reference(model), files, find, str(model), rename)
 
-  def adapted(model: Model, made: planning.Model) -> planning.Model:
+  def adapted(model: Model, made: planning.Model, rename: Rename) -> planning.Model:
     with _placed(model):
-      own = opening.adapted(made, reference(model), files, find)
+      own = opening.adapted(made, reference(model), files, find, rename)
       return own._replace(name=str(model))
 
   def papers(model: Model) -> Papers:
-    found = find(model.path, model.revision, weights=False).folder
-    files.note(folder.small(found))
-    return Papers(found)
+    home = find(model.path, model.revision, weights=False).folder
+    files.note(folder.small(home))
+    texts: dict[str, adding.Text] = {}
+    for path, revision in model.adapters:
+      added = find(path, revision, weights=False).folder
+      files.note(folder.small(added))
+      texts |= adding.tokenizer(added, home)
+    return Papers(home, texts)
 
   return Opener(opened, adapted, papers, find)

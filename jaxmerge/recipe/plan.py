@@ -69,22 +69,27 @@ def of_file(
   earlier: dict[str, Plan] = {}
   found: list[Exception] = []
 
-  def model(own: Model) -> planning.Model:
-    here = own.revision is None and own.path in results
-    return opener.adapted(own, results[own.path]) if here else opener.model(own)
+  def of(recipe: Recipe) -> Callable[[Model], planning.Model]:
+    def model(own: Model) -> planning.Model:
+      here = own.revision is None and own.path in results
+      if here:
+        return opener.adapted(own, results[own.path], recipe.rename)
+      return opener.model(own, recipe.rename)
+
+    return model
 
   def papers(own: Model) -> Papers:
     here = own.revision is None and own.path in results
     return tokenizer.papers(results[own.path]) if here else opener.papers(own)
 
   for recipe in (r for r in recipes[:-1] if r.name is not None):
-    for plan in _tried(recipe, model, papers, results, found):
+    for plan in _tried(recipe, of(recipe), papers, results, found):
       there = {n: folder.provenance(own.folder) for n, own in _there(results).items()}
       known = {n: {"plan": own.get("plan")} for n, own in there.items() if n in recipe.uses}
       plan = _dated(plan, results, files, {"earlier": known} if known else {})
       earlier[str(recipe.name)] = plan
       results[str(recipe.name)] = (foreseen if found else made)(str(recipe.name), plan)
-  last = _tried(recipes[-1], model, papers, results, found)
+  last = _tried(recipes[-1], of(recipes[-1]), papers, results, found)
   telling.check(found)
   (plan,) = last
   asked = {"compat": compat} if compat else {}
@@ -117,7 +122,7 @@ def _read(path: str | os.PathLike[str], opener: opening.Opener, strict: bool) ->
     return schema.read(path, strict=strict)
   for own in found[0].models if isinstance(found[0], RecipeError) else ():
     with telling.noted(found):
-      opener.model(own)
+      opener.model(own, {})
   telling.check(found)
   return ()
 

@@ -21,21 +21,19 @@ class Model:
   Attributes:
     path: a local folder, a hub id, or the name of another recipe of the file.
     revision: of the hub's repository.
-    adapter: path of an adapter that is added to the model.
-    adapter_revision: revision of the adapter.
+    adapters: paths of adapters that are added to the model, each with its revision.
     place: where the reference stands.
   """
 
   path: str
   revision: str | None = None
-  adapter: str | None = None
-  adapter_revision: str | None = None
+  adapters: tuple[tuple[str, str | None], ...] = ()
   place: Place = dataclasses.field(kw_only=True, compare=False)
 
   def __str__(self) -> str:
-    """Returns the reference as mergekit writes it: `path@revision+adapter@revision`."""
-    parts = [(self.path, self.revision), (self.adapter, self.adapter_revision)]
-    return "+".join(path + (f"@{own}" if own else "") for path, own in parts if path)
+    """Returns the reference as mergekit writes it: `path@revision+adapter@revision`, ..."""
+    parts = [(self.path, self.revision), *self.adapters]
+    return "+".join(path + (f"@{own}" if own else "") for path, own in parts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,6 +203,7 @@ class Recipe:
     exclude: tensors that are copied from the base.
     overrides: the first whose `where` holds counts.
     layout: matrix views; the first whose `where` holds counts.
+    rename: beginnings of names of tensors, in models and adapters, to others.
     seed: of random masks; 0 where the recipe gives none.
     uses: names of the recipes of the same file that this one builds on.
     ignored: the keys without effect.
@@ -229,6 +228,7 @@ class Recipe:
   exclude: tuple[Where, ...] = ()
   overrides: tuple[Override, ...] = ()
   layout: tuple[View, ...] = ()
+  rename: Mapping[str, str] = dataclasses.field(default_factory=dict)
   seed: int = 0
   uses: tuple[str, ...] = ()
   ignored: tuple[Problem, ...] = dataclasses.field(default=(), compare=False)

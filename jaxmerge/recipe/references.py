@@ -40,8 +40,6 @@ def model(node: Marked, what: str, context: Context) -> Model:
   if text in context.names or context.is_folder(text):
     return Model(text, place=node.place)
   parts = text.split("+")
-  if len(parts) > 2:
-    note(context.found, node.place, f"{what} has more than one +: {shown(text)}{_spell('+')}.")
   path, revision = _location(parts[0], node, what, context)
   if revision and path in context.names:
     note(context.found, node.place, f"{what} {path!r} is a recipe, which has no revision.")
@@ -54,8 +52,8 @@ def model(node: Marked, what: str, context: Context) -> Model:
       node.place,
       f"{text} the hub, write {{model: {{path: {path[:60]}, revision: main}}}}.",
     )
-  own = _location(parts[1], node, what, context) if len(parts) > 1 else (None, None)
-  return Model(path, revision, *own, place=node.place)
+  adapters = tuple(_location(part, node, what, context) for part in parts[1:])
+  return Model(path, revision, adapters, place=node.place)
 
 
 def _spelt_out(node: Marked, what: str, context: Context) -> Model:
@@ -68,7 +66,8 @@ def _spelt_out(node: Marked, what: str, context: Context) -> Model:
     note(context.found, node.keys["lora"], f"{what} has both an adapter and a lora: remove one.")
   path, revision = _part(given.get("model"), f"model of {what}", context)
   own = _part(given.get("adapter", given.get("lora")), f"adapter of {what}", context)
-  return Model(path or "?", revision, *own, place=node.place)
+  adapters = () if own[0] is None else ((own[0], own[1]),)
+  return Model(path or "?", revision, adapters, place=node.place)
 
 
 def _part(node: Marked | None, what: str, context: Context) -> tuple[str | None, str | None]:

@@ -41,6 +41,7 @@ KEYS = (
   "exclude",
   "overrides",
   "layout",
+  "rename",
   "seed",
 )
 _OTHERS = {
@@ -196,6 +197,7 @@ def _recipe(node: Marked, context: Context) -> Recipe | None:
     exclude=fields.maybe(_exclude, given.get("exclude"), found) or (),
     overrides=inputs.overrides(changes, methods[1:], found),
     layout=fields.maybe(inputs.layout, given.get("layout"), found) or (),
+    rename=fields.maybe(inputs.rename, given.get("rename"), found) or {},
     seed=fields.maybe(fields.whole, given.get("seed"), "seed", 0, 2**32 - 1, found) or 0,
     place=node.place,
     places=node.keys,

@@ -1,0 +1,153 @@
+"""Adds an adapter to a model that is open: its tensors, its config, and its tokenizer's files."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any  # What a config.json holds.
+
+from jaxmerge.io import adapter, codes, folder, links, ties
+from jaxmerge.io.tensor import Files, Tensor
+from jaxmerge.planning import Model
+
+Text = str | bytes | None  # Of a file; None: it is not there.
+
+# Of these one must be there: the vocabulary itself.
+_VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "*.model", "*.tiktoken", "*.spm")
+_TEMPLATES = ("chat_template.*", "additional_chat_templates/*.jinja")
+_LAYERS = ("num_hidden_layers", "n_layer", "num_layers")
+
+
+def added(
+  model: Model,
+  path: str | os.PathLike[str],
+  files: Files,
+  *,
+  home: str | None = None,
+  rename: Mapping[str, str] | None = None,
+) -> Model:
+  """Returns a model as an adapter leaves it.
+
+  Args:
+    model: the model.
+    path: folder of the adapter.
+    files: open files of the models.
+    home: what the adapter's folder is called where its path would tell of this machine.
+    rename: beginnings of names of the adapter's modules to those of the model.
+
+  Raises:
+    FileNotFoundError: where a file of the adapter is missing.
+    ValueError: naming what is damaged or does not fit.
+  """
+  files.note([*adapter.paths(path), *folder.small(pathlib.Path(path))])
+  own = adapter.adapted(
+    model.tensors,
+    path,
+    files,
+    home=home,
+    tied=model.tied,
+    heads=_heads(model),
+    rename=rename,
+  )
+  touched = {n for n, t in own.tensors.items() if t is not model.tensors.get(n)}
+  if line := codes.problem(model.name, model.tensors, touched, model.config, model.folder):
+    raise ValueError(f"{path} is added to {line}")
+  dropped = {n: words for n, words in model.dropped.items() if n not in own.untied}
+  changed = model._replace(
+    tensors=own.tensors,
+    tied=own.tied,
+    dropped={**dropped, **own.fates},
+    files=(*model.files, *adapter.paths(path)),
+  )
+  config = _config(model.config, own, own.tensors)
+  if config == model.config:
+    return changed
+  texts = {**model.texts, folder.CONFIG: json.dumps(config, indent=2) + "\n"}
+  return changed._replace(config=config, texts=texts)
+
+
+def tokenizer(path: pathlib.Path, base: pathlib.Path) -> dict[str, Text]:
+  """Returns the files of an adapter's tokenizer and chat template, by name.
+
+  Those of the model are left out where an adapter has a tokenizer without them; its chat template
+  stays where the adapter has none.
+  """
+  found = _texts(path, folder.TOKENIZER)
+  templates = _texts(path, _TEMPLATES)
+  settings = found.get("tokenizer_config.json")
+  if not any(path.glob(name) for name in _VOCABULARIES if any(path.glob(name))):
+    found = {}
+  elif not templates and settings and b"chat_template" in _bytes(settings):
+    templates = dict.fromkeys(_names(base, _TEMPLATES))
+  if found:
+    found = {**dict.fromkeys(_names(base, folder.TOKENIZER)), **found}
+  every = {**found, **templates}
+  return {n: text for n, text in every.items() if not _same(base / n, text)}
+
+
+def _names(path: pathlib.Path, patterns: Sequence[str]) -> list[str]:
+  return [str(p.relative_to(path)) for name in patterns for p in path.glob(name) if p.is_file()]
+
+
+def _texts(path: pathlib.Path, patterns: Sequence[str]) -> dict[str, Text]:
+  found: dict[str, Text] = {}
+  for name in _names(path, patterns):
+    links.check(path / name, path)
+    content = (path / name).read_bytes()
+    try:
+      found[name] = content.decode()
+    except UnicodeDecodeError:
+      found[name] = content
+  return found
+
+
+def _bytes(text: Text) -> bytes:
+  return text.encode() if isinstance(text, str) else text or b""
+
+
+def _same(path: pathlib.Path, text: Text) -> bool:
+  if text is None or not path.is_file():
+    return text is None and not path.is_file()
+  return path.read_bytes() == _bytes(text)
+
+
+def _heads(model: Model) -> list[str]:
+  """The output heads that a model has, though they are its embedding."""
+  stored = [n for n in model.tied if n.endswith(ties.HEADS) and n in model.dropped]
+  name = ties.head(model.config)
+  return stored or [n for n in model.tied if n == name]
+
+
+def _config(
+  own: Mapping[str, Any], found: adapter.Adapted, tensors: Mapping[str, Tensor]
+) -> dict[str, Any]:
+  """The config of a model as an adapter leaves it: tokens, layers, and what is tied."""
+  changed = dict(own)
+  if found.rows is not None:
+    changed = _with(changed, ("vocab_size",), lambda value: found.rows)
+  if found.layers is not None:
+    changed = _stacked(changed, found.layers)
+  # Where the class ties by default, its files do not say so.
+  return ties.untied(tensors, changed) if found.untied else changed
+
+
+def _with(config: Mapping[str, Any], keys: Sequence[str], value: Any) -> dict[str, Any]:
+  """A config with other values of some keys, where it has them, and in that of its text part."""
+  changed = {k: value(v) if k in keys else v for k, v in config.items()}
+  if isinstance(inner := config.get("text_config"), Mapping):
+    changed["text_config"] = _with(inner, keys, value)
+  return changed
+
+
+def _stacked(config: Mapping[str, Any], order: Sequence[int]) -> dict[str, Any]:
+  """A config of other layers: how many they are, and lists that have an entry for each."""
+  heights = {config[k] for k in _LAYERS if k in config}
+  lists = [
+    k
+    for k, v in config.items()
+    if isinstance(v, list) and len(v) in heights and max(order) < len(v)
+  ]
+  changed = {**config, **{k: [config[k][i] for i in order] for k in lists}}
+  return {**changed, **{k: len(order) for k in _LAYERS if k in config}}

@@ -1,0 +1,88 @@
+"""The base of an adapter: its tensors under the names of the adapter, in the form that it needs."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+from collections.abc import Collection, Mapping
+from typing import NamedTuple
+
+from jaxmerge.io import experts, names, ties
+from jaxmerge.io.tensor import Tensor
+
+UNTIED = ", untied (tie_word_embeddings: false, and a head) if the tensor is one of a tied pair"
+
+
+class Target(NamedTuple):
+  """A module, or a parameter of one, that is adapted.
+
+  Attributes:
+    module: what the adapter calls it; patterns of its config are matched with this.
+    name: of the base's tensor.
+    tensor: the base's tensor.
+    parts: what is added.
+  """
+
+  module: str
+  name: str
+  tensor: Tensor
+  parts: Mapping[str, Tensor]
+
+  @property
+  def where(self) -> str:
+    """One of the parts, for errors."""
+    return next(iter(self.parts.values())).where
+
+
+class Base:
+  """Tensors of a base, of which some are changed.
+
+  Attributes:
+    tensors: as the base stores them; heads that are tied to an embedding are it.
+    rename: beginnings of names of the adapter to those of the base.
+    changed: tensors that are others, by names of the base or of `experts.forms`.
+  """
+
+  def __init__(self, tensors: Mapping[str, Tensor], rename: Mapping[str, str]):
+    self.tensors, self.rename = tensors, rename
+    self.changed: dict[str, Tensor] = {}
+
+  @functools.cached_property
+  def forms(self) -> Mapping[str, experts.Form]:
+    """What is stored in another form than the adapter may name it."""
+    return experts.forms(self.tensors)
+
+  def name(self, name: str) -> str | None:
+    """Returns what a tensor of the adapter's names is called here; None where it is not."""
+    own = names.renamed(name, self.rename)
+    found = names.spelled(own, self.tensors)
+    return found or names.spelled(own, self._every)
+
+  @functools.cached_property
+  def _every(self) -> Collection[str]:
+    return self.tensors.keys() | self.forms.keys()
+
+  def tensor(self, name: str) -> Tensor:
+    """Returns a tensor as it is by now."""
+    if name in self.changed:
+      return self.changed[name]
+    return self.tensors[name] if name in self.tensors else self.forms[name].tensor
+
+  def near(self, name: str) -> str:
+    """Names the tensor whose name is most like one that is not there."""
+    found = difflib.get_close_matches(names.renamed(name, self.rename), self.tensors, n=1)
+    return f", whose nearest is {found[0]!r}" if found else ""
+
+  def lacking(self, where: str, name: str) -> ValueError:
+    """Returns the error for a tensor that is adapted, and is not here."""
+    own = names.renamed(name, self.rename)
+    hint = "; give the base that the adapter was trained on"
+    hint += UNTIED if own.endswith(ties.HEADS) or self.near(name) == "" else ""
+    more = ", or say with `rename` how its names begin in the base"
+    return ValueError(f"{where}: the base has no tensor {own!r}{self.near(name)}{hint}{more}.")
+
+  def stored(self) -> dict[str, Tensor]:
+    """Returns the changed tensors in the form in which the base stores them."""
+    if self.changed.keys() <= self.tensors.keys():
+      return dict(self.changed)
+    return experts.stored(self.tensors, self.changed, self.forms)

@@ -1,0 +1,98 @@
+"""The tensors of a base that an adapter changes: its parts are checked, and brought together.
+
+Only headers are read; matrices are computed when they are read, those of LoRA in rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from jaxmerge.io import pieces
+from jaxmerge.io.peft import dense, lora, parameters
+from jaxmerge.io.peft.base import Base, Target
+from jaxmerge.io.peft.parts import TOKENS, Contents
+from jaxmerge.io.peft.settings import Settings, shown
+from jaxmerge.io.tensor import Tensor
+
+Key = tuple[str, int]  # A module, and how it is nested.
+
+
+def change(base: Base, contents: Contents, own: Settings) -> dict[Key, str]:
+  """Changes the tensors of a base as the modules of an adapter say.
+
+  Returns:
+    By module and how it is nested, the tensor that it changes.
+
+  Raises:
+    ValueError: naming the tensor that does not fit.
+  """
+  names: dict[Key, str] = {}
+  rows, wholes = lora.Rows(own), pieces.Wholes()
+  for key, target in _targets(base, contents, own):
+    if target.name in names.values():
+      raise ValueError(f"{target.where}: {target.name!r} is adapted by another module as well.")
+    names[key] = target.name
+    if TOKENS in target.parts:
+      base.changed[target.name] = _with_tokens(target, own)
+    elif own.kind in ("LORA", "ADALORA"):
+      rows.add(base, target, wholes)
+    else:
+      dense.change(base, target, contents.shared, own, wholes)
+  if own.values.get("trainable_token_indices") and not any(
+    TOKENS in parts for parts in contents.modules.values()
+  ):
+    raise own.refused("trainable_token_indices", f"is given, but no tensor is {TOKENS}")
+  base.changed |= rows.computed()
+  return names
+
+
+def _targets(base: Base, contents: Contents, own: Settings) -> Iterator[tuple[Key, Target]]:
+  grouped: dict[str, dict[int, Mapping[str, Tensor]]] = {}
+  for (module, depth), parts in contents.modules.items():
+    grouped.setdefault(module, {})[depth] = parts
+  for module, nested in grouped.items():
+    name = base.name(f"{module}.weight")
+    if name is not None and len(nested) == 1:
+      ((depth, own_parts),) = nested.items()
+      yield (module, depth), Target(module, name, base.tensor(name), own_parts)
+    elif own.values.get("target_parameters"):
+      for depth, target in parameters.targets(base, module, nested, own):
+        yield (module, depth), target
+    else:
+      where = next(iter(nested[min(nested)].values())).where
+      raise base.lacking(where, f"{module}.weight")
+
+
+def tokens(own: Settings, module: str) -> list[int]:
+  """Returns the numbers of the tokens whose rows an adapter holds, of an embedding.
+
+  Raises:
+    ValueError: where the config does not say.
+  """
+  key = "token_indices" if own.kind == "TRAINABLE_TOKENS" else "trainable_token_indices"
+  said = own.values.get(key)
+  if isinstance(said, dict):
+    ends = [k for k in said if module == k or module.endswith(f".{k}")]
+    said = said[max(ends, key=len)] if ends else None
+  if not isinstance(said, list) or not all(type(i) is int and i >= 0 for i in said):
+    raise ValueError(f"{own.path}: {key} must list the tokens of {module!r}, got {shown(said)}.")
+  return said
+
+
+def _with_tokens(target: Target, own: Settings) -> Tensor:
+  """An embedding with the rows that an adapter holds."""
+  rows, values = tokens(own, target.module), target.parts[TOKENS]
+  if len(target.parts) > 1:
+    raise ValueError(f"{values.where}: the other parts of {target.module!r} are not supported.")
+  if len(target.tensor.shape) != 2 or values.shape != (len(rows), target.tensor.shape[1]):
+    raise ValueError(
+      f"{values.where}: is {list(values.shape)}, but the config has {len(rows)} tokens, and "
+      f"{target.tensor.where} is {list(target.tensor.shape)}."
+    )
+  if len(set(rows)) < len(rows) or max(rows, default=0) >= target.tensor.shape[0]:
+    raise ValueError(
+      f"{own.path}: tokens {shown(rows)} must be different rows of {target.tensor.where}, which "
+      f"has {target.tensor.shape[0]}; where tokens were added, the adapter must hold the resized "
+      "embedding: save it with save_embedding_layers=True."
+    )
+  return pieces.with_rows(target.tensor, rows, values)

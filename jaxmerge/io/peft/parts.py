@@ -1,0 +1,92 @@
+"""The tensors of an adapter's file: parts of adapted modules, and tensors that it holds whole."""
+
+from __future__ import annotations
+
+import pathlib
+import re
+from typing import NamedTuple
+
+from jaxmerge.io import safetensors
+from jaxmerge.io.tensor import Files, Tensor, stored
+
+PREFIX = "base_model.model."
+MAGNITUDE = "lora_magnitude_vector"
+TOKENS = "trainable_tokens_delta"
+_PARTS = (
+  r"lora_[AB]\.weight", r"lora_B\.bias", "lora_[ABE]", "lora_embedding_[AB]",
+  rf"{MAGNITUDE}(\.weight)?", "ia3_l", "hada_w[12]_[ab]", "hada_t[12]", "lokr_w[12](_[ab])?",
+  "lokr_t2", r"oft_R\.weight", "boft_[Rs]", "vera_lambda_[bd]", rf"(token_adapter\.)?{TOKENS}",
+)  # fmt: skip
+_PART = re.compile(rf"(?P<module>.+?)(?P<nested>(\.base_layer)*)\.(?P<part>{'|'.join(_PARTS)})")
+
+
+class Key(NamedTuple):
+  """What a name of the file says.
+
+  Attributes:
+    module: the module, as the model calls it; or the whole tensor that this is.
+    part: what of the module it is; "" for a whole tensor.
+    nested: of parameters of one module that are adapted, how many others are around this one.
+  """
+
+  module: str
+  part: str
+  nested: int = 0
+
+
+class Contents(NamedTuple):
+  """What an adapter's file holds.
+
+  Attributes:
+    modules: by module and how it is nested, its parts by their names.
+    whole: tensors that stand for the base's, by their names.
+    shared: matrices that all modules share.
+  """
+
+  modules: dict[tuple[str, int], dict[str, Tensor]]
+  whole: dict[str, Tensor]
+  shared: dict[str, Tensor]
+
+
+def key(name: str) -> Key | None:
+  """Takes a name of an adapter's file apart; None for one that does not begin as such names do.
+
+  >>> key("base_model.model.layers.0.mlp.experts.base_layer.lora_A.weight")
+  Key(module='layers.0.mlp.experts', part='lora_A.weight', nested=1)
+  """
+  if name in ("base_model.vera_A", "base_model.vera_B"):
+    return Key("", name.removeprefix("base_model."))
+  if not name.startswith(PREFIX):
+    return None
+  inside = name.removeprefix(PREFIX)
+  if found := _PART.fullmatch(inside):
+    part = found["part"].removeprefix("token_adapter.")
+    part = MAGNITUDE if part.startswith(MAGNITUDE) else part
+    return Key(found["module"], part, found["nested"].count("."))
+  # PEFT may save a tensor of a module beside what is added to it.
+  for wrapper in (".token_adapter.", ".base_layer.", ".ln_tuning_layers."):
+    inside = inside.replace(wrapper, ".")
+  return Key(inside, "")
+
+
+def read(path: pathlib.Path, files: Files, home: str | None = None) -> Contents:
+  """Sorts the tensors of an adapter's file: only its header is read.
+
+  Raises:
+    ValueError: naming the tensor whose name does not begin as it must, or is there twice.
+  """
+  found = Contents({}, {}, {})
+  for name, entry in safetensors.header(path).tensors.items():
+    tensor = stored(files, path, name, entry, home=home)
+    own = key(name)
+    if own is None:
+      raise ValueError(f"{tensor.where}: names of an adapter's tensors begin with {PREFIX!r}.")
+    room, place = found.whole, own.module
+    if not own.module:
+      room, place = found.shared, own.part
+    elif own.part:
+      room, place = found.modules.setdefault((own.module, own.nested), {}), own.part
+    if place in room:
+      raise ValueError(f"{tensor.where}: is the same as {room[place].where}.")
+    room[place] = tensor
+  return found

@@ -1,0 +1,251 @@
+"""Regular expressions of others, matched in time linear in the name: no expression can hang.
+
+A pattern becomes an automaton, whose states are all followed at once. What such an automaton cannot
+know (groups that are referred to, looking ahead) is refused; PEFT's users write names of modules,
+alternatives, classes and repetitions.
+"""
+
+from __future__ import annotations
+
+import functools
+import string
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple  # Any: syntax trees, nested tuples.
+
+LONGEST = 1000  # Characters of a pattern.
+_DEEPEST = 20  # Parentheses within each other.
+_MOST = 5000  # Parts of an automaton, each of one state or none.
+
+_WORD = frozenset(string.ascii_letters + string.digits + "_")
+_CLASSES = {"d": frozenset(string.digits), "w": _WORD, "s": frozenset(string.whitespace)}
+_CONTROLS = {"n": "\n", "t": "\t"}
+
+Matcher = Callable[[str], bool]
+
+
+def first(patterns: Sequence[str], name: str) -> str | None:
+  """Returns the first pattern that is a name or its end, from a dot on, as PEFT looks modules up.
+
+  >>> first(["k_proj", "layers.[01].+"], "model.layers.1.q_proj")
+  'layers.[01].+'
+
+  Raises:
+    ValueError: for a pattern that is none, or is not supported.
+  """
+  return next((pattern for pattern in patterns if ends(pattern, name)), None)
+
+
+def ends(pattern: str, name: str) -> bool:
+  """Tells whether a pattern is a name, or its end behind a dot.
+
+  Raises:
+    ValueError: for a pattern that is none, or is not supported.
+  """
+  literal = _literal(pattern)
+  if literal is not None:
+    return name == literal or name.endswith(f".{literal}")
+  return _automaton(pattern).matches(name)
+
+
+@functools.lru_cache(10_000)
+def _literal(pattern: str) -> str | None:
+  """The text that a pattern is, where it is one: its dots are escaped, or there are none."""
+  text = pattern.replace("\\.", "")
+  return pattern.replace("\\.", ".") if text and _WORD | {"-"} >= set(text) else None
+
+
+class _State(NamedTuple):
+  """A state: it takes a character that `holds`, or none and goes on to all of `after`."""
+
+  holds: Matcher | None
+  anchor: str
+  after: tuple[int, ...]
+
+
+class _Automaton:
+  def __init__(self, pattern: str):
+    # As PEFT puts it: (.*\.)?(pattern)$
+    before = ("repeat", ("join", [("repeat", _any(), 0, None), ("one", ".".__eq__)]), 0, 1)
+    self.states: list[_State] = [_State(None, "", ())]
+    self.parts = 0
+    self.start = self._added(("join", [before, _parsed(pattern)]), 0)
+
+  def _added(self, node: Any, after: int) -> int:
+    """Adds the states of a part of the tree, which go on to `after`; returns the first of them."""
+    kind = node[0]
+    self.parts += 1  # Of parts without a state there can be many as well.
+    if self.parts > _MOST:
+      raise ValueError("it is too long once its repetitions are written out")
+    if kind == "one":
+      return self._state(_State(node[1], "", (after,)))
+    if kind == "anchor":
+      return self._state(_State(None, node[1], (after,)))
+    if kind == "join":
+      for part in reversed(node[1]):
+        after = self._added(part, after)
+      return after
+    if kind == "either":
+      return self._state(_State(None, "", tuple(self._added(part, after) for part in node[1])))
+    _, part, least, most = node
+    if most is None:
+      loop = self._state(_State(None, "", ()))
+      self.states[loop] = _State(None, "", (self._added(part, loop), after))
+      after = loop
+    else:
+      end = after
+      for _ in range(most - least):
+        after = self._state(_State(None, "", (self._added(part, after), end)))
+    for _ in range(least):
+      after = self._added(part, after)
+    return after
+
+  def _state(self, state: _State) -> int:
+    self.states.append(state)
+    return len(self.states) - 1
+
+  def matches(self, text: str) -> bool:
+    """Tells whether a whole text is one that the automaton takes."""
+    here = self._closed([self.start], 0, len(text))
+    for at, character in enumerate(text, 1):
+      states = (self.states[i] for i in here)
+      after = [s.after[0] for s in states if s.holds is not None and s.holds(character)]
+      here = self._closed(after, at, len(text))
+      if not here:
+        return False
+    return 0 in here
+
+  def _closed(self, states: Sequence[int], at: int, length: int) -> set[int]:
+    """These states, and all that are reached from there without a character."""
+    found, waiting = set(states), list(states)
+    while waiting:
+      state = self.states[waiting.pop()]
+      stopped = (state.anchor == "^" and at > 0) or (state.anchor == "$" and at < length)
+      if state.holds is None and not stopped:
+        more = set(state.after) - found
+        found |= more
+        waiting += more
+    return found
+
+
+@functools.lru_cache(10_000)
+def _automaton(pattern: str) -> _Automaton:
+  try:
+    if len(pattern) > LONGEST:
+      raise ValueError(f"it has more than {LONGEST} characters")
+    return _Automaton(pattern)
+  except ValueError as error:
+    raise ValueError(
+      f"{pattern!r:.200} is no regular expression that is supported: {error}; write the names of "
+      "modules in its place."
+    ) from None
+
+
+def _any() -> Any:
+  return ("one", "\n".__ne__)
+
+
+def _parsed(pattern: str) -> Any:
+  node, at = _either(pattern, 0, 0)
+  if at < len(pattern):
+    raise ValueError(f"the parenthesis at {at + 1} closes none")
+  return node
+
+
+def _either(text: str, at: int, depth: int) -> tuple[Any, int]:
+  """Reads alternatives, up to the end or a closing parenthesis."""
+  if depth > _DEEPEST:
+    raise ValueError(f"its parentheses are more than {_DEEPEST} deep")
+  parts: list[list[Any]] = [[]]
+  while at < len(text) and text[at] != ")":
+    if text[at] == "|":
+      parts.append([])
+      at += 1
+      continue
+    begun, (node, at) = at, _atom(text, at, depth)
+    node, at = _repeated(node, text, at)
+    if node[0] == "repeat" and node[1][0] == "anchor":
+      raise ValueError(f"{text[begun]!r} at {begun + 1} cannot be repeated")
+    parts[-1].append(node)
+  joined = [("join", part) for part in parts]
+  return (joined[0] if len(joined) == 1 else ("either", joined)), at
+
+
+def _atom(text: str, at: int, depth: int) -> tuple[Any, int]:
+  character = text[at]
+  if character == "(":
+    inside = at + 3 if text.startswith("(?:", at) else at + 1
+    if inside == at + 1 and text.startswith("?", inside):
+      raise ValueError(f"the group at {at + 1} is of a special kind")
+    node, end = _either(text, inside, depth + 1)
+    if end >= len(text):
+      raise ValueError(f"the parenthesis at {at + 1} is not closed")
+    return node, end + 1
+  if character in "*+?{":
+    raise ValueError(f"{character!r} at {at + 1} repeats nothing")
+  if character == "[":
+    return _class(text, at + 1)
+  if character in "^$":
+    return ("anchor", character), at + 1
+  if character == ".":
+    return _any(), at + 1
+  if character == "\\":
+    held, at = _escaped(text, at)
+    return ("one", held.__contains__), at
+  return ("one", character.__eq__), at + 1
+
+
+def _escaped(text: str, at: int) -> tuple[frozenset[str], int]:
+  """The characters that an escape stands for."""
+  own = text[at + 1 : at + 2]
+  if own in _CLASSES:
+    return _CLASSES[own], at + 2
+  if not own or own in _WORD - _CONTROLS.keys():
+    raise ValueError(f"the escape at {at + 1} is not known")
+  return frozenset(_CONTROLS.get(own, own)), at + 2
+
+
+def _class(text: str, at: int) -> tuple[Any, int]:
+  """Reads what is in brackets."""
+  opened, held = at, set[str]()
+  negated = text.startswith("^", at)
+  at += negated
+  begun = at
+  while at < len(text) and (text[at] != "]" or at == begun):
+    if text[at] == "\\":
+      own, at = _escaped(text, at)
+      held |= own
+    elif text[at + 1 : at + 2] == "-" and text[at + 2 : at + 3] not in ("]", "", "\\"):
+      held |= {chr(i) for i in range(ord(text[at]), min(ord(text[at + 2]), 0x2000) + 1)}
+      at += 3
+    else:
+      held.add(text[at])
+      at += 1
+  if at >= len(text):
+    raise ValueError(f"the bracket at {opened} is not closed")
+  whole = frozenset(held)
+  return ("one", (lambda c: c not in whole) if negated else whole.__contains__), at + 1
+
+
+def _repeated(node: Any, text: str, at: int) -> tuple[Any, int]:
+  """Reads how often what comes before is there."""
+  counts = {"*": (0, None), "+": (1, None), "?": (0, 1)}
+  if text[at : at + 1] in counts:
+    least, most = counts[text[at]]
+    at += 1
+  elif text.startswith("{", at):
+    end = text.find("}", at)
+    low, comma, high = text[at + 1 : max(end, at + 1)].partition(",")
+    if end < 0 or not all(x.isdecimal() and len(x) < 5 for x in (low, high or "0")):
+      raise ValueError(f"the repetition at {at + 1} is not of the form {{2}}, {{2,}} or {{2,5}}")
+    least = int(low)
+    most = int(high) if high else (None if comma else least)
+    if most is not None and most < least:
+      raise ValueError(f"the repetition at {at + 1} goes from more to fewer")
+    at = end + 1
+  else:
+    return node, at
+  if text.startswith("?", at):  # It takes as few as it can: whether a whole name fits is the same.
+    at += 1
+  if text[at : at + 1] in ("*", "+", "?", "{") and at < len(text):
+    raise ValueError(f"{text[at]!r} at {at + 1} repeats a repetition")
+  return ("repeat", node, least, most), at

@@ -1,0 +1,91 @@
+"""Tensors made of parts of others: stretches, joins, replaced rows, and wholes in memory."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from jaxmerge.io.tensor import Tensor, widened
+
+
+def stretch(tensor: Tensor, start: int, shape: tuple[int, ...]) -> Tensor:
+  """Returns neighbouring entries of a tensor, from entry `start` on, as a tensor.
+
+  >>> x = np.arange(6.0)
+  >>> whole = Tensor("x", x.dtype, (3, 2), lambda start, out: np.copyto(out, x[start:][:out.size]))
+  >>> loaded(stretch(whole, 2, (1, 2)))
+  array([[2., 3.]])
+  """
+
+  def read(first: int, out: np.ndarray) -> None:
+    tensor.read(start + first, out)
+
+  return tensor._replace(shape=shape, read=read)
+
+
+def joined(tensors: Sequence[Tensor], shape: tuple[int, ...]) -> Tensor:
+  """Returns the entries of tensors of one dtype, one tensor after the other, as one tensor."""
+  ends = list(itertools.accumulate(math.prod(t.shape) for t in tensors))
+
+  def read(start: int, out: np.ndarray) -> None:
+    done = 0
+    while done < out.size:
+      at = start + done
+      number = int(np.searchsorted(ends, at, side="right"))
+      part = out[done : done + ends[number] - at]
+      tensors[number].read(at - (ends[number - 1] if number else 0), part)
+      done += part.size
+
+  return tensors[0]._replace(shape=shape, read=read)
+
+
+def with_rows(tensor: Tensor, rows: Sequence[int], values: Tensor) -> Tensor:
+  """Returns a matrix in which some rows are those of another one, [len(rows), width]."""
+  width, places = tensor.shape[1], {row: place for place, row in enumerate(rows)}
+  widest = widened(values, tensor.dtype)
+
+  def read(start: int, out: np.ndarray) -> None:
+    tensor.read(start, out)
+    for row in range(start // width, -(-(start + out.size) // width)):
+      if row in places:
+        first = max(row * width, start)
+        part = out[first - start : (row + 1) * width - start]
+        widest.read(places[row] * width + first - row * width, part)
+
+  return tensor._replace(where=f"{tensor.where} with {values.where}", read=read)
+
+
+def loaded(tensor: Tensor, dtype: np.dtype | None = None) -> np.ndarray:
+  """Reads a whole tensor, in its own dtype or another one."""
+  out = np.empty(tensor.shape, dtype or tensor.dtype)
+  widened(tensor, out.dtype).read(0, out.reshape(-1))
+  return out
+
+
+class Wholes:
+  """Tensors that are computed as wholes when they are read: the last one is kept in memory."""
+
+  def __init__(self) -> None:
+    self._makers: list[Callable[[], np.ndarray]] = []
+    self._made = functools.lru_cache(1)(lambda number: self._makers[number]().reshape(-1))
+
+  def tensor(self, base: Tensor, compute: Callable[[np.ndarray], np.ndarray], added: str) -> Tensor:
+    """Returns what is computed of a tensor, in float32: of its shape, and stored as it is.
+
+    Args:
+      base: the tensor.
+      compute: float32 of the base's shape to the same.
+      added: what it is computed with, for errors.
+    """
+    number = len(self._makers)
+    self._makers.append(lambda: compute(loaded(base, np.dtype(np.float32))))
+
+    def read(start: int, out: np.ndarray) -> None:
+      out[...] = self._made(number)[start : start + out.size]
+
+    kept = base.kept or base.dtype
+    return Tensor(f"{base.where} with {added}", np.dtype(np.float32), base.shape, read, kept)

@@ -1,0 +1,1 @@
+"""Adapters that PEFT made and merged: one file of arrays, and the script that recorded it."""
