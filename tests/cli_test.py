@@ -355,10 +355,10 @@ def test_debug_shows_the_traceback(capsys):
 
 
 def test_run_gets_config_workdir_and_resume_and_its_table_is_printed(capsys, runs, tmp_path):
-  arguments = atm("--config.rounds=3", "--resume=must", workdir=str(tmp_path))
+  arguments = atm("--config.rounds=3", "--resume=never", workdir=str(tmp_path))
   assert cli.main(arguments) == 0
   ((config, workdir, resume),) = runs.calls
-  assert (config.rounds, workdir, resume) == (3, str(tmp_path), "must")
+  assert (config.rounds, workdir, resume) == (3, str(tmp_path), "never")
   out, err = capsys.readouterr()
   assert jaxmerge.report.text(record()) in out
   assert str(tmp_path / "report.html") in out
@@ -519,6 +519,6 @@ def test_report_prints_the_table_and_remakes_the_page(capsys, tmp_path):
 def test_report_of_an_unfinished_run_is_an_error(capsys, tmp_path):
   assert "report.json" in refused(capsys, "report", str(tmp_path), status=1)
   (tmp_path / "report.json").write_text('{"tasks": [')
-  assert "not a JSON file" in refused(capsys, "report", str(tmp_path), status=1)
+  assert "report.json: not JSON" in refused(capsys, "report", str(tmp_path), status=1)
   (tmp_path / "report.json").write_text("{}")
   assert "tasks" in refused(capsys, "report", str(tmp_path), status=1)
