@@ -243,7 +243,7 @@ ERRORS = [
     head("", "karcher", parameters="{max_iter: 2.5}"),
     3,
     24,
-    "max_iter must be a whole number in [0, 10000], got 2.5.",
+    "max_iter must be a whole number in [0, 1000000], got 2.5.",
   ),
   (
     head("", "karcher", parameters="{max_iter: [1, 2]}"),

@@ -8,6 +8,8 @@ import pytest
 from recipes import head, one, problems, slices
 
 from jaxmerge import cli, recipe
+from jaxmerge.io.tensor import Files
+from jaxmerge.recipe import plan as plans
 
 DOCS = (pathlib.Path(__file__).parent.parent / "docs" / "recipes.md").read_text()
 
@@ -169,3 +171,27 @@ def test_the_module_that_mergekit_calls_default_is_the_whole_model(tmp_path, mon
   captured = capsys.readouterr()
   assert note in captured.out
   assert "strict refuses what is ignored: remove it." in captured.err
+
+
+def test_what_is_said_of_a_head_that_is_the_embedding_is_a_note(tmp_path, monkeypatch):
+  """Public recipes have a filter for `lm_head` whether the models store one or not."""
+  monkeypatch.chdir(tmp_path)
+  tree, *_ = folders.family(tmp_path)
+  tied = folders.CONFIG | {"tie_word_embeddings": True}
+  for k, name in enumerate(("base", "m0")):
+    own = {n: x + k for n, x in tree.items() if n != "lm_head.weight"}
+    folders.write(tmp_path / name, own, config=tied)
+  t = "{t: [{filter: lm_head, value: 0.7}, {value: 0.5}]}"
+  text = head("base_model: base", "slerp", "[{model: m0}]", t)
+  pathlib.Path("recipe.yml").write_text(text)
+  (note,) = plans.of_file("recipe.yml", Files()).notes
+  assert note.startswith("line 3: filter 'lm_head' holds for none of the 12 tensors")
+  assert note.endswith("The output head is the embedding.")
+  pathlib.Path("recipe.yml").write_text(text.replace("lm_head", "lm_haed"))
+  with pytest.raises(recipe.RecipeError, match="'lm_haed' holds for none"):
+    plans.of_file("recipe.yml", Files())
+
+
+def test_a_recipe_of_another_program_is_one_line():
+  text = "base_model: b\ngate_mode: hidden\nexperts: [{source_model: m0}]\n"
+  assert [line.split(": ")[1] for line in problems(text)] == ["gate_mode", "experts"]

@@ -91,7 +91,7 @@ parameters: {{{parameters}}}
     ("pcb", "ratios: 0.2", "unknown key 'ratios' in the parameters of pcb; did you mean 'ratio'?"),
     ("opmc", "alpha: 0.2", "merge_method cannot be 'opmc'; did you mean 'opcm'?"),
     ("analogy", "scale: 1", "analogy merges 3 and the base, got 2 beside the base: m0, m1"),
-    ("iso_c", "weight: 1", "weight is no parameter of iso_c: remove it."),
+    ("iso_c", "weight: 1", "weight is no parameter of iso_c, which has scale, "),
   ],
 )
 def test_what_is_wrong_is_told(method, parameters, message):

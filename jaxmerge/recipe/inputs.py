@@ -72,6 +72,7 @@ def level(
     given = fields.mapping(node, "the parameters", keys, found)
     return {name: cases(own, name, None, found) for name, own in given.items()}
   allowed = {**known.each} if at_source else {**known.shared, **known.each}
+  own = ", ".join(allowed) or "none"
   stray = {n: _stray(n, known, allowed) for m in METHODS.values() for n in m.parameters}
   given = fields.mapping(
     node,
@@ -79,7 +80,7 @@ def level(
     tuple(allowed),
     found,
     ignored=stray if known.mergekits else None,
-    refused={} if known.mergekits else {n: f"{text}: remove it." for n, text in stray.items()},
+    refused={} if known.mergekits else {n: f"{t}, which has {own}." for n, t in stray.items()},
   )
   return {name: cases(own, name, allowed[name], found) for name, own in given.items()}
 

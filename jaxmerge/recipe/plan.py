@@ -205,8 +205,11 @@ def planned(
   with telling.noted(found):
     changed = stacking.config(recipe, config, rows, donor)
   names, modules = stacking.all_names(rows), stacking.by_module(rows)
-  if problems := parameters.unmatched(recipe, names, modules):
-    found.append(RecipeError(problems))
+  heads = dict.fromkeys(head for m in models.values() for head in m.tied)
+  idle = parameters.unmatched(recipe, names, modules)
+  wrong = {p.place for p in parameters.unmatched(recipe, names | heads, modules)}
+  if misplaced := [p for p in idle if p.place in wrong]:
+    found.append(RecipeError(misplaced))
   settled, problems = jobs.settled(recipe, rows)
   if problems := (*problems, *jobs.refused(recipe, models, settled)):
     found.append(RecipeError(problems))
@@ -238,6 +241,8 @@ def planned(
   own = {} if changed == config else {folder.CONFIG: json.dumps(changed, indent=2) + "\n"}
   # A donor that is still to be made has other files than its folder.
   texts = {**donor.texts, **own, **built.texts}
-  notes = (*(f"line {p.place.line}: {p.text}" for p in recipe.ignored), *work.notes, *plan.notes)
+  vain = [p._replace(text=f"{p.text} The output head is the embedding.") for p in idle]
+  told = (f"line {p.place.line}: {p.text}" for p in (*recipe.ignored, *vain))
+  notes = (*told, *work.notes, *plan.notes)
   plan = plan._replace(texts=texts, fates=built.fates(plan.fates), notes=notes)
   return remote_code.settled(plan, inputs)

@@ -161,16 +161,17 @@ def _recipe(node: Marked, context: Context) -> Recipe | None:
   if node.value is None:
     note(found, node.place, "this document is empty; remove the --- before or after it.")
     return None
+  foreign = isinstance(node.value, dict) and _REFUSED.keys() & node.value.keys()
   given = fields.mapping(
     node,
     "the recipe",
     KEYS,
     found,
-    needed=("merge_method",),
+    needed=() if foreign else ("merge_method",),
     refused=_REFUSED,
     ignored=inputs.PARAMETERS | _IGNORED,
   )
-  if not isinstance(node.value, dict):
+  if not isinstance(node.value, dict) or foreign:
     return None
   inputs.one_of(given, INPUTS, "the recipe", node, found)
   changes = fields.maybe(fields.items, given.get("overrides"), "overrides", found) or ()
