@@ -21,11 +21,16 @@ from jaxmerge import stage
 ATOL = rounding.FLOOR
 
 
-def marked(names):
-  """Names of rows or groups for a test, which runs under several kernels where they decompose."""
+def marked(names, fast=None):
+  """Names of rows or groups for a test, which runs under several kernels where they decompose.
+
+  Where some are called fast, the others are slow.
+  """
   names = list(names)
-  decomposes = {n: bool(TABLE[n.removesuffix(" and on")].decomposes) for n in names}
-  return [pytest.param(n, marks=pytest.mark.kernels) if decomposes[n] else n for n in names]
+  kernels = {n: bool(TABLE[n.removesuffix(" and on")].decomposes) for n in names}
+  slow = {n: fast is not None and n not in fast for n in names}
+  both = (pytest.mark.kernels, kernels), (pytest.mark.slow, slow)
+  return [pytest.param(n, marks=[mark for mark, own in both if own[n]]) for n in names]
 
 
 GROUPS = {
