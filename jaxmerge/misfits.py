@@ -100,7 +100,7 @@ def _lines_of_lacking(
       yield from (f"tensor {n!r} is in {first} but not in {where}; {hint}." for n in names)
       continue
     every = sum(any(p.model == first for p in there(want)) for want in wants)
-    end = f"; {hint}" if len(names) < every else ", so that nothing can be merged"
+    end = f"; {hint}" if len(names) < every else "; `rename` gives a model's tensors other names"
     yield f"{len(names)} of {every} tensors of {first} are not in {where}: {grouped(names)}{end}."
 
 

@@ -75,6 +75,17 @@ def test_what_is_missing_is_grouped_by_model_and_kind(base):
   )
 
 
+def test_where_no_name_is_common_the_error_says_how_names_are_changed(base):
+  """And not `missing`, by which nothing would be merged; what it says leads to a merge."""
+  folders.write(pathlib.Path("other"), {f"x.{n}": x for n, x in base.items()}, config=LLAMA)
+  lines = told("error")
+  assert len(lines) == 2
+  assert all(line.endswith("; `rename` gives a model's tensors other names.") for line in lines)
+  pathlib.Path("recipe.yml").write_text(RECIPE.format("error") + 'rename: {x: ""}\n')
+  made = plans.of_file("recipe.yml", Files())
+  assert sum(o.job is not None for o in made.outputs) == 12
+
+
 def test_other_shapes_are_a_few_lines(base):
   folders.write(pathlib.Path("other"), folders.tensors(5, width=8), config=LLAMA)
   lines = told("base")
@@ -94,8 +105,8 @@ def test_a_head_that_another_class_lacks_is_named(base):
 
 def test_every_merge_ends_with_what_it_did(base, capsys):
   pathlib.Path("other").mkdir()
-  headless = {n: x for n, x in base.items() if n != "lm_head.weight"}
-  folders.write(pathlib.Path("other"), headless | {"score": np.ones(2, np.float32)}, config=LLAMA)
+  normless = {n: x for n, x in base.items() if n != "model.norm.weight"}
+  folders.write(pathlib.Path("other"), normless | {"score": np.ones(2, np.float32)}, config=LLAMA)
   pathlib.Path("recipe.yml").write_text(RECIPE.format("base"))
   counts = "11 merged, 2 copied (1 of them as not all models have them), 1 dropped"
   assert cli.main(["merge", "recipe.yml", "out", "--dry-run"]) == 0
