@@ -93,8 +93,9 @@ def compared(
     if lesser:
       notes.append(f"{m.name} has another {', '.join(lesser)}: the result has {donor.name}'s.")
   found = [(k.split(" ")[0], f"{k} {' and '.join(own)}") for k, own in differing.items()]
-  lines = _tokens(_of_tokens(wants, [donor, *others])) if tokens else []
-  found += [(TOKENS, line) for line in lines]
+  told = list(_tokens(_of_tokens(wants, [donor, *others]))) if tokens else []
+  found += [(TOKENS, line) for line, is_wrong in told if is_wrong]
+  notes += [line for line, is_wrong in told if not is_wrong]
   wrong = [_problem(key, line) for key, line in found if not {key, _last(key)} & set(allow)]
   notes += [
     f"{line}; allowed by the {key} of `allow`: the result goes by {donor.name}."
@@ -195,8 +196,12 @@ def _of_tokens(wants: Sequence[Want], models: Sequence[Model]) -> list[Model]:
   return [m for m in models if m.name in names]
 
 
-def _tokens(models: Sequence[Model]) -> Iterator[str]:
-  """Says which models have tokens at other numbers than those before them."""
+def _tokens(models: Sequence[Model]) -> Iterator[tuple[str, bool]]:
+  """Says which models have tokens at other numbers than those before them: that is wrong.
+
+  And which have tokens that the first of them lacks, as the result does.
+  """
+  first: Mapping[str, int] = {}
   numbers: dict[str, tuple[int, str]] = {}
   texts: dict[int, tuple[str, str]] = {}
   done: set[tuple[bytes | None, ...]] = set()
@@ -208,7 +213,12 @@ def _tokens(models: Sequence[Model]) -> Iterator[str]:
     wrong = list(_misplaced(m.name, ids, numbers, texts))
     if wrong:
       also = f", and {len(wrong) - 1} more" if wrong[1:] else ""
-      yield f"tokens are not the same in all models: {wrong[0]}{also}"
+      yield f"tokens are not the same in all models: {wrong[0]}{also}", True
+    first = first or ids
+    if more := [] if wrong else [t for t in ids if t not in first and not _SPARE.search(t)]:
+      also = f" and {len(more) - 1} more" if more[1:] else ""
+      text = f"{m.name} has tokens that {models[0].name} lacks, {more[0]!r}{also}"
+      yield f"{text}: so does the result; tokenizer_source: union, in a recipe, keeps them.", False
     for token, number in ids.items():
       numbers.setdefault(token, (number, m.name))
       if number not in texts or _SPARE.search(texts[number][0]):

@@ -150,7 +150,9 @@ def test_tokens_in_another_order_are_told(theirs, words):
   named = (("base", base), ("n", other), ("m", {"tokenizer.json": theirs}))
   models = [model(n, {}, **texts) for n, texts in named]
   want = Want("lm_head.weight", None, tuple(Part(m.name, "lm_head.weight", None) for m in models))
-  (*lines,), _ = compared(*models, wants=[want])
+  (*lines,), notes = compared(*models, wants=[want])
+  assert notes[0].startswith("n has tokens that base lacks, '<|im_start|>': so")
+  assert len(notes) == 1 + ("<tool>" in theirs)
   assert [words is not None and words in line for line in lines] == [True] * (words is not None)
   assert compared(*models, wants=[want._replace(name="norm.weight")]) == ((), ())
   assert compared(*models, wants=[want], tokens=False) == ((), ())
