@@ -81,10 +81,10 @@ ERRORS = [
     "base_model has more than one @: 'a@b@c'; if @ belongs to a path",
   ),
   (
-    head("base_model: a+b+c"),
+    head("base_model: a+b+"),
     4,
     13,
-    "write {model: {path: ..., revision: ...}, adapter: {path: ...}}",
+    "base_model has an empty part: 'a+b+'.",
   ),
   (head("base_model: a@"), 4, 13, "base_model has an empty part: 'a@'."),
   (

@@ -159,6 +159,12 @@ REFERENCES = [
 ]
 
 
+def test_several_adapters_in_one_reference():
+  own = one("{merge_method: passthrough, models: [{model: a@v+b/x+c+d@w}]}", "b/x+c")
+  assert own.models[0].model.adapters == (("b/x+c", None), ("d", "w"))
+  assert str(own.models[0].model) == "a@v+b/x+c+d@w"
+
+
 @pytest.mark.parametrize(("text", "folders", "parts"), REFERENCES)
 def test_references(text, folders, parts):
   own = one(f"{{merge_method: passthrough, models: [{{model: {text}}}]}}", *folders)
