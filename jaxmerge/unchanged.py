@@ -14,7 +14,7 @@ from typing import Any  # Any: what a journal says of a tensor is plain JSON.
 import numpy as np
 import xxhash
 
-from jaxmerge import display, planning
+from jaxmerge import display, planning, tying
 from jaxmerge.io import growing, stamps
 from jaxmerge.io.tensor import Tensor
 from jaxmerge.planning import Plan
@@ -60,7 +60,7 @@ def same(plan: Plan, done: Mapping[str, Any], part: pathlib.Path) -> bool:
   if before and all(own == stamped(plan) for own in before):
     return True
   try:
-    check(plan, done, part)
+    check(tying.tied(plan), done, part)
   except growing.Replaced:
     return False
   return True

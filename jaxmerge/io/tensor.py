@@ -52,7 +52,8 @@ class Files:
 
   def note(self, paths: Iterable[pathlib.Path]) -> None:
     """Takes the stamps of files that are read from now on."""
-    self.stamps |= stamps.taken(path for path in paths if path not in self.stamps)
+    if new := [path for path in paths if path not in self.stamps]:
+      self.stamps |= stamps.taken(new)
 
   def forget(self, folder: pathlib.Path) -> None:
     """Closes the files of a folder, which is made anew, and drops their stamps."""
@@ -81,7 +82,11 @@ class Files:
 def stored(
   files: Files, path: pathlib.Path, name: str, entry: Entry, *, home: str | None = None
 ) -> Tensor:
-  """A tensor whose bytes lie in a file, as its header says; `home` stands for its folder."""
+  """A tensor whose bytes lie in a file, as its header says; `home` stands for its folder.
+
+  The file's stamp is taken, where whoever read the header has not done so.
+  """
+  files.note((path,))
   where = f"{path if home is None else f'{home}/{path.name}'}: tensor {name!r}"
 
   def read(start: int, out: np.ndarray) -> None:
