@@ -33,6 +33,8 @@ FORMATS = {
   "fp8": {"up.weight": (FLOAT8, (8, 8)), "up.weight_scale_inv": (np.float32, (1, 1))},
   "fp8 of an input": {"up.weight": (FLOAT8, (8, 8)), "up.input_scale": (np.float32, ())},
   "fp8 experts": {"experts.up": (FLOAT8, (2, 8, 8)), "experts.up_scale": (np.float32, (2, 1, 8))},
+  "fp8 of images": {"up.weight": (FLOAT8, (8, 8)), "up.scale_weight": (np.float32, ())},
+  "trt": {"up.weight": (np.int8, (8, 8)), "up.weights_scaling_factor": (np.float32, (8,))},
   "nvfp4": {
     "up.weight_packed": (np.uint8, (8, 4)),
     "up.weight_scale": (FLOAT8, (8, 1)),

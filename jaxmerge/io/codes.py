@@ -23,7 +23,8 @@ _SCALE = re.compile(
   r"[._:/]+(?:(?:input|activation|act|output|weight|pre|per_tensor|global|nested|dq|zp)_)*"
   r"(?:q?scales?|scales?_inv(?:erse)?|(?:weight_|input_)?scales?_(?:2|ub|max)|absmax|quant_map"
   r"|q?zeros?|zero_points?|zeropoints?|scb|code_?books?|scales?_and_zeros?|q?biases|g_idx"
-  r"|quant_state[.]\w+|smooth_factor|s[uv]h|(?:res_)?centroids[.]weight)$",
+  r"|quant_state[.]\w+|smooth_factor|scale_(?:weight|input)"
+  r"|(?:weights?|activation|prequant)_scaling_factor|s[uv]h|(?:res_)?centroids[.]weight)$",
   re.IGNORECASE,
 )
 _CODES = re.compile(
