@@ -283,7 +283,10 @@ def test_two_four_and_eight_devices(group, layout):
   check_each(names, check)
 
 
-@pytest.mark.parametrize("name", marked(COLUMNS["slices"]))
+SLICED = ("average", "ties", "dare, inverse", "tsv", "opcm", "karcher", "krum by tree", "sce")
+
+
+@pytest.mark.parametrize("name", marked(COLUMNS["slices"], fast=SLICED))
 def test_slices_give_the_bits_of_whole_leaves(name):
   """Slices of three rows and of two; methods of entries get them in one row."""
   row = TABLE[name]
