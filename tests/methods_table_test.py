@@ -296,6 +296,7 @@ def test_slices_give_the_bits_of_whole_leaves(name):
   alike(name, found, few(group)[1][name])
 
 
+@pytest.mark.slow
 @pytest.mark.kernels
 def test_two_layouts_give_one_model():
   """Files have [out, in], Flax kernels [in, out]; attention kernels have three axes.
