@@ -10,7 +10,7 @@ import folders
 import numpy as np
 import pytest
 
-from jaxmerge import adding, files, methods, opening, planning, spelling
+from jaxmerge import adding, cli, files, methods, opening, planning, spelling
 from jaxmerge.io import adapter, hub, pieces, safetensors
 from jaxmerge.io.tensor import Files, Tensor
 
@@ -160,6 +160,25 @@ def test_adapters_with_two_tokenizers_do_not_go_together(tmp_path):
     tokenizer(tmp_path / name, name)
   with pytest.raises(ValueError, match=r"its tokenizer\.json is not that of the adapter before"):
     opened(tmp_path / "base", tmp_path / "a", tmp_path / "b")
+
+
+def test_a_recipe_has_the_tokens_of_an_adapter(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  before = base(tmp_path / "base")[EMBEDDING]
+  tokenizer(tmp_path / "base", "a", "b")
+  row = {next(iter(ROWS)): noise(8, 1, 6)}
+  write(tmp_path / "adapter", row, trainable_token_indices=[2])
+  tokenizer(tmp_path / "adapter", "a", "b", "<pad>")
+  pathlib.Path("recipe.yml").write_text(
+    "{merge_method: linear, tokenizer_source: base+adapter, models: [{model: base+adapter, "
+    "parameters: {weight: 1}}, {model: base, parameters: {weight: 1}}]}"
+  )
+  assert cli.main(["merge", "recipe.yml", "out"]) == 0
+  made = safetensors.load(tmp_path / "out" / "model.safetensors")[EMBEDDING]
+  np.testing.assert_allclose(made[:2], before[:2], atol=1e-6)
+  np.testing.assert_allclose(made[2:], next(iter(row.values())), atol=1e-6)
+  text = (tmp_path / "out" / "tokenizer.json").read_text()
+  assert "<pad>" in json.loads(text)["model"]["vocab"]
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -105,12 +105,9 @@ def cases():
   yield "pissa", lora("up", "down", "square", init_lora_weights="pissa")
   yield "olora", lora("up", "down", "square", init_lora_weights="olora")
   yield "replicated", lora("up", "down", layer_replication=[(0, 2), (1, 2)])
-  yield (
-    "adalora",
-    peft.AdaLoraConfig(
-      target_modules=["up", "down"], init_r=4, target_r=2, lora_alpha=6, total_step=10
-    ),
-  )
+  ada = {"target_modules": ["up", "down"], "init_r": 4, "target_r": 2, "total_step": 10}
+  yield "adalora", peft.AdaLoraConfig(**ada, lora_alpha=6)
+  yield "adalora_pruned", peft.AdaLoraConfig(**ada, lora_alpha=6)
   ia3 = {"init_ia3_weights": False, "target_modules": ["up", "down", "conv"]}
   yield "ia3", peft.IA3Config(**ia3, feedforward_modules=["down"])
   swapped = {"target_modules": ["swapped"], "fan_in_fan_out": True, "init_ia3_weights": False}
@@ -170,10 +167,20 @@ def unshare(model):
       setattr(module, name, nn.Parameter(x.clone(), requires_grad=False))
 
 
+def prune(model):
+  """Drops a direction of each module, as AdaLoRA's allocation of ranks does."""
+  names = [n for n, x in model.base_model.model.named_modules() if hasattr(x, "lora_E")]
+  pattern = {f"{n}.lora_E.default": [True, False, True, True] for n in names}
+  model.peft_config["default"].rank_pattern = pattern
+
+
 def recorded(name, config):
   """Saves an adapter, opens it on the base anew, and merges it."""
   with tempfile.TemporaryDirectory() as folder:
-    trained(config).save_pretrained(folder)
+    model = trained(config)
+    if "pruned" in name:
+      prune(model)
+    model.save_pretrained(folder)
     model = peft.PeftModel.from_pretrained(base(), folder)
     if "replicated" in name:
       unshare(model)
