@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple  # Any: numbers of many kinds.
 
 import numpy as np
@@ -102,7 +103,8 @@ def wanted(
   settled: Sequence[Settled],
 ) -> Work:
   """Returns what is wanted for each tensor of the result, and the jobs that merge."""
-  rules = matrices.rules(recipe, _shapes(models, settled))
+  # Of no use to most methods, and slow where there are many thousands of tensors.
+  rules = functools.cache(lambda: matrices.rules(recipe, _shapes(models, settled)))
   kinds: dict[Any, list[Settled]] = {}
   for own in settled:
     kinds.setdefault(own.kind, []).append(own)
@@ -159,7 +161,7 @@ def _job(
   translation: translating.Translation,
   members: Sequence[Settled],
   models: Opened,
-  rules: Mapping[str, layouts.Rule],
+  rules: Callable[[], Mapping[str, layouts.Rule]],
 ) -> Job:
   numbers: dict[str, Any] = {}
   for name, of in translation.numbers.items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any  # A job's words are plain JSON.
 
 from jaxmerge import conventions, layouts
@@ -28,7 +28,7 @@ def rules(recipe: Recipe, shapes: Shapes) -> dict[str, layouts.Rule]:
 
 def table(
   words: Mapping[str, Any],
-  found: Mapping[str, layouts.Rule],
+  rules: Callable[[], Mapping[str, layouts.Rule]],
   shapes: Shapes,
   *,
   compat: bool,
@@ -37,6 +37,7 @@ def table(
   unit = layouts.unit_of(words)
   if unit.unit == "entry":
     return layouts.NONE
+  found = rules()
   if compat and (unit.unit == "row" or unit.lookups == "row"):
     found = literal(found, shapes)
   return layouts.table({tensor.name: found[tensor.name] for tensor in shapes})
