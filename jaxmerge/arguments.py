@@ -172,14 +172,17 @@ def _refuse_others(given: Any, whose: str) -> None:
     if not _is_array(leaf):
       what = f"leaf {name!r} of {whose} is" if name else f"{whose} must be a tree of arrays, not"
       hint = "; x.numpy() makes an array of a tensor" if hasattr(leaf, "numpy") else ""
-      raise ValueError(f"{what} {_kind(leaf)}: arrays of NumPy or JAX are merged{hint}.")
+      raise ValueError(
+        f"{what} {_kind(leaf)}: arrays of numbers, of NumPy or JAX, are merged{hint}."
+      )
   if not leaves:
     hint = "; blend(method, models) merges without a base" if whose == "the base" else ""
     raise ValueError(f"{whose} must be a tree of arrays, but there is no leaf in it{hint}.")
 
 
 def _is_array(x: Any) -> bool:
-  return hasattr(x, "shape") and hasattr(x, "dtype") and not hasattr(x, "numpy")
+  known = hasattr(x, "shape") and hasattr(x, "dtype") and not hasattr(x, "numpy")
+  return known and getattr(x.dtype, "kind", "f") not in "OSU"  # Objects and texts.
 
 
 def _kind(x: Any) -> str:
