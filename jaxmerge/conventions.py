@@ -257,10 +257,11 @@ class _Model:
 
   def _experts(self, name: str, shape: Shape, axis: int | None, bias: Shape | None) -> Rule | None:
     """Experts of one tensor, each a matrix: which way they lie follows from the others there."""
-    if bias is not None and len(bias) == 2 and shape[1] != shape[2]:
-      own = {"boi"} if bias[1] == shape[1] else {"bio"} if bias[1] == shape[2] else set()
-      if own:
-        return Rule(own.pop(), "experts")
+    own = self.names[name]
+    if bias is not None and len(bias) == 2 and shape[1] != shape[2] and bias[1] in shape[1:]:
+      return Rule("boi" if bias[1] == shape[1] else "bio", "experts")
+    if own.leaf == "kernel" and (_UP.fullmatch(own.module) or _DOWN.fullmatch(own.module)):
+      return Rule("bio", "experts")
     found = self._orders(name, axis)
     return Rule(found.pop(), "experts") if len(found) == 1 else None
 

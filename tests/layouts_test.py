@@ -99,6 +99,7 @@ E_, D, F = 4, 8, 12  # Experts, width, inner width.
       ("bio", "bio", "li"),
     ),
     ({"MoeBlock_0/wi_0": (E_, D, F), "MoeBlock_0/wo": (E_, F, D)}, ("open", "open")),
+    ({"experts/wi/kernel": (E_, D, F), "experts/wo/kernel": (E_, F, D)}, ("bio", "bio")),
     ({"experts.w1": (E_ * F, D)}, ("open",)),
     # GPT-2's Conv1D; the same names where they are [out, in].
     (
