@@ -158,7 +158,7 @@ def test_low_ranks_zeros_and_empty_matrices(method):
 
 
 def test_without_a_view_signs_are_elected():
-  x = {"w": jnp.array([[1.0, -1.0, 2.0], [1.0, 2.0, -2.0]])}
+  x = {"w": jnp.array([[1.0, -1.0, 2.0], [1.0, 2.0, -2.0]]), "kernel": jnp.ones((2, 1, 2))}
   found = jaxmerge.blend(methods.drm(), x)["w"]
   close(found, [1.0, 2.0, 2.0])
 
