@@ -100,6 +100,12 @@ def test_an_adapted_matrix_is_the_base_and_the_scaled_product(opened, dtype):
   assert_close(whole(found[f"{Q}.weight"]), dense(base[f"{Q}.weight"], a, b, 3.0))
 
 
+def test_a_base_of_64_bits_keeps_them(opened):
+  base, parts = noise(5, 5, 7, dtype=np.float64), lora_parts(Q, 2, (5, 7))
+  found = whole(opened({f"{Q}.weight": base}, parts)[f"{Q}.weight"])
+  np.testing.assert_allclose(found, dense(base, *parts.values(), 3.0), rtol=1e-14, atol=1e-14)
+
+
 def test_other_tensors_are_passed_through(opened):
   norm, ids = held(noise(0, 3))[0], held(np.arange(4))[0]
   base = {f"{Q}.weight": noise(5, 5, 7), "norm.weight": norm, "ids": ids}

@@ -11,10 +11,8 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-import numpy as np
-
 from jaxmerge.io import pieces
-from jaxmerge.io.tensor import Tensor, widened
+from jaxmerge.io.tensor import Tensor, wide, widened
 
 # Of a fused tensor, the matrices of an expert that lie in it, one below the other.
 _PARTS = {
@@ -115,17 +113,17 @@ def stored(
 
 
 def _patched(tensor: Tensor, patches: Iterable[tuple[Stretch, Tensor]]) -> Tensor:
-  """A stored tensor of which some stretches are those of others, in float32."""
-  parts, done = [], 0
-  wide = widened(tensor, np.dtype(np.float32))
-  where = tensor.where
-  for own, source in sorted(patches, key=lambda patch: patch[0].start):
+  """A stored tensor of which some stretches are those of others, in float32 or wider."""
+  ordered = sorted(patches, key=lambda patch: patch[0].start)
+  parts, done, where = list[Tensor](), 0, tensor.where
+  whole = widened(tensor, wide(tensor, *(source for _, source in ordered)))
+  for own, source in ordered:
     if own.start > done:
-      parts.append(pieces.stretch(wide, done, (own.start - done,)))
-    parts.append(pieces.stretch(widened(source, wide.dtype), own.at, own.shape))
+      parts.append(pieces.stretch(whole, done, (own.start - done,)))
+    parts.append(pieces.stretch(widened(source, whole.dtype), own.at, own.shape))
     done, where = own.start + math.prod(own.shape), source.where
   size = math.prod(tensor.shape)
   if done < size:
-    parts.append(pieces.stretch(wide, done, (size - done,)))
+    parts.append(pieces.stretch(whole, done, (size - done,)))
   made = pieces.joined(parts, tensor.shape)
   return made._replace(where=where, kept=tensor.kept or tensor.dtype)

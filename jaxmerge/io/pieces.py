@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from jaxmerge.io.tensor import Tensor, widened
+from jaxmerge.io.tensor import Tensor, wide, widened
 
 
 def stretch(tensor: Tensor, start: int, shape: tuple[int, ...]) -> Tensor:
@@ -74,18 +74,19 @@ class Wholes:
     self._made = functools.lru_cache(1)(lambda number: self._makers[number]().reshape(-1))
 
   def tensor(self, base: Tensor, compute: Callable[[np.ndarray], np.ndarray], added: str) -> Tensor:
-    """Returns what is computed of a tensor, in float32: of its shape, and stored as it is.
+    """Returns what is computed of a tensor, in float32 or wider: of its shape, stored as it is.
 
     Args:
       base: the tensor.
-      compute: float32 of the base's shape to the same.
+      compute: an array of the base's shape to one of the same.
       added: what it is computed with, for errors.
     """
     number = len(self._makers)
-    self._makers.append(lambda: compute(loaded(base, np.dtype(np.float32))))
+    dtype = wide(base)
+    self._makers.append(lambda: compute(loaded(base, dtype)))
 
     def read(start: int, out: np.ndarray) -> None:
       out[...] = self._made(number)[start : start + out.size]
 
     kept = base.kept or base.dtype
-    return Tensor(f"{base.where} with {added}", np.dtype(np.float32), base.shape, read, kept)
+    return Tensor(f"{base.where} with {added}", dtype, base.shape, read, kept)

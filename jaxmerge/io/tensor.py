@@ -97,6 +97,15 @@ def stored(
   return Tensor(where, entry.dtype, entry.shape, read)
 
 
+def wide(*tensors: Tensor) -> np.dtype:
+  """Returns the dtype in which tensors are computed with: float64 where one of them is, or float32.
+
+  >>> wide(Tensor("", np.dtype(np.float16), (2,), lambda start, out: None)).name
+  'float32'
+  """
+  return np.result_type(np.float32, *(t.dtype for t in tensors if t.dtype == np.float64))
+
+
 def widened(tensor: Tensor, dtype: np.dtype) -> Tensor:
   """The same tensor in another dtype."""
 

@@ -127,7 +127,7 @@ class Rows:
 
     def left(x: np.ndarray) -> np.ndarray:
       x = formulas.residual(x.T if transposed else x, rank, scale, start)
-      return (x.T if transposed else x).astype(kept).astype(_FLOAT)  # It was trained on these.
+      return (x.T if transposed else x).astype(kept).astype(x.dtype)  # It was trained on these.
 
     return wholes.tensor(matrix, left, f"what {start} began with taken off")
 

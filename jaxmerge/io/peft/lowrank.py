@@ -1,4 +1,4 @@
-"""Matrices with scale * (B @ A) added, computed when they are read, in float32.
+"""Matrices with scale * (B @ A) added, computed when they are read, in float32 or wider.
 
 What is computed are blocks of rows at fixed places, so that a slice has the bits of the whole, and
 no more than a block of the product is in memory.
@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxmerge.io.tensor import Tensor, widened
+from jaxmerge.io.tensor import Tensor, wide, widened
 
 BLOCK = 2**18  # Entries of a block.
 
@@ -35,6 +35,11 @@ class Layer(NamedTuple):
   magnitude: Tensor | None
   scale: float
   transposed: bool
+
+  @property
+  def dtype(self) -> np.dtype:
+    """In which it is computed."""
+    return wide(self.base, self.a, self.b)
 
   @property
   def step(self) -> int:
@@ -89,17 +94,18 @@ def _tensor(layer: Layer, block: Callable[[int], np.ndarray]) -> Tensor:
 
   where = f"{layer.base.where} with {layer.a.where}"
   kept = layer.base.kept or layer.base.dtype
-  return Tensor(where, np.dtype(np.float32), layer.base.shape, read, kept)
+  return Tensor(where, layer.dtype, layer.base.shape, read, kept)
 
 
 def _factors(layer: Layer) -> Factors:
-  a, b = _whole(layer.a), _whole(layer.b)
+  a, b = _whole(layer.a, layer.dtype), _whole(layer.b, layer.dtype)
   left, right = (a.T, b.T) if layer.transposed else (b, a)
-  return Factors(np.ascontiguousarray(left * np.float32(layer.scale)), np.ascontiguousarray(right))
+  left = left * layer.dtype.type(layer.scale)
+  return Factors(np.ascontiguousarray(left), np.ascontiguousarray(right))
 
 
-def _whole(tensor: Tensor) -> np.ndarray:
-  x = np.empty(tensor.shape, np.float32)
+def _whole(tensor: Tensor, dtype: np.dtype) -> np.ndarray:
+  x = np.empty(tensor.shape, dtype)
   widened(tensor, x.dtype).read(0, x.reshape(-1))
   return x
 
@@ -108,7 +114,7 @@ def _added(layer: Layer, factors: Factors, number: int) -> np.ndarray:
   """Computes a block of base + scale * (B @ A): [rows, columns]."""
   first = number * layer.step
   left = factors.left[first : first + layer.step]
-  x = np.empty((len(left), layer.base.shape[1]), np.float32)
+  x = np.empty((len(left), layer.base.shape[1]), layer.dtype)
   widened(layer.base, x.dtype).read(first * x.shape[1], x.reshape(-1))
   x += left @ factors.right
   return x
@@ -125,4 +131,4 @@ def _gains(layer: Layer, factors: Factors) -> np.ndarray | None:
     squares[outputs] += np.square(x, dtype=np.float64).sum(axis=0 if layer.transposed else 1)
   if not squares.all():
     raise ValueError(f"{layer.base.where}: an output is all zero, and DoRA divides by its norm.")
-  return (_whole(layer.magnitude) / np.sqrt(squares)).astype(np.float32)
+  return (_whole(layer.magnitude, layer.dtype) / np.sqrt(squares)).astype(layer.dtype)
