@@ -136,8 +136,10 @@ DAMAGE = {
     ["recipe.yml:3:", "density must be in (0, 1], got 1.5"],
   ),
   "weights that add up to zero": (
-    lambda: recipe("weight: 0.5", "weight: 0.0, normalize: true"),
-    ["recipe.yml:"],
+    lambda: pathlib.Path("recipe.yml").write_text(
+      RECIPE.replace("0.5", "0.0") + "parameters: {normalize: true}\n"
+    ),
+    ["recipe.yml:", "divides by the sum of the weights, which is zero"],
   ),
   "a filter that matches nothing": (
     lambda: recipe("{weight: 0.5}", "{weight: [{filter: mpl, value: 1}, {value: 0.5}]}"),

@@ -312,10 +312,11 @@ def test_configs_count_the_layers_in_the_right_place():
   order = {0: 0, 1: 2}
   found = layers.resized(both, 3, order, "vision_model", {"text_model"})
   assert found == {**both, "vision_config": {"num_hidden_layers": 2}}
-  with pytest.raises(
-    ValueError, match=r"says text_config.num_hidden_layers: 3 and vision_config.num"
-  ):
-    layers.resized(both, 3, order)
+  found = layers.resized(both, 3, order)  # Those of the text, where no module is named.
+  assert found == {**both, "text_config": {"num_hidden_layers": 2}}
+  pair = {"encoder": {"num_hidden_layers": 3}, "decoder": {"num_hidden_layers": 3}}
+  with pytest.raises(ValueError, match=r"says encoder.num_hidden_layers: 3 and decoder.num"):
+    layers.resized(pair, 3, order)
   t5 = {"num_layers": 3, "num_decoder_layers": 3}
   assert layers.resized(t5, 3, order, "encoder", {"decoder"}) == {**t5, "num_layers": 2}
   assert layers.resized(t5, 3, order, "decoder", {"encoder"}) == {**t5, "num_decoder_layers": 2}

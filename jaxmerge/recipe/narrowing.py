@@ -66,7 +66,9 @@ def refused(recipe: Recipe, method: str, parts: Sequence[Tensor]) -> Iterator[Pr
     try:
       narrowed(method, common(recipe, parts))
     except ValueError as error:
-      yield Problem(recipe.places.get("dtype", recipe.place), str(error))
+      yield Problem(
+        recipe.places.get("dtype", recipe.places.get("compat", recipe.place)), str(error)
+      )
 
 
 def common(recipe: Recipe, parts: Sequence[Tensor]) -> np.dtype:
