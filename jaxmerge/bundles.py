@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmerge import catalog, memory, methods, reversible, tree, wide
+from jaxmerge import catalog, magnitudes, memory, methods, reversible, tree, wide
 from jaxmerge.io import atomic, folder, safetensors
 from jaxmerge.stage import Method
 from jaxmerge.tree import Tree
@@ -106,9 +106,15 @@ def emr(
 
   elected = {n: elect(x) for n, x in taus.items()}
 
+  # The ratio of two sums of magnitudes, which might not be in range themselves.
+  dtype = tree.compute_dtype(*(v.dtype for v in taus.values()))
+  peaks = [magnitudes.peak(v.astype(dtype), range(v.ndim)).reshape(()) for v in taus.values()]
+  unit = jnp.max(jnp.stack(peaks)) if peaks else jnp.ones(())
+
   def magnitude(x: dict[str, jax.Array]) -> jax.Array:
     each = [
-      jnp.sum(jnp.abs(v), axis=tuple(range(1, v.ndim))) / (v[0].size if ratio == "leaf" else 1)
+      jnp.sum(jnp.abs(v.astype(dtype) / unit), axis=tuple(range(1, v.ndim)))
+      / (v[0].size if ratio == "leaf" else 1)
       for v in x.values()
       if v.size
     ]

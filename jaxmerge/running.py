@@ -19,6 +19,7 @@ from jaxmerge import (
   catalog,
   finiteness,
   layouts,
+  magnitudes,
   memory,
   moments,
   stage,
@@ -266,7 +267,7 @@ def opcm(
         merged[n] = held + tau[0]
       else:
         merged[n] = views.by_matrix(_in_turn, jnp.concatenate([held[None], tau]), None, view)[0]
-    norms = state["norms"] + _norm(taus)
+    norms = state["norms"] + _norm(taus).astype(state["norms"].dtype)
     return {"count": state["count"] + 1, "norms": norms, "merged": merged}
 
   def _in_turn(pair: Any, _: Any) -> Any:
@@ -277,7 +278,7 @@ def opcm(
   def scaled(state: State, bases: Any) -> dict[str, Any]:
     norm = _norm(state["merged"])
     factor = (
-      scale * state["norms"] / state["count"].astype(jnp.float32) / jnp.where(norm > 0, norm, 1)
+      scale * state["norms"] / state["count"].astype(norm.dtype) / jnp.where(norm > 0, norm, 1)
     )
     out = {}
     for n, x in state["merged"].items():
@@ -294,7 +295,13 @@ def opcm(
 
 
 def _norm(leaves: Mapping[str, Any]) -> Any:
-  return jnp.sqrt(sum(jnp.sum(x.astype(jnp.float32) ** 2) for x in leaves.values()))
+  """The norm of leaves together; running statistics are none of the weights."""
+  dtype = tree.compute_dtype(*(x.dtype for x in leaves.values()))
+  own = [x.astype(dtype) for n, x in leaves.items() if not moments.is_moment(n)]
+  square, unit = magnitudes.joined(
+    sum(magnitudes.binned(lambda x: jnp.sum(x * x), x) for x in own), 2
+  )
+  return jnp.sqrt(square) * unit
 
 
 def _merged(params: Tree) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxmerge import counting, views
+from jaxmerge import counting, magnitudes, views
 from jaxmerge.stage import Group, Leaf, Rank, Statistic, Sum
 
 Array = jax.Array
@@ -87,13 +87,41 @@ def _inverse(order: Array) -> Array:
   return jnp.zeros(order.shape, jnp.int32).at[order].set(places, unique_indices=True)
 
 
+class Gram(NamedTuple):
+  """Inner products of the models [K, K], over the square of a unit that keeps them in range."""
+
+  products: Array
+  unit: Array
+
+
 def gram(name: str) -> Sum:
-  """Measures the inner products of the models: [K, *s] -> [K, K], over a group."""
+  """Measures the inner products of the models: [K, *s] -> `Gram`, over a group."""
+  return squares(name, inner_products, lambda total, unit, known: Gram(total, unit))
 
-  def products(x: Array, leaf: Leaf) -> Array:
-    return inner_products(x)
 
-  return total(name, products)
+def squares(
+  name: str,
+  f: Callable[..., Any],
+  finish: Callable[[Any, Array, Any], Any] = lambda total, unit, known: total,
+  *,
+  degree: int = 2,
+) -> Sum:
+  """Adds up what is of a degree in x, as a square is, for numbers of any size; see `magnitudes`.
+
+  Args:
+    name: the key under which the result is known afterwards.
+    f: (x, or each of a pair) -> a tree of sums.
+    finish: (sums over a power of the unit, unit, known) -> result.
+    degree: that of f.
+  """
+
+  def measure(x: Any, leaf: Leaf, known: Any) -> Any:
+    return magnitudes.binned(f, *(x if isinstance(x, tuple) else (x,)))
+
+  def joined(found: Any, known: Any) -> Any:
+    return finish(*magnitudes.joined(found, degree), known)
+
+  return Sum(name, measure, finish=joined)
 
 
 def inner_products(x: Array) -> Array:

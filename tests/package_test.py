@@ -91,6 +91,7 @@ FLOORS = {
     "finiteness",
     "wide",
     "counting",
+    "magnitudes",
     "statistics",
     "ranking",
     "unrolling",

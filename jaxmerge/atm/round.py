@@ -199,7 +199,8 @@ def geometry(found: Measured, size: int) -> dict[str, Any]:
   """Returns norms [T], cosines [T, T] and the sign conflict rate of `size` entries, as lists."""
   gram = np.asarray(found.gram, np.float64)
   norms = np.sqrt(np.maximum(np.diag(gram), 0))
-  cosines = gram / np.maximum(np.outer(norms, norms), 1e-30)
+  under = np.outer(norms, norms)
+  cosines = gram / np.where(under > 0, under, 1)
   high, low = (int(v) for v in np.asarray(found.conflict))
   return {
     "norms": norms.tolist(),

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxmerge import catalog, counting, statistics, views
+from jaxmerge import catalog, counting, magnitudes, statistics, views
 from jaxmerge.methods import averaging, spectral
 from jaxmerge.stage import Array, Group, Leaf, Method, Rank, Stage, chain
 
@@ -174,7 +174,7 @@ def widen(
 def _columns(x: Array) -> tuple[Array, Array]:
   """Norms [K, 1, i] and directions [K, o, i] of columns; one of zeros has no direction."""
   x = lax.stop_gradient(x)
-  size = jnp.sqrt(jnp.sum(x * x, axis=1, keepdims=True))
+  size = magnitudes.norm(x, (1,))
   return size, x / jnp.where(size == 0, 1, size)
 
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from jaxmerge import catalog, counting, statistics, views
+from jaxmerge import catalog, counting, magnitudes, statistics, views
 from jaxmerge.methods import averaging, spectral
 from jaxmerge.stage import Array, Group, Leaf, Method, Rank, chain
 
@@ -50,9 +50,9 @@ def wudi(
   catalog.check("wudi", {"scale": scale, "learning_rate": learning_rate, "steps": steps})
 
   def update(x: Array, leaf: Leaf, known: Any) -> Array:
-    spans = x.transpose(0, 2, 1) @ x
+    unit = x / _norms(x)
     rate = leaf.scalar("learning_rate", x)
-    return _descended(_added(x), x, spans / _squares(x), _adam(rate), steps)
+    return _descended(_added(x), x, unit.transpose(0, 2, 1) @ unit, _adam(rate), steps)
 
   numbers = {"learning_rate": learning_rate}
   return chain(spectral.by_matrix(update, numbers), averaging.scaled(scale))
@@ -92,7 +92,8 @@ def optmerge(
     kept = max(1, int(min(x.shape[1:]) * (1 / K)))
     mean = _added(x) * (1 / K)
     u, s, v = (y[..., :kept] for y in spectral.svd(x))
-    spans = (v * (s * s)[:, None]) @ v.transpose(0, 2, 1) / _squares(x)
+    shares = s / _norms(x)[:, 0]
+    spans = (v * (shares * shares)[:, None]) @ v.transpose(0, 2, 1)
     if tuned == "lora":
       first = (u * s[:, None]) @ v.transpose(0, 2, 1)
       return _descended(mean, first, spans, optax.sgd(rate, momentum=0.9), steps)
@@ -148,7 +149,7 @@ def doge(
   def update(x: Array, leaf: Leaf, known: Any) -> Array:
     K, r, tol = x.shape[0], min(x.shape[1:]), leaf.scalar("rank_tol", x)
     some = jnp.any(x != 0, axis=(1, 2), keepdims=True)
-    rates = jnp.where(some, leaf.scalar("eta", x) / jnp.sqrt(_squares(x)), 0)
+    rates = jnp.where(some, leaf.scalar("eta", x) / _norms(x), 0)
     held, weight = _added(x * rates), jnp.sum(rates)
     each = spectral.svd(x, tol)[0][..., : r // K].transpose(1, 0, 2).reshape(1, x.shape[1], -1)
     shared = spectral.svd(each, tol)[0][0, :, : r // subspace] if each.shape[2] else each[0]
@@ -208,9 +209,9 @@ def _adam(rate: Array) -> optax.GradientTransformation:
   return optax.adam(rate, eps_root=1e-30)
 
 
-def _squares(x: Array) -> Array:
-  """The squared norm of each task matrix, 1 where there is none: [K, o, i] -> [K, 1, 1]."""
-  own = jnp.sum(x * x, axis=(1, 2), keepdims=True)
+def _norms(x: Array) -> Array:
+  """The norm of each task matrix, 1 where there is none: [K, o, i] -> [K, 1, 1]."""
+  own = magnitudes.norm(x, (1, 2))
   return jnp.where(own == 0, 1, own)
 
 

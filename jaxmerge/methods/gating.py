@@ -9,7 +9,7 @@ from typing import Any, Literal  # Any: what is known is a tree of arrays.
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmerge import catalog, counting, statistics, tree, views
+from jaxmerge import catalog, counting, magnitudes, statistics, tree, views
 from jaxmerge.methods import averaging
 from jaxmerge.stage import Array, Group, Leaf, Method, Stage, chain
 
@@ -72,23 +72,24 @@ def gate(
   def place(leaf: Leaf, known: Any) -> Array:
     return jnp.asarray(known["places"])[jnp.argmax(jnp.asarray(known["tags"]) == leaf.tag)]
 
-  def measure(x: Array, leaf: Leaf, known: Any) -> Array:
-    x, axes = views.together(x), tuple(range(1, x.ndim))
+  def measure(x: Array, leaf: Leaf, known: Any) -> list[Array]:
+    x = views.together(x)
     if callable(score):
-      own = score(x, leaf)
+      found = [magnitudes.plain(score(x, leaf))]
     elif score == "deviation":
-      own = jnp.sum(jnp.abs(x - jnp.mean(x, axis=0, keepdims=True)), axis=axes)
+      found = [magnitudes.binned(_added, jnp.abs(x - jnp.mean(x, axis=0, keepdims=True)))]
     else:
-      own = jnp.sum(x * x, axis=axes)
+      found = [magnitudes.binned(_squares, x)]
     if score == "relative_norm":
-      base = leaf.compared("gate").astype(x.dtype)
-      own = jnp.concatenate([own, jnp.sum(base * base)[None]])
+      found.append(magnitudes.binned(_squares, leaf.compared("gate").astype(x.dtype)[None]))
     chosen = jnp.arange(known["sizes"].shape[0], dtype=jnp.int32) == place(leaf, known)
-    return jnp.where(chosen[:, None], own[None], 0)
+    return [jnp.where(chosen[None, :, None], own[:, None], 0) for own in found]
 
-  def kept(total: Array, known: Any) -> Array:
+  def kept(found: list[Array], known: Any) -> Array:
+    total, *bases = (magnitudes.joined(x, 1 if score == "deviation" else 2)[0] for x in found)
     if score == "relative_norm":
-      scores = total[:, :-1] / (total[:, -1:] + 1e-30)
+      most = jnp.max(total, axis=0, keepdims=True)
+      scores = total / jnp.where(most > 0, most, 1) / jnp.where(bases[0] > 0, bases[0], 1e-30)
     else:
       scores = total / jnp.asarray(known["sizes"], total.dtype)[:, None]
     count = scores.shape[0]
@@ -102,6 +103,14 @@ def gate(
 
   measured = statistics.Sum("kept", measure, finish=kept)
   return (Stage(update, (measured,), init, {"prune_ratio": prune_ratio}),)
+
+
+def _added(x: Array) -> Array:
+  return jnp.sum(x, axis=tuple(range(1, x.ndim)))
+
+
+def _squares(x: Array) -> Array:
+  return _added(x * x)
 
 
 def lwptv(

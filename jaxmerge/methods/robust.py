@@ -160,7 +160,7 @@ def krum(
       )
     return {}
 
-  def distances(x: Array, leaf: Leaf) -> Array:
+  def distances(x: Array) -> Array:
     x = views.together(x)
     axes = tuple(range(1, x.ndim))
     # Differences, not an expansion in inner products: near models would lose all their digits.
@@ -176,7 +176,7 @@ def krum(
     chosen = (jnp.sum(before, axis=1) < select).reshape((-1,) + (1,) * (x.ndim - 1))
     return jnp.sum(jnp.where(chosen, x, 0), axis=0, keepdims=True) * (1 / select)
 
-  measured = (statistics.total("distances", distances),)
+  measured = (statistics.squares("distances", distances),)
   return (Stage(update, measured, init, scope=scope, combines=True),)
 
 
@@ -210,12 +210,12 @@ def flag(
   """
   catalog.check("flag", {"rank": rank, "steps": steps, "pairs": pairs})
 
-  def coefficients(products: Array, known: Any) -> Array:
+  def coefficients(products: Array, unit: Array, known: Any) -> Array:
     squares = jnp.diagonal(products)
     norms = jnp.sqrt(jnp.where(squares > 0, squares, 1))
     # The directions count as constant in gradients: where eigenvalues are equal they have none.
-    unit = lax.stop_gradient(products / (norms[:, None] * norms[None]))
-    shares = _near(unit, known["pairs"], rank, steps) / norms
+    cosines = lax.stop_gradient(products / (norms[:, None] * norms[None]))
+    shares = _near(cosines, known["pairs"], rank, steps) / norms
     length = _middle(jnp.where(squares > 0, norms, 0))
     return length * shares * (1 / products.shape[0])
 
@@ -226,7 +226,7 @@ def flag(
     own = known["coefficients"].astype(x.dtype)
     return jnp.sum(x * own.reshape((-1,) + (1,) * (x.ndim - 1)), axis=0, keepdims=True)
 
-  measured = statistics.gram("coefficients")._replace(finish=coefficients)
+  measured = statistics.squares("coefficients", statistics.inner_products, coefficients)
   return (Stage(update, (measured,), init, {"pairs": pairs}, combines=True),)
 
 
@@ -245,24 +245,27 @@ def _near(products: Array, pairs: Array, rank: int, steps: int) -> Array:
   apart = points[first] - points[second]
   share = pairs.astype(points.dtype) / max(K * (K - 1), 1)
 
-  def nearness(x: Array, basis: Array) -> Array:
-    return jnp.sum((x @ basis) ** 2, axis=1)
+  def beside(basis: Array) -> Array:
+    # Of what is left itself: one minus what is near would be a difference of numbers near 1.
+    return jnp.sum((points - (points @ basis) @ basis.T) ** 2, axis=1)
 
   def sought(basis: Array | None) -> Array:
-    weights = jnp.ones(K) if basis is None else _weights(nearness(points, basis))
-    among = jnp.ones(len(first)) if basis is None else _weights(nearness(apart, basis))
+    weights = jnp.ones(K, points.dtype) if basis is None else _weights(beside(basis))
+    away = jnp.ones(len(first), points.dtype)
+    among = away if basis is None else _weights(1 - jnp.sum((apart @ basis) ** 2, axis=1))
     both = points * weights[:, None], apart * (share * among)[:, None]
     # Each pair is met in both orders.
     spread = both[0].T @ both[0] + 2 * both[1].T @ both[1]
     return jnp.linalg.eigh(spread)[1][:, ::-1][:, :rank]
 
   def left(basis: Array) -> Array:
-    return jnp.sum(jnp.sqrt(jnp.maximum(1 - nearness(points, basis), 0)))
+    return jnp.sum(jnp.sqrt(beside(basis)))
 
   def step(held: tuple[Array, Array], _: None) -> tuple[tuple[Array, Array], None]:
     basis, going = held
     tried = sought(basis)
-    going = going & (left(tried) < left(basis))
+    # What rounding adds is no growth.
+    going = going & (left(tried) < left(basis) * (1 + 8 * jnp.finfo(points.dtype).eps))
     return (jnp.where(going, tried, basis), going), None
 
   (basis, _), _ = lax.scan(step, (sought(None), jnp.bool_(True)), length=steps)
@@ -270,8 +273,8 @@ def _near(products: Array, pairs: Array, rank: int, steps: int) -> Array:
   return vectors @ jnp.where(roots > 1e-14, projected / roots, 0)
 
 
-def _weights(nearness: Array) -> Array:
-  return (jnp.abs(1 - nearness) + 1e-7) ** -0.25
+def _weights(left: Array) -> Array:
+  return (jnp.abs(left) + 1e-7) ** -0.25
 
 
 def _ascending(x: Array) -> list[Array]:

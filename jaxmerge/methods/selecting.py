@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmerge import catalog, counting, statistics, views
+from jaxmerge import catalog, counting, magnitudes, statistics, views
 from jaxmerge.methods import averaging, signs
 from jaxmerge.stage import (
   Array,
@@ -86,20 +86,33 @@ def most_varied(density: float) -> Method:
 
 
 def _variance(x: Array, leaf: Leaf, known: Any) -> Array:
-  """Variance over the models: [K, *s] -> [1, *s]; exactly 0 where all are equal."""
+  """Variance over the models: [K, *s] -> [1, *s]; exactly 0 where all are equal.
+
+  One that float32 cannot hold is replaced by what ranks as it does.
+  """
   low, high = (f(x, axis=0, keepdims=True) for f in (jnp.min, jnp.max))
-  return jnp.where(low == high, 0, jnp.var(x, axis=0, keepdims=True))
+  found = jnp.var(x, axis=0, keepdims=True)
+  deviation = magnitudes.norm(x - jnp.mean(x, axis=0, keepdims=True), (0,)) / x.shape[0] ** 0.5
+  for end, beyond in ((50, jnp.greater), (-50, jnp.less)):
+    limit = jnp.asarray(2.0**end, x.dtype)
+    # Beyond the limit, where it is the square's too, it goes on by the fourth root.
+    on = limit * limit * jnp.sqrt(jnp.sqrt(deviation / limit))
+    found = jnp.where(beyond(deviation, limit), on, found)
+  return jnp.where(low == high, 0, found)
 
 
 def _erased(floor: float) -> Method:
   """Averages the entries that have the sign of the sum, by the mean squares of the models."""
 
-  def squares(x: Array, leaf: Leaf) -> Array:
+  def squares(x: Array) -> Array:
     return jnp.sum(x * x, axis=tuple(range(1, x.ndim)))
 
+  def means(total: Array, unit: Array, known: Any) -> tuple[Array, Array]:
+    return total / jnp.asarray(known["size"], total.dtype), unit
+
   def update(x: Array, leaf: Leaf, known: Any) -> Array:
-    own = known["squares"] / jnp.asarray(known["size"], known["squares"].dtype)
-    usable = (own.sum() > 0) & (own.sum() >= leaf.scalar("floor", x))
+    own, unit = known["squares"]
+    usable = (own.sum() > 0) & (own.sum() >= leaf.scalar("floor", x) / unit / unit)
     weight = jnp.where(usable, own / jnp.where(usable, own.sum(), 1), 1 / x.shape[0])
     agreeing = signs.agreeing(x)
     weight = jnp.where(agreeing != 0, weight.reshape((-1,) + (1,) * (x.ndim - 1)), 0)
@@ -109,7 +122,7 @@ def _erased(floor: float) -> Method:
   def init(group: Group) -> dict[str, Any]:
     return {"size": np.float32(max(group.size, 1))}
 
-  measured = (statistics.total("squares", squares),)
+  measured = (statistics.squares("squares", squares, means),)
   return (Stage(update, measured, init, {"floor": floor}, scope="leaf", combines=True),)
 
 
@@ -117,7 +130,8 @@ def arcee_fusion() -> Method:
   """Takes over those entries of one model that are far from the base and in a changed row.
 
   An entry's importance is its distance from the base times the divergence of its row,
-  sum p log(p / q) with p and q the softmax of the model's and the base's row, each plus 1e-8. Taken
+  sum (p log(p / q) + q - p) with p and q the softmax of the model's and the base's row, each plus
+  1e-8, of which all q and all p add up to the same. Taken
   are, leaf by leaf, entries of at least the median plus 1.5 times the distance of the quartiles.
   Rows are those of the leaf's matrix view; a leaf without a view is one row.
 
@@ -132,10 +146,7 @@ def arcee_fusion() -> Method:
 
   def importance(x: Array, leaf: Leaf, known: Any) -> Array:
     base = leaf.compared("arcee_fusion").astype(x.dtype)[None]
-    tuned, base = (jax.nn.softmax(w, axis=-1) + 1e-8 for w in (base + x, base))
-    divergence = jnp.sum(tuned * jnp.log(tuned / base), axis=-1, keepdims=True)
-    # Rounding may leave less than nothing of a divergence.
-    return jnp.abs(x) * jnp.maximum(divergence, 0)
+    return jnp.abs(x) * jnp.sum(_divergence(base, x), axis=-1, keepdims=True)
 
   def init(group: Group) -> dict[str, Any]:
     for_models("arcee_fusion", 1, 1)(group)
@@ -155,6 +166,22 @@ def arcee_fusion() -> Method:
   measured = tuple(Rank(name, second, rank=f"{name}_rank") for name in quartiles)
   rows = Stage(importance, unit="row", rest="row")
   return join((rows,), Stage(update, measured, init, scope="leaf"))
+
+
+def _divergence(base: Array, x: Array) -> Array:
+  """What each entry adds to the divergence of its row: q ((1 + t) log(1 + t) - t), p = q (1 + t).
+
+  From the task vector x itself: p and q of rows that are nearly equal differ in their last bits.
+  """
+  q = jax.nn.softmax(base, axis=-1)
+  most = jnp.max(x, axis=-1, keepdims=True)
+  moved = jnp.sum(q * jnp.expm1(x - most), axis=-1, keepdims=True)
+  by = x - (most + jnp.log1p(moved))  # That is log(softmax(base + x) / q).
+  both = q + 1e-8
+  t = q * jnp.expm1(by) / both
+  series = t * t * (1 / 2 - t * (1 / 6 - t * (1 / 12 - t * (1 / 20 - t * (1 / 30)))))
+  small = jnp.abs(t) < 0.05
+  return both * jnp.where(small, series, (1 + t) * jnp.log1p(t) - t)
 
 
 def magmax(scale: float = catalog.METHODS["magmax"].parameters["scale"].default) -> Method:

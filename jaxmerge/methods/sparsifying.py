@@ -95,8 +95,8 @@ def matched(method: Method, norm: str | None) -> Method:
 
   Args:
     method: a transform.
-    norm: "l1", "l2" or "linf"; None runs the transform alone. Where a norm before or after is below
-      1e-7, entries stay as they are.
+    norm: "l1", "l2" or "linf"; None runs the transform alone. Where a norm before or after is zero,
+      entries stay as they are.
 
   Example:
     >>> import jaxmerge
@@ -107,23 +107,23 @@ def matched(method: Method, norm: str | None) -> Method:
   if norm is None:
     return method
 
-  def measure(pair: tuple[Array, Array], leaf: Leaf) -> tuple[Array, ...]:
-    return tuple(power(jnp.abs(x), tuple(range(1, x.ndim))) for x in pair)
-
-  def power(size: Array, axes: tuple[int, ...]) -> Array:
-    if norm == "linf":
-      return jnp.max(size, axis=axes)
-    return jnp.sum(size if norm == "l1" else size * size, axis=axes)
+  def powers(*pair: Array) -> tuple[Array, ...]:
+    sizes = (jnp.abs(x) if norm != "l2" else x * x for x in pair)
+    reduce = jnp.max if norm == "linf" else jnp.sum
+    return tuple(reduce(size, axis=tuple(range(1, size.ndim))) for size in sizes)
 
   def update(pair: tuple[Array, Array], leaf: Leaf, known: Any) -> Array:
-    (before, after), least = known["powers"], 1e-14 if norm == "l2" else 1e-7
-    usable = (before >= least) & (after >= least)
+    before, after = known["powers"]
+    usable = (before > 0) & (after > 0)
     share = jnp.where(usable, after, 1) / jnp.where(usable, before, 1)
     share = jnp.sqrt(share) if norm == "l2" else share
     # Chosen entry by entry, as in `drop`.
     return pair[1] / jnp.where(pair[1] != 0, share.reshape((-1,) + (1,) * (pair[1].ndim - 1)), 1)
 
-  measured = (statistics.greatest if norm == "linf" else statistics.total)("powers", measure)
+  if norm == "linf":
+    measured = statistics.greatest("powers", lambda pair, leaf: powers(*pair))
+  else:
+    measured = statistics.squares("powers", powers, degree=2 if norm == "l2" else 1)
   return join(method, Stage(update, (measured,), scope="leaf"))
 
 

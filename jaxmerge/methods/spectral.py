@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxmerge import catalog, views
+from jaxmerge import catalog, magnitudes, views
 from jaxmerge.methods import averaging
 from jaxmerge.stage import Array, Leaf, Method, Stage, chain
 
@@ -95,7 +95,7 @@ def iso_cts(
     u, s, v = (y[0] for y in svd(_added(x), tol))
     u, s, v = u[:, :shared], s[:shared], v[:, :shared]
     # What is left of a task whose directions are all common is rounding error.
-    norms = jnp.sqrt(jnp.maximum(jnp.sum(x * x, axis=(1, 2)), 1e-30))
+    norms = magnitudes.norm(x, (1, 2))[:, 0, 0]
     rest = svd(x - u @ (u.T @ x), tol, norms)
     lefts, values, rights = _side_by_side(*(y[..., :own] for y in rest))
     lefts, rights = (jnp.concatenate(p, axis=1) for p in ((lefts, u), (rights, v)))

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxmerge import catalog, statistics, views
+from jaxmerge import catalog, magnitudes, statistics, views
 from jaxmerge.methods import averaging
 from jaxmerge.stage import Array, Group, Leaf, Method, Stage, for_models
 
@@ -36,7 +36,8 @@ def spanned(
   """Combines the models with coefficients that follow from their inner products.
 
   Args:
-    solve: (inner products [K, K], leaf) -> coefficients [K].
+    solve: (inner products [K, K], leaf) -> coefficients [K]. The products are over the square of
+      `leaf.aux["unit"]`, which is 1 but where squares would leave the range of the dtype.
     scope: what is a vector: the leaf, or each row or column of its matrix view. A leaf without a
       view is one vector.
     numbers: the numbers that `solve` reads from the leaf.
@@ -56,7 +57,7 @@ def spanned(
   if scope == "leaf":
     return (
       made(
-        lambda x, leaf, known: _combined(solve(known["gram"], leaf), x),
+        lambda x, leaf, known: _combined(solve(*_measured(known["gram"], leaf)), x),
         (statistics.gram("gram"),),
       ),
     )
@@ -66,15 +67,24 @@ def spanned(
     batch = 3 - across
     contract = (([across], [across]), ([batch], [batch]))
     place = views.unsharded(x, 3)
-    grams = lax.dot_general(x, x, contract, precision="highest", out_sharding=place)
-    found = jax.vmap(lambda gram: solve(gram, leaf), out_axes=1)(grams)
+    unit = jnp.max(magnitudes.peak(x, (across,)), axis=0, keepdims=True)
+    scaled = x / unit
+    grams = lax.dot_general(scaled, scaled, contract, precision="highest", out_sharding=place)
+    each = statistics.Gram(grams, unit.reshape(-1))
+    found = jax.vmap(lambda gram: solve(*_measured(gram, leaf)), out_axes=1)(each)
     return jnp.sum(x * jnp.expand_dims(found, across), axis=0, keepdims=True)
 
   def rest(x: Array, leaf: Leaf, known: Any) -> Array:
-    return _combined(solve(statistics.inner_products(x), leaf), x)
+    unit = jnp.max(magnitudes.peak(x, range(1, x.ndim)))
+    gram = statistics.Gram(statistics.inner_products(x / unit), unit)
+    return _combined(solve(*_measured(gram, leaf)), x)
 
   unit: Literal["row", "matrix"] = "row" if scope == "row" else "matrix"
   return (made(update, unit=unit, lookups="row", rest=rest),)
+
+
+def _measured(gram: statistics.Gram, leaf: Leaf) -> tuple[Array, Leaf]:
+  return gram.products, leaf._replace(aux={**leaf.aux, "unit": gram.unit})
 
 
 def slerp(t: float = catalog.METHODS["slerp"].parameters["t"].default) -> Method:
@@ -189,7 +199,8 @@ def karcher(
   Args:
     weight: weight of each model, scalar or one per model.
     max_iter: most steps.
-    tol: models of a smaller norm have no direction; a smaller step is the last.
+    tol: models of a norm below this share of the largest have no direction; a smaller step is the
+      last.
 
   Reference: Karcher 1977, Riemannian center of mass and mollifier smoothing.
 
@@ -205,7 +216,7 @@ def karcher(
     own, least = _weights(gram, leaf), leaf.scalar("tol", gram)
     own = own / jnp.where(jnp.abs(own.sum()) < 1e-8, 1, own.sum())
     norms = root(jnp.diagonal(gram))
-    valid = norms > least
+    valid = norms > least * jnp.max(norms)
     share = jnp.where(valid, own, 0)
     share = share / jnp.where(jnp.abs(share.sum()) < 1e-8, 1, share.sum())
     mean = _mean_direction(cosines(gram), share, valid, least, max_iter)

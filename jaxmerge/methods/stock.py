@@ -43,7 +43,8 @@ def model_stock(
 
   def solve(gram: Array, leaf: Leaf) -> Array:
     K = gram.shape[0]
-    cosines = spherical.cosines(gram, leaf.scalar("floor", gram))
+    floor = leaf.scalar("floor", gram) / leaf.aux["unit"] / leaf.aux["unit"]
+    cosines = spherical.cosines(gram, floor)
     cosine = jnp.sum(jnp.where(jnp.eye(K, dtype=bool), 0, cosines)) / (K * (K - 1))
     under = 1 + (K - 1) * cosine
     usable = jnp.abs(under) >= 1e-6

@@ -14,7 +14,7 @@ from jax import lax
 
 from jaxmerge import catalog, counting, statistics, views
 from jaxmerge.methods import averaging, spectral
-from jaxmerge.stage import Array, Leaf, Method, Rank, Stage, Sum, chain, join
+from jaxmerge.stage import Array, Leaf, Method, Rank, Stage, chain, join
 
 _drm = catalog.METHODS["drm"].parameters
 _lore = catalog.METHODS["lore"].parameters
@@ -206,11 +206,10 @@ def opcm(
   def rest(x: Array, leaf: Leaf, known: Any) -> Array:
     return jnp.sum(x, axis=0, keepdims=True)
 
-  def squares(pair: tuple[Array, Array], leaf: Leaf, known: Any) -> tuple[Array, Array]:
-    first, second = (jnp.sum(y * y, axis=tuple(range(1, y.ndim))) for y in pair)
-    return first, second
+  def squares(*pair: Array) -> tuple[Array, ...]:
+    return tuple(jnp.sum(y * y, axis=tuple(range(1, y.ndim))) for y in pair)
 
-  def factor(total: tuple[Array, Array], known: Any) -> Array:
+  def factor(total: tuple[Array, Array], unit: Array, known: Any) -> Array:
     # A root of zero has no gradient.
     each, merged = (jnp.where(t > 0, jnp.sqrt(jnp.where(t > 0, t, 1)), 0) for t in total)
     return jnp.sum(each) * (1 / each.shape[0]) / jnp.where(merged > 0, merged, 1)[0]
@@ -219,7 +218,7 @@ def opcm(
     return pair[1] * known["factor"]
 
   in_turn = spectral.by_matrix(update, given, rest, ordered=True)
-  last = Stage(scaled, (Sum("factor", squares, finish=factor),))
+  last = Stage(scaled, (statistics.squares("factor", squares, factor),))
   return chain(join(in_turn, last), averaging.scaled(scale))
 
 

@@ -68,7 +68,7 @@ METHODS: Mapping[str, Entry] = {
     {
       "weight": entry.WEIGHT,
       "max_iter": Parameter(10, "most steps", low=0, integer=True, static=True),
-      "tol": Parameter(1e-5, "norms and steps up to this count as zero", low=0.0),
+      "tol": Parameter(1e-5, "shares of the largest norm and steps up to this are zero", low=0.0),
     },
     on="weights",
     reads=2,
