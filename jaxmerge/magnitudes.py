@@ -77,6 +77,18 @@ def binned(f: Callable[..., Any], *xs: Array) -> Any:
   )
 
 
+def over(x: Array, unit: Array) -> Array:
+  """Returns a number that is not negative over the square of a unit, which is in no range itself.
+
+  Example:
+    >>> over(jnp.array([0.0, 4.0]), jnp.float32(2.0**-100)).tolist()
+    [0.0, inf]
+  """
+  # By the root: a compiler would make one division by the square of two by the unit.
+  share = jnp.where(x > 0, jnp.sqrt(jnp.where(x > 0, x, 1)), 0) / unit
+  return share * share
+
+
 def plain(x: Array) -> Array:
   """Puts sums that are in range into the window for that: [...] -> [5, ...]."""
   return jnp.stack([x if k == WINDOWS // 2 else jnp.zeros_like(x) for k in range(WINDOWS)])

@@ -66,7 +66,7 @@ EXCEPT = {
     },
     "takes one model": {"arcee_fusion", "passthrough"},
   },
-  "eight times the task vectors": {
+  "a multiple of the task vectors": {
     "compares with numbers of its own": {"pcb", "ramplus_tl", "nearswap"},
     "descends at a rate of its own": {"wudi", "doge"},
     "compares with the base": {"arcee_fusion", "widen"},
@@ -90,6 +90,6 @@ COLUMNS = {
   "one model": [n for n in MAIN if TABLE[n].one],
   "one model comes back": _without("one model comes back", MAIN),
   "any order": [n for n, r in TABLE.items() if r.height > 1 and not stage.ordered(r.method)],
-  "eight times the task vectors": [n for n, r in TABLE.items() if r.homogeneous],
+  "a multiple of the task vectors": [n for n, r in TABLE.items() if r.homogeneous],
   "two layouts": _CUT,
 }

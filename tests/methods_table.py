@@ -20,6 +20,7 @@ class Row(NamedTuple):
     seeded: it needs a seed.
     summed: it measures sums of floats, whose last bits depend on how leaves are cut.
     homogeneous: a multiple of the task vectors gives that multiple of the result.
+    times: by which that is tried; a number in units of weights allows no others.
     height: number of models.
     one: it also takes one model.
     weights: it merges weights, as if the base were zero.
@@ -38,6 +39,7 @@ class Row(NamedTuple):
   seeded: bool = False
   summed: bool = False
   homogeneous: bool = True
+  times: tuple = (8, 2.0**-100, 2.0**120)
   height: int = 4
   one: bool = True
   weights: bool = False
@@ -436,7 +438,9 @@ TABLE = {
     summed=True,
     one=False,
   ),
-  "ram": Row(methods.ram(), lambda taus, draw: entries.ram(taus), {"threshold": (0.0, 1e-5, 0.1)}),
+  "ram": Row(
+    methods.ram(), lambda taus, draw: entries.ram(taus), {"threshold": (0.0, 1e-5, 0.1)}, times=(8,)
+  ),
   "ramplus_tl": Row(
     methods.ramplus_tl(0.1, 0.5, 3.0),
     lambda taus, draw: entries.ram(taus, 0.1, 0.5, 3.0),

@@ -112,7 +112,7 @@ def _erased(floor: float) -> Method:
 
   def update(x: Array, leaf: Leaf, known: Any) -> Array:
     own, unit = known["squares"]
-    usable = (own.sum() > 0) & (own.sum() >= leaf.scalar("floor", x) / unit / unit)
+    usable = (own.sum() > 0) & (own.sum() >= magnitudes.over(leaf.scalar("floor", x), unit))
     weight = jnp.where(usable, own / jnp.where(usable, own.sum(), 1), 1 / x.shape[0])
     agreeing = signs.agreeing(x)
     weight = jnp.where(agreeing != 0, weight.reshape((-1,) + (1,) * (x.ndim - 1)), 0)

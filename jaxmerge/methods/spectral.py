@@ -185,7 +185,10 @@ def svd(
   unit = jnp.eye(x.shape[1], x.shape[2], dtype=x.dtype)[None]
   # One after the other: a decomposition of several on a CPU waits for threads of the pool that it
   # runs in itself, and two at a time on two cores wait for ever.
-  u, s, v = lax.map(_thin, jnp.where(empty, unit, x))
+  # Over a power of two: libraries divide by other numbers where values are very large or small.
+  power = magnitudes.peak(x, (1, 2))
+  u, s, v = lax.map(_thin, jnp.where(empty, unit, x / power))
+  s = s * power[:, 0]
   largest = s[:, :1] if size is None else size[:, None]
   kept = (s > jnp.maximum(tol, float(jnp.finfo(x.dtype).eps)) * largest) & ~empty[:, 0]
   u, v = (jnp.where(kept[:, None], y, 0) for y in (u, v))

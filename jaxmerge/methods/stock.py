@@ -6,7 +6,7 @@ from typing import Literal
 
 import jax.numpy as jnp
 
-from jaxmerge import catalog
+from jaxmerge import catalog, magnitudes
 from jaxmerge.methods import spherical
 from jaxmerge.stage import Array, Leaf, Method, for_models
 
@@ -43,7 +43,7 @@ def model_stock(
 
   def solve(gram: Array, leaf: Leaf) -> Array:
     K = gram.shape[0]
-    floor = leaf.scalar("floor", gram) / leaf.aux["unit"] / leaf.aux["unit"]
+    floor = magnitudes.over(leaf.scalar("floor", gram), leaf.aux["unit"])
     cosines = spherical.cosines(gram, floor)
     cosine = jnp.sum(jnp.where(jnp.eye(K, dtype=bool), 0, cosines)) / (K * (K - 1))
     under = 1 + (K - 1) * cosine
