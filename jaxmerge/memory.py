@@ -226,6 +226,8 @@ def seen(step: Stage, x: Any, kept: list[Array]) -> Any:
 
 
 def _updated(step: Stage, x: Array, leaf: Leaf, known: Any, view: str | None) -> Array:
+  if not x.size:  # There are no rows, or no entries in them.
+    return x[:1] if step.combines else x
   if step.unit == "entry":
     return step.update(x, leaf, known)
   view = layouts.seen(view, layouts.Unit(step.unit, step.lookups))
@@ -303,13 +305,11 @@ def _checked(
   if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((found, out))):
     return out
   seen = meshes.fetch(found)
-  bad = [n for n, own in seen.items() if not all(np.all(flag) for flag in own)]
-  if not bad:
+  if not (bad := [n for n, own in seen.items() if not all(np.all(flag) for flag in own)]):
     return out
   held = {n: finiteness.shared(*(None if t is None else t[n] for t in parts)) for n in bad}
   if any(own.any() for own in held.values()):
-    first = parts[2] if parts[0] is None else parts[0]
-    kept = {n: first[n] if parts[0] is not None else first[n][0] for n in held}
+    kept = {n: parts[2][n][0] if parts[0] is None else parts[0][n] for n in held}
     parts = [
       None if t is None else t | {n: finiteness.without(own, t[n]) for n, own in held.items()}
       for t in parts

@@ -40,7 +40,32 @@ def resolved(
     if name not in values:
       raise ValueError(f"the method takes no number {name!r}{catalog.nearest(name, values)}.")
     values[name] = value
-  return {n: _checked(n, value, shapes, height, copied) for n, value in values.items()}
+  return {
+    n: _checked(
+      n, _by_leaf(n, value, shapes, height, copied) if n in aux else value, shapes, height, copied
+    )
+    for n, value in values.items()
+  }
+
+
+def _by_leaf(name: str, value: Any, shapes: Shapes, height: int, copied: Collection[str]) -> Any:
+  """Takes a tuple of numbers that is built like the tree for one number a leaf: as a dict of them.
+
+  Raises:
+    ValueError: for a list or tuple that may as well be one number a model, and for a named tuple
+      whose fields are no leaves.
+  """
+  if not isinstance(value, (list, tuple)) or not catalog.plain(value):
+    return value
+  own, fields = tree.named(value), hasattr(value, "_fields")
+  if not fields and not (shapes.keys() <= own.keys() <= shapes.keys() | set(copied)):
+    return value
+  if not fields and len(value) == height:
+    raise ValueError(
+      f"{name} has {height} values, which may be one for each of {height} models or for each of "
+      f"the leaves {', '.join(own)}; give an array (np.array) for the models, or a dict of leaves."
+    )
+  return own
 
 
 def ordered(names: Sequence[str] | None, height: int, *, keep: bool) -> tuple[Any, np.ndarray]:

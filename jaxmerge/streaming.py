@@ -75,7 +75,8 @@ def stream(
     measured: called with a leaf's name and a number of its entries that a statistic has seen.
     call: calls the compiled programs, (program, *arguments, **static), for who wants to see them.
   """
-  shapes = {n: s.shape for n, s in sorted(source.leaves.items()) if tree.is_floating(s)}
+  every = sorted(source.leaves.items())
+  shapes = {n: s.shape for n, s in every if tree.is_floating(s) and math.prod(s.shape)}
   method = averaging.with_moments(method, shapes)
   wides = {n for n in shapes if n in source.wide or wide.is_wide(source.leaves[n])}
   wides = set(shapes) if wides and stage.coupled(method) else wides
@@ -108,7 +109,8 @@ def stream(
     size = math.prod(source.leaves[name].shape)
     for start in range(0, max(size, 1), entries):
       stop = min(start + entries, size)
-      write(name, start, source.read(name, start, stop, slice(None), lambda *_: None)[0])
+      base, _, models = source.read(name, start, stop, slice(None), lambda *_: None)
+      write(name, start, models[0].astype(source.leaves[name].dtype) if base is None else base)
 
 
 def _merged(

@@ -101,8 +101,9 @@ def rows(x: Array, view: str) -> Array:
     [[[0, 3], [1, 4], [2, 5]]]
   """
   moved = x.transpose((0, *(a + 1 for a in _order(view, x.ndim - 1))))
-  columns = math.prod(n for n, letter in zip(x.shape[1:], view, strict=True) if letter == "i")
-  return reshaped(moved, (x.shape[0], moved.size // (x.shape[0] * columns), columns))
+  sizes = list(zip(x.shape[1:], view, strict=True))
+  columns = math.prod(n for n, letter in sizes if letter == "i")
+  return reshaped(moved, (x.shape[0], math.prod(n for n, v in sizes if v != "i"), columns))
 
 
 def from_rows(y: Array, view: str, shape: tuple[int, ...]) -> Array:

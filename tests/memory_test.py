@@ -1,5 +1,6 @@
 """The driver for models in memory: what it takes, what it refuses, what it promises."""
 
+import collections
 import functools
 
 import jax
@@ -158,6 +159,32 @@ def test_donated_stacks():
   run = jax.jit(lambda b, m: jaxmerge.merge(TA, b, m), donate_argnums=0)
   given = jax.tree.map(jnp.copy, base)
   small.same(jax.device_get(run(given, models)), jax.device_get(jaxmerge.merge(TA, base, models)))
+
+
+def test_models_are_as_many_as_leaves_and_numbers_too():
+  """A tuple like the tree is one number a leaf, an array one a model; which is not guessed."""
+  Pair = collections.namedtuple("Pair", "a b")
+  base, models = Pair(jnp.zeros(1), jnp.zeros(1)), Pair(*jnp.ones((2, 2, 1)))
+  merge = functools.partial(jaxmerge.merge, methods.task_arithmetic(1.0))
+  each = lambda out: [x.tolist() for x in out]  # noqa: E731
+  assert each(merge(base, models, aux={"scale": Pair(1.0, 3.0)})) == [[2.0], [6.0]]
+  assert each(merge(base, models, aux={"weight": Pair(1.0, 3.0)})) == [[2.0], [6.0]]
+  assert each(merge(base, models, aux={"weight": (1.0, 3.0)})) == [[4.0], [4.0]]
+  plain = tuple(base), tuple(models)
+  assert each(merge(*plain, aux={"weight": np.array([1.0, 3.0])})) == [[4.0], [4.0]]
+  assert each(merge(*plain, aux={"weight": {"0": 1.0, "1": 3.0}})) == [[2.0], [6.0]]
+  assert each(merge(tuple(base), tuple(x[:1] for x in models), aux={"weight": (1.0, 3.0)})) == [
+    [1.0],
+    [3.0],
+  ]
+  assert each(jaxmerge.merge(methods.task_arithmetic(1.0, (1.0, 3.0)), *plain)) == [[4.0], [4.0]]
+  with pytest.raises(
+    ValueError, match="weight has 2 values, which may be one for each of 2 models"
+  ):
+    merge(*plain, aux={"weight": (1.0, 3.0)})
+  Other = collections.namedtuple("Other", "cat dog")
+  with pytest.raises(ValueError, match="aux 'weight' has no value for leaf 'a'"):
+    merge(base, models, aux={"weight": Other(1.0, 3.0)})
 
 
 # --- What is refused ---

@@ -525,3 +525,18 @@ def test_second_value_of_a_number_does_not_compile_again(name):
   if row.seeded:
     merged(row, base, models, seed=2**32 - 1)
   assert memory._compiled._cache_size() == size
+
+
+EMPTY = ["average", "ties", "della, l1", "breadcrumbs by row", "tsv", "model_stock by row", "opcm"]
+
+
+@pytest.mark.parametrize("name", EMPTY)
+def test_matrices_without_columns_are_passed_by(name):
+  row = TABLE[name]
+  base = {"none": np.zeros((3, 0), np.float32), "one": np.ones((2, 2), np.float32)}
+  models = {n: np.stack([x + k for k in range(row.height)]) for n, x in base.items()}
+  options = row.options(layout=(("n", "oi"),))
+  out = merged(row, base, models, layout=options["layout"])
+  found = streaming.merge_slices(row.method, base, models, **options)
+  assert out["none"].shape == found["none"].shape == (3, 0)
+  small.close(found, out)

@@ -146,7 +146,7 @@ def arcee_fusion() -> Method:
 
   def importance(x: Array, leaf: Leaf, known: Any) -> Array:
     base = leaf.compared("arcee_fusion").astype(x.dtype)[None]
-    return jnp.abs(x) * jnp.sum(_divergence(base, x), axis=-1, keepdims=True)
+    return jnp.abs(x) * jnp.sum(divergence(base, x), axis=-1, keepdims=True)
 
   def init(group: Group) -> dict[str, Any]:
     for_models("arcee_fusion", 1, 1)(group)
@@ -168,7 +168,7 @@ def arcee_fusion() -> Method:
   return join((rows,), Stage(update, measured, init, scope="leaf"))
 
 
-def _divergence(base: Array, x: Array) -> Array:
+def divergence(base: Array, x: Array) -> Array:
   """What each entry adds to the divergence of its row: q ((1 + t) log(1 + t) - t), p = q (1 + t).
 
   From the task vector x itself: p and q of rows that are nearly equal differ in their last bits.
