@@ -102,7 +102,7 @@ def _breadcrumbs(scope, yields="keep"):
   keep, remove = (0.5, 0.2) if yields == "keep" else (0.7, 0.4)
   return Row(
     methods.breadcrumbs(keep, remove, 0.5, scope=scope, yields=yields),
-    lambda taus, draw: basics.breadcrumbs(taus, keep, remove, 0.5, scope, small.VIEWS, yields),
+    lambda taus, draw: basics.breadcrumbs(taus, keep, remove, 0.5, scope, small.BY_NAME, yields),
     {"keep": (0.5, 0.3, 1.0), "remove": (0.1, 0.0, 0.7)},
   )
 
@@ -112,7 +112,7 @@ def _della(rescale):
   return Row(
     methods.della(density, epsilon, 0.5, WEIGHT, rescale),
     lambda taus, draw: basics.elected(
-      basics.della(taus, draw, density, epsilon, rescale, small.VIEWS),
+      basics.della(taus, draw, density, epsilon, rescale, small.BY_NAME),
       0.5,
       EIGHT,
       "mean",
@@ -131,7 +131,7 @@ def _spherical(method, oracle, vary, **options):
 def _nuslerp(scope):
   return _spherical(
     methods.nuslerp(PAIR, scope),
-    lambda taus: spheres.nuslerp(taus, PAIR, scope, small.VIEWS),
+    lambda taus: spheres.nuslerp(taus, PAIR, scope, small.BY_NAME),
     PAIRS,
     height=2,
     one=False,
@@ -141,7 +141,7 @@ def _nuslerp(scope):
 def _stock(scope, clip):
   return _spherical(
     methods.model_stock(scope, clip),
-    lambda taus: spheres.model_stock(taus, scope, small.VIEWS, clip),
+    lambda taus: spheres.model_stock(taus, scope, small.BY_NAME, clip),
     {"floor": (0.0, 1e-6, 0.1)},
     height=3,
     one=False,
@@ -161,7 +161,7 @@ def _krum(scope):
 def _matrices(method, rule, vary, homogeneous, decomposes="matrices"):
   return Row(
     method,
-    lambda taus, draw: spectra.by_matrix(rule, taus, 0.5, small.VIEWS),
+    lambda taus, draw: spectra.by_matrix(rule, taus, 0.5, small.BY_NAME),
     vary,
     summed=True,
     homogeneous=homogeneous,
@@ -179,7 +179,7 @@ def _descent(method, rule, adam=True, **options):
 
 
 def _doge(taus, draw):
-  return subspaces.doge(taus, 0.5, 0.5, 0.3, 3, 1e-3, 20, small.VIEWS)
+  return subspaces.doge(taus, 0.5, 0.5, 0.3, 3, 1e-3, 20, small.BY_NAME)
 
 
 def _drm(direction):
@@ -190,7 +190,7 @@ def _drm(direction):
     return subspaces.elected(xs, EIGHT[: len(xs)])
 
   def merged(taus, draw):
-    found = subspaces.by_matrix(rule, rest, taus, small.VIEWS)
+    found = subspaces.by_matrix(rule, rest, taus, small.BY_NAME)
     return subspaces.scaled(found, 0.5)
 
   method = methods.drm(0.5, 0.5, direction, WEIGHT)
@@ -206,7 +206,7 @@ def _lore(*settings):
 
   return Row(
     methods.lore(1.5, *settings),
-    lambda taus, draw: subspaces.by_matrix(rule, rest, taus, small.VIEWS),
+    lambda taus, draw: subspaces.by_matrix(rule, rest, taus, small.BY_NAME),
     {"mu": (0.3, 0.0, 0.5), "delta_scale": (1.0, 0.0, 1.5)},
     summed=True,
     decomposes="matrices",
@@ -214,11 +214,11 @@ def _lore(*settings):
 
 
 def _opcm(taus, draw):
-  return subspaces.scaled(subspaces.opcm(taus, 0.5, small.VIEWS), 0.5)
+  return subspaces.scaled(subspaces.opcm(taus, 0.5, small.BY_NAME), 0.5)
 
 
 def _widen(taus, draw, base):
-  return subspaces.widen(taus, base, 0.5, 1.2, 0.8, small.VIEWS)
+  return subspaces.widen(taus, base, 0.5, 1.2, 0.8, small.BY_NAME)
 
 
 def _lwptv(score, prune):
@@ -244,7 +244,7 @@ def _flag(rank, pairs):
 
 
 def _fused(taus, draw, base):
-  return entries.arcee_fusion(taus, base, small.VIEWS)
+  return entries.arcee_fusion(taus, base, small.BY_NAME)
 
 
 TABLE = {
@@ -325,7 +325,7 @@ TABLE = {
   "della_linear": Row(
     methods.della_linear(0.5, 0.2, 0.5, WEIGHT, normalize=True),
     lambda taus, draw: basics.weighted_sum(
-      basics.della(taus, draw, 0.5, 0.2, "inverse", small.VIEWS),
+      basics.della(taus, draw, 0.5, 0.2, "inverse", small.BY_NAME),
       EIGHT,
       0.5,
       normalize=True,

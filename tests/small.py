@@ -4,6 +4,7 @@ import numpy as np
 
 NAMES = ("red", "green", "blue", "grey")
 VIEWS = (("matrix", "io"), ("cube|steps", "boi"))  # Integers have no view; some trees, no cube.
+BY_NAME = (("matrix", "io"), ("cube", "boi"))  # For transcriptions, which look leaves up.
 SHAPES = {"matrix": (8, 16), "vector": (16,), "cube": (2, 3, 4), "scalar": ()}
 ALL = ("matrix", "vector", "cube", "scalar", "steps")
 FEW = ("matrix", "steps")
