@@ -81,7 +81,15 @@ EVERY = {
 
 
 def merged(names, base, models):
-  return {n: jaxmerge.merge(EVERY[n], base, models, layout=VIEWS) for n in names}
+  return {
+    n: jaxmerge.merge(
+      EVERY[n],
+      base,
+      models,
+      layout=tuple(v for v in VIEWS if any(re.search(v[0], n) for n in base)),
+    )
+    for n in names
+  }
 
 
 def sharded(kind, few=tuple(SHAPES)):
