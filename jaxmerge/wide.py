@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, ParamSpec, TypeVar  # Any: trees of arrays.
 
 import jax
@@ -65,6 +65,8 @@ def aware(f: Callable[P, R], *more: Any) -> Callable[P, R]:
 
   @functools.wraps(f)
   def run(*args: P.args, **kwargs: P.kwargs) -> R:
+    # An iterator over models is read once: here, where its leaves are looked at.
+    args = tuple(list(x) if isinstance(x, Iterator) else x for x in args)  # type: ignore[assignment]
     held = context(args, kwargs, more)
     if isinstance(held, contextlib.nullcontext):
       return f(*args, **kwargs)

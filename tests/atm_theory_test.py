@@ -7,7 +7,7 @@ import pytest
 import small_tasks as small
 
 import jaxmerge
-from jaxmerge import memory, methods
+from jaxmerge import layouts, memory, methods
 from jaxmerge import mesh as meshes
 from jaxmerge.atm import baselines, loop, settings
 from jaxmerge.atm import round as rounds
@@ -193,7 +193,7 @@ def test_merged_losses_of_convex_tasks_are_below_the_mean_of_the_copies():
 def test_worked_example_of_the_reference_point(method, reference, expected):
   copies = {"theta": jnp.array([[2.0, 1.0], [1.0, 3.0]])}
   ready = memory.prepare(method, {"theta": (2,)}, 2, {}, ["a", "b"])._replace(order=None)
-  found = rounds.merged(method, copies, {"theta": jnp.array(reference)}, ready, ())
+  found = rounds.merged(method, copies, {"theta": jnp.array(reference)}, ready, layouts.NONE)
   np.testing.assert_allclose(found["theta"], expected, rtol=1e-14)
 
 

@@ -10,7 +10,7 @@ import optax
 import pytest
 import small_tasks as small
 
-from jaxmerge import memory, methods, tree
+from jaxmerge import layouts, memory, methods, tree
 from jaxmerge import mesh as meshes
 from jaxmerge.atm import evaluate, sampling, settings, tune
 from jaxmerge.atm import round as rounds
@@ -91,7 +91,7 @@ def test_no_word_between_tasks_before_the_merge(four):
   @jax.jit
   def merged(params, rows, plan):
     copies = tree.named(tuned(params, rows, plan)[0])
-    return rounds.merged(method, copies, params, ready, ())
+    return rounds.merged(method, copies, params, ready, layouts.NONE)
 
   assert COLLECTIVES.search(merged.lower(*given).compile().as_text())
 
