@@ -109,7 +109,6 @@ class Work:
     self.facts: dict[str, dict[str, Any]] = {}
     self.costs: dict[str, budget.Budget] = {}
     self.curves: dict[str, list[dict[str, Any]]] = {}
-    self.notes: list[str] = []
 
   @contextlib.contextmanager
   def timed(self, phase: str) -> Iterator[None]:
@@ -223,9 +222,7 @@ class Work:
   def one_shot(self) -> None:
     """The merges of the experts, each with its best scale."""
     tuned = self.costs["experts"]
-    plan = {"average": {}} | {
-      k: dict(v) for k, v in self.config["baselines"].items() if k in catalog.METHODS
-    }
+    plan = problems.one_shot_plan(self.config)
     shown = self.bar("one-shot merges", len(plan), "method")
     of = keeping.digest([self.params, self.stacks["experts"]])
     like = problems.make_like(self.params, 1, "one_shot", self.mesh)
@@ -365,7 +362,7 @@ class Work:
       "seconds": self.seconds,
       "config": self.config,
       "versions": workdirs.versions(),
-      "notes": self.notes,
+      "notes": problems.layout_notes(self.problem, self.params, self.config),
     }
     record["gap_closed"] = report.gap_closed(record["models"])
     record["differences"] = judging.differences(record, scores)

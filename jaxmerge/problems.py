@@ -15,7 +15,7 @@ import optax
 from jax import lax
 from jax.sharding import Mesh
 
-from jaxmerge import catalog, methods, processes, shaping, tree
+from jaxmerge import catalog, layouts, methods, processes, shaping, tree
 from jaxmerge import mesh as meshes
 from jaxmerge.atm import baselines, evaluate, sampling, tune
 from jaxmerge.atm.settings import Settings
@@ -264,6 +264,26 @@ def method_of(settings: Mapping[str, Any]) -> Method:
   name = settings.pop("name")
   catalog.check(name, settings)
   return getattr(methods, name)(**settings)
+
+
+def one_shot_plan(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+  """Returns the settings of a config's one-shot merges by name; the average is always one."""
+  asked = {k: dict(v) for k, v in config["baselines"].items() if k in catalog.METHODS}
+  return {"average": {}, **asked}
+
+
+def layout_notes(problem: Problem, params: Any, config: Mapping[str, Any]) -> list[str]:
+  """Says of each method of rows or matrices which leaves have which matrix view, and why."""
+  named = {n: {"name": n, **settings} for n, settings in one_shot_plan(config).items()}
+  named["atm"] = dict(config["method"])
+  leaves, notes = tree.named(params), []
+  shapes = {n: tuple(x.shape) for n, x in leaves.items() if tree.is_floating(x)}
+  for name, settings in named.items():
+    settings.pop("scales", None)
+    method = method_of(settings)
+    table = layouts.settled(method, shapes, problem.layout, names=leaves)
+    notes += [f"{name}: {line}" for line in layouts.lines(method, table)]
+  return notes
 
 
 def settings_of(config: Mapping[str, Any]) -> Settings:

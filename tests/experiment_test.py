@@ -323,3 +323,11 @@ def test_a_folder_that_holds_something_else_is_refused(tmp_path):
   with pytest.raises(ValueError, match="is not empty and holds no run"):
     experiment.run(config(), tmp_path)
   assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_notes_say_which_leaves_methods_of_matrices_take_for_matrices():
+  problem = made(config(), lambda shapes, make: make())
+  settings = {"baselines": {"tsv": {"scales": (0.5, 1.0)}, "dare": {"drop_rate": 0.2}}}
+  notes = problems.layout_notes(problem, problem.params, settings | {"method": {"name": "iso_c"}})
+  leaves = "outputs and inputs: 1 io (kernel), 1 no matrix (vector)"
+  assert notes == [f"tsv: {leaves}", f"atm: {leaves}"]

@@ -12,7 +12,7 @@ from hypothesis import given
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxmerge import memory, methods, tree
+from jaxmerge import layouts, memory, methods, tree
 from jaxmerge import mesh as meshes
 from jaxmerge.atm import outer, sampling, settings, tune
 from jaxmerge.atm import round as rounds
@@ -351,7 +351,7 @@ def parts_of(mesh, tasks=4):
   params = small_tasks.weights()
   local = tune.direction(own, params)
   step = tune.step(small_tasks.network, tune.cross_entropy, own, local)
-  rest = dict(tasks=tasks, slots=tasks, kept=False, layout=(), mesh=mesh)
+  rest = dict(tasks=tasks, slots=tasks, kept=False, layout=layouts.NONE, mesh=mesh)
   return rounds.Parts(step, local, outer.direction(own), methods.ties(), **rest), own, params
 
 
