@@ -282,7 +282,8 @@ def save(folder: Path, adapter: Adapter, *, replace: bool = False) -> pathlib.Pa
 
   Raises:
     FileExistsError: where the folder is there and `replace` is not set.
-    ValueError: where models store some of its matrices as [in, out], and others as [out, in].
+    ValueError: where models store some of its matrices as [in, out], and others as [out, in], and
+      for NaN or infinity.
   """
   swapped = {isinstance(own, Swapped) for own in adapter.values()}
   if len(swapped) > 1:
@@ -290,8 +291,11 @@ def save(folder: Path, adapter: Adapter, *, replace: bool = False) -> pathlib.Pa
   ranks = {name: own.rank for name, own in adapter.items()}
   tensors = {}
   for name, own in adapter.items():
-    tensors[f"base_model.model.{name}.lora_A.weight"] = np.asarray(_times(own.scale, own.a))
-    tensors[f"base_model.model.{name}.lora_B.weight"] = np.asarray(own.b)
+    for part, x in {"A": _times(own.scale, own.a), "B": own.b}.items():
+      if not bool(jnp.isfinite(x).all()):
+        text = f"lora_{part} of {name!r} has NaN or infinity in {x.dtype}, with its scale in A"
+        raise ValueError(f"{text}; save an adapter of finite numbers, or of a wider dtype.")
+      tensors[f"base_model.model.{name}.lora_{part}.weight"] = np.asarray(x)
   config: dict[str, Any] = {"peft_type": "LORA", "bias": "none"}
   config |= {"r": max(ranks.values(), default=1), "lora_alpha": max(ranks.values(), default=1)}
   # PEFT takes a pattern for the end of a name as well, and a dot for any character.

@@ -139,6 +139,18 @@ def adapters(given: Any, names: Sequence[str] | None) -> tuple[list[Any], Sequen
   return [given], names
 
 
+def numbers(aux: Any, seed: Any) -> dict[str, Any]:
+  """Returns a method's numbers by name, the seed among them; ValueError for what has no names.
+
+  Example:
+    >>> numbers({"scale": 0.5}, 7)
+    {'scale': 0.5, 'seed': 7}
+  """
+  if aux is not None and not isinstance(aux, Mapping):
+    raise ValueError(f"aux must be numbers by name, such as {{'scale': 0.5}}, got {_kind(aux)}.")
+  return {**(aux or {}), **({} if seed is None else {"seed": seed})}
+
+
 def tasks(apply: Any, given: Any, settings: Any) -> list[Any]:
   """Returns the tasks of a loop as a list; ValueError for arguments that are something else."""
   if not callable(apply):

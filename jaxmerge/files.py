@@ -119,7 +119,7 @@ def merge_files(
     each = opening.every(references, files, find, rename)
     start = None if base is None else each.pop()
     said = {"method": fingerprint.fingerprint(method), **({"words": words} if words else {})}
-    job = planning.Job(lambda: method, said, tuple(called), aux or {}, seed)
+    job = planning.Job(lambda: method, said, tuple(called), arguments.numbers(aux, None), seed)
     plan = asking.planned(job, start, each, dtype=kept, missing=missing, allow=allow)
     plan = asking.laid_out(plan, method, layout)
     plan = plan._replace(facts={**plan.facts, **find.facts}, stamps=dict(files.stamps))

@@ -76,7 +76,7 @@ def merge(
   method = arguments.method(method)
   models, names = arguments.stacked(base, models, names)
   check_models(base, models, base if reference is None else reference)
-  aux = dict(aux or {}, **({} if seed is None else {"seed": seed}))
+  aux = arguments.numbers(aux, seed)
   return _driven(method, base, reference, models, aux, names, layout, deltas)
 
 
@@ -108,7 +108,7 @@ def blend(
       continue
     if not tree.is_equal(leaf, leaf[:1]):
       raise ValueError(f"leaf {name!r} is {leaf.dtype} and differs between models; drop it first.")
-  aux = dict(aux or {}, **({} if seed is None else {"seed": seed}))
+  aux = arguments.numbers(aux, seed)
   return _driven(method, None, None, models, aux, names, layout)
 
 

@@ -89,7 +89,7 @@ def of(
       "merge a stack, or use `average`, `checkpoint_average`, `task_arithmetic`, `dare`, `magmax` "
       "or `running.opcm`."
     )
-  numbers = dict(aux or {}, **({} if seed is None else {"seed": seed}))
+  numbers = arguments.numbers(aux, seed)
   seeded = "seed" in stage.numbers(method)
   method = averaging.with_moments(method)
   take, finish = accumulator(method, layouts.check(layout))

@@ -299,6 +299,13 @@ def test_a_saved_adapter_comes_back(tmp_path):
   assert not re.match(rf"(.*\.)?({pattern})$", "model.up")
 
 
+def test_an_adapter_that_overflows_with_its_scale_is_not_saved(tmp_path):
+  own = adapters.Lora(jnp.full((1, 2), 6e4, jnp.float16), jnp.ones((2, 1), jnp.float16), 4.0)
+  with pytest.raises(ValueError, match="lora_A of 'up' has NaN or infinity in float16"):
+    adapters.save(tmp_path / "adapter", {"up": own})
+  assert not (tmp_path / "adapter").exists()
+
+
 def test_what_is_no_factor_is_refused(tmp_path):
   adapters.save(tmp_path / "adapter", ONE)
   path = tmp_path / "adapter" / "adapter_model.safetensors"

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import jaxmerge
-from jaxmerge import adapters, methods, running, stage
+from jaxmerge import adapters, arguments, methods, running, stage
 
 BASE = {"dense": {"kernel": np.zeros((4, 3), np.float32), "bias": np.zeros(3, np.float32)}}
 TREES = [jax.tree.map(lambda x, k=k: x + k, BASE) for k in (1, 2, 6)]
@@ -60,6 +60,7 @@ MISTAKES = {
   "no models": (lambda: jaxmerge.merge(MEAN, BASE, []), "the models must be a tree of arrays"),
   "paths": (lambda: jaxmerge.merge(MEAN, "base", ["a"]), "the base must be a tree .* not str"),
   "numbers": (lambda: jaxmerge.merge(MEAN, {"w": 1.0}, [{"w": 2.0}]), "leaf 'w' .* is float"),
+  "aux": (lambda: arguments.numbers(0.3, None), "aux must be numbers by name"),
   "names": (lambda: jaxmerge.merge(MEAN, BASE, STACK, names="abc"), "names must be a list"),
   "blend": (lambda: jaxmerge.blend("average", STACK), r"call jaxmerge\.methods\.average\(\)"),
   "blend of a list": (lambda: jaxmerge.blend(MEAN, TREES), r"jaxmerge\.stack\(models\)"),
