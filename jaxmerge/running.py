@@ -158,8 +158,10 @@ def accumulator(
   """
 
   def fold_of(name: str) -> tuple[int, stage.Fold]:
-    steps = enumerate(method)
-    return next((i, s.fold) for i, s in steps if s.fold and (s.where is None or s.where(name)))
+    for i, step in enumerate(method):
+      if step.fold and (step.where is None or step.where(name)):
+        return i, step.fold
+    raise ValueError(f"no combiner of the method acts on leaf {name!r}.")
 
   def table(stacks: Mapping[str, Any], names: Mapping[str, Any]) -> layouts.Table:
     shapes = {n: x.shape[1:] for n, x in stacks.items() if tree.is_floating(x)}

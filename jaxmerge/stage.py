@@ -382,8 +382,11 @@ def for_models(method: str, least: int, most: int | None = None) -> Callable[[Gr
 
 
 def foldable(method: Method) -> bool:
-  """Tells whether a method can take experts a few at a time: nothing measured, and a fold."""
+  """Tells whether a method can take experts a few at a time: nothing measured, and a fold.
+
+  Of several combiners each has leaves of its own.
+  """
   combiners = [stage for stage in method if stage.combines]
-  alone = len(combiners) == 1 or all(stage.where is not None for stage in combiners)
+  alone = all((stage.where is None) == (len(combiners) == 1) for stage in combiners)
   whole = not any(stage.statistics or stage.keep for stage in method)
   return bool(combiners) and alone and whole and all(stage.fold for stage in combiners)

@@ -155,11 +155,8 @@ def widen(
     return jnp.where(high, leaf.scalar("calibrated", score), own)
 
   def update(x: Array, leaf: Leaf, known: Any) -> Array:
-    base = leaf.compared("widen").astype(x.dtype)[None]
-    (size, unit), (size_0, unit_0) = _columns(base + x), _columns(base)
-    turned = jnp.sum((unit - unit_0) ** 2, axis=1, keepdims=True)
-    turned = jnp.where((size == 0) | (size_0 == 0), 0, turned)
-    both = [shares(_places(change), leaf) for change in (jnp.abs(size - size_0), turned)]
+    changes = _changes(leaf.compared("widen").astype(x.dtype)[None], x)
+    both = [shares(_places(change), leaf) for change in changes]
     return _added(x * (both[0] + both[1]) * 0.5)
 
   def rest(x: Array, leaf: Leaf, known: Any) -> Array:
@@ -171,11 +168,22 @@ def widen(
   return chain(merged, averaging.scaled(scale))
 
 
-def _columns(x: Array) -> tuple[Array, Array]:
-  """Norms [K, 1, i] and directions [K, o, i] of columns; one of zeros has no direction."""
-  x = lax.stop_gradient(x)
-  size = magnitudes.norm(x, (1,))
-  return size, x / jnp.where(size == 0, 1, size)
+def _changes(base: Array, x: Array) -> tuple[Array, Array]:
+  """Returns how far columns changed in norm and in direction, [K, 1, i] each.
+
+  Neither subtracts norms or directions, which are alike where a change is small: |b + x| - |b| is
+  (x, 2 b + x) / (|b + x| + |b|). A column that was or becomes zero counts as not turned.
+  """
+  base, x = lax.stop_gradient((base, x))
+  size, size_0 = magnitudes.norm(base + x, (1,)), magnitudes.norm(base, (1,))
+  unit = jnp.maximum(magnitudes.peak(base, (1,)), magnitudes.peak(x, (1,)))
+  parts = (x / unit) * (base / unit + (base / unit + x / unit))
+  both = size / unit + size_0 / unit
+  longer = jnp.sum(parts, axis=1, keepdims=True) / jnp.where(both == 0, 1, both)
+  direction = (base / unit) / jnp.where(size_0 == 0, 1, size_0 / unit)
+  moved = (x / unit - direction * longer) / jnp.where(size == 0, 1, size / unit)
+  turned = jnp.sum(moved * moved, axis=1, keepdims=True)
+  return jnp.abs(longer) * unit, jnp.where((size == 0) | (size_0 == 0), 0, turned)
 
 
 def _places(x: Array) -> Array:

@@ -160,8 +160,10 @@ def widen_ranks(start, tau):
     return np.argsort(np.argsort(change, kind="stable")) / len(change)
 
   old, new = (np.linalg.norm(w, axis=0) for w in (start, start + tau))
-  cosine = np.sum(start * (start + tau), axis=0) / np.where(old * new == 0, 1, old * new)
-  return places(np.abs(new - old)), places(np.where(old * new == 0, 0, 1 - cosine))
+  # 1 - cosine, twice: zero where nothing changed, which 1 - cosine is up to rounding only.
+  units = [w / np.where(n == 0, 1, n) for w, n in ((start, old), (start + tau, new))]
+  turned = np.sum((units[1] - units[0]) ** 2, axis=0)
+  return places(np.abs(new - old)), places(np.where(old * new == 0, 0, turned))
 
 
 def widen_columns(ranks, threshold, calibrated):
