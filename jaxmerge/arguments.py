@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from jaxmerge import catalog, tree
+from jaxmerge.io import codes
 from jaxmerge.stage import Method, Stage
 from jaxmerge.tree import Tree
 
@@ -70,6 +71,8 @@ def stacked(
       if isinstance(models, Mapping):
         names = list(map(str, models)) if names is None else names
         models = list(models.values())
+      for k, one in enumerate(models):
+        _refuse_others(one, f"model {k}")
       return tree.stack(models), names
     if _several(base, models):
       raise ValueError(f"{_SWAPPED}: what is given as the base holds several models.")
@@ -187,9 +190,23 @@ def _refuse_others(given: Any, whose: str) -> None:
       raise ValueError(
         f"{what} {_kind(leaf)}: arrays of numbers, of NumPy or JAX, are merged{hint}."
       )
+    if line := _unreadable(leaf.dtype):
+      raise ValueError(f"leaf {name!r} of {whose} is {leaf.dtype}, {line}.")
   if not leaves:
     hint = "; blend(method, models) merges without a base" if whose == "the base" else ""
     raise ValueError(f"{whose} must be a tree of arrays, but there is no leaf in it{hint}.")
+  codes.refuse(leaves, whose)
+
+
+def _unreadable(dtype: Any) -> str | None:
+  """Says what of a dtype JAX has no numbers of, and what to give in its place."""
+  if not isinstance(dtype, np.dtype):
+    return None
+  if not dtype.isnative:
+    return "in the byte order of another machine; give x.astype(x.dtype.newbyteorder('='))"
+  if dtype.kind in "fc" and dtype.itemsize > (8 if dtype.kind == "f" else 16):
+    return "wider than JAX can compute; give x.astype('float64')"
+  return None
 
 
 def _is_array(x: Any) -> bool:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmerge import catalog, magnitudes, memory, methods, reversible, tree, wide
-from jaxmerge.io import atomic, folder, safetensors
+from jaxmerge.io import atomic, codes, folder, safetensors
 from jaxmerge.stage import Method
 from jaxmerge.tree import Tree
 
@@ -176,6 +176,7 @@ def _task_vectors(base: Tree, models: Tree) -> dict[str, jax.Array]:
   """The task vectors of the floating leaves, by name: [K, *s]."""
   memory.check_models(base, models, base)
   bases, stacks = tree.named(base), tree.named(models)
+  codes.refuse(stacks, "the models")
   own = [n for n, x in bases.items() if tree.is_floating(x)]
   return {n: memory.task_vectors(jnp.asarray(stacks[n]), jnp.asarray(bases[n])) for n in own}
 

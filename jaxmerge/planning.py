@@ -287,7 +287,10 @@ def assembled(
     "folders": {m.name: m.home or display.readable(str(m.folder)) for m in models if m.files}
   }
   plan = Plan(tuple(outputs), tuple(every), told, models[0].folder, inputs, facts)
-  notes = (note for m in models for note in m.notes)
+  notes = [note for m in models for note in m.notes]
+  notes += codes.copied(
+    [[(p.name, p.model, p.tensor) for p in there(w)] for w in wants if w.models]
+  )
   return plan._replace(texts=models[0].texts, notes=tuple(dict.fromkeys(notes)))
 
 

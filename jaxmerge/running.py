@@ -27,6 +27,7 @@ from jaxmerge import (
   views,
   wide,
 )
+from jaxmerge.io import codes
 from jaxmerge.methods import averaging, subspaces
 from jaxmerge.stage import Method, State
 from jaxmerge.tree import Tree
@@ -110,6 +111,9 @@ def of(
 
   def update(state: State, params: Tree, name: str | None = None) -> State:
     _check(base, params)
+    if others := tree.named(params).keys() ^ tree.named(state["like"]).keys():
+      where = "init" if min(others) in tree.named(state["like"]) else "update"
+      raise ValueError(f"leaf {min(others)!r} is only in the tree that {where} was given.")
     if seeded and name is None:
       raise ValueError("the method's random masks depend on the model's name: give update a name.")
     ready = prepared(params, name)
@@ -333,6 +337,7 @@ def _first(count: Any, kept: Any, x: Any) -> Any:
 def _check(base: Tree | None, params: Tree) -> None:
   if base is not None:
     tree.check_same(base, params, left="the base", right="the model", dtype=False)
+  codes.refuse(tree.named(params), "the model")
 
 
 def _refuse_empty(state: State) -> None:

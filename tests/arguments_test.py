@@ -41,7 +41,19 @@ def narrowed(models):
   return [{"dense": {"kernel": m["dense"]["kernel"]}} for m in models]
 
 
+def other(dtype):
+  return jax.tree.map(lambda x: np.asarray(x).astype(dtype), BASE)
+
+
+def update_another():
+  run = running.of(MEAN)
+  run.update(run.init(BASE), {"dense": {"kernel": np.zeros((4, 3), np.float32)}})
+
+
 MISTAKES = {
+  "byte order": (lambda: jaxmerge.merge(MEAN, other(">f4"), STACK), "byte order of another"),
+  "long": (lambda: jaxmerge.merge(MEAN, BASE, [other("longdouble")]), "wider than JAX"),
+  "another tree": (update_another, "'dense/bias' is only in the tree that init was given"),
   "name": (lambda: jaxmerge.merge("ties", BASE, STACK), r"call jaxmerge\.methods\.ties\(\)"),
   "misspelt": (lambda: jaxmerge.merge("tise", BASE, STACK), "did you mean 'ties'"),
   "factory": (lambda: jaxmerge.merge(methods.ties, BASE, STACK), r"call it, ties\(\)"),

@@ -3,11 +3,13 @@
 import json
 
 import folders
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
 
-from jaxmerge import files, methods, planning
+import jaxmerge
+from jaxmerge import bundles, files, methods, planning, running, streaming
 from jaxmerge.io import codes
 from jaxmerge.io.tensor import Files, Tensor
 from jaxmerge.recipe import plan as plans
@@ -28,6 +30,11 @@ FORMATS = {
     "up.weight.quant_map": (np.float32, (16,)),
     "up.weight.nested_absmax": (np.float32, (1,)),
     "up.weight.quant_state.bitsandbytes__nf4": (np.uint8, (80,)),
+  },
+  "bnb4 stored as floats": {
+    "up.weight": (ml_dtypes.bfloat16, (32, 1)),
+    "up.weight.absmax": (np.float32, (2,)),
+    "up.weight.quant_map": (np.float32, (16,)),
   },
   "bnb8": {"up.weight": (np.int8, (8, 8)), "up.SCB": (np.float32, (8,))},
   "fp8": {"up.weight": (FLOAT8, (8, 8)), "up.weight_scale_inv": (np.float32, (1, 1))},
@@ -88,6 +95,45 @@ def test_weights_that_are_whole_are_no_codes(tmp_path):
   bare = {"up.weight": tensor(np.int8, (8, 8))}
   told = codes.problem("m", bare, bare, {}, tmp_path / "other")
   assert "int8: codes of quantized weights, and their scale is not there" in told
+
+
+def test_floats_may_hold_codes(tmp_path):
+  """Whole numbers beside a scale; bytes of four bits in a column, where the config says so."""
+
+  def read(values):
+    return lambda start, out: np.copyto(out, np.resize(values, out.shape))
+
+  own = {"up.weight": tensor(np.float32, (8, 8)), "up.weight_scale": tensor(np.float32, (8, 1))}
+  for values, holds in (([5, -127, 0], True), ([0.5, 3], False), ([1], False)):
+    own["up.weight"] = own["up.weight"]._replace(read=read(values))
+    said = codes.problem("m", own, own, {}, tmp_path)
+    assert (said is not None and "holds whole numbers" in said) == holds
+  packed = {"up.weight": tensor(np.float16, (32, 1))}
+  assert codes.problem("m", packed, packed, {}, tmp_path) is None
+  said = codes.problem("m", packed, packed, {"quantization_config": {"a": 1}}, tmp_path)
+  assert "'up.weight' of m is float16: codes" in said
+  table = tensor(np.int8, (2, 2))._replace(read=read([1, 2]))
+  other = table._replace(read=read([2, 1]))
+  assert codes.copied([[("lut", "a", table), ("lut", "b", table)], []]) == []
+  (note,) = codes.copied([[("lut", "a", table), ("lut", "b", other)]])
+  assert "'lut' is int8 and differs between a and b: it is copied from a" in note
+
+
+@pytest.mark.parametrize("dtype", [FLOAT8, np.int8])
+def test_codes_in_memory_are_refused(dtype):
+  base = {"up": {"weight": np.ones((4, 4), dtype), "weight_scale_inv": np.ones(1, np.float32)}}
+  stack = jax.tree.map(lambda x: np.stack([x, x]), base)
+  calls = [
+    lambda: jaxmerge.merge(methods.average(), base, stack),
+    lambda: jaxmerge.merge(methods.average(), base, [base, base]),
+    lambda: jaxmerge.blend(methods.average(), stack),
+    lambda: bundles.emr(base, stack),
+    lambda: running.of(methods.average()).init(base),
+    lambda: streaming.merge_slices(methods.average(), base, stack),
+  ]
+  for call in calls:
+    with pytest.raises(ValueError, match=r"'up/weight' of .* 'up/weight_scale_inv' lies beside"):
+      call()
 
 
 def made(kind):

@@ -9,13 +9,13 @@ from __future__ import annotations
 import math
 import pathlib
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any  # What a config.json holds.
 
 import numpy as np
 
 from jaxmerge.io import safetensors
-from jaxmerge.io.tensor import Tensor
+from jaxmerge.io.tensor import NotMade, Tensor
 
 # Scales, zero points and tables of GPTQ, AWQ, bitsandbytes, fp8 and fp4 of several kinds, HQQ,
 # AQLM, VPTQ, EXL, quanto, torchao and MLX: what is left of the name before them is the codes'.
@@ -27,6 +27,7 @@ _SCALE = re.compile(
   r"|(?:weights?|activation|prequant)_scaling_factor|s[uv]h|(?:res_)?centroids[.]weight)$",
   re.IGNORECASE,
 )
+_STATE = re.compile(r"(?:absmax|quant_map|quant_state[.]\w+)$", re.IGNORECASE)
 _CODES = re.compile(
   r"[._:/]+(?:q?weight|w_q|kernel|codes|packed|packed_weight|blocks|q?data|int_data|quantized"
   r"|embedding|trellis|(?:res_)?indices)$",
@@ -36,10 +37,11 @@ _FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
 _KEYS = ("quantization_config", "compression_config", "quantization")
 _WEIGHT = re.compile(r"(?:^|[._:/])(?:q?weight|kernel)$")
 _BUFFER = re.compile(r"(?:_ids?|_index|mask|bias)$")  # Integers that are no codes.
+_FIRST = 4096  # Entries that are looked at.
 _REMEDY = "give the model as it was before, or dequantized"
 
 
-def beside(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+def beside(tensors: Mapping[str, Any]) -> dict[str, str]:
   """Returns the tensors of codes, and of each the name of a tensor that its codes are scaled by.
 
   >>> import numpy as np
@@ -49,15 +51,18 @@ def beside(tensors: Mapping[str, Tensor]) -> dict[str, str]:
   {'up.qweight': 'up.scales'}
   """
   scales: dict[str, str] = {}
+  states = set()  # bitsandbytes may store codes as the bytes of floats, whose dtype says nothing.
   for name in tensors:
     if found := _SCALE.search(name):
       scales.setdefault(name[: found.start()], name)
-  narrow = [n for n, t in tensors.items() if scales and _is_narrow(t) and not _SCALE.search(n)]
+      states |= {name[: found.start()]} if _STATE.search(name) else set()
+  some = ((n, t) for n, t in tensors.items() if scales and not _SCALE.search(n))
+  narrow = [n for n, t in some if n in states or _is_narrow(t)]
   pairs = ((n, next((scales[s] for s in _stems(n) if s in scales), None)) for n in narrow)
   return {name: scale for name, scale in pairs if scale is not None}
 
 
-def _is_narrow(tensor: Tensor) -> bool:
+def _is_narrow(tensor: Any) -> bool:
   integers = not safetensors.is_floating(tensor.dtype) and tensor.dtype.kind != "b"
   return (integers or tensor.dtype.itemsize == 1) and math.prod(tensor.shape) > 1
 
@@ -68,6 +73,18 @@ def _stems(name: str) -> Iterator[str]:
   while found := _CODES.search(name):
     name = name[: found.start()]
     yield name
+
+
+def refuse(leaves: Mapping[str, Any], whose: str) -> None:
+  """Raises ValueError, naming a leaf of a tree in memory, for codes as `beside` finds them."""
+  known = {n: x for n, x in leaves.items() if isinstance(getattr(x, "dtype", None), np.dtype)}
+  if found := beside(known):
+    name = min(found)
+    raise ValueError(
+      f"leaf {name!r} of {whose}, one of {len(found)} such, is {leaves[name].dtype} and "
+      f"{found[name]!r} lies beside it: codes of quantized weights and their scale, neither of "
+      f"which can be merged; {_REMEDY}."
+    )
 
 
 def kept(tensors: Mapping[str, Tensor]) -> frozenset[str]:
@@ -104,6 +121,11 @@ def problem(
       f"which {found[name]!r} belongs to: neither can be merged. {_REMEDY.capitalize()}; or "
       "exclude all of both, which copies them from the base."
     )
+  if whole := next((n for n in sorted(merged) if _is_whole(n, tensors)), None):
+    return (
+      f"tensor {whole!r} of {model} is {tensors[whole].dtype}, but holds whole numbers, and has a "
+      f"scale: codes of quantized weights. They cannot be merged: {_REMEDY}."
+    )
   said = _said(config, folder)
   wide = [n for n in sorted(merged) if n in tensors and len(tensors[n].shape) > 1]
   bare = [n for n in wide if _is_bare(n, tensors[n], said is not None)]
@@ -127,13 +149,58 @@ def cast(
   return None
 
 
+def copied(parts: Iterable[Sequence[tuple[str, str, Tensor | None]]]) -> list[str]:
+  """Says which matrices of integers are copied from the first of models that differ in them.
+
+  Args:
+    parts: of tensors with several models: name, model, and tensor of each.
+  """
+  found = [line for own in parts if own and (line := _differing(*own))]
+  if not found:
+    return []
+  count = f", one of {len(found)} such" if len(found) > 1 else ""
+  return [f"{found[0]}, not merged{count}; if it holds codes of quantized weights, {_REMEDY}."]
+
+
+def _differing(first: tuple[str, str, Tensor | None], *others: Any) -> str | None:
+  name, model, tensor = first
+  if tensor is None or tensor.dtype.kind not in "iu" or len(tensor.shape) < 2:
+    return None
+  one = beginning(tensor)
+  for _, other, theirs in others:
+    if theirs is not None and not np.array_equal(one, beginning(theirs)):
+      what = f"tensor {name!r} is {tensor.dtype} and differs between {model} and {other}"
+      return f"{what}: it is copied from {model}"
+  return None
+
+
 def _is_bare(name: str, tensor: Tensor, said: bool) -> bool:
   """Tells whether a matrix holds codes though nothing beside it does."""
   if tensor.dtype.kind == "b":
     return False
   if safetensors.is_floating(tensor.dtype):
-    return said and tensor.dtype.itemsize == 1
+    packed = tensor.shape[1:] == (1,) and _WEIGHT.search(name) is not None
+    return said and (tensor.dtype.itemsize == 1 or packed)
   return _BUFFER.search(name) is None if said else _WEIGHT.search(name) is not None
+
+
+def _is_whole(name: str, tensors: Mapping[str, Tensor]) -> bool:
+  """Tells whether a matrix of floats with a scale begins with whole numbers, as codes do."""
+  scaled = any(f"{name}{end}" in tensors for end in ("_scale", "_scale_inv"))
+  if not scaled or name not in tensors or len(tensors[name].shape) < 2:
+    return False
+  first = beginning(tensors[name]).astype(np.float64)
+  return bool((first == np.rint(first)).all() and (np.abs(first) > 1).any())
+
+
+def beginning(tensor: Tensor) -> np.ndarray:
+  """Returns the first entries of a tensor, of a model that is still to be made none."""
+  first = np.zeros(min(_FIRST, math.prod(tensor.shape)), tensor.dtype)
+  try:
+    tensor.read(0, first)
+  except NotMade:
+    return first[:0]
+  return first
 
 
 def _said(config: Mapping[str, Any], folder: pathlib.Path) -> str | None:
