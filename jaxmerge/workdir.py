@@ -46,16 +46,14 @@ def held(
   with contextlib.ExitStack() as stack:
     failure: OSError | ValueError | None = None
     if processes.first():
-      busy = f"{workdir}: another run is at work in this folder; wait for its end, or choose "
-      busy += "another workdir."
       try:
         workdir.resolve().mkdir(parents=True, exist_ok=True)
-        stack.enter_context(lock.held(workdir / _RUN, busy, patience=0.0))
+        stack.enter_context(lock.held(workdir / _RUN, _busy(workdir), patience=0.0))
       except (OSError, ValueError) as error:  # The others must hear of it, or they wait for ever.
         failure = error
     if processes.agree(failure is not None):
       raise failure or ValueError(f"{workdir}: process 0 could not take this folder for the run.")
-    check(workdir, config, resume, free)
+    _check(workdir, config, resume, free)
     yield
 
 
@@ -75,8 +73,26 @@ def check(
 
   Raises:
     ValueError: naming the first differences, if the folder holds a run of another config, or its
-      config.json, if it is damaged.
+      config.json, if it is damaged; or, whatever else it holds, if another run is at work in it.
   """
+  try:
+    _check(workdir, config, resume, free)
+  except ValueError:
+    if workdir.is_dir():  # A run that is at work has not written all that tells what it is.
+      lock.check(workdir / _RUN, _busy(workdir))
+    raise
+
+
+def _busy(workdir: pathlib.Path) -> str:
+  return (
+    f"{workdir}: another run is at work in this folder; wait for its end, or choose another "
+    "workdir."
+  )
+
+
+def _check(
+  workdir: pathlib.Path, config: Mapping[str, Any], resume: str, free: tuple[str, ...]
+) -> None:
   path = workdir / "config.json"
   if not path.exists():
     if resume == "must":

@@ -9,6 +9,7 @@ import threading
 
 import pytest
 
+from jaxmerge import workdir
 from jaxmerge.io import lock
 
 
@@ -100,3 +101,14 @@ def test_a_disk_without_locks_is_marked_with_the_machine(tmp_path, monkeypatch):
     with pytest.raises(lock.Busy, match=r"machine 'node7'.*remove .*\.out\.lock\.machine"):
       attempt(place, "it is busy.")
   assert mark.read_bytes() == b"node7 12 0"
+
+
+def test_a_run_that_has_not_said_what_it_is_yet_is_told(tmp_path):
+  (tmp_path / "base").mkdir()
+  with pytest.raises(ValueError, match="is not empty and holds no run"):
+    workdir.check(tmp_path, {}, "auto")
+  with (
+    lock.held(tmp_path / "run", ""),
+    pytest.raises(ValueError, match=r"another run is at work in this folder.* very process"),
+  ):
+    workdir.check(tmp_path, {}, "auto")

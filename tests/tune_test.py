@@ -219,6 +219,18 @@ def test_frozen_leaves_keep_their_bits_and_do_not_count_in_the_norm():
   assert found["b"].tolist() == [1.5]
 
 
+def test_running_statistics_are_not_tuned():
+  """Gradients of a variance would make it negative; a change of zero moves no outer optimiser."""
+  params = {"batch_stats": {"var": np.float32([0.05, -0.0])}, "w": np.float32([2.0])}
+  gradient = {"batch_stats": {"var": np.float32([300.0, 400.0])}, "w": np.float32([2.0])}
+  s = chosen(optimizer="sgd", clip_norm=1.0, learning_rate=0.5)
+  found, _ = taken(s, params, gradient)
+  small.assert_same_bits(found["batch_stats"]["var"], params["batch_stats"]["var"])
+  assert found["w"].tolist() == [1.5]
+  with pytest.raises(ValueError, match=r"'batch_stats/var' .* is a variance below zero"):
+    tune.masters({"batch_stats": {"var": np.float32([-0.1])}, "w": params["w"]})
+
+
 def test_clipping_by_the_global_norm():
   params = {"a": np.float32([0.0]), "b": np.float32([0.0])}
   gradient = {"a": np.float32([30.0]), "b": np.float32([40.0])}

@@ -70,7 +70,8 @@ def tune_and_merge(
 
   Args:
     apply: (params, inputs [B, ...], head) -> outputs [B, C]. Heads are padded to the widest.
-    params: tree of floating-point arrays, the model to start from; kept in float32.
+    params: tree of floating-point arrays, the model to start from; kept in float32. Its running
+      statistics, such as `batch_stats`, stay as they are: no gradient is theirs.
     tasks: what to tune on; names must differ.
     method: how task vectors are merged, the plain mean by default.
     settings: how long and how; see `Settings`.

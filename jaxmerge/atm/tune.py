@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from jaxmerge import mesh as meshes
-from jaxmerge import tree
+from jaxmerge import moments, tree
 from jaxmerge.atm.sampling import Plan
 from jaxmerge.atm.settings import Settings
 from jaxmerge.tasks import task as tasks
@@ -46,7 +46,8 @@ def masters(params: Any) -> Any:
   """Returns the parameters in float32 or wider.
 
   Raises:
-    ValueError: naming the leaf, if one is not floating point, or has NaN or infinity.
+    ValueError: naming the leaf, if one is not floating point, has NaN or infinity, or is a running
+      variance below zero.
   """
   leaves = tree.named(params)
   if not leaves:
@@ -59,6 +60,8 @@ def masters(params: Any) -> Any:
       raise ValueError(f"leaf {name!r} is {np.asarray(leaf).dtype}; only floating point is tuned.")
     if not bool(jnp.isfinite(leaf).all()):
       raise ValueError(f"leaf {name!r} of the model to start from has NaN or infinity.")
+    if moments.is_variance(name) and bool((jnp.asarray(leaf) < 0).any()):
+      raise ValueError(f"leaf {name!r} of the model to start from is a variance below zero.")
   return jax.tree.map(lambda p: jnp.asarray(p, tree.compute_dtype(jnp.asarray(p).dtype)), params)
 
 
@@ -168,9 +171,9 @@ def step(
   """Makes the local step: (params, state, batch, rate, mixed=False) -> (params, state, loss).
 
   A batch is (inputs, labels, head, classes); with `mixed` each has a leading axis of several tasks,
-  over which gradients are averaged. Frozen leaves keep their bits.
+  over which gradients are averaged. Frozen leaves and running statistics keep their bits.
   """
-  frozen = tree.matching(settings.freeze) if settings.freeze else lambda name: False
+  chosen = tree.matching(settings.freeze) if settings.freeze else lambda name: False
 
   def objective(params: Any, inputs: Any, labels: Array, head: Any, classes: Array) -> Array:
     params, head = computed((params, head), settings.compute_dtype)
@@ -179,7 +182,7 @@ def step(
 
   def take(params: Any, state: Any, value: Array, grads: Any, rate: Array) -> Any:
     names = tree.named(params)
-    free = tree.rebuild(params, {n: not frozen(n) for n in names})
+    free = tree.rebuild(params, {n: not (chosen(n) or moments.is_moment(n)) for n in names})
     grads = jax.tree.map(lambda g, f: g if f else jnp.zeros_like(g), grads, free)
     updates, state = local.update(grads, state, params)
     moved = jax.tree.map(
