@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import numpy as np
 
 from jaxmerge import adding, planning, spelling
 from jaxmerge.io import folder, hub, weights
+from jaxmerge.io import reference as reference_text
 from jaxmerge.io.tensor import Files, NotMade, Tensor
 
 
@@ -39,28 +40,12 @@ def split(reference: str | os.PathLike[str]) -> Reference:
   """
   if not isinstance(reference, str) or "+" not in reference or os.path.isdir(reference):
     return Reference(*hub.split(reference))
-  parts = parted(reference, os.path.isdir)
+  parts = reference_text.parted(reference, os.path.isdir)
   if not all(parts):
     raise ValueError(
       f"{reference}: no such folder, and not `model+adapter`; a Path is not taken apart."
     )
   return Reference(*hub.split(parts[0]), tuple(hub.split(part) for part in parts[1:]))
-
-
-def parted(reference: str, is_folder: Callable[[str], bool]) -> list[str]:
-  """Takes a model and its adapters apart at each `+` that is in no name of a folder.
-
-  >>> parted("base+runs/a+b+c", lambda path: path == "runs/a+b")
-  ['base', 'runs/a+b', 'c']
-  """
-  words = reference.split("+")
-  found = []
-  while words:
-    ends = (n for n in range(len(words), 1, -1) if is_folder("+".join(words[:n])))
-    end = next(ends, 1)
-    found.append("+".join(words[:end]))
-    words = words[end:]
-  return found
 
 
 def opened(

@@ -21,8 +21,14 @@ HUGE = [
   ("{a: " * 1000, "nested deeper than 24 levels."),
   ("x" * 2**20 + "x", "longer than 1048576 characters."),
   ("---\na: 1\n" * 200, "more than 100 recipes"),
-  ("".join(f"key{i}: {i}\n" for i in range(2000)), "unknown key 'key0'"),
-  (head("", models=f"[{', '.join(['{model: a/b}'] * 300)}]"), "already in line 2"),
+  ("".join(f"key{i}: {i}\n" for i in range(2000)), "'key0' is no key of the recipe"),
+  (
+    head(
+      "",
+      models=f"[{', '.join(f'{{model: a/b, parameters: {{weight: {i}}}}}' for i in range(300))}]",
+    ),
+    "already in line 2",
+  ),
   (
     head(
       "tokenizer: {tokens: {" + ", ".join(f"t{i}: {{source: z/z}}" for i in range(200)) + "}}",
@@ -62,7 +68,7 @@ def refused(text):
     assert parsed(text)
   except recipe.RecipeError as error:
     lines = re.split("\r\n|[\n\r\x85\u2028\u2029]", text)
-    for (place, _), line in zip(error.problems, str(error).splitlines(), strict=True):
+    for (place, *_), line in zip(error.problems, str(error).splitlines(), strict=True):
       assert line.startswith(f"{place}: ")
       assert 1 <= place.line <= len(lines) + 1
       assert place.column >= 1

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple  # Any: whatever a recipe holds can be shown.
 
 _WIDEST = 2000
-MOST = 100  # A file with more problems than this is no recipe; reading it stops.
+MOST = 100  # A file with more problems than this is no recipe, nor one with twice as many notes.
 
 
 class Place(NamedTuple):
@@ -67,7 +67,7 @@ def _line(text: str) -> str:
 def note(found: list[Problem], place: Place, text: str, ignored: bool = False) -> None:
   """Adds a problem to those found; raises them all when there are too many to go on."""
   found.append(Problem(place, text, ignored))
-  if not ignored and sum(not problem.ignored for problem in found) >= MOST:
+  if sum(not problem.ignored for problem in found) >= MOST or len(found) >= 2 * MOST:
     raise RecipeError(found)
 
 

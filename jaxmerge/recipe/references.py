@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Callable, Collection
 from typing import NamedTuple
 
-from jaxmerge import opening
+from jaxmerge.io import reference as reference_text
 from jaxmerge.recipe import fields
 from jaxmerge.recipe.marked import Marked
 from jaxmerge.recipe.places import Problem, listed, note, shown
@@ -40,7 +40,7 @@ def model(node: Marked, what: str, context: Context) -> Model:
   text = fields.text(node, what, context.found)
   if text in context.names or context.is_folder(text):
     return Model(text, place=node.place)
-  parts = opening.parted(text, context.is_folder)
+  parts = reference_text.parted(text, context.is_folder)
   path, revision = _location(parts[0], node, what, context)
   if revision and path in context.names:
     note(context.found, node.place, f"{what} {path!r} is a recipe, which has no revision.")

@@ -1,0 +1,21 @@
+"""References to models, `model@revision+adapter+adapter`, as text; free of NumPy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+
+def parted(reference: str, is_folder: Callable[[str], bool]) -> list[str]:
+  """Takes a model and its adapters apart at each `+` that is in no name of a folder.
+
+  >>> parted("base+runs/a+b+c", lambda path: path == "runs/a+b")
+  ['base', 'runs/a+b', 'c']
+  """
+  words = reference.split("+")
+  found = []
+  while words:
+    ends = (n for n in range(len(words), 1, -1) if is_folder("+".join(words[:n])))
+    end = next(ends, 1)
+    found.append("+".join(words[:end]))
+    words = words[end:]
+  return found
