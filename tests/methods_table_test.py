@@ -490,8 +490,10 @@ def test_weights_are_task_vectors_from_zero(name):
   row = TABLE[name]
   base, models, out = eager(name)
   models = {**models, "steps": np.stack([base["steps"]] * row.height)}
-  found = jaxmerge.blend(row.method, models, **row.options())
-  small.same(jax.tree.map(np.asarray, found), out)
+  found = jax.tree.map(np.asarray, jaxmerge.blend(row.method, models, **row.options()))
+  # Sums of floats are added as each program does: a coefficient may differ in its last bit.
+  sums = any(isinstance(s, stage.Sum) for step in row.method for s in step.statistics)
+  small.close(found, out, 4 * rounding.EPS) if sums else small.same(found, out)
 
 
 @rows

@@ -21,7 +21,9 @@ from ml_collections import config_dict
 
 from jaxmerge import benching, configuring, experiment
 
-PLAIN = config_dict.ConfigDict({"experiment": "made", "seeds": 1, "methods": {}, "rounds": 1})
+PLAIN = config_dict.ConfigDict(
+  {"experiment": "made", "seeds": 1, "methods": {}, "rounds": 1, "keep_experts": False}
+)
 
 
 class Work:
