@@ -45,6 +45,12 @@ class Parameter(NamedTuple):
       if value not in self.choices:
         raise ValueError(f"{name} must be one of {self.range}, got {value!r}.")
       return
+    if hasattr(value, "_fields"):
+      kind = type(value).__name__
+      raise ValueError(
+        f"{name} is a {kind}: numbers that are built like the tree are given to the merge, as "
+        f"aux={{...: {kind}(...)}}; one for each model are a tuple."
+      )
     for v in _flat(value):
       if not plain(v):
         raise ValueError(f"{name} must be a number in {self.range}, got {v!r}.")

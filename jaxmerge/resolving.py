@@ -118,6 +118,8 @@ def _checked(name: str, value: Any, shapes: Shapes, height: int, copied: Collect
     _check(name, name, value, height, None)
     return value
   own = tree.named(value)
+  if not shapes.keys() <= own.keys():  # Lists are one number a model where they are no leaves.
+    own = tree.named(jax.tree.map(_listed, value, is_leaf=_is_list))
   for missing in sorted(shapes.keys() - own.keys()):
     raise ValueError(f"aux {name!r} has no value for leaf {missing!r}.")
   for unknown in sorted(own.keys() - shapes.keys() - set(copied)):
@@ -127,9 +129,19 @@ def _checked(name: str, value: Any, shapes: Shapes, height: int, copied: Collect
   return {leaf: own[leaf] for leaf in shapes}
 
 
+def _is_list(value: Any) -> bool:
+  return isinstance(value, (list, tuple)) and catalog.plain(value)
+
+
+def _listed(value: Any) -> Any:
+  return np.asarray(value, np.float64) if _is_list(value) else value
+
+
 def _check(name: str, label: str, value: Any, height: int, shape: tuple[int, ...] | None) -> None:
   """Refuses one value of a number that is ill-shaped, or is known to be out of range."""
   given = tuple(np.shape(value))
+  if name == "seed" and given:
+    raise ValueError(f"{label} must be one whole number, such as 0, got values of shape {given}.")
   if given and (len(given) == 1 or catalog.knows(name)) and given[0] != height:
     raise ValueError(f"{label} has {given[0]} values, but there are {height} models.")
   if len(given) > 1 and shape is None:

@@ -178,6 +178,10 @@ def test_models_are_as_many_as_leaves_and_numbers_too():
     [3.0],
   ]
   assert each(jaxmerge.merge(methods.task_arithmetic(1.0, (1.0, 3.0)), *plain)) == [[4.0], [4.0]]
+  lists = {"a": [1.0, 3.0], "b": (2.0, 4.0)}
+  assert each(merge(base, models, aux={"weight": lists})) == [[4.0], [6.0]]
+  with pytest.raises(ValueError, match="weight is a Pair: numbers that are built like the tree"):
+    methods.average(weight=Pair(1.0, 3.0))
   with pytest.raises(
     ValueError, match="weight has 2 values, which may be one for each of 2 models"
   ):
@@ -209,6 +213,10 @@ REFUSED = {
   "seed for a method without": (
     lambda: jaxmerge.merge(TA, BASE, MODELS, seed=1),
     "takes no number 'seed'; Known: scale, weight",
+  ),
+  "key for a seed": (
+    lambda: jaxmerge.merge(DARE, BASE, MODELS, seed=jax.random.PRNGKey(0)),
+    r"seed must be one whole number, such as 0, got values of shape \(2,\)",
   ),
   "negative seed": (
     lambda: jaxmerge.merge(DARE, BASE, MODELS, seed=-1),
