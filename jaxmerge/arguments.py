@@ -202,6 +202,8 @@ def _unreadable(dtype: Any) -> str | None:
   """Says what of a dtype JAX has no numbers of, and what to give in its place."""
   if not isinstance(dtype, np.dtype):
     return None
+  if dtype.kind in "Mm" or dtype.names:
+    return "which is no number; leave it out of the tree"
   if not dtype.isnative:
     return "in the byte order of another machine; give x.astype(x.dtype.newbyteorder('='))"
   if dtype.kind in "fc" and dtype.itemsize > (8 if dtype.kind == "f" else 16):

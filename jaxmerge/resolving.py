@@ -57,7 +57,7 @@ def _by_leaf(name: str, value: Any, shapes: Shapes, height: int, copied: Collect
   """
   if not isinstance(value, (list, tuple)) or not catalog.plain(value):
     return value
-  own, fields = tree.named(value), hasattr(value, "_fields")
+  own, fields = _named(value, shapes), hasattr(value, "_fields")
   if not fields and not (shapes.keys() <= own.keys() <= shapes.keys() | set(copied)):
     return value
   if not fields and len(value) == height:
@@ -117,9 +117,7 @@ def _checked(name: str, value: Any, shapes: Shapes, height: int, copied: Collect
   if catalog.plain(value) or isinstance(value, (jax.Array, np.ndarray, np.generic)):
     _check(name, name, value, height, None)
     return value
-  own = tree.named(value)
-  if not shapes.keys() <= own.keys():  # Lists are one number a model where they are no leaves.
-    own = tree.named(jax.tree.map(_listed, value, is_leaf=_is_list))
+  own = _named(value, shapes)
   for missing in sorted(shapes.keys() - own.keys()):
     raise ValueError(f"aux {name!r} has no value for leaf {missing!r}.")
   for unknown in sorted(own.keys() - shapes.keys() - set(copied)):
@@ -129,12 +127,19 @@ def _checked(name: str, value: Any, shapes: Shapes, height: int, copied: Collect
   return {leaf: own[leaf] for leaf in shapes}
 
 
-def _is_list(value: Any) -> bool:
-  return isinstance(value, (list, tuple)) and catalog.plain(value)
+def _named(value: Any, shapes: Shapes) -> dict[str, Any]:
+  """Values by leaf; lists in a tree are one number a model where they are no leaves themselves."""
+  own = tree.named(value)
+  if shapes.keys() <= own.keys():
+    return own
 
+  def inner(v: Any) -> bool:
+    some = v is not value and isinstance(v, (list, tuple)) and not hasattr(v, "_fields")
+    return some and catalog.plain(v)
 
-def _listed(value: Any) -> Any:
-  return np.asarray(value, np.float64) if _is_list(value) else value
+  lists = jax.tree.map(lambda v: np.asarray(v) if inner(v) else v, value, is_leaf=inner)
+  own_lists = tree.named(lists)
+  return own_lists if shapes.keys() <= own_lists.keys() else own
 
 
 def _check(name: str, label: str, value: Any, height: int, shape: tuple[int, ...] | None) -> None:

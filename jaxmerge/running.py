@@ -118,7 +118,11 @@ def of(
       raise ValueError("the method's random masks depend on the model's name: give update a name.")
     ready = prepared(params, name)
     own = None if base is None else _merged(base)
-    held = added(state["count"], state["held"], _merged(params), own, ready)
+    try:
+      held = added(state["count"], state["held"], _merged(params), own, ready)
+    except TypeError:
+      _refuse_unlike(state["held"], params)
+      raise
     like = jax.tree.map(functools.partial(_first, state["count"]), state["like"], params)
     _refuse_nonfinite(params, name or "given to update")
     return {"count": state["count"] + 1, "held": held, "like": like}
@@ -338,6 +342,13 @@ def _check(base: Tree | None, params: Tree) -> None:
   if base is not None:
     tree.check_same(base, params, left="the base", right="the model", dtype=False)
   codes.refuse(tree.named(params), "the model")
+
+
+def _refuse_unlike(held: Mapping[str, Any], params: Tree) -> None:
+  for name, x in _merged(params).items():
+    shapes = [own.shape for own in jax.tree.leaves(held[name])]
+    if not any(shape[len(shape) - x.ndim :] == x.shape for shape in shapes):
+      raise ValueError(f"leaf {name!r} is {x.shape}, but not in the tree that init was given.")
 
 
 def _refuse_empty(state: State) -> None:

@@ -45,15 +45,24 @@ def other(dtype):
   return jax.tree.map(lambda x: np.asarray(x).astype(dtype), BASE)
 
 
-def update_another():
+def update_another(**shapes):
   run = running.of(MEAN)
-  run.update(run.init(BASE), {"dense": {"kernel": np.zeros((4, 3), np.float32)}})
+  leaves = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
+  run.update(run.init(BASE), {"dense": leaves})
 
 
 MISTAKES = {
   "byte order": (lambda: jaxmerge.merge(MEAN, other(">f4"), STACK), "byte order of another"),
+  "dates": (lambda: jaxmerge.merge(MEAN, BASE, [other("M8[D]")]), "which is no number"),
   "long": (lambda: jaxmerge.merge(MEAN, BASE, [other("longdouble")]), "wider than JAX"),
-  "another tree": (update_another, "'dense/bias' is only in the tree that init was given"),
+  "another tree": (
+    lambda: update_another(kernel=(4, 3)),
+    "'dense/bias' is only in the tree that init was given",
+  ),
+  "another shape": (
+    lambda: update_another(kernel=(4, 3), bias=(2,)),
+    r"'dense/bias' is \(2,\), but not in the tree that init",
+  ),
   "name": (lambda: jaxmerge.merge("ties", BASE, STACK), r"call jaxmerge\.methods\.ties\(\)"),
   "misspelt": (lambda: jaxmerge.merge("tise", BASE, STACK), "did you mean 'ties'"),
   "factory": (lambda: jaxmerge.merge(methods.ties, BASE, STACK), r"call it, ties\(\)"),

@@ -179,7 +179,8 @@ def test_models_are_as_many_as_leaves_and_numbers_too():
   ]
   assert each(jaxmerge.merge(methods.task_arithmetic(1.0, (1.0, 3.0)), *plain)) == [[4.0], [4.0]]
   lists = {"a": [1.0, 3.0], "b": (2.0, 4.0)}
-  assert each(merge(base, models, aux={"weight": lists})) == [[4.0], [6.0]]
+  for own in (lists, Pair(**lists)):
+    assert each(merge(base, models, aux={"weight": own})) == [[4.0], [6.0]]
   with pytest.raises(ValueError, match="weight is a Pair: numbers that are built like the tree"):
     methods.average(weight=Pair(1.0, 3.0))
   with pytest.raises(
