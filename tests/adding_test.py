@@ -196,6 +196,21 @@ def test_a_vocabulary_grows(tmp_path, tied):
   assert (config["vocab_size"], config["tie_word_embeddings"]) == (12, tied)
 
 
+@pytest.mark.parametrize("plain", [True, False], ids=["by its name", "wrapped alone"])
+def test_a_module_that_is_saved_whole_may_be_there_in_copies(tmp_path, plain):
+  """As PEFT saves heads that were resized: what it reads, the same again, and what was before."""
+  base(tmp_path / "base", tied=False)
+  head = noise(1, 12, 6)
+  tensors = {f"{PREFIX}lm_head.weight": head} if plain else {}
+  tensors[f"{PREFIX}lm_head.modules_to_save.weight"] = head + (1 if plain else 0)
+  tensors[f"{PREFIX}lm_head.original_module.weight"] = noise(2, 12, 6)
+  tensors[PREFIX + EMBEDDING] = noise(3, 12, 6)
+  write(tmp_path / "adapter", tensors, modules_to_save=["lm_head", "embed_tokens"])
+  model = opened(tmp_path / "base", tmp_path / "adapter")
+  np.testing.assert_array_equal(values(model, HEAD), head)
+  assert sum(fate.startswith("dropped") for fate in model.dropped.values()) == 1 + plain
+
+
 def test_rows_that_are_in_no_file_are_refused(tmp_path):
   base(tmp_path / "base", tied=False)
   grown = {PREFIX + EMBEDDING: noise(7, 12, 6)}

@@ -258,9 +258,12 @@ def _rows(base: Base, out: Mapping[str, Tensor]) -> int | None:
 def _fates(weights: pathlib.Path, names: Mapping[tuple[str, int], str]) -> dict[str, str]:
   """What becomes of the tensors of an adapter, by what they are added to, or stand for."""
   found = {}
-  for name in safetensors.header(weights).tensors:
+  header = safetensors.header(weights).tensors
+  for name in header:
     own = parts.key(name)
-    if own is None or not own.module:
+    if parts.is_copy(name, header):
+      found[name] = "dropped: a copy of a module that the adapter holds whole"
+    elif own is None or not own.module:
       found[name] = "adapter, shared by its modules"
     elif own.part:
       found[name] = f"adapter, added -> {names[own.module, own.nested]}"

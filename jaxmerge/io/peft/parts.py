@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pathlib
 import re
+from collections.abc import Container
 from typing import NamedTuple
 
 from jaxmerge.io import safetensors
@@ -17,6 +18,7 @@ _PARTS = (
   rf"{MAGNITUDE}(\.weight)?", "ia3_l", "hada_w[12]_[ab]", "hada_t[12]", "lokr_w[12](_[ab])?",
   "lokr_t2", r"oft_R\.weight", "boft_[Rs]", "vera_lambda_[bd]", rf"(token_adapter\.)?{TOKENS}",
 )  # fmt: skip
+_WRAPPED = ("modules_to_save", "original_module")  # Of a module that is trained whole.
 _PART = re.compile(rf"(?P<module>.+?)(?P<nested>(\.base_layer)*)\.(?P<part>{'|'.join(_PARTS)})")
 
 
@@ -64,9 +66,25 @@ def key(name: str) -> Key | None:
     part = MAGNITUDE if part.startswith(MAGNITUDE) else part
     return Key(found["module"], part, found["nested"].count("."))
   # PEFT may save a tensor of a module beside what is added to it.
-  for wrapper in (".token_adapter.", ".base_layer.", ".ln_tuning_layers."):
+  for wrapper in (".token_adapter.", ".base_layer.", ".ln_tuning_layers.", f".{_WRAPPED[0]}."):
     inside = inside.replace(wrapper, ".")
   return Key(inside, "")
+
+
+def is_copy(name: str, names: Container[str]) -> bool:
+  """Tells whether PEFT has written a tensor twice, and reads the other.
+
+  A module that is trained whole is saved by its own name; of embeddings and heads that were resized
+  PEFT saves the wrapped module besides: what was trained, and what it was before.
+
+  >>> names = ["base_model.model.lm_head.weight", "base_model.model.lm_head.original_module.weight"]
+  >>> [is_copy(name, names) for name in names]
+  [False, True]
+  """
+  trained, before = (name.replace(f".{word}.", ".") for word in _WRAPPED)
+  if before != name:
+    return before in names or name.replace(f".{_WRAPPED[1]}.", f".{_WRAPPED[0]}.") in names
+  return trained != name and trained in names
 
 
 def read(path: pathlib.Path, files: Files, home: str | None = None) -> Contents:
@@ -76,7 +94,10 @@ def read(path: pathlib.Path, files: Files, home: str | None = None) -> Contents:
     ValueError: naming the tensor whose name does not begin as it must, or is there twice.
   """
   found = Contents({}, {}, {})
-  for name, entry in safetensors.header(path).tensors.items():
+  header = safetensors.header(path).tensors
+  for name, entry in header.items():
+    if is_copy(name, header):
+      continue
     tensor = stored(files, path, name, entry, home=home)
     own = key(name)
     if own is None:
