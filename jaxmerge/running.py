@@ -8,6 +8,7 @@ that has none. States are trees of arrays: they go through `jit` and `lax.scan`,
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple  # Any: states and parameters are trees.
 
@@ -346,8 +347,8 @@ def _check(base: Tree | None, params: Tree) -> None:
 
 def _refuse_unlike(held: Mapping[str, Any], params: Tree) -> None:
   for name, x in _merged(params).items():
-    shapes = [own.shape for own in jax.tree.leaves(held[name])]
-    if not any(shape[len(shape) - x.ndim :] == x.shape for shape in shapes):
+    shape = max((own.shape for own in jax.tree.leaves(held[name])), key=math.prod)
+    if shape[len(shape) - x.ndim :] != x.shape:
       raise ValueError(f"leaf {name!r} is {x.shape}, but not in the tree that init was given.")
 
 

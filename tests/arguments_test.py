@@ -60,8 +60,8 @@ MISTAKES = {
     "'dense/bias' is only in the tree that init was given",
   ),
   "another shape": (
-    lambda: update_another(kernel=(4, 3), bias=(2,)),
-    r"'dense/bias' is \(2,\), but not in the tree that init",
+    lambda: update_another(kernel=(4, 3), bias=(1,)),
+    r"'dense/bias' is \(1,\), but not in the tree that init",
   ),
   "name": (lambda: jaxmerge.merge("ties", BASE, STACK), r"call jaxmerge\.methods\.ties\(\)"),
   "misspelt": (lambda: jaxmerge.merge("tise", BASE, STACK), "did you mean 'ties'"),
