@@ -98,15 +98,22 @@ _SWAPPED = "base and models seem to be swapped, as in merge(method, base, models
 
 
 def blended(models: Any) -> Tree:
-  """Returns a stack to be merged without a base; ValueError for a list, which may be one or not."""
+  """Returns a stack to be merged without a base; ValueError for what may be models, each a tree."""
   models = list(models) if isinstance(models, Iterator) else models
-  if isinstance(models, list | tuple) and len(models) > 1 and not hasattr(models, "_fields"):
-    leaves = [jax.tree.map(lambda x: getattr(x, "shape", None), m) for m in models]
-    if all(own == leaves[0] for own in leaves[1:]):
-      raise ValueError(
-        f"a list of {len(models)} trees alike is given in place of a stack; if they are models, "
-        "stack them: blend(method, jaxmerge.stack(models))."
-      )
+  listed = isinstance(models, list | tuple) and not hasattr(models, "_fields")
+  each = list(models) if listed else list(models.values()) if isinstance(models, Mapping) else []
+  trees = [jax.tree.map(lambda x: getattr(x, "shape", None), m) for m in each]
+  inner = all(isinstance(m, Mapping) for m in each)
+  # A stack often has one part, such as params, and several arrays alike.
+  several = len(each) > (0 if listed and inner else 1) and (listed or inner)
+  if several and all(own == trees[0] for own in trees[1:]):
+    kind, stack = ("list", "models") if listed else ("dict", "list(models.values())")
+    alike = "trees alike" if len(each) > 1 else "tree"
+    raise ValueError(
+      f"a {kind} of {len(each)} {alike} is given in place of a stack; if they are models, "
+      f"stack them: blend(method, jaxmerge.stack({stack})); if they are parts of a stack, put "
+      "them into one more dict: blend(method, {'model': stack})['model']."
+    )
   _refuse_others(models, "the models")
   return models
 

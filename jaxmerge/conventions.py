@@ -13,24 +13,21 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import NamedTuple
 
+from jaxmerge import leaf_names
+from jaxmerge.leaf_names import DOWN, UP, Name
+
 Shape = tuple[int, ...]
 Shapes = Mapping[str, Shape]
 
 WINDOW = 32  # Longest side of a convolution's window; no layer has fewer channels on both sides.
 
-_BOXES = {"value", "raw_value"}  # Flax keeps what it knows of a parameter around it.
+FUSED = "experts one after the other in one matrix, which no view tells apart"
+
 _VECTOR = re.compile(r"(.*_)?(bias|scale|gamma|beta|mean|var)|b|a_log")
-_PATCHES = re.compile(r"patch|proj|mapping|linear|dense|norm|conv|(^|_)out(_|$)|head")
-_LOOKUP = re.compile(r"embed|(^|_)emb(_|$)|^wte$|^wpe$|^shared$|_table$|relative_attention_bias")
-_TOKENS = re.compile(r"(.*_)?(cls|class|mask|dist|register|query|prompt|sep)?_?tokens?|latents")
-_STACK = re.compile(r"(.*_)?(layers?|blocks?|stack|scan|repeat|h)")
-_INWARD = re.compile(r"w?(q|k|v|kv|qkv)(_[ab])?(_proj)?|query|key|value|to_(q|k|v|qkv)")
-_OUTWARD = re.compile(r"out|wo|o|output|(o|out|output)_proj|attn_out|to_out")
+_STACK = re.compile(r"(.*_)?(layers?|blocks?|stack|scan|repeat|h)|(scan|vmap).*")
+_ONE = re.compile(r"(.*_)?(layer|block)")  # It may be a single one as well.
 _APART = re.compile(r"(^|_)(dw|depth)_?(wise)?(_?conv.*)?$|depthwise|dwconv|time_conv")
 _TURNED = re.compile(r"transpose|deconv|upconv|up_conv|upsample")
-_EXPERTS = re.compile(r"expert|moe", re.IGNORECASE)
-_UP = re.compile(r"gate_up(_proj)?|(gate|up)(_proj)?|w[13]|wi(_[01])?|v1|fc1|input_linear")
-_DOWN = re.compile(r"down(_proj)?|w2|wo|fc2|output_linear")
 _CONV1D = {
   "c_attn": 0,
   "q_attn": 0,
@@ -69,36 +66,13 @@ def rules(shapes: Shapes) -> dict[str, Rule]:
   return {name: model.rule(name) for name in shapes}
 
 
-class _Name(NamedTuple):
-  """A leaf's name, taken apart: `layers/0/query/kernel/value` is kernel of query."""
-
-  parts: tuple[str, ...]
-
-  @property
-  def leaf(self) -> str:
-    return self.parts[-1].lower()
-
-  @property
-  def module(self) -> str:
-    """The nearest part before the leaf that is no number."""
-    return next((p.lower() for p in reversed(self.parts[:-1]) if not p.isdigit()), "")
-
-
-@functools.lru_cache(2**16)
-def _name(name: str) -> _Name:
-  parts = [p for p in re.split(r"[/.]", name) if p]
-  while len(parts) > 1 and parts[-1] in _BOXES:
-    parts.pop()
-  return _Name(tuple(parts) or (name,))
-
-
 class _Model:
   """What is known of a model as a whole."""
 
   def __init__(self, shapes: Shapes) -> None:
     self.shapes = shapes
-    self.by_parts = {_name(n).parts: n for n in shapes}
-    self.names = {n: _name(n) for n in shapes}
+    self.by_parts = {leaf_names.name(n).parts: n for n in shapes}
+    self.names = {n: leaf_names.name(n) for n in shapes}
     self.stacks = self._stacks()
     self.alone = sum(self._reads_one_channel(n) for n in shapes)
 
@@ -114,6 +88,11 @@ class _Model:
       return Rule(None, "vector")
     if self._is_lookup(name):
       return Rule("l" * (len(shape) - 1) + "i", "lookup")
+    unclear = own.leaf == "weight" and leaf_names.may_be_table(own.module)
+    if unclear and len(shape) == 2 and self._beside(name, None) is None:
+      return _open(shape)  # A table, or a layer that makes embeddings.
+    if len(shape) == 2 and own.is_fused:
+      return _open(shape)._replace(reason=FUSED)
     return self._stacked(name) or _open(shape)
 
   def _vectors(self, name: str) -> Rule:
@@ -132,31 +111,32 @@ class _Model:
   def _is_lookup(self, name: str) -> bool:
     """Tells whether a leaf is a table whose entries are looked up, such as an embedding."""
     own = self.names[name]
-    if own.leaf == "kernel":
-      return False
-    if own.leaf == "weight":
-      word = own.module
-      fits = len(self.shapes[name]) == 2 and self._beside(name, None) is None
-      return fits and bool(_LOOKUP.search(word)) and not _PATCHES.search(word)
-    return bool(_LOOKUP.search(own.leaf) and not _PATCHES.search(own.leaf)) or bool(
-      _TOKENS.fullmatch(own.leaf)
-    )
+    fits = len(self.shapes[name]) == 2 and self._beside(name, None) is None
+    return leaf_names.is_table(own) and (fits or own.leaf != "weight")
 
   # --- Stacks of layers ---
 
   def _stacks(self) -> dict[tuple[str, ...], int | None]:
-    """By the path of a stack of layers: the axis that all its leaves share; None: several do."""
-    inside: dict[tuple[str, ...], list[Shape]] = {}
+    """By the path of a stack of layers: the axis that all its leaves share; None: it is unsure."""
+    inside: dict[tuple[str, ...], list[str]] = {}
     for name in self.names:
       for path in self._paths(name):
-        inside.setdefault(path, []).append(self.shapes[name])
+        inside.setdefault(path, []).append(name)
     found: dict[tuple[str, ...], int | None] = {}
-    for path, each in inside.items():
-      least = min(map(len, each))
-      axes = [p for p in range(least) if len({s[p] for s in each}) == 1]
-      if axes and any(len(s) > 2 for s in each) and len(set(each)) > 1:
-        found[path] = axes[0] if len(axes) == 1 else None
+    for path, held in inside.items():
+      each = [self.shapes[n] for n in held]
+      axes = [p for p in range(min(map(len, each))) if len({s[p] for s in each}) == 1]
+      # Vectors of single layers have one axis, stacked ones two: they tell.
+      sure = len(axes) == 1 and any(self._is_stacked_vector(n) for n in held)
+      sure = sure and all(len(s) > 1 for s in each)
+      if axes and any(len(s) > 2 for s in each) and len(set(each)) > 1 and (sure or _many(path)):
+        found[path] = axes[0] if sure else None
     return found
+
+  def _is_stacked_vector(self, name: str) -> bool:
+    own = self.names[name]
+    vector = _VECTOR.fullmatch(own.leaf) or (own.leaf == "weight" and "norm" in own.module)
+    return bool(vector) and len(self.shapes[name]) > 1
 
   def _paths(self, name: str) -> list[tuple[str, ...]]:
     """The paths to a leaf that end in what a stack of layers may be called, without a number."""
@@ -170,11 +150,11 @@ class _Model:
     axes = [self.stacks[p] for p in paths if p in self.stacks]
     if len(shape) < 3 or not paths:
       return self._matrix(name, shape, None)
-    if not axes:  # Whether layers are stacked in it only a bias beside it tells.
-      return None if self._beside(name, None) is None else self._matrix(name, shape, None)
-    axis = axes[0]
-    if axis is None:
-      return None
+    axis = axes[0] if axes else None
+    if axis is None:  # Whether layers are stacked in it only a bias beside it tells.
+      beside, single = self._beside(name, None), not axes and not any(map(_many, paths))
+      tells = beside is not None and (not axes or len(beside) == 1)
+      return self._matrix(name, shape, None) if single or tells else None
     rule = self._matrix(name, shape[:axis] + shape[axis + 1 :], axis)
     if rule is None or rule.view is None or rule.open:
       return rule
@@ -195,16 +175,36 @@ class _Model:
   def _matrix(self, name: str, shape: Shape, axis: int | None) -> Rule | None:
     """The rule of a leaf of two or more axes, by what it is called and what lies beside it."""
     own, bias = self.names[name], self._beside(name, axis)
-    if len(shape) == 3 and self._is_of_experts(own):
+    raw = own.leaf != "kernel" and own.is_up_or_down and not own.is_of_attention
+    if len(shape) == 3 and (raw or own.is_of_experts):
       return self._experts(name, shape, axis, bias)
     if own.leaf == "kernel":
-      return _kernel(own.module, shape, bias, alone=self.alone == 1)
+      heads = own.is_inward if len(shape) > 3 else own.is_inward or own.is_outward
+      if len(shape) > 2 and bias is None and heads:
+        return self._heads(own, shape, axis)
+      return _kernel(own, shape, bias, alone=self.alone == 1)
     if own.leaf == "weight" or own.leaf.endswith("_weight"):
       if len(shape) == 2:
         return self._two(name, shape, bias)
       return _torch_convolution(own.module, shape, bias, alone=self.alone == 1)
     if own.leaf == "w" and len(shape) == 2 and bias is not None:
       return _by_bias(shape, bias)
+    return None
+
+  def _heads(self, own: Name, shape: Shape, axis: int | None) -> Rule | None:
+    """A kernel of attention with an axis of heads: those into and out of these must fit."""
+    if len(set(shape)) == 1 or (len(shape) > 3 and "kv" not in own.module):
+      return None
+    for parts, other in self.by_parts.items():
+      if parts[:-2] != own.parts[:-2] or self.names[other].is_inward == own.is_inward:
+        continue
+      there = self.shapes[other]
+      there = there if axis is None else there[:axis] + there[axis + 1 :]
+      inward, outward = (shape, there) if own.is_inward else (there, shape)
+      known = self.names[other].is_outward or not own.is_inward
+      if known and len(outward) == 3 and inward[:1] + inward[-1:] == outward[2:] + outward[1:2]:
+        view = "i" + "o" * (len(shape) - 1) if own.is_inward else "iio"
+        return Rule(view, "kernel of attention")
     return None
 
   def _reads_one_channel(self, name: str) -> bool:
@@ -250,17 +250,12 @@ class _Model:
     found = {s[-1] for n, s in self.shapes.items() if len(s) == 2 and self._is_lookup(n)}
     return found.pop() if len(found) == 1 else None
 
-  def _is_of_experts(self, own: _Name) -> bool:
-    word = own.module if own.leaf in ("weight", "kernel") else own.leaf
-    side = own.leaf != "kernel" and (_UP.fullmatch(word) or _DOWN.fullmatch(word))
-    return bool(side) or any(_EXPERTS.search(p) for p in own.parts)
-
   def _experts(self, name: str, shape: Shape, axis: int | None, bias: Shape | None) -> Rule | None:
     """Experts of one tensor, each a matrix: which way they lie follows from the others there."""
     own = self.names[name]
     if bias is not None and len(bias) == 2 and shape[1] != shape[2] and bias[1] in shape[1:]:
       return Rule("boi" if bias[1] == shape[1] else "bio", "experts")
-    if own.leaf == "kernel" and (_UP.fullmatch(own.module) or _DOWN.fullmatch(own.module)):
+    if own.leaf == "kernel" and own.is_up_or_down:
       return Rule("bio", "experts")
     found = self._orders(name, axis)
     return Rule(found.pop(), "experts") if len(found) == 1 else None
@@ -276,9 +271,9 @@ class _Model:
       shape = self.shapes[other]
       shape = shape if axis is None else shape[:axis] + shape[axis + 1 :]
       if len(shape) == 3:
-        ups += [shape[1:]] if _UP.fullmatch(parts[at].lower()) else []
-        downs += [shape[1:]] if _DOWN.fullmatch(parts[at].lower()) else []
-    if not (_UP.fullmatch(own[at].lower()) or _DOWN.fullmatch(own[at].lower())):
+        ups += [shape[1:]] if UP.fullmatch(parts[at].lower()) else []
+        downs += [shape[1:]] if DOWN.fullmatch(parts[at].lower()) else []
+    if not self.names[name].is_up_or_down:
       return set()
     found = {"boi", "bio"}
     for up in ups:  # As [out, in]: up is [inner or twice that, width], down [width, inner].
@@ -298,6 +293,11 @@ def _orders_of(up: Shape, downs: Iterable[Shape], width: int | None) -> set[str]
   return found
 
 
+def _many(path: tuple[str, ...]) -> bool:
+  """Tells whether a path ends in what only several layers are called."""
+  return not _ONE.fullmatch(path[-1].lower())
+
+
 def _open(shape: Shape) -> Rule:
   return Rule("l" * (len(shape) - 1) + "i", "neither name nor shape decide", open=True)
 
@@ -309,7 +309,7 @@ def _by_bias(shape: Shape, bias: Shape | None) -> Rule | None:
   return Rule("oi" if bias[0] == shape[0] else "io", "length of its bias")
 
 
-def _conv1d(own: _Name, shape: Shape) -> Rule | None:
+def _conv1d(own: Name, shape: Shape) -> Rule | None:
   """The view of what GPT-2 has as [in, out], and others under the same names as [out, in]."""
   longer = _CONV1D.get(own.module)
   if longer is None or shape[0] == shape[1]:
@@ -318,8 +318,9 @@ def _conv1d(own: _Name, shape: Shape) -> Rule | None:
   return Rule("io" if (shape[0] > shape[1]) == inputs_longer else "oi", "name and shape")
 
 
-def _kernel(module: str, shape: Shape, bias: Shape | None, *, alone: bool) -> Rule | None:
+def _kernel(own: Name, shape: Shape, bias: Shape | None, *, alone: bool) -> Rule | None:
   """A kernel of Flax: outputs last, as many axes as its bias has."""
+  module = own.module
   if len(shape) == 2:
     return Rule("io", "kernel")
   views = set[str]()
@@ -331,15 +332,11 @@ def _kernel(module: str, shape: Shape, bias: Shape | None, *, alone: bool) -> Ru
     view = views.pop()
   elif views or bias is not None:
     return None
-  elif _INWARD.fullmatch(module) and (len(shape) == 3 or "kv" in module):
-    view = "i" + "o" * (len(shape) - 1)
-  elif _OUTWARD.fullmatch(module) and len(shape) == 3:
-    view = "iio"
-  elif (len(shape) > 3 or "conv" in module) and not _INWARD.fullmatch(module):
+  elif (len(shape) > 3 or "conv" in module) and not (own.is_inward or own.is_outward):
     view = "i" * (len(shape) - 1) + "o"
   else:
     return None
-  if not view.endswith("io") or _OUTWARD.fullmatch(module) or len(shape) == 2:
+  if not view.endswith("io") or own.is_outward or len(shape) == 2:
     return Rule(view, "length of its bias" if bias is not None else "kernel of attention")
   return _convolution(view, module, shape[:-2], shape[-2], alone=alone, apart=view[:-1] + "l")
 

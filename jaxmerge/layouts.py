@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import collections
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple  # Any: a tree, and a method, which is only looked at.
 
-from jaxmerge import catalog, conventions
+from jaxmerge import catalog, conventions, leaf_names
 from jaxmerge.conventions import Rule as Rule
 from jaxmerge.conventions import Shapes
 
 Said = Sequence[tuple[str, str | None]]
+Form = Callable[[str, Sequence[str]], str]
 
-_FORM = "(r'{pattern}', {first!r} | {second!r} | None)"
 SHOWN = 6  # Kinds of leaves that an error lists.
 
 
@@ -96,7 +96,7 @@ def of(method: Sequence[Any], base: Any, *, layout: Said | Table | None = ()) ->
   return dict(sorted(sees.items()))
 
 
-def check(layout: Said | None) -> Said:
+def check(layout: Any) -> Said:
   """Returns a layout as a tuple of pairs; ValueError for what is none.
 
   Example:
@@ -111,7 +111,7 @@ def check(layout: Said | None) -> Said:
     )
   made = []
   for pair in layout or ():
-    if isinstance(pair, str) or len(pair) != 2:
+    if not (isinstance(pair, list | tuple) and len(pair) == 2 and isinstance(pair[0], str)):
       raise ValueError(f"layout must be a list of pairs, such as [('kernel$', 'io')]: {pair!r}.")
     pattern, view = pair
     if view is not None and (not isinstance(view, str) or not re.fullmatch("[boi]+", view)):
@@ -158,7 +158,7 @@ def fitted(method: Sequence[Any], shapes: Shapes, rules: Mapping[str, Rule]) -> 
   """Makes a table of rules by leaf; ValueError where a method cannot work by them."""
   for unit in units_of(method):
     if problem := unfit(unit, rules, shapes):
-      raise ValueError(problem + advice(unit, rules, shapes, _FORM, "\n  "))
+      raise ValueError(problem + advice(unit, rules, shapes, _item, "\n  "))
   return table(rules)
 
 
@@ -234,6 +234,11 @@ def unfit(unit: Unit, rules: Mapping[str, Rule], shapes: Shapes) -> str | None:
   if unit.unit != "matrix":
     return None
   acted = {n: r for n, r in rules.items() if unit.where is None or unit.where(n)}
+  if rules and not acted:
+    return "the method works on matrices, but is restricted to leaves of which there are none"
+  for name, rule in acted.items():
+    if missing := _missing(seen(rule.view, unit)):
+      return f"the method works on matrices, but view {rule.view!r} of {name!r} has no {missing}"
   if unit.lookups != "row" and any(r.open for r in acted.values()):
     return "the method works on matrices, but neither name nor shape say how these leaves lie"
   if acted and not any(seen(r.view, unit) for r in acted.values()):
@@ -248,7 +253,9 @@ def open_leaves(
 ) -> Iterator[tuple[str, tuple[str, ...]]]:
   """Lists the leaves that a layout should name: a pattern for those alike, and their names."""
   acted = [n for n in rules if unit.where is None or unit.where(n)]
-  wanted = [n for n in acted if rules[n].open] or [n for n in acted if len(shapes[n]) > 1]
+  wanted = [n for n in acted if _missing(seen(rules[n].view, unit))]
+  wanted = wanted or [n for n in acted if rules[n].open]
+  wanted = [n for n in wanted or acted if len(shapes[n]) > 1]
   alike: dict[tuple[str, int], list[str]] = {}
   for name in wanted:
     # Of layers and experts; a number in the last part tells matrices apart.
@@ -258,39 +265,60 @@ def open_leaves(
     yield f"^{pattern}$", tuple(names)
 
 
-def choices(axes: int) -> tuple[str, str]:
-  """Returns two views of a leaf of so many axes: inputs before outputs, and outputs first.
+def _missing(view: str | None) -> str:
+  """The letter without which a view is of no matrix; empty where nothing is missing."""
+  return "" if view is None else next((letter for letter in "oi" if letter not in view), "")
+
+
+def choices(name: str, shape: Sequence[int]) -> tuple[str, ...]:
+  """Returns the views that a leaf may have, by what its name says.
 
   Example:
-    >>> choices(2), choices(3), choices(4)
-    (('io', 'oi'), ('bio', 'boi'), ('iiio', 'oiii'))
+    >>> choices("w", (4, 2)), choices("experts/w1", (3, 4, 2)), choices("q/kernel", (4, 2, 2))
+    (('io', 'oi'), ('bio', 'boi'), ('ioo', 'iio', 'bio', 'boi'))
   """
+  own, axes = leaf_names.name(name), len(shape)
   if axes == 3:
-    return "bio", "boi"
-  return "i" * (axes - 1) + "o", "o" + "i" * (axes - 1)
+    if own.is_of_experts:
+      return "bio", "boi"
+    if own.is_of_attention or own.is_outward:
+      return "ioo", "iio", "bio", "boi"
+    return "bio", "boi", "iio", "oii", "ioo"
+  if axes == 4 and own.is_of_experts:
+    return "bbio", "bboi"
+  plain = ("i" * (axes - 1) + "o", "o" + "i" * (axes - 1))
+  if axes == 4 and (own.is_of_attention or own.is_outward):
+    return "bioo", "biio", "iboo", "ibio", "iooo"
+  return (*plain, "bioo", "biio") if axes == 4 else plain
 
 
-def advice(unit: Unit, rules: Mapping[str, Rule], shapes: Shapes, form: str, between: str) -> str:
+def advice(unit: Unit, rules: Mapping[str, Rule], shapes: Shapes, form: Form, between: str) -> str:
   """Ends an error by what to add to a layout; one of the views is to be chosen, not pasted.
 
   Args:
     unit: what the method is given at a time.
     rules: by leaf.
     shapes: of the leaves.
-    form: of an item, with {pattern} and the views {first} and {second}.
+    form: (pattern, views) -> an item.
     between: what stands before each item.
   """
   items = []
   for pattern, names in open_leaves(unit, rules, shapes):
-    first, second = choices(len(shapes[names[0]]))
+    fused = rules[names[0]].reason == conventions.FUSED
+    views = () if fused else choices(names[0], shapes[names[0]])
     like = f"{names[0]!r} is {list(shapes[names[0]])}"
     like += f", and {len(names) - 1} more" if len(names) > 1 else ""
-    items.append(f"{form.format(pattern=pattern, first=first, second=second)}: {like}")
+    like += f" ({conventions.FUSED})" if fused else ""
+    items.append(f"{form(pattern, views)}: {like}")
   if not items:
     return "; use one that works on entries, such as average, ties or task_arithmetic."
   more = [f"and {len(items) - SHOWN} more"] if len(items) > SHOWN else []
   letters = "o for outputs, i for inputs, b for one of many, none for no matrix"
   return between.join([f"; add to layout, with one view each ({letters}):", *items[:SHOWN], *more])
+
+
+def _item(pattern: str, views: Sequence[str]) -> str:
+  return f"(r'{pattern}', {' | '.join([*map(repr, views), 'None'])})"
 
 
 def _declared(

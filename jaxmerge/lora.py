@@ -131,7 +131,7 @@ def place(
   if not tree.is_floating(leaves[leaf]) or rule.view is None:
     raise ValueError(f"{leaf!r} is {dtype}{list(shape)}, which is no floating-point matrix.")
   if rule.open and len(shape) > 2:
-    said = " or ".join(f"[({leaf!r}, {view!r})]" for view in layouts.choices(len(shape)))
+    said = " or ".join(f"[({leaf!r}, {view!r})]" for view in layouts.choices(leaf, shape))
     raise ValueError(f"how {leaf!r} {list(shape)} lies is not known: say it by layout, {said}.")
   view = rule.view.replace("l", "o")
   if not _is_said(rule) and not leaf.endswith("kernel") and len(shape) == 2:

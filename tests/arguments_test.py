@@ -85,6 +85,11 @@ MISTAKES = {
   "names": (lambda: jaxmerge.merge(MEAN, BASE, STACK, names="abc"), "names must be a list"),
   "blend": (lambda: jaxmerge.blend("average", STACK), r"call jaxmerge\.methods\.average\(\)"),
   "blend of a list": (lambda: jaxmerge.blend(MEAN, TREES), r"jaxmerge\.stack\(models\)"),
+  "blend of a list of one": (lambda: jaxmerge.blend(MEAN, TREES[:1]), r"a list of 1 tree is given"),
+  "blend by name": (
+    lambda: jaxmerge.blend(MEAN, {"a": TREES[0], "b": TREES[1]}),
+    r"jaxmerge\.stack\(list\(models\.values\(\)\)\)",
+  ),
   "stack of a dict": (lambda: jaxmerge.stack(BASE), r"models\.values\(\)"),
   "files, name": (lambda: jaxmerge.merge_files("ties", ["a"], "out"), r"methods\.ties\(\)"),
   "files, factory": (lambda: jaxmerge.merge_files(methods.ties, ["a"], "out"), "call it"),

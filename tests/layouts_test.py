@@ -1,5 +1,7 @@
 """Which leaves are matrices and how they lie: conventions, layouts of callers, what is refused."""
 
+import re
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -8,7 +10,7 @@ import pytest
 from flax import nnx
 
 import jaxmerge
-from jaxmerge import conventions, layouts, methods, tree
+from jaxmerge import conventions, layouts, methods, stage, tree
 
 SPECTRAL = {
   "tsv": methods.tsv(),
@@ -139,6 +141,56 @@ E_, D, F = 4, 8, 12  # Experts, width, inner width.
     ({"conv_0/kernel": (3, 3, 1, D), "conv_1/kernel": (3, 3, D, F)}, ("iiio", "iiio")),
     ({"a.weight": (D, 1, 3, 3), "b.weight": (F, 1, 3, 3)}, ("open", "open")),
     ({"odd.weight": (3, 4, 5)}, ("open",)),
+    # One block of convolutions, or of attention, is no stack of layers.
+    (
+      {"block.conv1.weight": (16, 8, 3, 3), "block.bn1.weight": (16,)}
+      | {"block.conv2.weight": (16, 16, 3, 3)},
+      ("oiii", None, "oiii"),
+    ),
+    (
+      {
+        "block.conv1.weight": (16, 8, 3),
+        "block.bn.weight": (16,),
+        "block.conv2.weight": (16, 16, 5),
+      },
+      ("oii", None, "oii"),
+    ),
+    (
+      {"conv_block/conv1/kernel": (3, 8, 16), "conv_block/conv2/kernel": (3, 16, 9)},
+      ("iio", "iio"),
+    ),
+    (
+      {"attention_block/query/kernel": (16, 4, 4), "attention_block/out/kernel": (4, 4, 16)},
+      ("ioo", "iio"),
+    ),
+    # Scanned, with vectors that say so, and without.
+    (
+      {"ScanBlock_0/q_proj/kernel": (3, D, D), "ScanBlock_0/down_proj/kernel": (3, F, D)}
+      | {"ScanBlock_0/RMSNorm_0/scale": (3, D)},
+      ("bio", "bio", "li"),
+    ),
+    ({f"ScanBlock_0/{n}_proj/kernel": (3, D, D) for n in "qkv"}, ("open",) * 3),
+    ({f"encoder/{n}_proj/kernel": (3, D, D) for n in "qo"}, ("open",) * 2),
+    (
+      {"body/query/kernel": (3, D, 4, 2), "body/out/kernel": (3, 4, 2, D)},
+      ("open", "open"),
+    ),
+    ({"layers/up/kernel": (3, D, F), "layers/down/kernel": (3, F, D)}, ("open", "open")),
+    # Attention beside experts.
+    (
+      {"moe_layer_0/attn/query/kernel": (D, 2, 4), "moe_layer_0/attn/query/bias": (2, 4)}
+      | {"action_expert/attn/query/kernel": (D, 2, 4), "action_expert/attn/out/kernel": (2, 4, D)},
+      ("ioo", None, "ioo", "iio"),
+    ),
+    # Heads are matrices; what makes embeddings may be one.
+    ({"unembedding.weight": (9, D), "output_embedding.weight": (9, D)}, ("oi", "oi")),
+    ({"unembed.weight": (9, D), "embed_to_logits.weight": (9, D)}, ("oi", "oi")),
+    ({f"{n}.weight": (F, D) for n in ("time_embed", "embed_fc")}, ("open", "open")),
+    ({"decoder_embed.weight": (D, D), "decoder_embed.bias": (D,)}, ("oi", None)),
+    (
+      {f"{n}.weight": (9, D) for n in ("query_embed", "wte", "embed_in", "embed_out")},
+      ("li", "li", "li", "oi"),
+    ),
     # Haiku; names that say nothing; tokens and positions of a vision transformer.
     ({"linear/w": (D, F), "linear/b": (F,), "other/w": (D, F)}, ("io", None, "open")),
     ({"cls_token": (1, 1, D), "pos_embed": (1, 9, D)}, (None, "lli")),
@@ -230,6 +282,11 @@ def test_rows_of_lookups_are_entries_and_widen_takes_them_for_inputs():
     ({"kernel": (3, 4)}, [("kernel", None)], "none of the leaves is one"),
     ({"kernel": (3, 4)}, [("kernel", "ix")], "view 'ix' of 'kernel' must be a word of the letters"),
     ({"kernel": (3, 4)}, [("kernel", "")], "view '' of 'kernel' must be a word of the letters"),
+    ({"kernel": (3, 4)}, [("kernel", "ii")], r"(?s)view 'ii' of 'kernel' has no o; .*'io' \| 'oi'"),
+    ({"kernel": (3, 4)}, [("kernel", "bb")], "view 'bb' of 'kernel' has no o"),
+    ({"kernel": (3, 4)}, [("kernel", "oo")], "view 'oo' of 'kernel' has no i"),
+    ({"query": {"kernel": (8, 2, 4)}}, (), r"'ioo' \| 'iio' \| 'bio' \| 'boi' \| None"),
+    ({"experts": {"w1": (48, 8)}}, (), r"\(r'\^experts/w1\$', None\): .*no view tells apart"),
     ({"kernel": (3, 4)}, [("(", "io")], r"'\(', of 'io', is no regular expression"),
   ],
 )
@@ -238,6 +295,21 @@ def test_what_does_not_suffice_is_refused(base, layout, message):
   models = jax.tree.map(lambda x: x[None], base)
   with pytest.raises(ValueError, match=message):
     jaxmerge.merge(methods.tsv(), base, models, layout=layout)
+
+
+@pytest.mark.parametrize("pair", [None, (None, "io"), (b"kernel", "io"), 3, ("kernel",)])
+def test_what_is_no_pair_is_shown(pair):
+  with pytest.raises(
+    ValueError, match=re.escape(f"list of pairs, such as [('kernel$', 'io')]: {pair!r}")
+  ):
+    layouts.check([pair])
+
+
+def test_a_stage_of_matrices_acts_on_some():
+  base, models = {"kernel": np.zeros((3, 4))}, {"kernel": np.ones((2, 3, 4))}
+  masked = stage.masked(methods.tsv(), lambda name: "kernl" in name)
+  with pytest.raises(ValueError, match="restricted to leaves of which there are none"):
+    jaxmerge.merge(stage.chain(masked, methods.average()), base, models)
 
 
 def test_the_advice_works():

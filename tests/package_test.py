@@ -87,6 +87,7 @@ FLOORS = {
     "precision",
     "stage",
     "conventions",
+    "leaf_names",
     "layouts",
     "finiteness",
     "wide",

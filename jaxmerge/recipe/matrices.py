@@ -13,7 +13,6 @@ from jaxmerge.recipe.records import Recipe, View
 
 Shapes = Mapping[Tensor, tuple[int, ...]]
 _DECLARED = "layout of the recipe"
-_FORM = "{{pattern: '{pattern}', view: {first}|{second}|none}}"
 
 
 def rules(recipe: Recipe, shapes: Shapes) -> dict[str, layouts.Rule]:
@@ -77,8 +76,12 @@ def unfit(recipe: Recipe, jobs: Sequence[Job], shapes: Shapes) -> Iterator[Probl
     by_method.setdefault((job.words["method"], layouts.unit_of(job.words)), {}).update(held)
   for (_, unit), found in by_method.items():
     if problem := layouts.unfit(unit, found, sizes):
-      text = problem + layouts.advice(unit, found, sizes, _FORM, " ")
+      text = problem + layouts.advice(unit, found, sizes, _item, " ")
       yield Problem(recipe.places.get("merge_method", recipe.place), text)
+
+
+def _item(pattern: str, views: Sequence[str]) -> str:
+  return f"{{pattern: '{pattern}', view: {'|'.join([*views, 'none'])}}}"
 
 
 def _declared(recipe: Recipe, tensor: Tensor) -> View | None:
