@@ -11,11 +11,11 @@ _PATCHES = re.compile(r"patch|proj|mapping|linear|dense|norm|conv|(^|_)out(_|$)|
 _LOOKUP = re.compile(r"embed|(^|_)emb(_|$)|^wte$|^wpe$|^shared$|_table$|relative_attention_bias")
 _KIND = (
   "in(put)?|tok(en)?s?|words?|vocab|char|pos(ition(al)?)?s?|(token_)?type|segment|lang(uage)?|"
-  "(token_)?class|cls|query|level|row|col(umn)?|speaker|codebook|object|rel(ative)?(_pos)?"
+  "(token_)?class|cls|mask|distance|letter|wordpiece|query|level|row|col(umn)?|speaker|codebook|object|rel(ative)?(_pos)?"
 )
 _TABLES = re.compile(
   rf"wte|wpe|shared|emb|embedder|.*_embeddings|relative_attention_bias|.*_table|"
-  rf"((.*_)?({_KIND})_?)?(embd?|embeds?|embeddings?)|embed_(in|tokens.*|positions)"
+  rf"((.*_)?({_KIND})_?)?(embd?|embeds?|embeddings?)|embed_(in|tokens.*|positions)|.*_embeds_layers?"
 )
 _HEADS = re.compile(r"un_?embed|^(out|output)_|_out(put)?$|logit")
 _TOKENS = re.compile(r"(.*_)?(cls|class|mask|dist|register|query|prompt|sep)?_?tokens?|latents")
