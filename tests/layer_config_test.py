@@ -4,6 +4,7 @@ import json
 import pathlib
 
 import folders
+import numpy as np
 import pytest
 
 from jaxmerge.io.tensor import Files
@@ -220,3 +221,57 @@ slices:
   recipe.write_text(text % (1, 2))
   with pytest.raises(RecipeError, match=r"layer_types: \['full'\] and \['slides'\]"):
     plans.of_file(recipe, Files())
+
+
+def test_layers_that_no_key_counts_are_known_by_their_lists_or_their_class():
+  order = {0: 0, 1: 2}
+  own = {"model_type": "nemotron_h", "layers_block_type": list("abc"), "n_groups": 3}
+  assert layers.resized(own, 3, order) == own | {"layers_block_type": list("ac")}
+  sees = {"model_type": "llava", "vision_config": {"num_hidden_layers": 3}, "text_config": {"a": 1}}
+  text = {"a": 1, "num_hidden_layers": 2}
+  assert layers.resized(sees, 3, order) == sees | {"text_config": text}
+  assert layers.resized({"model_type": "llama"}, 3, order)["num_hidden_layers"] == 2
+  assert layers.resized({"model_type": "mine"}, 3, {0: 0, 1: 1, 2: 2}) == {"model_type": "mine"}
+  with pytest.raises(ValueError, match="no count of the 3 layers, such as num_hidden_layers"):
+    layers.resized({"model_type": "mine"}, 3, order)
+
+
+def sliced(folder, config, rests, *ranges, outside=()):
+  """The plan of some ranges of layers of a model, of which each has some tensors."""
+  tensors = {f"layers.{i}.{rest}": (2, 2) for i, own in enumerate(rests) for rest in own}
+  tensors |= dict(outside)
+  folders.write(folder, {n: np.ones(s, np.float32) for n, s in tensors.items()}, config=config)
+  text = "merge_method: passthrough\nslices:\n"
+  for i, j in ranges:
+    text += f"  - sources: [{{model: {folder}, layer_range: [{i}, {j}]}}]\n"
+  (folder / "recipe.yml").write_text(text)
+  return plans.of_file(folder / "recipe.yml", Files())
+
+
+def test_layers_that_are_unlike_others_keep_their_place(tmp_path):
+  """ModernBERT's first has one norm less, RWKV's one more; of lists and rules the kinds follow."""
+  five = {"model_type": "mine", "num_hidden_layers": 5}
+  first = [["w"], *[["norm", "w"]] * 4]
+  for kinds in ({}, {"layer_types": list("fssfs")}):
+    sliced(tmp_path, five | kinds, first, (0, 2), (3, 5))
+    for ranges in ([(3, 5)], [(1, 2), (0, 1)], [(0, 5), (0, 1)]):
+      with pytest.raises(RecipeError, match="'norm', unlike the layer that was layer"):
+        sliced(tmp_path, five | kinds, first, *ranges)
+  experts = [["w"], ["e"], ["w"], ["e"], ["w"]]
+  with pytest.raises(
+    RecipeError, match=r"layer 1 of .* has 'e', unlike the layer that was layer 0"
+  ):
+    sliced(tmp_path, five, experts, (1, 5))
+  sliced(tmp_path, five | {"kinds_of_layers": list("wewew")}, experts, (1, 5))
+  sliced(tmp_path, five | {"moe_layers": [1, 3]}, experts, (1, 2), (0, 1), (3, 5))
+
+
+def test_columns_for_each_head_of_each_layer_keep_their_number(tmp_path):
+  """ESM predicts contacts from all of them."""
+  own = {"num_hidden_layers": 3, "num_attention_heads": 4}
+  for width in (11, 12):
+    outside = [("contact_head.regression.weight", (1, width))]
+    if width == 11:
+      sliced(tmp_path, own, [["w"]] * 3, (0, 2), outside=outside)
+  with pytest.raises(RecipeError, match="has 12 columns, one for each of 4 heads of 3 layers"):
+    sliced(tmp_path, own, [["w"]] * 3, (0, 2), outside=outside)

@@ -324,7 +324,8 @@ def test_configs_count_the_layers_in_the_right_place():
   found = layers.resized(kinds, 3, {0: 1, 1: 0})
   assert found == {**kinds, "n_layer": 2, "layer_types": ["sliding", "full"]}
   assert layers.resized({"num_hidden_layers": 9}, None, order) == {"num_hidden_layers": 2}
-  assert layers.resized({"model_type": "mine"}, 3, order) == {"model_type": "mine"}
+  with pytest.raises(ValueError, match="no count of the 3 layers, such as num_hidden_layers"):
+    layers.resized({"model_type": "mine"}, 3, order)
 
 
 STAGES = (

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple  # Any: what a config.json holds.
 
 from jaxmerge.recipe import layer_rules
@@ -30,6 +30,15 @@ _NUMBERED = re.compile(r"(^|_)(idx|idxs|indices|indexe?s|layer_ids|block_ids)$|_
 _FLAGS = {"no_rope_layers", "attention_layers"}  # An entry for each layer, by such names.
 # Keys of layers that are stored behind the others, to predict more tokens.
 _AHEAD = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers")
+
+
+COUNT = "num_hidden_layers"
+_EACH = re.compile(r"layers?_(block_)?types?$|block_types?$|block_configs|hybrid_override_pattern")
+# Classes that count their layers by this key, whatever a config leaves to its default.
+_COUNTED = re.compile(
+  r"(llama|mistral|mixtral|qwen[23]|gemma[23]?|phi3?|olmo[23]?|granite|cohere2?|starcoder2|bert"
+  r"|roberta|vit|helium|smollm3)(_moe)?(_text)?"
+)
 
 
 class Layers(NamedTuple):
@@ -58,7 +67,23 @@ class Layers(NamedTuple):
     return True
 
 
-def stacked(config: Config, count: str, layers: Layers) -> dict[str, Any]:
+def counts(part: Config, whole: Config) -> bool:
+  """Tells whether the class of a part that says no number of layers has COUNT for it."""
+  text = "llama" if "llava" in str(whole.get("model_type")) else None  # As LLaVA's classes have it.
+  kind = part.get("model_type", text)
+  return isinstance(kind, str) and _COUNTED.fullmatch(kind) is not None
+
+
+def each_layer(config: Config, height: int) -> list[str]:
+  """Returns the keys of lists that have an entry for each of some layers, and are called so."""
+  return [
+    key
+    for key, value in config.items()
+    if isinstance(value, list | tuple | str) and len(value) == height and _EACH.search(key)
+  ]
+
+
+def stacked(config: Config, count: str | None, layers: Layers) -> dict[str, Any]:
   """Returns the part of a config that is about one stack, as it holds for the new layers.
 
   >>> own = {"n_layer": 2, "mlp_only_layers": [0], "layer_types": ["a", "b"]}
@@ -67,17 +92,19 @@ def stacked(config: Config, count: str, layers: Layers) -> dict[str, Any]:
 
   Args:
     config: the part.
-    count: its key for the number of layers.
+    count: its key for the number of layers; None: its lists alone say it.
     layers: the layers.
 
   Raises:
     ValueError: naming a rule that holds for other layers than before, and has no list.
   """
-  made, layers = _ahead(config, config[count], layers)
-  made[count] = len(layers.order)
+  said = layers.height if count is None else config.get(count, layers.height)
+  made, layers = _ahead(config, said, layers)
+  if count is not None:
+    made[count] = len(layers.order)
   if layers.order == tuple(range(layers.height)):
     return made
-  layers = layers._replace(said=config[count])
+  layers = layers._replace(said=said)
   made = {key: _followed(key, value, layers) for key, value in made.items()}
   for rule in (_sparse, _cycles, _thresholds, _shared, _scaled, _stages, _refused):
     made = rule(config, made, layers)
@@ -155,6 +182,38 @@ def _inside(key: str, value: Config, layers: Layers) -> dict[str, Any]:
   if any("layer" in k and type(v) is int for k, v in value.items()):
     return dict(value)  # A part about another stack.
   return {k: _followed(k, v, layers) for k, v in value.items()}
+
+
+def entries(config: Config, height: int, rules: bool = False) -> Iterator[tuple[str, list[Any]]]:
+  """Yields what lists of a config and its parts, and rules if wanted, say of each of some layers.
+
+  >>> dict(entries({"layer_types": ["a", "b"], "mlp_only_layers": [1]}, 2))
+  {'layer_types': ['a', 'b'], 'mlp_only_layers': [False, True]}
+  """
+  for key, value in config.items():
+    if _OTHERS.fullmatch(key) and key not in _NUMBERS:
+      continue
+    if isinstance(value, Mapping):
+      yield from entries(value, height, rules)
+    elif key == "block_types" and isinstance(value, list) and value:
+      yield key, [value[i % len(value)] for i in range(height)]
+    elif isinstance(value, list | tuple) and _is_numbers(key, value, height):
+      yield key, [i in value for i in range(height)]
+    elif _lists(key, value) and len(value) == height:
+      yield key, [*value]
+    elif rules and type(value) is int and value > 1 and _every(key):
+      yield key, [i % value for i in range(height)]
+    elif rules and type(value) is int and layer_rules.EDGE.search(key):
+      yield key, [i >= value for i in range(height)]
+
+
+def _lists(key: str, value: Any) -> bool:
+  return isinstance(value, list | tuple) or (isinstance(value, str) and "pattern" in key)
+
+
+def _every(key: str) -> bool:
+  """Tells whether a rule is about every n-th layer."""
+  return bool(layer_rules.EVERY.search(key) or key in layer_rules.STEPS)
 
 
 # --- Rules that are written out ---
@@ -317,7 +376,7 @@ def _alternates(config: Config) -> bool:
 def _holds(key: str, value: int, config: Config, layers: Layers) -> bool:
   """Tells whether a rule says of each new layer what it said of the old one."""
   pairs = list(enumerate(layers.order))
-  if (layer_rules.EVERY.search(key) or key in layer_rules.STEPS) and value > 1:
+  if _every(key) and value > 1:
     offset = config.get(key.replace("period", "offset")) if "period" in key else None
     if type(offset) is int:
       return all((i % value == offset) == (old % value == offset) for i, old in pairs)

@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple  # Any: what a config.json holds.
 
-from jaxmerge.recipe.layer_config import Layers, ahead, stacked
+from jaxmerge.recipe.layer_config import COUNT, Layers, ahead, counts, each_layer, stacked
 
 _FIRST_NUMBER = re.compile(r"^((?:[^.]*[^.\d][^.]*\.)*)(\d+)\.(.+)$")
 _COUNTS = (
@@ -129,6 +129,11 @@ def resized(
   """
   parts = _parts(config)
   every = [(n, k) for n, own in parts.items() for k in _COUNTS if type(own.get(k)) is int]
+  if not module:  # As `main` takes the stack of the text, though only another one is counted.
+    texts = _of_text(parts)
+    every = [p for p in every if p[0] in texts or not set(p[0].split(".")) & _SIGHT]
+  if not every and config and height and [*order.values()] != [*range(height)]:
+    return _uncounted(config, parts, Layers(height, tuple(order[i] for i in range(len(order)))))
   fits = [(n, k) for n, k in every if height in (parts[n][k], parts[n][k] + ahead(parts[n]))]
   mine, theirs = _words(module), set().union(*map(_words, others)) - _words(module)
   # Where the files hold another number of layers, the first key of a part is meant.
@@ -146,6 +151,24 @@ def resized(
     own |= {k: own[key] for _, k in places}
     return _changed(config, part.split(".") if part else [], own)
   return dict(config)
+
+
+def _uncounted(
+  config: Mapping[str, Any], parts: Mapping[str, Any], layers: Layers
+) -> dict[str, Any]:
+  """A config that counts no layers of a stack: its lists say them, or its class has a default."""
+  meant = [p for p in parts if p.split(".")[-1] == "text_config"] or [""]
+  listed = [p for p in meant if each_layer(parts[p], layers.height)]
+  known = [p for p in meant if counts(parts[p], config if p else {})]
+  if len(listed or known) != 1:
+    raise ValueError(
+      f"the config has no count of the {layers.height} layers, such as num_hidden_layers, and no "
+      "list of them: it cannot be told what its class makes of another number. Write the count "
+      "into the config.json of the base, or first model."
+    )
+  (part,) = listed or known
+  own = stacked(parts[part], None if listed else COUNT, layers)
+  return _changed(config, part.split(".") if part else [], own)
 
 
 def _parts(config: Mapping[str, Any], prefix: str = "", depth: int = 3) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from jaxmerge.recipe import (
   opening,
   parameters,
   partly,
+  peculiar,
   schema,
   stacking,
   telling,
@@ -204,6 +205,7 @@ def planned(
   changed = dict(config)
   with telling.noted(found):
     changed = stacking.config(recipe, config, rows, donor)
+    peculiar.check(rows, models, config, changed)
   names, modules = stacking.all_names(rows), stacking.by_module(rows)
   heads = dict.fromkeys(head for m in models.values() for head in m.tied)
   idle = parameters.unmatched(recipe, names, modules)

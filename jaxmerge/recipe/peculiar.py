@@ -1,0 +1,158 @@
+"""Layers that lack what others have, or have more, and are stacked where their class expects it.
+
+The first block of RWKV alone has a norm before it, and that of ModernBERT lacks one: a class
+decides so by the place, and weights that stand elsewhere are left out or drawn at random.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any  # Any: what a config.json holds.
+
+from jaxmerge import planning
+from jaxmerge.recipe import layers, stacking
+from jaxmerge.recipe.layer_config import Layers, entries
+from jaxmerge.recipe.places import Problem, RecipeError
+from jaxmerge.recipe.records import Model
+
+Config = Mapping[str, Any]
+Layout = dict[int, frozenset[str]]
+
+_ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
+_HEADS = ("num_attention_heads", "n_head", "num_heads", "n_heads")
+
+
+def check(
+  rows: Sequence[stacking.Row],
+  models: Mapping[Model, planning.Model],
+  before: Config,
+  after: Config,
+) -> None:
+  """Raises RecipeError where layers have other tensors than their new place asks for.
+
+  Args:
+    rows: the tensors of the result.
+    models: all that the recipe names.
+    before: the config of the donor.
+    after: that of the result.
+  """
+  problems = []
+  for stack in stacking.stacked(rows).values():
+    own = models[stack.group.sources[0].model]
+    height = layers.stacks(own.tensors).get(stack.stack, 0)
+    if [*stack.order.values()] == [*range(height)]:
+      continue
+    reason = _by_place(rows, stack, models, before, after) or _outside(own, stack.stack, before)
+    if reason:
+      problems.append(Problem(stack.group.place, reason))
+  if problems:
+    raise RecipeError(problems)
+
+
+def _by_place(
+  rows: Sequence[stacking.Row],
+  stack: stacking.Stack,
+  models: Mapping[Model, planning.Model],
+  before: Config,
+  after: Config,
+) -> str:
+  """Says which layer does not fit its new place; nothing where all do."""
+  layouts: dict[Model, Layout] = {}
+  order = Layers(0, tuple(old for _, old in sorted(stack.order.items())))
+  sources = {
+    row.tensor.layer: row.group.sources[0].model
+    for row in rows
+    if row.tensor.layer is not None and row.tensor.name.startswith(stack.stack)
+  }
+  for new, old in sorted(stack.order.items()):
+    source = sources[new]
+    own = layouts.setdefault(source, _layout(models[source].tensors, stack.stack))
+    if new == old or old not in own:
+      continue
+    # Behind all layers that there were, it is only known that this is not the first place.
+    wanted = own.get(new)
+    alone = [own[0]] == [s for s in own.values() if s == own[0]] if 0 in own else False
+    differs = wanted != own[old] if wanted is not None else (old == 0 and alone and len(own) > 2)
+    if differs and not _explained(before, after, order, own, new, old):
+      other = own.get(new, own[max(own)])
+      names = sorted(own[old] ^ other)
+      have = "has" if names[0] in own[old] else "lacks"
+      return (
+        f"layer {old} of {source} {have} {names[0]!r}, unlike the layer that was layer {new}, and "
+        "nothing in the config says which layers are so: the class decides it by the place. Choose "
+        f"slices that keep layer {old if own[old] != own.get(1) else new} where it was."
+      )
+  return ""
+
+
+def _layout(names: Mapping[str, Any], stack: str) -> Layout:
+  """The relative names of the tensors of each layer, but for buffers that are computed."""
+  found: dict[int, set[str]] = {}
+  for name in names:
+    at = layers.place(name)
+    if at and at.stack == stack and not at.rest.endswith(("inv_freq", "attn.bias", "masked_bias")):
+      found.setdefault(at.layer, set()).add(at.rest)
+  return {layer: frozenset(rests) for layer, rests in found.items()}
+
+
+def _explained(
+  before: Config, after: Config, order: Layers, own: Layout, new: int, old: int
+) -> bool:
+  """Tells whether the config says of the new place what it said of the layer before.
+
+  By its lists alone, which may take the place of rules that stay in it, or by both.
+  """
+  height, size = len(own), len(order.order)
+  for rules in (False, True):
+    ours = dict(entries(before, height, rules))
+    theirs = dict(entries(after, size, rules))
+    shared = [k for k in ours if k in theirs]
+    kind = [theirs[k][new] for k in shared]
+    alike = [n for n in own if n < height and [ours[k][n] for k in shared] == kind]
+    if _rewritten(before, after, ours, theirs) or (
+      alike and all(own[n] == own[old] for n in alike)
+    ):
+      return True
+  return False
+
+
+def _rewritten(before: Config, after: Config, ours: Config, theirs: Config) -> bool:
+  """Tells whether a rule was changed, or written out as a list of more than kinds of attention."""
+  for key in theirs.keys() - ours.keys() - _stated(before):
+    if not set(map(str, theirs[key])) <= _ATTENTION:
+      return True
+  return any(_moved(key, own, before.get(key)) for key, own in after.items())
+
+
+def _stated(config: Config) -> set[str]:
+  """The keys of a config and its parts that say something."""
+  parts = [_stated(own) for own in config.values() if isinstance(own, Mapping)]
+  return {key for key, own in config.items() if own}.union(*parts)
+
+
+def _moved(key: str, own: Any, was: Any) -> bool:
+  if isinstance(own, Mapping) and isinstance(was, Mapping):
+    return any(_moved(k, v, was.get(k)) for k, v in own.items())
+  rule = re.search(r"first_k|dense_layers|sparse_step|kv_shared|linear_attn", key)
+  return bool(rule) and own != was
+
+
+def _outside(model: planning.Model, stack: str, config: Config) -> str:
+  """Says which tensor outside of the layers has a column for each head of each layer: ESM's."""
+  height = layers.stacks(model.tensors)[stack]
+  heads = next((config[k] for k in _HEADS if type(config.get(k)) is int), 0)
+  within = {n for name in _of(model, stack, True) for n in model.tensors[name].shape}
+  for name in _of(model, stack, False):
+    columns = height * heads not in within and model.tensors[name].shape == (1, height * heads)
+    if height > 1 < heads and columns:
+      return (
+        f"tensor {name!r} of {model.name} has {height * heads} columns, one for each of {heads} "
+        f"heads of {height} layers, so that these cannot be stacked anew."
+      )
+  return ""
+
+
+def _of(model: planning.Model, stack: str, inside: bool) -> Iterator[str]:
+  """Names of tensors within a stack, or in none."""
+  return (n for n in model.tensors if (n.startswith(stack) if inside else layers.place(n) is None))
