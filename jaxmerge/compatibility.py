@@ -27,7 +27,8 @@ _MEANING = re.compile(
   r"|\w+_softcapping|query_pre_attn_scalar|scale_embedding|scale_attn\w*|routed_scaling_factor"
   r"|num_experts_per_tok|moe_k|moe_topk|norm_topk_prob|scoring_func|n_group|topk_group|topk_method"
   r"|parallel_residual|use_parallel_residual|parallel_attn|do_layer_norm_before|normalize_before"
-  r"|is_decoder|new_decoder_architecture|use_qk_norm|qk_layernorm|relative_attention\w*"
+  r"|mamba_norm_before_gate|logit_scale|swiglu_limit|attn_temperature_tuning|attention_chunk_size"
+  r"|attn_scale|floor_scale|is_decoder|new_decoder_architecture|use_qk_norm|qk_layernorm|relative_attention\w*"
 )
 # Of no account for a result: it has the base's.
 _IGNORED = re.compile(
@@ -37,12 +38,13 @@ _IGNORED = re.compile(
   r"|attn_implementation|return_dict|task_specific_params|problem_type|model_max_length|\w*layerdrop"
   r"|finetuning_task|rope_parameters|rope_scaling|rope_theta|num_labels|use_return_dict"
 )
+_UNNAMED = re.compile(r"LABEL_\d+|\d+")
 _SAME = {"gelu_pytorch_tanh": "gelu_new", "gelu_fast": "gelu_new", "swish": "silu"}
 # Rows that are kept for tokens to come.
 _SPARE = re.compile(r"reserved|unused|extra_id|placeholder|spare|^[<\[]\|?pad", re.IGNORECASE)
 _FILES = (
   *(vocabulary.TOKENIZER, vocabulary.ADDED, vocabulary.WORDS, vocabulary.LINES, "merges.txt"),
-  "tokenizer.model",
+  *("tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
 )
 _EMBEDDING = re.compile(
   r"(^|[./])(embed_tokens|word_embeddings?|wte|embed_in|tok_embeddings|tokens_embed|shared"
@@ -92,6 +94,7 @@ def compared(
         lesser.append(key)
     if lesser:
       notes.append(f"{m.name} has another {', '.join(lesser)}: the result has {donor.name}'s.")
+    notes += _unstated(donor, m)
   found = [(k.split(" ")[0], f"{k} {' and '.join(own)}") for k, own in differing.items()]
   told = list(_tokens(_of_tokens(wants, [donor, *others]))) if tokens else []
   found += [(TOKENS, line) for line, is_wrong in told if is_wrong]
@@ -135,10 +138,42 @@ def _differences(ours: Config, theirs: Config, unlike: bool) -> Iterator[tuple[s
   for key in sorted(one.keys() & other.keys()):
     a, b = one[key], other[key]
     if _last(key) == LABELS:
-      if _permuted(a, b):
+      if _otherwise(a, b):
         yield key, [*a.values()], [*b.values()]
-    elif a != b and (_last(key) == "rope_scaling" or None not in (a, b)):
+    elif a != b and (_last(key).startswith("rope_scaling") or None not in (a, b)):
       yield key, a, b
+
+
+def _unstated(donor: Model, m: Model) -> Iterator[str]:
+  """Says which settings that decide what weights mean only one of two configs states."""
+  one, other = _flat(donor.config), _flat(m.config)
+  if not one or not other or one.get("model_type") != other.get("model_type"):
+    return
+  pairs = (donor.name, one, m.name, other), (m.name, other, donor.name, one)
+  for name, stating, silent, lacking in pairs:
+    only = [
+      f"{key}: {value!s:.100}"
+      for key, value in sorted(stating.items())
+      if value not in (None, False, []) and lacking.get(key) is None and _told(key, value, lacking)
+    ]
+    if only:
+      yield (
+        f"{name} states {', '.join(only)}, of which {silent} says nothing: its class has a default "
+        f"for that, and the result goes by {donor.name}; see that they are the same."
+      )
+
+
+def _told(key: str, value: Any, lacking: Config) -> bool:
+  """Tells whether a setting counts, and a config that lacks it has the part that it is of."""
+  prefix, name = key[: -len(_last(key))], _last(key)
+  if not _MEANING.fullmatch(name) or name == LABELS or name.startswith("rope_scaling"):
+    return False
+  if name == "layer_types" and isinstance(value, list) and len(set(map(str, value))) == 1:
+    return False  # Newer versions of transformers write it into every config.
+  width, heads = (lacking.get(prefix + k) for k in ("hidden_size", "num_attention_heads"))
+  if name == "head_dim" and type(width) is int and type(heads) is int and heads:
+    return bool(value != width // heads)
+  return any(k.startswith(prefix) for k in lacking)
 
 
 def _flat(config: Config, prefix: str = "") -> dict[str, Any]:
@@ -152,7 +187,7 @@ def _flat(config: Config, prefix: str = "") -> dict[str, Any]:
     else:
       found[prefix + key] = _SAME.get(value, value) if isinstance(value, str) else value
   if config:
-    found |= {prefix + key: value for key, value in _rope(config).items()}
+    found |= {prefix + key: own for key, own in {**_rope(config), **_windows(config)}.items()}
   return found
 
 
@@ -161,25 +196,47 @@ def _rope(config: Config) -> dict[str, Any]:
   every = config.get("rope_parameters") or config.get("rope_scaling")
   every = every if isinstance(every, Mapping) else {}
   kinds = {k: v for k, v in every.items() if isinstance(v, Mapping)}
-  own = dict(kinds.get("full_attention", {}) if kinds else every)
-  sliding = kinds.get("sliding_attention", {}).get("rope_theta")
-  kind = own.pop("rope_type", own.pop("type", None))
-  theta = own.pop("rope_theta", None)
-  apart = ("type", "partial_rotary_factor")
-  own = {k: v for k, v in own.items() if k not in apart and v is not None}
-  plain = kind in (None, "default", "mrope")
+  own = kinds.pop("full_attention", {}) if kinds else every
+  found: dict[str, Any] = dict.fromkeys(("rope_local_base_freq", "rope_scaling_sliding_attention"))
+  for kind, part in kinds.items():
+    theta, partial, scaling = _scaling(part)
+    at = "rope_local_base_freq" if kind == "sliding_attention" else f"rope_theta_{kind}"
+    found |= {at: theta, f"rope_partial_{kind}": partial, f"rope_scaling_{kind}": scaling}
+  theta, partial, scaling = _scaling(own)
   return {
+    **found,
     "rope_theta": config.get("rope_theta", theta),
-    "rope_local_base_freq": config.get("rope_local_base_freq", sliding),
-    "rope_scaling": None if plain else {"rope_type": kind, **own},
+    "rope_local_base_freq": config.get("rope_local_base_freq", found["rope_local_base_freq"]),
+    "partial_rotary_factor": config.get("partial_rotary_factor", partial),
+    "rope_scaling": scaling,
   }
 
 
-def _permuted(a: Any, b: Any) -> bool:
-  """Tells whether a classifier has the same labels in another order."""
+def _scaling(part: Config) -> tuple[Any, Any, dict[str, Any] | None]:
+  """The base of a rope, which part of a head turns, and how it is stretched."""
+  apart = ("type", "rope_type", "rope_theta", "partial_rotary_factor")
+  rest = {k: v for k, v in part.items() if k not in apart and v is not None}
+  kind = part.get("rope_type", part.get("type"))
+  plain = kind in (None, "default", "mrope")
+  scaling = None if plain else {"rope_type": kind, **rest}
+  return part.get("rope_theta"), part.get("partial_rotary_factor"), scaling
+
+
+def _windows(config: Config) -> dict[str, Any]:
+  """Which layers have a window, where a config says every how many layers one has none."""
+  every, count = config.get("sliding_window_pattern"), config.get("num_hidden_layers")
+  if config.get("layer_types") or type(every) is not int or type(count) is not int or every < 1:
+    return {}
+  kinds = ("sliding_attention", "full_attention")
+  return {"layer_types": [kinds[(i + 1) % every == 0] for i in range(count)]}
+
+
+def _otherwise(a: Any, b: Any) -> bool:
+  """Tells whether a classifier has as many labels, with names, but others or in another order."""
   if not isinstance(a, Mapping) or not isinstance(b, Mapping) or a.keys() != b.keys():
     return False
-  return a != b and set(map(str, a.values())) == set(map(str, b.values()))
+  named = [not all(_UNNAMED.fullmatch(str(label)) for label in own.values()) for own in (a, b)]
+  return a != b and all(named)
 
 
 # --- Vocabularies ---
@@ -204,12 +261,14 @@ def _tokens(models: Sequence[Model]) -> Iterator[tuple[str, bool]]:
   first: Mapping[str, int] = {}
   numbers: dict[str, tuple[int, str]] = {}
   texts: dict[int, tuple[str, str]] = {}
-  done: set[tuple[bytes | None, ...]] = set()
+  done: dict[tuple[bytes | None, ...], tuple[str, Papers, bool]] = {}
   for m in models:
     files = Papers(m.folder, m.texts)
     content = tuple(_content(files, name) for name in _FILES)
     ids = {} if content in done else _ids(files)
-    done.add(content)
+    if content not in done and any(content):
+      yield from ((line, False) for line in _processing(m.name, files, bool(ids), done))
+      done[content] = m.name, files, bool(ids)
     wrong = list(_misplaced(m.name, ids, numbers, texts))
     if wrong:
       also = f", and {len(wrong) - 1} more" if wrong[1:] else ""
@@ -223,6 +282,30 @@ def _tokens(models: Sequence[Model]) -> Iterator[tuple[str, bool]]:
       numbers.setdefault(token, (number, m.name))
       if number not in texts or _SPARE.search(texts[number][0]):
         texts[number] = token, m.name
+
+
+def _processing(
+  name: str, files: Papers, is_read: bool, done: Mapping[Any, tuple[str, Papers, bool]]
+) -> Iterator[str]:
+  """Says how the first tokenizer before, and one with other files, cannot be or are unlike."""
+  if not done:
+    return
+  first, other, was_read = next(iter(done.values()))
+  if not (is_read and was_read):
+    yield (
+      f"the tokenizer of {name} differs from {first}'s, and could not be compared: of one of them "
+      "no list of tokens can be read. See that their tokens have the same numbers."
+    )
+    return
+  parts = [own.json(vocabulary.TOKENIZER) for own in (other, files)]
+  if not all(parts):
+    return
+  keys = [k for k in ("normalizer", "pre_tokenizer") if parts[0].get(k) != parts[1].get(k)]
+  if keys:
+    yield (
+      f"the tokenizer of {name} has another {' and '.join(keys)} than {first}'s: it cuts texts "
+      f"into other tokens, and the result has {first}'s."
+    )
 
 
 def _content(files: Papers, name: str) -> bytes | None:

@@ -16,6 +16,7 @@ LLAMA = {
   "model_type": "llama",
   "architectures": ["LlamaForCausalLM"],
   "hidden_act": "silu",
+  "hidden_size": 64,
   "num_attention_heads": 4,
   "num_key_value_heads": 2,
   "rms_norm_eps": 1e-5,
@@ -152,7 +153,7 @@ def test_tokens_in_another_order_are_told(theirs, words):
   want = Want("lm_head.weight", None, tuple(Part(m.name, "lm_head.weight", None) for m in models))
   (*lines,), notes = compared(*models, wants=[want])
   assert notes[0].startswith("n has tokens that base lacks, '<|im_start|>': so")
-  assert len(notes) == 1 + ("<tool>" in theirs)
+  assert len(notes) == 1 + ("<tool>" in theirs or "version" in theirs)
   assert [words is not None and words in line for line in lines] == [True] * (words is not None)
   assert compared(*models, wants=[want._replace(name="norm.weight")]) == ((), ())
   assert compared(*models, wants=[want], tokens=False) == ((), ())
@@ -195,3 +196,70 @@ def test_recipes_and_python_allow_by_name(tmp_path, monkeypatch, capsys):
     plans.of_file(recipe, Files())
   recipe.write_text(RECIPE + "tokenizer_source: union\n")
   assert plans.of_file(recipe, Files()).outputs
+
+
+@pytest.mark.parametrize(
+  ("ours", "theirs", "key"),
+  [
+    (
+      {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
+      {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 1.0}},
+      "partial_rotary_factor",
+    ),
+    (
+      {"rope_parameters": {"full_attention": {}, "sliding_attention": {"rope_type": "default"}}},
+      {"rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 8.0}}},
+      "rope_scaling_sliding_attention",
+    ),
+    (
+      {"layer_types": ["sliding_attention", "full_attention"], "num_hidden_layers": 2},
+      {"sliding_window_pattern": 3, "num_hidden_layers": 2},
+      "layer_types",
+    ),
+    (
+      {"id2label": {"0": "cat", "1": "dog"}},
+      {"id2label": {"0": "plane", "1": "car"}},
+      "id2label",
+    ),
+    *(
+      ({key: 2}, {key: 3}, key)
+      for key in ("mamba_norm_before_gate", "logit_scale", "swiglu_limit", "attention_chunk_size")
+    ),
+    ({"attn_temperature_tuning": True}, {"attn_temperature_tuning": 4}, "attn_temperature_tuning"),
+  ],
+)
+def test_further_settings_that_change_the_forward_pass_are_refused(ours, theirs, key):
+  both = model("base", ours), model("m", theirs)
+  (line,), _ = compared(*both)
+  assert line.startswith(f"{key} is ")
+  assert not compared(*both, allow=[key]).problems
+
+
+def test_settings_that_one_config_leaves_to_its_class_are_noted():
+  silent = {k: v for k, v in LLAMA.items() if k not in ("rope_theta", "hidden_act")}
+  for ours, theirs, who in ((LLAMA, silent, "base"), (silent, LLAMA, "m")):
+    problems, (note,) = compared(model("base", ours), model("m", theirs))
+    assert not problems
+    assert note.startswith(f"{who} states hidden_act: silu, rope_theta: 10000.0, of which ")
+  named, unnamed = ({"id2label": {"0": a, "1": b}} for a, b in (("no", "yes"), ("LABEL_0", "1")))
+  assert compared(model("base", named), model("m", unnamed)) == ((), ())
+  width = {"hidden_size": 8, "num_attention_heads": 4}
+  assert compared(model("base", width | {"head_dim": 2}), model("m", width)) == ((), ())
+
+
+def test_tokenizers_that_cannot_be_compared_or_cut_otherwise_are_noted():
+  wants = [Want("lm_head.weight", None, tuple(Part(n, "lm_head.weight", None) for n in "ab"))]
+  texts = [{"tokenizer.model": b"A"}, {"tokenizer.model": b"B"}]
+  same = [model(n, {}, **texts[0]) for n in "ab"]
+  assert compared(*same, wants=wants) == ((), ())
+  problems, (note,) = compared(
+    *(model(n, {}, **own) for n, own in zip("ab", texts, strict=True)), wants=wants
+  )
+  assert not problems
+  assert note.startswith("the tokenizer of b differs from a's, and could not be compared")
+  own = {"model": {"vocab": {"x": 0}}, "normalizer": None}
+  one, other = (json.dumps(own | {"normalizer": n}) for n in (None, {"type": "Lowercase"}))
+  both = model("a", {}, **{"tokenizer.json": one}), model("b", {}, **{"tokenizer.json": other})
+  problems, (note,) = compared(*both, wants=wants)
+  assert not problems
+  assert note.startswith("the tokenizer of b has another normalizer than a's")
