@@ -166,7 +166,7 @@ def complete(
   """Adds to the weights what makes a folder of them that other tools open; removes the rest."""
   if folder.WEIGHTS not in shards and out_format == "safetensors":
     _write(part / folder.INDEX, folder.index(shards, {o.name: o.size for o in plan.outputs}))
-  for path in folder.copied(plan.donor):
+  for path in _copied(plan):
     target = part / path.relative_to(plan.donor)
     with atomic.room(target):
       target.parent.mkdir(exist_ok=True)
@@ -193,6 +193,16 @@ def complete(
   with atomic.write(part / folder.PROVENANCE) as file:
     file.write(json.dumps(facts, indent=1, default=str).encode() + b"\n")
   _strip(part, shards, out_format)
+
+
+def _copied(plan: Plan) -> list[pathlib.Path]:
+  """Files of the donor to copy: those that were there when it was opened, and not what came later.
+
+  Of a donor whose small files were not stamped, such as a checkpoint, all that are there.
+  """
+  found = folder.copied(plan.donor)
+  stamped = plan.donor / folder.CONFIG in plan.stamps
+  return [path for path in found if path in plan.stamps] if stamped else found
 
 
 def _write(path: pathlib.Path, text: str | bytes) -> None:

@@ -101,3 +101,16 @@ def test_a_damaged_provenance_is_named(place, capsys, damage):
   one_line(capsys, ["inspect", "out", "--check"], "jaxmerge_provenance.json")
   path.write_text(json.dumps({"tensors": {"w": 1}}))
   one_line(capsys, ["inspect", "out", "--check"], "jaxmerge_provenance.json")
+
+
+def test_what_appears_beside_a_model_meanwhile_is_not_taken_over(place):
+  """Added tokens would be of another vocabulary than the one that was looked at."""
+
+  def add(count):
+    pathlib.Path("m0/added_tokens.json").write_text('{"zzz": 91}')
+
+  files.merge_files(methods.average(), ["m0", "m1"], "out", progress=add)
+  assert not pathlib.Path("out/added_tokens.json").exists()
+  assert pathlib.Path("out/tokenizer.json").exists()
+  files.merge_files(methods.average(), ["m0", "m1"], "again")
+  assert pathlib.Path("again/added_tokens.json").exists()
