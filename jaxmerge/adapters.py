@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmerge import arguments, layouts, lora, memory, tree, views, wide
+from jaxmerge import arguments, finiteness, layouts, lora, memory, tree, views, wide
 from jaxmerge.io import adapter as peft
 from jaxmerge.io import atomic, names, safetensors
 from jaxmerge.io.tensor import Files
@@ -54,7 +54,7 @@ def applied(params: Tree, adapter: Adapter, *, layout: layouts.Said | None = ())
     x, delta = jnp.asarray(leaves[leaf]), own.delta()
     wide = tree.compute_dtype(x.dtype, delta.dtype)
     changed[leaf] = (x.astype(wide) + delta.astype(wide)).astype(x.dtype)
-  return tree.rebuild(params, leaves | changed)
+  return tree.rebuild(params, leaves | finiteness.checked(changed))
 
 
 @wide.aware
@@ -159,7 +159,7 @@ def extracted(
     tau = memory.task_vectors(jnp.asarray(tuned[leaf])[None], jnp.asarray(leaves[leaf]))
     return _nearest(views.rows(tau, view)[0], rank)
 
-  return {name: nearest(name) for name in matrices}
+  return _sound({name: nearest(name) for name in matrices})
 
 
 @wide.aware
@@ -189,7 +189,7 @@ def flora(adapters: Sequence[Adapter], weights: Sequence[float] | None = None) -
     b = jnp.concatenate([jnp.asarray(x.b) for _, x in own], axis=1)
     return _kind(name, [x for _, x in own])(a, b)
 
-  return {name: stacked(name) for name in _names(adapters)}
+  return _sound({name: stacked(name) for name in _names(adapters)})
 
 
 @wide.aware
@@ -226,7 +226,7 @@ def averaged(
     b = sum(_times(s * x.scale, jnp.pad(x.b, ((0, 0), more))) for s, x, more in short)
     return _kind(name, [x[name] for _, x in own])(a, b)
 
-  return {name: mean(name) for name in _names(adapters)}
+  return _sound({name: mean(name) for name in _names(adapters)})
 
 
 @wide.aware
@@ -252,7 +252,7 @@ def recompressed(adapter: Adapter, rank: int) -> dict[str, Lora]:
       product(core.a, a.T).astype(own.a.dtype), product(b, core.b).astype(own.b.dtype)
     )
 
-  return {name: nearest(own) for name, own in adapter.items()}
+  return _sound({name: nearest(own) for name, own in adapter.items()})
 
 
 def load(folder: Path, *, rename: Mapping[str, str] | None = None) -> dict[str, Lora]:
@@ -315,6 +315,15 @@ def _nearest(x: jax.Array, rank: int) -> Lora:
   kept = min(rank, s.shape[0])
   root = jnp.sqrt(s[:kept])
   return Lora(root[:, None] * vt[:kept], u[:, :kept] * root[None])
+
+
+def _sound(adapter: dict[str, Lora]) -> dict[str, Lora]:
+  """An adapter whose factors are finite; ValueError for others, where they can be looked at."""
+  parts = {"a": "lora_A", "b": "lora_B"}
+  finiteness.checked(
+    {f"{n}.{said}": getattr(own, x) for n, own in adapter.items() for x, said in parts.items()}
+  )
+  return adapter
 
 
 def _kind(name: str, own: Sequence[Lora]) -> type[Lora]:

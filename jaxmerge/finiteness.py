@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple  # Any: arrays of jax or of NumPy, or None.
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxmerge import mesh as meshes
 from jaxmerge import moments
 
 
@@ -44,10 +46,27 @@ def flags(base: Any, reference: Any, x: Any) -> Flags:
   return Flags(one, two, finite(x, 1))
 
 
-def sound(name: str, merged: Any) -> Any:
-  """Tells whether a merged leaf is finite, and, of running variances, not negative."""
+def sound(merged: Any, variance: bool) -> Any:
+  """Tells whether a merged leaf is finite, and, if it is a running variance, not negative."""
   fine = finite(merged)
-  return fine & jnp.all(merged >= 0) if moments.is_variance(name) else fine
+  return fine & jnp.all(merged >= 0) if variance else fine
+
+
+def checked(leaves: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns the leaves of a result; ValueError where one is not sound and can be looked at.
+
+  Example:
+    >>> checked({"bn/var": np.array([-1.0])})
+    Traceback (most recent call last):
+    ValueError: leaf 'bn/var': the result has a variance below zero; choose smaller numbers.
+  """
+  variances = moments.variances(leaves)
+  for name, x in leaves.items():
+    if isinstance(x, jax.core.Tracer) or not jnp.issubdtype(x.dtype, jnp.floating):
+      continue
+    if not meshes.fetch(sound(jnp.asarray(x), name in variances)):
+      raise unsound(name, jnp.asarray(x))
+  return dict(leaves)
 
 
 def refuse(found: Mapping[str, Flags], names: Sequence[str] | None, order: Any = None) -> None:
@@ -67,11 +86,14 @@ def refuse(found: Mapping[str, Flags], names: Sequence[str] | None, order: Any =
         raise ValueError(f"leaf {name!r} of {whose} has NaN or infinity.")
 
 
-def unsound(name: str, dtype: Any, *, remedy: str = "") -> ValueError:
+def unsound(name: str, merged: Any, *, remedy: str = "") -> ValueError:
   """Returns the error for a leaf whose result cannot be kept."""
-  below = "a variance below zero, " if moments.is_variance(name) else ""
+  if bool(meshes.fetch(finite(merged))):
+    return ValueError(
+      f"leaf {name!r}: the result has a variance below zero; choose smaller numbers{remedy}."
+    )
   return ValueError(
-    f"leaf {name!r}: the result has {below}NaN or infinity, though no input has: {dtype} cannot "
+    f"leaf {name!r}: the result has NaN or infinity, though no input has: {merged.dtype} cannot "
     "hold it, or the method's numbers do not fit; choose a wider dtype for the result, or smaller "
     f"numbers{remedy}."
   )

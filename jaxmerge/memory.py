@@ -15,6 +15,7 @@ from jaxmerge import (
   dealing,
   finiteness,
   layouts,
+  moments,
   resolving,
   stage,
   statistics,
@@ -170,7 +171,7 @@ def prepare(
       heights.update(dict.fromkeys(found, 1) if step.combines else {})
     known.append(first)
   for name, left in heights.items():
-    refuse_height(name, left)
+    resolving.refuse_height(name, left)
   return Ready(resolving.arrays(values), tags, order, tuple(known))
 
 
@@ -290,8 +291,9 @@ def _driven(
   given["deal"] = dealing.of(stacks.values(), chains)
   parts = [None if t is None else tree.named(t) for t in (base, reference, models)]
   parts = [None if t is None else {n: t[n] for n in shapes} for t in parts]
-  out = _checked(parts, ready, names, given)
   likes = stacks if base is None else tree.named(base)
+  out = _checked(parts, ready, names, given)
+  wide.refuse_narrowed((stacks, likes), parts, aux, out)
   for n in copied:
     out[n] = wide.copied(stacks[n][0] if base is None else likes[n])
   return tree.rebuild(models if base is None else base, out)
@@ -317,15 +319,7 @@ def _checked(
     out = _checked(parts, ready, names, given)
     return out | {n: jnp.where(own, kept[n], out[n]) for n, own in held.items()}
   finiteness.refuse(seen, names, ready.order)
-  raise finiteness.unsound(bad[0], out[bad[0]].dtype)
-
-
-def refuse_height(name: str, height: int) -> None:
-  """Raises ValueError, naming the leaf, where more than one model is left."""
-  if height != 1:
-    raise ValueError(
-      f"no combiner touched leaf {name!r}: {height} models are left of it after the last stage."
-    )
+  raise finiteness.unsound(bad[0], out[bad[0]])
 
 
 @functools.partial(jax.jit, static_argnames=("method", "layout", "deal", "subtracted"))
@@ -341,6 +335,9 @@ def _compiled(
   subtracted: bool = False,
 ) -> tuple[dict[str, Array], dict[str, finiteness.Flags]]:
   zeros = bases if references is None else references
+  if bases is not None and zeros is not None:  # Of running statistics the models' mean is merged.
+    zeros = {**zeros, **{n: bases[n] for n in moments.of(stacks)}}
+  variances = moments.variances(stacks)
   widths = {
     n: tree.compute_dtype(x.dtype, *(t[n].dtype for t in (bases, references) if t is not None))
     for n, x in stacks.items()
@@ -364,7 +361,7 @@ def _compiled(
   for name, leaf in stacks.items():
     own = None if bases is None else bases[name]
     out[name] = added(name, merged[name], own, leaf.dtype if own is None else own.dtype)
-    found[name] = found[name]._replace(merged=finiteness.sound(name, out[name]))
+    found[name] = found[name]._replace(merged=finiteness.sound(out[name], name in variances))
   return out, found
 
 
@@ -388,7 +385,7 @@ def added(name: str, merged: Array, base: Array | None, dtype: Any) -> Array:
   Raises:
     ValueError: if the height is not 1.
   """
-  refuse_height(name, merged.shape[0])
+  resolving.refuse_height(name, merged.shape[0])
   return stored(merged, base, dtype)[0]
 
 

@@ -7,32 +7,85 @@ tuned: a method that adds task vectors up would make a variance negative.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
-_MOMENT = re.compile(
-  r"(^|[/.])(batch_stats[/.].+|(running|moving)_(mean|var|variance)|num_batches_tracked)$"
-)
-_VARIANCE = re.compile(r"(^|[/.])(batch_stats[/.](.+[/.])?var|(running|moving)_(var|variance))$")
+_BOX = re.compile(r"([/.](raw_)?value|:\d+)+$")  # What Flax and Keras write behind a name.
+_NORM = r"([^/.]*_|sync)?(bn|batch_?norm(ali[sz]ation)?)(_?\d+d?|_[^/.]*)?"
+
+
+def _pattern(which: str, more: str = "") -> re.Pattern[str]:
+  """Names that end in one of some words, as Flax, torch, Keras, Paddle and Haiku write them."""
+  flax = rf"(batch_stats([/.].+)?|{_NORM})[/.]({which})"
+  others = rf"(running|moving)?_({which})|({which})_ema[/.](average|hidden)"
+  return re.compile(rf"(^|[/.])({flax}|{others}{more})$", re.IGNORECASE)
+
+
+_VARIANCE = _pattern("var|variance|std")
+_MOMENT = _pattern("mean|var|variance|std", r"|batch_stats[/.].+|num_batches_tracked")
+_PAIR = {"mean", "var"}
+_BESIDE = _PAIR | {"scale", "bias"}
 FATE = "averaged, as running statistics are"
 
 
 def is_moment(name: str) -> bool:
-  """Tells by its name whether a leaf is a running statistic, which is averaged by every method.
+  """Tells by its name alone whether a leaf is a running statistic.
 
-  Those are all of Flax's collection `batch_stats`, and what torch and Keras call `running_mean`,
-  `running_var`, `moving_mean`, `moving_variance` and `num_batches_tracked`.
+  Those are all of Flax's collection `batch_stats`, `mean` and `var` of a module that is called
+  after batch normalisation, what torch and Keras call `running_mean`, `running_var`, `moving_mean`,
+  `moving_variance` and `num_batches_tracked`, and Haiku's `mean_ema/average`.
 
   Example:
     >>> is_moment("batch_stats/bn/mean"), is_moment("bn1.running_var"), is_moment("head.mean")
     (True, True, False)
   """
-  return _MOMENT.search(name) is not None
+  return _MOMENT.search(_BOX.sub("", name)) is not None
 
 
 def is_variance(name: str) -> bool:
-  """Tells by its name whether a leaf is a running variance, which is never negative.
+  """Tells by its name alone whether a leaf is a running variance, which is never negative.
 
   Example:
     >>> is_variance("batch_stats/bn/var"), is_variance("bn1.running_mean")
     (True, False)
   """
-  return _VARIANCE.search(name) is not None
+  return _VARIANCE.search(_BOX.sub("", name)) is not None
+
+
+def of(names: Iterable[str]) -> frozenset[str]:
+  """Returns the running statistics among the leaves of a model, which every method averages.
+
+  A `mean` and a `var` side by side are such, with nothing but a `scale` and a `bias` beside them.
+
+  Example:
+    >>> sorted(of(["norm/mean", "norm/var", "norm/scale", "head/mean"]))
+    ['norm/mean', 'norm/var']
+  """
+  names = list(names)
+  return frozenset(n for n in names if is_moment(n)) | _paired(names)
+
+
+def variances(names: Iterable[str]) -> frozenset[str]:
+  """Returns the running variances among the leaves of a model.
+
+  Example:
+    >>> sorted(variances(["norm/mean", "norm/var", "vae/var"]))
+    ['norm/var']
+  """
+  names = list(names)
+  paired = {n for n in _paired(names) if _taken_apart(n)[1] == "var"}
+  return frozenset(n for n in names if is_variance(n)) | paired
+
+
+def _paired(names: Iterable[str]) -> frozenset[str]:
+  """Means and variances that only what lies beside them tells from weights."""
+  rooms: dict[str, dict[str, str]] = {}
+  for name in names:
+    room, leaf = _taken_apart(name)
+    rooms.setdefault(room, {})[leaf] = name
+  known = [own for own in rooms.values() if own.keys() >= _PAIR and own.keys() <= _BESIDE]
+  return frozenset(own[leaf] for own in known for leaf in _PAIR)
+
+
+def _taken_apart(name: str) -> tuple[str, str]:
+  room, _, leaf = _BOX.sub("", name).replace(".", "/").rpartition("/")
+  return room, leaf

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple  # Any: a method, which only a driver looks into; plans.
 
 import numpy as np
@@ -257,10 +257,11 @@ def assembled(
   told = {m.name: {**m.dropped, **(fates or {}).get(m.name, {})} for m in models}
   problems = [*_coded(wants, models, dtype), *misfits]
   every, outputs = list(jobs), []
+  statistics = moments.of(want.name for want in wants)
   for want in wants:
     if not there(want):
       continue
-    found, fate = _settled(want, missing, every)
+    found, fate = _settled(want, missing, every, statistics)
     # The base may be one of the models as well.
     for which in dict.fromkeys((*want.models, want.base)):
       if which is not None and which.tensor is not None:
@@ -312,7 +313,9 @@ def there(want: Want) -> list[Part]:
   return [p for p in (want.base, *want.models) if p is not None and p.tensor is not None]
 
 
-def _settled(want: Want, missing: str, jobs: list[Job]) -> tuple[Output | None, str]:
+def _settled(
+  want: Want, missing: str, jobs: list[Job], statistics: Collection[str]
+) -> tuple[Output | None, str]:
   """Decides what becomes of a tensor that is wanted; with words for it."""
   base = None if want.base is None else want.base.tensor
   parts = [p for p in want.models if p.tensor is not None]
@@ -325,7 +328,7 @@ def _settled(want: Want, missing: str, jobs: list[Job]) -> tuple[Output | None, 
     return made, f"copied from {whose}"
   if whole:
     merged = made._replace(base=None if want.raw else base, models=tensors, job=want.job)
-    fate = moments.FATE if moments.is_moment(want.name) else f"merged by {called(jobs, want.job)}"
+    fate = moments.FATE if want.name in statistics else f"merged by {called(jobs, want.job)}"
     return merged, fate
   if missing == "mean" and tensors:
     names = tuple(p.model for p in parts)

@@ -167,3 +167,11 @@ def _array(name: str, value: Any) -> Any:
     return value
   # Double precision is cut to float32 at the border of a compiled program, unless x64 is on.
   return np.asarray(value, np.uint32 if name == "seed" else np.float64)
+
+
+def refuse_height(name: str, height: int) -> None:
+  """Raises ValueError, naming the leaf, where more than one model is left."""
+  if height != 1:
+    raise ValueError(
+      f"no combiner touched leaf {name!r}: {height} models are left of it after the last stage."
+    )

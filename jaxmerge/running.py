@@ -93,7 +93,7 @@ def of(
     )
   numbers = arguments.numbers(aux, seed)
   seeded = "seed" in stage.numbers(method)
-  method = averaging.with_moments(method)
+  method = averaging.with_moments(method, None if base is None else _merged(base))
   take, finish = accumulator(method, layouts.check(layout))
 
   def prepared(params: Tree, name: str | None) -> memory.Ready:
@@ -117,6 +117,7 @@ def of(
       raise ValueError(f"leaf {min(others)!r} is only in the tree that {where} was given.")
     if seeded and name is None:
       raise ValueError("the method's random masks depend on the model's name: give update a name.")
+    wide.refuse_narrowed([tree.named(params)], state)
     ready = prepared(params, name)
     own = None if base is None else _merged(base)
     try:
@@ -142,7 +143,9 @@ def of(
     _refuse_empty(state)
     like = state["like"] if base is None else base
     ready = prepared(like, "finished" if seeded else None)
+    wide.refuse_narrowed([tree.named(like)], state)
     out = finish(state["held"], base if base is None else _merged(base), _merged(like), ready)
+    out = finiteness.checked(out)
     return tree.rebuild(like, {n: wide.copied(x) for n, x in tree.named(like).items()} | out)
 
   return Running(*(wide.aware(f, base) for f in (init, update, finalize)))
@@ -254,6 +257,7 @@ def opcm(
   shapes = {n: jnp.shape(x) for n, x in bases.items() if tree.is_floating(x)}
   method = subspaces.opcm(scale, alpha, rank_tol)
   table, unit = layouts.settled(method, shapes, layout, names=bases), layouts.Unit("matrix")
+  statistics = moments.of(shapes)
 
   def init(params: Tree) -> State:
     _check(base, params)
@@ -265,6 +269,7 @@ def opcm(
 
   def update(state: State, params: Tree, name: str | None = None) -> State:
     _check(base, params)
+    wide.refuse_narrowed([bases, tree.named(params)], state)
     _refuse_nonfinite(params, name or "given to update")
     return added(state, _merged(params), _merged(base))
 
@@ -274,7 +279,7 @@ def opcm(
     merged = {}
     for n, tau in taus.items():
       held, view = state["merged"][n], layouts.seen(table.view(n), unit)
-      if view is None or moments.is_moment(n):
+      if view is None or n in statistics:
         merged[n] = held + tau[0]
       else:
         merged[n] = views.by_matrix(_in_turn, jnp.concatenate([held[None], tau]), None, view)[0]
@@ -293,13 +298,14 @@ def opcm(
     )
     out = {}
     for n, x in state["merged"].items():
-      own = 1 / state["count"].astype(x.dtype) if moments.is_moment(n) else factor.astype(x.dtype)
+      own = 1 / state["count"].astype(x.dtype) if n in statistics else factor.astype(x.dtype)
       out[n] = memory.added(n, (x * own)[None], bases[n], bases[n].dtype)
     return out
 
   def finalize(state: State) -> Tree:
     _refuse_empty(state)
-    out = scaled(state, _merged(base))
+    wide.refuse_narrowed([bases], state)
+    out = finiteness.checked(scaled(state, _merged(base)))
     return tree.rebuild(base, {n: wide.copied(x) for n, x in bases.items()} | out)
 
   return Running(*(wide.aware(f, base) for f in (init, update, finalize)))
@@ -307,8 +313,8 @@ def opcm(
 
 def _norm(leaves: Mapping[str, Any]) -> Any:
   """The norm of leaves together; running statistics are none of the weights."""
-  dtype = tree.compute_dtype(*(x.dtype for x in leaves.values()))
-  own = [x.astype(dtype) for n, x in leaves.items() if not moments.is_moment(n)]
+  dtype, statistics = tree.compute_dtype(*(x.dtype for x in leaves.values())), moments.of(leaves)
+  own = [x.astype(dtype) for n, x in leaves.items() if n not in statistics]
   square, unit = magnitudes.joined(
     sum(magnitudes.binned(lambda x: jnp.sum(x * x), x) for x in own), 2
   )

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple  # Any: arrays of NumPy, and what stages know
 import jax
 import numpy as np
 
-from jaxmerge import finiteness, layouts, memory, moments, statistics, views
+from jaxmerge import finiteness, layouts, memory, statistics, views
 from jaxmerge.precision import Precision
 from jaxmerge.stage import Leaf, Method
 
@@ -55,6 +55,8 @@ class Run(NamedTuple):
   Attributes:
     checked: entries of a leaf that have been looked at.
     wide: names of the leaves that are merged in 64 bits.
+    moments: names of the running statistics.
+    variances: names of those that are never negative.
     held: by leaf that has such, the places of infinities that are in all inputs, and their values,
       in the slice that was read last.
   """
@@ -73,6 +75,8 @@ class Run(NamedTuple):
   counted: Callable[[int], Any]
   call: Callable[..., Any]
   wide: Collection[str]
+  moments: Collection[str]
+  variances: Collection[str]
   held: dict[str, tuple[np.ndarray, np.ndarray]]
 
 
@@ -192,6 +196,8 @@ def read(
   leaf = leaf._replace(start=np.uint32(start % 2**32), aux=aux)
   if run.shapes[name]:
     leaf = leaf._replace(places=run.counted(stop - start))
+  if base is not None and name in run.moments:
+    reference = None  # The mean of the models themselves is merged.
   parts = Parts(base, reference, models, leaf, before)
   if name in run.held or (check and (ahead or not all(seen.values()))):
     parts = vetted(run, name, parts, refuse=check)
@@ -218,9 +224,9 @@ def vetted(run: Run, name: str, parts: Parts, *, refuse: bool) -> Parts:
   return parts
 
 
-def sound(name: str, out: np.ndarray) -> bool:
+def sound(run: Run, name: str, out: np.ndarray) -> bool:
   """Tells whether entries of a result are finite, and those of running variances not negative."""
-  return finite(out) and not (moments.is_variance(name) and bool((out < 0).any()))
+  return finite(out) and not (name in run.variances and bool((out < 0).any()))
 
 
 def refuse_nonfinite(run: Run, name: str, parts: Parts) -> None:

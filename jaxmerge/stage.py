@@ -186,6 +186,8 @@ class Stage:
     keep: "push" keeps x aside as it is; "pop" gives the stage, to measure and to update, the pair
       (what was kept, x) in place of x.
     ordered: the order of the models matters: drivers keep the caller's.
+    moments: how a combiner merges running statistics: "same", as it does weights, or by another
+      stage; None: their mean; "done": it is what merges them.
     deferred: without its statistics `update` gives NaN where they would count, and stages after it
       leave that NaN: a driver may measure them only when it sees one.
   """
@@ -204,6 +206,7 @@ class Stage:
   fold: Fold | None = None
   keep: Literal["push", "pop"] | None = None
   ordered: bool = False
+  moments: Literal["same", "done"] | Stage | None = None
   deferred: bool = False
 
   def group(self, name: str) -> str:

@@ -22,6 +22,7 @@ from jaxmerge import (
   kernels,
   layouts,
   memory,
+  moments,
   ranking,
   slicing,
   stage,
@@ -102,6 +103,8 @@ def stream(
       counted=functools.lru_cache(2)(lambda n: jax.device_put(np.arange(n, dtype=np.uint32)[None])),
       call=call,
       wide=wides,
+      moments=moments.of(shapes),
+      variances=moments.variances(shapes),
       held={},
     )
     for leaves in _together(run):
@@ -125,21 +128,21 @@ def _merged(
   late, strict = _late(run.method), not run.nonfinite
   for name, start, parts, form in slicing.slices(run, left, run.entries, check=False):
     out = _result(run, name, parts, known, form)
-    fine = slicing.sound(name, out)
+    fine = slicing.sound(run, name, out)
     if not fine and name not in run.held:
       parts = slicing.vetted(run, name, parts, refuse=strict)
       if name in run.held:
         out = _result(run, name, parts, known, form)
-        fine = slicing.sound(name, out)
+        fine = slicing.sound(run, name, out)
     if not fine and late is not None:
       known, late = _knowledge(run, leaves, known), None
       # Others have been read to where this one lay.
       parts = slicing.read(run, name, start, start + out.size, check=False)
       out = _result(run, name, parts, known, form)
-      fine = slicing.sound(name, out)
+      fine = slicing.sound(run, name, out)
     if not fine and strict:
       slicing.refuse_nonfinite(run, name, parts)
-      raise finiteness.unsound(name, out.dtype, remedy=", or let such values pass")
+      raise finiteness.unsound(name, out, remedy=", or let such values pass")
     if name in run.held:
       places, values = run.held[name]
       out = np.array(out)  # What is on the device may not be written to.

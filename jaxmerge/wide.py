@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ParamSpec, TypeVar  # Any: trees of arrays.
 
 import jax
@@ -72,14 +72,40 @@ def aware(f: Callable[P, R], *more: Any) -> Callable[P, R]:
       return f(*args, **kwargs)
     with held:
       out = f(*args, **kwargs)
-    return jax.tree.map(_kept, out)
+    return jax.tree_util.tree_map_with_path(_kept, out)
 
   return run
 
 
-def _kept(x: Any) -> Any:
+def _kept(path: Any, x: Any) -> Any:
   narrowed = isinstance(x, jax.Array) and is_wide(x) and is_narrowed(x.dtype)
+  if narrowed and isinstance(x, jax.core.Tracer):
+    raise _narrowed(jax.tree_util.keystr(path, simple=True, separator="/"), x.dtype)
   return np.asarray(x) if narrowed and len(x.sharding.device_set) == 1 else x
+
+
+def refuse_narrowed(trees: Sequence[Mapping[str, Any]], *seen: Any) -> None:
+  """Raises ValueError, naming the leaf, where a program that is being traced would narrow it.
+
+  Args:
+    trees: leaves of models, by name.
+    seen: what is traced, if anything is.
+  """
+  named = [(name, x) for own in trees for name, x in own.items()]
+  if not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((named, seen))):
+    return
+  for name, x in named:
+    dtype = getattr(x, "dtype", None)
+    # What is traced has the width of its program already.
+    if dtype is not None and not isinstance(x, jax.core.Tracer) and is_narrowed(dtype):
+      raise _narrowed(name, dtype)
+
+
+def _narrowed(name: str, dtype: Any) -> ValueError:
+  return ValueError(
+    f"leaf {name!r} is {dtype}, which your jit, vmap or grad would make a narrower one; drop the "
+    "leaf first, or trace within jax.enable_x64(True)."
+  )
 
 
 def zeros(shape: tuple[int, ...], dtype: Any) -> Any:

@@ -516,3 +516,13 @@ def test_what_makes_an_adapter_more_than_its_factors_is_refused_in_memory(tmp_pa
   path.write_text(json.dumps(json.loads(path.read_text()) | config))
   with pytest.raises(ValueError, match=r"more than its factors; apply|its rank is 1, but 3"):
     adapters.load(tmp_path / "a")
+
+
+def test_adapters_and_models_that_overflow_are_refused():
+  big = {"w": adapters.Lora(np.full((1, 1), 1e3, np.float16), np.full((1, 1), 1e3, np.float16))}
+  with pytest.raises(ValueError, match="leaf 'w': the result has NaN or infinity"):
+    adapters.applied({"w": np.zeros((1, 1), np.float16)}, big)
+  scaled = {"w": big["w"]._replace(scale=100.0)}
+  for make in (adapters.flora, adapters.averaged):
+    with pytest.raises(ValueError, match=r"leaf 'w.lora_[AB]': the result has NaN or infinity"):
+      make([scaled], [1e3])

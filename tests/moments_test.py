@@ -19,6 +19,13 @@ NAMES = {
   "layer1.0.bn1.running_var": (True, True),
   "bn/moving_variance": (True, True),
   "layer1.0.bn1.num_batches_tracked": (True, False),
+  "bn/mean/value": (True, False),
+  "bn1.running_var/value": (True, True),
+  "resnet/~/batch_norm/~/var_ema/average": (True, True),
+  "bn._variance": (True, True),
+  "bn/moving_variance:0": (True, True),
+  "obs.running_std": (True, True),
+  "subnet/mean": (False, False),
   "params/layer_1/bn/scale": (False, False),
   "head.mean": (False, False),
   "vae/var": (False, False),
@@ -27,6 +34,34 @@ NAMES = {
 
 def test_names_of_running_statistics():
   assert {n: (moments.is_moment(n), moments.is_variance(n)) for n in NAMES} == NAMES
+
+
+def test_what_lies_beside_them_tells_statistics_from_weights():
+  own = {"norm/mean/value", "norm/var/value"}
+  names = [*own, "norm/scale/value", "vae/mean", "vae/var", "vae/kernel", "head/mean", "x/var"]
+  assert moments.of(names) == own
+  assert moments.variances(names) == {"norm/var/value"}
+  base = {"norm": {"mean": np.ones(1, np.float32), "var": np.ones(1, np.float32)}}
+  models = jax.tree.map(lambda x: np.array([[0.25], [0.75]], np.float32), base)
+  assert jaxmerge.merge(methods.task_arithmetic(1.0), base, models)["norm"]["var"] == 0.5
+
+
+@pytest.mark.parametrize(
+  ("method", "want"),
+  [
+    (methods.average((1.0, 0.0)), 2.0),
+    (methods.average((3.0, 1.0)), 2.5),
+    (methods.checkpoint_average("ema", alpha=0.75), 3.5),
+    (methods.slerp(0.0), 2.0),
+    (methods.nuslerp((1.0, 3.0)), 3.5),
+  ],
+)
+def test_means_of_models_have_their_own_weights_for_statistics_too(method, want):
+  models = {n: np.array([[2.0], [4.0]], np.float32) for n in ("running_var", "w")}
+  out = jaxmerge.blend(method, models)
+  np.testing.assert_allclose([out["running_var"], out["w"]], want, rtol=1e-6)
+  base = {n: np.ones(1, np.float32) for n in models}
+  np.testing.assert_allclose(jaxmerge.merge(method, base, models)["running_var"], want, rtol=1e-6)
 
 
 BASE = {
@@ -127,9 +162,10 @@ def test_the_loop_averages_them(at_once):
   "merge", [jaxmerge.merge, streaming.merge_slices], ids=["memory", "slices"]
 )
 def test_negative_variances_and_other_infinities_are_refused(merge):
-  zero = {**BASE, "bn.running_var": np.zeros(2, np.float32)}
   with pytest.raises(ValueError, match=r"'bn.running_var': the result has a variance below zero"):
-    merge(METHODS["ties"], zero, MODELS, reference=BASE)
+    merge(methods.average((-1.0, 1.0, 1.0)), BASE, MODELS)
+  other = {**BASE, "bn.running_var": np.zeros(2, np.float32)}
+  check(merge(METHODS["ties"], BASE, MODELS, reference=other))  # The mean of the models.
   for where in ((2, 0, 1), (1, 0, 0)):
     other = {**MODELS, "mask": np.array(MODELS["mask"])}
     other["mask"][where] = np.inf

@@ -123,3 +123,11 @@ def test_nan_is_named():
   bad["vector"] = np.full_like(bad["vector"], np.nan)
   with pytest.raises(ValueError, match="leaf 'vector' of model given to update has NaN"):
     merge.update(merge.init(BASE), bad)
+
+
+def test_results_that_overflow_are_refused():
+  base = {"kernel": np.zeros((2, 2), np.float16)}
+  for run in (running.of(methods.task_arithmetic(1e5), base), running.opcm(base, scale=1e6)):
+    state = run.update(run.init(base), {"kernel": np.full((2, 2), 100, np.float16)})
+    with pytest.raises(ValueError, match="leaf 'kernel': the result has NaN or infinity"):
+      run.finalize(state)

@@ -125,3 +125,20 @@ def test_files_have_the_bytes_of_doubles(tmp_path, kind, method):
     wide = x.dtype.kind == "f" and (kind == "result" or n in wides)
     assert x.dtype == (np.float64 if wide else base[n].dtype)
     np.testing.assert_allclose(x, expected[n], rtol=0, atol=1e-15 if wide else 1e-6, err_msg=n)
+
+
+@pytest.mark.parametrize("leaf", [np.array([2**40 + 7]), np.array([1 / 3])], ids=["int", "float"])
+def test_a_program_of_the_callers_that_would_narrow_a_leaf_is_refused(leaf):
+  """As `vmap` over a number does, of leaves that it closes over; in 64 bits they are whole."""
+  base = {"w": np.zeros(1, np.float32), "x": leaf}
+  models = jaxmerge.stack([base, base])
+
+  def merged(scale):
+    return jaxmerge.merge(methods.task_arithmetic(), base, models, aux={"scale": scale})
+
+  with pytest.raises(ValueError, match=r"leaf 'x' is .*64, which your jit.* drop the leaf first"):
+    jax.vmap(merged)(jnp.ones(1))
+  with pytest.raises(ValueError, match=r"leaf 'x' is .*64"):
+    jax.jit(lambda: merged(1.0))()
+  with jax.enable_x64(True):
+    assert jax.vmap(merged)(jnp.ones(1))["x"][0] == leaf

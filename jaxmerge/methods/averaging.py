@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterable
 from typing import Any, Literal  # Any: what is known; numbers of NumPy, or traced.
@@ -56,6 +57,7 @@ def average(weight: float | tuple[float, ...] = _weight, normalize: bool = True)
       scope="leaf",
       combines=True,
       fold=Fold(_add_to_mean, _mean),
+      moments="same",
     ),
   )
 
@@ -121,6 +123,7 @@ def checkpoint_average(
     combines=True,
     ordered=True,
     fold=Fold(add, finish),
+    moments="same",
   )
   return (stage,)
 
@@ -174,18 +177,17 @@ def _counted(held: dict[str, Array] | None, x: Array, leaf: Leaf) -> dict[str, A
   return part if held is None else {k: held[k] + part[k] for k in part}
 
 
-_MOMENTS = masked(
-  leafwise(
-    lambda x, leaf: _sum(x) * (1 / x.shape[0]),
-    combines=True,
-    fold=Fold(_counted, lambda held, leaf: held["sum"] * (1 / held["count"])),
-  ),
-  moments.is_moment,
+(_PLAIN,) = leafwise(
+  lambda x, leaf: _sum(x) * (1 / x.shape[0]),
+  combines=True,
+  fold=Fold(_counted, lambda held, leaf: held["sum"] * (1 / held["count"])),
 )
 
 
 def with_moments(method: Method, names: Iterable[str] | None = None) -> Method:
   """Returns the method for leaves of these names, or any: running statistics are averaged instead.
+
+  A method that is a mean of the models itself has the same weights for them.
 
   Example:
     >>> import jaxmerge
@@ -195,15 +197,28 @@ def with_moments(method: Method, names: Iterable[str] | None = None) -> Method:
     >>> merged["bn.running_var"].tolist(), merged["w"].tolist()
     ([2.0], [-2.0])
   """
-  needless = names is not None and not any(map(moments.is_moment, names))
-  if needless or _MOMENTS[0] in method:
+  own = None if names is None else moments.of(names)
+  same = len(method) == 1 and method[0].moments == "same" and method[0].where is None
+  if own == frozenset() or same or any(step.moments == "done" for step in method):
     return method
-  return _with_moments(method)
+  # By its name alone where that is enough: programs are then the same for other leaves.
+  return _with_moments(method, frozenset(n for n in own or () if not moments.is_moment(n)))
 
 
 @functools.lru_cache(256)  # Stages are keys of compiled programs: the same ones for one method.
-def _with_moments(method: Method) -> Method:
-  return chain(masked(method, lambda name: not moments.is_moment(name)), _MOMENTS)
+def _with_moments(method: Method, more: frozenset[str]) -> Method:
+  combiners = [step for step in method if step.combines]
+  one = combiners[0].moments if len(combiners) == 1 and combiners[0].where is None else None
+  step = combiners[0] if one == "same" else one if isinstance(one, Stage) else _PLAIN
+  last = _for_moments(step, more)
+  return chain(masked(method, lambda name: not last[0].where(name)), last)  # type: ignore[misc]
+
+
+@functools.lru_cache(256)
+def _for_moments(step: Stage, more: frozenset[str]) -> Method:
+  """What merges running statistics in the place of a method."""
+  done = dataclasses.replace(step, moments="done")
+  return masked((done,), lambda name: name in more or moments.is_moment(name))
 
 
 def scaled(scale: float | tuple[float, ...]) -> Method:

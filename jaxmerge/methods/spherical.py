@@ -32,6 +32,7 @@ def spanned(
   numbers: Mapping[str, Any] | None = None,
   init: Callable[[Group], Any] = lambda group: {},
   ordered: bool = False,
+  straight: Callable[[Array, Leaf], Array] | None = None,
 ) -> Method:
   """Combines the models with coefficients that follow from their inner products.
 
@@ -43,6 +44,7 @@ def spanned(
     numbers: the numbers that `solve` reads from the leaf.
     init: checks, before any weight is read.
     ordered: the order of the models matters.
+    straight: the coefficients of running statistics, (zeros [K, K], leaf) -> [K]; None: equal.
 
   Example:
     >>> import jaxmerge
@@ -51,9 +53,11 @@ def spanned(
     >>> jaxmerge.blend(unit, models)["w"].tolist()
     [1.0, 1.0]
   """
-  made = functools.partial(
+  said = functools.partial(
     Stage, init=init, numbers=numbers or {}, scope="leaf", combines=True, ordered=ordered
   )
+  alike = straight and said(lambda x, leaf, known: _combined(straight(_blank(x), leaf), x))
+  made = functools.partial(said, moments=alike)
   if scope == "leaf":
     return (
       made(
@@ -111,7 +115,12 @@ def slerp(t: float = catalog.METHODS["slerp"].parameters["t"].default) -> Method
     cosine = cosines(gram)[0, 1]
     return _arc(leaf.scalar("t", gram), cosine, jnp.abs(cosine) > 0.9995)
 
-  return spanned(solve, numbers={"t": t}, init=for_models("slerp", 2, 2), ordered=True)
+  def straight(gram: Array, leaf: Leaf) -> Array:
+    t = leaf.scalar("t", gram)
+    return jnp.stack([1 - t, t])
+
+  own = for_models("slerp", 2, 2)
+  return spanned(solve, numbers={"t": t}, init=own, ordered=True, straight=straight)
 
 
 def nuslerp(
@@ -138,14 +147,19 @@ def nuslerp(
   """
   catalog.check("nuslerp", {"weight": weight, "scope": scope})
 
-  def solve(gram: Array, leaf: Leaf) -> Array:
+  def straight(gram: Array, leaf: Leaf) -> Array:
     own = _weights(gram, leaf)
     usable = jnp.abs(own.sum()) >= 1e-6
     t = jnp.where(usable, own[1] / jnp.where(usable, own.sum(), 1), 0.5)
+    return jnp.stack([1 - t, t])
+
+  def solve(gram: Array, leaf: Leaf) -> Array:
     cosine = cosines(gram)[0, 1]
+    t = straight(gram, leaf)[1]
     return _arc(t, cosine, 1 - jnp.abs(cosine) <= _noise(gram))
 
-  return spanned(solve, scope=scope, numbers={"weight": weight}, init=for_models("nuslerp", 2, 2))
+  given: dict[str, Any] = dict(numbers={"weight": weight}, init=for_models("nuslerp", 2, 2))
+  return spanned(solve, scope=scope, straight=straight, **given)
 
 
 def multislerp(
@@ -172,10 +186,12 @@ def multislerp(
   """
   catalog.check("multislerp", {"weight": weight, "normalize": normalize})
 
-  def solve(gram: Array, leaf: Leaf) -> Array:
+  def straight(gram: Array, leaf: Leaf) -> Array:
     own = _weights(gram, leaf)
-    if normalize:
-      own = own / jnp.where(jnp.abs(own.sum()) < 1e-8, 1, own.sum())
+    return own / jnp.where(jnp.abs(own.sum()) < 1e-8, 1, own.sum())
+
+  def solve(gram: Array, leaf: Leaf) -> Array:
+    own = straight(gram, leaf) if normalize else _weights(gram, leaf)
     norms = root(jnp.diagonal(gram))
     square = _dot(_dot(own, cosines(gram)), own)
     usable = square > _noise(gram)
@@ -183,7 +199,8 @@ def multislerp(
     return jnp.where(usable, unit * _over(own, norms), own)
 
   init = averaging.refuse_zero_sum("multislerp") if normalize else for_models("multislerp", 1)
-  return spanned(solve, numbers={"weight": weight}, init=init)
+  own = straight if normalize else None
+  return spanned(solve, numbers={"weight": weight}, init=init, straight=own)
 
 
 def karcher(
@@ -299,6 +316,10 @@ def _noise(x: Array) -> Array:
 
 def _weights(gram: Array, leaf: Leaf) -> Array:
   return jnp.broadcast_to(leaf.number("weight", gram[0]), gram[0].shape)
+
+
+def _blank(x: Array) -> Array:
+  return jnp.zeros(x.shape[:1] * 2, x.dtype)
 
 
 def _combined(coefficients: Array, x: Array) -> Array:
