@@ -16,7 +16,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmerge import catalog, magnitudes, memory, methods, reversible, tree, wide
+from jaxmerge import (
+  catalog,
+  finiteness,
+  magnitudes,
+  memory,
+  methods,
+  moments,
+  reversible,
+  tree,
+  wide,
+)
 from jaxmerge.io import atomic, codes, folder, safetensors
 from jaxmerge.stage import Method
 from jaxmerge.tree import Tree
@@ -25,7 +35,7 @@ Path = str | os.PathLike[str]
 
 rmm = reversible.rmm
 ABOUT = reversible.ABOUT
-FILES = ("base", "shared", "masks")  # Each is a file NAME.safetensors.
+FILES = ("base", "shared", "masks", "statistics")  # Each is a file NAME.safetensors.
 
 
 class Bundle(NamedTuple):
@@ -38,6 +48,7 @@ class Bundle(NamedTuple):
     shared: leaves of the task vector [*s] by name, float32 or wider; integer leaves are missing.
     masks: by name, boolean [K, *s].
     scales: factor of each task, [K].
+    statistics: running statistics of each task by name, [K, *s], kept as they are.
   """
 
   method: str
@@ -46,6 +57,7 @@ class Bundle(NamedTuple):
   shared: dict[str, Any]
   masks: dict[str, Any]
   scales: Any
+  statistics: dict[str, Any]
 
   @wide.aware
   def for_task(self, name: str) -> Tree:
@@ -59,13 +71,17 @@ class Bundle(NamedTuple):
     k = self.names.index(name)
 
     def one(key: str, base: Any) -> Any:
+      if key in self.statistics:
+        return jnp.asarray(self.statistics[key])[k].astype(base.dtype)
       if key not in self.shared:
         return base
       wide = jnp.asarray(base).astype(self.shared[key].dtype)
       own = jnp.where(self.masks[key][k], self.shared[key], 0)
       return (wide + self.scales[k].astype(wide.dtype) * own).astype(base.dtype)
 
-    return tree.rebuild(self.base, {n: one(n, x) for n, x in tree.named(self.base).items()})
+    out = {n: one(n, x) for n, x in tree.named(self.base).items()}
+    changed = {n: out[n] for n in self.shared.keys() | self.statistics.keys()}
+    return tree.rebuild(self.base, out | finiteness.checked(changed))
 
 
 @wide.aware
@@ -97,7 +113,7 @@ def emr(
     >>> bundle.for_task("cat")["w"].tolist()
     [3.75, 0.0, -1.25]
   """
-  taus = _task_vectors(base, models)
+  taus, statistics = _task_vectors(base, models)
 
   def elect(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     sign = jnp.where(jnp.sum(x, axis=0, keepdims=True) > 0, 1, -1).astype(x.dtype)
@@ -126,7 +142,7 @@ def emr(
   )
   scales = jnp.where(taken > 0, own / jnp.where(taken > 0, taken, 1), 1)
   shared, masks = ({n: pair[i] for n, pair in elected.items()} for i in (0, 1))
-  return Bundle("emr", _named(names, models), base, shared, masks, scales)
+  return Bundle("emr", _named(names, models), base, shared, masks, scales, statistics)
 
 
 @wide.aware
@@ -158,7 +174,7 @@ def tall_masks(
     >>> bundle.for_task("cat")["w"].tolist()
     [3.0, 0.0, -1.0]
   """
-  taus = _task_vectors(base, models)
+  taus, statistics = _task_vectors(base, models)
   names = _named(names, models)
   method = methods.task_arithmetic(1.0) if method is None else method
   shared = memory.blend(method, taus, names=names)
@@ -169,16 +185,23 @@ def tall_masks(
     return jnp.abs(x) > limit * jnp.abs(total[None] - x)
 
   masks = {n: needed(x, shared[n]) for n, x in taus.items()}
-  return Bundle("tall_masks", names, base, shared, masks, jnp.ones(len(names)))
+  return Bundle("tall_masks", names, base, shared, masks, jnp.ones(len(names)), statistics)
 
 
-def _task_vectors(base: Tree, models: Tree) -> dict[str, jax.Array]:
-  """The task vectors of the floating leaves, by name: [K, *s]."""
+def _task_vectors(base: Tree, models: Tree) -> tuple[dict[str, jax.Array], dict[str, Any]]:
+  """The task vectors of the floating leaves, by name: [K, *s]; and the running statistics."""
   memory.check_models(base, models, base)
   bases, stacks = tree.named(base), tree.named(models)
   codes.refuse(stacks, "the models")
   own = [n for n, x in bases.items() if tree.is_floating(x)]
-  return {n: memory.task_vectors(jnp.asarray(stacks[n]), jnp.asarray(bases[n])) for n in own}
+  finiteness.refuse_inputs({n: bases[n] for n in own}, {n: stacks[n] for n in own})
+  known = moments.of(own)
+  taus = {
+    n: memory.task_vectors(jnp.asarray(stacks[n]), jnp.asarray(bases[n]))
+    for n in own
+    if n not in known
+  }
+  return taus, {n: wide.copied(stacks[n]) for n in own if n in known}
 
 
 def _named(names: Sequence[str] | None, models: Tree) -> tuple[str, ...]:
@@ -201,11 +224,13 @@ def save(
     return reversible.save(path, bundle, replace=replace)
   shapes = {n: list(np.shape(x)) for n, x in bundle.shared.items()}
   about = {"method": bundle.method, "names": bundle.names, "shapes": shapes}
+  about["statistics"] = sorted(bundle.statistics)
   about["scales"] = np.asarray(bundle.scales).tolist()
   packed = {
     n: np.packbits(np.asarray(x).reshape(len(x), -1), axis=1) for n, x in bundle.masks.items()
   }
-  trees = dict(zip(FILES, (tree.named(bundle.base), bundle.shared, packed), strict=True))
+  parts = (tree.named(bundle.base), bundle.shared, packed, bundle.statistics)
+  trees = dict(zip(FILES, parts, strict=True))
   with atomic.folder(path, replace=replace) as beside:
     for file, own in trees.items():
       safetensors.save(beside / f"{file}.safetensors", {n: np.asarray(x) for n, x in own.items()})
@@ -224,7 +249,9 @@ def load(path: Path) -> Bundle | reversible.Reversible:
   about = folder.read_json(path / ABOUT)
   if about.get("method") == reversible.METHOD:
     return reversible.load(path)
-  base, shared, masks = (safetensors.load(path / f"{file}.safetensors") for file in FILES)
+  base, shared, masks = (safetensors.load(path / f"{file}.safetensors") for file in FILES[:3])
+  last = path / f"{FILES[3]}.safetensors"
+  statistics = safetensors.load(last) if about.get("statistics") or last.is_file() else {}
   try:
     names, shapes = tuple(about["names"]), {n: tuple(s) for n, s in about["shapes"].items()}
     scales = jnp.asarray(np.array(about["scales"], np.float32))
@@ -235,13 +262,16 @@ def load(path: Path) -> Bundle | reversible.Reversible:
     fits = all(len(x) == len(names) == len(scales) for x in unpacked.values())
     if not fits or {n: x.shape for n, x in shared.items()} != shapes or shapes.keys() - base.keys():
       raise ValueError("its tasks and shapes are not those of the tensors beside it")
+    if statistics.keys() != set(about.get("statistics", ())) or statistics.keys() & shared.keys():
+      raise ValueError("its running statistics are not those of the tensors beside it")
+    if any(x.shape != (len(names), *base[n].shape) for n, x in statistics.items()):
+      raise ValueError("running statistics of each task are needed")
     found = str(about["method"])
   except (KeyError, TypeError, ValueError, AttributeError) as error:
     raise ValueError(f"{path / ABOUT}: no description of a bundle ({error}).") from error
-  own = {n: wide.copied(x) for n, x in shared.items()}
-  return Bundle(
-    found, names, _nested(base), own, {n: jnp.asarray(x) for n, x in unpacked.items()}, scales
-  )
+  own, kept = ({n: wide.copied(x) for n, x in each.items()} for each in (shared, statistics))
+  taken = {n: jnp.asarray(x) for n, x in unpacked.items()}
+  return Bundle(found, names, _nested(base), own, taken, scales, kept)
 
 
 def _nested(leaves: dict[str, np.ndarray]) -> Tree:

@@ -86,6 +86,14 @@ def refuse(found: Mapping[str, Flags], names: Sequence[str] | None, order: Any =
         raise ValueError(f"leaf {name!r} of {whose} has NaN or infinity.")
 
 
+def refuse_inputs(base: Mapping[str, Any], models: Mapping[str, Any]) -> None:
+  """Raises ValueError, naming leaf and model, for NaN or infinity that can be looked at."""
+  for name, x in models.items():
+    if not any(isinstance(v, jax.core.Tracer) for v in (x, base[name])):
+      found = flags(jnp.asarray(base[name]), None, jnp.asarray(x))
+      refuse({name: meshes.fetch(found)}, None)
+
+
 def unsound(name: str, merged: Any, *, remedy: str = "") -> ValueError:
   """Returns the error for a leaf whose result cannot be kept."""
   if bool(meshes.fetch(finite(merged))):

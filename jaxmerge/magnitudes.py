@@ -32,6 +32,8 @@ def peak(x: Array, axes: Sequence[int]) -> Array:
     >>> peak(jnp.array([[3.0, -5.0], [0.0, 0.0]]), (1,)).tolist()
     [[4.0], [1.0]]
   """
+  if x.dtype.itemsize < 4:  # Every power of two of a narrow dtype is one of float32.
+    return peak(x.astype(jnp.float32), axes).astype(x.dtype)
   most = jnp.max(jnp.abs(lax.stop_gradient(x)), axis=tuple(axes), keepdims=True, initial=0)
   kind, mask = _EXPONENTS[x.dtype.itemsize]
   power = lax.bitcast_convert_type(lax.bitcast_convert_type(most, kind) & kind(mask), x.dtype)

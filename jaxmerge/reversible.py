@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmerge import catalog, wide
-from jaxmerge.adapters import Adapter, Lora, Path
+from jaxmerge import catalog, tree, wide
+from jaxmerge.adapters import Adapter, Lora, Path, Swapped
 from jaxmerge.io import atomic, folder, safetensors
 from jaxmerge.methods import spectral
 
@@ -33,6 +33,7 @@ class Reversible(NamedTuple):
     bases: [positions, r, p] by factor.
     coefficients: [n, positions, p] by factor.
     scales: of the adapters, [n] by matrix.
+    swapped: the matrices that models store as [in, out], see `adapters.Swapped`.
   """
 
   names: tuple[str, ...]
@@ -40,6 +41,7 @@ class Reversible(NamedTuple):
   bases: dict[str, Any]
   coefficients: dict[str, Any]
   scales: dict[str, Any]
+  swapped: frozenset[str] = frozenset()
 
   @wide.aware
   def for_task(self, name: str) -> dict[str, Lora]:
@@ -57,7 +59,9 @@ class Reversible(NamedTuple):
       return self.means[key] + moved
 
     return {
-      matrix: Lora(factor(f"{matrix}/a").T, factor(f"{matrix}/b"), scale[k])
+      matrix: (Swapped if matrix in self.swapped else Lora)(
+        factor(f"{matrix}/a").T, factor(f"{matrix}/b"), scale[k]
+      )
       for matrix, scale in self.scales.items()
     }
 
@@ -99,6 +103,10 @@ def rmm(adapters: Sequence[Adapter], names: Sequence[str], *, components: int = 
           f"matrix {m!r}: its factors are {other.get(m)} in {name!r}, but {shapes[0].get(m)} in "
           f"{names[0]!r}; all adapters need the same ones."
         )
+      if type(adapters[names.index(name)][m]) is not type(adapters[0][m]):
+        raise ValueError(
+          f"{m!r} lies [in, out] in {name!r} or {names[0]!r}, [out, in] in the other."
+        )
   least = min((own.rank for own in adapters[0].values()), default=0)
   if not 0 <= components <= min(least, n - 1):
     raise ValueError(
@@ -113,12 +121,14 @@ def rmm(adapters: Sequence[Adapter], names: Sequence[str], *, components: int = 
       (f"{m}/b", jnp.stack([jnp.asarray(each[m].b) for each in adapters], axis=2)),
     ):
       means[key], bases[key], coefficients[key] = _plane(x, components)
-  return Reversible(tuple(names), means, bases, coefficients, scales)
+  swapped = frozenset(m for m, own in adapters[0].items() if isinstance(own, Swapped))
+  return Reversible(tuple(names), means, bases, coefficients, scales, swapped)
 
 
 @functools.partial(jax.jit, static_argnames="components")
 def _plane(x: Any, components: int) -> tuple[Any, Any, Any]:
   """Mean, directions and coefficients of vectors [positions, r, n]: compiled once for a shape."""
+  x = x.astype(tree.compute_dtype(x.dtype))
   mean = jnp.mean(x, axis=2)
   apart = x - mean[..., None]
   basis = spectral.svd(apart)[0][..., :components]
@@ -129,6 +139,7 @@ def save(path: Path, bundle: Reversible, *, replace: bool = False) -> pathlib.Pa
   """Writes a bundle to a folder, which appears whole or not at all."""
   scales = {m: np.asarray(s).tolist() for m, s in bundle.scales.items()}
   about = {"method": METHOD, "names": bundle.names, "scales": scales}
+  about["swapped"] = sorted(bundle.swapped)
   parts = (bundle.means, bundle.bases, bundle.coefficients)
   with atomic.folder(path, replace=replace) as beside:
     for file, own in zip(_FILES, parts, strict=True):
@@ -150,6 +161,7 @@ def load(path: Path) -> Reversible:
   try:
     names = tuple(about["names"])
     scales = {m: np.array(s, np.float32) for m, s in about["scales"].items()}
+    swapped = frozenset(map(str, about.get("swapped", ())))
     keys = {f"{m}/{x}" for m in scales for x in "ab"}
     for key in keys | means.keys() | bases.keys() | coefficients.keys():
       positions, rank = means[key].shape
@@ -158,6 +170,8 @@ def load(path: Path) -> Reversible:
         raise ValueError(f"the directions of {key!r} do not fit its mean")
       if coefficients[key].shape != (len(names), positions, count):
         raise ValueError(f"the coefficients of {key!r} do not fit its directions")
+    if swapped - scales.keys():
+      raise ValueError("what lies [in, out] is no matrix of it")
     if any(s.shape != (len(names),) for s in scales.values()):
       raise ValueError("a scale is needed for each task")
   except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
@@ -166,4 +180,4 @@ def load(path: Path) -> Reversible:
   def own(loaded: dict[str, np.ndarray]) -> dict[str, Any]:
     return {n: wide.copied(x) for n, x in loaded.items()}
 
-  return Reversible(names, own(means), own(bases), own(coefficients), own(scales))
+  return Reversible(names, own(means), own(bases), own(coefficients), own(scales), swapped)

@@ -24,6 +24,7 @@ from jaxmerge import (
   memory,
   moments,
   ranking,
+  resolving,
   slicing,
   stage,
   statistics,
@@ -216,7 +217,7 @@ def _result(run: Run, name: str, parts: Parts, known: tuple[Any, ...], form: For
   seen = _ranked(run, parts, slicing.known_of(run, name, known, parts), run.method, form)
   dtype = run.source.leaves[name].dtype
   out = np.asarray(run.call(kernels.merged, parts, seen, method=run.method, form=form, dtype=dtype))
-  memory.refuse_height(name, out.shape[0])
+  resolving.refuse_height(name, out.shape[0])
   return out[0, :count]
 
 

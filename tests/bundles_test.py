@@ -268,3 +268,47 @@ def test_missing_files_are_named(tmp_path):
   (path / "masks.safetensors").unlink()
   with pytest.raises(FileNotFoundError, match=r"masks.safetensors"):
     bundles.load(path)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_rmm_keeps_how_matrices_lie_and_takes_narrow_factors(tmp_path, dtype):
+  """A square matrix that lies [in, out] would be added transposed, did the bundle not know."""
+  tasks = [
+    {"w": adapters.Swapped(jnp.array([[k, 2.0 * k]], dtype), jnp.array([[3.0], [4.0]], dtype))}
+    for k in (1, 2)
+  ]
+  bundle = bundles.rmm(tasks, ("a", "b"))
+  base = {"w": np.zeros((2, 2), np.float32)}
+  for held in (bundle, bundles.load(bundles.save(tmp_path / "b", bundle))):
+    out = adapters.applied(base, held.for_task("b"))["w"]
+    np.testing.assert_allclose(out, adapters.applied(base, tasks[1])["w"], rtol=1e-5)
+  other = {"w": adapters.Lora(*tasks[1]["w"])}
+  with pytest.raises(ValueError, match=r"'w' lies \[in, out\] in 'b' or 'a'"):
+    bundles.rmm([tasks[0], other], ("a", "b"))
+
+
+BN = {"batch_stats": {"bn": {"var": np.ones(2, np.float32)}}, "w": np.zeros(1, np.float32)}
+VARS = {
+  "batch_stats": {"bn": {"var": np.array([[0.1, 0.9], [0.9, 0.1]], np.float32)}},
+  "w": np.array([[5.0], [-4.9]], np.float32),
+}
+
+
+@pytest.mark.parametrize("make", [bundles.emr, bundles.tall_masks])
+def test_running_statistics_are_those_of_each_task(make, tmp_path):
+  bundle = make(BN, VARS)
+  for held in (bundle, bundles.load(bundles.save(tmp_path / "b", bundle))):
+    for k in range(2):
+      own = held.for_task(str(k))["batch_stats"]["bn"]["var"]
+      np.testing.assert_array_equal(own, VARS["batch_stats"]["bn"]["var"][k])
+
+
+@pytest.mark.parametrize("make", [bundles.emr, bundles.tall_masks])
+def test_what_is_not_finite_is_refused(make):
+  base = {"w": np.array([6e4], np.float16)}
+  with pytest.raises(ValueError, match="leaf 'w' of model 1 has NaN or infinity"):
+    make(base, {"w": np.array([[1.0], [np.nan]], np.float16)})
+  base = {"w": np.zeros(1, np.float16)}
+  bundle = make(base, {"w": np.array([[6e4], [6e4]], np.float16)})._replace(scales=np.full(2, 2.0))
+  with pytest.raises(ValueError, match="leaf 'w': the result has NaN or infinity"):
+    bundle.for_task("0")

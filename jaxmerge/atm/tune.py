@@ -52,6 +52,7 @@ def masters(params: Any) -> Any:
   leaves = tree.named(params)
   if not leaves:
     raise ValueError("the model to start from has no parameters.")
+  variances = moments.variances(leaves)
   for name, leaf in leaves.items():
     if not hasattr(leaf, "dtype"):
       kind = type(leaf).__name__
@@ -60,7 +61,7 @@ def masters(params: Any) -> Any:
       raise ValueError(f"leaf {name!r} is {np.asarray(leaf).dtype}; only floating point is tuned.")
     if not bool(jnp.isfinite(leaf).all()):
       raise ValueError(f"leaf {name!r} of the model to start from has NaN or infinity.")
-    if moments.is_variance(name) and bool((jnp.asarray(leaf) < 0).any()):
+    if name in variances and bool((jnp.asarray(leaf) < 0).any()):
       raise ValueError(f"leaf {name!r} of the model to start from is a variance below zero.")
   return jax.tree.map(lambda p: jnp.asarray(p, tree.compute_dtype(jnp.asarray(p).dtype)), params)
 
@@ -182,7 +183,8 @@ def step(
 
   def take(params: Any, state: Any, value: Array, grads: Any, rate: Array) -> Any:
     names = tree.named(params)
-    free = tree.rebuild(params, {n: not (chosen(n) or moments.is_moment(n)) for n in names})
+    counted = moments.of(names)
+    free = tree.rebuild(params, {n: not (chosen(n) or n in counted) for n in names})
     grads = jax.tree.map(lambda g, f: g if f else jnp.zeros_like(g), grads, free)
     updates, state = local.update(grads, state, params)
     moved = jax.tree.map(
