@@ -141,8 +141,8 @@ def test_the_continual_merge_averages_them_too():
 
 
 @pytest.mark.parametrize("at_once", [0, 1])
-def test_the_loop_averages_them(at_once):
-  """What a step changes as a weight, and a method adds up as one, is a mean all the same."""
+def test_the_loop_leaves_them_as_they_are(at_once):
+  """No step changes them as it does weights, though a gradient says so."""
   tasks = small_tasks.quadratics((np.eye(1), np.ones(1)), (np.eye(1), 3 * np.ones(1)))
 
   def apply(params, inputs, head):
@@ -155,7 +155,7 @@ def test_the_loop_averages_them(at_once):
   out = loop.tune_and_merge(
     apply, start, tasks, methods.task_arithmetic(1.0), settings, **given
   ).params
-  assert out["batch_stats"]["var"].tolist() == [1.5]  # The mean of 1 and 2, where the sum is 2.
+  assert out["batch_stats"]["var"].tolist() == [1.0]
 
 
 @pytest.mark.parametrize(
