@@ -155,6 +155,8 @@ class _Model:
       beside, single = self._beside(name, None), not axes and not any(map(_many, paths))
       tells = beside is not None and (not axes or len(beside) == 1)
       return self._matrix(name, shape, None) if single or tells else None
+    if self._beside(name, None) == shape[1:] and not any(map(_many, paths)):
+      return None  # One attention of as many heads as its inputs are looks the same.
     rule = self._matrix(name, shape[:axis] + shape[axis + 1 :], axis)
     if rule is None or rule.view is None or rule.open:
       return rule

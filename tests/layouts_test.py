@@ -163,6 +163,7 @@ E_, D, F = 4, 8, 12  # Experts, width, inner width.
       {"attention_block/query/kernel": (16, 4, 4), "attention_block/out/kernel": (4, 4, 16)},
       ("ioo", "iio"),
     ),
+    ({"block/query/kernel": (4, 4, 8), "block/query/bias": (4, 8)}, ("open", "li")),
     # Scanned, with vectors that say so, and without.
     (
       {"ScanBlock_0/q_proj/kernel": (3, D, D), "ScanBlock_0/down_proj/kernel": (3, F, D)}
