@@ -1,6 +1,7 @@
 """What a folder is that is no model: said by its name, with the way on, to whoever opens it."""
 
 import pathlib
+import re
 
 import numpy as np
 import orbax.checkpoint as ocp
@@ -84,9 +85,11 @@ def test_a_checkpoint_of_another_program_and_the_way_that_is_said(home):
   with ocp.StandardCheckpointer() as other:
     other.save((home / "steps" / "100" / "default").absolute(), tree)
   for path in ("steps", "steps/100", "steps/100/default"):
-    with pytest.raises(FileNotFoundError, match="a checkpoint of Orbax that another program"):
+    with pytest.raises(FileNotFoundError, match="a checkpoint of Orbax that another") as error:
       weights.model(path, tensor.Files())
-  tree = ocp.StandardCheckpointer().restore((home / "steps/100/default").absolute())
+    said = re.search(r"tree = (orbax\.checkpoint\..*?\.absolute\(\)\))", str(error.value))[1]
+    assert said.endswith("restore(pathlib.Path('steps/100/default').absolute())"), said
+  tree = ocp.StandardCheckpointer().restore(pathlib.Path("steps/100/default").absolute())
   with orbax.Checkpoints(pathlib.Path("OUT")) as store:
     store.save(1, {"params": tree}, {})
   assert list(weights.model("OUT", tensor.Files()).tensors) == ["dense/kernel"]

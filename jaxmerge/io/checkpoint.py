@@ -123,7 +123,7 @@ def _refuse(folder: Path, damage: str | None) -> None:
     others
   )
   if not (folder / manifest.NAME).exists():
-    hint += f"; or else {kinds.ORBAX}"
+    hint += f"; or else {kinds.foreign_orbax(folder / STATE)}"
   raise ValueError(f"{folder}: the checkpoint is damaged: {damage}{hint}.")
 
 

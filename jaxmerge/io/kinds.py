@@ -21,10 +21,6 @@ _TREE = (
   f"give the tree to jaxmerge.merge in Python, or save it for this command: "
   f"import pathlib; from jaxmerge.io import orbax; {_STORE}"
 )
-ORBAX = (
-  "it is a checkpoint of Orbax that another program wrote: restore it as that program does, say by "
-  f"tree = orbax.checkpoint.StandardCheckpointer().restore(FOLDER), and {_TREE}"
-)
 _ORBAX = ("_METADATA", "_CHECKPOINT_METADATA", "manifest.ocdbt", "ocdbt.process_0")
 _DATA = ("*.parquet", "*.arrow", "*.jsonl", "*.csv", "data/*.parquet", "dataset_dict.json")
 
@@ -115,14 +111,23 @@ def _cache(path: pathlib.Path) -> str:
 def _orbax(path: pathlib.Path) -> str:
   """A checkpoint of Orbax that no store of jaxmerge's has sealed, or the folder of its steps."""
   steps = [p for p in path.iterdir() if re.search(r"(^|[_-])\d+$", p.name) and p.is_dir()]
-  items = [
-    path,
-    *steps,
-    *(inner for p in [path, *steps] for inner in p.iterdir() if inner.is_dir()),
-  ]
+  steps.sort(key=lambda p: int(re.split("[_-]", p.name)[-1]), reverse=True)
+  inner = [p for step in [*steps, path] for p in sorted(step.iterdir()) if p.is_dir()]
+  items = [path, *steps, *inner]
   if not any((p / name).exists() for p in items for name in _ORBAX):
     return ""
-  return ORBAX
+  return foreign_orbax(next((p for p in items if (p / "_METADATA").exists()), path))
+
+
+def foreign_orbax(item: pathlib.Path) -> str:
+  """Says of a checkpoint of Orbax, of which this is an item with arrays, how to go on with it."""
+  restored = (
+    f"orbax.checkpoint.StandardCheckpointer().restore(pathlib.Path({str(item)!r}).absolute())"
+  )
+  return (
+    "it is a checkpoint of Orbax that another program wrote: restore it as that program does, say "
+    f"by import orbax.checkpoint, pathlib; tree = {restored}, and {_TREE}"
+  )
 
 
 def _msgpack(path: pathlib.Path) -> str:
