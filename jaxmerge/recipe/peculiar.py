@@ -58,16 +58,19 @@ def _by_place(
   after: Config,
 ) -> str:
   """Says which layer does not fit its new place; nothing where all do."""
-  layouts: dict[Model, Layout] = {}
+  layouts: dict[tuple[Model, Model], Layout] = {}
   order = Layers(0, tuple(old for _, old in sorted(stack.order.items())))
-  sources = {
-    row.tensor.layer: row.group.sources[0].model
+  groups = {
+    row.tensor.layer: row.group
     for row in rows
     if row.tensor.layer is not None and row.tensor.name.startswith(stack.stack)
   }
   for new, old in sorted(stack.order.items()):
-    source = sources[new]
-    own = layouts.setdefault(source, _layout(models[source].tensors, stack.stack))
+    source, base = groups[new].sources[0].model, groups[new].base or groups[new].sources[0].model
+    if (source, base) not in layouts:  # A base has what some layers of its fine-tunes lack.
+      names = {**models[source].tensors, **models[base].tensors}
+      layouts[source, base] = _layout(names, stack.stack)
+    own = layouts[source, base]
     if new == old or old not in own:
       continue
     # Behind all layers that there were, it is only known that this is not the first place.
@@ -76,10 +79,10 @@ def _by_place(
     differs = wanted != own[old] if wanted is not None else (old == 0 and alone and len(own) > 2)
     if differs and not _explained(before, after, order, own, new, old):
       other = own.get(new, own[max(own)])
-      names = sorted(own[old] ^ other)
-      have = "has" if names[0] in own[old] else "lacks"
+      first = min(own[old] ^ other)
+      have = "has" if first in own[old] else "lacks"
       return (
-        f"layer {old} of {source} {have} {names[0]!r}, unlike the layer that was layer {new}, and "
+        f"layer {old} of {source} {have} {first!r}, unlike the layer that was layer {new}, and "
         "nothing in the config says which layers are so: the class decides it by the place. Choose "
         f"slices that keep layer {old if own[old] != own.get(1) else new} where it was."
       )
