@@ -428,11 +428,16 @@ def test_a_method_that_acts_on_no_leaf_merges_none():
 
 
 def test_beside_another_a_method_that_acts_on_no_leaf_does_nothing():
-  given = {n: r.trees(small.FEW) for n, r in TABLE.items()}
+  """One of matrices, which can tell that it has none, is an error."""
   first = stage.pointwise(lambda x: x[:1], combines=True)
   both = {
     n: stage.chain(stage.masked(r.method, lambda leaf: False), first) for n, r in TABLE.items()
   }
+  given = {n: r.trees(small.FEW) for n, r in TABLE.items()}
+  for name in [n for n, r in TABLE.items() if any(step.unit == "matrix" for step in r.method)]:
+    with pytest.raises(ValueError, match="restricted to leaves of which there are none"):
+      jaxmerge.merge(both[name], *given.pop(name), **TABLE[name].options())
+  assert len(given) < len(both)
 
   @jax.jit
   def run(given):
