@@ -19,7 +19,7 @@ from mergekit_outputs import CASES, EPS, RANDOM
 from reference import spheres
 
 import jaxmerge
-from jaxmerge import methods, streaming
+from jaxmerge import layouts, methods, streaming
 from jaxmerge.recipe import methods as recipe_methods
 from jaxmerge.recipe import narrowing, translating
 
@@ -102,8 +102,9 @@ def alone(trees, tensor):
 
 
 def layout(tensors):
-  """Files of both models hold matrices as [out, in]."""
-  return tuple((f"^{n}$", "oi") for n, x in tensors.items() if x.ndim == 2)
+  """Files of both models hold matrices as [out, in]; of a model that has some, vectors are none."""
+  views = {n: "oi" if x.ndim == 2 else None for n, x in tensors.items()}
+  return layouts.table({n: layouts.Rule(view, "as the files have it") for n, view in views.items()})
 
 
 def test_every_method_that_mergekit_has_is_compared():
