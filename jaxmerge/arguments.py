@@ -100,6 +100,7 @@ _SWAPPED = "base and models seem to be swapped, as in merge(method, base, models
 def blended(models: Any) -> Tree:
   """Returns a stack to be merged without a base; ValueError for what may be models, each a tree."""
   models = list(models) if isinstance(models, Iterator) else models
+  refuse(models, "the models")
   listed = isinstance(models, list | tuple) and not hasattr(models, "_fields")
   each = list(models) if listed else list(models.values()) if isinstance(models, Mapping) else []
   trees = [jax.tree.map(lambda x: getattr(x, "shape", None), m) for m in each]
@@ -173,6 +174,12 @@ def tasks(apply: Any, given: Any, settings: Any) -> list[Any]:
   return list(given.values()) if isinstance(given, Mapping) else list(given)
 
 
+def refuse(given: Tree, whose: str) -> None:
+  """Raises ValueError, naming a leaf, for what is no weight: optimizers' states, codes."""
+  tree.refuse_optimizers(given, whose)
+  codes.refuse(tree.named(given), whose)
+
+
 def _names(given: Any) -> set[str]:
   return set(tree.named(given))
 
@@ -188,7 +195,8 @@ def _several(models: Any, base: Any) -> bool:
 
 
 def _refuse_others(given: Any, whose: str) -> None:
-  """Raises ValueError for leaves that are no arrays, and for no leaves."""
+  """Raises ValueError for leaves that are no arrays or no weights, and for no leaves."""
+  refuse(given, whose)
   leaves = tree.named(given)
   for name, leaf in leaves.items():
     if not _is_array(leaf):
@@ -202,7 +210,6 @@ def _refuse_others(given: Any, whose: str) -> None:
   if not leaves:
     hint = "; blend(method, models) merges without a base" if whose == "the base" else ""
     raise ValueError(f"{whose} must be a tree of arrays, but there is no leaf in it{hint}.")
-  codes.refuse(leaves, whose)
 
 
 def _unreadable(dtype: Any) -> str | None:

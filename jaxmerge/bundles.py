@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmerge import (
+  arguments,
   catalog,
   finiteness,
   magnitudes,
@@ -27,7 +28,7 @@ from jaxmerge import (
   tree,
   wide,
 )
-from jaxmerge.io import atomic, codes, folder, safetensors
+from jaxmerge.io import atomic, folder, safetensors
 from jaxmerge.stage import Method
 from jaxmerge.tree import Tree
 
@@ -190,9 +191,10 @@ def tall_masks(
 
 def _task_vectors(base: Tree, models: Tree) -> tuple[dict[str, jax.Array], dict[str, Any]]:
   """The task vectors of the floating leaves, by name: [K, *s]; and the running statistics."""
+  arguments.refuse(base, "the base")
+  arguments.refuse(models, "the models")
   memory.check_models(base, models, base)
   bases, stacks = tree.named(base), tree.named(models)
-  codes.refuse(stacks, "the models")
   own = [n for n, x in bases.items() if tree.is_floating(x)]
   finiteness.refuse_inputs({n: bases[n] for n in own}, {n: stacks[n] for n in own})
   known = moments.of(own)

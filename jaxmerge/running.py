@@ -28,7 +28,6 @@ from jaxmerge import (
   views,
   wide,
 )
-from jaxmerge.io import codes
 from jaxmerge.methods import averaging, subspaces
 from jaxmerge.stage import Method, State
 from jaxmerge.tree import Tree
@@ -348,7 +347,7 @@ def _first(count: Any, kept: Any, x: Any) -> Any:
 def _check(base: Tree | None, params: Tree) -> None:
   if base is not None:
     tree.check_same(base, params, left="the base", right="the model", dtype=False)
-  codes.refuse(tree.named(params), "the model")
+  arguments.refuse(params, "the model")
 
 
 def _refuse_unlike(held: Mapping[str, Any], params: Tree) -> None:

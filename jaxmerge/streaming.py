@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmerge import (
+  arguments,
   finiteness,
   kernels,
   layouts,
@@ -31,7 +32,6 @@ from jaxmerge import (
   tree,
   wide,
 )
-from jaxmerge.io import codes
 from jaxmerge.methods import averaging
 from jaxmerge.slicing import Form, Parts, Run, Source
 from jaxmerge.stage import Method, Rank, Stage, Statistic, Sum
@@ -158,8 +158,9 @@ def merge_slices(
 
   Takes and returns what `jaxmerge.merge` does, as NumPy arrays; `options` are those of `stream`.
   """
+  arguments.refuse(base, "the base")
+  arguments.refuse(models, "the models")
   memory.check_models(base, models, base if reference is None else reference)
-  codes.refuse(tree.named(models), "the models")
   trees = (tree.named(t) for t in (base, {} if reference is None else reference, models))
   bases, references, stacks = ({n: np.asarray(v) for n, v in t.items()} for t in trees)
   out = {n: np.empty(v.shape, v.dtype) for n, v in bases.items()}

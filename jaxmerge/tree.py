@@ -6,6 +6,7 @@ on each leaf. A leaf's name is its path joined by slashes; a tag is the CRC32 of
 
 from __future__ import annotations
 
+import functools
 import re
 import zlib
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -17,6 +18,21 @@ import numpy as np
 
 Tree = Any
 Predicate = Callable[[str], bool]
+
+# Where the containers of optimizers are defined, and the keys that they lie under where a state
+# has been made a dict.
+_OPTIMIZERS = (
+  "optax",
+  "flax.training.train_state",
+  "flax.nnx.training.optimizer",
+  "jax.example_libraries.optimizers",
+)
+_OPTIMIZER_KEYS = {"opt_state", "optimizer_state"}
+_WEIGHTS = {  # What to give in place of containers, by where they are defined, and of keys.
+  "flax.training": "state.params",
+  "flax.nnx": "flax.nnx.state(model)",
+  "": "the weights alone, such as state.params or state['params']",
+}
 
 
 def name_of(path: tuple[Any, ...]) -> str:
@@ -94,6 +110,8 @@ def stack(trees: Sequence[Tree] | Any) -> Tree:
   trees = list(trees)
   if not trees:
     raise ValueError("stack needs at least one tree, got none.")
+  for k, own in enumerate(trees):
+    refuse_optimizers(own, f"model {k}")
   for k, other in enumerate(trees[1:], start=1):
     check_same(trees[0], other, left="model 0", right=f"model {k}")
   return jax.tree.map(lambda *leaves: _stacked(leaves), *trees)
@@ -189,6 +207,41 @@ def is_equal(a: Any, b: Any) -> bool:
   """
   kept = all(isinstance(x, np.ndarray) for x in (a, b))
   return bool((a == b).all() if kept else jnp.all(a == b))
+
+
+def refuse_optimizers(tree: Tree, whose: str) -> None:
+  """Raises ValueError, naming the place, for the state of an optimizer: it is no part of a model.
+
+  Known are the containers of optax, Flax's `TrainState` and `nnx.Optimizer`, by the modules of
+  their types, and what lies under the key `opt_state`.
+
+  Example:
+    >>> refuse_optimizers({"params": {"w": 1}, "opt_state": {"w": 1}}, "the base")
+    Traceback (most recent call last):
+    ValueError: 'opt_state/w' of the base is an optimizer's state, no weight: give the weights \
+alone, such as state.params or state['params'].
+  """
+  for path, node in jax.tree_util.tree_leaves_with_path(tree, is_leaf=_of_optimizer):
+    kind = ""
+    if _of_optimizer(node) and jax.tree.leaves(node):  # Some are empty.
+      kind = f"{type(node).__module__}.{type(node).__qualname__}"
+    elif not set(name_of(path).split("/")) & _OPTIMIZER_KEYS:
+      continue
+    what = f"{name_of(path)!r} of {whose}" if path else whose
+    also = f" ({kind})" if kind else ""
+    advice = next((text for home, text in _WEIGHTS.items() if kind.startswith(home)), "")
+    raise ValueError(f"{what} is an optimizer's state{also}, no weight: give {advice}.")
+
+
+def _of_optimizer(node: Any) -> bool:
+  return _is_optimizers(type(node))
+
+
+@functools.lru_cache(maxsize=1024)
+def _is_optimizers(kind: type) -> bool:
+  """Tells whether a type is one of an optimizer's, or derived from one; imports none of them."""
+  homes = tuple(f"{c.__module__}." for c in kind.__mro__)
+  return any(home.startswith(f"{package}.") for home in homes for package in _OPTIMIZERS)
 
 
 def refuse_complex(base: Tree | None, models: Tree) -> None:

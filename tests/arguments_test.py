@@ -2,10 +2,13 @@
 
 import jax
 import numpy as np
+import optax
 import pytest
+from flax import nnx
+from flax.training import train_state
 
 import jaxmerge
-from jaxmerge import adapters, arguments, methods, running, stage
+from jaxmerge import adapters, arguments, bundles, methods, running, stage, streaming
 
 BASE = {"dense": {"kernel": np.zeros((4, 3), np.float32), "bias": np.zeros(3, np.float32)}}
 TREES = [jax.tree.map(lambda x, k=k: x + k, BASE) for k in (1, 2, 6)]
@@ -114,6 +117,56 @@ def test_mistakes_are_named(case):
   call, message = MISTAKES[case]
   with pytest.raises(ValueError, match=message):
     call()
+
+
+def trained(rate=0.1):
+  return train_state.TrainState.create(apply_fn=len, params=TREES[0], tx=optax.adam(rate))
+
+
+def tuned():
+  return nnx.ModelAndOptimizer(
+    nnx.Linear(2, 1, rngs=nnx.Rngs(0)), optax.sgd(0.1, 0.9), wrt=nnx.Param
+  )
+
+
+STATES = {
+  "Flax": (trained, r"is an optimizer's state \(flax.training.*TrainState\).* give state\.params"),
+  "optax": (
+    lambda: (TREES[0], optax.chain(optax.clip(1.0), optax.adam(0.1)).init(TREES[0])),
+    r"'1/1/0' of .* \(optax.*ScaleByAdamState\).* such as state\.params",
+  ),
+  "dict": (lambda: {"params": TREES[0], "opt_state": TREES[0]}, r"'opt_state/dense/bias' of"),
+  "object of NNX": (tuned, r"ModelAndOptimizer\).* give flax\.nnx\.state\(model\)"),
+  "state of NNX": (lambda: nnx.state(tuned()), r"'opt_state/.*give flax\.nnx\.state\(model\)"),
+}
+
+
+@pytest.mark.parametrize("case", STATES)
+def test_states_of_optimizers_are_refused(case):
+  """Moments are no weights; they were merged like these."""
+  make, message = STATES[case]
+  state = make()
+  stack = jax.tree.map(lambda x: np.stack([x]), state)
+  calls = [
+    lambda: jaxmerge.merge(MEAN, state, [state]),
+    lambda: jaxmerge.merge(MEAN, BASE, [state]),
+    lambda: jaxmerge.blend(MEAN, stack),
+    lambda: jaxmerge.stack([make(), make()]),
+    lambda: running.of(MEAN).init(state),
+    lambda: bundles.emr(state, stack),
+    lambda: streaming.merge_slices(MEAN, state, stack),
+    lambda: jaxmerge.tune_and_merge(len, state, []),
+  ]
+  for call in calls:
+    with pytest.raises(ValueError, match=message):
+      call()
+
+
+def test_what_is_told_to_give_in_place_of_a_state_merges():
+  mean = jaxmerge.merge(MEAN, trained().params, [trained().params])
+  jax.tree.map(np.testing.assert_array_equal, mean, TREES[0])
+  own = nnx.state(tuned().model)
+  jax.tree.map(np.testing.assert_array_equal, jaxmerge.merge(MEAN, own, [own]), own)
 
 
 def test_names_that_are_not_there():

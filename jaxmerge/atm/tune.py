@@ -49,6 +49,7 @@ def masters(params: Any) -> Any:
     ValueError: naming the leaf, if one is not floating point, has NaN or infinity, or is a running
       variance below zero.
   """
+  tree.refuse_optimizers(params, "the model to start from")
   leaves = tree.named(params)
   if not leaves:
     raise ValueError("the model to start from has no parameters.")
