@@ -106,7 +106,8 @@ def planned(
   plan = planning.assembled(
     wants, [job], (donor, *models), dtype=dtype, missing=missing, misfits=told
   )
-  plan = plan._replace(notes=(*plan.notes, *fit.notes))
+  said = () if dtype else planning.rounded(plan)
+  plan = plan._replace(notes=(*plan.notes, *fit.notes, *said))
   changed = stated(donor.config, dtype.name) if dtype and donor.config else donor.config
   plan, changed = tying.settled(plan, donor, changed)
   if changed != donor.config:

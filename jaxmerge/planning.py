@@ -353,6 +353,26 @@ def _fate_of(which: Part, want: Want, made: Output | None, fate: str) -> str:
   return fate if which in want.models else ASIDE
 
 
+def rounded(plan: Plan) -> tuple[str, ...]:
+  """Says which merged tensors are stored in 8-bit floats, or in fewer bits than a model has them.
+
+  It is said of a result whose dtype nobody chose.
+  """
+  found = []
+  for o in plan.outputs:
+    widest = max((t.kept or t.dtype for t in o.models), key=lambda own: own.itemsize, default=None)
+    if widest is not None and o.dtype.itemsize < max(widest.itemsize, 2):
+      found.append((o, widest))
+  if not found:
+    return ()
+  o, widest = found[0]
+  count = f", one of {len(found)} such," if len(found) > 1 else ""
+  wider = "bfloat16" if widest.itemsize == 1 else widest.name
+  remedy = "a base in float64 keeps them" if widest.itemsize > 4 else f"dtype: {wider} keeps more"
+  rounding = f"rounded to {o.dtype}, in which the base, or the first model, is stored"
+  return (f"tensor {o.name!r}{count} is merged, then {rounding}; {remedy}.",)
+
+
 def called(jobs: Sequence[Job], index: int) -> str:
   """Names a job by its method, where that has a name, and by its number, from 1.
 

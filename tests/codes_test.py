@@ -183,3 +183,31 @@ def test_an_adapter_is_not_added_to_codes(tmp_path):
   job = methods.average(), [f"{tmp_path / 'm'}+{lora}"], tmp_path / "out"
   with pytest.raises(ValueError, match=r"lora is added to tensor 'up.weight' of .* holds codes"):
     files.merge_files(*job)
+
+
+@pytest.mark.parametrize(
+  ("base", "model", "dtype"),
+  [
+    (FLOAT8, FLOAT8, "bfloat16"),
+    (FLOAT8, np.float32, "float32"),
+    (ml_dtypes.bfloat16, np.float32, "float32"),
+    (np.float32, ml_dtypes.bfloat16, None),
+  ],
+)
+def test_results_that_lose_bits_of_models_are_told(tmp_path, monkeypatch, base, model, dtype):
+  """Unless the dtype is what the recipe says, and as it advises."""
+  monkeypatch.chdir(tmp_path)
+  for name, own in {"base": base, "m": model}.items():
+    folders.write(tmp_path / name, folders.tensors(0, dtype=own))
+  recipe = tmp_path / "recipe.yml"
+  text = "merge_method: task_arithmetic\nbase_model: base\n"
+  text += "models: [{model: m, parameters: {weight: 1}}]\n"
+
+  def told(text):
+    recipe.write_text(text)
+    return [n for n in plans.of_file(recipe, Files()).notes if "rounded to" in n]
+
+  found = told(text)
+  assert len(found) == (dtype is not None)
+  assert all(f"{np.dtype(base)}, in" in n and f"dtype: {dtype} keeps" in n for n in found)
+  assert told(f"{text}dtype: {dtype or 'bfloat16'}\n") == []

@@ -239,6 +239,8 @@ def planned(
   plan = plan._replace(notes=(*plan.notes, *fit.notes))
   if recipe.compat == "mergekit":
     plan = narrowing.computed(recipe, plan)
+  if narrowing.stored(recipe) is None:
+    plan = plan._replace(notes=(*plan.notes, *planning.rounded(plan)))
   plan, changed = tying.settled(plan, donor, built.config(changed))
   own = {} if changed == config else {folder.CONFIG: json.dumps(changed, indent=2) + "\n"}
   # A donor that is still to be made has other files than its folder.
