@@ -6,7 +6,6 @@ on each leaf. A leaf's name is its path joined by slashes; a tag is the CRC32 of
 
 from __future__ import annotations
 
-import functools
 import re
 import zlib
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -234,13 +233,8 @@ alone, such as state.params or state['params'].
 
 
 def _of_optimizer(node: Any) -> bool:
-  return _is_optimizers(type(node))
-
-
-@functools.lru_cache(maxsize=1024)
-def _is_optimizers(kind: type) -> bool:
-  """Tells whether a type is one of an optimizer's, or derived from one; imports none of them."""
-  homes = tuple(f"{c.__module__}." for c in kind.__mro__)
+  """Tells whether the type of a node is an optimizer's, or derived from one; imports none."""
+  homes = [f"{kind.__module__}." for kind in type(node).__mro__]
   return any(home.startswith(f"{package}.") for home in homes for package in _OPTIMIZERS)
 
 
