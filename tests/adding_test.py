@@ -115,6 +115,41 @@ def test_an_encoder_has_no_head_that_could_stay(tmp_path):
   assert HEAD not in model.tensors
 
 
+SHARED, ENCODER, DECODER = "shared", "encoder.embed_tokens", "decoder.embed_tokens"
+NO_CHANGE = {n: x * n.endswith("B") for n, x in embedded(SHARED, (10, 6)).items()}
+S_ROWS = {f"{PREFIX}{SHARED}.token_adapter.trainable_tokens_delta": noise(8, 2, 6)}
+S_WHOLE = {f"{PREFIX}{SHARED}.weight": noise(7, 10, 6)}
+
+
+@pytest.mark.parametrize(
+  ("parts", "config", "moved"),
+  [
+    (embedded(SHARED, (10, 6)), {}, None),
+    (embedded(SHARED, (10, 6)) | embedded(ENCODER, (10, 6), 3), {}, None),
+    (S_WHOLE, {"modules_to_save": [SHARED]}, None),
+    (NO_CHANGE, {}, set()),
+    (embedded(ENCODER, (10, 6)), {}, {ENCODER}),
+    (embedded(ENCODER, (10, 6)) | embedded(DECODER, (10, 6)), {}, {ENCODER, DECODER}),
+    (S_ROWS, {"trainable_token_indices": [3, 5]}, {SHARED, ENCODER, DECODER, "lm_head"}),
+    (lora("lm_head", (10, 6)), {}, {"lm_head"}),
+  ],
+)
+def test_what_encoder_and_decoder_share_moves_as_the_model_reads_it(tmp_path, parts, config, moved):
+  """The module `shared` never runs; PEFT's own merge would move all that is tied to it."""
+  before, about = noise(0, 10, 6), {"model_type": "t5", "num_layers": 1, "vocab_size": 10}
+  about["architectures"] = ["T5ForConditionalGeneration"]
+  tensors = {f"{SHARED}.weight": before, "encoder.block.0.layer.0.q.weight": noise(1, 6, 6)}
+  folders.write(tmp_path / "base", tensors, config=about)
+  adapter = write(tmp_path / "adapter", parts, **config)
+  if moved is None:
+    with pytest.raises(ValueError, match=r"never runs 'shared': it looks tokens up in .*decoder"):
+      opened(tmp_path / "base", adapter)
+    return
+  model = opened(tmp_path / "base", adapter)
+  names = (SHARED, ENCODER, DECODER, "lm_head")
+  assert {n for n in names if (values(model, f"{n}.weight") != before).any()} == moved
+
+
 # --- Tokens ---
 
 

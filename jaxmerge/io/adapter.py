@@ -126,6 +126,8 @@ def adapted(
   names = layers.change(every, contents, own)
   changed = every.stored()
   tokens = {n for key, n in names.items() if parts.TOKENS in contents.modules[key]}
+  stored = {n for n in whole.values() if not own.saves(n)}
+  _refuse_idle(tensors, changed, tied or {}, tokens | stored)
   out = {n: changed.get(n, t) for n, t in tensors.items()}
   still, untied = _ties(tensors, changed, tied or {}, heads, tokens)
   rows = _rows(every, {**out, **untied})
@@ -229,7 +231,38 @@ def _ties(
       untied[head] = own
     else:
       still[head] = new
-  return ({}, untied) if untied else (still, untied)
+  # The config of a decoder then ties none; that of models which share an embedding stays.
+  alone = untied and not any(map(ties.stacks, base))
+  return ({}, untied) if alone else (still, untied)
+
+
+def _refuse_idle(
+  base: Mapping[str, Tensor],
+  changed: Mapping[str, Tensor],
+  tied: Mapping[str, Tensor],
+  embeddings: set[str],
+) -> None:
+  """Raises ValueError where an adapter was trained of an embedding's module that never runs.
+
+  Encoder and decoder look tokens up in modules of their own, to whose weights that of the shared
+  one is tied. PEFT wraps one module, and the others stay as they are.
+
+  Args:
+    base: its tensors.
+    changed: those of them that the adapter changes.
+    tied: names of heads and copies to the embedding that each is.
+    embeddings: tensors that are changed as weights, not as a module: in all that is tied to them.
+  """
+  for name in changed.keys() - embeddings:
+    used = [n for n in ties.stacks(name) if tied.get(n, 0) is base.get(name) and n not in changed]
+    if used and not ties.equal(changed[name], base[name]):
+      module = name.removesuffix(".weight")
+      raise ValueError(
+        f"{changed[name].where}: the model never runs {module!r}: it looks tokens up in "
+        f"{' and '.join(n.removesuffix('.weight') for n in used)}, which the adapter leaves as "
+        f"they are. As trained, it has no effect there: take the tensors of {module!r} out of the "
+        "adapter's file; target_modules=['embed_tokens'] trains what is looked up."
+      )
 
 
 def _rows(base: Base, out: Mapping[str, Tensor]) -> int | None:

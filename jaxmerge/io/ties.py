@@ -68,9 +68,7 @@ class Ties(NamedTuple):
     for depth in range(len(parts)):
       prefix = "".join(f"{part}." for part in parts[:depth])
       yield from (prefix + end for end in HEADS if not self.heads)
-    if f".{self.embedding}".endswith(_SHARED):
-      prefix = self.embedding.removesuffix(_SHARED[1:])
-      yield from (prefix + end for end in _STACKS if prefix + end not in self.stacks)
+    yield from (name for name in stacks(self.embedding) if name not in self.stacks)
 
 
 def among(tensors: Mapping[str, Shaped], config: Mapping[str, Any]) -> Ties | None:
@@ -90,13 +88,23 @@ def among(tensors: Mapping[str, Shaped], config: Mapping[str, Any]) -> Ties | No
   if embedding is None:
     return None
   alike = [n for n, t in tensors.items() if t.shape == tensors[embedding].shape and _outside(n)]
-  prefix = embedding.removesuffix(_SHARED[1:])
-  shared = [prefix + end for end in _STACKS] if prefix != embedding else []
+  shared = stacks(embedding)
   heads = tuple(n for n in alike if n.endswith(HEADS))
   flag = _flag(config)
   if flag is None and not heads and _is_language_model(config):
     flag = True  # Classes that tie by default leave it out of their files.
   return Ties(embedding, heads, tuple(n for n in alike if n in shared), flag)
+
+
+def stacks(embedding: str) -> tuple[str, ...]:
+  """Returns what encoder and decoder call an embedding that they share; they look up these.
+
+  >>> stacks("model.shared.weight"), stacks("model.embed_tokens.weight")
+  (('model.encoder.embed_tokens.weight', 'model.decoder.embed_tokens.weight'), ())
+  """
+  shared = f".{embedding}".endswith(_SHARED)
+  prefix = embedding.removesuffix(_SHARED[1:])
+  return tuple(prefix + end for end in _STACKS) if shared else ()
 
 
 def _is_language_model(config: Mapping[str, Any]) -> bool:

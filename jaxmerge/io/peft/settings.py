@@ -88,6 +88,12 @@ class Settings(NamedTuple):
     rank, alpha = self.rank(module), self._number("alpha_pattern", module, self.values[key])
     return float(alpha / (math.sqrt(rank) if self.values.get("use_rslora") else rank))
 
+  def saves(self, name: str) -> bool:
+    """Tells whether a tensor is of a module that was trained as a copy (modules_to_save)."""
+    said = self.values.get("modules_to_save")
+    modules = [m for m in said if isinstance(m, str)] if isinstance(said, list) else []
+    return any(f".{name.rpartition('.')[0]}".endswith(f".{m}") for m in modules)
+
   def _number(self, key: str, module: str, default: Any) -> Any:
     values = self.values[key]
     try:
