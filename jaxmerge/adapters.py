@@ -32,7 +32,7 @@ Path = str | os.PathLike[str]
 
 
 @wide.aware
-def applied(params: Tree, adapter: Adapter, *, layout: layouts.Said | None = ()) -> Tree:
+def applied(params: Tree, adapter: Adapter | Any, *, layout: layouts.Said | None = ()) -> Tree:
   """Adds an adapter to a model: its matrices become matrix + scale * b @ a.
 
   A matrix is the leaf of the adapter's name, or that name with `/kernel` or `.weight`. Leaves have
@@ -48,8 +48,7 @@ def applied(params: Tree, adapter: Adapter, *, layout: layouts.Said | None = ())
     >>> applied(params, adapter)["dense"]["kernel"].tolist()
     [[1.0, 3.0], [0.0, 0.0], [2.0, 6.0]]
   """
-  leaves = tree.named(params)
-  changed = {}
+  adapter, leaves, changed = arguments.adapter(adapter), tree.named(params), {}
   for leaf, own in lora.placed(leaves, adapter, layout).items():
     x, delta = jnp.asarray(leaves[leaf]), own.delta()
     wide = tree.compute_dtype(x.dtype, delta.dtype)
@@ -163,7 +162,9 @@ def extracted(
 
 
 @wide.aware
-def flora(adapters: Sequence[Adapter], weights: Sequence[float] | None = None) -> dict[str, Lora]:
+def flora(
+  adapters: Sequence[Adapter] | Any, weights: Sequence[float] | None = None
+) -> dict[str, Lora]:
   """Stacks adapters: one adapter that adds the weighted sum of what they add, without any error.
 
   Its rank is the sum of theirs, which may differ. A matrix that an adapter does not have counts as
@@ -181,6 +182,7 @@ def flora(adapters: Sequence[Adapter], weights: Sequence[float] | None = None) -
     >>> flora([one, two])["w"].delta().tolist()
     [[0.5, 1.0], [0.0, 2.0]]
   """
+  adapters, _ = arguments.adapters(adapters, None)
   shares = _shares(adapters, weights)
 
   def stacked(name: str) -> Lora:
@@ -194,7 +196,7 @@ def flora(adapters: Sequence[Adapter], weights: Sequence[float] | None = None) -
 
 @wide.aware
 def averaged(
-  adapters: Sequence[Adapter], weights: Sequence[float] | None = None, *, pad: bool = False
+  adapters: Sequence[Adapter] | Any, weights: Sequence[float] | None = None, *, pad: bool = False
 ) -> dict[str, Lora]:
   """Averages the factors one by one, as federated averaging does: products get cross terms.
 
@@ -209,6 +211,7 @@ def averaged(
     >>> averaged([one, two])["w"].delta().tolist()
     [[2.0]]
   """
+  adapters, _ = arguments.adapters(adapters, None)
   shares = _shares(adapters, weights)
 
   def mean(name: str) -> Lora:
@@ -230,7 +233,7 @@ def averaged(
 
 
 @wide.aware
-def recompressed(adapter: Adapter, rank: int) -> dict[str, Lora]:
+def recompressed(adapter: Adapter | Any, rank: int) -> dict[str, Lora]:
   """Brings an adapter to a lower rank: the nearest matrices of that rank.
 
   The matrices themselves are never made: the decomposition is that of the factors' triangles.
@@ -241,6 +244,7 @@ def recompressed(adapter: Adapter, rank: int) -> dict[str, Lora]:
     [[3. 0.]
      [0. 0.]]
   """
+  adapter = arguments.adapter(adapter)
   product = functools.partial(jnp.matmul, precision="highest")
 
   def nearest(own: Lora) -> Lora:
@@ -277,7 +281,7 @@ def load(folder: Path, *, rename: Mapping[str, str] | None = None) -> dict[str, 
     }
 
 
-def save(folder: Path, adapter: Adapter, *, replace: bool = False) -> pathlib.Path:
+def save(folder: Path, adapter: Adapter | Any, *, replace: bool = False) -> pathlib.Path:
   """Writes an adapter as PEFT reads it; scales are multiplied into a.
 
   Raises:
@@ -285,6 +289,7 @@ def save(folder: Path, adapter: Adapter, *, replace: bool = False) -> pathlib.Pa
     ValueError: where models store some of its matrices as [in, out], and others as [out, in], and
       for NaN or infinity.
   """
+  adapter = arguments.adapter(adapter)
   swapped = {isinstance(own, Swapped) for own in adapter.values()}
   if len(swapped) > 1:
     raise ValueError("some matrices lie [in, out] and others [out, in]: save two adapters.")

@@ -143,11 +143,42 @@ def paths(models: Any, names: Sequence[str] | None) -> tuple[list[Any], Sequence
 
 def adapters(given: Any, names: Sequence[str] | None) -> tuple[list[Any], Sequence[str] | None]:
   """Returns adapters and their names: a list, a dict of them by name, or one, a dict of factors."""
+  if isinstance(given, Mapping):
+    several = any(isinstance(own, Mapping) for own in given.values())
+    names = (names or list(given)) if several else names
+    given = list(given.values()) if several else [given]
+  if isinstance(given, str | os.PathLike) or not hasattr(given, "__iter__"):
+    raise ValueError(f"adapters must be a list of adapters, got {_kind(given)}{_loaded(given)}.")
+  return [adapter(own, f"adapter {k}") for k, own in enumerate(given)], names
+
+
+def adapter(given: Any, whose: str = "the adapter") -> Any:
+  """Returns an adapter; ValueError for what is no dict of the factors of matrices by their names.
+
+  Example:
+    >>> adapter([{}])
+    Traceback (most recent call last):
+    ValueError: the adapter must be a dict of Lora by matrix, got a list: give one of its items; \
+adapters.merged merges several.
+  """
+  shape = f"{whose} must be a dict of Lora by matrix, got"
+  if isinstance(given, list | tuple) and not hasattr(given, "_fields"):
+    raise ValueError(
+      f"{shape} a {_kind(given)}: give one of its items; adapters.merged merges several."
+    )
   if not isinstance(given, Mapping):
-    return list(given), names
-  if any(isinstance(own, Mapping) for own in given.values()):
-    return list(given.values()), names or list(given)
-  return [given], names
+    raise ValueError(f"{shape} {_kind(given)}{_loaded(given)}.")
+  for name, own in given.items():
+    if isinstance(own, Mapping):
+      raise ValueError(f"{shape} a dict by name: give one, such as its {name!r}.")
+    if not (hasattr(own, "a") and hasattr(own, "b") and hasattr(own, "scale")):
+      raise ValueError(f"{shape} {_kind(own)} for {name!r}: give adapters.Lora(a, b, scale).")
+  return given
+
+
+def _loaded(given: Any) -> str:
+  known = isinstance(given, str | os.PathLike)
+  return f"; adapters.load({str(given)!r}) reads one" if known else ""
 
 
 def numbers(aux: Any, seed: Any) -> dict[str, Any]:

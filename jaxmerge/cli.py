@@ -317,11 +317,18 @@ def _bytes(text: str) -> int:
   raise argparse.ArgumentTypeError(f"{text!r} is no size; write 5GB or 500MB")
 
 
+def _words(error: BaseException | str) -> str:
+  """What an error says; that of the system in the order of others, the file first."""
+  if isinstance(error, OSError) and error.filename is not None and error.strerror is not None:
+    return f"{error.filename}: {error.strerror}."
+  return str(error)
+
+
 def _failed(error: BaseException | str, status: int, debug: bool) -> int:
   if debug and isinstance(error, BaseException):
     traceback.print_exception(error)
   else:
-    progress.say(f"error: {error}")
+    progress.say(f"error: {_words(error)}")
   return status
 
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmerge import catalog, tree, wide
+from jaxmerge import arguments, catalog, tree, wide
 from jaxmerge.adapters import Adapter, Lora, Path, Swapped
 from jaxmerge.io import atomic, folder, safetensors
 from jaxmerge.methods import spectral
@@ -67,7 +67,9 @@ class Reversible(NamedTuple):
 
 
 @wide.aware
-def rmm(adapters: Sequence[Adapter], names: Sequence[str], *, components: int = 1) -> Reversible:
+def rmm(
+  adapters: Sequence[Adapter] | Any, names: Sequence[str], *, components: int = 1
+) -> Reversible:
   """Finds, for each position of each factor, the plane nearest to the tasks' vectors.
 
   With `components` = min(rank, n - 1) nothing is lost; with fewer the squared error is the least
@@ -92,6 +94,7 @@ def rmm(adapters: Sequence[Adapter], names: Sequence[str], *, components: int = 
     >>> print(np.asarray(rmm(tasks, ("cat", "dog")).for_task("dog")["w"].delta()).round(5))
     [[3. 2.]]
   """
+  adapters, _ = arguments.adapters(adapters, None)
   n = len(adapters)
   if len(names) != n or len(set(names)) != n or not n:
     raise ValueError(f"{n} adapters need as many different names, got {list(names)}.")

@@ -115,6 +115,22 @@ def test_an_encoder_has_no_head_that_could_stay(tmp_path):
   assert HEAD not in model.tensors
 
 
+def test_the_head_of_a_task_is_told_where_the_base_has_none(tmp_path):
+  """The base as such a model: found with PEFT, whose outputs the merged model has."""
+  tensors = base(tmp_path / "base", tied=False)
+  parts = lora(UP, (12, 6)) | {f"{PREFIX}score.weight": noise(3, 3, 6)}
+  adapter = write(tmp_path / "adapter", parts, task_type="SEQ_CLS", modules_to_save=["score"])
+  with pytest.raises(
+    ValueError, match=r"no 'score.weight': .*Classification.*\(BASE, num_labels=3\)"
+  ):
+    opened(tmp_path / "base", adapter)
+  del tensors[HEAD]
+  config = {**LLAMA, "architectures": ["LlamaForSequenceClassification"]}
+  folders.write(tmp_path / "base", {**tensors, "score.weight": noise(4, 3, 6)}, config=config)
+  found = values(opened(tmp_path / "base", adapter), "score.weight")
+  np.testing.assert_array_equal(found, noise(3, 3, 6))
+
+
 SHARED, ENCODER, DECODER = "shared", "encoder.embed_tokens", "decoder.embed_tokens"
 NO_CHANGE = {n: x * n.endswith("B") for n, x in embedded(SHARED, (10, 6)).items()}
 S_ROWS = {f"{PREFIX}{SHARED}.token_adapter.trainable_tokens_delta": noise(8, 2, 6)}

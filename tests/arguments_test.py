@@ -54,7 +54,17 @@ def update_another(**shapes):
   run.update(run.init(BASE), {"dense": leaves})
 
 
+ADAPTER = {"dense": adapters.Lora(np.ones((1, 4), np.float32), np.ones((3, 1), np.float32))}
 MISTAKES = {
+  "adapters for one": (
+    lambda: adapters.applied(BASE, [ADAPTER]),
+    r"a list: give one of its items; adapters\.merged merges several",
+  ),
+  "adapters by name": (lambda: adapters.applied(BASE, {"a": ADAPTER}), "such as its 'a'"),
+  "path of an adapter": (lambda: adapters.recompressed("x", 1), r"adapters\.load\('x'\) reads one"),
+  "paths of adapters": (lambda: adapters.flora(["x"]), r"adapter 0 .* adapters\.load\('x'\)"),
+  "path of adapters": (lambda: adapters.merged(MEAN, BASE, "x"), "must be a list of adapters"),
+  "factors": (lambda: adapters.save("x", {"w": (1, 2)}), r"tuple for 'w': give adapters\.Lora\(a"),
   "byte order": (lambda: jaxmerge.merge(MEAN, other(">f4"), STACK), "byte order of another"),
   "dates": (lambda: jaxmerge.merge(MEAN, BASE, [other("M8[D]")]), "which is no number"),
   "long": (lambda: jaxmerge.merge(MEAN, BASE, [other("longdouble")]), "wider than JAX"),
@@ -179,7 +189,7 @@ def test_names_that_are_not_there():
 
 
 def test_an_adapter_of_one_task_or_of_several_by_name():
-  one = {"dense": adapters.Lora(np.ones((1, 4), np.float32), np.ones((3, 1), np.float32))}
-  for given in (one, [one], {"chat": one}):
+  for given in (ADAPTER, [ADAPTER], {"chat": ADAPTER}):
     found = adapters.merged(stage.chain(MEAN), BASE, given)
     np.testing.assert_array_equal(found["dense"]["kernel"], np.ones((4, 3)))
+    np.testing.assert_array_equal(adapters.averaged(given)["dense"].delta(), np.ones((3, 4)))

@@ -39,6 +39,26 @@ CACHE = "models--org--name"
     ("a", ["a/model_index.json", "a/vae/x.safetensors"], "pipeline of diffusers, .*, a/vae;"),
     (CACHE, [f"{CACHE}/snapshots/abc/x", f"{CACHE}/refs/main"], f"name@main, or {CACHE}/snap"),
     (f"{CACHE}/snapshots", [f"{CACHE}/snapshots/0/x"], f"org/name@main, or {CACHE}/snapshots/0"),
+    (f"{CACHE}/blobs", [f"{CACHE}/blobs/x", f"{CACHE}/snapshots/0/x"], "org/name@main, or"),
+    (CACHE, [f"{CACHE}/blobs/x"], "name of the hub, without a snapshot: give org/name@main with"),
+    (f"{CACHE}/snapshots/0", [f"{CACHE}/snapshots/0/x"], "snapshot of org/name .* without weights"),
+    (
+      "a",
+      [f"a/{CACHE}/snapshots/0/x"],
+      f"cache of the hub: .*, org/name, as a/{CACHE}/snapshots/0",
+    ),
+    ("a", [f"a/hub/{CACHE}/snapshots/0/x"], f"org/name, as a/hub/{CACHE}/snapshots/0"),
+    ("datasets--a--b", ["datasets--a--b/snapshots/0/x"], "a data set of the hub, a/b"),
+    (
+      "a/adapter_model.safetensors",
+      ["a/adapter_config.json", "a/adapter_model.safetensors"],
+      "adapter_config.json, a, or",
+    ),
+    (
+      "a/adapter_model.safetensors",
+      ["a/adapter_model.safetensors"],
+      "that holds it and its adapter_config",
+    ),
     ("a", ["a/pytorch_model.bin"], "pytorch_model.bin is a pickle"),
     ("a", ["a/dataset_info.json", "a/data/train.parquet"], r"holds data \(data/train.parquet\)"),
     ("a", ["a/checkpoint-20/model.safetensors", "a/x.json"], "in it: give a/checkpoint-20"),
@@ -76,6 +96,8 @@ def test_all_who_open_a_model_say_the_same(home, capsys):
   for command in (["inspect", "a"], ["diff", "a", "a"], ["merge", "recipe.yml", "out"]):
     assert cli.main(command) in (1, 2)
     assert words in capsys.readouterr().err
+  assert cli.main(["merge", "none.yml", "out"]) == 1
+  assert capsys.readouterr().err == "error: none.yml: there is no such recipe file.\n"
   with pytest.raises(FileNotFoundError, match="msgpack_restore"):
     jaxmerge.merge_files(jaxmerge.methods.average(), ["a"], "out")
 

@@ -25,6 +25,12 @@ Path = str | os.PathLike[str]
 CONFIG = kinds.ADAPTER
 WEIGHTS = "adapter_model.safetensors"
 
+# Of transformers: what a model is loaded by that has the head of a task.
+_CLASSES = {
+  "SEQ_CLS": "AutoModelForSequenceClassification",
+  "TOKEN_CLS": "AutoModelForTokenClassification",
+  "QUESTION_ANS": "AutoModelForQuestionAnswering",
+}
 _PAIR = ("lora_A.weight", "lora_B.weight")
 
 
@@ -181,12 +187,7 @@ def _replace(base: Base, contents: Contents, own: Settings) -> dict[str, str]:
   for name, tensor in contents.whole.items():
     found = base.name(name)
     if found is None:
-      untied = f"; give the base{UNTIED}" if name.endswith(ties.HEADS) else ""
-      raise ValueError(
-        f"{tensor.where}: is neither a part that {own.kind} has (lora_A.weight, lora_B.weight, "
-        f"lora_embedding_A, lora_embedding_B, {parts.MAGNITUDE}) nor in the base{base.near(name)}"
-        f"{untied}."
-      )
+      raise ValueError(f"{tensor.where}: {_unknown(name, tensor, base, own)}.")
     old = base.tensor(found)
     resized = ties.is_vocabulary(found) and tensor.shape[1:] == old.shape[1:] != ()
     if tensor.shape != old.shape and not resized:
@@ -196,6 +197,23 @@ def _replace(base: Base, contents: Contents, own: Settings) -> dict[str, str]:
       )
     base.changed[found], names[name] = _like(tensor, old), found
   return names
+
+
+def _unknown(name: str, tensor: Tensor, base: Base, own: Settings) -> str:
+  """What is wrong with a tensor that is no part of an adapter's kind, nor in the base."""
+  task = own.values.get("task_type")
+  if isinstance(task, str) and task in _CLASSES:
+    labels = f", num_labels={tensor.shape[0]}" if task in ("SEQ_CLS", "TOKEN_CLS") else ""
+    written = f"{_CLASSES[task]}.from_pretrained(BASE{labels}).save_pretrained(FOLDER)"
+    return (
+      f"was trained beside the adapter, on a model for {task}, and the base has no {name!r}: give "
+      f"the base as such a model, which transformers' {written} writes"
+    )
+  untied = f"; give the base{UNTIED}" if name.endswith(ties.HEADS) else ""
+  return (
+    f"is neither a part that {own.kind} has (lora_A.weight, lora_B.weight, lora_embedding_A, "
+    f"lora_embedding_B, {parts.MAGNITUDE}) nor in the base{base.near(name)}{untied}"
+  )
 
 
 def _like(tensor: Tensor, own: Tensor) -> Tensor:

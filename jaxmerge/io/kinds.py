@@ -69,6 +69,11 @@ def pickled(folder: pathlib.Path) -> str:
 
 def _of_file(path: pathlib.Path) -> str:
   """Says of a file what to give in its place."""
+  if (path.parent / ADAPTER).is_file():
+    whole = f"{path.parent}, or, where models are merged, MODEL+{path.parent}"
+    return f"is a file of a PEFT adapter; give the folder that holds {ADAPTER}, {whole}"
+  if path.name.startswith("adapter_model."):
+    return f"is a file of a PEFT adapter; give a folder that holds it and its {ADAPTER}"
   if path.suffix in PICKLES:
     return f"no folder; {conversion(path)}"
   for ending, say in ((".gguf", _gguf), (".msgpack", _msgpack)):
@@ -97,15 +102,44 @@ def _adapter(path: pathlib.Path) -> str:
 
 
 def _cache(path: pathlib.Path) -> str:
-  """A folder of the hub's cache: of a model, or of its snapshots."""
-  root = path.parent if path.name == "snapshots" else path
-  snapshots = sorted(p for p in (root / "snapshots").glob("*") if p.is_dir())
-  if not root.name.startswith("models--") or not snapshots:
-    return ""
-  main = root / "refs" / "main"
-  newest = root / "snapshots" / main.read_text().strip() if main.is_file() else snapshots[-1]
-  name = root.name.removeprefix("models--").replace("--", "/")
+  """A folder of the hub's cache: of a model, or within it; of all models, or what holds that."""
+  root = next((p for p in (path, path.parent) if re.match(r"(models|datasets)--", p.name)), None)
+  if root is not None:
+    return _cached(root)
+  for home in (path, path / "hub"):
+    models = sorted(p for p in home.glob("models--*") if any((p / "snapshots").glob("*")))
+    if models:
+      return (
+        f"it is a cache of the hub: give a model of it, {_names([_id(p) for p in models])}, "
+        + (f"as {_snapshot(models[0])}")
+      )
+  return ""
+
+
+def _cached(root: pathlib.Path) -> str:
+  """What to give in place of the cache of a model."""
+  if not root.name.startswith("models--"):
+    return f"it is the cache of a data set of the hub, {_id(root)}, and holds no model"
+  name, newest = _id(root), _snapshot(root)
+  if newest is None:
+    return f"it is the cache of {name} of the hub, without a snapshot: {_fetched(name)}"
   return f"it is the cache of {name} of the hub: give {name}@main, or {newest}"
+
+
+def _fetched(name: str) -> str:
+  return f"give {name}@main with --download (download=True in Python), which fetches all of it"
+
+
+def _id(root: pathlib.Path) -> str:
+  return root.name.partition("--")[2].replace("--", "/")
+
+
+def _snapshot(root: pathlib.Path) -> pathlib.Path | None:
+  """The folder of a cached model's main branch, or another one; None where there is none."""
+  main = root / "refs" / "main"
+  newest = root / "snapshots" / (main.read_text().strip() if main.is_file() else "")
+  others = sorted(p for p in (root / "snapshots").glob("*") if p.is_dir())
+  return newest if newest in others else others[-1] if others else None
 
 
 def _orbax(path: pathlib.Path) -> str:
@@ -213,6 +247,13 @@ def _near(path: pathlib.Path) -> str:
   return f"the model is one level up: give {path.parent}" if _is_model(path.parent) else ""
 
 
+def _snapshot_alone(path: pathlib.Path) -> str:
+  root = path.parent.parent
+  if path.parent.name != "snapshots" or not root.name.startswith("models--"):
+    return ""
+  return f"it is a snapshot of {_id(root)} of the hub without weights: {_fetched(_id(root))}"
+
+
 def _data(path: pathlib.Path) -> str:
   files = [p for pattern in _DATA for p in sorted(path.glob(pattern))]
   return f"it holds data ({files[0].relative_to(path)}), and no weights" if files else ""
@@ -220,7 +261,7 @@ def _data(path: pathlib.Path) -> str:
 
 _LOOKS: tuple[Callable[[pathlib.Path], str], ...] = (
   _cache, _adapter, _distcp, _deepspeed, _diffusers, _otherwise, _pickle, _msgpack, _gguf, _near,
-  _orbax, _foreign, _data,
+  _orbax, _foreign, _data, _snapshot_alone,
 )  # fmt: skip
 
 

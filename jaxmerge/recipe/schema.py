@@ -67,9 +67,12 @@ def read(path: str | os.PathLike[str], *, strict: bool = False) -> tuple[Recipe,
       may say so as well.
 
   Raises:
+    FileNotFoundError: where there is no file.
     RecipeError: a ValueError with all problems, a line each: `file:line:column: what`.
   """
   path = pathlib.Path(path)
+  if not path.exists():
+    raise FileNotFoundError(f"{path}: there is no such recipe file.")
   with path.open("rb") as file:
     content = file.read(4 * marked.LONGEST + 1)
   if len(content) > 4 * marked.LONGEST:
