@@ -112,9 +112,24 @@ def test_floats_may_hold_codes(tmp_path):
   assert codes.problem("m", packed, packed, {}, tmp_path) is None
   said = codes.problem("m", packed, packed, {"quantization_config": {"a": 1}}, tmp_path)
   assert "'up.weight' of m is float16: codes" in said
-  table = tensor(np.int8, (2, 2))._replace(read=read([1, 2]))
-  other = table._replace(read=read([2, 1]))
-  assert codes.copied([[("lut", "a", table), ("lut", "b", table)], []]) == []
+
+
+@pytest.mark.parametrize("place", [0, 5000, 2**20 + 7])
+def test_integers_that_differ_anywhere_are_told(place):
+  """They are copied from the first model."""
+  values = np.zeros((2, 2**19 + 8), np.int8)
+  changed = values.copy()
+  changed.flat[place] = 1
+
+  def of(x):
+    def read(start, out):
+      out[...] = x.reshape(-1)[start : start + out.size]
+
+    return tensor(x.dtype, x.shape)._replace(read=read)
+
+  table, other = of(values), of(changed)
+  wide = of(values.astype(np.int32))
+  assert codes.copied([[("lut", "a", table), ("lut", "b", wide)], []]) == []
   (note,) = codes.copied([[("lut", "a", table), ("lut", "b", other)]])
   assert "'lut' is int8 and differs between a and b: it is copied from a" in note
 
