@@ -290,8 +290,18 @@ def test_conditions_that_hold_for_some_tensor_are_fine():
       17,
       "pattern '^self_atn' holds for none of the 14 tensors; did you mean 'self_attn'?",
     ),
+    (
+      "filter: expert",
+      16,
+      "14 tensors, whose names have embed, layers, lm_head, mlp, model, norm, q_proj, self_attn and "
+      "2 more in them; else remove it.",
+    ),
     ("layers: 7", 16, "layers 7 holds for none of the 14 tensors; their layers are 0 to 3."),
-    ("filter: embed, layers: 0-3", 16, "filter 'embed' and layers 0-3 holds for none"),
+    (
+      "filter: embed, layers: 0-3",
+      16,
+      "layers 0-3 holds for none of the 14 tensors: those whose names fit are in no such layer.",
+    ),
   ],
 )
 def test_conditions_that_hold_for_no_tensor(item, column, words):

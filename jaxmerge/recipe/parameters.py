@@ -7,6 +7,7 @@ the tensor.
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -25,6 +26,8 @@ from jaxmerge.recipe.records import (
   Where,
   groups,
 )
+
+_SHOWN = 8  # Parts of names, where a condition holds for none.
 
 
 class Tensor(NamedTuple):
@@ -304,8 +307,16 @@ def _without(where: Where, tensors: Mapping[str, int | None]) -> str:
     return (
       f"{text}; their layers are 0 to {max(layers)}." if layers else f"{text}; none is a layer."
     )
+  if where.layers is not None and any(
+    dataclasses.replace(where, layers=None).holds(name, None) for name in tensors
+  ):
+    return f"{text}: those whose names fit are in no such layer."
   parts = [[p for p in name.split(".") if not p.isdigit()] for name in tensors]
   long = wanted.count(".") + 1
   words = {".".join(p[i : i + long]) for p in parts for i in range(len(p))}
   close = difflib.get_close_matches(wanted, sorted(words), n=1)
-  return f"{text}; did you mean {close[0]!r}?" if close else f"{text}."
+  if close:
+    return f"{text}; did you mean {close[0]!r}?"
+  each = sorted({part for own in parts for part in own})
+  more = f" and {len(each) - _SHOWN} more" if len(each) > _SHOWN else ""
+  return f"{text}, whose names have {', '.join(each[:_SHOWN])}{more} in them; else remove it."
