@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from jaxmerge import cli, files, layouts, planning, summarizing
-from jaxmerge.io.tensor import Files, Tensor
-from jaxmerge.recipe import plan as plans
+from jaxmerge.io.tensor import Tensor
+
+family, plan_of = folders.family_here, folders.plan_of
 
 # A folder of `folders.family`: embedding, head and last norm, three layers; and four integers.
 FLOATS = 60 + 60 + 6 + 3 * (6 + 72 + 36)
@@ -37,13 +38,6 @@ exclude: [lm_head]
 """
 
 
-@pytest.fixture
-def family(tmp_path, monkeypatch):
-  """A base and three models, the last one in three files, in the current directory."""
-  monkeypatch.chdir(tmp_path)
-  return folders.family(tmp_path)
-
-
 def said(capsys, text, *options):
   """The lines of a dry run, without the room on the disk, which is another at any time."""
   pathlib.Path("recipe.yml").write_text(text)
@@ -52,11 +46,6 @@ def said(capsys, text, *options):
   *lines, disk = capsys.readouterr().out.splitlines()
   assert disk.startswith("disk: ")
   return lines
-
-
-def plan_of(text):
-  pathlib.Path("recipe.yml").write_text(text)
-  return plans.of_file("recipe.yml", Files())
 
 
 def test_what_is_read_and_written_is_told_in_bytes(family, capsys):

@@ -1,11 +1,16 @@
-"""Small model folders on disk, for the tests of merging files."""
+"""Small model folders on disk and recipes of them, for the tests of merging files."""
 
 import hashlib
 import json
+import pathlib
 
 import numpy as np
+import pytest
 
+from jaxmerge import files
 from jaxmerge.io import safetensors
+from jaxmerge.io.tensor import Files
+from jaxmerge.recipe import plan as plans
 
 CONFIG = {"model_type": "llama", "num_hidden_layers": 3, "torch_dtype": "float32"}
 
@@ -83,3 +88,21 @@ def read(folder):
   for path in sorted(folder.glob("*.safetensors")):
     found |= safetensors.load(path)
   return found
+
+
+@pytest.fixture
+def family_here(tmp_path, monkeypatch):
+  """A base and three models near it, in the current directory: `family = folders.family_here`."""
+  monkeypatch.chdir(tmp_path)
+  return family(tmp_path)
+
+
+def plan_of(text, **options):
+  """The plan of a recipe, which is written to `recipe.yml`."""
+  pathlib.Path("recipe.yml").write_text(text)
+  return plans.of_file("recipe.yml", Files(), **options)
+
+
+def run(text, out="out", **options):
+  """Runs a recipe, and returns the tensors of the result."""
+  return read(files.run(plan_of(text), out, **options))

@@ -15,9 +15,9 @@ from huggingface_hub import constants
 
 from jaxmerge import cli, files, methods
 from jaxmerge.io import hub, safetensors
-from jaxmerge.io.tensor import Files
 from jaxmerge.recipe import RecipeError
-from jaxmerge.recipe import plan as plans
+
+plan_of = folders.plan_of
 
 RECIPE = """
 merge_method: task_arithmetic
@@ -68,11 +68,6 @@ def remote(cache, monkeypatch):
 
   monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
   return found
-
-
-def plan_of(text, **options):
-  pathlib.Path("recipe.yml").write_text(text)
-  return plans.of_file("recipe.yml", Files(), **options)
 
 
 def provenance(out):

@@ -293,8 +293,8 @@ def test_conditions_that_hold_for_some_tensor_are_fine():
     (
       "filter: expert",
       16,
-      "14 tensors, whose names have embed, layers, lm_head, mlp, model, norm, q_proj, self_attn and "
-      "2 more in them; else remove it.",
+      "tensors, whose names have embed, layers, lm_head, mlp, model, norm, q_proj, self_attn and 2 "
+      "more in them; else remove it.",
     ),
     ("layers: 7", 16, "layers 7 holds for none of the 14 tensors; their layers are 0 to 3."),
     (

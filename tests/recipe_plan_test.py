@@ -13,26 +13,9 @@ import small
 import jaxmerge
 from jaxmerge import cli, files, methods, planning, summarizing
 from jaxmerge.io import safetensors
-from jaxmerge.io.tensor import Files
 from jaxmerge.recipe import RecipeError, layers
-from jaxmerge.recipe import plan as plans
 
-
-@pytest.fixture
-def family(tmp_path, monkeypatch):
-  """A base and three models near it, in the current directory."""
-  monkeypatch.chdir(tmp_path)
-  return folders.family(tmp_path)
-
-
-def run(text, out="out", **options):
-  """Runs a recipe, and returns the tensors of the result."""
-  return folders.read(files.run(plan_of(text), out, **options))
-
-
-def plan_of(text):
-  pathlib.Path("recipe.yml").write_text(text)
-  return plans.of_file("recipe.yml", Files())
+family, plan_of, run = folders.family_here, folders.plan_of, folders.run
 
 
 TIES = """

@@ -14,18 +14,13 @@ from jaxmerge.io.tensor import Files
 from jaxmerge.recipe import RecipeError
 from jaxmerge.recipe import plan as plans
 
+family = folders.family_here
+
 LAYER = "model.layers.{}."
 QUERY, UP, NORM = (
   LAYER + n for n in ("self_attn.q_proj.weight", "mlp.up_proj.weight", "input_layernorm.weight")
 )
 EMBEDDING, FINAL, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
-
-
-@pytest.fixture
-def family(tmp_path, monkeypatch):
-  """A base and three models near it, in the current directory."""
-  monkeypatch.chdir(tmp_path)
-  return folders.family(tmp_path)
 
 
 def written(text):

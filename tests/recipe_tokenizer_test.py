@@ -12,9 +12,10 @@ import tokenizers
 
 from jaxmerge import cli, files, planning
 from jaxmerge.io import rows, safetensors
-from jaxmerge.io.tensor import Files, Tensor
+from jaxmerge.io.tensor import Tensor
 from jaxmerge.recipe import RecipeError, chat, embeddings
-from jaxmerge.recipe import plan as plans
+
+plan_of = folders.plan_of
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 WORDS = [f"w{i}" for i in range(8)]
@@ -54,11 +55,6 @@ def three(tmp_path, monkeypatch):
     write("chat", 1, WORDS, ["<s>", "</s>", "<|im_end|>"], size=16),
     write("turned", 2, WORDS[::-1], ["</s>", "<s>"]),
   ]
-
-
-def plan_of(text):
-  pathlib.Path("recipe.yml").write_text(text)
-  return plans.of_file("recipe.yml", Files())
 
 
 def run(text):
