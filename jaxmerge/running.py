@@ -41,7 +41,9 @@ class Running(NamedTuple):
   Attributes:
     init: (params) -> state, before the first; only shapes and dtypes are looked at.
     update: (state, params) -> state, with one more model; for methods with random masks
-      (state, params, name), as the masks depend on it.
+      (state, params, name), as the masks depend on it. Under a `jit` or `scan` of yours JAX has
+      made arguments of 64 bits narrow before they are seen here: trace within
+      `jax.enable_x64(True)`, or leave such leaves out. It is an error where the base has them.
     finalize: (state) -> params, the merge of the models so far; ValueError if there are none. The
       state may go on.
   """
@@ -116,7 +118,8 @@ def of(
       raise ValueError(f"leaf {min(others)!r} is only in the tree that {where} was given.")
     if seeded and name is None:
       raise ValueError("the method's random masks depend on the model's name: give update a name.")
-    wide.refuse_narrowed([tree.named(params)], state)
+    leaves = [tree.named(t) for t in (params, base) if t is not None]
+    wide.refuse_narrowed(leaves, state, params)
     ready = prepared(params, name)
     own = None if base is None else _merged(base)
     try:

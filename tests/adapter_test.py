@@ -267,7 +267,10 @@ def test_a_folder_without_an_adapter(tmp_path):
     ({"use_qalora": True}, "use_qalora"),
     ({"a_key_of_tomorrow": 1}, "a_key_of_tomorrow = 1 is not supported; merge it with PEFT"),
     ({"init_lora_weights": "corda"}, "'corda' changed the base .*path_initial_model_for_weight"),
-    ({"init_lora_weights": "loftq"}, "'loftq' changed the base"),
+    (
+      {"init_lora_weights": "loftq"},
+      "'loftq' changed the base .*merge_and_unload.* or give the base",
+    ),
     ({"use_dora": 1}, "use_dora must be true or false, got 1"),
     ({"r": 0}, "r must be a whole number, 1 or more, got 0"),
     ({"r": True}, "r must be a whole number, 1 or more, got True"),

@@ -142,3 +142,16 @@ def test_a_program_of_the_callers_that_would_narrow_a_leaf_is_refused(leaf):
     jax.jit(lambda: merged(1.0))()
   with jax.enable_x64(True):
     assert jax.vmap(merged)(jnp.ones(1))["x"][0] == leaf
+
+
+@pytest.mark.parametrize("leaf", [np.array([2**40 + 7]), np.array([1 / 3])], ids=["int", "float"])
+def test_a_running_merge_in_a_program_that_narrows_a_leaf_is_refused(leaf):
+  """What is an argument of the program is narrow before it is seen; the base tells."""
+  base = {"w": np.zeros(1, np.float32), "x": leaf}
+  run = running.of(methods.task_arithmetic(1.0), base)
+  state = run.init(base)
+  with pytest.raises(ValueError, match=r"leaf 'x' is .*64, which your jit.* jax.enable_x64"):
+    jax.jit(run.update)(state, base)
+  with jax.enable_x64(True):
+    state = jax.jit(run.update)(state, base)
+  assert run.finalize(state)["x"][0] == leaf

@@ -146,7 +146,7 @@ def _vera(
   base: Base, target: Target, shared: Mapping[str, Tensor], own: Settings, wholes: pieces.Wholes
 ) -> Compute:
   if shared.keys() != {"vera_A", "vera_B"}:
-    raise own.refused("save_projection", "left out vera_A and vera_B, which other programs draw")
+    raise own.refused("save_projection", "left out vera_A and vera_B, which PEFT draws again")
   a, b = shared["vera_A"], shared["vera_B"]
   outer, inner = (target.parts[f"vera_lambda_{x}"].shape for x in "bd")
   shape = target.tensor.shape

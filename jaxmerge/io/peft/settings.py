@@ -151,9 +151,16 @@ def _check_start(own: Settings) -> None:
     raise own.refused("init_lora_weights", "is not known")
   if start in _STARTS or own.kind not in ("LORA", "ADALORA"):
     return
+  remedy = MERGE
+  if str(start).startswith(("pissa", "corda", "lora_ga")):
+    remedy = (
+      "in the program that trained it, PEFT's save_pretrained(OUT, "
+      "path_initial_model_for_weight_conversion=INIT) makes plain LoRA of it, where INIT is the "
+      "adapter as it was saved before the training"
+    )
   raise ValueError(
-    f"{own.path}: init_lora_weights = {shown(start)} changed the base before the training; save "
-    "the adapter with PEFT's path_initial_model_for_weight_conversion."
+    f"{own.path}: init_lora_weights = {shown(start)} changed the base before the training; "
+    f"{remedy}; or give the base as it was changed, and set init_lora_weights to true."
   )
 
 
