@@ -10,7 +10,7 @@ from typing import Any  # Any: whatever a caller gives.
 import jax
 import numpy as np
 
-from jaxmerge import catalog, tree
+from jaxmerge import catalog, fingerprint, stage, tree
 from jaxmerge.io import codes
 from jaxmerge.stage import Method, Stage
 from jaxmerge.tree import Tree
@@ -24,8 +24,10 @@ def method(given: Any) -> Method:
     Traceback (most recent call last):
     ValueError: a method is wanted, not its name: call jaxmerge.methods.ties().
   """
-  if isinstance(given, tuple) and all(isinstance(step, Stage) for step in given):
+  if isinstance(given, Method):
     return given
+  if isinstance(given, tuple) and all(isinstance(step, Stage) for step in given):
+    return Method(given)
   wanted = "the method comes first, and is what a call such as jaxmerge.methods.ties() returns"
   if isinstance(given, str):
     if given in catalog.METHODS:
@@ -41,6 +43,42 @@ def method(given: Any) -> Method:
       f"{wanted}; several, or a list of stages, are joined by jaxmerge.stage.chain(...)."
     )
   raise ValueError(f"{wanted}; got {_kind(given)}.")
+
+
+def refuse_weights(method: Method, instead: str, vectors: str) -> None:
+  """Raises ValueError for a published method of task vectors that is given the weights themselves.
+
+  Args:
+    method: what merges them.
+    instead: how to give a base.
+    vectors: how to give task vectors.
+  """
+  names = [n for n in method.name.split(" + ") if n in catalog.METHODS]
+  if name := next((n for n in names if catalog.METHODS[n].on == "task vectors"), None):
+    raise ValueError(
+      f"{name} merges task vectors, the differences from a base, but there is no base: give one, "
+      f"{instead}; for models that are task vectors already, {vectors}."
+    )
+
+
+def described(
+  method: Method, numbers: Mapping[str, Any], words: str | None = None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+  """Returns what a plan says of a method, and its hyperparameters with their defaults.
+
+  A published method is told by its name and settings, another by a digest of its code.
+
+  Example:
+    >>> from jaxmerge import methods
+    >>> described(methods.average(normalize=False), {"weight": 0.5})
+    ({'method': 'average', 'normalize': False}, {'weight': 0.5})
+  """
+  every = {**{n: v for n, v in stage.numbers(method).items() if n != "seed"}, **numbers}
+  said = {"words": words} if words else {}
+  plain = all(v is None or isinstance(v, bool | int | float | str) for _, v in method.settings)
+  if method.name in catalog.METHODS and plain:
+    return {"method": method.name, **dict(method.settings), **said}, every
+  return {"method": fingerprint.fingerprint(method), **said}, dict(numbers)
 
 
 def stacked(

@@ -26,7 +26,6 @@ from jaxmerge import (
   asking,
   display,
   evaluating,
-  fingerprint,
   finishing,
   layouts,
   opening,
@@ -109,6 +108,9 @@ def merge_files(
     FileExistsError: where there is something at `out` and `replace` is not set.
   """
   method = arguments.method(method)
+  if base is None:
+    zeros = "a base of zeros subtracts nothing"
+    arguments.refuse_weights(method, "merge_files(method, models, out, base=...)", zeros)
   models, names = arguments.paths(models, names)
   called = [display.readable(str(pathlib.Path(m))) for m in models] if names is None else [*names]
   kept = asking.checked(called, len(models), base=base is not None, dtype=dtype, missing=missing)
@@ -118,8 +120,8 @@ def merge_files(
     references += [] if base is None else [(asking.BASE, base)]
     each = opening.every(references, files, find, rename)
     start = None if base is None else each.pop()
-    said = {"method": fingerprint.fingerprint(method), **({"words": words} if words else {})}
-    job = planning.Job(lambda: method, said, tuple(called), arguments.numbers(aux, None), seed)
+    said, numbers = arguments.described(method, arguments.numbers(aux, None), words)
+    job = planning.Job(lambda: method, said, tuple(called), numbers, seed)
     plan = asking.planned(job, start, each, dtype=kept, missing=missing, allow=allow)
     plan = asking.laid_out(plan, method, layout)
     plan = plan._replace(facts={**plan.facts, **find.facts}, stamps=dict(files.stamps))

@@ -75,14 +75,15 @@ def partial_sum(
   *,
   before: Method,
   step: Stage,
-  statistic: Sum,
+  statistic: str,
   form: Form,
 ) -> Any:
   """What a slice adds to a sum."""
 
   def run(parts: Parts, known: Any, own: Any) -> Any:
     x, leaf, kept = _through(parts, known, before, form)
-    return statistic.measure(memory.seen(step, x, kept), leaf, own)
+    measured: Sum = step.statistic(statistic)
+    return measured.measure(memory.seen(step, x, kept), leaf, own)
 
   return unrolling.unrolled(run, each=form.each, halves=True)(_narrowed(parts, form), known, own)
 
@@ -92,13 +93,14 @@ _RANKED = ("before", "step", "rank", "form")
 
 @functools.partial(jax.jit, static_argnames=_RANKED)
 def patterns(
-  parts: Parts, known: Any, own: Any, *, before: Method, step: Stage, rank: Rank, form: Form
+  parts: Parts, known: Any, own: Any, *, before: Method, step: Stage, rank: str, form: Form
 ) -> Array:
   """The patterns of a slice's values, [K, n]."""
 
   def run(parts: Parts, known: Any, own: Any) -> Array:
     x, leaf, kept = _through(parts, known, before, form)
-    return statistics.pattern(rank.of(memory.seen(step, x, kept), leaf, own))
+    ranked: Rank = step.statistic(rank)
+    return statistics.pattern(ranked.of(memory.seen(step, x, kept), leaf, own))
 
   bits = unrolling.unrolled(run, each=form.each, halves=True)(_narrowed(parts, form), known, own)
   return bits.reshape(bits.shape[0], parts.models.shape[1])
@@ -113,7 +115,7 @@ def sides(
   *,
   before: Method,
   step: Stage,
-  rank: Rank,
+  rank: str,
   form: Form,
 ) -> Array:
   """On which sides of brackets [R, K, 1] a slice's values are: see `ranking.sides`."""

@@ -60,7 +60,7 @@ class Unit(NamedTuple):
 NONE = Table()
 
 
-def of(method: Sequence[Any], base: Any, *, layout: Said | Table | None = ()) -> dict[str, Rule]:
+def of(method: Iterable[Any], base: Any, *, layout: Said | Table | None = ()) -> dict[str, Rule]:
   """Returns the matrix view that each leaf has for a method, and why.
 
   Leaves whose view is None are no matrices to the method: what becomes of them is said at each
@@ -127,7 +127,7 @@ def check(layout: Any) -> Said:
 
 
 def settled(
-  method: Sequence[Any],
+  method: Iterable[Any],
   shapes: Shapes,
   layout: Said | Table | None = (),
   *,
@@ -154,7 +154,7 @@ def settled(
   return fitted(method, shapes, conventions.rules(shapes) | declared)
 
 
-def fitted(method: Sequence[Any], shapes: Shapes, rules: Mapping[str, Rule]) -> Table:
+def fitted(method: Iterable[Any], shapes: Shapes, rules: Mapping[str, Rule]) -> Table:
   """Makes a table of rules by leaf; ValueError where a method cannot work by them."""
   for unit in units_of(method):
     if problem := unfit(unit, rules, shapes):
@@ -176,7 +176,7 @@ def table(rules: Mapping[str, Rule]) -> Table:
   return Table(tuple((r, frozenset(names)) for r, names in sorted(groups.items(), key=str)))
 
 
-def units_of(method: Sequence[Any]) -> list[Unit]:
+def units_of(method: Iterable[Any]) -> list[Unit]:
   """Returns what the stages of a method are given at a time."""
   return [Unit(step.unit, step.lookups, step.where) for step in method]
 
@@ -223,7 +223,7 @@ def counted(table: Table, unit: Unit) -> str:
   return ", ".join(f"{count} {words}" for words, count in sorted(counts.items()))
 
 
-def lines(method: Sequence[Any], settled: Table) -> tuple[str, ...]:
+def lines(method: Iterable[Any], settled: Table) -> tuple[str, ...]:
   """Says it for each of the stages of a method that ask."""
   asks = dict.fromkeys(counted(settled, u) for u in units_of(method) if u.unit != "entry")
   return tuple(f"outputs and inputs: {words}" for words in asks if words)

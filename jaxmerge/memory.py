@@ -90,10 +90,12 @@ def blend(
   seed: int | Array | None = None,
   names: Sequence[str] | None = None,
   layout: layouts.Said | layouts.Table | None = (),
+  deltas: bool = False,
 ) -> Tree:
   """Merges the weights themselves, without a base: M(models). Arguments as for `merge`.
 
-  Leaves that are not floating point are copied from the first model and must be equal in all.
+  Leaves that are not floating point are copied from the first model and must be equal in all. With
+  `deltas` the models are task vectors, and so is the result; methods of task vectors ask for that.
 
   Example:
     >>> import jax.numpy as jnp, jaxmerge
@@ -102,6 +104,8 @@ def blend(
     [1.5, 1.0]
   """
   method, models = arguments.method(method), arguments.blended(models)
+  if not deltas:
+    arguments.refuse_weights(method, "merge(method, base, models)", "blend(..., deltas=True)")
   tree.height(models)
   tree.refuse_complex(None, models)
   for name, leaf in tree.named(models).items():
@@ -110,7 +114,7 @@ def blend(
     if not tree.is_equal(leaf, leaf[:1]):
       raise ValueError(f"leaf {name!r} is {leaf.dtype} and differs between models; drop it first.")
   aux = arguments.numbers(aux, seed)
-  return _driven(method, None, None, models, aux, names, layout)
+  return _driven(method, None, None, models, aux, names, layout, deltas)
 
 
 def check_models(base: Tree, models: Tree, reference: Tree) -> None:

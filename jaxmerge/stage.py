@@ -9,161 +9,33 @@ vmap, grad and meshes), `streaming.py` (slice by slice).
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple  # Any: states are trees that a stage defines.
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from typing import (
+  Any,
+  Literal,
+  overload,
+)  # Any: states are trees a stage defines.
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxmerge import tree
+from jaxmerge.records import Array, Fold, Group, Leaf, State, Statistic
+from jaxmerge.records import Rank as Rank  # Written with the rest of the algebra.
+from jaxmerge.records import Sum as Sum
 
-Array = jax.Array
-State = Any
 Scope = Literal["tree", "leaf"] | Callable[[str], str]
-
-
-class Leaf(NamedTuple):
-  """What a stage knows about the part of a leaf that it is given.
-
-  Attributes:
-    base: the reference's part [*s]; None where raw weights are merged.
-    aux: the method's numbers (scalar or [K]) and arrays aligned to this leaf ([K, *s]).
-    models: [K] tags of the models, uint32.
-    tag: tag of this leaf's name, uint32 scalar.
-    start: entries of the leaf before this part, row by row, uint32 scalar (counted past 2**32 from
-      zero again).
-    offset: entries of the leaves before this one in its group, uint32 scalar.
-    places: places of the part's entries after `start`, uint32 [1, n]; None: 0, 1, ... row by row.
-  """
-
-  base: Array | None
-  aux: Mapping[str, Any]
-  models: Array
-  tag: Array | np.generic
-  start: Array | np.generic
-  offset: Array | np.generic
-  places: Array | np.ndarray | None = None
-
-  def number(self, name: str, x: Array) -> Array:
-    """Returns the number `name` in the dtype of `x`, shaped to multiply a stack x [K, *s].
-
-    Raises:
-      ValueError: if it is one per model, but x holds another number of them.
-    """
-    value = jnp.asarray(self.aux[name], x.dtype)
-    if value.ndim and value.shape[0] != x.shape[0]:
-      raise ValueError(
-        f"{name} has {value.shape[0]} values, but acts on a stack of height {x.shape[0]}; "
-        "after a combiner it must be one number."
-      )
-    return value.reshape(value.shape + (1,) * (x.ndim - value.ndim)) if value.ndim else value
-
-  def scalar(self, name: str, x: Array) -> Array:
-    """Returns the number `name`, one for all models, in the dtype of `x`; ValueError for more."""
-    value = jnp.asarray(self.aux[name], x.dtype)
-    if value.ndim:
-      raise ValueError(f"{name} must be one number for all models, got {value.shape[0]} values.")
-    return value
-
-  def compared(self, method: str) -> Array:
-    """Returns the base; ValueError, naming the method, where raw weights are merged."""
-    if self.base is None:
-      raise ValueError(f"{method} compares with a base; run it by merge, not by blend.")
-    return self.base
-
-
-class Group(NamedTuple):
-  """What is known of a group of leaves before any weight is read: for `Stage.init`.
-
-  Attributes:
-    shapes: shapes of its leaves by name, without the task axis.
-    height: number of models K.
-    aux: the method's numbers; those that differ from leaf to leaf are missing.
-  """
-
-  shapes: Mapping[str, tuple[int, ...]]
-  height: int
-  aux: Mapping[str, Any]
-
-  @property
-  def size(self) -> int:
-    """Number of entries of one model."""
-    return sum(math.prod(shape) for shape in self.shapes.values())
-
-  def number(self, name: str) -> Any:
-    """Returns a number; ValueError if it differs from leaf to leaf of the group."""
-    if name not in self.aux:
-      raise ValueError(
-        f"{name} is counted over {len(self.shapes)} leaves together and cannot differ between "
-        "them; give one number, or scope='leaf'."
-      )
-    return self.aux[name]
-
-  def seen(self, name: str) -> np.ndarray | None:
-    """Returns a number, scalar or [K]; None if it is traced, elsewhere, or differs by entry."""
-    value = self.number(name)
-    if isinstance(value, jax.core.Tracer) or not getattr(value, "is_fully_addressable", True):
-      return None
-    each = np.asarray(value, np.float64)
-    return each if each.ndim <= 1 else None
-
-
-class Sum(NamedTuple):
-  """A statistic that adds up over all leaves of a group.
-
-  Attributes:
-    name: the key under which the result is known afterwards.
-    measure: (x, leaf, known) -> partial, a tree of arrays.
-    combine: how two partials become one; addition unless said otherwise.
-    finish: (total, known) -> result.
-  """
-
-  name: str
-  measure: Callable[[Any, Leaf, State], State]
-  combine: Callable[[Array, Array], Array] = jnp.add
-  finish: Callable[[State, State], State] = lambda total, known: total
-
-
-class Rank(NamedTuple):
-  """A statistic that is the value of a rank among of(x) >= 0, per row, over a group.
-
-  Drivers find it each in their way, and exactly; the result is a `statistics.Cut`.
-
-  Attributes:
-    name: the key under which the result is known afterwards.
-    of: (x, leaf, known) -> values [M, *s], elementwise, none negative; each row has a cut of its
-      own.
-    rank: name of the known count n, limbs [2, M]: the n-th largest is searched.
-    exact: entries that tie at the value count by position, so that n of them are inside the cut;
-      otherwise all that tie are inside.
-  """
-
-  name: str
-  of: Callable[[Any, Leaf, State], Array]
-  rank: str
-  exact: bool = False
-
-
-Statistic = Sum | Rank
-
-
-class Fold(NamedTuple):
-  """A combiner that takes experts a few at a time, and keeps only an accumulator.
-
-  Attributes:
-    add: (accumulator or None, x [k, *s], leaf) -> accumulator, a tree of arrays.
-    finish: (accumulator, leaf) -> [1, *s].
-  """
-
-  add: Callable[[State, Array, Leaf], State]
-  finish: Callable[[State, Leaf], Array]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Stage:
-  """One step of a method. Hashed by identity: it is a key of compiled programs.
+  """One step of a method; a key of compiled programs.
+
+  Two stages with one `key` are equal, and share these programs, if they act on the same leaves, in
+  the same scope. Their hyperparameters may differ: those are arguments of the programs, not parts
+  of them. A stage without a key is equal to itself alone.
 
   Attributes:
     update: (x [K, *s], leaf, known) -> [M, *s]; what is known are the statistics of x's group.
@@ -190,6 +62,7 @@ class Stage:
       stage; None: their mean; "done": it is what merges them.
     deferred: without its statistics `update` gives NaN where they would count, and stages after it
       leave that NaN: a driver may measure them only when it sees one.
+    key: what the functions above follow from; None: nothing is known of them.
   """
 
   update: Callable[..., Array]
@@ -208,6 +81,20 @@ class Stage:
   ordered: bool = False
   moments: Literal["same", "done"] | Stage | None = None
   deferred: bool = False
+  key: Hashable | None = None
+
+  @functools.cached_property
+  def _identity(self) -> Hashable:
+    moments = self.moments if isinstance(self.moments, str) else None
+    return self.key, self.where, self.scope, self.keep, moments
+
+  def __eq__(self, other: object) -> bool:
+    if self is other or self.key is None or not isinstance(other, Stage):
+      return self is other
+    return other.key is not None and self._identity == other._identity
+
+  def __hash__(self) -> int:
+    return id(self) if self.key is None else hash(self._identity)
 
   def group(self, name: str) -> str:
     """Returns the group of a leaf: statistics are added up over a group."""
@@ -215,8 +102,60 @@ class Stage:
       return self.scope(name)
     return name if self.scope == "leaf" else ""
 
+  def statistic(self, name: str) -> Any:
+    """Returns the statistic of this name, a `Sum` or a `Rank`."""
+    return next(s for s in self.statistics if s.name == name)
 
-Method = tuple[Stage, ...]
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Method:
+  """A merging method: a sequence of stages that knows its name. Equal and hashed by its stages.
+
+  Attributes:
+    stages: what it does, in this order.
+    name: of the factory that made it, such as "ties"; those of a chain are joined by " + "; "" for
+      a method without a name.
+    settings: the factory's static settings, which choose what is compiled. Hyperparameters are in
+      `numbers(method)`.
+  """
+
+  stages: tuple[Stage, ...]
+  name: str = ""
+  settings: tuple[tuple[str, Any], ...] = ()
+
+  def __eq__(self, other: object) -> bool:
+    return isinstance(other, Method) and self.stages == other.stages
+
+  def __hash__(self) -> int:
+    return hash(self.stages)
+
+  def __len__(self) -> int:
+    return len(self.stages)
+
+  def __iter__(self) -> Iterator[Stage]:
+    return iter(self.stages)
+
+  @overload
+  def __getitem__(self, place: int) -> Stage: ...
+
+  @overload
+  def __getitem__(self, place: slice) -> Method: ...
+
+  def __getitem__(self, place: int | slice) -> Stage | Method:
+    part = self.stages[place]
+    return part if isinstance(part, Stage) else Method(part)
+
+
+def keyed(method: Method, key: Any) -> Method:
+  """Returns a method that is equal to others of this key; the same one if that has no hash."""
+  try:
+    hash(key)
+  except TypeError:
+    return method
+  steps = enumerate(method)
+  return dataclasses.replace(
+    method, stages=tuple(dataclasses.replace(step, key=(key, i)) for i, step in steps)
+  )
 
 
 def members(step: Stage, names: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
@@ -250,7 +189,7 @@ def offsets(step: Stage, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.
   return out
 
 
-def chain(*methods: Method) -> Method:
+def chain(*methods: Method | tuple[Stage, ...]) -> Method:
   """Runs methods one after the other.
 
   Example:
@@ -258,10 +197,32 @@ def chain(*methods: Method) -> Method:
     >>> len(chain(halved, pointwise(lambda x: x.sum(0, keepdims=True), combines=True)))
     2
   """
-  return tuple(stage for method in methods for stage in method)
+  parts = [as_method(m) for m in methods]
+  names = [part.name for part in parts]
+  stages = tuple(stage for part in parts for stage in part)
+  if len(parts) == 1:
+    return parts[0]
+  settings = ((f"{part.name}.{n}", v) for part in parts for n, v in part.settings)
+  return Method(stages, " + ".join(names), tuple(settings)) if all(names) else Method(stages)
 
 
-def masked(method: Method, where: tree.Predicate) -> Method:
+def as_method(stages: Method | tuple[Stage, ...]) -> Method:
+  """Returns a method; of a tuple of stages, one without a name."""
+  return stages if isinstance(stages, Method) else Method(stages)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Both:
+  """A predicate that is true where two are."""
+
+  one: tree.Predicate
+  other: tree.Predicate
+
+  def __call__(self, name: str) -> bool:
+    return self.one(name) and self.other(name)
+
+
+def masked(method: Method | tuple[Stage, ...], where: tree.Predicate) -> Method:
   """Restricts a method to the leaves whose name satisfies `where`; the others pass by unchanged.
 
   Example:
@@ -269,11 +230,12 @@ def masked(method: Method, where: tree.Predicate) -> Method:
     >>> stage.where("encoder/bias")
     False
   """
-
-  def both(old: tree.Predicate | None) -> tree.Predicate:
-    return where if old is None else lambda name: where(name) and old(name)
-
-  return tuple(dataclasses.replace(stage, where=both(stage.where)) for stage in method)
+  method = as_method(method)
+  stages = (
+    dataclasses.replace(s, where=where if s.where is None else _Both(where, s.where))
+    for s in method
+  )
+  return dataclasses.replace(method, stages=tuple(stages))
 
 
 def join(inner: Method, f: Callable[[Array, Array, Leaf], Array] | Stage) -> Method:
@@ -291,11 +253,12 @@ def join(inner: Method, f: Callable[[Array, Array, Leaf], Array] | Stage) -> Met
     return f(*pair, leaf)  # type: ignore[operator]
 
   last = f if isinstance(f, Stage) else Stage(apart)
-  return (
-    Stage(update=lambda x, leaf, known: x, keep="push"),
-    *inner,
-    dataclasses.replace(last, keep="pop"),
-  )
+  first = Stage(update=_unchanged, keep="push", key="push")
+  return Method((first, *inner, dataclasses.replace(last, keep="pop")))
+
+
+def _unchanged(x: Array, leaf: Leaf, known: State) -> Array:
+  return x
 
 
 def leafwise(
@@ -312,9 +275,10 @@ def leafwise(
     >>> numbers(damped)
     {'damping': 0.9}
   """
-  return (
-    Stage(lambda x, leaf, known: f(x, leaf), numbers=numbers or {}, combines=combines, fold=fold),
+  stage = Stage(
+    lambda x, leaf, known: f(x, leaf), numbers=numbers or {}, combines=combines, fold=fold
   )
+  return keyed(Method((stage,)), (leafwise, f, combines, fold))
 
 
 def pointwise(f: Callable[[Array], Array], *, combines: bool = False) -> Method:
@@ -326,10 +290,10 @@ def pointwise(f: Callable[[Array], Array], *, combines: bool = False) -> Method:
     >>> jaxmerge.blend(middle, {"w": jnp.array([[1.0], [2.0], [9.0]])})["w"].tolist()
     [2.0]
   """
-  return leafwise(lambda x, leaf: f(x), combines=combines)
+  return keyed(leafwise(lambda x, leaf: f(x), combines=combines), (pointwise, f, combines))
 
 
-def numbers(method: Method) -> dict[str, Any]:
+def numbers(method: Iterable[Stage]) -> dict[str, Any]:
   """Returns the numbers of all stages with their defaults.
 
   Raises:
@@ -355,12 +319,12 @@ def _same(a: Any, b: Any) -> bool:
   return np.array_equal(np.asarray(a), np.asarray(b))
 
 
-def ordered(method: Method) -> bool:
+def ordered(method: Iterable[Stage]) -> bool:
   """Tells whether the order of the models matters to a method."""
   return any(stage.ordered for stage in method)
 
 
-def coupled(method: Method) -> bool:
+def coupled(method: Iterable[Stage]) -> bool:
   """Tells whether statistics of a method are added up over several leaves."""
   return any(step.statistics and step.scope != "leaf" for step in method)
 
@@ -384,7 +348,7 @@ def for_models(method: str, least: int, most: int | None = None) -> Callable[[Gr
   return init
 
 
-def foldable(method: Method) -> bool:
+def foldable(method: Iterable[Stage]) -> bool:
   """Tells whether a method can take experts a few at a time: nothing measured, and a fold.
 
   Of several combiners each has leaves of its own.

@@ -254,7 +254,7 @@ def _measured(
 def _sum(run: Run, members: Sequence[str], i: int, statistic: Sum, known: Any, own: Any) -> Any:
   """Adds up the results of fixed slices, one after the other, floats in double precision."""
   total = dtypes = None
-  static = {"before": run.method[:i], "step": run.method[i], "statistic": statistic}
+  static = {"before": run.method[:i], "step": run.method[i], "statistic": statistic.name}
   combine = np.add if statistic.combine is jnp.add else jax.jit(statistic.combine)
   for name, _, parts, form in slicing.slices(run, members, BLOCK):
     seen = _ranked(run, parts, slicing.known_of(run, name, known, parts), run.method[:i], form)
@@ -275,7 +275,7 @@ def _numbers(
   run: Run, members: Sequence[str], i: int, ranks: Sequence[Rank], known: Any, own: Any
 ) -> ranking.Numbers:
   """The values that some statistics rank, one row per statistic and model."""
-  static = {"before": run.method[:i], "step": run.method[i], "rank": ranks[0], "own": own}
+  static = {"before": run.method[:i], "step": run.method[i], "rank": ranks[0].name, "own": own}
   # Entries are ranked: what the stage itself needs whole, its update does.
   run = run._replace(method=run.method[:i])
   size = sum(math.prod(run.shapes[n]) for n in members)

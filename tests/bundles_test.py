@@ -60,7 +60,7 @@ def test_consensus_counts_tall_masks():
   masks = np.asarray(example(bundles.tall_masks, threshold=0.3).masks["w"])
   x = {"w": jnp.asarray(TAU)}
   found = methods.consensus(1.0, 0.3)
-  kept = np.asarray(bundles.memory.blend(found, x)["w"]) != 0
+  kept = np.asarray(bundles.memory.blend(found, x, deltas=True)["w"]) != 0
   assert (kept == (masks.sum(axis=0) >= 2)).all()
 
 

@@ -172,6 +172,7 @@ PARTS = {  # Of which methods are made.
   "matched",
   "most_varied",
   "moving_weights",
+  "named",
   "scaled",
   "spanned",
   "trim",

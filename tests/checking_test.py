@@ -9,7 +9,7 @@ import pytest
 import small_tasks as small
 
 from jaxmerge import mesh as meshes
-from jaxmerge import methods
+from jaxmerge import methods, stage
 from jaxmerge.atm import baselines, checking, loop, settings, tune
 
 
@@ -140,7 +140,7 @@ def test_a_merge_that_overflows_in_the_last_round_is_refused():
   """Nothing would have seen it: the copies are finite, and no round follows."""
   words = "round 1: the tuned copies of all tasks are finite, but . leaves of the merged model"
   with pytest.raises(ValueError, match=words):
-    run(method=methods.weighted_sum() + methods.scaled(1e10), aux={"weight": 3e38})
+    run(method=stage.chain(methods.weighted_sum(), methods.scaled(1e10)), aux={"weight": 3e38})
 
 
 def test_a_score_that_is_no_number_is_refused():

@@ -23,7 +23,8 @@ def merged(method, tau=TAU, **options):
 
 def blended(method, x, **options):
   """The blend of models with one leaf."""
-  return np.asarray(jaxmerge.blend(method, {"w": jnp.asarray(x, jnp.float32)}, **options)["w"])
+  stack = {"w": jnp.asarray(x, jnp.float32)}
+  return np.asarray(jaxmerge.blend(method, stack, deltas=True, **options)["w"])
 
 
 def close(x, y, atol=1e-6):

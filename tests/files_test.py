@@ -257,8 +257,8 @@ def test_every_tensor_of_every_input_is_accounted_for(tmp_path):
   assert told["inputs"].keys() == {"the base", *NAMES}
   for own, model in zip(("the base", *NAMES), models, strict=True):
     assert told["inputs"][own].keys() == model.keys()
-  assert told["inputs"]["red"]["model.norm.weight"] == "merged by job 1"
-  assert told["inputs"]["the base"]["model.norm.weight"] == "base of job 1"
+  assert told["inputs"]["red"]["model.norm.weight"] == "merged by average, job 1"
+  assert told["inputs"]["the base"]["model.norm.weight"] == "base of average, job 1"
   assert told["tensors"]["model.norm.weight"]["job"] == 1
   assert "job" not in told["tensors"]["position_ids"]
   assert told["inputs"]["red"]["position_ids"] == "copied from the base"

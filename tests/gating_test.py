@@ -24,7 +24,7 @@ def stack(height=1):
 
 def kept(method, x):
   """Whether the leaves of each layer of a model are there."""
-  out = jaxmerge.blend(stage.chain(method, methods.weighted_sum()), x)
+  out = jaxmerge.blend(stage.chain(method, methods.weighted_sum()), x, deltas=True)
   some = [bool(np.asarray(out[n]).any()) for n in LAYERS]
   return [some[i : i + 2] for i in range(0, 8, 2)]
 
@@ -54,7 +54,7 @@ def test_every_model_loses_as_many_layers(ratio, left, score):
   x = stack(3)
   for k in range(3):
     alone = {"prune_ratio": ratio, "weight": np.eye(3)[k]}
-    out = jaxmerge.blend(GATES[score], x, aux=alone)
+    out = jaxmerge.blend(GATES[score], x, aux=alone, deltas=True)
     layers = {n[:7] for n in LAYERS if np.asarray(out[n]).any()}
     assert len(layers) == left
 
@@ -78,7 +78,7 @@ def test_a_gate_stands_before_any_method():
   """One that prunes nothing changes nothing; of one model the pruned layers are the base's."""
   own = LAYERS[:3:2]
   found, expected = (
-    jaxmerge.blend(method, {n: stack(3)[n] for n in own}) for method in (FIRST, TIES)
+    jaxmerge.blend(method, {n: stack(3)[n] for n in own}, deltas=True) for method in (FIRST, TIES)
   )
   base = {n: jnp.arange(6.0) for n in own}
   models = {n: base[n][None] + stack()[n] for n in own}

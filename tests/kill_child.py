@@ -108,13 +108,13 @@ def files(directory, inputs, out_format="safetensors", replace=False):
   """
   import hashlib
 
-  from jaxmerge import files, methods
+  from jaxmerge import files, methods, stage
   from jaxmerge.io import arrays, checkpoint, growing
 
   growing.SYNCED = arrays.WRITTEN = 1
   inputs, out = pathlib.Path(inputs), pathlib.Path(directory) / "out"
   models = [inputs / f"m{k}" for k in range(3)]
-  method = methods.trim(0.5) + methods.weighted_sum()
+  method = stage.chain(methods.trim(0.5), methods.weighted_sum())
   if replace or not out.exists():
     options = {"shard_size": 500, "entries": 50, "out_format": out_format, "replace": replace}
     files.merge_files(method, models, out, base=inputs / "base", **options)

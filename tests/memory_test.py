@@ -120,8 +120,12 @@ def test_a_density_per_model():
   parts = []
   for k, density in enumerate((0.1, 0.2, 0.3, 1.0)):
     tau = {"matrix": (models["matrix"] - base["matrix"][None])[k : k + 1]}
-    parts.append(np.asarray(jaxmerge.blend(trimmed, tau, aux={"density": density})["matrix"]))
-  again = jaxmerge.blend(TIES, {"matrix": np.stack(parts)}, aux={"density": 1.0})["matrix"]
+    parts.append(
+      np.asarray(jaxmerge.blend(trimmed, tau, aux={"density": density}, deltas=True)["matrix"])
+    )
+  again = jaxmerge.blend(TIES, {"matrix": np.stack(parts)}, aux={"density": 1.0}, deltas=True)[
+    "matrix"
+  ]
   np.testing.assert_allclose(out["matrix"] - base["matrix"], again, atol=1e-6)
 
 

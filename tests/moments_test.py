@@ -197,7 +197,7 @@ def test_complex_numbers_are_copied_where_they_are_equal_and_else_refused():
   other = {**same, "z": same["z"] * np.array([[1], [1 + 1e-15]])}
   for merge in (
     lambda t: jaxmerge.merge(METHODS["ties"], z, t),
-    lambda t: jaxmerge.blend(METHODS["ties"], t),
+    lambda t: jaxmerge.blend(METHODS["ties"], t, deltas=True),
   ):
     for run in (merge, jax.jit(merge)):
       with pytest.raises(

@@ -95,7 +95,7 @@ def test_peft_prunes_by_magnitude():
   trimmed = methods.trim(0.3, scope="leaf", rule="exact")
   case = "peft, magnitude_prune"
   method = stage.chain(trimmed, methods.weighted_sum(WEIGHT))
-  agree(jaxmerge.blend(method, stack(RECORDED[case])), case)
+  agree(jaxmerge.blend(method, stack(RECORDED[case]), deltas=True), case)
 
 
 def test_peft_votes_without_weights_and_counts():
@@ -104,7 +104,7 @@ def test_peft_votes_without_weights_and_counts():
   trimmed = methods.trim(0.3, scope="leaf", rule="exact")
   joined = methods.weighted(WEIGHT), methods.disjoint_mean(None)
   method = stage.chain(trimmed, methods.elect_sign("plus"), *joined)
-  agree(jaxmerge.blend(method, stack(RECORDED[case])), case)
+  agree(jaxmerge.blend(method, stack(RECORDED[case]), deltas=True), case)
 
 
 def test_peft_stacks_adapters():
@@ -121,7 +121,7 @@ def test_opcm_before_it_is_scaled():
   """The reference scales after each model; the directions do not depend on it."""
   case = "opcm, before it is scaled"
   models = stack(RECORDED[case])
-  found = jaxmerge.blend(methods.opcm(), models, layout=oracles.VIEWS)
+  found = jaxmerge.blend(methods.opcm(), models, layout=oracles.VIEWS, deltas=True)
   norms = [np.sqrt(sum(np.sum(x[k] ** 2) for x in models.values())) for k in range(oracles.HEIGHT)]
   whole = np.sqrt(sum(np.sum(np.asarray(x) ** 2) for x in found.values()))
   np.testing.assert_allclose(whole, np.mean(norms), rtol=1e-5)
@@ -135,7 +135,7 @@ def test_opcm_before_it_is_scaled():
 def test_flag_before_it_has_a_norm():
   """The reference adds the projections of directions up, and leaves the norm to the caller."""
   case = "flag, sum of projections"
-  found = jaxmerge.blend(methods.flag(rank=2, steps=10), stack(RECORDED[case]))
+  found = jaxmerge.blend(methods.flag(rank=2, steps=10), stack(RECORDED[case]), deltas=True)
   norms = [np.sqrt(sum(np.sum(x**2) for x in t.values())) for t in TAUS]
   factor = oracles.HEIGHT / np.sort(norms)[1]  # Of the median, the lower one of two.
   # The descent ends where a sum of float32 grows, which is near its end, but not at it.
@@ -162,7 +162,7 @@ def test_bundles_agree_task_by_task(kind):
 def test_consensus_counts_the_masks_of_the_reference():
   leaves = RECORDED["tall_masks, task 0"]
   masks = [RECORDED[f"tall_masks, task {k}"] for k in range(oracles.HEIGHT)]
-  found = jaxmerge.blend(methods.consensus(1.0, 0.4, 2), stack(leaves))
+  found = jaxmerge.blend(methods.consensus(1.0, 0.4, 2), stack(leaves), deltas=True)
   for n in leaves:
     used = np.sum([m[n] != 0 for m in masks], axis=0) >= 2
     np.testing.assert_array_equal(np.asarray(found[n]) != 0, used, err_msg=n)

@@ -85,6 +85,7 @@ FLOORS = {
   2: {
     "fingerprint",
     "precision",
+    "records",
     "stage",
     "conventions",
     "leaf_names",

@@ -152,7 +152,7 @@ def test_each_entry_is_the_bases_or_the_models():
 
 def test_fusion_needs_a_base_and_one_model():
   with pytest.raises(ValueError, match="arcee_fusion compares with a base; run it by merge"):
-    jaxmerge.blend(methods.arcee_fusion(), {"w": W[None]})
+    jaxmerge.blend(methods.arcee_fusion(), {"w": W[None]}, deltas=True)
   with pytest.raises(ValueError, match="arcee_fusion merges 1 model, got 2"):
     jaxmerge.merge(methods.arcee_fusion(), {"w": W0}, {"w": jnp.stack([W, W])})
 

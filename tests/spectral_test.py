@@ -160,7 +160,9 @@ def test_nothing_of_nothing(method):
 def test_gradients_are_finite():
   x = {"w": jnp.asarray(np.stack(drawn(2, 4, 5)), jnp.float32)}
   for method in EVERY:
-    slope = jax.grad(lambda x, m=method: jaxmerge.blend(m, x, layout=(("w", "oi"),))["w"].sum())(x)
+    slope = jax.grad(
+      lambda x, m=method: jaxmerge.blend(m, x, layout=(("w", "oi"),), deltas=True)["w"].sum()
+    )(x)
     assert np.isfinite(slope["w"]).all()
 
 
@@ -212,7 +214,7 @@ def test_gradients_of_nothing_and_of_low_rank(method):
 def test_where_singular_values_are_equal_iso_c_has_a_gradient():
   """Near I the flattened matrix is I (1 + tr dx / n) + (dx - dx^T) / 2."""
   probe = jnp.asarray(drawn(1, 4, 4)[0], jnp.float32)
-  blend = functools.partial(jaxmerge.blend, methods.iso_c(), layout=(("w", "oi"),))
+  blend = functools.partial(jaxmerge.blend, methods.iso_c(), layout=(("w", "oi"),), deltas=True)
   slope = jax.grad(lambda x: jnp.sum(blend({"w": x[None]})["w"] * probe))(jnp.eye(4))
   close(slope, jnp.trace(probe) / 4 * jnp.eye(4) + (probe - probe.T) / 2, atol=1e-5)
 
@@ -221,7 +223,7 @@ def test_where_singular_values_are_equal_iso_c_has_a_gradient():
 def test_decompositions_come_one_after_the_other(method):
   """A batch of them waits for threads of the pool it runs in; two batches wait for ever."""
   x = {"w": jnp.ones((4, 3, 6, 5))}
-  blend = functools.partial(jaxmerge.blend, method, layout=(("w", "boi"),))
+  blend = functools.partial(jaxmerge.blend, method, layout=(("w", "boi"),), deltas=True)
   found = equations(jax.make_jaxpr(blend)(x).jaxpr)
   shapes = [e.invars[0].aval.shape for e in found if e.primitive.name == "svd"]
   assert shapes
@@ -254,7 +256,7 @@ def test_products_bring_singular_values_to_one(shape):
 
 def test_products_alone_need_no_decomposition():
   x = {"w": jnp.ones((4, 6, 5))}
-  blend = functools.partial(jaxmerge.blend, layout=(("w", "oi"),))
+  blend = functools.partial(jaxmerge.blend, layout=(("w", "oi"),), deltas=True)
   text = str(jax.make_jaxpr(lambda x: blend(methods.iso_c(polar="products"), x))(x))
   assert "svd" not in text
   slope = jax.grad(lambda x: blend(methods.iso_c(polar="products"), x)["w"].sum())

@@ -20,7 +20,7 @@ def test_a_chain_runs_from_left_to_right():
   doubled, squared = stage.pointwise(lambda x: 2 * x), stage.pointwise(lambda x: x * x)
   assert blended(stage.chain(doubled, squared, added))["b"] == [400.0 + 1600.0]
   assert blended(stage.chain(squared, doubled, added))["b"] == [200.0 + 800.0]
-  assert stage.chain() == ()
+  assert len(stage.chain()) == 0
 
 
 def test_chains_associate():

@@ -250,7 +250,7 @@ def test_nan_is_found_beyond_what_a_sample_has_seen(at, monkeypatch):
   models = {"steps": rng.normal(size=(2, 1000)).astype(np.float32)}
   models["steps"][1, at] = np.nan
   with pytest.raises(ValueError, match="leaf 'steps' of model 1 has NaN or infinity"):
-    collected(methods.trim(0.3) + methods.weighted_sum(), base, models, entries=256)
+    collected(stage.chain(methods.trim(0.3), methods.weighted_sum()), base, models, entries=256)
 
 
 def test_a_result_that_its_dtype_cannot_hold_is_refused():

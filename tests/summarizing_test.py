@@ -9,7 +9,7 @@ import pytest
 import yaml
 from huggingface_hub import constants
 
-from jaxmerge import catalog, files, methods, report, summarizing
+from jaxmerge import catalog, files, methods, report, stage, summarizing
 from jaxmerge.io.tensor import Files
 from jaxmerge.recipe import plan as plans
 
@@ -99,20 +99,35 @@ def test_a_merge_from_python_tells_no_place_on_the_machine(tmp_path):
   models = [tmp_path / "m0", tmp_path / "m1"]
   (tmp_path / "m0/README.md").write_text("the donor's own")
   out = files.merge_files(
-    methods.ties(0.3), models, tmp_path / "out", aux={"scale": 0.5}, words="TIES, *dense*"
+    methods.average(normalize=False),
+    models,
+    tmp_path / "out",
+    aux={"weight": 0.5},
+    words="TIES, *dense*",
   )
   _, body = parts(out)
   assert str(tmp_path) not in body
   assert "# Merge of 2 models: TIES, \\*dense\\*\n" in body
   assert "\n- m0\n- m1\n" in body
-  assert "\n- scale: 0.5\n" in body
+  assert "\n- weight: 0.5\n" in body
   assert "the donor's own" not in body
 
 
-def test_a_method_without_words_is_told_by_its_fingerprint():
-  out = files.merge_files(methods.average(), ["m0", "m1"], "out")
+def test_a_published_method_is_told_by_its_name_and_settings():
+  out = files.merge_files(methods.average((1.0, 3.0), normalize=False), ["m0", "m1"], "out")
   _, body = parts(out)
-  other = files.merge_files(methods.average((1.0, 2.0)), ["m0", "m1"], "other")
+  assert "# Merge of 2 models: Average\n" in body
+  assert "\n- weight: 1 (m0), 3 (m1)\n" in body
+  assert re.search(r"\n- normalize: \w+\n", body)
+
+
+def test_a_method_of_ones_own_is_told_by_its_fingerprint():
+  def first(factor):
+    return stage.pointwise(lambda x: factor * x[:1], combines=True)
+
+  out = files.merge_files(first(1.0), ["m0", "m1"], "out")
+  _, body = parts(out)
+  other = files.merge_files(first(2.0), ["m0", "m1"], "other")
   assert "# Merge of 2 models: a method given in Python\n" in body
   digest = re.search(r"fingerprint of its code: (\w+)", body)[1]
   assert digest not in parts(other)[1]

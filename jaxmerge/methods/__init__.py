@@ -15,6 +15,7 @@ from jaxmerge.methods.averaging import (
 from jaxmerge.methods.banding import band, breadcrumbs, breadcrumbs_ties
 from jaxmerge.methods.competing import pcb, widen
 from jaxmerge.methods.descent import doge, optmerge, wudi
+from jaxmerge.methods.factory import named
 from jaxmerge.methods.gating import gate, layer_of, lwptv
 from jaxmerge.methods.overlapping import consensus, ram, ramplus_tl
 from jaxmerge.methods.pruning import della, della_linear, magprune
@@ -73,6 +74,7 @@ __all__ = [
   "most_varied",
   "moving_weights",
   "multislerp",
+  "named",
   "nearswap",
   "negate",
   "nuslerp",

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from jaxmerge import catalog
 from jaxmerge.methods import averaging
+from jaxmerge.methods.factory import named
 from jaxmerge.stage import Method, Stage, chain, for_models
 
 _defaults = catalog.METHODS["task_arithmetic"].parameters
 
 
+@named
 def task_arithmetic(
   scale: float = _defaults["scale"].default,
   weight: float | tuple[float, ...] = _defaults["weight"].default,
@@ -33,6 +35,7 @@ def task_arithmetic(
   return chain(averaging.weighted_sum(weight, normalize=normalize), averaging.scaled(scale))
 
 
+@named
 def negate(scale: float = catalog.METHODS["negate"].parameters["scale"].default) -> Method:
   """Subtracts the task vectors, to make the model forget: base - scale * sum_i tau_i.
 
@@ -48,6 +51,7 @@ def negate(scale: float = catalog.METHODS["negate"].parameters["scale"].default)
   return chain(averaging.weighted_sum(-1.0), averaging.scaled(scale))
 
 
+@named
 def analogy(scale: float = catalog.METHODS["analogy"].parameters["scale"].default) -> Method:
   """Combines three task vectors A, B, C, as in "A is to B as C is to D".
 
@@ -65,6 +69,7 @@ def analogy(scale: float = catalog.METHODS["analogy"].parameters["scale"].defaul
   return chain(averaging.weighted_sum((-1.0, 1.0, 1.0)), averaging.scaled(scale))
 
 
+@named
 def portllm(scale: float = catalog.METHODS["portllm"].parameters["scale"].default) -> Method:
   """Carries a fine-tuning of an older base over to a newer one: base + scale * (tuned - old).
 

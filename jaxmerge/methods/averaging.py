@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmerge import catalog, moments
+from jaxmerge.methods.factory import named
 from jaxmerge.stage import (
   Array,
   Fold,
@@ -19,7 +20,6 @@ from jaxmerge.stage import (
   Method,
   Stage,
   State,
-  chain,
   leafwise,
   masked,
 )
@@ -29,6 +29,7 @@ _weight = catalog.METHODS["average"].parameters["weight"].default
 _sum = functools.partial(jnp.sum, axis=0, keepdims=True)
 
 
+@named
 def average(weight: float | tuple[float, ...] = _weight, normalize: bool = True) -> Method:
   """Averages the models, or their task vectors: [K, ...] -> [1, ...].
 
@@ -49,19 +50,19 @@ def average(weight: float | tuple[float, ...] = _weight, normalize: bool = True)
   catalog.check("average", {"weight": weight, "normalize": normalize})
   if not normalize:
     return weighted_sum(weight)
-  return (
-    Stage(
-      lambda x, leaf, known: _mean(_add_to_mean(None, x, leaf), leaf),
-      init=refuse_zero_sum("average"),
-      numbers={"weight": weight},
-      scope="leaf",
-      combines=True,
-      fold=Fold(_add_to_mean, _mean),
-      moments="same",
-    ),
+  stage = Stage(
+    lambda x, leaf, known: _mean(_add_to_mean(None, x, leaf), leaf),
+    init=refuse_zero_sum("average"),
+    numbers={"weight": weight},
+    scope="leaf",
+    combines=True,
+    fold=Fold(_add_to_mean, _mean),
+    moments="same",
   )
+  return Method((stage,))
 
 
+@named
 def checkpoint_average(
   kind: Literal["sma", "wma", "ema"] = _checkpoints["kind"].default,
   alpha: float = _checkpoints["alpha"].default,
@@ -125,7 +126,7 @@ def checkpoint_average(
     fold=Fold(add, finish),
     moments="same",
   )
-  return (stage,)
+  return Method((stage,))
 
 
 def moving_weights(height: int, alpha: Any) -> list[Any]:
@@ -139,6 +140,7 @@ def moving_weights(height: int, alpha: Any) -> list[Any]:
   return [left[0], *(alpha * x for x in left[1:])]
 
 
+@named
 def weighted_sum(weight: float | tuple[float, ...] = _weight, *, normalize: bool = False) -> Method:
   """Adds the models up, each times its weight: [K, ...] -> [1, ...].
 
@@ -205,22 +207,32 @@ def with_moments(method: Method, names: Iterable[str] | None = None) -> Method:
   return _with_moments(method, frozenset(n for n in own or () if not moments.is_moment(n)))
 
 
-@functools.lru_cache(256)  # Stages are keys of compiled programs: the same ones for one method.
+@dataclasses.dataclass(frozen=True)
+class _Statistics:
+  """Whether a leaf is a running statistic, or is none; by value, as it is part of compiled keys."""
+
+  more: frozenset[str]
+  are: bool = True
+
+  def __call__(self, name: str) -> bool:
+    return (name in self.more or moments.is_moment(name)) == self.are
+
+
 def _with_moments(method: Method, more: frozenset[str]) -> Method:
   combiners = [step for step in method if step.combines]
-  one = combiners[0].moments if len(combiners) == 1 and combiners[0].where is None else None
-  step = combiners[0] if one == "same" else one if isinstance(one, Stage) else _PLAIN
-  last = _for_moments(step, more)
-  return chain(masked(method, lambda name: not last[0].where(name)), last)  # type: ignore[misc]
+  last, apart = _PLAIN, None
+  if len(combiners) == 1 and combiners[0].where is None:
+    (one,) = combiners
+    apart = one if one.moments == "same" else one.moments
+    if isinstance(apart, Stage):
+      known = one.key is not None and apart is not one
+      last = dataclasses.replace(apart, key=(one.key, "moments")) if known else apart
+  last = dataclasses.replace(last, moments="done", where=_Statistics(more))
+  stages = (*masked(method, _Statistics(more, are=False)), last)
+  return dataclasses.replace(method, stages=stages)
 
 
-@functools.lru_cache(256)
-def _for_moments(step: Stage, more: frozenset[str]) -> Method:
-  """What merges running statistics in the place of a method."""
-  done = dataclasses.replace(step, moments="done")
-  return masked((done,), lambda name: name in more or moments.is_moment(name))
-
-
+@named
 def scaled(scale: float | tuple[float, ...]) -> Method:
   """Multiplies the stack by the number `scale`.
 
@@ -232,6 +244,7 @@ def scaled(scale: float | tuple[float, ...]) -> Method:
   return leafwise(lambda x, leaf: x * leaf.number("scale", x), numbers={"scale": scale})
 
 
+@named
 def weighted(weight: float | tuple[float, ...]) -> Method:
   """Multiplies each model by its weight, and keeps them apart.
 

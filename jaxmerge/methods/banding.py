@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxmerge import catalog, counting, statistics, views
 from jaxmerge.methods import averaging, signs, sparsifying
+from jaxmerge.methods.factory import named
 from jaxmerge.stage import Array, Group, Leaf, Method, Rank, Stage, chain
 
 _defaults = catalog.METHODS["breadcrumbs"].parameters
@@ -19,6 +20,7 @@ Scope = Literal["tree", "leaf", "row"]
 Yields = Literal["keep", "remove"]
 
 
+@named
 def breadcrumbs(
   keep: float = _defaults["keep"].default,
   remove: float = _defaults["remove"].default,
@@ -64,6 +66,7 @@ def breadcrumbs(
   )
 
 
+@named
 def breadcrumbs_ties(
   keep: float = _ties["keep"].default,
   remove: float = _ties["remove"].default,
@@ -95,6 +98,7 @@ def breadcrumbs_ties(
   )
 
 
+@named
 def band(
   keep: float,
   remove: float,
@@ -116,7 +120,7 @@ def band(
   if scope == "row":
     by_row = functools.partial(_band_of_rows, yields=yields)
     alone = functools.partial(_band_of_one_row, yields=yields)
-    return (Stage(by_row, numbers=numbers, unit="row", rest=alone),)
+    return Method((Stage(by_row, numbers=numbers, unit="row", rest=alone),))
 
   def init(group: Group) -> dict[str, Any]:
     counted = group._replace(shapes={n: s for n, s in group.shapes.items() if s})
@@ -127,7 +131,7 @@ def band(
   def update(x: Array, leaf: Leaf, known: Any) -> Array:
     return _between(x, leaf, known) if x.ndim > 1 else x
 
-  return (Stage(update, _ENDS, init, numbers, scope=scope),)
+  return Method((Stage(update, _ENDS, init, numbers, scope=scope),))
 
 
 def _size(x: Array, leaf: Leaf, known: Any) -> Array:

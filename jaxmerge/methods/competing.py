@@ -11,12 +11,14 @@ from jax import lax
 
 from jaxmerge import catalog, counting, magnitudes, statistics, views
 from jaxmerge.methods import averaging, spectral
+from jaxmerge.methods.factory import named
 from jaxmerge.stage import Array, Group, Leaf, Method, Rank, Stage, chain
 
 _pcb = catalog.METHODS["pcb"].parameters
 _widen = catalog.METHODS["widen"].parameters
 
 
+@named
 def pcb(
   ratio: float = _pcb["ratio"].default,
   scale: float = _pcb["scale"].default,
@@ -40,7 +42,7 @@ def pcb(
   Example:
     >>> import jaxmerge
     >>> x = {"w": jnp.array([[1.0, -0.5, 0.25, 0.0], [1.0, 0.5, 0.0, 0.0]])}
-    >>> jaxmerge.blend(pcb(ratio=0.5, scale=1.0, clamp=0.0), x)["w"].tolist()
+    >>> jaxmerge.blend(pcb(ratio=0.5, scale=1.0, clamp=0.0), x, deltas=True)["w"].tolist()
     [1.0, 0.0, 0.0, 0.0]
   """
   given = {"ratio": ratio, "weight": weight, "clamp": clamp}
@@ -118,6 +120,7 @@ def _from_0_to_1(x: Array, low: Array, high: Array) -> Array:
   return jnp.clip((x - low) * factor, 0, 1)
 
 
+@named
 def widen(
   scale: float = _widen["scale"].default,
   threshold: float = _widen["threshold"].default,

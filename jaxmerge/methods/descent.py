@@ -17,6 +17,7 @@ from jax import lax
 
 from jaxmerge import catalog, counting, magnitudes, statistics, views
 from jaxmerge.methods import averaging, spectral
+from jaxmerge.methods.factory import named
 from jaxmerge.stage import Array, Group, Leaf, Method, Rank, chain
 
 _wudi = catalog.METHODS["wudi"].parameters
@@ -25,6 +26,7 @@ _doge = catalog.METHODS["doge"].parameters
 _added = functools.partial(jnp.sum, axis=0)
 
 
+@named
 def wudi(
   scale: float = _wudi["scale"].default,
   learning_rate: float = _wudi["learning_rate"].default,
@@ -44,7 +46,7 @@ def wudi(
   Example:
     >>> import jaxmerge
     >>> x = {"w": jnp.array([[[3.0, 0.0], [0.0, 0.0]], [[0.0, 0.0], [0.0, 1.0]]])}
-    >>> jaxmerge.blend(wudi(), x, layout=(("w", "oi"),))["w"].tolist()
+    >>> jaxmerge.blend(wudi(), x, layout=(("w", "oi"),), deltas=True)["w"].tolist()
     [[3.0, 0.0], [0.0, 1.0]]
   """
   catalog.check("wudi", {"scale": scale, "learning_rate": learning_rate, "steps": steps})
@@ -58,6 +60,7 @@ def wudi(
   return chain(spectral.by_matrix(update, numbers), averaging.scaled(scale))
 
 
+@named
 def optmerge(
   scale: float = _optmerge["scale"].default,
   tuned: Literal["full", "lora"] = _optmerge["tuned"].default,
@@ -81,7 +84,7 @@ def optmerge(
   Example:
     >>> import jaxmerge
     >>> x = {"w": jnp.array([[[3.0, 0.0], [0.0, 0.0]], [[0.0, 0.0], [0.0, 1.0]]])}
-    >>> jaxmerge.blend(optmerge(steps=0), x, layout=(("w", "oi"),))["w"].tolist()
+    >>> jaxmerge.blend(optmerge(steps=0), x, layout=(("w", "oi"),), deltas=True)["w"].tolist()
     [[3.0, 0.0], [0.0, 1.0]]
   """
   settings = {"learning_rate": learning_rate, "steps": steps}
@@ -104,6 +107,7 @@ def optmerge(
   return chain(spectral.by_matrix(update, numbers), averaging.scaled(scale))
 
 
+@named
 def doge(
   scale: float = _doge["scale"].default,
   eta: float = _doge["eta"].default,
@@ -137,7 +141,7 @@ def doge(
     >>> import jaxmerge
     >>> x = {"w": jnp.array([[[3.0, 0.0], [0.0, 4.0]]])}
     >>> method = doge(eta=1.0, density=1.0, steps=0)
-    >>> print(jaxmerge.blend(method, x, layout=(("w", "oi"),))["w"])
+    >>> print(jaxmerge.blend(method, x, layout=(("w", "oi"),), deltas=True)["w"])
     [[0.6 0. ] [0.  0.8]]
   """
   settings = {"density": density, "eta": eta, "learning_rate": learning_rate, "rank_tol": rank_tol}

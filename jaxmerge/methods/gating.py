@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxmerge import catalog, counting, magnitudes, statistics, tree, views
 from jaxmerge.methods import averaging
+from jaxmerge.methods.factory import named
 from jaxmerge.stage import Array, Group, Leaf, Method, Stage, chain
 
 Score = Callable[[Array, Leaf], Array]
@@ -30,6 +31,7 @@ def layer_of(name: str) -> str:
   return numbered[0] if numbered else re.sub(r"[./][^./]*$", "", name)
 
 
+@named
 def gate(
   prune_ratio: float = _lwptv["prune_ratio"].default,
   score: Literal["deviation", "relative_norm", "rms"] | Score = _lwptv["score"].default,
@@ -102,7 +104,7 @@ def gate(
     return jnp.where(own.reshape((-1,) + (1,) * (x.ndim - 1)), x, 0)
 
   measured = statistics.Sum("kept", measure, finish=kept)
-  return (Stage(update, (measured,), init, {"prune_ratio": prune_ratio}),)
+  return Method((Stage(update, (measured,), init, {"prune_ratio": prune_ratio}),))
 
 
 def _added(x: Array) -> Array:
@@ -113,6 +115,7 @@ def _squares(x: Array) -> Array:
   return _added(x * x)
 
 
+@named
 def lwptv(
   prune_ratio: float = _lwptv["prune_ratio"].default,
   scale: float = _lwptv["scale"].default,
@@ -139,7 +142,7 @@ def lwptv(
   Example:
     >>> import jaxmerge
     >>> x = {"0/w": jnp.array([[4.0], [1.0]]), "1/w": jnp.array([[1.0], [2.0]])}
-    >>> jaxmerge.blend(lwptv(0.5, scale=1.0, score="rms"), x)
+    >>> jaxmerge.blend(lwptv(0.5, scale=1.0, score="rms"), x, deltas=True)
     {'0/w': Array([4.], dtype=float32), '1/w': Array([2.], dtype=float32)}
   """
   catalog.check("lwptv", {"scale": scale, "weight": weight})

@@ -8,12 +8,14 @@ import jax.numpy as jnp
 
 from jaxmerge import catalog, counting
 from jaxmerge.methods import averaging
+from jaxmerge.methods.factory import named
 from jaxmerge.stage import Array, Leaf, Method, Stage, Sum, chain, leafwise
 
 _consensus = catalog.METHODS["consensus"].parameters
 _ram = catalog.METHODS["ramplus_tl"].parameters
 
 
+@named
 def ram(threshold: float = _ram["threshold"].default) -> Method:
   """Divides each entry of the sum of the task vectors by the number of models that change it.
 
@@ -38,6 +40,7 @@ def ram(threshold: float = _ram["threshold"].default) -> Method:
   return leafwise(mean, numbers={"threshold": threshold}, combines=True)
 
 
+@named
 def ramplus_tl(
   threshold: float = _ram["threshold"].default,
   boost: float = _ram["boost"].default,
@@ -81,9 +84,10 @@ def ramplus_tl(
     return _shared_mean(jnp.where(changed, x * factor, 0), changed)
 
   measured = Sum("counts", counts, combine=counting.plus)
-  return (Stage(update, (measured,), numbers=given, scope=scope, combines=True),)
+  return Method((Stage(update, (measured,), numbers=given, scope=scope, combines=True),))
 
 
+@named
 def consensus(
   scale: float = _consensus["scale"].default,
   threshold: float | tuple[float, ...] = _consensus["threshold"].default,
@@ -105,7 +109,7 @@ def consensus(
   Example:
     >>> import jaxmerge
     >>> x = {"w": jnp.array([[2.0, 2.0, 0.5], [1.0, -0.1, -0.5]])}
-    >>> jaxmerge.blend(consensus(scale=1.0), x)["w"].tolist()
+    >>> jaxmerge.blend(consensus(scale=1.0), x, deltas=True)["w"].tolist()
     [3.0, 0.0, 0.0]
   """
   catalog.check("consensus", {"scale": scale, "threshold": threshold, "least": least})

@@ -9,12 +9,14 @@ import numpy as np
 
 from jaxmerge import catalog
 from jaxmerge.methods import averaging, random_masks, signs, sparsifying
+from jaxmerge.methods.factory import named
 from jaxmerge.stage import Array, Group, Leaf, Method, Stage, chain
 
 _della = catalog.METHODS["della"].parameters
 _linear = catalog.METHODS["della_linear"].parameters
 
 
+@named
 def magprune(
   density: float = _della["density"].default,
   epsilon: float = _della["epsilon"].default,
@@ -52,7 +54,7 @@ def magprune(
 
   numbers = {"density": density, "epsilon": epsilon, "seed": None}
   row = dict[str, Any](scope="leaf", unit="row", rest="row", ranked=True)
-  pruned = (Stage(update, (), _refuse_window, numbers, **row),)
+  pruned = Method((Stage(update, (), _refuse_window, numbers, **row),))
   return pruned if rescale == "inverse" else sparsifying.matched(pruned, rescale)
 
 
@@ -71,6 +73,7 @@ def probabilities(ranks: Array, density: Array, epsilon: Array) -> Array:
   return jnp.where(density >= 1, 1, density + epsilon * height)
 
 
+@named
 def della(
   density: float = _della["density"].default,
   epsilon: float = _della["epsilon"].default,
@@ -96,6 +99,7 @@ def della(
   return chain(pruned, signs.elected(scale, weight, reduce, zero_sum))
 
 
+@named
 def della_linear(
   density: float = _linear["density"].default,
   epsilon: float = _linear["epsilon"].default,

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxmerge import catalog, statistics, views
+from jaxmerge.methods.factory import named
 from jaxmerge.stage import Array, Group, Leaf, Method, Stage, for_models, pointwise
 
 _krum = catalog.METHODS["krum"].parameters
@@ -19,6 +20,7 @@ _flag = catalog.METHODS["flag"].parameters
 NETWORK = 32  # More models than that are sorted by the compiler's sort.
 
 
+@named
 def median() -> Method:
   """Takes, entry by entry, the median of the models; the lower one of two.
 
@@ -37,6 +39,7 @@ def median() -> Method:
   return pointwise(middle, combines=True)
 
 
+@named
 def trimmed_mean(trim: int = catalog.METHODS["trimmed_mean"].parameters["trim"].default) -> Method:
   """Averages, entry by entry, all but the lowest and the highest `trim` models.
 
@@ -57,9 +60,10 @@ def trimmed_mean(trim: int = catalog.METHODS["trimmed_mean"].parameters["trim"].
     return _mean(_ascending(x)[trim : x.shape[0] - trim])
 
   init = for_models("trimmed_mean", 2 * trim + 1)
-  return (Stage(update, init=init, combines=True),)
+  return Method((Stage(update, init=init, combines=True),))
 
 
+@named
 def meamed(outliers: int = _meamed["outliers"].default) -> Method:
   """Averages, entry by entry, all but the `outliers` models farthest from the median.
 
@@ -81,6 +85,7 @@ def meamed(outliers: int = _meamed["outliers"].default) -> Method:
   return _around(_central, outliers, "meamed")
 
 
+@named
 def phocas(outliers: int = _phocas["outliers"].default) -> Method:
   """Averages, entry by entry, all but the `outliers` models farthest from the trimmed mean.
 
@@ -112,7 +117,7 @@ def _around(center: Callable[[list[Array]], Array], outliers: int, name: str) ->
     ends = [jnp.where(high - middle < middle - low, high, low) for low, high in pairs]
     return _mean([*ends, *rows[outliers:n]])
 
-  return (Stage(update, init=for_models(name, 2 * outliers + 1), combines=True),)
+  return Method((Stage(update, init=for_models(name, 2 * outliers + 1), combines=True),))
 
 
 def _central(rows: list[Array]) -> Array:
@@ -126,6 +131,7 @@ def _mean(rows: list[Array]) -> Array:
   return jnp.sum(own, axis=0, keepdims=True) * (1 / own.shape[0])
 
 
+@named
 def krum(
   outliers: int = _krum["outliers"].default,
   select: int = _krum["select"].default,
@@ -177,9 +183,10 @@ def krum(
     return jnp.sum(jnp.where(chosen, x, 0), axis=0, keepdims=True) * (1 / select)
 
   measured = (statistics.squares("distances", distances),)
-  return (Stage(update, measured, init, scope=scope, combines=True),)
+  return Method((Stage(update, measured, init, scope=scope, combines=True),))
 
 
+@named
 def flag(
   rank: int = _flag["rank"].default,
   steps: int = _flag["steps"].default,
@@ -227,7 +234,7 @@ def flag(
     return jnp.sum(x * own.reshape((-1,) + (1,) * (x.ndim - 1)), axis=0, keepdims=True)
 
   measured = statistics.squares("coefficients", statistics.inner_products, coefficients)
-  return (Stage(update, (measured,), init, {"pairs": pairs}, combines=True),)
+  return Method((Stage(update, (measured,), init, {"pairs": pairs}, combines=True),))
 
 
 def _middle(values: Array) -> Array:

@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxmerge import catalog, counting, magnitudes, statistics, views
 from jaxmerge.methods import averaging, signs
+from jaxmerge.methods.factory import named
 from jaxmerge.stage import (
   Array,
   Fold,
@@ -28,6 +29,7 @@ from jaxmerge.stage import (
 _sce = catalog.METHODS["sce"].parameters
 
 
+@named
 def sce(density: float = _sce["density"].default, floor: float = _sce["floor"].default) -> Method:
   """Selects the entries at which the models differ most, weighs the models, erases minorities.
 
@@ -52,6 +54,7 @@ def sce(density: float = _sce["density"].default, floor: float = _sce["floor"].d
   return chain(most_varied(density), _erased(floor))
 
 
+@named
 def most_varied(density: float) -> Method:
   """Keeps the entries of largest variance over the models, in all models; see `sce`.
 
@@ -82,7 +85,7 @@ def most_varied(density: float) -> Method:
 
   counted = Sum("kept", differing, combine=counting.plus, finish=kept)
   measured = (counted, Rank("cut", _variance, rank="kept", exact=True))
-  return (Stage(update, measured, init, {"density": density}, scope="leaf"),)
+  return Method((Stage(update, measured, init, {"density": density}, scope="leaf"),))
 
 
 def _variance(x: Array, leaf: Leaf, known: Any) -> Array:
@@ -123,9 +126,10 @@ def _erased(floor: float) -> Method:
     return {"size": np.float32(max(group.size, 1))}
 
   measured = (statistics.squares("squares", squares, means),)
-  return (Stage(update, measured, init, {"floor": floor}, scope="leaf", combines=True),)
+  return Method((Stage(update, measured, init, {"floor": floor}, scope="leaf", combines=True),))
 
 
+@named
 def arcee_fusion() -> Method:
   """Takes over those entries of one model that are far from the base and in a changed row.
 
@@ -165,7 +169,7 @@ def arcee_fusion() -> Method:
   quartiles = ("lower", "median", "upper")
   measured = tuple(Rank(name, second, rank=f"{name}_rank") for name in quartiles)
   rows = Stage(importance, unit="row", rest="row")
-  return join((rows,), Stage(update, measured, init, scope="leaf"))
+  return join(Method((rows,)), Stage(update, measured, init, scope="leaf"))
 
 
 def divergence(base: Array, x: Array) -> Array:
@@ -184,6 +188,7 @@ def divergence(base: Array, x: Array) -> Array:
   return both * jnp.where(small, series, (1 + t) * jnp.log1p(t) - t)
 
 
+@named
 def magmax(scale: float = catalog.METHODS["magmax"].parameters["scale"].default) -> Method:
   """Takes, entry by entry, the task vector of largest magnitude; of those that tie, the last.
 
@@ -195,7 +200,7 @@ def magmax(scale: float = catalog.METHODS["magmax"].parameters["scale"].default)
   Example:
     >>> import jaxmerge
     >>> x = {"w": jnp.array([[0.75, 0.25], [-0.5, -0.25]])}
-    >>> jaxmerge.blend(magmax(scale=1.0), x)["w"].tolist()
+    >>> jaxmerge.blend(magmax(scale=1.0), x, deltas=True)["w"].tolist()
     [0.75, -0.25]
   """
   catalog.check("magmax", {"scale": scale})
@@ -215,6 +220,7 @@ def _larger(held: Array, x: Array) -> Array:
   return jnp.where(jnp.abs(x) >= jnp.abs(held), x, held)
 
 
+@named
 def nearswap(t: float = catalog.METHODS["nearswap"].parameters["t"].default) -> Method:
   """Moves each entry of the first model towards the second's by at most t.
 
@@ -241,9 +247,10 @@ def nearswap(t: float = catalog.METHODS["nearswap"].parameters["t"].default) -> 
     return jnp.where(jnp.abs(apart) <= t, second, first + t * jnp.sign(apart))
 
   init = for_models("nearswap", 2, 2)
-  return (Stage(update, (), init, {"t": t}, combines=True, ordered=True),)
+  return Method((Stage(update, (), init, {"t": t}, combines=True, ordered=True),))
 
 
+@named
 def passthrough(
   scale: float = catalog.METHODS["passthrough"].parameters["scale"].default,
 ) -> Method:

@@ -9,7 +9,18 @@ import jax.numpy as jnp
 
 from jaxmerge import catalog, counting, statistics
 from jaxmerge.methods import averaging, sparsifying
-from jaxmerge.stage import Array, Group, Leaf, Method, Scope, Stage, chain, leafwise, pointwise
+from jaxmerge.methods.factory import named
+from jaxmerge.stage import (
+  Array,
+  Group,
+  Leaf,
+  Method,
+  Scope,
+  Stage,
+  chain,
+  leafwise,
+  pointwise,
+)
 
 _ties = catalog.METHODS["ties"].parameters
 _slack = catalog.METHODS["ties_slack"].parameters
@@ -17,6 +28,7 @@ _dare = catalog.METHODS["dare"].parameters
 _added = functools.partial(jnp.sum, axis=0, keepdims=True)
 
 
+@named
 def elect_sign(
   zero_sum: Literal["majority", "plus"] = _ties["zero_sum"].default,
   slack: float | tuple[float, ...] | None = None,
@@ -44,10 +56,11 @@ def elect_sign(
     [3.0, 2.0]
   """
   numbers = {} if slack is None else {"slack": slack}
+  is_equal = slack is None
 
   def total(x: Array, leaf: Leaf) -> Array:
     each = jnp.sign(x) if votes == "count" else x
-    return _added(each if slack is None else each * (1 + leaf.number("slack", x)))
+    return _added(each if is_equal else each * (1 + leaf.number("slack", x)))
 
   if zero_sum == "plus":
     return leafwise(lambda x, leaf: agreeing(x, total(x, leaf)), numbers=numbers)
@@ -74,7 +87,7 @@ def elect_sign(
   def even(group: Group) -> dict[str, Any]:
     return {"even": counting.limbs(group.size)[:, None]}
 
-  return (Stage(update, (counted,), even, numbers, deferred=deferred),)
+  return Method((Stage(update, (counted,), even, numbers, deferred=deferred),))
 
 
 def agreeing(x: Array, total: Array | None = None) -> Array:
@@ -90,6 +103,7 @@ def agreeing(x: Array, total: Array | None = None) -> Array:
   return jnp.where(x * jnp.where(total < 0, -1, 1) > 0, x, 0)
 
 
+@named
 def disjoint_mean(weight: float | tuple[float, ...] | None = _ties["weight"].default) -> Method:
   """Averages, entry by entry, the models whose entry is not zero: [K, ...] -> [1, ...].
 
@@ -103,15 +117,17 @@ def disjoint_mean(weight: float | tuple[float, ...] | None = _ties["weight"].def
     >>> jaxmerge.blend(disjoint_mean(), {"w": jnp.array([[3.0, 0.0], [1.0, 4.0]])})["w"].tolist()
     [2.0, 4.0]
   """
+  is_equal = weight is None
 
   def mean(x: Array, leaf: Leaf) -> Array:
-    each = jnp.ones((), x.dtype) if weight is None else leaf.number("weight", x)
+    each = jnp.ones((), x.dtype) if is_equal else leaf.number("weight", x)
     divisor = _added(jnp.where(x != 0, each, 0))
     return _added(x) / jnp.where(divisor == 0, 1, divisor)
 
   return leafwise(mean, numbers={} if weight is None else {"weight": weight}, combines=True)
 
 
+@named
 def disjoint_max() -> Method:
   """Takes, entry by entry, the largest magnitude: [K, ...] -> [1, ...].
 
@@ -130,6 +146,7 @@ def disjoint_max() -> Method:
   return leafwise(extreme, combines=True)
 
 
+@named
 def elected(
   scale: float = _ties["scale"].default,
   weight: float | tuple[float, ...] = _ties["weight"].default,
@@ -159,6 +176,7 @@ def elected(
   return chain(averaging.weighted(weight), agreed, joined, averaging.scaled(scale))
 
 
+@named
 def ties(
   density: float = _ties["density"].default,
   scale: float = _ties["scale"].default,
@@ -200,6 +218,7 @@ def ties(
   return chain(trimmed, elected(scale, weight, reduce, zero_sum, votes))
 
 
+@named
 def ties_slack(
   slack: float | tuple[float, ...] = _slack["slack"].default,
   density: float = _slack["density"].default,
@@ -227,7 +246,7 @@ def ties_slack(
   Example:
     >>> import jaxmerge
     >>> x = {"w": jnp.array([[-0.5, -0.5], [0.375, -0.25]])}
-    >>> jaxmerge.blend(ties_slack(slack=(0.0, 0.5), density=1.0), x)["w"].tolist()
+    >>> jaxmerge.blend(ties_slack(slack=(0.0, 0.5), density=1.0), x, deltas=True)["w"].tolist()
     [0.375, -0.375]
   """
   catalog.check("ties_slack", {"slack": slack, "density": density, "scale": scale, "rule": rule})
@@ -235,6 +254,7 @@ def ties_slack(
   return chain(trimmed, elect_sign(slack=slack), disjoint_mean(), averaging.scaled(scale))
 
 
+@named
 def dare_ties(
   drop_rate: float = _dare["drop_rate"].default,
   density: float = _ties["density"].default,

@@ -8,11 +8,24 @@ import jax.numpy as jnp
 
 from jaxmerge import catalog, counting, statistics
 from jaxmerge.methods import averaging, random_masks
-from jaxmerge.stage import Array, Group, Leaf, Method, Rank, Scope, Stage, chain, join, leafwise
+from jaxmerge.methods.factory import named
+from jaxmerge.stage import (
+  Array,
+  Group,
+  Leaf,
+  Method,
+  Rank,
+  Scope,
+  Stage,
+  chain,
+  join,
+  leafwise,
+)
 
 _dare = catalog.METHODS["dare"].parameters
 
 
+@named
 def trim(density: float, *, scope: Scope = "tree", rule: Literal["kth", "exact"] = "kth") -> Method:
   """Keeps the largest `density` of the entries of each task vector, by magnitude.
 
@@ -50,9 +63,10 @@ def trim(density: float, *, scope: Scope = "tree", rule: Literal["kth", "exact"]
     return jnp.where(statistics.inside(known["cut"], jnp.abs(x), leaf), x, 0)
 
   cut = Rank("cut", lambda x, leaf, known: jnp.abs(x), rank="kept", exact=exact)
-  return (Stage(update, (cut,), init, {"density": density}, scope=scope),)
+  return Method((Stage(update, (cut,), init, {"density": density}, scope=scope),))
 
 
+@named
 def drop(
   drop_rate: float = _dare["drop_rate"].default,
   *,
@@ -90,6 +104,7 @@ def drop(
   return thinned if rescale == "inverse" else matched(thinned, rescale)
 
 
+@named
 def matched(method: Method, norm: str | None) -> Method:
   """Runs a transform, then gives each model's leaf back the norm that it had before.
 
@@ -127,6 +142,7 @@ def matched(method: Method, norm: str | None) -> Method:
   return join(method, Stage(update, (measured,), scope="leaf"))
 
 
+@named
 def dare(
   drop_rate: float = _dare["drop_rate"].default,
   scale: float = _dare["scale"].default,

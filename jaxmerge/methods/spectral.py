@@ -18,6 +18,7 @@ from jax import lax
 
 from jaxmerge import catalog, magnitudes, views
 from jaxmerge.methods import averaging
+from jaxmerge.methods.factory import named
 from jaxmerge.stage import Array, Leaf, Method, Stage, chain
 
 _iso_c = catalog.METHODS["iso_c"].parameters
@@ -28,6 +29,7 @@ Polar = Literal["svd", "products"]
 LEAST = 1e-3  # Singular values of this share of the largest come to 1 by products alone.
 
 
+@named
 def iso_c(
   scale: float = _iso_c["scale"].default,
   rank_tol: float = _iso_c["rank_tol"].default,
@@ -46,7 +48,7 @@ def iso_c(
   Example:
     >>> import jaxmerge
     >>> x = {"w": jnp.array([[[3.0, 0.0], [0.0, 0.0]], [[0.0, 0.0], [0.0, 1.0]]])}
-    >>> jaxmerge.blend(iso_c(), x, layout=(("w", "oi"),))["w"].tolist()
+    >>> jaxmerge.blend(iso_c(), x, layout=(("w", "oi"),), deltas=True)["w"].tolist()
     [[2.0, 0.0], [0.0, 2.0]]
   """
   catalog.check("iso_c", {"scale": scale, "rank_tol": rank_tol, "polar": polar})
@@ -57,6 +59,7 @@ def iso_c(
   return chain(by_matrix(update, {"rank_tol": rank_tol}), averaging.scaled(scale))
 
 
+@named
 def iso_cts(
   scale: float = _iso_cts["scale"].default,
   common: float = _iso_cts["common"].default,
@@ -81,7 +84,7 @@ def iso_cts(
   Example:
     >>> import jaxmerge
     >>> x = {"w": jnp.array([[[3.0, 0.0], [0.0, 0.0]], [[0.0, 0.0], [0.0, 1.0]]])}
-    >>> jaxmerge.blend(iso_cts(common=1.0), x, layout=(("w", "oi"),))["w"].tolist()
+    >>> jaxmerge.blend(iso_cts(common=1.0), x, layout=(("w", "oi"),), deltas=True)["w"].tolist()
     [[2.0, 0.0], [0.0, 2.0]]
   """
   given = {"scale": scale, "common": common, "rank_tol": rank_tol, "polar": polar}
@@ -117,6 +120,7 @@ def slots(rank: int, height: int, common: float) -> tuple[int, int]:
   return rank - own * height, own
 
 
+@named
 def tsv(
   scale: float = _tsv["scale"].default,
   rank_tol: float = _tsv["rank_tol"].default,
@@ -138,7 +142,7 @@ def tsv(
   Example:
     >>> import jaxmerge
     >>> x = {"w": jnp.array([[[3.0, 0.0], [0.0, 0.0]], [[0.0, 0.0], [0.0, 1.0]]])}
-    >>> jaxmerge.blend(tsv(), x, layout=(("w", "oi"),))["w"].tolist()
+    >>> jaxmerge.blend(tsv(), x, layout=(("w", "oi"),), deltas=True)["w"].tolist()
     [[3.0, 0.0], [0.0, 1.0]]
   """
   catalog.check("tsv", {"scale": scale, "rank_tol": rank_tol, "polar": polar})
@@ -168,7 +172,8 @@ def by_matrix(
     return _added(x) * (1 / x.shape[0])
 
   rest = rest or mean
-  return (Stage(together, unit="matrix", rest=rest, numbers=numbers, combines=True, **more),)
+  stage = Stage(together, unit="matrix", rest=rest, numbers=numbers, combines=True, **more)
+  return Method((stage,))
 
 
 def svd(

@@ -16,6 +16,7 @@ from jax import lax
 
 from jaxmerge import catalog, magnitudes, statistics, views
 from jaxmerge.methods import averaging
+from jaxmerge.methods.factory import named
 from jaxmerge.stage import Array, Group, Leaf, Method, Stage, for_models
 
 Solve = Callable[[Array, Leaf], Array]
@@ -59,12 +60,11 @@ def spanned(
   alike = straight and said(lambda x, leaf, known: _combined(straight(_blank(x), leaf), x))
   made = functools.partial(said, moments=alike)
   if scope == "leaf":
-    return (
-      made(
-        lambda x, leaf, known: _combined(solve(*_measured(known["gram"], leaf)), x),
-        (statistics.gram("gram"),),
-      ),
+    whole = made(
+      lambda x, leaf, known: _combined(solve(*_measured(known["gram"], leaf)), x),
+      (statistics.gram("gram"),),
     )
+    return Method((whole,))
 
   def update(x: Array, leaf: Leaf, known: Any) -> Array:
     across = 2 if scope == "row" else 1
@@ -84,13 +84,14 @@ def spanned(
     return _combined(solve(*_measured(gram, leaf)), x)
 
   unit: Literal["row", "matrix"] = "row" if scope == "row" else "matrix"
-  return (made(update, unit=unit, lookups="row", rest=rest),)
+  return Method((made(update, unit=unit, lookups="row", rest=rest),))
 
 
 def _measured(gram: statistics.Gram, leaf: Leaf) -> tuple[Array, Leaf]:
   return gram.products, leaf._replace(aux={**leaf.aux, "unit": gram.unit})
 
 
+@named
 def slerp(t: float = catalog.METHODS["slerp"].parameters["t"].default) -> Method:
   """Interpolates two models along the arc between them, leaf by leaf.
 
@@ -123,6 +124,7 @@ def slerp(t: float = catalog.METHODS["slerp"].parameters["t"].default) -> Method
   return spanned(solve, numbers={"t": t}, init=own, ordered=True, straight=straight)
 
 
+@named
 def nuslerp(
   weight: float | tuple[float, ...] = _nuslerp["weight"].default,
   scope: Literal["leaf", "row", "column"] = _nuslerp["scope"].default,
@@ -162,6 +164,7 @@ def nuslerp(
   return spanned(solve, scope=scope, straight=straight, **given)
 
 
+@named
 def multislerp(
   weight: float | tuple[float, ...] = _multislerp["weight"].default,
   normalize: bool = _multislerp["normalize"].default,
@@ -203,6 +206,7 @@ def multislerp(
   return spanned(solve, numbers={"weight": weight}, init=init, straight=own)
 
 
+@named
 def karcher(
   weight: float | tuple[float, ...] = _karcher["weight"].default,
   max_iter: int = _karcher["max_iter"].default,

@@ -8,11 +8,13 @@ import jax.numpy as jnp
 
 from jaxmerge import catalog, magnitudes
 from jaxmerge.methods import spherical
+from jaxmerge.methods.factory import named
 from jaxmerge.stage import Array, Leaf, Method, for_models
 
 _defaults = catalog.METHODS["model_stock"].parameters
 
 
+@named
 def model_stock(
   scope: Literal["leaf", "row"] = _defaults["scope"].default,
   clip: bool = _defaults["clip"].default,

@@ -14,6 +14,7 @@ from jax import lax
 
 from jaxmerge import catalog, counting, statistics, views
 from jaxmerge.methods import averaging, spectral
+from jaxmerge.methods.factory import named
 from jaxmerge.stage import Array, Leaf, Method, Rank, Stage, chain, join
 
 _drm = catalog.METHODS["drm"].parameters
@@ -21,6 +22,7 @@ _lore = catalog.METHODS["lore"].parameters
 _opcm = catalog.METHODS["opcm"].parameters
 
 
+@named
 def drm(
   scale: float = _drm["scale"].default,
   drop_rate: float = _drm["drop_rate"].default,
@@ -48,7 +50,7 @@ def drm(
   Example:
     >>> import jaxmerge
     >>> x = {"w": jnp.array([[[3.0, 0.0], [0.0, 0.0]], [[0.0, 0.0], [0.0, 1.0]]])}
-    >>> jaxmerge.blend(drm(drop_rate=0.0), x, layout=(("w", "oi"),))["w"].tolist()
+    >>> jaxmerge.blend(drm(drop_rate=0.0), x, layout=(("w", "oi"),), deltas=True)["w"].tolist()
     [[3.0, 0.0], [0.0, 1.0]]
   """
   given = {"weight": weight, "rank_tol": rank_tol}
@@ -103,6 +105,7 @@ def _elected(x: Array, weight: Array | float = 1) -> Array:
   return jnp.sum(own, axis=0, keepdims=True) / jnp.maximum(count, 1).astype(x.dtype)
 
 
+@named
 def lore(
   delta_scale: float = _lore["delta_scale"].default,
   mu: float = _lore["mu"].default,
@@ -162,6 +165,7 @@ def _mean(x: Array) -> Array:
   return jnp.sum(x, axis=0, keepdims=True) * (1 / x.shape[0])
 
 
+@named
 def opcm(
   scale: float = _opcm["scale"].default,
   alpha: float = _opcm["alpha"].default,
@@ -188,7 +192,8 @@ def opcm(
   Example:
     >>> import jaxmerge
     >>> x = {"w": jnp.array([[[3.0, 0.0], [0.0, 1.0]], [[1.0, 2.0], [2.0, 1.0]]])}
-    >>> print(np.asarray(jaxmerge.blend(opcm(), x, layout=(("w", "oi"),))["w"]).round(3))
+    >>> out = jaxmerge.blend(opcm(), x, layout=(("w", "oi"),), deltas=True)
+    >>> print(np.asarray(out["w"]).round(3))
     [[2.236 1.491]
      [1.491 0.745]]
   """

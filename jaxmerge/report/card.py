@@ -94,10 +94,12 @@ def _counts(summary: Mapping[str, Any]) -> str:
 
 
 def _called(method: Mapping[str, Any]) -> str:
-  """What people call a method: of the catalog, as its user says, or by what its code is."""
+  """What people call a method: as its user says, or of the catalog."""
+  if "words" in method["settings"]:
+    return method["settings"]["words"]
   if method["method"] in catalog.METHODS or method["method"] == "mean":
     return words.label(method["method"])
-  return method["settings"].get("words", "a method given in Python")
+  return "a method given in Python"
 
 
 def _many(models: Sequence[str]) -> str:
@@ -113,7 +115,7 @@ def _method(method: Mapping[str, Any]) -> str:
     mark = " This method is experimental." if entry.experimental else ""
     about = f"{about}: {tables.escaped(f'{entry.formula}; {entry.paper}')}.{mark}"
   settings = {k: v for k, v in method["settings"].items() if k != "words"}
-  if entry is None and _called(method) != "mean":
+  if entry is None and method["method"] != "mean":
     settings["fingerprint of its code"] = method["method"]
   asked = {"in the recipe": method["asked"]} if method.get("asked") else {}
   facts = {

@@ -1,0 +1,151 @@
+"""What stages and drivers hand to each other: parts of leaves, groups of them, what is measured."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple  # Any: states are trees that a stage defines.
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Array = jax.Array
+State = Any
+
+
+class Leaf(NamedTuple):
+  """What a stage knows about the part of a leaf that it is given.
+
+  Attributes:
+    base: the reference's part [*s]; None where raw weights are merged.
+    aux: the method's numbers (scalar or [K]) and arrays aligned to this leaf ([K, *s]).
+    models: [K] tags of the models, uint32.
+    tag: tag of this leaf's name, uint32 scalar.
+    start: entries of the leaf before this part, row by row, uint32 scalar (counted past 2**32 from
+      zero again).
+    offset: entries of the leaves before this one in its group, uint32 scalar.
+    places: places of the part's entries after `start`, uint32 [1, n]; None: 0, 1, ... row by row.
+  """
+
+  base: Array | None
+  aux: Mapping[str, Any]
+  models: Array
+  tag: Array | np.generic
+  start: Array | np.generic
+  offset: Array | np.generic
+  places: Array | np.ndarray | None = None
+
+  def number(self, name: str, x: Array) -> Array:
+    """Returns the number `name` in the dtype of `x`, shaped to multiply a stack x [K, *s].
+
+    Raises:
+      ValueError: if it is one per model, but x holds another number of them.
+    """
+    value = jnp.asarray(self.aux[name], x.dtype)
+    if value.ndim and value.shape[0] != x.shape[0]:
+      raise ValueError(
+        f"{name} has {value.shape[0]} values, but acts on a stack of height {x.shape[0]}; "
+        "after a combiner it must be one number."
+      )
+    return value.reshape(value.shape + (1,) * (x.ndim - value.ndim)) if value.ndim else value
+
+  def scalar(self, name: str, x: Array) -> Array:
+    """Returns the number `name`, one for all models, in the dtype of `x`; ValueError for more."""
+    value = jnp.asarray(self.aux[name], x.dtype)
+    if value.ndim:
+      raise ValueError(f"{name} must be one number for all models, got {value.shape[0]} values.")
+    return value
+
+  def compared(self, method: str) -> Array:
+    """Returns the base; ValueError, naming the method, where raw weights are merged."""
+    if self.base is None:
+      raise ValueError(f"{method} compares with a base; run it by merge, not by blend.")
+    return self.base
+
+
+class Group(NamedTuple):
+  """What is known of a group of leaves before any weight is read: for `Stage.init`.
+
+  Attributes:
+    shapes: shapes of its leaves by name, without the task axis.
+    height: number of models K.
+    aux: the method's numbers; those that differ from leaf to leaf are missing.
+  """
+
+  shapes: Mapping[str, tuple[int, ...]]
+  height: int
+  aux: Mapping[str, Any]
+
+  @property
+  def size(self) -> int:
+    """Number of entries of one model."""
+    return sum(math.prod(shape) for shape in self.shapes.values())
+
+  def number(self, name: str) -> Any:
+    """Returns a number; ValueError if it differs from leaf to leaf of the group."""
+    if name not in self.aux:
+      raise ValueError(
+        f"{name} is counted over {len(self.shapes)} leaves together and cannot differ between "
+        "them; give one number, or scope='leaf'."
+      )
+    return self.aux[name]
+
+  def seen(self, name: str) -> np.ndarray | None:
+    """Returns a number, scalar or [K]; None if it is traced, elsewhere, or differs by entry."""
+    value = self.number(name)
+    if isinstance(value, jax.core.Tracer) or not getattr(value, "is_fully_addressable", True):
+      return None
+    each = np.asarray(value, np.float64)
+    return each if each.ndim <= 1 else None
+
+
+class Sum(NamedTuple):
+  """A statistic that adds up over all leaves of a group.
+
+  Attributes:
+    name: the key under which the result is known afterwards.
+    measure: (x, leaf, known) -> partial, a tree of arrays.
+    combine: how two partials become one; addition unless said otherwise.
+    finish: (total, known) -> result.
+  """
+
+  name: str
+  measure: Callable[[Any, Leaf, State], State]
+  combine: Callable[[Array, Array], Array] = jnp.add
+  finish: Callable[[State, State], State] = lambda total, known: total
+
+
+class Rank(NamedTuple):
+  """A statistic that is the value of a rank among of(x) >= 0, per row, over a group.
+
+  Drivers find it each in their way, and exactly; the result is a `statistics.Cut`.
+
+  Attributes:
+    name: the key under which the result is known afterwards.
+    of: (x, leaf, known) -> values [M, *s], elementwise, none negative; each row has a cut of its
+      own.
+    rank: name of the known count n, limbs [2, M]: the n-th largest is searched.
+    exact: entries that tie at the value count by position, so that n of them are inside the cut;
+      otherwise all that tie are inside.
+  """
+
+  name: str
+  of: Callable[[Any, Leaf, State], Array]
+  rank: str
+  exact: bool = False
+
+
+Statistic = Sum | Rank
+
+
+class Fold(NamedTuple):
+  """A combiner that takes experts a few at a time, and keeps only an accumulator.
+
+  Attributes:
+    add: (accumulator or None, x [k, *s], leaf) -> accumulator, a tree of arrays.
+    finish: (accumulator, leaf) -> [1, *s].
+  """
+
+  add: Callable[[State, Array, Leaf], State]
+  finish: Callable[[State, Leaf], Array]
