@@ -16,7 +16,7 @@ import traceback
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn  # Any: a config is imported only by commands that have one.
 
-from jaxmerge import commands, foreign_flags, program_cache, progress, stopping
+from jaxmerge import commands, environment, foreign_flags, progress, stopping
 
 _CHANGES = """\
 changes of the config:
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     config = _config(options, changes)
   except ValueError as e:
     return _failed(e, 2, debug)
-  program_cache.enable()
+  environment.prepare()
   if getattr(options, "distributed", False):
     from jaxmerge import launching
 

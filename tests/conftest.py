@@ -22,6 +22,9 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 # Before jax is imported: the number of fake devices is read once, when the backend starts.
 _flags = re.sub(r"--xla_force_host_platform_device_count=\d+", "", os.environ.get("XLA_FLAGS", ""))
 os.environ["XLA_FLAGS"] = f"{_flags} --xla_force_host_platform_device_count=8".strip()
+# Eight devices wait for each other in threads of one pool: with one a core, as is the default, all
+# may wait for work that no thread is left to do, until XLA aborts.
+os.environ.setdefault("PJRT_NPROC", "32")
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["MPLBACKEND"] = "Agg"
 # Before NumPy is: several workers share the cores, and threads that wait for each other spin.

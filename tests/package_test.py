@@ -24,7 +24,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # A room imports only rooms on floors below its own, or beside it.
 FLOORS = {
-  6: {"cli", "commands", "foreign_flags", "launching", "program_cache", "progress", "__main__"},
+  6: {"cli", "commands", "environment", "foreign_flags", "launching", "progress", "__main__"},
   5: {
     "experiment",
     "benching",

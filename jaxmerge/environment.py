@@ -1,6 +1,6 @@
-"""Where compiled programs are kept from one run to the next: JAX's persistent compilation cache.
+"""Settings of JAX for the command line, which it reads from the environment when it is imported.
 
-Free of jax: it reads these settings from the environment when it is imported.
+Free of jax.
 """
 
 from __future__ import annotations
@@ -10,26 +10,47 @@ import importlib.util
 import os
 import pathlib
 import platform
+import re
 from collections.abc import MutableMapping
 
 VARIABLE = "JAXMERGE_CACHE"
 _OFF = {"", "0", "off", "no", "false"}
 _FOLDER = "JAX_COMPILATION_CACHE_DIR"
 _MOST = 2**31  # Bytes; what has not been used for longest goes first.
+_THREADS = 4  # For each device that a CPU is divided into.
 
 
-def enable(environment: MutableMapping[str, str] = os.environ) -> None:
-  """Lets JAX keep the programs of this process, and of those that it starts.
+def prepare(environment: MutableMapping[str, str] = os.environ) -> None:
+  """Sets what the user has not set: a cache of compiled programs, threads for devices of a CPU.
 
-  They lie in `JAXMERGE_CACHE`, or in the user's cache folder; `JAXMERGE_CACHE=off` keeps none. Who
-  has chosen a folder for JAX itself, by `JAX_COMPILATION_CACHE_DIR`, has chosen.
+  Programs of this process, and of those that it starts, are kept in `JAXMERGE_CACHE`, or in the
+  user's cache folder; `JAXMERGE_CACHE=off` keeps none. A folder for JAX itself, by
+  `JAX_COMPILATION_CACHE_DIR`, comes first.
 
   Example:
-    >>> environment = {"JAXMERGE_CACHE": "cache"}
-    >>> enable(environment)
-    >>> environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"]
-    '0'
+    >>> flags = {"JAXMERGE_CACHE": "off", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    >>> prepare(flags)
+    >>> flags["PJRT_NPROC"]
+    '32'
   """
+  _keep_programs(environment)
+  _add_threads(environment)
+
+
+def _add_threads(environment: MutableMapping[str, str]) -> None:
+  """Gives the devices of a divided CPU a pool of threads that they cannot fill.
+
+  It has one thread a core, and a device holds one for each collective that it waits in: with more
+  devices than cores all can wait for work that no thread is left to do, until XLA aborts.
+  """
+  devices = re.search(
+    r"xla_force_host_platform_device_count=(\d+)", environment.get("XLA_FLAGS", "")
+  )
+  if devices and int(devices[1]) > 1:
+    environment.setdefault("PJRT_NPROC", str(max(_THREADS * int(devices[1]), os.cpu_count() or 1)))
+
+
+def _keep_programs(environment: MutableMapping[str, str]) -> None:
   root = folder(environment)
   if root is None or _FOLDER in environment:
     return
