@@ -34,7 +34,7 @@ def method(given: Any) -> Method:
       raise ValueError(f"a method is wanted, not its name: call jaxmerge.methods.{given}().")
     raise ValueError(f"no method is called {given!r}{catalog.nearest(given, catalog.METHODS)}.")
   if isinstance(given, Stage):
-    raise ValueError("a method is a tuple of stages, not one: write (stage,).")
+    raise ValueError("a method is a sequence of stages, not one: write (stage,).")
   if callable(given):
     word = getattr(given, "__name__", "it")
     raise ValueError(f"{word} makes a method and is none: call it, {word}().")

@@ -1,4 +1,4 @@
-"""The algebra: a method is a tuple of stages, a stage maps a stack to a stack. Read this first.
+"""The algebra: a method is a sequence of stages, each maps a stack to a stack. Read this first.
 
 A stack is a tree of arrays with a leading task axis K. A transform keeps K, a combiner returns
 K = 1. A stage may *know* statistics of the stack before it acts: it names them, the driver adds
