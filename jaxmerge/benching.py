@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import json
 import pathlib
@@ -237,7 +236,7 @@ def _searched(work: experiment.Work, name: str, settings: Mapping[str, Any]) -> 
   best: tuple[float, Any, dict[str, Any]] = (-np.inf, None, {})
   trials = 0
   for word, fixed, numbers, scales in _candidates(name, settings):
-    method = _method(word, json.dumps(fixed, sort_keys=True))
+    method = _method(word, fixed)
     seed = work.settings.seed if "seed" in stage.numbers(method) else None
     chosen = baselines.best_scale(
       method,
@@ -291,10 +290,8 @@ def _has_scale(name: str) -> bool:
   return "scale" in catalog.entry(name).parameters
 
 
-@functools.cache
-def _method(name: str, fixed: str) -> Method:
-  """The same object for the same settings: programs are kept by it."""
-  method = getattr(methods, name)(**json.loads(fixed))
+def _method(name: str, settings: Mapping[str, Any]) -> Method:
+  method = getattr(methods, name)(**settings)
   return method if _has_scale(name) else stage.chain(method, methods.scaled(1.0))
 
 

@@ -76,6 +76,26 @@ def test_a_setting_is_part_of_a_method(name, parameter):
   assert dict(factory(**{parameter: value}).settings)[parameter] == value
 
 
+OF_PARTS = {  # Whose defaults a part has.
+  "band": "breadcrumbs",
+  "disjoint_mean": "ties",
+  "drop": "dare",
+  "elect_sign": "ties",
+  "elected": "ties",
+  "gate": "lwptv",
+  "magprune": "della",
+  "weighted_sum": "average",
+}
+
+
+@pytest.mark.parametrize("name", OF_PARTS)
+def test_a_part_has_the_defaults_of_its_method(name):
+  table = catalog.METHODS[OF_PARTS[name]].parameters
+  signature = inspect.signature(getattr(methods, name)).parameters.items()
+  defaults = {n: p.default for n, p in signature if n in table and n != "normalize"}
+  assert defaults == {n: table[n].default for n in defaults}
+
+
 @contextlib.contextmanager
 def compilations():
   """The names of the programs that are compiled meanwhile."""

@@ -7,14 +7,12 @@ from jaxmerge.methods import averaging
 from jaxmerge.methods.factory import named
 from jaxmerge.stage import Method, Stage, chain, for_models
 
-_defaults = catalog.METHODS["task_arithmetic"].parameters
-
 
 @named
 def task_arithmetic(
-  scale: float = _defaults["scale"].default,
-  weight: float | tuple[float, ...] = _defaults["weight"].default,
-  normalize: bool = _defaults["normalize"].default,
+  scale: float = 0.3,
+  weight: float | tuple[float, ...] = 1.0,
+  normalize: bool = False,
 ) -> Method:
   """Adds the task vectors up, times `scale`: base + scale * sum_i weight_i * tau_i.
 
@@ -36,7 +34,7 @@ def task_arithmetic(
 
 
 @named
-def negate(scale: float = catalog.METHODS["negate"].parameters["scale"].default) -> Method:
+def negate(scale: float = 0.3) -> Method:
   """Subtracts the task vectors, to make the model forget: base - scale * sum_i tau_i.
 
   Reference: Ilharco et al. 2023 (arXiv:2212.04089).
@@ -52,7 +50,7 @@ def negate(scale: float = catalog.METHODS["negate"].parameters["scale"].default)
 
 
 @named
-def analogy(scale: float = catalog.METHODS["analogy"].parameters["scale"].default) -> Method:
+def analogy(scale: float = 0.3) -> Method:
   """Combines three task vectors A, B, C, as in "A is to B as C is to D".
 
   The result is base + scale * (C + B - A); the stack holds the models A, B and C in this order.
@@ -70,7 +68,7 @@ def analogy(scale: float = catalog.METHODS["analogy"].parameters["scale"].defaul
 
 
 @named
-def portllm(scale: float = catalog.METHODS["portllm"].parameters["scale"].default) -> Method:
+def portllm(scale: float = 1.0) -> Method:
   """Carries a fine-tuning of an older base over to a newer one: base + scale * (tuned - old).
 
   The stack holds the older base and what was tuned from it, in this order.

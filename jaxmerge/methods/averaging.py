@@ -24,13 +24,11 @@ from jaxmerge.stage import (
   masked,
 )
 
-_checkpoints = catalog.METHODS["checkpoint_average"].parameters
-_weight = catalog.METHODS["average"].parameters["weight"].default
 _sum = functools.partial(jnp.sum, axis=0, keepdims=True)
 
 
 @named
-def average(weight: float | tuple[float, ...] = _weight, normalize: bool = True) -> Method:
+def average(weight: float | tuple[float, ...] = 1.0, normalize: bool = True) -> Method:
   """Averages the models, or their task vectors: [K, ...] -> [1, ...].
 
   The weighted mean of task vectors, added to the base, is the weighted mean of the models; without
@@ -64,9 +62,9 @@ def average(weight: float | tuple[float, ...] = _weight, normalize: bool = True)
 
 @named
 def checkpoint_average(
-  kind: Literal["sma", "wma", "ema"] = _checkpoints["kind"].default,
-  alpha: float = _checkpoints["alpha"].default,
-  start: Literal["first", "zero"] = _checkpoints["start"].default,
+  kind: Literal["sma", "wma", "ema"] = "sma",
+  alpha: float = 0.2,
+  start: Literal["first", "zero"] = "first",
 ) -> Method:
   """Averages checkpoints of one run, the oldest first: [K, ...] -> [1, ...].
 
@@ -141,7 +139,7 @@ def moving_weights(height: int, alpha: Any) -> list[Any]:
 
 
 @named
-def weighted_sum(weight: float | tuple[float, ...] = _weight, *, normalize: bool = False) -> Method:
+def weighted_sum(weight: float | tuple[float, ...] = 1.0, *, normalize: bool = False) -> Method:
   """Adds the models up, each times its weight: [K, ...] -> [1, ...].
 
   Args:

@@ -14,22 +14,20 @@ from jaxmerge.methods import averaging, signs, sparsifying
 from jaxmerge.methods.factory import named
 from jaxmerge.stage import Array, Group, Leaf, Method, Rank, Stage, chain
 
-_defaults = catalog.METHODS["breadcrumbs"].parameters
-_ties = catalog.METHODS["breadcrumbs_ties"].parameters
 Scope = Literal["tree", "leaf", "row"]
 Yields = Literal["keep", "remove"]
 
 
 @named
 def breadcrumbs(
-  keep: float = _defaults["keep"].default,
-  remove: float = _defaults["remove"].default,
-  scale: float = _defaults["scale"].default,
-  weight: float | tuple[float, ...] = _defaults["weight"].default,
-  scope: Scope = _defaults["scope"].default,
-  yields: Yields = _defaults["yields"].default,
-  rescale: str | None = _defaults["rescale"].default,
-  normalize: bool = _defaults["normalize"].default,
+  keep: float = 0.2,
+  remove: float = 0.1,
+  scale: float = 0.3,
+  weight: float | tuple[float, ...] = 1.0,
+  scope: Scope = "leaf",
+  yields: Yields = "keep",
+  rescale: str | None = None,
+  normalize: bool = False,
 ) -> Method:
   """Cuts off the largest and the smallest entries of each task vector, and adds the rest up.
 
@@ -68,15 +66,15 @@ def breadcrumbs(
 
 @named
 def breadcrumbs_ties(
-  keep: float = _ties["keep"].default,
-  remove: float = _ties["remove"].default,
-  scale: float = _ties["scale"].default,
-  weight: float | tuple[float, ...] = _ties["weight"].default,
-  scope: Scope = _ties["scope"].default,
-  yields: Yields = _ties["yields"].default,
-  rescale: str | None = _ties["rescale"].default,
-  reduce: Literal["mean", "sum", "max"] = _ties["reduce"].default,
-  zero_sum: Literal["majority", "plus"] = _ties["zero_sum"].default,
+  keep: float = 0.2,
+  remove: float = 0.1,
+  scale: float = 0.3,
+  weight: float | tuple[float, ...] = 1.0,
+  scope: Scope = "leaf",
+  yields: Yields = "keep",
+  rescale: str | None = None,
+  reduce: Literal["mean", "sum", "max"] = "sum",
+  zero_sum: Literal["majority", "plus"] = "majority",
 ) -> Method:
   """Cuts off both ends as `breadcrumbs` does, then elects signs and joins as `ties` does.
 
@@ -103,8 +101,8 @@ def band(
   keep: float,
   remove: float,
   *,
-  scope: Scope = _defaults["scope"].default,
-  yields: Yields = _defaults["yields"].default,
+  scope: Scope = "leaf",
+  yields: Yields = "keep",
 ) -> Method:
   """Keeps the entries between the largest and the smallest of each task vector; see `breadcrumbs`.
 

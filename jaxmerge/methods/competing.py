@@ -14,16 +14,13 @@ from jaxmerge.methods import averaging, spectral
 from jaxmerge.methods.factory import named
 from jaxmerge.stage import Array, Group, Leaf, Method, Rank, Stage, chain
 
-_pcb = catalog.METHODS["pcb"].parameters
-_widen = catalog.METHODS["widen"].parameters
-
 
 @named
 def pcb(
-  ratio: float = _pcb["ratio"].default,
-  scale: float = _pcb["scale"].default,
-  weight: float | tuple[float, ...] = _pcb["weight"].default,
-  clamp: float = _pcb["clamp"].default,
+  ratio: float = 0.1,
+  scale: float = 1.2,
+  weight: float | tuple[float, ...] = 1.0,
+  clamp: float = 0.0001,
 ) -> Method:
   """Averages the entries by how large each is in its model, and how well the models agree on it.
 
@@ -122,9 +119,9 @@ def _from_0_to_1(x: Array, low: Array, high: Array) -> Array:
 
 @named
 def widen(
-  scale: float = _widen["scale"].default,
-  threshold: float = _widen["threshold"].default,
-  calibrated: float = _widen["calibrated"].default,
+  scale: float = 1.0,
+  threshold: float = 1.0,
+  calibrated: float = 1.0,
 ) -> Method:
   """Weighs the columns of the task matrices by how far each model moved them.
 

@@ -20,17 +20,14 @@ from jaxmerge.methods import averaging, spectral
 from jaxmerge.methods.factory import named
 from jaxmerge.stage import Array, Group, Leaf, Method, Rank, chain
 
-_wudi = catalog.METHODS["wudi"].parameters
-_optmerge = catalog.METHODS["optmerge"].parameters
-_doge = catalog.METHODS["doge"].parameters
 _added = functools.partial(jnp.sum, axis=0)
 
 
 @named
 def wudi(
-  scale: float = _wudi["scale"].default,
-  learning_rate: float = _wudi["learning_rate"].default,
-  steps: int = _wudi["steps"].default,
+  scale: float = 1.0,
+  learning_rate: float = 1e-05,
+  steps: int = 300,
 ) -> Method:
   """Moves the sum of the task matrices to where it disturbs each task less.
 
@@ -62,10 +59,10 @@ def wudi(
 
 @named
 def optmerge(
-  scale: float = _optmerge["scale"].default,
-  tuned: Literal["full", "lora"] = _optmerge["tuned"].default,
-  learning_rate: float = _optmerge["learning_rate"].default,
-  steps: int = _optmerge["steps"].default,
+  scale: float = 1.0,
+  tuned: Literal["full", "lora"] = "full",
+  learning_rate: float = 1e-05,
+  steps: int = 300,
 ) -> Method:
   """As `wudi`, with the first singular directions of each task matrix in its place.
 
@@ -109,13 +106,13 @@ def optmerge(
 
 @named
 def doge(
-  scale: float = _doge["scale"].default,
-  eta: float = _doge["eta"].default,
-  density: float = _doge["density"].default,
-  subspace: int = _doge["subspace"].default,
-  learning_rate: float = _doge["learning_rate"].default,
-  steps: int = _doge["steps"].default,
-  rank_tol: float = _doge["rank_tol"].default,
+  scale: float = 1.0,
+  eta: float = 0.07,
+  density: float = 0.3,
+  subspace: int = 6,
+  learning_rate: float = 0.0001,
+  steps: int = 400,
+  rank_tol: float = 1e-06,
 ) -> Method:
   """Adds a correction to all task matrices that brings their sum nearer to each of them.
 

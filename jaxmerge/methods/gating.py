@@ -15,7 +15,6 @@ from jaxmerge.methods.factory import named
 from jaxmerge.stage import Array, Group, Leaf, Method, Stage, chain
 
 Score = Callable[[Array, Leaf], Array]
-_lwptv = catalog.METHODS["lwptv"].parameters
 
 
 def layer_of(name: str) -> str:
@@ -33,9 +32,9 @@ def layer_of(name: str) -> str:
 
 @named
 def gate(
-  prune_ratio: float = _lwptv["prune_ratio"].default,
-  score: Literal["deviation", "relative_norm", "rms"] | Score = _lwptv["score"].default,
-  prune: Literal["lowest", "highest"] = _lwptv["prune"].default,
+  prune_ratio: float = 0.5,
+  score: Literal["deviation", "relative_norm", "rms"] | Score = "deviation",
+  prune: Literal["lowest", "highest"] = "lowest",
   layer: Callable[[str], str] = layer_of,
 ) -> Method:
   """Zeroes whole layers of each task vector, those of least score; see `lwptv`.
@@ -117,11 +116,11 @@ def _squares(x: Array) -> Array:
 
 @named
 def lwptv(
-  prune_ratio: float = _lwptv["prune_ratio"].default,
-  scale: float = _lwptv["scale"].default,
-  weight: float | tuple[float, ...] = _lwptv["weight"].default,
-  score: Literal["deviation", "relative_norm", "rms"] = _lwptv["score"].default,
-  prune: Literal["lowest", "highest"] = _lwptv["prune"].default,
+  prune_ratio: float = 0.5,
+  scale: float = 0.3,
+  weight: float | tuple[float, ...] = 1.0,
+  score: Literal["deviation", "relative_norm", "rms"] = "deviation",
+  prune: Literal["lowest", "highest"] = "lowest",
 ) -> Method:
   """Leaves the layers of a task vector that hardly stand out to the base, and adds the others up.
 

@@ -11,12 +11,9 @@ from jaxmerge.methods import averaging
 from jaxmerge.methods.factory import named
 from jaxmerge.stage import Array, Leaf, Method, Stage, Sum, chain, leafwise
 
-_consensus = catalog.METHODS["consensus"].parameters
-_ram = catalog.METHODS["ramplus_tl"].parameters
-
 
 @named
-def ram(threshold: float = _ram["threshold"].default) -> Method:
+def ram(threshold: float = 1e-05) -> Method:
   """Divides each entry of the sum of the task vectors by the number of models that change it.
 
   Args:
@@ -42,10 +39,10 @@ def ram(threshold: float = _ram["threshold"].default) -> Method:
 
 @named
 def ramplus_tl(
-  threshold: float = _ram["threshold"].default,
-  boost: float = _ram["boost"].default,
-  limit: float = _ram["limit"].default,
-  scope: Literal["leaf", "tree"] = _ram["scope"].default,
+  threshold: float = 1e-05,
+  boost: float = 0.1,
+  limit: float = 0.2,
+  scope: Literal["leaf", "tree"] = "leaf",
 ) -> Method:
   """As `ram`, but amplifies the entries that only one model changes.
 
@@ -89,9 +86,9 @@ def ramplus_tl(
 
 @named
 def consensus(
-  scale: float = _consensus["scale"].default,
-  threshold: float | tuple[float, ...] = _consensus["threshold"].default,
-  least: int = _consensus["least"].default,
+  scale: float = 0.3,
+  threshold: float | tuple[float, ...] = 0.4,
+  least: int = 2,
 ) -> Method:
   """Adds the task vectors up, without the entries that too few models need.
 

@@ -12,16 +12,13 @@ from jaxmerge.methods import averaging, random_masks, signs, sparsifying
 from jaxmerge.methods.factory import named
 from jaxmerge.stage import Array, Group, Leaf, Method, Stage, chain
 
-_della = catalog.METHODS["della"].parameters
-_linear = catalog.METHODS["della_linear"].parameters
-
 
 @named
 def magprune(
-  density: float = _della["density"].default,
-  epsilon: float = _della["epsilon"].default,
+  density: float = 0.7,
+  epsilon: float = 0.07,
   *,
-  rescale: str | None = _della["rescale"].default,
+  rescale: str | None = "inverse",
 ) -> Method:
   """Drops entries at random by the rank of their magnitude in the row, and makes up for them.
 
@@ -75,13 +72,13 @@ def probabilities(ranks: Array, density: Array, epsilon: Array) -> Array:
 
 @named
 def della(
-  density: float = _della["density"].default,
-  epsilon: float = _della["epsilon"].default,
-  scale: float = _della["scale"].default,
-  weight: float | tuple[float, ...] = _della["weight"].default,
-  rescale: str | None = _della["rescale"].default,
-  reduce: Literal["mean", "sum", "max"] = _della["reduce"].default,
-  zero_sum: Literal["majority", "plus"] = _della["zero_sum"].default,
+  density: float = 0.7,
+  epsilon: float = 0.07,
+  scale: float = 1.1,
+  weight: float | tuple[float, ...] = 1.0,
+  rescale: str | None = "inverse",
+  reduce: Literal["mean", "sum", "max"] = "mean",
+  zero_sum: Literal["majority", "plus"] = "plus",
 ) -> Method:
   """Drops entries by rank (`magprune`), then elects signs and joins as `ties` does. Needs a seed.
 
@@ -101,12 +98,12 @@ def della(
 
 @named
 def della_linear(
-  density: float = _linear["density"].default,
-  epsilon: float = _linear["epsilon"].default,
-  scale: float = _linear["scale"].default,
-  weight: float | tuple[float, ...] = _linear["weight"].default,
-  rescale: str | None = _linear["rescale"].default,
-  normalize: bool = _linear["normalize"].default,
+  density: float = 0.7,
+  epsilon: float = 0.07,
+  scale: float = 1.1,
+  weight: float | tuple[float, ...] = 1.0,
+  rescale: str | None = "inverse",
+  normalize: bool = False,
 ) -> Method:
   """Drops entries by rank (`magprune`), and adds the task vectors up. Needs a seed.
 

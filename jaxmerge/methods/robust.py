@@ -13,10 +13,6 @@ from jaxmerge import catalog, statistics, views
 from jaxmerge.methods.factory import named
 from jaxmerge.stage import Array, Group, Leaf, Method, Stage, for_models, pointwise
 
-_krum = catalog.METHODS["krum"].parameters
-_meamed = catalog.METHODS["meamed"].parameters
-_phocas = catalog.METHODS["phocas"].parameters
-_flag = catalog.METHODS["flag"].parameters
 NETWORK = 32  # More models than that are sorted by the compiler's sort.
 
 
@@ -40,7 +36,7 @@ def median() -> Method:
 
 
 @named
-def trimmed_mean(trim: int = catalog.METHODS["trimmed_mean"].parameters["trim"].default) -> Method:
+def trimmed_mean(trim: int = 1) -> Method:
   """Averages, entry by entry, all but the lowest and the highest `trim` models.
 
   Args:
@@ -64,7 +60,7 @@ def trimmed_mean(trim: int = catalog.METHODS["trimmed_mean"].parameters["trim"].
 
 
 @named
-def meamed(outliers: int = _meamed["outliers"].default) -> Method:
+def meamed(outliers: int = 1) -> Method:
   """Averages, entry by entry, all but the `outliers` models farthest from the median.
 
   Of two that are as far, the lower is kept.
@@ -86,7 +82,7 @@ def meamed(outliers: int = _meamed["outliers"].default) -> Method:
 
 
 @named
-def phocas(outliers: int = _phocas["outliers"].default) -> Method:
+def phocas(outliers: int = 1) -> Method:
   """Averages, entry by entry, all but the `outliers` models farthest from the trimmed mean.
 
   The trimmed mean leaves out as many on each side. Of two that are as far, the lower is kept.
@@ -133,9 +129,9 @@ def _mean(rows: list[Array]) -> Array:
 
 @named
 def krum(
-  outliers: int = _krum["outliers"].default,
-  select: int = _krum["select"].default,
-  scope: Literal["tree", "leaf"] = _krum["scope"].default,
+  outliers: int = 1,
+  select: int = 1,
+  scope: Literal["tree", "leaf"] = "tree",
 ) -> Method:
   """Averages the models that are nearest to the others.
 
@@ -188,9 +184,9 @@ def krum(
 
 @named
 def flag(
-  rank: int = _flag["rank"].default,
-  steps: int = _flag["steps"].default,
-  pairs: float = _flag["pairs"].default,
+  rank: int = 1,
+  steps: int = 10,
+  pairs: float = 0.0,
 ) -> Method:
   """Projects the models' directions on the few directions that are nearest to most of them.
 

@@ -26,11 +26,9 @@ from jaxmerge.stage import (
   join,
 )
 
-_sce = catalog.METHODS["sce"].parameters
-
 
 @named
-def sce(density: float = _sce["density"].default, floor: float = _sce["floor"].default) -> Method:
+def sce(density: float = 1.0, floor: float = 0.0) -> Method:
   """Selects the entries at which the models differ most, weighs the models, erases minorities.
 
   Leaf by leaf: kept are the entries of largest variance over the models, floor(density * n) of the
@@ -189,7 +187,7 @@ def divergence(base: Array, x: Array) -> Array:
 
 
 @named
-def magmax(scale: float = catalog.METHODS["magmax"].parameters["scale"].default) -> Method:
+def magmax(scale: float = 0.5) -> Method:
   """Takes, entry by entry, the task vector of largest magnitude; of those that tie, the last.
 
   Args:
@@ -221,7 +219,7 @@ def _larger(held: Array, x: Array) -> Array:
 
 
 @named
-def nearswap(t: float = catalog.METHODS["nearswap"].parameters["t"].default) -> Method:
+def nearswap(t: float = 0.0001) -> Method:
   """Moves each entry of the first model towards the second's by at most t.
 
   Entries that are no further apart than t are swapped. The stack holds the base and the other
@@ -252,7 +250,7 @@ def nearswap(t: float = catalog.METHODS["nearswap"].parameters["t"].default) -> 
 
 @named
 def passthrough(
-  scale: float = catalog.METHODS["passthrough"].parameters["scale"].default,
+  scale: float = 1.0,
 ) -> Method:
   """Returns one model, times a number.
 

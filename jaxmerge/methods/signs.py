@@ -22,18 +22,15 @@ from jaxmerge.stage import (
   pointwise,
 )
 
-_ties = catalog.METHODS["ties"].parameters
-_slack = catalog.METHODS["ties_slack"].parameters
-_dare = catalog.METHODS["dare"].parameters
 _added = functools.partial(jnp.sum, axis=0, keepdims=True)
 
 
 @named
 def elect_sign(
-  zero_sum: Literal["majority", "plus"] = _ties["zero_sum"].default,
+  zero_sum: Literal["majority", "plus"] = "majority",
   slack: float | tuple[float, ...] | None = None,
   *,
-  votes: Literal["sum", "count"] = _ties["votes"].default,
+  votes: Literal["sum", "count"] = "sum",
   deferred: bool = False,
 ) -> Method:
   """Zeroes the entries whose sign is not that of the sum over the models; K is kept.
@@ -104,7 +101,7 @@ def agreeing(x: Array, total: Array | None = None) -> Array:
 
 
 @named
-def disjoint_mean(weight: float | tuple[float, ...] | None = _ties["weight"].default) -> Method:
+def disjoint_mean(weight: float | tuple[float, ...] | None = 1.0) -> Method:
   """Averages, entry by entry, the models whose entry is not zero: [K, ...] -> [1, ...].
 
   With unequal weights, which the entries must already carry, the divisor is the sum of the weights
@@ -148,11 +145,11 @@ def disjoint_max() -> Method:
 
 @named
 def elected(
-  scale: float = _ties["scale"].default,
-  weight: float | tuple[float, ...] = _ties["weight"].default,
-  reduce: Literal["mean", "sum", "max"] = _ties["reduce"].default,
-  zero_sum: Literal["majority", "plus"] = _ties["zero_sum"].default,
-  votes: Literal["sum", "count"] = _ties["votes"].default,
+  scale: float = 1.0,
+  weight: float | tuple[float, ...] = 1.0,
+  reduce: Literal["mean", "sum", "max"] = "mean",
+  zero_sum: Literal["majority", "plus"] = "majority",
+  votes: Literal["sum", "count"] = "sum",
 ) -> Method:
   """Weighs the models, elects a sign per entry, and joins those that agree.
 
@@ -178,15 +175,15 @@ def elected(
 
 @named
 def ties(
-  density: float = _ties["density"].default,
-  scale: float = _ties["scale"].default,
-  weight: float | tuple[float, ...] = _ties["weight"].default,
-  scope: Scope = _ties["scope"].default,
-  rule: Literal["kth", "exact"] = _ties["rule"].default,
-  reduce: Literal["mean", "sum", "max"] = _ties["reduce"].default,
-  zero_sum: Literal["majority", "plus"] = _ties["zero_sum"].default,
-  rescale: str | None = _ties["rescale"].default,
-  votes: Literal["sum", "count"] = _ties["votes"].default,
+  density: float = 0.2,
+  scale: float = 1.0,
+  weight: float | tuple[float, ...] = 1.0,
+  scope: Scope = "tree",
+  rule: Literal["kth", "exact"] = "kth",
+  reduce: Literal["mean", "sum", "max"] = "mean",
+  zero_sum: Literal["majority", "plus"] = "majority",
+  rescale: str | None = None,
+  votes: Literal["sum", "count"] = "sum",
 ) -> Method:
   """Trims each task vector, elects a sign per entry, and averages the entries that agree.
 
@@ -220,11 +217,11 @@ def ties(
 
 @named
 def ties_slack(
-  slack: float | tuple[float, ...] = _slack["slack"].default,
-  density: float = _slack["density"].default,
-  scale: float = _slack["scale"].default,
-  scope: Scope = _slack["scope"].default,
-  rule: Literal["kth", "exact"] = _slack["rule"].default,
+  slack: float | tuple[float, ...] = 0.0,
+  density: float = 0.2,
+  scale: float = 1.0,
+  scope: Scope = "tree",
+  rule: Literal["kth", "exact"] = "kth",
 ) -> Method:
   """As `ties`, but the entries of some models count for more when the signs are elected.
 
@@ -256,15 +253,15 @@ def ties_slack(
 
 @named
 def dare_ties(
-  drop_rate: float = _dare["drop_rate"].default,
-  density: float = _ties["density"].default,
-  scale: float = _ties["scale"].default,
-  weight: float | tuple[float, ...] = _ties["weight"].default,
-  rescale: str | None = _dare["rescale"].default,
-  scope: Scope = _ties["scope"].default,
-  rule: Literal["kth", "exact"] = _ties["rule"].default,
-  reduce: Literal["mean", "sum", "max"] = _ties["reduce"].default,
-  zero_sum: Literal["majority", "plus"] = _ties["zero_sum"].default,
+  drop_rate: float = 0.5,
+  density: float = 0.2,
+  scale: float = 1.0,
+  weight: float | tuple[float, ...] = 1.0,
+  rescale: str | None = "inverse",
+  scope: Scope = "tree",
+  rule: Literal["kth", "exact"] = "kth",
+  reduce: Literal["mean", "sum", "max"] = "mean",
+  zero_sum: Literal["majority", "plus"] = "majority",
 ) -> Method:
   """Drops entries at random (`drop`), then merges by `ties`. Needs a seed.
 

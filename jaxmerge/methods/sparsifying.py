@@ -22,8 +22,6 @@ from jaxmerge.stage import (
   leafwise,
 )
 
-_dare = catalog.METHODS["dare"].parameters
-
 
 @named
 def trim(density: float, *, scope: Scope = "tree", rule: Literal["kth", "exact"] = "kth") -> Method:
@@ -68,9 +66,9 @@ def trim(density: float, *, scope: Scope = "tree", rule: Literal["kth", "exact"]
 
 @named
 def drop(
-  drop_rate: float = _dare["drop_rate"].default,
+  drop_rate: float = 0.5,
   *,
-  rescale: str | None = _dare["rescale"].default,
+  rescale: str | None = "inverse",
 ) -> Method:
   """Drops entries of each task vector at random, and makes up for them.
 
@@ -144,11 +142,11 @@ def matched(method: Method, norm: str | None) -> Method:
 
 @named
 def dare(
-  drop_rate: float = _dare["drop_rate"].default,
-  scale: float = _dare["scale"].default,
-  weight: float | tuple[float, ...] = _dare["weight"].default,
-  rescale: str | None = _dare["rescale"].default,
-  normalize: bool = _dare["normalize"].default,
+  drop_rate: float = 0.5,
+  scale: float = 0.3,
+  weight: float | tuple[float, ...] = 1.0,
+  rescale: str | None = "inverse",
+  normalize: bool = False,
 ) -> Method:
   """Drops entries at random, rescales the rest, and adds the task vectors up. Needs a seed.
 

@@ -21,9 +21,6 @@ from jaxmerge.methods import averaging
 from jaxmerge.methods.factory import named
 from jaxmerge.stage import Array, Leaf, Method, Stage, chain
 
-_iso_c = catalog.METHODS["iso_c"].parameters
-_iso_cts = catalog.METHODS["iso_cts"].parameters
-_tsv = catalog.METHODS["tsv"].parameters
 _added = functools.partial(jnp.sum, axis=0, keepdims=True)
 Polar = Literal["svd", "products"]
 LEAST = 1e-3  # Singular values of this share of the largest come to 1 by products alone.
@@ -31,9 +28,9 @@ LEAST = 1e-3  # Singular values of this share of the largest come to 1 by produc
 
 @named
 def iso_c(
-  scale: float = _iso_c["scale"].default,
-  rank_tol: float = _iso_c["rank_tol"].default,
-  polar: Polar = _iso_c["polar"].default,
+  scale: float = 1.0,
+  rank_tol: float = 1e-06,
+  polar: Polar = "svd",
 ) -> Method:
   """Adds the task matrices up, and makes all singular values of the sum equal to their mean.
 
@@ -61,10 +58,10 @@ def iso_c(
 
 @named
 def iso_cts(
-  scale: float = _iso_cts["scale"].default,
-  common: float = _iso_cts["common"].default,
-  rank_tol: float = _iso_cts["rank_tol"].default,
-  polar: Polar = _iso_cts["polar"].default,
+  scale: float = 1.0,
+  common: float = 0.8,
+  rank_tol: float = 1e-06,
+  polar: Polar = "svd",
 ) -> Method:
   """Takes most directions from the sum of the task matrices, some from each, and flattens all.
 
@@ -122,9 +119,9 @@ def slots(rank: int, height: int, common: float) -> tuple[int, int]:
 
 @named
 def tsv(
-  scale: float = _tsv["scale"].default,
-  rank_tol: float = _tsv["rank_tol"].default,
-  polar: Polar = _tsv["polar"].default,
+  scale: float = 1.0,
+  rank_tol: float = 1e-06,
+  polar: Polar = "svd",
 ) -> Method:
   """Keeps the first singular directions of each task matrix, and makes them orthogonal.
 

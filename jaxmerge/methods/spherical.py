@@ -21,9 +21,6 @@ from jaxmerge.stage import Array, Group, Leaf, Method, Stage, for_models
 
 Solve = Callable[[Array, Leaf], Array]
 _dot = functools.partial(jnp.dot, precision="highest")
-_nuslerp = catalog.METHODS["nuslerp"].parameters
-_multislerp = catalog.METHODS["multislerp"].parameters
-_karcher = catalog.METHODS["karcher"].parameters
 
 
 def spanned(
@@ -92,7 +89,7 @@ def _measured(gram: statistics.Gram, leaf: Leaf) -> tuple[Array, Leaf]:
 
 
 @named
-def slerp(t: float = catalog.METHODS["slerp"].parameters["t"].default) -> Method:
+def slerp(t: float = 0.5) -> Method:
   """Interpolates two models along the arc between them, leaf by leaf.
 
   With w the angle between the leaves a and b, the result is (sin((1-t) w) a + sin(t w) b) / sin w.
@@ -126,8 +123,8 @@ def slerp(t: float = catalog.METHODS["slerp"].parameters["t"].default) -> Method
 
 @named
 def nuslerp(
-  weight: float | tuple[float, ...] = _nuslerp["weight"].default,
-  scope: Literal["leaf", "row", "column"] = _nuslerp["scope"].default,
+  weight: float | tuple[float, ...] = 1.0,
+  scope: Literal["leaf", "row", "column"] = "leaf",
 ) -> Method:
   """Interpolates two models, or their task vectors, along the arc between them, by weights.
 
@@ -166,8 +163,8 @@ def nuslerp(
 
 @named
 def multislerp(
-  weight: float | tuple[float, ...] = _multislerp["weight"].default,
-  normalize: bool = _multislerp["normalize"].default,
+  weight: float | tuple[float, ...] = 1.0,
+  normalize: bool = True,
 ) -> Method:
   """Averages directions and norms of the models, or of their task vectors, leaf by leaf.
 
@@ -208,9 +205,9 @@ def multislerp(
 
 @named
 def karcher(
-  weight: float | tuple[float, ...] = _karcher["weight"].default,
-  max_iter: int = _karcher["max_iter"].default,
-  tol: float = _karcher["tol"].default,
+  weight: float | tuple[float, ...] = 1.0,
+  max_iter: int = 10,
+  tol: float = 1e-05,
 ) -> Method:
   """Takes the Karcher mean of the directions of the models times their mean norm, leaf by leaf.
 

@@ -11,14 +11,12 @@ from jaxmerge.methods import spherical
 from jaxmerge.methods.factory import named
 from jaxmerge.stage import Array, Leaf, Method, for_models
 
-_defaults = catalog.METHODS["model_stock"].parameters
-
 
 @named
 def model_stock(
-  scope: Literal["leaf", "row"] = _defaults["scope"].default,
-  clip: bool = _defaults["clip"].default,
-  floor: float = _defaults["floor"].default,
+  scope: Literal["leaf", "row"] = "leaf",
+  clip: bool = False,
+  floor: float = 0.0,
 ) -> Method:
   """Goes from the base to the mean of N models as far as their task vectors agree.
 

@@ -17,18 +17,14 @@ from jaxmerge.methods import averaging, spectral
 from jaxmerge.methods.factory import named
 from jaxmerge.stage import Array, Leaf, Method, Rank, Stage, chain, join
 
-_drm = catalog.METHODS["drm"].parameters
-_lore = catalog.METHODS["lore"].parameters
-_opcm = catalog.METHODS["opcm"].parameters
-
 
 @named
 def drm(
-  scale: float = _drm["scale"].default,
-  drop_rate: float = _drm["drop_rate"].default,
-  direction: Literal["vertical", "horizontal"] = _drm["direction"].default,
-  weight: float | tuple[float, ...] = _drm["weight"].default,
-  rank_tol: float = _drm["rank_tol"].default,
+  scale: float = 1.0,
+  drop_rate: float = 0.8,
+  direction: Literal["vertical", "horizontal"] = "vertical",
+  weight: float | tuple[float, ...] = 1.0,
+  rank_tol: float = 0.01,
 ) -> Method:
   """Trims, elects signs and averages in the singular directions of all task matrices together.
 
@@ -107,11 +103,11 @@ def _elected(x: Array, weight: Array | float = 1) -> Array:
 
 @named
 def lore(
-  delta_scale: float = _lore["delta_scale"].default,
-  mu: float = _lore["mu"].default,
-  relative: bool = _lore["relative"].default,
-  sweeps: int = _lore["sweeps"].default,
-  join: Literal["mean", "elected"] = _lore["join"].default,
+  delta_scale: float = 1.0,
+  mu: float = 0.01,
+  relative: bool = False,
+  sweeps: int = 20,
+  join: Literal["mean", "elected"] = "mean",
 ) -> Method:
   """Splits the models into a common matrix and low-rank parts, and adds the parts' mean to it.
 
@@ -167,9 +163,9 @@ def _mean(x: Array) -> Array:
 
 @named
 def opcm(
-  scale: float = _opcm["scale"].default,
-  alpha: float = _opcm["alpha"].default,
-  rank_tol: float = _opcm["rank_tol"].default,
+  scale: float = 1.0,
+  alpha: float = 0.5,
+  rank_tol: float = 1e-06,
 ) -> Method:
   """Adds one model after the other, each where those before it have left room.
 
