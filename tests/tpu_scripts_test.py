@@ -120,7 +120,7 @@ def cloud(tmp_path):
       **settings,
     }
     command = [str(ROOT / "tpu" / name), *arguments]
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
 
   return home, run
 
