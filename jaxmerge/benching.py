@@ -291,6 +291,7 @@ def _has_scale(name: str) -> bool:
 
 
 def _method(name: str, settings: Mapping[str, Any]) -> Method:
+  """Returns a method with these settings that has a scale: one behind it, if it has none."""
   method = getattr(methods, name)(**settings)
   return method if _has_scale(name) else stage.chain(method, methods.scaled(1.0))
 
