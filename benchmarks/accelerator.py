@@ -34,12 +34,14 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxmerge
-from jaxmerge import mesh as meshes
-from jaxmerge import tree
-from jaxmerge.atm import evaluate, loop, sampling, tune
-from jaxmerge.io import orbax
+from jaxmerge.core import tree
+from jaxmerge.evaluation import metrics
+from jaxmerge.io.checkpoints import store as stores
 from jaxmerge.models import llama
+from jaxmerge.parallel import mesh as meshes
+from jaxmerge.tasks import batch, losses
 from jaxmerge.tasks.task import Split, Task
+from jaxmerge.training import local_steps, loop, schedule
 
 MODELS = 8
 METHODS = {
@@ -130,7 +132,7 @@ def merges(device, options):
 
 def merging(method):
   """The compiled merge of a base and experts."""
-  seed = 0 if "seed" in jaxmerge.stage.numbers(method) else None
+  seed = 0 if "seed" in jaxmerge.core.stage.numbers(method) else None
   return jax.jit(lambda base, experts: jaxmerge.merge(method, base, experts, seed=seed))
 
 
@@ -165,19 +167,21 @@ def step(device, options):
   settings = jaxmerge.Settings(compute_dtype="bfloat16", batch_size=rows, clip_norm=1.0)
   mesh = meshes.make(tasks=1, devices=[device])
   task = text("steps", fields["vocab_size"], 16 * rows, length)
-  local = tune.direction(settings, jax.eval_shape(lambda: llama.init(config, jax.random.key(0))))
-  step_ = tune.step(apply, tune.cross_entropy, settings, local)
+  local = local_steps.direction(
+    settings, jax.eval_shape(lambda: llama.init(config, jax.random.key(0)))
+  )
+  step_ = local_steps.step(apply, losses.cross_entropy, settings, local)
   spread, everywhere = meshes.by_task(mesh), meshes.everywhere(mesh)
-  held = meshes.put(tune.stacked([task], "train"), spread)
+  held = meshes.put(batch.stacked([task], "train"), spread)
   params = jax.jit(lambda: llama.init(config, jax.random.key(0)), out_shardings=everywhere)()
-  begin = jax.jit(lambda p: (c := tune.copies(p, 1, mesh), jax.vmap(local.init)(c)))
+  begin = jax.jit(lambda p: (c := local_steps.copies(p, 1, mesh), jax.vmap(local.init)(c)))
   state = begin(params)
   del params
-  tuned = jax.jit(functools.partial(tune.tune_all, step_, mesh=mesh), donate_argnums=(0, 1))
+  tuned = jax.jit(functools.partial(local_steps.tune_all, step_, mesh=mesh), donate_argnums=(0, 1))
   times = {}
   for steps in (2, 8, 2, 8, 2, 8):  # The first of each compiles, or warms up.
     index = np.arange(16 * rows, dtype=np.int32).reshape(1, 16, rows)
-    plan = sampling.Plan(index, np.full((1, 16), 1e-4, np.float32), np.array([steps], np.int32))
+    plan = schedule.Plan(index, np.full((1, 16), 1e-4, np.float32), np.array([steps], np.int32))
     begun = time.perf_counter()
     *state, loss = jax.block_until_ready(tuned(*state, held, meshes.put(plan, spread)))
     times[steps] = time.perf_counter() - begun
@@ -226,7 +230,7 @@ def rounds(device, options):
   for number in options.tasks:
     tasks = [text(f"t{k}", fields["vocab_size"], steps * rows, length) for k in range(number)]
     mesh = meshes.make(tasks=number, devices=[device])
-    metric = evaluate.Metric("loss", evaluate.bits_per_byte, lower_is_better=True)
+    metric = metrics.Metric("loss", metrics.bits_per_byte, lower_is_better=True)
     result = loop.tune_and_merge(apply, params, tasks, None, settings, metric=metric, mesh=mesh)
     seconds = statistics.median(r["seconds"] for r in result.rounds[1:])
     found[number] = seconds
@@ -240,7 +244,7 @@ def save(device, options):
   config, _ = llama.of_fields(fields)
   params = jax.device_put(llama.init(config, jax.random.key(0)), device)
   waits, totals = [], []
-  with tempfile.TemporaryDirectory() as home, orbax.Checkpoints(pathlib.Path(home)) as store:
+  with tempfile.TemporaryDirectory() as home, stores.Checkpoints(pathlib.Path(home)) as store:
     for number in range(1, options.runs + 1):
       begun = time.perf_counter()
       store.save(number, params, {})
@@ -290,7 +294,7 @@ def gradients(device, there):
     config, apply = llama.of_fields(fields, dtype)
 
     def loss(params, ids, labels, apply=apply):
-      return tune.cross_entropy(apply(params, ids), labels).mean()
+      return losses.cross_entropy(apply(params, ids), labels).mean()
 
     with jax.default_device(there):
       params = llama.init(config, jax.random.key(0))

@@ -17,7 +17,8 @@ import time
 import ml_dtypes
 import numpy as np
 
-from jaxmerge.io import folder, safetensors
+from jaxmerge.io.huggingface import folder
+from jaxmerge.io.tensors import safetensors
 
 WIDTH, INNER, KEYS, VOCABULARY, LAYERS = 8192, 28672, 1024, 128256, 80
 RECIPE = """\

@@ -152,7 +152,7 @@ def made(work, params, models):
   import ml_dtypes
   import numpy as np
 
-  from jaxmerge.io import safetensors
+  from jaxmerge.io.tensors import safetensors
 
   every, layers = shapes(params)
   kinds = {n: (np.dtype(ml_dtypes.bfloat16), s) for n, s in every.items()}
@@ -187,17 +187,17 @@ def child(what, root, out):
   if what == "floor":
     import numpy  # noqa: F401
 
-    from jaxmerge.io import folder  # noqa: F401
+    from jaxmerge.io.huggingface import folder  # noqa: F401
 
     began = time.process_time(), time.perf_counter()
     floor(pathlib.Path(root), pathlib.Path(out))
   else:
-    from jaxmerge import files
-    from jaxmerge.io.tensor import Files
-    from jaxmerge.recipe import plan
+    from jaxmerge.files import execute
+    from jaxmerge.io.tensors.tensor import Files
+    from jaxmerge.recipe.plan import planner
 
     began = time.process_time(), time.perf_counter()
-    files.run(plan.of_file(what, Files()), out, replace=True)
+    execute.run(planner.of_file(what, Files()), out, replace=True)
   spent = time.process_time() - began[0], time.perf_counter() - began[1]
   return {"cpu": spent[0], "wall": spent[1], **peak.stop()}
 
@@ -232,7 +232,7 @@ def floor(recipe, out):
   """Reads the bytes of a recipe's models and writes as many as the result has."""
   import numpy as np
 
-  from jaxmerge.io import folder
+  from jaxmerge.io.huggingface import folder
 
   names = json.loads(recipe.read_text())
   places = [folder.entries(name) for name in names]

@@ -52,9 +52,9 @@ def main():
   if options.child:
     print(json.dumps(child(*options.child, options)))
     return
-  from jaxmerge import catalog
+  from jaxmerge.catalog import lookup
 
-  names = options.methods or list(catalog.METHODS)
+  names = options.methods or list(lookup.METHODS)
   if "files" in options.where:
     made(options, max(height(name, options.models) for name in names))
     made(tiny_of(options), 0)
@@ -62,7 +62,7 @@ def main():
   for name in names:
     row = {"method": name, "models": height(name, options.models)}
     for place in options.where:
-      if place != "matrices" or catalog.entry(name).unit == "matrix":
+      if place != "matrices" or lookup.entry(name).unit == "matrix":
         row[place] = process(place, name, options)
     rows.append(row)
     print(json.dumps(row), flush=True)
@@ -103,9 +103,9 @@ VIEWS = (("_proj.weight$", "oi"), ("embed_tokens.weight$", "oi"))
 
 
 def views(name):
-  from jaxmerge import catalog
+  from jaxmerge.catalog import lookup
 
-  return VIEWS[:1] if catalog.entry(name).unit == "matrix" else VIEWS
+  return VIEWS[:1] if lookup.entry(name).unit == "matrix" else VIEWS
 
 
 def tensor(k, i, shape):
@@ -128,7 +128,7 @@ def made(options, models):
   import ml_dtypes
   import numpy as np
 
-  from jaxmerge.io import safetensors
+  from jaxmerge.io.tensors import safetensors
 
   every = shapes(options.params)
   kinds = {n: (np.dtype(ml_dtypes.bfloat16), s) for n, s in every.items()}
@@ -156,9 +156,9 @@ def place_of(options, k):
 
 def height(name, models):
   """As many models as the method takes, of those that there are."""
-  from jaxmerge import catalog
+  from jaxmerge.catalog import lookup
 
-  least, most = catalog.entry(name).models
+  least, most = lookup.entry(name).models
   return max(least, min(models, most or models))
 
 
@@ -167,10 +167,12 @@ def height(name, models):
 
 def child(place, name, options):
   """Measures one method."""
-  from jaxmerge import catalog, methods, stage
+  from jaxmerge import methods
+  from jaxmerge.catalog import lookup
+  from jaxmerge.core import stage
 
   run = {"memory": in_memory, "files": over_files, "matrices": by_matrix}[place]
-  weights = catalog.entry(name).on == "weights"
+  weights = lookup.entry(name).on == "weights"
 
   def measured(**settings):
     method = getattr(methods, name)(**settings)
@@ -181,7 +183,7 @@ def child(place, name, options):
   if not few or not number:
     return measured()
   once, twice = (measured(**{number: n}) for n in (few, 2 * few))
-  every = catalog.entry(name).parameters[number].default
+  every = lookup.entry(name).parameters[number].default
   cpu = {
     key: once[key] + (twice[key] - once[key]) * (every - few) / few
     for key in ("cpu", "svd_cpu")
@@ -238,7 +240,8 @@ def in_memory(name, method, seed, weights, options):
 def over_files(name, method, seed, weights, options):
   from merge_files import Peak
 
-  from jaxmerge import files, methods
+  from jaxmerge import methods
+  from jaxmerge.files import merge
 
   count = height(name, options.models)
   models = [place_of(options, k + 1) for k in range(count)]
@@ -247,10 +250,10 @@ def over_files(name, method, seed, weights, options):
   read = functools.partial(_counter, "rchar")
   # Modules are read as well: they must be there before bytes are counted.
   tiny = place_of(tiny_of(options), 0)
-  files.merge_files(methods.average(), [tiny], options.work / "tiny", replace=True)
+  merge.merge_files(methods.average(), [tiny], options.work / "tiny", replace=True)
   peak, before = Peak(), read()
   given = {"base": base, "layout": views(name), "replace": True, "resume": False, **seed}
-  _, cpu = timed(lambda: files.merge_files(method, models, out, **given) and None)
+  _, cpu = timed(lambda: merge.merge_files(method, models, out, **given) and None)
   passes = (read() - before) / sum(
     (m / "model.safetensors").stat().st_size for m in [*models, *([base] if base else [])]
   )

@@ -35,10 +35,13 @@ def main(arguments=None):
     flags = f"{os.environ.get('XLA_FLAGS', '')} {flag}={max(options.devices)}"
     os.environ["XLA_FLAGS"] = flags.strip()
 
-  from jaxmerge import configuring, problems
+  from jaxmerge.experiments import built_in
+  from jaxmerge.experiments import config as configs
+  from jaxmerge.experiments import problem as problems
+  from jaxmerge.training import settings as training_settings
 
-  config = configuring.load(options.config, changes).to_dict()
-  problem, settings = problems.make(config), problems.settings_of(config)
+  config = configs.load(options.config, changes).to_dict()
+  problem, settings = built_in.make(config), training_settings.settings_of(config)
   # Rounds of the length that the config has, but fewer of them.
   settings = dataclasses.replace(
     settings, rounds=options.rounds, epochs=settings.epochs * options.rounds / settings.rounds
@@ -65,8 +68,8 @@ class Held:
     """Median wall and CPU seconds of a round after the first, and the model."""
     import jax
 
-    from jaxmerge import mesh as meshes
-    from jaxmerge.atm import loop
+    from jaxmerge.parallel import mesh as meshes
+    from jaxmerge.training import loop
 
     marks = []
 
@@ -127,12 +130,12 @@ def scaling(held, part, devices):
 
 def whole(held, devices, score_every, save_every):
   """A table of what a round is made of, if not every one is scored and saved: their mean."""
-  from jaxmerge.io import orbax
+  from jaxmerge.io.checkpoints import store as stores
 
   tasks = held.problem.tasks
   bare, _ = held.rounds(unscored(tasks), devices)
   scored, params = held.rounds(tasks, devices)
-  with tempfile.TemporaryDirectory() as home, orbax.Checkpoints(pathlib.Path(home)) as store:
+  with tempfile.TemporaryDirectory() as home, stores.Checkpoints(pathlib.Path(home)) as store:
     saved, _ = held.rounds(tasks, devices, store)
   merge = merging(held, params)
   rows = {
@@ -165,7 +168,7 @@ def merging(held, params, runs=5):
   base = held.problem.params
   near = jax.tree.map(lambda a, b: a + 0.1 * (b - a), base, params)
   stack = jaxmerge.stack([near] * count)
-  seed = 0 if "seed" in jaxmerge.stage.numbers(held.method) else None
+  seed = 0 if "seed" in jaxmerge.core.stage.numbers(held.method) else None
   program = jax.jit(lambda b, s: jaxmerge.merge(held.method, b, s, seed=seed))
   jax.block_until_ready(program(base, stack))
   spans = []

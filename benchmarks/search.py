@@ -80,9 +80,9 @@ def main():
   options, changes = parser.parse_known_args()
   changes = [tuple(c.removeprefix("--config.").split("=", 1)) for c in changes]
 
-  from jaxmerge import configuring
+  from jaxmerge.experiments import config as configs
 
-  config = configuring.load(options.config, changes).to_dict()
+  config = configs.load(options.config, changes).to_dict()
   if config["mesh"]["devices"]:
     count = f"--xla_force_host_platform_device_count={config['mesh']['devices']}"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {count}"
@@ -100,19 +100,22 @@ class Search:
   """The problem, and the trials so far."""
 
   def __init__(self, config, path):
-    from jaxmerge import mesh, problems
-    from jaxmerge.atm import evaluate, tune
+    from jaxmerge.evaluation import scoring
+    from jaxmerge.experiments import built_in
+    from jaxmerge.parallel import mesh
+    from jaxmerge.tasks import batch
+    from jaxmerge.training import settings
 
-    self.config, self.path, self.problem = config, path, problems.make(config)
-    self.settings = problems.settings_of(config)
+    self.config, self.path, self.problem = config, path, built_in.make(config)
+    self.settings = settings.settings_of(config)
     self.tasks = self.problem.tasks
     self.mesh = mesh.make(tasks=len(self.tasks))
     self.counts = [len(t.validation.labels) for t in self.tasks]
     side = self.mesh.shape["task"]
-    rows = tune.stacked(self.tasks, "validation", height=-(-len(self.tasks) // side) * side)
+    rows = batch.stacked(self.tasks, "validation", height=-(-len(self.tasks) // side) * side)
     self.rows = mesh.put(rows, mesh.by_task(self.mesh))
     self.metric = self.problem.metric
-    self.score = evaluate.scorer(self.problem.apply, self.metric.rowwise, mesh=self.mesh)
+    self.score = scoring.scorer(self.problem.apply, self.metric.rowwise, mesh=self.mesh)
     self.trials = json.loads(path.read_text()) if path.exists() else []
     self.stack = None
 
@@ -133,10 +136,10 @@ class Search:
 
   def experts(self, trial):
     """The experts of a trial, [T, *s]."""
-    from jaxmerge.atm import baselines
+    from jaxmerge.training import finetune
 
     settings = dataclasses.replace(self.settings, **trial)
-    return baselines.experts(
+    return finetune.experts(
       self.problem.apply,
       self.problem.params,
       self.tasks,
@@ -150,22 +153,22 @@ class Search:
     import jax
     import numpy as np
 
-    from jaxmerge.atm import evaluate
+    from jaxmerge.evaluation import scoring
 
     stack = self.experts(trial)
     own = []
     for k in range(len(self.tasks)):
       scores = self.score(jax.tree.map(lambda x, k=k: x[k : k + 1], stack), self.rows)
-      own.append(evaluate.means(scores[0], self.counts)[k])
+      own.append(scoring.means(scores[0], self.counts)[k])
     return float(np.mean(own))
 
   def run_multitask(self, trial):
     """Mean score of joint training."""
-    from jaxmerge.atm import baselines
+    from jaxmerge.training import joint
 
     settings = {k: v for k, v in trial.items() if k != "mixed"}
     settings = dataclasses.replace(self.settings, **settings)
-    params, _ = baselines.joint(
+    params, _ = joint.joint(
       self.problem.apply,
       self.problem.params,
       self.tasks,
@@ -179,9 +182,9 @@ class Search:
     """Mean score of a run of the loop."""
     import jax
 
-    from jaxmerge import problems
-    from jaxmerge.atm import loop
+    from jaxmerge.experiments import problem
     from jaxmerge.tasks.task import Split
+    from jaxmerge.training import loop
 
     changes = {k: v for k, v in trial.items() if k != "method"}
     # Only the last round counts here: the scores in between are made of one row a task.
@@ -193,7 +196,7 @@ class Search:
       self.problem.apply,
       self.problem.params,
       tasks,
-      problems.method_of(trial.get("method", self.config["method"])),
+      problem.method_of(trial.get("method", self.config["method"])),
       dataclasses.replace(self.settings, **changes),
       loss=self.problem.loss,
       metric=self.metric,
@@ -224,10 +227,10 @@ class Search:
     import jax
     import numpy as np
 
-    from jaxmerge.atm import evaluate
+    from jaxmerge.evaluation import scoring
 
     scores = self.score(jax.tree.map(lambda p: p[None], params), self.rows)
-    return float(np.mean(evaluate.means(scores[0], self.counts)))
+    return float(np.mean(scoring.means(scores[0], self.counts)))
 
   def gain(self, trial):
     """The score of a trial, or its negative: more is better."""

@@ -2,9 +2,9 @@
 
   python benchmarks/side_by_side.py --config=configs/images4.py --devices=2 --repeat=7
 
-Both tune the same copies by the same steps on the same rows, with `tune.tune_all`, and neither
-merges. Task after task is one compiled program for a single task, called once per task on one
-device, which may use all cores.
+Both tune the same copies by the same steps on the same rows, with `local_steps.tune_all`, and
+neither merges. Task after task is one compiled program for a single task, called once per task on
+one device, which may use all cores.
 Prints the median of each, the ratio of the medians of interleaved runs, and whether the bits are
 equal.
 """
@@ -29,28 +29,34 @@ def main():
   import jax
   import numpy as np
 
-  from jaxmerge import configuring, mesh, problems
-  from jaxmerge.atm import sampling, tune
+  from jaxmerge.experiments import built_in
+  from jaxmerge.experiments import config as configs
+  from jaxmerge.parallel import mesh
+  from jaxmerge.tasks import batch, losses
+  from jaxmerge.training import local_steps, schedule
+  from jaxmerge.training import settings as training_settings
 
-  config = configuring.load(options.config, changes).to_dict()
-  problem, settings = problems.make(config), problems.settings_of(config)
+  config = configs.load(options.config, changes).to_dict()
+  problem, settings = built_in.make(config), training_settings.settings_of(config)
   if options.steps:
     share = options.steps * settings.batch_size / len(problem.tasks[0].train.labels)
     settings = dataclasses.replace(settings, rounds=1, epochs=share)
   tasks = problem.tasks
   names, counts = [t.name for t in tasks], [len(t.train.labels) for t in tasks]
-  plan = sampling.plan(names, counts, settings, 0, rounds=settings.rounds)
-  local = tune.direction(settings, problem.params)
-  step = tune.step(problem.apply, tune.cross_entropy, settings, local)
-  rows = tune.stacked(tasks, "train")
+  plan = schedule.plan(names, counts, settings, 0, rounds=settings.rounds)
+  local = local_steps.direction(settings, problem.params)
+  step = local_steps.step(problem.apply, losses.cross_entropy, settings, local)
+  rows = batch.stacked(tasks, "train")
 
   def tuner(grid):
     """Tunes copies of the parameters on as many tasks as it is given, over a mesh."""
 
     @jax.jit
     def tuned(params, rows, plan):
-      copies = tune.copies(params, len(plan.steps), grid)
-      return tune.tune_all(step, copies, jax.vmap(local.init)(copies), rows, plan, mesh=grid)[0]
+      copies = local_steps.copies(params, len(plan.steps), grid)
+      return local_steps.tune_all(
+        step, copies, jax.vmap(local.init)(copies), rows, plan, mesh=grid
+      )[0]
 
     def put(rows, plan):
       own = mesh.put((rows, plan), mesh.by_task(grid))

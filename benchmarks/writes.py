@@ -10,7 +10,7 @@ import argparse
 import pathlib
 import time
 
-from jaxmerge.io import pages
+from jaxmerge.io.disk import direct
 
 PIECE = 2**21  # bytes
 PAUSE = 4.0  # seconds
@@ -25,7 +25,7 @@ def main():
   options.work.mkdir(parents=True, exist_ok=True)
   print("| round | way | CPU s | wall s |\n| --: | --- | --: | --: |")
   for i in range(options.rounds):
-    for way, least in {"through the cache": 2**63, "past it": pages.LEAST}.items():
+    for way, least in {"through the cache": 2**63, "past it": direct.LEAST}.items():
       time.sleep(PAUSE)
       cpu, wall = written(options.work / "file", int(options.bytes), least)
       print(f"| {i + 1} | {way} | {cpu:.2f} | {wall:.2f} |", flush=True)
@@ -33,9 +33,9 @@ def main():
 
 def written(path, size, least):
   """Writes and syncs a file; its seconds of CPU and on the wall."""
-  pages.LEAST = least
+  direct.LEAST = least
   data = memoryview(bytes(PIECE))
-  file = pages.PagedFile(path)
+  file = direct.PagedFile(path)
   began = time.process_time(), time.perf_counter()
   for start in range(0, size, PIECE):
     file.write(data[: size - start], start)

@@ -29,11 +29,12 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import jaxmerge
-from jaxmerge import methods, problems
-from jaxmerge.atm import baselines
-from jaxmerge.atm.settings import Settings
+from jaxmerge import methods
+from jaxmerge.experiments import images4
 from jaxmerge.models import cnn
 from jaxmerge.tasks import images
+from jaxmerge.training import finetune
+from jaxmerge.training.settings import Settings
 
 # %% [markdown]
 # ## The tasks
@@ -52,7 +53,7 @@ for task in tasks:
 # the heads are frozen: only the network is tuned and merged.
 
 # %%
-base, heads = problems.pretrain(tasks, seed=0, rows=100, steps=100, learning_rate=2e-3)
+base, heads = images4.pretrain(tasks, seed=0, rows=100, steps=100, learning_rate=2e-3)
 tasks = [dataclasses.replace(t, head=h) for t, h in zip(tasks, heads, strict=True)]
 
 
@@ -82,7 +83,7 @@ scores["base"]
 settings = Settings(
   rounds=12, epochs=8.0, batch_size=64, learning_rate=2e-3, schedule="cosine", warmup=0.1
 )
-experts, _ = baselines.experts(cnn.apply, base, tasks, settings)
+experts, _ = finetune.experts(cnn.apply, base, tasks, settings)
 own = [accuracy(jax.tree.map(lambda x, k=k: x[k], experts)) for k in range(len(tasks))]
 scores["experts"] = {t.name: s[t.name] for t, s in zip(tasks, own, strict=True)}
 

@@ -4,39 +4,35 @@ import importlib
 from typing import Any  # A lazy attribute may be any public object.
 
 _HOMES = {
-  "merge": "jaxmerge.memory",
-  "blend": "jaxmerge.memory",
-  "merge_files": "jaxmerge.files",
-  "stack": "jaxmerge.tree",
-  "unstack": "jaxmerge.tree",
-  "tune_and_merge": "jaxmerge.atm.loop",
-  "Settings": "jaxmerge.atm.settings",
+  "merge": "jaxmerge.drivers.memory",
+  "blend": "jaxmerge.drivers.memory",
+  "merge_files": "jaxmerge.files.merge",
+  "stack": "jaxmerge.core.tree",
+  "unstack": "jaxmerge.core.tree",
+  "tune_and_merge": "jaxmerge.training.loop",
+  "Settings": "jaxmerge.training.settings",
   "Task": "jaxmerge.tasks.task",
   "Split": "jaxmerge.tasks.task",
 }
 _ROOMS = (
   "adapters",
-  "atm",
-  "bundles",
+  "analysis",
   "catalog",
-  "differing",
+  "core",
+  "drivers",
+  "evaluation",
   "files",
-  "hi_merging",
-  "inspecting",
   "io",
-  "layouts",
-  "memory",
   "methods",
+  "mixtures",
   "models",
-  "planning",
+  "parallel",
   "recipe",
   "report",
-  "running",
-  "searching",
-  "stage",
-  "statistics",
+  "search",
   "tasks",
-  "tree",
+  "training",
+  "xla",
 )
 __all__ = [*_HOMES, *_ROOMS]
 
@@ -51,10 +47,11 @@ def __getattr__(name: str) -> Any:
 
 def _hint(name: str) -> str:
   """Says where a name is that is not here, or what is near it."""
-  catalog = importlib.import_module("jaxmerge.catalog")
-  if name in catalog.METHODS:
+  lookup = importlib.import_module("jaxmerge.catalog.lookup")
+  if name in lookup.METHODS:
     return f"; it is a method, jaxmerge.methods.{name}()"
-  return "" if name.startswith("_") else str(catalog.nearest(name, __all__))
+  errors = importlib.import_module("jaxmerge.errors")
+  return "" if name.startswith("_") else str(errors.nearest(name, __all__))
 
 
 def __dir__() -> list[str]:

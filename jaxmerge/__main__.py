@@ -2,7 +2,7 @@
 
 import sys
 
-from jaxmerge import cli
+from jaxmerge.cli import main
 
 if __name__ == "__main__":
-  sys.exit(cli.main())
+  sys.exit(main.main())

@@ -8,8 +8,11 @@ import folders
 import numpy as np
 import pytest
 
-from jaxmerge import cli, display, files, methods, progress
-from jaxmerge.io import folder, safetensors
+from jaxmerge import display, methods
+from jaxmerge.cli import main, progress
+from jaxmerge.files import merge
+from jaxmerge.io.huggingface import folder
+from jaxmerge.io.tensors import safetensors
 from jaxmerge.report import card, tables
 
 HOSTILE = "w\x1b[2J\u202etxt.\x9b31m\u2028[red]\r"
@@ -29,10 +32,10 @@ def test_names_of_tensors_do_not_reach_the_terminal_as_they_are(tmp_path, capsys
   folders.write(pathlib.Path("m0"), {HOSTILE + "\nerror: none": np.ones(2, np.float32)})
   folders.write(pathlib.Path("m1"), {"v": np.ones(2, np.float32)})
   pathlib.Path("r.yml").write_text("merge_method: linear\nmodels: [{model: m0}, {model: m1}]\n")
-  assert cli.main(["inspect", "m0", "--checksums"]) == 0
-  cli.main(["diff", "m0", "m0"])
-  assert cli.main(["merge", "r.yml", "out", "--dry-run"]) == 1
-  assert cli.main(["merge", "\x1b[31mno.yml", "out"]) == 1
+  assert main.main(["inspect", "m0", "--checksums"]) == 0
+  main.main(["diff", "m0", "m0"])
+  assert main.main(["merge", "r.yml", "out", "--dry-run"]) == 1
+  assert main.main(["merge", "\x1b[31mno.yml", "out"]) == 1
   said = capsys.readouterr()
   for text in (said.out, said.err):
     assert not set(text) & set("\x1b\u202e\x9b\u2028\r")
@@ -58,13 +61,13 @@ def test_paths_that_are_no_text_are_merged_and_recorded(tmp_path, capsys):
   except OSError:
     pytest.skip("this disk takes no such names.")
   out = pathlib.Path(os.fsdecode(os.fsencode(tmp_path) + b"/out\xe9"))
-  files.merge_files(methods.average(), [odd, tmp_path / "m1"], out)
+  merge.merge_files(methods.average(), [odd, tmp_path / "m1"], out)
   facts = folder.provenance(out)
   assert any(name.endswith("m\\xff") for name in facts["folders"])
   assert "m\\\\xff" in (out / "README.md").read_text(encoding="utf-8")
-  assert cli.main(["inspect", str(out), "--check"]) == 0
+  assert main.main(["inspect", str(out), "--check"]) == 0
   with pytest.raises(ValueError, match="checkpoints need a path without them"):
-    files.merge_files(methods.average(), [odd], out, replace=True, out_format="orbax")
+    merge.merge_files(methods.average(), [odd], out, replace=True, out_format="orbax")
   assert json.dumps(facts, ensure_ascii=False).encode()
   capsys.readouterr()
 

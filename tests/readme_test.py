@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 import jaxmerge
-from jaxmerge import catalog
+from jaxmerge.catalog import tables
 from jaxmerge.models import llama
-from jaxmerge.report import leaderboard, tables
+from jaxmerge.report import leaderboard
+from jaxmerge.report import tables as report_tables
 
 TEXT = (pathlib.Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 TPU = (pathlib.Path(__file__).parents[1] / "docs" / "tpu.md").read_text(encoding="utf-8")
@@ -68,8 +69,8 @@ def test_a_decoder_is_tuned_in_shards(tmp_path):
 def test_method_table_is_the_catalog():
   docs = pathlib.Path(__file__).parents[1] / "docs" / "methods.md"
   for text in (TEXT, docs.read_text(encoding="utf-8")):
-    assert f"<!-- methods -->\n{catalog.markdown()}\n<!-- end of methods -->" in text
-    assert f"<!-- others -->\n{catalog.others_markdown()}\n<!-- end of others -->" in text
+    assert f"<!-- methods -->\n{tables.markdown()}\n<!-- end of methods -->" in text
+    assert f"<!-- others -->\n{tables.others_markdown()}\n<!-- end of others -->" in text
 
 
 @pytest.mark.parametrize(
@@ -95,4 +96,4 @@ def test_results_are_those_of_the_benchmark(name, table):
 def test_leaderboards_begin_as_the_readme_says(name, count, table):
   path = pathlib.Path(__file__).parents[1] / "benchmarks" / "results" / f"{name}.json"
   facts = json.loads(path.read_text(encoding="utf-8"))
-  assert table == tables.to_markdown(leaderboard.top(facts, int(count))).strip()
+  assert table == report_tables.to_markdown(leaderboard.top(facts, int(count))).strip()

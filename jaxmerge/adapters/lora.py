@@ -1,4 +1,7 @@
-"""Matrices of low rank, as adapters hold them, and where they lie in a model."""
+"""Matrices of low rank, as adapters hold them, where they lie in a model, and added to it.
+
+An adapter is a dict from the names of matrices to their low-rank factors.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmerge import catalog, layouts, tree, views, wide
-from jaxmerge.io import names
+from jaxmerge import errors
+from jaxmerge.core import double_precision, layouts, matrix_views, tree
+from jaxmerge.core.tree import Tree
+from jaxmerge.drivers import arguments, finiteness
+from jaxmerge.io.tensors import names
 
 
 class Lora(NamedTuple):
@@ -31,7 +37,7 @@ class Lora(NamedTuple):
     """Number of rows of a."""
     return self.a.shape[0]
 
-  @wide.aware
+  @double_precision.aware
   def delta(self) -> jax.Array:
     """Returns the matrix, [out, in], in float32 or wider."""
     dtype = tree.compute_dtype(self.a.dtype, self.b.dtype)
@@ -59,7 +65,7 @@ class Placed(NamedTuple):
 
   def delta(self) -> jax.Array:
     """What is added to the leaf, as it lies, [*s]."""
-    return views.from_rows(self.lora.delta()[None], self.view, self.shape)[0]
+    return matrix_views.from_rows(self.lora.delta()[None], self.view, self.shape)[0]
 
 
 def placed(
@@ -126,7 +132,7 @@ def place(
   ends = (name, f"{name}/kernel", f"{name}.weight")
   leaf = next((found for n in ends if (found := names.spelled(n, leaves))), None)
   if leaf is None:
-    raise ValueError(f"the model has no matrix {name!r}{catalog.nearest(name, leaves)}.")
+    raise ValueError(f"the model has no matrix {name!r}{errors.nearest(name, leaves)}.")
   shape, dtype, rule = np.shape(leaves[leaf]), leaves[leaf].dtype, rules[leaf]
   if not tree.is_floating(leaves[leaf]) or rule.view is None:
     raise ValueError(f"{leaf!r} is {dtype}{list(shape)}, which is no floating-point matrix.")
@@ -137,7 +143,7 @@ def place(
   if not _is_said(rule) and not leaf.endswith("kernel") and len(shape) == 2:
     view = _view(view, shape, own)
   seen = jax.eval_shape(
-    lambda x: views.rows(x, view), jax.ShapeDtypeStruct((1, *shape), jnp.float32)
+    lambda x: matrix_views.rows(x, view), jax.ShapeDtypeStruct((1, *shape), jnp.float32)
   )
   return leaf, view, seen.shape[1:]
 
@@ -156,3 +162,28 @@ def _view(view: str, shape: tuple[int, ...], own: Lora | None) -> str:
   if len(fits) == 2:
     return "io" if isinstance(own, Swapped) else view
   return fits[0] if fits else view
+
+
+@double_precision.aware
+def applied(params: Tree, adapter: Adapter | Any, *, layout: layouts.Said | None = ()) -> Tree:
+  """Adds an adapter to a model: its matrices become matrix + scale * b @ a.
+
+  A matrix is the leaf of the adapter's name, or that name with `/kernel` or `.weight`. Leaves have
+  the view that `layout` says, else that of their library (see `jaxmerge.core.layouts`); of two axes
+  of which that says nothing the outputs are the first.
+
+  Raises:
+    ValueError: naming the matrix that the model does not have, or that has another shape.
+
+  Example:
+    >>> params = {"dense": {"kernel": jnp.zeros((3, 2))}}
+    >>> adapter = {"dense": Lora(jnp.array([[1.0, 0.0, 2.0]]), jnp.array([[1.0], [3.0]]))}
+    >>> applied(params, adapter)["dense"]["kernel"].tolist()
+    [[1.0, 3.0], [0.0, 0.0], [2.0, 6.0]]
+  """
+  adapter, leaves, changed = arguments.adapter(adapter), tree.named(params), {}
+  for leaf, own in placed(leaves, adapter, layout).items():
+    x, delta = jnp.asarray(leaves[leaf]), own.delta()
+    wide = tree.compute_dtype(x.dtype, delta.dtype)
+    changed[leaf] = (x.astype(wide) + delta.astype(wide)).astype(x.dtype)
+  return tree.rebuild(params, leaves | finiteness.checked(changed))

@@ -15,11 +15,14 @@ from typing import Any  # A record is JSON, its values have no one type.
 
 import numpy as np
 
-from jaxmerge import adding, planning, task_vectors
-from jaxmerge.io import adapter, safetensors
-from jaxmerge.io.tensor import Files, Tensor
-from jaxmerge.planning import Model, Problems
-from jaxmerge.task_vectors import Count, Sums
+from jaxmerge.analysis import sums as sum_lib
+from jaxmerge.analysis.sums import Count, Sums
+from jaxmerge.errors import Problems
+from jaxmerge.files import adapter_inputs, inputs
+from jaxmerge.files.plan import Model
+from jaxmerge.io.peft import adapter
+from jaxmerge.io.tensors import safetensors
+from jaxmerge.io.tensors.tensor import Files, Tensor
 
 Record = dict[str, Any]
 
@@ -35,24 +38,6 @@ KINDS = {
 }
 
 
-def names(paths: Sequence[str]) -> list[str]:
-  """Returns what models are called: the ends of their paths, as long as it takes to differ.
-
-  >>> names(["runs/chat", "runs/code/"]), names(["runs/chat/last", "runs/code/last"])
-  (['chat', 'code'], ['chat/last', 'code/last'])
-
-  Raises:
-    ValueError: where a path is given twice.
-  """
-  parts = [pathlib.PurePath(path).parts or (path,) for path in paths]
-  for own, path in zip(parts, paths, strict=True):
-    if parts.count(own) > 1:
-      raise ValueError(f"{path} is given twice; compare different models.")
-  ends = ([own[-n:] for own in parts] for n in range(1, 1 + max(map(len, parts))))
-  called = next(short for short in ends if len(set(short)) == len(short))
-  return [str(pathlib.PurePath(*own)) for own in called]
-
-
 def opened(
   paths: Sequence[str | os.PathLike[str]],
   base: Model,
@@ -64,14 +49,14 @@ def opened(
   They are called as `called` says, else by the ends of their paths.
   """
   models = []
-  for path, name in zip(paths, called or names(list(map(str, paths))), strict=True):
+  for path, name in zip(paths, called or inputs.names(list(map(str, paths))), strict=True):
     if adapter.is_adapter(path):
-      own = adding.added(base, path, files)
+      own = adapter_inputs.added(base, path, files)
       # A head that the adapter leaves apart from the embedding is none that the base stores.
       tensors = {n: t for n, t in own.tensors.items() if n in base.tensors}
       models.append(own._replace(name=name, folder=pathlib.Path(path), tensors=tensors))
     else:
-      models.append(planning.model(path, files, name=name))
+      models.append(inputs.open_model(path, files, name=name))
   return models
 
 
@@ -108,8 +93,7 @@ def compare(
   check(base, models)
   chosen = matrices(base, singular)
   sums = {
-    n: task_vectors.summed([t, *(m.tensors[n] for m in models)], progress)
-    for n, t in _floating(base)
+    n: sum_lib.summed([t, *(m.tensors[n] for m in models)], progress) for n, t in _floating(base)
   }
   if not sums:
     raise ValueError(f"{base.folder} has no tensors of floating-point numbers.")
@@ -117,7 +101,7 @@ def compare(
   spectra: Record = {}
   for name in chosen:
     own = base.tensors[name]
-    squares = [task_vectors.spectrum(own, m.tensors[name], progress) for m in models]
+    squares = [sum_lib.spectrum(own, m.tensors[name], progress) for m in models]
     spectra[name] = {m: _share(values, top) for m, values in zip(called, squares, strict=True)}
   return {
     "base": str(base.folder),

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxmerge.io.tensor import Tensor
+from jaxmerge.io.tensors.tensor import Tensor
 
 Count = Callable[[int], None]
 

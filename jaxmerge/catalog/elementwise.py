@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from jaxmerge.parameter import Parameter
-from jaxmerge.published import entry
-from jaxmerge.published.entry import Entry
+from jaxmerge.catalog import entry
+from jaxmerge.catalog.entry import Entry
+from jaxmerge.catalog.parameter import Parameter
 
 _DENSITY = Parameter(0.2, "fraction of entries kept", low=0.0, high=1.0, open_low=True)
 _DROP_RATE = Parameter(0.5, "probability that an entry is dropped", low=0.0, high=1.0)

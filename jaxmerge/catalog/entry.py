@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
-from jaxmerge.parameter import Parameter
+from jaxmerge.catalog.parameter import Parameter
 
 
 class Entry(NamedTuple):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from jaxmerge.parameter import Parameter
-from jaxmerge.published import entry
-from jaxmerge.published.entry import Entry
+from jaxmerge.catalog import entry
+from jaxmerge.catalog.entry import Entry
+from jaxmerge.catalog.parameter import Parameter
 
 _DESCENT = {
   "learning_rate": Parameter(1e-5, "of the descent", low=0.0),

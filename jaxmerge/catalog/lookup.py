@@ -1,4 +1,4 @@
-"""What is asked of the one table of all methods, `published/`. Free of jax.
+"""Look-ups in the table of published methods. Free of jax.
 
 Factories read defaults and ranges here, so do configs, error messages, `jaxmerge methods` and the
 README: a fact about a method stands in one place.
@@ -6,17 +6,16 @@ README: a fact about a method stands in one place.
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any  # Settings are of many kinds.
 
-from jaxmerge import parameter, published
-from jaxmerge.parameter import Parameter
-from jaxmerge.published import Entry, Other
+from jaxmerge import errors
+from jaxmerge.catalog import elementwise, geometric, other_merges, parameter
+from jaxmerge.catalog.entry import SEED, Entry
+from jaxmerge.catalog.parameter import Parameter
 
-METHODS = published.METHODS
-OTHERS = published.OTHERS
-SEED = published.SEED
+METHODS: Mapping[str, Entry] = {**elementwise.METHODS, **geometric.METHODS}
+OTHERS = other_merges.OTHERS
 plain = parameter.plain
 
 
@@ -28,7 +27,7 @@ def entry(method: str) -> Entry:
     '(0, 1]'
   """
   if method not in METHODS:
-    raise ValueError(f"no method is called {method!r}{nearest(method, METHODS)}.")
+    raise ValueError(f"no method is called {method!r}{errors.nearest(method, METHODS)}.")
   return METHODS[method]
 
 
@@ -40,7 +39,7 @@ def check(method: str, settings: Mapping[str, Any]) -> None:
   parameters = entry(method).parameters
   for name, value in settings.items():
     if name not in parameters:
-      raise ValueError(f"{method} has no parameter {name!r}{nearest(name, parameters)}.")
+      raise ValueError(f"{method} has no parameter {name!r}{errors.nearest(name, parameters)}.")
     if not parameters[name].number or not hasattr(value, "dtype"):
       parameters[name].check(f"{method}: {name}", value)
 
@@ -58,69 +57,3 @@ def check_number(name: str, value: Any, *, label: str = "") -> None:
   low, open_low = min((p.low, p.open_low) for p in own)
   widest = own[0]._replace(low=low, open_low=open_low, high=max(p.high for p in own))
   (SEED if name == "seed" else widest).check(label or name, value)
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-  """Says what is near a mistyped word, and what there is: to be appended to an error.
-
-  Example:
-    >>> nearest("densty", ["scale", "density"])
-    "; did you mean 'density'? Known: density, scale"
-  """
-  known = sorted(known)
-  close = difflib.get_close_matches(word, known, n=1)
-  hint = f"; did you mean {close[0]!r}?" if close else ";"
-  return f"{hint} Known: {', '.join(known)}"
-
-
-def markdown() -> str:
-  """Returns the table of methods as Markdown, as the README shows it."""
-  rows = []
-  for name, e in METHODS.items():
-    numbers = ", ".join(f"{p}={q.default!r}" for p, q in e.parameters.items() if q.number)
-    called = f"`{name}({numbers})`{mark(e)}"
-    rows.append((called, e.formula, e.paper, needs(name), e.uncovered or "as all", cost(name)))
-  return _table(("method", "formula", "paper", "needs", "leaves without a view", "cost"), rows)
-
-
-def others_markdown() -> str:
-  """Returns the table of what is not a method as Markdown, as the README shows it."""
-  rows = [(f"`{n}`{mark(o)}", o.formula, o.paper, o.needs, o.gives) for n, o in OTHERS.items()]
-  return _table(("function", "formula", "paper", "needs", "gives"), rows)
-
-
-def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
-  return "\n".join(f"| {' | '.join(row)} |" for row in [head, ("---",) * len(head), *rows])
-
-
-def mark(e: Entry | Other) -> str:
-  """Returns what stands behind the name of what is experimental.
-
-  Example:
-    >>> mark(METHODS["ties"]), mark(METHODS["ties_slack"])
-    ('', ' (experimental)')
-  """
-  return " (experimental)" if e.experimental else ""
-
-
-def needs(method: str) -> str:
-  """Returns what a method must be given.
-
-  Example:
-    >>> needs("dare"), needs("tsv")
-    ('weights, seed', 'weights, views')
-  """
-  return entry(method).needs + (", views" if entry(method).uncovered else "")
-
-
-def cost(method: str) -> str:
-  """Returns how often a method reads the models, what it holds of them, and its decompositions.
-
-  Example:
-    >>> cost("ties"), cost("tsv")
-    ('3 passes, slices', '1 pass, matrices, K + 2 SVDs')
-  """
-  e = entry(method)
-  held = {"entry": "slices", "row": "rows", "matrix": "matrices"}[e.unit]
-  svds = f", {e.svds} SVD{'s' * (e.svds != '1')}" if e.svds else ""
-  return f"{e.reads} pass{'es' * (e.reads != 1)}, {held}{svds}"

@@ -22,49 +22,49 @@ class Other(NamedTuple):
 _SOUPS = "Wortsman et al. 2022 (arXiv:2203.05482)"
 
 OTHERS: Mapping[str, Other] = {
-  "searching.greedy_soup": Other(
+  "search.greedy_soup": Other(
     "mean of those models that raise the score, the best first", _SOUPS, "weights, score", "a model"
   ),
-  "searching.learned_soup": Other(
+  "search.learned_soup": Other(
     "Σ wᵢθᵢ leaf by leaf, w = softmax of what descent on a loss finds",
     _SOUPS,
     "weights, loss, batches",
     "a model",
   ),
-  "searching.soce": Other(
+  "search.soce": Other(
     "best Σ wᵢθᵢ on a grid, of the models that lead in categories which differ",
     "Maiti et al. 2025 (arXiv:2511.13254)",
     "weights, scores by category, score",
     "a model",
     experimental=True,
   ),
-  "searching.lcsc": Other(
+  "search.lcsc": Other(
     "best Σ wᵢθᵢ, Σ wᵢ = 1, by evolution from moving averages on",
     "Liu et al. 2024 (arXiv:2404.02241)",
     "weights of one run, score",
     "a model",
     experimental=True,
   ),
-  "hi_merging.hi_merging": Other(
+  "search.hi_merging": Other(
     "TIES of what is searched to keep of each model, then of each layer",
     "Fu et al. 2025 (arXiv:2506.12379)",
     "weights, score by task",
     "a model",
     experimental=True,
   ),
-  "bundles.emr": Other(
+  "mixtures.emr": Other(
     "θ₀ + λᵢMᵢ⊙τ for task i, τ of the elected sign and largest magnitude",
     "Huang et al. 2024 (arXiv:2405.17461)",
     "weights",
     "a bundle",
   ),
-  "bundles.tall_masks": Other(
+  "mixtures.tall_masks": Other(
     "θ₀ + mᵢ⊙τ for task i, mᵢ where abs(τᵢ) > ε abs(τ - τᵢ), τ = Σ τᵢ",
     "Wang et al. 2024 (arXiv:2405.07813)",
     "weights",
     "a bundle",
   ),
-  "bundles.rmm": Other(
+  "mixtures.rmm": Other(
     "mean of the factors, p directions of their distances from it, p coefficients a task",
     "Alipour and Amiri 2025 (arXiv:2510.14163)",
     "adapters",

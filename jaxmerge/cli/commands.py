@@ -11,13 +11,14 @@ import shutil
 from collections.abc import Sequence
 from typing import Any  # A config, and a plan, are imported only by commands that have one.
 
-from jaxmerge import progress, stopping
+from jaxmerge.cli import progress
+from jaxmerge.parallel import preemption
 
 
 def atm(options: argparse.Namespace, config: Any) -> None:
   """Tunes and merges as a config says, and prints the table; of many processes the first prints."""
   from jaxmerge import report as reports
-  from jaxmerge import workdir as workdirs
+  from jaxmerge.experiments import workdir as workdirs
 
   folder, plain = pathlib.Path(options.workdir), json.loads(config.to_json())
   workdirs.check(folder, plain, options.resume)
@@ -27,12 +28,10 @@ def atm(options: argparse.Namespace, config: Any) -> None:
     progress.tell(f"report: {folder / 'report.html'}")
     return
   joined(options, config.mesh.devices)
-  from jaxmerge import experiment
+  from jaxmerge.experiments import run
 
-  with progress.bars() as show, stopping.asked(options.grace) as stop:
-    record = experiment.run(
-      config, options.workdir, resume=options.resume, progress=show, stop=stop
-    )
+  with progress.bars() as show, preemption.asked(options.grace) as stop:
+    record = run.run(config, options.workdir, resume=options.resume, progress=show, stop=stop)
   progress.tell(reports.text(record))
   progress.tell(f"report: {folder / 'report.html'}")
 
@@ -45,25 +44,24 @@ def joined(options: argparse.Namespace, devices: int | None) -> None:
     return
   if devices is not None and options.processes:
     fake_devices(max(1, devices // options.processes))  # They are those of the whole run.
-  from jaxmerge import launching, processes
+  from jaxmerge.cli import watchdog
+  from jaxmerge.parallel import processes
 
   processes.start(*own)
   if not processes.first():
-    launching.quiet()
+    watchdog.quiet()
 
 
 def bench(options: argparse.Namespace, config: Any) -> None:
   """Merges the experts of an experiment by every method, and prints the leaderboard."""
-  from jaxmerge import configuring
+  from jaxmerge.experiments import bench_config
 
-  fake_devices(configuring.of_bench(config, options.config, 0).mesh.devices)
-  from jaxmerge import benching
+  fake_devices(bench_config.of_bench(config, options.config, 0).mesh.devices)
+  from jaxmerge.experiments import bench
   from jaxmerge.report import leaderboard, tables
 
   with progress.bars() as show:
-    facts = benching.run(
-      config, options.config, options.workdir, resume=options.resume, progress=show
-    )
+    facts = bench.run(config, options.config, options.workdir, resume=options.resume, progress=show)
   own = leaderboard.table(facts)
   short = own._replace(head=own.head[:7], rows=[row[:7] for row in own.rows])
   progress.tell(tables.to_text(short))
@@ -76,21 +74,21 @@ def compile(options: argparse.Namespace, config: Any) -> None:
   Raises:
     ValueError: with the reason, where one of them does not fit.
   """
-  from jaxmerge import chips
+  from jaxmerge.xla import chips
 
   chips.set_environment()
-  from jaxmerge import compiling
-  from jaxmerge.report import needs, tables
+  from jaxmerge.experiments import compilation
+  from jaxmerge.report import compile_tables, tables
 
   place = chips.named(options.topology, options.slices)
   plain = json.loads(config.to_json())
-  record = compiling.run(plain, place, lambda own: progress.say(needs.line(own)))
+  record = compilation.run(plain, place, lambda own: progress.say(compile_tables.line(own)))
   if options.json:
     progress.tell(json.dumps(record, indent=2))
   else:
-    progress.tell(needs.heading(record))
-    progress.tell(tables.to_text(needs.memory(record)))
-    progress.tell(tables.to_text(needs.traffic(record)))
+    progress.tell(compile_tables.heading(record))
+    progress.tell(tables.to_text(compile_tables.memory(record)))
+    progress.tell(tables.to_text(compile_tables.traffic(record)))
   if bad := [own for own in record["programs"] if not own["fits"]]:
     raise ValueError(f"{bad[0]['name']} does not fit {options.topology}: {bad[0]['reason']}")
 
@@ -108,30 +106,33 @@ def fake_devices(count: int | None) -> None:
 
 def merge(options: argparse.Namespace, config: Any) -> None:
   """Merges the models of a recipe; recipes that others build on are merged beside, and removed."""
-  from jaxmerge import evaluating, summarizing
-  from jaxmerge.io import growing, tensor
-  from jaxmerge.recipe import telling
+  from jaxmerge.evaluation import external
+  from jaxmerge.files import describe, estimate
+  from jaxmerge.io.huggingface import shard_writer
+  from jaxmerge.io.tensors import tensor
+  from jaxmerge.recipe import errors
 
   out, files = pathlib.Path(options.out), tensor.Files()
   # All that is wrong is told before jax is imported, and all that is lacking fetched.
   plan, stages, full = _planned(options, out, files)
-  evaluate = None if options.evaluate is None else evaluating.command(options.evaluate)
+  evaluate = None if options.evaluate is None else external.command(options.evaluate)
   if options.dry_run:
     size, kind = options.shard_size, options.out_format
-    progress.tell("\n".join(summarizing.described(plan, shard_size=size, out_format=kind)))
-    if (free := growing.free(out)) is not None:
-      progress.tell(f"disk: {summarizing.size(free)} free")
+    progress.tell("\n".join(describe.described(plan, shard_size=size, out_format=kind)))
+    if (free := shard_writer.free(out)) is not None:
+      progress.tell(f"disk: {estimate.size(free)} free")
     if evaluate is not None:
       progress.tell(f"then: {options.evaluate}")
-  telling.check(full)
+  errors.check(full)
   if options.dry_run:
     return
   joined(options, None)
-  from jaxmerge import outcomes, processes
-  from jaxmerge.io import folder
+  from jaxmerge.files import outcomes
+  from jaxmerge.io.huggingface import folder
+  from jaxmerge.parallel import processes
 
   # Recipes that it builds on are merged beside OUT, and removed: they are under its lock as well.
-  with growing.locked(out) if processes.first() else contextlib.nullcontext():
+  with shard_writer.locked(out) if processes.first() else contextlib.nullcontext():
     plan = _executed(options, plan, stages, files)
   if not processes.first():
     return
@@ -143,39 +144,40 @@ def merge(options: argparse.Namespace, config: Any) -> None:
     progress.tell(f"note: {line}")
   progress.tell(f"merged: {out}")
   if evaluate is not None:
-    progress.tell(f"evaluated: {progress.numbers(evaluating.evaluated(out, evaluate))}")
+    progress.tell(f"evaluated: {progress.numbers(external.evaluated(out, evaluate))}")
 
 
 def _executed(
   options: argparse.Namespace, plan: Any, stages: Sequence[pathlib.Path], files: Any
 ) -> Any:
   """Merges the recipes that a plan builds on, then what the plan says; returns it, now with all."""
-  from jaxmerge import files as driver
-  from jaxmerge import finishing, planning, processes, summarizing
-  from jaxmerge.recipe import plan as plans
+  from jaxmerge.files import estimate, execute, inputs, resume
+  from jaxmerge.files import plan as plans
+  from jaxmerge.parallel import processes
+  from jaxmerge.recipe.plan import planner
 
   settings = {"shard_size": options.shard_size, "resume": options.resume == "auto"}
   settings["nonfinite"] = options.allow_nonfinite
   with progress.bars() as show:
     left = iter(stages)
 
-    def made(name: str, plan: planning.Plan) -> planning.Model:
+    def made(name: str, plan: plans.Plan) -> plans.Model:
       stage = next(left)
       kind = options.shard_size, "safetensors", options.allow_nonfinite
-      if not finishing.holds(stage, plan, *kind):
-        told = progress.counted(show, name, summarizing.work(plan))
-        driver.run(plan, stage, replace=True, progress=told, **settings)
-        finishing.vouch(stage, plan, *kind[:2])
+      if not resume.holds(stage, plan, *kind):
+        told = progress.counted(show, name, estimate.work(plan))
+        execute.run(plan, stage, replace=True, progress=told, **settings)
+        resume.vouch(stage, plan, *kind[:2])
       files.forget(stage)
-      return planning.model(stage, files, name=name, home=name)
+      return inputs.open_model(stage, files, name=name, home=name)
 
     if stages:
-      plan = plans.of_file(
+      plan = planner.of_file(
         options.recipe, files, made, strict=options.strict, compat=options.compat
       )
-    told = progress.counted(show, "merging", summarizing.work(plan, options.out_format))
+    told = progress.counted(show, "merging", estimate.work(plan, options.out_format))
     settings |= {"out_format": options.out_format, "replace": options.replace, "locked": True}
-    driver.run(plan, pathlib.Path(options.out), progress=told, **settings)
+    execute.run(plan, pathlib.Path(options.out), progress=told, **settings)
   for stage in stages if processes.first() else ():
     if stage.exists():  # Else they were removed by a merge that was killed at this line.
       shutil.rmtree(stage)
@@ -189,62 +191,66 @@ def _planned(
 
   What is wrong with recipe, models and the place of the result is told at once.
   """
-  from jaxmerge import evaluating, finishing, opening, planning, summarizing
-  from jaxmerge.io import arrays, atomic, growing, lock
-  from jaxmerge.recipe import plan as plans
-  from jaxmerge.recipe import telling
+  from jaxmerge.evaluation import external
+  from jaxmerge.files import estimate, inputs, resume
+  from jaxmerge.files import plan as plans
+  from jaxmerge.io.checkpoints import arrays
+  from jaxmerge.io.disk import atomic, locks
+  from jaxmerge.io.huggingface import shard_writer
+  from jaxmerge.recipe import errors
+  from jaxmerge.recipe.plan import planner
 
   if options.out_format == "orbax":
     arrays.check_path(out)
   atomic.check_name(out)  # All places beside it are made of its name.
-  lock.check(out, growing.running(out))  # What lies there and beside is that merge's.
-  stages: dict[str, tuple[pathlib.Path, planning.Plan]] = {}
+  locks.check(out, shard_writer.running(out))  # What lies there and beside is that merge's.
+  stages: dict[str, tuple[pathlib.Path, plans.Plan]] = {}
   found: list[Exception] = []
-  made: list[planning.Plan] = []
+  made: list[plans.Plan] = []
   done: set[str] = set()
 
-  def foreseen(name: str, plan: planning.Plan) -> planning.Model:
-    place = growing.stage_of(out, name)
+  def foreseen(name: str, plan: plans.Plan) -> plans.Model:
+    place = shard_writer.stage_of(out, name)
     stages[name] = place, plan
     kind = options.shard_size, "safetensors", options.allow_nonfinite
-    if not finishing.holds(place, plan, *kind):
-      return opening.foreseen(name, plan)
+    if not resume.holds(place, plan, *kind):
+      return inputs.foreseen(name, plan)
     done.add(name)  # By a merge that was interrupted later.
-    return planning.model(place, files, name=name, home=name)
+    return inputs.open_model(place, files, name=name, home=name)
 
-  with telling.noted(found):
+  with errors.noted(found):
     if options.evaluate is not None:
-      evaluating.command(options.evaluate)
-  with telling.noted(found):
+      external.command(options.evaluate)
+  with errors.noted(found):
     atomic.check_free(out, options.replace)
-  with telling.noted(found):
+  with errors.noted(found):
     asked = {name: getattr(options, name) for name in ("download", "strict", "compat")}
-    made.append(plans.of_file(options.recipe, files, foreseen, **asked))
+    made.append(planner.of_file(options.recipe, files, foreseen, **asked))
   needed, begun = 0, [place for place, _ in stages.values()]
   for place, plan in [*stages.values(), *((out, plan) for plan in made)]:
     kind = options.out_format if place == out else "safetensors"
-    needed += summarizing.room(plan, kind)
-    begun.append(growing.part_of(place))
-    with telling.noted(found):
-      finishing.check_place(plan, out)
+    needed += estimate.room(plan, kind)
+    begun.append(shard_writer.part_of(place))
+    with errors.noted(found):
+      resume.check_place(plan, out)
     # Their names stand before those of adapters.
     used = {name.split("+")[0] for name in plan.fates} & stages.keys()
     used |= stages.keys() if place == out else set()
     if options.resume == "auto":
-      with telling.noted(found):
+      with errors.noted(found):
         anew, own = not used <= done, options.shard_size
-        finishing.check_begun(plan, place, shard_size=own, out_format=kind, anew=anew)
+        resume.check_begun(plan, place, shard_size=own, out_format=kind, anew=anew)
   full: list[Exception] = []  # If nothing else is wrong, there is a plan to show.
-  with telling.noted(full):
-    growing.check_room(out, needed, begun=begun)
-  telling.check([*found, *full] if found else [])
+  with errors.noted(full):
+    shard_writer.check_room(out, needed, begun=begun)
+  errors.check([*found, *full] if found else [])
   return made[0], [place for place, _ in stages.values()], full
 
 
 def report(options: argparse.Namespace, config: Any) -> None:
   """Prints the table of a finished run, and remakes its page and plots."""
   from jaxmerge import report as reports
-  from jaxmerge import workdir as workdirs
+  from jaxmerge.experiments import workdir as workdirs
 
   folder = pathlib.Path(options.workdir)
   record = workdirs.record_of(folder)
@@ -255,19 +261,19 @@ def report(options: argparse.Namespace, config: Any) -> None:
 
 def inspect(options: argparse.Namespace, config: Any) -> None:
   """Shows what is in a folder of weights."""
-  from jaxmerge import inspecting
-  from jaxmerge.io import hub
-  from jaxmerge.report import listing
+  from jaxmerge.files import inspection
+  from jaxmerge.io.huggingface import hub
+  from jaxmerge.report import inspection_text
 
   found = hub.located(*hub.split(options.model), download=options.download)
-  record = inspecting.described(found.folder)
+  record = inspection.described(found.folder)
   size = sum(tensor["bytes"] for tensor in record["tensors"])
   with progress.bars() as show:
     if options.check:
-      record = inspecting.checked(record, progress.counted(show, "read", size))
+      record = inspection.checked(record, progress.counted(show, "read", size))
     elif options.checksums:
-      record = inspecting.hashed(record, progress.counted(show, "read", size))
-  progress.tell(json.dumps(record, indent=1) if options.json else listing.text(record))
+      record = inspection.hashed(record, progress.counted(show, "read", size))
+  progress.tell(json.dumps(record, indent=1) if options.json else inspection_text.text(record))
   wrong = [
     n for key in ("changed", "missing", "added") for n in record.get("check", {}).get(key, [])
   ]
@@ -281,26 +287,27 @@ def diff(options: argparse.Namespace, config: Any) -> None:
   """Shows how models differ from their base."""
   if options.top < 1:
     raise ValueError(f"--top must be 1 or more, got {options.top}.")
-  from jaxmerge import differing, planning
-  from jaxmerge.io import hub
-  from jaxmerge.io.tensor import Files
-  from jaxmerge.report import differences, drawing
+  from jaxmerge.analysis import diff
+  from jaxmerge.files import inputs
+  from jaxmerge.io.huggingface import hub
+  from jaxmerge.io.tensors.tensor import Files
+  from jaxmerge.report import diff_text, figures
 
   if options.out is not None:
     try:
-      drawing.figure(1.0)  # Matplotlib is missed now, and not after minutes.
+      figures.figure(1.0)  # Matplotlib is missed now, and not after minutes.
     except ImportError as e:
       raise ValueError(str(e)) from e
   files = Files()
   try:
     given = [options.base, *options.models]
-    called = differing.names(options.models)
+    called = inputs.names(options.models)
     folders = [hub.located(*hub.split(m), download=options.download).folder for m in given]
-    base = planning.model(folders[0], files)
-    models = differing.opened(folders[1:], base, files, called)
-    size = differing.size(base, models, options.singular)
+    base = inputs.open_model(folders[0], files)
+    models = diff.opened(folders[1:], base, files, called)
+    size = diff.size(base, models, options.singular)
     with progress.bars() as show:
-      record = differing.compare(
+      record = diff.compare(
         base,
         models,
         singular=options.singular,
@@ -309,24 +316,24 @@ def diff(options: argparse.Namespace, config: Any) -> None:
       )
   finally:
     files.close()
-  progress.tell(differences.text(record))
-  for path in [] if options.out is None else differences.write(record, options.out):
+  progress.tell(diff_text.text(record))
+  for path in [] if options.out is None else diff_text.write(record, options.out):
     progress.tell(f"wrote {path}")
 
 
 def methods(options: argparse.Namespace, config: Any) -> None:
   """Lists the methods."""
-  from jaxmerge import catalog
+  from jaxmerge.catalog import lookup, tables
 
-  width = max(map(len, catalog.METHODS))
-  for name, entry in catalog.METHODS.items():
+  width = max(map(len, lookup.METHODS))
+  for name, entry in lookup.METHODS.items():
     rest = f"; leaves without a matrix view: {entry.uncovered}" if entry.uncovered else ""
-    progress.tell(f"{name:{width}}  {entry.formula}{catalog.mark(entry)}")
-    progress.tell(f"{'':{width}}  {entry.paper}; needs {catalog.needs(name)}")
-    progress.tell(f"{'':{width}}  {catalog.cost(name)}{rest}")
+    progress.tell(f"{name:{width}}  {entry.formula}{tables.mark(entry)}")
+    progress.tell(f"{'':{width}}  {entry.paper}; needs {tables.needs(name)}")
+    progress.tell(f"{'':{width}}  {tables.cost(name)}{rest}")
     for parameter, p in entry.parameters.items():
       progress.tell(f"{'':{width}}    {parameter}={p.default!r}: {p.doc}, {p.range}")
   progress.tell("\nIn Python alone, on arrays in memory:")
-  for name, other in catalog.OTHERS.items():
-    progress.tell(f"jaxmerge.{name}  {other.formula}{catalog.mark(other)}")
+  for name, other in lookup.OTHERS.items():
+    progress.tell(f"jaxmerge.{name}  {other.formula}{tables.mark(other)}")
     progress.tell(f"{'':{width}}  {other.paper}; needs {other.needs}; gives {other.gives}")

@@ -16,7 +16,8 @@ import traceback
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn  # Any: a config is imported only by commands that have one.
 
-from jaxmerge import commands, environment, foreign_flags, progress, stopping
+from jaxmerge.cli import commands, environment, mergekit_flags, progress
+from jaxmerge.parallel import preemption
 
 _CHANGES = """\
 changes of the config:
@@ -42,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
   try:
     changes, rest = split(arguments)
     if rest[:1] == ["merge"]:
-      rest, told = foreign_flags.taken(rest)
+      rest, told = mergekit_flags.taken(rest)
       for line in told:
         progress.say(line)
     options = parser(rest).parse_args(rest)
@@ -52,9 +53,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return _failed(e, 2, debug)
   environment.prepare()
   if getattr(options, "distributed", False):
-    from jaxmerge import launching
+    from jaxmerge.cli import watchdog
 
-    return launching.run(lambda: _done(options, config, arguments))
+    return watchdog.run(lambda: _done(options, config, arguments))
   return _done(options, config, arguments)
 
 
@@ -75,14 +76,14 @@ def _done(options: argparse.Namespace, config: Any, arguments: Sequence[str]) ->
     return _failed(f"{e}; it comes with an extra: pip install 'jaxmerge[demo]'.", 1, debug)
   except (ValueError, OSError) as e:
     if getattr(options, "distributed", False):
-      from jaxmerge import processes
+      from jaxmerge.parallel import processes
 
       if processes.lost(e):
         raise
     return _failed(e, 1, debug)
-  except stopping.Stopped as e:
+  except preemption.Stopped as e:
     progress.say(f"{e}{_again(options, arguments)}")
-    return stopping.STATUS
+    return preemption.STATUS
   except KeyboardInterrupt:
     progress.say(f"interrupted{_again(options, arguments)}")
     return 130
@@ -143,8 +144,8 @@ def parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
   resume = "go on with the run in the workdir: if there is one, not at all, or fail without one"
   atm.add_argument("--resume", choices=("auto", "never", "must"), default="auto", help=resume)
   late = "after SIGTERM, end in the middle of a round that takes longer; "
-  late += f"{stopping.GRACE:g} if not given"
-  atm.add_argument("--grace", metavar="SECONDS", type=float, default=stopping.GRACE, help=late)
+  late += f"{preemption.GRACE:g} if not given"
+  atm.add_argument("--grace", metavar="SECONDS", type=float, default=preemption.GRACE, help=late)
   _many(atm)
 
   about = "merge the experts of an experiment by every method, and rank the methods"
@@ -278,9 +279,9 @@ def _epilog(arguments: Sequence[str]) -> str:
     return _CHANGES
   if path is None or not {"-h", "--help"} & set(arguments):
     return _CHANGES
-  from jaxmerge import configuring
+  from jaxmerge.experiments import config
 
-  values = configuring.flat(configuring.load(path))
+  values = config.flat(config.load(path))
   lines = ["  " + shlex.quote(f"--config.{key}={value}") for key, value in values.items()]
   return "\n".join([_CHANGES, f"keys of {path} and their values:", *lines])
 
@@ -288,15 +289,16 @@ def _epilog(arguments: Sequence[str]) -> str:
 def _config(options: argparse.Namespace, changes: Sequence[tuple[str, str]]) -> Any:
   """The config of a command that has one. `Any`: ml_collections is imported only by those."""
   if options.command == "atm":
-    from jaxmerge import configuring
+    from jaxmerge.experiments import config
 
-    return configuring.load(options.config, changes)
+    return config.load(options.config, changes)
   if options.command == "bench":
-    from jaxmerge import configuring
+    from jaxmerge.experiments import bench_config
 
-    return configuring.bench(options.config, changes)
+    return bench_config.bench(options.config, changes)
   if options.command == "compile":
-    from jaxmerge import chips, compile_config
+    from jaxmerge.experiments import compile_config
+    from jaxmerge.xla import chips
 
     chips.named(options.topology, options.slices)  # A wrong name is told first.
     return compile_config.load(options.config, changes)

@@ -10,7 +10,7 @@ import sys
 import traceback
 from collections.abc import Callable
 
-from jaxmerge import progress
+from jaxmerge.cli import progress
 
 GONE = (
   "error: {who} has lost another process of the run, which ended or never came, or was killed "
@@ -29,7 +29,7 @@ def run(work: Callable[[], int]) -> int:
   try:
     status = work()
   except BaseException as e:  # Whatever it was, the others must not wait.
-    from jaxmerge import processes
+    from jaxmerge.parallel import processes
 
     if processes.lost(e):
       progress.say(f"{GONE.format(who=_who())} ({str(e).splitlines()[0]:.200})")

@@ -13,8 +13,8 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import NamedTuple
 
-from jaxmerge import leaf_names
-from jaxmerge.leaf_names import DOWN, UP, Name
+from jaxmerge.core import leaf_names
+from jaxmerge.core.leaf_names import DOWN, UP, Name
 
 Shape = tuple[int, ...]
 Shapes = Mapping[str, Shape]
@@ -40,8 +40,8 @@ class Rule(NamedTuple):
   """The matrix view of a leaf, and why it has this one.
 
   Attributes:
-    view: a letter for each axis, see `jaxmerge.views`; None: the leaf has no rows or columns.
-    reason: in words.
+    view: a letter for each axis, see `jaxmerge.core.matrix_views`; None: the leaf has no rows or
+    columns. reason: in words.
     open: whether neither name nor shape decide; the view then only says that rows are along the
       last axis.
   """

@@ -6,8 +6,9 @@ import dataclasses
 import functools
 import hashlib
 import inspect
+import re
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any  # A method holds functions, and they hold anything.
 
 import numpy as np
@@ -30,6 +31,31 @@ def fingerprint(value: Any) -> str:
   for part in _parts(value, ()):
     found.update(f"{len(part)}:{part}".encode())
   return found.hexdigest()
+
+
+def stages(method: Iterable[Any]) -> list[str]:
+  """Returns the names of the functions of a method's stages, as records keep them.
+
+  Functions of this package are named without their module, which may change.
+
+  Example:
+    >>> from jaxmerge import methods
+    >>> stages(methods.average())
+    ['jaxmerge.average.<locals>.<lambda>']
+  """
+  return [_placeless(f"{s.update.__module__}.{s.update.__qualname__}") for s in method]
+
+
+def placeless(record: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns the record of a method with the names of its stages as `stages` gives them.
+
+  Records of jaxmerge 0.1.0 name the modules as well, in which the functions were then.
+  """
+  return {**record, "stages": [_placeless(name) for name in record["stages"]]}
+
+
+def _placeless(name: str) -> str:
+  return re.sub(r"^jaxmerge\.(?:(?:core|methods)\.\w+|stage)\.", "jaxmerge.", name)
 
 
 def _parts(value: Any, inside: tuple[int, ...]) -> Iterator[str]:

@@ -9,8 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmerge import catalog, stage, tree
-from jaxmerge.stage import Group, Method
+from jaxmerge import errors
+from jaxmerge.catalog import lookup
+from jaxmerge.core import stage, tree
+from jaxmerge.core.stage import Group, Method
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -38,7 +40,7 @@ def resolved(
   values = stage.numbers(method)
   for name, value in aux.items():
     if name not in values:
-      raise ValueError(f"the method takes no number {name!r}{catalog.nearest(name, values)}.")
+      raise ValueError(f"the method takes no number {name!r}{errors.nearest(name, values)}.")
     values[name] = value
   return {
     n: _checked(
@@ -55,7 +57,7 @@ def _by_leaf(name: str, value: Any, shapes: Shapes, height: int, copied: Collect
     ValueError: for a list or tuple that may as well be one number a model, and for a named tuple
       whose fields are no leaves.
   """
-  if not isinstance(value, (list, tuple)) or not catalog.plain(value):
+  if not isinstance(value, (list, tuple)) or not lookup.plain(value):
     return value
   own, fields = _named(value, shapes), hasattr(value, "_fields")
   if not fields and not (shapes.keys() <= own.keys() <= shapes.keys() | set(copied)):
@@ -92,7 +94,7 @@ def permuted(value: Any, order: np.ndarray) -> Any:
 def arrays(values: Mapping[str, Any]) -> dict[str, Any]:
   """Makes arrays of plain numbers, so that another value is not another program."""
   return {
-    name: jax.tree.map(lambda v, n=name: _array(n, v), value, is_leaf=catalog.plain)
+    name: jax.tree.map(lambda v, n=name: _array(n, v), value, is_leaf=lookup.plain)
     for name, value in values.items()
   }
 
@@ -114,7 +116,7 @@ def group(names: tuple[str, ...], shapes: Shapes, height: int, values: Mapping[s
 def _checked(name: str, value: Any, shapes: Shapes, height: int, copied: Collection[str]) -> Any:
   if value is None:
     raise ValueError(f"the method needs {name!r}: give {name}= or aux={{{name!r}: ...}}.")
-  if catalog.plain(value) or isinstance(value, (jax.Array, np.ndarray, np.generic)):
+  if lookup.plain(value) or isinstance(value, (jax.Array, np.ndarray, np.generic)):
     _check(name, name, value, height, None)
     return value
   own = _named(value, shapes)
@@ -135,7 +137,7 @@ def _named(value: Any, shapes: Shapes) -> dict[str, Any]:
 
   def inner(v: Any) -> bool:
     some = v is not value and isinstance(v, (list, tuple)) and not hasattr(v, "_fields")
-    return some and catalog.plain(v)
+    return some and lookup.plain(v)
 
   lists = jax.tree.map(lambda v: np.asarray(v) if inner(v) else v, value, is_leaf=inner)
   own_lists = tree.named(lists)
@@ -147,23 +149,23 @@ def _check(name: str, label: str, value: Any, height: int, shape: tuple[int, ...
   given = tuple(np.shape(value))
   if name == "seed" and given:
     raise ValueError(f"{label} must be one whole number, such as 0, got values of shape {given}.")
-  if given and (len(given) == 1 or catalog.knows(name)) and given[0] != height:
+  if given and (len(given) == 1 or lookup.knows(name)) and given[0] != height:
     raise ValueError(f"{label} has {given[0]} values, but there are {height} models.")
   if len(given) > 1 and shape is None:
     raise ValueError(
       f"{label} has shape {given}; a number is a scalar or one per model {(height,)}."
     )
-  if len(given) > 1 and catalog.knows(name) and given[1:] != shape:
+  if len(given) > 1 and lookup.knows(name) and given[1:] != shape:
     raise ValueError(f"{label} has shape {given}, but the models are {shape} there.")
-  if name == "seed" and not catalog.plain(value) and not jnp.issubdtype(value.dtype, jnp.integer):
+  if name == "seed" and not lookup.plain(value) and not jnp.issubdtype(value.dtype, jnp.integer):
     raise ValueError(f"{label} must be a whole number, got {value.dtype}.")
   seen = not isinstance(value, jax.core.Tracer) and getattr(value, "is_fully_addressable", True)
   if seen and len(given) <= 1:
-    catalog.check_number(name, np.asarray(value).tolist(), label=label)
+    lookup.check_number(name, np.asarray(value).tolist(), label=label)
 
 
 def _array(name: str, value: Any) -> Any:
-  if not catalog.plain(value):
+  if not lookup.plain(value):
     return value
   # Double precision is cut to float32 at the border of a compiled program, unless x64 is on.
   return np.asarray(value, np.uint32 if name == "seed" else np.float64)

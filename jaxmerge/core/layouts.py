@@ -2,7 +2,7 @@
 
 One rule for models in memory, files and the loop. A `layout` is a sequence of (regular expression,
 view); the first that is found in a leaf's name counts, and None for a view says that the leaf is no
-matrix. Leaves that none of them names have the view of `jaxmerge.conventions`. Free of jax.
+matrix. Leaves that none of them names have the view of `jaxmerge.core.conventions`. Free of jax.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple  # Any: a tree, and a method, which is only looked at.
 
-from jaxmerge import catalog, conventions, leaf_names
-from jaxmerge.conventions import Rule as Rule
-from jaxmerge.conventions import Shapes
+from jaxmerge.catalog import lookup
+from jaxmerge.core import conventions, leaf_names
+from jaxmerge.core.conventions import Rule, Shapes
 
 Said = Sequence[tuple[str, str | None]]
 Form = Callable[[str, Sequence[str]], str]
@@ -64,8 +64,8 @@ def of(method: Iterable[Any], base: Any, *, layout: Said | Table | None = ()) ->
   """Returns the matrix view that each leaf has for a method, and why.
 
   Leaves whose view is None are no matrices to the method: what becomes of them is said at each
-  method. Letters of a view are those of `jaxmerge.views`; of a lookup, such as an embedding, `l`
-  counts the entries.
+  method. Letters of a view are those of `jaxmerge.core.matrix_views`; of a lookup, such as an
+  embedding, `l` counts the entries.
 
   Args:
     method: what `jaxmerge.methods` makes.
@@ -78,11 +78,11 @@ def of(method: Iterable[Any], base: Any, *, layout: Said | Table | None = ()) ->
   Example:
     >>> import jax.numpy as jnp, jaxmerge
     >>> base = {"dense": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}}
-    >>> found = jaxmerge.layouts.of(jaxmerge.methods.tsv(), base)
+    >>> found = jaxmerge.core.layouts.of(jaxmerge.methods.tsv(), base)
     >>> {name: (rule.view, rule.reason) for name, rule in found.items()}
     {'dense/bias': (None, 'vector'), 'dense/kernel': ('io', 'kernel')}
   """
-  from jaxmerge import tree  # With jax, which planning does without.
+  from jaxmerge.core import tree  # With jax, which planning does without.
 
   leaves = tree.named(base)
   shapes = {n: tuple(x.shape) for n, x in leaves.items() if tree.is_floating(x)}
@@ -188,7 +188,7 @@ def unit_of(words: Any) -> Unit:
   Unit(unit='matrix', lookups='row', where=None)
   """
   own = words if isinstance(words, Mapping) else {}
-  entry = catalog.METHODS.get(str(own.get("method")))
+  entry = lookup.METHODS.get(str(own.get("method")))
   scopes = {"row": Unit("row"), "column": Unit("matrix", "row")}
   by_name = Unit("entry") if entry is None else Unit(entry.unit, entry.lookups)
   return scopes.get(str(own.get("scope")), by_name)

@@ -1,8 +1,9 @@
-"""Statistics that drivers add up: sums, inner products, exact thresholds.
+"""Order statistics: exact thresholds and ranks, without a sort.
 
 Thresholds are exact and need no sort, no gather and no flat copy: a non-negative float orders like
 its bit pattern, so the k-th largest is found by counting how many patterns reach three candidates,
-which leave a quarter of those that are possible. Counts are those of `counting`, exact past 2**31.
+which leave a quarter of those that are possible. Counts are those of `wide_counts`, exact past
+2**31.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxmerge import counting, magnitudes, views
-from jaxmerge.stage import Group, Leaf, Rank, Statistic, Sum
+from jaxmerge.core import wide_counts
+from jaxmerge.core.stage import Group, Leaf, Rank
 
 Array = jax.Array
 
@@ -37,16 +38,6 @@ class Cut(NamedTuple):
 
 _KINDS = {4: (jnp.float32, jnp.uint32), 8: (jnp.float64, jnp.uint64)}
 EVERY = np.uint32(2**32 - 1)  # As a position in `Cut.last`: all that tie are inside.
-
-
-def total(name: str, f: Callable[[Any, Leaf], Any]) -> Sum:
-  """Adds up f(x, leaf) over the leaves of a group."""
-  return Sum(name, lambda x, leaf, known: f(x, leaf))
-
-
-def greatest(name: str, f: Callable[[Any, Leaf], Any]) -> Sum:
-  """Takes the maximum of f(x, leaf) over the leaves of a group."""
-  return Sum(name, lambda x, leaf, known: f(x, leaf), combine=jnp.maximum)
 
 
 def ranks(x: Array) -> Array:
@@ -87,50 +78,6 @@ def _inverse(order: Array) -> Array:
   return jnp.zeros(order.shape, jnp.int32).at[order].set(places, unique_indices=True)
 
 
-class Gram(NamedTuple):
-  """Inner products of the models [K, K], over the square of a unit that keeps them in range."""
-
-  products: Array
-  unit: Array
-
-
-def gram(name: str) -> Sum:
-  """Measures the inner products of the models: [K, *s] -> `Gram`, over a group."""
-  return squares(name, inner_products, lambda total, unit, known: Gram(total, unit))
-
-
-def squares(
-  name: str,
-  f: Callable[..., Any],
-  finish: Callable[[Any, Array, Any], Any] = lambda total, unit, known: total,
-  *,
-  degree: int = 2,
-) -> Sum:
-  """Adds up what is of a degree in x, as a square is, for numbers of any size; see `magnitudes`.
-
-  Args:
-    name: the key under which the result is known afterwards.
-    f: (x, or each of a pair) -> a tree of sums.
-    finish: (sums over a power of the unit, unit, known) -> result.
-    degree: that of f.
-  """
-
-  def measure(x: Any, leaf: Leaf, known: Any) -> Any:
-    return magnitudes.binned(f, *(x if isinstance(x, tuple) else (x,)))
-
-  def joined(found: Any, known: Any) -> Any:
-    return finish(*magnitudes.joined(found, degree), known)
-
-  return Sum(name, measure, finish=joined)
-
-
-def inner_products(x: Array) -> Array:
-  """Returns the inner products of the models: [K, *s] -> [K, K]."""
-  axes = list(range(1, x.ndim))
-  place = views.unsharded(x, 2)
-  return lax.dot_general(x, x, ((axes, axes), ((), ())), precision="highest", out_sharding=place)
-
-
 def inside(cut: Cut, values: Array, leaf: Leaf) -> Array:
   """Tells which entries of `values` >= 0 a cut keeps: [K, *s] -> boolean [K, *s].
 
@@ -162,34 +109,19 @@ def passed(cut: Cut, first: int, size: int) -> Cut:
   return Cut(cut.value + (last < places).astype(cut.value.dtype))
 
 
-def settled(statistic: Statistic, parts: Sequence[tuple[Any, Leaf]], known: dict[str, Any]) -> Any:
-  """Returns a statistic of a group whose leaves, with their descriptions, are all at hand."""
-
-  def over(measure: Callable[[Any, Leaf], Any], combine: Callable[[Array, Array], Array]) -> Any:
-    each = [measure(x, leaf) for x, leaf in parts]
-    found = functools.reduce(lambda a, b: jax.tree.map(combine, a, b), each)
-    # Where axes are explicit, a total per model is left sharded as the models are.
-    return jax.tree.map(views.everywhere, found)
-
-  if isinstance(statistic, Sum):
-    measured = over(lambda x, leaf: statistic.measure(x, leaf, known), statistic.combine)
-    return statistic.finish(measured, known)
-  return _cut(statistic, over, parts, known)
-
-
-def _cut(rank: Rank, over: Any, parts: Sequence[tuple[Any, Leaf]], known: Any) -> Cut:
+def cut(rank: Rank, over: Any, parts: Sequence[tuple[Any, Leaf]], known: Any) -> Cut:
   """Finds the value at the cut, then the last position of those that tie with it."""
 
   def counted(chosen: Callable[[Array, Array], Sequence[Array]]) -> Sequence[Array]:
     def one(x: Any, leaf: Leaf) -> list[Array]:
       values = rank.of(x, leaf, known)
-      return counting.counts(chosen(pattern(values), position(values, leaf)))
+      return wide_counts.counts(chosen(pattern(values), position(values, leaf)))
 
-    return over(one, counting.plus)
+    return over(one, wide_counts.plus)
 
   def reached(tried: Sequence[Array]) -> list[Array]:
     found = counted(lambda bits, at: [bits >= _against(value, bits) for value in tried])
-    return [counting.at_least(some, n) for some in found]
+    return [wide_counts.at_least(some, n) for some in found]
 
   n = known[rank.rank]
   zeros = jnp.zeros(n.shape[-1], jnp.uint32)
@@ -205,14 +137,14 @@ def _cut(rank: Rank, over: Any, parts: Sequence[tuple[Any, Leaf]], known: Any) -
     before = counted(
       lambda bits, at: [(bits == _against(value, bits)) & (at < _against(p, bits)) for p in tried]
     )
-    return [~counting.at_least(some, wanted) for some in before]
+    return [~wide_counts.at_least(some, wanted) for some in before]
 
   above, tied = counted(
     lambda bits, at: [bits > _against(value, bits), bits == _against(value, bits)]
   )
-  wanted = counting.minus(n, above)
+  wanted = wide_counts.minus(n, above)
   # Where all that are tied are wanted, their positions need not be searched.
-  last = jnp.where(counting.at_least(wanted, tied), EVERY, zeros)
+  last = jnp.where(wide_counts.at_least(wanted, tied), EVERY, zeros)
   positions = functools.partial(_narrowed, top=EVERY, holds=wanting)
   start = jnp.uint32(2**30), last
   return Cut(value, lax.while_loop(_unsettled, positions, start)[1])

@@ -5,8 +5,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from jaxmerge import statistics
-from jaxmerge.stage import Array, Leaf
+from jaxmerge.core import order_statistics
+from jaxmerge.core.stage import Array, Leaf
 
 
 def uniform(x: Array, leaf: Leaf) -> Array:
@@ -18,7 +18,7 @@ def uniform(x: Array, leaf: Leaf) -> Array:
 
   Example:
     >>> import numpy as np
-    >>> from jaxmerge import tree
+    >>> from jaxmerge.core import tree
     >>> tags = jnp.array([tree.tag("a"), tree.tag("b")], jnp.uint32)
     >>> leaf = Leaf(None, {"seed": 0}, tags, jnp.uint32(tree.tag("w")), np.uint32(0), np.uint32(0))
     >>> uniform(jnp.zeros((2, 1000)), leaf).mean(axis=1).round(1).tolist()
@@ -43,7 +43,7 @@ def chosen(x: Array, leaf: Leaf, probability: Array) -> Array:
 def _bits(x: Array, leaf: Leaf) -> Array:
   """Hashes what an entry is: [K, *s] -> uint32 [K, *s]."""
   key = _mixed(jnp.asarray(leaf.aux["seed"]).astype(jnp.uint32) ^ jnp.asarray(leaf.tag))
-  entries = statistics.index(x, leaf)
+  entries = order_statistics.index(x, leaf)
   # Mixed before the model comes in, or the numbers of one model would be those of another, shifted.
   entries = _mixed(entries * jnp.uint32(0x85EBCA77) ^ key)
   models = _mixed(leaf.models * jnp.uint32(0x9E3779B1) + jnp.uint32(1))

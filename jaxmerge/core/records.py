@@ -119,7 +119,7 @@ class Sum(NamedTuple):
 class Rank(NamedTuple):
   """A statistic that is the value of a rank among of(x) >= 0, per row, over a group.
 
-  Drivers find it each in their way, and exactly; the result is a `statistics.Cut`.
+  Drivers find it each in their way, and exactly; the result is a `order_statistics.Cut`.
 
   Attributes:
     name: the key under which the result is known afterwards.

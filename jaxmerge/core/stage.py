@@ -2,8 +2,8 @@
 
 A stack is a tree of arrays with a leading task axis K. A transform keeps K, a combiner returns
 K = 1. A stage may *know* statistics of the stack before it acts: it names them, the driver adds
-them up over leaves, slices, devices or reads of a file. Drivers: `memory.py` (arrays, under jit,
-vmap, grad and meshes), `streaming.py` (slice by slice).
+them up over leaves, slices, devices or reads of a file. Drivers: `drivers/memory.py` (arrays, under
+jit, vmap, grad and meshes), `drivers/streaming.py` (slice by slice).
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from typing import (
 import jax
 import numpy as np
 
-from jaxmerge import tree
-from jaxmerge.records import Array, Fold, Group, Leaf, State, Statistic
-from jaxmerge.records import Rank as Rank  # Written with the rest of the algebra.
-from jaxmerge.records import Sum as Sum
+from jaxmerge.core import tree
+from jaxmerge.core.records import Array, Fold, Group, Leaf, State, Statistic
+from jaxmerge.core.records import Rank as Rank  # Written with the rest of the algebra.
+from jaxmerge.core.records import Sum as Sum
 
 Scope = Literal["tree", "leaf"] | Callable[[str], str]
 

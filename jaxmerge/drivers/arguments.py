@@ -10,10 +10,12 @@ from typing import Any  # Any: whatever a caller gives.
 import jax
 import numpy as np
 
-from jaxmerge import catalog, fingerprint, stage, tree
-from jaxmerge.io import codes
-from jaxmerge.stage import Method, Stage
-from jaxmerge.tree import Tree
+from jaxmerge import errors
+from jaxmerge.catalog import lookup
+from jaxmerge.core import fingerprint, stage, tree
+from jaxmerge.core.stage import Method, Stage
+from jaxmerge.core.tree import Tree
+from jaxmerge.io.tensors import quantized
 
 
 def method(given: Any) -> Method:
@@ -30,9 +32,9 @@ def method(given: Any) -> Method:
     return Method(given)
   wanted = "the method comes first, and is what a call such as jaxmerge.methods.ties() returns"
   if isinstance(given, str):
-    if given in catalog.METHODS:
+    if given in lookup.METHODS:
       raise ValueError(f"a method is wanted, not its name: call jaxmerge.methods.{given}().")
-    raise ValueError(f"no method is called {given!r}{catalog.nearest(given, catalog.METHODS)}.")
+    raise ValueError(f"no method is called {given!r}{errors.nearest(given, lookup.METHODS)}.")
   if isinstance(given, Stage):
     raise ValueError("a method is a sequence of stages, not one: write (stage,).")
   if callable(given):
@@ -40,7 +42,7 @@ def method(given: Any) -> Method:
     raise ValueError(f"{word} makes a method and is none: call it, {word}().")
   if isinstance(given, list | tuple):
     raise ValueError(
-      f"{wanted}; several, or a list of stages, are joined by jaxmerge.stage.chain(...)."
+      f"{wanted}; several, or a list of stages, are joined by jaxmerge.core.stage.chain(...)."
     )
   raise ValueError(f"{wanted}; got {_kind(given)}.")
 
@@ -53,8 +55,8 @@ def refuse_weights(method: Method, instead: str, vectors: str) -> None:
     instead: how to give a base.
     vectors: how to give task vectors.
   """
-  names = [n for n in method.name.split(" + ") if n in catalog.METHODS]
-  if name := next((n for n in names if catalog.METHODS[n].on == "task vectors"), None):
+  names = [n for n in method.name.split(" + ") if n in lookup.METHODS]
+  if name := next((n for n in names if lookup.METHODS[n].on == "task vectors"), None):
     raise ValueError(
       f"{name} merges task vectors, the differences from a base, but there is no base: give one, "
       f"{instead}; for models that are task vectors already, {vectors}."
@@ -76,7 +78,7 @@ def described(
   every = {**{n: v for n, v in stage.numbers(method).items() if n != "seed"}, **numbers}
   said = {"words": words} if words else {}
   plain = all(v is None or isinstance(v, bool | int | float | str) for _, v in method.settings)
-  if method.name in catalog.METHODS and plain:
+  if method.name in lookup.METHODS and plain:
     return {"method": method.name, **dict(method.settings), **said}, every
   return {"method": fingerprint.fingerprint(method), **said}, dict(numbers)
 
@@ -246,7 +248,7 @@ def tasks(apply: Any, given: Any, settings: Any) -> list[Any]:
 def refuse(given: Tree, whose: str) -> None:
   """Raises ValueError, naming a leaf, for what is no weight: optimizers' states, codes."""
   tree.refuse_optimizers(given, whose)
-  codes.refuse(tree.named(given), whose)
+  quantized.refuse(tree.named(given), whose)
 
 
 def _names(given: Any) -> set[str]:

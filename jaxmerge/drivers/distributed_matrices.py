@@ -18,8 +18,8 @@ from jax import lax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxmerge import layouts, unrolling, views
-from jaxmerge.stage import Leaf, Stage
+from jaxmerge.core import layouts, matrix_views, rewrites, sharding
+from jaxmerge.core.stage import Leaf, Stage
 
 Array = jax.Array
 Rule = Callable[[Array, Array | None, Any], Array]
@@ -31,7 +31,8 @@ class Deal(NamedTuple):
   Attributes:
     mesh: all its devices take part; None: matrices stay where the compiler has them. An abstract
       one in a program that a caller compiles.
-    chains: whether sums over models are chains, as elsewhere in the program; see `unrolling`.
+    chains: whether sums over models are chains, as elsewhere in the program; see
+    `core/rewrites.py`.
   """
 
   mesh: Mesh | AbstractMesh | None = None
@@ -78,7 +79,9 @@ def leaves(
   for name, leaf in about.items():
     own, view = x[name], layouts.seen(layout.view(name), unit)
     if own.size and (view is not None or step.rest == "row"):
-      hands[name] = Hand(own, leaf.base, views.or_row(own, view), (leaf._replace(base=None), known))
+      hands[name] = Hand(
+        own, leaf.base, matrix_views.or_row(own, view), (leaf._replace(base=None), known)
+      )
 
   def update(x: Array, base: Array | None, more: Any) -> Array:
     leaf, known = more
@@ -105,7 +108,7 @@ def dealt(f: Rule, hands: Mapping[str, Hand], deal: Deal) -> dict[str, Array]:
     (1, 5, 4, 2)
   """
   alike: dict[Any, list[str]] = {}
-  shown = {name: views.matrices(views.whole(h.x), h.view) for name, h in hands.items()}
+  shown = {name: matrix_views.matrices(sharding.whole(h.x), h.view) for name, h in hands.items()}
   for name, h in hands.items():
     own = jax.tree.map(lambda v: (jnp.shape(v), jnp.result_type(v)), h.more)
     key = shown[name].shape[:1] + shown[name].shape[2:], shown[name].dtype, h.base is None, str(own)
@@ -118,7 +121,7 @@ def dealt(f: Rule, hands: Mapping[str, Hand], deal: Deal) -> dict[str, Array]:
     base = jnp.concatenate(bases) if bases else None
     more = jax.tree.map(lambda *v: jnp.stack(v), *[hands[n].more for n in names])
     whose = np.repeat(np.arange(len(names)), counts)
-    own = unrolling.chosen(lambda _: f, deal.chains)
+    own = rewrites.chosen(lambda _: f, deal.chains)
     ys = _worked(own, (xs, base, jax.tree.map(lambda v: v[whose], more)), deal.mesh)
     starts = [sum(counts[:i]) for i in range(len(names))]
     for name, start, count in zip(names, starts, counts, strict=True):
@@ -151,14 +154,14 @@ def _laid(x: Array, where: NamedSharding) -> Array:
 def _base(hand: Hand) -> Array | None:
   if hand.base is None:
     return None
-  return views.matrices(views.whole(hand.base[None]), hand.view)[0]
+  return matrix_views.matrices(sharding.whole(hand.base[None]), hand.view)[0]
 
 
 def _back(ys: Array, hand: Hand) -> Array:
   """[matrices, M, rows, columns] -> [M, *s]."""
   y = ys.swapaxes(0, 1)
   joined = y.reshape(y.shape[0], y.shape[1] * y.shape[2], y.shape[3])
-  return views.from_rows(joined, hand.view, hand.x.shape[1:])
+  return matrix_views.from_rows(joined, hand.view, hand.x.shape[1:])
 
 
 def of(arrays: Iterable[Any], chains: bool | None) -> Deal:

@@ -81,7 +81,8 @@ def sides(bits: Any, low: Any, high: Any, where: Callable[..., Any] = np.where) 
 
 
 def ranks(bits: np.ndarray) -> np.ndarray:
-  """Returns the place of each number in its row, as `statistics.ranks` does: [K, rows, columns].
+  """Returns the place of each number in its row, as `order_statistics.ranks` does: [K, rows,
+  columns].
 
   For devices that sort more slowly than the host: CPUs.
 

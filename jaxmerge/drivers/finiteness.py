@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmerge import mesh as meshes
-from jaxmerge import moments
+from jaxmerge.core import running_statistics
+from jaxmerge.parallel import mesh as meshes
 
 
 class Flags(NamedTuple):
@@ -60,7 +60,7 @@ def checked(leaves: Mapping[str, Any]) -> dict[str, Any]:
     Traceback (most recent call last):
     ValueError: leaf 'bn/var': the result has a variance below zero; choose smaller numbers.
   """
-  variances = moments.variances(leaves)
+  variances = running_statistics.variances(leaves)
   for name, x in leaves.items():
     if isinstance(x, jax.core.Tracer) or not jnp.issubdtype(x.dtype, jnp.floating):
       continue
@@ -124,3 +124,9 @@ def shared(base: Any, reference: Any, x: Any) -> Any:
 def without(held: Any, x: Any) -> Any:
   """Puts zeros at such entries, for the merge: they are copied beside it."""
   return None if x is None else jnp.where(held, jnp.zeros((), x.dtype), jnp.asarray(x))
+
+
+def finite_models(models: Any) -> jax.Array:
+  """Tells which models of a stack are free of NaN and infinity: [T, *s] -> [T]."""
+  each = [jnp.isfinite(x).all(axis=tuple(range(1, x.ndim))) for x in jax.tree.leaves(models)]
+  return jnp.stack(each).all(0)

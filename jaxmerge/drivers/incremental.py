@@ -15,24 +15,23 @@ from typing import Any, NamedTuple  # Any: states and parameters are trees.
 import jax
 import jax.numpy as jnp
 
-from jaxmerge import (
-  arguments,
-  catalog,
-  finiteness,
+from jaxmerge.catalog import lookup
+from jaxmerge.core import (
+  double_precision,
+  interpreter,
   layouts,
   magnitudes,
-  memory,
-  moments,
+  matrix_views,
+  running_statistics,
   stage,
   tree,
-  views,
-  wide,
 )
-from jaxmerge.methods import averaging, subspaces
-from jaxmerge.stage import Method, State
-from jaxmerge.tree import Tree
+from jaxmerge.core.stage import Method, State
+from jaxmerge.core.tree import Tree
+from jaxmerge.drivers import arguments, finiteness
+from jaxmerge.methods import averages, subspaces
 
-_opcm = catalog.METHODS["opcm"].parameters
+_opcm = lookup.METHODS["opcm"].parameters
 
 
 class Running(NamedTuple):
@@ -90,18 +89,18 @@ def of(
     raise ValueError(
       "the method needs all models at once: it measures them, or its combiner has no fold; "
       "merge a stack, or use `average`, `checkpoint_average`, `task_arithmetic`, `dare`, `magmax` "
-      "or `running.opcm`."
+      "or `incremental.opcm`."
     )
   numbers = arguments.numbers(aux, seed)
   seeded = "seed" in stage.numbers(method)
-  method = averaging.with_moments(method, None if base is None else _merged(base))
+  method = averages.with_moments(method, None if base is None else _merged(base))
   take, finish = accumulator(method, layouts.check(layout))
 
-  def prepared(params: Tree, name: str | None) -> memory.Ready:
+  def prepared(params: Tree, name: str | None) -> interpreter.Ready:
     leaves = tree.named(params)
     shapes = {n: x.shape for n, x in leaves.items() if tree.is_floating(x)}
     names = None if name is None else [name]
-    return memory.prepare(method, shapes, 1, numbers, names, leaves.keys() - shapes.keys())
+    return interpreter.prepare(method, shapes, 1, numbers, names, leaves.keys() - shapes.keys())
 
   def init(params: Tree) -> State:
     _check(base, params)
@@ -119,7 +118,7 @@ def of(
     if seeded and name is None:
       raise ValueError("the method's random masks depend on the model's name: give update a name.")
     leaves = [tree.named(t) for t in (params, base) if t is not None]
-    wide.refuse_narrowed(leaves, state, params)
+    double_precision.refuse_narrowed(leaves, state, params)
     ready = prepared(params, name)
     own = None if base is None else _merged(base)
     try:
@@ -132,7 +131,7 @@ def of(
     return {"count": state["count"] + 1, "held": held, "like": like}
 
   @jax.jit
-  def added(count: Any, held: Any, params: Tree, base: Any, ready: memory.Ready) -> State:
+  def added(count: Any, held: Any, params: Tree, base: Any, ready: interpreter.Ready) -> State:
     def alone(held: State) -> State:
       return take(None, _one(params), base, ready)
 
@@ -145,12 +144,14 @@ def of(
     _refuse_empty(state)
     like = state["like"] if base is None else base
     ready = prepared(like, "finished" if seeded else None)
-    wide.refuse_narrowed([tree.named(like)], state)
+    double_precision.refuse_narrowed([tree.named(like)], state)
     out = finish(state["held"], base if base is None else _merged(base), _merged(like), ready)
     out = finiteness.checked(out)
-    return tree.rebuild(like, {n: wide.copied(x) for n, x in tree.named(like).items()} | out)
+    return tree.rebuild(
+      like, {n: double_precision.copied(x) for n, x in tree.named(like).items()} | out
+    )
 
-  return Running(*(wide.aware(f, base) for f in (init, update, finalize)))
+  return Running(*(double_precision.aware(f, base) for f in (init, update, finalize)))
 
 
 def accumulator(
@@ -165,7 +166,7 @@ def accumulator(
   Example:
     >>> take, finish = accumulator(jaxmerge.methods.average(), ())
     >>> models = {"w": jnp.array([[1.0], [3.0]])}
-    >>> ready = memory.prepare(jaxmerge.methods.average(), {"w": (1,)}, 2, {}, None)
+    >>> ready = interpreter.prepare(jaxmerge.methods.average(), {"w": (1,)}, 2, {}, None)
     >>> like = {"w": jnp.zeros(1)}
     >>> finish(take(None, models, None, ready), None, like, ready)["w"].tolist()
     [2.0]
@@ -182,32 +183,32 @@ def accumulator(
     return layouts.settled(method, shapes, layout, names=names)
 
   def through(
-    at: slice, name: str, x: Any, leaf: stage.Leaf, ready: memory.Ready, view: str | None
+    at: slice, name: str, x: Any, leaf: stage.Leaf, ready: interpreter.Ready, view: str | None
   ) -> Any:
     for step, known in zip(method[at], ready.known[at], strict=True):
       if step.where is None or step.where(name):
-        x = memory.update(step, x, leaf, known[step.group(name)], [], view)
+        x = interpreter.update(step, x, leaf, known[step.group(name)], [], view)
     return x
 
   @jax.jit
-  def take(held: Any, models: Any, base: Any, ready: memory.Ready) -> Any:
+  def take(held: Any, models: Any, base: Any, ready: interpreter.Ready) -> Any:
     references, out = None if base is None else tree.named(base), {}
     leaves = tree.named(models)
     placed = table(leaves, leaves)
     for name, x in leaves.items():
       if not tree.is_floating(x):
         continue
-      leaf = memory.leaf_of(name, references, ready)
-      delta = memory.task_vectors(x, None if references is None else references[name])
+      leaf = interpreter.leaf_of(name, references, ready)
+      delta = interpreter.task_vectors(x, None if references is None else references[name])
       at, fold = fold_of(name)
       delta = through(slice(at), name, delta, leaf, ready, placed.view(name))
       out[name] = fold.add(None if held is None else held[name], delta, leaf)
     return out
 
   @jax.jit
-  def finish(held: Any, base: Any, like: Any, ready: memory.Ready) -> Any:
+  def finish(held: Any, base: Any, like: Any, ready: interpreter.Ready) -> Any:
     references, out = None if base is None else tree.named(base), tree.named(like)
-    about = {n: memory.leaf_of(n, references, ready) for n in held}
+    about = {n: interpreter.leaf_of(n, references, ready) for n in held}
     steps = {n: fold_of(n) for n in held}
     joined = {n: steps[n][1].finish(part, about[n]) for n, part in held.items()}
     placed = table(joined, out)
@@ -215,7 +216,7 @@ def accumulator(
       rest = slice(steps[name][0] + 1, None)
       x = through(rest, name, y, about[name], ready, placed.view(name))
       own = None if references is None else references[name]
-      out[name] = memory.added(name, x, own, out[name].dtype)
+      out[name] = interpreter.added(name, x, own, out[name].dtype)
     return tree.rebuild(like, out)
 
   return take, finish
@@ -254,12 +255,12 @@ def opcm(
     [[2.236 1.491]
      [1.491 0.745]]
   """
-  catalog.check("opcm", {"scale": scale, "alpha": alpha, "rank_tol": rank_tol})
+  lookup.check("opcm", {"scale": scale, "alpha": alpha, "rank_tol": rank_tol})
   bases = tree.named(base)
   shapes = {n: jnp.shape(x) for n, x in bases.items() if tree.is_floating(x)}
   method = subspaces.opcm(scale, alpha, rank_tol)
   table, unit = layouts.settled(method, shapes, layout, names=bases), layouts.Unit("matrix")
-  statistics = moments.of(shapes)
+  statistics = running_statistics.of(shapes)
 
   def init(params: Tree) -> State:
     _check(base, params)
@@ -271,20 +272,22 @@ def opcm(
 
   def update(state: State, params: Tree, name: str | None = None) -> State:
     _check(base, params)
-    wide.refuse_narrowed([bases, tree.named(params)], state)
+    double_precision.refuse_narrowed([bases, tree.named(params)], state)
     _refuse_nonfinite(params, name or "given to update")
     return added(state, _merged(params), _merged(base))
 
   @jax.jit
   def added(state: State, params: Tree, bases: Any) -> State:
-    taus = {n: memory.task_vectors(x[None], bases[n]) for n, x in floating(params)}
+    taus = {n: interpreter.task_vectors(x[None], bases[n]) for n, x in floating(params)}
     merged = {}
     for n, tau in taus.items():
       held, view = state["merged"][n], layouts.seen(table.view(n), unit)
       if view is None or n in statistics:
         merged[n] = held + tau[0]
       else:
-        merged[n] = views.by_matrix(_in_turn, jnp.concatenate([held[None], tau]), None, view)[0]
+        merged[n] = matrix_views.by_matrix(
+          _in_turn, jnp.concatenate([held[None], tau]), None, view
+        )[0]
     norms = state["norms"] + _norm(taus).astype(state["norms"].dtype)
     return {"count": state["count"] + 1, "norms": norms, "merged": merged}
 
@@ -301,21 +304,24 @@ def opcm(
     out = {}
     for n, x in state["merged"].items():
       own = 1 / state["count"].astype(x.dtype) if n in statistics else factor.astype(x.dtype)
-      out[n] = memory.added(n, (x * own)[None], bases[n], bases[n].dtype)
+      out[n] = interpreter.added(n, (x * own)[None], bases[n], bases[n].dtype)
     return out
 
   def finalize(state: State) -> Tree:
     _refuse_empty(state)
-    wide.refuse_narrowed([bases], state)
+    double_precision.refuse_narrowed([bases], state)
     out = finiteness.checked(scaled(state, _merged(base)))
-    return tree.rebuild(base, {n: wide.copied(x) for n, x in bases.items()} | out)
+    return tree.rebuild(base, {n: double_precision.copied(x) for n, x in bases.items()} | out)
 
-  return Running(*(wide.aware(f, base) for f in (init, update, finalize)))
+  return Running(*(double_precision.aware(f, base) for f in (init, update, finalize)))
 
 
 def _norm(leaves: Mapping[str, Any]) -> Any:
   """The norm of leaves together; running statistics are none of the weights."""
-  dtype, statistics = tree.compute_dtype(*(x.dtype for x in leaves.values())), moments.of(leaves)
+  dtype, statistics = (
+    tree.compute_dtype(*(x.dtype for x in leaves.values())),
+    running_statistics.of(leaves),
+  )
   own = [x.astype(dtype) for n, x in leaves.items() if n not in statistics]
   square, unit = magnitudes.joined(
     sum(magnitudes.binned(lambda x: jnp.sum(x * x), x) for x in own), 2
@@ -336,14 +342,14 @@ def _kept(params: Tree) -> Tree:
   """What a merge without a base keeps of the models: leaves that are not merged, and dtypes."""
 
   def one(x: Any) -> Any:
-    return wide.zeros((0,) if tree.is_floating(x) else x.shape, x.dtype)
+    return double_precision.zeros((0,) if tree.is_floating(x) else x.shape, x.dtype)
 
   return jax.tree.map(one, params)
 
 
 def _first(count: Any, kept: Any, x: Any) -> Any:
   if tree.is_floating(x) or not isinstance(count, jax.core.Tracer):
-    return kept if tree.is_floating(x) or count else wide.copied(x)
+    return kept if tree.is_floating(x) or count else double_precision.copied(x)
   return jnp.where(count == 0, x, kept)
 
 

@@ -14,9 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxmerge import memory, ranking, slicing, statistics, unrolling, views
-from jaxmerge.slicing import Form, Parts
-from jaxmerge.stage import Array, Leaf, Method, Rank, Stage, Sum
+from jaxmerge.core import interpreter, matrix_views, order_statistics, rewrites
+from jaxmerge.core.stage import Array, Leaf, Method, Rank, Stage, Sum
+from jaxmerge.drivers import external_selection, slices
+from jaxmerge.drivers.slices import Form, Parts
 
 
 def _narrowed(parts: Parts, form: Form) -> Parts:
@@ -26,7 +27,7 @@ def _narrowed(parts: Parts, form: Form) -> Parts:
     return parts
 
   def to(x: Any) -> Any:
-    return None if x is None else unrolling.rounded(jnp.asarray(x, jnp.float32), narrow.dtype)
+    return None if x is None else rewrites.rounded(jnp.asarray(x, jnp.float32), narrow.dtype)
 
   aux = {n: to(v) if n in narrow.numbers else v for n, v in parts.leaf.aux.items()}
   return parts._replace(
@@ -46,9 +47,9 @@ def _through(
     The stack, the leaf as the next stage sees it, and what `join` holds.
   """
   base = parts.base if parts.reference is None else parts.reference
-  x = memory.task_vectors(parts.models, base, np.float64 if form.wide else np.float32)
+  x = interpreter.task_vectors(parts.models, base, np.float64 if form.wide else np.float32)
   if form.precision is not None:
-    x = unrolling.rounded(x, form.precision.dtype)
+    x = rewrites.rounded(x, form.precision.dtype)
   if form.shape == ():
     x, base = x.reshape(x.shape[:1]), None if base is None else base.reshape(())
   leaf, kept = parts.leaf._replace(base=base), list[Array]()
@@ -59,10 +60,10 @@ def _through(
     if step.unit != "entry" and form.shape:
       own_base = None if base is None else base.reshape(form.shape)
       y = x.reshape(x.shape[0], *form.shape)
-      y = memory.update(step, y, leaf._replace(base=own_base), own, kept, form.view)
+      y = interpreter.update(step, y, leaf._replace(base=own_base), own, kept, form.view)
       x = y.reshape(y.shape[0], math.prod(y.shape[1:]))
     else:
-      x = memory.update(step, x, leaf, own, kept, form.view)
+      x = interpreter.update(step, x, leaf, own, kept, form.view)
   at = min(len(method), len(parts.offsets) - 1)
   return x, leaf._replace(offset=parts.offsets[at]), kept
 
@@ -83,9 +84,9 @@ def partial_sum(
   def run(parts: Parts, known: Any, own: Any) -> Any:
     x, leaf, kept = _through(parts, known, before, form)
     measured: Sum = step.statistic(statistic)
-    return measured.measure(memory.seen(step, x, kept), leaf, own)
+    return measured.measure(interpreter.seen(step, x, kept), leaf, own)
 
-  return unrolling.unrolled(run, each=form.each, halves=True)(_narrowed(parts, form), known, own)
+  return rewrites.unrolled(run, each=form.each, halves=True)(_narrowed(parts, form), known, own)
 
 
 _RANKED = ("before", "step", "rank", "form")
@@ -100,9 +101,9 @@ def patterns(
   def run(parts: Parts, known: Any, own: Any) -> Array:
     x, leaf, kept = _through(parts, known, before, form)
     ranked: Rank = step.statistic(rank)
-    return statistics.pattern(ranked.of(memory.seen(step, x, kept), leaf, own))
+    return order_statistics.pattern(ranked.of(interpreter.seen(step, x, kept), leaf, own))
 
-  bits = unrolling.unrolled(run, each=form.each, halves=True)(_narrowed(parts, form), known, own)
+  bits = rewrites.unrolled(run, each=form.each, halves=True)(_narrowed(parts, form), known, own)
   return bits.reshape(bits.shape[0], parts.models.shape[1])
 
 
@@ -118,7 +119,7 @@ def sides(
   rank: str,
   form: Form,
 ) -> Array:
-  """On which sides of brackets [R, K, 1] a slice's values are: see `ranking.sides`."""
+  """On which sides of brackets [R, K, 1] a slice's values are: see `external_selection.sides`."""
   return beside(
     patterns(parts, known, own, before=before, step=step, rank=rank, form=form), bracket
   )
@@ -127,7 +128,7 @@ def sides(
 @jax.jit
 def beside(bits: Array, bracket: tuple[Array, Array]) -> Array:
   """On which sides of brackets patterns are that a slice is known by."""
-  return ranking.sides(bits, *bracket, jnp.where)
+  return external_selection.sides(bits, *bracket, jnp.where)
 
 
 @functools.partial(jax.jit, static_argnames=("before", "form"))
@@ -137,9 +138,11 @@ def magnitudes(parts: Parts, known: Any, *, before: Method, form: Form) -> Array
   def run(parts: Parts, known: Any) -> Array:
     x, _, _ = _through(parts, known, before, form)
     y = x.reshape(x.shape[0], *form.shape) if form.shape else x
-    return statistics.pattern(jnp.abs(views.rows(y, views.or_row(y, form.view))))
+    return order_statistics.pattern(
+      jnp.abs(matrix_views.rows(y, matrix_views.or_row(y, form.view)))
+    )
 
-  return unrolling.unrolled(run, each=form.each, halves=True)(_narrowed(parts, form), known)
+  return rewrites.unrolled(run, each=form.each, halves=True)(_narrowed(parts, form), known)
 
 
 @functools.partial(jax.jit, static_argnames=("method", "form", "dtype"))
@@ -150,15 +153,15 @@ def merged(parts: Parts, known: Any, *, method: Method, form: Form, dtype: Any) 
   def run(parts: Parts, known: Any) -> Array:
     x, _, _ = _through(parts, known, method, form)
     kept = dtype if narrow is None else jnp.float32
-    return memory.stored(x.reshape(x.shape[0], parts.models.shape[1]), parts.base, kept)
+    return interpreter.stored(x.reshape(x.shape[0], parts.models.shape[1]), parts.base, kept)
 
-  out = unrolling.unrolled(run, each=form.each, halves=True)(_narrowed(parts, form), known)
+  out = rewrites.unrolled(run, each=form.each, halves=True)(_narrowed(parts, form), known)
   if narrow is not None:
-    out = (out if narrow.wide else unrolling.rounded(out, narrow.dtype)).astype(dtype)
-  if out.dtype.name not in slicing.INFINITY:
+    out = (out if narrow.wide else rewrites.rounded(out, narrow.dtype)).astype(dtype)
+  if out.dtype.name not in slices.INFINITY:
     return jnp.where(_finite(parts), out, jnp.nan)
   # As integers: of narrow floats a compiler for CPUs would make wide ones to choose among them.
-  kind = slicing.INTEGERS[out.dtype.itemsize][0]
+  kind = slices.INTEGERS[out.dtype.itemsize][0]
   bits = lax.bitcast_convert_type(out, kind)
   nan = np.asarray(np.nan, out.dtype).view(kind)
   return lax.bitcast_convert_type(jnp.where(_finite(parts), bits, nan), out.dtype)
@@ -169,11 +172,11 @@ def _finite(parts: Parts) -> Array:
   each = [x for x in (parts.base, parts.reference, parts.models) if x is not None]
   fine, exponents = list[Array](), dict[int, list[Array]]()
   for x in (jnp.asarray(x) for x in each):
-    limit = slicing.INFINITY.get(x.dtype.name)
+    limit = slices.INFINITY.get(x.dtype.name)
     if limit is None:
       fine += list(jnp.atleast_2d(jnp.isfinite(x)))
       continue
-    bits = lax.bitcast_convert_type(x, slicing.INTEGERS[x.dtype.itemsize][0])
+    bits = lax.bitcast_convert_type(x, slices.INTEGERS[x.dtype.itemsize][0])
     bits = jnp.atleast_2d(bits & bits.dtype.type(limit))
     exponents.setdefault(limit, []).extend(bits)
   fine += [functools.reduce(jnp.maximum, own) < limit for limit, own in exponents.items()]

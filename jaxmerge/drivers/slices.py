@@ -9,9 +9,10 @@ from typing import Any, NamedTuple  # Any: arrays of NumPy, and what stages know
 import jax
 import numpy as np
 
-from jaxmerge import finiteness, layouts, memory, statistics, views
-from jaxmerge.precision import Precision
-from jaxmerge.stage import Leaf, Method
+from jaxmerge.core import interpreter, layouts, matrix_views, order_statistics
+from jaxmerge.core.precision import Precision
+from jaxmerge.core.stage import Leaf, Method
+from jaxmerge.drivers import finiteness
 
 SAMPLE = 2**22  # Entries of all models that are looked at before a threshold is searched, at most,
 FEW = 2**15  # and of each at least, if one in `SPARSE` is fewer,
@@ -64,7 +65,7 @@ class Run(NamedTuple):
   method: Method
   source: Source
   shapes: dict[str, tuple[int, ...]]
-  ready: memory.Ready
+  ready: interpreter.Ready
   names: Sequence[str] | None
   layout: layouts.Table
   entries: int
@@ -134,7 +135,7 @@ def unit(run: Run, name: str) -> int:
   shape, needs = run.shapes[name], _needs(run, name)
   if needs == {"entry"}:
     return 1
-  cut = "matrix" not in needs and views.rows_lead(run.layout.view(name))
+  cut = "matrix" not in needs and matrix_views.rows_lead(run.layout.view(name))
   return max(1, math.prod(shape[1:] if cut else shape))
 
 
@@ -190,7 +191,7 @@ def read(
   base, reference, models = run.source.read(name, start, stop, index, look if first else None)
   if first:
     run.checked[name] = stop
-  leaf = memory.leaf_of(name, None, run.ready)
+  leaf = interpreter.leaf_of(name, None, run.ready)
   aux = {n: _entries(v, run.shapes[name], start, stop) for n, v in leaf.aux.items()}
   before = tuple(own.get(name, np.uint32(0)) for own in run.offsets)
   leaf = leaf._replace(start=np.uint32(start % 2**32), aux=aux)
@@ -254,7 +255,7 @@ def picked(run: Run, name: str, start: int, parts: Parts, columns: np.ndarray) -
     # As integers: NumPy picks those of dtypes that are not its own one by one.
     return None if x is None else np.take(x.view(f"u{x.itemsize}"), columns, -1).view(x.dtype)
 
-  aux = memory.leaf_of(name, None, run.ready).aux
+  aux = interpreter.leaf_of(name, None, run.ready).aux
   shape = run.shapes[name]
   own = {n: v[:, columns] if _is_aligned(aux[n], shape) else v for n, v in parts.leaf.aux.items()}
   places = columns.astype(np.uint32)[None]
@@ -273,7 +274,7 @@ def padded(run: Run, name: str, parts: Parts, length: int) -> Parts:
   def of(x: Any) -> Any:
     return None if x is None else np.pad(x, [(0, 0)] * (np.ndim(x) - 1) + [(0, more)])
 
-  aux, shape = memory.leaf_of(name, None, run.ready).aux, run.shapes[name]
+  aux, shape = interpreter.leaf_of(name, None, run.ready).aux, run.shapes[name]
   own = {n: of(v) if _is_aligned(aux[n], shape) else v for n, v in parts.leaf.aux.items()}
   return parts._replace(
     base=of(parts.base),
@@ -324,7 +325,9 @@ def known_of(
   found = [own.get(step.group(name), {}) for step, own in zip(run.method, known, strict=False)]
   size = parts.models.shape[1]
   for i, (own, offset) in enumerate(zip(found, parts.offsets, strict=False)):
-    cuts = {n: v for n, v in own.items() if isinstance(v, statistics.Cut) and v.last is not None}
+    cuts = {
+      n: v for n, v in own.items() if isinstance(v, order_statistics.Cut) and v.last is not None
+    }
     first = int(parts.leaf.start) + int(offset)
-    found[i] = own | {n: statistics.passed(cut, first, size) for n, cut in cuts.items()}
+    found[i] = own | {n: order_statistics.passed(cut, first, size) for n, cut in cuts.items()}
   return tuple(found)

@@ -17,25 +17,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmerge import (
-  arguments,
-  finiteness,
-  kernels,
+from jaxmerge.core import (
+  double_precision,
+  hyperparameters,
+  interpreter,
   layouts,
-  memory,
-  moments,
-  ranking,
-  resolving,
-  slicing,
+  order_statistics,
+  running_statistics,
   stage,
-  statistics,
   tree,
-  wide,
 )
-from jaxmerge.methods import averaging
-from jaxmerge.slicing import Form, Parts, Run, Source
-from jaxmerge.stage import Method, Rank, Stage, Statistic, Sum
-from jaxmerge.tree import Tree
+from jaxmerge.core.stage import Method, Rank, Stage, Statistic, Sum
+from jaxmerge.core.tree import Tree
+from jaxmerge.drivers import arguments, external_selection, finiteness, slice_programs, slices
+from jaxmerge.drivers.slices import Form, Parts, Run, Source
+from jaxmerge.methods import averages
 
 BLOCK = 2**20  # Sums of floats are made of slices of so many entries, however others are cut.
 LEAST = 64  # A compiler unrolls a loop over fewer entries, and may round in it in another way.
@@ -50,7 +46,7 @@ def stream(
   aux: Mapping[str, Any] | None = None,
   seed: int | None = None,
   names: Sequence[str] | None = None,
-  ready: memory.Ready | None = None,
+  ready: interpreter.Ready | None = None,
   layout: layouts.Said | layouts.Table | None = (),
   entries: int = 2**20,
   done: Collection[str] = (),
@@ -80,14 +76,14 @@ def stream(
   """
   every = sorted(source.leaves.items())
   shapes = {n: s.shape for n, s in every if tree.is_floating(s) and math.prod(s.shape)}
-  method = averaging.with_moments(method, shapes)
-  wides = {n for n in shapes if n in source.wide or wide.is_wide(source.leaves[n])}
+  method = averages.with_moments(method, shapes)
+  wides = {n for n in shapes if n in source.wide or double_precision.is_wide(source.leaves[n])}
   wides = set(shapes) if wides and stage.coupled(method) else wides
-  with wide.context([np.zeros(0)] if wides else []):
+  with double_precision.context([np.zeros(0)] if wides else []):
     if ready is None:
       aux = dict(aux or {}, **({} if seed is None else {"seed": seed}))
       copied = source.leaves.keys() - shapes.keys()
-      ready = memory.prepare(method, shapes, source.height, aux, names, copied)
+      ready = interpreter.prepare(method, shapes, source.height, aux, names, copied)
     run = Run(
       method,
       source,
@@ -104,8 +100,8 @@ def stream(
       counted=functools.lru_cache(2)(lambda n: jax.device_put(np.arange(n, dtype=np.uint32)[None])),
       call=call,
       wide=wides,
-      moments=moments.of(shapes),
-      variances=moments.variances(shapes),
+      moments=running_statistics.of(shapes),
+      variances=running_statistics.variances(shapes),
       held={},
     )
     for leaves in _together(run):
@@ -127,22 +123,22 @@ def _merged(
   """Measures some leaves together, and merges those of them that are left to do."""
   known = _knowledge(run, leaves) if left else ()
   late, strict = _late(run.method), not run.nonfinite
-  for name, start, parts, form in slicing.slices(run, left, run.entries, check=False):
+  for name, start, parts, form in slices.slices(run, left, run.entries, check=False):
     out = _result(run, name, parts, known, form)
-    fine = slicing.sound(run, name, out)
+    fine = slices.sound(run, name, out)
     if not fine and name not in run.held:
-      parts = slicing.vetted(run, name, parts, refuse=strict)
+      parts = slices.vetted(run, name, parts, refuse=strict)
       if name in run.held:
         out = _result(run, name, parts, known, form)
-        fine = slicing.sound(run, name, out)
+        fine = slices.sound(run, name, out)
     if not fine and late is not None:
       known, late = _knowledge(run, leaves, known), None
       # Others have been read to where this one lay.
-      parts = slicing.read(run, name, start, start + out.size, check=False)
+      parts = slices.read(run, name, start, start + out.size, check=False)
       out = _result(run, name, parts, known, form)
-      fine = slicing.sound(run, name, out)
+      fine = slices.sound(run, name, out)
     if not fine and strict:
-      slicing.refuse_nonfinite(run, name, parts)
+      slices.refuse_nonfinite(run, name, parts)
       raise finiteness.unsound(name, out, remedy=", or let such values pass")
     if name in run.held:
       places, values = run.held[name]
@@ -160,7 +156,7 @@ def merge_slices(
   """
   arguments.refuse(base, "the base")
   arguments.refuse(models, "the models")
-  memory.check_models(base, models, base if reference is None else reference)
+  interpreter.check_models(base, models, base if reference is None else reference)
   trees = (tree.named(t) for t in (base, {} if reference is None else reference, models))
   bases, references, stacks = ({n: np.asarray(v) for n, v in t.items()} for t in trees)
   out = {n: np.empty(v.shape, v.dtype) for n, v in bases.items()}
@@ -170,7 +166,7 @@ def merge_slices(
     own, *zero = (t[name].reshape(-1)[start:stop] for t in (bases, references) if t)
     parts = own, zero[0] if zero else None, stacks[name].reshape(height, -1)[order, start:stop]
     if look is not None:
-      slicing.look_at(look, *parts)
+      slices.look_at(look, *parts)
     return parts
 
   def write(name: str, start: int, part: np.ndarray) -> None:
@@ -178,7 +174,7 @@ def merge_slices(
 
   leaves = {n: jax.ShapeDtypeStruct(v.shape, v.dtype) for n, v in bases.items()}
   each = (bases, references, stacks)
-  wides = {n for t in each for n, x in t.items() if wide.is_wide(x)}
+  wides = {n for t in each for n, x in t.items() if double_precision.is_wide(x)}
   stream(method, Source(leaves, height, read, wide=wides), write, **options)
   return tree.rebuild(base, out)
 
@@ -214,11 +210,13 @@ def _result(run: Run, name: str, parts: Parts, known: tuple[Any, ...], form: For
   """A slice of the result, [n]."""
   count = parts.models.shape[1]
   if form.shape is None and count < LEAST:
-    parts = slicing.padded(run, name, parts, LEAST)
-  seen = _ranked(run, parts, slicing.known_of(run, name, known, parts), run.method, form)
+    parts = slices.padded(run, name, parts, LEAST)
+  seen = _ranked(run, parts, slices.known_of(run, name, known, parts), run.method, form)
   dtype = run.source.leaves[name].dtype
-  out = np.asarray(run.call(kernels.merged, parts, seen, method=run.method, form=form, dtype=dtype))
-  resolving.refuse_height(name, out.shape[0])
+  out = np.asarray(
+    run.call(slice_programs.merged, parts, seen, method=run.method, form=form, dtype=dtype)
+  )
+  hyperparameters.refuse_height(name, out.shape[0])
   return out[0, :count]
 
 
@@ -241,13 +239,13 @@ def _measured(
     return {s.name: _sum(run, members, i, s, known, own) for s in batch if isinstance(s, Sum)}
   wanted = [(int(high) << 16) + int(low) for s in ranks for high, low in np.asarray(own[s.rank]).T]
   numbers = _numbers(run, members, i, ranks, known, own)
-  values, lasts = ranking.cut(numbers, wanted, exact=ranks[0].exact)
+  values, lasts = external_selection.cut(numbers, wanted, exact=ranks[0].exact)
   cuts = {}
   for s, value, last in zip(
     ranks, *(x.reshape(len(ranks), -1) for x in (values, lasts)), strict=True
   ):
-    tied = (last != ranking.EVERY).any()
-    cuts[s.name] = statistics.Cut(jnp.asarray(value), jnp.asarray(last) if tied else None)
+    tied = (last != external_selection.EVERY).any()
+    cuts[s.name] = order_statistics.Cut(jnp.asarray(value), jnp.asarray(last) if tied else None)
   return cuts
 
 
@@ -256,9 +254,9 @@ def _sum(run: Run, members: Sequence[str], i: int, statistic: Sum, known: Any, o
   total = dtypes = None
   static = {"before": run.method[:i], "step": run.method[i], "statistic": statistic.name}
   combine = np.add if statistic.combine is jnp.add else jax.jit(statistic.combine)
-  for name, _, parts, form in slicing.slices(run, members, BLOCK):
-    seen = _ranked(run, parts, slicing.known_of(run, name, known, parts), run.method[:i], form)
-    each = run.call(kernels.partial_sum, parts, seen, own, form=form, **static)
+  for name, _, parts, form in slices.slices(run, members, BLOCK):
+    seen = _ranked(run, parts, slices.known_of(run, name, known, parts), run.method[:i], form)
+    each = run.call(slice_programs.partial_sum, parts, seen, own, form=form, **static)
     dtypes = jax.tree.map(lambda x: x.dtype, each)
     each = jax.device_get(each)  # Before the next slice is read to where this one lies.
     each = jax.tree.map(_wide, each) if combine is np.add else each
@@ -273,20 +271,20 @@ def _wide(x: np.ndarray) -> np.ndarray:
 
 def _numbers(
   run: Run, members: Sequence[str], i: int, ranks: Sequence[Rank], known: Any, own: Any
-) -> ranking.Numbers:
+) -> external_selection.Numbers:
   """The values that some statistics rank, one row per statistic and model."""
   static = {"before": run.method[:i], "step": run.method[i], "rank": ranks[0].name, "own": own}
   # Entries are ranked: what the stage itself needs whole, its update does.
   run = run._replace(method=run.method[:i])
   size = sum(math.prod(run.shapes[n]) for n in members)
-  ranges = [(n, *ends) for n in members for ends in slicing.ranges(run, n, run.entries)]
+  ranges = [(n, *ends) for n in members for ends in slices.ranges(run, n, run.entries)]
 
   def read(
     name: str, start: int, stop: int, *, ahead: bool = False
   ) -> tuple[Parts, dict[str, Any]]:
-    parts = slicing.read(run, name, start, stop, ahead=ahead)
-    form = slicing.form_of(run, name)
-    seen = _ranked(run, parts, slicing.known_of(run, name, known, parts), run.method, form)
+    parts = slices.read(run, name, start, stop, ahead=ahead)
+    form = slices.form_of(run, name)
+    seen = _ranked(run, parts, slices.known_of(run, name, known, parts), run.method, form)
     return parts, {"known": seen, "form": form, **static}
 
   def picked(name: str, start: int, parts: Parts, told: Any, columns: np.ndarray) -> np.ndarray:
@@ -296,53 +294,53 @@ def _numbers(
       own = np.zeros(room, np.int64)
       count = min(room, len(columns) - at)
       own[:count] = columns[at : at + count]
-      few = slicing.picked(run, name, start, parts, own)
-      found.append(np.asarray(run.call(kernels.patterns, few, **told))[:, :count])
+      few = slices.picked(run, name, start, parts, own)
+      found.append(np.asarray(run.call(slice_programs.patterns, few, **told))[:, :count])
     return np.concatenate(found, axis=1)
 
   def sample() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     found, weights, lengths = [], [], list[int]()
     for name in (n for n in members if math.prod(run.shapes[n])):
       own = []
-      for start, stop in slicing.pieces(run, name, size):
+      for start, stop in slices.pieces(run, name, size):
         parts, told = read(name, start, stop, ahead=True)
         count = stop - start
         if told["form"].shape is None:
           own.append(picked(name, start, parts, told, np.arange(count)))
           lengths.append(count)
         else:
-          own.append(np.asarray(run.call(kernels.patterns, parts, **told)))
-          lengths += [slicing.unit(run, name)] * (count // slicing.unit(run, name))
+          own.append(np.asarray(run.call(slice_programs.patterns, parts, **told)))
+          lengths += [slices.unit(run, name)] * (count // slices.unit(run, name))
       found += own
       seen = sum(x.shape[1] for x in own)
       weights += [np.full(x.shape[1], math.prod(run.shapes[name]) / seen) for x in own]
     starts = np.cumsum([0, *lengths[:-1]])
     return np.concatenate(found, axis=1), np.concatenate(weights), starts
 
-  def scan(low: np.ndarray, high: np.ndarray) -> Iterator[ranking.Slice]:
+  def scan(low: np.ndarray, high: np.ndarray) -> Iterator[external_selection.Slice]:
     bracket = tuple(side.reshape(len(ranks), -1, 1) for side in (low, high))
     for name, start, stop in ranges:
       parts, told = read(name, start, stop)
       position = int(parts.offsets[i]) + start
       if told["form"].shape is None:
-        sides = run.call(kernels.sides, parts, bracket=bracket, **told)
+        sides = run.call(slice_programs.sides, parts, bracket=bracket, **told)
         pick = functools.partial(picked, name, start, parts, told)
       else:  # Stages need whole rows: none is gone through for a few of its entries.
-        bits = run.call(kernels.patterns, parts, **told)
-        sides = run.call(kernels.beside, bits, bracket)
+        bits = run.call(slice_programs.patterns, parts, **told)
+        sides = run.call(slice_programs.beside, bits, bracket)
         pick = functools.partial(np.take, np.asarray(bits), axis=1)
-      yield ranking.Slice(position, np.asarray(sides), pick)
+      yield external_selection.Slice(position, np.asarray(sides), pick)
       run.measured(name, stop - start)
 
   @functools.lru_cache(2)  # Models often want the same slices.
   def whole(which: int) -> tuple[int, np.ndarray]:
     parts, told = read(*ranges[which])
     return int(parts.offsets[i]) + ranges[which][1], np.asarray(
-      run.call(kernels.patterns, parts, **told)
+      run.call(slice_programs.patterns, parts, **told)
     )
 
   kind = np.dtype(np.uint64 if members[0] in run.wide else np.uint32)
-  return ranking.Numbers(size, sample, scan, whole, kind)
+  return external_selection.Numbers(size, sample, scan, whole, kind)
 
 
 def _ranked(
@@ -351,6 +349,8 @@ def _ranked(
   """Adds ranks in rows to what stages know, where the host sorts faster than the device."""
   for i, (step, acting) in enumerate(zip(method, form.acts, strict=False)):
     if step.ranked and acting and jax.default_backend() == "cpu":
-      bits = np.asarray(run.call(kernels.magnitudes, parts, known, before=method[:i], form=form))
-      known = (*known[:i], {**known[i], "ranks": ranking.ranks(bits)}, *known[i + 1 :])
+      bits = np.asarray(
+        run.call(slice_programs.magnitudes, parts, known, before=method[:i], form=form)
+      )
+      known = (*known[:i], {**known[i], "ranks": external_selection.ranks(bits)}, *known[i + 1 :])
   return known

@@ -8,8 +8,8 @@ from typing import Any  # Any: records are plain trees.
 import jax
 import numpy as np
 
-from jaxmerge.atm import evaluate
-from jaxmerge.report import comparing, words
+from jaxmerge.evaluation import metrics, scoring
+from jaxmerge.report import comparisons, labels
 from jaxmerge.tasks.task import Task
 
 Scores = Mapping[str, np.ndarray]  # Of every task, one score a row.
@@ -31,7 +31,7 @@ def by_row(
   names: Sequence[str],
   tasks: Sequence[Task],
   split: str,
-  metric: evaluate.Metric,
+  metric: metrics.Metric,
 ) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, dict[str, np.ndarray]]]:
   """Returns what models, and experts, score on the rows of every task.
 
@@ -48,8 +48,8 @@ def by_row(
   scores = {}
   own = [t.name for t in tasks]
   for name in names:
-    parts = evaluate.per_row(found[name], [len(t.splits()[split].labels) for t in tasks])
-    evaluate.refuse_unscored(own, parts, f"{name}, {split}")
+    parts = scoring.per_row(found[name], [len(t.splits()[split].labels) for t in tasks])
+    scoring.refuse_unscored(own, parts, f"{name}, {split}")
     scores[name] = dict(zip(own, map(metric.kept, parts), strict=True))
   experts = {n: scores.pop(f"expert_{k}") for k, n in enumerate(own)}
   scores["experts"] = {n: experts[n][n] for n in own}
@@ -62,7 +62,7 @@ def summary(
   scores: Mapping[str, Scores],
   experts: Mapping[str, Scores],
   facts: Mapping[str, Mapping[str, Any]],
-  metric: evaluate.Metric = evaluate.ACCURACY,
+  metric: metrics.Metric = metrics.ACCURACY,
 ) -> dict[str, Any]:
   """Returns the sections of a record that tell how good the models are.
 
@@ -98,11 +98,11 @@ def _means(scores: Scores) -> dict[str, float]:
 
 def differences(record: Mapping[str, Any], scores: Mapping[str, Scores]) -> list[dict[str, Any]]:
   """Compares ATM with the best one-shot merge and with joint training, paired by row."""
-  others = (words.best(record, "one-shot"), "multitask", "experts")
+  others = (labels.best(record, "one-shot"), "multitask", "experts")
   pairs = [("atm", n) for n in others if n is not None and n in record["models"]]
   out = []
   for a, b in pairs:
     rows = [[scores[m][t] for t in record["tasks"]] for m in (a, b)]
-    found = comparing.paired_difference(*rows, seeds=False)
+    found = comparisons.paired_difference(*rows, seeds=False)
     out.append({"a": a, "b": b, **found._asdict()})
   return out

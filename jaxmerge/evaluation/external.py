@@ -12,7 +12,7 @@ import subprocess
 from collections.abc import Callable, Mapping
 from typing import Any  # Any: what JSON, or a function of the user's, holds.
 
-from jaxmerge.io import atomic
+from jaxmerge.io.disk import atomic
 
 NAME = "jaxmerge_evaluation.json"
 OUT = "{out}"

@@ -1,23 +1,14 @@
-"""Scoring models on tasks, row by row: what a score is, and whether more of it is better."""
+"""Metrics: what the score of a row is, and whether more of it is better."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple  # Any: parameters are the user's tree.
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import lax
-from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
 
-from jaxmerge import mesh as meshes
-from jaxmerge.atm import tune
-from jaxmerge.stage import Array
-
-Scorer = Callable[[Any, tune.Rows], Array]
+from jaxmerge.core.stage import Array
+from jaxmerge.tasks import losses
 
 
 class Metric(NamedTuple):
@@ -36,7 +27,7 @@ class Metric(NamedTuple):
   """
 
   name: str
-  rowwise: tune.Rowwise
+  rowwise: losses.Rowwise
   lower_is_better: bool = False
   chance: Callable[[np.ndarray], float] | None = None
   right_or_wrong: bool = False
@@ -50,7 +41,7 @@ class Metric(NamedTuple):
     return scores > 0.5 if self.right_or_wrong else scores
 
 
-def metric_of(given: Metric | tune.Rowwise) -> Metric:
+def metric_of(given: Metric | losses.Rowwise) -> Metric:
   """Makes a metric of a function whose scores are the better the larger they are."""
   if isinstance(given, Metric):
     return given
@@ -64,104 +55,8 @@ def most_frequent(labels: np.ndarray) -> float:
 
 def bits_per_byte(outputs: Array, labels: Array | np.ndarray) -> Array:
   """Returns the mean cross entropy of each row in bits: logits [B, T, V], labels [B, T] -> [B]."""
-  return tune.cross_entropy(outputs, labels).mean(-1) / np.float32(np.log(2))
+  return losses.cross_entropy(outputs, labels).mean(-1) / np.float32(np.log(2))
 
 
-ACCURACY = Metric("accuracy", tune.accuracy, chance=most_frequent, right_or_wrong=True)
+ACCURACY = Metric("accuracy", losses.accuracy, chance=most_frequent, right_or_wrong=True)
 BITS_PER_BYTE = Metric("bits per byte", bits_per_byte, lower_is_better=True)
-
-
-def scorer(apply: tune.Apply, metric: tune.Rowwise, *, mesh: Mesh, chunk: int = 100) -> Scorer:
-  """Compiles (stack of models [M, *s], rows of T tasks) -> scores of all rows, float32 [M, T, N].
-
-  Tasks are spread over the task axis of the mesh; padded rows score zero.
-
-  Args:
-    apply: the model.
-    metric: (outputs, labels) -> score of each row.
-    mesh: the mesh.
-    chunk: rows that go through the model at once.
-  """
-  task = functools.partial(_task, apply, metric, chunk)
-
-  def local(models: Any, rows: tune.Rows) -> Array:
-    return lax.map(lambda params: lax.map(functools.partial(task, params), rows), models)
-
-  return jax.jit(
-    jax.shard_map(
-      local,
-      mesh=mesh,
-      in_specs=(P(), P("task")),
-      out_specs=P(None, "task"),
-      axis_names={"task"},
-      check_vma=False,
-    ),
-    out_shardings=meshes.everywhere(mesh),  # Every process reads all scores.
-  )
-
-
-def own_scorer(apply: tune.Apply, metric: tune.Rowwise, *, mesh: Mesh, chunk: int = 100) -> Scorer:
-  """Compiles (models [T, *s], rows of T tasks) -> scores of each model on its own task, [T, N]."""
-
-  def local(models: Any, rows: tune.Rows) -> Array:
-    return lax.map(lambda own: _task(apply, metric, chunk, *own), (models, rows))
-
-  return jax.jit(
-    jax.shard_map(
-      local,
-      mesh=mesh,
-      in_specs=P("task"),
-      out_specs=P("task"),
-      axis_names={"task"},
-      check_vma=False,
-    ),
-    out_shardings=meshes.everywhere(mesh),  # Every process reads all scores.
-  )
-
-
-def per_row(scores: Any, counts: Sequence[int]) -> list[np.ndarray]:
-  """Cuts the padding off: scores [T, N] of one model -> one array [rows] a task."""
-  return [np.asarray(s)[:n] for s, n in zip(np.asarray(scores), counts, strict=False)]
-
-
-def means(scores: Any, counts: Sequence[int]) -> list[float]:
-  """Returns the mean score of each task: scores [T, N] of one model -> T numbers."""
-  return [float(s.mean(dtype=np.float64)) for s in per_row(scores, counts)]
-
-
-def refuse_unscored(names: Sequence[str], scores: Sequence[np.ndarray], of: str) -> None:
-  """Raises ValueError, naming task and row, for scores [rows] that are no finite number.
-
-  >>> refuse_unscored(["ant"], [np.array([0.5, np.nan])], "round 3")
-  Traceback (most recent call last):
-    ...
-  ValueError: round 3: the score of row 1 of task 'ant' is nan; a metric must be finite.
-  """
-  for name, rows in zip(names, scores, strict=True):
-    wrong = np.flatnonzero(~np.isfinite(rows))
-    if wrong.size:
-      row = int(wrong[0])
-      what = f"the score of row {row} of task {name!r} is {rows[row]}"
-      raise ValueError(f"{of}: {what}; a metric must be finite.")
-
-
-def _task(
-  apply: tune.Apply, metric: tune.Rowwise, chunk: int, params: Any, rows: tune.Rows
-) -> Array:
-  """Scores one model on the rows of one task, chunk by chunk: [N], zero for padded rows."""
-  total = rows.labels.shape[0]
-  size = min(chunk, total)
-  starts = jnp.arange(-(-total // size), dtype=jnp.int32) * size
-
-  def part(start: Array) -> Array:
-    index = jnp.minimum(start + jnp.arange(size, dtype=jnp.int32), total - 1)
-
-    def scored() -> Array:
-      inputs, labels = jax.tree.map(lambda x: x[index], (rows.inputs, rows.labels))
-      out = tune.outputs(apply, params, inputs, rows.head, rows.classes)
-      return metric(out.astype(jnp.float32), labels).astype(jnp.float32)
-
-    return lax.cond(start < rows.filled, scored, lambda: jnp.zeros(size, jnp.float32))
-
-  scores = lax.map(part, starts).reshape(-1)[:total]
-  return jnp.where(jnp.arange(total, dtype=jnp.int32) < rows.filled, scores, 0)

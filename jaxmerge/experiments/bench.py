@@ -2,33 +2,28 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import pathlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any  # Any: configs and records are plain trees.
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmerge import (
-  catalog,
-  configuring,
-  experiment,
-  layouts,
-  methods,
-  problems,
-  report,
-  stage,
-  workdir,
-)
-from jaxmerge.atm import baselines, evaluate
-from jaxmerge.io import atomic, orbax
-from jaxmerge.io import folder as files
+from jaxmerge import report
+from jaxmerge.core import layouts, stage
+from jaxmerge.core.stage import Method
+from jaxmerge.evaluation import scoring
+from jaxmerge.experiments import bench_config, config, problem, workdir
+from jaxmerge.experiments import run as runs
+from jaxmerge.io.checkpoints import store as stores
+from jaxmerge.io.disk import atomic
+from jaxmerge.io.huggingface import folder as files
 from jaxmerge.report import leaderboard
-from jaxmerge.stage import Method
+from jaxmerge.search import grid
+from jaxmerge.search import scales as search_scales
 
 Progress = Callable[[Mapping[str, Any]], None]
 # Keys of an experiment's config on which its experts do not depend.
@@ -63,11 +58,11 @@ def run(
   added to a run: what has the same settings as before is not made again.
 
   Args:
-    config: of the bench, as `configuring.bench` reads it.
+    config: of the bench, as `bench_config.bench` reads it.
     source: path of its file: the experiment's config is found beside it.
     folder: of the run; it is created.
-    resume: see `experiment.run`.
-    progress: see `experiment.run`.
+    resume: see `run.run`.
+    progress: see `run.run`.
 
   Returns:
     What `leaderboard.json` holds.
@@ -129,7 +124,7 @@ def _seed(
   config: dict[str, Any], source: str, folder: pathlib.Path, seed: int, progress: Progress
 ) -> dict[str, Any]:
   """The scores of base, experts and all methods, for one seed."""
-  own = configuring.of_bench(config, source, seed)
+  own = bench_config.of_bench(config, source, seed)
   plain, home = json.loads(own.to_json()), folder / f"seed{seed}"
   with workdir.held(home, plain, "auto"):  # It may be a run of `jaxmerge atm` as well.
     workdir.claim(home, plain)
@@ -140,7 +135,7 @@ def _scored(
   config: dict[str, Any], plain: dict[str, Any], home: pathlib.Path, seed: int, progress: Progress
 ) -> dict[str, Any]:
   """The record of a seed, in its folder."""
-  work = experiment.Work(plain, home, progress)
+  work = runs.Work(plain, home, progress)
   work.base()
   if config["experts"]:
     work.stacks["experts"] = _taken(work, pathlib.Path(config["experts"].format(seed=seed)))
@@ -152,7 +147,7 @@ def _scored(
 
   def scored(params: Any) -> dict[str, float]:
     found = work.score(jax.tree.map(lambda p: p[None], params), rows)
-    return dict(zip(work.names, evaluate.means(found[0], counts), strict=True))
+    return dict(zip(work.names, scoring.means(found[0], counts), strict=True))
 
   whole = home / "methods"
   shown = work.bar(f"methods, seed {seed}", len(config["methods"]), "method")
@@ -172,7 +167,7 @@ def _scored(
     mean = float(np.mean(list(made[name]["per_task"].values())))
     shown(done + 1, len(config["methods"]), mean=mean)
   height = rows.filled.shape[0]
-  own_rows = evaluate.per_row(
+  own_rows = scoring.per_row(
     work.own_score(work.padded(work.stacks["experts"], height), rows), counts
   )
   own_scores = [float(s.mean(dtype=np.float64)) for s in own_rows]
@@ -197,12 +192,12 @@ def _scored(
   }
 
 
-def _taken(work: experiment.Work, folder: pathlib.Path) -> Any:
+def _taken(work: runs.Work, folder: pathlib.Path) -> Any:
   """Returns the experts of an ATM run; ValueError if it has none, or was told to tune others."""
   path, place = folder / "config.json", folder / "checkpoints" / "experts"
   if not path.is_file() or not place.is_dir():
     raise ValueError(f"config.experts: {folder} holds no experts of a run ({place}).")
-  theirs, ours = (configuring.flat(c) for c in (workdir.config_of(folder), work.config))
+  theirs, ours = (config.flat(c) for c in (workdir.config_of(folder), work.config))
   for key in sorted(theirs.keys() | ours.keys()):
     if (key.startswith("baselines.experts.") or not key.startswith(_FREE)) and theirs.get(
       key
@@ -211,8 +206,8 @@ def _taken(work: experiment.Work, folder: pathlib.Path) -> Any:
         f"config.experts: {folder} tuned other experts: {key} is {theirs.get(key)!r} there and "
         f"{ours.get(key)!r} here."
       )
-  like = problems.make_like(work.params, len(work.names), "experts", work.mesh)
-  with orbax.Checkpoints(place, keep=1) as store:
+  like = problem.make_like(work.params, len(work.names), "experts", work.mesh)
+  with stores.Checkpoints(place, keep=1) as store:
     found = store.restore(like)
   if found is None:
     raise ValueError(f"config.experts: {place} holds no whole checkpoint.")
@@ -230,15 +225,15 @@ def _noise(scores: Sequence[np.ndarray]) -> float:
   return float(np.sqrt(np.sum(parts)) / len(parts))
 
 
-def _searched(work: experiment.Work, name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+def _searched(work: runs.Work, name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
   """The merge that is best on validation of all on a method's grid; its cost."""
   counts = [len(t.validation.labels) for t in work.problem.tasks]
   best: tuple[float, Any, dict[str, Any]] = (-np.inf, None, {})
   trials = 0
-  for word, fixed, numbers, scales in _candidates(name, settings):
-    method = _method(word, fixed)
+  for word, fixed, numbers, scales in grid.candidates(name, settings):
+    method = grid.method(word, fixed)
     seed = work.settings.seed if "seed" in stage.numbers(method) else None
-    chosen = baselines.best_scale(
+    chosen = search_scales.best_scale(
       method,
       work.params,
       work.stacks["experts"],
@@ -257,7 +252,7 @@ def _searched(work: experiment.Work, name: str, settings: Mapping[str, Any]) -> 
     trials += len(scales)
     if gain > best[0]:
       own = {**fixed, **numbers, "scale": chosen.scale}
-      best = gain, chosen.params, own if _has_scale(word) else {**fixed, **numbers}
+      best = gain, chosen.params, own if grid.has_scale(word) else {**fixed, **numbers}
       measured = method, numbers, chosen.scale, seed
   cost = _cost(work, *measured) if work.settings.seed == 0 else {}
   return {
@@ -269,35 +264,8 @@ def _searched(work: experiment.Work, name: str, settings: Mapping[str, Any]) -> 
   }
 
 
-def _candidates(
-  name: str, settings: Mapping[str, Any]
-) -> Iterator[tuple[str, dict[str, Any], dict[str, float], tuple[float, ...]]]:
-  """Yields method, static settings, numbers, and the scales to try with them."""
-  own = {"name": name, **settings}
-  word = own.pop("name")
-  parameters = catalog.entry(word).parameters
-  grid = {n: tuple(v) if isinstance(v, list | tuple) else (v,) for n, v in own.items()}
-  scales = tuple(float(v) for v in grid.pop("scale", (1.0,)))
-  if "scale" in parameters and "scale" not in own:
-    scales = (parameters["scale"].default,)
-  for values in itertools.product(*grid.values()):
-    made = dict(zip(grid, values, strict=True))
-    numbers = {n: float(v) for n, v in made.items() if parameters[n].number}
-    yield word, {n: v for n, v in made.items() if n not in numbers}, numbers, scales
-
-
-def _has_scale(name: str) -> bool:
-  return "scale" in catalog.entry(name).parameters
-
-
-def _method(name: str, settings: Mapping[str, Any]) -> Method:
-  """Returns a method with these settings that has a scale: one behind it, if it has none."""
-  method = getattr(methods, name)(**settings)
-  return method if _has_scale(name) else stage.chain(method, methods.scaled(1.0))
-
-
 def _cost(
-  work: experiment.Work,
+  work: runs.Work,
   method: Method,
   numbers: Mapping[str, float],
   scale: float,
@@ -310,7 +278,7 @@ def _cost(
   given = work.params, work.stacks["experts"], jnp.asarray([scale], jnp.float32), dict(numbers)
   options: dict[str, Any] = {"method": method, "seed": seed, "names": tuple(work.names)}
   options["layout"] = layouts.check(work.problem.layout)
-  program = baselines.at_scales.lower(*given, **options).compile()
+  program = search_scales.at_scales.lower(*given, **options).compile()
   jax.block_until_ready(program(*given))
   begun = time.process_time()
   jax.block_until_ready(program(*given))

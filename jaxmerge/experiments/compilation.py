@@ -7,9 +7,8 @@ memory and the programs of a streamed one. Only their shapes come from the confi
 from __future__ import annotations
 
 import functools
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple  # Any: configs and records are plain trees.
+from typing import Any  # Any: configs and records are plain trees.
 
 import jax
 import jax.numpy as jnp
@@ -17,41 +16,20 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxmerge import (
-  chips,
-  layouts,
-  memory,
-  problems,
-  roofline,
-  shaping,
-  slicing,
-  stage,
-  streaming,
-  tree,
-)
-from jaxmerge import mesh as meshes
-from jaxmerge.atm import outer, placing, sampling, tune
-from jaxmerge.atm import round as rounds
-from jaxmerge.hlo import traffic, work
+from jaxmerge.core import interpreter, layouts, stage, tree
+from jaxmerge.drivers import memory, slices, streaming
+from jaxmerge.experiments import problem
+from jaxmerge.experiments import shapes as shape_lib
 from jaxmerge.models import llama
+from jaxmerge.parallel import mesh as meshes
+from jaxmerge.tasks import batch, losses
+from jaxmerge.training import local_steps, outer, placement, schedule
+from jaxmerge.training import round as rounds
+from jaxmerge.training import settings as training_settings
+from jaxmerge.xla import chips
+from jaxmerge.xla import program as xla_program
 
 Struct = jax.ShapeDtypeStruct
-
-
-class Program(NamedTuple):
-  """A program to compile.
-
-  Attributes:
-    name: what it is called.
-    lower: traces it.
-    mesh: over which it runs.
-    trips: how often its loops run whose number of trips the program computes: local steps.
-  """
-
-  name: str
-  lower: Callable[[], jax.stages.Lowered]
-  mesh: Mesh
-  trips: int = 1
 
 
 def run(
@@ -74,7 +52,7 @@ def run(
   programs = (of_loop if "experiment" in config else of_merge)(config, devices)
   records = []
   for program in programs:
-    records.append(record(program, place.chip, devices=per_chip))
+    records.append(xla_program.record(program, place.chip, devices=per_chip))
     each(records[-1])
   return {
     "topology": place.name,
@@ -86,81 +64,13 @@ def run(
   }
 
 
-def record(program: Program, chip: chips.Chip | None, *, devices: int = 1) -> dict[str, Any]:
-  """Compiles a program and returns what it needs, as plain JSON.
-
-  Args:
-    program: the program.
-    chip: for whose memory and speed it is; None: only what the program says.
-    devices: of a chip.
-
-  Returns:
-    {"name", "fits", "reason", "seconds", "mesh", "memory", "work", "collectives", "times"}; of a
-    program that the compiler refuses for want of memory, only the first five.
-  """
-  begun, busy = time.perf_counter(), time.process_time()
-  lowered = program.lower()
-  traced = time.perf_counter()
-
-  def seconds() -> dict[str, float]:
-    now = time.perf_counter()
-    return {"trace": traced - begun, "compile": now - traced, "cpu": time.process_time() - busy}
-
-  try:
-    compiled = lowered.compile()
-  except jax.errors.JaxRuntimeError as e:
-    if not str(e).startswith("RESOURCE_EXHAUSTED"):
-      raise
-    reason = " ".join(str(e).split())[:300]
-    facts = {"name": program.name, "fits": False, "reason": reason, "seconds": seconds()}
-    return {**facts, "mesh": dict(program.mesh.shape)}
-  took = seconds()
-  text = compiled.as_text() or ""
-  own = work.count(text, program.trips)
-  found = traffic.collectives(text, program.mesh, program.trips)
-  needs = needed(compiled.memory_analysis())
-  limit = None if chip is None else chip.memory // devices
-  fits = limit is None or needs["total"] <= limit
-  reason = "" if fits else f"needs {needs['total']} bytes a device; it has {limit}"
-  times = None if chip is None else roofline.times(own, found, chip, devices)
-  return {
-    "name": program.name,
-    "fits": fits,
-    "reason": reason,
-    "seconds": took,
-    "mesh": dict(program.mesh.shape),
-    "memory": needs,
-    "work": own._asdict(),
-    "collectives": [
-      {"kind": kind, "axes": list(axes), "outside": outside, "times": count, "bytes_sent": sent}
-      for outside in (False, True)
-      for (kind, axes), (count, sent) in sorted(
-        traffic.by_axis(c for c in found if c.outside == outside).items()
-      )
-    ],
-    "times": None if times is None else {**times._asdict(), "bound": times.bound, "by": times.by},
-  }
-
-
-def needed(analysis: Any) -> dict[str, int]:
-  """Returns the bytes that a program needs on each device, by kind, and in total."""
-  own = {
-    "arguments": analysis.argument_size_in_bytes,
-    "outputs": analysis.output_size_in_bytes,
-    "temporaries": analysis.temp_size_in_bytes,
-    "aliased": analysis.alias_size_in_bytes,
-    "code": analysis.generated_code_size_in_bytes,
-  }
-  return {**own, "total": sum(own.values()) - 2 * own["aliased"]}
-
-
-def of_loop(config: Mapping[str, Any], devices: Sequence[Any]) -> Iterator[Program]:
+def of_loop(config: Mapping[str, Any], devices: Sequence[Any]) -> Iterator[xla_program.Program]:
   """Yields the programs of tuning and merging: each half of a round, and the round.
 
   Raises:
     ValueError: for a mesh that does not fit, or tasks in turn, whose rounds are many programs.
   """
-  shapes, settings = shaping.make(config), problems.settings_of(config)
+  shapes, settings = shape_lib.make(config), training_settings.settings_of(config)
   names = list(shapes.counts)
   axes = {k: config["mesh"][k] for k in meshes.AXES}
   mesh = meshes.make(**axes, tasks=len(names), devices=devices)
@@ -171,30 +81,30 @@ def of_loop(config: Mapping[str, Any], devices: Sequence[Any]) -> Iterator[Progr
   side = mesh.shape["task"]
   slots, count = -(-len(names) // side) * side, len(names)
   params, rules = shapes.params, shapes.rules if mesh.shape["model"] > 1 else ()
-  method = problems.method_of(config["method"])
-  local, own = tune.direction(settings, params), outer.direction(settings)
+  method = problem.method_of(config["method"])
+  local, own = local_steps.direction(settings, params), outer.direction(settings)
   kept = settings.local_state == "kept"
-  model = placing.in_place(shapes.apply, mesh, rules)
-  step = tune.step(model, tune.cross_entropy, settings, local)
+  model = placement.in_place(shapes.apply, mesh, rules)
+  step = local_steps.step(model, losses.cross_entropy, settings, local)
   leaves = {n: x.shape for n, x in tree.named(params).items()}
   table = layouts.settled(method, leaves, shapes.layout)
   parts = rounds.Parts(step, local, own, method, count, slots, kept, table, mesh, rules)
   by_task = meshes.by_task(mesh)
-  plan = sampling.plan(names, list(shapes.counts.values()), settings, 0, rounds=settings.rounds)
+  plan = schedule.plan(names, list(shapes.counts.values()), settings, 0, rounds=settings.rounds)
   trips = int(plan.steps.max())
-  plan = placed(sampling.Plan(*(tune.pile_up(x, slots) for x in plan)), by_task)
+  plan = placed(schedule.Plan(*(batch.pile_up(x, slots) for x in plan)), by_task)
   rows = placed(shapes.rows(slots), by_task)
   weights = placed(params, meshes.places(params, mesh, rules))
   outers = () if own is None else jax.eval_shape(own.init, params)
-  outers = placed(outers, placing.of_states(own, params, mesh, rules))
+  outers = placed(outers, placement.of_states(own, params, mesh, rules))
   stack = placed(_stack(params, slots), meshes.places(params, mesh, rules, stacked=True))
   states: Any = ()
   if kept:
     states = jax.eval_shape(jax.vmap(local.init), _stack(params, slots))
-    states = placed(states, placing.of_states(local, params, mesh, rules, stacked=True))
+    states = placed(states, placement.of_states(local, params, mesh, rules, stacked=True))
   leaves = {n: v.shape for n, v in tree.named(params).items()}
   aux = {"seed": 0} if "seed" in stage.numbers(method) else {}
-  ready = memory.prepare(method, leaves, count, aux, names)._replace(order=None)
+  ready = interpreter.prepare(method, leaves, count, aux, names)._replace(order=None)
   rate, loss = np.float32(1), Struct((slots,), jnp.float32, sharding=by_task)
 
   def tuning(weights: Any, states: Any, rows: Any, plan: Any) -> Any:
@@ -208,10 +118,12 @@ def of_loop(config: Mapping[str, Any], devices: Sequence[Any]) -> Iterator[Progr
   whole = jax.jit(rounds.function(parts), donate_argnames=donated)
   merged = (stack, loss, weights, outers, weights, ready, rate)
   state = rounds.State(weights, outers, ())
-  yield Program("tune", lambda: half.lower(weights, states, rows, plan), mesh, trips)
-  yield Program("merge", lambda: jax.jit(merging).lower(*merged), mesh)
+  yield xla_program.Program("tune", lambda: half.lower(weights, states, rows, plan), mesh, trips)
+  yield xla_program.Program("merge", lambda: jax.jit(merging).lower(*merged), mesh)
   rest = (rows, plan, ready, rate)
-  yield Program("tune and merge", lambda: whole.lower(state, states, weights, *rest), mesh, trips)
+  yield xla_program.Program(
+    "tune and merge", lambda: whole.lower(state, states, weights, *rest), mesh, trips
+  )
 
 
 def placed(given: Any, where: Any) -> Any:
@@ -225,7 +137,7 @@ def _stack(params: Any, height: int) -> Any:
   return jax.tree.map(lambda x: Struct((height, *x.shape), x.dtype), params)
 
 
-def of_merge(config: Mapping[str, Any], devices: Sequence[Any]) -> Iterator[Program]:
+def of_merge(config: Mapping[str, Any], devices: Sequence[Any]) -> Iterator[xla_program.Program]:
   """Yields the programs of a merge: in memory over the whole mesh, and those of a streamed one.
 
   The streamed programs are found by streaming one slice, with made numbers, on this machine.
@@ -234,7 +146,7 @@ def of_merge(config: Mapping[str, Any], devices: Sequence[Any]) -> Iterator[Prog
   height, dtype, method = (
     config["models"],
     jnp.dtype(config["dtype"]),
-    problems.method_of(config["method"]),
+    problem.method_of(config["method"]),
   )
   mesh = meshes.make(**config["mesh"], devices=devices)
   params = jax.eval_shape(lambda: llama.init(own, jax.random.key(0)))
@@ -245,7 +157,7 @@ def of_merge(config: Mapping[str, Any], devices: Sequence[Any]) -> Iterator[Prog
   seed = 0 if "seed" in stage.numbers(method) else None
   merge = functools.partial(memory.merge, method, seed=seed, layout=llama.VIEWS)
   whole = jax.jit(merge, out_shardings=places)
-  yield Program("merge in memory", lambda: whole.lower(base, models), mesh)
+  yield xla_program.Program("merge in memory", lambda: whole.lower(base, models), mesh)
   yield from _streamed(method, height, dtype, config["entries"], own.hidden_size, seed, devices[0])
 
 
@@ -257,7 +169,7 @@ def _streamed(
   width: int,
   seed: int | None,
   device: Any,
-) -> Iterator[Program]:
+) -> Iterator[xla_program.Program]:
   """The programs that merge one leaf of about so many entries, slice by slice, on one device."""
   shape = (max(1, entries // width), width)
   drawn = np.random.default_rng(0).standard_normal((height + 1, *shape), np.float32)
@@ -277,7 +189,7 @@ def _streamed(
     calls.setdefault(key, lambda: program.lower(*args, **named, **static))
     return program(*given, **rest)
 
-  source = slicing.Source({"w": Struct(shape, dtype)}, height, read)
+  source = slices.Source({"w": Struct(shape, dtype)}, height, read)
   streaming.stream(
     method,
     source,
@@ -289,7 +201,7 @@ def _streamed(
   )
   mesh = Mesh(np.array([device]), ("device",))
   for (name, *_), lower in calls.items():
-    yield Program(f"streamed {name.replace('_', ' ')}", lower, mesh)
+    yield xla_program.Program(f"streamed {name.replace('_', ' ')}", lower, mesh)
 
 
 _TRACED = ("known", "own", "bracket")  # What programs of `streaming` are given by name and trace.

@@ -7,7 +7,7 @@ from typing import Any, Literal  # Any: kinds of values.
 
 from ml_collections.config_dict import ConfigDict
 
-from jaxmerge import configuring
+from jaxmerge.experiments import config as configs
 
 MERGE: Mapping[str, Any] = {
   "models": int,
@@ -25,23 +25,22 @@ def load(path: str, changes: Sequence[tuple[str, str]] = ()) -> ConfigDict:
   That of a merge says how many `models` of a decoder (`model`, its fields) of what `dtype` a
   `method` merges over a `mesh`, and how many `entries` a slice has where they are streamed.
   """
-  config = configuring.read(path)
+  config = configs.read(path)
   if "experiment" in config:
-    return configuring.load(path, changes)
+    return configs.load(path, changes)
   if "models" not in config:
     raise ValueError(
       f"{path}: programs are compiled of an experiment (config.experiment) or of a merge "
       f"(config.models); it has neither, but {', '.join(sorted(config))}."
     )
-  config = configuring.of_scheme(path, MERGE, changes)
+  config = configs.of_scheme(path, MERGE, changes)
   for key in ("models", "entries"):
     if config[key] < 1:
       raise ValueError(f"{path}: config.{key} must be at least 1, got {config[key]}.")
   for key, value in config.mesh.items():
-    if key not in configuring.AXES or type(value) is not int:
+    if key not in configs.AXES or type(value) is not int:
       raise ValueError(
-        f"{path}: config.mesh has whole numbers {', '.join(configuring.AXES)}; "
-        f"got {key!r}: {value!r}."
+        f"{path}: config.mesh has whole numbers {', '.join(configs.AXES)}; got {key!r}: {value!r}."
       )
-  configuring.check_method(dict(config.method), f"{path}: config.method")
+  configs.check_method(dict(config.method), f"{path}: config.method")
   return config.lock()

@@ -23,8 +23,9 @@ from typing import (
 
 from ml_collections.config_dict import ConfigDict
 
-from jaxmerge import catalog
-from jaxmerge.atm import settings
+from jaxmerge import errors
+from jaxmerge.catalog import lookup
+from jaxmerge.training import settings
 
 AXES = ("task", "data", "model")  # Those of `mesh.AXES`, which comes with jax.
 LOOP: Mapping[str, Any] = get_type_hints(settings.Settings)
@@ -34,7 +35,7 @@ SCHEME: Mapping[str, Any] = {
   "experiment": str,
   "final": bool,
   "keep_experts": bool,
-  "method.name": Literal[tuple(catalog.METHODS)],
+  "method.name": Literal[tuple(lookup.METHODS)],
   "variant": Literal["pa", "ph"],
   "checkpoint.keep": int,
   "checkpoint.every": int,
@@ -68,45 +69,6 @@ def load(path: str, changes: Sequence[tuple[str, str]] = ()) -> ConfigDict:
   return config.lock()
 
 
-BENCH: Mapping[str, Any] = {
-  "run": str,
-  "seeds": int,
-  "final": bool,
-  "experts": str,
-  "methods": dict,
-  "changes": dict,
-}
-
-
-def bench(path: str, changes: Sequence[tuple[str, str]] = ()) -> ConfigDict:
-  """Returns the locked config of a leaderboard of methods, changed and checked.
-
-  `run` is the experiment's config, beside this one; `experts` the folder of an ATM run of it whose
-  experts are merged, {seed} standing for the seed, or empty: then they are tuned. `methods` maps a
-  row's name to settings of the method of that name, or of the one under `name`: a tuple is a list
-  of values to try. `changes` are changes of the experiment's config.
-  """
-  config = of_scheme(path, BENCH, changes)
-  if config.seeds < 1:
-    raise ValueError(f"{path}: config.seeds must be at least 1, got {config.seeds}.")
-  for name, own in config.methods.items():
-    where = f"{path}: config.methods.{name}"
-    settings_ = {"name": name, **own}
-    word = settings_.pop("name")
-    entry = catalog.METHODS.get(word)
-    if entry is None:
-      raise ValueError(
-        f"{where}: no method is called {word!r}{catalog.nearest(word, catalog.METHODS)}."
-      )
-    if entry.on == "weights" or entry.models[1] is not None:
-      raise ValueError(f"{where}: {word} does not merge the task vectors of any number of models.")
-    for key, value in settings_.items():
-      for one in value if isinstance(value, tuple | list) else (value,):
-        check_method({"name": word, key: one}, where)
-  of_bench(config, path, 0)
-  return config.lock()
-
-
 def of_scheme(
   path: str, scheme: Mapping[str, Any], changes: Sequence[tuple[str, str]]
 ) -> ConfigDict:
@@ -116,14 +78,14 @@ def of_scheme(
     group, _, last = key.partition(".")
     if group not in scheme or (last and last not in config.get(group, {})):
       known = [*scheme, *flat(config)]
-      raise ValueError(f"{path}: unknown key 'config.{key}'{catalog.nearest(key, known)}.")
+      raise ValueError(f"{path}: unknown key 'config.{key}'{errors.nearest(key, known)}.")
     value = parse(text, type(config[group][last]) if last else scheme[key], key, path)
     with config.ignore_type():
       place = config[group] if last else config
       place[last or key] = ConfigDict(value) if isinstance(value, dict) else value
   for key in config:
     if key not in scheme:
-      raise ValueError(f"{path}: unknown key 'config.{key}'{catalog.nearest(key, scheme)}.")
+      raise ValueError(f"{path}: unknown key 'config.{key}'{errors.nearest(key, scheme)}.")
   for key, kind_ in scheme.items():
     if key not in config:
       raise ValueError(f"{path}: the key 'config.{key}' is missing; it must be there.")
@@ -131,24 +93,6 @@ def of_scheme(
     if not _fits(value, kind_):
       raise _wrong(key, repr(value), kind_, path, "")
   return config
-
-
-def of_bench(config: Mapping[str, Any] | ConfigDict, source: str, seed: int) -> ConfigDict:
-  """Returns the config of the experts that a leaderboard merges."""
-  path = str(pathlib.Path(source).parent / config["run"])
-  own = load(path).copy_and_resolve_references().unlock()
-  experts = own.baselines.get("experts", ConfigDict())
-  with own.ignore_type():
-    own.baselines, own.also = ConfigDict({"experts": experts}), ConfigDict()
-  changes = {**config["changes"], "seed": seed, "final": config["final"], "keep_experts": False}
-  for key, value in flat(changes).items():
-    if key not in flat(own):
-      raise ValueError(
-        f"{source}: config.changes: {path} has no key {key!r}{catalog.nearest(key, flat(own))}."
-      )
-    change(own, key, value, f"{source}: config.changes")
-  check(own, path)
-  return own.lock()
 
 
 def read(path: str) -> ConfigDict:
@@ -182,7 +126,7 @@ def check(config: ConfigDict, source: str) -> None:
     if key in SCHEME:
       _check_value(key, value, source)
     elif key.split(".")[0] not in OPEN:
-      raise ValueError(f"{source}: unknown key 'config.{key}'{catalog.nearest(key, SCHEME)}.")
+      raise ValueError(f"{source}: unknown key 'config.{key}'{errors.nearest(key, SCHEME)}.")
   present = {*values, *config}
   missing = [k for k in (*SCHEME, *_REQUIRED_GROUPS) if k not in present and k not in OPTIONAL]
   if missing:
@@ -211,7 +155,7 @@ def _check_changes(
   """Checks what a run beside the main one changes: whole keys of the top level."""
   for key in changes:
     if key not in set(allowed):
-      raise ValueError(f"{where}: {key!r} cannot be changed here{catalog.nearest(key, allowed)}.")
+      raise ValueError(f"{where}: {key!r} cannot be changed here{errors.nearest(key, allowed)}.")
   result = config.copy_and_resolve_references().unlock()
   result.also, result.baselines = ConfigDict(), ConfigDict()
   for key, value in changes.items():
@@ -259,8 +203,8 @@ def kind(config: ConfigDict, key: str, source: str) -> Any:
     if group not in parent or not isinstance(parent[group], ConfigDict):
       raise _unknown(config, ".".join(groups[: i + 1]), parent, ".".join(groups[:i]), source)
     parent = parent[group]
-  if groups == ["method"] and last in catalog.entry(config.method.name).parameters:
-    parameter = catalog.entry(config.method.name).parameters[last]
+  if groups == ["method"] and last in lookup.entry(config.method.name).parameters:
+    parameter = lookup.entry(config.method.name).parameters[last]
     if parameter.choices:
       return Literal[parameter.choices]
     return float | tuple if parameter.number else int
@@ -354,7 +298,7 @@ def check_method(given: Mapping[str, Any], where: str) -> None:
   """Raises ValueError for a method that there is not, or settings that it does not have."""
   own = dict(given)
   try:
-    catalog.check(own.pop("name"), own)
+    lookup.check(own.pop("name"), own)
   except ValueError as e:
     raise ValueError(f"{where}: {e}") from e
 
@@ -363,7 +307,7 @@ def _unknown(config: ConfigDict, key: str, group: Any, prefix: str, source: str)
   dot = f"{prefix}." if prefix else ""
   here = [dot + k for k in group] if isinstance(group, ConfigDict) else []
   if prefix == "method":
-    here += [dot + k for k in catalog.entry(config.method.name).parameters if dot + k not in here]
+    here += [dot + k for k in lookup.entry(config.method.name).parameters if dot + k not in here]
   last = key.split(".")[-1]
   near = difflib.get_close_matches(key, here, n=2)
   near += [k for k in flat(config) if k.split(".")[-1] == last and k not in near]

@@ -7,9 +7,9 @@ import pathlib
 from collections.abc import Callable
 from typing import Any  # Any: states are trees of arrays, facts are plain JSON.
 
-from jaxmerge import mesh as meshes
-from jaxmerge import tree
-from jaxmerge.io import orbax
+from jaxmerge.core import tree
+from jaxmerge.io.checkpoints import store as stores
+from jaxmerge.parallel import mesh as meshes
 
 
 def kept(
@@ -31,7 +31,7 @@ def kept(
     called: what it is called then.
     of: digest of what it is made of: what was made of something else is made again.
   """
-  with orbax.Checkpoints(folder, keep=1) as store:
+  with stores.Checkpoints(folder, keep=1) as store:
     found = store.restore(like)
     for message in store.set_aside:
       say(message)

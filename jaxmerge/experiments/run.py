@@ -13,23 +13,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmerge import (
-  catalog,
-  judging,
-  keeping,
-  methods,
-  problems,
-  processes,
-  report,
-  stage,
-  stopping,
-)
-from jaxmerge import mesh as meshes
-from jaxmerge import workdir as workdirs
-from jaxmerge.atm import baselines, budget, evaluate, loop, placing, tune
-from jaxmerge.io import orbax, shared
-from jaxmerge.report import words
+from jaxmerge import methods, report
+from jaxmerge.catalog import lookup
+from jaxmerge.core import stage
+from jaxmerge.evaluation import compare, scoring
+from jaxmerge.experiments import built_in, phase_cache, problem
+from jaxmerge.experiments import workdir as workdirs
+from jaxmerge.io.checkpoints import store as stores
+from jaxmerge.io.disk import shared
+from jaxmerge.parallel import mesh as meshes
+from jaxmerge.parallel import preemption, processes
+from jaxmerge.report import labels
+from jaxmerge.search import scales as search_scales
+from jaxmerge.tasks import batch
 from jaxmerge.tasks.task import Task
+from jaxmerge.training import budget, finetune, joint, loop, placement
+from jaxmerge.training import settings as training_settings
 
 Event = Mapping[str, Any]
 
@@ -89,8 +88,8 @@ class Work:
     self.config, self.workdir, self.progress, self.stop = config, workdir, progress, stop
     self.seconds: dict[str, float] = {}
     with self.timed("data and base"):
-      self.problem = problems.shared(problems.make(config, self.trained))
-    self.settings = problems.settings_of(config)
+      self.problem = problem.shared(built_in.make(config, self.trained))
+    self.settings = training_settings.settings_of(config)
     self.names = [t.name for t in self.problem.tasks]
     axes = {k: config["mesh"][k] for k in meshes.AXES}
     self.mesh = meshes.make(**axes, tasks=len(self.names))
@@ -99,8 +98,8 @@ class Work:
     )
     self.metric = self.problem.metric
     apply, rowwise = self.problem.apply, self.metric.rowwise
-    self.score = evaluate.scorer(apply, rowwise, mesh=self.mesh)
-    self.own_score = evaluate.own_scorer(apply, rowwise, mesh=self.mesh)
+    self.score = scoring.scorer(apply, rowwise, mesh=self.mesh)
+    self.own_score = scoring.own_scorer(apply, rowwise, mesh=self.mesh)
     self.given: Any = {"loss": self.problem.loss, "metric": self.metric, "mesh": self.mesh}
     self.given["sharding"] = self.problem.sharding if self.mesh.shape["model"] > 1 else ()
     self.rows = self.placed(self.problem.tasks, "validation")
@@ -117,15 +116,15 @@ class Work:
     yield
     self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - begun
 
-  def placed(self, tasks: Sequence[Task], split: str) -> tune.Rows:
+  def placed(self, tasks: Sequence[Task], split: str) -> batch.Rows:
     """Puts a split of all tasks on the devices."""
     side = self.mesh.shape["task"]
     height = -(-len(tasks) // side) * side
-    return placing.rows(tasks, split, self.mesh, height=height)
+    return placement.rows(tasks, split, self.mesh, height=height)
 
   def padded(self, stack: Any, height: int) -> Any:
     """Puts a stack of models on the devices, with empty slots up to a height."""
-    own = jax.tree.map(lambda x: tune.pile_up(x, height), meshes.fetch(stack))
+    own = jax.tree.map(lambda x: batch.pile_up(x, height), meshes.fetch(stack))
     return meshes.put(own, meshes.by_task(self.mesh))
 
   def whole(self, params: Any) -> Any:
@@ -151,7 +150,7 @@ class Work:
       known = {k: v for k, v in numbers.items() if v is not None}
       self.progress({"phase": phase, "done": done, "total": total, "unit": unit, "numbers": known})
       if done and unit != "round" and processes.agree(self.stop()):
-        raise stopping.Stopped(f"stopped in {phase}, after {unit} {done} of {total}")
+        raise preemption.Stopped(f"stopped in {phase}, after {unit} {done} of {total}")
 
     if fresh:
       show(0, total)
@@ -170,7 +169,7 @@ class Work:
 
   def kept(self, phase: str, make: Callable[[], tuple[Any, Any]]) -> tuple[Any, Any]:
     """Returns what a phase made, from its checkpoint if it has one: (arrays, plain facts)."""
-    like = problems.make_like(self.params, len(self.names), phase, self.mesh)
+    like = problem.make_like(self.params, len(self.names), phase, self.mesh)
 
     def whole() -> tuple[Any, Any]:
       made, facts = make()
@@ -182,7 +181,7 @@ class Work:
   def found(self, phase: str, like: Any, make: Callable[[], Any], of: str = "") -> tuple[Any, Any]:
     """The same of any arrays, which are like some, and made of models with some digest."""
     folder = self.workdir / "checkpoints" / phase
-    return keeping.kept(folder, like, make, say=self.say, called=phase, of=of)
+    return phase_cache.kept(folder, like, make, say=self.say, called=phase, of=of)
 
   def base(self) -> None:
     """The model before any tuning."""
@@ -205,8 +204,8 @@ class Work:
     """Tunes a model for each task, with the config's own settings for it."""
 
     def make() -> tuple[Any, Any]:
-      settings = problems.settings_of({**self.config, **own})
-      models, cost = baselines.experts(
+      settings = training_settings.settings_of({**self.config, **own})
+      models, cost = finetune.experts(
         self.problem.apply,
         self.params,
         self.problem.tasks,
@@ -222,10 +221,10 @@ class Work:
   def one_shot(self) -> None:
     """The merges of the experts, each with its best scale."""
     tuned = self.costs["experts"]
-    plan = problems.one_shot_plan(self.config)
+    plan = problem.one_shot_plan(self.config)
     shown = self.bar("one-shot merges", len(plan), "method")
-    of = keeping.digest([self.params, self.stacks["experts"]])
-    like = problems.make_like(self.params, 1, "one_shot", self.mesh)
+    of = phase_cache.digest([self.params, self.stacks["experts"]])
+    like = problem.make_like(self.params, 1, "one_shot", self.mesh)
     with self.timed("one-shot merges"):
       for done, (name, settings) in enumerate(plan.items()):
         scales = settings.pop("scales", None) or (1.0,)
@@ -239,13 +238,13 @@ class Work:
         self.costs[name] = tuned._replace(exchanges=1, trials=len(scales))
         shown(done + 1, len(plan))
 
-  def merged(self, name: str, settings: Any, scales: Sequence[float]) -> baselines.Chosen:
+  def merged(self, name: str, settings: Any, scales: Sequence[float]) -> search_scales.Chosen:
     """The experts, merged by a method with its best scale."""
-    method = problems.method_of({"name": name, **settings})
+    method = problem.method_of({"name": name, **settings})
     seed = self.settings.seed if "seed" in stage.numbers(method) else None
     if "scales" not in self.config["baselines"].get(name, {}):
       method = stage.chain(method, methods.scaled(1.0))
-    return baselines.best_scale(
+    return search_scales.best_scale(
       method,
       self.params,
       self.stacks["experts"],
@@ -267,11 +266,11 @@ class Work:
     own = dict(self.config["baselines"]["multitask"])
 
     def make() -> tuple[Any, Any]:
-      params, cost, way = baselines.better_joint(
+      params, cost, way = joint.better_joint(
         self.problem.apply,
         self.params,
         self.problem.tasks,
-        problems.settings_of(self.config | own),
+        training_settings.settings_of(self.config | own),
         loss=self.problem.loss,
         judge=lambda p: self.metric.gain(self.mean(p)),
         on_part=lambda way, rounds: self.bar(f"multitask, {way}", rounds),
@@ -287,7 +286,7 @@ class Work:
     """Mean validation score over the tasks."""
     counts = [len(t.validation.labels) for t in self.problem.tasks]
     found = self.score(jax.tree.map(lambda p: p[None], self.whole(params)), self.rows)
-    return float(np.mean(evaluate.means(found[0], counts)))
+    return float(np.mean(scoring.means(found[0], counts)))
 
   def atm(self) -> None:
     """ATM, and the further runs of the loop that the config asks for."""
@@ -296,11 +295,11 @@ class Work:
 
   def one_loop(self, name: str, config: dict[str, Any]) -> None:
     """One run of the loop, resumed from its own checkpoints."""
-    settings, tasks, params = problems.settings_of(config), self.problem.tasks, self.params
+    settings, tasks, params = training_settings.settings_of(config), self.problem.tasks, self.params
     before = budget.Budget()
     if config["variant"] == "ph":
       best = self.best_one_shot()
-      tasks, params, before = problems.post_hoc(tasks), self.models[best], self.costs[best]
+      tasks, params, before = problem.post_hoc(tasks), self.models[best], self.costs[best]
 
     fresh = not (self.workdir / "checkpoints" / name).exists()
     shown = self.bar(name, settings.rounds, "round", fresh=fresh)
@@ -313,14 +312,14 @@ class Work:
 
     keep = config["checkpoint"]["keep"]
     with (
-      orbax.Checkpoints(self.workdir / "checkpoints" / name, keep=keep) as store,
+      stores.Checkpoints(self.workdir / "checkpoints" / name, keep=keep) as store,
       self.timed(name),
     ):
       result = loop.tune_and_merge(
         self.problem.apply,
         params,
         tasks,
-        problems.method_of(config["method"]),
+        problem.method_of(config["method"]),
         settings,
         **self.given,
         layout=self.problem.layout,
@@ -338,9 +337,9 @@ class Work:
 
   def best_one_shot(self) -> str:
     """Name of the one-shot merge that is best on validation."""
-    models = {n: {"mean": self.mean(p)} for n, p in self.models.items() if n in catalog.METHODS}
+    models = {n: {"mean": self.mean(p)} for n, p in self.models.items() if n in lookup.METHODS}
     record = {"models": models, "lower_is_better": self.metric.lower_is_better}
-    return words.best(record, "one-shot") or "average"
+    return labels.best(record, "one-shot") or "average"
 
   def finish(self) -> dict[str, Any]:
     """Scores all models, and writes report, models and metrics."""
@@ -362,10 +361,10 @@ class Work:
       "seconds": self.seconds,
       "config": self.config,
       "versions": workdirs.versions(),
-      "notes": problems.layout_notes(self.problem, self.params, self.config),
+      "notes": problem.layout_notes(self.problem, self.params, self.config),
     }
     record["gap_closed"] = report.gap_closed(record["models"])
-    record["differences"] = judging.differences(record, scores)
+    record["differences"] = compare.differences(record, scores)
     card = report.model_card(record, self.problem.base, "atm", license=self.problem.license)
     merged = meshes.fetch(self.models["atm"])
     if processes.first():
@@ -378,7 +377,7 @@ class Work:
   def judged(self, split: str) -> tuple[dict[str, Any], dict[str, dict[str, np.ndarray]]]:
     """Scores every model on every task's rows of a split, once."""
     tasks, stacks = self.problem.tasks, dict(self.stacks)
-    models = self.models | judging.unstacked(stacks.pop("experts"), len(tasks))
+    models = self.models | compare.unstacked(stacks.pop("experts"), len(tasks))
 
     def make() -> tuple[dict[str, np.ndarray], dict[str, Any]]:
       rows = self.rows if split == "validation" else self.placed(tasks, split)
@@ -389,8 +388,8 @@ class Work:
         found[name] = self.own_score(self.padded(stack, rows.filled.shape[0]), rows)
       return {n: np.asarray(own)[: len(tasks)] for n, own in found.items()}, {}
 
-    like = judging.like([*models, *stacks], tasks, split)
-    of = keeping.digest([models, stacks])
+    like = compare.like([*models, *stacks], tasks, split)
+    of = phase_cache.digest([models, stacks])
     found = meshes.fetch(self.found(f"scores_{split}", like, make, of)[0])
-    scores, experts = judging.by_row(found, list(like), tasks, split, self.metric)
-    return judging.summary(tasks, split, scores, experts, self.facts, self.metric), scores
+    scores, experts = compare.by_row(found, list(like), tasks, split, self.metric)
+    return compare.summary(tasks, split, scores, experts, self.facts, self.metric), scores

@@ -8,11 +8,10 @@ from typing import Any, NamedTuple  # Any: configs are plain trees.
 import jax
 import jax.numpy as jnp
 
-from jaxmerge import layouts
-from jaxmerge import mesh as meshes
-from jaxmerge.atm import tune
+from jaxmerge.core import layouts
 from jaxmerge.models import bert, cnn, encoder, llama
-from jaxmerge.tasks import images, text
+from jaxmerge.parallel import mesh as meshes
+from jaxmerge.tasks import batch, images, text
 
 Struct = jax.ShapeDtypeStruct
 
@@ -31,7 +30,7 @@ class Shapes(NamedTuple):
     rules: how weights are split over the mesh's model axis.
   """
 
-  apply: tune.Apply
+  apply: batch.Apply
   params: Any
   counts: dict[str, int]
   inputs: Any
@@ -40,14 +39,14 @@ class Shapes(NamedTuple):
   layout: layouts.Said
   rules: meshes.Rules = ()
 
-  def rows(self, height: int) -> tune.Rows:
+  def rows(self, height: int) -> batch.Rows:
     """The rows of all tasks, stacked and padded to a number of slots."""
     longest = max(self.counts.values())
 
     def stacked(*shape: int, dtype: Any = jnp.int32) -> Any:  # It stands for an array.
       return Struct((height, *shape), dtype)
 
-    return tune.Rows(
+    return batch.Rows(
       jax.tree.map(lambda s: stacked(longest, *s.shape, dtype=s.dtype), self.inputs),
       stacked(longest, *self.labels),
       None if self.head is None else stacked(*self.head, dtype=jnp.float32),

@@ -15,8 +15,9 @@ from typing import Any  # Any: configs and records are plain trees.
 
 import numpy as np
 
-from jaxmerge import configuring
-from jaxmerge.io import atomic, folder, lock
+from jaxmerge.experiments import config
+from jaxmerge.io.disk import atomic, locks
+from jaxmerge.io.huggingface import folder
 from jaxmerge.report import record as records
 
 _RUN = "run"  # What is locked in the folder: its own place may be a disk.
@@ -39,7 +40,7 @@ def held(
   Raises:
     ValueError: in all processes, where another run is at work in the folder, or has left it.
   """
-  from jaxmerge import processes
+  from jaxmerge.parallel import processes
 
   if not workdir.exists():
     check(workdir, config, resume, free)  # Nothing is made in vain.
@@ -48,7 +49,7 @@ def held(
     if processes.first():
       try:
         workdir.resolve().mkdir(parents=True, exist_ok=True)
-        stack.enter_context(lock.held(workdir / _RUN, _busy(workdir), patience=0.0))
+        stack.enter_context(locks.held(workdir / _RUN, _busy(workdir), patience=0.0))
       except (OSError, ValueError) as error:  # The others must hear of it, or they wait for ever.
         failure = error
     if processes.agree(failure is not None):
@@ -79,7 +80,7 @@ def check(
     _check(workdir, config, resume, free)
   except ValueError:
     if workdir.is_dir():  # A run that is at work has not written all that tells what it is.
-      lock.check(workdir / _RUN, _busy(workdir))
+      locks.check(workdir / _RUN, _busy(workdir))
     raise
 
 
@@ -115,7 +116,7 @@ def _differences(
   there: Mapping[str, Any], here: Mapping[str, Any], free: tuple[str, ...] = ()
 ) -> list[str]:
   """What two configs say differently, but of the mesh and of keys that begin so."""
-  theirs, ours = configuring.flat(there), configuring.flat(here)
+  theirs, ours = config.flat(there), config.flat(here)
   return [
     f"{key} is {theirs.get(key)!r} there and {ours.get(key)!r} here"
     for key in sorted(theirs.keys() | ours.keys())
@@ -172,7 +173,9 @@ def claim(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
 
 def _is_passing(path: pathlib.Path) -> bool:
   """Tells whether a file is a lock, or one that a kill kept from its place: nobody's work."""
-  return path.name.startswith(lock.path_of(path.with_name(_RUN)).name) or atomic.is_unfinished(path)
+  return path.name.startswith(locks.path_of(path.with_name(_RUN)).name) or atomic.is_unfinished(
+    path
+  )
 
 
 def write_metrics(workdir: pathlib.Path, curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:

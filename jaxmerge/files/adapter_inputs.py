@@ -8,9 +8,12 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any  # What a config.json holds.
 
-from jaxmerge.io import adapter, codes, folder, links, ties
-from jaxmerge.io.tensor import Files, Tensor
-from jaxmerge.planning import Model
+from jaxmerge.files.plan import Model
+from jaxmerge.io.disk import links
+from jaxmerge.io.huggingface import folder, tied
+from jaxmerge.io.peft import adapter
+from jaxmerge.io.tensors import quantized
+from jaxmerge.io.tensors.tensor import Files, Tensor
 
 Text = str | bytes | None  # Of a file; None: it is not there.
 
@@ -52,7 +55,7 @@ def added(
     rename=rename,
   )
   touched = {n for n, t in own.tensors.items() if t is not model.tensors.get(n)}
-  if line := codes.problem(model.name, model.tensors, touched, model.config, model.folder):
+  if line := quantized.problem(model.name, model.tensors, touched, model.config, model.folder):
     raise ValueError(f"{path} is added to {line}")
   dropped = {n: words for n, words in model.dropped.items() if n not in own.untied}
   changed = model._replace(
@@ -115,8 +118,8 @@ def _same(path: pathlib.Path, text: Text) -> bool:
 
 def _heads(model: Model) -> list[str]:
   """The output heads that a model has, though they are its embedding."""
-  stored = [n for n in model.tied if n.endswith(ties.HEADS) and n in model.dropped]
-  name = ties.head(model.config)
+  stored = [n for n in model.tied if n.endswith(tied.HEADS) and n in model.dropped]
+  name = tied.head(model.config)
   return stored or [n for n in model.tied if n == name]
 
 
@@ -130,7 +133,7 @@ def _config(
   if found.layers is not None:
     changed = _stacked(changed, found.layers)
   # Where the class ties by default, its files do not say so.
-  return ties.untied(tensors, changed) if found.untied else changed
+  return tied.untied(tensors, changed) if found.untied else changed
 
 
 def _with(config: Mapping[str, Any], keys: Sequence[str], value: Any) -> dict[str, Any]:

@@ -10,9 +10,9 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple  # Any: what a config.json holds.
 
-from jaxmerge.io import vocabulary
-from jaxmerge.io.vocabulary import Papers
-from jaxmerge.planning import Model, Want
+from jaxmerge.files.plan import Model, Want
+from jaxmerge.io.huggingface import vocabulary
+from jaxmerge.io.huggingface.vocabulary import Papers
 
 TOKENS, LABELS = "tokens", "id2label"
 Config = Mapping[str, Any]

@@ -1,4 +1,4 @@
-"""The driver over files: `merge_files`, in bounded memory, resumable, all or nothing.
+"""Executes the plan of a merge of files: in bounded memory, resumable, all or nothing.
 
 The result grows in a hidden folder beside its place, `.NAME.merging`: shards whose layout is known
 before the first byte, and a journal of the tensors that are done. It is synced, completed by the
@@ -14,34 +14,24 @@ import math
 import os
 import pathlib
 import shutil
-from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any  # Any: trees, plain JSON.
+from collections.abc import Callable, Collection, Sequence
 
 import jax
 import numpy as np
 import xxhash
 
-from jaxmerge import (
-  arguments,
-  asking,
-  display,
-  evaluating,
-  finishing,
-  layouts,
-  opening,
-  planning,
-  processes,
-  reading,
-  slicing,
-  streaming,
-  summarizing,
-  tying,
-  unchanged,
-)
-from jaxmerge.io import arrays, atomic, folder, growing, hub, safetensors, shared, stamps
-from jaxmerge.io.tensor import Files, Tensor
-from jaxmerge.planning import Job, Output, Plan
-from jaxmerge.stage import Method
+from jaxmerge.drivers import slices, streaming
+from jaxmerge.files import estimate, finish, input_changes, tied_weights
+from jaxmerge.files import plan as plans
+from jaxmerge.files import reader as readers
+from jaxmerge.files import resume as resume_lib
+from jaxmerge.files.plan import Job, Output, Plan
+from jaxmerge.io.checkpoints import arrays
+from jaxmerge.io.disk import atomic, shared, stamps
+from jaxmerge.io.huggingface import folder, shard_writer
+from jaxmerge.io.tensors import safetensors
+from jaxmerge.io.tensors.tensor import Tensor
+from jaxmerge.parallel import processes
 
 Path = str | os.PathLike[str]
 
@@ -52,85 +42,6 @@ _DROPPED = (
   "other program writes there."
 )
 SHARD = 5_000_000_000  # Bytes; what other tools write.
-
-
-def merge_files(
-  method: Method | Any,
-  models: Sequence[Path] | Any,
-  out: Path,
-  *,
-  base: Path | None = None,
-  download: bool = False,
-  aux: Mapping[str, Any] | None = None,
-  seed: int | None = None,
-  names: Sequence[str] | None = None,
-  words: str | None = None,
-  layout: layouts.Said | None = (),
-  dtype: str | None = None,
-  missing: str = "error",
-  allow: Sequence[str] = (),
-  rename: Mapping[str, str] | None = None,
-  evaluate: evaluating.Evaluate | None = None,
-  **options: Any,  # Of `run`: where, how much at once, whether to replace.
-) -> pathlib.Path:
-  """Merges model folders on disk into a new one, one slice of one tensor at a time.
-
-  With a base, task vectors are merged and added to it; without one, the weights themselves.
-
-  Args:
-    method: what `jaxmerge.methods` makes, or a method of your own.
-    models: a list, or a dict by name, of Hugging Face folders with safetensors, or checkpoints: of
-      a run, its newest step; or, as texts, ids of the hub: `org/name`, or `org/name@revision`; or,
-      as texts, either of them with adapters of PEFT: `model+adapter`, `model+adapter+adapter`.
-    out: folder of the result.
-    base: the base, likewise.
-    download: whether models that the hub's cache lacks are fetched; else no network is used.
-    aux: the method's numbers: scalar, one per model, or by tensor.
-    seed: for methods with random masks.
-    names: of the models; else they are called as their folders.
-    words: what the model card calls the method, such as "TIES, density 0.2".
-    layout: matrix views, as for `jaxmerge.merge`.
-    dtype: of the result's floating tensors, as numpy calls it; None: as in the base.
-    missing: what becomes of a tensor that some models lack: "error", "base", "mean" or "skip".
-    allow: settings in which models may differ though weights mean something else then, such as
-      "rope_theta", or "tokens", the order of the vocabulary; the result goes by the base.
-    rename: beginnings of names of tensors, in models and adapters, to others: where their names do
-      not fit, and the prefix is none that is known.
-    evaluate: folder -> numbers by name, called when the result is complete; they are written into
-      its `jaxmerge_evaluation.json`.
-    options: as for `run`.
-
-  Returns:
-    The folder of the result.
-
-  Raises:
-    ValueError: naming file, tensor and value, for inputs that do not fit or are damaged.
-    FileExistsError: where there is something at `out` and `replace` is not set.
-  """
-  method = arguments.method(method)
-  if base is None:
-    zeros = "a base of zeros subtracts nothing"
-    arguments.refuse_weights(method, "merge_files(method, models, out, base=...)", zeros)
-  models, names = arguments.paths(models, names)
-  called = [display.readable(str(pathlib.Path(m))) for m in models] if names is None else [*names]
-  kept = asking.checked(called, len(models), base=base is not None, dtype=dtype, missing=missing)
-  files, find = Files(), hub.Finder(download=download)
-  try:
-    references = [*zip(called, models, strict=True)]
-    references += [] if base is None else [(asking.BASE, base)]
-    each = opening.every(references, files, find, rename)
-    start = None if base is None else each.pop()
-    said, numbers = arguments.described(method, arguments.numbers(aux, None), words)
-    job = planning.Job(lambda: method, said, tuple(called), numbers, seed)
-    plan = asking.planned(job, start, each, dtype=kept, missing=missing, allow=allow)
-    plan = asking.laid_out(plan, method, layout)
-    plan = plan._replace(facts={**plan.facts, **find.facts}, stamps=dict(files.stamps))
-    made = run(plan, out, **options)
-  finally:
-    files.close()
-  if evaluate is not None:
-    evaluating.evaluated(made, evaluate)
-  return made
 
 
 def run(
@@ -164,7 +75,7 @@ def run(
       restores as {"params": {name: array}}; on the way it takes twice the room.
     locked: whether the caller holds the lock of `out` already.
     progress: called with the number of bytes of the result that were measured, once for each
-      reading, or added; those of a checkpoint are added twice. `summarizing.work` says how many
+      reading, or added; those of a checkpoint are added twice. `estimate.work` says how many
       there will be.
   """
   if out_format not in FORMATS:
@@ -174,14 +85,14 @@ def run(
   if out_format == "orbax":
     arrays.check_path(out)
   first = processes.first()
-  with growing.locked(out) if first and not locked else contextlib.nullcontext():
+  with shard_writer.locked(out) if first and not locked else contextlib.nullcontext():
     atomic.check_free(out, replace)
-    finishing.check_place(plan, out)
+    resume_lib.check_place(plan, out)
     left = first and replace and resume and bool(atomic.replaced(out))
-    if processes.agree(left and finishing.holds(out, plan, shard_size, out_format, nonfinite)):
+    if processes.agree(left and resume_lib.holds(out, plan, shard_size, out_format, nonfinite)):
       if first:
         atomic.discard(out)  # A kill came between the renames and this.
-      progress(summarizing.work(plan, out_format))
+      progress(estimate.work(plan, out_format))
     else:
       part = _place(plan, out, resume=resume, out_format=out_format)
       try:
@@ -197,11 +108,11 @@ def run(
 
 def _place(plan: Plan, out: pathlib.Path, *, resume: bool, out_format: str) -> pathlib.Path:
   """Makes the folder in which a result grows, unless it is there."""
-  part = growing.part_of(out)
+  part = shard_writer.part_of(out)
   if processes.first():
     if part.exists() and not resume:
       shutil.rmtree(part)
-    growing.check_room(out, summarizing.room(plan, out_format), begun=[part])
+    shard_writer.check_room(out, estimate.room(plan, out_format), begun=[part])
     with atomic.room(part):
       part.mkdir(parents=True, exist_ok=True)
     atomic.tidy(part)
@@ -222,44 +133,44 @@ def _grown(
   first, index = processes.first(), jax.process_index()
   shards = plan.shards(shard_size)
   kinds = {o.name: (o.dtype, o.shape) for o in plan.outputs}
-  identity = finishing.identity(plan, shards, out_format)
-  plan = tying.tied(plan)
+  identity = resume_lib.identity(plan, shards, out_format)
+  plan = tied_weights.tied(plan)
   digests = None
   if first:
-    digests = finishing.whole(part, plan, identity, shards, out_format, nonfinite)
+    digests = resume_lib.whole(part, plan, identity, shards, out_format, nonfinite)
   if processes.agree(digests is not None):
-    progress(summarizing.work(plan, out_format))
+    progress(estimate.work(plan, out_format))
   else:
     own = _share(plan.outputs, index, jax.process_count())
-    begun = growing.opened(
+    begun = shard_writer.opened(
       part,
       kinds,
       shards,
       identity,
-      inputs=unchanged.stamped(plan),
-      journal=growing.journal(index),
+      inputs=input_changes.stamped(plan),
+      journal=shard_writer.journal(index),
       checked=own,
       nonfinite=nonfinite,
     )
     with begun as weights:
       if weights.doubted:
-        unchanged.check(plan, weights.digests, part)
+        input_changes.check(plan, weights.digests, part)
         weights.vouch()
       progress(sum(o.size for o in plan.outputs if o.name in weights.digests))
       for number, job in enumerate(plan.jobs):
         outputs = [o for o in plan.outputs if o.job == number]
-        more = sum(o.size for o in outputs) * (summarizing.readings(job) - 1)
-        each = entries or planning.entries(len(job.models))
+        more = sum(o.size for o in outputs) * (estimate.readings(job) - 1)
+        each = entries or plans.entries(len(job.models))
         _merge(job, outputs, weights, own, each, nonfinite, progress, more)
       copied = [o for o in plan.outputs if o.job is None and o.name in own]
-      _copy(copied, weights, entries or planning.entries(1), nonfinite, progress)
+      _copy(copied, weights, entries or plans.entries(1), nonfinite, progress)
       weights.flush()
       processes.agree(True)  # All have written and synced their share.
       if first and out_format == "orbax":
-        finishing.transcribe(part, weights, progress)
+        finish.transcribe(part, weights, progress)
   if first:
-    digests = digests or growing.noted(part, identity)
-    finishing.complete(part, plan, shards, identity, digests, out_format)
+    digests = digests or shard_writer.noted(part, identity)
+    finish.complete(part, plan, shards, identity, digests, out_format)
 
 
 def _share(outputs: Sequence[Output], index: int, count: int) -> set[str]:
@@ -277,7 +188,7 @@ def _share(outputs: Sequence[Output], index: int, count: int) -> set[str]:
 def _merge(
   job: Job,
   outputs: Sequence[Output],
-  weights: growing.Growing,
+  weights: shard_writer.Growing,
   own: Collection[str],
   entries: int,
   nonfinite: bool,
@@ -293,7 +204,7 @@ def _merge(
     _tell(progress, more)
     return
   leaves = {o.name: jax.ShapeDtypeStruct(o.shape, o.dtype) for o in outputs}
-  reader = reading.Reader(outputs)
+  reader = readers.Reader(outputs)
   narrow = {o.name: o.precision for o in outputs if o.precision is not None}
   wide = {o.name for o in outputs if any(t and t.dtype.itemsize == 8 for t in (o.base, *o.models))}
   source = streaming.Source(leaves, len(job.models), reader.read, narrow, wide)
@@ -341,7 +252,7 @@ def _tell(progress: Callable[[int], None], count: int) -> None:
 
 def _copy(
   outputs: Sequence[Output],
-  weights: growing.Growing,
+  weights: shard_writer.Growing,
   entries: int,
   nonfinite: bool,
   progress: Callable[[int], None],
@@ -372,9 +283,9 @@ def _copy(
 def _refuse_nonfinite(output: Output, source: Tensor, own: np.ndarray, part: np.ndarray) -> None:
   """Raises ValueError where a slice that is copied has NaN or infinity, as read or as stored."""
   lax = "nonfinite=True (--allow-nonfinite) lets it pass"
-  if not slicing.finite(own):
+  if not slices.finite(own):
     raise ValueError(f"{source.where}, which is copied, has NaN or infinity; {lax}.")
-  if not slicing.finite(part):
+  if not slices.finite(part):
     raise ValueError(
       f"{source.where}: {output.dtype} cannot hold its values; choose a wider dtype for the "
       f"result, or {lax}."

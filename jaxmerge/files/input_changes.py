@@ -14,10 +14,12 @@ from typing import Any  # Any: what a journal says of a tensor is plain JSON.
 import numpy as np
 import xxhash
 
-from jaxmerge import display, planning, tying
-from jaxmerge.io import growing, stamps
-from jaxmerge.io.tensor import Tensor
-from jaxmerge.planning import Plan
+from jaxmerge import display
+from jaxmerge.files import plan, tied_weights
+from jaxmerge.files.plan import Plan
+from jaxmerge.io.disk import stamps
+from jaxmerge.io.huggingface import shard_writer
+from jaxmerge.io.tensors.tensor import Tensor
 
 
 def stamped(plan: Plan) -> dict[str, list[int]]:
@@ -51,17 +53,17 @@ def check(plan: Plan, done: Mapping[str, Any], part: pathlib.Path) -> None:
       if tensor.where not in known:
         known[tensor.where] = digest(tensor)
       if before.get(tensor.where) != known[tensor.where]:
-        raise growing.Replaced(part, tensor.where)
+        raise shard_writer.Replaced(part, tensor.where)
 
 
 def same(plan: Plan, done: Mapping[str, Any], part: pathlib.Path) -> bool:
   """Tells whether a folder that is complete was made of the inputs as they are now."""
-  before = growing.stamps(part)
+  before = shard_writer.stamps(part)
   if before and all(own == stamped(plan) for own in before):
     return True
   try:
-    check(tying.tied(plan), done, part)
-  except growing.Replaced:
+    check(tied_weights.tied(plan), done, part)
+  except shard_writer.Replaced:
     return False
   return True
 
@@ -69,7 +71,7 @@ def same(plan: Plan, done: Mapping[str, Any], part: pathlib.Path) -> bool:
 def digest(tensor: Tensor) -> str:
   """Returns the checksum of a tensor, read in the parts in which a merge reads it."""
   found, size = xxhash.xxh3_128(), math.prod(tensor.shape)
-  step = planning.entries(1)
+  step = plan.entries(1)
   for start in range(0, max(size, 1), step):
     part = np.empty(min(step, size - start), tensor.dtype)
     tensor.read(start, part)

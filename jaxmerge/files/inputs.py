@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+import pathlib
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from jaxmerge import adding, planning, spelling
-from jaxmerge.io import folder, hub, weights
-from jaxmerge.io import reference as reference_text
-from jaxmerge.io.tensor import Files, NotMade, Tensor
+from jaxmerge import display, errors
+from jaxmerge.files import adapter_inputs, name_variants
+from jaxmerge.files import plan as plans
+from jaxmerge.io import formats
+from jaxmerge.io.huggingface import folder, hub, tied
+from jaxmerge.io.huggingface import reference as reference_text
+from jaxmerge.io.tensors.tensor import Files, NotMade, Tensor
 
 
 class Reference(NamedTuple):
@@ -54,7 +58,7 @@ def opened(
   find: hub.Finder,
   name: str,
   rename: Mapping[str, str] | None = None,
-) -> planning.Model:
+) -> plans.Model:
   """Opens a model: only headers are read. An adapted matrix is computed when it is read.
 
   Args:
@@ -69,33 +73,33 @@ def opened(
     ValueError: naming what is damaged or does not fit.
   """
   found = find(own.path, own.revision)
-  model = planning.model(found.folder, files, name=name, home=found.home)
+  model = open_model(found.folder, files, name=name, home=found.home)
   return adapted(model, own, files, find, rename)
 
 
 def adapted(
-  model: planning.Model,
+  model: plans.Model,
   own: Reference,
   files: Files,
   find: hub.Finder,
   rename: Mapping[str, str] | None = None,
-) -> planning.Model:
+) -> plans.Model:
   """Adds the adapters of a reference to a model; arguments as for `opened`.
 
   The model has the tokenizer and the chat template of an adapter whose folder holds them.
   """
-  brought: dict[str, adding.Text] = {}
+  brought: dict[str, adapter_inputs.Text] = {}
   for path, revision in own.adapters:
     added = find(path, revision)
-    model = adding.added(model, added.folder, files, home=added.home, rename=rename)
-    texts = adding.tokenizer(added.folder, model.folder)
+    model = adapter_inputs.added(model, added.folder, files, home=added.home, rename=rename)
+    texts = adapter_inputs.tokenizer(added.folder, model.folder)
     if other := [n for n in texts if n in brought and brought[n] != texts[n]]:
       raise ValueError(f"{added.folder}: its {other[0]} is not that of the adapter before it.")
     brought |= texts
     if texts:
       note = f"{model.name} has the tokenizer files of {added.home or added.folder}."
       model = model._replace(texts={**model.texts, **texts}, notes=(*model.notes, note))
-  return spelling.renamed(model, rename or {})
+  return name_variants.renamed(model, rename or {})
 
 
 def every(
@@ -103,9 +107,9 @@ def every(
   files: Files,
   find: hub.Finder,
   rename: Mapping[str, str] | None = None,
-) -> list[planning.Model]:
+) -> list[plans.Model]:
   """Opens models by their names and references, or tells of all that cannot be opened."""
-  made: list[planning.Model] = []
+  made: list[plans.Model] = []
   wrong: list[OSError | ValueError] = []
   for name, reference in references:
     try:
@@ -115,11 +119,11 @@ def every(
   if len(wrong) == 1:
     raise wrong[0]
   if wrong:
-    raise planning.Problems([str(error) for error in wrong])
+    raise errors.Problems([str(error) for error in wrong])
   return made
 
 
-def foreseen(name: str, plan: planning.Plan) -> planning.Model:
+def foreseen(name: str, plan: plans.Plan) -> plans.Model:
   """Returns the model that a plan will make: it can be planned with, and not be read."""
 
   def read(start: int, out: np.ndarray) -> None:
@@ -129,5 +133,54 @@ def foreseen(name: str, plan: planning.Plan) -> planning.Model:
     o.name: Tensor(f"{name}: tensor {o.name!r}", o.dtype, o.shape, read) for o in plan.outputs
   }
   text = plan.texts.get(folder.CONFIG)
-  config = weights.config(plan.donor) if text is None else json.loads(text)
-  return planning.with_ties(planning.Model(name, plan.donor, tensors, (), config, texts=plan.texts))
+  config = formats.config(plan.donor) if text is None else json.loads(text)
+  return with_ties(plans.Model(name, plan.donor, tensors, (), config, texts=plan.texts))
+
+
+def open_model(
+  path: str | os.PathLike[str], files: Files, *, name: str | None = None, home: str | None = None
+) -> plans.Model:
+  """Opens a Hugging Face folder or a checkpoint: only headers and manifests are read.
+
+  Its tensors say that they are from `home`, where that is given, in place of the folder.
+  """
+  own = formats.model(path, files, home=home)
+  called = name or display.readable(str(pathlib.Path(path)))
+  config = formats.config(own.folder)
+  return with_ties(plans.Model(called, own.folder, own.tensors, own.files, config, home=home))
+
+
+def with_ties(opened: plans.Model) -> plans.Model:
+  """Takes an output head for the embedding where the config of a model and its bytes say so.
+
+  A head that is stored and differs is a tensor of its own, whatever the config says.
+  """
+  found = tied.among(opened.tensors, opened.config)
+  if found is None or not found.flag:
+    return opened
+  own = opened.tensors[found.embedding]
+  one = [n for n in (*found.heads, *found.stacks) if tied.equal(own, opened.tensors[n])]
+  left = found._replace(heads=tuple(n for n in found.heads if n not in one))
+  return opened._replace(
+    tensors={n: t for n, t in opened.tensors.items() if n not in one},
+    tied=dict.fromkeys([*one, *(n for n in left.absent if n not in opened.tensors)], own),
+    dropped=dict.fromkeys(one, f"dropped: tied to {found.embedding}"),
+  )
+
+
+def names(paths: Sequence[str]) -> list[str]:
+  """Returns what models are called: the ends of their paths, as long as it takes to differ.
+
+  >>> names(["runs/chat", "runs/code/"]), names(["runs/chat/last", "runs/code/last"])
+  (['chat', 'code'], ['chat/last', 'code/last'])
+
+  Raises:
+    ValueError: where a path is given twice.
+  """
+  parts = [pathlib.PurePath(path).parts or (path,) for path in paths]
+  for own, path in zip(parts, paths, strict=True):
+    if parts.count(own) > 1:
+      raise ValueError(f"{path} is given twice; compare different models.")
+  ends = ([own[-n:] for own in parts] for n in range(1, 1 + max(map(len, parts))))
+  called = next(short for short in ends if len(set(short)) == len(short))
+  return [str(pathlib.PurePath(*own)) for own in called]

@@ -15,8 +15,11 @@ from typing import Any  # A record is JSON, its values have no one type.
 import numpy as np
 import xxhash
 
-from jaxmerge.io import adapter, folder, safetensors, weights
-from jaxmerge.io.tensor import Files, Tensor
+from jaxmerge.io import formats
+from jaxmerge.io.huggingface import folder
+from jaxmerge.io.peft import adapter
+from jaxmerge.io.tensors import safetensors
+from jaxmerge.io.tensors.tensor import Files, Tensor
 
 Record = dict[str, Any]
 
@@ -38,7 +41,7 @@ def described(path: str | os.PathLike[str]) -> Record:
     FileNotFoundError: where the folder or its weights are missing.
     ValueError: naming the file that is damaged, and the tensor.
   """
-  own = weights.opened(path, Files())
+  own = formats.opened(path, Files())
   path = own.folder
   tensors = [
     {
@@ -78,7 +81,7 @@ def hashed(record: Record, progress: Callable[[int], None] = lambda count: None)
   """
   files = Files()
   try:
-    own = weights.opened(record["folder"], files).tensors
+    own = formats.opened(record["folder"], files).tensors
     digests = {name: _digest(own[name], progress) for name in _names(record)}
   finally:
     files.close()

@@ -4,23 +4,33 @@ from __future__ import annotations
 
 import collections
 import json
+import os
+import pathlib
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any  # What a config.json holds.
 
 import numpy as np
 
-from jaxmerge import (
-  catalog,
+from jaxmerge import display, errors
+from jaxmerge.core import layouts
+from jaxmerge.core.stage import Method
+from jaxmerge.drivers import arguments
+from jaxmerge.evaluation import external
+from jaxmerge.files import (
+  assemble,
   compatibility,
-  layouts,
+  execute,
+  inputs,
   misfits,
-  planning,
+  name_variants,
   remote_code,
-  spelling,
-  tying,
+  tied_weights,
 )
-from jaxmerge.io import folder, safetensors
-from jaxmerge.planning import Job, Model, Plan, Want
+from jaxmerge.files import plan as plans
+from jaxmerge.files.plan import Job, Model, Plan, Want
+from jaxmerge.io.huggingface import folder, hub
+from jaxmerge.io.tensors import safetensors
+from jaxmerge.io.tensors.tensor import Files
 
 MISSING = ("error", "base", "mean", "skip")
 BASE = "the base"  # What it is called.
@@ -55,7 +65,7 @@ def checked(
   if twice := [name for name, count in counts.items() if count > 1]:
     raise ValueError(f"{twice[0]!r} is what two models are called: names tells them apart.")
   if missing not in MISSING:
-    raise ValueError(f"missing cannot be {missing!r}{catalog.nearest(str(missing), MISSING)}.")
+    raise ValueError(f"missing cannot be {missing!r}{errors.nearest(str(missing), MISSING)}.")
   if missing == "base" and not base:
     raise ValueError("missing='base' takes tensors from the base, but there is none: give one.")
   return None if dtype is None else _floating(dtype)
@@ -68,7 +78,7 @@ def _floating(said: Any) -> np.dtype:
   except TypeError:
     name = str(said)
   if name not in known:
-    raise ValueError(f"dtype cannot be {said!r}{catalog.nearest(name, known)}.")
+    raise ValueError(f"dtype cannot be {said!r}{errors.nearest(name, known)}.")
   return known[name]
 
 
@@ -88,13 +98,13 @@ def planned(
     base: the base.
     models: the models to be merged.
     dtype: of the result's floating tensors; None: as in the base, or in the first model.
-    missing: as for `planning.assembled`.
+    missing: as for `assemble.assembled`.
     allow: as for `compatibility.compared`.
 
   Raises:
-    planning.Problems: naming every tensor and model that do not fit.
+    errors.Problems: naming every tensor and model that do not fit.
   """
-  donor, *rest = spelling.alike([*([] if base is None else [base]), *models])
+  donor, *rest = name_variants.alike([*([] if base is None else [base]), *models])
   models = [donor, *rest] if base is None else rest
   wants = [
     Want(name, donor.part(name), tuple(m.part(name) for m in models), raw=base is None)
@@ -103,13 +113,13 @@ def planned(
   told = misfits.lines(wants, (donor, *models), missing)
   fit = compatibility.compared(wants, (donor, *models), allow=allow, tokens=True)
   told += fit.unless(told)
-  plan = planning.assembled(
+  plan = assemble.assembled(
     wants, [job], (donor, *models), dtype=dtype, missing=missing, misfits=told
   )
-  said = () if dtype else planning.rounded(plan)
+  said = () if dtype else assemble.rounded(plan)
   plan = plan._replace(notes=(*plan.notes, *fit.notes, *said))
-  changed = stated(donor.config, dtype.name) if dtype and donor.config else donor.config
-  plan, changed = tying.settled(plan, donor, changed)
+  changed = folder.stated(donor.config, dtype.name) if dtype and donor.config else donor.config
+  plan, changed = tied_weights.settled(plan, donor, changed)
   if changed != donor.config:
     text = json.dumps(changed, indent=2) + "\n"
     plan = plan._replace(texts={**plan.texts, folder.CONFIG: text})
@@ -128,10 +138,83 @@ def laid_out(plan: Plan, method: Any, layout: layouts.Said | None) -> Plan:
   return plan._replace(jobs=(plan.jobs[0]._replace(layout=table), *plan.jobs[1:]))
 
 
-def stated(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
-  """Returns a config that says in which dtype weights are stored, as its library calls the key.
+Path = str | os.PathLike[str]
 
-  >>> stated({"torch_dtype": "float32"}, "bfloat16")
-  {'torch_dtype': 'bfloat16'}
+
+def merge_files(
+  method: Method | Any,
+  models: Sequence[Path] | Any,
+  out: Path,
+  *,
+  base: Path | None = None,
+  download: bool = False,
+  aux: Mapping[str, Any] | None = None,
+  seed: int | None = None,
+  names: Sequence[str] | None = None,
+  words: str | None = None,
+  layout: layouts.Said | None = (),
+  dtype: str | None = None,
+  missing: str = "error",
+  allow: Sequence[str] = (),
+  rename: Mapping[str, str] | None = None,
+  evaluate: external.Evaluate | None = None,
+  **options: Any,  # Of `run`: where, how much at once, whether to replace.
+) -> pathlib.Path:
+  """Merges model folders on disk into a new one, one slice of one tensor at a time.
+
+  With a base, task vectors are merged and added to it; without one, the weights themselves.
+
+  Args:
+    method: what `jaxmerge.methods` makes, or a method of your own.
+    models: a list, or a dict by name, of Hugging Face folders with safetensors, or checkpoints: of
+      a run, its newest step; or, as texts, ids of the hub: `org/name`, or `org/name@revision`; or,
+      as texts, either of them with adapters of PEFT: `model+adapter`, `model+adapter+adapter`.
+    out: folder of the result.
+    base: the base, likewise.
+    download: whether models that the hub's cache lacks are fetched; else no network is used.
+    aux: the method's numbers: scalar, one per model, or by tensor.
+    seed: for methods with random masks.
+    names: of the models; else they are called as their folders.
+    words: what the model card calls the method, such as "TIES, density 0.2".
+    layout: matrix views, as for `jaxmerge.merge`.
+    dtype: of the result's floating tensors, as numpy calls it; None: as in the base.
+    missing: what becomes of a tensor that some models lack: "error", "base", "mean" or "skip".
+    allow: settings in which models may differ though weights mean something else then, such as
+      "rope_theta", or "tokens", the order of the vocabulary; the result goes by the base.
+    rename: beginnings of names of tensors, in models and adapters, to others: where their names do
+      not fit, and the prefix is none that is known.
+    evaluate: folder -> numbers by name, called when the result is complete; they are written into
+      its `jaxmerge_evaluation.json`.
+    options: as for `run`.
+
+  Returns:
+    The folder of the result.
+
+  Raises:
+    ValueError: naming file, tensor and value, for inputs that do not fit or are damaged.
+    FileExistsError: where there is something at `out` and `replace` is not set.
   """
-  return {**config, "dtype" if "dtype" in config else "torch_dtype": dtype}
+  method = arguments.method(method)
+  if base is None:
+    zeros = "a base of zeros subtracts nothing"
+    arguments.refuse_weights(method, "merge_files(method, models, out, base=...)", zeros)
+  models, names = arguments.paths(models, names)
+  called = [display.readable(str(pathlib.Path(m))) for m in models] if names is None else [*names]
+  kept = checked(called, len(models), base=base is not None, dtype=dtype, missing=missing)
+  files, find = Files(), hub.Finder(download=download)
+  try:
+    references = [*zip(called, models, strict=True)]
+    references += [] if base is None else [(BASE, base)]
+    each = inputs.every(references, files, find, rename)
+    start = None if base is None else each.pop()
+    said, numbers = arguments.described(method, arguments.numbers(aux, None), words)
+    job = plans.Job(lambda: method, said, tuple(called), numbers, seed)
+    plan = planned(job, start, each, dtype=kept, missing=missing, allow=allow)
+    plan = laid_out(plan, method, layout)
+    plan = plan._replace(facts={**plan.facts, **find.facts}, stamps=dict(files.stamps))
+    made = execute.run(plan, out, **options)
+  finally:
+    files.close()
+  if evaluate is not None:
+    external.evaluated(made, evaluate)
+  return made

@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
-from jaxmerge.io import safetensors
-from jaxmerge.planning import Model, Part, Want, there
+from jaxmerge.files.assemble import there
+from jaxmerge.files.plan import Model, Part, Want
+from jaxmerge.io.tensors import safetensors
 
 FEW = 3  # As many tensors are told one by one.
 _MOST = 6  # Patterns of names in a line.

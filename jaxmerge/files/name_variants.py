@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from jaxmerge.io import experts, ties
-from jaxmerge.io import names as spellings
-from jaxmerge.planning import Model
+from jaxmerge.files.plan import Model
+from jaxmerge.io.huggingface import tied
+from jaxmerge.io.tensors import experts
+from jaxmerge.io.tensors import names as spellings
 
 ENDS = ((".gamma", ".weight"), (".beta", ".bias"))  # What norms were called, and are called now.
 # Ends of names of embeddings and heads, which may be one tensor under several of them.
 _COPIES = (
-  *("shared.weight", "embed_tokens.weight", "word_embeddings.weight", "wte.weight", *ties.HEADS),
+  *("shared.weight", "embed_tokens.weight", "word_embeddings.weight", "wte.weight", *tied.HEADS),
   *("predictions.bias", "predictions.decoder.bias", "lm_head.bias", "lm_head.decoder.bias"),
 )
 
@@ -123,5 +124,5 @@ def _twins(name: str, having: Sequence[Model], models: Sequence[Model]) -> Itera
   for other in filter(_copied, having[0].tensors):
     if other == name or not all(other in m.tensors for m in models):
       continue
-    if all(not m.files or ties.equal(m.tensors[name], m.tensors[other]) for m in having):
+    if all(not m.files or tied.equal(m.tensors[name], m.tensors[other]) for m in having):
       yield other

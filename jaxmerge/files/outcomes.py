@@ -6,7 +6,8 @@ import collections
 from collections.abc import Mapping
 from typing import Any  # Counts are JSON: a number, or numbers by reason.
 
-from jaxmerge.planning import ASIDE, LACKED, Plan
+from jaxmerge.files.assemble import ASIDE, LACKED
+from jaxmerge.files.plan import Plan
 
 Counts = Mapping[str, Any]
 

@@ -10,9 +10,10 @@ from typing import Any  # Any: what a buffer is used for, a slice of models.
 import numpy as np
 import xxhash
 
-from jaxmerge import precision, slicing
-from jaxmerge.io.tensor import Tensor
-from jaxmerge.planning import Output
+from jaxmerge.core import precision
+from jaxmerge.drivers import slices
+from jaxmerge.files.plan import Output
+from jaxmerge.io.tensors.tensor import Tensor
 
 HOT = 2**20  # Bytes that a core's cache holds beside all else.
 
@@ -31,10 +32,10 @@ class Reader:
     self.outputs = {o.name: o for o in outputs}
     self.buffers: dict[Any, np.ndarray] = {}
     self.digests: dict[str, dict[str, str]] = {o.name: {} for o in outputs}
-    self._hashes: dict[slicing.Whose, Any] = {}
+    self._hashes: dict[slices.Whose, Any] = {}
 
   def read(
-    self, name: str, start: int, stop: int, order: Any, look: slicing.Look | None
+    self, name: str, start: int, stop: int, order: Any, look: slices.Look | None
   ) -> tuple[Any, Any, Any]:
     """Reads entries of the base and of all models, see `streaming.Source`."""
     output, count = self.outputs[name], stop - start
@@ -64,11 +65,11 @@ class Reader:
   def _fill(
     self,
     name: str,
-    whose: slicing.Whose,
+    whose: slices.Whose,
     tensor: Tensor,
     start: int,
     out: np.ndarray,
-    look: slicing.Look | None,
+    look: slices.Look | None,
   ) -> None:
     if look is None:
       tensor.read(start, out)

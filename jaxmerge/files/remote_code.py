@@ -7,8 +7,8 @@ import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any  # What JSON holds.
 
-from jaxmerge.io import folder
-from jaxmerge.planning import Model, Plan
+from jaxmerge.files.plan import Model, Plan
+from jaxmerge.io.huggingface import folder
 
 _MAP, _PIPELINES = "auto_map", "custom_pipelines"
 _FILES = tuple(name for name in folder.COPIED if name.endswith("config.json") and "/" not in name)

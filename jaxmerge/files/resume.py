@@ -1,4 +1,4 @@
-"""What is around the weights of a merge of files: its identity, config, card and provenance."""
+"""The identity of a merge of files: whether what lies at a place is of it, begun or complete."""
 
 from __future__ import annotations
 
@@ -7,16 +7,14 @@ import importlib.metadata
 import json
 import os
 import pathlib
-import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any  # Any: digests are plain JSON.
 
-import numpy as np
-
-from jaxmerge import fingerprint, inspecting, outcomes, summarizing, unchanged
-from jaxmerge.io import atomic, checkpoint, folder, growing, stamps
-from jaxmerge.planning import Job, Plan
-from jaxmerge.report import card
+from jaxmerge.core import fingerprint
+from jaxmerge.files import input_changes, inspection
+from jaxmerge.files.plan import Plan
+from jaxmerge.io.disk import stamps
+from jaxmerge.io.huggingface import folder, shard_writer
 
 
 def identity(plan: Plan, shards: Mapping[str, Sequence[str]], out_format: str) -> str:
@@ -46,13 +44,13 @@ def check_begun(
 
   What is made of results that are themselves made `anew` goes on with no merge that was begun.
   """
-  part = growing.part_of(out)
-  if not growing.journals(part):
+  part = shard_writer.part_of(out)
+  if not shard_writer.journals(part):
     return
   if anew:
-    raise growing.other(part)
+    raise shard_writer.other(part)
   shards = plan.shards(shard_size)
-  growing.noted(part, identity(plan, shards, out_format))
+  shard_writer.noted(part, identity(plan, shards, out_format))
 
 
 def check_place(plan: Plan, out: pathlib.Path) -> None:
@@ -79,14 +77,14 @@ def holds(out: pathlib.Path, plan: Plan, shard_size: int, out_format: str, nonfi
   if facts.get("plan") != identity(plan, shards, out_format):
     return False
   tensors = _tensors(out, facts)
-  fine = all(growing.counts(own, nonfinite) for own in tensors.values())
-  return fine and unchanged.same(plan, tensors, out)
+  fine = all(shard_writer.counts(own, nonfinite) for own in tensors.values())
+  return fine and input_changes.same(plan, tensors, out)
 
 
 def vouch(out: pathlib.Path, plan: Plan, shard_size: int, out_format: str) -> None:
   """Writes down in a result, which is an input of another merge, which files it was made of."""
   own = identity(plan, plan.shards(shard_size), out_format)
-  growing.vouch(out, own, unchanged.stamped(plan))
+  shard_writer.vouch(out, own, input_changes.stamped(plan))
 
 
 def _tensors(home: pathlib.Path, facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -103,15 +101,6 @@ def _tensors(home: pathlib.Path, facts: Mapping[str, Any]) -> dict[str, Any]:
 def _stamp(plan: Plan, path: pathlib.Path) -> list[int]:
   stamp = plan.stamps[path] if path in plan.stamps else stamps.of(path)
   return [stamp.size, stamp.modified]
-
-
-def transcribe(
-  part: pathlib.Path, weights: growing.Growing, progress: Callable[[int], None]
-) -> None:
-  """Makes a checkpoint of the shards."""
-  tensors = {name: weights.tensor(name) for name in weights.places}
-  with atomic.room(part / checkpoint.STATE):
-    checkpoint.write(part, tensors, progress)
 
 
 def whole(
@@ -138,117 +127,18 @@ def whole(
     return None
   facts = folder.provenance(part)
   if facts.get("plan") != identity:
-    raise growing.other(part)
+    raise shard_writer.other(part)
   if out_format != "safetensors":
-    _strip(part, shards, out_format)  # Else the shards might be taken for the result.
+    shard_writer.strip(part, shards, out_format)  # Else the shards might be taken for the result.
   try:
-    found = inspecting.checked(inspecting.described(part))["check"]
+    found = inspection.checked(inspection.described(part))["check"]
   except (FileNotFoundError, ValueError):  # It was damaged meanwhile, and is made again.
     return None
   if found["changed"] or found["missing"] or found["added"]:
     return None
   tensors = _tensors(part, facts)
-  if not all(growing.counts(own, nonfinite) for own in tensors.values()):
+  if not all(shard_writer.counts(own, nonfinite) for own in tensors.values()):
     return None
-  if not unchanged.same(plan, tensors, part):
+  if not input_changes.same(plan, tensors, part):
     return None
   return {n: {k: v for k, v in own.items() if k != "job"} for n, own in tensors.items()}
-
-
-def complete(
-  part: pathlib.Path,
-  plan: Plan,
-  shards: Mapping[str, list[str]],
-  identity: str,
-  digests: Mapping[str, Any],
-  out_format: str,
-) -> None:
-  """Adds to the weights what makes a folder of them that other tools open; removes the rest."""
-  if folder.WEIGHTS not in shards and out_format == "safetensors":
-    _write(part / folder.INDEX, folder.index(shards, {o.name: o.size for o in plan.outputs}))
-  for path in _copied(plan):
-    target = part / path.relative_to(plan.donor)
-    with atomic.room(target):
-      target.parent.mkdir(exist_ok=True)
-      shutil.copyfile(path, target)
-  _write(part / folder.README, card.merge_card(summarizing.summary(plan)))
-  for name, own in plan.texts.items():
-    (part / name).unlink(missing_ok=True)
-    if own is not None:
-      _write(part / name, own)
-  stamps.check(plan.stamps)  # All was read, and nothing is complete before this.
-  facts = {
-    "plan": identity,
-    "jaxmerge": importlib.metadata.version("jaxmerge"),
-    "jax": importlib.metadata.version("jax"),
-    **plan.facts,
-    **({"notes": plan.notes} if plan.notes else {}),
-    "counts": outcomes.counts(plan),
-    "jobs": [_job(plan, number) for number in range(len(plan.jobs))],
-    "tensors": {
-      o.name: digests[o.name] | ({} if o.job is None else {"job": o.job + 1}) for o in plan.outputs
-    },
-    "inputs": plan.fates,
-  }
-  with atomic.write(part / folder.PROVENANCE) as file:
-    file.write(json.dumps(facts, indent=1, default=str).encode() + b"\n")
-  _strip(part, shards, out_format)
-
-
-def _copied(plan: Plan) -> list[pathlib.Path]:
-  """Files of the donor to copy: those that were there when it was opened, and not what came later.
-
-  Of a donor whose small files were not stamped, such as a checkpoint, all that are there.
-  """
-  found = folder.copied(plan.donor)
-  stamped = plan.donor / folder.CONFIG in plan.stamps
-  return [path for path in found if path in plan.stamps] if stamped else found
-
-
-def _write(path: pathlib.Path, text: str | bytes) -> None:
-  with atomic.room(path):
-    path.parent.mkdir(exist_ok=True)
-    path.write_bytes(text.encode() if isinstance(text, str) else text)
-
-
-def _strip(part: pathlib.Path, shards: Mapping[str, Sequence[str]], out_format: str) -> None:
-  """Removes what a folder has of the merge, and not of its result."""
-  for path in growing.journals(part):
-    path.unlink()
-  for name in [] if out_format == "safetensors" else shards:
-    (part / name).unlink(missing_ok=True)
-
-
-def _job(plan: Plan, number: int) -> dict[str, Any]:
-  """What the provenance says of a job: its number counts from 1, as in what became of tensors."""
-  job = plan.jobs[number]
-  return {
-    "job": number + 1,
-    "method": job.words,
-    **({"recipe": job.asked} if job.asked else {}),
-    "numbers": _numbers(job),
-    "models": job.models,
-    "seed": job.seed,
-    "layout": job.layout.plain(),
-    "tensors": sum(o.job == number for o in plan.outputs),
-  }
-
-
-def _numbers(job: Job) -> dict[str, Any]:
-  """The method's numbers: its own, or those that it was given for all tensors or for each."""
-  from jaxmerge import stage  # With jax, which a dry run does without.
-
-  every = {**stage.numbers(job.method()), **job.numbers}
-  return {name: _plain(x, len(job.models)) for name, x in every.items() if name != "seed"}
-
-
-def _plain(value: Any, most: int) -> Any:
-  """A number as plain JSON; of more than one for each model, such as a Fisher matrix, a digest."""
-  if value is None or isinstance(value, bool | int | float | str):
-    return value
-  if isinstance(value, Mapping):
-    return {name: _plain(own, most) for name, own in value.items()}
-  own = np.asarray(value)
-  if own.size <= most:
-    return own.tolist()
-  return {"shape": list(own.shape), "fingerprint": fingerprint.fingerprint(own)}

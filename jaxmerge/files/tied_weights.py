@@ -8,9 +8,9 @@ from typing import Any  # What a config.json holds.
 
 import numpy as np
 
-from jaxmerge.io import ties
-from jaxmerge.io.tensor import Tensor
-from jaxmerge.planning import Model, Output, Plan
+from jaxmerge.files.plan import Model, Output, Plan
+from jaxmerge.io.huggingface import tied as tied_names
+from jaxmerge.io.tensors.tensor import Tensor
 
 
 def settled(plan: Plan, donor: Model, config: Mapping[str, Any]) -> tuple[Plan, dict[str, Any]]:
@@ -25,10 +25,11 @@ def settled(plan: Plan, donor: Model, config: Mapping[str, Any]) -> tuple[Plan, 
     config: that config, as far as it was brought up to date.
   """
   outputs = {o.name: o for o in plan.outputs}
-  found = ties.among(outputs, config)
-  if ties.lacks_head(outputs, config):
+  found = tied_names.among(outputs, config)
+  if tied_names.lacks_head(outputs, config):
     text = (
-      f"the config of {donor.name} says {ties.FLAG}: false, but the result has no output head; if "
+      f"the config of {donor.name} says {tied_names.FLAG}: false, but the result has no output "
+      "head; if "
       "it is the embedding, set it to true there: a library would start from a random head."
     )
     return plan._replace(notes=(*plan.notes, text)), dict(config)
@@ -44,11 +45,12 @@ def settled(plan: Plan, donor: Model, config: Mapping[str, Any]) -> tuple[Plan, 
   ]
   if not apart:
     return plan, dict(config)
-  changed = ties.untied(outputs, config)
+  changed = tied_names.untied(outputs, config)
   words = (
-    f"{ties.FLAG} is false in the config of the result"
+    f"{tied_names.FLAG} is false in the config of the result"
     if changed != config
-    else f"the config still says {ties.FLAG}, as more hangs on it: transformers keeps them apart "
+    else f"the config still says {tied_names.FLAG}, as more hangs on it: transformers keeps them "
+    "apart "
     "from version 5 on"
   )
   text = f"{', '.join(apart)} and {found.embedding} differ in some models, and are merged apart"
@@ -77,7 +79,7 @@ def tied(plan: Plan) -> Plan:
   """
   found: dict[object, list[Output]] = {}
   same: dict[str, str] = {}
-  for output in sorted(plan.outputs, key=lambda o: o.name.endswith(ties.HEADS)):
+  for output in sorted(plan.outputs, key=lambda o: o.name.endswith(tied_names.HEADS)):
     if output.job is None or len(output.shape) < 2 or _in_layers(output.name):
       continue
     others = found.setdefault(_kind(plan, output), [])
@@ -120,4 +122,4 @@ def _equal(a: Output, b: Output) -> bool:
   pairs = list(zip(_parts(a), _parts(b), strict=True))
   if any(x.dtype != y.dtype for x, y in pairs):
     return False
-  return all(x is y or ties.equal(x, y) for x, y in pairs)
+  return all(x is y or tied_names.equal(x, y) for x, y in pairs)

@@ -1,16 +1,8 @@
 """Files in and out: safetensors, Hugging Face folders and hub, PEFT adapters, checkpoints."""
 
-import importlib
-from types import ModuleType
+from jaxmerge import lazy
 
-__all__ = ["adapter", "atomic", "folder", "hub", "orbax", "safetensors"]
-
-
-def __getattr__(name: str) -> ModuleType:
-  if name in __all__:
-    return importlib.import_module(f"jaxmerge.io.{name}")
-  raise AttributeError(f"module 'jaxmerge.io' has no attribute {name!r}.")
-
-
-def __dir__() -> list[str]:
-  return sorted(__all__)
+__getattr__, __dir__, __all__ = lazy.attach(
+  __name__,
+  ("checkpoints", "disk", "formats", "huggingface", "other_formats", "peft", "tensors"),
+)

@@ -11,8 +11,11 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple  # Any: what a config.json holds.
 
 from jaxmerge import display
-from jaxmerge.io import adapter, checkpoint, folder, manifest, safetensors
-from jaxmerge.io.tensor import Files, Tensor, stored
+from jaxmerge.io.checkpoints import manifest, metadata
+from jaxmerge.io.huggingface import folder
+from jaxmerge.io.peft import adapter
+from jaxmerge.io.tensors import safetensors
+from jaxmerge.io.tensors.tensor import Files, Tensor, stored
 
 Path = folder.Path
 
@@ -55,15 +58,15 @@ def model(path: Path, files: Files, *, home: str | None = None) -> Weights:
   if home is None and display.readable(str(path)) != str(path):
     home = display.readable(str(path))  # Bytes that are no UTF-8 cannot be written down.
   usual = (path / folder.WEIGHTS).is_file() or (path / folder.INDEX).is_file()
-  step = None if usual else checkpoint.found(path)
+  step = None if usual else metadata.found(path)
   if step is None:
     files.note(folder.small(path))
     files.note(folder.weights(path))  # The index, which names them, is among the small ones.
     return _stored("model", path, folder.entries(path), files, home)
-  files.note([*step.glob(manifest.NAME), *checkpoint.files(step)])
-  tensors = checkpoint.tensors(step)
-  homes = dict.fromkeys(tensors, step / checkpoint.STATE)
-  return Weights("checkpoint", step, tensors, homes, checkpoint.files(step))
+  files.note([*step.glob(manifest.NAME), *metadata.files(step)])
+  tensors = metadata.tensors(step)
+  homes = dict.fromkeys(tensors, step / metadata.STATE)
+  return Weights("checkpoint", step, tensors, homes, metadata.files(step))
 
 
 def config(path: Path) -> dict[str, Any]:
@@ -73,7 +76,7 @@ def config(path: Path) -> dict[str, Any]:
     FileNotFoundError: where another folder has none.
   """
   path = pathlib.Path(path)
-  without = checkpoint.is_one(path) or (path / folder.PROVENANCE).is_file()
+  without = metadata.is_one(path) or (path / folder.PROVENANCE).is_file()
   return {} if without and not (path / folder.CONFIG).is_file() else folder.config(path)
 
 

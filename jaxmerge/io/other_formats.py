@@ -16,10 +16,10 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 ADAPTER = "adapter_config.json"
 PICKLES = (".bin", ".pt", ".pth")  # Endings of weights that are not read.
-_STORE = "with orbax.Checkpoints(pathlib.Path('OUT')) as store: store.save(1, {'params': tree}, {})"
+_STORE = "with store.Checkpoints(pathlib.Path('OUT')) as out: out.save(1, {'params': tree}, {})"
 _TREE = (
   f"give the tree to jaxmerge.merge in Python, or save it for this command: "
-  f"import pathlib; from jaxmerge.io import orbax; {_STORE}"
+  f"import pathlib; from jaxmerge.io.checkpoints import store; {_STORE}"
 )
 _ORBAX = ("_METADATA", "_CHECKPOINT_METADATA", "manifest.ocdbt", "ocdbt.process_0")
 _DATA = ("*.parquet", "*.arrow", "*.jsonl", "*.csv", "data/*.parquet", "dataset_dict.json")

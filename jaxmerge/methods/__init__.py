@@ -2,9 +2,9 @@
 
 from typing import Any  # An attribute that is not there has no type.
 
-from jaxmerge import catalog
+from jaxmerge import errors
 from jaxmerge.methods.arithmetic import analogy, negate, portllm, task_arithmetic
-from jaxmerge.methods.averaging import (
+from jaxmerge.methods.averages import (
   average,
   checkpoint_average,
   moving_weights,
@@ -12,17 +12,22 @@ from jaxmerge.methods.averaging import (
   weighted,
   weighted_sum,
 )
-from jaxmerge.methods.banding import band, breadcrumbs, breadcrumbs_ties
-from jaxmerge.methods.competing import pcb, widen
+from jaxmerge.methods.competition import pcb, widen
+from jaxmerge.methods.consensus_merging import consensus, ram, ramplus_tl
+from jaxmerge.methods.della_merging import della, della_linear, magprune
 from jaxmerge.methods.descent import doge, optmerge, wudi
+from jaxmerge.methods.drop_and_rescale import dare, dare_ties, drop
 from jaxmerge.methods.factory import named
-from jaxmerge.methods.gating import gate, layer_of, lwptv
-from jaxmerge.methods.overlapping import consensus, ram, ramplus_tl
-from jaxmerge.methods.pruning import della, della_linear, magprune
+from jaxmerge.methods.layer_gates import gate, layer_of, lwptv
+from jaxmerge.methods.model_breadcrumbs import band, breadcrumbs, breadcrumbs_ties
 from jaxmerge.methods.robust import flag, krum, meamed, median, phocas, trimmed_mean
-from jaxmerge.methods.selecting import arcee_fusion, magmax, most_varied, nearswap, passthrough, sce
-from jaxmerge.methods.signs import (
-  dare_ties,
+from jaxmerge.methods.selection import arcee_fusion, magmax, most_varied, nearswap, passthrough, sce
+from jaxmerge.methods.sparsify import matched, trim
+from jaxmerge.methods.spectral import iso_c, iso_cts, tsv
+from jaxmerge.methods.spherical import karcher, multislerp, nuslerp, slerp, spanned
+from jaxmerge.methods.stock import model_stock
+from jaxmerge.methods.subspaces import drm, lore, opcm
+from jaxmerge.methods.ties_merging import (
   disjoint_max,
   disjoint_mean,
   elect_sign,
@@ -30,11 +35,6 @@ from jaxmerge.methods.signs import (
   ties,
   ties_slack,
 )
-from jaxmerge.methods.sparsifying import dare, drop, matched, trim
-from jaxmerge.methods.spectral import iso_c, iso_cts, tsv
-from jaxmerge.methods.spherical import karcher, multislerp, nuslerp, slerp, spanned
-from jaxmerge.methods.stock import model_stock
-from jaxmerge.methods.subspaces import drm, lore, opcm
 
 __all__ = [
   "analogy",
@@ -106,4 +106,4 @@ __all__ = [
 def __getattr__(name: str) -> Any:
   if name.startswith("_"):
     raise AttributeError(f"module 'jaxmerge.methods' has no attribute {name!r}.")
-  raise AttributeError(f"no method is called {name!r}{catalog.nearest(name, __all__)}.")
+  raise AttributeError(f"no method is called {name!r}{errors.nearest(name, __all__)}.")

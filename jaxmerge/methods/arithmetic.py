@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from jaxmerge import catalog
-from jaxmerge.methods import averaging
+from jaxmerge.catalog import lookup
+from jaxmerge.core.stage import Method, Stage, chain, for_models
+from jaxmerge.methods import averages
 from jaxmerge.methods.factory import named
-from jaxmerge.stage import Method, Stage, chain, for_models
 
 
 @named
@@ -29,8 +29,8 @@ def task_arithmetic(
     >>> jaxmerge.merge(task_arithmetic(scale=0.5), base, experts)["w"].tolist()
     [3.0]
   """
-  catalog.check("task_arithmetic", {"scale": scale, "weight": weight, "normalize": normalize})
-  return chain(averaging.weighted_sum(weight, normalize=normalize), averaging.scaled(scale))
+  lookup.check("task_arithmetic", {"scale": scale, "weight": weight, "normalize": normalize})
+  return chain(averages.weighted_sum(weight, normalize=normalize), averages.scaled(scale))
 
 
 @named
@@ -45,8 +45,8 @@ def negate(scale: float = 0.3) -> Method:
     >>> jaxmerge.merge(negate(scale=0.5), base, experts)["w"].tolist()
     [0.5]
   """
-  catalog.check("negate", {"scale": scale})
-  return chain(averaging.weighted_sum(-1.0), averaging.scaled(scale))
+  lookup.check("negate", {"scale": scale})
+  return chain(averages.weighted_sum(-1.0), averages.scaled(scale))
 
 
 @named
@@ -63,8 +63,8 @@ def analogy(scale: float = 0.3) -> Method:
     >>> jaxmerge.merge(analogy(scale=1.0), base, experts)["w"].tolist()
     [14.0]
   """
-  catalog.check("analogy", {"scale": scale})
-  return chain(averaging.weighted_sum((-1.0, 1.0, 1.0)), averaging.scaled(scale))
+  lookup.check("analogy", {"scale": scale})
+  return chain(averages.weighted_sum((-1.0, 1.0, 1.0)), averages.scaled(scale))
 
 
 @named
@@ -84,6 +84,6 @@ def portllm(scale: float = 1.0) -> Method:
     >>> jaxmerge.merge(portllm(), newer, old_and_tuned)["w"].tolist()
     [12.0]
   """
-  catalog.check("portllm", {"scale": scale})
+  lookup.check("portllm", {"scale": scale})
   two = Stage(lambda x, leaf, known: x, init=for_models("portllm", 2, 2))
-  return chain((two,), averaging.weighted_sum((-1.0, 1.0)), averaging.scaled(scale))
+  return chain((two,), averages.weighted_sum((-1.0, 1.0)), averages.scaled(scale))

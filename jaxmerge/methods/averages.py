@@ -10,19 +10,10 @@ from typing import Any, Literal  # Any: what is known; numbers of NumPy, or trac
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmerge import catalog, moments
+from jaxmerge.catalog import lookup
+from jaxmerge.core import running_statistics
+from jaxmerge.core.stage import Array, Fold, Group, Leaf, Method, Stage, State, leafwise, masked
 from jaxmerge.methods.factory import named
-from jaxmerge.stage import (
-  Array,
-  Fold,
-  Group,
-  Leaf,
-  Method,
-  Stage,
-  State,
-  leafwise,
-  masked,
-)
 
 _sum = functools.partial(jnp.sum, axis=0, keepdims=True)
 
@@ -45,7 +36,7 @@ def average(weight: float | tuple[float, ...] = 1.0, normalize: bool = True) -> 
     >>> jaxmerge.blend(average(), {"w": jnp.array([[1.0], [3.0]])})["w"].tolist()
     [2.0]
   """
-  catalog.check("average", {"weight": weight, "normalize": normalize})
+  lookup.check("average", {"weight": weight, "normalize": normalize})
   if not normalize:
     return weighted_sum(weight)
   stage = Stage(
@@ -81,7 +72,7 @@ def checkpoint_average(
     >>> jaxmerge.blend(checkpoint_average("wma"), {"w": jnp.array([0.0, 3.0, 6.0])})["w"].tolist()
     4.0
   """
-  catalog.check("checkpoint_average", {"kind": kind, "alpha": alpha, "start": start})
+  lookup.check("checkpoint_average", {"kind": kind, "alpha": alpha, "start": start})
 
   def add(held: State, x: Array, leaf: Leaf) -> State:
     K = x.shape[0]
@@ -197,12 +188,14 @@ def with_moments(method: Method, names: Iterable[str] | None = None) -> Method:
     >>> merged["bn.running_var"].tolist(), merged["w"].tolist()
     ([2.0], [-2.0])
   """
-  own = None if names is None else moments.of(names)
+  own = None if names is None else running_statistics.of(names)
   same = len(method) == 1 and method[0].moments == "same" and method[0].where is None
   if own == frozenset() or same or any(step.moments == "done" for step in method):
     return method
   # By its name alone where that is enough: programs are then the same for other leaves.
-  return _with_moments(method, frozenset(n for n in own or () if not moments.is_moment(n)))
+  return _with_moments(
+    method, frozenset(n for n in own or () if not running_statistics.is_moment(n))
+  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,7 +206,7 @@ class _Statistics:
   are: bool = True
 
   def __call__(self, name: str) -> bool:
-    return (name in self.more or moments.is_moment(name)) == self.are
+    return (name in self.more or running_statistics.is_moment(name)) == self.are
 
 
 def _with_moments(method: Method, more: frozenset[str]) -> Method:

@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxmerge import catalog, counting, magnitudes, statistics, views
-from jaxmerge.methods import averaging, spectral
+from jaxmerge.catalog import lookup
+from jaxmerge.core import magnitudes, order_statistics, sharding, wide_counts
+from jaxmerge.core.stage import Array, Group, Leaf, Method, Rank, Stage, chain
+from jaxmerge.methods import averages, spectral
 from jaxmerge.methods.factory import named
-from jaxmerge.stage import Array, Group, Leaf, Method, Rank, Stage, chain
 
 
 @named
@@ -43,16 +44,16 @@ def pcb(
     [1.0, 0.0, 0.0, 0.0]
   """
   given = {"ratio": ratio, "weight": weight, "clamp": clamp}
-  catalog.check("pcb", {**given, "scale": scale})
+  lookup.check("pcb", {**given, "scale": scale})
 
   def init(group: Group) -> dict[str, Any]:
-    statistics.refuse_unrankable(group)
+    order_statistics.refuse_unrankable(group)
     share, tail = group.number("ratio"), group.number("clamp")
     low, one = _from_top(group, tail), _from_top(group, 1.0) + jnp.asarray([[0], [1]], jnp.uint32)
-    high = counting.at_most(_from_top(group, _rest(tail), more=1), group.size)
-    best = counting.at_most(_from_top(group, _rest(share)), group.size)
+    high = wide_counts.at_most(_from_top(group, _rest(tail), more=1), group.size)
+    best = wide_counts.at_most(_from_top(group, _rest(share)), group.size)
     all_ = _from_top(group, 0.0)
-    last = counting.plus(counting.minus(all_, best), one)
+    last = wide_counts.plus(wide_counts.minus(all_, best), one)
     return {"low": low, "high": high, "ranks": jnp.concatenate([best, one, last, all_], axis=1)}
 
   def update(x: Array, leaf: Leaf, known: Any) -> Array:
@@ -78,7 +79,7 @@ def pcb(
     Rank("largest", magnitudes, rank="high"),
     Rank("scores", four, rank="ranks"),
   )
-  return chain((Stage(update, measured, init, given, combines=True),), averaging.scaled(scale))
+  return chain((Stage(update, measured, init, given, combines=True),), averages.scaled(scale))
 
 
 def _rest(fraction: Any) -> Any:
@@ -87,13 +88,15 @@ def _rest(fraction: Any) -> Any:
 
 def _from_top(group: Group, fraction: Any, more: int = 0) -> Array:
   """As the n-th largest, the entry that floor(fraction * size) entries are smaller than."""
-  counted = jnp.asarray(counting.share(fraction, group.size, group.height))
-  whole = jnp.broadcast_to(jnp.asarray(counting.limbs(group.size + more))[:, None], counted.shape)
-  return counting.minus(whole, counted)
+  counted = jnp.asarray(wide_counts.share(fraction, group.size, group.height))
+  whole = jnp.broadcast_to(
+    jnp.asarray(wide_counts.limbs(group.size + more))[:, None], counted.shape
+  )
+  return wide_counts.minus(whole, counted)
 
 
-def _values(cut: statistics.Cut, x: Array) -> Array:
-  return statistics.at(cut).astype(x.dtype)
+def _values(cut: order_statistics.Cut, x: Array) -> Array:
+  return order_statistics.at(cut).astype(x.dtype)
 
 
 def _ends(x: Array, known: Any) -> list[Array]:
@@ -103,7 +106,7 @@ def _ends(x: Array, known: Any) -> list[Array]:
 
 
 def _scores(x: Array, known: Any) -> Array:
-  x = views.together(x)
+  x = sharding.together(x)
   low, high = _ends(x, known)
   size = _from_0_to_1(jnp.clip(jnp.abs(x), low, high), low, high)
   # Over exp(K), which no weight depends on: it would overflow for many models.
@@ -146,7 +149,7 @@ def widen(
     [[3.0, 2.0]]
   """
   given = {"threshold": threshold, "calibrated": calibrated}
-  catalog.check("widen", {**given, "scale": scale})
+  lookup.check("widen", {**given, "scale": scale})
 
   def shares(score: Array, leaf: Leaf) -> Array:
     mean = jnp.mean(score, axis=tuple(range(1, score.ndim)), keepdims=True)
@@ -160,12 +163,12 @@ def widen(
     return _added(x * (both[0] + both[1]) * 0.5)
 
   def rest(x: Array, leaf: Leaf, known: Any) -> Array:
-    x = views.together(x)
+    x = sharding.together(x)
     return _added(x * shares(jnp.abs(x), leaf))
 
-  columns = catalog.METHODS["widen"].lookups
+  columns = lookup.METHODS["widen"].lookups
   merged = spectral.by_matrix(update, given, rest, lookups=columns)
-  return chain(merged, averaging.scaled(scale))
+  return chain(merged, averages.scaled(scale))
 
 
 def _changes(base: Array, x: Array) -> tuple[Array, Array]:
@@ -188,7 +191,7 @@ def _changes(base: Array, x: Array) -> tuple[Array, Array]:
 
 def _places(x: Array) -> Array:
   """The places of the columns by size, as 0, 1/n, ..., (n - 1)/n: [K, 1, i] -> [K, 1, i]."""
-  return statistics.ranks(x).astype(x.dtype) * (1 / max(x.shape[2], 1))
+  return order_statistics.ranks(x).astype(x.dtype) * (1 / max(x.shape[2], 1))
 
 
 def _added(x: Array) -> Array:

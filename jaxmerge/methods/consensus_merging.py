@@ -6,10 +6,11 @@ from typing import Any, Literal  # Any: what is known is a tree of arrays.
 
 import jax.numpy as jnp
 
-from jaxmerge import catalog, counting
-from jaxmerge.methods import averaging
+from jaxmerge.catalog import lookup
+from jaxmerge.core import wide_counts
+from jaxmerge.core.stage import Array, Leaf, Method, Stage, Sum, chain, leafwise
+from jaxmerge.methods import averages
 from jaxmerge.methods.factory import named
-from jaxmerge.stage import Array, Leaf, Method, Stage, Sum, chain, leafwise
 
 
 @named
@@ -28,7 +29,7 @@ def ram(threshold: float = 1e-05) -> Method:
     >>> jaxmerge.merge(ram(), base, experts)["w"].tolist()
     [1.0, 3.0, 0.0]
   """
-  catalog.check("ram", {"threshold": threshold})
+  lookup.check("ram", {"threshold": threshold})
 
   def mean(x: Array, leaf: Leaf) -> Array:
     changed = _changed(x, leaf)
@@ -65,12 +66,12 @@ def ramplus_tl(
     [1.5, 3.0, 0.0]
   """
   given = {"threshold": threshold, "boost": boost, "limit": limit}
-  catalog.check("ramplus_tl", {**given, "scope": scope})
+  lookup.check("ramplus_tl", {**given, "scope": scope})
 
   def counts(x: Array, leaf: Leaf, known: Any) -> tuple[Array, Array]:
     changed = _changed(x, leaf)
     alone = _changers(changed) == 1
-    return counting.count(changed & ~alone), counting.count(changed & alone)
+    return wide_counts.count(changed & ~alone), wide_counts.count(changed & alone)
 
   def update(x: Array, leaf: Leaf, known: Any) -> Array:
     shared, unique = (_number(n, x) for n in known["counts"])
@@ -80,7 +81,7 @@ def ramplus_tl(
     factor = jnp.where(_changers(changed) == 1, factor.reshape((-1,) + (1,) * (x.ndim - 1)), 1)
     return _shared_mean(jnp.where(changed, x * factor, 0), changed)
 
-  measured = Sum("counts", counts, combine=counting.plus)
+  measured = Sum("counts", counts, combine=wide_counts.plus)
   return Method((Stage(update, (measured,), numbers=given, scope=scope, combines=True),))
 
 
@@ -109,7 +110,7 @@ def consensus(
     >>> jaxmerge.blend(consensus(scale=1.0), x, deltas=True)["w"].tolist()
     [3.0, 0.0, 0.0]
   """
-  catalog.check("consensus", {"scale": scale, "threshold": threshold, "least": least})
+  lookup.check("consensus", {"scale": scale, "threshold": threshold, "least": least})
 
   def update(x: Array, leaf: Leaf) -> Array:
     total = jnp.sum(x, axis=0, keepdims=True)
@@ -118,7 +119,7 @@ def consensus(
     return jnp.where(many, total, 0)
 
   settings = {"threshold": threshold, "least": least}
-  return chain(leafwise(update, numbers=settings, combines=True), averaging.scaled(scale))
+  return chain(leafwise(update, numbers=settings, combines=True), averages.scaled(scale))
 
 
 def _changed(x: Array, leaf: Leaf) -> Array:
@@ -136,4 +137,4 @@ def _shared_mean(x: Array, changed: Array) -> Array:
 
 
 def _number(limbs: Array, like: Array) -> Array:
-  return limbs[0].astype(like.dtype) * 2**counting.LIMB + limbs[1].astype(like.dtype)
+  return limbs[0].astype(like.dtype) * 2**wide_counts.LIMB + limbs[1].astype(like.dtype)

@@ -7,10 +7,11 @@ from typing import Any, Literal  # Any: what is known is a tree of arrays.
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmerge import catalog
-from jaxmerge.methods import averaging, random_masks, signs, sparsifying
+from jaxmerge.catalog import lookup
+from jaxmerge.core import random_masks
+from jaxmerge.core.stage import Array, Group, Leaf, Method, Stage, chain
+from jaxmerge.methods import averages, sparsify, ties_merging
 from jaxmerge.methods.factory import named
-from jaxmerge.stage import Array, Group, Leaf, Method, Stage, chain
 
 
 @named
@@ -41,7 +42,7 @@ def magprune(
     >>> bool(kept[:500].mean() < 0.4), bool(kept[500:].mean() > 0.6)
     (True, True)
   """
-  catalog.check("della", {"density": density, "epsilon": epsilon, "rescale": rescale})
+  lookup.check("della", {"density": density, "epsilon": epsilon, "rescale": rescale})
 
   def update(x: Array, leaf: Leaf, known: Any) -> Array:
     q = probabilities(known["ranks"], leaf.number("density", x), leaf.number("epsilon", x))
@@ -52,7 +53,7 @@ def magprune(
   numbers = {"density": density, "epsilon": epsilon, "seed": None}
   row = dict[str, Any](scope="leaf", unit="row", rest="row", ranked=True)
   pruned = Method((Stage(update, (), _refuse_window, numbers, **row),))
-  return pruned if rescale == "inverse" else sparsifying.matched(pruned, rescale)
+  return pruned if rescale == "inverse" else sparsify.matched(pruned, rescale)
 
 
 def probabilities(ranks: Array, density: Array, epsilon: Array) -> Array:
@@ -91,9 +92,9 @@ def della(
     [-3.0, 3.0]
   """
   given = {"rescale": rescale, "reduce": reduce, "zero_sum": zero_sum}
-  catalog.check("della", given)
+  lookup.check("della", given)
   pruned = magprune(density, epsilon, rescale=rescale)
-  return chain(pruned, signs.elected(scale, weight, reduce, zero_sum))
+  return chain(pruned, ties_merging.elected(scale, weight, reduce, zero_sum))
 
 
 @named
@@ -125,9 +126,9 @@ def della_linear(
     [-1.0, 3.0]
   """
   given = {"scale": scale, "weight": weight, "rescale": rescale, "normalize": normalize}
-  catalog.check("della_linear", given)
-  adding = averaging.weighted_sum(weight, normalize=normalize)
-  return chain(magprune(density, epsilon, rescale=rescale), adding, averaging.scaled(scale))
+  lookup.check("della_linear", given)
+  adding = averages.weighted_sum(weight, normalize=normalize)
+  return chain(magprune(density, epsilon, rescale=rescale), adding, averages.scaled(scale))
 
 
 def _refuse_window(group: Group) -> dict[str, Any]:

@@ -15,10 +15,11 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from jaxmerge import catalog, counting, magnitudes, statistics, views
-from jaxmerge.methods import averaging, spectral
+from jaxmerge.catalog import lookup
+from jaxmerge.core import magnitudes, order_statistics, sharding, wide_counts
+from jaxmerge.core.stage import Array, Group, Leaf, Method, Rank, chain
+from jaxmerge.methods import averages, spectral
 from jaxmerge.methods.factory import named
-from jaxmerge.stage import Array, Group, Leaf, Method, Rank, chain
 
 _added = functools.partial(jnp.sum, axis=0)
 
@@ -46,7 +47,7 @@ def wudi(
     >>> jaxmerge.blend(wudi(), x, layout=(("w", "oi"),), deltas=True)["w"].tolist()
     [[3.0, 0.0], [0.0, 1.0]]
   """
-  catalog.check("wudi", {"scale": scale, "learning_rate": learning_rate, "steps": steps})
+  lookup.check("wudi", {"scale": scale, "learning_rate": learning_rate, "steps": steps})
 
   def update(x: Array, leaf: Leaf, known: Any) -> Array:
     unit = x / _norms(x)
@@ -54,7 +55,7 @@ def wudi(
     return _descended(_added(x), x, unit.transpose(0, 2, 1) @ unit, _adam(rate), steps)
 
   numbers = {"learning_rate": learning_rate}
-  return chain(spectral.by_matrix(update, numbers), averaging.scaled(scale))
+  return chain(spectral.by_matrix(update, numbers), averages.scaled(scale))
 
 
 @named
@@ -85,7 +86,7 @@ def optmerge(
     [[3.0, 0.0], [0.0, 1.0]]
   """
   settings = {"learning_rate": learning_rate, "steps": steps}
-  catalog.check("optmerge", {"scale": scale, "tuned": tuned, **settings})
+  lookup.check("optmerge", {"scale": scale, "tuned": tuned, **settings})
 
   def update(x: Array, leaf: Leaf, known: Any) -> Array:
     K, rate = x.shape[0], leaf.scalar("learning_rate", x)
@@ -101,7 +102,7 @@ def optmerge(
     return _descended(_added(x), targets, spans, _adam(rate), steps)
 
   numbers = {"learning_rate": learning_rate}
-  return chain(spectral.by_matrix(update, numbers), averaging.scaled(scale))
+  return chain(spectral.by_matrix(update, numbers), averages.scaled(scale))
 
 
 @named
@@ -142,10 +143,10 @@ def doge(
     [[0.6 0. ] [0.  0.8]]
   """
   settings = {"density": density, "eta": eta, "learning_rate": learning_rate, "rank_tol": rank_tol}
-  catalog.check("doge", {**settings, "scale": scale, "subspace": subspace, "steps": steps})
+  lookup.check("doge", {**settings, "scale": scale, "subspace": subspace, "steps": steps})
 
   def init(group: Group) -> dict[str, Any]:
-    return {"kept": counting.share(group.number("density"), group.size, group.height, more=1)}
+    return {"kept": wide_counts.share(group.number("density"), group.size, group.height, more=1)}
 
   def update(x: Array, leaf: Leaf, known: Any) -> Array:
     K, r, tol = x.shape[0], min(x.shape[1:]), leaf.scalar("rank_tol", x)
@@ -162,15 +163,15 @@ def doge(
 
     start = jnp.zeros_like(held)
     moved = _steps(gradient, start, _adam(leaf.scalar("learning_rate", x)), steps)
-    counted = statistics.inside(known["cut"], jnp.abs(x), leaf)
+    counted = order_statistics.inside(known["cut"], jnp.abs(x), leaf)
     return _added(jnp.where(counted, (x + moved[None]) * rates, 0))[None]
 
   def rest(x: Array, leaf: Leaf, known: Any) -> Array:
-    return jnp.zeros_like(views.together(x)[:1])
+    return jnp.zeros_like(sharding.together(x)[:1])
 
   cut = Rank("cut", lambda x, leaf, known: jnp.abs(x), rank="kept")
   merged = spectral.by_matrix(update, settings, rest, statistics=(cut,), init=init)
-  return chain(merged, averaging.scaled(scale))
+  return chain(merged, averages.scaled(scale))
 
 
 def _descended(

@@ -8,8 +8,9 @@ import inspect
 from collections.abc import Callable
 from typing import ParamSpec
 
-from jaxmerge import catalog, stage
-from jaxmerge.stage import Method
+from jaxmerge import errors
+from jaxmerge.core import stage
+from jaxmerge.core.stage import Method
 
 Arguments = ParamSpec("Arguments")
 
@@ -43,7 +44,7 @@ def named(factory: Callable[Arguments, Method]) -> Callable[Arguments, Method]:
       unknown = [n for n in kwargs if n not in signature.parameters]
       if not unknown:
         raise TypeError(f"{name}: {error}.") from None
-      near = catalog.nearest(unknown[0], signature.parameters)
+      near = errors.nearest(unknown[0], signature.parameters)
       raise TypeError(f"{name} has no parameter {unknown[0]!r}{near}.") from None
     bound.apply_defaults()
     method = factory(*bound.args, **bound.kwargs)

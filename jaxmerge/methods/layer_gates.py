@@ -9,10 +9,11 @@ from typing import Any, Literal  # Any: what is known is a tree of arrays.
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmerge import catalog, counting, magnitudes, statistics, tree, views
-from jaxmerge.methods import averaging
+from jaxmerge.catalog import lookup
+from jaxmerge.core import magnitudes, sharding, stage, tree, wide_counts
+from jaxmerge.core.stage import Array, Group, Leaf, Method, Stage, chain
+from jaxmerge.methods import averages
 from jaxmerge.methods.factory import named
-from jaxmerge.stage import Array, Group, Leaf, Method, Stage, chain
 
 Score = Callable[[Array, Leaf], Array]
 
@@ -51,18 +52,18 @@ def gate(
   Example:
     >>> import jaxmerge
     >>> x = {"0/w": jnp.array([[4.0], [1.0]]), "1/w": jnp.array([[1.0], [2.0]])}
-    >>> jaxmerge.blend(chain(gate(score="rms"), averaging.weighted_sum()), x)
+    >>> jaxmerge.blend(chain(gate(score="rms"), averages.weighted_sum()), x)
     {'0/w': Array([4.], dtype=float32), '1/w': Array([2.], dtype=float32)}
   """
   named = {} if callable(score) else {"score": score}
-  catalog.check("lwptv", {"prune_ratio": prune_ratio, **named, "prune": prune})
+  lookup.check("lwptv", {"prune_ratio": prune_ratio, **named, "prune": prune})
 
   def init(group: Group) -> dict[str, Any]:
     layers = sorted({layer(n) for n in group.shapes})
     places = [layers.index(layer(n)) for n in group.shapes]
     sizes = np.zeros(len(layers))
     np.add.at(sizes, places, [np.prod(s) for s in group.shapes.values()])
-    pruned = counting.share(group.number("prune_ratio"), len(layers), group.height)
+    pruned = wide_counts.share(group.number("prune_ratio"), len(layers), group.height)
     return {
       "tags": np.array([tree.tag(n) for n in group.shapes], np.uint32),
       "places": np.array(places, np.int32),
@@ -74,7 +75,7 @@ def gate(
     return jnp.asarray(known["places"])[jnp.argmax(jnp.asarray(known["tags"]) == leaf.tag)]
 
   def measure(x: Array, leaf: Leaf, known: Any) -> list[Array]:
-    x = views.together(x)
+    x = sharding.together(x)
     if callable(score):
       found = [magnitudes.plain(score(x, leaf))]
     elif score == "deviation":
@@ -102,7 +103,7 @@ def gate(
     own = known["kept"][place(leaf, known)]
     return jnp.where(own.reshape((-1,) + (1,) * (x.ndim - 1)), x, 0)
 
-  measured = statistics.Sum("kept", measure, finish=kept)
+  measured = stage.Sum("kept", measure, finish=kept)
   return Method((Stage(update, (measured,), init, {"prune_ratio": prune_ratio}),))
 
 
@@ -144,6 +145,6 @@ def lwptv(
     >>> jaxmerge.blend(lwptv(0.5, scale=1.0, score="rms"), x, deltas=True)
     {'0/w': Array([4.], dtype=float32), '1/w': Array([2.], dtype=float32)}
   """
-  catalog.check("lwptv", {"scale": scale, "weight": weight})
+  lookup.check("lwptv", {"scale": scale, "weight": weight})
   pruned = gate(prune_ratio, score, prune)
-  return chain(pruned, averaging.weighted_sum(weight), averaging.scaled(scale))
+  return chain(pruned, averages.weighted_sum(weight), averages.scaled(scale))

@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmerge import catalog, counting, statistics, views
-from jaxmerge.methods import averaging, signs, sparsifying
+from jaxmerge.catalog import lookup
+from jaxmerge.core import order_statistics, reductions, sharding, wide_counts
+from jaxmerge.core.stage import Array, Group, Leaf, Method, Rank, Stage, chain
+from jaxmerge.methods import averages, sparsify, ties_merging
 from jaxmerge.methods.factory import named
-from jaxmerge.stage import Array, Group, Leaf, Method, Rank, Stage, chain
 
 Scope = Literal["tree", "leaf", "row"]
 Yields = Literal["keep", "remove"]
@@ -56,11 +57,11 @@ def breadcrumbs(
     [0.0, -3.0, 2.0, 0.0]
   """
   given = {"scope": scope, "yields": yields, "rescale": rescale, "normalize": normalize}
-  catalog.check("breadcrumbs", {**given, "scale": scale, "weight": weight})
+  lookup.check("breadcrumbs", {**given, "scale": scale, "weight": weight})
   return chain(
-    sparsifying.matched(band(keep, remove, scope=scope, yields=yields), rescale),
-    averaging.weighted_sum(weight, normalize=normalize),
-    averaging.scaled(scale),
+    sparsify.matched(band(keep, remove, scope=scope, yields=yields), rescale),
+    averages.weighted_sum(weight, normalize=normalize),
+    averages.scaled(scale),
   )
 
 
@@ -89,10 +90,10 @@ def breadcrumbs_ties(
     [0.0, -3.0, 5.0, 0.0]
   """
   given = {"scope": scope, "yields": yields, "rescale": rescale, "reduce": reduce}
-  catalog.check("breadcrumbs_ties", {**given, "zero_sum": zero_sum})
+  lookup.check("breadcrumbs_ties", {**given, "zero_sum": zero_sum})
   return chain(
-    sparsifying.matched(band(keep, remove, scope=scope, yields=yields), rescale),
-    signs.elected(scale, weight, reduce, zero_sum),
+    sparsify.matched(band(keep, remove, scope=scope, yields=yields), rescale),
+    ties_merging.elected(scale, weight, reduce, zero_sum),
   )
 
 
@@ -113,7 +114,7 @@ def band(
     [0.0, -3.0, 2.0, 0.0]
   """
   given = {"keep": keep, "remove": remove, "scope": scope, "yields": yields}
-  catalog.check("breadcrumbs", given)
+  lookup.check("breadcrumbs", given)
   numbers = {"keep": keep, "remove": remove}
   if scope == "row":
     by_row = functools.partial(_band_of_rows, yields=yields)
@@ -122,7 +123,7 @@ def band(
 
   def init(group: Group) -> dict[str, Any]:
     counted = group._replace(shapes={n: s for n, s in group.shapes.items() if s})
-    statistics.refuse_unrankable(counted)
+    order_statistics.refuse_unrankable(counted)
     fractions = group.number("keep"), group.number("remove")
     return _counts(*fractions, counted.size, group.height, yields)
 
@@ -145,16 +146,16 @@ _ENDS = (
 
 def _counts(keep: Any, remove: Any, size: int, height: int, yields: Yields) -> dict[str, Any]:
   """How many of the largest are removed, and down to which rank entries are kept, as limbs."""
-  removed, kept = (jnp.asarray(counting.share(f, size, height)) for f in (remove, keep))
+  removed, kept = (jnp.asarray(wide_counts.share(f, size, height)) for f in (remove, keep))
   if yields == "remove":
-    room = counting.minus(jnp.broadcast_to(counting.limbs(size)[:, None], kept.shape), kept)
-    removed = jnp.where(counting.at_least(room, removed), removed, room)
-  return {"removed": removed, "reach": counting.at_most(counting.plus(removed, kept), size)}
+    room = wide_counts.minus(jnp.broadcast_to(wide_counts.limbs(size)[:, None], kept.shape), kept)
+    removed = jnp.where(wide_counts.at_least(room, removed), removed, room)
+  return {"removed": removed, "reach": wide_counts.at_most(wide_counts.plus(removed, kept), size)}
 
 
 def _between(x: Array, leaf: Leaf, known: Any) -> Array:
   size = _size(x, leaf, known)
-  near, far = (statistics.inside(known[end], size, leaf) for end in ("bottom", "top"))
+  near, far = (order_statistics.inside(known[end], size, leaf) for end in ("bottom", "top"))
   return jnp.where(near & ~far, x, 0)
 
 
@@ -168,7 +169,7 @@ def _band_of_rows(x: Array, leaf: Leaf, known: Any, *, yields: Yields) -> Array:
   def one(row: Array) -> Array:
     own = dict(counts)
     for end in _ENDS:
-      own[end.name] = statistics.settled(end, [(row, alone)], own)
+      own[end.name] = reductions.settled(end, [(row, alone)], own)
     return _between(row, alone, own)
 
   return jax.vmap(one, in_axes=1, out_axes=1)(x)
@@ -177,5 +178,5 @@ def _band_of_rows(x: Array, leaf: Leaf, known: Any, *, yields: Yields) -> Array:
 def _band_of_one_row(x: Array, leaf: Leaf, known: Any, *, yields: Yields) -> Array:
   if x.ndim == 1:
     return x
-  flat = views.reshaped(views.whole(x), (x.shape[0], 1, x.size // x.shape[0]))
-  return views.reshaped(_band_of_rows(flat, leaf, known, yields=yields), x.shape)
+  flat = sharding.reshaped(sharding.whole(x), (x.shape[0], 1, x.size // x.shape[0]))
+  return sharding.reshaped(_band_of_rows(flat, leaf, known, yields=yields), x.shape)

@@ -9,9 +9,10 @@ from typing import Any, Literal  # Any: what is known is a tree of arrays.
 import jax.numpy as jnp
 from jax import lax
 
-from jaxmerge import catalog, statistics, views
+from jaxmerge.catalog import lookup
+from jaxmerge.core import reductions, sharding
+from jaxmerge.core.stage import Array, Group, Leaf, Method, Stage, for_models, pointwise
 from jaxmerge.methods.factory import named
-from jaxmerge.stage import Array, Group, Leaf, Method, Stage, for_models, pointwise
 
 NETWORK = 32  # More models than that are sorted by the compiler's sort.
 
@@ -50,7 +51,7 @@ def trimmed_mean(trim: int = 1) -> Method:
     >>> jaxmerge.blend(trimmed_mean(), models)["w"].tolist()
     [3.0]
   """
-  catalog.check("trimmed_mean", {"trim": trim})
+  lookup.check("trimmed_mean", {"trim": trim})
 
   def update(x: Array, leaf: Leaf, known: Any) -> Array:
     return _mean(_ascending(x)[trim : x.shape[0] - trim])
@@ -77,7 +78,7 @@ def meamed(outliers: int = 1) -> Method:
     >>> jaxmerge.blend(meamed(), models)["w"].tolist()
     [2.0]
   """
-  catalog.check("meamed", {"outliers": outliers})
+  lookup.check("meamed", {"outliers": outliers})
   return _around(_central, outliers, "meamed")
 
 
@@ -98,7 +99,7 @@ def phocas(outliers: int = 1) -> Method:
     >>> jaxmerge.blend(phocas(), models)["w"].tolist()
     [2.0]
   """
-  catalog.check("phocas", {"outliers": outliers})
+  lookup.check("phocas", {"outliers": outliers})
   return _around(lambda rows: _mean(rows[outliers : len(rows) - outliers]), outliers, "phocas")
 
 
@@ -151,7 +152,7 @@ def krum(
     >>> jaxmerge.blend(krum(outliers=1), models)["w"].tolist() == models["w"][3].tolist()
     True
   """
-  catalog.check("krum", {"outliers": outliers, "select": select, "scope": scope})
+  lookup.check("krum", {"outliers": outliers, "select": select, "scope": scope})
 
   def init(group: Group) -> dict[str, Any]:
     for_models("krum", 2 * outliers + 3)(group)
@@ -163,7 +164,7 @@ def krum(
     return {}
 
   def distances(x: Array) -> Array:
-    x = views.together(x)
+    x = sharding.together(x)
     axes = tuple(range(1, x.ndim))
     # Differences, not an expansion in inner products: near models would lose all their digits.
     return jnp.stack([jnp.sum((x - x[k : k + 1]) ** 2, axis=axes) for k in range(x.shape[0])])
@@ -178,7 +179,7 @@ def krum(
     chosen = (jnp.sum(before, axis=1) < select).reshape((-1,) + (1,) * (x.ndim - 1))
     return jnp.sum(jnp.where(chosen, x, 0), axis=0, keepdims=True) * (1 / select)
 
-  measured = (statistics.squares("distances", distances),)
+  measured = (reductions.squares("distances", distances),)
   return Method((Stage(update, measured, init, scope=scope, combines=True),))
 
 
@@ -211,7 +212,7 @@ def flag(
     >>> print(np.asarray(jaxmerge.blend(flag(), models)["w"]).round(3))
     [0.75 0. ]
   """
-  catalog.check("flag", {"rank": rank, "steps": steps, "pairs": pairs})
+  lookup.check("flag", {"rank": rank, "steps": steps, "pairs": pairs})
 
   def coefficients(products: Array, unit: Array, known: Any) -> Array:
     squares = jnp.diagonal(products)
@@ -229,7 +230,7 @@ def flag(
     own = known["coefficients"].astype(x.dtype)
     return jnp.sum(x * own.reshape((-1,) + (1,) * (x.ndim - 1)), axis=0, keepdims=True)
 
-  measured = statistics.squares("coefficients", statistics.inner_products, coefficients)
+  measured = reductions.squares("coefficients", reductions.inner_products, coefficients)
   return Method((Stage(update, (measured,), init, {"pairs": pairs}, combines=True),))
 
 
@@ -282,7 +283,7 @@ def _weights(left: Array) -> Array:
 
 def _ascending(x: Array) -> list[Array]:
   """The models' entries in ascending order, entry by entry: [K, *s] -> K times [1, *s]."""
-  x, K = views.together(x), x.shape[0]
+  x, K = sharding.together(x), x.shape[0]
   if K > NETWORK:
     return jnp.split(jnp.sort(x, axis=0), K)
   # A network of comparisons: compilers sort along a short axis by a loop over entries.

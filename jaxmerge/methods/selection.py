@@ -9,10 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmerge import catalog, counting, magnitudes, statistics, views
-from jaxmerge.methods import averaging, signs
-from jaxmerge.methods.factory import named
-from jaxmerge.stage import (
+from jaxmerge.catalog import lookup
+from jaxmerge.core import magnitudes, order_statistics, reductions, sharding, wide_counts
+from jaxmerge.core.stage import (
   Array,
   Fold,
   Group,
@@ -25,6 +24,8 @@ from jaxmerge.stage import (
   for_models,
   join,
 )
+from jaxmerge.methods import averages, ties_merging
+from jaxmerge.methods.factory import named
 
 
 @named
@@ -48,7 +49,7 @@ def sce(density: float = 1.0, floor: float = 0.0) -> Method:
     >>> jaxmerge.merge(sce(), base, experts)["w"].tolist()
     [1.5, 2.0]
   """
-  catalog.check("sce", {"density": density, "floor": floor})
+  lookup.check("sce", {"density": density, "floor": floor})
   return chain(most_varied(density), _erased(floor))
 
 
@@ -59,29 +60,29 @@ def most_varied(density: float) -> Method:
   Example:
     >>> import jaxmerge
     >>> x = {"w": jnp.array([[1.0, 2.0, 5.0, 0.0], [1.0, 3.0, 1.0, 1.0]])}
-    >>> jaxmerge.blend(chain(most_varied(0.4), averaging.average()), x)["w"].tolist()
+    >>> jaxmerge.blend(chain(most_varied(0.4), averages.average()), x)["w"].tolist()
     [0.0, 0.0, 3.0, 0.0]
   """
 
   def init(group: Group) -> dict[str, Any]:
-    statistics.refuse_unrankable(group)
+    order_statistics.refuse_unrankable(group)
     density = jnp.asarray(group.number("density"), jnp.float32)
     if density.ndim:
       raise ValueError(f"sce: density must be one number for all models, got {density.shape[0]}.")
     return {"density": density.reshape(1)}
 
   def differing(x: Array, leaf: Leaf, known: Any) -> Array:
-    return counting.count(_variance(x, leaf, known) > 0)
+    return wide_counts.count(_variance(x, leaf, known) > 0)
 
   def kept(total: Array, known: Any) -> Array:
     # Where all are kept no cut is needed: drivers that search for one outside of a program skip it.
-    return jnp.where(known["density"] >= 1, 0, counting.part(known["density"], total))
+    return jnp.where(known["density"] >= 1, 0, wide_counts.part(known["density"], total))
 
   def update(x: Array, leaf: Leaf, known: Any) -> Array:
-    inside = statistics.inside(known["cut"], _variance(x, leaf, known), leaf)
+    inside = order_statistics.inside(known["cut"], _variance(x, leaf, known), leaf)
     return jnp.where(inside | (known["density"][0] >= 1), x, 0)
 
-  counted = Sum("kept", differing, combine=counting.plus, finish=kept)
+  counted = Sum("kept", differing, combine=wide_counts.plus, finish=kept)
   measured = (counted, Rank("cut", _variance, rank="kept", exact=True))
   return Method((Stage(update, measured, init, {"density": density}, scope="leaf"),))
 
@@ -115,7 +116,7 @@ def _erased(floor: float) -> Method:
     own, unit = known["squares"]
     usable = (own.sum() > 0) & (own.sum() >= magnitudes.over(leaf.scalar("floor", x), unit))
     weight = jnp.where(usable, own / jnp.where(usable, own.sum(), 1), 1 / x.shape[0])
-    agreeing = signs.agreeing(x)
+    agreeing = ties_merging.agreeing(x)
     weight = jnp.where(agreeing != 0, weight.reshape((-1,) + (1,) * (x.ndim - 1)), 0)
     total = jnp.sum(weight, axis=0, keepdims=True)
     return jnp.sum(weight * agreeing, axis=0, keepdims=True) / jnp.maximum(total, 1e-6)
@@ -123,7 +124,7 @@ def _erased(floor: float) -> Method:
   def init(group: Group) -> dict[str, Any]:
     return {"size": np.float32(max(group.size, 1))}
 
-  measured = (statistics.squares("squares", squares, means),)
+  measured = (reductions.squares("squares", squares, means),)
   return Method((Stage(update, measured, init, {"floor": floor}, scope="leaf", combines=True),))
 
 
@@ -154,15 +155,15 @@ def arcee_fusion() -> Method:
     for_models("arcee_fusion", 1, 1)(group)
     last = max(group.size - 1, 0)
     ranks = {name: group.size - n * last // 4 for n, name in enumerate(quartiles, 1)}
-    return {f"{name}_rank": jnp.asarray(counting.limbs(n))[:, None] for name, n in ranks.items()}
+    return {f"{name}_rank": jnp.asarray(wide_counts.limbs(n))[:, None] for name, n in ranks.items()}
 
   def second(pair: tuple[Array, Array], leaf: Leaf, known: Any) -> Array:
     return pair[1]
 
   def update(pair: tuple[Array, Array], leaf: Leaf, known: Any) -> Array:
-    lower, median, upper = (statistics.at(known[name])[0] for name in quartiles)
+    lower, median, upper = (order_statistics.at(known[name])[0] for name in quartiles)
     threshold = median + 1.5 * (upper - lower)
-    return jnp.where(statistics.comparable(pair[1]) >= threshold, pair[0], 0)
+    return jnp.where(order_statistics.comparable(pair[1]) >= threshold, pair[0], 0)
 
   quartiles = ("lower", "median", "upper")
   measured = tuple(Rank(name, second, rank=f"{name}_rank") for name in quartiles)
@@ -201,17 +202,17 @@ def magmax(scale: float = 0.5) -> Method:
     >>> jaxmerge.blend(magmax(scale=1.0), x, deltas=True)["w"].tolist()
     [0.75, -0.25]
   """
-  catalog.check("magmax", {"scale": scale})
+  lookup.check("magmax", {"scale": scale})
 
   def larger(held: Array | None, x: Array, leaf: Leaf) -> Array:
-    rows = jnp.split(views.together(x), x.shape[0])
+    rows = jnp.split(sharding.together(x), x.shape[0])
     return functools.reduce(_larger, rows if held is None else [held, *rows])
 
   fold = Fold(larger, lambda held, leaf: held)
   largest = Stage(
     lambda x, leaf, known: larger(None, x, leaf), combines=True, ordered=True, fold=fold
   )
-  return chain((largest,), averaging.scaled(scale))
+  return chain((largest,), averages.scaled(scale))
 
 
 def _larger(held: Array, x: Array) -> Array:
@@ -236,10 +237,10 @@ def nearswap(t: float = 0.0001) -> Method:
     >>> jaxmerge.blend(nearswap(t=0.5), models)["w"].tolist()
     [1.25, 1.5, 0.5]
   """
-  catalog.check("nearswap", {"t": t})
+  lookup.check("nearswap", {"t": t})
 
   def update(x: Array, leaf: Leaf, known: Any) -> Array:
-    x = views.together(x)
+    x = sharding.together(x)
     first, second = x[:1], x[1:]
     t, apart = leaf.scalar("t", x), second - first
     return jnp.where(jnp.abs(apart) <= t, second, first + t * jnp.sign(apart))
@@ -261,6 +262,6 @@ def passthrough(
     >>> jaxmerge.blend(passthrough(0.5), {"w": jnp.array([[3.0]])})["w"].tolist()
     [1.5]
   """
-  catalog.check("passthrough", {"scale": scale})
+  lookup.check("passthrough", {"scale": scale})
   one = Stage(lambda x, leaf, known: x, init=for_models("passthrough", 1, 1))
-  return chain((one,), averaging.scaled(scale))
+  return chain((one,), averages.scaled(scale))

@@ -1,4 +1,4 @@
-"""Sparsifying task vectors: by magnitude and at random."""
+"""Sparsifying task vectors by magnitude, and restoring their norms."""
 
 from __future__ import annotations
 
@@ -6,21 +6,10 @@ from typing import Any, Literal  # Any: what is known is a tree of arrays.
 
 import jax.numpy as jnp
 
-from jaxmerge import catalog, counting, statistics
-from jaxmerge.methods import averaging, random_masks
+from jaxmerge.catalog import lookup
+from jaxmerge.core import order_statistics, reductions, wide_counts
+from jaxmerge.core.stage import Array, Group, Leaf, Method, Rank, Scope, Stage, join
 from jaxmerge.methods.factory import named
-from jaxmerge.stage import (
-  Array,
-  Group,
-  Leaf,
-  Method,
-  Rank,
-  Scope,
-  Stage,
-  chain,
-  join,
-  leafwise,
-)
 
 
 @named
@@ -47,59 +36,21 @@ def trim(density: float, *, scope: Scope = "tree", rule: Literal["kth", "exact"]
     [4.0, -3.0, 0.0, 0.0]
   """
   chosen = {} if callable(scope) else {"scope": scope}
-  catalog.check("ties", {"density": density, "rule": rule, **chosen})
+  lookup.check("ties", {"density": density, "rule": rule, **chosen})
   exact = rule == "exact"
 
   def init(group: Group) -> dict[str, Any]:
     if exact:
-      statistics.refuse_unrankable(group)
+      order_statistics.refuse_unrankable(group)
     density = group.number("density")
     extra = {"least": 1} if exact else {"more": 1}
-    return {"kept": counting.share(density, group.size, group.height, **extra)}
+    return {"kept": wide_counts.share(density, group.size, group.height, **extra)}
 
   def update(x: Array, leaf: Leaf, known: Any) -> Array:
-    return jnp.where(statistics.inside(known["cut"], jnp.abs(x), leaf), x, 0)
+    return jnp.where(order_statistics.inside(known["cut"], jnp.abs(x), leaf), x, 0)
 
   cut = Rank("cut", lambda x, leaf, known: jnp.abs(x), rank="kept", exact=exact)
   return Method((Stage(update, (cut,), init, {"density": density}, scope=scope),))
-
-
-@named
-def drop(
-  drop_rate: float = 0.5,
-  *,
-  rescale: str | None = "inverse",
-) -> Method:
-  """Drops entries of each task vector at random, and makes up for them.
-
-  Masks come from one hash of (seed, leaf, model, index), so they depend neither on visiting order,
-  cutting or sharding, nor on which other leaves and models there are. The driver takes the seed.
-
-  Args:
-    drop_rate: probability that an entry is dropped, in [0, 1]. 1 drops all.
-    rescale: "inverse" divides by 1 - drop_rate; "l1", "l2", "linf" restore that norm of the whole
-      leaf, see `matched`; None leaves the entries as they are.
-
-  Reference: Yu et al. 2024, Language models are super Mario (arXiv:2311.03099).
-
-  Example:
-    >>> import jaxmerge
-    >>> kept = jaxmerge.blend(drop(0.75), {"w": jnp.ones((1, 1000))}, seed=0)["w"]
-    >>> sorted(set(kept.tolist())), 0.7 < (kept == 0).mean() < 0.8
-    ([0.0, 4.0], Array(True, dtype=bool))
-  """
-  catalog.check("dare", {"drop_rate": drop_rate, "rescale": rescale})
-
-  def update(x: Array, leaf: Leaf) -> Array:
-    rate = leaf.number("drop_rate", x)
-    kept = random_masks.chosen(x, leaf, 1 - rate)
-    thin = jnp.where(kept, x, 0)
-    # The divisor is chosen entry by entry: compilers make a product of a division by one number
-    # where the array is large, and the last bit would depend on how a leaf is cut.
-    return thin / jnp.where(kept, 1 - rate, 1) if rescale == "inverse" else thin
-
-  thinned = leafwise(update, numbers={"drop_rate": drop_rate, "seed": None})
-  return thinned if rescale == "inverse" else matched(thinned, rescale)
 
 
 @named
@@ -134,37 +85,7 @@ def matched(method: Method, norm: str | None) -> Method:
     return pair[1] / jnp.where(pair[1] != 0, share.reshape((-1,) + (1,) * (pair[1].ndim - 1)), 1)
 
   if norm == "linf":
-    measured = statistics.greatest("powers", lambda pair, leaf: powers(*pair))
+    measured = reductions.greatest("powers", lambda pair, leaf: powers(*pair))
   else:
-    measured = statistics.squares("powers", powers, degree=2 if norm == "l2" else 1)
+    measured = reductions.squares("powers", powers, degree=2 if norm == "l2" else 1)
   return join(method, Stage(update, (measured,), scope="leaf"))
-
-
-@named
-def dare(
-  drop_rate: float = 0.5,
-  scale: float = 0.3,
-  weight: float | tuple[float, ...] = 1.0,
-  rescale: str | None = "inverse",
-  normalize: bool = False,
-) -> Method:
-  """Drops entries at random, rescales the rest, and adds the task vectors up. Needs a seed.
-
-  Args:
-    drop_rate: probability that an entry is dropped, in [0, 1].
-    scale: factor on the sum of the task vectors.
-    weight: weight of each task vector, scalar or one per model.
-    rescale: see `drop`.
-    normalize: divide by the sum of the weights, see `weighted_sum`.
-
-  Reference: Yu et al. 2024 (arXiv:2311.03099).
-
-  Example:
-    >>> import jaxmerge
-    >>> base, experts = {"w": jnp.zeros(2)}, {"w": jnp.array([[1.0, 2.0], [3.0, 4.0]])}
-    >>> jaxmerge.merge(dare(drop_rate=0.0, scale=0.5), base, experts, seed=0)["w"].tolist()
-    [2.0, 3.0]
-  """
-  catalog.check("dare", {"scale": scale, "weight": weight, "normalize": normalize})
-  adding = averaging.weighted_sum(weight, normalize=normalize)
-  return chain(drop(drop_rate, rescale=rescale), adding, averaging.scaled(scale))

@@ -16,10 +16,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxmerge import catalog, magnitudes, views
-from jaxmerge.methods import averaging
+from jaxmerge.catalog import lookup
+from jaxmerge.core import magnitudes, sharding
+from jaxmerge.core.stage import Array, Leaf, Method, Stage, chain
+from jaxmerge.methods import averages
 from jaxmerge.methods.factory import named
-from jaxmerge.stage import Array, Leaf, Method, Stage, chain
 
 _added = functools.partial(jnp.sum, axis=0, keepdims=True)
 Polar = Literal["svd", "products"]
@@ -48,12 +49,12 @@ def iso_c(
     >>> jaxmerge.blend(iso_c(), x, layout=(("w", "oi"),), deltas=True)["w"].tolist()
     [[2.0, 0.0], [0.0, 2.0]]
   """
-  catalog.check("iso_c", {"scale": scale, "rank_tol": rank_tol, "polar": polar})
+  lookup.check("iso_c", {"scale": scale, "rank_tol": rank_tol, "polar": polar})
 
   def update(x: Array, leaf: Leaf, known: Any) -> Array:
     return _evened(_added(x), leaf.scalar("rank_tol", x), polar)
 
-  return chain(by_matrix(update, {"rank_tol": rank_tol}), averaging.scaled(scale))
+  return chain(by_matrix(update, {"rank_tol": rank_tol}), averages.scaled(scale))
 
 
 @named
@@ -85,7 +86,7 @@ def iso_cts(
     [[2.0, 0.0], [0.0, 2.0]]
   """
   given = {"scale": scale, "common": common, "rank_tol": rank_tol, "polar": polar}
-  catalog.check("iso_cts", given)
+  lookup.check("iso_cts", given)
 
   def update(x: Array, leaf: Leaf, known: Any) -> Array:
     tol = leaf.scalar("rank_tol", x)
@@ -104,7 +105,7 @@ def iso_cts(
     lefts, rights = (_orthogonal(y, tol, polar) for y in (lefts, rights))
     return (mean * lefts @ rights.T)[None]
 
-  return chain(by_matrix(update, {"rank_tol": rank_tol}), averaging.scaled(scale))
+  return chain(by_matrix(update, {"rank_tol": rank_tol}), averages.scaled(scale))
 
 
 def slots(rank: int, height: int, common: float) -> tuple[int, int]:
@@ -142,7 +143,7 @@ def tsv(
     >>> jaxmerge.blend(tsv(), x, layout=(("w", "oi"),), deltas=True)["w"].tolist()
     [[3.0, 0.0], [0.0, 1.0]]
   """
-  catalog.check("tsv", {"scale": scale, "rank_tol": rank_tol, "polar": polar})
+  lookup.check("tsv", {"scale": scale, "rank_tol": rank_tol, "polar": polar})
 
   def update(x: Array, leaf: Leaf, known: Any) -> Array:
     tol, K = leaf.scalar("rank_tol", x), x.shape[0]
@@ -151,7 +152,7 @@ def tsv(
     lefts, rights = (_orthogonal(y, tol, polar) for y in (lefts, rights))
     return ((lefts * values[None]) @ rights.T)[None]
 
-  return chain(by_matrix(update, {"rank_tol": rank_tol}), averaging.scaled(scale))
+  return chain(by_matrix(update, {"rank_tol": rank_tol}), averages.scaled(scale))
 
 
 def by_matrix(
@@ -163,7 +164,7 @@ def by_matrix(
   """A combiner of matrices; leaves without a view are averaged, or what `rest` makes of them."""
 
   def together(x: Array, leaf: Leaf, known: Any) -> Array:
-    return update(views.together(x), leaf, known) if x.size else x[:1]
+    return update(sharding.together(x), leaf, known) if x.size else x[:1]
 
   def mean(x: Array, leaf: Leaf, known: Any) -> Array:
     return _added(x) * (1 / x.shape[0])

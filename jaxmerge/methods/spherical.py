@@ -14,10 +14,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxmerge import catalog, magnitudes, statistics, views
-from jaxmerge.methods import averaging
+from jaxmerge.catalog import lookup
+from jaxmerge.core import magnitudes, reductions, sharding
+from jaxmerge.core.stage import Array, Group, Leaf, Method, Stage, for_models
+from jaxmerge.methods import averages
 from jaxmerge.methods.factory import named
-from jaxmerge.stage import Array, Group, Leaf, Method, Stage, for_models
 
 Solve = Callable[[Array, Leaf], Array]
 _dot = functools.partial(jnp.dot, precision="highest")
@@ -59,7 +60,7 @@ def spanned(
   if scope == "leaf":
     whole = made(
       lambda x, leaf, known: _combined(solve(*_measured(known["gram"], leaf)), x),
-      (statistics.gram("gram"),),
+      (reductions.gram("gram"),),
     )
     return Method((whole,))
 
@@ -67,24 +68,24 @@ def spanned(
     across = 2 if scope == "row" else 1
     batch = 3 - across
     contract = (([across], [across]), ([batch], [batch]))
-    place = views.unsharded(x, 3)
+    place = sharding.unsharded(x, 3)
     unit = jnp.max(magnitudes.peak(x, (across,)), axis=0, keepdims=True)
     scaled = x / unit
     grams = lax.dot_general(scaled, scaled, contract, precision="highest", out_sharding=place)
-    each = statistics.Gram(grams, unit.reshape(-1))
+    each = reductions.Gram(grams, unit.reshape(-1))
     found = jax.vmap(lambda gram: solve(*_measured(gram, leaf)), out_axes=1)(each)
     return jnp.sum(x * jnp.expand_dims(found, across), axis=0, keepdims=True)
 
   def rest(x: Array, leaf: Leaf, known: Any) -> Array:
     unit = jnp.max(magnitudes.peak(x, range(1, x.ndim)))
-    gram = statistics.Gram(statistics.inner_products(x / unit), unit)
+    gram = reductions.Gram(reductions.inner_products(x / unit), unit)
     return _combined(solve(*_measured(gram, leaf)), x)
 
   unit: Literal["row", "matrix"] = "row" if scope == "row" else "matrix"
   return Method((made(update, unit=unit, lookups="row", rest=rest),))
 
 
-def _measured(gram: statistics.Gram, leaf: Leaf) -> tuple[Array, Leaf]:
+def _measured(gram: reductions.Gram, leaf: Leaf) -> tuple[Array, Leaf]:
   return gram.products, leaf._replace(aux={**leaf.aux, "unit": gram.unit})
 
 
@@ -107,7 +108,7 @@ def slerp(t: float = 0.5) -> Method:
     >>> print(np.asarray(jaxmerge.blend(slerp(t=0.5), models)["w"]).round(4))
     [1.4142 0.7071]
   """
-  catalog.check("slerp", {"t": t})
+  lookup.check("slerp", {"t": t})
 
   def solve(gram: Array, leaf: Leaf) -> Array:
     cosine = cosines(gram)[0, 1]
@@ -144,7 +145,7 @@ def nuslerp(
     >>> print(np.asarray(jaxmerge.blend(nuslerp(weight=(1.0, 3.0)), models)["w"]).round(4))
     [0.7654 0.9239]
   """
-  catalog.check("nuslerp", {"weight": weight, "scope": scope})
+  lookup.check("nuslerp", {"weight": weight, "scope": scope})
 
   def straight(gram: Array, leaf: Leaf) -> Array:
     own = _weights(gram, leaf)
@@ -184,7 +185,7 @@ def multislerp(
     >>> print(np.asarray(jaxmerge.blend(multislerp(), models)["w"]).round(4))
     [1.0607 1.0607]
   """
-  catalog.check("multislerp", {"weight": weight, "normalize": normalize})
+  lookup.check("multislerp", {"weight": weight, "normalize": normalize})
 
   def straight(gram: Array, leaf: Leaf) -> Array:
     own = _weights(gram, leaf)
@@ -198,7 +199,7 @@ def multislerp(
     unit = jnp.where(usable, _dot(own, norms), 1) / root(jnp.where(usable, square, 1))
     return jnp.where(usable, unit * _over(own, norms), own)
 
-  init = averaging.refuse_zero_sum("multislerp") if normalize else for_models("multislerp", 1)
+  init = averages.refuse_zero_sum("multislerp") if normalize else for_models("multislerp", 1)
   own = straight if normalize else None
   return spanned(solve, numbers={"weight": weight}, init=init, straight=own)
 
@@ -228,7 +229,7 @@ def karcher(
     >>> print(np.asarray(jaxmerge.blend(karcher(), models)["w"]).round(4))
     [0.8154 0.2718 0.5111]
   """
-  catalog.check("karcher", {"weight": weight, "max_iter": max_iter, "tol": tol})
+  lookup.check("karcher", {"weight": weight, "max_iter": max_iter, "tol": tol})
 
   def solve(gram: Array, leaf: Leaf) -> Array:
     own, least = _weights(gram, leaf), leaf.scalar("tol", gram)
@@ -240,7 +241,7 @@ def karcher(
     mean = _mean_direction(cosines(gram), share, valid, least, max_iter)
     return _dot(own, norms) * jnp.where(valid, _over(mean, norms), 0)
 
-  init = averaging.refuse_zero_sum("karcher")
+  init = averages.refuse_zero_sum("karcher")
   return spanned(solve, numbers={"weight": weight, "tol": tol}, init=init)
 
 

@@ -6,10 +6,11 @@ from typing import Literal
 
 import jax.numpy as jnp
 
-from jaxmerge import catalog, magnitudes
+from jaxmerge.catalog import lookup
+from jaxmerge.core import magnitudes
+from jaxmerge.core.stage import Array, Leaf, Method, for_models
 from jaxmerge.methods import spherical
 from jaxmerge.methods.factory import named
-from jaxmerge.stage import Array, Leaf, Method, for_models
 
 
 @named
@@ -39,7 +40,7 @@ def model_stock(
     >>> print(np.asarray(jaxmerge.merge(model_stock(), base, experts)["w"]).round(4))
     [0.8    0.2667 0.    ]
   """
-  catalog.check("model_stock", {"scope": scope, "clip": clip, "floor": floor})
+  lookup.check("model_stock", {"scope": scope, "clip": clip, "floor": floor})
 
   def solve(gram: Array, leaf: Leaf) -> Array:
     K = gram.shape[0]

@@ -12,10 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxmerge import catalog, counting, statistics, views
-from jaxmerge.methods import averaging, spectral
+from jaxmerge.catalog import lookup
+from jaxmerge.core import order_statistics, reductions, sharding, wide_counts
+from jaxmerge.core.stage import Array, Leaf, Method, Rank, Stage, chain, join
+from jaxmerge.methods import averages, spectral
 from jaxmerge.methods.factory import named
-from jaxmerge.stage import Array, Leaf, Method, Rank, Stage, chain, join
 
 
 @named
@@ -50,7 +51,7 @@ def drm(
     [[3.0, 0.0], [0.0, 1.0]]
   """
   given = {"weight": weight, "rank_tol": rank_tol}
-  catalog.check("drm", {**given, "scale": scale, "drop_rate": drop_rate, "direction": direction})
+  lookup.check("drm", {**given, "scale": scale, "drop_rate": drop_rate, "direction": direction})
 
   def update(x: Array, leaf: Leaf, known: Any) -> Array:
     x = x.transpose(0, 2, 1) if direction == "vertical" else x
@@ -65,9 +66,9 @@ def drm(
     return y.transpose(0, 2, 1) if direction == "vertical" else y
 
   def rest(x: Array, leaf: Leaf, known: Any) -> Array:
-    return _elected(views.together(x), leaf.number("weight", x))
+    return _elected(sharding.together(x), leaf.number("weight", x))
 
-  return chain(spectral.by_matrix(update, given, rest), averaging.scaled(scale))
+  return chain(spectral.by_matrix(update, given, rest), averages.scaled(scale))
 
 
 def _largest(x: Array, there: Array, share: float, leaf: Leaf) -> Array:
@@ -81,10 +82,10 @@ def _largest(x: Array, there: Array, share: float, leaf: Leaf) -> Array:
   """
   K, m, n = x.shape
   # By the number of directions, the place of the next; where there is none, all are kept.
-  places = [counting.limbs(round(count * K * m * share) + 1) for count in range(n + 1)]
+  places = [wide_counts.limbs(round(count * K * m * share) + 1) for count in range(n + 1)]
   own = {"place": jnp.asarray(np.stack(places))[jnp.sum(there, dtype=jnp.int32)][:, None]}
-  cut = statistics.settled(_LEAST, [(x[None], leaf)], own)
-  return jnp.where(statistics.inside(cut, jnp.abs(x)[None], leaf)[0], x, 0)
+  cut = reductions.settled(_LEAST, [(x[None], leaf)], own)
+  return jnp.where(order_statistics.inside(cut, jnp.abs(x)[None], leaf)[0], x, 0)
 
 
 _LEAST = Rank("least", lambda x, leaf, known: jnp.abs(x), rank="place")
@@ -135,7 +136,7 @@ def lore(
     [[2.0, 0.0], [0.0, 1.0]]
   """
   given = {"delta_scale": delta_scale, "mu": mu}
-  catalog.check("lore", {**given, "relative": relative, "sweeps": sweeps, "join": join})
+  lookup.check("lore", {**given, "relative": relative, "sweeps": sweeps, "join": join})
 
   def update(x: Array, leaf: Leaf, known: Any) -> Array:
     common, parts, least = _mean(x), jnp.zeros_like(x), leaf.scalar("mu", x)
@@ -194,7 +195,7 @@ def opcm(
      [1.491 0.745]]
   """
   given = {"alpha": alpha, "rank_tol": rank_tol}
-  catalog.check("opcm", {**given, "scale": scale})
+  lookup.check("opcm", {**given, "scale": scale})
 
   def update(x: Array, leaf: Leaf, known: Any) -> Array:
     alpha, tol = leaf.scalar("alpha", x), leaf.scalar("rank_tol", x)
@@ -219,8 +220,8 @@ def opcm(
     return pair[1] * known["factor"]
 
   in_turn = spectral.by_matrix(update, given, rest, ordered=True)
-  last = Stage(scaled, (statistics.squares("factor", squares, factor),))
-  return chain(join(in_turn, last), averaging.scaled(scale))
+  last = Stage(scaled, (reductions.squares("factor", squares, factor),))
+  return chain(join(in_turn, last), averages.scaled(scale))
 
 
 def projected(tau: Array, held: Array, alpha: Array | float, tol: Array | float) -> Array:

@@ -7,20 +7,11 @@ from typing import Any, Literal  # Any: what is known is a tree of arrays.
 
 import jax.numpy as jnp
 
-from jaxmerge import catalog, counting, statistics
-from jaxmerge.methods import averaging, sparsifying
+from jaxmerge.catalog import lookup
+from jaxmerge.core import reductions, wide_counts
+from jaxmerge.core.stage import Array, Group, Leaf, Method, Scope, Stage, chain, leafwise, pointwise
+from jaxmerge.methods import averages, sparsify
 from jaxmerge.methods.factory import named
-from jaxmerge.stage import (
-  Array,
-  Group,
-  Leaf,
-  Method,
-  Scope,
-  Stage,
-  chain,
-  leafwise,
-  pointwise,
-)
 
 _added = functools.partial(jnp.sum, axis=0, keepdims=True)
 
@@ -48,7 +39,7 @@ def elect_sign(
   Example:
     >>> import jaxmerge
     >>> x = {"w": jnp.array([[3.0, 1.0], [-1.0, 1.0]])}
-    >>> elected = chain(elect_sign(), averaging.weighted_sum())
+    >>> elected = chain(elect_sign(), averages.weighted_sum())
     >>> jaxmerge.blend(elected, x)["w"].tolist()
     [3.0, 2.0]
   """
@@ -64,7 +55,7 @@ def elect_sign(
 
   def sides(x: Array, leaf: Leaf) -> Array:
     # Of no sign counts 1, so that plus and minus are counted at once.
-    return counting.count((1 + jnp.sign(total(x, leaf))).astype(jnp.uint32), most=2)
+    return wide_counts.count((1 + jnp.sign(total(x, leaf))).astype(jnp.uint32), most=2)
 
   def update(x: Array, leaf: Leaf, known: Any) -> Array:
     merged = total(x, leaf)
@@ -76,13 +67,13 @@ def elect_sign(
     if "sides" not in known:
       return jnp.nan
     found, even = known["sides"], known["even"]
-    more, fewer = (counting.at_least(a, b)[0] for a, b in ((found, even), (even, found)))
+    more, fewer = (wide_counts.at_least(a, b)[0] for a, b in ((found, even), (even, found)))
     return more.astype(x.dtype) - fewer.astype(x.dtype)
 
-  counted = statistics.total("sides", sides)._replace(combine=counting.plus)
+  counted = reductions.total("sides", sides)._replace(combine=wide_counts.plus)
 
   def even(group: Group) -> dict[str, Any]:
-    return {"even": counting.limbs(group.size)[:, None]}
+    return {"even": wide_counts.limbs(group.size)[:, None]}
 
   return Method((Stage(update, (counted,), even, numbers, deferred=deferred),))
 
@@ -162,7 +153,7 @@ def elected(
     [6.0, 3.0]
   """
   election = {"zero_sum": zero_sum, "votes": votes}
-  catalog.check("ties", {"scale": scale, "weight": weight, "reduce": reduce, **election})
+  lookup.check("ties", {"scale": scale, "weight": weight, "reduce": reduce, **election})
   joined = {
     "mean": lambda: disjoint_mean(weight),
     # The entries carry their weights already.
@@ -170,7 +161,7 @@ def elected(
     "max": disjoint_max,
   }[reduce]()
   agreed = elect_sign(zero_sum, votes=votes, deferred=True)
-  return chain(averaging.weighted(weight), agreed, joined, averaging.scaled(scale))
+  return chain(averages.weighted(weight), agreed, joined, averages.scaled(scale))
 
 
 @named
@@ -210,8 +201,8 @@ def ties(
   """
   given = {"density": density, "rule": rule, "rescale": rescale, "reduce": reduce, "votes": votes}
   chosen = {} if callable(scope) else {"scope": scope}
-  catalog.check("ties", {**given, **chosen, "scale": scale, "weight": weight, "zero_sum": zero_sum})
-  trimmed = sparsifying.matched(sparsifying.trim(density, scope=scope, rule=rule), rescale)
+  lookup.check("ties", {**given, **chosen, "scale": scale, "weight": weight, "zero_sum": zero_sum})
+  trimmed = sparsify.matched(sparsify.trim(density, scope=scope, rule=rule), rescale)
   return chain(trimmed, elected(scale, weight, reduce, zero_sum, votes))
 
 
@@ -246,36 +237,6 @@ def ties_slack(
     >>> jaxmerge.blend(ties_slack(slack=(0.0, 0.5), density=1.0), x, deltas=True)["w"].tolist()
     [0.375, -0.375]
   """
-  catalog.check("ties_slack", {"slack": slack, "density": density, "scale": scale, "rule": rule})
-  trimmed = sparsifying.trim(density, scope=scope, rule=rule)
-  return chain(trimmed, elect_sign(slack=slack), disjoint_mean(), averaging.scaled(scale))
-
-
-@named
-def dare_ties(
-  drop_rate: float = 0.5,
-  density: float = 0.2,
-  scale: float = 1.0,
-  weight: float | tuple[float, ...] = 1.0,
-  rescale: str | None = "inverse",
-  scope: Scope = "tree",
-  rule: Literal["kth", "exact"] = "kth",
-  reduce: Literal["mean", "sum", "max"] = "mean",
-  zero_sum: Literal["majority", "plus"] = "majority",
-) -> Method:
-  """Drops entries at random (`drop`), then merges by `ties`. Needs a seed.
-
-  Reference: Yu et al. 2024 (arXiv:2311.03099).
-
-  Example:
-    >>> import jaxmerge
-    >>> base = {"w": jnp.zeros(3)}
-    >>> experts = {"w": jnp.array([[1.0, -2.0, 0.1], [3.0, 1.0, 0.2]])}
-    >>> method = dare_ties(drop_rate=0.0, density=0.4)
-    >>> jaxmerge.merge(method, base, experts, seed=0)["w"].tolist()
-    [2.0, -2.0, 0.0]
-  """
-  return chain(
-    sparsifying.drop(drop_rate, rescale=rescale),
-    ties(density, scale, weight, scope, rule, reduce, zero_sum),
-  )
+  lookup.check("ties_slack", {"slack": slack, "density": density, "scale": scale, "rule": rule})
+  trimmed = sparsify.trim(density, scope=scope, rule=rule)
+  return chain(trimmed, elect_sign(slack=slack), disjoint_mean(), averages.scaled(scale))

@@ -12,9 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmerge import arguments, catalog, tree, wide
-from jaxmerge.adapters import Adapter, Lora, Path, Swapped
-from jaxmerge.io import atomic, folder, safetensors
+from jaxmerge import errors
+from jaxmerge.adapters.lora import Adapter, Lora, Swapped
+from jaxmerge.adapters.peft import Path
+from jaxmerge.core import double_precision, tree
+from jaxmerge.drivers import arguments
+from jaxmerge.io.disk import atomic
+from jaxmerge.io.huggingface import folder
+from jaxmerge.io.tensors import safetensors
 from jaxmerge.methods import spectral
 
 ABOUT = "bundle.json"
@@ -43,7 +48,7 @@ class Reversible(NamedTuple):
   scales: dict[str, Any]
   swapped: frozenset[str] = frozenset()
 
-  @wide.aware
+  @double_precision.aware
   def for_task(self, name: str) -> dict[str, Lora]:
     """Returns the adapter of a task.
 
@@ -51,7 +56,7 @@ class Reversible(NamedTuple):
       ValueError: for a task that the bundle does not have.
     """
     if name not in self.names:
-      raise ValueError(f"the bundle has no task {name!r}{catalog.nearest(name, self.names)}.")
+      raise ValueError(f"the bundle has no task {name!r}{errors.nearest(name, self.names)}.")
     k = self.names.index(name)
 
     def factor(key: str) -> Any:
@@ -66,7 +71,7 @@ class Reversible(NamedTuple):
     }
 
 
-@wide.aware
+@double_precision.aware
 def rmm(
   adapters: Sequence[Adapter] | Any, names: Sequence[str], *, components: int = 1
 ) -> Reversible:
@@ -181,6 +186,6 @@ def load(path: Path) -> Reversible:
     raise ValueError(f"{path / ABOUT}: no description of a bundle ({error}).") from error
 
   def own(loaded: dict[str, np.ndarray]) -> dict[str, Any]:
-    return {n: wide.copied(x) for n, x in loaded.items()}
+    return {n: double_precision.copied(x) for n, x in loaded.items()}
 
   return Reversible(names, own(means), own(bases), own(coefficients), own(scales), swapped)

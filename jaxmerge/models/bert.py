@@ -17,9 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Integer, PRNGKeyArray
 
-from jaxmerge import tree
-from jaxmerge.io import folder as folder_lib
-from jaxmerge.io import safetensors
+from jaxmerge.core import tree
+from jaxmerge.io.huggingface import folder as folder_lib
+from jaxmerge.io.tensors import safetensors
 from jaxmerge.models import encoder, names
 
 Config = encoder.Config

@@ -19,11 +19,13 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Integer, PRNGKeyArray
 
-from jaxmerge import mesh as meshes
-from jaxmerge import tree
-from jaxmerge.io import atomic, links, safetensors, tensor, ties
-from jaxmerge.io import folder as folder_lib
+from jaxmerge.core import tree
+from jaxmerge.io.disk import atomic, links
+from jaxmerge.io.huggingface import folder as folder_lib
+from jaxmerge.io.huggingface import tied
+from jaxmerge.io.tensors import safetensors, tensor
 from jaxmerge.models import decoder, decoder_config, names
+from jaxmerge.parallel import mesh as meshes
 
 Config = decoder_config.Config
 Params = dict[str, Any]
@@ -170,7 +172,7 @@ def load(
 def _is_tied(theirs: Mapping[str, tensor.Tensor]) -> bool:
   """Tells whether no head is stored, or one that is the embedding."""
   head, embedding = theirs.get(_HEAD), theirs.get("model.embed_tokens.weight")
-  return head is None or (embedding is not None and ties.equal(head, embedding))
+  return head is None or (embedding is not None and tied.equal(head, embedding))
 
 
 def save(
@@ -210,8 +212,8 @@ def save(
   with atomic.folder(folder, replace=replace) as beside:
     folder_lib.surround(beside, source, readme)
     settings = folder_lib.config(source)
-    if settings.get(ties.FLAG) and not config.tied:
-      text = json.dumps(ties.untied({}, settings), indent=2) + "\n"
+    if settings.get(tied.FLAG) and not config.tied:
+      text = json.dumps(tied.untied({}, settings), indent=2) + "\n"
       (beside / folder_lib.CONFIG).write_text(text)
     for path in dict.fromkeys(path for path, _ in places.values()):
       own = {n: entry for n, (home, entry) in places.items() if home == path}

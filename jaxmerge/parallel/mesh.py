@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxmerge import tree
+from jaxmerge.core import tree
 
 Array = jax.Array
 AXES = ("task", "data", "model")

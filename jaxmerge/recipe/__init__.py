@@ -4,28 +4,28 @@ import importlib
 from typing import Any  # A lazy attribute may be any public object.
 
 _HOMES = {
-  "read": "schema",
-  "parse": "schema",
-  "RecipeError": "places",
+  "read": "syntax.schema",
+  "parse": "syntax.schema",
+  "RecipeError": "errors",
   "Recipe": "records",
   "groups": "records",
   "referenced": "records",
   "Tensor": "parameters",
   "values": "parameters",
   "unmatched": "parameters",
-  "METHODS": "methods",
+  "METHODS": "mergekit.methods",
 }
 _ROOMS = (
-  "checking",
-  "fields",
-  "inputs",
-  "marked",
-  "methods",
+  "errors",
+  "layer_config",
+  "layer_rules",
+  "layers",
+  "mergekit",
   "parameters",
-  "places",
+  "plan",
   "records",
-  "references",
-  "schema",
+  "syntax",
+  "tokenizer",
 )
 __all__ = [*_HOMES, *_ROOMS]
 

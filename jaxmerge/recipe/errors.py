@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple  # Any: whatever a recipe holds can be shown.
+
+from jaxmerge import errors
 
 _WIDEST = 2000
 MOST = 100  # A file with more problems than this is no recipe, nor one with twice as many notes.
@@ -95,3 +98,39 @@ def shown(value: Any) -> str:
   if isinstance(value, tuple | dict):
     return "a list" if isinstance(value, tuple) else "a mapping"
   return repr(value[:60] + "..." if isinstance(value, str) and len(value) > 60 else value)
+
+
+@contextlib.contextmanager
+def noted(found: list[Exception]) -> Iterator[None]:
+  """Adds an error of its block to those found, so that the others are found as well."""
+  try:
+    yield
+  except (OSError, ValueError) as error:
+    found.append(error)
+
+
+def check(found: Sequence[Exception]) -> None:
+  """Raises what was found, if anything: one error as it is, several as one of them all.
+
+  Example:
+    >>> found = []
+    >>> for name in ("a", "b"):
+    ...   with noted(found):
+    ...     raise FileNotFoundError(f"{name}: no such folder.")
+    >>> check(found)
+    Traceback (most recent call last):
+    jaxmerge.errors.Problems: a: no such folder.
+    b: no such folder.
+
+  Raises:
+    RecipeError: where all belong to places in recipes.
+    errors.Problems: for several of other kinds too.
+  """
+  if len(found) == 1:
+    raise found[0]
+  own = [error for error in found if isinstance(error, RecipeError)]
+  if found and len(own) == len(found):
+    raise RecipeError(problem for error in own for problem in error.problems)
+  if found:
+    lines = [line for error in found for line in str(error).splitlines()]
+    raise errors.Problems(list(dict.fromkeys(lines)))

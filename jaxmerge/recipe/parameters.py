@@ -13,19 +13,10 @@ import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from jaxmerge.catalog import Parameter
-from jaxmerge.recipe.methods import METHODS, Method, complaint
-from jaxmerge.recipe.places import Place, Problem, RecipeError, listed
-from jaxmerge.recipe.records import (
-  Case,
-  Group,
-  Override,
-  Parameters,
-  Recipe,
-  Scalar,
-  Where,
-  groups,
-)
+from jaxmerge.catalog.parameter import Parameter
+from jaxmerge.recipe.errors import Place, Problem, RecipeError, listed
+from jaxmerge.recipe.mergekit.methods import METHODS, Method, complaint
+from jaxmerge.recipe.records import Case, Group, Override, Parameters, Recipe, Scalar, Where, groups
 
 _SHOWN = 8  # Parts of names, where a condition holds for none.
 

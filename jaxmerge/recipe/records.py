@@ -7,8 +7,8 @@ import re
 from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
-from jaxmerge.recipe.methods import Method
-from jaxmerge.recipe.places import Place, Problem
+from jaxmerge.recipe.errors import Place, Problem
+from jaxmerge.recipe.mergekit.methods import Method
 
 Scalar = float | int | bool | str
 Missing = Literal["error", "base", "mean", "skip"]
@@ -177,8 +177,8 @@ class View:
 
   Attributes:
     where: the tensors.
-    axes: a letter for each axis, `o`, `i` or `b`, as in `jaxmerge.views`; None: no matrix.
-    place: where this is said.
+    axes: a letter for each axis, `o`, `i` or `b`, as in `jaxmerge.core.matrix_views`; None: no
+    matrix. place: where this is said.
   """
 
   where: Where

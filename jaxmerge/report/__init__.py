@@ -5,9 +5,9 @@ from typing import Any  # A lazy attribute may be any public object.
 
 _HOMES = {
   "check": "record",
-  "gap_closed": "comparing",
+  "gap_closed": "comparisons",
   "plain": "record",
-  "paired_difference": "comparing",
+  "paired_difference": "comparisons",
   "merge_seeds": "record",
   "markdown": "tables",
   "text": "tables",
@@ -19,13 +19,13 @@ _HOMES = {
 }
 _ROOMS = (
   *dict.fromkeys(_HOMES.values()),
-  "differences",
-  "drawing",
+  "diff_text",
+  "figures",
   "geometry",
   "leaderboard",
-  "listing",
+  "inspection_text",
   "plots",
-  "words",
+  "labels",
 )
 __all__ = [*_HOMES, *_ROOMS]
 

@@ -8,8 +8,9 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any  # A record is JSON, its values have no one type.
 
-from jaxmerge import catalog, display
-from jaxmerge.report import page, tables, words
+from jaxmerge import display
+from jaxmerge.catalog import lookup
+from jaxmerge.report import labels, page, tables
 from jaxmerge.report import record as records
 
 
@@ -26,17 +27,17 @@ def model_card(
   """
   record = records.plain(record)
   if method not in record["models"]:
-    known = ", ".join(words.order(record["models"]))
+    known = ", ".join(labels.order(record["models"]))
     raise ValueError(f"method must be a model of the record ({known}), got {method!r}.")
-  name, model = words.label(method), record["models"][method]
-  sign = " %" if words.percent(record) else ""
-  reached = f"{words.value(record, model['mean'])}{sign} mean {words.metric(record)}"
-  over = f"over {len(record['tasks'])} tasks, judged on {words.split(record)}"
-  gap = words.gaps(record).get(method)
-  closed = f": {words.share(gap)} % of the gap between base and experts" if gap is not None else ""
+  name, model = labels.label(method), record["models"][method]
+  sign = " %" if labels.percent(record) else ""
+  reached = f"{labels.value(record, model['mean'])}{sign} mean {labels.metric(record)}"
+  over = f"over {len(record['tasks'])} tasks, judged on {labels.split(record)}"
+  gap = labels.gaps(record).get(method)
+  closed = f": {labels.share(gap)} % of the gap between base and experts" if gap is not None else ""
   parts = [
     _head({"license": license, "base_model": base_name}),
-    f"# {tables.escaped(words.title(record))}: {tables.escaped(name)}",
+    f"# {tables.escaped(labels.title(record))}: {tables.escaped(name)}",
     f"One model for {len(record['tasks'])} tasks, merged with jaxmerge from "
     f"{tables.escaped(base_name)}.",
     f"It reaches {reached} {over}{closed}.",
@@ -50,7 +51,7 @@ def model_card(
 
 
 def merge_card(summary: Mapping[str, Any]) -> str:
-  """Writes the model card of a merge of files, from what `summarizing.summary` says of it.
+  """Writes the model card of a merge of files, from what `describe.summary` says of it.
 
   Only models of the hub are named in its head: a path there would be taken for somebody's model.
   """
@@ -97,8 +98,8 @@ def _called(method: Mapping[str, Any]) -> str:
   """What people call a method: as its user says, or of the catalog."""
   if "words" in method["settings"]:
     return method["settings"]["words"]
-  if method["method"] in catalog.METHODS or method["method"] == "mean":
-    return words.label(method["method"])
+  if method["method"] in lookup.METHODS or method["method"] == "mean":
+    return labels.label(method["method"])
   return "a method given in Python"
 
 
@@ -108,7 +109,7 @@ def _many(models: Sequence[str]) -> str:
 
 def _method(method: Mapping[str, Any]) -> str:
   """Describes what merged some of the tensors."""
-  entry = catalog.METHODS.get(method["method"])
+  entry = lookup.METHODS.get(method["method"])
   many = f"{method['tensors']} tensors of {_many(method['models'])}"
   about = f"**{tables.escaped(_called(method))}**, {many}"
   if entry is not None:
@@ -166,10 +167,12 @@ def _making(record: Mapping[str, Any], method: str) -> str:
     "task vectors are merged, and the next round starts from the result.",
     "one-shot": "Every task tuned a copy of the base once; the task vectors were merged.",
     "reference": "This model is no merge; it stands here for comparison.",
-  }[words.kind(method)]
-  facts = {words.counter(k): words.number(budget[k]) for k in words.counters(record) if k in budget}
+  }[labels.kind(method)]
+  facts = {
+    labels.counter(k): labels.number(budget[k]) for k in labels.counters(record) if k in budget
+  }
   if model.get("scale") is not None:
-    facts = {"Scale": words.number(model["scale"]), **facts}
+    facts = {"Scale": labels.number(model["scale"]), **facts}
   if model.get("settings"):
     facts |= dict(page.flat(model["settings"]))
   if "seed" in record:

@@ -1,4 +1,4 @@
-"""How models differ from their base: tables, figures and files, from the record of `differing`."""
+"""How models differ from their base: tables, figures and files, from the record of `diff`."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any  # A record is JSON, and Matplotlib is optional: neither has types to name.
 
-from jaxmerge.io import atomic
-from jaxmerge.report import drawing, geometry, tables
+from jaxmerge.io.disk import atomic
+from jaxmerge.report import figures as figure_lib
+from jaxmerge.report import geometry, tables
 from jaxmerge.report.tables import Cell, Table
 
 PAIRS = 6  # So many cosines have columns of their own; of more there is the mean.
@@ -114,7 +115,7 @@ def norms(record: Mapping[str, Any]) -> Any:
   layers = {int(key): own["relative"] for key, own in record["layers"].items() if key.isdecimal()}
   if len(layers) < 2:
     return None
-  curves = {n: 100 * drawing.column(list(layers.values()), n) for n in record["models"]}
+  curves = {n: 100 * figure_lib.column(list(layers.values()), n) for n in record["models"]}
   return geometry.lengths(list(layers), curves, "Layer", "Norm (L2, in % of the base's)")
 
 
@@ -124,7 +125,7 @@ def write(record: Mapping[str, Any], folder: str | pathlib.Path) -> list[pathlib
   All is made before anything is written; figures of an earlier record that this one lacks are
   removed.
   """
-  drawn = {f"{name}.png": drawing.png(made) for name, made in figures(record).items()}
+  drawn = {f"{name}.png": figure_lib.png(made) for name, made in figures(record).items()}
   files = {**drawn, "diff.json": (json.dumps(record, indent=1, allow_nan=False) + "\n").encode()}
   home = pathlib.Path(folder)
   for name in FIGURES:

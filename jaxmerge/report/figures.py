@@ -14,7 +14,7 @@ from typing import Any, NamedTuple  # Any: Matplotlib is optional, its types can
 import numpy as np
 
 from jaxmerge import display
-from jaxmerge.report import words
+from jaxmerge.report import labels
 
 WIDTH = 6.2  # inches: 8 points are 12 px where a page shows a figure 700 px wide
 DPI = 200
@@ -92,7 +92,7 @@ def colors(names: Sequence[str]) -> dict[str, str]:
 def dashes(name: str) -> Any:
   """Returns the line style of a model: solid for merges, broken for what is no merge."""
   head = name.split("_")[0]
-  return DASHES.get(head, "solid") if words.kind(name) == "reference" else "solid"
+  return DASHES.get(head, "solid") if labels.kind(name) == "reference" else "solid"
 
 
 def literal(x: str) -> str:
@@ -102,12 +102,12 @@ def literal(x: str) -> str:
 
 def names(tasks: Sequence[str], length: int = 24) -> dict[str, str]:
   """Returns the names of tasks as figures show them, not too long and still apart."""
-  return {task: literal(text) for task, text in words.shorts(tasks, length).items()}
+  return {task: literal(text) for task, text in labels.shorts(tasks, length).items()}
 
 
 def model(name: str) -> str:
   """Returns the name of a model as figures show it."""
-  return literal(words.short(words.label(name), 20))
+  return literal(labels.short(labels.label(name), 20))
 
 
 def curve(axes: Any, xs: Sequence[float], ys: Sequence[float], color: str, **style: Any) -> None:

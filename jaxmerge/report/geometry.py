@@ -7,7 +7,7 @@ from typing import Any  # A record is JSON, and Matplotlib is optional: neither 
 
 import numpy as np
 
-from jaxmerge.report import drawing
+from jaxmerge.report import figures
 
 
 def cosines(record: Mapping[str, Any]) -> Any:
@@ -27,38 +27,38 @@ def matrices(cosines: Mapping[str, Any], tasks: Sequence[str]) -> Any:
   limit = max(np.max(np.abs(np.where(hidden | np.isnan(g), 0.0, g))) for g in grids)
   # A floor, so that small cosines look small.
   limit = max(float(np.ceil(limit * 10) / 10), 0.4)
-  labels = list(drawing.names(tasks, 20).values())
-  widest = max(drawing.text_width(drawing.figure(1.0)[0], t) for t in labels)
+  labels = list(figures.names(tasks, 20).values())
+  widest = max(figures.text_width(figures.figure(1.0)[0], t) for t in labels)
   left, below = widest + 0.15, 0.75 * widest + 0.2  # inches, for names of rows and columns
   # Many tasks: one matrix above the other, so that cells stay legible.
   across = len(grids) if len(tasks) <= 9 else 1
-  side = min((drawing.WIDTH - left - 0.2 * across) / across, 0.62 * len(tasks))
+  side = min((figures.WIDTH - left - 0.2 * across) / across, 0.62 * len(tasks))
   down = len(grids) // across
   height = down * (side + 0.35) + (down - 1) * 0.1 + below + 0.38
-  made, plots = drawing.figure(height, columns=len(grids))
+  made, plots = figures.figure(height, columns=len(grids))
   for i, (axes, title, grid) in enumerate(zip(plots, cosines, grids, strict=True)):
     shown = np.ma.masked_array(grid, hidden | np.isnan(grid))
     image = axes.imshow(shown, cmap="PuOr_r", vmin=-limit, vmax=limit)
     column, row = i % across, i // across
     corner = (left + column * (side + 0.2), below + (down - 1 - row) * (side + 0.45))
-    drawing.place(made, axes, (*corner, side, side))
-    axes.set_title(title, loc="left", fontsize=9, color=drawing.INK)
+    figures.place(made, axes, (*corner, side, side))
+    axes.set_title(title, loc="left", fontsize=9, color=figures.INK)
     axes.set_xticks(range(len(tasks)), labels if row == down - 1 else [""] * len(tasks))
     axes.tick_params(axis="x", labelrotation=45)
     for text in axes.get_xticklabels():
       text.set(ha="right", rotation_mode="anchor")
     axes.set_yticks(range(len(tasks)), labels if column == 0 else [""] * len(tasks))
-    axes.tick_params(labelsize=drawing.SIZE, length=0, labelcolor=drawing.INK)
+    axes.tick_params(labelsize=figures.SIZE, length=0, labelcolor=figures.INK)
     axes.spines[:].set_visible(False)
     _numbers(axes, grid, limit, side / len(tasks))
-  drawing.headline(made, "Cosines between task vectors")
+  figures.headline(made, "Cosines between task vectors")
   _color_bar(made, image, height)
   return made
 
 
 def _numbers(plot: Any, grid: np.ndarray, limit: float, cell: float) -> None:
   """Writes every number into its cell, where the cell is large enough to read it."""
-  size = min(drawing.SIZE, 72 * cell / 2.6)
+  size = min(figures.SIZE, 72 * cell / 2.6)
   if size < 5.5:
     return
   for i, j in np.ndindex(*grid.shape):
@@ -67,16 +67,16 @@ def _numbers(plot: Any, grid: np.ndarray, limit: float, cell: float) -> None:
     rounded = round(float(grid[i, j]), 2) + 0.0  # no negative zero
     text = "1" if i == j else f"{rounded:.2f}".replace("0.", ".").replace("-", "−")
     dark = i != j and abs(grid[i, j]) > 0.62 * limit
-    color = "white" if dark else drawing.SOFT if i == j else drawing.INK
+    color = "white" if dark else figures.SOFT if i == j else figures.INK
     plot.text(j, i, text, ha="center", va="center", fontsize=size, color=color)
 
 
 def _color_bar(made: Any, image: Any, height: float) -> None:
   """Adds a thin horizontal scale in the corner above the matrices."""
   bar = made.add_axes([0, 0, 1, 1])
-  drawing.place(made, bar, (drawing.WIDTH - 1.6, height - 0.2, 1.45, 0.09))
+  figures.place(made, bar, (figures.WIDTH - 1.6, height - 0.2, 1.45, 0.09))
   made.colorbar(image, cax=bar, orientation="horizontal")
-  bar.tick_params(labelsize=7, length=2, pad=1.5, colors=drawing.SOFT)
+  bar.tick_params(labelsize=7, length=2, pad=1.5, colors=figures.SOFT)
   bar.set_xticks([image.norm.vmin, 0, image.norm.vmax])
   bar.spines[:].set_visible(False)
 
@@ -86,7 +86,7 @@ def norms(record: Mapping[str, Any]) -> Any:
   rounds = [r for r in record["rounds"] if r.get("norms")]
   if not rounds:
     return None
-  curves = {task: drawing.column([r["norms"] for r in rounds], task) for task in record["tasks"]}
+  curves = {task: figures.column([r["norms"] for r in rounds], task) for task in record["tasks"]}
   return lengths(
     [r["round"] for r in rounds], curves, "Round", "Norm (L2, in units of the weights)"
   )
@@ -94,25 +94,25 @@ def norms(record: Mapping[str, Any]) -> Any:
 
 def lengths(xs: Sequence[float], curves: Mapping[str, np.ndarray], x: str, y: str) -> Any:
   """Draws a curve a task, NaN where nothing is known, with its name and last value at the right."""
-  made, axes = drawing.figure(max(3.4, 0.17 * len(curves) + 1.2))
-  drawing.span(axes, xs)
-  labels = drawing.names(list(curves))
+  made, axes = figures.figure(max(3.4, 0.17 * len(curves) + 1.2))
+  figures.span(axes, xs)
+  labels = figures.names(list(curves))
   marks, heights = [], []
   for i, (task, ys) in enumerate(curves.items()):
     if not np.isfinite(ys).any():
       continue
-    turn, place = divmod(i, len(drawing.SERIES))
-    color, style = drawing.SERIES[place], ("solid", (0, (4, 1.5)), (0, (1, 1)))[turn % 3]
-    drawing.curve(axes, xs, ys.tolist(), color, linewidth=1.6, linestyle=style)
+    turn, place = divmod(i, len(figures.SERIES))
+    color, style = figures.SERIES[place], ("solid", (0, (4, 1.5)), (0, (1, 1)))[turn % 3]
+    figures.curve(axes, xs, ys.tolist(), color, linewidth=1.6, linestyle=style)
     last = float(ys[np.isfinite(ys)][-1])
     number = f"{last:#.3g}".rstrip(".")
-    marks.append(drawing.Mark(last, f"{labels[task]} {number}", color))
+    marks.append(figures.Mark(last, f"{labels[task]} {number}", color))
     heights += ys[np.isfinite(ys)].tolist()
   if not marks:
     return None
-  drawing.dress(axes, "Length of the task vectors", x, y)
-  drawing.fit(axes, heights, floor=0.0)
-  drawing.label_right(made, axes, marks)
+  figures.dress(axes, "Length of the task vectors", x, y)
+  figures.fit(axes, heights, floor=0.0)
+  figures.label_right(made, axes, marks)
   return made
 
 
@@ -122,12 +122,12 @@ def sign_conflict(record: Mapping[str, Any]) -> Any:
   if not rounds or len(record["tasks"]) < 2:
     return None
   xs = [r["round"] for r in rounds]
-  ys = 100 * drawing.column(rounds, "sign_conflict")
-  made, axes = drawing.figure(2.8)
-  color = drawing.COLORS["atm"]
-  drawing.span(axes, xs)
-  drawing.curve(axes, xs, ys.tolist(), color, linewidth=2.0)
-  drawing.dress(axes, "Sign conflicts between tasks", "Round", "Entries in conflict (%)")
-  drawing.fit(axes, ys.tolist(), floor=0.0)
-  drawing.label_right(made, axes, [drawing.Mark(ys[-1], f"{ys[-1]:.1f}", color, lead=True)])
+  ys = 100 * figures.column(rounds, "sign_conflict")
+  made, axes = figures.figure(2.8)
+  color = figures.COLORS["atm"]
+  figures.span(axes, xs)
+  figures.curve(axes, xs, ys.tolist(), color, linewidth=2.0)
+  figures.dress(axes, "Sign conflicts between tasks", "Round", "Entries in conflict (%)")
+  figures.fit(axes, ys.tolist(), floor=0.0)
+  figures.label_right(made, axes, [figures.Mark(ys[-1], f"{ys[-1]:.1f}", color, lead=True)])
   return made

@@ -1,4 +1,4 @@
-"""What is in a folder of weights, as text for a terminal, from the record of `inspecting`."""
+"""What is in a folder of weights, as text for a terminal, from the record of `inspection`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any  # A record is JSON, its values have no one type.
 
 from jaxmerge import display
-from jaxmerge.report import words
+from jaxmerge.report import labels
 
 NAMED = 4  # Tensors that are equal, or files, of which there may be many.
 # What of an adapter's config says what it is.
@@ -79,4 +79,4 @@ def _provenance(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 def _short(value: Any) -> str:
   written = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-  return words.short(" ".join(written.split()), 120)
+  return labels.short(" ".join(written.split()), 120)

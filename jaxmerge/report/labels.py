@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any  # A record is JSON, its values have no one type.
 
-from jaxmerge.report import comparing
+from jaxmerge.report import comparisons
 
 LABELS = {
   "base": "Base",
@@ -155,7 +155,7 @@ def counters(record: Mapping[str, Any]) -> list[str]:
 def gaps(record: Mapping[str, Any]) -> dict[str, float]:
   """Returns the share of the gap that each model closes: as recorded, else from the means."""
   recorded = {k: v for k, v in record.get("gap_closed", {}).items() if v is not None}
-  return {**comparing.gap_closed(record["models"]), **recorded}
+  return {**comparisons.gap_closed(record["models"]), **recorded}
 
 
 def best(record: Mapping[str, Any], of_kind: str) -> str | None:

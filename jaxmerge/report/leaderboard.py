@@ -6,23 +6,23 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any  # A record is JSON, and Matplotlib is optional: neither has types to name.
 
-from jaxmerge.report import drawing, tables, words
+from jaxmerge.report import figures, labels, tables
 from jaxmerge.report.tables import Cell, Table
 
 
 def ranked(facts: Mapping[str, Any]) -> list[str]:
   """Returns the methods, the best mean first."""
   models, summary = facts["summary"]["models"], facts["summary"]
-  return sorted(facts["methods"], key=lambda n: -words.gain(summary, models[n]["mean"]["mean"]))
+  return sorted(facts["methods"], key=lambda n: -labels.gain(summary, models[n]["mean"]["mean"]))
 
 
 def best(facts: Mapping[str, Any]) -> str | None:
-  """Returns the method that is best on validation, in the mean over seeds, as `words.best`."""
+  """Returns the method that is best on validation, in the mean over seeds, as `labels.best`."""
   seen = {n: [r.get("validation") for r in runs] for n, runs in facts["methods"].items()}
   means = {n: sum(v) / len(v) for n, v in seen.items() if v and None not in v}
   flat = tables.as_record(facts["summary"])
   models = {n: flat["models"][n] for n in ranked(facts)}
-  return words.best(flat | {"models": models, "validation": means}, "one-shot")
+  return labels.best(flat | {"models": models, "validation": means}, "one-shot")
 
 
 def table(facts: Mapping[str, Any], most: int | None = None) -> Table:
@@ -34,12 +34,12 @@ def table(facts: Mapping[str, Any], most: int | None = None) -> Table:
   chosen, marked, flat = ranked(facts), best(facts), tables.as_record(facts["summary"])
   every = ["experts", *chosen[:most], "base"]
   head = ["Method", "Mean (%)", "Gap closed (%)", "Settings", "Trials", "CPU seconds", "MB"]
-  head[1] = f"Mean{words.unit(flat)}"
+  head[1] = f"Mean{labels.unit(flat)}"
   rows = []
   for name in every:
     own, runs = models[name], facts["methods"].get(name, [])
     first = runs[0] if runs else {}
-    row = [words.label(name) if not runs else name, _spread(own["mean"], flat)]
+    row = [labels.label(name) if not runs else name, _spread(own["mean"], flat)]
     row += [_spread(own["gap_closed"], None), settings(runs), str(first.get("trials", ""))]
     row += [f"{first['seconds']:.2g}" if "seconds" in first else ""]
     row += [f"{first['bytes'] / 1e6:.0f}" if "bytes" in first else ""]
@@ -77,7 +77,7 @@ def _spread(own: Mapping[str, Any], record: Mapping[str, Any] | None) -> str:
   if own["mean"] is None:
     return ""
   mean, spread = (
-    x if x is None else words.share(x) if record is None else words.value(record, x)
+    x if x is None else labels.share(x) if record is None else labels.value(record, x)
     for x in (own["mean"], own["spread"])
   )
   return f"{mean}{'' if spread is None else f' ± {spread}'}"
@@ -87,13 +87,14 @@ def markdown(facts: Mapping[str, Any]) -> str:
   """Returns the leaderboard as a page of Markdown."""
   summary, noise = facts["summary"], max(facts["noise"])
   flat = tables.as_record(summary)
-  unit = "points" if words.percent(flat) else words.metric(flat)
-  less = "; less is better" if words.lower_is_better(flat) else ""
+  unit = "points" if labels.percent(flat) else labels.metric(flat)
+  less = "; less is better" if labels.lower_is_better(flat) else ""
   number = len(summary["seeds"])
   of = f"Mean ± standard deviation over {number} seeds" if number > 1 else "One seed"
   about = (
-    f"{of}, {words.metric(flat)} on {words.split(summary)}{less}. The rows alone leave a standard "
-    f"error of {words.value(flat, noise)} {unit} on a mean. The best on validation is marked. "
+    f"{of}, {labels.metric(flat)} on {labels.split(summary)}{less}. The rows alone leave a "
+    "standard "
+    f"error of {labels.value(flat, noise)} {unit} on a mean. The best on validation is marked. "
     "Settings are the best of so many trials on validation; CPU seconds (of all threads) and MB "
     "are those of one merge in memory, once compiled, beside the models."
   )
@@ -104,24 +105,24 @@ def figure(facts: Mapping[str, Any]) -> Any:
   """Draws the share of the gap that every method closes, with its spread over seeds."""
   names = ranked(facts)[::-1]
   closed = [facts["summary"]["models"][n]["gap_closed"] for n in names]
-  made, axes = drawing.figure(0.9 + 0.2 * len(names))
-  title = f"Gap from base to experts closed, {words.split(facts['summary'])} (%)"
-  drawing.dress(axes, title, "", "")
+  made, axes = figures.figure(0.9 + 0.2 * len(names))
+  title = f"Gap from base to experts closed, {labels.split(facts['summary'])} (%)"
+  figures.dress(axes, title, "", "")
   axes.grid(axis="y", visible=False)
-  axes.grid(axis="x", color=drawing.GRID, linewidth=0.6)
+  axes.grid(axis="x", color=figures.GRID, linewidth=0.6)
   values = [100 * (c["mean"] or 0.0) for c in closed]
   spreads = [100 * (c["spread"] or 0.0) for c in closed]
   axes.errorbar(
-    values, range(len(names)), xerr=spreads, fmt="o", color=drawing.INK, markersize=4, linewidth=1
+    values, range(len(names)), xerr=spreads, fmt="o", color=figures.INK, markersize=4, linewidth=1
   )
-  axes.axvline(100, color=drawing.INK, linewidth=0.9, linestyle=drawing.DASHES["experts"])
-  axes.set_yticks(range(len(names)), [drawing.literal(n) for n in names], fontsize=drawing.SIZE)
+  axes.axvline(100, color=figures.INK, linewidth=0.9, linestyle=figures.DASHES["experts"])
+  axes.set_yticks(range(len(names)), [figures.literal(n) for n in names], fontsize=figures.SIZE)
   axes.set_ylim(-0.7, len(names) - 0.3)
-  width = max(drawing.text_width(made, n) for n in names)
-  drawing.settle(made, axes, left=width + 0.2)
+  width = max(figures.text_width(made, n) for n in names)
+  figures.settle(made, axes, left=width + 0.2)
   return made
 
 
 def write(facts: Mapping[str, Any], path: pathlib.Path) -> None:
   """Writes the plot."""
-  path.write_bytes(drawing.png(figure(facts)))
+  path.write_bytes(figures.png(figure(facts)))

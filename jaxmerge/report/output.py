@@ -8,7 +8,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any  # A record is JSON, its values have no one type.
 
-from jaxmerge.io import atomic
+from jaxmerge.io.disk import atomic
 from jaxmerge.report import page, plots
 from jaxmerge.report import record as records
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any  # A record is JSON, its values have no one type.
 
 from jaxmerge import display
-from jaxmerge.report import tables, words
+from jaxmerge.report import labels, tables
 
 _CAPTIONS = {
   "mean": "The merged model after every round; the other models are level lines.",
@@ -79,21 +79,21 @@ def html(record: Mapping[str, Any], images: Mapping[str, bytes]) -> str:
     record: a record that passes `record.check`.
     images: figures as PNG bytes by name, from `plots.images`; may be empty.
   """
-  title = entities.escape(words.title(record))
+  title = entities.escape(labels.title(record))
   sections = [
     f"<header><h1>{title}</h1>",
-    f'<p class="summary">{entities.escape(words.sentence(record))}</p>',
+    f'<p class="summary">{entities.escape(labels.sentence(record))}</p>',
     f'<p class="meta">{"".join(f"<span>{entities.escape(x)}</span>" for x in facts(record))}</p>',
     "</header>",
   ]
   made = tables.headings(record)
-  kinds = {words.label(name): words.kind(name) for name in record["models"]}
+  kinds = {labels.label(name): labels.kind(name) for name in record["models"]}
   sections += [_table(*made[0], kinds)]
   if images:
     sections.append(f'<h2>Plots</h2><div class="plots">{"".join(_figures(images))}</div>')
   sections += [_table(*entry, {}) for entry in made[1:]]
   if record.get("seconds"):
-    pairs = {k: words.number(v) for k, v in record["seconds"].items()}
+    pairs = {k: labels.number(v) for k, v in record["seconds"].items()}
     sections.append(_pairs("Seconds", pairs))
   sections.append(_pairs("Config", dict(flat(record["config"]))))
   sections.append(_pairs("Versions", dict(flat(record["versions"]))))
@@ -110,7 +110,7 @@ def html(record: Mapping[str, Any], images: Mapping[str, bytes]) -> str:
 
 def facts(record: Mapping[str, Any]) -> list[str]:
   """Returns the facts of the run for the line below the summary."""
-  result = [f"{len(record['tasks'])} tasks", f"judged on {words.split(record)}"]
+  result = [f"{len(record['tasks'])} tasks", f"judged on {labels.split(record)}"]
   if record["rounds"]:
     result.append(f"{record['rounds'][-1]['round']} rounds")
   if "seed" in record:

@@ -8,7 +8,9 @@ from typing import Any  # A record is JSON, and Matplotlib is optional: neither 
 
 import numpy as np
 
-from jaxmerge.report import drawing, geometry, words
+from jaxmerge.report import figures as figure_lib
+from jaxmerge.report import geometry
+from jaxmerge.report import labels as label_lib
 
 Rounds = Sequence[Mapping[str, Any]]
 
@@ -32,7 +34,7 @@ def figures(record: Mapping[str, Any]) -> dict[str, Any]:
 
 def images(record: Mapping[str, Any]) -> dict[str, bytes]:
   """Returns the figures as PNG bytes, by name."""
-  return {name: drawing.png(figure) for name, figure in figures(record).items()}
+  return {name: figure_lib.png(figure) for name, figure in figures(record).items()}
 
 
 def write(record: Mapping[str, Any], folder: str | pathlib.Path) -> list[pathlib.Path]:
@@ -66,12 +68,12 @@ def _means(record: Mapping[str, Any]) -> tuple[dict[str, float], str]:
     means, judged = own, "validation"
   else:
     means = {n: m["mean"] for n, m in record["models"].items()}
-    judged = words.split(record)
-  return {n: means[n] for n in words.order(means) if means[n] is not None}, judged
+    judged = label_lib.split(record)
+  return {n: means[n] for n in label_lib.order(means) if means[n] is not None}, judged
 
 
 def _unit(record: Mapping[str, Any]) -> float:
-  return 100.0 if words.percent(record) else 1.0
+  return 100.0 if label_lib.percent(record) else 1.0
 
 
 def mean(record: Mapping[str, Any]) -> Any:
@@ -80,45 +82,49 @@ def mean(record: Mapping[str, Any]) -> Any:
   if not curves:
     return None
   means, judged = _means(record)
-  palette = drawing.colors(words.order({**means, **curves}))
-  made, axes = drawing.figure(3.9)
-  drawing.span(axes, [r["round"] for rounds in curves.values() for r in rounds])
+  palette = figure_lib.colors(label_lib.order({**means, **curves}))
+  made, axes = figure_lib.figure(3.9)
+  figure_lib.span(axes, [r["round"] for rounds in curves.values() for r in rounds])
   marks, heights = [], []
   for name, level in means.items():
     if name in curves:
       continue
     axes.axhline(
-      unit * level, color=palette[name], linewidth=1.1, linestyle=drawing.dashes(name), zorder=1.5
+      unit * level,
+      color=palette[name],
+      linewidth=1.1,
+      linestyle=figure_lib.dashes(name),
+      zorder=1.5,
     )
-    text = f"{drawing.model(name)} {words.value(record, level)}"
-    marks.append(drawing.Mark(unit * level, text, palette[name]))
+    text = f"{figure_lib.model(name)} {label_lib.value(record, level)}"
+    marks.append(figure_lib.Mark(unit * level, text, palette[name]))
   for name, rounds in curves.items():
-    ys = drawing.column(rounds, "mean") * unit
+    ys = figure_lib.column(rounds, "mean") * unit
     scored = np.isfinite(ys)
     if not scored.any():
       continue
     lead = name == "atm"
     width = 2.2 if lead else 1.6
-    xs, ys = drawing.column(rounds, "round")[scored], ys[scored]
-    drawing.curve(axes, xs.tolist(), ys.tolist(), palette[name], linewidth=width, zorder=3)
+    xs, ys = figure_lib.column(rounds, "round")[scored], ys[scored]
+    figure_lib.curve(axes, xs.tolist(), ys.tolist(), palette[name], linewidth=width, zorder=3)
     last = ys[-1]
-    text = f"{drawing.model(name)} {words.value(record, last / unit)}"
-    marks.append(drawing.Mark(last, text, palette[name], lead=True))
+    text = f"{figure_lib.model(name)} {label_lib.value(record, last / unit)}"
+    marks.append(figure_lib.Mark(last, text, palette[name], lead=True))
     heights += ys.tolist()
   if not marks:
     return None
   own, same = rounds_split(record), judged == rounds_split(record)
-  what = f"Mean {words.axis(record, f', {own}' if same else '')}"
+  what = f"Mean {label_lib.axis(record, f', {own}' if same else '')}"
   across = "Round" if same else f"Round (curves: {own}; level lines: {judged})"
-  drawing.dress(axes, "Mean over tasks after every round", across, what)
-  drawing.fit(axes, [*heights, *(m.y for m in marks)])
-  drawing.label_right(made, axes, marks)
+  figure_lib.dress(axes, "Mean over tasks after every round", across, what)
+  figure_lib.fit(axes, [*heights, *(m.y for m in marks)])
+  figure_lib.label_right(made, axes, marks)
   return made
 
 
 def compared(record: Mapping[str, Any]) -> list[str]:
   """Returns the models that the bars compare: base, the best merges, joint training, experts."""
-  chosen = ("base", words.best(record, "one-shot"), words.best(record, "loop"))
+  chosen = ("base", label_lib.best(record, "one-shot"), label_lib.best(record, "loop"))
   names = [*chosen, "multitask", "experts"]
   return [n for n in names if n is not None and n in record["models"]]
 
@@ -132,27 +138,27 @@ def per_task(record: Mapping[str, Any]) -> Any:
   thick = 0.08 if many else 0.135  # inches
   pitch = thick * len(names) + (0.1 if many else 0.16)
   starts = np.arange(len(tasks)) * pitch
-  made, axes = drawing.figure(len(tasks) * pitch + 1.05)
-  what = words.axis(record, f", {words.split(record)}")
+  made, axes = figure_lib.figure(len(tasks) * pitch + 1.05)
+  what = label_lib.axis(record, f", {label_lib.split(record)}")
   what = what[0].upper() + what[1:]
-  drawing.dress(axes, "", what, "")
+  figure_lib.dress(axes, "", what, "")
   _bars(axes, record, names, starts, thick, numbers=not many)
   _chance(axes, record, starts, thick, len(names))
-  labels = list(drawing.names(tasks).values())
+  labels = list(figure_lib.names(tasks).values())
   axes.set_yticks(starts + thick * (len(names) - 1) / 2, labels)
-  axes.tick_params(axis="y", length=0, labelcolor=drawing.INK)
+  axes.tick_params(axis="y", length=0, labelcolor=figure_lib.INK)
   axes.spines["left"].set_visible(False)
   axes.grid(visible=False, axis="y")
-  axes.grid(axis="x", color=drawing.GRID, linewidth=0.6)
+  axes.grid(axis="x", color=figure_lib.GRID, linewidth=0.6)
   axes.set_ylim(starts[-1] + thick * (len(names) - 0.3), -0.7 * thick)
-  if words.percent(record):
+  if label_lib.percent(record):
     axes.set_xlim(0, 106)
     axes.set_xticks(range(0, 101, 20))
-  left = max(drawing.text_width(made, t) for t in labels)
-  drawing.settle(made, axes, left=left + 0.15)
+  left = max(figure_lib.text_width(made, t) for t in labels)
+  figure_lib.settle(made, axes, left=left + 0.15)
   made.subplots_adjust(top=1 - 0.59 / made.get_size_inches()[1])
-  drawing.headline(made, "Per task")
-  drawing.legend(made, axes, 0.34)
+  figure_lib.headline(made, "Per task")
+  figure_lib.legend(made, axes, 0.34)
   return made
 
 
@@ -166,16 +172,16 @@ def _bars(
   numbers: bool,
 ) -> None:
   """Draws the bars, a model at a time, with their numbers at the ends."""
-  palette = drawing.colors(words.order(record["models"])) | drawing.BARS
-  style = {"fontsize": 7, "va": "center_baseline", "color": drawing.INK}
+  palette = figure_lib.colors(label_lib.order(record["models"])) | figure_lib.BARS
+  style = {"fontsize": 7, "va": "center_baseline", "color": figure_lib.INK}
   for i, name in enumerate(names):
     row = record["models"][name]["per_task"]
-    values = _unit(record) * drawing.numbers([row[task] for task in record["tasks"]])
+    values = _unit(record) * figure_lib.numbers([row[task] for task in record["tasks"]])
     at = starts + i * thick
-    axes.barh(at, values, 0.86 * thick, color=palette[name], label=words.label(name), zorder=2)
+    axes.barh(at, values, 0.86 * thick, color=palette[name], label=label_lib.label(name), zorder=2)
     for y, x, task in zip(at, values, record["tasks"], strict=True):
       if numbers and np.isfinite(x):
-        text = words.value(record, row[task])
+        text = label_lib.value(record, row[task])
         axes.annotate(text, (max(x, 0.0), y), (3, 0), textcoords="offset points", **style)
 
 
@@ -190,8 +196,8 @@ def _chance(
     if x is not None:
       ends = start + np.array([-0.6, count - 0.4]) * thick
       axes.plot([_unit(record) * x] * 2, ends, color="white", linewidth=2.6, zorder=3)
-      axes.plot([_unit(record) * x] * 2, ends, color=drawing.INK, linewidth=1.1, zorder=4)
-  style = {"linestyle": "none", "marker": "|", "markersize": 9, "color": drawing.INK}
+      axes.plot([_unit(record) * x] * 2, ends, color=figure_lib.INK, linewidth=1.1, zorder=4)
+  style = {"linestyle": "none", "marker": "|", "markersize": 9, "color": figure_lib.INK}
   axes.plot([], [], label="Chance", **style)
 
 
@@ -209,30 +215,32 @@ def gap_closed(record: Mapping[str, Any]) -> Any:
   if not curves:
     return None
   closed = {n: 100 * (y - base) / (experts - base) for n, y in means.items()}
-  shots = {n: y for n, y in closed.items() if words.kind(n) == "one-shot"}
-  palette = drawing.colors(words.order({**means, **curves}))
-  ends = [drawing.Mark(100.0, "Experts 100", drawing.INK)]
+  shots = {n: y for n, y in closed.items() if label_lib.kind(n) == "one-shot"}
+  palette = figure_lib.colors(label_lib.order({**means, **curves}))
+  ends = [figure_lib.Mark(100.0, "Experts 100", figure_lib.INK)]
   for name, (_, ys) in curves.items():
-    text = f"{drawing.model(name)} {words.share(ys[-1] / 100)}"
-    ends.append(drawing.Mark(ys[-1], text, palette[name], lead=True))
+    text = f"{figure_lib.model(name)} {label_lib.share(ys[-1] / 100)}"
+    ends.append(figure_lib.Mark(ys[-1], text, palette[name], lead=True))
   starts = [
-    drawing.Mark(y, f"{drawing.model(n)} {words.share(y / 100)}", palette[n])
+    figure_lib.Mark(y, f"{figure_lib.model(n)} {label_lib.share(y / 100)}", palette[n])
     for n, y in shots.items()
   ]
-  made, axes = drawing.figure(3.9)
+  made, axes = figure_lib.figure(3.9)
   what = f"Gap from base to experts closed, {judged} (%)"
-  drawing.dress(axes, "Gap closed against exchanges", "Parameter exchanges per task", what)
-  drawing.fit(axes, [*shots.values(), *(y for _, ys in curves.values() for y in ys), 100.0], 0.0)
-  drawing.settle(made, axes, [m.text for m in ends])
+  figure_lib.dress(axes, "Gap closed against exchanges", "Parameter exchanges per task", what)
+  figure_lib.fit(axes, [*shots.values(), *(y for _, ys in curves.values() for y in ys), 100.0], 0.0)
+  figure_lib.settle(made, axes, [m.text for m in ends])
   _exchange_axis(made, axes, starts, max(2.0, *(x for xs, _ in curves.values() for x in xs)))
-  axes.axhline(100, color=drawing.INK, linewidth=0.9, linestyle=drawing.DASHES["experts"], zorder=1)
+  axes.axhline(
+    100, color=figure_lib.INK, linewidth=0.9, linestyle=figure_lib.DASHES["experts"], zorder=1
+  )
   for name, (xs, ys) in curves.items():
     width = 2.2 if name == "atm" else 1.6
-    drawing.curve(axes, xs.tolist(), ys.tolist(), palette[name], linewidth=width, zorder=3)
+    figure_lib.curve(axes, xs.tolist(), ys.tolist(), palette[name], linewidth=width, zorder=3)
   for mark in starts:
     axes.plot([1], [mark.y], "D", color=mark.color, markersize=4.5, zorder=4)
-  drawing.label_right(made, axes, ends)
-  drawing.label_left(made, axes, 1.0, starts)
+  figure_lib.label_right(made, axes, ends)
+  figure_lib.label_left(made, axes, 1.0, starts)
   return made
 
 
@@ -244,23 +252,23 @@ def _exchange_curves(
   curves = {}
   if judged == rounds_split(record):
     for name, rounds in runs(record).items():
-      xs, ys = drawing.column(rounds, "exchanges"), drawing.column(rounds, "mean")
+      xs, ys = figure_lib.column(rounds, "exchanges"), figure_lib.column(rounds, "mean")
       kept = np.isfinite(xs) & np.isfinite(ys)
       if kept.any():
         curves[name] = (xs[kept], 100 * (ys[kept] - base) / (experts - base))
   for name in means:
     exchanges = record["budget"].get(name, {}).get("exchanges")
-    if words.kind(name) == "loop" and name not in curves and exchanges is not None:
+    if label_lib.kind(name) == "loop" and name not in curves and exchanges is not None:
       share = 100 * (means[name] - base) / (experts - base)
       curves[name] = (np.array([float(exchanges)]), np.array([share]))
   return curves
 
 
-def _exchange_axis(made: Any, axes: Any, starts: Sequence[drawing.Mark], top: float) -> None:
+def _exchange_axis(made: Any, axes: Any, starts: Sequence[figure_lib.Mark], top: float) -> None:
   """Sets the x axis to 1 .. top, with room for the labels of the one-shot merges left of 1."""
   right, inside = 1 + 1.03 * (top - 1), axes.get_position().width * made.get_size_inches()[0]
-  room = max((drawing.text_width(made, m.text) for m in starts), default=-0.3) + 0.4
+  room = max((figure_lib.text_width(made, m.text) for m in starts), default=-0.3) + 0.4
   axes.set_xlim(1 - room * (right - 1) / (inside - room), right)
-  drawing.whole_ticks(axes)
+  figure_lib.whole_ticks(axes)
   # The tick at 1 stays readable: none close beside it.
   axes.set_xticks([1, *(t for t in axes.get_xticks() if 1 + 0.05 * (top - 1) < t <= right)])

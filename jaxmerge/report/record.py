@@ -14,7 +14,7 @@ from typing import Any  # Any: a record is JSON, its values have no one type.
 
 import numpy as np
 
-from jaxmerge.report import comparing
+from jaxmerge.report import comparisons
 
 _REQUIRED = ("tasks", "models", "rounds", "budget", "config", "versions")
 # What is expected of each section: its JSON type, and the word for it in messages.
@@ -166,7 +166,7 @@ def _check_comparisons(record: Mapping[str, Any]) -> None:
   for key in ("gap_closed", "validation"):
     for name in record.get(key, {}):
       _number(record[key], name, key)
-  for name, value in comparing.gap_closed(models).items():
+  for name, value in comparisons.gap_closed(models).items():
     given = record.get("gap_closed", {}).get(name)
     # The page would contradict itself; half a point of the gap allows for rounded numbers.
     if given is not None and abs(given - value) > 5e-3:
@@ -256,7 +256,7 @@ def merge_seeds(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
           f"records: {key} of seed {x.get('seed')} differ from seed {first.get('seed')}: "
           f"{other} and {own}."
         )
-  gaps = [comparing.gap_closed(x["models"]) for x in records]
+  gaps = [comparisons.gap_closed(x["models"]) for x in records]
   models = {}
   for name in first["models"]:
     runs = [x["models"][name] for x in records]
@@ -266,7 +266,7 @@ def merge_seeds(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
       "per_task": {t: _spread([m["per_task"][t] for m in runs]) for t in first["tasks"]},
     }
     if families := first.get("families"):
-      own = [comparing.family_mean(m["per_task"], families) for m in runs]
+      own = [comparisons.family_mean(m["per_task"], families) for m in runs]
       models[name]["family_mean"] = _spread(own)
   keys = ("split", "metric", "lower_is_better", "families")
   kept = {key: first[key] for key in keys if key in first}

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple  # Any: a record is JSON, its values have no one type.
 
 from jaxmerge import display
-from jaxmerge.report import comparing, words
+from jaxmerge.report import comparisons, labels
 
 
 class Cell(NamedTuple):
@@ -27,30 +27,30 @@ class Table(NamedTuple):
 def results(record: Mapping[str, Any]) -> Table:
   """Returns a row a model: mean, gap closed, scale, and every task; the best merge is marked."""
   models, tasks = record["models"], record["tasks"]
-  names, gaps = words.order(models), words.gaps(record)
+  names, gaps = labels.order(models), labels.gaps(record)
   has_scale = any(models[n].get("scale") is not None for n in names)
   columns = [_marked(record, names, {n: models[n]["mean"] for n in names})]
   if gaps:
-    columns.append([Cell(words.share(gaps.get(n))) for n in names])
-  families = words.families(record)
+    columns.append([Cell(labels.share(gaps.get(n))) for n in names])
+  families = labels.families(record)
   if families:
-    once = {n: comparing.family_mean(models[n]["per_task"], families) for n in names}
+    once = {n: comparisons.family_mean(models[n]["per_task"], families) for n in names}
     columns.append(_marked(record, names, once))
   if has_scale:
-    columns.append([Cell(words.number(models[n].get("scale"))) for n in names])
+    columns.append([Cell(labels.number(models[n].get("scale"))) for n in names])
   for task in tasks:
     columns.append(_marked(record, names, {n: models[n]["per_task"][task] for n in names}))
-  rows = [list(row) for row in zip([Cell(words.label(n)) for n in names], *columns, strict=True)]
+  rows = [list(row) for row in zip([Cell(labels.label(n)) for n in names], *columns, strict=True)]
   if "chance" in record:
     chance = record["chance"]
     known = [chance[t] for t in tasks if chance[t] is not None]
     mean = sum(known) / len(known) if len(known) == len(tasks) else None
     blank = [Cell("")] * (bool(gaps) + bool(families) + has_scale)
-    own = [Cell(words.value(record, chance[t])) for t in tasks]
-    rows.insert(0, [Cell("Chance"), Cell(words.value(record, mean)), *blank, *own])
-  head = ["Model", f"Mean{words.unit(record)}"]
+    own = [Cell(labels.value(record, chance[t])) for t in tasks]
+    rows.insert(0, [Cell("Chance"), Cell(labels.value(record, mean)), *blank, *own])
+  head = ["Model", f"Mean{labels.unit(record)}"]
   head += ["Gap closed (%)"] * bool(gaps)
-  head += [f"Families once{words.unit(record)}"] * bool(families) + ["Scale"] * has_scale
+  head += [f"Families once{labels.unit(record)}"] * bool(families) + ["Scale"] * has_scale
   return Table([*head, *tasks], rows)
 
 
@@ -58,35 +58,37 @@ def _marked(
   record: Mapping[str, Any], names: Sequence[str], values: Mapping[str, float | None]
 ) -> list[Cell]:
   """A column, the best merge marked; equal as written is equal."""
-  texts = {n: words.value(record, values[n]) for n in names}
-  merges = [n for n in names if words.kind(n) != "reference" and values[n] is not None]
-  best = max(merges, key=lambda n: words.gain(record, values[n] or 0.0), default="")
+  texts = {n: labels.value(record, values[n]) for n in names}
+  merges = [n for n in names if labels.kind(n) != "reference" and values[n] is not None]
+  best = max(merges, key=lambda n: labels.gain(record, values[n] or 0.0), default="")
   top = texts[best] if len(merges) > 1 else None
   return [Cell(texts[n], n in merges and texts[n] == top) for n in names]
 
 
 def gaps(record: Mapping[str, Any]) -> Table | None:
   """Returns the share of every task's gap that the merges close; None where there is no gap."""
-  lower = words.lower_is_better(record)
-  found = comparing.task_gaps(record["models"], record["tasks"], lower_is_better=lower)
+  lower = labels.lower_is_better(record)
+  found = comparisons.task_gaps(record["models"], record["tasks"], lower_is_better=lower)
   led = [t for t in record["tasks"] if t in found.get("experts", {})]
-  names = [n for n in words.order(found) if words.kind(n) != "reference" or n == "multitask"]
+  names = [n for n in labels.order(found) if labels.kind(n) != "reference" or n == "multitask"]
   if not led or not names:
     return None
-  rows = [[Cell(words.label(n)), *(Cell(words.share(found[n].get(t))) for t in led)] for n in names]
+  rows = [
+    [Cell(labels.label(n)), *(Cell(labels.share(found[n].get(t))) for t in led)] for n in names
+  ]
   return Table(["Gap closed (%)", *led], rows)
 
 
 def budget(record: Mapping[str, Any]) -> Table | None:
   """Returns the counters of every model; None where there are none."""
-  counters, names = words.counters(record), words.order(record["budget"])
+  counters, names = labels.counters(record), labels.order(record["budget"])
   if not counters:
     return None
   rows = [
-    [Cell(words.label(n)), *(Cell(words.number(record["budget"][n].get(c))) for c in counters)]
+    [Cell(labels.label(n)), *(Cell(labels.number(record["budget"][n].get(c))) for c in counters)]
     for n in names
   ]
-  return Table(["Model", *map(words.counter, counters)], rows)
+  return Table(["Model", *map(labels.counter, counters)], rows)
 
 
 def transfer(record: Mapping[str, Any]) -> Table | None:
@@ -95,14 +97,14 @@ def transfer(record: Mapping[str, Any]) -> Table | None:
     return None
   tasks = record["tasks"]
   rows = [
-    [Cell(e), *(Cell(words.value(record, record["transfer"][e][t]), e == t) for t in tasks)]
+    [Cell(e), *(Cell(labels.value(record, record["transfer"][e][t]), e == t) for t in tasks)]
     for e in tasks
     if e in record["transfer"]
   ]
   if "base" in record["models"]:
     base = record["models"]["base"]["per_task"]
-    rows.append([Cell("Base"), *(Cell(words.value(record, base[t])) for t in tasks)])
-  return Table([f"Expert{words.unit(record)}", *tasks], rows)
+    rows.append([Cell("Base"), *(Cell(labels.value(record, base[t])) for t in tasks)])
+  return Table([f"Expert{labels.unit(record)}", *tasks], rows)
 
 
 def differences(record: Mapping[str, Any]) -> Table | None:
@@ -111,21 +113,21 @@ def differences(record: Mapping[str, Any]) -> Table | None:
     return None
   rows = []
   for entry in record["differences"]:
-    what = f"{words.label(entry['a'])} − {words.label(entry['b'])}"
-    numbers = (words.value(record, entry[key]) for key in ("mean", "low", "high"))
+    what = f"{labels.label(entry['a'])} − {labels.label(entry['b'])}"
+    numbers = (labels.value(record, entry[key]) for key in ("mean", "low", "high"))
     rows.append([Cell(what), *map(Cell, numbers)])
-  unit = " (points)" if words.percent(record) else words.unit(record)
+  unit = " (points)" if labels.percent(record) else labels.unit(record)
   return Table(["Models", f"Difference{unit}", "2.5 %", "97.5 %"], rows)
 
 
 def headings(record: Mapping[str, Any]) -> list[tuple[str, str, Table]]:
   """Returns the tables that the record has, each with a heading and a sentence that explains."""
-  judged = words.split(record)
-  own = words.metric(record)
-  less = "; less is better" if words.lower_is_better(record) else ""
+  judged = labels.split(record)
+  own = labels.metric(record)
+  less = "; less is better" if labels.lower_is_better(record) else ""
   note = f"{own.capitalize()} on {judged} rows{less}. The best merge of a column is marked; base, "
   note += "joint training and experts are no merges."
-  if families := words.families(record):
+  if families := labels.families(record):
     shared = [f for f in dict.fromkeys(families.values()) if list(families.values()).count(f) > 1]
     kin = "; ".join(", ".join(t for t in record["tasks"] if families[t] == f) for f in shared)
     note += f" In “Families once” these count as one task: {kin}."
@@ -138,7 +140,7 @@ def headings(record: Mapping[str, Any]) -> list[tuple[str, str, Table]]:
     (
       "Gap closed by task",
       "Share of the gap between base and experts, where the experts lead by over "
-      f"{words.lead(record)}.",
+      f"{labels.lead(record)}.",
       gaps(record),
     ),
     (
@@ -166,7 +168,7 @@ def markdown(record: Mapping[str, Any]) -> str:
 
 def text(record: Mapping[str, Any], width: int = 100) -> str:
   """Writes the summary, the results and the budget for a terminal of `width` columns."""
-  parts = [textwrap.fill(words.sentence(record), width)]
+  parts = [textwrap.fill(labels.sentence(record), width)]
   for title, _, table in headings(record):
     if title not in ("Gap closed by task", "Transfer"):
       parts.append(f"{title}\n{to_text(table, width)}")
@@ -235,28 +237,28 @@ def seeds(summary: Mapping[str, Any]) -> str:
   """Writes mean ± spread over seeds of every model as Markdown, from `record.merge_seeds`."""
   models, tasks = summary["models"], summary["tasks"]
   flat = as_record(summary)
-  families = words.families(summary)
+  families = labels.families(summary)
   rows = []
-  for name in words.order(models):
+  for name in labels.order(models):
     m = models[name]
     gap = m["gap_closed"]
-    closed = [Cell(f"{words.share(gap['mean'])}{_plus_minus(gap['spread'], words.share)}")]
+    closed = [Cell(f"{labels.share(gap['mean'])}{_plus_minus(gap['spread'], labels.share)}")]
     once = [m["family_mean"]] if families else []
     values = [m["mean"], *once, *(m["per_task"][t] for t in tasks)]
     first, *rest = (
-      Cell(f"{words.value(flat, s['mean'])}{_plus_minus(s['spread'], _value_of(flat))}")
+      Cell(f"{labels.value(flat, s['mean'])}{_plus_minus(s['spread'], _value_of(flat))}")
       for s in values
     )
-    rows.append([Cell(words.label(name)), first, *closed, *rest])
+    rows.append([Cell(labels.label(name)), first, *closed, *rest])
   number = len(summary["seeds"])
   note = f"Mean ± standard deviation over {number} seeds" if number > 1 else "One seed"
-  judged = f"{words.metric(summary)} on {words.split(summary)}"
-  judged += "; less is better" if words.lower_is_better(summary) else ""
-  head = ["Model", f"Mean{words.unit(flat)}", "Gap closed (%)"]
-  head += [f"Families once{words.unit(flat)}"] * bool(families)
+  judged = f"{labels.metric(summary)} on {labels.split(summary)}"
+  judged += "; less is better" if labels.lower_is_better(summary) else ""
+  head = ["Model", f"Mean{labels.unit(flat)}", "Gap closed (%)"]
+  head += [f"Families once{labels.unit(flat)}"] * bool(families)
   parts = [f"{note}, {judged}.\n", to_markdown(Table([*head, *tasks], rows))]
   if own := gaps(flat | {"tasks": tasks}):
-    parts += [f"By task, where the experts lead by over {words.lead(flat)}:\n", to_markdown(own)]
+    parts += [f"By task, where the experts lead by over {labels.lead(flat)}:\n", to_markdown(own)]
   return "\n".join(parts)
 
 
@@ -275,7 +277,7 @@ def as_record(summary: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _value_of(record: Mapping[str, Any]) -> Any:
-  return lambda x: words.value(record, x)
+  return lambda x: labels.value(record, x)
 
 
 def _plus_minus(spread: float | None, write: Any) -> str:

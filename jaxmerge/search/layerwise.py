@@ -11,8 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmerge import memory, methods, stage, tree, wide
-from jaxmerge.tree import Tree
+from jaxmerge import methods
+from jaxmerge.core import double_precision, stage, tree
+from jaxmerge.core.tree import Tree
+from jaxmerge.drivers import memory
 
 GRID = tuple(round(0.1 * n, 1) for n in range(1, 11))
 _WAYS = {"trimmed": (0.5, 1.0), "scaled": (1.0, 0.5), "dropped": (1.0, 0.0)}
@@ -74,7 +76,7 @@ class _Search:
     return np.array([self.one(params, k) for k in range(self.height)])
 
 
-@wide.aware
+@double_precision.aware
 def hi_merging(
   base: Tree,
   models: Tree,

@@ -7,7 +7,7 @@ evaluates. Candidates are weighted sums of the models, by one compiled program.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple  # Any: a model is a tree of arrays.
 
 import jax
@@ -15,61 +15,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxmerge import memory, methods, tree
-from jaxmerge.tree import Tree
-
-Score = Callable[[Any], float]
-
-
-class Soup(NamedTuple):
-  """What a search found.
-
-  Attributes:
-    params: the best model.
-    weights: of the models in it, [K].
-    score: of the best model.
-    tried: weights and score of all candidates, in order.
-  """
-
-  params: Tree
-  weights: np.ndarray
-  score: float
-  tried: list[tuple[np.ndarray, float]]
+from jaxmerge import methods
+from jaxmerge.core import tree
+from jaxmerge.core.tree import Tree
+from jaxmerge.drivers import memory
+from jaxmerge.search import objective
 
 
-class _Tasting:
-  """Makes candidates, scores them, and remembers the best."""
-
-  def __init__(self, models: Tree, score: Score):
-    self.models, self.score = models, score
-    self.height = tree.height(models)
-    self.mix = methods.average(normalize=False)
-    self.best = -np.inf
-    self.weights = np.zeros(self.height)
-    self.tried: list[tuple[np.ndarray, float]] = []
-
-  def candidate(self, weights: np.ndarray) -> Tree:
-    """Mixes the models."""
-    aux = {"weight": np.asarray(weights, np.float32)}
-    return memory.blend(self.mix, self.models, aux=aux)
-
-  def __call__(self, weights: np.ndarray, *, ties: bool = False) -> bool:
-    """Scores a mixture; tells whether it is the best so far."""
-    found = float(self.score(self.candidate(weights)))
-    if np.isnan(found):
-      raise ValueError(f"the score of the weights {np.asarray(weights).tolist()} is not a number.")
-    self.tried.append((np.asarray(weights, np.float64), found))
-    better = found > self.best or (ties and found == self.best)
-    if better:
-      self.best, self.weights = found, self.tried[-1][0]
-    return better
-
-  def soup(self) -> Soup:
-    """Returns what was found."""
-    return Soup(self.candidate(self.weights), self.weights, self.best, self.tried)
-
-
-def greedy_soup(models: Tree, score: Score, *, accept_ties: bool = False) -> Soup:
+def greedy_soup(
+  models: Tree, score: objective.Score, *, accept_ties: bool = False
+) -> objective.Soup:
   """Adds the models to a mean one after the other, best first, where that raises the score.
 
   Args:
@@ -87,7 +42,7 @@ def greedy_soup(models: Tree, score: Score, *, accept_ties: bool = False) -> Sou
     >>> soup.weights.tolist(), float(soup.params["w"])
     ([0.0, 0.5, 0.5], 3.25)
   """
-  taste = _Tasting(models, score)
+  taste = objective.Tasting(models, score)
   singles = np.eye(taste.height)
   for own in singles:
     taste(own)
@@ -185,8 +140,13 @@ def learned_soup(
 
 
 def soce(
-  models: Tree, scores: np.ndarray, score: Score, *, correlation: float = 0.5, step: float = 0.1
-) -> Soup:
+  models: Tree,
+  scores: np.ndarray,
+  score: objective.Score,
+  *,
+  correlation: float = 0.5,
+  step: float = 0.1,
+) -> objective.Soup:
   """Picks the best model of each category of a benchmark, and searches their weights on a grid.
 
   Categories count where their scores hardly go with those of some other. Weights are multiples of
@@ -213,7 +173,7 @@ def soce(
     >>> soce(models, scores, lambda params: float(params["w"])).weights.tolist()
     [0.1, 0.9]
   """
-  taste = _Tasting(models, score)
+  taste = objective.Tasting(models, score)
   scores = np.asarray(scores, np.float64)
   if scores.ndim != 2 or len(scores) != taste.height or not np.isfinite(scores).all():
     raise ValueError(
@@ -250,58 +210,3 @@ def _grid(count: int, step: float) -> Iterator[np.ndarray]:
   parts = round(1 / step)
   for cuts in itertools.combinations(range(1, parts), count - 1):
     yield np.diff([0, *cuts, parts]) / parts
-
-
-def lcsc(
-  models: Tree,
-  score: Score,
-  *,
-  generations: int = 100,
-  parents: int = 10,
-  sigma: float = 0.1,
-  decays: Sequence[float] = (0.5, 0.8, 0.9, 0.95, 0.99),
-  seed: int = 0,
-) -> Soup:
-  """Searches coefficients of the checkpoints of one run by evolution: they add up to 1.
-
-  It begins with moving averages of several decays. In each generation a mixture of two of the best,
-  or entry by entry one or the other, is moved at random; coefficients may leave [0, 1].
-
-  Experimental: the authors' search has not been published; these are its ideas.
-
-  Args:
-    models: stack of K checkpoints, the oldest first, [K, *s].
-    score: of a model; called once a decay and once a generation.
-    generations: candidates after the first ones.
-    parents: as many of the best are mixed.
-    sigma: standard deviation of a move.
-    decays: of the moving averages.
-    seed: of the random moves.
-
-  Reference: Liu et al. 2024, Linear combination of saved checkpoints (arXiv:2404.02241).
-
-  Example:
-    >>> import jax.numpy as jnp
-    >>> models = {"w": jnp.array([0.0, 1.0, 2.0])}
-    >>> soup = lcsc(models, lambda params: -float(abs(params["w"] - 3.0)), generations=200)
-    >>> bool(soup.score > -0.05), round(float(soup.weights.sum()), 6)
-    (True, 1.0)
-  """
-  taste, draw = _Tasting(models, score), np.random.default_rng(seed)
-  K = taste.height
-  for decay in decays:
-    taste(np.array(methods.moving_weights(K, 1 - decay)))
-  for _ in range(generations):
-    best = sorted(taste.tried, key=lambda pair: -pair[1])[:parents]
-    first, second = (best[i][0] for i in draw.integers(0, len(best), 2))
-    if draw.random() < 0.5:
-      share = draw.random(K) < 0.5 if draw.random() < 0.5 else draw.random()
-      first = (
-        np.where(share, first, second)
-        if isinstance(share, np.ndarray)
-        else (share * first + (1 - share) * second)
-      )
-    moved = first + sigma * draw.normal(size=K)
-    moved[-1] += 1 - moved.sum()  # The last closes the sum.
-    taste(moved)
-  return taste.soup()

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxmerge import data
+from jaxmerge.tasks import data
 from jaxmerge.tasks import task as task_lib
 
 SHIPPED = ("english", "germanic", "romance", "slavic")

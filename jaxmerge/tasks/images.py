@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from jaxmerge import data
+from jaxmerge.tasks import data
 from jaxmerge.tasks import task as task_lib
 
 _DIGITS = tuple("0123456789")

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxmerge import data
+from jaxmerge.tasks import data
 from jaxmerge.tasks import task as task_lib
 
 # Per task, the classes in the order of their labels, each with the text whose embedding is its row

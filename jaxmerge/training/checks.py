@@ -10,12 +10,12 @@ from typing import Any  # Any: parameters, inputs and what is to be checked are 
 import jax
 import numpy as np
 
-from jaxmerge import mesh as meshes
-from jaxmerge.atm import tune
+from jaxmerge.parallel import mesh as meshes
+from jaxmerge.tasks import batch, losses
 from jaxmerge.tasks import task as tasks
 
 
-def check(apply: tune.Apply, params: Any, given: Any, loss: tune.Rowwise) -> None:
+def check(apply: batch.Apply, params: Any, given: Any, loss: losses.Rowwise) -> None:
   """Raises ValueError, naming task and row, for what cannot be tuned; nothing is computed.
 
   Args:
@@ -38,7 +38,7 @@ def check(apply: tune.Apply, params: Any, given: Any, loss: tune.Rowwise) -> Non
     raise ValueError(f"task names must differ, got {names}.")
   for task in given:
     tasks.check(task)
-  tune.heads(given)
+  batch.heads(given)
   _check_outputs(apply, params, given, loss)
 
 
@@ -46,18 +46,19 @@ def check_parts(mesh: Any, checkpoints: Any) -> None:
   """Raises ValueError for a mesh or a store that is something else, saying how it is made."""
   if mesh is not None and not set(meshes.AXES) <= set(mesh.axis_names):
     raise ValueError(
-      f"mesh must have the axes {', '.join(meshes.AXES)}, as jaxmerge.mesh.make makes it, got "
+      f"mesh must have the axes {', '.join(meshes.AXES)}, as jaxmerge.parallel.mesh.make makes it, "
+      "got "
       f"{', '.join(map(str, mesh.axis_names))}."
     )
   if isinstance(checkpoints, str | os.PathLike):
     raise ValueError(
-      "checkpoints must be a store, jaxmerge.io.orbax.Checkpoints(pathlib.Path("
+      "checkpoints must be a store, jaxmerge.io.checkpoints.store.Checkpoints(pathlib.Path("
       f"{str(checkpoints)!r})), in a `with`."
     )
 
 
 def _check_outputs(
-  apply: tune.Apply, params: Any, given: Sequence[tasks.Task], loss: tune.Rowwise
+  apply: batch.Apply, params: Any, given: Sequence[tasks.Task], loss: losses.Rowwise
 ) -> None:
   """Compares the shape of the model's outputs with the labels, class by class."""
   try:
@@ -76,12 +77,12 @@ def _check_outputs(
 
 
 def _check_split(
-  apply: tune.Apply,
+  apply: batch.Apply,
   params: Any,
   where: str,
   split: tasks.Split,
   task: tasks.Task,
-  loss: tune.Rowwise,
+  loss: losses.Rowwise,
 ) -> None:
   """Compares the outputs for the rows of a split with their labels."""
   inputs, labels, head = jax.tree.map(
@@ -96,7 +97,7 @@ def _check_split(
       f"{where}: the model does not take inputs {rows[0]} and head {rows[1]}: "
       f"{' '.join(str(error).split())}"
     ) from error
-  if loss is not tune.cross_entropy:
+  if loss is not losses.cross_entropy:
     return
   if shape[:-1] != labels.shape or shape[-1] < task.num_classes:
     raise ValueError(

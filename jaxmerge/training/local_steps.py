@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple  # Any: parameters, inputs and heads are the user's trees.
+from typing import Any  # Any: parameters, inputs and heads are the user's trees.
 
 import jax
 import jax.numpy as jnp
@@ -13,33 +13,13 @@ from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from jaxmerge import mesh as meshes
-from jaxmerge import moments, tree
-from jaxmerge.atm.sampling import Plan
-from jaxmerge.atm.settings import Settings
-from jaxmerge.tasks import task as tasks
+from jaxmerge.core import running_statistics, tree
+from jaxmerge.parallel import mesh as meshes
+from jaxmerge.tasks import batch, losses
+from jaxmerge.training.schedule import Plan
+from jaxmerge.training.settings import Settings
 
 Array = jax.Array
-Apply = Callable[[Any, Any, Any], Array]
-Rowwise = Callable[[Array, Array], Array]
-
-
-class Rows(NamedTuple):
-  """One split of all tasks, stacked and padded: what the device holds.
-
-  Attributes:
-    inputs: tree of [T, N, ...].
-    labels: [T, N, ...].
-    head: [T, features, C] or None.
-    classes: int32 [T], columns of the head that are real.
-    filled: int32 [T], rows that are real.
-  """
-
-  inputs: Any
-  labels: Array | np.ndarray
-  head: Array | np.ndarray | None
-  classes: Array | np.ndarray
-  filled: Array | np.ndarray
 
 
 def masters(params: Any) -> Any:
@@ -53,7 +33,7 @@ def masters(params: Any) -> Any:
   leaves = tree.named(params)
   if not leaves:
     raise ValueError("the model to start from has no parameters.")
-  variances = moments.variances(leaves)
+  variances = running_statistics.variances(leaves)
   for name, leaf in leaves.items():
     if not hasattr(leaf, "dtype"):
       kind = type(leaf).__name__
@@ -65,85 +45,6 @@ def masters(params: Any) -> Any:
     if name in variances and bool((jnp.asarray(leaf) < 0).any()):
       raise ValueError(f"leaf {name!r} of the model to start from is a variance below zero.")
   return jax.tree.map(lambda p: jnp.asarray(p, tree.compute_dtype(jnp.asarray(p).dtype)), params)
-
-
-def stacked(
-  given: Sequence[tasks.Task],
-  split: str,
-  *,
-  height: int | None = None,
-  slots: range | None = None,
-) -> Rows:
-  """Stacks one split of the tasks; shorter ones are padded with zeros, which no step reads.
-
-  Args:
-    given: the tasks.
-    split: name of the split.
-    height: number of slots T; those past the last task stay empty.
-    slots: those of them that are stacked; all by default.
-
-  Raises:
-    ValueError: if the rows of two tasks differ in structure, dtype or shape, or their heads in kind
-      or number of features, naming both; or if a task has no such split.
-  """
-  for t in given:
-    if split not in t.splits():
-      raise ValueError(f"task {t.name!r} has no {split} split, only {', '.join(t.splits())}.")
-  parts = [t.splits()[split] for t in given]
-  rows = max(len(p.labels) for p in parts)
-  slots = slots or range(height or len(parts))
-  for t, part in zip(given[1:], parts[1:], strict=True):
-    rowed = [{"inputs": jax.tree.map(_first, p.inputs)} for p in (parts[0], part)]
-    left, right = (f"a row of task {name!r}" for name in (given[0].name, t.name))
-    tree.check_same(*rowed, left=left, right=right)
-  own = heads(given)
-  wide = max(t.num_classes for t in given)
-
-  def pile(*xs: Any) -> np.ndarray:
-    parts = [pile_up(np.asarray(xs[k]), rows) for k in slots if k < len(xs)]
-    return _pile(parts, xs[0], rows, len(slots))
-
-  def each(values: Sequence[int], empty: int) -> np.ndarray:
-    return np.array([values[k] if k < len(values) else empty for k in slots], np.int32)
-
-  own = [_widened(h, wide) for h in own]
-  return Rows(
-    jax.tree.map(pile, *[p.inputs for p in parts]),
-    pile(*[p.labels for p in parts]),
-    pile_up(np.stack(own), max(slots) + 1)[slots.start : slots.stop] if own else None,
-    each([t.num_classes for t in given], wide),
-    each([len(p.labels) for p in parts], 0),
-  )
-
-
-def cross_entropy(outputs: Array, labels: Array | np.ndarray) -> Array:
-  """Returns the cross entropy of each label in nats: logits [B, ..., C], labels [B, ...]."""
-  if outputs.ndim == 2:
-    return optax.softmax_cross_entropy_with_integer_labels(outputs, labels)
-  # Logits of tokens may be shared by devices: a sum is cut up among them, picking one out is not.
-  place = lax.broadcasted_iota(jnp.int32, outputs.shape, outputs.ndim - 1)
-  own = jnp.where(
-    place == labels.astype(np.int32)[..., None], outputs, jnp.zeros((), outputs.dtype)
-  )
-  return jax.nn.logsumexp(outputs, axis=-1) - own.sum(-1)
-
-
-def accuracy(outputs: Array, labels: Array | np.ndarray) -> Array:
-  """Tells for each row whether the largest logit is the label's: [B, C], [B] -> float32 [B].
-
-  A row with NaN among its logits has no largest one.
-  """
-  found, known = outputs.argmax(-1), ~jnp.isnan(outputs).any(-1)
-  return (known & (found == labels.astype(found.dtype))).astype(jnp.float32)
-
-
-def outputs(apply: Apply, params: Any, inputs: Any, head: Any, classes: Any) -> Array:
-  """Runs the model; logits of classes that the task does not have become -inf."""
-  out = apply(params, inputs, head)
-  if head is None:
-    return out
-  real = lax.broadcasted_iota(jnp.int32, out.shape, out.ndim - 1) < classes
-  return jnp.where(real, out, jnp.asarray(-jnp.inf, out.dtype))
 
 
 def direction(settings: Settings, params: Any) -> optax.GradientTransformation:
@@ -168,7 +69,7 @@ def direction(settings: Settings, params: Any) -> optax.GradientTransformation:
 
 
 def step(
-  apply: Apply, loss: Rowwise, settings: Settings, local: optax.GradientTransformation
+  apply: batch.Apply, loss: losses.Rowwise, settings: Settings, local: optax.GradientTransformation
 ) -> Callable[..., tuple[Any, Any, Array]]:
   """Makes the local step: (params, state, batch, rate, mixed=False) -> (params, state, loss).
 
@@ -179,12 +80,12 @@ def step(
 
   def objective(params: Any, inputs: Any, labels: Array, head: Any, classes: Array) -> Array:
     params, head = computed((params, head), settings.compute_dtype)
-    out = outputs(apply, params, inputs, head, classes)
+    out = batch.outputs(apply, params, inputs, head, classes)
     return loss(out.astype(tree.compute_dtype(out.dtype)), labels).mean()
 
   def take(params: Any, state: Any, value: Array, grads: Any, rate: Array) -> Any:
     names = tree.named(params)
-    counted = moments.of(names)
+    counted = running_statistics.of(names)
     free = tree.rebuild(params, {n: not (chosen(n) or n in counted) for n in names})
     grads = jax.tree.map(lambda g, f: g if f else jnp.zeros_like(g), grads, free)
     updates, state = local.update(grads, state, params)
@@ -224,7 +125,7 @@ def tune_one(
   step_: Any,
   params: Any,
   state: Any,
-  rows: Rows,
+  rows: batch.Rows,
   plan: Plan,
   share: Callable[[Any], Any] = lambda batch: batch,
 ) -> tuple[Any, Any, Array]:
@@ -252,7 +153,7 @@ def tune_all(
   step_: Any,
   params: Any,
   states: Any,
-  rows: Rows,
+  rows: batch.Rows,
   plan: Plan,
   *,
   mesh: Mesh,
@@ -308,12 +209,6 @@ def copies(params: Any, height: int, mesh: Mesh, rules: meshes.Rules = ()) -> An
   return lax.with_sharding_constraint(spread, meshes.places(params, mesh, rules, stacked=True))
 
 
-def finite(models: Any) -> Array:
-  """Tells which models of a stack are free of NaN and infinity: [T, *s] -> [T]."""
-  each = [jnp.isfinite(x).all(axis=tuple(range(1, x.ndim))) for x in jax.tree.leaves(models)]
-  return jnp.stack(each).all(0)
-
-
 def refuse_divergence(
   names: Sequence[str], losses: Any, good: Any, settings: Settings, *, when: str
 ) -> None:
@@ -351,38 +246,3 @@ def _square(x: Any) -> Array:
 
 def _decays(name: str, leaf: Any) -> bool:
   return leaf.ndim > 1 and not tree.matching(r"(?i)embed|norm|bias|scale")(name)
-
-
-def _pile(parts: Sequence[np.ndarray], like: Any, rows: int, height: int) -> np.ndarray:
-  empty = np.zeros((rows, *np.shape(like)[1:]), np.asarray(like).dtype)
-  return np.stack([*parts, *[empty] * (height - len(parts))])
-
-
-def _first(x: Any) -> np.ndarray:
-  return np.asarray(x)[0]
-
-
-def heads(given: Sequence[tasks.Task]) -> list[np.ndarray]:
-  """Returns the heads of all tasks, or none; ValueError where some have one, or sizes differ."""
-  heads = [t.head for t in given if t.head is not None]
-  if 0 < len(heads) < len(given):
-    own = {t.name: "a head" if t.head is not None else "none" for t in given}
-    raise ValueError(f"either all tasks have a head or none has, got {own}.")
-  for t, head in zip(given, heads, strict=False):
-    if head.shape[:-1] != heads[0].shape[:-1]:
-      raise ValueError(
-        f"the head of task {t.name!r} is {head.shape}, but that of {given[0].name!r} is "
-        f"{heads[0].shape}; all but the classes must agree."
-      )
-  return heads
-
-
-def _widened(head: np.ndarray, classes: int) -> np.ndarray:
-  head = np.asarray(head)
-  spare = np.zeros((*head.shape[:-1], classes - head.shape[-1]), head.dtype)
-  return np.concatenate([head, spare], axis=-1)
-
-
-def pile_up(x: np.ndarray, height: int) -> np.ndarray:
-  """Appends empty slots to an array with a leading task axis: [T, ...] -> [height, ...]."""
-  return np.concatenate([x, np.zeros((max(0, height - len(x)), *x.shape[1:]), x.dtype)])

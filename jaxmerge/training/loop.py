@@ -15,15 +15,20 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxmerge import arguments, layouts, memory, methods, processes, stage, stopping, tree, wide
-from jaxmerge import mesh as meshes
-from jaxmerge.atm import budget, checking, evaluate, in_turn, outer, placing, sampling, tune
-from jaxmerge.atm import round as rounds
-from jaxmerge.atm.settings import Settings
-from jaxmerge.io import orbax
-from jaxmerge.methods import averaging
-from jaxmerge.stage import Method
+from jaxmerge import methods
+from jaxmerge.core import double_precision, fingerprint, interpreter, layouts, stage, tree
+from jaxmerge.core.stage import Method
+from jaxmerge.drivers import arguments
+from jaxmerge.evaluation import metrics, scoring
+from jaxmerge.io.checkpoints import store
+from jaxmerge.methods import averages
+from jaxmerge.parallel import mesh as meshes
+from jaxmerge.parallel import preemption, processes
+from jaxmerge.tasks import batch, losses
 from jaxmerge.tasks import task as tasks_
+from jaxmerge.training import budget, checks, local_steps, outer, placement, schedule, waves
+from jaxmerge.training import round as rounds
+from jaxmerge.training.settings import Settings
 
 
 class Result(NamedTuple):
@@ -43,21 +48,21 @@ class Result(NamedTuple):
   messages: tuple[str, ...]
 
 
-@wide.aware
+@double_precision.aware
 def tune_and_merge(
-  apply: tune.Apply | Any,
+  apply: batch.Apply | Any,
   params: Any,
   tasks: Sequence[tasks_.Task] | Any,
   method: Method | Any = None,
   settings: Settings | Any = None,
   *,
-  loss: tune.Rowwise = tune.cross_entropy,
-  metric: evaluate.Metric | tune.Rowwise = evaluate.ACCURACY,
+  loss: losses.Rowwise = losses.cross_entropy,
+  metric: metrics.Metric | losses.Rowwise = metrics.ACCURACY,
   aux: Mapping[str, Any] | None = None,
   layout: layouts.Said | None = (),
   mesh: Mesh | None = None,
   sharding: meshes.Rules = (),
-  checkpoints: orbax.Checkpoints | None = None,
+  checkpoints: store.Checkpoints | None = None,
   save_every: int = 1,
   score_every: int = 1,
   on_round: Callable[[dict[str, Any]], None] | None = None,
@@ -81,7 +86,7 @@ def tune_and_merge(
     layout: matrix views, as for `jaxmerge.merge`.
     mesh: devices; by default all, along the task axis.
     sharding: rules by which a model's weights are split over the mesh's model axis, see
-      `jaxmerge.mesh`; a mesh with such an axis needs them.
+      `jaxmerge.parallel.mesh`; a mesh with such an axis needs them.
     checkpoints: a store for this run alone; it is closed at the end, and opens again when used.
     save_every: rounds from one save to the next; the last round is always saved.
     score_every: rounds from one scoring to the next; the last round is always scored, those between
@@ -103,11 +108,11 @@ def tune_and_merge(
   settings = settings or Settings()
   method = methods.average() if method is None else arguments.method(method)
   tasks = arguments.tasks(apply, tasks, settings)
-  checking.check_parts(mesh, checkpoints)
-  params = tune.masters(params)
-  checking.check(apply, params, tasks, loss)
+  checks.check_parts(mesh, checkpoints)
+  params = local_steps.masters(params)
+  checks.check(apply, params, tasks, loss)
   mesh = mesh or meshes.make(tasks=len(tasks))
-  given = (loss, evaluate.metric_of(metric), aux or {}, layout, mesh, sharding)
+  given = (loss, metrics.metric_of(metric), aux or {}, layout, mesh, sharding)
   held = _Run(apply, params, tasks, method, settings, *given)
   with contextlib.closing(checkpoints) if checkpoints is not None else contextlib.nullcontext():
     state, records, messages = _restored(held, checkpoints)
@@ -124,7 +129,7 @@ def tune_and_merge(
       if asked:
         if checkpoints is not None:
           checkpoints.wait()
-        raise stopping.Stopped(f"stopped after round {k + 1} of {settings.rounds}")
+        raise preemption.Stopped(f"stopped after round {k + 1} of {settings.rounds}")
   params = held.best if settings.early_stopping and held.best is not None else state.params
   return Result(params, records, held.budget(settings.rounds), (*held.laid_out, *messages))
 
@@ -134,13 +139,13 @@ class _Run:
 
   def __init__(
     self,
-    apply: tune.Apply,
+    apply: batch.Apply,
     params: Any,
     given: Sequence[tasks_.Task],
     method: Method,
     settings: Settings,
-    loss: tune.Rowwise,
-    metric: evaluate.Metric,
+    loss: losses.Rowwise,
+    metric: metrics.Metric,
     aux: Mapping[str, Any],
     layout: layouts.Said | None,
     mesh: Mesh,
@@ -152,8 +157,8 @@ class _Run:
     self.settings, self.mesh, self.rules = settings, mesh, rules
     self.names = [t.name for t in tasks]
     self.counts = [len(t.train.labels) for t in tasks]
-    self.steps = sampling.totals(self.counts, settings)
-    self.local = tune.direction(settings, params)
+    self.steps = schedule.totals(self.counts, settings)
+    self.local = local_steps.direction(settings, params)
     self.outer = outer.direction(settings)
     self.kept = settings.local_state == "kept"
     self.base = meshes.put(params, meshes.places(params, mesh, rules))
@@ -166,30 +171,30 @@ class _Run:
     self.seeded = "seed" in stage.numbers(method)
     aux = dict(aux, seed=0) if self.seeded else dict(aux)
     self.method = _described(method, aux)
-    method = averaging.with_moments(method, shapes)
+    method = averages.with_moments(method, shapes)
     # Numbers per model come in the caller's order, the stacks of the loop are in that of the tags.
-    ready = memory.prepare(method, shapes, len(tasks), aux, [t.name for t in given])
+    ready = interpreter.prepare(method, shapes, len(tasks), aux, [t.name for t in given])
     self.ready = ready._replace(order=None)
     self.layout = layouts.settled(method, shapes, layout)
     self.laid_out = layouts.lines(method, self.layout)
-    step = tune.step(placing.in_place(apply, mesh, rules), loss, settings, self.local)
+    step = local_steps.step(placement.in_place(apply, mesh, rules), loss, settings, self.local)
     height = -(-len(tasks) // side) * side
-    self.whole = placing.rows(tasks, "validation", mesh, height=height)
+    self.whole = placement.rows(tasks, "validation", mesh, height=height)
     self.validation = [len(t.validation.labels) for t in tasks]
     self.gain = metric.gain
-    self.score = evaluate.scorer(apply, metric.rowwise, mesh=mesh)
+    self.score = scoring.scorer(apply, metric.rowwise, mesh=mesh)
     self.best: Any = None
     self.best_gain = -np.inf
     height = self.slots * self.waves
     if self.waves == 1:
-      self.rows = placing.rows(tasks, "train", mesh, height=height)
+      self.rows = placement.rows(tasks, "train", mesh, height=height)
     else:
-      self.rows = tune.stacked(tasks, "train", height=height)
+      self.rows = batch.stacked(tasks, "train", height=height)
     head = meshes.fetch(self.rows.head)
     self.head = () if head is None else meshes.put(head[: len(tasks)], meshes.everywhere(mesh))
     sizes = (len(tasks), self.slots, self.kept)
     parts = rounds.Parts(step, self.local, self.outer, method, *sizes, self.layout, mesh, rules)
-    self.program = rounds.program(parts) if self.waves == 1 else in_turn.program(parts)
+    self.program = rounds.program(parts) if self.waves == 1 else waves.program(parts)
 
   def start(self) -> rounds.State:
     """The state before the first round."""
@@ -197,11 +202,11 @@ class _Run:
 
     @jax.jit
     def local(params: Any) -> Any:
-      spread = tune.copies(params, self.slots * self.waves, self.mesh, self.rules)
-      return placing.states(self.local, spread, self.mesh, self.rules)
+      spread = local_steps.copies(params, self.slots * self.waves, self.mesh, self.rules)
+      return placement.states(self.local, spread, self.mesh, self.rules)
 
     # Placed as a round returns it, so that all rounds run one executable.
-    own = meshes.put(own, placing.of_states(self.outer, self.base, self.mesh, self.rules))
+    own = meshes.put(own, placement.of_states(self.outer, self.base, self.mesh, self.rules))
     states = local(self.base) if self.kept else ()
     return rounds.State(self.base, own, states if self.waves == 1 else meshes.fetch(states))
 
@@ -210,19 +215,19 @@ class _Run:
   ) -> tuple[rounds.State, dict[str, Any]]:
     """Runs round k (from 0), and returns the new state and the round's record."""
     begun, s = time.perf_counter(), self.settings
-    plan = sampling.plan(self.names, self.counts, s, k, rounds=s.rounds)
-    plan = sampling.Plan(*(tune.pile_up(x, self.slots * self.waves) for x in plan))
+    plan = schedule.plan(self.names, self.counts, s, k, rounds=s.rounds)
+    plan = schedule.Plan(*(batch.pile_up(x, self.slots * self.waves) for x in plan))
     ready = self.ready
     if self.seeded:
       ready = ready._replace(aux=dict(ready.aux, seed=_seed(s.seed, k)))
-    rate = np.float32(s.outer_learning_rate * sampling.factor(s.outer_schedule, k, s.rounds))
+    rate = np.float32(s.outer_learning_rate * schedule.factor(s.outer_schedule, k, s.rounds))
     reference = self.base if s.reference == "base" else state.params
     if self.waves == 1:
       plan = meshes.put(plan, meshes.by_task(self.mesh))
       ready, rate = meshes.put((ready, rate), meshes.everywhere(self.mesh))
     state, found = self.program(state, reference, self.rows, plan, ready, rate)
     when = f"round {k + 1}"
-    tune.refuse_divergence(self.names, found.loss, found.finite, s, when=when)
+    local_steps.refuse_divergence(self.names, found.loss, found.finite, s, when=when)
     rounds.refuse_overflow(found, state.params, when)
     losses, before, later = self._by_task(found.loss), self.taken(k), self.taken(k + 1)
     record: dict[str, Any] = {
@@ -242,8 +247,8 @@ class _Run:
   def scores(self, params: Any, when: str) -> dict[str, Any]:
     """Scores a model on the validation rows: mean over the tasks, and per task."""
     found = np.asarray(self.score(jax.tree.map(lambda p: p[None], params), self.whole)[0])
-    evaluate.refuse_unscored(self.names, evaluate.per_row(found, self.validation), when)
-    each = evaluate.means(found, self.validation)
+    scoring.refuse_unscored(self.names, scoring.per_row(found, self.validation), when)
+    each = scoring.means(found, self.validation)
     return {"mean": float(np.mean(each)), "per_task": dict(zip(self.names, each, strict=True))}
 
   def unscored(self) -> dict[str, Any]:
@@ -265,7 +270,7 @@ class _Run:
 
   def local_places(self, *, even: bool = True) -> Any:
     """Where kept local states go: over the task axis, if it divides them, or whole to all of it."""
-    places = placing.of_states(self.local, self.base, self.mesh, self.rules, stacked=True)
+    places = placement.of_states(self.local, self.base, self.mesh, self.rules, stacked=True)
     if even:
       return places
     return jax.tree.map(lambda s: NamedSharding(self.mesh, P(None, *s.spec[1:])), places)
@@ -282,7 +287,7 @@ class _Run:
     if self.kept and self.waves > 1:
       local = jax.tree.map(lambda x, y: np.concatenate([x, y[n:]]), meshes.fetch(local), spare)
     elif self.kept and n < self.slots:
-      local = placing.padded(local, spare, self.local_places())
+      local = placement.padded(local, spare, self.local_places())
     return rounds.State(held["params"], held["outer"], local)
 
   def record(self, records: list[dict[str, Any]]) -> dict[str, Any]:
@@ -300,12 +305,13 @@ class _Run:
   def accept(self, record: Mapping[str, Any]) -> None:
     """Raises ValueError, naming the first difference, for the record of another run."""
     own = self.record([])
+    record = {**record, "method": fingerprint.placeless(record["method"])}
     for part in ("settings", "method", "tasks"):
       _refuse_other(part, record[part], own[part])
 
   def taken(self, done: int) -> dict[str, int]:
     """Local steps that each task has taken after some rounds: the position in its data."""
-    ends = [sampling.bounds(n, self.settings.rounds, done)[0] for n in self.steps]
+    ends = [schedule.bounds(n, self.settings.rounds, done)[0] for n in self.steps]
     return dict(zip(self.names, ends, strict=True))
 
   def budget(self, done: int) -> budget.Budget:
@@ -318,7 +324,7 @@ class _Run:
 
 
 def _restored(
-  run: _Run, checkpoints: orbax.Checkpoints | None
+  run: _Run, checkpoints: store.Checkpoints | None
 ) -> tuple[rounds.State, list[dict[str, Any]], tuple[str, ...]]:
   state = run.start()
   if checkpoints is None:
@@ -339,9 +345,9 @@ def _restored(
   )
 
 
-def _headed(rows: tune.Rows, head: np.ndarray) -> tune.Rows:
+def _headed(rows: batch.Rows, head: np.ndarray) -> batch.Rows:
   """The rows with other heads [T, features, C], placed as they were."""
-  piled = tune.pile_up(head, rows.filled.shape[0])
+  piled = batch.pile_up(head, rows.filled.shape[0])
   if isinstance(rows.head, jax.Array):
     return rows._replace(head=meshes.put(piled, rows.head.sharding))
   return rows._replace(head=piled)
@@ -370,9 +376,8 @@ def _refuse_other_base(theirs: Any, ours: Any) -> None:
 
 def _described(method: Method, aux: Mapping[str, Any]) -> dict[str, Any]:
   """What tells methods apart in a record: their stages' functions, and their numbers."""
-  steps = [f"{step.update.__module__}.{step.update.__qualname__}" for step in method]
   numbers = {n: aux.get(n, v) for n, v in stage.numbers(method).items()}
-  return {"stages": steps} | {n: _short(v) for n, v in numbers.items()}
+  return {"stages": fingerprint.stages(method)} | {n: _short(v) for n, v in numbers.items()}
 
 
 def _short(value: Any) -> Any:

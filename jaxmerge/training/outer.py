@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxmerge.atm.settings import Settings
+from jaxmerge.training.settings import Settings
 
 
 class DampedState(NamedTuple):

@@ -12,12 +12,11 @@ import optax
 from jax import lax
 from jax.sharding import Mesh
 
-from jaxmerge import mesh as meshes
-from jaxmerge.atm import tune
-from jaxmerge.tasks import task
+from jaxmerge.parallel import mesh as meshes
+from jaxmerge.tasks import batch, task
 
 
-def in_place(apply: tune.Apply, mesh: Mesh, rules: meshes.Rules = ()) -> tune.Apply:
+def in_place(apply: batch.Apply, mesh: Mesh, rules: meshes.Rules = ()) -> batch.Apply:
   """Returns a model whose weights, and with them its gradients, are sharded by the rules.
 
   To be called in the manual part of a program over the task axis, as local steps are. Left to
@@ -36,13 +35,13 @@ def in_place(apply: tune.Apply, mesh: Mesh, rules: meshes.Rules = ()) -> tune.Ap
   return placed
 
 
-def rows(given: Sequence[task.Task], split: str, mesh: Mesh, *, height: int) -> tune.Rows:
+def rows(given: Sequence[task.Task], split: str, mesh: Mesh, *, height: int) -> batch.Rows:
   """Stacks one split, its slots over the task axis of a mesh: of many processes each its own ones.
 
-  Arguments and errors as for `tune.stacked`.
+  Arguments and errors as for `batch.stacked`.
   """
   where, own = meshes.by_task(mesh), meshes.own_slots(mesh, height)
-  stack = tune.stacked(given, split, height=height, slots=own)
+  stack = batch.stacked(given, split, height=height, slots=own)
   if where.is_fully_addressable:
     return meshes.put(stack, where)
 

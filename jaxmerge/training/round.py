@@ -13,12 +13,14 @@ import optax
 from jax import lax
 from jax.sharding import Mesh
 
-from jaxmerge import counting, dealing, layouts, memory, tree
-from jaxmerge import mesh as meshes
-from jaxmerge.atm import outer as outers
-from jaxmerge.atm import placing, tune
-from jaxmerge.atm.sampling import Plan
-from jaxmerge.stage import Array, Method
+from jaxmerge.core import interpreter, layouts, tree, wide_counts
+from jaxmerge.core.stage import Array, Method
+from jaxmerge.drivers import distributed_matrices, finiteness, memory
+from jaxmerge.parallel import mesh as meshes
+from jaxmerge.tasks import batch
+from jaxmerge.training import local_steps, placement
+from jaxmerge.training import outer as outers
+from jaxmerge.training.schedule import Plan
 
 
 class State(NamedTuple):
@@ -92,7 +94,7 @@ def function(parts: Parts) -> Callable[..., tuple[State, Measured]]:
   `states` are the kept local optimiser states, which the state that goes in does not have.
   """
 
-  def once(state: State, states: Any, base: Any, rows: tune.Rows, plan: Plan, *given: Any) -> Any:
+  def once(state: State, states: Any, base: Any, rows: batch.Rows, plan: Plan, *given: Any) -> Any:
     tuned, states, loss = tuning(parts, state.params, states, rows, plan)
     params, own, found = merging(parts, tuned, loss, state.params, state.outer, base, *given)
     return State(params, own, states), found
@@ -101,16 +103,16 @@ def function(parts: Parts) -> Callable[..., tuple[State, Measured]]:
 
 
 def tuning(
-  parts: Parts, params: Any, states: Any, rows: tune.Rows, plan: Plan
+  parts: Parts, params: Any, states: Any, rows: batch.Rows, plan: Plan
 ) -> tuple[Any, Any, Array]:
   """The first half of a round, to be traced: copies of the model, each tuned on its task.
 
   Returns the stack of tuned copies, their optimiser states if they are kept, and the losses [T].
   """
   mesh, rules = parts.mesh, parts.rules
-  spread = tune.copies(params, parts.slots, mesh, rules)
-  states = states if parts.kept else placing.states(parts.local, spread, mesh, rules)
-  tuned, states, loss = tune.tune_all(
+  spread = local_steps.copies(params, parts.slots, mesh, rules)
+  states = states if parts.kept else placement.states(parts.local, spread, mesh, rules)
+  tuned, states, loss = local_steps.tune_all(
     parts.step, spread, states, rows, plan, mesh=mesh, rules=rules
   )
   return tuned, states if parts.kept else (), loss
@@ -123,7 +125,7 @@ def merging(
   current: Any,
   own: Any,
   base: Any,
-  ready: memory.Ready,
+  ready: interpreter.Ready,
   rate: Any,
 ) -> tuple[Any, Any, Measured]:
   """The second half of a round, to be traced: merge, outer step, what is measured.
@@ -132,13 +134,13 @@ def merging(
   """
   stacks = {n: v[: parts.tasks] for n, v in tree.named(tuned).items()}
   # Matrices that are split lie whole nowhere: the devices share the work on them.
-  deal = dealing.Deal(parts.mesh) if parts.rules and parts.mesh.size > 1 else None
+  deal = distributed_matrices.Deal(parts.mesh) if parts.rules and parts.mesh.size > 1 else None
   target = merged(parts.method, stacks, base, ready, parts.layout, deal)
   params, own = outers.moved(parts.outer, current, target, own, rate)
   # Where they came in, so that the next round is the same executable.
   places = (
     meshes.places(params, parts.mesh, parts.rules),
-    placing.of_states(parts.outer, params, parts.mesh, parts.rules),
+    placement.of_states(parts.outer, params, parts.mesh, parts.rules),
   )
   params, own = lax.with_sharding_constraint((params, own), places)
   # On every device, so that every process can read it.
@@ -150,16 +152,16 @@ def merged(
   method: Method,
   stacks: dict[str, Array],
   base: Any,
-  ready: memory.Ready,
+  ready: interpreter.Ready,
   layout: layouts.Table,
-  deal: dealing.Deal | None = None,
+  deal: distributed_matrices.Deal | None = None,
 ) -> Any:
   """Returns base + M(models - base) inside a program: stacks [T, *s] by name -> tree of [*s]."""
   references = tree.named(base)
   deltas = {n: x - references[n][None] for n, x in stacks.items()}
   out = memory.transform(method, deltas, references, ready, layout, deal)
   return tree.rebuild(
-    base, {n: memory.added(n, v, references[n], references[n].dtype) for n, v in out.items()}
+    base, {n: interpreter.added(n, v, references[n], references[n].dtype) for n, v in out.items()}
   )
 
 
@@ -172,15 +174,17 @@ def measured(stacks: dict[str, Array], current: Any, loss: Array, params: Any) -
     axes = list(range(1, delta.ndim))
     gram = lax.dot_general(delta, delta, ((axes, axes), ((), ())), precision="highest")
     meet = (delta > 0).any(0, keepdims=True) & (delta < 0).any(0, keepdims=True)
-    found.append((gram, counting.count(meet)[:, 0]))
-  gram, conflict = functools.reduce(lambda a, b: (a[0] + b[0], counting.normal(a[1] + b[1])), found)
-  finite = tune.finite(stacks) & jnp.isfinite(jnp.diagonal(gram))
+    found.append((gram, wide_counts.count(meet)[:, 0]))
+  gram, conflict = functools.reduce(
+    lambda a, b: (a[0] + b[0], wide_counts.normal(a[1] + b[1])), found
+  )
+  finite = finiteness.finite_models(stacks) & jnp.isfinite(jnp.diagonal(gram))
   return Measured(loss, finite, is_finite(params), gram, conflict)
 
 
 def is_finite(params: Any) -> Array:
   """Tells whether a model is free of NaN and infinity."""
-  return tune.finite(jax.tree.map(lambda p: p[None], params))[0]
+  return finiteness.finite_models(jax.tree.map(lambda p: p[None], params))[0]
 
 
 def refuse_overflow(found: Measured, params: Any, when: str) -> None:
@@ -205,5 +209,5 @@ def geometry(found: Measured, size: int) -> dict[str, Any]:
   return {
     "norms": norms.tolist(),
     "cosines": np.clip(cosines, -1, 1).tolist(),
-    "sign_conflict": ((high << counting.LIMB) + low) / size,
+    "sign_conflict": ((high << wide_counts.LIMB) + low) / size,
   }

@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxmerge import tree
-from jaxmerge.atm.settings import Settings
+from jaxmerge.core import tree
+from jaxmerge.training.settings import Settings
 
 
 class Plan(NamedTuple):

@@ -6,7 +6,8 @@ import dataclasses
 import difflib
 import math
 import re
-from typing import Literal, get_args, get_origin, get_type_hints
+from collections.abc import Mapping
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,3 +108,8 @@ _RANGES: dict[str, tuple[float, float, str]] = {
 def _near(value: object, choices: tuple[str, ...]) -> str:
   close = difflib.get_close_matches(str(value), choices, n=1)
   return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def settings_of(config: Mapping[str, Any]) -> Settings:
+  """Returns the loop's settings: the config's keys of the same names."""
+  return Settings(**{f.name: config[f.name] for f in dataclasses.fields(Settings)})

@@ -14,13 +14,15 @@ import jax
 import numpy as np
 from jax import lax
 
-from jaxmerge import layouts, memory, running, stage, streaming
-from jaxmerge import mesh as meshes
-from jaxmerge.atm import outer as outers
-from jaxmerge.atm import placing, tune
-from jaxmerge.atm import round as rounds
-from jaxmerge.atm.sampling import Plan
-from jaxmerge.stage import Method
+from jaxmerge.core import interpreter, layouts, stage
+from jaxmerge.core.stage import Method
+from jaxmerge.drivers import finiteness, incremental, streaming
+from jaxmerge.parallel import mesh as meshes
+from jaxmerge.tasks import batch
+from jaxmerge.training import outer as outers
+from jaxmerge.training import placement
+from jaxmerge.training import round as rounds
+from jaxmerge.training.schedule import Plan
 
 
 def program(parts: rounds.Parts) -> Callable[..., tuple[rounds.State, rounds.Measured]]:
@@ -33,26 +35,31 @@ def program(parts: rounds.Parts) -> Callable[..., tuple[rounds.State, rounds.Mea
   whole = meshes.everywhere(mesh)
 
   @jax.jit
-  def tuned(params: Any, states: Any, rows: tune.Rows, plan: Plan) -> Any:
+  def tuned(params: Any, states: Any, rows: batch.Rows, plan: Plan) -> Any:
     copies, states, loss = rounds.tuning(parts, params, states, rows, plan)
-    told = lax.with_sharding_constraint((loss, tune.finite(copies)), whole)
+    told = lax.with_sharding_constraint((loss, finiteness.finite_models(copies)), whole)
     return copies, states, *told
 
   @jax.jit
   def move(*given: Any) -> Any:
     params, own = outers.moved(outer, *given)
-    places = meshes.places(params, mesh, rules), placing.of_states(outer, params, mesh, rules)
+    places = meshes.places(params, mesh, rules), placement.of_states(outer, params, mesh, rules)
     params, own = lax.with_sharding_constraint((params, own), places)
     return params, own, lax.with_sharding_constraint(rounds.is_finite(params), whole)
 
   def placed(states: Any, base: Any) -> Any:
-    places = placing.of_states(local, base, mesh, rules, stacked=True) if kept else ()
+    places = placement.of_states(local, base, mesh, rules, stacked=True) if kept else ()
     return meshes.put(states, places)
 
   take, finish = _folded(method, layout) if stage.foldable(method) else _held(method, layout)
 
   def once(
-    state: rounds.State, base: Any, rows: tune.Rows, plan: Plan, ready: memory.Ready, rate: Any
+    state: rounds.State,
+    base: Any,
+    rows: batch.Rows,
+    plan: Plan,
+    ready: interpreter.Ready,
+    rate: Any,
   ) -> tuple[rounds.State, rounds.Measured]:
     held, states, losses, finites = None, [], [], []
     for start in range(0, tasks, slots):
@@ -78,11 +85,11 @@ def program(parts: rounds.Parts) -> Callable[..., tuple[rounds.State, rounds.Mea
 
 def _folded(method: Method, layout: layouts.Table) -> tuple[Callable[..., Any], Callable[..., Any]]:
   """Merges waves as they come: take one into the accumulator, finish."""
-  take, finish = running.accumulator(method, layout)
+  take, finish = incremental.accumulator(method, layout)
   return take, lambda held, base, ready: finish(held, base, base, ready)
 
 
-def _own(ready: memory.Ready, start: int, stop: int) -> memory.Ready:
+def _own(ready: interpreter.Ready, start: int, stop: int) -> interpreter.Ready:
   """The tags and numbers of some of the models."""
   height = len(ready.tags)
 
@@ -95,10 +102,10 @@ def _own(ready: memory.Ready, start: int, stop: int) -> memory.Ready:
 def _held(method: Method, layout: layouts.Table) -> tuple[Callable[..., Any], Callable[..., Any]]:
   """Keeps the tuned copies in host memory, and merges them there at the end."""
 
-  def take(held: Any, copies: Any, base: Any, ready: memory.Ready) -> Any:
+  def take(held: Any, copies: Any, base: Any, ready: interpreter.Ready) -> Any:
     return [*(held or []), meshes.fetch(copies)]
 
-  def finish(held: Any, base: Any, ready: memory.Ready) -> Any:
+  def finish(held: Any, base: Any, ready: interpreter.Ready) -> Any:
     models = jax.tree.map(lambda *xs: np.concatenate(xs), *held)
     return streaming.merge_slices(method, meshes.fetch(base), models, ready=ready, layout=layout)
 

@@ -8,8 +8,7 @@ from typing import NamedTuple
 
 from jax.sharding import Mesh
 
-from jaxmerge.hlo import groups
-from jaxmerge.hlo import text as texts
+from jaxmerge.xla import hlo_text, replica_groups
 
 KINDS = (
   "all-reduce",
@@ -72,14 +71,14 @@ def collectives(text: str, mesh: Mesh, trips: int = 1) -> list[Collective]:
     >>> [(c.kind, c.axes, c.bytes) for c in collectives(compiled.as_text(), mesh)]
     [('all-reduce', ('task',), 16)]
   """
-  module = texts.read(text)
+  module = hlo_text.read(text)
   slices = _slices(mesh)
   if module.devices != mesh.size // len(slices):
     raise ValueError(
       f"the program is for {module.devices * len(slices)} devices, the mesh has {mesh.size}."
     )
   found, seen, begun, going_on = [], set[str](), set[str | None](), dict[str | None, str]()
-  for step in texts.steps(module, trips):
+  for step in hlo_text.steps(module, trips):
     if step.op.kind in _SENDS:
       found.append(_sent(step, mesh))
     if step.op.kind in _RECEIVES and _HOSTS not in step.op.attributes:
@@ -101,7 +100,7 @@ def collectives(text: str, mesh: Mesh, trips: int = 1) -> list[Collective]:
   return found
 
 
-def kind_of(op: texts.Op) -> str | None:
+def kind_of(op: hlo_text.Op) -> str | None:
   """Returns the kind of a collective that an operation starts, or None."""
   kind = op.kind.removesuffix("-start")
   return kind if kind in KINDS else None
@@ -120,14 +119,14 @@ def by_axis(found: Iterable[Collective]) -> dict[tuple[str, tuple[str, ...]], tu
   return out
 
 
-def _chain(op: texts.Op) -> str | None:
+def _chain(op: hlo_text.Op) -> str | None:
   """What the parts of one collective share that a TPU carries out beside several fusions."""
   found = re.search(r'chain_id="(\d+)"', op.attributes)
   channel = re.search(r"(?:^|, )channel_id=(\d+)", op.attributes)
   return f"{channel[1]}:{found[1]}" if found and channel else None
 
 
-def _continues(step: texts.Step) -> bool:
+def _continues(step: hlo_text.Step) -> bool:
   """Tells whether a collective is a later part of one: in the text each part looks like all of it.
 
   The first feeds a custom call that says so.
@@ -154,7 +153,7 @@ def _slices(mesh: Mesh) -> list[list[int]]:
 _HOSTS = '_xla_host_transfer_handler_name="xla_megascale_runtime"'
 
 
-def _sent(step: texts.Step, mesh: Mesh) -> Collective:
+def _sent(step: hlo_text.Step, mesh: Mesh) -> Collective:
   """What is sent between slices, and along which axes; devices have their ids there."""
   op = step.op
   place = {d.id: i for i, d in enumerate(mesh.devices.flat)}
@@ -179,7 +178,7 @@ def _sent(step: texts.Step, mesh: Mesh) -> Collective:
     raise ValueError(f"{op.kind} {op.name!r} names device {e}, which the mesh has not.") from e
   size = sum(s.bytes for s in step.within[op.operands[0]].shapes)
   size *= max(map(len, own)) if kind == "all-gather" else 1
-  spans = groups.axes(ids, dict(mesh.shape))
+  spans = replica_groups.axes(ids, dict(mesh.shape))
   return Collective(kind, spans, size, max(map(len, own)), step.times, outside=True)
 
 
@@ -188,24 +187,24 @@ _SLICE = 100_000  # The ids of devices of slice n begin at n times that.
 
 
 def _collective(
-  module: texts.Module, step: texts.Step, mesh: Mesh, slices: list[list[int]]
+  module: hlo_text.Module, step: hlo_text.Step, mesh: Mesh, slices: list[list[int]]
 ) -> Collective:
   op, kind = step.op, kind_of(step.op)
   assert kind is not None
   if kind == "collective-permute":
-    own = groups.pairs(op.attributes, module.devices)
+    own = replica_groups.pairs(op.attributes, module.devices)
     size = 2 if any(a != b for a, b in own) else 1
   else:
     _check_mode(op, kind, module.devices)
-    own = groups.replica_groups(op.attributes, module.devices)
+    own = replica_groups.replica_groups(op.attributes, module.devices)
     size = max(len(group) for group in own)
   inside = sum(s.bytes for name in op.operands for s in step.within[name].shapes)
   whole = inside * size if kind == "all-gather" else inside
   ids = [[places[i] for i in group] for places in slices for group in own]
-  return Collective(kind, groups.axes(ids, dict(mesh.shape)), whole, size, step.times)
+  return Collective(kind, replica_groups.axes(ids, dict(mesh.shape)), whole, size, step.times)
 
 
-def _check_mode(op: texts.Op, kind: str, devices: int) -> None:
+def _check_mode(op: hlo_text.Op, kind: str, devices: int) -> None:
   """Raises ValueError where the numbers in replica groups are not those of devices."""
   by_id = "use_global_device_ids=true" in op.attributes
   # These name partitions as soon as they have a channel.

@@ -11,9 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxmerge.hlo import text as texts
-from jaxmerge.hlo import traffic
-from jaxmerge.hlo.text import Module, Op, Shape
+from jaxmerge.xla import communication, hlo_text
+from jaxmerge.xla.hlo_text import Module, Op, Shape
 
 
 class Work(NamedTuple):
@@ -51,7 +50,7 @@ _FREE = {
   "partition-id",
   "replica-id",
   "domain",
-} | {f"{kind}-done" for kind in traffic.KINDS}
+} | {f"{kind}-done" for kind in communication.KINDS}
 _PARTS = ("dynamic-slice", "slice", "gather")  # These read as much as they give.
 
 
@@ -71,14 +70,14 @@ def count(text: str, trips: int = 1) -> Work:
     >>> count(compiled.as_text()).flops
     256
   """
-  module = texts.read(text)
+  module = hlo_text.read(text)
   flops = moved = unknown = 0
-  for step in texts.steps(module, trips):
+  for step in hlo_text.steps(module, trips):
     flops += step.times * products(step.op, step.within)
     if not step.fused:
       moved += step.times * _moved(module, step.within, step.op)
     if step.op.kind == "while":
-      unknown += texts.loop(module, step.within, step.op) is None
+      unknown += hlo_text.loop(module, step.within, step.op) is None
   return Work(flops, moved, unknown)
 
 
@@ -149,7 +148,7 @@ def _moved(module: Module, within: dict[str, Op], op: Op) -> int:
     return 0
   given = [within[name].shapes for name in op.operands if name in within]
   if op.kind == "fusion":
-    inner = module.computations[texts.attribute(op, "calls")]
+    inner = module.computations[hlo_text.attribute(op, "calls")]
     read = sum(min(_main(shapes), _read(module, inner, i)) for i, shapes in enumerate(given))
     return read + _written(inner, op)
   if op.kind in _PARTS:
@@ -160,7 +159,7 @@ def _moved(module: Module, within: dict[str, Op], op: Op) -> int:
     return _main(op.shapes[:1]) + _main(given[0])
   if op.kind == "dynamic-update-slice":
     return _main(given[1]) + min(_main(op.shapes), sum(s.bytes for s in given[1]))
-  if traffic.kind_of(op) is not None and op.kind.endswith("-start"):
+  if communication.kind_of(op) is not None and op.kind.endswith("-start"):
     whole = 2 if op.kind != "all-gather-start" else 1
     return whole * sum(_main(shapes) for shapes in given)
   return _main(op.shapes) + sum(_main(shapes) for shapes in given)
@@ -189,7 +188,7 @@ def _read(module: Module, inner: dict[str, Op], position: int) -> int:
       elif user.kind == "dynamic-update-slice" and at == 0:
         continue  # What is not written stays where it is.
       elif user.kind == "fusion":
-        total += _read(module, module.computations[texts.attribute(user, "calls")], at)
+        total += _read(module, module.computations[hlo_text.attribute(user, "calls")], at)
       else:
         return whole
   return min(total, whole)

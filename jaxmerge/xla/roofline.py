@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from jaxmerge import chips
-from jaxmerge.hlo.traffic import Collective
-from jaxmerge.hlo.work import Work
+from jaxmerge.xla import chips
+from jaxmerge.xla.communication import Collective
+from jaxmerge.xla.cost import Work
 
 
 class Times(NamedTuple):

@@ -17,11 +17,15 @@ from reference import adapters as transcribed
 from reference import bundles as apart
 
 import jaxmerge
-from jaxmerge import adapters, bundles, methods, reversible
-from jaxmerge.adapters import Lora
-from jaxmerge.io import adapter as peft
-from jaxmerge.io import pieces, safetensors
-from jaxmerge.io.tensor import Files, stored
+from jaxmerge import methods
+from jaxmerge.adapters import combine, compress, deltas, peft
+from jaxmerge.adapters import lora as adapters_lora
+from jaxmerge.adapters.lora import Lora
+from jaxmerge.io.peft import adapter as peft_adapter
+from jaxmerge.io.tensors import pieces, safetensors
+from jaxmerge.io.tensors.tensor import Files, stored
+from jaxmerge.mixtures import bundle as bundles
+from jaxmerge.mixtures import low_rank, storage
 
 pytestmark = pytest.mark.kernels
 ONE = {"w": Lora(jnp.array([[1.0, 2, 0]]), jnp.array([[1.0], [0]]))}
@@ -41,15 +45,15 @@ def drawn(ranks=(3, 3, 3, 3), seed=0):
 
 
 def test_worked_example_of_stacking():
-  close(adapters.flora([ONE, TWO], SHARES)["w"].delta(), [[1, 0.5, 0], [0.75, 0, 0.75]])
-  padded = adapters.averaged([ONE, TWO], SHARES, pad=True)["w"]
+  close(combine.flora([ONE, TWO], SHARES)["w"].delta(), [[1, 0.5, 0], [0.75, 0, 0.75]])
+  padded = combine.averaged([ONE, TWO], SHARES, pad=True)["w"]
   close(padded.delta(), [[0.625, 0.125, 0.1875], [0.75, 0.375, 0.5625]])
 
 
 def test_stacking_is_task_arithmetic_of_what_the_adapters_add():
   every = drawn((1, 4, 2))
   weights = (0.2, 1.5, -0.3)
-  found = adapters.flora(every, weights)
+  found = combine.flora(every, weights)
   for name in found:
     assert found[name].rank == 7
     expected = sum(w * x[name].delta() for w, x in zip(weights, every, strict=True))
@@ -63,8 +67,8 @@ SEEDS, WEIGHTS = st.integers(0, 2**32 - 1), st.tuples(*[st.floats(-2, 2)] * 3)
 @given(SEEDS, WEIGHTS)
 def test_stacks_and_means_agree_with_a_transcription(seed, weights):
   every = drawn((1, 4, 2), seed)
-  stacked = adapters.flora(every, weights)
-  padded = adapters.averaged(every, weights, pad=True)
+  stacked = combine.flora(every, weights)
+  padded = combine.averaged(every, weights, pad=True)
   for n in stacked:
     own = [x[n] for x in every]
     for found, make in ((stacked[n], transcribed.flora), (padded[n], transcribed.averaged)):
@@ -86,14 +90,14 @@ def test_planes_agree_with_a_transcription(seed, components):
 
 
 def test_what_some_adapters_lack_counts_as_nothing_added():
-  close(adapters.flora([ONE, {}], SHARES)["w"].delta(), 0.25 * ONE["w"].delta())
+  close(combine.flora([ONE, {}], SHARES)["w"].delta(), 0.25 * ONE["w"].delta())
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_stacking_rounds_once(dtype):
   """As PEFT's `cat`: weights and scalings are multiplied into a, and b stays as it is."""
   every = [{"w": x["up"]._replace(a=x["up"].a.astype(dtype))} for x in drawn((1, 3))]
-  found = adapters.flora(every, (0.3, 0.7))["w"]
+  found = combine.flora(every, (0.3, 0.7))["w"]
   own = [x["w"] for x in every]
   wide = [w * x.scale * np.asarray(x.a, np.float64) for w, x in zip((0.3, 0.7), own, strict=True)]
   close(found.a, np.concatenate(wide), atol=float(jnp.finfo(dtype).eps) * np.abs(wide[1]).max() / 2)
@@ -130,9 +134,9 @@ def test_merging_adapters_is_merging_the_models_they_make(name):
   every = drawn((1, 4, 2))
   del every[1]["down"]
   method, given = METHODS[name]
-  models = jaxmerge.stack([adapters.applied(zeros(), x) for x in every])
+  models = jaxmerge.stack([adapters_lora.applied(zeros(), x) for x in every])
   expected = jaxmerge.merge(method, zeros(), models, layout=VIEWS, **given)
-  found = adapters.merged(method, zeros(), every, **given)  # The views are those of the adapters.
+  found = deltas.merged(method, zeros(), every, **given)  # The views are those of the adapters.
   np.testing.assert_array_equal(found["up"]["kernel"], expected["up"]["kernel"])
   np.testing.assert_array_equal(found["down.weight"], expected["down.weight"])
   assert np.any(found["down.weight"])
@@ -140,18 +144,18 @@ def test_merging_adapters_is_merging_the_models_they_make(name):
 
 def test_a_method_that_looks_at_the_base_is_given_it():
   base, every = {"up": model()["up"]}, [{"up": x["up"]} for x in drawn((2, 3))]
-  models = jaxmerge.stack([adapters.applied(base, x) for x in every])
+  models = jaxmerge.stack([adapters_lora.applied(base, x) for x in every])
   expected = jaxmerge.merge(methods.widen(), base, models)["up"]["kernel"]
-  close(adapters.merged(methods.widen(), base, every)["up"]["kernel"], expected, atol=1e-5)
+  close(deltas.merged(methods.widen(), base, every)["up"]["kernel"], expected, atol=1e-5)
 
 
 def test_leaves_without_an_adapter_are_the_bases_and_count_for_nothing():
   """At most two fifths of the entries of the two leaves are kept, and not of all four."""
   base, every, (method, _) = model(bias=np.ones(1000)), drawn((1, 4, 2)), METHODS["ties"]
-  found = adapters.merged(method, base | zeros(), every)
+  found = deltas.merged(method, base | zeros(), every)
   for name in ("bias", "steps"):
     assert found[name] is base[name]
-  alone = adapters.merged(method, zeros(), every)
+  alone = deltas.merged(method, zeros(), every)
   np.testing.assert_array_equal(found["up"]["kernel"], alone["up"]["kernel"])
   np.testing.assert_array_equal(found["down.weight"], alone["down.weight"])
 
@@ -159,8 +163,8 @@ def test_leaves_without_an_adapter_are_the_bases_and_count_for_nothing():
 def test_a_base_of_low_precision_does_not_round_the_task_vectors():
   """A quarter of bfloat16's spacing at 1 each: the models are the base, four adapters are not."""
   base, own = {"w": jnp.ones((2, 2), jnp.bfloat16)}, Lora(jnp.ones((1, 2)), jnp.ones((2, 1)), 2**-9)
-  assert adapters.applied(base, {"w": own})["w"].tolist() == [[1.0, 1.0]] * 2
-  found = adapters.merged(methods.task_arithmetic(1.0), base, [{"w": own}] * 4)["w"]
+  assert adapters_lora.applied(base, {"w": own})["w"].tolist() == [[1.0, 1.0]] * 2
+  found = deltas.merged(methods.task_arithmetic(1.0), base, [{"w": own}] * 4)["w"]
   assert found.dtype == jnp.bfloat16
   assert found.tolist() == [[1 + 2**-7] * 2] * 2
 
@@ -170,7 +174,7 @@ def test_works_under_jit_and_grad():
   base, every = {"up": model()["up"]}, [{"up": x["up"]} for x in drawn((2, 3))]
 
   def total(own):
-    out = adapters.merged(methods.task_arithmetic(0.5), base, own)["up"]["kernel"]
+    out = deltas.merged(methods.task_arithmetic(0.5), base, own)["up"]["kernel"]
     return out.sum()
 
   slopes = jax.jit(jax.grad(total))(every)
@@ -188,8 +192,8 @@ def test_the_result_lies_where_the_base_lies(kind):
     [{"kernel": Lora(jnp.ones((r, 5)), jnp.arange(16.0 * r).reshape(16, r))} for r in (1, 2)],
   )
   method, given = methods.dare(0.5), {"seed": 3}
-  expected = adapters.merged(method, base, every, **given)["kernel"]
-  found = adapters.merged(method, jax.device_put(base, sharding), every, **given)["kernel"]
+  expected = deltas.merged(method, base, every, **given)["kernel"]
+  found = deltas.merged(method, jax.device_put(base, sharding), every, **given)["kernel"]
   assert found.sharding == sharding
   close(found, expected, atol=1e-5)
   assert not np.array_equal(expected, base["kernel"])
@@ -210,7 +214,7 @@ def test_layouts_say_the_same():
     "layers": jnp.zeros((2, 7, 5)),
   }
   layout = (("heads/kernel", "ioo"), ("layers", "bio"))
-  found = adapters.merged(METHODS["iso_c"][0], base, same, layout=layout)
+  found = deltas.merged(METHODS["iso_c"][0], base, same, layout=layout)
   kernel = np.asarray(found["dense"]["kernel"])
   close(found["file.weight"].T, kernel, atol=1e-5)
   close(found["heads"]["kernel"][..., 0], kernel, atol=1e-5)
@@ -226,8 +230,8 @@ def test_stacking_and_applying_is_task_arithmetic_with_shares_times_scales():
     {n: x._replace(scale=s) for n, x in own.items()} for s, own in zip(scales, plain, strict=True)
   ]
   weights = tuple(p * s for p, s in zip(shares, scales, strict=True))
-  found = adapters.merged(methods.task_arithmetic(1.0, weights), model(), plain)
-  expected = adapters.applied(model(), adapters.flora(scaled, shares))
+  found = deltas.merged(methods.task_arithmetic(1.0, weights), model(), plain)
+  expected = adapters_lora.applied(model(), combine.flora(scaled, shares))
   close(found["up"]["kernel"], expected["up"]["kernel"], atol=1e-5)
   close(found["down.weight"], expected["down.weight"], atol=1e-5)
 
@@ -238,16 +242,16 @@ def test_patches_are_carried_over_to_a_newer_base():
   every = [{"up": x["up"]} for x in drawn((2, 5))]
   carry = lambda tuned: jaxmerge.merge(methods.portllm(), new, jaxmerge.stack([old, tuned]))  # noqa: E731
   add = methods.task_arithmetic(1.0, (0.3, 0.9))
-  tuned = [adapters.applied(old, x) for x in every]
+  tuned = [adapters_lora.applied(old, x) for x in every]
   carried = [carry(x) for x in tuned]
   for x, own in zip(carried, every, strict=True):
-    close(x["up"]["kernel"], adapters.applied(new, own)["up"]["kernel"], atol=1e-5)
+    close(x["up"]["kernel"], adapters_lora.applied(new, own)["up"]["kernel"], atol=1e-5)
   first = carry(jaxmerge.merge(add, old, jaxmerge.stack(tuned)))["up"]["kernel"]
   last = jaxmerge.merge(add, new, jaxmerge.stack(carried))["up"]["kernel"]
   close(first, last, atol=1e-5)
-  close(first, adapters.merged(add, new, every)["up"]["kernel"], atol=1e-5)
-  one_by_one = adapters.applied(adapters.applied(new, every[0]), every[1])
-  both = adapters.applied(new, adapters.flora(every, (1.0, 1.0)))
+  close(first, deltas.merged(add, new, every)["up"]["kernel"], atol=1e-5)
+  one_by_one = adapters_lora.applied(adapters_lora.applied(new, every[0]), every[1])
+  both = adapters_lora.applied(new, combine.flora(every, (1.0, 1.0)))
   close(one_by_one["up"]["kernel"], both["up"]["kernel"], atol=1e-5)
 
 
@@ -255,9 +259,9 @@ def test_patches_are_carried_over_to_a_newer_base():
 def test_a_merge_of_adapters_is_an_adapter_again(rank):
   """What PEFT calls `svd`: the nearest of a rank to the weighted sum, or that sum itself."""
   every, shares = drawn((2, 3)), (0.3, 0.9)
-  out = adapters.merged(methods.task_arithmetic(1.0, shares), model(), every)
-  found = adapters.extracted(model(), out, every[0], rank)
-  for name, total in adapters.flora(every, shares).items():
+  out = deltas.merged(methods.task_arithmetic(1.0, shares), model(), every)
+  found = compress.extracted(model(), out, every[0], rank)
+  for name, total in combine.flora(every, shares).items():
     u, s, vt = np.linalg.svd(np.asarray(total.delta(), np.float64), full_matrices=False)
     close(found[name].delta(), (u[:, :rank] * s[:rank]) @ vt[:rank], atol=1e-4)
 
@@ -265,7 +269,7 @@ def test_a_merge_of_adapters_is_an_adapter_again(rank):
 @pytest.mark.parametrize("rank", [1, 2, 6, 9])
 def test_recompression_is_the_nearest_of_its_rank(rank):
   (one,) = drawn((6,))
-  found = adapters.recompressed(one, rank)
+  found = compress.recompressed(one, rank)
   for name, own in one.items():
     u, s, vt = np.linalg.svd(np.asarray(own.delta(), np.float64), full_matrices=False)
     close(found[name].delta(), (u[:, :rank] * s[:rank]) @ vt[:rank], atol=1e-4)
@@ -276,18 +280,18 @@ def test_adapters_of_low_precision_stay_so_at_a_lower_rank():
   (one,) = drawn((6,))
   low = {n: Lora(*(x.astype(jnp.bfloat16) for x in own[:2])) for n, own in one.items()}
   wide = {n: Lora(*(x.astype(jnp.float32) for x in own[:2])) for n, own in low.items()}
-  expected = adapters.recompressed(wide, 2)
-  for name, own in adapters.recompressed(low, 2).items():
+  expected = compress.recompressed(wide, 2)
+  for name, own in compress.recompressed(low, 2).items():
     assert own.a.dtype == own.b.dtype == jnp.bfloat16
     close(own.a, expected[name].a, atol=0.02)
     close(own.b, expected[name].b, atol=0.02)
 
 
 def test_a_saved_adapter_comes_back(tmp_path):
-  one = adapters.flora(drawn((2, 3)))
+  one = combine.flora(drawn((2, 3)))
   one["up"] = drawn((4,))[0]["up"]
-  adapters.save(tmp_path / "adapter", one)
-  found = adapters.load(tmp_path / "adapter")
+  peft.save(tmp_path / "adapter", one)
+  found = peft.load(tmp_path / "adapter")
   for name in one:
     close(found[name].delta(), one[name].delta(), atol=1e-5)
     assert found[name].rank == one[name].rank
@@ -300,69 +304,71 @@ def test_a_saved_adapter_comes_back(tmp_path):
 
 
 def test_an_adapter_that_overflows_with_its_scale_is_not_saved(tmp_path):
-  own = adapters.Lora(jnp.full((1, 2), 6e4, jnp.float16), jnp.ones((2, 1), jnp.float16), 4.0)
+  own = adapters_lora.Lora(jnp.full((1, 2), 6e4, jnp.float16), jnp.ones((2, 1), jnp.float16), 4.0)
   with pytest.raises(ValueError, match="lora_A of 'up' has NaN or infinity in float16"):
-    adapters.save(tmp_path / "adapter", {"up": own})
+    peft.save(tmp_path / "adapter", {"up": own})
   assert not (tmp_path / "adapter").exists()
 
 
 def test_what_is_no_factor_is_refused(tmp_path):
-  adapters.save(tmp_path / "adapter", ONE)
+  peft.save(tmp_path / "adapter", ONE)
   path = tmp_path / "adapter" / "adapter_model.safetensors"
   safetensors.save(path, {"base_model.model.w.weight": np.zeros((2, 2), np.float32)})
   with pytest.raises(ValueError, match=r"is no factor of a plain LoRA layer; apply the adapter"):
-    adapters.load(tmp_path / "adapter")
+    peft.load(tmp_path / "adapter")
 
 
 REFUSED = {
-  "no adapters": (lambda: adapters.flora([]), "no adapters are given"),
-  "weights": (lambda: adapters.flora([ONE], (1.0, 2.0)), r"1 adapters need as many weights"),
+  "no adapters": (lambda: combine.flora([]), "no adapters are given"),
+  "weights": (lambda: combine.flora([ONE], (1.0, 2.0)), r"1 adapters need as many weights"),
   "ranks": (
-    lambda: adapters.averaged([ONE, TWO]),
+    lambda: combine.averaged([ONE, TWO]),
     r"factors of 'w' cannot be averaged: their ranks are \[1, 2\]; stack them .*pad=True",
   ),
   "missing": (
-    lambda: adapters.averaged([ONE, {}]),
+    lambda: combine.averaged([ONE, {}]),
     r"'w' cannot be averaged: their ranks are \[1, 0\]",
   ),
   "no matrix": (
-    lambda: adapters.applied({"v": jnp.zeros((2, 3))}, ONE),
+    lambda: adapters_lora.applied({"v": jnp.zeros((2, 3))}, ONE),
     r"the model has no matrix 'w'.* Known: v",
   ),
   "shape": (
-    lambda: adapters.applied({"w": jnp.zeros((3, 3))}, ONE),
+    lambda: adapters_lora.applied({"w": jnp.zeros((3, 3))}, ONE),
     r"the adapter of 'w' is for a matrix \[2, 3\] of outputs and inputs, but 'w' is \[3, 3\]",
   ),
   "view": (
-    lambda: adapters.applied({"w": jnp.zeros((2, 3))}, ONE, layout=[("w", "oii")]),
+    lambda: adapters_lora.applied({"w": jnp.zeros((2, 3))}, ONE, layout=[("w", "oii")]),
     r"view 'oii' of 'w' names 3 axes, but 'w' is \[2, 3\]",
   ),
   "integers": (
-    lambda: adapters.applied({"w": jnp.zeros((2, 3), jnp.int8)}, ONE),
+    lambda: adapters_lora.applied({"w": jnp.zeros((2, 3), jnp.int8)}, ONE),
     r"'w' is int8\[2, 3\], which is no floating-point matrix",
   ),
   "factors": (
-    lambda: adapters.applied({"w": jnp.zeros((2, 3))}, {"w": Lora(jnp.ones((2, 3)), ONE["w"].b)}),
+    lambda: adapters_lora.applied(
+      {"w": jnp.zeros((2, 3))}, {"w": Lora(jnp.ones((2, 3)), ONE["w"].b)}
+    ),
     r"the factors of 'w' have other ranks: a is \[2, 3\], \[rank, in\], and b is \[2, 1\]",
   ),
   "twice": (
-    lambda: adapters.applied({"w.weight": jnp.zeros((2, 3))}, ONE | {"w.weight": ONE["w"]}),
+    lambda: adapters_lora.applied({"w.weight": jnp.zeros((2, 3))}, ONE | {"w.weight": ONE["w"]}),
     "'w.weight' is not the only matrix of an adapter that is added to 'w.weight'",
   ),
   "merge of none": (
-    lambda: adapters.merged(methods.average(), {"w": jnp.zeros((2, 3))}, []),
+    lambda: deltas.merged(methods.average(), {"w": jnp.zeros((2, 3))}, []),
     "0 adapters without a matrix are given",
   ),
   "merge elsewhere": (
-    lambda: adapters.merged(methods.average(), {"v": jnp.zeros((2, 3))}, [ONE]),
+    lambda: deltas.merged(methods.average(), {"v": jnp.zeros((2, 3))}, [ONE]),
     "the model has no matrix 'w'.* Known: v",
   ),
   "merge of other shapes": (
-    lambda: adapters.merged(methods.average(), {"w": jnp.zeros((3, 3))}, [ONE]),
+    lambda: deltas.merged(methods.average(), {"w": jnp.zeros((3, 3))}, [ONE]),
     r"the adapter of 'w' is for a matrix \[2, 3\] of outputs and inputs, but 'w' is \[3, 3\]",
   ),
   "merge of NaN": (
-    lambda: adapters.merged(
+    lambda: deltas.merged(
       methods.average(),
       {"w": jnp.zeros((2, 3))},
       [ONE, {"w": ONE["w"]._replace(scale=float("nan"))}],
@@ -371,20 +377,20 @@ REFUSED = {
     "leaf 'w' of model bad has NaN or infinity",
   ),
   "names of a merge": (
-    lambda: adapters.merged(methods.average(), {"w": jnp.zeros((2, 3))}, [ONE], names=("a", "b")),
+    lambda: deltas.merged(methods.average(), {"w": jnp.zeros((2, 3))}, [ONE], names=("a", "b")),
     "names must be 1 different names",
   ),
   "nothing to extract": (
-    lambda: adapters.extracted({"w": jnp.zeros(3)}, {"w": jnp.ones(3)}, ["v"], 1),
+    lambda: compress.extracted({"w": jnp.zeros(3)}, {"w": jnp.ones(3)}, ["v"], 1),
     "the model has no matrix 'v'.* Known: w",
   ),
   "other models": (
-    lambda: adapters.extracted({"w": jnp.zeros(3)}, {"w": jnp.ones(2)}, ["w"], 1),
+    lambda: compress.extracted({"w": jnp.zeros(3)}, {"w": jnp.ones(2)}, ["w"], 1),
     r"leaf 'w' is \(3,\) in the base but \(2,\) in the model",
   ),
-  "rank": (lambda: adapters.recompressed(ONE, 0), "rank must be at least 1, got 0"),
+  "rank": (lambda: compress.recompressed(ONE, 0), "rank must be at least 1, got 0"),
   "extracted rank": (
-    lambda: adapters.extracted({"w": jnp.zeros((2, 3))}, {"w": jnp.ones((2, 3))}, ["w"], -1),
+    lambda: compress.extracted({"w": jnp.zeros((2, 3))}, {"w": jnp.ones((2, 3))}, ["w"], -1),
     "rank must be at least 1, got -1",
   ),
   "tasks": (
@@ -450,8 +456,8 @@ def test_more_directions_lose_less():
 
 def test_a_saved_bundle_comes_back(tmp_path):
   bundle = bundles.rmm(drawn(), TASKS, components=2)
-  found = bundles.load(bundles.save(tmp_path / "bundle", bundle))
-  assert isinstance(found, reversible.Reversible)
+  found = storage.load(storage.save(tmp_path / "bundle", bundle))
+  assert isinstance(found, low_rank.Reversible)
   for name in TASKS:
     for matrix, lora in bundle.for_task(name).items():
       close(found.for_task(name)[matrix].delta(), lora.delta(), atol=0)
@@ -460,13 +466,13 @@ def test_a_saved_bundle_comes_back(tmp_path):
 
 
 def test_a_damaged_bundle_is_refused(tmp_path):
-  path = bundles.save(tmp_path / "bundle", bundles.rmm(drawn(), TASKS))
+  path = storage.save(tmp_path / "bundle", bundles.rmm(drawn(), TASKS))
   about = json.loads((path / "bundle.json").read_text())
   (path / "bundle.json").write_text(json.dumps({**about, "names": ["a", "b"]}))
   with pytest.raises(
     ValueError, match=r"bundle.json: no description of a bundle \(the coefficients"
   ):
-    bundles.load(path)
+    storage.load(path)
 
 
 @pytest.mark.parametrize("shape", [(6, 6), (6, 4)])
@@ -475,21 +481,21 @@ def test_an_adapter_of_layers_that_lie_in_out_is_read_as_over_files(tmp_path, sh
   inner, out = shape
   a, b, w = (rng.normal(size=s).astype(np.float32) for s in ((2, inner), (out, 2), shape))
   name = "h.0.attn.c_attn"
-  adapters.save(tmp_path / "a", {name: adapters.Swapped(a, b)})
+  peft.save(tmp_path / "a", {name: adapters_lora.Swapped(a, b)})
   assert json.loads((tmp_path / "a" / "adapter_config.json").read_text())["fan_in_fan_out"]
-  found = adapters.load(tmp_path / "a")
-  applied = adapters.applied({f"{name}.weight": jnp.asarray(w)}, found)[f"{name}.weight"]
+  found = peft.load(tmp_path / "a")
+  applied = adapters_lora.applied({f"{name}.weight": jnp.asarray(w)}, found)[f"{name}.weight"]
   close(applied, w + (b @ a).T, atol=1e-5)
   safetensors.save(tmp_path / "w", {f"{name}.weight": w})
   files = Files()
   entries = safetensors.header(tmp_path / "w").tensors.items()
   base = {n: stored(files, tmp_path / "w", n, entry) for n, entry in entries}
-  whole = peft.adapted(base, tmp_path / "a", files).tensors[f"{name}.weight"]
+  whole = peft_adapter.adapted(base, tmp_path / "a", files).tensors[f"{name}.weight"]
   close(pieces.loaded(whole), applied, atol=1e-6)
   # A kernel of Flax lies so whatever the adapter says; a layout is what counts.
-  kernel = adapters.applied({name: {"kernel": jnp.asarray(w)}}, found)[name]["kernel"]
+  kernel = adapters_lora.applied({name: {"kernel": jnp.asarray(w)}}, found)[name]["kernel"]
   close(kernel, applied)
-  assert isinstance(adapters.recompressed(adapters.flora([found]), 1)[name], adapters.Swapped)
+  assert isinstance(compress.recompressed(combine.flora([found]), 1)[name], adapters_lora.Swapped)
 
 
 def test_how_a_square_matrix_lies_is_not_guessed():
@@ -497,32 +503,34 @@ def test_how_a_square_matrix_lies_is_not_guessed():
   x = {"up": up, "down": down}
   params = {"up": jnp.zeros((4, 4)), "down": jnp.zeros((4, 6))}
   with pytest.raises(ValueError, match=r"'up' is square, and what its adapter says .* 'down'"):
-    adapters.applied(params, x)
-  adapters.applied(params, x, layout=[("^up$", "io"), ("^down$", "io")])
+    adapters_lora.applied(params, x)
+  adapters_lora.applied(params, x, layout=[("^up$", "io"), ("^down$", "io")])
 
 
 def test_names_of_adapters_may_begin_otherwise(tmp_path):
-  adapters.save(tmp_path / "a", {"trunk.up": ONE["w"]})
+  peft.save(tmp_path / "a", {"trunk.up": ONE["w"]})
   params = {"model.up.weight": jnp.zeros((2, 3))}
-  found = adapters.load(tmp_path / "a", rename={"trunk": "model"})
-  assert (adapters.applied(params, found)["model.up.weight"] != 0).any()
-  close(adapters.applied(params, {"up": ONE["w"]})["model.up.weight"], ONE["w"].delta())
+  found = peft.load(tmp_path / "a", rename={"trunk": "model"})
+  assert (adapters_lora.applied(params, found)["model.up.weight"] != 0).any()
+  close(adapters_lora.applied(params, {"up": ONE["w"]})["model.up.weight"], ONE["w"].delta())
 
 
 @pytest.mark.parametrize("config", [{"use_dora": True}, {"init_lora_weights": "pissa"}, {"r": 3}])
 def test_what_makes_an_adapter_more_than_its_factors_is_refused_in_memory(tmp_path, config):
-  adapters.save(tmp_path / "a", ONE)
+  peft.save(tmp_path / "a", ONE)
   path = tmp_path / "a" / "adapter_config.json"
   path.write_text(json.dumps(json.loads(path.read_text()) | config))
   with pytest.raises(ValueError, match=r"more than its factors; apply|its rank is 1, but 3"):
-    adapters.load(tmp_path / "a")
+    peft.load(tmp_path / "a")
 
 
 def test_adapters_and_models_that_overflow_are_refused():
-  big = {"w": adapters.Lora(np.full((1, 1), 1e3, np.float16), np.full((1, 1), 1e3, np.float16))}
+  big = {
+    "w": adapters_lora.Lora(np.full((1, 1), 1e3, np.float16), np.full((1, 1), 1e3, np.float16))
+  }
   with pytest.raises(ValueError, match="leaf 'w': the result has NaN or infinity"):
-    adapters.applied({"w": np.zeros((1, 1), np.float16)}, big)
+    adapters_lora.applied({"w": np.zeros((1, 1), np.float16)}, big)
   scaled = {"w": big["w"]._replace(scale=100.0)}
-  for make in (adapters.flora, adapters.averaged):
+  for make in (combine.flora, combine.averaged):
     with pytest.raises(ValueError, match=r"leaf 'w.lora_[AB]': the result has NaN or infinity"):
       make([scaled], [1e3])

@@ -11,12 +11,17 @@ import ml_dtypes
 import numpy as np
 import pytest
 import synthetic_models
-from adapter_test import lora_parts
+from adapter_tensors import lora_parts
 
-from jaxmerge import cli, differing, planning, task_vectors
-from jaxmerge.io import adapter, folder, safetensors
-from jaxmerge.io.tensor import Files
-from jaxmerge.report import differences
+from jaxmerge import errors
+from jaxmerge.analysis import diff, sums
+from jaxmerge.cli import main
+from jaxmerge.files import inputs
+from jaxmerge.io.huggingface import folder
+from jaxmerge.io.peft import adapter
+from jaxmerge.io.tensors import safetensors
+from jaxmerge.io.tensors.tensor import Files
+from jaxmerge.report import diff_text
 
 SHAPES = {
   "model.embed_tokens.weight": (40, 6),
@@ -55,9 +60,9 @@ def compared(tmp_path):
   files = Files()
 
   def run(base=BASE, models=MODELS, **options):
-    root = planning.model(written(tmp_path / "base", base), files)
+    root = inputs.open_model(written(tmp_path / "base", base), files)
     paths = [written(tmp_path / name, x) for name, x in models.items()]
-    return differing.compare(root, differing.opened(paths, root, files), **options)
+    return diff.compare(root, diff.opened(paths, root, files), **options)
 
   yield run
   files.close()
@@ -89,7 +94,7 @@ def assert_measures(found, names, base=BASE, models=MODELS):
 
 @pytest.mark.parametrize("entries", [7, 2**16])
 def test_measures_are_those_of_dense_arrays(compared, monkeypatch, entries):
-  monkeypatch.setattr(task_vectors, "ENTRIES", entries)
+  monkeypatch.setattr(sums, "ENTRIES", entries)
   record = compared()
   assert record["models"] == list(MODELS)
   assert_measures(record["whole"], SHAPES)
@@ -144,8 +149,8 @@ def test_an_adapter_is_the_base_as_it_leaves_it(tmp_path):
   (path / adapter.CONFIG).write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 4}))
   safetensors.save(path / adapter.WEIGHTS, parts)
   files = Files()
-  base = planning.model(written(tmp_path / "base", BASE), files)
-  record = differing.compare(base, differing.opened([str(path)], base, files))
+  base = inputs.open_model(written(tmp_path / "base", BASE), files)
+  record = diff.compare(base, diff.opened([str(path)], base, files))
   files.close()
   a, b = parts.values()
   norm = np.linalg.norm(2.0 * (b.astype(np.float64) @ a.astype(np.float64)))
@@ -155,7 +160,7 @@ def test_an_adapter_is_the_base_as_it_leaves_it(tmp_path):
 
 @pytest.mark.parametrize("chunk", [1, 20, 2**20])
 def test_singular_values_are_those_of_the_dense_matrix(compared, monkeypatch, chunk):
-  monkeypatch.setattr(task_vectors, "CHUNK", chunk)
+  monkeypatch.setattr(sums, "CHUNK", chunk)
   record = compared(singular="proj", top=2)
   assert list(record["singular"]) == sorted(n for n in SHAPES if "proj" in n)
   for name, found in record["singular"].items():
@@ -175,15 +180,15 @@ def test_all_energy_of_a_low_rank_is_in_as_many_singular_values(compared):
 
 
 def test_the_bytes_that_are_read_are_counted(tmp_path, monkeypatch):
-  monkeypatch.setattr(task_vectors, "ENTRIES", 7)
+  monkeypatch.setattr(sums, "ENTRIES", 7)
   files, counts = Files(), []
-  base = planning.model(written(tmp_path / "base", BASE), files)
-  models = differing.opened([written(tmp_path / "chat", MODELS["chat"])], base, files)
-  differing.compare(base, models, singular="down", progress=counts.append)
+  base = inputs.open_model(written(tmp_path / "base", BASE), files)
+  models = diff.opened([written(tmp_path / "chat", MODELS["chat"])], base, files)
+  diff.compare(base, models, singular="down", progress=counts.append)
   files.close()
   whole = sum(x.nbytes for x in BASE.values())
-  assert differing.size(base, models) == 2 * whole
-  assert sum(counts) == differing.size(base, models, "down") == 2 * (whole + 2 * 6 * 11 * 4)
+  assert diff.size(base, models) == 2 * whole
+  assert sum(counts) == diff.size(base, models, "down") == 2 * (whole + 2 * 6 * 11 * 4)
 
 
 @pytest.mark.parametrize(
@@ -214,14 +219,14 @@ def test_the_bytes_that_are_read_are_counted(tmp_path, monkeypatch):
   ],
 )
 def test_kinds(name, kind):
-  assert differing.kind(name) == kind
+  assert diff.kind(name) == kind
 
 
 def test_names_are_as_long_as_it_takes():
-  assert differing.names(["a/b/last", "a/c/last", "x"]) == ["b/last", "c/last", "x"]
-  assert differing.names([".", "/"]) == [".", "/"]
+  assert inputs.names(["a/b/last", "a/c/last", "x"]) == ["b/last", "c/last", "x"]
+  assert inputs.names([".", "/"]) == [".", "/"]
   with pytest.raises(ValueError, match="a/b/ is given twice"):
-    differing.names(["a/b/", "a/b"])
+    inputs.names(["a/b/", "a/b"])
 
 
 # --- What is refused ---
@@ -232,7 +237,7 @@ def test_all_tensors_that_do_not_fit_are_named(compared):
   code |= {"scale": np.ones((), np.int32), "more": np.ones(2, np.float32)}
   chat["model.embed_tokens.weight"] = np.ones((41, 6), np.float32)
   del chat["model.layers.0.mlp.up_proj.weight"]
-  with pytest.raises(planning.Problems) as caught:
+  with pytest.raises(errors.Problems) as caught:
     compared(models={"chat": chat, "code": code})
   lines = caught.value.lines
   assert len(lines) == 4
@@ -248,7 +253,7 @@ def test_all_tensors_that_do_not_fit_are_named(compared):
 
 def test_many_misfits_are_counted(compared):
   models = {"chat": {f"w{i}": np.ones(1, np.float32) for i in range(30)}}
-  with pytest.raises(planning.Problems, match="and 17 more tensors do not fit"):
+  with pytest.raises(errors.Problems, match="and 17 more tensors do not fit"):
     compared(models=models)
 
 
@@ -308,7 +313,7 @@ def made(names, layers=12, seed=0):
     "folders": {name: name for name in names},
     "whole": measures(),
     "layers": {**{str(i): measures() for i in range(layers)}, "outside": measures()},
-    "kinds": {kind: measures() for kind in differing.KINDS},
+    "kinds": {kind: measures() for kind in diff.KINDS},
     "tensors": {"model.layers.0.mlp.up_proj.weight": measures()},
     "top": 16,
     "singular": {},
@@ -323,15 +328,15 @@ RECORDS = {
 }
 
 
-@pytest.mark.parametrize("name", differences.FIGURES)
+@pytest.mark.parametrize("name", diff_text.FIGURES)
 @pytest.mark.parametrize("case", RECORDS)
 def test_no_text_overlaps_another_or_leaves_the_figure(case, name, monkeypatch):
-  assert drawn.assert_readable(differences.figures(RECORDS[case])[name], monkeypatch)
+  assert drawn.assert_readable(diff_text.figures(RECORDS[case])[name], monkeypatch)
 
 
 def test_figures_are_the_numbers_of_the_record():
   record = RECORDS["two"]
-  figures = differences.figures(record)
+  figures = diff_text.figures(record)
   image = figures["cosines"].axes[0].images[0].get_array()
   assert image[0, 1] == pytest.approx(record["whole"]["cosines"][0][1])
   (line,) = [x for x in figures["norms"].axes[0].lines if len(x.get_xdata()) == 12][1:]
@@ -340,26 +345,26 @@ def test_figures_are_the_numbers_of_the_record():
 
 
 def test_figures_need_two_models_or_two_layers():
-  assert list(differences.figures(made(["chat"]))) == ["norms"]
-  assert list(differences.figures(made(["chat", "code"], layers=1))) == ["cosines"]
+  assert list(diff_text.figures(made(["chat"]))) == ["norms"]
+  assert list(diff_text.figures(made(["chat", "code"], layers=1))) == ["cosines"]
 
 
 def test_unknown_cosines_are_left_blank():
   record = made(["chat", "code", "maths"])
   record["whole"]["cosines"] = [[1.0, None, 0.5], [None, None, None], [0.5, None, 1.0]]
-  figure = differences.figures(record)["cosines"]
+  figure = diff_text.figures(record)["cosines"]
   shown = [text.get_text() for text in figure.axes[0].texts]
   assert sorted(shown) == [".50", ".50", "1", "1"]
 
 
 def test_tables_tell_all_pairs_or_their_mean():
-  text = differences.text(RECORDS["two"])
+  text = diff_text.text(RECORDS["two"])
   assert "chat · code" in text
   assert "Models disagree on the sign at 25.0 % of 1,000 entries." in text
-  text = differences.text(RECORDS["twelve"])
+  text = diff_text.text(RECORDS["twelve"])
   assert "·" not in text
   assert "Mean cosine" in text
-  alone = differences.text(made(["chat"]))
+  alone = diff_text.text(made(["chat"]))
   assert "cosine" not in alone
   assert "sign" not in alone
 
@@ -371,7 +376,7 @@ def test_tables_have_the_numbers_of_the_record():
   record["layers"]["3"]["cosines"] = [[1.0, -0.0001], [-0.0001, 1.0]]
   record["singular"] = {"w": {"chat": {"share": 0.5}, "code": {"share": None}}}
   record["uncompared"] = ["ids"]
-  lines = [" ".join(line.split()) for line in differences.text(record).splitlines()]
+  lines = [" ".join(line.split()) for line in diff_text.text(record).splitlines()]
   assert "3 1.5 (3.00) 0 (–) 12.5 0.000" in lines
   assert "Energy in the 16 largest singular values (%)" in lines
   assert "w 50.0 –" in lines
@@ -382,7 +387,7 @@ def test_tables_have_the_numbers_of_the_record():
 
 
 def run(capsys, *arguments, status=0):
-  assert cli.main(["diff", *map(str, arguments)]) == status
+  assert main.main(["diff", *map(str, arguments)]) == status
   out, err = capsys.readouterr()
   assert "Traceback" not in err
   return out, err
@@ -407,7 +412,7 @@ def test_the_command_writes_record_and_plots(capsys, paths, tmp_path):
   assert f"wrote {tmp_path / 'diff' / 'diff.json'}" in out
   record = json.loads((tmp_path / "diff" / "diff.json").read_text())
   assert_measures(record["whole"], SHAPES)
-  assert differences.text(record) in out
+  assert diff_text.text(record) in out
   run(capsys, *paths[:2], "--out", tmp_path / "diff")
   found = {path.name for path in (tmp_path / "diff").iterdir()}
   assert found == {"diff.json", "norms.png"}, "a figure of the record before is gone"
@@ -441,7 +446,7 @@ def test_models_that_do_not_fit_are_named(capsys, paths, tmp_path):
 
 def test_no_jax_is_imported(paths):
   code = (
-    "import sys; from jaxmerge import cli; cli.main(sys.argv[1:]); "
+    "import sys; from jaxmerge.cli import main; main.main(sys.argv[1:]); "
     "print({'jax', 'matplotlib', 'rich'} & set(sys.modules), file=sys.stderr)"
   )
   command = [sys.executable, "-c", code, "diff", *paths[:2]]

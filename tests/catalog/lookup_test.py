@@ -11,9 +11,11 @@ import jax.numpy as jnp
 import pytest
 
 import jaxmerge
-from jaxmerge import catalog, methods, stage
+from jaxmerge import methods
+from jaxmerge.catalog import lookup, tables
+from jaxmerge.core import stage
 
-DOCS = (pathlib.Path(__file__).parents[1] / "docs" / "methods.md").read_text(encoding="utf-8")
+DOCS = (pathlib.Path(__file__).parents[2] / "docs" / "methods.md").read_text(encoding="utf-8")
 
 
 def test_the_table_is_free_of_jax():
@@ -21,29 +23,29 @@ def test_the_table_is_free_of_jax():
   assert subprocess.check_output([sys.executable, "-c", code], text=True) == "False\n"
 
 
-@pytest.mark.parametrize("name", catalog.METHODS)
+@pytest.mark.parametrize("name", lookup.METHODS)
 def test_factories_and_table_agree(name):
   """A factory has the parameters of its entry, in order, with their defaults."""
   signature = inspect.signature(getattr(methods, name)).parameters
-  parameters = catalog.METHODS[name].parameters
+  parameters = lookup.METHODS[name].parameters
   assert list(signature) == list(parameters)
   for n, parameter in parameters.items():
     assert signature[n].default == parameter.default, n
 
 
-@pytest.mark.parametrize("name", catalog.METHODS)
+@pytest.mark.parametrize("name", lookup.METHODS)
 def test_numbers_of_a_method_are_in_its_entry(name):
   found = stage.numbers(getattr(methods, name)())
-  entry = catalog.METHODS[name]
+  entry = lookup.METHODS[name]
   assert ("seed" in found) == ("seed" in entry.needs)
   own = {n for n, p in entry.parameters.items() if p.number}
   # Some methods fix a number that their stages have, as `negate` does its weight.
   assert own <= found.keys() <= own | {"seed", "weight"}
 
 
-@pytest.mark.parametrize("name", catalog.METHODS)
+@pytest.mark.parametrize("name", lookup.METHODS)
 def test_docstring_names_the_paper(name):
-  paper, text = catalog.METHODS[name].paper, inspect.getdoc(getattr(methods, name))
+  paper, text = lookup.METHODS[name].paper, inspect.getdoc(getattr(methods, name))
   # Without an arXiv number, the authors and the year.
   found = [w.strip("()") for w in paper.split() if "arXiv" in w] or [paper.split(" (")[0]]
   assert len(found) == 1
@@ -51,8 +53,8 @@ def test_docstring_names_the_paper(name):
 
 
 def test_every_default_is_allowed():
-  for name, entry in catalog.METHODS.items():
-    catalog.check(name, {n: p.default for n, p in entry.parameters.items()})
+  for name, entry in lookup.METHODS.items():
+    lookup.check(name, {n: p.default for n, p in entry.parameters.items()})
 
 
 @pytest.mark.parametrize(
@@ -70,7 +72,7 @@ def test_every_default_is_allowed():
 )
 def test_bad_settings_are_refused(settings, message):
   with pytest.raises(ValueError, match=message):
-    catalog.check("ties", settings)
+    lookup.check("ties", settings)
 
 
 @pytest.mark.parametrize(
@@ -117,41 +119,41 @@ def test_factories_check_their_settings(name, settings, message):
 
 
 def test_arrays_pass_by():
-  catalog.check("ties", {"density": jnp.float32(7)})
+  lookup.check("ties", {"density": jnp.float32(7)})
 
 
 def test_unknown_method_is_named_with_the_nearest():
   with pytest.raises(ValueError, match=r"no method is called 'tie'; did you mean 'ties'\? Known: "):
-    catalog.entry("tie")
+    lookup.entry("tie")
 
 
 def test_seed_range():
-  catalog.check_number("seed", 2**32 - 1)
+  lookup.check_number("seed", 2**32 - 1)
   for value in (-1, 2**32, 0.5):
     with pytest.raises(ValueError, match=r"seed must be a whole number in \[0, 4294967295\], got"):
-      catalog.check_number("seed", value)
+      lookup.check_number("seed", value)
 
 
 def test_a_number_of_many_methods_has_the_widest_range():
   """The t of slerp ends at 1, that of nearswap does not; no density is 0."""
-  catalog.check_number("t", 7.0)
+  lookup.check_number("t", 7.0)
   for name, value in (("t", -0.1), ("density", 0.0), ("epsilon", 0.6), ("scale", float("nan"))):
     with pytest.raises(ValueError, match=f"{name} must be in"):
-      catalog.check_number(name, value)
+      lookup.check_number(name, value)
 
 
 def test_lengths_are_static_and_whole():
-  assert not catalog.METHODS["karcher"].parameters["max_iter"].number
+  assert not lookup.METHODS["karcher"].parameters["max_iter"].number
   for value in (-1, 2.5, jnp.float32(3)):
     with pytest.raises(ValueError, match=r"karcher: max_iter must be a (whole )?number in"):
-      catalog.check("karcher", {"max_iter": value})
+      lookup.check("karcher", {"max_iter": value})
 
 
-@pytest.mark.parametrize("name", catalog.METHODS)
+@pytest.mark.parametrize("name", lookup.METHODS)
 def test_every_method_has_its_section_in_the_docs(name):
   """Under its name, with all its parameters and its paper."""
   (section,) = (s for s in DOCS.split("\n### ") if s.startswith(f"`{name}`"))
-  entry = catalog.METHODS[name]
+  entry = lookup.METHODS[name]
   for parameter in entry.parameters:
     assert f"`{parameter}`" in section, parameter
   assert entry.paper.split(" (")[0] in section
@@ -182,29 +184,29 @@ PARTS = {  # Of which methods are made.
 
 
 def test_every_factory_is_in_the_table():
-  assert set(methods.__all__) == catalog.METHODS.keys() | PARTS
+  assert set(methods.__all__) == lookup.METHODS.keys() | PARTS
 
 
-@pytest.mark.parametrize("name", catalog.OTHERS)
+@pytest.mark.parametrize("name", lookup.OTHERS)
 def test_what_is_no_method_is_told_as_its_docstring_does(name):
   module, function = name.split(".")
   text = inspect.getdoc(getattr(importlib.import_module(f"jaxmerge.{module}"), function))
-  other = catalog.OTHERS[name]
+  other = lookup.OTHERS[name]
   assert other.paper.split(" (")[1].rstrip(")") in text
   assert ("Experimental" in text) == other.experimental
   assert f"`{name}" in DOCS or f"`{function}(" in DOCS
 
 
 def test_markdown_has_a_row_per_method():
-  lines = catalog.markdown().splitlines()
-  assert len(lines) == 2 + len(catalog.METHODS)
+  lines = tables.markdown().splitlines()
+  assert len(lines) == 2 + len(lookup.METHODS)
   assert all(line.count(" | ") == 5 for line in lines)
 
 
-@pytest.mark.parametrize("name", catalog.METHODS)
+@pytest.mark.parametrize("name", lookup.METHODS)
 def test_costs_in_the_table_are_those_of_the_stages(name):
   """What is held at a time, and how many decompositions a matrix takes, counted as traced."""
-  entry, method = catalog.METHODS[name], getattr(methods, name)()
+  entry, method = lookup.METHODS[name], getattr(methods, name)()
   order = ("entry", "row", "matrix")
   assert entry.unit == max((s.unit for s in method), key=order.index)
   assert bool(entry.uncovered) == any(s.unit != "entry" for s in method)

@@ -9,7 +9,7 @@ import folders
 import pytest
 import yaml
 
-from jaxmerge import environment
+from jaxmerge.cli import environment
 
 RECIPE = {
   "merge_method": "ties",

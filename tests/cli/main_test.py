@@ -18,9 +18,11 @@ import hypothesis.strategies as st
 import pytest
 
 import jaxmerge
-from jaxmerge import cli, commands, configuring, progress, stopping
+from jaxmerge.cli import commands, main, progress
+from jaxmerge.experiments import config as configs
+from jaxmerge.parallel import preemption
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 SHIPPED = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "configs").glob("*.py"))
 # Others are of the bench, or to compile.
 OTHERS = ("_methods.py", "/merge_", "/decoder_")
@@ -52,7 +54,7 @@ def record():
 @pytest.fixture
 def runs(monkeypatch):
   """Stands in for the experiment; returns the calls of `run`, which does what `script` says."""
-  stub = types.ModuleType("jaxmerge.experiment")
+  stub = types.ModuleType("jaxmerge.experiments.run")
   stub.calls, stub.script = [], lambda progress: None
 
   def run(config, workdir, *, resume, progress, stop):
@@ -61,8 +63,8 @@ def runs(monkeypatch):
     return record()
 
   stub.run = run
-  monkeypatch.setitem(sys.modules, "jaxmerge.experiment", stub)
-  monkeypatch.setattr(jaxmerge, "experiment", stub, raising=False)
+  monkeypatch.setattr("jaxmerge.experiments.run", stub)
+  monkeypatch.setitem(sys.modules, "jaxmerge.experiments.run", stub)
   return stub
 
 
@@ -73,7 +75,7 @@ def config_file(folder, body):
 
 
 def refused(capsys, *arguments, status=2):
-  assert cli.main(arguments) == status
+  assert main.main(arguments) == status
   out, err = capsys.readouterr()
   assert out == ""
   assert err.startswith("error: ")
@@ -108,11 +110,11 @@ def test_help_and_errors_do_not_import_jax():
   ]
   code = """
     import contextlib, io, json, sys
-    from jaxmerge import cli
+    from jaxmerge.cli import main
     for arguments in json.loads(sys.argv[1]):
       with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         try:
-          cli.main(arguments)
+          main.main(arguments)
         except SystemExit:
           pass
       loaded = {"jax", "jaxlib", "flax", "optax", "orbax", "matplotlib"} & set(sys.modules)
@@ -128,7 +130,7 @@ def test_help_and_errors_do_not_import_jax():
 
 def test_help_shows_the_keys_of_the_config(capsys):
   with pytest.raises(SystemExit) as e:
-    cli.main(["atm", f"--config={IMAGES}", "--help"])
+    main.main(["atm", f"--config={IMAGES}", "--help"])
   assert e.value.code == 0
   out = capsys.readouterr().out
   assert "--config.outer_learning_rate=" in out
@@ -136,7 +138,7 @@ def test_help_shows_the_keys_of_the_config(capsys):
 
 
 def test_methods_lists_the_catalog(capsys):
-  assert cli.main(["methods"]) == 0
+  assert main.main(["methods"]) == 0
   out = capsys.readouterr().out
   for name, entry in jaxmerge.catalog.METHODS.items():
     assert name in out
@@ -148,7 +150,7 @@ def test_methods_lists_the_catalog(capsys):
 
 @pytest.mark.parametrize("path", CONFIGS)
 def test_shipped_config_is_sound_locked_and_documented(path):
-  config = configuring.load(path)
+  config = configs.load(path)
   assert config.is_locked
   assert path.endswith(f"/{config.experiment}.py") or f"{config.experiment}_" in path
   source = (ROOT / path).read_text()
@@ -159,12 +161,12 @@ def test_shipped_config_is_sound_locked_and_documented(path):
 
 @pytest.mark.parametrize("path", CONFIGS)
 def test_setting_every_key_to_its_own_value_changes_nothing(path):
-  config = configuring.load(path)
-  shown = [(key, str(value)) for key, value in configuring.flat(config).items()]
-  again = configuring.load(path, shown)
+  config = configs.load(path)
+  shown = [(key, str(value)) for key, value in configs.flat(config).items()]
+  again = configs.load(path, shown)
   assert again == config
-  types_ = {key: type(value) for key, value in configuring.flat(config).items()}
-  assert {key: type(value) for key, value in configuring.flat(again).items()} == types_
+  types_ = {key: type(value) for key, value in configs.flat(config).items()}
+  assert {key: type(value) for key, value in configs.flat(again).items()} == types_
 
 
 @pytest.mark.parametrize(
@@ -188,23 +190,23 @@ def test_setting_every_key_to_its_own_value_changes_nothing(path):
 )
 def test_change_is_typed_by_the_key(key, text, value):
   for change in (f"--config.{key}={text}", f"--config.{key} {shlex.quote(text)}"):
-    changes, rest = cli.split(shlex.split(shlex.join([change]) if "=" in change else change))
+    changes, rest = main.split(shlex.split(shlex.join([change]) if "=" in change else change))
     assert rest == []
-    found = configuring.flat(configuring.load(IMAGES, changes))[key]
+    found = configs.flat(configs.load(IMAGES, changes))[key]
     assert found == value
     assert type(found) is type(value)
 
 
 @hypothesis.given(st.floats(allow_nan=False, allow_infinity=False))
 def test_printed_number_is_read_back(x):
-  assert configuring.parse(repr(x), float, "x") == x
+  assert configs.parse(repr(x), float, "x") == x
 
 
 @hypothesis.given(st.integers())
 def test_whole_number_serves_as_a_number(x):
-  assert configuring.parse(str(x), int, "x") == x
+  assert configs.parse(str(x), int, "x") == x
   hypothesis.assume(abs(x) < 2**53)
-  found = configuring.parse(str(x), float, "x")
+  found = configs.parse(str(x), float, "x")
   assert isinstance(found, float)
   assert found == x
 
@@ -212,24 +214,24 @@ def test_whole_number_serves_as_a_number(x):
 @hypothesis.given(st.text(), st.sampled_from([int, float, bool, tuple, dict, Literal["a", "b"]]))
 def test_any_text_is_a_value_of_the_kind_or_a_value_error(text, kind):
   with contextlib.suppress(ValueError):
-    value = configuring.parse(text, kind, "x")
+    value = configs.parse(text, kind, "x")
     assert value in ("a", "b") if kind == Literal["a", "b"] else isinstance(value, kind)
 
 
 def test_new_method_drops_the_settings_of_the_one_before():
   ties = [("method.density", "0.3"), ("method.name", "ties")]
-  config = configuring.load(IMAGES, ties)
+  config = configs.load(IMAGES, ties)
   assert dict(config.method) == {"name": "ties", "density": 0.3}
   with config.unlocked():
-    configuring.change(config, "method.name", "dare", "here")
+    configs.change(config, "method.name", "dare", "here")
   assert dict(config.method) == {"name": "dare"}
 
 
 def test_further_runs_change_settings_of_the_loop_and_the_method():
   also = "{'atm_ties': {'rounds': 3, 'method': {'name': 'ties', 'density': 0.5}}}"
-  config = configuring.load(IMAGES, [("also", also)])
+  config = configs.load(IMAGES, [("also", also)])
   assert config.also.to_dict() == ast.literal_eval(also)
-  assert config.rounds == configuring.load(IMAGES).rounds
+  assert config.rounds == configs.load(IMAGES).rounds
 
 
 @pytest.mark.parametrize(
@@ -347,7 +349,7 @@ def test_wrong_usage_is_one_message(capsys, arguments, parts):
 
 
 def test_debug_shows_the_traceback(capsys):
-  assert cli.main(atm("--config.round=3", "--debug")) == 2
+  assert main.main(atm("--config.round=3", "--debug")) == 2
   assert "Traceback" in capsys.readouterr().err
 
 
@@ -356,7 +358,7 @@ def test_debug_shows_the_traceback(capsys):
 
 def test_run_gets_config_workdir_and_resume_and_its_table_is_printed(capsys, runs, tmp_path):
   arguments = atm("--config.rounds=3", "--resume=never", workdir=str(tmp_path))
-  assert cli.main(arguments) == 0
+  assert main.main(arguments) == 0
   ((config, workdir, resume),) = runs.calls
   assert (config.rounds, workdir, resume) == (3, str(tmp_path), "never")
   out, err = capsys.readouterr()
@@ -390,7 +392,7 @@ def test_bug_is_not_swallowed(runs):
 
   runs.script = fail
   with pytest.raises(KeyError):
-    cli.main(atm())
+    main.main(atm())
 
 
 def test_interrupt_says_how_to_go_on(capsys, runs):
@@ -398,19 +400,19 @@ def test_interrupt_says_how_to_go_on(capsys, runs):
     raise KeyboardInterrupt
 
   runs.script = interrupt
-  assert cli.main(atm("--config.rounds=3")) == 130
+  assert main.main(atm("--config.rounds=3")) == 130
   err = capsys.readouterr().err
   assert shlex.join(["jaxmerge", *atm("--config.rounds=3")]) in err
-  assert cli.main(atm("--resume=never")) == 130
+  assert main.main(atm("--resume=never")) == 130
   assert "jaxmerge" not in capsys.readouterr().err
 
 
 def test_a_run_that_is_asked_to_stop_says_how_to_go_on(capsys, runs):
   def stop(progress):
-    raise stopping.Stopped("stopped after round 2 of 3")
+    raise preemption.Stopped("stopped after round 2 of 3")
 
   runs.script = stop
-  assert cli.main(atm("--config.rounds=3")) == 143
+  assert main.main(atm("--config.rounds=3")) == 143
   err = capsys.readouterr().err
   assert err.startswith("stopped after round 2 of 3; this goes on from the last saved round:")
   assert shlex.join(["jaxmerge", *atm("--config.rounds=3")]) in err
@@ -421,7 +423,7 @@ def test_an_interrupted_merge_says_how_to_go_on(capsys, monkeypatch):
     raise KeyboardInterrupt
 
   monkeypatch.setattr(commands, "merge", interrupt)
-  assert cli.main(["merge", "recipe.yml", "out dir"]) == 130
+  assert main.main(["merge", "recipe.yml", "out dir"]) == 130
   assert "finished tensors:\n  jaxmerge merge recipe.yml 'out dir'" in capsys.readouterr().err
 
 
@@ -447,7 +449,7 @@ EVENTS = [
 
 def test_progress_is_quiet_when_not_a_terminal(capsys, runs):
   runs.script = lambda progress: [progress(event) for event in EVENTS]
-  assert cli.main(atm()) == 0
+  assert main.main(atm()) == 0
   assert capsys.readouterr().err == "[checkpoint 3] set aside\n"
 
 
@@ -469,7 +471,7 @@ class Terminal(io.StringIO):
 def test_progress_on_a_terminal_shows_numbers_and_messages(monkeypatch, runs):
   terminal = Terminal.of(monkeypatch)
   runs.script = lambda progress: [progress(event) for event in EVENTS]
-  assert cli.main(atm()) == 0
+  assert main.main(atm()) == 0
   shown = terminal.getvalue()
   for part in ("[checkpoint 3] set aside", "experts", "4/10 round", "mean 0.75", "0/8 round"):
     assert part in shown
@@ -503,7 +505,7 @@ def test_progress_on_a_terminal_shows_the_time_that_is_left(monkeypatch):
 def test_fake_devices_leave_the_users_flags(monkeypatch, before, count, after):
   monkeypatch.setenv("XLA_FLAGS", before)
   commands.fake_devices(count)
-  assert cli.os.environ["XLA_FLAGS"] == after
+  assert main.os.environ["XLA_FLAGS"] == after
 
 
 # Reports of finished runs.
@@ -511,7 +513,7 @@ def test_fake_devices_leave_the_users_flags(monkeypatch, before, count, after):
 
 def test_report_prints_the_table_and_remakes_the_page(capsys, tmp_path):
   (tmp_path / "report.json").write_text(json.dumps(record()))
-  assert cli.main(["report", str(tmp_path)]) == 0
+  assert main.main(["report", str(tmp_path)]) == 0
   assert jaxmerge.report.text(record()) in capsys.readouterr().out
   assert "</html>" in (tmp_path / "report.html").read_text()
 

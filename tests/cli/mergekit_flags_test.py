@@ -3,7 +3,7 @@
 import folders
 import pytest
 
-from jaxmerge import cli, foreign_flags
+from jaxmerge.cli import main, mergekit_flags
 
 RECIPE = "merge_method: linear\nmodels: [{model: m0}, {model: m1}]\nparameters: {weight: 1}\n"
 # What people run most, by the notebook that most public recipes come from.
@@ -15,7 +15,7 @@ def test_the_usual_command_runs_and_says_what_its_flags_do(tmp_path, monkeypatch
   folders.family(tmp_path)
   (tmp_path / "recipe.yml").write_text(RECIPE)
   words = ["merge", "recipe.yml", "out", *USUAL.split(), "--cuda", "--device=cpu", "-j", "4"]
-  assert cli.main([*words, "--dry-run"]) == 0
+  assert main.main([*words, "--dry-run"]) == 0
   told = capsys.readouterr().err.splitlines()
   assert told == [
     "--out-shard-size 1B counts parameters: taken as --shard-size 2GB, two bytes each.",
@@ -36,15 +36,15 @@ def test_the_usual_command_runs_and_says_what_its_flags_do(tmp_path, monkeypatch
   ],
 )
 def test_what_is_not_done_here_is_refused_with_the_reason(capsys, flag, words):
-  assert cli.main(["merge", "recipe.yml", "out", flag]) == 2
+  assert main.main(["merge", "recipe.yml", "out", flag]) == 2
   assert words in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("text", "size"), [("5B", "10GB"), ("500M", "1GB"), ("1.5k", "3kB")])
 def test_parameters_are_two_bytes(text, size):
-  assert foreign_flags.taken(["--out-shard-size", text])[0] == ["--shard-size", size]
+  assert mergekit_flags.taken(["--out-shard-size", text])[0] == ["--shard-size", size]
 
 
 def test_other_commands_have_no_flags_of_mergekit(capsys):
-  assert cli.main(["inspect", "model", "--cuda"]) == 2
+  assert main.main(["inspect", "model", "--cuda"]) == 2
   assert "there is no flag --cuda" in capsys.readouterr().err

@@ -9,9 +9,13 @@ import small
 import small_tasks
 
 import jaxmerge
-from jaxmerge import adapters, bundles, files, methods, running, streaming
-from jaxmerge import mesh as meshes
-from jaxmerge.atm import loop
+from jaxmerge import methods
+from jaxmerge.adapters import lora as adapters_lora
+from jaxmerge.drivers import incremental, streaming
+from jaxmerge.files import merge
+from jaxmerge.mixtures import masks
+from jaxmerge.parallel import mesh as meshes
+from jaxmerge.training import loop
 
 TINY = 2.0**-40  # What float32 cannot tell from nothing beside 1.
 COUNT = np.array([2**40 + 7, -1])
@@ -57,7 +61,7 @@ def test_weights_without_a_base_and_what_is_made_of_them():
 def test_models_one_after_the_other():
   each = jaxmerge.unstack(MODELS)
   for base, factor in ((BASE, 9), (None, None)):
-    run = running.of(methods.task_arithmetic(1.0) if base else methods.average(), base)
+    run = incremental.of(methods.task_arithmetic(1.0) if base else methods.average(), base)
     state = run.init(each[0])
     for model in each:
       state = run.update(state, model)
@@ -76,11 +80,11 @@ def test_entries_are_ranked_by_all_their_bits():
 
 
 def test_adapters_and_bundles():
-  lora = adapters.Lora(np.array([[1.0, 1.0, 1.0]]), np.full((2, 1), TINY))
-  out = adapters.applied({"w": BASE["w"]}, {"w": lora})["w"]
+  lora = adapters_lora.Lora(np.array([[1.0, 1.0, 1.0]]), np.full((2, 1), TINY))
+  out = adapters_lora.applied({"w": BASE["w"]}, {"w": lora})["w"]
   assert out.dtype == np.float64
   assert (out == 1 + TINY).all()
-  bundle = bundles.emr({"w": BASE["w"]}, {"w": MODELS["w"]})
+  bundle = masks.emr({"w": BASE["w"]}, {"w": MODELS["w"]})
   assert bundle.for_task("2")["w"].dtype == np.float64
   np.testing.assert_allclose(bundle.for_task("2")["w"] - 1, 6 * TINY, rtol=1e-9)
 
@@ -112,7 +116,7 @@ def test_files_have_the_bytes_of_doubles(tmp_path, kind, method):
     if kind != "result":
       own |= {n: own[n] + 1e-10 * rng.normal(size=own[n].shape) for n in wides}
     folders.write(tmp_path / name, own)
-  out = files.merge_files(
+  out = merge.merge_files(
     method,
     [tmp_path / "m0", tmp_path / "m1"],
     tmp_path / "out",
@@ -148,7 +152,7 @@ def test_a_program_of_the_callers_that_would_narrow_a_leaf_is_refused(leaf):
 def test_a_running_merge_in_a_program_that_narrows_a_leaf_is_refused(leaf):
   """What is an argument of the program is narrow before it is seen; the base tells."""
   base = {"w": np.zeros(1, np.float32), "x": leaf}
-  run = running.of(methods.task_arithmetic(1.0), base)
+  run = incremental.of(methods.task_arithmetic(1.0), base)
   state = run.init(base)
   with pytest.raises(ValueError, match=r"leaf 'x' is .*64, which your jit.* jax.enable_x64"):
     jax.jit(run.update)(state, base)

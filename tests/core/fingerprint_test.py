@@ -7,8 +7,9 @@ import sys
 import jax.numpy as jnp
 import pytest
 
-from jaxmerge import methods, stage
-from jaxmerge.fingerprint import fingerprint
+from jaxmerge import methods
+from jaxmerge.core import stage
+from jaxmerge.core.fingerprint import fingerprint, placeless, stages
 
 
 def damped(factor, power=1):
@@ -54,9 +55,29 @@ def test_other_methods_have_others():
 
 
 def test_another_process_agrees():
-  code = "from jaxmerge import fingerprint, methods; print(fingerprint.fingerprint(methods.sce()))"
+  code = (
+    "from jaxmerge import methods; from jaxmerge.core import fingerprint; "
+    "print(fingerprint.fingerprint(methods.sce()))"
+  )
   seeded = os.environ | {"PYTHONHASHSEED": "7", "JAX_PLATFORMS": "cpu"}
   run = subprocess.run(
     [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=seeded
   )
   assert run.stdout.strip() == fingerprint(methods.sce())
+
+
+def test_records_with_modules_name_the_same_stages():
+  """Checkpoints of 0.1.0 name the modules that the functions were in."""
+  record = {
+    "stages": [
+      "jaxmerge.methods.sparsifying.trim.<locals>.update",
+      "jaxmerge.stage.leafwise.<locals>.<lambda>",
+      "jaxmerge.methods.signs.elect_sign.<locals>.update",
+      "jaxmerge.stage.leafwise.<locals>.<lambda>",
+      "jaxmerge.stage.leafwise.<locals>.<lambda>",
+    ],
+    "density": [0.2],
+  }
+  found = placeless(record)
+  assert found == {"stages": stages(methods.ties()), "density": [0.2]}
+  assert placeless(found) == found

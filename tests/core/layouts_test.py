@@ -10,7 +10,8 @@ import pytest
 from flax import nnx
 
 import jaxmerge
-from jaxmerge import conventions, layouts, methods, stage, tree
+from jaxmerge import methods
+from jaxmerge.core import conventions, layouts, stage, tree
 
 SPECTRAL = {
   "tsv": methods.tsv(),

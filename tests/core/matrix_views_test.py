@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxmerge import views
+from jaxmerge.core import matrix_views, sharding
 
 words = st.text("boi", min_size=1, max_size=4)
 
@@ -18,10 +18,10 @@ words = st.text("boi", min_size=1, max_size=4)
 def test_from_rows_undoes_rows(view, data):
   shape = tuple(data.draw(st.integers(1, 3)) for _ in view)
   x = np.arange(2 * math.prod(shape), dtype=np.float32).reshape(2, *shape)
-  seen = views.rows(jnp.asarray(x), view)
+  seen = matrix_views.rows(jnp.asarray(x), view)
   columns = math.prod(n for n, letter in zip(shape, view, strict=True) if letter == "i")
   assert seen.shape == (2, math.prod(shape) // columns, columns)
-  np.testing.assert_array_equal(views.from_rows(seen, view, shape), x)
+  np.testing.assert_array_equal(matrix_views.from_rows(seen, view, shape), x)
 
 
 @pytest.mark.parametrize(
@@ -41,12 +41,12 @@ def test_from_rows_undoes_rows(view, data):
 def test_rows_of_known_layouts(view, formula):
   """Flax kernels, files' weights, attention, scanned layers, convolutions."""
   x = np.arange(math.prod((2, 3, 4, 5)[: len(view)])).reshape((2, 3, 4, 5)[: len(view)])
-  np.testing.assert_array_equal(views.rows(jnp.asarray(x)[None], view)[0], formula(x))
+  np.testing.assert_array_equal(matrix_views.rows(jnp.asarray(x)[None], view)[0], formula(x))
 
 
 def test_a_view_of_another_rank_is_refused():
   with pytest.raises(ValueError, match="view 'io' names 2 axes, but the leaf has 3"):
-    views.rows(jnp.zeros((1, 2, 3, 4)), "io")
+    matrix_views.rows(jnp.zeros((1, 2, 3, 4)), "io")
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
@@ -58,8 +58,12 @@ def test_sharded_leaves_come_whole_with_the_same_values(kind):
 
     @jax.jit
     def through(x):
-      seen = views.rows(views.whole(x), "io")
-      return seen, views.from_rows(seen, "io", (4, 8)), views.everywhere(x.sum(axis=(1, 2)))
+      seen = matrix_views.rows(sharding.whole(x), "io")
+      return (
+        seen,
+        matrix_views.from_rows(seen, "io", (4, 8)),
+        sharding.everywhere(x.sum(axis=(1, 2))),
+      )
 
     seen, back, small = through(spread)
   np.testing.assert_array_equal(seen, x.transpose(0, 2, 1))

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jaxmerge
-from jaxmerge import counting, stage, statistics
-from jaxmerge.stage import Leaf, Rank
+from jaxmerge.core import order_statistics, reductions, stage, wide_counts
+from jaxmerge.core.stage import Leaf, Rank
 
 HEIGHT, SIZE = 2, 24
 # Few values, so that most tie; subnormal and huge ones, and both zeros.
@@ -28,15 +28,15 @@ def leaf(start=0, offset=0):
 
 
 def limbs(counts):
-  return np.stack([counting.limbs(n) for n in counts], axis=1)
+  return np.stack([wide_counts.limbs(n) for n in counts], axis=1)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def settle(exact, x, n):
   """The cut at a rank over one leaf of three axes, and which entries are inside."""
   rank = Rank("cut", lambda x, leaf, known: jnp.abs(x), rank="n", exact=exact)
-  cut = statistics.settled(rank, [(x, leaf())], {"n": n})
-  return cut.value, statistics.inside(cut, jnp.abs(x), leaf())
+  cut = reductions.settled(rank, [(x, leaf())], {"n": n})
+  return cut.value, order_statistics.inside(cut, jnp.abs(x), leaf())
 
 
 def cube(x):
@@ -73,12 +73,12 @@ def test_ranks_are_places_in_a_stable_sort(columns, dtype):
   order = np.argsort(np.abs(np.asarray(x, np.float32)), axis=2, kind="stable")
   expected = np.empty(order.shape, int)
   np.put_along_axis(expected, order, np.arange(columns)[None, None], axis=2)
-  np.testing.assert_array_equal(statistics.ranks(x), expected)
+  np.testing.assert_array_equal(order_statistics.ranks(x), expected)
 
 
 def test_ranks_place_zeros_infinities_and_what_is_not_a_number():
   x = jnp.asarray([[[jnp.nan, -0.0, jnp.inf, 1e-45, 0.0, -jnp.inf, -jnp.nan, -3.0]]])
-  assert statistics.ranks(x)[0, 0].tolist() == [6, 0, 4, 2, 1, 5, 7, 3]
+  assert order_statistics.ranks(x)[0, 0].tolist() == [6, 0, 4, 2, 1, 5, 7, 3]
 
 
 @pytest.mark.parametrize("exact", [False, True])
@@ -88,8 +88,8 @@ def test_a_device_by_itself_counts_the_same(exact, monkeypatch):
   rank = Rank("cut", lambda x, leaf, known: jnp.abs(x), rank="n", exact=exact)
 
   def kept():
-    cut = statistics.settled(rank, [(x, leaf())], {"n": limbs([77, 200])})
-    return statistics.inside(cut, jnp.abs(x), leaf())
+    cut = reductions.settled(rank, [(x, leaf())], {"n": limbs([77, 200])})
+    return order_statistics.inside(cut, jnp.abs(x), leaf())
 
   expected = kept()
   monkeypatch.setattr(jax, "device_count", lambda: 1)
@@ -101,26 +101,26 @@ def test_a_device_by_itself_counts_the_same(exact, monkeypatch):
 def test_patterns_order_as_values_do():
   x = np.sort(np.abs(np.random.default_rng(0).normal(size=1000)).astype(np.float32))
   x = np.concatenate([[0, 1e-45, 1e-40], x, [3e38, np.inf]]).astype(np.float32)
-  assert (np.diff(np.asarray(statistics.pattern(jnp.asarray(x))).astype(np.int64)) > 0).all()
+  assert (np.diff(np.asarray(order_statistics.pattern(jnp.asarray(x))).astype(np.int64)) > 0).all()
 
 
 @pytest.mark.parametrize("shape", [(), (5,), (3, 4), (2, 3, 4)])
 def test_positions_number_a_group_row_by_row(shape):
   """A slice has the positions that its entries have in the whole leaf, behind the leaves before."""
   x = jnp.zeros((1, *shape))
-  whole = np.asarray(statistics.position(x, leaf(offset=100)))
+  whole = np.asarray(order_statistics.position(x, leaf(offset=100)))
   np.testing.assert_array_equal(whole.reshape(-1), 100 + np.arange(x.size))
   if shape:
     row = x[0, 0].size
-    part = statistics.position(x[:, 1:2], leaf(start=row, offset=100))
+    part = order_statistics.position(x[:, 1:2], leaf(start=row, offset=100))
     np.testing.assert_array_equal(part, whole[:, 1:2])
-    flat = statistics.position(x.reshape(1, -1)[:, 2:], leaf(start=2, offset=100))
+    flat = order_statistics.position(x.reshape(1, -1)[:, 2:], leaf(start=2, offset=100))
     np.testing.assert_array_equal(flat[0], whole.reshape(-1)[2:])
 
 
 def test_gram_is_the_matrix_of_inner_products():
   x = np.random.default_rng(0).normal(size=(HEIGHT, 4, 5)).astype(np.float32)
-  gram = statistics.gram("gram")
+  gram = reductions.gram("gram")
   measured = gram.finish(gram.measure(jnp.asarray(x), leaf(), {}), {}).products
   np.testing.assert_allclose(measured, np.einsum("kij,lij->kl", x, x), rtol=1e-5)
 
@@ -132,8 +132,8 @@ def test_totals_and_maxima_over_a_tree():
     return tuple(range(1, x.ndim))
 
   measured = (
-    statistics.total("sum", lambda x, leaf: x.sum(axes(x))),
-    statistics.greatest("max", lambda x, leaf: jnp.abs(x).max(axes(x))),
+    reductions.total("sum", lambda x, leaf: x.sum(axes(x))),
+    reductions.greatest("max", lambda x, leaf: jnp.abs(x).max(axes(x))),
   )
 
   def update(x, leaf, known):
@@ -151,17 +151,17 @@ def test_thresholds_of_another_height():
   """Three ranks of one row: the quartiles of 0 ... 8."""
   x = jnp.arange(9.0).reshape(1, 3, 3)
   thrice = Rank("cut", lambda x, leaf, known: jnp.broadcast_to(x, (3, 3, 3)), rank="n")
-  found = statistics.settled(thrice, [(x, leaf())], {"n": limbs([7, 5, 3])})
-  patterns = statistics.pattern(jnp.array([2.0, 4.0, 6.0]))
+  found = reductions.settled(thrice, [(x, leaf())], {"n": limbs([7, 5, 3])})
+  patterns = order_statistics.pattern(jnp.array([2.0, 4.0, 6.0]))
   assert found.value.tolist() == patterns.tolist()
 
 
 def test_groups_that_are_too_large_are_refused():
   with pytest.raises(ValueError, match=r"a group of 140737488355328 entries is too large to rank"):
-    jax.eval_shape(lambda f: counting.share(f, 2**47, 1), jnp.float32(0.5))
+    jax.eval_shape(lambda f: wide_counts.share(f, 2**47, 1), jnp.float32(0.5))
   group = stage.Group({"w": (2**16, 2**16)}, 2, {})
   with pytest.raises(ValueError, match=r"fewer than 2\*\*32 entries, got 4294967296; use scope="):
-    statistics.refuse_unrankable(group)
+    order_statistics.refuse_unrankable(group)
 
 
 # --- What sharded leaves cost ---

@@ -8,9 +8,12 @@ import pytest
 import small_tasks
 
 import jaxmerge
-from jaxmerge import files, methods, moments, running, streaming
-from jaxmerge import mesh as meshes
-from jaxmerge.atm import loop
+from jaxmerge import methods
+from jaxmerge.core import running_statistics
+from jaxmerge.drivers import incremental, streaming
+from jaxmerge.files import merge as files_merge
+from jaxmerge.parallel import mesh as meshes
+from jaxmerge.training import loop
 
 NAMES = {
   "batch_stats/layer_1/bn/mean": (True, False),
@@ -33,14 +36,16 @@ NAMES = {
 
 
 def test_names_of_running_statistics():
-  assert {n: (moments.is_moment(n), moments.is_variance(n)) for n in NAMES} == NAMES
+  assert {
+    n: (running_statistics.is_moment(n), running_statistics.is_variance(n)) for n in NAMES
+  } == NAMES
 
 
 def test_what_lies_beside_them_tells_statistics_from_weights():
   own = {"norm/mean/value", "norm/var/value"}
   names = [*own, "norm/scale/value", "vae/mean", "vae/var", "vae/kernel", "head/mean", "x/var"]
-  assert moments.of(names) == own
-  assert moments.variances(names) == {"norm/var/value"}
+  assert running_statistics.of(names) == own
+  assert running_statistics.variances(names) == {"norm/var/value"}
   base = {"norm": {"mean": np.ones(1, np.float32), "var": np.ones(1, np.float32)}}
   models = jax.tree.map(lambda x: np.array([[0.25], [0.75]], np.float32), base)
   assert jaxmerge.merge(methods.task_arithmetic(1.0), base, models)["norm"]["var"] == 0.5
@@ -115,7 +120,7 @@ def test_files_average_statistics_and_copy_counters(tmp_path):
   for name, own in zip(("base", "m0", "m1", "m2"), (BASE, *EACH), strict=True):
     folders.write(tmp_path / name, own)
   models = [tmp_path / f"m{k}" for k in range(3)]
-  out = files.merge_files(METHODS["ties"], models, tmp_path / "out", base=tmp_path / "base")
+  out = files_merge.merge_files(METHODS["ties"], models, tmp_path / "out", base=tmp_path / "base")
   check(folders.read(out))
 
 
@@ -124,7 +129,7 @@ def test_models_one_after_the_other(base):
   """Without a base the means are those of the weights."""
   own = {n: x for n, x in BASE.items() if n != "mask"}
   method = METHODS["task_arithmetic"] if base else methods.average()
-  run = running.of(method, own if base else None)
+  run = incremental.of(method, own if base else None)
   state = run.init(own)
   for model in EACH:
     state = run.update(state, {n: model[n] for n in own})
@@ -133,7 +138,7 @@ def test_models_one_after_the_other(base):
 
 def test_the_continual_merge_averages_them_too():
   own = {n: x for n, x in BASE.items() if n != "mask"}
-  run = running.opcm(own)
+  run = incremental.opcm(own)
   state = run.init(own)
   for model in EACH:
     state = run.update(state, {n: model[n] for n in own})

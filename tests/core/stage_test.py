@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 import jaxmerge
-from jaxmerge import methods, stage, statistics
+from jaxmerge import methods
+from jaxmerge.core import reductions, stage
 
 MODELS = {"a": jnp.array([[1.0, -2.0], [3.0, 4.0]]), "b": jnp.array([[10.0], [20.0]])}
 added = stage.pointwise(lambda x: x.sum(axis=0, keepdims=True), combines=True)
@@ -80,7 +81,7 @@ def test_leafwise_gets_numbers_and_the_base():
 )
 def test_scope_says_where_statistics_are_added_up(scope, expected):
   """Every entry becomes the number of entries of its group."""
-  counted = statistics.total("n", lambda x, leaf: jnp.float32(x[0].size))
+  counted = reductions.total("n", lambda x, leaf: jnp.float32(x[0].size))
   step = stage.Stage(lambda x, leaf, known: x * 0 + known["n"], (counted,), scope=scope)
   models = {"a": jnp.zeros((1, 2)), "b": jnp.zeros((1, 1)), "c": jnp.zeros((1, 2))}
   out = jaxmerge.blend((step,), models)
@@ -88,7 +89,7 @@ def test_scope_says_where_statistics_are_added_up(scope, expected):
 
 
 def test_statistics_know_those_before_them():
-  mean = statistics.total("mean", lambda x, leaf: x.mean(axis=1))
+  mean = reductions.total("mean", lambda x, leaf: x.mean(axis=1))
   spread = stage.Sum(
     "spread", lambda x, leaf, known: jnp.square(x - known["mean"][:, None]).mean(axis=1)
   )
@@ -163,7 +164,7 @@ def test_a_stage_that_joins_measures_the_pair():
   def largest(pair, leaf):
     return tuple(jnp.abs(x).max(axis=1) for x in pair)
 
-  last = stage.Stage(ratio, (statistics.greatest("largest", largest),), scope="leaf")
+  last = stage.Stage(ratio, (reductions.greatest("largest", largest),), scope="leaf")
   halved = stage.join(stage.pointwise(lambda x: jnp.where(x > 2, x / 4, x)), last)
   models = {"a": jnp.array([[1.0, 8.0], [2.0, 1.0]])}
   assert blended(stage.chain(halved, added), models) == {"a": [6.0, 9.0]}

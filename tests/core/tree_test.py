@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxmerge import tree
+from jaxmerge.core import tree
 
 MODEL = {"layer": {"kernel": jnp.ones((2, 3)), "bias": jnp.zeros(3)}, "list": [jnp.ones(1), 2.0]}
 keys = st.text("abc", min_size=1, max_size=2)
@@ -40,7 +40,7 @@ def test_a_tag_is_the_checksum_of_the_name(name):
 
 
 def test_a_tag_does_not_change_from_run_to_run():
-  code = "from jaxmerge import tree; print(tree.tag('encoder/layer_0/kernel'))"
+  code = "from jaxmerge.core import tree; print(tree.tag('encoder/layer_0/kernel'))"
   found = subprocess.check_output([sys.executable, "-c", code], text=True)
   assert int(found) == tree.tag("encoder/layer_0/kernel")
 

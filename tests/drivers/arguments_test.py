@@ -8,7 +8,11 @@ from flax import nnx
 from flax.training import train_state
 
 import jaxmerge
-from jaxmerge import adapters, arguments, bundles, methods, running, stage, streaming
+from jaxmerge import methods
+from jaxmerge.adapters import combine, compress, deltas, lora, peft
+from jaxmerge.core import stage
+from jaxmerge.drivers import arguments, incremental, streaming
+from jaxmerge.mixtures import masks
 
 BASE = {"dense": {"kernel": np.zeros((4, 3), np.float32), "bias": np.zeros(3, np.float32)}}
 TREES = [jax.tree.map(lambda x, k=k: x + k, BASE) for k in (1, 2, 6)]
@@ -49,22 +53,22 @@ def other(dtype):
 
 
 def update_another(**shapes):
-  run = running.of(MEAN)
+  run = incremental.of(MEAN)
   leaves = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
   run.update(run.init(BASE), {"dense": leaves})
 
 
-ADAPTER = {"dense": adapters.Lora(np.ones((1, 4), np.float32), np.ones((3, 1), np.float32))}
+ADAPTER = {"dense": lora.Lora(np.ones((1, 4), np.float32), np.ones((3, 1), np.float32))}
 MISTAKES = {
   "adapters for one": (
-    lambda: adapters.applied(BASE, [ADAPTER]),
+    lambda: lora.applied(BASE, [ADAPTER]),
     r"a list: give one of its items; adapters\.merged merges several",
   ),
-  "adapters by name": (lambda: adapters.applied(BASE, {"a": ADAPTER}), "such as its 'a'"),
-  "path of an adapter": (lambda: adapters.recompressed("x", 1), r"adapters\.load\('x'\) reads one"),
-  "paths of adapters": (lambda: adapters.flora(["x"]), r"adapter 0 .* adapters\.load\('x'\)"),
-  "path of adapters": (lambda: adapters.merged(MEAN, BASE, "x"), "must be a list of adapters"),
-  "factors": (lambda: adapters.save("x", {"w": (1, 2)}), r"tuple for 'w': give adapters\.Lora\(a"),
+  "adapters by name": (lambda: lora.applied(BASE, {"a": ADAPTER}), "such as its 'a'"),
+  "path of an adapter": (lambda: compress.recompressed("x", 1), r"adapters\.load\('x'\) reads one"),
+  "paths of adapters": (lambda: combine.flora(["x"]), r"adapter 0 .* adapters\.load\('x'\)"),
+  "path of adapters": (lambda: deltas.merged(MEAN, BASE, "x"), "must be a list of adapters"),
+  "factors": (lambda: peft.save("x", {"w": (1, 2)}), r"tuple for 'w': give adapters\.Lora\(a"),
   "byte order": (lambda: jaxmerge.merge(MEAN, other(">f4"), STACK), "byte order of another"),
   "dates": (lambda: jaxmerge.merge(MEAN, BASE, [other("M8[D]")]), "which is no number"),
   "long": (lambda: jaxmerge.merge(MEAN, BASE, [other("longdouble")]), "wider than JAX"),
@@ -111,8 +115,8 @@ MISTAKES = {
     lambda: jaxmerge.merge_files(MEAN, TREES, "out"),
     "jaxmerge.merge merges arrays",
   ),
-  "adapters": (lambda: adapters.merged(methods.ties, BASE, []), "call it"),
-  "running": (lambda: running.of("average"), r"methods\.average\(\)"),
+  "adapters": (lambda: deltas.merged(methods.ties, BASE, []), "call it"),
+  "running": (lambda: incremental.of("average"), r"methods\.average\(\)"),
   "loop, method": (lambda: jaxmerge.tune_and_merge(len, BASE, [], methods.ties), "call it"),
   "loop, order": (lambda: jaxmerge.tune_and_merge(BASE, len, []), "apply must be a function"),
   "loop, settings": (
@@ -162,8 +166,8 @@ def test_states_of_optimizers_are_refused(case):
     lambda: jaxmerge.merge(MEAN, BASE, [state]),
     lambda: jaxmerge.blend(MEAN, stack),
     lambda: jaxmerge.stack([make(), make()]),
-    lambda: running.of(MEAN).init(state),
-    lambda: bundles.emr(state, stack),
+    lambda: incremental.of(MEAN).init(state),
+    lambda: masks.emr(state, stack),
     lambda: streaming.merge_slices(MEAN, state, stack),
     lambda: jaxmerge.tune_and_merge(len, state, []),
   ]
@@ -190,6 +194,6 @@ def test_names_that_are_not_there():
 
 def test_an_adapter_of_one_task_or_of_several_by_name():
   for given in (ADAPTER, [ADAPTER], {"chat": ADAPTER}):
-    found = adapters.merged(stage.chain(MEAN), BASE, given)
+    found = deltas.merged(stage.chain(MEAN), BASE, given)
     np.testing.assert_array_equal(found["dense"]["kernel"], np.ones((4, 3)))
-    np.testing.assert_array_equal(adapters.averaged(given)["dense"].delta(), np.ones((3, 4)))
+    np.testing.assert_array_equal(combine.averaged(given)["dense"].delta(), np.ones((3, 4)))

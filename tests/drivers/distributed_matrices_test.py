@@ -12,7 +12,10 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxmerge
-from jaxmerge import catalog, dealing, methods, views
+from jaxmerge import methods
+from jaxmerge.catalog import lookup
+from jaxmerge.core import matrix_views
+from jaxmerge.drivers import distributed_matrices
 
 pytestmark = pytest.mark.kernels
 SHAPES = {"a": (8, 16), "b": (8, 16), "cube": (3, 8, 16), "wide": (16, 8), "bias": (16,)}
@@ -31,7 +34,9 @@ def hands(**views_of):
   """Leaves with a number of their own each."""
   base, models = trees()
   return {
-    name: dealing.Hand(jnp.asarray(models[name]), jnp.asarray(base[name]), view, np.float32(k))
+    name: distributed_matrices.Hand(
+      jnp.asarray(models[name]), jnp.asarray(base[name]), view, np.float32(k)
+    )
     for k, (name, view) in enumerate(views_of.items())
   }
 
@@ -44,9 +49,9 @@ def test_each_matrix_gets_its_own_and_comes_back():
   """Five matrices of one shape in three leaves, and one of another, over eight devices."""
   given = hands(a="io", b="io", cube="bio", wide="io")
   mesh = jax.make_mesh((2, 4), ("task", "x"))
-  found = dealing.dealt(rule, given, dealing.Deal(mesh))
+  found = distributed_matrices.dealt(rule, given, distributed_matrices.Deal(mesh))
   for name, h in given.items():
-    alone = views.by_matrix(lambda x, base, h=h: rule(x, base, h.more), h.x, h.base, h.view)
+    alone = matrix_views.by_matrix(lambda x, base, h=h: rule(x, base, h.more), h.x, h.base, h.view)
     np.testing.assert_allclose(found[name], alone, rtol=1e-6, atol=1e-6)
 
 
@@ -54,11 +59,11 @@ def test_no_device_works_on_more_than_its_share():
   """Of six matrices, over four devices, each works on two."""
   x = np.ones((3, 6, 8, 16), np.float32)
   mesh = jax.make_mesh((4,), ("x",), devices=jax.devices()[:4])
-  deal = dealing.Deal(mesh)
+  deal = distributed_matrices.Deal(mesh)
 
   def merged(x):
-    hand = dealing.Hand(x, None, "bio", ())
-    return dealing.dealt(lambda x, base, more: x[:1], {"w": hand}, deal)["w"]
+    hand = distributed_matrices.Hand(x, None, "bio", ())
+    return distributed_matrices.dealt(lambda x, base, more: x[:1], {"w": hand}, deal)["w"]
 
   text = str(jax.make_jaxpr(merged)(x))
   assert re.search(r"shard_map", text)
@@ -130,7 +135,7 @@ def alone():
 @KINDS
 def test_every_method_of_matrices_merges_alike_where_they_are_dealt(kind):
   """In a caller's program, which knows the devices by types alone."""
-  assert {n for n, e in catalog.METHODS.items() if e.unit == "matrix"} == EVERY.keys()
+  assert {n for n, e in lookup.METHODS.items() if e.unit == "matrix"} == EVERY.keys()
   _, own, stacks = sharded(kind, ("cube", "bias"))
   program = jax.jit(functools.partial(merged, tuple(EVERY)))
   alike(jax.device_get(program(own, stacks)), alone())
@@ -173,4 +178,4 @@ def test_axes_of_two_kinds_are_left_to_the_compiler():
   kinds = (AxisType.Explicit, AxisType.Auto)
   mesh = jax.make_mesh((2, 4), ("task", "x"), axis_types=kinds)
   x = jax.device_put(np.ones((4, 8, 16), np.float32), NamedSharding(mesh, P("task")))
-  assert dealing.of([x], chains=False).mesh is None
+  assert distributed_matrices.of([x], chains=False).mesh is None

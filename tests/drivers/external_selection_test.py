@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxmerge import ranking, statistics
+from jaxmerge.core import order_statistics
+from jaxmerge.drivers import external_selection
 
 TOP = 2**31 - 1
 
@@ -23,14 +24,16 @@ def numbers(rows, sample, cuts, log=None, run=1, kind=np.uint32):
   def part(start, stop, low, high):
     bits = part_of(start, stop)
     brackets = [x.reshape(-1, len(rows), 1) for x in (low, high)]
-    return ranking.Slice(start, ranking.sides(bits, *brackets), lambda at: bits[:, at])
+    return external_selection.Slice(
+      start, external_selection.sides(bits, *brackets), lambda at: bits[:, at]
+    )
 
   def part_of(start, stop):
     if log is not None:
       log.append((start, stop))
     return rows[:, start:stop]
 
-  return ranking.Numbers(
+  return external_selection.Numbers(
     rows.shape[1],
     lambda: (np.asarray(sample, kind), *weighed(np.shape(sample)[1], run)),
     lambda low, high: (part(*ends, low, high) for ends in ranges),
@@ -64,13 +67,13 @@ def test_a_cut_is_the_head_of_a_stable_sort(data):
   ranks = [data.draw(st.integers(0, size)) for _ in rows]
   cuts = data.draw(st.lists(st.integers(1, size), max_size=6))
   with pytest.MonkeyPatch.context() as patch:  # Room for a few, or for all.
-    patch.setattr(ranking, "HELD", data.draw(st.sampled_from([3, 12, 2**22])))
-    patch.setattr(ranking, "FINE", data.draw(st.sampled_from([1, 16])))
+    patch.setattr(external_selection, "HELD", data.draw(st.sampled_from([3, 12, 2**22])))
+    patch.setattr(external_selection, "FINE", data.draw(st.sampled_from([1, 16])))
     given_ = functools.partial(numbers, rows, sample, cuts, kind=kind)
-    found, lasts = ranking.cut(given_(), ranks, exact=True)
-    again, every = ranking.cut(given_(), ranks, exact=False)
+    found, lasts = external_selection.cut(given_(), ranks, exact=True)
+    again, every = external_selection.cut(given_(), ranks, exact=False)
   assert (found == again).all()
-  assert (every == ranking.EVERY).all()
+  assert (every == external_selection.EVERY).all()
   at = np.arange(size)
   for row, n, value, last in zip(rows, ranks, found, lasts, strict=True):
     wanted, inside = expected(row, n, top)
@@ -84,15 +87,15 @@ def test_a_cut_is_the_head_of_a_stable_sort(data):
   ids=["much room", "equal ones together", "too many are different"],
 )
 def test_a_good_sample_needs_one_scan_where_there_is_room(monkeypatch, different, held, scans):
-  monkeypatch.setattr(ranking, "HELD", held)
-  monkeypatch.setattr(ranking, "FINE", 8)
+  monkeypatch.setattr(external_selection, "HELD", held)
+  monkeypatch.setattr(external_selection, "FINE", 8)
   rng = np.random.default_rng(0)
   x = np.abs(rng.normal(size=(2, 200_000)))
   x = x if different is None else np.round(x * different) / different
   rows = x.astype(np.float32).view(np.uint32)
   cuts, log = range(10_000, 200_000, 10_000), []
   ranks = [40_000, 199_000]
-  found, _ = ranking.cut(numbers(rows, rows[:, ::50], cuts, log), ranks, exact=False)
+  found, _ = external_selection.cut(numbers(rows, rows[:, ::50], cuts, log), ranks, exact=False)
   assert found.tolist() == [expected(row, n)[0] for row, n in zip(rows, ranks, strict=True)]
   assert len(log) == 20 * scans
 
@@ -105,7 +108,9 @@ def test_a_sample_of_rows_that_differ_needs_one_scan_too():
     x = np.abs(rng.normal(size=(500, 200))) * np.exp(0.5 * rng.normal(size=(500, 1)))
     rows, picked = (v.astype(np.float32).view(np.uint32).reshape(1, -1) for v in (x, x[::10]))
     log = []
-    found, _ = ranking.cut(numbers(rows, picked, [], log, run=200), [50_000], exact=False)
+    found, _ = external_selection.cut(
+      numbers(rows, picked, [], log, run=200), [50_000], exact=False
+    )
     assert found[0] == np.sort(rows[0])[-50_000]
     scans.append(len(log))
   assert sum(scans) <= 22  # More than half of the samples would need a second scan.
@@ -118,7 +123,7 @@ def test_many_zeros_are_counted_not_kept(share):
   rows = np.where(rng.random((1, 50_000)) < share, 0, rng.integers(1, 100, (1, 50_000)))
   ends, log = range(5_000, 50_000, 5_000), []
   n = 49_000
-  found, last = ranking.cut(numbers(rows, rows[:, ::10], ends, log), [n], exact=True)
+  found, last = external_selection.cut(numbers(rows, rows[:, ::10], ends, log), [n], exact=True)
   value, inside = expected(rows[0], n)
   assert (found[0], last[0]) == (value, max(i for i in inside if rows[0, i] == value))
   assert len(log) == 10 + 1  # One scan, and one slice again, where the last one inside lies.
@@ -130,5 +135,5 @@ def test_places_in_rows_are_those_of_the_device(columns):
   rng = np.random.default_rng(columns)
   x = np.round(rng.normal(size=(2, 5, columns)), 1).astype(np.float32)
   x[:, :, 0] = -0.0
-  found = ranking.ranks(np.abs(x).view(np.uint32))
-  np.testing.assert_array_equal(found, statistics.ranks(jnp.asarray(x)))
+  found = external_selection.ranks(np.abs(x).view(np.uint32))
+  np.testing.assert_array_equal(found, order_statistics.ranks(jnp.asarray(x)))

@@ -7,7 +7,8 @@ import pytest
 import small
 
 import jaxmerge
-from jaxmerge import methods, running
+from jaxmerge import methods
+from jaxmerge.drivers import incremental
 
 BASE, MODELS = small.trees()
 SAME = {n: x if n != "steps" else np.stack([BASE["steps"]] * len(x)) for n, x in MODELS.items()}
@@ -38,7 +39,7 @@ def run(merge, like=BASE, count=4, **options):
   ids=["average", "task_arithmetic", "magmax", "sma", "wma", "ema", "ema from zero"],
 )
 def test_is_the_merge_of_the_stack(method, bits):
-  merge = running.of(method, BASE)
+  merge = incremental.of(method, BASE)
   found = jax.tree.map(np.asarray, merge.finalize(run(merge)))
   expected = jax.tree.map(np.asarray, jaxmerge.merge(method, BASE, MODELS))
   small.same(found, expected) if bits else small.close(found, expected)
@@ -46,7 +47,7 @@ def test_is_the_merge_of_the_stack(method, bits):
 
 def test_without_a_base_the_weights_are_merged():
   method = methods.checkpoint_average("ema", 0.3)
-  merge = running.of(method)
+  merge = incremental.of(method)
   expected = jaxmerge.blend(method, SAME)
   found = merge.finalize(run(merge))
   small.close({**found, "steps": expected["steps"]}, expected)
@@ -55,7 +56,7 @@ def test_without_a_base_the_weights_are_merged():
 
 def test_a_moving_average_moves():
   """By its definition: m + alpha (x - m), from the first model on."""
-  merge, mean = running.of(methods.checkpoint_average("ema", 0.3)), MODELS["matrix"][0]
+  merge, mean = incremental.of(methods.checkpoint_average("ema", 0.3)), MODELS["matrix"][0]
   state = run(merge, count=1)
   for k in range(1, 4):
     state = merge.update(state, one(k))
@@ -65,7 +66,7 @@ def test_a_moving_average_moves():
 
 def test_masks_depend_on_names_alone():
   method = methods.dare(0.5, 0.4)
-  merge = running.of(method, BASE, seed=3)
+  merge = incremental.of(method, BASE, seed=3)
   found = merge.finalize(run(merge, name=lambda k: small.NAMES[k]))
   expected = jaxmerge.merge(method, BASE, MODELS, seed=3, names=small.NAMES)
   small.close(found, expected)
@@ -76,7 +77,7 @@ def test_masks_depend_on_names_alone():
 def test_opcm_is_that_of_the_stack_after_every_model():
   """The state stays as large as one model, and nothing is lost by stopping to look."""
   settings = (0.5, 0.4, 0.3)
-  merge = running.opcm(BASE, *settings, layout=small.VIEWS)
+  merge = incremental.opcm(BASE, *settings, layout=small.VIEWS)
   state = merge.init(BASE)
   shapes = jax.tree.map(jnp.shape, state)
   for k in range(4):
@@ -92,7 +93,7 @@ def test_opcm_is_that_of_the_stack_after_every_model():
 def test_a_trajectory_is_one_program(continual):
   """States keep their structure: they go through scan, and numbers need not compile again."""
   method = methods.checkpoint_average("wma")
-  merge = running.opcm(BASE, layout=small.VIEWS) if continual else running.of(method, BASE)
+  merge = incremental.opcm(BASE, layout=small.VIEWS) if continual else incremental.of(method, BASE)
   stack = jax.tree.map(jnp.asarray, MODELS)
   state, _ = jax.lax.scan(lambda s, x: (merge.update(s, x), None), merge.init(BASE), stack)
   small.close(merge.finalize(state), merge.finalize(run(merge)), 1e-6)
@@ -101,16 +102,24 @@ def test_a_trajectory_is_one_program(continual):
 @pytest.mark.parametrize(
   ("call", "message"),
   [
-    (lambda: running.of(methods.ties()), "needs all models at once"),
-    (lambda: running.of(methods.opcm()), "running.opcm"),
-    (lambda: run(running.of(methods.average((1.0, 2.0)))), "weight has 2 values, but there are 1"),
-    (lambda: running.of(methods.average(), BASE).init({"w": jnp.ones(2)}), "in the base but not"),
+    (lambda: incremental.of(methods.ties()), "needs all models at once"),
+    (lambda: incremental.of(methods.opcm()), "incremental.opcm"),
     (
-      lambda: running.opcm(BASE, layout=small.VIEWS).update({}, {**one(0), "vector": np.ones(3)}),
+      lambda: run(incremental.of(methods.average((1.0, 2.0)))),
+      "weight has 2 values, but there are 1",
+    ),
+    (
+      lambda: incremental.of(methods.average(), BASE).init({"w": jnp.ones(2)}),
+      "in the base but not",
+    ),
+    (
+      lambda: incremental.opcm(BASE, layout=small.VIEWS).update(
+        {}, {**one(0), "vector": np.ones(3)}
+      ),
       "'vector' is",
     ),
-    (lambda: running.of(methods.average()).finalize({"count": 0}), "no model was given"),
-    (lambda: running.opcm(BASE, alpha=2.0), "alpha must be"),
+    (lambda: incremental.of(methods.average()).finalize({"count": 0}), "no model was given"),
+    (lambda: incremental.opcm(BASE, alpha=2.0), "alpha must be"),
   ],
 )
 def test_is_refused(call, message):
@@ -119,7 +128,7 @@ def test_is_refused(call, message):
 
 
 def test_nan_is_named():
-  merge, bad = running.of(methods.average(), BASE), one(0)
+  merge, bad = incremental.of(methods.average(), BASE), one(0)
   bad["vector"] = np.full_like(bad["vector"], np.nan)
   with pytest.raises(ValueError, match="leaf 'vector' of model given to update has NaN"):
     merge.update(merge.init(BASE), bad)
@@ -127,7 +136,10 @@ def test_nan_is_named():
 
 def test_results_that_overflow_are_refused():
   base = {"kernel": np.zeros((2, 2), np.float16)}
-  for run in (running.of(methods.task_arithmetic(1e5), base), running.opcm(base, scale=1e6)):
+  for run in (
+    incremental.of(methods.task_arithmetic(1e5), base),
+    incremental.opcm(base, scale=1e6),
+  ):
     state = run.update(run.init(base), {"kernel": np.full((2, 2), 100, np.float16)})
     with pytest.raises(ValueError, match="leaf 'kernel': the result has NaN or infinity"):
       run.finalize(state)

@@ -10,7 +10,9 @@ import pytest
 import small
 
 import jaxmerge
-from jaxmerge import dealing, layouts, memory, methods
+from jaxmerge import methods
+from jaxmerge.core import interpreter, layouts
+from jaxmerge.drivers import distributed_matrices, memory
 
 AVERAGE, TA, TIES, DARE = (
   methods.average(),
@@ -150,8 +152,8 @@ def test_numbers_are_no_constants_of_the_program():
   """What may vary is an argument: the numbers do not appear in the program's text."""
   base, models = small.trees(small.FEW)
   shapes = {"matrix": (8, 16)}
-  ready = memory.prepare(methods.task_arithmetic(0.123456), shapes, 4, {}, None)
-  given = {"method": TA, "layout": layouts.NONE, "deal": dealing.of([], chains=True)}
+  ready = interpreter.prepare(methods.task_arithmetic(0.123456), shapes, 4, {}, None)
+  given = {"method": TA, "layout": layouts.NONE, "deal": distributed_matrices.of([], chains=True)}
   run = functools.partial(memory._compiled.lower, **given)
   base, models = ({"matrix": own["matrix"]} for own in (base, models))
   assert "0.123456" not in run(base, None, models, ready).as_text()

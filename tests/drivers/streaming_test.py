@@ -7,7 +7,10 @@ import pytest
 import small
 
 import jaxmerge
-from jaxmerge import catalog, kernels, memory, methods, slicing, stage, streaming
+from jaxmerge import methods
+from jaxmerge.catalog import lookup
+from jaxmerge.core import interpreter, stage
+from jaxmerge.drivers import slice_programs, slices, streaming
 
 TIES = methods.ties(0.3, rule="exact")
 
@@ -22,7 +25,7 @@ def source(base, models, log):
     own = base[name].reshape(-1)[start:stop]
     parts = own, None, models[name].reshape(height, -1)[order, start:stop]
     if look is not None:
-      slicing.look_at(look, *parts)
+      slices.look_at(look, *parts)
     return parts
 
   return streaming.Source(leaves, height, read)
@@ -113,7 +116,7 @@ def test_rows_get_whole_leaves():
 def test_another_value_or_seed_does_not_compile_again():
   base, models = small.trees()
   method = methods.dare(0.5)
-  programs = (kernels.merged,)
+  programs = (slice_programs.merged,)
   streaming.merge_slices(method, base, models, seed=1, entries=50)
   sizes = [p._cache_size() for p in programs]
   streaming.merge_slices(method, base, models, seed=2, aux={"drop_rate": 0.9}, entries=50)
@@ -193,7 +196,7 @@ def test_prepared_numbers_take_the_place_of_aux():
   base, models = small.trees()
   shapes = {n: x.shape for n, x in base.items() if x.dtype == np.float32}
   method = methods.task_arithmetic(0.5)
-  ready = memory.prepare(method, shapes, 4, {"scale": 0.25}, small.NAMES)
+  ready = interpreter.prepare(method, shapes, 4, {"scale": 0.25}, small.NAMES)
   found = streaming.merge_slices(method, base, models, ready=ready)
   small.same(found, jaxmerge.merge(method, base, models, aux={"scale": 0.25}, names=small.NAMES))
 
@@ -212,11 +215,11 @@ def test_large_leaves_have_the_same_bits_however_they_are_cut(name):
     small.same(streaming.merge_slices(method, base, models, entries=entries, **options), out)
 
 
-@pytest.mark.parametrize("name", catalog.METHODS)
+@pytest.mark.parametrize("name", lookup.METHODS)
 def test_the_catalog_says_how_often_models_are_read(name):
   method = getattr(methods, name)()
   measured = sum(len(list(streaming._batches(step))) for step in method)
-  assert catalog.METHODS[name].reads == 1 + measured
+  assert lookup.METHODS[name].reads == 1 + measured
 
 
 def test_leaves_that_are_measured_alone_are_merged_before_the_next_is_read():
@@ -243,8 +246,8 @@ def test_entries_are_ranked_in_slices_though_matrices_are_updated_whole():
 @pytest.mark.parametrize("at", [0, 40, 300, 900])
 def test_nan_is_found_beyond_what_a_sample_has_seen(at, monkeypatch):
   """A sample looks at the first entries of a leaf, before its slices come in order."""
-  monkeypatch.setattr(slicing, "FEW", 32)
-  monkeypatch.setattr(slicing, "PIECE", 8)
+  monkeypatch.setattr(slices, "FEW", 32)
+  monkeypatch.setattr(slices, "PIECE", 8)
   rng = np.random.default_rng(0)
   base = {"steps": rng.normal(size=1000).astype(np.float32)}
   models = {"steps": rng.normal(size=(2, 1000)).astype(np.float32)}

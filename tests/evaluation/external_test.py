@@ -10,7 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmerge import cli, evaluating, files, methods
+from jaxmerge import methods
+from jaxmerge.cli import main
+from jaxmerge.evaluation import external
+from jaxmerge.files import merge as files_merge
 
 RECIPE = """
 merge_method: linear
@@ -32,11 +35,11 @@ def python(code):
 
 
 def merge(command, *flags, out="out"):
-  return cli.main(["merge", "recipe.yml", out, "--evaluate", command, *flags])
+  return main.main(["merge", "recipe.yml", out, "--evaluate", command, *flags])
 
 
 def numbers(out="out"):
-  return json.loads(pathlib.Path(out, evaluating.NAME).read_text())
+  return json.loads(pathlib.Path(out, external.NAME).read_text())
 
 
 COUNT = """
@@ -48,7 +51,7 @@ print(json.dumps({"files": len(os.listdir(sys.argv[1])), "half": 0.5}))
 
 def test_the_command_sees_the_complete_result(capsys):
   assert merge(python(COUNT)) == 0
-  present = {p.name for p in pathlib.Path("out").iterdir()} - {evaluating.NAME}
+  present = {p.name for p in pathlib.Path("out").iterdir()} - {external.NAME}
   assert {"model.safetensors", "README.md", "jaxmerge_provenance.json"} <= present
   assert numbers() == {"files": len(present), "half": 0.5}
   assert f"merged: out\nevaluated: files {len(present)}, half 0.5\n" in capsys.readouterr().out
@@ -80,7 +83,7 @@ def test_a_failed_evaluation_leaves_the_merge(capsys, code, words):
   assert "error: the merge is complete, in out, but its evaluation failed: " in err
   assert words in err
   assert len(folders.read(pathlib.Path("out"))) == 13
-  assert not pathlib.Path("out", evaluating.NAME).exists()
+  assert not pathlib.Path("out", external.NAME).exists()
 
 
 @pytest.mark.parametrize(
@@ -107,7 +110,7 @@ def test_a_dry_run_says_what_would_be_run_and_does_not(capsys):
 
 def test_a_recipe_cannot_run_anything(capsys):
   pathlib.Path("recipe.yml").write_text(RECIPE + "evaluate: touch spoilt {out}\n")
-  assert cli.main(["merge", "recipe.yml", "out"]) == 0
+  assert main.main(["merge", "recipe.yml", "out"]) == 0
   assert "'evaluate' is no key of the recipe: it is ignored" in capsys.readouterr().out
   assert not pathlib.Path("spoilt").exists()
 
@@ -118,7 +121,7 @@ def test_a_function_evaluates_as_well():
     x = folders.read(folder)["model.norm.weight"]
     return {"norm": np.linalg.norm(x), "largest": jnp.abs(x).max(), "entries": x.size}
 
-  out = files.merge_files(methods.average(), ["m0", "m1"], "out", evaluate=norms)
+  out = files_merge.merge_files(methods.average(), ["m0", "m1"], "out", evaluate=norms)
   x = folders.read(out)["model.norm.weight"]
   expected = {"norm": float(np.linalg.norm(x)), "largest": float(abs(x).max()), "entries": 6}
   assert numbers() == expected
@@ -129,5 +132,5 @@ def test_a_function_that_fails_leaves_the_merge():
     raise OSError("no space")
 
   with pytest.raises(ValueError, match=r"the merge is complete, in out, .* failed: no space"):
-    files.merge_files(methods.average(), ["m0", "m1"], "out", evaluate=fails)
+    files_merge.merge_files(methods.average(), ["m0", "m1"], "out", evaluate=fails)
   assert len(folders.read(pathlib.Path("out"))) == 13

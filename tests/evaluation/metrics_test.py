@@ -6,36 +6,39 @@ import pytest
 import report_records
 import small_tasks as small
 
-from jaxmerge import mesh as meshes
 from jaxmerge import methods
-from jaxmerge.atm import baselines, evaluate, loop, settings, tune
-from jaxmerge.report import card, comparing, leaderboard, plots, record, tables, words
+from jaxmerge.evaluation import metrics, scoring
+from jaxmerge.parallel import mesh as meshes
+from jaxmerge.report import card, comparisons, labels, leaderboard, plots, record, tables
+from jaxmerge.search import scales
+from jaxmerge.tasks import batch, losses
+from jaxmerge.training import finetune, loop, settings
 
 
 def test_bits_of_bytes_by_hand():
   """Two bytes, one of which is told for sure; of four symbols, equally likely, one costs 2 bits."""
   sure = jnp.array([0.0, 200.0, 0.0, 0.0])
   logits = jnp.stack([sure, jnp.zeros(4)])[None]
-  found = evaluate.bits_per_byte(logits, np.array([[1, 3]]))
+  found = metrics.bits_per_byte(logits, np.array([[1, 3]]))
   np.testing.assert_allclose(found, [1.0], rtol=1e-6)
 
 
 def test_a_function_is_a_metric_of_which_more_is_better():
-  metric = evaluate.metric_of(tune.accuracy)
+  metric = metrics.metric_of(losses.accuracy)
   assert (metric.name, metric.gain(0.5)) == ("accuracy", 0.5)
-  assert evaluate.BITS_PER_BYTE.gain(0.5) == -0.5
-  assert evaluate.metric_of(metric) is metric
+  assert metrics.BITS_PER_BYTE.gain(0.5) == -0.5
+  assert metrics.metric_of(metric) is metric
 
 
 def loss(outputs, labels):
-  return tune.cross_entropy(outputs, labels)
+  return losses.cross_entropy(outputs, labels)
 
 
 def gain(outputs, labels):
-  return -tune.cross_entropy(outputs, labels)
+  return -losses.cross_entropy(outputs, labels)
 
 
-LOSS, GAIN = evaluate.Metric("loss", loss, lower_is_better=True), gain
+LOSS, GAIN = metrics.Metric("loss", loss, lower_is_better=True), gain
 
 
 @pytest.mark.slow
@@ -49,16 +52,16 @@ def test_choices_by_a_loss_are_those_by_its_negative():
   small.assert_same_bits(runs[0].params, runs[1].params)
   means = [r["mean"] for r in runs[0].rounds]
   assert means == [-r["mean"] for r in runs[1].rounds]
-  stacks = [baselines.experts(*given, early, metric=m, mesh=mesh)[0] for m in (LOSS, GAIN)]
+  stacks = [finetune.experts(*given, early, metric=m, mesh=mesh)[0] for m in (LOSS, GAIN)]
   small.assert_same_bits(*stacks)
-  rows = meshes.put(tune.stacked(tasks, "validation"), meshes.by_task(mesh))
+  rows = meshes.put(batch.stacked(tasks, "validation"), meshes.by_task(mesh))
   counts = [len(t.validation.labels) for t in tasks]
   chosen = []
-  for metric in (LOSS, evaluate.metric_of(GAIN)):
-    score = evaluate.scorer(small.network, metric.rowwise, mesh=mesh)
+  for metric in (LOSS, metrics.metric_of(GAIN)):
+    score = scoring.scorer(small.network, metric.rowwise, mesh=mesh)
     found = (methods.task_arithmetic(), base, stacks[0], (0.0, 0.3, 9.0), score, rows, counts)
     chosen.append(
-      baselines.best_scale(*found, names=[t.name for t in tasks], metric=metric, at_once=2)
+      scales.best_scale(*found, names=[t.name for t in tasks], metric=metric, at_once=2)
     )
   assert chosen[0].scale == chosen[1].scale
   assert chosen[0].means[(0.0, 0.3, 9.0).index(chosen[0].scale)] == min(chosen[0].means)
@@ -91,16 +94,16 @@ def test_the_same_cells_are_best_and_the_same_gaps_are_closed(both):
     marked = [[[c.best for c in row] for row in table(r).rows] for r in both]
     assert marked[0] == marked[1]
     assert table(both[0]).rows[0][0] == table(both[1]).rows[0][0]
-  closed = [comparing.gap_closed(r["models"]) for r in both]
+  closed = [comparisons.gap_closed(r["models"]) for r in both]
   assert closed[0] == pytest.approx(closed[1])
   for kind in ("loop", "one-shot"):
-    assert words.best(both[0], kind) == words.best(both[1], kind)
+    assert labels.best(both[0], kind) == labels.best(both[1], kind)
   record.check(record.plain(both[1]))
 
 
 def test_words_say_the_unit_and_never_percent(both):
   mean = both[1]["models"]["atm"]["mean"]
-  sentence = words.sentence(both[1])
+  sentence = labels.sentence(both[1])
   assert sentence.startswith(f"The best of 2 ATM runs, ATM, reaches {mean:.3f} bits per byte over")
   assert tables.results(both[1]).head[1] == "Mean (bits per byte)"
   text = tables.markdown(both[1])
@@ -108,7 +111,7 @@ def test_words_say_the_unit_and_never_percent(both):
   assert "where the experts lead by over 0.05 bits per byte" in text
   assert f"{mean:.3f} mean bits per byte" in card.model_card(both[1], "base", "atm")
   small_values = dict(both[1], models={"atm": {"mean": 0.5, "per_task": {}}}, rounds=[])
-  assert not words.percent(small_values)
+  assert not labels.percent(small_values)
 
 
 def test_plots_of_a_loss_say_that_less_is_better(both):
@@ -161,6 +164,6 @@ def test_a_leaderboard_of_a_loss_has_the_least_first(both):
 
 def test_paired_differences_of_scores():
   a, b = np.array([1.0, 2.0, 3.0]), np.array([2.0, 2.5, 3.0])
-  found = comparing.paired_difference([a], [b])
+  found = comparisons.paired_difference([a], [b])
   assert found.mean == pytest.approx(-0.5)
   assert found.low <= -0.5 <= found.high

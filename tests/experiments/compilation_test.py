@@ -8,12 +8,17 @@ import numpy as np
 import pytest
 
 import jaxmerge
-from jaxmerge import chips, compile_config, compiling, problems, shaping, streaming, tree
+from jaxmerge.core import tree
+from jaxmerge.drivers import streaming
+from jaxmerge.experiments import built_in, compilation, compile_config
+from jaxmerge.experiments import shapes as shape_lib
 from jaxmerge.models import bert
-from jaxmerge.report import needs
+from jaxmerge.report import compile_tables
 from jaxmerge.tasks import text
+from jaxmerge.xla import chips
+from jaxmerge.xla import program as xla_program
 
-CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
+CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 TINY = {
   "vocab_size": 64,
   "hidden_size": 16,
@@ -41,8 +46,8 @@ def tiny_loop(**changes):
 @pytest.fixture(scope="module")
 def loop():
   """The records of a round's programs."""
-  programs = list(compiling.of_loop(tiny_loop(), jax.devices()))
-  return {p.name: compiling.record(p, chips.CHIPS["v5e"]) for p in programs}
+  programs = list(compilation.of_loop(tiny_loop(), jax.devices()))
+  return {p.name: xla_program.record(p, chips.CHIPS["v5e"]) for p in programs}
 
 
 def axes(record):
@@ -75,7 +80,7 @@ def test_products_of_a_round_are_counted_as_often_as_they_run(loop):
 
 @pytest.mark.slow
 def test_what_a_device_needs_is_what_shapes_say(loop):
-  own = shaping.make(tiny_loop())
+  own = shape_lib.make(tiny_loop())
   entries = {n: int(np.prod(x.shape)) for n, x in tree.named(own.params).items()}
   halved = sum(n for name, n in entries.items() if not name.endswith("scale")) // 2
   each = 4 * (halved + sum(n for name, n in entries.items() if name.endswith("scale")))
@@ -97,7 +102,7 @@ def test_the_compiler_that_refuses_tells_why():
       raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: used 18.03G of\n 15.75G hbm")
 
   mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("device",))
-  own = compiling.record(compiling.Program("tune", Lowered, mesh), None)
+  own = xla_program.record(xla_program.Program("tune", Lowered, mesh), None)
   assert not own["fits"]
   assert own["reason"] == "RESOURCE_EXHAUSTED: used 18.03G of 15.75G hbm"
 
@@ -107,33 +112,35 @@ def test_tables_say_what_the_record_says(loop):
   programs = [*loop.values(), {"name": "big", "fits": False, "seconds": {"compile": 1.0}}]
   record = {"topology": "v5e:2x4", "slices": 1, "chips": 8, "devices": 8, "memory": 2**34}
   record["programs"] = programs
-  assert needs.heading(record) == "v5e:2x4: 8 chips, 16 GiB each; mesh: task 2, data 2, model 2"
-  rows = [[cell.text for cell in row] for row in needs.memory(record).rows]
+  assert (
+    compile_tables.heading(record) == "v5e:2x4: 8 chips, 16 GiB each; mesh: task 2, data 2, model 2"
+  )
+  rows = [[cell.text for cell in row] for row in compile_tables.memory(record).rows]
   assert [row[0] for row in rows] == [*loop, "big"]
   total = loop["tune"]["memory"]["total"]
-  assert rows[0][5] == needs.size(total)
+  assert rows[0][5] == compile_tables.size(total)
   assert rows[-1][5] == "does not fit"
-  found = [[cell.text for cell in row] for row in needs.traffic(record).rows]
+  found = [[cell.text for cell in row] for row in compile_tables.traffic(record).rows]
   assert sum(row[0] == "tune" for row in found) == len(loop["tune"]["collectives"])
-  assert needs.line(programs[-1]) == "big: compiled in 1.0 s, and does not fit"
+  assert compile_tables.line(programs[-1]) == "big: compiled in 1.0 s, and does not fit"
 
 
 def test_more_than_the_chip_has_does_not_fit():
-  program = compiling.Program(
+  program = xla_program.Program(
     "double",
     lambda: jax.jit(lambda x: 2 * x).lower(jax.ShapeDtypeStruct((1024,), np.float32)),
     jax.sharding.Mesh(np.array(jax.devices()[:1]), ("device",)),
   )
-  assert compiling.record(program, chips.CHIPS["v5e"])["fits"]
+  assert xla_program.record(program, chips.CHIPS["v5e"])["fits"]
   small = chips.CHIPS["v5e"]._replace(memory=8000)
-  own = compiling.record(program, small)
+  own = xla_program.record(program, small)
   assert not own["fits"]
   assert own["reason"].endswith("it has 8000")
 
 
 def test_tasks_in_turn_are_refused():
   with pytest.raises(ValueError, match="set it to 0"):
-    next(compiling.of_loop(tiny_loop(at_once=2), jax.devices()))
+    next(compilation.of_loop(tiny_loop(at_once=2), jax.devices()))
 
 
 def tiny_merge(**changes):
@@ -143,7 +150,7 @@ def tiny_merge(**changes):
 def test_a_merge_in_memory_is_that_of_the_library():
   own = tiny_merge(method={"name": "task_arithmetic", "scale": 0.3}, dtype="float32")
   own["mesh"] = {"task": 1, "data": 1, "model": 2}
-  programs = list(compiling.of_merge(own, jax.devices()))
+  programs = list(compilation.of_merge(own, jax.devices()))
   assert [p.name for p in programs] == ["merge in memory", "streamed merged"]
   lowered = programs[0].lower()
   draw = np.random.default_rng(0).standard_normal
@@ -155,12 +162,12 @@ def test_a_merge_in_memory_is_that_of_the_library():
 
 
 def test_a_streamed_merge_has_the_programs_of_its_statistics():
-  programs = list(compiling.of_merge(tiny_merge(method={"name": "ties"}), jax.devices()[:1]))
+  programs = list(compilation.of_merge(tiny_merge(method={"name": "ties"}), jax.devices()[:1]))
   names = [p.name for p in programs]
   assert names[0] == "merge in memory"
   assert {"streamed patterns", "streamed sides", "streamed merged"} <= set(names)
   last = programs[names.index("streamed merged")]
-  own = compiling.record(last, chips.CHIPS["v5e"])
+  own = xla_program.record(last, chips.CHIPS["v5e"])
   assert own["collectives"] == []
   # Base and three models in, result out, 2 bytes an entry.
   assert own["memory"]["arguments"] == pytest.approx(256 * 4 * 2, rel=0.25)
@@ -187,26 +194,26 @@ def test_looking_at_the_programs_of_a_streamed_merge_changes_nothing():
 def test_shapes_of_images_are_those_of_the_experiment():
   own = config("images4.py", pretrain={"rows": 10, "steps": 1, "learning_rate": 1e-3})
   own["data"] = {"train": 40, "validation": 10, "test": 10}
-  real, shapes = problems.make(own), shaping.make(own)
+  real, shapes = built_in.make(own), shape_lib.make(own)
   assert_same(real, shapes)
 
 
 def test_rows_of_texts_are_known_without_reading_them(monkeypatch):
   rows = {t.name: len(t.splits["train"][1]) for t in text.load(train=1600)}
   monkeypatch.setattr(text, "load", None)
-  assert shaping.make(config("minilm8.py")).counts == rows
+  assert shape_lib.make(config("minilm8.py")).counts == rows
   every = config("minilm8.py", data={"tasks": ["film", "udhr"]})
-  assert shaping.make(every).counts == {"film": 2000, "udhr": 1476}
+  assert shape_lib.make(every).counts == {"film": 2000, "udhr": 1476}
   with pytest.raises(ValueError, match="no text task 'flim'; did you mean 'film'"):
-    shaping.make(config("minilm8.py", data={"tasks": ["flim"]}))
+    shape_lib.make(config("minilm8.py", data={"tasks": ["flim"]}))
 
 
 @pytest.mark.minilm
 def test_shapes_of_texts_are_those_of_the_experiment():
   own = config("minilm8_quick.py", data={"train": 20, "validation": 10, "test": 10})
   config_, params, _ = bert.minilm()
-  shapes = shaping.make(own)
-  assert config_ == shaping.MINILM
+  shapes = shape_lib.make(own)
+  assert config_ == shape_lib.MINILM
   tree.check_same(shapes.params, params, left="shapes", right="weights")
   assert set(shapes.counts.values()) == {20}
 
@@ -223,4 +230,4 @@ def assert_same(real, shapes):
 
 def test_unknown_experiments_are_errors():
   with pytest.raises(ValueError, match="must be one of images4"):
-    shaping.make({"experiment": "images5"})
+    shape_lib.make({"experiment": "images5"})

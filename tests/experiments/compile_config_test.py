@@ -6,9 +6,12 @@ import re
 
 import pytest
 
-from jaxmerge import chips, cli, compile_config, configuring, mesh
+from jaxmerge.cli import main
+from jaxmerge.experiments import compile_config, config
+from jaxmerge.parallel import mesh
+from jaxmerge.xla import chips
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 MERGE = str(ROOT / "configs" / "merge_7b.py")
 LOOP = str(ROOT / "configs" / "decoder_1b.py")
 
@@ -49,7 +52,7 @@ def test_what_is_wrong_is_told(change, words):
 
 
 def test_configs_name_the_axes_of_a_mesh():
-  assert configuring.AXES == mesh.AXES
+  assert config.AXES == mesh.AXES
 
 
 def test_another_kind_of_config_is_an_error():
@@ -63,14 +66,14 @@ def test_without_the_compiler_the_command_is_told(capsys, monkeypatch):
   for name in ("TPU_SKIP_MDS_QUERY", "TPU_WORKER_HOSTNAMES", "TPU_ACCELERATOR_TYPE"):
     monkeypatch.setenv(name, "")  # What the command sets must not leak into later tests.
   monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-  assert cli.main(["compile", f"--config={MERGE}", "--topology=v5e:4x4"]) == 1
+  assert main.main(["compile", f"--config={MERGE}", "--topology=v5e:4x4"]) == 1
   assert "pip install 'jaxmerge[tpu]'" in capsys.readouterr().err
 
 
 def test_a_wrong_topology_is_told_first(capsys):
-  assert cli.main(["compile", "--config=nothing.py", "--topology=v5e-256"]) == 2
+  assert main.main(["compile", "--config=nothing.py", "--topology=v5e-256"]) == 2
   error = capsys.readouterr().err
   assert "Did you mean v5e:16x16?" in error
   assert "nothing.py" not in error
-  assert cli.main(["compile", f"--config={MERGE}", "--topology=v5e:4x4", "--slices=0"]) == 2
+  assert main.main(["compile", f"--config={MERGE}", "--topology=v5e:4x4", "--slices=0"]) == 2
   assert "slices must be at least 1" in capsys.readouterr().err

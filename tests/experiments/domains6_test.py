@@ -5,11 +5,12 @@ import pathlib
 import numpy as np
 import pytest
 
-from jaxmerge import configuring, experiment
+from jaxmerge.experiments import config as configs
+from jaxmerge.experiments import run
 from jaxmerge.models import llama
 from jaxmerge.tasks import domains
 
-CONFIG = pathlib.Path(__file__).resolve().parents[1] / "configs" / "domains6_quick.py"
+CONFIG = pathlib.Path(__file__).resolve().parents[2] / "configs" / "domains6_quick.py"
 SIZES = {"length": 32, "pretrain": 24, "train": 16, "validation": 5, "test": 7}
 CHANGES = {
   "data.domains": "('english', 'slavic', 'python')",
@@ -27,8 +28,8 @@ CHANGES = {
 
 @pytest.mark.slow
 def test_a_run_reports_bits_per_byte_of_the_models_that_it_leaves(tmp_path):
-  config = configuring.load(str(CONFIG), list(CHANGES.items()))
-  record = experiment.run(config, tmp_path / "run")
+  config = configs.load(str(CONFIG), list(CHANGES.items()))
+  record = run.run(config, tmp_path / "run")
   assert (record["metric"], record["lower_is_better"]) == ("bits per byte", True)
   assert "chance" not in record
   models = record["models"]

@@ -11,11 +11,14 @@ import numpy as np
 import pytest
 import small_tasks as small
 
-from jaxmerge import catalog, configuring, experiment, problems
-from jaxmerge.atm import evaluate
-from jaxmerge.io import manifest
+from jaxmerge.catalog import lookup
+from jaxmerge.evaluation import metrics
+from jaxmerge.experiments import built_in, run
+from jaxmerge.experiments import config as configs
+from jaxmerge.experiments import problem as problems
+from jaxmerge.io.checkpoints import manifest
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 TRAINED = ["experts", "experts_longer", "multitask"]
 MODELS = ["base", *TRAINED, "average", "task_arithmetic", "dare", "atm", "plain"]
 DEVICES = 2
@@ -65,7 +68,7 @@ def made(config, keep):
 @pytest.fixture(scope="module", autouse=True)
 def _made(tmp_path_factory):
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(problems, "MAKERS", {**problems.MAKERS, "made": made})
+    patch.setattr(built_in, "MAKERS", {**built_in.MAKERS, "made": made})
     yield
 
 
@@ -82,7 +85,7 @@ def events():
 @pytest.fixture(scope="module")
 def record(workdir, events):
   """The record of an uninterrupted run."""
-  return experiment.run(config(), workdir, progress=events.append)
+  return run.run(config(), workdir, progress=events.append)
 
 
 def lasting(record):
@@ -160,15 +163,16 @@ def test_a_finished_run_is_shown_and_not_run_again(workdir, record, monkeypatch)
   def work(*given):
     raise AssertionError("something is run")
 
-  monkeypatch.setattr(experiment, "Work", work)
-  assert experiment.run(config(), workdir, resume="must") == json.loads(json.dumps(record))
+  monkeypatch.setattr(run, "Work", work)
+  assert run.run(config(), workdir, resume="must") == json.loads(json.dumps(record))
 
 
 def test_a_finished_run_is_shown_without_jax(workdir, record):
   """As by `jaxmerge atm`: nothing that takes seconds is imported."""
   code = """
 import json, pathlib, sys
-from jaxmerge import report, workdir
+from jaxmerge import report
+from jaxmerge.experiments import workdir
 folder = pathlib.Path(sys.argv[1])
 found = workdir.finished(folder, json.loads((folder / "config.json").read_text()))
 print(report.text(found))
@@ -185,7 +189,7 @@ def test_what_a_run_lacks_is_made_again_of_what_is_saved(tmp_path, workdir, reco
   shutil.copytree(workdir, folder)
   (folder / "report.json").unlink()
   said = []
-  assert lasting(experiment.run(config(), folder, progress=said.append)) == lasting(record)
+  assert lasting(run.run(config(), folder, progress=said.append)) == lasting(record)
   messages = {e["message"] for e in said if "message" in e}
   phases = ["base", *TRAINED, "scores_test", "scores_validation"]
   phases += [f"one_shot/{n}" for n in ("average", "task_arithmetic", "dare")]
@@ -204,7 +208,7 @@ def test_merges_of_other_experts_are_made_again(tmp_path, workdir):
   facts = manifest.facts(step)
   (step / manifest.NAME).unlink()
   manifest.seal(step, facts)
-  experiment.run(config(), folder, progress=said.append)
+  run.run(config(), folder, progress=said.append)
   messages = [e["message"] for e in said if "message" in e]
   words = "one_shot/dare: made of other models than there are now; made again"
   assert words in messages
@@ -225,7 +229,7 @@ def test_a_file_that_was_spoilt_is_named(tmp_path, workdir, name, spoil, words):
   shutil.copytree(workdir, folder)
   (folder / name).write_text(spoil((folder / name).read_text()))
   with pytest.raises(ValueError, match=words) as error:
-    experiment.run(config(), folder)
+    run.run(config(), folder)
   assert "\n" not in str(error.value)
 
 
@@ -237,7 +241,7 @@ def test_a_manifest_that_was_spoilt_is_named(tmp_path, workdir):
   path.write_text("[" * 10**5)
   words = "no good checkpoint in .*base: step 1: manifest.json is damaged: .*nested too deep"
   with pytest.raises(ValueError, match=words):
-    experiment.run(config(), folder)
+    run.run(config(), folder)
 
 
 class Stopped(Exception):
@@ -254,15 +258,15 @@ def test_a_run_that_stops_in_any_phase_ends_with_the_same_record(tmp_path, recor
       raise Stopped
 
   with pytest.raises(Stopped):
-    experiment.run(config(), tmp_path, progress=stop)
-  assert lasting(experiment.run(config(), tmp_path)) == lasting(record)
+    run.run(config(), tmp_path, progress=stop)
+  assert lasting(run.run(config(), tmp_path)) == lasting(record)
 
 
 def test_an_experiment_of_shapes_alone_says_what_to_do_with_it(tmp_path):
-  shapes = configuring.load(str(ROOT / "configs" / "decoder_1b.py"))
+  shapes = configs.load(str(ROOT / "configs" / "decoder_1b.py"))
   words = "'decoder' has shapes alone, no weights and no rows: `jaxmerge compile` compiles it"
   with pytest.raises(ValueError, match=words):
-    experiment.run(shapes, tmp_path / "run")
+    run.run(shapes, tmp_path / "run")
   assert not list((tmp_path / "run").iterdir())
 
 
@@ -273,9 +277,9 @@ def test_a_run_goes_on_with_another_mesh(tmp_path, workdir, record):
       raise Stopped
 
   with pytest.raises(Stopped):
-    experiment.run(config(), tmp_path, progress=stop)
+    run.run(config(), tmp_path, progress=stop)
   places = dict(task=1, data=2, model=1, devices=DEVICES)
-  found = experiment.run(config(mesh=places), tmp_path, resume="must")
+  found = run.run(config(mesh=places), tmp_path, resume="must")
   assert [r["round"] for r in found["rounds"]] == [r["round"] for r in record["rounds"]]
   one, two = (np.load(folder / "merged" / "model.npz") for folder in (workdir, tmp_path))
   for name, x in one.items():
@@ -285,19 +289,19 @@ def test_a_run_goes_on_with_another_mesh(tmp_path, workdir, record):
 
 def test_a_folder_of_another_config_is_refused(workdir, record):
   with pytest.raises(ValueError, match="rounds is 3 there and 4 here"):
-    experiment.run(config(rounds=4), workdir)
+    run.run(config(rounds=4), workdir)
   with pytest.raises(ValueError, match="holds a run already"):
-    experiment.run(config(), workdir, resume="never")
+    run.run(config(), workdir, resume="never")
   with pytest.raises(ValueError, match="no run to resume"):
-    experiment.run(config(), workdir / "elsewhere", resume="must")
+    run.run(config(), workdir / "elsewhere", resume="must")
 
 
 @pytest.mark.slow
 def test_post_hoc_starts_from_the_best_merge_and_costs_on_top(tmp_path):
-  found = experiment.run(config(variant="ph", also=dict(), rounds=2), tmp_path)
+  found = run.run(config(variant="ph", also=dict(), rounds=2), tmp_path)
   cost = found["budget"]
   best = max(
-    (n for n in found["models"] if n in catalog.METHODS), key=lambda n: found["validation"][n]
+    (n for n in found["models"] if n in lookup.METHODS), key=lambda n: found["validation"][n]
   )
   # Half of nine validation rows, 5, six times in batches of 4: 8 (of 7.5) steps a task.
   assert cost["atm"]["gradient_steps"] == cost[best]["gradient_steps"] + 3 * 8
@@ -315,13 +319,13 @@ def test_a_method_that_a_config_names():
 def test_chance_is_the_most_frequent_class():
   task = small.classified("ant", 4)
   task.test.labels[:] = [0, 1, 1, 1, 2, 1, 0]
-  assert evaluate.ACCURACY.chance(task.test.labels) == pytest.approx(4 / 7)
+  assert metrics.ACCURACY.chance(task.test.labels) == pytest.approx(4 / 7)
 
 
 def test_a_folder_that_holds_something_else_is_refused(tmp_path):
   (tmp_path / "thesis.txt").write_text("mine")
   with pytest.raises(ValueError, match="is not empty and holds no run"):
-    experiment.run(config(), tmp_path)
+    run.run(config(), tmp_path)
   assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
 
 

@@ -10,9 +10,13 @@ import folders
 import numpy as np
 import pytest
 
-from jaxmerge import adding, cli, files, methods, opening, planning, spelling
-from jaxmerge.io import adapter, hub, pieces, safetensors
-from jaxmerge.io.tensor import Files, Tensor
+from jaxmerge import methods
+from jaxmerge.cli import main
+from jaxmerge.files import adapter_inputs, execute, inputs, merge, name_variants, plan
+from jaxmerge.io.huggingface import hub
+from jaxmerge.io.peft import adapter
+from jaxmerge.io.tensors import pieces, safetensors
+from jaxmerge.io.tensors.tensor import Files, Tensor
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 UP = "model.layers.0.mlp.up_proj"
@@ -58,8 +62,8 @@ def write(folder, tensors, **config):
 
 
 def opened(path, *adapters, rename=None):
-  reference = opening.split("+".join(map(str, (path, *adapters))))
-  return opening.opened(reference, Files(), hub.Finder(), "m", rename)
+  reference = inputs.split("+".join(map(str, (path, *adapters))))
+  return inputs.opened(reference, Files(), hub.Finder(), "m", rename)
 
 
 def values(model, name):
@@ -100,7 +104,7 @@ def test_an_adapter_moves_a_tied_head_only_if_it_trains_it(
   model = opened(tmp_path / "base", write(tmp_path / "adapter", parts, **config))
   assert {n for n in (EMBEDDING, HEAD) if (values(model, n) != before).any()} == moved
   assert (values(model, HEAD) == values(model, EMBEDDING)).all() == tied
-  out = files.merge_files(
+  out = merge.merge_files(
     methods.average(), [f"{tmp_path / 'base'}+{tmp_path / 'adapter'}"], tmp_path / "out"
   )
   made = safetensors.load(out / "model.safetensors")
@@ -183,7 +187,7 @@ def test_the_tokenizer_of_an_adapter_comes_with_it(tmp_path):
   write(tmp_path / "adapter", lora(UP, (12, 6)))
   tokenizer(tmp_path / "adapter", "a", "b", "<pad>", template="{{ messages }}")
   (tmp_path / "adapter" / "tokenizer.model").write_bytes(b"\xff\x01")
-  out = files.merge_files(
+  out = merge.merge_files(
     methods.average(), [f"{tmp_path / 'base'}+{tmp_path / 'adapter'}"], tmp_path / "out"
   )
   for name in ("tokenizer.json", "tokenizer.model", "chat_template.jinja"):
@@ -197,10 +201,10 @@ def test_a_template_in_the_settings_of_an_adapter_replaces_that_of_the_base(tmp_
   (tmp_path / "base" / "chat_template.jinja").write_text("base")
   write(tmp_path / "adapter", lora(UP, (12, 6)))
   tokenizer(tmp_path / "adapter", "a")
-  found = adding.tokenizer(tmp_path / "adapter", tmp_path / "base")
+  found = adapter_inputs.tokenizer(tmp_path / "adapter", tmp_path / "base")
   assert "chat_template.jinja" not in found, "the adapter has none: that of the base stays"
   (tmp_path / "adapter" / "tokenizer_config.json").write_text('{"chat_template": "own"}')
-  found = adding.tokenizer(tmp_path / "adapter", tmp_path / "base")
+  found = adapter_inputs.tokenizer(tmp_path / "adapter", tmp_path / "base")
   assert found["chat_template.jinja"] is None
 
 
@@ -224,7 +228,7 @@ def test_a_recipe_has_the_tokens_of_an_adapter(tmp_path, monkeypatch):
     "{merge_method: linear, tokenizer_source: base+adapter, models: [{model: base+adapter, "
     "parameters: {weight: 1}}, {model: base, parameters: {weight: 1}}]}"
   )
-  assert cli.main(["merge", "recipe.yml", "out"]) == 0
+  assert main.main(["merge", "recipe.yml", "out"]) == 0
   made = safetensors.load(tmp_path / "out" / "model.safetensors")[EMBEDDING]
   np.testing.assert_allclose(made[:2], before[:2], atol=1e-6)
   np.testing.assert_allclose(made[2:], next(iter(row.values())), atol=1e-6)
@@ -237,7 +241,7 @@ def test_a_vocabulary_grows(tmp_path, tied):
   base(tmp_path / "base", tied=tied)
   grown = {PREFIX + EMBEDDING: noise(7, 12, 6), PREFIX + HEAD: noise(7 if tied else 9, 12, 6)}
   write(tmp_path / "adapter", grown)
-  out = files.merge_files(
+  out = merge.merge_files(
     methods.average(), [f"{tmp_path / 'base'}+{tmp_path / 'adapter'}"], tmp_path / "out"
   )
   made = safetensors.load(out / "model.safetensors")
@@ -312,13 +316,13 @@ def test_names_of_models_may_begin_otherwise(tmp_path):
   folders.write(tmp_path / "other", {own[n]: x + 2 for n, x in tensors.items()}, config=LLAMA)
   models = [tmp_path / "known", tmp_path / "other"]
   with pytest.raises(ValueError, match=r"tensors of the base are not in .*other"):
-    files.merge_files(methods.average(), models, tmp_path / "out", base=tmp_path / "base")
+    merge.merge_files(methods.average(), models, tmp_path / "out", base=tmp_path / "base")
   options = {"base": tmp_path / "base", "rename": {"trunk": "model"}}
-  out = files.merge_files(methods.average(), models, tmp_path / "out", **options)
+  out = merge.merge_files(methods.average(), models, tmp_path / "out", **options)
   made = safetensors.load(out / "model.safetensors")
   assert made.keys() == tensors.keys()
   np.testing.assert_allclose(made[EMBEDDING], tensors[EMBEDDING] + 1.5, atol=1e-5)
-  told = json.loads((out / files.PROVENANCE).read_text())["inputs"][str(models[0])]
+  told = json.loads((out / execute.PROVENANCE).read_text())["inputs"][str(models[0])]
   assert told[names[EMBEDDING]] == f"spelt otherwise -> {EMBEDDING}"
 
 
@@ -330,7 +334,7 @@ def model_of(name, tensors):
       out[...] = x.reshape(-1)[start : start + out.size]
 
     held[n] = Tensor(name, x.dtype, x.shape, read)
-  return planning.Model(name, pathlib.Path(name), held, (), {})
+  return plan.Model(name, pathlib.Path(name), held, (), {})
 
 
 EXPERTS = "model.layers.0.mlp.experts"
@@ -354,7 +358,7 @@ def experts():
 def test_experts_in_one_tensor_are_those_in_a_matrix_each(turn):
   one, other = experts()[::turn]
   donor, model = model_of("a", one), model_of("b", other)
-  _, found = spelling.alike([donor, model])
+  _, found = name_variants.alike([donor, model])
   assert found.tensors.keys() == donor.tensors.keys()
   for name, x in one.items():
     np.testing.assert_array_equal(values(found, name), x)
@@ -372,7 +376,7 @@ def test_an_adapter_of_fused_experts_fits_a_base_with_a_matrix_each(tmp_path):
   }
   config = {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
   path = write(tmp_path / "adapter", parts, **config)
-  found = [adding.added(model_of("m", own), path, Files()) for own in (fused, single)]
+  found = [adapter_inputs.added(model_of("m", own), path, Files()) for own in (fused, single)]
   whole, each = ({n: values(m, n) for n in m.tensors} for m in found)
   gate_up = whole[f"{EXPERTS}.gate_up_proj"]
   assert (gate_up != fused[f"{EXPERTS}.gate_up_proj"]).any()
@@ -386,7 +390,7 @@ def test_an_adapter_of_fused_experts_fits_a_base_with_a_matrix_each(tmp_path):
 def test_an_adapter_of_single_experts_fits_a_base_that_has_them_fused(tmp_path):
   fused, single = experts()
   path = write(tmp_path / "adapter", lora(f"{EXPERTS}.1.up_proj", (3, 4)))
-  found = [adding.added(model_of("m", own), path, Files()) for own in (fused, single)]
+  found = [adapter_inputs.added(model_of("m", own), path, Files()) for own in (fused, single)]
   gate_up = values(found[0], f"{EXPERTS}.gate_up_proj")
   np.testing.assert_array_equal(gate_up[1, 3:], values(found[1], f"{EXPERTS}.1.up_proj.weight"))
   np.testing.assert_array_equal(gate_up[0], fused[f"{EXPERTS}.gate_up_proj"][0])

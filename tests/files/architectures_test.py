@@ -10,9 +10,10 @@ import pytest
 from marking import some_fast
 from reference import spheres
 
-from jaxmerge import files, methods
-from jaxmerge.io.tensor import Files
-from jaxmerge.recipe import plan as plans
+from jaxmerge import methods
+from jaxmerge.files import execute, merge
+from jaxmerge.io.tensors.tensor import Files
+from jaxmerge.recipe.plan import planner
 
 SUM = methods.task_arithmetic(0.5, (1.0, 2.0))
 NAMES = ("red", "green")
@@ -72,7 +73,7 @@ def check(out, own, base, expected):
 def test_task_vectors_are_added(tmp_path, name):
   own, base, models = written(tmp_path, name)
   folder = [tmp_path / "m0", tmp_path / "m1"]
-  out = files.merge_files(SUM, folder, tmp_path / "out", base=tmp_path / "base", names=NAMES)
+  out = merge.merge_files(SUM, folder, tmp_path / "out", base=tmp_path / "base", names=NAMES)
 
   def expected(name):
     start, first, second = (t[name].astype(np.float64) for t in (base, *models))
@@ -80,7 +81,7 @@ def test_task_vectors_are_added(tmp_path, name):
 
   check(out, own, base, expected)
   assert json.loads((out / "config.json").read_text()) == own.config
-  told = json.loads((out / files.PROVENANCE).read_text())["inputs"]
+  told = json.loads((out / execute.PROVENANCE).read_text())["inputs"]
   for head, embedding in own.equal.items():
     assert told["red"][head] == f"tied to {embedding}, its equal"
   if own.left_out:
@@ -97,7 +98,7 @@ def depth(name, stacks):
 
 def run(text, root):
   (root / "recipe.yml").write_text(text.format(root))
-  return files.run(plans.of_file(root / "recipe.yml", Files()), root / "out")
+  return execute.run(planner.of_file(root / "recipe.yml", Files()), root / "out")
 
 
 # One for all, so that all share its programs.

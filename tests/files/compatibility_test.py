@@ -7,10 +7,12 @@ import folders
 import numpy as np
 import pytest
 
-from jaxmerge import cli, compatibility, files, methods, planning
-from jaxmerge.io.tensor import Files
-from jaxmerge.planning import Model, Part, Want
-from jaxmerge.recipe import plan as plans
+from jaxmerge import errors, methods
+from jaxmerge.cli import main
+from jaxmerge.files import compatibility, merge
+from jaxmerge.files.plan import Model, Part, Want
+from jaxmerge.io.tensors.tensor import Files
+from jaxmerge.recipe.plan import planner
 
 LLAMA = {
   "model_type": "llama",
@@ -174,28 +176,26 @@ def test_recipes_and_python_allow_by_name(tmp_path, monkeypatch, capsys):
   folders.write(tmp_path / "m1", second, config=folders.CONFIG | {"rope_theta": 1e6})
   recipe = tmp_path / "recipe.yml"
   recipe.write_text(RECIPE)
-  with pytest.raises(planning.Problems, match=r"rope_theta is 10000.0 in m0 but 1000000.0 in m1"):
-    plans.of_file(recipe, Files())
-  with pytest.raises(planning.Problems, match=r"rope_theta is 10000.0 in m0 but 1000000.0 in m1"):
-    files.merge_files(methods.average(), ["m0", "m1"], "out")
-  out = files.merge_files(methods.average(), ["m0", "m1"], "out", allow=["rope_theta"])
+  with pytest.raises(errors.Problems, match=r"rope_theta is 10000.0 in m0 but 1000000.0 in m1"):
+    planner.of_file(recipe, Files())
+  with pytest.raises(errors.Problems, match=r"rope_theta is 10000.0 in m0 but 1000000.0 in m1"):
+    merge.merge_files(methods.average(), ["m0", "m1"], "out")
+  out = merge.merge_files(methods.average(), ["m0", "m1"], "out", allow=["rope_theta"])
   assert (
     "rope\\_theta is 10000.0 in m0 but 1000000.0 in m1; allowed" in (out / "README.md").read_text()
   )
   recipe.write_text(RECIPE + "allow: [rope_theta]\n")
-  assert cli.main(["merge", "recipe.yml", "x", "--dry-run"]) == 0
+  assert main.main(["merge", "recipe.yml", "x", "--dry-run"]) == 0
   assert "note: rope_theta is 10000.0 in m0 but" in capsys.readouterr().out
   tree = {**first, "lm_head.weight": np.flip(first["lm_head.weight"])}
   folders.write(tmp_path / "m1", tree, config=folders.CONFIG | {"rope_theta": 1e4})
   for k, words in enumerate((("a", "b"), ("b", "a"))):
     (tmp_path / f"m{k}" / "tokenizer.json").write_text(tokenizer(*words))
   recipe.write_text(RECIPE)
-  with pytest.raises(
-    planning.Problems, match=r"'b' is 0 in m1 but 1 in m0.*tokenizer_source, base"
-  ):
-    plans.of_file(recipe, Files())
+  with pytest.raises(errors.Problems, match=r"'b' is 0 in m1 but 1 in m0.*tokenizer_source, base"):
+    planner.of_file(recipe, Files())
   recipe.write_text(RECIPE + "tokenizer_source: union\n")
-  assert plans.of_file(recipe, Files()).outputs
+  assert planner.of_file(recipe, Files()).outputs
 
 
 @pytest.mark.parametrize(

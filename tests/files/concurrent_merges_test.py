@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-SCRIPT = pathlib.Path(__file__).parent / "actors.py"
+SCRIPT = pathlib.Path(__file__).parents[1] / "support" / "actors.py"
 
 
 @pytest.mark.slow

@@ -6,8 +6,11 @@ import pathlib
 import folders
 import pytest
 
-from jaxmerge import cli, files, methods
-from jaxmerge.io import checkpoint, growing, manifest
+from jaxmerge import methods
+from jaxmerge.cli import main
+from jaxmerge.files import merge as files_merge
+from jaxmerge.io.checkpoints import manifest, metadata
+from jaxmerge.io.huggingface import shard_writer
 
 DAMAGE = {
   "nested": b"[" * 100_000,
@@ -31,7 +34,7 @@ def place(tmp_path, monkeypatch):
 
 
 def one_line(capsys, arguments, name):
-  assert cli.main(arguments) == 1
+  assert main.main(arguments) == 1
   err = capsys.readouterr().err
   assert err.count("\n") == 1, err
   assert name in err
@@ -39,22 +42,22 @@ def one_line(capsys, arguments, name):
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_journal_is_named(place, capsys, damage):
-  part = growing.part_of(pathlib.Path("out"))
+  part = shard_writer.part_of(pathlib.Path("out"))
   part.mkdir()
   (part / "journal.jsonl").write_bytes(DAMAGE[damage] + b"\n")
   for flags in ([], ["--dry-run"]):
     one_line(capsys, ["merge", "r.yml", "out", *flags], "out.merging")
-  assert cli.main(["merge", "r.yml", "out", "--resume=never"]) == 0
+  assert main.main(["merge", "r.yml", "out", "--resume=never"]) == 0
 
 
 def test_lines_of_a_journal_have_their_types(place, capsys, monkeypatch):
   def stop(count):
     raise KeyboardInterrupt
 
-  monkeypatch.setattr(growing, "SYNCED", 1)
+  monkeypatch.setattr(shard_writer, "SYNCED", 1)
   merge = (methods.average(), ["m0", "m1"], "out")
   with pytest.raises(KeyboardInterrupt):
-    files.merge_files(*merge, progress=stop)
+    files_merge.merge_files(*merge, progress=stop)
   path = pathlib.Path(".out.merging/journal.jsonl")
   first, second, *_ = path.read_text().splitlines()
   for line in (
@@ -65,12 +68,12 @@ def test_lines_of_a_journal_have_their_types(place, capsys, monkeypatch):
   ):
     path.write_text("\n".join([first, second, line, ""]))
     with pytest.raises(ValueError, match=r"journal\.jsonl: line 3: .*--resume=never"):
-      files.merge_files(*merge)
+      files_merge.merge_files(*merge)
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_manifest_is_named(place, capsys, damage):
-  assert cli.main(["merge", "r.yml", "out", "--out-format=orbax"]) == 0
+  assert main.main(["merge", "r.yml", "out", "--out-format=orbax"]) == 0
   pathlib.Path("out/manifest.json").write_bytes(DAMAGE[damage])
   capsys.readouterr()
   one_line(capsys, ["inspect", "out"], "manifest.json")
@@ -82,7 +85,7 @@ def test_a_manifest_that_was_sealed_again_is_named(place, leaves):
   (folder / "state").mkdir(parents=True)
   manifest.seal(folder, {"leaves": leaves})
   with pytest.raises(ValueError, match=r"manifest\.json: leaves must map"):
-    checkpoint.tensors(folder)
+    metadata.tensors(folder)
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
@@ -94,7 +97,7 @@ def test_a_damaged_report_is_named(tmp_path, capsys, damage):
 
 @pytest.mark.parametrize("damage", ["nested", "another type", "empty object"])
 def test_a_damaged_provenance_is_named(place, capsys, damage):
-  assert cli.main(["merge", "r.yml", "out"]) == 0
+  assert main.main(["merge", "r.yml", "out"]) == 0
   path = pathlib.Path("out/jaxmerge_provenance.json")
   path.write_bytes(DAMAGE[damage])
   capsys.readouterr()
@@ -109,8 +112,8 @@ def test_what_appears_beside_a_model_meanwhile_is_not_taken_over(place):
   def add(count):
     pathlib.Path("m0/added_tokens.json").write_text('{"zzz": 91}')
 
-  files.merge_files(methods.average(), ["m0", "m1"], "out", progress=add)
+  files_merge.merge_files(methods.average(), ["m0", "m1"], "out", progress=add)
   assert not pathlib.Path("out/added_tokens.json").exists()
   assert pathlib.Path("out/tokenizer.json").exists()
-  files.merge_files(methods.average(), ["m0", "m1"], "again")
+  files_merge.merge_files(methods.average(), ["m0", "m1"], "again")
   assert pathlib.Path("again/added_tokens.json").exists()

@@ -8,8 +8,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from jaxmerge import cli, files, layouts, planning, summarizing
-from jaxmerge.io.tensor import Tensor
+from jaxmerge.cli import main
+from jaxmerge.core import layouts
+from jaxmerge.files import describe, estimate, execute, plan
+from jaxmerge.io.tensors.tensor import Tensor
 
 family, plan_of = folders.family_here, folders.plan_of
 
@@ -41,7 +43,7 @@ exclude: [lm_head]
 def said(capsys, text, *options):
   """The lines of a dry run, without the room on the disk, which is another at any time."""
   pathlib.Path("recipe.yml").write_text(text)
-  assert cli.main(["merge", "recipe.yml", "out", "--dry-run", *options]) == 0
+  assert main.main(["merge", "recipe.yml", "out", "--dry-run", *options]) == 0
   assert not pathlib.Path("out").exists()
   *lines, disk = capsys.readouterr().out.splitlines()
   assert disk.startswith("disk: ")
@@ -90,13 +92,13 @@ def test_narrow_weights_are_half_as_many_bytes(tmp_path, monkeypatch, capsys):
 def test_memory_is_that_of_slices_and_not_of_models():
   """Of 30 bytes for each entry of a slice, of 2**20 each of three models and a base."""
   shapes = {"small": (2**10,), "large": (2**16, 2**16)}
-  job = planning.Job(None, {"method": "task_arithmetic"}, ("a", "b", "c"))
+  job = plan.Job(None, {"method": "task_arithmetic"}, ("a", "b", "c"))
 
   def needed(*names, **words):
     parts = {n: Tensor(n, np.dtype(np.float16), shapes[n], None) for n in names}
-    outputs = tuple(planning.Output(n, t.dtype, t, (), 0) for n, t in parts.items())
+    outputs = tuple(plan.Output(n, t.dtype, t, (), 0) for n, t in parts.items())
     own = job._replace(words=job.words | words)
-    return summarizing.memory(planning.Plan(outputs, (own,), {}, pathlib.Path(), frozenset()))
+    return estimate.memory(plan.Plan(outputs, (own,), {}, pathlib.Path(), frozenset()))
 
   start = 240_000_000
   assert needed() == start
@@ -127,7 +129,7 @@ def test_as_much_is_read_as_a_dry_run_says(family, capsys, text, readings):
   outputs = tuple(
     o._replace(base=counting(o.base), models=tuple(map(counting, o.models))) for o in plan.outputs
   )
-  files.run(plan._replace(outputs=outputs), "done", entries=16)
+  execute.run(plan._replace(outputs=outputs), "done", entries=16)
   copied = sum(o.size for o in outputs if o.job is None)
   assert sum(counts) == readings * (plan.read - copied) + copied
   often = f", read {readings} times" if readings > 1 else ""
@@ -136,7 +138,7 @@ def test_as_much_is_read_as_a_dry_run_says(family, capsys, text, readings):
 
 def test_notes_of_a_plan_are_in_dry_run_card_and_provenance(family, tmp_path):
   plan = plan_of(SUM)._replace(notes=("a | note",))
-  assert summarizing.described(plan, shard_size=10**6)[-1] == "note: a | note"
-  out = files.run(plan, tmp_path / "out")
+  assert describe.described(plan, shard_size=10**6)[-1] == "note: a | note"
+  out = execute.run(plan, tmp_path / "out")
   assert "## Notes\n\n- a \\| note\n" in (out / "README.md").read_text()
-  assert json.loads((out / files.PROVENANCE).read_text())["notes"] == ["a | note"]
+  assert json.loads((out / execute.PROVENANCE).read_text())["notes"] == ["a | note"]

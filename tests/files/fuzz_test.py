@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxmerge import cli
+from jaxmerge.cli import main
 
 RECIPE = """
 merge_method: linear
@@ -77,7 +77,7 @@ def merged(root):
   """Merges; whether there is a result, which is the right one, or else an error and nothing."""
   said = io.StringIO()
   with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
-    status = cli.main(["merge", str(root / "recipe.yml"), str(root / "out")])
+    status = main.main(["merge", str(root / "recipe.yml"), str(root / "out")])
   left = {path.name for path in root.iterdir()} - {"base", "other", "recipe.yml"}
   if status:
     assert status == 1

@@ -9,9 +9,13 @@ import numpy as np
 import pytest
 import xxhash
 
-from jaxmerge import cli, files, inspecting, methods
-from jaxmerge.io import adapter, folder, safetensors
-from jaxmerge.report import listing
+from jaxmerge import methods
+from jaxmerge.cli import main
+from jaxmerge.files import inspection, merge
+from jaxmerge.io.huggingface import folder
+from jaxmerge.io.peft import adapter
+from jaxmerge.io.tensors import safetensors
+from jaxmerge.report import inspection_text
 
 TENSORS = {
   "layers.10.w": np.arange(6, dtype=np.float32).reshape(2, 3),
@@ -43,7 +47,7 @@ def merged(path, tensors=TENSORS, **changes):
 
 
 def test_headers_say_what_there_is(tmp_path):
-  record = inspecting.described(model(tmp_path / "m"))
+  record = inspection.described(model(tmp_path / "m"))
   names = ["ids", "layers.2.b", "layers.2.w", "layers.10.w"]
   assert [t["name"] for t in record["tensors"]] == names
   assert record["tensors"][2] == {
@@ -69,7 +73,7 @@ def test_files_are_counted(tmp_path):
   for file, names in shards.items():
     safetensors.save(path / file, {n: TENSORS[n] for n in names})
   (path / folder.INDEX).write_text(folder.index(shards, dict.fromkeys(TENSORS, 0)))
-  record = inspecting.described(path)
+  record = inspection.described(path)
   assert record["files"] == [{"name": f, "bytes": (path / f).stat().st_size} for f in shards]
   assert {t["name"]: t["file"] for t in record["tensors"]}["ids"] == "model-2.safetensors"
 
@@ -84,30 +88,30 @@ def test_files_are_counted(tmp_path):
   ],
 )
 def test_ties_that_the_config_declares(tmp_path, config, tied):
-  assert inspecting.described(model(tmp_path / "m", config=config))["tied"] is tied
+  assert inspection.described(model(tmp_path / "m", config=config))["tied"] is tied
 
 
 def test_a_config_is_not_needed(tmp_path):
   path = model(tmp_path / "m")
   (path / folder.CONFIG).unlink()
-  assert inspecting.described(path)["tied"] is None
+  assert inspection.described(path)["tied"] is None
 
 
 def test_tensors_that_share_the_bytes_of_another(tmp_path):
   metadata = {"format": "pt", "head": "layers.2.w", "layers.2.b": "layers.2.w", "lost": "nowhere"}
-  record = inspecting.described(model(tmp_path / "m", metadata=metadata))
+  record = inspection.described(model(tmp_path / "m", metadata=metadata))
   assert record["shared"] == {"head": "layers.2.w"}
 
 
 def test_checksums_are_of_the_bytes_and_find_ties(tmp_path, monkeypatch):
-  monkeypatch.setattr(inspecting, "PART", 8)
+  monkeypatch.setattr(inspection, "PART", 8)
   same = np.arange(8, dtype=np.float32)
   # Equal bytes of another shape or dtype are no tie, neither are tensors without bytes.
   more = {"a": same, "b": same.copy(), "c": same.reshape(2, 4), "d": same.view(np.int32)}
   none = {"e": np.zeros(0, np.float32), "f": np.zeros(0, np.float32)}
   tensors, counts = {**TENSORS, **more, **none}, []
-  record = inspecting.described(model(tmp_path / "m", tensors))
-  found = inspecting.hashed(record, counts.append)
+  record = inspection.described(model(tmp_path / "m", tensors))
+  found = inspection.hashed(record, counts.append)
   for tensor in found["tensors"]:
     expected = xxhash.xxh3_128(tensors[tensor["name"]].tobytes()).hexdigest()
     assert tensor["xxh3_128"] == expected
@@ -118,26 +122,26 @@ def test_checksums_are_of_the_bytes_and_find_ties(tmp_path, monkeypatch):
 
 
 def test_a_merged_model_is_as_recorded(tmp_path):
-  record = inspecting.described(merged(tmp_path / "m"))
+  record = inspection.described(merged(tmp_path / "m"))
   assert record["provenance"]["method"] == {"name": "ties"}
   assert "tensors" not in record["provenance"]
-  check = inspecting.checked(record)["check"]
+  check = inspection.checked(record)["check"]
   assert check == {"same": 4, "changed": [], "missing": [], "added": []}
 
 
 def test_what_is_not_as_recorded_is_named(tmp_path):
   path = merged(tmp_path / "m", **{"layers.2.b": "0" * 32, "gone": "0" * 32, "ids": None})
-  check = inspecting.checked(inspecting.described(path))["check"]
+  check = inspection.checked(inspection.described(path))["check"]
   assert check == {"same": 2, "changed": ["layers.2.b"], "missing": ["gone"], "added": ["ids"]}
 
 
 def test_what_the_driver_writes_is_as_recorded(tmp_path):
   paths = [model(tmp_path / name) for name in ("base", "one", "two")]
-  out = files.merge_files(methods.average(), paths[1:], tmp_path / "out", base=paths[0])
-  record = inspecting.checked(inspecting.described(out))
+  out = merge.merge_files(methods.average(), paths[1:], tmp_path / "out", base=paths[0])
+  record = inspection.checked(inspection.described(out))
   assert record["check"] == {"same": 4, "changed": [], "missing": [], "added": []}
   assert set(record["provenance"]["inputs"]) == {"the base", str(paths[1]), str(paths[2])}
-  assert "input the base: 3 base of job 1, 1 copied from the base" in listing.text(record)
+  assert "input the base: 3 base of job 1, 1 copied from the base" in inspection_text.text(record)
 
 
 @pytest.mark.parametrize("tensors", [None, [], {"w": None}, {"w": {"sha": "0"}}])
@@ -145,13 +149,13 @@ def test_a_damaged_provenance_is_named(tmp_path, tensors):
   path = merged(tmp_path / "m")
   (path / folder.PROVENANCE).write_text(json.dumps({"tensors": tensors}))
   with pytest.raises(ValueError, match=r"jaxmerge_provenance\.json: tensors must map names"):
-    inspecting.described(path)
+    inspection.described(path)
 
 
 def test_a_model_without_provenance_cannot_be_checked(tmp_path):
-  record = inspecting.described(model(tmp_path / "m"))
+  record = inspection.described(model(tmp_path / "m"))
   with pytest.raises(FileNotFoundError, match=r"jaxmerge_provenance\.json: no such file; only"):
-    inspecting.checked(record)
+    inspection.checked(record)
 
 
 def lora(path):
@@ -164,25 +168,25 @@ def lora(path):
 
 
 def test_adapters(tmp_path):
-  record = inspecting.hashed(inspecting.described(lora(tmp_path / "a")))
+  record = inspection.hashed(inspection.described(lora(tmp_path / "a")))
   assert (record["kind"], record["parameters"]) == ("adapter", 14)
   assert record["adapter"]["r"] == 2
   assert len(record["tensors"][0]["xxh3_128"]) == 32
   (tmp_path / "a" / adapter.WEIGHTS).unlink()
   with pytest.raises(FileNotFoundError, match=r"adapter_model\.safetensors is not there"):
-    inspecting.described(tmp_path / "a")
+    inspection.described(tmp_path / "a")
 
 
 def test_a_missing_folder_is_named(tmp_path):
   with pytest.raises(FileNotFoundError, match="none: no such folder"):
-    inspecting.described(tmp_path / "none")
+    inspection.described(tmp_path / "none")
 
 
 # --- The command ---
 
 
 def lines(capsys, *arguments, status=0):
-  assert cli.main(["inspect", *map(str, arguments)]) == status
+  assert main.main(["inspect", *map(str, arguments)]) == status
   out, err = capsys.readouterr()
   assert "Traceback" not in err
   return [" ".join(line.split()) for line in out.splitlines()], err
@@ -233,8 +237,8 @@ def test_the_command_shows_adapters(capsys, tmp_path):
 
 def test_json_is_the_record(capsys, tmp_path):
   path = model(tmp_path / "m")
-  assert cli.main(["inspect", str(path), "--json"]) == 0
-  assert json.loads(capsys.readouterr().out) == inspecting.described(path)
+  assert main.main(["inspect", str(path), "--json"]) == 0
+  assert json.loads(capsys.readouterr().out) == inspection.described(path)
 
 
 def test_errors_are_one_line(capsys, tmp_path):
@@ -245,7 +249,7 @@ def test_errors_are_one_line(capsys, tmp_path):
 def test_no_jax_is_imported(tmp_path):
   path = merged(tmp_path / "m")
   code = (
-    "import sys; from jaxmerge import cli; cli.main(sys.argv[1:]); "
+    "import sys; from jaxmerge.cli import main; main.main(sys.argv[1:]); "
     "print({'jax', 'matplotlib', 'rich'} & set(sys.modules), file=sys.stderr)"
   )
   command = [sys.executable, "-c", code, "inspect", str(path), "--check"]

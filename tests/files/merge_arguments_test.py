@@ -7,7 +7,8 @@ import folders
 import numpy as np
 import pytest
 
-from jaxmerge import files, methods
+from jaxmerge import methods
+from jaxmerge.files import merge
 
 
 @pytest.mark.parametrize(
@@ -24,13 +25,13 @@ from jaxmerge import files, methods
 )
 def test_what_cannot_be_asked_for(tmp_path, options, words):
   with pytest.raises(ValueError, match=re.escape(words)):
-    files.merge_files(methods.average(), ["m0", "m1"], tmp_path / "out", **options)
+    merge.merge_files(methods.average(), ["m0", "m1"], tmp_path / "out", **options)
   assert list(tmp_path.iterdir()) == []
 
 
 def test_a_merge_of_nothing(tmp_path):
   with pytest.raises(ValueError, match="there is no model to merge"):
-    files.merge_files(methods.average(), [], tmp_path / "out")
+    merge.merge_files(methods.average(), [], tmp_path / "out")
 
 
 @pytest.mark.parametrize("key", ["torch_dtype", "dtype"])
@@ -40,8 +41,8 @@ def test_the_config_says_in_which_dtype_the_result_is_stored(tmp_path, key):
   for k, own in enumerate(trees[1:]):
     folders.write(tmp_path / f"m{k}", own, config=config)
   models = [tmp_path / "m0", tmp_path / "m1"]
-  out = files.merge_files(methods.average(), models, tmp_path / "out", dtype="float16")
+  out = merge.merge_files(methods.average(), models, tmp_path / "out", dtype="float16")
   assert {x.dtype for x in folders.read(out).values()} == {np.dtype("f2"), np.dtype("i4")}
   assert json.loads((out / "config.json").read_text()) == {**config, key: "float16"}
-  out = files.merge_files(methods.average(), models, tmp_path / "same", dtype="float32")
+  out = merge.merge_files(methods.average(), models, tmp_path / "same", dtype="float32")
   assert (out / "config.json").read_bytes() == (tmp_path / "m0/config.json").read_bytes()

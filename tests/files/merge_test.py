@@ -17,20 +17,16 @@ import xxhash
 from marking import some_fast
 
 import jaxmerge
-from jaxmerge import (
-  cli,
-  files,
-  inspecting,
-  methods,
-  planning,
-  reading,
-  stage,
-  streaming,
-  summarizing,
-)
-from jaxmerge.io import atomic, growing
-from jaxmerge.io.tensor import Files
-from jaxmerge.recipe import plan as plans
+from jaxmerge import errors, methods
+from jaxmerge.cli import main
+from jaxmerge.core import stage
+from jaxmerge.drivers import streaming
+from jaxmerge.files import estimate, execute, inputs, inspection, reader
+from jaxmerge.files import merge as files_merge
+from jaxmerge.io.disk import atomic
+from jaxmerge.io.huggingface import shard_writer
+from jaxmerge.io.tensors.tensor import Files
+from jaxmerge.recipe.plan import planner
 
 NAMES = ("red", "green", "blue")
 METHODS = {
@@ -57,7 +53,7 @@ def in_memory(method, models, **options):
 def test_files_have_the_bits_of_memory(tmp_path, name, dtype):
   method, options = METHODS[name]
   models = folders.family(tmp_path, dtype=dtype)
-  out = files.merge_files(
+  out = files_merge.merge_files(
     method, paths(tmp_path), tmp_path / "out", base=tmp_path / "base", names=NAMES, **options
   )
   small.same(folders.read(out), in_memory(method, models, **options))
@@ -65,7 +61,7 @@ def test_files_have_the_bits_of_memory(tmp_path, name, dtype):
 
 def test_weights_are_merged_without_a_base(tmp_path):
   _, *models = folders.family(tmp_path)
-  out = files.merge_files(methods.average((1.0, 2.0, 3.0)), paths(tmp_path), tmp_path / "out")
+  out = files_merge.merge_files(methods.average((1.0, 2.0, 3.0)), paths(tmp_path), tmp_path / "out")
   expected = jaxmerge.blend(methods.average((1.0, 2.0, 3.0)), jaxmerge.stack(models))
   small.close(folders.read(out), expected)
 
@@ -80,7 +76,7 @@ def test_a_method_of_ten_lines_works_at_once(tmp_path):
 
   models = folders.family(tmp_path)
   method = clipped_mean(0.05)
-  out = files.merge_files(
+  out = files_merge.merge_files(
     method, paths(tmp_path), tmp_path / "out", base=tmp_path / "base", names=NAMES
   )
   small.same(folders.read(out), in_memory(method, models))
@@ -98,7 +94,7 @@ def test_nothing_depends_on_how_it_is_cut(tmp_path):
       ((2, 0, 1), {"entries": 50, "shard_size": 200}),
     ]
   ):
-    out = files.merge_files(
+    out = files_merge.merge_files(
       method,
       [tmp_path / f"m{i}" for i in order],
       tmp_path / f"out{k}",
@@ -139,7 +135,7 @@ def test_sums_of_floats_do_not_depend_on_how_they_are_cut(tmp_path, monkeypatch,
     ((0, 1), {"entries": 9}),
     ((1, 0) if symmetric else (0, 1), {"entries": 128, "shard_size": 100}),
   ]:
-    out = files.merge_files(
+    out = files_merge.merge_files(
       method,
       [tmp_path / f"m{i}" for i in order],
       tmp_path / f"out{len(found)}",
@@ -163,13 +159,14 @@ ON_CORES = """
 import hashlib, os, pathlib, sys
 count, root = int(sys.argv[1]), pathlib.Path(sys.argv[2])
 os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:count])
-from jaxmerge import files, methods
+from jaxmerge import methods
+from jaxmerge.files import merge
 for name, method, raw in (
   ("slerp", methods.slerp(0.3), True),
   ("sce", methods.sce(0.5), False),
 ):
   out = root / f"{name}{count}"
-  files.merge_files(method, [root / "m0", root / "m1"], out, base=None if raw else root / "base")
+  merge.merge_files(method, [root / "m0", root / "m1"], out, base=None if raw else root / "base")
   print(name, hashlib.sha256((out / "model.safetensors").read_bytes()).hexdigest())
 """
 
@@ -202,7 +199,9 @@ def test_one_thread_and_two_give_the_same_bytes(tmp_path):
 
 def test_the_result_is_a_folder_that_other_tools_open(tmp_path):
   folders.family(tmp_path)
-  out = files.merge_files(methods.average(), paths(tmp_path), tmp_path / "out", shard_size=500)
+  out = files_merge.merge_files(
+    methods.average(), paths(tmp_path), tmp_path / "out", shard_size=500
+  )
   index = json.loads((out / "model.safetensors.index.json").read_text())
   assert len(set(index["weight_map"].values())) > 3
   for name, file in index["weight_map"].items():
@@ -225,7 +224,7 @@ def test_weights_of_modules_are_merged_in_files_of_their_own(tmp_path):
     safetensors.numpy.save_file(dense, tmp_path / name / "2_Dense" / "model.safetensors")
     (tmp_path / name / "2_Dense" / "config.json").write_text(f'{{"from": "{name}"}}')
   merge = methods.task_arithmetic(0.5), paths(tmp_path, 2)
-  out = files.merge_files(*merge, tmp_path / "out", base=tmp_path / "base", shard_size=400)
+  out = files_merge.merge_files(*merge, tmp_path / "out", base=tmp_path / "base", shard_size=400)
   made = safetensors.numpy.load_file(out / "2_Dense" / "model.safetensors")
   assert list(made) == ["linear.weight"]
   np.testing.assert_array_equal(made["linear.weight"], np.full((2, 3), 1 + 0.5 * (1 + 3)))
@@ -233,16 +232,16 @@ def test_weights_of_modules_are_merged_in_files_of_their_own(tmp_path):
   assert "2_Dense/linear.weight" not in folders.read(out)
   index = json.loads((out / "model.safetensors.index.json").read_text())
   assert set(index["weight_map"]) == set(folders.read(out))
-  facts = json.loads((out / files.PROVENANCE).read_text())
+  facts = json.loads((out / execute.PROVENANCE).read_text())
   assert facts["tensors"].keys() == set(folders.read(out)) | {"2_Dense/linear.weight"}
-  found = inspecting.checked(inspecting.described(out))
+  found = inspection.checked(inspection.described(out))
   assert not any(found["check"][k] for k in ("changed", "missing", "added"))
   place = {t["name"]: t["file"] for t in found["tensors"]}
   assert place["2_Dense/linear.weight"] == "2_Dense/model.safetensors"
 
   kept = tmp_path / "kept"
-  files.merge_files(*merge, kept, base=tmp_path / "base", out_format="orbax")
-  again = files.merge_files(methods.average(), [kept], tmp_path / "again", shard_size=400)
+  files_merge.merge_files(*merge, kept, base=tmp_path / "base", out_format="orbax")
+  again = files_merge.merge_files(methods.average(), [kept], tmp_path / "again", shard_size=400)
   small.same(folders.read(again), folders.read(out))
   file = "2_Dense/model.safetensors"
   assert (again / file).read_bytes() == (out / file).read_bytes()
@@ -250,10 +249,10 @@ def test_weights_of_modules_are_merged_in_files_of_their_own(tmp_path):
 
 def test_every_tensor_of_every_input_is_accounted_for(tmp_path):
   models = folders.family(tmp_path)
-  out = files.merge_files(
+  out = files_merge.merge_files(
     methods.average(), paths(tmp_path), tmp_path / "out", base=tmp_path / "base", names=NAMES
   )
-  told = json.loads((out / files.PROVENANCE).read_text())
+  told = json.loads((out / execute.PROVENANCE).read_text())
   assert told["inputs"].keys() == {"the base", *NAMES}
   for own, model in zip(("the base", *NAMES), models, strict=True):
     assert told["inputs"][own].keys() == model.keys()
@@ -269,10 +268,10 @@ def test_checksums_of_inputs_are_those_of_their_tensors(tmp_path):
   base, first, *_ = folders.family(tmp_path)
   half = {n: x.astype(np.float16) if x.dtype == np.float32 else x for n, x in first.items()}
   folders.write(tmp_path / "m0", half)
-  out = files.merge_files(
+  out = files_merge.merge_files(
     methods.average(), paths(tmp_path), tmp_path / "out", base=tmp_path / "base", entries=7
   )
-  told = json.loads((out / files.PROVENANCE).read_text())["tensors"]
+  told = json.loads((out / execute.PROVENANCE).read_text())["tensors"]
   for name, x in folders.read(out).items():
     assert told[name]["xxh3_128"] == xxhash.xxh3_128_hexdigest(x.tobytes())
     sources = {"base": base} if name == "position_ids" else {"base": base, "m0": half}
@@ -284,9 +283,9 @@ def test_checksums_of_inputs_are_those_of_their_tensors(tmp_path):
 def test_a_device_takes_slices_from_where_they_were_read():
   """A CPU's device copies what does not begin at a multiple of 64 bytes."""
   for size in (64, 4096, 2**20):
-    read = reading._aligned(size).view(np.float32)
+    read = reader._aligned(size).view(np.float32)
     assert jax.device_put(read).unsafe_buffer_pointer() == read.ctypes.data
-    aside = reading._aligned(size + 64).view(np.float32)[1:]
+    aside = reader._aligned(size + 64).view(np.float32)[1:]
     assert jax.device_put(aside).unsafe_buffer_pointer() != aside.ctypes.data
 
 
@@ -299,9 +298,9 @@ def test_what_becomes_of_a_tensor_that_a_model_lacks(tmp_path, missing, expected
   lacking = "lm_head.weight"
   folders.write(tmp_path / "m0", {n: x for n, x in first.items() if n != lacking})
   merge = (methods.average(), paths(tmp_path), tmp_path / "out")
-  with pytest.raises(planning.Problems, match=r"'lm_head.weight' is in the base but not in red"):
-    files.merge_files(*merge, base=tmp_path / "base", names=NAMES)
-  out = files.merge_files(*merge, base=tmp_path / "base", names=NAMES, missing=missing)
+  with pytest.raises(errors.Problems, match=r"'lm_head.weight' is in the base but not in red"):
+    files_merge.merge_files(*merge, base=tmp_path / "base", names=NAMES)
+  out = files_merge.merge_files(*merge, base=tmp_path / "base", names=NAMES, missing=missing)
   found = folders.read(out)
   if expected is None:
     assert lacking not in found
@@ -319,11 +318,11 @@ def test_tied_heads_stay_tied(tmp_path):
   for k, own in enumerate(models):
     equal = own | {"lm_head.weight": own["model.embed_tokens.weight"]}
     folders.write(tmp_path / f"m{k}", equal, config=tied)
-  out = files.merge_files(
+  out = files_merge.merge_files(
     methods.average(), paths(tmp_path), tmp_path / "out", base=tmp_path / "base", names=NAMES
   )
   assert "lm_head.weight" not in folders.read(out)
-  told = json.loads((out / files.PROVENANCE).read_text())["inputs"]
+  told = json.loads((out / execute.PROVENANCE).read_text())["inputs"]
   assert told["red"]["lm_head.weight"] == "dropped: tied to model.embed_tokens.weight"
 
 
@@ -343,14 +342,14 @@ def test_the_pair_that_a_config_ties_is_found_by_names_and_shapes(
   x = np.ones((5, 2), np.float32)
   made = {embedding: x, head: x, **dict.fromkeys(others, 3 * x)}
   tied = {"model_type": "x", "tie_word_embeddings": True}
-  opened = planning.model(folders.write(tmp_path / "m", made, config=tied), Files())
+  opened = inputs.open_model(folders.write(tmp_path / "m", made, config=tied), Files())
   assert opened.tensors.keys() == {embedding, *others}
   assert opened.dropped == {head: f"dropped: tied to {embedding}"}
   assert opened.part(head).tensor == opened.tensors[embedding]
   other = folders.write(tmp_path / "o", {**made, head: x[:3]}, config=tied)
-  assert head in planning.model(other, Files()).tensors  # It cannot be the embedding.
+  assert head in inputs.open_model(other, Files()).tensors  # It cannot be the embedding.
   made.pop(head)
-  opened = planning.model(folders.write(tmp_path / "h", made, config=tied), Files())
+  opened = inputs.open_model(folders.write(tmp_path / "h", made, config=tied), Files())
   assert opened.part(head).tensor == opened.tensors[embedding]
   assert opened.dropped == {}
 
@@ -360,12 +359,12 @@ def test_an_embedding_stands_in_for_a_head_that_is_tied_to_it(tmp_path):
   tied = folders.CONFIG | {"tie_word_embeddings": True}
   headless = {n: x for n, x in first.items() if n != "lm_head.weight"}
   folders.write(tmp_path / "m0", headless, config=tied)
-  out = files.merge_files(
+  out = files_merge.merge_files(
     methods.average(), [*paths(tmp_path)[1:], tmp_path / "m0"], tmp_path / "o"
   )
   heads = [first["model.embed_tokens.weight"], second["lm_head.weight"], third["lm_head.weight"]]
   np.testing.assert_allclose(folders.read(out)["lm_head.weight"], np.mean(heads, 0), atol=1e-6)
-  out = files.merge_files(methods.average(), paths(tmp_path), tmp_path / "other")
+  out = files_merge.merge_files(methods.average(), paths(tmp_path), tmp_path / "other")
   np.testing.assert_allclose(folders.read(out)["lm_head.weight"], np.mean(heads, 0), atol=1e-6)
   assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is False
 
@@ -374,8 +373,8 @@ def test_all_problems_are_told_at_once(tmp_path):
   _, first, second, _ = folders.family(tmp_path)
   folders.write(tmp_path / "m0", first | {"model.norm.weight": np.zeros(7, np.float32)})
   folders.write(tmp_path / "m1", second | {"score.weight": np.zeros(2, np.float32)}, shards=2)
-  with pytest.raises(planning.Problems) as error:
-    files.merge_files(
+  with pytest.raises(errors.Problems) as error:
+    files_merge.merge_files(
       methods.average(), paths(tmp_path), tmp_path / "out", base=tmp_path / "base", names=NAMES
     )
   assert len(error.value.lines) == 2
@@ -394,21 +393,23 @@ def test_codes_of_quantized_models_are_not_merged(tmp_path, monkeypatch):
     codes = {n: x.astype(np.int32) for n, x in own.items() if "up_proj" in n}
     folders.write(tmp_path / f"m{k}", own if k == 2 else own | codes, config=config)
   with pytest.raises(
-    planning.Problems, match=r"of red is int32: codes .*, as quantization_config"
+    errors.Problems, match=r"of red is int32: codes .*, as quantization_config"
   ) as error:
-    files.merge_files(methods.average(), ["m0", "m1"], "out", names=NAMES[:2])
+    files_merge.merge_files(methods.average(), ["m0", "m1"], "out", names=NAMES[:2])
   assert len(error.value.lines) == 2
-  assert files.merge_files(methods.average(), ["m2"], "whole").is_dir()
+  assert files_merge.merge_files(methods.average(), ["m2"], "whole").is_dir()
   recipe = tmp_path / "recipe.yml"
   recipe.write_text("merge_method: passthrough\nmodels: [{model: m0}]\n")
-  assert plans.of_file(recipe, Files()).outputs
+  assert planner.of_file(recipe, Files()).outputs
 
 
 def test_all_models_that_cannot_be_opened_are_told_at_once(tmp_path):
   folders.family(tmp_path)
   (tmp_path / "m1" / "config.json").write_text("{")
-  with pytest.raises(planning.Problems) as error:
-    files.merge_files(methods.average(), paths(tmp_path), tmp_path / "out", base=tmp_path / "none")
+  with pytest.raises(errors.Problems) as error:
+    files_merge.merge_files(
+      methods.average(), paths(tmp_path), tmp_path / "out", base=tmp_path / "none"
+    )
   damaged, missing = error.value.lines
   assert "m1/config.json: not JSON" in damaged
   assert missing == f"{tmp_path / 'none'}: no such folder."
@@ -421,7 +422,7 @@ def test_what_is_not_finite_is_named_and_nothing_appears(tmp_path, value, dtype)
   first["model.layers.1.mlp.up_proj.weight"][3, 2] = value
   folders.write(tmp_path / "m0", first)
   with pytest.raises(ValueError, match=r"'model.layers.1.mlp.up_proj.weight' of model red has NaN"):
-    files.merge_files(
+    files_merge.merge_files(
       methods.average(), paths(tmp_path), tmp_path / "out", base=tmp_path / "base", names=NAMES
     )
   assert not (tmp_path / "out").exists()
@@ -436,7 +437,9 @@ def test_what_is_not_finite_passes_where_it_is_allowed(tmp_path, value):
   mean[2] = np.nan
   first[name][2] = value
   folders.write(tmp_path / "m0", first)
-  out = files.merge_files(methods.average(), paths(tmp_path), tmp_path / "out", nonfinite=True)
+  out = files_merge.merge_files(
+    methods.average(), paths(tmp_path), tmp_path / "out", nonfinite=True
+  )
   found = folders.read(out)
   np.testing.assert_allclose(found[name], mean, 1e-6)
   assert all(np.isfinite(x).all() for n, x in found.items() if n != name)
@@ -449,9 +452,9 @@ def test_a_folder_that_is_there_is_not_touched(tmp_path):
   kept.write_text("stale")
   merge = (methods.average(), paths(tmp_path), tmp_path / "out")
   with pytest.raises(FileExistsError, match=r"out exists; pass replace=True"):
-    files.merge_files(*merge)
+    files_merge.merge_files(*merge)
   assert kept.read_text() == "stale"
-  files.merge_files(*merge, replace=True)
+  files_merge.merge_files(*merge, replace=True)
   assert not kept.exists()
 
 
@@ -473,36 +476,36 @@ def test_a_result_needs_a_folder_of_its_own(tmp_path, monkeypatch, capsys, out):
   (tmp_path / "r.yml").write_text("merge_method: passthrough\nmodels: [{model: m0}]\n")
   monkeypatch.chdir(tmp_path)
   with pytest.raises(ValueError, match=r"give the result a folder of its own, such as .*merged\.$"):
-    files.merge_files(methods.average(), ["m0"], out, replace=True)
+    files_merge.merge_files(methods.average(), ["m0"], out, replace=True)
   for flags in (["--replace"], ["--dry-run"]):
-    assert cli.main(["merge", "r.yml", out, *flags]) == 1
+    assert main.main(["merge", "r.yml", out, *flags]) == 1
     assert "give the result a folder of its own" in capsys.readouterr().err
 
 
 def test_an_interrupted_merge_goes_on_and_gives_the_same_bytes(tmp_path, monkeypatch):
   folders.family(tmp_path)
-  monkeypatch.setattr(growing, "SYNCED", 1)  # Every tensor is written down as done.
+  monkeypatch.setattr(shard_writer, "SYNCED", 1)  # Every tensor is written down as done.
   merge = (methods.average(), paths(tmp_path))
   told = []
-  whole = files.merge_files(*merge, tmp_path / "whole", shard_size=500, progress=told.append)
+  whole = files_merge.merge_files(*merge, tmp_path / "whole", shard_size=500, progress=told.append)
   stop = stopped(6)
   with pytest.raises(KeyboardInterrupt):
-    files.merge_files(*merge, tmp_path / "out", shard_size=500, progress=stop)
+    files_merge.merge_files(*merge, tmp_path / "out", shard_size=500, progress=stop)
   part = tmp_path / ".out.merging"
   assert part.exists()
   assert not (tmp_path / "out").exists()
-  journal = map(json.loads, (part / growing.NAME).read_text().splitlines())
+  journal = map(json.loads, (part / shard_writer.NAME).read_text().splitlines())
   finished = {line["tensor"] for line in journal if "tensor" in line}
   assert 5 <= len(finished) < 13
   again, added = [], set()
-  add = growing.Growing.add
+  add = shard_writer.Growing.add
 
   def noted(self, name, *rest):
     added.add(name)
     add(self, name, *rest)
 
-  monkeypatch.setattr(growing.Growing, "add", noted)
-  files.merge_files(*merge, tmp_path / "out", shard_size=500, progress=again.append)
+  monkeypatch.setattr(shard_writer.Growing, "add", noted)
+  files_merge.merge_files(*merge, tmp_path / "out", shard_size=500, progress=again.append)
   # What was done is told at once, and the rest tensor by tensor: none of them again.
   tensors = folders.read(whole)
   assert added == tensors.keys() - finished
@@ -524,12 +527,12 @@ RECIPES = {
 @pytest.mark.parametrize("text", RECIPES.values(), ids=RECIPES)
 @pytest.mark.parametrize("interrupted", [False, True], ids=["in one go", "interrupted"])
 def test_progress_is_told_of_all_the_work(tmp_path, monkeypatch, text, interrupted):
-  monkeypatch.setattr(growing, "SYNCED", 1)
+  monkeypatch.setattr(shard_writer, "SYNCED", 1)
   folders.family(tmp_path)
   recipe = tmp_path / "recipe.yml"
   models = "".join(f"- model: {p}\n" for p in paths(tmp_path))
   recipe.write_text(f"{text}\nbase_model: {tmp_path / 'base'}\nmodels:\n{models}")
-  plan = plans.of_file(str(recipe), Files())
+  plan = planner.of_file(str(recipe), Files())
   counts = []
 
   def told(count):
@@ -539,21 +542,21 @@ def test_progress_is_told_of_all_the_work(tmp_path, monkeypatch, text, interrupt
 
   if interrupted:
     with pytest.raises(KeyboardInterrupt):
-      files.run(plan, tmp_path / "out", progress=told, entries=16)
+      execute.run(plan, tmp_path / "out", progress=told, entries=16)
     counts, interrupted = [], False
-  files.run(plan, tmp_path / "out", progress=told, entries=16)
-  assert sum(counts) == summarizing.work(plan)
+  execute.run(plan, tmp_path / "out", progress=told, entries=16)
+  assert sum(counts) == estimate.work(plan)
   # The first is what was done before.
   assert max(counts[1:]) < sum(counts) / 2
 
 
 def test_what_was_damaged_meanwhile_is_made_again(tmp_path, monkeypatch):
   folders.family(tmp_path)
-  monkeypatch.setattr(growing, "SYNCED", 1)
+  monkeypatch.setattr(shard_writer, "SYNCED", 1)
   merge = (methods.average(), paths(tmp_path))
-  whole = files.merge_files(*merge, tmp_path / "whole")
+  whole = files_merge.merge_files(*merge, tmp_path / "whole")
   with pytest.raises(KeyboardInterrupt):
-    files.merge_files(
+    files_merge.merge_files(
       *merge,
       tmp_path / "out",
       progress=lambda n: (_ for _ in ()).throw(KeyboardInterrupt) if n else None,
@@ -562,7 +565,7 @@ def test_what_was_damaged_meanwhile_is_made_again(tmp_path, monkeypatch):
   content = bytearray(part.read_bytes())
   content[-40:] = bytes(40)
   part.write_bytes(content)
-  files.merge_files(*merge, tmp_path / "out")
+  files_merge.merge_files(*merge, tmp_path / "out")
   name = "model.safetensors"
   assert (whole / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
 
@@ -570,16 +573,16 @@ def test_what_was_damaged_meanwhile_is_made_again(tmp_path, monkeypatch):
 def test_a_torn_line_of_the_journal_is_dropped(tmp_path, monkeypatch):
   """And what is written after it stands in lines of its own."""
   folders.family(tmp_path)
-  monkeypatch.setattr(growing, "SYNCED", 1)
+  monkeypatch.setattr(shard_writer, "SYNCED", 1)
   merge = (methods.average(), paths(tmp_path))
-  whole = files.merge_files(*merge, tmp_path / "whole")
+  whole = files_merge.merge_files(*merge, tmp_path / "whole")
   for number in (4, 3, 3):
     with pytest.raises(KeyboardInterrupt):
-      files.merge_files(*merge, tmp_path / "out", progress=stopped(number))
-    with open(tmp_path / ".out.merging" / growing.NAME, "a") as journal:
+      files_merge.merge_files(*merge, tmp_path / "out", progress=stopped(number))
+    with open(tmp_path / ".out.merging" / shard_writer.NAME, "a") as journal:
       journal.write('{"tensor": "lm_he')
   again = []
-  out = files.merge_files(*merge, tmp_path / "out", progress=again.append)
+  out = files_merge.merge_files(*merge, tmp_path / "out", progress=again.append)
   assert len(again) == 1 + 13 - (3 + 2 + 2)
   small.same(folders.read(out), folders.read(whole))
 
@@ -590,7 +593,7 @@ def test_what_passed_with_nan_does_not_count_where_that_is_refused(tmp_path, mon
   name = "model.embed_tokens.weight"  # One of the first.
   base, first, *_ = folders.family(tmp_path)
   folders.write(tmp_path / "m0", {**first, name: np.full_like(first[name], np.nan)})
-  monkeypatch.setattr(growing, "SYNCED", 1)
+  monkeypatch.setattr(shard_writer, "SYNCED", 1)
   merge = (methods.average(), paths(tmp_path), tmp_path / "out")
 
   def killed(*_, **__):
@@ -599,15 +602,15 @@ def test_what_passed_with_nan_does_not_count_where_that_is_refused(tmp_path, mon
   with monkeypatch.context() as patched:
     patched.setattr(atomic, "move", killed)
     with pytest.raises(KeyboardInterrupt):
-      files.merge_files(
+      files_merge.merge_files(
         *merge, nonfinite=True, progress=stopped(6 if moment == "in its midst" else 99)
       )
   with pytest.raises(ValueError, match=rf"leaf '{name}' of model .*m0 has NaN"):
-    files.merge_files(*merge)
+    files_merge.merge_files(*merge)
   assert not (tmp_path / "out").exists()
   # What let NaN pass goes on with either, and says so of what it did.
-  out = files.merge_files(*merge, nonfinite=True)
-  told = json.loads((out / files.PROVENANCE).read_text())["tensors"]
+  out = files_merge.merge_files(*merge, nonfinite=True)
+  told = json.loads((out / execute.PROVENANCE).read_text())["tensors"]
   assert told[name]["nonfinite"] == "allowed"
   assert np.isnan(folders.read(out)[name]).all()
   assert base.keys() == told.keys()
@@ -617,7 +620,7 @@ def test_a_complete_folder_that_was_damaged_before_its_renaming(tmp_path, monkey
   """Killed right before that, and a byte changed since: the checksums tell."""
   folders.family(tmp_path)
   merge = (methods.average(), paths(tmp_path))
-  whole = files.merge_files(*merge, tmp_path / "whole")
+  whole = files_merge.merge_files(*merge, tmp_path / "whole")
 
   def killed(*_, **__):
     raise KeyboardInterrupt
@@ -625,15 +628,15 @@ def test_a_complete_folder_that_was_damaged_before_its_renaming(tmp_path, monkey
   with monkeypatch.context() as patched:
     patched.setattr(atomic, "move", killed)
     with pytest.raises(KeyboardInterrupt):
-      files.merge_files(*merge, tmp_path / "out")
+      files_merge.merge_files(*merge, tmp_path / "out")
   part = tmp_path / ".out.merging"
   assert not list(part.glob("journal*"))
   with pytest.raises(ValueError, match=r"out\.merging holds an interrupted merge of other inputs"):
-    files.merge_files(methods.average(), paths(tmp_path, 2), tmp_path / "out")
+    files_merge.merge_files(methods.average(), paths(tmp_path, 2), tmp_path / "out")
   content = bytearray((part / "model.safetensors").read_bytes())
   content[-3] ^= 1
   (part / "model.safetensors").write_bytes(content)
-  out = files.merge_files(*merge, tmp_path / "out")
+  out = files_merge.merge_files(*merge, tmp_path / "out")
   small.same(folders.read(out), folders.read(whole))
 
 
@@ -644,7 +647,7 @@ def test_another_merge_is_not_gone_on_with(tmp_path):
     raise KeyboardInterrupt
 
   with pytest.raises(KeyboardInterrupt):
-    files.merge_files(methods.average(), paths(tmp_path), tmp_path / "out", progress=stop)
+    files_merge.merge_files(methods.average(), paths(tmp_path), tmp_path / "out", progress=stop)
   for method, models in [
     (methods.average(), paths(tmp_path, 2)),
     (methods.weighted_sum(), paths(tmp_path)),
@@ -652,5 +655,5 @@ def test_another_merge_is_not_gone_on_with(tmp_path):
     with pytest.raises(
       ValueError, match=r"out\.merging holds an interrupted merge of other inputs"
     ):
-      files.merge_files(method, models, tmp_path / "out")
-  files.merge_files(methods.average(), paths(tmp_path, 2), tmp_path / "out", resume=False)
+      files_merge.merge_files(method, models, tmp_path / "out")
+  files_merge.merge_files(methods.average(), paths(tmp_path, 2), tmp_path / "out", resume=False)

@@ -6,9 +6,11 @@ import folders
 import numpy as np
 import pytest
 
-from jaxmerge import cli, files, methods, misfits, planning
-from jaxmerge.io.tensor import Files
-from jaxmerge.recipe import plan as plans
+from jaxmerge import errors, methods
+from jaxmerge.cli import main
+from jaxmerge.files import merge, misfits
+from jaxmerge.io.tensors.tensor import Files
+from jaxmerge.recipe.plan import planner
 
 LLAMA = folders.CONFIG | {"architectures": ["LlamaForCausalLM"]}
 RECIPE = """
@@ -31,8 +33,8 @@ def base(tmp_path, monkeypatch):
 def told(missing):
   """The lines of the error of a merge with a model called `other`."""
   pathlib.Path("recipe.yml").write_text(RECIPE.format(missing))
-  with pytest.raises(planning.Problems) as error:
-    plans.of_file("recipe.yml", Files())
+  with pytest.raises(errors.Problems) as error:
+    planner.of_file("recipe.yml", Files())
   return error.value.lines
 
 
@@ -60,8 +62,8 @@ def test_a_model_that_takes_no_part_is_an_error(tmp_path):
   own, *_ = folders.family(tmp_path)
   folders.write(tmp_path / "m2", {f"x.{n}": x for n, x in own.items()})
   models = [tmp_path / f"m{k}" for k in range(3)]
-  with pytest.raises(planning.Problems, match="nothing of blue would be merged"):
-    files.merge_files(
+  with pytest.raises(errors.Problems, match="nothing of blue would be merged"):
+    merge.merge_files(
       methods.average(), models, tmp_path / "o", names=["red", "green", "blue"], missing="mean"
     )
 
@@ -82,7 +84,7 @@ def test_where_no_name_is_common_the_error_says_how_names_are_changed(base):
   assert len(lines) == 2
   assert all(line.endswith("; `rename` gives a model's tensors other names.") for line in lines)
   pathlib.Path("recipe.yml").write_text(RECIPE.format("error") + 'rename: {x: ""}\n')
-  made = plans.of_file("recipe.yml", Files())
+  made = planner.of_file("recipe.yml", Files())
   assert sum(o.job is not None for o in made.outputs) == 12
 
 
@@ -109,8 +111,8 @@ def test_every_merge_ends_with_what_it_did(base, capsys):
   folders.write(pathlib.Path("other"), normless | {"score": np.ones(2, np.float32)}, config=LLAMA)
   pathlib.Path("recipe.yml").write_text(RECIPE.format("base"))
   counts = "11 merged, 2 copied (1 of them as not all models have them), 1 dropped"
-  assert cli.main(["merge", "recipe.yml", "out", "--dry-run"]) == 0
+  assert main.main(["merge", "recipe.yml", "out", "--dry-run"]) == 0
   assert f"tensors: {counts} (1 not all models have it)\n" in capsys.readouterr().out
-  assert cli.main(["merge", "recipe.yml", "out"]) == 0
+  assert main.main(["merge", "recipe.yml", "out"]) == 0
   last = capsys.readouterr().out.splitlines()[-2:]
   assert last == [f"tensors: {counts} (1 not all models have it)", "merged: out"]

@@ -9,9 +9,12 @@ import pytest
 import yaml
 from huggingface_hub import constants
 
-from jaxmerge import catalog, files, methods, report, stage, summarizing
-from jaxmerge.io.tensor import Files
-from jaxmerge.recipe import plan as plans
+from jaxmerge import methods, report
+from jaxmerge.catalog import lookup
+from jaxmerge.core import stage
+from jaxmerge.files import estimate, execute, merge
+from jaxmerge.io.tensors.tensor import Files
+from jaxmerge.recipe.plan import planner
 
 RECIPE = """\
 # ```by hand```
@@ -45,7 +48,7 @@ def family(tmp_path, monkeypatch):
 def merged(text, out="out"):
   """Runs a recipe; returns the head and the body of the card."""
   pathlib.Path("recipe.yml").write_text(text)
-  return parts(files.run(plans.of_file("recipe.yml", Files()), out))
+  return parts(execute.run(planner.of_file("recipe.yml", Files()), out))
 
 
 def parts(out):
@@ -61,7 +64,7 @@ def test_the_card_says_what_was_done():
   count = list(made.values()).count("merged by dare_ties, job 1")
   assert f"Tensors: {count} merged, {13 - count} copied, " in body
   assert f"**dare ties**, {count} tensors of 2 models: " in body
-  assert catalog.METHODS["dare_ties"].paper in body
+  assert lookup.METHODS["dare_ties"].paper in body
   assert "\n- weight: 1 (m0), 0.5 (m1)\n" in body
   assert "; density from 0.5 to 1 (m0), 0.3 (m1), by tensor; " in body
   assert "\n- seed: 3\n" in body
@@ -98,7 +101,7 @@ def test_the_bytes_depend_on_the_plan_alone(tmp_path, monkeypatch):
 def test_a_merge_from_python_tells_no_place_on_the_machine(tmp_path):
   models = [tmp_path / "m0", tmp_path / "m1"]
   (tmp_path / "m0/README.md").write_text("the donor's own")
-  out = files.merge_files(
+  out = merge.merge_files(
     methods.average(normalize=False),
     models,
     tmp_path / "out",
@@ -114,7 +117,7 @@ def test_a_merge_from_python_tells_no_place_on_the_machine(tmp_path):
 
 
 def test_a_published_method_is_told_by_its_name_and_settings():
-  out = files.merge_files(methods.average((1.0, 3.0), normalize=False), ["m0", "m1"], "out")
+  out = merge.merge_files(methods.average((1.0, 3.0), normalize=False), ["m0", "m1"], "out")
   _, body = parts(out)
   assert "# Merge of 2 models: Average\n" in body
   assert "\n- weight: 1 (m0), 3 (m1)\n" in body
@@ -125,9 +128,9 @@ def test_a_method_of_ones_own_is_told_by_its_fingerprint():
   def first(factor):
     return stage.pointwise(lambda x: factor * x[:1], combines=True)
 
-  out = files.merge_files(first(1.0), ["m0", "m1"], "out")
+  out = merge.merge_files(first(1.0), ["m0", "m1"], "out")
   _, body = parts(out)
-  other = files.merge_files(first(2.0), ["m0", "m1"], "other")
+  other = merge.merge_files(first(2.0), ["m0", "m1"], "other")
   assert "# Merge of 2 models: a method given in Python\n" in body
   digest = re.search(r"fingerprint of its code: (\w+)", body)[1]
   assert digest not in parts(other)[1]
@@ -178,7 +181,7 @@ def memory_of(method, count, rows):
   """The estimate for a recipe over models whose matrices have so many rows."""
   each = "".join(f"  - {{model: m{k}, parameters: {{weight: 1}}}}\n" for k in range(count))
   pathlib.Path("recipe.yml").write_text(f"{method}\nbase_model: base\nmodels:\n{each}")
-  plan = plans.of_file("recipe.yml", Files())
+  plan = planner.of_file("recipe.yml", Files())
 
   def taller(tensor):
     return tensor and tensor._replace(shape=(rows, *tensor.shape))
@@ -186,7 +189,7 @@ def memory_of(method, count, rows):
   large = [
     o._replace(base=taller(o.base), models=tuple(map(taller, o.models))) for o in plan.outputs
   ]
-  return summarizing.memory(plan._replace(outputs=tuple(large)))
+  return estimate.memory(plan._replace(outputs=tuple(large)))
 
 
 def test_memory_grows_with_the_models_alone_unless_columns_are_whole():

@@ -4,7 +4,8 @@ import folders
 import numpy as np
 import pytest
 
-from jaxmerge import files, methods
+from jaxmerge import methods
+from jaxmerge.files import merge
 
 NORM = "encoder.layer.{}.output.LayerNorm.{}"
 COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
@@ -25,7 +26,7 @@ def old(own):
 def merged(root, base, models, missing):
   paths = [folders.write(root / f"m{k}", m) for k, m in enumerate(models)]
   first = folders.write(root / "base", base)
-  out = files.merge_files(methods.average(), paths, root / "out", base=first, missing=missing)
+  out = merge.merge_files(methods.average(), paths, root / "out", base=first, missing=missing)
   return folders.read(out)
 
 

@@ -7,7 +7,9 @@ import folders
 import pytest
 from huggingface_hub import constants
 
-from jaxmerge import cli, files, methods
+from jaxmerge import methods
+from jaxmerge.cli import main
+from jaxmerge.files import execute, merge
 
 NAMES = {"AutoConfig": "configuration_x.XConfig", "AutoModel": "other/code--modeling_x.XModel"}
 CONFIG = folders.CONFIG | {
@@ -32,7 +34,7 @@ def family(tmp_path, monkeypatch):
 
 def test_code_of_the_hub_is_referred_to(tmp_path):
   folders.cached(tmp_path / "cache", "org/base", tmp_path / "base")
-  out = files.merge_files(methods.task_arithmetic(), ["m0"], "out", base="org/base")
+  out = merge.merge_files(methods.task_arithmetic(), ["m0"], "out", base="org/base")
   made = json.loads((out / "config.json").read_text())
   assert made == CONFIG | {
     "auto_map": NAMES | {"AutoConfig": "org/base--configuration_x.XConfig"},
@@ -41,7 +43,7 @@ def test_code_of_the_hub_is_referred_to(tmp_path):
   }
   made = json.loads((out / "tokenizer_config.json").read_text())
   assert made == {"auto_map": {"AutoTokenizer": ["org/base--tokenization_x.XTokenizer", None]}}
-  assert "notes" not in json.loads((out / files.PROVENANCE).read_text())
+  assert "notes" not in json.loads((out / execute.PROVENANCE).read_text())
 
 
 def test_code_of_a_folder_is_to_be_copied_and_it_is_said(capsys):
@@ -52,12 +54,12 @@ def test_code_of_a_folder_is_to_be_copied_and_it_is_said(capsys):
   for name in names[1:]:
     pathlib.Path("m0", name).write_text("1 / 0\n")
   words = f"note: the result names code that is not copied, {', '.join(names)}: to open it"
-  assert cli.main(["merge", "recipe.yml", "out", "--dry-run"]) == 0
+  assert main.main(["merge", "recipe.yml", "out", "--dry-run"]) == 0
   assert f"{words} with trust_remote_code, copy this, and what it imports, from where the" in (
     capsys.readouterr().out
   )
   pathlib.Path("m0", names[0]).write_text("1 / 0\n")
-  assert cli.main(["merge", "recipe.yml", "out"]) == 0
+  assert main.main(["merge", "recipe.yml", "out"]) == 0
   assert "and what it imports, from m0 into it." in capsys.readouterr().out
   assert json.loads(pathlib.Path("out/config.json").read_text()) == CONFIG
   assert not list(pathlib.Path("out").glob("*.py"))
@@ -68,6 +70,6 @@ def test_code_of_modules_is_to_be_copied_too(tmp_path):
   (tmp_path / "base" / "modules.json").write_text(json.dumps(modules))
   (tmp_path / "base" / "config.json").write_text(json.dumps(folders.CONFIG))
   (tmp_path / "base" / "tokenizer_config.json").write_text("{}")
-  out = files.merge_files(methods.task_arithmetic(), ["m0"], "out", base="base")
-  (note,) = json.loads((out / files.PROVENANCE).read_text())["notes"]
+  out = merge.merge_files(methods.task_arithmetic(), ["m0"], "out", base="base")
+  (note,) = json.loads((out / execute.PROVENANCE).read_text())["notes"]
   assert note.startswith("the result names code that is not copied, own.py: to open it")

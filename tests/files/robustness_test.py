@@ -12,8 +12,11 @@ import numpy as np
 import pytest
 import recipes
 
-from jaxmerge import cli, files, finishing, methods
-from jaxmerge.io import folder, growing, safetensors
+from jaxmerge import methods
+from jaxmerge.cli import main
+from jaxmerge.files import finish, merge
+from jaxmerge.io.huggingface import folder, shard_writer
+from jaxmerge.io.tensors import safetensors
 
 RECIPE = """
 merge_method: task_arithmetic
@@ -152,7 +155,7 @@ DAMAGE = {
 def test_it_is_named_and_nothing_is_left(family, capsys, name):
   damage, words = DAMAGE[name]
   damage()
-  assert cli.main(["merge", "recipe.yml", "out"]) == 1
+  assert main.main(["merge", "recipe.yml", "out"]) == 1
   err = capsys.readouterr().err
   for word in words:
     assert word in err
@@ -160,16 +163,16 @@ def test_it_is_named_and_nothing_is_left(family, capsys, name):
   assert not pathlib.Path("out").exists()
   if name != "NaN":  # That is found while weights are read; what was merged so far is kept.
     assert not pathlib.Path(".out.merging").exists()
-    assert cli.main(["merge", "recipe.yml", "out", "--dry-run"]) == 1
+    assert main.main(["merge", "recipe.yml", "out", "--dry-run"]) == 1
 
 
 def test_stale_files_do_not_stay_beside_new_ones(family, capsys):
   stale = pathlib.Path("out/model-00001-of-00009.safetensors")
   stale.parent.mkdir()
   stale.write_text("stale")
-  assert cli.main(["merge", "recipe.yml", "out"]) == 1
+  assert main.main(["merge", "recipe.yml", "out"]) == 1
   assert "out exists" in capsys.readouterr().err
-  assert cli.main(["merge", "recipe.yml", "out", "--replace"]) == 0
+  assert main.main(["merge", "recipe.yml", "out", "--replace"]) == 0
   assert not stale.exists()
 
 
@@ -178,18 +181,18 @@ def test_models_are_not_replaced_by_what_is_made_of_them(family, capsys, out):
   pathlib.Path("link").symlink_to("m1")
   recipe("m1", "link")
   for more in (["--dry-run"], []):
-    assert cli.main(["merge", "recipe.yml", out, "--replace", *more]) == 1
+    assert main.main(["merge", "recipe.yml", out, "--replace", *more]) == 1
     assert "which is merged, lies there and would be removed" in capsys.readouterr().err
   assert folders.read(pathlib.Path("m1")).keys() == family[2].keys()
   assert not list(pathlib.Path().glob(".*"))
   with pytest.raises(ValueError, match="m0: m0, which is merged, lies there"):
-    files.merge_files(methods.average(), ["m0", "m1"], "m0", replace=True)
+    merge.merge_files(methods.average(), ["m0", "m1"], "m0", replace=True)
 
 
 def test_paths_with_plus_and_at_are_paths(family):
   pathlib.Path("m0").rename("m0+more@home")
   recipe("m0", "m0+more@home")
-  assert cli.main(["merge", "recipe.yml", "out"]) == 0
+  assert main.main(["merge", "recipe.yml", "out"]) == 0
 
 
 def test_a_full_disk_is_an_error_and_nothing_is_lost(family, capsys, monkeypatch):
@@ -198,19 +201,19 @@ def test_a_full_disk_is_an_error_and_nothing_is_lost(family, capsys, monkeypatch
 
   with monkeypatch.context() as patched:
     patched.setattr(os, "posix_fallocate", full)
-    assert cli.main(["merge", "recipe.yml", "out"]) == 1
+    assert main.main(["merge", "recipe.yml", "out"]) == 1
   err = capsys.readouterr().err
   assert "No space left on device for its" in err
   assert "free some room, and the same command goes on" in err
   assert ".out.merging/model.safetensors" in err
-  assert cli.main(["merge", "recipe.yml", "out"]) == 0
+  assert main.main(["merge", "recipe.yml", "out"]) == 0
 
 
 def told(capsys, *flags):
   """What is wrong with a merge, in a dry run and in earnest."""
   lines = []
   for more in (["--dry-run"], []):
-    assert cli.main(["merge", "recipe.yml", "out", *more, *flags]) == 1
+    assert main.main(["merge", "recipe.yml", "out", *more, *flags]) == 1
     lines.append(capsys.readouterr().err)
   assert lines[0] == lines[1]
   return lines[0]
@@ -308,7 +311,7 @@ def test_a_merge_of_other_inputs_that_is_not_complete_is_told_of(family, capsys)
   assert "error: .out.merging holds an interrupted merge of other inputs or settings" in told(
     capsys
   )
-  assert cli.main(["merge", "recipe.yml", "out", "--dry-run", "--resume=never"]) == 0
+  assert main.main(["merge", "recipe.yml", "out", "--dry-run", "--resume=never"]) == 0
   assert journal.exists()
 
 
@@ -324,7 +327,7 @@ models: [{model: mean}]
 def test_a_merge_of_results_that_is_not_complete_goes_on_or_is_told_of(family, capsys, monkeypatch):
   """As long as those are there it goes on with itself; they are not made again."""
   pathlib.Path("recipe.yml").write_text(STAGES)
-  command, real = ["merge", "recipe.yml", "out"], finishing.complete
+  command, real = ["merge", "recipe.yml", "out"], finish.complete
 
   def interrupted(part, *rest):
     if part.name == ".out.merging":
@@ -332,22 +335,22 @@ def test_a_merge_of_results_that_is_not_complete_goes_on_or_is_told_of(family, c
     real(part, *rest)
 
   with monkeypatch.context() as patched:
-    patched.setattr(finishing, "complete", interrupted)
-    assert cli.main(command) == 130
+    patched.setattr(finish, "complete", interrupted)
+    assert main.main(command) == 130
   capsys.readouterr()
   stage = pathlib.Path(".out.mean.stage")
-  assert cli.main([*command, "--dry-run"]) == 0
+  assert main.main([*command, "--dry-run"]) == 0
   stage.rename("aside")
   assert "error: .out.merging holds an interrupted merge of other inputs" in told(capsys)
   pathlib.Path("aside").rename(stage)
   written = []
-  monkeypatch.setattr(growing.Growing, "add", counted(growing.Growing.add, written))
-  assert cli.main(command) == 0
+  monkeypatch.setattr(shard_writer.Growing, "add", counted(shard_writer.Growing.add, written))
+  assert main.main(command) == 0
   assert written == []
   mean = (family[1][NORM] + family[2][NORM]) / 2
   np.testing.assert_allclose(folders.read(pathlib.Path("out"))[NORM], mean, atol=1e-6)
   # Neither the place nor the time of what is made on the way is in the provenance.
-  assert cli.main(["merge", "recipe.yml", "again"]) == 0
+  assert main.main(["merge", "recipe.yml", "again"]) == 0
   assert folder.provenance("out") == folder.provenance("again")
 
 
@@ -360,23 +363,23 @@ def test_what_is_wrong_with_the_evaluation_is_told_with_the_rest(family, capsys)
 
 def test_a_disk_without_room_is_told_of_before_the_merge(family, capsys, monkeypatch):
   """What an interrupted merge has there already is not needed again."""
-  assert cli.main(["merge", "recipe.yml", "out", "--dry-run"]) == 0
+  assert main.main(["merge", "recipe.yml", "out", "--dry-run"]) == 0
   assert "\ndisk: " in capsys.readouterr().out
   size = sum(x.nbytes for x in family[0].values())
   usage = shutil.disk_usage(".")._replace(free=size - 1)
   monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-  assert cli.main(["merge", "recipe.yml", "out", "--dry-run"]) == 1
+  assert main.main(["merge", "recipe.yml", "out", "--dry-run"]) == 1
   plan = capsys.readouterr()
   assert plan.out.startswith("result: 13 tensors, ")  # It is shown all the same.
   assert "are free on the disk" in plan.err
   err = told(capsys)
   assert f"{size:,} bytes are to be written, but {size - 1:,} are free on the disk" in err
   with pytest.raises(OSError, match="are free on the disk"):
-    files.merge_files(methods.average(), ["m0", "m1"], "out")
+    merge.merge_files(methods.average(), ["m0", "m1"], "out")
   assert {p.name for p in pathlib.Path().iterdir()} == {"base", "m0", "m1", "recipe.yml"}
   pathlib.Path("begun").mkdir()
   pathlib.Path("begun/part").write_bytes(bytes(size))
-  growing.check_room(pathlib.Path("out"), size, begun=[pathlib.Path("begun")])
+  shard_writer.check_room(pathlib.Path("out"), size, begun=[pathlib.Path("begun")])
 
 
 def stopped_at(patched, call, file, number):
@@ -404,21 +407,21 @@ def stopped_at(patched, call, file, number):
 def test_a_disk_that_fills_later_is_named_and_nothing_is_lost(
   family, capsys, monkeypatch, call, file, number
 ):
-  monkeypatch.setattr(growing, "SYNCED", 1)
+  monkeypatch.setattr(shard_writer, "SYNCED", 1)
   if call == "fsync":
     pathlib.Path("recipe.yml").write_text(SLICES)  # Nothing is compiled.
   command = ["merge", "recipe.yml", "out", "--shard-size", "500B"]
-  assert cli.main([*command[:2], "whole", *command[3:]]) == 0
+  assert main.main([*command[:2], "whole", *command[3:]]) == 0
   with monkeypatch.context() as patched:
     stopped_at(patched, call, file, number)
-    assert cli.main(command) == 1
+    assert main.main(command) == 1
   err = capsys.readouterr().err
   assert "Disk quota exceeded; what was finished is kept" in err
   assert f".out.merging/{file}'" in err
   assert not pathlib.Path("out").exists()
   written = []
-  monkeypatch.setattr(growing.Growing, "add", counted(growing.Growing.add, written))
-  assert cli.main(command) == 0
+  monkeypatch.setattr(shard_writer.Growing, "add", counted(shard_writer.Growing.add, written))
+  assert main.main(command) == 0
   assert len(set(written)) < 13 - 2  # Those that were finished are not made again.
   for path in pathlib.Path("whole").iterdir():
     assert path.read_bytes() == pathlib.Path("out", path.name).read_bytes(), path
@@ -440,12 +443,12 @@ def test_a_small_file_that_has_no_room_is_named(family, capsys, file):
   part.mkdir()
   (part / file).symlink_to("/dev/full")
   command = ["merge", "recipe.yml", "out", "--shard-size", "500B"]
-  assert cli.main(command) == 1
+  assert main.main(command) == 1
   err = capsys.readouterr().err
   assert "No space left on device; what was finished is kept" in err
   assert f".out.merging/{file}'" in err
   (part / file).unlink()
-  assert cli.main(command) == 0
+  assert main.main(command) == 0
 
 
 HEAD = "lm_head.weight"
@@ -470,12 +473,12 @@ def test_what_is_copied_is_looked_at_as_well(family, capsys, name):
   if name == "in no other model":
     folders.write(pathlib.Path("m0"), {n: x for n, x in family[1].items() if n != HEAD})
   tensor(folder, source, lambda x: np.where(np.arange(x.size).reshape(x.shape) == 3, value, x))
-  assert cli.main(["merge", "recipe.yml", "out"]) == 1
+  assert main.main(["merge", "recipe.yml", "out"]) == 1
   err = capsys.readouterr().err
   assert f"{folder}/model.safetensors: tensor {source!r}, which is copied, has NaN or" in err
   assert "--allow-nonfinite" in err
   assert not pathlib.Path("out").exists()
-  assert cli.main(["merge", "recipe.yml", "out", "--allow-nonfinite"]) == 0
+  assert main.main(["merge", "recipe.yml", "out", "--allow-nonfinite"]) == 0
   found = folders.read(pathlib.Path("out"))[made].reshape(-1)
   np.testing.assert_array_equal(found[3], np.float32(value))
   assert np.isfinite(np.delete(found, 3)).all()
@@ -484,12 +487,12 @@ def test_what_is_copied_is_looked_at_as_well(family, capsys, name):
 def test_what_is_copied_to_a_dtype_that_cannot_hold_it_is_refused(family, capsys):
   pathlib.Path("recipe.yml").write_text(SLICES + "out_dtype: float16\n")
   tensor("m0", LAYER, lambda x: x * np.float32(1e6))
-  assert cli.main(["merge", "recipe.yml", "out"]) == 1
+  assert main.main(["merge", "recipe.yml", "out"]) == 1
   err = capsys.readouterr().err
   assert f"m0/model.safetensors: tensor {LAYER!r}: float16 cannot hold its values" in err
 
 
 def test_headers_are_read_as_they_are(family):
   """The control: an untouched family is merged."""
-  assert cli.main(["merge", "recipe.yml", "out"]) == 0
+  assert main.main(["merge", "recipe.yml", "out"]) == 0
   assert safetensors.load("out/model.safetensors").keys() == family[0].keys()

@@ -9,7 +9,10 @@ import small
 from marking import some_fast
 
 import jaxmerge
-from jaxmerge import catalog, files, methods, stage
+from jaxmerge import methods
+from jaxmerge.catalog import lookup
+from jaxmerge.core import stage
+from jaxmerge.files import execute, merge
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -26,7 +29,7 @@ def family(root, untied=()):
 
 def merged(root, method, **options):
   models = [root / f"m{k}" for k in range(3)]
-  return files.merge_files(method, models, root / "out", base=root / "base", **options)
+  return merge.merge_files(method, models, root / "out", base=root / "base", **options)
 
 
 @pytest.mark.parametrize(
@@ -45,7 +48,7 @@ def test_a_head_that_is_the_embedding_stays_it(tmp_path, method, seed):
   options = {} if seed is None else {"seed": seed}
   expected = jaxmerge.merge(method, base, jaxmerge.stack(models), names=names, **options)
   small.close({n: found[n] for n in expected}, expected)
-  told = json.loads((out / files.PROVENANCE).read_text())
+  told = json.loads((out / execute.PROVENANCE).read_text())
   assert told["inputs"][names[0]][HEAD] == f"tied to {EMBEDDING}, its equal"
   checksum = told["tensors"][EMBEDDING]["xxh3_128"]
   assert told["tensors"][HEAD] == {"xxh3_128": checksum, "inputs": {}}
@@ -65,18 +68,18 @@ def pairs(tmp_path_factory):
 FAST = ("average", "ties", "dare", "tsv", "krum", "slerp", "arcee_fusion")
 
 
-@pytest.mark.parametrize("name", some_fast(catalog.METHODS, FAST))
+@pytest.mark.parametrize("name", some_fast(lookup.METHODS, FAST))
 def test_each_method_merges_a_head_and_its_embedding_once(pairs, tmp_path, name):
-  least, most = catalog.entry(name).models
+  least, most = lookup.entry(name).models
   method = getattr(methods, name)()
   models = [pairs / f"m{k}" for k in range(most or max(least, 2))]
   seed = 3 if "seed" in stage.numbers(method) else None
   options = {"base": pairs / "base", "seed": seed, "layout": (("weight$", "oi"),)}
-  out = files.merge_files(method, models, tmp_path / "out", **options)
+  out = merge.merge_files(method, models, tmp_path / "out", **options)
   found, base = folders.read(out), folders.read(pairs / "base")
   assert found[HEAD].tobytes() == found[EMBEDDING].tobytes()
   assert (found[HEAD] != base[HEAD]).any()
-  fates = json.loads((out / files.PROVENANCE).read_text())["inputs"].values()
+  fates = json.loads((out / execute.PROVENANCE).read_text())["inputs"].values()
   assert all(own[HEAD] == f"tied to {EMBEDDING}, its equal" for own in fates)
 
 
@@ -128,7 +131,7 @@ def test_a_head_that_differs_is_kept_though_the_config_ties_it(tmp_path, where, 
     folders.write(tmp_path / name, tree, config=folders.CONFIG | flag)
   models = [tmp_path / "m0", tmp_path / "m1"]
   options = {"base": tmp_path / "base"}
-  out = files.merge_files(methods.task_arithmetic(scale=1.0), models, tmp_path / "out", **options)
+  out = merge.merge_files(methods.task_arithmetic(scale=1.0), models, tmp_path / "out", **options)
   found = folders.read(out)
   start = base[HEAD] if donor == "differs" else base[EMBEDDING]
   expected = first[HEAD] + second[EMBEDDING] - start
@@ -136,7 +139,7 @@ def test_a_head_that_differs_is_kept_though_the_config_ties_it(tmp_path, where, 
   made = json.loads((out / "config.json").read_text())
   assert made["tie_word_embeddings"] is False
   assert made.get("text_config", {}).get("tie_word_embeddings", False) is False
-  told = json.loads((out / files.PROVENANCE).read_text())
+  told = json.loads((out / execute.PROVENANCE).read_text())
   assert told["notes"][0].startswith(f"{HEAD} and {EMBEDDING} differ in some models")
 
 
@@ -148,7 +151,7 @@ def test_a_head_that_is_the_embedding_in_all_models_stays_tied_by_the_flag_of_th
   wide = second[EMBEDDING].astype(np.float64)
   folders.write(tmp_path / "m1", copy_of(second, wide), config=config(True))
   models = [tmp_path / "m0", tmp_path / "m1"]
-  out = files.merge_files(methods.average(), models, tmp_path / "out", base=tmp_path / "base")
+  out = merge.merge_files(methods.average(), models, tmp_path / "out", base=tmp_path / "base")
   assert HEAD not in folders.read(out)
   assert json.loads((out / "config.json").read_text()) == config(True)
 
@@ -163,12 +166,12 @@ def test_copies_of_a_shared_embedding_are_it(tmp_path):
   for name, tree in (("base", {"shared.weight": x, HEAD: z}), ("m0", whole)):
     folders.write(tmp_path / name, tree, config=own)
   base, models = tmp_path / "base", [tmp_path / "m0"]
-  out = files.merge_files(methods.task_arithmetic(scale=1.0), models, tmp_path / "out", base=base)
+  out = merge.merge_files(methods.task_arithmetic(scale=1.0), models, tmp_path / "out", base=base)
   found = folders.read(out)
   assert found.keys() == {"shared.weight", HEAD}
   np.testing.assert_allclose(found["shared.weight"], y, atol=1e-6)
   assert json.loads((out / "config.json").read_text()) == own
-  out = files.merge_files(methods.average(), [*models, base], tmp_path / "mean")
+  out = merge.merge_files(methods.average(), [*models, base], tmp_path / "mean")
   assert folders.read(out).keys() == {"shared.weight", HEAD}
 
 
@@ -182,10 +185,10 @@ def test_a_language_model_without_a_head_is_tied_or_it_is_said(tmp_path, flag):
   folders.write(tmp_path / "m0", copy_of(first, first[EMBEDDING]) if flag else first, config=own)
   job = methods.average(), [tmp_path / "m0"], tmp_path / "out"
   if flag:
-    assert HEAD not in folders.read(files.merge_files(*job, base=tmp_path / "base"))
+    assert HEAD not in folders.read(merge.merge_files(*job, base=tmp_path / "base"))
     return
   with pytest.raises(ValueError, match=r"is in .*m0 but not in the base"):
-    files.merge_files(*job, base=tmp_path / "base")
-  out = files.merge_files(*job, base=tmp_path / "base", missing="skip")
-  (note,) = json.loads((out / files.PROVENANCE).read_text())["notes"]
+    merge.merge_files(*job, base=tmp_path / "base")
+  out = merge.merge_files(*job, base=tmp_path / "base", missing="skip")
+  (note,) = json.loads((out / execute.PROVENANCE).read_text())["notes"]
   assert "has no output head" in note

@@ -7,7 +7,8 @@ import folders
 import numpy as np
 import pytest
 
-from jaxmerge import files, methods
+from jaxmerge import methods
+from jaxmerge.files import merge
 
 CONFIG = {
   "architectures": ["LlamaForCausalLM"],
@@ -34,7 +35,7 @@ def test_transformers_opens_the_result(tmp_path, monkeypatch):
   own = architectures.Architecture(CONFIG, shapes, {})
   models = [architectures.tensors(own, seed) for seed in range(2)]
   paths = [folders.write(tmp_path / f"m{k}", t, config=CONFIG) for k, t in enumerate(models)]
-  out = files.merge_files(methods.average(), paths, tmp_path / "out", shard_size=2000)
+  out = merge.merge_files(methods.average(), paths, tmp_path / "out", shard_size=2000)
   assert len(json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]) > 9
   assert transformers.AutoConfig.from_pretrained(out).num_key_value_heads == 1
   assert transformers.GenerationConfig.from_pretrained(out).max_length == 20

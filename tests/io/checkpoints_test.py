@@ -20,10 +20,15 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxmerge
-from jaxmerge import differing, files, inspecting, methods, planning
-from jaxmerge.atm import loop, settings
-from jaxmerge.io import arrays, checkpoint, orbax, weights
-from jaxmerge.io.tensor import Files, Tensor
+from jaxmerge import methods
+from jaxmerge.analysis import diff
+from jaxmerge.files import execute, inputs, inspection
+from jaxmerge.files import merge as files_merge
+from jaxmerge.io import formats
+from jaxmerge.io.checkpoints import arrays, metadata
+from jaxmerge.io.checkpoints import store as stores
+from jaxmerge.io.tensors.tensor import Files, Tensor
+from jaxmerge.training import loop, settings
 
 ROOT = pathlib.Path(jaxmerge.__file__).parents[1]
 
@@ -35,7 +40,7 @@ def whole(tensor):
 
 
 def read(path):
-  return {n: whole(t) for n, t in checkpoint.tensors(checkpoint.found(path)).items()}
+  return {n: whole(t) for n, t in metadata.tensors(metadata.found(path)).items()}
 
 
 def tree(seed, dtype=np.float32):
@@ -47,12 +52,12 @@ def tree(seed, dtype=np.float32):
 
 def run(path, *steps, seed=0, dtype=np.float32):
   """A store as a run of the loop leaves it; returns the model of its last step."""
-  with orbax.Checkpoints(path, keep=None) as store:
+  with stores.Checkpoints(path, keep=None) as store:
     for step in steps:
       params = tree(seed + step, dtype)
       state = {"params": params, "outer": (jnp.zeros(3),), "count": jnp.arange(2), "base": params}
       store.save(step, state, {"round": step})
-  return jaxmerge.tree.named(params)
+  return jaxmerge.core.tree.named(params)
 
 
 def array_file(folder):
@@ -92,9 +97,9 @@ def test_any_range_of_what_orbax_saved_is_read(tmp_path, monkeypatch, spec):
   monkeypatch.setattr(arrays, "BAND", 5)
   mesh = Mesh(np.array(jax.devices()), ("x",))
   x = np.random.default_rng(0).normal(size=(8, 16, 24)).astype(ml_dtypes.bfloat16)
-  with orbax.Checkpoints(tmp_path) as store:
+  with stores.Checkpoints(tmp_path) as store:
     store.save(1, {"params": {"w": jax.device_put(x, NamedSharding(mesh, spec))}}, {})
-  tensor = checkpoint.tensors(tmp_path / "1")["w"]
+  tensor = metadata.tensors(tmp_path / "1")["w"]
   assert (tensor.dtype, tensor.shape) == (x.dtype, x.shape)
   for start, stop in [(0, 1), (5, 5), (3, 100), (380, 390), (3071, 3072), (0, 3072)]:
     out = np.empty(stop - start, x.dtype)
@@ -104,7 +109,7 @@ def test_any_range_of_what_orbax_saved_is_read(tmp_path, monkeypatch, spec):
 
 def test_a_large_leaf_is_saved_in_chunks(tmp_path):
   """Or none could be read without the rest of it."""
-  with orbax.Checkpoints(tmp_path) as store:
+  with stores.Checkpoints(tmp_path) as store:
     store.save(1, {"params": {"w": jnp.zeros((3 * 2**10, 2**10))}}, {})
   with ocp.StandardCheckpointer() as reader:
     found = reader.metadata(tmp_path / "1/state").item_metadata.tree["params/w"]
@@ -118,7 +123,7 @@ def test_small_tensors_are_written_together(tmp_path):
     out[...] = 1
 
   one = Tensor("ones", np.dtype(np.float32), (300, 2), ones)
-  checkpoint.write(tmp_path, {f"layers.{i}.weight": one for i in range(100)})
+  metadata.write(tmp_path, {f"layers.{i}.weight": one for i in range(100)})
   assert len(list((tmp_path / "state/d").iterdir())) < 5
   assert all((x == 1).all() for x in read(tmp_path).values())
 
@@ -137,7 +142,7 @@ def test_every_dtype_comes_back_bit_by_bit(tmp_path, dtype):
 
   model = {"a/b.c": Tensor("x", x.dtype, x.shape, entries)}
   model["none"] = model["a/b.c"]._replace(shape=(0, 3))
-  checkpoint.write(tmp_path, model)
+  metadata.write(tmp_path, model)
   found = read(tmp_path)
   assert found["a/b.c"].tobytes() == x.tobytes()
   assert (found["none"].shape, found["none"].dtype) == ((0, 3), x.dtype)
@@ -151,13 +156,13 @@ def test_a_workdir_means_the_newest_step_of_its_loop(tmp_path, path):
   expected = run(tmp_path / "checkpoints/atm", 2, 4)
   run(tmp_path / "checkpoints/longer", 7)
   (tmp_path / "checkpoints/atm/unfinished/5").mkdir(parents=True)
-  assert checkpoint.found(tmp_path / path) == tmp_path / "checkpoints/atm/4"
+  assert metadata.found(tmp_path / path) == tmp_path / "checkpoints/atm/4"
   small.same(read(tmp_path / path), expected)
 
 
 def test_a_run_of_the_loop_is_the_model_that_it_made(tmp_path):
   chosen = settings.Settings(rounds=2, epochs=2.0, batch_size=4, outer="nesterov")
-  with orbax.Checkpoints(tmp_path / "checkpoints/atm") as store:
+  with stores.Checkpoints(tmp_path / "checkpoints/atm") as store:
     made = loop.tune_and_merge(
       small_tasks.network,
       small_tasks.weights(),
@@ -166,7 +171,7 @@ def test_a_run_of_the_loop_is_the_model_that_it_made(tmp_path):
       chosen,
       checkpoints=store,
     )
-  small.same(read(tmp_path), jaxmerge.tree.named(made.params))
+  small.same(read(tmp_path), jaxmerge.core.tree.named(made.params))
 
 
 def test_a_store_of_its_own_is_a_workdir_too(tmp_path):
@@ -179,23 +184,23 @@ def test_several_runs_without_the_loop_are_refused(tmp_path):
   run(tmp_path / "checkpoints/experts", 1)
   run(tmp_path / "checkpoints/multitask", 1)
   with pytest.raises(ValueError, match=r"several runs, experts, multitask: give the folder of one"):
-    weights.model(tmp_path, Files())
+    formats.model(tmp_path, Files())
 
 
 def test_a_folder_that_is_none_is_told_as_before(tmp_path):
   (tmp_path / "12").mkdir()
   for path in (tmp_path, tmp_path / "none"):
     with pytest.raises(FileNotFoundError):
-      planning.model(path, Files())
+      inputs.open_model(path, Files())
 
 
 def test_a_state_without_a_model_is_refused(tmp_path):
-  with orbax.Checkpoints(tmp_path) as store:
+  with stores.Checkpoints(tmp_path) as store:
     store.save(1, {"w": jnp.ones(2), "more": {"b": jnp.ones(2)}}, {})
   with pytest.raises(
     ValueError, match=r"1: there is no model under 'params' .* has more, w; a mod"
   ):
-    checkpoint.tensors(tmp_path / "1")
+    metadata.tensors(tmp_path / "1")
 
 
 # Damage
@@ -217,8 +222,8 @@ def test_what_is_missing_or_cut_is_told_before_any_work(tmp_path, harm, problem)
   harm(tmp_path / "4")
   hint = r".*; steps 3 are beside it: give the folder of one"
   with pytest.raises(ValueError, match=f"4: the checkpoint is damaged: .*{problem}{hint}"):
-    planning.model(tmp_path, Files())
-  planning.model(tmp_path / "3", Files())
+    inputs.open_model(tmp_path, Files())
+  inputs.open_model(tmp_path / "3", Files())
 
 
 def test_a_flipped_bit_is_found_before_an_entry_is_used(tmp_path):
@@ -226,7 +231,7 @@ def test_a_flipped_bit_is_found_before_an_entry_is_used(tmp_path):
   run(tmp_path / "b", 1, seed=5)
   flip(array_file(tmp_path / "b/1"))
   with pytest.raises(ValueError, match=r"b/1: the checkpoint is damaged: file state/.* fails its"):
-    files.merge_files(methods.average(), [tmp_path / "a", tmp_path / "b"], tmp_path / "out")
+    files_merge.merge_files(methods.average(), [tmp_path / "a", tmp_path / "b"], tmp_path / "out")
   assert not (tmp_path / "out").exists()
 
 
@@ -246,14 +251,14 @@ def test_runs_are_merged_as_their_trees_are(tmp_path):
   paths = [tmp_path / f"r{k}" for k in (1, 2)]
   method = methods.ties(0.5)
   merge = {"base": tmp_path / "r0", "names": ("a", "b"), "entries": 7}
-  out = files.merge_files(method, paths, tmp_path / "out", **merge)
+  out = files_merge.merge_files(method, paths, tmp_path / "out", **merge)
   expected = jaxmerge.merge(method, base, jaxmerge.stack(tuned), names=("a", "b"))
-  small.same(folders.read(out), jaxmerge.tree.named(expected))
+  small.same(folders.read(out), jaxmerge.core.tree.named(expected))
   assert models[0].keys() == folders.read(out).keys()
-  told = json.loads((out / files.PROVENANCE).read_text())
+  told = json.loads((out / execute.PROVENANCE).read_text())
   assert told["folders"]["a"] == str(tmp_path / "r1/checkpoints/atm/2")
   assert told["inputs"]["a"].keys() == models[0].keys()
-  again = files.merge_files(methods.average(), [out, paths[0]], tmp_path / "again")
+  again = files_merge.merge_files(methods.average(), [out, paths[0]], tmp_path / "again")
   assert folders.read(again).keys() == models[0].keys()
 
 
@@ -261,13 +266,13 @@ def test_runs_are_merged_as_their_trees_are(tmp_path):
 def test_safetensors_to_orbax_and_back_has_the_same_bits(tmp_path, dtype):
   base, *_ = folders.family(tmp_path, count=1, dtype=dtype)
   one = methods.passthrough(1.0)
-  there = files.merge_files(one, [tmp_path / "base"], tmp_path / "there", out_format="orbax")
+  there = files_merge.merge_files(one, [tmp_path / "base"], tmp_path / "there", out_format="orbax")
   small.same(read(there), base)
-  back = files.merge_files(one, [there], tmp_path / "back")
+  back = files_merge.merge_files(one, [there], tmp_path / "back")
   small.same(folders.read(back), base)
   assert {p.name for p in there.iterdir()} == {
     "README.md", "config.json", "generation_config.json", "tokenizer.json", "manifest.json",
-    "state", files.PROVENANCE,
+    "state", execute.PROVENANCE,
   }  # fmt: skip
   for name in ("config.json", "tokenizer.json"):
     assert (back / name).read_bytes() == (tmp_path / "base" / name).read_bytes()
@@ -276,12 +281,12 @@ def test_safetensors_to_orbax_and_back_has_the_same_bits(tmp_path, dtype):
 def test_a_checkpoint_has_the_bits_of_safetensors(tmp_path):
   folders.family(tmp_path)
   merge = (methods.ties(0.3), [tmp_path / f"m{k}" for k in range(3)])
-  plain = files.merge_files(*merge, tmp_path / "a", base=tmp_path / "base")
-  made = files.merge_files(
+  plain = files_merge.merge_files(*merge, tmp_path / "a", base=tmp_path / "base")
+  made = files_merge.merge_files(
     *merge, tmp_path / "b", base=tmp_path / "base", out_format="orbax", shard_size=500
   )
   small.same(read(made), folders.read(plain))
-  facts = [json.loads((p / files.PROVENANCE).read_text()) for p in (plain, made)]
+  facts = [json.loads((p / execute.PROVENANCE).read_text()) for p in (plain, made)]
   assert facts[0]["tensors"] == facts[1]["tensors"]
 
 
@@ -293,7 +298,7 @@ def test_orbax_restores_it_on_eight_devices(tmp_path, monkeypatch, axis):
   base["big.e.weight"] = rng.normal(size=(8, 8)).astype(ml_dtypes.bfloat16)
   folders.write(tmp_path / "base", base)
   one = methods.passthrough(1.0)
-  out = files.merge_files(one, [tmp_path / "base"], tmp_path / "out", out_format="orbax")
+  out = files_merge.merge_files(one, [tmp_path / "base"], tmp_path / "out", out_format="orbax")
   mesh = Mesh(np.array(jax.devices()), ("x",))
   spec = {None: P(), 0: P("x"), 1: P(None, "x")}[axis]
 
@@ -318,28 +323,28 @@ def test_orbax_restores_it_on_eight_devices(tmp_path, monkeypatch, axis):
 def test_the_config_may_change_and_the_weights_may_not(tmp_path):
   folders.family(tmp_path, count=1)
   one = methods.passthrough(1.0)
-  out = files.merge_files(one, [tmp_path / "base"], tmp_path / "out", out_format="orbax")
+  out = files_merge.merge_files(one, [tmp_path / "base"], tmp_path / "out", out_format="orbax")
   (out / "config.json").write_text("{}")
   (out / "README.md").write_text("A model.")
-  record = inspecting.checked(inspecting.described(out))
+  record = inspection.checked(inspection.described(out))
   assert record["kind"] == "checkpoint"
   assert record["check"]["same"] == len(record["tensors"])
   flip(array_file(out))
   with pytest.raises(ValueError, match="fails its checksum"):
-    inspecting.hashed(record)
+    inspection.hashed(record)
 
 
 def test_inspect_and_diff_take_checkpoints(tmp_path):
   named = run(tmp_path / "w/checkpoints/atm", 1, 2)
   run(tmp_path / "v", 1)
-  record = inspecting.hashed(inspecting.described(tmp_path / "w"))
+  record = inspection.hashed(inspection.described(tmp_path / "w"))
   assert record["folder"] == str(tmp_path / "w/checkpoints/atm/2")
   assert {t["name"]: t["shape"] for t in record["tensors"]} == {
     n: list(x.shape) for n, x in named.items()
   }
   opened = Files()
-  base = planning.model(tmp_path / "w", opened)
-  found = differing.compare(base, differing.opened([str(tmp_path / "v")], base, opened))
+  base = inputs.open_model(tmp_path / "w", opened)
+  found = diff.compare(base, diff.opened([str(tmp_path / "v")], base, opened))
   assert found["whole"]["entries"] == sum(x.size for x in named.values())
   assert found["whole"]["norms"]["v"] > 0
 
@@ -347,7 +352,7 @@ def test_inspect_and_diff_take_checkpoints(tmp_path):
 def test_an_unknown_format_is_refused(tmp_path):
   folders.family(tmp_path, count=1)
   with pytest.raises(ValueError, match="out_format must be one of safetensors, orbax, got 'zarr'"):
-    files.merge_files(methods.average(), [tmp_path / "m0"], tmp_path / "o", out_format="zarr")
+    files_merge.merge_files(methods.average(), [tmp_path / "m0"], tmp_path / "o", out_format="zarr")
 
 
 # Interruptions
@@ -365,16 +370,16 @@ def test_an_interrupted_copy_is_made_again_from_what_was_merged(tmp_path, monkey
       raise KeyboardInterrupt
 
   with pytest.raises(KeyboardInterrupt):
-    files.merge_files(*merge, out_format="orbax", progress=stop)
+    files_merge.merge_files(*merge, out_format="orbax", progress=stop)
   assert (tmp_path / ".out.merging/state").exists()
   with pytest.raises(ValueError, match="an interrupted merge of other inputs or settings"):
-    files.merge_files(*merge)
+    files_merge.merge_files(*merge)
   again = []
-  files.merge_files(*merge, out_format="orbax", progress=again.append)
+  files_merge.merge_files(*merge, out_format="orbax", progress=again.append)
   assert again[0] == sum(x.nbytes for x in folders.tensors(0).values())
   assert len(again) == 1 + tensors
   assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "m0", "m1", "m2", "out"]
-  plain = files.merge_files(*merge[:2], tmp_path / "plain")
+  plain = files_merge.merge_files(*merge[:2], tmp_path / "plain")
   small.same(read(tmp_path / "out"), folders.read(plain))
 
 
@@ -390,7 +395,7 @@ def test_a_full_disk_is_an_error_of_the_disk(tmp_path):
   resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, hard))
   try:
     with pytest.raises(OSError, match=r"not copied into the checkpoint.*File too large") as error:
-      checkpoint.write(tmp_path, {"w": Tensor("of x", x.dtype, x.shape, entries)})
+      metadata.write(tmp_path, {"w": Tensor("of x", x.dtype, x.shape, entries)})
   finally:
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
   assert error.value.filename == "of x"
@@ -406,7 +411,7 @@ def recipe(path, *models):
 
 
 def command(*arguments):
-  code = "import sys; from jaxmerge import cli; code = cli.main(sys.argv[1:]); "
+  code = "import sys; from jaxmerge.cli import main; code = main.main(sys.argv[1:]); "
   code += "sys.exit(code or 7 * bool({'jax', 'orbax', 'tensorstore'} & set(sys.modules)))"
   run = [sys.executable, "-c", code, *map(str, arguments)]
   return subprocess.run(run, capture_output=True, text=True, cwd=ROOT, env=os.environ)
@@ -428,7 +433,7 @@ def test_a_dry_run_and_errors_are_free_of_jax(tmp_path):
 
 
 def test_rows_of_a_kernel_are_its_outputs(tmp_path):
-  from jaxmerge import cli
+  from jaxmerge.cli import main
 
   for seed, name in enumerate("abc"):
     run(tmp_path / name, 1, seed=seed)
@@ -436,27 +441,27 @@ def test_rows_of_a_kernel_are_its_outputs(tmp_path):
   text += f"models: [{{model: {tmp_path / 'b'}}}, {{model: {tmp_path / 'c'}}}]\n"
   own = tmp_path / "r.yml"
   own.write_text(text + "parameters: {filter_wise: true}\n")
-  assert cli.main(["merge", str(own), str(tmp_path / "out")]) == 0
+  assert main.main(["merge", str(own), str(tmp_path / "out")]) == 0
   base, *tuned = [tree(seed + 1) for seed in range(3)]
   method, kernels = methods.model_stock(scope="row"), (("kernel$", "io"),)
   expected = jaxmerge.merge(method, base, jaxmerge.stack(tuned), layout=kernels)
-  small.close(folders.read(tmp_path / "out"), jaxmerge.tree.named(expected))
+  small.close(folders.read(tmp_path / "out"), jaxmerge.core.tree.named(expected))
   other = jaxmerge.merge(method, base, jaxmerge.stack(tuned), layout=(("kernel$", "oi"),))
   assert not np.allclose(other["dense_0"]["kernel"], expected["dense_0"]["kernel"])
 
 
 def test_a_recipe_merges_runs_to_a_checkpoint(tmp_path):
-  from jaxmerge import cli
+  from jaxmerge.cli import main
 
   models = [run(tmp_path / name, 1, seed=seed) for seed, name in enumerate("ab")]
   own = recipe(tmp_path / "r.yml", tmp_path / "a", tmp_path / "b")
   own.write_text(own.read_text() + "dtype: bfloat16\n")
-  assert cli.main(["merge", str(own), str(tmp_path / "out"), "--out-format", "orbax"]) == 0
+  assert main.main(["merge", str(own), str(tmp_path / "out"), "--out-format", "orbax"]) == 0
   found = read(tmp_path / "out")
   for name, x in models[0].items():
     mean = np.asarray((x + models[1][name]) / 2)
     np.testing.assert_array_equal(found[name], mean.astype(ml_dtypes.bfloat16))
-  names = {"README.md", "manifest.json", "state", files.PROVENANCE, "jaxmerge_recipe.yml"}
+  names = {"README.md", "manifest.json", "state", execute.PROVENANCE, "jaxmerge_recipe.yml"}
   assert {p.name for p in (tmp_path / "out").iterdir()} == names
   again = recipe(tmp_path / "s.yml", tmp_path / "out", tmp_path / "out/../a")
-  assert cli.main(["merge", str(again), str(tmp_path / "more")]) == 0
+  assert main.main(["merge", str(again), str(tmp_path / "more")]) == 0

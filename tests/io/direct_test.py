@@ -8,12 +8,12 @@ import os
 import numpy as np
 import pytest
 
-from jaxmerge.io import pages
+from jaxmerge.io.disk import direct
 
 
 def written(path, pieces, size):
   """Writes pieces (start, bytes), and returns what the file holds afterwards."""
-  file = pages.PagedFile(path)
+  file = direct.PagedFile(path)
   os.truncate(file.handle, size)
   for start, data in pieces:
     file.write(memoryview(data), start)
@@ -83,7 +83,7 @@ def test_a_short_write_goes_on(cut, tmp_path, monkeypatch):
   data, pieces = cut
   write = os.pwrite
   monkeypatch.setattr(os, "pwrite", lambda handle, part, at: write(handle, part[:12_345], at))
-  monkeypatch.setattr(pages, "LEAST", 2**40)
+  monkeypatch.setattr(direct, "LEAST", 2**40)
   assert written(tmp_path / "file", pieces, len(data)) == data
 
 

@@ -7,7 +7,8 @@ import os
 import numpy as np
 import pytest
 
-from jaxmerge.io import folder, safetensors
+from jaxmerge.io.huggingface import folder
+from jaxmerge.io.tensors import safetensors
 
 TENSORS = {
   "layer.weight": np.arange(6, dtype=np.float32).reshape(2, 3),

@@ -13,8 +13,11 @@ import pytest
 import small
 from huggingface_hub import constants
 
-from jaxmerge import cli, files, methods
-from jaxmerge.io import hub, safetensors
+from jaxmerge import methods
+from jaxmerge.cli import main
+from jaxmerge.files import execute, merge
+from jaxmerge.io.huggingface import hub
+from jaxmerge.io.tensors import safetensors
 from jaxmerge.recipe import RecipeError
 
 plan_of = folders.plan_of
@@ -71,12 +74,12 @@ def remote(cache, monkeypatch):
 
 
 def provenance(out):
-  return json.loads((pathlib.Path(out) / files.PROVENANCE).read_text())
+  return json.loads((pathlib.Path(out) / execute.PROVENANCE).read_text())
 
 
 def test_a_recipe_merges_models_of_the_cache(models):
   base, chat, (first, second) = models
-  out = files.run(plan_of(RECIPE), "out")
+  out = execute.run(plan_of(RECIPE), "out")
   name = "model.norm.weight"
   expected = (base[name] + chat[name]) / 2
   np.testing.assert_allclose(folders.read(out)[name], expected, atol=1e-6)
@@ -86,7 +89,7 @@ def test_a_recipe_merges_models_of_the_cache(models):
 
 
 def test_nothing_that_is_written_tells_where_the_cache_is(models, cache):
-  out = files.run(plan_of(RECIPE), "out")
+  out = execute.run(plan_of(RECIPE), "out")
   for path in out.iterdir():
     assert str(cache).encode() not in path.read_bytes(), path.name
   sources = provenance(out)["tensors"]["model.norm.weight"]["inputs"]
@@ -113,19 +116,19 @@ def test_adapters_come_from_the_hub_too(models, cache, tmp_path):
   weights = {f"base_model.model.{name}.lora_{k}.weight": x for k, x in (("A", a), ("B", b))}
   safetensors.save(tmp_path / "lora/adapter_model.safetensors", weights)
   commit = folders.cached(cache, "org/lora", tmp_path / "lora")
-  out = files.run(
+  out = execute.run(
     plan_of("merge_method: passthrough\nmodels: [{model: org/base+org/lora@main}]"), "out"
   )
   np.testing.assert_allclose(
     folders.read(out)[f"{name}.weight"], base[f"{name}.weight"] + 3, atol=1e-6
   )
   assert provenance(out)["hub"]["org/lora@main"] == commit
-  assert str(cache) not in (out / files.PROVENANCE).read_text()
+  assert str(cache) not in (out / execute.PROVENANCE).read_text()
 
 
 def test_python_takes_ids_as_well(models):
   base, chat, commits = models
-  out = files.merge_files(methods.average(), ["org/base", "org/chat@v2"], "out")
+  out = merge.merge_files(methods.average(), ["org/base", "org/chat@v2"], "out")
   name = "lm_head.weight"
   np.testing.assert_allclose(folders.read(out)[name], (base[name] + chat[name]) / 2, atol=1e-6)
   assert list(provenance(out)["hub"].values()) == commits
@@ -134,7 +137,7 @@ def test_python_takes_ids_as_well(models):
 
 def test_a_path_is_never_an_id(models):
   with pytest.raises(FileNotFoundError, match=r"^org/base: no such folder\.$"):
-    files.merge_files(methods.average(), [pathlib.Path("org/base")], "out")
+    merge.merge_files(methods.average(), [pathlib.Path("org/base")], "out")
 
 
 def test_a_folder_comes_before_an_id(models, tmp_path):
@@ -149,9 +152,9 @@ def test_a_folder_whose_name_has_marks_is_that_folder(tmp_path, remote, path):
   tensors = folders.tensors(7)
   folders.write(tmp_path / path, tensors)
   folders.write(tmp_path / "runs/base", tensors)
-  small.same(folders.read(files.merge_files(methods.average(), [path], "out")), tensors)
-  assert cli.main(["inspect", path]) == 0
-  assert cli.main(["diff", "runs/base", path]) == 0
+  small.same(folders.read(merge.merge_files(methods.average(), [path], "out")), tensors)
+  assert main.main(["inspect", path]) == 0
+  assert main.main(["diff", "runs/base", path]) == 0
   assert remote.asked == []
 
 
@@ -199,7 +202,7 @@ def test_a_download_takes_what_is_read_and_nothing_else(models, remote, tmp_path
   with pytest.raises(RecipeError):
     plan_of(text)
   remote.asked.clear()
-  small.same(folders.read(files.run(plan_of(text, download=True), "out")), tensors)
+  small.same(folders.read(execute.run(plan_of(text, download=True), "out")), tensors)
   patterns = {p for *_, own in remote.asked for p in own}
   assert {n for n in patterns if n.startswith("model-")} == {
     f"model-0000{i}-of-00002.safetensors" for i in (1, 2)
@@ -246,12 +249,12 @@ def test_a_tokenizer_may_come_from_the_hub(models, cache, tmp_path):
 
 def test_commands_take_ids(models, capsys):
   pathlib.Path("recipe.yml").write_text(RECIPE)
-  assert cli.main(["merge", "recipe.yml", "out"]) == 0
-  assert cli.main(["inspect", "org/chat@v2"]) == 0
-  assert cli.main(["diff", "org/base", "org/chat@v2", "out"]) == 0
+  assert main.main(["merge", "recipe.yml", "out"]) == 0
+  assert main.main(["inspect", "org/chat@v2"]) == 0
+  assert main.main(["diff", "org/base", "org/chat@v2", "out"]) == 0
   out = capsys.readouterr().out
   assert "chat@v2" in out
-  assert cli.main(["inspect", "org/none"]) == 1
+  assert main.main(["inspect", "org/none"]) == 1
   assert "--download" in capsys.readouterr().err
 
 
@@ -262,11 +265,11 @@ def test_the_client_is_imported_only_for_an_id(tmp_path):
   run = subprocess.run(
     [sys.executable, "-c", textwrap.dedent("""
       import sys
-      from jaxmerge import cli
+      from jaxmerge.cli import main
       sys.modules["huggingface_hub"] = None
-      assert cli.main(["inspect", "base"]) == 0
-      assert cli.main(["inspect", "org/none"]) == 1
-      assert cli.main(["merge", "recipe.yml", "out"]) == 1
+      assert main.main(["inspect", "base"]) == 0
+      assert main.main(["inspect", "org/none"]) == 1
+      assert main.main(["merge", "recipe.yml", "out"]) == 1
       assert not {"jax", "jaxlib"} & set(sys.modules)
     """)],
     capture_output=True, text=True, check=False, cwd=tmp_path,

@@ -6,8 +6,9 @@ import pathlib
 import folders
 import pytest
 
-from jaxmerge import cli
-from jaxmerge.io import folder, links
+from jaxmerge.cli import main
+from jaxmerge.io.disk import links
+from jaxmerge.io.huggingface import folder
 
 SECRET = "-----BEGIN OPENSSH PRIVATE KEY-----"
 RECIPE = "merge_method: linear\nmodels:\n"
@@ -51,7 +52,7 @@ def test_a_link_out_of_a_model_is_refused_before_the_merge(family, capsys, link,
   pathlib.Path("m0/other.jinja").symlink_to("../secret/evil.jinja")  # A link to a link.
   pathlib.Path("r.yml").write_text(RECIPE + recipe)
   for flags in (["--dry-run"], []):
-    assert cli.main(["merge", "r.yml", "out", *flags]) == 1
+    assert main.main(["merge", "r.yml", "out", *flags]) == 1
     err = capsys.readouterr().err
     assert link in err
     assert "is a link out of the model's folder" in err
@@ -66,7 +67,7 @@ def test_links_within_a_model_to_weights_and_to_the_model_itself_are_followed(fa
   pathlib.Path("elsewhere/special_tokens_map.json").symlink_to("real.json")
   pathlib.Path("elsewhere/model.safetensors").rename("big.safetensors")
   pathlib.Path("elsewhere/model.safetensors").symlink_to("../big.safetensors")
-  assert cli.main(["merge", "r.yml", "out"]) == 0
+  assert main.main(["merge", "r.yml", "out"]) == 0
   out = pathlib.Path("out/special_tokens_map.json")
   assert out.read_text() == "{}"
   assert not out.is_symlink()
@@ -94,7 +95,7 @@ def test_blobs_of_the_hub_are_followed(tmp_path):
 def test_a_pipe_is_not_waited_for(family, capsys, name):
   pathlib.Path("m0", name).unlink()
   os.mkfifo(f"m0/{name}")
-  assert cli.main(["merge", "r.yml", "out", "--dry-run"]) == (name != "tokenizer.json")
+  assert main.main(["merge", "r.yml", "out", "--dry-run"]) == (name != "tokenizer.json")
   assert name in capsys.readouterr().err + "tokenizer.json"
 
 
@@ -104,7 +105,7 @@ def test_a_result_does_not_take_the_place_of_a_link(family, capsys, there):
     pathlib.Path("target").mkdir()
   pathlib.Path("out").symlink_to("target")
   for flags in (["--replace", "--dry-run"], ["--replace"], []):
-    assert cli.main(["merge", "r.yml", "out", *flags]) == 1
+    assert main.main(["merge", "r.yml", "out", *flags]) == 1
     assert "out is a link to " in capsys.readouterr().err
   assert pathlib.Path("out").is_symlink()
   assert not list(pathlib.Path().glob(".out*"))

@@ -8,8 +8,11 @@ import orbax.checkpoint as ocp
 import pytest
 
 import jaxmerge
-from jaxmerge import adapters, cli
-from jaxmerge.io import kinds, orbax, safetensors, tensor, weights
+from jaxmerge.adapters import peft
+from jaxmerge.cli import main
+from jaxmerge.io import formats, other_formats
+from jaxmerge.io.checkpoints import store as stores
+from jaxmerge.io.tensors import safetensors, tensor
 
 
 def fill(folder, *names):
@@ -76,27 +79,27 @@ CACHE = "models--org--name"
 def test_a_folder_is_known_by_its_files(home, path, files, words):
   fill(home, *files)
   with pytest.raises(FileNotFoundError, match=words):
-    weights.model(path, tensor.Files())
+    formats.model(path, tensor.Files())
 
 
 def test_an_adapter_is_missed_where_a_model_is_given(home):
   fill(home, "a/model.safetensors")
   (home / "b").mkdir()
   with pytest.raises(FileNotFoundError, match=r"no PEFT adapter; it is a model"):
-    adapters.load("a")
+    peft.load("a")
   with pytest.raises(FileNotFoundError, match="b: the folder is empty"):
-    adapters.load("b")
+    peft.load("b")
 
 
 def test_all_who_open_a_model_say_the_same(home, capsys):
   fill(home, "a/flax_model.msgpack")
   recipe = "merge_method: linear\nparameters: {weight: 1}\nmodels:\n- model: a\n- model: a\n"
   (home / "recipe.yml").write_text(recipe)
-  words = kinds.missing("a")
+  words = other_formats.missing("a")
   for command in (["inspect", "a"], ["diff", "a", "a"], ["merge", "recipe.yml", "out"]):
-    assert cli.main(command) in (1, 2)
+    assert main.main(command) in (1, 2)
     assert words in capsys.readouterr().err
-  assert cli.main(["merge", "none.yml", "out"]) == 1
+  assert main.main(["merge", "none.yml", "out"]) == 1
   assert capsys.readouterr().err == "error: none.yml: there is no such recipe file.\n"
   with pytest.raises(FileNotFoundError, match="msgpack_restore"):
     jaxmerge.merge_files(jaxmerge.methods.average(), ["a"], "out")
@@ -108,18 +111,18 @@ def test_a_checkpoint_of_another_program_and_the_way_that_is_said(home):
     other.save((home / "steps" / "100" / "default").absolute(), tree)
   for path in ("steps", "steps/100", "steps/100/default"):
     with pytest.raises(FileNotFoundError, match="a checkpoint of Orbax that another") as error:
-      weights.model(path, tensor.Files())
+      formats.model(path, tensor.Files())
     said = re.search(r"tree = (orbax\.checkpoint\..*?\.absolute\(\)\))", str(error.value))[1]
     assert said.endswith("restore(pathlib.Path('steps/100/default').absolute())"), said
   tree = ocp.StandardCheckpointer().restore(pathlib.Path("steps/100/default").absolute())
-  with orbax.Checkpoints(pathlib.Path("OUT")) as store:
+  with stores.Checkpoints(pathlib.Path("OUT")) as store:
     store.save(1, {"params": tree}, {})
-  assert list(weights.model("OUT", tensor.Files()).tensors) == ["dense/kernel"]
+  assert list(formats.model("OUT", tensor.Files()).tensors) == ["dense/kernel"]
   with pytest.raises(FileNotFoundError, match="the model is one level up: give OUT/1"):
-    weights.model("OUT/1/state", tensor.Files())
+    formats.model("OUT/1/state", tensor.Files())
   (home / "OUT/1/manifest.json").unlink()
   with pytest.raises(ValueError, match=r"manifest.json is missing; or else it is a checkpoint of"):
-    weights.model("OUT", tensor.Files())
+    formats.model("OUT", tensor.Files())
 
 
 def test_a_pointer_of_git_lfs_is_known(home):

@@ -7,19 +7,15 @@ import re
 import ml_dtypes
 import numpy as np
 import pytest
+from adapter_tensors import PREFIX, lora_parts, noise
 
-from jaxmerge.io import adapter, safetensors
-from jaxmerge.io.peft import lowrank as lora
-from jaxmerge.io.tensor import Files, Tensor
+from jaxmerge.io.peft import adapter, low_rank
+from jaxmerge.io.tensors import safetensors
+from jaxmerge.io.tensors.tensor import Files, Tensor
 
 Q = "model.layers.0.q_proj"
 K = "model.layers.1.k_proj"
 WORDS = "model.embed_tokens"
-PREFIX = "base_model.model."
-
-
-def noise(seed, *shape, dtype=np.float32):
-  return np.random.default_rng(seed).standard_normal(shape).astype(dtype)
 
 
 def held(x, where="base.safetensors"):
@@ -37,15 +33,6 @@ def whole(tensor):
   out = np.empty(tensor.shape, tensor.dtype)
   tensor.read(0, out.reshape(-1))
   return out
-
-
-def lora_parts(module, rank, shape, seed=0, dtype=np.float32):
-  """A and B of a module whose weight is [out, in] = shape."""
-  out, inner = shape
-  return {
-    f"{PREFIX}{module}.lora_A.weight": noise(seed, rank, inner, dtype=dtype),
-    f"{PREFIX}{module}.lora_B.weight": noise(seed + 1, out, rank, dtype=dtype),
-  }
 
 
 def embedding_parts(module, rank, shape):
@@ -218,7 +205,7 @@ def test_slices_have_the_bits_of_the_whole(opened, shape, dora):
   generator, size = np.random.default_rng(0), math.prod(shape)
   for start in [0, size - 1, *generator.integers(0, size, 3)]:
     for name, tensor in found.items():
-      count = min(size - start, int(generator.integers(1, 2 * lora.BLOCK)))
+      count = min(size - start, int(generator.integers(1, 2 * low_rank.BLOCK)))
       out = np.empty(count, np.float32)
       tensor.read(int(start), out)
       np.testing.assert_array_equal(out, expected[name][start : start + count])
@@ -229,7 +216,7 @@ def test_no_more_is_read_than_the_blocks_of_a_slice(opened):
   tensor, ranges = held(np.zeros(shape, np.float32))
   found = opened({f"{Q}.weight": tensor}, lora_parts(Q, 2, shape))
   assert not ranges
-  step = lora.BLOCK // 1000
+  step = low_rank.BLOCK // 1000
   out = np.empty(10, np.float32)
   found[f"{Q}.weight"].read(1000 * step - 5, out)
   assert ranges == [(0, 1000 * step), (1000 * step, 2000 * step)]

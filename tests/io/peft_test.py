@@ -6,10 +6,11 @@ import pathlib
 import numpy as np
 import pytest
 
-from jaxmerge.io import adapter, pieces, safetensors
-from jaxmerge.io.tensor import Files, Tensor
+from jaxmerge.io.peft import adapter
+from jaxmerge.io.tensors import pieces, safetensors
+from jaxmerge.io.tensors.tensor import Files, Tensor
 
-HERE = pathlib.Path(__file__).resolve().parent / "peft_outputs"
+HERE = pathlib.Path(__file__).resolve().parents[1] / "support/peft_outputs"
 
 
 def recorded():

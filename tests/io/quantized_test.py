@@ -9,10 +9,13 @@ import numpy as np
 import pytest
 
 import jaxmerge
-from jaxmerge import bundles, files, methods, planning, running, streaming
-from jaxmerge.io import codes
-from jaxmerge.io.tensor import Files, Tensor
-from jaxmerge.recipe import plan as plans
+from jaxmerge import errors, methods
+from jaxmerge.drivers import incremental, streaming
+from jaxmerge.files import merge
+from jaxmerge.io.tensors import quantized
+from jaxmerge.io.tensors.tensor import Files, Tensor
+from jaxmerge.mixtures import masks
+from jaxmerge.recipe.plan import planner
 
 FLOAT8 = ml_dtypes.float8_e4m3fn
 # Tensors of one module as their formats call them: dtype and shape; the first holds the codes.
@@ -80,20 +83,22 @@ def tensor(dtype, shape):
 @pytest.mark.parametrize("kind", FORMATS)
 def test_codes_are_found_by_what_lies_beside_them(kind):
   own = {n: tensor(*what) for n, what in {**FORMATS[kind], **WHOLE}.items()}
-  assert codes.beside(own).keys() == {next(iter(FORMATS[kind]))}
-  assert codes.kept(own) == FORMATS[kind].keys()
+  assert quantized.beside(own).keys() == {next(iter(FORMATS[kind]))}
+  assert quantized.kept(own) == FORMATS[kind].keys()
 
 
 def test_weights_that_are_whole_are_no_codes(tmp_path):
   own = {n: tensor(*what) for n, what in WHOLE.items()} | {"up.weight": tensor(FLOAT8, (8, 8))}
-  assert codes.problem("m", own, own, {}, tmp_path) is None
-  said = codes.problem("m", own, own, {"text_config": {"quantization_config": {"a": 1}}}, tmp_path)
+  assert quantized.problem("m", own, own, {}, tmp_path) is None
+  said = quantized.problem(
+    "m", own, own, {"text_config": {"quantization_config": {"a": 1}}}, tmp_path
+  )
   assert "'up.weight' of m is float8_e4m3fn: codes" in said
   assert "as text_config.quantization_config of its config says" in said
   (tmp_path / "hf_quant_config.json").write_text("{}")
-  assert "as hf_quant_config.json says" in codes.problem("m", own, own, {}, tmp_path)
+  assert "as hf_quant_config.json says" in quantized.problem("m", own, own, {}, tmp_path)
   bare = {"up.weight": tensor(np.int8, (8, 8))}
-  told = codes.problem("m", bare, bare, {}, tmp_path / "other")
+  told = quantized.problem("m", bare, bare, {}, tmp_path / "other")
   assert "int8: codes of quantized weights, and their scale is not there" in told
 
 
@@ -106,11 +111,11 @@ def test_floats_may_hold_codes(tmp_path):
   own = {"up.weight": tensor(np.float32, (8, 8)), "up.weight_scale": tensor(np.float32, (8, 1))}
   for values, holds in (([5, -127, 0], True), ([0.5, 3], False), ([1], False)):
     own["up.weight"] = own["up.weight"]._replace(read=read(values))
-    said = codes.problem("m", own, own, {}, tmp_path)
+    said = quantized.problem("m", own, own, {}, tmp_path)
     assert (said is not None and "holds whole numbers" in said) == holds
   packed = {"up.weight": tensor(np.float16, (32, 1))}
-  assert codes.problem("m", packed, packed, {}, tmp_path) is None
-  said = codes.problem("m", packed, packed, {"quantization_config": {"a": 1}}, tmp_path)
+  assert quantized.problem("m", packed, packed, {}, tmp_path) is None
+  said = quantized.problem("m", packed, packed, {"quantization_config": {"a": 1}}, tmp_path)
   assert "'up.weight' of m is float16: codes" in said
 
 
@@ -129,8 +134,8 @@ def test_integers_that_differ_anywhere_are_told(place):
 
   table, other = of(values), of(changed)
   wide = of(values.astype(np.int32))
-  assert codes.copied([[("lut", "a", table), ("lut", "b", wide)], []]) == []
-  (note,) = codes.copied([[("lut", "a", table), ("lut", "b", other)]])
+  assert quantized.copied([[("lut", "a", table), ("lut", "b", wide)], []]) == []
+  (note,) = quantized.copied([[("lut", "a", table), ("lut", "b", other)]])
   assert "'lut' is int8 and differs between a and b: it is copied from a" in note
 
 
@@ -142,8 +147,8 @@ def test_codes_in_memory_are_refused(dtype):
     lambda: jaxmerge.merge(methods.average(), base, stack),
     lambda: jaxmerge.merge(methods.average(), base, [base, base]),
     lambda: jaxmerge.blend(methods.average(), stack),
-    lambda: bundles.emr(base, stack),
-    lambda: running.of(methods.average()).init(base),
+    lambda: masks.emr(base, stack),
+    lambda: incremental.of(methods.average()).init(base),
     lambda: streaming.merge_slices(methods.average(), base, stack),
   ]
   for call in calls:
@@ -163,8 +168,8 @@ def test_codes_are_refused_or_copied(tmp_path, monkeypatch, kind):
   for k, tree in enumerate(folders.family(tmp_path)[1:3]):
     folders.write(tmp_path / f"m{k}", {**tree, **made(kind)})
   first = next(iter(FORMATS[kind]))
-  with pytest.raises(planning.Problems, match=f"tensor '{first}' of m0, one of 1 such") as error:
-    files.merge_files(methods.average(), ["m0", "m1"], "out")
+  with pytest.raises(errors.Problems, match=f"tensor '{first}' of m0, one of 1 such") as error:
+    merge.merge_files(methods.average(), ["m0", "m1"], "out")
   assert len(error.value.lines) == 2
   text = """
 merge_method: linear
@@ -175,16 +180,16 @@ exclude: ['^(up|experts)']
 """
   recipe = tmp_path / "recipe.yml"
   recipe.write_text(text)
-  plan = plans.of_file(recipe, Files())
+  plan = planner.of_file(recipe, Files())
   assert {o.name: o.dtype for o in plan.outputs if o.job is None and o.name != "position_ids"} == {
     n: np.dtype(d) for n, (d, _) in FORMATS[kind].items()
   }
   recipe.write_text(text + "dtype: bfloat16\n")
   if kind == "mxfp4":  # Its scales are bytes.
-    assert plans.of_file(recipe, Files()).outputs
+    assert planner.of_file(recipe, Files()).outputs
   else:
-    with pytest.raises(planning.Problems, match="as bfloat16 it would mean something else"):
-      plans.of_file(recipe, Files())
+    with pytest.raises(errors.Problems, match="as bfloat16 it would mean something else"):
+      planner.of_file(recipe, Files())
 
 
 def test_an_adapter_is_not_added_to_codes(tmp_path):
@@ -197,7 +202,7 @@ def test_an_adapter_is_not_added_to_codes(tmp_path):
   (lora / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4}))
   job = methods.average(), [f"{tmp_path / 'm'}+{lora}"], tmp_path / "out"
   with pytest.raises(ValueError, match=r"lora is added to tensor 'up.weight' of .* holds codes"):
-    files.merge_files(*job)
+    merge.merge_files(*job)
 
 
 @pytest.mark.parametrize(
@@ -220,7 +225,7 @@ def test_results_that_lose_bits_of_models_are_told(tmp_path, monkeypatch, base, 
 
   def told(text):
     recipe.write_text(text)
-    return [n for n in plans.of_file(recipe, Files()).notes if "rounded to" in n]
+    return [n for n in planner.of_file(recipe, Files()).notes if "rounded to" in n]
 
   found = told(text)
   assert len(found) == (dtype is not None)

@@ -14,8 +14,8 @@ import safetensors.numpy
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from jaxmerge.io import atomic
-from jaxmerge.io import safetensors as files
+from jaxmerge.io.disk import atomic
+from jaxmerge.io.tensors import safetensors as files
 
 NAMES = st.text(st.characters(codec="utf-8"), max_size=8).filter(lambda s: s != "__metadata__")
 ARRAYS = hnp.arrays(

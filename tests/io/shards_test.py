@@ -7,8 +7,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from jaxmerge.io import safetensors, shards
-from jaxmerge.io.tensor import Files, stored
+from jaxmerge.io.huggingface import shards
+from jaxmerge.io.tensors import safetensors
+from jaxmerge.io.tensors.tensor import Files, stored
 
 
 @pytest.mark.parametrize("dtype", [np.float64, np.int64, np.float16, ml_dtypes.bfloat16])

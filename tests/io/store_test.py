@@ -16,7 +16,8 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxmerge.io import manifest, orbax
+from jaxmerge.io.checkpoints import manifest
+from jaxmerge.io.checkpoints import store as stores
 
 
 class Moments(NamedTuple):
@@ -52,14 +53,14 @@ def assert_same_bits(got, want):
 
 def filled(directory, *steps, keep=None):
   """Saves steps whose arrays hold the step's number."""
-  with orbax.Checkpoints(directory, keep=keep) as store:
+  with stores.Checkpoints(directory, keep=keep) as store:
     for step in steps:
       store.save(step, small(float(step)), {"round": step})
   return directory
 
 
 def restored(directory):
-  with orbax.Checkpoints(directory) as store:
+  with stores.Checkpoints(directory) as store:
     return store.restore(small())
 
 
@@ -79,7 +80,7 @@ def flip(path, byte=-1):
 def test_state_and_record_come_back_as_they_were(tmp_path):
   state = rich_state()
   record = {"round": 3, "loss": [0.1, 1e-300, -0.0], "config": {"a": None, "b": True, "c": "ü"}}
-  with orbax.Checkpoints(tmp_path / "new" / "store") as store:
+  with stores.Checkpoints(tmp_path / "new" / "store") as store:
     assert store.restore(state) is None
     store.save(3, state, record)
     got = store.restore(state)
@@ -88,7 +89,7 @@ def test_state_and_record_come_back_as_they_were(tmp_path):
 
 
 def test_a_single_array_is_a_state(tmp_path):
-  with orbax.Checkpoints(tmp_path) as store:
+  with stores.Checkpoints(tmp_path) as store:
     store.save(0, jnp.arange(4), {})
     assert_same_bits(store.restore(jax.ShapeDtypeStruct((4,), jnp.int32)).state, jnp.arange(4))
 
@@ -105,7 +106,7 @@ def test_saved_on_eight_devices_restored_on_others(tmp_path, count, spec):
   }
   sharding = NamedSharding(Mesh(devices[:count], ("x",)), spec)
   like = {k: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) for k in state}
-  with orbax.Checkpoints(tmp_path) as store:
+  with stores.Checkpoints(tmp_path) as store:
     store.save(1, state, {})
     got = store.restore(like)
   assert_same_bits(got.state, state)
@@ -133,7 +134,7 @@ def test_save_returns_before_the_step_is_sealed_and_the_next_save_waits(tmp_path
     seal(*args)
 
   monkeypatch.setattr(manifest, "seal", held)
-  with orbax.Checkpoints(tmp_path) as store:
+  with stores.Checkpoints(tmp_path) as store:
     store.save(1, small(), {})
     assert not (tmp_path / "1").exists()
     go.set()
@@ -150,7 +151,7 @@ def test_arrays_may_be_donated_and_overwritten_at_once(tmp_path, devices):
   values = np.random.default_rng(0).standard_normal((1024, 1024)).astype(np.float32)
   host = values.copy()
   like = {k: jax.ShapeDtypeStruct(values.shape, jnp.float32) for k in ("cut", "copies", "host")}
-  with orbax.Checkpoints(tmp_path) as store:
+  with stores.Checkpoints(tmp_path) as store:
     for step in range(3):
       cut = jax.device_put(values, NamedSharding(mesh, P("x")))
       copies = jax.device_put(values, NamedSharding(mesh, P()))
@@ -178,7 +179,7 @@ def test_orbax_reports_nothing_and_other_logs_pass(tmp_path):
   logger.addHandler(handler)
   logger.setLevel(logging.DEBUG)
   try:
-    with orbax.Checkpoints(tmp_path) as store:
+    with stores.Checkpoints(tmp_path) as store:
       store.save(1, small(), {})
       store.restore(small())
       logger.info("of another library")
@@ -189,7 +190,7 @@ def test_orbax_reports_nothing_and_other_logs_pass(tmp_path):
 
 
 def test_the_module_does_not_import_orbax():
-  code = "import sys, jaxmerge.io.orbax; sys.exit('orbax.checkpoint' in sys.modules)"
+  code = "import sys, jaxmerge.io.checkpoints.store; sys.exit('orbax.checkpoint' in sys.modules)"
   assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
@@ -210,7 +211,7 @@ def test_no_step_is_deleted_before_the_newer_one_is_sealed(tmp_path, monkeypatch
   def no_space(*_):
     raise OSError(28, "No space left on device")
 
-  with monkeypatch.context() as patch, orbax.Checkpoints(tmp_path, keep=1) as store:
+  with monkeypatch.context() as patch, stores.Checkpoints(tmp_path, keep=1) as store:
     patch.setattr(manifest, "seal", no_space)
     store.save(2, small(), {})
     with pytest.raises(OSError, match=r"No space left.*step 2 .*free some space"):
@@ -253,7 +254,7 @@ def test_a_damaged_newest_step_is_set_aside_and_saved_again(tmp_path, kind):
   harm, problem = DAMAGES[kind]
   harm(tmp_path / "5")
   good = 3 if kind == "other step" else 4
-  with orbax.Checkpoints(tmp_path, keep=None) as store:
+  with stores.Checkpoints(tmp_path, keep=None) as store:
     got = store.restore(small())
     assert (got.step, got.record["round"]) == (good, good)
     assert_same_bits(got.state, small(float(good)))
@@ -296,7 +297,7 @@ def test_steps_without_a_good_one_are_an_error_and_stay_where_they_are(tmp_path)
   for _ in range(2):
     with pytest.raises(ValueError, match=r"step 1: file .* step 2: file record.json is missing"):
       restored(tmp_path)
-    with orbax.Checkpoints(tmp_path) as store, pytest.raises(ValueError, match="no good"):
+    with stores.Checkpoints(tmp_path) as store, pytest.raises(ValueError, match="no good"):
       store.save(3, small(), {})
 
 
@@ -305,7 +306,7 @@ def test_interrupted_saves_are_set_aside_whatever_they_hold(tmp_path):
   (tmp_path / "store" / "unfinished").mkdir(parents=True)
   (tmp_path / "whole" / "1").rename(tmp_path / "store" / "unfinished" / "1")
   (tmp_path / "store" / "2.orbax-checkpoint-tmp").mkdir()
-  with orbax.Checkpoints(tmp_path / "store") as store:
+  with stores.Checkpoints(tmp_path / "store") as store:
     assert store.restore(small()) is None
     assert len(store.set_aside) == 2
     assert all("interrupted" in m for m in store.set_aside)
@@ -324,7 +325,7 @@ def test_a_failing_native_write_is_an_error_and_old_steps_survive(tmp_path):
   random = np.random.default_rng(0)  # noise, which Orbax's compression cannot shrink
   state = {"w": jnp.asarray(random.standard_normal(1 << 18).astype(np.float32))}
   soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-  with orbax.Checkpoints(tmp_path) as store:
+  with stores.Checkpoints(tmp_path) as store:
     store.save(1, state, {})
     store.wait()
     # The limit meets the native library's own write call, as a full disk does.
@@ -343,7 +344,7 @@ def test_a_failing_native_write_is_an_error_and_old_steps_survive(tmp_path):
     assert got.step == 1
     assert_same_bits(got.state, state)
     store.save(2, state, {})
-  with orbax.Checkpoints(tmp_path) as store:
+  with stores.Checkpoints(tmp_path) as store:
     assert store.restore(state).step == 2
 
 
@@ -352,7 +353,7 @@ def test_a_disk_that_is_full_from_the_start_is_one_error(tmp_path, capfd):
   resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
   try:
     with pytest.raises(OSError, match="step 1 could not be saved"):  # noqa: SIM117
-      with orbax.Checkpoints(tmp_path) as store:
+      with stores.Checkpoints(tmp_path) as store:
         store.save(1, small(), {})
   finally:
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -365,14 +366,17 @@ def test_close_raises_what_went_wrong(tmp_path, monkeypatch):
 
   monkeypatch.setattr(manifest, "seal", broken)
   before = set(threading.enumerate())
-  with pytest.raises(OSError, match=r"step 1 could not be saved"), orbax.Checkpoints(tmp_path) as s:
+  with (
+    pytest.raises(OSError, match=r"step 1 could not be saved"),
+    stores.Checkpoints(tmp_path) as s,
+  ):
     s.save(1, small(), {})
   assert [t for t in threading.enumerate() if t not in before] == []
 
 
 def test_a_save_is_finished_where_the_caller_fails(tmp_path):
   def failing():
-    with orbax.Checkpoints(tmp_path) as store:
+    with stores.Checkpoints(tmp_path) as store:
       store.save(1, small(), {})
       store.save(2, small(), {})
       raise ZeroDivisionError
@@ -388,7 +392,7 @@ def test_a_save_is_finished_where_the_caller_fails(tmp_path):
 @pytest.mark.parametrize("step", [-1, 3, 5])
 def test_steps_must_grow(tmp_path, step):
   filled(tmp_path, 5)
-  with orbax.Checkpoints(tmp_path) as store, pytest.raises(ValueError, match="steps must grow"):
+  with stores.Checkpoints(tmp_path) as store, pytest.raises(ValueError, match="steps must grow"):
     store.save(step, small(), {})
 
 
@@ -402,7 +406,7 @@ def test_steps_must_grow(tmp_path, step):
 )
 def test_leaves_that_would_change_are_refused(tmp_path, leaf, message):
   leaf = jax.random.key(0) if isinstance(leaf, str) else leaf
-  with orbax.Checkpoints(tmp_path) as store, pytest.raises(ValueError, match=re.escape(message)):
+  with stores.Checkpoints(tmp_path) as store, pytest.raises(ValueError, match=re.escape(message)):
     store.save(1, {"a": {"b": leaf}, "c": jnp.ones(2)}, {})
   assert list(tmp_path.iterdir()) == []
 
@@ -416,7 +420,7 @@ def test_leaves_that_would_change_are_refused(tmp_path, leaf, message):
   ],
 )
 def test_records_that_would_change_are_refused(tmp_path, record, message):
-  with orbax.Checkpoints(tmp_path) as store, pytest.raises(ValueError, match=re.escape(message)):
+  with stores.Checkpoints(tmp_path) as store, pytest.raises(ValueError, match=re.escape(message)):
     store.save(1, small(), record)
   assert list(tmp_path.iterdir()) == []
 
@@ -432,20 +436,20 @@ def test_records_that_would_change_are_refused(tmp_path, record, message):
 )
 def test_another_structure_is_named_and_nothing_is_moved(tmp_path, like, message):
   filled(tmp_path, 1)
-  with orbax.Checkpoints(tmp_path) as store, pytest.raises(ValueError, match=re.escape(message)):
+  with stores.Checkpoints(tmp_path) as store, pytest.raises(ValueError, match=re.escape(message)):
     store.restore(like)
   assert manifest.damage(tmp_path / "1") is None
 
 
 def test_leaves_of_one_name_are_refused(tmp_path):
   state = {"a": {"b": jnp.ones(1)}, "a/b": jnp.ones(1)}
-  with orbax.Checkpoints(tmp_path) as store, pytest.raises(ValueError, match="the name 'a/b'"):
+  with stores.Checkpoints(tmp_path) as store, pytest.raises(ValueError, match="the name 'a/b'"):
     store.save(1, state, {})
 
 
 def test_a_store_keeps_at_least_one_step(tmp_path):
   with pytest.raises(ValueError, match="keep must be at least 1"):
-    orbax.Checkpoints(tmp_path, keep=0)
+    stores.Checkpoints(tmp_path, keep=0)
 
 
 def test_a_manifest_of_another_format_is_refused(tmp_path):

@@ -4,8 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from example import close
+from matrices import A, B, drawn, merged
 from reference import descent, subspaces
-from spectral_test import A, B, drawn, merged
 
 from jaxmerge import methods
 

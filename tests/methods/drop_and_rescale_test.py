@@ -9,7 +9,9 @@ from example import close, merged
 from reference import basics
 
 import jaxmerge
-from jaxmerge import methods, stage, statistics
+from jaxmerge import methods
+from jaxmerge.core import order_statistics, stage
+from jaxmerge.methods import della_merging
 
 TAU = np.array([[0.9, -0.1, 0.4, 0.0, -0.6, 0.2]], np.float32)
 ZERO = {"w": jnp.zeros(6)}
@@ -184,8 +186,8 @@ def test_probabilities_rise_with_the_rank():
 
 
 def probabilities(x, density, epsilon):
-  return methods.pruning.probabilities(
-    statistics.ranks(jnp.asarray(x)), jnp.float32(density), jnp.float32(epsilon)
+  return della_merging.probabilities(
+    order_statistics.ranks(jnp.asarray(x)), jnp.float32(density), jnp.float32(epsilon)
   )
 
 

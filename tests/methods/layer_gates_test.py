@@ -6,7 +6,8 @@ import pytest
 from example import close
 
 import jaxmerge
-from jaxmerge import methods, stage
+from jaxmerge import methods
+from jaxmerge.core import stage
 
 LAYERS = [f"layer_{i}/{part}" for i in range(4) for part in ("kernel", "bias")]
 SIZES = np.array([0.4, 0.1, 0.3, 0.2])

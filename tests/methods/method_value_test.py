@@ -12,19 +12,21 @@ import numpy as np
 import pytest
 
 import jaxmerge
-from jaxmerge import catalog, methods, stage
+from jaxmerge import methods
+from jaxmerge.catalog import lookup
+from jaxmerge.core import stage
 
-FACTORIES = sorted(catalog.METHODS)
+FACTORIES = sorted(lookup.METHODS)
 VARYING = [
   (name, parameter)
   for name in FACTORIES
-  for parameter, entry in catalog.METHODS[name].parameters.items()
+  for parameter, entry in lookup.METHODS[name].parameters.items()
   if entry.number and parameter != "seed"
 ]
 STATIC = [
   (name, parameter)
   for name in FACTORIES
-  for parameter, entry in catalog.METHODS[name].parameters.items()
+  for parameter, entry in lookup.METHODS[name].parameters.items()
   if not entry.number and entry.choices
 ]
 
@@ -60,7 +62,7 @@ def insides(value, seen=()):
 @pytest.mark.parametrize(("name", "parameter"), VARYING)
 def test_a_hyperparameter_is_no_part_of_a_method(name, parameter):
   """No function of a stage holds its value: programs are shared by all values."""
-  factory, entry = getattr(methods, name), catalog.METHODS[name].parameters[parameter]
+  factory, entry = getattr(methods, name), lookup.METHODS[name].parameters[parameter]
   one, other = factory(), factory(**{parameter: another(entry)})
   assert one == other
   assert hash(one) == hash(other)
@@ -70,7 +72,7 @@ def test_a_hyperparameter_is_no_part_of_a_method(name, parameter):
 
 @pytest.mark.parametrize(("name", "parameter"), STATIC)
 def test_a_setting_is_part_of_a_method(name, parameter):
-  factory, entry = getattr(methods, name), catalog.METHODS[name].parameters[parameter]
+  factory, entry = getattr(methods, name), lookup.METHODS[name].parameters[parameter]
   value = next(v for v in entry.choices if v != entry.default)
   assert factory() != factory(**{parameter: value})
   assert dict(factory(**{parameter: value}).settings)[parameter] == value
@@ -90,7 +92,7 @@ OF_PARTS = {  # Whose defaults a part has.
 
 @pytest.mark.parametrize("name", OF_PARTS)
 def test_a_part_has_the_defaults_of_its_method(name):
-  table = catalog.METHODS[OF_PARTS[name]].parameters
+  table = lookup.METHODS[OF_PARTS[name]].parameters
   signature = inspect.signature(getattr(methods, name)).parameters.items()
   defaults = {n: p.default for n, p in signature if n in table and n != "normalize"}
   assert defaults == {n: table[n].default for n in defaults}
@@ -116,7 +118,7 @@ def compilations():
 
 def trees(name):
   """A base and as many models as a method takes."""
-  least, most = catalog.METHODS[name].models
+  least, most = lookup.METHODS[name].models
   height = min(max(5, least), most or 5)
   draw = np.random.default_rng(0).normal
   base = {"kernel": draw(size=(4, 4)), "bias": draw(size=4)}

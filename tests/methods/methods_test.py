@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from reference import basics
 
 import jaxmerge
-from jaxmerge import memory, methods, stage
+from jaxmerge import methods
+from jaxmerge.core import interpreter, stage
 
 BASE = {"w": jnp.array([1.0, -1.0, 0.5, 0.0, 2.0, -0.5])}
 ZERO = {"w": jnp.zeros(6)}
@@ -353,8 +354,8 @@ def test_weights_of_the_models_without_a_base():
 def test_folding_one_by_one_is_the_combiner(method):
   assert stage.foldable(method)
   step = next(s for s in method if s.combines)
-  ready = memory.prepare(method, {"w": (6,)}, 3, {}, None)
-  leaf = memory.leaf_of("w", None, ready)
+  ready = interpreter.prepare(method, {"w": (6,)}, 3, {}, None)
+  leaf = interpreter.leaf_of("w", None, ready)
   held = None
   for k in range(3):
     aux = {n: v[k : k + 1] if np.ndim(v) else v for n, v in leaf.aux.items()}

@@ -1,8 +1,8 @@
 """Merges beside what the authors' code, or that of their colleagues, makes of the same inputs.
 
-The outputs are recorded, see `oracles/record.py`; `mergekit_test.py` has those of mergekit. What
-differs on purpose is in docs/deviations.md. Recorded in float64, but for OptMerge: what decomposes
-is as far from that as float32 has to be (`rounding.py`).
+The outputs are recorded, see `tests/support/oracles/record.py`; `tests/recipe/mergekit_test.py` has
+those of mergekit. What differs on purpose is in docs/deviations.md. Recorded in float64, but for
+OptMerge: what decomposes is as far from that as float32 has to be (`tests/support/rounding.py`).
 """
 
 import jax.numpy as jnp
@@ -13,7 +13,9 @@ import rounding
 from reference import descent, spectra, subspaces
 
 import jaxmerge
-from jaxmerge import adapters, bundles, methods, stage
+from jaxmerge import methods, mixtures
+from jaxmerge.adapters import combine, lora
+from jaxmerge.core import stage
 
 BASE, TAUS = oracles.inputs()
 RECORDED = oracles.recorded()
@@ -109,10 +111,10 @@ def test_peft_votes_without_weights_and_counts():
 
 def test_peft_stacks_adapters():
   each = [
-    {"w": adapters.Lora(jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32), scale)}
+    {"w": lora.Lora(jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32), scale)}
     for a, b, scale in oracles.adapters()
   ]
-  found = adapters.flora(each, WEIGHT)["w"]
+  found = combine.flora(each, WEIGHT)["w"]
   agree({"a": found.a, "b": found.b}, "peft, cat")
 
 
@@ -154,7 +156,7 @@ def test_bundles_agree_task_by_task(kind):
   leaves = RECORDED[f"{kind}, task 0"]
   base = {n: jnp.zeros(x.shape) for n, x in leaves.items()}
   names = [f"task {k}" for k in range(oracles.HEIGHT)]
-  made = getattr(bundles, kind)(base, stack(leaves), names=names)
+  made = getattr(mixtures, kind)(base, stack(leaves), names=names)
   for name in names:
     agree(made.for_task(name), f"{kind}, {name}")
 

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from reference import entries
 
 import jaxmerge
-from jaxmerge import bundles, methods
-from jaxmerge.methods import selecting
+from jaxmerge import methods
+from jaxmerge.methods import selection
+from jaxmerge.mixtures import masks
 
 
 @pytest.mark.parametrize(
@@ -49,7 +50,7 @@ def test_magmax_takes_the_largest_alone_against_a_majority():
   column = [[0.9], [-0.5], [-0.6]]
   close(merged(methods.magmax(1.0), column), [0.9])
   close(merged(methods.ties(1.0), column), [-0.55])
-  close(bundles.emr({"w": jnp.zeros(1)}, {"w": jnp.array(column)}).shared["w"], [-0.6])
+  close(masks.emr({"w": jnp.zeros(1)}, {"w": jnp.array(column)}).shared["w"], [-0.6])
 
 
 @pytest.mark.parametrize("k", range(3))
@@ -127,7 +128,7 @@ def fused(base, model, **options):
 def test_importance_is_distance_times_divergence_of_the_row():
   """The worked example: two values of 0.117993 and 0.014892, the quartiles are zero."""
   join = methods.arcee_fusion()
-  leaf = jaxmerge.stage.Leaf(W0, {}, *(None,) * 4)
+  leaf = jaxmerge.core.stage.Leaf(W0, {}, *(None,) * 4)
   importance = join[1].update((W - W0)[None], leaf, {})[0]
   expected = np.zeros((2, 4))
   expected[0, 0], expected[1, 3] = 0.117993, 0.014892
@@ -198,5 +199,5 @@ def test_the_divergence_of_nearly_equal_rows_keeps_its_digits():
     p, q = (np.exp(w) / np.exp(w).sum(axis=1, keepdims=True) + 1e-8 for w in (base + x, base))
     # With double precision the plain sum has digits to spare.
     expected = np.sum(p * np.log(p / q) + (q - p), axis=1)
-    found = selecting.divergence(*(jnp.asarray(v, jnp.float32) for v in (base, x))).sum(axis=1)
+    found = selection.divergence(*(jnp.asarray(v, jnp.float32) for v in (base, x))).sum(axis=1)
     np.testing.assert_allclose(found, expected, rtol=3e-5)

@@ -8,40 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from example import close
+from matrices import A, B, drawn, equations, merged, values
 
 import jaxmerge
 from jaxmerge import methods
 from jaxmerge.methods import spectral
 
 pytestmark = pytest.mark.kernels
-A = np.array([[3.0, 0, 0], [0, 1, 0]])
-B = np.array([[0.0, 0, 1], [0, 2, 0]])
 EVERY = [methods.iso_c(), methods.iso_cts(), methods.tsv()]
 IDS = ["iso_c", "iso_cts", "tsv"]
-
-
-def merged(method, matrices, view="oi"):
-  tau = jnp.asarray(np.stack(matrices), jnp.float32)
-  found = jaxmerge.merge(method, {"w": tau[0] * 0}, {"w": tau}, layout=(("w", view),))
-  return np.asarray(found["w"])
-
-
-def drawn(height, rows, columns, *, rank=None, seed=0):
-  rng = np.random.default_rng(seed)
-  if rank is None:
-    return list(rng.normal(size=(height, rows, columns)))
-  left, right = rng.normal(size=(height, rows, rank)), rng.normal(size=(height, rank, columns))
-  return list(left @ right)
-
-
-def equations(jaxpr):
-  """All of a program, with those of what it calls."""
-  called = [jax.extend.core.jaxprs_in_params(e.params) for e in jaxpr.eqns]
-  return [*jaxpr.eqns, *(e for each in called for sub in each for e in equations(sub))]
-
-
-def values(x):
-  return np.linalg.svd(x, compute_uv=False)
 
 
 @pytest.mark.parametrize(

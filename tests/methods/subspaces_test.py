@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from example import close
+from matrices import A, B, drawn, equations, merged, values
 from reference import subspaces as transcribed
-from spectral_test import A, B, drawn, equations, merged, values
 
 import jaxmerge
 from jaxmerge import methods

@@ -1,9 +1,10 @@
 """Every method in every way to run it: one table.
 
-The rows are the methods (`methods_table.py`), each test is a column, of all rows or of some
-(`methods_columns.py`). Bits are compared wherever the sums are made in the same order; elsewhere to
-`ATOL`, a few units in the last place of float32 weights near 1, and where matrices are decomposed
-within the bound of `rounding.py`. Those rows are marked `kernels`, and have groups of their own.
+The rows are the methods (`tests/support/methods_table.py`), each test is a column, of all rows or
+of some (`tests/support/methods_columns.py`). Bits are compared wherever the sums are made in the
+same order; elsewhere to `ATOL`, a few units in the last place of float32 weights near 1, and where
+matrices are decomposed within the bound of `tests/support/rounding.py`. Those rows are marked
+`kernels`, and have groups of their own.
 """
 
 import functools
@@ -41,7 +42,9 @@ from methods_runs import (
 from methods_table import TABLE
 
 import jaxmerge
-from jaxmerge import catalog, memory, stage, streaming
+from jaxmerge.catalog import lookup
+from jaxmerge.core import stage
+from jaxmerge.drivers import memory, streaming
 
 rows = pytest.mark.parametrize("name", marked(TABLE))
 groups = pytest.mark.parametrize("group", marked(GROUPS))
@@ -60,10 +63,10 @@ def check_each(names, check):
 
 def test_each_method_is_in_each_column():
   """Or it is said why not."""
-  assert catalog.METHODS.keys() == set(METHOD.values())
+  assert lookup.METHODS.keys() == set(METHOD.values())
   assert COLUMNS.keys() == EXCEPT.keys()
   for column, names in COLUMNS.items():
-    missing = catalog.METHODS.keys() - {METHOD[n] for n in names}
+    missing = lookup.METHODS.keys() - {METHOD[n] for n in names}
     reasons = EXCEPT[column]
     assert missing <= set().union(*reasons.values()), column
     assert all(own & missing for own in reasons.values()), column
@@ -367,7 +370,7 @@ def test_one_task(group):
   )
 
 
-@pytest.mark.parametrize("name", [n for n in TABLE if catalog.entry(METHOD[n]).models[0] > 1])
+@pytest.mark.parametrize("name", [n for n in TABLE if lookup.entry(METHOD[n]).models[0] > 1])
 def test_more_than_one_task_is_asked_for(name):
   with pytest.raises(ValueError, match=r"models?, got 1|there are 1 models"):
     merged(TABLE[name], *TABLE[name].trees(small.FEW, 1))
@@ -526,7 +529,7 @@ def test_second_value_of_a_number_does_not_compile_again(name):
   row = TABLE[name]
   base, models, _ = eager(name)
   size = memory._compiled._cache_size()
-  for n, value in jaxmerge.stage.numbers(row.method).items():
+  for n, value in jaxmerge.core.stage.numbers(row.method).items():
     if n != "seed":
       merged(row, base, models, aux={n: jax.tree.map(lambda v: v / 2, value)})
   if row.seeded:

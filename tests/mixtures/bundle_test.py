@@ -16,8 +16,13 @@ from hypothesis.extra import numpy as arrays
 from reference import basics
 from reference import bundles as transcribed
 
-from jaxmerge import adapters, bundles, methods
-from jaxmerge.io import safetensors
+import jaxmerge
+from jaxmerge import methods
+from jaxmerge.adapters import lora
+from jaxmerge.io.tensors import safetensors
+from jaxmerge.mixtures import bundle as bundles
+from jaxmerge.mixtures import masks as mixtures_masks
+from jaxmerge.mixtures import storage
 
 NAMES = ("red", "green", "blue")
 LIMITS = (0.0, 0.5, 1.0)
@@ -31,7 +36,7 @@ def example(make, tau=TAU, **options):
 
 
 def test_worked_example_of_emr():
-  bundle = example(bundles.emr)
+  bundle = example(mixtures_masks.emr)
   close(bundle.shared["w"], [0.9, -0.5, -0.8, 0.7, -0.6, -0.4])
   masks = [[1, 1, 0, 0, 1, 0], [0, 1, 0, 1, 1, 0], [1, 0, 1, 1, 0, 1]]
   close(bundle.masks["w"], masks)
@@ -42,29 +47,29 @@ def test_worked_example_of_emr():
 def test_emr_shares_untrimmed_ties_by_the_largest_and_is_homogeneous():
   """Bit for bit, where no sum is zero: twice the task vectors give every task twice its own."""
   tau = np.hstack([TAU, np.random.default_rng(0).normal(size=(3, 200))]).astype(np.float32)
-  one, two = (example(bundles.emr, factor * tau) for factor in (1, 2))
+  one, two = (example(mixtures_masks.emr, factor * tau) for factor in (1, 2))
   np.testing.assert_array_equal(one.shared["w"], merged(methods.ties(1.0, reduce="max"), tau))
   for name in NAMES:
     np.testing.assert_array_equal(two.for_task(name)["w"], 2 * one.for_task(name)["w"])
 
 
 def test_worked_example_of_tall_masks():
-  bundle = example(bundles.tall_masks, threshold=1.0)
+  bundle = example(mixtures_masks.tall_masks, threshold=1.0)
   close(bundle.shared["w"], TAU.sum(axis=0))
   close(bundle.masks["w"], [[1, 0, 0, 0, 1, 0], [0, 1, 0, 1, 0, 0], [0, 0, 1, 0, 0, 1]])
-  counts = np.asarray(example(bundles.tall_masks).masks["w"]).sum(axis=0)
+  counts = np.asarray(example(mixtures_masks.tall_masks).masks["w"]).sum(axis=0)
   assert counts.tolist() == [2, 3, 2, 1, 2, 2]
 
 
 def test_consensus_counts_tall_masks():
-  masks = np.asarray(example(bundles.tall_masks, threshold=0.3).masks["w"])
+  masks = np.asarray(example(mixtures_masks.tall_masks, threshold=0.3).masks["w"])
   x = {"w": jnp.asarray(TAU)}
   found = methods.consensus(1.0, 0.3)
-  kept = np.asarray(bundles.memory.blend(found, x, deltas=True)["w"]) != 0
+  kept = np.asarray(jaxmerge.blend(found, x, deltas=True)["w"]) != 0
   assert (kept == (masks.sum(axis=0) >= 2)).all()
 
 
-@pytest.mark.parametrize("make", [bundles.emr, bundles.tall_masks])
+@pytest.mark.parametrize("make", [mixtures_masks.emr, mixtures_masks.tall_masks])
 def test_one_task_gets_its_model_back(make):
   base, models = small.trees(height=1)
   bundle = make(base, models, names=("red",))
@@ -74,7 +79,7 @@ def test_one_task_gets_its_model_back(make):
 
 @given(arrays.arrays(np.float32, (3, 7), elements=st.floats(-8, 8, width=16)))
 def test_emr_gives_each_task_its_magnitude_back(tau):
-  bundle = example(bundles.emr, tau)
+  bundle = example(mixtures_masks.emr, tau)
   for k, name in enumerate(bundle.names):
     served = np.abs(bundle.for_task(name)["w"]).sum()
     if np.asarray(bundle.masks["w"])[k].any():
@@ -86,8 +91,12 @@ def test_emr_gives_each_task_its_magnitude_back(tau):
 @jax.jit
 def _served(base, models):
   """What all tasks get, of EMR with both ratios, and of TALL masks: one program."""
-  emr = functools.partial(bundles.emr, base, models)
-  made = emr(ratio="leaf"), emr(ratio="tree"), bundles.tall_masks(base, models, threshold=LIMITS)
+  emr = functools.partial(mixtures_masks.emr, base, models)
+  made = (
+    emr(ratio="leaf"),
+    emr(ratio="tree"),
+    mixtures_masks.tall_masks(base, models, threshold=LIMITS),
+  )
   return [[bundle.for_task(name) for name in bundle.names] for bundle in made]
 
 
@@ -109,25 +118,27 @@ def test_magnitudes_of_leaves_or_of_the_tree():
   """Two leaves of different size: their means add up, or their entries."""
   base = {"a": jnp.zeros(1), "b": jnp.zeros(3)}
   models = {"a": jnp.array([[1.0], [4.0]]), "b": jnp.array([[1.0, 1, 1], [-2, 0, 0]])}
-  leaf, whole = (bundles.emr(base, models, ratio=r).scales for r in ("leaf", "tree"))
+  leaf, whole = (mixtures_masks.emr(base, models, ratio=r).scales for r in ("leaf", "tree"))
   # The first takes 4 and (0, 1, 1) of what is shared, the second 4 and (-2, 0, 0).
   close(leaf, [(1 + 1) / (4 + 2 / 3), 1.0])
   close(whole, [(1 + 3) / (4 + 2), 1.0])
 
 
 def test_larger_thresholds_mask_more():
-  kept = [np.asarray(example(bundles.tall_masks, threshold=t).masks["w"]) for t in (0, 0.4, 1, 5)]
+  kept = [
+    np.asarray(example(mixtures_masks.tall_masks, threshold=t).masks["w"]) for t in (0, 0.4, 1, 5)
+  ]
   assert all((more >= fewer).all() for more, fewer in itertools.pairwise(kept))
   assert (kept[0] == (TAU != 0)).all()
-  alone = example(bundles.tall_masks, TAU[:1], threshold=5)
+  alone = example(mixtures_masks.tall_masks, TAU[:1], threshold=5)
   assert (np.asarray(alone.masks["w"]) == (TAU[:1] != 0)).all()
-  each = np.asarray(example(bundles.tall_masks, threshold=(0.0, 0.4, 5.0)).masks["w"])
+  each = np.asarray(example(mixtures_masks.tall_masks, threshold=(0.0, 0.4, 5.0)).masks["w"])
   for k, one in enumerate((0, 1, 3)):
     assert (each[k] == kept[one][k]).all()
 
 
 def test_what_is_shared_may_be_merged_by_any_method():
-  bundle = example(bundles.tall_masks, method=methods.ties(0.5, reduce="sum"))
+  bundle = example(mixtures_masks.tall_masks, method=methods.ties(0.5, reduce="sum"))
   close(bundle.shared["w"], [1.4, -0.5, -0.8, 0.7, -0.8, -0.4])
 
 
@@ -140,16 +151,18 @@ def models_of(base, models, names, *, make):
 def factors_of(base, models, names):
   """The same of `rmm`: its models are factors, and have no base."""
   pairs = zip(models["matrix"], models["cube"].reshape(-1, 3, 8), strict=True)
-  each = [{"w": adapters.Lora(jnp.asarray(a), jnp.asarray(b))} for a, b in pairs]
+  each = [{"w": lora.Lora(jnp.asarray(a), jnp.asarray(b))} for a, b in pairs]
   bundle = bundles.rmm(each, names)
   own = {n: bundle.for_task(n)["w"] for n in names}
   return {n: {"matrix": np.asarray(x.a), "cube": np.asarray(x.b)} for n, x in own.items()}
 
 
 SERVED = {
-  "emr": functools.partial(models_of, make=bundles.emr),
-  "emr by tree": functools.partial(models_of, make=functools.partial(bundles.emr, ratio="tree")),
-  "tall_masks": functools.partial(models_of, make=bundles.tall_masks),
+  "emr": functools.partial(models_of, make=mixtures_masks.emr),
+  "emr by tree": functools.partial(
+    models_of, make=functools.partial(mixtures_masks.emr, ratio="tree")
+  ),
+  "tall_masks": functools.partial(models_of, make=mixtures_masks.tall_masks),
   "rmm": factors_of,
 }
 served = pytest.mark.parametrize("serve", SERVED.values(), ids=SERVED)
@@ -200,15 +213,15 @@ def test_twice_the_task_vectors_give_each_task_twice_as_much(serve):
     assert np.abs(own["matrix"]).max() > 0.1
 
 
-@pytest.mark.parametrize("make", [bundles.emr, bundles.tall_masks])
+@pytest.mark.parametrize("make", [mixtures_masks.emr, mixtures_masks.tall_masks])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_saved_bundles_come_back(tmp_path, make, dtype):
   base, models = small.trees(height=3)
   low = lambda x: jnp.asarray(x, dtype) if x.dtype == np.float32 else jnp.asarray(x)  # noqa: E731
   base, models = ({"deep": jax.tree.map(low, t)} for t in (base, models))
   bundle = make(base, models, names=NAMES)
-  bundles.save(tmp_path / "bundle", bundle)
-  found = bundles.load(tmp_path / "bundle")
+  storage.save(tmp_path / "bundle", bundle)
+  found = storage.load(tmp_path / "bundle")
   assert found.names == NAMES
   assert found.method == bundle.method
   for name in NAMES:
@@ -216,7 +229,7 @@ def test_saved_bundles_come_back(tmp_path, make, dtype):
   size = sum(x.size for x in bundle.shared.values())
   assert (tmp_path / "bundle/masks.safetensors").stat().st_size < 3 * size / 8 + 1000
   with pytest.raises(FileExistsError):
-    bundles.save(tmp_path / "bundle", bundle)
+    storage.save(tmp_path / "bundle", bundle)
 
 
 def test_works_under_jit():
@@ -226,18 +239,18 @@ def test_works_under_jit():
 
   @jax.jit
   def served(base, models):
-    return bundles.emr(base, models, names=NAMES).for_task("green")
+    return mixtures_masks.emr(base, models, names=NAMES).for_task("green")
 
-  small.close(served(base, models), bundles.emr(base, models, names=NAMES).for_task("green"))
+  small.close(served(base, models), mixtures_masks.emr(base, models, names=NAMES).for_task("green"))
 
 
 def test_unknown_tasks_and_names_are_refused():
-  bundle = example(bundles.emr)
+  bundle = example(mixtures_masks.emr)
   with pytest.raises(ValueError, match=r"no task 'gren'; did you mean 'green'\?"):
     bundle.for_task("gren")
   for names in (("a", "b"), ("a", "b", "a")):
     with pytest.raises(ValueError, match="3 models need as many different names, got"):
-      bundles.emr({"w": jnp.zeros(6)}, {"w": jnp.asarray(TAU)}, names=names)
+      mixtures_masks.emr({"w": jnp.zeros(6)}, {"w": jnp.asarray(TAU)}, names=names)
 
 
 @pytest.mark.parametrize(
@@ -252,37 +265,37 @@ def test_unknown_tasks_and_names_are_refused():
   ],
 )
 def test_damaged_descriptions_are_named(tmp_path, change):
-  path = bundles.save(tmp_path / "b", example(bundles.emr)) / bundles.ABOUT
+  path = storage.save(tmp_path / "b", example(mixtures_masks.emr)) / storage.ABOUT
   path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
   with pytest.raises(ValueError, match=r"bundle.json: no description of a bundle"):
-    bundles.load(tmp_path / "b")
+    storage.load(tmp_path / "b")
 
 
 def test_missing_files_are_named(tmp_path):
   with pytest.raises(FileNotFoundError, match=r"bundle.json: no such file"):
-    bundles.load(tmp_path)
-  path = bundles.save(tmp_path / "b", example(bundles.emr))
+    storage.load(tmp_path)
+  path = storage.save(tmp_path / "b", example(mixtures_masks.emr))
   safetensors.save(path / "masks.safetensors", {})
   with pytest.raises(ValueError, match=r"bundle.json: no description of a bundle"):
-    bundles.load(path)
+    storage.load(path)
   (path / "masks.safetensors").unlink()
   with pytest.raises(FileNotFoundError, match=r"masks.safetensors"):
-    bundles.load(path)
+    storage.load(path)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_rmm_keeps_how_matrices_lie_and_takes_narrow_factors(tmp_path, dtype):
   """A square matrix that lies [in, out] would be added transposed, did the bundle not know."""
   tasks = [
-    {"w": adapters.Swapped(jnp.array([[k, 2.0 * k]], dtype), jnp.array([[3.0], [4.0]], dtype))}
+    {"w": lora.Swapped(jnp.array([[k, 2.0 * k]], dtype), jnp.array([[3.0], [4.0]], dtype))}
     for k in (1, 2)
   ]
   bundle = bundles.rmm(tasks, ("a", "b"))
   base = {"w": np.zeros((2, 2), np.float32)}
-  for held in (bundle, bundles.load(bundles.save(tmp_path / "b", bundle))):
-    out = adapters.applied(base, held.for_task("b"))["w"]
-    np.testing.assert_allclose(out, adapters.applied(base, tasks[1])["w"], rtol=1e-5)
-  other = {"w": adapters.Lora(*tasks[1]["w"])}
+  for held in (bundle, storage.load(storage.save(tmp_path / "b", bundle))):
+    out = lora.applied(base, held.for_task("b"))["w"]
+    np.testing.assert_allclose(out, lora.applied(base, tasks[1])["w"], rtol=1e-5)
+  other = {"w": lora.Lora(*tasks[1]["w"])}
   with pytest.raises(ValueError, match=r"'w' lies \[in, out\] in 'b' or 'a'"):
     bundles.rmm([tasks[0], other], ("a", "b"))
 
@@ -294,16 +307,16 @@ VARS = {
 }
 
 
-@pytest.mark.parametrize("make", [bundles.emr, bundles.tall_masks])
+@pytest.mark.parametrize("make", [mixtures_masks.emr, mixtures_masks.tall_masks])
 def test_running_statistics_are_those_of_each_task(make, tmp_path):
   bundle = make(BN, VARS)
-  for held in (bundle, bundles.load(bundles.save(tmp_path / "b", bundle))):
+  for held in (bundle, storage.load(storage.save(tmp_path / "b", bundle))):
     for k in range(2):
       own = held.for_task(str(k))["batch_stats"]["bn"]["var"]
       np.testing.assert_array_equal(own, VARS["batch_stats"]["bn"]["var"][k])
 
 
-@pytest.mark.parametrize("make", [bundles.emr, bundles.tall_masks])
+@pytest.mark.parametrize("make", [mixtures_masks.emr, mixtures_masks.tall_masks])
 def test_what_is_not_finite_is_refused(make):
   base = {"w": np.array([6e4], np.float16)}
   with pytest.raises(ValueError, match="leaf 'w' of model 1 has NaN or infinity"):

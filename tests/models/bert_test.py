@@ -1,6 +1,6 @@
 """The encoder: agreement with transformers, names both ways, invariances, refusals.
 
-`fixtures/record_minilm.py` made the recorded outputs.
+`tests/fixtures/record_minilm.py` made the recorded outputs.
 """
 
 import inspect
@@ -15,11 +15,13 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from jaxmerge import layouts, methods, tree
-from jaxmerge.io import folder, safetensors
+from jaxmerge import methods
+from jaxmerge.core import layouts, tree
+from jaxmerge.io.huggingface import folder
+from jaxmerge.io.tensors import safetensors
 from jaxmerge.models import bert, encoder, names
 
-FIXTURES = pathlib.Path(__file__).parent / "fixtures"
+FIXTURES = pathlib.Path(__file__).parents[1] / "fixtures"
 TINY = FIXTURES / "tiny_bert"
 
 

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmerge import layouts, methods, tree
+from jaxmerge import methods
+from jaxmerge.core import layouts, tree
 from jaxmerge.models import cnn
 
 

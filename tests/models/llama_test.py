@@ -1,6 +1,6 @@
 """Decoders: agreement with transformers, names both ways, shards, what tokens may see, refusals.
 
-`fixtures/record_decoders.py` made the recorded outputs.
+`tests/fixtures/record_decoders.py` made the recorded outputs.
 """
 
 import json
@@ -14,12 +14,13 @@ import pytest
 from jax.sharding import PartitionSpec as P
 from marking import some_fast
 
-from jaxmerge import mesh as meshes
-from jaxmerge import tree
-from jaxmerge.io import folder, safetensors
+from jaxmerge.core import tree
+from jaxmerge.io.huggingface import folder
+from jaxmerge.io.tensors import safetensors
 from jaxmerge.models import decoder_config, llama
+from jaxmerge.parallel import mesh as meshes
 
-TINY = pathlib.Path(__file__).parent / "fixtures" / "tiny_decoders"
+TINY = pathlib.Path(__file__).parents[1] / "fixtures" / "tiny_decoders"
 NAMES = sorted(path.name for path in TINY.iterdir())
 
 

@@ -17,9 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmerge import mesh as meshes
-from jaxmerge.io import folder, safetensors
+from jaxmerge.io.huggingface import folder
+from jaxmerge.io.tensors import safetensors
 from jaxmerge.models import llama
+from jaxmerge.parallel import mesh as meshes
 
 pytestmark = [
   pytest.mark.slow,

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxmerge import mesh as meshes
+from jaxmerge.parallel import mesh as meshes
 
 
 @pytest.mark.parametrize(

@@ -7,19 +7,19 @@ import time
 
 import pytest
 
-from jaxmerge import stopping
+from jaxmerge.parallel import preemption
 
 # One program, as a round is, of about a minute: Python runs no handler before it has ended.
 LONG = """
 import sys, time
 import jax, jax.numpy as jnp
-from jaxmerge import stopping
+from jaxmerge.parallel import preemption
 
 @jax.jit
 def long(x):
   return jax.lax.fori_loop(0, 10**9, lambda i, x: jnp.sin(x + i), x)
 
-with stopping.asked(float(sys.argv[1])) as stop:
+with preemption.asked(float(sys.argv[1])) as stop:
   print("on the way", flush=True)
   long(jnp.ones(1000)).block_until_ready()
 """
@@ -27,7 +27,7 @@ with stopping.asked(float(sys.argv[1])) as stop:
 
 def test_what_was_there_before_is_there_again():
   before = signal.getsignal(signal.SIGTERM)
-  with stopping.asked() as stop:
+  with preemption.asked() as stop:
     assert not stop()
     signal.raise_signal(signal.SIGTERM)
     assert stop()

@@ -14,9 +14,9 @@ import kill_child
 import numpy as np
 import pytest
 
-from jaxmerge.io import manifest
+from jaxmerge.io.checkpoints import manifest
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.slow
 GONE = "has lost another process of the run"
 

@@ -10,14 +10,16 @@ from marking import some_fast
 from recipes import problems
 
 import jaxmerge
-from jaxmerge import catalog, files, methods
-from jaxmerge.io.tensor import Files
+from jaxmerge import methods
+from jaxmerge.catalog import lookup
+from jaxmerge.files import execute
+from jaxmerge.io.tensors.tensor import Files
 from jaxmerge.recipe import METHODS
-from jaxmerge.recipe import plan as plans
+from jaxmerge.recipe.plan import planner
 
 # Methods whose parameters, or number of models, are mergekit's.
 OTHERS = {"linear", "dare_linear"}
-OWN = [n for n in catalog.METHODS if METHODS[n].parameters == dict(catalog.METHODS[n].parameters)]
+OWN = [n for n in lookup.METHODS if METHODS[n].parameters == dict(lookup.METHODS[n].parameters)]
 FAST = {"wudi": {"steps": 5}, "optmerge": {"steps": 5}, "doge": {"steps": 5}}
 COUNT = {"trimmed_mean": 3, "krum": 5}
 
@@ -30,7 +32,7 @@ def family(tmp_path_factory):
 
 
 def test_every_method_of_the_library_has_a_name_in_recipes():
-  assert METHODS.keys() == catalog.METHODS.keys() | OTHERS
+  assert METHODS.keys() == lookup.METHODS.keys() | OTHERS
   assert len(OWN) >= 23
 
 
@@ -38,7 +40,7 @@ def test_every_method_of_the_library_has_a_name_in_recipes():
 def test_a_recipe_is_the_method(family, tmp_path, monkeypatch, name):
   root, (base, *models) = family
   monkeypatch.chdir(root)  # Masks depend on the names of the models.
-  entry = catalog.METHODS[name]
+  entry = lookup.METHODS[name]
   count = entry.models[0] if entry.models[1] else max(2, entry.models[0])
   settings = FAST.get(name, {})
   lines = [f"merge_method: {name}", "seed: 7", "models:"]
@@ -46,7 +48,9 @@ def test_a_recipe_is_the_method(family, tmp_path, monkeypatch, name):
   lines += ["base_model: base"] if METHODS[name].base == "required" else []
   lines += [f"parameters: {{{', '.join(f'{n}: {v}' for n, v in settings.items())}}}"]
   (tmp_path / "recipe.yml").write_text("\n".join(lines) + "\n")
-  found = folders.read(files.run(plans.of_file(tmp_path / "recipe.yml", Files()), tmp_path / "out"))
+  found = folders.read(
+    execute.run(planner.of_file(tmp_path / "recipe.yml", Files()), tmp_path / "out")
+  )
   method, stack = getattr(methods, name)(**settings), jaxmerge.stack(models[:count])
   options = {"names": [f"m{k}" for k in range(count)], "seed": 7 if METHODS[name].random else None}
   if METHODS[name].base == "required":
@@ -67,7 +71,9 @@ models:
 parameters: {{score: rms, prune: highest, prune_ratio: 0.5}}
 """
   (tmp_path / "recipe.yml").write_text(text)
-  found = folders.read(files.run(plans.of_file(tmp_path / "recipe.yml", Files()), tmp_path / "out"))
+  found = folders.read(
+    execute.run(planner.of_file(tmp_path / "recipe.yml", Files()), tmp_path / "out")
+  )
   method = methods.lwptv(0.5, weight=(2.0, 1.0), score="rms", prune="highest")
   expected = jaxmerge.merge(method, base, jaxmerge.stack(models[:2]), names=["m0", "m1"])
   small.close(found, {n: np.asarray(x) for n, x in expected.items()})
@@ -101,12 +107,12 @@ def test_what_is_wrong_is_told(method, parameters, message):
 
 def test_a_recipe_of_its_own_names(tmp_path, family, capsys):
   """The summary of a dry run names the method as the catalog does."""
-  from jaxmerge import cli
+  from jaxmerge.cli import main
 
   root, _ = family
   path = pathlib.Path(tmp_path / "recipe.yml")
   path.write_text(
     f"merge_method: median\nmodels: [{{model: {root / 'm0'}}}, {{model: {root / 'm1'}}}]\n"
   )
-  assert cli.main(["merge", str(path), str(tmp_path / "out"), "--dry-run"]) == 0
+  assert main.main(["merge", str(path), str(tmp_path / "out"), "--dry-run"]) == 0
   assert "median" in capsys.readouterr().out

@@ -7,11 +7,12 @@ import folders
 import pytest
 from recipes import head, one
 
-from jaxmerge import cli, files, summarizing
-from jaxmerge.io.tensor import Files
-from jaxmerge.recipe import deviating, translating
-from jaxmerge.recipe import plan as plans
-from jaxmerge.recipe.methods import MERGEKITS
+from jaxmerge.cli import main
+from jaxmerge.files import describe, execute
+from jaxmerge.io.tensors.tensor import Files
+from jaxmerge.recipe.mergekit import deviations, translate
+from jaxmerge.recipe.mergekit.methods import MERGEKITS
+from jaxmerge.recipe.plan import planner
 
 DARE = """
 merge_method: dare_ties
@@ -32,17 +33,17 @@ def family(tmp_path, monkeypatch):
 
 def plan(text, **options):
   pathlib.Path("recipe.yml").write_text(text)
-  return plans.of_file("recipe.yml", Files(), **options)
+  return planner.of_file("recipe.yml", Files(), **options)
 
 
 def test_the_dry_run_shows_what_is_asked_for_and_what_is_done():
   made = plan(DARE)
-  lines = summarizing.described(made, shard_size=10**9)
+  lines = describe.described(made, shard_size=10**9)
   asked = "density 0.53 (m0), from 0.25 to 0.75 (m1), by tensor; rescale true; normalize false"
   assert f"  in the recipe: dare_ties; weight 0.4 (m0), 0.3 (m1); {asked}; lambda 1" in lines
   done = "drop_rate 0.47 (m0), from 0.25 to 0.75 (m1), by tensor"
   assert f"  here: weight 0.4 (m0), 0.3 (m1); scale 1; {done}" in lines
-  assert summarizing.summary(made)["methods"][0]["asked"].startswith("dare_ties; weight 0.4 (m0)")
+  assert describe.summary(made)["methods"][0]["asked"].startswith("dare_ties; weight 0.4 (m0)")
   assert made.jobs[0].asked["method"] == "dare_ties"
 
 
@@ -86,10 +87,10 @@ def test_all_that_differs_has_words(method, rescale):
   recipe = one(head("", "linear"))
   for varied in ((), ("density",)):
     here, there = (
-      translating.translated(method, shared, base=True, varied=varied, compat=compat)
+      translate.translated(method, shared, base=True, varied=varied, compat=compat)
       for compat in (False, True)
     )
-    line = deviating.line(recipe, method, here.method, here.settings, there.settings, [])
+    line = deviations.line(recipe, method, here.method, here.settings, there.settings, [])
     assert (line is None) == (here.settings == there.settings and not MERGEKITS[method].random)
 
 
@@ -99,12 +100,12 @@ def test_the_flag_is_what_the_key_is(tmp_path):
   assert flagged.jobs[0].words == keyed.jobs[0].words != plan(TIES).jobs[0].words
   assert flagged.facts["compat"] == "mergekit"
   assert "compat" not in keyed.facts
-  assert cli.main(["merge", "recipe.yml", "flag", "--compat", "mergekit"]) == 0
+  assert main.main(["merge", "recipe.yml", "flag", "--compat", "mergekit"]) == 0
   pathlib.Path("recipe.yml").write_text(TIES + "compat: mergekit")
-  assert cli.main(["merge", "recipe.yml", "key"]) == 0
+  assert main.main(["merge", "recipe.yml", "key"]) == 0
   found, expected = (folders.read(pathlib.Path(name)) for name in ("flag", "key"))
   assert all((found[n] == x).all() for n, x in expected.items())
-  told = json.loads(pathlib.Path("flag", files.PROVENANCE).read_text())
+  told = json.loads(pathlib.Path("flag", execute.PROVENANCE).read_text())
   assert told["compat"] == "mergekit"
   assert told["jobs"][0]["recipe"]["density"] == [0.5, 0.5]
   card = pathlib.Path("flag/README.md").read_text()

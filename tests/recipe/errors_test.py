@@ -4,7 +4,7 @@ import pytest
 import yaml
 from recipes import DARE, GOOD, head, parsed, problems, slices
 
-from jaxmerge.recipe import marked
+from jaxmerge.recipe.syntax import yaml_reader
 
 ERRORS = [
   # The text, line and column of the error, and what it says.
@@ -489,5 +489,5 @@ def test_the_parser_in_python_reads_the_same(monkeypatch):
   """Where PyYAML comes without its C library, records and places are the same."""
   cases = [(text, words) for text, *_, words in ERRORS if "YAML" not in words]
   expected = [parsed(text) for text in GOOD], [len(problems(text)) for text, _ in cases]
-  monkeypatch.setattr(marked, "_LOADER", yaml.SafeLoader)
+  monkeypatch.setattr(yaml_reader, "_LOADER", yaml.SafeLoader)
   assert ([parsed(text) for text in GOOD], [len(problems(text)) for text, _ in cases]) == expected

@@ -7,11 +7,12 @@ import folders
 import pytest
 from recipes import head, one, problems, slices
 
-from jaxmerge import cli, recipe
-from jaxmerge.io.tensor import Files
-from jaxmerge.recipe import plan as plans
+from jaxmerge import recipe
+from jaxmerge.cli import main
+from jaxmerge.io.tensors.tensor import Files
+from jaxmerge.recipe.plan import planner
 
-DOCS = (pathlib.Path(__file__).parent.parent / "docs" / "recipes.md").read_text()
+DOCS = (pathlib.Path(__file__).parents[2] / "docs" / "recipes.md").read_text()
 
 BASE = "base_model: x/y"
 # The text, line and column of the key, and what the note says of it.
@@ -157,7 +158,7 @@ def test_the_module_that_mergekit_calls_default_is_the_whole_model(tmp_path, mon
   monkeypatch.chdir(tmp_path)
   _, first, second, _ = folders.family(tmp_path)
   pathlib.Path("recipe.yml").write_text(DEFAULT + "smooth: 1\n")
-  assert cli.main(["merge", "recipe.yml", "out"]) == 0
+  assert main.main(["merge", "recipe.yml", "out"]) == 0
   note = "note: line 10: 'smooth' is no key of the recipe: it is ignored, as by mergekit.\n"
   assert note in capsys.readouterr().out
   found = folders.read(pathlib.Path("out"))
@@ -166,7 +167,7 @@ def test_the_module_that_mergekit_calls_default_is_the_whole_model(tmp_path, mon
   expected = first[name.format(0)] + 3 * second[name.format(1)]
   assert abs(found[name.format(0)] - expected).max() < 1e-5
   for words in (["--dry-run"], ["--dry-run", "--strict"]):
-    status = cli.main(["merge", "recipe.yml", "out2", *words])
+    status = main.main(["merge", "recipe.yml", "out2", *words])
     assert status == len(words) - 1
   captured = capsys.readouterr()
   assert note in captured.out
@@ -184,12 +185,12 @@ def test_what_is_said_of_a_head_that_is_the_embedding_is_a_note(tmp_path, monkey
   t = "{t: [{filter: lm_head, value: 0.7}, {value: 0.5}]}"
   text = head("base_model: base", "slerp", "[{model: m0}]", t)
   pathlib.Path("recipe.yml").write_text(text)
-  (note,) = plans.of_file("recipe.yml", Files()).notes
+  (note,) = planner.of_file("recipe.yml", Files()).notes
   assert note.startswith("line 3: filter 'lm_head' holds for none of the 12 tensors")
   assert note.endswith("The output head is the embedding.")
   pathlib.Path("recipe.yml").write_text(text.replace("lm_head", "lm_haed"))
   with pytest.raises(recipe.RecipeError, match="'lm_haed' holds for none"):
-    plans.of_file("recipe.yml", Files())
+    planner.of_file("recipe.yml", Files())
 
 
 def test_a_recipe_of_another_program_is_one_line():

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import jaxmerge
-from jaxmerge import files, methods, summarizing
+from jaxmerge import methods
+from jaxmerge.files import describe, execute, merge
 from jaxmerge.recipe import RecipeError
 
 family, plan_of, run = folders.family_here, folders.plan_of, folders.run
@@ -35,7 +36,7 @@ def test_a_layout_says_which_axis_is_which(tmp_path, monkeypatch):
   found = run(STOCK.format("t-") + "layout: [{pattern: 'c_attn.weight$', view: io}]", "declared")
   np.testing.assert_allclose(found[name], expected, atol=1e-6)
   method, models = methods.model_stock("row", floor=0.0), ["t-m0", "t-m1"]
-  called = files.merge_files(method, models, "called", base="t-base", layout=[("c_attn", "io")])
+  called = merge.merge_files(method, models, "called", base="t-base", layout=[("c_attn", "io")])
   np.testing.assert_allclose(folders.read(called)[name], expected, atol=1e-6)
   # Name and shape say it as well; a layout comes first.
   np.testing.assert_array_equal(run(STOCK.format("t-"), "undeclared")[name], found[name])
@@ -92,9 +93,9 @@ def test_files_lie_as_models_in_memory_do(tmp_path, monkeypatch):
   expected = jaxmerge.merge(methods.tsv(), base, models)
   plan = plan_of(TSV)
   line = "2 boi (experts), 1 no matrix (lookup), 1 no matrix (vector), 1 oi (weight)"
-  assert f"  outputs and inputs: {line}" in summarizing.described(plan, shard_size=10**9)
-  found = folders.read(files.run(plan, "out"))
-  called = folders.read(files.merge_files(methods.tsv(), ["m0", "m1"], "called", base="base"))
+  assert f"  outputs and inputs: {line}" in describe.described(plan, shard_size=10**9)
+  found = folders.read(execute.run(plan, "out"))
+  called = folders.read(merge.merge_files(methods.tsv(), ["m0", "m1"], "called", base="base"))
   for name, x in expected.items():
     np.testing.assert_allclose(found[name], x, atol=2e-5, err_msg=name)
     np.testing.assert_array_equal(called[name], found[name])
@@ -118,9 +119,9 @@ def test_what_is_open_is_refused_with_the_lines_to_add(tmp_path, monkeypatch):
   for name, x in expected.items():
     np.testing.assert_allclose(found[name], x, atol=2e-5)
   with pytest.raises(ValueError, match="neither name nor shape"):
-    files.merge_files(methods.tsv(), ["m0", "m1"], "called", base="base")
+    merge.merge_files(methods.tsv(), ["m0", "m1"], "called", base="base")
   with pytest.raises(ValueError, match="'w2' is found in no leaf's name"):
-    files.merge_files(methods.tsv(), ["m0", "m1"], "called", base="base", layout=[("w2", "boi")])
+    merge.merge_files(methods.tsv(), ["m0", "m1"], "called", base="base", layout=[("w2", "boi")])
 
 
 def test_a_recipe_of_matrices_needs_some(tmp_path, monkeypatch):

@@ -19,9 +19,12 @@ from mergekit_outputs import CASES, EPS, RANDOM
 from reference import spheres
 
 import jaxmerge
-from jaxmerge import layouts, methods, streaming
-from jaxmerge.recipe import methods as recipe_methods
-from jaxmerge.recipe import narrowing, translating
+from jaxmerge import methods
+from jaxmerge.core import layouts
+from jaxmerge.drivers import streaming
+from jaxmerge.recipe.mergekit import methods as recipe_methods
+from jaxmerge.recipe.mergekit import precision as mergekit_precision
+from jaxmerge.recipe.mergekit import translate
 
 # A method is built once, and takes its numbers as arrays: another value does not compile again.
 built = functools.cache(lambda name, settings: getattr(methods, name)(**dict(settings)))
@@ -35,7 +38,7 @@ def ours(case):
   each = {n: given[n] for n in known.each}
   each = {n: tuple(v if isinstance(v, list) else [v] * len(case.models)) for n, v in each.items()}
   shared = {n: given[n] for n in known.shared}
-  own = translating.translated(case.method, shared, base=case.base, compat=True)
+  own = translate.translated(case.method, shared, base=case.base, compat=True)
   numbers = {n: np.array(of({**shared, **each}), np.float64) for n, of in own.numbers.items()}
   numbers |= {"seed": 0} if known.random else {}
   return built(own.method, tuple(own.settings.items())), numbers, own
@@ -238,7 +241,7 @@ def narrow(case, trees):
   def write(name, start, part):
     out[name].reshape(-1)[start : start + len(part)] = part
 
-  precision = narrowing.narrowed(translation.method, np.dtype(case.dtype))
+  precision = mergekit_precision.narrowed(translation.method, np.dtype(case.dtype))
   leaves = {n: jax.ShapeDtypeStruct(x.shape, np.float32) for n, x in out.items()}
   source = streaming.Source(leaves, len(models), read, dict.fromkeys(out, precision))
   streaming.stream(method, source, write, aux=own, layout=layout(trees["base"]))
@@ -304,7 +307,7 @@ def test_a_narrow_dtype_is_another_result():
 
 def test_what_selects_by_rounding_errors_is_refused():
   with pytest.raises(ValueError, match=r"arcee_fusion .* write dtype: float32 and out_dtype"):
-    narrowing.narrowed("arcee_fusion", np.dtype("bfloat16"))
+    mergekit_precision.narrowed("arcee_fusion", np.dtype("bfloat16"))
 
 
 @pytest.mark.parametrize("name", some_fast(RANDOM, ["dare_linear, plain"]))

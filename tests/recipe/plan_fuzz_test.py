@@ -10,10 +10,10 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxmerge import planning
-from jaxmerge.io.tensor import Files
+from jaxmerge import errors
+from jaxmerge.io.tensors.tensor import Files
 from jaxmerge.recipe import METHODS, RecipeError
-from jaxmerge.recipe import plan as plans
+from jaxmerge.recipe.plan import planner
 
 UP, NORM, HEAD = "model.layers.1.mlp.up_proj.weight", "model.norm.weight", "lm_head.weight"
 MODELS = ["base", "m0", "m1", "m2", "lacking", "tied", "wide", "more"]
@@ -101,8 +101,8 @@ def test_nothing_of_a_recipe_is_lost(root, own):
   before, files = os.getcwd(), Files()
   try:
     os.chdir(folder)
-    plan = plans.of_file("recipe.yml", files)
-  except (RecipeError, planning.Problems) as error:
+    plan = planner.of_file("recipe.yml", files)
+  except (RecipeError, errors.Problems) as error:
     assert str(error)  # noqa: PT017
     return
   finally:

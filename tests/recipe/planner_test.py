@@ -11,8 +11,10 @@ import recipes
 import small
 
 import jaxmerge
-from jaxmerge import cli, files, methods, planning, summarizing
-from jaxmerge.io import safetensors
+from jaxmerge import errors, methods
+from jaxmerge.cli import main
+from jaxmerge.files import describe, execute, merge
+from jaxmerge.io.tensors import safetensors
 from jaxmerge.recipe import RecipeError, layers
 
 family, plan_of, run = folders.family_here, folders.plan_of, folders.run
@@ -206,7 +208,7 @@ def test_compat_computes_in_the_dtype_of_the_files(tmp_path, monkeypatch, dtype)
   own = folders.family(tmp_path, dtype=dtype)
   text = SUM + "compat: mergekit\n"
   name = np.dtype(dtype).name
-  assert f"computed in {name}: 11 tensors" in summarizing.described(plan_of(text), shard_size=10**9)
+  assert f"computed in {name}: 11 tensors" in describe.described(plan_of(text), shard_size=10**9)
   found = run(text)
   assert found["model.norm.weight"].dtype == dtype
   assert_summed(found, own, dtype)
@@ -263,9 +265,7 @@ def test_vocabularies_that_differ_are_named(family):
   _, first, *_ = family
   wide = np.zeros((12, 6), np.float32)
   folders.write(pathlib.Path("m0"), first | {"lm_head.weight": wide})
-  with pytest.raises(
-    planning.Problems, match=r"\[12, 6\] in m0 but .* \[10, 6\] in base; if these"
-  ):
+  with pytest.raises(errors.Problems, match=r"\[12, 6\] in m0 but .* \[10, 6\] in base; if these"):
     plan_of(TIES)
 
 
@@ -326,7 +326,7 @@ def test_recipes_build_on_each_other(family, capsys):
   _, first, second, third = family
   pathlib.Path("recipe.yml").write_text(STAGES)
   pathlib.Path(".out.1.mean.stage").mkdir()  # Of a merge to `out.1`, which is none of this one's.
-  assert cli.main(["merge", "recipe.yml", "out", "--dry-run"]) == 0
+  assert main.main(["merge", "recipe.yml", "out", "--dry-run"]) == 0
   before, after = capsys.readouterr().out.split("the last recipe:\n")
   assert before.startswith(
     "recipe 'mean', done before and removed at the end:\n  result: 13 tensors"
@@ -335,7 +335,7 @@ def test_recipes_build_on_each_other(family, capsys):
   assert "  memory: " in before
   assert "  tensors: 12 merged, 1 copied, 0 dropped\n" in after
   assert "in all: 11.3 kB read, 3.78 kB written, memory " in after
-  assert cli.main(["merge", "recipe.yml", "out"]) == 0
+  assert main.main(["merge", "recipe.yml", "out"]) == 0
   mean = jaxmerge.blend(methods.average(), jaxmerge.stack([first, second]))
   pair = jaxmerge.stack([{n: np.asarray(x) for n, x in mean.items()}, third])
   small.close(folders.read(pathlib.Path("out")), jaxmerge.blend(methods.slerp(0.25), pair))
@@ -382,7 +382,7 @@ overrides: [{pattern: self_attn, merge_method: task_arithmetic}]
 
 def test_the_command_tells_what_is_wrong_and_leaves_nothing(family, capsys):
   pathlib.Path("recipe.yml").write_text(TIES.replace("density", "densty"))
-  assert cli.main(["merge", "recipe.yml", "out"]) == 1
+  assert main.main(["merge", "recipe.yml", "out"]) == 1
   err = capsys.readouterr().err
   assert "recipe.yml:6:" in err
   assert "did you mean 'density'" in err
@@ -428,7 +428,7 @@ models: [{model: mean+%s}]
 """
   )
   pathlib.Path("recipe.yml").write_text(text % "lora")
-  assert cli.main(["merge", "recipe.yml", "out"]) == 0
+  assert main.main(["merge", "recipe.yml", "out"]) == 0
   found = folders.read(pathlib.Path("out"))
   for own, more in ((f"{name}.weight", 2.0 * b @ a), ("lm_head.weight", 0)):
     np.testing.assert_allclose(found[own], (first[own] + second[own]) / 2 + more, atol=1e-5)
@@ -442,7 +442,7 @@ def test_merge_files_takes_models_with_adapters(family):
   name = "model.layers.0.self_attn.q_proj"
   a, b = write_adapter("lora", name)
   pathlib.Path("m1").rename("m+1")
-  found = folders.read(files.merge_files(methods.average(), ["m0+lora", "m+1"], "out"))
+  found = folders.read(merge.merge_files(methods.average(), ["m0+lora", "m+1"], "out"))
   mean = (first[f"{name}.weight"] + 2.0 * b @ a + second[f"{name}.weight"]) / 2
   np.testing.assert_allclose(found[f"{name}.weight"], mean, atol=1e-5)
   told = json.loads(pathlib.Path("out/jaxmerge_provenance.json").read_text())
@@ -454,7 +454,7 @@ def test_merge_files_takes_models_with_adapters(family):
     ([pathlib.Path("m0+lora")], r"m0\+lora: no such folder"),
   ]:
     with pytest.raises((FileNotFoundError, ValueError), match=words):
-      files.merge_files(methods.average(), models, "other")
+      merge.merge_files(methods.average(), models, "other")
 
 
 def tied(folder, tensors):
@@ -492,7 +492,7 @@ def test_ties_of_what_a_recipe_makes_are_known_before_it_is_made(family, capsys)
     "base_model: mean\nmodels: [{model: m2}]", "base_model: m2\nmodels: [{model: mean}]"
   )
   pathlib.Path("recipe.yml").write_text(text.replace("m2", "./m2"))
-  assert cli.main(["merge", "recipe.yml", "out"]) == 0, capsys.readouterr().err
+  assert main.main(["merge", "recipe.yml", "out"]) == 0, capsys.readouterr().err
   name = "lm_head.weight"
   mean = (first["model.embed_tokens.weight"] + second["model.embed_tokens.weight"]) / 2
   pair = {name: np.stack([third[name], mean])}
@@ -514,7 +514,7 @@ parameters: {weight: 0.5}
   assert {pathlib.Path("lora", n) for n in ("adapter_config.json", "adapter_model.safetensors")} < (
     plan.inputs
   )
-  found = folders.read(files.run(plan, "out"))
+  found = folders.read(execute.run(plan, "out"))
   assert {x.dtype.name for x in found.values()} == {"bfloat16", "int32"}
 
 
@@ -539,5 +539,5 @@ models:
   assert [(j["method"]["method"], j["models"], j["seed"]) for j in told] == [
     ("dare", ["m0", "m1"], 0)
   ]
-  assert cli.main(["merge", "recipe.yml", "again", "--dry-run"]) == 0
+  assert main.main(["merge", "recipe.yml", "again", "--dry-run"]) == 0
   assert "seed 0" in capsys.readouterr().out

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import yaml
 
-from jaxmerge import files
-from jaxmerge.io import safetensors
-from jaxmerge.io.tensor import Files
-from jaxmerge.recipe import plan as plans
+from jaxmerge.files import execute
+from jaxmerge.io.tensors import safetensors
+from jaxmerge.io.tensors.tensor import Files
+from jaxmerge.recipe.plan import planner
 
 EVERY = yaml.safe_load(pathlib.Path(__file__).with_name("public_recipes.yml").read_text())
 WORDS = [f"w{i}" for i in range(8)]
@@ -68,7 +68,7 @@ def places(tmp_path_factory):
 
 def plan(text):
   pathlib.Path("recipe.yml").write_text(text)
-  return plans.of_file("recipe.yml", Files())
+  return planner.of_file("recipe.yml", Files())
 
 
 RUN = {own["name"]: own for own in EVERY if "refused" not in own}
@@ -98,7 +98,7 @@ def test_what_mergekit_does_not_run_is_refused_with_the_reason(places, monkeypat
 @pytest.mark.parametrize("name", MERGED)
 def test_a_sample_of_them_is_merged(places, monkeypatch, tmp_path, name):
   monkeypatch.chdir(places(RUN[name].get("layers", 4)))
-  found = folders.read(files.run(plan(RUN[name]["recipe"]), tmp_path / "out"))
+  found = folders.read(execute.run(plan(RUN[name]["recipe"]), tmp_path / "out"))
   assert all(np.isfinite(x.astype(np.float32)).all() for x in found.values())
   base = folders.read(pathlib.Path("b"))
   assert any((x.astype(np.float32) != base[n]).any() for n, x in found.items() if n in base)

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from reference import spheres
 
-from jaxmerge import files, planning
-from jaxmerge.io import safetensors
-from jaxmerge.io.tensor import Files
+from jaxmerge import errors
+from jaxmerge.files import assemble, execute
+from jaxmerge.io.tensors import safetensors
+from jaxmerge.io.tensors.tensor import Files
 from jaxmerge.recipe import RecipeError
-from jaxmerge.recipe import plan as plans
+from jaxmerge.recipe.plan import planner
 
 family = folders.family_here
 
@@ -30,7 +31,7 @@ def written(text):
 
 def run(text):
   """Runs a recipe, and returns the tensors of the result."""
-  return folders.read(files.run(plans.of_file(written(text), Files()), "out"))
+  return folders.read(execute.run(planner.of_file(written(text), Files()), "out"))
 
 
 def check(found, expected):
@@ -148,7 +149,7 @@ slices:
 
   check(found, named(expected, 4))
   np.testing.assert_array_equal(found[NORM.format(2)], first[NORM.format(1)])
-  told = json.loads(pathlib.Path("out", files.PROVENANCE).read_text())["inputs"]["m0"]
+  told = json.loads(pathlib.Path("out", execute.PROVENANCE).read_text())["inputs"]["m0"]
   assert told[QUERY.format(2)] == f"merged by passthrough, job 1 -> {QUERY.format(3)}"
 
 
@@ -170,7 +171,7 @@ def test_what_is_excluded_from_a_slice_is_a_layer_of_the_base(family, listed):
   shift = 0 if listed else 1
   for layer in range(2):
     np.testing.assert_array_equal(found[UP.format(layer)], base[UP.format(layer + shift)])
-  told = json.loads(pathlib.Path("out", files.PROVENANCE).read_text())["inputs"]
+  told = json.loads(pathlib.Path("out", execute.PROVENANCE).read_text())["inputs"]
   source = UP.format(shift)
   words = "copied from base" + (f" -> {UP.format(0)}" if shift else "")
   assert told["base"][source] == words
@@ -215,7 +216,7 @@ def test_what_a_recipe_does_where_a_model_lacks_a_tensor(family, missing):
   folders.write(pathlib.Path("m0"), {n: x for n, x in first.items() if n != UP.format(1)})
   text = MISSING.format(missing)
   if missing == "error":
-    with pytest.raises(planning.Problems, match=rf"'{UP.format(1)}' is in base but not in m0"):
+    with pytest.raises(errors.Problems, match=rf"'{UP.format(1)}' is in base but not in m0"):
       run(text)
     assert not pathlib.Path("out").exists()
     return
@@ -230,7 +231,7 @@ def test_what_a_recipe_does_where_a_model_lacks_a_tensor(family, missing):
 def test_a_base_that_is_not_merged_is_not_said_to_be(family):
   """By a method of weights, and where the models that have a tensor are averaged."""
   run("merge_method: linear\nbase_model: base\nmodels: [{model: m0}]\nparameters: {weight: 1}\n")
-  told = json.loads(pathlib.Path("out", files.PROVENANCE).read_text())["inputs"]
+  told = json.loads(pathlib.Path("out", execute.PROVENANCE).read_text())["inputs"]
   assert told["base"].pop("position_ids") == "copied from base"
   assert set(told["base"].values()) == {"dropped: only the models are merged"}
   assert set(told["m0"].values()) == {"copied from base", "merged by average, job 1"}
@@ -238,7 +239,7 @@ def test_a_base_that_is_not_merged_is_not_said_to_be(family):
   folders.write(pathlib.Path("m0"), own)
   pathlib.Path("out").rename("before")
   run(MISSING.format("mean"))
-  told = json.loads(pathlib.Path("out", files.PROVENANCE).read_text())["inputs"]
+  told = json.loads(pathlib.Path("out", execute.PROVENANCE).read_text())["inputs"]
   assert told["base"][FINAL] == "dropped: only the models are merged"
   assert told["m1"][FINAL] == "mean of the models that have it, job 2"
 
@@ -249,26 +250,26 @@ def test_a_copy_of_a_model_that_lacks_a_tensor(family, missing):
   own = {n: x for n, x in first.items() if n != FINAL}
   folders.write(pathlib.Path("m0"), own)
   text = "merge_method: passthrough\nbase_model: base\nmodels: [{model: m0}]\n"
-  with pytest.raises(planning.Problems, match=f"tensor '{FINAL}' is wanted of m0, which has none"):
-    plans.of_file(written(text), Files())
+  with pytest.raises(errors.Problems, match=f"tensor '{FINAL}' is wanted of m0, which has none"):
+    planner.of_file(written(text), Files())
   found = run(f"{text}missing: {missing}\n")
   expected = own | ({FINAL: base[FINAL]} if missing == "base" else {})
   assert found.keys() == expected.keys()
   for name, x in expected.items():
     np.testing.assert_array_equal(found[name], x)
-  told = json.loads(pathlib.Path("out", files.PROVENANCE).read_text())["inputs"]["base"]
-  assert told.pop(FINAL) == ("copied from base" if missing == "base" else planning.ASIDE)
-  assert set(told.values()) == {planning.ASIDE}
+  told = json.loads(pathlib.Path("out", execute.PROVENANCE).read_text())["inputs"]["base"]
+  assert told.pop(FINAL) == ("copied from base" if missing == "base" else assemble.ASIDE)
+  assert set(told.values()) == {assemble.ASIDE}
 
 
 def test_what_is_excluded_and_not_in_the_base_may_be_left_out(family):
   text = MISSING.format("error") + "exclude: [score]\n"
   score = {"score.weight": np.ones((2, 6), np.float32)}
   folders.write(pathlib.Path("m0"), family[1] | score)
-  with pytest.raises(planning.Problems, match="wanted of base, which has none; with `missing: sk"):
+  with pytest.raises(errors.Problems, match="wanted of base, which has none; with `missing: sk"):
     run(text)
   assert set(run(text.replace("error", "skip"))) == set(family[0])
-  told = json.loads(pathlib.Path("out", files.PROVENANCE).read_text())["inputs"]
+  told = json.loads(pathlib.Path("out", execute.PROVENANCE).read_text())["inputs"]
   assert told["m0"]["score.weight"] == "dropped: excluded"
 
 
@@ -320,7 +321,7 @@ models:
 """
   tuned = first | {name: first[name] + 2 * b.astype(np.float64) @ a}
   check(run(text), named(lambda n, i: (base[n] + tuned[n]) / 2))
-  told = json.loads(pathlib.Path("out", files.PROVENANCE).read_text())["inputs"]
+  told = json.loads(pathlib.Path("out", execute.PROVENANCE).read_text())["inputs"]
   for part in parts:
     assert told[f"m0+{folder}"][part] == f"adapter, added -> {name}"
 
@@ -388,7 +389,7 @@ def test_modules_are_merged_each_in_its_own_way(towers):
   config = json.loads(pathlib.Path("out/config.json").read_text())
   heights = {t: config[f"{t}_config"]["num_hidden_layers"] for t in ("text", "vision")}
   assert heights == {"text": 3, "vision": 4}
-  told = json.loads(pathlib.Path("out", files.PROVENANCE).read_text())["inputs"]
+  told = json.loads(pathlib.Path("out", execute.PROVENANCE).read_text())["inputs"]
   assert told["base"]["logit_scale"] == "copied from base"
   assert told["m1"]["logit_scale"] == "dropped: excluded"
 
@@ -442,5 +443,5 @@ modules:
 parameters: {weight: 1}
 """)
   check(found, {"eye/kernel": trees[0]["eye/kernel"] * 2, "ear/kernel": trees[1]["ear/kernel"]})
-  told = json.loads(pathlib.Path("out", files.PROVENANCE).read_text())["inputs"]
+  told = json.loads(pathlib.Path("out", execute.PROVENANCE).read_text())["inputs"]
   assert told["m0"]["ear/kernel"] == "dropped: in no module of it"

@@ -25,10 +25,10 @@ from recipes import (
 )
 
 from jaxmerge import recipe
-from jaxmerge.recipe import methods
+from jaxmerge.recipe.mergekit import methods
 from jaxmerge.recipe.records import Model, Token
 
-DOCS = (pathlib.Path(__file__).parents[1] / "docs" / "recipes.md").read_text(encoding="utf-8")
+DOCS = (pathlib.Path(__file__).parents[2] / "docs" / "recipes.md").read_text(encoding="utf-8")
 
 
 def test_linear():

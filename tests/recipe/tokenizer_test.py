@@ -10,10 +10,13 @@ import numpy as np
 import pytest
 import tokenizers
 
-from jaxmerge import cli, files, planning
-from jaxmerge.io import rows, safetensors
-from jaxmerge.io.tensor import Tensor
-from jaxmerge.recipe import RecipeError, chat, embeddings
+from jaxmerge import errors
+from jaxmerge.cli import main
+from jaxmerge.files import execute
+from jaxmerge.io.tensors import rows, safetensors
+from jaxmerge.io.tensors.tensor import Tensor
+from jaxmerge.recipe import RecipeError
+from jaxmerge.recipe.tokenizer import chat_template, embeddings
 
 plan_of = folders.plan_of
 
@@ -58,7 +61,7 @@ def three(tmp_path, monkeypatch):
 
 
 def run(text):
-  return folders.read(files.run(plan_of(text), "out", replace=True, entries=7))
+  return folders.read(execute.run(plan_of(text), "out", replace=True, entries=7))
 
 
 def output(name):
@@ -320,7 +323,7 @@ def test_rows_of_another_length(three):
   folders.write(pathlib.Path("wide"), wide)
   pathlib.Path("wide/tokenizer.json").write_bytes(pathlib.Path("chat/tokenizer.json").read_bytes())
   with pytest.raises(
-    planning.Problems, match=r"yml:4:33: .* has rows of \[8\] in wide, but of \[6\] in base"
+    errors.Problems, match=r"yml:4:33: .* has rows of \[8\] in wide, but of \[6\] in base"
   ):
     plan_of(LINEAR.replace("chat", "wide") + "tokenizer_source: union\n")
 
@@ -434,7 +437,7 @@ def test_chat_templates_with_another_tokenizer(three):
   assert not pathlib.Path("out/chat_template.jinja").exists()
   assert output("tokenizer_config.json")["chat_template"] == "{{ mine }}"
   run(LINEAR.replace("{model: chat}, ", "") + "chat_template: chatml\nallow: [tokens]\n")
-  assert output("tokenizer_config.json")["chat_template"] == chat.TEMPLATES["chatml"]
+  assert output("tokenizer_config.json")["chat_template"] == chat_template.TEMPLATES["chatml"]
 
 
 STAGES = """
@@ -473,7 +476,7 @@ def test_the_tokenizer_of_what_a_recipe_makes_is_known_before_it_is_made(three, 
   turned = three[2]
   pathlib.Path("recipe.yml").write_text(STAGES % (more, tokens))
   for options in (["--dry-run"], []):
-    assert cli.main(["merge", "recipe.yml", "out", *options]) == 0
+    assert main.main(["merge", "recipe.yml", "out", *options]) == 0
   out = folders.read(pathlib.Path("out"))
   count = 13 if more else 12
   assert out[EMBEDDING].shape == (count, 6)
@@ -525,7 +528,7 @@ TURNS = [
 def test_named_templates(name, expected):
   for trim in (True, False):
     made = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=trim, lstrip_blocks=trim)
-    template = made.from_string(chat.TEMPLATES[name])
+    template = made.from_string(chat_template.TEMPLATES[name])
     found = template.render(
       messages=TURNS, bos_token="<s>", eos_token="</s>", add_generation_prompt=True
     )

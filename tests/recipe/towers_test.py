@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import yaml
 
-from jaxmerge import files
-from jaxmerge.io.tensor import Files
+from jaxmerge.files import execute
+from jaxmerge.io.tensors.tensor import Files
 from jaxmerge.recipe import RecipeError
-from jaxmerge.recipe import plan as plans
+from jaxmerge.recipe.plan import planner
 
 SLICES = """
 merge_method: passthrough
@@ -33,7 +33,7 @@ def write(name, seed, config, *stacks, others):
 
 def plan(text):
   pathlib.Path("recipe.yml").write_text(text)
-  return plans.of_file("recipe.yml", Files())
+  return planner.of_file("recipe.yml", Files())
 
 
 @pytest.mark.parametrize("nested", [True, False])
@@ -44,7 +44,7 @@ def test_slices_are_of_the_text(tmp_path, monkeypatch, nested):
   config = {"vision_config": {"num_hidden_layers": 3}} | ({"text_config": text} if nested else text)
   others = ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight", *EYES)
   first, second = (write(f"m{k}", k, config, TEXT, SIGHT, others=others) for k in range(2))
-  found = folders.read(files.run(plan(SLICES), "out"))
+  found = folders.read(execute.run(plan(SLICES), "out"))
   for i, (model, layer) in enumerate([(first, 0), (first, 1), (second, 1), (second, 2)]):
     np.testing.assert_array_equal(found[TEXT.format(i)], model[TEXT.format(layer)])
   for name in (*EYES, *(SIGHT.format(i) for i in range(3)), others[1]):

@@ -5,7 +5,7 @@ import json
 import pytest
 import report_records
 
-from jaxmerge.report import page, words
+from jaxmerge.report import labels, page
 
 NASTY = "<script>alert(\"1\")</script> & 'x'"
 
@@ -75,7 +75,7 @@ def test_the_page_has_every_section_of_the_record():
   text = Reader(page.html(made, {})).text
   for part in ("Results on validation", "Budget", "Transfer", "Seconds", "Config", "Versions"):
     assert part in text
-  assert words.sentence(made) in text
+  assert labels.sentence(made) in text
   assert "method.scale0.375" in text
   assert made["notes"][0] in text
   assert "121,930 parameters" in text

@@ -8,10 +8,10 @@ import report_records
 from hypothesis import given
 from hypothesis import strategies as st
 from marking import some_fast
-from report_test import LONG, minimal
+from report_records import LONG, minimal
 from sklearn import isotonic
 
-from jaxmerge.report import drawing, geometry, plots, record
+from jaxmerge.report import figures, geometry, plots, record
 
 CASES = {
   "four tasks": report_records.record(),
@@ -24,7 +24,7 @@ values = st.lists(st.floats(0, 10), min_size=1, max_size=12)
 
 @given(values, st.floats(0.01, 0.5))
 def test_spread_values_are_a_gap_apart_in_order_and_inside(xs, gap):
-  placed = np.array(drawing.spread(xs, gap, 0.0, 10.0))
+  placed = np.array(figures.spread(xs, gap, 0.0, 10.0))
   order = np.argsort(xs, kind="stable")
   assert (np.diff(placed[order]) >= gap - 1e-9).all()
   assert placed.min() >= -1e-9
@@ -36,13 +36,13 @@ def test_spread_moves_as_little_as_isotonic_regression_does(xs, gap):
   xs = sorted(xs)
   steps = gap * np.arange(len(xs))
   fitted = isotonic.isotonic_regression(np.array(xs) - steps) + steps
-  np.testing.assert_allclose(drawing.spread(xs, gap, -100.0, 100.0), fitted, atol=1e-9)
+  np.testing.assert_allclose(figures.spread(xs, gap, -100.0, 100.0), fitted, atol=1e-9)
 
 
 def test_values_that_are_apart_stay():
-  assert drawing.spread([3.0, 1.0, 7.0], 1.0, 0.0, 9.0) == [3.0, 1.0, 7.0]
-  assert drawing.spread([5.0] * 5, 9.0, 0.0, 8.0) == [0.0, 2.0, 4.0, 6.0, 8.0]
-  assert drawing.spread([], 1.0, 0.0, 1.0) == []
+  assert figures.spread([3.0, 1.0, 7.0], 1.0, 0.0, 9.0) == [3.0, 1.0, 7.0]
+  assert figures.spread([5.0] * 5, 9.0, 0.0, 8.0) == [0.0, 2.0, 4.0, 6.0, 8.0]
+  assert figures.spread([], 1.0, 0.0, 1.0) == []
 
 
 @pytest.mark.parametrize("name", plots.NAMES)
@@ -146,8 +146,8 @@ def test_without_matplotlib_the_error_says_what_to_install(monkeypatch):
 
 def test_pyplot_is_left_alone():
   code = (
-    "import sys; from jaxmerge.report import drawing; made, axes = drawing.figure(2.0);"
-    "drawing.png(made); print('matplotlib.pyplot' in sys.modules, 'jax' in sys.modules)"
+    "import sys; from jaxmerge.report import figures; made, axes = figures.figure(2.0);"
+    "figures.png(made); print('matplotlib.pyplot' in sys.modules, 'jax' in sys.modules)"
   )
   done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
   assert done.stdout == "False False\n"

@@ -10,33 +10,10 @@ import pytest
 import report_records
 from hypothesis import given
 from hypothesis import strategies as st
+from report_records import LONG, minimal
 
 from jaxmerge import report
-from jaxmerge.report import card, comparing, output, plots, record, tables, words
-
-LONG = (
-  "film sentiment",
-  "tweet sentiment",
-  "product sentiment",
-  "WordNet topic, first ten classes",
-  "WordNet topic, other ten classes",
-  "Debian section",
-  "Debian language libraries",
-  "UDHR language identification",
-)
-
-
-def minimal(**sections):
-  """A user's own run: the loop alone, no baselines."""
-  return {
-    "tasks": ["a", "b"],
-    "models": {"atm": {"mean": 0.7, "per_task": {"a": 0.6, "b": 0.8}}},
-    "rounds": [{"round": 1, "mean": 0.6}, {"round": 2, "mean": 0.7}],
-    "budget": {},
-    "config": {},
-    "versions": {},
-    **sections,
-  }
+from jaxmerge.report import card, comparisons, labels, output, plots, record, tables
 
 
 def changed(path, value):
@@ -97,7 +74,7 @@ def test_a_wrong_record_is_refused_by_the_name_of_the_key(path, value, message):
 
 def test_gap_closed_is_nought_at_base_and_one_at_experts():
   means = {"base": 0.25, "experts": 0.75, "ties": 0.5, "atm": 0.625, "worse": 0.125}
-  closed = comparing.gap_closed({name: {"mean": mean} for name, mean in means.items()})
+  closed = comparisons.gap_closed({name: {"mean": mean} for name, mean in means.items()})
   assert closed == {"base": 0.0, "experts": 1.0, "ties": 0.5, "atm": 0.75, "worse": -0.25}
 
 
@@ -111,7 +88,7 @@ def test_gap_closed_is_nought_at_base_and_one_at_experts():
   ],
 )
 def test_without_a_gap_none_is_closed(models):
-  assert comparing.gap_closed(models) == {}
+  assert comparisons.gap_closed(models) == {}
 
 
 def test_plain_makes_json_and_says_what_was_not_finite():
@@ -133,23 +110,23 @@ booleans = st.lists(st.booleans(), min_size=1, max_size=20)
 
 @given(st.lists(booleans, min_size=1, max_size=3))
 def test_a_model_does_not_differ_from_itself(correct):
-  assert comparing.paired_difference(correct, correct, samples=50) == (0.0, 0.0, 0.0)
+  assert comparisons.paired_difference(correct, correct, samples=50) == (0.0, 0.0, 0.0)
 
 
 def test_swapping_the_models_flips_the_interval():
   random = np.random.default_rng(0)
   a, b = ([random.random(n) < p for n in (30, 50)] for p in (0.8, 0.6))
-  there, back = comparing.paired_difference(a, b), comparing.paired_difference(b, a)
+  there, back = comparisons.paired_difference(a, b), comparisons.paired_difference(b, a)
   np.testing.assert_allclose(there, [-back.mean, -back.high, -back.low], atol=1e-12)
-  assert there == comparing.paired_difference(a, b)
-  assert there != comparing.paired_difference(a, b, seed=1)
+  assert there == comparisons.paired_difference(a, b)
+  assert there != comparisons.paired_difference(a, b, seed=1)
 
 
 def test_interval_is_that_of_the_normal_distribution_for_many_rows():
   random = np.random.default_rng(0)
   counts = (2000, 1000)
   a, b = ([random.random(n) < p for n in counts] for p in (0.8, 0.7))
-  found = comparing.paired_difference(a, b, samples=4000)
+  found = comparisons.paired_difference(a, b, samples=4000)
   d = [x.astype(float) - y for x, y in zip(a, b, strict=True)]
   mean = np.mean([x.mean() for x in d])
   half = 1.96 * np.sqrt(sum(x.var() / x.size for x in d)) / len(d)
@@ -161,8 +138,8 @@ def test_what_two_models_share_cancels():
   a = random.random(1000) < 0.5
   b = a.copy()
   b[:10] = ~a[:10]
-  paired = comparing.paired_difference([a], [b])
-  apart = comparing.paired_difference([a], [random.permutation(b)])
+  paired = comparisons.paired_difference([a], [b])
+  apart = comparisons.paired_difference([a], [random.permutation(b)])
   assert paired.high - paired.low < (apart.high - apart.low) / 4
 
 
@@ -174,7 +151,7 @@ def test_seeds_widen_the_interval_only_where_they_differ():
   differ = np.stack([one, np.ones_like(one), zeros])
 
   def width(x, **kw):
-    return np.ptp(comparing.paired_difference([x], [np.zeros_like(x)], **kw)[1:])
+    return np.ptp(comparisons.paired_difference([x], [np.zeros_like(x)], **kw)[1:])
 
   np.testing.assert_allclose(width(same), width(one), rtol=0.15)
   assert width(differ) > 3 * width(differ, seeds=False)
@@ -192,7 +169,7 @@ def test_seeds_widen_the_interval_only_where_they_differ():
 )
 def test_rows_that_are_not_paired_are_refused(a, b, message):
   with pytest.raises(ValueError, match=message):
-    comparing.paired_difference(a, b)
+    comparisons.paired_difference(a, b)
 
 
 def seeded(seed, mean):
@@ -217,12 +194,12 @@ def test_spread_over_seeds_is_the_sample_standard_deviation():
 def test_a_family_counts_once_in_the_second_mean():
   families = {"a": "sentiment", "b": "sentiment", "c": "c"}
   per_task = {"a": 0.2, "b": 0.4, "c": 0.9}
-  assert comparing.family_mean(per_task, families) == pytest.approx((0.3 + 0.9) / 2)
-  assert comparing.family_mean(per_task | {"b": None}, families) is None
+  assert comparisons.family_mean(per_task, families) == pytest.approx((0.3 + 0.9) / 2)
+  assert comparisons.family_mean(per_task | {"b": None}, families) is None
   made = report_records.record(("a", "b", "c"), families=families)
   column = tables.results(made).head.index("Families once (%)")
   for row in tables.results(made).rows[1:]:
-    name = next(n for n in made["models"] if words.label(n) == row[0].text)
+    name = next(n for n in made["models"] if labels.label(n) == row[0].text)
     own = made["models"][name]["per_task"]
     assert float(row[column].text) == pytest.approx(
       100 * ((own["a"] + own["b"]) / 2 + own["c"]) / 2, abs=0.051
@@ -233,7 +210,7 @@ def test_a_family_counts_once_in_the_second_mean():
     record.check(report_records.record(("a", "b"), families={"a": "x"}))
   several = [report_records.record(("a", "b", "c"), families=families, seed=s) for s in range(2)]
   summary = record.merge_seeds(several)
-  expected = [comparing.family_mean(x["models"]["atm"]["per_task"], families) for x in several]
+  expected = [comparisons.family_mean(x["models"]["atm"]["per_task"], families) for x in several]
   assert summary["models"]["atm"]["family_mean"]["values"] == expected
   assert "| Families once (%) |" in tables.seeds(summary)
 
@@ -244,7 +221,7 @@ def test_gaps_by_task_leave_out_tasks_without_a_gap():
     "atm": {"mean": 0.6, "per_task": {"a": 0.65, "b": 0.55}},
     "experts": {"mean": 0.67, "per_task": {"a": 0.8, "b": 0.54}},
   }
-  assert comparing.task_gaps(models, ["a", "b"])["atm"] == {"a": pytest.approx(0.5)}
+  assert comparisons.task_gaps(models, ["a", "b"])["atm"] == {"a": pytest.approx(0.5)}
   table = tables.gaps(minimal(models=models))
   assert table.head == ["Gap closed (%)", "a"]
   assert [[c.text for c in row] for row in table.rows] == [["ATM", "50"]]
@@ -349,31 +326,31 @@ def four(**means):
 def test_the_summary_is_a_sentence_with_the_numbers():
   made = four(base=0.5, ties=0.6, average=0.55, atm=0.75, experts=1.0)
   made["models"]["ties"]["scale"] = 1.0
-  assert words.sentence(made) == (
+  assert labels.sentence(made) == (
     "ATM reaches 75.0 % over 2 tasks (validation): 50 % of the gap between base and experts; "
     "the best one-shot merge (TIES, scale 1.0) closes 20 %."
   )
-  assert words.sentence(four(atm=0.75)) == "ATM reaches 75.0 % over 2 tasks (validation)."
-  two = words.sentence(four(atm=0.7, atm_nesterov=0.8))
+  assert labels.sentence(four(atm=0.75)) == "ATM reaches 75.0 % over 2 tasks (validation)."
+  two = labels.sentence(four(atm=0.7, atm_nesterov=0.8))
   assert two == "The best of 2 ATM runs, ATM (nesterov), reaches 80.0 % over 2 tasks (validation)."
   # Test rows choose neither the merge nor the run.
   seen = {"validation": {"atm": 0.8, "atm_nesterov": 0.7, "ties": 0.4, "average": 0.5}}
   models = four(base=0.5, ties=0.6, average=0.55, atm=0.7, atm_nesterov=0.75, experts=1.0)
   tested = models | {"split": "test"} | seen
-  assert words.sentence(tested) == (
+  assert labels.sentence(tested) == (
     "The best of 2 ATM runs, ATM, reaches 70.0 % over 2 tasks (test): 40 % of the gap between base "
     "and experts; the best one-shot merge (Average) closes 10 %."
   )
   assert plots.compared(tested) == ["base", "average", "atm", "experts"]
-  assert words.sentence(four(ties=0.6)) == "TIES reaches 60.0 % over 2 tasks (validation)."
-  assert words.sentence(four(atm=-3.5) | {"metric": "log likelihood"}) == (
+  assert labels.sentence(four(ties=0.6)) == "TIES reaches 60.0 % over 2 tasks (validation)."
+  assert labels.sentence(four(atm=-3.5) | {"metric": "log likelihood"}) == (
     "ATM reaches -3.5 log likelihood over 2 tasks (validation)."
   )
 
 
 @given(st.lists(st.text(min_size=1, max_size=12), min_size=1, max_size=6, unique=True))
 def test_short_names_stay_apart(names):
-  short = words.shorts(names, 6)
+  short = labels.shorts(names, 6)
   assert len(set(short.values())) == len(names)
   assert all(short[n] == n for n in names if len(n) <= 6)
 
@@ -381,8 +358,8 @@ def test_short_names_stay_apart(names):
 def test_order_is_from_base_over_merges_to_experts():
   names = ["experts_longer", "experts", "atm_adam", "atm", "slerp", "ties", "multitask", "base"]
   expected = ["base", "ties", "slerp", "atm", "atm_adam", "multitask", "experts", "experts_longer"]
-  assert words.order(dict.fromkeys(names)) == expected
-  assert words.label("experts_longer") == "Experts (longer)"
+  assert labels.order(dict.fromkeys(names)) == expected
+  assert labels.label("experts_longer") == "Experts (longer)"
 
 
 def test_report_is_written_whole_and_as_strict_json(tmp_path):

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from reference import basics, searches
 
 import jaxmerge
-from jaxmerge import methods, stage
-from jaxmerge.hi_merging import hi_merging
+from jaxmerge import methods
+from jaxmerge.core import stage
+from jaxmerge.search.layerwise import hi_merging
 
 LAYERS = ("layer_0/w", "layer_1/w", "head/w")
 FEW = (0.5, 1.0)

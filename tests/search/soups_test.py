@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from reference import searches
 
-from jaxmerge import memory, methods, searching
+from jaxmerge import methods
+from jaxmerge.drivers import memory
+from jaxmerge.search import evolution, soups
 
 MODELS = np.random.default_rng(0).normal(size=(5, 8)).astype(np.float32)
 
@@ -48,14 +50,14 @@ def test_an_average_of_equal_checkpoints_is_any_of_them(settings):
 
 
 def test_a_score_that_likes_one_model_leaves_it_as_it_is():
-  soup = searching.greedy_soup({"w": jnp.asarray(MODELS)}, nearness(MODELS[3]))
+  soup = soups.greedy_soup({"w": jnp.asarray(MODELS)}, nearness(MODELS[3]))
   np.testing.assert_array_equal(soup.params["w"], MODELS[3])
   assert soup.weights.tolist() == [0, 0, 0, 1, 0]
 
 
 def test_a_greedy_soup_is_the_mean_of_its_ingredients_and_never_worse():
   target = MODELS[:3].mean(axis=0)
-  soup = searching.greedy_soup({"w": jnp.asarray(MODELS)}, nearness(target))
+  soup = soups.greedy_soup({"w": jnp.asarray(MODELS)}, nearness(target))
   chosen = soup.weights > 0
   close(soup.params["w"], MODELS[chosen].mean(axis=0))
   close(soup.weights[chosen], np.full(chosen.sum(), 1 / chosen.sum()))
@@ -71,7 +73,7 @@ def test_a_greedy_soup_is_the_mean_of_its_ingredients_and_never_worse():
 @pytest.mark.parametrize(("ties", "expected"), [(False, [0, 0, 1]), (True, [1 / 3] * 3)])
 def test_ties_are_accepted_where_that_is_asked_for(ties, expected):
   models = {"w": jnp.asarray(MODELS[:3])}
-  soup = searching.greedy_soup(models, lambda params: 1.0, accept_ties=ties)
+  soup = soups.greedy_soup(models, lambda params: 1.0, accept_ties=ties)
   close(soup.weights, expected)
 
 
@@ -104,7 +106,7 @@ def test_greedy_soups_agree_with_a_transcription(seed, coarse, ties):
   """Coarse scores are often equal."""
   stack, each, _, near = family(seed, 4)
   score = (lambda model: round(near(model) / 3)) if coarse else near
-  found = searching.greedy_soup(stack, score, accept_ties=ties)
+  found = soups.greedy_soup(stack, score, accept_ties=ties)
   expected, chosen = searches.greedy_soup(each, score, ties)
   assert np.flatnonzero(found.weights).tolist() == sorted(chosen)
   like(found.params, expected)
@@ -118,9 +120,9 @@ def test_soce_agrees_with_a_transcription(seed, scores):
   expected = searches.soce(each, scores, near, 0.4567, 0.2)
   if expected is None:
     with pytest.raises(ValueError, match="have a correlation below"):
-      searching.soce(stack, scores, near, correlation=0.4567, step=0.2)
+      soups.soce(stack, scores, near, correlation=0.4567, step=0.2)
   else:
-    like(searching.soce(stack, scores, near, correlation=0.4567, step=0.2).params, expected)
+    like(soups.soce(stack, scores, near, correlation=0.4567, step=0.2).params, expected)
 
 
 @settings(max_examples=5)
@@ -129,7 +131,7 @@ def test_lcsc_agrees_with_a_transcription(seed):
   """It begins with moving averages, and tries what lies in the checkpoints' plane."""
   stack, each, _, near = family(seed, 4)
   decays = (0.3, 0.6, 0.9)
-  found = searching.lcsc(stack, near, generations=5, decays=decays, seed=seed)
+  found = evolution.lcsc(stack, near, generations=5, decays=decays, seed=seed)
   averages = [searches.moving_average(each, d) for d in decays]
   tried = averages + [searches.combined(each, own) for own, _ in found.tried[3:]]
   close([value for _, value in found.tried], [near(model) for model in tried], atol=1e-4)
@@ -141,17 +143,17 @@ SCORES = np.array([[0.9, 0.2, 0.5], [0.3, 0.8, 0.55], [0.6, 0.5, 0.2]])
 
 def test_categories_and_experts_of_soce():
   """Correlations of -1, -0.13 and 0.13: each category is unlike another one."""
-  assert searching._experts(SCORES, 0.5) == [0, 1]
+  assert soups._experts(SCORES, 0.5) == [0, 1]
   with pytest.raises(ValueError, match=r"no two of the 3 categories .* below 0.13206"):
-    searching._experts(SCORES, 0.13206)
-  assert searching._experts(SCORES, 0.13207) == [0, 1]
+    soups._experts(SCORES, 0.13206)
+  assert soups._experts(SCORES, 0.13207) == [0, 1]
   # Constant scores are like none.
-  assert searching._experts(np.array([[0.5, 0.1], [0.5, 0.9]]), 0.5) == [0, 1]
+  assert soups._experts(np.array([[0.5, 0.1], [0.5, 0.9]]), 0.5) == [0, 1]
 
 
 @pytest.mark.parametrize(("count", "size"), [(1, 1), (2, 9), (3, 36), (4, 84)])
 def test_the_grid_has_all_weights_that_add_up(count, size):
-  equal, *found = searching._grid(count, 0.1)
+  equal, *found = soups._grid(count, 0.1)
   close(equal, np.full(count, 1 / count))
   assert len(found) == size
   close(np.sum(found, axis=1), np.ones(size))
@@ -161,14 +163,14 @@ def test_the_grid_has_all_weights_that_add_up(count, size):
 
 def test_soce_finds_the_best_of_the_grid():
   target = 0.7 * MODELS[0] + 0.3 * MODELS[1]
-  soup = searching.soce({"w": jnp.asarray(MODELS[:3])}, SCORES, nearness(target))
+  soup = soups.soce({"w": jnp.asarray(MODELS[:3])}, SCORES, nearness(target))
   close(soup.weights, [0.7, 0.3, 0])
   close(soup.params["w"], target)
 
 
 def test_a_score_without_bends_is_best_at_a_corner_of_the_grid():
   score = lambda params: float(np.sum(np.asarray(params["w"])))  # noqa: E731
-  soup = searching.soce({"w": jnp.asarray(MODELS[:3])}, SCORES, score)
+  soup = soups.soce({"w": jnp.asarray(MODELS[:3])}, SCORES, score)
   first, second = MODELS[:2].sum(axis=1)
   close(soup.weights, [0.9, 0.1, 0] if first > second else [0.1, 0.9, 0])
 
@@ -177,13 +179,13 @@ def test_lcsc_comes_near_what_the_checkpoints_span():
   """Coefficients may be negative; they always add up to one."""
   target = 1.5 * MODELS[4] - 0.5 * MODELS[0]
   models = {"w": jnp.asarray(MODELS)}
-  start = searching.lcsc(models, nearness(target), generations=0)
-  soup = searching.lcsc(models, nearness(target), generations=300)
+  start = evolution.lcsc(models, nearness(target), generations=0)
+  soup = evolution.lcsc(models, nearness(target), generations=300)
   assert soup.score == max(found for _, found in soup.tried)
   assert soup.score > start.score / 20
   close([own.sum() for own, _ in soup.tried], np.ones(305))
   assert soup.weights.min() < 0
-  assert searching.lcsc(models, nearness(target), generations=300).score == soup.score
+  assert evolution.lcsc(models, nearness(target), generations=300).score == soup.score
   best = list(itertools.accumulate((found for _, found in start.tried), max))
   assert start.score == best[-1]
   decay = methods.checkpoint_average("ema", 0.5)
@@ -195,17 +197,17 @@ def test_bad_scores_are_refused():
   with pytest.raises(
     ValueError, match=r"the score of the weights \[1.0, 0.0, .*\] is not a number"
   ):
-    searching.greedy_soup(models, lambda params: float("nan"))
+    soups.greedy_soup(models, lambda params: float("nan"))
   for scores in (SCORES, np.full((5, 2), np.nan), np.zeros(5)):
     with pytest.raises(ValueError, match=r"scores must be finite, \[models, categories\] of 5"):
-      searching.soce(models, scores, lambda params: 0.0)
+      soups.soce(models, scores, lambda params: 0.0)
 
 
 def learned(models, target, steps=300, **options):
   def far(params, temperature, batch):
     return sum(jnp.sum((params[n] - target[n]) ** 2) for n in target) + (temperature - 2.0) ** 2
 
-  return searching.learned_soup(models, far, [0.0] * steps, **options)
+  return soups.learned_soup(models, far, [0.0] * steps, **options)
 
 
 def test_a_learned_soup_begins_as_the_mean():
@@ -245,6 +247,6 @@ def test_learned_soups_agree_with_a_transcription(seed):
 def test_a_learned_soup_needs_batches_and_a_loss_that_is_a_number():
   models = {"w": jnp.asarray(MODELS)}
   with pytest.raises(ValueError, match="no batches are given"):
-    searching.learned_soup(models, lambda params, temperature, batch: 0.0, [])
+    soups.learned_soup(models, lambda params, temperature, batch: 0.0, [])
   with pytest.raises(ValueError, match="the loss of batch 1 is nan"):
-    searching.learned_soup(models, lambda p, t, b: jnp.sum(p["w"]) * b, [jnp.float32(np.nan)])
+    soups.learned_soup(models, lambda p, t, b: jnp.sum(p["w"]) * b, [jnp.float32(np.nan)])

@@ -1,6 +1,6 @@
 """Merges that are not alone: other processes merge to the same place, or change the inputs.
 
-    python tests/actors.py [TRIES]
+    python tests/support/actors.py [TRIES]
 
 makes so many tries of each kind, with real processes, and prints JSON: per kind the tries, how
 often each answer came, and what was `wrong`, which must be empty. A merge is stopped (SIGSTOP) just
@@ -34,15 +34,16 @@ METHODS = ("average", "ties")
 
 def merge(inputs, out, method, **options):
   """Merges every tensor by itself, in several shards; the digest of the weights of the result."""
-  from jaxmerge import files, methods
-  from jaxmerge.io import growing
+  from jaxmerge import methods
+  from jaxmerge.files import merge
+  from jaxmerge.io.huggingface import shard_writer
 
-  growing.SYNCED = 1
+  shard_writer.SYNCED = 1
   made = {"average": methods.average, "ties": lambda: methods.ties(0.5)}[method]()
   base = None if method == "average" else inputs / "base"
   models = [inputs / m for m in MODELS]
   options |= {"base": base, "names": MODELS, "shard_size": 900, "entries": 64}
-  return files.merge_files(made, models, out, **options)
+  return merge.merge_files(made, models, out, **options)
 
 
 def digest(out):
@@ -259,7 +260,7 @@ def main(arguments):
   os.environ["JAX_COMPILATION_CACHE_DIR"] = cache.name
   os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
   os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
-  import jaxmerge.files  # noqa: F401  Once, for all processes.
+  import jaxmerge.files.execute  # noqa: F401  Once, for all processes.
 
   gc.freeze()
   with cache:

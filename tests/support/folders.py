@@ -7,10 +7,10 @@ import pathlib
 import numpy as np
 import pytest
 
-from jaxmerge import files
-from jaxmerge.io import safetensors
-from jaxmerge.io.tensor import Files
-from jaxmerge.recipe import plan as plans
+from jaxmerge.files import execute
+from jaxmerge.io.tensors import safetensors
+from jaxmerge.io.tensors.tensor import Files
+from jaxmerge.recipe.plan import planner
 
 CONFIG = {"model_type": "llama", "num_hidden_layers": 3, "torch_dtype": "float32"}
 
@@ -100,9 +100,9 @@ def family_here(tmp_path, monkeypatch):
 def plan_of(text, **options):
   """The plan of a recipe, which is written to `recipe.yml`."""
   pathlib.Path("recipe.yml").write_text(text)
-  return plans.of_file("recipe.yml", Files(), **options)
+  return planner.of_file("recipe.yml", Files(), **options)
 
 
 def run(text, out="out", **options):
   """Runs a recipe, and returns the tensors of the result."""
-  return read(files.run(plan_of(text), out, **options))
+  return read(execute.run(plan_of(text), out, **options))

@@ -43,7 +43,7 @@ def counting(directory, steps=4, keep=2):
   import jax
   import numpy as np
 
-  from jaxmerge.io import orbax
+  from jaxmerge.io.checkpoints import store as stores
 
   start = np.random.default_rng(0).standard_normal((16, 8)).astype(np.float32)
   state = {"x": jax.device_put(start), "key": jax.device_put(np.array([0, 1], np.uint32))}
@@ -55,7 +55,7 @@ def counting(directory, steps=4, keep=2):
     x = jax.numpy.sin(3 * state["x"] + step.astype(noise.dtype)) + noise
     return {"x": x, "key": jax.random.key_data(key)}
 
-  with orbax.Checkpoints(pathlib.Path(directory), keep=keep) as store:
+  with stores.Checkpoints(pathlib.Path(directory), keep=keep) as store:
     first = 0
     if (restored := store.restore(state)) is not None:
       first, state = restored.record["round"], restored.state
@@ -76,8 +76,8 @@ def merging(directory):
   import small_tasks as small
 
   from jaxmerge import methods
-  from jaxmerge.atm import loop, settings
-  from jaxmerge.io import orbax
+  from jaxmerge.io.checkpoints import store as stores
+  from jaxmerge.training import loop, settings
 
   chosen = settings.Settings(
     rounds=3,
@@ -89,7 +89,7 @@ def merging(directory):
     outer_momentum=0.5,
     early_stopping=True,
   )
-  with orbax.Checkpoints(pathlib.Path(directory), keep=2) as store:
+  with stores.Checkpoints(pathlib.Path(directory), keep=2) as store:
     found = loop.tune_and_merge(
       small.network, small.weights(), small.three(), methods.average(), chosen, checkpoints=store
     )
@@ -108,22 +108,25 @@ def files(directory, inputs, out_format="safetensors", replace=False):
   """
   import hashlib
 
-  from jaxmerge import files, methods, stage
-  from jaxmerge.io import arrays, checkpoint, growing
+  from jaxmerge import methods
+  from jaxmerge.core import stage
+  from jaxmerge.files import merge
+  from jaxmerge.io.checkpoints import arrays, metadata
+  from jaxmerge.io.huggingface import shard_writer
 
-  growing.SYNCED = arrays.WRITTEN = 1
+  shard_writer.SYNCED = arrays.WRITTEN = 1
   inputs, out = pathlib.Path(inputs), pathlib.Path(directory) / "out"
   models = [inputs / f"m{k}" for k in range(3)]
   method = stage.chain(methods.trim(0.5), methods.weighted_sum())
   if replace or not out.exists():
     options = {"shard_size": 500, "entries": 50, "out_format": out_format, "replace": replace}
-    files.merge_files(method, models, out, base=inputs / "base", **options)
+    merge.merge_files(method, models, out, base=inputs / "base", **options)
   digest = hashlib.sha256()
   for path in sorted(out.iterdir()):
     if path.name not in ("state", "manifest.json"):
       digest.update(path.name.encode() + path.read_bytes())
   if out_format == "orbax":
-    for name, tensor in checkpoint.tensors(out).items():
+    for name, tensor in metadata.tensors(out).items():
       digest.update(name.encode() + np_bytes(whole(tensor)))
   left = {p.name for p in out.parent.iterdir()}
   assert left - {".out.lock"} == {"out"}  # A kill just before its removal leaves the lock's file.
@@ -156,16 +159,17 @@ def spread(directory, out=None, sizes=(4, 2, 1), rounds=4, slow=0.0):
   import small_tasks as small
   from jax.sharding import PartitionSpec as P
 
-  from jaxmerge import mesh as meshes
-  from jaxmerge import methods, processes, stopping
-  from jaxmerge.atm import loop, settings
-  from jaxmerge.io import orbax
+  from jaxmerge import methods
+  from jaxmerge.io.checkpoints import store as stores
+  from jaxmerge.parallel import mesh as meshes
+  from jaxmerge.parallel import preemption, processes
+  from jaxmerge.training import loop, settings
 
   changes = dict(epochs=3.0 * rounds, batch_size=4, learning_rate=0.05, local_state="kept")
   changes |= dict(outer="nesterov", outer_momentum=0.5, early_stopping=True)
   tasks = [*small.three(), small.classified("dog", 16)]
   rules = (("kernel$", P("model", None)), ("bias$", P()))
-  with orbax.Checkpoints(pathlib.Path(directory), keep=2) as store, stopping.asked() as stop:
+  with stores.Checkpoints(pathlib.Path(directory), keep=2) as store, preemption.asked() as stop:
     found = loop.tune_and_merge(
       small.network,
       small.weights(),
@@ -199,7 +203,7 @@ def merges(directory):
   from jax.sharding import PartitionSpec as P
 
   import jaxmerge
-  from jaxmerge import mesh as meshes
+  from jaxmerge.parallel import mesh as meshes
 
   mesh, digest = meshes.make(1, 4, 2), hashlib.sha256()
   base, models = small.trees(small.FEW)
@@ -209,7 +213,7 @@ def merges(directory):
   from jaxmerge import methods
 
   for method in (methods.ties(0.3), methods.dare(0.4, 0.5), methods.task_arithmetic(0.5)):
-    seed = {"seed": 11} if "seed" in jaxmerge.stage.numbers(method) else {}
+    seed = {"seed": 11} if "seed" in jaxmerge.core.stage.numbers(method) else {}
     for _, leaf in sorted(meshes.fetch(jaxmerge.merge(method, own, stacks, **seed)).items()):
       digest.update(np_bytes(leaf))
   return digest
@@ -219,11 +223,12 @@ def apart(directory):
   """A store in a folder that each process has for itself, as on disks that are not shared."""
   import jax
 
-  from jaxmerge.io import orbax, shared
+  from jaxmerge.io.checkpoints import store as stores
+  from jaxmerge.io.disk import shared
 
   shared.LOOKS = 2
   place = pathlib.Path(directory) / f"disk of {jax.process_index()}"
-  with orbax.Checkpoints(place) as store:
+  with stores.Checkpoints(place) as store:
     store.save(1, {"x": jax.numpy.ones(3)}, {})
 
 
@@ -296,7 +301,7 @@ class Client:
 @contextlib.contextmanager
 def connect():
   """Starts a server; gives a client."""
-  root = pathlib.Path(__file__).resolve().parents[1]
+  root = pathlib.Path(__file__).resolve().parents[2]
   flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
   command = [sys.executable, "-W", "ignore", __file__]
   pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
@@ -316,9 +321,8 @@ def serve():
   import jax
   import orbax.checkpoint
 
-  import jaxmerge.atm.loop
-  import jaxmerge.files
-  import jaxmerge.io.orbax  # noqa: F401
+  import jaxmerge.files.execute
+  import jaxmerge.io.checkpoints.store  # noqa: F401
 
   # Looks through all installed packages: once, where jax has it under this name.
   getattr(jax._src.xla_bridge, "_discover_and_register_pjrt_plugins", lambda: None)()
@@ -421,7 +425,8 @@ def _answer_many(request):
 
 def _one_of_many(request, index, port, writing):
   """What a process of many does: as `jaxmerge atm --distributed`, with a scenario for a command."""
-  from jaxmerge import launching, processes, stopping
+  from jaxmerge.cli import watchdog
+  from jaxmerge.parallel import preemption, processes
 
   report = {"digest": None, "events": []}
   os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={request['devices']}"
@@ -436,13 +441,13 @@ def _one_of_many(request, index, port, writing):
     os.write(writing, b" ")
     try:
       digest = SCENARIOS[request["scenario"]](request["directory"], **request["options"])
-    except stopping.Stopped as e:
+    except preemption.Stopped as e:
       print(e, flush=True)
       return 143
     report["digest"] = digest.hexdigest()
     return 0
 
-  status = launching.run(work)
+  status = watchdog.run(work)
   with open(writing, "w", encoding="utf-8") as pipe:
     pipe.write(json.dumps(report))
   atexit._run_exitfuncs()  # The orderly end, in which processes wait for each other.

@@ -4,7 +4,8 @@ import re
 
 from methods_table import TABLE
 
-from jaxmerge import catalog, stage
+from jaxmerge.catalog import lookup
+from jaxmerge.core import stage
 
 # These share their stages with another row of their method: columns about drivers leave them out.
 VARIANTS = {
@@ -37,11 +38,11 @@ VARIANTS = {
 }
 MAIN = [n for n in TABLE if n not in VARIANTS]
 METHOD = {n: re.split("[, ]", n)[0] for n in TABLE}
-_MANY = [n for n in MAIN if catalog.entry(METHOD[n]).models[1] is None]
+_MANY = [n for n in MAIN if lookup.entry(METHOD[n]).models[1] is None]
 _CUT = [n for n in TABLE if any(step.unit != "entry" for step in TABLE[n].method)]
-_EXACT = {n for n, e in catalog.METHODS.items() if e.models[1] is not None}
-_MORE = {n for n, e in catalog.METHODS.items() if e.models[0] > 1}
-_ENTRIES = {n for n, e in catalog.METHODS.items() if e.unit == "entry"}
+_EXACT = {n for n, e in lookup.METHODS.items() if e.models[1] is not None}
+_MORE = {n for n, e in lookup.METHODS.items() if e.models[0] > 1}
+_ENTRIES = {n for n, e in lookup.METHODS.items() if e.unit == "entry"}
 
 # By column, why methods are not in it.
 EXCEPT = {
@@ -58,7 +59,7 @@ EXCEPT = {
     "flattens the spectrum": {"iso_c", "iso_cts"},
     "keeps entries by their score": {"pcb"},
     "keeps some directions, and scales by norms": {"doge"},
-    "what it drops is no number; in subspaces_test.py": {"drm"},
+    "what it drops is no number; in tests/methods/subspaces_test.py": {"drm"},
   },
   "any order": {
     "the order is a part of the method": {

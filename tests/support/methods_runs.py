@@ -16,7 +16,7 @@ from methods_table import EIGHT, SEED, SLACKS, TABLE, WEIGHT
 from reference import basics
 
 import jaxmerge
-from jaxmerge import stage
+from jaxmerge.core import stage
 
 ATOL = rounding.FLOOR
 

@@ -101,3 +101,28 @@ def curve(tasks, rounds, base, end, random):
       }
     )
   return result
+
+
+LONG = (
+  "film sentiment",
+  "tweet sentiment",
+  "product sentiment",
+  "WordNet topic, first ten classes",
+  "WordNet topic, other ten classes",
+  "Debian section",
+  "Debian language libraries",
+  "UDHR language identification",
+)
+
+
+def minimal(**sections):
+  """A user's own run: the loop alone, no baselines."""
+  return {
+    "tasks": ["a", "b"],
+    "models": {"atm": {"mean": 0.7, "per_task": {"a": 0.6, "b": 0.8}}},
+    "rounds": [{"round": 1, "mean": 0.6}, {"round": 2, "mean": 0.7}],
+    "budget": {},
+    "config": {},
+    "versions": {},
+    **sections,
+  }

@@ -3,7 +3,7 @@
 import importlib.util
 import pathlib
 
-BENCHMARKS = pathlib.Path(__file__).resolve().parents[1] / "benchmarks"
+BENCHMARKS = pathlib.Path(__file__).resolve().parents[2] / "benchmarks"
 
 
 def benchmark(name):

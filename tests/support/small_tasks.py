@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmerge.atm import settings
 from jaxmerge.tasks import task
+from jaxmerge.training import settings
 
 
 def quadratic(params, inputs, head):

@@ -1,4 +1,4 @@
-"""Tries many times to have two runs at work in one folder: `python tests/two_runs.py 200`.
+"""Tries many times to have two runs at work in one folder: `python tests/support/two_runs.py 200`.
 
 Each try starts two processes at nearly the same moment, each of which runs an experiment, or a
 bench, on the same workdir, by its own path or through a link; the work itself is a stand-in that
@@ -19,7 +19,8 @@ import time
 
 from ml_collections import config_dict
 
-from jaxmerge import benching, configuring, experiment
+from jaxmerge.experiments import bench, bench_config
+from jaxmerge.experiments import run as runs
 
 PLAIN = config_dict.ConfigDict(
   {"experiment": "made", "seeds": 1, "methods": {}, "rounds": 1, "keep_experts": False}
@@ -69,9 +70,9 @@ def run(kind, workdir, said):
     return pid
   try:
     if kind == "bench":
-      benching.run(PLAIN, "", workdir)
+      bench.run(PLAIN, "", workdir)
     else:
-      experiment.run(PLAIN, workdir)
+      runs.run(PLAIN, workdir)
     os._exit(0)
   except ValueError as error:
     said.write_text(str(error))
@@ -117,9 +118,9 @@ def attempt(chance, home):
 
 
 def main(tries):
-  experiment.Work, benching._scored = Work, scored
-  benching._written = lambda *rest: {}
-  configuring.of_bench = lambda *rest: PLAIN
+  runs.Work, bench._scored = Work, scored
+  bench._written = lambda *rest: {}
+  bench_config.of_bench = lambda *rest: PLAIN
   chance, wrong, refused, kills = random.Random(0), [], 0, 0
   for _ in range(tries):
     with tempfile.TemporaryDirectory() as folder:

@@ -6,9 +6,9 @@ import zlib
 import numpy as np
 import pytest
 
-from jaxmerge.data import domains as making
 from jaxmerge.tasks import domains, task
 from jaxmerge.tasks.domains import Document
+from tools.data import domains as making
 
 
 def words(count, seed):

@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 
-from jaxmerge import data
-from jaxmerge.tasks import images
+from jaxmerge.tasks import data, images
 from jaxmerge.tasks import task as task_lib
 
 SPLITS = ("train", "validation", "test")

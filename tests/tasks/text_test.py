@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 import tokenizers
 
-from jaxmerge import data
-from jaxmerge.data import debian, make
+from jaxmerge.tasks import data, text
 from jaxmerge.tasks import task as task_lib
-from jaxmerge.tasks import text
+from tools.data import debian, make
 
 SPLITS = ("train", "validation", "test")
 FILES = sorted(set(text.FILES.values()))

@@ -8,9 +8,13 @@ import numpy as np
 import pytest
 import small_tasks as small
 
-from jaxmerge import mesh as meshes
-from jaxmerge import methods, stage
-from jaxmerge.atm import baselines, checking, loop, settings, tune
+from jaxmerge import methods
+from jaxmerge.core import stage
+from jaxmerge.parallel import mesh as meshes
+from jaxmerge.search import scales as search_scales
+from jaxmerge.tasks import batch, losses
+from jaxmerge.tasks.task import Task
+from jaxmerge.training import checks, local_steps, loop, settings
 
 
 def run(tasks=None, *, apply=small.network, method=None, **given):
@@ -24,7 +28,7 @@ def run(tasks=None, *, apply=small.network, method=None, **given):
 def headless(classes=2):
   """The tasks without heads, as a model has them that gives logits of so many classes."""
   tasks = [
-    tune.tasks.Task(t.name, *(s._replace(labels=s.labels % classes) for s in t.splits().values()))
+    Task(t.name, *(s._replace(labels=s.labels % classes) for s in t.splits().values()))
     for t in small.three()
   ]
   return tasks
@@ -64,7 +68,7 @@ def test_is_refused_before_anything_is_trained(given, words):
 )
 def test_tasks_are_a_list_of_tasks(tasks, words):
   with pytest.raises(ValueError, match=words):
-    checking.check(small.network, small.weights(), tasks, tune.cross_entropy)
+    checks.check(small.network, small.weights(), tasks, losses.cross_entropy)
 
 
 def changed(**parts):
@@ -105,7 +109,7 @@ ANT = small.three()[0]
 )
 def test_tasks_that_are_made_wrong_are_named(tasks, words):
   with pytest.raises(ValueError, match=words):
-    checking.check(small.network, small.weights(), tasks, tune.cross_entropy)
+    checks.check(small.network, small.weights(), tasks, losses.cross_entropy)
 
 
 @pytest.mark.parametrize(
@@ -120,7 +124,7 @@ def test_tasks_that_are_made_wrong_are_named(tasks, words):
 )
 def test_parts_that_are_something_else_are_named(parts, words):
   with pytest.raises(ValueError, match=words):
-    checking.check_parts(*parts)
+    checks.check_parts(*parts)
 
 
 @pytest.mark.parametrize(
@@ -129,7 +133,7 @@ def test_parts_that_are_something_else_are_named(parts, words):
 )
 def test_parameters_are_arrays(params, words):
   with pytest.raises(ValueError, match=words):
-    tune.masters(params)
+    local_steps.masters(params)
 
 
 def test_a_model_as_wide_as_its_labels_is_not_refused():
@@ -153,7 +157,7 @@ def test_a_score_that_is_no_number_is_refused():
 
 def test_rows_without_a_number_are_not_right():
   logits = jnp.array([[np.nan, 1.0], [2.0, 1.0]], jnp.float32)
-  assert tune.accuracy(logits, np.zeros(2, np.int32)).tolist() == [0.0, 1.0]
+  assert losses.accuracy(logits, np.zeros(2, np.int32)).tolist() == [0.0, 1.0]
 
 
 def test_a_scale_at_which_the_merge_overflows_is_never_the_best():
@@ -161,7 +165,7 @@ def test_a_scale_at_which_the_merge_overflows_is_never_the_best():
   models = {"dense": {n: np.stack([x + 9, x]) for n, x in base["dense"].items()}}
   method = methods.task_arithmetic()
 
-  rows = tune.stacked(small.three(), "validation")
+  rows = batch.stacked(small.three(), "validation")
 
   def chosen(*scales):
     # The scores alone would have preferred the larger one.
@@ -169,7 +173,7 @@ def test_a_scale_at_which_the_merge_overflows_is_never_the_best():
       return jnp.array([[[0.1]], [[0.9]]])
 
     given = (method, base, models, scales, score, rows, [1])
-    return baselines.best_scale(*given, names=["a", "b"], called="ties")
+    return search_scales.best_scale(*given, names=["a", "b"], called="ties")
 
   assert chosen(0.5, 3e38).scale == 0.5
   with pytest.raises(ValueError, match=r"ties: weights or scores are not finite at any scale"):

@@ -7,9 +7,13 @@ import pytest
 import small_tasks as small
 
 import jaxmerge
-from jaxmerge import mesh as meshes
 from jaxmerge import methods
-from jaxmerge.atm import baselines, budget, evaluate, sampling, settings, tune
+from jaxmerge.evaluation import scoring
+from jaxmerge.parallel import mesh as meshes
+from jaxmerge.search import scales as search_scales
+from jaxmerge.tasks import batch, losses
+from jaxmerge.training import budget, finetune, schedule, settings
+from jaxmerge.training import joint as training_joint
 
 
 def chosen(**changes):
@@ -19,14 +23,14 @@ def chosen(**changes):
 
 def experts(tasks=None, devices=1, **changes):
   tasks = small.three() if tasks is None else tasks
-  return baselines.experts(
+  return finetune.experts(
     small.network, small.weights(), tasks, chosen(**changes), mesh=meshes.make(devices)
   )
 
 
 def joint(mixed, tasks=None, **changes):
   tasks = small.three() if tasks is None else tasks
-  return baselines.joint(small.network, small.weights(), tasks, chosen(**changes), mixed=mixed)
+  return training_joint.joint(small.network, small.weights(), tasks, chosen(**changes), mixed=mixed)
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +40,7 @@ def whole():
 
 def test_parts_of_the_training_change_nothing(whole):
   seen = []
-  parts, cost = baselines.experts(
+  parts, cost = finetune.experts(
     small.network,
     small.weights(),
     small.three(),
@@ -83,12 +87,12 @@ def test_costs_by_hand(whole):
 
 def test_joint_training_takes_the_batches_of_the_experts():
   names, rows, s = ("ant", "bee", "cat"), (12, 20, 9), chosen(rounds=7)
-  task, index, rate = baselines._joint_plan(names, rows, s, 1)
+  task, index, rate = training_joint._joint_plan(names, rows, s, 1)
   assert len(task) == 20
   for t, (name, n) in enumerate(zip(names, rows, strict=True)):
-    steps = sampling.totals(rows, s)[t]
+    steps = schedule.totals(rows, s)[t]
     seen = index[task[:, 0] == t].ravel()
-    np.testing.assert_array_equal(seen, sampling.stream(name, n, s.seed, 0, 4 * steps))
+    np.testing.assert_array_equal(seen, schedule.stream(name, n, s.seed, 0, 4 * steps))
   assert (rate == np.float32(s.learning_rate)).all()
   # Tasks take turns as evenly as their sizes allow: every half has half of each task's batches.
   half = np.bincount(task[:10, 0], minlength=3)
@@ -104,15 +108,17 @@ def test_joint_training_on_quadratics_is_descent_on_their_sum():
   theta = start["theta"]
   for _ in range(3):
     theta = theta - 0.125 * sum(m @ (theta - p) for m, p in zip(a, c, strict=True)) / 2
-  found, _ = baselines.joint(small.quadratic, start, tasks, s, mixed=True, loss=small.as_given)
+  found, _ = training_joint.joint(small.quadratic, start, tasks, s, mixed=True, loss=small.as_given)
   np.testing.assert_allclose(found["theta"], theta, rtol=1e-6)
   # In turn: one task after the other, in the order of their tags.
-  order = sorted(range(2), key=lambda k: jaxmerge.tree.tag(tasks[k].name))
+  order = sorted(range(2), key=lambda k: jaxmerge.core.tree.tag(tasks[k].name))
   theta = start["theta"]
   for _ in range(3):
     for k in order:
       theta = theta - 0.125 * a[k] @ (theta - c[k])
-  found, _ = baselines.joint(small.quadratic, start, tasks, s, mixed=False, loss=small.as_given)
+  found, _ = training_joint.joint(
+    small.quadratic, start, tasks, s, mixed=False, loss=small.as_given
+  )
   np.testing.assert_allclose(found["theta"], theta, rtol=1e-6)
 
 
@@ -129,12 +135,12 @@ def test_the_best_scale_is_the_best_of_all():
   names = [t.name for t in tasks]
   models, _ = experts(tasks, epochs=8.0)
   mesh = meshes.make(1)
-  score = evaluate.scorer(small.network, tune.accuracy, mesh=mesh)
-  rows = meshes.put(tune.stacked(tasks, "validation"), meshes.by_task(mesh))
+  score = scoring.scorer(small.network, losses.accuracy, mesh=mesh)
+  rows = meshes.put(batch.stacked(tasks, "validation"), meshes.by_task(mesh))
   counts = [len(t.validation.labels) for t in tasks]
   method, scales = methods.task_arithmetic(), (0.0, 0.2, 0.4, 0.8, 5.0)
   given = (method, base, models, scales, score, rows, counts)
-  found = baselines.best_scale(*given, names=names)
+  found = search_scales.best_scale(*given, names=names)
 
   def judged(params):
     right = [
@@ -153,7 +159,7 @@ def test_the_best_scale_is_the_best_of_all():
   assert found.scale == scales[best]
   small.assert_close(found.params, singly[best], rtol=1e-6)
   # Cut into several programs, the last one short.
-  cut = baselines.best_scale(*given, names=names, at_once=2)
+  cut = search_scales.best_scale(*given, names=names, at_once=2)
   assert (cut.means, cut.scale) == (found.means, found.scale)
   small.assert_close(cut.params, found.params, rtol=1e-6)
 
@@ -175,12 +181,12 @@ def test_bad_data_and_parameters_are_found_first():
       go()
   whole = {"w": np.arange(3)}
   with pytest.raises(ValueError, match="'w' is int64; only floating point is tuned"):
-    baselines.experts(small.network, whole, small.three(), chosen())
+    finetune.experts(small.network, whole, small.three(), chosen())
 
 
 def test_parameters_are_tuned_in_float32():
   narrow = jax.tree.map(lambda x: x.astype(jnp.bfloat16), small.weights())
-  found, _ = baselines.experts(
+  found, _ = finetune.experts(
     small.network, narrow, small.three(), chosen(epochs=0.5), mesh=meshes.make(1)
   )
   assert {x.dtype.name for x in jax.tree.leaves(found)} == {"float32"}

@@ -5,7 +5,7 @@ import shutil
 import kill_child
 import pytest
 
-from jaxmerge.io import manifest
+from jaxmerge.io.checkpoints import manifest
 
 
 @pytest.fixture(scope="module")

@@ -10,10 +10,13 @@ import optax
 import pytest
 import small_tasks as small
 
-from jaxmerge import layouts, memory, methods, tree
-from jaxmerge import mesh as meshes
-from jaxmerge.atm import evaluate, sampling, settings, tune
-from jaxmerge.atm import round as rounds
+from jaxmerge import methods
+from jaxmerge.core import interpreter, layouts, tree
+from jaxmerge.evaluation import scoring
+from jaxmerge.parallel import mesh as meshes
+from jaxmerge.tasks import batch, losses
+from jaxmerge.training import local_steps, schedule, settings
+from jaxmerge.training import round as rounds
 
 COLLECTIVES = re.compile(r"\b(all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)")
 
@@ -25,11 +28,11 @@ def chosen(**changes):
 
 def pieces(tasks, s, params=None):
   """The step, the optimiser, the rows and the plan."""
-  local = tune.direction(s, small.weights() if params is None else params)
-  step = tune.step(small.network, tune.cross_entropy, s, local)
+  local = local_steps.direction(s, small.weights() if params is None else params)
+  step = local_steps.step(small.network, losses.cross_entropy, s, local)
   counts = [len(t.train.labels) for t in tasks]
-  plan = sampling.plan([t.name for t in tasks], counts, s, 0, rounds=1)
-  return step, local, tune.stacked(tasks, "train"), plan
+  plan = schedule.plan([t.name for t in tasks], counts, s, 0, rounds=1)
+  return step, local, batch.stacked(tasks, "train"), plan
 
 
 def one_of(stack, k):
@@ -41,8 +44,8 @@ def all_tuned(step, local, mesh, height):
 
   @jax.jit
   def run(params, rows, plan):
-    copies = tune.copies(params, height, mesh)
-    return tune.tune_all(step, copies, jax.vmap(local.init)(copies), rows, plan, mesh=mesh)
+    copies = local_steps.copies(params, height, mesh)
+    return local_steps.tune_all(step, copies, jax.vmap(local.init)(copies), rows, plan, mesh=mesh)
 
   return run
 
@@ -62,7 +65,7 @@ def alone(four):
   """Four tasks, tuned one after another by one plain program."""
   step, local, rows, plan = pieces(four, chosen())
   params = small.weights()
-  run = jax.jit(lambda *own: tune.tune_one(step, params, local.init(params), *own))
+  run = jax.jit(lambda *own: local_steps.tune_one(step, params, local.init(params), *own))
   return [run(one_of(rows, k), one_of(plan, k)) for k in range(4)]
 
 
@@ -86,7 +89,7 @@ def test_no_word_between_tasks_before_the_merge(four):
   method = methods.average()
   shapes = {n: x.shape for n, x in tree.named(small.weights()).items()}
   names = sorted((t.name for t in four), key=tree.tag)
-  ready = memory.prepare(method, shapes, 4, {}, names)
+  ready = interpreter.prepare(method, shapes, 4, {}, names)
 
   @jax.jit
   def merged(params, rows, plan):
@@ -141,11 +144,11 @@ def test_padded_steps_leave_parameters_and_counters_alone():
   tasks = [small.classified("ant", 12)]
   step, local, rows, plan = pieces(tasks, chosen())
   own, params = one_of(rows, 0), small.weights()
-  go = jax.jit(lambda own, plan: tune.tune_one(step, params, local.init(params), own, plan))
+  go = jax.jit(lambda own, plan: local_steps.tune_one(step, params, local.init(params), own, plan))
   short = jax.tree.map(lambda x: x[0], plan)
   spare = 5
   # The padding would matter much if it were taken.
-  padded = sampling.Plan(
+  padded = schedule.Plan(
     np.concatenate([short.rows, np.ones((spare, 4), np.int32)]),
     np.concatenate([short.learning_rate, np.full(spare, 9.0, np.float32)]),
     short.steps,
@@ -178,10 +181,10 @@ def test_padded_classes_are_masked():
   params = small.weights()
 
   def loss(params, head, classes):
-    out = tune.outputs(small.network, params, task.train.inputs, head, jnp.int32(classes))
-    return tune.cross_entropy(out, task.train.labels).mean()
+    out = batch.outputs(small.network, params, task.train.inputs, head, jnp.int32(classes))
+    return losses.cross_entropy(out, task.train.labels).mean()
 
-  masked = tune.outputs(small.network, params, task.train.inputs, wide, jnp.int32(2))
+  masked = batch.outputs(small.network, params, task.train.inputs, wide, jnp.int32(2))
   assert (np.asarray(masked)[:, 2:] == -np.inf).all()
   assert np.isfinite(np.asarray(masked)[:, :2]).all()
   gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
@@ -194,14 +197,14 @@ def test_padded_classes_are_masked():
 
 def taken(s, params, gradient, times=1):
   """Local steps under a loss whose gradient is given; the parameters and the state."""
-  local = tune.direction(s, params)
+  local = local_steps.direction(s, params)
   flat = jax.tree.leaves(jax.tree.map(jnp.asarray, gradient))
 
   def linear(params, inputs, head):
     total = sum(jnp.vdot(g, p) for g, p in zip(flat, jax.tree.leaves(params), strict=True))
     return total[None]
 
-  step = tune.step(linear, small.as_given, s, local)
+  step = local_steps.step(linear, small.as_given, s, local)
   params, state = jax.tree.map(jnp.asarray, params), local.init(params)
   for _ in range(times):
     batch = (np.zeros((1, 1), np.float32), jnp.zeros(1, jnp.int32), None, jnp.int32(1))
@@ -228,7 +231,7 @@ def test_running_statistics_are_not_tuned():
   small.assert_same_bits(found["batch_stats"]["var"], params["batch_stats"]["var"])
   assert found["w"].tolist() == [1.5]
   with pytest.raises(ValueError, match=r"'batch_stats/var' .* is a variance below zero"):
-    tune.masters({"batch_stats": {"var": np.float32([-0.1])}, "w": params["w"]})
+    local_steps.masters({"batch_stats": {"var": np.float32([-0.1])}, "w": params["w"]})
 
 
 def test_clipping_by_the_global_norm():
@@ -278,9 +281,9 @@ def test_bfloat16_computes_narrow_and_keeps_wide(four):
     narrow = jax.tree.map(lambda x: x.astype(jnp.bfloat16), inputs)
     return small.network(params, narrow, head)
 
-  step = tune.step(watched, tune.cross_entropy, s, local)
+  step = local_steps.step(watched, losses.cross_entropy, s, local)
   params = small.weights()
-  run = jax.jit(lambda *own: tune.tune_one(step, params, local.init(params), *own))
+  run = jax.jit(lambda *own: local_steps.tune_one(step, params, local.init(params), *own))
   found = run(one_of(rows, 0), one_of(plan, 0))
   assert seen
   assert all(s == {"bfloat16"} for s in seen)
@@ -290,40 +293,40 @@ def test_bfloat16_computes_narrow_and_keeps_wide(four):
 
 def test_a_freeze_that_finds_nothing_or_everything_is_refused():
   with pytest.raises(ValueError, match="finds no leaf; the leaves are dense/bias, dense/kernel"):
-    tune.direction(chosen(freeze="denze"), small.weights())
+    local_steps.direction(chosen(freeze="denze"), small.weights())
   with pytest.raises(ValueError, match="every leaf"):
-    tune.direction(chosen(freeze="dense"), small.weights())
+    local_steps.direction(chosen(freeze="dense"), small.weights())
 
 
 def test_tasks_that_do_not_belong_together_are_refused():
   ant, bee = small.three()[:2]
   other = bee.train._replace(inputs=bee.train.inputs[:, :3])
   with pytest.raises(ValueError, match=r"'inputs' is \(4,\) in a row of task 'ant' but \(3,\)"):
-    tune.stacked([ant, dataclasses.replace(bee, train=other)], "train")
+    batch.stacked([ant, dataclasses.replace(bee, train=other)], "train")
   with pytest.raises(ValueError, match="'ant': 'a head', 'bee': 'none'"):
-    tune.stacked([ant, dataclasses.replace(bee, head=None)], "train")
+    batch.stacked([ant, dataclasses.replace(bee, head=None)], "train")
   with pytest.raises(ValueError, match=r"head of task 'bee' is \(6, 2\), but that of 'ant' is \(5"):
-    tune.stacked([ant, dataclasses.replace(bee, head=np.zeros((6, 2), np.float32))], "train")
+    batch.stacked([ant, dataclasses.replace(bee, head=np.zeros((6, 2), np.float32))], "train")
   with pytest.raises(ValueError, match="'bee' has no test split, only train, validation"):
-    tune.stacked([ant, dataclasses.replace(bee, test=None)], "test")
+    batch.stacked([ant, dataclasses.replace(bee, test=None)], "test")
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 100])
 def test_scores_are_those_of_single_rows(four, chunk):
   mesh = meshes.make(4)
   models = [small.weights(k) for k in range(2)]
-  rows = meshes.put(tune.stacked(four, "train"), meshes.by_task(mesh))
-  score = evaluate.scorer(small.network, tune.accuracy, mesh=mesh, chunk=chunk)
+  rows = meshes.put(batch.stacked(four, "train"), meshes.by_task(mesh))
+  score = scoring.scorer(small.network, losses.accuracy, mesh=mesh, chunk=chunk)
   found = np.asarray(score(tree.stack(models), rows))
   counts = [len(t.train.labels) for t in four]
   assert found.shape == (2, 4, 20)
   for m, params in enumerate(models):
-    parts = evaluate.per_row(found[m], counts)
+    parts = scoring.per_row(found[m], counts)
     for k, t in enumerate(four):
       logits = np.asarray(small.network(params, t.train.inputs, t.head))
       right = (logits.argmax(-1) == t.train.labels).astype(np.float32)
       np.testing.assert_array_equal(parts[k], right)
-      assert evaluate.means(found[m], counts)[k] == pytest.approx(right.mean())
+      assert scoring.means(found[m], counts)[k] == pytest.approx(right.mean())
       assert not found[m, k, counts[k] :].any()
 
 
@@ -333,7 +336,7 @@ def test_clipping_is_that_of_optax(limit):
   grads = {"a": draw(size=(3, 4)).astype(np.float32), "b": draw(size=5).astype(np.float32)}
   own, theirs = (
     clip.update(grads, clip.init(grads))[0]
-    for clip in (tune._clip(limit), optax.clip_by_global_norm(limit))
+    for clip in (local_steps._clip(limit), optax.clip_by_global_norm(limit))
   )
   for name in grads:
     np.testing.assert_allclose(own[name], theirs[name], rtol=1e-6)

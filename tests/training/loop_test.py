@@ -13,11 +13,12 @@ import pytest
 import small_tasks as small
 from jax.sharding import PartitionSpec as P
 
-from jaxmerge import mesh as meshes
-from jaxmerge import methods, stage
-from jaxmerge.atm import baselines, loop, settings, tune
-from jaxmerge.io import orbax
-from jaxmerge.methods import random_masks
+from jaxmerge import methods
+from jaxmerge.core import random_masks, stage
+from jaxmerge.io.checkpoints import store as stores
+from jaxmerge.parallel import mesh as meshes
+from jaxmerge.tasks import batch, losses
+from jaxmerge.training import finetune, local_steps, loop, schedule, settings
 
 
 def chosen(**changes):
@@ -130,7 +131,7 @@ def test_all_rounds_run_what_the_first_one_compiled(changes):
 def test_a_record_tells_losses_scores_and_geometry():
   tasks = small.three()
   found = run(tasks, rounds=1, epochs=2.0)
-  copies, cost = baselines.experts(
+  copies, cost = finetune.experts(
     small.network, small.weights(), tasks, chosen(rounds=1, epochs=2.0), mesh=meshes.make(1)
   )
   (record,) = found.rounds
@@ -187,14 +188,14 @@ def test_a_model_axis_without_rules_is_refused():
 def one_by_one(s, kept):
   """Tunes one task in stretches of a round, and nothing else."""
   task = small.classified("ant", 12)
-  local = tune.direction(s, small.weights())
-  step = tune.step(small.network, tune.cross_entropy, s, local)
-  rows = jax.tree.map(lambda x: x[0], tune.stacked([task], "train"))
-  go = jax.jit(lambda *given: tune.tune_one(step, *given))
+  local = local_steps.direction(s, small.weights())
+  step = local_steps.step(small.network, losses.cross_entropy, s, local)
+  rows = jax.tree.map(lambda x: x[0], batch.stacked([task], "train"))
+  go = jax.jit(lambda *given: local_steps.tune_one(step, *given))
   params = jax.tree.map(jnp.asarray, small.weights())
   state = local.init(params)
   for k in range(s.rounds):
-    plan = loop.sampling.plan([task.name], [12], s, k, rounds=s.rounds)
+    plan = schedule.plan([task.name], [12], s, k, rounds=s.rounds)
     state = state if kept else local.init(params)
     params, state, _ = go(params, state, rows, jax.tree.map(lambda x: x[0], plan))
   return params
@@ -208,7 +209,7 @@ def test_one_task_is_fine_tuning_with_restarts_or_one_long_run():
   small.assert_close(fresh.params, one_by_one(chosen(), kept=False), **close)
   small.assert_close(kept.params, one_by_one(chosen(), kept=True), **close)
   # One round of the same steps, that is without any merge on the way.
-  unbroken, _ = baselines.experts(small.network, small.weights(), [task], long)
+  unbroken, _ = finetune.experts(small.network, small.weights(), [task], long)
   small.assert_close(kept.params, jax.tree.map(lambda x: x[0], unbroken), **close)
   assert small.differ(fresh.params, kept.params)
 
@@ -260,14 +261,14 @@ def test_early_stopping_returns_the_best_round():
 def test_rounds_between_scores_have_none_and_the_same_model(tmp_path):
   changes = dict(rounds=3, epochs=6.0, early_stopping=True)
   every = run(**changes)
-  with orbax.Checkpoints(tmp_path) as store:
+  with stores.Checkpoints(tmp_path) as store:
     some = run(score_every=2, store=store, **changes)
   assert [r["mean"] is None for r in some.rounds] == [True, False, False]
   assert some.rounds[0]["per_task"] == dict.fromkeys(every.rounds[0]["per_task"])
   kept = [r for r in timeless(some.rounds) if r["mean"] is not None]
   assert kept == timeless(every.rounds)[1:]
   best = max(kept, key=lambda r: r["mean"])["mean"]
-  with orbax.Checkpoints(tmp_path) as store:
+  with stores.Checkpoints(tmp_path) as store:
     again = run(score_every=2, store=store, **changes)
   small.assert_same_bits(again.params, some.params)
   assert best == max(r["mean"] for r in again.rounds if r["mean"] is not None)
@@ -300,9 +301,9 @@ def test_tasks_rows_and_weights_are_spread_together(tmp_path):
   assert {s.data.shape for s in kernel.addressable_shards} == {(2, 5)}
   # Rows, tasks and inputs are added up in another order, which Adam amplifies.
   small.assert_close(found.params, expected.params, rtol=1e-4, atol=1e-5)
-  with orbax.Checkpoints(tmp_path) as store, pytest.raises(Stopped):
+  with stores.Checkpoints(tmp_path) as store, pytest.raises(Stopped):
     run(mesh=mesh, sharding=RULES, store=store, on_round=stop_after(2), **ALL)
-  with orbax.Checkpoints(tmp_path) as store:
+  with stores.Checkpoints(tmp_path) as store:
     assert_same_run(run(mesh=mesh, sharding=RULES, store=store, **ALL), found)
 
 
@@ -346,9 +347,9 @@ def whole():
 @pytest.mark.parametrize("k", [1, *(pytest.param(k, marks=pytest.mark.slow) for k in (2, 3))])
 def test_a_run_that_stops_after_any_round_ends_with_the_same_bits(tmp_path, whole, k):
   method = methods.dare(0.3, 0.4)
-  with orbax.Checkpoints(tmp_path) as store, pytest.raises(Stopped):
+  with stores.Checkpoints(tmp_path) as store, pytest.raises(Stopped):
     run(method=method, store=store, on_round=stop_after(k), **ALL)
-  with orbax.Checkpoints(tmp_path) as store:
+  with stores.Checkpoints(tmp_path) as store:
     seen = []
     found = run(method=method, store=store, on_round=lambda r: seen.append(r["round"]), **ALL)
   assert seen == list(range(k + 1, 4))
@@ -359,10 +360,10 @@ def test_a_run_that_stops_after_any_round_ends_with_the_same_bits(tmp_path, whol
 def test_rounds_may_go_unsaved_but_not_the_last(tmp_path, whole):
   method = methods.dare(0.3, 0.4)
   given = dict(method=method, save_every=2, **ALL)
-  with orbax.Checkpoints(tmp_path, keep=None) as store, pytest.raises(Stopped):
+  with stores.Checkpoints(tmp_path, keep=None) as store, pytest.raises(Stopped):
     run(store=store, on_round=stop_after(1), **given)
   assert not tmp_path.exists() or not any(p.name.isdigit() for p in tmp_path.iterdir())
-  with orbax.Checkpoints(tmp_path, keep=None) as store:
+  with stores.Checkpoints(tmp_path, keep=None) as store:
     assert_same_run(run(store=store, **given), whole)
   assert {p.name for p in tmp_path.iterdir() if p.name.isdigit()} == {"2", "3"}
   with pytest.raises(ValueError, match="save_every must be at least 1 round, got 0"):
@@ -378,11 +379,11 @@ def test_optimizer_states_do_not_pass_through_the_host_where_a_run_goes_on(
   tasks = [*small.three(), small.classified("dog", 16)]
   given = dict(mesh=meshes.make(*sizes), sharding=RULES, **ALL)
   expected = run(tasks, **given)
-  with orbax.Checkpoints(tmp_path) as store, pytest.raises(Stopped):
+  with stores.Checkpoints(tmp_path) as store, pytest.raises(Stopped):
     run(tasks, store=store, on_round=stop_after(2), **given)
   fetched, fetch = [], meshes.fetch
   monkeypatch.setattr(meshes, "fetch", lambda x: fetched.extend(jax.tree.leaves(x)) or fetch(x))
-  with orbax.Checkpoints(tmp_path) as store:
+  with stores.Checkpoints(tmp_path) as store:
     assert_same_run(run(tasks, store=store, **given), expected)
   assert not any(np.shape(x)[1:] == (4, 5) for x in fetched)
 
@@ -392,9 +393,9 @@ def test_the_best_round_is_remembered_over_an_interruption(tmp_path):
   changes = dict(outer="sgd", outer_learning_rate=6.0, epochs=9.0, early_stopping=True)
   expected = run(**changes)
   assert int(np.argmax([r["mean"] for r in expected.rounds])) < 2
-  with orbax.Checkpoints(tmp_path) as store, pytest.raises(Stopped):
+  with stores.Checkpoints(tmp_path) as store, pytest.raises(Stopped):
     run(store=store, on_round=stop_after(2), **changes)
-  with orbax.Checkpoints(tmp_path) as store:
+  with stores.Checkpoints(tmp_path) as store:
     assert_same_run(run(store=store, **changes), expected)
 
 
@@ -402,9 +403,9 @@ def test_the_best_round_is_remembered_over_an_interruption(tmp_path):
 def test_waves_of_tasks_resume_with_the_same_bits(tmp_path):
   changes = dict(at_once=2, local_state="kept", outer="damped", outer_momentum=0.2)
   expected = run(**changes)
-  with orbax.Checkpoints(tmp_path) as store, pytest.raises(Stopped):
+  with stores.Checkpoints(tmp_path) as store, pytest.raises(Stopped):
     run(store=store, on_round=stop_after(2), **changes)
-  with orbax.Checkpoints(tmp_path) as store:
+  with stores.Checkpoints(tmp_path) as store:
     assert_same_run(run(store=store, **changes), expected)
 
 
@@ -412,7 +413,7 @@ def test_waves_of_tasks_resume_with_the_same_bits(tmp_path):
 def stored(tmp_path_factory):
   """A store that holds one round."""
   directory = tmp_path_factory.mktemp("stored")
-  with orbax.Checkpoints(directory) as store, pytest.raises(Stopped):
+  with stores.Checkpoints(directory) as store, pytest.raises(Stopped):
     run(store=store, on_round=stop_after(1))
   return directory
 
@@ -442,7 +443,7 @@ def bee(**changes):
 )
 def test_another_run_in_the_store_is_refused_with_the_difference(stored, changes, words):
   before = sorted(p.name for p in stored.iterdir())
-  with orbax.Checkpoints(stored) as store, pytest.raises(ValueError, match=words):
+  with stores.Checkpoints(stored) as store, pytest.raises(ValueError, match=words):
     run(store=store, **changes)
   assert sorted(p.name for p in stored.iterdir()) == before
 
@@ -453,9 +454,9 @@ def test_saved_on_eight_devices_resumed_on_others(tmp_path):
   expected = run(tasks, mesh=meshes.make(4, 2), **ALL)
   for sizes in ((1, 1), (3, 1), (4, 1)):
     directory = tmp_path / str(sizes)
-    with orbax.Checkpoints(directory) as store, pytest.raises(Stopped):
+    with stores.Checkpoints(directory) as store, pytest.raises(Stopped):
       run(tasks, mesh=meshes.make(4, 2), store=store, on_round=stop_after(2), **ALL)
-    with orbax.Checkpoints(directory) as store:
+    with stores.Checkpoints(directory) as store:
       found = run(tasks, mesh=meshes.make(*sizes), store=store, **ALL)
     # Another order of additions in one round, which Adam amplifies.
     small.assert_close(found.params, expected.params, rtol=1e-4, atol=1e-5)
@@ -547,7 +548,7 @@ def test_divergence_names_task_and_round(tmp_path):
   tasks = bee(head=small.three()[1].head * np.float32(1e25))
   assert np.isfinite(train.inputs).all()
   with (
-    orbax.Checkpoints(tmp_path) as store,
+    stores.Checkpoints(tmp_path) as store,
     pytest.raises(ValueError, match=r"'bee' diverged in round 1: .* lower learning_rate \(1000\)"),
   ):
     run(tasks, store=store, learning_rate=1e3, optimizer="sgd", clip_norm=0.0)

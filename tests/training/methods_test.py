@@ -6,9 +6,11 @@ import small_tasks as small
 from marking import some_fast
 
 import jaxmerge
-from jaxmerge import catalog, methods, stage
-from jaxmerge import mesh as meshes
-from jaxmerge.atm import baselines, loop, settings
+from jaxmerge import methods
+from jaxmerge.catalog import lookup
+from jaxmerge.core import stage
+from jaxmerge.parallel import mesh as meshes
+from jaxmerge.training import finetune, loop, settings
 
 NAMES = ("ant", "bee", "cat", "dog", "eel")
 LAYOUT = (("kernel$", "io"),)
@@ -30,7 +32,7 @@ def chosen(**changes):
 def tuned():
   """The start, the tasks, and the copies that are tuned on them."""
   tasks, start = [small.classified(n, 8) for n in NAMES], small.weights()
-  copies, _ = baselines.experts(small.network, start, tasks, chosen(), mesh=meshes.make(1))
+  copies, _ = finetune.experts(small.network, start, tasks, chosen(), mesh=meshes.make(1))
   return start, tasks, copies
 
 
@@ -65,7 +67,7 @@ def together(names):
   """
   groups = []
   for name in names:
-    own = {n: v for n, v in COMMON.items() if n in catalog.entry(name).parameters}
+    own = {n: v for n, v in COMMON.items() if n in lookup.entry(name).parameters}
     made = getattr(methods, name)(**own)
     made = stage.masked(made, lambda leaf, room=f"{name}/": leaf.startswith(room))
     for group in groups:
@@ -88,11 +90,11 @@ def test_a_round_merges_by_each_method_of_the_catalog():
 
   tasks, kernel = [small.classified(n, 4) for n in NAMES], small.weights()["dense"]["kernel"]
   plain = chosen(outer="none", optimizer="sgd", clip_norm=0.0)
-  every = [n for n, e in catalog.METHODS.items() if e.models[1] is None]
+  every = [n for n, e in lookup.METHODS.items() if e.models[1] is None]
   one = meshes.make(1)
   for group in together(every):
     start = {n: {"kernel": kernel} for n in group["names"]}
-    copies, _ = baselines.experts(network, start, tasks, plain, mesh=one)
+    copies, _ = finetune.experts(network, start, tasks, plain, mesh=one)
     method = group["method"]
     seed = {"seed": int(loop._seed(0, 0))} if "seed" in stage.numbers(method) else {}
     expected = jaxmerge.merge(method, start, copies, names=NAMES, layout=LAYOUT, **seed)

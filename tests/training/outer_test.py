@@ -7,7 +7,7 @@ import optax
 import pytest
 import small_tasks as small
 
-from jaxmerge.atm import outer, settings
+from jaxmerge.training import outer, settings
 
 
 def chosen(name, momentum=0.0):

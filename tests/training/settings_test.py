@@ -5,7 +5,7 @@ import dataclasses
 import jaxtyping
 import pytest
 
-from jaxmerge.atm import settings
+from jaxmerge.training import settings
 
 
 @pytest.fixture(autouse=True)

@@ -7,10 +7,12 @@ import pytest
 import small_tasks as small
 
 import jaxmerge
-from jaxmerge import layouts, memory, methods
-from jaxmerge import mesh as meshes
-from jaxmerge.atm import baselines, loop, settings
-from jaxmerge.atm import round as rounds
+from jaxmerge import methods
+from jaxmerge.core import interpreter, layouts
+from jaxmerge.parallel import mesh as meshes
+from jaxmerge.training import finetune, loop, settings
+from jaxmerge.training import joint as training_joint
+from jaxmerge.training import round as rounds
 
 A = (np.diag([1.0, 4.0]), np.diag([3.0, 2.0]))
 C = (np.array([1.0, 0.0]), np.array([0.0, 2.0]))
@@ -78,7 +80,7 @@ def test_one_full_batch_step_is_minus_rate_times_mean_gradient():
     vector, jax.tree.map(lambda g: -rate * g, gradient), rtol=0, atol=1e-12 * rate * scale
   )
   # Joint training on mixed batches takes the same step.
-  together, _ = baselines.joint(small.network, start, tasks, chosen, mixed=True)
+  together, _ = training_joint.joint(small.network, start, tasks, chosen, mixed=True)
   small.assert_close(together, found, rtol=0, atol=1e-12 * scale)
 
 
@@ -170,7 +172,7 @@ def test_merged_losses_of_convex_tasks_are_below_the_mean_of_the_copies():
   a, c, start = random_quadratics(4)
   tasks, chosen = small.quadratics(*zip(a, c, strict=True)), small.descent(1, 9, 0.125)
   start = {"theta": start}
-  copies, _ = baselines.experts(
+  copies, _ = finetune.experts(
     small.quadratic, start, tasks, chosen, loss=small.as_given, mesh=meshes.make(1)
   )
   merged = np.asarray(jaxmerge.merge(methods.average(), start, copies)["theta"])
@@ -192,7 +194,7 @@ def test_merged_losses_of_convex_tasks_are_below_the_mean_of_the_copies():
 )
 def test_worked_example_of_the_reference_point(method, reference, expected):
   copies = {"theta": jnp.array([[2.0, 1.0], [1.0, 3.0]])}
-  ready = memory.prepare(method, {"theta": (2,)}, 2, {}, ["a", "b"])._replace(order=None)
+  ready = interpreter.prepare(method, {"theta": (2,)}, 2, {}, ["a", "b"])._replace(order=None)
   found = rounds.merged(method, copies, {"theta": jnp.array(reference)}, ready, layouts.NONE)
   np.testing.assert_allclose(found["theta"], expected, rtol=1e-14)
 
@@ -220,7 +222,7 @@ def test_reference_base_and_current_agree_for_the_mean_alone():
 def test_one_round_is_task_arithmetic_with_one_over_n():
   tasks, start = small.quadratics(*zip(A, C, strict=True)), {"theta": START}
   chosen = small.descent(1, 4, 0.125)
-  copies, _ = baselines.experts(
+  copies, _ = finetune.experts(
     small.quadratic, start, tasks, chosen, loss=small.as_given, mesh=meshes.make(1)
   )
   once = jaxmerge.merge(methods.task_arithmetic(scale=0.5), start, copies)["theta"]

@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 import small_tasks as small
 
-from jaxmerge import mesh as meshes
-from jaxmerge import methods, stage
-from jaxmerge.atm import loop, settings
+from jaxmerge import methods
+from jaxmerge.core import stage
+from jaxmerge.parallel import mesh as meshes
+from jaxmerge.training import loop, settings
 
 
 def run(method, devices, rounds=1, **changes):

@@ -7,9 +7,9 @@ import os
 import numpy as np
 import pytest
 
-from jaxmerge import chips, roofline
-from jaxmerge.hlo.traffic import Collective
-from jaxmerge.hlo.work import Work
+from jaxmerge.xla import chips, roofline
+from jaxmerge.xla.communication import Collective
+from jaxmerge.xla.cost import Work
 
 
 @pytest.mark.parametrize("kind", chips.CHIPS)

@@ -12,11 +12,13 @@ from hypothesis import given
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxmerge import layouts, memory, methods, tree
-from jaxmerge import mesh as meshes
-from jaxmerge.atm import outer, sampling, settings, tune
-from jaxmerge.atm import round as rounds
-from jaxmerge.hlo import groups, text, traffic, work
+from jaxmerge import methods
+from jaxmerge.core import interpreter, layouts, tree
+from jaxmerge.parallel import mesh as meshes
+from jaxmerge.tasks import batch, losses
+from jaxmerge.training import local_steps, outer, schedule, settings
+from jaxmerge.training import round as rounds
+from jaxmerge.xla import communication, cost, hlo_text, replica_groups
 
 AXES = ("task", "data", "model")
 
@@ -67,9 +69,9 @@ def test_groups_in_every_syntax_span_the_axes_they_were_made_of(drawn):
   rows = tuple(tuple(row) for row in grid(sizes, chosen)[0].tolist())
   for name, spelling in spelled(sizes, chosen).items():
     line = f"channel_id=1, replica_groups={spelling}, use_global_device_ids=true"
-    found = groups.replica_groups(line, math.prod(sizes))
+    found = replica_groups.replica_groups(line, math.prod(sizes))
     assert found == rows, name
-    assert groups.axes(found, shape) == wanted, name
+    assert replica_groups.axes(found, shape) == wanted, name
 
 
 @given(spans())
@@ -79,23 +81,23 @@ def test_shifts_along_an_axis_span_it(drawn):
   pairs = ",".join(
     f"{{{a},{b}}}" for row in rows for a, b in zip(row, np.roll(row, 1), strict=True)
   )
-  found = groups.pairs(f"channel_id=1, source_target_pairs={{{pairs}}}", math.prod(sizes))
+  found = replica_groups.pairs(f"channel_id=1, source_target_pairs={{{pairs}}}", math.prod(sizes))
   shape = dict(zip(AXES, sizes, strict=True))
-  assert set(groups.axes(found, shape)) == {AXES[i] for i in chosen if sizes[i] > 1}
+  assert set(replica_groups.axes(found, shape)) == {AXES[i] for i in chosen if sizes[i] > 1}
 
 
 def test_parts_of_axes():
   line = "replica_groups=mesh['a'=8] {'a':(2)2}"
-  assert groups.replica_groups(line, 8) == ((0, 2), (1, 3), (4, 6), (5, 7))
+  assert replica_groups.replica_groups(line, 8) == ((0, 2), (1, 3), (4, 6), (5, 7))
   # As a TPU program has it: device numbers of their own order.
   line = (
     "channel_id=5, replica_groups=mesh['axis_0'=4,'axis_1'=2,'axis_2'=1,'axis_3'=2], "
     "device_ids=([2,2,2,2]T(0,2,1,3)) {'axis_0':(2)2}, dimensions={0}"
   )
-  found = groups.replica_groups(line, 16)
+  found = replica_groups.replica_groups(line, 16)
   assert found == tuple((i, i + 2) for i in (0, 1, 4, 5, 8, 9, 12, 13))
-  assert groups.axes(found, dict(task=2, data=4, model=2)) == ("data",)
-  assert groups.replica_groups("replica_groups={}", 3) == ((0, 1, 2),)
+  assert replica_groups.axes(found, dict(task=2, data=4, model=2)) == ("data",)
+  assert replica_groups.replica_groups("replica_groups={}", 3) == ((0, 1, 2),)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +117,7 @@ def test_parts_of_axes():
 )
 def test_unknown_syntax_is_an_error(value):
   with pytest.raises(ValueError, match="syntax that is not known"):
-    groups.replica_groups(f"channel_id=1, replica_groups={value}", 4)
+    replica_groups.replica_groups(f"channel_id=1, replica_groups={value}", 4)
 
 
 @pytest.mark.parametrize(
@@ -132,16 +134,16 @@ def test_unknown_syntax_is_an_error(value):
 )
 def test_groups_that_leave_devices_out_are_an_error(value, words):
   with pytest.raises(ValueError, match=words):
-    groups.replica_groups(f"channel_id=1, replica_groups={value}", 4)
+    replica_groups.replica_groups(f"channel_id=1, replica_groups={value}", 4)
 
 
 def test_missing_groups_and_bad_pairs_are_errors():
   with pytest.raises(ValueError, match="no replica groups"):
-    groups.replica_groups("channel_id=1", 4)
+    replica_groups.replica_groups("channel_id=1", 4)
   with pytest.raises(ValueError, match="no pairs that can be read"):
-    groups.pairs("source_target_pairs=[2,2]<=[4]", 4)
+    replica_groups.pairs("source_target_pairs=[2,2]<=[4]", 4)
   with pytest.raises(ValueError, match="beyond 4"):
-    groups.pairs("source_target_pairs={{0,4}}", 4)
+    replica_groups.pairs("source_target_pairs={{0,4}}", 4)
 
 
 def program(line, head="HloModule m, num_partitions=4"):
@@ -182,7 +184,7 @@ MESH = meshes.make(2, 2, 1, devices=jax.devices()[:4])
   ],
 )
 def test_kinds_and_bytes(line, wanted):
-  (found,) = traffic.collectives(program(line), MESH)
+  (found,) = communication.collectives(program(line), MESH)
   assert found.axes == ("data",)
   assert (found.bytes, found.sent) == wanted
 
@@ -200,7 +202,7 @@ def test_kinds_and_bytes(line, wanted):
 )  # fmt: skip
 def test_what_cannot_be_attributed_is_an_error(line, words):
   with pytest.raises(ValueError, match=words):
-    traffic.collectives(program(line), MESH)
+    communication.collectives(program(line), MESH)
 
 
 def chained(first):
@@ -230,10 +232,10 @@ ENTRY %main (x: f32[8,4]) -> f32[16,4] {{
 
 
 def test_a_collective_in_parts_counts_once():
-  (found,) = traffic.collectives(chained(True), MESH)
+  (found,) = communication.collectives(chained(True), MESH)
   assert (found.kind, found.axes, found.times, found.sent) == ("all-gather", ("data",), 1, 128.0)
   with pytest.raises(ValueError, match="goes on that has not begun: h"):
-    traffic.collectives(chained(False), MESH)
+    communication.collectives(chained(False), MESH)
 
 
 class Device:
@@ -276,7 +278,7 @@ def sent(target, kind):
   ],
 )
 def test_what_is_sent_between_slices(target, kind, wanted):
-  inside, outside = traffic.collectives(sent(target, kind), two_slices())
+  inside, outside = communication.collectives(sent(target, kind), two_slices())
   assert inside == ("all-reduce", ("data",), 128, 2, 1, False)
   assert outside == wanted
 
@@ -291,26 +293,26 @@ def test_what_is_sent_between_slices(target, kind, wanted):
 )
 def test_what_is_sent_elsewhere_is_an_error(target, kind, words):
   with pytest.raises(ValueError, match=words):
-    traffic.collectives(sent(target, kind), two_slices())
+    communication.collectives(sent(target, kind), two_slices())
 
 
 def test_slices_that_are_mixed_are_an_error():
   mesh = two_slices([0, 4, 1, 5, 2, 6, 3, 7])
   with pytest.raises(ValueError, match="one after the other"):
-    traffic.collectives(sent('"{1,2}x{0:3}"', "ALL_REDUCE"), mesh)
+    communication.collectives(sent('"{1,2}x{0:3}"', "ALL_REDUCE"), mesh)
 
 
 def test_other_texts_are_errors():
   good = program(f"ROOT %y = f32[8,4] all-reduce(%x), {GROUPS}")
   with pytest.raises(ValueError, match="for 4 devices, the mesh has 8"):
-    traffic.collectives(good, meshes.make(8))
+    communication.collectives(good, meshes.make(8))
   with pytest.raises(ValueError, match="not the text of a compiled program"):
-    traffic.collectives("module @jit_f {}", MESH)
+    communication.collectives("module @jit_f {}", MESH)
   with pytest.raises(ValueError, match="replicas beside partitions"):
-    text.read(good.replace("num_partitions=4", "replica_count=2, num_partitions=4"))
+    hlo_text.read(good.replace("num_partitions=4", "replica_count=2, num_partitions=4"))
   hidden = good.replace("ROOT %c = f32[] add(%a, %b)", f"ROOT %c = f32[] all-reduce(%a), {GROUPS}")
   with pytest.raises(ValueError, match="not reached: c"):
-    traffic.collectives(hidden, MESH)
+    communication.collectives(hidden, MESH)
 
 
 def compiled(function, *arguments):
@@ -337,30 +339,30 @@ def test_loops_are_counted():
     return jax.lax.fori_loop(0, times, once, x)
 
   own = compiled(forward, layers, back, x, abstract(mesh, (), dtype=jnp.int32))
-  found = traffic.collectives(own, mesh, trips=3)
+  found = communication.collectives(own, mesh, trips=3)
   assert {(c.kind, c.axes, c.bytes, c.times) for c in found} == {
     ("all-reduce", ("model",), 2 * 8 * 4, 15)
   }
-  assert traffic.by_axis(found) == {("all-reduce", ("model",)): (15, 15 * 64.0)}
+  assert communication.by_axis(found) == {("all-reduce", ("model",)): (15, 15 * 64.0)}
   # Two products of [2, 8] with [8, 8] a layer on each device.
-  assert work.count(own, trips=3).flops == 15 * 2 * (2 * 2 * 8 * 8)
+  assert cost.count(own, trips=3).flops == 15 * 2 * (2 * 2 * 8 * 8)
 
 
 def parts_of(mesh, tasks=4):
   own = settings.Settings(rounds=2, epochs=4.0, batch_size=4)
   params = small_tasks.weights()
-  local = tune.direction(own, params)
-  step = tune.step(small_tasks.network, tune.cross_entropy, own, local)
+  local = local_steps.direction(own, params)
+  step = local_steps.step(small_tasks.network, losses.cross_entropy, own, local)
   rest = dict(tasks=tasks, slots=tasks, kept=False, layout=layouts.NONE, mesh=mesh)
   return rounds.Parts(step, local, outer.direction(own), methods.ties(), **rest), own, params
 
 
 def arguments(mesh, own, params, tasks=4):
   given = [small_tasks.classified(f"t{i}", 12) for i in range(tasks)]
-  rows = tune.stacked(given, "train", height=tasks)
-  plan = sampling.plan([t.name for t in given], [12] * tasks, own, 0, rounds=2)
+  rows = batch.stacked(given, "train", height=tasks)
+  plan = schedule.plan([t.name for t in given], [12] * tasks, own, 0, rounds=2)
   shapes = {n: v.shape for n, v in tree.named(params).items()}
-  ready = memory.prepare(methods.ties(), shapes, tasks, {}, [t.name for t in given])
+  ready = interpreter.prepare(methods.ties(), shapes, tasks, {}, [t.name for t in given])
 
   def put(x, place):
     return jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=place), x)
@@ -371,7 +373,7 @@ def arguments(mesh, own, params, tasks=4):
 
 def to_host(program):
   """Operations of a compiled program that hand arrays to the host, or ask it for some."""
-  ops = [step.op for step in text.steps(text.read(program))]
+  ops = [step.op for step in hlo_text.steps(hlo_text.read(program))]
   kinds = ("infeed", "outfeed", "send", "send-start", "recv", "recv-start")
   return [op.name for op in ops if op.kind in kinds or "callback" in op.attributes]
 
@@ -393,11 +395,11 @@ def test_a_round_talks_over_tasks_when_it_merges_and_not_before(data):
   def tuned(params, rows, plan):
     return rounds.tuning(parts, params, (), rows, plan)
 
-  found = traffic.collectives(compiled(tuned, params, rows, plan), mesh)
+  found = communication.collectives(compiled(tuned, params, rows, plan), mesh)
   assert {axis for c in found for axis in c.axes} == ({"data"} if data > 1 else set())
   state = rounds.State(params, (), ())
   given = (state, (), params, rows, plan, ready, np.float32(1))
   whole = compiled(rounds.function(parts), *given)
-  found = traffic.collectives(whole, mesh)
+  found = communication.collectives(whole, mesh)
   assert {"all-reduce", "all-gather"} & {c.kind for c in found if "task" in c.axes}
   assert not to_host(whole)

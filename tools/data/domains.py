@@ -1,4 +1,4 @@
-"""Makes files of text domains: `python -m jaxmerge.data.domains --out FOLDER NAME...`.
+"""Makes files of text domains: `python -m tools.data.domains --out FOLDER NAME...`.
 
 - english: Debian `dict-jargon`, the Jargon File; a document is an entry.
 - germanic, romance, slavic: `--declaration`, the table of paragraphs that `make.py` reads too (npm
@@ -11,7 +11,7 @@
 
   apt-get download dict-jargon manpages-de manpages-fr manpages-es linux-libc-dev
   for file in *.deb; do dpkg-deb -x "$file" packages; done
-  python -m jaxmerge.data.domains --packages packages --out FOLDER german french spanish headers
+  python -m tools.data.domains --packages packages --out FOLDER german french spanish headers
 
 The first four files ship with the package: the Jargon File and the declaration are in the public
 domain. The manual pages are GPL-3+, the headers GPL-2: they are for use here, not for shipping.
@@ -25,9 +25,9 @@ import pathlib
 import re
 from collections.abc import Iterator
 
-from jaxmerge.data import make
 from jaxmerge.tasks import domains
 from jaxmerge.tasks.domains import Document
+from tools.data import make
 
 LANGUAGES = {
   "germanic": "eng deu_1996 nld nds ltz gsw1 dan nob nno swe isl fao sco",

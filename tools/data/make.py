@@ -1,4 +1,4 @@
-"""Makes the shipped data files: `python -m jaxmerge.data.make --sources DIR`.
+"""Makes the shipped data files: `python -m tools.data.make --sources DIR`.
 
 DIR holds one file per upstream package, extracted without further choices. Images are `.npz` files
 of uint8 pictures and labels; tables are `.csv.gz` files with a header line and the columns named.
@@ -37,8 +37,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxmerge.data import debian as debian_names
 from jaxmerge.tasks import text as text_tasks
+from tools.data import debian as debian_names
 
 HEADER = ("task", "split", "group", "label", "text")
 ROWS = {"train": 2000, "validation": 500, "test": 1000}  # the most rows a task may have
@@ -54,11 +54,14 @@ class Row(NamedTuple):
   family: str = ""
 
 
+DATA = pathlib.Path(__file__).parents[2] / "jaxmerge" / "tasks" / "data"
+
+
 def main() -> None:
   """Reads the tables of --sources and writes the files of the package."""
   parser = argparse.ArgumentParser(description="Makes the shipped data files.")
   parser.add_argument("--sources", type=pathlib.Path, required=True, help="folder of the tables")
-  parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path(__file__).parent)
+  parser.add_argument("--out", type=pathlib.Path, default=DATA)
   args = parser.parse_args()
   write_images(args.sources, args.out)
   write_texts(args.out / "sentiment.csv.gz", sentiment(args.sources / "hutto_ICWSM_2014.tar.gz"))

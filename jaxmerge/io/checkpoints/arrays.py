@@ -17,8 +17,8 @@ from typing import Any, NamedTuple  # Any: stores of TensorStore, which is impor
 import numpy as np
 
 from jaxmerge import display
-from jaxmerge.io import parsing
-from jaxmerge.io.tensor import Tensor
+from jaxmerge.io.disk import strict_json
+from jaxmerge.io.tensors.tensor import Tensor
 
 Progress = Callable[[int], None]
 
@@ -76,7 +76,7 @@ def keys(state: pathlib.Path) -> dict[str, str]:
   """
   path = state / METADATA
   try:
-    content = parsing.parsed(str(path), path.read_bytes())
+    content = strict_json.parsed(str(path), path.read_bytes())
     leaves = [[k["key"] for k in v["key_metadata"]] for v in content["tree_metadata"].values()]
     usual = content["use_ocdbt"] and not content["use_zarr3"]
   except (ValueError, KeyError, TypeError, AttributeError) as error:

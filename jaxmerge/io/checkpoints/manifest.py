@@ -6,7 +6,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from jaxmerge.io import atomic, parsing
+from jaxmerge.io.disk import atomic, strict_json
 
 NAME = "manifest.json"
 _FORMAT = 1
@@ -74,7 +74,7 @@ def damage(folder: Path, *, within: str = ".", contents: bool = True) -> str | N
 
 def _body(folder: Path) -> dict:
   """The manifest without its own digest, which must agree."""
-  whole = parsing.parsed(NAME, (folder / NAME).read_bytes())
+  whole = strict_json.parsed(NAME, (folder / NAME).read_bytes())
   body = whole.get("body")
   if whole.keys() != {"body", "blake2b"} or not isinstance(body, dict):
     raise ValueError("it is no manifest")

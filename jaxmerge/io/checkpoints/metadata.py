@@ -1,6 +1,6 @@
 """Which checkpoint a path means, whether it is whole, and its model: from JSON alone.
 
-A checkpoint is a folder with arrays under `state/` and a manifest: a step of a store, as `orbax.py`
+A checkpoint is a folder with arrays under `state/` and a manifest: a step of a store, as `store.py`
 keeps them, or a merged model. Its model is what lies under `params` in the tree of the state. Free
 of jax.
 """
@@ -15,8 +15,9 @@ from pathlib import Path
 import ml_dtypes  # noqa: F401  NumPy learns the names of bfloat16 and the 8-bit floats from it.
 import numpy as np
 
-from jaxmerge.io import arrays, kinds, manifest
-from jaxmerge.io.tensor import Tensor
+from jaxmerge.io import other_formats
+from jaxmerge.io.checkpoints import arrays, manifest
+from jaxmerge.io.tensors.tensor import Tensor
 
 RECORD = "record.json"
 STATE = "state"
@@ -123,7 +124,7 @@ def _refuse(folder: Path, damage: str | None) -> None:
     others
   )
   if not (folder / manifest.NAME).exists():
-    hint += f"; or else {kinds.foreign_orbax(folder / STATE)}"
+    hint += f"; or else {other_formats.foreign_orbax(folder / STATE)}"
   raise ValueError(f"{folder}: the checkpoint is damaged: {damage}{hint}.")
 
 

@@ -34,8 +34,9 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
-from jaxmerge.io import arrays, atomic, checkpoint, leaves, lock, manifest, parsing, quiet, shared
-from jaxmerge.io.checkpoint import RECORD, STATE
+from jaxmerge.io.checkpoints import arrays, leaves, manifest, metadata, orbax_output
+from jaxmerge.io.checkpoints.metadata import RECORD, STATE
+from jaxmerge.io.disk import atomic, locks, shared, strict_json
 
 PATIENCE = 5.0  # Seconds to wait for another store of the same directory: reading takes less.
 _NONE, _FAILED = -1, -2  # what process 0 tells the others in place of a step
@@ -182,7 +183,7 @@ class Checkpoints:
     if self._newest is None:
       return None
     folder = self._directory / str(self._newest)
-    record = parsing.parsed(str(folder / RECORD), (folder / RECORD).read_bytes())
+    record = strict_json.parsed(str(folder / RECORD), (folder / RECORD).read_bytes())
     accept(record)
     wanted = {name: leaves.abstract(x) for name, x in leaves.by_name(like).items()}
     leaves.check(folder, manifest.facts(folder)["leaves"], wanted)
@@ -231,12 +232,12 @@ class Checkpoints:
     self._directory.mkdir(parents=True, exist_ok=True)
     busy = f"{self._directory}: these checkpoints are in use; wait, or close the other store."
     if os.access(self._directory, os.W_OK):  # Else nobody writes here.
-      self._lock.enter_context(lock.held(self._directory / "store", busy, patience=PATIENCE))
+      self._lock.enter_context(locks.held(self._directory / "store", busy, patience=PATIENCE))
 
   def _tidy(self) -> int:
     """Sets aside what is damaged or interrupted, empties `retired`; the newest step or _NONE."""
-    steps = checkpoint.steps(self._directory)
-    problems = {s: checkpoint.problem(self._directory / str(s)) for s in steps}
+    steps = metadata.steps(self._directory)
+    problems = {s: metadata.problem(self._directory / str(s)) for s in steps}
     good = [s for s, problem in problems.items() if problem is None]
     if problems and not good:
       raise ValueError(
@@ -281,7 +282,7 @@ class Checkpoints:
   def _retire(self) -> None:
     """Deletes all but the newest steps; renamed first, so that a half deleted one has no name."""
     retired = self._directory / "retired"
-    for step in checkpoint.steps(self._directory)[: -self._keep] if self._keep else []:
+    for step in metadata.steps(self._directory)[: -self._keep] if self._keep else []:
       retired.mkdir(exist_ok=True)
       (self._directory / str(step)).rename(retired / str(step))
       shutil.rmtree(retired / str(step))
@@ -347,6 +348,6 @@ def _start() -> _Orbax:
   """Starts Orbax, silently: what fails is raised, so nothing is lost."""
   import orbax.checkpoint as ocp
 
-  end = quiet.start()
+  end = orbax_output.start()
   checkpointer = ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler())
   return _Orbax(checkpointer, concurrent.futures.ThreadPoolExecutor(1, "seal"), end)

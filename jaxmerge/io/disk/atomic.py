@@ -30,7 +30,7 @@ def room(path: Path, need: str = "") -> Iterator[None]:
   ...   raise OSError(errno.ENOSPC, "")
   Traceback (most recent call last):
     ...
-  jaxmerge.io.atomic.Full: [Errno 28] No space left on device; what was finished is kept: free
+  jaxmerge.io.disk.atomic.Full: [Errno 28] No space left on device; what was finished is kept: free
   some room, and the same command goes on: 'model.safetensors'
 
   Args:

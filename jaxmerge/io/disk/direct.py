@@ -13,7 +13,7 @@ import mmap
 import os
 import pathlib
 
-from jaxmerge.io import atomic
+from jaxmerge.io.disk import atomic
 
 PAGE = 4096  # Bytes; what goes past the cache begins and ends at a multiple, in file and memory.
 LEAST = 2**16  # Shorter pieces are not worth it.

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from jaxmerge.io import atomic
+from jaxmerge.io.disk import atomic
 
 LOOKS = 70  # One a second: a network's disk may hide for a minute what another machine has made.
 

@@ -15,18 +15,20 @@ from typing import Any  # What JSON holds is any object until it is checked.
 
 import numpy as np
 
-from jaxmerge.io import atomic, kinds, links, parsing, safetensors
+from jaxmerge.io import other_formats
+from jaxmerge.io.disk import atomic, links, strict_json
+from jaxmerge.io.tensors import safetensors
 
 Path = str | os.PathLike[str]
 
-WEIGHTS, INDEX = kinds.WEIGHTS, kinds.INDEX
+WEIGHTS, INDEX = other_formats.WEIGHTS, other_formats.INDEX
 CONFIG = "config.json"
 README = "README.md"
 MODULES = "modules.json"  # sentence-transformers: which modules follow the encoder.
 MODULE = "[1-9]_*"  # A module's folder: its number, and what it is. The encoder has none.
 _WEIGHTED = ("CNN", "Dense", "LSTM", "LayerNorm", "WeightedLayerPooling")  # Not so Pooling, ...
 PROVENANCE = "jaxmerge_provenance.json"  # How a merged model came to be; checksums of its tensors.
-_LONGEST_PROVENANCE = 10 * parsing.LONGEST  # Bytes; a line for every tensor of every input.
+_LONGEST_PROVENANCE = 10 * strict_json.LONGEST  # Bytes; a line for every tensor of every input.
 _LONGEST_NAME = 255  # Characters of a file's name, on every common disk.
 # Files of a tokenizer, beside its chat template.
 TOKENIZER = (
@@ -214,7 +216,7 @@ def config(folder: Path) -> dict[str, Any]:
   """Returns the contents of a folder's config.json."""
   folder = pathlib.Path(folder)
   if not folder.is_dir():
-    raise FileNotFoundError(kinds.missing(folder))
+    raise FileNotFoundError(other_formats.missing(folder))
   if (folder / CONFIG).exists():
     links.check(folder / CONFIG, folder)
   return read_json(folder / CONFIG)
@@ -225,7 +227,7 @@ def weights(folder: Path) -> list[pathlib.Path]:
   folder = pathlib.Path(folder)
   single, several = (folder / WEIGHTS).is_file(), (folder / INDEX).is_file()
   if not single and not several:
-    raise FileNotFoundError(kinds.missing(folder))
+    raise FileNotFoundError(other_formats.missing(folder))
   homes = _weight_map(folder) if several else {}
   if single and (others := set(homes.values()) - {WEIGHTS}):
     raise ValueError(
@@ -242,7 +244,7 @@ def _rooms(folder: pathlib.Path) -> list[pathlib.Path]:
   """The files of the weights of modules; not every module has some."""
   rooms = [folder / module for module in modules(folder)]
   for room in rooms:
-    hint = kinds.pickled(room)
+    hint = other_formats.pickled(room)
     if not (room / WEIGHTS).is_file() and (hint or room.name[2:] in _WEIGHTED):
       raise FileNotFoundError(f"{room}: {WEIGHTS} is not there{'; ' * bool(hint)}{hint}.")
   return [room / WEIGHTS for room in rooms if (room / WEIGHTS).is_file()]
@@ -270,7 +272,7 @@ def _files(folder: pathlib.Path, names: Iterable[str]) -> list[pathlib.Path]:
   return sorted({path for name in names for path in folder.glob(name) if path.is_file()})
 
 
-def read_json(path: pathlib.Path, longest: int = parsing.LONGEST) -> dict[str, Any]:
+def read_json(path: pathlib.Path, longest: int = strict_json.LONGEST) -> dict[str, Any]:
   """Returns the JSON object in a file.
 
   >>> read_json(pathlib.Path("all-MiniLM-L6-v2/config.json"))["model_type"]  # doctest: +SKIP
@@ -290,7 +292,7 @@ def read_json(path: pathlib.Path, longest: int = parsing.LONGEST) -> dict[str, A
   size = path.stat().st_size
   if size > longest:
     raise ValueError(f"{path}: {size} bytes are over the limit of {longest} for JSON.")
-  return parsing.parsed(str(path), path.read_bytes())
+  return strict_json.parsed(str(path), path.read_bytes())
 
 
 def text(folder: pathlib.Path, name: str) -> str:
@@ -301,8 +303,10 @@ def text(folder: pathlib.Path, name: str) -> str:
   """
   path = folder / name
   links.check(path, folder)
-  if (size := path.stat().st_size) > parsing.LONGEST:
-    raise ValueError(f"{path}: {size} bytes are over the limit of {parsing.LONGEST} for a text.")
+  if (size := path.stat().st_size) > strict_json.LONGEST:
+    raise ValueError(
+      f"{path}: {size} bytes are over the limit of {strict_json.LONGEST} for a text."
+    )
   try:
     return path.read_text(encoding="utf-8")
   except UnicodeDecodeError as error:
@@ -347,3 +351,12 @@ def _weight_map(folder: pathlib.Path) -> dict[str, str]:
         f"{path}: tensor {name!r}: {shard!r:.300} is not the name of a file beside it."
       )
   return shards
+
+
+def stated(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+  """Returns a config that says in which dtype weights are stored, as its library calls the key.
+
+  >>> stated({"torch_dtype": "float32"}, "bfloat16")
+  {'torch_dtype': 'bfloat16'}
+  """
+  return {**config, "dtype" if "dtype" in config else "torch_dtype": dtype}

@@ -8,7 +8,8 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from jaxmerge.io import adapter, folder
+from jaxmerge.io.huggingface import folder
+from jaxmerge.io.peft import adapter
 
 # What is fetched, and nothing else: no pickles, no code. Of the weights, what the index names.
 SMALL = (*folder.COPIED, folder.INDEX, adapter.CONFIG)

@@ -21,9 +21,9 @@ from typing import Any  # Digests are plain JSON.
 import numpy as np
 import xxhash
 
-from jaxmerge.io import atomic, lock, parsing
-from jaxmerge.io import shards as files
-from jaxmerge.io.tensor import Tensor
+from jaxmerge.io.disk import atomic, locks, strict_json
+from jaxmerge.io.huggingface import shards as files
+from jaxmerge.io.tensors.tensor import Tensor
 
 NAME = "journal.jsonl"
 SYNCED = 2**28  # Bytes that are written before they are synced, and written down as done.
@@ -194,7 +194,7 @@ def _records(path: pathlib.Path) -> list[dict[str, Any]]:
   for number, line in enumerate(lines, start=1):
     where = f"{path}: line {number}"
     try:
-      record = parsing.parsed(where, line)
+      record = strict_json.parsed(where, line)
       kind = _KINDS[next((k for k in _KINDS if k in record), "plan")]
       if any(type(record.get(key)) is not own for key, own in kind.items()):
         raise ValueError(f"{where}: {line[:80].decode()!r} is no line of a journal.")
@@ -320,9 +320,17 @@ class Growing:
 
 def locked(out: pathlib.Path) -> contextlib.AbstractContextManager[None]:
   """Keeps a second process from merging to the same place: it is told so, and changes nothing."""
-  return lock.held(out, running(out))
+  return locks.held(out, running(out))
 
 
 def running(out: pathlib.Path) -> str:
   """Returns what a second process is told."""
   return f"{out}: another process is merging to this place; wait for it, or give another place."
+
+
+def strip(part: pathlib.Path, shards: Mapping[str, Sequence[str]], out_format: str) -> None:
+  """Removes what a folder has of the merge, and not of its result."""
+  for path in journals(part):
+    path.unlink()
+  for name in [] if out_format == "safetensors" else shards:
+    (part / name).unlink(missing_ok=True)

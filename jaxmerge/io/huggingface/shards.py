@@ -15,8 +15,10 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 import xxhash
 
-from jaxmerge.io import atomic, folder, pages, safetensors
-from jaxmerge.io.pages import PagedFile
+from jaxmerge.io.disk import atomic, direct
+from jaxmerge.io.disk.direct import PagedFile
+from jaxmerge.io.huggingface import folder
+from jaxmerge.io.tensors import safetensors
 
 MOST = 24  # Files that are open at a time; one that is written past the cache takes two handles.
 Kinds = Mapping[str, tuple[np.dtype, tuple[int, ...]]]
@@ -39,7 +41,7 @@ class Shards:
     """Makes the files, each with its header; what they hold already stays."""
     for file, names in shards.items():
       own = {folder.inner(file, n): kinds[n] for n in names}
-      first, entries = safetensors.layout(own, {"format": "pt"}, align=pages.PAGE)
+      first, entries = safetensors.layout(own, {"format": "pt"}, align=direct.PAGE)
       self._make(file, first, max((e.stop for e in entries.values()), default=len(first)))
       self.places.update({n: (file, entries[folder.inner(file, n)]) for n in names})
 

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable  # Any: what a c
 
 import numpy as np
 
-from jaxmerge.io import safetensors
-from jaxmerge.io.tensor import NotMade, Tensor
+from jaxmerge.io.tensors import safetensors
+from jaxmerge.io.tensors.tensor import NotMade, Tensor
 
 FLAG = "tie_word_embeddings"
 # Ends of names, the likelier embedding first: T5 has its shared one under its stacks' names too.

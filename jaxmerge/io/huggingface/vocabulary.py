@@ -8,8 +8,8 @@ import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple  # Any: what JSON holds.
 
-from jaxmerge.io import folder as folders
-from jaxmerge.io import links
+from jaxmerge.io.disk import links
+from jaxmerge.io.huggingface import folder as folders
 
 TOKENIZER = "tokenizer.json"
 SETTINGS = "tokenizer_config.json"

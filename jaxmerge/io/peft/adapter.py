@@ -13,16 +13,18 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxmerge.io import kinds, pieces, safetensors, ties
-from jaxmerge.io.peft import layers, parts, replicating, settings
+from jaxmerge.io import other_formats
+from jaxmerge.io.huggingface import tied as tied_names
+from jaxmerge.io.peft import layers, parts, replication, settings
 from jaxmerge.io.peft.base import UNTIED, Base
 from jaxmerge.io.peft.parts import Contents
 from jaxmerge.io.peft.settings import Settings
-from jaxmerge.io.tensor import Files, Tensor
+from jaxmerge.io.tensors import pieces, safetensors
+from jaxmerge.io.tensors.tensor import Files, Tensor
 
 Path = str | os.PathLike[str]
 
-CONFIG = kinds.ADAPTER
+CONFIG = other_formats.ADAPTER
 WEIGHTS = "adapter_model.safetensors"
 
 # Of transformers: what a model is loaded by that has the head of a task.
@@ -83,7 +85,7 @@ def paths(folder: Path) -> tuple[pathlib.Path, pathlib.Path]:
   """
   folder = pathlib.Path(folder)
   if not is_adapter(folder):
-    raise FileNotFoundError(kinds.missing(folder, "adapter"))
+    raise FileNotFoundError(other_formats.missing(folder, "adapter"))
   if not (folder / WEIGHTS).is_file():
     pickled = (folder / "adapter_model.bin").is_file()
     hint = (
@@ -109,7 +111,7 @@ def adapted(
   Matrices that are adapted are float32, computed when they are read; tensors that the adapter holds
   whole (modules_to_save) take the place of the base's; all others are passed through.
 
-  >>> own = adapted(planning.model("base", files).tensors, "adapter", files)  # doctest: +SKIP
+  >>> own = adapted(inputs.open_model("base", files).tensors, "adapter", files)  # doctest: +SKIP
 
   Args:
     base: its tensors.
@@ -126,7 +128,7 @@ def adapted(
   """
   path, weights = paths(folder)
   own, contents = settings.read(path), parts.read(weights, files, home)
-  order, tensors = replicating.replicated(base, own)
+  order, tensors = replication.replicated(base, own)
   every = Base({**(tied or {}), **tensors}, rename or {})
   whole = _replace(every, contents, own)
   names = layers.change(every, contents, own)
@@ -189,7 +191,7 @@ def _replace(base: Base, contents: Contents, own: Settings) -> dict[str, str]:
     if found is None:
       raise ValueError(f"{tensor.where}: {_unknown(name, tensor, base, own)}.")
     old = base.tensor(found)
-    resized = ties.is_vocabulary(found) and tensor.shape[1:] == old.shape[1:] != ()
+    resized = tied_names.is_vocabulary(found) and tensor.shape[1:] == old.shape[1:] != ()
     if tensor.shape != old.shape and not resized:
       raise ValueError(
         f"{tensor.where}: is {list(tensor.shape)}, but {list(old.shape)} in the base, whose "
@@ -209,7 +211,7 @@ def _unknown(name: str, tensor: Tensor, base: Base, own: Settings) -> str:
       f"was trained beside the adapter, on a model for {task}, and the base has no {name!r}: give "
       f"the base as such a model, which transformers' {written} writes"
     )
-  untied = f"; give the base{UNTIED}" if name.endswith(ties.HEADS) else ""
+  untied = f"; give the base{UNTIED}" if name.endswith(tied_names.HEADS) else ""
   return (
     f"is neither a part that {own.kind} has (lora_A.weight, lora_B.weight, lora_embedding_A, "
     f"lora_embedding_B, {parts.MAGNITUDE}) nor in the base{base.near(name)}{untied}"
@@ -245,12 +247,12 @@ def _ties(
     new = changed.get(embedding, tensor)
     apart = head in changed or (new is not tensor and embedding not in tokens)
     own = changed.get(head, tensor)
-    if apart and (head in changed or head in heads) and not ties.equal(own, new):
+    if apart and (head in changed or head in heads) and not tied_names.equal(own, new):
       untied[head] = own
     else:
       still[head] = new
   # The config of a decoder then ties none; that of models which share an embedding stays.
-  alone = untied and not any(map(ties.stacks, base))
+  alone = untied and not any(map(tied_names.stacks, base))
   return ({}, untied) if alone else (still, untied)
 
 
@@ -272,8 +274,10 @@ def _refuse_idle(
     embeddings: tensors that are changed as weights, not as a module: in all that is tied to them.
   """
   for name in changed.keys() - embeddings:
-    used = [n for n in ties.stacks(name) if tied.get(n, 0) is base.get(name) and n not in changed]
-    if used and not ties.equal(changed[name], base[name]):
+    used = [
+      n for n in tied_names.stacks(name) if tied.get(n, 0) is base.get(name) and n not in changed
+    ]
+    if used and not tied_names.equal(changed[name], base[name]):
       module = name.removesuffix(".weight")
       raise ValueError(
         f"{changed[name].where}: the model never runs {module!r}: it looks tokens up in "
@@ -289,7 +293,7 @@ def _rows(base: Base, out: Mapping[str, Tensor]) -> int | None:
   Raises:
     ValueError: where not all of them have.
   """
-  known = {n: t for n, t in out.items() if ties.is_vocabulary(n) and n in base.tensors}
+  known = {n: t for n, t in out.items() if tied_names.is_vocabulary(n) and n in base.tensors}
   grown = {n: t for n, t in known.items() if t.shape[0] != base.tensors[n].shape[0]}
   if not grown:
     return None

@@ -7,8 +7,9 @@ import functools
 from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
-from jaxmerge.io import experts, names, ties
-from jaxmerge.io.tensor import Tensor
+from jaxmerge.io.huggingface import tied
+from jaxmerge.io.tensors import experts, names
+from jaxmerge.io.tensors.tensor import Tensor
 
 UNTIED = ", untied (tie_word_embeddings: false, and a head) if the tensor is one of a tied pair"
 
@@ -77,7 +78,7 @@ class Base:
     """Returns the error for a tensor that is adapted, and is not here."""
     own = names.renamed(name, self.rename)
     hint = "; give the base that the adapter was trained on"
-    hint += UNTIED if own.endswith(ties.HEADS) or self.near(name) == "" else ""
+    hint += UNTIED if own.endswith(tied.HEADS) or self.near(name) == "" else ""
     more = ", or say with `rename` how its names begin in the base"
     return ValueError(f"{where}: the base has no tensor {own!r}{self.near(name)}{hint}{more}.")
 

@@ -7,11 +7,11 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from jaxmerge.io import pieces, safetensors
 from jaxmerge.io.peft import formulas
 from jaxmerge.io.peft.base import Base, Target
 from jaxmerge.io.peft.settings import MERGE, Settings, shown
-from jaxmerge.io.tensor import Tensor
+from jaxmerge.io.tensors import pieces, safetensors
+from jaxmerge.io.tensors.tensor import Tensor
 
 Compute = Callable[[np.ndarray], np.ndarray]
 _FLOAT = np.dtype(np.float32)

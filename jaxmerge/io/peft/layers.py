@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from jaxmerge.io import pieces
 from jaxmerge.io.peft import dense, lora, parameters
 from jaxmerge.io.peft.base import Base, Target
 from jaxmerge.io.peft.parts import TOKENS, Contents
 from jaxmerge.io.peft.settings import Settings, shown
-from jaxmerge.io.tensor import Tensor
+from jaxmerge.io.tensors import pieces
+from jaxmerge.io.tensors.tensor import Tensor
 
 Key = tuple[str, int]  # A module, and how it is nested.
 

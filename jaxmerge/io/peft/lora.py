@@ -8,12 +8,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jaxmerge.io import pieces, safetensors
-from jaxmerge.io.peft import formulas, lowrank
+from jaxmerge.io.peft import formulas, low_rank
 from jaxmerge.io.peft.base import Base, Target
 from jaxmerge.io.peft.parts import MAGNITUDE
 from jaxmerge.io.peft.settings import MERGE, Settings, shown
-from jaxmerge.io.tensor import Tensor
+from jaxmerge.io.tensors import pieces, safetensors
+from jaxmerge.io.tensors.tensor import Tensor
 
 _FLOAT = np.dtype(np.float32)
 
@@ -23,10 +23,10 @@ class Rows:
 
   def __init__(self, own: Settings):
     self.own = own
-    self.layers: dict[str, lowrank.Layer] = {}
+    self.layers: dict[str, low_rank.Layer] = {}
     self.shapes: dict[str, tuple[int, ...]] = {}
     self.experts: dict[str, list[str]] = {}
-    self.plain: list[lowrank.Layer] = []
+    self.plain: list[low_rank.Layer] = []
 
   def add(self, base: Base, target: Target, wholes: pieces.Wholes) -> None:
     """Adds what is adapted; a bias is changed at once.
@@ -47,7 +47,7 @@ class Rows:
     transposed = embedding or self._transposed(matrix, a, b)
     magnitude = self._magnitude(target, b)
     matrix = self._start(target, matrix, transposed, wholes)
-    layer = lowrank.Layer(matrix, a, b, magnitude, self._scale(target, a), transposed)
+    layer = low_rank.Layer(matrix, a, b, magnitude, self._scale(target, a), transposed)
     self.layers[target.name], self.shapes[target.name] = layer, target.tensor.shape
     if not embedding:
       self.plain.append(layer)
@@ -57,7 +57,7 @@ class Rows:
   def computed(self) -> dict[str, Tensor]:
     """Returns the changed tensors by name."""
     _check_square(self.plain, self.own)
-    made = lowrank.computed(self.layers)
+    made = low_rank.computed(self.layers)
     found = {n: made[n]._replace(shape=shape) for n, shape in self.shapes.items()}
     for name, parts in self.experts.items():
       each = [made[part] for part in parts]
@@ -163,7 +163,7 @@ class Rows:
       right = pieces.stretch(a, e * rank * a.shape[1], (rank, a.shape[1]))
       names.append(f"{target.name}[{e}]")
       scale = self.own.scale(target.module)
-      self.layers[names[-1]] = lowrank.Layer(matrix, right, left, None, scale, fits[0] != plain)
+      self.layers[names[-1]] = low_rank.Layer(matrix, right, left, None, scale, fits[0] != plain)
     self.experts[target.name] = names
 
 
@@ -214,7 +214,7 @@ def _check(target: Target, matrix: Tensor, a: Tensor, b: Tensor, embedding: bool
   )
 
 
-def _check_square(layers: Sequence[lowrank.Layer], own: Settings) -> None:
+def _check_square(layers: Sequence[low_rank.Layer], own: Settings) -> None:
   """Raises ValueError where the layout of a square matrix cannot be told.
 
   PEFT sets fan_in_fan_out right for one layer after the other and saves the last value: in a model

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxmerge.io.tensor import Tensor, wide, widened
+from jaxmerge.io.tensors.tensor import Tensor, wide, widened
 
 BLOCK = 2**18  # Entries of a block.
 

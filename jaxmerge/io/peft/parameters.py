@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 
 from jaxmerge.io.peft.base import Base, Target
 from jaxmerge.io.peft.settings import Settings
-from jaxmerge.io.tensor import Tensor
+from jaxmerge.io.tensors.tensor import Tensor
 
 # The order in which models make them: PEFT wraps the first one first, and the last is outermost.
 _ORDER = ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")

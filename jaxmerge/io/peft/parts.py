@@ -7,8 +7,8 @@ import re
 from collections.abc import Container
 from typing import NamedTuple
 
-from jaxmerge.io import safetensors
-from jaxmerge.io.tensor import Files, Tensor, stored
+from jaxmerge.io.tensors import safetensors
+from jaxmerge.io.tensors.tensor import Files, Tensor, stored
 
 PREFIX = "base_model.model."
 MAGNITUDE = "lora_magnitude_vector"

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any  # What JSON holds.
 
 from jaxmerge.io.peft.settings import Settings, shown
-from jaxmerge.io.tensor import Tensor
+from jaxmerge.io.tensors.tensor import Tensor
 
 _LAYER = re.compile(r"(?P<stack>(?:.+\.)?(?:layers|layer|h))\.(?P<number>\d{1,6})\.(?P<rest>.+)")
 _MOST = 10_000  # Layers of a result.

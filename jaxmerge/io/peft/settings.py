@@ -7,7 +7,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple  # Any: what JSON holds, until it is checked.
 
-from jaxmerge.io import folder as folders
+from jaxmerge.io.huggingface import folder as folders
 from jaxmerge.io.peft import patterns
 
 MERGE = "merge it with PEFT (merge_and_unload) and give the result in place of base and adapter"

@@ -11,8 +11,8 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from jaxmerge.io import pieces
-from jaxmerge.io.tensor import Tensor, wide, widened
+from jaxmerge.io.tensors import pieces
+from jaxmerge.io.tensors.tensor import Tensor, wide, widened
 
 # Of a fused tensor, the matrices of an expert that lie in it, one below the other.
 _PARTS = {

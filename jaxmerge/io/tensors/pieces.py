@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from jaxmerge.io.tensor import Tensor, wide, widened
+from jaxmerge.io.tensors.tensor import Tensor, wide, widened
 
 
 def stretch(tensor: Tensor, start: int, shape: tuple[int, ...]) -> Tensor:

@@ -14,8 +14,8 @@ from typing import Any  # What a config.json holds.
 
 import numpy as np
 
-from jaxmerge.io import safetensors
-from jaxmerge.io.tensor import NotMade, Tensor
+from jaxmerge.io.tensors import safetensors
+from jaxmerge.io.tensors.tensor import NotMade, Tensor
 
 # Scales, zero points and tables of GPTQ, AWQ, bitsandbytes, fp8 and fp4 of several kinds, HQQ,
 # AQLM, VPTQ, EXL, quanto, torchao and MLX: what is left of the name before them is the codes'.

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from jaxmerge.io.tensor import Tensor, widened
+from jaxmerge.io.tensors.tensor import Tensor, widened
 
 BLOCK = 2**18  # Entries that a mean reads at a time.
 Row = tuple[Tensor, int]  # A tensor, and which of its rows.

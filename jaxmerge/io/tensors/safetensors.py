@@ -19,7 +19,7 @@ from typing import Any, NamedTuple  # What JSON holds is any object until it is 
 import ml_dtypes
 import numpy as np
 
-from jaxmerge.io import atomic, parsing
+from jaxmerge.io.disk import atomic, strict_json
 
 Path = str | os.PathLike[str]
 
@@ -41,7 +41,7 @@ DTYPES: Mapping[str, np.dtype] = {
   "BOOL": np.dtype(np.bool_),
 }
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
-LONGEST_HEADER = parsing.LONGEST  # A longer one is a damaged or hostile file.
+LONGEST_HEADER = strict_json.LONGEST  # A longer one is a damaged or hostile file.
 MOST_AXES = 64  # NumPy's limit.
 LARGEST = 2**63  # Bytes, and a position: what a disk can hold counts in 64 bits.
 
@@ -94,7 +94,7 @@ def header(path: Path) -> Header:
       raise ValueError(
         f"{path}: the header ends at byte {8 + length}, but the file has {size}; it is truncated."
       )
-    content = parsing.parsed(f"{path}: the header", file.read(length))
+    content = strict_json.parsed(f"{path}: the header", file.read(length))
   metadata = content.pop("__metadata__", {})
   if not _is_text(metadata):
     raise ValueError(f"{path}: __metadata__ must map text to text, got {metadata!r:.200}.")

@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxmerge.io import stamps
-from jaxmerge.io.safetensors import Entry
+from jaxmerge.io.disk import stamps
+from jaxmerge.io.tensors.safetensors import Entry
 
 MOST = 64  # Files that are kept open at a time.
 

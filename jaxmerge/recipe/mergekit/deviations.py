@@ -6,10 +6,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any  # A setting of a method.
 
-from jaxmerge.io import safetensors
-from jaxmerge.io.tensor import Tensor
-from jaxmerge.recipe import narrowing
-from jaxmerge.recipe.methods import MERGEKITS
+from jaxmerge.io.tensors import safetensors
+from jaxmerge.io.tensors.tensor import Tensor
+from jaxmerge.recipe.mergekit import precision
+from jaxmerge.recipe.mergekit.methods import MERGEKITS
 from jaxmerge.recipe.records import Recipe
 
 # What a setting means that `compat: mergekit` has otherwise.
@@ -60,8 +60,8 @@ def _narrow(recipe: Recipe, method: str, parts: Sequence[Tensor]) -> list[str]:
   floats = [t for t in parts if safetensors.is_floating(t.dtype)]
   if not floats or method == "arcee_fusion":  # That one cannot be had as there.
     return []
-  dtype = narrowing.common(recipe, floats)
-  own = narrowing.narrowed(method, dtype)
+  dtype = precision.common(recipe, floats)
+  own = precision.narrowed(method, dtype)
   if own is None or not (own.each or own.wide):
     return []
   return [f"all is computed in float32 and rounded once, not in {dtype.name}"]

@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple  # Any: a value of YAML.
 
-from jaxmerge import catalog
-from jaxmerge.catalog import Parameter
-from jaxmerge.recipe.places import shown
+from jaxmerge import errors
+from jaxmerge.catalog import entry, lookup
+from jaxmerge.catalog.parameter import Parameter
+from jaxmerge.recipe.errors import shown
 
 
 class Method(NamedTuple):
@@ -207,7 +208,7 @@ MERGEKITS: Mapping[str, Method] = {
 }
 
 
-def _own(entry: catalog.Entry) -> Method:
+def _own(entry: entry.Entry) -> Method:
   """Returns what a method of the catalog takes."""
   needs: dict[str, Literal["required", "optional", "ignored"]] = {
     "task vectors": "required",
@@ -223,7 +224,7 @@ def _own(entry: catalog.Entry) -> Method:
 
 METHODS: Mapping[str, Method] = {
   **MERGEKITS,
-  **{n: _own(entry) for n, entry in catalog.METHODS.items() if n not in MERGEKITS},
+  **{n: _own(entry) for n, entry in lookup.METHODS.items() if n not in MERGEKITS},
 }
 
 
@@ -240,7 +241,7 @@ def complaint(name: str, parameter: Parameter, value: Any) -> str | None:
     words = [c for c in parameter.choices if c is not None]
     if value in words:
       return None
-    near = catalog.nearest(value if isinstance(value, str) else "", words)
+    near = errors.nearest(value if isinstance(value, str) else "", words)
     return f"{name} cannot be {shown(value)}{near}."
   if isinstance(value, bool) or not isinstance(value, int | float):
     kind = "a whole number" if parameter.integer else "a number"

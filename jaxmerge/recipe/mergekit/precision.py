@@ -6,12 +6,12 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from jaxmerge import precision
-from jaxmerge.io import safetensors
-from jaxmerge.io.tensor import Tensor
-from jaxmerge.planning import Output, Plan
-from jaxmerge.precision import Precision
-from jaxmerge.recipe.places import Problem
+from jaxmerge.core import precision
+from jaxmerge.core.precision import Precision
+from jaxmerge.files.plan import Output, Plan
+from jaxmerge.io.tensors import safetensors
+from jaxmerge.io.tensors.tensor import Tensor
+from jaxmerge.recipe.errors import Problem
 from jaxmerge.recipe.records import Recipe
 
 _DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from jaxmerge import catalog
+from jaxmerge.catalog import lookup
 from jaxmerge.recipe.records import Scalar
 
 Numbers = Mapping[str, Sequence[Scalar] | Scalar]
@@ -57,7 +57,7 @@ def translated(
 
 def _same(name: str, shared: Mapping[str, Scalar], base: bool) -> Translation:
   """A method that mergekit does not have: its parameters are the factory's."""
-  entry = catalog.METHODS[name]
+  entry = lookup.METHODS[name]
   settings = {n: shared[n] for n, p in entry.parameters.items() if not p.number and n in shared}
   numbers = {n: _of(n) for n, p in entry.parameters.items() if p.number}
   return Translation(name, settings, numbers, raw=entry.on == "either" and not base)

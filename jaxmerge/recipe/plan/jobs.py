@@ -8,14 +8,17 @@ from typing import Any, NamedTuple  # Any: numbers of many kinds.
 
 import numpy as np
 
-from jaxmerge import layouts, planning
-from jaxmerge.io.tensor import Tensor
-from jaxmerge.planning import Job, Part, Want
-from jaxmerge.recipe import deviating, matrices, narrowing, parameters, translating
-from jaxmerge.recipe.methods import METHODS
-from jaxmerge.recipe.places import Problem, RecipeError
+from jaxmerge.core import layouts
+from jaxmerge.files import plan
+from jaxmerge.files.plan import Job, Part, Want
+from jaxmerge.io.tensors.tensor import Tensor
+from jaxmerge.recipe import parameters
+from jaxmerge.recipe.errors import Problem, RecipeError
+from jaxmerge.recipe.mergekit import deviations, precision, translate
+from jaxmerge.recipe.mergekit.methods import METHODS
+from jaxmerge.recipe.plan import matrix_axes
+from jaxmerge.recipe.plan.rows import Opened, Row
 from jaxmerge.recipe.records import Missing, Model, Recipe, Source
-from jaxmerge.recipe.stacking import Opened, Row
 
 
 class Work(NamedTuple):
@@ -98,13 +101,13 @@ def settled(recipe: Recipe, rows: Sequence[Row]) -> tuple[list[Settled], tuple[P
 def wanted(
   recipe: Recipe,
   models: Opened,
-  donor: planning.Model,
+  donor: plan.Model,
   rows: Sequence[Row],
   settled: Sequence[Settled],
 ) -> Work:
   """Returns what is wanted for each tensor of the result, and the jobs that merge."""
   # Of no use to most methods, and slow where there are many thousands of tensors.
-  rules = functools.cache(lambda: matrices.rules(recipe, _shapes(models, settled)))
+  rules = functools.cache(lambda: matrix_axes.rules(recipe, _shapes(models, settled)))
   kinds: dict[Any, list[Settled]] = {}
   for own in settled:
     kinds.setdefault(own.kind, []).append(own)
@@ -134,11 +137,11 @@ def wanted(
 
 def _translated(
   recipe: Recipe, members: Sequence[Settled], models: Opened
-) -> tuple[translating.Translation, str | None]:
+) -> tuple[translate.Translation, str | None]:
   """What the method of a recipe is here, and what differs from mergekit."""
   first = members[0]
   here, there = (
-    translating.translated(
+    translate.translated(
       first.values.method,
       first.values.shared,
       base=first.row.group.base is not None,
@@ -148,7 +151,7 @@ def _translated(
     for compat in (recipe.compat == "mergekit", True)
   )
   ways = (here.method, here.settings, there.settings)
-  return here, deviating.line(recipe, first.values.method, *ways, first.tensors(models))
+  return here, deviations.line(recipe, first.values.method, *ways, first.tensors(models))
 
 
 def _varied(members: Sequence[Settled]) -> set[str]:
@@ -158,7 +161,7 @@ def _varied(members: Sequence[Settled]) -> set[str]:
 
 def _job(
   recipe: Recipe,
-  translation: translating.Translation,
+  translation: translate.Translation,
   members: Sequence[Settled],
   models: Opened,
   rules: Callable[[], Mapping[str, layouts.Rule]],
@@ -187,7 +190,7 @@ def _job(
   words = {"method": translation.method, **translation.settings}
   seed = recipe.seed if METHODS[name].random else None
   compat = recipe.compat == "mergekit"
-  table = matrices.table(words, rules, _shapes(models, members), compat=compat)
+  table = matrix_axes.table(words, rules, _shapes(models, members), compat=compat)
   return Job(method, words, tuple(called), numbers, seed, table, asked)
 
 
@@ -207,23 +210,23 @@ def refused(recipe: Recipe, models: Opened, settled: Sequence[Settled]) -> Itera
   """Finds methods that cannot be computed as mergekit does, and views that do not fit."""
   if recipe.compat == "mergekit":
     for own in settled:
-      yield from narrowing.refused(recipe, own.values.method, own.tensors(models))
-  yield from matrices.misfits(recipe, _shapes(models, settled))
+      yield from precision.refused(recipe, own.values.method, own.tensors(models))
+  yield from matrix_axes.misfits(recipe, _shapes(models, settled))
 
 
 def unfit(
   recipe: Recipe, models: Opened, settled: Sequence[Settled], jobs: Sequence[Job]
 ) -> tuple[Problem, ...]:
   """Finds methods of matrices that cannot work on their tensors."""
-  return tuple(matrices.unfit(recipe, jobs, _shapes(models, settled)))
+  return tuple(matrix_axes.unfit(recipe, jobs, _shapes(models, settled)))
 
 
-def _shapes(models: Opened, settled: Sequence[Settled]) -> matrices.Shapes:
+def _shapes(models: Opened, settled: Sequence[Settled]) -> matrix_axes.Shapes:
   return {own.row.tensor: own.shape(models) for own in settled if own.tensors(models)}
 
 
 def _want(
-  translation: translating.Translation, own: Settled, models: Opened, job: int, missing: Missing
+  translation: translate.Translation, own: Settled, models: Opened, job: int, missing: Missing
 ) -> Want:
   group, name = own.row.group, own.row.tensor.name
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any  # A job's words are plain JSON.
 
-from jaxmerge import conventions, layouts
-from jaxmerge.planning import Job
+from jaxmerge.core import conventions, layouts
+from jaxmerge.files.plan import Job
+from jaxmerge.recipe.errors import Problem
 from jaxmerge.recipe.parameters import Tensor
-from jaxmerge.recipe.places import Problem
 from jaxmerge.recipe.records import Recipe, View
 
 Shapes = Mapping[Tensor, tuple[int, ...]]

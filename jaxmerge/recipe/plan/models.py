@@ -6,11 +6,11 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
-from jaxmerge import adding, opening, planning
-from jaxmerge.io import folder, hub
-from jaxmerge.io.tensor import Files
-from jaxmerge.io.vocabulary import Papers
-from jaxmerge.recipe.places import Problem, RecipeError
+from jaxmerge.files import adapter_inputs, inputs, plan
+from jaxmerge.io.huggingface import folder, hub
+from jaxmerge.io.huggingface.vocabulary import Papers
+from jaxmerge.io.tensors.tensor import Files
+from jaxmerge.recipe.errors import Problem, RecipeError
 from jaxmerge.recipe.records import Model
 
 Rename = Mapping[str, str]  # Beginnings of names to others.
@@ -35,8 +35,8 @@ class Opener(NamedTuple):
     find: finds both, and knows what came from the hub.
   """
 
-  model: Callable[[Model, Rename], planning.Model]
-  adapted: Callable[[Model, planning.Model, Rename], planning.Model]
+  model: Callable[[Model, Rename], plan.Model]
+  adapted: Callable[[Model, plan.Model, Rename], plan.Model]
   papers: Callable[[Model], Papers]
   find: hub.Finder
 
@@ -45,26 +45,26 @@ def opener(files: Files, *, download: bool = False) -> Opener:
   """Returns how the models of recipes are opened; nothing is fetched without `download`."""
   find = hub.Finder(download=download)
 
-  def reference(model: Model) -> opening.Reference:
-    return opening.Reference(model.path, model.revision, model.adapters)
+  def reference(model: Model) -> inputs.Reference:
+    return inputs.Reference(model.path, model.revision, model.adapters)
 
-  def opened(model: Model, rename: Rename) -> planning.Model:
+  def opened(model: Model, rename: Rename) -> plan.Model:
     with _placed(model):
-      return opening.opened(reference(model), files, find, str(model), rename)
+      return inputs.opened(reference(model), files, find, str(model), rename)
 
-  def adapted(model: Model, made: planning.Model, rename: Rename) -> planning.Model:
+  def adapted(model: Model, made: plan.Model, rename: Rename) -> plan.Model:
     with _placed(model):
-      own = opening.adapted(made, reference(model), files, find, rename)
+      own = inputs.adapted(made, reference(model), files, find, rename)
       return own._replace(name=str(model))
 
   def papers(model: Model) -> Papers:
     home = find(model.path, model.revision, weights=False).folder
     files.note(folder.small(home))
-    texts: dict[str, adding.Text] = {}
+    texts: dict[str, adapter_inputs.Text] = {}
     for path, revision in model.adapters:
       added = find(path, revision, weights=False).folder
       files.note(folder.small(added))
-      texts |= adding.tokenizer(added, home)
+      texts |= adapter_inputs.tokenizer(added, home)
     return Papers(home, texts)
 
   return Opener(opened, adapted, papers, find)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from jaxmerge import misfits, planning
-from jaxmerge.planning import Want
-from jaxmerge.recipe import embeddings, parameters, stacking
-from jaxmerge.recipe.places import Problem, RecipeError
+from jaxmerge import errors
+from jaxmerge.files import misfits
+from jaxmerge.files.plan import Want
+from jaxmerge.recipe import parameters
+from jaxmerge.recipe.errors import Problem, RecipeError
+from jaxmerge.recipe.plan import rows as result_rows
+from jaxmerge.recipe.plan.rows import Opened, Row
 from jaxmerge.recipe.records import Group, Recipe, groups
-from jaxmerge.recipe.stacking import Opened, Row
+from jaxmerge.recipe.tokenizer import embeddings
 
 
 def problems(recipe: Recipe, models: Opened) -> list[Exception]:
@@ -25,7 +28,7 @@ def problems(recipe: Recipe, models: Opened) -> list[Exception]:
     return []
   base = recipe.base_model if recipe.base_model in models else None
   sources = tuple(s for s in recipe.models if s.model in models)
-  rows = list(stacking.whole(Group(sources, base, (), None, False, recipe.place), models))
+  rows = list(result_rows.whole(Group(sources, base, (), None, False, recipe.place), models))
   kept = [row for row in rows if not parameters.excluded(recipe, row.tensor)]
   found: list[Exception] = []
   # Where all must have the same tensors, those of one model are those of the others.
@@ -34,14 +37,14 @@ def problems(recipe: Recipe, models: Opened) -> list[Exception]:
   wants = [_want(row, models) for row in kept]
   known = [w for w in wants if recipe.tokenizer is None or not embeddings.wanted(w)]
   if lines := misfits.lines(known, [*models.values()], recipe.missing):
-    found.append(planning.Problems(lines))
+    found.append(errors.Problems(lines))
   return found
 
 
 def _told(recipe: Recipe, models: Opened, rows: list[Row], kept: list[Row]) -> Iterator[Problem]:
   # A head that is tied in these may be a tensor of others.
   heads: dict[str, int | None] = dict.fromkeys(n for m in models.values() for n in m.tied)
-  yield from parameters.unmatched(recipe, heads | stacking.all_names(rows))
+  yield from parameters.unmatched(recipe, heads | result_rows.all_names(rows))
   (whole,) = groups(recipe)
   for row in kept:
     try:

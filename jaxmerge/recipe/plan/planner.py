@@ -9,28 +9,31 @@ import pathlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal  # Any: facts are plain JSON.
 
-from jaxmerge import compatibility, misfits, planning, remote_code, spelling, tying
-from jaxmerge.io import folder
-from jaxmerge.io.tensor import Files
-from jaxmerge.io.vocabulary import Papers
-from jaxmerge.opening import foreseen
-from jaxmerge.planning import Plan
-from jaxmerge.recipe import (
-  embeddings,
-  jobs,
-  narrowing,
-  opening,
-  parameters,
-  partly,
-  peculiar,
-  schema,
-  stacking,
-  telling,
-  tokenizer,
+from jaxmerge import errors
+from jaxmerge.files import (
+  assemble,
+  compatibility,
+  misfits,
+  name_variants,
+  remote_code,
+  tied_weights,
 )
-from jaxmerge.recipe.places import RecipeError
+from jaxmerge.files import plan as plans
+from jaxmerge.files.inputs import foreseen
+from jaxmerge.files.plan import Plan
+from jaxmerge.io.huggingface import folder
+from jaxmerge.io.huggingface.vocabulary import Papers
+from jaxmerge.io.tensors.tensor import Files
+from jaxmerge.recipe import errors as recipe_errors
+from jaxmerge.recipe import parameters
+from jaxmerge.recipe.errors import RecipeError
+from jaxmerge.recipe.mergekit import precision
+from jaxmerge.recipe.plan import jobs, models, partial, uneven_layers
+from jaxmerge.recipe.plan import rows as result_rows
+from jaxmerge.recipe.plan.rows import Opened, Row
 from jaxmerge.recipe.records import Model, Recipe, groups, referenced
-from jaxmerge.recipe.stacking import Opened, Row
+from jaxmerge.recipe.syntax import schema
+from jaxmerge.recipe.tokenizer import build, embeddings
 
 RECIPE = "jaxmerge_recipe.yml"
 
@@ -38,7 +41,7 @@ RECIPE = "jaxmerge_recipe.yml"
 def of_file(
   path: str | os.PathLike[str],
   files: Files,
-  made: Callable[[str, Plan], planning.Model] = foreseen,
+  made: Callable[[str, Plan], plans.Model] = foreseen,
   *,
   download: bool = False,
   strict: bool = False,
@@ -58,20 +61,20 @@ def of_file(
 
   Raises:
     RecipeError: for what is wrong with the recipes, or cannot be run yet.
-    planning.Problems: naming the tensors and models that do not fit.
+    errors.Problems: naming the tensors and models that do not fit.
   """
   if os.path.exists(path) and not os.path.isfile(path):
     raise ValueError(f"{path}: is no regular file; a recipe is read again, so give it a file.")
-  opener = opening.opener(files, download=download)
+  opener = models.opener(files, download=download)
   recipes = schema.read(path, strict=strict) if download else _read(path, opener, strict)
   recipes = tuple(dataclasses.replace(r, compat=r.compat or compat) for r in recipes)
   text = pathlib.Path(path).read_text(encoding="utf-8")
-  results: dict[str, planning.Model] = {}
+  results: dict[str, plans.Model] = {}
   earlier: dict[str, Plan] = {}
   found: list[Exception] = []
 
-  def of(recipe: Recipe) -> Callable[[Model], planning.Model]:
-    def model(own: Model) -> planning.Model:
+  def of(recipe: Recipe) -> Callable[[Model], plans.Model]:
+    def model(own: Model) -> plans.Model:
       here = own.revision is None and own.path in results
       if here:
         return opener.adapted(own, results[own.path], recipe.rename)
@@ -81,7 +84,7 @@ def of_file(
 
   def papers(own: Model) -> Papers:
     here = own.revision is None and own.path in results
-    return tokenizer.papers(results[own.path]) if here else opener.papers(own)
+    return build.papers(results[own.path]) if here else opener.papers(own)
 
   for recipe in (r for r in recipes[:-1] if r.name is not None):
     for plan in _tried(recipe, of(recipe), papers, results, found):
@@ -91,7 +94,7 @@ def of_file(
       earlier[str(recipe.name)] = plan
       results[str(recipe.name)] = (foreseen if found else made)(str(recipe.name), plan)
   last = _tried(recipes[-1], of(recipes[-1]), papers, results, found)
-  telling.check(found)
+  recipe_errors.check(found)
   (plan,) = last
   asked = {"compat": compat} if compat else {}
   facts = {"recipe": text, **asked, **opener.find.facts, **plan.facts}
@@ -101,13 +104,13 @@ def of_file(
   return _dated(plan, results, files, facts)
 
 
-def _there(results: Mapping[str, planning.Model]) -> dict[str, planning.Model]:
+def _there(results: Mapping[str, plans.Model]) -> dict[str, plans.Model]:
   """Those among the results of recipes that are made already."""
   return {name: own for name, own in results.items() if own.files}
 
 
 def _dated(
-  plan: Plan, results: Mapping[str, planning.Model], files: Files, facts: Mapping[str, Any]
+  plan: Plan, results: Mapping[str, plans.Model], files: Files, facts: Mapping[str, Any]
 ) -> Plan:
   """The plan with the stamps of its inputs; results of recipes are known by their provenance."""
   made = {file for own in _there(results).values() for file in own.files}
@@ -116,28 +119,28 @@ def _dated(
   )
 
 
-def _read(path: str | os.PathLike[str], opener: opening.Opener, strict: bool) -> tuple[Recipe, ...]:
+def _read(path: str | os.PathLike[str], opener: models.Opener, strict: bool) -> tuple[Recipe, ...]:
   """Reads recipes; of those that are wrong it is told as well which models cannot be opened."""
   found: list[Exception] = []
-  with telling.noted(found):
+  with recipe_errors.noted(found):
     return schema.read(path, strict=strict)
   for own in found[0].models if isinstance(found[0], RecipeError) else ():
-    with telling.noted(found):
+    with recipe_errors.noted(found):
       opener.model(own, {})
-  telling.check(found)
+  recipe_errors.check(found)
   return ()
 
 
 def _tried(
   recipe: Recipe,
-  open_model: Callable[[Model], planning.Model],
+  open_model: Callable[[Model], plans.Model],
   papers_of: Callable[[Model], Papers],
-  results: Mapping[str, planning.Model],
+  results: Mapping[str, plans.Model],
   found: list[Exception],
 ) -> list[Plan]:
   """The plan of a recipe; none where it has problems, or one that it builds on has."""
   plans: list[Plan] = []
-  with telling.noted(found):
+  with recipe_errors.noted(found):
     if all(name in results for name in recipe.uses):
       plans.append(planned(recipe, open_model, papers_of))
     else:
@@ -147,17 +150,17 @@ def _tried(
 
 
 def _opened(
-  recipe: Recipe, models: Iterable[Model], open_model: Callable[[Model], planning.Model]
-) -> dict[Model, planning.Model]:
+  recipe: Recipe, models: Iterable[Model], open_model: Callable[[Model], plans.Model]
+) -> dict[Model, plans.Model]:
   """Opens models, or tells of all that cannot be opened, and what else is known to be wrong."""
-  made: dict[Model, planning.Model] = {}
+  made: dict[Model, plans.Model] = {}
   found: list[Exception] = []
   for model in models:
-    with telling.noted(found):
+    with recipe_errors.noted(found):
       made[model] = open_model(model)
   if len(made) < len(referenced(recipe)):
-    found += partly.problems(recipe, made)
-  telling.check(found)
+    found += partial.problems(recipe, made)
+  recipe_errors.check(found)
   return made
 
 
@@ -166,16 +169,16 @@ def _donor(recipe: Recipe) -> Model:
   return recipe.base_model or groups(recipe)[0].sources[0].model
 
 
-def _spelt(recipe: Recipe, opened: Opened) -> dict[Model, planning.Model]:
+def _spelt(recipe: Recipe, opened: Opened) -> dict[Model, plans.Model]:
   """The models, with the donor's names for what they call otherwise."""
   first = _donor(recipe)
   order = [first, *(m for m in opened if m != first)]
-  return dict(zip(order, spelling.alike([opened[m] for m in order]), strict=True))
+  return dict(zip(order, name_variants.alike([opened[m] for m in order]), strict=True))
 
 
 def planned(
   recipe: Recipe,
-  open_model: Callable[[Model], planning.Model],
+  open_model: Callable[[Model], plans.Model],
   papers_of: Callable[[Model], Papers],
 ) -> Plan:
   """Plans what a recipe says.
@@ -187,26 +190,26 @@ def planned(
 
   Raises:
     RecipeError: for what is wrong with the recipe once the models are known.
-    planning.Problems: naming the tensors and models that do not fit each other.
+    errors.Problems: naming the tensors and models that do not fit each other.
   """
   found: list[Exception] = []
   opened = _spelt(recipe, _opened(recipe, referenced(recipe), open_model))
-  built = tokenizer.Built(opened, {})
-  with telling.noted(found):
-    built = tokenizer.built(recipe, opened, papers_of)
+  built = build.Built(opened, {})
+  with recipe_errors.noted(found):
+    built = build.built(recipe, opened, papers_of)
   models, uneven = built.models, bool(found)
   donor = models[_donor(recipe)]
   config = donor.config
   rows: list[Row] = []
-  with telling.noted(found):
-    rows = list(stacking.rows(recipe, models, config))
+  with recipe_errors.noted(found):
+    rows = list(result_rows.rows(recipe, models, config))
   if not rows:
-    telling.check(found)
+    recipe_errors.check(found)
   changed = dict(config)
-  with telling.noted(found):
-    changed = stacking.config(recipe, config, rows, donor)
-    peculiar.check(rows, models, config, changed)
-  names, modules = stacking.all_names(rows), stacking.by_module(rows)
+  with recipe_errors.noted(found):
+    changed = result_rows.config(recipe, config, rows, donor)
+    uneven_layers.check(rows, models, config, changed)
+  names, modules = result_rows.all_names(rows), result_rows.by_module(rows)
   heads = dict.fromkeys(head for m in models.values() for head in m.tied)
   idle = parameters.unmatched(recipe, names, modules)
   wrong = {p.place for p in parameters.unmatched(recipe, names | heads, modules)}
@@ -225,23 +228,23 @@ def planned(
   fit = compatibility.compared(known, inputs, allow=recipe.allow, tokens=recipe.tokenizer is None)
   lines += fit.unless(lines)
   if found:
-    found += [planning.Problems(lines)] if lines else []
-    telling.check(found)
-  plan = planning.assembled(
+    found += [errors.Problems(lines)] if lines else []
+    recipe_errors.check(found)
+  plan = assemble.assembled(
     work.wants,
     work.jobs,
     inputs,
-    dtype=narrowing.stored(recipe),
+    dtype=precision.stored(recipe),
     missing=recipe.missing,
-    fates=stacking.left_out(recipe, models, rows),
+    fates=result_rows.left_out(recipe, models, rows),
     misfits=lines,
   )
   plan = plan._replace(notes=(*plan.notes, *fit.notes))
   if recipe.compat == "mergekit":
-    plan = narrowing.computed(recipe, plan)
-  if narrowing.stored(recipe) is None:
-    plan = plan._replace(notes=(*plan.notes, *planning.rounded(plan)))
-  plan, changed = tying.settled(plan, donor, built.config(changed))
+    plan = precision.computed(recipe, plan)
+  if precision.stored(recipe) is None:
+    plan = plan._replace(notes=(*plan.notes, *assemble.rounded(plan)))
+  plan, changed = tied_weights.settled(plan, donor, built.config(changed))
   own = {} if changed == config else {folder.CONFIG: json.dumps(changed, indent=2) + "\n"}
   # A donor that is still to be made has other files than its folder.
   texts = {**donor.texts, **own, **built.texts}

@@ -8,12 +8,14 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple  # Any: what a config.json holds.
 
-from jaxmerge import asking, planning
-from jaxmerge.recipe import layers, modules, parameters
-from jaxmerge.recipe.places import Problem, RecipeError
+from jaxmerge.files import assemble, plan
+from jaxmerge.io.huggingface import folder
+from jaxmerge.recipe import layers, parameters
+from jaxmerge.recipe.errors import Problem, RecipeError
+from jaxmerge.recipe.plan import modules
 from jaxmerge.recipe.records import Group, Model, Recipe, groups
 
-Opened = Mapping[Model, planning.Model]
+Opened = Mapping[Model, plan.Model]
 
 
 class Row(NamedTuple):
@@ -206,7 +208,7 @@ def left_out(recipe: Recipe, models: Opened, rows: Sequence[Row]) -> dict[str, d
     words = "dropped: in no module of it" if modular else "dropped: in no slice"
     told = {m.name: dict.fromkeys(m.tensors, words) for m in models.values()}
   for base in (models[g.base] for g in groups(recipe) if g.base and not g.sliced):
-    told[base.name] |= dict.fromkeys(base.tensors, planning.ASIDE)
+    told[base.name] |= dict.fromkeys(base.tensors, assemble.ASIDE)
   for row in rows:
     if parameters.excluded(recipe, row.tensor):
       for source, name in zip(row.group.sources, row.names, strict=True):
@@ -216,7 +218,7 @@ def left_out(recipe: Recipe, models: Opened, rows: Sequence[Row]) -> dict[str, d
 
 
 def config(
-  recipe: Recipe, own: Mapping[str, Any], rows: Sequence[Row], donor: planning.Model
+  recipe: Recipe, own: Mapping[str, Any], rows: Sequence[Row], donor: plan.Model
 ) -> dict[str, Any]:
   """Returns the donor's config, `own`, as it holds for the result: its dtype, and how many layers.
 
@@ -224,7 +226,7 @@ def config(
     RecipeError: where it cannot be told which of its numbers is that of the layers.
   """
   dtype = recipe.out_dtype or recipe.dtype
-  changed = asking.stated(own, dtype) if own and dtype else dict(own)
+  changed = folder.stated(own, dtype) if own and dtype else dict(own)
   heights = layers.stacks(donor.tensors)
   for module, stack in stacked(rows).items():
     others = {str(g.module) for g in groups(recipe)} - {str(module)}

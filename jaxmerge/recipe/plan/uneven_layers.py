@@ -10,10 +10,11 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any  # Any: what a config.json holds.
 
-from jaxmerge import planning
-from jaxmerge.recipe import layers, stacking
+from jaxmerge.files import plan
+from jaxmerge.recipe import layers
+from jaxmerge.recipe.errors import Problem, RecipeError
 from jaxmerge.recipe.layer_config import Layers, entries
-from jaxmerge.recipe.places import Problem, RecipeError
+from jaxmerge.recipe.plan import rows as result_rows
 from jaxmerge.recipe.records import Model
 
 Config = Mapping[str, Any]
@@ -24,8 +25,8 @@ _HEADS = ("num_attention_heads", "n_head", "num_heads", "n_heads")
 
 
 def check(
-  rows: Sequence[stacking.Row],
-  models: Mapping[Model, planning.Model],
+  rows: Sequence[result_rows.Row],
+  models: Mapping[Model, plan.Model],
   before: Config,
   after: Config,
 ) -> None:
@@ -38,7 +39,7 @@ def check(
     after: that of the result.
   """
   problems = []
-  for stack in stacking.stacked(rows).values():
+  for stack in result_rows.stacked(rows).values():
     own = models[stack.group.sources[0].model]
     height = layers.stacks(own.tensors).get(stack.stack, 0)
     if [*stack.order.values()] == [*range(height)]:
@@ -51,9 +52,9 @@ def check(
 
 
 def _by_place(
-  rows: Sequence[stacking.Row],
-  stack: stacking.Stack,
-  models: Mapping[Model, planning.Model],
+  rows: Sequence[result_rows.Row],
+  stack: result_rows.Stack,
+  models: Mapping[Model, plan.Model],
   before: Config,
   after: Config,
 ) -> str:
@@ -141,7 +142,7 @@ def _moved(key: str, own: Any, was: Any) -> bool:
   return bool(rule) and own != was
 
 
-def _outside(model: planning.Model, stack: str, config: Config) -> str:
+def _outside(model: plan.Model, stack: str, config: Config) -> str:
   """Says which tensor outside of the layers has a column for each head of each layer: ESM's."""
   height = layers.stacks(model.tensors)[stack]
   heads = next((config[k] for k in _HEADS if type(config.get(k)) is int), 0)
@@ -156,6 +157,6 @@ def _outside(model: planning.Model, stack: str, config: Config) -> str:
   return ""
 
 
-def _of(model: planning.Model, stack: str, inside: bool) -> Iterator[str]:
+def _of(model: plan.Model, stack: str, inside: bool) -> Iterator[str]:
   """Names of tensors within a stack, or in none."""
   return (n for n in model.tensors if (n.startswith(stack) if inside else layers.place(n) is None))

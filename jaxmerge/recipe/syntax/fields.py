@@ -14,10 +14,10 @@ import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, TypeVar  # Any: readers take what they take.
 
-from jaxmerge import catalog
-from jaxmerge.recipe.marked import Marked, plain
-from jaxmerge.recipe.places import Problem, note, shown
+from jaxmerge import errors
+from jaxmerge.recipe.errors import Problem, note, shown
 from jaxmerge.recipe.records import Where
+from jaxmerge.recipe.syntax.yaml_reader import Marked, plain
 
 T = TypeVar("T")
 Word = TypeVar("Word", bound=str)
@@ -201,7 +201,7 @@ def closest(word: str, known: Iterable[str]) -> list[str]:
 
 def nearest(word: str, known: Iterable[str]) -> str:
   """Says which word may be meant, and which there are: to be appended to an error."""
-  return catalog.nearest(_folded(word), list(known)[:_MOST_KNOWN])
+  return errors.nearest(_folded(word), list(known)[:_MOST_KNOWN])
 
 
 def quoted(value: object) -> str:

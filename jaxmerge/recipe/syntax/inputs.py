@@ -6,11 +6,9 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
-from jaxmerge.catalog import Parameter
-from jaxmerge.recipe import fields, references
-from jaxmerge.recipe.marked import Marked
-from jaxmerge.recipe.methods import MERGEKITS, METHODS, complaint
-from jaxmerge.recipe.places import Problem, note, shown
+from jaxmerge.catalog.parameter import Parameter
+from jaxmerge.recipe.errors import Problem, note, shown
+from jaxmerge.recipe.mergekit.methods import MERGEKITS, METHODS, complaint
 from jaxmerge.recipe.records import (
   Case,
   Module,
@@ -22,7 +20,9 @@ from jaxmerge.recipe.records import (
   View,
   Where,
 )
-from jaxmerge.recipe.references import Context
+from jaxmerge.recipe.syntax import fields, references
+from jaxmerge.recipe.syntax.references import Context
+from jaxmerge.recipe.syntax.yaml_reader import Marked
 
 MOST_VIEWS = 200
 # What mergekit ignores beside what it knows.

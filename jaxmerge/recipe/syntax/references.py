@@ -6,11 +6,11 @@ import difflib
 from collections.abc import Callable, Collection
 from typing import NamedTuple
 
-from jaxmerge.io import reference as reference_text
-from jaxmerge.recipe import fields
-from jaxmerge.recipe.marked import Marked
-from jaxmerge.recipe.places import Problem, listed, note, shown
+from jaxmerge.io.huggingface import reference as reference_text
+from jaxmerge.recipe.errors import Problem, listed, note, shown
 from jaxmerge.recipe.records import Model, Token, Tokenizer
+from jaxmerge.recipe.syntax import fields
+from jaxmerge.recipe.syntax.yaml_reader import Marked
 
 _SOURCES = ("union", "base")
 _ARCHITECTURE = "override_architecture"

@@ -9,12 +9,12 @@ import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Literal
 
-from jaxmerge.recipe import checking, fields, inputs, marked, references
-from jaxmerge.recipe.marked import Marked
-from jaxmerge.recipe.methods import METHODS
-from jaxmerge.recipe.places import Place, Problem, RecipeError, note, shown
+from jaxmerge.recipe.errors import Place, Problem, RecipeError, note, shown
+from jaxmerge.recipe.mergekit.methods import METHODS
 from jaxmerge.recipe.records import Missing, Model, Recipe, Tokenizer, Where, referenced
-from jaxmerge.recipe.references import Context
+from jaxmerge.recipe.syntax import fields, inputs, references, validate, yaml_reader
+from jaxmerge.recipe.syntax.references import Context
+from jaxmerge.recipe.syntax.yaml_reader import Marked
 
 MOST_DOCUMENTS = 100
 MOST_OVERRIDES = 200
@@ -74,14 +74,14 @@ def read(path: str | os.PathLike[str], *, strict: bool = False) -> tuple[Recipe,
   if not path.exists():
     raise FileNotFoundError(f"{path}: there is no such recipe file.")
   with path.open("rb") as file:
-    content = file.read(4 * marked.LONGEST + 1)
-  if len(content) > 4 * marked.LONGEST:
+    content = file.read(4 * yaml_reader.LONGEST + 1)
+  if len(content) > 4 * yaml_reader.LONGEST:
     raise RecipeError([Problem(Place(str(path), 1, 1), "too long for a recipe.")])
   try:
     text = content.decode("utf-8")
   except UnicodeDecodeError as error:
     before = content[: error.start].decode("utf-8")
-    place = marked.position(before, len(before), str(path))
+    place = yaml_reader.position(before, len(before), str(path))
     raise RecipeError([Problem(place, f"not UTF-8: {error.reason}.")]) from error
   return parse(text, str(path), strict=strict)
 
@@ -107,7 +107,7 @@ def parse(
     ('a', 1)
   """
   found: list[Problem] = []
-  nodes = marked.documents(text, file, found)
+  nodes = yaml_reader.documents(text, file, found)
   if not nodes or len(nodes) > MOST_DOCUMENTS:
     what = f"more than {MOST_DOCUMENTS} recipes" if nodes else "no recipe"
     raise RecipeError([*found, Problem(Place(file, 1, 1), f"{what} in this file.")])
@@ -152,7 +152,7 @@ def _checked(node: Marked, context: Context) -> Recipe | None:
   found = context.found
   before = len(found)
   recipe = _recipe(node, context)
-  for problem in checking.problems(recipe) if recipe else ():
+  for problem in validate.problems(recipe) if recipe else ():
     note(found, *problem)
   ignored = tuple(problem for problem in found[before:] if problem.ignored)
   return dataclasses.replace(recipe, ignored=ignored) if recipe else None

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from jaxmerge.catalog import Parameter
-from jaxmerge.recipe.methods import METHODS
+from jaxmerge.catalog.parameter import Parameter
+from jaxmerge.recipe.errors import Place, Problem, listed
+from jaxmerge.recipe.mergekit.methods import METHODS
 from jaxmerge.recipe.parameters import Value, constant, together
-from jaxmerge.recipe.places import Place, Problem, listed
 from jaxmerge.recipe.records import Group, Model, Parameters, Recipe, groups
 
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple  # Any: a value of YAML; a mark, whose class 
 
 import yaml
 
-from jaxmerge.recipe.places import Place, Problem, RecipeError, note, shown
+from jaxmerge.recipe.errors import Place, Problem, RecipeError, note, shown
 
 LONGEST = 2**20  # Characters of a file.
 DEEPEST = 24  # A recipe nests 14 deep.

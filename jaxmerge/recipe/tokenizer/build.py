@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple  # Any: what a config.json holds.
 
-from jaxmerge import planning
-from jaxmerge.io import folder as folders
-from jaxmerge.io import vocabulary
-from jaxmerge.io.vocabulary import Flags, Papers, Vocabulary
-from jaxmerge.recipe import chat, embeddings, telling
-from jaxmerge.recipe.places import Problem, RecipeError, listed
+from jaxmerge.files import plan
+from jaxmerge.io.huggingface import folder as folders
+from jaxmerge.io.huggingface import vocabulary
+from jaxmerge.io.huggingface.vocabulary import Flags, Papers, Vocabulary
+from jaxmerge.recipe import errors
+from jaxmerge.recipe.errors import Problem, RecipeError, listed
 from jaxmerge.recipe.records import Model, Recipe, Tokenizer, groups
+from jaxmerge.recipe.tokenizer import chat_template, embeddings
 
-Opened = Mapping[Model, planning.Model]
+Opened = Mapping[Model, plan.Model]
 Own = Mapping[Model, Vocabulary]
 Texts = Mapping[str, str | None]
 PapersOf = Callable[[Model], Papers]
@@ -74,25 +75,25 @@ def built(recipe: Recipe, models: Opened, papers_of: PapersOf) -> Built:
   found: list[Exception] = []
   made, home = Built(models, {}), papers(next(iter(models.values())))
   if recipe.tokenizer is not None:
-    with telling.noted(found):
+    with errors.noted(found):
       made, home = _built(recipe, recipe.tokenizer, models, papers_of)
   if recipe.chat_template is not None:
-    with telling.noted(found):
+    with errors.noted(found):
       made = _with_template(made, recipe.chat_template, models, home)
-  telling.check(found)
+  errors.check(found)
   return made
 
 
-def papers(model: planning.Model) -> Papers:
+def papers(model: plan.Model) -> Papers:
   """Returns the small files of a model that is opened."""
   return Papers(model.folder, model.texts)
 
 
 def _with_template(made: Built, said: str, models: Opened, home: Papers) -> Built:
-  template = chat.chosen(said, map(papers, models.values()))
+  template = chat_template.chosen(said, map(papers, models.values()))
   if template is None:
     return made
-  own = chat.texts(template, home, made.texts.get(vocabulary.SETTINGS))
+  own = chat_template.texts(template, home, made.texts.get(vocabulary.SETTINGS))
   return made._replace(texts={**made.texts, **own})
 
 
@@ -103,9 +104,9 @@ def _built(
   own: dict[Model, Vocabulary] = {}
   found: list[Exception] = []
   for m in models:
-    with telling.noted(found):
+    with errors.noted(found):
       own[m] = _read(m, lambda m: papers(models[m]))
-  telling.check(found)
+  errors.check(found)
   merged = _merged(recipe, said, own, papers_of)
   names = embeddings.names(own, models)
   _check(said, own, models, names)

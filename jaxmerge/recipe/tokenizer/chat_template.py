@@ -7,8 +7,8 @@ import json
 from collections.abc import Iterable
 from typing import Any  # What JSON holds.
 
-from jaxmerge.io import vocabulary
-from jaxmerge.io.vocabulary import JINJA, JSON, SETTINGS, Papers
+from jaxmerge.io.huggingface import vocabulary
+from jaxmerge.io.huggingface.vocabulary import JINJA, JSON, SETTINGS, Papers
 
 _KEY = "chat_template"
 

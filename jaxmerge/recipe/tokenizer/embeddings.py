@@ -8,15 +8,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxmerge import planning
-from jaxmerge.io import rows
-from jaxmerge.io.tensor import Tensor
-from jaxmerge.io.vocabulary import Vocabulary
+from jaxmerge.files import plan
+from jaxmerge.io.huggingface.vocabulary import Vocabulary
+from jaxmerge.io.tensors import rows
+from jaxmerge.io.tensors.tensor import Tensor
 from jaxmerge.recipe import layers
-from jaxmerge.recipe.places import Problem, listed
+from jaxmerge.recipe.errors import Problem, listed
 from jaxmerge.recipe.records import Model, Token, Tokenizer
 
-Opened = Mapping[Model, planning.Model]
+Opened = Mapping[Model, plan.Model]
 Own = Mapping[Model, Vocabulary]
 
 # Embeddings, but not of tokens.
@@ -39,7 +39,7 @@ def named(name: str, tensor: Tensor) -> bool:
   return len(tensor.shape) == 2 and layers.is_input(name) and not _OTHERS.search(name)
 
 
-def wanted(want: planning.Want) -> bool:
+def wanted(want: plan.Want) -> bool:
   """Tells whether any of the parts of what is wanted is called so."""
   parts = [p for p in (want.base, *want.models) if p is not None]
   return any(p.tensor is not None and named(p.name, p.tensor) for p in parts)
@@ -114,7 +114,7 @@ class Order(NamedTuple):
   size: int
 
 
-def reordered(models: Opened, names: frozenset[str], order: Order) -> dict[Model, planning.Model]:
+def reordered(models: Opened, names: frozenset[str], order: Order) -> dict[Model, plan.Model]:
   """Returns the models with the tensors of these names as they are in the result."""
   empty = np.ones(order.size, bool)
   empty[list(order.merged.ids.values())] = False

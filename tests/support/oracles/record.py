@@ -11,14 +11,15 @@ In an environment of its own, with PyTorch and NumPy alone:
   git clone https://github.com/hamidralmasi/FlagAggregator    # at 1ae2c45
   git clone https://github.com/yule-BUAA/MergeLLM             # at 9178ef9
   git clone https://github.com/WalkerWorldPeace/MLLMerging    # at 5f8a458
-  env/bin/python tests/oracles/record.py --fusion-bench=fusion_bench \\
+  env/bin/python tests/support/oracles/record.py --fusion-bench=fusion_bench \\
     --drm=decom-renorm-merge --pcb=pcb-merging --ram=mrl --flag=FlagAggregator --widen=MergeLLM \\
     --optmerge=MLLMerging --peft
 
 What is recorded of code that is not given stays.
 
 Nothing of that code is here: single functions are taken out of their files, without what those
-import, and called in float64 (OptMerge's work in float32). `tests/oracles_test.py` compares.
+import, and called in float64 (OptMerge's work in float32). `tests/methods/oracles_test.py`
+compares.
 
 Not taken:
   DARE, of PEFT and its authors: masks are random, only their distributions agree.

@@ -1,6 +1,6 @@
 """Records which layers are of which kind in classes of transformers 5.24, by default, of 24 layers.
 
-Run with a Python that has it: `python tests/oracles/record_layer_types.py`.
+Run with a Python that has it: `python tests/support/oracles/record_layer_types.py`.
 """
 
 import importlib

@@ -3,9 +3,9 @@
 In an environment of its own:
 
   python -m venv env && env/bin/pip install torch==2.13.0 transformers==5.24.0 peft==0.21.2
-  env/bin/python tests/peft_outputs/record.py
+  env/bin/python tests/support/peft_outputs/record.py
 
-`tests/peft_test.py` compares. The file holds, by case, the adapter's config and tensors, and the
+`tests/io/peft_test.py` compares. The file holds, by case, the adapter's config and tensors, and the
 tensors of the merged model that differ from the base; the base is the same for all but a few cases.
 """
 

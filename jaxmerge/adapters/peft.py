@@ -1,0 +1,79 @@
+"""Adapters in the files of PEFT."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pathlib
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmerge.adapters import combine
+from jaxmerge.adapters.lora import Adapter, Lora, Swapped
+from jaxmerge.core import double_precision
+from jaxmerge.drivers import arguments
+from jaxmerge.io.disk import atomic
+from jaxmerge.io.peft import adapter as peft
+from jaxmerge.io.tensors import names, safetensors
+from jaxmerge.io.tensors.tensor import Files
+
+Path = str | os.PathLike[str]
+
+
+def load(folder: Path, *, rename: Mapping[str, str] | None = None) -> dict[str, Lora]:
+  """Reads an adapter of PEFT, its factors in the dtype of the files.
+
+  Args:
+    folder: of the adapter.
+    rename: beginnings of names of its matrices to others, where those of a model are not the same.
+
+  Raises:
+    FileNotFoundError: where a file is missing.
+    ValueError: naming the tensor that is no plain LoRA factor of a matrix: merge by the models that
+      such adapters make.
+  """
+  with contextlib.closing(Files()) as files:
+    own = peft.factors(folder, files)
+    return {
+      names.renamed(name, rename or {}): (Swapped if x.transposed else Lora)(
+        double_precision.copied(x.a), double_precision.copied(x.b), x.scale
+      )
+      for name, x in own.items()
+    }
+
+
+def save(folder: Path, adapter: Adapter | Any, *, replace: bool = False) -> pathlib.Path:
+  """Writes an adapter as PEFT reads it; scales are multiplied into a.
+
+  Raises:
+    FileExistsError: where the folder is there and `replace` is not set.
+    ValueError: where models store some of its matrices as [in, out], and others as [out, in], and
+      for NaN or infinity.
+  """
+  adapter = arguments.adapter(adapter)
+  swapped = {isinstance(own, Swapped) for own in adapter.values()}
+  if len(swapped) > 1:
+    raise ValueError("some matrices lie [in, out] and others [out, in]: save two adapters.")
+  ranks = {name: own.rank for name, own in adapter.items()}
+  tensors = {}
+  for name, own in adapter.items():
+    for part, x in {"A": combine.times(own.scale, own.a), "B": own.b}.items():
+      if not bool(jnp.isfinite(x).all()):
+        text = f"lora_{part} of {name!r} has NaN or infinity in {x.dtype}, with its scale in A"
+        raise ValueError(f"{text}; save an adapter of finite numbers, or of a wider dtype.")
+      tensors[f"base_model.model.{name}.lora_{part}.weight"] = np.asarray(x)
+  config: dict[str, Any] = {"peft_type": "LORA", "bias": "none"}
+  config |= {"r": max(ranks.values(), default=1), "lora_alpha": max(ranks.values(), default=1)}
+  # PEFT takes a pattern for the end of a name as well, and a dot for any character.
+  other = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != config["r"]}
+  config["fan_in_fan_out"] = swapped == {True}
+  config |= {"rank_pattern": other, "alpha_pattern": other, "target_modules": sorted(ranks)}
+  with atomic.folder(folder, replace=replace) as beside:
+    safetensors.save(beside / peft.WEIGHTS, tensors)
+    (beside / peft.CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+  return pathlib.Path(folder)

@@ -1,0 +1,11 @@
+"""How models differ from their base."""
+
+from jaxmerge import lazy
+
+__getattr__, __dir__, __all__ = lazy.attach(
+  __name__,
+  (
+    "diff",
+    "sums",
+  ),
+)

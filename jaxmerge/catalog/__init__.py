@@ -1,0 +1,20 @@
+"""The table of published methods; free of jax."""
+
+from jaxmerge import lazy
+
+__getattr__, __dir__, __all__ = lazy.attach(
+  __name__,
+  (
+    "elementwise",
+    "entry",
+    "geometric",
+    "lookup",
+    "other_merges",
+    "parameter",
+    "tables",
+  ),
+  {
+    "METHODS": "lookup",
+    "OTHERS": "lookup",
+  },
+)

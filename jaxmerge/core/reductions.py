@@ -1,0 +1,85 @@
+"""Sums, maxima and inner products over leaves, which drivers add up."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxmerge.core import magnitudes, order_statistics, sharding
+from jaxmerge.core.stage import Leaf, Statistic, Sum
+
+Array = jax.Array
+
+
+def total(name: str, f: Callable[[Any, Leaf], Any]) -> Sum:
+  """Adds up f(x, leaf) over the leaves of a group."""
+  return Sum(name, lambda x, leaf, known: f(x, leaf))
+
+
+def greatest(name: str, f: Callable[[Any, Leaf], Any]) -> Sum:
+  """Takes the maximum of f(x, leaf) over the leaves of a group."""
+  return Sum(name, lambda x, leaf, known: f(x, leaf), combine=jnp.maximum)
+
+
+class Gram(NamedTuple):
+  """Inner products of the models [K, K], over the square of a unit that keeps them in range."""
+
+  products: Array
+  unit: Array
+
+
+def gram(name: str) -> Sum:
+  """Measures the inner products of the models: [K, *s] -> `Gram`, over a group."""
+  return squares(name, inner_products, lambda total, unit, known: Gram(total, unit))
+
+
+def squares(
+  name: str,
+  f: Callable[..., Any],
+  finish: Callable[[Any, Array, Any], Any] = lambda total, unit, known: total,
+  *,
+  degree: int = 2,
+) -> Sum:
+  """Adds up what is of a degree in x, as a square is, for numbers of any size; see `magnitudes`.
+
+  Args:
+    name: the key under which the result is known afterwards.
+    f: (x, or each of a pair) -> a tree of sums.
+    finish: (sums over a power of the unit, unit, known) -> result.
+    degree: that of f.
+  """
+
+  def measure(x: Any, leaf: Leaf, known: Any) -> Any:
+    return magnitudes.binned(f, *(x if isinstance(x, tuple) else (x,)))
+
+  def joined(found: Any, known: Any) -> Any:
+    return finish(*magnitudes.joined(found, degree), known)
+
+  return Sum(name, measure, finish=joined)
+
+
+def inner_products(x: Array) -> Array:
+  """Returns the inner products of the models: [K, *s] -> [K, K]."""
+  axes = list(range(1, x.ndim))
+  place = sharding.unsharded(x, 2)
+  return lax.dot_general(x, x, ((axes, axes), ((), ())), precision="highest", out_sharding=place)
+
+
+def settled(statistic: Statistic, parts: Sequence[tuple[Any, Leaf]], known: dict[str, Any]) -> Any:
+  """Returns a statistic of a group whose leaves, with their descriptions, are all at hand."""
+
+  def over(measure: Callable[[Any, Leaf], Any], combine: Callable[[Array, Array], Array]) -> Any:
+    each = [measure(x, leaf) for x, leaf in parts]
+    found = functools.reduce(lambda a, b: jax.tree.map(combine, a, b), each)
+    # Where axes are explicit, a total per model is left sharded as the models are.
+    return jax.tree.map(sharding.everywhere, found)
+
+  if isinstance(statistic, Sum):
+    measured = over(lambda x, leaf: statistic.measure(x, leaf, known), statistic.combine)
+    return statistic.finish(measured, known)
+  return order_statistics.cut(statistic, over, parts, known)

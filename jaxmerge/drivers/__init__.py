@@ -1,0 +1,18 @@
+"""How a method runs: in memory, model after model, slice by slice, over many devices."""
+
+from jaxmerge import lazy
+
+__getattr__, __dir__, __all__ = lazy.attach(
+  __name__,
+  (
+    "arguments",
+    "distributed_matrices",
+    "external_selection",
+    "finiteness",
+    "incremental",
+    "memory",
+    "slice_programs",
+    "slices",
+    "streaming",
+  ),
+)

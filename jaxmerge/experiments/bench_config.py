@@ -1,0 +1,72 @@
+"""Reads the config of a leaderboard of methods."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import (
+  Any,
+)
+
+from ml_collections.config_dict import ConfigDict
+
+from jaxmerge import errors
+from jaxmerge.catalog import lookup
+from jaxmerge.experiments import config as configs
+
+BENCH: Mapping[str, Any] = {
+  "run": str,
+  "seeds": int,
+  "final": bool,
+  "experts": str,
+  "methods": dict,
+  "changes": dict,
+}
+
+
+def bench(path: str, changes: Sequence[tuple[str, str]] = ()) -> ConfigDict:
+  """Returns the locked config of a leaderboard of methods, changed and checked.
+
+  `run` is the experiment's config, beside this one; `experts` the folder of an ATM run of it whose
+  experts are merged, {seed} standing for the seed, or empty: then they are tuned. `methods` maps a
+  row's name to settings of the method of that name, or of the one under `name`: a tuple is a list
+  of values to try. `changes` are changes of the experiment's config.
+  """
+  config = configs.of_scheme(path, BENCH, changes)
+  if config.seeds < 1:
+    raise ValueError(f"{path}: config.seeds must be at least 1, got {config.seeds}.")
+  for name, own in config.methods.items():
+    where = f"{path}: config.methods.{name}"
+    settings_ = {"name": name, **own}
+    word = settings_.pop("name")
+    entry = lookup.METHODS.get(word)
+    if entry is None:
+      raise ValueError(
+        f"{where}: no method is called {word!r}{errors.nearest(word, lookup.METHODS)}."
+      )
+    if entry.on == "weights" or entry.models[1] is not None:
+      raise ValueError(f"{where}: {word} does not merge the task vectors of any number of models.")
+    for key, value in settings_.items():
+      for one in value if isinstance(value, tuple | list) else (value,):
+        configs.check_method({"name": word, key: one}, where)
+  of_bench(config, path, 0)
+  return config.lock()
+
+
+def of_bench(config: Mapping[str, Any] | ConfigDict, source: str, seed: int) -> ConfigDict:
+  """Returns the config of the experts that a leaderboard merges."""
+  path = str(pathlib.Path(source).parent / config["run"])
+  own = configs.load(path).copy_and_resolve_references().unlock()
+  experts = own.baselines.get("experts", ConfigDict())
+  with own.ignore_type():
+    own.baselines, own.also = ConfigDict({"experts": experts}), ConfigDict()
+  changes = {**config["changes"], "seed": seed, "final": config["final"], "keep_experts": False}
+  for key, value in configs.flat(changes).items():
+    if key not in configs.flat(own):
+      raise ValueError(
+        f"{source}: config.changes: {path} has no key "
+        f"{key!r}{errors.nearest(key, configs.flat(own))}."
+      )
+    configs.change(own, key, value, f"{source}: config.changes")
+  configs.check(own, path)
+  return own.lock()

@@ -1,0 +1,28 @@
+"""Merges of folders of models, in bounded memory."""
+
+from jaxmerge import lazy
+
+__getattr__, __dir__, __all__ = lazy.attach(
+  __name__,
+  (
+    "adapter_inputs",
+    "assemble",
+    "compatibility",
+    "describe",
+    "estimate",
+    "execute",
+    "finish",
+    "input_changes",
+    "inputs",
+    "inspection",
+    "merge",
+    "misfits",
+    "name_variants",
+    "outcomes",
+    "plan",
+    "reader",
+    "remote_code",
+    "resume",
+    "tied_weights",
+  ),
+)

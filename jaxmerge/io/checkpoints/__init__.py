@@ -1,0 +1,15 @@
+"""Checkpoints: Orbax's arrays, sealed by a manifest of checksums."""
+
+from jaxmerge import lazy
+
+__getattr__, __dir__, __all__ = lazy.attach(
+  __name__,
+  (
+    "arrays",
+    "leaves",
+    "manifest",
+    "metadata",
+    "orbax_output",
+    "store",
+  ),
+)

@@ -1,0 +1,16 @@
+"""Folders as Hugging Face lays them out: read, written, and found on the hub."""
+
+from jaxmerge import lazy
+
+__getattr__, __dir__, __all__ = lazy.attach(
+  __name__,
+  (
+    "folder",
+    "hub",
+    "reference",
+    "shard_writer",
+    "shards",
+    "tied",
+    "vocabulary",
+  ),
+)

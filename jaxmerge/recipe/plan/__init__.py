@@ -1,0 +1,17 @@
+"""From a recipe and the headers of its models to a plan."""
+
+from jaxmerge import lazy
+
+__getattr__, __dir__, __all__ = lazy.attach(
+  __name__,
+  (
+    "jobs",
+    "matrix_axes",
+    "models",
+    "modules",
+    "partial",
+    "planner",
+    "rows",
+    "uneven_layers",
+  ),
+)

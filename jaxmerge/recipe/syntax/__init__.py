@@ -1,0 +1,15 @@
+"""From YAML to the records of a recipe, or every problem with its place."""
+
+from jaxmerge import lazy
+
+__getattr__, __dir__, __all__ = lazy.attach(
+  __name__,
+  (
+    "fields",
+    "inputs",
+    "references",
+    "schema",
+    "validate",
+    "yaml_reader",
+  ),
+)

@@ -1,0 +1,12 @@
+"""The tokenizer of a merged model, and the rows of its embeddings."""
+
+from jaxmerge import lazy
+
+__getattr__, __dir__, __all__ = lazy.attach(
+  __name__,
+  (
+    "build",
+    "chat_template",
+    "embeddings",
+  ),
+)

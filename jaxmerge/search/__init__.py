@@ -1,0 +1,23 @@
+"""Merges that are chosen by a score."""
+
+from jaxmerge import lazy
+
+__getattr__, __dir__, __all__ = lazy.attach(
+  __name__,
+  (
+    "evolution",
+    "grid",
+    "layerwise",
+    "objective",
+    "scales",
+    "soups",
+  ),
+  {
+    "best_scale": "scales",
+    "greedy_soup": "soups",
+    "learned_soup": "soups",
+    "soce": "soups",
+    "lcsc": "evolution",
+    "hi_merging": "layerwise",
+  },
+)
