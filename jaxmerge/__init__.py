@@ -1,7 +1,18 @@
 """Model merging in JAX for TPU and GPU."""
 
 import importlib
-from typing import Any  # A lazy attribute may be any public object.
+from typing import TYPE_CHECKING, Any  # A lazy attribute may be any public object.
+
+if TYPE_CHECKING:  # For type checkers and editors; at run time each name loads when it is used.
+  from jaxmerge.core.tree import stack as stack
+  from jaxmerge.core.tree import unstack as unstack
+  from jaxmerge.drivers.memory import blend as blend
+  from jaxmerge.drivers.memory import merge as merge
+  from jaxmerge.files.merge import merge_files as merge_files
+  from jaxmerge.tasks.task import Split as Split
+  from jaxmerge.tasks.task import Task as Task
+  from jaxmerge.training.loop import tune_and_merge as tune_and_merge
+  from jaxmerge.training.settings import Settings as Settings
 
 _HOMES = {
   "merge": "jaxmerge.drivers.memory",
@@ -38,6 +49,8 @@ __all__ = [*_HOMES, *_ROOMS]
 
 
 def __getattr__(name: str) -> Any:
+  if name == "__version__":
+    return importlib.import_module("importlib.metadata").version("jaxmerge")
   if name in _HOMES:
     return getattr(importlib.import_module(_HOMES[name]), name)
   if name in _ROOMS:

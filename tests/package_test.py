@@ -46,10 +46,17 @@ def module_name(path):
 NAMES = {module_name(path) for path in MODULES}
 
 
+def is_typing(node):
+  """Tells whether a statement is for type checkers alone."""
+  return isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+
+
 def imports(statements):
   """The modules of this package that the statements import, at any depth of them."""
   found = set()
   for node in statements:
+    if is_typing(node):
+      continue
     for inner in ast.walk(node):
       if isinstance(inner, ast.Import):
         found |= {alias.name for alias in inner.names}
@@ -70,6 +77,17 @@ def tracked():
 @pytest.mark.parametrize("name", jaxmerge.__all__)
 def test_public_name_resolves(name):
   assert getattr(jaxmerge, name) is not None
+
+
+def test_type_checkers_see_the_public_names():
+  """In the block that they alone read, from the modules where the names are found at run time."""
+  (block,) = (x for x in ast.parse((PACKAGE / "__init__.py").read_text()).body if is_typing(x))
+  assert {a.asname: x.module for x in block.body for a in x.names} == jaxmerge._HOMES
+
+
+def test_the_version_is_that_of_the_project():
+  project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+  assert jaxmerge.__version__ == project["version"]
 
 
 def test_unknown_name_is_an_attribute_error():
