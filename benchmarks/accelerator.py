@@ -133,7 +133,7 @@ def merges(device, options):
 def merging(method):
   """The compiled merge of a base and experts."""
   seed = 0 if "seed" in jaxmerge.core.stage.numbers(method) else None
-  return jax.jit(lambda base, experts: jaxmerge.merge(method, base, experts, seed=seed))
+  return jax.jit(lambda base, experts: jaxmerge.merge(method, experts, base, seed=seed))
 
 
 def weights(parameters, device, seed=0):

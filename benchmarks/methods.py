@@ -222,9 +222,9 @@ def in_memory(name, method, seed, weights, options):
   }
   options_ = {"layout": views(name), **seed}
   if weights:
-    run = jax.jit(lambda base, models: jaxmerge.blend(method, models, **options_))
+    run = jax.jit(lambda base, models: jaxmerge.merge(method, models, **options_))
   else:
-    run = jax.jit(lambda base, models: jaxmerge.merge(method, base, models, **options_))
+    run = jax.jit(lambda base, models: jaxmerge.merge(method, models, base, **options_))
   given = jax.tree.map(jax.numpy.asarray, (base, models))
   del base, models
   program, compiling = timed(lambda: run.lower(*given).compile())
@@ -284,7 +284,7 @@ def by_matrix(name, method, seed, weights, options):
   for i, (shape, number) in enumerate(kinds.items()):
     base = {"w": jax.numpy.asarray(tensor(0, i, shape))}
     models = {"w": jax.numpy.asarray(np.stack([tensor(k + 1, i, shape) for k in range(count)]))}
-    run = jax.jit(lambda b, m: jaxmerge.merge(method, b, m, layout=(("w", "oi"),), **seed))
+    run = jax.jit(lambda b, m: jaxmerge.merge(method, m, b, layout=(("w", "oi"),), **seed))
 
     def seconds(run, *given):
       return warm(functools.partial(run.lower(*given).compile(), *given))

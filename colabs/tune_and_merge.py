@@ -93,7 +93,7 @@ for name, method in {
   "TIES": methods.ties(density=0.2, scale=1.0),
   "TSV-M": methods.tsv(),
 }.items():
-  scores[name] = accuracy(jaxmerge.merge(method, base, experts))
+  scores[name] = accuracy(jaxmerge.merge(method, experts, base))
 
 # %% [markdown]
 # ## Alternating tuning and merging

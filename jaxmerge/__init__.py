@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any  # A lazy attribute may be any public obje
 if TYPE_CHECKING:  # For type checkers and editors; at run time each name loads when it is used.
   from jaxmerge.core.tree import stack as stack
   from jaxmerge.core.tree import unstack as unstack
-  from jaxmerge.drivers.memory import blend as blend
   from jaxmerge.drivers.memory import merge as merge
   from jaxmerge.files.merge import merge_files as merge_files
   from jaxmerge.tasks.task import Split as Split
@@ -16,7 +15,6 @@ if TYPE_CHECKING:  # For type checkers and editors; at run time each name loads 
 
 _HOMES = {
   "merge": "jaxmerge.drivers.memory",
-  "blend": "jaxmerge.drivers.memory",
   "merge_files": "jaxmerge.files.merge",
   "stack": "jaxmerge.core.tree",
   "unstack": "jaxmerge.core.tree",
@@ -63,6 +61,8 @@ def _hint(name: str) -> str:
   lookup = importlib.import_module("jaxmerge.catalog.lookup")
   if name in lookup.METHODS:
     return f"; it is a method, jaxmerge.methods.{name}()"
+  if name == "blend":
+    return "; without a base it is merge(method, models)"
   errors = importlib.import_module("jaxmerge.errors")
   return "" if name.startswith("_") else str(errors.nearest(name, __all__))
 

@@ -47,7 +47,7 @@ def test_own_method_runs():
 
   clipped_mean = runs(blocks(DESIGN)[1])["clipped_mean"]
   experts = {"w": jnp.array([[1.0], [5.0]])}
-  merged = jaxmerge.merge(clipped_mean(2.0), {"w": jnp.zeros(1)}, experts)
+  merged = jaxmerge.merge(clipped_mean(2.0), experts, {"w": jnp.zeros(1)})
   assert merged["w"].item() == 1.5
 
 

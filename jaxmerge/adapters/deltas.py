@@ -73,8 +73,8 @@ def merged(
 
   out = memory.merge(
     method,
-    {leaf: leaves[leaf] for leaf in rules},
     {leaf: stack(leaf) for leaf in rules},
+    {leaf: leaves[leaf] for leaf in rules},
     aux=aux,
     seed=seed,
     names=names,

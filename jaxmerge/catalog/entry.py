@@ -11,10 +11,10 @@ from jaxmerge.catalog.parameter import Parameter
 class Entry(NamedTuple):
   """A method: what it computes in one formula, where it comes from, what it needs.
 
-  `on` says what is merged: task vectors, by `jaxmerge.merge`, or the weights themselves, by
-  `jaxmerge.blend`. `reads` says how often the models are read where they are on disk, with the
-  default settings; `models`, how many there are at least and at most, beside the base. `unit` is
-  what of all models is held at a time, `lookups` what an entry of a lookup is to a method of
+  `on` says what is merged: task vectors, by `jaxmerge.merge` with a base, or the weights
+  themselves, without one. `reads` says how often the models are read where they are on disk, with
+  the default settings; `models`, how many there are at least and at most, beside the base. `unit`
+  is what of all models is held at a time, `lookups` what an entry of a lookup is to a method of
   matrices to which it is one, `svds` the decompositions of each matrix by the number K of
   models, and `uncovered` what becomes of leaves that no matrix view covers, where that matters;
   these too with the default settings.

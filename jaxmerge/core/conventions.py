@@ -41,7 +41,8 @@ class Rule(NamedTuple):
 
   Attributes:
     view: a letter for each axis, see `jaxmerge.core.matrix_views`; None: the leaf has no rows or
-    columns. reason: in words.
+      columns.
+    reason: in words.
     open: whether neither name nor shape decide; the view then only says that rows are along the
       last axis.
   """

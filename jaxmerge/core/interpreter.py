@@ -21,6 +21,17 @@ from jaxmerge.core.stage import Array, Leaf, Method, Stage
 from jaxmerge.core.tree import Tree
 
 
+def check_weights(models: Tree) -> None:
+  """Raises ValueError, naming the leaf, for a stack that cannot be merged without a base."""
+  tree.height(models)
+  tree.refuse_complex(None, models)
+  for name, leaf in tree.named(models).items():
+    if tree.is_floating(leaf) or isinstance(leaf, jax.core.Tracer):
+      continue
+    if not tree.is_equal(leaf, leaf[:1]):
+      raise ValueError(f"leaf {name!r} is {leaf.dtype} and differs between models; drop it first.")
+
+
 def check_models(base: Tree, models: Tree, reference: Tree) -> None:
   """Raises ValueError, naming the leaf, where base, reference and stack do not belong together."""
   tree.height(models)

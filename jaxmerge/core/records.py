@@ -60,7 +60,9 @@ class Leaf(NamedTuple):
   def compared(self, method: str) -> Array:
     """Returns the base; ValueError, naming the method, where raw weights are merged."""
     if self.base is None:
-      raise ValueError(f"{method} compares with a base; run it by merge, not by blend.")
+      raise ValueError(
+        f"{method} compares with a base, but there is none: merge(method, models, base)."
+      )
     return self.base
 
 

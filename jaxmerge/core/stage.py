@@ -287,7 +287,7 @@ def pointwise(f: Callable[[Array], Array], *, combines: bool = False) -> Method:
   Example:
     >>> import jaxmerge
     >>> middle = pointwise(lambda x: jnp.median(x, axis=0, keepdims=True), combines=True)
-    >>> jaxmerge.blend(middle, {"w": jnp.array([[1.0], [2.0], [9.0]])})["w"].tolist()
+    >>> jaxmerge.merge(middle, {"w": jnp.array([[1.0], [2.0], [9.0]])})["w"].tolist()
     [2.0]
   """
   return keyed(leafwise(lambda x, leaf: f(x), combines=combines), (pointwise, f, combines))

@@ -134,10 +134,10 @@ def stacked(
   return models, names
 
 
-_SWAPPED = "base and models seem to be swapped, as in merge(method, base, models)"
+_SWAPPED = "base and models seem to be swapped: it is merge(method, models, base)"
 
 
-def blended(models: Any) -> Tree:
+def without_base(models: Any) -> Tree:
   """Returns a stack to be merged without a base; ValueError for what may be models, each a tree."""
   models = list(models) if isinstance(models, Iterator) else models
   refuse(models, "the models")
@@ -152,8 +152,8 @@ def blended(models: Any) -> Tree:
     alike = "trees alike" if len(each) > 1 else "tree"
     raise ValueError(
       f"a {kind} of {len(each)} {alike} is given in place of a stack; if they are models, "
-      f"stack them: blend(method, jaxmerge.stack({stack})); if they are parts of a stack, put "
-      "them into one more dict: blend(method, {'model': stack})['model']."
+      f"stack them: merge(method, jaxmerge.stack({stack})); if they are parts of a stack, put "
+      "them into one more dict: merge(method, {'model': stack})['model']."
     )
   _refuse_others(models, "the models")
   return models
@@ -279,7 +279,7 @@ def _refuse_others(given: Any, whose: str) -> None:
     if line := _unreadable(leaf.dtype):
       raise ValueError(f"leaf {name!r} of {whose} is {leaf.dtype}, {line}.")
   if not leaves:
-    hint = "; blend(method, models) merges without a base" if whose == "the base" else ""
+    hint = "; merge(method, models) merges without a base" if whose == "the base" else ""
     raise ValueError(f"{whose} must be a tree of arrays, but there is no leaf in it{hint}.")
 
 

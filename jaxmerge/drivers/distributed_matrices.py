@@ -32,7 +32,7 @@ class Deal(NamedTuple):
     mesh: all its devices take part; None: matrices stay where the compiler has them. An abstract
       one in a program that a caller compiles.
     chains: whether sums over models are chains, as elsewhere in the program; see
-    `core/rewrites.py`.
+      `core/rewrites.py`.
   """
 
   mesh: Mesh | AbstractMesh | None = None

@@ -1,4 +1,4 @@
-"""The driver for models in memory: `merge` and `blend`, under jit, vmap, grad and meshes."""
+"""The driver for models in memory: `merge`, under jit, vmap, grad and meshes."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ from jaxmerge.parallel import mesh as meshes
 @double_precision.aware
 def merge(
   method: Method | Any,
-  base: Tree,
   models: Any,  # A stack; what else is taken for several models, `arguments` says.
+  base: Tree | None = None,
   *,
   aux: Mapping[str, Any] | None = None,
   seed: int | Array | None = None,
@@ -41,17 +41,21 @@ def merge(
   layout: layouts.Said | layouts.Table | None = (),
   deltas: bool = False,
 ) -> Tree:
-  """Merges task vectors and adds the result to the base: base + M(models - base).
+  """Merges task vectors and adds the result to the base, or merges weights where there is no base.
 
-  Computes in float32 or wider and returns the base's dtypes. Leaves that are not floating point are
-  copied from the base. Works under jit, vmap and grad, on sharded arrays too: methods of matrices
-  share these out over the mesh, in a program of yours over that of its arrays' types or of
-  `jax.set_mesh`; where it knows of none, every device works on every matrix.
+  With a base it returns base + M(models - base), in the base's dtypes, else M(models), in those of
+  the models; it computes in float32 or wider. Leaves that are not floating point are copied from
+  the base, or from the first model if they are equal in all. Works under jit, vmap and grad, on
+  sharded arrays too: methods of matrices share these out over the mesh, in a program of yours over
+  that of its arrays' types or of `jax.set_mesh`; where it knows of none, every device works on
+  every matrix.
 
   Args:
     method: what `jaxmerge.methods` makes.
-    base: tree of arrays [*s].
-    models: stack of K models, [K, *s]; or a list of trees like the base, or a dict of them by name.
+    models: stack of K models, [K, *s]; with a base also a list of trees like it, or a dict of them
+      by name.
+    base: tree of arrays [*s]; None: the weights themselves are merged. Methods of task vectors need
+      one.
     aux: numbers by name, in place of the method's own: a scalar, one per model [K], or a tree with
       one of these, or an array [K, *s], per leaf. Other numbers do not compile again.
     seed: for methods with random masks.
@@ -59,60 +63,36 @@ def merge(
       are called "0", "1", and so on. Methods to which the order matters keep that of the stack.
     reference: what is subtracted from the models, if not the base.
     layout: (regular expression, view or None): matrix views before those of
-    `jaxmerge.core.layouts`. deltas: the models are task vectors: nothing is subtracted from them.
+      `jaxmerge.core.layouts`.
+    deltas: the models are task vectors: nothing is subtracted from them, and without a base the
+      result is one.
 
   Raises:
     ValueError: naming the leaf, for trees that do not match, NaN or infinity (where values can be
-      looked at), unknown numbers, numbers out of range, or a leaf that no combiner touched.
+      looked at), unknown numbers, numbers out of range, a leaf that no combiner touched, or a
+      method of task vectors without a base.
 
   Example:
     >>> import jax.numpy as jnp, jaxmerge
     >>> base = {"w": jnp.zeros(2)}
     >>> experts = jaxmerge.stack([{"w": jnp.array([1.0, 0.0])}, {"w": jnp.array([3.0, 4.0])}])
-    >>> jaxmerge.merge(jaxmerge.methods.average(), base, experts)["w"].tolist()
+    >>> jaxmerge.merge(jaxmerge.methods.task_arithmetic(scale=0.5), experts, base)["w"].tolist()
     [2.0, 2.0]
-  """
-  method = arguments.method(method)
-  models, names = arguments.stacked(base, models, names)
-  interpreter.check_models(base, models, base if reference is None else reference)
-  aux = arguments.numbers(aux, seed)
-  return _driven(method, base, reference, models, aux, names, layout, deltas)
-
-
-@double_precision.aware
-def blend(
-  method: Method | Any,
-  models: Tree,
-  *,
-  aux: Mapping[str, Any] | None = None,
-  seed: int | Array | None = None,
-  names: Sequence[str] | None = None,
-  layout: layouts.Said | layouts.Table | None = (),
-  deltas: bool = False,
-) -> Tree:
-  """Merges the weights themselves, without a base: M(models). Arguments as for `merge`.
-
-  Leaves that are not floating point are copied from the first model and must be equal in all. With
-  `deltas` the models are task vectors, and so is the result; methods of task vectors ask for that.
-
-  Example:
-    >>> import jax.numpy as jnp, jaxmerge
-    >>> models = {"w": jnp.array([[1.0, 0.0], [3.0, 4.0]])}
-    >>> jaxmerge.blend(jaxmerge.methods.average(weight=(3.0, 1.0)), models)["w"].tolist()
+    >>> jaxmerge.merge(jaxmerge.methods.average(weight=(3.0, 1.0)), experts)["w"].tolist()
     [1.5, 1.0]
   """
-  method, models = arguments.method(method), arguments.blended(models)
-  if not deltas:
-    arguments.refuse_weights(method, "merge(method, base, models)", "blend(..., deltas=True)")
-  tree.height(models)
-  tree.refuse_complex(None, models)
-  for name, leaf in tree.named(models).items():
-    if tree.is_floating(leaf) or isinstance(leaf, jax.core.Tracer):
-      continue
-    if not tree.is_equal(leaf, leaf[:1]):
-      raise ValueError(f"leaf {name!r} is {leaf.dtype} and differs between models; drop it first.")
-  aux = arguments.numbers(aux, seed)
-  return _driven(method, None, None, models, aux, names, layout, deltas)
+  method, aux = arguments.method(method), arguments.numbers(aux, seed)
+  if base is None:
+    if reference is not None:
+      raise ValueError("a reference is given without a base; the result is added to the base.")
+    if not deltas:
+      arguments.refuse_weights(method, "merge(method, models, base)", "merge(..., deltas=True)")
+    models = arguments.without_base(models)
+    interpreter.check_weights(models)
+  else:
+    models, names = arguments.stacked(base, models, names)
+    interpreter.check_models(base, models, base if reference is None else reference)
+  return _driven(method, base, reference, models, aux, names, layout, deltas)
 
 
 def transform(

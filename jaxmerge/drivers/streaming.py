@@ -148,7 +148,7 @@ def _merged(
 
 
 def merge_slices(
-  method: Method, base: Tree, models: Tree, *, reference: Tree | None = None, **options: Any
+  method: Method, models: Tree, base: Tree, *, reference: Tree | None = None, **options: Any
 ) -> Tree:
   """Merges models that lie in host memory, with one slice on the device at a time.
 

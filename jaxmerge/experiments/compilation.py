@@ -157,7 +157,7 @@ def of_merge(config: Mapping[str, Any], devices: Sequence[Any]) -> Iterator[xla_
   seed = 0 if "seed" in stage.numbers(method) else None
   merge = functools.partial(memory.merge, method, seed=seed, layout=llama.VIEWS)
   whole = jax.jit(merge, out_shardings=places)
-  yield xla_program.Program("merge in memory", lambda: whole.lower(base, models), mesh)
+  yield xla_program.Program("merge in memory", lambda: whole.lower(models, base), mesh)
   yield from _streamed(method, height, dtype, config["entries"], own.hidden_size, seed, devices[0])
 
 

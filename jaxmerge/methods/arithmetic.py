@@ -26,7 +26,7 @@ def task_arithmetic(
   Example:
     >>> import jax.numpy as jnp, jaxmerge
     >>> base, experts = {"w": jnp.array([1.0])}, {"w": jnp.array([[2.0], [4.0]])}
-    >>> jaxmerge.merge(task_arithmetic(scale=0.5), base, experts)["w"].tolist()
+    >>> jaxmerge.merge(task_arithmetic(scale=0.5), experts, base)["w"].tolist()
     [3.0]
   """
   lookup.check("task_arithmetic", {"scale": scale, "weight": weight, "normalize": normalize})
@@ -42,7 +42,7 @@ def negate(scale: float = 0.3) -> Method:
   Example:
     >>> import jax.numpy as jnp, jaxmerge
     >>> base, experts = {"w": jnp.array([1.0])}, {"w": jnp.array([[2.0]])}
-    >>> jaxmerge.merge(negate(scale=0.5), base, experts)["w"].tolist()
+    >>> jaxmerge.merge(negate(scale=0.5), experts, base)["w"].tolist()
     [0.5]
   """
   lookup.check("negate", {"scale": scale})
@@ -60,7 +60,7 @@ def analogy(scale: float = 0.3) -> Method:
   Example:
     >>> import jax.numpy as jnp, jaxmerge
     >>> base, experts = {"w": jnp.array([0.0])}, {"w": jnp.array([[1.0], [5.0], [10.0]])}
-    >>> jaxmerge.merge(analogy(scale=1.0), base, experts)["w"].tolist()
+    >>> jaxmerge.merge(analogy(scale=1.0), experts, base)["w"].tolist()
     [14.0]
   """
   lookup.check("analogy", {"scale": scale})
@@ -81,7 +81,7 @@ def portllm(scale: float = 1.0) -> Method:
   Example:
     >>> import jax.numpy as jnp, jaxmerge
     >>> newer, old_and_tuned = {"w": jnp.array([10.0])}, {"w": jnp.array([[1.0], [3.0]])}
-    >>> jaxmerge.merge(portllm(), newer, old_and_tuned)["w"].tolist()
+    >>> jaxmerge.merge(portllm(), old_and_tuned, newer)["w"].tolist()
     [12.0]
   """
   lookup.check("portllm", {"scale": scale})

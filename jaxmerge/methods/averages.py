@@ -33,7 +33,7 @@ def average(weight: float | tuple[float, ...] = 1.0, normalize: bool = True) -> 
 
   Example:
     >>> import jax.numpy as jnp, jaxmerge
-    >>> jaxmerge.blend(average(), {"w": jnp.array([[1.0], [3.0]])})["w"].tolist()
+    >>> jaxmerge.merge(average(), {"w": jnp.array([[1.0], [3.0]])})["w"].tolist()
     [2.0]
   """
   lookup.check("average", {"weight": weight, "normalize": normalize})
@@ -69,7 +69,7 @@ def checkpoint_average(
 
   Example:
     >>> import jax.numpy as jnp, jaxmerge
-    >>> jaxmerge.blend(checkpoint_average("wma"), {"w": jnp.array([0.0, 3.0, 6.0])})["w"].tolist()
+    >>> jaxmerge.merge(checkpoint_average("wma"), {"w": jnp.array([0.0, 3.0, 6.0])})["w"].tolist()
     4.0
   """
   lookup.check("checkpoint_average", {"kind": kind, "alpha": alpha, "start": start})
@@ -139,7 +139,7 @@ def weighted_sum(weight: float | tuple[float, ...] = 1.0, *, normalize: bool = F
 
   Example:
     >>> import jaxmerge
-    >>> jaxmerge.blend(weighted_sum((1.0, -1.0)), {"w": jnp.array([[3.0], [1.0]])})["w"].tolist()
+    >>> jaxmerge.merge(weighted_sum((1.0, -1.0)), {"w": jnp.array([[3.0], [1.0]])})["w"].tolist()
     [2.0]
   """
   if normalize:
@@ -184,7 +184,7 @@ def with_moments(method: Method, names: Iterable[str] | None = None) -> Method:
     >>> import jaxmerge
     >>> base = {"bn.running_var": jnp.array([4.0]), "w": jnp.array([4.0])}
     >>> models = {n: jnp.array([[1.0], [2.0], [3.0]]) for n in base}
-    >>> merged = jaxmerge.merge(jaxmerge.methods.task_arithmetic(1.0), base, models)
+    >>> merged = jaxmerge.merge(jaxmerge.methods.task_arithmetic(1.0), models, base)
     >>> merged["bn.running_var"].tolist(), merged["w"].tolist()
     ([2.0], [-2.0])
   """
@@ -229,7 +229,7 @@ def scaled(scale: float | tuple[float, ...]) -> Method:
 
   Example:
     >>> import jaxmerge
-    >>> jaxmerge.blend(scaled(0.5), {"w": jnp.array([[3.0]])})["w"].tolist()
+    >>> jaxmerge.merge(scaled(0.5), {"w": jnp.array([[3.0]])})["w"].tolist()
     [1.5]
   """
   return leafwise(lambda x, leaf: x * leaf.number("scale", x), numbers={"scale": scale})
@@ -241,7 +241,7 @@ def weighted(weight: float | tuple[float, ...]) -> Method:
 
   Example:
     >>> import jaxmerge
-    >>> jaxmerge.blend(weighted(2.0), {"w": jnp.array([[3.0]])})["w"].tolist()
+    >>> jaxmerge.merge(weighted(2.0), {"w": jnp.array([[3.0]])})["w"].tolist()
     [6.0]
   """
   return leafwise(lambda x, leaf: x * leaf.number("weight", x), numbers={"weight": weight})

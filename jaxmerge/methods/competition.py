@@ -40,7 +40,7 @@ def pcb(
   Example:
     >>> import jaxmerge
     >>> x = {"w": jnp.array([[1.0, -0.5, 0.25, 0.0], [1.0, 0.5, 0.0, 0.0]])}
-    >>> jaxmerge.blend(pcb(ratio=0.5, scale=1.0, clamp=0.0), x, deltas=True)["w"].tolist()
+    >>> jaxmerge.merge(pcb(ratio=0.5, scale=1.0, clamp=0.0), x, deltas=True)["w"].tolist()
     [1.0, 0.0, 0.0, 0.0]
   """
   given = {"ratio": ratio, "weight": weight, "clamp": clamp}
@@ -145,7 +145,7 @@ def widen(
   Example:
     >>> import jaxmerge
     >>> base, experts = {"w": jnp.ones((1, 2))}, {"w": jnp.array([[[3.0, 2.0]]])}
-    >>> jaxmerge.merge(widen(), base, experts, layout=(("w", "oi"),))["w"].tolist()
+    >>> jaxmerge.merge(widen(), experts, base, layout=(("w", "oi"),))["w"].tolist()
     [[3.0, 2.0]]
   """
   given = {"threshold": threshold, "calibrated": calibrated}

@@ -26,7 +26,7 @@ def ram(threshold: float = 1e-05) -> Method:
   Example:
     >>> import jaxmerge
     >>> base, experts = {"w": jnp.zeros(3)}, {"w": jnp.array([[1.0, 2.0, 0.0], [0.0, 4.0, 0.0]])}
-    >>> jaxmerge.merge(ram(), base, experts)["w"].tolist()
+    >>> jaxmerge.merge(ram(), experts, base)["w"].tolist()
     [1.0, 3.0, 0.0]
   """
   lookup.check("ram", {"threshold": threshold})
@@ -62,7 +62,7 @@ def ramplus_tl(
   Example:
     >>> import jaxmerge
     >>> base, experts = {"w": jnp.zeros(3)}, {"w": jnp.array([[1.0, 2.0, 0.0], [0.0, 4.0, 0.0]])}
-    >>> jaxmerge.merge(ramplus_tl(boost=0.5, limit=2.0), base, experts)["w"].tolist()
+    >>> jaxmerge.merge(ramplus_tl(boost=0.5, limit=2.0), experts, base)["w"].tolist()
     [1.5, 3.0, 0.0]
   """
   given = {"threshold": threshold, "boost": boost, "limit": limit}
@@ -107,7 +107,7 @@ def consensus(
   Example:
     >>> import jaxmerge
     >>> x = {"w": jnp.array([[2.0, 2.0, 0.5], [1.0, -0.1, -0.5]])}
-    >>> jaxmerge.blend(consensus(scale=1.0), x, deltas=True)["w"].tolist()
+    >>> jaxmerge.merge(consensus(scale=1.0), x, deltas=True)["w"].tolist()
     [3.0, 0.0, 0.0]
   """
   lookup.check("consensus", {"scale": scale, "threshold": threshold, "least": least})

@@ -38,7 +38,7 @@ def magprune(
   Example:
     >>> import jaxmerge
     >>> x = {"w": jnp.arange(1.0, 1001)[None]}
-    >>> kept = jaxmerge.blend(magprune(0.5, 0.4, rescale=None), x, seed=0)["w"] > 0
+    >>> kept = jaxmerge.merge(magprune(0.5, 0.4, rescale=None), x, seed=0)["w"] > 0
     >>> bool(kept[:500].mean() < 0.4), bool(kept[500:].mean() > 0.6)
     (True, True)
   """
@@ -88,7 +88,7 @@ def della(
   Example:
     >>> import jaxmerge
     >>> base, experts = {"w": jnp.zeros(2)}, {"w": jnp.array([[1.0, 2.0], [-3.0, 4.0]])}
-    >>> jaxmerge.merge(della(density=1.0, scale=1.0), base, experts, seed=0)["w"].tolist()
+    >>> jaxmerge.merge(della(density=1.0, scale=1.0), experts, base, seed=0)["w"].tolist()
     [-3.0, 3.0]
   """
   given = {"rescale": rescale, "reduce": reduce, "zero_sum": zero_sum}
@@ -122,7 +122,7 @@ def della_linear(
     >>> import jaxmerge
     >>> base, experts = {"w": jnp.zeros(2)}, {"w": jnp.array([[1.0, 2.0], [-3.0, 4.0]])}
     >>> method = della_linear(density=1.0, scale=0.5)
-    >>> jaxmerge.merge(method, base, experts, seed=0)["w"].tolist()
+    >>> jaxmerge.merge(method, experts, base, seed=0)["w"].tolist()
     [-1.0, 3.0]
   """
   given = {"scale": scale, "weight": weight, "rescale": rescale, "normalize": normalize}

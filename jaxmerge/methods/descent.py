@@ -44,7 +44,7 @@ def wudi(
   Example:
     >>> import jaxmerge
     >>> x = {"w": jnp.array([[[3.0, 0.0], [0.0, 0.0]], [[0.0, 0.0], [0.0, 1.0]]])}
-    >>> jaxmerge.blend(wudi(), x, layout=(("w", "oi"),), deltas=True)["w"].tolist()
+    >>> jaxmerge.merge(wudi(), x, layout=(("w", "oi"),), deltas=True)["w"].tolist()
     [[3.0, 0.0], [0.0, 1.0]]
   """
   lookup.check("wudi", {"scale": scale, "learning_rate": learning_rate, "steps": steps})
@@ -82,7 +82,7 @@ def optmerge(
   Example:
     >>> import jaxmerge
     >>> x = {"w": jnp.array([[[3.0, 0.0], [0.0, 0.0]], [[0.0, 0.0], [0.0, 1.0]]])}
-    >>> jaxmerge.blend(optmerge(steps=0), x, layout=(("w", "oi"),), deltas=True)["w"].tolist()
+    >>> jaxmerge.merge(optmerge(steps=0), x, layout=(("w", "oi"),), deltas=True)["w"].tolist()
     [[3.0, 0.0], [0.0, 1.0]]
   """
   settings = {"learning_rate": learning_rate, "steps": steps}
@@ -139,7 +139,7 @@ def doge(
     >>> import jaxmerge
     >>> x = {"w": jnp.array([[[3.0, 0.0], [0.0, 4.0]]])}
     >>> method = doge(eta=1.0, density=1.0, steps=0)
-    >>> print(jaxmerge.blend(method, x, layout=(("w", "oi"),), deltas=True)["w"])
+    >>> print(jaxmerge.merge(method, x, layout=(("w", "oi"),), deltas=True)["w"])
     [[0.6 0. ] [0.  0.8]]
   """
   settings = {"density": density, "eta": eta, "learning_rate": learning_rate, "rank_tol": rank_tol}

@@ -33,7 +33,7 @@ def drop(
 
   Example:
     >>> import jaxmerge
-    >>> kept = jaxmerge.blend(drop(0.75), {"w": jnp.ones((1, 1000))}, seed=0)["w"]
+    >>> kept = jaxmerge.merge(drop(0.75), {"w": jnp.ones((1, 1000))}, seed=0)["w"]
     >>> sorted(set(kept.tolist())), 0.7 < (kept == 0).mean() < 0.8
     ([0.0, 4.0], Array(True, dtype=bool))
   """
@@ -73,7 +73,7 @@ def dare(
   Example:
     >>> import jaxmerge
     >>> base, experts = {"w": jnp.zeros(2)}, {"w": jnp.array([[1.0, 2.0], [3.0, 4.0]])}
-    >>> jaxmerge.merge(dare(drop_rate=0.0, scale=0.5), base, experts, seed=0)["w"].tolist()
+    >>> jaxmerge.merge(dare(drop_rate=0.0, scale=0.5), experts, base, seed=0)["w"].tolist()
     [2.0, 3.0]
   """
   lookup.check("dare", {"scale": scale, "weight": weight, "normalize": normalize})
@@ -102,7 +102,7 @@ def dare_ties(
     >>> base = {"w": jnp.zeros(3)}
     >>> experts = {"w": jnp.array([[1.0, -2.0, 0.1], [3.0, 1.0, 0.2]])}
     >>> method = dare_ties(drop_rate=0.0, density=0.4)
-    >>> jaxmerge.merge(method, base, experts, seed=0)["w"].tolist()
+    >>> jaxmerge.merge(method, experts, base, seed=0)["w"].tolist()
     [2.0, -2.0, 0.0]
   """
   return chain(

@@ -52,7 +52,7 @@ def gate(
   Example:
     >>> import jaxmerge
     >>> x = {"0/w": jnp.array([[4.0], [1.0]]), "1/w": jnp.array([[1.0], [2.0]])}
-    >>> jaxmerge.blend(chain(gate(score="rms"), averages.weighted_sum()), x)
+    >>> jaxmerge.merge(chain(gate(score="rms"), averages.weighted_sum()), x)
     {'0/w': Array([4.], dtype=float32), '1/w': Array([2.], dtype=float32)}
   """
   named = {} if callable(score) else {"score": score}
@@ -142,7 +142,7 @@ def lwptv(
   Example:
     >>> import jaxmerge
     >>> x = {"0/w": jnp.array([[4.0], [1.0]]), "1/w": jnp.array([[1.0], [2.0]])}
-    >>> jaxmerge.blend(lwptv(0.5, scale=1.0, score="rms"), x, deltas=True)
+    >>> jaxmerge.merge(lwptv(0.5, scale=1.0, score="rms"), x, deltas=True)
     {'0/w': Array([4.], dtype=float32), '1/w': Array([2.], dtype=float32)}
   """
   lookup.check("lwptv", {"scale": scale, "weight": weight})

@@ -53,7 +53,7 @@ def breadcrumbs(
     >>> import jaxmerge
     >>> base, experts = {"w": jnp.zeros(4)}, {"w": jnp.array([[9.0, -3.0, 2.0, 1.0]])}
     >>> method = breadcrumbs(keep=0.5, remove=0.25, scale=1.0)
-    >>> jaxmerge.merge(method, base, experts)["w"].tolist()
+    >>> jaxmerge.merge(method, experts, base)["w"].tolist()
     [0.0, -3.0, 2.0, 0.0]
   """
   given = {"scope": scope, "yields": yields, "rescale": rescale, "normalize": normalize}
@@ -86,7 +86,7 @@ def breadcrumbs_ties(
     >>> base = {"w": jnp.zeros(4)}
     >>> experts = {"w": jnp.array([[9.0, -3.0, 2.0, 1.0], [8.0, 2.0, 3.0, 0.0]])}
     >>> method = breadcrumbs_ties(keep=0.5, remove=0.25, scale=1.0)
-    >>> jaxmerge.merge(method, base, experts)["w"].tolist()
+    >>> jaxmerge.merge(method, experts, base)["w"].tolist()
     [0.0, -3.0, 5.0, 0.0]
   """
   given = {"scope": scope, "yields": yields, "rescale": rescale, "reduce": reduce}
@@ -110,7 +110,7 @@ def band(
   Example:
     >>> import jaxmerge
     >>> x = {"w": jnp.array([[9.0, -3.0, 2.0, 1.0]])}
-    >>> jaxmerge.blend(band(keep=0.5, remove=0.25), x)["w"].tolist()
+    >>> jaxmerge.merge(band(keep=0.5, remove=0.25), x)["w"].tolist()
     [0.0, -3.0, 2.0, 0.0]
   """
   given = {"keep": keep, "remove": remove, "scope": scope, "yields": yields}

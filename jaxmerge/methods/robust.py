@@ -26,7 +26,7 @@ def median() -> Method:
   Example:
     >>> import jaxmerge
     >>> models = {"w": jnp.array([[1.0], [2.0], [3.0], [100.0]])}
-    >>> jaxmerge.blend(median(), models)["w"].tolist()
+    >>> jaxmerge.merge(median(), models)["w"].tolist()
     [2.0]
   """
 
@@ -48,7 +48,7 @@ def trimmed_mean(trim: int = 1) -> Method:
   Example:
     >>> import jaxmerge
     >>> models = {"w": jnp.array([[1.0], [2.0], [4.0], [100.0]])}
-    >>> jaxmerge.blend(trimmed_mean(), models)["w"].tolist()
+    >>> jaxmerge.merge(trimmed_mean(), models)["w"].tolist()
     [3.0]
   """
   lookup.check("trimmed_mean", {"trim": trim})
@@ -75,7 +75,7 @@ def meamed(outliers: int = 1) -> Method:
   Example:
     >>> import jaxmerge
     >>> models = {"w": jnp.array([[1.0], [2.0], [3.0], [100.0]])}
-    >>> jaxmerge.blend(meamed(), models)["w"].tolist()
+    >>> jaxmerge.merge(meamed(), models)["w"].tolist()
     [2.0]
   """
   lookup.check("meamed", {"outliers": outliers})
@@ -96,7 +96,7 @@ def phocas(outliers: int = 1) -> Method:
   Example:
     >>> import jaxmerge
     >>> models = {"w": jnp.array([[1.0], [2.0], [3.0], [100.0]])}
-    >>> jaxmerge.blend(phocas(), models)["w"].tolist()
+    >>> jaxmerge.merge(phocas(), models)["w"].tolist()
     [2.0]
   """
   lookup.check("phocas", {"outliers": outliers})
@@ -149,7 +149,7 @@ def krum(
   Example:
     >>> import jaxmerge
     >>> models = {"w": jnp.array([[1.0, 2.0], [1.3, 1.8], [0.9, 2.3], [1.15, 1.95], [10.0, -10.0]])}
-    >>> jaxmerge.blend(krum(outliers=1), models)["w"].tolist() == models["w"][3].tolist()
+    >>> jaxmerge.merge(krum(outliers=1), models)["w"].tolist() == models["w"][3].tolist()
     True
   """
   lookup.check("krum", {"outliers": outliers, "select": select, "scope": scope})
@@ -209,7 +209,7 @@ def flag(
   Example:
     >>> import jaxmerge
     >>> models = {"w": jnp.array([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0], [0.0, 9.0]])}
-    >>> print(np.asarray(jaxmerge.blend(flag(), models)["w"]).round(3))
+    >>> print(np.asarray(jaxmerge.merge(flag(), models)["w"]).round(3))
     [0.75 0. ]
   """
   lookup.check("flag", {"rank": rank, "steps": steps, "pairs": pairs})

@@ -46,7 +46,7 @@ def sce(density: float = 1.0, floor: float = 0.0) -> Method:
   Example:
     >>> import jaxmerge
     >>> base, experts = {"w": jnp.zeros(2)}, {"w": jnp.array([[1.0, 2.0], [2.0, -1.0]])}
-    >>> jaxmerge.merge(sce(), base, experts)["w"].tolist()
+    >>> jaxmerge.merge(sce(), experts, base)["w"].tolist()
     [1.5, 2.0]
   """
   lookup.check("sce", {"density": density, "floor": floor})
@@ -60,7 +60,7 @@ def most_varied(density: float) -> Method:
   Example:
     >>> import jaxmerge
     >>> x = {"w": jnp.array([[1.0, 2.0, 5.0, 0.0], [1.0, 3.0, 1.0, 1.0]])}
-    >>> jaxmerge.blend(chain(most_varied(0.4), averages.average()), x)["w"].tolist()
+    >>> jaxmerge.merge(chain(most_varied(0.4), averages.average()), x)["w"].tolist()
     [0.0, 0.0, 3.0, 0.0]
   """
 
@@ -143,7 +143,7 @@ def arcee_fusion() -> Method:
   Example:
     >>> import jaxmerge
     >>> base, expert = {"w": jnp.zeros(5)}, {"w": jnp.array([[1.0, 0.1, 0.2, 0.3, 0.4]])}
-    >>> jaxmerge.merge(arcee_fusion(), base, expert)["w"].tolist()
+    >>> jaxmerge.merge(arcee_fusion(), expert, base)["w"].tolist()
     [1.0, 0.0, 0.0, 0.0, 0.0]
   """
 
@@ -199,7 +199,7 @@ def magmax(scale: float = 0.5) -> Method:
   Example:
     >>> import jaxmerge
     >>> x = {"w": jnp.array([[0.75, 0.25], [-0.5, -0.25]])}
-    >>> jaxmerge.blend(magmax(scale=1.0), x, deltas=True)["w"].tolist()
+    >>> jaxmerge.merge(magmax(scale=1.0), x, deltas=True)["w"].tolist()
     [0.75, -0.25]
   """
   lookup.check("magmax", {"scale": scale})
@@ -234,7 +234,7 @@ def nearswap(t: float = 0.0001) -> Method:
   Example:
     >>> import jaxmerge
     >>> models = {"w": jnp.array([[1.0, 1.0, 1.0], [1.25, 2.0, 0.0]])}
-    >>> jaxmerge.blend(nearswap(t=0.5), models)["w"].tolist()
+    >>> jaxmerge.merge(nearswap(t=0.5), models)["w"].tolist()
     [1.25, 1.5, 0.5]
   """
   lookup.check("nearswap", {"t": t})
@@ -259,7 +259,7 @@ def passthrough(
 
   Example:
     >>> import jaxmerge
-    >>> jaxmerge.blend(passthrough(0.5), {"w": jnp.array([[3.0]])})["w"].tolist()
+    >>> jaxmerge.merge(passthrough(0.5), {"w": jnp.array([[3.0]])})["w"].tolist()
     [1.5]
   """
   lookup.check("passthrough", {"scale": scale})

@@ -30,9 +30,9 @@ def trim(density: float, *, scope: Scope = "tree", rule: Literal["kth", "exact"]
   Example:
     >>> import jaxmerge
     >>> x = {"w": jnp.array([[4.0, -3.0, 2.0, 1.0]])}
-    >>> jaxmerge.blend(trim(0.5), x)["w"].tolist()
+    >>> jaxmerge.merge(trim(0.5), x)["w"].tolist()
     [4.0, -3.0, 2.0, 0.0]
-    >>> jaxmerge.blend(trim(0.5, rule="exact"), x)["w"].tolist()
+    >>> jaxmerge.merge(trim(0.5, rule="exact"), x)["w"].tolist()
     [4.0, -3.0, 0.0, 0.0]
   """
   chosen = {} if callable(scope) else {"scope": scope}
@@ -65,7 +65,7 @@ def matched(method: Method, norm: str | None) -> Method:
   Example:
     >>> import jaxmerge
     >>> x = {"w": jnp.array([[4.0, -3.0, 2.0, 1.0]])}
-    >>> jaxmerge.blend(matched(trim(0.25, rule="exact"), "l1"), x)["w"].tolist()
+    >>> jaxmerge.merge(matched(trim(0.25, rule="exact"), "l1"), x)["w"].tolist()
     [10.0, 0.0, 0.0, 0.0]
   """
   if norm is None:

@@ -46,7 +46,7 @@ def iso_c(
   Example:
     >>> import jaxmerge
     >>> x = {"w": jnp.array([[[3.0, 0.0], [0.0, 0.0]], [[0.0, 0.0], [0.0, 1.0]]])}
-    >>> jaxmerge.blend(iso_c(), x, layout=(("w", "oi"),), deltas=True)["w"].tolist()
+    >>> jaxmerge.merge(iso_c(), x, layout=(("w", "oi"),), deltas=True)["w"].tolist()
     [[2.0, 0.0], [0.0, 2.0]]
   """
   lookup.check("iso_c", {"scale": scale, "rank_tol": rank_tol, "polar": polar})
@@ -82,7 +82,7 @@ def iso_cts(
   Example:
     >>> import jaxmerge
     >>> x = {"w": jnp.array([[[3.0, 0.0], [0.0, 0.0]], [[0.0, 0.0], [0.0, 1.0]]])}
-    >>> jaxmerge.blend(iso_cts(common=1.0), x, layout=(("w", "oi"),), deltas=True)["w"].tolist()
+    >>> jaxmerge.merge(iso_cts(common=1.0), x, layout=(("w", "oi"),), deltas=True)["w"].tolist()
     [[2.0, 0.0], [0.0, 2.0]]
   """
   given = {"scale": scale, "common": common, "rank_tol": rank_tol, "polar": polar}
@@ -140,7 +140,7 @@ def tsv(
   Example:
     >>> import jaxmerge
     >>> x = {"w": jnp.array([[[3.0, 0.0], [0.0, 0.0]], [[0.0, 0.0], [0.0, 1.0]]])}
-    >>> jaxmerge.blend(tsv(), x, layout=(("w", "oi"),), deltas=True)["w"].tolist()
+    >>> jaxmerge.merge(tsv(), x, layout=(("w", "oi"),), deltas=True)["w"].tolist()
     [[3.0, 0.0], [0.0, 1.0]]
   """
   lookup.check("tsv", {"scale": scale, "rank_tol": rank_tol, "polar": polar})

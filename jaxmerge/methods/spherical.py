@@ -49,7 +49,7 @@ def spanned(
     >>> import jaxmerge
     >>> unit = spanned(lambda gram, leaf: 1 / jnp.sqrt(jnp.diagonal(gram)))
     >>> models = {"w": jnp.array([[0.0, 4.0], [2.0, 0.0]])}
-    >>> jaxmerge.blend(unit, models)["w"].tolist()
+    >>> jaxmerge.merge(unit, models)["w"].tolist()
     [1.0, 1.0]
   """
   said = functools.partial(
@@ -105,7 +105,7 @@ def slerp(t: float = 0.5) -> Method:
   Example:
     >>> import jaxmerge
     >>> models = {"w": jnp.array([[2.0, 0.0], [0.0, 1.0]])}
-    >>> print(np.asarray(jaxmerge.blend(slerp(t=0.5), models)["w"]).round(4))
+    >>> print(np.asarray(jaxmerge.merge(slerp(t=0.5), models)["w"]).round(4))
     [1.4142 0.7071]
   """
   lookup.check("slerp", {"t": t})
@@ -142,7 +142,7 @@ def nuslerp(
   Example:
     >>> import jaxmerge
     >>> models = {"w": jnp.array([[2.0, 0.0], [0.0, 1.0]])}
-    >>> print(np.asarray(jaxmerge.blend(nuslerp(weight=(1.0, 3.0)), models)["w"]).round(4))
+    >>> print(np.asarray(jaxmerge.merge(nuslerp(weight=(1.0, 3.0)), models)["w"]).round(4))
     [0.7654 0.9239]
   """
   lookup.check("nuslerp", {"weight": weight, "scope": scope})
@@ -182,7 +182,7 @@ def multislerp(
   Example:
     >>> import jaxmerge
     >>> models = {"w": jnp.array([[2.0, 0.0], [0.0, 1.0]])}
-    >>> print(np.asarray(jaxmerge.blend(multislerp(), models)["w"]).round(4))
+    >>> print(np.asarray(jaxmerge.merge(multislerp(), models)["w"]).round(4))
     [1.0607 1.0607]
   """
   lookup.check("multislerp", {"weight": weight, "normalize": normalize})
@@ -226,7 +226,7 @@ def karcher(
   Example:
     >>> import jaxmerge
     >>> models = {"w": jnp.array([[1.0, 0.0, 0.0], [0.8, 0.6, 0.0], [0.0, 0.0, 1.0]])}
-    >>> print(np.asarray(jaxmerge.blend(karcher(), models)["w"]).round(4))
+    >>> print(np.asarray(jaxmerge.merge(karcher(), models)["w"]).round(4))
     [0.8154 0.2718 0.5111]
   """
   lookup.check("karcher", {"weight": weight, "max_iter": max_iter, "tol": tol})

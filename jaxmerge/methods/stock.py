@@ -37,7 +37,7 @@ def model_stock(
     >>> import jaxmerge
     >>> base = {"w": jnp.zeros(3)}
     >>> experts = {"w": jnp.array([[1.0, 0.0, 0.0], [0.8, 0.6, 0.0]])}
-    >>> print(np.asarray(jaxmerge.merge(model_stock(), base, experts)["w"]).round(4))
+    >>> print(np.asarray(jaxmerge.merge(model_stock(), experts, base)["w"]).round(4))
     [0.8    0.2667 0.    ]
   """
   lookup.check("model_stock", {"scope": scope, "clip": clip, "floor": floor})

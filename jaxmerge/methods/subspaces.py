@@ -47,7 +47,7 @@ def drm(
   Example:
     >>> import jaxmerge
     >>> x = {"w": jnp.array([[[3.0, 0.0], [0.0, 0.0]], [[0.0, 0.0], [0.0, 1.0]]])}
-    >>> jaxmerge.blend(drm(drop_rate=0.0), x, layout=(("w", "oi"),), deltas=True)["w"].tolist()
+    >>> jaxmerge.merge(drm(drop_rate=0.0), x, layout=(("w", "oi"),), deltas=True)["w"].tolist()
     [[3.0, 0.0], [0.0, 1.0]]
   """
   given = {"weight": weight, "rank_tol": rank_tol}
@@ -132,7 +132,7 @@ def lore(
   Example:
     >>> import jaxmerge
     >>> x = {"w": jnp.array([[[4.0, 0.0], [0.0, 1.0]], [[0.0, 0.0], [0.0, 1.0]]])}
-    >>> jaxmerge.blend(lore(mu=0.5), x, layout=(("w", "oi"),))["w"].round(3).tolist()
+    >>> jaxmerge.merge(lore(mu=0.5), x, layout=(("w", "oi"),))["w"].round(3).tolist()
     [[2.0, 0.0], [0.0, 1.0]]
   """
   given = {"delta_scale": delta_scale, "mu": mu}
@@ -189,7 +189,7 @@ def opcm(
   Example:
     >>> import jaxmerge
     >>> x = {"w": jnp.array([[[3.0, 0.0], [0.0, 1.0]], [[1.0, 2.0], [2.0, 1.0]]])}
-    >>> out = jaxmerge.blend(opcm(), x, layout=(("w", "oi"),), deltas=True)
+    >>> out = jaxmerge.merge(opcm(), x, layout=(("w", "oi"),), deltas=True)
     >>> print(np.asarray(out["w"]).round(3))
     [[2.236 1.491]
      [1.491 0.745]]

@@ -40,7 +40,7 @@ def elect_sign(
     >>> import jaxmerge
     >>> x = {"w": jnp.array([[3.0, 1.0], [-1.0, 1.0]])}
     >>> elected = chain(elect_sign(), averages.weighted_sum())
-    >>> jaxmerge.blend(elected, x)["w"].tolist()
+    >>> jaxmerge.merge(elected, x)["w"].tolist()
     [3.0, 2.0]
   """
   numbers = {} if slack is None else {"slack": slack}
@@ -102,7 +102,7 @@ def disjoint_mean(weight: float | tuple[float, ...] | None = 1.0) -> Method:
 
   Example:
     >>> import jaxmerge
-    >>> jaxmerge.blend(disjoint_mean(), {"w": jnp.array([[3.0, 0.0], [1.0, 4.0]])})["w"].tolist()
+    >>> jaxmerge.merge(disjoint_mean(), {"w": jnp.array([[3.0, 0.0], [1.0, 4.0]])})["w"].tolist()
     [2.0, 4.0]
   """
   is_equal = weight is None
@@ -123,7 +123,7 @@ def disjoint_max() -> Method:
 
   Example:
     >>> import jaxmerge
-    >>> jaxmerge.blend(disjoint_max(), {"w": jnp.array([[3.0, -1.0], [1.0, -4.0]])})["w"].tolist()
+    >>> jaxmerge.merge(disjoint_max(), {"w": jnp.array([[3.0, -1.0], [1.0, -4.0]])})["w"].tolist()
     [3.0, -4.0]
   """
 
@@ -149,7 +149,7 @@ def elected(
   Example:
     >>> import jaxmerge
     >>> x = {"w": jnp.array([[3.0, 1.0], [-1.0, 2.0]])}
-    >>> jaxmerge.blend(elected(scale=2.0), x)["w"].tolist()
+    >>> jaxmerge.merge(elected(scale=2.0), x)["w"].tolist()
     [6.0, 3.0]
   """
   election = {"zero_sum": zero_sum, "votes": votes}
@@ -196,7 +196,7 @@ def ties(
     >>> import jax.numpy as jnp, jaxmerge
     >>> base = {"w": jnp.zeros(3)}
     >>> experts = {"w": jnp.array([[1.0, -2.0, 0.1], [3.0, 1.0, 0.2]])}
-    >>> jaxmerge.merge(ties(density=0.4), base, experts)["w"].tolist()
+    >>> jaxmerge.merge(ties(density=0.4), experts, base)["w"].tolist()
     [2.0, -2.0, 0.0]
   """
   given = {"density": density, "rule": rule, "rescale": rescale, "reduce": reduce, "votes": votes}
@@ -234,7 +234,7 @@ def ties_slack(
   Example:
     >>> import jaxmerge
     >>> x = {"w": jnp.array([[-0.5, -0.5], [0.375, -0.25]])}
-    >>> jaxmerge.blend(ties_slack(slack=(0.0, 0.5), density=1.0), x, deltas=True)["w"].tolist()
+    >>> jaxmerge.merge(ties_slack(slack=(0.0, 0.5), density=1.0), x, deltas=True)["w"].tolist()
     [0.375, -0.375]
   """
   lookup.check("ties_slack", {"slack": slack, "density": density, "scale": scale, "rule": rule})

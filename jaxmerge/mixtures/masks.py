@@ -109,7 +109,7 @@ def tall_masks(
   taus, statistics = bundle.task_vectors(base, models)
   names = bundle.named(names, models)
   method = methods.task_arithmetic(1.0) if method is None else method
-  shared = memory.blend(method, taus, names=names, deltas=True)
+  shared = memory.merge(method, taus, names=names, deltas=True)
   limits = jnp.broadcast_to(jnp.asarray(threshold, jnp.float32), (len(names),))
 
   def needed(x: jax.Array, total: jax.Array) -> jax.Array:

@@ -178,7 +178,8 @@ class View:
   Attributes:
     where: the tensors.
     axes: a letter for each axis, `o`, `i` or `b`, as in `jaxmerge.core.matrix_views`; None: no
-    matrix. place: where this is said.
+      matrix.
+    place: where this is said.
   """
 
   where: Where

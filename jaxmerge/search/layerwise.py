@@ -62,7 +62,7 @@ class _Search:
     """Trims and scales the task vectors layer by layer, and merges them."""
     both = ("density", density), ("weight", scale)
     aux = {n: {k: jnp.asarray(t[layer]) for k, layer in self.layer_of.items()} for n, t in both}
-    return self.merge(self.base, self.models, aux=aux)
+    return self.merge(self.models, self.base, aux=aux)
 
   def one(self, params: Tree, k: int) -> float:
     """The score on the task of a model."""

@@ -45,7 +45,7 @@ class Tasting:
   def candidate(self, weights: np.ndarray) -> Tree:
     """Mixes the models."""
     aux = {"weight": np.asarray(weights, np.float32)}
-    return memory.blend(self.mix, self.models, aux=aux)
+    return memory.merge(self.mix, self.models, aux=aux)
 
   def __call__(self, weights: np.ndarray, *, ties: bool = False) -> bool:
     """Scores a mixture; tells whether it is the best so far."""

@@ -112,6 +112,6 @@ def at_scales(
 
   def one(scale: Array) -> Any:
     numbers = {**aux, "scale": scale}
-    return memory.merge(method, base, models, aux=numbers, seed=seed, names=names, layout=layout)
+    return memory.merge(method, models, base, aux=numbers, seed=seed, names=names, layout=layout)
 
   return jax.vmap(one)(scales)

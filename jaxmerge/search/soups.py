@@ -118,7 +118,7 @@ def learned_soup(
     return {n: own[n if by_leaf else ""] for n in keys}
 
   def mixed(models: Tree, logits: dict[str, jax.Array]) -> Tree:
-    return memory.blend(mix, models, aux={"weight": shares(logits)})
+    return memory.merge(mix, models, aux={"weight": shares(logits)})
 
   @jax.jit
   def step(models: Tree, held: Any, state: Any, batch: Any) -> tuple[Any, Any, jax.Array]:

@@ -107,6 +107,6 @@ def _held(method: Method, layout: layouts.Table) -> tuple[Callable[..., Any], Ca
 
   def finish(held: Any, base: Any, ready: interpreter.Ready) -> Any:
     models = jax.tree.map(lambda *xs: np.concatenate(xs), *held)
-    return streaming.merge_slices(method, meshes.fetch(base), models, ready=ready, layout=layout)
+    return streaming.merge_slices(method, models, meshes.fetch(base), ready=ready, layout=layout)
 
   return take, finish

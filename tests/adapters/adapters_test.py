@@ -135,7 +135,7 @@ def test_merging_adapters_is_merging_the_models_they_make(name):
   del every[1]["down"]
   method, given = METHODS[name]
   models = jaxmerge.stack([adapters_lora.applied(zeros(), x) for x in every])
-  expected = jaxmerge.merge(method, zeros(), models, layout=VIEWS, **given)
+  expected = jaxmerge.merge(method, models, zeros(), layout=VIEWS, **given)
   found = deltas.merged(method, zeros(), every, **given)  # The views are those of the adapters.
   np.testing.assert_array_equal(found["up"]["kernel"], expected["up"]["kernel"])
   np.testing.assert_array_equal(found["down.weight"], expected["down.weight"])
@@ -145,7 +145,7 @@ def test_merging_adapters_is_merging_the_models_they_make(name):
 def test_a_method_that_looks_at_the_base_is_given_it():
   base, every = {"up": model()["up"]}, [{"up": x["up"]} for x in drawn((2, 3))]
   models = jaxmerge.stack([adapters_lora.applied(base, x) for x in every])
-  expected = jaxmerge.merge(methods.widen(), base, models)["up"]["kernel"]
+  expected = jaxmerge.merge(methods.widen(), models, base)["up"]["kernel"]
   close(deltas.merged(methods.widen(), base, every)["up"]["kernel"], expected, atol=1e-5)
 
 
@@ -240,14 +240,14 @@ def test_patches_are_carried_over_to_a_newer_base():
   """PortLLM: by the models it is what `applied` does; patches compose, and commute with merging."""
   old, new = ({"up": model(seed)["up"]} for seed in (1, 2))
   every = [{"up": x["up"]} for x in drawn((2, 5))]
-  carry = lambda tuned: jaxmerge.merge(methods.portllm(), new, jaxmerge.stack([old, tuned]))  # noqa: E731
+  carry = lambda tuned: jaxmerge.merge(methods.portllm(), jaxmerge.stack([old, tuned]), new)  # noqa: E731
   add = methods.task_arithmetic(1.0, (0.3, 0.9))
   tuned = [adapters_lora.applied(old, x) for x in every]
   carried = [carry(x) for x in tuned]
   for x, own in zip(carried, every, strict=True):
     close(x["up"]["kernel"], adapters_lora.applied(new, own)["up"]["kernel"], atol=1e-5)
-  first = carry(jaxmerge.merge(add, old, jaxmerge.stack(tuned)))["up"]["kernel"]
-  last = jaxmerge.merge(add, new, jaxmerge.stack(carried))["up"]["kernel"]
+  first = carry(jaxmerge.merge(add, jaxmerge.stack(tuned), old))["up"]["kernel"]
+  last = jaxmerge.merge(add, jaxmerge.stack(carried), new)["up"]["kernel"]
   close(first, last, atol=1e-5)
   close(first, deltas.merged(add, new, every)["up"]["kernel"], atol=1e-5)
   one_by_one = adapters_lora.applied(adapters_lora.applied(new, every[0]), every[1])

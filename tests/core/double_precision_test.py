@@ -46,16 +46,16 @@ def same(found, expected):
   ],
 )
 def test_numpys_doubles_and_long_integers_come_back_whole(method, factor):
-  same(jaxmerge.merge(method, BASE, MODELS), moved(factor))
-  same(streaming.merge_slices(method, BASE, MODELS, entries=48), moved(factor))
+  same(jaxmerge.merge(method, MODELS, BASE), moved(factor))
+  same(streaming.merge_slices(method, MODELS, BASE, entries=48), moved(factor))
 
 
 def test_weights_without_a_base_and_what_is_made_of_them():
-  same(jaxmerge.blend(methods.average(), MODELS), moved(3))
+  same(jaxmerge.merge(methods.average(), MODELS), moved(3))
   assert {n: x.dtype for n, x in MODELS.items()} == {n: x.dtype for n, x in BASE.items()}
   longs = {**MODELS, "n": np.stack([COUNT, COUNT, COUNT + 2**33])}
   with pytest.raises(ValueError, match="leaf 'n' is int64 and differs between models"):
-    jaxmerge.blend(methods.average(), longs)
+    jaxmerge.merge(methods.average(), longs)
 
 
 def test_models_one_after_the_other():
@@ -73,9 +73,9 @@ def test_entries_are_ranked_by_all_their_bits():
   x = {"w": np.array([[1.0, 1 + 1e-12, 1 + 3e-12, 1 + 2e-12]])}
   expected = [0.0, 0.0, *x["w"][0, 2:]]
   for method in (methods.trim(0.5, rule="exact"), methods.band(0.5, 0.0)):
-    assert jaxmerge.blend(method, x)["w"].tolist() == expected
+    assert jaxmerge.merge(method, x)["w"].tolist() == expected
   zero = {"w": np.zeros(4)}
-  out = streaming.merge_slices(methods.trim(0.5, rule="exact"), zero, x, entries=64)
+  out = streaming.merge_slices(methods.trim(0.5, rule="exact"), x, zero, entries=64)
   assert out["w"].tolist() == expected
 
 
@@ -124,7 +124,7 @@ def test_files_have_the_bytes_of_doubles(tmp_path, kind, method):
     dtype="float64" if kind == "result" else None,
   )
   double = lambda t: {n: x.astype(np.float64) if x.dtype.kind == "f" else x for n, x in t.items()}  # noqa: E731
-  expected = jaxmerge.merge(method, double(base), jaxmerge.stack([double(m) for m in models]))
+  expected = jaxmerge.merge(method, jaxmerge.stack([double(m) for m in models]), double(base))
   for n, x in folders.read(out).items():
     wide = x.dtype.kind == "f" and (kind == "result" or n in wides)
     assert x.dtype == (np.float64 if wide else base[n].dtype)
@@ -138,7 +138,7 @@ def test_a_program_of_the_callers_that_would_narrow_a_leaf_is_refused(leaf):
   models = jaxmerge.stack([base, base])
 
   def merged(scale):
-    return jaxmerge.merge(methods.task_arithmetic(), base, models, aux={"scale": scale})
+    return jaxmerge.merge(methods.task_arithmetic(), models, base, aux={"scale": scale})
 
   with pytest.raises(ValueError, match=r"leaf 'x' is .*64, which your jit.* drop the leaf first"):
     jax.vmap(merged)(jnp.ones(1))

@@ -219,9 +219,9 @@ def experts(seed=0):
 def test_a_flax_tree_needs_no_layout(name):
   """The kernel is a matrix [in, out]; the embedding is averaged, as the bias is."""
   base, models = flax(), experts()
-  found = jaxmerge.merge(SPECTRAL[name], base, models)
+  found = jaxmerge.merge(SPECTRAL[name], models, base)
   kernel = {"w": models["dense"]["kernel"]}
-  expected = jaxmerge.merge(SPECTRAL[name], {"w": base["dense"]["kernel"]}, kernel, layout=IO)
+  expected = jaxmerge.merge(SPECTRAL[name], kernel, {"w": base["dense"]["kernel"]}, layout=IO)
   np.testing.assert_array_equal(found["dense"]["kernel"], expected["w"])
   assert np.abs(found["dense"]["kernel"] - np.mean(kernel["w"], axis=0)).max() > 0.1
   mean = np.mean(models["embed"]["embedding"], axis=0)
@@ -234,9 +234,9 @@ IO = [("w", "io")]
 def test_what_a_caller_says_comes_first():
   base, models, method = flax(), experts(), methods.tsv()
   table = [("embedding", "oi"), ("kernel", None)]
-  found = jaxmerge.merge(method, base, models, layout=table)
+  found = jaxmerge.merge(method, models, base, layout=table)
   alone = {"w": models["embed"]["embedding"]}
-  expected = jaxmerge.merge(method, {"w": base["embed"]["embedding"]}, alone, layout=[("w", "oi")])
+  expected = jaxmerge.merge(method, alone, {"w": base["embed"]["embedding"]}, layout=[("w", "oi")])
   np.testing.assert_array_equal(found["embed"]["embedding"], expected["w"])
   mean = np.mean(models["dense"]["kernel"], axis=0)
   np.testing.assert_allclose(found["dense"]["kernel"], mean, atol=1e-6)
@@ -253,11 +253,11 @@ def test_each_fused_expert_is_a_matrix():
   shapes = {"experts.gate_up_proj": (2, 12, 5), "experts.down_proj": (2, 5, 6)}
   base = {n: np.zeros(s, np.float32) for n, s in shapes.items()}
   models = {n: rng.normal(size=(3, *s)).astype(np.float32) for n, s in shapes.items()}
-  found = jaxmerge.merge(methods.tsv(), base, models)
+  found = jaxmerge.merge(methods.tsv(), models, base)
   for n, x in models.items():
     for e in range(2):
       one = {"w": x[:, e]}
-      alone = jaxmerge.merge(methods.tsv(), {"w": base[n][e]}, one, layout=[("w", "oi")])
+      alone = jaxmerge.merge(methods.tsv(), one, {"w": base[n][e]}, layout=[("w", "oi")])
       np.testing.assert_allclose(found[n][e], alone["w"], atol=1e-5)
 
 
@@ -296,7 +296,7 @@ def test_what_does_not_suffice_is_refused(base, layout, message):
   base = jax.tree.map(np.zeros, base, is_leaf=lambda x: isinstance(x, tuple))
   models = jax.tree.map(lambda x: x[None], base)
   with pytest.raises(ValueError, match=message):
-    jaxmerge.merge(methods.tsv(), base, models, layout=layout)
+    jaxmerge.merge(methods.tsv(), models, base, layout=layout)
 
 
 @pytest.mark.parametrize("pair", [None, (None, "io"), (b"kernel", "io"), 3, ("kernel",)])
@@ -311,11 +311,11 @@ def test_a_stage_of_matrices_acts_on_some():
   base, models = {"kernel": np.zeros((3, 4))}, {"kernel": np.ones((2, 3, 4))}
   masked = stage.masked(methods.tsv(), lambda name: "kernl" in name)
   with pytest.raises(ValueError, match="restricted to leaves of which there are none"):
-    jaxmerge.merge(stage.chain(masked, methods.average()), base, models)
+    jaxmerge.merge(stage.chain(masked, methods.average()), models, base)
 
 
 def test_the_advice_works():
   base, models = {"w": np.zeros((3, 4))}, {"w": np.ones((2, 3, 4))}
   with pytest.raises(ValueError, match=r"\(r'\^w\$', 'io' \| 'oi' \| None\)"):
-    jaxmerge.merge(methods.iso_c(), base, models)
-  jaxmerge.merge(methods.iso_c(), base, models, layout=[(r"^w$", "io")])
+    jaxmerge.merge(methods.iso_c(), models, base)
+  jaxmerge.merge(methods.iso_c(), models, base, layout=[(r"^w$", "io")])

@@ -141,9 +141,9 @@ def test_totals_and_maxima_over_a_tree():
     return jnp.zeros_like(x) + both.reshape((-1,) + (1,) * (x.ndim - 1))
 
   method = (stage.Stage(update, measured),)
-  out = jaxmerge.blend(stage.chain(method, jaxmerge.methods.weighted_sum((1.0, 0.0))), models)
+  out = jaxmerge.merge(stage.chain(method, jaxmerge.methods.weighted_sum((1.0, 0.0))), models)
   assert out["b"] == 5.0
-  out = jaxmerge.blend(stage.chain(method, jaxmerge.methods.weighted_sum((0.0, 1.0))), models)
+  out = jaxmerge.merge(stage.chain(method, jaxmerge.methods.weighted_sum((0.0, 1.0))), models)
   assert out["b"] == -94.0
 
 
@@ -177,7 +177,7 @@ def compiled(method, spec):
   models = {n: jax.ShapeDtypeStruct((4, 8, 16), jnp.float32, sharding=spread) for n in "ab"}
   base = {n: jax.ShapeDtypeStruct((8, 16), jnp.float32, sharding=base_spread) for n in "ab"}
   run = jax.jit(jaxmerge.merge, static_argnums=0)
-  return run.lower(method, base, models).compile().as_text()
+  return run.lower(method, models, base).compile().as_text()
 
 
 RANKING = {

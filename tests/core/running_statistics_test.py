@@ -48,7 +48,7 @@ def test_what_lies_beside_them_tells_statistics_from_weights():
   assert running_statistics.variances(names) == {"norm/var/value"}
   base = {"norm": {"mean": np.ones(1, np.float32), "var": np.ones(1, np.float32)}}
   models = jax.tree.map(lambda x: np.array([[0.25], [0.75]], np.float32), base)
-  assert jaxmerge.merge(methods.task_arithmetic(1.0), base, models)["norm"]["var"] == 0.5
+  assert jaxmerge.merge(methods.task_arithmetic(1.0), models, base)["norm"]["var"] == 0.5
 
 
 @pytest.mark.parametrize(
@@ -63,10 +63,10 @@ def test_what_lies_beside_them_tells_statistics_from_weights():
 )
 def test_means_of_models_have_their_own_weights_for_statistics_too(method, want):
   models = {n: np.array([[2.0], [4.0]], np.float32) for n in ("running_var", "w")}
-  out = jaxmerge.blend(method, models)
+  out = jaxmerge.merge(method, models)
   np.testing.assert_allclose([out["running_var"], out["w"]], want, rtol=1e-6)
   base = {n: np.ones(1, np.float32) for n in models}
-  np.testing.assert_allclose(jaxmerge.merge(method, base, models)["running_var"], want, rtol=1e-6)
+  np.testing.assert_allclose(jaxmerge.merge(method, models, base)["running_var"], want, rtol=1e-6)
 
 
 BASE = {
@@ -106,12 +106,12 @@ def check(out):
 def test_statistics_are_averaged_by_every_method_and_equal_infinities_copied(name):
   """Those of the weights, which the method measures, are as if there were no others."""
   given = {"layout": (("weight", "oi"), ("mask", None))}
-  out = jaxmerge.merge(METHODS[name], BASE, MODELS, **given)
+  out = jaxmerge.merge(METHODS[name], MODELS, BASE, **given)
   check(out)
-  alone = [{n: t[n] for n in ("mask", "weight")} for t in (BASE, MODELS)]
+  alone = [{n: t[n] for n in ("mask", "weight")} for t in (MODELS, BASE)]
   alone = jaxmerge.merge(METHODS[name], *alone, **given)
   np.testing.assert_array_equal(out["weight"], alone["weight"])
-  sliced = streaming.merge_slices(METHODS[name], BASE, MODELS, entries=2, **given)
+  sliced = streaming.merge_slices(METHODS[name], MODELS, BASE, entries=2, **given)
   check(sliced)
   np.testing.assert_allclose(sliced["weight"], out["weight"], rtol=1e-6)
 
@@ -168,16 +168,16 @@ def test_the_loop_leaves_them_as_they_are(at_once):
 )
 def test_negative_variances_and_other_infinities_are_refused(merge):
   with pytest.raises(ValueError, match=r"'bn.running_var': the result has a variance below zero"):
-    merge(methods.average((-1.0, 1.0, 1.0)), BASE, MODELS)
+    merge(methods.average((-1.0, 1.0, 1.0)), MODELS, BASE)
   other = {**BASE, "bn.running_var": np.zeros(2, np.float32)}
-  check(merge(METHODS["ties"], BASE, MODELS, reference=other))  # The mean of the models.
+  check(merge(METHODS["ties"], MODELS, BASE, reference=other))  # The mean of the models.
   for where in ((2, 0, 1), (1, 0, 0)):
     other = {**MODELS, "mask": np.array(MODELS["mask"])}
     other["mask"][where] = np.inf
     with pytest.raises(
       ValueError, match=f"leaf 'mask' of model {where[0]} has NaN or infinity|the base"
     ):
-      merge(METHODS["ties"], BASE, other)
+      merge(METHODS["ties"], other, BASE)
 
 
 @pytest.mark.parametrize(
@@ -196,13 +196,13 @@ def test_a_result_that_its_dtype_cannot_hold_is_refused(merge):
 def test_complex_numbers_are_copied_where_they_are_equal_and_else_refused():
   z = {"z": np.array([1j, 2**0.5]), "w": np.ones(2, np.float32)}
   same = jaxmerge.stack([z, z])
-  for out in (jaxmerge.merge(METHODS["ties"], z, same), jaxmerge.blend(methods.average(), same)):
+  for out in (jaxmerge.merge(METHODS["ties"], same, z), jaxmerge.merge(methods.average(), same)):
     assert out["z"].dtype == z["z"].dtype
     np.testing.assert_array_equal(out["z"], z["z"])
   other = {**same, "z": same["z"] * np.array([[1], [1 + 1e-15]])}
   for merge in (
-    lambda t: jaxmerge.merge(METHODS["ties"], z, t),
-    lambda t: jaxmerge.blend(METHODS["ties"], t, deltas=True),
+    lambda t: jaxmerge.merge(METHODS["ties"], t, z),
+    lambda t: jaxmerge.merge(METHODS["ties"], t, deltas=True),
   ):
     for run in (merge, jax.jit(merge)):
       with pytest.raises(
@@ -210,4 +210,4 @@ def test_complex_numbers_are_copied_where_they_are_equal_and_else_refused():
       ):
         run(other)
   parts = {"re": jnp.ones(2), "im": jnp.ones(2)}  # The way that the error shows.
-  assert jaxmerge.merge(METHODS["ties"], parts, jaxmerge.stack([parts])) is not None
+  assert jaxmerge.merge(METHODS["ties"], jaxmerge.stack([parts]), parts) is not None

@@ -13,7 +13,7 @@ added = stage.pointwise(lambda x: x.sum(axis=0, keepdims=True), combines=True)
 
 
 def blended(method, models=MODELS, **options):
-  out = jaxmerge.blend(method, models, **options)
+  out = jaxmerge.merge(method, models, **options)
   return {n: np.asarray(x).tolist() for n, x in out.items()}
 
 
@@ -67,8 +67,8 @@ def test_leafwise_gets_numbers_and_the_base():
   base = {"w": jnp.array([1.0, 2.0])}
   models = {"w": jnp.array([[3.0, 4.0]])}
   combined = stage.chain(method, added)
-  assert jaxmerge.merge(combined, base, models)["w"].tolist() == [3.0, 5.0]
-  assert jaxmerge.merge(combined, base, models, aux={"damping": 1.0})["w"].tolist() == [4.0, 6.0]
+  assert jaxmerge.merge(combined, models, base)["w"].tolist() == [3.0, 5.0]
+  assert jaxmerge.merge(combined, models, base, aux={"damping": 1.0})["w"].tolist() == [4.0, 6.0]
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_scope_says_where_statistics_are_added_up(scope, expected):
   counted = reductions.total("n", lambda x, leaf: jnp.float32(x[0].size))
   step = stage.Stage(lambda x, leaf, known: x * 0 + known["n"], (counted,), scope=scope)
   models = {"a": jnp.zeros((1, 2)), "b": jnp.zeros((1, 1)), "c": jnp.zeros((1, 2))}
-  out = jaxmerge.blend((step,), models)
+  out = jaxmerge.merge((step,), models)
   assert {n: float(out[n].sum()) for n in expected} == expected
 
 
@@ -118,7 +118,7 @@ def test_stages_that_share_a_number_must_agree():
   assert stage.numbers(stage.chain(methods.trim(0.5), methods.trim(0.5))) == {"density": 0.5}
   twice = stage.chain(methods.trim(0.5), methods.trim(0.2), added)
   with pytest.raises(ValueError, match=r"share the number 'density', but one has 0.5 .* 0.2"):
-    jaxmerge.blend(twice, MODELS)
+    jaxmerge.merge(twice, MODELS)
 
 
 def test_a_stage_that_combines_must_say_so():
@@ -126,12 +126,12 @@ def test_a_stage_that_combines_must_say_so():
   with pytest.raises(
     ValueError, match=r"height 1 of one of height 2; a combiner must .* combines="
   ):
-    jaxmerge.blend(stage.chain(silent, added), MODELS)
+    jaxmerge.merge(stage.chain(silent, added), MODELS)
   idle = stage.pointwise(lambda x: x, combines=True)
   with pytest.raises(
     ValueError, match="height 2 of one of height 2; a combiner must leave height 1"
   ):
-    jaxmerge.blend(idle, MODELS)
+    jaxmerge.merge(idle, MODELS)
 
 
 @pytest.mark.parametrize(
@@ -142,16 +142,16 @@ def test_a_leaf_that_no_combiner_touched_is_named(method):
   left = "b" if method and method[0].combines else "a"
   message = f"no combiner touched leaf '{left}': 2 models are left of it after the last stage"
   with pytest.raises(ValueError, match=message):
-    jaxmerge.blend(method, MODELS)
+    jaxmerge.merge(method, MODELS)
   base = {n: x[0] for n, x in MODELS.items()}
   with pytest.raises(ValueError, match=message):
-    jaxmerge.merge(method, base, MODELS)
+    jaxmerge.merge(method, MODELS, base)
 
 
 def test_a_join_that_undoes_its_combiner_is_found_too():
   apart = stage.join(added, lambda x, y, leaf: x)
   with pytest.raises(ValueError, match="no combiner touched leaf 'a': 2 models are left"):
-    jaxmerge.blend(apart, MODELS)
+    jaxmerge.merge(apart, MODELS)
 
 
 def test_a_stage_that_joins_measures_the_pair():
@@ -175,7 +175,7 @@ def test_the_order_of_models_is_kept_where_it_matters():
   assert stage.ordered(first)
   assert not stage.ordered(added)
   for names in (("a", "b"), ("b", "a")):
-    out = jaxmerge.blend(stage.chain(first), MODELS, names=names)
+    out = jaxmerge.merge(stage.chain(first), MODELS, names=names)
     np.testing.assert_array_equal(out["a"], MODELS["a"][0])
 
 
@@ -189,7 +189,7 @@ def test_rows_without_a_view_are_one_row_if_the_stage_says_so():
   base = {"a": jnp.ones((2, 2)), "b": jnp.ones((2, 2)), "c": jnp.float32(1)}
   tau = {"a": jnp.array([[[1.0, 5.0], [1.0, 1.0]]]), "c": jnp.array([3.0])}
   models = {"a": 1 + tau["a"], "b": 1 + tau["a"], "c": 1 + tau["c"]}
-  out = jaxmerge.merge((step,), base, models, layout=(("a", "io"), ("b", None)))
+  out = jaxmerge.merge((step,), models, base, layout=(("a", "io"), ("b", None)))
   assert (out["a"] - 1).tolist() == [[0.25, 0.625], [0.25, 0.125]]
   np.testing.assert_allclose(out["b"] - 1, tau["a"][0] / 12, atol=1e-6)
   assert out["c"] - 1 == 0.75
@@ -199,13 +199,13 @@ def test_rows_need_a_view_or_a_rest():
   step = stage.Stage(lambda x, leaf, known: x / x.sum(axis=2, keepdims=True), unit="row")
   method = stage.chain((step,), added)
   models = {"a": jnp.array([[[1.0, 3.0], [1.0, 1.0]]])}
-  assert jaxmerge.blend(method, models, layout=(("a", "oi"),))["a"].tolist() == [
+  assert jaxmerge.merge(method, models, layout=(("a", "oi"),))["a"].tolist() == [
     [0.25, 0.75],
     [0.5, 0.5],
   ]
-  assert jaxmerge.blend(method, models, layout=(("a", "io"),))["a"].tolist() == [
+  assert jaxmerge.merge(method, models, layout=(("a", "io"),))["a"].tolist() == [
     [0.5, 0.75],
     [0.5, 0.25],
   ]
   with pytest.raises(ValueError, match="no matrix view; declare it in `layout` or mask the method"):
-    jaxmerge.blend(method, models, layout=(("a", None),))
+    jaxmerge.merge(method, models, layout=(("a", None),))

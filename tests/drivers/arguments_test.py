@@ -26,21 +26,21 @@ MEAN = methods.average()
   ids=["list", "tuple", "iterator", "dict", "stack"],
 )
 def test_several_trees_like_the_base_are_stacked(models):
-  found = jaxmerge.merge(MEAN, BASE, models)
+  found = jaxmerge.merge(MEAN, models, BASE)
   assert {float(x) for leaf in jax.tree.leaves(found) for x in np.ravel(leaf)} == {3.0}
 
 
 def test_a_dict_names_its_models():
   """Masks depend on names."""
   method, names = methods.dare(0.5), ["red", "green", "blue"]
-  found = jaxmerge.merge(method, BASE, dict(zip(names, TREES, strict=True)), seed=0)
-  expected = jaxmerge.merge(method, BASE, STACK, seed=0, names=names)
+  found = jaxmerge.merge(method, dict(zip(names, TREES, strict=True)), BASE, seed=0)
+  expected = jaxmerge.merge(method, STACK, BASE, seed=0, names=names)
   jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
 def test_a_tree_that_is_a_list_stays_a_stack():
   base = [np.zeros(2, np.float32), np.zeros(2, np.float32)]
-  found = jaxmerge.merge(MEAN, base, [np.ones((3, 2), np.float32), np.zeros((3, 2), np.float32)])
+  found = jaxmerge.merge(MEAN, [np.ones((3, 2), np.float32), np.zeros((3, 2), np.float32)], base)
   assert [x.tolist() for x in found] == [[1, 1], [0, 0]]
 
 
@@ -69,9 +69,9 @@ MISTAKES = {
   "paths of adapters": (lambda: combine.flora(["x"]), r"adapter 0 .* adapters\.load\('x'\)"),
   "path of adapters": (lambda: deltas.merged(MEAN, BASE, "x"), "must be a list of adapters"),
   "factors": (lambda: peft.save("x", {"w": (1, 2)}), r"tuple for 'w': give adapters\.Lora\(a"),
-  "byte order": (lambda: jaxmerge.merge(MEAN, other(">f4"), STACK), "byte order of another"),
-  "dates": (lambda: jaxmerge.merge(MEAN, BASE, [other("M8[D]")]), "which is no number"),
-  "long": (lambda: jaxmerge.merge(MEAN, BASE, [other("longdouble")]), "wider than JAX"),
+  "byte order": (lambda: jaxmerge.merge(MEAN, STACK, other(">f4")), "byte order of another"),
+  "dates": (lambda: jaxmerge.merge(MEAN, [other("M8[D]")], BASE), "which is no number"),
+  "long": (lambda: jaxmerge.merge(MEAN, [other("longdouble")], BASE), "wider than JAX"),
   "another tree": (
     lambda: update_another(kernel=(4, 3)),
     "'dense/bias' is only in the tree that init was given",
@@ -80,31 +80,31 @@ MISTAKES = {
     lambda: update_another(kernel=(4, 3), bias=(1,)),
     r"'dense/bias' is \(1,\), but not in the tree that init",
   ),
-  "name": (lambda: jaxmerge.merge("ties", BASE, STACK), r"call jaxmerge\.methods\.ties\(\)"),
-  "misspelt": (lambda: jaxmerge.merge("tise", BASE, STACK), "did you mean 'ties'"),
-  "factory": (lambda: jaxmerge.merge(methods.ties, BASE, STACK), r"call it, ties\(\)"),
-  "stage": (lambda: jaxmerge.merge(MEAN[0], BASE, STACK), r"write \(stage,\)"),
-  "unchained": (lambda: jaxmerge.merge((methods.trim(0.2), MEAN), BASE, STACK), r"chain\(\.\.\.\)"),
-  "order": (lambda: jaxmerge.merge(BASE, STACK, MEAN), "the method comes first"),
-  "one model": (lambda: jaxmerge.merge(MEAN, BASE, TREES[0]), r"one model .* such as \[model\]"),
-  "swapped": (lambda: jaxmerge.merge(MEAN, STACK, BASE), "base and models seem to be swapped"),
-  "swapped list": (lambda: jaxmerge.merge(MEAN, TREES, BASE), "base and models seem to be swapped"),
-  "collection": (lambda: jaxmerge.merge(MEAN, {"params": BASE}, STACK), "lie under 'params'"),
+  "name": (lambda: jaxmerge.merge("ties", STACK, BASE), r"call jaxmerge\.methods\.ties\(\)"),
+  "misspelt": (lambda: jaxmerge.merge("tise", STACK, BASE), "did you mean 'ties'"),
+  "factory": (lambda: jaxmerge.merge(methods.ties, STACK, BASE), r"call it, ties\(\)"),
+  "stage": (lambda: jaxmerge.merge(MEAN[0], STACK, BASE), r"write \(stage,\)"),
+  "unchained": (lambda: jaxmerge.merge((methods.trim(0.2), MEAN), STACK, BASE), r"chain\(\.\.\.\)"),
+  "order": (lambda: jaxmerge.merge(BASE, MEAN, STACK), "the method comes first"),
+  "one model": (lambda: jaxmerge.merge(MEAN, TREES[0], BASE), r"one model .* such as \[model\]"),
+  "swapped": (lambda: jaxmerge.merge(MEAN, BASE, STACK), "base and models seem to be swapped"),
+  "swapped list": (lambda: jaxmerge.merge(MEAN, BASE, TREES), "base and models seem to be swapped"),
+  "collection": (lambda: jaxmerge.merge(MEAN, STACK, {"params": BASE}), "lie under 'params'"),
   "missing leaf": (
-    lambda: jaxmerge.merge(MEAN, BASE, [*TREES[:2], *narrowed(TREES[2:])]),
+    lambda: jaxmerge.merge(MEAN, [*TREES[:2], *narrowed(TREES[2:])], BASE),
     "'dense/bias' is in the base but not in model 2",
   ),
-  "no base": (lambda: jaxmerge.merge(MEAN, None, STACK), r"blend\(method, models\) merges without"),
-  "no models": (lambda: jaxmerge.merge(MEAN, BASE, []), "the models must be a tree of arrays"),
-  "paths": (lambda: jaxmerge.merge(MEAN, "base", ["a"]), "the base must be a tree .* not str"),
-  "numbers": (lambda: jaxmerge.merge(MEAN, {"w": 1.0}, [{"w": 2.0}]), "leaf 'w' .* is float"),
+  "no base": (lambda: jaxmerge.merge(MEAN, STACK, None), r"blend\(method, models\) merges without"),
+  "no models": (lambda: jaxmerge.merge(MEAN, [], BASE), "the models must be a tree of arrays"),
+  "paths": (lambda: jaxmerge.merge(MEAN, ["a"], "base"), "the base must be a tree .* not str"),
+  "numbers": (lambda: jaxmerge.merge(MEAN, [{"w": 2.0}], {"w": 1.0}), "leaf 'w' .* is float"),
   "aux": (lambda: arguments.numbers(0.3, None), "aux must be numbers by name"),
-  "names": (lambda: jaxmerge.merge(MEAN, BASE, STACK, names="abc"), "names must be a list"),
-  "blend": (lambda: jaxmerge.blend("average", STACK), r"call jaxmerge\.methods\.average\(\)"),
-  "blend of a list": (lambda: jaxmerge.blend(MEAN, TREES), r"jaxmerge\.stack\(models\)"),
-  "blend of a list of one": (lambda: jaxmerge.blend(MEAN, TREES[:1]), r"a list of 1 tree is given"),
+  "names": (lambda: jaxmerge.merge(MEAN, STACK, BASE, names="abc"), "names must be a list"),
+  "blend": (lambda: jaxmerge.merge("average", STACK), r"call jaxmerge\.methods\.average\(\)"),
+  "blend of a list": (lambda: jaxmerge.merge(MEAN, TREES), r"jaxmerge\.stack\(models\)"),
+  "blend of a list of one": (lambda: jaxmerge.merge(MEAN, TREES[:1]), r"a list of 1 tree is given"),
   "blend by name": (
-    lambda: jaxmerge.blend(MEAN, {"a": TREES[0], "b": TREES[1]}),
+    lambda: jaxmerge.merge(MEAN, {"a": TREES[0], "b": TREES[1]}),
     r"jaxmerge\.stack\(list\(models\.values\(\)\)\)",
   ),
   "stack of a dict": (lambda: jaxmerge.stack(BASE), r"models\.values\(\)"),
@@ -162,13 +162,13 @@ def test_states_of_optimizers_are_refused(case):
   state = make()
   stack = jax.tree.map(lambda x: np.stack([x]), state)
   calls = [
-    lambda: jaxmerge.merge(MEAN, state, [state]),
-    lambda: jaxmerge.merge(MEAN, BASE, [state]),
-    lambda: jaxmerge.blend(MEAN, stack),
+    lambda: jaxmerge.merge(MEAN, [state], state),
+    lambda: jaxmerge.merge(MEAN, [state], BASE),
+    lambda: jaxmerge.merge(MEAN, stack),
     lambda: jaxmerge.stack([make(), make()]),
     lambda: incremental.of(MEAN).init(state),
     lambda: masks.emr(state, stack),
-    lambda: streaming.merge_slices(MEAN, state, stack),
+    lambda: streaming.merge_slices(MEAN, stack, state),
     lambda: jaxmerge.tune_and_merge(len, state, []),
   ]
   for call in calls:
@@ -177,10 +177,10 @@ def test_states_of_optimizers_are_refused(case):
 
 
 def test_what_is_told_to_give_in_place_of_a_state_merges():
-  mean = jaxmerge.merge(MEAN, trained().params, [trained().params])
+  mean = jaxmerge.merge(MEAN, [trained().params], trained().params)
   jax.tree.map(np.testing.assert_array_equal, mean, TREES[0])
   own = nnx.state(tuned().model)
-  jax.tree.map(np.testing.assert_array_equal, jaxmerge.merge(MEAN, own, [own]), own)
+  jax.tree.map(np.testing.assert_array_equal, jaxmerge.merge(MEAN, [own], own), own)
 
 
 def test_names_that_are_not_there():

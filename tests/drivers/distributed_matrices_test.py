@@ -89,8 +89,8 @@ def merged(names, base, models):
   return {
     n: jaxmerge.merge(
       EVERY[n],
-      base,
       models,
+      base,
       layout=tuple(v for v in VIEWS if any(re.search(v[0], n) for n in base)),
     )
     for n in names

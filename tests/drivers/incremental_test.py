@@ -41,14 +41,14 @@ def run(merge, like=BASE, count=4, **options):
 def test_is_the_merge_of_the_stack(method, bits):
   merge = incremental.of(method, BASE)
   found = jax.tree.map(np.asarray, merge.finalize(run(merge)))
-  expected = jax.tree.map(np.asarray, jaxmerge.merge(method, BASE, MODELS))
+  expected = jax.tree.map(np.asarray, jaxmerge.merge(method, MODELS, BASE))
   small.same(found, expected) if bits else small.close(found, expected)
 
 
 def test_without_a_base_the_weights_are_merged():
   method = methods.checkpoint_average("ema", 0.3)
   merge = incremental.of(method)
-  expected = jaxmerge.blend(method, SAME)
+  expected = jaxmerge.merge(method, SAME)
   found = merge.finalize(run(merge))
   small.close({**found, "steps": expected["steps"]}, expected)
   np.testing.assert_array_equal(found["steps"], MODELS["steps"][0])
@@ -68,7 +68,7 @@ def test_masks_depend_on_names_alone():
   method = methods.dare(0.5, 0.4)
   merge = incremental.of(method, BASE, seed=3)
   found = merge.finalize(run(merge, name=lambda k: small.NAMES[k]))
-  expected = jaxmerge.merge(method, BASE, MODELS, seed=3, names=small.NAMES)
+  expected = jaxmerge.merge(method, MODELS, BASE, seed=3, names=small.NAMES)
   small.close(found, expected)
   with pytest.raises(ValueError, match="masks depend on the model's name"):
     merge.update(merge.init(BASE), one(0))
@@ -85,7 +85,7 @@ def test_opcm_is_that_of_the_stack_after_every_model():
     assert jax.tree.map(jnp.shape, state) == shapes
     if k in (0, 3):
       some = {n: x[: k + 1] for n, x in MODELS.items()}
-      expected = jaxmerge.merge(methods.opcm(*settings), BASE, some, layout=small.VIEWS)
+      expected = jaxmerge.merge(methods.opcm(*settings), some, BASE, layout=small.VIEWS)
       small.close(jax.device_get(merge.finalize(state)), jax.device_get(expected), 2e-6)
 
 

@@ -79,8 +79,8 @@ def test_the_whole_tree_gives_the_bits_of_memory():
     "reference": reference,
     "aux": {"drop_rate": (0.1, 0.2, 0.3, 0.4), "density": 0.6},
   }
-  out = jaxmerge.merge(method, base, models, **options)
-  small.same(streaming.merge_slices(method, base, models, entries=50, **options), out)
+  out = jaxmerge.merge(method, models, base, **options)
+  small.same(streaming.merge_slices(method, models, base, entries=50, **options), out)
 
 
 def test_numbers_and_arrays_per_leaf():
@@ -90,8 +90,8 @@ def test_numbers_and_arrays_per_leaf():
   weight = {n: rng.random(x.shape).astype(np.float32) for n, x in models.items()}
   scale = {n: np.float32(k) for k, n in enumerate(base)}
   for aux in ({"weight": weight}, {"scale": scale}, {"weight": weight, "scale": scale}):
-    out = jaxmerge.merge(methods.task_arithmetic(0.5), base, models, aux=aux)
-    found = streaming.merge_slices(methods.task_arithmetic(0.5), base, models, aux=aux, entries=50)
+    out = jaxmerge.merge(methods.task_arithmetic(0.5), models, base, aux=aux)
+    found = streaming.merge_slices(methods.task_arithmetic(0.5), models, base, aux=aux, entries=50)
     small.same(found, out)
 
 
@@ -102,8 +102,8 @@ def test_joins_and_masks_stream():
   method = stage.chain(
     stage.masked(agreeing, lambda name: name in ("matrix", "cube")), methods.average()
   )
-  out = jaxmerge.merge(method, base, models)
-  small.same(streaming.merge_slices(method, base, models, entries=50), out)
+  out = jaxmerge.merge(method, models, base)
+  small.same(streaming.merge_slices(method, models, base, entries=50), out)
 
 
 def test_rows_get_whole_leaves():
@@ -117,9 +117,9 @@ def test_another_value_or_seed_does_not_compile_again():
   base, models = small.trees()
   method = methods.dare(0.5)
   programs = (slice_programs.merged,)
-  streaming.merge_slices(method, base, models, seed=1, entries=50)
+  streaming.merge_slices(method, models, base, seed=1, entries=50)
   sizes = [p._cache_size() for p in programs]
-  streaming.merge_slices(method, base, models, seed=2, aux={"drop_rate": 0.9}, entries=50)
+  streaming.merge_slices(method, models, base, seed=2, aux={"drop_rate": 0.9}, entries=50)
   assert [p._cache_size() for p in programs] == sizes
 
 
@@ -128,16 +128,16 @@ def test_bfloat16_leaves_stay_so():
     lambda x: np.asarray(jnp.asarray(x, jnp.bfloat16)) if x.dtype == np.float32 else x,
     small.trees(),
   )
-  out = jaxmerge.merge(methods.average(), base, models)
-  small.same(streaming.merge_slices(methods.average(), base, models, entries=50), out)
+  out = jaxmerge.merge(methods.average(), models, base)
+  small.same(streaming.merge_slices(methods.average(), models, base, entries=50), out)
 
 
 def test_empty_leaves_come_back_empty():
   base = {"w": np.zeros((0, 3), np.float32), "v": np.ones(2, np.float32)}
   models = {n: np.stack([x, x]) for n, x in base.items()}
   for method in (methods.average(), methods.ties(0.5)):
-    small.same(streaming.merge_slices(method, base, models), base)
-    small.same(jaxmerge.merge(method, base, models), base)
+    small.same(streaming.merge_slices(method, models, base), base)
+    small.same(jaxmerge.merge(method, models, base), base)
 
 
 def test_a_leaf_that_no_combiner_touched_is_named_before_anything_is_read():
@@ -149,7 +149,7 @@ def test_a_leaf_that_no_combiner_touched_is_named_before_anything_is_read():
   assert reads == []
   apart = stage.join(methods.average(), lambda x, y, leaf: x)
   with pytest.raises(ValueError, match="no combiner touched leaf 'cube': 4 models are left"):
-    streaming.merge_slices(apart, base, models)
+    streaming.merge_slices(apart, models, base)
 
 
 @pytest.mark.parametrize("whose", ["the base", "model green"])
@@ -179,8 +179,8 @@ def test_nan_is_named_before_its_slice_is_written(whose):
 def test_a_leaf_without_entries_stays_as_it_is(method):
   base, models = small.trees(("matrix", "steps"))
   base["empty"], models["empty"] = np.zeros((0, 3), np.float32), np.zeros((4, 0, 3), np.float32)
-  out = jaxmerge.merge(method, base, models)
-  small.close(streaming.merge_slices(method, base, models), out)
+  out = jaxmerge.merge(method, models, base)
+  small.close(streaming.merge_slices(method, models, base), out)
 
 
 @pytest.mark.parametrize("scope", ["row", "column"])
@@ -188,8 +188,8 @@ def test_a_leaf_without_entries_stays_as_it_is(method):
 def test_what_columns_need_is_not_cut_by_rows(scope, layout):
   base, models = small.trees(("matrix", "steps"), height=2)
   method, options = methods.nuslerp((0.3, 0.7), scope), {"layout": (("matrix", layout),)}
-  out = jaxmerge.merge(method, base, models, **options)
-  small.same(streaming.merge_slices(method, base, models, entries=32, **options), out)
+  out = jaxmerge.merge(method, models, base, **options)
+  small.same(streaming.merge_slices(method, models, base, entries=32, **options), out)
 
 
 def test_prepared_numbers_take_the_place_of_aux():
@@ -197,8 +197,8 @@ def test_prepared_numbers_take_the_place_of_aux():
   shapes = {n: x.shape for n, x in base.items() if x.dtype == np.float32}
   method = methods.task_arithmetic(0.5)
   ready = interpreter.prepare(method, shapes, 4, {"scale": 0.25}, small.NAMES)
-  found = streaming.merge_slices(method, base, models, ready=ready)
-  small.same(found, jaxmerge.merge(method, base, models, aux={"scale": 0.25}, names=small.NAMES))
+  found = streaming.merge_slices(method, models, base, ready=ready)
+  small.same(found, jaxmerge.merge(method, models, base, aux={"scale": 0.25}, names=small.NAMES))
 
 
 @pytest.mark.parametrize("name", ["average", "task_arithmetic", "dare", "ties"])
@@ -210,9 +210,9 @@ def test_large_leaves_have_the_same_bits_however_they_are_cut(name):
   weight = {} if name == "dare" else {"weight": (0.3, 0.7, 1.1)}
   method = getattr(methods, name)(**weight)
   options = {"seed": 5} if name == "dare" else {}
-  out = jaxmerge.merge(method, base, models, **options)
+  out = jaxmerge.merge(method, models, base, **options)
   for entries in (1000, 70_000):
-    small.same(streaming.merge_slices(method, base, models, entries=entries, **options), out)
+    small.same(streaming.merge_slices(method, models, base, entries=entries, **options), out)
 
 
 @pytest.mark.parametrize("name", lookup.METHODS)
@@ -277,6 +277,6 @@ def test_a_majority_is_counted_only_where_it_decides(tied, readings):
   method = methods.elected()
   reads, writes = collected(method, base, models, entries=96)
   assert len(reads) == readings
-  merged = jaxmerge.merge(method, base, models)["steps"]
+  merged = jaxmerge.merge(method, models, base)["steps"]
   np.testing.assert_array_equal(writes[0][2], merged)
   assert (merged[70] == 1.0) == tied  # Most entries are positive.

@@ -157,7 +157,7 @@ def test_a_merge_in_memory_is_that_of_the_library():
   base, models = jax.tree.map(lambda x: draw(x.shape, x.dtype), lowered.in_avals[0])
   compiled = lowered.compile()
   found = compiled(*jax.device_put((base, models), compiled.input_shardings[0]))
-  wanted = jaxmerge.merge(jaxmerge.methods.task_arithmetic(scale=0.3), base, models)
+  wanted = jaxmerge.merge(jaxmerge.methods.task_arithmetic(scale=0.3), models, base)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), found, wanted)
 
 
@@ -185,8 +185,8 @@ def test_looking_at_the_programs_of_a_streamed_merge_changes_nothing():
     return program(*given, **static)
 
   method = jaxmerge.methods.ties()
-  found = streaming.merge_slices(method, base, models, call=call)
-  np.testing.assert_array_equal(found["w"], streaming.merge_slices(method, base, models)["w"])
+  found = streaming.merge_slices(method, models, base, call=call)
+  np.testing.assert_array_equal(found["w"], streaming.merge_slices(method, models, base)["w"])
   assert "merged" in seen
 
 

@@ -45,7 +45,7 @@ def paths(root, count=3):
 
 def in_memory(method, models, **options):
   base, *rest = models
-  return jaxmerge.merge(method, base, jaxmerge.stack(rest), names=NAMES, **options)
+  return jaxmerge.merge(method, jaxmerge.stack(rest), base, names=NAMES, **options)
 
 
 @pytest.mark.parametrize("name", some_fast(METHODS, ["task_arithmetic", "ties", "dare_ties"]))
@@ -62,7 +62,7 @@ def test_files_have_the_bits_of_memory(tmp_path, name, dtype):
 def test_weights_are_merged_without_a_base(tmp_path):
   _, *models = folders.family(tmp_path)
   out = files_merge.merge_files(methods.average((1.0, 2.0, 3.0)), paths(tmp_path), tmp_path / "out")
-  expected = jaxmerge.blend(methods.average((1.0, 2.0, 3.0)), jaxmerge.stack(models))
+  expected = jaxmerge.merge(methods.average((1.0, 2.0, 3.0)), jaxmerge.stack(models))
   small.close(folders.read(out), expected)
 
 
@@ -148,9 +148,9 @@ def test_sums_of_floats_do_not_depend_on_how_they_are_cut(tmp_path, monkeypatch,
     small.same(other, found[0])
   stack, names = jaxmerge.stack(models), NAMES[:2]
   if raw:
-    expected = jaxmerge.blend(method, stack, names=names)
+    expected = jaxmerge.merge(method, stack, names=names)
   else:
-    expected = jaxmerge.merge(method, base, stack, names=names)
+    expected = jaxmerge.merge(method, stack, base, names=names)
   small.close(found[0], expected, 2e-6)
 
 

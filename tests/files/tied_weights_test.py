@@ -46,7 +46,7 @@ def test_a_head_that_is_the_embedding_stays_it(tmp_path, method, seed):
   base, *models = [{n: x for n, x in t.items() if n != HEAD} for t in trees]
   names = [str(tmp_path / f"m{k}") for k in range(3)]
   options = {} if seed is None else {"seed": seed}
-  expected = jaxmerge.merge(method, base, jaxmerge.stack(models), names=names, **options)
+  expected = jaxmerge.merge(method, jaxmerge.stack(models), base, names=names, **options)
   small.close({n: found[n] for n in expected}, expected)
   told = json.loads((out / execute.PROVENANCE).read_text())
   assert told["inputs"][names[0]][HEAD] == f"tied to {EMBEDDING}, its equal"
@@ -90,8 +90,8 @@ def test_a_head_that_differs_anywhere_is_merged(tmp_path, untied):
   assert (found[HEAD] != found[EMBEDDING]).any()
   expected = jaxmerge.merge(
     methods.dare(0.5),
-    trees[0],
     jaxmerge.stack(trees[1:]),
+    trees[0],
     names=[str(tmp_path / f"m{k}") for k in range(3)],
     seed=3,
   )

@@ -252,7 +252,7 @@ def test_runs_are_merged_as_their_trees_are(tmp_path):
   method = methods.ties(0.5)
   merge = {"base": tmp_path / "r0", "names": ("a", "b"), "entries": 7}
   out = files_merge.merge_files(method, paths, tmp_path / "out", **merge)
-  expected = jaxmerge.merge(method, base, jaxmerge.stack(tuned), names=("a", "b"))
+  expected = jaxmerge.merge(method, jaxmerge.stack(tuned), base, names=("a", "b"))
   small.same(folders.read(out), jaxmerge.core.tree.named(expected))
   assert models[0].keys() == folders.read(out).keys()
   told = json.loads((out / execute.PROVENANCE).read_text())
@@ -444,9 +444,9 @@ def test_rows_of_a_kernel_are_its_outputs(tmp_path):
   assert main.main(["merge", str(own), str(tmp_path / "out")]) == 0
   base, *tuned = [tree(seed + 1) for seed in range(3)]
   method, kernels = methods.model_stock(scope="row"), (("kernel$", "io"),)
-  expected = jaxmerge.merge(method, base, jaxmerge.stack(tuned), layout=kernels)
+  expected = jaxmerge.merge(method, jaxmerge.stack(tuned), base, layout=kernels)
   small.close(folders.read(tmp_path / "out"), jaxmerge.core.tree.named(expected))
-  other = jaxmerge.merge(method, base, jaxmerge.stack(tuned), layout=(("kernel$", "oi"),))
+  other = jaxmerge.merge(method, jaxmerge.stack(tuned), base, layout=(("kernel$", "oi"),))
   assert not np.allclose(other["dense_0"]["kernel"], expected["dense_0"]["kernel"])
 
 

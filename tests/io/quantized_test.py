@@ -144,12 +144,12 @@ def test_codes_in_memory_are_refused(dtype):
   base = {"up": {"weight": np.ones((4, 4), dtype), "weight_scale_inv": np.ones(1, np.float32)}}
   stack = jax.tree.map(lambda x: np.stack([x, x]), base)
   calls = [
-    lambda: jaxmerge.merge(methods.average(), base, stack),
-    lambda: jaxmerge.merge(methods.average(), base, [base, base]),
-    lambda: jaxmerge.blend(methods.average(), stack),
+    lambda: jaxmerge.merge(methods.average(), stack, base),
+    lambda: jaxmerge.merge(methods.average(), [base, base], base),
+    lambda: jaxmerge.merge(methods.average(), stack),
     lambda: masks.emr(base, stack),
     lambda: incremental.of(methods.average()).init(base),
-    lambda: streaming.merge_slices(methods.average(), base, stack),
+    lambda: streaming.merge_slices(methods.average(), stack, base),
   ]
   for call in calls:
     with pytest.raises(ValueError, match=r"'up/weight' of .* 'up/weight_scale_inv' lies beside"):

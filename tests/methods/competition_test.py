@@ -21,7 +21,7 @@ MOVED = np.array(
 
 def widened(method, base=BASE, moved=MOVED, view="oi"):
   models = {"w": jnp.asarray(base + moved)}
-  found = jaxmerge.merge(method, {"w": jnp.asarray(base)}, models, layout=(("w", view),))
+  found = jaxmerge.merge(method, models, {"w": jnp.asarray(base)}, layout=(("w", view),))
   return np.asarray(found["w"])
 
 
@@ -54,7 +54,7 @@ def test_columns_of_zeros_count_as_not_turned():
 
 def test_weights_of_columns_need_a_base():
   with pytest.raises(ValueError, match="widen compares with a base; run it by merge, not by blend"):
-    jaxmerge.blend(methods.widen(), {"w": jnp.asarray(MOVED)}, layout=(("w", "oi"),), deltas=True)
+    jaxmerge.merge(methods.widen(), {"w": jnp.asarray(MOVED)}, layout=(("w", "oi"),), deltas=True)
 
 
 PCB = methods.pcb(0.5, 1.0)

@@ -27,7 +27,7 @@ DROPPED = stage.chain(methods.drop(0.5, rescale=None), methods.weighted_sum())
 def masks(drop_rate, seed=0):
   """Which entries are kept: a stack of booleans per leaf."""
   picked = [
-    jaxmerge.blend(DROPPED, ONES, seed=seed, aux={"drop_rate": drop_rate, "weight": tuple(one)})
+    jaxmerge.merge(DROPPED, ONES, seed=seed, aux={"drop_rate": drop_rate, "weight": tuple(one)})
     for one in np.eye(3).tolist()
   ]
   return {n: np.stack([np.asarray(one[n]) != 0 for one in picked]) for n in ONES}
@@ -76,15 +76,15 @@ def test_masks_do_not_depend_on_order_or_on_what_else_there_is():
   tau = np.random.default_rng(0).normal(size=(3, 2000)).astype(np.float32)
   method = methods.dare(0.5, 1.0)
   zero = {"b": NOTHING["b"]}
-  alone = jaxmerge.merge(method, zero, {"b": tau}, seed=7, names=names)["b"]
-  both = jaxmerge.merge(method, NOTHING, {"a": ONES["a"], "b": tau}, seed=7, names=names)["b"]
+  alone = jaxmerge.merge(method, {"b": tau}, zero, seed=7, names=names)["b"]
+  both = jaxmerge.merge(method, {"a": ONES["a"], "b": tau}, NOTHING, seed=7, names=names)["b"]
   turned = jaxmerge.merge(
-    method, zero, {"b": tau[[2, 0, 1]]}, seed=7, names=[names[k] for k in (2, 0, 1)]
+    method, {"b": tau[[2, 0, 1]]}, zero, seed=7, names=[names[k] for k in (2, 0, 1)]
   )["b"]
   np.testing.assert_array_equal(alone, both)
   np.testing.assert_array_equal(alone, turned)
   parts = [
-    jaxmerge.merge(method, zero, {"b": tau[k : k + 1]}, seed=7, names=names[k : k + 1])["b"]
+    jaxmerge.merge(method, {"b": tau[k : k + 1]}, zero, seed=7, names=names[k : k + 1])["b"]
     for k in range(3)
   ]
   close(alone, sum(parts), atol=1e-5)
@@ -118,7 +118,7 @@ def test_dare_agrees_with_the_transcription(rescale):
   taus = basics.dare(basics.deltas(NOTHING, models), kept, 0.8, rescale)
   expected = basics.weighted_sum(taus, (1, 2, 1), 0.5)
   method = methods.dare(0.8, 0.5, (1.0, 2.0, 1.0), rescale=rescale)
-  out = jaxmerge.merge(method, NOTHING, models, seed=5)
+  out = jaxmerge.merge(method, models, NOTHING, seed=5)
   for n in out:
     close(out[n], expected[n], atol=2e-5)
 
@@ -129,7 +129,7 @@ def test_dare_ties_agrees_with_the_transcription():
   kept = masks(0.8, seed=5)
   kept = [{n: x[k] for n, x in kept.items()} for k in range(3)]
   taus = basics.dare(basics.deltas(NOTHING, models), kept, 0.8, "inverse")
-  out = jaxmerge.merge(methods.dare_ties(0.8, 0.3), NOTHING, models, seed=5)
+  out = jaxmerge.merge(methods.dare_ties(0.8, 0.3), models, NOTHING, seed=5)
   expected = basics.ties(taus, 0.3)
   for n in out:
     close(out[n], expected[n], atol=2e-5)
@@ -142,19 +142,19 @@ def test_the_l1_norm_is_restored():
   close(out["w"], [1.32, 0, 0, 0, -0.88, 0])
   seeds = jnp.arange(300, dtype=jnp.uint32)
   one = {"w": jnp.asarray(TAU)}
-  bare = jax.vmap(lambda s: jaxmerge.blend(methods.drop(0.5, rescale=None), one, seed=s)["w"])
+  bare = jax.vmap(lambda s: jaxmerge.merge(methods.drop(0.5, rescale=None), one, seed=s)["w"])
   # The fourth entry of the example is zero, kept or not.
   same = ((np.asarray(bare(seeds)) != 0) == (keep & (tau != 0))).all(axis=1)
   seed = int(np.argmax(same))
   assert same[seed]
-  close(jaxmerge.blend(methods.drop(0.5, rescale="l1"), one, seed=seed)["w"], out["w"])
+  close(jaxmerge.merge(methods.drop(0.5, rescale="l1"), one, seed=seed)["w"], out["w"])
 
 
 def test_dare_is_unbiased():
   """The mean over n = 400 seeds is tau within 3 of its deviations, tau * sqrt(p / (1 - p) / n)."""
   seeds = jnp.arange(400, dtype=jnp.uint32)
   method = methods.dare(0.9, 1.0)
-  out = jax.vmap(lambda s: jaxmerge.merge(method, ZERO, {"w": TAU}, seed=s)["w"])(seeds)
+  out = jax.vmap(lambda s: jaxmerge.merge(method, {"w": TAU}, ZERO, seed=s)["w"])(seeds)
   error = np.abs(np.asarray(out).mean(axis=0) - TAU[0])
   assert (error <= 3 * np.sqrt(9 / 400) * np.abs(TAU[0]) + 1e-7).all()
 
@@ -163,7 +163,7 @@ def test_dropping_before_an_average_leaves_its_mean():
   """Over n seeds, within 3 deviations: the root of the sum of 9 tau^2 / n, over the 3 models."""
   seeds = jnp.arange(2000, dtype=jnp.uint32)
   method, models = stage.chain(methods.drop(0.9), methods.average()), {"w": jnp.asarray(THREE)}
-  out = jax.vmap(lambda s: jaxmerge.merge(method, ZERO, models, seed=s)["w"])(seeds)
+  out = jax.vmap(lambda s: jaxmerge.merge(method, models, ZERO, seed=s)["w"])(seeds)
   error = np.abs(np.asarray(out, np.float64).mean(axis=0) - THREE.mean(axis=0))
   assert (error <= 3 * np.sqrt(9 / 2000 * np.sum(THREE**2, axis=0)) / 3).all()
 
@@ -178,7 +178,7 @@ def test_probabilities_rise_with_the_rank():
   method = methods.magprune(0.5, 0.2, rescale=None)
   seeds = jnp.arange(2000, dtype=jnp.uint32)
   sure = {"w": jnp.where(TAU == 0, 1e-3, TAU)}
-  kept = jax.vmap(lambda s: jaxmerge.blend(method, sure, seed=s)["w"])(seeds) != 0
+  kept = jax.vmap(lambda s: jaxmerge.merge(method, sure, seed=s)["w"])(seeds) != 0
   # Four deviations of a mean of 2000.
   close(np.asarray(kept).mean(axis=0), example, atol=4 * 0.5 / np.sqrt(2000))
   x = jnp.asarray(np.stack([TAU[0], TAU[0, ::-1]]))[None]
@@ -206,12 +206,12 @@ def test_without_a_window_della_is_dare(rescale):
   models = {n: rng.normal(size=x.shape).astype(np.float32) for n, x in ONES.items()}
   found = jaxmerge.merge(
     methods.della_linear(0.5, 0.0, 1.0, rescale=rescale),
-    NOTHING,
     models,
+    NOTHING,
     seed=3,
     layout=(("a", "oi"),),
   )
-  other = jaxmerge.merge(methods.dare(0.5, 1.0, rescale=rescale), NOTHING, models, seed=3)
+  other = jaxmerge.merge(methods.dare(0.5, 1.0, rescale=rescale), models, NOTHING, seed=3)
   np.testing.assert_array_equal(found["a"], other["a"])
 
 
@@ -219,7 +219,7 @@ def test_della_is_unbiased():
   """The mean over 400 seeds is tau within 4 of its deviations, |tau| sqrt((1 - q) / q / 400)."""
   seeds = jnp.arange(400, dtype=jnp.uint32)
   method = methods.della(0.5, 0.2, 1.0)
-  out = jax.vmap(lambda s: jaxmerge.merge(method, ZERO, {"w": TAU}, seed=s)["w"])(seeds)
+  out = jax.vmap(lambda s: jaxmerge.merge(method, {"w": TAU}, ZERO, seed=s)["w"])(seeds)
   error = np.abs(np.asarray(out).mean(axis=0) - TAU[0])
   q = np.array([0.7, 0.38, 0.54, 0.3, 0.62, 0.46])
   assert (error <= 4 * np.sqrt((1 - q) / q / 400) * np.abs(TAU[0]) + 1e-7).all()
@@ -241,4 +241,4 @@ def test_keeping_all_is_ties_and_task_arithmetic():
 def test_probabilities_outside_of_0_and_1_are_refused(density, epsilon):
   tau, aux = {"w": jnp.ones((2, 3))}, {"density": density, "epsilon": epsilon}
   with pytest.raises(ValueError, match=r"must lie inside \(0, 1\), got density .* and epsilon 0.1"):
-    jaxmerge.merge(methods.della(), {"w": jnp.ones(3)}, tau, aux=aux, seed=0)
+    jaxmerge.merge(methods.della(), tau, {"w": jnp.ones(3)}, aux=aux, seed=0)

@@ -25,7 +25,7 @@ def stack(height=1):
 
 def kept(method, x):
   """Whether the leaves of each layer of a model are there."""
-  out = jaxmerge.blend(stage.chain(method, methods.weighted_sum()), x, deltas=True)
+  out = jaxmerge.merge(stage.chain(method, methods.weighted_sum()), x, deltas=True)
   some = [bool(np.asarray(out[n]).any()) for n in LAYERS]
   return [some[i : i + 2] for i in range(0, 8, 2)]
 
@@ -55,7 +55,7 @@ def test_every_model_loses_as_many_layers(ratio, left, score):
   x = stack(3)
   for k in range(3):
     alone = {"prune_ratio": ratio, "weight": np.eye(3)[k]}
-    out = jaxmerge.blend(GATES[score], x, aux=alone, deltas=True)
+    out = jaxmerge.merge(GATES[score], x, aux=alone, deltas=True)
     layers = {n[:7] for n in LAYERS if np.asarray(out[n]).any()}
     assert len(layers) == left
 
@@ -65,8 +65,8 @@ def test_nothing_pruned_is_task_arithmetic_and_all_is_the_base():
   base = {n: v[0] * 0 + 1 for n, v in x.items()}
   models = {n: v + 1 for n, v in x.items()}
   for ratio, scale in ((0.0, 0.3), (1.0, 0.0)):
-    found = jaxmerge.merge(methods.lwptv(ratio), base, models)
-    expected = jaxmerge.merge(methods.task_arithmetic(scale), base, models)
+    found = jaxmerge.merge(methods.lwptv(ratio), models, base)
+    expected = jaxmerge.merge(methods.task_arithmetic(scale), models, base)
     for n in found:
       close(found[n], expected[n])
 
@@ -79,11 +79,11 @@ def test_a_gate_stands_before_any_method():
   """One that prunes nothing changes nothing; of one model the pruned layers are the base's."""
   own = LAYERS[:3:2]
   found, expected = (
-    jaxmerge.blend(method, {n: stack(3)[n] for n in own}, deltas=True) for method in (FIRST, TIES)
+    jaxmerge.merge(method, {n: stack(3)[n] for n in own}, deltas=True) for method in (FIRST, TIES)
   )
   base = {n: jnp.arange(6.0) for n in own}
   models = {n: base[n][None] + stack()[n] for n in own}
-  out = jaxmerge.merge(FIRST, base, models, aux={"prune_ratio": 0.5})
+  out = jaxmerge.merge(FIRST, models, base, aux={"prune_ratio": 0.5})
   for n in own:
     np.testing.assert_array_equal(found[n], expected[n])
     np.testing.assert_array_equal(out[n] == base[n], n == own[1])

@@ -131,11 +131,11 @@ def trees(name):
 def test_a_method_made_again_compiles_nothing(name):
   make, (base, models) = getattr(methods, name), trees(name)
   options = {"seed": 3} if "seed" in stage.numbers(make()) else {}
-  first = jaxmerge.merge(make(), base, models, **options)
+  first = jaxmerge.merge(make(), models, base, **options)
   with compilations() as names:
-    again = jaxmerge.merge(make(), base, models, **options)
+    again = jaxmerge.merge(make(), models, base, **options)
     for value in [{"scale": 0.125}] if "scale" in stage.numbers(make()) else []:
-      jaxmerge.merge(make(**value), base, models, **options)
+      jaxmerge.merge(make(**value), models, base, **options)
   assert names == []
   jax.tree.map(np.testing.assert_array_equal, first, again)
 
@@ -144,7 +144,7 @@ def test_equal_methods_have_their_own_hyperparameters():
   """What is shared is the program."""
   base, models = trees("task_arithmetic")
   for scale in (0.5, 2.0):
-    merged = jaxmerge.merge(methods.task_arithmetic(scale), base, models)
+    merged = jaxmerge.merge(methods.task_arithmetic(scale), models, base)
     expected = base["kernel"] + scale * (models["kernel"] - base["kernel"][None]).sum(0)
     np.testing.assert_allclose(merged["kernel"], expected, rtol=1e-5)
 
@@ -200,8 +200,8 @@ def test_task_vectors_need_a_base(tmp_path):
   _, models = trees("ties")
   for method in (methods.ties(), stage.chain(methods.gate(0.3), methods.ties())):
     with pytest.raises(ValueError, match="ties merges task vectors"):
-      jaxmerge.blend(method, models)
+      jaxmerge.merge(method, models)
     with pytest.raises(ValueError, match="ties merges task vectors"):
       jaxmerge.merge_files(method, [tmp_path / "a", tmp_path / "b"], tmp_path / "out")
-  jaxmerge.blend(methods.ties(), models, deltas=True)
-  jaxmerge.blend(stage.chain(methods.trim(0.5), methods.average()), models)
+  jaxmerge.merge(methods.ties(), models, deltas=True)
+  jaxmerge.merge(stage.chain(methods.trim(0.5), methods.average()), models)

@@ -58,15 +58,15 @@ def test_worked_example(method, expected):
 
 def test_task_arithmetic_adds_to_the_base():
   models = {"w": BASE["w"][None] + TAU}
-  out = jaxmerge.merge(methods.task_arithmetic(scale=0.3), BASE, models)
+  out = jaxmerge.merge(methods.task_arithmetic(scale=0.3), models, BASE)
   close(out["w"], [1.33, -1.09, 0.41, 0.24, 1.82, -0.56])
 
 
 def test_a_patch_is_carried_over_to_a_newer_base():
   old, tuned = TAU[0], TAU[1]
   models = {"w": jnp.stack([jnp.asarray(old), jnp.asarray(tuned)])}
-  close(jaxmerge.merge(methods.portllm(), BASE, models)["w"], BASE["w"] + tuned - old)
-  same = jaxmerge.merge(methods.portllm(), {"w": models["w"][0]}, models)
+  close(jaxmerge.merge(methods.portllm(), models, BASE)["w"], BASE["w"] + tuned - old)
+  same = jaxmerge.merge(methods.portllm(), models, {"w": models["w"][0]})
   close(same["w"], tuned)
 
 
@@ -138,7 +138,7 @@ def test_breadcrumbs_passes_scalars_by(scope):
   base = {"w": jnp.zeros(2), "s": jnp.float32(0)}
   models = {"w": jnp.array([[3.0, 1.0]]), "s": jnp.array([7.0])}
   method = methods.breadcrumbs(keep=0.5, remove=0.0, scale=1.0, scope=scope)
-  out = jaxmerge.merge(method, base, models)
+  out = jaxmerge.merge(method, models, base)
   assert (out["w"].tolist(), out["s"].tolist()) == ([3.0, 0.0], 7.0)
 
 
@@ -147,8 +147,8 @@ def test_breadcrumbs_by_row_ranks_each_output():
   x = jnp.array([[[4.0, 1.0, 2.0], [3.0, 8.0, 1.0]]])
   method = methods.breadcrumbs(keep=0.5, remove=0.0, scale=1.0, scope="row")
   base = {"w": jnp.zeros((2, 3))}
-  kernel = jaxmerge.merge(method, base, {"w": x}, layout=(("w", "io"),))["w"]
-  weight = jaxmerge.merge(method, base, {"w": x}, layout=(("w", "oi"),))["w"]
+  kernel = jaxmerge.merge(method, {"w": x}, base, layout=(("w", "io"),))["w"]
+  weight = jaxmerge.merge(method, {"w": x}, base, layout=(("w", "oi"),))["w"]
   assert kernel.tolist() == [[4.0, 0.0, 2.0], [0.0, 8.0, 0.0]]
   assert weight.tolist() == [[4.0, 0.0, 0.0], [0.0, 8.0, 0.0]]
 
@@ -172,7 +172,7 @@ def test_a_zero_sum_takes_the_majority_sign():
 def test_the_majority_is_of_the_whole_model():
   base = {"a": jnp.zeros(1), "b": jnp.zeros(3)}
   models = {"a": jnp.array([[1.0], [-1.0]]), "b": -jnp.ones((2, 3))}
-  assert jaxmerge.merge(methods.ties(1.0), base, models)["a"].tolist() == [-1.0]
+  assert jaxmerge.merge(methods.ties(1.0), models, base)["a"].tolist() == [-1.0]
 
 
 @pytest.mark.parametrize("rule", ["kth", "exact"])
@@ -182,7 +182,7 @@ def test_the_entries_kept_are_counted_exactly(rule, scope):
   models = {"a": jnp.asarray(x[:, :60]), "b": jnp.asarray(x[:, 60:])}
   method = methods.trim(0.5, scope=scope, rule=rule)
   for density in (0.001, 0.1, 0.29, 0.5, 0.7, 0.99, 1.0):
-    out = jaxmerge.blend(method, models, aux={"density": density})
+    out = jaxmerge.merge(method, models, aux={"density": density})
     for names, size in [("ab", 100)] if scope == "tree" else [("a", 60), ("b", 40)]:
       kept = sum(int((out[n] != 0).sum()) for n in names)
       count = int(density * size)
@@ -247,7 +247,7 @@ TABLE = {
 def test_agrees_with_the_transcription(name, x):
   method, oracle = TABLE[name]
   models = in_leaves(x)
-  out = jaxmerge.merge(method, EMPTY, models, layout=(("a", "oi"),))
+  out = jaxmerge.merge(method, models, EMPTY, layout=(("a", "oi"),))
   expected = oracle(basics.deltas(EMPTY, models))
   for n in out:
     close(out[n], expected[n])
@@ -258,7 +258,7 @@ def test_single_model_comes_back(x):
   """N = 1, scale 1, nothing pruned: the result is the model itself, bit for bit."""
   models = jax.tree.map(lambda leaf: leaf[:1], in_leaves(x))
   for method, options in SINGLE:
-    out = jaxmerge.merge(method, EMPTY, models, **options)
+    out = jaxmerge.merge(method, models, EMPTY, **options)
     for n in out:
       np.testing.assert_array_equal(out[n], models[n][0])
 
@@ -336,7 +336,7 @@ def test_identity(name):
 def test_ties_follows_the_elected_sign_and_stays_in_bounds(x):
   x = np.asarray(x, np.float32)
   models = in_leaves(x)
-  tau = basics.flat(jaxmerge.merge(TIES, EMPTY, models))
+  tau = basics.flat(jaxmerge.merge(TIES, models, EMPTY))
   trimmed = np.stack([basics.kth(row, 0.5) for row in x])
   sign = np.sign(trimmed.sum(axis=0))
   assert (np.sign(tau) * sign >= 0).all()
@@ -345,7 +345,7 @@ def test_ties_follows_the_elected_sign_and_stays_in_bounds(x):
 
 def test_weights_of_the_models_without_a_base():
   models = {"w": jnp.asarray(TAU), "n": jnp.array([4, 4, 4])}
-  out = jaxmerge.blend(methods.average(weight=(0.0, 1.0, 1.0)), models)
+  out = jaxmerge.merge(methods.average(weight=(0.0, 1.0, 1.0)), models)
   close(out["w"], TAU[1:].mean(axis=0))
   assert out["n"].tolist() == 4
 

@@ -89,7 +89,7 @@ def test_agrees_with_the_reference(case):
   base = {n: jnp.zeros(x.shape) for n, x in leaves.items()}
   limits = bounds(case) if case in RULES else None
   limits = rounding.twice(limits) if case.startswith("optmerge") else limits
-  agree(jaxmerge.merge(METHODS[case], base, stack(leaves), layout=oracles.VIEWS), case, limits)
+  agree(jaxmerge.merge(METHODS[case], stack(leaves), base, layout=oracles.VIEWS), case, limits)
 
 
 def test_peft_prunes_by_magnitude():
@@ -97,7 +97,7 @@ def test_peft_prunes_by_magnitude():
   trimmed = methods.trim(0.3, scope="leaf", rule="exact")
   case = "peft, magnitude_prune"
   method = stage.chain(trimmed, methods.weighted_sum(WEIGHT))
-  agree(jaxmerge.blend(method, stack(RECORDED[case]), deltas=True), case)
+  agree(jaxmerge.merge(method, stack(RECORDED[case]), deltas=True), case)
 
 
 def test_peft_votes_without_weights_and_counts():
@@ -106,7 +106,7 @@ def test_peft_votes_without_weights_and_counts():
   trimmed = methods.trim(0.3, scope="leaf", rule="exact")
   joined = methods.weighted(WEIGHT), methods.disjoint_mean(None)
   method = stage.chain(trimmed, methods.elect_sign("plus"), *joined)
-  agree(jaxmerge.blend(method, stack(RECORDED[case]), deltas=True), case)
+  agree(jaxmerge.merge(method, stack(RECORDED[case]), deltas=True), case)
 
 
 def test_peft_stacks_adapters():
@@ -123,7 +123,7 @@ def test_opcm_before_it_is_scaled():
   """The reference scales after each model; the directions do not depend on it."""
   case = "opcm, before it is scaled"
   models = stack(RECORDED[case])
-  found = jaxmerge.blend(methods.opcm(), models, layout=oracles.VIEWS, deltas=True)
+  found = jaxmerge.merge(methods.opcm(), models, layout=oracles.VIEWS, deltas=True)
   norms = [np.sqrt(sum(np.sum(x[k] ** 2) for x in models.values())) for k in range(oracles.HEIGHT)]
   whole = np.sqrt(sum(np.sum(np.asarray(x) ** 2) for x in found.values()))
   np.testing.assert_allclose(whole, np.mean(norms), rtol=1e-5)
@@ -137,7 +137,7 @@ def test_opcm_before_it_is_scaled():
 def test_flag_before_it_has_a_norm():
   """The reference adds the projections of directions up, and leaves the norm to the caller."""
   case = "flag, sum of projections"
-  found = jaxmerge.blend(methods.flag(rank=2, steps=10), stack(RECORDED[case]), deltas=True)
+  found = jaxmerge.merge(methods.flag(rank=2, steps=10), stack(RECORDED[case]), deltas=True)
   norms = [np.sqrt(sum(np.sum(x**2) for x in t.values())) for t in TAUS]
   factor = oracles.HEIGHT / np.sort(norms)[1]  # Of the median, the lower one of two.
   # The descent ends where a sum of float32 grows, which is near its end, but not at it.
@@ -147,7 +147,7 @@ def test_flag_before_it_has_a_norm():
 def test_widen_compares_with_a_base():
   base = {n: jnp.asarray(x, jnp.float32) for n, x in BASE.items()}
   models = {n: base[n][None] + x for n, x in stack(BASE).items()}
-  merged = jaxmerge.merge(methods.widen(), base, models, layout=oracles.VIEWS)
+  merged = jaxmerge.merge(methods.widen(), models, base, layout=oracles.VIEWS)
   agree({n: merged[n] - x for n, x in base.items()}, "widen")
 
 
@@ -164,7 +164,7 @@ def test_bundles_agree_task_by_task(kind):
 def test_consensus_counts_the_masks_of_the_reference():
   leaves = RECORDED["tall_masks, task 0"]
   masks = [RECORDED[f"tall_masks, task {k}"] for k in range(oracles.HEIGHT)]
-  found = jaxmerge.blend(methods.consensus(1.0, 0.4, 2), stack(leaves), deltas=True)
+  found = jaxmerge.merge(methods.consensus(1.0, 0.4, 2), stack(leaves), deltas=True)
   for n in leaves:
     used = np.sum([m[n] != 0 for m in masks], axis=0) >= 2
     np.testing.assert_array_equal(np.asarray(found[n]) != 0, used, err_msg=n)

@@ -109,7 +109,7 @@ def test_ratios_of_ram_are_counted_over_the_leaf_or_the_model():
   base = {"a": jnp.zeros(1), "b": jnp.zeros(2)}
   models = {"a": jnp.ones((2, 1)), "b": jnp.array([[1.0, 2.0], [0.0, 0.0]])}
   for scope, factor in (("leaf", 1.0), ("tree", 1.25)):
-    out = jaxmerge.merge(methods.ramplus_tl(boost=0.5, limit=4.0, scope=scope), base, models)
+    out = jaxmerge.merge(methods.ramplus_tl(boost=0.5, limit=4.0, scope=scope), models, base)
     close(out["a"], [1.0])
     close(out["b"], [factor, 2 * factor])
 
@@ -122,7 +122,7 @@ ROWS = (("w", "oi"),)
 
 
 def fused(base, model, **options):
-  return jaxmerge.merge(methods.arcee_fusion(), {"w": base}, {"w": model[None]}, **options)["w"]
+  return jaxmerge.merge(methods.arcee_fusion(), {"w": model[None]}, {"w": base}, **options)["w"]
 
 
 def test_importance_is_distance_times_divergence_of_the_row():
@@ -153,9 +153,9 @@ def test_each_entry_is_the_bases_or_the_models():
 
 def test_fusion_needs_a_base_and_one_model():
   with pytest.raises(ValueError, match="arcee_fusion compares with a base; run it by merge"):
-    jaxmerge.blend(methods.arcee_fusion(), {"w": W[None]}, deltas=True)
+    jaxmerge.merge(methods.arcee_fusion(), {"w": W[None]}, deltas=True)
   with pytest.raises(ValueError, match="arcee_fusion merges 1 model, got 2"):
-    jaxmerge.merge(methods.arcee_fusion(), {"w": W0}, {"w": jnp.stack([W, W])})
+    jaxmerge.merge(methods.arcee_fusion(), {"w": jnp.stack([W, W])}, {"w": W0})
 
 
 # --- NearSwap and passthrough ---
@@ -168,7 +168,7 @@ NEAR = methods.nearswap(0.5)
 def test_nearswap_swaps_what_is_near(x):
   base = np.array([0.0, 0.5, -0.5, 1.0, 0.1, -0.1], np.float32)
   other = np.asarray(x, np.float32)
-  out = np.asarray(jaxmerge.blend(NEAR, {"w": jnp.stack([base, other])})["w"])
+  out = np.asarray(jaxmerge.merge(NEAR, {"w": jnp.stack([base, other])})["w"])
   near = np.abs(other - base) <= 0.5
   np.testing.assert_array_equal(out[near], other[near])
   close(np.abs(out - base)[~near], np.full((~near).sum(), 0.5))
@@ -177,17 +177,17 @@ def test_nearswap_swaps_what_is_near(x):
 def test_gradient_of_nearswap():
   """By t it is the direction, where values are far apart."""
   models = {"w": jnp.array([[0.0, 0.0, 0.0], [1.0, -1.0, 0.1]])}
-  slope = jax.jacobian(lambda t: jaxmerge.blend(methods.nearswap(), models, aux={"t": t})["w"])
+  slope = jax.jacobian(lambda t: jaxmerge.merge(methods.nearswap(), models, aux={"t": t})["w"])
   assert slope(0.5).tolist() == [1.0, -1.0, 0.0]
 
 
 def test_passthrough_takes_one_model():
-  out = jaxmerge.blend(
+  out = jaxmerge.merge(
     methods.passthrough(0.5), {"w": jnp.array([[2.0]])}, aux={"scale": {"w": 3.0}}
   )
   assert out["w"].tolist() == [6.0]
   with pytest.raises(ValueError, match="passthrough merges 1 model, got 2"):
-    jaxmerge.blend(methods.passthrough(), {"w": jnp.ones((2, 1))})
+    jaxmerge.merge(methods.passthrough(), {"w": jnp.ones((2, 1))})
 
 
 def test_the_divergence_of_nearly_equal_rows_keeps_its_digits():

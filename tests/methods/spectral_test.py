@@ -136,7 +136,7 @@ def test_gradients_are_finite():
   x = {"w": jnp.asarray(np.stack(drawn(2, 4, 5)), jnp.float32)}
   for method in EVERY:
     slope = jax.grad(
-      lambda x, m=method: jaxmerge.blend(m, x, layout=(("w", "oi"),), deltas=True)["w"].sum()
+      lambda x, m=method: jaxmerge.merge(m, x, layout=(("w", "oi"),), deltas=True)["w"].sum()
     )(x)
     assert np.isfinite(slope["w"]).all()
 
@@ -172,7 +172,7 @@ def test_gradients_of_nothing_and_of_low_rank(method):
   @jax.grad
   def slope(models):
     base = {"w": jnp.zeros((4, 5))}
-    out = jaxmerge.merge(method, base, {"w": models}, layout=(("w", "oi"),))
+    out = jaxmerge.merge(method, {"w": models}, base, layout=(("w", "oi"),))
     return jnp.sum(out["w"] * jnp.asarray(probe, jnp.float32))
 
   def of(*matrices):

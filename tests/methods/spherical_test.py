@@ -137,7 +137,7 @@ def test_models_near_each_other():
 def test_double_precision():
   with jax.enable_x64():
     x = jnp.asarray(THREE, jnp.float64)
-    out = jaxmerge.blend(methods.karcher(max_iter=100, tol=0.0), {"w": x})["w"]
+    out = jaxmerge.merge(methods.karcher(max_iter=100, tol=0.0), {"w": x})["w"]
     expected = spheres.karcher([{"w": np.array(row)} for row in THREE], (1, 1, 1))["w"]
     np.testing.assert_allclose(out, expected, atol=1e-12, rtol=0)
 
@@ -164,7 +164,7 @@ def test_a_frozen_leaf_stays_the_base():
   tau = np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32)
   models = {"w": base["w"][None] + tau, "frozen": jnp.stack([base["frozen"]] * 3)}
   for method in (methods.multislerp(), methods.model_stock()):
-    assert jaxmerge.merge(method, base, models)["frozen"].tolist() == [1.0, 2.0]
+    assert jaxmerge.merge(method, models, base)["frozen"].tolist() == [1.0, 2.0]
 
 
 @pytest.mark.parametrize(
@@ -183,7 +183,7 @@ def test_gradients_are_finite_at_zeros_equals_and_opposites(method):
   layout = (("w", "oi"),)
 
   def total(x):
-    return jaxmerge.blend(method, {"w": x}, layout=layout, deltas=True)["w"].sum()
+    return jaxmerge.merge(method, {"w": x}, layout=layout, deltas=True)["w"].sum()
 
   slope = jax.jit(jax.grad(total))
   a = np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32)
@@ -201,13 +201,13 @@ def test_gradients_are_finite_at_zeros_equals_and_opposites(method):
 def test_gradient_in_t_is_the_velocity_on_the_arc():
   """d/dt (cos(t pi / 2), sin(t pi / 2)) = pi / 2 (-sin, cos)."""
   models = {"w": jnp.eye(2)}
-  found = jax.jacobian(lambda t: jaxmerge.blend(methods.slerp(), models, aux={"t": t})["w"])(0.25)
+  found = jax.jacobian(lambda t: jaxmerge.merge(methods.slerp(), models, aux={"t": t})["w"])(0.25)
   close(found, np.pi / 2 * np.array([-np.sin(np.pi / 8), np.cos(np.pi / 8)]))
 
 
 def test_t_may_differ_by_leaf():
   models = {"a": jnp.asarray([A, B]), "b": jnp.asarray([A, B])}
-  out = jaxmerge.blend(methods.slerp(), models, aux={"t": {"a": 0.0, "b": 1.0}})
+  out = jaxmerge.merge(methods.slerp(), models, aux={"t": {"a": 0.0, "b": 1.0}})
   assert (out["a"].tolist(), out["b"].tolist()) == (A, B)
 
 

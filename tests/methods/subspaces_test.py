@@ -159,7 +159,7 @@ def test_low_ranks_zeros_and_empty_matrices(method):
 
 def test_without_a_view_signs_are_elected():
   x = {"w": jnp.array([[1.0, -1.0, 2.0], [1.0, 2.0, -2.0]]), "kernel": jnp.ones((2, 1, 2))}
-  found = jaxmerge.blend(methods.drm(), x, deltas=True)["w"]
+  found = jaxmerge.merge(methods.drm(), x, deltas=True)["w"]
   close(found, [1.0, 2.0, 2.0])
 
 
@@ -187,7 +187,7 @@ def test_directions_of_adapters_are_those_that_they_have(name):
 
   def far(tau, tol):
     options = {"aux": {"rank_tol": tol}, "layout": (("w", "oi"),)}
-    found = np.asarray(jaxmerge.blend(method, {"w": jnp.asarray(tau)}, **options, deltas=True)["w"])
+    found = np.asarray(jaxmerge.merge(method, {"w": jnp.asarray(tau)}, **options, deltas=True)["w"])
     return np.linalg.norm(found - expected) / np.linalg.norm(expected)
 
   assert far(exact, 1e-6) < 1e-5
@@ -204,7 +204,7 @@ def test_drm_drops_of_the_directions_that_there_are(direction, rate):
   rng = np.random.default_rng(3)
   left, right = rng.normal(size=(2, 8, 2)), rng.normal(size=(2, 2, 10))
   x = {"w": jnp.asarray(left @ right, jnp.float32)}
-  found = jaxmerge.blend(methods.drm(1.0, rate, direction), x, layout=(("w", "oi"),), deltas=True)
+  found = jaxmerge.merge(methods.drm(1.0, rate, direction), x, layout=(("w", "oi"),), deltas=True)
   close(
     found["w"], transcribed.drm(list(np.asarray(x["w"], np.float64)), rate, direction), atol=1e-5
   )

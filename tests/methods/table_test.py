@@ -164,7 +164,7 @@ def test_vmap_over_numbers_is_a_loop_and_grad_is_the_slope(group):
     base = given[n][0]
     aux = {**aux, **({"scale": scale} if scaled[n] else {})}
     out = jaxmerge.merge(
-      TABLE[n].method, base, stretched(n, stretch), aux=aux, **TABLE[n].options()
+      TABLE[n].method, stretched(n, stretch), base, aux=aux, **TABLE[n].options()
     )
     return jnp.sum((out["matrix"] - base["matrix"]) * probe), out
 
@@ -266,7 +266,7 @@ def test_two_four_and_eight_devices(group, layout):
       @jax.jit
       def run(spreads):
         return {
-          n: jaxmerge.merge(TABLE[n].method, base, models, aux=aux, **TABLE[n].options())
+          n: jaxmerge.merge(TABLE[n].method, models, base, aux=aux, **TABLE[n].options())
           for n, (base, models, aux) in spreads.items()
         }
 
@@ -295,7 +295,7 @@ def test_slices_give_the_bits_of_whole_leaves(name):
   row = TABLE[name]
   group = next(g for g, names in GROUPS.items() if name in names)
   base, models, _ = few(group)[0][name]
-  found = streaming.merge_slices(row.method, base, models, entries=48, **row.options())
+  found = streaming.merge_slices(row.method, models, base, entries=48, **row.options())
   alike(name, found, few(group)[1][name])
 
 
@@ -321,7 +321,7 @@ def test_two_layouts_give_one_model():
     return {
       n: {
         view: jaxmerge.merge(
-          TABLE[n].method, *jax.tree.map(show, own), **TABLE[n].options(layout=(("m", view),))
+          TABLE[n].method, *jax.tree.map(show, own)[::-1], **TABLE[n].options(layout=(("m", view),))
         )["matrix"]
         for view, show in shown.items()
         if n in MAIN or view in flat
@@ -420,12 +420,12 @@ def test_a_method_that_acts_on_no_leaf_merges_none():
     none = stage.masked(row.method, lambda leaf: False)
     base, models = row.trees(small.ALL)
     if row.height == 1:
-      own = jaxmerge.merge(none, base, models, **row.options())
+      own = jaxmerge.merge(none, models, base, **row.options())
       small.close(own, {m: x[0] if m != "steps" else base[m] for m, x in models.items()})
       return
     for merge in (jaxmerge.merge, streaming.merge_slices):
       with pytest.raises(ValueError, match=f"no combiner touched leaf '.*': {row.height} models"):
-        merge(none, base, models, **row.options())
+        merge(none, models, base, **row.options())
 
   check_each(TABLE, check)
 
@@ -439,12 +439,14 @@ def test_beside_another_a_method_that_acts_on_no_leaf_does_nothing():
   given = {n: r.trees(small.FEW) for n, r in TABLE.items()}
   for name in [n for n, r in TABLE.items() if any(step.unit == "matrix" for step in r.method)]:
     with pytest.raises(ValueError, match="restricted to leaves of which there are none"):
-      jaxmerge.merge(both[name], *given.pop(name), **TABLE[name].options())
+      jaxmerge.merge(both[name], *given.pop(name)[::-1], **TABLE[name].options())
   assert len(given) < len(both)
 
   @jax.jit
   def run(given):
-    return {n: jaxmerge.merge(both[n], *own, **TABLE[n].options()) for n, own in given.items()}
+    return {
+      n: jaxmerge.merge(both[n], *own[::-1], **TABLE[n].options()) for n, own in given.items()
+    }
 
   found = jax.device_get(run(given))
   for n, (base, models) in given.items():
@@ -498,7 +500,7 @@ def test_weights_are_task_vectors_from_zero(name):
   row = TABLE[name]
   base, models, out = eager(name)
   models = {**models, "steps": np.stack([base["steps"]] * row.height)}
-  found = jax.tree.map(np.asarray, jaxmerge.blend(row.method, models, **row.options()))
+  found = jax.tree.map(np.asarray, jaxmerge.merge(row.method, models, **row.options()))
   # Sums of floats are added as each program does: a coefficient may differ in its last bit.
   sums = any(isinstance(s, stage.Sum) for step in row.method for s in step.statistics)
   small.close(found, out, 4 * rounding.EPS) if sums else small.same(found, out)
@@ -547,6 +549,6 @@ def test_matrices_without_columns_are_passed_by(name):
   models = {n: np.stack([x + k for k in range(row.height)]) for n, x in base.items()}
   options = row.options(layout=(("n", "oi"),))
   out = merged(row, base, models, layout=options["layout"])
-  found = streaming.merge_slices(row.method, base, models, **options)
+  found = streaming.merge_slices(row.method, models, base, **options)
   assert out["none"].shape == found["none"].shape == (3, 0)
   small.close(found, out)

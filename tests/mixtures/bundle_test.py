@@ -65,7 +65,7 @@ def test_consensus_counts_tall_masks():
   masks = np.asarray(example(mixtures_masks.tall_masks, threshold=0.3).masks["w"])
   x = {"w": jnp.asarray(TAU)}
   found = methods.consensus(1.0, 0.3)
-  kept = np.asarray(jaxmerge.blend(found, x, deltas=True)["w"]) != 0
+  kept = np.asarray(jaxmerge.merge(found, x, deltas=True)["w"]) != 0
   assert (kept == (masks.sum(axis=0) >= 2)).all()
 
 

@@ -54,9 +54,9 @@ def test_a_recipe_is_the_method(family, tmp_path, monkeypatch, name):
   method, stack = getattr(methods, name)(**settings), jaxmerge.stack(models[:count])
   options = {"names": [f"m{k}" for k in range(count)], "seed": 7 if METHODS[name].random else None}
   if METHODS[name].base == "required":
-    expected = jaxmerge.merge(method, base, stack, **options)
+    expected = jaxmerge.merge(method, stack, base, **options)
   else:
-    expected = jaxmerge.blend(method, stack, **options)
+    expected = jaxmerge.merge(method, stack, **options)
   small.close(found, {n: np.asarray(x) for n, x in expected.items()}, 2e-5)
 
 
@@ -75,7 +75,7 @@ parameters: {{score: rms, prune: highest, prune_ratio: 0.5}}
     execute.run(planner.of_file(tmp_path / "recipe.yml", Files()), tmp_path / "out")
   )
   method = methods.lwptv(0.5, weight=(2.0, 1.0), score="rms", prune="highest")
-  expected = jaxmerge.merge(method, base, jaxmerge.stack(models[:2]), names=["m0", "m1"])
+  expected = jaxmerge.merge(method, jaxmerge.stack(models[:2]), base, names=["m0", "m1"])
   small.close(found, {n: np.asarray(x) for n, x in expected.items()})
 
 

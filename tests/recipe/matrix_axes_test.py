@@ -90,7 +90,7 @@ def test_files_lie_as_models_in_memory_do(tmp_path, monkeypatch):
   """Experts are a matrix each, an embedding is none; dry run and provenance say so."""
   monkeypatch.chdir(tmp_path)
   base, *models = models_of(SHAPES)
-  expected = jaxmerge.merge(methods.tsv(), base, models)
+  expected = jaxmerge.merge(methods.tsv(), models, base)
   plan = plan_of(TSV)
   line = "2 boi (experts), 1 no matrix (lookup), 1 no matrix (vector), 1 oi (weight)"
   assert f"  outputs and inputs: {line}" in describe.described(plan, shard_size=10**9)
@@ -115,7 +115,7 @@ def test_what_is_open_is_refused_with_the_lines_to_add(tmp_path, monkeypatch):
   with pytest.raises(RecipeError, match="view must have a letter for each axis"):
     plan_of(f"{TSV}layout: [{item}]")  # Which view is right, who knows the model says.
   found = run(f"{TSV}layout: [{item.replace('bio|boi|none', 'boi')}]")
-  expected = jaxmerge.merge(methods.tsv(), base, models, layout=[("w1", "boi")])
+  expected = jaxmerge.merge(methods.tsv(), models, base, layout=[("w1", "boi")])
   for name, x in expected.items():
     np.testing.assert_allclose(found[name], x, atol=2e-5)
   with pytest.raises(ValueError, match="neither name nor shape"):

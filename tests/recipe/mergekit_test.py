@@ -95,8 +95,8 @@ def merged(case, trees, numbers=None):
   stack = {n: np.stack([trees[m][n] for m in models]) for n in trees["base"]}
   options = {"aux": {**own, **(numbers or {})}, "layout": layout(trees["base"])}
   if translation.raw:
-    return jaxmerge.blend(method, stack, **options)
-  return jaxmerge.merge(method, trees["base"], stack, **options)
+    return jaxmerge.merge(method, stack, **options)
+  return jaxmerge.merge(method, stack, trees["base"], **options)
 
 
 def alone(trees, tensor):

@@ -35,8 +35,8 @@ def test_a_recipe_is_the_method(family):
   base, first, second, _ = family
   expected = jaxmerge.merge(
     methods.ties(weight=(1.0, 0.5)),
-    base,
     jaxmerge.stack([first, second]),
+    base,
     names=["m0", "m1"],
     aux={"density": (0.5, 0.3)},
   )
@@ -55,7 +55,7 @@ models: [{model: m0, parameters: {weight: 1, density: [0.2, 0.4, 1.0]}}]
     name = f"model.layers.{i}.mlp.up_proj.weight"
     own_base, own = ({name: t[name]} for t in (base, first))
     out = jaxmerge.merge(
-      methods.ties(density, scope="leaf"), own_base, {name: own[name][None]}, names=["m0"]
+      methods.ties(density, scope="leaf"), {name: own[name][None]}, own_base, names=["m0"]
     )
     small.close({name: found[name]}, out)
 
@@ -80,7 +80,7 @@ parameters:
   np.testing.assert_allclose(found[up.format(0)], base[up.format(0)], atol=1e-6)
   np.testing.assert_allclose(found[up.format(2)], first[up.format(2)], atol=1e-6)
   pair = {"w": np.stack([t[up.format(1)] for t in (base, first)])}
-  small.close({"w": found[up.format(1)]}, jaxmerge.blend(methods.slerp(0.5), pair))
+  small.close({"w": found[up.format(1)]}, jaxmerge.merge(methods.slerp(0.5), pair))
 
 
 def test_layers_are_stacked(family):
@@ -155,8 +155,8 @@ def test_compat_has_mergekits_thresholds(family):
   base, first, second, _ = family
   expected = jaxmerge.merge(
     methods.ties(weight=(1.0, 0.5), scope="leaf", rule="exact", zero_sum="plus"),
-    base,
     jaxmerge.stack([first, second]),
+    base,
     names=["m0", "m1"],
     aux={"density": (0.5, 0.3)},
   )
@@ -336,9 +336,9 @@ def test_recipes_build_on_each_other(family, capsys):
   assert "  tensors: 12 merged, 1 copied, 0 dropped\n" in after
   assert "in all: 11.3 kB read, 3.78 kB written, memory " in after
   assert main.main(["merge", "recipe.yml", "out"]) == 0
-  mean = jaxmerge.blend(methods.average(), jaxmerge.stack([first, second]))
+  mean = jaxmerge.merge(methods.average(), jaxmerge.stack([first, second]))
   pair = jaxmerge.stack([{n: np.asarray(x) for n, x in mean.items()}, third])
-  small.close(folders.read(pathlib.Path("out")), jaxmerge.blend(methods.slerp(0.25), pair))
+  small.close(folders.read(pathlib.Path("out")), jaxmerge.merge(methods.slerp(0.25), pair))
   assert [p.name for p in pathlib.Path().glob(".*")] == [".out.1.mean.stage"]
   told = json.loads(pathlib.Path("out/jaxmerge_provenance.json").read_text())
   earlier = told["earlier"]["mean"]
@@ -497,7 +497,7 @@ def test_ties_of_what_a_recipe_makes_are_known_before_it_is_made(family, capsys)
   mean = (first["model.embed_tokens.weight"] + second["model.embed_tokens.weight"]) / 2
   pair = {name: np.stack([third[name], mean])}
   small.close(
-    {name: folders.read(pathlib.Path("out"))[name]}, jaxmerge.blend(methods.slerp(0.25), pair)
+    {name: folders.read(pathlib.Path("out"))[name]}, jaxmerge.merge(methods.slerp(0.25), pair)
   )
 
 
@@ -529,8 +529,8 @@ models:
 """)
   expected = jaxmerge.merge(
     methods.dare(0.6, weight=0.5, scale=1.0),
-    base,
     jaxmerge.stack([first, second]),
+    base,
     names=["m0", "m1"],
     aux={"seed": 0},
   )

@@ -32,7 +32,7 @@ def test_a_score_that_says_nothing_leaves_the_merge():
   base, models = family()
   found = hi_merging(base, models, lambda params, k: 1.0, grid=FEW)
   method = stage.chain(methods.elected(reduce="sum"))
-  expected = jaxmerge.merge(method, base, models)
+  expected = jaxmerge.merge(method, models, base)
   for n in base:
     close(found.params[n], expected[n])
   assert found.steps == []
@@ -57,7 +57,7 @@ def test_a_layer_that_is_in_the_way_gives_way():
   def score(params, k):
     return -float(jnp.sum((params["head/w"] - (1.0 + k)) ** 2))
 
-  before = jaxmerge.merge(methods.elected(reduce="sum"), base, models)
+  before = jaxmerge.merge(methods.elected(reduce="sum"), models, base)
   found = hi_merging(base, models, score, grid=(1.0,))
   assert found.score > np.mean([score(before, k) for k in range(2)])
   assert [step[0] for step in found.steps] == ["head"]
@@ -74,7 +74,7 @@ def test_a_search_never_loses(seed, most):
     return far(params, targets[k])
 
   found = hi_merging(base, models, score, grid=(1.0,), most=most)
-  plain = jaxmerge.merge(methods.elected(reduce="sum"), base, models)
+  plain = jaxmerge.merge(methods.elected(reduce="sum"), models, base)
   assert found.score >= np.mean([score(plain, k) for k in range(3)])
   assert found.score == pytest.approx(np.mean([score(found.params, k) for k in range(3)]))
   assert most is None or len(found.steps) <= most

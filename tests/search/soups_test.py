@@ -189,7 +189,7 @@ def test_lcsc_comes_near_what_the_checkpoints_span():
   best = list(itertools.accumulate((found for _, found in start.tried), max))
   assert start.score == best[-1]
   decay = methods.checkpoint_average("ema", 0.5)
-  close(memory.blend(decay, models)["w"], MODELS.T @ start.tried[0][0])
+  close(memory.merge(decay, models)["w"], MODELS.T @ start.tried[0][0])
 
 
 def test_bad_scores_are_refused():

@@ -18,13 +18,13 @@ TAU = np.array(
 def merged(method, tau=TAU, **options):
   """The merged task vector of models with one leaf, whose base is zero."""
   tau = jnp.asarray(tau, jnp.float32)
-  return np.asarray(jaxmerge.merge(method, {"w": tau[0] * 0}, {"w": tau}, **options)["w"])
+  return np.asarray(jaxmerge.merge(method, {"w": tau}, {"w": tau[0] * 0}, **options)["w"])
 
 
 def blended(method, x, **options):
   """The blend of models with one leaf."""
   stack = {"w": jnp.asarray(x, jnp.float32)}
-  return np.asarray(jaxmerge.blend(method, stack, deltas=True, **options)["w"])
+  return np.asarray(jaxmerge.merge(method, stack, deltas=True, **options)["w"])
 
 
 def close(x, y, atol=1e-6):

@@ -214,7 +214,7 @@ def merges(directory):
 
   for method in (methods.ties(0.3), methods.dare(0.4, 0.5), methods.task_arithmetic(0.5)):
     seed = {"seed": 11} if "seed" in jaxmerge.core.stage.numbers(method) else {}
-    for _, leaf in sorted(meshes.fetch(jaxmerge.merge(method, own, stacks, **seed)).items()):
+    for _, leaf in sorted(meshes.fetch(jaxmerge.merge(method, stacks, own, **seed)).items()):
       digest.update(np_bytes(leaf))
   return digest
 

@@ -15,7 +15,7 @@ B = np.array([[0.0, 0, 1], [0, 2, 0]])
 
 def merged(method, matrices, view="oi"):
   tau = jnp.asarray(np.stack(matrices), jnp.float32)
-  found = jaxmerge.merge(method, {"w": tau[0] * 0}, {"w": tau}, layout=(("w", view),))
+  found = jaxmerge.merge(method, {"w": tau}, {"w": tau[0] * 0}, layout=(("w", view),))
   return np.asarray(found["w"])
 
 

@@ -52,7 +52,7 @@ def eager(name):
 
 def merged(row, base, models, **options):
   return jax.tree.map(
-    np.asarray, jaxmerge.merge(row.method, base, models, **row.options(**options))
+    np.asarray, jaxmerge.merge(row.method, models, base, **row.options(**options))
   )
 
 
@@ -68,7 +68,7 @@ def program(names):
   @jax.jit
   def run(given):
     return {
-      n: jaxmerge.merge(TABLE[n].method, base, models, aux=aux, **TABLE[n].options())
+      n: jaxmerge.merge(TABLE[n].method, models, base, aux=aux, **TABLE[n].options())
       for n, (base, models, aux) in given.items()
     }
 

@@ -42,7 +42,7 @@ def test_a_round_merges_what_was_tuned(tuned, name, at_once):
   start, tasks, copies = tuned
   method = KINDS[name]
   seed = {"seed": int(loop._seed(0, 0))} if name == "della" else {}
-  expected = jaxmerge.merge(method, start, copies, names=NAMES, layout=LAYOUT, **seed)
+  expected = jaxmerge.merge(method, copies, start, names=NAMES, layout=LAYOUT, **seed)
   found = loop.tune_and_merge(
     small.network,
     start,
@@ -97,7 +97,7 @@ def test_a_round_merges_by_each_method_of_the_catalog():
     copies, _ = finetune.experts(network, start, tasks, plain, mesh=one)
     method = group["method"]
     seed = {"seed": int(loop._seed(0, 0))} if "seed" in stage.numbers(method) else {}
-    expected = jaxmerge.merge(method, start, copies, names=NAMES, layout=LAYOUT, **seed)
+    expected = jaxmerge.merge(method, copies, start, names=NAMES, layout=LAYOUT, **seed)
     found = loop.tune_and_merge(network, start, tasks, method, plain, mesh=one, layout=LAYOUT)
     small.assert_close(found.params, expected, rtol=1e-5, atol=1e-6)
     for name, own in expected.items():

@@ -175,7 +175,7 @@ def test_merged_losses_of_convex_tasks_are_below_the_mean_of_the_copies():
   copies, _ = finetune.experts(
     small.quadratic, start, tasks, chosen, loss=small.as_given, mesh=meshes.make(1)
   )
-  merged = np.asarray(jaxmerge.merge(methods.average(), start, copies)["theta"])
+  merged = np.asarray(jaxmerge.merge(methods.average(), copies, start)["theta"])
 
   def total(theta):
     return sum(0.5 * (theta - p) @ m @ (theta - p) for m, p in zip(a, c, strict=True))
@@ -225,7 +225,7 @@ def test_one_round_is_task_arithmetic_with_one_over_n():
   copies, _ = finetune.experts(
     small.quadratic, start, tasks, chosen, loss=small.as_given, mesh=meshes.make(1)
   )
-  once = jaxmerge.merge(methods.task_arithmetic(scale=0.5), start, copies)["theta"]
+  once = jaxmerge.merge(methods.task_arithmetic(scale=0.5), copies, start)["theta"]
   np.testing.assert_allclose(run(A, C, START, chosen), once, rtol=1e-14)
 
 
