@@ -1,7 +1,7 @@
 """Look-ups in the table of published methods. Free of jax.
 
-Factories read defaults and ranges here, so do configs, error messages, `jaxmerge methods` and the
-README: a fact about a method stands in one place.
+Factories check their arguments here; configs, error messages, `jaxmerge methods` and the docs read
+defaults and ranges. A test holds the defaults in the signatures of factories against it.
 """
 
 from __future__ import annotations

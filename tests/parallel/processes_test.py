@@ -86,7 +86,7 @@ def test_killed_again_and_again_either_of_two(child, whole, tmp_path):
   events = answers[0]["events"]
   renames = [i + 1 for i, e in enumerate(events) if e.startswith("os.rename")]
   moments, kills, run = random.Random(0), 0, 0
-  while kills < 20:
+  while kills < 10:
     directory = tmp_path / str(run)
     for k in range(5):
       which = (run + k) % 2
