@@ -231,4 +231,4 @@ def decompositions(method, height):
       total += times * (inner + (name == "svd"))
     return total
 
-  return count(jax.make_jaxpr(merge)({"w": models["w"][0]}, models).jaxpr)
+  return count(jax.make_jaxpr(merge)(models, {"w": models["w"][0]}).jaxpr)

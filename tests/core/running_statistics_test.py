@@ -189,8 +189,8 @@ def test_a_result_that_its_dtype_cannot_hold_is_refused(merge):
   with pytest.raises(
     ValueError, match=r"'w': the result has NaN or infinity, .* float16 cannot hold"
   ):
-    merge(methods.task_arithmetic(2.0), base, models)
-  assert merge(methods.average(), base, models)["w"][0] == 61504
+    merge(methods.task_arithmetic(2.0), models, base)
+  assert merge(methods.average(), models, base)["w"][0] == 61504
 
 
 def test_complex_numbers_are_copied_where_they_are_equal_and_else_refused():

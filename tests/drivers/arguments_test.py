@@ -94,7 +94,7 @@ MISTAKES = {
     lambda: jaxmerge.merge(MEAN, [*TREES[:2], *narrowed(TREES[2:])], BASE),
     "'dense/bias' is in the base but not in model 2",
   ),
-  "no base": (lambda: jaxmerge.merge(MEAN, STACK, None), r"blend\(method, models\) merges without"),
+  "no base": (lambda: jaxmerge.merge(MEAN, STACK, {}), r"merge\(method, models\) merges without"),
   "no models": (lambda: jaxmerge.merge(MEAN, [], BASE), "the models must be a tree of arrays"),
   "paths": (lambda: jaxmerge.merge(MEAN, ["a"], "base"), "the base must be a tree .* not str"),
   "numbers": (lambda: jaxmerge.merge(MEAN, [{"w": 2.0}], {"w": 1.0}), "leaf 'w' .* is float"),

@@ -154,9 +154,9 @@ def test_a_merge_in_memory_is_that_of_the_library():
   assert [p.name for p in programs] == ["merge in memory", "streamed merged"]
   lowered = programs[0].lower()
   draw = np.random.default_rng(0).standard_normal
-  base, models = jax.tree.map(lambda x: draw(x.shape, x.dtype), lowered.in_avals[0])
+  models, base = jax.tree.map(lambda x: draw(x.shape, x.dtype), lowered.in_avals[0])
   compiled = lowered.compile()
-  found = compiled(*jax.device_put((base, models), compiled.input_shardings[0]))
+  found = compiled(*jax.device_put((models, base), compiled.input_shardings[0]))
   wanted = jaxmerge.merge(jaxmerge.methods.task_arithmetic(scale=0.3), models, base)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), found, wanted)
 

@@ -141,7 +141,9 @@ def test_what_the_driver_writes_is_as_recorded(tmp_path):
   record = inspection.checked(inspection.described(out))
   assert record["check"] == {"same": 4, "changed": [], "missing": [], "added": []}
   assert set(record["provenance"]["inputs"]) == {"the base", str(paths[1]), str(paths[2])}
-  assert "input the base: 3 base of job 1, 1 copied from the base" in inspection_text.text(record)
+  assert "input the base: 3 base of average, job 1, 1 copied from the base" in inspection_text.text(
+    record
+  )
 
 
 @pytest.mark.parametrize("tensors", [None, [], {"w": None}, {"w": {"sha": "0"}}])

@@ -417,7 +417,7 @@ def test_a_disk_that_fills_later_is_named_and_nothing_is_lost(
     assert main.main(command) == 1
   err = capsys.readouterr().err
   assert "Disk quota exceeded; what was finished is kept" in err
-  assert f".out.merging/{file}'" in err
+  assert f".out.merging/{file}:" in err
   assert not pathlib.Path("out").exists()
   written = []
   monkeypatch.setattr(shard_writer.Growing, "add", counted(shard_writer.Growing.add, written))
@@ -446,7 +446,7 @@ def test_a_small_file_that_has_no_room_is_named(family, capsys, file):
   assert main.main(command) == 1
   err = capsys.readouterr().err
   assert "No space left on device; what was finished is kept" in err
-  assert f".out.merging/{file}'" in err
+  assert f".out.merging/{file}:" in err
   (part / file).unlink()
   assert main.main(command) == 0
 

@@ -53,7 +53,7 @@ def test_columns_of_zeros_count_as_not_turned():
 
 
 def test_weights_of_columns_need_a_base():
-  with pytest.raises(ValueError, match="widen compares with a base; run it by merge, not by blend"):
+  with pytest.raises(ValueError, match="widen compares with a base, but there is none"):
     jaxmerge.merge(methods.widen(), {"w": jnp.asarray(MOVED)}, layout=(("w", "oi"),), deltas=True)
 
 

@@ -152,7 +152,7 @@ def test_each_entry_is_the_bases_or_the_models():
 
 
 def test_fusion_needs_a_base_and_one_model():
-  with pytest.raises(ValueError, match="arcee_fusion compares with a base; run it by merge"):
+  with pytest.raises(ValueError, match="arcee_fusion compares with a base, but there is none"):
     jaxmerge.merge(methods.arcee_fusion(), {"w": W[None]}, deltas=True)
   with pytest.raises(ValueError, match="arcee_fusion merges 1 model, got 2"):
     jaxmerge.merge(methods.arcee_fusion(), {"w": jnp.stack([W, W])}, {"w": W0})

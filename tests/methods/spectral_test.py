@@ -189,8 +189,8 @@ def test_gradients_of_nothing_and_of_low_rank(method):
 def test_where_singular_values_are_equal_iso_c_has_a_gradient():
   """Near I the flattened matrix is I (1 + tr dx / n) + (dx - dx^T) / 2."""
   probe = jnp.asarray(drawn(1, 4, 4)[0], jnp.float32)
-  blend = functools.partial(jaxmerge.blend, methods.iso_c(), layout=(("w", "oi"),), deltas=True)
-  slope = jax.grad(lambda x: jnp.sum(blend({"w": x[None]})["w"] * probe))(jnp.eye(4))
+  merge = functools.partial(jaxmerge.merge, methods.iso_c(), layout=(("w", "oi"),), deltas=True)
+  slope = jax.grad(lambda x: jnp.sum(merge({"w": x[None]})["w"] * probe))(jnp.eye(4))
   close(slope, jnp.trace(probe) / 4 * jnp.eye(4) + (probe - probe.T) / 2, atol=1e-5)
 
 
@@ -198,8 +198,8 @@ def test_where_singular_values_are_equal_iso_c_has_a_gradient():
 def test_decompositions_come_one_after_the_other(method):
   """A batch of them waits for threads of the pool it runs in; two batches wait for ever."""
   x = {"w": jnp.ones((4, 3, 6, 5))}
-  blend = functools.partial(jaxmerge.blend, method, layout=(("w", "boi"),), deltas=True)
-  found = equations(jax.make_jaxpr(blend)(x).jaxpr)
+  merge = functools.partial(jaxmerge.merge, method, layout=(("w", "boi"),), deltas=True)
+  found = equations(jax.make_jaxpr(merge)(x).jaxpr)
   shapes = [e.invars[0].aval.shape for e in found if e.primitive.name == "svd"]
   assert shapes
   assert all(len(shape) == 2 for shape in shapes)
@@ -231,9 +231,9 @@ def test_products_bring_singular_values_to_one(shape):
 
 def test_products_alone_need_no_decomposition():
   x = {"w": jnp.ones((4, 6, 5))}
-  blend = functools.partial(jaxmerge.blend, layout=(("w", "oi"),), deltas=True)
-  text = str(jax.make_jaxpr(lambda x: blend(methods.iso_c(polar="products"), x))(x))
+  merge = functools.partial(jaxmerge.merge, layout=(("w", "oi"),), deltas=True)
+  text = str(jax.make_jaxpr(lambda x: merge(methods.iso_c(polar="products"), x))(x))
   assert "svd" not in text
-  slope = jax.grad(lambda x: blend(methods.iso_c(polar="products"), x)["w"].sum())
+  slope = jax.grad(lambda x: merge(methods.iso_c(polar="products"), x)["w"].sum())
   for value in (0.0, 1.0):
     assert np.isfinite(slope({"w": value * x["w"]})["w"]).all()

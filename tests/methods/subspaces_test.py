@@ -213,8 +213,8 @@ def test_drm_drops_of_the_directions_that_there_are(direction, rate):
 @pytest.mark.parametrize("direction", ["vertical", "horizontal"])
 def test_drm_decomposes_the_models_together_and_sorts_nothing(direction):
   x = {"w": jnp.ones((4, 3, 6, 5))}
-  blend = functools.partial(jaxmerge.blend, methods.drm(direction=direction), deltas=True)
-  traced = jax.make_jaxpr(functools.partial(blend, layout=(("w", "boi"),)))(x)
+  merge = functools.partial(jaxmerge.merge, methods.drm(direction=direction), deltas=True)
+  traced = jax.make_jaxpr(functools.partial(merge, layout=(("w", "boi"),)))(x)
   found = equations(traced.jaxpr)
   shapes = {e.invars[0].aval.shape for e in found if e.primitive.name == "svd"}
   assert shapes == {{"vertical": (5, 24), "horizontal": (6, 20)}[direction]}
