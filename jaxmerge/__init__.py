@@ -8,6 +8,7 @@ if TYPE_CHECKING:  # For type checkers and editors; at run time each name loads 
   from jaxmerge.core.tree import unstack as unstack
   from jaxmerge.drivers.memory import merge as merge
   from jaxmerge.files.merge import merge_files as merge_files
+  from jaxmerge.recipe.run import merge_recipe as merge_recipe
   from jaxmerge.tasks.task import Split as Split
   from jaxmerge.tasks.task import Task as Task
   from jaxmerge.training.loop import tune_and_merge as tune_and_merge
@@ -16,6 +17,7 @@ if TYPE_CHECKING:  # For type checkers and editors; at run time each name loads 
 _HOMES = {
   "merge": "jaxmerge.drivers.memory",
   "merge_files": "jaxmerge.files.merge",
+  "merge_recipe": "jaxmerge.recipe.run",
   "stack": "jaxmerge.core.tree",
   "unstack": "jaxmerge.core.tree",
   "tune_and_merge": "jaxmerge.training.loop",

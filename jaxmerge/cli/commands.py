@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
+import functools
 import json
 import os
 import pathlib
-import shutil
-from collections.abc import Sequence
 from typing import Any  # A config, and a plan, are imported only by commands that have one.
 
 from jaxmerge.cli import progress
@@ -107,33 +105,41 @@ def fake_devices(count: int | None) -> None:
 def merge(options: argparse.Namespace, config: Any) -> None:
   """Merges the models of a recipe; recipes that others build on are merged beside, and removed."""
   from jaxmerge.evaluation import external
-  from jaxmerge.files import describe, estimate
-  from jaxmerge.io.huggingface import shard_writer
+  from jaxmerge.files import describe, estimate, outcomes
+  from jaxmerge.io.huggingface import folder, shard_writer
   from jaxmerge.io.tensors import tensor
-  from jaxmerge.recipe import errors
+  from jaxmerge.recipe import errors, run
 
-  out, files = pathlib.Path(options.out), tensor.Files()
+  out, files, wrong = pathlib.Path(options.out), tensor.Files(), list[Exception]()
+  with errors.noted(wrong):
+    evaluate = None if options.evaluate is None else external.command(options.evaluate)
+  settings = run.Settings(
+    replace=options.replace,
+    resume=options.resume == "auto",
+    download=options.download,
+    strict=options.strict,
+    compat=options.compat,
+    shard_size=options.shard_size,
+    nonfinite=options.allow_nonfinite,
+    out_format=options.out_format,
+  )
   # All that is wrong is told before jax is imported, and all that is lacking fetched.
-  plan, stages, full = _planned(options, out, files)
-  evaluate = None if options.evaluate is None else external.command(options.evaluate)
+  planned = run.plan(options.recipe, out, settings, files, noted=wrong)
   if options.dry_run:
     size, kind = options.shard_size, options.out_format
-    progress.tell("\n".join(describe.described(plan, shard_size=size, out_format=kind)))
+    progress.tell("\n".join(describe.described(planned.plan, shard_size=size, out_format=kind)))
     if (free := shard_writer.free(out)) is not None:
       progress.tell(f"disk: {estimate.size(free)} free")
     if evaluate is not None:
       progress.tell(f"then: {options.evaluate}")
-  errors.check(full)
+  errors.check(planned.full)
   if options.dry_run:
     return
   joined(options, None)
-  from jaxmerge.files import outcomes
-  from jaxmerge.io.huggingface import folder
   from jaxmerge.parallel import processes
 
-  # Recipes that it builds on are merged beside OUT, and removed: they are under its lock as well.
-  with shard_writer.locked(out) if processes.first() else contextlib.nullcontext():
-    plan = _executed(options, plan, stages, files)
+  with progress.bars() as show:
+    plan = run.execute(planned, files, functools.partial(progress.counted, show))
   if not processes.first():
     return
   facts = folder.provenance(out)
@@ -145,106 +151,6 @@ def merge(options: argparse.Namespace, config: Any) -> None:
   progress.tell(f"merged: {out}")
   if evaluate is not None:
     progress.tell(f"evaluated: {progress.numbers(external.evaluated(out, evaluate))}")
-
-
-def _executed(
-  options: argparse.Namespace, plan: Any, stages: Sequence[pathlib.Path], files: Any
-) -> Any:
-  """Merges the recipes that a plan builds on, then what the plan says; returns it, now with all."""
-  from jaxmerge.files import estimate, execute, inputs, resume
-  from jaxmerge.files import plan as plans
-  from jaxmerge.parallel import processes
-  from jaxmerge.recipe.plan import planner
-
-  settings = {"shard_size": options.shard_size, "resume": options.resume == "auto"}
-  settings["nonfinite"] = options.allow_nonfinite
-  with progress.bars() as show:
-    left = iter(stages)
-
-    def made(name: str, plan: plans.Plan) -> plans.Model:
-      stage = next(left)
-      kind = options.shard_size, "safetensors", options.allow_nonfinite
-      if not resume.holds(stage, plan, *kind):
-        told = progress.counted(show, name, estimate.work(plan))
-        execute.run(plan, stage, replace=True, progress=told, **settings)
-        resume.vouch(stage, plan, *kind[:2])
-      files.forget(stage)
-      return inputs.open_model(stage, files, name=name, home=name)
-
-    if stages:
-      plan = planner.of_file(
-        options.recipe, files, made, strict=options.strict, compat=options.compat
-      )
-    told = progress.counted(show, "merging", estimate.work(plan, options.out_format))
-    settings |= {"out_format": options.out_format, "replace": options.replace, "locked": True}
-    execute.run(plan, pathlib.Path(options.out), progress=told, **settings)
-  for stage in stages if processes.first() else ():
-    if stage.exists():  # Else they were removed by a merge that was killed at this line.
-      shutil.rmtree(stage)
-  return plan
-
-
-def _planned(
-  options: argparse.Namespace, out: pathlib.Path, files: Any
-) -> tuple[Any, list[pathlib.Path], list[Exception]]:
-  """The plan of a merge, where the recipes that it builds on are merged, and if the disk is full.
-
-  What is wrong with recipe, models and the place of the result is told at once.
-  """
-  from jaxmerge.evaluation import external
-  from jaxmerge.files import estimate, inputs, resume
-  from jaxmerge.files import plan as plans
-  from jaxmerge.io.checkpoints import arrays
-  from jaxmerge.io.disk import atomic, locks
-  from jaxmerge.io.huggingface import shard_writer
-  from jaxmerge.recipe import errors
-  from jaxmerge.recipe.plan import planner
-
-  if options.out_format == "orbax":
-    arrays.check_path(out)
-  atomic.check_name(out)  # All places beside it are made of its name.
-  locks.check(out, shard_writer.running(out))  # What lies there and beside is that merge's.
-  stages: dict[str, tuple[pathlib.Path, plans.Plan]] = {}
-  found: list[Exception] = []
-  made: list[plans.Plan] = []
-  done: set[str] = set()
-
-  def foreseen(name: str, plan: plans.Plan) -> plans.Model:
-    place = shard_writer.stage_of(out, name)
-    stages[name] = place, plan
-    kind = options.shard_size, "safetensors", options.allow_nonfinite
-    if not resume.holds(place, plan, *kind):
-      return inputs.foreseen(name, plan)
-    done.add(name)  # By a merge that was interrupted later.
-    return inputs.open_model(place, files, name=name, home=name)
-
-  with errors.noted(found):
-    if options.evaluate is not None:
-      external.command(options.evaluate)
-  with errors.noted(found):
-    atomic.check_free(out, options.replace)
-  with errors.noted(found):
-    asked = {name: getattr(options, name) for name in ("download", "strict", "compat")}
-    made.append(planner.of_file(options.recipe, files, foreseen, **asked))
-  needed, begun = 0, [place for place, _ in stages.values()]
-  for place, plan in [*stages.values(), *((out, plan) for plan in made)]:
-    kind = options.out_format if place == out else "safetensors"
-    needed += estimate.room(plan, kind)
-    begun.append(shard_writer.part_of(place))
-    with errors.noted(found):
-      resume.check_place(plan, out)
-    # Their names stand before those of adapters.
-    used = {name.split("+")[0] for name in plan.fates} & stages.keys()
-    used |= stages.keys() if place == out else set()
-    if options.resume == "auto":
-      with errors.noted(found):
-        anew, own = not used <= done, options.shard_size
-        resume.check_begun(plan, place, shard_size=own, out_format=kind, anew=anew)
-  full: list[Exception] = []  # If nothing else is wrong, there is a plan to show.
-  with errors.noted(full):
-    shard_writer.check_room(out, needed, begun=begun)
-  errors.check([*found, *full] if found else [])
-  return made[0], [place for place, _ in stages.values()], full
 
 
 def report(options: argparse.Namespace, config: Any) -> None:
@@ -291,7 +197,8 @@ def diff(options: argparse.Namespace, config: Any) -> None:
   from jaxmerge.files import inputs
   from jaxmerge.io.huggingface import hub
   from jaxmerge.io.tensors.tensor import Files
-  from jaxmerge.report import diff_text, figures
+  from jaxmerge.report import diff_text
+  from jaxmerge.report import figure_elements as figures
 
   if options.out is not None:
     try:

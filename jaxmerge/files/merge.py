@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import inspect
 import json
 import os
 import pathlib
@@ -195,6 +196,10 @@ def merge_files(
     FileExistsError: where there is something at `out` and `replace` is not set.
   """
   method = arguments.method(method)
+  known = {*inspect.signature(merge_files).parameters, *inspect.signature(execute.run).parameters}
+  if unknown := [n for n in options if n not in known]:
+    near = errors.nearest(unknown[0], known - {"plan", "locked", "options"})
+    raise TypeError(f"merge_files has no option {unknown[0]!r}{near}.")
   if base is None:
     zeros = "a base of zeros subtracts nothing"
     arguments.refuse_weights(method, "merge_files(method, models, out, base=...)", zeros)

@@ -102,8 +102,14 @@ __all__ = [
   "wudi",
 ]
 
+_CALLED = {"linear": "average(weight=...)", "dare_linear": "dare(...)"}
+
 
 def __getattr__(name: str) -> Any:
   if name.startswith("_"):
     raise AttributeError(f"module 'jaxmerge.methods' has no attribute {name!r}.")
+  if name in _CALLED:
+    raise AttributeError(
+      f"no method is called {name!r}: what mergekit calls so is {_CALLED[name]}."
+    )
   raise AttributeError(f"no method is called {name!r}{errors.nearest(name, __all__)}.")

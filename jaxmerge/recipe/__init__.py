@@ -24,6 +24,7 @@ _ROOMS = (
   "parameters",
   "plan",
   "records",
+  "run",
   "syntax",
   "tokenizer",
 )

@@ -20,7 +20,7 @@ _HOMES = {
 _ROOMS = (
   *dict.fromkeys(_HOMES.values()),
   "diff_text",
-  "figures",
+  "figure_elements",
   "geometry",
   "leaderboard",
   "inspection_text",

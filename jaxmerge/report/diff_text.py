@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any  # A record is JSON, and Matplotlib is optional: neither has types to name.
 
 from jaxmerge.io.disk import atomic
-from jaxmerge.report import figures as figure_lib
+from jaxmerge.report import figure_elements as figure_lib
 from jaxmerge.report import geometry, tables
 from jaxmerge.report.tables import Cell, Table
 

@@ -7,7 +7,7 @@ from typing import Any  # A record is JSON, and Matplotlib is optional: neither 
 
 import numpy as np
 
-from jaxmerge.report import figures
+from jaxmerge.report import figure_elements as figures
 
 
 def cosines(record: Mapping[str, Any]) -> Any:

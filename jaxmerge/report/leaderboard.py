@@ -6,7 +6,8 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any  # A record is JSON, and Matplotlib is optional: neither has types to name.
 
-from jaxmerge.report import figures, labels, tables
+from jaxmerge.report import figure_elements as figures
+from jaxmerge.report import labels, tables
 from jaxmerge.report.tables import Cell, Table
 
 

@@ -8,7 +8,7 @@ from typing import Any  # A record is JSON, and Matplotlib is optional: neither 
 
 import numpy as np
 
-from jaxmerge.report import figures as figure_lib
+from jaxmerge.report import figure_elements as figure_lib
 from jaxmerge.report import geometry
 from jaxmerge.report import labels as label_lib
 

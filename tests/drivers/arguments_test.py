@@ -133,6 +133,15 @@ def test_mistakes_are_named(case):
     call()
 
 
+def test_words_that_there_are_not_name_what_is_meant():
+  with pytest.raises(TypeError, match="no option 'outdtype'; did you mean 'dtype'"):
+    jaxmerge.merge_files(MEAN, ["a"], "out", outdtype="float16")
+  with pytest.raises(AttributeError, match="what mergekit calls so is average"):
+    jaxmerge.methods.linear  # noqa: B018
+  with pytest.raises(AttributeError, match=r"without a base it is merge\(method, models\)"):
+    jaxmerge.blend  # noqa: B018
+
+
 def trained(rate=0.1):
   return train_state.TrainState.create(apply_fn=len, params=TREES[0], tx=optax.adam(rate))
 

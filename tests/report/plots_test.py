@@ -11,7 +11,8 @@ from marking import some_fast
 from report_records import LONG, minimal
 from sklearn import isotonic
 
-from jaxmerge.report import figures, geometry, plots, record
+from jaxmerge.report import figure_elements as figures
+from jaxmerge.report import geometry, plots, record
 
 CASES = {
   "four tasks": report_records.record(),
@@ -146,7 +147,8 @@ def test_without_matplotlib_the_error_says_what_to_install(monkeypatch):
 
 def test_pyplot_is_left_alone():
   code = (
-    "import sys; from jaxmerge.report import figures; made, axes = figures.figure(2.0);"
+    "import sys; from jaxmerge.report import figure_elements as figures;"
+    "made, axes = figures.figure(2.0);"
     "figures.png(made); print('matplotlib.pyplot' in sys.modules, 'jax' in sys.modules)"
   )
   done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

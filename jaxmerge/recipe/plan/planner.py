@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import io
 import json
 import os
-import pathlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal  # Any: facts are plain JSON.
 
@@ -63,12 +64,26 @@ def of_file(
     RecipeError: for what is wrong with the recipes, or cannot be run yet.
     errors.Problems: naming the tensors and models that do not fit.
   """
-  if os.path.exists(path) and not os.path.isfile(path):
-    raise ValueError(f"{path}: is no regular file; a recipe is read again, so give it a file.")
+  text = schema.text_of(path)
+  return of_text(text, str(path), files, made, download=download, strict=strict, compat=compat)
+
+
+def of_text(
+  text: str,
+  name: str,
+  files: Files,
+  made: Callable[[str, Plan], plans.Model] = foreseen,
+  *,
+  download: bool = False,
+  strict: bool = False,
+  compat: Literal["mergekit"] | None = None,
+) -> Plan:
+  """Plans the last recipe of a text; errors call it by this name. The rest is as for `of_file`."""
   opener = models.opener(files, download=download)
-  recipes = schema.read(path, strict=strict) if download else _read(path, opener, strict)
+  read = functools.partial(schema.parse, text, name, strict=strict)
+  recipes = read() if download else _read(read, opener)
   recipes = tuple(dataclasses.replace(r, compat=r.compat or compat) for r in recipes)
-  text = pathlib.Path(path).read_text(encoding="utf-8")
+  text = io.StringIO(text, newline=None).read()  # Whatever its lines end with.
   results: dict[str, plans.Model] = {}
   earlier: dict[str, Plan] = {}
   found: list[Exception] = []
@@ -119,11 +134,11 @@ def _dated(
   )
 
 
-def _read(path: str | os.PathLike[str], opener: models.Opener, strict: bool) -> tuple[Recipe, ...]:
+def _read(read: Callable[[], tuple[Recipe, ...]], opener: models.Opener) -> tuple[Recipe, ...]:
   """Reads recipes; of those that are wrong it is told as well which models cannot be opened."""
   found: list[Exception] = []
   with recipe_errors.noted(found):
-    return schema.read(path, strict=strict)
+    return read()
   for own in found[0].models if isinstance(found[0], RecipeError) else ():
     with recipe_errors.noted(found):
       opener.model(own, {})

@@ -70,7 +70,14 @@ def read(path: str | os.PathLike[str], *, strict: bool = False) -> tuple[Recipe,
     FileNotFoundError: where there is no file.
     RecipeError: a ValueError with all problems, a line each: `file:line:column: what`.
   """
+  return parse(text_of(path), str(path), strict=strict)
+
+
+def text_of(path: str | os.PathLike[str]) -> str:
+  """Returns the text of a recipe file; errors as for `read`."""
   path = pathlib.Path(path)
+  if path.exists() and not path.is_file():
+    raise ValueError(f"{path}: is no regular file; a recipe is read again, so give it a file.")
   if not path.exists():
     raise FileNotFoundError(f"{path}: there is no such recipe file.")
   with path.open("rb") as file:
@@ -78,12 +85,11 @@ def read(path: str | os.PathLike[str], *, strict: bool = False) -> tuple[Recipe,
   if len(content) > 4 * yaml_reader.LONGEST:
     raise RecipeError([Problem(Place(str(path), 1, 1), "too long for a recipe.")])
   try:
-    text = content.decode("utf-8")
+    return content.decode("utf-8")
   except UnicodeDecodeError as error:
     before = content[: error.start].decode("utf-8")
     place = yaml_reader.position(before, len(before), str(path))
     raise RecipeError([Problem(place, f"not UTF-8: {error.reason}.")]) from error
-  return parse(text, str(path), strict=strict)
 
 
 def parse(

@@ -1,0 +1,91 @@
+"""Recipes from Python: `jaxmerge.merge_recipe` does what `jaxmerge merge` does."""
+
+import json
+import os
+import pathlib
+
+import folders
+import pytest
+import yaml
+
+import jaxmerge
+from jaxmerge.cli import main
+from jaxmerge.files import execute
+from jaxmerge.recipe import RecipeError
+
+MODELS = [{"model": m, "parameters": {"weight": 1.0, "density": 0.5}} for m in ("m0", "m1")]
+TIES = {"merge_method": "ties", "base_model": "base", "models": MODELS, "dtype": "float32"}
+FIRST = {"name": "mean", "merge_method": "linear", "models": MODELS}
+LAST = {
+  "merge_method": "slerp",
+  "base_model": "mean",
+  "models": [{"model": "mean"}, {"model": "m2"}],
+  "parameters": {"t": 0.5},
+}
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  folders.family(tmp_path)
+
+
+def files(folder):
+  return {p.name: p.read_bytes() for p in pathlib.Path(folder).iterdir() if p.is_file()}
+
+
+def test_a_file_a_dict_and_the_command_give_the_same_bytes():
+  pathlib.Path("recipe.yml").write_text(yaml.safe_dump(TIES, sort_keys=False))
+  assert main.main(["merge", "recipe.yml", "command"]) == 0
+  expected = files("command")
+  assert jaxmerge.merge_recipe("recipe.yml", "file") == pathlib.Path("file")
+  assert files(jaxmerge.merge_recipe(pathlib.Path("recipe.yml"), "path")) == expected
+  assert files("file") == files(jaxmerge.merge_recipe(TIES, "dict")) == expected
+
+
+def test_the_last_of_several_may_build_on_the_others():
+  told = []
+
+  def progress(name, size):
+    told.append([name, size, 0])
+    own = told[-1]
+    return lambda done: own.__setitem__(2, own[2] + done)
+
+  out = jaxmerge.merge_recipe([FIRST, LAST], "out", progress=progress)
+  record = json.loads((out / execute.PROVENANCE).read_text())
+  assert record["earlier"].keys() == {"mean"}
+  assert [name for name, _, _ in told] == ["mean", "merging"]
+  assert all(done == size > 0 for _, size, done in told)
+  assert [p for p in os.listdir() if p.startswith(".out")] in ([], [".out.lock"])
+
+
+def test_every_problem_is_told_before_anything_is_written():
+  wrong = {**TIES, "merge_method": "tiez", "modelz": []}
+  with pytest.raises(RecipeError, match=r"recipe:1:15: .*did you mean 'ties'"):
+    jaxmerge.merge_recipe(wrong, "out")
+  lacking = {**TIES, "models": [*MODELS, {"model": "m9"}]}
+  before = sorted(os.listdir())
+  with pytest.raises((ValueError, OSError), match="m9"):
+    jaxmerge.merge_recipe(lacking, "out")
+  assert sorted(os.listdir()) == before
+
+
+@pytest.mark.parametrize("recipe", [[], [1], 3, {"models": object()}])
+def test_what_is_no_recipe_is_refused(recipe):
+  with pytest.raises(ValueError, match="a recipe must"):
+    jaxmerge.merge_recipe(recipe, "out")
+  assert not pathlib.Path("out").exists()
+
+
+def test_a_result_is_kept_unless_it_may_be_replaced():
+  out = jaxmerge.merge_recipe(TIES, "out")
+  before = files(out)
+  with pytest.raises(FileExistsError, match="out"):
+    jaxmerge.merge_recipe(FIRST, "out")
+  assert files(out) == before
+  assert files(jaxmerge.merge_recipe(FIRST, "out", replace=True)) != before
+
+
+def test_it_is_evaluated_at_the_end():
+  out = jaxmerge.merge_recipe(TIES, "out", evaluate=lambda folder: {"size": len(files(folder))})
+  assert json.loads((out / "jaxmerge_evaluation.json").read_text())["size"] > 3
