@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import inspect
+import os
 import re
+import sys
 import types
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any  # A method holds functions, and they hold anything.
@@ -17,8 +18,8 @@ import numpy as np
 def fingerprint(value: Any) -> str:
   """Returns a digest of a method: of its functions' code and of what they hold.
 
-  Functions that these call by a global name count by that name. What is not known in text form
-  counts as different in every process.
+  Functions and numbers of one's own that these use by a global name count too; what is of a library
+  counts by its name. What is not known in text form counts as different in every process.
 
   Example:
     >>> from jaxmerge import methods
@@ -63,14 +64,29 @@ def _parts(value: Any, inside: tuple[int, ...]) -> Iterator[str]:
     yield "again"
     return
   inside = (*inside, id(value))
-  if isinstance(value, types.FunctionType):
-    value = inspect.unwrap(value)
+  while isinstance(value, types.FunctionType) and "jaxtyping" in value.__code__.co_filename:
+    value = value.__wrapped__  # type: ignore[attr-defined]  # Checks of types change nothing.
   if value is None or isinstance(value, (bool, int, float, complex, str, bytes)):
     yield f"{type(value).__name__} {value!r}"
   elif isinstance(value, types.FunctionType):
     cells = [cell.cell_contents for cell in value.__closure__ or ()]
-    for part in (value.__code__, value.__defaults__, value.__kwdefaults__, cells):
+    used = _used(value)
+    for part in (value.__code__, value.__defaults__, value.__kwdefaults__, cells, used):
       yield from _parts(part, inside)
+  elif isinstance(value, types.MethodType):
+    yield from _parts((value.__func__, value.__self__), inside)
+  elif isinstance(value, re.Pattern):
+    yield f"pattern {value.flags} {value.pattern!r}"
+  elif isinstance(value, types.BuiltinMethodType) and not isinstance(
+    value.__self__, types.ModuleType | type | None
+  ):
+    yield value.__name__
+    yield from _parts(value.__self__, inside)
+  elif isinstance(value, types.MethodDescriptorType):
+    yield f"{value.__objclass__.__qualname__}.{value.__name__}"
+  elif hasattr(value, "__wrapped__") and not isinstance(value, type):  # By jax.jit, for one.
+    yield type(value).__qualname__
+    yield from _parts(value.__wrapped__, inside)
   elif isinstance(value, types.CodeType):
     yield value.co_code.hex()
     for part in (value.co_names, value.co_varnames, value.co_freevars, value.co_consts):
@@ -79,7 +95,8 @@ def _parts(value: Any, inside: tuple[int, ...]) -> Iterator[str]:
     yield from _parts((value.func, value.args, value.keywords), inside)
   elif dataclasses.is_dataclass(value) and not isinstance(value, type):
     yield type(value).__qualname__
-    yield from _parts({f.name: getattr(value, f.name) for f in dataclasses.fields(value)}, inside)
+    fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.name != "key"}
+    yield from _parts(fields, inside)
   elif isinstance(value, Mapping):
     yield f"mapping {len(value)}"
     for item in value.items():
@@ -88,9 +105,47 @@ def _parts(value: Any, inside: tuple[int, ...]) -> Iterator[str]:
     yield f"{type(value).__name__} {len(value)}"
     for part in sorted(value, key=repr) if isinstance(value, frozenset) else value:
       yield from _parts(part, inside)
-  elif hasattr(value, "dtype") and hasattr(value, "shape") and not isinstance(value, type):
+  elif isinstance(getattr(value, "dtype", None), np.dtype) and hasattr(value, "shape"):
     array = np.asarray(value)
     yield f"{array.dtype} {array.shape} {hashlib.blake2b(array.tobytes()).hexdigest()}"
   else:
-    name = getattr(value, "__qualname__", None)
-    yield repr(value) if name is None else f"{getattr(value, '__module__', None)}.{name}"
+    yield from _others(value, inside)
+
+
+def _others(value: Any, inside: tuple[int, ...]) -> Iterator[str]:
+  """What is known by its name, by its attributes, or not at all."""
+  module = getattr(value, "__module__", None)
+  name = getattr(value, "__qualname__", None) or getattr(value, "__name__", None)
+  if isinstance(value, types.ModuleType):
+    yield f"module {value.__name__}"
+  elif isinstance(value, np.dtype):
+    yield f"dtype {value}"
+  elif isinstance(name, str) and _named(module, name) is value:
+    yield f"{module}.{name}"
+  elif hasattr(value, "__dict__") and not hasattr(value, "dtype"):
+    yield f"{type(value).__module__}.{type(value).__qualname__}"
+    yield from _parts(dict(vars(value)), inside)
+  else:
+    yield f"{os.getpid()} {id(value)} {value!r}"
+
+
+def _named(module: Any, name: str) -> Any:
+  """What a module has under a name; None if there is nothing."""
+  found = sys.modules.get(module) if isinstance(module, str) else None
+  for part in name.split("."):
+    found = getattr(found, part, None)
+  return found
+
+
+_LIBRARIES = ("jax", "numpy", "optax", "flax", "builtins", "functools", "ml_dtypes")
+
+
+def _used(function: types.FunctionType) -> dict[str, Any]:
+  """The functions, numbers and texts of one's own module that a function uses by name."""
+  if (function.__module__ or "").startswith(_LIBRARIES):
+    return {}
+  known = {
+    n: function.__globals__[n] for n in function.__code__.co_names if n in function.__globals__
+  }
+  plain = (bool, int, float, complex, str, bytes, tuple, re.Pattern, types.FunctionType)
+  return {n: v for n, v in known.items() if isinstance(v, plain)}

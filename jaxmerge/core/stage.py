@@ -33,9 +33,9 @@ Scope = Literal["tree", "leaf"] | Callable[[str], str]
 class Stage:
   """One step of a method; a key of compiled programs.
 
-  Two stages with one `key` are equal, and share these programs, if they act on the same leaves, in
-  the same scope. Their hyperparameters may differ: those are arguments of the programs, not parts
-  of them. A stage without a key is equal to itself alone.
+  Two stages with one `key` are equal if they act on the same leaves, in the same scope, with the
+  same hyperparameters; programs, of which these are arguments, are shared without looking at them
+  (see `bare`). A stage without a key is equal to itself alone.
 
   Attributes:
     update: (x [K, *s], leaf, known) -> [M, *s]; what is known are the statistics of x's group.
@@ -86,12 +86,16 @@ class Stage:
   @functools.cached_property
   def _identity(self) -> Hashable:
     moments = self.moments if isinstance(self.moments, str) else None
-    return self.key, self.where, self.scope, self.keep, moments
+    codes = tuple(_code(f) for f in (self.update, self.init, self.rest))
+    return self.key, self.where, self.scope, self.keep, moments, codes
 
   def __eq__(self, other: object) -> bool:
     if self is other or self.key is None or not isinstance(other, Stage):
       return self is other
-    return other.key is not None and self._identity == other._identity
+    if other.key is None or self._identity != other._identity:
+      return False
+    mine, theirs = self.numbers, other.numbers
+    return mine.keys() == theirs.keys() and all(_same(mine[n], theirs[n]) for n in mine)
 
   def __hash__(self) -> int:
     return id(self) if self.key is None else hash(self._identity)
@@ -107,9 +111,16 @@ class Stage:
     return next(s for s in self.statistics if s.name == name)
 
 
+def _code(f: Any) -> Any:
+  """The code of a function, which another that took its place in a stage does not have."""
+  return getattr(f, "__code__", None) or getattr(getattr(f, "func", None), "__code__", None)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Method:
   """A merging method: a sequence of stages that knows its name. Equal and hashed by its stages.
+
+  Methods of one factory with equal arguments are equal; so are `pointwise(f)` and `pointwise(f)`.
 
   Attributes:
     stages: what it does, in this order.
@@ -155,6 +166,20 @@ def keyed(method: Method, key: Any) -> Method:
   steps = enumerate(method)
   return dataclasses.replace(
     method, stages=tuple(dataclasses.replace(step, key=(key, i)) for i, step in steps)
+  )
+
+
+def bare(method: Method) -> Method:
+  """Returns a method without hyperparameters where its stages have keys: the key of a program.
+
+  Example:
+    >>> from jaxmerge import methods
+    >>> half, whole = methods.task_arithmetic(0.5), methods.task_arithmetic(1.0)
+    >>> half == whole, bare(half) == bare(whole)
+    (False, True)
+  """
+  return dataclasses.replace(
+    method, stages=tuple(s if s.key is None else dataclasses.replace(s, numbers={}) for s in method)
   )
 
 

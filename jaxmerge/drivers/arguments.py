@@ -16,6 +16,7 @@ from jaxmerge.core import fingerprint, stage, tree
 from jaxmerge.core.stage import Method, Stage
 from jaxmerge.core.tree import Tree
 from jaxmerge.io.tensors import quantized
+from jaxmerge.methods import factory
 
 
 def method(given: Any) -> Method:
@@ -55,7 +56,7 @@ def refuse_weights(method: Method, instead: str, vectors: str) -> None:
     instead: how to give a base.
     vectors: how to give task vectors.
   """
-  names = [n for n in method.name.split(" + ") if n in lookup.METHODS]
+  names = [n for n in map(factory.name_of, method) if n in lookup.METHODS]
   if name := next((n for n in names if lookup.METHODS[n].on == "task vectors"), None):
     raise ValueError(
       f"{name} merges task vectors, the differences from a base, but there is no base: give one, "
@@ -76,11 +77,13 @@ def described(
     ({'method': 'average', 'normalize': False}, {'weight': 0.5})
   """
   every = {**{n: v for n, v in stage.numbers(method).items() if n != "seed"}, **numbers}
-  said = {"words": words} if words else {}
-  plain = all(v is None or isinstance(v, bool | int | float | str) for _, v in method.settings)
-  if method.name in lookup.METHODS and plain:
-    return {"method": method.name, **dict(method.settings), **said}, every
-  return {"method": fingerprint.fingerprint(method), **said}, dict(numbers)
+  called = words or ("" if method.name in lookup.METHODS else method.name)
+  said: dict[str, Any] = {"words": called} if called else {}
+  if not factory.is_published(method):
+    return {"method": fingerprint.fingerprint(method), **said}, dict(numbers)
+  if masks := [step.where for step in method if step.where is not None]:
+    said["where"] = f"some leaves, by {fingerprint.fingerprint(masks)}"
+  return {"method": method.name, **dict(method.settings), **said}, every
 
 
 def stacked(

@@ -91,6 +91,9 @@ def of(
       "merge a stack, or use `average`, `checkpoint_average`, `task_arithmetic`, `dare`, `magmax` "
       "or `incremental.opcm`."
     )
+  if base is None:
+    instead = "incremental.of(method, base)"
+    arguments.refuse_weights(method, instead, "a base of zeros subtracts nothing")
   numbers = arguments.numbers(aux, seed)
   seeded = "seed" in stage.numbers(method)
   method = averages.with_moments(method, None if base is None else _merged(base))

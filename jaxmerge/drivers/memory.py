@@ -82,6 +82,8 @@ def merge(
     [1.5, 1.0]
   """
   method, aux = arguments.method(method), arguments.numbers(aux, seed)
+  if deltas and reference is not None:
+    raise ValueError("deltas=True and a reference: nothing is subtracted from task vectors.")
   if base is None:
     if reference is not None:
       raise ValueError("a reference is given without a base; the result is added to the base.")
@@ -141,7 +143,7 @@ def _driven(
   shared = any(sharding.over_first(x) for x in stacks.values())
   chains = False if shared else rewrites.pays(stacks.values())
   table = layouts.settled(method, shapes, layout, names=stacks)
-  given = dict(method=method, layout=table, subtracted=deltas)
+  given = dict(method=stage.bare(method), layout=table, subtracted=deltas)
   given["deal"] = distributed_matrices.of(stacks.values(), chains)
   parts = [None if t is None else tree.named(t) for t in (base, reference, models)]
   parts = [None if t is None else {n: t[n] for n in shapes} for t in parts]

@@ -85,7 +85,7 @@ def stream(
       copied = source.leaves.keys() - shapes.keys()
       ready = interpreter.prepare(method, shapes, source.height, aux, names, copied)
     run = Run(
-      method,
+      stage.bare(method),
       source,
       shapes,
       ready,

@@ -17,7 +17,6 @@ from jaxmerge.methods.consensus_merging import consensus, ram, ramplus_tl
 from jaxmerge.methods.della_merging import della, della_linear, magprune
 from jaxmerge.methods.descent import doge, optmerge, wudi
 from jaxmerge.methods.drop_and_rescale import dare, dare_ties, drop
-from jaxmerge.methods.factory import named
 from jaxmerge.methods.layer_gates import gate, layer_of, lwptv
 from jaxmerge.methods.model_breadcrumbs import band, breadcrumbs, breadcrumbs_ties
 from jaxmerge.methods.robust import flag, krum, meamed, median, phocas, trimmed_mean
@@ -74,7 +73,6 @@ __all__ = [
   "most_varied",
   "moving_weights",
   "multislerp",
-  "named",
   "nearswap",
   "negate",
   "nuslerp",

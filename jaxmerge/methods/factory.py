@@ -1,26 +1,38 @@
-"""Factories whose methods know their name, and are equal where they compile to one program."""
+"""What makes methods of this package know their name, and share programs where they may."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
 import inspect
 from collections.abc import Callable
-from typing import ParamSpec
+from typing import Any, NamedTuple, ParamSpec  # Any: settings are of many kinds.
 
 from jaxmerge import errors
+from jaxmerge.catalog import lookup
 from jaxmerge.core import stage
-from jaxmerge.core.stage import Method
+from jaxmerge.core.stage import Method, Stage
 
 Arguments = ParamSpec("Arguments")
 
 
-def named(factory: Callable[Arguments, Method]) -> Callable[Arguments, Method]:
-  """Makes methods of a factory equal where its static settings are, and tells them its name.
+class _Key(NamedTuple):
+  """What the stages of a method follow from: its factory, settings, and numbers that are None."""
 
-  An argument is a hyperparameter if one of the stages has it among its `numbers`; the factory's
-  functions must not depend on its value, only on whether there is one. All other arguments are
-  settings. With a setting that cannot be hashed a method is equal to itself alone.
+  name: str
+  factory: Any
+  settings: Any
+  absent: tuple[str, ...]
+
+
+def named(factory: Callable[Arguments, Method]) -> Callable[Arguments, Method]:
+  """Makes methods of a factory share programs where its static settings are equal.
+
+  An argument is a hyperparameter if one of the stages has it, as it is, among its `numbers`; the
+  factory's functions must not depend on its value, only on whether there is one: a test looks into
+  them for every published method. All other arguments are settings. With a setting that cannot be
+  hashed a method is equal to itself alone.
 
   Raises:
     TypeError: for arguments that the factory does not have.
@@ -31,8 +43,10 @@ def named(factory: Callable[Arguments, Method]) -> Callable[Arguments, Method]:
     ...   numbers = {"damping": damping}
     ...   factor = lambda leaf, x: sign * leaf.number("damping", x)
     ...   return stage.leafwise(lambda x, leaf: x * factor(leaf, x), numbers=numbers)
-    >>> damped(0.5) == damped(0.9), damped(sign=-1) == damped(), damped().name
+    >>> damped(0.5) == damped(0.5), damped(0.5) == damped(0.9), damped().name
     (True, False, 'damped')
+    >>> stage.bare(damped(0.5)) == stage.bare(damped(0.9)) != stage.bare(damped(sign=-1))
+    True
   """
   signature, name = inspect.signature(factory), factory.__name__
 
@@ -49,9 +63,42 @@ def named(factory: Callable[Arguments, Method]) -> Callable[Arguments, Method]:
     bound.apply_defaults()
     method = factory(*bound.args, **bound.kwargs)
     varying = stage.numbers(method)
-    settings = tuple((n, v) for n, v in bound.arguments.items() if n not in varying)
-    absent = tuple(n for n, v in bound.arguments.items() if n in varying and v is None)
-    key = factory, settings, tuple(type(v) for _, v in settings), absent
+    numbers = {n for n, v in bound.arguments.items() if n in varying and varying[n] is v}
+    settings = tuple((n, v) for n, v in bound.arguments.items() if n not in numbers)
+    absent = tuple(n for n in bound.arguments if n in numbers and varying[n] is None)
+    key = _Key(name, factory, tuple((n, _typed(v)) for n, v in settings), absent)
     return dataclasses.replace(stage.keyed(method, key), name=name, settings=settings)
 
   return make
+
+
+def _typed(value: Any) -> Any:
+  """A setting by its value and type: 1, 1.0 and True are equal, and may mean different code."""
+  if isinstance(value, tuple):
+    return type(value), tuple(map(_typed, value))
+  return type(value), repr(value) if isinstance(value, float) else value
+
+
+def name_of(step: Stage) -> str:
+  """Returns the name of the factory that made a stage; "" for one of a user's own.
+
+  Example:
+    >>> from jaxmerge import methods
+    >>> [name_of(step) for step in methods.average()]
+    ['average']
+  """
+  key = step.key[0] if isinstance(step.key, tuple) and step.key else None
+  return key.name if isinstance(key, _Key) else ""
+
+
+def is_published(method: Method) -> bool:
+  """Tells whether a method is the one of the catalog whose name it has, perhaps on some leaves."""
+  if method.name not in lookup.METHODS or any(name_of(s) != method.name for s in method):
+    return False
+  if not all(v is None or isinstance(v, bool | int | float | str) for _, v in method.settings):
+    return False
+  methods = importlib.import_module("jaxmerge.methods")
+  whole = dataclasses.replace(
+    method, stages=tuple(dataclasses.replace(s, where=None) for s in method)
+  )
+  return stage.bare(whole) == stage.bare(getattr(methods, method.name)(**dict(method.settings)))

@@ -105,6 +105,7 @@ def merge_recipe(
     ValueError: naming file, tensor and value, for models that do not fit or are damaged.
     FileExistsError: where there is something at `out` and `replace` is not set.
   """
+  _check(compat, shard_size, out_format, evaluate)
   settings = Settings(replace, resume, download, strict, compat, shard_size, nonfinite, out_format)
   files = Files()
   try:
@@ -116,6 +117,21 @@ def merge_recipe(
   if evaluate is not None:
     external.evaluated(planned.out, evaluate)
   return planned.out
+
+
+def _check(compat: Any, shard_size: Any, out_format: Any, evaluate: Any) -> None:
+  """Raises ValueError for options that mean nothing."""
+  for name, value, known in (
+    ("compat", compat, (None, "mergekit")),
+    ("out_format", out_format, ("safetensors", "orbax")),
+  ):
+    if value not in known:
+      raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}.")
+  if isinstance(shard_size, bool) or not isinstance(shard_size, int) or shard_size < 1:
+    raise ValueError(f"shard_size must be a number of bytes, 1 or more, got {shard_size!r}.")
+  if evaluate is not None and not callable(evaluate):
+    kind = type(evaluate).__name__
+    raise ValueError(f"evaluate must be a function: folder -> numbers by name, got {kind}.")
 
 
 def plan(
@@ -207,7 +223,9 @@ def _plain(value: Any) -> Any:
     return {str(k): _plain(v) for k, v in value.items()}
   if isinstance(value, list | tuple):
     return [_plain(v) for v in value]
-  return str(value) if isinstance(value, os.PathLike) else value
+  if hasattr(value, "tolist"):  # Numbers and arrays of NumPy and JAX.
+    return _plain(value.tolist())
+  return str(value) if isinstance(value, os.PathLike | str) else value
 
 
 def _problems(

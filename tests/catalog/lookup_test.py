@@ -174,7 +174,6 @@ PARTS = {  # Of which methods are made.
   "matched",
   "most_varied",
   "moving_weights",
-  "named",
   "scaled",
   "spanned",
   "trim",

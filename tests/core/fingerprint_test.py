@@ -1,9 +1,12 @@
 """Fingerprints: equal for the same method, in other processes too; different for another."""
 
+import functools
 import os
+import re
 import subprocess
 import sys
 
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -52,6 +55,63 @@ def test_other_methods_have_others():
     stage.pointwise(jnp.square),
   ]
   assert len({fingerprint(m) for m in found}) == len(found)
+
+
+class Holder:
+  def __init__(self, value):
+    self.value = value
+
+  def __call__(self, x):
+    return x * self.value
+
+  def method(self, x):
+    return x * self.value
+
+
+def wrapped(factor):
+  def decorate(f):
+    return functools.wraps(f)(lambda x: factor * f(x))
+
+  return decorate
+
+
+def plain(x):
+  return x + 1
+
+
+@pytest.mark.parametrize(
+  "pair",
+  {
+    "jitted": [jax.jit(lambda x: x + 1), jax.jit(lambda x: x + 2)],
+    "mapped": [jax.vmap(plain), jax.vmap(plain, in_axes=1)],
+    "wrapped": [wrapped(1.0)(plain), wrapped(9.0)(plain)],
+    "bound": [Holder(1.0).method, Holder(9.0).method],
+    "called": [Holder(1.0), Holder(9.0)],
+    "pattern": [re.compile("q_proj").search, re.compile("k_proj").search],
+    "long pattern": [re.compile("q" * 300 + "a"), re.compile("q" * 300 + "b")],
+    "text": ["q_proj".startswith, "k_proj".startswith],
+    "keys": [jax.random.key(0), jax.random.key(1)],
+  }.items(),
+  ids=lambda pair: pair[0],
+)
+def test_what_functions_hold_is_seen(pair):
+  one, other = pair[1]
+  assert fingerprint(one) != fingerprint(other)
+  if pair[0] != "keys":  # Of which nothing is known.
+    assert fingerprint(one) == fingerprint(one)
+
+
+def test_what_functions_use_by_name_is_seen(monkeypatch):
+  def scaled(x):
+    return x * FACTOR
+
+  before = fingerprint(scaled)
+  assert fingerprint(scaled) == before
+  monkeypatch.setitem(globals(), "FACTOR", 3.0)
+  assert fingerprint(scaled) != before
+
+
+FACTOR = 2.0
 
 
 def test_another_process_agrees():

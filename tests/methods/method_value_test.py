@@ -4,7 +4,9 @@ import contextlib
 import dataclasses
 import functools
 import inspect
+import json
 import logging
+import re
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +17,9 @@ import jaxmerge
 from jaxmerge import methods
 from jaxmerge.catalog import lookup
 from jaxmerge.core import stage
+from jaxmerge.drivers import arguments, incremental
+from jaxmerge.methods import factory
+from jaxmerge.search import scales
 
 FACTORIES = sorted(lookup.METHODS)
 VARYING = [
@@ -62,20 +67,22 @@ def insides(value, seen=()):
 @pytest.mark.parametrize(("name", "parameter"), VARYING)
 def test_a_hyperparameter_is_no_part_of_a_method(name, parameter):
   """No function of a stage holds its value: programs are shared by all values."""
-  factory, entry = getattr(methods, name), lookup.METHODS[name].parameters[parameter]
-  one, other = factory(), factory(**{parameter: another(entry)})
-  assert one == other
+  make, entry = getattr(methods, name), lookup.METHODS[name].parameters[parameter]
+  one, other = make(), make(**{parameter: another(entry)})
+  assert one != other
   assert hash(one) == hash(other)
+  assert stage.bare(one) == stage.bare(other)
   assert insides(one) == insides(other)
   assert stage.numbers(one) != stage.numbers(other)
 
 
 @pytest.mark.parametrize(("name", "parameter"), STATIC)
 def test_a_setting_is_part_of_a_method(name, parameter):
-  factory, entry = getattr(methods, name), lookup.METHODS[name].parameters[parameter]
+  make, entry = getattr(methods, name), lookup.METHODS[name].parameters[parameter]
   value = next(v for v in entry.choices if v != entry.default)
-  assert factory() != factory(**{parameter: value})
-  assert dict(factory(**{parameter: value}).settings)[parameter] == value
+  assert make() == make()
+  assert stage.bare(make()) != stage.bare(make(**{parameter: value}))
+  assert dict(make(**{parameter: value}).settings)[parameter] == value
 
 
 OF_PARTS = {  # Whose defaults a part has.
@@ -147,10 +154,26 @@ def test_a_method_made_again_compiles_nothing(name):
 def test_equal_methods_have_their_own_hyperparameters():
   """What is shared is the program."""
   base, models = trees("task_arithmetic")
+  own = jax.jit(jaxmerge.merge, static_argnums=0)  # A caller's own program is made for each.
   for scale in (0.5, 2.0):
-    merged = jaxmerge.merge(methods.task_arithmetic(scale), models, base)
     expected = base["kernel"] + scale * (models["kernel"] - base["kernel"][None]).sum(0)
-    np.testing.assert_allclose(merged["kernel"], expected, rtol=1e-5)
+    for merge in (jaxmerge.merge, own):
+      merged = merge(methods.task_arithmetic(scale), models, base)
+      np.testing.assert_allclose(merged["kernel"], expected, rtol=1e-5)
+  for weight in ((1.0, 1.0, 1.0, 1.0, 1.0), (5.0, 1.0, 1.0, 1.0, 1.0)):
+    found = scales.at_scales(
+      base,
+      models,
+      jnp.ones(1),
+      {},
+      method=methods.task_arithmetic(1.0, weight),
+      seed=None,
+      names=tuple("abcde"),
+      layout=(),
+    )
+    tau = models["kernel"] - base["kernel"][None]
+    expected = base["kernel"] + jnp.tensordot(jnp.asarray(weight), tau, 1)
+    np.testing.assert_allclose(found["kernel"][0], expected, rtol=1e-5)
 
 
 def test_a_method_of_ones_own_is_equal_to_itself_alone():
@@ -164,13 +187,29 @@ def test_a_method_of_ones_own_is_equal_to_itself_alone():
 
 
 def test_a_setting_without_a_hash_keeps_a_method_apart():
-  @methods.named
+  @factory.named
   def shifted(by):
     return stage.leafwise(lambda x, leaf: x + by)
 
   assert shifted(1.0) == shifted(1.0) != shifted(True)
+  assert shifted((1, 0.0)) == shifted((1, 0.0))
+  assert shifted((1, 0.0)) != shifted((1.0, 0.0)) != shifted((1.0, -0.0))
   array = np.ones(2)
   assert shifted(array) != shifted(array)
+
+
+def test_an_argument_counts_as_a_hyperparameter_only_where_a_stage_has_it():
+  """Not where a stage within has a number of the same name."""
+
+  @factory.named
+  def twice(scale):
+    first = stage.pointwise(lambda x: x * scale)
+    return stage.chain(first, methods.task_arithmetic())
+
+  assert stage.bare(twice(2.0)) != stage.bare(twice(5.0))
+  (one,) = methods.average()
+  other = dataclasses.replace(one, update=lambda x, leaf, known: x[:1])
+  assert stage.bare(stage.Method((one,))) != stage.bare(stage.Method((other,)))
 
 
 def test_names_and_settings_go_through_chains_and_masks():
@@ -207,5 +246,40 @@ def test_task_vectors_need_a_base(tmp_path):
       jaxmerge.merge(method, models)
     with pytest.raises(ValueError, match="ties merges task vectors"):
       jaxmerge.merge_files(method, [tmp_path / "a", tmp_path / "b"], tmp_path / "out")
+  for method in (stage.chain(stage.pointwise(jnp.abs), methods.ties()), methods.ties()[:]):
+    with pytest.raises(ValueError, match="ties merges task vectors"):
+      jaxmerge.merge(method, models)
+  with pytest.raises(ValueError, match="task_arithmetic merges task vectors"):
+    incremental.of(methods.task_arithmetic())
+  base = {n: x[0] for n, x in models.items()}
+  with pytest.raises(ValueError, match="nothing is subtracted from task vectors"):
+    jaxmerge.merge(methods.ties(), models, base, deltas=True, reference=base)
   jaxmerge.merge(methods.ties(), models, deltas=True)
   jaxmerge.merge(stage.chain(methods.trim(0.5), methods.average()), models)
+
+
+def told(method, **numbers):
+  said, every = arguments.described(method, numbers)
+  return json.dumps([said, {n: repr(v) for n, v in every.items()}], sort_keys=True)
+
+
+def test_what_a_plan_says_of_methods_tells_them_apart():
+  """By which an interrupted merge knows whether it goes on."""
+
+  def median():
+    return stage.pointwise(lambda x: 100 * x.max(0, keepdims=True), combines=True)
+
+  each = [
+    methods.negate(),
+    methods.negate(0.5),
+    stage.masked(methods.negate(), re.compile("q_proj").search),
+    stage.masked(methods.negate(), re.compile("k_proj").search),
+    methods.median(),
+    factory.named(median)(),
+    stage.chain(methods.trim(0.5), methods.average()),
+    stage.chain(methods.trim(0.6), methods.average()),
+  ]
+  assert len({told(m) for m in each}) == len(each)
+  assert told(methods.ties(0.3)) == told(methods.ties(0.3))
+  assert json.loads(told(each[2]))[0]["method"] == "negate"
+  assert json.loads(told(each[-1]))[0]["words"] == "trim + average"
