@@ -14,6 +14,9 @@ from typing import Any  # A method holds functions, and they hold anything.
 
 import numpy as np
 
+# Whose functions count without what they use by name.
+_LIBRARIES = {"jax", "jaxlib", "jaxmerge", "numpy", "optax", "flax", "builtins", "functools"}
+
 
 def fingerprint(value: Any) -> str:
   """Returns a digest of a method: of its functions' code and of what they hold.
@@ -137,12 +140,9 @@ def _named(module: Any, name: str) -> Any:
   return found
 
 
-_LIBRARIES = ("jax", "numpy", "optax", "flax", "builtins", "functools", "ml_dtypes")
-
-
 def _used(function: types.FunctionType) -> dict[str, Any]:
   """The functions, numbers and texts of one's own module that a function uses by name."""
-  if (function.__module__ or "").startswith(_LIBRARIES):
+  if (function.__module__ or "").partition(".")[0] in _LIBRARIES:
     return {}
   known = {
     n: function.__globals__[n] for n in function.__code__.co_names if n in function.__globals__

@@ -12,11 +12,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
-from typing import (
-  Any,
-  Literal,
-  overload,
-)  # Any: states are trees a stage defines.
+from typing import Any, Literal, overload  # Any: states are trees that a stage defines.
 
 import jax
 import numpy as np
@@ -85,9 +81,11 @@ class Stage:
 
   @functools.cached_property
   def _identity(self) -> Hashable:
+    measured = (part for statistic in self.statistics for part in statistic)
+    functions = (self.update, self.init, self.rest, *(self.fold or ()), *measured)
+    words = (self.unit, self.lookups, self.ranked, self.combines, self.ordered, self.deferred)
     moments = self.moments if isinstance(self.moments, str) else None
-    codes = tuple(_code(f) for f in (self.update, self.init, self.rest))
-    return self.key, self.where, self.scope, self.keep, moments, codes
+    return self.key, self.where, self.scope, self.keep, moments, words, tuple(map(_code, functions))
 
   def __eq__(self, other: object) -> bool:
     if self is other or self.key is None or not isinstance(other, Stage):

@@ -1,7 +1,6 @@
 """Recipes: mergekit's YAML, read strictly, every problem told with its line; free of jax."""
 
-import importlib
-from typing import Any  # A lazy attribute may be any public object.
+from jaxmerge import lazy
 
 _HOMES = {
   "read": "syntax.schema",
@@ -28,16 +27,4 @@ _ROOMS = (
   "syntax",
   "tokenizer",
 )
-__all__ = [*_HOMES, *_ROOMS]
-
-
-def __getattr__(name: str) -> Any:
-  if name in _HOMES:
-    return getattr(importlib.import_module(f"jaxmerge.recipe.{_HOMES[name]}"), name)
-  if name in _ROOMS:
-    return importlib.import_module(f"jaxmerge.recipe.{name}")
-  raise AttributeError(f"module 'jaxmerge.recipe' has no attribute {name!r}.")
-
-
-def __dir__() -> list[str]:
-  return sorted(__all__)
+__getattr__, __dir__, __all__ = lazy.attach(__name__, _ROOMS, _HOMES)

@@ -10,7 +10,7 @@ import functools
 import os
 import pathlib
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple  # Any: what a recipe holds.
 
 import yaml
@@ -154,7 +154,6 @@ def plan(
   Raises:
     ValueError: for all that is wrong with recipe, models and place together.
   """
-  text, name = _text(recipe)
   out, found = pathlib.Path(out), list(noted)
   if settings.out_format == "orbax":
     arrays.check_path(out)
@@ -175,6 +174,7 @@ def plan(
   with errors.noted(found):
     atomic.check_free(out, settings.replace)
   with errors.noted(found):
+    text, name = _text(recipe)
     whole.append(_planned(text, name, files, foreseen, settings, download=settings.download))
   every = [*stages.values(), *((out, plan) for plan in whole)]
   found += _problems(every, out, settings, stages.keys(), done)
@@ -234,7 +234,7 @@ def _problems(
   settings: Settings,
   stages: Any,
   done: set[str],
-) -> Iterator[Exception]:
+) -> list[Exception]:
   """What stands in the way at the places of the results."""
   found: list[Exception] = []
   for place, plan in every:
@@ -248,7 +248,7 @@ def _problems(
       with errors.noted(found):
         size, anew = settings.shard_size, not used <= done
         resume.check_begun(plan, place, shard_size=size, out_format=kind, anew=anew)
-  yield from found
+  return found
 
 
 def _format(place: pathlib.Path, out: pathlib.Path, settings: Settings) -> str:

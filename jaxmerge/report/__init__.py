@@ -1,7 +1,6 @@
 """Tables, plots, the HTML page and the model card, from plain records; free of jax."""
 
-import importlib
-from typing import Any  # A lazy attribute may be any public object.
+from jaxmerge import lazy
 
 _HOMES = {
   "check": "record",
@@ -27,16 +26,4 @@ _ROOMS = (
   "plots",
   "labels",
 )
-__all__ = [*_HOMES, *_ROOMS]
-
-
-def __getattr__(name: str) -> Any:
-  if name in _HOMES:
-    return getattr(importlib.import_module(f"jaxmerge.report.{_HOMES[name]}"), name)
-  if name in _ROOMS:
-    return importlib.import_module(f"jaxmerge.report.{name}")
-  raise AttributeError(f"module 'jaxmerge.report' has no attribute {name!r}.")
-
-
-def __dir__() -> list[str]:
-  return sorted(__all__)
+__getattr__, __dir__, __all__ = lazy.attach(__name__, _ROOMS, _HOMES)
