@@ -1,4 +1,4 @@
-"""The README's code runs, and the tables of methods are those of the catalog."""
+"""The README's code runs, and its numbers are those of the benchmarks."""
 
 import json
 import pathlib
@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 import jaxmerge
-from jaxmerge.catalog import tables
 from jaxmerge.models import llama
 from jaxmerge.report import leaderboard
 from jaxmerge.report import tables as report_tables
@@ -64,13 +63,6 @@ def test_a_decoder_is_tuned_in_shards(tmp_path):
   assert {s.data.shape for s in up.addressable_shards} == {(2, 16, 12)}
   _, saved = llama.load(tmp_path / "merged")
   np.testing.assert_array_equal(saved["layers"]["mlp"]["up"]["kernel"], up)
-
-
-def test_method_table_is_the_catalog():
-  docs = pathlib.Path(__file__).parents[1] / "docs" / "methods.md"
-  text = docs.read_text(encoding="utf-8")
-  assert f"<!-- methods -->\n{tables.markdown()}\n<!-- end of methods -->" in text
-  assert f"<!-- others -->\n{tables.others_markdown()}\n<!-- end of others -->" in text
 
 
 def test_the_readme_is_short():

@@ -10,7 +10,7 @@ from jaxmerge.catalog.other_merges import Other
 
 
 def markdown() -> str:
-  """Returns the table of methods as Markdown, as docs/methods.md shows it."""
+  """Returns the table of methods as Markdown, as docs/methods/README.md shows it."""
   rows = []
   for name, e in lookup.METHODS.items():
     numbers = ", ".join(f"{p}={q.default!r}" for p, q in e.parameters.items() if q.number)
@@ -20,7 +20,7 @@ def markdown() -> str:
 
 
 def others_markdown() -> str:
-  """Returns the table of what is not a method as Markdown, as docs/methods.md shows it."""
+  """Returns the table of what is not a method as Markdown, as docs/methods/README.md shows it."""
   rows = [
     (f"`{n}`{mark(o)}", o.formula, o.paper, o.needs, o.gives) for n, o in lookup.OTHERS.items()
   ]

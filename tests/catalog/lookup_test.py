@@ -1,7 +1,6 @@
 import functools
 import importlib
 import inspect
-import pathlib
 import subprocess
 import sys
 
@@ -14,8 +13,6 @@ import jaxmerge
 from jaxmerge import methods
 from jaxmerge.catalog import lookup, tables
 from jaxmerge.core import stage
-
-DOCS = (pathlib.Path(__file__).parents[2] / "docs" / "methods.md").read_text(encoding="utf-8")
 
 
 def test_the_table_is_free_of_jax():
@@ -149,18 +146,6 @@ def test_lengths_are_static_and_whole():
       lookup.check("karcher", {"max_iter": value})
 
 
-@pytest.mark.parametrize("name", lookup.METHODS)
-def test_every_method_has_its_section_in_the_docs(name):
-  """Under its name, with all its parameters and its paper."""
-  (section,) = (s for s in DOCS.split("\n### ") if s.startswith(f"`{name}`"))
-  entry = lookup.METHODS[name]
-  for parameter in entry.parameters:
-    assert f"`{parameter}`" in section, parameter
-  assert entry.paper.split(" (")[0] in section
-  assert f"Merges {entry.on.replace('either', 'weights or task vectors')}" in section
-  assert ("xperimental" in section) == entry.experimental
-
-
 PARTS = {  # Of which methods are made.
   "band",
   "disjoint_max",
@@ -193,7 +178,6 @@ def test_what_is_no_method_is_told_as_its_docstring_does(name):
   other = lookup.OTHERS[name]
   assert other.paper.split(" (")[1].rstrip(")") in text
   assert ("Experimental" in text) == other.experimental
-  assert f"`{name}" in DOCS or f"`{function}(" in DOCS
 
 
 def test_markdown_has_a_row_per_method():
