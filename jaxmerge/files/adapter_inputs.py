@@ -8,7 +8,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any  # What a config.json holds.
 
-from jaxmerge.files.plan import Model
+from jaxmerge.files.plan import Model, Outcome
 from jaxmerge.io.disk import links
 from jaxmerge.io.huggingface import folder, tied
 from jaxmerge.io.peft import adapter
@@ -57,11 +57,12 @@ def added(
   touched = {n for n, t in own.tensors.items() if t is not model.tensors.get(n)}
   if line := quantized.problem(model.name, model.tensors, touched, model.config, model.folder):
     raise ValueError(f"{path} is added to {line}")
-  dropped = {n: words for n, words in model.dropped.items() if n not in own.untied}
+  outcomes = {n: o for n, o in model.outcomes.items() if n not in own.untied}
+  outcomes |= {n: _outcome(use) for n, use in own.uses.items()}
   changed = model._replace(
     tensors=own.tensors,
     tied=own.tied,
-    dropped={**dropped, **own.fates},
+    outcomes=outcomes,
     files=(*model.files, *adapter.paths(path)),
   )
   config = _config(model.config, own, own.tensors)
@@ -69,6 +70,18 @@ def added(
     return changed
   texts = {**model.texts, folder.CONFIG: json.dumps(config, indent=2) + "\n"}
   return changed._replace(config=config, texts=texts)
+
+
+def _outcome(use: adapter.Use) -> Outcome:
+  """Returns what becomes of a tensor of an adapter, by how the adapter uses it."""
+  match use.kind:
+    case "copy":
+      return Outcome("dropped", reason="a copy of a module that the adapter holds whole")
+    case "shared":
+      return Outcome("rewritten", reason="adapter, shared by its modules")
+    case "added":
+      return Outcome("rewritten", target=use.target, reason="adapter, added")
+  return Outcome("rewritten", target=use.target, reason="adapter, in place of the model's")
 
 
 def tokenizer(path: pathlib.Path, base: pathlib.Path) -> dict[str, Text]:
@@ -118,7 +131,7 @@ def _same(path: pathlib.Path, text: Text) -> bool:
 
 def _heads(model: Model) -> list[str]:
   """The output heads that a model has, though they are its embedding."""
-  stored = [n for n in model.tied if n.endswith(tied.HEADS) and n in model.dropped]
+  stored = [n for n in model.tied if n.endswith(tied.HEADS) and n in model.outcomes]
   name = tied.head(model.config)
   return stored or [n for n in model.tied if n == name]
 

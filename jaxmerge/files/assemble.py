@@ -10,23 +10,24 @@ import numpy as np
 from jaxmerge import display, errors
 from jaxmerge.core import running_statistics
 from jaxmerge.files import plan as plans
+from jaxmerge.files.outcomes import ASIDE, LACKED
+from jaxmerge.files.plan import Job, Outcome
 from jaxmerge.io.tensors import quantized, safetensors
 
-ASIDE = "dropped: only the models are merged"  # What becomes of a base that is not.
-LACKED = "copied from the base, as not all models have it"
+_UNUSED = ("dropped", "tied")
 
 
-def assembled(
+def assemble(
   wants: Sequence[plans.Want],
-  jobs: Sequence[plans.Job],
+  jobs: Sequence[Job],
   models: Sequence[plans.Model],
   *,
   dtype: np.dtype | None = None,
   missing: str = "error",
-  fates: Mapping[str, Mapping[str, str]] | None = None,
+  dropped: Mapping[str, Mapping[str, Outcome]] | None = None,
   misfits: Sequence[str] = (),
 ) -> plans.Plan:
-  """Makes a plan of what is wanted, or tells all that does not fit.
+  """Makes the plan of a merge, or raises all that does not fit.
 
   Args:
     wants: the tensors of the result.
@@ -35,51 +36,79 @@ def assembled(
     dtype: of the result's floating tensors; None: that of the base, or of the first model.
     missing: what becomes of a tensor that some models lack: "error"; "base", copied from there;
       "mean", of the models that have it; "skip", left out of the result.
-    fates: what is known already of tensors that are not wanted.
+    dropped: outcomes of tensors by model, unless the result has them all the same.
     misfits: what does not fit between the models, as `misfits.lines` says it.
 
   Raises:
     Problems: naming every tensor and model that do not fit.
   """
-  told = {m.name: {**m.dropped, **(fates or {}).get(m.name, {})} for m in models}
+  outcomes: dict[str, dict[str, tuple[Outcome, ...]]] = {
+    m.name: {n: (o,) for n, o in {**m.outcomes, **(dropped or {}).get(m.name, {})}.items()}
+    for m in models
+  }
   problems = [*_coded(wants, models, dtype), *misfits]
-  every, outputs = list(jobs), []
+  all_jobs, outputs = list(jobs), list[plans.Output]()
   statistics = running_statistics.of(want.name for want in wants)
-  for want in wants:
-    if not there(want):
-      continue
-    found, fate = _settled(want, missing, every, statistics)
-    # The base may be one of the models as well.
-    for which in dict.fromkeys((*want.models, want.base)):
-      if which is not None and which.tensor is not None:
-        words = _fate_of(which, want, found, fate)
-        words += f" -> {want.name}" if which.name != want.name and found is not None else ""
-        known = told[which.model].get(which.name, "dropped")
-        if not known.startswith("dropped"):
-          words = known if words.startswith("dropped") else f"{known}; {words}"
-        told[which.model][which.name] = words
-    if found is not None:
-      first = found.base or found.models[0]
-      own = first.kept or first.dtype
-      stored_as = dtype if dtype is not None and safetensors.is_floating(own) else own
-      outputs.append(found._replace(dtype=stored_as))
-  for m in models:
-    problems += [
-      f"tensor {name!r} of {m.name} has no place in the result: exclude it."
-      for name in sorted(m.tensors.keys() - told[m.name].keys())
-    ]
+  for want in filter(there, wants):
+    output, outcome = _resolve(want, missing, all_jobs, statistics)
+    _record(outcomes, want, output, outcome)
+    if output is not None:
+      first = output.base or output.models[0]
+      stored = first.kept or first.dtype
+      if dtype is not None and safetensors.is_floating(stored):
+        stored = dtype
+      outputs.append(output._replace(dtype=stored))
+  problems += _homeless(models, outcomes)
   if problems:
     raise errors.Problems(problems)
   inputs = frozenset(file for m in models for file in m.files)
   facts = {
     "folders": {m.name: m.home or display.readable(str(m.folder)) for m in models if m.files}
   }
-  plan = plans.Plan(tuple(outputs), tuple(every), told, models[0].folder, inputs, facts)
   notes = [note for m in models for note in m.notes]
   notes += quantized.copied(
     [[(p.name, p.model, p.tensor) for p in there(w)] for w in wants if w.models]
   )
-  return plan._replace(texts=models[0].texts, notes=tuple(dict.fromkeys(notes)))
+  return plans.Plan(
+    tuple(outputs),
+    tuple(all_jobs),
+    outcomes,
+    models[0].folder,
+    inputs,
+    facts,
+    texts=models[0].texts,
+    notes=tuple(dict.fromkeys(notes)),
+  )
+
+
+def _record(
+  outcomes: Mapping[str, dict[str, tuple[Outcome, ...]]],
+  want: plans.Want,
+  output: plans.Output | None,
+  outcome: Outcome,
+) -> None:
+  """Adds the outcomes of the parts of a tensor; what is used anywhere is not dropped."""
+  # The base may be one of the models as well.
+  for part in dict.fromkeys((*want.models, want.base)):
+    if part is None or part.tensor is None:
+      continue
+    each = _outcome_of(part, want, output, outcome)
+    if part.name != want.name and output is not None:
+      each = each._replace(target=want.name)
+    before = tuple(o for o in outcomes[part.model].get(part.name, ()) if o.kind not in _UNUSED)
+    unused = before and each.kind in _UNUSED
+    outcomes[part.model][part.name] = before if unused else (*before, each)
+
+
+def _homeless(
+  models: Sequence[plans.Model], outcomes: Mapping[str, Mapping[str, object]]
+) -> list[str]:
+  """Says which tensors have no outcome."""
+  return [
+    f"tensor {name!r} of {m.name} has no place in the result: exclude it."
+    for m in models
+    for name in sorted(m.tensors.keys() - outcomes[m.name].keys())
+  ]
 
 
 def _coded(
@@ -102,48 +131,51 @@ def there(want: plans.Want) -> list[plans.Part]:
   return [p for p in (want.base, *want.models) if p is not None and p.tensor is not None]
 
 
-def _settled(
-  want: plans.Want, missing: str, jobs: list[plans.Job], statistics: Collection[str]
-) -> tuple[plans.Output | None, str]:
-  """Decides what becomes of a tensor that is wanted; with words for it."""
+def _resolve(
+  want: plans.Want, missing: str, jobs: list[Job], statistics: Collection[str]
+) -> tuple[plans.Output | None, Outcome]:
+  """Decides how a tensor is made, None if not at all, and what becomes of the models' for it."""
   base = None if want.base is None else want.base.tensor
   parts = [p for p in want.models if p.tensor is not None]
   tensors = tuple(p.tensor for p in parts if p.tensor is not None)
   first = base or tensors[0]
-  made = plans.Output(want.name, first.dtype, first, (), None)
-  whole = len(parts) == len(want.models) and (want.raw or base is not None)
+  copied = plans.Output(want.name, first.dtype, first, (), None)
+  complete = len(parts) == len(want.models) and (want.raw or base is not None)
   if not want.models or not safetensors.is_floating(first.dtype):
-    whose = want.base.model if base is not None and want.base else parts[0].model
-    return made, f"copied from {whose}"
-  if whole:
-    merged = made._replace(base=None if want.raw else base, models=tensors, job=want.job)
-    fate = (
-      running_statistics.FATE
-      if want.name in statistics
-      else f"merged by {plans.called(jobs, want.job)}"
-    )
-    return merged, fate
+    source = want.base.model if base is not None and want.base else parts[0].model
+    return copied, Outcome("copied", reason=f"from {source}")
+  if complete:
+    merged = copied._replace(base=None if want.raw else base, models=tensors, job=want.job)
+    if want.name in statistics:
+      return merged, Outcome("merged", reason=running_statistics.FATE)
+    return merged, Outcome("merged", want.job)
   if missing == "mean" and tensors:
-    names = tuple(p.model for p in parts)
-    job = next(
-      (i for i, j in enumerate(jobs) if j.words == "mean" and j.models == names), len(jobs)
-    )
-    if job == len(jobs):
-      jobs.append(plans.Job(_mean, "mean", names))
-    fate = f"mean of the models that have it, {plans.called(jobs, job)}"
-    return made._replace(base=None, models=tensors, job=job), fate
+    job = _job_of_mean(tuple(p.model for p in parts), jobs)
+    outcome = Outcome("merged", job, reason="mean of the models that have it")
+    return copied._replace(base=None, models=tensors, job=job), outcome
   if missing == "base" and base is not None:
-    return made, LACKED
-  return None, "dropped: not all models have it"
+    return copied, LACKED
+  return None, Outcome("dropped", reason="not all models have it")
 
 
-def _fate_of(which: plans.Part, want: plans.Want, made: plans.Output | None, fate: str) -> str:
-  """Says of one of a tensor's parts what it is to the result."""
-  if which != want.base or made is None or made.job is None:
-    return fate
-  if made.base is not None:
-    return fate.replace("merged by", "base of", 1)
-  return fate if which in want.models else ASIDE
+def _job_of_mean(names: tuple[str, ...], jobs: list[Job]) -> int:
+  """Returns the place of the job that averages these models, added unless there is one."""
+  for i, job in enumerate(jobs):
+    if job.words == "mean" and job.models == names:
+      return i
+  jobs.append(Job(_mean, "mean", names))
+  return len(jobs) - 1
+
+
+def _outcome_of(
+  part: plans.Part, want: plans.Want, output: plans.Output | None, outcome: Outcome
+) -> Outcome:
+  """Returns the outcome of one of a tensor's parts: that of a base may be another."""
+  if part != want.base or output is None or output.job is None:
+    return outcome
+  if output.base is not None:
+    return outcome if outcome.job is None else outcome._replace(kind="base")
+  return outcome if part in want.models else ASIDE
 
 
 def rounded(plan: plans.Plan) -> tuple[str, ...]:

@@ -25,9 +25,9 @@ def described(plan: Plan, *, shard_size: int, out_format: str = "safetensors") -
   """Says what a plan, and each that is done before it, will do and cost, for `--dry-run`."""
   if plan.earlier:
     return _each_described(plan, shard_size, out_format)
-  fates: collections.Counter[str] = collections.Counter()
-  for own in plan.fates.values():
-    fates.update(words.split(" -> ")[0] for words in own.values())
+  inputs_of: collections.Counter[str] = collections.Counter()
+  for by_name in plan.outcomes.values():
+    inputs_of.update(outcomes.summarize(each, plan.jobs) for each in by_name.values())
   made = [o for o in plan.outputs if o.job is not None]
   shards = len(plan.shards(shard_size))
   taken = (
@@ -45,7 +45,7 @@ def described(plan: Plan, *, shard_size: int, out_format: str = "safetensors") -
   out += [f"computed in {dtype}: {count} tensors" for dtype, count in sorted(narrow.items())]
   folders = plan.facts.get("folders", {}).items()
   out += [f"  {name}: checkpoint {own}" for name, own in folders if metadata.is_one(own)]
-  out += [f"  {count} tensors of the inputs: {words}" for words, count in sorted(fates.items())]
+  out += [f"  {count} tensors of the inputs: {text}" for text, count in sorted(inputs_of.items())]
   for i, job in enumerate(plan.jobs):
     count = sum(o.job == i for o in plan.outputs)
     if count:
@@ -102,7 +102,7 @@ def summary(plan: Plan) -> Record:
     without one; `compat`, where that was a flag; `notes`, a line each; `versions` of packages;
     `earlier`, the same of recipes that it builds on, by name.
   """
-  names = _names(list(plan.fates), plan)
+  names = _names(list(plan.outcomes), plan)
   earlier = {name: own._replace(facts=plan.facts) for name, own in plan.earlier.items()}
   made = [o for o in plan.outputs if o.job is not None]
   counts = [sum(o.job == i for o in made) for i in range(len(plan.jobs))]

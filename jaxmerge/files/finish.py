@@ -62,7 +62,7 @@ def complete(
     "tensors": {
       o.name: digests[o.name] | ({} if o.job is None else {"job": o.job + 1}) for o in plan.outputs
     },
-    "inputs": plan.fates,
+    "inputs": outcomes.texts(plan),
   }
   with atomic.write(part / folder.PROVENANCE) as file:
     file.write(json.dumps(facts, indent=1, default=str).encode() + b"\n")

@@ -164,7 +164,7 @@ def with_ties(opened: plans.Model) -> plans.Model:
   return opened._replace(
     tensors={n: t for n, t in opened.tensors.items() if n not in one},
     tied=dict.fromkeys([*one, *(n for n in left.absent if n not in opened.tensors)], own),
-    dropped=dict.fromkeys(one, f"dropped: tied to {found.embedding}"),
+    outcomes=dict.fromkeys(one, plans.Outcome("tied", target=found.embedding)),
   )
 
 

@@ -99,7 +99,7 @@ def planned(
     base: the base.
     models: the models to be merged.
     dtype: of the result's floating tensors; None: as in the base, or in the first model.
-    missing: as for `assemble.assembled`.
+    missing: as for `assemble.assemble`.
     allow: as for `compatibility.compared`.
 
   Raises:
@@ -114,7 +114,7 @@ def planned(
   told = misfits.lines(wants, (donor, *models), missing)
   fit = compatibility.compared(wants, (donor, *models), allow=allow, tokens=True)
   told += fit.unless(told)
-  plan = assemble.assembled(
+  plan = assemble.assemble(
     wants, [job], (donor, *models), dtype=dtype, missing=missing, misfits=told
   )
   said = () if dtype else assemble.rounded(plan)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from jaxmerge.files.plan import Model
+from jaxmerge.files.plan import Model, Outcome
 from jaxmerge.io.huggingface import tied
 from jaxmerge.io.tensors import experts
 from jaxmerge.io.tensors import names as spellings
@@ -65,8 +65,12 @@ def _called(model: Model, names: Mapping[str, str]) -> Model:
     raise ValueError(f"two tensors of {model.name} would be called {twice!r}.")
   tensors = {names.get(n, n): t for n, t in model.tensors.items()}
   tied = {names.get(n, n): t for n, t in model.tied.items()}
-  told = {o: f"spelt otherwise -> {n}" for o, n in names.items() if o in model.tensors}
-  return model._replace(tensors=tensors, tied=tied, dropped={**model.dropped, **told})
+  outcomes = {
+    old: Outcome("rewritten", target=new, reason="spelt otherwise")
+    for old, new in names.items()
+    if old in model.tensors
+  }
+  return model._replace(tensors=tensors, tied=tied, outcomes={**model.outcomes, **outcomes})
 
 
 def _formed(model: Model, donor: Model) -> Model:
@@ -77,14 +81,17 @@ def _formed(model: Model, donor: Model) -> Model:
   made = {n: f for n, f in made.items() if f.tensor.shape == donor.tensors[n].shape}
   if not made:
     return model
-  told: dict[str, list[str]] = {}
+  targets: dict[str, list[str]] = {}
   for name, form in made.items():
-    for own in form.stretches:
-      told.setdefault(own.name, []).append(name)
-  words = {o: f"in another form -> {', '.join(sorted(n)[:2])}" for o, n in told.items()}
-  kept = {n: t for n, t in model.tensors.items() if n not in told or n in donor.tensors}
-  tensors = {**kept, **{n: f.tensor for n, f in made.items()}}
-  return model._replace(tensors=tensors, dropped={**model.dropped, **words})
+    for stretch in form.stretches:
+      targets.setdefault(stretch.name, []).append(name)
+  outcomes = {
+    old: Outcome("rewritten", target=", ".join(sorted(names)[:2]), reason="in another form")
+    for old, names in targets.items()
+  }
+  others = {n: t for n, t in model.tensors.items() if n not in targets or n in donor.tensors}
+  tensors = {**others, **{n: f.tensor for n, f in made.items()}}
+  return model._replace(tensors=tensors, outcomes={**model.outcomes, **outcomes})
 
 
 def _lacks(model: Model, name: str) -> bool:
@@ -104,12 +111,12 @@ def _once(model: Model, models: Sequence[Model]) -> Model:
     if name in donor.tensors and _lacks(model, name):
       stand_ins[name] = model.tensors[twin]
     elif _lacks(donor, name) and name in model.tensors:
-      extra[name] = f"dropped: tied to {twin}"
+      extra[name] = Outcome("tied", target=twin)
   if not stand_ins and not extra:
     return model
   tensors = {n: t for n, t in model.tensors.items() if n not in extra}
-  tied, dropped = {**model.tied, **stand_ins}, {**model.dropped, **extra}
-  return model._replace(tensors=tensors, tied=tied, dropped=dropped)
+  tied, outcomes = {**model.tied, **stand_ins}, {**model.outcomes, **extra}
+  return model._replace(tensors=tensors, tied=tied, outcomes=outcomes)
 
 
 def _copied(name: str) -> bool:

@@ -1,15 +1,72 @@
-"""How many tensors a merge merges, copies and drops, and why: one line, wherever it is told."""
+"""What becomes of the input tensors of a merge, in words and in numbers.
+
+Everywhere else that is a record, `plan.Outcome`: only this module writes words of it.
+"""
 
 from __future__ import annotations
 
 import collections
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any  # Counts are JSON: a number, or numbers by reason.
 
-from jaxmerge.files.assemble import ASIDE, LACKED
-from jaxmerge.files.plan import Plan
+from jaxmerge.files.plan import Job, Outcome, Plan, called
+from jaxmerge.io.huggingface.folder import ARROW
 
 Counts = Mapping[str, Any]
+
+ASIDE = Outcome("dropped", reason="only the models are merged")  # Of a base that is not merged.
+LACKED = Outcome("copied", reason="from the base, as not all models have it")
+
+
+def describe(outcomes: Sequence[Outcome], jobs: Sequence[Job]) -> str:
+  """Describes what becomes of a tensor, as the provenance has it.
+
+  >>> jobs = [Job(lambda: None, {"method": "ties"}, ("chat", "code"))]
+  >>> describe([Outcome("merged", 0), Outcome("copied", target="b", reason="from chat")], jobs)
+  'merged by ties, job 1; copied from chat -> b'
+  """
+  return "; ".join(_words(o, jobs) + (ARROW + o.target) * _moves(o) for o in outcomes)
+
+
+def texts(plan: Plan) -> dict[str, dict[str, str]]:
+  """Describes what becomes of every input tensor, by model and name."""
+  return {
+    model: {name: describe(outcomes, plan.jobs) for name, outcomes in by_name.items()}
+    for model, by_name in plan.outcomes.items()
+  }
+
+
+def summarize(outcomes: Sequence[Outcome], jobs: Sequence[Job]) -> str:
+  """Describes the outcomes of a tensor up to the first that gives it another name, without it.
+
+  >>> summarize([Outcome("copied", target="b", reason="from chat")], [])
+  'copied from chat'
+  """
+  moved = next((i for i, o in enumerate(outcomes) if _moves(o)), len(outcomes))
+  return "; ".join(_words(o, jobs) for o in outcomes[: moved + 1])
+
+
+def _moves(outcome: Outcome) -> bool:
+  return outcome.target != "" and outcome.kind != "tied"
+
+
+def _words(outcome: Outcome, jobs: Sequence[Job]) -> str:
+  """Describes an outcome without the name of the tensor that it goes into."""
+  job = "" if outcome.job is None else called(jobs, outcome.job)
+  match outcome.kind:
+    case "tied" if outcome.reason:
+      return f"tied to {outcome.target}, {outcome.reason}"
+    case "tied":
+      return f"dropped: tied to {outcome.target}"
+    case "dropped":
+      return f"dropped: {outcome.reason}"
+    case "copied":
+      return f"copied {outcome.reason}"
+    case "base":
+      return f"base of {job}"
+    case "merged" if not outcome.reason:
+      return f"merged by {job}"
+  return ", ".join(part for part in (outcome.reason, job) if part)
 
 
 def counts(plan: Plan) -> Counts:
@@ -21,21 +78,24 @@ def counts(plan: Plan) -> Counts:
     that are an embedding.
   """
   merged = sum(o.job is not None for o in plan.outputs)
-  every = [words.split(" -> ")[0] for own in plan.fates.values() for words in own.values()]
-  lost = [w.removeprefix("dropped: ") for w in every if w.startswith("dropped: ") and w != ASIDE]
-  reasons = collections.Counter(w for w in lost if not w.startswith("tied to "))
-  result = {o.name for o in plan.outputs if o.job is None}
-  lacked = {n for own in plan.fates.values() for n, words in own.items() if words == LACKED}
+  copied = {o.name for o in plan.outputs if o.job is None}
+  lacked: set[str] = set()
+  dropped: collections.Counter[str] = collections.Counter()
+  for by_name in plan.outcomes.values():
+    for name, outcomes in by_name.items():
+      lacked.update(o.target or name for o in outcomes if o._replace(target="") == LACKED)
+      last = outcomes[-1]._replace(target="")  # Before it, rows may have been rewritten.
+      dropped.update([last.reason] if last.kind == "dropped" and last != ASIDE else [])
   return {
     "merged": merged,
     "copied": len(plan.outputs) - merged,
-    "lacked": len(lacked & result),
-    "dropped": dict(sorted(reasons.items())),
+    "lacked": len(lacked & copied),
+    "dropped": dict(sorted(dropped.items())),
   }
 
 
 def line(counts: Counts) -> str:
-  """Says it in a line.
+  """Writes counts in a line.
 
   >>> line({"merged": 9, "copied": 3, "lacked": 2, "dropped": {"excluded": 4}})
   '9 merged, 3 copied (2 of them as not all models have them), 4 dropped (4 excluded)'

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple  # Any: a method, which only a driver looks into; plans.
+from typing import Any, Literal, NamedTuple  # Any: a method, which only a driver looks into; plans.
 
 import numpy as np
 
@@ -19,8 +19,30 @@ from jaxmerge.io.tensors.tensor import Tensor
 ENTRIES = 2**22  # In a slice, of base and models together: few calls, and little memory.
 
 
+class Outcome(NamedTuple):
+  """What becomes of an input tensor; `outcomes.describe` writes it in words.
+
+  Attributes:
+    kind: "merged"; "base", what the task vectors of a merge start from; "copied" into the result;
+      "tied" to a tensor of equal bytes; "dropped"; or "rewritten" before the merge: renamed, put
+      into another form, added to a tensor of the model, or with other rows.
+    job: the job that merges it, by its place in the plan; None where its method does not.
+    target: the tensor that it goes into, where that has another name, or that it is tied to.
+    reason: why, or how, for people: no code looks into it.
+  """
+
+  kind: Literal["merged", "base", "copied", "tied", "dropped", "rewritten"]
+  job: int | None = None
+  target: str = ""
+  reason: str = ""
+
+
+# Model to tensor to what becomes of it; a tensor may go into several of the result.
+Outcomes = Mapping[str, Mapping[str, tuple[Outcome, ...]]]
+
+
 class Part(NamedTuple):
-  """A tensor of an input, and the model it is of; None where the model lacks it."""
+  """An input tensor and its model; `tensor` is None if the model has none of that name."""
 
   model: str
   name: str
@@ -38,8 +60,8 @@ class Model(NamedTuple):
     config: what its config.json says.
     tied: names of output heads to the embeddings that they are, by config and bytes: they are no
       tensors of their own, and stand in where another model's head is not tied.
-    dropped: tensors of its files that are not among its tensors, and what becomes of them: why they
-      are dropped, or what an adapter's are added to.
+    outcomes: what becomes of tensors of its files that are not among its tensors: why they are
+      dropped, or what an adapter's are added to.
     home: what its folder is called where the path would tell of this machine.
     texts: files that it has beside those of the folder, or in their place, such as those that an
       adapter brings, or where it is still to be made; None: it does not have that one.
@@ -52,7 +74,7 @@ class Model(NamedTuple):
   files: tuple[pathlib.Path, ...]
   config: Mapping[str, Any] = {}
   tied: Mapping[str, Tensor] = {}
-  dropped: Mapping[str, str] = {}
+  outcomes: Mapping[str, Outcome] = {}
   home: str | None = None
   texts: Mapping[str, str | bytes | None] = {}
   notes: tuple[str, ...] = ()
@@ -150,7 +172,7 @@ class Plan(NamedTuple):
   Attributes:
     outputs: the tensors of the result, in the order in which they are stored.
     jobs: what merges them.
-    fates: model to tensor to what becomes of it.
+    outcomes: what becomes of each input tensor, by model and name.
     donor: the folder whose config and tokenizer the result takes over.
     inputs: the files that are read.
     facts: plain JSON about the settings, for the provenance.
@@ -162,7 +184,7 @@ class Plan(NamedTuple):
 
   outputs: tuple[Output, ...]
   jobs: tuple[Job, ...]
-  fates: Mapping[str, Mapping[str, str]]
+  outcomes: Outcomes
   donor: pathlib.Path
   inputs: frozenset[pathlib.Path]
   facts: Mapping[str, Any] = {}

@@ -8,7 +8,7 @@ from typing import Any  # What a config.json holds.
 
 import numpy as np
 
-from jaxmerge.files.plan import Model, Output, Plan
+from jaxmerge.files.plan import Model, Outcome, Outcomes, Output, Plan
 from jaxmerge.io.huggingface import tied as tied_names
 from jaxmerge.io.tensors.tensor import Tensor
 
@@ -61,11 +61,19 @@ def _without(plan: Plan, names: list[str], embedding: str) -> Plan:
   """Leaves out tensors that are the embedding once more."""
   if not names:
     return plan
-  fates = {
-    model: {n: f"dropped: tied to {embedding}" if n in names else f for n, f in own.items()}
-    for model, own in plan.fates.items()
+  tie = Outcome("tied", target=embedding)
+  outputs = tuple(o for o in plan.outputs if o.name not in names)
+  return plan._replace(
+    outputs=outputs, outcomes=_replaced(plan.outcomes, dict.fromkeys(names, tie))
+  )
+
+
+def _replaced(outcomes: Outcomes, ties: Mapping[str, Outcome]) -> Outcomes:
+  """Replaces the outcomes of some tensors in every model."""
+  return {
+    model: {n: (ties[n],) if n in ties else each for n, each in by_name.items()}
+    for model, by_name in outcomes.items()
   }
-  return plan._replace(outputs=tuple(o for o in plan.outputs if o.name not in names), fates=fates)
 
 
 def tied(plan: Plan) -> Plan:
@@ -89,11 +97,9 @@ def tied(plan: Plan) -> Plan:
     else:
       same[output.name] = twin.name
   outputs = (o._replace(job=None, same=same[o.name]) if o.name in same else o for o in plan.outputs)
-  fates = {
-    model: {n: f"tied to {same[n]}, its equal" if n in same else f for n, f in own.items()}
-    for model, own in plan.fates.items()
-  }
-  return plan._replace(outputs=tuple(outputs), fates=fates) if same else plan
+  ties = {n: Outcome("tied", target=twin, reason="its equal") for n, twin in same.items()}
+  outcomes = _replaced(plan.outcomes, ties)
+  return plan._replace(outputs=tuple(outputs), outcomes=outcomes) if same else plan
 
 
 def _in_layers(name: str) -> bool:

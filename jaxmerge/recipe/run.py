@@ -242,7 +242,7 @@ def _problems(
       resume.check_place(plan, out)
     if settings.resume:
       # Their names stand before those of adapters.
-      used = {name.split("+")[0] for name in plan.fates} & stages
+      used = {name.split("+")[0] for name in plan.outcomes} & stages
       used |= set(stages) if place == out else set()
       kind = _format(place, out, settings)
       with errors.noted(found):

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any  # A record is JSON, its values have no one type.
 
 from jaxmerge import display
+from jaxmerge.io.huggingface import folder
 from jaxmerge.report import labels
 
 NAMED = 4  # Tensors that are equal, or files, of which there may be many.
@@ -66,11 +67,11 @@ def _provenance(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if key != "inputs" or not isinstance(value, dict):
       yield "provenance", f"{key}: {_short(value)}"
       continue
-    for model, fates in value.items():
-      every = fates.values() if isinstance(fates, dict) else [fates]
-      counts = collections.Counter(str(fate).split(" -> ")[0] for fate in every)
-      told = [f"{count:,} {fate}" for fate, count in counts.most_common()]
-      yield "provenance", f"input {model}: {', '.join(told) or 'no tensors'}"
+    for model, outcomes in value.items():
+      texts = outcomes.values() if isinstance(outcomes, dict) else [outcomes]
+      counts = collections.Counter(folder.without_target(str(text)) for text in texts)
+      lines = [f"{count:,} {text}" for text, count in counts.most_common()]
+      yield "provenance", f"input {model}: {', '.join(lines) or 'no tensors'}"
   if "check" in record:
     check = record["check"]
     told = [f"{len(check[key]):,} {key}" for key in ("changed", "missing", "added") if check[key]]

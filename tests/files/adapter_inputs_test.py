@@ -12,7 +12,7 @@ import pytest
 
 from jaxmerge import methods
 from jaxmerge.cli import main
-from jaxmerge.files import adapter_inputs, execute, inputs, merge, name_variants, plan
+from jaxmerge.files import adapter_inputs, execute, inputs, merge, name_variants, outcomes, plan
 from jaxmerge.io.huggingface import hub
 from jaxmerge.io.peft import adapter
 from jaxmerge.io.tensors import pieces, safetensors
@@ -263,7 +263,8 @@ def test_a_module_that_is_saved_whole_may_be_there_in_copies(tmp_path, plain):
   write(tmp_path / "adapter", tensors, modules_to_save=["lm_head", "embed_tokens"])
   model = opened(tmp_path / "base", tmp_path / "adapter")
   np.testing.assert_array_equal(values(model, HEAD), head)
-  assert sum(fate.startswith("dropped") for fate in model.dropped.values()) == 1 + plain
+  kinds = [outcome.kind for outcome in model.outcomes.values()]
+  assert sum(kind in ("dropped", "tied") for kind in kinds) == 1 + plain
 
 
 def test_rows_that_are_in_no_file_are_refused(tmp_path):
@@ -305,7 +306,8 @@ def test_names_of_an_adapter_may_begin_otherwise(tmp_path, module, rename):
   model = opened(tmp_path / "base", write(tmp_path / "adapter", parts), rename=rename)
   a, b = parts.values()
   np.testing.assert_allclose(values(model, f"{UP}.weight"), before + b @ a, atol=1e-5)
-  assert model.dropped[next(iter(parts))] == f"adapter, added -> {UP}.weight"
+  outcome = model.outcomes[next(iter(parts))]
+  assert outcomes.describe([outcome], []) == f"adapter, added -> {UP}.weight"
 
 
 def test_names_of_models_may_begin_otherwise(tmp_path):
@@ -362,7 +364,7 @@ def test_experts_in_one_tensor_are_those_in_a_matrix_each(turn):
   assert found.tensors.keys() == donor.tensors.keys()
   for name, x in one.items():
     np.testing.assert_array_equal(values(found, name), x)
-  assert found.dropped.keys() == other.keys()
+  assert found.outcomes.keys() == other.keys()
 
 
 def test_an_adapter_of_fused_experts_fits_a_base_with_a_matrix_each(tmp_path):

@@ -21,7 +21,7 @@ from jaxmerge import errors, methods
 from jaxmerge.cli import main
 from jaxmerge.core import stage
 from jaxmerge.drivers import streaming
-from jaxmerge.files import estimate, execute, inputs, inspection, reader
+from jaxmerge.files import estimate, execute, inputs, inspection, plan, reader
 from jaxmerge.files import merge as files_merge
 from jaxmerge.io.disk import atomic
 from jaxmerge.io.huggingface import shard_writer
@@ -344,14 +344,14 @@ def test_the_pair_that_a_config_ties_is_found_by_names_and_shapes(
   tied = {"model_type": "x", "tie_word_embeddings": True}
   opened = inputs.open_model(folders.write(tmp_path / "m", made, config=tied), Files())
   assert opened.tensors.keys() == {embedding, *others}
-  assert opened.dropped == {head: f"dropped: tied to {embedding}"}
+  assert opened.outcomes == {head: plan.Outcome("tied", target=embedding)}
   assert opened.part(head).tensor == opened.tensors[embedding]
   other = folders.write(tmp_path / "o", {**made, head: x[:3]}, config=tied)
   assert head in inputs.open_model(other, Files()).tensors  # It cannot be the embedding.
   made.pop(head)
   opened = inputs.open_model(folders.write(tmp_path / "h", made, config=tied), Files())
   assert opened.part(head).tensor == opened.tensors[embedding]
-  assert opened.dropped == {}
+  assert opened.outcomes == {}
 
 
 def test_an_embedding_stands_in_for_a_head_that_is_tied_to_it(tmp_path):

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxmerge import errors
+from jaxmerge.files import outcomes as outcome_words
 from jaxmerge.io.tensors.tensor import Files
 from jaxmerge.recipe import METHODS, RecipeError
 from jaxmerge.recipe.plan import planner
@@ -110,12 +111,13 @@ def test_nothing_of_a_recipe_is_lost(root, own):
     files.close()
   names = [o.name for o in plan.outputs]
   assert len(set(names)) == len(names)
-  for model, fates in plan.fates.items():
-    assert tensors[model] <= fates.keys(), model
+  for model, outcomes in plan.outcomes.items():
+    assert tensors[model] <= outcomes.keys(), model
   for o in plan.outputs:
     assert {t.shape for t in (o.base, *o.models) if t is not None} == {o.shape}
     assert (o.job is None) == (not o.models)
   if "missing" not in own:
-    assert not any("not all models" in words for f in plan.fates.values() for words in f.values())
+    texts = [text for by_name in outcome_words.texts(plan).values() for text in by_name.values()]
+    assert not any("not all models" in text for text in texts)
     if "models" in own:
-      assert set(names) == set().union(*(tensors[m] for m in plan.fates))
+      assert set(names) == set().union(*(tensors[m] for m in plan.outcomes))

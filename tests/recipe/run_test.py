@@ -9,7 +9,7 @@ import pytest
 from reference import spheres
 
 from jaxmerge import errors
-from jaxmerge.files import assemble, execute
+from jaxmerge.files import execute
 from jaxmerge.io.tensors import safetensors
 from jaxmerge.io.tensors.tensor import Files
 from jaxmerge.recipe import RecipeError
@@ -258,8 +258,9 @@ def test_a_copy_of_a_model_that_lacks_a_tensor(family, missing):
   for name, x in expected.items():
     np.testing.assert_array_equal(found[name], x)
   told = json.loads(pathlib.Path("out", execute.PROVENANCE).read_text())["inputs"]["base"]
-  assert told.pop(FINAL) == ("copied from base" if missing == "base" else assemble.ASIDE)
-  assert set(told.values()) == {assemble.ASIDE}
+  aside = "dropped: only the models are merged"
+  assert told.pop(FINAL) == ("copied from base" if missing == "base" else aside)
+  assert set(told.values()) == {aside}
 
 
 def test_what_is_excluded_and_not_in_the_base_may_be_left_out(family):

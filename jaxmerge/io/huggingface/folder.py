@@ -28,6 +28,7 @@ MODULES = "modules.json"  # sentence-transformers: which modules follow the enco
 MODULE = "[1-9]_*"  # A module's folder: its number, and what it is. The encoder has none.
 _WEIGHTED = ("CNN", "Dense", "LSTM", "LayerNorm", "WeightedLayerPooling")  # Not so Pooling, ...
 PROVENANCE = "jaxmerge_provenance.json"  # How a merged model came to be; checksums of its tensors.
+ARROW = " -> "  # In a provenance, before the tensor that an input tensor goes into.
 _LONGEST_PROVENANCE = 10 * strict_json.LONGEST  # Bytes; a line for every tensor of every input.
 _LONGEST_NAME = 255  # Characters of a file's name, on every common disk.
 # Files of a tokenizer, beside its chat template.
@@ -316,6 +317,15 @@ def text(folder: pathlib.Path, name: str) -> str:
 def provenance(folder: Path) -> dict[str, Any]:
   """Returns how the model of a folder came to be; errors as for `read_json`."""
   return read_json(pathlib.Path(folder) / PROVENANCE, _LONGEST_PROVENANCE)
+
+
+def without_target(outcome: str) -> str:
+  """Returns what a provenance says of an input tensor, without the tensor that it goes into.
+
+  >>> without_target("merged by ties, job 1 -> lm_head.weight")
+  'merged by ties, job 1'
+  """
+  return outcome.split(ARROW)[0]
 
 
 def _check_index(folder: pathlib.Path, homes: Mapping[str, pathlib.Path]) -> None:

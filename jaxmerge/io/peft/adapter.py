@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -36,6 +36,19 @@ _CLASSES = {
 _PAIR = ("lora_A.weight", "lora_B.weight")
 
 
+class Use(NamedTuple):
+  """What a tensor of an adapter is used for.
+
+  Attributes:
+    kind: "added" to a tensor of the base, in its "place", "shared" by several modules, or a "copy"
+      of others, which is not read.
+    target: the tensor of the base.
+  """
+
+  kind: Literal["added", "place", "shared", "copy"]
+  target: str = ""
+
+
 class Adapted(NamedTuple):
   """The tensors of a base as an adapter leaves them.
 
@@ -45,7 +58,7 @@ class Adapted(NamedTuple):
     untied: output heads that are tensors of their own by the adapter, and were the embedding.
     layers: where the adapter stacks them anew, which of the base's each layer is.
     rows: of the embedding, where the adapter has tokens more or fewer than the base.
-    fates: what becomes of each tensor of the adapter.
+    uses: what each tensor of the adapter is used for.
   """
 
   tensors: dict[str, Tensor]
@@ -53,7 +66,7 @@ class Adapted(NamedTuple):
   untied: tuple[str, ...]
   layers: tuple[int, ...] | None
   rows: int | None
-  fates: dict[str, str]
+  uses: dict[str, Use]
 
 
 class Factors(NamedTuple):
@@ -139,8 +152,8 @@ def adapted(
   out = {n: changed.get(n, t) for n, t in tensors.items()}
   still, untied = _ties(tensors, changed, tied or {}, heads, tokens)
   rows = _rows(every, {**out, **untied})
-  fates = _fates(weights, {**names, **{(n, -1): to for n, to in whole.items()}})
-  return Adapted({**out, **untied}, still, tuple(untied), order, rows, fates)
+  uses = _uses(weights, {**names, **{(n, -1): to for n, to in whole.items()}})
+  return Adapted({**out, **untied}, still, tuple(untied), order, rows, uses)
 
 
 def factors(folder: Path, files: Files) -> dict[str, Factors]:
@@ -310,18 +323,18 @@ def _rows(base: Base, out: Mapping[str, Tensor]) -> int | None:
   return first.shape[0]
 
 
-def _fates(weights: pathlib.Path, names: Mapping[tuple[str, int], str]) -> dict[str, str]:
-  """What becomes of the tensors of an adapter, by what they are added to, or stand for."""
-  found = {}
+def _uses(weights: pathlib.Path, names: Mapping[tuple[str, int], str]) -> dict[str, Use]:
+  """Returns what the tensors of an adapter are used for, by the tensors of the base."""
+  uses: dict[str, Use] = {}
   header = safetensors.header(weights).tensors
   for name in header:
-    own = parts.key(name)
+    key = parts.key(name)
     if parts.is_copy(name, header):
-      found[name] = "dropped: a copy of a module that the adapter holds whole"
-    elif own is None or not own.module:
-      found[name] = "adapter, shared by its modules"
-    elif own.part:
-      found[name] = f"adapter, added -> {names[own.module, own.nested]}"
+      uses[name] = Use("copy")
+    elif key is None or not key.module:
+      uses[name] = Use("shared")
+    elif key.part:
+      uses[name] = Use("added", names[key.module, key.nested])
     else:
-      found[name] = f"adapter, in place of the model's -> {names[own.module, -1]}"
-  return found
+      uses[name] = Use("place", names[key.module, -1])
+  return uses

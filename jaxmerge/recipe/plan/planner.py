@@ -245,13 +245,13 @@ def planned(
   if found:
     found += [errors.Problems(lines)] if lines else []
     recipe_errors.check(found)
-  plan = assemble.assembled(
+  plan = assemble.assemble(
     work.wants,
     work.jobs,
     inputs,
     dtype=precision.stored(recipe),
     missing=recipe.missing,
-    fates=result_rows.left_out(recipe, models, rows),
+    dropped=result_rows.left_out(recipe, models, rows),
     misfits=lines,
   )
   plan = plan._replace(notes=(*plan.notes, *fit.notes))
@@ -266,5 +266,5 @@ def planned(
   vain = [p._replace(text=f"{p.text} The output head is the embedding.") for p in idle]
   told = (f"line {p.place.line}: {p.text}" for p in (*recipe.ignored, *vain))
   notes = (*told, *work.notes, *plan.notes)
-  plan = plan._replace(texts=texts, fates=built.fates(plan.fates), notes=notes)
+  plan = plan._replace(texts=texts, outcomes=built.outcomes(plan.outcomes), notes=notes)
   return remote_code.settled(plan, inputs)

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple  # Any: what a config.json holds.
 
-from jaxmerge.files import assemble, plan
+from jaxmerge.files import outcomes, plan
 from jaxmerge.io.huggingface import folder
 from jaxmerge.recipe import layers, parameters
 from jaxmerge.recipe.errors import Problem, RecipeError
@@ -197,24 +197,23 @@ def by_module(rows: Sequence[Row]) -> dict[str | None, dict[str, int | None]]:
   return {m: all_names([row for row in rows if row.group.module == m]) for m in modules}
 
 
-def left_out(recipe: Recipe, models: Opened, rows: Sequence[Row]) -> dict[str, dict[str, str]]:
-  """Says what becomes of what nothing is made of: excluded tensors, and layers in no slice.
-
-  And a base that is not merged.
-  """
-  told: dict[str, dict[str, str]] = {m.name: {} for m in models.values()}
+def left_out(
+  recipe: Recipe, models: Opened, rows: Sequence[Row]
+) -> dict[str, dict[str, plan.Outcome]]:
+  """Returns the outcomes of tensors that may be left out: excluded, in no slice, or of the base."""
+  dropped: dict[str, dict[str, plan.Outcome]] = {m.name: {} for m in models.values()}
   modular = None not in recipe.parts
   if modular or any(row.group.sliced for row in rows):
-    words = "dropped: in no module of it" if modular else "dropped: in no slice"
-    told = {m.name: dict.fromkeys(m.tensors, words) for m in models.values()}
+    outside = plan.Outcome("dropped", reason="in no module of it" if modular else "in no slice")
+    dropped = {m.name: dict.fromkeys(m.tensors, outside) for m in models.values()}
   for base in (models[g.base] for g in groups(recipe) if g.base and not g.sliced):
-    told[base.name] |= dict.fromkeys(base.tensors, assemble.ASIDE)
+    dropped[base.name] |= dict.fromkeys(base.tensors, outcomes.ASIDE)
   for row in rows:
     if parameters.excluded(recipe, row.tensor):
       for source, name in zip(row.group.sources, row.names, strict=True):
         if name in models[source.model].tensors:
-          told[models[source.model].name][name] = "dropped: excluded"
-  return told
+          dropped[models[source.model].name][name] = plan.Outcome("dropped", reason="excluded")
+  return dropped
 
 
 def config(

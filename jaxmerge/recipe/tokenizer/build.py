@@ -49,14 +49,12 @@ class Built(NamedTuple):
       changed["vocab_size"] = self.size
     return changed
 
-  def fates(self, fates: Mapping[str, Mapping[str, str]]) -> dict[str, dict[str, str]]:
-    """Says of each tensor with other rows that it has them."""
+  def outcomes(self, outcomes: plan.Outcomes) -> plan.Outcomes:
+    """Returns the outcomes of tensors, those with other rows first rewritten."""
+    rows = plan.Outcome("rewritten", reason="rows by the tokenizer")
     return {
-      model: {
-        n: f"rows by the tokenizer; {words}" if n in self.names else words
-        for n, words in own.items()
-      }
-      for model, own in fates.items()
+      model: {n: (rows, *each) if n in self.names else each for n, each in by_name.items()}
+      for model, by_name in outcomes.items()
     }
 
 
