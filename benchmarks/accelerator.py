@@ -132,7 +132,7 @@ def merges(device, options):
 
 def merging(method):
   """The compiled merge of a base and experts."""
-  seed = 0 if "seed" in jaxmerge.core.stage.numbers(method) else None
+  seed = 0 if "seed" in jaxmerge.core.stage.hparams(method) else None
   return jax.jit(lambda base, experts: jaxmerge.merge(method, experts, base, seed=seed))
 
 

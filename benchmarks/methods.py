@@ -176,7 +176,7 @@ def child(place, name, options):
 
   def measured(**settings):
     method = getattr(methods, name)(**settings)
-    seed = {"seed": 0} if "seed" in stage.numbers(method) else {}
+    seed = {"seed": 0} if "seed" in stage.hparams(method) else {}
     return run(name, method, seed, weights, options)
 
   number, few = ITERATED.get(name), options.iterations

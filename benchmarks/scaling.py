@@ -168,7 +168,7 @@ def merging(held, params, runs=5):
   base = held.problem.params
   near = jax.tree.map(lambda a, b: a + 0.1 * (b - a), base, params)
   stack = jaxmerge.stack([near] * count)
-  seed = 0 if "seed" in jaxmerge.core.stage.numbers(held.method) else None
+  seed = 0 if "seed" in jaxmerge.core.stage.hparams(held.method) else None
   program = jax.jit(lambda b, s: jaxmerge.merge(held.method, s, b, seed=seed))
   jax.block_until_ready(program(base, stack))
   spans = []

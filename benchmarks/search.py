@@ -219,7 +219,7 @@ class Search:
     method = getattr(jaxmerge.methods, model)()
     names = [t.name for t in self.tasks]
     return self.mean(
-      jaxmerge.merge(method, self.stack, self.problem.params, aux=trial, seed=seed, names=names)
+      jaxmerge.merge(method, self.stack, self.problem.params, hparams=trial, seed=seed, names=names)
     )
 
   def mean(self, params):

@@ -23,7 +23,7 @@ def merged(
   base: Tree,
   adapters: Sequence[Adapter] | Any,
   *,
-  aux: Mapping[str, Any] | None = None,
+  hparams: Mapping[str, Any] | None = None,
   seed: int | jax.Array | None = None,
   names: Sequence[str] | None = None,
   layout: layouts.Said | None = (),
@@ -39,7 +39,7 @@ def merged(
     method: what `jaxmerge.methods` makes.
     base: tree of arrays [*s].
     adapters: a list, one a task, or a dict of them by name.
-    aux: numbers by name, in place of the method's own; trees of them have the merged leaves.
+    hparams: numbers by name, in place of the method's own; trees of them have the merged leaves.
     seed: for methods with random masks.
     names: names of the adapters; masks depend on them.
     layout: matrix views. Leaves lie as for `applied`, and the method has the same view of them.
@@ -75,7 +75,7 @@ def merged(
     method,
     {leaf: stack(leaf) for leaf in rules},
     {leaf: leaves[leaf] for leaf in rules},
-    aux=aux,
+    hparams=hparams,
     seed=seed,
     names=names,
     layout=layouts.fitted(method, {n: np.shape(leaves[n]) for n in rules}, rules),

@@ -49,7 +49,7 @@ class Parameter(NamedTuple):
       kind = type(value).__name__
       raise ValueError(
         f"{name} is a {kind}: numbers that are built like the tree are given to the merge, as "
-        f"aux={{...: {kind}(...)}}; one for each model are a tuple."
+        f"hparams={{...: {kind}(...)}}; one for each model are a tuple."
       )
     for v in _flat(value):
       if not plain(v):

@@ -14,6 +14,8 @@ from typing import Any  # A method holds functions, and they hold anything.
 
 import numpy as np
 
+# As digests of before have the fields of a stage; what a stage may do without counts where it is.
+_FIELDS = {"reductions": "statistics", "hparams": "numbers"}
 # Whose functions count without what they use by name.
 _LIBRARIES = {"jax", "jaxlib", "jaxmerge", "numpy", "optax", "flax", "builtins", "functools"}
 
@@ -98,7 +100,8 @@ def _parts(value: Any, inside: tuple[int, ...]) -> Iterator[str]:
     yield from _parts((value.func, value.args, value.keywords), inside)
   elif dataclasses.is_dataclass(value) and not isinstance(value, type):
     yield type(value).__qualname__
-    fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.name != "key"}
+    names = [f.name for f in dataclasses.fields(value) if f.name != "key"]
+    fields = {_FIELDS.get(n, n): getattr(value, n) for n in names}
     yield from _parts(fields, inside)
   elif isinstance(value, Mapping):
     yield f"mapping {len(value)}"

@@ -19,38 +19,44 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 def resolved(
   method: Method,
-  aux: Mapping[str, Any],
+  hparams: Mapping[str, Any],
   shapes: Shapes,
-  height: int,
+  num_models: int,
   copied: Collection[str] = (),
 ) -> dict[str, Any]:
   """Returns the method's numbers by name: one value, or a dict with one per merged leaf.
 
   Args:
     method: the method, with its defaults.
-    aux: the caller's values.
+    hparams: the caller's values.
     shapes: shapes of the leaves that are merged, without the task axis.
-    height: number of models K.
+    num_models: number of models K.
     copied: names of leaves that are not merged: trees of values may have them too.
 
   Raises:
     ValueError: for unknown, missing or ill-shaped numbers, and for numbers out of range where their
       values can be looked at.
   """
-  values = stage.numbers(method)
-  for name, value in aux.items():
+  values = stage.hparams(method)
+  for name, value in hparams.items():
     if name not in values:
       raise ValueError(f"the method takes no number {name!r}{errors.nearest(name, values)}.")
     values[name] = value
   return {
     n: _checked(
-      n, _by_leaf(n, value, shapes, height, copied) if n in aux else value, shapes, height, copied
+      n,
+      _by_leaf(n, value, shapes, num_models, copied) if n in hparams else value,
+      shapes,
+      num_models,
+      copied,
     )
     for n, value in values.items()
   }
 
 
-def _by_leaf(name: str, value: Any, shapes: Shapes, height: int, copied: Collection[str]) -> Any:
+def _by_leaf(
+  name: str, value: Any, shapes: Shapes, num_models: int, copied: Collection[str]
+) -> Any:
   """Takes a tuple of numbers that is built like the tree for one number a leaf: as a dict of them.
 
   Raises:
@@ -62,24 +68,25 @@ def _by_leaf(name: str, value: Any, shapes: Shapes, height: int, copied: Collect
   own, fields = _named(value, shapes), hasattr(value, "_fields")
   if not fields and not (shapes.keys() <= own.keys() <= shapes.keys() | set(copied)):
     return value
-  if not fields and len(value) == height:
+  if not fields and len(value) == num_models:
     raise ValueError(
-      f"{name} has {height} values, which may be one for each of {height} models or for each of "
-      f"the leaves {', '.join(own)}; give an array (np.array) for the models, or a dict of leaves."
+      f"{name} has {num_models} values, which may be one for each of {num_models} models or "
+      f"for each of the leaves {', '.join(own)}; give an array (np.array) for the models, or a "
+      "dict of leaves."
     )
   return own
 
 
-def ordered(names: Sequence[str] | None, height: int, *, keep: bool) -> tuple[Any, np.ndarray]:
+def ordered(names: Sequence[str] | None, num_models: int, *, keep: bool) -> tuple[Any, np.ndarray]:
   """Returns the models' order by tag, None where it is as given or to be kept, and their tags."""
-  given = [str(k) for k in range(height)] if names is None else list(names)
+  given = [str(k) for k in range(num_models)] if names is None else list(names)
   tags = np.array([tree.tag(n) for n in given], np.uint32)
-  if len(given) != height or len(set(tags.tolist())) != height:
-    raise ValueError(f"names must be {height} different names, one per model, got {given}.")
+  if len(given) != num_models or len(set(tags.tolist())) != num_models:
+    raise ValueError(f"names must be {num_models} different names, one per model, got {given}.")
   if names is None or keep:
     return None, tags
   order = np.argsort(tags, kind="stable")
-  return (None if (order == np.arange(height)).all() else order), tags[order]
+  return (None if (order == np.arange(num_models)).all() else order), tags[order]
 
 
 def permuted(value: Any, order: np.ndarray) -> Any:
@@ -99,7 +106,9 @@ def arrays(values: Mapping[str, Any]) -> dict[str, Any]:
   }
 
 
-def group(names: tuple[str, ...], shapes: Shapes, height: int, values: Mapping[str, Any]) -> Group:
+def group(
+  names: tuple[str, ...], shapes: Shapes, num_models: int, values: Mapping[str, Any]
+) -> Group:
   """Describes a group of leaves to `Stage.init`.
 
   A number per leaf is a number of the group where the group is that leaf; else the group lacks it.
@@ -110,22 +119,26 @@ def group(names: tuple[str, ...], shapes: Shapes, height: int, values: Mapping[s
     for n, v in values.items()
     if alone or not isinstance(v, dict)
   }
-  return Group({n: shapes[n] for n in names}, height, own)
+  return Group({n: shapes[n] for n in names}, num_models, own)
 
 
-def _checked(name: str, value: Any, shapes: Shapes, height: int, copied: Collection[str]) -> Any:
+def _checked(
+  name: str, value: Any, shapes: Shapes, num_models: int, copied: Collection[str]
+) -> Any:
   if value is None:
-    raise ValueError(f"the method needs {name!r}: give {name}= or aux={{{name!r}: ...}}.")
+    raise ValueError(f"the method needs {name!r}: give {name}= or hparams={{{name!r}: ...}}.")
   if lookup.plain(value) or isinstance(value, (jax.Array, np.ndarray, np.generic)):
-    _check(name, name, value, height, None)
+    _check(name, name, value, num_models, None)
     return value
   own = _named(value, shapes)
   for missing in sorted(shapes.keys() - own.keys()):
-    raise ValueError(f"aux {name!r} has no value for leaf {missing!r}.")
+    raise ValueError(f"hparams {name!r} has no value for leaf {missing!r}.")
   for unknown in sorted(own.keys() - shapes.keys() - set(copied)):
-    raise ValueError(f"aux {name!r} has a value for {unknown!r}, which is no leaf of the models.")
+    raise ValueError(
+      f"hparams {name!r} has a value for {unknown!r}, which is no leaf of the models."
+    )
   for leaf, shape in shapes.items():
-    _check(name, f"{name} of leaf {leaf!r}", own[leaf], height, shape)
+    _check(name, f"{name} of leaf {leaf!r}", own[leaf], num_models, shape)
   return {leaf: own[leaf] for leaf in shapes}
 
 
@@ -144,16 +157,18 @@ def _named(value: Any, shapes: Shapes) -> dict[str, Any]:
   return own_lists if shapes.keys() <= own_lists.keys() else own
 
 
-def _check(name: str, label: str, value: Any, height: int, shape: tuple[int, ...] | None) -> None:
+def _check(
+  name: str, label: str, value: Any, num_models: int, shape: tuple[int, ...] | None
+) -> None:
   """Refuses one value of a number that is ill-shaped, or is known to be out of range."""
   given = tuple(np.shape(value))
   if name == "seed" and given:
     raise ValueError(f"{label} must be one whole number, such as 0, got values of shape {given}.")
-  if given and (len(given) == 1 or lookup.knows(name)) and given[0] != height:
-    raise ValueError(f"{label} has {given[0]} values, but there are {height} models.")
+  if given and (len(given) == 1 or lookup.knows(name)) and given[0] != num_models:
+    raise ValueError(f"{label} has {given[0]} values, but there are {num_models} models.")
   if len(given) > 1 and shape is None:
     raise ValueError(
-      f"{label} has shape {given}; a number is a scalar or one per model {(height,)}."
+      f"{label} has shape {given}; a number is a scalar or one per model {(num_models,)}."
     )
   if len(given) > 1 and lookup.knows(name) and given[1:] != shape:
     raise ValueError(f"{label} has shape {given}, but the models are {shape} there.")
@@ -171,9 +186,9 @@ def _array(name: str, value: Any) -> Any:
   return np.asarray(value, np.uint32 if name == "seed" else np.float64)
 
 
-def refuse_height(name: str, height: int) -> None:
+def refuse_unmerged(name: str, num_models: int) -> None:
   """Raises ValueError, naming the leaf, where more than one model is left."""
-  if height != 1:
+  if num_models != 1:
     raise ValueError(
-      f"no combiner touched leaf {name!r}: {height} models are left of it after the last stage."
+      f"no combiner touched leaf {name!r}: {num_models} models are left of it after the last stage."
     )

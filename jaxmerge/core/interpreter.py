@@ -23,7 +23,7 @@ from jaxmerge.core.tree import Tree
 
 def check_weights(models: Tree) -> None:
   """Raises ValueError, naming the leaf, for a stack that cannot be merged without a base."""
-  tree.height(models)
+  tree.num_models(models)
   tree.refuse_complex(None, models)
   for name, leaf in tree.named(models).items():
     if tree.is_floating(leaf) or isinstance(leaf, jax.core.Tracer):
@@ -34,7 +34,7 @@ def check_weights(models: Tree) -> None:
 
 def check_models(base: Tree, models: Tree, reference: Tree) -> None:
   """Raises ValueError, naming the leaf, where base, reference and stack do not belong together."""
-  tree.height(models)
+  tree.num_models(models)
   one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), models)
   tree.check_same(base, one, left="the base", right="the models", dtype=False)
   tree.check_same(base, reference, left="the base", right="the reference", dtype=False)
@@ -49,7 +49,7 @@ def check_models(base: Tree, models: Tree, reference: Tree) -> None:
 class Ready(NamedTuple):
   """Numbers, tags and first knowledge of a merge: arrays, hence arguments of compiled programs."""
 
-  aux: dict[str, Any]
+  hparams: dict[str, Any]
   tags: Any
   order: Any
   known: tuple[dict[str, Any], ...]
@@ -58,8 +58,8 @@ class Ready(NamedTuple):
 def prepare(
   method: Method,
   shapes: Mapping[str, tuple[int, ...]],
-  height: int,
-  aux: Mapping[str, Any],
+  num_models: int,
+  hparams: Mapping[str, Any],
   names: Sequence[str] | None,
   copied: Collection[str] = (),
 ) -> Ready:
@@ -68,8 +68,8 @@ def prepare(
   Args:
     method: the method that will run.
     shapes: shapes of the leaves that are merged, without the task axis.
-    height: number of models K.
-    aux: numbers given by the caller.
+    num_models: number of models K.
+    hparams: numbers given by the caller.
     names: names of the models, or None.
     copied: names of the leaves that are not merged.
 
@@ -77,20 +77,20 @@ def prepare(
     ValueError: for unknown, missing or ill-shaped numbers, for names that are not K different ones,
       and for a leaf that no combiner will touch.
   """
-  order, tags = hyperparameters.ordered(names, height, keep=stage.ordered(method))
-  values = hyperparameters.resolved(method, aux, shapes, height, copied)
+  order, tags = hyperparameters.ordered(names, num_models, keep=stage.ordered(method))
+  values = hyperparameters.resolved(method, hparams, shapes, num_models, copied)
   if order is not None:
     values = {n: hyperparameters.permuted(v, order) for n, v in values.items()}
-  heights, known = dict.fromkeys(shapes, height), []
+  counts, known = dict.fromkeys(shapes, num_models), []
   for step in method:
     first = {}
     for group, found in stage.members(step, shapes).items():
-      at = max(heights[n] for n in found)
+      at = max(counts[n] for n in found)
       first[group] = step.init(hyperparameters.group(found, shapes, at, values))
-      heights.update(dict.fromkeys(found, 1) if step.combines else {})
+      counts.update(dict.fromkeys(found, 1) if step.combines else {})
     known.append(first)
-  for name, left in heights.items():
-    hyperparameters.refuse_height(name, left)
+  for name, left in counts.items():
+    hyperparameters.refuse_unmerged(name, left)
   return Ready(hyperparameters.arrays(values), tags, order, tuple(known))
 
 
@@ -104,11 +104,11 @@ def update(
   if step.keep == "pop":
     return step.update((kept.pop(), x), leaf, known)
   y = _updated(step, x, leaf, known, view)
-  height = 1 if step.combines else x.shape[0]
-  if y.shape[0] != height:
+  models_left = 1 if step.combines else x.shape[0]
+  if y.shape[0] != models_left:
     raise ValueError(
-      f"a stage made a stack of height {y.shape[0]} of one of height {x.shape[0]}; a combiner must "
-      "leave height 1 and say combines=True, other stages keep the height."
+      f"a stage returned a stack of {y.shape[0]} models for one of {x.shape[0]}; a combiner must "
+      "leave one and say combines=True, other stages keep the number."
     )
   return y
 
@@ -149,10 +149,10 @@ def _updated(step: Stage, x: Array, leaf: Leaf, known: Any, view: str | None) ->
 
 def leaf_of(name: str, base: Mapping[str, Array] | None, ready: Ready) -> Leaf:
   """Describes a whole leaf to a stage."""
-  aux = {n: v[name] if isinstance(v, dict) else v for n, v in ready.aux.items()}
+  hparams = {n: v[name] if isinstance(v, dict) else v for n, v in ready.hparams.items()}
   return Leaf(
     base=None if base is None else base[name],
-    aux=aux,
+    hparams=hparams,
     models=ready.tags,
     tag=np.uint32(tree.tag(name)),
     start=np.uint32(0),
@@ -173,9 +173,9 @@ def added(name: str, merged: Array, base: Array | None, dtype: Any) -> Array:
   """Adds a merged task vector [1, *s] to the base, and casts: [1, *s] -> [*s].
 
   Raises:
-    ValueError: if the height is not 1.
+    ValueError: if there is not one.
   """
-  hyperparameters.refuse_height(name, merged.shape[0])
+  hyperparameters.refuse_unmerged(name, merged.shape[0])
   return stored(merged, base, dtype)[0]
 
 

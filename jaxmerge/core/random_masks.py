@@ -42,7 +42,7 @@ def chosen(x: Array, leaf: Leaf, probability: Array) -> Array:
 
 def _bits(x: Array, leaf: Leaf) -> Array:
   """Hashes what an entry is: [K, *s] -> uint32 [K, *s]."""
-  key = _mixed(jnp.asarray(leaf.aux["seed"]).astype(jnp.uint32) ^ jnp.asarray(leaf.tag))
+  key = _mixed(jnp.asarray(leaf.hparams["seed"]).astype(jnp.uint32) ^ jnp.asarray(leaf.tag))
   entries = order_statistics.index(x, leaf)
   # Mixed before the model comes in, or the numbers of one model would be those of another, shifted.
   entries = _mixed(entries * jnp.uint32(0x85EBCA77) ^ key)

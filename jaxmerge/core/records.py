@@ -19,7 +19,7 @@ class Leaf(NamedTuple):
 
   Attributes:
     base: the reference's part [*s]; None where raw weights are merged.
-    aux: the method's numbers (scalar or [K]) and arrays aligned to this leaf ([K, *s]).
+    hparams: the method's numbers (scalar or [K]) and arrays aligned to this leaf ([K, *s]).
     models: [K] tags of the models, uint32.
     tag: tag of this leaf's name, uint32 scalar.
     start: entries of the leaf before this part, row by row, uint32 scalar (counted past 2**32 from
@@ -29,30 +29,30 @@ class Leaf(NamedTuple):
   """
 
   base: Array | None
-  aux: Mapping[str, Any]
+  hparams: Mapping[str, Any]
   models: Array
   tag: Array | np.generic
   start: Array | np.generic
   offset: Array | np.generic
   places: Array | np.ndarray | None = None
 
-  def number(self, name: str, x: Array) -> Array:
+  def hparam(self, name: str, x: Array) -> Array:
     """Returns the number `name` in the dtype of `x`, shaped to multiply a stack x [K, *s].
 
     Raises:
       ValueError: if it is one per model, but x holds another number of them.
     """
-    value = jnp.asarray(self.aux[name], x.dtype)
+    value = jnp.asarray(self.hparams[name], x.dtype)
     if value.ndim and value.shape[0] != x.shape[0]:
       raise ValueError(
-        f"{name} has {value.shape[0]} values, but acts on a stack of height {x.shape[0]}; "
+        f"{name} has {value.shape[0]} values, but acts on a stack of {x.shape[0]}; "
         "after a combiner it must be one number."
       )
     return value.reshape(value.shape + (1,) * (x.ndim - value.ndim)) if value.ndim else value
 
   def scalar(self, name: str, x: Array) -> Array:
     """Returns the number `name`, one for all models, in the dtype of `x`; ValueError for more."""
-    value = jnp.asarray(self.aux[name], x.dtype)
+    value = jnp.asarray(self.hparams[name], x.dtype)
     if value.ndim:
       raise ValueError(f"{name} must be one number for all models, got {value.shape[0]} values.")
     return value
@@ -71,31 +71,31 @@ class Group(NamedTuple):
 
   Attributes:
     shapes: shapes of its leaves by name, without the task axis.
-    height: number of models K.
-    aux: the method's numbers; those that differ from leaf to leaf are missing.
+    num_models: number of models K.
+    hparams: the method's numbers; those that differ from leaf to leaf are missing.
   """
 
   shapes: Mapping[str, tuple[int, ...]]
-  height: int
-  aux: Mapping[str, Any]
+  num_models: int
+  hparams: Mapping[str, Any]
 
   @property
   def size(self) -> int:
     """Number of entries of one model."""
     return sum(math.prod(shape) for shape in self.shapes.values())
 
-  def number(self, name: str) -> Any:
+  def hparam(self, name: str) -> Any:
     """Returns a number; ValueError if it differs from leaf to leaf of the group."""
-    if name not in self.aux:
+    if name not in self.hparams:
       raise ValueError(
         f"{name} is counted over {len(self.shapes)} leaves together and cannot differ between "
         "them; give one number, or scope='leaf'."
       )
-    return self.aux[name]
+    return self.hparams[name]
 
   def seen(self, name: str) -> np.ndarray | None:
     """Returns a number, scalar or [K]; None if it is traced, elsewhere, or differs by entry."""
-    value = self.number(name)
+    value = self.hparam(name)
     if isinstance(value, jax.core.Tracer) or not getattr(value, "is_fully_addressable", True):
       return None
     each = np.asarray(value, np.float64)
@@ -138,7 +138,7 @@ class Rank(NamedTuple):
   exact: bool = False
 
 
-Statistic = Sum | Rank
+Reduction = Sum | Rank
 
 
 class Fold(NamedTuple):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxmerge.core import magnitudes, order_statistics, sharding
-from jaxmerge.core.stage import Leaf, Statistic, Sum
+from jaxmerge.core.stage import Leaf, Reduction, Sum
 
 Array = jax.Array
 
@@ -70,7 +70,7 @@ def inner_products(x: Array) -> Array:
   return lax.dot_general(x, x, ((axes, axes), ((), ())), precision="highest", out_sharding=place)
 
 
-def settled(statistic: Statistic, parts: Sequence[tuple[Any, Leaf]], known: dict[str, Any]) -> Any:
+def settled(statistic: Reduction, parts: Sequence[tuple[Any, Leaf]], known: dict[str, Any]) -> Any:
   """Returns a statistic of a group whose leaves, with their descriptions, are all at hand."""
 
   def over(measure: Callable[[Any, Leaf], Any], combine: Callable[[Array, Array], Array]) -> Any:

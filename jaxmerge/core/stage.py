@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from jaxmerge.core import tree
-from jaxmerge.core.records import Array, Fold, Group, Leaf, State, Statistic
+from jaxmerge.core.records import Array, Fold, Group, Leaf, Reduction, State
 from jaxmerge.core.records import Rank as Rank  # Written with the rest of the algebra.
 from jaxmerge.core.records import Sum as Sum
 
@@ -35,11 +35,11 @@ class Stage:
 
   Attributes:
     update: (x [K, *s], leaf, known) -> [M, *s]; what is known are the statistics of x's group.
-    statistics: measured in this order, before the update.
-    init: group -> what is known at first; counts that follow from numbers are computed here.
-    numbers: the numbers that the stage reads from `leaf.aux`, with their default; None: no default.
+    reductions: measured in this order, before the update.
+    init: group -> what is known at first; counts that follow from hyperparameters belong here.
+    hparams: the hyperparameters that the stage reads, with their defaults; None: no default.
     where: the leaves that the stage acts on, by name; None: all.
-    scope: where statistics are added up: over the tree, per leaf, or per group that a name maps to.
+    scope: where reductions are added up: over the tree, per leaf, or per group that a name maps to.
     unit: what `update` may be cut along: "entry" anywhere, and x may come flat, [K, n]; "row" needs
       whole rows of the leaf's matrix view, in which it gets x as [K, rows, columns] and leaf.base
       as [rows, columns]; "matrix" gets whole matrices so, those of stacked layers one by one.
@@ -49,7 +49,7 @@ class Stage:
       as one row.
     ranked: the update finds under "ranks", in what is known, the place 0, 1, ... of each entry in
       its row by ascending magnitude, [K, rows, columns]; of those that tie the first comes first.
-    combines: the stage is a combiner: it leaves height 1. Other stages keep the height.
+    combines: the stage is a combiner: it leaves one model. Other stages keep their number.
     fold: the same combiner, a few experts at a time.
     keep: "push" keeps x aside as it is; "pop" gives the stage, to measure and to update, the pair
       (what was kept, x) in place of x.
@@ -62,9 +62,9 @@ class Stage:
   """
 
   update: Callable[..., Array]
-  statistics: tuple[Statistic, ...] = ()
+  reductions: tuple[Reduction, ...] = ()
   init: Callable[[Group], State] = lambda group: {}
-  numbers: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  hparams: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   where: tree.Predicate | None = None
   scope: Scope = "tree"
   unit: Literal["entry", "row", "matrix"] = "entry"
@@ -81,7 +81,7 @@ class Stage:
 
   @functools.cached_property
   def _identity(self) -> Hashable:
-    measured = (part for statistic in self.statistics for part in statistic)
+    measured = (part for statistic in self.reductions for part in statistic)
     functions = (self.update, self.init, self.rest, *(self.fold or ()), *measured)
     words = (self.unit, self.lookups, self.ranked, self.combines, self.ordered, self.deferred)
     moments = self.moments if isinstance(self.moments, str) else None
@@ -92,7 +92,7 @@ class Stage:
       return self is other
     if other.key is None or self._identity != other._identity:
       return False
-    mine, theirs = self.numbers, other.numbers
+    mine, theirs = self.hparams, other.hparams
     return mine.keys() == theirs.keys() and all(_same(mine[n], theirs[n]) for n in mine)
 
   def __hash__(self) -> int:
@@ -104,9 +104,9 @@ class Stage:
       return self.scope(name)
     return name if self.scope == "leaf" else ""
 
-  def statistic(self, name: str) -> Any:
+  def reduction(self, name: str) -> Any:
     """Returns the statistic of this name, a `Sum` or a `Rank`."""
-    return next(s for s in self.statistics if s.name == name)
+    return next(s for s in self.reductions if s.name == name)
 
 
 def _code(f: Any) -> Any:
@@ -177,7 +177,7 @@ def bare(method: Method) -> Method:
     (False, True)
   """
   return dataclasses.replace(
-    method, stages=tuple(s if s.key is None else dataclasses.replace(s, numbers={}) for s in method)
+    method, stages=tuple(s if s.key is None else dataclasses.replace(s, hparams={}) for s in method)
   )
 
 
@@ -287,19 +287,19 @@ def _unchanged(x: Array, leaf: Leaf, known: State) -> Array:
 def leafwise(
   f: Callable[[Array, Leaf], Array],
   *,
-  numbers: Mapping[str, Any] | None = None,
+  hparams: Mapping[str, Any] | None = None,
   combines: bool = False,
   fold: Fold | None = None,
 ) -> Method:
   """Makes a method of a function of one leaf's stack: f(x [K, *s], leaf) -> [M, *s].
 
   Example:
-    >>> damped = leafwise(lambda x, leaf: x * leaf.number("damping", x), numbers={"damping": 0.9})
-    >>> numbers(damped)
+    >>> damped = leafwise(lambda x, leaf: x * leaf.hparam("damping", x), hparams={"damping": 0.9})
+    >>> hparams(damped)
     {'damping': 0.9}
   """
   stage = Stage(
-    lambda x, leaf, known: f(x, leaf), numbers=numbers or {}, combines=combines, fold=fold
+    lambda x, leaf, known: f(x, leaf), hparams=hparams or {}, combines=combines, fold=fold
   )
   return keyed(Method((stage,)), (leafwise, f, combines, fold))
 
@@ -316,7 +316,7 @@ def pointwise(f: Callable[[Array], Array], *, combines: bool = False) -> Method:
   return keyed(leafwise(lambda x, leaf: f(x), combines=combines), (pointwise, f, combines))
 
 
-def numbers(method: Iterable[Stage]) -> dict[str, Any]:
+def hparams(method: Iterable[Stage]) -> dict[str, Any]:
   """Returns the numbers of all stages with their defaults.
 
   Raises:
@@ -324,7 +324,7 @@ def numbers(method: Iterable[Stage]) -> dict[str, Any]:
   """
   found: dict[str, Any] = {}
   for stage in method:
-    for name, default in stage.numbers.items():
+    for name, default in stage.hparams.items():
       known = found.get(name)
       if known is None:
         found[name] = default
@@ -349,7 +349,7 @@ def ordered(method: Iterable[Stage]) -> bool:
 
 def coupled(method: Iterable[Stage]) -> bool:
   """Tells whether statistics of a method are added up over several leaves."""
-  return any(step.statistics and step.scope != "leaf" for step in method)
+  return any(step.reductions and step.scope != "leaf" for step in method)
 
 
 def for_models(method: str, least: int, most: int | None = None) -> Callable[[Group], State]:
@@ -364,8 +364,8 @@ def for_models(method: str, least: int, most: int | None = None) -> Callable[[Gr
   plural = "s" * (most != 1)
 
   def init(group: Group) -> State:
-    if not least <= group.height <= (group.height if most is None else most):
-      raise ValueError(f"{method} merges {words} model{plural}, got {group.height}.")
+    if not least <= group.num_models <= (group.num_models if most is None else most):
+      raise ValueError(f"{method} merges {words} model{plural}, got {group.num_models}.")
     return {}
 
   return init
@@ -378,5 +378,5 @@ def foldable(method: Iterable[Stage]) -> bool:
   """
   combiners = [stage for stage in method if stage.combines]
   alone = all((stage.where is None) == (len(combiners) == 1) for stage in combiners)
-  whole = not any(stage.statistics or stage.keep for stage in method)
+  whole = not any(stage.reductions or stage.keep for stage in method)
   return bool(combiners) and alone and whole and all(stage.fold for stage in combiners)

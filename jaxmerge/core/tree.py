@@ -130,17 +130,17 @@ def unstack(models: Tree) -> list[Tree]:
     >>> [model["w"].tolist() for model in unstack({"w": jnp.array([[1, 2], [3, 4]])})]
     [[1, 2], [3, 4]]
   """
-  return [jax.tree.map(lambda leaf: leaf[k], models) for k in range(height(models))]
+  return [jax.tree.map(lambda leaf: leaf[k], models) for k in range(num_models(models))]
 
 
-def height(models: Tree) -> int:
+def num_models(models: Tree) -> int:
   """Returns K, the length of the task axis that all leaves of a stack share.
 
   Raises:
     ValueError: for a leaf without a task axis, or naming the first leaf whose K differs.
 
   Example:
-    >>> height({"w": jnp.zeros((3, 2)), "b": jnp.zeros(3)})
+    >>> num_models({"w": jnp.zeros((3, 2)), "b": jnp.zeros(3)})
     3
   """
   leaves = named(models)

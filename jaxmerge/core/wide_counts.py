@@ -103,8 +103,8 @@ def limbs(number: int) -> np.ndarray:
   return np.array([number >> LIMB, number & (2**LIMB - 1)], np.uint32)
 
 
-def share(fraction: Any, size: int, height: int, *, more: int = 0, least: int = 0) -> Limbs:
-  """Returns floor(fraction * size) + more, between `least` and size, as limbs [2, height].
+def share(fraction: Any, size: int, num_models: int, *, more: int = 0, least: int = 0) -> Limbs:
+  """Returns floor(fraction * size) + more, between `least` and size, as limbs [2, num_models].
 
   A Python number or NumPy array is counted on the host: the product in double precision,
   truncated, as `int(fraction * size)`. A jax array, traced or not, has float32 precision, and the
@@ -112,19 +112,19 @@ def share(fraction: Any, size: int, height: int, *, more: int = 0, least: int = 
   is 7, and the result is at most one part in 2**23 too large.
 
   Example:
-    >>> share(0.7, 10, height=2).tolist()
+    >>> share(0.7, 10, num_models=2).tolist()
     [[0, 0], [7, 7]]
-    >>> share(jnp.float32(0.7), 10, height=2).tolist()
+    >>> share(jnp.float32(0.7), 10, num_models=2).tolist()
     [[0, 0], [7, 7]]
   """
   if isinstance(fraction, jax.Array):
     if size >= 2**47:
       raise ValueError(f"a group of {size} entries is too large to rank; at most 2**47 - 1.")
-    counted = part(jnp.broadcast_to(fraction, (height,)), jnp.asarray(limbs(size))[:, None])
+    counted = part(jnp.broadcast_to(fraction, (num_models,)), jnp.asarray(limbs(size))[:, None])
     counted = plus(counted, jnp.asarray(limbs(more))[:, None])
     low = jnp.broadcast_to(jnp.asarray(limbs(least))[:, None], counted.shape)
     return at_most(jnp.where(at_least(counted, low), counted, low), size)
-  each = np.broadcast_to(np.asarray(fraction), (height,))
+  each = np.broadcast_to(np.asarray(fraction), (num_models,))
   # As text: float32(0.7) means 0.7, not 0.699999988.
   counts = [min(max(int(float(str(f)) * size) + more, least), size) for f in each]
   return np.stack([limbs(n) for n in counts], axis=1)

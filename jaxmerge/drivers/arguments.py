@@ -76,7 +76,7 @@ def described(
     >>> described(methods.average(normalize=False), {"weight": 0.5})
     ({'method': 'average', 'normalize': False}, {'weight': 0.5})
   """
-  every = {**{n: v for n, v in stage.numbers(method).items() if n != "seed"}, **numbers}
+  every = {**{n: v for n, v in stage.hparams(method).items() if n != "seed"}, **numbers}
   called = words or ("" if method.name in lookup.METHODS else method.name)
   said: dict[str, Any] = {"words": called} if called else {}
   if not factory.is_published(method):
@@ -224,16 +224,18 @@ def _loaded(given: Any) -> str:
   return f"; adapters.load({str(given)!r}) reads one" if known else ""
 
 
-def numbers(aux: Any, seed: Any) -> dict[str, Any]:
-  """Returns a method's numbers by name, the seed among them; ValueError for what has no names.
+def hparams(hparams: Any, seed: Any) -> dict[str, Any]:
+  """Returns hyperparameters by name, with the seed; ValueError for anything but a mapping.
 
   Example:
-    >>> numbers({"scale": 0.5}, 7)
+    >>> hparams({"scale": 0.5}, 7)
     {'scale': 0.5, 'seed': 7}
   """
-  if aux is not None and not isinstance(aux, Mapping):
-    raise ValueError(f"aux must be numbers by name, such as {{'scale': 0.5}}, got {_kind(aux)}.")
-  return {**(aux or {}), **({} if seed is None else {"seed": seed})}
+  if hparams is not None and not isinstance(hparams, Mapping):
+    raise ValueError(
+      f"hparams must be hyperparameters by name, such as {{'scale': 0.5}}, got {_kind(hparams)}."
+    )
+  return {**(hparams or {}), **({} if seed is None else {"seed": seed})}
 
 
 def tasks(apply: Any, given: Any, settings: Any) -> list[Any]:

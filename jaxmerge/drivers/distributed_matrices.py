@@ -135,11 +135,11 @@ def _worked(f: Rule, given: Any, mesh: Mesh | AbstractMesh | None) -> Array:
   if mesh is None:
     return each(given)
   count, axes = given[0].shape[0], P(mesh.axis_names)
-  height = -(-count // mesh.size) * mesh.size
+  length = -(-count // mesh.size) * mesh.size
 
   def padded(x: Array) -> Array:
     # The first once more, not zeros: what f makes of those is nobody's business.
-    spare = jnp.broadcast_to(x[:1], (height - count, *x.shape[1:]))
+    spare = jnp.broadcast_to(x[:1], (length - count, *x.shape[1:]))
     return _laid(jnp.concatenate([x, spare]), NamedSharding(mesh, axes))
 
   shared = jax.shard_map(each, mesh=mesh, in_specs=axes, out_specs=axes, check_vma=False)

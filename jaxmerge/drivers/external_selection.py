@@ -208,11 +208,11 @@ def _order(row: np.ndarray) -> np.ndarray:
 
 def _take(searches: Sequence[_Search], which: int, part: Slice, exact: bool) -> None:
   """Counts what is above the brackets, and keeps what is inside."""
-  height, kind = len(part.sides), part.sides.dtype.type
-  insides = np.zeros((height, 1), part.sides.dtype)
+  num_models, kind = len(part.sides), part.sides.dtype.type
+  insides = np.zeros((num_models, 1), part.sides.dtype)
   for i, search in enumerate(searches):
     if not search.found and not search.single:
-      insides[i % height] |= kind(_INSIDE << 2 * (i // height))
+      insides[i % num_models] |= kind(_INSIDE << 2 * (i // num_models))
   columns: np.ndarray = _NOTHING
   patterns = None
   if insides.any():
@@ -220,7 +220,7 @@ def _take(searches: Sequence[_Search], which: int, part: Slice, exact: bool) -> 
     patterns = part.bits(columns) if len(columns) else None
   few = np.take(part.sides, columns, axis=1)
   for i, search in enumerate(searches):
-    k, shift = i % height, 2 * (i // height)
+    k, shift = i % num_models, 2 * (i // num_models)
     if search.found:
       continue
     above, inside = kind(_ABOVE << shift), kind(_INSIDE << shift)

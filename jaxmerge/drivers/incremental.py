@@ -56,7 +56,7 @@ def of(
   method: Method | Any,
   base: Tree | None = None,
   *,
-  aux: Mapping[str, Any] | None = None,
+  hparams: Mapping[str, Any] | None = None,
   seed: int | None = None,
   layout: layouts.Said | None = (),
 ) -> Running:
@@ -68,7 +68,7 @@ def of(
   Args:
     method: with a fold: `average`, `checkpoint_average`, `task_arithmetic`, `dare`, `magmax`, ...
     base: what task vectors are taken from and added to; None: the weights themselves are merged.
-    aux: numbers in place of the method's own; one number for all models.
+    hparams: numbers in place of the method's own; one number for all models.
     seed: for methods with random masks.
     layout: matrix views.
 
@@ -94,8 +94,8 @@ def of(
   if base is None:
     instead = "incremental.of(method, base)"
     arguments.refuse_weights(method, instead, "a base of zeros subtracts nothing")
-  numbers = arguments.numbers(aux, seed)
-  seeded = "seed" in stage.numbers(method)
+  numbers = arguments.hparams(hparams, seed)
+  seeded = "seed" in stage.hparams(method)
   method = averages.with_moments(method, None if base is None else _merged(base))
   take, finish = accumulator(method, layouts.check(layout))
 

@@ -34,7 +34,7 @@ def merge(
   models: Any,  # A stack; what else is taken for several models, `arguments` says.
   base: Tree | None = None,
   *,
-  aux: Mapping[str, Any] | None = None,
+  hparams: Mapping[str, Any] | None = None,
   seed: int | Array | None = None,
   names: Sequence[str] | None = None,
   reference: Tree | None = None,
@@ -56,8 +56,8 @@ def merge(
       by name.
     base: tree of arrays [*s]; None: the weights themselves are merged. Methods of task vectors need
       one.
-    aux: numbers by name, in place of the method's own: a scalar, one per model [K], or a tree with
-      one of these, or an array [K, *s], per leaf. Other numbers do not compile again.
+    hparams: hyperparameters by name, in place of the method's own: a scalar, one per model [K], or
+      a tree with one of these, or an array [K, *s], per leaf. Other values do not compile again.
     seed: for methods with random masks.
     names: names of the models. Masks depend on them and not on the order; without them the models
       are called "0", "1", and so on. Methods to which the order matters keep that of the stack.
@@ -81,7 +81,7 @@ def merge(
     >>> jaxmerge.merge(jaxmerge.methods.average(weight=(3.0, 1.0)), experts)["w"].tolist()
     [1.5, 1.0]
   """
-  method, aux = arguments.method(method), arguments.numbers(aux, seed)
+  method, hparams = arguments.method(method), arguments.hparams(hparams, seed)
   if deltas and reference is not None:
     raise ValueError("deltas=True and a reference: nothing is subtracted from task vectors.")
   if base is None:
@@ -94,7 +94,7 @@ def merge(
   else:
     models, names = arguments.stacked(base, models, names)
     interpreter.check_models(base, models, base if reference is None else reference)
-  return _driven(method, base, reference, models, aux, names, layout, deltas)
+  return _driven(method, base, reference, models, hparams, names, layout, deltas)
 
 
 def transform(
@@ -114,7 +114,7 @@ def transform(
     for group, names in stage.members(step, x).items():
       leaves = {n: interpreter.leaf_of(n, base, ready)._replace(offset=before[n]) for n in names}
       known = dict(first[group])
-      for statistic in step.statistics:
+      for statistic in step.reductions:
         parts = [(interpreter.seen(step, x[n], kept[n]), leaf) for n, leaf in leaves.items()]
         known[statistic.name] = reductions.settled(statistic, parts, known)
       done = distributed_matrices.leaves(step, x, leaves, known, layout, deal)
@@ -129,7 +129,7 @@ def _driven(
   base: Tree | None,
   reference: Tree | None,
   models: Tree,
-  aux: Mapping[str, Any],
+  hparams: Mapping[str, Any],
   names: Sequence[str] | None,
   layout: layouts.Said | layouts.Table | None,
   deltas: bool = False,
@@ -138,7 +138,7 @@ def _driven(
   shapes = {n: np.shape(leaf)[1:] for n, leaf in stacks.items() if tree.is_floating(leaf)}
   method = averages.with_moments(method, shapes)
   copied = stacks.keys() - shapes.keys()
-  ready = interpreter.prepare(method, shapes, tree.height(models), aux, names, copied)
+  ready = interpreter.prepare(method, shapes, tree.num_models(models), hparams, names, copied)
   # Sums over a task axis that devices share must stay sums, which the compiler makes reductions.
   shared = any(sharding.over_first(x) for x in stacks.values())
   chains = False if shared else rewrites.pays(stacks.values())
@@ -149,7 +149,7 @@ def _driven(
   parts = [None if t is None else {n: t[n] for n in shapes} for t in parts]
   likes = stacks if base is None else tree.named(base)
   out = _checked(parts, ready, names, given)
-  double_precision.refuse_narrowed((stacks, likes), parts, aux, out)
+  double_precision.refuse_narrowed((stacks, likes), parts, hparams, out)
   for n in copied:
     out[n] = double_precision.copied(stacks[n][0] if base is None else likes[n])
   return tree.rebuild(models if base is None else base, out)

@@ -29,12 +29,12 @@ def _narrowed(parts: Parts, form: Form) -> Parts:
   def to(x: Any) -> Any:
     return None if x is None else rewrites.rounded(jnp.asarray(x, jnp.float32), narrow.dtype)
 
-  aux = {n: to(v) if n in narrow.numbers else v for n, v in parts.leaf.aux.items()}
+  hparams = {n: to(v) if n in narrow.numbers else v for n, v in parts.leaf.hparams.items()}
   return parts._replace(
     base=to(parts.base),
     reference=to(parts.reference),
     models=to(parts.models),
-    leaf=parts.leaf._replace(aux=aux),
+    leaf=parts.leaf._replace(hparams=hparams),
   )
 
 
@@ -83,7 +83,7 @@ def partial_sum(
 
   def run(parts: Parts, known: Any, own: Any) -> Any:
     x, leaf, kept = _through(parts, known, before, form)
-    measured: Sum = step.statistic(statistic)
+    measured: Sum = step.reduction(statistic)
     return measured.measure(interpreter.seen(step, x, kept), leaf, own)
 
   return rewrites.unrolled(run, each=form.each, halves=True)(_narrowed(parts, form), known, own)
@@ -100,7 +100,7 @@ def patterns(
 
   def run(parts: Parts, known: Any, own: Any) -> Array:
     x, leaf, kept = _through(parts, known, before, form)
-    ranked: Rank = step.statistic(rank)
+    ranked: Rank = step.reduction(rank)
     return order_statistics.pattern(ranked.of(interpreter.seen(step, x, kept), leaf, own))
 
   bits = rewrites.unrolled(run, each=form.each, halves=True)(_narrowed(parts, form), known, own)

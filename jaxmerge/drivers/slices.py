@@ -31,7 +31,7 @@ class Source(NamedTuple):
 
   Attributes:
     leaves: name to ShapeDtypeStruct of the result's leaves.
-    height: number of models K.
+    num_models: number of models K.
     read: (name, start, stop, order, look) -> (base [n], reference [n], models [K, n]), NumPy
       arrays; entries are counted row by row, and models[i] is the one at index i of `order`, a
       slice or an array. They are used up before the next call. The base is None where raw weights
@@ -44,7 +44,7 @@ class Source(NamedTuple):
   """
 
   leaves: Mapping[str, jax.ShapeDtypeStruct]
-  height: int
+  num_models: int
   read: Callable[[str, int, int, Any, Look | None], tuple[Any, Any, Any]]
   precision: Mapping[str, Precision] = {}
   wide: Collection[str] = ()
@@ -150,7 +150,7 @@ def ranges(run: Run, name: str, entries: int) -> Iterator[tuple[int, int]]:
 def pieces(run: Run, name: str, size: int) -> Iterator[tuple[int, int]]:
   """Picks some slices all over a leaf, its share of a sample of `size` entries."""
   own, together = math.prod(run.shapes[name]), unit(run, name)
-  most = max(FEW, SAMPLE // (run.source.height + 1))
+  most = max(FEW, SAMPLE // (run.source.num_models + 1))
   wanted = min(most, max(FEW, size // SPARSE)) * own // max(size, 1)
   count = min(max(wanted // PIECE, 1), PIECES)
   length = together * -(-max(PIECE, wanted // count) // together)
@@ -192,9 +192,9 @@ def read(
   if first:
     run.checked[name] = stop
   leaf = interpreter.leaf_of(name, None, run.ready)
-  aux = {n: _entries(v, run.shapes[name], start, stop) for n, v in leaf.aux.items()}
+  hparams = {n: _entries(v, run.shapes[name], start, stop) for n, v in leaf.hparams.items()}
   before = tuple(own.get(name, np.uint32(0)) for own in run.offsets)
-  leaf = leaf._replace(start=np.uint32(start % 2**32), aux=aux)
+  leaf = leaf._replace(start=np.uint32(start % 2**32), hparams=hparams)
   if run.shapes[name]:
     leaf = leaf._replace(places=run.counted(stop - start))
   if base is not None and name in run.moments:
@@ -255,15 +255,17 @@ def picked(run: Run, name: str, start: int, parts: Parts, columns: np.ndarray) -
     # As integers: NumPy picks those of dtypes that are not its own one by one.
     return None if x is None else np.take(x.view(f"u{x.itemsize}"), columns, -1).view(x.dtype)
 
-  aux = interpreter.leaf_of(name, None, run.ready).aux
+  hparams = interpreter.leaf_of(name, None, run.ready).hparams
   shape = run.shapes[name]
-  own = {n: v[:, columns] if _is_aligned(aux[n], shape) else v for n, v in parts.leaf.aux.items()}
+  own = {
+    n: v[:, columns] if _is_aligned(hparams[n], shape) else v for n, v in parts.leaf.hparams.items()
+  }
   places = columns.astype(np.uint32)[None]
   return parts._replace(
     base=of(parts.base),
     reference=of(parts.reference),
     models=of(parts.models),
-    leaf=parts.leaf._replace(places=places, aux=own),
+    leaf=parts.leaf._replace(places=places, hparams=own),
   )
 
 
@@ -274,13 +276,13 @@ def padded(run: Run, name: str, parts: Parts, length: int) -> Parts:
   def of(x: Any) -> Any:
     return None if x is None else np.pad(x, [(0, 0)] * (np.ndim(x) - 1) + [(0, more)])
 
-  aux, shape = interpreter.leaf_of(name, None, run.ready).aux, run.shapes[name]
-  own = {n: of(v) if _is_aligned(aux[n], shape) else v for n, v in parts.leaf.aux.items()}
+  hparams, shape = interpreter.leaf_of(name, None, run.ready).hparams, run.shapes[name]
+  own = {n: of(v) if _is_aligned(hparams[n], shape) else v for n, v in parts.leaf.hparams.items()}
   return parts._replace(
     base=of(parts.base),
     reference=of(parts.reference),
     models=of(parts.models),
-    leaf=parts.leaf._replace(places=run.counted(length), aux=own),
+    leaf=parts.leaf._replace(places=run.counted(length), hparams=own),
   )
 
 

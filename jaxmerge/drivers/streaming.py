@@ -27,7 +27,7 @@ from jaxmerge.core import (
   stage,
   tree,
 )
-from jaxmerge.core.stage import Method, Rank, Stage, Statistic, Sum
+from jaxmerge.core.stage import Method, Rank, Reduction, Stage, Sum
 from jaxmerge.core.tree import Tree
 from jaxmerge.drivers import arguments, external_selection, finiteness, slice_programs, slices
 from jaxmerge.drivers.slices import Form, Parts, Run, Source
@@ -43,7 +43,7 @@ def stream(
   source: Source,
   write: Callable[[str, int, np.ndarray], None],
   *,
-  aux: Mapping[str, Any] | None = None,
+  hparams: Mapping[str, Any] | None = None,
   seed: int | None = None,
   names: Sequence[str] | None = None,
   ready: interpreter.Ready | None = None,
@@ -63,10 +63,10 @@ def stream(
     method: the method; stages that need whole rows get whole rows.
     source: where base, reference and models come from.
     write: takes entries of the result, in the leaf's dtype.
-    aux: numbers by name, scalar or one per model.
+    hparams: numbers by name, scalar or one per model.
     seed: for methods with random masks.
     names: names of the models.
-    ready: numbers and tags that were prepared before, in place of `aux` and `seed`.
+    ready: numbers and tags that were prepared before, in place of `hparams` and `seed`.
     layout: matrix views.
     entries: about so many entries of each model are in a slice.
     done: names of leaves whose result is there already: they are measured, not written.
@@ -81,9 +81,9 @@ def stream(
   wides = set(shapes) if wides and stage.coupled(method) else wides
   with double_precision.context([np.zeros(0)] if wides else []):
     if ready is None:
-      aux = dict(aux or {}, **({} if seed is None else {"seed": seed}))
+      hparams = dict(hparams or {}, **({} if seed is None else {"seed": seed}))
       copied = source.leaves.keys() - shapes.keys()
-      ready = interpreter.prepare(method, shapes, source.height, aux, names, copied)
+      ready = interpreter.prepare(method, shapes, source.num_models, hparams, names, copied)
     run = Run(
       stage.bare(method),
       source,
@@ -160,11 +160,11 @@ def merge_slices(
   trees = (tree.named(t) for t in (base, {} if reference is None else reference, models))
   bases, references, stacks = ({n: np.asarray(v) for n, v in t.items()} for t in trees)
   out = {n: np.empty(v.shape, v.dtype) for n, v in bases.items()}
-  height = tree.height(models)
+  num_models = tree.num_models(models)
 
   def read(name: str, start: int, stop: int, order: Any, look: Any) -> tuple[Any, Any, Any]:
     own, *zero = (t[name].reshape(-1)[start:stop] for t in (bases, references) if t)
-    parts = own, zero[0] if zero else None, stacks[name].reshape(height, -1)[order, start:stop]
+    parts = own, zero[0] if zero else None, stacks[name].reshape(num_models, -1)[order, start:stop]
     if look is not None:
       slices.look_at(look, *parts)
     return parts
@@ -175,19 +175,19 @@ def merge_slices(
   leaves = {n: jax.ShapeDtypeStruct(v.shape, v.dtype) for n, v in bases.items()}
   each = (bases, references, stacks)
   wides = {n for t in each for n, x in t.items() if double_precision.is_wide(x)}
-  stream(method, Source(leaves, height, read, wide=wides), write, **options)
+  stream(method, Source(leaves, num_models, read, wide=wides), write, **options)
   return tree.rebuild(base, out)
 
 
 def _together(run: Run) -> list[list[str]]:
   """Groups the leaves that must be measured before any of them is merged; others go one by one."""
-  apart = all(step.scope == "leaf" or not step.statistics for step in run.method)
+  apart = all(step.scope == "leaf" or not step.reductions for step in run.method)
   return [[name] for name in run.shapes] if apart else [list(run.shapes)]
 
 
 def _late(method: Method) -> int | None:
   """The stage whose statistics may be measured when something depends on them, if there is one."""
-  last = max((i for i, step in enumerate(method) if step.statistics), default=None)
+  last = max((i for i, step in enumerate(method) if step.reductions), default=None)
   return last if last is not None and method[last].deferred else None
 
 
@@ -216,23 +216,23 @@ def _result(run: Run, name: str, parts: Parts, known: tuple[Any, ...], form: For
   out = np.asarray(
     run.call(slice_programs.merged, parts, seen, method=run.method, form=form, dtype=dtype)
   )
-  hyperparameters.refuse_height(name, out.shape[0])
+  hyperparameters.refuse_unmerged(name, out.shape[0])
   return out[0, :count]
 
 
-def _batches(step: Stage) -> Iterator[list[Statistic]]:
+def _batches(step: Stage) -> Iterator[list[Reduction]]:
   """Groups statistics that one reading serves: neighbouring ranks among the same values."""
 
-  def kind(indexed: tuple[int, Statistic]) -> Any:
+  def kind(indexed: tuple[int, Reduction]) -> Any:
     j, statistic = indexed
     return (statistic.of, statistic.exact) if isinstance(statistic, Rank) else j
 
-  for _, batch in itertools.groupby(enumerate(step.statistics), kind):
+  for _, batch in itertools.groupby(enumerate(step.reductions), kind):
     yield [statistic for _, statistic in batch]
 
 
 def _measured(
-  run: Run, members: Sequence[str], i: int, batch: list[Statistic], known: Any, own: Any
+  run: Run, members: Sequence[str], i: int, batch: list[Reduction], known: Any, own: Any
 ) -> dict[str, Any]:
   ranks = [s for s in batch if isinstance(s, Rank)]
   if not ranks:

@@ -232,7 +232,7 @@ def _searched(work: runs.Work, name: str, settings: Mapping[str, Any]) -> dict[s
   trials = 0
   for word, fixed, numbers, scales in grid.candidates(name, settings):
     method = grid.method(word, fixed)
-    seed = work.settings.seed if "seed" in stage.numbers(method) else None
+    seed = work.settings.seed if "seed" in stage.hparams(method) else None
     chosen = search_scales.best_scale(
       method,
       work.params,
@@ -243,7 +243,7 @@ def _searched(work: runs.Work, name: str, settings: Mapping[str, Any]) -> dict[s
       counts,
       names=work.names,
       seed=seed,
-      aux=numbers,
+      hparams=numbers,
       layout=work.problem.layout,
       metric=work.metric,
       called=name,

@@ -103,8 +103,8 @@ def of_loop(config: Mapping[str, Any], devices: Sequence[Any]) -> Iterator[xla_p
     states = jax.eval_shape(jax.vmap(local.init), _stack(params, slots))
     states = placed(states, placement.of_states(local, params, mesh, rules, stacked=True))
   leaves = {n: v.shape for n, v in tree.named(params).items()}
-  aux = {"seed": 0} if "seed" in stage.numbers(method) else {}
-  ready = interpreter.prepare(method, leaves, count, aux, names)._replace(order=None)
+  hparams = {"seed": 0} if "seed" in stage.hparams(method) else {}
+  ready = interpreter.prepare(method, leaves, count, hparams, names)._replace(order=None)
   rate, loss = np.float32(1), Struct((slots,), jnp.float32, sharding=by_task)
 
   def tuning(weights: Any, states: Any, rows: Any, plan: Any) -> Any:
@@ -154,7 +154,7 @@ def of_merge(config: Mapping[str, Any], devices: Sequence[Any]) -> Iterator[xla_
   places = meshes.places(params, mesh, llama.SHARDING)
   beside = jax.tree.map(lambda s: NamedSharding(mesh, P(None, *s.spec)), places)
   base, models = placed(params, places), placed(_stack(params, height), beside)
-  seed = 0 if "seed" in stage.numbers(method) else None
+  seed = 0 if "seed" in stage.hparams(method) else None
   merge = functools.partial(memory.merge, method, seed=seed, layout=llama.VIEWS)
   whole = jax.jit(merge, out_shardings=places)
   yield xla_program.Program("merge in memory", lambda: whole.lower(models, base), mesh)

@@ -241,7 +241,7 @@ class Work:
   def merged(self, name: str, settings: Any, scales: Sequence[float]) -> search_scales.Chosen:
     """The experts, merged by a method with its best scale."""
     method = problem.method_of({"name": name, **settings})
-    seed = self.settings.seed if "seed" in stage.numbers(method) else None
+    seed = self.settings.seed if "seed" in stage.hparams(method) else None
     if "scales" not in self.config["baselines"].get(name, {}):
       method = stage.chain(method, methods.scaled(1.0))
     return search_scales.best_scale(

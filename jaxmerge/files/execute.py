@@ -233,7 +233,7 @@ def _merge(
     job.method(),
     source,
     write,
-    aux=numbers,
+    hparams=numbers,
     seed=job.seed,
     names=job.models,
     layout=job.layout,

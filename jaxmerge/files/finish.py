@@ -104,7 +104,7 @@ def _numbers(job: Job) -> dict[str, Any]:
   """The method's numbers: its own, or those that it was given for all tensors or for each."""
   from jaxmerge.core import stage  # With jax, which a dry run does without.
 
-  every = {**stage.numbers(job.method()), **job.numbers}
+  every = {**stage.hparams(job.method()), **job.numbers}
   return {name: _plain(x, len(job.models)) for name, x in every.items() if name != "seed"}
 
 

@@ -149,7 +149,7 @@ def merge_files(
   *,
   base: Path | None = None,
   download: bool = False,
-  aux: Mapping[str, Any] | None = None,
+  hparams: Mapping[str, Any] | None = None,
   seed: int | None = None,
   names: Sequence[str] | None = None,
   words: str | None = None,
@@ -173,7 +173,7 @@ def merge_files(
     out: folder of the result.
     base: the base, likewise.
     download: whether models that the hub's cache lacks are fetched; else no network is used.
-    aux: the method's numbers: scalar, one per model, or by tensor.
+    hparams: the method's numbers: scalar, one per model, or by tensor.
     seed: for methods with random masks.
     names: of the models; else they are called as their folders.
     words: what the model card calls the method, such as "TIES, density 0.2".
@@ -212,7 +212,7 @@ def merge_files(
     references += [] if base is None else [(BASE, base)]
     each = inputs.every(references, files, find, rename)
     start = None if base is None else each.pop()
-    said, numbers = arguments.described(method, arguments.numbers(aux, None), words)
+    said, numbers = arguments.described(method, arguments.hparams(hparams, None), words)
     job = plans.Job(lambda: method, said, tuple(called), numbers, seed)
     plan = planned(job, start, each, dtype=kept, missing=missing, allow=allow)
     plan = laid_out(plan, method, layout)

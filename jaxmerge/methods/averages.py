@@ -42,7 +42,7 @@ def average(weight: float | tuple[float, ...] = 1.0, normalize: bool = True) -> 
   stage = Stage(
     lambda x, leaf, known: _mean(_add_to_mean(None, x, leaf), leaf),
     init=refuse_zero_sum("average"),
-    numbers={"weight": weight},
+    hparams={"weight": weight},
     scope="leaf",
     combines=True,
     fold=Fold(_add_to_mean, _mean),
@@ -101,7 +101,7 @@ def checkpoint_average(
     return held["sum"] / weights
 
   def init(group: Group) -> State:
-    alpha = group.seen("alpha") if "alpha" in group.aux else None
+    alpha = group.seen("alpha") if "alpha" in group.hparams else None
     if kind == "ema" and start == "zero" and alpha is not None and not alpha.all():
       raise ValueError("checkpoint_average: alpha must not be 0 where the average begins at zero.")
     return {}
@@ -109,7 +109,7 @@ def checkpoint_average(
   stage = Stage(
     lambda x, leaf, known: finish(add(None, x, leaf), leaf),
     init=init,
-    numbers={"alpha": alpha},
+    hparams={"alpha": alpha},
     combines=True,
     ordered=True,
     fold=Fold(add, finish),
@@ -146,18 +146,18 @@ def weighted_sum(weight: float | tuple[float, ...] = 1.0, *, normalize: bool = F
     return leafwise(
       # The weights are divided, not the sum: a scale that follows would be multiplied into it.
       lambda x, leaf: _sum(x * _shares(x, leaf)),
-      numbers={"weight": weight},
+      hparams={"weight": weight},
       combines=True,
       fold=Fold(_add_to_mean, lambda held, leaf: held["sum"] / _safe(held["weight"])),
     )
 
   def add(held: Array | None, x: Array, leaf: Leaf) -> Array:
-    part = _sum(x * leaf.number("weight", x))
+    part = _sum(x * leaf.hparam("weight", x))
     return part if held is None else held + part
 
   return leafwise(
-    lambda x, leaf: _sum(x * leaf.number("weight", x)),
-    numbers={"weight": weight},
+    lambda x, leaf: _sum(x * leaf.hparam("weight", x)),
+    hparams={"weight": weight},
     combines=True,
     fold=Fold(add, lambda held, leaf: held),
   )
@@ -232,7 +232,7 @@ def scaled(scale: float | tuple[float, ...]) -> Method:
     >>> jaxmerge.merge(scaled(0.5), {"w": jnp.array([[3.0]])})["w"].tolist()
     [1.5]
   """
-  return leafwise(lambda x, leaf: x * leaf.number("scale", x), numbers={"scale": scale})
+  return leafwise(lambda x, leaf: x * leaf.hparam("scale", x), hparams={"scale": scale})
 
 
 @named
@@ -244,12 +244,12 @@ def weighted(weight: float | tuple[float, ...]) -> Method:
     >>> jaxmerge.merge(weighted(2.0), {"w": jnp.array([[3.0]])})["w"].tolist()
     [6.0]
   """
-  return leafwise(lambda x, leaf: x * leaf.number("weight", x), numbers={"weight": weight})
+  return leafwise(lambda x, leaf: x * leaf.hparam("weight", x), hparams={"weight": weight})
 
 
 def _spread(x: Array, leaf: Leaf) -> Array:
   """The weights as [K, 1, ...], also where one number stands for all models."""
-  weight = leaf.number("weight", x)
+  weight = leaf.hparam("weight", x)
   return jnp.broadcast_to(weight, x.shape[:1] + (1,) * (x.ndim - 1)) if weight.ndim == 0 else weight
 
 
@@ -280,7 +280,7 @@ def refuse_zero_sum(method: str) -> Callable[[Group], dict[str, Array]]:
 
   def init(group: Group) -> dict[str, Array]:
     weight = group.seen("weight")
-    if weight is not None and abs(np.broadcast_to(weight, (group.height,)).sum()) < 1e-8:
+    if weight is not None and abs(np.broadcast_to(weight, (group.num_models,)).sum()) < 1e-8:
       (name,) = group.shapes
       raise ValueError(
         f"{method}: weights must not add up to zero, got {weight.tolist()} for leaf {name!r}; "

@@ -48,7 +48,7 @@ def pcb(
 
   def init(group: Group) -> dict[str, Any]:
     order_statistics.refuse_unrankable(group)
-    share, tail = group.number("ratio"), group.number("clamp")
+    share, tail = group.hparam("ratio"), group.hparam("clamp")
     low, one = _from_top(group, tail), _from_top(group, 1.0) + jnp.asarray([[0], [1]], jnp.uint32)
     high = wide_counts.at_most(_from_top(group, _rest(tail), more=1), group.size)
     best = wide_counts.at_most(_from_top(group, _rest(share)), group.size)
@@ -63,7 +63,7 @@ def pcb(
     least, best = (v.reshape((-1,) + (1,) * (x.ndim - 1)) for v in (least, best))
     share = _from_0_to_1(jnp.clip(_scores(x, known), least, best), least, best)
     size = jnp.clip(jnp.abs(x), *_ends(x, known))
-    own = share * jnp.sign(x) * size * leaf.number("weight", x)
+    own = share * jnp.sign(x) * size * leaf.hparam("weight", x)
     return _added(own) / jnp.maximum(_added(share), 1e-12)
 
   def magnitudes(x: Array, leaf: Leaf, known: Any) -> Array:
@@ -88,7 +88,7 @@ def _rest(fraction: Any) -> Any:
 
 def _from_top(group: Group, fraction: Any, more: int = 0) -> Array:
   """As the n-th largest, the entry that floor(fraction * size) entries are smaller than."""
-  counted = jnp.asarray(wide_counts.share(fraction, group.size, group.height))
+  counted = jnp.asarray(wide_counts.share(fraction, group.size, group.num_models))
   whole = jnp.broadcast_to(
     jnp.asarray(wide_counts.limbs(group.size + more))[:, None], counted.shape
   )

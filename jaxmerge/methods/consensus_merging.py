@@ -35,7 +35,7 @@ def ram(threshold: float = 1e-05) -> Method:
     changed = _changed(x, leaf)
     return _shared_mean(jnp.where(changed, x, 0), changed)
 
-  return leafwise(mean, numbers={"threshold": threshold}, combines=True)
+  return leafwise(mean, hparams={"threshold": threshold}, combines=True)
 
 
 @named
@@ -75,14 +75,14 @@ def ramplus_tl(
 
   def update(x: Array, leaf: Leaf, known: Any) -> Array:
     shared, unique = (_number(n, x) for n in known["counts"])
-    boost, limit = (leaf.number(n, shared) for n in ("boost", "limit"))
+    boost, limit = (leaf.hparam(n, shared) for n in ("boost", "limit"))
     factor = 1 + boost * jnp.minimum(shared / jnp.maximum(unique, 1), limit)
     changed = _changed(x, leaf)
     factor = jnp.where(_changers(changed) == 1, factor.reshape((-1,) + (1,) * (x.ndim - 1)), 1)
     return _shared_mean(jnp.where(changed, x * factor, 0), changed)
 
   measured = Sum("counts", counts, combine=wide_counts.plus)
-  return Method((Stage(update, (measured,), numbers=given, scope=scope, combines=True),))
+  return Method((Stage(update, (measured,), hparams=given, scope=scope, combines=True),))
 
 
 @named
@@ -114,16 +114,16 @@ def consensus(
 
   def update(x: Array, leaf: Leaf) -> Array:
     total = jnp.sum(x, axis=0, keepdims=True)
-    needed = jnp.abs(x) > leaf.number("threshold", x) * jnp.abs(total - x)
+    needed = jnp.abs(x) > leaf.hparam("threshold", x) * jnp.abs(total - x)
     many = _changers(needed).astype(x.dtype) >= leaf.scalar("least", x)
     return jnp.where(many, total, 0)
 
   settings = {"threshold": threshold, "least": least}
-  return chain(leafwise(update, numbers=settings, combines=True), averages.scaled(scale))
+  return chain(leafwise(update, hparams=settings, combines=True), averages.scaled(scale))
 
 
 def _changed(x: Array, leaf: Leaf) -> Array:
-  return jnp.abs(x) > leaf.number("threshold", x)
+  return jnp.abs(x) > leaf.hparam("threshold", x)
 
 
 def _changers(changed: Array) -> Array:

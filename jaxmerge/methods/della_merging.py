@@ -45,14 +45,14 @@ def magprune(
   lookup.check("della", {"density": density, "epsilon": epsilon, "rescale": rescale})
 
   def update(x: Array, leaf: Leaf, known: Any) -> Array:
-    q = probabilities(known["ranks"], leaf.number("density", x), leaf.number("epsilon", x))
+    q = probabilities(known["ranks"], leaf.hparam("density", x), leaf.hparam("epsilon", x))
     kept = random_masks.chosen(x, leaf, q)
     thin = jnp.where(kept, x, 0)
     return thin / jnp.where(kept, q, 1) if rescale == "inverse" else thin
 
-  numbers = {"density": density, "epsilon": epsilon, "seed": None}
+  hparams = {"density": density, "epsilon": epsilon, "seed": None}
   row = dict[str, Any](scope="leaf", unit="row", rest="row", ranked=True)
-  pruned = Method((Stage(update, (), _refuse_window, numbers, **row),))
+  pruned = Method((Stage(update, (), _refuse_window, hparams, **row),))
   return pruned if rescale == "inverse" else sparsify.matched(pruned, rescale)
 
 

@@ -54,8 +54,8 @@ def wudi(
     rate = leaf.scalar("learning_rate", x)
     return _descended(_added(x), x, unit.transpose(0, 2, 1) @ unit, _adam(rate), steps)
 
-  numbers = {"learning_rate": learning_rate}
-  return chain(spectral.by_matrix(update, numbers), averages.scaled(scale))
+  hparams = {"learning_rate": learning_rate}
+  return chain(spectral.by_matrix(update, hparams), averages.scaled(scale))
 
 
 @named
@@ -101,8 +101,8 @@ def optmerge(
     targets = mean[None] + _first(x - mean[None], kept)
     return _descended(_added(x), targets, spans, _adam(rate), steps)
 
-  numbers = {"learning_rate": learning_rate}
-  return chain(spectral.by_matrix(update, numbers), averages.scaled(scale))
+  hparams = {"learning_rate": learning_rate}
+  return chain(spectral.by_matrix(update, hparams), averages.scaled(scale))
 
 
 @named
@@ -146,7 +146,9 @@ def doge(
   lookup.check("doge", {**settings, "scale": scale, "subspace": subspace, "steps": steps})
 
   def init(group: Group) -> dict[str, Any]:
-    return {"kept": wide_counts.share(group.number("density"), group.size, group.height, more=1)}
+    return {
+      "kept": wide_counts.share(group.hparam("density"), group.size, group.num_models, more=1)
+    }
 
   def update(x: Array, leaf: Leaf, known: Any) -> Array:
     K, r, tol = x.shape[0], min(x.shape[1:]), leaf.scalar("rank_tol", x)
@@ -170,7 +172,7 @@ def doge(
     return jnp.zeros_like(sharding.together(x)[:1])
 
   cut = Rank("cut", lambda x, leaf, known: jnp.abs(x), rank="kept")
-  merged = spectral.by_matrix(update, settings, rest, statistics=(cut,), init=init)
+  merged = spectral.by_matrix(update, settings, rest, reductions=(cut,), init=init)
   return chain(merged, averages.scaled(scale))
 
 

@@ -40,14 +40,14 @@ def drop(
   lookup.check("dare", {"drop_rate": drop_rate, "rescale": rescale})
 
   def update(x: Array, leaf: Leaf) -> Array:
-    rate = leaf.number("drop_rate", x)
+    rate = leaf.hparam("drop_rate", x)
     kept = random_masks.chosen(x, leaf, 1 - rate)
     thin = jnp.where(kept, x, 0)
     # The divisor is chosen entry by entry: compilers make a product of a division by one number
     # where the array is large, and the last bit would depend on how a leaf is cut.
     return thin / jnp.where(kept, 1 - rate, 1) if rescale == "inverse" else thin
 
-  thinned = leafwise(update, numbers={"drop_rate": drop_rate, "seed": None})
+  thinned = leafwise(update, hparams={"drop_rate": drop_rate, "seed": None})
   return thinned if rescale == "inverse" else sparsify.matched(thinned, rescale)
 
 

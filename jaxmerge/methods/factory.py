@@ -41,8 +41,8 @@ def named(factory: Callable[Arguments, Method]) -> Callable[Arguments, Method]:
     >>> @named
     ... def damped(damping=0.9, sign=1):
     ...   numbers = {"damping": damping}
-    ...   factor = lambda leaf, x: sign * leaf.number("damping", x)
-    ...   return stage.leafwise(lambda x, leaf: x * factor(leaf, x), numbers=numbers)
+    ...   factor = lambda leaf, x: sign * leaf.hparam("damping", x)
+    ...   return stage.leafwise(lambda x, leaf: x * factor(leaf, x), hparams=numbers)
     >>> damped(0.5) == damped(0.5), damped(0.5) == damped(0.9), damped().name
     (True, False, 'damped')
     >>> stage.bare(damped(0.5)) == stage.bare(damped(0.9)) != stage.bare(damped(sign=-1))
@@ -62,10 +62,10 @@ def named(factory: Callable[Arguments, Method]) -> Callable[Arguments, Method]:
       raise TypeError(f"{name} has no parameter {unknown[0]!r}{near}.") from None
     bound.apply_defaults()
     method = factory(*bound.args, **bound.kwargs)
-    varying = stage.numbers(method)
-    numbers = {n for n, v in bound.arguments.items() if n in varying and varying[n] is v}
-    settings = tuple((n, v) for n, v in bound.arguments.items() if n not in numbers)
-    absent = tuple(n for n in bound.arguments if n in numbers and varying[n] is None)
+    varying = stage.hparams(method)
+    hparams = {n for n, v in bound.arguments.items() if n in varying and varying[n] is v}
+    settings = tuple((n, v) for n, v in bound.arguments.items() if n not in hparams)
+    absent = tuple(n for n in bound.arguments if n in hparams and varying[n] is None)
     key = _Key(name, factory, tuple((n, _typed(v)) for n, v in settings), absent)
     return dataclasses.replace(stage.keyed(method, key), name=name, settings=settings)
 

@@ -63,7 +63,7 @@ def gate(
     places = [layers.index(layer(n)) for n in group.shapes]
     sizes = np.zeros(len(layers))
     np.add.at(sizes, places, [np.prod(s) for s in group.shapes.values()])
-    pruned = wide_counts.share(group.number("prune_ratio"), len(layers), group.height)
+    pruned = wide_counts.share(group.hparam("prune_ratio"), len(layers), group.num_models)
     return {
       "tags": np.array([tree.tag(n) for n in group.shapes], np.uint32),
       "places": np.array(places, np.int32),

@@ -115,22 +115,22 @@ def band(
   """
   given = {"keep": keep, "remove": remove, "scope": scope, "yields": yields}
   lookup.check("breadcrumbs", given)
-  numbers = {"keep": keep, "remove": remove}
+  hparams = {"keep": keep, "remove": remove}
   if scope == "row":
     by_row = functools.partial(_band_of_rows, yields=yields)
     alone = functools.partial(_band_of_one_row, yields=yields)
-    return Method((Stage(by_row, numbers=numbers, unit="row", rest=alone),))
+    return Method((Stage(by_row, hparams=hparams, unit="row", rest=alone),))
 
   def init(group: Group) -> dict[str, Any]:
     counted = group._replace(shapes={n: s for n, s in group.shapes.items() if s})
     order_statistics.refuse_unrankable(counted)
-    fractions = group.number("keep"), group.number("remove")
-    return _counts(*fractions, counted.size, group.height, yields)
+    fractions = group.hparam("keep"), group.hparam("remove")
+    return _counts(*fractions, counted.size, group.num_models, yields)
 
   def update(x: Array, leaf: Leaf, known: Any) -> Array:
     return _between(x, leaf, known) if x.ndim > 1 else x
 
-  return Method((Stage(update, _ENDS, init, numbers, scope=scope),))
+  return Method((Stage(update, _ENDS, init, hparams, scope=scope),))
 
 
 def _size(x: Array, leaf: Leaf, known: Any) -> Array:
@@ -162,7 +162,7 @@ def _between(x: Array, leaf: Leaf, known: Any) -> Array:
 def _band_of_rows(x: Array, leaf: Leaf, known: Any, *, yields: Yields) -> Array:
   """Keeps the band of each row: x [K, rows, columns], each (model, row) ranked by itself."""
   K, _, columns = x.shape
-  keep, remove = (jnp.asarray(leaf.aux[n]) for n in ("keep", "remove"))
+  keep, remove = (jnp.asarray(leaf.hparams[n]) for n in ("keep", "remove"))
   counts = _counts(keep, remove, columns, K, yields)
   alone = leaf._replace(start=np.uint32(0), offset=np.uint32(0), places=None)
 

@@ -156,10 +156,10 @@ def krum(
 
   def init(group: Group) -> dict[str, Any]:
     for_models("krum", 2 * outliers + 3)(group)
-    if select > group.height - outliers:
+    if select > group.num_models - outliers:
       raise ValueError(
-        f"krum: of {group.height} models, {outliers} of them outliers, at most "
-        f"{group.height - outliers} can be selected, got select={select}."
+        f"krum: of {group.num_models} models, {outliers} of them outliers, at most "
+        f"{group.num_models - outliers} can be selected, got select={select}."
       )
     return {}
 
@@ -224,7 +224,7 @@ def flag(
     return length * shares * (1 / products.shape[0])
 
   def init(group: Group) -> dict[str, Any]:
-    return {"pairs": jnp.asarray(group.number("pairs"))}
+    return {"pairs": jnp.asarray(group.hparam("pairs"))}
 
   def update(x: Array, leaf: Leaf, known: Any) -> Array:
     own = known["coefficients"].astype(x.dtype)

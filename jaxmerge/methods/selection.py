@@ -66,7 +66,7 @@ def most_varied(density: float) -> Method:
 
   def init(group: Group) -> dict[str, Any]:
     order_statistics.refuse_unrankable(group)
-    density = jnp.asarray(group.number("density"), jnp.float32)
+    density = jnp.asarray(group.hparam("density"), jnp.float32)
     if density.ndim:
       raise ValueError(f"sce: density must be one number for all models, got {density.shape[0]}.")
     return {"density": density.reshape(1)}

@@ -42,9 +42,9 @@ def trim(density: float, *, scope: Scope = "tree", rule: Literal["kth", "exact"]
   def init(group: Group) -> dict[str, Any]:
     if exact:
       order_statistics.refuse_unrankable(group)
-    density = group.number("density")
+    density = group.hparam("density")
     extra = {"least": 1} if exact else {"more": 1}
-    return {"kept": wide_counts.share(density, group.size, group.height, **extra)}
+    return {"kept": wide_counts.share(density, group.size, group.num_models, **extra)}
 
   def update(x: Array, leaf: Leaf, known: Any) -> Array:
     return jnp.where(order_statistics.inside(known["cut"], jnp.abs(x), leaf), x, 0)

@@ -157,7 +157,7 @@ def tsv(
 
 def by_matrix(
   update: Callable[..., Array],
-  numbers: dict[str, Any],
+  hparams: dict[str, Any],
   rest: Callable[..., Array] | None = None,
   **more: Any,
 ) -> Method:
@@ -170,7 +170,7 @@ def by_matrix(
     return _added(x) * (1 / x.shape[0])
 
   rest = rest or mean
-  stage = Stage(together, unit="matrix", rest=rest, numbers=numbers, combines=True, **more)
+  stage = Stage(together, unit="matrix", rest=rest, hparams=hparams, combines=True, **more)
   return Method((stage,))
 
 

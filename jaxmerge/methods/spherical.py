@@ -28,7 +28,7 @@ def spanned(
   solve: Solve,
   *,
   scope: Literal["leaf", "row", "column"] = "leaf",
-  numbers: Mapping[str, Any] | None = None,
+  hparams: Mapping[str, Any] | None = None,
   init: Callable[[Group], Any] = lambda group: {},
   ordered: bool = False,
   straight: Callable[[Array, Leaf], Array] | None = None,
@@ -37,7 +37,7 @@ def spanned(
 
   Args:
     solve: (inner products [K, K], leaf) -> coefficients [K]. The products are over the square of
-      `leaf.aux["unit"]`, which is 1 but where squares would leave the range of the dtype.
+      `leaf.hparams["unit"]`, which is 1 but where squares would leave the range of the dtype.
     scope: what is a vector: the leaf, or each row or column of its matrix view. A leaf without a
       view is one vector.
     numbers: the numbers that `solve` reads from the leaf.
@@ -53,7 +53,7 @@ def spanned(
     [1.0, 1.0]
   """
   said = functools.partial(
-    Stage, init=init, numbers=numbers or {}, scope="leaf", combines=True, ordered=ordered
+    Stage, init=init, hparams=hparams or {}, scope="leaf", combines=True, ordered=ordered
   )
   alike = straight and said(lambda x, leaf, known: _combined(straight(_blank(x), leaf), x))
   made = functools.partial(said, moments=alike)
@@ -86,7 +86,7 @@ def spanned(
 
 
 def _measured(gram: reductions.Gram, leaf: Leaf) -> tuple[Array, Leaf]:
-  return gram.products, leaf._replace(aux={**leaf.aux, "unit": gram.unit})
+  return gram.products, leaf._replace(hparams={**leaf.hparams, "unit": gram.unit})
 
 
 @named
@@ -119,7 +119,7 @@ def slerp(t: float = 0.5) -> Method:
     return jnp.stack([1 - t, t])
 
   own = for_models("slerp", 2, 2)
-  return spanned(solve, numbers={"t": t}, init=own, ordered=True, straight=straight)
+  return spanned(solve, hparams={"t": t}, init=own, ordered=True, straight=straight)
 
 
 @named
@@ -158,7 +158,7 @@ def nuslerp(
     t = straight(gram, leaf)[1]
     return _arc(t, cosine, 1 - jnp.abs(cosine) <= _noise(gram))
 
-  given: dict[str, Any] = dict(numbers={"weight": weight}, init=for_models("nuslerp", 2, 2))
+  given: dict[str, Any] = dict(hparams={"weight": weight}, init=for_models("nuslerp", 2, 2))
   return spanned(solve, scope=scope, straight=straight, **given)
 
 
@@ -201,7 +201,7 @@ def multislerp(
 
   init = averages.refuse_zero_sum("multislerp") if normalize else for_models("multislerp", 1)
   own = straight if normalize else None
-  return spanned(solve, numbers={"weight": weight}, init=init, straight=own)
+  return spanned(solve, hparams={"weight": weight}, init=init, straight=own)
 
 
 @named
@@ -242,7 +242,7 @@ def karcher(
     return _dot(own, norms) * jnp.where(valid, _over(mean, norms), 0)
 
   init = averages.refuse_zero_sum("karcher")
-  return spanned(solve, numbers={"weight": weight, "tol": tol}, init=init)
+  return spanned(solve, hparams={"weight": weight, "tol": tol}, init=init)
 
 
 def _mean_direction(
@@ -317,7 +317,7 @@ def _noise(x: Array) -> Array:
 
 
 def _weights(gram: Array, leaf: Leaf) -> Array:
-  return jnp.broadcast_to(leaf.number("weight", gram[0]), gram[0].shape)
+  return jnp.broadcast_to(leaf.hparam("weight", gram[0]), gram[0].shape)
 
 
 def _blank(x: Array) -> Array:

@@ -44,7 +44,7 @@ def model_stock(
 
   def solve(gram: Array, leaf: Leaf) -> Array:
     K = gram.shape[0]
-    floor = magnitudes.over(leaf.scalar("floor", gram), leaf.aux["unit"])
+    floor = magnitudes.over(leaf.scalar("floor", gram), leaf.hparams["unit"])
     cosines = spherical.cosines(gram, floor)
     cosine = jnp.sum(jnp.where(jnp.eye(K, dtype=bool), 0, cosines)) / (K * (K - 1))
     under = 1 + (K - 1) * cosine
@@ -53,4 +53,4 @@ def model_stock(
     return jnp.broadcast_to((jnp.clip(t, 0, 1) if clip else t) / K, (K,))
 
   init = for_models("model_stock", 2)
-  return spherical.spanned(solve, scope=scope, numbers={"floor": floor}, init=init)
+  return spherical.spanned(solve, scope=scope, hparams={"floor": floor}, init=init)

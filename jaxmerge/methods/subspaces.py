@@ -62,11 +62,11 @@ def drm(
     squares = jnp.sum(each * each, axis=1, keepdims=True)
     norms = jnp.sqrt(jnp.where(squares > 0, squares, 1))
     kept = _largest(each / norms, s > 0, 1 - drop_rate, leaf) * norms * s[None, None]
-    y = (u @ _elected(kept, leaf.number("weight", x))[0].T)[None]
+    y = (u @ _elected(kept, leaf.hparam("weight", x))[0].T)[None]
     return y.transpose(0, 2, 1) if direction == "vertical" else y
 
   def rest(x: Array, leaf: Leaf, known: Any) -> Array:
-    return _elected(sharding.together(x), leaf.number("weight", x))
+    return _elected(sharding.together(x), leaf.hparam("weight", x))
 
   return chain(spectral.by_matrix(update, given, rest), averages.scaled(scale))
 

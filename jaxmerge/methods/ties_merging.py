@@ -43,15 +43,15 @@ def elect_sign(
     >>> jaxmerge.merge(elected, x)["w"].tolist()
     [3.0, 2.0]
   """
-  numbers = {} if slack is None else {"slack": slack}
+  hparams = {} if slack is None else {"slack": slack}
   is_equal = slack is None
 
   def total(x: Array, leaf: Leaf) -> Array:
     each = jnp.sign(x) if votes == "count" else x
-    return _added(each if is_equal else each * (1 + leaf.number("slack", x)))
+    return _added(each if is_equal else each * (1 + leaf.hparam("slack", x)))
 
   if zero_sum == "plus":
-    return leafwise(lambda x, leaf: agreeing(x, total(x, leaf)), numbers=numbers)
+    return leafwise(lambda x, leaf: agreeing(x, total(x, leaf)), hparams=hparams)
 
   def sides(x: Array, leaf: Leaf) -> Array:
     # Of no sign counts 1, so that plus and minus are counted at once.
@@ -75,7 +75,7 @@ def elect_sign(
   def even(group: Group) -> dict[str, Any]:
     return {"even": wide_counts.limbs(group.size)[:, None]}
 
-  return Method((Stage(update, (counted,), even, numbers, deferred=deferred),))
+  return Method((Stage(update, (counted,), even, hparams, deferred=deferred),))
 
 
 def agreeing(x: Array, total: Array | None = None) -> Array:
@@ -108,11 +108,11 @@ def disjoint_mean(weight: float | tuple[float, ...] | None = 1.0) -> Method:
   is_equal = weight is None
 
   def mean(x: Array, leaf: Leaf) -> Array:
-    each = jnp.ones((), x.dtype) if is_equal else leaf.number("weight", x)
+    each = jnp.ones((), x.dtype) if is_equal else leaf.hparam("weight", x)
     divisor = _added(jnp.where(x != 0, each, 0))
     return _added(x) / jnp.where(divisor == 0, 1, divisor)
 
-  return leafwise(mean, numbers={} if weight is None else {"weight": weight}, combines=True)
+  return leafwise(mean, hparams={} if weight is None else {"weight": weight}, combines=True)
 
 
 @named

@@ -86,7 +86,7 @@ def task_vectors(base: Tree, models: Tree) -> tuple[dict[str, jax.Array], dict[s
 
 def named(names: Sequence[str] | None, models: Tree) -> tuple[str, ...]:
   """Returns a name for each model; ValueError for another number of them, or equal ones."""
-  height = tree.height(models)
+  height = tree.num_models(models)
   names = tuple(str(k) for k in range(height)) if names is None else tuple(names)
   if len(names) != height or len(set(names)) != height:
     raise ValueError(f"{height} models need as many different names, got {list(names)}.")

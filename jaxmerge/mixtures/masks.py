@@ -66,7 +66,7 @@ def emr(
       for v in x.values()
       if v.size
     ]
-    return sum(each, start=jnp.zeros(tree.height(models)))
+    return sum(each, start=jnp.zeros(tree.num_models(models)))
 
   own = magnitude(taus)
   taken = magnitude(

@@ -46,7 +46,7 @@ class _Search:
     self, base: Tree, models: Tree, score: Callable[[Any, int], float], layer: Callable[[str], str]
   ):
     self.base, self.models, self.score = base, models, score
-    self.height = tree.height(models)
+    self.height = tree.num_models(models)
     leaves = [n for n, x in tree.named(base).items() if tree.is_floating(x)]
     self.layer_of = {n: layer(n) for n in leaves}
     self.layers = sorted(set(self.layer_of.values()))
@@ -61,8 +61,8 @@ class _Search:
   def made(self, density: Mapping[str, np.ndarray], scale: Mapping[str, np.ndarray]) -> Tree:
     """Trims and scales the task vectors layer by layer, and merges them."""
     both = ("density", density), ("weight", scale)
-    aux = {n: {k: jnp.asarray(t[layer]) for k, layer in self.layer_of.items()} for n, t in both}
-    return self.merge(self.models, self.base, aux=aux)
+    hparams = {n: {k: jnp.asarray(t[layer]) for k, layer in self.layer_of.items()} for n, t in both}
+    return self.merge(self.models, self.base, hparams=hparams)
 
   def one(self, params: Tree, k: int) -> float:
     """The score on the task of a model."""

@@ -36,7 +36,7 @@ class Tasting:
 
   def __init__(self, models: Tree, score: Score):
     self.models, self.score = models, score
-    self.height = tree.height(models)
+    self.height = tree.num_models(models)
     self.mix = methods.average(normalize=False)
     self.best = -np.inf
     self.weights = np.zeros(self.height)
@@ -44,8 +44,8 @@ class Tasting:
 
   def candidate(self, weights: np.ndarray) -> Tree:
     """Mixes the models."""
-    aux = {"weight": np.asarray(weights, np.float32)}
-    return memory.merge(self.mix, self.models, aux=aux)
+    hparams = {"weight": np.asarray(weights, np.float32)}
+    return memory.merge(self.mix, self.models, hparams=hparams)
 
   def __call__(self, weights: np.ndarray, *, ties: bool = False) -> bool:
     """Scores a mixture; tells whether it is the best so far."""

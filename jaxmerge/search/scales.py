@@ -42,7 +42,7 @@ def best_scale(
   *,
   names: Sequence[str],
   seed: int | None = None,
-  aux: Mapping[str, Any] | None = None,
+  hparams: Mapping[str, Any] | None = None,
   layout: layouts.Said | None = (),
   metric: metrics.Metric = metrics.ACCURACY,
   at_once: int = 8,
@@ -62,7 +62,7 @@ def best_scale(
     counts: number of validation rows of each task.
     names: names of the experts.
     seed: for methods with random masks.
-    aux: other numbers of the method.
+    hparams: other numbers of the method.
     layout: matrix views.
     metric: which of two scores is better.
     at_once: scales that are merged and scored together.
@@ -79,7 +79,7 @@ def best_scale(
   top = -np.inf
   for start in range(0, len(scales), at_once):
     own = jnp.asarray(scales[start : start + at_once], jnp.float32)
-    some = merged(base, models, own, dict(aux or {}))
+    some = merged(base, models, own, dict(hparams or {}))
     means = [float(np.mean(scoring.means(s, counts))) for s in np.asarray(score(some, rows))]
     fine = np.isfinite(means) & np.asarray(_finite(some))
     gains = np.where(fine, metric.gain(np.array(means)), -np.inf)
@@ -101,7 +101,7 @@ def at_scales(
   base: Any,
   models: Any,
   scales: Array,
-  aux: Mapping[str, Any],
+  hparams: Mapping[str, Any],
   *,
   method: Method,
   seed: int | None,
@@ -111,7 +111,9 @@ def at_scales(
   """Merges with every one of some scales: models [T, *s], scales [S] -> [S, *s]."""
 
   def one(scale: Array) -> Any:
-    numbers = {**aux, "scale": scale}
-    return memory.merge(method, models, base, aux=numbers, seed=seed, names=names, layout=layout)
+    numbers = {**hparams, "scale": scale}
+    return memory.merge(
+      method, models, base, hparams=numbers, seed=seed, names=names, layout=layout
+    )
 
   return jax.vmap(one)(scales)

@@ -106,7 +106,7 @@ def learned_soup(
     >>> print(soup.weights["w"].round(2), round(float(soup.params["w"]), 2))
     [0.25 0.75] 3.0
   """
-  height, leaves = tree.height(models), tree.named(models)
+  height, leaves = tree.num_models(models), tree.named(models)
   keys = [n for n, x in leaves.items() if tree.is_floating(x)]
   start = {n: np.zeros(height, np.float32) for n in (keys if by_leaf else [""])}
   adam = optax.adamw(learning_rate, weight_decay=0.0)
@@ -118,7 +118,7 @@ def learned_soup(
     return {n: own[n if by_leaf else ""] for n in keys}
 
   def mixed(models: Tree, logits: dict[str, jax.Array]) -> Tree:
-    return memory.merge(mix, models, aux={"weight": shares(logits)})
+    return memory.merge(mix, models, hparams={"weight": shares(logits)})
 
   @jax.jit
   def step(models: Tree, held: Any, state: Any, batch: Any) -> tuple[Any, Any, jax.Array]:

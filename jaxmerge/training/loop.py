@@ -58,7 +58,7 @@ def tune_and_merge(
   *,
   loss: losses.Rowwise = losses.cross_entropy,
   metric: metrics.Metric | losses.Rowwise = metrics.ACCURACY,
-  aux: Mapping[str, Any] | None = None,
+  hparams: Mapping[str, Any] | None = None,
   layout: layouts.Said | None = (),
   mesh: Mesh | None = None,
   sharding: meshes.Rules = (),
@@ -82,7 +82,7 @@ def tune_and_merge(
     settings: how long and how; see `Settings`.
     loss: (outputs, labels) -> [B, ...], whose mean is minimised.
     metric: (outputs, labels) -> [B], reported on the validation rows; of a function more is better.
-    aux: the method's numbers.
+    hparams: the method's numbers.
     layout: matrix views, as for `jaxmerge.merge`.
     mesh: devices; by default all, along the task axis.
     sharding: rules by which a model's weights are split over the mesh's model axis, see
@@ -112,7 +112,7 @@ def tune_and_merge(
   params = local_steps.masters(params)
   checks.check(apply, params, tasks, loss)
   mesh = mesh or meshes.make(tasks=len(tasks))
-  given = (loss, metrics.metric_of(metric), aux or {}, layout, mesh, sharding)
+  given = (loss, metrics.metric_of(metric), hparams or {}, layout, mesh, sharding)
   held = _Run(apply, params, tasks, method, settings, *given)
   with contextlib.closing(checkpoints) if checkpoints is not None else contextlib.nullcontext():
     state, records, messages = _restored(held, checkpoints)
@@ -146,7 +146,7 @@ class _Run:
     settings: Settings,
     loss: losses.Rowwise,
     metric: metrics.Metric,
-    aux: Mapping[str, Any],
+    hparams: Mapping[str, Any],
     layout: layouts.Said | None,
     mesh: Mesh,
     rules: meshes.Rules,
@@ -168,12 +168,12 @@ class _Run:
     self.waves = -(-len(tasks) // self.slots)
     shapes = {n: v.shape for n, v in tree.named(params).items()}
     self.size = sum(int(np.prod(s, dtype=np.int64)) for s in shapes.values())
-    self.seeded = "seed" in stage.numbers(method)
-    aux = dict(aux, seed=0) if self.seeded else dict(aux)
-    self.method = _described(method, aux)
+    self.seeded = "seed" in stage.hparams(method)
+    hparams = dict(hparams, seed=0) if self.seeded else dict(hparams)
+    self.method = _described(method, hparams)
     method = averages.with_moments(method, shapes)
     # Numbers per model come in the caller's order, the stacks of the loop are in that of the tags.
-    ready = interpreter.prepare(method, shapes, len(tasks), aux, [t.name for t in given])
+    ready = interpreter.prepare(method, shapes, len(tasks), hparams, [t.name for t in given])
     self.ready = ready._replace(order=None)
     self.layout = layouts.settled(method, shapes, layout)
     self.laid_out = layouts.lines(method, self.layout)
@@ -219,7 +219,7 @@ class _Run:
     plan = schedule.Plan(*(batch.pile_up(x, self.slots * self.waves) for x in plan))
     ready = self.ready
     if self.seeded:
-      ready = ready._replace(aux=dict(ready.aux, seed=_seed(s.seed, k)))
+      ready = ready._replace(hparams=dict(ready.hparams, seed=_seed(s.seed, k)))
     rate = np.float32(s.outer_learning_rate * schedule.factor(s.outer_schedule, k, s.rounds))
     reference = self.base if s.reference == "base" else state.params
     if self.waves == 1:
@@ -374,9 +374,9 @@ def _refuse_other_base(theirs: Any, ours: Any) -> None:
       )
 
 
-def _described(method: Method, aux: Mapping[str, Any]) -> dict[str, Any]:
+def _described(method: Method, hparams: Mapping[str, Any]) -> dict[str, Any]:
   """What tells methods apart in a record: their stages' functions, and their numbers."""
-  numbers = {n: aux.get(n, v) for n, v in stage.numbers(method).items()}
+  numbers = {n: hparams.get(n, v) for n, v in stage.hparams(method).items()}
   return {"stages": fingerprint.stages(method)} | {n: _short(v) for n, v in numbers.items()}
 
 

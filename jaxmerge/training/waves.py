@@ -96,7 +96,7 @@ def _own(ready: interpreter.Ready, start: int, stop: int) -> interpreter.Ready:
   def cut(value: Any) -> Any:
     return value[start:stop] if np.ndim(value) and np.shape(value)[0] == height else value
 
-  return ready._replace(tags=ready.tags[start:stop], aux=jax.tree.map(cut, ready.aux))
+  return ready._replace(tags=ready.tags[start:stop], hparams=jax.tree.map(cut, ready.hparams))
 
 
 def _held(method: Method, layout: layouts.Table) -> tuple[Callable[..., Any], Callable[..., Any]]:

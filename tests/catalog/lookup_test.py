@@ -32,7 +32,7 @@ def test_factories_and_table_agree(name):
 
 @pytest.mark.parametrize("name", lookup.METHODS)
 def test_numbers_of_a_method_are_in_its_entry(name):
-  found = stage.numbers(getattr(methods, name)())
+  found = stage.hparams(getattr(methods, name)())
   entry = lookup.METHODS[name]
   assert ("seed" in found) == ("seed" in entry.needs)
   own = {n for n, p in entry.parameters.items() if p.number}

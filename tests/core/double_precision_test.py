@@ -138,7 +138,7 @@ def test_a_program_of_the_callers_that_would_narrow_a_leaf_is_refused(leaf):
   models = jaxmerge.stack([base, base])
 
   def merged(scale):
-    return jaxmerge.merge(methods.task_arithmetic(), models, base, aux={"scale": scale})
+    return jaxmerge.merge(methods.task_arithmetic(), models, base, hparams={"scale": scale})
 
   with pytest.raises(ValueError, match=r"leaf 'x' is .*64, which your jit.* drop the leaf first"):
     jax.vmap(merged)(jnp.ones(1))

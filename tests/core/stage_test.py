@@ -62,13 +62,16 @@ def test_joins_nest():
 def test_leafwise_gets_numbers_and_the_base():
   """Towards the base by half: x is the task vector, leaf.base the reference."""
   method = stage.leafwise(
-    lambda x, leaf: x * leaf.number("damping", x) + leaf.base[None], numbers={"damping": 0.5}
+    lambda x, leaf: x * leaf.hparam("damping", x) + leaf.base[None], hparams={"damping": 0.5}
   )
   base = {"w": jnp.array([1.0, 2.0])}
   models = {"w": jnp.array([[3.0, 4.0]])}
   combined = stage.chain(method, added)
   assert jaxmerge.merge(combined, models, base)["w"].tolist() == [3.0, 5.0]
-  assert jaxmerge.merge(combined, models, base, aux={"damping": 1.0})["w"].tolist() == [4.0, 6.0]
+  assert jaxmerge.merge(combined, models, base, hparams={"damping": 1.0})["w"].tolist() == [
+    4.0,
+    6.0,
+  ]
 
 
 @pytest.mark.parametrize(
@@ -103,7 +106,7 @@ def test_statistics_know_those_before_them():
 
 
 def test_numbers_of_a_method_with_their_defaults():
-  found = stage.numbers(methods.dare_ties(0.5, 0.2, 1.0, (1.0, 2.0)))
+  found = stage.hparams(methods.dare_ties(0.5, 0.2, 1.0, (1.0, 2.0)))
   assert found == {
     "drop_rate": 0.5,
     "seed": None,
@@ -115,7 +118,7 @@ def test_numbers_of_a_method_with_their_defaults():
 
 def test_stages_that_share_a_number_must_agree():
   """A number has one value: another default would be passed over in silence."""
-  assert stage.numbers(stage.chain(methods.trim(0.5), methods.trim(0.5))) == {"density": 0.5}
+  assert stage.hparams(stage.chain(methods.trim(0.5), methods.trim(0.5))) == {"density": 0.5}
   twice = stage.chain(methods.trim(0.5), methods.trim(0.2), added)
   with pytest.raises(ValueError, match=r"share the number 'density', but one has 0.5 .* 0.2"):
     jaxmerge.merge(twice, MODELS)
@@ -123,14 +126,10 @@ def test_stages_that_share_a_number_must_agree():
 
 def test_a_stage_that_combines_must_say_so():
   silent = stage.pointwise(lambda x: x.sum(axis=0, keepdims=True))
-  with pytest.raises(
-    ValueError, match=r"height 1 of one of height 2; a combiner must .* combines="
-  ):
+  with pytest.raises(ValueError, match=r"1 models for one of 2; a combiner must .* combines="):
     jaxmerge.merge(stage.chain(silent, added), MODELS)
   idle = stage.pointwise(lambda x: x, combines=True)
-  with pytest.raises(
-    ValueError, match="height 2 of one of height 2; a combiner must leave height 1"
-  ):
+  with pytest.raises(ValueError, match="2 models for one of 2; a combiner must leave one"):
     jaxmerge.merge(idle, MODELS)
 
 

@@ -50,7 +50,7 @@ def test_unstack_undoes_stack():
   stacked = tree.stack(models)
   assert stacked["w"].shape == (4, 3)
   assert stacked["n"].dtype == jnp.int32
-  assert tree.height(stacked) == 4
+  assert tree.num_models(stacked) == 4
   for before, after in zip(models, tree.unstack(stacked), strict=True):
     jax.tree.map(np.testing.assert_array_equal, before, after)
 
@@ -92,7 +92,7 @@ def test_models_that_differ_do_not_stack(models, message):
 )
 def test_height_refuses_what_is_no_stack(models, message):
   with pytest.raises(ValueError, match=message):
-    tree.height(models)
+    tree.num_models(models)
 
 
 @pytest.mark.parametrize(

@@ -98,7 +98,7 @@ MISTAKES = {
   "no models": (lambda: jaxmerge.merge(MEAN, [], BASE), "the models must be a tree of arrays"),
   "paths": (lambda: jaxmerge.merge(MEAN, ["a"], "base"), "the base must be a tree .* not str"),
   "numbers": (lambda: jaxmerge.merge(MEAN, [{"w": 2.0}], {"w": 1.0}), "leaf 'w' .* is float"),
-  "aux": (lambda: arguments.numbers(0.3, None), "aux must be numbers by name"),
+  "hparams": (lambda: arguments.hparams(0.3, None), "hparams must be hyperparameters by name"),
   "names": (lambda: jaxmerge.merge(MEAN, STACK, BASE, names="abc"), "names must be a list"),
   "blend": (lambda: jaxmerge.merge("average", STACK), r"call jaxmerge\.methods\.average\(\)"),
   "blend of a list": (lambda: jaxmerge.merge(MEAN, TREES), r"jaxmerge\.stack\(models\)"),

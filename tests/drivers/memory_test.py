@@ -97,10 +97,10 @@ def test_numbers_per_leaf_and_per_entry():
   base, models = small.trees()
   tau = {n: models[n] - base[n][None] for n in base if n != "steps"}
   scale = {n: float(k) for k, n in enumerate(base)}
-  out = jaxmerge.merge(TA, models, base, aux={"scale": scale})
+  out = jaxmerge.merge(TA, models, base, hparams={"scale": scale})
   small.close(out, {n: base[n] + scale[n] * tau[n].sum(0) if n in tau else base[n] for n in base})
   weight = {n: np.random.default_rng(0).random(x.shape, np.float32) for n, x in models.items()}
-  out = jaxmerge.merge(TA, models, base, aux={"weight": weight})
+  out = jaxmerge.merge(TA, models, base, hparams={"weight": weight})
   expected = {n: base[n] + 0.5 * (weight[n] * tau[n]).sum(0) if n in tau else base[n] for n in base}
   small.close(out, expected)
 
@@ -108,24 +108,24 @@ def test_numbers_per_leaf_and_per_entry():
 def test_a_density_per_leaf_needs_the_scope_of_a_leaf():
   base, models = small.trees()
   density = dict.fromkeys(base, 0.5)
-  own = jaxmerge.merge(methods.ties(scope="leaf"), models, base, aux={"density": density})
+  own = jaxmerge.merge(methods.ties(scope="leaf"), models, base, hparams={"density": density})
   small.same(own, jaxmerge.merge(methods.ties(0.5, scope="leaf"), models, base))
   message = "density is counted over 4 leaves together and cannot differ .*; give one number, or sc"
   with pytest.raises(ValueError, match=message):
-    jaxmerge.merge(methods.ties(), models, base, aux={"density": density})
+    jaxmerge.merge(methods.ties(), models, base, hparams={"density": density})
 
 
 def test_a_density_per_model():
   base, models = small.trees(small.FEW)
-  out = jaxmerge.merge(TIES, models, base, aux={"density": (0.1, 0.2, 0.3, 1.0)})
+  out = jaxmerge.merge(TIES, models, base, hparams={"density": (0.1, 0.2, 0.3, 1.0)})
   trimmed = methods.trim(0.5)
   parts = []
   for k, density in enumerate((0.1, 0.2, 0.3, 1.0)):
     tau = {"matrix": (models["matrix"] - base["matrix"][None])[k : k + 1]}
     parts.append(
-      np.asarray(jaxmerge.merge(trimmed, tau, aux={"density": density}, deltas=True)["matrix"])
+      np.asarray(jaxmerge.merge(trimmed, tau, hparams={"density": density}, deltas=True)["matrix"])
     )
-  again = jaxmerge.merge(TIES, {"matrix": np.stack(parts)}, aux={"density": 1.0}, deltas=True)[
+  again = jaxmerge.merge(TIES, {"matrix": np.stack(parts)}, hparams={"density": 1.0}, deltas=True)[
     "matrix"
   ]
   np.testing.assert_allclose(out["matrix"] - base["matrix"], again, atol=1e-6)
@@ -137,7 +137,9 @@ def test_gradients_through_a_drop_rate_and_the_models():
   zero = {"w": jnp.zeros(20)}
 
   def total(p):
-    return jaxmerge.merge(DARE, tau, zero, aux={"drop_rate": p, "scale": 1.0}, seed=3)["w"].sum()
+    return jaxmerge.merge(DARE, tau, zero, hparams={"drop_rate": p, "scale": 1.0}, seed=3)[
+      "w"
+    ].sum()
 
   value, slope = jax.value_and_grad(total)(0.5)
   assert value > 0
@@ -173,29 +175,29 @@ def test_models_are_as_many_as_leaves_and_numbers_too():
   base, models = Pair(jnp.zeros(1), jnp.zeros(1)), Pair(*jnp.ones((2, 2, 1)))
   merge = functools.partial(jaxmerge.merge, methods.task_arithmetic(1.0))
   each = lambda out: [x.tolist() for x in out]  # noqa: E731
-  assert each(merge(models, base, aux={"scale": Pair(1.0, 3.0)})) == [[2.0], [6.0]]
-  assert each(merge(models, base, aux={"weight": Pair(1.0, 3.0)})) == [[2.0], [6.0]]
-  assert each(merge(models, base, aux={"weight": (1.0, 3.0)})) == [[4.0], [4.0]]
+  assert each(merge(models, base, hparams={"scale": Pair(1.0, 3.0)})) == [[2.0], [6.0]]
+  assert each(merge(models, base, hparams={"weight": Pair(1.0, 3.0)})) == [[2.0], [6.0]]
+  assert each(merge(models, base, hparams={"weight": (1.0, 3.0)})) == [[4.0], [4.0]]
   plain = tuple(models), tuple(base)
-  assert each(merge(*plain, aux={"weight": np.array([1.0, 3.0])})) == [[4.0], [4.0]]
-  assert each(merge(*plain, aux={"weight": {"0": 1.0, "1": 3.0}})) == [[2.0], [6.0]]
-  assert each(merge(tuple(x[:1] for x in models), tuple(base), aux={"weight": (1.0, 3.0)})) == [
+  assert each(merge(*plain, hparams={"weight": np.array([1.0, 3.0])})) == [[4.0], [4.0]]
+  assert each(merge(*plain, hparams={"weight": {"0": 1.0, "1": 3.0}})) == [[2.0], [6.0]]
+  assert each(merge(tuple(x[:1] for x in models), tuple(base), hparams={"weight": (1.0, 3.0)})) == [
     [1.0],
     [3.0],
   ]
   assert each(jaxmerge.merge(methods.task_arithmetic(1.0, (1.0, 3.0)), *plain)) == [[4.0], [4.0]]
   lists = {"a": [1.0, 3.0], "b": (2.0, 4.0)}
   for own in (lists, Pair(**lists)):
-    assert each(merge(models, base, aux={"weight": own})) == [[4.0], [6.0]]
+    assert each(merge(models, base, hparams={"weight": own})) == [[4.0], [6.0]]
   with pytest.raises(ValueError, match="weight is a Pair: numbers that are built like the tree"):
     methods.average(weight=Pair(1.0, 3.0))
   with pytest.raises(
     ValueError, match="weight has 2 values, which may be one for each of 2 models"
   ):
-    merge(*plain, aux={"weight": (1.0, 3.0)})
+    merge(*plain, hparams={"weight": (1.0, 3.0)})
   Other = collections.namedtuple("Other", "cat dog")
-  with pytest.raises(ValueError, match="aux 'weight' has no value for leaf 'a'"):
-    merge(models, base, aux={"weight": Other(1.0, 3.0)})
+  with pytest.raises(ValueError, match="hparams 'weight' has no value for leaf 'a'"):
+    merge(models, base, hparams={"weight": Other(1.0, 3.0)})
 
 
 # --- What is refused ---
@@ -210,12 +212,12 @@ def _nan(tree, name, at):
 BASE, MODELS = small.trees()
 REFUSED = {
   "unknown number": (
-    lambda: jaxmerge.merge(TIES, MODELS, BASE, aux={"densty": 0.1}),
+    lambda: jaxmerge.merge(TIES, MODELS, BASE, hparams={"densty": 0.1}),
     r"takes no number 'densty'; did you mean 'density'\? Known: density, scale, weight",
   ),
   "missing seed": (
     lambda: jaxmerge.merge(DARE, MODELS, BASE),
-    r"the method needs 'seed': give seed= or aux=\{'seed': \.\.\.\}",
+    r"the method needs 'seed': give seed= or hparams=\{'seed': \.\.\.\}",
   ),
   "seed for a method without": (
     lambda: jaxmerge.merge(TA, MODELS, BASE, seed=1),
@@ -230,7 +232,7 @@ REFUSED = {
     r"seed must be a whole number in \[0, 4294967295\], got -1",
   ),
   "seed of floats": (
-    lambda: jaxmerge.merge(DARE, MODELS, BASE, aux={"seed": jnp.float32(1)}),
+    lambda: jaxmerge.merge(DARE, MODELS, BASE, hparams={"seed": jnp.float32(1)}),
     "seed must be a whole number, got float32",
   ),
   "seed that is a key": (
@@ -238,52 +240,54 @@ REFUSED = {
     "seed must be a whole number, got key<fry>",
   ),
   "density out of range": (
-    lambda: jaxmerge.merge(TIES, MODELS, BASE, aux={"density": 1.5}),
+    lambda: jaxmerge.merge(TIES, MODELS, BASE, hparams={"density": 1.5}),
     r"density must be in \(0, 1\], got 1.5",
   ),
   "array out of range": (
-    lambda: jaxmerge.merge(TIES, MODELS, BASE, aux={"density": np.float32(0)}),
+    lambda: jaxmerge.merge(TIES, MODELS, BASE, hparams={"density": np.float32(0)}),
     r"density must be in \(0, 1\], got 0.0",
   ),
   "device array out of range": (
-    lambda: jaxmerge.merge(DARE, MODELS, BASE, seed=0, aux={"drop_rate": jnp.float32(-0.5)}),
+    lambda: jaxmerge.merge(DARE, MODELS, BASE, seed=0, hparams={"drop_rate": jnp.float32(-0.5)}),
     r"drop_rate must be in \[0, 1\], got -0.5",
   ),
   "NaN per leaf": (
     lambda: jaxmerge.merge(
-      TA, MODELS, BASE, aux={"scale": {n: float("nan") if n == "cube" else 1.0 for n in BASE}}
+      TA, MODELS, BASE, hparams={"scale": {n: float("nan") if n == "cube" else 1.0 for n in BASE}}
     ),
     "scale of leaf 'cube' must be in .*, got nan",
   ),
   "no value for a leaf": (
-    lambda: jaxmerge.merge(TA, MODELS, BASE, aux={"scale": {"matrix": 1.0}}),
-    "aux 'scale' has no value for leaf 'cube'",
+    lambda: jaxmerge.merge(TA, MODELS, BASE, hparams={"scale": {"matrix": 1.0}}),
+    "hparams 'scale' has no value for leaf 'cube'",
   ),
   "value for no leaf": (
-    lambda: jaxmerge.merge(TA, MODELS, BASE, aux={"scale": dict.fromkeys([*BASE, "bias"], 1.0)}),
-    "aux 'scale' has a value for 'bias', which is no leaf of the models",
+    lambda: jaxmerge.merge(
+      TA, MODELS, BASE, hparams={"scale": dict.fromkeys([*BASE, "bias"], 1.0)}
+    ),
+    "hparams 'scale' has a value for 'bias', which is no leaf of the models",
   ),
   "three weights for four models": (
-    lambda: jaxmerge.merge(AVERAGE, MODELS, BASE, aux={"weight": (1.0, 2.0, 3.0)}),
+    lambda: jaxmerge.merge(AVERAGE, MODELS, BASE, hparams={"weight": (1.0, 2.0, 3.0)}),
     "weight has 3 values, but there are 4 models",
   ),
   "array of weights of another length": (
-    lambda: jaxmerge.merge(AVERAGE, MODELS, BASE, aux={"weight": jnp.ones(5)}),
+    lambda: jaxmerge.merge(AVERAGE, MODELS, BASE, hparams={"weight": jnp.ones(5)}),
     "weight has 5 values, but there are 4 models",
   ),
   "matrix of weights": (
-    lambda: jaxmerge.merge(AVERAGE, MODELS, BASE, aux={"weight": np.ones((4, 2))}),
+    lambda: jaxmerge.merge(AVERAGE, MODELS, BASE, hparams={"weight": np.ones((4, 2))}),
     r"weight has shape \(4, 2\); a number is a scalar or one per model \(4,\)",
   ),
   "weights of another shape than the leaf": (
     lambda: jaxmerge.merge(
-      TA, MODELS, BASE, aux={"weight": {n: np.ones((4, 3), np.float32) for n in BASE}}
+      TA, MODELS, BASE, hparams={"weight": {n: np.ones((4, 3), np.float32) for n in BASE}}
     ),
     r"weight of leaf 'cube' has shape \(4, 3\), but the models are \(2, 3, 4\) there",
   ),
   "a scale per model behind the combiner": (
-    lambda: jaxmerge.merge(TA, MODELS, BASE, aux={"scale": (1.0, 2.0, 3.0, 4.0)}),
-    "scale has 4 values, but acts on a stack of height 1; after a combiner it must be one number",
+    lambda: jaxmerge.merge(TA, MODELS, BASE, hparams={"scale": (1.0, 2.0, 3.0, 4.0)}),
+    "scale has 4 values, but acts on a stack of 1; after a combiner it must be one number",
   ),
   "two models in an analogy": (
     lambda: jaxmerge.merge(methods.analogy(), {n: x[:2] for n, x in MODELS.items()}, BASE),
@@ -294,12 +298,12 @@ REFUSED = {
     r"weights must not add up to zero, got \[1.0, -1.0, 0.5, -0.5\] for leaf 'cube'",
   ),
   "array of weights that cancel": (
-    lambda: jaxmerge.merge(AVERAGE, MODELS, BASE, aux={"weight": jnp.zeros(4)}),
+    lambda: jaxmerge.merge(AVERAGE, MODELS, BASE, hparams={"weight": jnp.zeros(4)}),
     r"weights must not add up to zero, got \[0.0, 0.0, 0.0, 0.0\] for leaf 'cube'; give other",
   ),
   "weights that cancel in one leaf": (
     lambda: jaxmerge.merge(
-      AVERAGE, MODELS, BASE, aux={"weight": {n: 0.0 if n == "vector" else 1.0 for n in BASE}}
+      AVERAGE, MODELS, BASE, hparams={"weight": {n: 0.0 if n == "vector" else 1.0 for n in BASE}}
     ),
     "weights must not add up to zero, got 0.0 for leaf 'vector'",
   ),

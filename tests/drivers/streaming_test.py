@@ -77,7 +77,7 @@ def test_the_whole_tree_gives_the_bits_of_memory():
     "seed": 2**31,
     "names": small.NAMES,
     "reference": reference,
-    "aux": {"drop_rate": (0.1, 0.2, 0.3, 0.4), "density": 0.6},
+    "hparams": {"drop_rate": (0.1, 0.2, 0.3, 0.4), "density": 0.6},
   }
   out = jaxmerge.merge(method, models, base, **options)
   small.same(streaming.merge_slices(method, models, base, entries=50, **options), out)
@@ -89,9 +89,11 @@ def test_numbers_and_arrays_per_leaf():
   rng = np.random.default_rng(3)
   weight = {n: rng.random(x.shape).astype(np.float32) for n, x in models.items()}
   scale = {n: np.float32(k) for k, n in enumerate(base)}
-  for aux in ({"weight": weight}, {"scale": scale}, {"weight": weight, "scale": scale}):
-    out = jaxmerge.merge(methods.task_arithmetic(0.5), models, base, aux=aux)
-    found = streaming.merge_slices(methods.task_arithmetic(0.5), models, base, aux=aux, entries=50)
+  for hparams in ({"weight": weight}, {"scale": scale}, {"weight": weight, "scale": scale}):
+    out = jaxmerge.merge(methods.task_arithmetic(0.5), models, base, hparams=hparams)
+    found = streaming.merge_slices(
+      methods.task_arithmetic(0.5), models, base, hparams=hparams, entries=50
+    )
     small.same(found, out)
 
 
@@ -119,7 +121,7 @@ def test_another_value_or_seed_does_not_compile_again():
   programs = (slice_programs.merged,)
   streaming.merge_slices(method, models, base, seed=1, entries=50)
   sizes = [p._cache_size() for p in programs]
-  streaming.merge_slices(method, models, base, seed=2, aux={"drop_rate": 0.9}, entries=50)
+  streaming.merge_slices(method, models, base, seed=2, hparams={"drop_rate": 0.9}, entries=50)
   assert [p._cache_size() for p in programs] == sizes
 
 
@@ -198,7 +200,9 @@ def test_prepared_numbers_take_the_place_of_aux():
   method = methods.task_arithmetic(0.5)
   ready = interpreter.prepare(method, shapes, 4, {"scale": 0.25}, small.NAMES)
   found = streaming.merge_slices(method, models, base, ready=ready)
-  small.same(found, jaxmerge.merge(method, models, base, aux={"scale": 0.25}, names=small.NAMES))
+  small.same(
+    found, jaxmerge.merge(method, models, base, hparams={"scale": 0.25}, names=small.NAMES)
+  )
 
 
 @pytest.mark.parametrize("name", ["average", "task_arithmetic", "dare", "ties"])

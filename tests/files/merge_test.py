@@ -69,10 +69,10 @@ def test_weights_are_merged_without_a_base(tmp_path):
 def test_a_method_of_ten_lines_works_at_once(tmp_path):
   def clipped_mean(limit):
     def f(x, leaf):
-      bound = leaf.number("limit", x)
+      bound = leaf.hparam("limit", x)
       return x.clip(-bound, bound).mean(axis=0, keepdims=True)
 
-    return stage.leafwise(f, numbers={"limit": limit}, combines=True)
+    return stage.leafwise(f, hparams={"limit": limit}, combines=True)
 
   models = folders.family(tmp_path)
   method = clipped_mean(0.05)

@@ -105,7 +105,7 @@ def test_a_merge_from_python_tells_no_place_on_the_machine(tmp_path):
     methods.average(normalize=False),
     models,
     tmp_path / "out",
-    aux={"weight": 0.5},
+    hparams={"weight": 0.5},
     words="TIES, *dense*",
   )
   _, body = parts(out)

@@ -73,7 +73,7 @@ def test_each_method_merges_a_head_and_its_embedding_once(pairs, tmp_path, name)
   least, most = lookup.entry(name).models
   method = getattr(methods, name)()
   models = [pairs / f"m{k}" for k in range(most or max(least, 2))]
-  seed = 3 if "seed" in stage.numbers(method) else None
+  seed = 3 if "seed" in stage.hparams(method) else None
   options = {"base": pairs / "base", "seed": seed, "layout": (("weight$", "oi"),)}
   out = merge.merge_files(method, models, tmp_path / "out", **options)
   found, base = folders.read(out), folders.read(pairs / "base")
@@ -102,10 +102,10 @@ def test_heads_with_numbers_of_their_own_are_merged_apart(tmp_path):
   family(tmp_path)
   scales = {n: np.float32(0.5) for n in folders.tensors(0) if n != "position_ids"}
   scales[HEAD] = np.float32(1.0)
-  found = folders.read(merged(tmp_path, methods.task_arithmetic(), aux={"scale": scales}))
+  found = folders.read(merged(tmp_path, methods.task_arithmetic(), hparams={"scale": scales}))
   assert (found[HEAD] != found[EMBEDDING]).any()
   again = {n: np.float32(0.5) for n in scales}
-  out = merged(tmp_path, methods.task_arithmetic(), aux={"scale": again}, replace=True)
+  out = merged(tmp_path, methods.task_arithmetic(), hparams={"scale": again}, replace=True)
   assert folders.read(out)[HEAD].tobytes() == found[EMBEDDING].tobytes()
 
 

@@ -71,7 +71,7 @@ PCB = methods.pcb(0.5, 1.0)
 )
 def test_worked_example_of_entries(weight, expected):
   """Of all models, and what each of them has in it: the scores of the others count as well."""
-  close(merged(PCB, aux={"weight": weight}), expected, atol=2e-6)
+  close(merged(PCB, hparams={"weight": weight}), expected, atol=2e-6)
 
 
 def test_worked_example_of_scores():
@@ -90,7 +90,7 @@ def test_no_entry_is_larger_than_the_largest_of_the_models(ratio):
   assert share.min() >= 0
   assert (share.max(axis=1) == 1).all()
   bound = np.abs(clipped).max(axis=0) + 1e-6
-  assert (np.abs(merged(PCB, tau, aux={"ratio": ratio})) <= bound).all()
+  assert (np.abs(merged(PCB, tau, hparams={"ratio": ratio})) <= bound).all()
 
 
 def test_models_that_never_agree_have_scores_below_zero():

@@ -27,7 +27,7 @@ DROPPED = stage.chain(methods.drop(0.5, rescale=None), methods.weighted_sum())
 def masks(drop_rate, seed=0):
   """Which entries are kept: a stack of booleans per leaf."""
   picked = [
-    jaxmerge.merge(DROPPED, ONES, seed=seed, aux={"drop_rate": drop_rate, "weight": tuple(one)})
+    jaxmerge.merge(DROPPED, ONES, seed=seed, hparams={"drop_rate": drop_rate, "weight": tuple(one)})
     for one in np.eye(3).tolist()
   ]
   return {n: np.stack([np.asarray(one[n]) != 0 for one in picked]) for n in ONES}
@@ -95,7 +95,7 @@ def test_kept_entries_are_divided():
   tau = np.random.default_rng(0).normal(size=(1, 500)).astype(np.float32)
   method = methods.dare(0.5, 1.0)
   for p in (0.5, 0.75, 0.875, 0.1, 0.9):
-    out = merged(method, tau, seed=2, aux={"drop_rate": p})
+    out = merged(method, tau, seed=2, hparams={"drop_rate": p})
     kept = out != 0
     expected = (tau[0] / (np.float32(1) - np.float32(p)))[kept]
     np.testing.assert_array_max_ulp(out[kept], expected, 0 if p in (0.5, 0.75, 0.875) else 2)
@@ -239,6 +239,6 @@ def test_keeping_all_is_ties_and_task_arithmetic():
 
 @pytest.mark.parametrize(("density", "epsilon"), [(0.1, 0.1), (0.9, 0.1), ((0.5, 0.05), 0.1)])
 def test_probabilities_outside_of_0_and_1_are_refused(density, epsilon):
-  tau, aux = {"w": jnp.ones((2, 3))}, {"density": density, "epsilon": epsilon}
+  tau, hparams = {"w": jnp.ones((2, 3))}, {"density": density, "epsilon": epsilon}
   with pytest.raises(ValueError, match=r"must lie inside \(0, 1\), got density .* and epsilon 0.1"):
-    jaxmerge.merge(methods.della(), tau, {"w": jnp.ones(3)}, aux=aux, seed=0)
+    jaxmerge.merge(methods.della(), tau, {"w": jnp.ones(3)}, hparams=hparams, seed=0)

@@ -55,7 +55,7 @@ def test_every_model_loses_as_many_layers(ratio, left, score):
   x = stack(3)
   for k in range(3):
     alone = {"prune_ratio": ratio, "weight": np.eye(3)[k]}
-    out = jaxmerge.merge(GATES[score], x, aux=alone, deltas=True)
+    out = jaxmerge.merge(GATES[score], x, hparams=alone, deltas=True)
     layers = {n[:7] for n in LAYERS if np.asarray(out[n]).any()}
     assert len(layers) == left
 
@@ -83,7 +83,7 @@ def test_a_gate_stands_before_any_method():
   )
   base = {n: jnp.arange(6.0) for n in own}
   models = {n: base[n][None] + stack()[n] for n in own}
-  out = jaxmerge.merge(FIRST, models, base, aux={"prune_ratio": 0.5})
+  out = jaxmerge.merge(FIRST, models, base, hparams={"prune_ratio": 0.5})
   for n in own:
     np.testing.assert_array_equal(found[n], expected[n])
     np.testing.assert_array_equal(out[n] == base[n], n == own[1])

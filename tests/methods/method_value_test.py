@@ -56,7 +56,7 @@ def insides(value, seen=()):
     return (value.__qualname__, value.__code__, cells, insides(value.__defaults__, seen))
   if isinstance(value, stage.Stage):
     fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
-    return [insides(v, seen) for n, v in fields.items() if n not in ("numbers", "key")]
+    return [insides(v, seen) for n, v in fields.items() if n not in ("hparams", "key")]
   if isinstance(value, dict):
     return [(k, insides(v, seen)) for k, v in value.items()]
   if isinstance(value, (tuple, list, stage.Method)):
@@ -73,7 +73,7 @@ def test_a_hyperparameter_is_no_part_of_a_method(name, parameter):
   assert hash(one) == hash(other)
   assert stage.bare(one) == stage.bare(other)
   assert insides(one) == insides(other)
-  assert stage.numbers(one) != stage.numbers(other)
+  assert stage.hparams(one) != stage.hparams(other)
 
 
 @pytest.mark.parametrize(("name", "parameter"), STATIC)
@@ -141,11 +141,11 @@ def trees(name):
 @pytest.mark.parametrize("name", FACTORIES)
 def test_a_method_made_again_compiles_nothing(name):
   make, (base, models) = getattr(methods, name), trees(name)
-  options = {"seed": 3} if "seed" in stage.numbers(make()) else {}
+  options = {"seed": 3} if "seed" in stage.hparams(make()) else {}
   first = jaxmerge.merge(make(), models, base, **options)
   with compilations() as names:
     again = jaxmerge.merge(make(), models, base, **options)
-    for value in [{"scale": 0.125}] if "scale" in stage.numbers(make()) else []:
+    for value in [{"scale": 0.125}] if "scale" in stage.hparams(make()) else []:
       jaxmerge.merge(make(**value), models, base, **options)
   assert names == []
   jax.tree.map(np.testing.assert_array_equal, first, again)

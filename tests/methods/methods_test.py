@@ -53,7 +53,7 @@ ZERO = {"w": jnp.zeros(6)}
   ],
 )
 def test_worked_example(method, expected):
-  close(merged(method, **({"seed": 0} if "seed" in stage.numbers(method) else {})), expected)
+  close(merged(method, **({"seed": 0} if "seed" in stage.hparams(method) else {})), expected)
 
 
 def test_task_arithmetic_adds_to_the_base():
@@ -182,7 +182,7 @@ def test_the_entries_kept_are_counted_exactly(rule, scope):
   models = {"a": jnp.asarray(x[:, :60]), "b": jnp.asarray(x[:, 60:])}
   method = methods.trim(0.5, scope=scope, rule=rule)
   for density in (0.001, 0.1, 0.29, 0.5, 0.7, 0.99, 1.0):
-    out = jaxmerge.merge(method, models, aux={"density": density})
+    out = jaxmerge.merge(method, models, hparams={"density": density})
     for names, size in [("ab", 100)] if scope == "tree" else [("a", 60), ("b", 40)]:
       kept = sum(int((out[n] != 0).sum()) for n in names)
       count = int(density * size)
@@ -279,11 +279,11 @@ NEGATE = methods.negate(1.0)
 LEAFWISE = methods.ties(0.5, rule="exact", scope="leaf")
 IDENTITIES = {
   "task arithmetic at 1/K is the mean": (
-    lambda x: merged(TA, x, aux={"scale": 1 / 3}),
+    lambda x: merged(TA, x, hparams={"scale": 1 / 3}),
     lambda x: merged(MEAN, x),
   ),
   "ties of agreeing signs at full density is the mean": (
-    lambda x: merged(TIES, np.abs(x), aux={"density": 1.0}),
+    lambda x: merged(TIES, np.abs(x), hparams={"density": 1.0}),
     lambda x: merged(MEAN, np.abs(x)),
   ),
   "negate is task arithmetic of the negatives": (
@@ -358,8 +358,8 @@ def test_folding_one_by_one_is_the_combiner(method):
   leaf = interpreter.leaf_of("w", None, ready)
   held = None
   for k in range(3):
-    aux = {n: v[k : k + 1] if np.ndim(v) else v for n, v in leaf.aux.items()}
-    held = step.fold.add(held, jnp.asarray(TAU[k : k + 1]), leaf._replace(aux=aux))
+    hparams = {n: v[k : k + 1] if np.ndim(v) else v for n, v in leaf.hparams.items()}
+    held = step.fold.add(held, jnp.asarray(TAU[k : k + 1]), leaf._replace(hparams=hparams))
   close(step.fold.finish(held, leaf), step.update(jnp.asarray(TAU), leaf, {}))
 
 

@@ -96,12 +96,12 @@ def test_sce_breaks_ties_by_position(x):
 def test_sce_of_equal_energies_and_agreeing_signs_is_the_average():
   x = np.abs(np.random.default_rng(0).normal(size=(2, 8))) * np.tile([1, -1], 4)
   x /= np.linalg.norm(x, axis=1, keepdims=True)
-  close(merged(HALF, x, aux={"density": 1.0}), x.mean(axis=0))
+  close(merged(HALF, x, hparams={"density": 1.0}), x.mean(axis=0))
 
 
 def test_a_density_of_sce_is_one_number():
   with pytest.raises(ValueError, match="density must be one number for all models, got 3"):
-    merged(methods.sce(), TAU, aux={"density": (0.1, 0.2, 0.3)})
+    merged(methods.sce(), TAU, hparams={"density": (0.1, 0.2, 0.3)})
 
 
 def test_ratios_of_ram_are_counted_over_the_leaf_or_the_model():
@@ -177,13 +177,13 @@ def test_nearswap_swaps_what_is_near(x):
 def test_gradient_of_nearswap():
   """By t it is the direction, where values are far apart."""
   models = {"w": jnp.array([[0.0, 0.0, 0.0], [1.0, -1.0, 0.1]])}
-  slope = jax.jacobian(lambda t: jaxmerge.merge(methods.nearswap(), models, aux={"t": t})["w"])
+  slope = jax.jacobian(lambda t: jaxmerge.merge(methods.nearswap(), models, hparams={"t": t})["w"])
   assert slope(0.5).tolist() == [1.0, -1.0, 0.0]
 
 
 def test_passthrough_takes_one_model():
   out = jaxmerge.merge(
-    methods.passthrough(0.5), {"w": jnp.array([[2.0]])}, aux={"scale": {"w": 3.0}}
+    methods.passthrough(0.5), {"w": jnp.array([[2.0]])}, hparams={"scale": {"w": 3.0}}
   )
   assert out["w"].tolist() == [6.0]
   with pytest.raises(ValueError, match="passthrough merges 1 model, got 2"):

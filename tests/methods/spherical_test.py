@@ -88,7 +88,7 @@ SLERP = methods.slerp()
 def test_unit_vectors_stay_unit_vectors(a, b, t):
   a, b = (np.array(v) / np.linalg.norm(v) for v in (a, b))
   if abs(a @ b) < 0.999:
-    close(np.linalg.norm(blended(SLERP, [a, b], aux={"t": t})), 1, atol=1e-5)
+    close(np.linalg.norm(blended(SLERP, [a, b], hparams={"t": t})), 1, atol=1e-5)
 
 
 @pytest.mark.parametrize("factor", [1.0, 3.0])
@@ -98,7 +98,7 @@ def test_halfway_the_means_of_two_agree(factor):
   pair = [a / np.linalg.norm(a), factor * b / np.linalg.norm(b)]
   one, mean = (blended(ALIKE[name][0], pair) for name in ("multislerp", "karcher"))
   close(one, mean)
-  far = np.abs(blended(SLERP, pair, aux={"t": 0.5}) - mean).max()
+  far = np.abs(blended(SLERP, pair, hparams={"t": 0.5}) - mean).max()
   assert far < 1e-6 if factor == 1 else far > 0.1
 
 
@@ -201,13 +201,15 @@ def test_gradients_are_finite_at_zeros_equals_and_opposites(method):
 def test_gradient_in_t_is_the_velocity_on_the_arc():
   """d/dt (cos(t pi / 2), sin(t pi / 2)) = pi / 2 (-sin, cos)."""
   models = {"w": jnp.eye(2)}
-  found = jax.jacobian(lambda t: jaxmerge.merge(methods.slerp(), models, aux={"t": t})["w"])(0.25)
+  found = jax.jacobian(lambda t: jaxmerge.merge(methods.slerp(), models, hparams={"t": t})["w"])(
+    0.25
+  )
   close(found, np.pi / 2 * np.array([-np.sin(np.pi / 8), np.cos(np.pi / 8)]))
 
 
 def test_t_may_differ_by_leaf():
   models = {"a": jnp.asarray([A, B]), "b": jnp.asarray([A, B])}
-  out = jaxmerge.merge(methods.slerp(), models, aux={"t": {"a": 0.0, "b": 1.0}})
+  out = jaxmerge.merge(methods.slerp(), models, hparams={"t": {"a": 0.0, "b": 1.0}})
   assert (out["a"].tolist(), out["b"].tolist()) == (A, B)
 
 
@@ -226,7 +228,7 @@ def test_other_numbers_of_models_are_refused(method):
 
 def test_t_is_one_number():
   with pytest.raises(ValueError, match="t must be one number for all models, got 2 values"):
-    blended(methods.slerp(), [A, B], aux={"t": (0.0, 1.0)})
+    blended(methods.slerp(), [A, B], hparams={"t": (0.0, 1.0)})
 
 
 @pytest.mark.parametrize("method", [methods.multislerp((1.0, -1.0)), methods.karcher((1.0, -1.0))])

@@ -186,7 +186,7 @@ def test_directions_of_adapters_are_those_that_they_have(name):
   expected = rule([{"w": x.astype(np.float64)} for x in exact])["w"]
 
   def far(tau, tol):
-    options = {"aux": {"rank_tol": tol}, "layout": (("w", "oi"),)}
+    options = {"hparams": {"rank_tol": tol}, "layout": (("w", "oi"),)}
     found = np.asarray(jaxmerge.merge(method, {"w": jnp.asarray(tau)}, **options, deltas=True)["w"])
     return np.linalg.norm(found - expected) / np.linalg.norm(expected)
 

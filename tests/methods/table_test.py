@@ -160,11 +160,11 @@ def test_vmap_over_numbers_is_a_loop_and_grad_is_the_slope(group):
     own = {m: v for m, v in given[n][2].items() if m not in vary}
     return {**own, **vary, **({"scale": half[i]} if scaled[n] else {})}
 
-  def probed(n, scale, stretch, aux):
+  def probed(n, scale, stretch, hparams):
     base = given[n][0]
-    aux = {**aux, **({"scale": scale} if scaled[n] else {})}
+    hparams = {**hparams, **({"scale": scale} if scaled[n] else {})}
     out = jaxmerge.merge(
-      TABLE[n].method, stretched(n, stretch), base, aux=aux, **TABLE[n].options()
+      TABLE[n].method, stretched(n, stretch), base, hparams=hparams, **TABLE[n].options()
     )
     return jnp.sum((out["matrix"] - base["matrix"]) * probe), out
 
@@ -242,7 +242,7 @@ def test_two_four_and_eight_devices(group, layout):
   }
 
   def spread(name, mesh):
-    base, models, aux = given[name]
+    base, models, hparams = given[name]
 
     def put(x, *axes):
       return jax.device_put(x, NamedSharding(mesh, P(*axes[: x.ndim])))
@@ -251,7 +251,7 @@ def test_two_four_and_eight_devices(group, layout):
       axes = {"matrix": ("row", "column"), "steps": ()}
       return {n: put(x, *lead, *axes[n]) for n, x in tree.items()}
 
-    return every(base), every(models, "task"), aux
+    return every(base), every(models, "task"), hparams
 
   found = {}
   for side, mesh in meshes.items():
@@ -266,8 +266,8 @@ def test_two_four_and_eight_devices(group, layout):
       @jax.jit
       def run(spreads):
         return {
-          n: jaxmerge.merge(TABLE[n].method, models, base, aux=aux, **TABLE[n].options())
-          for n, (base, models, aux) in spreads.items()
+          n: jaxmerge.merge(TABLE[n].method, models, base, hparams=hparams, **TABLE[n].options())
+          for n, (base, models, hparams) in spreads.items()
         }
 
       found.update(run(spreads))
@@ -386,15 +386,17 @@ WHOLE = {"scale": 1, "density": 1, "keep": 1, "calibrated": 1} | dict.fromkeys(
 def test_one_model_comes_back(group):
   """Where nothing is pruned, at scale 1; of a method that takes more, from copies of it."""
 
-  def whole(n, aux):
-    return {m: np.full_like(v, WHOLE[m]) if m in WHOLE else v for m, v in aux.items()}
+  def whole(n, hparams):
+    return {m: np.full_like(v, WHOLE[m]) if m in WHOLE else v for m, v in hparams.items()}
 
   names, given = ones(group)
-  found = program(names)({n: (base, own, whole(n, aux)) for n, (base, own, aux) in given.items()})
+  found = program(names)(
+    {n: (base, own, whole(n, hparams)) for n, (base, own, hparams) in given.items()}
+  )
   for n in [n for n in of(group, "one model comes back") if n not in names]:
     base, own, _ = eager(n)
     given[n] = (base, {m: np.stack([x[0]] * len(x)) for m, x in own.items()}, None)
-    found[n] = merged(TABLE[n], *given[n][:2], aux=whole(n, numbers(n)))
+    found[n] = merged(TABLE[n], *given[n][:2], hparams=whole(n, numbers(n)))
 
   def check(n):
     base, models, _ = given[n]
@@ -468,12 +470,12 @@ def test_order_does_not_matter_to_a_method(name):
   base, models, out = eager(name)
   order = np.array([2, 0, 3, 1]) if TABLE[name].height == 4 else np.arange(TABLE[name].height)[::-1]
   turned = {n: x[order] for n, x in models.items()}
-  aux = {
+  hparams = {
     n: [v[k] for k in order]
-    for n, v in stage.numbers(TABLE[name].method).items()
+    for n, v in stage.hparams(TABLE[name].method).items()
     if isinstance(v, tuple)
   }
-  small.close(merged(TABLE[name], base, turned, aux=aux), out, apart(name, small.ALL))
+  small.close(merged(TABLE[name], base, turned, hparams=hparams), out, apart(name, small.ALL))
 
 
 SEEDED = [n for n in COLUMNS["any order"] if TABLE[n].seeded and n in MAIN]
@@ -484,13 +486,13 @@ def test_named_models_give_the_same_bits_in_any_order(name):
   """The driver's doing; methods to which the order matters get it as it is."""
   row = TABLE[name]
   base, models = row.trees(small.FEW)
-  own = {n: v for n, v in stage.numbers(row.method).items() if isinstance(v, tuple)}
+  own = {n: v for n, v in stage.hparams(row.method).items() if isinstance(v, tuple)}
   found = []
   for shift in range(1, row.height):
     order = np.roll(np.arange(row.height), 0 if stage.ordered(row.method) else shift)
     turned = {n: x[order] for n, x in models.items()}
-    aux = {n: [v[k] for k in order] for n, v in own.items()}
-    found.append(merged(row, base, turned, names=[small.NAMES[k] for k in order], aux=aux))
+    hparams = {n: [v[k] for k in order] for n, v in own.items()}
+    found.append(merged(row, base, turned, names=[small.NAMES[k] for k in order], hparams=hparams))
   for other in found[1:]:
     small.same(other, found[0])
 
@@ -502,7 +504,7 @@ def test_weights_are_task_vectors_from_zero(name):
   models = {**models, "steps": np.stack([base["steps"]] * row.height)}
   found = jax.tree.map(np.asarray, jaxmerge.merge(row.method, models, **row.options()))
   # Sums of floats are added as each program does: a coefficient may differ in its last bit.
-  sums = any(isinstance(s, stage.Sum) for step in row.method for s in step.statistics)
+  sums = any(isinstance(s, stage.Sum) for step in row.method for s in step.reductions)
   small.close(found, out, 4 * rounding.EPS) if sums else small.same(found, out)
 
 
@@ -531,9 +533,9 @@ def test_second_value_of_a_number_does_not_compile_again(name):
   row = TABLE[name]
   base, models, _ = eager(name)
   size = memory._compiled._cache_size()
-  for n, value in jaxmerge.core.stage.numbers(row.method).items():
+  for n, value in jaxmerge.core.stage.hparams(row.method).items():
     if n != "seed":
-      merged(row, base, models, aux={n: jax.tree.map(lambda v: v / 2, value)})
+      merged(row, base, models, hparams={n: jax.tree.map(lambda v: v / 2, value)})
   if row.seeded:
     merged(row, base, models, seed=2**32 - 1)
   assert memory._compiled._cache_size() == size

@@ -93,7 +93,7 @@ def merged(case, trees, numbers=None):
   method, own, translation = ours(case)
   models = ("base", *case.models) if translation.pair else case.models
   stack = {n: np.stack([trees[m][n] for m in models]) for n in trees["base"]}
-  options = {"aux": {**own, **(numbers or {})}, "layout": layout(trees["base"])}
+  options = {"hparams": {**own, **(numbers or {})}, "layout": layout(trees["base"])}
   if translation.raw:
     return jaxmerge.merge(method, stack, **options)
   return jaxmerge.merge(method, stack, trees["base"], **options)
@@ -244,7 +244,7 @@ def narrow(case, trees):
   precision = mergekit_precision.narrowed(translation.method, np.dtype(case.dtype))
   leaves = {n: jax.ShapeDtypeStruct(x.shape, np.float32) for n, x in out.items()}
   source = streaming.Source(leaves, len(models), read, dict.fromkeys(out, precision))
-  streaming.stream(method, source, write, aux=own, layout=layout(trees["base"]))
+  streaming.stream(method, source, write, hparams=own, layout=layout(trees["base"]))
   return out
 
 

@@ -38,7 +38,7 @@ def test_a_recipe_is_the_method(family):
     jaxmerge.stack([first, second]),
     base,
     names=["m0", "m1"],
-    aux={"density": (0.5, 0.3)},
+    hparams={"density": (0.5, 0.3)},
   )
   small.same(run(TIES), expected)
 
@@ -158,7 +158,7 @@ def test_compat_has_mergekits_thresholds(family):
     jaxmerge.stack([first, second]),
     base,
     names=["m0", "m1"],
-    aux={"density": (0.5, 0.3)},
+    hparams={"density": (0.5, 0.3)},
   )
   small.same(run(TIES + "compat: mergekit\n"), expected)
 
@@ -532,7 +532,7 @@ models:
     jaxmerge.stack([first, second]),
     base,
     names=["m0", "m1"],
-    aux={"seed": 0},
+    hparams={"seed": 0},
   )
   small.close(found, expected)
   told = json.loads(pathlib.Path("out/jaxmerge_provenance.json").read_text())["jobs"]

@@ -213,7 +213,7 @@ def merges(directory):
   from jaxmerge import methods
 
   for method in (methods.ties(0.3), methods.dare(0.4, 0.5), methods.task_arithmetic(0.5)):
-    seed = {"seed": 11} if "seed" in jaxmerge.core.stage.numbers(method) else {}
+    seed = {"seed": 11} if "seed" in jaxmerge.core.stage.hparams(method) else {}
     for _, leaf in sorted(meshes.fetch(jaxmerge.merge(method, stacks, own, **seed)).items()):
       digest.update(np_bytes(leaf))
   return digest

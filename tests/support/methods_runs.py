@@ -68,8 +68,8 @@ def program(names):
   @jax.jit
   def run(given):
     return {
-      n: jaxmerge.merge(TABLE[n].method, models, base, aux=aux, **TABLE[n].options())
-      for n, (base, models, aux) in given.items()
+      n: jaxmerge.merge(TABLE[n].method, models, base, hparams=hparams, **TABLE[n].options())
+      for n, (base, models, hparams) in given.items()
     }
 
   return lambda given: jax.device_get(run({n: given[n] for n in names}))
@@ -77,7 +77,7 @@ def program(names):
 
 def numbers(name, height=None):
   """The numbers of a row, as arrays, so that others need no other program."""
-  own = {n: v for n, v in stage.numbers(TABLE[name].method).items() if n != "seed"}
+  own = {n: v for n, v in stage.hparams(TABLE[name].method).items() if n != "seed"}
   more = {WEIGHT: EIGHT, SLACKS[:4]: SLACKS}
   if height:
     own = {n: more.get(v, v)[:height] if isinstance(v, tuple) else v for n, v in own.items()}

@@ -144,7 +144,7 @@ def test_a_merge_that_overflows_in_the_last_round_is_refused():
   """Nothing would have seen it: the copies are finite, and no round follows."""
   words = "round 1: the tuned copies of all tasks are finite, but . leaves of the merged model"
   with pytest.raises(ValueError, match=words):
-    run(method=stage.chain(methods.weighted_sum(), methods.scaled(1e10)), aux={"weight": 3e38})
+    run(method=stage.chain(methods.weighted_sum(), methods.scaled(1e10)), hparams={"weight": 3e38})
 
 
 def test_a_score_that_is_no_number_is_refused():

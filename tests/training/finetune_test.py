@@ -151,7 +151,8 @@ def test_the_best_scale_is_the_best_of_all():
     return np.mean([r.mean() for r in right])
 
   singly = [
-    jaxmerge.merge(method, models, base, aux={"scale": jnp.float32(s)}, names=names) for s in scales
+    jaxmerge.merge(method, models, base, hparams={"scale": jnp.float32(s)}, names=names)
+    for s in scales
   ]
   np.testing.assert_allclose(found.means, [judged(p) for p in singly])
   best = int(np.argmax(found.means))

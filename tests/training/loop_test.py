@@ -28,7 +28,7 @@ def chosen(**changes):
 
 def run(tasks=None, method=None, *, start=None, store=None, **changes):
   """The loop on three tasks of different sizes and classes, on one device."""
-  names = ("aux", "mesh", "save_every", "score_every", "on_round", "sharding")
+  names = ("hparams", "mesh", "save_every", "score_every", "on_round", "sharding")
   given = {"mesh": meshes.make(1)} | {n: changes.pop(n) for n in names if n in changes}
   return loop.tune_and_merge(
     small.network,
@@ -89,7 +89,9 @@ def test_the_order_of_the_tasks_does_not_matter():
 
   def ordered(order):
     given = [tasks[k] for k in order]
-    return run(given, method, aux={"weight": np.float32([weight[t.name] for t in given])}, rounds=2)
+    return run(
+      given, method, hparams={"weight": np.float32([weight[t.name] for t in given])}, rounds=2
+    )
 
   first = ordered([0, 1, 2])
   assert_same_run(ordered([2, 0, 1]), first)
@@ -557,7 +559,7 @@ def test_divergence_names_task_and_round(tmp_path):
 
 def test_unknown_numbers_are_refused():
   with pytest.raises(ValueError, match=r"takes no number 'wait'.*weight"):
-    run(aux={"wait": 1.0})
+    run(hparams={"wait": 1.0})
 
 
 def test_records_are_plain(tmp_path):

@@ -71,7 +71,7 @@ def together(names):
     made = getattr(methods, name)(**own)
     made = stage.masked(made, lambda leaf, room=f"{name}/": leaf.startswith(room))
     for group in groups:
-      left, right = (stage.numbers(m) for m in (group["method"], made))
+      left, right = (stage.hparams(m) for m in (group["method"], made))
       if all(left[n] == right[n] for n in left.keys() & right.keys()):
         group["names"].append(name)
         group["method"] = stage.chain(group["method"], made)
@@ -96,7 +96,7 @@ def test_a_round_merges_by_each_method_of_the_catalog():
     start = {n: {"kernel": kernel} for n in group["names"]}
     copies, _ = finetune.experts(network, start, tasks, plain, mesh=one)
     method = group["method"]
-    seed = {"seed": int(loop._seed(0, 0))} if "seed" in stage.numbers(method) else {}
+    seed = {"seed": int(loop._seed(0, 0))} if "seed" in stage.hparams(method) else {}
     expected = jaxmerge.merge(method, copies, start, names=NAMES, layout=LAYOUT, **seed)
     found = loop.tune_and_merge(network, start, tasks, method, plain, mesh=one, layout=LAYOUT)
     small.assert_close(found.params, expected, rtol=1e-5, atol=1e-6)
