@@ -1,0 +1,32 @@
+"""The code of the documentation runs, and prints what the pages say."""
+
+import pathlib
+
+import pages
+import pytest
+
+DOCS = pathlib.Path(__file__).parents[2] / "docs"
+PAGES = [
+  path
+  for path in (DOCS / "quickstart.md", DOCS / "concepts.md", *sorted(DOCS.glob("how_to/*.md")))
+  if path.exists()
+]
+SLOW = [path for path in PAGES if pages.has_slow_blocks(path)]
+
+
+@pytest.fixture(autouse=True)
+def _in_a_new_folder(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  # What the command line sets must not reach later tests.
+  monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
+def test_page_runs_and_prints_what_it_says(page):
+  pages.run(page)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", SLOW, ids=lambda p: p.stem)
+def test_page_runs_with_its_slow_blocks(page):
+  pages.run(page, slow=True)
