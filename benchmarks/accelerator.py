@@ -41,7 +41,7 @@ from jaxmerge.models import llama
 from jaxmerge.parallel import mesh as meshes
 from jaxmerge.tasks import batch, losses
 from jaxmerge.tasks.task import Split, Task
-from jaxmerge.training import local_steps, loop, schedule
+from jaxmerge.training import local_steps, loop, optimizers, schedule
 
 MODELS = 8
 METHODS = {
@@ -167,9 +167,7 @@ def step(device, options):
   settings = jaxmerge.Settings(compute_dtype="bfloat16", batch_size=rows, clip_norm=1.0)
   mesh = meshes.make(tasks=1, devices=[device])
   task = text("steps", fields["vocab_size"], 16 * rows, length)
-  local = local_steps.direction(
-    settings, jax.eval_shape(lambda: llama.init(config, jax.random.key(0)))
-  )
+  local = optimizers.local(settings, jax.eval_shape(lambda: llama.init(config, jax.random.key(0))))
   step_ = local_steps.step(apply, losses.cross_entropy, settings, local)
   spread, everywhere = meshes.by_task(mesh), meshes.everywhere(mesh)
   held = meshes.put(batch.stacked([task], "train"), spread)

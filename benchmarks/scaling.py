@@ -41,7 +41,7 @@ def main(arguments=None):
   from jaxmerge.training import settings as training_settings
 
   config = configs.load(options.config, changes).to_dict()
-  problem, settings = built_in.make(config), training_settings.settings_of(config)
+  problem, settings = built_in.make(config), training_settings.from_config(config)
   # Rounds of the length that the config has, but fewer of them.
   settings = dataclasses.replace(
     settings, rounds=options.rounds, epochs=settings.epochs * options.rounds / settings.rounds

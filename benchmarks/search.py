@@ -107,7 +107,7 @@ class Search:
     from jaxmerge.training import settings
 
     self.config, self.path, self.problem = config, path, built_in.make(config)
-    self.settings = settings.settings_of(config)
+    self.settings = settings.from_config(config)
     self.tasks = self.problem.tasks
     self.mesh = mesh.make(tasks=len(self.tasks))
     self.counts = [len(t.validation.labels) for t in self.tasks]

@@ -33,18 +33,18 @@ def main():
   from jaxmerge.experiments import config as configs
   from jaxmerge.parallel import mesh
   from jaxmerge.tasks import batch, losses
-  from jaxmerge.training import local_steps, schedule
+  from jaxmerge.training import local_steps, optimizers, schedule
   from jaxmerge.training import settings as training_settings
 
   config = configs.load(options.config, changes).to_dict()
-  problem, settings = built_in.make(config), training_settings.settings_of(config)
+  problem, settings = built_in.make(config), training_settings.from_config(config)
   if options.steps:
     share = options.steps * settings.batch_size / len(problem.tasks[0].train.labels)
     settings = dataclasses.replace(settings, rounds=1, epochs=share)
   tasks = problem.tasks
   names, counts = [t.name for t in tasks], [len(t.train.labels) for t in tasks]
   plan = schedule.plan(names, counts, settings, 0, rounds=settings.rounds)
-  local = local_steps.direction(settings, problem.params)
+  local = optimizers.local(settings, problem.params)
   step = local_steps.step(problem.apply, losses.cross_entropy, settings, local)
   rows = batch.stacked(tasks, "train")
 

@@ -23,7 +23,7 @@ from jaxmerge.experiments import shapes as shape_lib
 from jaxmerge.models import llama
 from jaxmerge.parallel import mesh as meshes
 from jaxmerge.tasks import batch, losses
-from jaxmerge.training import local_steps, outer, placement, schedule
+from jaxmerge.training import local_steps, optimizers, outer, placement, schedule
 from jaxmerge.training import round as rounds
 from jaxmerge.training import settings as training_settings
 from jaxmerge.xla import chips
@@ -70,7 +70,7 @@ def of_loop(config: Mapping[str, Any], devices: Sequence[Any]) -> Iterator[xla_p
   Raises:
     ValueError: for a mesh that does not fit, or tasks in turn, whose rounds are many programs.
   """
-  shapes, settings = shape_lib.make(config), training_settings.settings_of(config)
+  shapes, settings = shape_lib.make(config), training_settings.from_config(config)
   names = list(shapes.counts)
   axes = {k: config["mesh"][k] for k in meshes.AXES}
   mesh = meshes.make(**axes, tasks=len(names), devices=devices)
@@ -82,7 +82,7 @@ def of_loop(config: Mapping[str, Any], devices: Sequence[Any]) -> Iterator[xla_p
   slots, count = -(-len(names) // side) * side, len(names)
   params, rules = shapes.params, shapes.rules if mesh.shape["model"] > 1 else ()
   method = problem.method_of(config["method"])
-  local, own = local_steps.direction(settings, params), outer.direction(settings)
+  local, own = optimizers.local(settings, params), outer.optimizer(settings, params)
   kept = settings.local_state == "kept"
   model = placement.in_place(shapes.apply, mesh, rules)
   step = local_steps.step(model, losses.cross_entropy, settings, local)

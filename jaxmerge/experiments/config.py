@@ -13,13 +13,7 @@ import pathlib
 import traceback
 import types
 from collections.abc import Iterable, Mapping, Sequence
-from typing import (
-  Any,
-  Literal,
-  get_args,
-  get_origin,
-  get_type_hints,
-)  # Any: values are of any type.
+from typing import Any, Literal, get_args, get_origin  # Any: values are of any type.
 
 from ml_collections.config_dict import ConfigDict
 
@@ -28,7 +22,7 @@ from jaxmerge.catalog import lookup
 from jaxmerge.training import settings
 
 AXES = ("task", "data", "model")  # Those of `mesh.AXES`, which comes with jax.
-LOOP: Mapping[str, Any] = get_type_hints(settings.Settings)
+LOOP = settings.KINDS
 # The keys that every experiment has, and the kind of value that each takes.
 SCHEME: Mapping[str, Any] = {
   **LOOP,

@@ -89,7 +89,7 @@ class Work:
     self.seconds: dict[str, float] = {}
     with self.timed("data and base"):
       self.problem = problem.shared(built_in.make(config, self.trained))
-    self.settings = training_settings.settings_of(config)
+    self.settings = training_settings.from_config(config)
     self.names = [t.name for t in self.problem.tasks]
     axes = {k: config["mesh"][k] for k in meshes.AXES}
     self.mesh = meshes.make(**axes, tasks=len(self.names))
@@ -204,7 +204,7 @@ class Work:
     """Tunes a model for each task, with the config's own settings for it."""
 
     def make() -> tuple[Any, Any]:
-      settings = training_settings.settings_of({**self.config, **own})
+      settings = training_settings.from_config({**self.config, **own})
       models, cost = finetune.experts(
         self.problem.apply,
         self.params,
@@ -270,7 +270,7 @@ class Work:
         self.problem.apply,
         self.params,
         self.problem.tasks,
-        training_settings.settings_of(self.config | own),
+        training_settings.from_config(self.config | own),
         loss=self.problem.loss,
         judge=lambda p: self.metric.gain(self.mean(p)),
         on_part=lambda way, rounds: self.bar(f"multitask, {way}", rounds),
@@ -295,7 +295,7 @@ class Work:
 
   def one_loop(self, name: str, config: dict[str, Any]) -> None:
     """One run of the loop, resumed from its own checkpoints."""
-    settings, tasks, params = training_settings.settings_of(config), self.problem.tasks, self.params
+    settings, tasks, params = training_settings.from_config(config), self.problem.tasks, self.params
     before = budget.Budget()
     if config["variant"] == "ph":
       best = self.best_one_shot()

@@ -17,7 +17,7 @@ from jaxmerge.evaluation import metrics, scoring
 from jaxmerge.parallel import mesh as meshes
 from jaxmerge.tasks import batch, losses
 from jaxmerge.tasks import task as tasks_
-from jaxmerge.training import budget, checks, local_steps, placement, schedule
+from jaxmerge.training import budget, checks, local_steps, optimizers, placement, schedule
 from jaxmerge.training.settings import Settings
 
 Progress = Callable[[int, int], None]
@@ -60,7 +60,7 @@ def experts(
   mesh = mesh or meshes.make(tasks=len(tasks))
   side = mesh.shape["task"]
   slots = -(-len(tasks) // side) * side
-  local = local_steps.direction(settings, params)
+  local = optimizers.local(settings, params)
   step = local_steps.step(placement.in_place(apply, mesh, sharding), loss, settings, local)
   spread = meshes.by_task(mesh)
   rows = placement.rows(tasks, "train", mesh, height=slots)

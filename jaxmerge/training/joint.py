@@ -16,7 +16,7 @@ from jaxmerge.core.stage import Array
 from jaxmerge.drivers import finiteness
 from jaxmerge.tasks import batch, losses
 from jaxmerge.tasks import task as tasks_
-from jaxmerge.training import budget, checks, local_steps, schedule
+from jaxmerge.training import budget, checks, local_steps, optimizers, schedule
 from jaxmerge.training.settings import Settings
 
 Progress = Callable[[int, int], None]
@@ -52,7 +52,7 @@ def joint(
   params = local_steps.masters(params)
   checks.check(apply, params, tasks, loss)
   settings = dataclasses.replace(settings, round_warmup=0.0)
-  local = local_steps.direction(settings, params)
+  local = optimizers.local(settings, params)
   step = local_steps.step(apply, loss, settings, local)
   rows = jax.tree.map(jnp.asarray, batch.stacked(tasks, "train"))
   names, counts = [t.name for t in tasks], [len(t.train.labels) for t in tasks]

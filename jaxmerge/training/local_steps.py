@@ -8,7 +8,6 @@ from typing import Any  # Any: parameters, inputs and heads are the user's trees
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
@@ -16,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 from jaxmerge.core import running_statistics, tree
 from jaxmerge.parallel import mesh as meshes
 from jaxmerge.tasks import batch, losses
+from jaxmerge.training import optimizers
 from jaxmerge.training.schedule import Plan
 from jaxmerge.training.settings import Settings
 
@@ -47,29 +47,8 @@ def masters(params: Any) -> Any:
   return jax.tree.map(lambda p: jnp.asarray(p, tree.compute_dtype(jnp.asarray(p).dtype)), params)
 
 
-def direction(settings: Settings, params: Any) -> optax.GradientTransformation:
-  """Returns the local optimiser, without its learning rate: steps are params - rate * direction.
-
-  Raises:
-    ValueError: if `freeze` finds no leaf, or leaves none to tune.
-  """
-  frozen = [settings.freeze != "" and tree.matching(settings.freeze)(n) for n in tree.named(params)]
-  if settings.freeze and len(set(frozen)) == 1:
-    found = "every leaf, so that nothing is tuned" if frozen[0] else "no leaf"
-    raise ValueError(
-      f"freeze {settings.freeze!r} finds {found}; the leaves are {', '.join(tree.named(params))}."
-    )
-  parts = [_clip(settings.clip_norm)] if settings.clip_norm else []
-  if settings.optimizer == "adamw":
-    parts.append(optax.scale_by_adam())
-  if settings.weight_decay:
-    decayed = {n: _decays(n, v) for n, v in tree.named(params).items()}
-    parts.append(optax.add_decayed_weights(settings.weight_decay, tree.rebuild(params, decayed)))
-  return optax.chain(*parts) if parts else optax.identity()
-
-
 def step(
-  apply: batch.Apply, loss: losses.Rowwise, settings: Settings, local: optax.GradientTransformation
+  apply: batch.Apply, loss: losses.Rowwise, settings: Settings, optimizer: optimizers.Optimizer
 ) -> Callable[..., tuple[Any, Any, Array]]:
   """Makes the local step: (params, state, batch, rate, mixed=False) -> (params, state, loss).
 
@@ -88,11 +67,10 @@ def step(
     counted = running_statistics.of(names)
     free = tree.rebuild(params, {n: not (chosen(n) or n in counted) for n in names})
     grads = jax.tree.map(lambda g, f: g if f else jnp.zeros_like(g), grads, free)
-    updates, state = local.update(grads, state, params)
-    moved = jax.tree.map(
-      lambda p, u, f: p - rate.astype(p.dtype) * u if f else p, params, updates, free
-    )
-    return moved, state, value.astype(jnp.float32)
+    updates, state = optimizer.update(grads, state, params, rate=rate)
+    moved = optimizers.apply_updates(params, updates)
+    params = jax.tree.map(lambda p, m, f: m if f else p, params, moved, free)
+    return params, state, value.astype(jnp.float32)
 
   def single(params: Any, state: Any, batch: Any, rate: Array) -> Any:
     value, grads = jax.value_and_grad(objective)(params, *batch)
@@ -215,34 +193,9 @@ def refuse_divergence(
   """Raises ValueError, naming the task, for a loss or a tuned copy that is not finite."""
   for name, value, fine in zip(names, *meshes.fetch((losses, good)), strict=True):
     if not (np.isfinite(value) and fine):
+      named = isinstance(settings.optimizer, str)
       raise ValueError(
         f"{name!r} diverged in {when}: loss {float(value)}, parameters "
-        f"{'finite' if fine else 'not finite or huge'}; lower learning_rate "
-        f"({settings.learning_rate:g})."
+        f"{'finite' if fine else 'not finite or huge'}; lower "
+        + (f"learning_rate ({settings.learning_rate:g})." if named else "the optimizer's rate.")
       )
-
-
-def _clip(limit: float) -> optax.GradientTransformation:
-  """Scales gradients to a global norm of at most `limit`, as `optax.clip_by_global_norm` does.
-
-  The norm is made of inner products. A sum of squares is cut up differently from one program to
-  the next, so that one and the same step would have other bits in it.
-  """
-
-  def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-    del params
-    norm = jnp.sqrt(sum(_square(g) for g in jax.tree.leaves(grads)))
-    scale = jnp.where(norm < limit, 1, limit / norm)
-    return jax.tree.map(lambda g: g * scale.astype(g.dtype), grads), state
-
-  return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
-
-
-def _square(x: Any) -> Array:
-  """The inner product of an array with itself, which devices that share it add up in parts."""
-  axes = tuple(range(x.ndim))
-  return lax.dot_general(x, x, ((axes, axes), ((), ())), precision="highest")
-
-
-def _decays(name: str, leaf: Any) -> bool:
-  return leaf.ndim > 1 and not tree.matching(r"(?i)embed|norm|bias|scale")(name)

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import time
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple  # Any: parameters are the user's tree.
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -26,8 +23,19 @@ from jaxmerge.parallel import mesh as meshes
 from jaxmerge.parallel import preemption, processes
 from jaxmerge.tasks import batch, losses
 from jaxmerge.tasks import task as tasks_
-from jaxmerge.training import budget, checks, local_steps, outer, placement, schedule, waves
+from jaxmerge.training import (
+  budget,
+  checks,
+  identity,
+  local_steps,
+  optimizers,
+  outer,
+  placement,
+  schedule,
+  waves,
+)
 from jaxmerge.training import round as rounds
+from jaxmerge.training import settings as settings_lib
 from jaxmerge.training.settings import Settings
 
 
@@ -158,8 +166,8 @@ class _Run:
     self.names = [t.name for t in tasks]
     self.counts = [len(t.train.labels) for t in tasks]
     self.steps = schedule.totals(self.counts, settings)
-    self.local = local_steps.direction(settings, params)
-    self.outer = outer.direction(settings)
+    self.local = optimizers.local(settings, params)
+    self.outer = outer.optimizer(settings, params)
     self.kept = settings.local_state == "kept"
     self.base = meshes.put(params, meshes.places(params, mesh, rules))
     side = mesh.shape["task"]
@@ -170,7 +178,7 @@ class _Run:
     self.size = sum(int(np.prod(s, dtype=np.int64)) for s in shapes.values())
     self.seeded = "seed" in stage.hparams(method)
     hparams = dict(hparams, seed=0) if self.seeded else dict(hparams)
-    self.method = _described(method, hparams)
+    self.method = identity.method_record(method, hparams)
     method = averages.with_moments(method, shapes)
     # Numbers per model come in the caller's order, the stacks of the loop are in that of the tags.
     ready = interpreter.prepare(method, shapes, len(tasks), hparams, [t.name for t in given])
@@ -294,9 +302,9 @@ class _Run:
     """The plain record of a checkpoint."""
     done = len(records)
     return {
-      "settings": dataclasses.asdict(self.settings),
+      "settings": settings_lib.record(self.settings),
       "method": self.method,
-      "tasks": {t.name: _fingerprint(t) for t in self.tasks},
+      "tasks": {t.name: identity.task_digest(t) for t in self.tasks},
       "rounds": records,
       "position": self.taken(done),
       "budget": self.budget(done)._asdict(),
@@ -307,7 +315,7 @@ class _Run:
     own = self.record([])
     record = {**record, "method": fingerprint.placeless(record["method"])}
     for part in ("settings", "method", "tasks"):
-      _refuse_other(part, record[part], own[part])
+      identity.refuse_other(part, record[part], own[part])
 
   def taken(self, done: int) -> dict[str, int]:
     """Local steps that each task has taken after some rounds: the position in its data."""
@@ -333,7 +341,7 @@ def _restored(
   if found is None:
     return state, [], ()
   held, records = found.state, found.record["rounds"]
-  _refuse_other_base(held["base"], run.base)
+  identity.refuse_other_start(held["base"], run.base)
   run.base = held["base"]
   if run.settings.early_stopping:
     gains = [run.gain(r["mean"]) for r in records if r["mean"] is not None]
@@ -351,48 +359,6 @@ def _headed(rows: batch.Rows, head: np.ndarray) -> batch.Rows:
   if isinstance(rows.head, jax.Array):
     return rows._replace(head=meshes.put(piled, rows.head.sharding))
   return rows._replace(head=piled)
-
-
-def _refuse_other(part: str, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
-  for name in sorted(theirs.keys() | ours.keys()):
-    if theirs.get(name) != ours.get(name):
-      raise ValueError(
-        f"the checkpoints are of another run: {part} {name!r} is {theirs.get(name)!r} there and "
-        f"{ours.get(name)!r} here; use the same, or another folder."
-      )
-
-
-def _refuse_other_base(theirs: Any, ours: Any) -> None:
-  """Raises ValueError if the start differs by more than another mesh would explain."""
-  mine = tree.named(ours)
-  for name, x in tree.named(theirs).items():
-    far, size = (float(jnp.abs(v).max(initial=0)) for v in (x - mine[name], x))
-    if far > 1e-3 * max(size, 1e-30):
-      raise ValueError(
-        f"the checkpoints are of another run: leaf {name!r} of the model to start from is another "
-        "there; start from the same, or use another folder."
-      )
-
-
-def _described(method: Method, hparams: Mapping[str, Any]) -> dict[str, Any]:
-  """What tells methods apart in a record: their stages' functions, and their numbers."""
-  numbers = {n: hparams.get(n, v) for n, v in stage.hparams(method).items()}
-  return {"stages": fingerprint.stages(method)} | {n: _short(v) for n, v in numbers.items()}
-
-
-def _short(value: Any) -> Any:
-  """Numbers as a list, large arrays as a checksum."""
-  arrays = [np.asarray(x) for x in jax.tree.leaves(value)]
-  if sum(x.size for x in arrays) <= 64:
-    return [x.tolist() for x in arrays]
-  return f"crc32 {zlib.crc32(b''.join(x.tobytes() for x in arrays)):08x}"
-
-
-def _fingerprint(task: tasks_.Task) -> str:
-  checksum = 0
-  for leaf in jax.tree.leaves((task.train, task.validation)):
-    checksum = zlib.crc32(np.ascontiguousarray(leaf).tobytes(), checksum)
-  return f"{len(task.train.labels)} rows, crc32 {checksum:08x}"
 
 
 def _seed(seed: int, k: int) -> np.uint32:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxmerge.training import optimizers
 from jaxmerge.training.settings import Settings
 
 
@@ -40,33 +41,38 @@ def damped(momentum: float) -> optax.GradientTransformation:
   return optax.GradientTransformation(init, update)
 
 
-def direction(settings: Settings) -> optax.GradientTransformation | None:
-  """Returns the outer optimiser, without its learning rate; None for plain ATM.
+def optimizer(settings: Settings, params: Any) -> optimizers.Optimizer | None:
+  """Returns the outer optimiser; None for plain ATM.
 
   Its gradient is current - (reference + merged task vector). Nesterov is DiLoCo's choice
   (Douillard et al. 2023, arXiv:2311.08105).
+
+  Raises:
+    ValueError: if an optax transformation does not fit the parameters.
   """
-  m = settings.outer_momentum
+  momentum = settings.outer_momentum
+  if not isinstance(settings.outer, str):
+    return optimizers.from_optax(settings.outer, params, "outer")
   if settings.outer == "none":
     return None
   if settings.outer == "adam":
-    return optax.scale_by_adam(b1=m or 0.9, b2=0.95)
+    return optimizers.with_rate(optax.scale_by_adam(b1=momentum or 0.9, b2=0.95))
   if settings.outer == "damped":
-    return damped(m)
-  if not m:
-    return optax.identity()
-  return optax.trace(m, nesterov=settings.outer == "nesterov")
+    return optimizers.with_rate(damped(momentum))
+  if not momentum:
+    return optimizers.with_rate(optax.identity())
+  return optimizers.with_rate(optax.trace(momentum, nesterov=settings.outer == "nesterov"))
 
 
-def moved(
-  outer: optax.GradientTransformation | None, current: Any, target: Any, state: Any, rate: jax.Array
+def step(
+  optimizer: optimizers.Optimizer | None, current: Any, target: Any, state: Any, rate: jax.Array
 ) -> tuple[Any, Any]:
   """Takes the outer step from `current` towards `target`, the merged model.
 
   Without an outer optimiser the target is the new model, to the bit.
   """
-  if outer is None:
+  if optimizer is None:
     return target, state
   gradient = jax.tree.map(jnp.subtract, current, target)
-  updates, state = outer.update(gradient, state, current)
-  return jax.tree.map(lambda p, u: p - rate.astype(p.dtype) * u, current, updates), state
+  updates, state = optimizer.update(gradient, state, current, rate=rate)
+  return optimizers.apply_updates(current, updates), state

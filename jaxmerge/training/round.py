@@ -136,7 +136,7 @@ def merging(
   # Matrices that are split lie whole nowhere: the devices share the work on them.
   deal = distributed_matrices.Deal(parts.mesh) if parts.rules and parts.mesh.size > 1 else None
   target = merged(parts.method, stacks, base, ready, parts.layout, deal)
-  params, own = outers.moved(parts.outer, current, target, own, rate)
+  params, own = outers.step(parts.outer, current, target, own, rate)
   # Where they came in, so that the next round is the same executable.
   places = (
     meshes.places(params, parts.mesh, parts.rules),

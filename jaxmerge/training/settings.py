@@ -7,7 +7,14 @@ import difflib
 import math
 import re
 from collections.abc import Mapping
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
+
+from jaxmerge.core import fingerprint
+
+if TYPE_CHECKING:
+  from optax import GradientTransformation
+else:
+  GradientTransformation = Any  # Configs are read without jax, which optax imports.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +29,10 @@ class Settings:
     schedule: of the learning rate over the run.
     warmup: share of the run in which the learning rate rises from zero.
     round_warmup: the same share of every round, for optimisers that start afresh.
-    optimizer: of the local steps.
+    optimizer: of the local steps: a name, or an optax transformation. A transformation has its own
+      learning rate, schedule, decay and clipping, so that `learning_rate`, `schedule`, `warmup`,
+      `round_warmup`, `weight_decay` and `clip_norm` must stay at their defaults; its schedule
+      counts local steps, anew in every round where `local_state` is "fresh".
     weight_decay: decoupled; embeddings, norms and biases are spared.
     clip_norm: global norm at which a local gradient is clipped; 0 turns it off.
     local_state: "fresh" starts the local optimisers anew in every round, "kept" carries them over.
@@ -30,7 +40,9 @@ class Settings:
     steps: "epochs" gives every task the same number of epochs, "equal" the same number of steps,
       which is the mean over the tasks.
     reference: what task vectors are differences to: the current model, or the base.
-    outer: optimiser of the merged task vectors; "none" is plain ATM.
+    outer: optimiser of the merged task vectors, a name or an optax transformation, to which
+      `outer_learning_rate`, `outer_momentum` and `outer_schedule` do not apply; "none" is plain
+      ATM.
     outer_learning_rate: its learning rate.
     outer_momentum: its momentum.
     outer_schedule: of the outer learning rate over the rounds.
@@ -47,14 +59,14 @@ class Settings:
   schedule: Literal["constant", "cosine"] = "constant"
   warmup: float = 0.0
   round_warmup: float = 0.0
-  optimizer: Literal["adamw", "sgd"] = "adamw"
+  optimizer: Literal["adamw", "sgd"] | GradientTransformation = "adamw"
   weight_decay: float = 0.0
   clip_norm: float = 10.0
   local_state: Literal["fresh", "kept"] = "fresh"
   freeze: str = ""
   steps: Literal["epochs", "equal"] = "epochs"
   reference: Literal["current", "base"] = "current"
-  outer: Literal["none", "sgd", "nesterov", "adam", "damped"] = "none"
+  outer: Literal["none", "sgd", "nesterov", "adam", "damped"] | GradientTransformation = "none"
   outer_learning_rate: float = 1.0
   outer_momentum: float = 0.0
   outer_schedule: Literal["constant", "cosine"] = "constant"
@@ -67,8 +79,12 @@ class Settings:
     """Raises ValueError for a value out of range."""
     for name, choices in _CHOICES.items():
       value = getattr(self, name)
-      if value not in choices:
-        raise ValueError(f"{name} must be one of {choices}, got {value!r}{_near(value, choices)}.")
+      if name in REPLACES and is_transformation(value):
+        _refuse_conflicts(self, name)
+      elif value not in choices:
+        optax = " or an optax transformation" if name in REPLACES else ""
+        near = _near(value, choices)
+        raise ValueError(f"{name} must be one of {choices}{optax}, got {value!r}{near}.")
     for name, (low, high, words) in _RANGES.items():
       value, kind = getattr(self, name), int if name in _WHOLE else (int, float)
       fits = isinstance(value, kind) and not isinstance(value, bool)
@@ -82,10 +98,25 @@ class Settings:
       raise ValueError(f"freeze is no regular expression: {self.freeze!r}: {error}.") from error
 
 
-_CHOICES: dict[str, tuple[str, ...]] = {
-  name: get_args(kind)
+# The kinds of value that a config file can give.
+KINDS: Mapping[str, Any] = {
+  name: get_args(kind)[0] if Any in get_args(kind) else kind
   for name, kind in get_type_hints(Settings).items()
-  if get_origin(kind) is Literal
+}
+# An optax transformation in one of these replaces the settings beside it.
+REPLACES: Mapping[str, tuple[str, ...]] = {
+  "optimizer": (
+    "learning_rate",
+    "schedule",
+    "warmup",
+    "round_warmup",
+    "weight_decay",
+    "clip_norm",
+  ),
+  "outer": ("outer_learning_rate", "outer_momentum", "outer_schedule"),
+}
+_CHOICES: dict[str, tuple[str, ...]] = {
+  name: get_args(kind) for name, kind in KINDS.items() if get_origin(kind) is Literal
 }
 _TINY = 1e-300  # Stands for "greater than zero".
 _WHOLE = ("rounds", "batch_size", "at_once", "seed")
@@ -110,6 +141,31 @@ def _near(value: object, choices: tuple[str, ...]) -> str:
   return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def settings_of(config: Mapping[str, Any]) -> Settings:
+def is_transformation(value: object) -> bool:
+  """Returns whether a value is an optax transformation, by its functions `init` and `update`."""
+  functions = getattr(value, "init", None), getattr(value, "update", None)
+  return isinstance(value, tuple) and all(map(callable, functions))
+
+
+def _refuse_conflicts(settings: Settings, name: str) -> None:
+  """Raises ValueError for a setting that an optax transformation would leave without effect."""
+  for other in REPLACES[name]:
+    if (value := getattr(settings, other)) != getattr(Settings, other):
+      raise ValueError(
+        f"{other} is {value!r}, but {name} is an optax transformation, which does not use it: "
+        f"leave {other} out, and set it in the transformation."
+      )
+
+
+def record(settings: Settings) -> dict[str, Any]:
+  """Returns the settings as plain JSON; an optax transformation as a digest of its functions."""
+  values = {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings)}
+  for name in REPLACES:
+    if not isinstance(values[name], str):
+      values[name] = f"an optax transformation, digest {fingerprint.fingerprint(values[name])}"
+  return values
+
+
+def from_config(config: Mapping[str, Any]) -> Settings:
   """Returns the loop's settings: the config's keys of the same names."""
   return Settings(**{f.name: config[f.name] for f in dataclasses.fields(Settings)})

@@ -42,7 +42,7 @@ def program(parts: rounds.Parts) -> Callable[..., tuple[rounds.State, rounds.Mea
 
   @jax.jit
   def move(*given: Any) -> Any:
-    params, own = outers.moved(outer, *given)
+    params, own = outers.step(outer, *given)
     places = meshes.places(params, mesh, rules), placement.of_states(outer, params, mesh, rules)
     params, own = lax.with_sharding_constraint((params, own), places)
     return params, own, lax.with_sharding_constraint(rounds.is_finite(params), whole)

@@ -15,7 +15,7 @@ from jaxmerge.core import interpreter, layouts, tree
 from jaxmerge.evaluation import scoring
 from jaxmerge.parallel import mesh as meshes
 from jaxmerge.tasks import batch, losses
-from jaxmerge.training import local_steps, schedule, settings
+from jaxmerge.training import local_steps, optimizers, schedule, settings
 from jaxmerge.training import round as rounds
 
 COLLECTIVES = re.compile(r"\b(all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)")
@@ -28,7 +28,7 @@ def chosen(**changes):
 
 def pieces(tasks, s, params=None):
   """The step, the optimiser, the rows and the plan."""
-  local = local_steps.direction(s, small.weights() if params is None else params)
+  local = optimizers.local(s, small.weights() if params is None else params)
   step = local_steps.step(small.network, losses.cross_entropy, s, local)
   counts = [len(t.train.labels) for t in tasks]
   plan = schedule.plan([t.name for t in tasks], counts, s, 0, rounds=1)
@@ -197,7 +197,7 @@ def test_padded_classes_are_masked():
 
 def taken(s, params, gradient, times=1):
   """Local steps under a loss whose gradient is given; the parameters and the state."""
-  local = local_steps.direction(s, params)
+  local = optimizers.local(s, params)
   flat = jax.tree.leaves(jax.tree.map(jnp.asarray, gradient))
 
   def linear(params, inputs, head):
@@ -293,9 +293,9 @@ def test_bfloat16_computes_narrow_and_keeps_wide(four):
 
 def test_a_freeze_that_finds_nothing_or_everything_is_refused():
   with pytest.raises(ValueError, match="finds no leaf; the leaves are dense/bias, dense/kernel"):
-    local_steps.direction(chosen(freeze="denze"), small.weights())
+    optimizers.local(chosen(freeze="denze"), small.weights())
   with pytest.raises(ValueError, match="every leaf"):
-    local_steps.direction(chosen(freeze="dense"), small.weights())
+    optimizers.local(chosen(freeze="dense"), small.weights())
 
 
 def test_tasks_that_do_not_belong_together_are_refused():
@@ -336,7 +336,7 @@ def test_clipping_is_that_of_optax(limit):
   grads = {"a": draw(size=(3, 4)).astype(np.float32), "b": draw(size=5).astype(np.float32)}
   own, theirs = (
     clip.update(grads, clip.init(grads))[0]
-    for clip in (local_steps._clip(limit), optax.clip_by_global_norm(limit))
+    for clip in (optimizers._clip(limit), optax.clip_by_global_norm(limit))
   )
   for name in grads:
     np.testing.assert_allclose(own[name], theirs[name], rtol=1e-6)

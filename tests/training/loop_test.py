@@ -18,7 +18,7 @@ from jaxmerge.core import random_masks, stage
 from jaxmerge.io.checkpoints import store as stores
 from jaxmerge.parallel import mesh as meshes
 from jaxmerge.tasks import batch, losses
-from jaxmerge.training import finetune, local_steps, loop, schedule, settings
+from jaxmerge.training import finetune, local_steps, loop, optimizers, schedule, settings
 
 
 def chosen(**changes):
@@ -190,7 +190,7 @@ def test_a_model_axis_without_rules_is_refused():
 def one_by_one(s, kept):
   """Tunes one task in stretches of a round, and nothing else."""
   task = small.classified("ant", 12)
-  local = local_steps.direction(s, small.weights())
+  local = optimizers.local(s, small.weights())
   step = local_steps.step(small.network, losses.cross_entropy, s, local)
   rows = jax.tree.map(lambda x: x[0], batch.stacked([task], "train"))
   go = jax.jit(lambda *given: local_steps.tune_one(step, *given))

@@ -14,11 +14,11 @@ def chosen(name, momentum=0.0):
   return settings.Settings(outer=name, outer_momentum=momentum)
 
 
-def path(direction, start, vectors, rate):
+def path(optimizer, start, vectors, rate):
   """The models after each of some rounds whose merged task vectors are given."""
   params, found = jax.tree.map(jnp.asarray, start), []
-  state = () if direction is None else direction.init(params)
-  step = jax.jit(lambda *given: outer.moved(direction, *given))
+  state = () if optimizer is None else optimizer.init(params)
+  step = jax.jit(lambda *given: outer.step(optimizer, *given))
   for vector in vectors:
     target = jax.tree.map(jnp.add, params, vector)
     params, state = step(params, target, state, jnp.float32(rate))
@@ -42,9 +42,9 @@ def vectors(start):
 
 
 def test_none_is_the_merged_model_itself(start, vectors):
-  assert outer.direction(chosen("none")) is None
+  assert outer.optimizer(chosen("none"), start) is None
   target = jax.tree.map(jnp.add, start, vectors[0])
-  params, state = outer.moved(None, start, target, (), jnp.float32(9))
+  params, state = outer.step(None, start, target, (), jnp.float32(9))
   assert params is target
   assert state == ()
 
@@ -52,14 +52,16 @@ def test_none_is_the_merged_model_itself(start, vectors):
 def test_sgd_of_rate_one_is_the_merged_model_to_one_ulp():
   r = np.random.default_rng(1)
   current, target = r.standard_normal((2, 1000)).astype(np.float32)
-  found, _ = outer.moved(optax.identity(), current, target, optax.EmptyState(), jnp.float32(1))
+  found, _ = outer.step(
+    outer.optimizer(chosen("sgd"), current), current, target, optax.EmptyState(), jnp.float32(1)
+  )
   ulp = np.spacing(np.maximum(np.abs(current), np.abs(target)))
   assert (np.abs(np.asarray(found) - target) <= ulp).all()
 
 
 @pytest.mark.parametrize(("name", "momentum"), [("sgd", 0.0), ("sgd", 0.5), ("nesterov", 0.75)])
 def test_sgd_and_nesterov_are_those_of_optax(start, vectors, name, momentum):
-  found = path(outer.direction(chosen(name, momentum)), start, vectors, 0.5)
+  found = path(outer.optimizer(chosen(name, momentum), start), start, vectors, 0.5)
   optimizer = optax.sgd(0.5, momentum or None, nesterov=name == "nesterov")
   params, state = jax.tree.map(jnp.asarray, start), optimizer.init(start)
   for vector, expected in zip(vectors, found, strict=True):
@@ -70,7 +72,7 @@ def test_sgd_and_nesterov_are_those_of_optax(start, vectors, name, momentum):
 
 def test_nesterov_is_the_formula_of_diloco(start, vectors):
   # v <- m v + g, theta <- theta - rate (g + m v), with g minus the merged task vector.
-  found = path(outer.direction(chosen("nesterov", 0.5)), start, vectors, 0.25)
+  found = path(outer.optimizer(chosen("nesterov", 0.5), start), start, vectors, 0.25)
   theta, v = start["a"].astype(np.float64), 0.0
   for vector, expected in zip(vectors, found, strict=True):
     g = -vector["a"].astype(np.float64)
@@ -80,7 +82,7 @@ def test_nesterov_is_the_formula_of_diloco(start, vectors):
 
 
 def test_adam_is_that_of_optax(start, vectors):
-  found = path(outer.direction(chosen("adam", 0.75)), start, vectors[:2], 0.125)
+  found = path(outer.optimizer(chosen("adam", 0.75), start), start, vectors[:2], 0.125)
   optimizer = optax.adam(0.125, b1=0.75, b2=0.95)
   params, state = jax.tree.map(jnp.asarray, start), optimizer.init(start)
   for vector, expected in zip(vectors, found, strict=False):
@@ -91,7 +93,7 @@ def test_adam_is_that_of_optax(start, vectors):
 
 def test_damped_momentum_has_no_factor_in_the_first_round(start, vectors):
   # u_1 = mean tau_1; u_k = (1 - m) mean tau_k + m (ref_{k-1} - ref_{k-2}).
-  found = path(outer.direction(chosen("damped", 0.25)), start, vectors, 1.0)
+  found = path(outer.optimizer(chosen("damped", 0.25), start), start, vectors, 1.0)
   models = [start["a"].astype(np.float64)]
   for k, vector in enumerate(vectors):
     u = vector["a"].astype(np.float64)
@@ -102,5 +104,5 @@ def test_damped_momentum_has_no_factor_in_the_first_round(start, vectors):
 
 
 def test_damping_by_nothing_is_plain(start, vectors):
-  damped = path(outer.direction(chosen("damped", 0.0)), start, vectors, 1.0)
+  damped = path(outer.optimizer(chosen("damped", 0.0), start), start, vectors, 1.0)
   small.assert_same_bits(damped, path(None, start, vectors, 1.0))

@@ -16,7 +16,7 @@ from jaxmerge import methods
 from jaxmerge.core import interpreter, layouts, tree
 from jaxmerge.parallel import mesh as meshes
 from jaxmerge.tasks import batch, losses
-from jaxmerge.training import local_steps, outer, schedule, settings
+from jaxmerge.training import local_steps, optimizers, outer, schedule, settings
 from jaxmerge.training import round as rounds
 from jaxmerge.xla import communication, cost, hlo_text, replica_groups
 
@@ -351,10 +351,14 @@ def test_loops_are_counted():
 def parts_of(mesh, tasks=4):
   own = settings.Settings(rounds=2, epochs=4.0, batch_size=4)
   params = small_tasks.weights()
-  local = local_steps.direction(own, params)
+  local = optimizers.local(own, params)
   step = local_steps.step(small_tasks.network, losses.cross_entropy, own, local)
   rest = dict(tasks=tasks, slots=tasks, kept=False, layout=layouts.NONE, mesh=mesh)
-  return rounds.Parts(step, local, outer.direction(own), methods.ties(), **rest), own, params
+  return (
+    rounds.Parts(step, local, outer.optimizer(own, params), methods.ties(), **rest),
+    own,
+    params,
+  )
 
 
 def arguments(mesh, own, params, tasks=4):

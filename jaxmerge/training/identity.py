@@ -1,0 +1,59 @@
+"""What tells runs of the loop apart: digests of method and tasks, kept in its checkpoints."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+from typing import Any  # Any: parameters are the user's tree, records are plain JSON.
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmerge.core import fingerprint, stage, tree
+from jaxmerge.core.stage import Method
+from jaxmerge.tasks.task import Task
+
+
+def method_record(method: Method, hparams: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns the names of a method's stages, and its hyperparameters with their defaults."""
+  values = {n: hparams.get(n, v) for n, v in stage.hparams(method).items()}
+  return {"stages": fingerprint.stages(method)} | {n: _digest(v) for n, v in values.items()}
+
+
+def task_digest(task: Task) -> str:
+  """Returns the number of rows of a task, and a checksum of those that training reads."""
+  checksum = 0
+  for leaf in jax.tree.leaves((task.train, task.validation)):
+    checksum = zlib.crc32(np.ascontiguousarray(leaf).tobytes(), checksum)
+  return f"{len(task.train.labels)} rows, crc32 {checksum:08x}"
+
+
+def refuse_other(part: str, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+  """Raises ValueError, naming the first difference, if a checkpoint's record is another run's."""
+  for name in sorted(theirs.keys() | ours.keys()):
+    if theirs.get(name) != ours.get(name):
+      raise ValueError(
+        f"the checkpoints are of another run: {part} {name!r} is {theirs.get(name)!r} there and "
+        f"{ours.get(name)!r} here; use the same, or another folder."
+      )
+
+
+def refuse_other_start(theirs: Any, ours: Any) -> None:
+  """Raises ValueError if the start differs by more than another mesh would explain."""
+  leaves = tree.named(ours)
+  for name, x in tree.named(theirs).items():
+    distance, size = (float(jnp.abs(v).max(initial=0)) for v in (x - leaves[name], x))
+    if distance > 1e-3 * max(size, 1e-30):
+      raise ValueError(
+        f"the checkpoints are of another run: leaf {name!r} of the model to start from is another "
+        "there; start from the same, or use another folder."
+      )
+
+
+def _digest(value: Any) -> Any:
+  """Returns numbers as a list, large arrays as a checksum."""
+  arrays = [np.asarray(x) for x in jax.tree.leaves(value)]
+  if sum(x.size for x in arrays) <= 64:
+    return [x.tolist() for x in arrays]
+  return f"crc32 {zlib.crc32(b''.join(x.tobytes() for x in arrays)):08x}"

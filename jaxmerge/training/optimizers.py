@@ -1,0 +1,123 @@
+"""The local and the outer optimisers: those with a name, and any optax transformation.
+
+The updates of all of them are added to the parameters. One with a name takes its learning rate from
+the caller, step by step; an optax transformation has its own.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias  # Any: parameters and states are the user's trees.
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from jaxmerge.core import tree
+from jaxmerge.training.settings import Settings
+
+Array = jax.Array
+Optimizer: TypeAlias = optax.GradientTransformationExtraArgs
+
+
+def local(settings: Settings, params: Any) -> Optimizer:
+  """Returns the optimiser of the local steps; its `update` takes the learning rate as `rate`.
+
+  Raises:
+    ValueError: if `freeze` matches no leaf, or leaves none to tune, or if an optax transformation
+      does not fit the parameters.
+  """
+  frozen = [settings.freeze != "" and tree.matching(settings.freeze)(n) for n in tree.named(params)]
+  if settings.freeze and len(set(frozen)) == 1:
+    matches = "every leaf, so that nothing is tuned" if frozen[0] else "no leaf"
+    raise ValueError(
+      f"freeze {settings.freeze!r} finds {matches}; the leaves are {', '.join(tree.named(params))}."
+    )
+  if not isinstance(settings.optimizer, str):
+    return from_optax(settings.optimizer, params, "optimizer")
+  parts = [_clip(settings.clip_norm)] if settings.clip_norm else []
+  if settings.optimizer == "adamw":
+    parts.append(optax.scale_by_adam())
+  if settings.weight_decay:
+    decayed = {n: _decays(n, v) for n, v in tree.named(params).items()}
+    parts.append(optax.add_decayed_weights(settings.weight_decay, tree.rebuild(params, decayed)))
+  return with_rate(optax.chain(*parts) if parts else optax.identity())
+
+
+def with_rate(direction: optax.GradientTransformation) -> Optimizer:
+  """Returns an optimiser of the same states whose updates are -rate * direction."""
+
+  def update(grads: Any, state: Any, params: Any = None, *, rate: Array) -> tuple[Any, Any]:
+    directions, state = direction.update(grads, state, params)
+    return jax.tree.map(lambda p, d: -rate.astype(p.dtype) * d, params, directions), state
+
+  return Optimizer(direction.init, update)
+
+
+def from_optax(transformation: optax.GradientTransformation, params: Any, name: str) -> Optimizer:
+  """Returns an optax transformation as an optimiser that ignores the rate.
+
+  Args:
+    transformation: what the settings have.
+    params: tree of arrays, or of their shapes, that it will update.
+    name: of the setting, for errors.
+
+  Raises:
+    ValueError: if the transformation cannot update these parameters, or changes its state's shape.
+  """
+  optimizer = optax.with_extra_args_support(transformation)
+
+  def update(grads: Any, state: Any, params: Any = None, *, rate: Array) -> tuple[Any, Any]:
+    del rate
+    return optimizer.update(grads, state, params)
+
+  def once(params: Any) -> Any:
+    state = optimizer.init(params)
+    return state, optimizer.update(params, state, params)
+
+  try:
+    before, (updates, after) = jax.eval_shape(once, params)
+  except (TypeError, ValueError, KeyError, AttributeError) as error:
+    raise ValueError(
+      f"{name}: the optax transformation cannot update the model's parameters: "
+      f"{' '.join(str(error).split())}"
+    ) from error
+  for part, left, right in (("updates", params, updates), ("state", before, after)):
+    if _shapes(left) != _shapes(right):
+      raise ValueError(f"{name}: an update of the optax transformation has {part} of other shapes.")
+  return Optimizer(optimizer.init, update)
+
+
+def apply_updates(params: Any, updates: Any) -> Any:
+  """Returns params + updates, each leaf in the dtype of its parameter."""
+  return jax.tree.map(lambda p, u: (p + u).astype(p.dtype), params, updates)
+
+
+def _clip(limit: float) -> optax.GradientTransformation:
+  """Scales gradients to a global norm of at most `limit`, as `optax.clip_by_global_norm` does.
+
+  The norm is made of inner products. A sum of squares is cut up differently from one program to
+  the next, so that one and the same step would have other bits in it.
+  """
+
+  def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    del params
+    norm = jnp.sqrt(sum(_square(g) for g in jax.tree.leaves(grads)))
+    scale = jnp.where(norm < limit, 1, limit / norm)
+    return jax.tree.map(lambda g: g * scale.astype(g.dtype), grads), state
+
+  return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def _shapes(tree_: Any) -> Any:
+  return jax.tree.structure(tree_), [x.shape for x in jax.tree.leaves(tree_)]
+
+
+def _square(x: Any) -> Array:
+  """Returns the inner product of an array with itself; devices that share it add up parts."""
+  axes = tuple(range(x.ndim))
+  return lax.dot_general(x, x, ((axes, axes), ((), ())), precision="highest")
+
+
+def _decays(name: str, leaf: Any) -> bool:
+  return leaf.ndim > 1 and not tree.matching(r"(?i)embed|norm|bias|scale")(name)
