@@ -22,7 +22,7 @@ from jaxmerge.io.checkpoints import store as stores
 from jaxmerge.io.disk import atomic
 from jaxmerge.io.huggingface import folder as files
 from jaxmerge.report import leaderboard
-from jaxmerge.search import grid
+from jaxmerge.search import grid, objective
 from jaxmerge.search import scales as search_scales
 
 Progress = Callable[[Mapping[str, Any]], None]
@@ -227,39 +227,31 @@ def _noise(scores: Sequence[np.ndarray]) -> float:
 
 def _searched(work: runs.Work, name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
   """The merge that is best on validation of all on a method's grid; its cost."""
-  counts = [len(t.validation.labels) for t in work.problem.tasks]
-  best: tuple[float, Any, dict[str, Any]] = (-np.inf, None, {})
-  trials = 0
-  for word, fixed, numbers, scales in grid.candidates(name, settings):
-    method = grid.method(word, fixed)
-    seed = work.settings.seed if "seed" in stage.hparams(method) else None
-    chosen = search_scales.best_scale(
-      method,
-      work.params,
-      work.stacks["experts"],
-      scales,
-      work.score,
-      work.rows,
-      counts,
-      names=work.names,
-      seed=seed,
-      hparams=numbers,
-      layout=work.problem.layout,
-      metric=work.metric,
-      called=name,
-    )
-    gain = work.metric.gain(chosen.means[scales.index(chosen.scale)])
-    trials += len(scales)
-    if gain > best[0]:
-      own = {**fixed, **numbers, "scale": chosen.scale}
-      best = gain, chosen.params, own if grid.has_scale(word) else {**fixed, **numbers}
-      measured = method, numbers, chosen.scale, seed
-  cost = _cost(work, *measured) if work.settings.seed == 0 else {}
+  candidates = list(grid.candidates(name, settings))
+  seed = work.settings.seed if "seed" in stage.hparams(candidates[0].method) else None
+  goal = search_scales.Validation(
+    work.params,
+    work.stacks["experts"],
+    work.score,
+    work.rows,
+    counts=[len(t.validation.labels) for t in work.problem.tasks],
+    names=work.names,
+    seed=seed,
+    layout=work.problem.layout,
+    metric=work.metric,
+    name=name,
+  )
+  result = objective.run(goal, objective.exhaustive(candidates))
+  best = result.candidate
+  chosen = {**best.static, **best.hparams}
+  if grid.has_scale(settings.get("name", name)):
+    chosen["scale"] = best.scale
+  cost = _cost(work, best.method, best.hparams, best.scale, seed) if not work.settings.seed else {}
   return {
-    "validation": work.metric.gain(best[0]),
-    "settings": best[2],
-    "trials": trials,
-    "params": best[1],
+    "validation": work.metric.gain(result.score),
+    "settings": chosen,
+    "trials": len(result.trials),
+    "params": result.params,
     **cost,
   }
 

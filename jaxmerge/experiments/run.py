@@ -231,14 +231,14 @@ class Work:
 
         def make(name: str = name, settings: Any = settings, scales: Any = scales) -> Any:
           chosen = self.merged(name, settings, scales)
-          return chosen.params, {"scale": chosen.scale}
+          return chosen.params, {"scale": chosen.candidate.scale}
 
         self.models[name], facts = self.found(f"one_shot/{name}", like, make, of)
         self.facts[name] = {} if len(scales) == 1 else {**facts, "settings": settings}
         self.costs[name] = tuned._replace(exchanges=1, trials=len(scales))
         shown(done + 1, len(plan))
 
-  def merged(self, name: str, settings: Any, scales: Sequence[float]) -> search_scales.Chosen:
+  def merged(self, name: str, settings: Any, scales: Sequence[float]) -> Any:
     """The experts, merged by a method with its best scale."""
     method = problem.method_of({"name": name, **settings})
     seed = self.settings.seed if "seed" in stage.hparams(method) else None

@@ -13,6 +13,12 @@ __getattr__, __dir__, __all__ = lazy.attach(
     "soups",
   ),
   {
+    "Objective": "objective",
+    "Scored": "objective",
+    "SearchResult": "objective",
+    "Trial": "objective",
+    "run": "objective",
+    "weighted_sums": "objective",
     "best_scale": "scales",
     "greedy_soup": "soups",
     "learned_soup": "soups",

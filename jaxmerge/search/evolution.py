@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from jaxmerge import methods
+from jaxmerge.core import tree
 from jaxmerge.core.tree import Tree
 from jaxmerge.search import objective
 
@@ -20,7 +21,7 @@ def lcsc(
   sigma: float = 0.1,
   decays: Sequence[float] = (0.5, 0.8, 0.9, 0.95, 0.99),
   seed: int = 0,
-) -> objective.Soup:
+) -> objective.SearchResult[np.ndarray]:
   """Searches coefficients of the checkpoints of one run by evolution: they add up to 1.
 
   It begins with moving averages of several decays. In each generation a mixture of two of the best,
@@ -37,30 +38,49 @@ def lcsc(
     decays: of the moving averages.
     seed: of the random moves.
 
+  Returns:
+    The best; its candidate is the coefficients [K].
+
   Reference: Liu et al. 2024, Linear combination of saved checkpoints (arXiv:2404.02241).
 
   Example:
     >>> import jax.numpy as jnp
     >>> models = {"w": jnp.array([0.0, 1.0, 2.0])}
     >>> soup = lcsc(models, lambda params: -float(abs(params["w"] - 3.0)), generations=200)
-    >>> bool(soup.score > -0.05), round(float(soup.weights.sum()), 6)
+    >>> bool(soup.score > -0.05), round(float(soup.candidate.sum()), 6)
     (True, 1.0)
   """
-  taste, draw = objective.Tasting(models, score), np.random.default_rng(seed)
-  K = taste.height
-  for decay in decays:
-    taste(np.array(methods.moving_weights(K, 1 - decay)))
+  K = tree.num_models(models)
+  start = [np.array(methods.moving_weights(K, 1 - decay), np.float64) for decay in decays]
+  strategy = evolve(start, generations, parents, sigma, np.random.default_rng(seed))
+  return objective.run(objective.weighted_sums(models, score, "lcsc"), strategy)
+
+
+def evolve(
+  start: Sequence[np.ndarray],
+  generations: int,
+  parents: int,
+  sigma: float,
+  draw: np.random.Generator,
+) -> objective.Strategy[np.ndarray]:
+  """Asks for the first coefficients, then for a moved mixture of two of the best at a time."""
+  scores = yield start
+  population = list(zip(start, scores, strict=True))
   for _ in range(generations):
-    best = sorted(taste.tried, key=lambda pair: -pair[1])[:parents]
+    best = sorted(population, key=lambda trial: -trial[1])[:parents]
     first, second = (best[i][0] for i in draw.integers(0, len(best), 2))
     if draw.random() < 0.5:
-      share = draw.random(K) < 0.5 if draw.random() < 0.5 else draw.random()
-      first = (
-        np.where(share, first, second)
-        if isinstance(share, np.ndarray)
-        else (share * first + (1 - share) * second)
-      )
-    moved = first + sigma * draw.normal(size=K)
+      first = _mix(first, second, draw)
+    moved = first + sigma * draw.normal(size=len(first))
     moved[-1] += 1 - moved.sum()  # The last closes the sum.
-    taste(moved)
-  return taste.soup()
+    (score,) = yield [moved]
+    population.append((moved, score))
+  return None
+
+
+def _mix(first: np.ndarray, second: np.ndarray, draw: np.random.Generator) -> np.ndarray:
+  """Entry by entry one or the other, or a random point between the two."""
+  if draw.random() < 0.5:
+    return np.where(draw.random(len(first)) < 0.5, first, second)
+  share = draw.random()
+  return share * first + (1 - share) * second

@@ -1,4 +1,4 @@
-"""The hyperparameters that are tried for a method."""
+"""The settings and hyperparameters that are tried for a method."""
 
 from __future__ import annotations
 
@@ -10,31 +10,41 @@ from jaxmerge import methods
 from jaxmerge.catalog import lookup
 from jaxmerge.core import stage
 from jaxmerge.core.stage import Method
+from jaxmerge.search import scales
 
 
-def candidates(
-  name: str, settings: Mapping[str, Any]
-) -> Iterator[tuple[str, dict[str, Any], dict[str, float], tuple[float, ...]]]:
-  """Yields method, static settings, numbers, and the scales to try with them."""
-  own = {"name": name, **settings}
-  word = own.pop("name")
-  parameters = lookup.entry(word).parameters
-  grid = {n: tuple(v) if isinstance(v, list | tuple) else (v,) for n, v in own.items()}
-  scales = tuple(float(v) for v in grid.pop("scale", (1.0,)))
-  if "scale" in parameters and "scale" not in own:
-    scales = (parameters["scale"].default,)
-  for values in itertools.product(*grid.values()):
-    made = dict(zip(grid, values, strict=True))
-    numbers = {n: float(v) for n, v in made.items() if parameters[n].number}
-    yield word, {n: v for n, v in made.items() if n not in numbers}, numbers, scales
+def candidates(name: str, settings: Mapping[str, Any]) -> Iterator[scales.Scaled]:
+  """Yields the merges to try: all combinations of what is listed for each setting.
+
+  Args:
+    name: of the method, unless the settings have another one.
+    settings: a value or a list of values for static settings, hyperparameters and the scale.
+
+  Example:
+    >>> [(c.hparams, c.scale) for c in candidates("ties", {"density": [0.1, 0.2], "scale": 0.5})]
+    [({'density': 0.1}, 0.5), ({'density': 0.2}, 0.5)]
+  """
+  settings = {"name": name, **settings}
+  factory = settings.pop("name")
+  parameters = lookup.entry(factory).parameters
+  values = {n: tuple(v) if isinstance(v, list | tuple) else (v,) for n, v in settings.items()}
+  default = parameters["scale"].default if has_scale(factory) else 1.0
+  tried = values.pop("scale", (default,))
+  for combination in itertools.product(*values.values()):
+    chosen = dict(zip(values, combination, strict=True))
+    hparams = {n: float(v) for n, v in chosen.items() if parameters[n].number}
+    static = {n: v for n, v in chosen.items() if n not in hparams}
+    method = with_scale(factory, static)
+    for scale in tried:
+      yield scales.Scaled(method, hparams, float(scale), static)
 
 
 def has_scale(name: str) -> bool:
-  """Tells whether a method has a scale of its own."""
+  """Tells whether a method has a scale itself."""
   return "scale" in lookup.entry(name).parameters
 
 
-def method(name: str, settings: Mapping[str, Any]) -> Method:
+def with_scale(name: str, settings: Mapping[str, Any]) -> Method:
   """Returns a method with these settings that has a scale: one behind it, if it has none."""
   method = getattr(methods, name)(**settings)
   return method if has_scale(name) else stage.chain(method, methods.scaled(1.0))

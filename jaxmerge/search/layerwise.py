@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple  # Any: a model is a tree of arrays.
 
 import jax
@@ -15,65 +15,95 @@ from jaxmerge import methods
 from jaxmerge.core import double_precision, stage, tree
 from jaxmerge.core.tree import Tree
 from jaxmerge.drivers import memory
+from jaxmerge.search import objective
 
 GRID = tuple(round(0.1 * n, 1) for n in range(1, 11))
-_WAYS = {"trimmed": (0.5, 1.0), "scaled": (1.0, 0.5), "dropped": (1.0, 0.0)}
+# Factors on density and scale of a layer that is in the way.
+_CHANGES = {"trimmed": (0.5, 1.0), "scaled": (1.0, 0.5), "dropped": (1.0, 0.0)}
 
 
-class HiMerged(NamedTuple):
-  """What a search found.
+class Layers(NamedTuple):
+  """How much of each model's task vector is merged, by layer.
 
   Attributes:
-    params: the merged model.
-    score: its mean score over the tasks.
-    density: fraction of each leaf's entries that is kept, by layer, [K].
-    scale: factor on what is kept, by layer, [K].
-    steps: for each layer that was looked at, its name, the model whose part was in the way, and
-      what became of it: "trimmed", "scaled", "dropped" or "kept".
+    density: fraction of each leaf's entries that stays, by layer, [K].
+    scale: factor on what stays, by layer, [K].
+    changes: of layers that were in the way: layer, model, and "trimmed", "scaled" or "dropped".
   """
 
-  params: Tree
-  score: float
   density: dict[str, np.ndarray]
   scale: dict[str, np.ndarray]
-  steps: list[tuple[str, int, str]]
+  changes: tuple[tuple[str, int, str], ...] = ()
+
+  def change(self, layer: str, k: int, word: str) -> Layers:
+    """Returns the same with a layer of model k trimmed, scaled or dropped."""
+    density, scale = ({n: v.copy() for n, v in table.items()} for table in self[:2])
+    density[layer][k] *= _CHANGES[word][0]
+    scale[layer][k] *= _CHANGES[word][1]
+    return Layers(density, scale, (*self.changes, (layer, k, word)))
 
 
-class _Search:
-  """Makes candidates by one compiled program, and scores them."""
+class _Family:
+  """Makes candidates of one base and its models by one compiled program, and scores them."""
 
   def __init__(
     self, base: Tree, models: Tree, score: Callable[[Any, int], float], layer: Callable[[str], str]
   ):
     self.base, self.models, self.score = base, models, score
-    self.height = tree.num_models(models)
+    self.num_models = tree.num_models(models)
     leaves = [n for n, x in tree.named(base).items() if tree.is_floating(x)]
     self.layer_of = {n: layer(n) for n in leaves}
     self.layers = sorted(set(self.layer_of.values()))
-    kept = methods.trim(1.0, scope="leaf", rule="exact")
-    method = stage.chain(kept, methods.elected(reduce="sum", zero_sum="plus"))
-    self.merge = jax.jit(functools.partial(memory.merge, method))
+    trim = methods.trim(1.0, scope="leaf", rule="exact")
+    method = stage.chain(trim, methods.elected(reduce="sum", zero_sum="plus"))
+    self._merge = jax.jit(functools.partial(memory.merge, method))
 
-  def table(self, values: Sequence[float]) -> dict[str, np.ndarray]:
-    """One value a model, in every layer."""
+  def fill(self, values: Sequence[float]) -> dict[str, np.ndarray]:
+    """Returns one value a model, in every layer."""
     return {layer: np.array(values, np.float32) for layer in self.layers}
 
-  def made(self, density: Mapping[str, np.ndarray], scale: Mapping[str, np.ndarray]) -> Tree:
+  def merge(self, candidate: Layers) -> Tree:
     """Trims and scales the task vectors layer by layer, and merges them."""
-    both = ("density", density), ("weight", scale)
-    hparams = {n: {k: jnp.asarray(t[layer]) for k, layer in self.layer_of.items()} for n, t in both}
-    return self.merge(self.models, self.base, hparams=hparams)
+    tables = ("density", candidate.density), ("weight", candidate.scale)
+    hparams = {
+      n: {k: jnp.asarray(t[layer]) for k, layer in self.layer_of.items()} for n, t in tables
+    }
+    return self._merge(self.models, self.base, hparams=hparams)
 
-  def one(self, params: Tree, k: int) -> float:
-    """The score on the task of a model."""
-    found = float(self.score(params, k))
-    if not np.isfinite(found):
-      raise ValueError(f"the score on the task of model {k} is {found}; it must be finite.")
-    return found
+  def scores(self, params: Tree) -> np.ndarray:
+    """Returns the score on every task, [K]."""
+    return np.array([float(self.score(params, k)) for k in range(self.num_models)])
 
-  def each(self, params: Tree) -> np.ndarray:
-    """The score on every task."""
-    return np.array([self.one(params, k) for k in range(self.height)])
+  def fit_alone(self, k: int, grid: Sequence[float]) -> tuple[float, float]:
+    """Searches the fraction and the factor with which a task vector alone is best on its task."""
+
+    def merge(pair: tuple[float, float]) -> Tree:
+      scale = (np.eye(self.num_models)[k] * pair[1]).tolist()
+      return self.merge(Layers(self.fill([pair[0]] * self.num_models), self.fill(scale)))
+
+    goal = objective.Scored(merge, lambda params: self.score(params, k), f"hi_merging, model {k}")
+    # Of pairs that score the same the first is the best: the largest.
+    pairs = sorted(itertools.product(grid, grid), reverse=True)
+    return objective.run(goal, objective.exhaustive(pairs)).candidate
+
+  def layers_in_the_way(self, merged: Layers) -> list[tuple[str, int]]:
+    """Returns layers that help a model alone and harm it in the merged one: the worst first."""
+    K, zeros = self.num_models, self.fill([0.0] * self.num_models)
+    base_scores, merged_scores = self.scores(self.base), self.scores(self.merge(merged))
+    conflicts = []
+    for name in self.layers:
+      helps, harms = np.zeros(K), np.zeros(K)
+      for k in range(K):
+        alone = {**zeros, name: merged.scale[name] * np.eye(K, dtype=np.float32)[k]}
+        params = self.merge(merged._replace(scale=alone))
+        helps[k] = float(self.score(params, k)) - base_scores[k]
+        params = self.merge(merged.change(name, k, "dropped"))
+        harms[k] = float(self.score(params, k)) - merged_scores[k]
+      both = (helps > 0) & (harms > 0)
+      if both.any():
+        worst = int(np.argmax(np.where(both, harms, -np.inf)))
+        conflicts.append((-float(np.nansum(helps + harms)), name, worst))
+    return [(name, k) for _, name, k in sorted(conflicts)]
 
 
 @double_precision.aware
@@ -85,8 +115,8 @@ def hi_merging(
   grid: Sequence[float] = GRID,
   most: int | None = None,
   layer: Callable[[str], str] = methods.layer_of,
-) -> HiMerged:
-  """Searches how much of each task vector to keep, then of each layer that is in the way.
+) -> objective.SearchResult[Layers]:
+  """Searches how much of each task vector to merge, then of each layer that is in the way.
 
   First each model alone: of its task vector the fraction and the factor on the grid that score best
   on its own task. What is left is merged by electing signs and adding up. Then layer by layer: a
@@ -94,8 +124,8 @@ def hi_merging(
   model scores better without it; where both are so, its part is trimmed by half, scaled by half, or
   dropped, if that raises the mean score.
 
-  Takes K len(grid)² + 2K·layers scorings of a task, and 3K for each layer that is in the way.
-  In memory.
+  Takes K len(grid)² + 2K·(layers + 1) scorings of a task, K for the merged model, and 3K for each
+  layer that is in the way. In memory.
 
   Experimental: the authors' scripts have the first step; the rule of the second is a
   reconstruction.
@@ -108,68 +138,40 @@ def hi_merging(
     most: as many layers are changed at most; None: all that are in the way.
     layer: the layer that a leaf belongs to, by their names.
 
+  Returns:
+    The best merged model; trials are all merged models, with their mean score over the tasks.
+
   Reference: Fu et al. 2025, Training-free LLM merging (arXiv:2506.12379).
 
   Raises:
-    ValueError: for a score that is NaN or infinite.
+    ValueError: if all scores of a model, or all of the merged ones, are NaN.
 
   Example:
     >>> base, models = {"w": jnp.zeros(2)}, {"w": jnp.array([[4.0, 0.5]])}
     >>> score = lambda params, k: -float(jnp.sum((params["w"] - jnp.array([2.0, 0.0])) ** 2))
-    >>> found = hi_merging(base, models, score)
-    >>> found.params["w"].tolist(), found.scale["w"].tolist(), found.score
+    >>> result = hi_merging(base, models, score)
+    >>> result.params["w"].tolist(), result.candidate.scale["w"].tolist(), result.score
     ([2.0, 0.0], [0.5], 0.0)
   """
-  search = _Search(base, models, score, layer)
-  K = search.height
-  density, scale = np.ones(K), np.ones(K)
-  for k in range(K):
-    tried = []
-    for p, s in itertools.product(grid, repeat=2):
-      alone = np.eye(K)[k] * s
-      made = search.made(search.table([p] * K), search.table(alone.tolist()))
-      tried.append((search.one(made, k), p, s))
-    # Of what scores the same, the most is kept.
-    _, density[k], scale[k] = max(tried)
-  densities, scales = search.table(density.tolist()), search.table(scale.tolist())
-  best = float(np.mean(search.each(search.made(densities, scales))))
-  steps: list[tuple[str, int, str]] = []
-  for name, k in _in_the_way(search, densities, scales)[:most]:
-    word = "kept"
-    for way, (thinner, smaller) in _WAYS.items():
-      tried_density = _changed(densities, name, k, thinner)
-      tried_scale = _changed(scales, name, k, smaller)
-      found = float(np.mean(search.each(search.made(tried_density, tried_scale))))
-      if found > best:
-        best, word, kept = found, way, (tried_density, tried_scale)
-    if word != "kept":
-      densities, scales = kept
-    steps.append((name, k, word))
-  return HiMerged(search.made(densities, scales), best, densities, scales, steps)
+  family = _Family(base, models, score, layer)
+  density, scale = zip(*(family.fit_alone(k, grid) for k in range(family.num_models)), strict=True)
+  start = Layers(family.fill(density), family.fill(scale))
+  conflicts = family.layers_in_the_way(start)[:most]
+  goal = objective.Scored(
+    family.merge, lambda params: float(np.mean(family.scores(params))), "hi_merging"
+  )
+  return objective.run(goal, thin_out(start, conflicts))
 
 
-def _changed(table: Mapping[str, np.ndarray], name: str, k: int, factor: float) -> dict[str, Any]:
-  own = {n: v.copy() for n, v in table.items()}
-  own[name][k] *= factor
-  return own
+def thin_out(best: Layers, conflicts: Sequence[tuple[str, int]]) -> objective.Strategy[Layers]:
+  """Asks for the merged model, then with each conflicting layer trimmed, scaled and dropped.
 
-
-def _in_the_way(
-  search: _Search, density: Mapping[str, np.ndarray], scale: Mapping[str, np.ndarray]
-) -> list[tuple[str, int]]:
-  """Layers that help a model alone, and harm it in the merged one: the worst first."""
-  K, nothing = search.height, search.table([0.0] * search.height)
-  start = search.each(search.base)
-  merged = search.each(search.made(density, scale))
-  found = []
-  for name in search.layers:
-    helps, harms = np.zeros(K), np.zeros(K)
-    for k in range(K):
-      alone = {**nothing, name: scale[name] * np.eye(K, dtype=np.float32)[k]}
-      helps[k] = search.one(search.made(density, alone), k) - start[k]
-      without = search.made(density, _changed(scale, name, k, 0.0))
-      harms[k] = search.one(without, k) - merged[k]
-    if ((helps > 0) & (harms > 0)).any():
-      worst = int(np.argmax(np.where(helps > 0, harms, -np.inf)))
-      found.append((-float(np.sum(helps + harms)), name, worst))
-  return [(name, k) for _, name, k in sorted(found)]
+  A change that raises the score stays.
+  """
+  (highest,) = yield [best]
+  for layer, k in conflicts:
+    candidates = [best.change(layer, k, word) for word in _CHANGES]
+    scores = yield candidates
+    if max(scores) > highest:
+      highest, best = max(scores), candidates[int(np.argmax(scores))]
+  return None

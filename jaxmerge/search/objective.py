@@ -1,63 +1,176 @@
-"""A score, the best model so far, and all that was tried."""
+"""What all searches share: an objective, strategies that ask for candidates, and the result.
+
+A strategy is a generator: it yields candidates and is sent their scores, and knows nothing of
+models. An objective makes models of candidates and scores them. `run` brings the two together.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+import dataclasses
+import math
+import warnings
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar  # Any: a model is a tree of arrays.
 
 import numpy as np
 
 from jaxmerge import methods
-from jaxmerge.core import tree
 from jaxmerge.core.tree import Tree
 from jaxmerge.drivers import memory
 
+C = TypeVar("C")
+In = TypeVar("In", contravariant=True)
 Score = Callable[[Any], float]
 
 
-class Soup(NamedTuple):
-  """What a search found.
+class Trial(NamedTuple, Generic[C]):
+  """A candidate and its score, NaN where it has none."""
+
+  candidate: C
+  score: float
+
+
+class SearchResult(NamedTuple, Generic[C]):
+  """What every search returns.
 
   Attributes:
     params: the best model.
-    weights: of the models in it, [K].
-    score: of the best model.
-    tried: weights and score of all candidates, in order.
+    candidate: what the best model is made of: weights [K], a scale, a fraction for each layer.
+    score: of the best model; larger is better.
+    trials: all candidates with their scores, in order.
   """
 
   params: Tree
-  weights: np.ndarray
+  candidate: C
   score: float
-  tried: list[tuple[np.ndarray, float]]
+  trials: list[Trial[C]]
 
 
-class Tasting:
-  """Makes candidates, scores them, and remembers the best."""
+Strategy = Generator[Sequence[C], list[float], Trial[C] | None]
 
-  def __init__(self, models: Tree, score: Score):
-    self.models, self.score = models, score
-    self.height = tree.num_models(models)
-    self.mix = methods.average(normalize=False)
-    self.best = -np.inf
-    self.weights = np.zeros(self.height)
-    self.tried: list[tuple[np.ndarray, float]] = []
 
-  def candidate(self, weights: np.ndarray) -> Tree:
-    """Mixes the models."""
-    hparams = {"weight": np.asarray(weights, np.float32)}
-    return memory.merge(self.mix, self.models, hparams=hparams)
+class Objective(Protocol[In]):
+  """Makes models of candidates, and scores them."""
 
-  def __call__(self, weights: np.ndarray, *, ties: bool = False) -> bool:
-    """Scores a mixture; tells whether it is the best so far."""
-    found = float(self.score(self.candidate(weights)))
-    if np.isnan(found):
-      raise ValueError(f"the score of the weights {np.asarray(weights).tolist()} is not a number.")
-    self.tried.append((np.asarray(weights, np.float64), found))
-    better = found > self.best or (ties and found == self.best)
-    if better:
-      self.best, self.weights = found, self.tried[-1][0]
-    return better
+  @property
+  def name(self) -> str:
+    """What is searched, for errors."""
+    ...
 
-  def soup(self) -> Soup:
-    """Returns what was found."""
-    return Soup(self.candidate(self.weights), self.weights, self.best, self.tried)
+  def model(self, candidate: In) -> Tree:
+    """Makes the model of a candidate."""
+    ...
+
+  def evaluate(self, candidates: Sequence[In]) -> Iterator[tuple[float, Tree | None]]:
+    """Yields the score of each candidate, and its model or None: then `model` makes it again."""
+    ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Scored(Generic[C]):
+  """An objective of two functions, which scores one model after the other.
+
+  Attributes:
+    model: candidate -> model.
+    score: model -> score, larger for better ones.
+    name: what is searched, for errors.
+  """
+
+  model: Callable[[C], Tree]
+  score: Score
+  name: str = "the search"
+
+  def evaluate(self, candidates: Sequence[C]) -> Iterator[tuple[float, None]]:
+    """Yields the score of each candidate."""
+    for candidate in candidates:
+      yield float(self.score(self.model(candidate))), None
+
+
+def weighted_sums(models: Tree, score: Score, name: str = "the soup") -> Scored[np.ndarray]:
+  """Returns an objective whose candidates are weights [K] of a stack's models [K, *s]."""
+  method = methods.average(normalize=False)
+
+  def model(weights: np.ndarray) -> Tree:
+    return memory.merge(method, models, hparams={"weight": np.asarray(weights, np.float32)})
+
+  return Scored(model, score, name)
+
+
+def exhaustive(candidates: Sequence[C]) -> Strategy[C]:
+  """Asks for all candidates at once."""
+  yield candidates
+  return None
+
+
+def run(objective: Objective[C], strategy: Strategy[C]) -> SearchResult[C]:
+  """Runs a strategy to its end and returns the best model with all trials.
+
+  The best is the first of the candidates with the highest score; a strategy may return another
+  trial, which then is the result. A candidate whose score is NaN is never the best: the strategy is
+  sent minus infinity for it, and a warning says so.
+
+  Args:
+    objective: makes and scores the models.
+    strategy: yields sequences of candidates, and is sent the list of their scores.
+
+  Raises:
+    ValueError: if no candidate has a score above minus infinity.
+
+  Example: random search, as a user's own strategy.
+    >>> import jax.numpy as jnp
+    >>> def random_weights(num_models, generations, seed=0):
+    ...   draw = np.random.default_rng(seed)
+    ...   center, best, width = np.full(num_models, 1 / num_models), -np.inf, 0.5
+    ...   for _ in range(generations):
+    ...     candidates = center + width * draw.normal(size=(8, num_models))
+    ...     scores = yield list(candidates)
+    ...     if max(scores) > best:
+    ...       best, center = max(scores), candidates[np.argmax(scores)]
+    ...     width *= 0.9
+    >>> models = {"w": jnp.array([[1.0, 0.0], [0.0, 1.0]])}
+    >>> score = lambda params: -float(jnp.sum((params["w"] - jnp.array([0.3, 0.9])) ** 2))
+    >>> result = run(weighted_sums(models, score), random_weights(2, 30))
+    >>> result.candidate.round(1).tolist(), len(result.trials), result.score > -0.01
+    ([0.3, 0.9], 240, True)
+  """
+  trials: list[Trial[C]] = []
+  best: tuple[Trial[C], Tree | None] | None = None
+  scores: Any = None  # Starts the generator.
+  while True:
+    try:
+      candidates = strategy.send(scores)
+    except StopIteration as end:
+      return _result(objective, trials, best, end.value)
+    scores = []
+    for candidate, (score, params) in zip(candidates, objective.evaluate(candidates), strict=True):
+      trials.append(Trial(candidate, score))
+      scores.append(-math.inf if math.isnan(score) else score)
+      if scores[-1] > (best[0].score if best else -math.inf):
+        best = trials[-1], params
+
+
+def _result(
+  objective: Objective[C],
+  trials: list[Trial[C]],
+  best: tuple[Trial[C], Tree | None] | None,
+  choice: Trial[C] | None,
+) -> SearchResult[C]:
+  """The result of a search: the strategy's choice, or the best trial."""
+  if best is None:
+    examples = ", ".join(str(trial.candidate) for trial in trials[:4]) + ", ..." * (len(trials) > 4)
+    raise ValueError(
+      f"{objective.name}: none of {len(trials)} candidates has a score that is a number: "
+      f"{examples or 'there are none'}. Check the models, and what scores them."
+    )
+  unscored = [trial.candidate for trial in trials if math.isnan(trial.score)]
+  if unscored:
+    warnings.warn(
+      f"{objective.name}: {len(unscored)} of {len(trials)} candidates have NaN as their score and "
+      f"are never the best, such as {unscored[0]}.",
+      stacklevel=3,
+    )
+  trial, params = best
+  if choice is not None and choice.candidate is not trial.candidate:
+    trial, params = choice, None
+  params = objective.model(trial.candidate) if params is None else params
+  return SearchResult(params, *trial, trials)

@@ -1,10 +1,13 @@
-"""The scale of a merge that scores best on validation rows."""
+"""Merges with hyperparameters and a scale that score best on validation rows."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+import itertools
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple  # Any: trees of arrays.
 
 import jax
 import jax.numpy as jnp
@@ -14,21 +17,92 @@ from jaxmerge.core import layouts
 from jaxmerge.core.stage import Array, Method
 from jaxmerge.drivers import finiteness, memory
 from jaxmerge.evaluation import metrics, scoring
+from jaxmerge.search import objective
 from jaxmerge.tasks import batch
 
 
-class Chosen(NamedTuple):
-  """A one-shot merge with the scale that is best on validation.
+class Scaled(NamedTuple):
+  """A merge to try.
 
   Attributes:
-    params: the merged model.
-    scale: the scale chosen.
-    means: mean validation score of every scale tried.
+    method: a method with the hyperparameter `scale`.
+    hparams: its other hyperparameters.
+    scale: the scale.
+    static: the static settings of the method that were chosen, for records.
   """
 
-  params: Any
+  method: Method
+  hparams: Mapping[str, Any]
   scale: float
-  means: tuple[float, ...]
+  static: Mapping[str, Any] = types.MappingProxyType({})
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Validation:
+  """An objective: merges of the same experts, by their mean score on the tasks' validation rows.
+
+  The score of a merge that is not finite, or whose score is not, is NaN.
+
+  Attributes:
+    base: the base [*s].
+    models: the experts [T, *s].
+    score: what `scoring.scorer` makes.
+    rows: the validation rows.
+    counts: number of validation rows of each task.
+    names: names of the experts.
+    seed: for methods with random masks.
+    layout: matrix views.
+    metric: which of two scores is better.
+    at_once: merges that are made and scored by one program, if only their scales differ.
+    name: what an error calls the merge.
+  """
+
+  base: Any
+  models: Any
+  score: scoring.Scorer
+  rows: batch.Rows
+  counts: Sequence[int]
+  names: Sequence[str]
+  seed: int | None = None
+  layout: layouts.Said | None = ()
+  metric: metrics.Metric = metrics.ACCURACY
+  at_once: int = 8
+  name: str = "the merge"
+
+  def model(self, candidate: Scaled) -> Any:
+    """Merges with one scale."""
+    return _take(self._merge([candidate]), 0)
+
+  def evaluate(self, candidates: Sequence[Scaled]) -> Iterator[tuple[float, Any]]:
+    """Yields the score of each merge, with the model of the best of those in one program."""
+    for _, equal in itertools.groupby(candidates, key=lambda c: (c.method, c.hparams)):
+      group = list(equal)
+      for start in range(0, len(group), self.at_once):
+        models = self._merge(group[start : start + self.at_once])
+        scores = self._scores(models)
+        # NaN is never the best.
+        best = int(np.argmax(np.where(np.isnan(scores), -np.inf, scores)))
+        for k, score in enumerate(scores):
+          yield float(score), _take(models, k) if k == best else None
+
+  def _merge(self, candidates: Sequence[Scaled]) -> Any:
+    scales = jnp.asarray([c.scale for c in candidates], jnp.float32)
+    return at_scales(
+      self.base,
+      self.models,
+      scales,
+      dict(candidates[0].hparams),
+      method=candidates[0].method,
+      seed=self.seed,
+      names=tuple(self.names),
+      layout=layouts.check(self.layout),
+    )
+
+  def _scores(self, models: Any) -> np.ndarray:
+    by_row = np.asarray(self.score(models, self.rows))
+    means = np.array([float(np.mean(scoring.means(s, self.counts))) for s in by_row])
+    is_finite = np.isfinite(means) & np.asarray(_finite(models))
+    return np.where(is_finite, self.metric.gain(means), np.nan)
 
 
 def best_scale(
@@ -47,13 +121,11 @@ def best_scale(
   metric: metrics.Metric = metrics.ACCURACY,
   at_once: int = 8,
   called: str = "the merge",
-) -> Chosen:
-  """Merges with every scale, scores all merges in one program, and takes the best.
-
-  A merge, or a score, that is not finite is never the best.
+) -> objective.SearchResult[Scaled]:
+  """Merges with every scale, scores several merges in one program, and returns the best.
 
   Args:
-    method: a method with the number `scale`.
+    method: a method with the hyperparameter `scale`.
     base: the base [*s].
     models: the experts [T, *s].
     scales: what to try.
@@ -62,38 +134,28 @@ def best_scale(
     counts: number of validation rows of each task.
     names: names of the experts.
     seed: for methods with random masks.
-    hparams: other numbers of the method.
+    hparams: other hyperparameters of the method.
     layout: matrix views.
     metric: which of two scores is better.
     at_once: scales that are merged and scored together.
     called: what an error calls the merge.
 
+  Returns:
+    The best merge; scores are the larger the better, those of a loss are negative.
+
   Raises:
     ValueError: where no scale gives a finite model with finite scores.
   """
-  merged = functools.partial(
-    at_scales, method=method, seed=seed, names=tuple(names), layout=layouts.check(layout)
-  )
-  found: list[float] = []
-  best: tuple[Any, float] = (None, 0.0)
-  top = -np.inf
-  for start in range(0, len(scales), at_once):
-    own = jnp.asarray(scales[start : start + at_once], jnp.float32)
-    some = merged(base, models, own, dict(hparams or {}))
-    means = [float(np.mean(scoring.means(s, counts))) for s in np.asarray(score(some, rows))]
-    fine = np.isfinite(means) & np.asarray(_finite(some))
-    gains = np.where(fine, metric.gain(np.array(means)), -np.inf)
-    if max(gains) > top:
-      k, top = int(np.argmax(gains)), max(gains)
-      best = (jax.tree.map(lambda x, k=k: x[k], some), float(scales[start + k]))
-    found += means
-  if top == -np.inf:
-    tried = ", ".join(f"{scale:g}" for scale in scales)
-    raise ValueError(f"{called}: weights or scores are not finite at any scale tried, {tried}.")
-  return Chosen(*best, tuple(found))
+  goal = Validation(base, models, score, rows, counts, names, seed, layout, metric, at_once, called)
+  candidates = [Scaled(method, dict(hparams or {}), float(scale)) for scale in scales]
+  return objective.run(goal, objective.exhaustive(candidates))
 
 
 _finite = jax.jit(finiteness.finite_models)
+
+
+def _take(models: Any, k: int) -> Any:
+  return jax.tree.map(lambda x: x[k], models)
 
 
 @functools.partial(jax.jit, static_argnames=("method", "seed", "names", "layout"))
@@ -111,9 +173,7 @@ def at_scales(
   """Merges with every one of some scales: models [T, *s], scales [S] -> [S, *s]."""
 
   def one(scale: Array) -> Any:
-    numbers = {**hparams, "scale": scale}
-    return memory.merge(
-      method, models, base, hparams=numbers, seed=seed, names=names, layout=layout
-    )
+    merged = {**hparams, "scale": scale}
+    return memory.merge(method, models, base, hparams=merged, seed=seed, names=names, layout=layout)
 
   return jax.vmap(one)(scales)

@@ -7,7 +7,7 @@ evaluates. Candidates are weighted sums of the models, by one compiled program.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple  # Any: a model is a tree of arrays.
 
 import jax
@@ -24,7 +24,7 @@ from jaxmerge.search import objective
 
 def greedy_soup(
   models: Tree, score: objective.Score, *, accept_ties: bool = False
-) -> objective.Soup:
+) -> objective.SearchResult[np.ndarray]:
   """Adds the models to a mean one after the other, best first, where that raises the score.
 
   Args:
@@ -33,53 +33,124 @@ def greedy_soup(
     accept_ties: also where the score stays the same, as the paper says; its code does not. Of
       models that score the same, the later one comes first, as in the code.
 
+  Returns:
+    The last mean; its candidate is the weights [K].
+
   Reference: Wortsman et al. 2022, Model soups (arXiv:2203.05482).
 
   Example:
     >>> import jax.numpy as jnp
     >>> models = {"w": jnp.array([0.0, 4.0, 2.5])}
     >>> soup = greedy_soup(models, lambda params: -float(abs(params["w"] - 3.0)))
-    >>> soup.weights.tolist(), float(soup.params["w"])
+    >>> soup.candidate.tolist(), float(soup.params["w"])
     ([0.0, 0.5, 0.5], 3.25)
   """
-  taste = objective.Tasting(models, score)
-  singles = np.eye(taste.height)
-  for own in singles:
-    taste(own)
-  order = np.argsort([found for _, found in taste.tried], kind="stable")[::-1]
-  held = singles[order[0]]
-  taste.weights = held
+  soups = objective.weighted_sums(models, score, "greedy_soup")
+  return objective.run(soups, grow_mean(tree.num_models(models), accept_ties))
+
+
+def grow_mean(num_models: int, accept_ties: bool) -> objective.Strategy[np.ndarray]:
+  """Asks for each model, then for the mean so far with the next best; returns the last accepted."""
+  singles = list(np.eye(num_models))
+  scores = yield singles
+  order = np.argsort(scores, kind="stable")[::-1]
+  ingredients = singles[order[0]]
+  best = objective.Trial(ingredients, scores[order[0]])
   for k in order[1:]:
-    larger = held + singles[k]
-    if taste(larger / larger.sum(), ties=accept_ties):
-      held = larger
-  return taste.soup()
+    larger = ingredients + singles[k]
+    mean = larger / larger.sum()
+    (score,) = yield [mean]
+    if score > best.score or (accept_ties and score == best.score):
+      ingredients, best = larger, objective.Trial(mean, score)
+  return best
 
 
-class LearnedSoup(NamedTuple):
-  """What descent found.
+Loss = Callable[[Tree, jax.Array, Any], jax.Array]
+
+
+class LeafWeights(NamedTuple):
+  """Weights of the models for each leaf, as logits.
 
   Attributes:
-    params: the model.
-    weights: of the models, [K] for each leaf by name, adding up to 1.
-    temperature: what the logits are multiplied by.
-    losses: of each batch, before its step.
+    logits: [K] for each leaf by name, or for all leaves by "".
+    temperature: what the model's outputs are multiplied by.
+    leaves: names of all leaves.
   """
 
-  params: Tree
-  weights: dict[str, np.ndarray]
-  temperature: float
-  losses: np.ndarray
+  logits: dict[str, jax.Array]
+  temperature: jax.Array
+  leaves: tuple[str, ...]
+
+  @property
+  def weights(self) -> dict[str, jax.Array]:
+    """Weights [K] for each leaf, adding up to 1: the softmax of its logits."""
+    softmax = {n: jax.nn.softmax(x) for n, x in self.logits.items()}
+    return {n: softmax[n if n in softmax else ""] for n in self.leaves}
+
+
+class _Descent:
+  """An objective and its strategy: after each loss, the optimiser moves the weights."""
+
+  name = "learned_soup"
+
+  def __init__(
+    self, models: Tree, loss: Loss, by_leaf: bool, optimizer: optax.GradientTransformation
+  ):
+    leaves = tuple(n for n, x in tree.named(models).items() if tree.is_floating(x))
+    logits = {
+      n: jnp.zeros(tree.num_models(models), jnp.float32) for n in (leaves if by_leaf else [""])
+    }
+    self.models, self.candidate = models, LeafWeights(logits, jnp.float32(1.0), leaves)
+    self.state = optimizer.init(self.candidate[:2])
+    self.number, self.batch = 0, None
+
+    @jax.jit
+    def step(models: Tree, variables: Any, state: Any, batch: Any) -> tuple[Any, Any, jax.Array]:
+      def loss_of(variables: Any) -> jax.Array:
+        return loss(
+          _mix(models, LeafWeights(variables[0], variables[1], leaves)), variables[1], batch
+        )
+
+      value, gradient = jax.value_and_grad(loss_of)(variables)
+      update, state = optimizer.update(gradient, state, variables)
+      return optax.apply_updates(variables, update), state, value
+
+    self.step = step
+
+  def model(self, candidate: LeafWeights) -> Tree:
+    return _mix(self.models, candidate)
+
+  def evaluate(self, candidates: Sequence[LeafWeights]) -> Iterator[tuple[float, None]]:
+    for candidate in candidates:
+      moved, self.state, loss = self.step(self.models, candidate[:2], self.state, self.batch)
+      self.candidate = LeafWeights(moved[0], moved[1], candidate.leaves)
+      if not np.isfinite(loss):
+        raise ValueError(f"the loss of batch {self.number} is {float(loss)}.")
+      yield -float(loss), None
+
+  def descend(self, batches: Iterable[Any]) -> objective.Strategy[LeafWeights]:
+    """Asks for the weights before each step, and returns those after the last one."""
+    score = np.nan
+    for self.number, self.batch in enumerate(batches, 1):
+      (score,) = yield [self.candidate]
+    if not self.number:
+      raise ValueError("no batches are given.")
+    return objective.Trial(self.candidate, score)
+
+
+def _mix(models: Tree, candidate: LeafWeights) -> Tree:
+  method = methods.average(normalize=False)
+  return memory.merge(method, models, hparams={"weight": candidate.weights})
 
 
 def learned_soup(
   models: Tree,
-  loss: Callable[[Tree, jax.Array, Any], jax.Array],
+  loss: Loss,
   batches: Iterable[Any],
   *,
   by_leaf: bool = True,
   learning_rate: float = 0.05,
-) -> LearnedSoup:
+) -> objective.SearchResult[LeafWeights]:
   """Learns weights for each leaf by descent on held-out rows; they begin equal.
 
   All models are in memory. Weights are the softmax of what AdamW moves, without weight decay. The
@@ -93,6 +164,10 @@ def learned_soup(
     by_leaf: a weight for each leaf and model; else for each model.
     learning_rate: of AdamW.
 
+  Returns:
+    The model after the last step. Its trials are the weights before each step, with minus the loss
+    of the step's batch as their score; its own score is that of the last one.
+
   Reference: Wortsman et al. 2022, Model soups (arXiv:2203.05482), appendix on learned soups.
 
   Raises:
@@ -103,40 +178,11 @@ def learned_soup(
     >>> models = {"w": jnp.array([0.0, 4.0])}
     >>> far = lambda params, temperature, batch: (params["w"] - batch) ** 2
     >>> soup = learned_soup(models, far, [jnp.float32(3.0)] * 200)
-    >>> print(soup.weights["w"].round(2), round(float(soup.params["w"]), 2))
+    >>> print(soup.candidate.weights["w"].round(2), round(float(soup.params["w"]), 2))
     [0.25 0.75] 3.0
   """
-  height, leaves = tree.num_models(models), tree.named(models)
-  keys = [n for n, x in leaves.items() if tree.is_floating(x)]
-  start = {n: np.zeros(height, np.float32) for n in (keys if by_leaf else [""])}
-  adam = optax.adamw(learning_rate, weight_decay=0.0)
-
-  mix = methods.average(normalize=False)
-
-  def shares(logits: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    own = {n: jax.nn.softmax(v) for n, v in logits.items()}
-    return {n: own[n if by_leaf else ""] for n in keys}
-
-  def mixed(models: Tree, logits: dict[str, jax.Array]) -> Tree:
-    return memory.merge(mix, models, hparams={"weight": shares(logits)})
-
-  @jax.jit
-  def step(models: Tree, held: Any, state: Any, batch: Any) -> tuple[Any, Any, jax.Array]:
-    value, slope = jax.value_and_grad(lambda h: loss(mixed(models, h[0]), h[1], batch))(held)
-    update, state = adam.update(slope, state, held)
-    return optax.apply_updates(held, update), state, value
-
-  held = (jax.tree.map(jnp.asarray, start), jnp.float32(1.0))
-  state, losses = adam.init(held), []
-  for batch in batches:
-    held, state, value = step(models, held, state, batch)
-    losses.append(float(value))
-    if not np.isfinite(losses[-1]):
-      raise ValueError(f"the loss of batch {len(losses)} is {losses[-1]}.")
-  if not losses:
-    raise ValueError("no batches are given.")
-  weights = {n: np.asarray(v) for n, v in shares(held[0]).items()}
-  return LearnedSoup(mixed(models, held[0]), weights, float(held[1]), np.array(losses))
+  descent = _Descent(models, loss, by_leaf, optax.adamw(learning_rate, weight_decay=0.0))
+  return objective.run(descent, descent.descend(batches))
 
 
 def soce(
@@ -146,7 +192,7 @@ def soce(
   *,
   correlation: float = 0.5,
   step: float = 0.1,
-) -> objective.Soup:
+) -> objective.SearchResult[np.ndarray]:
   """Picks the best model of each category of a benchmark, and searches their weights on a grid.
 
   Categories count where their scores hardly go with those of some other. Weights are multiples of
@@ -162,6 +208,9 @@ def soce(
       below that, in magnitude.
     step: of the weights.
 
+  Returns:
+    The best of the grid; its candidate is the weights [K].
+
   Reference: Maiti et al. 2025, Souper-Model (arXiv:2511.13254).
 
   Raises:
@@ -170,22 +219,19 @@ def soce(
   Example:
     >>> import jax.numpy as jnp
     >>> models, scores = {"w": jnp.array([0.0, 1.0])}, np.array([[1.0, 0.0, 0.5], [0.0, 1.0, 0.5]])
-    >>> soce(models, scores, lambda params: float(params["w"])).weights.tolist()
+    >>> soce(models, scores, lambda params: float(params["w"])).candidate.tolist()
     [0.1, 0.9]
   """
-  taste = objective.Tasting(models, score)
-  scores = np.asarray(scores, np.float64)
-  if scores.ndim != 2 or len(scores) != taste.height or not np.isfinite(scores).all():
+  scores, K = np.asarray(scores, np.float64), tree.num_models(models)
+  if scores.ndim != 2 or len(scores) != K or not np.isfinite(scores).all():
     raise ValueError(
-      f"scores must be finite, [models, categories] of {taste.height} models, got "
-      f"{list(scores.shape)}."
+      f"scores must be finite, [models, categories] of {K} models, got {list(scores.shape)}."
     )
   experts = _experts(scores, correlation)
-  for own in _grid(len(experts), step):
-    weights = np.zeros(taste.height)
-    weights[experts] = own
-    taste(weights)
-  return taste.soup()
+  # Weights of the experts; the other models have none.
+  grid = [weights @ np.eye(K)[experts] for weights in _grid(len(experts), step)]
+  soups = objective.weighted_sums(models, score, "soce")
+  return objective.run(soups, objective.exhaustive(grid))
 
 
 def _experts(scores: np.ndarray, bound: float) -> list[int]:

@@ -185,5 +185,5 @@ BENCHES = [p for p in sorted((ROOT / "configs").glob("*_methods.py")) if "_atm_"
 def test_configs_are_sound_and_try_at_most_twelve(path):
   config = bench_config.bench(str(path))
   for name, own in config.methods.items():
-    trials = sum(len(scales) for *_, scales in grid.candidates(name, dict(own)))
+    trials = len(list(grid.candidates(name, dict(own))))
     assert trials <= 12, name

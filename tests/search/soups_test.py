@@ -52,17 +52,17 @@ def test_an_average_of_equal_checkpoints_is_any_of_them(settings):
 def test_a_score_that_likes_one_model_leaves_it_as_it_is():
   soup = soups.greedy_soup({"w": jnp.asarray(MODELS)}, nearness(MODELS[3]))
   np.testing.assert_array_equal(soup.params["w"], MODELS[3])
-  assert soup.weights.tolist() == [0, 0, 0, 1, 0]
+  assert soup.candidate.tolist() == [0, 0, 0, 1, 0]
 
 
 def test_a_greedy_soup_is_the_mean_of_its_ingredients_and_never_worse():
   target = MODELS[:3].mean(axis=0)
   soup = soups.greedy_soup({"w": jnp.asarray(MODELS)}, nearness(target))
-  chosen = soup.weights > 0
+  chosen = soup.candidate > 0
   close(soup.params["w"], MODELS[chosen].mean(axis=0))
-  close(soup.weights[chosen], np.full(chosen.sum(), 1 / chosen.sum()))
-  singles, accepted = soup.tried[:5], [max(found for _, found in soup.tried[:5])]
-  for _, found in soup.tried[5:]:
+  close(soup.candidate[chosen], np.full(chosen.sum(), 1 / chosen.sum()))
+  singles, accepted = soup.trials[:5], [max(found for _, found in soup.trials[:5])]
+  for _, found in soup.trials[5:]:
     if found > accepted[-1]:
       accepted.append(found)
   assert len(singles) == 5
@@ -74,7 +74,7 @@ def test_a_greedy_soup_is_the_mean_of_its_ingredients_and_never_worse():
 def test_ties_are_accepted_where_that_is_asked_for(ties, expected):
   models = {"w": jnp.asarray(MODELS[:3])}
   soup = soups.greedy_soup(models, lambda params: 1.0, accept_ties=ties)
-  close(soup.weights, expected)
+  close(soup.candidate, expected)
 
 
 def family(seed, count):
@@ -108,7 +108,7 @@ def test_greedy_soups_agree_with_a_transcription(seed, coarse, ties):
   score = (lambda model: round(near(model) / 3)) if coarse else near
   found = soups.greedy_soup(stack, score, accept_ties=ties)
   expected, chosen = searches.greedy_soup(each, score, ties)
-  assert np.flatnonzero(found.weights).tolist() == sorted(chosen)
+  assert np.flatnonzero(found.candidate).tolist() == sorted(chosen)
   like(found.params, expected)
 
 
@@ -133,8 +133,8 @@ def test_lcsc_agrees_with_a_transcription(seed):
   decays = (0.3, 0.6, 0.9)
   found = evolution.lcsc(stack, near, generations=5, decays=decays, seed=seed)
   averages = [searches.moving_average(each, d) for d in decays]
-  tried = averages + [searches.combined(each, own) for own, _ in found.tried[3:]]
-  close([value for _, value in found.tried], [near(model) for model in tried], atol=1e-4)
+  tried = averages + [searches.combined(each, own) for own, _ in found.trials[3:]]
+  close([value for _, value in found.trials], [near(model) for model in tried], atol=1e-4)
   like(found.params, max(tried, key=near))
 
 
@@ -164,7 +164,7 @@ def test_the_grid_has_all_weights_that_add_up(count, size):
 def test_soce_finds_the_best_of_the_grid():
   target = 0.7 * MODELS[0] + 0.3 * MODELS[1]
   soup = soups.soce({"w": jnp.asarray(MODELS[:3])}, SCORES, nearness(target))
-  close(soup.weights, [0.7, 0.3, 0])
+  close(soup.candidate, [0.7, 0.3, 0])
   close(soup.params["w"], target)
 
 
@@ -172,7 +172,7 @@ def test_a_score_without_bends_is_best_at_a_corner_of_the_grid():
   score = lambda params: float(np.sum(np.asarray(params["w"])))  # noqa: E731
   soup = soups.soce({"w": jnp.asarray(MODELS[:3])}, SCORES, score)
   first, second = MODELS[:2].sum(axis=1)
-  close(soup.weights, [0.9, 0.1, 0] if first > second else [0.1, 0.9, 0])
+  close(soup.candidate, [0.9, 0.1, 0] if first > second else [0.1, 0.9, 0])
 
 
 def test_lcsc_comes_near_what_the_checkpoints_span():
@@ -181,22 +181,20 @@ def test_lcsc_comes_near_what_the_checkpoints_span():
   models = {"w": jnp.asarray(MODELS)}
   start = evolution.lcsc(models, nearness(target), generations=0)
   soup = evolution.lcsc(models, nearness(target), generations=300)
-  assert soup.score == max(found for _, found in soup.tried)
+  assert soup.score == max(found for _, found in soup.trials)
   assert soup.score > start.score / 20
-  close([own.sum() for own, _ in soup.tried], np.ones(305))
-  assert soup.weights.min() < 0
+  close([own.sum() for own, _ in soup.trials], np.ones(305))
+  assert soup.candidate.min() < 0
   assert evolution.lcsc(models, nearness(target), generations=300).score == soup.score
-  best = list(itertools.accumulate((found for _, found in start.tried), max))
+  best = list(itertools.accumulate((found for _, found in start.trials), max))
   assert start.score == best[-1]
   decay = methods.checkpoint_average("ema", 0.5)
-  close(memory.merge(decay, models)["w"], MODELS.T @ start.tried[0][0])
+  close(memory.merge(decay, models)["w"], MODELS.T @ start.trials[0][0])
 
 
 def test_bad_scores_are_refused():
   models = {"w": jnp.asarray(MODELS)}
-  with pytest.raises(
-    ValueError, match=r"the score of the weights \[1.0, 0.0, .*\] is not a number"
-  ):
+  with pytest.raises(ValueError, match=r"greedy_soup: none of 9 candidates has a score that is"):
     soups.greedy_soup(models, lambda params: float("nan"))
   for scores in (SCORES, np.full((5, 2), np.nan), np.zeros(5)):
     with pytest.raises(ValueError, match=r"scores must be finite, \[models, categories\] of 5"):
@@ -213,8 +211,8 @@ def learned(models, target, steps=300, **options):
 def test_a_learned_soup_begins_as_the_mean():
   soup = learned({"w": jnp.asarray(MODELS)}, {"w": MODELS[0]}, 1, learning_rate=0.0)
   close(soup.params["w"], MODELS.mean(axis=0))
-  close(soup.weights["w"], np.full(5, 0.2))
-  assert soup.temperature == 1.0
+  close(soup.candidate.weights["w"], np.full(5, 0.2))
+  assert soup.candidate.temperature == 1.0
 
 
 def test_a_learned_soup_has_weights_for_each_leaf():
@@ -223,14 +221,15 @@ def test_a_learned_soup_has_weights_for_each_leaf():
   best = {"v": 1, "w": 3}
   target = {n: x[best[n]] for n, x in models.items()}
   soup, shared = (learned(models, target, by_leaf=by_leaf) for by_leaf in (True, False))
-  assert soup.losses[-1] < 0.1 * shared.losses[-1]
-  assert soup.losses[-1] < 0.01 * soup.losses[0]
+  losses, of_shared = ([-trial.score for trial in result.trials] for result in (soup, shared))
+  assert losses[-1] < 0.1 * of_shared[-1]
+  assert losses[-1] < 0.01 * losses[0]
   for n in target:
-    assert soup.weights[n].argmax() == best[n]
-    assert soup.weights[n].sum() == pytest.approx(1.0, abs=1e-5)
-    close(soup.params[n], soup.weights[n] @ np.asarray(models[n]), atol=1e-5)
-  close(shared.weights["v"], shared.weights["w"])
-  assert soup.temperature == pytest.approx(2.0, abs=0.05)
+    assert soup.candidate.weights[n].argmax() == best[n]
+    assert soup.candidate.weights[n].sum() == pytest.approx(1.0, abs=1e-5)
+    close(soup.params[n], soup.candidate.weights[n] @ np.asarray(models[n]), atol=1e-5)
+  close(shared.candidate.weights["v"], shared.candidate.weights["w"])
+  assert soup.candidate.temperature == pytest.approx(2.0, abs=0.05)
 
 
 @settings(max_examples=2)
@@ -241,7 +240,7 @@ def test_learned_soups_agree_with_a_transcription(seed):
   slopes = lambda model, t: ({n: 2 * (x - goal[n]) for n, x in model.items()}, 2 * (t - 2.0))  # noqa: E731
   expected, temperature = searches.learned_soup(each, slopes, 5, 0.05)
   like(found.params, expected)
-  close(found.temperature, temperature, atol=1e-5)
+  close(found.candidate.temperature, temperature, atol=1e-5)
 
 
 def test_a_learned_soup_needs_batches_and_a_loss_that_is_a_number():

@@ -1,0 +1,91 @@
+"""The driver of all searches: what it asks and tells, which candidate is the best, and NaN."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from example import close
+
+from jaxmerge import search
+from jaxmerge.search import evolution, layerwise, objective, soups
+
+NAN = float("nan")
+
+
+def run(scores, strategy=None):
+  """Searches over places in a list of scores; the model of a place is that number."""
+  goal = search.Scored(lambda place: {"w": place}, lambda params: scores[params["w"]], "places")
+  return search.run(goal, strategy or objective.exhaustive(range(len(scores))))
+
+
+def test_the_first_of_the_best_is_the_result_with_all_trials():
+  result = run([1.0, 3.0, 2.0, 3.0])
+  assert (result.params, result.candidate, result.score) == ({"w": 1}, 1, 3.0)
+  assert result.trials == [(0, 1.0), (1, 3.0), (2, 2.0), (3, 3.0)]
+
+
+def test_nan_is_never_the_best_and_a_warning_says_so():
+  with pytest.warns(UserWarning, match="places: 2 of 3 candidates have NaN .* such as 0"):
+    result = run([NAN, 1.0, NAN])
+  assert (result.candidate, result.score, len(result.trials)) == (1, 1.0, 3)
+  assert np.isnan(result.trials[0].score)
+
+
+@pytest.mark.parametrize("scores", [[NAN, NAN], [-np.inf], []])
+def test_a_search_without_any_score_is_an_error(scores):
+  with pytest.raises(ValueError, match=f"places: none of {len(scores)} candidates has a score"):
+    run(scores)
+
+
+def test_a_strategy_is_sent_the_scores_of_what_it_asked_for():
+  sent = []
+
+  def strategy():
+    sent.append((yield [0]))
+    sent.append((yield [2, 1]))
+    return None
+
+  with pytest.warns(UserWarning, match="NaN"):
+    run([1.0, NAN, 3.0], strategy())
+  assert sent == [[1.0], [3.0, -np.inf]]
+
+
+def test_a_strategy_may_return_another_trial_than_the_best():
+  def strategy():
+    (first, _) = yield [0, 1]
+    return search.Trial(0, first)
+
+  result = run([1.0, 2.0], strategy())
+  assert (result.params, result.candidate, result.score) == ({"w": 0}, 0, 1.0)
+
+
+def test_all_searches_return_the_same_record():
+  """With the numbers that the searches had before they shared a driver."""
+  models = {"w": jnp.array([[0.0, 4.0], [4.0, 0.0], [8.0, 8.0]])}
+  base, goal = {"w": jnp.zeros(2)}, np.array([1.6, 2.4])
+  near = lambda params: -float(((np.asarray(params["w"], np.float64) - goal) ** 2).sum())  # noqa: E731
+  categories = np.array([[3.0, 0.0], [0.0, 2.0], [1.0, 1.0]])
+  hi = layerwise.hi_merging(base, models, lambda params, k: near(params), grid=(0.5, 1.0))
+  far = lambda params, temperature, batch: jnp.sum((params["w"] - 3.0) ** 2)  # noqa: E731
+  learned = soups.learned_soup(models, far, [0.0] * 3)
+  results = {
+    "greedy": soups.greedy_soup(models, near),
+    "soce": soups.soce(models, categories, near, correlation=1),
+    "lcsc": evolution.lcsc(models, near, generations=3),
+    "hi": hi._replace(candidate=hi.candidate.scale["w"]),
+    "learned": learned._replace(candidate=learned.candidate.temperature),
+  }
+  expected = {
+    "greedy": ([0.5, 0.5, 0.0], -0.32, 5),
+    "soce": ([0.6, 0.4, 0.0], 0.0, 10),
+    "lcsc": ([0.81, 0.09, 0.1], -2.8832, 8),
+    "hi": ([0.5, 0.0, 0.5], -18.72, 4),
+    "learned": (1.0, -1.10648942, 3),
+  }
+  for name, result in results.items():
+    assert isinstance(result, search.SearchResult)
+    candidate, score, trials = expected[name]
+    close(result.candidate, candidate, atol=1e-6)
+    close(result.score, score, atol=1e-5)
+    assert len(result.trials) == trials
+  assert hi.candidate.changes == (("w", 1, "dropped"),)
+  close([trial.score for trial in learned.trials], [-2.0, -1.51018596, -1.10648942], rtol=1e-5)
