@@ -21,7 +21,7 @@ def lcsc(
   sigma: float = 0.1,
   decays: Sequence[float] = (0.5, 0.8, 0.9, 0.95, 0.99),
   seed: int = 0,
-) -> objective.SearchResult[np.ndarray]:
+) -> objective.SearchResult:
   """Searches coefficients of the checkpoints of one run by evolution: they add up to 1.
 
   It begins with moving averages of several decays. In each generation a mixture of two of the best,
@@ -62,7 +62,7 @@ def evolve(
   parents: int,
   sigma: float,
   draw: np.random.Generator,
-) -> objective.Strategy[np.ndarray]:
+) -> objective.Strategy:
   """Asks for the first coefficients, then for a moved mixture of two of the best at a time."""
   scores = yield start
   population = list(zip(start, scores, strict=True))

@@ -115,7 +115,7 @@ def hi_merging(
   grid: Sequence[float] = GRID,
   most: int | None = None,
   layer: Callable[[str], str] = methods.layer_of,
-) -> objective.SearchResult[Layers]:
+) -> objective.SearchResult:
   """Searches how much of each task vector to merge, then of each layer that is in the way.
 
   First each model alone: of its task vector the fraction and the factor on the grid that score best
@@ -163,7 +163,7 @@ def hi_merging(
   return objective.run(goal, thin_out(start, conflicts))
 
 
-def thin_out(best: Layers, conflicts: Sequence[tuple[str, int]]) -> objective.Strategy[Layers]:
+def thin_out(best: Layers, conflicts: Sequence[tuple[str, int]]) -> objective.Strategy:
   """Asks for the merged model, then with each conflicting layer trimmed, scaled and dropped.
 
   A change that raises the score stays.

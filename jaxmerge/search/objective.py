@@ -10,7 +10,7 @@ import dataclasses
 import math
 import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar  # Any: a model is a tree of arrays.
+from typing import Any, NamedTuple, Protocol, runtime_checkable  # Any: models, candidates.
 
 import numpy as np
 
@@ -18,19 +18,17 @@ from jaxmerge import methods
 from jaxmerge.core.tree import Tree
 from jaxmerge.drivers import memory
 
-C = TypeVar("C")
-In = TypeVar("In", contravariant=True)
 Score = Callable[[Any], float]
 
 
-class Trial(NamedTuple, Generic[C]):
+class Trial(NamedTuple):
   """A candidate and its score, NaN where it has none."""
 
-  candidate: C
+  candidate: Any
   score: float
 
 
-class SearchResult(NamedTuple, Generic[C]):
+class SearchResult(NamedTuple):
   """What every search returns.
 
   Attributes:
@@ -41,15 +39,16 @@ class SearchResult(NamedTuple, Generic[C]):
   """
 
   params: Tree
-  candidate: C
+  candidate: Any
   score: float
-  trials: list[Trial[C]]
+  trials: list[Trial]
 
 
-Strategy = Generator[Sequence[C], list[float], Trial[C] | None]
+Strategy = Generator[Sequence[Any], list[float], Trial | None]
 
 
-class Objective(Protocol[In]):
+@runtime_checkable
+class Objective(Protocol):
   """Makes models of candidates, and scores them."""
 
   @property
@@ -57,17 +56,17 @@ class Objective(Protocol[In]):
     """What is searched, for errors."""
     ...
 
-  def model(self, candidate: In) -> Tree:
+  def model(self, candidate: Any) -> Tree:
     """Makes the model of a candidate."""
     ...
 
-  def evaluate(self, candidates: Sequence[In]) -> Iterator[tuple[float, Tree | None]]:
+  def evaluate(self, candidates: Sequence[Any]) -> Iterator[tuple[float, Tree | None]]:
     """Yields the score of each candidate, and its model or None: then `model` makes it again."""
     ...
 
 
 @dataclasses.dataclass(frozen=True)
-class Scored(Generic[C]):
+class Scored:
   """An objective of two functions, which scores one model after the other.
 
   Attributes:
@@ -76,17 +75,17 @@ class Scored(Generic[C]):
     name: what is searched, for errors.
   """
 
-  model: Callable[[C], Tree]
+  model: Callable[[Any], Tree]
   score: Score
   name: str = "the search"
 
-  def evaluate(self, candidates: Sequence[C]) -> Iterator[tuple[float, None]]:
+  def evaluate(self, candidates: Sequence[Any]) -> Iterator[tuple[float, None]]:
     """Yields the score of each candidate."""
     for candidate in candidates:
       yield float(self.score(self.model(candidate))), None
 
 
-def weighted_sums(models: Tree, score: Score, name: str = "the soup") -> Scored[np.ndarray]:
+def weighted_sums(models: Tree, score: Score, name: str = "the soup") -> Scored:
   """Returns an objective whose candidates are weights [K] of a stack's models [K, *s]."""
   method = methods.average(normalize=False)
 
@@ -96,13 +95,13 @@ def weighted_sums(models: Tree, score: Score, name: str = "the soup") -> Scored[
   return Scored(model, score, name)
 
 
-def exhaustive(candidates: Sequence[C]) -> Strategy[C]:
+def exhaustive(candidates: Sequence[Any]) -> Strategy:
   """Asks for all candidates at once."""
   yield candidates
   return None
 
 
-def run(objective: Objective[C], strategy: Strategy[C]) -> SearchResult[C]:
+def run(objective: Objective, strategy: Strategy) -> SearchResult:
   """Runs a strategy to its end and returns the best model with all trials.
 
   The best is the first of the candidates with the highest score; a strategy may return another
@@ -133,8 +132,8 @@ def run(objective: Objective[C], strategy: Strategy[C]) -> SearchResult[C]:
     >>> result.candidate.round(1).tolist(), len(result.trials), result.score > -0.01
     ([0.3, 0.9], 240, True)
   """
-  trials: list[Trial[C]] = []
-  best: tuple[Trial[C], Tree | None] | None = None
+  trials: list[Trial] = []
+  best: tuple[Trial, Tree | None] | None = None
   scores: Any = None  # Starts the generator.
   while True:
     try:
@@ -150,11 +149,11 @@ def run(objective: Objective[C], strategy: Strategy[C]) -> SearchResult[C]:
 
 
 def _result(
-  objective: Objective[C],
-  trials: list[Trial[C]],
-  best: tuple[Trial[C], Tree | None] | None,
-  choice: Trial[C] | None,
-) -> SearchResult[C]:
+  objective: Objective,
+  trials: list[Trial],
+  best: tuple[Trial, Tree | None] | None,
+  choice: Trial | None,
+) -> SearchResult:
   """The result of a search: the strategy's choice, or the best trial."""
   if best is None:
     examples = ", ".join(str(trial.candidate) for trial in trials[:4]) + ", ..." * (len(trials) > 4)

@@ -121,7 +121,7 @@ def best_scale(
   metric: metrics.Metric = metrics.ACCURACY,
   at_once: int = 8,
   called: str = "the merge",
-) -> objective.SearchResult[Scaled]:
+) -> objective.SearchResult:
   """Merges with every scale, scores several merges in one program, and returns the best.
 
   Args:
@@ -146,9 +146,9 @@ def best_scale(
   Raises:
     ValueError: where no scale gives a finite model with finite scores.
   """
-  goal = Validation(base, models, score, rows, counts, names, seed, layout, metric, at_once, called)
+  validation = Validation(base, models, score, rows, counts, names, seed, layout, metric, at_once, called)
   candidates = [Scaled(method, dict(hparams or {}), float(scale)) for scale in scales]
-  return objective.run(goal, objective.exhaustive(candidates))
+  return objective.run(validation, objective.exhaustive(candidates))
 
 
 _finite = jax.jit(finiteness.finite_models)

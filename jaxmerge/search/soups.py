@@ -24,7 +24,7 @@ from jaxmerge.search import objective
 
 def greedy_soup(
   models: Tree, score: objective.Score, *, accept_ties: bool = False
-) -> objective.SearchResult[np.ndarray]:
+) -> objective.SearchResult:
   """Adds the models to a mean one after the other, best first, where that raises the score.
 
   Args:
@@ -49,7 +49,7 @@ def greedy_soup(
   return objective.run(soups, grow_mean(tree.num_models(models), accept_ties))
 
 
-def grow_mean(num_models: int, accept_ties: bool) -> objective.Strategy[np.ndarray]:
+def grow_mean(num_models: int, accept_ties: bool) -> objective.Strategy:
   """Asks for each model, then for the mean so far with the next best; returns the last accepted."""
   singles = list(np.eye(num_models))
   scores = yield singles
@@ -128,7 +128,7 @@ class _Descent:
         raise ValueError(f"the loss of batch {self.number} is {float(loss)}.")
       yield -float(loss), None
 
-  def descend(self, batches: Iterable[Any]) -> objective.Strategy[LeafWeights]:
+  def descend(self, batches: Iterable[Any]) -> objective.Strategy:
     """Asks for the weights before each step, and returns those after the last one."""
     score = np.nan
     for self.number, self.batch in enumerate(batches, 1):
@@ -150,7 +150,7 @@ def learned_soup(
   *,
   by_leaf: bool = True,
   learning_rate: float = 0.05,
-) -> objective.SearchResult[LeafWeights]:
+) -> objective.SearchResult:
   """Learns weights for each leaf by descent on held-out rows; they begin equal.
 
   All models are in memory. Weights are the softmax of what AdamW moves, without weight decay. The
@@ -192,7 +192,7 @@ def soce(
   *,
   correlation: float = 0.5,
   step: float = 0.1,
-) -> objective.SearchResult[np.ndarray]:
+) -> objective.SearchResult:
   """Picks the best model of each category of a benchmark, and searches their weights on a grid.
 
   Categories count where their scores hardly go with those of some other. Weights are multiples of

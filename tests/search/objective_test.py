@@ -88,4 +88,4 @@ def test_all_searches_return_the_same_record():
     close(result.score, score, atol=1e-5)
     assert len(result.trials) == trials
   assert hi.candidate.changes == (("w", 1, "dropped"),)
-  close([trial.score for trial in learned.trials], [-2.0, -1.51018596, -1.10648942], rtol=1e-5)
+  close([trial.score for trial in learned.trials], [-2.0, -1.51018596, -1.10648942], atol=1e-5)
