@@ -49,9 +49,9 @@ def opened(
   They are called as `called` says, else by the ends of their paths.
   """
   models = []
-  for path, name in zip(paths, called or inputs.names(list(map(str, paths))), strict=True):
+  for path, name in zip(paths, called or inputs.short_names(list(map(str, paths))), strict=True):
     if adapter.is_adapter(path):
-      own = adapter_inputs.added(base, path, files)
+      own = adapter_inputs.add_adapter(base, path, files)
       # A head that the adapter leaves apart from the embedding is none that the base stores.
       tensors = {n: t for n, t in own.tensors.items() if n in base.tensors}
       models.append(own._replace(name=name, folder=pathlib.Path(path), tensors=tensors))

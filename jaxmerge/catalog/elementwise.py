@@ -135,6 +135,7 @@ METHODS: Mapping[str, Entry] = {
       "votes": _VOTES,
     },
     reads=3,
+    ranks=True,
   ),
   "ties_slack": Entry(
     "TIES, with votes (1 + μᵢ)τᵢ",
@@ -150,18 +151,21 @@ METHODS: Mapping[str, Entry] = {
     },
     experimental=True,
     reads=3,
+    ranks=True,
   ),
   "breadcrumbs": Entry(
     "θ₀ + λ Σ wᵢ (mask of the largest γ and smallest 1-β-γ)⊙τᵢ",
     _BREADCRUMBS,
     {**_BAND, "normalize": entry.NORMALIZE},
     reads=2,
+    ranks=True,
   ),
   "breadcrumbs_ties": Entry(
     "Breadcrumbs, then elect sign, disjoint sum",
     _BREADCRUMBS,
     {**_BAND, "reduce": _REDUCE._replace(default="sum"), "zero_sum": _ZERO_SUM},
     reads=3,
+    ranks=True,
   ),
   "dare": Entry(
     "θ₀ + λ Σ wᵢ (mᵢ⊙τᵢ)/(1-p)",
@@ -191,6 +195,7 @@ METHODS: Mapping[str, Entry] = {
     },
     needs="weights, seed",
     reads=3,
+    ranks=True,
   ),
   "della": Entry(
     "drop by rank, then elect sign, disjoint mean",
@@ -218,6 +223,7 @@ METHODS: Mapping[str, Entry] = {
       "floor": entry.FLOOR._replace(doc="models count equally where Σ mean τᵢ² is below"),
     },
     reads=4,
+    ranks=True,
   ),
   "magmax": Entry(
     "θ₀ + λ τᵢ of largest abs(τᵢ), entry by entry",
@@ -245,6 +251,7 @@ METHODS: Mapping[str, Entry] = {
       ),
     },
     reads=3,
+    ranks=True,
   ),
   "lwptv": Entry(
     "θ₀ + λ Σ wᵢ (layers of model i that stand out)⊙τᵢ",
@@ -291,6 +298,7 @@ METHODS: Mapping[str, Entry] = {
     models=(1, 1),
     unit="row",
     uncovered="one row",
+    ranks=True,
   ),
   "nearswap": Entry(
     "θ₀ + clip(θ - θ₀, -t, t)",

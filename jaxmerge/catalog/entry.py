@@ -13,7 +13,8 @@ class Entry(NamedTuple):
 
   `on` says what is merged: task vectors, by `jaxmerge.merge` with a base, or the weights
   themselves, without one. `reads` says how often the models are read where they are on disk, with
-  the default settings; `models`, how many there are at least and at most, beside the base. `unit`
+  the default settings, `ranks` whether it finds entries by their rank, for which they are sampled;
+  `models`, how many there are at least and at most, beside the base. `unit`
   is what of all models is held at a time, `lookups` what an entry of a lookup is to a method of
   matrices to which it is one, `svds` the decompositions of each matrix by the number K of
   models, and `uncovered` what becomes of leaves that no matrix view covers, where that matters;
@@ -27,6 +28,7 @@ class Entry(NamedTuple):
   experimental: bool = False
   on: Literal["task vectors", "weights", "either"] = "task vectors"
   reads: int = 1
+  ranks: bool = False
   models: tuple[int, int | None] = (1, None)
   unit: Literal["entry", "row", "matrix"] = "entry"
   lookups: Literal["row", "column"] | None = None

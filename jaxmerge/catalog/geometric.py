@@ -215,6 +215,7 @@ METHODS: Mapping[str, Entry] = {
     unit="matrix",
     svds="K + 1",
     uncovered="the base's",
+    ranks=True,
   ),
   "median": Entry("median of θᵢ, entry by entry", _YIN, {}, on="either"),
   "trimmed_mean": Entry(

@@ -127,7 +127,7 @@ def merge(options: argparse.Namespace, config: Any) -> None:
   planned = run.plan(options.recipe, out, settings, files, noted=wrong)
   if options.dry_run:
     size, kind = options.shard_size, options.out_format
-    progress.tell("\n".join(describe.described(planned.plan, shard_size=size, out_format=kind)))
+    progress.tell("\n".join(describe.dry_run(planned.plan, shard_size=size, out_format=kind)))
     if (free := shard_writer.free(out)) is not None:
       progress.tell(f"disk: {estimate.size(free)} free")
     if evaluate is not None:
@@ -172,13 +172,13 @@ def inspect(options: argparse.Namespace, config: Any) -> None:
   from jaxmerge.report import inspection_text
 
   found = hub.located(*hub.split(options.model), download=options.download)
-  record = inspection.described(found.folder)
+  record = inspection.inspect(found.folder)
   size = sum(tensor["bytes"] for tensor in record["tensors"])
   with progress.bars() as show:
     if options.check:
-      record = inspection.checked(record, progress.counted(show, "read", size))
+      record = inspection.compare_checksums(record, progress.counted(show, "read", size))
     elif options.checksums:
-      record = inspection.hashed(record, progress.counted(show, "read", size))
+      record = inspection.add_checksums(record, progress.counted(show, "read", size))
   progress.tell(json.dumps(record, indent=1) if options.json else inspection_text.text(record))
   wrong = [
     n for key in ("changed", "missing", "added") for n in record.get("check", {}).get(key, [])
@@ -208,7 +208,7 @@ def diff(options: argparse.Namespace, config: Any) -> None:
   files = Files()
   try:
     given = [options.base, *options.models]
-    called = inputs.names(options.models)
+    called = inputs.short_names(options.models)
     folders = [hub.located(*hub.split(m), download=options.download).folder for m in given]
     base = inputs.open_model(folders[0], files)
     models = diff.opened(folders[1:], base, files, called)

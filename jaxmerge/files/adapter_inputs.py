@@ -23,7 +23,7 @@ _TEMPLATES = ("chat_template.*", "additional_chat_templates/*.jinja")
 _LAYERS = ("num_hidden_layers", "n_layer", "num_layers")
 
 
-def added(
+def add_adapter(
   model: Model,
   path: str | os.PathLike[str],
   files: Files,
@@ -84,7 +84,7 @@ def _outcome(use: adapter.Use) -> Outcome:
   return Outcome("rewritten", target=use.target, reason="adapter, in place of the model's")
 
 
-def tokenizer(path: pathlib.Path, base: pathlib.Path) -> dict[str, Text]:
+def tokenizer_files(path: pathlib.Path, base: pathlib.Path) -> dict[str, Text]:
   """Returns the files of an adapter's tokenizer and chat template, by name.
 
   Those of the model are left out where an adapter has a tokenizer without them; its chat template

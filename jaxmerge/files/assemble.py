@@ -17,8 +17,8 @@ from jaxmerge.io.tensors import quantized, safetensors
 _UNUSED = ("dropped", "tied")
 
 
-def assemble(
-  wants: Sequence[plans.Want],
+def make_plan(
+  wants: Sequence[plans.TensorRequest],
   jobs: Sequence[Job],
   models: Sequence[plans.Model],
   *,
@@ -49,7 +49,7 @@ def assemble(
   problems = [*_coded(wants, models, dtype), *misfits]
   all_jobs, outputs = list(jobs), list[plans.Output]()
   statistics = running_statistics.of(want.name for want in wants)
-  for want in filter(there, wants):
+  for want in filter(parts_present, wants):
     output, outcome = _resolve(want, missing, all_jobs, statistics)
     _record(outcomes, want, output, outcome)
     if output is not None:
@@ -67,7 +67,7 @@ def assemble(
   }
   notes = [note for m in models for note in m.notes]
   notes += quantized.copied(
-    [[(p.name, p.model, p.tensor) for p in there(w)] for w in wants if w.models]
+    [[(p.name, p.model, p.tensor) for p in parts_present(w)] for w in wants if w.models]
   )
   return plans.Plan(
     tuple(outputs),
@@ -83,7 +83,7 @@ def assemble(
 
 def _record(
   outcomes: Mapping[str, dict[str, tuple[Outcome, ...]]],
-  want: plans.Want,
+  want: plans.TensorRequest,
   output: plans.Output | None,
   outcome: Outcome,
 ) -> None:
@@ -112,13 +112,13 @@ def _homeless(
 
 
 def _coded(
-  wants: Sequence[plans.Want], models: Sequence[plans.Model], dtype: np.dtype | None
+  wants: Sequence[plans.TensorRequest], models: Sequence[plans.Model], dtype: np.dtype | None
 ) -> list[str]:
   """Says which models have codes of quantized weights where weights are merged, or are cast."""
   merged: dict[str, set[str]] = {m.name: set() for m in models}
   copied: dict[str, set[str]] = {m.name: set() for m in models}
   for want in wants:
-    for p in there(want):
+    for p in parts_present(want):
       (merged if want.models else copied)[p.model].add(p.name)
   every = {m.name: m for m in models}.values()
   lines = (quantized.problem(m.name, m.tensors, merged[m.name], m.config, m.folder) for m in every)
@@ -126,13 +126,13 @@ def _coded(
   return [line for line in (*lines, *casts) if line is not None]
 
 
-def there(want: plans.Want) -> list[plans.Part]:
+def parts_present(want: plans.TensorRequest) -> list[plans.InputTensor]:
   """Returns the parts of a tensor that the models have; that of the base is the first."""
   return [p for p in (want.base, *want.models) if p is not None and p.tensor is not None]
 
 
 def _resolve(
-  want: plans.Want, missing: str, jobs: list[Job], statistics: Collection[str]
+  want: plans.TensorRequest, missing: str, jobs: list[Job], statistics: Collection[str]
 ) -> tuple[plans.Output | None, Outcome]:
   """Decides how a tensor is made, None if not at all, and what becomes of the models' for it."""
   base = None if want.base is None else want.base.tensor
@@ -140,12 +140,12 @@ def _resolve(
   tensors = tuple(p.tensor for p in parts if p.tensor is not None)
   first = base or tensors[0]
   copied = plans.Output(want.name, first.dtype, first, (), None)
-  complete = len(parts) == len(want.models) and (want.raw or base is not None)
+  complete = len(parts) == len(want.models) and (want.of_weights or base is not None)
   if not want.models or not safetensors.is_floating(first.dtype):
     source = want.base.model if base is not None and want.base else parts[0].model
     return copied, Outcome("copied", reason=f"from {source}")
   if complete:
-    merged = copied._replace(base=None if want.raw else base, models=tensors, job=want.job)
+    merged = copied._replace(base=None if want.of_weights else base, models=tensors, job=want.job)
     if want.name in statistics:
       return merged, Outcome("merged", reason=running_statistics.FATE)
     return merged, Outcome("merged", want.job)
@@ -161,14 +161,14 @@ def _resolve(
 def _job_of_mean(names: tuple[str, ...], jobs: list[Job]) -> int:
   """Returns the place of the job that averages these models, added unless there is one."""
   for i, job in enumerate(jobs):
-    if job.words == "mean" and job.models == names:
+    if job.spec == "mean" and job.models == names:
       return i
   jobs.append(Job(_mean, "mean", names))
   return len(jobs) - 1
 
 
 def _outcome_of(
-  part: plans.Part, want: plans.Want, output: plans.Output | None, outcome: Outcome
+  part: plans.InputTensor, want: plans.TensorRequest, output: plans.Output | None, outcome: Outcome
 ) -> Outcome:
   """Returns the outcome of one of a tensor's parts: that of a base may be another."""
   if part != want.base or output is None or output.job is None:
@@ -178,7 +178,7 @@ def _outcome_of(
   return outcome if part in want.models else ASIDE
 
 
-def rounded(plan: plans.Plan) -> tuple[str, ...]:
+def note_rounding(plan: plans.Plan) -> tuple[str, ...]:
   """Says which merged tensors are stored in 8-bit floats, or in fewer bits than a model has them.
 
   It is said of a result whose dtype nobody chose.

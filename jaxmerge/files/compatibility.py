@@ -10,7 +10,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple  # Any: what a config.json holds.
 
-from jaxmerge.files.plan import Model, Want
+from jaxmerge.files.plan import Model, TensorRequest
 from jaxmerge.io.huggingface import vocabulary
 from jaxmerge.io.huggingface.vocabulary import Papers
 
@@ -69,8 +69,8 @@ class Comparison(NamedTuple):
     return [p for p in self.problems if not (lines and p.startswith("model_type is "))]
 
 
-def compared(
-  wants: Sequence[Want], models: Sequence[Model], *, allow: Collection[str], tokens: bool
+def compare(
+  wants: Sequence[TensorRequest], models: Sequence[Model], *, allow: Collection[str], tokens: bool
 ) -> Comparison:
   """Compares the configs and vocabularies of models with those of the first of them.
 
@@ -242,7 +242,7 @@ def _otherwise(a: Any, b: Any) -> bool:
 # --- Vocabularies ---
 
 
-def _of_tokens(wants: Sequence[Want], models: Sequence[Model]) -> list[Model]:
+def _of_tokens(wants: Sequence[TensorRequest], models: Sequence[Model]) -> list[Model]:
   """The models of which the result has embeddings or output heads."""
   names: set[str] = set()
   for want in wants:

@@ -1,4 +1,4 @@
-"""What a plan does in words, and the record that the model card is made of."""
+"""A plan in words for a dry run, and as the record that the model card is made of."""
 
 from __future__ import annotations
 
@@ -21,77 +21,81 @@ from jaxmerge.io.huggingface import folder
 Record = dict[str, Any]
 
 
-def described(plan: Plan, *, shard_size: int, out_format: str = "safetensors") -> list[str]:
-  """Says what a plan, and each that is done before it, will do and cost, for `--dry-run`."""
+def dry_run(plan: Plan, *, shard_size: int, out_format: str = "safetensors") -> list[str]:
+  """Describes what a plan, and each that is done before it, will do and cost; lines of text."""
   if plan.earlier:
-    return _each_described(plan, shard_size, out_format)
-  inputs_of: collections.Counter[str] = collections.Counter()
-  for by_name in plan.outcomes.values():
-    inputs_of.update(outcomes.summarize(each, plan.jobs) for each in by_name.values())
-  made = [o for o in plan.outputs if o.job is not None]
+    return _dry_run_of_several(plan, shard_size, out_format)
   shards = len(plan.shards(shard_size))
-  taken = (
-    f", a checkpoint; while it is made, {estimate.size(estimate.room(plan, out_format))} on the "
-    "disk"
-  )
-  out = [
-    f"result: {len(plan.outputs)} tensors, {estimate.size(plan.written)}"
-    + (taken if out_format == "orbax" else f", {shards} file{'s' * (shards != 1)}"),
+  disk = estimate.size(estimate.disk_space(plan, out_format))
+  checkpoint = f", a checkpoint; while it is made, {disk} on the disk"
+  files = f", {shards} file{'s' * (shards != 1)}"
+  lines = [
+    f"result: {len(plan.outputs)} tensors, {estimate.size(plan.bytes_written)}"
+    + (checkpoint if out_format == "orbax" else files),
     f"tensors: {outcomes.line(outcomes.counts(plan))}",
-    f"inputs: {len(plan.inputs)} files, {estimate.size(plan.read)} in one reading",
+    f"inputs: {len(plan.inputs)} files, {estimate.size(plan.bytes_read)} in one reading",
     f"memory: {estimate.size(estimate.memory(plan))} or less",
   ]
-  narrow = collections.Counter(o.precision.dtype for o in made if o.precision is not None)
-  out += [f"computed in {dtype}: {count} tensors" for dtype, count in sorted(narrow.items())]
+  merged = [o for o in plan.outputs if o.job is not None]
+  narrow = collections.Counter(o.precision.dtype for o in merged if o.precision is not None)
+  lines += [f"computed in {dtype}: {count} tensors" for dtype, count in sorted(narrow.items())]
   folders = plan.facts.get("folders", {}).items()
-  out += [f"  {name}: checkpoint {own}" for name, own in folders if metadata.is_one(own)]
-  out += [f"  {count} tensors of the inputs: {text}" for text, count in sorted(inputs_of.items())]
-  for i, job in enumerate(plan.jobs):
-    count = sum(o.job == i for o in plan.outputs)
-    if count:
-      settings = json.dumps(job.words, default=str)
-      if job.seed is not None:
-        settings += f", seed {job.seed}"
-      reads = estimate.readings(job)
-      often = "" if reads == 1 else f", read {reads} times"
-      out.append(f"job {i + 1}: {count} tensors of {len(job.models)} models{often}, {settings}")
-      out += [f"  outputs and inputs: {words}"] if (words := _laid_out(job)) else []
-      out += [f"  in the recipe: {asked(job)}"] if job.asked else []
-      out += [f"  here: {'; '.join(_numbers(job))}"] if job.numbers else []
-  return [*out, *(f"note: {line}" for line in plan.notes)]
+  lines += [f"  {name}: checkpoint {path}" for name, path in folders if metadata.is_one(path)]
+  texts = collections.Counter(
+    outcomes.summarize(each, plan.jobs)
+    for by_name in plan.outcomes.values()
+    for each in by_name.values()
+  )
+  lines += [f"  {count} tensors of the inputs: {text}" for text, count in sorted(texts.items())]
+  for number in range(len(plan.jobs)):
+    lines += _dry_run_of_job(plan, number)
+  return [*lines, *(f"note: {note}" for note in plan.notes)]
 
 
-def asked(job: Job, names: Mapping[str, str] | None = None) -> str:
-  """Says in words what a recipe asks for: its method and parameters, those of each model."""
-  called = [(names or {}).get(m, m) for m in job.models]
-  values = ((n, v) for n, v in job.asked.items() if n != "method")
-  return "; ".join([str(job.asked["method"]), *(f"{n} {_number(v, called)}" for n, v in values)])
+def _dry_run_of_job(plan: Plan, number: int) -> list[str]:
+  """Describes a job; no lines for one that merges nothing."""
+  job, count = plan.jobs[number], sum(o.job == number for o in plan.outputs)
+  if not count:
+    return []
+  settings = json.dumps(job.spec, default=str)
+  if job.seed is not None:
+    settings += f", seed {job.seed}"
+  passes = estimate.passes(job)
+  times = "" if passes == 1 else f", read {passes} times"
+  lines = [f"job {number + 1}: {count} tensors of {len(job.models)} models{times}, {settings}"]
+  lines += [f"  outputs and inputs: {text}"] if (text := _layout(job)) else []
+  lines += [f"  in the recipe: {recipe_text(job)}"] if job.recipe else []
+  hparams = [f"{name} {_number(value, job.models)}" for name, value in job.hparams.items()]
+  return [*lines, f"  here: {'; '.join(hparams)}"] if hparams else lines
 
 
-def _numbers(job: Job) -> list[str]:
-  return [f"{name} {_number(value, job.models)}" for name, value in job.numbers.items()]
+def recipe_text(job: Job, names: Mapping[str, str] | None = None) -> str:
+  """Describes the method and the parameters of a recipe, with those of each model."""
+  models = [(names or {}).get(m, m) for m in job.models]
+  values = ((n, v) for n, v in job.recipe.items() if n != "method")
+  return "; ".join([str(job.recipe["method"]), *(f"{n} {_number(v, models)}" for n, v in values)])
 
 
-def _each_described(plan: Plan, shard_size: int, out_format: str) -> list[str]:
-  """Says it of several plans: those before write safetensors, which stay until all is done."""
-  every, out = [*plan.earlier.values(), plan], list[str]()
-  for name, own in plan.earlier.items():
-    lines = described(own, shard_size=shard_size)
-    out += [f"recipe {name!r}, done before and removed at the end:", *(f"  {x}" for x in lines)]
-  out += ["the last recipe:"]
-  lines = described(plan._replace(earlier={}), shard_size=shard_size, out_format=out_format)
-  out += [f"  {x}" for x in lines]
-  once = sum(sum(estimate.read(own, i) for i in (None, *range(len(own.jobs)))) for own in every)
-  written, most = sum(own.written for own in every), max(map(estimate.memory, every))
+def _dry_run_of_several(plan: Plan, shard_size: int, out_format: str) -> list[str]:
+  """Describes several plans: those before write safetensors, which stay until all is done."""
+  plans, lines = [*plan.earlier.values(), plan], list[str]()
+  for name, before in plan.earlier.items():
+    lines += [f"recipe {name!r}, done before and removed at the end:"]
+    lines += [f"  {line}" for line in dry_run(before, shard_size=shard_size)]
+  lines += ["the last recipe:"]
+  last = dry_run(plan._replace(earlier={}), shard_size=shard_size, out_format=out_format)
+  lines += [f"  {line}" for line in last]
+  read = sum(estimate.bytes_read(p, job) for p in plans for job in (None, *range(len(p.jobs))))
+  written, memory = sum(p.bytes_written for p in plans), max(map(estimate.memory, plans))
   return [
-    *out,
-    f"in all: {estimate.size(once)} read, {estimate.size(written)} written, memory "
-    f"{estimate.size(most)} or less",
+    *lines,
+    f"in all: {estimate.size(read)} read, {estimate.size(written)} written, memory "
+    f"{estimate.size(memory)} or less",
   ]
 
 
 def summary(plan: Plan) -> Record:
-  """Describes a merge: what went in, what was done to how many tensors, with which versions.
+  """Returns what the model card says: inputs, methods, numbers of tensors, versions.
 
   It is a function of the plan and the donor's small files: no date, no place on this machine.
 
@@ -103,9 +107,8 @@ def summary(plan: Plan) -> Record:
     `earlier`, the same of recipes that it builds on, by name.
   """
   names = _names(list(plan.outcomes), plan)
-  earlier = {name: own._replace(facts=plan.facts) for name, own in plan.earlier.items()}
-  made = [o for o in plan.outputs if o.job is not None]
-  counts = [sum(o.job == i for o in made) for i in range(len(plan.jobs))]
+  earlier = {name: p._replace(facts=plan.facts) for name, p in plan.earlier.items()}
+  counts = [sum(o.job == i for o in plan.outputs) for i in range(len(plan.jobs))]
   return {
     "models": list(names.values()),
     "hub": dict(plan.facts.get("hub", {})),
@@ -116,14 +119,14 @@ def summary(plan: Plan) -> Record:
     "compat": plan.facts.get("compat"),
     "notes": list(plan.notes),
     "versions": {p: importlib.metadata.version(p) for p in ("jaxmerge", "jax")},
-    "earlier": {name: summary(own) for name, own in earlier.items()},
+    "earlier": {name: summary(p) for name, p in earlier.items()},
   }
 
 
 def _names(models: Sequence[str], plan: Plan) -> dict[str, str]:
-  """What models are called: as the recipe says, else without the folders that they lie in."""
-  own = [m for m in models if os.path.isabs(m) and "recipe" not in plan.facts]
-  short = dict(zip(own, inputs.names(own), strict=True)) if own else {}
+  """Returns what models are called: as the recipe says, else without the folders they lie in."""
+  paths = [m for m in models if os.path.isabs(m) and "recipe" not in plan.facts]
+  short = dict(zip(paths, inputs.short_names(paths), strict=True)) if paths else {}
   return {m: short.get(m, m) for m in models}
 
 
@@ -131,51 +134,50 @@ def _method(job: Job, names: Mapping[str, str], count: int) -> Record:
   """Describes a job.
 
   Returns:
-    `method`, its name in the catalog, or what it is called; `settings`, `numbers`, in words;
+    `method`, its name in the catalog, or what it is called; `settings`, `hparams`, in words;
     `models`, their names; `tensors`, how many; `seed`, None without one; `layout`, how many
-    lie how, empty for methods that do not ask;
-    `asked`, the method and parameters of a recipe in words, None without one.
+    lie how, empty for methods that need no views; `recipe`, the method and parameters of a recipe
+    in words, None without one.
   """
-  words = dict(estimate.words(job)) or {"method": str(job.words)}
+  settings = dict(job.spec) if isinstance(job.spec, Mapping) else {"method": str(job.spec)}
+  models = [names.get(m, m) for m in job.models]
   return {
-    "method": words.pop("method"),
-    "settings": words,
-    "numbers": {
-      n: _number(x, [names.get(m, m) for m in job.models]) for n, x in job.numbers.items()
-    },
-    "models": [names.get(m, m) for m in job.models],
+    "method": settings.pop("method"),
+    "settings": settings,
+    "hparams": {name: _number(value, models) for name, value in job.hparams.items()},
+    "models": models,
     "tensors": count,
     "seed": job.seed,
-    "layout": _laid_out(job),
-    "asked": asked(job, names) if job.asked else None,
+    "layout": _layout(job),
+    "recipe": recipe_text(job, names) if job.recipe else None,
   }
 
 
-def _laid_out(job: Job) -> str:
-  return layouts.counted(job.layout, layouts.unit_of(job.words))
+def _layout(job: Job) -> str:
+  return layouts.counted(job.layout, layouts.unit_of(job.spec))
 
 
 def _number(value: Any, models: Sequence[str]) -> str:
-  """Writes one of a method's numbers: for all, for each model, or the range over the tensors.
+  """Formats a hyperparameter: for all, for each model, or the range over the tensors.
 
   >>> _number((1.0, 0.5), ["chat", "code"]), _number({"w": 0.2, "v": 0.8}, []), _number(True, [])
   ('1 (chat), 0.5 (code)', 'from 0.2 to 0.8, by tensor', 'true')
   """
   if isinstance(value, Mapping):
-    every = [_written(np.stack([np.asarray(v) for v in value.values()]).T, models)]
-    return f"{every[0]}, by tensor"
-  return _written(np.asarray(value)[..., None], models)
+    by_tensor = np.stack([np.asarray(v) for v in value.values()]).T
+    return f"{_numbers(by_tensor, models)}, by tensor"
+  return _numbers(np.asarray(value)[..., None], models)
 
 
-def _written(values: np.ndarray, models: Sequence[str]) -> str:
-  """Writes values [..., tensors]: of all models, or [model, tensors] of each."""
+def _numbers(values: np.ndarray, models: Sequence[str]) -> str:
+  """Formats values [..., tensors]: of all models, or [model, tensors] of each."""
   if values.ndim == 2 and len(values) == len(models):
-    return ", ".join(f"{_span(own)} ({m})" for own, m in zip(values, models, strict=True))
+    return ", ".join(f"{_span(row)} ({m})" for row, m in zip(values, models, strict=True))
   return _span(values) if values.ndim == 1 else f"{values[..., 0].size} values"
 
 
 def _span(values: np.ndarray) -> str:
-  """Writes the range of some values."""
+  """Formats the range of some values."""
   if values.dtype.kind not in "fiu":
     words = dict.fromkeys(
       str(v).lower() if isinstance(v, bool) else str(v) for v in values.tolist()
@@ -186,7 +188,7 @@ def _span(values: np.ndarray) -> str:
 
 
 def _library(plan: Plan) -> str | None:
-  """The library that opens the result, as far as its config tells."""
+  """Returns the library that opens the result, as far as its config says."""
   if (plan.donor / folder.MODULES).is_file():
     return "sentence-transformers"
   config = formats.config(plan.donor)

@@ -89,7 +89,7 @@ def run(
     atomic.check_free(out, replace)
     resume_lib.check_place(plan, out)
     left = first and replace and resume and bool(atomic.replaced(out))
-    if processes.agree(left and resume_lib.holds(out, plan, shard_size, out_format, nonfinite)):
+    if processes.agree(left and resume_lib.is_result(out, plan, shard_size, out_format, nonfinite)):
       if first:
         atomic.discard(out)  # A kill came between the renames and this.
       progress(estimate.work(plan, out_format))
@@ -112,7 +112,7 @@ def _place(plan: Plan, out: pathlib.Path, *, resume: bool, out_format: str) -> p
   if processes.first():
     if part.exists() and not resume:
       shutil.rmtree(part)
-    shard_writer.check_room(out, estimate.room(plan, out_format), begun=[part])
+    shard_writer.check_room(out, estimate.disk_space(plan, out_format), begun=[part])
     with atomic.room(part):
       part.mkdir(parents=True, exist_ok=True)
     atomic.tidy(part)
@@ -134,10 +134,10 @@ def _grown(
   shards = plan.shards(shard_size)
   kinds = {o.name: (o.dtype, o.shape) for o in plan.outputs}
   identity = resume_lib.identity(plan, shards, out_format)
-  plan = tied_weights.tied(plan)
+  plan = tied_weights.share_twins(plan)
   digests = None
   if first:
-    digests = resume_lib.whole(part, plan, identity, shards, out_format, nonfinite)
+    digests = resume_lib.finished_digests(part, plan, identity, shards, out_format, nonfinite)
   if processes.agree(digests is not None):
     progress(estimate.work(plan, out_format))
   else:
@@ -147,7 +147,7 @@ def _grown(
       kinds,
       shards,
       identity,
-      inputs=input_changes.stamped(plan),
+      inputs=input_changes.journal_stamps(plan),
       journal=shard_writer.journal(index),
       checked=own,
       nonfinite=nonfinite,
@@ -159,15 +159,15 @@ def _grown(
       progress(sum(o.size for o in plan.outputs if o.name in weights.digests))
       for number, job in enumerate(plan.jobs):
         outputs = [o for o in plan.outputs if o.job == number]
-        more = sum(o.size for o in outputs) * (estimate.readings(job) - 1)
-        each = entries or plans.entries(len(job.models))
+        more = sum(o.size for o in outputs) * (estimate.passes(job) - 1)
+        each = entries or plans.slice_entries(len(job.models))
         _merge(job, outputs, weights, own, each, nonfinite, progress, more)
       copied = [o for o in plan.outputs if o.job is None and o.name in own]
-      _copy(copied, weights, entries or plans.entries(1), nonfinite, progress)
+      _copy(copied, weights, entries or plans.slice_entries(1), nonfinite, progress)
       weights.flush()
       processes.agree(True)  # All have written and synced their share.
       if first and out_format == "orbax":
-        finish.transcribe(part, weights, progress)
+        finish.write_checkpoint(part, weights, progress)
   if first:
     digests = digests or shard_writer.noted(part, identity)
     finish.complete(part, plan, shards, identity, digests, out_format)
@@ -182,7 +182,7 @@ def _share(outputs: Sequence[Output], index: int, count: int) -> set[str]:
   for o in outputs:
     owner[o.name] = min(count - 1, before * count // max(total, 1))
     before += o.size
-  return {o.name for o in outputs if owner[o.same or o.name] == index}
+  return {o.name for o in outputs if owner[o.copy_of or o.name] == index}
 
 
 def _merge(
@@ -227,7 +227,7 @@ def _merge(
 
   # Some tensors of the job may be copied after all: a model lacks them, or they hold integers.
   numbers = {
-    n: {t: v[t] for t in leaves} if isinstance(v, dict) else v for n, v in job.numbers.items()
+    n: {t: v[t] for t in leaves} if isinstance(v, dict) else v for n, v in job.hparams.items()
   }
   streaming.stream(
     job.method(),
@@ -259,7 +259,7 @@ def _copy(
 ) -> None:
   """Copies the tensors that no job merges: from the base, or from what they are tied to."""
   for output in outputs:
-    source = output.base if output.same is None else weights.tensor(output.same)
+    source = output.base if output.copy_of is None else weights.tensor(output.copy_of)
     if output.name in weights.digests or source is None:
       continue
     size = math.prod(output.shape)
@@ -270,12 +270,12 @@ def _copy(
       digest.update(own.view(np.uint8).data)
       part = own
       with np.errstate(over="ignore", invalid="ignore"):  # It is refused below, and named.
-        if output.same is None and output.precision is not None:
+        if output.copy_of is None and output.precision is not None:
           part = own.astype(np.dtype(output.precision.dtype))
         part = part.astype(output.dtype, copy=False)
       if not nonfinite and safetensors.is_floating(output.dtype):
         _refuse_nonfinite(output, source, own, part)
-      inputs = {source.where: digest.hexdigest()} if output.same is None else {}
+      inputs = {source.where: digest.hexdigest()} if output.copy_of is None else {}
       weights.add(output.name, start, part, inputs)
       progress(part.nbytes)
 

@@ -20,7 +20,7 @@ from jaxmerge.io.huggingface import folder, shard_writer
 from jaxmerge.report import card
 
 
-def transcribe(
+def write_checkpoint(
   part: pathlib.Path, weights: shard_writer.Growing, progress: Callable[[int], None]
 ) -> None:
   """Makes a checkpoint of the shards."""
@@ -90,8 +90,8 @@ def _job(plan: Plan, number: int) -> dict[str, Any]:
   job = plan.jobs[number]
   return {
     "job": number + 1,
-    "method": job.words,
-    **({"recipe": job.asked} if job.asked else {}),
+    "method": job.spec,
+    **({"recipe": job.recipe} if job.recipe else {}),
     "numbers": _numbers(job),
     "models": job.models,
     "seed": job.seed,
@@ -104,7 +104,7 @@ def _numbers(job: Job) -> dict[str, Any]:
   """The method's numbers: its own, or those that it was given for all tensors or for each."""
   from jaxmerge.core import stage  # With jax, which a dry run does without.
 
-  every = {**stage.hparams(job.method()), **job.numbers}
+  every = {**stage.hparams(job.method()), **job.hparams}
   return {name: _plain(x, len(job.models)) for name, x in every.items() if name != "seed"}
 
 

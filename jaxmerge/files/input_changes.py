@@ -22,7 +22,7 @@ from jaxmerge.io.huggingface import shard_writer
 from jaxmerge.io.tensors.tensor import Tensor
 
 
-def stamped(plan: Plan) -> dict[str, list[int]]:
+def journal_stamps(plan: Plan) -> dict[str, list[int]]:
   """Returns the stamps of a plan's inputs as a journal has them.
 
   Without the device: its number is another one after a restart, or on another node of a cluster.
@@ -44,7 +44,7 @@ def check(plan: Plan, done: Mapping[str, Any], part: pathlib.Path) -> None:
   """
   known: dict[str, str] = {}
   for output in plan.outputs:
-    if output.name not in done or output.same is not None:
+    if output.name not in done or output.copy_of is not None:
       continue
     before = done[output.name].get("inputs", {})
     for tensor in (output.base, *output.models):
@@ -56,13 +56,13 @@ def check(plan: Plan, done: Mapping[str, Any], part: pathlib.Path) -> None:
         raise shard_writer.Replaced(part, tensor.where)
 
 
-def same(plan: Plan, done: Mapping[str, Any], part: pathlib.Path) -> bool:
+def are_unchanged(plan: Plan, done: Mapping[str, Any], part: pathlib.Path) -> bool:
   """Tells whether a folder that is complete was made of the inputs as they are now."""
   before = shard_writer.stamps(part)
-  if before and all(own == stamped(plan) for own in before):
+  if before and all(own == journal_stamps(plan) for own in before):
     return True
   try:
-    check(tied_weights.tied(plan), done, part)
+    check(tied_weights.share_twins(plan), done, part)
   except shard_writer.Replaced:
     return False
   return True
@@ -71,7 +71,7 @@ def same(plan: Plan, done: Mapping[str, Any], part: pathlib.Path) -> bool:
 def digest(tensor: Tensor) -> str:
   """Returns the checksum of a tensor, read in the parts in which a merge reads it."""
   found, size = xxhash.xxh3_128(), math.prod(tensor.shape)
-  step = plan.entries(1)
+  step = plan.slice_entries(1)
   for start in range(0, max(size, 1), step):
     part = np.empty(min(step, size - start), tensor.dtype)
     tensor.read(start, part)

@@ -52,7 +52,7 @@ def split(reference: str | os.PathLike[str]) -> Reference:
   return Reference(*hub.split(parts[0]), tuple(hub.split(part) for part in parts[1:]))
 
 
-def opened(
+def open_reference(
   own: Reference,
   files: Files,
   find: hub.Finder,
@@ -74,35 +74,35 @@ def opened(
   """
   found = find(own.path, own.revision)
   model = open_model(found.folder, files, name=name, home=found.home)
-  return adapted(model, own, files, find, rename)
+  return add_adapters(model, own, files, find, rename)
 
 
-def adapted(
+def add_adapters(
   model: plans.Model,
   own: Reference,
   files: Files,
   find: hub.Finder,
   rename: Mapping[str, str] | None = None,
 ) -> plans.Model:
-  """Adds the adapters of a reference to a model; arguments as for `opened`.
+  """Adds the adapters of a reference to a model; arguments as for `open_reference`.
 
   The model has the tokenizer and the chat template of an adapter whose folder holds them.
   """
   brought: dict[str, adapter_inputs.Text] = {}
   for path, revision in own.adapters:
     added = find(path, revision)
-    model = adapter_inputs.added(model, added.folder, files, home=added.home, rename=rename)
-    texts = adapter_inputs.tokenizer(added.folder, model.folder)
+    model = adapter_inputs.add_adapter(model, added.folder, files, home=added.home, rename=rename)
+    texts = adapter_inputs.tokenizer_files(added.folder, model.folder)
     if other := [n for n in texts if n in brought and brought[n] != texts[n]]:
       raise ValueError(f"{added.folder}: its {other[0]} is not that of the adapter before it.")
     brought |= texts
     if texts:
       note = f"{model.name} has the tokenizer files of {added.home or added.folder}."
       model = model._replace(texts={**model.texts, **texts}, notes=(*model.notes, note))
-  return name_variants.renamed(model, rename or {})
+  return name_variants.rename(model, rename or {})
 
 
-def every(
+def open_all(
   references: Iterable[tuple[str, str | os.PathLike[str]]],
   files: Files,
   find: hub.Finder,
@@ -113,7 +113,7 @@ def every(
   wrong: list[OSError | ValueError] = []
   for name, reference in references:
     try:
-      made.append(opened(split(reference), files, find, name, rename))
+      made.append(open_reference(split(reference), files, find, name, rename))
     except (OSError, ValueError) as error:
       wrong.append(error)
   if len(wrong) == 1:
@@ -123,7 +123,7 @@ def every(
   return made
 
 
-def foreseen(name: str, plan: plans.Plan) -> plans.Model:
+def planned_model(name: str, plan: plans.Plan) -> plans.Model:
   """Returns the model that a plan will make: it can be planned with, and not be read."""
 
   def read(start: int, out: np.ndarray) -> None:
@@ -168,10 +168,10 @@ def with_ties(opened: plans.Model) -> plans.Model:
   )
 
 
-def names(paths: Sequence[str]) -> list[str]:
+def short_names(paths: Sequence[str]) -> list[str]:
   """Returns what models are called: the ends of their paths, as long as it takes to differ.
 
-  >>> names(["runs/chat", "runs/code/"]), names(["runs/chat/last", "runs/code/last"])
+  >>> short_names(["runs/chat", "runs/code/"]), short_names(["runs/chat/last", "runs/code/last"])
   (['chat', 'code'], ['chat/last', 'code/last'])
 
   Raises:

@@ -26,7 +26,7 @@ Record = dict[str, Any]
 PART = 2**22  # Bytes that are read at a time.
 
 
-def described(path: str | os.PathLike[str]) -> Record:
+def inspect(path: str | os.PathLike[str]) -> Record:
   """Describes a model, a merged model, a checkpoint or a PEFT adapter, from headers and manifests.
 
   Returns:
@@ -72,11 +72,11 @@ def described(path: str | os.PathLike[str]) -> Record:
   return record
 
 
-def hashed(record: Record, progress: Callable[[int], None] = lambda count: None) -> Record:
+def add_checksums(record: Record, progress: Callable[[int], None] = lambda count: None) -> Record:
   """Reads the weights once: adds `xxh3_128` to each tensor, and `equal`, lists of names.
 
   Args:
-    record: of `described`.
+    record: of `inspect`.
     progress: called with the number of bytes that were read.
   """
   files = Files()
@@ -95,7 +95,9 @@ def hashed(record: Record, progress: Callable[[int], None] = lambda count: None)
   return {**record, "tensors": tensors, "equal": [g for g in groups.values() if len(g) > 1]}
 
 
-def checked(record: Record, progress: Callable[[int], None] = lambda count: None) -> Record:
+def compare_checksums(
+  record: Record, progress: Callable[[int], None] = lambda count: None
+) -> Record:
   """Reads the weights, and adds `check`: how they compare with the checksums of the provenance.
 
   It has the number of tensors that are the `same`, and the names of those that are `changed`,
@@ -106,7 +108,7 @@ def checked(record: Record, progress: Callable[[int], None] = lambda count: None
     ValueError: where it has no checksums.
   """
   _, recorded = _provenance(pathlib.Path(record["folder"]))
-  record = hashed(record, progress)
+  record = add_checksums(record, progress)
   found = {tensor["name"]: tensor["xxh3_128"] for tensor in record["tensors"]}
   both = found.keys() & recorded.keys()
   check = {

@@ -28,7 +28,7 @@ from jaxmerge.files import (
   tied_weights,
 )
 from jaxmerge.files import plan as plans
-from jaxmerge.files.plan import Job, Model, Plan, Want
+from jaxmerge.files.plan import Job, Model, Plan, TensorRequest
 from jaxmerge.io.huggingface import folder, hub
 from jaxmerge.io.tensors import safetensors
 from jaxmerge.io.tensors.tensor import Files
@@ -37,12 +37,12 @@ MISSING = ("error", "base", "mean", "skip")
 BASE = "the base"  # What it is called.
 
 
-def checked(
+def check_options(
   names: Sequence[str], models: int, *, base: bool, dtype: Any, missing: str
 ) -> np.dtype | None:
   """Checks what is said beside the models, before any of them is opened.
 
-  >>> checked(["chat", "code"], 2, base=False, dtype="float16", missing="mean")
+  >>> check_options(["chat", "code"], 2, base=False, dtype="float16", missing="mean")
   dtype('float16')
 
   Args:
@@ -83,7 +83,7 @@ def _floating(said: Any) -> np.dtype:
   return known[name]
 
 
-def planned(
+def plan_merge(
   job: Job,
   base: Model | None,
   models: Sequence[Model],
@@ -99,35 +99,34 @@ def planned(
     base: the base.
     models: the models to be merged.
     dtype: of the result's floating tensors; None: as in the base, or in the first model.
-    missing: as for `assemble.assemble`.
-    allow: as for `compatibility.compared`.
+    missing: as for `assemble.make_plan`.
+    allow: as for `compatibility.compare`.
 
   Raises:
     errors.Problems: naming every tensor and model that do not fit.
   """
-  donor, *rest = name_variants.alike([*([] if base is None else [base]), *models])
+  donor, *rest = name_variants.align([*([] if base is None else [base]), *models])
   models = [donor, *rest] if base is None else rest
-  wants = [
-    Want(name, donor.part(name), tuple(m.part(name) for m in models), raw=base is None)
-    for name in sorted({name for m in (donor, *models) for name in m.tensors})
-  ]
+  names = sorted({name for m in (donor, *models) for name in m.tensors})
+  parts = ((n, donor.part(n), tuple(m.part(n) for m in models)) for n in names)
+  wants = [TensorRequest(*each, of_weights=base is None) for each in parts]
   told = misfits.lines(wants, (donor, *models), missing)
-  fit = compatibility.compared(wants, (donor, *models), allow=allow, tokens=True)
+  fit = compatibility.compare(wants, (donor, *models), allow=allow, tokens=True)
   told += fit.unless(told)
-  plan = assemble.assemble(
+  plan = assemble.make_plan(
     wants, [job], (donor, *models), dtype=dtype, missing=missing, misfits=told
   )
-  said = () if dtype else assemble.rounded(plan)
+  said = () if dtype else assemble.note_rounding(plan)
   plan = plan._replace(notes=(*plan.notes, *fit.notes, *said))
   changed = folder.stated(donor.config, dtype.name) if dtype and donor.config else donor.config
-  plan, changed = tied_weights.settled(plan, donor, changed)
+  plan, changed = tied_weights.resolve_ties(plan, donor, changed)
   if changed != donor.config:
     text = json.dumps(changed, indent=2) + "\n"
     plan = plan._replace(texts={**plan.texts, folder.CONFIG: text})
-  return remote_code.settled(plan, (donor, *models))
+  return remote_code.refer_to_code(plan, (donor, *models))
 
 
-def laid_out(plan: Plan, method: Any, layout: layouts.Said | None) -> Plan:
+def resolve_layout(plan: Plan, method: Any, layout: layouts.Said | None) -> Plan:
   """Settles how the tensors of a plan's first job lie, which a method merges.
 
   Raises:
@@ -205,17 +204,17 @@ def merge_files(
     arguments.refuse_weights(method, "merge_files(method, models, out, base=...)", zeros)
   models, names = arguments.paths(models, names)
   called = [display.readable(str(pathlib.Path(m))) for m in models] if names is None else [*names]
-  kept = checked(called, len(models), base=base is not None, dtype=dtype, missing=missing)
+  kept = check_options(called, len(models), base=base is not None, dtype=dtype, missing=missing)
   files, find = Files(), hub.Finder(download=download)
   try:
     references = [*zip(called, models, strict=True)]
     references += [] if base is None else [(BASE, base)]
-    each = inputs.every(references, files, find, rename)
+    each = inputs.open_all(references, files, find, rename)
     start = None if base is None else each.pop()
     said, numbers = arguments.described(method, arguments.hparams(hparams, None), words)
     job = plans.Job(lambda: method, said, tuple(called), numbers, seed)
-    plan = planned(job, start, each, dtype=kept, missing=missing, allow=allow)
-    plan = laid_out(plan, method, layout)
+    plan = plan_merge(job, start, each, dtype=kept, missing=missing, allow=allow)
+    plan = resolve_layout(plan, method, layout)
     plan = plan._replace(facts={**plan.facts, **find.facts}, stamps=dict(files.stamps))
     made = execute.run(plan, out, **options)
   finally:

@@ -5,129 +5,133 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
-from jaxmerge.files.assemble import there
-from jaxmerge.files.plan import Model, Part, Want
+from jaxmerge.files.assemble import parts_present
+from jaxmerge.files.plan import InputTensor, Model, TensorRequest
 from jaxmerge.io.tensors import safetensors
 
-FEW = 3  # As many tensors are told one by one.
+FEW = 3  # As many tensors have a line each.
 _MOST = 6  # Patterns of names in a line.
 
 Pair = tuple[str, str]  # The names of two models: the one to go by, and the other.
 
 
-def lines(wants: Sequence[Want], models: Sequence[Model], missing: str) -> list[str]:
-  """Says what does not fit: other architectures, parts that are missing or of other shapes.
+def lines(requests: Sequence[TensorRequest], models: Sequence[Model], missing: str) -> list[str]:
+  """Lists what does not fit: other architectures, tensors that are missing or of other shapes.
 
   Of models that differ in architecture nothing else is said: no tensor of theirs belongs together.
 
   >>> import pathlib
-  >>> own = Model("a", pathlib.Path(), {}, ())
-  >>> lines([Want("w", None, (Part("a", "w", None),))], [own], "mean")
+  >>> model = Model("a", pathlib.Path(), {}, ())
+  >>> lines([TensorRequest("w", None, (InputTensor("a", "w", None),))], [model], "mean")
   ["tensor 'w' is wanted of a, which has none; with `missing: skip` it is left out."]
 
   Args:
-    wants: the tensors of the result.
+    requests: the tensors of the result.
     models: all inputs, the donor first.
     missing: what becomes of a tensor that some models lack.
   """
-  lacking, misshapen = _lacking(wants), _misshapen(wants)
-  idle = [] if missing == "error" else list(_idle(wants, missing))
+  lacking, misshapen = _lacking(requests), _misshapen(requests)
+  idle = [] if missing == "error" else list(_idle(requests, missing))
   unlike = _unlike(models, {name for pair in (*lacking, *misshapen) for name in pair})
-  strangers = {name for name, line in unlike.items() if line.endswith(_FOREIGN)}
+  strangers = {name for name, (_, foreign) in unlike.items() if foreign}
   if missing != "error" and not idle:  # The others may have what these lack.
-    unlike = {name: line for name, line in unlike.items() if name in strangers}
-  told = [*unlike.values(), *_absent(wants, missing)]
+    unlike = {name: unlike[name] for name in unlike if name in strangers}
+  problems = [*(line for line, _ in unlike.values()), *_absent(requests, missing)]
   if missing == "error":
-    told += _lines_of_lacking(lacking, strangers, wants)
-  told += _lines_of_shapes(misshapen, strangers)
-  return told + idle
+    problems += _lines_of_lacking(lacking, strangers, requests)
+  problems += _lines_of_shapes(misshapen, strangers)
+  return problems + idle
 
 
-def grouped(names: Iterable[str]) -> str:
-  """Returns names in one line: numbers as `*`, with how many there are of each kind.
+def group_names(names: Iterable[str]) -> str:
+  """Writes names in one line: numbers as `*`, with how many there are of each kind.
 
-  >>> grouped(["layers.0.up.weight", "layers.1.up.weight", "norm.weight"])
+  >>> group_names(["layers.0.up.weight", "layers.1.up.weight", "norm.weight"])
   'layers.*.up.weight (2), norm.weight'
   """
   kinds = [re.sub(r"(?<![^./])\d+(?![^./])", "*", name) for name in names]
   for depth in (9, 4, 3, 2, 1):
-    found: dict[str, list[str]] = {}
+    groups: dict[str, list[str]] = {}
     for kind in kinds:
-      found.setdefault("".join(re.split(r"([./])", kind)[: 2 * depth - 1]), []).append(kind)
-    if len(found) <= _MOST:
+      groups.setdefault("".join(re.split(r"([./])", kind)[: 2 * depth - 1]), []).append(kind)
+    if len(groups) <= _MOST:
       break
-  ordered = sorted(found.items(), key=lambda item: -len(item[1]))
+  ordered = sorted(groups.items(), key=lambda item: -len(item[1]))
   words = [
-    (own[0] if len(set(own)) == 1 else f"{head}.**") + (f" ({len(own)})" if len(own) > 1 else "")
-    for head, own in ordered[:_MOST]
+    (group[0] if len(set(group)) == 1 else f"{head}.**")
+    + (f" ({len(group)})" if len(group) > 1 else "")
+    for head, group in ordered[:_MOST]
   ]
-  rest = sum(len(own) for _, own in ordered[_MOST:])
+  rest = sum(len(group) for _, group in ordered[_MOST:])
   return ", ".join(words) + (f" and {rest} more" if rest else "")
 
 
-def _named(want: Want) -> list[Part]:
-  return [p for p in (want.base, *want.models) if p is not None]
+def _inputs(request: TensorRequest) -> list[InputTensor]:
+  return [p for p in (request.base, *request.models) if p is not None]
 
 
-def _absent(wants: Sequence[Want], missing: str) -> Iterator[str]:
-  for want in wants if missing != "skip" else ():
-    if not there(want):
-      text = f"tensor {want.name!r} is wanted of {_named(want)[0].model}, which has none"
+def _absent(requests: Sequence[TensorRequest], missing: str) -> Iterator[str]:
+  for request in requests if missing != "skip" else ():
+    if not parts_present(request):
+      text = f"tensor {request.name!r} is wanted of {_inputs(request)[0].model}, which has none"
       yield f"{text}; with `missing: skip` it is left out."
 
 
-def _lacking(wants: Sequence[Want]) -> dict[Pair, list[str]]:
-  """The tensors that a model lacks, and the first that has them."""
-  found: dict[Pair, list[str]] = {}
-  for want in wants:
-    own = there(want)
-    for p in _named(want) if own else ():
+def _lacking(requests: Sequence[TensorRequest]) -> dict[Pair, list[str]]:
+  """Returns the tensors that a model lacks, by the first model that has them and this one."""
+  lacking: dict[Pair, list[str]] = {}
+  for request in requests:
+    present = parts_present(request)
+    for p in _inputs(request) if present else ():
       if p.tensor is None:
-        found.setdefault((own[0].model, p.model), []).append(p.name)
-  return found
+        lacking.setdefault((present[0].model, p.model), []).append(p.name)
+  return lacking
 
 
 def _lines_of_lacking(
-  found: Mapping[Pair, Sequence[str]], strangers: set[str], wants: Sequence[Want]
+  lacking: Mapping[Pair, Sequence[str]], strangers: set[str], requests: Sequence[TensorRequest]
 ) -> Iterator[str]:
   others: dict[tuple[str, tuple[str, ...]], list[str]] = {}
-  for (first, other), names in found.items():
+  for (first, other), names in lacking.items():
     if not {first, other} & strangers:
       others.setdefault((first, tuple(names)), []).append(other)
   hint = "`missing` says what to do: base, mean or skip"
-  for (first, names), lacking in others.items():
-    where = " and ".join(lacking)
+  for (first, names), models in others.items():
+    where = " and ".join(models)
     if len(names) <= FEW:
       yield from (f"tensor {n!r} is in {first} but not in {where}; {hint}." for n in names)
       continue
-    every = sum(any(p.model == first for p in there(want)) for want in wants)
-    end = f"; {hint}" if len(names) < every else "; `rename` gives a model's tensors other names"
-    yield f"{len(names)} of {every} tensors of {first} are not in {where}: {grouped(names)}{end}."
+    count = sum(any(p.model == first for p in parts_present(request)) for request in requests)
+    end = f"; {hint}" if len(names) < count else "; `rename` gives a model's tensors other names"
+    text = f"{len(names)} of {count} tensors of {first} are not in {where}"
+    yield f"{text}: {group_names(names)}{end}."
 
 
-def _misshapen(wants: Sequence[Want]) -> dict[Pair, list[tuple[Part, Part]]]:
-  """Parts of another shape or kind than the first of a tensor's parts."""
-  found: dict[Pair, list[tuple[Part, Part]]] = {}
-  for want in wants:
-    for p in there(want)[1:]:
-      first = there(want)[0]
+def _misshapen(
+  requests: Sequence[TensorRequest],
+) -> dict[Pair, list[tuple[InputTensor, InputTensor]]]:
+  """Returns input tensors of another shape or kind than the first for the same tensor."""
+  misshapen: dict[Pair, list[tuple[InputTensor, InputTensor]]] = {}
+  for request in requests:
+    for p in parts_present(request)[1:]:
+      first = parts_present(request)[0]
       if _mismatch(first, p):
-        found.setdefault((first.model, p.model), []).append((first, p))
-  return found
+        misshapen.setdefault((first.model, p.model), []).append((first, p))
+  return misshapen
 
 
 def _lines_of_shapes(
-  found: Mapping[Pair, Sequence[tuple[Part, Part]]], strangers: set[str]
+  misshapen: Mapping[Pair, Sequence[tuple[InputTensor, InputTensor]]], strangers: set[str]
 ) -> Iterator[str]:
-  for (first, other), parts in found.items():
+  for (first, other), parts in misshapen.items():
     if {first, other} & strangers:
       continue
     yield from (f"{_mismatch(*pair)}." for pair in parts[:FEW])
     if more := [p.name for _, p in parts[FEW:]]:
-      yield f"{len(more)} more tensors do not fit between {other} and {first}: {grouped(more)}."
+      yield f"{len(more)} more tensors do not fit between {other} and {first}: {group_names(more)}."
 
 
-def _mismatch(first: Part, p: Part) -> str:
+def _mismatch(first: InputTensor, p: InputTensor) -> str:
   """Says how a part differs from the first; empty where it fits."""
   ours, theirs = first.tensor, p.tensor
   if ours is None or theirs is None:
@@ -148,50 +152,54 @@ def _vocabulary(ours: tuple[int, ...], theirs: tuple[int, ...]) -> str:
   return ""
 
 
-def _idle(wants: Sequence[Want], missing: str) -> Iterator[str]:
-  """Finds jobs, and models of them, of which nothing would be merged: all would be copied."""
-  jobs: dict[int, list[Want]] = {}
-  for want in wants:
-    if want.models and any(safetensors.is_floating(p.tensor.dtype) for p in there(want)):  # type: ignore[union-attr]
-      jobs.setdefault(want.job, []).append(want)
-  for own in jobs.values():
-    members = dict.fromkeys(p.model for want in own for p in want.models)
-    merged = [p for want in own for p in _together(want, missing)]
+def _idle(requests: Sequence[TensorRequest], missing: str) -> Iterator[str]:
+  """Yields lines on jobs, or models of them, of which nothing would be merged."""
+  jobs: dict[int, list[TensorRequest]] = {}
+  for request in requests:
+    floating = (p.tensor and safetensors.is_floating(p.tensor.dtype) for p in _inputs(request))
+    if request.models and any(floating):
+      jobs.setdefault(request.job, []).append(request)
+  for group in jobs.values():
+    members = dict.fromkeys(p.model for request in group for p in request.models)
+    merged = [p for request in group for p in _together(request, missing)]
     lazy = [m for m in members if not any(p.model == m for p in merged)]
     if lazy:
       which = "" if len(lazy) == len(members) else f"of {' and '.join(lazy)} "
-      every = dict.fromkeys(p.model for want in own for p in _named(want))
-      text = (
-        f"nothing {which}would be merged: of {len(own)} tensors, {grouped(w.name for w in own)},"
-      )
-      yield f"{text} none is in all of {', '.join(every)}, and `missing: {missing}` only copies."
+      models = ", ".join(dict.fromkeys(p.model for request in group for p in _inputs(request)))
+      names = group_names(request.name for request in group)
+      text = f"nothing {which}would be merged: of {len(group)} tensors, {names},"
+      yield f"{text} none is in all of {models}, and `missing: {missing}` only copies."
 
 
-def _together(want: Want, missing: str) -> list[Part]:
-  """The models' parts of a tensor that are merged with each other, or with a base."""
-  parts = [p for p in want.models if p.tensor is not None]
-  if len(parts) == len(want.models) and (want.raw or there(want)[0] is want.base):
+def _together(request: TensorRequest, missing: str) -> list[InputTensor]:
+  """Returns the models' input tensors that are merged with each other, or with a base."""
+  parts = [p for p in request.models if p.tensor is not None]
+  if len(parts) == len(request.models) and (
+    request.of_weights or parts_present(request)[0] is request.base
+  ):
     return parts
   return parts if missing == "mean" and len(parts) > 1 else []
 
 
-_FOREIGN = "models of one architecture can be merged."
+def _unlike(models: Sequence[Model], apart: Collection[str]) -> dict[str, tuple[str, bool]]:
+  """Finds the models of another architecture than the donor, by their configs.
 
-
-def _unlike(models: Sequence[Model], apart: Collection[str]) -> dict[str, str]:
-  """Says which of some models are, by their configs, of another architecture than the donor."""
-  donor, told = models[0], {}
+  Returns:
+    A line for each, and whether it is foreign: of another type, with few tensors in common.
+  """
+  donor, unlike = models[0], {}
   for m in models[1:]:
     (name, kind), (other, another) = _architecture(donor), _architecture(m)
-    foreign, differs = _differ(kind, another), _differ(name, other)
-    if m.name not in apart or not (foreign or differs):
+    other_kind, other_name = _differ(kind, another), _differ(name, other)
+    if m.name not in apart or not (other_kind or other_name):
       continue
     same = sum(n in m.tensors and m.tensors[n].shape == t.shape for n, t in donor.tensors.items())
     words = [f"{a} ({b})" if a and b else str(a or b) for a, b in ((name, kind), (other, another))]
     text = f"{donor.name} is {words[0]}, {m.name} is {words[1]}: {same} of {len(donor.tensors)}"
-    end = f"; {_FOREIGN}" if foreign and 2 * same < len(donor.tensors) else "."
-    told[m.name] = f"{text} tensors are in both, of one shape{end}"
-  return told
+    foreign = other_kind and 2 * same < len(donor.tensors)
+    end = "; models of one architecture can be merged." if foreign else "."
+    unlike[m.name] = f"{text} tensors are in both, of one shape{end}", foreign
+  return unlike
 
 
 def _differ(one: str | None, other: str | None) -> bool:

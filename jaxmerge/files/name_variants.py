@@ -17,7 +17,7 @@ _COPIES = (
 )
 
 
-def alike(models: Sequence[Model]) -> list[Model]:
+def align(models: Sequence[Model]) -> list[Model]:
   """Returns models whose tensors go by the names that the first of them has for them.
 
   A norm's `gamma` and `beta` are its `weight` and `bias`. Names that differ by a prefix that is
@@ -45,7 +45,7 @@ def _respelt(model: Model, donor: Model) -> Model:
   return _called(model, names)
 
 
-def renamed(model: Model, table: Mapping[str, str]) -> Model:
+def rename(model: Model, table: Mapping[str, str]) -> Model:
   """Returns a model with other names: by what they begin with, see `io.names.renamed`.
 
   Raises:

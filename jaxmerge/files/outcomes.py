@@ -9,7 +9,7 @@ import collections
 from collections.abc import Mapping, Sequence
 from typing import Any  # Counts are JSON: a number, or numbers by reason.
 
-from jaxmerge.files.plan import Job, Outcome, Plan, called
+from jaxmerge.files.plan import Job, Outcome, Plan, job_name
 from jaxmerge.io.huggingface.folder import ARROW
 
 Counts = Mapping[str, Any]
@@ -52,7 +52,7 @@ def _moves(outcome: Outcome) -> bool:
 
 def _words(outcome: Outcome, jobs: Sequence[Job]) -> str:
   """Describes an outcome without the name of the tensor that it goes into."""
-  job = "" if outcome.job is None else called(jobs, outcome.job)
+  job = "" if outcome.job is None else job_name(jobs, outcome.job)
   match outcome.kind:
     case "tied" if outcome.reason:
       return f"tied to {outcome.target}, {outcome.reason}"

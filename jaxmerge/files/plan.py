@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple  # Any: a method, which only a drive
 import numpy as np
 
 from jaxmerge.catalog import lookup
+from jaxmerge.catalog.entry import Entry
 from jaxmerge.core import layouts
 from jaxmerge.core.precision import Precision
 from jaxmerge.io.disk.stamps import Stamp
@@ -41,7 +42,7 @@ class Outcome(NamedTuple):
 Outcomes = Mapping[str, Mapping[str, tuple[Outcome, ...]]]
 
 
-class Part(NamedTuple):
+class InputTensor(NamedTuple):
   """An input tensor and its model; `tensor` is None if the model has none of that name."""
 
   model: str
@@ -79,50 +80,60 @@ class Model(NamedTuple):
   texts: Mapping[str, str | bytes | None] = {}
   notes: tuple[str, ...] = ()
 
-  def part(self, name: str) -> Part:
+  def part(self, name: str) -> InputTensor:
     """Returns one of its tensors by name, or that it has none."""
-    return Part(self.name, name, self.tensors.get(name, self.tied.get(name)))
+    return InputTensor(self.name, name, self.tensors.get(name, self.tied.get(name)))
 
 
 class Job(NamedTuple):
-  """Tensors that one method merges: statistics over the tree are over these.
+  """A merge of some tensors by one method: statistics over the tree are over these.
 
   Attributes:
     method: () -> the method; called when there is work to do.
-    words: the method and its settings, as plain JSON.
+    spec: the method and its settings, as plain JSON.
     models: names of the models.
-    numbers: the method's numbers by name: for all, or by tensor.
+    hparams: the method's hyperparameters by name: for all tensors, or by tensor.
     seed: for random masks.
     layout: matrix views by tensor.
-    asked: what a recipe says of it, before it is this library's method: the name, under `method`,
-      and parameters: for all, for each model, or by tensor.
+    recipe: method and parameters as a recipe names them, before they are this library's: the name
+      under `method`, and values for all, for each model, or by tensor.
   """
 
   method: Callable[[], Any]
-  words: Any
+  spec: Any
   models: tuple[str, ...]
-  numbers: Mapping[str, Any] = {}
+  hparams: Mapping[str, Any] = {}
   seed: int | None = None
   layout: layouts.Table = layouts.NONE
-  asked: Mapping[str, Any] = {}
+  recipe: Mapping[str, Any] = {}
+
+  @property
+  def name(self) -> str | None:
+    """Name of the method in its spec; None where the spec is no mapping."""
+    return str(self.spec["method"]) if isinstance(self.spec, Mapping) else None
+
+  @property
+  def entry(self) -> Entry | None:
+    """Entry of the method in the catalog; None for one that is not published."""
+    return None if self.name is None else lookup.METHODS.get(self.name)
 
 
-class Want(NamedTuple):
-  """A tensor of the result, before it is known whether its parts are there and fit.
+class TensorRequest(NamedTuple):
+  """A tensor that the result should have; its input tensors may be missing, or may not fit.
 
   Attributes:
     name: its name.
     base: what task vectors start from, and what is copied where the models are not merged.
     models: what is merged; none: the base is copied.
     job: which of the jobs merges it.
-    raw: the weights are merged themselves; the base only helps out.
+    of_weights: the weights are merged, not task vectors; the base only helps out.
   """
 
   name: str
-  base: Part | None
-  models: tuple[Part, ...] = ()
+  base: InputTensor | None
+  models: tuple[InputTensor, ...] = ()
   job: int = 0
-  raw: bool = False
+  of_weights: bool = False
 
 
 class Output(NamedTuple):
@@ -135,7 +146,7 @@ class Output(NamedTuple):
     models: the models' tensors, as the job lists them; none where it is copied.
     job: which job merges it; None: it is copied from the base.
     precision: what it is merged in; None: float32 or wider.
-    same: a tensor of the result whose bytes it gets; None: it has its own.
+    copy_of: a tensor of the result whose bytes it gets, if any.
   """
 
   name: str
@@ -144,7 +155,7 @@ class Output(NamedTuple):
   models: tuple[Tensor, ...]
   job: int | None
   precision: Precision | None = None
-  same: str | None = None
+  copy_of: str | None = None
 
   @property
   def shape(self) -> tuple[int, ...]:
@@ -157,10 +168,10 @@ class Output(NamedTuple):
     return math.prod(self.shape) * self.dtype.itemsize
 
 
-def entries(models: int) -> int:
-  """Returns how many entries of each of some models, and of the base, are in a slice.
+def slice_entries(models: int) -> int:
+  """Returns how many entries a slice has of each model, and of the base.
 
-  >>> entries(1) == entries(3) == 2**20, entries(20) == 2**17
+  >>> entries(1) == slice_entries(3) == 2**20, slice_entries(20) == 2**17
   (True, True)
   """
   return 1 << (ENTRIES // max(models + 1, 4)).bit_length() - 1
@@ -194,13 +205,13 @@ class Plan(NamedTuple):
   stamps: Mapping[pathlib.Path, Stamp] = {}
 
   @property
-  def read(self) -> int:
+  def bytes_read(self) -> int:
     """Bytes of the inputs that one reading takes."""
     parts = [t for o in self.outputs for t in (o.base, *o.models) if t is not None]
     return sum(math.prod(t.shape) * t.dtype.itemsize for t in parts)
 
   @property
-  def written(self) -> int:
+  def bytes_written(self) -> int:
     """Bytes of the tensors of the result."""
     return sum(o.size for o in self.outputs)
 
@@ -210,12 +221,11 @@ class Plan(NamedTuple):
     return folder.shards(sizes, limit, folder.modules(self.donor))
 
 
-def called(jobs: Sequence[Job], index: int) -> str:
+def job_name(jobs: Sequence[Job], index: int) -> str:
   """Names a job by its method, where that has a name, and by its number, from 1.
 
-  >>> called([Job(lambda: None, {"method": "ties", "density": 0.2}, ("chat", "code"))], 0)
+  >>> job_name([Job(lambda: None, {"method": "ties", "density": 0.2}, ("chat", "code"))], 0)
   'ties, job 1'
   """
-  words = jobs[index].words
-  name = words.get("method") if isinstance(words, Mapping) else None
-  return f"{name}, job {index + 1}" if name in lookup.METHODS else f"job {index + 1}"
+  job = jobs[index]
+  return f"job {index + 1}" if job.entry is None else f"{job.name}, job {index + 1}"

@@ -14,7 +14,7 @@ _MAP, _PIPELINES = "auto_map", "custom_pipelines"
 _FILES = tuple(name for name in folder.COPIED if name.endswith("config.json") and "/" not in name)
 
 
-def settled(plan: Plan, models: Sequence[Model]) -> Plan:
+def refer_to_code(plan: Plan, models: Sequence[Model]) -> Plan:
   """Returns a plan whose result says where the code of its classes is.
 
   Of a model of the hub that is `owner/name--file.Class`, which transformers follows. Of a folder it

@@ -24,7 +24,7 @@ def identity(plan: Plan, shards: Mapping[str, Sequence[str]], out_format: str) -
     "outputs": [[o.name, o.dtype.name, o.shape, o.job, o.precision] for o in plan.outputs],
     "sources": [[t.where for t in (o.base, *o.models) if t is not None] for o in plan.outputs],
     "jobs": [
-      [j.words, j.models, fingerprint.fingerprint(j.numbers), j.seed, j.layout.plain()]
+      [j.spec, j.models, fingerprint.fingerprint(j.hparams), j.seed, j.layout.plain()]
       for j in plan.jobs
     ],
     "shards": shards,
@@ -37,7 +37,7 @@ def identity(plan: Plan, shards: Mapping[str, Sequence[str]], out_format: str) -
   return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-def check_begun(
+def check_unfinished(
   plan: Plan, out: pathlib.Path, *, shard_size: int, out_format: str, anew: bool = False
 ) -> None:
   """Raises ValueError where an interrupted merge of other inputs or settings lies beside `out`.
@@ -68,7 +68,9 @@ def check_place(plan: Plan, out: pathlib.Path) -> None:
       )
 
 
-def holds(out: pathlib.Path, plan: Plan, shard_size: int, out_format: str, nonfinite: bool) -> bool:
+def is_result(
+  out: pathlib.Path, plan: Plan, shard_size: int, out_format: str, nonfinite: bool
+) -> bool:
   """Tells whether a folder is what a plan makes, by a merge that lets NaN pass, or does not."""
   if not (out / folder.PROVENANCE).is_file():
     return False
@@ -78,13 +80,13 @@ def holds(out: pathlib.Path, plan: Plan, shard_size: int, out_format: str, nonfi
     return False
   tensors = _tensors(out, facts)
   fine = all(shard_writer.counts(own, nonfinite) for own in tensors.values())
-  return fine and input_changes.same(plan, tensors, out)
+  return fine and input_changes.are_unchanged(plan, tensors, out)
 
 
 def vouch(out: pathlib.Path, plan: Plan, shard_size: int, out_format: str) -> None:
   """Writes down in a result, which is an input of another merge, which files it was made of."""
   own = identity(plan, plan.shards(shard_size), out_format)
-  shard_writer.vouch(out, own, input_changes.stamped(plan))
+  shard_writer.vouch(out, own, input_changes.journal_stamps(plan))
 
 
 def _tensors(home: pathlib.Path, facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -103,7 +105,7 @@ def _stamp(plan: Plan, path: pathlib.Path) -> list[int]:
   return [stamp.size, stamp.modified]
 
 
-def whole(
+def finished_digests(
   part: pathlib.Path,
   plan: Plan,
   identity: str,
@@ -131,7 +133,7 @@ def whole(
   if out_format != "safetensors":
     shard_writer.strip(part, shards, out_format)  # Else the shards might be taken for the result.
   try:
-    found = inspection.checked(inspection.described(part))["check"]
+    found = inspection.compare_checksums(inspection.inspect(part))["check"]
   except (FileNotFoundError, ValueError):  # It was damaged meanwhile, and is made again.
     return None
   if found["changed"] or found["missing"] or found["added"]:
@@ -139,6 +141,6 @@ def whole(
   tensors = _tensors(part, facts)
   if not all(shard_writer.counts(own, nonfinite) for own in tensors.values()):
     return None
-  if not input_changes.same(plan, tensors, part):
+  if not input_changes.are_unchanged(plan, tensors, part):
     return None
   return {n: {k: v for k, v in own.items() if k != "job"} for n, own in tensors.items()}

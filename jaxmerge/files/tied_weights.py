@@ -13,7 +13,9 @@ from jaxmerge.io.huggingface import tied as tied_names
 from jaxmerge.io.tensors.tensor import Tensor
 
 
-def settled(plan: Plan, donor: Model, config: Mapping[str, Any]) -> tuple[Plan, dict[str, Any]]:
+def resolve_ties(
+  plan: Plan, donor: Model, config: Mapping[str, Any]
+) -> tuple[Plan, dict[str, Any]]:
   """Returns a plan, and the config of its result, that agree about what is tied.
 
   A head that the donor ties to its embedding, and that is the embedding in all other models too,
@@ -76,7 +78,7 @@ def _replaced(outcomes: Outcomes, ties: Mapping[str, Outcome]) -> Outcomes:
   }
 
 
-def tied(plan: Plan) -> Plan:
+def share_twins(plan: Plan) -> Plan:
   """Merges a tensor once that is there twice, so that the two stay one whatever the method.
 
   Those are tensors of two or more axes, outside of layers, that one job merges with the same
@@ -96,7 +98,9 @@ def tied(plan: Plan) -> Plan:
       others.append(output)
     else:
       same[output.name] = twin.name
-  outputs = (o._replace(job=None, same=same[o.name]) if o.name in same else o for o in plan.outputs)
+  outputs = (
+    o._replace(job=None, copy_of=same[o.name]) if o.name in same else o for o in plan.outputs
+  )
   ties = {n: Outcome("tied", target=twin, reason="its equal") for n, twin in same.items()}
   outcomes = _replaced(plan.outcomes, ties)
   return plan._replace(outputs=tuple(outputs), outcomes=outcomes) if same else plan
@@ -108,7 +112,7 @@ def _in_layers(name: str) -> bool:
 
 def _kind(plan: Plan, output: Output) -> object:
   """What tensors must have in common before their entries are compared."""
-  numbers = plan.jobs[output.job].numbers if output.job is not None else {}
+  numbers = plan.jobs[output.job].hparams if output.job is not None else {}
   own = [
     (n, np.asarray(v[output.name]).tolist()) for n, v in numbers.items() if isinstance(v, dict)
   ]

@@ -166,8 +166,8 @@ def plan(
   def foreseen(name: str, plan: plans.Plan) -> plans.Model:
     place = shard_writer.stage_of(out, name)
     stages[name] = place, plan
-    if not resume.holds(place, plan, *_kind(settings)):
-      return inputs.foreseen(name, plan)
+    if not resume.is_result(place, plan, *_kind(settings)):
+      return inputs.planned_model(name, plan)
     done.add(name)  # By a merge that was interrupted later.
     return inputs.open_model(place, files, name=name, home=name)
 
@@ -182,7 +182,7 @@ def plan(
   with errors.noted(full):
     begun = [place for place, _ in stages.values()]
     begun += [shard_writer.part_of(place) for place, _ in every]
-    needed = sum(estimate.room(plan, _format(place, out, settings)) for place, plan in every)
+    needed = sum(estimate.disk_space(plan, _format(place, out, settings)) for place, plan in every)
     shard_writer.check_room(out, needed, begun=begun)
   errors.check([*found, *full] if found else [])
   places = tuple(place for place, _ in stages.values())
@@ -247,7 +247,7 @@ def _problems(
       kind = _format(place, out, settings)
       with errors.noted(found):
         size, anew = settings.shard_size, not used <= done
-        resume.check_begun(plan, place, shard_size=size, out_format=kind, anew=anew)
+        resume.check_unfinished(plan, place, shard_size=size, out_format=kind, anew=anew)
   return found
 
 
@@ -281,7 +281,7 @@ def execute(planned: Planned, files: Files, progress: Progress | None = None) ->
 
   def made(name: str, plan: plans.Plan) -> plans.Model:
     stage = next(left)
-    if not resume.holds(stage, plan, *_kind(settings)):
+    if not resume.is_result(stage, plan, *_kind(settings)):
       told = count(name, estimate.work(plan))
       run(plan, stage, replace=True, progress=told)
       resume.vouch(stage, plan, *_kind(settings)[:2])

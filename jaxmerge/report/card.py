@@ -118,11 +118,11 @@ def _method(method: Mapping[str, Any]) -> str:
   settings = {k: v for k, v in method["settings"].items() if k != "words"}
   if entry is None and method["method"] != "mean":
     settings["fingerprint of its code"] = method["method"]
-  asked = {"in the recipe": method["asked"]} if method.get("asked") else {}
+  recipe = {"in the recipe": method["recipe"]} if method.get("recipe") else {}
   facts = {
     "models": ", ".join(method["models"]),
-    **asked,
-    **method["numbers"],
+    **recipe,
+    **method["hparams"],
     **dict(page.flat(settings)),
   }
   if method["seed"] is not None:

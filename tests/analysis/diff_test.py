@@ -223,10 +223,10 @@ def test_kinds(name, kind):
 
 
 def test_names_are_as_long_as_it_takes():
-  assert inputs.names(["a/b/last", "a/c/last", "x"]) == ["b/last", "c/last", "x"]
-  assert inputs.names([".", "/"]) == [".", "/"]
+  assert inputs.short_names(["a/b/last", "a/c/last", "x"]) == ["b/last", "c/last", "x"]
+  assert inputs.short_names([".", "/"]) == [".", "/"]
   with pytest.raises(ValueError, match="a/b/ is given twice"):
-    inputs.names(["a/b/", "a/b"])
+    inputs.short_names(["a/b/", "a/b"])
 
 
 # --- What is refused ---

@@ -10,6 +10,7 @@ import jaxmerge
 from jaxmerge import methods
 from jaxmerge.catalog import lookup
 from jaxmerge.core import interpreter, stage
+from jaxmerge.core.records import Rank
 from jaxmerge.drivers import slice_programs, slices, streaming
 
 TIES = methods.ties(0.3, rule="exact")
@@ -224,6 +225,8 @@ def test_the_catalog_says_how_often_models_are_read(name):
   method = getattr(methods, name)()
   measured = sum(len(list(streaming._batches(step))) for step in method)
   assert lookup.METHODS[name].reads == 1 + measured
+  ranks = any(isinstance(s, Rank) for step in method for s in step.reductions)
+  assert lookup.METHODS[name].ranks == ranks
 
 
 def test_leaves_that_are_measured_alone_are_merged_before_the_next_is_read():

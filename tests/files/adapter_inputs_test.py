@@ -63,7 +63,7 @@ def write(folder, tensors, **config):
 
 def opened(path, *adapters, rename=None):
   reference = inputs.split("+".join(map(str, (path, *adapters))))
-  return inputs.opened(reference, Files(), hub.Finder(), "m", rename)
+  return inputs.open_reference(reference, Files(), hub.Finder(), "m", rename)
 
 
 def values(model, name):
@@ -201,10 +201,10 @@ def test_a_template_in_the_settings_of_an_adapter_replaces_that_of_the_base(tmp_
   (tmp_path / "base" / "chat_template.jinja").write_text("base")
   write(tmp_path / "adapter", lora(UP, (12, 6)))
   tokenizer(tmp_path / "adapter", "a")
-  found = adapter_inputs.tokenizer(tmp_path / "adapter", tmp_path / "base")
+  found = adapter_inputs.tokenizer_files(tmp_path / "adapter", tmp_path / "base")
   assert "chat_template.jinja" not in found, "the adapter has none: that of the base stays"
   (tmp_path / "adapter" / "tokenizer_config.json").write_text('{"chat_template": "own"}')
-  found = adapter_inputs.tokenizer(tmp_path / "adapter", tmp_path / "base")
+  found = adapter_inputs.tokenizer_files(tmp_path / "adapter", tmp_path / "base")
   assert found["chat_template.jinja"] is None
 
 
@@ -360,7 +360,7 @@ def experts():
 def test_experts_in_one_tensor_are_those_in_a_matrix_each(turn):
   one, other = experts()[::turn]
   donor, model = model_of("a", one), model_of("b", other)
-  _, found = name_variants.alike([donor, model])
+  _, found = name_variants.align([donor, model])
   assert found.tensors.keys() == donor.tensors.keys()
   for name, x in one.items():
     np.testing.assert_array_equal(values(found, name), x)
@@ -378,7 +378,7 @@ def test_an_adapter_of_fused_experts_fits_a_base_with_a_matrix_each(tmp_path):
   }
   config = {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
   path = write(tmp_path / "adapter", parts, **config)
-  found = [adapter_inputs.added(model_of("m", own), path, Files()) for own in (fused, single)]
+  found = [adapter_inputs.add_adapter(model_of("m", own), path, Files()) for own in (fused, single)]
   whole, each = ({n: values(m, n) for n in m.tensors} for m in found)
   gate_up = whole[f"{EXPERTS}.gate_up_proj"]
   assert (gate_up != fused[f"{EXPERTS}.gate_up_proj"]).any()
@@ -392,7 +392,7 @@ def test_an_adapter_of_fused_experts_fits_a_base_with_a_matrix_each(tmp_path):
 def test_an_adapter_of_single_experts_fits_a_base_that_has_them_fused(tmp_path):
   fused, single = experts()
   path = write(tmp_path / "adapter", lora(f"{EXPERTS}.1.up_proj", (3, 4)))
-  found = [adapter_inputs.added(model_of("m", own), path, Files()) for own in (fused, single)]
+  found = [adapter_inputs.add_adapter(model_of("m", own), path, Files()) for own in (fused, single)]
   gate_up = values(found[0], f"{EXPERTS}.gate_up_proj")
   np.testing.assert_array_equal(gate_up[1, 3:], values(found[1], f"{EXPERTS}.1.up_proj.weight"))
   np.testing.assert_array_equal(gate_up[0], fused[f"{EXPERTS}.gate_up_proj"][0])

@@ -10,7 +10,7 @@ import pytest
 from jaxmerge import errors, methods
 from jaxmerge.cli import main
 from jaxmerge.files import compatibility, merge
-from jaxmerge.files.plan import Model, Part, Want
+from jaxmerge.files.plan import InputTensor, Model, TensorRequest
 from jaxmerge.io.tensors.tensor import Files
 from jaxmerge.recipe.plan import planner
 
@@ -34,7 +34,7 @@ def model(name, config, folder="none", **texts):
 
 
 def compared(*models, allow=(), wants=(), tokens=True):
-  return compatibility.compared(wants, models, allow=allow, tokens=tokens)
+  return compatibility.compare(wants, models, allow=allow, tokens=tokens)
 
 
 @pytest.mark.parametrize(
@@ -152,7 +152,9 @@ def test_tokens_in_another_order_are_told(theirs, words):
   other = {"tokenizer.json": tokenizer("a", "b", "c", added=["<|im_start|>"])}
   named = (("base", base), ("n", other), ("m", {"tokenizer.json": theirs}))
   models = [model(n, {}, **texts) for n, texts in named]
-  want = Want("lm_head.weight", None, tuple(Part(m.name, "lm_head.weight", None) for m in models))
+  want = TensorRequest(
+    "lm_head.weight", None, tuple(InputTensor(m.name, "lm_head.weight", None) for m in models)
+  )
   (*lines,), notes = compared(*models, wants=[want])
   assert notes[0].startswith("n has tokens that base lacks, '<|im_start|>': so")
   assert len(notes) == 1 + ("<tool>" in theirs or "version" in theirs)
@@ -248,7 +250,11 @@ def test_settings_that_one_config_leaves_to_its_class_are_noted():
 
 
 def test_tokenizers_that_cannot_be_compared_or_cut_otherwise_are_noted():
-  wants = [Want("lm_head.weight", None, tuple(Part(n, "lm_head.weight", None) for n in "ab"))]
+  wants = [
+    TensorRequest(
+      "lm_head.weight", None, tuple(InputTensor(n, "lm_head.weight", None) for n in "ab")
+    )
+  ]
   texts = [{"tokenizer.model": b"A"}, {"tokenizer.model": b"B"}]
   same = [model(n, {}, **texts[0]) for n in "ab"]
   assert compared(*same, wants=wants) == ((), ())

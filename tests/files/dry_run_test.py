@@ -62,7 +62,7 @@ def test_what_is_read_and_written_is_told_in_bytes(family, capsys):
   ]
   assert any(line.startswith("job 1: 12 tensors of 2 models, read 3 times, {") for line in lines)
   plan = plan_of(TIES)
-  assert (plan.written, plan.read) == (4 * FLOATS + INTEGERS, 3 * 4 * FLOATS + INTEGERS)
+  assert (plan.bytes_written, plan.bytes_read) == (4 * FLOATS + INTEGERS, 3 * 4 * FLOATS + INTEGERS)
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_memory_is_that_of_slices_and_not_of_models():
   def needed(*names, **words):
     parts = {n: Tensor(n, np.dtype(np.float16), shapes[n], None) for n in names}
     outputs = tuple(plan.Output(n, t.dtype, t, (), 0) for n, t in parts.items())
-    own = job._replace(words=job.words | words)
+    own = job._replace(spec=job.spec | words)
     return estimate.memory(plan.Plan(outputs, (own,), {}, pathlib.Path(), frozenset()))
 
   start = 240_000_000
@@ -131,14 +131,14 @@ def test_as_much_is_read_as_a_dry_run_says(family, capsys, text, readings):
   )
   execute.run(plan._replace(outputs=outputs), "done", entries=16)
   copied = sum(o.size for o in outputs if o.job is None)
-  assert sum(counts) == readings * (plan.read - copied) + copied
+  assert sum(counts) == readings * (plan.bytes_read - copied) + copied
   often = f", read {readings} times" if readings > 1 else ""
   assert f" models{often}, {{" in next(x for x in said(capsys, text) if x.startswith("job 1: "))
 
 
 def test_notes_of_a_plan_are_in_dry_run_card_and_provenance(family, tmp_path):
   plan = plan_of(SUM)._replace(notes=("a | note",))
-  assert describe.described(plan, shard_size=10**6)[-1] == "note: a | note"
+  assert describe.dry_run(plan, shard_size=10**6)[-1] == "note: a | note"
   out = execute.run(plan, tmp_path / "out")
   assert "## Notes\n\n- a \\| note\n" in (out / "README.md").read_text()
   assert json.loads((out / execute.PROVENANCE).read_text())["notes"] == ["a | note"]

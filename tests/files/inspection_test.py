@@ -47,7 +47,7 @@ def merged(path, tensors=TENSORS, **changes):
 
 
 def test_headers_say_what_there_is(tmp_path):
-  record = inspection.described(model(tmp_path / "m"))
+  record = inspection.inspect(model(tmp_path / "m"))
   names = ["ids", "layers.2.b", "layers.2.w", "layers.10.w"]
   assert [t["name"] for t in record["tensors"]] == names
   assert record["tensors"][2] == {
@@ -73,7 +73,7 @@ def test_files_are_counted(tmp_path):
   for file, names in shards.items():
     safetensors.save(path / file, {n: TENSORS[n] for n in names})
   (path / folder.INDEX).write_text(folder.index(shards, dict.fromkeys(TENSORS, 0)))
-  record = inspection.described(path)
+  record = inspection.inspect(path)
   assert record["files"] == [{"name": f, "bytes": (path / f).stat().st_size} for f in shards]
   assert {t["name"]: t["file"] for t in record["tensors"]}["ids"] == "model-2.safetensors"
 
@@ -88,18 +88,18 @@ def test_files_are_counted(tmp_path):
   ],
 )
 def test_ties_that_the_config_declares(tmp_path, config, tied):
-  assert inspection.described(model(tmp_path / "m", config=config))["tied"] is tied
+  assert inspection.inspect(model(tmp_path / "m", config=config))["tied"] is tied
 
 
 def test_a_config_is_not_needed(tmp_path):
   path = model(tmp_path / "m")
   (path / folder.CONFIG).unlink()
-  assert inspection.described(path)["tied"] is None
+  assert inspection.inspect(path)["tied"] is None
 
 
 def test_tensors_that_share_the_bytes_of_another(tmp_path):
   metadata = {"format": "pt", "head": "layers.2.w", "layers.2.b": "layers.2.w", "lost": "nowhere"}
-  record = inspection.described(model(tmp_path / "m", metadata=metadata))
+  record = inspection.inspect(model(tmp_path / "m", metadata=metadata))
   assert record["shared"] == {"head": "layers.2.w"}
 
 
@@ -110,8 +110,8 @@ def test_checksums_are_of_the_bytes_and_find_ties(tmp_path, monkeypatch):
   more = {"a": same, "b": same.copy(), "c": same.reshape(2, 4), "d": same.view(np.int32)}
   none = {"e": np.zeros(0, np.float32), "f": np.zeros(0, np.float32)}
   tensors, counts = {**TENSORS, **more, **none}, []
-  record = inspection.described(model(tmp_path / "m", tensors))
-  found = inspection.hashed(record, counts.append)
+  record = inspection.inspect(model(tmp_path / "m", tensors))
+  found = inspection.add_checksums(record, counts.append)
   for tensor in found["tensors"]:
     expected = xxhash.xxh3_128(tensors[tensor["name"]].tobytes()).hexdigest()
     assert tensor["xxh3_128"] == expected
@@ -122,23 +122,23 @@ def test_checksums_are_of_the_bytes_and_find_ties(tmp_path, monkeypatch):
 
 
 def test_a_merged_model_is_as_recorded(tmp_path):
-  record = inspection.described(merged(tmp_path / "m"))
+  record = inspection.inspect(merged(tmp_path / "m"))
   assert record["provenance"]["method"] == {"name": "ties"}
   assert "tensors" not in record["provenance"]
-  check = inspection.checked(record)["check"]
+  check = inspection.compare_checksums(record)["check"]
   assert check == {"same": 4, "changed": [], "missing": [], "added": []}
 
 
 def test_what_is_not_as_recorded_is_named(tmp_path):
   path = merged(tmp_path / "m", **{"layers.2.b": "0" * 32, "gone": "0" * 32, "ids": None})
-  check = inspection.checked(inspection.described(path))["check"]
+  check = inspection.compare_checksums(inspection.inspect(path))["check"]
   assert check == {"same": 2, "changed": ["layers.2.b"], "missing": ["gone"], "added": ["ids"]}
 
 
 def test_what_the_driver_writes_is_as_recorded(tmp_path):
   paths = [model(tmp_path / name) for name in ("base", "one", "two")]
   out = merge.merge_files(methods.average(), paths[1:], tmp_path / "out", base=paths[0])
-  record = inspection.checked(inspection.described(out))
+  record = inspection.compare_checksums(inspection.inspect(out))
   assert record["check"] == {"same": 4, "changed": [], "missing": [], "added": []}
   assert set(record["provenance"]["inputs"]) == {"the base", str(paths[1]), str(paths[2])}
   assert "input the base: 3 base of average, job 1, 1 copied from the base" in inspection_text.text(
@@ -151,13 +151,13 @@ def test_a_damaged_provenance_is_named(tmp_path, tensors):
   path = merged(tmp_path / "m")
   (path / folder.PROVENANCE).write_text(json.dumps({"tensors": tensors}))
   with pytest.raises(ValueError, match=r"jaxmerge_provenance\.json: tensors must map names"):
-    inspection.described(path)
+    inspection.inspect(path)
 
 
 def test_a_model_without_provenance_cannot_be_checked(tmp_path):
-  record = inspection.described(model(tmp_path / "m"))
+  record = inspection.inspect(model(tmp_path / "m"))
   with pytest.raises(FileNotFoundError, match=r"jaxmerge_provenance\.json: no such file; only"):
-    inspection.checked(record)
+    inspection.compare_checksums(record)
 
 
 def lora(path):
@@ -170,18 +170,18 @@ def lora(path):
 
 
 def test_adapters(tmp_path):
-  record = inspection.hashed(inspection.described(lora(tmp_path / "a")))
+  record = inspection.add_checksums(inspection.inspect(lora(tmp_path / "a")))
   assert (record["kind"], record["parameters"]) == ("adapter", 14)
   assert record["adapter"]["r"] == 2
   assert len(record["tensors"][0]["xxh3_128"]) == 32
   (tmp_path / "a" / adapter.WEIGHTS).unlink()
   with pytest.raises(FileNotFoundError, match=r"adapter_model\.safetensors is not there"):
-    inspection.described(tmp_path / "a")
+    inspection.inspect(tmp_path / "a")
 
 
 def test_a_missing_folder_is_named(tmp_path):
   with pytest.raises(FileNotFoundError, match="none: no such folder"):
-    inspection.described(tmp_path / "none")
+    inspection.inspect(tmp_path / "none")
 
 
 # --- The command ---
@@ -240,7 +240,7 @@ def test_the_command_shows_adapters(capsys, tmp_path):
 def test_json_is_the_record(capsys, tmp_path):
   path = model(tmp_path / "m")
   assert main.main(["inspect", str(path), "--json"]) == 0
-  assert json.loads(capsys.readouterr().out) == inspection.described(path)
+  assert json.loads(capsys.readouterr().out) == inspection.inspect(path)
 
 
 def test_errors_are_one_line(capsys, tmp_path):

@@ -326,18 +326,18 @@ def test_the_config_may_change_and_the_weights_may_not(tmp_path):
   out = files_merge.merge_files(one, [tmp_path / "base"], tmp_path / "out", out_format="orbax")
   (out / "config.json").write_text("{}")
   (out / "README.md").write_text("A model.")
-  record = inspection.checked(inspection.described(out))
+  record = inspection.compare_checksums(inspection.inspect(out))
   assert record["kind"] == "checkpoint"
   assert record["check"]["same"] == len(record["tensors"])
   flip(array_file(out))
   with pytest.raises(ValueError, match="fails its checksum"):
-    inspection.hashed(record)
+    inspection.add_checksums(record)
 
 
 def test_inspect_and_diff_take_checkpoints(tmp_path):
   named = run(tmp_path / "w/checkpoints/atm", 1, 2)
   run(tmp_path / "v", 1)
-  record = inspection.hashed(inspection.described(tmp_path / "w"))
+  record = inspection.add_checksums(inspection.inspect(tmp_path / "w"))
   assert record["folder"] == str(tmp_path / "w/checkpoints/atm/2")
   assert {t["name"]: t["shape"] for t in record["tensors"]} == {
     n: list(x.shape) for n, x in named.items()

@@ -38,13 +38,13 @@ def plan(text, **options):
 
 def test_the_dry_run_shows_what_is_asked_for_and_what_is_done():
   made = plan(DARE)
-  lines = describe.described(made, shard_size=10**9)
+  lines = describe.dry_run(made, shard_size=10**9)
   asked = "density 0.53 (m0), from 0.25 to 0.75 (m1), by tensor; rescale true; normalize false"
   assert f"  in the recipe: dare_ties; weight 0.4 (m0), 0.3 (m1); {asked}; lambda 1" in lines
   done = "drop_rate 0.47 (m0), from 0.25 to 0.75 (m1), by tensor"
   assert f"  here: weight 0.4 (m0), 0.3 (m1); scale 1; {done}" in lines
-  assert describe.summary(made)["methods"][0]["asked"].startswith("dare_ties; weight 0.4 (m0)")
-  assert made.jobs[0].asked["method"] == "dare_ties"
+  assert describe.summary(made)["methods"][0]["recipe"].startswith("dare_ties; weight 0.4 (m0)")
+  assert made.jobs[0].recipe["method"] == "dare_ties"
 
 
 DIFFERENT = {
@@ -97,7 +97,7 @@ def test_all_that_differs_has_words(method, rescale):
 def test_the_flag_is_what_the_key_is(tmp_path):
   """`--compat mergekit`: the same tensors as with the key, recorded, and no note of differences."""
   keyed, flagged = plan(TIES + "compat: mergekit"), plan(TIES, compat="mergekit")
-  assert flagged.jobs[0].words == keyed.jobs[0].words != plan(TIES).jobs[0].words
+  assert flagged.jobs[0].spec == keyed.jobs[0].spec != plan(TIES).jobs[0].spec
   assert flagged.facts["compat"] == "mergekit"
   assert "compat" not in keyed.facts
   assert main.main(["merge", "recipe.yml", "flag", "--compat", "mergekit"]) == 0

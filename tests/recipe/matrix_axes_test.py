@@ -93,7 +93,7 @@ def test_files_lie_as_models_in_memory_do(tmp_path, monkeypatch):
   expected = jaxmerge.merge(methods.tsv(), models, base)
   plan = plan_of(TSV)
   line = "2 boi (experts), 1 no matrix (lookup), 1 no matrix (vector), 1 oi (weight)"
-  assert f"  outputs and inputs: {line}" in describe.described(plan, shard_size=10**9)
+  assert f"  outputs and inputs: {line}" in describe.dry_run(plan, shard_size=10**9)
   found = folders.read(execute.run(plan, "out"))
   called = folders.read(merge.merge_files(methods.tsv(), ["m0", "m1"], "called", base="base"))
   for name, x in expected.items():

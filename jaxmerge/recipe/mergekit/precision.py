@@ -83,7 +83,7 @@ def computed(recipe: Recipe, plan: Plan) -> Plan:
     if not safetensors.is_floating(output.dtype):
       return output
     dtype = common(recipe, [t for t in (output.base, *output.models) if t is not None])
-    words = None if output.job is None else plan.jobs[output.job].words
+    words = None if output.job is None else plan.jobs[output.job].spec
     method = words["method"] if isinstance(words, dict) else "passthrough"
     kept = stored(recipe) or dtype
     return output._replace(precision=narrowed(method, dtype), dtype=kept)

@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxmerge.core import layouts
 from jaxmerge.files import plan
-from jaxmerge.files.plan import Job, Part, Want
+from jaxmerge.files.plan import InputTensor, Job, TensorRequest
 from jaxmerge.io.tensors.tensor import Tensor
 from jaxmerge.recipe import parameters
 from jaxmerge.recipe.errors import Problem, RecipeError
@@ -30,7 +30,7 @@ class Work(NamedTuple):
     notes: what is not as in mergekit, a line for each method.
   """
 
-  wants: list[Want]
+  wants: list[TensorRequest]
   jobs: list[Job]
   notes: tuple[str, ...]
 
@@ -113,7 +113,7 @@ def wanted(
     kinds.setdefault(own.kind, []).append(own)
   jobs: list[Job] = []
   notes: dict[int, str | None] = {}
-  wants: dict[str, Want] = {}
+  wants: dict[str, TensorRequest] = {}
   for members in kinds.values():
     translation, notes[len(jobs)] = _translated(recipe, members, models)
     jobs.append(_job(recipe, translation, members, models, rules))
@@ -124,13 +124,15 @@ def wanted(
     name = row.tensor.name
     if parameters.excluded(recipe, row.tensor):
       own_base = models[row.group.base] if row.group.base else donor
-      wants[name] = Want(name, own_base.part(row.in_base))
+      wants[name] = TensorRequest(name, own_base.part(row.in_base))
     elif name not in wants:  # Its parameters are wrong; whether its parts fit is told all the same.
       pairs = zip(row.group.sources, row.names, strict=True)
       parts = tuple(models[s.model].part(n) for s, n in pairs)
       # The base of slices is one of their sources.
       base = row.group.base if not row.group.sliced else None
-      wants[name] = Want(name, models[base].part(name) if base else None, parts, raw=True)
+      wants[name] = TensorRequest(
+        name, models[base].part(name) if base else None, parts, of_weights=True
+      )
   told = dict.fromkeys(line for line in notes.values() if line is not None)
   return Work([wants[row.tensor.name] for row in rows], jobs, tuple(told))
 
@@ -227,18 +229,18 @@ def _shapes(models: Opened, settled: Sequence[Settled]) -> matrix_axes.Shapes:
 
 def _want(
   translation: translate.Translation, own: Settled, models: Opened, job: int, missing: Missing
-) -> Want:
+) -> TensorRequest:
   group, name = own.row.group, own.row.tensor.name
 
-  def part(i: int) -> Part:
+  def part(i: int) -> InputTensor:
     model = models[group.sources[i].model]
     return model.part(own.row.names[i])
 
   parts = [part(i) for i in own.merged]
   if translation.method == "passthrough" and own.given()["scale"] == (1.0,):
     if parts[0].tensor is None and missing == "base" and group.base is not None:
-      return Want(name, models[group.base].part(own.row.in_base))
-    return Want(name, parts[0])
+      return TensorRequest(name, models[group.base].part(own.row.in_base))
+    return TensorRequest(name, parts[0])
   base = None
   if group.base is not None:
     listed = [i for i, s in enumerate(group.sources) if s.model == group.base]
@@ -248,4 +250,4 @@ def _want(
     base = part(listed[0]) if listed else apart
   if translation.pair and base is not None:
     parts.insert(0, base)
-  return Want(name, base, tuple(parts), job, translation.raw)
+  return TensorRequest(name, base, tuple(parts), job, translation.raw)

@@ -73,7 +73,7 @@ def unfit(recipe: Recipe, jobs: Sequence[Job], shapes: Shapes) -> Iterator[Probl
   by_method: dict[Any, dict[str, layouts.Rule]] = {}
   for job in jobs:
     held = {name: rule for rule, names in job.layout.groups for name in names}
-    by_method.setdefault((job.words["method"], layouts.unit_of(job.words)), {}).update(held)
+    by_method.setdefault((job.spec["method"], layouts.unit_of(job.spec)), {}).update(held)
   for (_, unit), found in by_method.items():
     if problem := layouts.unfit(unit, found, sizes):
       text = problem + layouts.advice(unit, found, sizes, _item, " ")

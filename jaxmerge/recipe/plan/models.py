@@ -50,11 +50,11 @@ def opener(files: Files, *, download: bool = False) -> Opener:
 
   def opened(model: Model, rename: Rename) -> plan.Model:
     with _placed(model):
-      return inputs.opened(reference(model), files, find, str(model), rename)
+      return inputs.open_reference(reference(model), files, find, str(model), rename)
 
   def adapted(model: Model, made: plan.Model, rename: Rename) -> plan.Model:
     with _placed(model):
-      own = inputs.adapted(made, reference(model), files, find, rename)
+      own = inputs.add_adapters(made, reference(model), files, find, rename)
       return own._replace(name=str(model))
 
   def papers(model: Model) -> Papers:
@@ -64,7 +64,7 @@ def opener(files: Files, *, download: bool = False) -> Opener:
     for path, revision in model.adapters:
       added = find(path, revision, weights=False).folder
       files.note(folder.small(added))
-      texts |= adapter_inputs.tokenizer(added, home)
+      texts |= adapter_inputs.tokenizer_files(added, home)
     return Papers(home, texts)
 
   return Opener(opened, adapted, papers, find)

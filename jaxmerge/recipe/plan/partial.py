@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from jaxmerge import errors
 from jaxmerge.files import misfits
-from jaxmerge.files.plan import Want
+from jaxmerge.files.plan import TensorRequest
 from jaxmerge.recipe import parameters
 from jaxmerge.recipe.errors import Problem, RecipeError
 from jaxmerge.recipe.plan import rows as result_rows
@@ -53,7 +53,9 @@ def _told(recipe: Recipe, models: Opened, rows: list[Row], kept: list[Row]) -> I
       yield from error.problems
 
 
-def _want(row: Row, models: Opened) -> Want:
+def _want(row: Row, models: Opened) -> TensorRequest:
   name, group = row.tensor.name, row.group
   parts = tuple(models[s.model].part(name) for s in group.sources)
-  return Want(name, models[group.base].part(name) if group.base else None, parts, raw=True)
+  return TensorRequest(
+    name, models[group.base].part(name) if group.base else None, parts, of_weights=True
+  )

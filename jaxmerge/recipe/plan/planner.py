@@ -20,7 +20,7 @@ from jaxmerge.files import (
   tied_weights,
 )
 from jaxmerge.files import plan as plans
-from jaxmerge.files.inputs import foreseen
+from jaxmerge.files.inputs import planned_model
 from jaxmerge.files.plan import Plan
 from jaxmerge.io.huggingface import folder
 from jaxmerge.io.huggingface.vocabulary import Papers
@@ -42,7 +42,7 @@ RECIPE = "jaxmerge_recipe.yml"
 def of_file(
   path: str | os.PathLike[str],
   files: Files,
-  made: Callable[[str, Plan], plans.Model] = foreseen,
+  made: Callable[[str, Plan], plans.Model] = planned_model,
   *,
   download: bool = False,
   strict: bool = False,
@@ -72,7 +72,7 @@ def of_text(
   text: str,
   name: str,
   files: Files,
-  made: Callable[[str, Plan], plans.Model] = foreseen,
+  made: Callable[[str, Plan], plans.Model] = planned_model,
   *,
   download: bool = False,
   strict: bool = False,
@@ -107,7 +107,7 @@ def of_text(
       known = {n: {"plan": own.get("plan")} for n, own in there.items() if n in recipe.uses}
       plan = _dated(plan, results, files, {"earlier": known} if known else {})
       earlier[str(recipe.name)] = plan
-      results[str(recipe.name)] = (foreseen if found else made)(str(recipe.name), plan)
+      results[str(recipe.name)] = (planned_model if found else made)(str(recipe.name), plan)
   last = _tried(recipes[-1], of(recipes[-1]), papers, results, found)
   recipe_errors.check(found)
   (plan,) = last
@@ -188,7 +188,7 @@ def _spelt(recipe: Recipe, opened: Opened) -> dict[Model, plans.Model]:
   """The models, with the donor's names for what they call otherwise."""
   first = _donor(recipe)
   order = [first, *(m for m in opened if m != first)]
-  return dict(zip(order, name_variants.alike([opened[m] for m in order]), strict=True))
+  return dict(zip(order, name_variants.align([opened[m] for m in order]), strict=True))
 
 
 def planned(
@@ -240,12 +240,12 @@ def planned(
   known = [w for w in work.wants if not (uneven and embeddings.wanted(w))]
   inputs = [donor, *(m for m in models.values() if m is not donor)]
   lines = misfits.lines(known, inputs, recipe.missing)
-  fit = compatibility.compared(known, inputs, allow=recipe.allow, tokens=recipe.tokenizer is None)
+  fit = compatibility.compare(known, inputs, allow=recipe.allow, tokens=recipe.tokenizer is None)
   lines += fit.unless(lines)
   if found:
     found += [errors.Problems(lines)] if lines else []
     recipe_errors.check(found)
-  plan = assemble.assemble(
+  plan = assemble.make_plan(
     work.wants,
     work.jobs,
     inputs,
@@ -258,8 +258,8 @@ def planned(
   if recipe.compat == "mergekit":
     plan = precision.computed(recipe, plan)
   if precision.stored(recipe) is None:
-    plan = plan._replace(notes=(*plan.notes, *assemble.rounded(plan)))
-  plan, changed = tied_weights.settled(plan, donor, built.config(changed))
+    plan = plan._replace(notes=(*plan.notes, *assemble.note_rounding(plan)))
+  plan, changed = tied_weights.resolve_ties(plan, donor, built.config(changed))
   own = {} if changed == config else {folder.CONFIG: json.dumps(changed, indent=2) + "\n"}
   # A donor that is still to be made has other files than its folder.
   texts = {**donor.texts, **own, **built.texts}
@@ -267,4 +267,4 @@ def planned(
   told = (f"line {p.place.line}: {p.text}" for p in (*recipe.ignored, *vain))
   notes = (*told, *work.notes, *plan.notes)
   plan = plan._replace(texts=texts, outcomes=built.outcomes(plan.outcomes), notes=notes)
-  return remote_code.settled(plan, inputs)
+  return remote_code.refer_to_code(plan, inputs)

@@ -39,7 +39,7 @@ def named(name: str, tensor: Tensor) -> bool:
   return len(tensor.shape) == 2 and layers.is_input(name) and not _OTHERS.search(name)
 
 
-def wanted(want: plan.Want) -> bool:
+def wanted(want: plan.TensorRequest) -> bool:
   """Tells whether any of the parts of what is wanted is called so."""
   parts = [p for p in (want.base, *want.models) if p is not None]
   return any(p.tensor is not None and named(p.name, p.tensor) for p in parts)
