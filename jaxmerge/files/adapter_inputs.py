@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import os
 import pathlib
+import types
 from collections.abc import Mapping, Sequence
+from types import EllipsisType
 from typing import Any  # What a config.json holds.
 
 from jaxmerge.files.plan import Model, Outcome
@@ -84,11 +87,18 @@ def _outcome(use: adapter.Use) -> Outcome:
   return Outcome("rewritten", target=use.target, reason="adapter, in place of the model's")
 
 
-def tokenizer_files(path: pathlib.Path, base: pathlib.Path) -> dict[str, Text]:
+def tokenizer_files(
+  path: pathlib.Path, base: pathlib.Path, planned: Mapping[str, Text] = types.MappingProxyType({})
+) -> dict[str, Text]:
   """Returns the files of an adapter's tokenizer and chat template, by name.
 
   Those of the model are left out where an adapter has a tokenizer without them; its chat template
   stays where the adapter has none.
+
+  Args:
+    path: folder of the adapter.
+    base: that of the model.
+    planned: files that the model will have beside those of its folder, or in their place.
   """
   found = _texts(path, folder.TOKENIZER)
   templates = _texts(path, _TEMPLATES)
@@ -96,15 +106,19 @@ def tokenizer_files(path: pathlib.Path, base: pathlib.Path) -> dict[str, Text]:
   if not any(path.glob(name) for name in _VOCABULARIES if any(path.glob(name))):
     found = {}
   elif not templates and settings and b"chat_template" in _bytes(settings):
-    templates = dict.fromkeys(_names(base, _TEMPLATES))
+    templates = dict.fromkeys(_names(base, _TEMPLATES, planned))
   if found:
-    found = {**dict.fromkeys(_names(base, folder.TOKENIZER)), **found}
+    found = {**dict.fromkeys(_names(base, folder.TOKENIZER, planned)), **found}
   every = {**found, **templates}
-  return {n: text for n, text in every.items() if not _same(base / n, text)}
+  return {n: text for n, text in every.items() if not _same(base / n, text, planned.get(n, ...))}
 
 
-def _names(path: pathlib.Path, patterns: Sequence[str]) -> list[str]:
-  return [str(p.relative_to(path)) for name in patterns for p in path.glob(name) if p.is_file()]
+def _names(
+  path: pathlib.Path, patterns: Sequence[str], planned: Mapping[str, Text] | None = None
+) -> list[str]:
+  names = [str(p.relative_to(path)) for name in patterns for p in path.glob(name) if p.is_file()]
+  names += [n for n in planned or {} if any(fnmatch.fnmatch(n, name) for name in patterns)]
+  return [n for n in dict.fromkeys(names) if (planned or {}).get(n, "") is not None]
 
 
 def _texts(path: pathlib.Path, patterns: Sequence[str]) -> dict[str, Text]:
@@ -123,7 +137,9 @@ def _bytes(text: Text) -> bytes:
   return text.encode() if isinstance(text, str) else text or b""
 
 
-def _same(path: pathlib.Path, text: Text) -> bool:
+def _same(path: pathlib.Path, text: Text, planned: Text | EllipsisType) -> bool:
+  if planned is not ...:
+    return planned == text if None in (planned, text) else _bytes(planned) == _bytes(text)
   if text is None or not path.is_file():
     return text is None and not path.is_file()
   return path.read_bytes() == _bytes(text)

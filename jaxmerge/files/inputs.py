@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import os
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-import numpy as np
-
 from jaxmerge import display, errors
 from jaxmerge.files import adapter_inputs, name_variants
 from jaxmerge.files import plan as plans
 from jaxmerge.io import formats
-from jaxmerge.io.huggingface import folder, hub, tied
+from jaxmerge.io.huggingface import hub, tied
 from jaxmerge.io.huggingface import reference as reference_text
-from jaxmerge.io.tensors.tensor import Files, NotMade, Tensor
+from jaxmerge.io.tensors.tensor import Files
 
 
 class Reference(NamedTuple):
@@ -89,10 +86,11 @@ def add_adapters(
   The model has the tokenizer and the chat template of an adapter whose folder holds them.
   """
   brought: dict[str, adapter_inputs.Text] = {}
+  planned = model.texts  # Of a model that is still to be made.
   for path, revision in own.adapters:
     added = find(path, revision)
     model = adapter_inputs.add_adapter(model, added.folder, files, home=added.home, rename=rename)
-    texts = adapter_inputs.tokenizer_files(added.folder, model.folder)
+    texts = adapter_inputs.tokenizer_files(added.folder, model.folder, planned)
     if other := [n for n in texts if n in brought and brought[n] != texts[n]]:
       raise ValueError(f"{added.folder}: its {other[0]} is not that of the adapter before it.")
     brought |= texts
@@ -121,20 +119,6 @@ def open_all(
   if wrong:
     raise errors.Problems([str(error) for error in wrong])
   return made
-
-
-def planned_model(name: str, plan: plans.Plan) -> plans.Model:
-  """Returns the model that a plan will make: it can be planned with, and not be read."""
-
-  def read(start: int, out: np.ndarray) -> None:
-    raise NotMade(f"{name} has not been made yet.")
-
-  tensors = {
-    o.name: Tensor(f"{name}: tensor {o.name!r}", o.dtype, o.shape, read) for o in plan.outputs
-  }
-  text = plan.texts.get(folder.CONFIG)
-  config = formats.config(plan.donor) if text is None else json.loads(text)
-  return with_ties(plans.Model(name, plan.donor, tensors, (), config, texts=plan.texts))
 
 
 def open_model(

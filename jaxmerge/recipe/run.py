@@ -16,14 +16,15 @@ from typing import Any, Literal, NamedTuple  # Any: what a recipe holds.
 import yaml
 
 from jaxmerge.evaluation import external
-from jaxmerge.files import estimate, inputs, resume
+from jaxmerge.files import estimate, resume
 from jaxmerge.files import plan as plans
 from jaxmerge.io.checkpoints import arrays
 from jaxmerge.io.disk import atomic, locks
 from jaxmerge.io.huggingface import shard_writer
 from jaxmerge.io.tensors.tensor import Files
 from jaxmerge.recipe import errors
-from jaxmerge.recipe.plan import planner
+from jaxmerge.recipe.plan import steps
+from jaxmerge.recipe.plan.steps import Step
 from jaxmerge.recipe.syntax import schema
 
 Source = str | os.PathLike[str] | Mapping[str, Any] | Sequence[Mapping[str, Any]]
@@ -47,22 +48,26 @@ class Planned(NamedTuple):
   """A recipe that is ready to be merged.
 
   Attributes:
-    text: of the recipe.
-    name: what errors call it.
     out: folder of the result.
     settings: how it is merged.
-    plan: what becomes of every tensor.
-    stages: where the recipes that it builds on are merged, in this order.
+    steps: the recipes of the file, each after those that it builds on; the last makes the result.
     full: an error if the disk has no room; else nothing.
   """
 
-  text: str
-  name: str
   out: pathlib.Path
   settings: Settings
-  plan: plans.Plan
-  stages: tuple[pathlib.Path, ...]
+  steps: tuple[Step, ...]
   full: tuple[Exception, ...]
+
+  @property
+  def plan(self) -> plans.Plan:
+    """Returns what becomes of every tensor, with the plans of the earlier recipes."""
+    return self.steps[-1].plan
+
+  @property
+  def places(self) -> dict[str, pathlib.Path]:
+    """Returns where the results of the earlier recipes lie until all is merged, by name."""
+    return {n: shard_writer.stage_of(self.out, n) for n in self.plan.earlier}
 
 
 def merge_recipe(
@@ -154,52 +159,36 @@ def plan(
   Raises:
     ValueError: for all that is wrong with recipe, models and place together.
   """
-  out, found = pathlib.Path(out), list(noted)
+  out, problems = pathlib.Path(out), list(noted)
   if settings.out_format == "orbax":
     arrays.check_path(out)
   atomic.check_name(out)  # All places beside it are made of its name.
   locks.check(out, shard_writer.running(out))  # What lies there and beside is that merge's.
-  stages: dict[str, tuple[pathlib.Path, plans.Plan]] = {}
-  whole: list[plans.Plan] = []
-  done: set[str] = set()
-
-  def foreseen(name: str, plan: plans.Plan) -> plans.Model:
-    place = shard_writer.stage_of(out, name)
-    stages[name] = place, plan
-    if not resume.is_result(place, plan, *_kind(settings)):
-      return inputs.planned_model(name, plan)
-    done.add(name)  # By a merge that was interrupted later.
-    return inputs.open_model(place, files, name=name, home=name)
-
-  with errors.noted(found):
+  planned = Planned(out, settings, (), ())
+  with errors.noted(problems):
     atomic.check_free(out, settings.replace)
-  with errors.noted(found):
+  with errors.noted(problems):
     text, name = _text(recipe)
-    whole.append(_planned(text, name, files, foreseen, settings, download=settings.download))
-  every = [*stages.values(), *((out, plan) for plan in whole)]
-  found += _problems(every, out, settings, stages.keys(), done)
+    planned = planned._replace(steps=_plan_steps(text, name, settings, files))
   full: list[Exception] = []  # If nothing else is wrong, there is a plan to show.
-  with errors.noted(full):
-    begun = [place for place, _ in stages.values()]
-    begun += [shard_writer.part_of(place) for place, _ in every]
-    needed = sum(estimate.disk_space(plan, _format(place, out, settings)) for place, plan in every)
-    shard_writer.check_room(out, needed, begun=begun)
-  errors.check([*found, *full] if found else [])
-  places = tuple(place for place, _ in stages.values())
-  return Planned(text, name, out, settings, whole[0], places, tuple(full))
+  if planned.steps:
+    problems += _check_places(planned, files)
+    with errors.noted(full):
+      _check_room(planned)
+  errors.check([*problems, *full] if problems else [])
+  return planned._replace(full=tuple(full))
 
 
-def _planned(
-  text: str,
-  name: str,
-  files: Files,
-  made: Callable[[str, plans.Plan], plans.Model],
-  settings: Settings,
-  *,
-  download: bool = False,
-) -> plans.Plan:
-  strict, compat = settings.strict, settings.compat
-  return planner.of_text(text, name, files, made, download=download, strict=strict, compat=compat)
+def _plan_steps(text: str, name: str, settings: Settings, files: Files) -> tuple[Step, ...]:
+  return steps.plan_steps(
+    text,
+    name,
+    files,
+    shard_size=settings.shard_size,
+    download=settings.download,
+    strict=settings.strict,
+    compat=settings.compat,
+  )
 
 
 def _text(recipe: Source | Any) -> tuple[str, str]:
@@ -228,40 +217,51 @@ def _plain(value: Any) -> Any:
   return str(value) if isinstance(value, os.PathLike | str) else value
 
 
-def _problems(
-  every: Sequence[tuple[pathlib.Path, plans.Plan]],
-  out: pathlib.Path,
-  settings: Settings,
-  stages: Any,
-  done: set[str],
-) -> list[Exception]:
-  """What stands in the way at the places of the results."""
-  found: list[Exception] = []
-  for place, plan in every:
-    with errors.noted(found):
-      resume.check_place(plan, out)
-    if settings.resume:
-      # Their names stand before those of adapters.
-      used = {name.split("+")[0] for name in plan.outcomes} & stages
-      used |= set(stages) if place == out else set()
-      kind = _format(place, out, settings)
-      with errors.noted(found):
-        size, anew = settings.shard_size, not used <= done
-        resume.check_unfinished(plan, place, shard_size=size, out_format=kind, anew=anew)
-  return found
+def _check_places(planned: Planned, files: Files) -> list[Exception]:
+  """Returns what stands in the way at the places of the results."""
+  problems: list[Exception] = []
+  complete: set[str] = set()  # By a merge that was interrupted later.
+  for step in planned.steps:
+    with errors.noted(problems):
+      resume.check_place(step.plan, planned.out)
+    is_bound = complete >= step.uses.keys()
+    plan = step.bind(planned.places, files) if is_bound else step.plan
+    if step.result is None:
+      place, out_format = planned.out, planned.settings.out_format
+    else:
+      name, out_format = step.result.model.name, "safetensors"
+      place = planned.places[name]
+      if is_bound and _is_complete(place, plan, planned.settings):
+        step.result.open(place, files)
+        complete.add(name)
+    if planned.settings.resume:
+      with errors.noted(problems):
+        resume.check_unfinished(
+          plan,
+          place,
+          shard_size=planned.settings.shard_size,
+          out_format=out_format,
+          anew=not is_bound,
+        )
+  return problems
 
 
-def _format(place: pathlib.Path, out: pathlib.Path, settings: Settings) -> str:
-  """Results that another recipe builds on are always safetensors."""
-  return settings.out_format if place == out else "safetensors"
+def _check_room(planned: Planned) -> None:
+  """Raises OSError where the disk has no room for what is still to be written."""
+  stages = list(planned.places.values())
+  begun = [*stages, *(shard_writer.part_of(place) for place in (*stages, planned.out))]
+  needed = sum(estimate.disk_space(step.plan, "safetensors") for step in planned.steps[:-1])
+  needed += estimate.disk_space(planned.plan, planned.settings.out_format)
+  shard_writer.check_room(planned.out, needed, begun=begun)
 
 
-def _kind(settings: Settings) -> tuple[int, str, bool]:
-  return settings.shard_size, "safetensors", settings.nonfinite
+def _is_complete(place: pathlib.Path, plan: plans.Plan, settings: Settings) -> bool:
+  """Tells whether the result of an earlier recipe lies at its place, by this very plan."""
+  return resume.is_result(place, plan, settings.shard_size, "safetensors", settings.nonfinite)
 
 
 def execute(planned: Planned, files: Files, progress: Progress | None = None) -> plans.Plan:
-  """Merges the recipes that a recipe builds on, then itself; returns its plan, now with all.
+  """Merges the recipes that a recipe builds on, then itself; returns its plan, as it was merged.
 
   They lie beside the result, under its lock, and are removed at the end. Of many processes each
   writes its share.
@@ -269,7 +269,7 @@ def execute(planned: Planned, files: Files, progress: Progress | None = None) ->
   from jaxmerge.files import execute as executor
   from jaxmerge.parallel import processes
 
-  settings, plan = planned.settings, planned.plan
+  settings, places = planned.settings, planned.places
   run = functools.partial(
     executor.run,
     shard_size=settings.shard_size,
@@ -277,25 +277,21 @@ def execute(planned: Planned, files: Files, progress: Progress | None = None) ->
     nonfinite=settings.nonfinite,
   )
   count = progress or (lambda name, size: lambda done: None)
-  left = iter(planned.stages)
-
-  def made(name: str, plan: plans.Plan) -> plans.Model:
-    stage = next(left)
-    if not resume.is_result(stage, plan, *_kind(settings)):
-      told = count(name, estimate.work(plan))
-      run(plan, stage, replace=True, progress=told)
-      resume.vouch(stage, plan, *_kind(settings)[:2])
-    files.forget(stage)
-    return inputs.open_model(stage, files, name=name, home=name)
-
-  # Recipes that it builds on are merged beside the result: they are under its lock as well.
+  earlier: dict[str, plans.Plan] = {}
   with shard_writer.locked(planned.out) if processes.first() else contextlib.nullcontext():
-    if planned.stages:
-      plan = _planned(planned.text, planned.name, files, made, settings)
-    told = count("merging", estimate.work(plan, settings.out_format))
+    for step, result in [(s, s.result) for s in planned.steps if s.result is not None]:
+      name, plan = result.model.name, step.bind(places, files)
+      if not _is_complete(places[name], plan, settings):
+        on_done = count(name, estimate.work(plan))
+        run(plan, places[name], replace=True, progress=on_done)
+        resume.vouch(places[name], plan, settings.shard_size, "safetensors")
+      result.open(places[name], files)
+      earlier[name] = plan
+    plan = planned.steps[-1].bind(places, files)._replace(earlier=earlier)
+    on_done = count("merging", estimate.work(plan, settings.out_format))
     kind, replace = settings.out_format, settings.replace
-    run(plan, planned.out, progress=told, out_format=kind, replace=replace, locked=True)
-    for stage in planned.stages if processes.first() else ():
-      if stage.exists():  # Else they were removed by a merge that was killed at this line.
-        shutil.rmtree(stage)
+    run(plan, planned.out, progress=on_done, out_format=kind, replace=replace, locked=True)
+    for place in places.values() if processes.first() else ():
+      if place.exists():  # Else they were removed by a merge that was killed at this line.
+        shutil.rmtree(place)
   return plan

@@ -146,7 +146,9 @@ def best_scale(
   Raises:
     ValueError: where no scale gives a finite model with finite scores.
   """
-  validation = Validation(base, models, score, rows, counts, names, seed, layout, metric, at_once, called)
+  validation = Validation(
+    base, models, score, rows, counts, names, seed, layout, metric, at_once, called
+  )
   candidates = [Scaled(method, dict(hparams or {}), float(scale)) for scale in scales]
   return objective.run(validation, objective.exhaustive(candidates))
 

@@ -206,6 +206,12 @@ def test_a_template_in_the_settings_of_an_adapter_replaces_that_of_the_base(tmp_
   (tmp_path / "adapter" / "tokenizer_config.json").write_text('{"chat_template": "own"}')
   found = adapter_inputs.tokenizer_files(tmp_path / "adapter", tmp_path / "base")
   assert found["chat_template.jinja"] is None
+  # A model that is still to be made may have other files than its folder.
+  planned = {"chat_template.jinja": None, "vocab.json": "{}"}
+  planned["tokenizer.json"] = (tmp_path / "adapter" / "tokenizer.json").read_text()
+  found = adapter_inputs.tokenizer_files(tmp_path / "adapter", tmp_path / "base", planned)
+  assert not {"chat_template.jinja", "tokenizer.json"} & found.keys()
+  assert found["vocab.json"] is None
 
 
 def test_adapters_with_two_tokenizers_do_not_go_together(tmp_path):

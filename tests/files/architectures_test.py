@@ -7,13 +7,13 @@ import architectures
 import folders
 import numpy as np
 import pytest
+import recipes
 from marking import some_fast
 from reference import spheres
 
 from jaxmerge import methods
 from jaxmerge.files import execute, merge
 from jaxmerge.io.tensors.tensor import Files
-from jaxmerge.recipe.plan import planner
 
 SUM = methods.task_arithmetic(0.5, (1.0, 2.0))
 NAMES = ("red", "green")
@@ -98,7 +98,7 @@ def depth(name, stacks):
 
 def run(text, root):
   (root / "recipe.yml").write_text(text.format(root))
-  return execute.run(planner.of_file(root / "recipe.yml", Files()), root / "out")
+  return execute.run(recipes.plan_of_file(root / "recipe.yml", Files()), root / "out")
 
 
 # One for all, so that all share its programs.

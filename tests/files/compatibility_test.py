@@ -6,13 +6,13 @@ import pathlib
 import folders
 import numpy as np
 import pytest
+import recipes
 
 from jaxmerge import errors, methods
 from jaxmerge.cli import main
 from jaxmerge.files import compatibility, merge
 from jaxmerge.files.plan import InputTensor, Model, TensorRequest
 from jaxmerge.io.tensors.tensor import Files
-from jaxmerge.recipe.plan import planner
 
 LLAMA = {
   "model_type": "llama",
@@ -179,7 +179,7 @@ def test_recipes_and_python_allow_by_name(tmp_path, monkeypatch, capsys):
   recipe = tmp_path / "recipe.yml"
   recipe.write_text(RECIPE)
   with pytest.raises(errors.Problems, match=r"rope_theta is 10000.0 in m0 but 1000000.0 in m1"):
-    planner.of_file(recipe, Files())
+    recipes.plan_of_file(recipe, Files())
   with pytest.raises(errors.Problems, match=r"rope_theta is 10000.0 in m0 but 1000000.0 in m1"):
     merge.merge_files(methods.average(), ["m0", "m1"], "out")
   out = merge.merge_files(methods.average(), ["m0", "m1"], "out", allow=["rope_theta"])
@@ -195,9 +195,9 @@ def test_recipes_and_python_allow_by_name(tmp_path, monkeypatch, capsys):
     (tmp_path / f"m{k}" / "tokenizer.json").write_text(tokenizer(*words))
   recipe.write_text(RECIPE)
   with pytest.raises(errors.Problems, match=r"'b' is 0 in m1 but 1 in m0.*tokenizer_source, base"):
-    planner.of_file(recipe, Files())
+    recipes.plan_of_file(recipe, Files())
   recipe.write_text(RECIPE + "tokenizer_source: union\n")
-  assert planner.of_file(recipe, Files()).outputs
+  assert recipes.plan_of_file(recipe, Files()).outputs
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+import recipes
 import safetensors.numpy
 import small
 import xxhash
@@ -26,7 +27,6 @@ from jaxmerge.files import merge as files_merge
 from jaxmerge.io.disk import atomic
 from jaxmerge.io.huggingface import shard_writer
 from jaxmerge.io.tensors.tensor import Files
-from jaxmerge.recipe.plan import planner
 
 NAMES = ("red", "green", "blue")
 METHODS = {
@@ -400,7 +400,7 @@ def test_codes_of_quantized_models_are_not_merged(tmp_path, monkeypatch):
   assert files_merge.merge_files(methods.average(), ["m2"], "whole").is_dir()
   recipe = tmp_path / "recipe.yml"
   recipe.write_text("merge_method: passthrough\nmodels: [{model: m0}]\n")
-  assert planner.of_file(recipe, Files()).outputs
+  assert recipes.plan_of_file(recipe, Files()).outputs
 
 
 def test_all_models_that_cannot_be_opened_are_told_at_once(tmp_path):
@@ -532,7 +532,7 @@ def test_progress_is_told_of_all_the_work(tmp_path, monkeypatch, text, interrupt
   recipe = tmp_path / "recipe.yml"
   models = "".join(f"- model: {p}\n" for p in paths(tmp_path))
   recipe.write_text(f"{text}\nbase_model: {tmp_path / 'base'}\nmodels:\n{models}")
-  plan = planner.of_file(str(recipe), Files())
+  plan = recipes.plan_of_file(str(recipe), Files())
   counts = []
 
   def told(count):

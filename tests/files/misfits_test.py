@@ -5,12 +5,12 @@ import pathlib
 import folders
 import numpy as np
 import pytest
+import recipes
 
 from jaxmerge import errors, methods
 from jaxmerge.cli import main
 from jaxmerge.files import merge, misfits
 from jaxmerge.io.tensors.tensor import Files
-from jaxmerge.recipe.plan import planner
 
 LLAMA = folders.CONFIG | {"architectures": ["LlamaForCausalLM"]}
 RECIPE = """
@@ -34,7 +34,7 @@ def told(missing):
   """The lines of the error of a merge with a model called `other`."""
   pathlib.Path("recipe.yml").write_text(RECIPE.format(missing))
   with pytest.raises(errors.Problems) as error:
-    planner.of_file("recipe.yml", Files())
+    recipes.plan_of_file("recipe.yml", Files())
   return error.value.lines
 
 
@@ -84,7 +84,7 @@ def test_where_no_name_is_common_the_error_says_how_names_are_changed(base):
   assert len(lines) == 2
   assert all(line.endswith("; `rename` gives a model's tensors other names.") for line in lines)
   pathlib.Path("recipe.yml").write_text(RECIPE.format("error") + 'rename: {x: ""}\n')
-  made = planner.of_file("recipe.yml", Files())
+  made = recipes.plan_of_file("recipe.yml", Files())
   assert sum(o.job is not None for o in made.outputs) == 12
 
 

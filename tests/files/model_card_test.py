@@ -6,6 +6,7 @@ import re
 
 import folders
 import pytest
+import recipes
 import yaml
 from huggingface_hub import constants
 
@@ -14,7 +15,6 @@ from jaxmerge.catalog import lookup
 from jaxmerge.core import stage
 from jaxmerge.files import estimate, execute, merge
 from jaxmerge.io.tensors.tensor import Files
-from jaxmerge.recipe.plan import planner
 
 RECIPE = """\
 # ```by hand```
@@ -48,7 +48,7 @@ def family(tmp_path, monkeypatch):
 def merged(text, out="out"):
   """Runs a recipe; returns the head and the body of the card."""
   pathlib.Path("recipe.yml").write_text(text)
-  return parts(execute.run(planner.of_file("recipe.yml", Files()), out))
+  return parts(execute.run(recipes.plan_of_file("recipe.yml", Files()), out))
 
 
 def parts(out):
@@ -181,7 +181,7 @@ def memory_of(method, count, rows):
   """The estimate for a recipe over models whose matrices have so many rows."""
   each = "".join(f"  - {{model: m{k}, parameters: {{weight: 1}}}}\n" for k in range(count))
   pathlib.Path("recipe.yml").write_text(f"{method}\nbase_model: base\nmodels:\n{each}")
-  plan = planner.of_file("recipe.yml", Files())
+  plan = recipes.plan_of_file("recipe.yml", Files())
 
   def taller(tensor):
     return tensor and tensor._replace(shape=(rows, *tensor.shape))

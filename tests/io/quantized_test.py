@@ -7,6 +7,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+import recipes
 
 import jaxmerge
 from jaxmerge import errors, methods
@@ -15,7 +16,6 @@ from jaxmerge.files import merge
 from jaxmerge.io.tensors import quantized
 from jaxmerge.io.tensors.tensor import Files, Tensor
 from jaxmerge.mixtures import masks
-from jaxmerge.recipe.plan import planner
 
 FLOAT8 = ml_dtypes.float8_e4m3fn
 # Tensors of one module as their formats call them: dtype and shape; the first holds the codes.
@@ -180,16 +180,16 @@ exclude: ['^(up|experts)']
 """
   recipe = tmp_path / "recipe.yml"
   recipe.write_text(text)
-  plan = planner.of_file(recipe, Files())
+  plan = recipes.plan_of_file(recipe, Files())
   assert {o.name: o.dtype for o in plan.outputs if o.job is None and o.name != "position_ids"} == {
     n: np.dtype(d) for n, (d, _) in FORMATS[kind].items()
   }
   recipe.write_text(text + "dtype: bfloat16\n")
   if kind == "mxfp4":  # Its scales are bytes.
-    assert planner.of_file(recipe, Files()).outputs
+    assert recipes.plan_of_file(recipe, Files()).outputs
   else:
     with pytest.raises(errors.Problems, match="as bfloat16 it would mean something else"):
-      planner.of_file(recipe, Files())
+      recipes.plan_of_file(recipe, Files())
 
 
 def test_an_adapter_is_not_added_to_codes(tmp_path):
@@ -225,7 +225,7 @@ def test_results_that_lose_bits_of_models_are_told(tmp_path, monkeypatch, base, 
 
   def told(text):
     recipe.write_text(text)
-    return [n for n in planner.of_file(recipe, Files()).notes if "rounded to" in n]
+    return [n for n in recipes.plan_of_file(recipe, Files()).notes if "rounded to" in n]
 
   found = told(text)
   assert len(found) == (dtype is not None)

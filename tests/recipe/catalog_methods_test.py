@@ -5,6 +5,7 @@ import pathlib
 import folders
 import numpy as np
 import pytest
+import recipes
 import small
 from marking import some_fast
 from recipes import problems
@@ -15,7 +16,6 @@ from jaxmerge.catalog import lookup
 from jaxmerge.files import execute
 from jaxmerge.io.tensors.tensor import Files
 from jaxmerge.recipe import METHODS
-from jaxmerge.recipe.plan import planner
 
 # Methods whose parameters, or number of models, are mergekit's.
 OTHERS = {"linear", "dare_linear"}
@@ -49,7 +49,7 @@ def test_a_recipe_is_the_method(family, tmp_path, monkeypatch, name):
   lines += [f"parameters: {{{', '.join(f'{n}: {v}' for n, v in settings.items())}}}"]
   (tmp_path / "recipe.yml").write_text("\n".join(lines) + "\n")
   found = folders.read(
-    execute.run(planner.of_file(tmp_path / "recipe.yml", Files()), tmp_path / "out")
+    execute.run(recipes.plan_of_file(tmp_path / "recipe.yml", Files()), tmp_path / "out")
   )
   method, stack = getattr(methods, name)(**settings), jaxmerge.stack(models[:count])
   options = {"names": [f"m{k}" for k in range(count)], "seed": 7 if METHODS[name].random else None}
@@ -72,7 +72,7 @@ parameters: {{score: rms, prune: highest, prune_ratio: 0.5}}
 """
   (tmp_path / "recipe.yml").write_text(text)
   found = folders.read(
-    execute.run(planner.of_file(tmp_path / "recipe.yml", Files()), tmp_path / "out")
+    execute.run(recipes.plan_of_file(tmp_path / "recipe.yml", Files()), tmp_path / "out")
   )
   method = methods.lwptv(0.5, weight=(2.0, 1.0), score="rms", prune="highest")
   expected = jaxmerge.merge(method, jaxmerge.stack(models[:2]), base, names=["m0", "m1"])

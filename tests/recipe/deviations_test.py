@@ -5,6 +5,7 @@ import pathlib
 
 import folders
 import pytest
+import recipes
 from recipes import head, one
 
 from jaxmerge.cli import main
@@ -12,7 +13,6 @@ from jaxmerge.files import describe, execute
 from jaxmerge.io.tensors.tensor import Files
 from jaxmerge.recipe.mergekit import deviations, translate
 from jaxmerge.recipe.mergekit.methods import MERGEKITS
-from jaxmerge.recipe.plan import planner
 
 DARE = """
 merge_method: dare_ties
@@ -33,7 +33,7 @@ def family(tmp_path, monkeypatch):
 
 def plan(text, **options):
   pathlib.Path("recipe.yml").write_text(text)
-  return planner.of_file("recipe.yml", Files(), **options)
+  return recipes.plan_of_file("recipe.yml", Files(), **options)
 
 
 def test_the_dry_run_shows_what_is_asked_for_and_what_is_done():

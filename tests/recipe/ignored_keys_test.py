@@ -5,12 +5,12 @@ import re
 
 import folders
 import pytest
+import recipes
 from recipes import head, one, problems, slices
 
 from jaxmerge import recipe
 from jaxmerge.cli import main
 from jaxmerge.io.tensors.tensor import Files
-from jaxmerge.recipe.plan import planner
 
 DOCS = (pathlib.Path(__file__).parents[2] / "docs" / "recipes.md").read_text()
 
@@ -185,12 +185,12 @@ def test_what_is_said_of_a_head_that_is_the_embedding_is_a_note(tmp_path, monkey
   t = "{t: [{filter: lm_head, value: 0.7}, {value: 0.5}]}"
   text = head("base_model: base", "slerp", "[{model: m0}]", t)
   pathlib.Path("recipe.yml").write_text(text)
-  (note,) = planner.of_file("recipe.yml", Files()).notes
+  (note,) = recipes.plan_of_file("recipe.yml", Files()).notes
   assert note.startswith("line 3: filter 'lm_head' holds for none of the 12 tensors")
   assert note.endswith("The output head is the embedding.")
   pathlib.Path("recipe.yml").write_text(text.replace("lm_head", "lm_haed"))
   with pytest.raises(recipe.RecipeError, match="'lm_haed' holds for none"):
-    planner.of_file("recipe.yml", Files())
+    recipes.plan_of_file("recipe.yml", Files())
 
 
 def test_a_recipe_of_another_program_is_one_line():

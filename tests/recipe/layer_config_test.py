@@ -6,11 +6,11 @@ import pathlib
 import folders
 import numpy as np
 import pytest
+import recipes
 
 from jaxmerge.io.tensors.tensor import Files
 from jaxmerge.recipe import RecipeError, layers
 from jaxmerge.recipe.layer_config import Layers, stacked
-from jaxmerge.recipe.plan import planner
 
 DEFAULTS = json.loads(
   (pathlib.Path(__file__).parents[1] / "support/oracles/layer_types.json").read_text()
@@ -218,11 +218,11 @@ slices:
 """
   recipe = tmp_path / "recipe.yml"
   recipe.write_text(text % (2, 3))
-  plan = planner.of_file(recipe, Files())
+  plan = recipes.plan_of_file(recipe, Files())
   assert json.loads(plan.texts["config.json"])["layer_types"] == ["full"]
   recipe.write_text(text % (1, 2))
   with pytest.raises(RecipeError, match=r"layer_types: \['full'\] and \['slides'\]"):
-    planner.of_file(recipe, Files())
+    recipes.plan_of_file(recipe, Files())
 
 
 def test_layers_that_no_key_counts_are_known_by_their_lists_or_their_class():
@@ -247,7 +247,7 @@ def sliced(folder, config, rests, *ranges, outside=()):
   for i, j in ranges:
     text += f"  - sources: [{{model: {folder}, layer_range: [{i}, {j}]}}]\n"
   (folder / "recipe.yml").write_text(text)
-  return planner.of_file(folder / "recipe.yml", Files())
+  return recipes.plan_of_file(folder / "recipe.yml", Files())
 
 
 def test_layers_that_are_unlike_others_keep_their_place(tmp_path):

@@ -11,7 +11,9 @@ import yaml
 import jaxmerge
 from jaxmerge.cli import main
 from jaxmerge.files import execute
-from jaxmerge.recipe import RecipeError
+from jaxmerge.io.tensors import tensor
+from jaxmerge.recipe import RecipeError, run
+from jaxmerge.recipe.plan import planner
 
 MODELS = [{"model": m, "parameters": {"weight": 1.0, "density": 0.5}} for m in ("m0", "m1")]
 TIES = {"merge_method": "ties", "base_model": "base", "models": MODELS, "dtype": "float32"}
@@ -57,6 +59,27 @@ def test_the_last_of_several_may_build_on_the_others():
   assert [name for name, _, _ in told] == ["mean", "merging"]
   assert all(done == size > 0 for _, size, done in told)
   assert [p for p in os.listdir() if p.startswith(".out")] in ([], [".out.lock"])
+
+
+def test_every_recipe_is_planned_once(monkeypatch):
+  """Also where a merge goes on: what is merged is what the dry run says, with where it now lies."""
+  planned, real = [], planner.plan_recipe
+
+  def plan_recipe(recipe, *rest):
+    planned.append(recipe.name)
+    return real(recipe, *rest)
+
+  monkeypatch.setattr(planner, "plan_recipe", plan_recipe)
+  files = tensor.Files()
+  plans = run.plan([FIRST, LAST], "out", run.Settings(), files)
+  merged = run.execute(plans, files)
+  assert planned == ["mean", None]
+  assert merged.outputs == plans.plan.outputs
+  assert (merged.jobs, merged.outcomes) == (plans.plan.jobs, plans.plan.outcomes)
+  assert (
+    merged.facts["earlier"]["mean"]["plan"]
+    == json.loads(pathlib.Path("out", execute.PROVENANCE).read_text())["earlier"]["mean"]["plan"]
+  )
 
 
 def test_every_problem_is_told_before_anything_is_written():

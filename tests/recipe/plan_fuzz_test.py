@@ -6,6 +6,7 @@ import os
 import folders
 import numpy as np
 import pytest
+import recipes
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,7 +15,6 @@ from jaxmerge import errors
 from jaxmerge.files import outcomes as outcome_words
 from jaxmerge.io.tensors.tensor import Files
 from jaxmerge.recipe import METHODS, RecipeError
-from jaxmerge.recipe.plan import planner
 
 UP, NORM, HEAD = "model.layers.1.mlp.up_proj.weight", "model.norm.weight", "lm_head.weight"
 MODELS = ["base", "m0", "m1", "m2", "lacking", "tied", "wide", "more"]
@@ -49,7 +49,7 @@ def values(name):
 
 
 @st.composite
-def recipes(draw):
+def random_recipes(draw):
   """A recipe in which every word is known; whether its parts go together is another question."""
   own = {"merge_method": draw(methods())}
   method, model = METHODS[own["merge_method"]], st.sampled_from(MODELS)
@@ -95,14 +95,14 @@ def methods():
 
 
 @settings(max_examples=60)
-@given(recipes())
+@given(random_recipes())
 def test_nothing_of_a_recipe_is_lost(root, own):
   folder, tensors = root
   (folder / "recipe.yml").write_text(yaml.safe_dump(own))
   before, files = os.getcwd(), Files()
   try:
     os.chdir(folder)
-    plan = planner.of_file("recipe.yml", files)
+    plan = recipes.plan_of_file("recipe.yml", files)
   except (RecipeError, errors.Problems) as error:
     assert str(error)  # noqa: PT017
     return

@@ -6,12 +6,12 @@ import pathlib
 import folders
 import numpy as np
 import pytest
+import recipes
 import yaml
 
 from jaxmerge.files import execute
 from jaxmerge.io.tensors import safetensors
 from jaxmerge.io.tensors.tensor import Files
-from jaxmerge.recipe.plan import planner
 
 EVERY = yaml.safe_load(pathlib.Path(__file__).with_name("public_recipes.yml").read_text())
 WORDS = [f"w{i}" for i in range(8)]
@@ -68,7 +68,7 @@ def places(tmp_path_factory):
 
 def plan(text):
   pathlib.Path("recipe.yml").write_text(text)
-  return planner.of_file("recipe.yml", Files())
+  return recipes.plan_of_file("recipe.yml", Files())
 
 
 RUN = {own["name"]: own for own in EVERY if "refused" not in own}

@@ -6,6 +6,7 @@ import pathlib
 import folders
 import numpy as np
 import pytest
+import recipes
 from reference import spheres
 
 from jaxmerge import errors
@@ -13,7 +14,6 @@ from jaxmerge.files import execute
 from jaxmerge.io.tensors import safetensors
 from jaxmerge.io.tensors.tensor import Files
 from jaxmerge.recipe import RecipeError
-from jaxmerge.recipe.plan import planner
 
 family = folders.family_here
 
@@ -31,7 +31,7 @@ def written(text):
 
 def run(text):
   """Runs a recipe, and returns the tensors of the result."""
-  return folders.read(execute.run(planner.of_file(written(text), Files()), "out"))
+  return folders.read(execute.run(recipes.plan_of_file(written(text), Files()), "out"))
 
 
 def check(found, expected):
@@ -251,7 +251,7 @@ def test_a_copy_of_a_model_that_lacks_a_tensor(family, missing):
   folders.write(pathlib.Path("m0"), own)
   text = "merge_method: passthrough\nbase_model: base\nmodels: [{model: m0}]\n"
   with pytest.raises(errors.Problems, match=f"tensor '{FINAL}' is wanted of m0, which has none"):
-    planner.of_file(written(text), Files())
+    recipes.plan_of_file(written(text), Files())
   found = run(f"{text}missing: {missing}\n")
   expected = own | ({FINAL: base[FINAL]} if missing == "base" else {})
   assert found.keys() == expected.keys()

@@ -6,12 +6,12 @@ import pathlib
 import folders
 import numpy as np
 import pytest
+import recipes
 import yaml
 
 from jaxmerge.files import execute
 from jaxmerge.io.tensors.tensor import Files
 from jaxmerge.recipe import RecipeError
-from jaxmerge.recipe.plan import planner
 
 SLICES = """
 merge_method: passthrough
@@ -33,7 +33,7 @@ def write(name, seed, config, *stacks, others):
 
 def plan(text):
   pathlib.Path("recipe.yml").write_text(text)
-  return planner.of_file("recipe.yml", Files())
+  return recipes.plan_of_file("recipe.yml", Files())
 
 
 @pytest.mark.parametrize("nested", [True, False])

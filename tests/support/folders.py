@@ -6,11 +6,11 @@ import pathlib
 
 import numpy as np
 import pytest
+import recipes
 
 from jaxmerge.files import execute
 from jaxmerge.io.tensors import safetensors
 from jaxmerge.io.tensors.tensor import Files
-from jaxmerge.recipe.plan import planner
 
 CONFIG = {"model_type": "llama", "num_hidden_layers": 3, "torch_dtype": "float32"}
 
@@ -100,7 +100,7 @@ def family_here(tmp_path, monkeypatch):
 def plan_of(text, **options):
   """The plan of a recipe, which is written to `recipe.yml`."""
   pathlib.Path("recipe.yml").write_text(text)
-  return planner.of_file("recipe.yml", Files(), **options)
+  return recipes.plan_of_file("recipe.yml", Files(), **options)
 
 
 def run(text, out="out", **options):

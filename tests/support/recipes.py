@@ -3,6 +3,9 @@
 import pytest
 
 from jaxmerge import recipe
+from jaxmerge.io.tensors.tensor import Files
+from jaxmerge.recipe.plan import steps
+from jaxmerge.recipe.syntax import schema
 
 
 def parsed(text, *folders):
@@ -201,3 +204,10 @@ def head(keys, method="linear", models="[{model: a/b}, {model: c/d}]", parameter
 def slices(*sources, method="slerp", base="base_model: a/b\n", parameters="{t: 0.5}"):
   rows = "\n".join(f"      - {{model: {m}, layer_range: {r}}}" for m, r in sources)
   return f"merge_method: {method}\n{base}parameters: {parameters}\nslices:\n  - sources:\n{rows}\n"
+
+
+def plan_of_file(path, files=None, *, shard_size=5_000_000_000, **options):
+  """The plan of the last recipe of a file; the options are those of `steps.plan_steps`."""
+  files = Files() if files is None else files
+  text = schema.text_of(path)
+  return steps.plan_steps(text, str(path), files, shard_size=shard_size, **options)[-1].plan

@@ -5,6 +5,7 @@ from jaxmerge import lazy
 __getattr__, __dir__, __all__ = lazy.attach(
   __name__,
   (
+    "intermediate",
     "jobs",
     "matrix_axes",
     "models",
@@ -12,6 +13,7 @@ __getattr__, __dir__, __all__ = lazy.attach(
     "partial",
     "planner",
     "rows",
+    "steps",
     "uneven_layers",
   ),
 )

@@ -136,8 +136,8 @@ def _check(said: Tokenizer, own: Own, models: Opened, names: frozenset[str]) -> 
 
 
 def _stamped(models: Opened) -> Opened:
-  """The models, with the tokenizer's files among those that are read."""
-  found = {m: [o.folder / name for name in vocabulary.FILES] for m, o in models.items()}
+  """The models, with the tokenizer's files among those that are read, where they are there yet."""
+  found = {m: [o.folder / name for name in vocabulary.FILES if o.files] for m, o in models.items()}
   return {
     m: o._replace(files=(*o.files, *(path for path in found[m] if path.is_file())))
     for m, o in models.items()

@@ -115,19 +115,27 @@ class Order(NamedTuple):
 
 
 def reordered(models: Opened, names: frozenset[str], order: Order) -> dict[Model, plan.Model]:
-  """Returns the models with the tensors of these names as they are in the result."""
+  """Returns the models with the tensors of these names as they are in the result.
+
+  A head that is tied to its embedding stays the same tensor, where models agree about that.
+  """
   empty = np.ones(order.size, bool)
   empty[list(order.merged.ids.values())] = False
-  own = {m: _rows(order, m) for m in models}
-  found = {m: dict(opened.tensors) for m, opened in models.items()}
+  row_ids = {m: _rows(order, m) for m in models}
+  tensors = {m: dict(opened.tensors) for m, opened in models.items()}
   tied = {m: dict(opened.tied) for m, opened in models.items()}
+  gathered: dict[object, Tensor] = {}
   for name in sorted(names):
     fills = _fills(order, name, models)
+    fills_key = tuple((row, tuple(sources)) for row, sources in sorted(fills.items()))
     for m in models:
-      for tensors in (found[m], tied[m]):
-        if name in tensors:
-          tensors[name] = rows.gathered(tensors[name], own[m], fills, empty)
-  return {m: o._replace(tensors=found[m], tied=tied[m]) for m, o in models.items()}
+      for by_name in (tensors[m], tied[m]):
+        if name in by_name:
+          key = m, by_name[name], fills_key
+          if key not in gathered:
+            gathered[key] = rows.gathered(by_name[name], row_ids[m], fills, empty)
+          by_name[name] = gathered[key]
+  return {m: o._replace(tensors=tensors[m], tied=tied[m]) for m, o in models.items()}
 
 
 def _having(name: str, models: Opened) -> dict[Model, Tensor]:
