@@ -1,4 +1,4 @@
-"""LoRA adapters in memory: applied, merged, combined, compressed, on disk."""
+"""LoRA adapters: apply, merge, combine and compress them in memory, load and save them."""
 
 from jaxmerge import lazy
 
@@ -6,20 +6,20 @@ __getattr__, __dir__, __all__ = lazy.attach(
   __name__,
   (
     "combine",
-    "compress",
     "deltas",
     "lora",
     "peft",
+    "truncation",
   ),
   {
     "Lora": "lora",
     "Swapped": "lora",
-    "applied": "lora",
-    "merged": "deltas",
-    "extracted": "compress",
+    "apply": "lora",
+    "merge": "deltas",
+    "extract": "truncation",
     "flora": "combine",
-    "averaged": "combine",
-    "recompressed": "compress",
+    "average": "combine",
+    "compress": "truncation",
     "load": "peft",
     "save": "peft",
   },

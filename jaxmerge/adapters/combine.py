@@ -1,4 +1,4 @@
-"""LoRA adapters stacked or averaged: rules for their factors, from adapters to an adapter."""
+"""One LoRA adapter from several: their factors stacked, or averaged."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from jaxmerge.drivers import arguments, finiteness
 def flora(
   adapters: Sequence[Adapter] | Any, weights: Sequence[float] | None = None
 ) -> dict[str, Lora]:
-  """Stacks adapters: one adapter that adds the weighted sum of what they add, without any error.
+  """Stacks adapters into one that adds the weighted sum of what they add, without any error.
 
-  Its rank is the sum of theirs, which may differ. A matrix that an adapter does not have counts as
-  one to which it adds nothing.
+  Its rank is the sum of theirs, which may differ. An adapter adds nothing to a matrix that it
+  lacks.
 
   Args:
-    adapters: one a client or task.
-    weights: of the adapters; else equal ones that add up to 1.
+    adapters: one per client or task.
+    weights: of the adapters; by default equal ones that add up to 1.
 
   Reference: Wang et al. 2024, FLoRA (arXiv:2409.05976).
 
@@ -35,67 +35,67 @@ def flora(
     [[0.5, 1.0], [0.0, 2.0]]
   """
   adapters, _ = arguments.adapters(adapters, None)
-  shares = _shares(adapters, weights)
+  weights = _check_weights(adapters, weights)
 
-  def stacked(name: str) -> Lora:
-    own = [(s * x[name].scale, x[name]) for s, x in _with(name, shares, adapters)]
-    a = jnp.concatenate([times(factor, x.a) for factor, x in own])
-    b = jnp.concatenate([jnp.asarray(x.b) for _, x in own], axis=1)
-    return _kind(name, [x for _, x in own])(a, b)
+  def stack(name: str) -> Lora:
+    pairs = _factors_of(name, weights, adapters)
+    a = jnp.concatenate([times(weight * x.scale, x.a) for weight, x in pairs])
+    b = jnp.concatenate([jnp.asarray(x.b) for _, x in pairs], axis=1)
+    return _orientation(name, pairs)(a, b)
 
-  return sound({name: stacked(name) for name in _names(adapters)})
+  return check_finite({name: stack(name) for name in _names(adapters)})
 
 
 @double_precision.aware
-def averaged(
+def average(
   adapters: Sequence[Adapter] | Any, weights: Sequence[float] | None = None, *, pad: bool = False
 ) -> dict[str, Lora]:
-  """Averages the factors one by one, as federated averaging does: products get cross terms.
+  """Averages the factors a and b separately, as federated averaging does.
 
-  For comparison with `flora`. Ranks must be equal, or `pad` fills lower ones up with zeros.
+  The products have cross terms; `flora` has none. Ranks must be equal, or `pad` fills lower ones up
+  with zeros.
 
   Raises:
-    ValueError: naming a matrix that some adapter does not have, or has with another rank.
+    ValueError: naming a matrix that some adapter lacks, or has with another rank.
 
   Example:
     >>> one = {"w": Lora(jnp.array([[2.0]]), jnp.array([[1.0]]))}
     >>> two = {"w": Lora(jnp.array([[0.0]]), jnp.array([[3.0]]))}
-    >>> averaged([one, two])["w"].delta().tolist()
+    >>> average([one, two])["w"].delta().tolist()
     [[2.0]]
   """
   adapters, _ = arguments.adapters(adapters, None)
-  shares = _shares(adapters, weights)
+  weights = _check_weights(adapters, weights)
 
   def mean(name: str) -> Lora:
-    own = _with(name, shares, adapters)
-    ranks = [x[name].rank for _, x in own]
-    if len(own) < len(adapters) or (len(set(ranks)) > 1 and not pad):
-      found = [x[name].rank if name in x else 0 for x in adapters]
+    pairs = _factors_of(name, weights, adapters)
+    ranks = [x[name].rank if name in x else 0 for x in adapters]
+    if len(pairs) < len(adapters) or (len(set(ranks)) > 1 and not pad):
       raise ValueError(
-        f"factors of {name!r} cannot be averaged: their ranks are {found}; stack them (flora)"
-        + (", or fill them up with zeros (pad=True)." if all(found) else ".")
+        f"factors of {name!r} cannot be averaged: their ranks are {ranks}; stack them (flora)"
+        + (", or fill them up with zeros (pad=True)." if all(ranks) else ".")
       )
-    short = [(s, x[name], (0, max(ranks) - x[name].rank)) for s, x in own]
-    a = sum(times(s, jnp.pad(x.a, (more, (0, 0)))) for s, x, more in short)
+    padded = [(weight, x, (0, max(ranks) - x.rank)) for weight, x in pairs]
+    a = sum(times(weight, jnp.pad(x.a, (zeros, (0, 0)))) for weight, x, zeros in padded)
     # The scale goes to b: it may differ from adapter to adapter.
-    b = sum(times(s * x.scale, jnp.pad(x.b, ((0, 0), more))) for s, x, more in short)
-    return _kind(name, [x[name] for _, x in own])(a, b)
+    b = sum(times(weight * x.scale, jnp.pad(x.b, ((0, 0), zeros))) for weight, x, zeros in padded)
+    return _orientation(name, pairs)(a, b)
 
-  return sound({name: mean(name) for name in _names(adapters)})
+  return check_finite({name: mean(name) for name in _names(adapters)})
 
 
-def sound(adapter: dict[str, Lora]) -> dict[str, Lora]:
-  """An adapter whose factors are finite; ValueError for others, where they can be looked at."""
-  parts = {"a": "lora_A", "b": "lora_B"}
+def check_finite(adapter: dict[str, Lora]) -> dict[str, Lora]:
+  """Returns an adapter; raises ValueError if its factors, where known, have NaN or infinity."""
+  factors = {"a": "lora_A", "b": "lora_B"}
   finiteness.checked(
-    {f"{n}.{said}": getattr(own, x) for n, own in adapter.items() for x, said in parts.items()}
+    {f"{n}.{word}": getattr(x, part) for n, x in adapter.items() for part, word in factors.items()}
   )
   return adapter
 
 
-def _kind(name: str, own: Sequence[Lora]) -> type[Lora]:
-  """Whether models store a matrix the other way round: all its adapters must say the same."""
-  kinds = {type(x) for x in own}
+def _orientation(name: str, pairs: Sequence[tuple[float, Lora]]) -> type[Lora]:
+  """Returns `Lora` or `Swapped`, by how models store a matrix: all its adapters must agree."""
+  kinds = {type(x) for _, x in pairs}
   if len(kinds) > 1:
     raise ValueError(f"{name!r} lies [in, out] by some of its adapters, and [out, in] by others.")
   return kinds.pop()
@@ -108,10 +108,10 @@ def times(factor: Any, x: Any) -> jax.Array:
 
 
 def _names(adapters: Sequence[Adapter]) -> list[str]:
-  return sorted({name for own in adapters for name in own})
+  return sorted({name for adapter in adapters for name in adapter})
 
 
-def _shares(adapters: Sequence[Adapter], weights: Sequence[float] | None) -> list[float]:
+def _check_weights(adapters: Sequence[Adapter], weights: Sequence[float] | None) -> list[float]:
   if not adapters:
     raise ValueError("no adapters are given.")
   if weights is None:
@@ -121,5 +121,10 @@ def _shares(adapters: Sequence[Adapter], weights: Sequence[float] | None) -> lis
   return [float(w) for w in weights]
 
 
-def _with(name: str, shares: Sequence[float], adapters: Sequence[Adapter]) -> list[Any]:
-  return [(s, own) for s, own in zip(shares, adapters, strict=True) if name in own]
+def _factors_of(
+  name: str, weights: Sequence[float], adapters: Sequence[Adapter]
+) -> list[tuple[float, Lora]]:
+  """Returns weight and factors of each adapter that has a matrix."""
+  return [
+    (w, adapter[name]) for w, adapter in zip(weights, adapters, strict=True) if name in adapter
+  ]

@@ -1,4 +1,4 @@
-"""Any method, applied to what adapters add to a model."""
+"""Merges what adapters add to a model, by any method."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from jaxmerge.drivers import arguments, memory
 
 
 @double_precision.aware
-def merged(
+def merge(
   method: Method | Any,
   base: Tree,
   adapters: Sequence[Adapter] | Any,
@@ -28,24 +28,25 @@ def merged(
   names: Sequence[str] | None = None,
   layout: layouts.Said | None = (),
 ) -> Tree:
-  """Merges what K adapters add to a model: base + M(scale * b @ a of each). Like `jaxmerge.merge`.
+  """Merges what K adapters add to a model: base + M(scale * b @ a of each).
 
-  The task vectors are the products themselves, of the factors' ranks, which may differ; those of
-  the models that `applied` makes are rounded where the base is added. Only leaves that some adapter
-  has are merged: they alone are counted by methods that count over the tree, as `ties` does. The
-  others are the base's. An adapter adds zero to a leaf that only others have.
+  The arguments are those of `jaxmerge.merge`. The task vectors are the products themselves, of the
+  factors' ranks, which may differ; those of models that `apply` returns are rounded, because the
+  base was added. Only leaves that some adapter has are merged, and counted by methods that count
+  over the tree, as `ties` does; the others are the base's. An adapter adds zero to a leaf that only
+  others have.
 
   Args:
     method: what `jaxmerge.methods` makes.
     base: tree of arrays [*s].
-    adapters: a list, one a task, or a dict of them by name.
-    hparams: numbers by name, in place of the method's own; trees of them have the merged leaves.
+    adapters: a list, one per task, or a dict of them by name.
+    hparams: hyperparameters by name, in place of the method's; trees have the merged leaves.
     seed: for methods with random masks.
-    names: names of the adapters; masks depend on them.
-    layout: matrix views. Leaves lie as for `applied`, and the method has the same view of them.
+    names: of the adapters; masks depend on them.
+    layout: matrix views, as for `apply`; the method has the same view of a leaf.
 
   Raises:
-    ValueError: naming the matrix that the model does not have, or that has another shape, and what
+    ValueError: naming the matrix that the model lacks, or that has another shape, and whatever
       `jaxmerge.merge` refuses.
 
   Example:
@@ -54,26 +55,18 @@ def merged(
     >>> from jaxmerge.adapters.lora import Lora
     >>> one = {"dense": Lora(jnp.array([[1.0, 0.0]]), jnp.array([[4.0], [2.0]]))}
     >>> two = {"dense": Lora(jnp.array([[1.0, 1.0]]), jnp.array([[0.0], [3.0]]))}
-    >>> merged(methods.magmax(1.0), base, [one, two])["dense"]["kernel"].tolist()
+    >>> merge(methods.magmax(1.0), base, [one, two])["dense"]["kernel"].tolist()
     [[5.0, 4.0], [1.0, 4.0]]
   """
   method, leaves = arguments.method(method), tree.named(base)
   adapters, names = arguments.adapters(adapters, names)
-  placed = [lora.placed(leaves, own, layout) for own in adapters]
-  rules = {leaf: own.rule for each in placed for leaf, own in each.items()}
+  targets = [lora.find_targets(leaves, adapter, layout) for adapter in adapters]
+  rules = {leaf: target.rule for each in targets for leaf, target in each.items()}
   if not rules:
-    raise ValueError(f"{len(placed)} adapters without a matrix are given: there is none to merge.")
-
-  def stack(leaf: str) -> jax.Array:
-    added = [each[leaf].delta() if leaf in each else None for each in placed]
-    dtype = tree.compute_dtype(leaves[leaf].dtype, *(x.dtype for x in added if x is not None))
-    # What is added to these zeros lies on the devices on which the base lies.
-    zero = jnp.zeros_like(leaves[leaf], dtype=dtype)
-    return jnp.stack([zero if x is None else zero + x.astype(dtype) for x in added])
-
+    raise ValueError(f"none of {len(targets)} adapters has a matrix: there is nothing to merge.")
   out = memory.merge(
     method,
-    {leaf: stack(leaf) for leaf in rules},
+    {leaf: _stack(leaf, leaves[leaf], targets) for leaf in rules},
     {leaf: leaves[leaf] for leaf in rules},
     hparams=hparams,
     seed=seed,
@@ -82,3 +75,12 @@ def merged(
     deltas=True,
   )
   return tree.rebuild(base, leaves | out)
+
+
+def _stack(leaf: str, base: Any, targets: Sequence[Mapping[str, lora.Target]]) -> jax.Array:
+  """Returns what each adapter adds to a leaf, [K, *s]."""
+  deltas = [each[leaf].delta() if leaf in each else None for each in targets]
+  dtype = tree.compute_dtype(base.dtype, *(x.dtype for x in deltas if x is not None))
+  # Sums with these zeros lie on the devices of the base.
+  zeros = jnp.zeros_like(base, dtype=dtype)
+  return jnp.stack([zeros if x is None else zeros + x.astype(dtype) for x in deltas])

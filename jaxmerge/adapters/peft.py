@@ -30,20 +30,20 @@ def load(folder: Path, *, rename: Mapping[str, str] | None = None) -> dict[str, 
 
   Args:
     folder: of the adapter.
-    rename: beginnings of names of its matrices to others, where those of a model are not the same.
+    rename: prefixes of its matrices' names, and what a model has in their place.
 
   Raises:
-    FileNotFoundError: where a file is missing.
-    ValueError: naming the tensor that is no plain LoRA factor of a matrix: merge by the models that
-      such adapters make.
+    FileNotFoundError: for a missing file.
+    ValueError: naming the tensor that is no plain LoRA factor of a matrix: such adapters are merged
+      as models, in recipes and by `merge_files`.
   """
   with contextlib.closing(Files()) as files:
-    own = peft.factors(folder, files)
+    factors = peft.factors(folder, files)
     return {
       names.renamed(name, rename or {}): (Swapped if x.transposed else Lora)(
         double_precision.copied(x.a), double_precision.copied(x.b), x.scale
       )
-      for name, x in own.items()
+      for name, x in factors.items()
     }
 
 
@@ -51,18 +51,18 @@ def save(folder: Path, adapter: Adapter | Any, *, replace: bool = False) -> path
   """Writes an adapter as PEFT reads it; scales are multiplied into a.
 
   Raises:
-    FileExistsError: where the folder is there and `replace` is not set.
-    ValueError: where models store some of its matrices as [in, out], and others as [out, in], and
-      for NaN or infinity.
+    FileExistsError: if the folder exists and `replace` is not set.
+    ValueError: if models store some of its matrices as [in, out] and others as [out, in], and for
+      NaN or infinity.
   """
   adapter = arguments.adapter(adapter)
-  swapped = {isinstance(own, Swapped) for own in adapter.values()}
+  swapped = {isinstance(x, Swapped) for x in adapter.values()}
   if len(swapped) > 1:
     raise ValueError("some matrices lie [in, out] and others [out, in]: save two adapters.")
-  ranks = {name: own.rank for name, own in adapter.items()}
+  ranks = {name: x.rank for name, x in adapter.items()}
   tensors = {}
-  for name, own in adapter.items():
-    for part, x in {"A": combine.times(own.scale, own.a), "B": own.b}.items():
+  for name, lora in adapter.items():
+    for part, x in {"A": combine.times(lora.scale, lora.a), "B": lora.b}.items():
       if not bool(jnp.isfinite(x).all()):
         text = f"lora_{part} of {name!r} has NaN or infinity in {x.dtype}, with its scale in A"
         raise ValueError(f"{text}; save an adapter of finite numbers, or of a wider dtype.")

@@ -202,12 +202,12 @@ def adapter(given: Any, whose: str = "the adapter") -> Any:
     >>> adapter([{}])
     Traceback (most recent call last):
     ValueError: the adapter must be a dict of Lora by matrix, got a list: give one of its items; \
-adapters.merged merges several.
+adapters.merge merges several.
   """
   shape = f"{whose} must be a dict of Lora by matrix, got"
   if isinstance(given, list | tuple) and not hasattr(given, "_fields"):
     raise ValueError(
-      f"{shape} a {_kind(given)}: give one of its items; adapters.merged merges several."
+      f"{shape} a {_kind(given)}: give one of its items; adapters.merge merges several."
     )
   if not isinstance(given, Mapping):
     raise ValueError(f"{shape} {_kind(given)}{_loaded(given)}.")

@@ -18,7 +18,7 @@ from reference import bundles as apart
 
 import jaxmerge
 from jaxmerge import methods
-from jaxmerge.adapters import combine, compress, deltas, peft
+from jaxmerge.adapters import combine, deltas, peft, truncation
 from jaxmerge.adapters import lora as adapters_lora
 from jaxmerge.adapters.lora import Lora
 from jaxmerge.io.peft import adapter as peft_adapter
@@ -46,7 +46,7 @@ def drawn(ranks=(3, 3, 3, 3), seed=0):
 
 def test_worked_example_of_stacking():
   close(combine.flora([ONE, TWO], SHARES)["w"].delta(), [[1, 0.5, 0], [0.75, 0, 0.75]])
-  padded = combine.averaged([ONE, TWO], SHARES, pad=True)["w"]
+  padded = combine.average([ONE, TWO], SHARES, pad=True)["w"]
   close(padded.delta(), [[0.625, 0.125, 0.1875], [0.75, 0.375, 0.5625]])
 
 
@@ -68,7 +68,7 @@ SEEDS, WEIGHTS = st.integers(0, 2**32 - 1), st.tuples(*[st.floats(-2, 2)] * 3)
 def test_stacks_and_means_agree_with_a_transcription(seed, weights):
   every = drawn((1, 4, 2), seed)
   stacked = combine.flora(every, weights)
-  padded = combine.averaged(every, weights, pad=True)
+  padded = combine.average(every, weights, pad=True)
   for n in stacked:
     own = [x[n] for x in every]
     for found, make in ((stacked[n], transcribed.flora), (padded[n], transcribed.averaged)):
@@ -134,9 +134,9 @@ def test_merging_adapters_is_merging_the_models_they_make(name):
   every = drawn((1, 4, 2))
   del every[1]["down"]
   method, given = METHODS[name]
-  models = jaxmerge.stack([adapters_lora.applied(zeros(), x) for x in every])
+  models = jaxmerge.stack([adapters_lora.apply(zeros(), x) for x in every])
   expected = jaxmerge.merge(method, models, zeros(), layout=VIEWS, **given)
-  found = deltas.merged(method, zeros(), every, **given)  # The views are those of the adapters.
+  found = deltas.merge(method, zeros(), every, **given)  # The views are those of the adapters.
   np.testing.assert_array_equal(found["up"]["kernel"], expected["up"]["kernel"])
   np.testing.assert_array_equal(found["down.weight"], expected["down.weight"])
   assert np.any(found["down.weight"])
@@ -144,18 +144,18 @@ def test_merging_adapters_is_merging_the_models_they_make(name):
 
 def test_a_method_that_looks_at_the_base_is_given_it():
   base, every = {"up": model()["up"]}, [{"up": x["up"]} for x in drawn((2, 3))]
-  models = jaxmerge.stack([adapters_lora.applied(base, x) for x in every])
+  models = jaxmerge.stack([adapters_lora.apply(base, x) for x in every])
   expected = jaxmerge.merge(methods.widen(), models, base)["up"]["kernel"]
-  close(deltas.merged(methods.widen(), base, every)["up"]["kernel"], expected, atol=1e-5)
+  close(deltas.merge(methods.widen(), base, every)["up"]["kernel"], expected, atol=1e-5)
 
 
 def test_leaves_without_an_adapter_are_the_bases_and_count_for_nothing():
   """At most two fifths of the entries of the two leaves are kept, and not of all four."""
   base, every, (method, _) = model(bias=np.ones(1000)), drawn((1, 4, 2)), METHODS["ties"]
-  found = deltas.merged(method, base | zeros(), every)
+  found = deltas.merge(method, base | zeros(), every)
   for name in ("bias", "steps"):
     assert found[name] is base[name]
-  alone = deltas.merged(method, zeros(), every)
+  alone = deltas.merge(method, zeros(), every)
   np.testing.assert_array_equal(found["up"]["kernel"], alone["up"]["kernel"])
   np.testing.assert_array_equal(found["down.weight"], alone["down.weight"])
 
@@ -163,8 +163,8 @@ def test_leaves_without_an_adapter_are_the_bases_and_count_for_nothing():
 def test_a_base_of_low_precision_does_not_round_the_task_vectors():
   """A quarter of bfloat16's spacing at 1 each: the models are the base, four adapters are not."""
   base, own = {"w": jnp.ones((2, 2), jnp.bfloat16)}, Lora(jnp.ones((1, 2)), jnp.ones((2, 1)), 2**-9)
-  assert adapters_lora.applied(base, {"w": own})["w"].tolist() == [[1.0, 1.0]] * 2
-  found = deltas.merged(methods.task_arithmetic(1.0), base, [{"w": own}] * 4)["w"]
+  assert adapters_lora.apply(base, {"w": own})["w"].tolist() == [[1.0, 1.0]] * 2
+  found = deltas.merge(methods.task_arithmetic(1.0), base, [{"w": own}] * 4)["w"]
   assert found.dtype == jnp.bfloat16
   assert found.tolist() == [[1 + 2**-7] * 2] * 2
 
@@ -174,7 +174,7 @@ def test_works_under_jit_and_grad():
   base, every = {"up": model()["up"]}, [{"up": x["up"]} for x in drawn((2, 3))]
 
   def total(own):
-    out = deltas.merged(methods.task_arithmetic(0.5), base, own)["up"]["kernel"]
+    out = deltas.merge(methods.task_arithmetic(0.5), base, own)["up"]["kernel"]
     return out.sum()
 
   slopes = jax.jit(jax.grad(total))(every)
@@ -192,8 +192,8 @@ def test_the_result_lies_where_the_base_lies(kind):
     [{"kernel": Lora(jnp.ones((r, 5)), jnp.arange(16.0 * r).reshape(16, r))} for r in (1, 2)],
   )
   method, given = methods.dare(0.5), {"seed": 3}
-  expected = deltas.merged(method, base, every, **given)["kernel"]
-  found = deltas.merged(method, jax.device_put(base, sharding), every, **given)["kernel"]
+  expected = deltas.merge(method, base, every, **given)["kernel"]
+  found = deltas.merge(method, jax.device_put(base, sharding), every, **given)["kernel"]
   assert found.sharding == sharding
   close(found, expected, atol=1e-5)
   assert not np.array_equal(expected, base["kernel"])
@@ -214,7 +214,7 @@ def test_layouts_say_the_same():
     "layers": jnp.zeros((2, 7, 5)),
   }
   layout = (("heads/kernel", "ioo"), ("layers", "bio"))
-  found = deltas.merged(METHODS["iso_c"][0], base, same, layout=layout)
+  found = deltas.merge(METHODS["iso_c"][0], base, same, layout=layout)
   kernel = np.asarray(found["dense"]["kernel"])
   close(found["file.weight"].T, kernel, atol=1e-5)
   close(found["heads"]["kernel"][..., 0], kernel, atol=1e-5)
@@ -230,8 +230,8 @@ def test_stacking_and_applying_is_task_arithmetic_with_shares_times_scales():
     {n: x._replace(scale=s) for n, x in own.items()} for s, own in zip(scales, plain, strict=True)
   ]
   weights = tuple(p * s for p, s in zip(shares, scales, strict=True))
-  found = deltas.merged(methods.task_arithmetic(1.0, weights), model(), plain)
-  expected = adapters_lora.applied(model(), combine.flora(scaled, shares))
+  found = deltas.merge(methods.task_arithmetic(1.0, weights), model(), plain)
+  expected = adapters_lora.apply(model(), combine.flora(scaled, shares))
   close(found["up"]["kernel"], expected["up"]["kernel"], atol=1e-5)
   close(found["down.weight"], expected["down.weight"], atol=1e-5)
 
@@ -242,16 +242,16 @@ def test_patches_are_carried_over_to_a_newer_base():
   every = [{"up": x["up"]} for x in drawn((2, 5))]
   carry = lambda tuned: jaxmerge.merge(methods.portllm(), jaxmerge.stack([old, tuned]), new)  # noqa: E731
   add = methods.task_arithmetic(1.0, (0.3, 0.9))
-  tuned = [adapters_lora.applied(old, x) for x in every]
+  tuned = [adapters_lora.apply(old, x) for x in every]
   carried = [carry(x) for x in tuned]
   for x, own in zip(carried, every, strict=True):
-    close(x["up"]["kernel"], adapters_lora.applied(new, own)["up"]["kernel"], atol=1e-5)
+    close(x["up"]["kernel"], adapters_lora.apply(new, own)["up"]["kernel"], atol=1e-5)
   first = carry(jaxmerge.merge(add, jaxmerge.stack(tuned), old))["up"]["kernel"]
   last = jaxmerge.merge(add, jaxmerge.stack(carried), new)["up"]["kernel"]
   close(first, last, atol=1e-5)
-  close(first, deltas.merged(add, new, every)["up"]["kernel"], atol=1e-5)
-  one_by_one = adapters_lora.applied(adapters_lora.applied(new, every[0]), every[1])
-  both = adapters_lora.applied(new, combine.flora(every, (1.0, 1.0)))
+  close(first, deltas.merge(add, new, every)["up"]["kernel"], atol=1e-5)
+  one_by_one = adapters_lora.apply(adapters_lora.apply(new, every[0]), every[1])
+  both = adapters_lora.apply(new, combine.flora(every, (1.0, 1.0)))
   close(one_by_one["up"]["kernel"], both["up"]["kernel"], atol=1e-5)
 
 
@@ -259,8 +259,8 @@ def test_patches_are_carried_over_to_a_newer_base():
 def test_a_merge_of_adapters_is_an_adapter_again(rank):
   """What PEFT calls `svd`: the nearest of a rank to the weighted sum, or that sum itself."""
   every, shares = drawn((2, 3)), (0.3, 0.9)
-  out = deltas.merged(methods.task_arithmetic(1.0, shares), model(), every)
-  found = compress.extracted(model(), out, every[0], rank)
+  out = deltas.merge(methods.task_arithmetic(1.0, shares), model(), every)
+  found = truncation.extract(model(), out, every[0], rank)
   for name, total in combine.flora(every, shares).items():
     u, s, vt = np.linalg.svd(np.asarray(total.delta(), np.float64), full_matrices=False)
     close(found[name].delta(), (u[:, :rank] * s[:rank]) @ vt[:rank], atol=1e-4)
@@ -269,7 +269,7 @@ def test_a_merge_of_adapters_is_an_adapter_again(rank):
 @pytest.mark.parametrize("rank", [1, 2, 6, 9])
 def test_recompression_is_the_nearest_of_its_rank(rank):
   (one,) = drawn((6,))
-  found = compress.recompressed(one, rank)
+  found = truncation.compress(one, rank)
   for name, own in one.items():
     u, s, vt = np.linalg.svd(np.asarray(own.delta(), np.float64), full_matrices=False)
     close(found[name].delta(), (u[:, :rank] * s[:rank]) @ vt[:rank], atol=1e-4)
@@ -280,8 +280,8 @@ def test_adapters_of_low_precision_stay_so_at_a_lower_rank():
   (one,) = drawn((6,))
   low = {n: Lora(*(x.astype(jnp.bfloat16) for x in own[:2])) for n, own in one.items()}
   wide = {n: Lora(*(x.astype(jnp.float32) for x in own[:2])) for n, own in low.items()}
-  expected = compress.recompressed(wide, 2)
-  for name, own in compress.recompressed(low, 2).items():
+  expected = truncation.compress(wide, 2)
+  for name, own in truncation.compress(low, 2).items():
     assert own.a.dtype == own.b.dtype == jnp.bfloat16
     close(own.a, expected[name].a, atol=0.02)
     close(own.b, expected[name].b, atol=0.02)
@@ -322,53 +322,53 @@ REFUSED = {
   "no adapters": (lambda: combine.flora([]), "no adapters are given"),
   "weights": (lambda: combine.flora([ONE], (1.0, 2.0)), r"1 adapters need as many weights"),
   "ranks": (
-    lambda: combine.averaged([ONE, TWO]),
+    lambda: combine.average([ONE, TWO]),
     r"factors of 'w' cannot be averaged: their ranks are \[1, 2\]; stack them .*pad=True",
   ),
   "missing": (
-    lambda: combine.averaged([ONE, {}]),
+    lambda: combine.average([ONE, {}]),
     r"'w' cannot be averaged: their ranks are \[1, 0\]",
   ),
   "no matrix": (
-    lambda: adapters_lora.applied({"v": jnp.zeros((2, 3))}, ONE),
+    lambda: adapters_lora.apply({"v": jnp.zeros((2, 3))}, ONE),
     r"the model has no matrix 'w'.* Known: v",
   ),
   "shape": (
-    lambda: adapters_lora.applied({"w": jnp.zeros((3, 3))}, ONE),
+    lambda: adapters_lora.apply({"w": jnp.zeros((3, 3))}, ONE),
     r"the adapter of 'w' is for a matrix \[2, 3\] of outputs and inputs, but 'w' is \[3, 3\]",
   ),
   "view": (
-    lambda: adapters_lora.applied({"w": jnp.zeros((2, 3))}, ONE, layout=[("w", "oii")]),
+    lambda: adapters_lora.apply({"w": jnp.zeros((2, 3))}, ONE, layout=[("w", "oii")]),
     r"view 'oii' of 'w' names 3 axes, but 'w' is \[2, 3\]",
   ),
   "integers": (
-    lambda: adapters_lora.applied({"w": jnp.zeros((2, 3), jnp.int8)}, ONE),
+    lambda: adapters_lora.apply({"w": jnp.zeros((2, 3), jnp.int8)}, ONE),
     r"'w' is int8\[2, 3\], which is no floating-point matrix",
   ),
   "factors": (
-    lambda: adapters_lora.applied(
+    lambda: adapters_lora.apply(
       {"w": jnp.zeros((2, 3))}, {"w": Lora(jnp.ones((2, 3)), ONE["w"].b)}
     ),
     r"the factors of 'w' have other ranks: a is \[2, 3\], \[rank, in\], and b is \[2, 1\]",
   ),
   "twice": (
-    lambda: adapters_lora.applied({"w.weight": jnp.zeros((2, 3))}, ONE | {"w.weight": ONE["w"]}),
+    lambda: adapters_lora.apply({"w.weight": jnp.zeros((2, 3))}, ONE | {"w.weight": ONE["w"]}),
     "'w.weight' is not the only matrix of an adapter that is added to 'w.weight'",
   ),
   "merge of none": (
-    lambda: deltas.merged(methods.average(), {"w": jnp.zeros((2, 3))}, []),
-    "0 adapters without a matrix are given",
+    lambda: deltas.merge(methods.average(), {"w": jnp.zeros((2, 3))}, []),
+    "none of 0 adapters has a matrix: there is nothing to merge",
   ),
   "merge elsewhere": (
-    lambda: deltas.merged(methods.average(), {"v": jnp.zeros((2, 3))}, [ONE]),
+    lambda: deltas.merge(methods.average(), {"v": jnp.zeros((2, 3))}, [ONE]),
     "the model has no matrix 'w'.* Known: v",
   ),
   "merge of other shapes": (
-    lambda: deltas.merged(methods.average(), {"w": jnp.zeros((3, 3))}, [ONE]),
+    lambda: deltas.merge(methods.average(), {"w": jnp.zeros((3, 3))}, [ONE]),
     r"the adapter of 'w' is for a matrix \[2, 3\] of outputs and inputs, but 'w' is \[3, 3\]",
   ),
   "merge of NaN": (
-    lambda: deltas.merged(
+    lambda: deltas.merge(
       methods.average(),
       {"w": jnp.zeros((2, 3))},
       [ONE, {"w": ONE["w"]._replace(scale=float("nan"))}],
@@ -377,20 +377,20 @@ REFUSED = {
     "leaf 'w' of model bad has NaN or infinity",
   ),
   "names of a merge": (
-    lambda: deltas.merged(methods.average(), {"w": jnp.zeros((2, 3))}, [ONE], names=("a", "b")),
+    lambda: deltas.merge(methods.average(), {"w": jnp.zeros((2, 3))}, [ONE], names=("a", "b")),
     "names must be 1 different names",
   ),
   "nothing to extract": (
-    lambda: compress.extracted({"w": jnp.zeros(3)}, {"w": jnp.ones(3)}, ["v"], 1),
+    lambda: truncation.extract({"w": jnp.zeros(3)}, {"w": jnp.ones(3)}, ["v"], 1),
     "the model has no matrix 'v'.* Known: w",
   ),
   "other models": (
-    lambda: compress.extracted({"w": jnp.zeros(3)}, {"w": jnp.ones(2)}, ["w"], 1),
+    lambda: truncation.extract({"w": jnp.zeros(3)}, {"w": jnp.ones(2)}, ["w"], 1),
     r"leaf 'w' is \(3,\) in the base but \(2,\) in the model",
   ),
-  "rank": (lambda: compress.recompressed(ONE, 0), "rank must be at least 1, got 0"),
+  "rank": (lambda: truncation.compress(ONE, 0), "rank must be at least 1, got 0"),
   "extracted rank": (
-    lambda: compress.extracted({"w": jnp.zeros((2, 3))}, {"w": jnp.ones((2, 3))}, ["w"], -1),
+    lambda: truncation.extract({"w": jnp.zeros((2, 3))}, {"w": jnp.ones((2, 3))}, ["w"], -1),
     "rank must be at least 1, got -1",
   ),
   "tasks": (
@@ -484,7 +484,7 @@ def test_an_adapter_of_layers_that_lie_in_out_is_read_as_over_files(tmp_path, sh
   peft.save(tmp_path / "a", {name: adapters_lora.Swapped(a, b)})
   assert json.loads((tmp_path / "a" / "adapter_config.json").read_text())["fan_in_fan_out"]
   found = peft.load(tmp_path / "a")
-  applied = adapters_lora.applied({f"{name}.weight": jnp.asarray(w)}, found)[f"{name}.weight"]
+  applied = adapters_lora.apply({f"{name}.weight": jnp.asarray(w)}, found)[f"{name}.weight"]
   close(applied, w + (b @ a).T, atol=1e-5)
   safetensors.save(tmp_path / "w", {f"{name}.weight": w})
   files = Files()
@@ -493,9 +493,9 @@ def test_an_adapter_of_layers_that_lie_in_out_is_read_as_over_files(tmp_path, sh
   whole = peft_adapter.adapted(base, tmp_path / "a", files).tensors[f"{name}.weight"]
   close(pieces.loaded(whole), applied, atol=1e-6)
   # A kernel of Flax lies so whatever the adapter says; a layout is what counts.
-  kernel = adapters_lora.applied({name: {"kernel": jnp.asarray(w)}}, found)[name]["kernel"]
+  kernel = adapters_lora.apply({name: {"kernel": jnp.asarray(w)}}, found)[name]["kernel"]
   close(kernel, applied)
-  assert isinstance(compress.recompressed(combine.flora([found]), 1)[name], adapters_lora.Swapped)
+  assert isinstance(truncation.compress(combine.flora([found]), 1)[name], adapters_lora.Swapped)
 
 
 def test_how_a_square_matrix_lies_is_not_guessed():
@@ -503,16 +503,16 @@ def test_how_a_square_matrix_lies_is_not_guessed():
   x = {"up": up, "down": down}
   params = {"up": jnp.zeros((4, 4)), "down": jnp.zeros((4, 6))}
   with pytest.raises(ValueError, match=r"'up' is square, and what its adapter says .* 'down'"):
-    adapters_lora.applied(params, x)
-  adapters_lora.applied(params, x, layout=[("^up$", "io"), ("^down$", "io")])
+    adapters_lora.apply(params, x)
+  adapters_lora.apply(params, x, layout=[("^up$", "io"), ("^down$", "io")])
 
 
 def test_names_of_adapters_may_begin_otherwise(tmp_path):
   peft.save(tmp_path / "a", {"trunk.up": ONE["w"]})
   params = {"model.up.weight": jnp.zeros((2, 3))}
   found = peft.load(tmp_path / "a", rename={"trunk": "model"})
-  assert (adapters_lora.applied(params, found)["model.up.weight"] != 0).any()
-  close(adapters_lora.applied(params, {"up": ONE["w"]})["model.up.weight"], ONE["w"].delta())
+  assert (adapters_lora.apply(params, found)["model.up.weight"] != 0).any()
+  close(adapters_lora.apply(params, {"up": ONE["w"]})["model.up.weight"], ONE["w"].delta())
 
 
 @pytest.mark.parametrize("config", [{"use_dora": True}, {"init_lora_weights": "pissa"}, {"r": 3}])
@@ -529,8 +529,8 @@ def test_adapters_and_models_that_overflow_are_refused():
     "w": adapters_lora.Lora(np.full((1, 1), 1e3, np.float16), np.full((1, 1), 1e3, np.float16))
   }
   with pytest.raises(ValueError, match="leaf 'w': the result has NaN or infinity"):
-    adapters_lora.applied({"w": np.zeros((1, 1), np.float16)}, big)
+    adapters_lora.apply({"w": np.zeros((1, 1), np.float16)}, big)
   scaled = {"w": big["w"]._replace(scale=100.0)}
-  for make in (combine.flora, combine.averaged):
+  for make in (combine.flora, combine.average):
     with pytest.raises(ValueError, match=r"leaf 'w.lora_[AB]': the result has NaN or infinity"):
       make([scaled], [1e3])

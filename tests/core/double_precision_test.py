@@ -81,7 +81,7 @@ def test_entries_are_ranked_by_all_their_bits():
 
 def test_adapters_and_bundles():
   lora = adapters_lora.Lora(np.array([[1.0, 1.0, 1.0]]), np.full((2, 1), TINY))
-  out = adapters_lora.applied({"w": BASE["w"]}, {"w": lora})["w"]
+  out = adapters_lora.apply({"w": BASE["w"]}, {"w": lora})["w"]
   assert out.dtype == np.float64
   assert (out == 1 + TINY).all()
   bundle = masks.emr({"w": BASE["w"]}, {"w": MODELS["w"]})

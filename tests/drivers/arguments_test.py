@@ -9,7 +9,7 @@ from flax.training import train_state
 
 import jaxmerge
 from jaxmerge import methods
-from jaxmerge.adapters import combine, compress, deltas, lora, peft
+from jaxmerge.adapters import combine, deltas, lora, peft, truncation
 from jaxmerge.core import stage
 from jaxmerge.drivers import arguments, incremental, streaming
 from jaxmerge.mixtures import masks
@@ -61,13 +61,13 @@ def update_another(**shapes):
 ADAPTER = {"dense": lora.Lora(np.ones((1, 4), np.float32), np.ones((3, 1), np.float32))}
 MISTAKES = {
   "adapters for one": (
-    lambda: lora.applied(BASE, [ADAPTER]),
-    r"a list: give one of its items; adapters\.merged merges several",
+    lambda: lora.apply(BASE, [ADAPTER]),
+    r"a list: give one of its items; adapters\.merge merges several",
   ),
-  "adapters by name": (lambda: lora.applied(BASE, {"a": ADAPTER}), "such as its 'a'"),
-  "path of an adapter": (lambda: compress.recompressed("x", 1), r"adapters\.load\('x'\) reads one"),
+  "adapters by name": (lambda: lora.apply(BASE, {"a": ADAPTER}), "such as its 'a'"),
+  "path of an adapter": (lambda: truncation.compress("x", 1), r"adapters\.load\('x'\) reads one"),
   "paths of adapters": (lambda: combine.flora(["x"]), r"adapter 0 .* adapters\.load\('x'\)"),
-  "path of adapters": (lambda: deltas.merged(MEAN, BASE, "x"), "must be a list of adapters"),
+  "path of adapters": (lambda: deltas.merge(MEAN, BASE, "x"), "must be a list of adapters"),
   "factors": (lambda: peft.save("x", {"w": (1, 2)}), r"tuple for 'w': give adapters\.Lora\(a"),
   "byte order": (lambda: jaxmerge.merge(MEAN, STACK, other(">f4")), "byte order of another"),
   "dates": (lambda: jaxmerge.merge(MEAN, [other("M8[D]")], BASE), "which is no number"),
@@ -115,7 +115,7 @@ MISTAKES = {
     lambda: jaxmerge.merge_files(MEAN, TREES, "out"),
     "jaxmerge.merge merges arrays",
   ),
-  "adapters": (lambda: deltas.merged(methods.ties, BASE, []), "call it"),
+  "adapters": (lambda: deltas.merge(methods.ties, BASE, []), "call it"),
   "running": (lambda: incremental.of("average"), r"methods\.average\(\)"),
   "loop, method": (lambda: jaxmerge.tune_and_merge(len, BASE, [], methods.ties), "call it"),
   "loop, order": (lambda: jaxmerge.tune_and_merge(BASE, len, []), "apply must be a function"),
@@ -203,6 +203,6 @@ def test_names_that_are_not_there():
 
 def test_an_adapter_of_one_task_or_of_several_by_name():
   for given in (ADAPTER, [ADAPTER], {"chat": ADAPTER}):
-    found = deltas.merged(stage.chain(MEAN), BASE, given)
+    found = deltas.merge(stage.chain(MEAN), BASE, given)
     np.testing.assert_array_equal(found["dense"]["kernel"], np.ones((4, 3)))
-    np.testing.assert_array_equal(combine.averaged(given)["dense"].delta(), np.ones((3, 4)))
+    np.testing.assert_array_equal(combine.average(given)["dense"].delta(), np.ones((3, 4)))

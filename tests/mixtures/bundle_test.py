@@ -293,8 +293,8 @@ def test_rmm_keeps_how_matrices_lie_and_takes_narrow_factors(tmp_path, dtype):
   bundle = bundles.rmm(tasks, ("a", "b"))
   base = {"w": np.zeros((2, 2), np.float32)}
   for held in (bundle, storage.load(storage.save(tmp_path / "b", bundle))):
-    out = lora.applied(base, held.for_task("b"))["w"]
-    np.testing.assert_allclose(out, lora.applied(base, tasks[1])["w"], rtol=1e-5)
+    out = lora.apply(base, held.for_task("b"))["w"]
+    np.testing.assert_allclose(out, lora.apply(base, tasks[1])["w"], rtol=1e-5)
   other = {"w": lora.Lora(*tasks[1]["w"])}
   with pytest.raises(ValueError, match=r"'w' lies \[in, out\] in 'b' or 'a'"):
     bundles.rmm([tasks[0], other], ("a", "b"))
