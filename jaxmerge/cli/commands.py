@@ -78,7 +78,7 @@ def compile(options: argparse.Namespace, config: Any) -> None:
   from jaxmerge.experiments import compilation
   from jaxmerge.report import compile_tables, tables
 
-  place = chips.named(options.topology, options.slices)
+  place = chips.parse_topology(options.topology, options.slices)
   plain = json.loads(config.to_json())
   record = compilation.run(plain, place, lambda own: progress.say(compile_tables.line(own)))
   if options.json:

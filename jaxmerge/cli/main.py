@@ -300,7 +300,7 @@ def _config(options: argparse.Namespace, changes: Sequence[tuple[str, str]]) -> 
     from jaxmerge.experiments import compile_config
     from jaxmerge.xla import chips
 
-    chips.named(options.topology, options.slices)  # A wrong name is told first.
+    chips.parse_topology(options.topology, options.slices)  # A wrong name is told first.
     return compile_config.load(options.config, changes)
   if changes:
     raise ValueError(f"--config.{changes[0][0]}: the command {options.command!r} has no config.")

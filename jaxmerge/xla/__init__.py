@@ -1,4 +1,4 @@
-"""What a compiled program does, read from its text: who talks to whom, products, bytes."""
+"""Reads communication, products and memory traffic from the text of a compiled program."""
 
 from jaxmerge import lazy
 

@@ -85,21 +85,21 @@ class Slice(NamedTuple):
     return self.slices * math.prod(self.sizes)
 
 
-def named(name: str, slices: int = 1) -> Slice:
+def parse_topology(name: str, slices: int = 1) -> Slice:
   """Reads the name of a topology.
 
-  >>> named("v5p:4x4x8", slices=2).chips
+  >>> parse_topology("v5p:4x4x8", slices=2).chips
   256
 
   Raises:
-    ValueError: for another name, with names that are good.
+    ValueError: for an unknown name, with the known ones.
   """
-  found = re.fullmatch(r"([a-z0-9]+):(\d+(?:x\d+)*)", name)
-  if found is None or found[1] not in CHIPS:
+  match = re.fullmatch(r"([a-z0-9]+):(\d+(?:x\d+)*)", name)
+  if match is None or match[1] not in CHIPS:
     raise ValueError(f"there is no TPU topology {name!r}.{_near(name)} There are {_names()}.")
   if slices < 1:
     raise ValueError(f"slices must be at least 1, got {slices}.")
-  kind, sizes = found[1], tuple(int(n) for n in found[2].split("x"))
+  kind, sizes = match[1], tuple(int(n) for n in match[2].split("x"))
   shapes = CHIPS[kind].shapes
   largest = max((tuple(map(int, s.split("x"))) for s in shapes), key=math.prod)
   good = len(sizes) == len(largest) and all(0 < a <= b for a, b in zip(sizes, largest, strict=True))
@@ -117,7 +117,7 @@ def devices(place: Slice) -> list[Any]:
   """Returns the devices of a slice, to compile for. No TPU is needed, but its compiler is.
 
   Raises:
-    ValueError: where libtpu is not installed, or is not the one that this jax wants.
+    ValueError: if libtpu is not installed, or is not the version that this jax needs.
   """
   check_compiler()
   from jax.experimental import topologies
@@ -125,34 +125,36 @@ def devices(place: Slice) -> list[Any]:
   options: dict[str, Any] = {"num_slices": place.slices} if place.slices > 1 else {}
   if place.sizes == (1, 1):
     options["chips_per_host_bounds"] = (1, 1, 1)
-  found = topologies.get_topology_desc(platform="tpu", topology_name=place.name, **options)
-  return list(found.devices)
+  topology = topologies.get_topology_desc(platform="tpu", topology_name=place.name, **options)
+  return list(topology.devices)
 
 
 def check_compiler() -> None:
-  """Raises ValueError, with what to install, where there is no libtpu, or a wrong one."""
+  """Raises ValueError, with what to install, if libtpu is missing or of a wrong version."""
   if importlib.util.find_spec("libtpu") is None:
     raise ValueError("compiling for TPU needs libtpu: pip install 'jaxmerge[tpu]'.")
   wanted = _wanted(importlib.metadata.requires("jax") or ())
-  own, jax = importlib.metadata.version("libtpu"), importlib.metadata.version("jax")
+  libtpu, jax = importlib.metadata.version("libtpu"), importlib.metadata.version("jax")
   if (
-    wanted is not None and re.fullmatch(wanted.replace(".", r"\.").replace("*", ".*"), own) is None
+    wanted is not None
+    and re.fullmatch(wanted.replace(".", r"\.").replace("*", ".*"), libtpu) is None
   ):
     raise ValueError(
-      f"jax {jax} goes with libtpu {wanted}, but {own} is installed: pip install 'jax[tpu]=={jax}'."
+      f"jax {jax} goes with libtpu {wanted}, but {libtpu} is installed: "
+      f"pip install 'jax[tpu]=={jax}'."
     )
 
 
 def set_environment() -> None:
-  """Sets what the TPU's compiler needs on a machine without TPU. Before jax is imported."""
+  """Sets the environment of the TPU's compiler on a machine without TPU, before jax is imported."""
   os.environ.update(ENVIRONMENT)
 
 
 def _wanted(requirements: Iterable[str]) -> str | None:
-  """The version of libtpu in a package's requirements, such as "0.0.42.*"."""
-  for one in requirements:
-    if found := re.match(r"libtpu\s*==\s*([\d.*]+)", one):
-      return found[1]
+  """Returns the version of libtpu in a package's requirements, such as "0.0.42.*"."""
+  for requirement in requirements:
+    if match := re.match(r"libtpu\s*==\s*([\d.*]+)", requirement):
+      return match[1]
   return None
 
 
@@ -161,12 +163,12 @@ def _names() -> str:
 
 
 def _near(name: str) -> str:
-  """A good name for one of Cloud's machine types, or a misspelt one."""
+  """Suggests a name for one of Cloud's machine types, or for a misspelt one."""
   known = [f"{kind}:{shape}" for kind, chip in CHIPS.items() for shape in chip.shapes]
-  if found := re.fullmatch(r"(v4|v5p|v5e|v5litepod|v6e|tpu7x)-(\d+)", name.lower()):
-    kind = {"v5litepod": "v5e"}.get(found[1], found[1])
-    count = int(found[2]) // (2 if kind in ("v4", "v5p") else 1)  # Those count cores.
-    known = [n for n in known if n.startswith(f"{kind}:") and named(n).chips == count]
+  if match := re.fullmatch(r"(v4|v5p|v5e|v5litepod|v6e|tpu7x)-(\d+)", name.lower()):
+    kind = {"v5litepod": "v5e"}.get(match[1], match[1])
+    count = int(match[2]) // (2 if kind in ("v4", "v5p") else 1)  # Those count cores.
+    known = [n for n in known if n.startswith(f"{kind}:") and parse_topology(n).chips == count]
     return f" Did you mean {known[-1]}?" if known else ""
   close = difflib.get_close_matches(name, known, n=1)
   return f" Did you mean {close[0]}?" if close else ""

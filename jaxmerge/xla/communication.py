@@ -19,7 +19,7 @@ KINDS = (
   "collective-broadcast",
   "collective-permute",
 )
-# What else leaves a device: between slices of TPUs, by the hosts.
+# Transfers between slices of TPUs, by the hosts.
 _SENDS, _RECEIVES = ("send", "send-start"), ("recv", "recv-start")
 
 
@@ -28,11 +28,11 @@ class Collective(NamedTuple):
 
   Attributes:
     kind: one of `KINDS`.
-    axes: of the mesh, along which devices talk, in the mesh's order; () where none does.
-    bytes: of the whole array, on one device: what is gathered, reduced, exchanged.
+    axes: of the mesh, along which devices communicate, in the mesh's order; () for none.
+    bytes: of the whole array that is gathered, reduced or exchanged, on one device.
     devices: in a group.
     times: how often it runs.
-    outside: it goes between slices of TPUs, over the data centre's network.
+    outside: whether it runs between slices of TPUs, over the data centre's network.
   """
 
   kind: str
@@ -43,8 +43,8 @@ class Collective(NamedTuple):
   outside: bool = False
 
   @property
-  def sent(self) -> float:
-    """Bytes that one device sends in all, by the ring algorithm."""
+  def bytes_sent(self) -> float:
+    """Returns the bytes that one device sends in all, by the ring algorithm."""
     share = (self.devices - 1) / self.devices
     if self.kind in ("collective-permute", "collective-broadcast"):
       share = float(self.devices > 1)
@@ -56,8 +56,8 @@ def collectives(text: str, mesh: Mesh, trips: int = 1) -> list[Collective]:
 
   Args:
     text: of the program, `compiled.as_text()`.
-    mesh: over whose devices, in its order, it is compiled.
-    trips: how often a loop runs whose number of trips the program computes.
+    mesh: the mesh that it is compiled for.
+    trips: assumed for a loop whose number of trips the program computes.
 
   Raises:
     ValueError: for a collective that cannot be attributed: replica groups in an unknown syntax, a
@@ -77,10 +77,10 @@ def collectives(text: str, mesh: Mesh, trips: int = 1) -> list[Collective]:
     raise ValueError(
       f"the program is for {module.devices * len(slices)} devices, the mesh has {mesh.size}."
     )
-  found, seen, begun, going_on = [], set[str](), set[str | None](), dict[str | None, str]()
+  out, seen, begun, going_on = [], set[str](), set[str | None](), dict[str | None, str]()
   for step in hlo_text.steps(module, trips):
     if step.op.kind in _SENDS:
-      found.append(_sent(step, mesh))
+      out.append(_transfer(step, mesh))
     if step.op.kind in _RECEIVES and _HOSTS not in step.op.attributes:
       raise ValueError(f"{step.op.kind} {step.op.name!r} cannot be attributed to mesh axes.")
     if kind_of(step.op) is not None:
@@ -89,7 +89,7 @@ def collectives(text: str, mesh: Mesh, trips: int = 1) -> list[Collective]:
         going_on[_chain(step.op)] = step.op.name
       else:
         begun.add(_chain(step.op))
-        found.append(_collective(module, step, mesh, slices))
+        out.append(_collective(module, step, mesh, slices))
   written = set(
     re.findall(rf"%?([\w.\-]+) = [^\n]*?[)}}\]] (?:{'|'.join(KINDS)})(?:-start)?\(", text)
   )
@@ -97,7 +97,7 @@ def collectives(text: str, mesh: Mesh, trips: int = 1) -> list[Collective]:
     raise ValueError(f"a collective was not reached: {', '.join(missed)}.")
   if orphans := sorted(name for chain, name in going_on.items() if chain not in begun):
     raise ValueError(f"a collective goes on that has not begun: {', '.join(orphans)}.")
-  return found
+  return out
 
 
 def kind_of(op: hlo_text.Op) -> str | None:
@@ -106,30 +106,30 @@ def kind_of(op: hlo_text.Op) -> str | None:
   return kind if kind in KINDS else None
 
 
-def by_axis(found: Iterable[Collective]) -> dict[tuple[str, tuple[str, ...]], tuple[int, float]]:
-  """Adds up collectives of one kind over the same axes: how often they run, and bytes sent.
+def by_axis(items: Iterable[Collective]) -> dict[tuple[str, tuple[str, ...]], tuple[int, float]]:
+  """Adds up runs and sent bytes of the collectives of one kind over the same axes.
 
   Those along no axis are left out.
   """
   out: dict[tuple[str, tuple[str, ...]], tuple[int, float]] = {}
-  for one in found:
-    if one.axes:
-      times, sent = out.get((one.kind, one.axes), (0, 0.0))
-      out[one.kind, one.axes] = (times + one.times, sent + one.sent)
+  for item in items:
+    if item.axes:
+      times, sent = out.get((item.kind, item.axes), (0, 0.0))
+      out[item.kind, item.axes] = (times + item.times, sent + item.bytes_sent)
   return out
 
 
 def _chain(op: hlo_text.Op) -> str | None:
-  """What the parts of one collective share that a TPU carries out beside several fusions."""
-  found = re.search(r'chain_id="(\d+)"', op.attributes)
+  """Returns what identifies a collective that a TPU runs in parts, beside several fusions."""
+  chain = re.search(r'chain_id="(\d+)"', op.attributes)
   channel = re.search(r"(?:^|, )channel_id=(\d+)", op.attributes)
-  return f"{channel[1]}:{found[1]}" if found and channel else None
+  return f"{channel[1]}:{chain[1]}" if chain and channel else None
 
 
 def _continues(step: hlo_text.Step) -> bool:
-  """Tells whether a collective is a later part of one: in the text each part looks like all of it.
+  """Tells whether an operation is a later part of a collective; in the text each looks whole.
 
-  The first feeds a custom call that says so.
+  The first part feeds a custom call that starts the collective.
   """
   if _chain(step.op) is None:
     return False
@@ -138,14 +138,14 @@ def _continues(step: hlo_text.Step) -> bool:
 
 
 def _slices(mesh: Mesh) -> list[list[int]]:
-  """The places in the mesh of the devices of each slice; a program is compiled for one of them.
+  """Returns the mesh positions of each slice's devices; a program is compiled for one slice.
 
   Raises:
-    ValueError: where the devices of slices are mixed: their numbers in a program are not known.
+    ValueError: if the devices of slices are mixed: their numbers in a program are not known.
   """
-  own = [getattr(d, "slice_index", None) or 0 for d in mesh.devices.flat]
-  out = [[i for i, s in enumerate(own) if s == one] for one in sorted(set(own))]
-  if sorted(own) != own or len({len(places) for places in out}) != 1:
+  slice_of = [getattr(d, "slice_index", None) or 0 for d in mesh.devices.flat]
+  out = [[i for i, s in enumerate(slice_of) if s == number] for number in sorted(set(slice_of))]
+  if sorted(slice_of) != slice_of or len({len(places) for places in out}) != 1:
     raise ValueError("the mesh must take slices one after the other, and all of each.")
   return out
 
@@ -153,33 +153,33 @@ def _slices(mesh: Mesh) -> list[list[int]]:
 _HOSTS = '_xla_host_transfer_handler_name="xla_megascale_runtime"'
 
 
-def _sent(step: hlo_text.Step, mesh: Mesh) -> Collective:
-  """What is sent between slices, and along which axes; devices have their ids there."""
+def _transfer(step: hlo_text.Step, mesh: Mesh) -> Collective:
+  """Returns a transfer between slices as a collective; its text has ids of devices."""
   op = step.op
   place = {d.id: i for i, d in enumerate(mesh.devices.flat)}
-  told = re.search(r"_xla_megascale_target=(\{\{.*?\}\}|\"[^\"]*\")", op.attributes)
-  target = told[1] if told and _HOSTS in op.attributes else ""
+  match = re.search(r"_xla_megascale_target=(\{\{.*?\}\}|\"[^\"]*\")", op.attributes)
+  target = match[1] if match and _HOSTS in op.attributes else ""
   pairs = re.fullmatch(r"\{(?:\{\d+->\d+\},?)+\}", target)
   every = re.fullmatch(r'"\{(\d+(?:,\d+)*)\}x\{(\d+):(\d+)\}"', target)
   transfer = re.search(r'_xla_megascale_transfer_type="(\w+)"', op.attributes)
   word = transfer[1] if transfer else ""
   if pairs:
     kind = "collective-permute"
-    own = [tuple(map(int, pair)) for pair in re.findall(r"(\d+)->(\d+)", target)]
+    groups = [tuple(map(int, pair)) for pair in re.findall(r"(\d+)->(\d+)", target)]
   elif every and word in _BY_ALL:
     numbers = [int(n) for n in every[1].split(",")]
     inside = range(int(every[2]), int(every[3]) + 1)
-    kind, own = _BY_ALL[word], [tuple(_SLICE * n + i for n in numbers) for i in inside]
+    kind, groups = _BY_ALL[word], [tuple(_SLICE * n + i for n in numbers) for i in inside]
   else:
     raise ValueError(f"{op.kind} {op.name!r} cannot be attributed to mesh axes: {target[:200]!r}.")
   try:
-    ids = [[place[i] for i in group] for group in own]
+    ids = [[place[i] for i in group] for group in groups]
   except KeyError as e:
     raise ValueError(f"{op.kind} {op.name!r} names device {e}, which the mesh has not.") from e
   size = sum(s.bytes for s in step.within[op.operands[0]].shapes)
-  size *= max(map(len, own)) if kind == "all-gather" else 1
+  size *= max(map(len, groups)) if kind == "all-gather" else 1
   spans = replica_groups.axes(ids, dict(mesh.shape))
-  return Collective(kind, spans, size, max(map(len, own)), step.times, outside=True)
+  return Collective(kind, spans, size, max(map(len, groups)), step.times, outside=True)
 
 
 _BY_ALL = {"ALL_REDUCE": "all-reduce", "ALL_GATHER": "all-gather"}
@@ -192,20 +192,20 @@ def _collective(
   op, kind = step.op, kind_of(step.op)
   assert kind is not None
   if kind == "collective-permute":
-    own = replica_groups.pairs(op.attributes, module.devices)
-    size = 2 if any(a != b for a, b in own) else 1
+    groups = replica_groups.pairs(op.attributes, module.devices)
+    size = 2 if any(a != b for a, b in groups) else 1
   else:
     _check_mode(op, kind, module.devices)
-    own = replica_groups.replica_groups(op.attributes, module.devices)
-    size = max(len(group) for group in own)
+    groups = replica_groups.replica_groups(op.attributes, module.devices)
+    size = max(len(group) for group in groups)
   inside = sum(s.bytes for name in op.operands for s in step.within[name].shapes)
   whole = inside * size if kind == "all-gather" else inside
-  ids = [[places[i] for i in group] for places in slices for group in own]
+  ids = [[places[i] for i in group] for places in slices for group in groups]
   return Collective(kind, replica_groups.axes(ids, dict(mesh.shape)), whole, size, step.times)
 
 
 def _check_mode(op: hlo_text.Op, kind: str, devices: int) -> None:
-  """Raises ValueError where the numbers in replica groups are not those of devices."""
+  """Raises ValueError if the numbers in replica groups are not those of devices."""
   by_id = "use_global_device_ids=true" in op.attributes
   # These name partitions as soon as they have a channel.
   by_partition = kind in ("all-to-all", "ragged-all-to-all", "collective-broadcast")

@@ -1,7 +1,7 @@
-"""How much a compiled program computes, and how many bytes it moves through a device's memory.
+"""Counts what a compiled program computes, and the bytes it moves through a device's memory.
 
-Counted from the text, operation by operation, with loops as often as they run; the compiler's own
-estimate counts the body of a loop once.
+Every operation of the text counts as often as it runs; the compiler's estimate counts the body of a
+loop once.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from jaxmerge.xla.hlo_text import Module, Op, Shape
 
 
 class Work(NamedTuple):
-  """What one device does.
+  """Floating-point operations and memory traffic of one device.
 
   Attributes:
     flops: of products of matrices and convolutions, a multiplication and an addition being two.
@@ -29,7 +29,7 @@ class Work(NamedTuple):
   open_loops: int
 
 
-# What moves no bytes: names for what is there, or the end of what has been started.
+# Operations that move no bytes: other names for arrays, or the end of asynchronous ones.
 _FREE = {
   "parameter",
   "constant",
@@ -51,18 +51,18 @@ _FREE = {
   "replica-id",
   "domain",
 } | {f"{kind}-done" for kind in communication.KINDS}
-_PARTS = ("dynamic-slice", "slice", "gather")  # These read as much as they give.
+_PARTS = ("dynamic-slice", "slice", "gather")  # These read as much as they return.
 
 
 def count(text: str, trips: int = 1) -> Work:
   """Counts products and bytes of a compiled program, on one device.
 
-  A fusion reads its operands and writes its results once; of an operand of which it takes slices,
-  it reads these. Products inside kernels of other makers (custom calls) are not seen.
+  A fusion reads its operands and writes its results once; if it slices an operand, it reads the
+  slices. Products inside custom calls are not counted.
 
   Args:
     text: of the program, `compiled.as_text()`.
-    trips: how often a loop runs whose number of trips the program computes.
+    trips: assumed for a loop whose number of trips the program computes.
 
   Example:
     >>> x = jax.ShapeDtypeStruct((4, 8), jnp.float32)
@@ -75,7 +75,7 @@ def count(text: str, trips: int = 1) -> Work:
   for step in hlo_text.steps(module, trips):
     flops += step.times * products(step.op, step.within)
     if not step.fused:
-      moved += step.times * _moved(module, step.within, step.op)
+      moved += step.times * _bytes_moved(module, step.within, step.op)
     if step.op.kind == "while":
       unknown += hlo_text.loop(module, step.within, step.op) is None
   return Work(flops, moved, unknown)
@@ -88,14 +88,14 @@ def products(op: Op, within: dict[str, Op]) -> int:
   left, right = (within[name].shapes[0] for name in op.operands[:2])
   out = op.shapes[0]
   if op.kind == "dot":
-    found = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", op.attributes)
-    axes = [int(i) for i in found[1].split(",") if i] if found else []
+    match = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", op.attributes)
+    axes = [int(i) for i in match[1].split(",") if i] if match else []
     return 2 * out.entries * int(np.prod([left.sizes[i] for i in axes], dtype=np.int64))
-  return 2 * _convolved(op, left, right, out)
+  return 2 * _multiplications(op, left, right, out)
 
 
-def _convolved(op: Op, left: Shape, right: Shape, out: Shape) -> int:
-  """Multiplications of a convolution: holes and borders, where there is nothing, do not count."""
+def _multiplications(op: Op, left: Shape, right: Shape, out: Shape) -> int:
+  """Counts the multiplications of a convolution, without those by padding and dilation."""
   names = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", op.attributes)
   if names is None:
     raise ValueError(f"convolution {op.name!r} has no dim_labels: {op.attributes[:200]!r}.")
@@ -106,33 +106,33 @@ def _convolved(op: Op, left: Shape, right: Shape, out: Shape) -> int:
     spatial = [
       t.sizes[n.index(str(i))] for t, n in ((left, inputs), (right, kernel), (out, outputs))
     ]
-    total *= _met(*spatial, **_window(op.attributes, i))
+    total *= _overlaps(*spatial, **_window(op.attributes, i))
   return total
 
 
 def _window(attributes: str, axis: int) -> dict[str, int]:
-  """How a convolution goes along one axis."""
-  found = re.search(r"(?:^|, )window=\{([^}]*)\}", attributes)
-  told = dict(re.findall(r"(\w+)=(\S+)", found[1])) if found else {}
-  own = {
-    key: told[key].split("x")[axis]
+  """Returns stride, padding and dilations of a convolution along one axis."""
+  match = re.search(r"(?:^|, )window=\{([^}]*)\}", attributes)
+  fields = dict(re.findall(r"(\w+)=(\S+)", match[1])) if match else {}
+  values = {
+    key: fields[key].split("x")[axis]
     for key in ("stride", "pad", "lhs_dilate", "rhs_dilate")
-    if key in told
+    if key in fields
   }
   return {
-    "stride": int(own.get("stride", 1)),
-    "before": int(own.get("pad", "0_0").split("_")[0]),
-    "spread": int(own.get("lhs_dilate", 1)),
-    "apart": int(own.get("rhs_dilate", 1)),
+    "stride": int(values.get("stride", 1)),
+    "before": int(values.get("pad", "0_0").split("_")[0]),
+    "spread": int(values.get("lhs_dilate", 1)),
+    "apart": int(values.get("rhs_dilate", 1)),
   }
 
 
-def _met(
+def _overlaps(
   size: int, window: int, out: int, *, stride: int, before: int, spread: int, apart: int
 ) -> int:
-  """Counts the pairs of a place of the output and one of the window that meet an entry."""
+  """Counts the pairs of an output and a window position that lie on an entry of the input."""
   last = (size - 1) * spread
-  if window > out:  # The longer of the two goes into the array.
+  if window > out:  # The longer of the two is the array, the shorter one the Python loop.
     places = np.arange(window) * apart - before
     steps = [int(o) * stride for o in range(out)]
   else:
@@ -142,60 +142,60 @@ def _met(
   return sum(int(((p >= 0) & (p <= last) & (p % spread == 0)).sum()) for p in at)
 
 
-def _moved(module: Module, within: dict[str, Op], op: Op) -> int:
-  """Bytes of main memory that an operation reads and writes."""
+def _bytes_moved(module: Module, within: dict[str, Op], op: Op) -> int:
+  """Returns the bytes of main memory that an operation reads and writes."""
   if op.kind in _FREE:
     return 0
-  given = [within[name].shapes for name in op.operands if name in within]
+  inputs = [within[name].shapes for name in op.operands if name in within]
   if op.kind == "fusion":
     inner = module.computations[hlo_text.attribute(op, "calls")]
-    read = sum(min(_main(shapes), _read(module, inner, i)) for i, shapes in enumerate(given))
-    return read + _written(inner, op)
+    read = sum(min(_main(shapes), _bytes_read(module, inner, i)) for i, shapes in enumerate(inputs))
+    return read + _bytes_written(inner, op)
   if op.kind in _PARTS:
-    return _main(op.shapes) + min(_main(given[0]), sum(s.bytes for s in op.shapes))
+    return _main(op.shapes) + min(_main(inputs[0]), sum(s.bytes for s in op.shapes))
   if op.kind == "slice-start":
-    return _main(op.shapes[1:2]) + min(_main(given[0]), op.shapes[1].bytes)
+    return _main(op.shapes[1:2]) + min(_main(inputs[0]), op.shapes[1].bytes)
   if op.kind == "copy-start":
-    return _main(op.shapes[:1]) + _main(given[0])
+    return _main(op.shapes[:1]) + _main(inputs[0])
   if op.kind == "dynamic-update-slice":
-    return _main(given[1]) + min(_main(op.shapes), sum(s.bytes for s in given[1]))
+    return _main(inputs[1]) + min(_main(op.shapes), sum(s.bytes for s in inputs[1]))
   if communication.kind_of(op) is not None and op.kind.endswith("-start"):
     whole = 2 if op.kind != "all-gather-start" else 1
-    return whole * sum(_main(shapes) for shapes in given)
-  return _main(op.shapes) + sum(_main(shapes) for shapes in given)
+    return whole * sum(_main(shapes) for shapes in inputs)
+  return _main(op.shapes) + sum(_main(shapes) for shapes in inputs)
 
 
 def _main(shapes: tuple[Shape, ...]) -> int:
   return sum(s.bytes for s in shapes if s.space == 0)
 
 
-def _read(module: Module, inner: dict[str, Op], position: int) -> int:
-  """Bytes that a fusion reads of an operand."""
+def _bytes_read(module: Module, inner: dict[str, Op], position: int) -> int:
+  """Returns the bytes that a fusion reads of an operand."""
   name = next(
     op.name for op in inner.values() if op.kind == "parameter" and op.operands[0] == str(position)
   )
   whole, total, todo = sum(s.bytes for s in inner[name].shapes), 0, [name]
   while todo:
-    own = todo.pop()
+    current = todo.pop()
     for user in inner.values():
-      if user.kind in ("parameter", "constant") or own not in user.operands:
+      if user.kind in ("parameter", "constant") or current not in user.operands:
         continue
-      at = user.operands.index(own)
+      at = user.operands.index(current)
       if user.kind == "bitcast":
         todo.append(user.name)
       elif user.kind in _PARTS and at == 0:
         total += sum(s.bytes for s in user.shapes)
       elif user.kind == "dynamic-update-slice" and at == 0:
-        continue  # What is not written stays where it is.
+        continue  # The rest of the array stays where it is.
       elif user.kind == "fusion":
-        total += _read(module, module.computations[hlo_text.attribute(user, "calls")], at)
+        total += _bytes_read(module, module.computations[hlo_text.attribute(user, "calls")], at)
       else:
         return whole
   return min(total, whole)
 
 
-def _written(inner: dict[str, Op], op: Op) -> int:
-  """Bytes that a fusion writes: where it replaces a slice of an operand, that slice."""
+def _bytes_written(inner: dict[str, Op], op: Op) -> int:
+  """Returns the bytes that a fusion writes; only the slice, if it updates one of an operand."""
   root = next(o for o in inner.values() if o.root)
   parts = [inner[name] for name in root.operands] if root.kind == "tuple" else [root]
   if len(parts) != len(op.shapes):
@@ -204,8 +204,8 @@ def _written(inner: dict[str, Op], op: Op) -> int:
   for part, shape in zip(parts, op.shapes, strict=True):
     while part.kind == "bitcast":
       part = inner[part.operands[0]]
-    own = shape.bytes
+    size = shape.bytes
     if part.kind == "dynamic-update-slice":
-      own = sum(s.bytes for s in inner[part.operands[1]].shapes)
-    total += own if shape.space == 0 else 0
+      size = sum(s.bytes for s in inner[part.operands[1]].shapes)
+    total += size if shape.space == 0 else 0
   return total

@@ -1,7 +1,7 @@
 """Reads the text of a compiled program: computations, operations, loops and how often they run.
 
-The text is that of `jax.stages.Compiled.as_text()`, optimised HLO of one device of many. What is
-not understood is an error: nothing that runs is passed over.
+The text is that of `jax.stages.Compiled.as_text()`: optimised HLO for one device of many. What is
+not understood is an error: no operation is skipped.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ class Op(NamedTuple):
   Attributes:
     name: unique in its computation.
     kind: the opcode, such as "all-reduce-start".
-    shapes: of the result; those of a tuple one after the other.
-    operands: names of the operands; of a parameter or a constant, what is between the brackets.
+    shapes: of the result; a tuple has several.
+    operands: names of the operands; for a parameter or a constant, the text in brackets.
     attributes: the rest of the line.
-    root: it is the computation's result.
+    root: whether it is the computation's result.
   """
 
   name: str
@@ -51,7 +51,7 @@ class Op(NamedTuple):
 
 
 class Module(NamedTuple):
-  """A program: its computations by name, the first that runs, and the number of devices."""
+  """A program: its computations by name, the entry computation, and the number of devices."""
 
   entry: str
   computations: dict[str, dict[str, Op]]
@@ -59,7 +59,7 @@ class Module(NamedTuple):
 
 
 class Step(NamedTuple):
-  """An operation that runs: in which computation, how often, and whether inside a fusion."""
+  """An operation that runs: its computation, how often it runs, and whether in a fusion."""
 
   op: Op
   within: dict[str, Op]
@@ -85,54 +85,56 @@ def read(text: str) -> Module:
   head = text.partition("\n")[0]
   if not head.startswith("HloModule"):
     raise ValueError(f"this is not the text of a compiled program: {head[:80]!r}.")
-  if int(_found(r"replica_count=(\d+)", head) or 1) != 1:
+  if int(_search(r"replica_count=(\d+)", head) or 1) != 1:
     raise ValueError("the program has replicas beside partitions; collectives of such are unknown.")
   computations: dict[str, dict[str, Op]] = {}
   entry, current = "", None
   for line in text.splitlines():
-    if line.endswith("{") and " -> " in line and (found := _HEAD.match(line)):
-      current = computations.setdefault(found[2], {})
-      entry = found[2] if found[1] else entry
+    if line.endswith("{") and " -> " in line and (match := _HEAD.match(line)):
+      current = computations.setdefault(match[2], {})
+      entry = match[2] if match[1] else entry
     elif line.startswith("}"):
       current = None
-    elif current is not None and (found := _LINE.match(line)):
-      op = _op(found[2], line[found.end() :], bool(found[1]))
+    elif current is not None and (match := _LINE.match(line)):
+      op = _op(match[2], line[match.end() :], bool(match[1]))
       current[op.name] = op
   if not entry:
     raise ValueError("the text of the program has no entry computation.")
-  return Module(entry, computations, int(_found(r"num_partitions=(\d+)", head) or 1))
+  return Module(entry, computations, int(_search(r"num_partitions=(\d+)", head) or 1))
 
 
 def steps(module: Module, trips: int = 1) -> Iterator[Step]:
-  """Yields every operation that runs, with how often it does.
+  """Yields every operation that runs, and how often.
 
-  Of a conditional every branch counts. Functions of reductions, sorts and the like are not entered.
+  Every branch of a conditional counts. Functions of reductions, sorts and the like are left out.
 
   Args:
     module: the program.
-    trips: how often a loop runs whose number of trips the program computes.
+    trips: assumed for a loop whose number of trips the program computes.
   """
-  yield from _within(module, module.entry, 1, False, trips)
+  yield from _steps_of(module, module.entry, 1, False, trips)
 
 
-def _within(module: Module, name: str, times: int, fused: bool, trips: int) -> Iterator[Step]:
+def _steps_of(module: Module, name: str, times: int, fused: bool, trips: int) -> Iterator[Step]:
   within = module.computations[name]
   for op in within.values():
     yield Step(op, within, times, fused)
-    for called, count in _called(module, within, op, trips):
+    for called, count in _callees(module, within, op, trips):
       inside = fused or op.kind in ("fusion", "custom-call")
-      yield from _within(module, called, times * count, inside, trips)
+      yield from _steps_of(module, called, times * count, inside, trips)
 
 
-def _called(module: Module, within: dict[str, Op], op: Op, trips: int) -> Iterator[tuple[str, int]]:
-  """The computations that an operation runs, and how often."""
+def _callees(
+  module: Module, within: dict[str, Op], op: Op, trips: int
+) -> Iterator[tuple[str, int]]:
+  """Yields the computations that an operation runs, and how often."""
   if op.kind == "while":
     count = loop(module, within, op)
     count = trips if count is None else count
     yield attribute(op, "body"), count
     yield attribute(op, "condition"), count + 1
   elif op.kind == "conditional":
-    names = _found(r"branch_computations=\{([^}]*)\}", op.attributes)
+    names = _search(r"branch_computations=\{([^}]*)\}", op.attributes)
     branches = re.findall(r"%?([\w.\-]+)", names) if names else []
     if not branches:
       branches = [attribute(op, f"{side}_computation") for side in ("true", "false")]
@@ -142,32 +144,32 @@ def _called(module: Module, within: dict[str, Op], op: Op, trips: int) -> Iterat
   elif op.kind in ("fusion", "async-start"):
     yield attribute(op, "calls"), 1
   elif op.kind == "custom-call" and (
-    names := _found(r"(?:called_computations=\{|calls=\{?)([^},]*)", op.attributes)
+    names := _search(r"(?:called_computations=\{|calls=\{?)([^},]*)", op.attributes)
   ):
     yield names.lstrip("%"), 1
 
 
 def attribute(op: Op, key: str) -> str:
-  """Returns the name that an attribute holds, such as the body of a loop.
+  """Returns the name in an attribute, such as the body of a loop.
 
   Raises:
-    ValueError: naming the operation, where it has no such attribute.
+    ValueError: naming the operation, if it has no such attribute.
   """
-  found = _found(rf"(?:^|, ){key}=%?([\w.\-]+)", op.attributes)
-  if found is None:
+  name = _search(rf"(?:^|, ){key}=%?([\w.\-]+)", op.attributes)
+  if name is None:
     raise ValueError(f"{op.kind} {op.name!r} has no {key}: {op.attributes[:80]!r}.")
-  return found
+  return name
 
 
 def loop(module: Module, within: dict[str, Op], op: Op) -> int | None:
-  """Returns how often the body of a loop runs, or None where the program computes that."""
-  if told := _found(r'"known_trip_count":\{"n":"(\d+)"\}', op.attributes):
-    return int(told)
+  """Returns how often the body of a loop runs; None if the program computes that."""
+  if known := _search(r'"known_trip_count":\{"n":"(\d+)"\}', op.attributes):
+    return int(known)
   body = module.computations[attribute(op, "body")]
   test, way = _test(module, module.computations[attribute(op, "condition")])
   if test is None:
     return None
-  now, limit = (_held(operand, body, within, op) for operand in test)
+  now, limit = (_counter(operand, body, within, op) for operand in test)
   start = now and now.start
   if now is None or limit is None or start is None or limit.start is None:
     return None
@@ -178,8 +180,8 @@ def loop(module: Module, within: dict[str, Op], op: Op) -> int | None:
   return max(0, count)
 
 
-class _Held(NamedTuple):
-  """A number that a loop carries: at the start, and what a trip adds to it; None: not known."""
+class _Counter(NamedTuple):
+  """A number in a loop's carry: its start, and what a trip adds to it; None: not known."""
 
   start: int | None
   step: int | None
@@ -191,16 +193,16 @@ _WAYS = ("LT", "LE", "GT", "GE", "NE")
 def _test(
   module: Module, condition: dict[str, Op]
 ) -> tuple[tuple[int | str, int | str] | None, str]:
-  """What a loop compares: each side a number, as text, or a place in what the loop carries."""
+  """Returns what a loop compares: each side a constant as text, or an index of its carry."""
   root = next(op for op in condition.values() if op.root)
   sides = [_origin(condition, name) for name in root.operands]
   if root.kind == "fusion":
     inner = module.computations[attribute(root, "calls")]
     root = next(op for op in inner.values() if op.root)
-    own = [_plain(inner, name) for name in root.operands]
+    operands = [_plain(inner, name) for name in root.operands]
     sides = [
       sides[int(op.operands[0])] if op.kind == "parameter" else _origin(inner, op.name)
-      for op in own
+      for op in operands
     ]
   if root.kind != "compare" or len(sides) != 2 or None in sides:
     return None, ""
@@ -208,7 +210,7 @@ def _test(
 
 
 def _plain(within: dict[str, Op], name: str) -> Op:
-  """The operation that a name stands for, past copies."""
+  """Returns the operation behind a name, past copies and bitcasts."""
   op = within[name]
   while op.kind in ("copy", "bitcast") and op.operands[0] in within:
     op = within[op.operands[0]]
@@ -216,7 +218,7 @@ def _plain(within: dict[str, Op], name: str) -> Op:
 
 
 def _origin(within: dict[str, Op], name: str) -> int | str | None:
-  """A constant, as text, or the index in the tuple that the computation is given."""
+  """Returns a constant as text, or an index of the tuple that is the computation's parameter."""
   op = _plain(within, name)
   if op.kind == "constant":
     return op.operands[0] if re.fullmatch(r"-?\d+", op.operands[0]) else None
@@ -226,32 +228,34 @@ def _origin(within: dict[str, Op], name: str) -> int | str | None:
 
 
 def _index(op: Op) -> int:
-  return int(_found(r"index=(\d+)", op.attributes) or 0)
+  return int(_search(r"index=(\d+)", op.attributes) or 0)
 
 
-def _held(side: int | str, body: dict[str, Op], within: dict[str, Op], op: Op) -> _Held | None:
+def _counter(
+  side: int | str, body: dict[str, Op], within: dict[str, Op], op: Op
+) -> _Counter | None:
   if isinstance(side, str):
-    return _Held(int(side), 0)
-  given = _plain(within, op.operands[0])
-  if given.kind != "tuple":
+    return _Counter(int(side), 0)
+  initial = _plain(within, op.operands[0])
+  if initial.kind != "tuple":
     return None
-  first = _origin(within, given.operands[side])
+  first = _origin(within, initial.operands[side])
   after = next(o for o in body.values() if o.root)
   if after.kind != "tuple":
     return None
-  return _Held(int(first) if isinstance(first, str) else None, _added(body, after, side))
+  return _Counter(int(first) if isinstance(first, str) else None, _increment(body, after, side))
 
 
-def _added(body: dict[str, Op], after: Op, side: int) -> int | None:
-  """What a trip adds to a number that the loop carries."""
+def _increment(body: dict[str, Op], after: Op, side: int) -> int | None:
+  """Returns what a trip adds to a number in the loop's carry."""
   if _origin(body, after.operands[side]) == side:
     return 0
   op = _plain(body, after.operands[side])
   if op.kind != "add":
     return None
-  found = [_origin(body, name) for name in op.operands]
-  numbers = [int(x) for x in found if isinstance(x, str)]
-  return numbers[0] if side in found and numbers else None
+  origins = [_origin(body, name) for name in op.operands]
+  numbers = [int(x) for x in origins if isinstance(x, str)]
+  return numbers[0] if side in origins and numbers else None
 
 
 def _op(name: str, rest: str, root: bool) -> Op:
@@ -264,16 +268,16 @@ def _op(name: str, rest: str, root: bool) -> Op:
   rest = rest[kind_at:].lstrip()
   kind, _, inside = rest.partition("(")
   stop = _end(f"({inside}") - 1
-  given = inside[: stop - 1] if stop else inside
+  arguments = inside[: stop - 1] if stop else inside
   if kind in ("parameter", "constant"):
-    operands: tuple[str, ...] = (given,)
+    operands: tuple[str, ...] = (arguments,)
   else:
-    operands = tuple(re.findall(r"%([\w.\-]+)", given))
+    operands = tuple(re.findall(r"%([\w.\-]+)", arguments))
   return Op(name, kind, shapes, operands, inside[stop:].removeprefix(", "), root)
 
 
 def _end(text: str) -> int:
-  """Where the bracket that a text begins with is closed; after the last character if it is not."""
+  """Returns the end of the bracket that a text begins with, or the end of the text plus one."""
   depth = 0
   for match in re.finditer(r'"(?:[^"\\]|\\.)*"|[()]', text):
     depth += {"(": 1, ")": -1}.get(match[0], 0)
@@ -283,12 +287,12 @@ def _end(text: str) -> int:
 
 
 def _space(layout: str) -> int:
-  return int(_found(r"S\((\d+)\)", layout) or 0)
+  return int(_search(r"S\((\d+)\)", layout) or 0)
 
 
-def _found(pattern: str, text: str) -> str | None:
-  found = re.search(pattern, text)
-  return found[1] if found else None
+def _search(pattern: str, text: str) -> str | None:
+  match = re.search(pattern, text)
+  return match[1] if match else None
 
 
 def _bits(dtype: str) -> int:
@@ -297,7 +301,7 @@ def _bits(dtype: str) -> int:
     return 0
   if dtype == "pred":
     return 8
-  width = _found(r"^(?:[suf]|bf|c)(\d+)", dtype)
+  width = _search(r"^(?:[suf]|bf|c)(\d+)", dtype)
   if width is None:
     raise ValueError(f"a program has entries of the dtype {dtype!r}, whose size is not known.")
   return int(width)

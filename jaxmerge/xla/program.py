@@ -1,4 +1,4 @@
-"""One compiled program: what it needs, moves and computes, as a record."""
+"""Compiles one program and records its memory, work and communication."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ class Program(NamedTuple):
   """A program to compile.
 
   Attributes:
-    name: what it is called.
+    name: for reports.
     lower: traces it.
     mesh: over which it runs.
-    trips: how often its loops run whose number of trips the program computes: local steps.
+    trips: assumed for loops whose number of trips the program computes: local steps.
   """
 
   name: str
@@ -29,16 +29,16 @@ class Program(NamedTuple):
 
 
 def record(program: Program, chip: chips.Chip | None, *, devices: int = 1) -> dict[str, Any]:
-  """Compiles a program and returns what it needs, as plain JSON.
+  """Compiles a program and returns its memory, work and communication, as plain JSON.
 
   Args:
     program: the program.
-    chip: for whose memory and speed it is; None: only what the program says.
-    devices: of a chip.
+    chip: whose memory and speed count; None: leaves them out.
+    devices: per chip.
 
   Returns:
-    {"name", "fits", "reason", "seconds", "mesh", "memory", "work", "collectives", "times"}; of a
-    program that the compiler refuses for want of memory, only the first five.
+    {"name", "fits", "reason", "seconds", "mesh", "memory", "work", "collectives", "times"}; for
+    a program that does not fit into memory, only the first five.
   """
   begun, busy = time.perf_counter(), time.process_time()
   lowered = program.lower()
@@ -58,13 +58,13 @@ def record(program: Program, chip: chips.Chip | None, *, devices: int = 1) -> di
     return {**facts, "mesh": dict(program.mesh.shape)}
   took = seconds()
   text = compiled.as_text() or ""
-  own = cost.count(text, program.trips)
-  found = communication.collectives(text, program.mesh, program.trips)
-  needs = needed(compiled.memory_analysis())
+  work = cost.count(text, program.trips)
+  collectives = communication.collectives(text, program.mesh, program.trips)
+  needs = memory_by_kind(compiled.memory_analysis())
   limit = None if chip is None else chip.memory // devices
   fits = limit is None or needs["total"] <= limit
   reason = "" if fits else f"needs {needs['total']} bytes a device; it has {limit}"
-  times = None if chip is None else roofline.times(own, found, chip, devices)
+  times = None if chip is None else roofline.times(work, collectives, chip, devices)
   return {
     "name": program.name,
     "fits": fits,
@@ -72,25 +72,30 @@ def record(program: Program, chip: chips.Chip | None, *, devices: int = 1) -> di
     "seconds": took,
     "mesh": dict(program.mesh.shape),
     "memory": needs,
-    "work": own._asdict(),
-    "collectives": [
-      {"kind": kind, "axes": list(axes), "outside": outside, "times": count, "bytes_sent": sent}
-      for outside in (False, True)
-      for (kind, axes), (count, sent) in sorted(
-        communication.by_axis(c for c in found if c.outside == outside).items()
-      )
-    ],
+    "work": work._asdict(),
+    "collectives": _describe(collectives),
     "times": None if times is None else {**times._asdict(), "bound": times.bound, "by": times.by},
   }
 
 
-def needed(analysis: Any) -> dict[str, int]:
-  """Returns the bytes that a program needs on each device, by kind, and in total."""
-  own = {
+def _describe(collectives: list[communication.Collective]) -> list[dict[str, Any]]:
+  """Returns the runs and sent bytes of collectives by kind and axes: those inside slices first."""
+  return [
+    {"kind": kind, "axes": list(axes), "outside": outside, "times": count, "bytes_sent": sent}
+    for outside in (False, True)
+    for (kind, axes), (count, sent) in sorted(
+      communication.by_axis(c for c in collectives if c.outside == outside).items()
+    )
+  ]
+
+
+def memory_by_kind(analysis: Any) -> dict[str, int]:
+  """Returns the bytes of a program on each device, by kind and in total."""
+  sizes = {
     "arguments": analysis.argument_size_in_bytes,
     "outputs": analysis.output_size_in_bytes,
     "temporaries": analysis.temp_size_in_bytes,
     "aliased": analysis.alias_size_in_bytes,
     "code": analysis.generated_code_size_in_bytes,
   }
-  return {**own, "total": sum(own.values()) - 2 * own["aliased"]}
+  return {**sizes, "total": sum(sizes.values()) - 2 * sizes["aliased"]}

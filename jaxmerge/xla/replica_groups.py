@@ -16,8 +16,8 @@ def replica_groups(attributes: str, devices: int) -> Groups:
   """Returns the groups of devices of a collective, from the attributes of its line.
 
   Raises:
-    ValueError: for a syntax that is not known, and for groups that do not hold each of the devices
-      once: what cannot be read must not pass for silence.
+    ValueError: for a syntax that is not known, and for groups that do not hold each device once: a
+      collective that cannot be read must not look like no communication.
 
   Example:
     >>> replica_groups("replica_groups={{0,1},{2,3}}, channel_id=1", 4)
@@ -30,30 +30,30 @@ def replica_groups(attributes: str, devices: int) -> Groups:
   value = _value(attributes, "replica_groups")
   if value is None:
     raise ValueError(f"a collective has no replica groups: {attributes[:200]!r}.")
-  found = _listed(value, devices) or _counted(value) or _of_mesh(value)
-  if found is None:
+  groups = _explicit_groups(value, devices) or _iota_groups(value) or _mesh_groups(value)
+  if groups is None:
     raise ValueError(f"replica groups in a syntax that is not known: {value[:200]!r}.")
-  if sorted(i for group in found for i in group) != list(range(devices)):
+  if sorted(i for group in groups for i in group) != list(range(devices)):
     raise ValueError(f"replica groups {value[:200]!r} do not hold each of {devices} devices once.")
-  return found
+  return groups
 
 
 def pairs(attributes: str, devices: int) -> Groups:
   """Returns the pairs (source, target) of a permutation, from the attributes of its line.
 
   Raises:
-    ValueError: for a syntax that is not known, or a device that there is not.
+    ValueError: for a syntax that is not known, or a device that does not exist.
 
   Example:
     >>> pairs("channel_id=2, source_target_pairs={{0,1},{1,0}}", 2)
     ((0, 1), (1, 0))
   """
-  found = re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}(?=, |$)", attributes)
-  if found is None:
+  match = re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}(?=, |$)", attributes)
+  if match is None:
     raise ValueError(f"a permutation has no pairs that can be read: {attributes[:200]!r}.")
-  out = _lists(found[1])
+  out = _lists(match[1])
   if any(i >= devices for pair in out for i in pair):
-    raise ValueError(f"pairs {found[0][:200]!r} name devices beyond {devices}.")
+    raise ValueError(f"pairs {match[0][:200]!r} name devices beyond {devices}.")
   return out
 
 
@@ -72,66 +72,70 @@ def axes(groups: Iterable[Iterable[int]], shape: Mapping[str, int]) -> tuple[str
 
 
 def _value(attributes: str, key: str) -> str | None:
-  found = re.search(rf"(?:^|, ){key}=", attributes)
-  return attributes[found.end() :] if found else None
+  match = re.search(rf"(?:^|, ){key}=", attributes)
+  return attributes[match.end() :] if match else None
 
 
 def _lists(text: str) -> Groups:
-  return tuple(tuple(int(i) for i in own.split(",")) for own in re.findall(r"\{(\d[\d,]*)\}", text))
+  return tuple(
+    tuple(int(i) for i in group.split(",")) for group in re.findall(r"\{(\d[\d,]*)\}", text)
+  )
 
 
-def _listed(value: str, devices: int) -> Groups | None:
-  """Explicit: {{0,1},{2,3}}, or {} for all in one."""
-  found = re.match(r"\{((?:\{\d+(?:,\d+)*\},?)*)\}(?=, |$)", value)
-  if found is None:
+def _explicit_groups(value: str, devices: int) -> Groups | None:
+  """Reads lists of devices: {{0,1},{2,3}}, or {} for one group of all."""
+  match = re.match(r"\{((?:\{\d+(?:,\d+)*\},?)*)\}(?=, |$)", value)
+  if match is None:
     return None
-  return _lists(found[1]) or (tuple(range(devices)),)
+  return _lists(match[1]) or (tuple(range(devices)),)
 
 
 _SIZES = r"(\d+(?:,\d+)*)"
 
 
-def _counted(value: str) -> Groups | None:
-  """Counted through, maybe with axes exchanged: [4,2]<=[8], [2,4]<=[4,2]T(1,0)."""
-  found = re.match(rf"\[(\d+),(\d+)\]<=\[{_SIZES}\](?:T\({_SIZES}\))?(?=, |$)", value)
-  if found is None:
+def _iota_groups(value: str) -> Groups | None:
+  """Reads consecutive numbers, maybe with axes exchanged: [4,2]<=[8], [2,4]<=[4,2]T(1,0)."""
+  match = re.match(rf"\[(\d+),(\d+)\]<=\[{_SIZES}\](?:T\({_SIZES}\))?(?=, |$)", value)
+  if match is None:
     return None
-  ids = _ids(found[3], found[4])
-  rows, columns = int(found[1]), int(found[2])
+  ids = _ids(match[3], match[4])
+  rows, columns = int(match[1]), int(match[2])
   if rows * columns != ids.size:
     raise ValueError(f"replica groups {value[:80]!r} do not fit together.")
   return _rows(ids.reshape(rows, columns))
 
 
-def _of_mesh(value: str) -> Groups | None:
-  """By axes of a mesh: mesh['x'=2,'y'=4] {'y'}, with parts of axes and device ids of its own.
+def _mesh_groups(value: str) -> Groups | None:
+  """Reads axes of a mesh: mesh['x'=2,'y'=4] {'y'}, maybe with parts of axes and device ids.
 
-  'y':(2)4 is the part of y of size 4 that 2 larger ones are above.
+  'y':(2)4 is the part of y of size 4 below a part of size 2.
   """
   axis = r"'[^']+'=\d+"
   part = r"'[^']+'(?::\(\d+\)\d+)?"
   ids = rf"(?:, device_ids=\((?:\[{_SIZES}\](?:T\({_SIZES}\))?|{_SIZES})\))?"
   pattern = rf"mesh\[({axis}(?:,{axis})*)\]{ids} \{{({part}(?:,\s*{part})*)\}}(?=, |$)"
-  found = re.match(pattern, value)
-  if found is None:
+  match = re.match(pattern, value)
+  if match is None:
     return None
-  sizes = {n: int(size) for n, size in re.findall(r"'([^']+)'=(\d+)", found[1])}
-  if found[2]:
-    order = _ids(found[2], found[3])
+  sizes = {n: int(size) for n, size in re.findall(r"'([^']+)'=(\d+)", match[1])}
+  if match[2]:
+    order = _ids(match[2], match[3])
   else:
-    order = np.array(_numbers(found[4])) if found[4] else np.arange(math.prod(sizes.values()))
-  parts = re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", found[5])
+    order = np.array(_numbers(match[4])) if match[4] else np.arange(math.prod(sizes.values()))
+  parts = re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", match[5])
   if order.size != math.prod(sizes.values()) or any(n not in sizes for n, _, _ in parts):
     raise ValueError(f"replica groups {value[:200]!r} do not fit together.")
   spots, at = [], 0  # Each axis as (above, part, below) where a part of it is named.
   split: list[int] = []
   for name, size in sizes.items():
-    own = [(int(pre or 1), int(some or size)) for n, pre, some in parts if n == name]
-    ends = sorted({1, size} | {pre for pre, _ in own} | {pre * count for pre, count in own})
+    parts_of_axis = [(int(pre or 1), int(some or size)) for n, pre, some in parts if n == name]
+    ends = sorted(
+      {1, size} | {pre for pre, _ in parts_of_axis} | {pre * count for pre, count in parts_of_axis}
+    )
     pieces = [b // a for a, b in itertools.pairwise(ends)]
     if math.prod(pieces) != size:
       raise ValueError(f"replica groups {value[:200]!r} do not fit together.")
-    for pre, count in own:
+    for pre, count in parts_of_axis:
       spots += [at + i for i, a in enumerate(ends[:-1]) if pre <= a < pre * count]
     split += pieces
     at += len(pieces)

@@ -1,9 +1,8 @@
-"""How long a compiled program must take at least, on chips of known peak speed.
+"""The least time that a compiled program takes, on chips of known peak speed.
 
 A roofline (Williams et al. 2009, CACM 52(4)): products at the peak of the matrix units, bytes at
 the peak of the memory, collectives at that of the links; the slowest of the three bounds the time
-from below, as if the others went on beside it. What a real run adds (vector units, latencies, what
-waits for what) is not in it.
+from below, as if the others ran beside it. Vector units, latencies and waiting are left out.
 """
 
 from __future__ import annotations
@@ -17,13 +16,13 @@ from jaxmerge.xla.cost import Work
 
 
 class Times(NamedTuple):
-  """Seconds at least.
+  """Lower bounds in seconds.
 
   Attributes:
     products: of matrices, at the peak of the matrix units.
     memory: bytes through the device's memory.
     links: between chips, one mesh axis after the other.
-    outside: between slices; None where the speed of that network is not published.
+    outside: between slices; None if the speed of that network is not published.
   """
 
   products: float
@@ -33,12 +32,12 @@ class Times(NamedTuple):
 
   @property
   def bound(self) -> float:
-    """The longest of them."""
+    """Returns the longest of them."""
     return max(self.products, self.memory, self.links, self.outside or 0.0)
 
   @property
   def by(self) -> str:
-    """What the longest is."""
+    """Returns the name of the longest."""
     return max(self._fields, key=lambda name: getattr(self, name) or 0.0)
 
 
@@ -47,23 +46,23 @@ def times(
 ) -> Times:
   """Returns the least times of a program.
 
-  A collective is taken to run as a ring along one axis of the torus, whatever mesh axes it spans.
+  A collective counts as a ring along one axis of the torus, whatever mesh axes it spans.
 
   Args:
     work: products and bytes of one device.
     collectives: of the program.
     chip: the chips.
-    devices: of a chip; they share it evenly.
+    devices: per chip; they share it evenly.
 
   Example:
-    >>> found = [Collective("all-reduce", ("task",), 10**9, 2, 3)]
-    >>> times(Work(197 * 10**12, 0, 0), found, chips.CHIPS["v5e"]).bound
+    >>> reduce = [Collective("all-reduce", ("task",), 10**9, 2, 3)]
+    >>> times(Work(197 * 10**12, 0, 0), reduce, chips.CHIPS["v5e"]).bound
     1.0
-    >>> round(times(Work(0, 0, 0), found, chips.CHIPS["v5e"]).links, 3)
+    >>> round(times(Work(0, 0, 0), reduce, chips.CHIPS["v5e"]).links, 3)
     0.03
   """
-  inside = sum(c.sent for c in collectives if not c.outside)
-  outside = sum(c.sent for c in collectives if c.outside)
+  inside = sum(c.bytes_sent for c in collectives if not c.outside)
+  outside = sum(c.bytes_sent for c in collectives if c.outside)
   over = None if chip.outside is None else outside * devices / chip.outside
   return Times(
     work.flops * devices / chip.flops,

@@ -22,7 +22,7 @@ def test_shipped_configs_are_sound_and_say_their_command(name):
   assert compile_config.load(str(ROOT / path)).is_locked
   source = (ROOT / path).read_text()
   (found, *_) = re.findall(rf"jaxmerge compile --config={path} --topology (\S+)", source)
-  assert chips.named(found).name == found
+  assert chips.parse_topology(found).name == found
   assert f"--config={path} --topology {found}" in (ROOT / "docs" / "tpu.md").read_text()
 
 

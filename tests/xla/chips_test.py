@@ -15,7 +15,7 @@ from jaxmerge.xla.cost import Work
 @pytest.mark.parametrize("kind", chips.CHIPS)
 def test_every_documented_shape_is_a_name(kind):
   for shape in chips.CHIPS[kind].shapes:
-    place = chips.named(f"{kind}:{shape}", slices=3)
+    place = chips.parse_topology(f"{kind}:{shape}", slices=3)
     assert place.chips == 3 * np.prod(place.sizes)
     assert place.chip is chips.CHIPS[kind]
 
@@ -40,18 +40,18 @@ def test_every_documented_shape_is_a_name(kind):
 )
 def test_other_names_are_errors_that_tell_good_ones(name, words):
   with pytest.raises(ValueError, match=words):
-    chips.named(name)
+    chips.parse_topology(name)
 
 
 def test_no_slices_are_an_error():
   with pytest.raises(ValueError, match="at least 1, got 0"):
-    chips.named("v5e:4x4", 0)
+    chips.parse_topology("v5e:4x4", 0)
 
 
 def test_a_missing_compiler_is_an_error_that_tells_the_command(monkeypatch):
   monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
   with pytest.raises(ValueError, match=r"pip install 'jaxmerge\[tpu\]'"):
-    chips.devices(chips.named("v5e:4x4"))
+    chips.devices(chips.parse_topology("v5e:4x4"))
 
 
 @pytest.mark.parametrize(("own", "good"), [("0.0.42.1", True), ("0.0.51", False)])

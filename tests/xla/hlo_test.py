@@ -186,7 +186,7 @@ MESH = meshes.make(2, 2, 1, devices=jax.devices()[:4])
 def test_kinds_and_bytes(line, wanted):
   (found,) = communication.collectives(program(line), MESH)
   assert found.axes == ("data",)
-  assert (found.bytes, found.sent) == wanted
+  assert (found.bytes, found.bytes_sent) == wanted
 
 
 @pytest.mark.parametrize(
@@ -233,7 +233,12 @@ ENTRY %main (x: f32[8,4]) -> f32[16,4] {{
 
 def test_a_collective_in_parts_counts_once():
   (found,) = communication.collectives(chained(True), MESH)
-  assert (found.kind, found.axes, found.times, found.sent) == ("all-gather", ("data",), 1, 128.0)
+  assert (found.kind, found.axes, found.times, found.bytes_sent) == (
+    "all-gather",
+    ("data",),
+    1,
+    128.0,
+  )
   with pytest.raises(ValueError, match="goes on that has not begun: h"):
     communication.collectives(chained(False), MESH)
 
