@@ -130,7 +130,7 @@ def find_matrix(
     ValueError: for a leaf that is missing, or is no matrix of floating-point numbers.
   """
   ends = (name, f"{name}/kernel", f"{name}.weight")
-  leaf = next(filter(None, (names.spelled(n, leaves) for n in ends)), None)
+  leaf = next(filter(None, (names.find(n, leaves) for n in ends)), None)
   if leaf is None:
     raise ValueError(f"the model has no matrix {name!r}{errors.nearest(name, leaves)}.")
   shape, dtype, rule = np.shape(leaves[leaf]), leaves[leaf].dtype, rules[leaf]

@@ -40,7 +40,7 @@ def load(folder: Path, *, rename: Mapping[str, str] | None = None) -> dict[str, 
   with contextlib.closing(Files()) as files:
     factors = peft.factors(folder, files)
     return {
-      names.renamed(name, rename or {}): (Swapped if x.transposed else Lora)(
+      names.rename(name, rename or {}): (Swapped if x.transposed else Lora)(
         double_precision.copied(x.a), double_precision.copied(x.b), x.scale
       )
       for name, x in factors.items()

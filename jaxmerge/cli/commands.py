@@ -171,7 +171,7 @@ def inspect(options: argparse.Namespace, config: Any) -> None:
   from jaxmerge.io.huggingface import hub
   from jaxmerge.report import inspection_text
 
-  found = hub.located(*hub.split(options.model), download=options.download)
+  found = hub.locate(*hub.split(options.model), download=options.download)
   record = inspection.inspect(found.folder)
   size = sum(tensor["bytes"] for tensor in record["tensors"])
   with progress.bars() as show:
@@ -209,7 +209,7 @@ def diff(options: argparse.Namespace, config: Any) -> None:
   try:
     given = [options.base, *options.models]
     called = inputs.short_names(options.models)
-    folders = [hub.located(*hub.split(m), download=options.download).folder for m in given]
+    folders = [hub.locate(*hub.split(m), download=options.download).folder for m in given]
     base = inputs.open_model(folders[0], files)
     models = diff.opened(folders[1:], base, files, called)
     size = diff.size(base, models, options.singular)

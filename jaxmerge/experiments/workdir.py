@@ -49,7 +49,7 @@ def held(
     if processes.first():
       try:
         workdir.resolve().mkdir(parents=True, exist_ok=True)
-        stack.enter_context(locks.held(workdir / _RUN, _busy(workdir), patience=0.0))
+        stack.enter_context(locks.hold(workdir / _RUN, _busy(workdir), patience=0.0))
       except (OSError, ValueError) as error:  # The others must hear of it, or they wait for ever.
         failure = error
     if processes.agree(failure is not None):

@@ -47,8 +47,8 @@ def add_adapter(
     FileNotFoundError: where a file of the adapter is missing.
     ValueError: naming what is damaged or does not fit.
   """
-  files.note([*adapter.paths(path), *folder.small(pathlib.Path(path))])
-  own = adapter.adapted(
+  files.note([*adapter.paths(path), *folder.small_files(pathlib.Path(path))])
+  own = adapter.apply(
     model.tensors,
     path,
     files,
@@ -162,7 +162,7 @@ def _config(
   if found.layers is not None:
     changed = _stacked(changed, found.layers)
   # Where the class ties by default, its files do not say so.
-  return tied.untied(tensors, changed) if found.untied else changed
+  return tied.untie(tensors, changed) if found.untied else changed
 
 
 def _with(config: Mapping[str, Any], keys: Sequence[str], value: Any) -> dict[str, Any]:

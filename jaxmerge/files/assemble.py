@@ -54,7 +54,7 @@ def make_plan(
     _record(outcomes, want, output, outcome)
     if output is not None:
       first = output.base or output.models[0]
-      stored = first.kept or first.dtype
+      stored = first.stored_dtype
       if dtype is not None and safetensors.is_floating(stored):
         stored = dtype
       outputs.append(output._replace(dtype=stored))
@@ -66,7 +66,7 @@ def make_plan(
     "folders": {m.name: m.home or display.readable(str(m.folder)) for m in models if m.files}
   }
   notes = [note for m in models for note in m.notes]
-  notes += quantized.copied(
+  notes += quantized.note_copies(
     [[(p.name, p.model, p.tensor) for p in parts_present(w)] for w in wants if w.models]
   )
   return plans.Plan(
@@ -185,7 +185,7 @@ def note_rounding(plan: plans.Plan) -> tuple[str, ...]:
   """
   found = []
   for o in plan.outputs:
-    widest = max((t.kept or t.dtype for t in o.models), key=lambda own: own.itemsize, default=None)
+    widest = max((t.stored_dtype for t in o.models), key=lambda own: own.itemsize, default=None)
     if widest is not None and o.dtype.itemsize < max(widest.itemsize, 2):
       found.append((o, widest))
   if not found:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple  # Any: what a config.json holds.
 
 from jaxmerge.files.plan import Model, TensorRequest
 from jaxmerge.io.huggingface import vocabulary
-from jaxmerge.io.huggingface.vocabulary import Papers
+from jaxmerge.io.huggingface.vocabulary import TokenizerFiles
 
 TOKENS, LABELS = "tokens", "id2label"
 Config = Mapping[str, Any]
@@ -261,9 +261,9 @@ def _tokens(models: Sequence[Model]) -> Iterator[tuple[str, bool]]:
   first: Mapping[str, int] = {}
   numbers: dict[str, tuple[int, str]] = {}
   texts: dict[int, tuple[str, str]] = {}
-  done: dict[tuple[bytes | None, ...], tuple[str, Papers, bool]] = {}
+  done: dict[tuple[bytes | None, ...], tuple[str, TokenizerFiles, bool]] = {}
   for m in models:
-    files = Papers(m.folder, m.texts)
+    files = TokenizerFiles(m.folder, m.texts)
     content = tuple(_content(files, name) for name in _FILES)
     ids = {} if content in done else _ids(files)
     if content not in done and any(content):
@@ -285,7 +285,10 @@ def _tokens(models: Sequence[Model]) -> Iterator[tuple[str, bool]]:
 
 
 def _processing(
-  name: str, files: Papers, is_read: bool, done: Mapping[Any, tuple[str, Papers, bool]]
+  name: str,
+  files: TokenizerFiles,
+  is_read: bool,
+  done: Mapping[Any, tuple[str, TokenizerFiles, bool]],
 ) -> Iterator[str]:
   """Says how the first tokenizer before, and one with other files, cannot be or are unlike."""
   if not done:
@@ -308,14 +311,14 @@ def _processing(
     )
 
 
-def _content(files: Papers, name: str) -> bytes | None:
+def _content(files: TokenizerFiles, name: str) -> bytes | None:
   if name in files.texts:
     text = files.texts[name]
     return text.encode() if isinstance(text, str) else text
   return (files.folder / name).read_bytes() if files.has(name) else None
 
 
-def _ids(files: Papers) -> Mapping[str, int]:
+def _ids(files: TokenizerFiles) -> Mapping[str, int]:
   """The numbers of tokens, as far as the files of a tokenizer can be read."""
   try:
     return vocabulary.read(files).ids

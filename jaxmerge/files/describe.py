@@ -40,7 +40,9 @@ def dry_run(plan: Plan, *, shard_size: int, out_format: str = "safetensors") -> 
   narrow = collections.Counter(o.precision.dtype for o in merged if o.precision is not None)
   lines += [f"computed in {dtype}: {count} tensors" for dtype, count in sorted(narrow.items())]
   folders = plan.facts.get("folders", {}).items()
-  lines += [f"  {name}: checkpoint {path}" for name, path in folders if metadata.is_one(path)]
+  lines += [
+    f"  {name}: checkpoint {path}" for name, path in folders if metadata.is_checkpoint(path)
+  ]
   texts = collections.Counter(
     outcomes.summarize(each, plan.jobs)
     for by_name in plan.outcomes.values()

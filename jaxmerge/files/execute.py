@@ -85,10 +85,10 @@ def run(
   if out_format == "orbax":
     arrays.check_path(out)
   first = processes.first()
-  with shard_writer.locked(out) if first and not locked else contextlib.nullcontext():
+  with shard_writer.lock(out) if first and not locked else contextlib.nullcontext():
     atomic.check_free(out, replace)
     resume_lib.check_place(plan, out)
-    left = first and replace and resume and bool(atomic.replaced(out))
+    left = first and replace and resume and bool(atomic.old_folders(out))
     if processes.agree(left and resume_lib.is_result(out, plan, shard_size, out_format, nonfinite)):
       if first:
         atomic.discard(out)  # A kill came between the renames and this.
@@ -108,7 +108,7 @@ def run(
 
 def _place(plan: Plan, out: pathlib.Path, *, resume: bool, out_format: str) -> pathlib.Path:
   """Makes the folder in which a result grows, unless it is there."""
-  part = shard_writer.part_of(out)
+  part = shard_writer.unfinished_folder(out)
   if processes.first():
     if part.exists() and not resume:
       shutil.rmtree(part)
@@ -142,7 +142,7 @@ def _grown(
     progress(estimate.work(plan, out_format))
   else:
     own = _share(plan.outputs, index, jax.process_count())
-    begun = shard_writer.opened(
+    begun = shard_writer.open_writer(
       part,
       kinds,
       shards,
@@ -153,7 +153,7 @@ def _grown(
       nonfinite=nonfinite,
     )
     with begun as weights:
-      if weights.doubted:
+      if weights.unverified:
         input_changes.check(plan, weights.digests, part)
         weights.vouch()
       progress(sum(o.size for o in plan.outputs if o.name in weights.digests))
@@ -169,7 +169,7 @@ def _grown(
       if first and out_format == "orbax":
         finish.write_checkpoint(part, weights, progress)
   if first:
-    digests = digests or shard_writer.noted(part, identity)
+    digests = digests or shard_writer.read_journals(part, identity)
     finish.complete(part, plan, shards, identity, digests, out_format)
 
 
@@ -188,7 +188,7 @@ def _share(outputs: Sequence[Output], index: int, count: int) -> set[str]:
 def _merge(
   job: Job,
   outputs: Sequence[Output],
-  weights: shard_writer.Growing,
+  weights: shard_writer.ShardWriter,
   own: Collection[str],
   entries: int,
   nonfinite: bool,
@@ -214,7 +214,9 @@ def _merge(
   def write(name: str, start: int, part: np.ndarray) -> None:
     nonlocal noted
     if start == 0 and not noted and (digest := reader.whole()) is not None:
-      weights.measured(outputs[0].job or 0, digest, leaves.keys() & weights.digests.keys())
+      weights.record_measurement(
+        outputs[0].job or 0, digest, leaves.keys() & weights.digests.keys()
+      )
       noted = True
     weights.add(name, start, part, reader.digests.get(name, {}))
     progress(part.nbytes)
@@ -252,7 +254,7 @@ def _tell(progress: Callable[[int], None], count: int) -> None:
 
 def _copy(
   outputs: Sequence[Output],
-  weights: shard_writer.Growing,
+  weights: shard_writer.ShardWriter,
   entries: int,
   nonfinite: bool,
   progress: Callable[[int], None],

@@ -21,7 +21,7 @@ from jaxmerge.report import card
 
 
 def write_checkpoint(
-  part: pathlib.Path, weights: shard_writer.Growing, progress: Callable[[int], None]
+  part: pathlib.Path, weights: shard_writer.ShardWriter, progress: Callable[[int], None]
 ) -> None:
   """Makes a checkpoint of the shards."""
   tensors = {name: weights.tensor(name) for name in weights.places}
@@ -74,7 +74,7 @@ def _copied(plan: Plan) -> list[pathlib.Path]:
 
   Of a donor whose small files were not stamped, such as a checkpoint, all that are there.
   """
-  found = folder.copied(plan.donor)
+  found = folder.files_to_copy(plan.donor)
   stamped = plan.donor / folder.CONFIG in plan.stamps
   return [path for path in found if path in plan.stamps] if stamped else found
 

@@ -27,7 +27,7 @@ def journal_stamps(plan: Plan) -> dict[str, list[int]]:
 
   Without the device: its number is another one after a restart, or on another node of a cluster.
   """
-  found = plan.stamps or stamps.taken(sorted(plan.inputs))
+  found = plan.stamps or stamps.take(sorted(plan.inputs))
   return {display.readable(str(path)): list(stamp[1:]) for path, stamp in sorted(found.items())}
 
 

@@ -41,7 +41,7 @@ def split(reference: str | os.PathLike[str]) -> Reference:
   """
   if not isinstance(reference, str) or "+" not in reference or os.path.isdir(reference):
     return Reference(*hub.split(reference))
-  parts = reference_text.parted(reference, os.path.isdir)
+  parts = reference_text.split(reference, os.path.isdir)
   if not all(parts):
     raise ValueError(
       f"{reference}: no such folder, and not `model+adapter`; a Path is not taken apart."
@@ -128,7 +128,7 @@ def open_model(
 
   Its tensors say that they are from `home`, where that is given, in place of the folder.
   """
-  own = formats.model(path, files, home=home)
+  own = formats.open_model(path, files, home=home)
   called = name or display.readable(str(pathlib.Path(path)))
   config = formats.config(own.folder)
   return with_ties(plans.Model(called, own.folder, own.tensors, own.files, config, home=home))
@@ -139,7 +139,7 @@ def with_ties(opened: plans.Model) -> plans.Model:
 
   A head that is stored and differs is a tensor of its own, whatever the config says.
   """
-  found = tied.among(opened.tensors, opened.config)
+  found = tied.find(opened.tensors, opened.config)
   if found is None or not found.flag:
     return opened
   own = opened.tensors[found.embedding]

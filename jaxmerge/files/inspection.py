@@ -41,7 +41,7 @@ def inspect(path: str | os.PathLike[str]) -> Record:
     FileNotFoundError: where the folder or its weights are missing.
     ValueError: naming the file that is damaged, and the tensor.
   """
-  own = formats.opened(path, Files())
+  own = formats.open_weights(path, Files())
   path = own.folder
   tensors = [
     {
@@ -81,7 +81,7 @@ def add_checksums(record: Record, progress: Callable[[int], None] = lambda count
   """
   files = Files()
   try:
-    own = formats.opened(record["folder"], files).tensors
+    own = formats.open_weights(record["folder"], files).tensors
     digests = {name: _digest(own[name], progress) for name in _names(record)}
   finally:
     files.close()

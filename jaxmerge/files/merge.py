@@ -118,7 +118,7 @@ def plan_merge(
   )
   said = () if dtype else assemble.note_rounding(plan)
   plan = plan._replace(notes=(*plan.notes, *fit.notes, *said))
-  changed = folder.stated(donor.config, dtype.name) if dtype and donor.config else donor.config
+  changed = folder.state_dtype(donor.config, dtype.name) if dtype and donor.config else donor.config
   plan, changed = tied_weights.resolve_ties(plan, donor, changed)
   if changed != donor.config:
     text = json.dumps(changed, indent=2) + "\n"

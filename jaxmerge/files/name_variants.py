@@ -39,7 +39,7 @@ def _respelt(model: Model, donor: Model) -> Model:
         own = donor.tensors.get(other)
         names |= {name: other} if own is not None and own.shape == tensor.shape else {}
     if name not in names and _lacks(donor, name):
-      found = spellings.spelled(name, donor.tensors)
+      found = spellings.find(name, donor.tensors)
       if found and _lacks(model, found) and donor.tensors[found].shape == tensor.shape:
         names[name] = found
   return _called(model, names)
@@ -51,7 +51,7 @@ def rename(model: Model, table: Mapping[str, str]) -> Model:
   Raises:
     ValueError: where two tensors would have one name.
   """
-  names = {n: spellings.renamed(n, table) for n in (*model.tensors, *model.tied)}
+  names = {n: spellings.rename(n, table) for n in (*model.tensors, *model.tied)}
   return _called(model, {old: new for old, new in names.items() if old != new})
 
 

@@ -171,7 +171,7 @@ class Output(NamedTuple):
 def slice_entries(models: int) -> int:
   """Returns how many entries a slice has of each model, and of the base.
 
-  >>> entries(1) == slice_entries(3) == 2**20, slice_entries(20) == 2**17
+  >>> slice_entries(1) == slice_entries(3) == 2**20, slice_entries(20) == 2**17
   (True, True)
   """
   return 1 << (ENTRIES // max(models + 1, 4)).bit_length() - 1

@@ -44,13 +44,13 @@ def check_unfinished(
 
   What is made of results that are themselves made `anew` goes on with no merge that was begun.
   """
-  part = shard_writer.part_of(out)
+  part = shard_writer.unfinished_folder(out)
   if not shard_writer.journals(part):
     return
   if anew:
-    raise shard_writer.other(part)
+    raise shard_writer.other_merge(part)
   shards = plan.shards(shard_size)
-  shard_writer.noted(part, identity(plan, shards, out_format))
+  shard_writer.read_journals(part, identity(plan, shards, out_format))
 
 
 def check_place(plan: Plan, out: pathlib.Path) -> None:
@@ -58,7 +58,7 @@ def check_place(plan: Plan, out: pathlib.Path) -> None:
 
   And where it would take over what a link leads to, out of the folder of a model.
   """
-  folder.copied(plan.donor)
+  folder.files_to_copy(plan.donor)
   place = os.path.realpath(out)
   for path in sorted({plan.donor, *(file.parent for file in plan.inputs)}):
     if os.path.commonpath([place, os.path.realpath(path)]) == place:
@@ -79,7 +79,7 @@ def is_result(
   if facts.get("plan") != identity(plan, shards, out_format):
     return False
   tensors = _tensors(out, facts)
-  fine = all(shard_writer.counts(own, nonfinite) for own in tensors.values())
+  fine = all(shard_writer.counts_as_done(own, nonfinite) for own in tensors.values())
   return fine and input_changes.are_unchanged(plan, tensors, out)
 
 
@@ -129,7 +129,7 @@ def finished_digests(
     return None
   facts = folder.provenance(part)
   if facts.get("plan") != identity:
-    raise shard_writer.other(part)
+    raise shard_writer.other_merge(part)
   if out_format != "safetensors":
     shard_writer.strip(part, shards, out_format)  # Else the shards might be taken for the result.
   try:
@@ -139,7 +139,7 @@ def finished_digests(
   if found["changed"] or found["missing"] or found["added"]:
     return None
   tensors = _tensors(part, facts)
-  if not all(shard_writer.counts(own, nonfinite) for own in tensors.values()):
+  if not all(shard_writer.counts_as_done(own, nonfinite) for own in tensors.values()):
     return None
   if not input_changes.are_unchanged(plan, tensors, part):
     return None

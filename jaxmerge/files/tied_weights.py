@@ -27,7 +27,7 @@ def resolve_ties(
     config: that config, as far as it was brought up to date.
   """
   outputs = {o.name: o for o in plan.outputs}
-  found = tied_names.among(outputs, config)
+  found = tied_names.find(outputs, config)
   if tied_names.lacks_head(outputs, config):
     text = (
       f"the config of {donor.name} says {tied_names.FLAG}: false, but the result has no output "
@@ -47,7 +47,7 @@ def resolve_ties(
   ]
   if not apart:
     return plan, dict(config)
-  changed = tied_names.untied(outputs, config)
+  changed = tied_names.untie(outputs, config)
   words = (
     f"{tied_names.FLAG} is false in the config of the result"
     if changed != config

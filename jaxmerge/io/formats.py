@@ -15,7 +15,7 @@ from jaxmerge.io.checkpoints import manifest, metadata
 from jaxmerge.io.huggingface import folder
 from jaxmerge.io.peft import adapter
 from jaxmerge.io.tensors import safetensors
-from jaxmerge.io.tensors.tensor import Files, Tensor, stored
+from jaxmerge.io.tensors.tensor import Files, Tensor, stored_tensor
 
 Path = folder.Path
 
@@ -38,7 +38,7 @@ class Weights(NamedTuple):
   files: tuple[pathlib.Path, ...]
 
 
-def opened(path: Path, files: Files) -> Weights:
+def open_weights(path: Path, files: Files) -> Weights:
   """Opens a model or an adapter.
 
   Raises:
@@ -47,20 +47,20 @@ def opened(path: Path, files: Files) -> Weights:
   """
   path = pathlib.Path(path)
   if not adapter.is_adapter(path):
-    return model(path, files)
+    return open_model(path, files)
   _, own = adapter.paths(path)
   return _stored("adapter", path, _entries(own), files)
 
 
-def model(path: Path, files: Files, *, home: str | None = None) -> Weights:
-  """Opens a model; raises as `opened` does. `home` is what its tensors call its folder."""
+def open_model(path: Path, files: Files, *, home: str | None = None) -> Weights:
+  """Opens a model; raises as `open_weights` does. `home` is what its tensors call its folder."""
   path = pathlib.Path(path)
   if home is None and display.readable(str(path)) != str(path):
     home = display.readable(str(path))  # Bytes that are no UTF-8 cannot be written down.
   usual = (path / folder.WEIGHTS).is_file() or (path / folder.INDEX).is_file()
-  step = None if usual else metadata.found(path)
+  step = None if usual else metadata.find_checkpoint(path)
   if step is None:
-    files.note(folder.small(path))
+    files.note(folder.small_files(path))
     files.note(folder.weights(path))  # The index, which names them, is among the small ones.
     return _stored("model", path, folder.entries(path), files, home)
   files.note([*step.glob(manifest.NAME), *metadata.files(step)])
@@ -76,7 +76,7 @@ def config(path: Path) -> dict[str, Any]:
     FileNotFoundError: where another folder has none.
   """
   path = pathlib.Path(path)
-  without = metadata.is_one(path) or (path / folder.PROVENANCE).is_file()
+  without = metadata.is_checkpoint(path) or (path / folder.PROVENANCE).is_file()
   return {} if without and not (path / folder.CONFIG).is_file() else folder.config(path)
 
 
@@ -92,6 +92,6 @@ def _stored(
   home: str | None = None,
 ) -> Weights:
   places = sorted(entries.items())
-  tensors = {n: stored(files, file, n, entry, home=home) for n, (file, entry) in places}
+  tensors = {n: stored_tensor(files, file, n, entry, home=home) for n, (file, entry) in places}
   homes = {name: file for name, (file, _) in entries.items()}
   return Weights(kind, path, tensors, homes, tuple(sorted(set(homes.values()))))

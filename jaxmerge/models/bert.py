@@ -149,7 +149,7 @@ def to_tensors(
       found = list(source[name].shape) if name in source else "nothing"
       raise ValueError(f"the parameters: {name!r} is {list(x.shape)}, but the base holds {found}.")
   return {
-    name: safetensors.narrowed(tensors[name], x.dtype, f"tensor {name!r}") if name in tensors else x
+    name: safetensors.narrow(tensors[name], x.dtype, f"tensor {name!r}") if name in tensors else x
     for name, x in source.items()
   }
 

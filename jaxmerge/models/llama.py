@@ -148,7 +148,7 @@ def load(
   places = folder_lib.entries(folder)
   files = tensor.Files()
   try:
-    theirs = {n: tensor.stored(files, path, n, entry) for n, (path, entry) in places.items()}
+    theirs = {n: tensor.stored_tensor(files, path, n, entry) for n, (path, entry) in places.items()}
     config = config._replace(tied=config.tied and _is_tied(theirs))
     rules = _rules(config)
     _check(config, rules, {n: entry for n, (_, entry) in places.items()}, str(folder))
@@ -161,7 +161,7 @@ def load(
       kind = own[0].dtype if dtype is None else np.dtype(dtype)
 
       def part(index: Any, rule: names.Rule = rule, own: Any = own, kind: Any = kind) -> np.ndarray:
-        return safetensors.narrowed(_part(own, rule, index), kind, f"{folder}: {rule.ours!r}")
+        return safetensors.narrow(_part(own, rule, index), kind, f"{folder}: {rule.ours!r}")
 
       leaves[rule.ours] = jax.make_array_from_callback(shape, place, part)
   finally:
@@ -207,13 +207,13 @@ def save(
       return safetensors.one(path, name, entry)
     rule, k = homes[name]
     x = _theirs(leaves[rule.ours], rule, k)
-    return safetensors.narrowed(x, entry.dtype, f"{folder}: tensor {name!r}")
+    return safetensors.narrow(x, entry.dtype, f"{folder}: tensor {name!r}")
 
   with atomic.folder(folder, replace=replace) as beside:
     folder_lib.surround(beside, source, readme)
     settings = folder_lib.config(source)
     if settings.get(tied.FLAG) and not config.tied:
-      text = json.dumps(tied.untied({}, settings), indent=2) + "\n"
+      text = json.dumps(tied.untie({}, settings), indent=2) + "\n"
       (beside / folder_lib.CONFIG).write_text(text)
     for path in dict.fromkeys(path for path, _ in places.values()):
       own = {n: entry for n, (home, entry) in places.items() if home == path}

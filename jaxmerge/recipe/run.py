@@ -67,7 +67,7 @@ class Planned(NamedTuple):
   @property
   def places(self) -> dict[str, pathlib.Path]:
     """Returns where the results of the earlier recipes lie until all is merged, by name."""
-    return {n: shard_writer.stage_of(self.out, n) for n in self.plan.earlier}
+    return {n: shard_writer.intermediate_folder(self.out, n) for n in self.plan.earlier}
 
 
 def merge_recipe(
@@ -163,7 +163,7 @@ def plan(
   if settings.out_format == "orbax":
     arrays.check_path(out)
   atomic.check_name(out)  # All places beside it are made of its name.
-  locks.check(out, shard_writer.running(out))  # What lies there and beside is that merge's.
+  locks.check(out, shard_writer.busy_message(out))  # What lies there and beside is that merge's.
   planned = Planned(out, settings, (), ())
   with errors.noted(problems):
     atomic.check_free(out, settings.replace)
@@ -249,7 +249,7 @@ def _check_places(planned: Planned, files: Files) -> list[Exception]:
 def _check_room(planned: Planned) -> None:
   """Raises OSError where the disk has no room for what is still to be written."""
   stages = list(planned.places.values())
-  begun = [*stages, *(shard_writer.part_of(place) for place in (*stages, planned.out))]
+  begun = [*stages, *(shard_writer.unfinished_folder(place) for place in (*stages, planned.out))]
   needed = sum(estimate.disk_space(step.plan, "safetensors") for step in planned.steps[:-1])
   needed += estimate.disk_space(planned.plan, planned.settings.out_format)
   shard_writer.check_room(planned.out, needed, begun=begun)
@@ -278,7 +278,7 @@ def execute(planned: Planned, files: Files, progress: Progress | None = None) ->
   )
   count = progress or (lambda name, size: lambda done: None)
   earlier: dict[str, plans.Plan] = {}
-  with shard_writer.locked(planned.out) if processes.first() else contextlib.nullcontext():
+  with shard_writer.lock(planned.out) if processes.first() else contextlib.nullcontext():
     for step, result in [(s, s.result) for s in planned.steps if s.result is not None]:
       name, plan = result.model.name, step.bind(places, files)
       if not _is_complete(places[name], plan, settings):

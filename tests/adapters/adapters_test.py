@@ -23,7 +23,7 @@ from jaxmerge.adapters import lora as adapters_lora
 from jaxmerge.adapters.lora import Lora
 from jaxmerge.io.peft import adapter as peft_adapter
 from jaxmerge.io.tensors import pieces, safetensors
-from jaxmerge.io.tensors.tensor import Files, stored
+from jaxmerge.io.tensors.tensor import Files, stored_tensor
 from jaxmerge.mixtures import bundle as bundles
 from jaxmerge.mixtures import low_rank, storage
 
@@ -489,9 +489,9 @@ def test_an_adapter_of_layers_that_lie_in_out_is_read_as_over_files(tmp_path, sh
   safetensors.save(tmp_path / "w", {f"{name}.weight": w})
   files = Files()
   entries = safetensors.header(tmp_path / "w").tensors.items()
-  base = {n: stored(files, tmp_path / "w", n, entry) for n, entry in entries}
-  whole = peft_adapter.adapted(base, tmp_path / "a", files).tensors[f"{name}.weight"]
-  close(pieces.loaded(whole), applied, atol=1e-6)
+  base = {n: stored_tensor(files, tmp_path / "w", n, entry) for n, entry in entries}
+  whole = peft_adapter.apply(base, tmp_path / "a", files).tensors[f"{name}.weight"]
+  close(pieces.load(whole), applied, atol=1e-6)
   # A kernel of Flax lies so whatever the adapter says; a layout is what counts.
   kernel = adapters_lora.apply({name: {"kernel": jnp.asarray(w)}}, found)[name]["kernel"]
   close(kernel, applied)

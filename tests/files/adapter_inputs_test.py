@@ -68,7 +68,7 @@ def opened(path, *adapters, rename=None):
 
 def values(model, name):
   part = model.part(name).tensor
-  return None if part is None else pieces.loaded(part)
+  return None if part is None else pieces.load(part)
 
 
 # --- Heads and embeddings ---

@@ -42,7 +42,7 @@ def one_line(capsys, arguments, name):
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_journal_is_named(place, capsys, damage):
-  part = shard_writer.part_of(pathlib.Path("out"))
+  part = shard_writer.unfinished_folder(pathlib.Path("out"))
   part.mkdir()
   (part / "journal.jsonl").write_bytes(DAMAGE[damage] + b"\n")
   for flags in ([], ["--dry-run"]):

@@ -498,13 +498,13 @@ def test_an_interrupted_merge_goes_on_and_gives_the_same_bytes(tmp_path, monkeyp
   finished = {line["tensor"] for line in journal if "tensor" in line}
   assert 5 <= len(finished) < 13
   again, added = [], set()
-  add = shard_writer.Growing.add
+  add = shard_writer.ShardWriter.add
 
   def noted(self, name, *rest):
     added.add(name)
     add(self, name, *rest)
 
-  monkeypatch.setattr(shard_writer.Growing, "add", noted)
+  monkeypatch.setattr(shard_writer.ShardWriter, "add", noted)
   files_merge.merge_files(*merge, tmp_path / "out", shard_size=500, progress=again.append)
   # What was done is told at once, and the rest tensor by tensor: none of them again.
   tensors = folders.read(whole)

@@ -344,7 +344,9 @@ def test_a_merge_of_results_that_is_not_complete_goes_on_or_is_told_of(family, c
   assert "error: .out.merging holds an interrupted merge of other inputs" in told(capsys)
   pathlib.Path("aside").rename(stage)
   written = []
-  monkeypatch.setattr(shard_writer.Growing, "add", counted(shard_writer.Growing.add, written))
+  monkeypatch.setattr(
+    shard_writer.ShardWriter, "add", counted(shard_writer.ShardWriter.add, written)
+  )
   assert main.main(command) == 0
   assert written == []
   mean = (family[1][NORM] + family[2][NORM]) / 2
@@ -420,7 +422,9 @@ def test_a_disk_that_fills_later_is_named_and_nothing_is_lost(
   assert f".out.merging/{file}:" in err
   assert not pathlib.Path("out").exists()
   written = []
-  monkeypatch.setattr(shard_writer.Growing, "add", counted(shard_writer.Growing.add, written))
+  monkeypatch.setattr(
+    shard_writer.ShardWriter, "add", counted(shard_writer.ShardWriter.add, written)
+  )
   assert main.main(command) == 0
   assert len(set(written)) < 13 - 2  # Those that were finished are not made again.
   for path in pathlib.Path("whole").iterdir():

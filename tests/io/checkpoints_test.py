@@ -40,7 +40,7 @@ def whole(tensor):
 
 
 def read(path):
-  return {n: whole(t) for n, t in metadata.tensors(metadata.found(path)).items()}
+  return {n: whole(t) for n, t in metadata.tensors(metadata.find_checkpoint(path)).items()}
 
 
 def tree(seed, dtype=np.float32):
@@ -156,7 +156,7 @@ def test_a_workdir_means_the_newest_step_of_its_loop(tmp_path, path):
   expected = run(tmp_path / "checkpoints/atm", 2, 4)
   run(tmp_path / "checkpoints/longer", 7)
   (tmp_path / "checkpoints/atm/unfinished/5").mkdir(parents=True)
-  assert metadata.found(tmp_path / path) == tmp_path / "checkpoints/atm/4"
+  assert metadata.find_checkpoint(tmp_path / path) == tmp_path / "checkpoints/atm/4"
   small.same(read(tmp_path / path), expected)
 
 
@@ -184,7 +184,7 @@ def test_several_runs_without_the_loop_are_refused(tmp_path):
   run(tmp_path / "checkpoints/experts", 1)
   run(tmp_path / "checkpoints/multitask", 1)
   with pytest.raises(ValueError, match=r"several runs, experts, multitask: give the folder of one"):
-    formats.model(tmp_path, Files())
+    formats.open_model(tmp_path, Files())
 
 
 def test_a_folder_that_is_none_is_told_as_before(tmp_path):

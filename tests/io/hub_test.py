@@ -101,7 +101,7 @@ def test_nothing_that_is_written_tells_where_the_cache_is(models, cache):
 
 def test_a_commit_is_a_revision(models):
   _, chat, (_, commit) = models
-  found = hub.located("org/chat", commit)
+  found = hub.locate("org/chat", commit)
   assert found.commit == commit
   small.same(folders.read(found.folder), chat)
 
@@ -142,9 +142,9 @@ def test_a_path_is_never_an_id(models):
 
 def test_a_folder_comes_before_an_id(models, tmp_path):
   folders.write(tmp_path / "org/base", {"w": np.ones(3, np.float32)})
-  assert hub.located("org/base") == hub.Found(pathlib.Path("org/base"))
+  assert hub.locate("org/base") == hub.Location(pathlib.Path("org/base"))
   with pytest.raises(ValueError, match="org/base is a folder here and has no revision"):
-    hub.located("org/base", "main")
+    hub.locate("org/base", "main")
 
 
 @pytest.mark.parametrize("path", ["lr@1e-5", "runs/lr@1e-5", "runs/a+b@last"])
@@ -169,14 +169,14 @@ def test_what_is_a_misspelt_path_is_not_looked_up(tmp_path, remote, path):
 def test_the_owner_may_be_a_folder_where_a_revision_is_given(models, tmp_path):
   (tmp_path / "org").mkdir()
   with pytest.raises(FileNotFoundError, match="write org/base@main, as org is a folder here"):
-    hub.located("org/base")
-  assert hub.located("org/base", "main").commit == models[2][0]
+    hub.locate("org/base")
+  assert hub.locate("org/base", "main").commit == models[2][0]
 
 
 @pytest.mark.parametrize("revision", ["../../../main", "/etc", "a..b", "ma in"])
 def test_no_revision_leaves_the_cache(models, remote, revision):
   with pytest.raises(ValueError, match="the revision must be a branch, a tag or a commit"):
-    hub.located("org/base", revision)
+    hub.locate("org/base", revision)
   assert remote.asked == []
 
 
@@ -224,13 +224,13 @@ def test_an_index_cannot_ask_for_pickles(models, remote, tmp_path):
   (folder / "model.safetensors.index.json").write_text(json.dumps(index))
   remote.repositories["org/new"] = folder
   with pytest.raises(FileNotFoundError, match="the hub has no safetensors of it"):
-    hub.located("org/new", download=True)
+    hub.locate("org/new", download=True)
   assert not {"pytorch_model.bin", "*"} & {p for *_, own in remote.asked for p in own}
 
 
 def test_a_failed_download_says_what_the_hub_says(remote):
   with pytest.raises(FileNotFoundError, match=r"^org/none: .*from the hub: .*HF_HUB_OFFLINE.*$"):
-    hub.located("org/none", download=True)
+    hub.locate("org/none", download=True)
 
 
 def test_a_tokenizer_may_come_from_the_hub(models, cache, tmp_path):

@@ -78,12 +78,12 @@ def test_blobs_of_the_hub_are_followed(tmp_path):
   cache = tmp_path / "cache"
   commit = folders.cached(cache, "org/model", tmp_path / "m0")
   snapshot = cache / "models--org--model" / "snapshots" / commit
-  assert {p.name for p in folder.copied(snapshot)} >= {"config.json", "tokenizer.json"}
+  assert {p.name for p in folder.files_to_copy(snapshot)} >= {"config.json", "tokenizer.json"}
   local = tmp_path / "local_dir"  # As the hub's client has linked models into folders.
   local.mkdir()
   for path in snapshot.iterdir():
     (local / path.name).symlink_to(os.path.realpath(path))
-  assert len(folder.copied(local)) == len(folder.copied(snapshot))
+  assert len(folder.files_to_copy(local)) == len(folder.files_to_copy(snapshot))
   blob = cache / "models--org--model" / "blobs" / "id_rsa"
   blob.write_text(SECRET)
   (local / "merges.txt").symlink_to(blob)  # It is called as no blob is.

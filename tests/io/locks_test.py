@@ -14,7 +14,7 @@ from jaxmerge.io.disk import locks
 
 
 def hold(place, ready, release):
-  with locks.held(place, "it is busy."):
+  with locks.hold(place, "it is busy."):
     ready.set()
     release.wait()
 
@@ -41,7 +41,7 @@ def holder(tmp_path):
 def test_a_second_process_is_told_and_a_killed_one_leaves_the_place_free(tmp_path, holder):
   place = tmp_path / "out"
   process, _ = holder()
-  for attempt in (locks.check, lambda *given: locks.held(*given).__enter__()):
+  for attempt in (locks.check, lambda *given: locks.hold(*given).__enter__()):
     with pytest.raises(
       locks.Busy, match=rf"it is busy\..*\.out\.lock is locked by process {process.pid} on this"
     ):
@@ -49,7 +49,7 @@ def test_a_second_process_is_told_and_a_killed_one_leaves_the_place_free(tmp_pat
   os.kill(process.pid, signal.SIGKILL)
   process.join()
   locks.check(place, "")
-  with locks.held(place, ""):
+  with locks.hold(place, ""):
     assert locks.path_of(place).exists()
   assert list(tmp_path.iterdir()) == []
 
@@ -61,7 +61,7 @@ def test_of_many_at_once_one_is_inside(tmp_path):
   def enter():
     for _ in range(20):
       try:
-        with locks.held(tmp_path / "out", ""):
+        with locks.hold(tmp_path / "out", ""):
           inside.append(1)
           most.append(len(inside))
           inside.pop()
@@ -88,16 +88,16 @@ def test_a_disk_without_locks_is_marked_with_the_machine(tmp_path, monkeypatch):
 
   monkeypatch.setattr(fcntl, "flock", refused)
   place, mark = tmp_path / "out", tmp_path / ".out.lock.machine"
-  with locks.held(place, "it is busy."):
+  with locks.hold(place, "it is busy."):
     assert mark.read_bytes() == locks._machine()
-    with pytest.raises(locks.Busy), locks.held(place, "it is busy."):
+    with pytest.raises(locks.Busy), locks.hold(place, "it is busy."):
       pass  # Another process of this machine: the lock on its own disk decides.
   assert list(tmp_path.iterdir()) == []
   mark.write_bytes(locks._machine())  # Of one that was killed.
-  with locks.held(place, ""):
+  with locks.hold(place, ""):
     pass
   mark.write_bytes(b"node7 12 0")
-  for attempt in (locks.check, lambda *given: locks.held(*given).__enter__()):
+  for attempt in (locks.check, lambda *given: locks.hold(*given).__enter__()):
     with pytest.raises(locks.Busy, match=r"machine 'node7'.*remove .*\.out\.lock\.machine"):
       attempt(place, "it is busy.")
   assert mark.read_bytes() == b"node7 12 0"
@@ -108,7 +108,7 @@ def test_a_run_that_has_not_said_what_it_is_yet_is_told(tmp_path):
   with pytest.raises(ValueError, match="is not empty and holds no run"):
     workdir.check(tmp_path, {}, "auto")
   with (
-    locks.held(tmp_path / "run", ""),
+    locks.hold(tmp_path / "run", ""),
     pytest.raises(ValueError, match=r"another run is at work in this folder.* very process"),
   ):
     workdir.check(tmp_path, {}, "auto")

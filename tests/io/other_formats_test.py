@@ -79,7 +79,7 @@ CACHE = "models--org--name"
 def test_a_folder_is_known_by_its_files(home, path, files, words):
   fill(home, *files)
   with pytest.raises(FileNotFoundError, match=words):
-    formats.model(path, tensor.Files())
+    formats.open_model(path, tensor.Files())
 
 
 def test_an_adapter_is_missed_where_a_model_is_given(home):
@@ -111,18 +111,18 @@ def test_a_checkpoint_of_another_program_and_the_way_that_is_said(home):
     other.save((home / "steps" / "100" / "default").absolute(), tree)
   for path in ("steps", "steps/100", "steps/100/default"):
     with pytest.raises(FileNotFoundError, match="a checkpoint of Orbax that another") as error:
-      formats.model(path, tensor.Files())
+      formats.open_model(path, tensor.Files())
     said = re.search(r"tree = (orbax\.checkpoint\..*?\.absolute\(\)\))", str(error.value))[1]
     assert said.endswith("restore(pathlib.Path('steps/100/default').absolute())"), said
   tree = ocp.StandardCheckpointer().restore(pathlib.Path("steps/100/default").absolute())
   with stores.Checkpoints(pathlib.Path("OUT")) as store:
     store.save(1, {"params": tree}, {})
-  assert list(formats.model("OUT", tensor.Files()).tensors) == ["dense/kernel"]
+  assert list(formats.open_model("OUT", tensor.Files()).tensors) == ["dense/kernel"]
   with pytest.raises(FileNotFoundError, match="the model is one level up: give OUT/1"):
-    formats.model("OUT/1/state", tensor.Files())
+    formats.open_model("OUT/1/state", tensor.Files())
   (home / "OUT/1/manifest.json").unlink()
   with pytest.raises(ValueError, match=r"manifest.json is missing; or else it is a checkpoint of"):
-    formats.model("OUT", tensor.Files())
+    formats.open_model("OUT", tensor.Files())
 
 
 def test_a_pointer_of_git_lfs_is_known(home):

@@ -55,7 +55,7 @@ def opened(tmp_path):
     (folder / adapter.CONFIG).write_text(json.dumps(config))
     safetensors.save(folder / adapter.WEIGHTS, parts, {"format": "pt"})
     tensors = {n: x if isinstance(x, Tensor) else held(x)[0] for n, x in base.items()}
-    return adapter.adapted(tensors, folder, files).tensors
+    return adapter.apply(tensors, folder, files).tensors
 
   yield adapted
   files.close()
@@ -179,7 +179,7 @@ def test_whole_tensors_of_another_dtype_are_stored_as_the_bases(opened):
   name, parts = f"{WORDS}.weight", {f"{PREFIX}{WORDS}.base_layer.weight": saved}
   for more in ({}, embedding_parts(WORDS, 2, (9, 4))):
     found = opened({name: base}, parts | more)[name]
-    assert (found.dtype, found.kept) == (np.float32, np.float16)
+    assert (found.dtype, found.store_as) == (np.float32, np.float16)
 
 
 def test_an_adapted_matrix_that_is_saved_as_well_takes_the_place_of_the_bases(opened):

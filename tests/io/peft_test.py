@@ -42,7 +42,7 @@ def opened(folder, base, case, **config):
   folder.mkdir(exist_ok=True)
   (folder / adapter.CONFIG).write_text(json.dumps(CONFIGS[case] | config))
   safetensors.save(folder / adapter.WEIGHTS, under(f"{case}/adapter/"), {"format": "pt"})
-  return adapter.adapted({n: held(x) for n, x in base.items()}, folder, Files())
+  return adapter.apply({n: held(x) for n, x in base.items()}, folder, Files())
 
 
 @pytest.mark.parametrize("case", CONFIGS)
@@ -50,7 +50,7 @@ def test_an_adapter_is_merged_as_peft_merges_it(case, tmp_path):
   base, expected = under("base/"), under(f"{case}/merged/")
   found = opened(tmp_path, base, case)
   for name, tensor in found.tensors.items():
-    own = pieces.loaded(tensor)
+    own = pieces.load(tensor)
     if name in expected:
       scale = np.abs(expected[name]).max()
       np.testing.assert_allclose(own, expected[name], rtol=0, atol=4e-6 * scale, err_msg=name)

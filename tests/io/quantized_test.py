@@ -83,8 +83,8 @@ def tensor(dtype, shape):
 @pytest.mark.parametrize("kind", FORMATS)
 def test_codes_are_found_by_what_lies_beside_them(kind):
   own = {n: tensor(*what) for n, what in {**FORMATS[kind], **WHOLE}.items()}
-  assert quantized.beside(own).keys() == {next(iter(FORMATS[kind]))}
-  assert quantized.kept(own) == FORMATS[kind].keys()
+  assert quantized.find_codes(own).keys() == {next(iter(FORMATS[kind]))}
+  assert quantized.tensors_of_codes(own) == FORMATS[kind].keys()
 
 
 def test_weights_that_are_whole_are_no_codes(tmp_path):
@@ -134,8 +134,8 @@ def test_integers_that_differ_anywhere_are_told(place):
 
   table, other = of(values), of(changed)
   wide = of(values.astype(np.int32))
-  assert quantized.copied([[("lut", "a", table), ("lut", "b", wide)], []]) == []
-  (note,) = quantized.copied([[("lut", "a", table), ("lut", "b", other)]])
+  assert quantized.note_copies([[("lut", "a", table), ("lut", "b", wide)], []]) == []
+  (note,) = quantized.note_copies([[("lut", "a", table), ("lut", "b", other)]])
   assert "'lut' is int8 and differs between a and b: it is copied from a" in note
 
 

@@ -82,7 +82,7 @@ def test_minilm_has_the_stated_size(minilm):
 def test_minilm_is_saved_byte_for_byte(minilm, tmp_path):
   config, params, where = minilm
   out = bert.save(tmp_path / "merged", config, params, source=where, readme="# merged\n")
-  for path in (where / folder.WEIGHTS, *folder.copied(where)):
+  for path in (where / folder.WEIGHTS, *folder.files_to_copy(where)):
     assert (out / path.relative_to(where)).read_bytes() == path.read_bytes(), path.name
   assert (out / "tokenizer.json").is_file()
 

@@ -253,7 +253,7 @@ def test_slices_are_parts_of_the_whole():
   others = [stored(rng.normal(size=(4, 5)).astype(np.float32)) for _ in range(2)]
   order = np.array([2, 3, 4, -1, -1, 0, 8, 7, -1, -1, 5])
   empty = np.arange(11) == 9
-  made = rows.gathered(stored(own), order, {3: [(o, 1) for o in others], 8: []}, empty)
+  made = rows.gather(stored(own), order, {3: [(o, 1) for o in others], 8: []}, empty)
   full = whole(made)
   np.testing.assert_array_equal(full[order >= 0], own[order[order >= 0]])
   np.testing.assert_array_equal(full[8], 0)

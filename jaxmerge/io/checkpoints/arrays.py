@@ -76,7 +76,7 @@ def keys(state: pathlib.Path) -> dict[str, str]:
   """
   path = state / METADATA
   try:
-    content = strict_json.parsed(str(path), path.read_bytes())
+    content = strict_json.parse(str(path), path.read_bytes())
     leaves = [[k["key"] for k in v["key_metadata"]] for v in content["tree_metadata"].values()]
     usual = content["use_ocdbt"] and not content["use_zarr3"]
   except (ValueError, KeyError, TypeError, AttributeError) as error:

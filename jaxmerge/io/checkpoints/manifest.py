@@ -74,7 +74,7 @@ def damage(folder: Path, *, within: str = ".", contents: bool = True) -> str | N
 
 def _body(folder: Path) -> dict:
   """The manifest without its own digest, which must agree."""
-  whole = strict_json.parsed(NAME, (folder / NAME).read_bytes())
+  whole = strict_json.parse(NAME, (folder / NAME).read_bytes())
   body = whole.get("body")
   if whole.keys() != {"body", "blake2b"} or not isinstance(body, dict):
     raise ValueError("it is no manifest")

@@ -40,12 +40,12 @@ def problem(folder: Path) -> str | None:
   return None if str(step) == folder.name else f"{manifest.NAME} is that of step {step}"
 
 
-def is_one(folder: str | Path) -> bool:
+def is_checkpoint(folder: str | Path) -> bool:
   """Tells whether a folder is a checkpoint."""
   return (Path(folder) / STATE).is_dir()
 
 
-def found(path: Path) -> Path | None:
+def find_checkpoint(path: Path) -> Path | None:
   """Returns the folder of the checkpoint that a path means, or None where it means none.
 
   A path is that folder; or a store, whose newest step it means; or a workdir or its `checkpoints`,
@@ -54,7 +54,7 @@ def found(path: Path) -> Path | None:
   Raises:
     ValueError: naming the stores, where there are several and none is the loop's.
   """
-  if is_one(path):
+  if is_checkpoint(path):
     return path
   path = path / STORES if (path / STORES).is_dir() else path
   if _is_store(path):
@@ -69,7 +69,7 @@ def found(path: Path) -> Path | None:
 
 def _is_store(path: Path) -> bool:
   inner = [path / str(step) for step in steps(path)]
-  return any(is_one(p) or (p / manifest.NAME).is_file() for p in inner)
+  return any(is_checkpoint(p) or (p / manifest.NAME).is_file() for p in inner)
 
 
 def tensors(folder: Path) -> dict[str, Tensor]:

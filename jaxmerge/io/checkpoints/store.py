@@ -183,7 +183,7 @@ class Checkpoints:
     if self._newest is None:
       return None
     folder = self._directory / str(self._newest)
-    record = strict_json.parsed(str(folder / RECORD), (folder / RECORD).read_bytes())
+    record = strict_json.parse(str(folder / RECORD), (folder / RECORD).read_bytes())
     accept(record)
     wanted = {name: leaves.abstract(x) for name, x in leaves.by_name(like).items()}
     leaves.check(folder, manifest.facts(folder)["leaves"], wanted)
@@ -232,7 +232,7 @@ class Checkpoints:
     self._directory.mkdir(parents=True, exist_ok=True)
     busy = f"{self._directory}: these checkpoints are in use; wait, or close the other store."
     if os.access(self._directory, os.W_OK):  # Else nobody writes here.
-      self._lock.enter_context(locks.held(self._directory / "store", busy, patience=PATIENCE))
+      self._lock.enter_context(locks.hold(self._directory / "store", busy, patience=PATIENCE))
 
   def _tidy(self) -> int:
     """Sets aside what is damaged or interrupted, empties `retired`; the newest step or _NONE."""

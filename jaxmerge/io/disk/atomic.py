@@ -151,11 +151,11 @@ def move(new: pathlib.Path, path: pathlib.Path, *, replace: bool = False) -> Non
 
 def discard(path: pathlib.Path) -> None:
   """Removes what was at a path before, and has been replaced."""
-  for old in replaced(path):
+  for old in old_folders(path):
     shutil.rmtree(old)
 
 
-def replaced(path: pathlib.Path) -> list[pathlib.Path]:
+def old_folders(path: pathlib.Path) -> list[pathlib.Path]:
   """Returns the folders that were at a path before, and that a crash kept from being removed."""
   return sorted(path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 8}.old"))
 

@@ -38,7 +38,7 @@ def path_of(place: pathlib.Path) -> pathlib.Path:
 
 
 @contextlib.contextmanager
-def held(place: pathlib.Path, busy: str, *, patience: float = _PATIENCE) -> Iterator[None]:
+def hold(place: pathlib.Path, busy: str, *, patience: float = _PATIENCE) -> Iterator[None]:
   """Holds the lock of a place, which need not be there, while the block runs.
 
   Args:

@@ -52,7 +52,7 @@ def of(path: pathlib.Path) -> Stamp:
   return Stamp(s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns)
 
 
-def taken(paths: Iterable[pathlib.Path]) -> dict[pathlib.Path, Stamp]:
+def take(paths: Iterable[pathlib.Path]) -> dict[pathlib.Path, Stamp]:
   """Returns the stamps of files that are read next.
 
   Where one has only just been written, it waits until another writing would have a later time.

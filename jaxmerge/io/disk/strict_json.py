@@ -13,10 +13,10 @@ LONGEST = 100_000_000
 _ESCAPED = re.compile(rb"\\u[dD]")
 
 
-def parsed(where: str, content: bytes) -> dict[str, Any]:
+def parse(where: str, content: bytes) -> dict[str, Any]:
   """Returns the JSON object that a text is.
 
-  >>> parsed("config.json", b'{"layers": 12, "layers": 6}')
+  >>> parse("config.json", b'{"layers": 12, "layers": 6}')
   Traceback (most recent call last):
   ValueError: config.json: names 'layers' twice.
 

@@ -205,7 +205,7 @@ def save(
 
 def surround(made: pathlib.Path, source: Path, readme: str | None = None) -> None:
   """Copies what a folder with new weights takes over from `source`, and writes a model card."""
-  for path in copied(source):
+  for path in files_to_copy(source):
     target = made / path.relative_to(source)
     target.parent.mkdir(exist_ok=True)
     shutil.copyfile(path, target)
@@ -251,12 +251,12 @@ def _rooms(folder: pathlib.Path) -> list[pathlib.Path]:
   return [room / WEIGHTS for room in rooms if (room / WEIGHTS).is_file()]
 
 
-def small(folder: Path) -> list[pathlib.Path]:
+def small_files(folder: Path) -> list[pathlib.Path]:
   """Returns the paths of the files beside the weights that say what these are, or go with them."""
   return _files(pathlib.Path(folder), (INDEX, *COPIED))
 
 
-def copied(folder: Path) -> list[pathlib.Path]:
+def files_to_copy(folder: Path) -> list[pathlib.Path]:
   """Returns the paths of the files that a folder with new weights takes over from this one.
 
   Raises:
@@ -293,7 +293,7 @@ def read_json(path: pathlib.Path, longest: int = strict_json.LONGEST) -> dict[st
   size = path.stat().st_size
   if size > longest:
     raise ValueError(f"{path}: {size} bytes are over the limit of {longest} for JSON.")
-  return strict_json.parsed(str(path), path.read_bytes())
+  return strict_json.parse(str(path), path.read_bytes())
 
 
 def text(folder: pathlib.Path, name: str) -> str:
@@ -363,10 +363,10 @@ def _weight_map(folder: pathlib.Path) -> dict[str, str]:
   return shards
 
 
-def stated(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+def state_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
   """Returns a config that says in which dtype weights are stored, as its library calls the key.
 
-  >>> stated({"torch_dtype": "float32"}, "bfloat16")
+  >>> state_dtype({"torch_dtype": "float32"}, "bfloat16")
   {'torch_dtype': 'bfloat16'}
   """
   return {**config, "dtype" if "dtype" in config else "torch_dtype": dtype}

@@ -18,7 +18,7 @@ _ID = re.compile(r"([A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*", re.ASCII)
 _REVISION = re.compile(r"\w[\w./-]*", re.ASCII)
 
 
-class Found(NamedTuple):
+class Location(NamedTuple):
   """Where a model lies.
 
   Attributes:
@@ -61,14 +61,14 @@ def split(reference: str | os.PathLike[str]) -> tuple[str, str | None]:
   return (path, revision) if at and is_id(path, revision) else (reference, None)
 
 
-def joined(path: str, revision: str | None) -> str:
+def join(path: str, revision: str | None) -> str:
   """Returns `path@revision`, as a recipe says it."""
   return path if revision is None else f"{path}@{revision}"
 
 
-def located(
+def locate(
   path: str, revision: str | None = None, *, download: bool = False, weights: bool = True
-) -> Found:
+) -> Location:
   """Returns where a model or an adapter lies: the folder itself, or the snapshot of an id.
 
   Without `download` no network is used: the snapshot is in the hub's cache, or that is an error.
@@ -92,11 +92,11 @@ def located(
   if revision is not None:
     what = "a folder here" if os.path.isdir(path) else "no id of the hub (owner/name)"
     raise ValueError(f"{path} is {what} and has no revision: remove {revision!r}.")
-  return Found(pathlib.Path(path))
+  return Location(pathlib.Path(path))
 
 
 class Finder:
-  """Finds models as `located` does, and takes note of what came from the hub.
+  """Finds models as `locate` does, and takes note of what came from the hub.
 
   Attributes:
     commits: of the models of the hub that were found, by what they were called.
@@ -106,11 +106,11 @@ class Finder:
     self.commits: dict[str, str] = {}
     self._download = download
 
-  def __call__(self, path: str, revision: str | None = None, *, weights: bool = True) -> Found:
-    """Returns where a model or an adapter lies, see `located`."""
-    found = located(path, revision, download=self._download, weights=weights)
+  def __call__(self, path: str, revision: str | None = None, *, weights: bool = True) -> Location:
+    """Returns where a model or an adapter lies, see `locate`."""
+    found = locate(path, revision, download=self._download, weights=weights)
     if found.commit is not None:
-      self.commits[joined(path, revision)] = found.commit
+      self.commits[join(path, revision)] = found.commit
     return found
 
   @property
@@ -119,8 +119,8 @@ class Finder:
     return {"hub": self.commits} if self.commits else {}
 
 
-def _snapshot(name: str, revision: str | None, download: bool, weights: bool) -> Found:
-  called = joined(name, revision)
+def _snapshot(name: str, revision: str | None, download: bool, weights: bool) -> Location:
+  called = join(name, revision)
   if revision is not None and (".." in revision or not _REVISION.fullmatch(revision)):
     raise ValueError(f"{called}: the revision must be a branch, a tag or a commit.")
   try:
@@ -154,7 +154,7 @@ def _snapshot(name: str, revision: str | None, download: bool, weights: bool) ->
   except FileNotFoundError as error:
     why = f"{called}: the hub has no safetensors of it, and pickles are not read: {error}"
     raise FileNotFoundError(why if download else missing) from error
-  return Found(home, home.name, f"{name}@{home.name}")
+  return Location(home, home.name, f"{name}@{home.name}")
 
 
 def _weights(home: pathlib.Path) -> list[str]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 
-def parted(reference: str, is_folder: Callable[[str], bool]) -> list[str]:
+def split(reference: str, is_folder: Callable[[str], bool]) -> list[str]:
   """Takes a model and its adapters apart at each `+` that is in no name of a folder.
 
-  >>> parted("base+runs/a+b+c", lambda path: path == "runs/a+b")
+  >>> split("base+runs/a+b+c", lambda path: path == "runs/a+b")
   ['base', 'runs/a+b', 'c']
   """
   words = reference.split("+")

@@ -1,4 +1,4 @@
-"""A folder of weights that grows: shards that are laid out before, and a journal of what is done.
+"""Writes a folder of weights: shards that are laid out first, and a journal of what is done.
 
 A crash at any moment leaves a folder from which the work goes on: a tensor counts as done when its
 bytes are synced and its line is in the journal, and when it still has the checksum of that line.
@@ -22,28 +22,28 @@ import numpy as np
 import xxhash
 
 from jaxmerge.io.disk import atomic, locks, strict_json
-from jaxmerge.io.huggingface import shards as files
+from jaxmerge.io.huggingface import shards as shard_files
 from jaxmerge.io.tensors.tensor import Tensor
 
 NAME = "journal.jsonl"
-SYNCED = 2**28  # Bytes that are written before they are synced, and written down as done.
+SYNCED = 2**28  # Bytes that are written before they are synced, and recorded as done.
 UNCHECKED = {"nonfinite": "allowed"}  # In the line of a tensor whose inputs may have NaN.
 Stamps = Mapping[str, Sequence[int]]  # Of files, by path: plain JSON.
 
 
-def part_of(out: pathlib.Path) -> pathlib.Path:
-  """Returns the folder in which what shall be at `out` grows.
+def unfinished_folder(out: pathlib.Path) -> pathlib.Path:
+  """Returns the folder in which the result for `out` is written.
 
-  >>> part_of(pathlib.Path("models/merged")).name
+  >>> unfinished_folder(pathlib.Path("models/merged")).name
   '.merged.merging'
   """
   return out.with_name(f".{out.name}.merging")
 
 
-def stage_of(out: pathlib.Path, name: str) -> pathlib.Path:
-  """Returns the folder of what is made first, and that `out` is made of.
+def intermediate_folder(out: pathlib.Path, name: str) -> pathlib.Path:
+  """Returns the folder of an intermediate result, which `out` is made of.
 
-  >>> stage_of(pathlib.Path("models/merged"), "halves").name
+  >>> intermediate_folder(pathlib.Path("models/merged"), "halves").name
   '.merged.halves.stage'
   """
   return out.with_name(f".{out.name}.{name}.stage")
@@ -57,14 +57,14 @@ def free(out: pathlib.Path) -> int | None:
 
 
 def check_room(out: pathlib.Path, needed: int, *, begun: Iterable[pathlib.Path] = ()) -> None:
-  """Raises OSError where a disk has no room for what shall be at `out`.
+  """Raises OSError where a disk has no room for the result at `out`.
 
   Args:
     out: a folder that is still to be made.
     needed: bytes that it takes while it is made.
     begun: folders in which a part of these is already.
   """
-  files = [p for own in begun for p in own.rglob("*") if p.is_file()]
+  files = [p for folder in begun for p in folder.rglob("*") if p.is_file()]
   left = needed - sum(p.stat().st_size for p in files)
   room = free(out)
   if room is not None and left > room:
@@ -73,9 +73,9 @@ def check_room(out: pathlib.Path, needed: int, *, begun: Iterable[pathlib.Path] 
 
 
 @contextlib.contextmanager
-def opened(
+def open_writer(
   part: pathlib.Path,
-  kinds: files.Kinds,
+  kinds: shard_files.Kinds,
   shards: Mapping[str, Sequence[str]],
   identity: str,
   *,
@@ -83,7 +83,7 @@ def opened(
   journal: str = NAME,
   checked: Collection[str] | None = None,
   nonfinite: bool = False,
-) -> Iterator[Growing]:
+) -> Iterator[ShardWriter]:
   """Opens the weights of a folder for writing: those of an interrupted merge, or new ones.
 
   Args:
@@ -102,21 +102,20 @@ def opened(
   """
   inputs = inputs or {}
   _begin(part / journal, identity, inputs)
-  digests = noted(part, identity)
-  doubted = any(own != inputs for own in stamps(part))
-  with files.opened(part, kinds, shards) as own_files:
-    own = {n for n, digest in digests.items() if counts(digest, nonfinite)}
-    own &= own if checked is None else set(checked)
-    own &= kinds.keys()
-    whole = {n: digests[n] for n in own if own_files.digest(n) == digests[n]["xxh3_128"]}
+  digests = read_journals(part, identity)
+  changed = any(before != inputs for before in stamps(part))
+  with shard_files.open_shards(part, kinds, shards) as files:
+    names = {n for n, digest in digests.items() if counts_as_done(digest, nonfinite)}
+    names &= kinds.keys() if checked is None else kinds.keys() & set(checked)
+    whole = {n: digests[n] for n in names if files.digest(n) == digests[n]["xxh3_128"]}
     mark = UNCHECKED if nonfinite else {}
-    yield Growing(part / journal, own_files, whole, mark, inputs if doubted else None)
+    yield ShardWriter(part / journal, files, whole, mark, inputs if changed else None)
 
 
-def counts(digest: Mapping[str, Any], nonfinite: bool) -> bool:
-  """Tells whether a tensor that is done is so for a merge that lets NaN pass, or does not.
+def counts_as_done(digest: Mapping[str, Any], nonfinite: bool) -> bool:
+  """Tells whether a tensor of the journal is done for a merge that lets NaN pass, or does not.
 
-  >>> counts({"xxh3_128": "0a"}, False), counts({"xxh3_128": "0a", **UNCHECKED}, False)
+  >>> counts_as_done({"xxh3_128": "0a"}, False), counts_as_done({"xxh3_128": "0a", **UNCHECKED}, False)
   (True, False)
   """
   return nonfinite or not UNCHECKED.items() <= digest.items()
@@ -136,29 +135,29 @@ def journals(part: pathlib.Path) -> list[pathlib.Path]:
   return sorted(part.glob("journal*.jsonl"))
 
 
-def noted(part: pathlib.Path, identity: str) -> dict[str, Any]:
-  """Returns what the journals of a folder say is done, by tensor."""
-  found: dict[str, Any] = {}
+def read_journals(part: pathlib.Path, identity: str) -> dict[str, Any]:
+  """Returns the records of tensors that are done, by name, from the journals of a folder."""
+  done: dict[str, Any] = {}
   for path in journals(part):
     records = _records(path)
     if records and records[0] != {"plan": identity}:
-      raise other(part)
+      raise other_merge(part)
     for record in records:
       if "tensor" in record:
         name = record.pop("tensor")
-        if name not in found or counts(record, False):
-          found[name] = record
-  return found
+        if name not in done or counts_as_done(record, False):
+          done[name] = record
+  return done
 
 
 def stamps(part: pathlib.Path) -> list[Stamps | None]:
   """Returns, for each journal of a folder, the stamps of what its tensors are made of."""
-  every = ([r for r in _records(path) if "stamps" in r] for path in journals(part))
-  return [records[-1]["stamps"] if records else None for records in every]
+  stamped = ([r for r in _records(path) if "stamps" in r] for path in journals(part))
+  return [records[-1]["stamps"] if records else None for records in stamped]
 
 
 def vouch(part: pathlib.Path, identity: str, inputs: Stamps) -> None:
-  """Writes down, in a folder that is complete, which files it was made of."""
+  """Records, in a folder that is complete, which files it was made of."""
   _begin(part / NAME, identity, inputs)
 
 
@@ -170,7 +169,7 @@ def _begin(path: pathlib.Path, identity: str, inputs: Stamps) -> None:
     with atomic.write(path) as file:
       file.write(("\n".join(lines) + "\n").encode())
   elif records[0] != {"plan": identity}:
-    raise other(path.parent)
+    raise other_merge(path.parent)
   elif (torn := path.read_bytes()).rfind(b"\n") + 1 < len(torn):
     os.truncate(path, torn.rfind(b"\n") + 1)
 
@@ -184,7 +183,7 @@ _KINDS: Mapping[str, Mapping[str, type]] = {
 
 
 def _records(path: pathlib.Path) -> list[dict[str, Any]]:
-  """The lines of a journal that are whole.
+  """Reads the lines of a journal that are whole.
 
   Raises:
     ValueError: naming the file, and the line that is not as this module writes it.
@@ -194,9 +193,9 @@ def _records(path: pathlib.Path) -> list[dict[str, Any]]:
   for number, line in enumerate(lines, start=1):
     where = f"{path}: line {number}"
     try:
-      record = strict_json.parsed(where, line)
+      record = strict_json.parse(where, line)
       kind = _KINDS[next((k for k in _KINDS if k in record), "plan")]
-      if any(type(record.get(key)) is not own for key, own in kind.items()):
+      if any(type(record.get(key)) is not value_type for key, value_type in kind.items()):
         raise ValueError(f"{where}: {line[:80].decode()!r} is no line of a journal.")
     except ValueError as error:
       anew = "resume=False (--resume=never) drops what was done, and starts anew"
@@ -205,7 +204,7 @@ def _records(path: pathlib.Path) -> list[dict[str, Any]]:
   return records
 
 
-def other(part: pathlib.Path) -> ValueError:
+def other_merge(part: pathlib.Path) -> ValueError:
   """Returns the error for a folder in which another merge was interrupted."""
   return ValueError(
     f"{part} holds an interrupted merge of other inputs or settings; give its settings to go "
@@ -223,27 +222,27 @@ class Replaced(ValueError):
     )
 
 
-class Growing:
-  """Weights that are being written, and the journal of those that are done.
+class ShardWriter:
+  """Writes tensors into shards, and records in the journal which are done.
 
   Attributes:
     places: tensor to its file and where it lies there.
     digests: tensors that are done to {"xxh3_128": checksum, "inputs": {where: checksum}} and the
       mark: a line each of the journal, and on the disk as they were written.
-    doubted: whether the inputs' stamps are others than those of what is done: then `vouch`, once
-      their checksums are compared.
+    unverified: whether the inputs' stamps are others than those of what is done: then `vouch`,
+      once their checksums are compared.
   """
 
   def __init__(
     self,
     path: pathlib.Path,
-    shards: files.Shards,
+    shards: shard_files.Shards,
     digests: dict[str, Any],
     mark: Mapping[str, str],
     inputs: Stamps | None,
   ):
     self.path, self.digests, self.places, self.mark = path, digests, shards.places, mark
-    self.doubted = inputs is not None
+    self.unverified = inputs is not None
     self._inputs = inputs
     self._shards = shards
     self._jobs = {r["job"]: r["xxh3_128"] for r in _records(path) if "job" in r}
@@ -253,13 +252,13 @@ class Growing:
     self._hash: Any = None
 
   def vouch(self) -> None:
-    """Writes down that what is done is made of the inputs as they are now."""
+    """Records that what is done is made of the inputs as they are now."""
     if self._inputs is not None:
       self._append([{"stamps": self._inputs}])
     self._inputs = None
 
-  def measured(self, job: int, digest: str, done: Collection[str]) -> None:
-    """Writes down the checksum of all that a job has measured before its first tensor is written.
+  def record_measurement(self, job: int, digest: str, done: Collection[str]) -> None:
+    """Records the checksum of all inputs that a job measured, before its first tensor is written.
 
     Args:
       job: its number.
@@ -306,7 +305,8 @@ class Growing:
   def flush(self) -> None:
     """Brings what was written to the disk, then the lines that say so."""
     self._shards.sync()
-    self._append([*self._lines, *({"tensor": n, **own} for n, own in self._waiting.items())])
+    tensors = ({"tensor": name, **record} for name, record in self._waiting.items())
+    self._append([*self._lines, *tensors])
     self.digests |= self._waiting
     self._lines, self._waiting, self._unsynced = [], {}, 0
 
@@ -318,18 +318,18 @@ class Growing:
       os.fsync(file.fileno())
 
 
-def locked(out: pathlib.Path) -> contextlib.AbstractContextManager[None]:
-  """Keeps a second process from merging to the same place: it is told so, and changes nothing."""
-  return locks.held(out, running(out))
+def lock(out: pathlib.Path) -> contextlib.AbstractContextManager[None]:
+  """Locks the place of a result: a second process that merges to it fails, and changes nothing."""
+  return locks.hold(out, busy_message(out))
 
 
-def running(out: pathlib.Path) -> str:
-  """Returns what a second process is told."""
+def busy_message(out: pathlib.Path) -> str:
+  """Returns the error message for a second process."""
   return f"{out}: another process is merging to this place; wait for it, or give another place."
 
 
 def strip(part: pathlib.Path, shards: Mapping[str, Sequence[str]], out_format: str) -> None:
-  """Removes what a folder has of the merge, and not of its result."""
+  """Removes the files of a folder that are of the merge, and not of its result."""
   for path in journals(part):
     path.unlink()
   for name in [] if out_format == "safetensors" else shards:

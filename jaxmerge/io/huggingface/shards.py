@@ -113,7 +113,7 @@ class Shards:
 
 
 @contextlib.contextmanager
-def opened(
+def open_shards(
   part: pathlib.Path, kinds: Kinds, shards: Mapping[str, Sequence[str]]
 ) -> Iterator[Shards]:
   """Opens the files of weights of a folder, which are made where they are not there."""

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable  # Any: what a c
 import numpy as np
 
 from jaxmerge.io.tensors import safetensors
-from jaxmerge.io.tensors.tensor import NotMade, Tensor
+from jaxmerge.io.tensors.tensor import NotYetMade, Tensor
 
 FLAG = "tie_word_embeddings"
 # Ends of names, the likelier embedding first: T5 has its shared one under its stacks' names too.
@@ -71,7 +71,7 @@ class Ties(NamedTuple):
     yield from (name for name in stacks(self.embedding) if name not in self.stacks)
 
 
-def among(tensors: Mapping[str, Shaped], config: Mapping[str, Any]) -> Ties | None:
+def find(tensors: Mapping[str, Shaped], config: Mapping[str, Any]) -> Ties | None:
   """Returns the embedding among tensors, and what may be it; None without an embedding.
 
   A head has the embedding's shape and lies outside of the layers: projections of such names within
@@ -79,7 +79,7 @@ def among(tensors: Mapping[str, Shaped], config: Mapping[str, Any]) -> Ties | No
 
   >>> import numpy as np
   >>> own = {n: np.zeros((9, 2)) for n in ("shared.weight", "lm_head.weight")}
-  >>> among(own, {"tie_word_embeddings": True})
+  >>> find(own, {"tie_word_embeddings": True})
   Ties(embedding='shared.weight', heads=('lm_head.weight',), stacks=(), flag=True)
   """
   embedding = next(
@@ -128,16 +128,16 @@ def _parts(config: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
   return {key: config[key] for key in _PARTS if isinstance(config.get(key), Mapping)}
 
 
-def untied(tensors: Mapping[str, Shaped], config: Mapping[str, Any]) -> dict[str, Any]:
+def untie(tensors: Mapping[str, Shaped], config: Mapping[str, Any]) -> dict[str, Any]:
   """Returns a config that ties no head to the embedding.
 
   It stays as it is where more hangs on its flag that is not stored: a scale, the bias of a head, or
   the embeddings of encoder and decoder.
 
-  >>> untied({}, {"text_config": {"tie_word_embeddings": True}})
+  >>> untie({}, {"text_config": {"tie_word_embeddings": True}})
   {'text_config': {'tie_word_embeddings': False}, 'tie_word_embeddings': False}
   """
-  found = among(tensors, config)
+  found = find(tensors, config)
   heads = found.heads if found else ()
   biases = [n.removesuffix("weight") + "bias" for n in heads if n.endswith("decoder.weight")]
   shared = found is not None and f".{found.embedding}".endswith(_SHARED)
@@ -149,7 +149,7 @@ def untied(tensors: Mapping[str, Shaped], config: Mapping[str, Any]) -> dict[str
 
 def lacks_head(tensors: Mapping[str, Shaped], config: Mapping[str, Any]) -> bool:
   """Tells whether a language model has no output head though its config ties it to nothing."""
-  found = among(tensors, config)
+  found = find(tensors, config)
   if found is None or found.flag is not False or not _is_language_model(config):
     return False
   shape = tensors[found.embedding].shape
@@ -167,7 +167,7 @@ def equal(a: Tensor, b: Tensor) -> bool:
   spans = [(0, min(HEAD, size)), *((i, min(i + CHUNK, size)) for i in range(0, size, CHUNK))]
   try:
     return all(_same(a, b, start, stop) for start, stop in spans)
-  except NotMade:
+  except NotYetMade:
     return False
 
 

@@ -39,7 +39,7 @@ PLAIN: Flags = {
 }
 
 
-class Papers(NamedTuple):
+class TokenizerFiles(NamedTuple):
   """The small files of a model: as they lie in a folder, or will lie there once it is made.
 
   Attributes:
@@ -80,12 +80,12 @@ class Vocabulary(NamedTuple):
   """The tokens of a model.
 
   Attributes:
-    papers: its files.
+    files: its files.
     ids: number of each token.
     added: those that were added to the ordinary vocabulary, with their flags.
   """
 
-  papers: Papers
+  files: TokenizerFiles
   ids: Mapping[str, int]
   added: Mapping[str, Flags]
 
@@ -95,36 +95,36 @@ class Vocabulary(NamedTuple):
     return 1 + max(self.ids.values(), default=-1)
 
 
-def read(papers: Papers) -> Vocabulary:
+def read(files: TokenizerFiles) -> Vocabulary:
   """Reads tokenizer.json, else vocab.json or vocab.txt; and the tokens added in other files.
 
   Raises:
     FileNotFoundError: where there is none of them.
     ValueError: naming the file that is not as it should be.
   """
-  ids = _ordinary(papers)
+  ids = _ordinary(files)
   added: dict[str, Flags] = {}
-  for token, number, flags in _added(papers):
+  for token, number, flags in _added(files):
     ids.setdefault(token, number)
     added.setdefault(token, flags)
   if not ids:
-    raise ValueError(f"{papers.folder}: the vocabulary of the tokenizer is empty.")
-  return Vocabulary(papers, ids, added)
+    raise ValueError(f"{files.folder}: the vocabulary of the tokenizer is empty.")
+  return Vocabulary(files, ids, added)
 
 
-def _ordinary(papers: Papers) -> dict[str, int]:
-  folder = papers.folder
-  if papers.has(TOKENIZER):
-    model = papers.json(TOKENIZER).get("model")
+def _ordinary(files: TokenizerFiles) -> dict[str, int]:
+  folder = files.folder
+  if files.has(TOKENIZER):
+    model = files.json(TOKENIZER).get("model")
     found = model.get("vocab") if isinstance(model, dict) else None
     if isinstance(found, list) and all(isinstance(v, list) and len(v) == 2 for v in found):
       return {str(token): i for i, (token, _score) in enumerate(found)}  # Unigram.
     return _numbers(found, f"{folder / TOKENIZER}: vocab of model")
-  if papers.has(WORDS):
-    return _numbers(papers.json(WORDS), str(folder / WORDS))
-  if (lines := papers.text(LINES)) is not None:
+  if files.has(WORDS):
+    return _numbers(files.json(WORDS), str(folder / WORDS))
+  if (lines := files.text(LINES)) is not None:
     return {token: i for i, token in enumerate(lines.removesuffix("\n").split("\n"))}
-  pieces = next(iter(papers.names("*.model")), "")
+  pieces = next(iter(files.names("*.model")), "")
   hint = (
     f"; {pieces} is not read: convert it, AutoTokenizer.from_pretrained(...).save_pretrained "
     "writes tokenizer.json"
@@ -140,25 +140,25 @@ def _numbers(found: Any, where: str) -> dict[str, int]:
   return dict(found)
 
 
-def _added(papers: Papers) -> Iterator[tuple[str, int, Flags]]:
+def _added(files: TokenizerFiles) -> Iterator[tuple[str, int, Flags]]:
   """Tokens added in any of the files, with number and flags; what comes first counts."""
-  where = papers.folder / TOKENIZER
-  for entry in _part(papers, TOKENIZER, "added_tokens", list):
+  where = files.folder / TOKENIZER
+  for entry in _part(files, TOKENIZER, "added_tokens", list):
     yield _entry(entry, where)
-  where = papers.folder / SETTINGS
-  for number, entry in _part(papers, SETTINGS, "added_tokens_decoder", dict).items():
+  where = files.folder / SETTINGS
+  for number, entry in _part(files, SETTINGS, "added_tokens_decoder", dict).items():
     own = entry if isinstance(entry, dict) else {}
     yield _entry(own | {"id": int(number) if number.isdecimal() else number}, where)
-  for token, number in _numbers(papers.json(ADDED), str(papers.folder / ADDED)).items():
+  for token, number in _numbers(files.json(ADDED), str(files.folder / ADDED)).items():
     yield token, number, PLAIN
 
 
-def _part(papers: Papers, name: str, key: str, kind: type) -> Any:
+def _part(files: TokenizerFiles, name: str, key: str, kind: type) -> Any:
   """What a file says under a key; empty without the file or the key."""
-  found = papers.json(name).get(key) or kind()
+  found = files.json(name).get(key) or kind()
   if not isinstance(found, kind):
     raise ValueError(
-      f"{papers.folder / name}: {key} must be a JSON {kind.__name__}, got {found!r:.100}."
+      f"{files.folder / name}: {key} must be a JSON {kind.__name__}, got {found!r:.100}."
     )
   return found
 
@@ -171,11 +171,11 @@ def _entry(entry: Any, where: pathlib.Path) -> tuple[str, int, Flags]:
   return token, number, {key: own.get(key, value) for key, value in PLAIN.items()}
 
 
-def extended(own: Vocabulary, tokens: Mapping[str, Flags]) -> Vocabulary:
+def extend(own: Vocabulary, tokens: Mapping[str, Flags]) -> Vocabulary:
   """Returns a vocabulary with more added tokens; those that it lacks are numbered at its end.
 
-  >>> own = Vocabulary(Papers(pathlib.Path()), {"a": 0, "b": 1}, {})
-  >>> extended(own, {"c": PLAIN, "a": PLAIN}).ids
+  >>> own = Vocabulary(TokenizerFiles(pathlib.Path()), {"a": 0, "b": 1}, {})
+  >>> extend(own, {"c": PLAIN, "a": PLAIN}).ids
   {'a': 0, 'b': 1, 'c': 2}
   """
   ids = dict(own.ids)
@@ -189,8 +189,8 @@ def extended(own: Vocabulary, tokens: Mapping[str, Flags]) -> Vocabulary:
 
 def texts(own: Vocabulary) -> dict[str, str]:
   """Returns the files of a vocabulary: as they were, with the tokens added since."""
-  before = read(own.papers)
-  every = {name: own.papers.text(name) for name in FILES}
+  before = read(own.files)
+  every = {name: own.files.text(name) for name in FILES}
   found = {name: content for name, content in every.items() if content is not None}
   more = {t: {"content": t, **f} for t, f in own.added.items() if t not in before.added}
   if not more:

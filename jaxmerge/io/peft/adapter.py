@@ -109,7 +109,7 @@ def paths(folder: Path) -> tuple[pathlib.Path, pathlib.Path]:
   return folder / CONFIG, folder / WEIGHTS
 
 
-def adapted(
+def apply(
   base: Mapping[str, Tensor],
   folder: Path,
   files: Files,
@@ -124,7 +124,7 @@ def adapted(
   Matrices that are adapted are float32, computed when they are read; tensors that the adapter holds
   whole (modules_to_save) take the place of the base's; all others are passed through.
 
-  >>> own = adapted(inputs.open_model("base", files).tensors, "adapter", files)  # doctest: +SKIP
+  >>> own = apply(inputs.open_model("base", files).tensors, "adapter", files)  # doctest: +SKIP
 
   Args:
     base: its tensors.
@@ -141,7 +141,7 @@ def adapted(
   """
   path, weights = paths(folder)
   own, contents = settings.read(path), parts.read(weights, files, home)
-  order, tensors = replication.replicated(base, own)
+  order, tensors = replication.replicate(base, own)
   every = Base({**(tied or {}), **tensors}, rename or {})
   whole = _replace(every, contents, own)
   names = layers.change(every, contents, own)
@@ -186,7 +186,7 @@ def factors(folder: Path, files: Files) -> dict[str, Factors]:
       raise ValueError(
         f"{a.where}: its rank is {a.shape[0]}, but {own.rank(module)} by r or rank_pattern."
       )
-    pair = pieces.loaded(a), pieces.loaded(b)
+    pair = pieces.load(a), pieces.load(b)
     found[module] = Factors(*pair, own.scale(module), own.values["fan_in_fan_out"])
   if strange:
     raise ValueError(f"{strange[0].where}: is no factor of a plain LoRA layer; {use}.")
@@ -231,11 +231,11 @@ def _unknown(name: str, tensor: Tensor, base: Base, own: Settings) -> str:
   )
 
 
-def _like(tensor: Tensor, own: Tensor) -> Tensor:
-  """A tensor that takes the place of the base's own: a result stores it as it would store that."""
-  kept = own.kept or own.dtype
-  alike = safetensors.is_floating(kept) == safetensors.is_floating(tensor.dtype)
-  return tensor._replace(kept=kept) if alike else tensor
+def _like(tensor: Tensor, old: Tensor) -> Tensor:
+  """Returns a tensor that a result stores as it would store the base's, which it replaces."""
+  dtype = old.stored_dtype
+  alike = safetensors.is_floating(dtype) == safetensors.is_floating(tensor.dtype)
+  return tensor._replace(store_as=dtype) if alike else tensor
 
 
 # --- Heads and embeddings ---

@@ -55,9 +55,9 @@ class Base:
 
   def name(self, name: str) -> str | None:
     """Returns what a tensor of the adapter's names is called here; None where it is not."""
-    own = names.renamed(name, self.rename)
-    found = names.spelled(own, self.tensors)
-    return found or names.spelled(own, self._every)
+    own = names.rename(name, self.rename)
+    found = names.find(own, self.tensors)
+    return found or names.find(own, self._every)
 
   @functools.cached_property
   def _every(self) -> Collection[str]:
@@ -71,12 +71,12 @@ class Base:
 
   def near(self, name: str) -> str:
     """Names the tensor whose name is most like one that is not there."""
-    found = difflib.get_close_matches(names.renamed(name, self.rename), self.tensors, n=1)
+    found = difflib.get_close_matches(names.rename(name, self.rename), self.tensors, n=1)
     return f", whose nearest is {found[0]!r}" if found else ""
 
   def lacking(self, where: str, name: str) -> ValueError:
     """Returns the error for a tensor that is adapted, and is not here."""
-    own = names.renamed(name, self.rename)
+    own = names.rename(name, self.rename)
     hint = "; give the base that the adapter was trained on"
     hint += UNTIED if own.endswith(tied.HEADS) or self.near(name) == "" else ""
     more = ", or say with `rename` how its names begin in the base"
@@ -86,4 +86,4 @@ class Base:
     """Returns the changed tensors in the form in which the base stores them."""
     if self.changed.keys() <= self.tensors.keys():
       return dict(self.changed)
-    return experts.stored(self.tensors, self.changed, self.forms)
+    return experts.replace(self.tensors, self.changed, self.forms)

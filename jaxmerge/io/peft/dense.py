@@ -59,7 +59,7 @@ def _misfit(target: Target, sizes: object) -> ValueError:
 
 
 def _loaded(target: Target) -> dict[str, np.ndarray]:
-  return {name: pieces.loaded(x, _FLOAT) for name, x in target.parts.items()}
+  return {name: pieces.load(x, _FLOAT) for name, x in target.parts.items()}
 
 
 def _transposed(target: Target, own: Settings, out: int, inner: int) -> bool:
@@ -126,9 +126,9 @@ def _ia3(
   places = [count if i == axis else 1 for i in range(len(shape))]
   name = f"{target.name.removesuffix('.weight')}.bias"
   if not inputs and name in base.tensors:
-    times = lambda x: x * pieces.loaded(vector, _FLOAT).reshape(x.shape)  # noqa: E731
+    times = lambda x: x * pieces.load(vector, _FLOAT).reshape(x.shape)  # noqa: E731
     base.changed[name] = wholes.tensor(base.tensor(name), times, vector.where)
-  return lambda x: x * pieces.loaded(vector, _FLOAT).reshape(places)
+  return lambda x: x * pieces.load(vector, _FLOAT).reshape(places)
 
 
 def _is_feedforward(target: Target, own: Settings) -> bool:
@@ -160,7 +160,7 @@ def _vera(
     raise _misfit(target, f"of at most {[b.shape[0], a.shape[1]]}, by {a.where}")
 
   def compute(x: np.ndarray) -> np.ndarray:
-    parts = _loaded(target) | {n: pieces.loaded(t, _FLOAT) for n, t in shared.items()}
+    parts = _loaded(target) | {n: pieces.load(t, _FLOAT) for n, t in shared.items()}
     delta = formulas.vera(parts, other)
     return x + (delta.T if swapped else delta)
 

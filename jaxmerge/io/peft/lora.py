@@ -61,7 +61,7 @@ class Rows:
     found = {n: made[n]._replace(shape=shape) for n, shape in self.shapes.items()}
     for name, parts in self.experts.items():
       each = [made[part] for part in parts]
-      found[name] = pieces.joined(each, (len(each), *each[0].shape))
+      found[name] = pieces.concatenate(each, (len(each), *each[0].shape))
     return found
 
   def _pair(self, target: Target) -> list[str]:
@@ -123,7 +123,7 @@ class Rows:
     if start == "olora" and transposed:
       raise self.own.refused("init_lora_weights", "is not supported where matrices lie [in, out]")
     rank, scale = self.own.rank(target.module), self.own.scale(target.module)
-    kept = matrix.kept or matrix.dtype
+    kept = matrix.stored_dtype
 
     def left(x: np.ndarray) -> np.ndarray:
       x = formulas.residual(x.T if transposed else x, rank, scale, start)
@@ -136,7 +136,7 @@ class Rows:
     name = f"{target.name.removesuffix('.weight')}.bias"
     if name not in base.tensors or base.tensor(name).shape != added.shape:
       raise ValueError(f"{added.where}: the base has no {name!r} of shape {list(added.shape)}.")
-    add = lambda x: x + np.float32(scale) * pieces.loaded(added, _FLOAT)  # noqa: E731
+    add = lambda x: x + np.float32(scale) * pieces.load(added, _FLOAT)  # noqa: E731
     base.changed[name] = wholes.tensor(base.tensor(name), add, added.where)
 
   def _add_experts(self, target: Target, a: Tensor, b: Tensor) -> None:
@@ -155,7 +155,7 @@ class Rows:
         f"whether experts lie [out, in] or [in, out] in {target.tensor.where}, which is "
         f"{list(target.tensor.shape)}; {MERGE}."
       )
-    whole = functools.lru_cache(1)(lambda: pieces.loaded(b, _FLOAT).reshape(-1, rank, count))
+    whole = functools.lru_cache(1)(lambda: pieces.load(b, _FLOAT).reshape(-1, rank, count))
     size, names = math.prod(shape), []
     for e in range(count):
       left = _computed(b, (b.shape[0], rank), lambda e=e: whole()[:, :, e])
@@ -178,7 +178,7 @@ def _scaled(a: Tensor, e: Tensor) -> Tensor:
   """AdaLoRA's right factor, whose rows have weights (Zhang et al. 2023, arXiv:2303.10512)."""
   if e.shape != (a.shape[0], 1):
     raise ValueError(f"{e.where}: must be {[a.shape[0], 1]}, is {list(e.shape)}.")
-  return _computed(a, a.shape, lambda: pieces.loaded(a, _FLOAT) * pieces.loaded(e, _FLOAT))
+  return _computed(a, a.shape, lambda: pieces.load(a, _FLOAT) * pieces.load(e, _FLOAT))
 
 
 def _flat(tensor: Tensor) -> Tensor:

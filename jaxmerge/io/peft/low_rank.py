@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxmerge.io.tensors.tensor import Tensor, wide, widened
+from jaxmerge.io.tensors.tensor import Tensor, compute_dtype, widen
 
 BLOCK = 2**18  # Entries of a block.
 
@@ -39,7 +39,7 @@ class Layer(NamedTuple):
   @property
   def dtype(self) -> np.dtype:
     """In which it is computed."""
-    return wide(self.base, self.a, self.b)
+    return compute_dtype(self.base, self.a, self.b)
 
   @property
   def step(self) -> int:
@@ -93,7 +93,7 @@ def _tensor(layer: Layer, block: Callable[[int], np.ndarray]) -> Tensor:
       done += part.size
 
   where = f"{layer.base.where} with {layer.a.where}"
-  kept = layer.base.kept or layer.base.dtype
+  kept = layer.base.stored_dtype
   return Tensor(where, layer.dtype, layer.base.shape, read, kept)
 
 
@@ -106,7 +106,7 @@ def _factors(layer: Layer) -> Factors:
 
 def _whole(tensor: Tensor, dtype: np.dtype) -> np.ndarray:
   x = np.empty(tensor.shape, dtype)
-  widened(tensor, x.dtype).read(0, x.reshape(-1))
+  widen(tensor, x.dtype).read(0, x.reshape(-1))
   return x
 
 
@@ -115,7 +115,7 @@ def _added(layer: Layer, factors: Factors, number: int) -> np.ndarray:
   first = number * layer.step
   left = factors.left[first : first + layer.step]
   x = np.empty((len(left), layer.base.shape[1]), layer.dtype)
-  widened(layer.base, x.dtype).read(first * x.shape[1], x.reshape(-1))
+  widen(layer.base, x.dtype).read(first * x.shape[1], x.reshape(-1))
   x += left @ factors.right
   return x
 

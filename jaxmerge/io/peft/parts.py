@@ -8,7 +8,7 @@ from collections.abc import Container
 from typing import NamedTuple
 
 from jaxmerge.io.tensors import safetensors
-from jaxmerge.io.tensors.tensor import Files, Tensor, stored
+from jaxmerge.io.tensors.tensor import Files, Tensor, stored_tensor
 
 PREFIX = "base_model.model."
 MAGNITUDE = "lora_magnitude_vector"
@@ -98,7 +98,7 @@ def read(path: pathlib.Path, files: Files, home: str | None = None) -> Contents:
   for name, entry in header.items():
     if is_copy(name, header):
       continue
-    tensor = stored(files, path, name, entry, home=home)
+    tensor = stored_tensor(files, path, name, entry, home=home)
     own = key(name)
     if own is None:
       raise ValueError(f"{tensor.where}: names of an adapter's tensors begin with {PREFIX!r}.")

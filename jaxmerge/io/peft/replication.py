@@ -13,7 +13,7 @@ _LAYER = re.compile(r"(?P<stack>(?:.+\.)?(?:layers|layer|h))\.(?P<number>\d{1,6}
 _MOST = 10_000  # Layers of a result.
 
 
-def replicated(
+def replicate(
   base: Mapping[str, Tensor], own: Settings
 ) -> tuple[tuple[int, ...] | None, dict[str, Tensor]]:
   """Returns which of the base's layers each layer is, and the tensors; None where they stay.

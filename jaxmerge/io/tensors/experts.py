@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from jaxmerge.io.tensors import pieces
-from jaxmerge.io.tensors.tensor import Tensor, wide, widened
+from jaxmerge.io.tensors.tensor import Tensor, compute_dtype, widen
 
 # Of a fused tensor, the matrices of an expert that lie in it, one below the other.
 _PARTS = {
@@ -72,7 +72,7 @@ def _one(names: list[str], own: list[Tensor], count: int) -> Form:
   (rows, *rest), size = own[0].shape, math.prod(own[0].shape)
   shape = (count, rows * len(own) // count, *rest)
   stretches = (Stretch(n, 0, i * size, own[0].shape) for i, n in enumerate(names))
-  return Form(pieces.joined(own, shape), tuple(stretches))
+  return Form(pieces.concatenate(own, shape), tuple(stretches))
 
 
 def _singles(tensors: Mapping[str, Tensor]) -> dict[str, Form]:
@@ -94,7 +94,7 @@ def _singles(tensors: Mapping[str, Tensor]) -> dict[str, Form]:
   return made
 
 
-def stored(
+def replace(
   tensors: Mapping[str, Tensor], changed: Mapping[str, Tensor], known: Mapping[str, Form]
 ) -> dict[str, Tensor]:
   """Returns changed tensors in the form in which they are stored.
@@ -116,14 +116,14 @@ def _patched(tensor: Tensor, patches: Iterable[tuple[Stretch, Tensor]]) -> Tenso
   """A stored tensor of which some stretches are those of others, in float32 or wider."""
   ordered = sorted(patches, key=lambda patch: patch[0].start)
   parts, done, where = list[Tensor](), 0, tensor.where
-  whole = widened(tensor, wide(tensor, *(source for _, source in ordered)))
+  whole = widen(tensor, compute_dtype(tensor, *(source for _, source in ordered)))
   for own, source in ordered:
     if own.start > done:
       parts.append(pieces.stretch(whole, done, (own.start - done,)))
-    parts.append(pieces.stretch(widened(source, whole.dtype), own.at, own.shape))
+    parts.append(pieces.stretch(widen(source, whole.dtype), own.at, own.shape))
     done, where = own.start + math.prod(own.shape), source.where
   size = math.prod(tensor.shape)
   if done < size:
     parts.append(pieces.stretch(whole, done, (size - done,)))
-  made = pieces.joined(parts, tensor.shape)
-  return made._replace(where=where, kept=tensor.kept or tensor.dtype)
+  made = pieces.concatenate(parts, tensor.shape)
+  return made._replace(where=where, store_as=tensor.stored_dtype)

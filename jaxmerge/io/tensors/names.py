@@ -21,14 +21,14 @@ PREFIXES = (
 _PARTS = ((".block_sparse_moe.", ".mlp."),)
 
 
-def spelled(name: str, among: Container[str]) -> str | None:
+def find(name: str, among: Container[str]) -> str | None:
   """Returns a name as it is among others: itself, or one that differs as is known.
 
   In what it begins with, or in what a part of it is called.
 
   None where there is none of them, or more than one.
 
-  >>> spelled("model.layers.0.w", {"model.language_model.layers.0.w", "lm_head.weight"})
+  >>> find("model.layers.0.w", {"model.language_model.layers.0.w", "lm_head.weight"})
   'model.language_model.layers.0.w'
   """
   if name in among:
@@ -40,12 +40,12 @@ def spelled(name: str, among: Container[str]) -> str | None:
   return found.pop() if len(found) == 1 else None
 
 
-def renamed(name: str, table: Mapping[str, str]) -> str:
+def rename(name: str, table: Mapping[str, str]) -> str:
   """Returns a name with another beginning: that of the longest entry with which it begins.
 
   An entry is a whole name, or its beginning up to a dot.
 
-  >>> renamed("encoder.layer.0.w", {"encoder": "bert.encoder", "enc": "x"})
+  >>> rename("encoder.layer.0.w", {"encoder": "bert.encoder", "enc": "x"})
   'bert.encoder.layer.0.w'
   """
   fits = [old for old in table if name == old or name.startswith(f"{old.removesuffix('.')}.")]

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from jaxmerge.io.tensors.tensor import Tensor, wide, widened
+from jaxmerge.io.tensors.tensor import Tensor, compute_dtype, widen
 
 
 def stretch(tensor: Tensor, start: int, shape: tuple[int, ...]) -> Tensor:
@@ -17,7 +17,7 @@ def stretch(tensor: Tensor, start: int, shape: tuple[int, ...]) -> Tensor:
 
   >>> x = np.arange(6.0)
   >>> whole = Tensor("x", x.dtype, (3, 2), lambda start, out: np.copyto(out, x[start:][:out.size]))
-  >>> loaded(stretch(whole, 2, (1, 2)))
+  >>> load(stretch(whole, 2, (1, 2)))
   array([[2., 3.]])
   """
 
@@ -27,7 +27,7 @@ def stretch(tensor: Tensor, start: int, shape: tuple[int, ...]) -> Tensor:
   return tensor._replace(shape=shape, read=read)
 
 
-def joined(tensors: Sequence[Tensor], shape: tuple[int, ...]) -> Tensor:
+def concatenate(tensors: Sequence[Tensor], shape: tuple[int, ...]) -> Tensor:
   """Returns the entries of tensors of one dtype, one tensor after the other, as one tensor."""
   ends = list(itertools.accumulate(math.prod(t.shape) for t in tensors))
 
@@ -46,7 +46,7 @@ def joined(tensors: Sequence[Tensor], shape: tuple[int, ...]) -> Tensor:
 def with_rows(tensor: Tensor, rows: Sequence[int], values: Tensor) -> Tensor:
   """Returns a matrix in which some rows are those of another one, [len(rows), width]."""
   width, places = tensor.shape[1], {row: place for place, row in enumerate(rows)}
-  widest = widened(values, tensor.dtype)
+  widest = widen(values, tensor.dtype)
 
   def read(start: int, out: np.ndarray) -> None:
     tensor.read(start, out)
@@ -59,10 +59,10 @@ def with_rows(tensor: Tensor, rows: Sequence[int], values: Tensor) -> Tensor:
   return tensor._replace(where=f"{tensor.where} with {values.where}", read=read)
 
 
-def loaded(tensor: Tensor, dtype: np.dtype | None = None) -> np.ndarray:
+def load(tensor: Tensor, dtype: np.dtype | None = None) -> np.ndarray:
   """Reads a whole tensor, in its own dtype or another one."""
   out = np.empty(tensor.shape, dtype or tensor.dtype)
-  widened(tensor, out.dtype).read(0, out.reshape(-1))
+  widen(tensor, out.dtype).read(0, out.reshape(-1))
   return out
 
 
@@ -82,11 +82,11 @@ class Wholes:
       added: what it is computed with, for errors.
     """
     number = len(self._makers)
-    dtype = wide(base)
-    self._makers.append(lambda: compute(loaded(base, dtype)))
+    dtype = compute_dtype(base)
+    self._makers.append(lambda: compute(load(base, dtype)))
 
     def read(start: int, out: np.ndarray) -> None:
       out[...] = self._made(number)[start : start + out.size]
 
-    kept = base.kept or base.dtype
+    kept = base.stored_dtype
     return Tensor(f"{base.where} with {added}", dtype, base.shape, read, kept)

@@ -15,7 +15,7 @@ from typing import Any  # What a config.json holds.
 import numpy as np
 
 from jaxmerge.io.tensors import safetensors
-from jaxmerge.io.tensors.tensor import NotMade, Tensor
+from jaxmerge.io.tensors.tensor import NotYetMade, Tensor
 
 # Scales, zero points and tables of GPTQ, AWQ, bitsandbytes, fp8 and fp4 of several kinds, HQQ,
 # AQLM, VPTQ, EXL, quanto, torchao and MLX: what is left of the name before them is the codes'.
@@ -42,13 +42,13 @@ _SLICE = 2**20  # Entries that are compared at a time.
 _REMEDY = "give the model as it was before, or dequantized"
 
 
-def beside(tensors: Mapping[str, Any]) -> dict[str, str]:
+def find_codes(tensors: Mapping[str, Any]) -> dict[str, str]:
   """Returns the tensors of codes, and of each the name of a tensor that its codes are scaled by.
 
   >>> import numpy as np
   >>> own = Tensor("", np.dtype(np.int32), (8, 64), lambda start, out: None)
   >>> scales = own._replace(dtype=np.dtype(np.float16))
-  >>> beside({"up.qweight": own, "up.scales": scales, "norm.weight": scales})
+  >>> find_codes({"up.qweight": own, "up.scales": scales, "norm.weight": scales})
   {'up.qweight': 'up.scales'}
   """
   scales: dict[str, str] = {}
@@ -77,9 +77,9 @@ def _stems(name: str) -> Iterator[str]:
 
 
 def refuse(leaves: Mapping[str, Any], whose: str) -> None:
-  """Raises ValueError, naming a leaf of a tree in memory, for codes as `beside` finds them."""
+  """Raises ValueError, naming a leaf of a tree in memory, for codes as `find_codes` finds them."""
   known = {n: x for n, x in leaves.items() if isinstance(getattr(x, "dtype", None), np.dtype)}
-  if found := beside(known):
+  if found := find_codes(known):
     name = min(found)
     raise ValueError(
       f"leaf {name!r} of {whose}, one of {len(found)} such, is {leaves[name].dtype} and "
@@ -88,9 +88,9 @@ def refuse(leaves: Mapping[str, Any], whose: str) -> None:
     )
 
 
-def kept(tensors: Mapping[str, Tensor]) -> frozenset[str]:
+def tensors_of_codes(tensors: Mapping[str, Tensor]) -> frozenset[str]:
   """Returns the codes and all that belongs to them: a result stores these as they are."""
-  found = beside(tensors)
+  found = find_codes(tensors)
   stems = {stem for name in found for stem in _stems(name)}
   others = (n for n in tensors if (at := _SCALE.search(n)) and n[: at.start()] in stems)
   return frozenset({*found, *others})
@@ -114,8 +114,8 @@ def problem(
     config: its config.
     folder: where other files may say that it is quantized.
   """
-  found = beside(tensors)
-  if every := kept(tensors) & set(merged):
+  found = find_codes(tensors)
+  if every := tensors_of_codes(tensors) & set(merged):
     name = min(every & found.keys(), default=min(found))
     return (
       f"tensor {name!r} of {model}, one of {len(found)} such, holds codes of quantized weights, "
@@ -141,7 +141,7 @@ def cast(
   model: str, tensors: Mapping[str, Tensor], copied: Collection[str], dtype: np.dtype
 ) -> str | None:
   """Says which codes or scales of a model another dtype would change; None where there are none."""
-  for name in sorted(kept(tensors) & set(copied)):
+  for name in sorted(tensors_of_codes(tensors) & set(copied)):
     if safetensors.is_floating(tensors[name].dtype) and tensors[name].dtype != dtype:
       return (
         f"tensor {name!r} of {model} belongs to quantized weights and is {tensors[name].dtype}: as "
@@ -150,7 +150,7 @@ def cast(
   return None
 
 
-def copied(parts: Iterable[Sequence[tuple[str, str, Tensor | None]]]) -> list[str]:
+def note_copies(parts: Iterable[Sequence[tuple[str, str, Tensor | None]]]) -> list[str]:
   """Says which matrices of integers are copied from the first of models that differ in them.
 
   Args:
@@ -184,7 +184,7 @@ def _alike(a: Tensor, b: Tensor) -> bool:
       b.read(start, y)
       if not np.array_equal(x, y):
         return False
-  except NotMade:
+  except NotYetMade:
     return True
   return a.shape == b.shape
 
@@ -213,7 +213,7 @@ def beginning(tensor: Tensor) -> np.ndarray:
   first = np.zeros(min(_FIRST, math.prod(tensor.shape)), tensor.dtype)
   try:
     tensor.read(0, first)
-  except NotMade:
+  except NotYetMade:
     return first[:0]
   return first
 

@@ -8,13 +8,13 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from jaxmerge.io.tensors.tensor import Tensor, widened
+from jaxmerge.io.tensors.tensor import Tensor, widen
 
 BLOCK = 2**18  # Entries that a mean reads at a time.
 Row = tuple[Tensor, int]  # A tensor, and which of its rows.
 
 
-def gathered(
+def gather(
   tensor: Tensor, rows: np.ndarray, fills: Mapping[int, Sequence[Row]], empty: np.ndarray
 ) -> Tensor:
   """Returns a tensor with other rows; neighbours that stay neighbours are read at once.
@@ -28,7 +28,7 @@ def gathered(
   >>> own = np.array([5, 6, 7], np.float32)
   >>> read = lambda start, out: np.copyto(out, own[start : start + len(out)])
   >>> tensor = Tensor("x", own.dtype, own.shape, read)
-  >>> made = gathered(tensor, np.array([2, 0, -1]), {}, np.array([False, False, True]))
+  >>> made = gather(tensor, np.array([2, 0, -1]), {}, np.array([False, False, True]))
   >>> out = np.empty(3, np.float32)
   >>> made.read(0, out), out
   (None, array([7., 5., 6.], dtype=float32))
@@ -61,7 +61,7 @@ def _mean(sources: Sequence[Row], width: int) -> np.ndarray:
   """Reads the mean of rows, in float32; zero without any."""
   total, own = np.zeros(width, np.float32), np.empty(width, np.float32)
   for tensor, row in sources:
-    widened(tensor, own.dtype).read(row * width, own)
+    widen(tensor, own.dtype).read(row * width, own)
     total += own
   return total / np.float32(max(len(sources), 1))
 
@@ -80,7 +80,7 @@ def _filled(tensor: Tensor, empty: np.ndarray) -> Tensor:
     for first in range(0, len(empty), step):
       kept = ~empty[first : first + step]
       x = np.empty((len(kept), width), np.float32)
-      widened(tensor, x.dtype).read(first * width, x.reshape(-1))
+      widen(tensor, x.dtype).read(first * width, x.reshape(-1))
       total += x[kept].sum(axis=0, dtype=np.float64)
     return total / np.count_nonzero(~empty)
 

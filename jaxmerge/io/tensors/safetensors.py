@@ -94,7 +94,7 @@ def header(path: Path) -> Header:
       raise ValueError(
         f"{path}: the header ends at byte {8 + length}, but the file has {size}; it is truncated."
       )
-    content = strict_json.parsed(f"{path}: the header", file.read(length))
+    content = strict_json.parse(f"{path}: the header", file.read(length))
   metadata = content.pop("__metadata__", {})
   if not _is_text(metadata):
     raise ValueError(f"{path}: __metadata__ must map text to text, got {metadata!r:.200}.")
@@ -279,7 +279,7 @@ def _is_text(metadata: Any) -> bool:
   )
 
 
-def narrowed(x: np.ndarray, dtype: np.dtype, where: str) -> np.ndarray:
+def narrow(x: np.ndarray, dtype: np.dtype, where: str) -> np.ndarray:
   """Returns an array in the dtype in which it is stored.
 
   Raises:

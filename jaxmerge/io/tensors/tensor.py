@@ -24,18 +24,23 @@ class Tensor(NamedTuple):
     dtype: of its entries.
     shape: of the whole.
     read: (start, out) fills `out` [n], of the tensor's dtype, with entries start, start + 1, ...
-    kept: dtype in which a result stores it, where it may be another one: what is computed from
-      narrow weights is read in float32, and an adapter may hold tensors of others.
+    store_as: dtype in which a result stores it, where that may be another one: what is computed
+      from narrow weights is read in float32, and an adapter may hold tensors of others.
   """
 
   where: str
   dtype: np.dtype
   shape: tuple[int, ...]
   read: Callable[[int, np.ndarray], None]
-  kept: np.dtype | None = None
+  store_as: np.dtype | None = None
+
+  @property
+  def stored_dtype(self) -> np.dtype:
+    """Dtype in which a result stores it, unless the user chooses another."""
+    return self.store_as or self.dtype
 
 
-class NotMade(ValueError):
+class NotYetMade(ValueError):
   """A tensor is read of a model that is still to be made."""
 
 
@@ -53,7 +58,7 @@ class Files:
   def note(self, paths: Iterable[pathlib.Path]) -> None:
     """Takes the stamps of files that are read from now on."""
     if new := [path for path in paths if path not in self.stamps]:
-      self.stamps |= stamps.taken(new)
+      self.stamps |= stamps.take(new)
 
   def forget(self, folder: pathlib.Path) -> None:
     """Closes the files of a folder, which is made anew, and drops their stamps."""
@@ -79,7 +84,7 @@ class Files:
       os.close(self._open.popitem()[1])
 
 
-def stored(
+def stored_tensor(
   files: Files, path: pathlib.Path, name: str, entry: Entry, *, home: str | None = None
 ) -> Tensor:
   """A tensor whose bytes lie in a file, as its header says; `home` stands for its folder.
@@ -97,16 +102,16 @@ def stored(
   return Tensor(where, entry.dtype, entry.shape, read)
 
 
-def wide(*tensors: Tensor) -> np.dtype:
+def compute_dtype(*tensors: Tensor) -> np.dtype:
   """Returns the dtype in which tensors are computed with: float64 where one of them is, or float32.
 
-  >>> wide(Tensor("", np.dtype(np.float16), (2,), lambda start, out: None)).name
+  >>> compute_dtype(Tensor("", np.dtype(np.float16), (2,), lambda start, out: None)).name
   'float32'
   """
   return np.result_type(np.float32, *(t.dtype for t in tensors if t.dtype == np.float64))
 
 
-def widened(tensor: Tensor, dtype: np.dtype) -> Tensor:
+def widen(tensor: Tensor, dtype: np.dtype) -> Tensor:
   """The same tensor in another dtype."""
 
   def read(start: int, out: np.ndarray) -> None:

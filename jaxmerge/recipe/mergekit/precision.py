@@ -73,7 +73,7 @@ def refused(recipe: Recipe, method: str, parts: Sequence[Tensor]) -> Iterator[Pr
 
 def common(recipe: Recipe, parts: Sequence[Tensor]) -> np.dtype:
   """Returns the dtype that mergekit casts tensors to: the recipe's, else that of all of them."""
-  return _named(recipe.dtype) or precision.common([t.kept or t.dtype for t in parts])
+  return _named(recipe.dtype) or precision.common([t.stored_dtype for t in parts])
 
 
 def computed(recipe: Recipe, plan: Plan) -> Plan:

@@ -13,7 +13,7 @@ from jaxmerge.files import inputs
 from jaxmerge.files import plan as plans
 from jaxmerge.io import formats
 from jaxmerge.io.huggingface import folder
-from jaxmerge.io.tensors.tensor import Files, NotMade, Tensor
+from jaxmerge.io.tensors.tensor import Files, NotYetMade, Tensor
 
 
 class Intermediate(NamedTuple):
@@ -69,6 +69,6 @@ def _read(
     elif output.job is None and output.base is not None and output.base.dtype == output.dtype:
       output.base.read(start, out)
     else:
-      raise NotMade(f"{name} has not been merged yet.")
+      raise NotYetMade(f"{name} has not been merged yet.")
 
   return read

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from jaxmerge.files import adapter_inputs, inputs, plan
 from jaxmerge.io.huggingface import folder, hub
-from jaxmerge.io.huggingface.vocabulary import Papers
+from jaxmerge.io.huggingface.vocabulary import TokenizerFiles
 from jaxmerge.io.tensors.tensor import Files
 from jaxmerge.recipe.errors import Problem, RecipeError
 from jaxmerge.recipe.records import Model
@@ -37,7 +37,7 @@ class Opener(NamedTuple):
 
   model: Callable[[Model, Rename], plan.Model]
   adapted: Callable[[Model, plan.Model, Rename], plan.Model]
-  papers: Callable[[Model], Papers]
+  papers: Callable[[Model], TokenizerFiles]
   find: hub.Finder
 
 
@@ -57,14 +57,14 @@ def opener(files: Files, *, download: bool = False) -> Opener:
       own = inputs.add_adapters(made, reference(model), files, find, rename)
       return own._replace(name=str(model))
 
-  def papers(model: Model) -> Papers:
+  def papers(model: Model) -> TokenizerFiles:
     home = find(model.path, model.revision, weights=False).folder
-    files.note(folder.small(home))
+    files.note(folder.small_files(home))
     texts: dict[str, adapter_inputs.Text] = {}
     for path, revision in model.adapters:
       added = find(path, revision, weights=False).folder
-      files.note(folder.small(added))
+      files.note(folder.small_files(added))
       texts |= adapter_inputs.tokenizer_files(added, home)
-    return Papers(home, texts)
+    return TokenizerFiles(home, texts)
 
   return Opener(opened, adapted, papers, find)

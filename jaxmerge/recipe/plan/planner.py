@@ -18,7 +18,7 @@ from jaxmerge.files import (
 from jaxmerge.files import plan as plans
 from jaxmerge.files.plan import Plan
 from jaxmerge.io.huggingface import folder
-from jaxmerge.io.huggingface.vocabulary import Papers
+from jaxmerge.io.huggingface.vocabulary import TokenizerFiles
 from jaxmerge.recipe import errors as recipe_errors
 from jaxmerge.recipe import parameters
 from jaxmerge.recipe.errors import Problem, RecipeError
@@ -33,7 +33,7 @@ from jaxmerge.recipe.tokenizer import build, embeddings
 def plan_recipe(
   recipe: Recipe,
   open_model: Callable[[Model], plans.Model],
-  papers_of: Callable[[Model], Papers],
+  papers_of: Callable[[Model], TokenizerFiles],
 ) -> Plan:
   """Plans what a recipe says.
 

@@ -225,7 +225,7 @@ def config(
     RecipeError: where it cannot be told which of its numbers is that of the layers.
   """
   dtype = recipe.out_dtype or recipe.dtype
-  changed = folder.stated(own, dtype) if own and dtype else dict(own)
+  changed = folder.state_dtype(own, dtype) if own and dtype else dict(own)
   heights = layers.stacks(donor.tensors)
   for module, stack in stacked(rows).items():
     others = {str(g.module) for g in groups(recipe)} - {str(module)}

@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple  # Any: facts are plain JSON.
 from jaxmerge.files.plan import Model as Opened
 from jaxmerge.files.plan import Plan
 from jaxmerge.io.huggingface import folder, vocabulary
-from jaxmerge.io.huggingface.vocabulary import Papers
+from jaxmerge.io.huggingface.vocabulary import TokenizerFiles
 from jaxmerge.io.tensors.tensor import Files
 from jaxmerge.recipe import errors
 from jaxmerge.recipe.errors import RecipeError
@@ -165,7 +165,7 @@ def _plan(
       return opener.adapted(model, results[model.path].model, recipe.rename)
     return opener.model(model, recipe.rename)
 
-  def papers(model: Model) -> Papers:
+  def papers(model: Model) -> TokenizerFiles:
     is_result = _is_result(model, results)
     return build.papers(results[model.path].model) if is_result else opener.papers(model)
 

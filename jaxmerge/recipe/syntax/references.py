@@ -40,7 +40,7 @@ def model(node: Marked, what: str, context: Context) -> Model:
   text = fields.text(node, what, context.found)
   if text in context.names or context.is_folder(text):
     return Model(text, place=node.place)
-  parts = reference_text.parted(text, context.is_folder)
+  parts = reference_text.split(text, context.is_folder)
   path, revision = _location(parts[0], node, what, context)
   if revision and path in context.names:
     note(context.found, node.place, f"{what} {path!r} is a recipe, which has no revision.")

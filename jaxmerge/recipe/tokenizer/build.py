@@ -8,7 +8,7 @@ from typing import Any, NamedTuple  # Any: what a config.json holds.
 from jaxmerge.files import plan
 from jaxmerge.io.huggingface import folder as folders
 from jaxmerge.io.huggingface import vocabulary
-from jaxmerge.io.huggingface.vocabulary import Flags, Papers, Vocabulary
+from jaxmerge.io.huggingface.vocabulary import Flags, TokenizerFiles, Vocabulary
 from jaxmerge.recipe import errors
 from jaxmerge.recipe.errors import Problem, RecipeError, listed
 from jaxmerge.recipe.records import Model, Recipe, Tokenizer, groups
@@ -17,7 +17,7 @@ from jaxmerge.recipe.tokenizer import chat_template, embeddings
 Opened = Mapping[Model, plan.Model]
 Own = Mapping[Model, Vocabulary]
 Texts = Mapping[str, str | None]
-PapersOf = Callable[[Model], Papers]
+PapersOf = Callable[[Model], TokenizerFiles]
 
 GENERATION = "generation_config.json"
 
@@ -82,12 +82,12 @@ def built(recipe: Recipe, models: Opened, papers_of: PapersOf) -> Built:
   return made
 
 
-def papers(model: plan.Model) -> Papers:
+def papers(model: plan.Model) -> TokenizerFiles:
   """Returns the small files of a model that is opened."""
-  return Papers(model.folder, model.texts)
+  return TokenizerFiles(model.folder, model.texts)
 
 
-def _with_template(made: Built, said: str, models: Opened, home: Papers) -> Built:
+def _with_template(made: Built, said: str, models: Opened, home: TokenizerFiles) -> Built:
   template = chat_template.chosen(said, map(papers, models.values()))
   if template is None:
     return made
@@ -97,7 +97,7 @@ def _with_template(made: Built, said: str, models: Opened, home: Papers) -> Buil
 
 def _built(
   recipe: Recipe, said: Tokenizer, models: Opened, papers_of: PapersOf
-) -> tuple[Built, Papers]:
+) -> tuple[Built, TokenizerFiles]:
   """Brings the vocabularies together; with the files of the tokenizer that is taken."""
   own: dict[Model, Vocabulary] = {}
   found: list[Exception] = []
@@ -119,10 +119,10 @@ def _built(
   forced = any(token.force for token in said.tokens.values())
   alike = len(heights) == 1 and all(v.ids == merged.ids for v in own.values())
   if alike and not forced and (pad is None or heights == {size}):
-    return made, merged.papers
+    return made, merged.files
   order = embeddings.Order(said, recipe.base_model, own, merged, size)
   ordered = embeddings.reordered(made.models, names, order)
-  return made._replace(models=ordered, size=size, names=names), merged.papers
+  return made._replace(models=ordered, size=size, names=names), merged.files
 
 
 def _check(said: Tokenizer, own: Own, models: Opened, names: frozenset[str]) -> None:
@@ -163,7 +163,7 @@ def _merged(recipe: Recipe, said: Tokenizer, own: Own, papers_of: PapersOf) -> V
     first = own[model] if model in own else _read(model, papers_of)
   more = _others(recipe, said, own, first) if said.source == "union" else {}
   named = {t: vocabulary.PLAIN for t in said.tokens if t not in first.ids and t not in more}
-  return vocabulary.extended(first, {**more, **named})
+  return vocabulary.extend(first, {**more, **named})
 
 
 def _others(recipe: Recipe, said: Tokenizer, own: Own, first: Vocabulary) -> dict[str, Flags]:
@@ -191,25 +191,25 @@ def _others(recipe: Recipe, said: Tokenizer, own: Own, first: Vocabulary) -> dic
   return more
 
 
-def _texts(merged: Vocabulary, home: Papers) -> Texts:
+def _texts(merged: Vocabulary, home: TokenizerFiles) -> Texts:
   """The tokenizer's files as far as they differ from those that are taken over."""
   made: dict[str, str | None] = {}
-  if merged.papers != home:
+  if merged.files != home:
     made = dict.fromkeys(home.names(*vocabulary.FILES, "*.model"))
-    numbers = _special(merged.papers, GENERATION)
+    numbers = _special(merged.files, GENERATION)
     if numbers and home.has(GENERATION):
       made[GENERATION] = vocabulary.text(home.json(GENERATION) | numbers)
   for name, text in vocabulary.texts(merged).items():
-    if merged.papers != home or home.text(name) != text:
+    if merged.files != home or home.text(name) != text:
       made[name] = text
   return made
 
 
-def _special(papers: Papers, name: str) -> dict[str, Any]:
+def _special(papers: TokenizerFiles, name: str) -> dict[str, Any]:
   """The numbers of special tokens that a config says."""
   return {key: value for key, value in papers.json(name).items() if key.endswith("_token_id")}
 
 
 def _numbers(merged: Vocabulary, own: Own) -> dict[str, Any]:
-  same = merged.papers == next(iter(own.values())).papers
-  return {} if same else _special(merged.papers, folders.CONFIG)
+  same = merged.files == next(iter(own.values())).files
+  return {} if same else _special(merged.files, folders.CONFIG)

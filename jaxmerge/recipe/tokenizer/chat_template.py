@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import Any  # What JSON holds.
 
 from jaxmerge.io.huggingface import vocabulary
-from jaxmerge.io.huggingface.vocabulary import JINJA, JSON, SETTINGS, Papers
+from jaxmerge.io.huggingface.vocabulary import JINJA, JSON, SETTINGS, TokenizerFiles
 
 _KEY = "chat_template"
 
@@ -80,7 +80,7 @@ Write a response that appropriately completes the request.') -%}
 }
 
 
-def chosen(said: str, models: Iterable[Papers]) -> str | None:
+def chosen(said: str, models: Iterable[TokenizerFiles]) -> str | None:
   """Returns the Jinja text of what a recipe says; None for `auto` where no model has a template.
 
   `auto` is the template that most models have; of equally frequent ones, that of the first.
@@ -91,7 +91,7 @@ def chosen(said: str, models: Iterable[Papers]) -> str | None:
   return found.most_common(1)[0][0] if found else None
 
 
-def _own(papers: Papers) -> str | None:
+def _own(papers: TokenizerFiles) -> str | None:
   """Returns a model's template: the file of it counts before the one among the settings."""
   if (text := papers.text(JINJA)) is not None:
     return text
@@ -104,7 +104,7 @@ def _own(papers: Papers) -> str | None:
   return None
 
 
-def texts(template: str, papers: Papers, settings: str | None = None) -> dict[str, str]:
+def texts(template: str, papers: TokenizerFiles, settings: str | None = None) -> dict[str, str]:
   """Returns the files of a model that hold the template, by name, with another one in them.
 
   Args:

@@ -133,7 +133,7 @@ def reordered(models: Opened, names: frozenset[str], order: Order) -> dict[Model
         if name in by_name:
           key = m, by_name[name], fills_key
           if key not in gathered:
-            gathered[key] = rows.gathered(by_name[name], row_ids[m], fills, empty)
+            gathered[key] = rows.gather(by_name[name], row_ids[m], fills, empty)
           by_name[name] = gathered[key]
   return {m: o._replace(tensors=tensors[m], tied=tied[m]) for m, o in models.items()}
 
