@@ -115,7 +115,8 @@ def open_writer(
 def counts_as_done(digest: Mapping[str, Any], nonfinite: bool) -> bool:
   """Tells whether a tensor of the journal is done for a merge that lets NaN pass, or does not.
 
-  >>> counts_as_done({"xxh3_128": "0a"}, False), counts_as_done({"xxh3_128": "0a", **UNCHECKED}, False)
+  >>> digest = {"xxh3_128": "0a"}
+  >>> counts_as_done(digest, False), counts_as_done({**digest, **UNCHECKED}, False)
   (True, False)
   """
   return nonfinite or not UNCHECKED.items() <= digest.items()
