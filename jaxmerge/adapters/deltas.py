@@ -24,6 +24,7 @@ def merge(
   adapters: Sequence[Adapter] | Any,
   *,
   hparams: Mapping[str, Any] | None = None,
+  statistics: Mapping[str, Any] | None = None,
   seed: int | jax.Array | None = None,
   names: Sequence[str] | None = None,
   layout: layouts.Said | None = (),
@@ -41,6 +42,7 @@ def merge(
     base: tree of arrays [*s].
     adapters: a list, one per task, or a dict of them by name.
     hparams: hyperparameters by name, in place of the method's; trees have the merged leaves.
+    statistics: as for `jaxmerge.merge`, of the merged leaves.
     seed: for methods with random masks.
     names: of the adapters; masks depend on them.
     layout: matrix views, as for `apply`; the method has the same view of a leaf.
@@ -69,6 +71,7 @@ def merge(
     {leaf: _stack(leaf, leaves[leaf], targets) for leaf in rules},
     {leaf: leaves[leaf] for leaf in rules},
     hparams=hparams,
+    statistics=statistics,
     seed=seed,
     names=names,
     layout=layouts.fitted(method, {n: np.shape(leaves[n]) for n in rules}, rules),

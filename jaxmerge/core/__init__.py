@@ -23,6 +23,7 @@ __getattr__, __dir__, __all__ = lazy.attach(
     "running_statistics",
     "sharding",
     "stage",
+    "statistics",
     "tree",
     "wide_counts",
   ),

@@ -14,7 +14,7 @@ from typing import Any  # A method holds functions, and they hold anything.
 
 import numpy as np
 
-# As digests of before have the fields of a stage; what a stage may do without counts where it is.
+# What fields of a stage are called in digests.
 _FIELDS = {"reductions": "statistics", "hparams": "numbers"}
 # Whose functions count without what they use by name.
 _LIBRARIES = {"jax", "jaxlib", "jaxmerge", "numpy", "optax", "flax", "builtins", "functools"}
@@ -100,9 +100,7 @@ def _parts(value: Any, inside: tuple[int, ...]) -> Iterator[str]:
     yield from _parts((value.func, value.args, value.keywords), inside)
   elif dataclasses.is_dataclass(value) and not isinstance(value, type):
     yield type(value).__qualname__
-    names = [f.name for f in dataclasses.fields(value) if f.name != "key"]
-    fields = {_FIELDS.get(n, n): getattr(value, n) for n in names}
-    yield from _parts(fields, inside)
+    yield from _parts(_fields(value), inside)
   elif isinstance(value, Mapping):
     yield f"mapping {len(value)}"
     for item in value.items():
@@ -116,6 +114,16 @@ def _parts(value: Any, inside: tuple[int, ...]) -> Iterator[str]:
     yield f"{array.dtype} {array.shape} {hashlib.blake2b(array.tobytes()).hexdigest()}"
   else:
     yield from _others(value, inside)
+
+
+def _fields(value: Any) -> dict[str, Any]:
+  """The fields of a dataclass; those of a stage as digests, which are on disk, have them."""
+  fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.name != "key"}
+  if (type(value).__module__, type(value).__qualname__) == ("jaxmerge.core.stage", "Stage"):
+    read = fields.pop("statistics")
+    fields = {_FIELDS.get(n, n): v for n, v in fields.items()}
+    fields |= {"reads": dict(sorted(read.items()))} if read else {}
+  return fields
 
 
 def _others(value: Any, inside: tuple[int, ...]) -> Iterator[str]:

@@ -40,7 +40,11 @@ def resolved(
   values = stage.hparams(method)
   for name, value in hparams.items():
     if name not in values:
-      raise ValueError(f"the method takes no number {name!r}{errors.nearest(name, values)}.")
+      if any(name in step.statistics for step in method):
+        raise ValueError(
+          f"{name!r} is a statistic of the method: give statistics={{{name!r}: ...}}."
+        )
+      raise ValueError(f"the method has no hyperparameter {name!r}{errors.nearest(name, values)}.")
     values[name] = value
   return {
     n: _checked(
@@ -128,7 +132,7 @@ def _checked(
   if value is None:
     raise ValueError(f"the method needs {name!r}: give {name}= or hparams={{{name!r}: ...}}.")
   if lookup.plain(value) or isinstance(value, (jax.Array, np.ndarray, np.generic)):
-    _check(name, name, value, num_models, None)
+    _check(name, name, value, num_models)
     return value
   own = _named(value, shapes)
   for missing in sorted(shapes.keys() - own.keys()):
@@ -137,8 +141,8 @@ def _checked(
     raise ValueError(
       f"hparams {name!r} has a value for {unknown!r}, which is no leaf of the models."
     )
-  for leaf, shape in shapes.items():
-    _check(name, f"{name} of leaf {leaf!r}", own[leaf], num_models, shape)
+  for leaf in shapes:
+    _check(name, f"{name} of leaf {leaf!r}", own[leaf], num_models)
   return {leaf: own[leaf] for leaf in shapes}
 
 
@@ -157,25 +161,22 @@ def _named(value: Any, shapes: Shapes) -> dict[str, Any]:
   return own_lists if shapes.keys() <= own_lists.keys() else own
 
 
-def _check(
-  name: str, label: str, value: Any, num_models: int, shape: tuple[int, ...] | None
-) -> None:
-  """Refuses one value of a number that is ill-shaped, or is known to be out of range."""
-  given = tuple(np.shape(value))
-  if name == "seed" and given:
-    raise ValueError(f"{label} must be one whole number, such as 0, got values of shape {given}.")
-  if given and (len(given) == 1 or lookup.knows(name)) and given[0] != num_models:
-    raise ValueError(f"{label} has {given[0]} values, but there are {num_models} models.")
-  if len(given) > 1 and shape is None:
+def _check(name: str, label: str, value: Any, num_models: int) -> None:
+  """Refuses one value of a hyperparameter that is ill-shaped, or is known to be out of range."""
+  shape = tuple(np.shape(value))
+  if name == "seed" and shape:
+    raise ValueError(f"{label} must be one whole number, such as 0, got values of shape {shape}.")
+  if len(shape) > 1:
     raise ValueError(
-      f"{label} has shape {given}; a number is a scalar or one per model {(num_models,)}."
+      f"{label} has shape {shape}; a hyperparameter is one number, or one per model "
+      f"{(num_models,)}. Arrays over entries are statistics, which a stage declares: "
+      f"Stage(..., statistics={{{name!r}: 'entry'}})."
     )
-  if len(given) > 1 and lookup.knows(name) and given[1:] != shape:
-    raise ValueError(f"{label} has shape {given}, but the models are {shape} there.")
+  if shape and shape[0] != num_models:
+    raise ValueError(f"{label} has {shape[0]} values, but there are {num_models} models.")
   if name == "seed" and not lookup.plain(value) and not jnp.issubdtype(value.dtype, jnp.integer):
     raise ValueError(f"{label} must be a whole number, got {value.dtype}.")
-  seen = not isinstance(value, jax.core.Tracer) and getattr(value, "is_fully_addressable", True)
-  if seen and len(given) <= 1:
+  if not isinstance(value, jax.core.Tracer) and getattr(value, "is_fully_addressable", True):
     lookup.check_number(name, np.asarray(value).tolist(), label=label)
 
 

@@ -15,6 +15,7 @@ from jaxmerge.core import (
   order_statistics,
   sharding,
   stage,
+  statistics,
   tree,
 )
 from jaxmerge.core.stage import Array, Leaf, Method, Stage
@@ -47,12 +48,19 @@ def check_models(base: Tree, models: Tree, reference: Tree) -> None:
 
 
 class Ready(NamedTuple):
-  """Numbers, tags and first knowledge of a merge: arrays, hence arguments of compiled programs."""
+  """What is resolved before a merge, as arrays: arguments of compiled programs.
+
+  Attributes:
+    hparams: hyperparameters by name, or by name and leaf.
+    tags: of the models, in the order in which they are merged.
+    order: where each of these was in the caller's stack; None: there.
+    stats: for each stage, by group, what its `init` returns.
+  """
 
   hparams: dict[str, Any]
   tags: Any
   order: Any
-  known: tuple[dict[str, Any], ...]
+  stats: tuple[dict[str, Any], ...]
 
 
 def prepare(
@@ -81,78 +89,146 @@ def prepare(
   values = hyperparameters.resolved(method, hparams, shapes, num_models, copied)
   if order is not None:
     values = {n: hyperparameters.permuted(v, order) for n, v in values.items()}
-  counts, known = dict.fromkeys(shapes, num_models), []
+  counts, stats = dict.fromkeys(shapes, num_models), []
   for step in method:
     first = {}
-    for group, found in stage.members(step, shapes).items():
-      at = max(counts[n] for n in found)
-      first[group] = step.init(hyperparameters.group(found, shapes, at, values))
-      counts.update(dict.fromkeys(found, 1) if step.combines else {})
-    known.append(first)
-  for name, left in counts.items():
-    hyperparameters.refuse_unmerged(name, left)
-  return Ready(hyperparameters.arrays(values), tags, order, tuple(known))
+    for group, leaves in stage.members(step, shapes).items():
+      most = max(counts[n] for n in leaves)
+      first[group] = step.init(hyperparameters.group(leaves, shapes, most, values))
+      counts.update(dict.fromkeys(leaves, 1) if step.combines else {})
+    stats.append(first)
+  for name, count in counts.items():
+    hyperparameters.refuse_unmerged(name, count)
+  return Ready(hyperparameters.arrays(values), tags, order, tuple(stats))
 
 
-def update(
-  step: Stage, x: Array, leaf: Leaf, known: Any, kept: list[Array], view: str | None
-) -> Array:
-  """Applies one stage to one part of a leaf; `kept` is what `join` holds for it."""
+class Slice(NamedTuple):
+  """A leaf, or a part of it, as every driver hands it to the stages.
+
+  Attributes:
+    base: the base's part [*s], or None.
+    reference: what is subtracted from the models, if not the base.
+    models: the stack's part [K, *s].
+    statistics: by name, [K, *s] as the models or [K, ...] whole, as the method declares.
+    leaf: a `Leaf`, what stages know of it besides; None until the driver describes it.
+    offsets: for each stage, entries of the leaves before this one in its group.
+  """
+
+  base: Any
+  reference: Any
+  models: Any
+  statistics: Mapping[str, Any] = {}
+  leaf: Any = None
+  offsets: tuple[Any, ...] = ()
+
+
+class Part(NamedTuple):
+  """A slice between two stages.
+
+  Attributes:
+    x: the stack, or of `join` the stack within it.
+    leaf: what the next stage knows of it.
+    statistics: those of all stages.
+    pending: the stacks that `join` keeps aside, the last one first to be read.
+  """
+
+  x: Array
+  leaf: Leaf
+  statistics: Mapping[str, Any] = {}
+  pending: tuple[Array, ...] = ()
+
+
+def begin(piece: Slice, least: Any = np.float32, *, subtracted: bool = False) -> Part:
+  """Takes the task vectors of a slice, or its weights where there is nothing to subtract.
+
+  Args:
+    piece: the slice, its leaf described.
+    least: the dtype to compute in, or a wider one.
+    subtracted: the models are task vectors already.
+  """
+  base = piece.base if piece.reference is None else piece.reference
+  x = task_vectors(piece.models, None if subtracted else base, least)
+  return Part(x, piece.leaf._replace(base=base), piece.statistics)
+
+
+def observe(step: Stage, part: Part) -> tuple[Any, Leaf]:
+  """Returns what a stage measures: the stack, or of `join` the pair, and the leaf."""
+  x = (part.pending[-1], part.x) if step.keep == "pop" else part.x
+  return x, _described(step, part)
+
+
+def apply(step: Stage, part: Part, stats: Any, view: str | None) -> Part:
+  """Applies one stage to a part that has the leaf's axes, or is flat for a stage of entries.
+
+  Args:
+    step: the stage.
+    part: what the stages before it left.
+    stats: results of the reductions of the leaf's group.
+    view: the leaf's matrix view.
+  """
   if step.keep == "push":
-    kept.append(x)
-    return x
+    return part._replace(pending=(*part.pending, part.x))
+  x, leaf = observe(step, part)
   if step.keep == "pop":
-    return step.update((kept.pop(), x), leaf, known)
-  y = _updated(step, x, leaf, known, view)
+    return part._replace(x=step.update(x, leaf, stats), pending=part.pending[:-1])
+  y = _update(step, x, leaf, stats, view)
   models_left = 1 if step.combines else x.shape[0]
   if y.shape[0] != models_left:
     raise ValueError(
       f"a stage returned a stack of {y.shape[0]} models for one of {x.shape[0]}; a combiner must "
       "leave one and say combines=True, other stages keep the number."
     )
-  return y
+  return part._replace(x=y)
 
 
-def seen(step: Stage, x: Any, kept: list[Array]) -> Any:
-  """Returns what a stage measures: x, or the pair of x and what `join` holds."""
-  return (kept[-1], x) if step.keep == "pop" else x
+def _described(step: Stage, part: Part) -> Leaf:
+  """What a stage knows of a leaf: of the statistics, those that it declares."""
+  declared = {n: v for n, v in part.statistics.items() if n in step.statistics}
+  return part.leaf._replace(statistics=declared)
 
 
-def _updated(step: Stage, x: Array, leaf: Leaf, known: Any, view: str | None) -> Array:
+def _update(step: Stage, x: Array, leaf: Leaf, stats: Any, view: str | None) -> Array:
   if not x.size:  # There are no rows, or no entries in them.
     return x[:1] if step.combines else x
   if step.unit == "entry":
-    return step.update(x, leaf, known)
+    return step.update(x, leaf, stats)
   view = layouts.seen(view, layouts.Unit(step.unit, step.lookups))
   if view is None:
     if step.rest is None:
       raise ValueError("a leaf has no matrix view; declare it in `layout` or mask the method.")
     if step.rest != "row":
-      own = None if leaf.places is None else leaf.places.reshape(1, *x.shape[1:])
-      return step.rest(x, leaf._replace(places=own), known)
+      places = None if leaf.places is None else leaf.places.reshape(1, *x.shape[1:])
+      return step.rest(x, leaf._replace(places=places), stats)
   view = matrix_views.or_row(x, view)
   if step.unit == "matrix":
-    return matrix_views.by_matrix(
-      lambda own, base: step.update(own, leaf._replace(base=base, places=None), known),
-      x,
-      leaf.base,
-      view,
-    )
+    return _by_matrix(step, x, leaf, stats, view)
+  return _by_row(step, x, leaf, stats, view)
+
+
+def _by_matrix(step: Stage, x: Array, leaf: Leaf, stats: Any, view: str) -> Array:
+  def update(x: Array, base: Array | None, each: Any) -> Array:
+    return step.update(x, leaf._replace(base=base, places=None, statistics=each), stats)
+
+  each = statistics.by_matrix(step, leaf.statistics, view, x.shape[1:])
+  return matrix_views.by_matrix(update, x, leaf.base, view, each)
+
+
+def _by_row(step: Stage, x: Array, leaf: Leaf, stats: Any, view: str) -> Array:
   rows = matrix_views.rows(sharding.whole(x), view)
   base = None if leaf.base is None else matrix_views.rows(sharding.whole(leaf.base[None]), view)[0]
-  if step.ranked and "ranks" not in known:
-    known = {**known, "ranks": order_statistics.ranks(rows)}
+  if step.ranked and "ranks" not in stats:
+    stats = {**stats, "ranks": order_statistics.ranks(rows)}
   places = None if leaf.places is None else leaf.places.reshape(1, *rows.shape[1:])
-  y = step.update(rows, leaf._replace(base=base, places=places), known)
+  each = statistics.as_rows(step, leaf.statistics, view)
+  y = step.update(rows, leaf._replace(base=base, places=places, statistics=each), stats)
   return matrix_views.from_rows(y, view, x.shape[1:])
 
 
-def leaf_of(name: str, base: Mapping[str, Array] | None, ready: Ready) -> Leaf:
+def leaf_of(name: str, ready: Ready) -> Leaf:
   """Describes a whole leaf to a stage."""
-  hparams = {n: v[name] if isinstance(v, dict) else v for n, v in ready.hparams.items()}
   return Leaf(
-    base=None if base is None else base[name],
-    hparams=hparams,
+    base=None,
+    hparams={n: v[name] if isinstance(v, dict) else v for n, v in ready.hparams.items()},
     models=ready.tags,
     tag=np.uint32(tree.tag(name)),
     start=np.uint32(0),

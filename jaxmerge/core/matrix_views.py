@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any  # Any: a tree of arrays.
 
 import jax
 
@@ -64,27 +65,47 @@ def matrices(x: Array, view: str) -> Array:
     >>> matrices(jnp.zeros((3, 5, 4, 2)), "bio").shape
     (3, 5, 2, 4)
   """
-  sizes = zip(x.shape[1:], view, strict=True)
-  count = math.prod(n for n, letter in sizes if letter == "b")
+  count = math.prod(stacked(x.shape[1:], view))
   y = rows(x, view)
   return sharding.reshaped(y, (x.shape[0], count, y.shape[1] // count, y.shape[2]))
 
 
+def stacked(shape: tuple[int, ...], view: str) -> tuple[int, ...]:
+  """Returns the sizes of the axes along which a leaf stacks matrices.
+
+  Example:
+    >>> stacked((5, 4, 2), "bio"), stacked((4, 2), "io")
+    ((5,), ())
+  """
+  return tuple(n for n, letter in zip(shape, view, strict=True) if letter == "b")
+
+
 def by_matrix(
-  f: Callable[[Array, Array | None], Array], x: Array, base: Array | None, view: str
+  f: Callable[[Array, Array | None, Any], Array],
+  x: Array,
+  base: Array | None,
+  view: str,
+  more: Any = (),
 ) -> Array:
-  """Applies f to each matrix of a leaf, [K, rows, columns] and base: [K, *s] -> [M, *s].
+  """Applies f to each matrix of a leaf: [K, *s] -> [M, *s].
+
+  Args:
+    f: (stack of a matrix [K, rows, columns], its base or None, its part of `more`) -> merged.
+    x: the leaf's stack.
+    base: the leaf's base [*s], or None.
+    view: the leaf's matrix view.
+    more: tree of arrays with a first axis for the matrices.
 
   Example:
     >>> import jax.numpy as jnp
-    >>> by_matrix(lambda x, base: x[:1] * 2, jnp.ones((3, 4, 2)), None, "io").shape
+    >>> by_matrix(lambda x, base, more: x[:1] * 2, jnp.ones((3, 4, 2)), None, "io").shape
     (1, 4, 2)
   """
-  own = matrices(sharding.whole(x), view)
-  zero = None if base is None else matrices(sharding.whole(base[None]), view)[0]
+  stacks = matrices(sharding.whole(x), view)
+  bases = None if base is None else matrices(sharding.whole(base[None]), view)[0]
   # One after the other: a matrix keeps the devices busy, and decompositions are not to be batched.
-  each = (own.swapaxes(0, 1), zero)
-  y = jax.lax.map(lambda pair: f(*pair), each).swapaxes(0, 1)
+  each = (stacks.swapaxes(0, 1), bases, more)
+  y = jax.lax.map(lambda one: f(*one), each).swapaxes(0, 1)
   joined = sharding.reshaped(y, (y.shape[0], y.shape[1] * y.shape[2], y.shape[3]))
   return from_rows(joined, view, x.shape[1:])
 

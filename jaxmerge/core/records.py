@@ -19,13 +19,15 @@ class Leaf(NamedTuple):
 
   Attributes:
     base: the reference's part [*s]; None where raw weights are merged.
-    hparams: the method's numbers (scalar or [K]) and arrays aligned to this leaf ([K, *s]).
+    hparams: the method's hyperparameters, scalars or [K].
     models: [K] tags of the models, uint32.
     tag: tag of this leaf's name, uint32 scalar.
     start: entries of the leaf before this part, row by row, uint32 scalar (counted past 2**32 from
       zero again).
     offset: entries of the leaves before this one in its group, uint32 scalar.
     places: places of the part's entries after `start`, uint32 [1, n]; None: 0, 1, ... row by row.
+    statistics: those that the stage declares, by name: [K, *s], as the stage sees the models, or
+      [K, ...], of a shape of their own; see `core/statistics.py`.
   """
 
   base: Array | None
@@ -35,6 +37,7 @@ class Leaf(NamedTuple):
   start: Array | np.generic
   offset: Array | np.generic
   places: Array | np.ndarray | None = None
+  statistics: Mapping[str, Array] = {}
 
   def hparam(self, name: str, x: Array) -> Array:
     """Returns the number `name` in the dtype of `x`, shaped to multiply a stack x [K, *s].
@@ -55,6 +58,25 @@ class Leaf(NamedTuple):
     value = jnp.asarray(self.hparams[name], x.dtype)
     if value.ndim:
       raise ValueError(f"{name} must be one number for all models, got {value.shape[0]} values.")
+    return value
+
+  def statistic(self, name: str, x: Array) -> Array:
+    """Returns the statistic `name`, [K, ...], in the dtype of a stack x [K, *s].
+
+    Raises:
+      ValueError: if the stage does not declare it, the leaf has none, or x holds other models.
+    """
+    if name not in self.statistics:
+      raise ValueError(
+        f"a stage reads the statistic {name!r}, but there is none of this leaf; a stage declares "
+        f"what it reads: Stage(..., statistics={{{name!r}: 'entry'}}), or 'leaf'."
+      )
+    value = jnp.asarray(self.statistics[name]).astype(x.dtype)
+    if value.shape[0] != x.shape[0]:
+      raise ValueError(
+        f"statistic {name!r} is of {value.shape[0]} models, but acts on a stack of {x.shape[0]}; "
+        "read it before a combiner."
+      )
     return value
 
   def compared(self, method: str) -> Array:
@@ -103,7 +125,7 @@ class Group(NamedTuple):
 
 
 class Sum(NamedTuple):
-  """A statistic that adds up over all leaves of a group.
+  """A reduction that adds up over all leaves of a group.
 
   Attributes:
     name: the key under which the result is known afterwards.
@@ -119,7 +141,7 @@ class Sum(NamedTuple):
 
 
 class Rank(NamedTuple):
-  """A statistic that is the value of a rank among of(x) >= 0, per row, over a group.
+  """A reduction to the value of a rank among of(x) >= 0, per row, over a group.
 
   Drivers find it each in their way, and exactly; the result is a `order_statistics.Cut`.
 

@@ -38,6 +38,8 @@ class Stage:
     reductions: measured in this order, before the update.
     init: group -> what is known at first; counts that follow from hyperparameters belong here.
     hparams: the hyperparameters that the stage reads, with their defaults; None: no default.
+    statistics: the statistics that the stage reads from `leaf.statistics`: "entry" for one value
+      for each entry of each model, "leaf" for arrays of another shape; see `core/statistics.py`.
     where: the leaves that the stage acts on, by name; None: all.
     scope: where reductions are added up: over the tree, per leaf, or per group that a name maps to.
     unit: what `update` may be cut along: "entry" anywhere, and x may come flat, [K, n]; "row" needs
@@ -78,6 +80,7 @@ class Stage:
   moments: Literal["same", "done"] | Stage | None = None
   deferred: bool = False
   key: Hashable | None = None
+  statistics: Mapping[str, Literal["entry", "leaf"]] = dataclasses.field(default_factory=dict)
 
   @functools.cached_property
   def _identity(self) -> Hashable:
@@ -85,7 +88,8 @@ class Stage:
     functions = (self.update, self.init, self.rest, *(self.fold or ()), *measured)
     words = (self.unit, self.lookups, self.ranked, self.combines, self.ordered, self.deferred)
     moments = self.moments if isinstance(self.moments, str) else None
-    return self.key, self.where, self.scope, self.keep, moments, words, tuple(map(_code, functions))
+    rest = (self.keep, moments, words, tuple(sorted(self.statistics.items())))
+    return self.key, self.where, self.scope, *rest, tuple(map(_code, functions))
 
   def __eq__(self, other: object) -> bool:
     if self is other or self.key is None or not isinstance(other, Stage):
@@ -288,6 +292,7 @@ def leafwise(
   f: Callable[[Array, Leaf], Array],
   *,
   hparams: Mapping[str, Any] | None = None,
+  statistics: Mapping[str, Literal["entry", "leaf"]] | None = None,
   combines: bool = False,
   fold: Fold | None = None,
 ) -> Method:
@@ -299,7 +304,11 @@ def leafwise(
     {'damping': 0.9}
   """
   stage = Stage(
-    lambda x, leaf, known: f(x, leaf), hparams=hparams or {}, combines=combines, fold=fold
+    lambda x, leaf, known: f(x, leaf),
+    hparams=hparams or {},
+    statistics=statistics or {},
+    combines=combines,
+    fold=fold,
   )
   return keyed(Method((stage,)), (leafwise, f, combines, fold))
 

@@ -5,7 +5,9 @@ from jaxmerge import lazy
 __getattr__, __dir__, __all__ = lazy.attach(
   __name__,
   (
+    "accumulator",
     "arguments",
+    "continual",
     "distributed_matrices",
     "external_selection",
     "finiteness",

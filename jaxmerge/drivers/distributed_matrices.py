@@ -18,11 +18,12 @@ from jax import lax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxmerge.core import layouts, matrix_views, rewrites, sharding
-from jaxmerge.core.stage import Leaf, Stage
+from jaxmerge.core import interpreter, layouts, matrix_views, rewrites, sharding, statistics
+from jaxmerge.core.interpreter import Part
+from jaxmerge.core.stage import Stage
 
 Array = jax.Array
-Rule = Callable[[Array, Array | None, Any], Array]
+Rule = Callable[[Array, Array | None, Any, Any], Array]
 
 
 class Deal(NamedTuple):
@@ -47,19 +48,20 @@ class Hand(NamedTuple):
     base: its base [*s], or None.
     view: its matrix view.
     more: tree of arrays that belong to the leaf.
+    each: tree of arrays that belong to its matrices, with a first axis for them.
   """
 
   x: Array
   base: Array | None
   view: str
   more: Any
+  each: Any = ()
 
 
 def leaves(
   step: Stage,
-  x: Mapping[str, Array],
-  about: Mapping[str, Leaf],
-  known: Any,
+  parts: Mapping[str, Part],
+  stats: Any,
   layout: layouts.Table,
   deal: Deal | None,
 ) -> dict[str, Array]:
@@ -67,25 +69,26 @@ def leaves(
 
   Args:
     step: the stage.
-    x: leaves by name.
-    about: what the stage knows about each leaf of a group.
-    known: what it knows of the group.
+    parts: the leaves of a group by name.
+    stats: results of the group's reductions.
     layout: matrix views; a leaf without one is left out, and so is one without entries.
     deal: where matrices are dealt to.
   """
   if step.unit != "matrix" or step.keep or deal is None or deal.mesh is None:
     return {}
   hands, unit = {}, layouts.Unit(step.unit, step.lookups)
-  for name, leaf in about.items():
-    own, view = x[name], layouts.seen(layout.view(name), unit)
-    if own.size and (view is not None or step.rest == "row"):
-      hands[name] = Hand(
-        own, leaf.base, matrix_views.or_row(own, view), (leaf._replace(base=None), known)
-      )
+  for name, part in parts.items():
+    x, leaf = interpreter.observe(step, part)
+    view = layouts.seen(layout.view(name), unit)
+    if x.size and (view is not None or step.rest == "row"):
+      view = matrix_views.or_row(x, view)
+      each = statistics.by_matrix(step, leaf.statistics, view, x.shape[1:])
+      more = (leaf._replace(base=None, statistics={}), stats)
+      hands[name] = Hand(x, leaf.base, view, more, each)
 
-  def update(x: Array, base: Array | None, more: Any) -> Array:
-    leaf, known = more
-    return step.update(x, leaf._replace(base=base), known)
+  def update(x: Array, base: Array | None, more: Any, each: Any) -> Array:
+    leaf, stats = more
+    return step.update(x, leaf._replace(base=base, statistics=each), stats)
 
   return dealt(update, hands, deal)
 
@@ -94,7 +97,7 @@ def dealt(f: Rule, hands: Mapping[str, Hand], deal: Deal) -> dict[str, Array]:
   """Applies f to every matrix of some leaves, [K, rows, columns] -> [M, rows, columns] each.
 
   Args:
-    f: (stack of a matrix, its base or None, what belongs to the leaf) -> merged matrix.
+    f: (stack of a matrix, its base or None, what belongs to the leaf, to the matrix) -> merged.
     hands: the leaves by name.
     deal: where to.
 
@@ -104,13 +107,14 @@ def dealt(f: Rule, hands: Mapping[str, Hand], deal: Deal) -> dict[str, Array]:
   Example:
     >>> mesh = jax.make_mesh((4,), ("device",), devices=jax.devices()[:4])
     >>> hands = {"w": Hand(jnp.ones((3, 5, 4, 2)), None, "bio", ())}
-    >>> dealt(lambda x, base, more: x[:1] * 2, hands, Deal(mesh))["w"].shape
+    >>> dealt(lambda x, base, more, each: x[:1] * 2, hands, Deal(mesh))["w"].shape
     (1, 5, 4, 2)
   """
   alike: dict[Any, list[str]] = {}
   shown = {name: matrix_views.matrices(sharding.whole(h.x), h.view) for name, h in hands.items()}
   for name, h in hands.items():
     own = jax.tree.map(lambda v: (jnp.shape(v), jnp.result_type(v)), h.more)
+    own = own, jax.tree.map(lambda v: (jnp.shape(v)[1:], jnp.result_type(v)), h.each)
     key = shown[name].shape[:1] + shown[name].shape[2:], shown[name].dtype, h.base is None, str(own)
     alike.setdefault(key, []).append(name)
   out = {}
@@ -121,8 +125,9 @@ def dealt(f: Rule, hands: Mapping[str, Hand], deal: Deal) -> dict[str, Array]:
     base = jnp.concatenate(bases) if bases else None
     more = jax.tree.map(lambda *v: jnp.stack(v), *[hands[n].more for n in names])
     whose = np.repeat(np.arange(len(names)), counts)
+    each = jax.tree.map(lambda *v: jnp.concatenate(v), *[hands[n].each for n in names])
     own = rewrites.chosen(lambda _: f, deal.chains)
-    ys = _worked(own, (xs, base, jax.tree.map(lambda v: v[whose], more)), deal.mesh)
+    ys = _worked(own, (xs, base, jax.tree.map(lambda v: v[whose], more), each), deal.mesh)
     starts = [sum(counts[:i]) for i in range(len(names))]
     for name, start, count in zip(names, starts, counts, strict=True):
       out[name] = _back(ys[start : start + count], hands[name])

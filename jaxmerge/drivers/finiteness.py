@@ -86,6 +86,13 @@ def refuse(found: Mapping[str, Flags], names: Sequence[str] | None, order: Any =
         raise ValueError(f"leaf {name!r} of {whose} has NaN or infinity.")
 
 
+def refuse_statistics(leaf: str, statistics: Mapping[str, Any]) -> None:
+  """Raises ValueError, naming leaf and statistic, for NaN or infinity in one."""
+  for name, x in statistics.items():
+    if not bool(meshes.fetch(finite(jnp.asarray(x)))):
+      raise ValueError(f"statistic {name!r} of leaf {leaf!r} has NaN or infinity.")
+
+
 def refuse_inputs(base: Mapping[str, Any], models: Mapping[str, Any]) -> None:
   """Raises ValueError, naming leaf and model, for NaN or infinity that can be looked at."""
   for name, x in models.items():

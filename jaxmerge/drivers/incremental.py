@@ -1,7 +1,7 @@
 """Merges of models that come one after the other: init, update, finalize; constant memory.
 
 The checkpoints of a run, or experts that arrive over weeks: what is kept between two of them is an
-accumulator as large as one model. `of` takes any method with a fold, `opcm` is the continual method
+accumulator as large as one model. `of` takes any method with a fold; `continual.opcm` is the method
 that has none. States are trees of arrays: they go through `jit` and `lax.scan`, and to disk.
 """
 
@@ -15,33 +15,29 @@ from typing import Any, NamedTuple  # Any: states and parameters are trees.
 import jax
 import jax.numpy as jnp
 
-from jaxmerge.catalog import lookup
 from jaxmerge.core import (
   double_precision,
   interpreter,
   layouts,
-  magnitudes,
-  matrix_views,
-  running_statistics,
   stage,
   tree,
 )
+from jaxmerge.core import statistics as statistics_
 from jaxmerge.core.stage import Method, State
 from jaxmerge.core.tree import Tree
-from jaxmerge.drivers import arguments, finiteness
-from jaxmerge.methods import averages, subspaces
-
-_opcm = lookup.METHODS["opcm"].parameters
+from jaxmerge.drivers import accumulator, arguments, finiteness
+from jaxmerge.methods import averages
 
 
 class Running(NamedTuple):
   """A merge of models that come one after the other.
 
   Attributes:
-    init: (params) -> state, before the first; only shapes and dtypes are looked at.
-    update: (state, params) -> state, with one more model; for methods with random masks
-      (state, params, name), as the masks depend on it. Under a `jit` or `scan` of yours JAX has
-      made arguments of 64 bits narrow before they are seen here: trace within
+    init: (params, statistics) -> state, before the first; only shapes and dtypes are looked at.
+    update: (state, params, name, statistics) -> state, with one more model. Methods with random
+      masks need the name, as the masks depend on it; methods that read statistics need those of
+      this model, by name: trees like it, without an axis for models. Under a `jit` or `scan` of
+      yours JAX has made arguments of 64 bits narrow before they are seen here: trace within
       `jax.enable_x64(True)`, or leave such leaves out. It is an error where the base has them.
     finalize: (state) -> params, the merge of the models so far; ValueError if there are none. The
       state may go on.
@@ -68,7 +64,7 @@ def of(
   Args:
     method: with a fold: `average`, `checkpoint_average`, `task_arithmetic`, `dare`, `magmax`, ...
     base: what task vectors are taken from and added to; None: the weights themselves are merged.
-    hparams: numbers in place of the method's own; one number for all models.
+    hparams: hyperparameters in place of the method's own; one value for all models.
     seed: for methods with random masks.
     layout: matrix views.
 
@@ -89,251 +85,131 @@ def of(
     raise ValueError(
       "the method needs all models at once: it measures them, or its combiner has no fold; "
       "merge a stack, or use `average`, `checkpoint_average`, `task_arithmetic`, `dare`, `magmax` "
-      "or `incremental.opcm`."
+      "or `continual.opcm`."
     )
   if base is None:
     instead = "incremental.of(method, base)"
     arguments.refuse_weights(method, instead, "a base of zeros subtracts nothing")
-  numbers = arguments.hparams(hparams, seed)
   seeded = "seed" in stage.hparams(method)
-  method = averages.with_moments(method, None if base is None else _merged(base))
-  take, finish = accumulator(method, layouts.check(layout))
-
-  def prepared(params: Tree, name: str | None) -> interpreter.Ready:
-    leaves = tree.named(params)
-    shapes = {n: x.shape for n, x in leaves.items() if tree.is_floating(x)}
-    names = None if name is None else [name]
-    return interpreter.prepare(method, shapes, 1, numbers, names, leaves.keys() - shapes.keys())
-
-  def init(params: Tree) -> State:
-    _check(base, params)
-    own = None if base is None else _merged(base)
-    ready = prepared(params, None)
-    alone = jax.eval_shape(lambda p: take(None, _one(p), own, ready), _merged(params))
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), alone)
-    return {"count": jnp.zeros((), jnp.int32), "held": zeros, "like": _kept(params)}
-
-  def update(state: State, params: Tree, name: str | None = None) -> State:
-    _check(base, params)
-    if others := tree.named(params).keys() ^ tree.named(state["like"]).keys():
-      where = "init" if min(others) in tree.named(state["like"]) else "update"
-      raise ValueError(f"leaf {min(others)!r} is only in the tree that {where} was given.")
-    if seeded and name is None:
-      raise ValueError("the method's random masks depend on the model's name: give update a name.")
-    leaves = [tree.named(t) for t in (params, base) if t is not None]
-    double_precision.refuse_narrowed(leaves, state, params)
-    ready = prepared(params, name)
-    own = None if base is None else _merged(base)
-    try:
-      held = added(state["count"], state["held"], _merged(params), own, ready)
-    except TypeError:
-      _refuse_unlike(state["held"], params)
-      raise
-    like = jax.tree.map(functools.partial(_first, state["count"]), state["like"], params)
-    _refuse_nonfinite(params, name or "given to update")
-    return {"count": state["count"] + 1, "held": held, "like": like}
-
-  @jax.jit
-  def added(count: Any, held: Any, params: Tree, base: Any, ready: interpreter.Ready) -> State:
-    def alone(held: State) -> State:
-      return take(None, _one(params), base, ready)
-
-    def more(held: State) -> State:
-      return take(held, _one(params), base, ready)
-
-    return jax.lax.cond(count == 0, alone, more, held)
-
-  def finalize(state: State) -> Tree:
-    _refuse_empty(state)
-    like = state["like"] if base is None else base
-    ready = prepared(like, "finished" if seeded else None)
-    double_precision.refuse_narrowed([tree.named(like)], state)
-    out = finish(state["held"], base if base is None else _merged(base), _merged(like), ready)
-    out = finiteness.checked(out)
-    return tree.rebuild(
-      like, {n: double_precision.copied(x) for n, x in tree.named(like).items()} | out
-    )
-
-  return Running(*(double_precision.aware(f, base) for f in (init, update, finalize)))
+  method = averages.with_moments(method, None if base is None else floating(base))
+  setup = _Setup(method, base, arguments.hparams(hparams, seed), layouts.check(layout), seeded)
+  steps = (functools.partial(f, setup) for f in (_init, _update, _finalize))
+  return Running(*(double_precision.aware(step, base) for step in steps))
 
 
-def accumulator(
-  method: Method, layout: layouts.Said | layouts.Table
-) -> tuple[Callable[..., State], Callable[..., Tree]]:
-  """Returns what takes some models more, and what makes the merge of an accumulator.
+class _Setup(NamedTuple):
+  """What stays the same over the models of an incremental merge."""
 
-  `take(held, models, base, ready)`: an accumulator or None, a stack [k, *s], the base or None, the
-  numbers of these models -> an accumulator by leaf. `finish(held, base, like, ready)` -> a model;
-  leaves that are not floating point are those of `like`.
+  method: Method
+  base: Tree | None
+  hparams: Mapping[str, Any]
+  layout: layouts.Said
+  seeded: bool
 
-  Example:
-    >>> take, finish = accumulator(jaxmerge.methods.average(), ())
-    >>> models = {"w": jnp.array([[1.0], [3.0]])}
-    >>> ready = interpreter.prepare(jaxmerge.methods.average(), {"w": (1,)}, 2, {}, None)
-    >>> like = {"w": jnp.zeros(1)}
-    >>> finish(take(None, models, None, ready), None, like, ready)["w"].tolist()
-    [2.0]
-  """
-
-  def fold_of(name: str) -> tuple[int, stage.Fold]:
-    for i, step in enumerate(method):
-      if step.fold and (step.where is None or step.where(name)):
-        return i, step.fold
-    raise ValueError(f"no combiner of the method acts on leaf {name!r}.")
-
-  def table(stacks: Mapping[str, Any], names: Mapping[str, Any]) -> layouts.Table:
-    shapes = {n: x.shape[1:] for n, x in stacks.items() if tree.is_floating(x)}
-    return layouts.settled(method, shapes, layout, names=names)
-
-  def through(
-    at: slice, name: str, x: Any, leaf: stage.Leaf, ready: interpreter.Ready, view: str | None
-  ) -> Any:
-    for step, known in zip(method[at], ready.known[at], strict=True):
-      if step.where is None or step.where(name):
-        x = interpreter.update(step, x, leaf, known[step.group(name)], [], view)
-    return x
-
-  @jax.jit
-  def take(held: Any, models: Any, base: Any, ready: interpreter.Ready) -> Any:
-    references, out = None if base is None else tree.named(base), {}
-    leaves = tree.named(models)
-    placed = table(leaves, leaves)
-    for name, x in leaves.items():
-      if not tree.is_floating(x):
-        continue
-      leaf = interpreter.leaf_of(name, references, ready)
-      delta = interpreter.task_vectors(x, None if references is None else references[name])
-      at, fold = fold_of(name)
-      delta = through(slice(at), name, delta, leaf, ready, placed.view(name))
-      out[name] = fold.add(None if held is None else held[name], delta, leaf)
-    return out
-
-  @jax.jit
-  def finish(held: Any, base: Any, like: Any, ready: interpreter.Ready) -> Any:
-    references, out = None if base is None else tree.named(base), tree.named(like)
-    about = {n: interpreter.leaf_of(n, references, ready) for n in held}
-    steps = {n: fold_of(n) for n in held}
-    joined = {n: steps[n][1].finish(part, about[n]) for n, part in held.items()}
-    placed = table(joined, out)
-    for name, y in joined.items():
-      rest = slice(steps[name][0] + 1, None)
-      x = through(rest, name, y, about[name], ready, placed.view(name))
-      own = None if references is None else references[name]
-      out[name] = interpreter.added(name, x, own, out[name].dtype)
-    return tree.rebuild(like, out)
-
-  return take, finish
+  @property
+  def bases(self) -> dict[str, Any] | None:
+    """The leaves of the base that are merged."""
+    return None if self.base is None else floating(self.base)
 
 
-def opcm(
-  base: Tree,
-  scale: float = _opcm["scale"].default,
-  alpha: float = _opcm["alpha"].default,
-  rank_tol: float = _opcm["rank_tol"].default,
+def _prepared(setup: _Setup, params: Tree, name: str | None) -> interpreter.Ready:
+  leaves = tree.named(params)
+  shapes = {n: x.shape for n, x in leaves.items() if tree.is_floating(x)}
+  names, copied = None if name is None else [name], leaves.keys() - shapes.keys()
+  return interpreter.prepare(setup.method, shapes, 1, setup.hparams, names, copied)
+
+
+def _statistics(setup: _Setup, params: Tree, statistics: Mapping[str, Any] | None) -> Any:
+  """The statistics of one model by name and leaf, as those of a stack of one: [1, ...]."""
+  leaves = tree.named(params)
+  shapes = {n: x.shape for n, x in leaves.items() if tree.is_floating(x)}
+  table = layouts.settled(setup.method, shapes, setup.layout, names=leaves)
+  each = {
+    name: {n: jnp.asarray(x)[None] for n, x in of.items()}
+    for name, of in statistics_.by_leaf(statistics).items()
+  }
+  copied = leaves.keys() - shapes.keys()
+  return statistics_.resolve(setup.method, each, shapes, 1, table, copied)
+
+
+def _init(setup: _Setup, params: Tree, statistics: Mapping[str, Any] | None = None) -> State:
+  check_model(setup.base, params)
+  ready = _prepared(setup, params, None)
+  take, _ = accumulator.accumulator(setup.method, setup.layout)
+
+  def first(params: Tree, statistics: Any) -> State:
+    each = _statistics(setup, params, statistics)
+    return take(None, _one(params), setup.bases, ready, each)
+
+  shapes = jax.eval_shape(first, floating(params), statistics)
+  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+  return {"count": jnp.zeros((), jnp.int32), "held": zeros, "like": _like(params)}
+
+
+def _update(
+  setup: _Setup,
+  state: State,
+  params: Tree,
+  name: str | None = None,
+  statistics: Mapping[str, Any] | None = None,
+) -> State:
+  check_model(setup.base, params)
+  if others := tree.named(params).keys() ^ tree.named(state["like"]).keys():
+    where = "init" if min(others) in tree.named(state["like"]) else "update"
+    raise ValueError(f"leaf {min(others)!r} is only in the tree that {where} was given.")
+  if setup.seeded and name is None:
+    raise ValueError("the method's random masks depend on the model's name: give update a name.")
+  leaves = [tree.named(t) for t in (params, setup.base) if t is not None]
+  double_precision.refuse_narrowed(leaves, state, params)
+  ready, each = _prepared(setup, params, name), _statistics(setup, params, statistics)
+  static = {"method": stage.bare(setup.method), "layout": setup.layout}
+  more = (floating(params), setup.bases, ready, each)
+  try:
+    accumulated = _added(state["count"], state["held"], *more, **static)
+  except TypeError:
+    _refuse_unlike(state["held"], params)
+    raise
+  like = jax.tree.map(functools.partial(_first, state["count"]), state["like"], params)
+  refuse_nonfinite(params, name or "given to update")
+  return {"count": state["count"] + 1, "held": accumulated, "like": like}
+
+
+@functools.partial(jax.jit, static_argnames=("method", "layout"))
+def _added(
+  count: Any,
+  accumulated: Any,
+  params: Tree,
+  base: Any,
+  ready: interpreter.Ready,
+  statistics: Any,
   *,
-  layout: layouts.Said | None = (),
-) -> Running:
-  """Merges by `methods.opcm` models that come one after the other.
+  method: Method,
+  layout: layouts.Said,
+) -> State:
+  take, _ = accumulator.accumulator(method, layout)
 
-  The state holds the merged task vectors before they are scaled, and the sum and number of the
-  norms: a model of K merges as if all K had been given at once.
+  def first(accumulated: State) -> State:
+    return take(None, _one(params), base, ready, statistics)
 
-  Args:
-    base: what the models were tuned from.
-    scale: factor on the merged task vector.
-    alpha, rank_tol: see `methods.opcm`.
-    layout: matrix views; leaves without one are added up.
+  def more(accumulated: State) -> State:
+    return take(accumulated, _one(params), base, ready, statistics)
 
-  Raises:
-    ValueError: in `update`, for a tree that does not match the base, NaN or infinity.
-
-  Reference: Tang et al. 2025, Merging models on the fly (arXiv:2501.09522).
-
-  Example:
-    >>> run = opcm({"w": jnp.zeros((2, 2))}, layout=(("w", "oi"),))
-    >>> state = run.init({"w": jnp.zeros((2, 2))})
-    >>> for x in ([[3.0, 0.0], [0.0, 1.0]], [[1.0, 2.0], [2.0, 1.0]]):
-    ...   state = run.update(state, {"w": jnp.array(x)})
-    >>> print(np.asarray(run.finalize(state)["w"]).round(3))
-    [[2.236 1.491]
-     [1.491 0.745]]
-  """
-  lookup.check("opcm", {"scale": scale, "alpha": alpha, "rank_tol": rank_tol})
-  bases = tree.named(base)
-  shapes = {n: jnp.shape(x) for n, x in bases.items() if tree.is_floating(x)}
-  method = subspaces.opcm(scale, alpha, rank_tol)
-  table, unit = layouts.settled(method, shapes, layout, names=bases), layouts.Unit("matrix")
-  statistics = running_statistics.of(shapes)
-
-  def init(params: Tree) -> State:
-    _check(base, params)
-    zeros = {n: jnp.zeros(x.shape, tree.compute_dtype(x.dtype)) for n, x in floating(params)}
-    return {"count": jnp.zeros((), jnp.int32), "norms": jnp.zeros(()), "merged": zeros}
-
-  def floating(params: Tree) -> list[tuple[str, Any]]:
-    return [(n, x) for n, x in tree.named(params).items() if tree.is_floating(x)]
-
-  def update(state: State, params: Tree, name: str | None = None) -> State:
-    _check(base, params)
-    double_precision.refuse_narrowed([bases, tree.named(params)], state)
-    _refuse_nonfinite(params, name or "given to update")
-    return added(state, _merged(params), _merged(base))
-
-  @jax.jit
-  def added(state: State, params: Tree, bases: Any) -> State:
-    taus = {n: interpreter.task_vectors(x[None], bases[n]) for n, x in floating(params)}
-    merged = {}
-    for n, tau in taus.items():
-      held, view = state["merged"][n], layouts.seen(table.view(n), unit)
-      if view is None or n in statistics:
-        merged[n] = held + tau[0]
-      else:
-        merged[n] = matrix_views.by_matrix(
-          _in_turn, jnp.concatenate([held[None], tau]), None, view
-        )[0]
-    norms = state["norms"] + _norm(taus).astype(state["norms"].dtype)
-    return {"count": state["count"] + 1, "norms": norms, "merged": merged}
-
-  def _in_turn(pair: Any, _: Any) -> Any:
-    held, tau = pair
-    return (held + subspaces.projected(tau, held, alpha, rank_tol))[None]
-
-  @jax.jit
-  def scaled(state: State, bases: Any) -> dict[str, Any]:
-    norm = _norm(state["merged"])
-    factor = (
-      scale * state["norms"] / state["count"].astype(norm.dtype) / jnp.where(norm > 0, norm, 1)
-    )
-    out = {}
-    for n, x in state["merged"].items():
-      own = 1 / state["count"].astype(x.dtype) if n in statistics else factor.astype(x.dtype)
-      out[n] = interpreter.added(n, (x * own)[None], bases[n], bases[n].dtype)
-    return out
-
-  def finalize(state: State) -> Tree:
-    _refuse_empty(state)
-    double_precision.refuse_narrowed([bases], state)
-    out = finiteness.checked(scaled(state, _merged(base)))
-    return tree.rebuild(base, {n: double_precision.copied(x) for n, x in bases.items()} | out)
-
-  return Running(*(double_precision.aware(f, base) for f in (init, update, finalize)))
+  return jax.lax.cond(count == 0, first, more, accumulated)
 
 
-def _norm(leaves: Mapping[str, Any]) -> Any:
-  """The norm of leaves together; running statistics are none of the weights."""
-  dtype, statistics = (
-    tree.compute_dtype(*(x.dtype for x in leaves.values())),
-    running_statistics.of(leaves),
-  )
-  own = [x.astype(dtype) for n, x in leaves.items() if n not in statistics]
-  square, unit = magnitudes.joined(
-    sum(magnitudes.binned(lambda x: jnp.sum(x * x), x) for x in own), 2
-  )
-  return jnp.sqrt(square) * unit
+def _finalize(setup: _Setup, state: State) -> Tree:
+  refuse_empty(state)
+  like = state["like"] if setup.base is None else setup.base
+  ready = _prepared(setup, like, "finished" if setup.seeded else None)
+  double_precision.refuse_narrowed([tree.named(like)], state)
+  _, finish = accumulator.accumulator(setup.method, setup.layout)
+  out = finiteness.checked(finish(state["held"], setup.bases, floating(like), ready))
+  copied = {n: double_precision.copied(x) for n, x in tree.named(like).items()}
+  return tree.rebuild(like, copied | out)
 
 
-def _merged(params: Tree) -> dict[str, Any]:
-  """The leaves that are merged; the others go through no program."""
+def floating(params: Tree) -> dict[str, Any]:
+  """Returns the leaves that are merged; the others go through no program."""
   return {n: x for n, x in tree.named(params).items() if tree.is_floating(x)}
 
 
@@ -341,7 +217,7 @@ def _one(params: Tree) -> Tree:
   return jax.tree.map(lambda x: jnp.asarray(x)[None], params)
 
 
-def _kept(params: Tree) -> Tree:
+def _like(params: Tree) -> Tree:
   """What a merge without a base keeps of the models: leaves that are not merged, and dtypes."""
 
   def one(x: Any) -> Any:
@@ -356,25 +232,28 @@ def _first(count: Any, kept: Any, x: Any) -> Any:
   return jnp.where(count == 0, x, kept)
 
 
-def _check(base: Tree | None, params: Tree) -> None:
+def check_model(base: Tree | None, params: Tree) -> None:
+  """Raises ValueError, naming the leaf, for a model that does not match the base."""
   if base is not None:
     tree.check_same(base, params, left="the base", right="the model", dtype=False)
   arguments.refuse(params, "the model")
 
 
 def _refuse_unlike(held: Mapping[str, Any], params: Tree) -> None:
-  for name, x in _merged(params).items():
+  for name, x in floating(params).items():
     shape = max((own.shape for own in jax.tree.leaves(held[name])), key=math.prod)
     if shape[len(shape) - x.ndim :] != x.shape:
       raise ValueError(f"leaf {name!r} is {x.shape}, but not in the tree that init was given.")
 
 
-def _refuse_empty(state: State) -> None:
+def refuse_empty(state: State) -> None:
+  """Raises ValueError for the state of no model."""
   if not isinstance(state["count"], jax.core.Tracer) and int(state["count"]) == 0:
     raise ValueError("no model was given to update: there is nothing to finalize.")
 
 
-def _refuse_nonfinite(params: Tree, name: str) -> None:
+def refuse_nonfinite(params: Tree, name: str) -> None:
+  """Raises ValueError, naming the leaf, for NaN or infinity that can be looked at."""
   found = {}
   for n, x in tree.named(params).items():
     if isinstance(x, jax.core.Tracer):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any  # Any: trees and numbers of many kinds.
+from typing import Any, NamedTuple  # Any: trees and numbers of many kinds.
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,8 @@ from jaxmerge.core import (
   stage,
   tree,
 )
+from jaxmerge.core import statistics as statistics_
+from jaxmerge.core.interpreter import Slice
 from jaxmerge.core.stage import Array, Method
 from jaxmerge.core.tree import Tree
 from jaxmerge.drivers import arguments, distributed_matrices, finiteness
@@ -35,6 +37,7 @@ def merge(
   base: Tree | None = None,
   *,
   hparams: Mapping[str, Any] | None = None,
+  statistics: Mapping[str, Any] | None = None,
   seed: int | Array | None = None,
   names: Sequence[str] | None = None,
   reference: Tree | None = None,
@@ -57,7 +60,13 @@ def merge(
     base: tree of arrays [*s]; None: the weights themselves are merged. Methods of task vectors need
       one.
     hparams: hyperparameters by name, in place of the method's own: a scalar, one per model [K], or
-      a tree with one of these, or an array [K, *s], per leaf. Other values do not compile again.
+      a tree with one of these per leaf. Other values do not compile again.
+    statistics: by name, what the method's stages read beside the models, such as a Fisher: a tree
+      like the model, whose arrays have a first axis for the K models, in the order of the stack. A
+      stage says which shape it reads: [K, *s], one value for each entry of each model, or [K, ...],
+      one array of any shape for each model, such as a Gram matrix [K, d, d]; of a leaf that stacks
+      matrices for a scan, a stage of matrices reads [K, *stacked, ...]. Leaves on which no such
+      stage acts may be missing. See `jaxmerge.core.statistics`.
     seed: for methods with random masks.
     names: names of the models. Masks depend on them and not on the order; without them the models
       are called "0", "1", and so on. Methods to which the order matters keep that of the stack.
@@ -69,8 +78,8 @@ def merge(
 
   Raises:
     ValueError: naming the leaf, for trees that do not match, NaN or infinity (where values can be
-      looked at), unknown numbers, numbers out of range, a leaf that no combiner touched, or a
-      method of task vectors without a base.
+      looked at), unknown hyperparameters, ones out of range, statistics that are missing or do not
+      fit, a leaf that no combiner touched, or a method of task vectors without a base.
 
   Example:
     >>> import jax.numpy as jnp, jaxmerge
@@ -94,98 +103,143 @@ def merge(
   else:
     models, names = arguments.stacked(base, models, names)
     interpreter.check_models(base, models, base if reference is None else reference)
-  return _driven(method, base, reference, models, hparams, names, layout, deltas)
+  options = _Options(hparams, statistics, names, layout, deltas)
+  return _run(method, base, reference, models, options)
+
+
+class _Options(NamedTuple):
+  """Arguments of `merge` that are passed on."""
+
+  hparams: Mapping[str, Any]
+  statistics: Mapping[str, Any] | None
+  names: Sequence[str] | None
+  layout: layouts.Said | layouts.Table | None
+  deltas: bool
 
 
 def transform(
   method: Method,
-  models: dict[str, Array],
-  base: Mapping[str, Array] | None,
+  pieces: Mapping[str, Slice],
   ready: interpreter.Ready,
   layout: layouts.Table = layouts.NONE,
   deal: distributed_matrices.Deal | None = None,
+  widths: Mapping[str, Any] | None = None,
+  subtracted: bool = False,
 ) -> dict[str, Array]:
-  """Runs a method over leaves by name, while tracing: stacks [K, *s] -> stacks [M, *s]."""
-  x: dict[str, Any] = dict(models)
-  kept: dict[str, list[Array]] = {name: [] for name in x}
-  for step, first in zip(method, ready.known, strict=True):
-    shapes = {n: v.shape[1:] for n, v in x.items()}
-    before = stage.offsets(step, shapes)
-    for group, names in stage.members(step, x).items():
-      leaves = {n: interpreter.leaf_of(n, base, ready)._replace(offset=before[n]) for n in names}
-      known = dict(first[group])
-      for statistic in step.reductions:
-        parts = [(interpreter.seen(step, x[n], kept[n]), leaf) for n, leaf in leaves.items()]
-        known[statistic.name] = reductions.settled(statistic, parts, known)
-      done = distributed_matrices.leaves(step, x, leaves, known, layout, deal)
-      for n in [n for n in names if n not in done]:
-        done[n] = interpreter.update(step, x[n], leaves[n], known, kept[n], layout.view(n))
-      x.update(done)
-  return x
+  """Runs a method over whole leaves by name, while tracing: to task vectors [M, *s].
+
+  Args:
+    method: the method.
+    pieces: the leaves.
+    ready: hyperparameters, and what stages know at first.
+    layout: matrix views.
+    deal: how matrices are shared out over devices.
+    widths: the least dtype to compute in, by leaf; float32 unless said otherwise.
+    subtracted: the models are task vectors already.
+  """
+  parts = {}
+  for name, piece in pieces.items():
+    piece = piece._replace(leaf=interpreter.leaf_of(name, ready))
+    least = np.float32 if widths is None else widths[name]
+    parts[name] = interpreter.begin(piece, least, subtracted=subtracted)
+  for step, first in zip(method, ready.stats, strict=True):
+    before = stage.offsets(step, {n: part.x.shape[1:] for n, part in parts.items()})
+    for n in before:
+      parts[n] = parts[n]._replace(leaf=parts[n].leaf._replace(offset=before[n]))
+    for group, names in stage.members(step, parts).items():
+      stats = dict(first[group])
+      for reduction in step.reductions:
+        seen = [interpreter.observe(step, parts[n]) for n in names]
+        stats[reduction.name] = reductions.settled(reduction, seen, stats)
+      some = {n: parts[n] for n in names}
+      done = distributed_matrices.leaves(step, some, stats, layout, deal)
+      for n in names:
+        if n in done:
+          parts[n] = parts[n]._replace(x=done[n])
+        else:
+          parts[n] = interpreter.apply(step, parts[n], stats, layout.view(n))
+  return {n: part.x for n, part in parts.items()}
 
 
-def _driven(
+class _Leaves(NamedTuple):
+  """The leaves that are merged, by name; arguments of the compiled program."""
+
+  base: dict[str, Any] | None
+  reference: dict[str, Any] | None
+  models: dict[str, Any]
+  statistics: dict[str, dict[str, Any]]
+
+
+def _run(
   method: Method,
   base: Tree | None,
   reference: Tree | None,
   models: Tree,
-  hparams: Mapping[str, Any],
-  names: Sequence[str] | None,
-  layout: layouts.Said | layouts.Table | None,
-  deltas: bool = False,
+  options: _Options,
 ) -> Tree:
+  """Merges the leaves that hold floating-point numbers, and copies the others."""
   stacks = tree.named(models)
   shapes = {n: np.shape(leaf)[1:] for n, leaf in stacks.items() if tree.is_floating(leaf)}
   method = averages.with_moments(method, shapes)
-  copied = stacks.keys() - shapes.keys()
-  ready = interpreter.prepare(method, shapes, tree.num_models(models), hparams, names, copied)
+  copied, num_models = stacks.keys() - shapes.keys(), tree.num_models(models)
+  hparams, names = options.hparams, options.names
+  ready = interpreter.prepare(method, shapes, num_models, hparams, names, copied)
+  table = layouts.settled(method, shapes, options.layout, names=stacks)
+  named = statistics_.by_leaf(options.statistics)
+  named = statistics_.resolve(method, named, shapes, num_models, table, copied)
   # Sums over a task axis that devices share must stay sums, which the compiler makes reductions.
   shared = any(sharding.over_first(x) for x in stacks.values())
   chains = False if shared else rewrites.pays(stacks.values())
-  table = layouts.settled(method, shapes, layout, names=stacks)
-  given = dict(method=stage.bare(method), layout=table, subtracted=deltas)
-  given["deal"] = distributed_matrices.of(stacks.values(), chains)
-  parts = [None if t is None else tree.named(t) for t in (base, reference, models)]
-  parts = [None if t is None else {n: t[n] for n in shapes} for t in parts]
+  static = dict(method=stage.bare(method), layout=table, subtracted=options.deltas)
+  static["deal"] = distributed_matrices.of(stacks.values(), chains)
+
+  def merged(t: Tree | None) -> Any:
+    leaves = {} if t is None else tree.named(t)
+    return None if t is None else {n: leaves[n] for n in shapes}
+
+  leaves = _Leaves(merged(base), merged(reference), merged(models), named)
   likes = stacks if base is None else tree.named(base)
-  out = _checked(parts, ready, names, given)
-  double_precision.refuse_narrowed((stacks, likes), parts, hparams, out)
+  out = _checked(leaves, ready, names, static)
+  double_precision.refuse_narrowed((stacks, likes), leaves, hparams, out)
   for n in copied:
     out[n] = double_precision.copied(stacks[n][0] if base is None else likes[n])
   return tree.rebuild(models if base is None else base, out)
 
 
 def _checked(
-  parts: Sequence[Any],
+  leaves: _Leaves,
   ready: interpreter.Ready,
   names: Sequence[str] | None,
-  given: Mapping[str, Any],
+  static: Mapping[str, Any],
 ) -> dict[str, Any]:
   """Merges, and refuses what is not finite, where values can be looked at."""
-  out, found = _compiled(*parts, ready, **given)
-  if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((found, out))):
+  out, flags = _compiled(leaves, ready, **static)
+  if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((flags, out))):
     return out
-  seen = meshes.fetch(found)
+  seen = meshes.fetch(flags)
   if not (bad := [n for n, own in seen.items() if not all(np.all(flag) for flag in own)]):
     return out
-  held = {n: finiteness.shared(*(None if t is None else t[n] for t in parts)) for n in bad}
-  if any(own.any() for own in held.values()):
-    kept = {n: parts[2][n][0] if parts[0] is None else parts[0][n] for n in held}
-    parts = [
-      None if t is None else t | {n: finiteness.without(own, t[n]) for n, own in held.items()}
-      for t in parts
-    ]
-    out = _checked(parts, ready, names, given)
-    return out | {n: jnp.where(own, kept[n], out[n]) for n, own in held.items()}
+  trees = leaves.base, leaves.reference, leaves.models
+  shared = {n: finiteness.shared(*(None if t is None else t[n] for t in trees)) for n in bad}
+  if any(places.any() for places in shared.values()):
+    first = {n: trees[2][n][0] if trees[0] is None else trees[0][n] for n in shared}
+
+    def cleared(t: Any) -> Any:
+      zeros = {} if t is None else {n: finiteness.without(at, t[n]) for n, at in shared.items()}
+      return None if t is None else t | zeros
+
+    base, reference, models = map(cleared, trees)
+    finite = _Leaves(base, reference, models, leaves.statistics)
+    out = _checked(finite, ready, names, static)
+    return out | {n: jnp.where(at, first[n], out[n]) for n, at in shared.items()}
   finiteness.refuse(seen, names, ready.order)
+  finiteness.refuse_statistics(bad[0], statistics_.of_leaf(leaves.statistics, bad[0]))
   raise finiteness.unsound(bad[0], out[bad[0]])
 
 
 @functools.partial(jax.jit, static_argnames=("method", "layout", "deal", "subtracted"))
 def _compiled(
-  bases: dict[str, Any] | None,
-  references: dict[str, Any] | None,
-  stacks: dict[str, Any],
+  leaves: _Leaves,
   ready: interpreter.Ready,
   *,
   method: Method,
@@ -193,35 +247,53 @@ def _compiled(
   deal: distributed_matrices.Deal,
   subtracted: bool = False,
 ) -> tuple[dict[str, Array], dict[str, finiteness.Flags]]:
-  zeros = bases if references is None else references
-  if bases is not None and zeros is not None:  # Of running statistics the models' mean is merged.
-    zeros = {**zeros, **{n: bases[n] for n in running_statistics.of(stacks)}}
-  variances = running_statistics.variances(stacks)
-  widths = {
-    n: tree.compute_dtype(x.dtype, *(t[n].dtype for t in (bases, references) if t is not None))
-    for n, x in stacks.items()
-  }
-  if stage.coupled(method):  # What is added up over leaves has one width.
-    widths = dict.fromkeys(widths, tree.compute_dtype(*widths.values()))
-  deltas, found = {}, {}
-  for name, leaf in stacks.items():
-    x = leaf if ready.order is None else _reordered(leaf, ready.order)
-    zero = None if zeros is None else zeros[name]
-    one = None if bases is None else bases[name]
-    found[name] = finiteness.flags(one, None if references is None else zero, x)
-    deltas[name] = interpreter.task_vectors(x, None if subtracted else zero, widths[name])
+  pieces, widths = _pieces(leaves, ready), _widths(method, leaves)
 
   def run(chains: bool) -> Callable[..., dict[str, Array]]:
-    own = deal._replace(chains=chains)
-    return functools.partial(transform, method, layout=layout, deal=own)
+    share = deal._replace(chains=chains)
+    return functools.partial(
+      transform, method, layout=layout, deal=share, widths=widths, subtracted=subtracted
+    )
 
-  merged = rewrites.chosen(run, deal.chains)(deltas, zeros, ready)
-  out = {}
-  for name, leaf in stacks.items():
-    own = None if bases is None else bases[name]
-    out[name] = interpreter.added(name, merged[name], own, leaf.dtype if own is None else own.dtype)
-    found[name] = found[name]._replace(merged=finiteness.sound(out[name], name in variances))
-  return out, found
+  merged = rewrites.chosen(run, deal.chains)(pieces, ready)
+  variances, out, flags = running_statistics.variances(leaves.models), {}, {}
+  for name, piece in pieces.items():
+    like = piece.models if piece.base is None else piece.base
+    out[name] = interpreter.added(name, merged[name], piece.base, like.dtype)
+    found = finiteness.flags(piece.base, piece.reference, piece.models)
+    flags[name] = found._replace(merged=finiteness.sound(out[name], name in variances))
+  return out, flags
+
+
+def _pieces(leaves: _Leaves, ready: interpreter.Ready) -> dict[str, Slice]:
+  """Puts together what belongs to each leaf, the models in order of their tags."""
+  moments = running_statistics.of(leaves.models)
+
+  def ordered(x: Any) -> Any:
+    return x if ready.order is None else _reordered(x, ready.order)
+
+  pieces = {}
+  for name, x in leaves.models.items():
+    # Of running statistics the mean of the models themselves is merged.
+    subtracted = None if name in moments and leaves.base is not None else leaves.reference
+    pieces[name] = Slice(
+      None if leaves.base is None else leaves.base[name],
+      None if subtracted is None else subtracted[name],
+      ordered(x),
+      {n: ordered(v) for n, v in statistics_.of_leaf(leaves.statistics, name).items()},
+    )
+  return pieces
+
+
+def _widths(method: Method, leaves: _Leaves) -> dict[str, Any]:
+  """The least dtype in which each leaf is merged."""
+  trees = [t for t in (leaves.base, leaves.reference) if t is not None]
+  widths = {
+    n: tree.compute_dtype(x.dtype, *(t[n].dtype for t in trees)) for n, x in leaves.models.items()
+  }
+  if stage.coupled(method):  # What is added up over leaves has one width.
+    return dict.fromkeys(widths, tree.compute_dtype(*widths.values()))
+  return widths
 
 
 def _reordered(x: Array, order: Array) -> Array:

@@ -15,62 +15,67 @@ import numpy as np
 from jax import lax
 
 from jaxmerge.core import interpreter, matrix_views, order_statistics, rewrites
-from jaxmerge.core.stage import Array, Leaf, Method, Rank, Stage, Sum
+from jaxmerge.core.interpreter import Part, Slice
+from jaxmerge.core.stage import Array, Method, Rank, Stage, Sum
 from jaxmerge.drivers import external_selection, slices
-from jaxmerge.drivers.slices import Form, Parts
+from jaxmerge.drivers.slices import Form
 
 
-def _narrowed(parts: Parts, form: Form) -> Parts:
+def _narrowed(piece: Slice, form: Form) -> Slice:
   """Rounds what a slice is made of, where it is merged in a narrow dtype."""
   narrow = form.precision
   if narrow is None:
-    return parts
+    return piece
 
   def to(x: Any) -> Any:
     return None if x is None else rewrites.rounded(jnp.asarray(x, jnp.float32), narrow.dtype)
 
-  hparams = {n: to(v) if n in narrow.numbers else v for n, v in parts.leaf.hparams.items()}
-  return parts._replace(
-    base=to(parts.base),
-    reference=to(parts.reference),
-    models=to(parts.models),
-    leaf=parts.leaf._replace(hparams=hparams),
+  hparams = {n: to(v) if n in narrow.numbers else v for n, v in piece.leaf.hparams.items()}
+  return piece._replace(
+    base=to(piece.base),
+    reference=to(piece.reference),
+    models=to(piece.models),
+    leaf=piece.leaf._replace(hparams=hparams),
   )
 
 
-def _through(
-  parts: Parts, known: Any, method: Method, form: Form
-) -> tuple[Array, Leaf, list[Array]]:
-  """Takes the task vectors of a slice through stages.
-
-  Returns:
-    The stack, the leaf as the next stage sees it, and what `join` holds.
-  """
-  base = parts.base if parts.reference is None else parts.reference
-  x = interpreter.task_vectors(parts.models, base, np.float64 if form.wide else np.float32)
+def _through(piece: Slice, known: Any, method: Method, form: Form) -> Part:
+  """Takes the task vectors of a slice through stages: what the next stage sees."""
+  part = interpreter.begin(piece, np.float64 if form.wide else np.float32)
   if form.precision is not None:
-    x = rewrites.rounded(x, form.precision.dtype)
+    part = part._replace(x=rewrites.rounded(part.x, form.precision.dtype))
   if form.shape == ():
-    x, base = x.reshape(x.shape[:1]), None if base is None else base.reshape(())
-  leaf, kept = parts.leaf._replace(base=base), list[Array]()
-  for step, acting, own, offset in zip(method, form.acts, known, parts.offsets, strict=False):
+    part = _shaped(part, form)
+  for step, acting, stats, offset in zip(method, form.acts, known, piece.offsets, strict=False):
     if not acting:
       continue
-    leaf = leaf._replace(offset=offset)
-    if step.unit != "entry" and form.shape:
-      own_base = None if base is None else base.reshape(form.shape)
-      y = x.reshape(x.shape[0], *form.shape)
-      y = interpreter.update(step, y, leaf._replace(base=own_base), own, kept, form.view)
-      x = y.reshape(y.shape[0], math.prod(y.shape[1:]))
+    part = part._replace(leaf=part.leaf._replace(offset=offset))
+    if step.unit != "entry" and form.shape and step.keep is None:
+      y = interpreter.apply(step, _shaped(part, form), stats, form.view).x
+      part = part._replace(x=y.reshape(y.shape[0], math.prod(y.shape[1:])))
     else:
-      x = interpreter.update(step, x, leaf, own, kept, form.view)
-  at = min(len(method), len(parts.offsets) - 1)
-  return x, leaf._replace(offset=parts.offsets[at]), kept
+      part = interpreter.apply(step, part, stats, form.view)
+  at = min(len(method), len(piece.offsets) - 1)
+  return part._replace(leaf=part.leaf._replace(offset=piece.offsets[at]))
+
+
+def _shaped(part: Part, form: Form) -> Part:
+  """Gives a flat part the axes of its leaf."""
+
+  def stack(x: Any) -> Any:
+    return x.reshape(x.shape[0], *(form.shape or ()))
+
+  base = part.leaf.base
+  return part._replace(
+    x=stack(part.x),
+    leaf=part.leaf._replace(base=None if base is None else base.reshape(form.shape)),
+    statistics={n: stack(v) if n in form.by_entry else v for n, v in part.statistics.items()},
+  )
 
 
 @functools.partial(jax.jit, static_argnames=("before", "step", "statistic", "form"))
 def partial_sum(
-  parts: Parts,
+  parts: Slice,
   known: Any,
   own: Any,
   *,
@@ -81,10 +86,10 @@ def partial_sum(
 ) -> Any:
   """What a slice adds to a sum."""
 
-  def run(parts: Parts, known: Any, own: Any) -> Any:
-    x, leaf, kept = _through(parts, known, before, form)
+  def run(parts: Slice, known: Any, own: Any) -> Any:
+    part = _through(parts, known, before, form)
     measured: Sum = step.reduction(statistic)
-    return measured.measure(interpreter.seen(step, x, kept), leaf, own)
+    return measured.measure(*interpreter.observe(step, part), own)
 
   return rewrites.unrolled(run, each=form.each, halves=True)(_narrowed(parts, form), known, own)
 
@@ -94,14 +99,14 @@ _RANKED = ("before", "step", "rank", "form")
 
 @functools.partial(jax.jit, static_argnames=_RANKED)
 def patterns(
-  parts: Parts, known: Any, own: Any, *, before: Method, step: Stage, rank: str, form: Form
+  parts: Slice, known: Any, own: Any, *, before: Method, step: Stage, rank: str, form: Form
 ) -> Array:
   """The patterns of a slice's values, [K, n]."""
 
-  def run(parts: Parts, known: Any, own: Any) -> Array:
-    x, leaf, kept = _through(parts, known, before, form)
+  def run(parts: Slice, known: Any, own: Any) -> Array:
+    part = _through(parts, known, before, form)
     ranked: Rank = step.reduction(rank)
-    return order_statistics.pattern(ranked.of(interpreter.seen(step, x, kept), leaf, own))
+    return order_statistics.pattern(ranked.of(*interpreter.observe(step, part), own))
 
   bits = rewrites.unrolled(run, each=form.each, halves=True)(_narrowed(parts, form), known, own)
   return bits.reshape(bits.shape[0], parts.models.shape[1])
@@ -109,7 +114,7 @@ def patterns(
 
 @functools.partial(jax.jit, static_argnames=_RANKED)
 def sides(
-  parts: Parts,
+  parts: Slice,
   known: Any,
   own: Any,
   bracket: tuple[Array, Array],
@@ -132,11 +137,11 @@ def beside(bits: Array, bracket: tuple[Array, Array]) -> Array:
 
 
 @functools.partial(jax.jit, static_argnames=("before", "form"))
-def magnitudes(parts: Parts, known: Any, *, before: Method, form: Form) -> Array:
+def magnitudes(parts: Slice, known: Any, *, before: Method, form: Form) -> Array:
   """The patterns of a slice's magnitudes, in rows: [K, rows, columns]."""
 
-  def run(parts: Parts, known: Any) -> Array:
-    x, _, _ = _through(parts, known, before, form)
+  def run(parts: Slice, known: Any) -> Array:
+    x = _through(parts, known, before, form).x
     y = x.reshape(x.shape[0], *form.shape) if form.shape else x
     return order_statistics.pattern(
       jnp.abs(matrix_views.rows(y, matrix_views.or_row(y, form.view)))
@@ -146,12 +151,12 @@ def magnitudes(parts: Parts, known: Any, *, before: Method, form: Form) -> Array
 
 
 @functools.partial(jax.jit, static_argnames=("method", "form", "dtype"))
-def merged(parts: Parts, known: Any, *, method: Method, form: Form, dtype: Any) -> Array:
+def merged(parts: Slice, known: Any, *, method: Method, form: Form, dtype: Any) -> Array:
   """A slice of the result, [1, n]: NaN where an input has NaN or infinity."""
   narrow = form.precision
 
-  def run(parts: Parts, known: Any) -> Array:
-    x, _, _ = _through(parts, known, method, form)
+  def run(parts: Slice, known: Any) -> Array:
+    x = _through(parts, known, method, form).x
     kept = dtype if narrow is None else jnp.float32
     return interpreter.stored(x.reshape(x.shape[0], parts.models.shape[1]), parts.base, kept)
 
@@ -167,7 +172,7 @@ def merged(parts: Parts, known: Any, *, method: Method, form: Form, dtype: Any) 
   return lax.bitcast_convert_type(jnp.where(_finite(parts), bits, nan), out.dtype)
 
 
-def _finite(parts: Parts) -> Array:
+def _finite(parts: Slice) -> Array:
   """Tells where an entry is finite in all inputs, [1, n]: less work here than in a reading."""
   each = [x for x in (parts.base, parts.reference, parts.models) if x is not None]
   fine, exponents = list[Array](), dict[int, list[Array]]()

@@ -10,8 +10,9 @@ import jax
 import numpy as np
 
 from jaxmerge.core import interpreter, layouts, matrix_views, order_statistics
+from jaxmerge.core.interpreter import Slice
 from jaxmerge.core.precision import Precision
-from jaxmerge.core.stage import Leaf, Method
+from jaxmerge.core.stage import Method
 from jaxmerge.drivers import finiteness
 
 SAMPLE = 2**22  # Entries of all models that are looked at before a threshold is searched, at most,
@@ -32,22 +33,25 @@ class Source(NamedTuple):
   Attributes:
     leaves: name to ShapeDtypeStruct of the result's leaves.
     num_models: number of models K.
-    read: (name, start, stop, order, look) -> (base [n], reference [n], models [K, n]), NumPy
-      arrays; entries are counted row by row, and models[i] is the one at index i of `order`, a
-      slice or an array. They are used up before the next call. The base is None where raw weights
-      are merged, the reference is None where it is the base. `look`, if there is one, is called
-      with "base", "reference" or i, and with entries of it, each once and in order, best while they
-      are in a cache: the slice is read the first time, and right after the ones before it.
+    read: (name, start, stop, order, look) -> `Slice` of base [n], reference [n], models [K, n] and
+      statistics, NumPy arrays; entries are counted row by row, and models[i] is the one at index i
+      of `order`, a slice or an array. They are used up before the next call. The base is None where
+      raw weights are merged, the reference is None where it is the base. Statistics by entry are
+      [K, n], others whole. `look`, if there is one, is called with "base", "reference" or i, and
+      with entries of it, each once and in order, best while they are in a cache: the slice is read
+      the first time, and right after the ones before it.
     precision: of leaves that are not merged in float32 or wider, by name.
     wide: names of leaves that have 64 bits in an input; those that have them in the result count
       anyhow.
+    statistics: by name and leaf, their shapes and dtypes, [K, *s] or [K, ...].
   """
 
   leaves: Mapping[str, jax.ShapeDtypeStruct]
   num_models: int
-  read: Callable[[str, int, int, Any, Look | None], tuple[Any, Any, Any]]
+  read: Callable[[str, int, int, Any, Look | None], Slice]
   precision: Mapping[str, Precision] = {}
   wide: Collection[str] = ()
+  statistics: Mapping[str, Mapping[str, Any]] = {}
 
 
 class Run(NamedTuple):
@@ -60,6 +64,7 @@ class Run(NamedTuple):
     variances: names of those that are never negative.
     held: by leaf that has such, the places of infinities that are in all inputs, and their values,
       in the slice that was read last.
+    by_entry: names of the statistics that are cut as the models are.
   """
 
   method: Method
@@ -79,6 +84,7 @@ class Run(NamedTuple):
   moments: Collection[str]
   variances: Collection[str]
   held: dict[str, tuple[np.ndarray, np.ndarray]]
+  by_entry: tuple[str, ...] = ()
 
 
 class Form(NamedTuple):
@@ -90,6 +96,7 @@ class Form(NamedTuple):
     view: the leaf's matrix view.
     precision: what it is merged in; None: float32 or wider.
     wide: it is merged in 64 bits.
+    by_entry: names of the statistics that are flat as the models are.
   """
 
   acts: tuple[bool, ...]
@@ -97,21 +104,12 @@ class Form(NamedTuple):
   view: str | None
   precision: Precision | None = None
   wide: bool = False
+  by_entry: tuple[str, ...] = ()
 
   @property
   def each(self) -> str | None:
     """The dtype to which every operation rounds."""
     return self.precision.dtype if self.precision is not None and self.precision.each else None
-
-
-class Parts(NamedTuple):
-  """A slice, and what its program takes with it."""
-
-  base: Any
-  reference: Any
-  models: Any
-  leaf: Leaf
-  offsets: tuple[Any, ...]
 
 
 def form_of(run: Run, name: str) -> Form:
@@ -120,9 +118,9 @@ def form_of(run: Run, name: str) -> Form:
   shape, precision = run.shapes[name], run.source.precision.get(name)
   wide = name in run.wide
   if shape and _needs(run, name) == {"entry"}:
-    return Form(acts, None, None, precision, wide)
+    return Form(acts, None, None, precision, wide, run.by_entry)
   view = run.layout.view(name)
-  return Form(acts, (-1, *shape[1:]) if shape else (), view, precision, wide)
+  return Form(acts, (-1, *shape[1:]) if shape else (), view, precision, wide, run.by_entry)
 
 
 def _needs(run: Run, name: str) -> set[str]:
@@ -163,7 +161,7 @@ def pieces(run: Run, name: str, size: int) -> Iterator[tuple[int, int]]:
 
 def slices(
   run: Run, members: Collection[str], entries: int, *, check: bool = True
-) -> Iterator[tuple[str, int, Parts, Form]]:
+) -> Iterator[tuple[str, int, Slice, Form]]:
   """Reads leaves slice by slice: yields name, start, slice and form; `check` as for `read`."""
   for name in members:
     form = form_of(run, name)
@@ -173,7 +171,7 @@ def slices(
 
 def read(
   run: Run, name: str, start: int, stop: int, *, check: bool = True, ahead: bool = False
-) -> Parts:
+) -> Slice:
   """Reads a slice.
 
   Slices of a leaf come in order, over and over; when they come the first time, NaN and infinity are
@@ -188,24 +186,22 @@ def read(
     if check:
       seen[whose] = seen.get(whose, True) and finite(part)
 
-  base, reference, models = run.source.read(name, start, stop, index, look if first else None)
+  piece = run.source.read(name, start, stop, index, look if first else None)
   if first:
     run.checked[name] = stop
-  leaf = interpreter.leaf_of(name, None, run.ready)
-  hparams = {n: _entries(v, run.shapes[name], start, stop) for n, v in leaf.hparams.items()}
-  before = tuple(own.get(name, np.uint32(0)) for own in run.offsets)
-  leaf = leaf._replace(start=np.uint32(start % 2**32), hparams=hparams)
+  leaf = interpreter.leaf_of(name, run.ready)._replace(start=np.uint32(start % 2**32))
   if run.shapes[name]:
     leaf = leaf._replace(places=run.counted(stop - start))
-  if base is not None and name in run.moments:
-    reference = None  # The mean of the models themselves is merged.
-  parts = Parts(base, reference, models, leaf, before)
+  before = tuple(each.get(name, np.uint32(0)) for each in run.offsets)
+  parts = piece._replace(leaf=leaf, offsets=before)
+  if piece.base is not None and name in run.moments:
+    parts = parts._replace(reference=None)  # The mean of the models themselves is merged.
   if name in run.held or (check and (ahead or not all(seen.values()))):
     parts = vetted(run, name, parts, refuse=check)
   return parts
 
 
-def vetted(run: Run, name: str, parts: Parts, *, refuse: bool) -> Parts:
+def vetted(run: Run, name: str, parts: Slice, *, refuse: bool) -> Slice:
   """Puts zeros in place of infinities that all inputs of a slice have, and refuses others.
 
   Raises:
@@ -230,7 +226,7 @@ def sound(run: Run, name: str, out: np.ndarray) -> bool:
   return finite(out) and not (name in run.variances and bool((out < 0).any()))
 
 
-def refuse_nonfinite(run: Run, name: str, parts: Parts) -> None:
+def refuse_nonfinite(run: Run, name: str, parts: Slice) -> None:
   """Raises ValueError, naming leaf and model, where a slice has NaN or infinity."""
   base = finite(parts.base)
   reference = base if parts.reference is None else finite(parts.reference)
@@ -238,63 +234,45 @@ def refuse_nonfinite(run: Run, name: str, parts: Parts) -> None:
   finiteness.refuse({name: flags}, run.names, run.ready.order)
 
 
-def look_at(look: Look, base: Any, reference: Any, models: Any) -> None:
+def look_at(look: Look, piece: Slice) -> None:
   """Shows all of a slice at once."""
-  if base is not None:
-    look("base", base)
-  if reference is not None:
-    look("reference", reference)
-  for k, model in enumerate(models):
+  if piece.base is not None:
+    look("base", piece.base)
+  if piece.reference is not None:
+    look("reference", piece.reference)
+  for k, model in enumerate(piece.models):
     look(k, model)
 
 
-def picked(run: Run, name: str, start: int, parts: Parts, columns: np.ndarray) -> Parts:
+def picked(run: Run, parts: Slice, columns: np.ndarray) -> Slice:
   """Takes some entries of a flat slice; stages see each of them where it lies in the leaf."""
 
   def of(x: Any) -> Any:
     # As integers: NumPy picks those of dtypes that are not its own one by one.
     return None if x is None else np.take(x.view(f"u{x.itemsize}"), columns, -1).view(x.dtype)
 
-  hparams = interpreter.leaf_of(name, None, run.ready).hparams
-  shape = run.shapes[name]
-  own = {
-    n: v[:, columns] if _is_aligned(hparams[n], shape) else v for n, v in parts.leaf.hparams.items()
-  }
-  places = columns.astype(np.uint32)[None]
-  return parts._replace(
-    base=of(parts.base),
-    reference=of(parts.reference),
-    models=of(parts.models),
-    leaf=parts.leaf._replace(places=places, hparams=own),
-  )
+  return _entries(run, parts, of, columns.astype(np.uint32)[None])
 
 
-def padded(run: Run, name: str, parts: Parts, length: int) -> Parts:
+def padded(run: Run, parts: Slice, length: int) -> Slice:
   """Adds zeros to a flat slice, up to a length."""
   more = length - parts.models.shape[1]
 
   def of(x: Any) -> Any:
     return None if x is None else np.pad(x, [(0, 0)] * (np.ndim(x) - 1) + [(0, more)])
 
-  hparams, shape = interpreter.leaf_of(name, None, run.ready).hparams, run.shapes[name]
-  own = {n: of(v) if _is_aligned(hparams[n], shape) else v for n, v in parts.leaf.hparams.items()}
+  return _entries(run, parts, of, run.counted(length))
+
+
+def _entries(run: Run, parts: Slice, of: Callable[[Any], Any], places: Any) -> Slice:
+  """Applies a function to whatever of a flat slice has its entries."""
   return parts._replace(
     base=of(parts.base),
     reference=of(parts.reference),
     models=of(parts.models),
-    leaf=parts.leaf._replace(places=run.counted(length), hparams=own),
+    statistics={n: of(v) if n in run.by_entry else v for n, v in parts.statistics.items()},
+    leaf=parts.leaf._replace(places=places),
   )
-
-
-def _entries(value: Any, shape: tuple[int, ...], start: int, stop: int) -> Any:
-  """The entries of an array that is aligned to the leaf; other numbers as they are."""
-  if not _is_aligned(value, shape):
-    return value
-  return np.asarray(value).reshape(len(value), -1)[:, start:stop]
-
-
-def _is_aligned(value: Any, shape: tuple[int, ...]) -> bool:
-  return bool(shape) and np.ndim(value) == len(shape) + 1 and np.shape(value)[1:] == shape
 
 
 INTEGERS = {2: (np.uint16, np.int16), 4: (np.uint32, np.int32)}
@@ -321,7 +299,7 @@ def finite(x: np.ndarray | None) -> bool:
 
 
 def known_of(
-  run: Run, name: str, known: tuple[Any, ...], parts: Parts
+  run: Run, name: str, known: tuple[Any, ...], parts: Slice
 ) -> tuple[dict[str, Any], ...]:
   """What each stage knows about a slice: what the leaf's group has, cuts by position."""
   found = [own.get(step.group(name), {}) for step, own in zip(run.method, known, strict=False)]

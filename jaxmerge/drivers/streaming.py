@@ -27,10 +27,12 @@ from jaxmerge.core import (
   stage,
   tree,
 )
+from jaxmerge.core import statistics as statistics_
+from jaxmerge.core.interpreter import Slice
 from jaxmerge.core.stage import Method, Rank, Reduction, Stage, Sum
 from jaxmerge.core.tree import Tree
 from jaxmerge.drivers import arguments, external_selection, finiteness, slice_programs, slices
-from jaxmerge.drivers.slices import Form, Parts, Run, Source
+from jaxmerge.drivers.slices import Form, Run, Source
 from jaxmerge.methods import averages
 
 BLOCK = 2**20  # Sums of floats are made of slices of so many entries, however others are cut.
@@ -84,13 +86,17 @@ def stream(
       hparams = dict(hparams or {}, **({} if seed is None else {"seed": seed}))
       copied = source.leaves.keys() - shapes.keys()
       ready = interpreter.prepare(method, shapes, source.num_models, hparams, names, copied)
+    table = layouts.settled(method, shapes, layout, names=source.leaves)
+    copied, given = source.leaves.keys() - shapes.keys(), source.statistics
+    statistics_.resolve(method, given, shapes, source.num_models, table, copied)
+    by_entry = tuple(n for n, kind in statistics_.kinds(method).items() if kind == "entry")
     run = Run(
       stage.bare(method),
       source,
       shapes,
       ready,
       names,
-      layouts.settled(method, shapes, layout, names=source.leaves),
+      table,
       entries,
       offsets=tuple(stage.offsets(step, shapes) for step in method),
       checked={},
@@ -103,6 +109,7 @@ def stream(
       moments=running_statistics.of(shapes),
       variances=running_statistics.variances(shapes),
       held={},
+      by_entry=by_entry,
     )
     for leaves in _together(run):
       _merged(run, leaves, [name for name in leaves if name not in done], write)
@@ -110,8 +117,9 @@ def stream(
     size = math.prod(source.leaves[name].shape)
     for start in range(0, max(size, 1), entries):
       stop = min(start + entries, size)
-      base, _, models = source.read(name, start, stop, slice(None), lambda *_: None)
-      write(name, start, models[0].astype(source.leaves[name].dtype) if base is None else base)
+      piece = source.read(name, start, stop, slice(None), lambda *_: None)
+      raw = piece.models[0].astype(source.leaves[name].dtype)
+      write(name, start, raw if piece.base is None else piece.base)
 
 
 def _merged(
@@ -139,6 +147,7 @@ def _merged(
       fine = slices.sound(run, name, out)
     if not fine and strict:
       slices.refuse_nonfinite(run, name, parts)
+      finiteness.refuse_statistics(name, parts.statistics)
       raise finiteness.unsound(name, out, remedy=", or let such values pass")
     if name in run.held:
       places, values = run.held[name]
@@ -148,11 +157,19 @@ def _merged(
 
 
 def merge_slices(
-  method: Method, models: Tree, base: Tree, *, reference: Tree | None = None, **options: Any
+  method: Method,
+  models: Tree,
+  base: Tree,
+  *,
+  reference: Tree | None = None,
+  statistics: Mapping[str, Any] | None = None,
+  **options: Any,
 ) -> Tree:
   """Merges models that lie in host memory, with one slice on the device at a time.
 
   Takes and returns what `jaxmerge.merge` does, as NumPy arrays; `options` are those of `stream`.
+  Statistics by entry are cut as the models are, others are on the device while a slice of their
+  leaf is.
   """
   arguments.refuse(base, "the base")
   arguments.refuse(models, "the models")
@@ -162,12 +179,24 @@ def merge_slices(
   out = {n: np.empty(v.shape, v.dtype) for n, v in bases.items()}
   num_models = tree.num_models(models)
 
-  def read(name: str, start: int, stop: int, order: Any, look: Any) -> tuple[Any, Any, Any]:
-    own, *zero = (t[name].reshape(-1)[start:stop] for t in (bases, references) if t)
-    parts = own, zero[0] if zero else None, stacks[name].reshape(num_models, -1)[order, start:stop]
+  kinds = statistics_.kinds(method)
+  beside = {
+    n: {leaf: np.asarray(v) for leaf, v in leaves.items()}
+    for n, leaves in statistics_.by_leaf(statistics).items()
+  }
+
+  def read(name: str, start: int, stop: int, order: Any, look: Any) -> Slice:
+    base, *zero = (t[name].reshape(-1)[start:stop] for t in (bases, references) if t)
+
+    def rows(x: Any) -> Any:
+      return x.reshape(num_models, -1)[order, start:stop]
+
+    each = statistics_.of_leaf(beside, name)
+    each = {n: rows(v) if kinds[n] == "entry" else v[order] for n, v in each.items()}
+    piece = Slice(base, zero[0] if zero else None, rows(stacks[name]), each)
     if look is not None:
-      slices.look_at(look, *parts)
-    return parts
+      slices.look_at(look, piece)
+    return piece
 
   def write(name: str, start: int, part: np.ndarray) -> None:
     out[name].reshape(-1)[start : start + part.shape[0]] = part
@@ -175,7 +204,8 @@ def merge_slices(
   leaves = {n: jax.ShapeDtypeStruct(v.shape, v.dtype) for n, v in bases.items()}
   each = (bases, references, stacks)
   wides = {n for t in each for n, x in t.items() if double_precision.is_wide(x)}
-  stream(method, Source(leaves, num_models, read, wide=wides), write, **options)
+  source = Source(leaves, num_models, read, wide=wides, statistics=beside)
+  stream(method, source, write, **options)
   return tree.rebuild(base, out)
 
 
@@ -198,7 +228,7 @@ def _knowledge(run: Run, leaves: Sequence[str], before: Any = None) -> tuple[Any
   for i, step in enumerate(run.method):
     own = {}
     for group, members in stage.members(step, dict.fromkeys(leaves)).items():
-      own[group] = dict(run.ready.known[i][group] if before is None else before[i][group])
+      own[group] = dict(run.ready.stats[i][group] if before is None else before[i][group])
       batches = () if i == late else _batches(step)
       for batch in (b for b in batches if b[0].name not in own[group]):
         own[group].update(_measured(run, members, i, batch, known, own[group]))
@@ -206,11 +236,11 @@ def _knowledge(run: Run, leaves: Sequence[str], before: Any = None) -> tuple[Any
   return known
 
 
-def _result(run: Run, name: str, parts: Parts, known: tuple[Any, ...], form: Form) -> np.ndarray:
+def _result(run: Run, name: str, parts: Slice, known: tuple[Any, ...], form: Form) -> np.ndarray:
   """A slice of the result, [n]."""
   count = parts.models.shape[1]
   if form.shape is None and count < LEAST:
-    parts = slices.padded(run, name, parts, LEAST)
+    parts = slices.padded(run, parts, LEAST)
   seen = _ranked(run, parts, slices.known_of(run, name, known, parts), run.method, form)
   dtype = run.source.leaves[name].dtype
   out = np.asarray(
@@ -281,20 +311,20 @@ def _numbers(
 
   def read(
     name: str, start: int, stop: int, *, ahead: bool = False
-  ) -> tuple[Parts, dict[str, Any]]:
+  ) -> tuple[Slice, dict[str, Any]]:
     parts = slices.read(run, name, start, stop, ahead=ahead)
     form = slices.form_of(run, name)
     seen = _ranked(run, parts, slices.known_of(run, name, known, parts), run.method, form)
     return parts, {"known": seen, "form": form, **static}
 
-  def picked(name: str, start: int, parts: Parts, told: Any, columns: np.ndarray) -> np.ndarray:
+  def picked(name: str, start: int, parts: Slice, told: Any, columns: np.ndarray) -> np.ndarray:
     found = []
     room = PICKED[len(columns) > PICKED[0]]
     for at in range(0, len(columns), room):
       own = np.zeros(room, np.int64)
       count = min(room, len(columns) - at)
       own[:count] = columns[at : at + count]
-      few = slices.picked(run, name, start, parts, own)
+      few = slices.picked(run, parts, own)
       found.append(np.asarray(run.call(slice_programs.patterns, few, **told))[:, :count])
     return np.concatenate(found, axis=1)
 
@@ -344,7 +374,7 @@ def _numbers(
 
 
 def _ranked(
-  run: Run, parts: Parts, known: tuple[Any, ...], method: Method, form: Form
+  run: Run, parts: Slice, known: tuple[Any, ...], method: Method, form: Form
 ) -> tuple[Any, ...]:
   """Adds ranks in rows to what stages know, where the host sorts faster than the device."""
   for i, (step, acting) in enumerate(zip(method, form.acts, strict=False)):

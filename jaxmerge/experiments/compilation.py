@@ -178,7 +178,7 @@ def _streamed(
   place = SingleDeviceSharding(device)
 
   def read(name: str, start: int, stop: int, order: Any, look: Any) -> Any:
-    return drawn[0, start:stop], None, drawn[1:, start:stop][order]
+    return interpreter.Slice(drawn[0, start:stop], None, drawn[1:, start:stop][order])
 
   def call(program: Any, *given: Any, **rest: Any) -> Any:
     leaves, tree_of = jax.tree.flatten((given, {k: v for k, v in rest.items() if k in _TRACED}))

@@ -13,7 +13,7 @@ from typing import Any  # What a config.json holds.
 import numpy as np
 
 from jaxmerge import display, errors
-from jaxmerge.core import layouts
+from jaxmerge.core import layouts, statistics
 from jaxmerge.core.stage import Method
 from jaxmerge.drivers import arguments
 from jaxmerge.evaluation import external
@@ -202,6 +202,7 @@ def merge_files(
   if base is None:
     zeros = "a base of zeros subtracts nothing"
     arguments.refuse_weights(method, "merge_files(method, models, out, base=...)", zeros)
+  statistics.refuse(method, "merge_files")
   models, names = arguments.paths(models, names)
   called = [display.readable(str(pathlib.Path(m))) for m in models] if names is None else [*names]
   kept = check_options(called, len(models), base=base is not None, dtype=dtype, missing=missing)

@@ -10,7 +10,7 @@ from typing import Any  # Any: what a buffer is used for, a slice of models.
 import numpy as np
 import xxhash
 
-from jaxmerge.core import precision
+from jaxmerge.core import interpreter, precision
 from jaxmerge.drivers import slices
 from jaxmerge.files.plan import Output
 from jaxmerge.io.tensors.tensor import Tensor
@@ -36,7 +36,7 @@ class Reader:
 
   def read(
     self, name: str, start: int, stop: int, order: Any, look: slices.Look | None
-  ) -> tuple[Any, Any, Any]:
+  ) -> interpreter.Slice:
     """Reads entries of the base and of all models, see `streaming.Source`."""
     output, count = self.outputs[name], stop - start
     base = None
@@ -52,7 +52,7 @@ class Reader:
       self._fill(name, k, tensor, start, own, look)
       if own is not row:
         row[...] = own
-    return base, None, models
+    return interpreter.Slice(base, None, models)
 
   def whole(self) -> str | None:
     """Returns the checksum of all inputs; None before each of them was read to its end."""

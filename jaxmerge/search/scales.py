@@ -55,6 +55,7 @@ class Validation:
     metric: which of two scores is better.
     at_once: merges that are made and scored by one program, if only their scales differ.
     name: what an error calls the merge.
+    statistics: what the method's stages read beside the models, as for `jaxmerge.merge`.
   """
 
   base: Any
@@ -68,6 +69,7 @@ class Validation:
   metric: metrics.Metric = metrics.ACCURACY
   at_once: int = 8
   name: str = "the merge"
+  statistics: Mapping[str, Any] | None = None
 
   def model(self, candidate: Scaled) -> Any:
     """Merges with one scale."""
@@ -92,6 +94,7 @@ class Validation:
       self.models,
       scales,
       dict(candidates[0].hparams),
+      self.statistics,
       method=candidates[0].method,
       seed=self.seed,
       names=tuple(self.names),
@@ -117,6 +120,7 @@ def best_scale(
   names: Sequence[str],
   seed: int | None = None,
   hparams: Mapping[str, Any] | None = None,
+  statistics: Mapping[str, Any] | None = None,
   layout: layouts.Said | None = (),
   metric: metrics.Metric = metrics.ACCURACY,
   at_once: int = 8,
@@ -135,6 +139,7 @@ def best_scale(
     names: names of the experts.
     seed: for methods with random masks.
     hparams: other hyperparameters of the method.
+    statistics: as for `jaxmerge.merge`.
     layout: matrix views.
     metric: which of two scores is better.
     at_once: scales that are merged and scored together.
@@ -147,7 +152,7 @@ def best_scale(
     ValueError: where no scale gives a finite model with finite scores.
   """
   validation = Validation(
-    base, models, score, rows, counts, names, seed, layout, metric, at_once, called
+    base, models, score, rows, counts, names, seed, layout, metric, at_once, called, statistics
   )
   candidates = [Scaled(method, dict(hparams or {}), float(scale)) for scale in scales]
   return objective.run(validation, objective.exhaustive(candidates))
@@ -166,6 +171,7 @@ def at_scales(
   models: Any,
   scales: Array,
   hparams: Mapping[str, Any],
+  statistics: Mapping[str, Any] | None = None,
   *,
   method: Method,
   seed: int | None,
@@ -175,7 +181,15 @@ def at_scales(
   """Merges with every one of some scales: models [T, *s], scales [S] -> [S, *s]."""
 
   def one(scale: Array) -> Any:
-    merged = {**hparams, "scale": scale}
-    return memory.merge(method, models, base, hparams=merged, seed=seed, names=names, layout=layout)
+    return memory.merge(
+      method,
+      models,
+      base,
+      hparams={**hparams, "scale": scale},
+      statistics=statistics,
+      seed=seed,
+      names=names,
+      layout=layout,
+    )
 
   return jax.vmap(one)(scales)

@@ -13,7 +13,15 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxmerge import methods
-from jaxmerge.core import double_precision, fingerprint, interpreter, layouts, stage, tree
+from jaxmerge.core import (
+  double_precision,
+  fingerprint,
+  interpreter,
+  layouts,
+  stage,
+  statistics,
+  tree,
+)
 from jaxmerge.core.stage import Method
 from jaxmerge.drivers import arguments
 from jaxmerge.evaluation import metrics, scoring
@@ -115,6 +123,7 @@ def tune_and_merge(
       raise ValueError(f"{name} must be at least 1 round, got {every}.")
   settings = settings or Settings()
   method = methods.average() if method is None else arguments.method(method)
+  statistics.refuse(method, "tune_and_merge")
   tasks = arguments.tasks(apply, tasks, settings)
   checks.check_parts(mesh, checkpoints)
   params = local_steps.masters(params)

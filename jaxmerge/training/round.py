@@ -158,8 +158,8 @@ def merged(
 ) -> Any:
   """Returns base + M(models - base) inside a program: stacks [T, *s] by name -> tree of [*s]."""
   references = tree.named(base)
-  deltas = {n: x - references[n][None] for n, x in stacks.items()}
-  out = memory.transform(method, deltas, references, ready, layout, deal)
+  pieces = {n: interpreter.Slice(references[n], None, x) for n, x in stacks.items()}
+  out = memory.transform(method, pieces, ready, layout, deal)
   return tree.rebuild(
     base, {n: interpreter.added(n, v, references[n], references[n].dtype) for n, v in out.items()}
   )

@@ -16,7 +16,7 @@ from jax import lax
 
 from jaxmerge.core import interpreter, layouts, stage
 from jaxmerge.core.stage import Method
-from jaxmerge.drivers import finiteness, incremental, streaming
+from jaxmerge.drivers import accumulator, finiteness, streaming
 from jaxmerge.parallel import mesh as meshes
 from jaxmerge.tasks import batch
 from jaxmerge.training import outer as outers
@@ -85,7 +85,7 @@ def program(parts: rounds.Parts) -> Callable[..., tuple[rounds.State, rounds.Mea
 
 def _folded(method: Method, layout: layouts.Table) -> tuple[Callable[..., Any], Callable[..., Any]]:
   """Merges waves as they come: take one into the accumulator, finish."""
-  take, finish = incremental.accumulator(method, layout)
+  take, finish = accumulator.accumulator(method, layout)
   return take, lambda held, base, ready: finish(held, base, base, ready)
 
 

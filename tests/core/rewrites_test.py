@@ -9,6 +9,7 @@ import small
 
 from jaxmerge import methods
 from jaxmerge.core import reductions, rewrites
+from jaxmerge.core.interpreter import Slice
 from jaxmerge.core.precision import Precision
 from jaxmerge.drivers import streaming
 
@@ -23,7 +24,7 @@ def streamed(method, precision=None, **options):
 
   def read(name, start, stop, order, look):
     own = base[name].reshape(-1)[start:stop]
-    return own, own, models[name].reshape(4, -1)[order, start:stop]
+    return Slice(own, own, models[name].reshape(4, -1)[order, start:stop])
 
   def write(name, start, part):
     out[name][start : start + len(part)] = part

@@ -10,7 +10,7 @@ import small_tasks
 import jaxmerge
 from jaxmerge import methods
 from jaxmerge.core import running_statistics
-from jaxmerge.drivers import incremental, streaming
+from jaxmerge.drivers import continual, incremental, streaming
 from jaxmerge.files import merge as files_merge
 from jaxmerge.parallel import mesh as meshes
 from jaxmerge.training import loop
@@ -138,7 +138,7 @@ def test_models_one_after_the_other(base):
 
 def test_the_continual_merge_averages_them_too():
   own = {n: x for n, x in BASE.items() if n != "mask"}
-  run = incremental.opcm(own)
+  run = continual.opcm(own)
   state = run.init(own)
   for model in EACH:
     state = run.update(state, {n: model[n] for n in own})

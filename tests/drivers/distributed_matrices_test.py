@@ -41,7 +41,7 @@ def hands(**views_of):
   }
 
 
-def rule(x, base, number):
+def rule(x, base, number, each):
   return x[:1] * number + base[None] @ jnp.ones((x.shape[2], x.shape[2]), x.dtype)[None]
 
 
@@ -51,7 +51,9 @@ def test_each_matrix_gets_its_own_and_comes_back():
   mesh = jax.make_mesh((2, 4), ("task", "x"))
   found = distributed_matrices.dealt(rule, given, distributed_matrices.Deal(mesh))
   for name, h in given.items():
-    alone = matrix_views.by_matrix(lambda x, base, h=h: rule(x, base, h.more), h.x, h.base, h.view)
+    alone = matrix_views.by_matrix(
+      lambda x, base, _, h=h: rule(x, base, h.more, ()), h.x, h.base, h.view
+    )
     np.testing.assert_allclose(found[name], alone, rtol=1e-6, atol=1e-6)
 
 
@@ -63,7 +65,7 @@ def test_no_device_works_on_more_than_its_share():
 
   def merged(x):
     hand = distributed_matrices.Hand(x, None, "bio", ())
-    return distributed_matrices.dealt(lambda x, base, more: x[:1], {"w": hand}, deal)["w"]
+    return distributed_matrices.dealt(lambda x, base, more, each: x[:1], {"w": hand}, deal)["w"]
 
   text = str(jax.make_jaxpr(merged)(x))
   assert re.search(r"shard_map", text)

@@ -8,7 +8,7 @@ import small
 
 import jaxmerge
 from jaxmerge import methods
-from jaxmerge.drivers import incremental
+from jaxmerge.drivers import continual, incremental
 
 BASE, MODELS = small.trees()
 SAME = {n: x if n != "steps" else np.stack([BASE["steps"]] * len(x)) for n, x in MODELS.items()}
@@ -77,7 +77,7 @@ def test_masks_depend_on_names_alone():
 def test_opcm_is_that_of_the_stack_after_every_model():
   """The state stays as large as one model, and nothing is lost by stopping to look."""
   settings = (0.5, 0.4, 0.3)
-  merge = incremental.opcm(BASE, *settings, layout=small.VIEWS)
+  merge = continual.opcm(BASE, *settings, layout=small.VIEWS)
   state = merge.init(BASE)
   shapes = jax.tree.map(jnp.shape, state)
   for k in range(4):
@@ -93,7 +93,7 @@ def test_opcm_is_that_of_the_stack_after_every_model():
 def test_a_trajectory_is_one_program(continual):
   """States keep their structure: they go through scan, and numbers need not compile again."""
   method = methods.checkpoint_average("wma")
-  merge = incremental.opcm(BASE, layout=small.VIEWS) if continual else incremental.of(method, BASE)
+  merge = continual.opcm(BASE, layout=small.VIEWS) if continual else incremental.of(method, BASE)
   stack = jax.tree.map(jnp.asarray, MODELS)
   state, _ = jax.lax.scan(lambda s, x: (merge.update(s, x), None), merge.init(BASE), stack)
   small.close(merge.finalize(state), merge.finalize(run(merge)), 1e-6)
@@ -103,7 +103,7 @@ def test_a_trajectory_is_one_program(continual):
   ("call", "message"),
   [
     (lambda: incremental.of(methods.ties()), "needs all models at once"),
-    (lambda: incremental.of(methods.opcm()), "incremental.opcm"),
+    (lambda: incremental.of(methods.opcm()), "continual.opcm"),
     (
       lambda: run(incremental.of(methods.average((1.0, 2.0)))),
       "weight has 2 values, but there are 1",
@@ -113,13 +113,11 @@ def test_a_trajectory_is_one_program(continual):
       "in the base but not",
     ),
     (
-      lambda: incremental.opcm(BASE, layout=small.VIEWS).update(
-        {}, {**one(0), "vector": np.ones(3)}
-      ),
+      lambda: continual.opcm(BASE, layout=small.VIEWS).update({}, {**one(0), "vector": np.ones(3)}),
       "'vector' is",
     ),
     (lambda: incremental.of(methods.average()).finalize({"count": 0}), "no model was given"),
-    (lambda: incremental.opcm(BASE, alpha=2.0), "alpha must be"),
+    (lambda: continual.opcm(BASE, alpha=2.0), "alpha must be"),
   ],
 )
 def test_is_refused(call, message):
@@ -138,7 +136,7 @@ def test_results_that_overflow_are_refused():
   base = {"kernel": np.zeros((2, 2), np.float16)}
   for run in (
     incremental.of(methods.task_arithmetic(1e5), base),
-    incremental.opcm(base, scale=1e6),
+    continual.opcm(base, scale=1e6),
   ):
     state = run.update(run.init(base), {"kernel": np.full((2, 2), 100, np.float16)})
     with pytest.raises(ValueError, match="leaf 'kernel': the result has NaN or infinity"):

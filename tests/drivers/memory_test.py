@@ -99,10 +99,10 @@ def test_numbers_per_leaf_and_per_entry():
   scale = {n: float(k) for k, n in enumerate(base)}
   out = jaxmerge.merge(TA, models, base, hparams={"scale": scale})
   small.close(out, {n: base[n] + scale[n] * tau[n].sum(0) if n in tau else base[n] for n in base})
-  weight = {n: np.random.default_rng(0).random(x.shape, np.float32) for n, x in models.items()}
+  weight = {n: np.random.default_rng(0).random(4, np.float32) for n in models}
   out = jaxmerge.merge(TA, models, base, hparams={"weight": weight})
-  expected = {n: base[n] + 0.5 * (weight[n] * tau[n]).sum(0) if n in tau else base[n] for n in base}
-  small.close(out, expected)
+  each = {n: np.einsum("k,k...->...", weight[n], tau[n]) for n in tau}
+  small.close(out, {n: base[n] + 0.5 * each[n] if n in tau else base[n] for n in base})
 
 
 def test_a_density_per_leaf_needs_the_scope_of_a_leaf():
@@ -158,7 +158,7 @@ def test_numbers_are_no_constants_of_the_program():
   given = {"method": TA, "layout": layouts.NONE, "deal": distributed_matrices.of([], chains=True)}
   run = functools.partial(memory._compiled.lower, **given)
   base, models = ({"matrix": own["matrix"]} for own in (base, models))
-  assert "0.123456" not in run(base, None, models, ready).as_text()
+  assert "0.123456" not in run(memory._Leaves(base, None, models, {}), ready).as_text()
 
 
 def test_donated_stacks():
@@ -213,7 +213,7 @@ BASE, MODELS = small.trees()
 REFUSED = {
   "unknown number": (
     lambda: jaxmerge.merge(TIES, MODELS, BASE, hparams={"densty": 0.1}),
-    r"takes no number 'densty'; did you mean 'density'\? Known: density, scale, weight",
+    r"has no hyperparameter 'densty'; did you mean 'density'\? Known: density, scale, weight",
   ),
   "missing seed": (
     lambda: jaxmerge.merge(DARE, MODELS, BASE),
@@ -221,7 +221,7 @@ REFUSED = {
   ),
   "seed for a method without": (
     lambda: jaxmerge.merge(TA, MODELS, BASE, seed=1),
-    "takes no number 'seed'; Known: scale, weight",
+    "has no hyperparameter 'seed'; Known: scale, weight",
   ),
   "key for a seed": (
     lambda: jaxmerge.merge(DARE, MODELS, BASE, seed=jax.random.PRNGKey(0)),
@@ -277,13 +277,11 @@ REFUSED = {
   ),
   "matrix of weights": (
     lambda: jaxmerge.merge(AVERAGE, MODELS, BASE, hparams={"weight": np.ones((4, 2))}),
-    r"weight has shape \(4, 2\); a number is a scalar or one per model \(4,\)",
+    r"weight has shape \(4, 2\); a hyperparameter is one number, or one per model \(4,\)",
   ),
-  "weights of another shape than the leaf": (
-    lambda: jaxmerge.merge(
-      TA, MODELS, BASE, hparams={"weight": {n: np.ones((4, 3), np.float32) for n in BASE}}
-    ),
-    r"weight of leaf 'cube' has shape \(4, 3\), but the models are \(2, 3, 4\) there",
+  "weights of entries": (
+    lambda: jaxmerge.merge(TA, MODELS, BASE, hparams={"weight": MODELS}),
+    r"weight of leaf 'cube' has shape \(4, 2, 3, 4\); a hyperparameter is .* are statistics",
   ),
   "a scale per model behind the combiner": (
     lambda: jaxmerge.merge(TA, MODELS, BASE, hparams={"scale": (1.0, 2.0, 3.0, 4.0)}),

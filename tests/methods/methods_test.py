@@ -355,7 +355,7 @@ def test_folding_one_by_one_is_the_combiner(method):
   assert stage.foldable(method)
   step = next(s for s in method if s.combines)
   ready = interpreter.prepare(method, {"w": (6,)}, 3, {}, None)
-  leaf = interpreter.leaf_of("w", None, ready)
+  leaf = interpreter.leaf_of("w", ready)
   held = None
   for k in range(3):
     hparams = {n: v[k : k + 1] if np.ndim(v) else v for n, v in leaf.hparams.items()}

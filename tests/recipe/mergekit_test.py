@@ -21,6 +21,7 @@ from reference import spheres
 import jaxmerge
 from jaxmerge import methods
 from jaxmerge.core import layouts
+from jaxmerge.core.interpreter import Slice
 from jaxmerge.drivers import streaming
 from jaxmerge.recipe.mergekit import methods as recipe_methods
 from jaxmerge.recipe.mergekit import precision as mergekit_precision
@@ -236,7 +237,7 @@ def narrow(case, trees):
 
   def read(name, start, stop, order, look):
     zero = None if base is None else base[name][start:stop]
-    return zero, zero, stack[name][order, start:stop]
+    return Slice(zero, zero, stack[name][order, start:stop])
 
   def write(name, start, part):
     out[name].reshape(-1)[start : start + len(part)] = part

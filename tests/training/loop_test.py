@@ -558,7 +558,7 @@ def test_divergence_names_task_and_round(tmp_path):
 
 
 def test_unknown_numbers_are_refused():
-  with pytest.raises(ValueError, match=r"takes no number 'wait'.*weight"):
+  with pytest.raises(ValueError, match=r"has no hyperparameter 'wait'.*weight"):
     run(hparams={"wait": 1.0})
 
 
