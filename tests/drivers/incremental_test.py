@@ -89,11 +89,11 @@ def test_opcm_is_that_of_the_stack_after_every_model():
       small.close(jax.device_get(merge.finalize(state)), jax.device_get(expected), 2e-6)
 
 
-@pytest.mark.parametrize("continual", [False, True], ids=["of", "opcm"])
-def test_a_trajectory_is_one_program(continual):
+@pytest.mark.parametrize("is_opcm", [False, True], ids=["of", "opcm"])
+def test_a_trajectory_is_one_program(is_opcm):
   """States keep their structure: they go through scan, and numbers need not compile again."""
   method = methods.checkpoint_average("wma")
-  merge = continual.opcm(BASE, layout=small.VIEWS) if continual else incremental.of(method, BASE)
+  merge = continual.opcm(BASE, layout=small.VIEWS) if is_opcm else incremental.of(method, BASE)
   stack = jax.tree.map(jnp.asarray, MODELS)
   state, _ = jax.lax.scan(lambda s, x: (merge.update(s, x), None), merge.init(BASE), stack)
   small.close(merge.finalize(state), merge.finalize(run(merge)), 1e-6)

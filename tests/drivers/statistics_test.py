@@ -294,7 +294,7 @@ def test_refused(case, merge):
 
 
 def test_statistics_are_named():
-  with pytest.raises(ValueError, match="statistics must be trees by name, .* got list"):
+  with pytest.raises(ValueError, match=r"statistics must be trees by name, .* got list"):
     core_statistics.by_leaf([FISHER])
 
 
