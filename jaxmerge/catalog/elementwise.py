@@ -1,4 +1,4 @@
-"""Methods that merge entry by entry: sums, what is trimmed, dropped at random, or chosen."""
+"""Methods that merge entry by entry: sums, trimming, random drops, selections."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ METHODS: Mapping[str, Entry] = {
       "rescale": _NORM,
       "votes": _VOTES,
     },
-    reads=3,
+    passes=3,
     ranks=True,
   ),
   "ties_slack": Entry(
@@ -150,21 +150,21 @@ METHODS: Mapping[str, Entry] = {
       "rule": _RULE,
     },
     experimental=True,
-    reads=3,
+    passes=3,
     ranks=True,
   ),
   "breadcrumbs": Entry(
     "θ₀ + λ Σ wᵢ (mask of the largest γ and smallest 1-β-γ)⊙τᵢ",
     _BREADCRUMBS,
     {**_BAND, "normalize": entry.NORMALIZE},
-    reads=2,
+    passes=2,
     ranks=True,
   ),
   "breadcrumbs_ties": Entry(
     "Breadcrumbs, then elect sign, disjoint sum",
     _BREADCRUMBS,
     {**_BAND, "reduce": _REDUCE._replace(default="sum"), "zero_sum": _ZERO_SUM},
-    reads=3,
+    passes=3,
     ranks=True,
   ),
   "dare": Entry(
@@ -194,7 +194,7 @@ METHODS: Mapping[str, Entry] = {
       "zero_sum": _ZERO_SUM,
     },
     needs="weights, seed",
-    reads=3,
+    passes=3,
     ranks=True,
   ),
   "della": Entry(
@@ -203,7 +203,7 @@ METHODS: Mapping[str, Entry] = {
     {**_WINDOW, "reduce": _REDUCE, "zero_sum": _ZERO_SUM._replace(default="plus")},
     needs="weights, seed",
     unit="row",
-    uncovered="one row",
+    fallback="one row",
   ),
   "della_linear": Entry(
     "θ₀ + λ Σ wᵢ mᵢ⊙τᵢ/qᵢ, qᵢ by rank in the row",
@@ -211,7 +211,7 @@ METHODS: Mapping[str, Entry] = {
     {**_WINDOW, "normalize": entry.NORMALIZE},
     needs="weights, seed",
     unit="row",
-    uncovered="one row",
+    fallback="one row",
   ),
   "sce": Entry(
     "θ₀ + Σ wᵢeᵢ⊙τᵢ / Σ wᵢeᵢ, wᵢ ∝ mean τᵢ², eᵢ elected",
@@ -222,7 +222,7 @@ METHODS: Mapping[str, Entry] = {
       ),
       "floor": entry.FLOOR._replace(doc="models count equally where Σ mean τᵢ² is below"),
     },
-    reads=4,
+    passes=4,
     ranks=True,
   ),
   "magmax": Entry(
@@ -250,7 +250,7 @@ METHODS: Mapping[str, Entry] = {
         1e-4, "fraction of the largest and of the smallest that are clipped", low=0.0, high=0.5
       ),
     },
-    reads=3,
+    passes=3,
     ranks=True,
   ),
   "lwptv": Entry(
@@ -270,7 +270,7 @@ METHODS: Mapping[str, Entry] = {
       ),
     },
     experimental=True,
-    reads=2,
+    passes=2,
   ),
   "ram": Entry(
     "θ₀ + Σ τᵢ / how many models change the entry",
@@ -288,16 +288,16 @@ METHODS: Mapping[str, Entry] = {
         "leaf", "ρ is counted per leaf or over the whole model", choices=("leaf", "tree")
       ),
     },
-    reads=2,
+    passes=2,
   ),
   "arcee_fusion": Entry(
     "θ₀ + τ where abs(τ)·KL(softmax θ, softmax θ₀) ≥ median + 1.5 IQR",
     "mergekit 0.1 (arcee.ai, 2025)",
     {},
-    reads=2,
+    passes=2,
     models=(1, 1),
     unit="row",
-    uncovered="one row",
+    fallback="one row",
     ranks=True,
   ),
   "nearswap": Entry(

@@ -1,4 +1,4 @@
-"""What the tables are made of: the type of an entry, and parameters that many methods have."""
+"""The type of a catalog entry, and parameters that many methods have."""
 
 from __future__ import annotations
 
@@ -9,16 +9,22 @@ from jaxmerge.catalog.parameter import Parameter
 
 
 class Entry(NamedTuple):
-  """A method: what it computes in one formula, where it comes from, what it needs.
+  """A method: its formula, its paper, its parameters and its needs, with the default settings.
 
-  `on` says what is merged: task vectors, by `jaxmerge.merge` with a base, or the weights
-  themselves, without one. `reads` says how often the models are read where they are on disk, with
-  the default settings, `ranks` whether it finds entries by their rank, for which they are sampled;
-  `models`, how many there are at least and at most, beside the base. `unit`
-  is what of all models is held at a time, `lookups` what an entry of a lookup is to a method of
-  matrices to which it is one, `svds` the decompositions of each matrix by the number K of
-  models, and `uncovered` what becomes of leaves that no matrix view covers, where that matters;
-  these too with the default settings.
+  Attributes:
+    formula: what it computes.
+    paper: where it was published.
+    parameters: by name.
+    needs: its arguments beside the parameters.
+    experimental: whether the paper left something open that was reconstructed.
+    on: what is merged: task vectors, of models and a base, or the weights themselves.
+    passes: how often the models are read from disk.
+    ranks: whether thresholds are found by rank, for which entries are sampled.
+    models: the least and the largest number of models, beside the base; None: no limit.
+    unit: how much of all models is in memory at a time.
+    lookups: the vectors of a lookup table, such as an embedding, for a method of matrices.
+    svds: decompositions of each matrix, by the number K of models.
+    fallback: what happens to leaves that no matrix view covers.
   """
 
   formula: str
@@ -27,13 +33,13 @@ class Entry(NamedTuple):
   needs: str = "weights"
   experimental: bool = False
   on: Literal["task vectors", "weights", "either"] = "task vectors"
-  reads: int = 1
+  passes: int = 1
   ranks: bool = False
   models: tuple[int, int | None] = (1, None)
   unit: Literal["entry", "row", "matrix"] = "entry"
   lookups: Literal["row", "column"] | None = None
   svds: str = ""
-  uncovered: str = ""
+  fallback: str = ""
 
 
 WEIGHT = Parameter(1.0, "weight of each model, scalar or one per model", each=True)

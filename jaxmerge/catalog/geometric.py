@@ -30,14 +30,14 @@ METHODS: Mapping[str, Entry] = {
       "pairs": Parameter(0.0, "weight of the distances between the models", low=0.0),
     },
     on="either",
-    reads=2,
+    passes=2,
   ),
   "slerp": Entry(
     "(sin((1-t)ω) θ₁ + sin(tω) θ₂) / sin ω",
     "Shoemake 1985 (SIGGRAPH)",
     {"t": Parameter(0.5, "0 is the first model, 1 the second", low=0.0, high=1.0)},
     on="weights",
-    reads=2,
+    passes=2,
     models=(2, 2),
   ),
   "nuslerp": Entry(
@@ -52,7 +52,7 @@ METHODS: Mapping[str, Entry] = {
       ),
     },
     on="either",
-    reads=2,
+    passes=2,
     models=(2, 2),
   ),
   "multislerp": Entry(
@@ -60,7 +60,7 @@ METHODS: Mapping[str, Entry] = {
     "mergekit (Goddard et al. 2024, arXiv:2403.13257)",
     {"weight": entry.WEIGHT, "normalize": entry.NORMALIZE._replace(default=True)},
     on="either",
-    reads=2,
+    passes=2,
   ),
   "karcher": Entry(
     "(Σ wᵢ‖θᵢ‖) · Karcher mean of unit(θᵢ)",
@@ -71,7 +71,7 @@ METHODS: Mapping[str, Entry] = {
       "tol": Parameter(1e-5, "shares of the largest norm and steps up to this are zero", low=0.0),
     },
     on="weights",
-    reads=2,
+    passes=2,
   ),
   "model_stock": Entry(
     "θ₀ + t mean τᵢ, t = N cos/(1 + (N-1) cos)",
@@ -83,7 +83,7 @@ METHODS: Mapping[str, Entry] = {
       "clip": Parameter(False, "keep t in [0, 1]", choices=(True, False)),
       "floor": entry.FLOOR._replace(doc="least product of two norms that a cosine divides by"),
     },
-    reads=2,
+    passes=2,
     models=(2, None),
   ),
   "iso_c": Entry(
@@ -92,7 +92,7 @@ METHODS: Mapping[str, Entry] = {
     {"scale": entry.SCALE, "rank_tol": _RANK_TOL, "polar": _POLAR},
     unit="matrix",
     svds="1",
-    uncovered="averaged",
+    fallback="averaged",
   ),
   "iso_cts": Entry(
     "Iso-C of directions of Σ τᵢ and of what they leave of each τᵢ",
@@ -107,7 +107,7 @@ METHODS: Mapping[str, Entry] = {
     },
     unit="matrix",
     svds="K + 3",
-    uncovered="averaged",
+    fallback="averaged",
   ),
   "tsv": Entry(
     "θ₀ + λ U⊥ diag(s) V⊥ᵀ, of each τᵢ the first 1/K of its directions, made orthogonal",
@@ -115,7 +115,7 @@ METHODS: Mapping[str, Entry] = {
     {"scale": entry.SCALE, "rank_tol": _RANK_TOL, "polar": _POLAR},
     unit="matrix",
     svds="K + 2",
-    uncovered="averaged",
+    fallback="averaged",
   ),
   "drm": Entry(
     "θ₀ + λ U·(sign election and disjoint mean of the largest entries of Sᵢ V̂ᵢ), [τ₁ … τ_K] = USVᵀ",
@@ -131,7 +131,7 @@ METHODS: Mapping[str, Entry] = {
     },
     unit="matrix",
     svds="1",
-    uncovered="elected, averaged",
+    fallback="elected, averaged",
   ),
   "lore": Entry(
     "θ̂ + λ mean δᵢ, least Σ norm(θ̂ + δᵢ - θᵢ)²/2 + μ norm(δᵢ)₁ of singular values",
@@ -150,7 +150,7 @@ METHODS: Mapping[str, Entry] = {
     on="either",
     unit="matrix",
     svds="20 K",
-    uncovered="averaged",
+    fallback="averaged",
   ),
   "opcm": Entry(
     "θ₀ + λM norm/‖M‖, M = τ₁ + what each next τᵢ adds outside the directions of M",
@@ -162,10 +162,10 @@ METHODS: Mapping[str, Entry] = {
       ),
       "rank_tol": _RANK_TOL,
     },
-    reads=2,
+    passes=2,
     unit="matrix",
     svds="K - 1",
-    uncovered="added up",
+    fallback="added up",
   ),
   "widen": Entry(
     "θ₀ + λ Σ wᵢ⊙τᵢ, wᵢ by the ranks of the columns' changes of size and direction",
@@ -177,14 +177,14 @@ METHODS: Mapping[str, Entry] = {
     },
     unit="matrix",
     lookups="column",
-    uncovered="weighed by entry",
+    fallback="weighed by entry",
   ),
   "wudi": Entry(
     "θ₀ + λx, x from Σ τᵢ by Adam on Σ norm((x - τᵢ)τᵢᵀ)² / norm(τᵢ)²",
     "Cheng et al. 2025 (arXiv:2503.08099)",
     {"scale": entry.SCALE, **_DESCENT},
     unit="matrix",
-    uncovered="averaged",
+    fallback="averaged",
   ),
   "optmerge": Entry(
     "WUDI with the first 1/K of the singular directions of each τᵢ",
@@ -196,7 +196,7 @@ METHODS: Mapping[str, Entry] = {
     },
     unit="matrix",
     svds="2 K",
-    uncovered="averaged",
+    fallback="averaged",
   ),
   "doge": Entry(
     "θ₀ + λ Σ ηᵢ mᵢ⊙(τᵢ + Δ), ηᵢ = η/norm(τᵢ), Δ by Adam, outside the tasks' shared directions",
@@ -211,10 +211,10 @@ METHODS: Mapping[str, Entry] = {
       **{n: _DESCENT[n]._replace(default=v) for n, v in (("learning_rate", 1e-4), ("steps", 400))},
       "rank_tol": _RANK_TOL,
     },
-    reads=2,
+    passes=2,
     unit="matrix",
     svds="K + 1",
-    uncovered="the base's",
+    fallback="the base's",
     ranks=True,
   ),
   "median": Entry("median of θᵢ, entry by entry", _YIN, {}, on="either"),
@@ -250,7 +250,7 @@ METHODS: Mapping[str, Entry] = {
       ),
     },
     on="either",
-    reads=2,
+    passes=2,
     models=(5, None),
   ),
 }

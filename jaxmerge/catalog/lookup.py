@@ -1,7 +1,7 @@
-"""Look-ups in the table of published methods. Free of jax.
+"""Look-ups in the catalog of published methods. Free of jax.
 
 Factories check their arguments here; configs, error messages, `jaxmerge methods` and the docs read
-defaults and ranges. A test holds the defaults in the signatures of factories against it.
+defaults and ranges. A test compares the defaults with the factories' signatures.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ plain = parameter.plain
 
 
 def entry(method: str) -> Entry:
-  """Returns the entry of a method; ValueError with the nearest right name for another word.
+  """Returns the entry of a method; raises ValueError with the nearest name for an unknown one.
 
   Example:
     >>> entry("ties").parameters["density"].range
@@ -32,9 +32,9 @@ def entry(method: str) -> Entry:
 
 
 def check(method: str, settings: Mapping[str, Any]) -> None:
-  """Raises ValueError for settings that the method does not have or that are out of range.
+  """Raises ValueError for unknown settings, and for those out of range.
 
-  Arrays are passed over: they may be traced. The driver looks at those that it can.
+  Arrays are skipped, because they may be traced; the driver checks those that are not.
   """
   parameters = entry(method).parameters
   for name, value in settings.items():
@@ -45,15 +45,14 @@ def check(method: str, settings: Mapping[str, Any]) -> None:
 
 
 def knows(name: str) -> bool:
-  """Tells whether some method has a number of this name."""
+  """Tells whether some method has a parameter of this name."""
   return any(name in e.parameters for e in METHODS.values())
 
 
 def check_number(name: str, value: Any, *, label: str = "") -> None:
-  """Raises ValueError for a plain number outside the ranges that methods give to this name."""
-  own = [e.parameters[name] for e in METHODS.values() if name in e.parameters] or [
-    Parameter(None, "")
-  ]
-  low, open_low = min((p.low, p.open_low) for p in own)
-  widest = own[0]._replace(low=low, open_low=open_low, high=max(p.high for p in own))
+  """Raises ValueError for a number outside all ranges that methods have for this name."""
+  same = [e.parameters[name] for e in METHODS.values() if name in e.parameters]
+  parameters = same or [Parameter(None, "")]
+  low, open_low = min((p.low, p.open_low) for p in parameters)
+  widest = parameters[0]._replace(low=low, open_low=open_low, high=max(p.high for p in parameters))
   (SEED if name == "seed" else widest).check(label or name, value)

@@ -1,4 +1,4 @@
-"""What takes more than the models, or gives more than one: searches, bundles, adapters."""
+"""Merges that need more than models, or return more than one: searches, bundles, adapters."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 
 class Other(NamedTuple):
-  """A merge that is no `Method`: a function of its own, under its name within `jaxmerge`.
+  """A merge that is no `Method` but a function of arrays in memory, by its name in `jaxmerge`.
 
-  `needs` is what must be given, `gives` what is returned; all run on arrays in memory.
+  `needs` are its arguments, `gives` is what it returns.
   """
 
   formula: str

@@ -1,4 +1,4 @@
-"""A setting of a method: its default, its range, what it means. Free of jax."""
+"""A parameter of a method: its default, its range, its meaning. Free of jax."""
 
 from __future__ import annotations
 
@@ -7,12 +7,21 @@ from typing import Any, NamedTuple  # Settings are of many kinds.
 
 
 class Parameter(NamedTuple):
-  """A setting of a method.
+  """A parameter of a method.
 
-  A *number* may be an array (scalar or one per model) and may be traced; anything else chooses a
-  branch or a length and is static: what has `choices`, its only values, or is marked so. `low` and
-  `high` bound a number, `open_low` excludes the lower bound. `integer` marks a whole number, `each`
-  one that may differ from model to model.
+  A *number*, or hyperparameter, may be an array (scalar or one per model) and may be traced. Others
+  are static settings, which choose a branch or a length: they have `choices`, or `static` is set.
+
+  Attributes:
+    default: its default.
+    doc: its meaning.
+    low: lower bound of a number.
+    high: upper bound of a number.
+    open_low: whether the lower bound is excluded.
+    choices: the only values.
+    integer: whether it is a whole number.
+    static: whether it is a setting although it is a number.
+    each: whether it may differ from model to model.
   """
 
   default: Any
@@ -32,7 +41,7 @@ class Parameter(NamedTuple):
 
   @property
   def range(self) -> str:
-    """The allowed values in words: `(0, 1]` or `'tree', 'leaf'`."""
+    """Returns the allowed values in words: `(0, 1]` or `'tree', 'leaf'`."""
     if self.choices:
       return ", ".join(repr(c) for c in self.choices)
     left = "(" if self.open_low or math.isinf(self.low) else "["
@@ -61,7 +70,7 @@ class Parameter(NamedTuple):
 
 
 def plain(value: Any) -> bool:
-  """Tells whether a value is a number, or a sequence of numbers, that can be looked at now.
+  """Tells whether a value is a Python number, or a sequence of them.
 
   Example:
     >>> plain(0.5), plain((0.5, 1)), plain("0.5")

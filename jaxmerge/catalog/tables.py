@@ -1,4 +1,4 @@
-"""The catalog as Markdown."""
+"""The catalog as Markdown tables."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ def markdown() -> str:
   rows = []
   for name, e in lookup.METHODS.items():
     numbers = ", ".join(f"{p}={q.default!r}" for p, q in e.parameters.items() if q.number)
-    called = f"`{name}({numbers})`{mark(e)}"
-    rows.append((called, e.formula, e.paper, needs(name), e.uncovered or "as all", cost(name)))
+    call = f"`{name}({numbers})`{mark(e)}"
+    rows.append((call, e.formula, e.paper, needs(name), e.fallback or "as all", cost(name)))
   return _table(("method", "formula", "paper", "needs", "leaves without a view", "cost"), rows)
 
 
 def others_markdown() -> str:
-  """Returns the table of what is not a method as Markdown, as docs/methods/README.md shows it."""
+  """Returns the table of other merges as Markdown, as docs/methods/README.md shows it."""
   rows = [
     (f"`{n}`{mark(o)}", o.formula, o.paper, o.needs, o.gives) for n, o in lookup.OTHERS.items()
   ]
@@ -32,7 +32,7 @@ def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
 
 
 def mark(e: Entry | Other) -> str:
-  """Returns what stands behind the name of what is experimental.
+  """Returns the mark behind the name of an experimental method.
 
   Example:
     >>> mark(lookup.METHODS["ties"]), mark(lookup.METHODS["ties_slack"])
@@ -42,23 +42,23 @@ def mark(e: Entry | Other) -> str:
 
 
 def needs(method: str) -> str:
-  """Returns what a method must be given.
+  """Returns the arguments that a method needs beside its parameters.
 
   Example:
     >>> needs("dare"), needs("tsv")
     ('weights, seed', 'weights, views')
   """
-  return lookup.entry(method).needs + (", views" if lookup.entry(method).uncovered else "")
+  return lookup.entry(method).needs + (", views" if lookup.entry(method).fallback else "")
 
 
 def cost(method: str) -> str:
-  """Returns how often a method reads the models, what it holds of them, and its decompositions.
+  """Returns the passes of a method over the models, its unit in memory, and its decompositions.
 
   Example:
     >>> cost("ties"), cost("tsv")
     ('3 passes, slices', '1 pass, matrices, K + 2 SVDs')
   """
   e = lookup.entry(method)
-  held = {"entry": "slices", "row": "rows", "matrix": "matrices"}[e.unit]
+  unit = {"entry": "slices", "row": "rows", "matrix": "matrices"}[e.unit]
   svds = f", {e.svds} SVD{'s' * (e.svds != '1')}" if e.svds else ""
-  return f"{e.reads} pass{'es' * (e.reads != 1)}, {held}{svds}"
+  return f"{e.passes} pass{'es' * (e.passes != 1)}, {unit}{svds}"

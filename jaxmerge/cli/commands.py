@@ -150,7 +150,7 @@ def merge(options: argparse.Namespace, config: Any) -> None:
     progress.tell(f"note: {line}")
   progress.tell(f"merged: {out}")
   if evaluate is not None:
-    progress.tell(f"evaluated: {progress.numbers(external.evaluated(out, evaluate))}")
+    progress.tell(f"evaluated: {progress.numbers(external.run(out, evaluate))}")
 
 
 def report(options: argparse.Namespace, config: Any) -> None:
@@ -234,7 +234,7 @@ def methods(options: argparse.Namespace, config: Any) -> None:
 
   width = max(map(len, lookup.METHODS))
   for name, entry in lookup.METHODS.items():
-    rest = f"; leaves without a matrix view: {entry.uncovered}" if entry.uncovered else ""
+    rest = f"; leaves without a matrix view: {entry.fallback}" if entry.fallback else ""
     progress.tell(f"{name:{width}}  {entry.formula}{tables.mark(entry)}")
     progress.tell(f"{'':{width}}  {entry.paper}; needs {tables.needs(name)}")
     progress.tell(f"{'':{width}}  {tables.cost(name)}{rest}")

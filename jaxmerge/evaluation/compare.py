@@ -1,4 +1,4 @@
-"""How models score on rows, as numbers of a record: means, chance, transfer, differences."""
+"""Turns scores of rows into numbers of a record: means, chance, transfer, differences."""
 
 from __future__ import annotations
 
@@ -12,47 +12,47 @@ from jaxmerge.evaluation import metrics, scoring
 from jaxmerge.report import comparisons, labels
 from jaxmerge.tasks.task import Task
 
-Scores = Mapping[str, np.ndarray]  # Of every task, one score a row.
+Scores = Mapping[str, np.ndarray]  # One score per row, by task.
 
 
-def unstacked(experts: Any, number: int) -> dict[str, Any]:
-  """Returns the experts of a stack [T, *s] one by one, as `by_row` expects them to be called."""
-  return {f"expert_{k}": jax.tree.map(lambda x, k=k: x[k], experts) for k in range(number)}
+def split_experts(experts: Any, num_tasks: int) -> dict[str, Any]:
+  """Returns the experts of a stack [T, *s] one by one, under the names that `by_row` expects."""
+  return {f"expert_{k}": jax.tree.map(lambda x, k=k: x[k], experts) for k in range(num_tasks)}
 
 
-def like(names: Sequence[str], tasks: Sequence[Task], split: str) -> dict[str, Any]:
-  """Returns the shapes of scores [T, N] by model, of the rows of a split."""
+def shapes(names: Sequence[str], tasks: Sequence[Task], split: str) -> dict[str, Any]:
+  """Returns the shapes of the scores [T, N] of each model on the rows of a split."""
   rows = max(len(t.splits()[split].labels) for t in tasks)
   return {n: jax.ShapeDtypeStruct((len(tasks), rows), np.float32) for n in names}
 
 
 def by_row(
-  found: Mapping[str, np.ndarray],
+  padded: Mapping[str, np.ndarray],
   names: Sequence[str],
   tasks: Sequence[Task],
   split: str,
   metric: metrics.Metric,
 ) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, dict[str, np.ndarray]]]:
-  """Returns what models, and experts, score on the rows of every task.
+  """Returns the scores of models, and of experts, by model and task.
 
   Args:
-    found: scores [T, N] by model, of the experts as `unstacked` calls them.
+    padded: scores [T, N] by model, with experts under the names of `split_experts`.
     names: of the models, in their order.
     tasks: the tasks.
-    split: whose rows they are.
-    metric: what they are scores of.
+    split: "validation" or "test".
+    metric: of the scores.
 
   Raises:
     ValueError: naming model, task and row, for a score that is no finite number.
   """
   scores = {}
-  own = [t.name for t in tasks]
+  task_names = [t.name for t in tasks]
   for name in names:
-    parts = scoring.per_row(found[name], [len(t.splits()[split].labels) for t in tasks])
-    scoring.refuse_unscored(own, parts, f"{name}, {split}")
-    scores[name] = dict(zip(own, map(metric.kept, parts), strict=True))
-  experts = {n: scores.pop(f"expert_{k}") for k, n in enumerate(own)}
-  scores["experts"] = {n: experts[n][n] for n in own}
+    by_task = scoring.per_row(padded[name], [len(t.splits()[split].labels) for t in tasks])
+    scoring.refuse_unscored(task_names, by_task, f"{name}, {split}")
+    scores[name] = dict(zip(task_names, map(metric.to_stored, by_task), strict=True))
+  experts = {n: scores.pop(f"expert_{k}") for k, n in enumerate(task_names)}
+  scores["experts"] = {n: experts[n][n] for n in task_names}
   return scores, experts
 
 
@@ -64,32 +64,32 @@ def summary(
   facts: Mapping[str, Mapping[str, Any]],
   metric: metrics.Metric = metrics.ACCURACY,
 ) -> dict[str, Any]:
-  """Returns the sections of a record that tell how good the models are.
+  """Returns the sections of a record with the scores of the models.
 
   Args:
-    tasks: with the split that was judged.
+    tasks: with the split that was scored.
     split: "validation" or "test".
-    scores: of every model and task, the score of each row.
-    experts: the same of the expert of every task on all tasks.
-    facts: more to say of some models.
-    metric: what the scores are.
+    scores: the score of each row, by model and task.
+    experts: the same for the expert of every task on all tasks.
+    facts: more fields for some models.
+    metric: of the scores.
   """
   models = {}
-  for name, own in scores.items():
-    per_task = _means(own)
+  for name, by_task in scores.items():
+    per_task = _means(by_task)
     models[name] = {"mean": float(np.mean(list(per_task.values()))), "per_task": per_task}
     models[name] |= facts.get(name, {})
-  found = {
+  record = {
     "metric": metric.name,
     "lower_is_better": metric.lower_is_better,
     "tasks": [t.name for t in tasks],
     "families": {t.name: t.family or t.name for t in tasks},
     "models": models,
-    "transfer": {name: _means(own) for name, own in experts.items()},
+    "transfer": {name: _means(by_task) for name, by_task in experts.items()},
   }
   if metric.chance is not None:
-    found["chance"] = {t.name: metric.chance(t.splits()[split].labels) for t in tasks}
-  return found
+    record["chance"] = {t.name: metric.chance(t.splits()[split].labels) for t in tasks}
+  return record
 
 
 def _means(scores: Scores) -> dict[str, float]:
@@ -103,6 +103,6 @@ def differences(record: Mapping[str, Any], scores: Mapping[str, Scores]) -> list
   out = []
   for a, b in pairs:
     rows = [[scores[m][t] for t in record["tasks"]] for m in (a, b)]
-    found = comparisons.paired_difference(*rows, seeds=False)
-    out.append({"a": a, "b": b, **found._asdict()})
+    difference = comparisons.paired_difference(*rows, seeds=False)
+    out.append({"a": a, "b": b, **difference._asdict()})
   return out

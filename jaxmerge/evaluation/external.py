@@ -1,4 +1,4 @@
-"""Evaluates a merged model once it is complete: by a command, or by a function of its folder."""
+"""Evaluates the folder of a complete merge, by a command or by a function."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import shlex
 import shutil
 import subprocess
 from collections.abc import Callable, Mapping
-from typing import Any  # Any: what JSON, or a function of the user's, holds.
+from typing import Any  # Any: values of JSON, or of a user's function.
 
 from jaxmerge.io.disk import atomic
 
@@ -21,12 +21,12 @@ Evaluate = Callable[[pathlib.Path], Mapping[str, Any]]
 
 
 def command(text: str) -> Evaluate:
-  """Returns what runs a command on a folder and reads the numbers that it prints.
+  """Returns a function that runs a command on a folder and reads the numbers that it prints.
 
-  No shell is used. What the command prints is a JSON object of numbers, or its last line is.
+  No shell is used. The output, or its last line, is a JSON object of numbers.
 
   Args:
-    text: the command; `{out}` in it stands for the folder.
+    text: the command, with `{out}` for the folder.
 
   Raises:
     ValueError: for a command that cannot be run.
@@ -36,65 +36,65 @@ def command(text: str) -> Evaluate:
   except ValueError as error:
     raise ValueError(f"the command {text!r} cannot be read: {error}.") from error
   if not any(OUT in word for word in words):
-    raise ValueError(f"the command {text!r} must have {OUT}, where the folder's path belongs.")
+    raise ValueError(f"the command {text!r} must have {OUT} in place of the folder's path.")
   if shutil.which(words[0]) is None:
     raise ValueError(f"the command {text!r}: there is no program {words[0]!r}.")
 
   def run(out: pathlib.Path) -> Mapping[str, Any]:
-    own = [word.replace(OUT, str(out)) for word in words]
-    done = subprocess.run(own, stdout=subprocess.PIPE, check=False)
-    if done.returncode:
-      raise ValueError(f"{shlex.join(own)} ended with status {done.returncode}.")
-    return printed(done.stdout.decode("utf-8", "replace"))
+    arguments = [word.replace(OUT, str(out)) for word in words]
+    process = subprocess.run(arguments, stdout=subprocess.PIPE, check=False)
+    if process.returncode:
+      raise ValueError(f"{shlex.join(arguments)} ended with status {process.returncode}.")
+    return parse(process.stdout.decode("utf-8", "replace"))
 
   return run
 
 
-def printed(text: str) -> Mapping[str, Any]:
-  r"""Reads the JSON object that a text is, or that its last line is.
+def parse(text: str) -> Mapping[str, Any]:
+  r"""Reads a JSON object from a text, or from its last line.
 
-  >>> printed('{"accuracy": 0.5}'), printed('loading\n{"accuracy": 0.5}\n')
+  >>> parse('{"accuracy": 0.5}'), parse('loading\n{"accuracy": 0.5}\n')
   ({'accuracy': 0.5}, {'accuracy': 0.5})
   """
   last = (text.strip().splitlines() or [""])[-1]
   for candidate in (text, last):
     try:
-      found = json.loads(candidate)
+      value = json.loads(candidate)
     except ValueError:
       continue
-    if isinstance(found, dict):
-      return found
+    if isinstance(value, dict):
+      return value
   raise ValueError(f"the last line that it prints must be a JSON object, got {last!r:.200}.")
 
 
-def evaluated(out: str | os.PathLike[str], evaluate: Evaluate) -> dict[str, int | float]:
-  """Evaluates a folder that is complete, writes the numbers into it, and returns them.
+def run(out: str | os.PathLike[str], evaluate: Evaluate) -> dict[str, int | float]:
+  """Evaluates a complete folder, writes the numbers into it, and returns them.
 
   Args:
     out: the folder; the numbers are in its `jaxmerge_evaluation.json`.
     evaluate: folder -> numbers by name.
 
   Raises:
-    ValueError: where that fails, or returns what is no number; the folder stays as it is.
+    ValueError: if `evaluate` fails, or returns something else; the folder stays as it is.
   """
   out = pathlib.Path(out)
   try:
-    found = numbers(evaluate(out))
+    numbers = check_numbers(evaluate(out))
   except (OSError, ValueError) as error:
     complete = f"the merge is complete, in {out}, but its evaluation failed"
     raise ValueError(f"{complete}: {error}") from error
   with atomic.write(out / NAME) as file:
-    file.write((json.dumps(found, indent=1) + "\n").encode())
-  return found
+    file.write((json.dumps(numbers, indent=1) + "\n").encode())
+  return numbers
 
 
-def numbers(found: Mapping[str, Any]) -> dict[str, int | float]:
-  """Returns finite numbers by name as plain ones, also where they are arrays' scalars."""
-  if not isinstance(found, Mapping) or not found:
-    raise ValueError(f"an evaluation must give numbers by name, got {found!r:.200}.")
-  own = {str(name): x.item() if hasattr(x, "item") else x for name, x in found.items()}
-  for name, x in own.items():
-    number = isinstance(x, int | float) and not isinstance(x, bool)
-    if not number or (isinstance(x, float) and not math.isfinite(x)):
+def check_numbers(values: Mapping[str, Any]) -> dict[str, int | float]:
+  """Returns finite numbers by name, as Python's where they are scalars of arrays."""
+  if not isinstance(values, Mapping) or not values:
+    raise ValueError(f"an evaluation must give numbers by name, got {values!r:.200}.")
+  numbers = {str(name): x.item() if hasattr(x, "item") else x for name, x in values.items()}
+  for name, x in numbers.items():
+    is_number = isinstance(x, int | float) and not isinstance(x, bool)
+    if not is_number or (isinstance(x, float) and not math.isfinite(x)):
       raise ValueError(f"{name} must be a finite number, got {x!r:.200}.")
-  return own
+  return numbers

@@ -1,4 +1,4 @@
-"""Metrics: what the score of a row is, and whether more of it is better."""
+"""Metrics: the score of a row, and whether a higher one is better."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from jaxmerge.tasks import losses
 
 
 class Metric(NamedTuple):
-  """What models are judged by.
+  """A score of models.
 
   Attributes:
-    name: for people.
+    name: for reports.
     rowwise: (outputs, labels) -> score of each row, [B].
-    lower_is_better: whether less of it is better, as of a loss.
-    chance: (labels) -> what a guess without looking scores; None: nothing is known.
-    right_or_wrong: a row's score is 1 or 0.
+    lower_is_better: whether lower scores are better, as for a loss.
+    chance: (labels) -> score of a guess that does not look at the inputs; None: not known.
+    right_or_wrong: whether a row's score is 1 or 0.
 
   Example:
     >>> round(BITS_PER_BYTE.rowwise(jnp.zeros((1, 2, 256)), jnp.zeros((1, 2), int))[0].item(), 4)
@@ -33,23 +33,23 @@ class Metric(NamedTuple):
   right_or_wrong: bool = False
 
   def gain(self, score: Any) -> Any:
-    """Returns the score, or its negative: more is better."""
+    """Returns the score, or its negative if lower is better."""
     return -score if self.lower_is_better else score
 
-  def kept(self, scores: np.ndarray) -> np.ndarray:
-    """Returns the scores of rows as they are kept: booleans of what is right or wrong."""
+  def to_stored(self, scores: np.ndarray) -> np.ndarray:
+    """Returns the scores of rows as they are stored: booleans if rows are right or wrong."""
     return scores > 0.5 if self.right_or_wrong else scores
 
 
-def metric_of(given: Metric | losses.Rowwise) -> Metric:
-  """Makes a metric of a function whose scores are the better the larger they are."""
-  if isinstance(given, Metric):
-    return given
-  return Metric(getattr(given, "__name__", "score"), given)
+def metric_of(metric: Metric | losses.Rowwise) -> Metric:
+  """Returns a metric; for a function of outputs and labels, higher scores are better."""
+  if isinstance(metric, Metric):
+    return metric
+  return Metric(getattr(metric, "__name__", "score"), metric)
 
 
 def most_frequent(labels: np.ndarray) -> float:
-  """Returns the share of the most frequent class: what guessing it always would score."""
+  """Returns the share of the most frequent class: the accuracy of always guessing it."""
   return float(np.bincount(labels).max() / len(labels))
 
 

@@ -23,15 +23,15 @@ Scorer = Callable[[Any, batch.Rows], Array]
 def scorer(apply: batch.Apply, metric: losses.Rowwise, *, mesh: Mesh, chunk: int = 100) -> Scorer:
   """Compiles (stack of models [M, *s], rows of T tasks) -> scores of all rows, float32 [M, T, N].
 
-  Tasks are spread over the task axis of the mesh; padded rows score zero.
+  The task axis of the mesh shards tasks; padded rows score zero.
 
   Args:
     apply: the model.
     metric: (outputs, labels) -> score of each row.
     mesh: the mesh.
-    chunk: rows that go through the model at once.
+    chunk: rows per call of the model.
   """
-  task = functools.partial(_task, apply, metric, chunk)
+  task = functools.partial(_score, apply, metric, chunk)
 
   def local(models: Any, rows: batch.Rows) -> Array:
     return lax.map(lambda params: lax.map(functools.partial(task, params), rows), models)
@@ -49,13 +49,13 @@ def scorer(apply: batch.Apply, metric: losses.Rowwise, *, mesh: Mesh, chunk: int
   )
 
 
-def own_scorer(
+def expert_scorer(
   apply: batch.Apply, metric: losses.Rowwise, *, mesh: Mesh, chunk: int = 100
 ) -> Scorer:
-  """Compiles (models [T, *s], rows of T tasks) -> scores of each model on its own task, [T, N]."""
+  """Compiles (experts [T, *s], rows of T tasks) -> scores of experts on their own tasks, [T, N]."""
 
   def local(models: Any, rows: batch.Rows) -> Array:
-    return lax.map(lambda own: _task(apply, metric, chunk, *own), (models, rows))
+    return lax.map(lambda pair: _score(apply, metric, chunk, *pair), (models, rows))
 
   return jax.jit(
     jax.shard_map(
@@ -71,7 +71,7 @@ def own_scorer(
 
 
 def per_row(scores: Any, counts: Sequence[int]) -> list[np.ndarray]:
-  """Cuts the padding off: scores [T, N] of one model -> one array [rows] a task."""
+  """Removes the padding: scores [T, N] of one model -> one array [rows] per task."""
   return [np.asarray(s)[:n] for s, n in zip(np.asarray(scores), counts, strict=False)]
 
 
@@ -80,8 +80,8 @@ def means(scores: Any, counts: Sequence[int]) -> list[float]:
   return [float(s.mean(dtype=np.float64)) for s in per_row(scores, counts)]
 
 
-def refuse_unscored(names: Sequence[str], scores: Sequence[np.ndarray], of: str) -> None:
-  """Raises ValueError, naming task and row, for scores [rows] that are no finite number.
+def refuse_unscored(names: Sequence[str], scores: Sequence[np.ndarray], label: str) -> None:
+  """Raises ValueError, naming task and row, for scores that are not finite.
 
   >>> refuse_unscored(["ant"], [np.array([0.5, np.nan])], "round 3")
   Traceback (most recent call last):
@@ -93,10 +93,10 @@ def refuse_unscored(names: Sequence[str], scores: Sequence[np.ndarray], of: str)
     if wrong.size:
       row = int(wrong[0])
       what = f"the score of row {row} of task {name!r} is {rows[row]}"
-      raise ValueError(f"{of}: {what}; a metric must be finite.")
+      raise ValueError(f"{label}: {what}; a metric must be finite.")
 
 
-def _task(
+def _score(
   apply: batch.Apply, metric: losses.Rowwise, chunk: int, params: Any, rows: batch.Rows
 ) -> Array:
   """Scores one model on the rows of one task, chunk by chunk: [N], zero for padded rows."""
@@ -107,12 +107,12 @@ def _task(
   def part(start: Array) -> Array:
     index = jnp.minimum(start + jnp.arange(size, dtype=jnp.int32), total - 1)
 
-    def scored() -> Array:
+    def score() -> Array:
       inputs, labels = jax.tree.map(lambda x: x[index], (rows.inputs, rows.labels))
       out = batch.outputs(apply, params, inputs, rows.head, rows.classes)
       return metric(out.astype(jnp.float32), labels).astype(jnp.float32)
 
-    return lax.cond(start < rows.filled, scored, lambda: jnp.zeros(size, jnp.float32))
+    return lax.cond(start < rows.filled, score, lambda: jnp.zeros(size, jnp.float32))
 
   scores = lax.map(part, starts).reshape(-1)[:total]
   return jnp.where(jnp.arange(total, dtype=jnp.int32) < rows.filled, scores, 0)

@@ -99,7 +99,7 @@ class Work:
     self.metric = self.problem.metric
     apply, rowwise = self.problem.apply, self.metric.rowwise
     self.score = scoring.scorer(apply, rowwise, mesh=self.mesh)
-    self.own_score = scoring.own_scorer(apply, rowwise, mesh=self.mesh)
+    self.own_score = scoring.expert_scorer(apply, rowwise, mesh=self.mesh)
     self.given: Any = {"loss": self.problem.loss, "metric": self.metric, "mesh": self.mesh}
     self.given["sharding"] = self.problem.sharding if self.mesh.shape["model"] > 1 else ()
     self.rows = self.placed(self.problem.tasks, "validation")
@@ -377,7 +377,7 @@ class Work:
   def judged(self, split: str) -> tuple[dict[str, Any], dict[str, dict[str, np.ndarray]]]:
     """Scores every model on every task's rows of a split, once."""
     tasks, stacks = self.problem.tasks, dict(self.stacks)
-    models = self.models | compare.unstacked(stacks.pop("experts"), len(tasks))
+    models = self.models | compare.split_experts(stacks.pop("experts"), len(tasks))
 
     def make() -> tuple[dict[str, np.ndarray], dict[str, Any]]:
       rows = self.rows if split == "validation" else self.placed(tasks, split)
@@ -388,7 +388,7 @@ class Work:
         found[name] = self.own_score(self.padded(stack, rows.filled.shape[0]), rows)
       return {n: np.asarray(own)[: len(tasks)] for n, own in found.items()}, {}
 
-    like = compare.like([*models, *stacks], tasks, split)
+    like = compare.shapes([*models, *stacks], tasks, split)
     of = phase_cache.digest([models, stacks])
     found = meshes.fetch(self.found(f"scores_{split}", like, make, of)[0])
     scores, experts = compare.by_row(found, list(like), tasks, split, self.metric)

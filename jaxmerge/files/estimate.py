@@ -19,7 +19,7 @@ def bytes_read(plan: Plan, job: int | None) -> int:
 
 def passes(job: Job) -> int:
   """Returns how often a job reads its models; 1 for a user's own method, as far as is known."""
-  return 1 if job.entry is None else job.entry.reads
+  return 1 if job.entry is None else job.entry.passes
 
 
 def work(plan: Plan, out_format: str = "safetensors") -> int:

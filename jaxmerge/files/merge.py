@@ -221,5 +221,5 @@ def merge_files(
   finally:
     files.close()
   if evaluate is not None:
-    external.evaluated(made, evaluate)
+    external.run(made, evaluate)
   return made

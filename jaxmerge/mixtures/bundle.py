@@ -1,7 +1,7 @@
-"""Bundles: models of several tasks as one shared task vector, and a mask and a scale for each.
+"""Bundles: several tasks as one shared task vector, with a mask and a scale for each task.
 
-A bundle is not one model: `for_task` makes that of a task, from the base. It holds as much as one
-model, and a bit an entry for each task.
+A bundle is not one model: `for_task` makes the model of a task, from the base. A bundle is as large
+as one model, and one bit per entry for each task.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ rmm = low_rank.rmm
 
 
 class Bundle(NamedTuple):
-  """A base, a task vector that all tasks share, and what each task takes of it.
+  """A base, a task vector that all tasks share, and each task's part of it.
 
   Attributes:
-    method: what made it.
+    method: name of the method, such as "emr".
     names: of the tasks.
     base: tree of arrays [*s].
     shared: leaves of the task vector [*s] by name, float32 or wider; integer leaves are missing.
     masks: by name, boolean [K, *s].
     scales: factor of each task, [K].
-    statistics: running statistics of each task by name, [K, *s], kept as they are.
+    statistics: running statistics of each task by name, [K, *s], unchanged.
   """
 
   method: str
@@ -44,7 +44,7 @@ class Bundle(NamedTuple):
 
   @double_precision.aware
   def for_task(self, name: str) -> Tree:
-    """Returns the model of a task: the base plus its scale times its entries of what is shared.
+    """Returns the model of a task: the base plus its scale times its entries of the shared vector.
 
     Raises:
       ValueError: for a task that the bundle does not have.
@@ -59,8 +59,8 @@ class Bundle(NamedTuple):
       if key not in self.shared:
         return base
       wide = jnp.asarray(base).astype(self.shared[key].dtype)
-      own = jnp.where(self.masks[key][k], self.shared[key], 0)
-      return (wide + self.scales[k].astype(wide.dtype) * own).astype(base.dtype)
+      entries = jnp.where(self.masks[key][k], self.shared[key], 0)
+      return (wide + self.scales[k].astype(wide.dtype) * entries).astype(base.dtype)
 
     out = {n: one(n, x) for n, x in tree.named(self.base).items()}
     changed = {n: out[n] for n in self.shared.keys() | self.statistics.keys()}
@@ -68,26 +68,26 @@ class Bundle(NamedTuple):
 
 
 def task_vectors(base: Tree, models: Tree) -> tuple[dict[str, jax.Array], dict[str, Any]]:
-  """The task vectors of the floating leaves, by name: [K, *s]; and the running statistics."""
+  """Returns the task vectors of floating leaves by name, [K, *s], and the running statistics."""
   arguments.refuse(base, "the base")
   arguments.refuse(models, "the models")
   interpreter.check_models(base, models, base)
   bases, stacks = tree.named(base), tree.named(models)
-  own = [n for n, x in bases.items() if tree.is_floating(x)]
-  finiteness.refuse_inputs({n: bases[n] for n in own}, {n: stacks[n] for n in own})
-  known = running_statistics.of(own)
+  floating = [n for n, x in bases.items() if tree.is_floating(x)]
+  finiteness.refuse_inputs({n: bases[n] for n in floating}, {n: stacks[n] for n in floating})
+  running = running_statistics.of(floating)
   taus = {
     n: interpreter.task_vectors(jnp.asarray(stacks[n]), jnp.asarray(bases[n]))
-    for n in own
-    if n not in known
+    for n in floating
+    if n not in running
   }
-  return taus, {n: double_precision.copied(stacks[n]) for n in own if n in known}
+  return taus, {n: double_precision.copied(stacks[n]) for n in floating if n in running}
 
 
-def named(names: Sequence[str] | None, models: Tree) -> tuple[str, ...]:
-  """Returns a name for each model; ValueError for another number of them, or equal ones."""
-  height = tree.num_models(models)
-  names = tuple(str(k) for k in range(height)) if names is None else tuple(names)
-  if len(names) != height or len(set(names)) != height:
-    raise ValueError(f"{height} models need as many different names, got {list(names)}.")
+def task_names(names: Sequence[str] | None, models: Tree) -> tuple[str, ...]:
+  """Returns a name for each model; raises ValueError for another number of names or equal ones."""
+  num_models = tree.num_models(models)
+  names = tuple(str(k) for k in range(num_models)) if names is None else tuple(names)
+  if len(names) != num_models or len(set(names)) != num_models:
+    raise ValueError(f"{num_models} models need as many different names, got {list(names)}.")
   return names

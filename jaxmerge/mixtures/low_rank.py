@@ -1,11 +1,11 @@
-"""Adapters of several tasks kept as one: a mean, a few directions, each task's coefficients."""
+"""RMM: adapters of several tasks as a mean, a few directions, and each task's coefficients."""
 
 from __future__ import annotations
 
 import functools
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple  # Any: arrays of jax, or of NumPy where loaded.
 
 import jax
@@ -28,7 +28,7 @@ _FILES = ("means", "bases", "coefficients")  # Each is a file NAME.safetensors.
 
 
 class Reversible(NamedTuple):
-  """Low-rank factors of n tasks, each position of a factor near a plane of p directions.
+  """Low-rank factors of n tasks; the vectors at each position are near a plane of p directions.
 
   A position is a column of a, or a row of b; both are vectors of the rank r.
 
@@ -77,11 +77,11 @@ def rmm(
 ) -> Reversible:
   """Finds, for each position of each factor, the plane nearest to the tasks' vectors.
 
-  With `components` = min(rank, n - 1) nothing is lost; with fewer the squared error is the least
-  that is possible, and (p(r + n) + r) / (rn) of the factors' room is needed.
+  With `components` = min(rank, n - 1) nothing is lost. With fewer the squared error is the least
+  possible, and (p(r + n) + r) / (rn) of the factors' memory is needed.
 
-  Experimental: the paper was read in part. Factors are compared as they are: b @ a is the same for
-  b @ g and inverse(g) @ a, so tasks should have been tuned from one start of a.
+  Experimental: the paper was read in part. The factors themselves are compared: b @ a is the same
+  for b @ g and inverse(g) @ a, so tasks should have been tuned from the same first a.
 
   Args:
     adapters: of n tasks, with the same matrices and ranks.
@@ -103,22 +103,11 @@ def rmm(
   n = len(adapters)
   if len(names) != n or len(set(names)) != n or not n:
     raise ValueError(f"{n} adapters need as many different names, got {list(names)}.")
-  shapes = [{m: (own.a.shape, own.b.shape) for m, own in each.items()} for each in adapters]
-  for name, other in zip(names, shapes, strict=True):
-    for m in sorted(other.keys() | shapes[0].keys()):
-      if other.get(m) != shapes[0].get(m):
-        raise ValueError(
-          f"matrix {m!r}: its factors are {other.get(m)} in {name!r}, but {shapes[0].get(m)} in "
-          f"{names[0]!r}; all adapters need the same ones."
-        )
-      if type(adapters[names.index(name)][m]) is not type(adapters[0][m]):
-        raise ValueError(
-          f"{m!r} lies [in, out] in {name!r} or {names[0]!r}, [out, in] in the other."
-        )
-  least = min((own.rank for own in adapters[0].values()), default=0)
-  if not 0 <= components <= min(least, n - 1):
+  _check_same(dict(zip(names, adapters, strict=True)))
+  rank = min((x.rank for x in adapters[0].values()), default=0)
+  if not 0 <= components <= min(rank, n - 1):
     raise ValueError(
-      f"components must be from 0 to {min(least, n - 1)}, for {n} adapters of rank {least}, got "
+      f"components must be from 0 to {min(rank, n - 1)}, for {n} adapters of rank {rank}, got "
       f"{components}."
     )
   means, bases, coefficients, scales = {}, {}, {}, {}
@@ -129,13 +118,30 @@ def rmm(
       (f"{m}/b", jnp.stack([jnp.asarray(each[m].b) for each in adapters], axis=2)),
     ):
       means[key], bases[key], coefficients[key] = _plane(x, components)
-  swapped = frozenset(m for m, own in adapters[0].items() if isinstance(own, Swapped))
+  swapped = frozenset(m for m, x in adapters[0].items() if isinstance(x, Swapped))
   return Reversible(tuple(names), means, bases, coefficients, scales, swapped)
+
+
+def _check_same(adapters: Mapping[str, Adapter]) -> None:
+  """Raises ValueError, naming the matrix, for adapters without the same matrices and ranks."""
+  (first_name, first), *others = adapters.items()
+  for name, adapter in others:
+    for m in sorted(adapter.keys() | first.keys()):
+      here, there = ((x[m].a.shape, x[m].b.shape) if m in x else None for x in (adapter, first))
+      if here != there:
+        raise ValueError(
+          f"matrix {m!r}: its factors are {here} in {name!r}, but {there} in {first_name!r}; all "
+          "adapters need the same ones."
+        )
+      if type(adapter[m]) is not type(first[m]):
+        raise ValueError(
+          f"{m!r} lies [in, out] in {name!r} or {first_name!r}, [out, in] in the other."
+        )
 
 
 @functools.partial(jax.jit, static_argnames="components")
 def _plane(x: Any, components: int) -> tuple[Any, Any, Any]:
-  """Mean, directions and coefficients of vectors [positions, r, n]: compiled once for a shape."""
+  """Returns mean, directions and coefficients of vectors [positions, r, n]."""
   x = x.astype(tree.compute_dtype(x.dtype))
   mean = jnp.mean(x, axis=2)
   apart = x - mean[..., None]
@@ -150,8 +156,8 @@ def save(path: Path, bundle: Reversible, *, replace: bool = False) -> pathlib.Pa
   about["swapped"] = sorted(bundle.swapped)
   parts = (bundle.means, bundle.bases, bundle.coefficients)
   with atomic.folder(path, replace=replace) as beside:
-    for file, own in zip(_FILES, parts, strict=True):
-      safetensors.save(beside / f"{file}.safetensors", {n: np.asarray(x) for n, x in own.items()})
+    for file, part in zip(_FILES, parts, strict=True):
+      safetensors.save(beside / f"{file}.safetensors", {n: np.asarray(x) for n, x in part.items()})
     (beside / ABOUT).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
   return pathlib.Path(path)
 
@@ -185,7 +191,8 @@ def load(path: Path) -> Reversible:
   except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
     raise ValueError(f"{path / ABOUT}: no description of a bundle ({error}).") from error
 
-  def own(loaded: dict[str, np.ndarray]) -> dict[str, Any]:
-    return {n: double_precision.copied(x) for n, x in loaded.items()}
-
-  return Reversible(names, own(means), own(bases), own(coefficients), own(scales), swapped)
+  means, bases, coefficients, scales = (
+    {n: double_precision.copied(x) for n, x in part.items()}
+    for part in (means, bases, coefficients, scales)
+  )
+  return Reversible(names, means, bases, coefficients, scales, swapped)

@@ -1,4 +1,4 @@
-"""One task vector that is shared, and a mask and a scale for each task."""
+"""Masks of a shared task vector for each task: EMR-Merging and TALL masks."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def emr(
 ) -> bundle.Bundle:
   """Elects, masks and rescales: EMR-Merging.
 
-  Shared is, entry by entry, the largest of the task vectors that have the sign of their sum (minus,
-  where that is zero). A task takes the entries at which it has that sign, times what gives it its
-  own mean magnitude back.
+  Entry by entry, the shared vector is the largest of the task vectors that have the sign of their
+  sum (minus, where that is zero). A task takes the entries at which it has that sign, scaled to the
+  mean magnitude of its task vector.
 
   Args:
     base: tree of arrays [*s].
     models: stack of K models, [K, *s].
-    names: of the tasks; else "0", "1", and so on.
+    names: of the tasks; by default "0", "1", and so on.
     ratio: magnitudes are averaged in each leaf and then added up, as the authors' code does, or
       added up over the tree.
 
@@ -46,15 +46,9 @@ def emr(
     [3.75, 0.0, -1.25]
   """
   taus, statistics = bundle.task_vectors(base, models)
-
-  def elect(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    sign = jnp.where(jnp.sum(x, axis=0, keepdims=True) > 0, 1, -1).astype(x.dtype)
-    masks = x * sign > 0
-    return sign[0] * jnp.max(jnp.where(masks, jnp.abs(x), 0), axis=0), masks
-
-  elected = {n: elect(x) for n, x in taus.items()}
-
-  # The ratio of two sums of magnitudes, which might not be in range themselves.
+  elected = {n: _elect(x) for n, x in taus.items()}
+  shared, masks = ({n: pair[i] for n, pair in elected.items()} for i in (0, 1))
+  # The ratio of two sums of magnitudes, which might overflow themselves.
   dtype = tree.compute_dtype(*(v.dtype for v in taus.values()))
   peaks = [magnitudes.peak(v.astype(dtype), range(v.ndim)).reshape(()) for v in taus.values()]
   unit = jnp.max(jnp.stack(peaks)) if peaks else jnp.ones(())
@@ -68,13 +62,18 @@ def emr(
     ]
     return sum(each, start=jnp.zeros(tree.num_models(models)))
 
-  own = magnitude(taus)
-  taken = magnitude(
-    {n: jnp.where(masks, shared[None], 0) for n, (shared, masks) in elected.items()}
+  masked = magnitude({n: jnp.where(masks[n], x[None], 0) for n, x in shared.items()})
+  scales = jnp.where(masked > 0, magnitude(taus) / jnp.where(masked > 0, masked, 1), 1)
+  return bundle.Bundle(
+    "emr", bundle.task_names(names, models), base, shared, masks, scales, statistics
   )
-  scales = jnp.where(taken > 0, own / jnp.where(taken > 0, taken, 1), 1)
-  shared, masks = ({n: pair[i] for n, pair in elected.items()} for i in (0, 1))
-  return bundle.Bundle("emr", bundle.named(names, models), base, shared, masks, scales, statistics)
+
+
+def _elect(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Returns the shared vector [*s] of task vectors [K, *s], and which entries agree with it."""
+  sign = jnp.where(jnp.sum(x, axis=0, keepdims=True) > 0, 1, -1).astype(x.dtype)
+  masks = x * sign > 0
+  return sign[0] * jnp.max(jnp.where(masks, jnp.abs(x), 0), axis=0), masks
 
 
 @double_precision.aware
@@ -94,9 +93,9 @@ def tall_masks(
   Args:
     base: tree of arrays [*s].
     models: stack of K models, [K, *s].
-    names: of the tasks; else "0", "1", and so on.
-    threshold: scalar or one per task; the authors choose each task's on validation.
-    method: what merges the task vectors; else they are added up.
+    names: of the tasks; by default "0", "1", and so on.
+    threshold: scalar or one per task; the authors choose one for each task on validation.
+    method: merges the task vectors; by default they are added up.
 
   Reference: Wang et al. 2024, Localizing task information (arXiv:2405.07813).
 
@@ -107,14 +106,14 @@ def tall_masks(
     [3.0, 0.0, -1.0]
   """
   taus, statistics = bundle.task_vectors(base, models)
-  names = bundle.named(names, models)
+  names = bundle.task_names(names, models)
   method = methods.task_arithmetic(1.0) if method is None else method
   shared = memory.merge(method, taus, names=names, deltas=True)
   limits = jnp.broadcast_to(jnp.asarray(threshold, jnp.float32), (len(names),))
 
-  def needed(x: jax.Array, total: jax.Array) -> jax.Array:
+  def mask(x: jax.Array, total: jax.Array) -> jax.Array:
     limit = limits.astype(x.dtype).reshape((-1,) + (1,) * (x.ndim - 1))
     return jnp.abs(x) > limit * jnp.abs(total[None] - x)
 
-  masks = {n: needed(x, shared[n]) for n, x in taus.items()}
+  masks = {n: mask(x, shared[n]) for n, x in taus.items()}
   return bundle.Bundle("tall_masks", names, base, shared, masks, jnp.ones(len(names)), statistics)

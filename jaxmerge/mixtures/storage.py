@@ -1,4 +1,4 @@
-"""Bundles on disk."""
+"""Saves and loads bundles."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ FILES = ("base", "shared", "masks", "statistics")  # Each is a file NAME.safeten
 def save(
   path: Path, bundle: bundle.Bundle | low_rank.Reversible, *, replace: bool = False
 ) -> pathlib.Path:
-  """Writes a bundle to a folder, which appears whole or not at all; a mask takes a bit an entry.
+  """Writes a bundle to a folder, which appears whole or not at all; masks take one bit per entry.
 
   Raises:
-    FileExistsError: where the folder is there and `replace` is not set.
+    FileExistsError: if the folder exists and `replace` is not set.
   """
   if isinstance(bundle, low_rank.Reversible):
     return low_rank.save(path, bundle, replace=replace)
@@ -42,14 +42,16 @@ def save(
   parts = (tree.named(bundle.base), bundle.shared, packed, bundle.statistics)
   trees = dict(zip(FILES, parts, strict=True))
   with atomic.folder(path, replace=replace) as beside:
-    for file, own in trees.items():
-      safetensors.save(beside / f"{file}.safetensors", {n: np.asarray(x) for n, x in own.items()})
+    for file, leaves in trees.items():
+      safetensors.save(
+        beside / f"{file}.safetensors", {n: np.asarray(x) for n, x in leaves.items()}
+      )
     (beside / ABOUT).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
   return pathlib.Path(path)
 
 
 def load(path: Path) -> bundle.Bundle | low_rank.Reversible:
-  """Reads a bundle from a folder; its base is a nested dict, taken apart at the names' slashes.
+  """Reads a bundle from a folder; its base is a dict nested at the slashes of the names.
 
   Raises:
     FileNotFoundError: where the folder or a file of it is missing.
@@ -76,22 +78,22 @@ def load(path: Path) -> bundle.Bundle | low_rank.Reversible:
       raise ValueError("its running statistics are not those of the tensors beside it")
     if any(x.shape != (len(names), *base[n].shape) for n, x in statistics.items()):
       raise ValueError("running statistics of each task are needed")
-    found = str(about["method"])
+    method = str(about["method"])
   except (KeyError, TypeError, ValueError, AttributeError) as error:
     raise ValueError(f"{path / ABOUT}: no description of a bundle ({error}).") from error
-  own, kept = (
-    {n: double_precision.copied(x) for n, x in each.items()} for each in (shared, statistics)
+  shared, statistics = (
+    {n: double_precision.copied(x) for n, x in part.items()} for part in (shared, statistics)
   )
-  taken = {n: jnp.asarray(x) for n, x in unpacked.items()}
-  return bundle.Bundle(found, names, _nested(base), own, taken, scales, kept)
+  arrays = {n: jnp.asarray(x) for n, x in unpacked.items()}
+  return bundle.Bundle(method, names, _nest(base), shared, arrays, scales, statistics)
 
 
-def _nested(leaves: dict[str, np.ndarray]) -> Tree:
+def _nest(leaves: dict[str, np.ndarray]) -> Tree:
   out: dict[str, Any] = {}
   for name, x in leaves.items():
-    *rooms, last = name.split("/")
-    home = out
-    for room in rooms:
-      home = home.setdefault(room, {})
-    home[last] = double_precision.copied(x)
+    *parents, last = name.split("/")
+    node = out
+    for parent in parents:
+      node = node.setdefault(parent, {})
+    node[last] = double_precision.copied(x)
   return out

@@ -120,7 +120,7 @@ def merge_recipe(
   finally:
     files.close()
   if evaluate is not None:
-    external.evaluated(planned.out, evaluate)
+    external.run(planned.out, evaluate)
   return planned.out
 
 

@@ -114,7 +114,7 @@ class _Best:
     self.rows = placement.rows(tasks, "validation", mesh, height=height)
     self.counts = [len(t.validation.labels) for t in tasks]
     self.gain = metric.gain
-    self.score = scoring.own_scorer(apply, metric.rowwise, mesh=mesh)
+    self.score = scoring.expert_scorer(apply, metric.rowwise, mesh=mesh)
     self.models = jax.tree.map(jnp.copy, models)  # The training's program takes its own over.
     self.gains = np.full(height, -np.inf, np.float32)
 

@@ -192,7 +192,7 @@ def test_costs_in_the_table_are_those_of_the_stages(name):
   entry, method = lookup.METHODS[name], getattr(methods, name)()
   order = ("entry", "row", "matrix")
   assert entry.unit == max((s.unit for s in method), key=order.index)
-  assert bool(entry.uncovered) == any(s.unit != "entry" for s in method)
+  assert bool(entry.fallback) == any(s.unit != "entry" for s in method)
   if entry.unit == "matrix":
     counts = [decompositions(method, height) for height in (2, 5)]
     assert counts == [eval(entry.svds.replace(" K", " * K") or "0", {"K": k}) for k in (2, 5)]
