@@ -13,15 +13,28 @@ MOST = 100  # A file with more problems than this is no recipe, nor one with twi
 
 
 class Place(NamedTuple):
-  """A position in a file; line and column count from one."""
+  """A position in a recipe: in a file, or in a Python dict.
+
+  Attributes:
+    file: name of the file.
+    line: from one; of a dict a number that grows with the position.
+    column: from one.
+    path: in a dict, such as `models[1].parameters.weight`; empty in a file.
+  """
 
   file: str
   line: int
   column: int
+  path: str = ""
 
   def __str__(self) -> str:
-    """Returns `file:line:column`, which editors and terminals open."""
-    return f"{self.file}:{self.line}:{self.column}"
+    """Returns `file:line:column`, which editors and terminals open; of a dict the path."""
+    return self.path or f"{self.file}:{self.line}:{self.column}"
+
+  @property
+  def short(self) -> str:
+    """Returns the position within its recipe, for texts that refer to it: `line 3`, or the path."""
+    return self.path or f"line {self.line}"
 
 
 class Problem(NamedTuple):
@@ -41,6 +54,8 @@ class Problem(NamedTuple):
 
 class RecipeError(ValueError):
   """All that is wrong with a recipe: a line each, `file:line:column: what`, by position.
+
+  Of a recipe that is a Python dict, `models[1].model: what`.
 
   Attributes:
     models: those that it names all the same, as far as nothing is wrong with what names them.

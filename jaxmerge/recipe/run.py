@@ -13,8 +13,6 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple  # Any: what a recipe holds.
 
-import yaml
-
 from jaxmerge.evaluation import external
 from jaxmerge.files import estimate, resume
 from jaxmerge.files import plan as plans
@@ -25,7 +23,7 @@ from jaxmerge.io.tensors.tensor import Files
 from jaxmerge.recipe import errors
 from jaxmerge.recipe.plan import steps
 from jaxmerge.recipe.plan.steps import Step
-from jaxmerge.recipe.syntax import schema
+from jaxmerge.recipe.syntax import python_values, schema
 
 Source = str | os.PathLike[str] | Mapping[str, Any] | Sequence[Mapping[str, Any]]
 Progress = Callable[[str, int], Callable[[int], None]]
@@ -106,7 +104,8 @@ def merge_recipe(
     The folder of the result. Notes on it are in its model card and provenance.
 
   Raises:
-    RecipeError: a ValueError with all problems of the recipe, `file:line:column: what` each.
+    RecipeError: a ValueError with all problems of the recipe, `file:line:column: what` each; of a
+      dict `models[1].parameters.weight: what`.
     ValueError: naming file, tensor and value, for models that do not fit or are damaged.
     FileExistsError: where there is something at `out` and `replace` is not set.
   """
@@ -168,8 +167,7 @@ def plan(
   with errors.noted(problems):
     atomic.check_free(out, settings.replace)
   with errors.noted(problems):
-    text, name = _text(recipe)
-    planned = planned._replace(steps=_plan_steps(text, name, settings, files))
+    planned = planned._replace(steps=_plan_steps(_read(recipe), settings, files))
   full: list[Exception] = []  # If nothing else is wrong, there is a plan to show.
   if planned.steps:
     problems += _check_places(planned, files)
@@ -179,10 +177,9 @@ def plan(
   return planned._replace(full=tuple(full))
 
 
-def _plan_steps(text: str, name: str, settings: Settings, files: Files) -> tuple[Step, ...]:
+def _plan_steps(text: steps.Text, settings: Settings, files: Files) -> tuple[Step, ...]:
   return steps.plan_steps(
     text,
-    name,
     files,
     shard_size=settings.shard_size,
     download=settings.download,
@@ -191,30 +188,14 @@ def _plan_steps(text: str, name: str, settings: Settings, files: Files) -> tuple
   )
 
 
-def _text(recipe: Source | Any) -> tuple[str, str]:
-  """The text of a recipe, and what errors call it."""
+def _read(recipe: Source | Any) -> steps.Text:
+  """Returns the text of a recipe, with what parses it: errors name lines, or paths in a dict."""
   if isinstance(recipe, str | os.PathLike):
-    return schema.text_of(recipe), str(recipe)
-  several = isinstance(recipe, Sequence)
-  documents: list[Any] = list(recipe) if several else [recipe]
-  if not documents or not all(isinstance(d, Mapping) for d in documents):
-    raise ValueError("a recipe must be the path of a YAML file, a dict, or a list of dicts.")
-  try:
-    plain = [_plain(d) for d in documents]
-    return yaml.safe_dump_all(plain, sort_keys=False, allow_unicode=True), "recipe"
-  except yaml.YAMLError as error:
-    raise ValueError(f"a recipe must hold what YAML can: {error}") from error
-
-
-def _plain(value: Any) -> Any:
-  """Dicts, lists and texts in place of their relatives, such as a config's tuples and paths."""
-  if isinstance(value, Mapping):
-    return {str(k): _plain(v) for k, v in value.items()}
-  if isinstance(value, list | tuple):
-    return [_plain(v) for v in value]
-  if hasattr(value, "tolist"):  # Numbers and arrays of NumPy and JAX.
-    return _plain(value.tolist())
-  return str(value) if isinstance(value, os.PathLike | str) else value
+    text = schema.text_of(recipe)
+    return steps.Text(text, functools.partial(schema.parse, text, str(recipe)))
+  documents = python_values.plain_documents(recipe)
+  text = python_values.text(documents)
+  return steps.Text(text, functools.partial(schema.parse_values, documents))
 
 
 def _check_places(planned: Planned, files: Files) -> list[Exception]:

@@ -4,6 +4,7 @@ import pytest
 import yaml
 from recipes import DARE, GOOD, head, parsed, problems, slices
 
+from jaxmerge.recipe.errors import Place
 from jaxmerge.recipe.syntax import yaml_reader
 
 ERRORS = [
@@ -354,7 +355,7 @@ ERRORS = [
     head("name: first\n---\n") + head("base_model: frist"),
     9,
     13,
-    "base_model 'frist' is no recipe of this file and no folder; did you mean 'first'?",
+    "base_model 'frist' is neither a recipe of this file nor a folder. Did you mean 'first'?",
   ),
   (
     head("name: first\n---\n") + head("base_model: first@v1"),
@@ -482,7 +483,7 @@ def test_the_error_is_a_value_error_with_records():
   with pytest.raises(ValueError, match="recipe") as caught:
     parsed("- 1")
   ((place, text, _),) = caught.value.problems
-  assert (place, text.split(",")[0]) == (("r.yml", 1, 1), "the recipe must be a mapping")
+  assert (place, text.split(",")[0]) == (Place("r.yml", 1, 1), "the recipe must be a mapping")
 
 
 def test_the_parser_in_python_reads_the_same(monkeypatch):

@@ -11,6 +11,7 @@ from recipes import head, one, problems, slices
 from jaxmerge import recipe
 from jaxmerge.cli import main
 from jaxmerge.io.tensors.tensor import Files
+from jaxmerge.recipe.errors import Place
 
 DOCS = (pathlib.Path(__file__).parents[2] / "docs" / "recipes.md").read_text()
 
@@ -95,7 +96,7 @@ EVERY = [(*case[:3], case[3] + ": it is ignored, as by mergekit.") for case in I
 @pytest.mark.parametrize(("text", "line", "column", "words"), EVERY, ids=[e[3] for e in EVERY])
 def test_what_mergekit_ignores_is_a_note_with_its_place(text, line, column, words):
   (note,) = one(text).ignored
-  assert note == (("r.yml", line, column), words, True)
+  assert note == (Place("r.yml", line, column), words, True)
 
 
 @pytest.mark.parametrize(("text", "line", "column", "words"), EVERY, ids=[e[3] for e in EVERY])

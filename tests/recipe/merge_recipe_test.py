@@ -84,7 +84,7 @@ def test_every_recipe_is_planned_once(monkeypatch):
 
 def test_every_problem_is_told_before_anything_is_written():
   wrong = {**TIES, "merge_method": "tiez", "modelz": []}
-  with pytest.raises(RecipeError, match=r"recipe:1:15: .*did you mean 'ties'"):
+  with pytest.raises(RecipeError, match=r"merge_method: .*did you mean 'ties'"):
     jaxmerge.merge_recipe(wrong, "out")
   lacking = {**TIES, "models": [*MODELS, {"model": "m9"}]}
   before = sorted(os.listdir())
@@ -93,9 +93,57 @@ def test_every_problem_is_told_before_anything_is_written():
   assert sorted(os.listdir()) == before
 
 
+def model(name, **parameters):
+  return {"model": name, "parameters": parameters}
+
+
+@pytest.mark.parametrize(
+  ("changes", "expected"),
+  [
+    ({"merge_method": "tiez"}, "merge_method: merge_method cannot be 'tiez'; did you mean 'ties'?"),
+    ({"merge_method": None}, "recipe: the recipe needs the key merge_method."),
+    ({"models": "m0"}, "models: models must be a list of one item or more, got 'm0'."),
+    (
+      {"models": [MODELS[0], model("m1", weight="much", density=0.5)]},
+      "models[1].parameters.weight: weight must be a number in (-infinity, infinity), got 'much'.",
+    ),
+    (
+      {"models": [MODELS[0], model("m0", weight=2, density=0.5)]},
+      "models[1].model: 'm0' is already in models[0].model; give it one weight.",
+    ),
+    ({"models": [{"modle": "m0"}]}, "models[0].modle: unknown key 'modle' in a model; did you"),
+    ({"rename": {"model.": 3}}, "rename['model.']: rename of 'model.' must be text, got 3;"),
+    ({"exclude": ["("]}, "exclude[0]: an item of exclude is no regular expression, got '(':"),
+    ({"models": [*MODELS, model("m9")]}, "models[2].model: ties needs weight for 'm9';"),
+    (
+      {"parameters": {"lambda": [{"filter": "mpl", "value": 1}, {"value": 2}]}},
+      "parameters.lambda[0].filter: filter 'mpl' holds for none of the 13 tensors; did you mean",
+    ),
+    ({"density": 1, "strict": True}, "density: density is a parameter, and belongs under"),
+  ],
+)
+def test_errors_of_a_dict_name_paths_in_it(changes, expected):
+  with pytest.raises(RecipeError) as error:
+    jaxmerge.merge_recipe({**TIES, **changes}, "out")
+  assert any(line.startswith(expected) for line in str(error.value).splitlines()), error.value
+
+
+def test_errors_of_several_dicts_name_which():
+  with pytest.raises(RecipeError, match=r"(?m)^recipe\[1\]\.dtype: dtype cannot be 'bf16'"):
+    jaxmerge.merge_recipe([FIRST, {**LAST, "dtype": "bf16"}], "out")
+  with pytest.raises(ValueError, match=r"^recipe\[1\]\.t\[0\]: a recipe can hold no bytes"):
+    jaxmerge.merge_recipe([FIRST, {**LAST, "t": [b"1"]}], "out")
+
+
+def test_notes_on_a_dict_name_paths_in_it():
+  out = jaxmerge.merge_recipe({**TIES, "density": 0.5}, "out")
+  first, *_ = json.loads((out / execute.PROVENANCE).read_text())["notes"]
+  assert first.startswith("density: density is a parameter, and belongs under parameters; here")
+
+
 @pytest.mark.parametrize("recipe", [[], [1], 3, {"models": object()}])
 def test_what_is_no_recipe_is_refused(recipe):
-  with pytest.raises(ValueError, match="a recipe must"):
+  with pytest.raises(ValueError, match=r"a recipe (must|can)"):
     jaxmerge.merge_recipe(recipe, "out")
   assert not pathlib.Path("out").exists()
 

@@ -1,5 +1,7 @@
 """Recipes for tests: good ones of many kinds, and what reads them."""
 
+import functools
+
 import pytest
 
 from jaxmerge import recipe
@@ -210,4 +212,5 @@ def plan_of_file(path, files=None, *, shard_size=5_000_000_000, **options):
   """The plan of the last recipe of a file; the options are those of `steps.plan_steps`."""
   files = Files() if files is None else files
   text = schema.text_of(path)
-  return steps.plan_steps(text, str(path), files, shard_size=shard_size, **options)[-1].plan
+  text = steps.Text(text, functools.partial(schema.parse, text, str(path)))
+  return steps.plan_steps(text, files, shard_size=shard_size, **options)[-1].plan

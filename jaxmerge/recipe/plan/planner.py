@@ -188,4 +188,4 @@ def _with_texts(
 def _ignored(recipe: Recipe, idle: Sequence[Problem]) -> list[str]:
   """Returns notes on what a recipe says without effect."""
   tied = [p._replace(text=f"{p.text} The output head is the embedding.") for p in idle]
-  return [f"line {p.place.line}: {p.text}" for p in (*recipe.ignored, *tied)]
+  return [f"{p.place.short}: {p.text}" for p in (*recipe.ignored, *tied)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import io
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -19,10 +18,21 @@ from jaxmerge.recipe.errors import RecipeError
 from jaxmerge.recipe.plan import intermediate, models, planner
 from jaxmerge.recipe.plan.intermediate import Intermediate
 from jaxmerge.recipe.records import Model, Recipe, referenced
-from jaxmerge.recipe.syntax import schema
 from jaxmerge.recipe.tokenizer import build
 
 RECIPE = "jaxmerge_recipe.yml"
+
+
+class Text(NamedTuple):
+  """Recipes as they are written.
+
+  Attributes:
+    text: YAML.
+    parse: (*, strict) -> the recipes; its errors name the places that the user knows.
+  """
+
+  text: str
+  parse: Callable[..., tuple[Recipe, ...]]
 
 
 class Step(NamedTuple):
@@ -80,8 +90,7 @@ class Step(NamedTuple):
 
 
 def plan_steps(
-  text: str,
-  name: str,
+  text: Text,
   files: Files,
   *,
   shard_size: int,
@@ -92,8 +101,7 @@ def plan_steps(
   """Plans the recipes of a text, each after those that it builds on; the last makes the result.
 
   Args:
-    text: YAML; models in it are folders or ids, perhaps with adapters.
-    name: what errors call it.
+    text: of the recipes; models in it are folders or ids, perhaps with adapters.
     files: open files of the models.
     shard_size: bytes of a file of weights, at most.
     download: whether models that the hub's cache lacks are fetched; else no network is used.
@@ -105,8 +113,7 @@ def plan_steps(
     errors.Problems: naming the tensors and models that do not fit.
   """
   opener = models.opener(files, download=download)
-  read = functools.partial(schema.parse, text, name, strict=strict)
-  recipes = read() if download else _read(read, opener)
+  recipes = text.parse(strict=strict) if download else _parse(text, strict, opener)
   recipes = tuple(dataclasses.replace(r, compat=r.compat or compat) for r in recipes)
   results: dict[str, Intermediate] = {}
   steps: list[Step] = []
@@ -120,7 +127,7 @@ def plan_steps(
     plan = plan._replace(stamps=dict(files.stamps))
     if recipe is recipes[-1]:
       facts = {"compat": compat} if compat else {}
-      steps.append(_last(text, recipe, plan, {**facts, **opener.find.facts}, steps))
+      steps.append(_last(text.text, recipe, plan, {**facts, **opener.find.facts}, steps))
     elif recipe.name is not None:
       uses = {n: result for n, result in results.items() if n in recipe.uses}
       results[recipe.name] = intermediate.of_plan(recipe.name, plan, shard_size)
@@ -143,11 +150,11 @@ def _last(
   return Step(recipe, plan, results, None)
 
 
-def _read(read: Callable[[], tuple[Recipe, ...]], opener: models.Opener) -> tuple[Recipe, ...]:
-  """Reads recipes; of those that are wrong it is told as well which models cannot be opened."""
+def _parse(text: Text, strict: bool, opener: models.Opener) -> tuple[Recipe, ...]:
+  """Parses recipes; of those that are wrong it is told as well which models cannot be opened."""
   problems: list[Exception] = []
   with errors.noted(problems):
-    return read()
+    return text.parse(strict=strict)
   for model in problems[0].models if isinstance(problems[0], RecipeError) else ():
     with errors.noted(problems):
       opener.model(model, {})

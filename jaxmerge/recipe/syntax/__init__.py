@@ -7,6 +7,7 @@ __getattr__, __dir__, __all__ = lazy.attach(
   (
     "fields",
     "inputs",
+    "python_values",
     "references",
     "schema",
     "validate",

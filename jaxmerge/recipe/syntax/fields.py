@@ -17,7 +17,7 @@ from typing import Any, TypeVar  # Any: readers take what they take.
 from jaxmerge import errors
 from jaxmerge.recipe.errors import Problem, note, shown
 from jaxmerge.recipe.records import Where
-from jaxmerge.recipe.syntax.yaml_reader import Marked, plain
+from jaxmerge.recipe.syntax.yaml_reader import Node, plain
 
 T = TypeVar("T")
 Word = TypeVar("Word", bound=str)
@@ -27,7 +27,7 @@ _MOST_KNOWN = 200  # Among more words than that, looking for a near one takes to
 
 
 def mapping(
-  node: Marked,
+  node: Node,
   what: str,
   keys: Collection[str],
   found: list[Problem],
@@ -35,7 +35,7 @@ def mapping(
   needed: Collection[str] = (),
   refused: Mapping[str, str] = types.MappingProxyType({}),
   ignored: Mapping[str, str] | None = None,
-) -> dict[str, Marked]:
+) -> dict[str, Node]:
   """Returns what a mapping gives, by key; a key without a value is not given.
 
   Args:
@@ -72,12 +72,12 @@ def mapping(
   return given
 
 
-def maybe(reader: Callable[..., T], node: Marked | None, *rest: Any) -> T | None:
+def maybe(reader: Callable[..., T], node: Node | None, *rest: Any) -> T | None:
   """Returns what a reader makes of a value, or None if it is not given."""
   return None if node is None else reader(node, *rest)
 
 
-def items(node: Marked, what: str, found: list[Problem]) -> tuple[Marked, ...]:
+def items(node: Node, what: str, found: list[Problem]) -> tuple[Node, ...]:
   """Returns the items of a list, of which there must be one."""
   if not isinstance(node.value, tuple) or not node.value:
     got = "an empty one" if node.value == () else shown(node.value)
@@ -86,7 +86,7 @@ def items(node: Marked, what: str, found: list[Problem]) -> tuple[Marked, ...]:
   return node.value
 
 
-def text(node: Marked, what: str, found: list[Problem]) -> str:
+def text(node: Node, what: str, found: list[Problem]) -> str:
   """Returns a text that is not empty."""
   if isinstance(node.value, str) and node.value:
     return node.value
@@ -97,7 +97,7 @@ def text(node: Marked, what: str, found: list[Problem]) -> str:
   return "?"
 
 
-def choice(node: Marked, what: str, choices: Sequence[Word], found: list[Problem]) -> Word:
+def choice(node: Node, what: str, choices: Sequence[Word], found: list[Problem]) -> Word:
   """Returns one of several words."""
   if node.value in choices:
     return node.value
@@ -106,7 +106,7 @@ def choice(node: Marked, what: str, choices: Sequence[Word], found: list[Problem
   return next((c for c in choices if c in closest(word, choices)), choices[0])
 
 
-def whole(node: Marked, what: str, low: int, high: int, found: list[Problem]) -> int:
+def whole(node: Node, what: str, low: int, high: int, found: list[Problem]) -> int:
   """Returns a whole number from `low` to `high`."""
   value = node.value
   if isinstance(value, int) and not isinstance(value, bool) and low <= value <= high:
@@ -116,7 +116,7 @@ def whole(node: Marked, what: str, low: int, high: int, found: list[Problem]) ->
   return low
 
 
-def truth(node: Marked, what: str, found: list[Problem]) -> bool:
+def truth(node: Node, what: str, found: list[Problem]) -> bool:
   """Returns a truth value, which may be written as 1 or 0."""
   if not is_truth(node.value):
     wrong = f"{what} must be true or false, got {shown(node.value)}"
@@ -133,7 +133,7 @@ def is_truth(value: object) -> bool:
   return isinstance(value, int | float) and value in (0, 1)
 
 
-def pattern(node: Marked, what: str, found: list[Problem]) -> str:
+def pattern(node: Node, what: str, found: list[Problem]) -> str:
   """Returns a regular expression."""
   value = text(node, what, found)
   try:
@@ -149,7 +149,7 @@ def pattern(node: Marked, what: str, found: list[Problem]) -> str:
   return value
 
 
-def span(node: Marked, what: str, found: list[Problem]) -> tuple[int, int]:
+def span(node: Node, what: str, found: list[Problem]) -> tuple[int, int]:
   """Returns a range of layers [first, last) that is written as a list."""
   ends = node.value if isinstance(node.value, tuple) else ()
   if len(ends) != 2:
@@ -162,7 +162,7 @@ def span(node: Marked, what: str, found: list[Problem]) -> tuple[int, int]:
   return first, max(last, first + 1)
 
 
-def layers(node: Marked, what: str, found: list[Problem]) -> tuple[tuple[int, int], ...]:
+def layers(node: Node, what: str, found: list[Problem]) -> tuple[tuple[int, int], ...]:
   """Returns ranges [first, last) of layers: of `[0, 4]`, a range, or of `0-3, 8`, with 3 and 8."""
   if isinstance(node.value, tuple):
     return (span(node, what, found),)
@@ -179,7 +179,7 @@ def layers(node: Marked, what: str, found: list[Problem]) -> tuple[tuple[int, in
 CONDITIONS = ("filter", "pattern", "layers")
 
 
-def where(node: Marked, given: Mapping[str, Marked], what: str, found: list[Problem]) -> Where:
+def where(node: Node, given: Mapping[str, Node], what: str, found: list[Problem]) -> Where:
   """Returns the conditions among what a mapping gives; the filter `*` is none."""
   own = maybe(text, given.get("filter"), f"filter of {what}", found)
   return Where(
@@ -217,7 +217,7 @@ def _list(keys: Collection[str]) -> str:
   return f"keys: {', '.join(keys)}" if keys else "names are its keys"
 
 
-def _got(node: Marked) -> str:
+def _got(node: Node) -> str:
   if isinstance(node.value, tuple) and all(isinstance(v.value, str | int) for v in node.value):
     return f"[{', '.join(shown(v.value) for v in node.value[:4])}]"
   return shown(node.value)

@@ -22,7 +22,7 @@ from jaxmerge.recipe.records import (
 )
 from jaxmerge.recipe.syntax import fields, references
 from jaxmerge.recipe.syntax.references import Context
-from jaxmerge.recipe.syntax.yaml_reader import Marked
+from jaxmerge.recipe.syntax.yaml_reader import Node
 
 MOST_VIEWS = 200
 # What mergekit ignores beside what it knows.
@@ -62,7 +62,7 @@ def known(names: Sequence[str]) -> Known:
 
 
 def level(
-  node: Marked | None, known: Known, found: list[Problem], *, at_source: bool = False
+  node: Node | None, known: Known, found: list[Problem], *, at_source: bool = False
 ) -> Parameters:
   """Returns the parameters of one level; at a source, only those with a value for every model."""
   if node is None:
@@ -95,7 +95,7 @@ def _stray(name: str, known: Known, allowed: Collection[str]) -> str:
 
 
 def cases(
-  node: Marked, name: str, parameter: Parameter | None, found: list[Problem]
+  node: Node, name: str, parameter: Parameter | None, found: list[Problem]
 ) -> tuple[Case, ...]:
   """Returns the cases of a parameter: of a value, of a gradient, or of a list of conditions."""
   listed = node.value if isinstance(node.value, tuple) else (node,)
@@ -108,8 +108,8 @@ def cases(
     given = fields.mapping(item, f"an item of {name}", keys, found, needed=("value",))
     where = fields.where(item, given, name, found)
     if made and made[-1].where.everywhere:
-      line = made[-1].place.line
-      note(found, item.place, f"{name}: the item in line {line} takes all tensors; put it last.")
+      before = made[-1].place.short
+      note(found, item.place, f"{name}: the item in {before} takes all tensors; put it last.")
     own = given.get("value")
     value = _value(own, name, parameter, found) if own else 0.0
     made.append(Case(value, where, place=own.place if own else item.place))
@@ -117,7 +117,7 @@ def cases(
 
 
 def _value(
-  node: Marked, name: str, parameter: Parameter | None, found: list[Problem]
+  node: Node, name: str, parameter: Parameter | None, found: list[Problem]
 ) -> Scalar | tuple[Scalar, ...]:
   if node.value == ():
     note(found, node.place, f"{name} must not be an empty list.")
@@ -134,7 +134,7 @@ def _value(
   return tuple(values) if isinstance(node.value, tuple) else values[0]
 
 
-def source(node: Marked, what: str, known: Known, sliced: bool, context: Context) -> Source | None:
+def source(node: Node, what: str, known: Known, sliced: bool, context: Context) -> Source | None:
   """Returns a model, or layers of one, with its parameters."""
   keys = ("model", "layer_range", "parameters") if sliced else ("model", "parameters")
   hint = {"layer_range": "layer_range belongs to the sources of slices, not to models."}
@@ -159,7 +159,7 @@ def source(node: Marked, what: str, known: Known, sliced: bool, context: Context
 
 
 def sources(
-  node: Marked, what: str, known: Known, sliced: bool, context: Context
+  node: Node, what: str, known: Known, sliced: bool, context: Context
 ) -> tuple[Source, ...]:
   """Returns the models of a list."""
   listed = fields.items(node, what, context.found)
@@ -167,15 +167,15 @@ def sources(
   made: list[Source] = []
   for own in (source(each, item, known, sliced, context) for each in listed):
     if own in made and known.mergekits:  # Of models that differ in parameters, it is an error.
-      line = made[made.index(own)].place.line
-      text = f"{str(own.model)!r} is already in line {line}: it counts once, as in mergekit."
+      before = made[made.index(own)].place.short
+      text = f"{str(own.model)!r} is already in {before}: it counts once, as in mergekit."
       note(context.found, own.place, text, ignored=True)
     elif own:
       made.append(own)
   return tuple(made)
 
 
-def slices(node: Marked, known: Known, context: Context) -> tuple[Slice, ...]:
+def slices(node: Node, known: Known, context: Context) -> tuple[Slice, ...]:
   """Returns the slices of a list."""
   made = []
   keys = ("sources", "base_model", "parameters")
@@ -195,7 +195,7 @@ def slices(node: Marked, known: Known, context: Context) -> tuple[Slice, ...]:
   return tuple(made)
 
 
-def modules(node: Marked, known: Known, context: Context) -> dict[str, Module]:
+def modules(node: Node, known: Known, context: Context) -> dict[str, Module]:
   """Returns the modules by name."""
   made = {}
   names = tuple(node.value) if isinstance(node.value, dict) else ()
@@ -213,7 +213,7 @@ def modules(node: Marked, known: Known, context: Context) -> dict[str, Module]:
 
 
 def one_of(
-  given: Mapping[str, Marked], keys: Sequence[str], what: str, node: Marked, found: list[Problem]
+  given: Mapping[str, Node], keys: Sequence[str], what: str, node: Node, found: list[Problem]
 ) -> None:
   """Notes a problem if not exactly one of the keys is given."""
   there = [key for key in keys if key in given]
@@ -224,7 +224,7 @@ def one_of(
 
 
 def overrides(
-  nodes: Sequence[Marked], methods: Sequence[str], found: list[Problem]
+  nodes: Sequence[Node], methods: Sequence[str], found: list[Problem]
 ) -> tuple[Override, ...]:
   """Returns the overrides; `methods` holds their methods, in the same order."""
   made = []
@@ -243,7 +243,7 @@ def overrides(
   return tuple(made)
 
 
-def layout(node: Marked, found: list[Problem]) -> tuple[View, ...]:
+def layout(node: Node, found: list[Problem]) -> tuple[View, ...]:
   """Returns the matrix views."""
   listed = fields.items(node, "layout", found)
   if len(listed) > MOST_VIEWS:
@@ -261,7 +261,7 @@ def layout(node: Marked, found: list[Problem]) -> tuple[View, ...]:
   return tuple(made)
 
 
-def rename(node: Marked, found: list[Problem]) -> dict[str, str]:
+def rename(node: Node, found: list[Problem]) -> dict[str, str]:
   """Returns the beginnings of names, and what stands in their place; that may be nothing."""
   keys = tuple(node.value) if isinstance(node.value, dict) else ()
   inside = fields.mapping(node, "rename", keys, found)
@@ -271,7 +271,7 @@ def rename(node: Marked, found: list[Problem]) -> dict[str, str]:
   }
 
 
-def _axes(node: Marked, found: list[Problem]) -> str | None:
+def _axes(node: Node, found: list[Problem]) -> str | None:
   word = fields.text(node, "view", found)
   if word == "none":
     return None

@@ -10,7 +10,7 @@ from jaxmerge.io.huggingface import reference as reference_text
 from jaxmerge.recipe.errors import Problem, listed, note, shown
 from jaxmerge.recipe.records import Model, Token, Tokenizer
 from jaxmerge.recipe.syntax import fields
-from jaxmerge.recipe.syntax.yaml_reader import Marked
+from jaxmerge.recipe.syntax.yaml_reader import Node
 
 _SOURCES = ("union", "base")
 _ARCHITECTURE = "override_architecture"
@@ -30,7 +30,7 @@ class Context(NamedTuple):
   is_folder: Callable[[str], bool]
 
 
-def model(node: Marked, what: str, context: Context) -> Model:
+def model(node: Node, what: str, context: Context) -> Model:
   """Returns a reference: `path@revision+adapter`, or a mapping that spells the parts out.
 
   A text that is a folder as a whole, or the name of a recipe of the file, is not taken apart.
@@ -46,18 +46,18 @@ def model(node: Marked, what: str, context: Context) -> Model:
     note(context.found, node.place, f"{what} {path!r} is a recipe, which has no revision.")
   elif context.names and path not in context.names and _is_word(path, context):
     close = difflib.get_close_matches(path, context.names, n=1)
-    hint = f"did you mean {close[0]!r}?" if close else f"Recipes: {listed(context.names)}."
-    text = f"{what} {shown(path)} is no recipe of this file and no folder; {hint} For a model of"
+    hint = f"Did you mean {close[0]!r}?" if close else f"Recipes: {listed(context.names)}."
+    text = f"{what} {shown(path)} is neither a recipe of this file nor a folder. {hint} For a model"
     note(
       context.found,
       node.place,
-      f"{text} the hub, write {{model: {{path: {path[:60]}, revision: main}}}}.",
+      f"{text} of the hub, write {{model: {{path: {path[:60]}, revision: main}}}}.",
     )
   adapters = tuple(_location(part, node, what, context) for part in parts[1:])
   return Model(path, revision, adapters, place=node.place)
 
 
-def _spelt_out(node: Marked, what: str, context: Context) -> Model:
+def _spelt_out(node: Node, what: str, context: Context) -> Model:
   keys = ("model", "adapter", "lora", _ARCHITECTURE)
   given = fields.mapping(node, what, keys, context.found, needed=("model",))
   if _ARCHITECTURE in given:
@@ -71,7 +71,7 @@ def _spelt_out(node: Marked, what: str, context: Context) -> Model:
   return Model(path or "?", revision, adapters, place=node.place)
 
 
-def _part(node: Marked | None, what: str, context: Context) -> tuple[str | None, str | None]:
+def _part(node: Node | None, what: str, context: Context) -> tuple[str | None, str | None]:
   """Returns path and revision of {path, revision}, taken literally, or of `path@revision`."""
   if node is None:
     return None, None
@@ -84,7 +84,7 @@ def _part(node: Marked | None, what: str, context: Context) -> tuple[str | None,
   return path or "?", revision
 
 
-def _location(text: str, node: Marked, what: str, context: Context) -> tuple[str, str | None]:
+def _location(text: str, node: Node, what: str, context: Context) -> tuple[str, str | None]:
   path, *revision = [text] if context.is_folder(text) else text.split("@")
   if len(revision) > 1:
     note(context.found, node.place, f"{what} has more than one @: {shown(text)}{_spell('@')}.")
@@ -102,7 +102,7 @@ def _is_word(path: str, context: Context) -> bool:
   return "/" not in path and not context.is_folder(path)
 
 
-def source(node: Marked, what: str, models: Collection[Model], context: Context) -> Model | str:
+def source(node: Node, what: str, models: Collection[Model], context: Context) -> Model | str:
   """Returns "union", "base", or the model whose vocabulary is taken.
 
   A single word must be one of the two, a model of the recipe, or a folder, so that none is misspelt
@@ -121,7 +121,7 @@ def source(node: Marked, what: str, models: Collection[Model], context: Context)
   return own
 
 
-def tokenizer(node: Marked, models: Collection[Model], context: Context) -> Tokenizer:
+def tokenizer(node: Node, models: Collection[Model], context: Context) -> Tokenizer:
   """Returns what the key `tokenizer` says; `models` are those of the recipe."""
   keys, found = ("source", "tokens", "pad_to_multiple_of"), context.found
   given = fields.mapping(node, "tokenizer", keys, found)
@@ -141,7 +141,7 @@ def tokenizer(node: Marked, models: Collection[Model], context: Context) -> Toke
   )
 
 
-def _token(node: Marked, name: str, models: Collection[Model], context: Context) -> Token:
+def _token(node: Node, name: str, models: Collection[Model], context: Context) -> Token:
   what, found = f"token {shown(name)}", context.found
   given = fields.mapping(node, what, ("source", "force"), found, needed=("source",))
   force = fields.maybe(fields.truth, given.get("force"), f"force of {what}", found) or False
@@ -154,9 +154,7 @@ def _token(node: Marked, name: str, models: Collection[Model], context: Context)
   return Token(donor, force=force, place=own.place)
 
 
-def _kind(
-  node: Marked, what: str, force: bool, models: Collection[Model], context: Context
-) -> Token:
+def _kind(node: Node, what: str, force: bool, models: Collection[Model], context: Context) -> Token:
   found = context.found
   kind = fields.choice(node.value["kind"], f"kind of {what}", ("model_token", "zero"), found)
   if kind == "zero":
@@ -175,7 +173,7 @@ def _kind(
   )
 
 
-def _donor(node: Marked, what: str, models: Collection[Model], context: Context) -> Model:
+def _donor(node: Node, what: str, models: Collection[Model], context: Context) -> Model:
   own = model(node, what, context)
   if own not in models:
     near = fields.nearest(str(own), map(str, models))

@@ -7,14 +7,21 @@ import os
 import pathlib
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal  # Any: what a dict of Python holds.
 
 from jaxmerge.recipe.errors import Place, Problem, RecipeError, note, shown
 from jaxmerge.recipe.mergekit.methods import METHODS
 from jaxmerge.recipe.records import Missing, Model, Recipe, Tokenizer, Where, referenced
-from jaxmerge.recipe.syntax import fields, inputs, references, validate, yaml_reader
+from jaxmerge.recipe.syntax import (
+  fields,
+  inputs,
+  python_values,
+  references,
+  validate,
+  yaml_reader,
+)
 from jaxmerge.recipe.syntax.references import Context
-from jaxmerge.recipe.syntax.yaml_reader import Marked
+from jaxmerge.recipe.syntax.yaml_reader import Node
 
 MOST_DOCUMENTS = 100
 MOST_OVERRIDES = 200
@@ -113,7 +120,39 @@ def parse(
     ('a', 1)
   """
   found: list[Problem] = []
-  nodes = yaml_reader.documents(text, file, found)
+  return _parse_nodes(yaml_reader.documents(text, file, found), file, found, is_folder, strict)
+
+
+def parse_values(
+  documents: Sequence[Mapping[str, Any]],
+  is_folder: Callable[[str], bool] = os.path.isdir,
+  *,
+  strict: bool = False,
+) -> tuple[Recipe, ...]:
+  """Reads recipes that are Python dicts; errors name paths in them.
+
+  Args:
+    documents: plain values, as `python_values.plain_documents` returns them.
+    is_folder: as for `parse`.
+    strict: as for `read`.
+
+  Example:
+    >>> (recipe,) = parse_values([{"merge_method": "karcher", "models": [{"model": "a"}]}])
+    >>> str(recipe.models[0].place)
+    'models[0].model'
+  """
+  nodes = python_values.nodes(documents)
+  return _parse_nodes(nodes, "recipe", [], is_folder, strict)
+
+
+def _parse_nodes(
+  nodes: Sequence[Node],
+  file: str,
+  found: list[Problem],
+  is_folder: Callable[[str], bool],
+  strict: bool,
+) -> tuple[Recipe, ...]:
+  """Reads the documents of a recipe, all problems at once."""
   if not nodes or len(nodes) > MOST_DOCUMENTS:
     what = f"more than {MOST_DOCUMENTS} recipes" if nodes else "no recipe"
     raise RecipeError([*found, Problem(Place(file, 1, 1), f"{what} in this file.")])
@@ -134,7 +173,7 @@ def parse(
   return ordered
 
 
-def _names(nodes: Sequence[Marked], found: list[Problem]) -> dict[str, Place]:
+def _names(nodes: Sequence[Node], found: list[Problem]) -> dict[str, Place]:
   """Returns the names of recipes and where they stand; the last stage may have none."""
   names: dict[str, Place] = {}
   nameless = None
@@ -142,18 +181,18 @@ def _names(nodes: Sequence[Marked], found: list[Problem]) -> dict[str, Place]:
     own = node.value.get("name") if isinstance(node.value, dict) else None
     if own is None:
       if nameless and isinstance(node.value, dict):
-        text = f"only one recipe of a file may be without a name; so is that in line {nameless}."
+        text = f"only one recipe of a file may be without a name; so is that in {nameless}."
         note(found, node.place, text)
-      nameless = node.place.line
+      nameless = node.place.short
     elif isinstance(own.value, str) and own.value in names:
-      text = f"the name {shown(own.value)} is already in line {names[own.value].line}."
+      text = f"the name {shown(own.value)} is already in {names[own.value].short}."
       note(found, own.place, text)
     elif isinstance(own.value, str):
       names[own.value] = own.place
   return names
 
 
-def _checked(node: Marked, context: Context) -> Recipe | None:
+def _checked(node: Node, context: Context) -> Recipe | None:
   """Returns the record of one document, with what it says in vain; None if it is no mapping."""
   found = context.found
   before = len(found)
@@ -164,7 +203,7 @@ def _checked(node: Marked, context: Context) -> Recipe | None:
   return dataclasses.replace(recipe, ignored=ignored) if recipe else None
 
 
-def _recipe(node: Marked, context: Context) -> Recipe | None:
+def _recipe(node: Node, context: Context) -> Recipe | None:
   """Returns the record of one document; None if it is no mapping."""
   found = context.found
   if node.value is None:
@@ -216,10 +255,10 @@ def _recipe(node: Marked, context: Context) -> Recipe | None:
   return dataclasses.replace(recipe, uses=_uses(recipe, context.names))
 
 
-def _methods(own: Marked | None, changes: Sequence[Marked], found: list[Problem]) -> list[str]:
+def _methods(own: Node | None, changes: Sequence[Node], found: list[Problem]) -> list[str]:
   """Returns the method of the recipe and those of its overrides; "" for an unknown one."""
 
-  def method(node: Marked) -> str:
+  def method(node: Node) -> str:
     near = fields.choice(node, "merge_method", tuple(METHODS), found)
     word = node.value if isinstance(node.value, str) else ""
     return near if fields.closest(word, METHODS) else ""
@@ -230,19 +269,19 @@ def _methods(own: Marked | None, changes: Sequence[Marked], found: list[Problem]
   return [first, *(method(n) if n and n.value is not None else first for n in others)]
 
 
-def _dtype(node: Marked, what: str, found: list[Problem]) -> str:
+def _dtype(node: Node, what: str, found: list[Problem]) -> str:
   if isinstance(node.value, str):
     node = node._replace(value=node.value.removeprefix("torch."))
   return fields.choice(node, what, DTYPES, found)
 
 
-def _chat_template(node: Marked, found: list[Problem]) -> str:
+def _chat_template(node: Node, found: list[Problem]) -> str:
   """Returns the name of a template, or the Jinja text of one."""
   jinja = isinstance(node.value, str) and ("{{" in node.value or "{%" in node.value)
   return node.value if jinja else fields.choice(node, "chat_template", CHAT_TEMPLATES, found)
 
 
-def _name(node: Marked, found: list[Problem]) -> str:
+def _name(node: Node, found: list[Problem]) -> str:
   """Returns a name that can be that of a folder, and can stand in a reference."""
   name = fields.text(node, "name", found)
   if name != "?" and not re.fullmatch(r"\w[\w.-]{0,99}", name):
@@ -251,7 +290,7 @@ def _name(node: Marked, found: list[Problem]) -> str:
   return name
 
 
-def _exclude(node: Marked, found: list[Problem]) -> tuple[Where, ...]:
+def _exclude(node: Node, found: list[Problem]) -> tuple[Where, ...]:
   listed = fields.items(node, "exclude", found)
   return tuple(
     Where(pattern=fields.pattern(each, "an item of exclude", found), place=each.place)
@@ -259,12 +298,12 @@ def _exclude(node: Marked, found: list[Problem]) -> tuple[Where, ...]:
   )
 
 
-def _allow(node: Marked, found: list[Problem]) -> tuple[str, ...]:
+def _allow(node: Node, found: list[Problem]) -> tuple[str, ...]:
   listed = fields.items(node, "allow", found)
   return tuple(fields.text(each, "an item of allow", found) for each in listed)
 
 
-def _tokenizer(given: Mapping[str, Marked], recipe: Recipe, context: Context) -> Tokenizer | None:
+def _tokenizer(given: Mapping[str, Node], recipe: Recipe, context: Context) -> Tokenizer | None:
   """Returns the tokenizer, which either of two keys describes."""
   models, old = dict.fromkeys(referenced(recipe)), given.get("tokenizer_source")
   new = fields.maybe(references.tokenizer, given.get("tokenizer"), models, context)

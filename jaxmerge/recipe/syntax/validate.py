@@ -46,7 +46,7 @@ def _shape(group: Group) -> Iterator[Problem]:
   for source in group.sources:
     key = source.model, source.layers
     if key in seen:
-      text = f"{str(source.model)!r} is already in line {seen[key].line}; give it one weight."
+      text = f"{str(source.model)!r} is already in {seen[key].short}; give it one weight."
       yield Problem(source.place, text)
     seen.setdefault(key, source.place)
   lengths = {s.layers[1] - s.layers[0]: str(s.model) for s in group.sources if s.layers}
@@ -70,7 +70,7 @@ def _inputs(group: Group, name: str, place: Place) -> Iterator[Problem]:
     hint = "add it with its layer_range" + ", or give no base_model" * (method.base == "optional")
     yield Problem(group.place, f"{text}, as {name} needs it; {hint}.")
   elif method.base != "ignored" and len({s.layers for s in as_base}) > 1:
-    text = f"the base {str(group.base)!r} is already in line {as_base[0].place.line}"
+    text = f"the base {str(group.base)!r} is already in {as_base[0].place.short}"
     yield Problem(as_base[1].place, f"{text}, and {name} starts from one; remove it.")
   elif len(others) < low or (high is not None and len(others) > high):
     beside = "" if method.base == "ignored" else " beside the base"

@@ -38,11 +38,11 @@ _WORDS: Mapping[str, Any] = {
 }
 
 
-class Marked(NamedTuple):
+class Node(NamedTuple):
   """A value and where it stands.
 
   Attributes:
-    value: text, a number, a truth value, None, a tuple of Marked, or a dict of them by key.
+    value: text, a number, a truth value, None, a tuple of Node, or a dict of them by key.
     place: where it begins.
     keys: where the keys stand, if it is a dict.
   """
@@ -52,7 +52,7 @@ class Marked(NamedTuple):
   keys: Mapping[str, Place]
 
 
-def documents(text: str, file: str, found: list[Problem]) -> tuple[Marked, ...]:
+def documents(text: str, file: str, found: list[Problem]) -> tuple[Node, ...]:
   """Returns the documents of a YAML text.
 
   Problems that do not hinder reading on, as a key that is there twice, are added to `found`.
@@ -63,7 +63,7 @@ def documents(text: str, file: str, found: list[Problem]) -> tuple[Marked, ...]:
   Example:
     >>> (document,) = documents("t: [0, 0.5]", "recipe.yml", [])
     >>> document.value["t"].value[1]
-    Marked(value=0.5, place=Place(file='recipe.yml', line=1, column=8), keys={})
+    Node(value=0.5, place=Place(file='recipe.yml', line=1, column=8, path=''), keys={})
   """
   text = text.removeprefix("\ufeff")
   if len(text) > LONGEST:
@@ -103,10 +103,10 @@ class _Reader:
   events: Iterator[yaml.Event]
   file: str
   found: list[Problem]
-  anchors: dict[str, tuple[Marked, int]] = dataclasses.field(default_factory=dict)
+  anchors: dict[str, tuple[Node, int]] = dataclasses.field(default_factory=dict)
   size: int = 0
 
-  def node(self, event: yaml.Event, depth: int) -> Marked:
+  def node(self, event: yaml.Event, depth: int) -> Node:
     place, before = _place(event.start_mark, self.file), self.size
     if isinstance(event, yaml.AliasEvent):
       return self.repeated(event.anchor, place)
@@ -114,25 +114,25 @@ class _Reader:
     if event.tag is not None:
       note(self.found, place, f"the tag {shown(event.tag)} is not allowed; remove it.")
     if isinstance(event, yaml.ScalarEvent):
-      node = Marked(plain(event.value) if event.implicit[0] else event.value, place, {})
+      node = Node(plain(event.value) if event.implicit[0] else event.value, place, {})
     elif depth == DEEPEST:
       self.stop(place, f"nested deeper than {DEEPEST} levels.")
     elif isinstance(event, yaml.SequenceStartEvent):
-      node = Marked(tuple(self.inside(depth)), place, {})
+      node = Node(tuple(self.inside(depth)), place, {})
     else:
       node = self.mapping(place, depth)
     if event.anchor is not None:
       self.anchors[event.anchor] = node, self.size - before
     return node
 
-  def inside(self, depth: int) -> Iterator[Marked]:
+  def inside(self, depth: int) -> Iterator[Node]:
     for event in self.events:
       if isinstance(event, yaml.CollectionEndEvent):
         return
       yield self.node(event, depth + 1)
 
-  def mapping(self, place: Place, depth: int) -> Marked:
-    values: dict[str, Marked] = {}
+  def mapping(self, place: Place, depth: int) -> Node:
+    values: dict[str, Node] = {}
     keys: dict[str, Place] = {}
     nodes = self.inside(depth)
     for key, value in zip(nodes, nodes, strict=True):
@@ -142,13 +142,13 @@ class _Reader:
       elif not isinstance(name, str):
         note(self.found, key.place, f"a key must be text, got {shown(name)}; put it in quotes.")
       elif name in values:
-        first = keys[name].line
-        note(self.found, key.place, f"the key {shown(name)} is already in line {first}.")
+        first = keys[name].short
+        note(self.found, key.place, f"the key {shown(name)} is already in {first}.")
       else:
         values[name], keys[name] = value, key.place
-    return Marked(values, place, keys)
+    return Node(values, place, keys)
 
-  def repeated(self, anchor: str, place: Place) -> Marked:
+  def repeated(self, anchor: str, place: Place) -> Node:
     if anchor not in self.anchors:
       self.stop(place, f"the alias *{anchor[:60]} names no anchor that is complete before it.")
     node, size = self.anchors[anchor]
