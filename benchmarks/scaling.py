@@ -35,18 +35,17 @@ def main(arguments=None):
     flags = f"{os.environ.get('XLA_FLAGS', '')} {flag}={max(options.devices)}"
     os.environ["XLA_FLAGS"] = flags.strip()
 
-  from jaxmerge.experiments import built_in
   from jaxmerge.experiments import config as configs
-  from jaxmerge.experiments import problem as problems
+  from jaxmerge.experiments import merges, registry
   from jaxmerge.training import settings as training_settings
 
   config = configs.load(options.config, changes).to_dict()
-  problem, settings = built_in.make(config), training_settings.from_config(config)
+  problem, settings = registry.make(config), training_settings.from_config(config)
   # Rounds of the length that the config has, but fewer of them.
   settings = dataclasses.replace(
     settings, rounds=options.rounds, epochs=settings.epochs * options.rounds / settings.rounds
   )
-  held = Held(problem, settings, problems.method_of(config["method"]))
+  held = Held(problem, settings, merges.make_method(config["method"]))
   print(f"{options.config}, {os.cpu_count()} cores, {len(problem.tasks)} tasks")
   found = {}
   for part in options.parts or ("strong", "weak", "round"):

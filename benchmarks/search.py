@@ -101,12 +101,12 @@ class Search:
 
   def __init__(self, config, path):
     from jaxmerge.evaluation import scoring
-    from jaxmerge.experiments import built_in
+    from jaxmerge.experiments import registry
     from jaxmerge.parallel import mesh
     from jaxmerge.tasks import batch
     from jaxmerge.training import settings
 
-    self.config, self.path, self.problem = config, path, built_in.make(config)
+    self.config, self.path, self.problem = config, path, registry.make(config)
     self.settings = settings.from_config(config)
     self.tasks = self.problem.tasks
     self.mesh = mesh.make(tasks=len(self.tasks))
@@ -182,7 +182,7 @@ class Search:
     """Mean score of a run of the loop."""
     import jax
 
-    from jaxmerge.experiments import problem
+    from jaxmerge.experiments import merges
     from jaxmerge.tasks.task import Split
     from jaxmerge.training import loop
 
@@ -196,7 +196,7 @@ class Search:
       self.problem.apply,
       self.problem.params,
       tasks,
-      problem.method_of(trial.get("method", self.config["method"])),
+      merges.make_method(trial.get("method", self.config["method"])),
       dataclasses.replace(self.settings, **changes),
       loss=self.problem.loss,
       metric=self.metric,

@@ -29,15 +29,15 @@ def main():
   import jax
   import numpy as np
 
-  from jaxmerge.experiments import built_in
   from jaxmerge.experiments import config as configs
+  from jaxmerge.experiments import registry
   from jaxmerge.parallel import mesh
   from jaxmerge.tasks import batch, losses
   from jaxmerge.training import local_steps, optimizers, schedule
   from jaxmerge.training import settings as training_settings
 
   config = configs.load(options.config, changes).to_dict()
-  problem, settings = built_in.make(config), training_settings.from_config(config)
+  problem, settings = registry.make(config), training_settings.from_config(config)
   if options.steps:
     share = options.steps * settings.batch_size / len(problem.tasks[0].train.labels)
     settings = dataclasses.replace(settings, rounds=1, epochs=share)

@@ -14,16 +14,17 @@ import numpy as np
 
 from jaxmerge import report
 from jaxmerge.core import layouts, stage
-from jaxmerge.core.stage import Method
 from jaxmerge.evaluation import scoring
-from jaxmerge.experiments import bench_config, config, problem, workdir
-from jaxmerge.experiments import run as runs
+from jaxmerge.experiments import bench_config, config, phases, workdir
+from jaxmerge.experiments import setup as setups
+from jaxmerge.experiments.events import Events
+from jaxmerge.experiments.setup import Setup
 from jaxmerge.io.checkpoints import store as stores
 from jaxmerge.io.disk import atomic
 from jaxmerge.io.huggingface import folder as files
 from jaxmerge.report import leaderboard
-from jaxmerge.search import grid, objective
-from jaxmerge.search import scales as search_scales
+from jaxmerge.search import grid, objective, scales
+from jaxmerge.tasks import batch
 
 Progress = Callable[[Mapping[str, Any]], None]
 # Keys of an experiment's config on which its experts do not depend.
@@ -128,76 +129,85 @@ def _seed(
   plain, home = json.loads(own.to_json()), folder / f"seed{seed}"
   with workdir.held(home, plain, "auto"):  # It may be a run of `jaxmerge atm` as well.
     workdir.claim(home, plain)
-    return _scored(config, plain, home, seed, progress)
+    return _compare(config, plain, home, seed, progress)
 
 
-def _scored(
+def _compare(
   config: dict[str, Any], plain: dict[str, Any], home: pathlib.Path, seed: int, progress: Progress
 ) -> dict[str, Any]:
-  """The record of a seed, in its folder."""
-  work = runs.Work(plain, home, progress)
-  work.base()
+  """Returns the record of a seed: scores of base, experts and all methods, in its folder."""
+  setup = setups.prepare(plain, home, Events(progress))
   if config["experts"]:
-    work.stacks["experts"] = _taken(work, pathlib.Path(config["experts"].format(seed=seed)))
+    experts = _experts_of_run(setup, pathlib.Path(config["experts"].format(seed=seed)))
   else:
-    work.experts()
+    experts = phases.tune_experts(setup)["experts"].params
   split = "test" if config["final"] else "validation"
-  rows = work.rows if split == "validation" else work.placed(work.problem.tasks, split)
-  counts = [len(t.splits()[split].labels) for t in work.problem.tasks]
-
-  def scored(params: Any) -> dict[str, float]:
-    found = work.score(jax.tree.map(lambda p: p[None], params), rows)
-    return dict(zip(work.names, scoring.means(found[0], counts), strict=True))
-
-  whole = home / "methods"
-  shown = work.bar(f"methods, seed {seed}", len(config["methods"]), "method")
-  made = {}
-  for done, (name, settings) in enumerate(config["methods"].items()):
-    path = whole / f"{name}.json"
-    known = read(path) if path.exists() else {}
-    if known.get("tried") != settings:
-      if known:
-        work.say(f"{name}, seed {seed}: other settings than its result was found with; made again")
-      known = {"tried": settings, **_searched(work, name, settings)}
-      known["per_task"] = scored(known.pop("params"))
-      whole.mkdir(exist_ok=True)
-      with atomic.write(path) as file:
-        file.write((json.dumps(known, indent=1) + "\n").encode())
-    made[name] = known
-    mean = float(np.mean(list(made[name]["per_task"].values())))
-    shown(done + 1, len(config["methods"]), mean=mean)
-  height = rows.filled.shape[0]
-  own_rows = scoring.per_row(
-    work.own_score(work.padded(work.stacks["experts"], height), rows), counts
-  )
-  own_scores = [float(s.mean(dtype=np.float64)) for s in own_rows]
-  scores = {"base": scored(work.params), "experts": dict(zip(work.names, own_scores, strict=True))}
-  scores |= {name: own["per_task"] for name, own in made.items()}
+  rows, tasks = setup.rows, setup.problem.tasks
+  if split != "validation":
+    rows = setups.place_rows(setup.mesh, tasks, split)
+  methods = _methods(setup, config["methods"], experts, rows, split, seed)
+  stack = setups.pad(setup.mesh, experts, rows.filled.shape[0])
+  by_row = scoring.per_row(setup.score_experts(stack, rows), setup.counts(split))
+  own_means = [float(s.mean(dtype=np.float64)) for s in by_row]
+  scores = {
+    "base": _per_task(setup, setup.params, rows, split),
+    "experts": dict(zip(setup.names, own_means, strict=True)),
+    **{name: result["per_task"] for name, result in methods.items()},
+  }
   models = {n: {"mean": float(np.mean(list(t.values()))), "per_task": t} for n, t in scores.items()}
   return {
     "record": {
-      "tasks": work.names,
+      "tasks": setup.names,
       "models": models,
       "rounds": [],
       "budget": {},
       "config": plain,
       "versions": workdir.versions(),
-      "metric": work.metric.name,
-      "lower_is_better": work.metric.lower_is_better,
+      "metric": setup.problem.metric.name,
+      "lower_is_better": setup.problem.metric.lower_is_better,
       "split": split,
       "seed": seed,
     },
-    "noise": _noise(own_rows),
-    "methods": made,
+    "noise": _noise(by_row),
+    "methods": methods,
   }
 
 
-def _taken(work: runs.Work, folder: pathlib.Path) -> Any:
-  """Returns the experts of an ATM run; ValueError if it has none, or was told to tune others."""
+def _methods(
+  setup: Setup, listed: Mapping[str, Any], experts: Any, rows: batch.Rows, split: str, seed: int
+) -> dict[str, dict[str, Any]]:
+  """Returns the result of each method, from its file if that has the same settings."""
+  show = setup.events.bar(f"methods, seed {seed}", len(listed), "method")
+  results = {}
+  for done, (name, settings) in enumerate(listed.items()):
+    path = setup.folder / "methods" / f"{name}.json"
+    result = read(path) if path.exists() else {}
+    if result.get("tried") != settings:
+      if result:
+        words = "other settings than its result was found with; made again"
+        setup.events.say(f"{name}, seed {seed}: {words}")
+      result = {"tried": settings, **_search(setup, experts, name, settings)}
+      result["per_task"] = _per_task(setup, result.pop("params"), rows, split)
+      path.parent.mkdir(exist_ok=True)
+      with atomic.write(path) as file:
+        file.write((json.dumps(result, indent=1) + "\n").encode())
+    results[name] = result
+    show(done + 1, len(listed), mean=float(np.mean(list(result["per_task"].values()))))
+  return results
+
+
+def _per_task(setup: Setup, params: Any, rows: batch.Rows, split: str) -> dict[str, float]:
+  """Returns the mean score of a model on each task's rows of a split."""
+  by_row = setup.score(jax.tree.map(lambda p: p[None], params), rows)[0]
+  return dict(zip(setup.names, scoring.means(by_row, setup.counts(split)), strict=True))
+
+
+def _experts_of_run(setup: Setup, folder: pathlib.Path) -> Any:
+  """Returns the experts of an ATM run; ValueError if it has none, or has tuned others."""
   path, place = folder / "config.json", folder / "checkpoints" / "experts"
   if not path.is_file() or not place.is_dir():
     raise ValueError(f"config.experts: {folder} holds no experts of a run ({place}).")
-  theirs, ours = (config.flat(c) for c in (workdir.config_of(folder), work.config))
+  theirs, ours = (config.flat(c) for c in (workdir.config_of(folder), setup.config))
   for key in sorted(theirs.keys() | ours.keys()):
     if (key.startswith("baselines.experts.") or not key.startswith(_FREE)) and theirs.get(
       key
@@ -206,13 +216,13 @@ def _taken(work: runs.Work, folder: pathlib.Path) -> Any:
         f"config.experts: {folder} tuned other experts: {key} is {theirs.get(key)!r} there and "
         f"{ours.get(key)!r} here."
       )
-  like = problem.make_like(work.params, len(work.names), "experts", work.mesh)
+  like = setups.stack_shapes(setup.params, setup.mesh, len(setup.names))
   with stores.Checkpoints(place, keep=1) as store:
-    found = store.restore(like)
-  if found is None:
+    checkpoint = store.restore(like)
+  if checkpoint is None:
     raise ValueError(f"config.experts: {place} holds no whole checkpoint.")
-  work.say(f"experts: those of {folder}")
-  return found.state
+  setup.events.say(f"experts: those of {folder}")
+  return checkpoint.state
 
 
 def _noise(scores: Sequence[np.ndarray]) -> float:
@@ -225,55 +235,37 @@ def _noise(scores: Sequence[np.ndarray]) -> float:
   return float(np.sqrt(np.sum(parts)) / len(parts))
 
 
-def _searched(work: runs.Work, name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-  """The merge that is best on validation of all on a method's grid; its cost."""
+def _search(setup: Setup, experts: Any, name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns the merge that is best on validation of all on a method's grid, and its cost."""
   candidates = list(grid.candidates(name, settings))
-  seed = work.settings.seed if "seed" in stage.hparams(candidates[0].method) else None
-  goal = search_scales.Validation(
-    work.params,
-    work.stacks["experts"],
-    work.score,
-    work.rows,
-    counts=[len(t.validation.labels) for t in work.problem.tasks],
-    names=work.names,
-    seed=seed,
-    layout=work.problem.layout,
-    metric=work.metric,
-    name=name,
-  )
+  seed = setup.settings.seed if "seed" in stage.hparams(candidates[0].method) else None
+  goal = setup.validation(experts, name, seed)
   result = objective.run(goal, objective.exhaustive(candidates))
   best = result.candidate
   chosen = {**best.static, **best.hparams}
   if grid.has_scale(settings.get("name", name)):
     chosen["scale"] = best.scale
-  cost = _cost(work, best.method, best.hparams, best.scale, seed) if not work.settings.seed else {}
   return {
-    "validation": work.metric.gain(result.score),
+    "validation": setup.problem.metric.gain(result.score),
     "settings": chosen,
     "trials": len(result.trials),
     "params": result.params,
-    **cost,
+    **({} if setup.settings.seed else _cost(goal, best)),
   }
 
 
-def _cost(
-  work: runs.Work,
-  method: Method,
-  numbers: Mapping[str, float],
-  scale: float,
-  seed: int | None,
-) -> dict[str, float]:
-  """CPU seconds of one merge in memory, compiled; the bytes that it needs beside its arguments.
+def _cost(goal: scales.Validation, best: scales.Scaled) -> dict[str, float]:
+  """Returns CPU seconds of one merge in memory, compiled; the bytes it needs beside its arguments.
 
   Seconds of the processor, of all threads: other work on the machine does not count.
   """
-  given = work.params, work.stacks["experts"], jnp.asarray([scale], jnp.float32), dict(numbers)
-  options: dict[str, Any] = {"method": method, "seed": seed, "names": tuple(work.names)}
-  options["layout"] = layouts.check(work.problem.layout)
-  program = search_scales.at_scales.lower(*given, **options).compile()
-  jax.block_until_ready(program(*given))
+  arrays = goal.base, goal.models, jnp.asarray([best.scale], jnp.float32), dict(best.hparams)
+  static: dict[str, Any] = {"method": best.method, "seed": goal.seed, "names": tuple(goal.names)}
+  static["layout"] = layouts.check(goal.layout)
+  program = scales.at_scales.lower(*arrays, **static).compile()
+  jax.block_until_ready(program(*arrays))
   begun = time.process_time()
-  jax.block_until_ready(program(*given))
+  jax.block_until_ready(program(*arrays))
   seconds = time.process_time() - begun
   memory = program.memory_analysis()
   return {"seconds": seconds} | ({"bytes": float(memory.temp_size_in_bytes)} if memory else {})

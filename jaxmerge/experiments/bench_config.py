@@ -4,24 +4,14 @@ from __future__ import annotations
 
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import (
-  Any,
-)
+from typing import Any
 
 from ml_collections.config_dict import ConfigDict
 
 from jaxmerge import errors
 from jaxmerge.catalog import lookup
 from jaxmerge.experiments import config as configs
-
-BENCH: Mapping[str, Any] = {
-  "run": str,
-  "seeds": int,
-  "final": bool,
-  "experts": str,
-  "methods": dict,
-  "changes": dict,
-}
+from jaxmerge.experiments import schema
 
 
 def bench(path: str, changes: Sequence[tuple[str, str]] = ()) -> ConfigDict:
@@ -32,7 +22,7 @@ def bench(path: str, changes: Sequence[tuple[str, str]] = ()) -> ConfigDict:
   row's name to settings of the method of that name, or of the one under `name`: a tuple is a list
   of values to try. `changes` are changes of the experiment's config.
   """
-  config = configs.of_scheme(path, BENCH, changes)
+  config = configs.load_as(path, schema.Bench, changes)
   if config.seeds < 1:
     raise ValueError(f"{path}: config.seeds must be at least 1, got {config.seeds}.")
   for name, own in config.methods.items():

@@ -16,14 +16,12 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxmerge.core import interpreter, layouts, stage, tree
+from jaxmerge.core import interpreter, stage
 from jaxmerge.drivers import memory, slices, streaming
-from jaxmerge.experiments import problem
-from jaxmerge.experiments import shapes as shape_lib
+from jaxmerge.experiments import merges, registry
 from jaxmerge.models import llama
 from jaxmerge.parallel import mesh as meshes
-from jaxmerge.tasks import batch, losses
-from jaxmerge.training import local_steps, optimizers, outer, placement, schedule
+from jaxmerge.training import build, schedule
 from jaxmerge.training import round as rounds
 from jaxmerge.training import settings as training_settings
 from jaxmerge.xla import chips
@@ -70,67 +68,53 @@ def of_loop(config: Mapping[str, Any], devices: Sequence[Any]) -> Iterator[xla_p
   Raises:
     ValueError: for a mesh that does not fit, or tasks in turn, whose rounds are many programs.
   """
-  shapes, settings = shape_lib.make(config), training_settings.from_config(config)
-  names = list(shapes.counts)
+  problem, changes = registry.make_shapes(config), training_settings.from_config(config)
   axes = {k: config["mesh"][k] for k in meshes.AXES}
-  mesh = meshes.make(**axes, tasks=len(names), devices=devices)
-  if settings.at_once and settings.at_once < len(names):
+  mesh = meshes.make(**axes, tasks=len(problem.tasks), devices=devices)
+  if changes.at_once and changes.at_once < len(problem.tasks):
     raise ValueError(
-      f"at_once is {settings.at_once}: rounds of tasks in turn are no one program; set it to 0."
+      f"at_once is {changes.at_once}: rounds of tasks in turn are no one program; set it to 0."
     )
-  side = mesh.shape["task"]
-  slots, count = -(-len(names) // side) * side, len(names)
-  params, rules = shapes.params, shapes.rules if mesh.shape["model"] > 1 else ()
-  method = problem.method_of(config["method"])
-  local, own = optimizers.local(settings, params), outer.optimizer(settings, params)
-  kept = settings.local_state == "kept"
-  model = placement.in_place(shapes.apply, mesh, rules)
-  step = local_steps.step(model, losses.cross_entropy, settings, local)
-  leaves = {n: x.shape for n, x in tree.named(params).items()}
-  table = layouts.settled(method, leaves, shapes.layout)
-  parts = rounds.Parts(step, local, own, method, count, slots, kept, table, mesh, rules)
-  by_task = meshes.by_task(mesh)
-  plan = schedule.plan(names, list(shapes.counts.values()), settings, 0, rounds=settings.rounds)
-  trips = int(plan.steps.max())
-  plan = placed(schedule.Plan(*(batch.pile_up(x, slots) for x in plan)), by_task)
-  rows = placed(shapes.rows(slots), by_task)
-  weights = placed(params, meshes.places(params, mesh, rules))
-  outers = () if own is None else jax.eval_shape(own.init, params)
-  outers = placed(outers, placement.of_states(own, params, mesh, rules))
-  stack = placed(_stack(params, slots), meshes.places(params, mesh, rules, stacked=True))
-  states: Any = ()
-  if kept:
-    states = jax.eval_shape(jax.vmap(local.init), _stack(params, slots))
-    states = placed(states, placement.of_states(local, params, mesh, rules, stacked=True))
-  leaves = {n: v.shape for n, v in tree.named(params).items()}
-  hparams = {"seed": 0} if "seed" in stage.hparams(method) else {}
-  ready = interpreter.prepare(method, leaves, count, hparams, names)._replace(order=None)
-  rate, loss = np.float32(1), Struct((slots,), jnp.float32, sharding=by_task)
+  spec = build.Spec(
+    problem.apply,
+    problem.tasks,
+    merges.make_method(config["method"]),
+    changes,
+    mesh,
+    problem.loss,
+    layout=problem.layout,
+    rules=problem.sharding if mesh.shape["model"] > 1 else (),
+  )
+  loop = build.build(spec, problem.params, abstract=True)
+  yield from _round(loop)
+
+
+def _round(loop: build.Loop) -> Iterator[xla_program.Program]:
+  """Yields the programs of a round of a loop that is built of shapes."""
+  parts, state, mesh = loop.parts, build.start(loop), loop.parts.mesh
+  plan, ready, rate = build.arguments(loop, 0)
+  weights, states, rows = loop.base, state.local, loop.rows
+  rounds_ = loop.spec.settings.rounds
+  totals = schedule.totals(loop.counts, loop.spec.settings)
+  trips = max(schedule.bounds(total, rounds_, 0)[1] for total in totals)
+  stacked = meshes.places(weights, mesh, parts.rules, stacked=True)
+  stack = build.put_shapes(_stack(weights, parts.slots), stacked)
+  loss = Struct((parts.slots,), jnp.float32, sharding=meshes.by_task(mesh))
 
   def tuning(weights: Any, states: Any, rows: Any, plan: Any) -> Any:
     return rounds.tuning(parts, weights, states, rows, plan)
 
-  def merging(stack: Any, loss: Any, *given: Any) -> Any:
-    return rounds.merging(parts, stack, loss, *given)
+  def merging(stack: Any, loss: Any, *rest: Any) -> Any:
+    return rounds.merging(parts, stack, loss, *rest)
 
-  donated = ("states",) if kept else ()
-  half = jax.jit(tuning, donate_argnames=donated)
+  donated = ("states",) if parts.kept else ()
+  tune = jax.jit(tuning, donate_argnames=donated)
   whole = jax.jit(rounds.function(parts), donate_argnames=donated)
-  merged = (stack, loss, weights, outers, weights, ready, rate)
-  state = rounds.State(weights, outers, ())
-  yield xla_program.Program("tune", lambda: half.lower(weights, states, rows, plan), mesh, trips)
+  merged = (stack, loss, weights, state.outer, weights, ready, rate)
+  taken = (state._replace(local=()), states, weights, rows, plan, ready, rate)
+  yield xla_program.Program("tune", lambda: tune.lower(weights, states, rows, plan), mesh, trips)
   yield xla_program.Program("merge", lambda: jax.jit(merging).lower(*merged), mesh)
-  rest = (rows, plan, ready, rate)
-  yield xla_program.Program(
-    "tune and merge", lambda: whole.lower(state, states, weights, *rest), mesh, trips
-  )
-
-
-def placed(given: Any, where: Any) -> Any:
-  """Returns the shapes of a tree with their places: one for all, or a like tree of them."""
-  if isinstance(where, jax.sharding.Sharding):
-    return jax.tree.map(lambda x: Struct(x.shape, x.dtype, sharding=where), given)
-  return jax.tree.map(lambda x, s: Struct(x.shape, x.dtype, sharding=s), given, where)
+  yield xla_program.Program("tune and merge", lambda: whole.lower(*taken), mesh, trips)
 
 
 def _stack(params: Any, height: int) -> Any:
@@ -146,14 +130,14 @@ def of_merge(config: Mapping[str, Any], devices: Sequence[Any]) -> Iterator[xla_
   height, dtype, method = (
     config["models"],
     jnp.dtype(config["dtype"]),
-    problem.method_of(config["method"]),
+    merges.make_method(config["method"]),
   )
   mesh = meshes.make(**config["mesh"], devices=devices)
   params = jax.eval_shape(lambda: llama.init(own, jax.random.key(0)))
   params = jax.tree.map(lambda x: Struct(x.shape, dtype), params)
   places = meshes.places(params, mesh, llama.SHARDING)
   beside = jax.tree.map(lambda s: NamedSharding(mesh, P(None, *s.spec)), places)
-  base, models = placed(params, places), placed(_stack(params, height), beside)
+  base, models = build.put_shapes(params, places), build.put_shapes(_stack(params, height), beside)
   seed = 0 if "seed" in stage.hparams(method) else None
   merge = functools.partial(memory.merge, method, seed=seed, layout=llama.VIEWS)
   whole = jax.jit(merge, out_shardings=places)

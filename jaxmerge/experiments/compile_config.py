@@ -2,21 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal  # Any: kinds of values.
+from collections.abc import Sequence
 
 from ml_collections.config_dict import ConfigDict
 
 from jaxmerge.experiments import config as configs
-
-MERGE: Mapping[str, Any] = {
-  "models": int,
-  "dtype": Literal["bfloat16", "float32"],
-  "method": dict,
-  "model": dict,
-  "mesh": dict,
-  "entries": int,
-}
+from jaxmerge.experiments import schema
 
 
 def load(path: str, changes: Sequence[tuple[str, str]] = ()) -> ConfigDict:
@@ -33,14 +24,14 @@ def load(path: str, changes: Sequence[tuple[str, str]] = ()) -> ConfigDict:
       f"{path}: programs are compiled of an experiment (config.experiment) or of a merge "
       f"(config.models); it has neither, but {', '.join(sorted(config))}."
     )
-  config = configs.of_scheme(path, MERGE, changes)
+  config = configs.load_as(path, schema.Merge, changes)
   for key in ("models", "entries"):
     if config[key] < 1:
       raise ValueError(f"{path}: config.{key} must be at least 1, got {config[key]}.")
   for key, value in config.mesh.items():
-    if key not in configs.AXES or type(value) is not int:
+    if key not in schema.AXES or type(value) is not int:
       raise ValueError(
-        f"{path}: config.mesh has whole numbers {', '.join(configs.AXES)}; got {key!r}: {value!r}."
+        f"{path}: config.mesh has whole numbers {', '.join(schema.AXES)}; got {key!r}: {value!r}."
       )
   configs.check_method(dict(config.method), f"{path}: config.method")
   return config.lock()

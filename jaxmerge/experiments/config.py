@@ -19,28 +19,20 @@ from ml_collections.config_dict import ConfigDict
 
 from jaxmerge import errors
 from jaxmerge.catalog import lookup
+from jaxmerge.experiments import registry, schema
 from jaxmerge.training import settings
 
-AXES = ("task", "data", "model")  # Those of `mesh.AXES`, which comes with jax.
 LOOP = settings.KINDS
-# The keys that every experiment has, and the kind of value that each takes.
+# The keys of an experiment's config, and the kind of value that each takes.
 SCHEME: Mapping[str, Any] = {
   **LOOP,
-  "experiment": str,
-  "final": bool,
-  "keep_experts": bool,
+  **{key: kind for key, kind in schema.kinds(schema.Experiment).items() if kind is not dict},
   "method.name": Literal[tuple(lookup.METHODS)],
-  "variant": Literal["pa", "ph"],
-  "checkpoint.keep": int,
-  "checkpoint.every": int,
   "score_every": int,
-  **{f"mesh.{axis}": int for axis in AXES},
-  "mesh.devices": int | None,
 }
 OPTIONAL = ("score_every",)  # It is 1 in configs that lack it: every round is scored.
 # Groups whose keys are the experiment's or the method's own.
 OPEN = ("method", "baselines", "also", "data", "pretrain", "model")
-_REQUIRED_GROUPS = ("baselines", "also", "data")
 _LOWEST = {"checkpoint.keep": 1, "checkpoint.every": 1, "score_every": 1, "mesh.devices": 1}
 _WORDS = {
   str: "text",
@@ -54,8 +46,8 @@ _WORDS = {
 
 
 def load(path: str, changes: Sequence[tuple[str, str]] = ()) -> ConfigDict:
-  """Returns the locked config of a file, changed by pairs (`a.b`, text) and checked."""
-  config = read(path)
+  """Returns the locked config of a file with all defaults, changed by pairs (`a.b`, text)."""
+  config = schema.fill(read(path), schema.Experiment)
   check(config, path)
   for key, text in _name_first(changes):
     change(config, key, parse(text, kind(config, key, path), key, path), path)
@@ -63,29 +55,28 @@ def load(path: str, changes: Sequence[tuple[str, str]] = ()) -> ConfigDict:
   return config.lock()
 
 
-def of_scheme(
-  path: str, scheme: Mapping[str, Any], changes: Sequence[tuple[str, str]]
-) -> ConfigDict:
-  """Reads a config that has these keys and no others, and changes it."""
-  config = read(path)
+def load_as(path: str, kind_: type, changes: Sequence[tuple[str, str]]) -> ConfigDict:
+  """Returns the config of a file, with the keys of a schema and no others, changed by pairs."""
+  kinds = schema.kinds(kind_)
+  config = schema.fill(read(path), kind_)
   for key, text in changes:
     group, _, last = key.partition(".")
-    if group not in scheme or (last and last not in config.get(group, {})):
-      known = [*scheme, *flat(config)]
+    if group not in kinds or (last and last not in config.get(group, {})):
+      known = [*kinds, *flat(config)]
       raise ValueError(f"{path}: unknown key 'config.{key}'{errors.nearest(key, known)}.")
-    value = parse(text, type(config[group][last]) if last else scheme[key], key, path)
+    value = parse(text, type(config[group][last]) if last else kinds[key], key, path)
     with config.ignore_type():
       place = config[group] if last else config
       place[last or key] = ConfigDict(value) if isinstance(value, dict) else value
   for key in config:
-    if key not in scheme:
-      raise ValueError(f"{path}: unknown key 'config.{key}'{errors.nearest(key, scheme)}.")
-  for key, kind_ in scheme.items():
+    if key not in kinds:
+      raise ValueError(f"{path}: unknown key 'config.{key}'{errors.nearest(key, kinds)}.")
+  for key, kind in kinds.items():
     if key not in config:
       raise ValueError(f"{path}: the key 'config.{key}' is missing; it must be there.")
     value = dict(config[key]) if isinstance(config[key], ConfigDict) else config[key]
-    if not _fits(value, kind_):
-      raise _wrong(key, repr(value), kind_, path, "")
+    if not _fits(value, kind):
+      raise _wrong(key, repr(value), kind, path, "")
   return config
 
 
@@ -122,10 +113,10 @@ def check(config: ConfigDict, source: str) -> None:
     elif key.split(".")[0] not in OPEN:
       raise ValueError(f"{source}: unknown key 'config.{key}'{errors.nearest(key, SCHEME)}.")
   present = {*values, *config}
-  missing = [k for k in (*SCHEME, *_REQUIRED_GROUPS) if k not in present and k not in OPTIONAL]
+  missing = [k for k in SCHEME if k not in present and k not in OPTIONAL]
   if missing:
     raise ValueError(f"{source}: the key 'config.{missing[0]}' is missing; it must be there.")
-  _check_loop({key: config[key] for key in LOOP}, source)
+  _check_parts(config, source)
   check_method(dict(config.method), f"{source}: config.method")
   for name, own in config.baselines.items():
     _check_group(own, f"baselines.{name}", source)
@@ -281,9 +272,10 @@ def _wrong(key: str, value: Any, kind: Any, source: str, example: str) -> ValueE
   return ValueError(f"{source}: config.{key} must be {words(kind)}; got {value!r}{hint}")
 
 
-def _check_loop(values: Mapping[str, Any], source: str) -> None:
+def _check_parts(config: ConfigDict, source: str) -> None:
   try:
-    settings.Settings(**values)
+    registry.check(config.experiment)
+    settings.from_config({key: config[key] for key in LOOP})
   except ValueError as e:
     raise ValueError(f"{source}: config.{e}") from e
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -12,46 +12,48 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmerge.evaluation import metrics
-from jaxmerge.experiments import problem
+from jaxmerge.experiments import decoder
+from jaxmerge.experiments.problem import Problem
+from jaxmerge.experiments.registry import Cache
 from jaxmerge.models import llama
 from jaxmerge.tasks import domains
 from jaxmerge.tasks.task import Task
 from jaxmerge.training import joint
 from jaxmerge.training.settings import Settings
 
-# (shapes, how it is made) -> what was trained for the base: made, or what was saved of it.
-Keep = Callable[[Any, Callable[[], Any]], Any]
+# Compiled of shapes alone: the texts are not read.
+problem_shapes = decoder.problem
 
 
-def domains6(config: Mapping[str, Any], keep: Keep) -> problem.Problem:
-  """Six domains of bytes and a decoder that has been trained on some rows of each, mixed."""
-  own, apply = llama.of_fields(config["model"], jnp.dtype(config["compute_dtype"]))
+def problem(config: Mapping[str, Any], cache: Cache) -> Problem:
+  """Returns six domains of bytes and a decoder that was trained on some rows of each, mixed."""
+  fields, apply = llama.of_fields(config["model"], jnp.dtype(config["compute_dtype"]))
   sizes = dict(config["data"])
-  found = domains.load(sizes.pop("domains"), seed=config["seed"], **sizes)
-  mixed = jax.tree.map(lambda *xs: np.concatenate(xs), *[d.pretrain for d in found])
+  loaded = domains.load(sizes.pop("domains"), seed=config["seed"], **sizes)
+  rows = jax.tree.map(lambda *xs: np.concatenate(xs), *[d.pretrain for d in loaded])
+  mixture = Task("mixture", rows, loaded[0].task.validation)
   settings = Settings(schedule="cosine", clip_norm=1.0, seed=config["seed"], **config["pretrain"])
-  start = functools.partial(llama.init, own, jax.random.key(config["seed"]))
-  mixture = Task("mixture", mixed, found[0].task.validation)
+  start = functools.partial(llama.init, fields, jax.random.key(config["seed"]))
 
-  def trained() -> Any:
+  def train() -> Any:
     return joint.joint(apply, start(), [mixture], settings, mixed=False)[0]
-
-  params = keep(jax.eval_shape(start), trained)
 
   def save(folder: pathlib.Path, params: Any, readme: str) -> None:
     length = sizes["length"]
-    llama.export(folder, own, params, max_positions=length, readme=readme, replace=True)
+    llama.export(folder, fields, params, max_positions=length, readme=readme, replace=True)
 
+  params = cache(jax.eval_shape(start), train)
+  seen = "trained on some rows of every domain"
   million = sum(x.size for x in jax.tree.leaves(params)) / 1e6
-  return problem.Problem(
-    f"{len(found)} domains of text, a byte-level decoder",
-    f"a decoder of bytes with {million:.1f} M parameters, trained on some rows of every domain",
-    apply,
-    params,
-    tuple(d.task for d in found),
-    llama.VIEWS,
-    save,
-    "apache-2.0",
+  return Problem(
+    apply=apply,
+    params=params,
+    tasks=[d.task for d in loaded],
     metric=metrics.BITS_PER_BYTE,
+    layout=llama.VIEWS,
     sharding=llama.SHARDING,
+    title=f"{len(loaded)} domains of text, a byte-level decoder",
+    base=f"a decoder of bytes with {million:.1f} M parameters, {seen}",
+    license="apache-2.0",
+    save=save,
   )

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,55 +12,39 @@ import numpy as np
 import optax
 from jax import lax
 
-from jaxmerge.core import tree
-from jaxmerge.experiments import problem
-from jaxmerge.io.disk import atomic
-from jaxmerge.io.tensors import safetensors
+from jaxmerge.experiments.problem import Problem
+from jaxmerge.experiments.registry import Cache
 from jaxmerge.models import cnn
 from jaxmerge.tasks import batch, images, losses
 from jaxmerge.tasks.task import Task
 from jaxmerge.training import schedule as schedules
 
-# (shapes, how it is made) -> what was trained for the base: made, or what was saved of it.
-Keep = Callable[[Any, Callable[[], Any]], Any]
 
-
-def images4(config: Mapping[str, Any], keep: Keep) -> problem.Problem:
-  """Four image tasks and a small CNN that has been pretrained, briefly, on a few rows of each.
+def problem(config: Mapping[str, Any], cache: Cache) -> Problem:
+  """Returns four image tasks and a small CNN, pretrained briefly on a few rows of each.
 
   The heads are trained with the base and frozen after that.
   """
   tasks = images.load(config["seed"], **config["data"])
-  settings = dict(config["pretrain"])
   like = {
     "params": jax.eval_shape(cnn.init, jax.random.key(0)),
     "heads": [jax.ShapeDtypeStruct((cnn.FEATURES, t.num_classes), np.float32) for t in tasks],
   }
 
-  def trained() -> dict[str, Any]:
-    params, own = pretrain(tasks, seed=config["seed"], **settings)
-    return {"params": params, "heads": own}
+  def train() -> dict[str, Any]:
+    params, heads = pretrain(tasks, seed=config["seed"], **config["pretrain"])
+    return {"params": params, "heads": heads}
 
-  made = keep(like, trained)
-  params, own = made["params"], map(np.asarray, made["heads"])
-  tasks = tuple(dataclasses.replace(t, head=h) for t, h in zip(tasks, own, strict=True))
-
-  def save(folder: pathlib.Path, params: Any, readme: str) -> None:
-    leaves = {n: np.asarray(v) for n, v in tree.named(params).items()}
-    own = {f"head/{t.name}": np.asarray(t.head) for t in tasks}
-    with atomic.folder(folder, replace=True) as beside:
-      safetensors.save(beside / "model.safetensors", leaves | own)
-      (beside / "README.md").write_text(readme, encoding="utf-8")
-
-  return problem.Problem(
-    "Four image tasks, one small CNN",
-    "a CNN of 0.12 M parameters, pretrained on a few rows of every task",
-    cnn.apply,
-    params,
-    tasks,
-    cnn.VIEWS,
-    save,
-    "apache-2.0",
+  base = cache(like, train)
+  heads = map(np.asarray, base["heads"])
+  return Problem(
+    apply=cnn.apply,
+    params=base["params"],
+    tasks=[dataclasses.replace(t, head=h) for t, h in zip(tasks, heads, strict=True)],
+    layout=cnn.VIEWS,
+    title="Four image tasks, one small CNN",
+    base="a CNN of 0.12 M parameters, pretrained on a few rows of every task",
+    license="apache-2.0",
   )
 
 

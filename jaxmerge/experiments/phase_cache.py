@@ -12,13 +12,13 @@ from jaxmerge.io.checkpoints import store as stores
 from jaxmerge.parallel import mesh as meshes
 
 
-def kept(
+def restore_or_make(
   folder: pathlib.Path,
   like: Any,
   make: Callable[[], tuple[Any, dict[str, Any]]],
   *,
   say: Callable[[str], None],
-  called: str,
+  name: str,
   of: str = "",
 ) -> tuple[Any, dict[str, Any]]:
   """Returns what `make` returns, arrays and facts, from its checkpoint if it has one.
@@ -27,28 +27,28 @@ def kept(
     folder: of the checkpoint.
     like: shapes, dtypes and places of the arrays.
     make: makes them; all processes of a run call it, or none.
-    say: is told what was found, and what was set aside.
-    called: what it is called then.
+    say: called with what was restored, and what was set aside.
+    name: of the phase, for messages.
     of: digest of what it is made of: what was made of something else is made again.
   """
   with stores.Checkpoints(folder, keep=1) as store:
-    found = store.restore(like)
+    checkpoint = store.restore(like)
     for message in store.set_aside:
       say(message)
-    if found is not None and found.record.get("of", "") == of:
-      say(f"{called}: restored")
-      return found.state, found.record["facts"]
-    if found is not None:
-      say(f"{called}: made of other models than there are now; made again")
+    if checkpoint is not None and checkpoint.record.get("of", "") == of:
+      say(f"{name}: restored")
+      return checkpoint.state, checkpoint.record["facts"]
+    if checkpoint is not None:
+      say(f"{name}: made of other models than there are now; made again")
     state, facts = make()
-    store.save(1 if found is None else found.step + 1, state, {"facts": facts, "of": of})
+    store.save(1 if checkpoint is None else checkpoint.step + 1, state, {"facts": facts, "of": of})
     return state, facts
 
 
 def digest(models: Any) -> str:
   """Returns a digest of the bits of a tree of arrays, the same in every process."""
-  found = hashlib.blake2b(digest_size=16)
+  hash_ = hashlib.blake2b(digest_size=16)
   for name, x in tree.named(meshes.fetch(models)).items():
-    found.update(f"{name} {x.dtype} {x.shape} ".encode())
-    found.update(x.tobytes())
-  return found.hexdigest()
+    hash_.update(f"{name} {x.dtype} {x.shape} ".encode())
+    hash_.update(x.tobytes())
+  return hash_.hexdigest()

@@ -1,59 +1,72 @@
-"""What an experiment is about: its model, tasks, loss and metric."""
+"""What an experiment is about: its model, tasks, loss and metric, as arrays or as shapes."""
 
 from __future__ import annotations
 
 import dataclasses
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple  # Any: parameters are nested dicts of arrays.
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
-from jaxmerge import methods
-from jaxmerge.catalog import lookup
 from jaxmerge.core import layouts, tree
-from jaxmerge.core.stage import Method
 from jaxmerge.evaluation import metrics
+from jaxmerge.io.disk import atomic
+from jaxmerge.io.tensors import safetensors
 from jaxmerge.parallel import mesh as meshes
 from jaxmerge.parallel import processes
 from jaxmerge.tasks import batch, losses
-from jaxmerge.tasks.task import Task
+from jaxmerge.tasks.task import Split, Task
+
+Struct = jax.ShapeDtypeStruct
 
 
 class Problem(NamedTuple):
-  """What an experiment runs on.
+  """What an experiment runs on; the function of an experiment returns it.
 
   Attributes:
-    title: one line for the report.
-    base: what the base model is called, for the model card.
-    apply: (params, inputs, head) -> logits.
-    params: the base's parameters.
+    apply: the model, (params, inputs, head) -> outputs.
+    params: the base's parameters; `jax.ShapeDtypeStruct`s if it is only to be compiled.
     tasks: the tasks, with heads.
-    layout: matrix views of the leaves.
-    save: (folder, params, readme) writes a model that other tools open.
-    license: of the base model.
     loss: (outputs, labels) -> [B, ...], whose mean is minimised.
-    metric: what models are judged by.
+    metric: how models are scored.
+    layout: matrix views of the leaves.
     sharding: rules for a mesh whose model axis splits the weights of a copy; none: it cannot.
+    title: one line for the report.
+    base: name of the base model, for the model card.
+    license: of the base model, for the model card.
+    save: (folder, params, readme) writes a model that other tools open; by default weights and
+      heads go to `model.safetensors`.
   """
 
-  title: str
-  base: str
   apply: batch.Apply
   params: Any
-  tasks: tuple[Task, ...]
-  layout: tuple[tuple[str, str], ...]
-  save: Callable[[pathlib.Path, Any, str], None]
-  license: str
+  tasks: Sequence[Task]
   loss: losses.Rowwise = losses.cross_entropy
   metric: metrics.Metric = metrics.ACCURACY
+  layout: layouts.Said | None = ()
   sharding: meshes.Rules = ()
+  title: str = "Tuning and merging"
+  base: str = "a base model"
+  license: str = "other"
+  save: Callable[[pathlib.Path, Any, str], None] | None = None
 
 
-def shared(problem: Problem) -> Problem:
-  """A problem that each process has made by itself, with the first one's weights and heads."""
+def save(problem: Problem, folder: pathlib.Path, params: Any, readme: str) -> None:
+  """Writes a model and its readme as the problem says, else as one safetensors file."""
+  if problem.save is not None:
+    problem.save(folder, params, readme)
+    return
+  leaves = {n: np.asarray(v) for n, v in tree.named(params).items()}
+  heads = {f"head/{t.name}": np.asarray(t.head) for t in problem.tasks if t.head is not None}
+  with atomic.folder(folder, replace=True) as beside:
+    safetensors.save(beside / "model.safetensors", leaves | heads)
+    (beside / "README.md").write_text(readme, encoding="utf-8")
+
+
+def share(problem: Problem) -> Problem:
+  """Returns a problem that each process has made, with the first one's weights and heads."""
   heads = [t.head for t in problem.tasks if t.head is not None]
   params, heads = processes.same((problem.params, heads))
   if heads:
@@ -62,42 +75,34 @@ def shared(problem: Problem) -> Problem:
   return problem._replace(params=params)
 
 
-def make_like(params: Any, height: int, phase: str, mesh: Mesh) -> Any:
-  """The shapes and places of what a phase keeps: a stack of experts, or one model."""
-  lead = (height,) if phase.split("_")[0] == "experts" else ()
-  even = lead and height % mesh.shape["task"] == 0
-  place = meshes.by_task(mesh) if even else meshes.everywhere(mesh)
-  return jax.tree.map(
-    lambda p: jax.ShapeDtypeStruct((*lead, *p.shape), p.dtype, sharding=place), params
-  )
+def is_abstract(problem: Problem) -> bool:
+  """Returns whether a problem has shapes in place of weights."""
+  return any(isinstance(x, Struct) for x in jax.tree.leaves(problem.params))
 
 
-def method_of(settings: Mapping[str, Any]) -> Method:
-  """Makes the method that a config names: {"name": "ties", "density": 0.2}."""
-  settings = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
-  name = settings.pop("name")
-  lookup.check(name, settings)
-  return getattr(methods, name)(**settings)
+def shapes(problem: Problem) -> Problem:
+  """Returns a problem with the shapes of its weights, rows and heads in their place."""
+
+  def structs(value: Any) -> Any:
+    return jax.tree.map(lambda x: Struct(np.shape(x), x.dtype), value)
+
+  def task_shapes(task: Task) -> Task:
+    splits = {name: structs(split) for name, split in task.splits().items()}
+    return dataclasses.replace(task, **splits, head=structs(task.head))
+
+  params = jax.tree.map(lambda x: Struct(np.shape(x), np.float32), problem.params)
+  return problem._replace(params=params, tasks=tuple(map(task_shapes, problem.tasks)))
 
 
-def one_shot_plan(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-  """Returns the settings of a config's one-shot merges by name; the average is always one."""
-  asked = {k: dict(v) for k, v in config["baselines"].items() if k in lookup.METHODS}
-  return {"average": {}, **asked}
+def split_shapes(count: int, inputs: Any, labels: tuple[int, ...] = ()) -> Split:
+  """Returns the shapes of `count` rows, of which each has these inputs and int32 labels."""
+  stacked = jax.tree.map(lambda s: Struct((count, *s.shape), s.dtype), inputs)
+  return Split(stacked, Struct((count, *labels), np.int32))  # type: ignore[arg-type]
 
 
-def layout_notes(problem: Problem, params: Any, config: Mapping[str, Any]) -> list[str]:
-  """Says of each method of rows or matrices which leaves have which matrix view, and why."""
-  named = {n: {"name": n, **settings} for n, settings in one_shot_plan(config).items()}
-  named["atm"] = dict(config["method"])
-  leaves, notes = tree.named(params), []
-  shapes = {n: tuple(x.shape) for n, x in leaves.items() if tree.is_floating(x)}
-  for name, settings in named.items():
-    settings.pop("scales", None)
-    method = method_of(settings)
-    table = layouts.settled(method, shapes, problem.layout, names=leaves)
-    notes += [f"{name}: {line}" for line in layouts.lines(method, table)]
-  return notes
+def zeros(like: Any) -> Any:
+  """Returns arrays of zeros in place of shapes."""
+  return jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), like)
 
 
 def post_hoc(tasks: Sequence[Task]) -> tuple[Task, ...]:
@@ -105,11 +110,11 @@ def post_hoc(tasks: Sequence[Task]) -> tuple[Task, ...]:
 
   The halves are drawn at random, the same for every run.
   """
-  out = []
+  halved = []
   for t in tasks:
     rows = len(t.validation.labels)
     drawn = np.random.default_rng(tree.tag(t.name)).permutation(rows)
     halves = (np.sort(drawn[: -(-rows // 2)]), np.sort(drawn[-(-rows // 2) :]))
-    parts = [jax.tree.map(lambda x, own=own: x[own], t.validation) for own in halves]
-    out.append(dataclasses.replace(t, train=parts[0], validation=parts[1]))
-  return tuple(out)
+    train, validation = (jax.tree.map(lambda x, i=i: x[i], t.validation) for i in halves)
+    halved.append(dataclasses.replace(t, train=train, validation=validation))
+  return tuple(halved)

@@ -84,6 +84,28 @@ def stacked(
   )
 
 
+def shapes(given: Sequence[tasks.Task], split: str, num_slots: int) -> Rows:
+  """Returns the shapes of what `stacked` makes of tasks, which may be shapes themselves."""
+  parts = [t.splits()[split] for t in given]
+  rows = max(p.labels.shape[0] for p in parts)
+
+  def struct(x: Any, *shape: int) -> Any:  # It stands for an array.
+    return jax.ShapeDtypeStruct((num_slots, *shape), jax.dtypes.canonicalize_dtype(x.dtype))
+
+  def padded(x: Any) -> Any:
+    return struct(x, rows, *x.shape[1:])
+
+  head = heads(given)
+  count: Any = jax.ShapeDtypeStruct((num_slots,), np.int32)
+  return Rows(
+    jax.tree.map(padded, parts[0].inputs),
+    padded(parts[0].labels),
+    struct(head[0], *head[0].shape[:-1], max(h.shape[-1] for h in head)) if head else None,
+    count,
+    count,
+  )
+
+
 def outputs(apply: Apply, params: Any, inputs: Any, head: Any, classes: Any) -> Array:
   """Runs the model; logits of classes that the task does not have become -inf."""
   out = apply(params, inputs, head)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple  # Any: inputs are trees; a head may be its shape.
 
 import jax
 import numpy as np
@@ -30,7 +30,8 @@ class Task:
     validation: rows that choices (scales, settings, early stopping) are made by.
     test: rows that are read once, at the end; None where there are none.
     head: frozen array [features, classes], handed to the model with every batch; None where the
-      model needs none. Heads of tasks with fewer classes are padded, the padding is masked.
+      model needs none. Heads of tasks with fewer classes are padded, the padding is masked. A task
+      that is only compiled may have shapes in place of arrays, here and in its splits.
     classes: names of the classes, in the order of the labels.
     family: what tasks of one kind share: reports also count a family as one task. Empty: its own.
   """
@@ -39,7 +40,7 @@ class Task:
   train: Split
   validation: Split
   test: Split | None = None
-  head: np.ndarray | None = None
+  head: Any = None
   classes: tuple[str, ...] = ()
   family: str = ""
 

@@ -6,6 +6,7 @@ __getattr__, __dir__, __all__ = lazy.attach(
   __name__,
   (
     "budget",
+    "build",
     "checks",
     "finetune",
     "identity",
@@ -16,6 +17,7 @@ __getattr__, __dir__, __all__ = lazy.attach(
     "outer",
     "placement",
     "round",
+    "saving",
     "schedule",
     "settings",
     "waves",

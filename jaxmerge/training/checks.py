@@ -42,8 +42,11 @@ def check(apply: batch.Apply, params: Any, given: Any, loss: losses.Rowwise) -> 
   _check_outputs(apply, params, given, loss)
 
 
-def check_parts(mesh: Any, checkpoints: Any) -> None:
-  """Raises ValueError for a mesh or a store that is something else, saying how it is made."""
+def check_arguments(mesh: Any, checkpoints: Any, **every: int) -> None:
+  """Raises ValueError for a mesh, a store or a number of rounds that is something else."""
+  for name, number in every.items():
+    if number < 1:
+      raise ValueError(f"{name} must be at least 1 round, got {number}.")
   if mesh is not None and not set(meshes.AXES) <= set(mesh.axis_names):
     raise ValueError(
       f"mesh must have the axes {', '.join(meshes.AXES)}, as jaxmerge.parallel.mesh.make makes it, "

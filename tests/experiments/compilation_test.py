@@ -10,9 +10,8 @@ import pytest
 import jaxmerge
 from jaxmerge.core import tree
 from jaxmerge.drivers import streaming
-from jaxmerge.experiments import built_in, compilation, compile_config
-from jaxmerge.experiments import shapes as shape_lib
-from jaxmerge.models import bert
+from jaxmerge.experiments import compilation, compile_config, minilm8, problem, registry
+from jaxmerge.models import bert, cnn
 from jaxmerge.report import compile_tables
 from jaxmerge.tasks import text
 from jaxmerge.xla import chips
@@ -80,7 +79,7 @@ def test_products_of_a_round_are_counted_as_often_as_they_run(loop):
 
 @pytest.mark.slow
 def test_what_a_device_needs_is_what_shapes_say(loop):
-  own = shape_lib.make(tiny_loop())
+  own = registry.make_shapes(tiny_loop())
   entries = {n: int(np.prod(x.shape)) for n, x in tree.named(own.params).items()}
   halved = sum(n for name, n in entries.items() if not name.endswith("scale")) // 2
   each = 4 * (halved + sum(n for name, n in entries.items() if name.endswith("scale")))
@@ -190,44 +189,42 @@ def test_looking_at_the_programs_of_a_streamed_merge_changes_nothing():
   assert "merged" in seen
 
 
-@pytest.mark.slow
-def test_shapes_of_images_are_those_of_the_experiment():
-  own = config("images4.py", pretrain={"rows": 10, "steps": 1, "learning_rate": 1e-3})
-  own["data"] = {"train": 40, "validation": 10, "test": 10}
-  real, shapes = built_in.make(own), shape_lib.make(own)
-  assert_same(real, shapes)
+def test_shapes_of_an_experiment_are_those_of_what_it_makes():
+  """Of the images: nothing is trained for them."""
+  changes = {"train": 40, "validation": 10, "test": 10}
+  shapes = registry.make_shapes(config("images4.py", pretrain=None, data=changes))
+  assert problem.is_abstract(shapes)
+  row, head = (28, 28), (cnn.FEATURES, 10)
+  for task in shapes.tasks:
+    rows = task.train.labels.shape[0]
+    assert rows == (35 if task.name == "digits" else 40)
+    assert (task.train.inputs.shape, task.head.shape) == ((rows, *row), head)
+  assert tree.named(shapes.params).keys() == tree.named(cnn.init(jax.random.key(0))).keys()
+
+
+def counts(own):
+  return {t.name: t.train.labels.shape[0] for t in registry.make_shapes(own).tasks}
 
 
 def test_rows_of_texts_are_known_without_reading_them(monkeypatch):
   rows = {t.name: len(t.splits["train"][1]) for t in text.load(train=1600)}
   monkeypatch.setattr(text, "load", None)
-  assert shape_lib.make(config("minilm8.py")).counts == rows
+  assert counts(config("minilm8.py")) == rows
   every = config("minilm8.py", data={"tasks": ["film", "udhr"]})
-  assert shape_lib.make(every).counts == {"film": 2000, "udhr": 1476}
+  assert counts(every) == {"film": 2000, "udhr": 1476}
   with pytest.raises(ValueError, match="no text task 'flim'; did you mean 'film'"):
-    shape_lib.make(config("minilm8.py", data={"tasks": ["flim"]}))
+    registry.make_shapes(config("minilm8.py", data={"tasks": ["flim"]}))
 
 
 @pytest.mark.minilm
 def test_shapes_of_texts_are_those_of_the_experiment():
   own = config("minilm8_quick.py", data={"train": 20, "validation": 10, "test": 10})
   config_, params, _ = bert.minilm()
-  shapes = shape_lib.make(own)
-  assert config_ == shape_lib.MINILM
-  tree.check_same(shapes.params, params, left="shapes", right="weights")
-  assert set(shapes.counts.values()) == {20}
-
-
-def assert_same(real, shapes):
-  tree.check_same(shapes.params, real.params, left="shapes", right="the experiment")
-  assert shapes.counts == {t.name: len(t.train.labels) for t in real.tasks}
-  for task in real.tasks:
-    row = jax.tree.map(lambda x: (x.shape[1:], x.dtype), task.train.inputs)
-    assert row == jax.tree.map(lambda s: (s.shape, s.dtype), shapes.inputs)
-    assert task.train.labels.shape[1:] == shapes.labels
-    assert task.head.shape == shapes.head
+  assert config_ == minilm8.MINILM
+  tree.check_same(registry.make_shapes(own).params, params, left="shapes", right="weights")
+  assert set(counts(own).values()) == {20}
 
 
 def test_unknown_experiments_are_errors():
   with pytest.raises(ValueError, match="must be one of images4"):
-    shape_lib.make({"experiment": "images5"})
+    registry.make_shapes({"experiment": "images5"})

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from jaxmerge.cli import main
-from jaxmerge.experiments import compile_config, config
+from jaxmerge.experiments import compile_config, schema
 from jaxmerge.parallel import mesh
 from jaxmerge.xla import chips
 
@@ -52,7 +52,7 @@ def test_what_is_wrong_is_told(change, words):
 
 
 def test_configs_name_the_axes_of_a_mesh():
-  assert config.AXES == mesh.AXES
+  assert schema.AXES == mesh.AXES
 
 
 def test_another_kind_of_config_is_an_error():

@@ -13,8 +13,8 @@ import small_tasks as small
 
 from jaxmerge.catalog import lookup
 from jaxmerge.evaluation import metrics
-from jaxmerge.experiments import built_in, run
 from jaxmerge.experiments import config as configs
+from jaxmerge.experiments import merges, run
 from jaxmerge.experiments import problem as problems
 from jaxmerge.io.checkpoints import manifest
 
@@ -32,7 +32,7 @@ def config(**changes):
   spec.loader.exec_module(module)
   c = module.get_config()
   with c.unlocked():
-    c.experiment = "made"
+    c.experiment = f"{__name__}:three_tasks"
     c.final, c.rounds, c.epochs, c.batch_size, c.learning_rate = True, 3, 6.0, 4, 0.02
     c.baselines = dict(
       multitask=dict(),
@@ -47,29 +47,14 @@ def config(**changes):
   return c.lock()
 
 
-def made(config, keep):
+def three_tasks(config, cache):
   def save(folder, params, readme):
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "README.md").write_text(readme, encoding="utf-8")
     np.savez(folder / "model.npz", **{k: np.asarray(v) for k, v in params["dense"].items()})
 
-  return problems.Problem(
-    "Three made tasks",
-    "a made base",
-    small.network,
-    keep(small.weights(), small.weights),
-    tuple(small.three()),
-    (),
-    save,
-    "apache-2.0",
-  )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _made(tmp_path_factory):
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(built_in, "MAKERS", {**built_in.MAKERS, "made": made})
-    yield
+  params = cache(small.weights(), small.weights)
+  return problems.Problem(small.network, params, small.three(), save=save)
 
 
 @pytest.fixture(scope="module")
@@ -160,10 +145,10 @@ def test_progress_is_told(events):
 
 
 def test_a_finished_run_is_shown_and_not_run_again(workdir, record, monkeypatch):
-  def work(*given):
+  def prepare(*given):
     raise AssertionError("something is run")
 
-  monkeypatch.setattr(run, "Work", work)
+  monkeypatch.setattr(run.setup, "prepare", prepare)
   assert run.run(config(), workdir, resume="must") == json.loads(json.dumps(record))
 
 
@@ -310,10 +295,10 @@ def test_post_hoc_starts_from_the_best_merge_and_costs_on_top(tmp_path):
 
 
 def test_a_method_that_a_config_names():
-  method = problems.method_of({"name": "ties", "density": 0.3})
+  method = merges.make_method({"name": "ties", "density": 0.3})
   assert len(method) > 1
   with pytest.raises(ValueError, match="densty"):
-    problems.method_of({"name": "ties", "densty": 0.3})
+    merges.make_method({"name": "ties", "densty": 0.3})
 
 
 def test_chance_is_the_most_frequent_class():
@@ -330,8 +315,9 @@ def test_a_folder_that_holds_something_else_is_refused(tmp_path):
 
 
 def test_notes_say_which_leaves_methods_of_matrices_take_for_matrices():
-  problem = made(config(), lambda shapes, make: make())
+  problem = three_tasks(config(), lambda shapes, make: make())
   settings = {"baselines": {"tsv": {"scales": (0.5, 1.0)}, "dare": {"drop_rate": 0.2}}}
-  notes = problems.layout_notes(problem, problem.params, settings | {"method": {"name": "iso_c"}})
+  settings["method"] = {"name": "iso_c"}
+  notes = merges.layout_notes(problem.layout, problem.params, settings)
   leaves = "outputs and inputs: 1 io (kernel), 1 no matrix (vector)"
   assert notes == [f"tsv: {leaves}", f"atm: {leaves}"]

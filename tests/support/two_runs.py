@@ -23,36 +23,33 @@ from jaxmerge.experiments import bench, bench_config
 from jaxmerge.experiments import run as runs
 
 PLAIN = config_dict.ConfigDict(
-  {"experiment": "made", "seeds": 1, "methods": {}, "rounds": 1, "keep_experts": False}
+  {"experiment": "module:none", "seeds": 1, "methods": {}, "rounds": 1, "keep_experts": False}
 )
 
 
-class Work:
-  """Stands in for a run: notices whether anybody else is at work in its folder."""
-
-  def __init__(self, config, workdir, *rest):
-    self.mark, self.pause = workdir / "at_work", random.Random(os.getpid()).uniform(0, 0.01)
-
-  def base(self):
-    if self.mark.exists() and alive(int(self.mark.read_text() or 0)):
-      os._exit(9)
-    self.mark.write_text(str(os.getpid()))
-    time.sleep(self.pause)
-
-  experts = one_shot = multitask = atm = lambda self: time.sleep(self.pause / 4)
-
-  def finish(self):
-    if self.mark.read_text() != str(os.getpid()):
-      os._exit(9)
-    self.mark.unlink()
-    return {}
+def prepare(config, folder, events):
+  """Stands in for the set-up of a run: notices whether anybody else is at work in its folder."""
+  mark, pause = folder / "at_work", random.Random(os.getpid()).uniform(0, 0.01)
+  if mark.exists() and alive(int(mark.read_text() or 0)):
+    os._exit(9)
+  mark.write_text(str(os.getpid()))
+  time.sleep(pause)
+  return mark, pause
 
 
-def scored(config, plain, home, seed, progress):
+def compare(ready):
+  """Stands in for the phases of a run."""
+  mark, pause = ready
+  time.sleep(pause)
+  if mark.read_text() != str(os.getpid()):
+    os._exit(9)
+  mark.unlink()
+  return {}
+
+
+def compare_methods(config, plain, home, seed, progress):
   """Stands in for the work of a seed of a bench."""
-  work = Work(plain, home)
-  work.base()
-  return work.finish()
+  return compare(prepare(plain, home, None))
 
 
 def alive(pid):
@@ -118,7 +115,7 @@ def attempt(chance, home):
 
 
 def main(tries):
-  runs.Work, bench._scored = Work, scored
+  runs.setup.prepare, runs.compare, bench._compare = prepare, compare, compare_methods
   bench._written = lambda *rest: {}
   bench_config.of_bench = lambda *rest: PLAIN
   chance, wrong, refused, kills = random.Random(0), [], 0, 0

@@ -124,7 +124,7 @@ def test_tasks_that_are_made_wrong_are_named(tasks, words):
 )
 def test_parts_that_are_something_else_are_named(parts, words):
   with pytest.raises(ValueError, match=words):
-    checks.check_parts(*parts)
+    checks.check_arguments(*parts)
 
 
 @pytest.mark.parametrize(

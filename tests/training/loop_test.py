@@ -226,7 +226,7 @@ def test_frozen_leaves_keep_their_bits():
 def test_masks_differ_from_round_to_round_and_with_the_seed():
   # A method that returns its random numbers: with the base as reference, the model is base + mask.
   method = stage.leafwise(
-    lambda x, leaf: random_masks.uniform(x, leaf)[:1], numbers={"seed": None}, combines=True
+    lambda x, leaf: random_masks.uniform(x, leaf)[:1], hparams={"seed": None}, combines=True
   )
 
   def masks(rounds, seed=0):

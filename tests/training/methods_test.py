@@ -10,7 +10,7 @@ from jaxmerge import methods
 from jaxmerge.catalog import lookup
 from jaxmerge.core import stage
 from jaxmerge.parallel import mesh as meshes
-from jaxmerge.training import finetune, loop, settings
+from jaxmerge.training import build, finetune, loop, settings
 
 NAMES = ("ant", "bee", "cat", "dog", "eel")
 LAYOUT = (("kernel$", "io"),)
@@ -41,7 +41,7 @@ def tuned():
 def test_a_round_merges_what_was_tuned(tuned, name, at_once):
   start, tasks, copies = tuned
   method = KINDS[name]
-  seed = {"seed": int(loop._seed(0, 0))} if name == "della" else {}
+  seed = {"seed": int(build.seed(0, 0))} if name == "della" else {}
   expected = jaxmerge.merge(method, copies, start, names=NAMES, layout=LAYOUT, **seed)
   found = loop.tune_and_merge(
     small.network,
@@ -96,7 +96,7 @@ def test_a_round_merges_by_each_method_of_the_catalog():
     start = {n: {"kernel": kernel} for n in group["names"]}
     copies, _ = finetune.experts(network, start, tasks, plain, mesh=one)
     method = group["method"]
-    seed = {"seed": int(loop._seed(0, 0))} if "seed" in stage.hparams(method) else {}
+    seed = {"seed": int(build.seed(0, 0))} if "seed" in stage.hparams(method) else {}
     expected = jaxmerge.merge(method, copies, start, names=NAMES, layout=LAYOUT, **seed)
     found = loop.tune_and_merge(network, start, tasks, method, plain, mesh=one, layout=LAYOUT)
     small.assert_close(found.params, expected, rtol=1e-5, atol=1e-6)

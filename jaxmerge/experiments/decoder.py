@@ -1,0 +1,27 @@
+"""A decoder of any size, in shapes alone: programs to compile, without weights and rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any  # Any: configs are plain trees.
+
+import jax
+import jax.numpy as jnp
+
+from jaxmerge.experiments.problem import Problem, split_shapes
+from jaxmerge.models import llama
+from jaxmerge.tasks.task import Task
+
+
+def problem(config: Mapping[str, Any]) -> Problem:
+  """Returns a decoder, and rows of the config's length: each token's label is the next one.
+
+  A task has as many rows as the config asks for; one of fewer documents would have fewer.
+  """
+  fields, apply = llama.of_fields(dict(config["model"]), jnp.dtype(config["compute_dtype"]))
+  params = jax.eval_shape(lambda: llama.init(fields, jax.random.key(0)))
+  length, count = config["data"]["length"], int(config["data"]["train"])
+  row = jax.ShapeDtypeStruct((length,), jnp.int32)
+  split = split_shapes(count, row, labels=(length,))
+  tasks = [Task(str(name), split, split) for name in config["data"]["domains"]]
+  return Problem(apply, params, tasks, layout=llama.VIEWS, sharding=llama.SHARDING)

@@ -1,0 +1,39 @@
+"""The methods that a config names: in the loop, and as one-shot merges of the experts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any  # Any: configs are plain trees, parameters trees of arrays.
+
+from jaxmerge import methods
+from jaxmerge.catalog import lookup
+from jaxmerge.core import layouts, tree
+from jaxmerge.core.stage import Method
+
+
+def make_method(settings: Mapping[str, Any]) -> Method:
+  """Returns the method that a config names: {"name": "ties", "density": 0.2}."""
+  settings = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
+  name = settings.pop("name")
+  lookup.check(name, settings)
+  return getattr(methods, name)(**settings)
+
+
+def one_shot_settings(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+  """Returns the settings of a config's one-shot merges by name; the average is always one."""
+  listed = {k: dict(v) for k, v in config["baselines"].items() if k in lookup.METHODS}
+  return {"average": {}, **listed}
+
+
+def layout_notes(layout: layouts.Said | None, params: Any, config: Mapping[str, Any]) -> list[str]:
+  """Returns, for each method of rows or matrices, which leaves have which matrix view, and why."""
+  named = {n: {"name": n, **settings} for n, settings in one_shot_settings(config).items()}
+  named["atm"] = dict(config["method"])
+  leaves, notes = tree.named(params), []
+  shapes = {n: tuple(x.shape) for n, x in leaves.items() if tree.is_floating(x)}
+  for name, settings in named.items():
+    settings.pop("scales", None)
+    method = make_method(settings)
+    table = layouts.settled(method, shapes, layout, names=leaves)
+    notes += [f"{name}: {line}" for line in layouts.lines(method, table)]
+  return notes

@@ -1,0 +1,158 @@
+"""The keys of configs, the kind of value each takes, and their defaults. Free of jax."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal, get_type_hints  # Any: kinds and values of any type.
+
+from ml_collections.config_dict import ConfigDict
+
+from jaxmerge.training import settings
+
+AXES = ("task", "data", "model")  # Those of `mesh.AXES`, which comes with jax.
+Group = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+  """Checkpoints: the newest complete ones that stay, and the rounds between saves."""
+
+  keep: int = 2
+  every: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Mesh:
+  """Devices by axis, -1 for those that are left; `devices`: fake CPU devices, None: real ones."""
+
+  task: int = -1
+  data: int = 1
+  model: int = 1
+  devices: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+  """An experiment, beside the settings of its loop, which are keys of the config as well.
+
+  Attributes:
+    experiment: the function that makes it: a short name, or `module:function`.
+    final: read the test rows, once per model, at the end; else validation is reported.
+    keep_experts: `experts/` holds the tuned experts, for later merges.
+    method: the merge of the loop: its name, and its hyperparameters.
+    variant: pa: train rows, from the base; ph: validation rows, from a merged model.
+    baselines: what is compared at the same budget; scales are chosen on validation.
+    also: further runs of the loop: name of the run -> changes of this config.
+    data: of the experiment, often rows a task.
+    checkpoint: checkpoints of the loop.
+    mesh: devices.
+  """
+
+  experiment: str
+  final: bool = False
+  keep_experts: bool = False
+  method: Group = dataclasses.field(default_factory=lambda: {"name": "average"})
+  variant: Literal["pa", "ph"] = "pa"
+  baselines: Group = dataclasses.field(default_factory=dict)
+  also: Group = dataclasses.field(default_factory=dict)
+  data: Group = dataclasses.field(default_factory=dict)
+  checkpoint: Checkpoint = Checkpoint()
+  mesh: Mesh = Mesh()
+
+
+@dataclasses.dataclass(frozen=True)
+class Bench:
+  """A leaderboard of methods.
+
+  Attributes:
+    run: the experiment's config, beside this one: data, base, budget of the experts.
+    methods: settings of each method; a tuple is a list of values to try.
+    experts: folder of an ATM run whose experts are merged, {seed} standing for the seed; empty:
+      they are tuned.
+    seeds: number of seeds.
+    final: scores of test rows; hyperparameters are chosen on validation.
+    changes: of the experiment's config.
+  """
+
+  run: str
+  methods: Group
+  experts: str = ""
+  seeds: int = 1
+  final: bool = True
+  changes: Group = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Merge:
+  """A merge of decoders, to compile.
+
+  Attributes:
+    models: number of experts, beside their base.
+    model: fields of `jaxmerge.models.decoder_config.Config`.
+    method: its name, and its hyperparameters.
+    dtype: of all weights; the merge computes in float32.
+    mesh: devices by axis, -1 for those that are left.
+    entries: of a slice, where models are streamed through one device.
+  """
+
+  models: int
+  model: Group
+  method: Group
+  dtype: Literal["bfloat16", "float32"] = "bfloat16"
+  mesh: Group = dataclasses.field(default_factory=lambda: {"task": 1, "data": 1, "model": -1})
+  entries: int = 2**20
+
+
+def kinds(schema: type) -> dict[str, Any]:
+  """Returns the kind of value of each key of a schema; of groups with fixed keys, by dotted key.
+
+  >>> kinds(Experiment)["mesh.devices"]
+  int | None
+  """
+  found = {}
+  for name, kind in get_type_hints(schema).items():
+    if dataclasses.is_dataclass(kind):
+      found.update({f"{name}.{k}": v for k, v in get_type_hints(kind).items()})
+    else:
+      found[name] = dict if kind == Group else kind
+  return found
+
+
+def fill(config: ConfigDict, schema: type) -> ConfigDict:
+  """Returns a config with the defaults of a schema for the keys that it does not have.
+
+  An experiment has the defaults of the loop's settings as well.
+  """
+  defaults = _defaults(schema)
+  if schema is Experiment:
+    defaults = {**_defaults(settings.Settings), **defaults}
+  config = config.copy_and_resolve_references().unlock()
+  with config.ignore_type():
+    for name, value in defaults.items():
+      if name not in config:
+        config[name] = ConfigDict(value) if isinstance(value, dict) else value
+      elif schema is Experiment and name in ("checkpoint", "mesh"):
+        _fill_group(config[name], value)
+  return config
+
+
+def _fill_group(group: Any, defaults: Group) -> None:
+  """Sets the defaults of a group in place; what is no group is refused later."""
+  if isinstance(group, ConfigDict):
+    for key in defaults.keys() - group.keys():
+      group[key] = defaults[key]
+
+
+def _defaults(schema: type) -> dict[str, Any]:
+  """Returns the defaults of a dataclass, groups as dicts."""
+  found = {}
+  for field in dataclasses.fields(schema):
+    value = field.default
+    if field.default_factory is not dataclasses.MISSING:
+      value = field.default_factory()
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+      value = dataclasses.asdict(value)
+    if value is not dataclasses.MISSING:
+      found[field.name] = dict(value) if isinstance(value, Mapping) else value
+  return found

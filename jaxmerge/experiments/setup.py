@@ -1,0 +1,173 @@
+"""The set-up of a run: its problem, settings and devices, shared by all phases."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any  # Any: configs are plain trees, parameters trees of arrays.
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxmerge.evaluation import scoring
+from jaxmerge.experiments import phase_cache, registry, workdir
+from jaxmerge.experiments import problem as problems
+from jaxmerge.experiments.events import Events
+from jaxmerge.experiments.problem import Problem
+from jaxmerge.parallel import mesh as meshes
+from jaxmerge.parallel import processes
+from jaxmerge.search import scales
+from jaxmerge.tasks import batch
+from jaxmerge.tasks.task import Task
+from jaxmerge.training import placement, settings
+from jaxmerge.training.settings import Settings
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Setup:
+  """What all phases of a run share.
+
+  Attributes:
+    config: the plain config.
+    folder: the workdir.
+    events: where the run reports to.
+    problem: model, tasks, loss and metric.
+    settings: of the loop.
+    mesh: the devices.
+    params: the base, float32.
+    rows: the validation rows, on the devices.
+    score: scores of models [M, *s] on all tasks, see `scoring.scorer`.
+    score_experts: scores of models [T, *s], each on its own task.
+  """
+
+  config: dict[str, Any]
+  folder: pathlib.Path
+  events: Events
+  problem: Problem
+  settings: Settings
+  mesh: Mesh
+  params: Any
+  rows: batch.Rows
+  score: scoring.Scorer
+  score_experts: scoring.Scorer
+
+  @property
+  def names(self) -> list[str]:
+    """Names of the tasks."""
+    return [t.name for t in self.problem.tasks]
+
+  @property
+  def training(self) -> dict[str, Any]:
+    """Arguments that the loop and the tuning of experts have in common."""
+    sharding = self.problem.sharding if self.mesh.shape["model"] > 1 else ()
+    loss, metric = self.problem.loss, self.problem.metric
+    return {"loss": loss, "metric": metric, "mesh": self.mesh, "sharding": sharding}
+
+  def mean(self, params: Any) -> float:
+    """Returns the mean validation score of a model over the tasks."""
+    stack = jax.tree.map(lambda p: p[None], replicate(self.mesh, params))
+    return float(np.mean(scoring.means(self.score(stack, self.rows)[0], self.counts("validation"))))
+
+  def counts(self, split: str) -> list[int]:
+    """Returns the number of rows of each task in a split."""
+    return [len(t.splits()[split].labels) for t in self.problem.tasks]
+
+  def validation(self, models: Any, name: str, seed: int | None) -> scales.Validation:
+    """Returns the objective of merges of the experts: their score on validation."""
+    return scales.Validation(
+      self.params,
+      models,
+      self.score,
+      self.rows,
+      counts=self.counts("validation"),
+      names=self.names,
+      seed=seed,
+      layout=self.problem.layout,
+      metric=self.problem.metric,
+      name=name,
+    )
+
+  def restore_or_make(
+    self, phase: str, like: Any, make: Callable[[], tuple[Any, dict[str, Any]]], of: str = ""
+  ) -> tuple[Any, dict[str, Any]]:
+    """Returns arrays and facts of a phase, from its checkpoint if it has one."""
+    return phase_cache.restore_or_make(
+      self.folder / "checkpoints" / phase, like, make, say=self.events.say, name=phase, of=of
+    )
+
+
+def prepare(config: dict[str, Any], folder: pathlib.Path, events: Events) -> Setup:
+  """Makes the problem of a config, and puts its base and its validation rows on the devices.
+
+  Raises:
+    ValueError: for an experiment that cannot be made, or settings and a mesh that do not fit.
+  """
+
+  def cache(like: Any, make: Callable[[], Any]) -> Any:
+    def make_once() -> tuple[Any, dict[str, Any]]:
+      arrays = processes.same(make())
+      if processes.first():
+        workdir.claim(folder, config)  # What is saved belongs to a run.
+      return arrays, {}
+
+    place = folder / "checkpoints" / "base"
+    kept = phase_cache.restore_or_make(place, like, make_once, say=events.say, name="base")
+    return meshes.fetch(kept[0])
+
+  with events.timed("data and base"):
+    problem = problems.share(registry.make(config, cache))
+  axes = {k: config["mesh"][k] for k in meshes.AXES}
+  mesh = meshes.make(**axes, tasks=len(problem.tasks))
+  params = jax.tree.map(lambda p: jnp.asarray(p, jnp.float32), problem.params)
+  rowwise = problem.metric.rowwise
+  return Setup(
+    config,
+    folder,
+    events,
+    problem,
+    settings.from_config(config),
+    mesh,
+    replicate(mesh, params),
+    place_rows(mesh, problem.tasks, "validation"),
+    scoring.scorer(problem.apply, rowwise, mesh=mesh),
+    scoring.expert_scorer(problem.apply, rowwise, mesh=mesh),
+  )
+
+
+def place_rows(mesh: Mesh, tasks: Sequence[Task], split: str) -> batch.Rows:
+  """Puts a split of all tasks on the devices."""
+  side = mesh.shape["task"]
+  return placement.rows(tasks, split, mesh, height=-(-len(tasks) // side) * side)
+
+
+def pad(mesh: Mesh, stack: Any, num_slots: int) -> Any:
+  """Puts a stack of models on the devices, with empty slots up to a number."""
+  padded = jax.tree.map(lambda x: batch.pile_up(x, num_slots), meshes.fetch(stack))
+  return meshes.put(padded, meshes.by_task(mesh))
+
+
+def replicate(mesh: Mesh, params: Any) -> Any:
+  """Returns a model that each process has computed, as all of them see it: the first one's."""
+  if jax.process_count() == 1 or not jax.tree.leaves(params)[0].is_fully_addressable:
+    return params
+  return meshes.put(processes.same(params), meshes.everywhere(mesh))
+
+
+def model_shapes(params: Any, mesh: Mesh) -> Any:
+  """Returns the shapes of one model in a checkpoint, on all devices."""
+  return _shapes(params, (), meshes.everywhere(mesh))
+
+
+def stack_shapes(params: Any, mesh: Mesh, num_tasks: int) -> Any:
+  """Returns the shapes of a stack of models in a checkpoint, spread over the task axis if even."""
+  even = num_tasks % mesh.shape["task"] == 0
+  return _shapes(params, (num_tasks,), meshes.by_task(mesh) if even else meshes.everywhere(mesh))
+
+
+def _shapes(params: Any, lead: tuple[int, ...], sharding: Any) -> Any:
+  return jax.tree.map(
+    lambda p: jax.ShapeDtypeStruct((*lead, *p.shape), p.dtype, sharding=sharding), params
+  )

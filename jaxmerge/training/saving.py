@@ -1,0 +1,119 @@
+"""The checkpoints of the loop: the arrays and the record of a round, and the way back from them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any  # Any: parameters and states are the user's trees.
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxmerge.core import fingerprint
+from jaxmerge.parallel import mesh as meshes
+from jaxmerge.tasks import batch
+from jaxmerge.training import budget, identity, placement, schedule
+from jaxmerge.training import round as rounds
+from jaxmerge.training import settings as settings_lib
+from jaxmerge.training.build import Loop
+
+
+def arrays(loop: Loop, state: rounds.State, head: Any) -> dict[str, Any]:
+  """Returns the arrays of a checkpoint: of the state, of the start, and the frozen heads."""
+  num_tasks, side = len(loop.spec.tasks), loop.parts.mesh.shape["task"]
+  # Without the empty slots, whose number depends on the mesh.
+  local = jax.tree.map(lambda x: x[:num_tasks], state.local)
+  if loop.parts.kept and loop.waves == 1:
+    local = meshes.put(local, _local_shardings(loop, even=num_tasks % side == 0))
+  return {
+    "params": state.params,
+    "outer": state.outer,
+    "local": local,
+    "base": loop.base,
+    "head": head,  # Frozen: computed once, and never again after a resume.
+  }
+
+
+def record(loop: Loop, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+  """Returns the plain record of a checkpoint: which run it is of, and what it has done."""
+  spec, done = loop.spec, len(records)
+  return {
+    "settings": settings_lib.record(spec.settings),
+    "method": identity.method_record(spec.method, spec.hparams),
+    "tasks": {t.name: identity.task_digest(t) for t in spec.tasks},
+    "rounds": list(records),
+    "position": steps_taken(loop, done),
+    "budget": cost(loop, done)._asdict(),
+  }
+
+
+def refuse_other_run(loop: Loop, theirs: Mapping[str, Any]) -> None:
+  """Raises ValueError, naming the first difference, for the record of another run."""
+  ours = record(loop, [])
+  theirs = {**theirs, "method": fingerprint.placeless(theirs["method"])}
+  for part in ("settings", "method", "tasks"):
+    identity.refuse_other(part, theirs[part], ours[part])
+
+
+def steps_taken(loop: Loop, rounds_done: int) -> dict[str, int]:
+  """Returns the local steps of each task after some rounds: the position in its data."""
+  settings = loop.spec.settings
+  totals = schedule.totals(loop.counts, settings)
+  ends = [schedule.bounds(n, settings.rounds, rounds_done)[0] for n in totals]
+  return dict(zip(loop.names, ends, strict=True))
+
+
+def cost(loop: Loop, rounds_done: int) -> budget.Budget:
+  """Returns what the run has cost after some rounds."""
+  steps = list(steps_taken(loop, rounds_done).values())
+  return budget.tuned(steps, loop.counts, loop.spec.settings.batch_size, exchanges=rounds_done)
+
+
+def replicated_head(loop: Loop) -> Any:
+  """Returns the heads of all tasks [T, features, C] on every device; () if they have none."""
+  head = meshes.fetch(loop.rows.head)
+  if head is None:
+    return ()
+  return meshes.put(head[: len(loop.spec.tasks)], meshes.everywhere(loop.parts.mesh))
+
+
+def with_head(rows: batch.Rows, head: np.ndarray) -> batch.Rows:
+  """Returns the rows with other heads [T, features, C], placed as they were."""
+  padded = batch.pile_up(head, rows.filled.shape[0])
+  if isinstance(rows.head, jax.Array):
+    return rows._replace(head=meshes.put(padded, rows.head.sharding))
+  return rows._replace(head=padded)
+
+
+def resumed_loop(loop: Loop, arrays: Mapping[str, Any]) -> Loop:
+  """Returns the loop with the start and the heads of a checkpoint.
+
+  Raises:
+    ValueError: if the checkpoint has another start.
+  """
+  identity.refuse_other_start(arrays["base"], loop.base)
+  loop = loop._replace(base=arrays["base"])
+  if loop.rows.head is None:
+    return loop
+  return loop._replace(rows=with_head(loop.rows, meshes.fetch(arrays["head"])))
+
+
+def resumed_state(loop: Loop, arrays: Mapping[str, Any], start: rounds.State) -> rounds.State:
+  """Returns the state of a checkpoint, with the empty slots of the start."""
+  num_tasks, local, spare = len(loop.spec.tasks), arrays["local"], start.local
+  if loop.parts.kept and loop.waves > 1:
+    local = meshes.fetch(local)
+    local = jax.tree.map(lambda x, y: np.concatenate([x, y[num_tasks:]]), local, spare)
+  elif loop.parts.kept and num_tasks < loop.parts.slots:
+    local = placement.padded(local, spare, _local_shardings(loop))
+  return rounds.State(arrays["params"], arrays["outer"], local)
+
+
+def _local_shardings(loop: Loop, *, even: bool = True) -> Any:
+  """Returns the shardings of kept local states: over the task axis if it divides their number."""
+  parts = loop.parts
+  shardings = placement.of_states(parts.local, loop.base, parts.mesh, parts.rules, stacked=True)
+  if even:
+    return shardings
+  return jax.tree.map(lambda s: NamedSharding(parts.mesh, P(None, *s.spec[1:])), shardings)

@@ -1,0 +1,126 @@
+"""An experiment is a function: a user's runs by the command as those that are built in."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from jaxmerge.experiments import config as configs
+from jaxmerge.experiments import problem as problems
+from jaxmerge.experiments import registry
+
+MODULE = """
+import numpy as np
+
+import jaxmerge
+from jaxmerge.experiments.problem import Problem
+
+
+def apply(params, inputs, head):
+  return inputs @ params["w"]
+
+
+def split(seed, rows):
+  r = np.random.default_rng(seed)
+  inputs = r.standard_normal((rows, 3)).astype(np.float32)
+  return jaxmerge.Split(inputs, (inputs[:, 0] > 0).astype(np.int32))
+
+
+def problem(config, cache):
+  rows = config["data"]["train"]
+  start = np.full((3, 2), 0.5, np.float32)
+  params = {"w": cache(start, lambda: start + 1)}
+  splits = {"train": rows, "validation": 8, "test": 8}
+  tasks = []
+  for k, name in enumerate(("left", "right")):
+    named = {n: split(10 * k + j, size) for j, (n, size) in enumerate(splits.items())}
+    tasks.append(jaxmerge.Task(name, **named, classes=("no", "yes")))
+  return Problem(apply, params, tasks, title="Mine")
+
+
+def none(config):
+  return None
+
+
+def many(config, cache, more):
+  return None
+"""
+CONFIG = """
+from ml_collections import config_dict
+
+
+def get_config():
+  c = config_dict.ConfigDict()
+  c.experiment = "my_tasks:problem"
+  c.rounds, c.epochs, c.batch_size, c.learning_rate = 2, 2.0, 4, 0.05
+  c.data = dict(train=16)
+  c.baselines = dict(multitask=dict(), ties=dict(density=0.5, scales=(0.5, 1.0)))
+  return c.lock()
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+  (tmp_path / "my_tasks.py").write_text(MODULE)
+  (tmp_path / "broken.py").write_text("import no_such_package\n")
+  (tmp_path / "failing.py").write_text("1 / 0\n")
+  (tmp_path / "config.py").write_text(CONFIG)
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setattr(sys, "path", list(sys.path))
+  yield tmp_path
+  sys.modules.pop("my_tasks", None)
+
+
+def test_a_module_in_the_working_directory_runs_by_the_command(folder):
+  code = "import sys; from jaxmerge.cli import main; sys.exit(main.main())"  # As the script does.
+  command = [sys.executable, "-P", "-c", code, "atm", "--config=config.py", "--workdir=run"]
+  done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+  assert done.returncode == 0, done.stderr
+  record = json.loads((folder / "run" / "report.json").read_text())
+  assert record["title"] == "Mine"
+  assert {"base", "experts", "multitask", "average", "ties", "atm"} <= set(record["models"])
+  merged = folder / "run" / "merged"
+  assert sorted(p.name for p in merged.iterdir()) == ["README.md", "model.safetensors"]
+  stored = json.loads((folder / "run" / "config.json").read_text())
+  assert stored["experiment"] == "my_tasks:problem"
+
+
+def test_shapes_are_those_of_what_the_function_makes(folder):
+  shapes = registry.make_shapes({"experiment": "my_tasks:problem", "data": {"train": 16}})
+  assert problems.is_abstract(shapes)
+  assert shapes.params["w"] == jax.ShapeDtypeStruct((3, 2), np.float32)
+  assert [t.train.labels.shape for t in shapes.tasks] == [(16,), (16,)]
+
+
+@pytest.mark.parametrize("name", list(registry.ALIASES))
+def test_what_is_built_in_goes_through_the_same_door(name):
+  assert registry.find(name) is registry.find(registry.ALIASES[name])
+
+
+@pytest.mark.parametrize(
+  ("name", "words"),
+  [
+    ("images5", "must be one of images4, .*or a function of yours as 'module:function'"),
+    ("my tasks:problem", "must be one of images4"),
+    ("my_task:problem", "no module 'my_task' in .*PYTHONPATH"),
+    ("my_tasks:problm", r"my_tasks\.py has no function 'problm'; did you mean 'problem'"),
+    ("my_tasks:none", "my_tasks:none must return a jaxmerge.*Problem, it returned NoneType"),
+    ("my_tasks:many", r"must take \(config\) or \(config, cache\), it takes 3 arguments"),
+    ("broken:problem", "its module broken needs 'no_such_package'"),
+    ("failing:problem", "importing failing failed: ZeroDivisionError"),
+  ],
+)
+def test_what_is_wrong_is_an_error_of_one_line(folder, name, words):
+  with pytest.raises(ValueError, match=words) as error:
+    registry.make({"experiment": name})
+  assert "\n" not in str(error.value)
+
+
+def test_a_config_with_no_such_experiment_is_refused_before_jax(folder):
+  pathlib.Path("config.py").write_text(CONFIG.replace("my_tasks:problem", "images5"))
+  with pytest.raises(ValueError, match=r"config\.experiment must be one of images4"):
+    configs.load("config.py")
