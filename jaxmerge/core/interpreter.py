@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -171,7 +172,7 @@ def apply(step: Stage, part: Part, stats: Any, view: str | None) -> Part:
   x, leaf = observe(step, part)
   if step.keep == "pop":
     return part._replace(x=step.update(x, leaf, stats), pending=part.pending[:-1])
-  y = _update(step, x, leaf, stats, view)
+  y = _update(step, x, leaf, stats, view=view)
   models_left = 1 if step.combines else x.shape[0]
   if y.shape[0] != models_left:
     raise ValueError(
@@ -187,7 +188,9 @@ def _described(step: Stage, part: Part) -> Leaf:
   return part.leaf._replace(statistics=declared)
 
 
-def _update(step: Stage, x: Array, leaf: Leaf, stats: Any, view: str | None) -> Array:
+# As a program of its own: leaves of one shape are traced, rewritten and batched once.
+@functools.partial(jax.jit, static_argnames=("step", "view"))
+def _update(step: Stage, x: Array, leaf: Leaf, stats: Any, *, view: str | None) -> Array:
   if not x.size:  # There are no rows, or no entries in them.
     return x[:1] if step.combines else x
   if step.unit == "entry":

@@ -112,16 +112,11 @@ def passed(cut: Cut, first: int, size: int) -> Cut:
 def cut(rank: Rank, over: Any, parts: Sequence[tuple[Any, Leaf]], known: Any) -> Cut:
   """Finds the value at the cut, then the last position of those that tie with it."""
 
-  def counted(chosen: Callable[[Array, Array], Sequence[Array]]) -> Sequence[Array]:
-    def one(x: Any, leaf: Leaf) -> list[Array]:
-      values = rank.of(x, leaf, known)
-      return wide_counts.counts(chosen(pattern(values), position(values, leaf)))
-
-    return over(one, wide_counts.plus)
+  def counted(masks: Callable[..., Sequence[Array]], *numbers: Any) -> Sequence[Array]:
+    return over(lambda x, leaf: _counts(rank, masks, x, leaf, known, numbers), wide_counts.plus)
 
   def reached(tried: Sequence[Array]) -> list[Array]:
-    found = counted(lambda bits, at: [bits >= _against(value, bits) for value in tried])
-    return [wide_counts.at_least(some, n) for some in found]
+    return [wide_counts.at_least(some, n) for some in counted(_from, tried)]
 
   n = known[rank.rank]
   zeros = jnp.zeros(n.shape[-1], jnp.uint32)
@@ -134,20 +129,43 @@ def cut(rank: Rank, over: Any, parts: Sequence[tuple[Any, Leaf]], known: Any) ->
     return Cut(value)
 
   def wanting(tried: Sequence[Array]) -> list[Array]:
-    before = counted(
-      lambda bits, at: [(bits == _against(value, bits)) & (at < _against(p, bits)) for p in tried]
-    )
+    before = counted(_tied_before, value, tried)
     return [~wide_counts.at_least(some, wanted) for some in before]
 
-  above, tied = counted(
-    lambda bits, at: [bits > _against(value, bits), bits == _against(value, bits)]
-  )
+  above, tied = counted(_above_and_tied, value)
   wanted = wide_counts.minus(n, above)
   # Where all that are tied are wanted, their positions need not be searched.
   last = jnp.where(wide_counts.at_least(wanted, tied), EVERY, zeros)
   positions = functools.partial(_narrowed, top=EVERY, holds=wanting)
   start = jnp.uint32(2**30), last
   return Cut(value, lax.while_loop(_unsettled, positions, start)[1])
+
+
+# As a program of its own: leaves of one shape are traced, rewritten and batched once.
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _counts(
+  rank: Rank,
+  masks: Callable[..., Sequence[Array]],
+  x: Any,
+  leaf: Leaf,
+  known: Any,
+  numbers: Sequence[Any],
+) -> list[Array]:
+  values = rank.of(x, leaf, known)
+  return wide_counts.counts(masks(pattern(values), position(values, leaf), *numbers))
+
+
+def _from(bits: Array, at: Array, tried: Sequence[Array]) -> list[Array]:
+  return [bits >= _against(value, bits) for value in tried]
+
+
+def _above_and_tied(bits: Array, at: Array, value: Array) -> list[Array]:
+  return [bits > _against(value, bits), bits == _against(value, bits)]
+
+
+def _tied_before(bits: Array, at: Array, value: Array, tried: Sequence[Array]) -> list[Array]:
+  same = bits == _against(value, bits)
+  return [same & (at < _against(place, bits)) for place in tried]
 
 
 def _narrowed(

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxmerge.core import magnitudes, order_statistics, sharding
-from jaxmerge.core.stage import Leaf, Reduction, Sum
+from jaxmerge.core.stage import Leaf, Rank, Reduction, Sum
 
 Array = jax.Array
 
@@ -70,16 +70,31 @@ def inner_products(x: Array) -> Array:
   return lax.dot_general(x, x, ((axes, axes), ((), ())), precision="highest", out_sharding=place)
 
 
-def settled(statistic: Reduction, parts: Sequence[tuple[Any, Leaf]], known: dict[str, Any]) -> Any:
+def settled(reduction: Reduction, parts: Sequence[tuple[Any, Leaf]], stats: dict[str, Any]) -> Any:
   """Returns a statistic of a group whose leaves, with their descriptions, are all at hand."""
+  if isinstance(reduction, Sum):
+    measured = _over(parts, lambda x, leaf: _measure(reduction, x, leaf, stats), reduction.combine)
+    return reduction.finish(measured, stats)
+  return _cut(reduction, parts, stats)
 
-  def over(measure: Callable[[Any, Leaf], Any], combine: Callable[[Array, Array], Array]) -> Any:
-    each = [measure(x, leaf) for x, leaf in parts]
-    found = functools.reduce(lambda a, b: jax.tree.map(combine, a, b), each)
-    # Where axes are explicit, a total per model is left sharded as the models are.
-    return jax.tree.map(sharding.everywhere, found)
 
-  if isinstance(statistic, Sum):
-    measured = over(lambda x, leaf: statistic.measure(x, leaf, known), statistic.combine)
-    return statistic.finish(measured, known)
-  return order_statistics.cut(statistic, over, parts, known)
+# Programs of their own: leaves of one shape are traced, rewritten and batched once.
+@functools.partial(jax.jit, static_argnums=0)
+def _measure(reduction: Sum, x: Any, leaf: Leaf, stats: Any) -> Any:
+  return reduction.measure(x, leaf, stats)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _cut(rank: Rank, parts: Sequence[tuple[Any, Leaf]], stats: Any) -> order_statistics.Cut:
+  return order_statistics.cut(rank, functools.partial(_over, parts), parts, stats)
+
+
+def _over(
+  parts: Sequence[tuple[Any, Leaf]],
+  measure: Callable[[Any, Leaf], Any],
+  combine: Callable[[Array, Array], Array],
+) -> Any:
+  each = [measure(x, leaf) for x, leaf in parts]
+  total = functools.reduce(lambda a, b: jax.tree.map(combine, a, b), each)
+  # Where axes are explicit, a total per model is left sharded as the models are.
+  return jax.tree.map(sharding.everywhere, total)

@@ -29,8 +29,11 @@ from jax.extend import core
 class _Way(NamedTuple):
   """How a program is rewritten: see `unrolled`."""
 
-  rounded: Callable[[Any], Any]
+  each: str | None
   halves: bool
+
+  def rounded(self, x: Any) -> Any:
+    return x if self.each is None else rounded(x, self.each)
 
 
 _CHAINS = {
@@ -83,8 +86,7 @@ def unrolled(
   @functools.wraps(f)
   def run(*arguments: Any) -> Any:
     traced, shapes = jax.make_jaxpr(f, return_shape=True)(*arguments)
-    way = _Way(lambda x: x if each is None else rounded(x, each), halves)
-    out = _evaluated(traced.jaxpr, traced.consts, jax.tree.leaves(arguments), way)
+    out = _evaluated(traced.jaxpr, traced.consts, jax.tree.leaves(arguments), _Way(each, halves))
     return jax.tree.unflatten(jax.tree.structure(shapes), out)
 
   return run
@@ -156,8 +158,7 @@ def _one(equation: Any, given: list[Any], way: _Way) -> list[Any]:
   if name in ("jit", "pjit", "closed_call"):  # What jax.numpy is made of.
     inner = settings["jaxpr"] if "jaxpr" in settings else settings["call_jaxpr"]
     whole = _called(equation) in (*_ONE, _RANDOM)
-    own = way._replace(rounded=lambda x: x) if whole else way
-    return _evaluated(inner.jaxpr, inner.consts, given, own)
+    return _rewritten(inner, way._replace(each=None) if whole else way)(*given)
   if name in _CHAINS and settings["axes"] == (0,) and 0 < given[0].shape[0] <= LONGEST:
     # The new term on the left: of two products in a sum a compiler fuses the left one's rounding
     # away, and in a reduction that is the newer.
@@ -172,6 +173,12 @@ def _one(equation: Any, given: list[Any], way: _Way) -> list[Any]:
     settings = {key: _inner(value, way) for key, value in settings.items()}
   out = equation.primitive.bind(*functions, *given, **settings)
   return list(out) if equation.primitive.multiple_results else [out]
+
+
+@functools.lru_cache(4096)
+def _rewritten(program: core.ClosedJaxpr, way: _Way) -> Callable[..., list[Any]]:
+  """A program that another one calls, rewritten once for all its calls, as it was traced once."""
+  return jax.jit(lambda *given: _evaluated(program.jaxpr, program.consts, given, way))
 
 
 def _is_few(given: Sequence[Any], axes: Any) -> bool:

@@ -11,7 +11,7 @@ import small
 
 import jaxmerge
 from jaxmerge import methods
-from jaxmerge.core import interpreter, layouts
+from jaxmerge.core import interpreter, layouts, stage, wide_counts
 from jaxmerge.drivers import distributed_matrices, memory
 
 AVERAGE, TA, TIES, DARE = (
@@ -159,6 +159,35 @@ def test_numbers_are_no_constants_of_the_program():
   run = functools.partial(memory._compiled.lower, **given)
   base, models = ({"matrix": own["matrix"]} for own in (base, models))
   assert "0.123456" not in run(memory._Leaves(base, None, models, {}), ready).as_text()
+
+
+@pytest.mark.parametrize("scope", ["leaf", "tree"])
+def test_leaves_of_one_shape_are_traced_once(scope):
+  """A model has a hundred of them: traced one by one, a search of thresholds took minutes."""
+  traced = collections.Counter()
+
+  def magnitude(x, leaf, known):
+    traced["rank"] += 1
+    return jnp.abs(x)
+
+  def double(x, leaf, known):
+    traced["update"] += 1
+    return 2 * x.mean(axis=0, keepdims=True)
+
+  rank = stage.Rank("cut", magnitude, rank="n", exact=True)
+  step = stage.Stage(
+    double,
+    init=lambda group: {"n": wide_counts.share(0.5, group.size, group.num_models)},
+    scope=scope,
+    reductions=(rank,),
+    combines=True,
+  )
+  base = {f"layer_{i}": np.zeros((2, 3), np.float32) for i in range(12)}
+  models = {n: np.ones((2, 2, 3), np.float32) for n in base}
+  out = jax.jit(lambda models: jaxmerge.merge((step,), models, base))(models)
+  assert out["layer_7"].tolist() == [[2.0] * 3] * 2
+  assert traced["update"] == 1
+  assert traced["rank"] <= 6
 
 
 def test_donated_stacks():
