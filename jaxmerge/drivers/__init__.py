@@ -12,6 +12,7 @@ __getattr__, __dir__, __all__ = lazy.attach(
     "external_selection",
     "finiteness",
     "incremental",
+    "measurement",
     "memory",
     "slice_programs",
     "slices",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any  # Any: what is known is a tree of arrays.
+from typing import Any  # Any: what is stats is a tree of arrays.
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ from jaxmerge.drivers import external_selection, slices
 from jaxmerge.drivers.slices import Form
 
 
-def _narrowed(piece: Slice, form: Form) -> Slice:
+def _rounded(piece: Slice, form: Form) -> Slice:
   """Rounds what a slice is made of, where it is merged in a narrow dtype."""
   narrow = form.precision
   if narrow is None:
@@ -39,22 +39,22 @@ def _narrowed(piece: Slice, form: Form) -> Slice:
   )
 
 
-def _through(piece: Slice, known: Any, method: Method, form: Form) -> Part:
+def _through(piece: Slice, stats: Any, method: Method, form: Form) -> Part:
   """Takes the task vectors of a slice through stages: what the next stage sees."""
   part = interpreter.begin(piece, np.float64 if form.wide else np.float32)
   if form.precision is not None:
     part = part._replace(x=rewrites.rounded(part.x, form.precision.dtype))
   if form.shape == ():
     part = _shaped(part, form)
-  for step, acting, stats, offset in zip(method, form.acts, known, piece.offsets, strict=False):
-    if not acting:
+  for step, acts, results, offset in zip(method, form.acts, stats, piece.offsets, strict=False):
+    if not acts:
       continue
     part = part._replace(leaf=part.leaf._replace(offset=offset))
     if step.unit != "entry" and form.shape and step.keep is None:
-      y = interpreter.apply(step, _shaped(part, form), stats, form.view).x
+      y = interpreter.apply(step, _shaped(part, form), results, form.view).x
       part = part._replace(x=y.reshape(y.shape[0], math.prod(y.shape[1:])))
     else:
-      part = interpreter.apply(step, part, stats, form.view)
+      part = interpreter.apply(step, part, results, form.view)
   at = min(len(method), len(piece.offsets) - 1)
   return part._replace(leaf=part.leaf._replace(offset=piece.offsets[at]))
 
@@ -73,25 +73,25 @@ def _shaped(part: Part, form: Form) -> Part:
   )
 
 
-@functools.partial(jax.jit, static_argnames=("before", "step", "statistic", "form"))
+@functools.partial(jax.jit, static_argnames=("before", "step", "reduction", "form"))
 def partial_sum(
-  parts: Slice,
-  known: Any,
-  own: Any,
+  piece: Slice,
+  stats: Any,
+  results: Any,
   *,
   before: Method,
   step: Stage,
-  statistic: str,
+  reduction: str,
   form: Form,
 ) -> Any:
   """What a slice adds to a sum."""
 
-  def run(parts: Slice, known: Any, own: Any) -> Any:
-    part = _through(parts, known, before, form)
-    measured: Sum = step.reduction(statistic)
-    return measured.measure(*interpreter.observe(step, part), own)
+  def run(piece: Slice, stats: Any, results: Any) -> Any:
+    part = _through(piece, stats, before, form)
+    measured: Sum = step.reduction(reduction)
+    return measured.measure(*interpreter.observe(step, part), results)
 
-  return rewrites.unrolled(run, each=form.each, halves=True)(_narrowed(parts, form), known, own)
+  return rewrites.unrolled(run, each=form.each, halves=True)(_rounded(piece, form), stats, results)
 
 
 _RANKED = ("before", "step", "rank", "form")
@@ -99,24 +99,24 @@ _RANKED = ("before", "step", "rank", "form")
 
 @functools.partial(jax.jit, static_argnames=_RANKED)
 def patterns(
-  parts: Slice, known: Any, own: Any, *, before: Method, step: Stage, rank: str, form: Form
+  piece: Slice, stats: Any, results: Any, *, before: Method, step: Stage, rank: str, form: Form
 ) -> Array:
   """The patterns of a slice's values, [K, n]."""
 
-  def run(parts: Slice, known: Any, own: Any) -> Array:
-    part = _through(parts, known, before, form)
+  def run(piece: Slice, stats: Any, results: Any) -> Array:
+    part = _through(piece, stats, before, form)
     ranked: Rank = step.reduction(rank)
-    return order_statistics.pattern(ranked.of(*interpreter.observe(step, part), own))
+    return order_statistics.pattern(ranked.of(*interpreter.observe(step, part), results))
 
-  bits = rewrites.unrolled(run, each=form.each, halves=True)(_narrowed(parts, form), known, own)
-  return bits.reshape(bits.shape[0], parts.models.shape[1])
+  bits = rewrites.unrolled(run, each=form.each, halves=True)(_rounded(piece, form), stats, results)
+  return bits.reshape(bits.shape[0], piece.models.shape[1])
 
 
 @functools.partial(jax.jit, static_argnames=_RANKED)
 def sides(
-  parts: Slice,
-  known: Any,
-  own: Any,
+  piece: Slice,
+  stats: Any,
+  results: Any,
   bracket: tuple[Array, Array],
   *,
   before: Method,
@@ -126,55 +126,55 @@ def sides(
 ) -> Array:
   """On which sides of brackets [R, K, 1] a slice's values are: see `external_selection.sides`."""
   return beside(
-    patterns(parts, known, own, before=before, step=step, rank=rank, form=form), bracket
+    patterns(piece, stats, results, before=before, step=step, rank=rank, form=form), bracket
   )
 
 
 @jax.jit
 def beside(bits: Array, bracket: tuple[Array, Array]) -> Array:
-  """On which sides of brackets patterns are that a slice is known by."""
+  """On which sides of brackets the patterns of a slice are."""
   return external_selection.sides(bits, *bracket, jnp.where)
 
 
 @functools.partial(jax.jit, static_argnames=("before", "form"))
-def magnitudes(parts: Slice, known: Any, *, before: Method, form: Form) -> Array:
+def magnitudes(piece: Slice, stats: Any, *, before: Method, form: Form) -> Array:
   """The patterns of a slice's magnitudes, in rows: [K, rows, columns]."""
 
-  def run(parts: Slice, known: Any) -> Array:
-    x = _through(parts, known, before, form).x
+  def run(piece: Slice, stats: Any) -> Array:
+    x = _through(piece, stats, before, form).x
     y = x.reshape(x.shape[0], *form.shape) if form.shape else x
     return order_statistics.pattern(
       jnp.abs(matrix_views.rows(y, matrix_views.or_row(y, form.view)))
     )
 
-  return rewrites.unrolled(run, each=form.each, halves=True)(_narrowed(parts, form), known)
+  return rewrites.unrolled(run, each=form.each, halves=True)(_rounded(piece, form), stats)
 
 
 @functools.partial(jax.jit, static_argnames=("method", "form", "dtype"))
-def merged(parts: Slice, known: Any, *, method: Method, form: Form, dtype: Any) -> Array:
+def merged(piece: Slice, stats: Any, *, method: Method, form: Form, dtype: Any) -> Array:
   """A slice of the result, [1, n]: NaN where an input has NaN or infinity."""
   narrow = form.precision
 
-  def run(parts: Slice, known: Any) -> Array:
-    x = _through(parts, known, method, form).x
-    kept = dtype if narrow is None else jnp.float32
-    return interpreter.stored(x.reshape(x.shape[0], parts.models.shape[1]), parts.base, kept)
+  def run(piece: Slice, stats: Any) -> Array:
+    x = _through(piece, stats, method, form).x
+    width = dtype if narrow is None else jnp.float32
+    return interpreter.stored(x.reshape(x.shape[0], piece.models.shape[1]), piece.base, width)
 
-  out = rewrites.unrolled(run, each=form.each, halves=True)(_narrowed(parts, form), known)
+  out = rewrites.unrolled(run, each=form.each, halves=True)(_rounded(piece, form), stats)
   if narrow is not None:
     out = (out if narrow.wide else rewrites.rounded(out, narrow.dtype)).astype(dtype)
   if out.dtype.name not in slices.INFINITY:
-    return jnp.where(_finite(parts), out, jnp.nan)
+    return jnp.where(_finite(piece), out, jnp.nan)
   # As integers: of narrow floats a compiler for CPUs would make wide ones to choose among them.
   kind = slices.INTEGERS[out.dtype.itemsize][0]
   bits = lax.bitcast_convert_type(out, kind)
   nan = np.asarray(np.nan, out.dtype).view(kind)
-  return lax.bitcast_convert_type(jnp.where(_finite(parts), bits, nan), out.dtype)
+  return lax.bitcast_convert_type(jnp.where(_finite(piece), bits, nan), out.dtype)
 
 
-def _finite(parts: Slice) -> Array:
+def _finite(piece: Slice) -> Array:
   """Tells where an entry is finite in all inputs, [1, n]: less work here than in a reading."""
-  each = [x for x in (parts.base, parts.reference, parts.models) if x is not None]
+  each = [x for x in (piece.base, piece.reference, piece.models) if x is not None]
   fine, exponents = list[Array](), dict[int, list[Array]]()
   for x in (jnp.asarray(x) for x in each):
     limit = slices.INFINITY.get(x.dtype.name)
@@ -184,5 +184,5 @@ def _finite(parts: Slice) -> Array:
     bits = lax.bitcast_convert_type(x, slices.INTEGERS[x.dtype.itemsize][0])
     bits = jnp.atleast_2d(bits & bits.dtype.type(limit))
     exponents.setdefault(limit, []).extend(bits)
-  fine += [functools.reduce(jnp.maximum, own) < limit for limit, own in exponents.items()]
+  fine += [functools.reduce(jnp.maximum, bits) < limit for limit, bits in exponents.items()]
   return functools.reduce(jnp.logical_and, fine)[None]

@@ -1,4 +1,4 @@
-"""Cutting leaves into slices, and reading them: what a driver puts on the device at a time."""
+"""Cuts leaves into slices, and reads them: what a driver puts on the device at a time."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ PIECES = 16  # in at most so many places of a leaf.
 NEAR = 2**18  # Entries that are looked at a second time while a core's cache still holds them.
 
 
-Whose = str | int
-Look = Callable[[Whose, np.ndarray], None]
+Input = str | int  # "base", "reference", or which model it is.
+OnChunk = Callable[[Input, np.ndarray], None]
 
 
 class Source(NamedTuple):
@@ -33,13 +33,13 @@ class Source(NamedTuple):
   Attributes:
     leaves: name to ShapeDtypeStruct of the result's leaves.
     num_models: number of models K.
-    read: (name, start, stop, order, look) -> `Slice` of base [n], reference [n], models [K, n] and
-      statistics, NumPy arrays; entries are counted row by row, and models[i] is the one at index i
-      of `order`, a slice or an array. They are used up before the next call. The base is None where
-      raw weights are merged, the reference is None where it is the base. Statistics by entry are
-      [K, n], others whole. `look`, if there is one, is called with "base", "reference" or i, and
-      with entries of it, each once and in order, best while they are in a cache: the slice is read
-      the first time, and right after the ones before it.
+    read: (name, start, stop, order, on_chunk) -> `Slice` of base [n], reference [n], models [K, n]
+      and statistics, NumPy arrays; entries are counted row by row, and models[i] is the one at
+      index i of `order`, a slice or an array. They are used up before the next call. The base is
+      None where raw weights are merged, the reference is None where it is the base. Statistics by
+      entry are [K, n], others whole. `on_chunk`, if there is one, is called with "base",
+      "reference" or i, and with entries of it, each once and in order, best while they are in a
+      cache: the slice is read the first time, and right after the ones before it.
     precision: of leaves that are not merged in float32 or wider, by name.
     wide: names of leaves that have 64 bits in an input; those that have them in the result count
       anyhow.
@@ -48,43 +48,63 @@ class Source(NamedTuple):
 
   leaves: Mapping[str, jax.ShapeDtypeStruct]
   num_models: int
-  read: Callable[[str, int, int, Any, Look | None], Slice]
+  read: Callable[[str, int, int, Any, OnChunk | None], Slice]
   precision: Mapping[str, Precision] = {}
   wide: Collection[str] = ()
   statistics: Mapping[str, Mapping[str, Any]] = {}
+
+
+def _ignore(name: str, count: int) -> None:
+  pass
+
+
+def _call(program: Callable[..., Any], *args: Any, **static: Any) -> Any:
+  return program(*args, **static)
 
 
 class Run(NamedTuple):
   """What stays the same over all slices of a merge, and what was seen of them.
 
   Attributes:
-    checked: entries of a leaf that have been looked at.
+    method: the method, without hyperparameters.
+    source: where the weights come from.
+    shapes: of the leaves that are merged, by name.
+    ready: hyperparameters, tags, and what stages know at first.
+    layout: matrix views.
+    offsets: for each stage, entries of the leaves before each leaf in its group.
+    places: count -> uint32 [1, count], the places 0, 1, ... on the device.
     wide: names of the leaves that are merged in 64 bits.
     moments: names of the running statistics.
     variances: names of those that are never negative.
-    held: by leaf that has such, the places of infinities that are in all inputs, and their values,
-      in the slice that was read last.
     by_entry: names of the statistics that are cut as the models are.
+    names: of the models, or None.
+    entries: about so many are in a slice.
+    nonfinite: whether NaN and infinity are let pass.
+    on_measured: called with a leaf's name and a number of its entries that a reduction has seen.
+    call: hook around each compiled call.
+    checked: entries of a leaf that have been looked at, by name.
+    infinities: by leaf that has such, the places of infinities that are in all inputs, and their
+      values, in the slice that was read last.
   """
 
   method: Method
   source: Source
   shapes: dict[str, tuple[int, ...]]
   ready: interpreter.Ready
-  names: Sequence[str] | None
   layout: layouts.Table
-  entries: int
   offsets: tuple[dict[str, np.uint32], ...]
-  checked: dict[str, int]
-  nonfinite: bool
-  measured: Callable[[str, int], None]
-  counted: Callable[[int], Any]
-  call: Callable[..., Any]
+  places: Callable[[int], Any]
   wide: Collection[str]
   moments: Collection[str]
   variances: Collection[str]
-  held: dict[str, tuple[np.ndarray, np.ndarray]]
-  by_entry: tuple[str, ...] = ()
+  by_entry: tuple[str, ...]
+  checked: dict[str, int]
+  infinities: dict[str, tuple[np.ndarray, np.ndarray]]
+  names: Sequence[str] | None = None
+  entries: int = 2**20
+  nonfinite: bool = False
+  on_measured: Callable[[str, int], None] = _ignore
+  call: Callable[..., Any] = _call
 
 
 class Form(NamedTuple):
@@ -133,8 +153,8 @@ def unit(run: Run, name: str) -> int:
   shape, needs = run.shapes[name], _needs(run, name)
   if needs == {"entry"}:
     return 1
-  cut = "matrix" not in needs and matrix_views.rows_lead(run.layout.view(name))
-  return max(1, math.prod(shape[1:] if cut else shape))
+  by_row = "matrix" not in needs and matrix_views.rows_lead(run.layout.view(name))
+  return max(1, math.prod(shape[1:] if by_row else shape))
 
 
 def ranges(run: Run, name: str, entries: int) -> Iterator[tuple[int, int]]:
@@ -147,16 +167,16 @@ def ranges(run: Run, name: str, entries: int) -> Iterator[tuple[int, int]]:
 
 def pieces(run: Run, name: str, size: int) -> Iterator[tuple[int, int]]:
   """Picks some slices all over a leaf, its share of a sample of `size` entries."""
-  own, together = math.prod(run.shapes[name]), unit(run, name)
+  leaf_size, together = math.prod(run.shapes[name]), unit(run, name)
   most = max(FEW, SAMPLE // (run.source.num_models + 1))
-  wanted = min(most, max(FEW, size // SPARSE)) * own // max(size, 1)
+  wanted = min(most, max(FEW, size // SPARSE)) * leaf_size // max(size, 1)
   count = min(max(wanted // PIECE, 1), PIECES)
   length = together * -(-max(PIECE, wanted // count) // together)
-  if count * length >= own:
-    count, length = 1, own
+  if count * length >= leaf_size:
+    count, length = 1, leaf_size
   for i in range(count):
-    start = own * i // count // together * together
-    yield start, min(start + length, own)
+    start = leaf_size * i // count // together * together
+    yield start, min(start + length, leaf_size)
 
 
 def slices(
@@ -177,101 +197,106 @@ def read(
   Slices of a leaf come in order, over and over; when they come the first time, NaN and infinity are
   refused. One that is read `ahead` is out of order; without `check` the caller will refuse them.
   """
-  index = slice(None) if run.ready.order is None else run.ready.order
-  first = not ahead and start == run.checked.get(name, 0)
+  order = slice(None) if run.ready.order is None else run.ready.order
+  is_first = not ahead and start == run.checked.get(name, 0)
   check = check and not run.nonfinite
-  seen: dict[Whose, bool] = {}
+  are_finite: dict[Input, bool] = {}
 
-  def look(whose: Whose, part: np.ndarray) -> None:
+  def on_chunk(source: Input, chunk: np.ndarray) -> None:
     if check:
-      seen[whose] = seen.get(whose, True) and finite(part)
+      are_finite[source] = are_finite.get(source, True) and is_finite(chunk)
 
-  piece = run.source.read(name, start, stop, index, look if first else None)
-  if first:
+  piece = run.source.read(name, start, stop, order, on_chunk if is_first else None)
+  if is_first:
     run.checked[name] = stop
+  piece = _described(run, name, piece, start, stop)
+  if name in run.infinities or (check and (ahead or not all(are_finite.values()))):
+    piece = clear_infinities(run, name, piece, refuse=check)
+  return piece
+
+
+def _described(run: Run, name: str, piece: Slice, start: int, stop: int) -> Slice:
+  """A slice with what stages know of it."""
   leaf = interpreter.leaf_of(name, run.ready)._replace(start=np.uint32(start % 2**32))
   if run.shapes[name]:
-    leaf = leaf._replace(places=run.counted(stop - start))
-  before = tuple(each.get(name, np.uint32(0)) for each in run.offsets)
-  parts = piece._replace(leaf=leaf, offsets=before)
+    leaf = leaf._replace(places=run.places(stop - start))
   if piece.base is not None and name in run.moments:
-    parts = parts._replace(reference=None)  # The mean of the models themselves is merged.
-  if name in run.held or (check and (ahead or not all(seen.values()))):
-    parts = vetted(run, name, parts, refuse=check)
-  return parts
+    piece = piece._replace(reference=None)  # The mean of the models themselves is merged.
+  before = tuple(by_leaf.get(name, np.uint32(0)) for by_leaf in run.offsets)
+  return piece._replace(leaf=leaf, offsets=before)
 
 
-def vetted(run: Run, name: str, parts: Slice, *, refuse: bool) -> Slice:
+def clear_infinities(run: Run, name: str, piece: Slice, *, refuse: bool) -> Slice:
   """Puts zeros in place of infinities that all inputs of a slice have, and refuses others.
 
   Raises:
     ValueError: naming leaf and model, where there is NaN or infinity besides, if that is refused.
   """
-  held = finiteness.shared(parts.base, parts.reference, parts.models)
-  if held.any() or name in run.held:
-    first = parts.models[0] if parts.base is None else parts.base
-    run.held[name] = (held, first[held])
-    each = (parts.base, parts.reference, parts.models)
+  places = finiteness.shared(piece.base, piece.reference, piece.models)
+  if places.any() or name in run.infinities:
+    first = piece.models[0] if piece.base is None else piece.base
+    run.infinities[name] = (places, first[places])
+    arrays = (piece.base, piece.reference, piece.models)
     base, reference, models = (
-      None if x is None else np.where(held, x.dtype.type(0), x) for x in each
+      None if x is None else np.where(places, x.dtype.type(0), x) for x in arrays
     )
-    parts = parts._replace(base=base, reference=reference, models=models)
+    piece = piece._replace(base=base, reference=reference, models=models)
   if refuse:
-    refuse_nonfinite(run, name, parts)
-  return parts
+    refuse_nonfinite(run, name, piece)
+  return piece
 
 
-def sound(run: Run, name: str, out: np.ndarray) -> bool:
+def is_sound(run: Run, name: str, out: np.ndarray) -> bool:
   """Tells whether entries of a result are finite, and those of running variances not negative."""
-  return finite(out) and not (name in run.variances and bool((out < 0).any()))
+  return is_finite(out) and not (name in run.variances and bool((out < 0).any()))
 
 
-def refuse_nonfinite(run: Run, name: str, parts: Slice) -> None:
+def refuse_nonfinite(run: Run, name: str, piece: Slice) -> None:
   """Raises ValueError, naming leaf and model, where a slice has NaN or infinity."""
-  base = finite(parts.base)
-  reference = base if parts.reference is None else finite(parts.reference)
-  flags = finiteness.Flags(base, reference, [finite(m) for m in parts.models])
+  base = is_finite(piece.base)
+  reference = base if piece.reference is None else is_finite(piece.reference)
+  flags = finiteness.Flags(base, reference, [is_finite(m) for m in piece.models])
   finiteness.refuse({name: flags}, run.names, run.ready.order)
 
 
-def look_at(look: Look, piece: Slice) -> None:
+def show(on_chunk: OnChunk, piece: Slice) -> None:
   """Shows all of a slice at once."""
   if piece.base is not None:
-    look("base", piece.base)
+    on_chunk("base", piece.base)
   if piece.reference is not None:
-    look("reference", piece.reference)
+    on_chunk("reference", piece.reference)
   for k, model in enumerate(piece.models):
-    look(k, model)
+    on_chunk(k, model)
 
 
-def picked(run: Run, parts: Slice, columns: np.ndarray) -> Slice:
+def pick(run: Run, piece: Slice, columns: np.ndarray) -> Slice:
   """Takes some entries of a flat slice; stages see each of them where it lies in the leaf."""
 
-  def of(x: Any) -> Any:
+  def take(x: Any) -> Any:
     # As integers: NumPy picks those of dtypes that are not its own one by one.
     return None if x is None else np.take(x.view(f"u{x.itemsize}"), columns, -1).view(x.dtype)
 
-  return _entries(run, parts, of, columns.astype(np.uint32)[None])
+  return _map_entries(run, piece, take, columns.astype(np.uint32)[None])
 
 
-def padded(run: Run, parts: Slice, length: int) -> Slice:
+def pad(run: Run, piece: Slice, length: int) -> Slice:
   """Adds zeros to a flat slice, up to a length."""
-  more = length - parts.models.shape[1]
+  more = length - piece.models.shape[1]
 
-  def of(x: Any) -> Any:
+  def extend(x: Any) -> Any:
     return None if x is None else np.pad(x, [(0, 0)] * (np.ndim(x) - 1) + [(0, more)])
 
-  return _entries(run, parts, of, run.counted(length))
+  return _map_entries(run, piece, extend, run.places(length))
 
 
-def _entries(run: Run, parts: Slice, of: Callable[[Any], Any], places: Any) -> Slice:
+def _map_entries(run: Run, piece: Slice, f: Callable[[Any], Any], places: Any) -> Slice:
   """Applies a function to whatever of a flat slice has its entries."""
-  return parts._replace(
-    base=of(parts.base),
-    reference=of(parts.reference),
-    models=of(parts.models),
-    statistics={n: of(v) if n in run.by_entry else v for n, v in parts.statistics.items()},
-    leaf=parts.leaf._replace(places=places),
+  return piece._replace(
+    base=f(piece.base),
+    reference=f(piece.reference),
+    models=f(piece.models),
+    statistics={n: f(x) if n in run.by_entry else x for n, x in piece.statistics.items()},
+    leaf=piece.leaf._replace(places=places),
   )
 
 
@@ -279,11 +304,11 @@ INTEGERS = {2: (np.uint16, np.int16), 4: (np.uint32, np.int32)}
 INFINITY = {"bfloat16": 0x7F80, "float16": 0x7C00, "float32": 0x7F800000}
 
 
-def finite(x: np.ndarray | None) -> bool:
+def is_finite(x: np.ndarray | None) -> bool:
   """Tells whether an array has neither NaN nor infinity, without a temporary array.
 
   Example:
-    >>> finite(np.array([1.0, np.inf], np.float32)), finite(np.ones(3, np.float16))
+    >>> is_finite(np.array([1.0, np.inf], np.float32)), is_finite(np.ones(3, np.float16))
     (False, True)
   """
   if x is None or not x.size:
@@ -294,20 +319,24 @@ def finite(x: np.ndarray | None) -> bool:
   limit = INFINITY[x.dtype.name]
   unsigned, signed = (x.view(integer).reshape(-1) for integer in INTEGERS[x.dtype.itemsize])
   sign = 1 << (8 * x.dtype.itemsize - 1)
-  parts = (slice(at, at + NEAR) for at in range(0, x.size, NEAR))
-  return all(signed[own].max() < limit and unsigned[own].max() < limit + sign for own in parts)
+  parts = (slice(first, first + NEAR) for first in range(0, x.size, NEAR))
+  return all(signed[p].max() < limit and unsigned[p].max() < limit + sign for p in parts)
 
 
-def known_of(
-  run: Run, name: str, known: tuple[Any, ...], parts: Slice
+def stats_of(
+  run: Run, name: str, stats: tuple[Any, ...], piece: Slice
 ) -> tuple[dict[str, Any], ...]:
-  """What each stage knows about a slice: what the leaf's group has, cuts by position."""
-  found = [own.get(step.group(name), {}) for step, own in zip(run.method, known, strict=False)]
-  size = parts.models.shape[1]
-  for i, (own, offset) in enumerate(zip(found, parts.offsets, strict=False)):
-    cuts = {
-      n: v for n, v in own.items() if isinstance(v, order_statistics.Cut) and v.last is not None
-    }
-    first = int(parts.leaf.start) + int(offset)
-    found[i] = own | {n: order_statistics.passed(cut, first, size) for n, cut in cuts.items()}
-  return tuple(found)
+  """Returns what each stage knows about a slice: results of the leaf's group, cuts by position."""
+  size, out = piece.models.shape[1], []
+  for step, by_group, offset in zip(run.method, stats, piece.offsets, strict=False):
+    results = by_group.get(step.group(name), {})
+    first = int(piece.leaf.start) + int(offset)
+    out.append(
+      results
+      | {
+        n: order_statistics.passed(cut, first, size)
+        for n, cut in results.items()
+        if isinstance(cut, order_statistics.Cut) and cut.last is not None
+      }
+    )
+  return tuple(out)

@@ -161,7 +161,7 @@ def _streamed(
   calls: dict[Any, Callable[[], jax.stages.Lowered]] = {}
   place = SingleDeviceSharding(device)
 
-  def read(name: str, start: int, stop: int, order: Any, look: Any) -> Any:
+  def read(name: str, start: int, stop: int, order: Any, on_chunk: Any) -> Any:
     return interpreter.Slice(drawn[0, start:stop], None, drawn[1:, start:stop][order])
 
   def call(program: Any, *given: Any, **rest: Any) -> Any:
@@ -188,4 +188,8 @@ def _streamed(
     yield xla_program.Program(f"streamed {name.replace('_', ' ')}", lower, mesh)
 
 
-_TRACED = ("known", "own", "bracket")  # What programs of `streaming` are given by name and trace.
+_TRACED = (
+  "stats",
+  "results",
+  "bracket",
+)  # What programs of `streaming` are given by name and trace.

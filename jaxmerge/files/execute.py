@@ -242,7 +242,7 @@ def _merge(
     entries=entries,
     done=done,
     nonfinite=nonfinite,
-    measured=measured,
+    on_measured=measured,
   )
   _tell(progress, more)  # By its options a method may need fewer readings.
 
@@ -285,9 +285,9 @@ def _copy(
 def _refuse_nonfinite(output: Output, source: Tensor, own: np.ndarray, part: np.ndarray) -> None:
   """Raises ValueError where a slice that is copied has NaN or infinity, as read or as stored."""
   lax = "nonfinite=True (--allow-nonfinite) lets it pass"
-  if not slices.finite(own):
+  if not slices.is_finite(own):
     raise ValueError(f"{source.where}, which is copied, has NaN or infinity; {lax}.")
-  if not slices.finite(part):
+  if not slices.is_finite(part):
     raise ValueError(
       f"{source.where}: {output.dtype} cannot hold its values; choose a wider dtype for the "
       f"result, or {lax}."

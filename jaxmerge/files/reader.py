@@ -32,24 +32,24 @@ class Reader:
     self.outputs = {o.name: o for o in outputs}
     self.buffers: dict[Any, np.ndarray] = {}
     self.digests: dict[str, dict[str, str]] = {o.name: {} for o in outputs}
-    self._hashes: dict[slices.Whose, Any] = {}
+    self._hashes: dict[slices.Input, Any] = {}
 
   def read(
-    self, name: str, start: int, stop: int, order: Any, look: slices.Look | None
+    self, name: str, start: int, stop: int, order: Any, on_chunk: slices.OnChunk | None
   ) -> interpreter.Slice:
     """Reads entries of the base and of all models, see `streaming.Source`."""
     output, count = self.outputs[name], stop - start
     base = None
     if output.base is not None:
       base = self._room("base", (count,), output.base.dtype)
-      self._fill(name, "base", output.base, start, base, look)
+      self._fill(name, "base", output.base, start, base, on_chunk)
     dtype = precision.common([t.dtype for t in output.models])
     models = self._room("models", (len(output.models), count), dtype)
     places = np.arange(len(output.models))[order]
     for k, (i, row) in enumerate(zip(places, models, strict=True)):
       tensor = output.models[i]
       own = row if tensor.dtype == row.dtype else self._room(k, (count,), tensor.dtype)
-      self._fill(name, k, tensor, start, own, look)
+      self._fill(name, k, tensor, start, own, on_chunk)
       if own is not row:
         row[...] = own
     return interpreter.Slice(base, None, models)
@@ -65,25 +65,25 @@ class Reader:
   def _fill(
     self,
     name: str,
-    whose: slices.Whose,
+    source: slices.Input,
     tensor: Tensor,
     start: int,
     out: np.ndarray,
-    look: slices.Look | None,
+    on_chunk: slices.OnChunk | None,
   ) -> None:
-    if look is None:
+    if on_chunk is None:
       tensor.read(start, out)
       return
     if start == 0:
-      self._hashes[whose] = xxhash.xxh3_128()
+      self._hashes[source] = xxhash.xxh3_128()
     step = HOT // out.dtype.itemsize
     for first in range(0, max(out.size, 1), step):
       part = out[first : first + step]
       tensor.read(start + first, part)
-      look(whose, part)
-      self._hashes[whose].update(part.view(np.uint8).data)
+      on_chunk(source, part)
+      self._hashes[source].update(part.view(np.uint8).data)
     if start + out.size == math.prod(tensor.shape):
-      self.digests[name][tensor.where] = self._hashes.pop(whose).hexdigest()
+      self.digests[name][tensor.where] = self._hashes.pop(source).hexdigest()
 
   def _room(self, use: Any, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     size = math.prod(shape) * dtype.itemsize

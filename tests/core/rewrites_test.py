@@ -22,7 +22,7 @@ def streamed(method, precision=None, **options):
   base, models = small.trees(("matrix", "vector", "cube"))
   out = {n: np.empty(x.size, np.float32) for n, x in base.items()}
 
-  def read(name, start, stop, order, look):
+  def read(name, start, stop, order, on_chunk):
     own = base[name].reshape(-1)[start:stop]
     return Slice(own, own, models[name].reshape(4, -1)[order, start:stop])
 

@@ -11,7 +11,7 @@ from jaxmerge import methods
 from jaxmerge.catalog import lookup
 from jaxmerge.core import interpreter, stage
 from jaxmerge.core.records import Rank
-from jaxmerge.drivers import slice_programs, slices, streaming
+from jaxmerge.drivers import measurement, slice_programs, slices, streaming
 
 TIES = methods.ties(0.3, rule="exact")
 
@@ -21,12 +21,12 @@ def source(base, models, log):
   leaves = {n: jax.ShapeDtypeStruct(x.shape, x.dtype) for n, x in base.items()}
   height = len(models["steps"])
 
-  def read(name, start, stop, order, look):
+  def read(name, start, stop, order, on_chunk):
     log.append((name, start, stop))
     own = base[name].reshape(-1)[start:stop]
     parts = interpreter.Slice(own, None, models[name].reshape(height, -1)[order, start:stop])
-    if look is not None:
-      slices.look_at(look, parts)
+    if on_chunk is not None:
+      slices.show(on_chunk, parts)
     return parts
 
   return streaming.Source(leaves, height, read)
@@ -222,7 +222,7 @@ def test_large_leaves_have_the_same_bits_however_they_are_cut(name):
 @pytest.mark.parametrize("name", lookup.METHODS)
 def test_the_catalog_says_how_often_models_are_read(name):
   method = getattr(methods, name)()
-  measured = sum(len(list(streaming._batches(step))) for step in method)
+  measured = sum(len(list(measurement.batches(step))) for step in method)
   assert lookup.METHODS[name].passes == 1 + measured
   ranks = any(isinstance(s, Rank) for step in method for s in step.reductions)
   assert lookup.METHODS[name].ranks == ranks

@@ -21,7 +21,7 @@ import jaxmerge
 from jaxmerge import errors, methods
 from jaxmerge.cli import main
 from jaxmerge.core import stage
-from jaxmerge.drivers import streaming
+from jaxmerge.drivers import measurement
 from jaxmerge.files import estimate, execute, inputs, inspection, plan, reader
 from jaxmerge.files import merge as files_merge
 from jaxmerge.io.disk import atomic
@@ -121,7 +121,7 @@ SUMS = {
 @pytest.mark.parametrize("name", some_fast(SUMS, ["slerp", "multislerp", "sce"]))
 def test_sums_of_floats_do_not_depend_on_how_they_are_cut(tmp_path, monkeypatch, name):
   """They are those of fixed blocks, of which a tensor has several; and near those of memory."""
-  monkeypatch.setattr(streaming, "BLOCK", 64)
+  monkeypatch.setattr(measurement, "BLOCK", 64)
   method, raw = SUMS[name]
   rng = np.random.default_rng(0)
   trees = [{"w.weight": rng.normal(size=(17, 8)).astype(np.float32)} for _ in range(3)]

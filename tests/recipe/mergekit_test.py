@@ -235,7 +235,7 @@ def narrow(case, trees):
   stack = {n: np.stack([trees[m][n].reshape(-1) for m in models]) for n in trees["base"]}
   out = {n: np.empty(x.shape, np.float32) for n, x in trees["base"].items()}
 
-  def read(name, start, stop, order, look):
+  def read(name, start, stop, order, on_chunk):
     zero = None if base is None else base[name][start:stop]
     return Slice(zero, zero, stack[name][order, start:stop])
 
