@@ -44,8 +44,8 @@ def test_names_of_tensors_do_not_reach_the_terminal_as_they_are(tmp_path, capsys
 
 
 def test_messages_and_cells_are_escaped(capsys):
-  progress.say(HOSTILE)
-  progress.tell(HOSTILE)
+  progress.log(HOSTILE)
+  progress.output(HOSTILE)
   said = capsys.readouterr()
   assert said.out == said.err == display.shown(HOSTILE) + "\n"
   assert tables.escaped(HOSTILE).startswith("w\\\\x1b") or "\x1b" not in tables.escaped(HOSTILE)

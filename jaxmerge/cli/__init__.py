@@ -5,10 +5,12 @@ from jaxmerge import lazy
 __getattr__, __dir__, __all__ = lazy.attach(
   __name__,
   (
-    "commands",
+    "command",
     "environment",
+    "experiment_commands",
     "main",
     "mergekit_flags",
+    "model_commands",
     "progress",
     "watchdog",
   ),

@@ -23,8 +23,8 @@ _THREADS = 4  # For each device that a CPU is divided into.
 def prepare(environment: MutableMapping[str, str] = os.environ) -> None:
   """Sets what the user has not set: a cache of compiled programs, threads for devices of a CPU.
 
-  Programs of this process, and of those that it starts, are kept in `JAXMERGE_CACHE`, or in the
-  user's cache folder; `JAXMERGE_CACHE=off` keeps none. A folder for JAX itself, by
+  Programs of this process, and of those that it starts, are cached in `JAXMERGE_CACHE`, or in the
+  user's cache folder; `JAXMERGE_CACHE=off` turns that off. A folder for JAX itself, by
   `JAX_COMPILATION_CACHE_DIR`, comes first.
 
   Example:
@@ -33,7 +33,7 @@ def prepare(environment: MutableMapping[str, str] = os.environ) -> None:
     >>> flags["PJRT_NPROC"]
     '32'
   """
-  _keep_programs(environment)
+  _set_cache(environment)
   _add_threads(environment)
 
 
@@ -50,7 +50,7 @@ def _add_threads(environment: MutableMapping[str, str]) -> None:
     environment.setdefault("PJRT_NPROC", str(max(_THREADS * int(devices[1]), os.cpu_count() or 1)))
 
 
-def _keep_programs(environment: MutableMapping[str, str]) -> None:
+def _set_cache(environment: MutableMapping[str, str]) -> None:
   root = folder(environment)
   if root is None or _FOLDER in environment:
     return
@@ -62,7 +62,7 @@ def _keep_programs(environment: MutableMapping[str, str]) -> None:
 
 
 def folder(environment: MutableMapping[str, str] = os.environ) -> pathlib.Path | None:
-  """Returns where programs are kept: apart for each kind of processor; None where nowhere."""
+  """Returns the folder of cached programs, one for each kind of processor; None without a cache."""
   chosen = environment.get(VARIABLE)
   if chosen is not None and chosen.lower() in _OFF:
     return None
@@ -76,7 +76,7 @@ def folder(environment: MutableMapping[str, str] = os.environ) -> pathlib.Path |
 
 
 def _processor() -> str:
-  """Tells processors apart: a program for one may not run on another that shares the folder."""
+  """Returns a digest of the processor: its programs may not run on another kind."""
   try:
     lines = pathlib.Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
   except OSError:

@@ -30,10 +30,10 @@ _REFUSED: Mapping[str, str] = {
 _COUNTS = {"K": 10**3, "M": 10**6, "B": 10**9}
 
 
-def taken(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-  """Takes mergekit's flags out of the arguments of a merge, and says what becomes of them.
+def take(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+  """Takes mergekit's flags out of the arguments of a merge.
 
-  >>> taken(["merge", "r.yml", "out", "--cuda", "--out-shard-size", "1B"])[0]
+  >>> take(["merge", "r.yml", "out", "--cuda", "--out-shard-size", "1B"])[0]
   ['merge', 'r.yml', 'out', '--shard-size', '2GB']
 
   Returns:

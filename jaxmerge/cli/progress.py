@@ -13,12 +13,12 @@ from jaxmerge import display
 Event = Mapping[str, Any]
 
 
-def say(text: str) -> None:
+def log(text: str) -> None:
   """Prints a line on stderr, at once, without what a name may hide."""
   print(display.shown(text), file=sys.stderr, flush=True)
 
 
-def tell(text: str) -> None:
+def output(text: str) -> None:
   """Prints a result on stdout, without what a name may hide, in any encoding."""
   encoding = sys.stdout.encoding or "utf-8"
   print(display.shown(text).encode(encoding, "backslashreplace").decode(encoding), flush=True)
@@ -26,12 +26,12 @@ def tell(text: str) -> None:
 
 @contextlib.contextmanager
 def bars() -> Iterator[Callable[[Event], None]]:
-  """Yields what takes progress events: bars on a terminal, else only the messages, on stderr.
+  """Yields a function that shows progress events: bars on a terminal, else messages on stderr.
 
   An event is {"phase", "done", "total", "unit", "numbers"} or {"message"}.
   """
   if not sys.stderr.isatty():
-    yield lambda event: say(event["message"]) if "message" in event else None
+    yield lambda event: log(event["message"]) if "message" in event else None
     return
   from rich import console, progress
 
@@ -76,8 +76,8 @@ def numbers(values: Mapping[str, Any]) -> str:
   return ", ".join(shown)
 
 
-def counted(show: Callable[[Event], None], phase: str, size: int) -> Callable[[int], None]:
-  """Returns what takes numbers of bytes and shows their sum, of `size` bytes, and their speed."""
+def byte_counter(show: Callable[[Event], None], phase: str, size: int) -> Callable[[int], None]:
+  """Returns a function that takes numbers of bytes, and shows their sum, of `size`, and speed."""
   done, first, begun = 0, 0, 0.0
 
   def count(more: int) -> None:

@@ -1,4 +1,4 @@
-"""One process of many: it ends by itself where another is gone, and says so."""
+"""Ends one process of many when another is lost, with a message."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ def run(work: Callable[[], int]) -> int:
 
   An orderly end waits for the other processes, which wait for this one: after an error, whatever it
   is, the process ends at once, and the others hear of it. Where the runtime of the devices ends the
-  process itself, a second, small process says what has happened.
+  process itself, a second, small process prints what has happened.
   """
-  done = _watched()
+  done = _start_watcher()
   try:
     status = work()
   except BaseException as e:  # Whatever it was, the others must not wait.
     from jaxmerge.parallel import processes
 
     if processes.lost(e):
-      progress.say(f"{GONE.format(who=_who())} ({str(e).splitlines()[0]:.200})")
+      progress.log(f"{GONE.format(who=_who())} ({str(e).splitlines()[0]:.200})")
     else:
       traceback.print_exception(e)
     status = 1
@@ -51,23 +51,23 @@ def quiet() -> None:
     os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
-def _watched() -> Callable[[], None]:
-  """Starts the process that speaks where this one cannot; gives what tells it that all is said."""
+def _start_watcher() -> Callable[[], None]:
+  """Starts a process that reports this one as lost, unless the function returned is called."""
   if not hasattr(os, "fork"):
     return lambda: None
   reading, writing = os.pipe()
-  whose = os.getpid()
+  pid = os.getpid()
   if os.fork() == 0:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
       signal.signal(number, signal.SIG_IGN)
     os.close(writing)
-    if not os.read(reading, 1):  # The other end is closed, and nothing was said.
-      progress.say(GONE.format(who=f"process {whose}"))
+    if not os.read(reading, 1):  # The other end is closed without a word.
+      progress.log(GONE.format(who=f"process {pid}"))
     os._exit(0)
   os.close(reading)
 
   def done() -> None:
-    with contextlib.suppress(OSError):  # The watcher was ended by someone: there is nobody to tell.
+    with contextlib.suppress(OSError):  # Somebody has ended the watcher.
       os.write(writing, b".")
 
   atexit.register(done)  # Before jax's own, hence after it: ends run backwards.
@@ -79,5 +79,5 @@ def _who() -> str:
 
   try:
     return f"process {jax.process_index()}"
-  except RuntimeError:  # Its devices have not started: nobody has told it its number.
+  except RuntimeError:  # Its devices have not started: it has no number yet.
     return f"process {os.getpid()}"

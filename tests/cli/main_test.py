@@ -18,7 +18,7 @@ import hypothesis.strategies as st
 import pytest
 
 import jaxmerge
-from jaxmerge.cli import commands, main, progress
+from jaxmerge.cli import command, main, model_commands, progress
 from jaxmerge.experiments import config as configs
 from jaxmerge.parallel import preemption
 
@@ -421,7 +421,8 @@ def test_an_interrupted_merge_says_how_to_go_on(capsys, monkeypatch):
   def interrupt(options, config):
     raise KeyboardInterrupt
 
-  monkeypatch.setattr(commands, "merge", interrupt)
+  stopped = model_commands.MERGE._replace(run=interrupt)
+  monkeypatch.setitem(main.COMMANDS, "merge", stopped)
   assert main.main(["merge", "recipe.yml", "out dir"]) == 130
   assert "finished tensors:\n  jaxmerge merge recipe.yml 'out dir'" in capsys.readouterr().err
 
@@ -431,7 +432,7 @@ def test_bytes_are_counted_with_their_speed(monkeypatch):
   seconds = iter([10.0, 12.0])
   monkeypatch.setattr(progress.time, "monotonic", lambda: next(seconds))
   events = []
-  count = progress.counted(events.append, "merging", 50_000_000)
+  count = progress.byte_counter(events.append, "merging", 50_000_000)
   count(30_000_000)
   count(8_000_000)
   event = {"phase": "merging", "total": 50, "unit": "MB"}
@@ -503,7 +504,7 @@ def test_progress_on_a_terminal_shows_the_time_that_is_left(monkeypatch):
 )
 def test_fake_devices_leave_the_users_flags(monkeypatch, before, count, after):
   monkeypatch.setenv("XLA_FLAGS", before)
-  commands.fake_devices(count)
+  command.request_cpu_devices(count)
   assert main.os.environ["XLA_FLAGS"] == after
 
 

@@ -42,7 +42,7 @@ def test_what_is_not_done_here_is_refused_with_the_reason(capsys, flag, words):
 
 @pytest.mark.parametrize(("text", "size"), [("5B", "10GB"), ("500M", "1GB"), ("1.5k", "3kB")])
 def test_parameters_are_two_bytes(text, size):
-  assert mergekit_flags.taken(["--out-shard-size", text])[0] == ["--shard-size", size]
+  assert mergekit_flags.take(["--out-shard-size", text])[0] == ["--shard-size", size]
 
 
 def test_other_commands_have_no_flags_of_mergekit(capsys):

@@ -1,0 +1,238 @@
+"""Commands that work on folders of models: `merge`, `inspect`, `diff`; and `methods`, the list."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import pathlib
+from collections.abc import Callable
+from typing import Any  # A plan is imported only by the command that has one.
+
+from jaxmerge.cli import progress
+from jaxmerge.cli.command import Command, add_download_flag, add_process_flags, start_devices
+
+
+def _add_merge_flags(parser: argparse.ArgumentParser) -> None:
+  parser.add_argument("recipe", metavar="RECIPE.yml", help="which models, and how")
+  parser.add_argument("out", metavar="OUT", help="folder of the result")
+  text = "check everything, say what would be done, and do nothing"
+  parser.add_argument("--dry-run", action="store_true", help=text)
+  add_process_flags(parser)
+  parser.add_argument("--replace", action="store_true", help="replace OUT if it is there")
+  text = "go on with an interrupted merge of the same recipe, or start anew"
+  parser.add_argument("--resume", choices=("auto", "never"), default="auto", help=text)
+  text = "what weights are written as: safetensors, or a checkpoint of Orbax in OUT/state"
+  parser.add_argument(
+    "--out-format", choices=("safetensors", "orbax"), default="safetensors", help=text
+  )
+  text = "let NaN and infinity in the models pass"
+  parser.add_argument("--allow-nonfinite", action="store_true", help=text)
+  text = "take mergekit's rules and arithmetic where they differ from ours, as `compat:` does"
+  parser.add_argument("--compat", choices=("mergekit",), help=text)
+  text = "refuse keys of the recipe that mergekit ignores, as `strict: true` does"
+  parser.add_argument("--strict", action="store_true", help=text)
+  text = "then run this, without a shell; {out} is the result, and its last line JSON of numbers"
+  parser.add_argument("--evaluate", metavar="COMMAND", help=text)
+  add_download_flag(parser)
+  text = "bytes of a file of weights, at most: 5GB, 500MB"
+  parser.add_argument("--shard-size", type=parse_size, default="5GB", metavar="SIZE", help=text)
+
+
+def parse_size(text: str) -> int:
+  """Parses a number of bytes.
+
+  >>> parse_size("5GB"), parse_size("500MB")
+  (5000000000, 500000000)
+  """
+  units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "B": 1}
+  for unit, factor in units.items():
+    if text.upper().endswith(unit) and text[: -len(unit)].replace(".", "", 1).isdigit():
+      return int(float(text[: -len(unit)]) * factor)
+  raise argparse.ArgumentTypeError(f"{text!r} is no size; write 5GB or 500MB")
+
+
+def run_merge(options: argparse.Namespace, config: Any) -> None:
+  """Merges the models of a recipe; recipes that others build on are merged beside, and removed."""
+  from jaxmerge.evaluation import external
+  from jaxmerge.io.tensors import tensor
+  from jaxmerge.recipe import errors, run
+
+  files, problems = tensor.Files(), list[Exception]()
+  with errors.noted(problems):
+    evaluate = None if options.evaluate is None else external.command(options.evaluate)
+  settings = run.Settings(
+    replace=options.replace,
+    resume=options.resume == "auto",
+    download=options.download,
+    strict=options.strict,
+    compat=options.compat,
+    shard_size=options.shard_size,
+    nonfinite=options.allow_nonfinite,
+    out_format=options.out_format,
+  )
+  # All that is wrong is reported before jax is imported, and all that is missing is fetched.
+  planned = run.plan(options.recipe, options.out, settings, files, noted=problems)
+  if options.dry_run:
+    _print_dry_run(planned.plan, options)
+  errors.check(planned.full)
+  if options.dry_run:
+    return
+  start_devices(options, None)
+  from jaxmerge.parallel import processes
+
+  with progress.bars() as show:
+    plan = run.execute(planned, files, functools.partial(progress.byte_counter, show))
+  if processes.first():
+    _print_result(plan, planned.out, evaluate)
+
+
+def _print_dry_run(plan: Any, options: argparse.Namespace) -> None:
+  from jaxmerge.files import describe, estimate
+  from jaxmerge.io.huggingface import shard_writer
+
+  size, out_format = options.shard_size, options.out_format
+  progress.output("\n".join(describe.dry_run(plan, shard_size=size, out_format=out_format)))
+  if (free := shard_writer.free(pathlib.Path(options.out))) is not None:
+    progress.output(f"disk: {estimate.size(free)} free")
+  if options.evaluate is not None:
+    progress.output(f"then: {options.evaluate}")
+
+
+def _print_result(plan: Any, out: pathlib.Path, evaluate: Callable[..., Any] | None) -> None:
+  """Prints counts and notes of a merge, and evaluates its result."""
+  from jaxmerge.evaluation import external
+  from jaxmerge.files import outcomes
+  from jaxmerge.io.huggingface import folder
+
+  facts = folder.provenance(out)
+  for name, provenance in {**facts.get("earlier", {}), "": facts}.items():
+    which = f" of {name}" if name else ""
+    progress.output(f"tensors{which}: {outcomes.line(provenance['counts'])}")
+  for line in dict.fromkeys(n for p in (*plan.earlier.values(), plan) for n in p.notes):
+    progress.output(f"note: {line}")
+  progress.output(f"merged: {out}")
+  if evaluate is not None:
+    progress.output(f"evaluated: {progress.numbers(external.run(out, evaluate))}")
+
+
+def _add_inspect_flags(parser: argparse.ArgumentParser) -> None:
+  parser.add_argument("model", metavar="MODEL", help="a model, a checkpoint, or a PEFT adapter")
+  add_download_flag(parser)
+  text = "read the weights: show xxh3_128 of every tensor, and which are equal"
+  parser.add_argument("--checksums", action="store_true", help=text)
+  text = "read the weights: are they as jaxmerge wrote them? status 1 where not"
+  parser.add_argument("--check", action="store_true", help=text)
+  parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run_inspect(options: argparse.Namespace, config: Any) -> None:
+  """Shows what is in a folder of weights."""
+  from jaxmerge.files import inspection
+  from jaxmerge.io.huggingface import hub
+  from jaxmerge.report import inspection_text
+
+  location = hub.locate(*hub.split(options.model), download=options.download)
+  record = inspection.inspect(location.folder)
+  size = sum(tensor["bytes"] for tensor in record["tensors"])
+  with progress.bars() as show:
+    if options.check:
+      record = inspection.compare_checksums(record, progress.byte_counter(show, "read", size))
+    elif options.checksums:
+      record = inspection.add_checksums(record, progress.byte_counter(show, "read", size))
+  progress.output(json.dumps(record, indent=1) if options.json else inspection_text.text(record))
+  wrong = [
+    n for key in ("changed", "missing", "added") for n in record.get("check", {}).get(key, [])
+  ]
+  if wrong:
+    raise ValueError(
+      f"{options.model}: {len(wrong)} tensors are not as recorded, {wrong[0]!r} the first."
+    )
+
+
+def _add_diff_flags(parser: argparse.ArgumentParser) -> None:
+  parser.add_argument("base", metavar="BASE", help="the model that task vectors start from")
+  parser.add_argument("models", metavar="MODEL", nargs="+", help="a model, or a PEFT adapter")
+  add_download_flag(parser)
+  text = "measure the energy in the top singular values of matrices with such names"
+  parser.add_argument("--singular", metavar="REGEX", help=text)
+  parser.add_argument("--top", metavar="N", type=int, default=16, help="how many; 16 if not given")
+  parser.add_argument("--out", metavar="FOLDER", help="write diff.json and plots into it")
+
+
+def run_diff(options: argparse.Namespace, config: Any) -> None:
+  """Shows how models differ from their base."""
+  if options.top < 1:
+    raise ValueError(f"--top must be 1 or more, got {options.top}.")
+  from jaxmerge.analysis import diff
+  from jaxmerge.files import inputs
+  from jaxmerge.io.huggingface import hub
+  from jaxmerge.io.tensors.tensor import Files
+  from jaxmerge.report import diff_text
+  from jaxmerge.report import figure_elements as figures
+
+  if options.out is not None:
+    try:
+      figures.figure(1.0)  # Matplotlib is missed now, and not after minutes.
+    except ImportError as e:
+      raise ValueError(str(e)) from e
+  files = Files()
+  try:
+    references = [options.base, *options.models]
+    names = inputs.short_names(options.models)
+    folders = [hub.locate(*hub.split(r), download=options.download).folder for r in references]
+    base = inputs.open_model(folders[0], files)
+    models = diff.opened(folders[1:], base, files, names)
+    size = diff.size(base, models, options.singular)
+    with progress.bars() as show:
+      record = diff.compare(
+        base,
+        models,
+        singular=options.singular,
+        top=options.top,
+        progress=progress.byte_counter(show, "read", size),
+      )
+  finally:
+    files.close()
+  progress.output(diff_text.text(record))
+  for path in [] if options.out is None else diff_text.write(record, options.out):
+    progress.output(f"wrote {path}")
+
+
+def run_methods(options: argparse.Namespace, config: Any) -> None:
+  """Lists the methods."""
+  from jaxmerge.catalog import lookup, tables
+
+  width = max(map(len, lookup.METHODS))
+  for name, entry in lookup.METHODS.items():
+    rest = f"; leaves without a matrix view: {entry.fallback}" if entry.fallback else ""
+    progress.output(f"{name:{width}}  {entry.formula}{tables.mark(entry)}")
+    progress.output(f"{'':{width}}  {entry.paper}; needs {tables.needs(name)}")
+    progress.output(f"{'':{width}}  {tables.cost(name)}{rest}")
+    for parameter, p in entry.parameters.items():
+      progress.output(f"{'':{width}}    {parameter}={p.default!r}: {p.doc}, {p.range}")
+  progress.output("\nIn Python alone, on arrays in memory:")
+  for name, other in lookup.OTHERS.items():
+    progress.output(f"jaxmerge.{name}  {other.formula}{tables.mark(other)}")
+    progress.output(f"{'':{width}}  {other.paper}; needs {other.needs}; gives {other.gives}")
+
+
+MERGE = Command(
+  "merge the models of a recipe to a new folder",
+  _add_merge_flags,
+  run_merge,
+  saved="the last finished tensors",
+)
+INSPECT = Command(
+  "show what is in a folder: tensors, sizes, ties, how it was merged",
+  _add_inspect_flags,
+  run_inspect,
+)
+DIFF = Command(
+  "show how models differ from their base: norms, cosines, sign conflicts",
+  _add_diff_flags,
+  run_diff,
+)
+METHODS = Command(
+  "list the merging methods: formula, settings, paper", lambda parser: None, run_methods
+)
