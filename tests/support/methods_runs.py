@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import rounding
 import small
-from methods_columns import COLUMNS
+from methods_columns import COLUMNS, MAIN
 from methods_table import EIGHT, SEED, SLACKS, TABLE, WEIGHT
 from reference import basics
 
@@ -36,7 +36,7 @@ def marked(names, fast=None):
 GROUPS = {
   f"{names[0]} and on": names
   for kind in (False, True)
-  if (alike := [n for n in TABLE if bool(TABLE[n].decomposes) == kind])
+  if (alike := [n for n in MAIN if bool(TABLE[n].decomposes) == kind])
   for i in range(0, len(alike), 16)
   if (names := alike[i : i + 16])
 }
