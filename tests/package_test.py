@@ -15,6 +15,7 @@ import tomllib
 import jax
 import numpy as np
 import pytest
+from marking import some_fast
 
 import jaxmerge
 
@@ -157,9 +158,12 @@ def test_module_is_short(path):
   assert len(path.read_text().splitlines()) <= 400
 
 
-@pytest.mark.parametrize(
-  "name", [module_name(p) for p in MODULES if ">>> " in p.read_text(encoding="utf-8")]
-)
+EXAMPLES = [module_name(p) for p in MODULES if ">>> " in p.read_text(encoding="utf-8")]
+# Those of methods compile a program each.
+FAST_EXAMPLES = [name for name in EXAMPLES if not name.startswith("jaxmerge.methods.")]
+
+
+@pytest.mark.parametrize("name", some_fast(EXAMPLES, FAST_EXAMPLES))
 def test_examples_in_docstrings_hold(name):
   usual = {"jax": jax, "jnp": jax.numpy, "np": np, "jaxmerge": jaxmerge}
   result = doctest.testmod(

@@ -78,6 +78,7 @@ def test_stacks_and_means_agree_with_a_transcription(seed, weights):
       close(found.delta(), b @ a, atol=1e-4)
 
 
+@pytest.mark.slow
 @settings(max_examples=8)
 @given(SEEDS, st.sampled_from([1, 2]))
 def test_planes_agree_with_a_transcription(seed, components):
@@ -442,6 +443,7 @@ def test_nothing_is_lost_with_as_many_directions_as_there_can_be(n):
       close(lora.delta(), own[name].delta(), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_more_directions_lose_less():
   every = drawn((4,) * 6)
   names = [str(k) for k in range(6)]

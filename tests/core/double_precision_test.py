@@ -89,6 +89,7 @@ def test_adapters_and_bundles():
   np.testing.assert_allclose(bundle.for_task("2")["w"] - 1, 6 * TINY, rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_the_loop_tunes_and_merges_in_doubles():
   params = small_tasks.weights(dtype=np.float64)
   with jax.enable_x64():

@@ -248,6 +248,7 @@ def test_what_a_caller_says_comes_first():
   }
 
 
+@pytest.mark.slow
 def test_each_fused_expert_is_a_matrix():
   rng = np.random.default_rng(0)
   shapes = {"experts.gate_up_proj": (2, 12, 5), "experts.down_proj": (2, 5, 6)}

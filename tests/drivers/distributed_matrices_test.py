@@ -45,6 +45,7 @@ def rule(x, base, number, each):
   return x[:1] * number + base[None] @ jnp.ones((x.shape[2], x.shape[2]), x.dtype)[None]
 
 
+@pytest.mark.slow
 def test_each_matrix_gets_its_own_and_comes_back():
   """Five matrices of one shape in three leaves, and one of another, over eight devices."""
   given = hands(a="io", b="io", cube="bio", wide="io")

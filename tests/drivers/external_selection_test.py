@@ -53,6 +53,7 @@ def expected(row, n, top=TOP):
   return (row[order[-1]] if n else top), set(order.tolist())
 
 
+@pytest.mark.slow
 @settings(max_examples=100)
 @given(st.data())
 def test_a_cut_is_the_head_of_a_stable_sort(data):

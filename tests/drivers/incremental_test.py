@@ -74,6 +74,7 @@ def test_masks_depend_on_names_alone():
     merge.update(merge.init(BASE), one(0))
 
 
+@pytest.mark.slow
 def test_opcm_is_that_of_the_stack_after_every_model():
   """The state stays as large as one model, and nothing is lost by stopping to look."""
   settings = (0.5, 0.4, 0.3)

@@ -175,8 +175,8 @@ def test_nan_is_named_before_its_slice_is_written(whose):
 
 @pytest.mark.parametrize(
   "method",
-  [methods.ties(0.5, scope="leaf"), methods.breadcrumbs(0.5, 0.1), methods.sce(0.5)],
-  ids=["ties", "breadcrumbs", "sce"],
+  [methods.ties(0.5, scope="leaf"), methods.sce(0.5)],
+  ids=["ties", "sce"],
 )
 def test_a_leaf_without_entries_stays_as_it_is(method):
   base, models = small.trees(("matrix", "steps"))

@@ -105,6 +105,7 @@ def run(text, root):
 slerp = functools.cache(methods.slerp)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", some_fast(architectures.ALL, ["clip", "llama"]))
 def test_a_gradient_goes_through_each_stack_of_layers(tmp_path, monkeypatch, name):
   monkeypatch.setattr(methods, "slerp", slerp)

@@ -146,6 +146,7 @@ def test_a_replacement_killed_at_every_event_of_it(
   assert redone(answer) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "event",
   [

@@ -101,6 +101,7 @@ def test_models_that_never_agree_have_scores_below_zero():
   assert found.any()
 
 
+@pytest.mark.slow
 def test_scores_of_many_models_do_not_overflow():
   tau = np.random.default_rng(0).normal(size=(200, 30))
   assert np.isfinite(merged(methods.pcb(), tau)).all()

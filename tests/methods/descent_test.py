@@ -73,6 +73,7 @@ def test_directions_that_are_shared_are_projected_on():
   assert np.linalg.matrix_rank(shared) == 9 // 3
 
 
+@pytest.mark.slow
 def test_doge_closes_gaps_outside_the_shared_directions():
   matrices = drawn(3, 12, 9)
   found = [corrected(matrices, 0.5, learning_rate=1e-2, steps=n) for n in (1, 100)]
@@ -120,6 +121,7 @@ def test_descent_goes_down_and_not_far(steps):
   assert np.abs(found - sum(matrices)).max() <= 1e-3 * steps * 1.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [methods.wudi(steps=9), methods.optmerge(steps=9)])
 def test_a_transpose_gives_another_model(method):
   matrices = drawn(2, 6, 8)

@@ -118,6 +118,7 @@ def test_peft_stacks_adapters():
   agree({"a": found.a, "b": found.b}, "peft, cat")
 
 
+@pytest.mark.slow
 @pytest.mark.kernels
 def test_opcm_before_it_is_scaled():
   """The reference scales after each model; the directions do not depend on it."""
@@ -151,6 +152,7 @@ def test_widen_compares_with_a_base():
   agree({n: merged[n] - x for n, x in base.items()}, "widen")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["emr", "tall_masks"])
 def test_bundles_agree_task_by_task(kind):
   leaves = RECORDED[f"{kind}, task 0"]

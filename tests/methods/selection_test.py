@@ -140,6 +140,7 @@ def test_a_model_like_the_base_is_the_base():
   np.testing.assert_array_equal(fused(W0, W0, layout=ROWS), W0)
 
 
+@pytest.mark.slow
 def test_each_entry_is_the_bases_or_the_models():
   base = np.random.default_rng(0).normal(size=(30, 40)).astype(np.float32)
   model = base + np.random.default_rng(1).normal(size=(30, 40)).astype(np.float32)

@@ -123,6 +123,7 @@ def test_single_model_comes_back(name):
   close(blended(ALIKE[name][0], x), x[0])
 
 
+@pytest.mark.slow
 def test_models_near_each_other():
   """Cosines of 0.9999 lose four digits in float32, the mean does not."""
   rng = np.random.default_rng(0)

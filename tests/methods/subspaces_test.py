@@ -71,6 +71,7 @@ def test_what_holds_nothing_leaves_all_room():
   close(merged(methods.opcm(), [0 * x, x]), x / 2, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [methods.opcm(), methods.lore(1.5, mu=0.8, sweeps=4)])
 def test_a_transpose_passes_through(method):
   each = drawn(3, 6, 4)
@@ -82,6 +83,7 @@ def test_the_order_of_what_comes_one_after_the_other_matters():
   assert np.abs(merged(methods.opcm(), each) - merged(methods.opcm(), each[::-1])).max() > 1e-2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("direction", ["vertical", "horizontal"])
 def test_directions_swap_under_transposition(direction):
   other = {"vertical": "horizontal", "horizontal": "vertical"}[direction]

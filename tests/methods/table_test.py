@@ -466,7 +466,9 @@ def test_inputs_are_left_alone_and_give_the_same_bits_again(name):
   small.same(models, before[1])
 
 
-@pytest.mark.parametrize("name", marked([n for n in COLUMNS["any order"] if not TABLE[n].seeded], fast=MAIN))
+@pytest.mark.parametrize(
+  "name", marked([n for n in COLUMNS["any order"] if not TABLE[n].seeded], fast=MAIN)
+)
 def test_order_does_not_matter_to_a_method(name):
   base, models, out = eager(name)
   order = np.array([2, 0, 3, 1]) if TABLE[name].height == 4 else np.arange(TABLE[name].height)[::-1]

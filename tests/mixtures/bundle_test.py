@@ -44,6 +44,7 @@ def test_worked_example_of_emr():
   close(bundle.for_task("red")["w"], [0.99, -0.55, 0, 0, -0.66, 0])
 
 
+@pytest.mark.slow
 def test_emr_shares_untrimmed_ties_by_the_largest_and_is_homogeneous():
   """Bit for bit, where no sum is zero: twice the task vectors give every task twice its own."""
   tau = np.hstack([TAU, np.random.default_rng(0).normal(size=(3, 200))]).astype(np.float32)
@@ -69,6 +70,7 @@ def test_consensus_counts_tall_masks():
   assert (kept == (masks.sum(axis=0) >= 2)).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [mixtures_masks.emr, mixtures_masks.tall_masks])
 def test_one_task_gets_its_model_back(make):
   base, models = small.trees(height=1)
@@ -114,6 +116,7 @@ def test_agrees_with_a_transcription(x):
       small.close(served, {n: base[n] + t for n, t in tau.items()}, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_magnitudes_of_leaves_or_of_the_tree():
   """Two leaves of different size: their means add up, or their entries."""
   base = {"a": jnp.zeros(1), "b": jnp.zeros(3)}
@@ -165,7 +168,13 @@ SERVED = {
   "tall_masks": functools.partial(models_of, make=mixtures_masks.tall_masks),
   "rmm": factors_of,
 }
-served = pytest.mark.parametrize("serve", SERVED.values(), ids=SERVED)
+served = pytest.mark.parametrize(
+  "serve",
+  [
+    pytest.param(s, marks=[pytest.mark.slow] * (n == "emr by tree"), id=n)
+    for n, s in SERVED.items()
+  ],
+)
 
 
 @served

@@ -166,6 +166,7 @@ def test_kernel_of_a_file_is_transposed_into_ours(tiny):
   np.testing.assert_array_equal(tiny[1]["encoder"]["layer_1"]["mlp"]["up"]["kernel"], theirs.T)
 
 
+@pytest.mark.slow
 def test_padding_changes_nothing(tiny, recorded):
   config, params = tiny
   ids, mask = recorded["ids"][1:, :7], recorded["mask"][1:, :7]
@@ -180,6 +181,7 @@ def test_padding_changes_nothing(tiny, recorded):
     np.testing.assert_allclose(padded, short, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_order_of_the_batch_only_orders_the_result(tiny, recorded):
   ids, mask = recorded["ids"], recorded["mask"]
   np.testing.assert_allclose(
@@ -201,6 +203,7 @@ def test_logits_are_the_embedding_times_the_head(tiny, recorded):
   np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_gradients_are_finite_and_reach_every_leaf(tiny, recorded):
   config, params = tiny
   ids, mask = recorded["ids"], recorded["mask"]
@@ -216,6 +219,7 @@ def test_gradients_are_finite_and_reach_every_leaf(tiny, recorded):
     assert np.abs(leaf).max() > 1e-6 or name.endswith("key/bias"), name
 
 
+@pytest.mark.slow
 def test_words_that_do_not_occur_have_no_gradient(tiny, recorded):
   config, params = tiny
   ids, mask = recorded["ids"][:1], recorded["mask"][:1]
@@ -224,6 +228,7 @@ def test_words_that_do_not_occur_have_no_gradient(tiny, recorded):
   assert set(np.flatnonzero(rows)) == set(ids.ravel())
 
 
+@pytest.mark.slow
 def test_bfloat16_stays_near_and_keeps_its_dtype(tiny, recorded):
   config, params = tiny
   ids, mask = recorded["ids"], recorded["mask"]

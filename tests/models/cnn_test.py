@@ -87,6 +87,7 @@ def test_order_of_the_batch_only_orders_the_result(params, images):
   np.testing.assert_allclose(apply(params, images[::-1]), apply(params, images)[::-1], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_gradients_are_finite_and_reach_every_leaf(params, images):
   gradient = jax.jit(jax.grad(lambda p: jnp.sum(cnn.apply(p, images) ** 2)))(params)
   for name, leaf in tree.named(gradient).items():
@@ -94,6 +95,7 @@ def test_gradients_are_finite_and_reach_every_leaf(params, images):
     assert np.any(leaf), name
 
 
+@pytest.mark.slow
 def test_stacked_models_give_what_each_gives_alone(params, images):
   other = jax.jit(cnn.init)(jax.random.key(1))
   both = jax.jit(jax.vmap(cnn.apply, in_axes=(0, None)))(tree.stack([params, other]), images)

@@ -44,6 +44,7 @@ def test_agrees_with_transformers(recorded, name, remat):
   np.testing.assert_allclose(found[real], recorded[name][real], atol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", some_fast(NAMES, ["llama"]))
 def test_bfloat16_is_near(recorded, name):
   config, params = llama.load(TINY / name)
@@ -159,6 +160,7 @@ def test_tokens_do_not_see_what_follows(recorded, name):
   assert np.abs(a[:, 10:] - b[:, 10:]).max() > 0.1
 
 
+@pytest.mark.slow
 def test_only_distances_between_positions_matter(recorded):
   config, params = llama.load(TINY / "llama")
   ids = recorded["ids"]
@@ -171,6 +173,7 @@ def test_only_distances_between_positions_matter(recorded):
   )
 
 
+@pytest.mark.slow
 def test_gradients_are_finite_and_reach_every_leaf(recorded):
   config, params = llama.load(TINY / "qwen2")
   ids = recorded["ids"]

@@ -94,6 +94,7 @@ def test_all_that_differs_has_words(method, rescale):
     assert (line is None) == (here.settings == there.settings and not MERGEKITS[method].random)
 
 
+@pytest.mark.slow
 def test_the_flag_is_what_the_key_is(tmp_path):
   """`--compat mergekit`: the same tensors as with the key, recorded, and no note of differences."""
   keyed, flagged = plan(TIES + "compat: mergekit"), plan(TIES, compat="mergekit")

@@ -43,6 +43,7 @@ def test_a_recipe_is_the_method(family):
   small.same(run(TIES), expected)
 
 
+@pytest.mark.slow
 def test_a_density_over_depth_is_counted_per_tensor(family):
   base, first, *_ = family
   text = """
@@ -151,6 +152,7 @@ def test_the_recipe_travels_with_the_result(family):
   assert json.loads(pathlib.Path("out/jaxmerge_provenance.json").read_text())["recipe"] == TIES
 
 
+@pytest.mark.slow
 def test_compat_has_mergekits_thresholds(family):
   base, first, second, _ = family
   expected = jaxmerge.merge(

@@ -232,6 +232,7 @@ def test_a_learned_soup_has_weights_for_each_leaf():
   assert soup.candidate.temperature == pytest.approx(2.0, abs=0.05)
 
 
+@pytest.mark.slow
 @settings(max_examples=2)
 @given(SEEDS)
 def test_learned_soups_agree_with_a_transcription(seed):

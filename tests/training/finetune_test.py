@@ -38,6 +38,7 @@ def whole():
   return experts(schedule="cosine")
 
 
+@pytest.mark.slow
 def test_parts_of_the_training_change_nothing(whole):
   seen = []
   parts, cost = finetune.experts(

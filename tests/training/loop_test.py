@@ -100,6 +100,7 @@ def test_the_order_of_the_tasks_does_not_matter():
   assert small.differ(alike.params, first.params)
 
 
+@pytest.mark.slow
 def test_a_method_to_which_order_matters_gets_the_callers():
   """Slerp at 0 is the first task vector: merging the first task alone, whatever the names."""
   one, two, _ = small.three()
@@ -203,6 +204,7 @@ def one_by_one(s, kept):
   return params
 
 
+@pytest.mark.slow
 def test_one_task_is_fine_tuning_with_restarts_or_one_long_run():
   task, long = small.classified("ant", 12), chosen(rounds=1)
   fresh, kept = run([task]), run([task], local_state="kept")
@@ -223,6 +225,7 @@ def test_frozen_leaves_keep_their_bits():
   assert small.differ(found.params["dense"]["kernel"], before["kernel"])
 
 
+@pytest.mark.slow
 def test_masks_differ_from_round_to_round_and_with_the_seed():
   # A method that returns its random numbers: with the base as reference, the model is base + mask.
   method = stage.leafwise(

@@ -37,7 +37,7 @@ def tuned():
 
 
 @pytest.mark.parametrize("at_once", [0, pytest.param(2, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", some_fast(KINDS, ["della", "tsv"]))
+@pytest.mark.parametrize("name", some_fast(KINDS, ["tsv"]))
 def test_a_round_merges_what_was_tuned(tuned, name, at_once):
   start, tasks, copies = tuned
   method = KINDS[name]

@@ -47,6 +47,7 @@ def test_a_fold_takes_waves_one_after_another(mean, devices, at_once):
   assert "cosines" not in found.rounds[0]
 
 
+@pytest.mark.slow
 def test_a_fold_knows_which_model_is_which():
   # Weights per model, and masks that depend on the model's name.
   method = methods.dare(drop_rate=0.5, scale=0.5, weight=(1.0, 0.0, 2.0, 0.5, 3.0))
@@ -55,6 +56,7 @@ def test_a_fold_knows_which_model_is_which():
   small.assert_close(run(method, 1, at_once=2).params, expected.params, rtol=2e-6, atol=2e-7)
 
 
+@pytest.mark.slow
 def test_held_copies_are_merged_with_the_same_bits():
   method = methods.ties(density=0.3, scale=1.0)
   assert not stage.foldable(method)
