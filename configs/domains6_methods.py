@@ -17,10 +17,6 @@ WIDE = (0.1, 0.2, 0.4, 0.7)
 def get_config():
   c = config_dict.ConfigDict()
   c.run = "domains6.py"  # beside this file: data, base, budget of the experts
-  c.experts = ""  # of an ATM run, runs/domains6_{seed}; empty: they are tuned
-  c.seeds = 1  # as domains6.py
-  c.final = True  # leaderboards of test rows; numbers are chosen on validation
-  c.changes = dict()  # of the experiment's config
   # A tuple is a list of values to try.
   c.methods = dict(
     average=dict(),

@@ -14,10 +14,7 @@ WIDE = (0.3, 0.5, 0.7, 1.0, 1.3, 1.6)
 def get_config():
   c = config_dict.ConfigDict()
   c.run = "images4.py"  # beside this file: data, base, budget of the experts
-  c.experts = ""  # of an ATM run, runs/images4_{seed}; empty: they are tuned
   c.seeds = 3
-  c.final = True  # leaderboards of test rows; numbers are chosen on validation
-  c.changes = dict()  # of the experiment's config
   # A tuple is a list of values to try.
   c.methods = dict(
     average=dict(),

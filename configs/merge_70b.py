@@ -11,7 +11,6 @@ from ml_collections import config_dict
 def get_config():
   c = config_dict.ConfigDict()
   c.models = 8  # experts, beside their base
-  c.dtype = "bfloat16"  # of all weights; the merge computes in float32
   c.method = dict(name="task_arithmetic", scale=0.3)
 
   # The decoder: fields of jaxmerge.models.decoder_config.Config. These sizes are Llama 2 70B's.
@@ -24,6 +23,4 @@ def get_config():
     head_size=128,
     intermediate_size=28672,
   )
-  c.mesh = dict(task=1, data=1, model=-1)  # -1: the devices that are left
-  c.entries = 2**20  # of a slice, where models are streamed through one device
   return c.lock()

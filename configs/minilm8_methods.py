@@ -19,9 +19,7 @@ WIDE = (0.7, 1.0, 1.4, 2.0)
 def get_config():
   c = config_dict.ConfigDict()
   c.run = "minilm8.py"  # beside this file: data, base, budget of the experts
-  c.experts = ""  # of an ATM run with the same data, runs/minilm8_{seed}; empty: they are tuned
   c.seeds = 3
-  c.final = True  # leaderboards of test rows; numbers are chosen on validation
   c.changes = dict(data=dict(train=1600, validation=80, test=250))  # of the experiment's config
   # A tuple is a list of values to try.
   c.methods = dict(

@@ -124,12 +124,9 @@ def fill(config: ConfigDict, schema: type) -> ConfigDict:
 
   An experiment has the defaults of the loop's settings as well.
   """
-  defaults = _defaults(schema)
-  if schema is Experiment:
-    defaults = {**_defaults(settings.Settings), **defaults}
   config = config.copy_and_resolve_references().unlock()
   with config.ignore_type():
-    for name, value in defaults.items():
+    for name, value in defaults(schema).items():
       if name not in config:
         config[name] = ConfigDict(value) if isinstance(value, dict) else value
       elif schema is Experiment and name in ("checkpoint", "mesh"):
@@ -137,15 +134,9 @@ def fill(config: ConfigDict, schema: type) -> ConfigDict:
   return config
 
 
-def _fill_group(group: Any, defaults: Group) -> None:
-  """Sets the defaults of a group in place; what is no group is refused later."""
-  if isinstance(group, ConfigDict):
-    for key in defaults.keys() - group.keys():
-      group[key] = defaults[key]
-
-
-def _defaults(schema: type) -> dict[str, Any]:
-  """Returns the defaults of a dataclass, groups as dicts."""
+def defaults(schema: type) -> dict[str, Any]:
+  """Returns the defaults of a schema, groups as dicts; of an experiment those of its loop too."""
+  loop = defaults(settings.Settings) if schema is Experiment else {}
   found = {}
   for field in dataclasses.fields(schema):
     value = field.default
@@ -155,4 +146,11 @@ def _defaults(schema: type) -> dict[str, Any]:
       value = dataclasses.asdict(value)
     if value is not dataclasses.MISSING:
       found[field.name] = dict(value) if isinstance(value, Mapping) else value
-  return found
+  return {**loop, **found}
+
+
+def _fill_group(group: Any, defaults: Group) -> None:
+  """Sets the defaults of a group in place; what is no group is refused later."""
+  if isinstance(group, ConfigDict):
+    for key in defaults.keys() - group.keys():
+      group[key] = defaults[key]
