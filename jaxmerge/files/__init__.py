@@ -24,5 +24,6 @@ __getattr__, __dir__, __all__ = lazy.attach(
     "remote_code",
     "resume",
     "tied_weights",
+    "write_tensors",
   ),
 )

@@ -1,4 +1,4 @@
-"""Adds an adapter to a model that is open: its tensors, its config, and its tokenizer's files."""
+"""Adds an adapter to an open model: its tensors, its config, and its tokenizer's files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from jaxmerge.io.disk import links
 from jaxmerge.io.huggingface import folder, tied
 from jaxmerge.io.peft import adapter
 from jaxmerge.io.tensors import quantized
-from jaxmerge.io.tensors.tensor import Files, Tensor
+from jaxmerge.io.tensors.tensor import Files
 
 Text = str | bytes | None  # Of a file; None: it is not there.
 
@@ -34,13 +34,13 @@ def add_adapter(
   home: str | None = None,
   rename: Mapping[str, str] | None = None,
 ) -> Model:
-  """Returns a model as an adapter leaves it.
+  """Returns a model with an adapter applied.
 
   Args:
     model: the model.
     path: folder of the adapter.
     files: open files of the models.
-    home: what the adapter's folder is called where its path would tell of this machine.
+    home: name of the adapter's folder in records, where its path is one of this machine.
     rename: beginnings of names of the adapter's modules to those of the model.
 
   Raises:
@@ -48,7 +48,7 @@ def add_adapter(
     ValueError: naming what is damaged or does not fit.
   """
   files.note([*adapter.paths(path), *folder.small_files(pathlib.Path(path))])
-  own = adapter.apply(
+  adapted = adapter.apply(
     model.tensors,
     path,
     files,
@@ -57,18 +57,18 @@ def add_adapter(
     heads=_heads(model),
     rename=rename,
   )
-  touched = {n for n, t in own.tensors.items() if t is not model.tensors.get(n)}
+  touched = {n for n, t in adapted.tensors.items() if t is not model.tensors.get(n)}
   if line := quantized.problem(model.name, model.tensors, touched, model.config, model.folder):
     raise ValueError(f"{path} is added to {line}")
-  outcomes = {n: o for n, o in model.outcomes.items() if n not in own.untied}
-  outcomes |= {n: _outcome(use) for n, use in own.uses.items()}
+  outcomes = {n: o for n, o in model.outcomes.items() if n not in adapted.untied}
+  outcomes |= {n: _outcome(use) for n, use in adapted.uses.items()}
   changed = model._replace(
-    tensors=own.tensors,
-    tied=own.tied,
+    tensors=adapted.tensors,
+    tied=adapted.tied,
     outcomes=outcomes,
     files=(*model.files, *adapter.paths(path)),
   )
-  config = _config(model.config, own, own.tensors)
+  config = _config(model.config, adapted)
   if config == model.config:
     return changed
   texts = {**model.texts, folder.CONFIG: json.dumps(config, indent=2) + "\n"}
@@ -100,17 +100,17 @@ def tokenizer_files(
     base: that of the model.
     planned: files that the model will have beside those of its folder, or in their place.
   """
-  found = _texts(path, folder.TOKENIZER)
+  files = _texts(path, folder.TOKENIZER)
   templates = _texts(path, _TEMPLATES)
-  settings = found.get("tokenizer_config.json")
-  if not any(path.glob(name) for name in _VOCABULARIES if any(path.glob(name))):
-    found = {}
+  settings = files.get("tokenizer_config.json")
+  if not any(any(path.glob(name)) for name in _VOCABULARIES):
+    files = {}
   elif not templates and settings and b"chat_template" in _bytes(settings):
     templates = dict.fromkeys(_names(base, _TEMPLATES, planned))
-  if found:
-    found = {**dict.fromkeys(_names(base, folder.TOKENIZER, planned)), **found}
-  every = {**found, **templates}
-  return {n: text for n, text in every.items() if not _same(base / n, text, planned.get(n, ...))}
+  if files:
+    files = {**dict.fromkeys(_names(base, folder.TOKENIZER, planned)), **files}
+  files |= templates
+  return {n: text for n, text in files.items() if not _same(base / n, text, planned.get(n, ...))}
 
 
 def _names(
@@ -122,15 +122,15 @@ def _names(
 
 
 def _texts(path: pathlib.Path, patterns: Sequence[str]) -> dict[str, Text]:
-  found: dict[str, Text] = {}
+  texts: dict[str, Text] = {}
   for name in _names(path, patterns):
     links.check(path / name, path)
     content = (path / name).read_bytes()
     try:
-      found[name] = content.decode()
+      texts[name] = content.decode()
     except UnicodeDecodeError:
-      found[name] = content
-  return found
+      texts[name] = content
+  return texts
 
 
 def _bytes(text: Text) -> bytes:
@@ -146,35 +146,33 @@ def _same(path: pathlib.Path, text: Text, planned: Text | EllipsisType) -> bool:
 
 
 def _heads(model: Model) -> list[str]:
-  """The output heads that a model has, though they are its embedding."""
+  """Returns the output heads that a model has, though they are its embedding."""
   stored = [n for n in model.tied if n.endswith(tied.HEADS) and n in model.outcomes]
   name = tied.head(model.config)
   return stored or [n for n in model.tied if n == name]
 
 
-def _config(
-  own: Mapping[str, Any], found: adapter.Adapted, tensors: Mapping[str, Tensor]
-) -> dict[str, Any]:
-  """The config of a model as an adapter leaves it: tokens, layers, and what is tied."""
-  changed = dict(own)
-  if found.rows is not None:
-    changed = _with(changed, ("vocab_size",), lambda value: found.rows)
-  if found.layers is not None:
-    changed = _stacked(changed, found.layers)
+def _config(config: Mapping[str, Any], adapted: adapter.Adapted) -> dict[str, Any]:
+  """Returns the config of a model with an adapter: tokens, layers, and what is tied."""
+  changed = dict(config)
+  if adapted.rows is not None:
+    changed = _replace(changed, ("vocab_size",), adapted.rows)
+  if adapted.layers is not None:
+    changed = _with_layers(changed, adapted.layers)
   # Where the class ties by default, its files do not say so.
-  return tied.untie(tensors, changed) if found.untied else changed
+  return tied.untie(adapted.tensors, changed) if adapted.untied else changed
 
 
-def _with(config: Mapping[str, Any], keys: Sequence[str], value: Any) -> dict[str, Any]:
-  """A config with other values of some keys, where it has them, and in that of its text part."""
-  changed = {k: value(v) if k in keys else v for k, v in config.items()}
+def _replace(config: Mapping[str, Any], keys: Sequence[str], value: Any) -> dict[str, Any]:
+  """Replaces the value of some keys, where a config or that of its text part has them."""
+  changed = {k: value if k in keys else v for k, v in config.items()}
   if isinstance(inner := config.get("text_config"), Mapping):
-    changed["text_config"] = _with(inner, keys, value)
+    changed["text_config"] = _replace(inner, keys, value)
   return changed
 
 
-def _stacked(config: Mapping[str, Any], order: Sequence[int]) -> dict[str, Any]:
-  """A config of other layers: how many they are, and lists that have an entry for each."""
+def _with_layers(config: Mapping[str, Any], order: Sequence[int]) -> dict[str, Any]:
+  """Returns a config of other layers: how many they are, and lists with an entry for each."""
   heights = {config[k] for k in _LAYERS if k in config}
   lists = [
     k

@@ -18,7 +18,7 @@ _UNUSED = ("dropped", "tied")
 
 
 def make_plan(
-  wants: Sequence[plans.TensorRequest],
+  requests: Sequence[plans.TensorRequest],
   jobs: Sequence[Job],
   models: Sequence[plans.Model],
   *,
@@ -30,7 +30,7 @@ def make_plan(
   """Makes the plan of a merge, or raises all that does not fit.
 
   Args:
-    wants: the tensors of the result.
+    requests: the tensors of the result.
     jobs: what merges them.
     models: all inputs; config and tokenizer are those of the first.
     dtype: of the result's floating tensors; None: that of the base, or of the first model.
@@ -46,12 +46,12 @@ def make_plan(
     m.name: {n: (o,) for n, o in {**m.outcomes, **(dropped or {}).get(m.name, {})}.items()}
     for m in models
   }
-  problems = [*_coded(wants, models, dtype), *misfits]
+  problems = [*_coded(requests, models, dtype), *misfits]
   all_jobs, outputs = list(jobs), list[plans.Output]()
-  statistics = running_statistics.of(want.name for want in wants)
-  for want in filter(parts_present, wants):
-    output, outcome = _resolve(want, missing, all_jobs, statistics)
-    _record(outcomes, want, output, outcome)
+  statistics = running_statistics.of(request.name for request in requests)
+  for request in filter(parts_present, requests):
+    output, outcome = _resolve(request, missing, all_jobs, statistics)
+    _record(outcomes, request, output, outcome)
     if output is not None:
       first = output.base or output.models[0]
       stored = first.stored_dtype
@@ -67,7 +67,7 @@ def make_plan(
   }
   notes = [note for m in models for note in m.notes]
   notes += quantized.note_copies(
-    [[(p.name, p.model, p.tensor) for p in parts_present(w)] for w in wants if w.models]
+    [[(p.name, p.model, p.tensor) for p in parts_present(w)] for w in requests if w.models]
   )
   return plans.Plan(
     tuple(outputs),
@@ -83,18 +83,18 @@ def make_plan(
 
 def _record(
   outcomes: Mapping[str, dict[str, tuple[Outcome, ...]]],
-  want: plans.TensorRequest,
+  request: plans.TensorRequest,
   output: plans.Output | None,
   outcome: Outcome,
 ) -> None:
   """Adds the outcomes of the parts of a tensor; what is used anywhere is not dropped."""
   # The base may be one of the models as well.
-  for part in dict.fromkeys((*want.models, want.base)):
+  for part in dict.fromkeys((*request.models, request.base)):
     if part is None or part.tensor is None:
       continue
-    each = _outcome_of(part, want, output, outcome)
-    if part.name != want.name and output is not None:
-      each = each._replace(target=want.name)
+    each = _outcome_of(part, request, output, outcome)
+    if part.name != request.name and output is not None:
+      each = each._replace(target=request.name)
     before = tuple(o for o in outcomes[part.model].get(part.name, ()) if o.kind not in _UNUSED)
     unused = before and each.kind in _UNUSED
     outcomes[part.model][part.name] = before if unused else (*before, each)
@@ -112,43 +112,47 @@ def _homeless(
 
 
 def _coded(
-  wants: Sequence[plans.TensorRequest], models: Sequence[plans.Model], dtype: np.dtype | None
+  requests: Sequence[plans.TensorRequest], models: Sequence[plans.Model], dtype: np.dtype | None
 ) -> list[str]:
-  """Says which models have codes of quantized weights where weights are merged, or are cast."""
+  """Lists models with codes of quantized weights where weights are merged, or are cast."""
   merged: dict[str, set[str]] = {m.name: set() for m in models}
   copied: dict[str, set[str]] = {m.name: set() for m in models}
-  for want in wants:
-    for p in parts_present(want):
-      (merged if want.models else copied)[p.model].add(p.name)
-  every = {m.name: m for m in models}.values()
-  lines = (quantized.problem(m.name, m.tensors, merged[m.name], m.config, m.folder) for m in every)
-  casts = (quantized.cast(m.name, m.tensors, copied[m.name], dtype) for m in every if dtype)
+  for request in requests:
+    for p in parts_present(request):
+      (merged if request.models else copied)[p.model].add(p.name)
+  distinct = {m.name: m for m in models}.values()
+  lines = (
+    quantized.problem(m.name, m.tensors, merged[m.name], m.config, m.folder) for m in distinct
+  )
+  casts = (quantized.cast(m.name, m.tensors, copied[m.name], dtype) for m in distinct if dtype)
   return [line for line in (*lines, *casts) if line is not None]
 
 
-def parts_present(want: plans.TensorRequest) -> list[plans.InputTensor]:
-  """Returns the parts of a tensor that the models have; that of the base is the first."""
-  return [p for p in (want.base, *want.models) if p is not None and p.tensor is not None]
+def parts_present(request: plans.TensorRequest) -> list[plans.InputTensor]:
+  """Returns the input tensors that the models have; that of the base is the first."""
+  return [p for p in (request.base, *request.models) if p is not None and p.tensor is not None]
 
 
 def _resolve(
-  want: plans.TensorRequest, missing: str, jobs: list[Job], statistics: Collection[str]
+  request: plans.TensorRequest, missing: str, jobs: list[Job], statistics: Collection[str]
 ) -> tuple[plans.Output | None, Outcome]:
   """Decides how a tensor is made, None if not at all, and what becomes of the models' for it."""
-  base = None if want.base is None else want.base.tensor
-  parts = [p for p in want.models if p.tensor is not None]
+  base = None if request.base is None else request.base.tensor
+  parts = [p for p in request.models if p.tensor is not None]
   tensors = tuple(p.tensor for p in parts if p.tensor is not None)
   first = base or tensors[0]
-  copied = plans.Output(want.name, first.dtype, first, (), None)
-  complete = len(parts) == len(want.models) and (want.of_weights or base is not None)
-  if not want.models or not safetensors.is_floating(first.dtype):
-    source = want.base.model if base is not None and want.base else parts[0].model
+  copied = plans.Output(request.name, first.dtype, first, (), None)
+  complete = len(parts) == len(request.models) and (request.of_weights or base is not None)
+  if not request.models or not safetensors.is_floating(first.dtype):
+    source = request.base.model if base is not None and request.base else parts[0].model
     return copied, Outcome("copied", reason=f"from {source}")
   if complete:
-    merged = copied._replace(base=None if want.of_weights else base, models=tensors, job=want.job)
-    if want.name in statistics:
+    merged = copied._replace(
+      base=None if request.of_weights else base, models=tensors, job=request.job
+    )
+    if request.name in statistics:
       return merged, Outcome("merged", reason=running_statistics.FATE)
-    return merged, Outcome("merged", want.job)
+    return merged, Outcome("merged", request.job)
   if missing == "mean" and tensors:
     job = _job_of_mean(tuple(p.model for p in parts), jobs)
     outcome = Outcome("merged", job, reason="mean of the models that have it")
@@ -168,30 +172,33 @@ def _job_of_mean(names: tuple[str, ...], jobs: list[Job]) -> int:
 
 
 def _outcome_of(
-  part: plans.InputTensor, want: plans.TensorRequest, output: plans.Output | None, outcome: Outcome
+  part: plans.InputTensor,
+  request: plans.TensorRequest,
+  output: plans.Output | None,
+  outcome: Outcome,
 ) -> Outcome:
   """Returns the outcome of one of a tensor's parts: that of a base may be another."""
-  if part != want.base or output is None or output.job is None:
+  if part != request.base or output is None or output.job is None:
     return outcome
   if output.base is not None:
     return outcome if outcome.job is None else outcome._replace(kind="base")
-  return outcome if part in want.models else ASIDE
+  return outcome if part in request.models else ASIDE
 
 
 def note_rounding(plan: plans.Plan) -> tuple[str, ...]:
-  """Says which merged tensors are stored in 8-bit floats, or in fewer bits than a model has them.
+  """Returns a note if merged tensors are stored in 8-bit floats, or in fewer bits than a model's.
 
-  It is said of a result whose dtype nobody chose.
+  It is for a result whose dtype nobody chose.
   """
-  found = []
+  narrowed = []
   for o in plan.outputs:
-    widest = max((t.stored_dtype for t in o.models), key=lambda own: own.itemsize, default=None)
+    widest = max((t.stored_dtype for t in o.models), key=lambda d: d.itemsize, default=None)
     if widest is not None and o.dtype.itemsize < max(widest.itemsize, 2):
-      found.append((o, widest))
-  if not found:
+      narrowed.append((o, widest))
+  if not narrowed:
     return ()
-  o, widest = found[0]
-  count = f", one of {len(found)} such," if len(found) > 1 else ""
+  o, widest = narrowed[0]
+  count = f", one of {len(narrowed)} such," if len(narrowed) > 1 else ""
   wider = "bfloat16" if widest.itemsize == 1 else widest.name
   remedy = "a base in float64 keeps them" if widest.itemsize > 4 else f"dtype: {wider} keeps more"
   rounding = f"rounded to {o.dtype}, in which the base, or the first model, is stored"

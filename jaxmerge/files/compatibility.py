@@ -30,7 +30,7 @@ _MEANING = re.compile(
   r"|mamba_norm_before_gate|logit_scale|swiglu_limit|attn_temperature_tuning|attention_chunk_size"
   r"|attn_scale|floor_scale|is_decoder|new_decoder_architecture|use_qk_norm|qk_layernorm|relative_attention\w*"
 )
-# Of no account for a result: it has the base's.
+# Without effect on a result: it has the base's.
 _IGNORED = re.compile(
   r"_\w+|architectures|transformers_version|(torch_)?dtype|use_cache|max_\w+|n_positions|n_ctx"
   r"|initializer\w*|\w*dropout\w*|\w+_pdrop|\w*_token_ids?|auto_map|tie_word_embeddings|label2id"
@@ -40,7 +40,7 @@ _IGNORED = re.compile(
 )
 _UNNAMED = re.compile(r"LABEL_\d+|\d+")
 _SAME = {"gelu_pytorch_tanh": "gelu_new", "gelu_fast": "gelu_new", "swish": "silu"}
-# Rows that are kept for tokens to come.
+# Rows that are reserved for later tokens.
 _SPARE = re.compile(r"reserved|unused|extra_id|placeholder|spare|^[<\[]\|?pad", re.IGNORECASE)
 _FILES = (
   *(vocabulary.TOKENIZER, vocabulary.ADDED, vocabulary.WORDS, vocabulary.LINES, "merges.txt"),
@@ -54,60 +54,66 @@ _EMBEDDING = re.compile(
 
 
 class Comparison(NamedTuple):
-  """What of some models does not fit.
+  """How the configs and vocabularies of some models differ.
 
   Attributes:
     problems: lines on what changes the meaning of weights, and is not allowed.
     notes: lines on what is allowed, or of less account.
+    type_problems: those of the problems that are of the models' types.
   """
 
   problems: tuple[str, ...] = ()
   notes: tuple[str, ...] = ()
+  type_problems: tuple[str, ...] = ()
 
   def unless(self, lines: Sequence[str]) -> list[str]:
-    """Returns the problems; where lines say of tensors that they differ, not those of types."""
-    return [p for p in self.problems if not (lines and p.startswith("model_type is "))]
+    """Returns the problems; where lines say that tensors differ, without those of types."""
+    return [p for p in self.problems if not lines or p not in self.type_problems]
 
 
 def compare(
-  wants: Sequence[TensorRequest], models: Sequence[Model], *, allow: Collection[str], tokens: bool
+  requests: Sequence[TensorRequest],
+  models: Sequence[Model],
+  *,
+  allow: Collection[str],
+  tokens: bool,
 ) -> Comparison:
   """Compares the configs and vocabularies of models with those of the first of them.
 
   Args:
-    wants: the tensors of the result.
+    requests: the tensors of the result.
     models: all inputs, the donor first.
     allow: settings that may differ: keys of configs; "tokens", the order of the vocabulary.
     tokens: whether vocabularies are compared; otherwise they are brought together.
   """
   donor, *others = {m.name: m for m in models}.values()
-  differing: dict[str, list[str]] = {}
+  differing: dict[tuple[str, str], list[str]] = {}
   notes: list[str] = []
   for m in others:
     lesser = []
     for key, ours, theirs in _differences(donor.config, m.config, "model_type" in allow):
       if _MEANING.fullmatch(_last(key)):
-        differing.setdefault(f"{key} is {ours} in {donor.name} but", []).append(
-          f"{theirs} in {m.name}"
-        )
+        line = f"{key} is {ours} in {donor.name} but"
+        differing.setdefault((key, line), []).append(f"{theirs} in {m.name}")
       else:
         lesser.append(key)
     if lesser:
       notes.append(f"{m.name} has another {', '.join(lesser)}: the result has {donor.name}'s.")
     notes += _unstated(donor, m)
-  found = [(k.split(" ")[0], f"{k} {' and '.join(own)}") for k, own in differing.items()]
-  told = list(_tokens(_of_tokens(wants, [donor, *others]))) if tokens else []
-  found += [(TOKENS, line) for line, is_wrong in told if is_wrong]
-  notes += [line for line, is_wrong in told if not is_wrong]
-  wrong = [_problem(key, line) for key, line in found if not {key, _last(key)} & set(allow)]
-  notes += [
-    f"{line}; allowed by the {key} of `allow`: the result goes by {donor.name}."
-    for key, line in found
-    if {key, _last(key)} & set(allow)
-  ]
-  keys = {name for key, _ in found for name in (key, _last(key))}
+  differences = [(key, f"{line} {' and '.join(rest)}") for (key, line), rest in differing.items()]
+  of_tokens = list(_tokens(_with_tokens(requests, [donor, *others]))) if tokens else []
+  differences += [(TOKENS, line) for line, is_wrong in of_tokens if is_wrong]
+  notes += [line for line, is_wrong in of_tokens if not is_wrong]
+  problems, types, keys = list[str](), list[str](), set[str]()
+  for key, line in differences:
+    keys |= {key, _last(key)}
+    if {key, _last(key)} & set(allow):
+      notes.append(f"{line}; allowed by the {key} of `allow`: the result goes by {donor.name}.")
+      continue
+    problems.append(_problem(key, line))
+    types += [problems[-1]] if key == "model_type" else []
   notes += [f"no model differs in {a}, which `allow` names." for a in allow if a not in keys]
-  return Comparison(tuple(wrong), tuple(notes))
+  return Comparison(tuple(problems), tuple(notes), tuple(types))
 
 
 def _last(key: str) -> str:
@@ -128,7 +134,7 @@ def _problem(key: str, line: str) -> str:
 def _differences(ours: Config, theirs: Config, unlike: bool) -> Iterator[tuple[str, Any, Any]]:
   """Yields settings that two configs state, and state differently.
 
-  Of models of two types these differ in all they have: that is all that is said, but if `unlike`.
+  Models of two types differ in all settings: only the type is yielded then, unless `unlike`.
   """
   one, other = _flat(ours), _flat(theirs)
   kinds = one.get("model_type"), other.get("model_type")
@@ -145,7 +151,7 @@ def _differences(ours: Config, theirs: Config, unlike: bool) -> Iterator[tuple[s
 
 
 def _unstated(donor: Model, m: Model) -> Iterator[str]:
-  """Says which settings that decide what weights mean only one of two configs states."""
+  """Yields lines on settings that decide what weights mean, and only one of two configs states."""
   one, other = _flat(donor.config), _flat(m.config)
   if not one or not other or one.get("model_type") != other.get("model_type"):
     return
@@ -154,7 +160,9 @@ def _unstated(donor: Model, m: Model) -> Iterator[str]:
     only = [
       f"{key}: {value!s:.100}"
       for key, value in sorted(stating.items())
-      if value not in (None, False, []) and lacking.get(key) is None and _told(key, value, lacking)
+      if value not in (None, False, [])
+      and lacking.get(key) is None
+      and _is_lacking(key, value, lacking)
     ]
     if only:
       yield (
@@ -163,7 +171,7 @@ def _unstated(donor: Model, m: Model) -> Iterator[str]:
       )
 
 
-def _told(key: str, value: Any, lacking: Config) -> bool:
+def _is_lacking(key: str, value: Any, lacking: Config) -> bool:
   """Tells whether a setting counts, and a config that lacks it has the part that it is of."""
   prefix, name = key[: -len(_last(key))], _last(key)
   if not _MEANING.fullmatch(name) or name == LABELS or name.startswith("rope_scaling"):
@@ -177,43 +185,44 @@ def _told(key: str, value: Any, lacking: Config) -> bool:
 
 
 def _flat(config: Config, prefix: str = "") -> dict[str, Any]:
-  """The settings of a config and its parts that count, in one spelling."""
-  found: dict[str, Any] = {}
+  """Returns the settings of a config and its parts that count, in one spelling."""
+  settings: dict[str, Any] = {}
   for key, value in config.items():
     if _IGNORED.fullmatch(key):
       continue
     if key.endswith("config") and isinstance(value, Mapping):
-      found |= _flat(value, f"{prefix}{key}.")
+      settings |= _flat(value, f"{prefix}{key}.")
     else:
-      found[prefix + key] = _SAME.get(value, value) if isinstance(value, str) else value
-  if config:
-    found |= {prefix + key: own for key, own in {**_rope(config), **_windows(config)}.items()}
-  return found
+      settings[prefix + key] = _SAME.get(value, value) if isinstance(value, str) else value
+  derived = {**_rope(config), **_windows(config)} if config else {}
+  return settings | {prefix + key: value for key, value in derived.items()}
 
 
 def _rope(config: Config) -> dict[str, Any]:
-  """The rope of a model, which versions of transformers spell differently."""
+  """Returns the rope of a model, which versions of transformers spell differently."""
   every = config.get("rope_parameters") or config.get("rope_scaling")
   every = every if isinstance(every, Mapping) else {}
   kinds = {k: v for k, v in every.items() if isinstance(v, Mapping)}
-  own = kinds.pop("full_attention", {}) if kinds else every
-  found: dict[str, Any] = dict.fromkeys(("rope_local_base_freq", "rope_scaling_sliding_attention"))
+  full = kinds.pop("full_attention", {}) if kinds else every
+  by_kind: dict[str, Any] = dict.fromkeys(
+    ("rope_local_base_freq", "rope_scaling_sliding_attention")
+  )
   for kind, part in kinds.items():
     theta, partial, scaling = _scaling(part)
     at = "rope_local_base_freq" if kind == "sliding_attention" else f"rope_theta_{kind}"
-    found |= {at: theta, f"rope_partial_{kind}": partial, f"rope_scaling_{kind}": scaling}
-  theta, partial, scaling = _scaling(own)
+    by_kind |= {at: theta, f"rope_partial_{kind}": partial, f"rope_scaling_{kind}": scaling}
+  theta, partial, scaling = _scaling(full)
   return {
-    **found,
+    **by_kind,
     "rope_theta": config.get("rope_theta", theta),
-    "rope_local_base_freq": config.get("rope_local_base_freq", found["rope_local_base_freq"]),
+    "rope_local_base_freq": config.get("rope_local_base_freq", by_kind["rope_local_base_freq"]),
     "partial_rotary_factor": config.get("partial_rotary_factor", partial),
     "rope_scaling": scaling,
   }
 
 
 def _scaling(part: Config) -> tuple[Any, Any, dict[str, Any] | None]:
-  """The base of a rope, which part of a head turns, and how it is stretched."""
+  """Returns the base of a rope, which part of a head turns, and how it is stretched."""
   apart = ("type", "rope_type", "rope_theta", "partial_rotary_factor")
   rest = {k: v for k, v in part.items() if k not in apart and v is not None}
   kind = part.get("rope_type", part.get("type"))
@@ -223,7 +232,7 @@ def _scaling(part: Config) -> tuple[Any, Any, dict[str, Any] | None]:
 
 
 def _windows(config: Config) -> dict[str, Any]:
-  """Which layers have a window, where a config says every how many layers one has none."""
+  """Returns which layers have a window, from every how many layers one has none."""
   every, count = config.get("sliding_window_pattern"), config.get("num_hidden_layers")
   if config.get("layer_types") or type(every) is not int or type(count) is not int or every < 1:
     return {}
@@ -235,28 +244,29 @@ def _otherwise(a: Any, b: Any) -> bool:
   """Tells whether a classifier has as many labels, with names, but others or in another order."""
   if not isinstance(a, Mapping) or not isinstance(b, Mapping) or a.keys() != b.keys():
     return False
-  named = [not all(_UNNAMED.fullmatch(str(label)) for label in own.values()) for own in (a, b)]
+  named = [not all(map(_UNNAMED.fullmatch, map(str, each.values()))) for each in (a, b)]
   return a != b and all(named)
 
 
 # --- Vocabularies ---
 
 
-def _of_tokens(wants: Sequence[TensorRequest], models: Sequence[Model]) -> list[Model]:
-  """The models of which the result has embeddings or output heads."""
+def _with_tokens(requests: Sequence[TensorRequest], models: Sequence[Model]) -> list[Model]:
+  """Returns the models of which the result has embeddings or output heads."""
   names: set[str] = set()
-  for want in wants:
-    outside = not any(part.isdigit() for part in re.split("[./]", want.name))
-    if outside and _EMBEDDING.search(want.name):
-      names |= {p.model for p in (want.models or (want.base,)) if p is not None}
-      names |= {want.base.model} if want.base is not None and want.models else set()
+  for request in requests:
+    outside = not any(part.isdigit() for part in re.split("[./]", request.name))
+    if outside and _EMBEDDING.search(request.name):
+      names |= {p.model for p in (request.models or (request.base,)) if p is not None}
+      names |= {request.base.model} if request.base is not None and request.models else set()
   return [m for m in models if m.name in names]
 
 
 def _tokens(models: Sequence[Model]) -> Iterator[tuple[str, bool]]:
-  """Says which models have tokens at other numbers than those before them: that is wrong.
+  """Yields lines on tokens that differ, and whether that is wrong.
 
-  And which have tokens that the first of them lacks, as the result does.
+  Wrong are other numbers than in the models before; tokens that the first model lacks, as the
+  result does, are not.
   """
   first: Mapping[str, int] = {}
   numbers: dict[str, tuple[int, str]] = {}
@@ -290,7 +300,7 @@ def _processing(
   is_read: bool,
   done: Mapping[Any, tuple[str, TokenizerFiles, bool]],
 ) -> Iterator[str]:
-  """Says how the first tokenizer before, and one with other files, cannot be or are unlike."""
+  """Yields lines on how a tokenizer differs from the first, or that it cannot be compared."""
   if not done:
     return
   first, other, was_read = next(iter(done.values()))
@@ -300,7 +310,7 @@ def _processing(
       "no list of tokens can be read. See that their tokens have the same numbers."
     )
     return
-  parts = [own.json(vocabulary.TOKENIZER) for own in (other, files)]
+  parts = [each.json(vocabulary.TOKENIZER) for each in (other, files)]
   if not all(parts):
     return
   keys = [k for k in ("normalizer", "pre_tokenizer") if parts[0].get(k) != parts[1].get(k)]
@@ -319,7 +329,7 @@ def _content(files: TokenizerFiles, name: str) -> bytes | None:
 
 
 def _ids(files: TokenizerFiles) -> Mapping[str, int]:
-  """The numbers of tokens, as far as the files of a tokenizer can be read."""
+  """Returns the numbers of tokens, as far as the files of a tokenizer can be read."""
   try:
     return vocabulary.read(files).ids
   except (FileNotFoundError, ValueError):
@@ -332,7 +342,7 @@ def _misplaced(
   numbers: Mapping[str, tuple[int, str]],
   texts: Mapping[int, tuple[str, str]],
 ) -> Iterator[str]:
-  """Says which tokens have another number than before, or take that of another one."""
+  """Yields the tokens that have another number than before, or take that of another one."""
   for token, number in ids.items():
     if _SPARE.search(token):
       continue

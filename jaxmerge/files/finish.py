@@ -1,4 +1,4 @@
-"""What lies around the weights of a result: config, card, provenance."""
+"""Completes a result around its weights: config, card, provenance."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from jaxmerge.report import card
 def write_checkpoint(
   part: pathlib.Path, weights: shard_writer.ShardWriter, progress: Callable[[int], None]
 ) -> None:
-  """Makes a checkpoint of the shards."""
+  """Writes a checkpoint of the tensors in the shards."""
   tensors = {name: weights.tensor(name) for name in weights.places}
   with atomic.room(part / metadata.STATE):
     metadata.write(part, tensors, progress)
@@ -37,19 +37,19 @@ def complete(
   digests: Mapping[str, Any],
   out_format: str,
 ) -> None:
-  """Adds to the weights what makes a folder of them that other tools open; removes the rest."""
+  """Adds index, config, tokenizer, card and provenance to the weights, and removes the journals."""
   if folder.WEIGHTS not in shards and out_format == "safetensors":
     _write(part / folder.INDEX, folder.index(shards, {o.name: o.size for o in plan.outputs}))
-  for path in _copied(plan):
+  for path in _files_of_donor(plan):
     target = part / path.relative_to(plan.donor)
     with atomic.room(target):
       target.parent.mkdir(exist_ok=True)
       shutil.copyfile(path, target)
   _write(part / folder.README, card.merge_card(describe.summary(plan)))
-  for name, own in plan.texts.items():
+  for name, text in plan.texts.items():
     (part / name).unlink(missing_ok=True)
-    if own is not None:
-      _write(part / name, own)
+    if text is not None:
+      _write(part / name, text)
   stamps.check(plan.stamps)  # All was read, and nothing is complete before this.
   facts = {
     "plan": identity,
@@ -69,14 +69,14 @@ def complete(
   shard_writer.strip(part, shards, out_format)
 
 
-def _copied(plan: Plan) -> list[pathlib.Path]:
-  """Files of the donor to copy: those that were there when it was opened, and not what came later.
+def _files_of_donor(plan: Plan) -> list[pathlib.Path]:
+  """Returns the files of the donor to copy: those that were there when it was opened.
 
   Of a donor whose small files were not stamped, such as a checkpoint, all that are there.
   """
-  found = folder.files_to_copy(plan.donor)
-  stamped = plan.donor / folder.CONFIG in plan.stamps
-  return [path for path in found if path in plan.stamps] if stamped else found
+  paths = folder.files_to_copy(plan.donor)
+  is_stamped = plan.donor / folder.CONFIG in plan.stamps
+  return [path for path in paths if path in plan.stamps] if is_stamped else paths
 
 
 def _write(path: pathlib.Path, text: str | bytes) -> None:
@@ -86,13 +86,13 @@ def _write(path: pathlib.Path, text: str | bytes) -> None:
 
 
 def _job(plan: Plan, number: int) -> dict[str, Any]:
-  """What the provenance says of a job: its number counts from 1, as in what became of tensors."""
+  """Returns the record of a job in the provenance; jobs are numbered from 1."""
   job = plan.jobs[number]
   return {
     "job": number + 1,
     "method": job.spec,
     **({"recipe": job.recipe} if job.recipe else {}),
-    "numbers": _numbers(job),
+    "numbers": _hparams(job),
     "models": job.models,
     "seed": job.seed,
     "layout": job.layout.plain(),
@@ -100,21 +100,21 @@ def _job(plan: Plan, number: int) -> dict[str, Any]:
   }
 
 
-def _numbers(job: Job) -> dict[str, Any]:
-  """The method's numbers: its own, or those that it was given for all tensors or for each."""
+def _hparams(job: Job) -> dict[str, Any]:
+  """Returns the method's hyperparameters: the job's, for all tensors or for each, over defaults."""
   from jaxmerge.core import stage  # With jax, which a dry run does without.
 
-  every = {**stage.hparams(job.method()), **job.hparams}
-  return {name: _plain(x, len(job.models)) for name, x in every.items() if name != "seed"}
+  hparams = {**stage.hparams(job.method()), **job.hparams}
+  return {name: _plain(x, len(job.models)) for name, x in hparams.items() if name != "seed"}
 
 
 def _plain(value: Any, most: int) -> Any:
-  """A number as plain JSON; of more than one for each model, such as a Fisher matrix, a digest."""
+  """Returns a hyperparameter as plain JSON; an array of more values than `most` as a digest."""
   if value is None or isinstance(value, bool | int | float | str):
     return value
   if isinstance(value, Mapping):
-    return {name: _plain(own, most) for name, own in value.items()}
-  own = np.asarray(value)
-  if own.size <= most:
-    return own.tolist()
-  return {"shape": list(own.shape), "fingerprint": fingerprint.fingerprint(own)}
+    return {name: _plain(inner, most) for name, inner in value.items()}
+  array = np.asarray(value)
+  if array.size <= most:
+    return array.tolist()
+  return {"shape": list(array.shape), "fingerprint": fingerprint.fingerprint(array)}

@@ -1,7 +1,7 @@
-"""Whether the inputs of a merge are still those that a part of its result was made of.
+"""Checks that the inputs of a merge are still those that a part of its result was made of.
 
-Stamps say so at once. Where these differ, files may have been copied or restored in between: then
-the checksums that were taken while they were read say it.
+Equal stamps are enough. Where these differ, files may have been copied or restored in between: then
+the checksums that were taken while they were read decide.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from jaxmerge.io.tensors.tensor import Tensor
 def journal_stamps(plan: Plan) -> dict[str, list[int]]:
   """Returns the stamps of a plan's inputs as a journal has them.
 
-  Without the device: its number is another one after a restart, or on another node of a cluster.
+  Without the device, whose number differs after a restart, or on another node of a cluster.
   """
-  found = plan.stamps or stamps.take(sorted(plan.inputs))
-  return {display.readable(str(path)): list(stamp[1:]) for path, stamp in sorted(found.items())}
+  taken = plan.stamps or stamps.take(sorted(plan.inputs))
+  return {display.readable(str(path)): list(stamp[1:]) for path, stamp in sorted(taken.items())}
 
 
 def check(plan: Plan, done: Mapping[str, Any], part: pathlib.Path) -> None:
@@ -36,8 +36,8 @@ def check(plan: Plan, done: Mapping[str, Any], part: pathlib.Path) -> None:
 
   Args:
     plan: what is merged.
-    done: tensor to what was written down of it.
-    part: where it lies, for the error.
+    done: tensor to its record in the journal.
+    part: the folder of the result, for the error.
 
   Raises:
     ValueError: naming the first input that is not what it was.
@@ -59,7 +59,7 @@ def check(plan: Plan, done: Mapping[str, Any], part: pathlib.Path) -> None:
 def are_unchanged(plan: Plan, done: Mapping[str, Any], part: pathlib.Path) -> bool:
   """Tells whether a folder that is complete was made of the inputs as they are now."""
   before = shard_writer.stamps(part)
-  if before and all(own == journal_stamps(plan) for own in before):
+  if before and all(each == journal_stamps(plan) for each in before):
     return True
   try:
     check(tied_weights.share_twins(plan), done, part)
@@ -70,10 +70,10 @@ def are_unchanged(plan: Plan, done: Mapping[str, Any], part: pathlib.Path) -> bo
 
 def digest(tensor: Tensor) -> str:
   """Returns the checksum of a tensor, read in the parts in which a merge reads it."""
-  found, size = xxhash.xxh3_128(), math.prod(tensor.shape)
+  hasher, size = xxhash.xxh3_128(), math.prod(tensor.shape)
   step = plan.slice_entries(1)
   for start in range(0, max(size, 1), step):
     part = np.empty(min(step, size - start), tensor.dtype)
     tensor.read(start, part)
-    found.update(part.view(np.uint8).data)
-  return found.hexdigest()
+    hasher.update(part.view(np.uint8).data)
+  return hasher.hexdigest()

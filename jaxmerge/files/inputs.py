@@ -1,4 +1,4 @@
-"""Opens a model by how it is called: a folder, an id of the hub, either with adapters on top."""
+"""Opens a model from a folder or an id of the hub, either with adapters."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def split(reference: str | os.PathLike[str]) -> Reference:
 
 
 def open_reference(
-  own: Reference,
+  reference: Reference,
   files: Files,
   find: hub.Finder,
   name: str,
@@ -59,24 +59,24 @@ def open_reference(
   """Opens a model: only headers are read. An adapted matrix is computed when it is read.
 
   Args:
-    own: which one.
+    reference: the model.
     files: open files of the models.
     find: finds folders and what is in the hub's cache.
-    name: what the model is called.
+    name: of the model.
     rename: beginnings of its names, and of its adapters', to others.
 
   Raises:
     FileNotFoundError: where it, or its adapter, is not there.
     ValueError: naming what is damaged or does not fit.
   """
-  found = find(own.path, own.revision)
-  model = open_model(found.folder, files, name=name, home=found.home)
-  return add_adapters(model, own, files, find, rename)
+  location = find(reference.path, reference.revision)
+  model = open_model(location.folder, files, name=name, home=location.home)
+  return add_adapters(model, reference, files, find, rename)
 
 
 def add_adapters(
   model: plans.Model,
-  own: Reference,
+  reference: Reference,
   files: Files,
   find: hub.Finder,
   rename: Mapping[str, str] | None = None,
@@ -87,7 +87,7 @@ def add_adapters(
   """
   brought: dict[str, adapter_inputs.Text] = {}
   planned = model.texts  # Of a model that is still to be made.
-  for path, revision in own.adapters:
+  for path, revision in reference.adapters:
     added = find(path, revision)
     model = adapter_inputs.add_adapter(model, added.folder, files, home=added.home, rename=rename)
     texts = adapter_inputs.tokenizer_files(added.folder, model.folder, planned)
@@ -106,19 +106,19 @@ def open_all(
   find: hub.Finder,
   rename: Mapping[str, str] | None = None,
 ) -> list[plans.Model]:
-  """Opens models by their names and references, or tells of all that cannot be opened."""
-  made: list[plans.Model] = []
+  """Opens models from their names and references; raises all errors together."""
+  models: list[plans.Model] = []
   wrong: list[OSError | ValueError] = []
   for name, reference in references:
     try:
-      made.append(open_reference(split(reference), files, find, name, rename))
+      models.append(open_reference(split(reference), files, find, name, rename))
     except (OSError, ValueError) as error:
       wrong.append(error)
   if len(wrong) == 1:
     raise wrong[0]
   if wrong:
     raise errors.Problems([str(error) for error in wrong])
-  return made
+  return models
 
 
 def open_model(
@@ -126,29 +126,31 @@ def open_model(
 ) -> plans.Model:
   """Opens a Hugging Face folder or a checkpoint: only headers and manifests are read.
 
-  Its tensors say that they are from `home`, where that is given, in place of the folder.
+  Errors name `home`, if it is set, in place of the folder.
   """
-  own = formats.open_model(path, files, home=home)
-  called = name or display.readable(str(pathlib.Path(path)))
-  config = formats.config(own.folder)
-  return with_ties(plans.Model(called, own.folder, own.tensors, own.files, config, home=home))
+  weights = formats.open_model(path, files, home=home)
+  name = name or display.readable(str(pathlib.Path(path)))
+  config = formats.config(weights.folder)
+  model = plans.Model(name, weights.folder, weights.tensors, weights.files, config, home=home)
+  return with_ties(model)
 
 
-def with_ties(opened: plans.Model) -> plans.Model:
+def with_ties(model: plans.Model) -> plans.Model:
   """Takes an output head for the embedding where the config of a model and its bytes say so.
 
-  A head that is stored and differs is a tensor of its own, whatever the config says.
+  A head that is stored and differs is a separate tensor, whatever the config says.
   """
-  found = tied.find(opened.tensors, opened.config)
-  if found is None or not found.flag:
-    return opened
-  own = opened.tensors[found.embedding]
-  one = [n for n in (*found.heads, *found.stacks) if tied.equal(own, opened.tensors[n])]
-  left = found._replace(heads=tuple(n for n in found.heads if n not in one))
-  return opened._replace(
-    tensors={n: t for n, t in opened.tensors.items() if n not in one},
-    tied=dict.fromkeys([*one, *(n for n in left.absent if n not in opened.tensors)], own),
-    outcomes=dict.fromkeys(one, plans.Outcome("tied", target=found.embedding)),
+  ties = tied.find(model.tensors, model.config)
+  if ties is None or not ties.flag:
+    return model
+  embedding = model.tensors[ties.embedding]
+  equal = [n for n in (*ties.heads, *ties.stacks) if tied.equal(embedding, model.tensors[n])]
+  others = ties._replace(heads=tuple(n for n in ties.heads if n not in equal))
+  absent = [n for n in others.absent if n not in model.tensors]
+  return model._replace(
+    tensors={n: t for n, t in model.tensors.items() if n not in equal},
+    tied=dict.fromkeys([*equal, *absent], embedding),
+    outcomes=dict.fromkeys(equal, plans.Outcome("tied", target=ties.embedding)),
   )
 
 
@@ -159,12 +161,12 @@ def short_names(paths: Sequence[str]) -> list[str]:
   (['chat', 'code'], ['chat/last', 'code/last'])
 
   Raises:
-    ValueError: where a path is given twice.
+    ValueError: where a path is there twice.
   """
   parts = [pathlib.PurePath(path).parts or (path,) for path in paths]
-  for own, path in zip(parts, paths, strict=True):
-    if parts.count(own) > 1:
+  for each, path in zip(parts, paths, strict=True):
+    if parts.count(each) > 1:
       raise ValueError(f"{path} is given twice; compare different models.")
-  ends = ([own[-n:] for own in parts] for n in range(1, 1 + max(map(len, parts))))
-  called = next(short for short in ends if len(set(short)) == len(short))
-  return [str(pathlib.PurePath(*own)) for own in called]
+  ends = ([each[-n:] for each in parts] for n in range(1, 1 + max(map(len, parts))))
+  shortest = next(short for short in ends if len(set(short)) == len(short))
+  return [str(pathlib.PurePath(*end)) for end in shortest]

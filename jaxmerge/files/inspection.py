@@ -1,6 +1,6 @@
-"""What is in a folder of weights: tensors, totals, ties, provenance, as plain records.
+"""Inspects a folder of weights: tensors, totals, ties, provenance, as plain records.
 
-Headers say most of it; only checksums read the weights. Free of jax.
+Most of it comes from headers; only checksums read the weights. Free of jax.
 """
 
 from __future__ import annotations
@@ -41,31 +41,31 @@ def inspect(path: str | os.PathLike[str]) -> Record:
     FileNotFoundError: where the folder or its weights are missing.
     ValueError: naming the file that is damaged, and the tensor.
   """
-  own = formats.open_weights(path, Files())
-  path = own.folder
+  weights = formats.open_weights(path, Files())
+  path = weights.folder
   tensors = [
     {
       "name": name,
       "dtype": tensor.dtype.name,
       "shape": list(tensor.shape),
       "bytes": math.prod(tensor.shape) * tensor.dtype.itemsize,
-      "file": str(own.homes[name].relative_to(path)),
+      "file": str(weights.homes[name].relative_to(path)),
     }
-    for name, tensor in sorted(own.tensors.items(), key=lambda item: _natural(item[0]))
+    for name, tensor in sorted(weights.tensors.items(), key=lambda item: _natural(item[0]))
   ]
-  floating = (t for t in own.tensors.values() if safetensors.is_floating(t.dtype))
-  names = ((str(file.relative_to(path)), file.stat().st_size) for file in own.files)
+  floating = (t for t in weights.tensors.values() if safetensors.is_floating(t.dtype))
+  names = ((str(file.relative_to(path)), file.stat().st_size) for file in weights.files)
   record = {
     "folder": str(path),
-    "kind": own.kind,
+    "kind": weights.kind,
     "files": [{"name": name, "bytes": size} for name, size in names],
     "tensors": tensors,
     "dtypes": _totals(tensors),
     "parameters": sum(math.prod(t.shape) for t in floating),
     "tied": _tied(path),
-    "shared": {} if own.kind == "checkpoint" else _shared(own.files, own.tensors),
+    "shared": {} if weights.kind == "checkpoint" else _shared(weights.files, weights.tensors),
   }
-  if own.kind == "adapter":
+  if weights.kind == "adapter":
     record["adapter"] = folder.read_json(path / adapter.CONFIG)
   if (path / folder.PROVENANCE).is_file():
     record["provenance"], _ = _provenance(path)
@@ -81,18 +81,18 @@ def add_checksums(record: Record, progress: Callable[[int], None] = lambda count
   """
   files = Files()
   try:
-    own = formats.open_weights(record["folder"], files).tensors
-    digests = {name: _digest(own[name], progress) for name in _names(record)}
+    tensors = formats.open_weights(record["folder"], files).tensors
+    digests = {t["name"]: _digest(tensors[t["name"]], progress) for t in record["tensors"]}
   finally:
     files.close()
-  tensors = [{**tensor, "xxh3_128": digests[tensor["name"]]} for tensor in record["tensors"]]
+  entries = [{**entry, "xxh3_128": digests[entry["name"]]} for entry in record["tensors"]]
   groups: dict[Any, list[str]] = {}
-  for tensor in tensors:
+  for entry in entries:
     # Without entries all are equal, and nothing is tied.
-    if tensor["bytes"]:
-      kind = tensor["dtype"], tuple(tensor["shape"]), tensor["xxh3_128"]
-      groups.setdefault(kind, []).append(tensor["name"])
-  return {**record, "tensors": tensors, "equal": [g for g in groups.values() if len(g) > 1]}
+    if entry["bytes"]:
+      kind = entry["dtype"], tuple(entry["shape"]), entry["xxh3_128"]
+      groups.setdefault(kind, []).append(entry["name"])
+  return {**record, "tensors": entries, "equal": [g for g in groups.values() if len(g) > 1]}
 
 
 def compare_checksums(
@@ -109,19 +109,15 @@ def compare_checksums(
   """
   _, recorded = _provenance(pathlib.Path(record["folder"]))
   record = add_checksums(record, progress)
-  found = {tensor["name"]: tensor["xxh3_128"] for tensor in record["tensors"]}
-  both = found.keys() & recorded.keys()
+  digests = {tensor["name"]: tensor["xxh3_128"] for tensor in record["tensors"]}
+  both = digests.keys() & recorded.keys()
   check = {
-    "same": sum(found[name] == recorded[name] for name in both),
-    "changed": sorted((n for n in both if found[n] != recorded[n]), key=_natural),
-    "missing": sorted(recorded.keys() - found.keys(), key=_natural),
-    "added": sorted(found.keys() - recorded.keys(), key=_natural),
+    "same": sum(digests[name] == recorded[name] for name in both),
+    "changed": sorted((n for n in both if digests[n] != recorded[n]), key=_natural),
+    "missing": sorted(recorded.keys() - digests.keys(), key=_natural),
+    "added": sorted(digests.keys() - recorded.keys(), key=_natural),
   }
   return {**record, "check": check}
-
-
-def _names(record: Record) -> list[str]:
-  return [tensor["name"] for tensor in record["tensors"]]
 
 
 def _natural(name: str) -> list[Any]:
@@ -131,15 +127,15 @@ def _natural(name: str) -> list[Any]:
 def _totals(tensors: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, int]]:
   totals: dict[str, dict[str, int]] = {}
   for tensor in tensors:
-    own = totals.setdefault(tensor["dtype"], {"tensors": 0, "entries": 0, "bytes": 0})
-    own["tensors"] += 1
-    own["entries"] += math.prod(tensor["shape"])
-    own["bytes"] += tensor["bytes"]
+    total = totals.setdefault(tensor["dtype"], {"tensors": 0, "entries": 0, "bytes": 0})
+    total["tensors"] += 1
+    total["entries"] += math.prod(tensor["shape"])
+    total["bytes"] += tensor["bytes"]
   return totals
 
 
 def _tied(path: pathlib.Path) -> bool | None:
-  """What the config says of tied weights; models of several parts say it of the text part."""
+  """Returns the config's flag for tied weights, from the text part if there are several parts."""
   if not (path / folder.CONFIG).is_file():
     return None
   config = folder.config(path)
@@ -149,23 +145,23 @@ def _tied(path: pathlib.Path) -> bool | None:
 
 
 def _shared(files: Iterable[pathlib.Path], names: Mapping[str, Any]) -> dict[str, str]:
-  """Tensors that share the bytes of others: safetensors stores one, and names it for the rest."""
-  noted = (item for file in files for item in safetensors.header(file).metadata.items())
-  return {name: held for name, held in noted if held in names and name not in names}
+  """Returns tensors that share the bytes of others, which safetensors stores once, and those."""
+  pairs = (item for file in files for item in safetensors.header(file).metadata.items())
+  return {name: stored for name, stored in pairs if stored in names and name not in names}
 
 
 def _digest(tensor: Tensor, progress: Callable[[int], None]) -> str:
-  found, size = xxhash.xxh3_128(), math.prod(tensor.shape)
+  hasher, size = xxhash.xxh3_128(), math.prod(tensor.shape)
   for start in range(0, size, step := PART // tensor.dtype.itemsize):
     part = np.empty(min(step, size - start), tensor.dtype)
     tensor.read(start, part)
-    found.update(part.view(np.uint8).data)
+    hasher.update(part.view(np.uint8).data)
     progress(part.nbytes)
-  return found.hexdigest()
+  return hasher.hexdigest()
 
 
 def _provenance(path: pathlib.Path) -> tuple[Record, dict[str, str]]:
-  """What a merged model says about itself, and the checksums of its tensors."""
+  """Returns the provenance of a merged model, and the checksums of its tensors."""
   file = path / folder.PROVENANCE
   if not file.is_file():
     raise FileNotFoundError(f"{file}: no such file; only what jaxmerge merged can be checked.")

@@ -1,4 +1,4 @@
-"""A merge of whole models by one method, as Python asks for it: checked, then planned."""
+"""`merge_files`: a merge of whole models by one method, from Python."""
 
 from __future__ import annotations
 
@@ -27,20 +27,19 @@ from jaxmerge.files import (
   remote_code,
   tied_weights,
 )
-from jaxmerge.files import plan as plans
 from jaxmerge.files.plan import Job, Model, Plan, TensorRequest
 from jaxmerge.io.huggingface import folder, hub
 from jaxmerge.io.tensors import safetensors
 from jaxmerge.io.tensors.tensor import Files
 
 MISSING = ("error", "base", "mean", "skip")
-BASE = "the base"  # What it is called.
+BASE = "the base"  # Its name in plans and errors.
 
 
 def check_options(
   names: Sequence[str], models: int, *, base: bool, dtype: Any, missing: str
 ) -> np.dtype | None:
-  """Checks what is said beside the models, before any of them is opened.
+  """Checks the options of a merge before any model is opened.
 
   >>> check_options(["chat", "code"], 2, base=False, dtype="float16", missing="mean")
   dtype('float16')
@@ -72,14 +71,15 @@ def check_options(
   return None if dtype is None else _floating(dtype)
 
 
-def _floating(said: Any) -> np.dtype:
+def _floating(dtype: Any) -> np.dtype:
+  """Returns a floating dtype that safetensors can store, from its name or dtype."""
   known = {d.name: d for d in safetensors.DTYPES.values() if safetensors.is_floating(d)}
   try:
-    name = np.dtype(said).name
+    name = np.dtype(dtype).name
   except TypeError:
-    name = str(said)
+    name = str(dtype)
   if name not in known:
-    raise ValueError(f"dtype cannot be {said!r}{errors.nearest(name, known)}.")
+    raise ValueError(f"dtype cannot be {dtype!r}{errors.nearest(name, known)}.")
   return known[name]
 
 
@@ -109,25 +109,25 @@ def plan_merge(
   models = [donor, *rest] if base is None else rest
   names = sorted({name for m in (donor, *models) for name in m.tensors})
   parts = ((n, donor.part(n), tuple(m.part(n) for m in models)) for n in names)
-  wants = [TensorRequest(*each, of_weights=base is None) for each in parts]
-  told = misfits.lines(wants, (donor, *models), missing)
-  fit = compatibility.compare(wants, (donor, *models), allow=allow, tokens=True)
-  told += fit.unless(told)
+  requests = [TensorRequest(*each, of_weights=base is None) for each in parts]
+  problems = misfits.lines(requests, (donor, *models), missing)
+  comparison = compatibility.compare(requests, (donor, *models), allow=allow, tokens=True)
+  problems += comparison.unless(problems)
   plan = assemble.make_plan(
-    wants, [job], (donor, *models), dtype=dtype, missing=missing, misfits=told
+    requests, [job], (donor, *models), dtype=dtype, missing=missing, misfits=problems
   )
-  said = () if dtype else assemble.note_rounding(plan)
-  plan = plan._replace(notes=(*plan.notes, *fit.notes, *said))
-  changed = folder.state_dtype(donor.config, dtype.name) if dtype and donor.config else donor.config
-  plan, changed = tied_weights.resolve_ties(plan, donor, changed)
-  if changed != donor.config:
-    text = json.dumps(changed, indent=2) + "\n"
+  rounding = () if dtype else assemble.note_rounding(plan)
+  plan = plan._replace(notes=(*plan.notes, *comparison.notes, *rounding))
+  config = folder.state_dtype(donor.config, dtype.name) if dtype and donor.config else donor.config
+  plan, config = tied_weights.resolve_ties(plan, donor, config)
+  if config != donor.config:
+    text = json.dumps(config, indent=2) + "\n"
     plan = plan._replace(texts={**plan.texts, folder.CONFIG: text})
   return remote_code.refer_to_code(plan, (donor, *models))
 
 
 def resolve_layout(plan: Plan, method: Any, layout: layouts.Said | None) -> Plan:
-  """Settles how the tensors of a plan's first job lie, which a method merges.
+  """Resolves the layout of a plan's first job: which matrix view each tensor has for a method.
 
   Raises:
     ValueError: for a layout that does not fit them, or does not suffice for the method.
@@ -195,31 +195,38 @@ def merge_files(
     FileExistsError: where there is something at `out` and `replace` is not set.
   """
   method = arguments.method(method)
-  known = {*inspect.signature(merge_files).parameters, *inspect.signature(execute.run).parameters}
-  if unknown := [n for n in options if n not in known]:
-    near = errors.nearest(unknown[0], known - {"plan", "locked", "options"})
-    raise TypeError(f"merge_files has no option {unknown[0]!r}{near}.")
+  _check_run_options(options)
   if base is None:
     zeros = "a base of zeros subtracts nothing"
     arguments.refuse_weights(method, "merge_files(method, models, out, base=...)", zeros)
   statistics.refuse(method, "merge_files")
   models, names = arguments.paths(models, names)
-  called = [display.readable(str(pathlib.Path(m))) for m in models] if names is None else [*names]
-  kept = check_options(called, len(models), base=base is not None, dtype=dtype, missing=missing)
+  paths = [display.readable(str(pathlib.Path(m))) for m in models]
+  names = paths if names is None else [*names]
+  result_dtype = check_options(
+    names, len(models), base=base is not None, dtype=dtype, missing=missing
+  )
   files, find = Files(), hub.Finder(download=download)
   try:
-    references = [*zip(called, models, strict=True)]
-    references += [] if base is None else [(BASE, base)]
-    each = inputs.open_all(references, files, find, rename)
-    start = None if base is None else each.pop()
-    said, numbers = arguments.described(method, arguments.hparams(hparams, None), words)
-    job = plans.Job(lambda: method, said, tuple(called), numbers, seed)
-    plan = plan_merge(job, start, each, dtype=kept, missing=missing, allow=allow)
+    references = [*zip(names, models, strict=True)] + ([] if base is None else [(BASE, base)])
+    opened = inputs.open_all(references, files, find, rename)
+    base_model = None if base is None else opened.pop()
+    spec, values = arguments.described(method, arguments.hparams(hparams, None), words)
+    job = Job(lambda: method, spec, tuple(names), values, seed)
+    plan = plan_merge(job, base_model, opened, dtype=result_dtype, missing=missing, allow=allow)
     plan = resolve_layout(plan, method, layout)
     plan = plan._replace(facts={**plan.facts, **find.facts}, stamps=dict(files.stamps))
-    made = execute.run(plan, out, **options)
+    folder = execute.run(plan, out, **options)
   finally:
     files.close()
   if evaluate is not None:
-    external.run(made, evaluate)
-  return made
+    external.run(folder, evaluate)
+  return folder
+
+
+def _check_run_options(options: Mapping[str, Any]) -> None:
+  """Raises TypeError for an option that neither `merge_files` nor `run` has."""
+  known = {*inspect.signature(merge_files).parameters, *inspect.signature(execute.run).parameters}
+  if unknown := [n for n in options if n not in known]:
+    near = errors.nearest(unknown[0], known - {"plan", "locked", "options"})
+    raise TypeError(f"merge_files has no option {unknown[0]!r}{near}.")

@@ -1,4 +1,4 @@
-"""Tensors that models store under another known name, or once where others store them twice."""
+"""Aligns names of tensors: other known names, other forms, copies that only some models store."""
 
 from __future__ import annotations
 
@@ -26,42 +26,42 @@ def align(models: Sequence[Model]) -> list[Model]:
   two names, equal bit for bit, is one tensor: where the others store it once, it is that one.
   """
   donor = models[0]
-  spelt = [donor, *(_formed(_respelt(m, donor), donor) for m in models[1:])]
-  return [_once(m, spelt) for m in spelt]
+  respelled = [donor, *(_with_form(_respell(m, donor), donor) for m in models[1:])]
+  return [_without_copies(m, respelled) for m in respelled]
 
 
-def _respelt(model: Model, donor: Model) -> Model:
+def _respell(model: Model, donor: Model) -> Model:
   names: dict[str, str] = {}
   for name, tensor in model.tensors.items():
     for old, new in (*ENDS, *(pair[::-1] for pair in ENDS)):
       other = name.removesuffix(old) + new
       if name.endswith(old) and _lacks(donor, name) and _lacks(model, other):
-        own = donor.tensors.get(other)
-        names |= {name: other} if own is not None and own.shape == tensor.shape else {}
+        match = donor.tensors.get(other)
+        names |= {name: other} if match is not None and match.shape == tensor.shape else {}
     if name not in names and _lacks(donor, name):
-      found = spellings.find(name, donor.tensors)
-      if found and _lacks(model, found) and donor.tensors[found].shape == tensor.shape:
-        names[name] = found
-  return _called(model, names)
+      other = spellings.find(name, donor.tensors) or ""
+      if other and _lacks(model, other) and donor.tensors[other].shape == tensor.shape:
+        names[name] = other
+  return _with_names(model, names)
 
 
 def rename(model: Model, table: Mapping[str, str]) -> Model:
-  """Returns a model with other names: by what they begin with, see `io.names.renamed`.
+  """Returns a model with other names: by what they begin with, see `io.tensors.names.rename`.
 
   Raises:
     ValueError: where two tensors would have one name.
   """
   names = {n: spellings.rename(n, table) for n in (*model.tensors, *model.tied)}
-  return _called(model, {old: new for old, new in names.items() if old != new})
+  return _with_names(model, {old: new for old, new in names.items() if old != new})
 
 
-def _called(model: Model, names: Mapping[str, str]) -> Model:
-  """A model of which some tensors have other names."""
+def _with_names(model: Model, names: Mapping[str, str]) -> Model:
+  """Returns a model of which some tensors have other names."""
   if not names:
     return model
-  made = [names.get(n, n) for n in model.tensors]
-  if len(set(made)) < len(made):
-    twice = next(n for n in made if made.count(n) > 1)
+  renamed = [names.get(n, n) for n in model.tensors]
+  if len(set(renamed)) < len(renamed):
+    twice = next(n for n in renamed if renamed.count(n) > 1)
     raise ValueError(f"two tensors of {model.name} would be called {twice!r}.")
   tensors = {names.get(n, n): t for n, t in model.tensors.items()}
   tied = {names.get(n, n): t for n, t in model.tied.items()}
@@ -73,16 +73,16 @@ def _called(model: Model, names: Mapping[str, str]) -> Model:
   return model._replace(tensors=tensors, tied=tied, outcomes={**model.outcomes, **outcomes})
 
 
-def _formed(model: Model, donor: Model) -> Model:
-  """A model whose experts are in the form that the donor has: one tensor, or a matrix each."""
+def _with_form(model: Model, donor: Model) -> Model:
+  """Returns a model whose experts are in the donor's form: one tensor, or a matrix each."""
   lacking = [n for n in donor.tensors if ".experts." in n and n not in model.tensors]
   forms = experts.forms(model.tensors) if lacking else {}
-  made = {n: forms[n] for n in lacking if n in forms}
-  made = {n: f for n, f in made.items() if f.tensor.shape == donor.tensors[n].shape}
-  if not made:
+  forms = {n: forms[n] for n in lacking if n in forms}
+  forms = {n: f for n, f in forms.items() if f.tensor.shape == donor.tensors[n].shape}
+  if not forms:
     return model
   targets: dict[str, list[str]] = {}
-  for name, form in made.items():
+  for name, form in forms.items():
     for stretch in form.stretches:
       targets.setdefault(stretch.name, []).append(name)
   outcomes = {
@@ -90,7 +90,7 @@ def _formed(model: Model, donor: Model) -> Model:
     for old, names in targets.items()
   }
   others = {n: t for n, t in model.tensors.items() if n not in targets or n in donor.tensors}
-  tensors = {**others, **{n: f.tensor for n, f in made.items()}}
+  tensors = {**others, **{n: f.tensor for n, f in forms.items()}}
   return model._replace(tensors=tensors, outcomes={**model.outcomes, **outcomes})
 
 
@@ -98,10 +98,10 @@ def _lacks(model: Model, name: str) -> bool:
   return model.part(name).tensor is None
 
 
-def _once(model: Model, models: Sequence[Model]) -> Model:
-  """Lets the embedding stand in for copies of it that only the others have, and drops its own."""
+def _without_copies(model: Model, models: Sequence[Model]) -> Model:
+  """Replaces copies of the embedding that other models lack by the embedding, and drops them."""
   donor, stand_ins, extra = models[0], {}, {}
-  for name in {n: None for m in models for n in m.tensors if _copied(n)}:
+  for name in {n: None for m in models for n in m.tensors if _may_be_copy(n)}:
     having = [m for m in models if name in m.tensors]
     if len(having) == len(models):
       continue
@@ -119,16 +119,16 @@ def _once(model: Model, models: Sequence[Model]) -> Model:
   return model._replace(tensors=tensors, tied=tied, outcomes=outcomes)
 
 
-def _copied(name: str) -> bool:
+def _may_be_copy(name: str) -> bool:
   return name.endswith(_COPIES) and not any(part.isdigit() for part in name.split("."))
 
 
 def _twins(name: str, having: Sequence[Model], models: Sequence[Model]) -> Iterator[str]:
   """Finds tensors that all models have and that equal one, bit for bit, wherever it is stored.
 
-  Of models that are still to be made that is assumed; it is compared once they are there.
+  Of models that do not exist yet this is assumed; it is compared once they do.
   """
-  for other in filter(_copied, having[0].tensors):
+  for other in filter(_may_be_copy, having[0].tensors):
     if other == name or not all(other in m.tensors for m in models):
       continue
     if all(not m.files or tied.equal(m.tensors[name], m.tensors[other]) for m in having):

@@ -41,17 +41,17 @@ class Reader:
     output, count = self.outputs[name], stop - start
     base = None
     if output.base is not None:
-      base = self._room("base", (count,), output.base.dtype)
+      base = self._buffer("base", (count,), output.base.dtype)
       self._fill(name, "base", output.base, start, base, on_chunk)
     dtype = precision.common([t.dtype for t in output.models])
-    models = self._room("models", (len(output.models), count), dtype)
+    models = self._buffer("models", (len(output.models), count), dtype)
     places = np.arange(len(output.models))[order]
     for k, (i, row) in enumerate(zip(places, models, strict=True)):
       tensor = output.models[i]
-      own = row if tensor.dtype == row.dtype else self._room(k, (count,), tensor.dtype)
-      self._fill(name, k, tensor, start, own, on_chunk)
-      if own is not row:
-        row[...] = own
+      target = row if tensor.dtype == row.dtype else self._buffer(k, (count,), tensor.dtype)
+      self._fill(name, k, tensor, start, target, on_chunk)
+      if target is not row:
+        row[...] = target
     return interpreter.Slice(base, None, models)
 
   def whole(self) -> str | None:
@@ -85,7 +85,7 @@ class Reader:
     if start + out.size == math.prod(tensor.shape):
       self.digests[name][tensor.where] = self._hashes.pop(source).hexdigest()
 
-  def _room(self, use: Any, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+  def _buffer(self, use: Any, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     size = math.prod(shape) * dtype.itemsize
     if use not in self.buffers or self.buffers[use].nbytes < size:
       self.buffers[use] = _aligned(size)
@@ -93,7 +93,7 @@ class Reader:
 
 
 def _aligned(size: int) -> np.ndarray:
-  """Bytes that begin at a multiple of 64: from there a CPU's device takes them without a copy."""
-  raw = np.empty(size + 64, np.uint8)
-  offset = -raw.ctypes.data % 64
-  return raw[offset : offset + size]
+  """Returns bytes at a multiple of 64: from there a CPU's device takes them without a copy."""
+  padded = np.empty(size + 64, np.uint8)
+  offset = -padded.ctypes.data % 64
+  return padded[offset : offset + size]

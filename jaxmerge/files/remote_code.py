@@ -1,4 +1,4 @@
-"""Classes that configs of a result name: where their code is, which is never copied or run."""
+"""Refers to the code of classes that configs of a result name; it is never copied or run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _FILES = tuple(name for name in folder.COPIED if name.endswith("config.json") an
 
 
 def refer_to_code(plan: Plan, models: Sequence[Model]) -> Plan:
-  """Returns a plan whose result says where the code of its classes is.
+  """Returns a plan whose result refers to the code of its classes.
 
   Of a model of the hub that is `owner/name--file.Class`, which transformers follows. Of a folder it
   is a note on which files to copy.
@@ -33,10 +33,10 @@ def refer_to_code(plan: Plan, models: Sequence[Model]) -> Plan:
     owner = next((m for m in models if _same(content, _content(m.folder, name, m.texts))), None)
     if owner is not None and owner.home is not None:
       hub = owner.home.split("@")[0]
-      texts[name] = json.dumps(_mapped(content, lambda own: f"{hub}--{own}"), indent=2) + "\n"
+      texts[name] = json.dumps(_map(content, lambda name: f"{hub}--{name}"), indent=2) + "\n"
     else:
       where = "" if owner is None else str(owner.folder)
-      missing.setdefault(where, []).extend(f"{own.split('.')[0]}.py" for own in references)
+      missing.setdefault(where, []).extend(f"{name.split('.')[0]}.py" for name in references)
   if modules := list(_modules(plan.donor)):
     missing.setdefault(str(plan.donor), []).extend(modules)
   notes = [_note(where, dict.fromkeys(names)) for where, names in missing.items()]
@@ -45,24 +45,24 @@ def refer_to_code(plan: Plan, models: Sequence[Model]) -> Plan:
 
 def _note(where: str, names: Mapping[str, None]) -> str:
   lies = [n for n in names if where and (pathlib.Path(where) / n).is_file()]
-  own = f"from {where}" if len(lies) == len(names) else "from where the model was published"
+  origin = f"from {where}" if len(lies) == len(names) else "from where the model was published"
   return (
     f"the result names code that is not copied, {', '.join(names)}: to open it with "
-    f"trust_remote_code, copy this, and what it imports, {own} into it."
+    f"trust_remote_code, copy this, and what it imports, {origin} into it."
   )
 
 
 def _content(
-  own: pathlib.Path, name: str, texts: Mapping[str, str | bytes | None]
+  path: pathlib.Path, name: str, texts: Mapping[str, str | bytes | None]
 ) -> dict[str, Any]:
-  """The JSON object in a small file of a model; an empty one where there is none."""
+  """Returns the JSON object in a small file of a model; an empty one where there is none."""
   if name in texts:
     return json.loads(texts[name] or "{}")
-  return folder.read_json(own / name) if (own / name).is_file() else {}
+  return folder.read_json(path / name) if (path / name).is_file() else {}
 
 
 def _modules(donor: pathlib.Path) -> Iterator[str]:
-  """Yields the files of classes that modules of sentence-transformers name as their own."""
+  """Yields the files of classes of a model's author, for its sentence-transformers modules."""
   path = donor / folder.MODULES
   try:
     listed = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
@@ -82,24 +82,24 @@ def _references(content: Mapping[str, Any]) -> Iterator[str]:
   """Yields the classes that are named without the place of their code."""
   names: list[str] = []
 
-  def taken(name: str) -> str:
+  def collect(name: str) -> str:
     names.append(name)
     return name
 
-  _mapped(content, taken)
+  _map(content, collect)
   yield from names
 
 
-def _mapped(content: Any, change: Callable[[str], str], inside: str = "") -> Any:
+def _map(content: Any, change: Callable[[str], str], inside: str = "") -> Any:
   """Returns JSON with another name for each class that is named without the place of its code."""
   if isinstance(content, Mapping):
     return {
-      key: _mapped(value, change, key if key in (_MAP, _PIPELINES) else inside)
+      key: _map(value, change, key if key in (_MAP, _PIPELINES) else inside)
       if key != "impl" or inside != _PIPELINES
-      else _mapped(value, change, _MAP)
+      else _map(value, change, _MAP)
       for key, value in content.items()
     }
   if isinstance(content, list):
-    return [_mapped(value, change, inside) for value in content]
+    return [_map(value, change, inside) for value in content]
   named = inside == _MAP and isinstance(content, str) and "." in content and "--" not in content
   return change(content) if named else content

@@ -18,7 +18,7 @@ from jaxmerge.io.huggingface import folder, shard_writer
 
 
 def identity(plan: Plan, shards: Mapping[str, Sequence[str]], out_format: str) -> str:
-  """A digest of all that decides about the bytes of the result."""
+  """Returns a digest of everything that the bytes of the result depend on."""
   content = {
     "jaxmerge": importlib.metadata.version("jaxmerge"),
     "outputs": [[o.name, o.dtype.name, o.shape, o.job, o.precision] for o in plan.outputs],
@@ -42,7 +42,7 @@ def check_unfinished(
 ) -> None:
   """Raises ValueError where an interrupted merge of other inputs or settings lies beside `out`.
 
-  What is made of results that are themselves made `anew` goes on with no merge that was begun.
+  A merge of results that are themselves written `anew` continues no merge that was begun.
   """
   part = shard_writer.unfinished_folder(out)
   if not shard_writer.journals(part):
@@ -71,7 +71,7 @@ def check_place(plan: Plan, out: pathlib.Path) -> None:
 def is_result(
   out: pathlib.Path, plan: Plan, shard_size: int, out_format: str, nonfinite: bool
 ) -> bool:
-  """Tells whether a folder is what a plan makes, by a merge that lets NaN pass, or does not."""
+  """Tells whether a folder is the result of a plan, and may have NaN only if that is let pass."""
   if not (out / folder.PROVENANCE).is_file():
     return False
   facts = folder.provenance(out)
@@ -79,21 +79,22 @@ def is_result(
   if facts.get("plan") != identity(plan, shards, out_format):
     return False
   tensors = _tensors(out, facts)
-  fine = all(shard_writer.counts_as_done(own, nonfinite) for own in tensors.values())
+  fine = all(shard_writer.counts_as_done(record, nonfinite) for record in tensors.values())
   return fine and input_changes.are_unchanged(plan, tensors, out)
 
 
 def vouch(out: pathlib.Path, plan: Plan, shard_size: int, out_format: str) -> None:
-  """Writes down in a result, which is an input of another merge, which files it was made of."""
-  own = identity(plan, plan.shards(shard_size), out_format)
-  shard_writer.vouch(out, own, input_changes.journal_stamps(plan))
+  """Records in a result, which is an input of another merge, which files it was made of."""
+  merge = identity(plan, plan.shards(shard_size), out_format)
+  shard_writer.vouch(out, merge, input_changes.journal_stamps(plan))
 
 
 def _tensors(home: pathlib.Path, facts: Mapping[str, Any]) -> dict[str, Any]:
-  """What a provenance says of the tensors, which is read like any file that others may change."""
+  """Returns the records of tensors in a provenance; it is checked, since others may change it."""
   tensors = facts.get("tensors")
   if not isinstance(tensors, dict) or not all(
-    isinstance(own, dict) and isinstance(own.get("inputs"), dict) for own in tensors.values()
+    isinstance(record, dict) and isinstance(record.get("inputs"), dict)
+    for record in tensors.values()
   ):
     where = f"{home / folder.PROVENANCE}: tensors"
     raise ValueError(f"{where} must map names to checksums; it was damaged, remove {home}.")
@@ -119,7 +120,7 @@ def finished_digests(
   that has it is that of a merge which is done, if its tensors still have their checksums.
 
   Returns:
-    Tensor to what the journal said of it; None where there is work to do on the weights, also where
+    Tensor to its record in the journal; None where there is work to do on the weights, also where
     NaN is not let pass, and was so there, or the inputs are others.
 
   Raises:
@@ -133,14 +134,14 @@ def finished_digests(
   if out_format != "safetensors":
     shard_writer.strip(part, shards, out_format)  # Else the shards might be taken for the result.
   try:
-    found = inspection.compare_checksums(inspection.inspect(part))["check"]
+    check = inspection.compare_checksums(inspection.inspect(part))["check"]
   except (FileNotFoundError, ValueError):  # It was damaged meanwhile, and is made again.
     return None
-  if found["changed"] or found["missing"] or found["added"]:
+  if check["changed"] or check["missing"] or check["added"]:
     return None
   tensors = _tensors(part, facts)
-  if not all(shard_writer.counts_as_done(own, nonfinite) for own in tensors.values()):
+  if not all(shard_writer.counts_as_done(record, nonfinite) for record in tensors.values()):
     return None
   if not input_changes.are_unchanged(plan, tensors, part):
     return None
-  return {n: {k: v for k, v in own.items() if k != "job"} for n, own in tensors.items()}
+  return {name: {k: v for k, v in record.items() if k != "job"} for name, record in tensors.items()}

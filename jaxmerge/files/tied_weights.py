@@ -19,7 +19,7 @@ def resolve_ties(
   """Returns a plan, and the config of its result, that agree about what is tied.
 
   A head that the donor ties to its embedding, and that is the embedding in all other models too,
-  is left out. One that differs in some of them is merged on its own, and the config says so.
+  is left out. One that differs in some of them is merged apart, and the config says so.
 
   Args:
     plan: the plan.
@@ -27,7 +27,7 @@ def resolve_ties(
     config: that config, as far as it was brought up to date.
   """
   outputs = {o.name: o for o in plan.outputs}
-  found = tied_names.find(outputs, config)
+  ties = tied_names.find(outputs, config)
   if tied_names.lacks_head(outputs, config):
     text = (
       f"the config of {donor.name} says {tied_names.FLAG}: false, but the result has no output "
@@ -35,15 +35,15 @@ def resolve_ties(
       "it is the embedding, set it to true there: a library would start from a random head."
     )
     return plan._replace(notes=(*plan.notes, text)), dict(config)
-  if found is None or found.flag is False:
+  if ties is None or ties.flag is False:
     return plan, dict(config)
-  first, twins = outputs[found.embedding], (*found.heads, *found.stacks)
+  first, twins = outputs[ties.embedding], (*ties.heads, *ties.stacks)
   one = [n for n in twins if n in donor.tied and _alike(plan, first, outputs[n])]
-  plan = _without(plan, one, found.embedding)
+  plan = _without(plan, one, ties.embedding)
   apart = [
     n
-    for n in found.heads
-    if n not in one and (n in donor.tied or (found.flag and not _alike(plan, first, outputs[n])))
+    for n in ties.heads
+    if n not in one and (n in donor.tied or (ties.flag and not _alike(plan, first, outputs[n])))
   ]
   if not apart:
     return plan, dict(config)
@@ -55,7 +55,7 @@ def resolve_ties(
     "apart "
     "from version 5 on"
   )
-  text = f"{', '.join(apart)} and {found.embedding} differ in some models, and are merged apart"
+  text = f"{', '.join(apart)} and {ties.embedding} differ in some models, and are merged apart"
   return plan._replace(notes=(*plan.notes, f"{text}; {words}.")), changed
 
 
@@ -87,12 +87,12 @@ def share_twins(plan: Plan) -> Plan:
   Returns:
     The plan in which all but the first of them, which is no head, are copies of its result.
   """
-  found: dict[object, list[Output]] = {}
+  outputs_by_kind: dict[object, list[Output]] = {}
   same: dict[str, str] = {}
   for output in sorted(plan.outputs, key=lambda o: o.name.endswith(tied_names.HEADS)):
     if output.job is None or len(output.shape) < 2 or _in_layers(output.name):
       continue
-    others = found.setdefault(_kind(plan, output), [])
+    others = outputs_by_kind.setdefault(_kind(plan, output), [])
     twin = next((o for o in others if _equal(o, output)), None)
     if twin is None:
       others.append(output)
@@ -113,10 +113,10 @@ def _in_layers(name: str) -> bool:
 def _kind(plan: Plan, output: Output) -> object:
   """What tensors must have in common before their entries are compared."""
   numbers = plan.jobs[output.job].hparams if output.job is not None else {}
-  own = [
+  of_tensor = [
     (n, np.asarray(v[output.name]).tolist()) for n, v in numbers.items() if isinstance(v, dict)
   ]
-  return repr((output.job, output.shape, output.dtype, output.precision, own))
+  return repr((output.job, output.shape, output.dtype, output.precision, of_tensor))
 
 
 def _alike(plan: Plan, a: Output, b: Output) -> bool:
