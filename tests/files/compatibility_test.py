@@ -124,9 +124,7 @@ def test_parts_labels_and_lesser_settings():
   labels = {"id2label": {"0": "no", "1": "yes"}}, {"id2label": {"0": "yes", "1": "no"}}
   (line,), _ = compared(*(model(n, own) for n, own in zip("ab", labels, strict=True)))
   assert line.startswith("id2label is ['no', 'yes'] in a but ['yes', 'no'] in b")
-  assert (
-    compared(*both, allow=["hidden_act", "eps"])[1][-1].startswith("no model differs in eps")
-  )
+  assert compared(*both, allow=["hidden_act", "eps"])[1][-1].startswith("no model differs in eps")
 
 
 def tokenizer(*tokens, added=()):
