@@ -59,7 +59,7 @@ def run_merge(options: argparse.Namespace, config: Any) -> None:
   from jaxmerge.recipe import errors, run
 
   files, problems = tensor.Files(), list[Exception]()
-  with errors.noted(problems):
+  with errors.collect(problems):
     evaluate = None if options.evaluate is None else external.command(options.evaluate)
   settings = run.Settings(
     replace=options.replace,
@@ -75,7 +75,7 @@ def run_merge(options: argparse.Namespace, config: Any) -> None:
   planned = run.plan(options.recipe, options.out, settings, files, noted=problems)
   if options.dry_run:
     _print_dry_run(planned.plan, options)
-  errors.check(planned.full)
+  errors.raise_all(planned.full)
   if options.dry_run:
     return
   start_devices(options, None)

@@ -58,11 +58,11 @@ class RecipeError(ValueError):
   Of a recipe that is a Python dict, `models[1].model: what`.
 
   Attributes:
-    models: those that it names all the same, as far as nothing is wrong with what names them.
+    models: those that the recipe names without a mistake.
   """
 
   def __init__(self, problems: Iterable[Problem], models: Iterable[Any] = ()) -> None:
-    # What an alias repeats is read twice, and told once.
+    # What an alias repeats is read twice, and reported once.
     super().__init__(tuple(sorted(set(problems))))
     self.models = tuple(models)
 
@@ -82,17 +82,17 @@ def _line(text: str) -> str:
   return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in cut)
 
 
-def note(found: list[Problem], place: Place, text: str, ignored: bool = False) -> None:
-  """Adds a problem to those found; raises them all when there are too many to go on."""
-  found.append(Problem(place, text, ignored))
-  if sum(not problem.ignored for problem in found) >= MOST or len(found) >= 2 * MOST:
-    raise RecipeError(found)
+def add(problems: list[Problem], place: Place, text: str, ignored: bool = False) -> None:
+  """Adds a problem to a list; raises them all when there are too many to go on."""
+  problems.append(Problem(place, text, ignored))
+  if sum(not problem.ignored for problem in problems) >= MOST or len(problems) >= 2 * MOST:
+    raise RecipeError(problems)
 
 
-def listed(words: Iterable[str], most: int = 8) -> str:
+def join_some(words: Iterable[str], most: int = 8) -> str:
   """Returns words in one line, the first of them if there are many.
 
-  >>> listed(["a", "b", "c"], most=2)
+  >>> join_some(["a", "b", "c"], most=2)
   'a, b and 1 more'
   """
   words = list(words)
@@ -100,10 +100,10 @@ def listed(words: Iterable[str], most: int = 8) -> str:
   return ", ".join(words[:most]) + rest
 
 
-def shown(value: Any) -> str:
+def show(value: Any) -> str:
   """Returns a value of a recipe as an error shows it: short, and on one line.
 
-  >>> shown("bfloat"), shown(True), shown(None), shown((1, 2))
+  >>> show("bfloat"), show(True), show(None), show((1, 2))
   ("'bfloat'", 'true', 'nothing', 'a list')
   """
   if isinstance(value, bool):
@@ -116,23 +116,23 @@ def shown(value: Any) -> str:
 
 
 @contextlib.contextmanager
-def noted(found: list[Exception]) -> Iterator[None]:
-  """Adds an error of its block to those found, so that the others are found as well."""
+def collect(problems: list[Exception]) -> Iterator[None]:
+  """Adds an error of its block to a list, so that the others are collected as well."""
   try:
     yield
   except (OSError, ValueError) as error:
-    found.append(error)
+    problems.append(error)
 
 
-def check(found: Sequence[Exception]) -> None:
-  """Raises what was found, if anything: one error as it is, several as one of them all.
+def raise_all(problems: Sequence[Exception]) -> None:
+  """Raises what was collected, if anything: one error as it is, several as one of them all.
 
   Example:
-    >>> found = []
+    >>> problems = []
     >>> for name in ("a", "b"):
-    ...   with noted(found):
+    ...   with collect(problems):
     ...     raise FileNotFoundError(f"{name}: no such folder.")
-    >>> check(found)
+    >>> raise_all(problems)
     Traceback (most recent call last):
     jaxmerge.errors.Problems: a: no such folder.
     b: no such folder.
@@ -141,11 +141,11 @@ def check(found: Sequence[Exception]) -> None:
     RecipeError: where all belong to places in recipes.
     errors.Problems: for several of other kinds too.
   """
-  if len(found) == 1:
-    raise found[0]
-  own = [error for error in found if isinstance(error, RecipeError)]
-  if found and len(own) == len(found):
-    raise RecipeError(problem for error in own for problem in error.problems)
-  if found:
-    lines = [line for error in found for line in str(error).splitlines()]
+  if len(problems) == 1:
+    raise problems[0]
+  of_recipe = [error for error in problems if isinstance(error, RecipeError)]
+  if problems and len(of_recipe) == len(problems):
+    raise RecipeError(problem for error in of_recipe for problem in error.problems)
+  if problems:
+    lines = [line for error in problems for line in str(error).splitlines()]
     raise errors.Problems(list(dict.fromkeys(lines)))

@@ -14,8 +14,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from jaxmerge.catalog.parameter import Parameter
-from jaxmerge.recipe.errors import Place, Problem, RecipeError, listed
-from jaxmerge.recipe.mergekit.methods import METHODS, Method, complaint
+from jaxmerge.recipe.errors import Place, Problem, RecipeError, join_some
+from jaxmerge.recipe.mergekit.methods import METHODS, Method, value_error
 from jaxmerge.recipe.records import Case, Group, Override, Parameters, Recipe, Scalar, Where, groups
 
 _SHOWN = 8  # Parts of names, where a condition holds for none.
@@ -177,7 +177,7 @@ def _picked(
       at = next((level[name][-1].place for level in levels if name in level), place)
       text = f"{method} needs {name}, but nothing gives it for tensor {tensor.name!r}"
       problems.append(Problem(at, f"{text}; add an item without a condition."))
-    elif wrong := complaint(name, parameter, value.value):
+    elif wrong := value_error(name, parameter, value.value):
       problems.append(Problem(value.place or place, f"{method}: {wrong}"))
     else:
       made[name] = value
@@ -212,7 +212,7 @@ def together(
   if weights and _divides(METHODS[name], shared):
     values = [float(w.value) for w in weights]
     if abs(sum(values)) <= 1e-6 * sum(abs(v) for v in values):
-      numbers = listed(f"{v:g}" for v in values)
+      numbers = join_some(f"{v:g}" for v in values)
       hint = "" if METHODS[name].divides == "always" else f", or set {METHODS[name].divides}: false"
       text = f"{name} divides by the sum of the weights, which is zero ({numbers}){which}"
       problems.append(Problem(weights[0].place or place, f"{text}; change them{hint}."))

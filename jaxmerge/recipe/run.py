@@ -114,7 +114,7 @@ def merge_recipe(
   files = Files()
   try:
     planned = plan(recipe, out, settings, files)
-    errors.check(planned.full)
+    errors.raise_all(planned.full)
     execute(planned, files, progress)
   finally:
     files.close()
@@ -164,16 +164,16 @@ def plan(
   atomic.check_name(out)  # All places beside it are made of its name.
   locks.check(out, shard_writer.busy_message(out))  # What lies there and beside is that merge's.
   planned = Planned(out, settings, (), ())
-  with errors.noted(problems):
+  with errors.collect(problems):
     atomic.check_free(out, settings.replace)
-  with errors.noted(problems):
+  with errors.collect(problems):
     planned = planned._replace(steps=_plan_steps(_read(recipe), settings, files))
   full: list[Exception] = []  # If nothing else is wrong, there is a plan to show.
   if planned.steps:
     problems += _check_places(planned, files)
-    with errors.noted(full):
+    with errors.collect(full):
       _check_room(planned)
-  errors.check([*problems, *full] if problems else [])
+  errors.raise_all([*problems, *full] if problems else [])
   return planned._replace(full=tuple(full))
 
 
@@ -203,7 +203,7 @@ def _check_places(planned: Planned, files: Files) -> list[Exception]:
   problems: list[Exception] = []
   complete: set[str] = set()  # By a merge that was interrupted later.
   for step in planned.steps:
-    with errors.noted(problems):
+    with errors.collect(problems):
       resume.check_place(step.plan, planned.out)
     is_bound = complete >= step.uses.keys()
     plan = step.bind(planned.places, files) if is_bound else step.plan
@@ -216,7 +216,7 @@ def _check_places(planned: Planned, files: Files) -> list[Exception]:
         step.result.open(place, files)
         complete.add(name)
     if planned.settings.resume:
-      with errors.noted(problems):
+      with errors.collect(problems):
         resume.check_unfinished(
           plan,
           place,

@@ -206,7 +206,7 @@ def test_table_has_all_methods_and_sound_defaults():
     assert not method.each.keys() & method.shared.keys(), name
     for n, parameter in method.parameters.items():
       if parameter.default is not None:
-        assert methods.complaint(n, parameter, parameter.default) is None, (name, n)
+        assert methods.value_error(n, parameter, parameter.default) is None, (name, n)
 
 
 def test_defaults_are_those_of_mergekit():

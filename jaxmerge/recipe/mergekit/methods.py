@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple  # Any: a value of YAML.
 from jaxmerge import errors
 from jaxmerge.catalog import entry, lookup
 from jaxmerge.catalog.parameter import Parameter
-from jaxmerge.recipe.errors import shown
+from jaxmerge.recipe.errors import show
 
 
 class Method(NamedTuple):
@@ -228,24 +228,24 @@ METHODS: Mapping[str, Method] = {
 }
 
 
-def complaint(name: str, parameter: Parameter, value: Any) -> str | None:
-  """Returns what is wrong with a value of a parameter, or None.
+def value_error(name: str, parameter: Parameter, value: Any) -> str | None:
+  """Returns what is wrong with a value of a parameter; None for a right one.
 
-  >>> complaint("density", METHODS["ties"].each["density"], 1.5)
+  >>> value_error("density", METHODS["ties"].each["density"], 1.5)
   'density must be in (0, 1], got 1.5.'
   """
   if parameter.choices == (True, False):
     right = isinstance(value, int | float) and value in (0, 1)  # mergekit writes 1.0 and 0.0.
-    return None if right else f"{name} must be true or false, got {shown(value)}."
+    return None if right else f"{name} must be true or false, got {show(value)}."
   if parameter.choices:
     words = [c for c in parameter.choices if c is not None]
     if value in words:
       return None
     near = errors.nearest(value if isinstance(value, str) else "", words)
-    return f"{name} cannot be {shown(value)}{near}."
+    return f"{name} cannot be {show(value)}{near}."
   if isinstance(value, bool) or not isinstance(value, int | float):
     kind = "a whole number" if parameter.integer else "a number"
-    return f"{name} must be {kind} in {parameter.range}, got {shown(value)}."
+    return f"{name} must be {kind} in {parameter.range}, got {show(value)}."
   try:
     parameter.check(name, value)
   except ValueError as error:
@@ -282,4 +282,4 @@ def _cell(name: str, parameter: Parameter) -> str:
   default = parameter.default
   if default is None:
     return f"`{name}` (required)"
-  return f"`{name}` = {shown(default) if isinstance(default, bool | str) else f'{default:g}'}"
+  return f"`{name}` = {show(default) if isinstance(default, bool | str) else f'{default:g}'}"

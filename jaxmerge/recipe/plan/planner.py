@@ -49,7 +49,7 @@ def plan_recipe(
   problems: list[Exception] = []
   opened = _spelt_alike(recipe, open_models(recipe, referenced(recipe), open_model))
   built = build.Built(opened, {})
-  with recipe_errors.noted(problems):
+  with recipe_errors.collect(problems):
     built = build.built(recipe, opened, papers_of)
   models, donor = built.models, built.models[donor_of(recipe)]
   comparable = not problems  # Embeddings that were not brought together fit nothing.
@@ -65,7 +65,7 @@ def plan_recipe(
   lines += fit.unless(lines)
   if problems:
     problems += [errors.Problems(lines)] if lines else []
-    recipe_errors.check(problems)
+    recipe_errors.raise_all(problems)
   plan = assemble.make_plan(
     work.wants,
     work.jobs,
@@ -89,11 +89,11 @@ def open_models(
   opened: dict[Model, plans.Model] = {}
   problems: list[Exception] = []
   for model in models:
-    with recipe_errors.noted(problems):
+    with recipe_errors.collect(problems):
       opened[model] = open_model(model)
   if len(opened) < len(referenced(recipe)):
     problems += partial.problems(recipe, opened)
-  recipe_errors.check(problems)
+  recipe_errors.raise_all(problems)
   return opened
 
 
@@ -113,10 +113,10 @@ def _rows(
   recipe: Recipe, models: Opened, donor: plans.Model, problems: list[Exception]
 ) -> list[Row]:
   """Returns the tensors of the result; without them nothing more can be said of a recipe."""
-  with recipe_errors.noted(problems):
+  with recipe_errors.collect(problems):
     if rows := list(result_rows.rows(recipe, models, donor.config)):
       return rows
-  recipe_errors.check(problems)
+  recipe_errors.raise_all(problems)
   return []
 
 
@@ -129,7 +129,7 @@ def _config(
 ) -> dict[str, Any]:
   """Returns the donor's config with the layers and the dtype of the result."""
   changed = dict(donor.config)
-  with recipe_errors.noted(problems):
+  with recipe_errors.collect(problems):
     changed = result_rows.config(recipe, donor.config, rows, donor)
     uneven_layers.check(rows, models, donor.config, changed)
   return changed

@@ -120,7 +120,7 @@ def plan_steps(
   problems: list[Exception] = []
   for recipe in recipes:
     plan = None
-    with errors.noted(problems):
+    with errors.collect(problems):
       plan = _plan(recipe, results, opener)
     if plan is None:
       continue
@@ -132,7 +132,7 @@ def plan_steps(
       uses = {n: result for n, result in results.items() if n in recipe.uses}
       results[recipe.name] = intermediate.of_plan(recipe.name, plan, shard_size)
       steps.append(Step(recipe, plan, uses, results[recipe.name]))
-  errors.check(problems)
+  errors.raise_all(problems)
   return tuple(steps)
 
 
@@ -153,12 +153,12 @@ def _last(
 def _parse(text: Text, strict: bool, opener: models.Opener) -> tuple[Recipe, ...]:
   """Parses recipes; of those that are wrong it is told as well which models cannot be opened."""
   problems: list[Exception] = []
-  with errors.noted(problems):
+  with errors.collect(problems):
     return text.parse(strict=strict)
   for model in problems[0].models if isinstance(problems[0], RecipeError) else ():
-    with errors.noted(problems):
+    with errors.collect(problems):
       opener.model(model, {})
-  errors.check(problems)
+  errors.raise_all(problems)
   return ()
 
 

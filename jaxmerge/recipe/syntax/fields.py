@@ -1,8 +1,8 @@
-"""Reads one value of a recipe as the kind that is wanted, and notes what is wrong with it.
+"""Reads one value of a recipe as the kind that is expected, and collects what is wrong with it.
 
-Every reader returns a value of the wanted kind. Where the recipe holds another, a problem is noted
-and a stand-in returned, so that reading goes on and all problems are told together; what has a
-problem is never returned to the caller of the library.
+Every reader returns a value of its kind. Where the recipe holds another, it collects a problem and
+returns a stand-in, so that all problems are raised together. A recipe with a problem is never
+returned to the caller of the library.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, TypeVar  # Any: readers take what they take.
 
 from jaxmerge import errors
-from jaxmerge.recipe.errors import Problem, note, shown
+from jaxmerge.recipe.errors import Problem, add, show
 from jaxmerge.recipe.records import Where
 from jaxmerge.recipe.syntax.yaml_reader import Node, plain
 
@@ -30,97 +30,97 @@ def mapping(
   node: Node,
   what: str,
   keys: Collection[str],
-  found: list[Problem],
+  problems: list[Problem],
   *,
   needed: Collection[str] = (),
   refused: Mapping[str, str] = types.MappingProxyType({}),
   ignored: Mapping[str, str] | None = None,
 ) -> dict[str, Node]:
-  """Returns what a mapping gives, by key; a key without a value is not given.
+  """Returns the values of a mapping by key, without those that are empty.
 
   Args:
     node: the mapping.
     what: words for it.
     keys: all that it may have.
-    found: takes the problems.
+    problems: takes what is wrong.
     needed: the keys that it must have.
     refused: keys that are known and not supported, with what is to be said of each.
     ignored: where mergekit ignores what it does not know: known keys of that kind, with what is to
       be said of each. Others are ignored as well, unless they look misspelt.
   """
   if not isinstance(node.value, dict):
-    note(found, node.place, f"{what} must be a mapping, got {shown(node.value)}; {_list(keys)}.")
+    add(problems, node.place, f"{what} must be a mapping, got {show(node.value)}; {_list(keys)}.")
     return {}
-  given = {}
+  values = {}
   for key, value in node.value.items():
     if key in keys:
-      given[key] = value
+      values[key] = value
     elif key in refused:
       if value.value is not None:
-        note(found, node.keys[key], refused[key])
+        add(problems, node.keys[key], refused[key])
     elif ignored is not None and (key in ignored or not closest(key, keys)):
-      text = ignored.get(key) or f"{shown(key)} is no key of {what}"
-      note(found, node.keys[key], f"{text}: it is ignored, as by mergekit.", ignored=True)
+      text = ignored.get(key) or f"{show(key)} is no key of {what}"
+      add(problems, node.keys[key], f"{text}: it is ignored, as by mergekit.", ignored=True)
     else:
-      note(found, node.keys[key], f"unknown key {shown(key)} in {what}{nearest(key, keys)}.")
-      # Stands for the key that was meant, so that this is not told to be missing as well.
-      given.update({k: value for k in closest(key, keys) if k not in node.value})
-  given = {key: value for key, value in given.items() if value.value is not None}
+      add(problems, node.keys[key], f"unknown key {show(key)} in {what}{nearest(key, keys)}.")
+      # Stands for the key that was meant, which is not reported as missing as well.
+      values.update({k: value for k in closest(key, keys) if k not in node.value})
+  values = {key: value for key, value in values.items() if value.value is not None}
   for key in needed:
-    if key not in given:
-      note(found, node.place, f"{what} needs the key {key}.")
-  return given
+    if key not in values:
+      add(problems, node.place, f"{what} needs the key {key}.")
+  return values
 
 
 def maybe(reader: Callable[..., T], node: Node | None, *rest: Any) -> T | None:
-  """Returns what a reader makes of a value, or None if it is not given."""
+  """Returns what a reader returns for a value; None if there is no value."""
   return None if node is None else reader(node, *rest)
 
 
-def items(node: Node, what: str, found: list[Problem]) -> tuple[Node, ...]:
+def items(node: Node, what: str, problems: list[Problem]) -> tuple[Node, ...]:
   """Returns the items of a list, of which there must be one."""
   if not isinstance(node.value, tuple) or not node.value:
-    got = "an empty one" if node.value == () else shown(node.value)
-    note(found, node.place, f"{what} must be a list of one item or more, got {got}.")
+    got = "an empty one" if node.value == () else show(node.value)
+    add(problems, node.place, f"{what} must be a list of one item or more, got {got}.")
     return ()
   return node.value
 
 
-def text(node: Node, what: str, found: list[Problem]) -> str:
+def text(node: Node, what: str, problems: list[Problem]) -> str:
   """Returns a text that is not empty."""
   if isinstance(node.value, str) and node.value:
     return node.value
   scalar = isinstance(node.value, bool | int | float)
   hint = "; put it in quotes" if scalar else ""
-  got = "an empty one" if node.value == "" else shown(node.value)
-  note(found, node.place, f"{what} must be text, got {got}{hint}.")
+  got = "an empty one" if node.value == "" else show(node.value)
+  add(problems, node.place, f"{what} must be text, got {got}{hint}.")
   return "?"
 
 
-def choice(node: Node, what: str, choices: Sequence[Word], found: list[Problem]) -> Word:
+def choice(node: Node, what: str, choices: Sequence[Word], problems: list[Problem]) -> Word:
   """Returns one of several words."""
   if node.value in choices:
     return node.value
   word = node.value if isinstance(node.value, str) else ""
-  note(found, node.place, f"{what} cannot be {shown(node.value)}{nearest(word, choices)}.")
+  add(problems, node.place, f"{what} cannot be {show(node.value)}{nearest(word, choices)}.")
   return next((c for c in choices if c in closest(word, choices)), choices[0])
 
 
-def whole(node: Node, what: str, low: int, high: int, found: list[Problem]) -> int:
+def whole(node: Node, what: str, low: int, high: int, problems: list[Problem]) -> int:
   """Returns a whole number from `low` to `high`."""
   value = node.value
   if isinstance(value, int) and not isinstance(value, bool) and low <= value <= high:
     return value
-  wrong = f"{what} must be a whole number from {low} to {high}, got {shown(value)}"
-  note(found, node.place, f"{wrong}{quoted(value)}.")
+  wrong = f"{what} must be a whole number from {low} to {high}, got {show(value)}"
+  add(problems, node.place, f"{wrong}{quoted(value)}.")
   return low
 
 
-def truth(node: Node, what: str, found: list[Problem]) -> bool:
+def truth(node: Node, what: str, problems: list[Problem]) -> bool:
   """Returns a truth value, which may be written as 1 or 0."""
   if not is_truth(node.value):
-    wrong = f"{what} must be true or false, got {shown(node.value)}"
-    note(found, node.place, f"{wrong}{quoted(node.value)}.")
+    wrong = f"{what} must be true or false, got {show(node.value)}"
+    add(problems, node.place, f"{wrong}{quoted(node.value)}.")
   return node.value in (True, 1)
 
 
@@ -133,9 +133,9 @@ def is_truth(value: object) -> bool:
   return isinstance(value, int | float) and value in (0, 1)
 
 
-def pattern(node: Node, what: str, found: list[Problem]) -> str:
+def pattern(node: Node, what: str, problems: list[Problem]) -> str:
   """Returns a regular expression."""
-  value = text(node, what, found)
+  value = text(node, what, problems)
   try:
     if len(value) > _LONGEST_PATTERN:
       raise re.error(f"longer than {_LONGEST_PATTERN} characters")
@@ -143,50 +143,50 @@ def pattern(node: Node, what: str, found: list[Problem]) -> str:
       warnings.simplefilter("error")
       re.compile(value)
   except (re.error, RecursionError, OverflowError, Warning) as error:
-    wrong = f"{what} is no regular expression, got {shown(value)}: {error}"
-    note(found, node.place, f"{wrong}.")
+    wrong = f"{what} is no regular expression, got {show(value)}: {error}"
+    add(problems, node.place, f"{wrong}.")
     return "$^"
   return value
 
 
-def span(node: Node, what: str, found: list[Problem]) -> tuple[int, int]:
+def span(node: Node, what: str, problems: list[Problem]) -> tuple[int, int]:
   """Returns a range of layers [first, last) that is written as a list."""
   ends = node.value if isinstance(node.value, tuple) else ()
   if len(ends) != 2:
-    note(found, node.place, f"{what} must be a list [first, last), got {_got(node)}.")
+    add(problems, node.place, f"{what} must be a list [first, last), got {_got(node)}.")
     return 0, 1
-  problems = len(found)
-  first, last = (whole(end, what, 0, _MOST_LAYERS, found) for end in ends)
-  if first >= last and len(found) == problems:
-    note(found, node.place, f"{what} must not be empty, got [{first}, {last}).")
+  before = len(problems)
+  first, last = (whole(end, what, 0, _MOST_LAYERS, problems) for end in ends)
+  if first >= last and len(problems) == before:
+    add(problems, node.place, f"{what} must not be empty, got [{first}, {last}).")
   return first, max(last, first + 1)
 
 
-def layers(node: Node, what: str, found: list[Problem]) -> tuple[tuple[int, int], ...]:
+def layers(node: Node, what: str, problems: list[Problem]) -> tuple[tuple[int, int], ...]:
   """Returns ranges [first, last) of layers: of `[0, 4]`, a range, or of `0-3, 8`, with 3 and 8."""
   if isinstance(node.value, tuple):
-    return (span(node, what, found),)
+    return (span(node, what, problems),)
   parts = [p.strip() for p in str(node.value).split(",")]
   if all(re.fullmatch(r"[0-9]{1,6}( *- *[0-9]{1,6})?", p) for p in parts):
     ends = [[int(n) for n in p.split("-")] for p in parts]
     ranges = tuple((e[0], e[-1] + 1) for e in ends)
     if all(a < b for a, b in ranges):
       return ranges
-  note(found, node.place, f"{what} must be such as '0-3, 8' or [0, 4], got {_got(node)}.")
+  add(problems, node.place, f"{what} must be such as '0-3, 8' or [0, 4], got {_got(node)}.")
   return ((0, 1),)
 
 
 CONDITIONS = ("filter", "pattern", "layers")
 
 
-def where(node: Node, given: Mapping[str, Node], what: str, found: list[Problem]) -> Where:
+def where(node: Node, nodes: Mapping[str, Node], what: str, problems: list[Problem]) -> Where:
   """Returns the conditions among what a mapping gives; the filter `*` is none."""
-  own = maybe(text, given.get("filter"), f"filter of {what}", found)
+  filter_text = maybe(text, nodes.get("filter"), f"filter of {what}", problems)
   return Where(
-    filter=None if own == "*" else own,
-    pattern=maybe(pattern, given.get("pattern"), f"pattern of {what}", found),
-    layers=maybe(layers, given.get("layers"), f"layers of {what}", found),
-    place=next((given[key].place for key in CONDITIONS if key in given), node.place),
+    filter=None if filter_text == "*" else filter_text,
+    pattern=maybe(pattern, nodes.get("pattern"), f"pattern of {what}", problems),
+    layers=maybe(layers, nodes.get("layers"), f"layers of {what}", problems),
+    place=next((nodes[key].place for key in CONDITIONS if key in nodes), node.place),
   )
 
 
@@ -219,5 +219,5 @@ def _list(keys: Collection[str]) -> str:
 
 def _got(node: Node) -> str:
   if isinstance(node.value, tuple) and all(isinstance(v.value, str | int) for v in node.value):
-    return f"[{', '.join(shown(v.value) for v in node.value[:4])}]"
-  return shown(node.value)
+    return f"[{', '.join(show(v.value) for v in node.value[:4])}]"
+  return show(node.value)

@@ -7,8 +7,8 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 from jaxmerge.catalog.parameter import Parameter
-from jaxmerge.recipe.errors import Problem, note, shown
-from jaxmerge.recipe.mergekit.methods import MERGEKITS, METHODS, complaint
+from jaxmerge.recipe.errors import Problem, add, show
+from jaxmerge.recipe.mergekit.methods import MERGEKITS, METHODS, value_error
 from jaxmerge.recipe.records import (
   Case,
   Module,
@@ -62,27 +62,27 @@ def known(names: Sequence[str]) -> Known:
 
 
 def level(
-  node: Node | None, known: Known, found: list[Problem], *, at_source: bool = False
+  node: Node | None, known: Known, problems: list[Problem], *, at_source: bool = False
 ) -> Parameters:
   """Returns the parameters of one level; at a source, only those with a value for every model."""
   if node is None:
     return {}
   if not known.of:
     keys = tuple(node.value) if isinstance(node.value, dict) else ()
-    given = fields.mapping(node, "the parameters", keys, found)
-    return {name: cases(own, name, None, found) for name, own in given.items()}
+    nodes = fields.mapping(node, "the parameters", keys, problems)
+    return {name: cases(names, name, None, problems) for name, names in nodes.items()}
   allowed = {**known.each} if at_source else {**known.shared, **known.each}
-  own = ", ".join(allowed) or "none"
+  names = ", ".join(allowed) or "none"
   stray = {n: _stray(n, known, allowed) for m in METHODS.values() for n in m.parameters}
-  given = fields.mapping(
+  nodes = fields.mapping(
     node,
     f"the parameters of {known.of}",
     tuple(allowed),
-    found,
+    problems,
     ignored=stray if known.mergekits else None,
-    refused={} if known.mergekits else {n: f"{t}, which has {own}." for n, t in stray.items()},
+    refused={} if known.mergekits else {n: f"{t}, which has {names}." for n, t in stray.items()},
   )
-  return {name: cases(own, name, allowed[name], found) for name, own in given.items()}
+  return {name: cases(names, name, allowed[name], problems) for name, names in nodes.items()}
 
 
 def _stray(name: str, known: Known, allowed: Collection[str]) -> str:
@@ -95,40 +95,40 @@ def _stray(name: str, known: Known, allowed: Collection[str]) -> str:
 
 
 def cases(
-  node: Node, name: str, parameter: Parameter | None, found: list[Problem]
+  node: Node, name: str, parameter: Parameter | None, problems: list[Problem]
 ) -> tuple[Case, ...]:
   """Returns the cases of a parameter: of a value, of a gradient, or of a list of conditions."""
   listed = node.value if isinstance(node.value, tuple) else (node,)
   if not any(isinstance(item.value, dict) for item in listed):
-    value = _value(node, name, parameter, found)
+    value = _value(node, name, parameter, problems)
     return (Case(value, Where(place=node.place), place=node.place),)
-  made: list[Case] = []
+  items: list[Case] = []
   keys = ("value", *fields.CONDITIONS)
   for item in listed:
-    given = fields.mapping(item, f"an item of {name}", keys, found, needed=("value",))
-    where = fields.where(item, given, name, found)
-    if made and made[-1].where.everywhere:
-      before = made[-1].place.short
-      note(found, item.place, f"{name}: the item in {before} takes all tensors; put it last.")
-    own = given.get("value")
-    value = _value(own, name, parameter, found) if own else 0.0
-    made.append(Case(value, where, place=own.place if own else item.place))
-  return tuple(made)
+    nodes = fields.mapping(item, f"an item of {name}", keys, problems, needed=("value",))
+    where = fields.where(item, nodes, name, problems)
+    if items and items[-1].where.everywhere:
+      before = items[-1].place.short
+      add(problems, item.place, f"{name}: the item in {before} takes all tensors; put it last.")
+    value_node = nodes.get("value")
+    value = _value(value_node, name, parameter, problems) if value_node else 0.0
+    items.append(Case(value, where, place=value_node.place if value_node else item.place))
+  return tuple(items)
 
 
 def _value(
-  node: Node, name: str, parameter: Parameter | None, found: list[Problem]
+  node: Node, name: str, parameter: Parameter | None, problems: list[Problem]
 ) -> Scalar | tuple[Scalar, ...]:
   if node.value == ():
-    note(found, node.place, f"{name} must not be an empty list.")
+    add(problems, node.place, f"{name} must not be an empty list.")
   parts = node.value if isinstance(node.value, tuple) else (node,)
   if parameter and parameter.integer and isinstance(node.value, tuple):
-    note(found, node.place, f"{name} must be one whole number, not a gradient.")
+    add(problems, node.place, f"{name} must be one whole number, not a gradient.")
   values = []
   for part in parts:
-    wrong = complaint(name, parameter, part.value) if parameter else None
+    wrong = value_error(name, parameter, part.value) if parameter else None
     if wrong:
-      note(found, part.place, wrong.removesuffix(".") + f"{fields.quoted(part.value)}.")
+      add(problems, part.place, wrong.removesuffix(".") + f"{fields.quoted(part.value)}.")
     value = 1.0 if wrong or not isinstance(part.value, Scalar) else part.value
     values.append(bool(value) if parameter and parameter.choices == (True, False) else value)
   return tuple(values) if isinstance(node.value, tuple) else values[0]
@@ -138,23 +138,23 @@ def source(node: Node, what: str, known: Known, sliced: bool, context: Context) 
   """Returns a model, or layers of one, with its parameters."""
   keys = ("model", "layer_range", "parameters") if sliced else ("model", "parameters")
   hint = {"layer_range": "layer_range belongs to the sources of slices, not to models."}
-  given = fields.mapping(
+  nodes = fields.mapping(
     node,
     what,
     keys,
-    context.found,
+    context.problems,
     needed=("model", "layer_range") if sliced else ("model",),
     refused={} if sliced else hint,
     ignored=PARAMETERS | _REVISION,
   )
-  if "model" not in given:
+  if "model" not in nodes:
     return None
-  layers = given.get("layer_range")
+  layers = nodes.get("layer_range")
   return Source(
-    references.model(given["model"], "model", context),
-    level(given.get("parameters"), known, context.found, at_source=True),
-    fields.maybe(fields.span, layers, f"layer_range of {what}", context.found),
-    place=given["model"].place,
+    references.model(nodes["model"], "model", context),
+    level(nodes.get("parameters"), known, context.problems, at_source=True),
+    fields.maybe(fields.span, layers, f"layer_range of {what}", context.problems),
+    place=nodes["model"].place,
   )
 
 
@@ -162,120 +162,123 @@ def sources(
   node: Node, what: str, known: Known, sliced: bool, context: Context
 ) -> tuple[Source, ...]:
   """Returns the models of a list."""
-  listed = fields.items(node, what, context.found)
+  listed = fields.items(node, what, context.problems)
   item = "a source" if sliced else "a model"
-  made: list[Source] = []
-  for own in (source(each, item, known, sliced, context) for each in listed):
-    if own in made and known.mergekits:  # Of models that differ in parameters, it is an error.
-      before = made[made.index(own)].place.short
-      text = f"{str(own.model)!r} is already in {before}: it counts once, as in mergekit."
-      note(context.found, own.place, text, ignored=True)
-    elif own:
-      made.append(own)
-  return tuple(made)
+  models: list[Source] = []
+  for each_source in (source(each, item, known, sliced, context) for each in listed):
+    # Of models that differ in parameters, it is an error.
+    if each_source in models and known.mergekits:
+      before = models[models.index(each_source)].place.short
+      text = f"{str(each_source.model)!r} is already in {before}: it counts once, as in mergekit."
+      add(context.problems, each_source.place, text, ignored=True)
+    elif each_source:
+      models.append(each_source)
+  return tuple(models)
 
 
 def slices(node: Node, known: Known, context: Context) -> tuple[Slice, ...]:
   """Returns the slices of a list."""
-  made = []
+  every = []
   keys = ("sources", "base_model", "parameters")
-  for each in fields.items(node, "slices", context.found):
-    given = fields.mapping(
-      each, "a slice", keys, context.found, needed=("sources",), ignored=PARAMETERS
+  for each in fields.items(node, "slices", context.problems):
+    nodes = fields.mapping(
+      each, "a slice", keys, context.problems, needed=("sources",), ignored=PARAMETERS
     )
-    listed, base = given.get("sources"), given.get("base_model")
-    made.append(
+    listed, base = nodes.get("sources"), nodes.get("base_model")
+    every.append(
       Slice(
         fields.maybe(sources, listed, "sources of a slice", known, True, context) or (),
         fields.maybe(references.model, base, "base_model of a slice", context),
-        level(given.get("parameters"), known, context.found),
+        level(nodes.get("parameters"), known, context.problems),
         place=each.place,
       )
     )
-  return tuple(made)
+  return tuple(every)
 
 
 def modules(node: Node, known: Known, context: Context) -> dict[str, Module]:
   """Returns the modules by name."""
-  made = {}
+  by_name = {}
   names = tuple(node.value) if isinstance(node.value, dict) else ()
-  for name, each in fields.mapping(node, "modules", names, context.found).items():
+  for name, each in fields.mapping(node, "modules", names, context.problems).items():
     keys = ("models", "slices", "parameters")
-    given = fields.mapping(each, f"module {name!r:.60}", keys, context.found, ignored=PARAMETERS)
-    one_of(given, ("models", "slices"), f"module {name!r:.60}", each, context.found)
-    made[name] = Module(
-      fields.maybe(sources, given.get("models"), "models", known, False, context) or (),
-      fields.maybe(slices, given.get("slices"), known, context) or (),
-      level(given.get("parameters"), known, context.found),
+    nodes = fields.mapping(each, f"module {name!r:.60}", keys, context.problems, ignored=PARAMETERS)
+    one_of(nodes, ("models", "slices"), f"module {name!r:.60}", each, context.problems)
+    by_name[name] = Module(
+      fields.maybe(sources, nodes.get("models"), "models", known, False, context) or (),
+      fields.maybe(slices, nodes.get("slices"), known, context) or (),
+      level(nodes.get("parameters"), known, context.problems),
       place=each.place,
     )
-  return made
+  return by_name
 
 
 def one_of(
-  given: Mapping[str, Node], keys: Sequence[str], what: str, node: Node, found: list[Problem]
+  nodes: Mapping[str, Node], keys: Sequence[str], what: str, node: Node, problems: list[Problem]
 ) -> None:
-  """Notes a problem if not exactly one of the keys is given."""
-  there = [key for key in keys if key in given]
-  for key in there[1:]:
-    note(found, given[key].place, f"{what} has {there[0]} already and cannot have {key} as well.")
-  if not there:
-    note(found, node.place, f"{what} needs one of {', '.join(keys)}.")
+  """Checks that exactly one of the keys is there."""
+  present = [key for key in keys if key in nodes]
+  for key in present[1:]:
+    add(
+      problems, nodes[key].place, f"{what} has {present[0]} already and cannot have {key} as well."
+    )
+  if not present:
+    add(problems, node.place, f"{what} needs one of {', '.join(keys)}.")
 
 
 def overrides(
-  nodes: Sequence[Node], methods: Sequence[str], found: list[Problem]
+  items: Sequence[Node], methods: Sequence[str], problems: list[Problem]
 ) -> tuple[Override, ...]:
   """Returns the overrides; `methods` holds their methods, in the same order."""
-  made = []
+  changes = []
   keys = (*fields.CONDITIONS, "merge_method", "parameters")
-  for node, method in zip(nodes, methods, strict=True):
-    given = fields.mapping(node, "an override", keys, found)
-    where = fields.where(node, given, "an override", found)
+  for node, method in zip(items, methods, strict=True):
+    nodes = fields.mapping(node, "an override", keys, problems)
+    where = fields.where(node, nodes, "an override", problems)
     if where.everywhere:
       text = "an override needs pattern, filter or layers: it is for some tensors"
-      note(found, node.place, f"{text}; what is for all belongs to the recipe.")
-    if not {"merge_method", "parameters"} & given.keys():
-      note(found, node.place, "an override needs merge_method or parameters.")
+      add(problems, node.place, f"{text}; what is for all belongs to the recipe.")
+    if not {"merge_method", "parameters"} & nodes.keys():
+      add(problems, node.place, "an override needs merge_method or parameters.")
     ours = known((method,))._replace(mergekits=False)  # mergekit has no overrides.
-    own = level(given.get("parameters"), ours, found)
-    made.append(Override(where, method, own, place=node.place))
-  return tuple(made)
+    parameters = level(nodes.get("parameters"), ours, problems)
+    changes.append(Override(where, method, parameters, place=node.place))
+  return tuple(changes)
 
 
-def layout(node: Node, found: list[Problem]) -> tuple[View, ...]:
+def layout(node: Node, problems: list[Problem]) -> tuple[View, ...]:
   """Returns the matrix views."""
-  listed = fields.items(node, "layout", found)
+  listed = fields.items(node, "layout", problems)
   if len(listed) > MOST_VIEWS:
-    note(found, node.place, f"there are more than {MOST_VIEWS} items of layout.")
+    add(problems, node.place, f"there are more than {MOST_VIEWS} items of layout.")
     return ()
-  made = []
+  views = []
   what = "an item of layout"
   for each in listed:
-    given = fields.mapping(each, what, (*fields.CONDITIONS, "view"), found, needed=("view",))
-    where = fields.where(each, given, what, found)
+    nodes = fields.mapping(each, what, (*fields.CONDITIONS, "view"), problems, needed=("view",))
+    where = fields.where(each, nodes, what, problems)
     if where.everywhere:
-      note(found, each.place, f"{what} needs pattern, filter or layers: tensors differ in axes.")
-    if "view" in given:
-      made.append(View(where, _axes(given["view"], found), place=given["view"].place))
-  return tuple(made)
+      add(problems, each.place, f"{what} needs pattern, filter or layers: tensors differ in axes.")
+    if "view" in nodes:
+      views.append(View(where, _axes(nodes["view"], problems), place=nodes["view"].place))
+  return tuple(views)
 
 
-def rename(node: Node, found: list[Problem]) -> dict[str, str]:
+def rename(node: Node, problems: list[Problem]) -> dict[str, str]:
   """Returns the beginnings of names, and what stands in their place; that may be nothing."""
   keys = tuple(node.value) if isinstance(node.value, dict) else ()
-  inside = fields.mapping(node, "rename", keys, found)
+  inside = fields.mapping(node, "rename", keys, problems)
   return {
-    old: "" if new.value == "" else fields.text(new, f"rename of {shown(old)}", found)
+    old: "" if new.value == "" else fields.text(new, f"rename of {show(old)}", problems)
     for old, new in inside.items()
   }
 
 
-def _axes(node: Node, found: list[Problem]) -> str | None:
-  word = fields.text(node, "view", found)
+def _axes(node: Node, problems: list[Problem]) -> str | None:
+  word = fields.text(node, "view", problems)
   if word == "none":
     return None
   if word != "?" and not re.fullmatch("[boi]{1,64}", word):
     text = "view must have a letter for each axis, o (output), i (input) or b (batch: one of many"
-    note(found, node.place, f"{text} matrices), such as io, or be none, got {shown(word)}.")
+    add(problems, node.place, f"{text} matrices), such as io, or be none, got {show(word)}.")
   return word

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal  # Any: what a dict of Python holds.
 
-from jaxmerge.recipe.errors import Place, Problem, RecipeError, note, shown
+from jaxmerge.recipe.errors import Place, Problem, RecipeError, add, show
 from jaxmerge.recipe.mergekit.methods import METHODS
 from jaxmerge.recipe.records import Missing, Model, Recipe, Tokenizer, Where, referenced
 from jaxmerge.recipe.syntax import (
@@ -119,8 +119,10 @@ def parse(
     >>> str(recipe.models[0].model), recipe.models[0].parameters["weight"][0].value
     ('a', 1)
   """
-  found: list[Problem] = []
-  return _parse_nodes(yaml_reader.documents(text, file, found), file, found, is_folder, strict)
+  problems: list[Problem] = []
+  return _parse_nodes(
+    yaml_reader.documents(text, file, problems), file, problems, is_folder, strict
+  )
 
 
 def parse_values(
@@ -148,165 +150,168 @@ def parse_values(
 def _parse_nodes(
   nodes: Sequence[Node],
   file: str,
-  found: list[Problem],
+  problems: list[Problem],
   is_folder: Callable[[str], bool],
   strict: bool,
 ) -> tuple[Recipe, ...]:
   """Reads the documents of a recipe, all problems at once."""
   if not nodes or len(nodes) > MOST_DOCUMENTS:
     what = f"more than {MOST_DOCUMENTS} recipes" if nodes else "no recipe"
-    raise RecipeError([*found, Problem(Place(file, 1, 1), f"{what} in this file.")])
-  context = Context(found, _names(nodes, found) if len(nodes) > 1 else (), is_folder)
+    raise RecipeError([*problems, Problem(Place(file, 1, 1), f"{what} in this file.")])
+  context = Context(problems, _names(nodes, problems) if len(nodes) > 1 else (), is_folder)
   recipes = tuple(recipe for node in nodes if (recipe := _checked(node, context)))
-  ordered = _ordered(recipes, found)
+  ordered = _ordered(recipes, problems)
   if strict or any(recipe.strict for recipe in recipes):
     refused = "strict refuses what is ignored: remove it."
-    found[:] = [p._replace(text=f"{p.text} {refused}") if p.ignored else p for p in found]
-  elif all(problem.ignored for problem in found):
-    found.clear()
-  if found:
-    wrong = {problem.place for problem in found}
+    problems[:] = [p._replace(text=f"{p.text} {refused}") if p.ignored else p for p in problems]
+  elif all(problem.ignored for problem in problems):
+    problems.clear()
+  if problems:
+    wrong = {problem.place for problem in problems}
     named = dict.fromkeys(m for recipe in recipes for m in referenced(recipe))
     raise RecipeError(
-      found, (m for m in named if m.place not in wrong and m.path not in context.names)
+      problems, (m for m in named if m.place not in wrong and m.path not in context.names)
     )
   return ordered
 
 
-def _names(nodes: Sequence[Node], found: list[Problem]) -> dict[str, Place]:
+def _names(nodes: Sequence[Node], problems: list[Problem]) -> dict[str, Place]:
   """Returns the names of recipes and where they stand; the last stage may have none."""
   names: dict[str, Place] = {}
   nameless = None
   for node in nodes:
-    own = node.value.get("name") if isinstance(node.value, dict) else None
-    if own is None:
+    name = node.value.get("name") if isinstance(node.value, dict) else None
+    if name is None:
       if nameless and isinstance(node.value, dict):
         text = f"only one recipe of a file may be without a name; so is that in {nameless}."
-        note(found, node.place, text)
+        add(problems, node.place, text)
       nameless = node.place.short
-    elif isinstance(own.value, str) and own.value in names:
-      text = f"the name {shown(own.value)} is already in {names[own.value].short}."
-      note(found, own.place, text)
-    elif isinstance(own.value, str):
-      names[own.value] = own.place
+    elif isinstance(name.value, str) and name.value in names:
+      text = f"the name {show(name.value)} is already in {names[name.value].short}."
+      add(problems, name.place, text)
+    elif isinstance(name.value, str):
+      names[name.value] = name.place
   return names
 
 
 def _checked(node: Node, context: Context) -> Recipe | None:
   """Returns the record of one document, with what it says in vain; None if it is no mapping."""
-  found = context.found
-  before = len(found)
+  problems = context.problems
+  before = len(problems)
   recipe = _recipe(node, context)
   for problem in validate.problems(recipe) if recipe else ():
-    note(found, *problem)
-  ignored = tuple(problem for problem in found[before:] if problem.ignored)
+    add(problems, *problem)
+  ignored = tuple(problem for problem in problems[before:] if problem.ignored)
   return dataclasses.replace(recipe, ignored=ignored) if recipe else None
 
 
 def _recipe(node: Node, context: Context) -> Recipe | None:
   """Returns the record of one document; None if it is no mapping."""
-  found = context.found
+  problems = context.problems
   if node.value is None:
-    note(found, node.place, "this document is empty; remove the --- before or after it.")
+    add(problems, node.place, "this document is empty; remove the --- before or after it.")
     return None
   foreign = isinstance(node.value, dict) and _REFUSED.keys() & node.value.keys()
-  given = fields.mapping(
+  nodes = fields.mapping(
     node,
     "the recipe",
     KEYS,
-    found,
+    problems,
     needed=() if foreign else ("merge_method",),
     refused=_REFUSED,
     ignored=inputs.PARAMETERS | _IGNORED,
   )
   if not isinstance(node.value, dict) or foreign:
     return None
-  inputs.one_of(given, INPUTS, "the recipe", node, found)
-  changes = fields.maybe(fields.items, given.get("overrides"), "overrides", found) or ()
+  inputs.one_of(nodes, INPUTS, "the recipe", node, problems)
+  changes = fields.maybe(fields.items, nodes.get("overrides"), "overrides", problems) or ()
   if len(changes) > MOST_OVERRIDES:
-    note(found, given["overrides"].place, f"there are more than {MOST_OVERRIDES} overrides.")
+    add(problems, nodes["overrides"].place, f"there are more than {MOST_OVERRIDES} overrides.")
     changes = ()
-  methods = _methods(given.get("merge_method"), changes, found)
+  methods = _methods(nodes.get("merge_method"), changes, problems)
   known = inputs.known(methods)
   recipe = Recipe(
     methods[0],
-    fields.maybe(inputs.sources, given.get("models"), "models", known, False, context) or (),
-    fields.maybe(inputs.slices, given.get("slices"), known, context) or (),
-    fields.maybe(inputs.modules, given.get("modules"), known, context) or {},
-    fields.maybe(references.model, given.get("base_model"), "base_model", context),
-    inputs.level(given.get("parameters"), known, found),
-    fields.maybe(_dtype, given.get("dtype"), "dtype", found),
-    fields.maybe(_dtype, given.get("out_dtype"), "out_dtype", found),
-    chat_template=fields.maybe(_chat_template, given.get("chat_template"), found),
-    name=fields.maybe(_name, given.get("name"), found),
-    strict=fields.maybe(fields.truth, given.get("strict"), "strict", found) or False,
-    compat=fields.maybe(fields.choice, given.get("compat"), "compat", COMPAT, found),
-    missing=fields.maybe(fields.choice, given.get("missing"), "missing", MISSING, found) or "error",
-    allow=fields.maybe(_allow, given.get("allow"), found) or (),
-    exclude=fields.maybe(_exclude, given.get("exclude"), found) or (),
-    overrides=inputs.overrides(changes, methods[1:], found),
-    layout=fields.maybe(inputs.layout, given.get("layout"), found) or (),
-    rename=fields.maybe(inputs.rename, given.get("rename"), found) or {},
-    seed=fields.maybe(fields.whole, given.get("seed"), "seed", 0, 2**32 - 1, found) or 0,
+    fields.maybe(inputs.sources, nodes.get("models"), "models", known, False, context) or (),
+    fields.maybe(inputs.slices, nodes.get("slices"), known, context) or (),
+    fields.maybe(inputs.modules, nodes.get("modules"), known, context) or {},
+    fields.maybe(references.model, nodes.get("base_model"), "base_model", context),
+    inputs.level(nodes.get("parameters"), known, problems),
+    fields.maybe(_dtype, nodes.get("dtype"), "dtype", problems),
+    fields.maybe(_dtype, nodes.get("out_dtype"), "out_dtype", problems),
+    chat_template=fields.maybe(_chat_template, nodes.get("chat_template"), problems),
+    name=fields.maybe(_name, nodes.get("name"), problems),
+    strict=fields.maybe(fields.truth, nodes.get("strict"), "strict", problems) or False,
+    compat=fields.maybe(fields.choice, nodes.get("compat"), "compat", COMPAT, problems),
+    missing=fields.maybe(fields.choice, nodes.get("missing"), "missing", MISSING, problems)
+    or "error",
+    allow=fields.maybe(_allow, nodes.get("allow"), problems) or (),
+    exclude=fields.maybe(_exclude, nodes.get("exclude"), problems) or (),
+    overrides=inputs.overrides(changes, methods[1:], problems),
+    layout=fields.maybe(inputs.layout, nodes.get("layout"), problems) or (),
+    rename=fields.maybe(inputs.rename, nodes.get("rename"), problems) or {},
+    seed=fields.maybe(fields.whole, nodes.get("seed"), "seed", 0, 2**32 - 1, problems) or 0,
     place=node.place,
     places=node.keys,
   )
-  recipe = dataclasses.replace(recipe, tokenizer=_tokenizer(given, recipe, context))
+  recipe = dataclasses.replace(recipe, tokenizer=_tokenizer(nodes, recipe, context))
   return dataclasses.replace(recipe, uses=_uses(recipe, context.names))
 
 
-def _methods(own: Node | None, changes: Sequence[Node], found: list[Problem]) -> list[str]:
+def _methods(
+  method_node: Node | None, changes: Sequence[Node], problems: list[Problem]
+) -> list[str]:
   """Returns the method of the recipe and those of its overrides; "" for an unknown one."""
 
   def method(node: Node) -> str:
-    near = fields.choice(node, "merge_method", tuple(METHODS), found)
+    near = fields.choice(node, "merge_method", tuple(METHODS), problems)
     word = node.value if isinstance(node.value, str) else ""
     return near if fields.closest(word, METHODS) else ""
 
-  first = fields.maybe(method, own) or ""
+  first = fields.maybe(method, method_node) or ""
   insides = [node.value if isinstance(node.value, dict) else {} for node in changes]
   others = [inside.get("merge_method") for inside in insides]
   return [first, *(method(n) if n and n.value is not None else first for n in others)]
 
 
-def _dtype(node: Node, what: str, found: list[Problem]) -> str:
+def _dtype(node: Node, what: str, problems: list[Problem]) -> str:
   if isinstance(node.value, str):
     node = node._replace(value=node.value.removeprefix("torch."))
-  return fields.choice(node, what, DTYPES, found)
+  return fields.choice(node, what, DTYPES, problems)
 
 
-def _chat_template(node: Node, found: list[Problem]) -> str:
+def _chat_template(node: Node, problems: list[Problem]) -> str:
   """Returns the name of a template, or the Jinja text of one."""
   jinja = isinstance(node.value, str) and ("{{" in node.value or "{%" in node.value)
-  return node.value if jinja else fields.choice(node, "chat_template", CHAT_TEMPLATES, found)
+  return node.value if jinja else fields.choice(node, "chat_template", CHAT_TEMPLATES, problems)
 
 
-def _name(node: Node, found: list[Problem]) -> str:
+def _name(node: Node, problems: list[Problem]) -> str:
   """Returns a name that can be that of a folder, and can stand in a reference."""
-  name = fields.text(node, "name", found)
+  name = fields.text(node, "name", problems)
   if name != "?" and not re.fullmatch(r"\w[\w.-]{0,99}", name):
-    text = f"name may have letters, digits, '.', '-' and '_', got {shown(name)}"
-    note(found, node.place, f"{text}.")
+    text = f"name may have letters, digits, '.', '-' and '_', got {show(name)}"
+    add(problems, node.place, f"{text}.")
   return name
 
 
-def _exclude(node: Node, found: list[Problem]) -> tuple[Where, ...]:
-  listed = fields.items(node, "exclude", found)
+def _exclude(node: Node, problems: list[Problem]) -> tuple[Where, ...]:
+  listed = fields.items(node, "exclude", problems)
   return tuple(
-    Where(pattern=fields.pattern(each, "an item of exclude", found), place=each.place)
+    Where(pattern=fields.pattern(each, "an item of exclude", problems), place=each.place)
     for each in listed
   )
 
 
-def _allow(node: Node, found: list[Problem]) -> tuple[str, ...]:
-  listed = fields.items(node, "allow", found)
-  return tuple(fields.text(each, "an item of allow", found) for each in listed)
+def _allow(node: Node, problems: list[Problem]) -> tuple[str, ...]:
+  listed = fields.items(node, "allow", problems)
+  return tuple(fields.text(each, "an item of allow", problems) for each in listed)
 
 
-def _tokenizer(given: Mapping[str, Node], recipe: Recipe, context: Context) -> Tokenizer | None:
+def _tokenizer(nodes: Mapping[str, Node], recipe: Recipe, context: Context) -> Tokenizer | None:
   """Returns the tokenizer, which either of two keys describes."""
-  models, old = dict.fromkeys(referenced(recipe)), given.get("tokenizer_source")
-  new = fields.maybe(references.tokenizer, given.get("tokenizer"), models, context)
+  models, old = dict.fromkeys(referenced(recipe)), nodes.get("tokenizer_source")
+  new = fields.maybe(references.tokenizer, nodes.get("tokenizer"), models, context)
   if old is None:
     return new
   source = references.source(old, "tokenizer_source", models, context)
@@ -314,7 +319,7 @@ def _tokenizer(given: Mapping[str, Node], recipe: Recipe, context: Context) -> T
     text = (
       "tokenizer_source and tokenizer cannot both be given: move it to the source of tokenizer."
     )
-    note(context.found, old.place, text)
+    add(context.problems, old.place, text)
   return new or Tokenizer(source, {}, place=old.place)
 
 
@@ -329,7 +334,7 @@ def _uses(recipe: Recipe, names: Collection[str]) -> tuple[str, ...]:
   return tuple(name for name in names if name in paths)
 
 
-def _ordered(recipes: Sequence[Recipe], found: list[Problem]) -> tuple[Recipe, ...]:
+def _ordered(recipes: Sequence[Recipe], problems: list[Problem]) -> tuple[Recipe, ...]:
   """Returns the recipes, each after those that it uses, else in the order of the file.
 
   The last one makes the result: it is that without a name, if there is one.
@@ -341,8 +346,8 @@ def _ordered(recipes: Sequence[Recipe], found: list[Problem]) -> tuple[Recipe, .
   def visit(recipe: Recipe) -> None:
     if any(recipe is r for r in open_):
       circle = ", ".join(repr(r.name) for r in (*open_[open_.index(recipe) :], recipe))
-      note(
-        found,
+      add(
+        problems,
         recipe.places.get("name", recipe.place),
         f"recipes build on each other in a circle: {circle}.",
       )

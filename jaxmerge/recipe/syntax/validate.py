@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from jaxmerge.catalog.parameter import Parameter
-from jaxmerge.recipe.errors import Place, Problem, listed
+from jaxmerge.recipe.errors import Place, Problem, join_some
 from jaxmerge.recipe.mergekit.methods import METHODS
 from jaxmerge.recipe.parameters import Value, constant, together
 from jaxmerge.recipe.records import Group, Model, Parameters, Recipe, groups
@@ -20,10 +20,10 @@ def problems(recipe: Recipe) -> Iterator[Problem]:
   for group in groups(recipe):
     yield from _shape(group)
     for name, place, above in ways:
-      # An unknown method has been told, and a copy takes whatever there is.
+      # An unknown method is reported already, and a copy takes whatever there is.
       if name in METHODS and not group.copied(METHODS[name]):
         yield from _inputs(group, name, place)
-        yield from _given(group, name, above)
+        yield from _parameters(group, name, above)
 
 
 def _base(recipe: Recipe) -> Iterator[Problem]:
@@ -51,7 +51,7 @@ def _shape(group: Group) -> Iterator[Problem]:
     seen.setdefault(key, source.place)
   lengths = {s.layers[1] - s.layers[0]: str(s.model) for s in group.sources if s.layers}
   if len(lengths) > 1:
-    words = listed(f"{n} of {model!r}" for n, model in lengths.items())
+    words = join_some(f"{n} of {model!r}" for n, model in lengths.items())
     text = f"the sources of a slice must have equally many layers, got {words}."
     yield Problem(group.place, text)
 
@@ -64,7 +64,7 @@ def _inputs(group: Group, name: str, place: Place) -> Iterator[Problem]:
   low, high = method.others
   if method.base == "required" and not group.base:
     text = f"{name} needs base_model: it merges task vectors, or starts from the base"
-    yield Problem(place, f"{text}. Models: {listed(others)}.")
+    yield Problem(place, f"{text}. Models: {join_some(others)}.")
   elif method.base != "ignored" and group.base and group.sliced and not as_base:
     text = f"the base {str(group.base)!r} is not among the sources of this slice"
     hint = "add it with its layer_range" + ", or give no base_model" * (method.base == "optional")
@@ -74,7 +74,7 @@ def _inputs(group: Group, name: str, place: Place) -> Iterator[Problem]:
     yield Problem(as_base[1].place, f"{text}, and {name} starts from one; remove it.")
   elif len(others) < low or (high is not None and len(others) > high):
     beside = "" if method.base == "ignored" else " beside the base"
-    words = f": {listed(others)}" if others else ""
+    words = f": {join_some(others)}" if others else ""
     text = f"{name} merges {method.models}, got {len(others)}{beside}{words}."
     yield Problem(group.place, text)
 
@@ -94,8 +94,8 @@ def _enough(group: Group, name: str, shared: Mapping[str, Value]) -> Iterator[Pr
       yield Problem(value.place or group.place, text)
 
 
-def _given(group: Group, name: str, above: tuple[Parameters, ...]) -> Iterator[Problem]:
-  """Checks that required parameters are given at some level, and values that belong together."""
+def _parameters(group: Group, name: str, above: tuple[Parameters, ...]) -> Iterator[Problem]:
+  """Checks that required parameters have a value at some level, and values that belong together."""
   method = METHODS[name]
   shared = (*above, *group.levels)
   for parameter in _without(shared, method.shared):
@@ -108,8 +108,8 @@ def _given(group: Group, name: str, above: tuple[Parameters, ...]) -> Iterator[P
     for parameter in _without(levels, method.each):
       text = f"{name} needs {parameter} for {str(source.model)!r}; give it in the parameters of"
       yield Problem(source.place, f"{text} the model, the slice or the recipe.")
-  if any("weight" not in own for own in each):
-    each = [{n: v for n, v in own.items() if n != "weight"} for own in each]
+  if any("weight" not in parameters for parameters in each):
+    each = [{n: v for n, v in parameters.items() if n != "weight"} for parameters in each]
   known = _constants(shared, method.shared)
   yield from _enough(group, name, known)
   yield from together(name, known, each, group.place)
@@ -123,10 +123,10 @@ def _without(levels: Sequence[Parameters], known: Mapping[str, Parameter]) -> li
 
 def _constants(levels: Sequence[Parameters], known: Mapping[str, Parameter]) -> dict[str, Value]:
   """Returns the values that are the same for all tensors."""
-  made: dict[str, Value] = {}
+  constants: dict[str, Value] = {}
   for name, parameter in known.items():
     value = constant(levels, name)
     if not any(name in level for level in levels) and parameter.default is not None:
       value = Value(parameter.default, None)
-    made |= {name: value} if value else {}
-  return made
+    constants |= {name: value} if value else {}
+  return constants

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple  # Any: a value of YAML; a mark, whose class 
 
 import yaml
 
-from jaxmerge.recipe.errors import Place, Problem, RecipeError, note, shown
+from jaxmerge.recipe.errors import Place, Problem, RecipeError, add, show
 
 LONGEST = 2**20  # Characters of a file.
 DEEPEST = 24  # A recipe nests 14 deep.
@@ -52,13 +52,13 @@ class Node(NamedTuple):
   keys: Mapping[str, Place]
 
 
-def documents(text: str, file: str, found: list[Problem]) -> tuple[Node, ...]:
+def documents(text: str, file: str, problems: list[Problem]) -> tuple[Node, ...]:
   """Returns the documents of a YAML text.
 
-  Problems that do not hinder reading on, as a key that is there twice, are added to `found`.
+  Problems that do not hinder reading on, as a key that is there twice, are added to `problems`.
 
   Raises:
-    RecipeError: with what has been found and the reason that the text cannot be read.
+    RecipeError: with all problems so far and the reason that the text cannot be read.
 
   Example:
     >>> (document,) = documents("t: [0, 0.5]", "recipe.yml", [])
@@ -71,13 +71,13 @@ def documents(text: str, file: str, found: list[Problem]) -> tuple[Node, ...]:
   if bad := _UNPRINTABLE.search(text):
     place = position(text, bad.start(), file)
     raise RecipeError([Problem(place, f"the character {bad.group()!r} is not allowed in YAML.")])
-  reader = _Reader(_events(text, file, found), file, found)
-  made = []
+  reader = _Reader(_events(text, file, problems), file, problems)
+  nodes = []
   for event in reader.events:
     if isinstance(event, yaml.DocumentStartEvent):
       reader.anchors.clear()
-      made.append(reader.node(next(reader.events), 0))
-  return tuple(made)
+      nodes.append(reader.node(next(reader.events), 0))
+  return tuple(nodes)
 
 
 def position(text: str, index: int, file: str) -> Place:
@@ -102,7 +102,7 @@ class _Reader:
 
   events: Iterator[yaml.Event]
   file: str
-  found: list[Problem]
+  problems: list[Problem]
   anchors: dict[str, tuple[Node, int]] = dataclasses.field(default_factory=dict)
   size: int = 0
 
@@ -112,7 +112,7 @@ class _Reader:
       return self.repeated(event.anchor, place)
     self.grow(1, place)
     if event.tag is not None:
-      note(self.found, place, f"the tag {shown(event.tag)} is not allowed; remove it.")
+      add(self.problems, place, f"the tag {show(event.tag)} is not allowed; remove it.")
     if isinstance(event, yaml.ScalarEvent):
       node = Node(plain(event.value) if event.implicit[0] else event.value, place, {})
     elif depth == DEEPEST:
@@ -138,12 +138,12 @@ class _Reader:
     for key, value in zip(nodes, nodes, strict=True):
       name = key.value
       if name == "<<":
-        note(self.found, key.place, "merge keys (<<) are not supported; repeat the keys.")
+        add(self.problems, key.place, "merge keys (<<) are not supported; repeat the keys.")
       elif not isinstance(name, str):
-        note(self.found, key.place, f"a key must be text, got {shown(name)}; put it in quotes.")
+        add(self.problems, key.place, f"a key must be text, got {show(name)}; put it in quotes.")
       elif name in values:
         first = keys[name].short
-        note(self.found, key.place, f"the key {shown(name)} is already in {first}.")
+        add(self.problems, key.place, f"the key {show(name)} is already in {first}.")
       else:
         values[name], keys[name] = value, key.place
     return Node(values, place, keys)
@@ -161,10 +161,10 @@ class _Reader:
       self.stop(place, f"more than {LARGEST} values, those that aliases repeat included.")
 
   def stop(self, place: Place, text: str) -> None:
-    raise RecipeError([*self.found, Problem(place, text)])
+    raise RecipeError([*self.problems, Problem(place, text)])
 
 
-def _events(text: str, file: str, found: list[Problem]) -> Iterator[yaml.Event]:
+def _events(text: str, file: str, problems: list[Problem]) -> Iterator[yaml.Event]:
   place = Place(file, 1, 1)
   try:
     for event in yaml.parse(text, Loader=_LOADER):
@@ -175,16 +175,16 @@ def _events(text: str, file: str, found: list[Problem]) -> Iterator[yaml.Event]:
     place = _place(mark, file) if mark else place
     if "nesting depth" in str(error.problem):  # The parser has a limit as well, a higher one.
       raise RecipeError(
-        [*found, Problem(place, f"nested deeper than {DEEPEST} levels.")]
+        [*problems, Problem(place, f"nested deeper than {DEEPEST} levels.")]
       ) from error
     tab = "\t" in "".join(text.split("\n")[place.line - 1 : place.line])[: place.column]
     hint = "; indent with spaces, not with tabs" if tab else ""
     context = f" {error.context}" if error.context else ""
     raise RecipeError(
-      [*found, Problem(place, f"not YAML: {error.problem}{context}{hint}.")]
+      [*problems, Problem(place, f"not YAML: {error.problem}{context}{hint}.")]
     ) from error
   except (yaml.YAMLError, ValueError, OverflowError) as error:
-    raise RecipeError([*found, Problem(place, f"not YAML from here on: {error}.")]) from error
+    raise RecipeError([*problems, Problem(place, f"not YAML from here on: {error}.")]) from error
 
 
 def _place(mark: Any, file: str) -> Place:

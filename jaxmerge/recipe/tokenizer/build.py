@@ -10,7 +10,7 @@ from jaxmerge.io.huggingface import folder as folders
 from jaxmerge.io.huggingface import vocabulary
 from jaxmerge.io.huggingface.vocabulary import Flags, TokenizerFiles, Vocabulary
 from jaxmerge.recipe import errors
-from jaxmerge.recipe.errors import Problem, RecipeError, listed
+from jaxmerge.recipe.errors import Problem, RecipeError, join_some
 from jaxmerge.recipe.records import Model, Recipe, Tokenizer, groups
 from jaxmerge.recipe.tokenizer import chat_template, embeddings
 
@@ -73,12 +73,12 @@ def built(recipe: Recipe, models: Opened, papers_of: PapersOf) -> Built:
   found: list[Exception] = []
   made, home = Built(models, {}), papers(next(iter(models.values())))
   if recipe.tokenizer is not None:
-    with errors.noted(found):
+    with errors.collect(found):
       made, home = _built(recipe, recipe.tokenizer, models, papers_of)
   if recipe.chat_template is not None:
-    with errors.noted(found):
+    with errors.collect(found):
       made = _with_template(made, recipe.chat_template, models, home)
-  errors.check(found)
+  errors.raise_all(found)
   return made
 
 
@@ -102,9 +102,9 @@ def _built(
   own: dict[Model, Vocabulary] = {}
   found: list[Exception] = []
   for m in models:
-    with errors.noted(found):
+    with errors.collect(found):
       own[m] = _read(m, lambda m: papers(models[m]))
-  errors.check(found)
+  errors.raise_all(found)
   merged = _merged(recipe, said, own, papers_of)
   names = embeddings.names(own, models)
   _check(said, own, models, names)
@@ -181,7 +181,7 @@ def _others(recipe: Recipe, said: Tokenizer, own: Own, first: Vocabulary) -> dic
   if recipe.compat == "mergekit":
     return {**dict.fromkeys(lost, vocabulary.PLAIN), **more}
   if lost:
-    names = listed((f"{text!r} of {model}" for text, model in lost.items()), 4)
+    names = join_some((f"{text!r} of {model}" for text, model in lost.items()), 4)
     text = (
       f"union: ordinary tokens that {next(iter(own))} lacks: {names}. Added to it, they would "
       "cut words in another way: name a model as the source, or, to have them added all the same, "

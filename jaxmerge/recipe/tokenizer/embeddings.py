@@ -13,7 +13,7 @@ from jaxmerge.io.huggingface.vocabulary import Vocabulary
 from jaxmerge.io.tensors import rows
 from jaxmerge.io.tensors.tensor import Tensor
 from jaxmerge.recipe import layers
-from jaxmerge.recipe.errors import Problem, listed
+from jaxmerge.recipe.errors import Problem, join_some
 from jaxmerge.recipe.records import Model, Token, Tokenizer
 
 Opened = Mapping[Model, plan.Model]
@@ -62,7 +62,7 @@ def narrow(own: Own, models: Opened, names: frozenset[str]) -> Iterator[Problem]
     size = own[model].size
     short = {n: rows for n, rows in called.items() if rows < size and (n in names or not names)}
     if short or not called.keys() & names:
-      words = listed(f"{n} has {rows} rows" for n, rows in (short or called).items())
+      words = join_some(f"{n} has {rows} rows" for n, rows in (short or called).items())
       text = f"{model}: its tokenizer needs {size} rows, but {words or 'there is no embedding'}"
       yield Problem(model.place, f"{text}; give it the tokenizer that it was trained with.")
 
