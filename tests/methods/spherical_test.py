@@ -173,11 +173,11 @@ def test_a_frozen_leaf_stays_the_base():
   [
     methods.slerp(),
     methods.nuslerp(),
-    methods.nuslerp(scope="row"),
-    methods.multislerp(),
-    methods.karcher(),
+    pytest.param(methods.nuslerp(scope="row"), marks=pytest.mark.slow),
+    pytest.param(methods.multislerp(), marks=pytest.mark.slow),
+    pytest.param(methods.karcher(), marks=pytest.mark.slow),
     methods.model_stock(),
-    methods.model_stock("row"),
+    pytest.param(methods.model_stock("row"), marks=pytest.mark.slow),
   ],
 )
 def test_gradients_are_finite_at_zeros_equals_and_opposites(method):
