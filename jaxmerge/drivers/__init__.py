@@ -14,6 +14,7 @@ __getattr__, __dir__, __all__ = lazy.attach(
     "incremental",
     "measurement",
     "memory",
+    "row_ranks",
     "slice_programs",
     "slices",
     "streaming",

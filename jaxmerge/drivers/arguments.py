@@ -1,4 +1,4 @@
-"""What callers give a merge: put right where it is clear what is meant, else told what is wrong."""
+"""Arguments of callers: corrected where the meaning is clear, refused with a reason elsewhere."""
 
 from __future__ import annotations
 
@@ -19,37 +19,37 @@ from jaxmerge.io.tensors import quantized
 from jaxmerge.methods import factory
 
 
-def method(given: Any) -> Method:
-  """Returns a method; ValueError that says what was given in its place.
+def method(value: Any) -> Method:
+  """Returns a method; ValueError that names what was passed instead.
 
   Example:
     >>> method("ties")
     Traceback (most recent call last):
     ValueError: a method is wanted, not its name: call jaxmerge.methods.ties().
   """
-  if isinstance(given, Method):
-    return given
-  if isinstance(given, tuple) and all(isinstance(step, Stage) for step in given):
-    return Method(given)
+  if isinstance(value, Method):
+    return value
+  if isinstance(value, tuple) and all(isinstance(step, Stage) for step in value):
+    return Method(value)
   wanted = "the method comes first, and is what a call such as jaxmerge.methods.ties() returns"
-  if isinstance(given, str):
-    if given in lookup.METHODS:
-      raise ValueError(f"a method is wanted, not its name: call jaxmerge.methods.{given}().")
-    raise ValueError(f"no method is called {given!r}{errors.nearest(given, lookup.METHODS)}.")
-  if isinstance(given, Stage):
+  if isinstance(value, str):
+    if value in lookup.METHODS:
+      raise ValueError(f"a method is wanted, not its name: call jaxmerge.methods.{value}().")
+    raise ValueError(f"no method is called {value!r}{errors.nearest(value, lookup.METHODS)}.")
+  if isinstance(value, Stage):
     raise ValueError("a method is a sequence of stages, not one: write (stage,).")
-  if callable(given):
-    word = getattr(given, "__name__", "it")
+  if callable(value):
+    word = getattr(value, "__name__", "it")
     raise ValueError(f"{word} makes a method and is none: call it, {word}().")
-  if isinstance(given, list | tuple):
+  if isinstance(value, list | tuple):
     raise ValueError(
       f"{wanted}; several, or a list of stages, are joined by jaxmerge.core.stage.chain(...)."
     )
-  raise ValueError(f"{wanted}; got {_kind(given)}.")
+  raise ValueError(f"{wanted}; got {_kind(value)}.")
 
 
 def refuse_weights(method: Method, instead: str, vectors: str) -> None:
-  """Raises ValueError for a published method of task vectors that is given the weights themselves.
+  """Raises ValueError for a published method of task vectors without a base.
 
   Args:
     method: what merges them.
@@ -69,7 +69,7 @@ def described(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
   """Returns what a plan says of a method, and its hyperparameters with their defaults.
 
-  A published method is told by its name and settings, another by a digest of its code.
+  A published method is described by its name and settings, another by a digest of its code.
 
   Example:
     >>> from jaxmerge import methods
@@ -118,7 +118,7 @@ def stacked(
         _refuse_others(one, f"model {k}")
       return tree.stack(models), names
     if _several(base, models):
-      raise ValueError(f"{_SWAPPED}: what is given as the base holds several models.")
+      raise ValueError(f"{_SWAPPED}: the base has several models.")
     if isinstance(models, list | tuple) and not isinstance(base, list | tuple):
       for k, one in enumerate(models):
         _refuse_others(one, f"model {k}")
@@ -150,7 +150,7 @@ def without_base(models: Any) -> Tree:
   inner = all(isinstance(m, Mapping) for m in each)
   # A stack often has one part, such as params, and several arrays alike.
   several = len(each) > (0 if listed and inner else 1) and (listed or inner)
-  if several and all(own == trees[0] for own in trees[1:]):
+  if several and all(shapes == trees[0] for shapes in trees[1:]):
     kind, stack = ("list", "models") if listed else ("dict", "list(models.values())")
     alike = "trees alike" if len(each) > 1 else "tree"
     raise ValueError(
@@ -175,27 +175,27 @@ def paths(models: Any, names: Sequence[str] | None) -> tuple[list[Any], Sequence
     raise ValueError(f"names must be a list with a name for each model, got the text {names!r}.")
   if isinstance(models, Mapping):
     names, models = names or list(models), models.values()
-  listed = list(models)
-  for own in listed:
-    if not isinstance(own, str | os.PathLike):
+  folders = list(models)
+  for path in folders:
+    if not isinstance(path, str | os.PathLike):
       raise ValueError(
-        f"models must be folders or ids, got {_kind(own)}; jaxmerge.merge merges arrays in memory."
+        f"models must be folders or ids, got {_kind(path)}; jaxmerge.merge merges arrays in memory."
       )
-  return listed, names
+  return folders, names
 
 
-def adapters(given: Any, names: Sequence[str] | None) -> tuple[list[Any], Sequence[str] | None]:
+def adapters(value: Any, names: Sequence[str] | None) -> tuple[list[Any], Sequence[str] | None]:
   """Returns adapters and their names: a list, a dict of them by name, or one, a dict of factors."""
-  if isinstance(given, Mapping):
-    several = any(isinstance(own, Mapping) for own in given.values())
-    names = (names or list(given)) if several else names
-    given = list(given.values()) if several else [given]
-  if isinstance(given, str | os.PathLike) or not hasattr(given, "__iter__"):
-    raise ValueError(f"adapters must be a list of adapters, got {_kind(given)}{_loaded(given)}.")
-  return [adapter(own, f"adapter {k}") for k, own in enumerate(given)], names
+  if isinstance(value, Mapping):
+    several = any(isinstance(one, Mapping) for one in value.values())
+    names = (names or list(value)) if several else names
+    value = list(value.values()) if several else [value]
+  if isinstance(value, str | os.PathLike) or not hasattr(value, "__iter__"):
+    raise ValueError(f"adapters must be a list of adapters, got {_kind(value)}{_loaded(value)}.")
+  return [adapter(one, f"adapter {k}") for k, one in enumerate(value)], names
 
 
-def adapter(given: Any, whose: str = "the adapter") -> Any:
+def adapter(value: Any, label: str = "the adapter") -> Any:
   """Returns an adapter; ValueError for what is no dict of the factors of matrices by their names.
 
   Example:
@@ -204,24 +204,24 @@ def adapter(given: Any, whose: str = "the adapter") -> Any:
     ValueError: the adapter must be a dict of Lora by matrix, got a list: give one of its items; \
 adapters.merge merges several.
   """
-  shape = f"{whose} must be a dict of Lora by matrix, got"
-  if isinstance(given, list | tuple) and not hasattr(given, "_fields"):
+  shape = f"{label} must be a dict of Lora by matrix, got"
+  if isinstance(value, list | tuple) and not hasattr(value, "_fields"):
     raise ValueError(
-      f"{shape} a {_kind(given)}: give one of its items; adapters.merge merges several."
+      f"{shape} a {_kind(value)}: give one of its items; adapters.merge merges several."
     )
-  if not isinstance(given, Mapping):
-    raise ValueError(f"{shape} {_kind(given)}{_loaded(given)}.")
-  for name, own in given.items():
-    if isinstance(own, Mapping):
+  if not isinstance(value, Mapping):
+    raise ValueError(f"{shape} {_kind(value)}{_loaded(value)}.")
+  for name, factors in value.items():
+    if isinstance(factors, Mapping):
       raise ValueError(f"{shape} a dict by name: give one, such as its {name!r}.")
-    if not (hasattr(own, "a") and hasattr(own, "b") and hasattr(own, "scale")):
-      raise ValueError(f"{shape} {_kind(own)} for {name!r}: give adapters.Lora(a, b, scale).")
-  return given
+    if not (hasattr(factors, "a") and hasattr(factors, "b") and hasattr(factors, "scale")):
+      raise ValueError(f"{shape} {_kind(factors)} for {name!r}: give adapters.Lora(a, b, scale).")
+  return value
 
 
-def _loaded(given: Any) -> str:
-  known = isinstance(given, str | os.PathLike)
-  return f"; adapters.load({str(given)!r}) reads one" if known else ""
+def _loaded(value: Any) -> str:
+  is_path = isinstance(value, str | os.PathLike)
+  return f"; adapters.load({str(value)!r}) reads one" if is_path else ""
 
 
 def hparams(hparams: Any, seed: Any) -> dict[str, Any]:
@@ -238,26 +238,26 @@ def hparams(hparams: Any, seed: Any) -> dict[str, Any]:
   return {**(hparams or {}), **({} if seed is None else {"seed": seed})}
 
 
-def tasks(apply: Any, given: Any, settings: Any) -> list[Any]:
+def tasks(apply: Any, value: Any, settings: Any) -> list[Any]:
   """Returns the tasks of a loop as a list; ValueError for arguments that are something else."""
   if not callable(apply):
     text = "a function (params, inputs, head) -> outputs, which comes before the params"
     raise ValueError(f"apply must be {text}, got {_kind(apply)}.")
   if not dataclasses.is_dataclass(settings):
     raise ValueError(f"settings must be jaxmerge.Settings(...), got {_kind(settings)}.")
-  if dataclasses.is_dataclass(given):
+  if dataclasses.is_dataclass(value):
     raise ValueError("tasks must be a list of tasks, got one: give [task].")
-  return list(given.values()) if isinstance(given, Mapping) else list(given)
+  return list(value.values()) if isinstance(value, Mapping) else list(value)
 
 
-def refuse(given: Tree, whose: str) -> None:
+def refuse(params: Tree, label: str) -> None:
   """Raises ValueError, naming a leaf, for what is no weight: optimizers' states, codes."""
-  tree.refuse_optimizers(given, whose)
-  quantized.refuse(tree.named(given), whose)
+  tree.refuse_optimizers(params, label)
+  quantized.refuse(tree.named(params), label)
 
 
-def _names(given: Any) -> set[str]:
-  return set(tree.named(given))
+def _names(params: Any) -> set[str]:
+  return set(tree.named(params))
 
 
 def _several(models: Any, base: Any) -> bool:
@@ -270,22 +270,22 @@ def _several(models: Any, base: Any) -> bool:
   return all(_names(one) == _names(base) for one in each)
 
 
-def _refuse_others(given: Any, whose: str) -> None:
+def _refuse_others(params: Any, label: str) -> None:
   """Raises ValueError for leaves that are no arrays or no weights, and for no leaves."""
-  refuse(given, whose)
-  leaves = tree.named(given)
+  refuse(params, label)
+  leaves = tree.named(params)
   for name, leaf in leaves.items():
     if not _is_array(leaf):
-      what = f"leaf {name!r} of {whose} is" if name else f"{whose} must be a tree of arrays, not"
+      what = f"leaf {name!r} of {label} is" if name else f"{label} must be a tree of arrays, not"
       hint = "; x.numpy() makes an array of a tensor" if hasattr(leaf, "numpy") else ""
       raise ValueError(
         f"{what} {_kind(leaf)}: arrays of numbers, of NumPy or JAX, are merged{hint}."
       )
     if line := _unreadable(leaf.dtype):
-      raise ValueError(f"leaf {name!r} of {whose} is {leaf.dtype}, {line}.")
+      raise ValueError(f"leaf {name!r} of {label} is {leaf.dtype}, {line}.")
   if not leaves:
-    hint = "; merge(method, models) merges without a base" if whose == "the base" else ""
-    raise ValueError(f"{whose} must be a tree of arrays, but there is no leaf in it{hint}.")
+    hint = "; merge(method, models) merges without a base" if label == "the base" else ""
+    raise ValueError(f"{label} must be a tree of arrays, but there is no leaf in it{hint}.")
 
 
 def _unreadable(dtype: Any) -> str | None:
@@ -302,8 +302,8 @@ def _unreadable(dtype: Any) -> str | None:
 
 
 def _is_array(x: Any) -> bool:
-  known = hasattr(x, "shape") and hasattr(x, "dtype") and not hasattr(x, "numpy")
-  return known and getattr(x.dtype, "kind", "f") not in "OSU"  # Objects and texts.
+  has_type = hasattr(x, "shape") and hasattr(x, "dtype") and not hasattr(x, "numpy")
+  return has_type and getattr(x.dtype, "kind", "f") not in "OSU"  # Objects and texts.
 
 
 def _kind(x: Any) -> str:

@@ -36,7 +36,7 @@ def opcm(
   """Merges by `methods.opcm` models that come one after the other.
 
   The state holds the merged task vectors before they are scaled, and the sum and number of the
-  norms: a model of K merges as if all K had been given at once.
+  norms: a model of K merges as if all K were there at once.
 
   Args:
     base: what the models were tuned from.
@@ -96,7 +96,7 @@ def _init(setup: _Setup, params: Tree) -> State:
 def _update(setup: _Setup, state: State, params: Tree, name: str | None = None) -> State:
   incremental.check_model(setup.base, params)
   double_precision.refuse_narrowed([tree.named(setup.base), tree.named(params)], state)
-  incremental.refuse_nonfinite(params, name or "given to update")
+  incremental.refuse_nonfinite(params, name or "passed to update")
   bases, settings = incremental.floating(setup.base), (setup.alpha, setup.rank_tol)
   return _added(state, incremental.floating(params), bases, settings, **setup.static)
 

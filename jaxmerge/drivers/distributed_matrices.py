@@ -1,4 +1,4 @@
-"""Whole matrices, dealt over the devices of a mesh and back.
+"""Whole matrices, distributed over the devices of a mesh.
 
 A method of matrices needs each of them whole, and decompositions are what it costs. Left alone, a
 compiler brings every matrix to every device, and all of them decompose all. Here matrices of one
@@ -8,7 +8,7 @@ all devices, worked on one after the other there, and brought back.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple  # Any: what goes with a matrix is a tree of arrays.
 
 import jax
@@ -26,8 +26,8 @@ Array = jax.Array
 Rule = Callable[[Array, Array | None, Any, Any], Array]
 
 
-class Deal(NamedTuple):
-  """How matrices are dealt.
+class Distribution(NamedTuple):
+  """How matrices are distributed.
 
   Attributes:
     mesh: all its devices take part; None: matrices stay where the compiler has them. An abstract
@@ -40,8 +40,8 @@ class Deal(NamedTuple):
   chains: bool | None = False
 
 
-class Hand(NamedTuple):
-  """A leaf whose matrices are dealt.
+class LeafMatrices(NamedTuple):
+  """A leaf whose matrices are distributed.
 
   Attributes:
     x: its stack [K, *s].
@@ -58,12 +58,12 @@ class Hand(NamedTuple):
   each: Any = ()
 
 
-def leaves(
+def apply(
   step: Stage,
   parts: Mapping[str, Part],
   stats: Any,
   layout: layouts.Table,
-  deal: Deal | None,
+  distribution: Distribution | None,
 ) -> dict[str, Array]:
   """Updates those of some leaves [K, *s] that a stage takes matrix by matrix: [M, *s].
 
@@ -72,11 +72,11 @@ def leaves(
     parts: the leaves of a group by name.
     stats: results of the group's reductions.
     layout: matrix views; a leaf without one is left out, and so is one without entries.
-    deal: where matrices are dealt to.
+    distribution: where matrices go.
   """
-  if step.unit != "matrix" or step.keep or deal is None or deal.mesh is None:
+  if step.unit != "matrix" or step.keep or distribution is None or distribution.mesh is None:
     return {}
-  hands, unit = {}, layouts.Unit(step.unit, step.lookups)
+  leaves, unit = {}, layouts.Unit(step.unit, step.lookups)
   for name, part in parts.items():
     x, leaf = interpreter.observe(step, part)
     view = layouts.seen(layout.view(name), unit)
@@ -84,103 +84,122 @@ def leaves(
       view = matrix_views.or_row(x, view)
       each = statistics.by_matrix(step, leaf.statistics, view, x.shape[1:])
       more = (leaf._replace(base=None, statistics={}), stats)
-      hands[name] = Hand(x, leaf.base, view, more, each)
+      leaves[name] = LeafMatrices(x, leaf.base, view, more, each)
 
   def update(x: Array, base: Array | None, more: Any, each: Any) -> Array:
     leaf, stats = more
     return step.update(x, leaf._replace(base=base, statistics=each), stats)
 
-  return dealt(update, hands, deal)
+  return map_matrices(update, leaves, distribution)
 
 
-def dealt(f: Rule, hands: Mapping[str, Hand], deal: Deal) -> dict[str, Array]:
+def map_matrices(
+  f: Rule, leaves: Mapping[str, LeafMatrices], distribution: Distribution
+) -> dict[str, Array]:
   """Applies f to every matrix of some leaves, [K, rows, columns] -> [M, rows, columns] each.
 
   Args:
     f: (stack of a matrix, its base or None, what belongs to the leaf, to the matrix) -> merged.
-    hands: the leaves by name.
-    deal: where to.
+    leaves: the leaves by name.
+    distribution: where the matrices go.
 
   Returns:
     The merged leaves [M, *s].
 
   Example:
     >>> mesh = jax.make_mesh((4,), ("device",), devices=jax.devices()[:4])
-    >>> hands = {"w": Hand(jnp.ones((3, 5, 4, 2)), None, "bio", ())}
-    >>> dealt(lambda x, base, more, each: x[:1] * 2, hands, Deal(mesh))["w"].shape
+    >>> leaves = {"w": LeafMatrices(jnp.ones((3, 5, 4, 2)), None, "bio", ())}
+    >>> double = lambda x, base, more, each: x[:1] * 2
+    >>> map_matrices(double, leaves, Distribution(mesh))["w"].shape
     (1, 5, 4, 2)
   """
-  alike: dict[Any, list[str]] = {}
-  shown = {name: matrix_views.matrices(sharding.whole(h.x), h.view) for name, h in hands.items()}
-  for name, h in hands.items():
-    own = jax.tree.map(lambda v: (jnp.shape(v), jnp.result_type(v)), h.more)
-    own = own, jax.tree.map(lambda v: (jnp.shape(v)[1:], jnp.result_type(v)), h.each)
-    key = shown[name].shape[:1] + shown[name].shape[2:], shown[name].dtype, h.base is None, str(own)
-    alike.setdefault(key, []).append(name)
+  stacks = {n: matrix_views.matrices(sharding.whole(m.x), m.view) for n, m in leaves.items()}
+  f = rewrites.chosen(lambda _: f, distribution.chains)
   out = {}
-  for names in alike.values():
-    counts = [shown[n].shape[1] for n in names]
-    xs = jnp.concatenate([shown[n].swapaxes(0, 1) for n in names])
-    bases = [own for n in names if (own := _base(hands[n])) is not None]
-    base = jnp.concatenate(bases) if bases else None
-    more = jax.tree.map(lambda *v: jnp.stack(v), *[hands[n].more for n in names])
-    whose = np.repeat(np.arange(len(names)), counts)
-    each = jax.tree.map(lambda *v: jnp.concatenate(v), *[hands[n].each for n in names])
-    own = rewrites.chosen(lambda _: f, deal.chains)
-    ys = _worked(own, (xs, base, jax.tree.map(lambda v: v[whose], more), each), deal.mesh)
+  for names in _alike(leaves, stacks):
+    counts = [stacks[n].shape[1] for n in names]
+    arguments = _side_by_side([leaves[n] for n in names], [stacks[n] for n in names])
+    ys = _distribute(f, arguments, distribution.mesh)
     starts = [sum(counts[:i]) for i in range(len(names))]
     for name, start, count in zip(names, starts, counts, strict=True):
-      out[name] = _back(ys[start : start + count], hands[name])
+      out[name] = _to_leaf(ys[start : start + count], leaves[name])
   return out
 
 
-def _worked(f: Rule, given: Any, mesh: Mesh | AbstractMesh | None) -> Array:
-  """Deals, works, and collects: each of given [n, ...] -> [n, M, rows, columns]."""
-  each = lambda given: lax.map(lambda one: f(*one), given)  # noqa: E731
+def _alike(leaves: Mapping[str, LeafMatrices], stacks: Mapping[str, Array]) -> list[list[str]]:
+  """Groups the leaves whose matrices, with what belongs to them, have the same shapes."""
+  groups: dict[Any, list[str]] = {}
+  for name, m in leaves.items():
+    x = stacks[name]
+    more = jax.tree.map(lambda v: (jnp.shape(v), jnp.result_type(v)), m.more)
+    each = jax.tree.map(lambda v: (jnp.shape(v)[1:], jnp.result_type(v)), m.each)
+    key = x.shape[:1] + x.shape[2:], x.dtype, m.base is None, str((more, each))
+    groups.setdefault(key, []).append(name)
+  return list(groups.values())
+
+
+def _side_by_side(leaves: Sequence[LeafMatrices], stacks: Sequence[Array]) -> tuple[Any, ...]:
+  """Lays the matrices of some leaves along a first axis, with what belongs to each of them."""
+  counts = [x.shape[1] for x in stacks]
+  x = jnp.concatenate([stack.swapaxes(0, 1) for stack in stacks])
+  bases = [base for m in leaves if (base := _base(m)) is not None]
+  more = jax.tree.map(lambda *v: jnp.stack(v), *[m.more for m in leaves])
+  leaf_of_matrix = np.repeat(np.arange(len(leaves)), counts)
+  each = jax.tree.map(lambda *v: jnp.concatenate(v), *[m.each for m in leaves])
+  of_matrix = jax.tree.map(lambda v: v[leaf_of_matrix], more)
+  return x, jnp.concatenate(bases) if bases else None, of_matrix, each
+
+
+def _distribute(f: Rule, arguments: Any, mesh: Mesh | AbstractMesh | None) -> Array:
+  """Shares work over devices, and collects the results: [n, ...] -> [n, M, rows, columns]."""
+
+  def work(arguments: Any) -> Array:
+    return lax.map(lambda one: f(*one), arguments)
+
   if mesh is None:
-    return each(given)
-  count, axes = given[0].shape[0], P(mesh.axis_names)
+    return work(arguments)
+  count, axes = arguments[0].shape[0], P(mesh.axis_names)
   length = -(-count // mesh.size) * mesh.size
 
-  def padded(x: Array) -> Array:
-    # The first once more, not zeros: what f makes of those is nobody's business.
+  def pad(x: Array) -> Array:
+    # Copies of the first, not zeros. Results for the padding are discarded.
     spare = jnp.broadcast_to(x[:1], (length - count, *x.shape[1:]))
-    return _laid(jnp.concatenate([x, spare]), NamedSharding(mesh, axes))
+    return _put(jnp.concatenate([x, spare]), NamedSharding(mesh, axes))
 
-  shared = jax.shard_map(each, mesh=mesh, in_specs=axes, out_specs=axes, check_vma=False)
-  return _laid(shared(jax.tree.map(padded, given)), NamedSharding(mesh, P()))[:count]
+  shared = jax.shard_map(work, mesh=mesh, in_specs=axes, out_specs=axes, check_vma=False)
+  return _put(shared(jax.tree.map(pad, arguments)), NamedSharding(mesh, P()))[:count]
 
 
-def _laid(x: Array, where: NamedSharding) -> Array:
+def _put(x: Array, where: NamedSharding) -> Array:
   explicit = AxisType.Explicit in where.mesh.axis_types
   return jax.sharding.reshard(x, where) if explicit else lax.with_sharding_constraint(x, where)
 
 
-def _base(hand: Hand) -> Array | None:
-  if hand.base is None:
+def _base(m: LeafMatrices) -> Array | None:
+  if m.base is None:
     return None
-  return matrix_views.matrices(sharding.whole(hand.base[None]), hand.view)[0]
+  return matrix_views.matrices(sharding.whole(m.base[None]), m.view)[0]
 
 
-def _back(ys: Array, hand: Hand) -> Array:
+def _to_leaf(ys: Array, m: LeafMatrices) -> Array:
   """[matrices, M, rows, columns] -> [M, *s]."""
   y = ys.swapaxes(0, 1)
   joined = y.reshape(y.shape[0], y.shape[1] * y.shape[2], y.shape[3])
-  return matrix_views.from_rows(joined, hand.view, hand.x.shape[1:])
+  return matrix_views.from_rows(joined, m.view, m.x.shape[1:])
 
 
-def of(arrays: Iterable[Any], chains: bool | None) -> Deal:
-  """Returns how matrices of these arrays are dealt: over the mesh that shards them, if one does.
+def of(arrays: Iterable[Any], chains: bool | None) -> Distribution:
+  """Returns how matrices of these arrays are distributed: over the mesh that shards them.
 
   Of traced arrays it is the mesh of their type or, with automatic axes, of the context. Matrices
-  are not dealt over axes of two kinds, nor where some are taken: inside of a `shard_map`, or where
-  a `vmap` is over models that are sharded.
+  stay where they are with axes of two kinds, and where some are taken: inside of a `shard_map`, or
+  where a `vmap` is over models that are sharded.
 
   >>> of([jnp.ones(3)], chains=True)
-  Deal(mesh=None, chains=True)
+  Distribution(mesh=None, chains=True)
   """
   mesh = next((m for x in arrays for m in _meshes(x) if m.size > 1), None)
-  return Deal(mesh if mesh is not None and _are_free(mesh) else None, chains)
+  return Distribution(mesh if mesh is not None and _are_free(mesh) else None, chains)
 
 
 def _meshes(x: Any) -> Iterator[Mesh | AbstractMesh]:

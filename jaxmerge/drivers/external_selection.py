@@ -2,7 +2,7 @@
 
 A sample says between which two values the wanted one lies, nearly surely. One scan counts what is
 above, and keeps what is between, which is little. Where the sample was wrong the scan has counted
-enough to know on which side to look, and is made again. Numbers are bit patterns, unsigned integers
+enough to know on which side to look, and is repeated. Numbers are bit patterns, unsigned integers
 of 32 or 64 bits, that order as the values do.
 """
 
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple  # Any: arrays of NumPy, or of jax.
 import numpy as np
 
 EVERY = 2**32 - 1  # As the last position: all entries that tie are inside.
-HELD = 2**22  # As many numbers are kept, over all models, before equal ones are counted together;
+CAPACITY = 2**22  # So many numbers, over all models, are stored before equal ones are counted;
 FINE = 16  # where still too many are different, they are counted in 2**16 classes.
 
 
@@ -73,74 +73,11 @@ def sides(bits: Any, low: Any, high: Any, where: Callable[..., Any] = np.where) 
   [[8, 6, 5]]
   """
   kind = np.min_scalar_type(4 ** len(low) - 1).type
-  found = kind(0)
+  code = kind(0)
   for r in range(len(low)):
     inside = where(bits >= low[r], kind(_INSIDE << 2 * r), kind(0))
-    found = found | where(bits > high[r], kind(_ABOVE << 2 * r), inside)
-  return found
-
-
-def ranks(bits: np.ndarray) -> np.ndarray:
-  """Returns the place of each number in its row, as `order_statistics.ranks` does: [K, rows,
-  columns].
-
-  For devices that sort more slowly than the host: CPUs.
-
-  >>> ranks(np.array([[[9, 1, 4, 1]]], np.uint32)).tolist()
-  [[[3, 0, 2, 1]]]
-  """
-  columns = bits.shape[-1]
-  if bits.dtype.itemsize > 4:
-    return np.argsort(np.argsort(bits, axis=-1, kind="stable"), axis=-1, kind="stable")
-  given, step = bits.reshape(-1, columns), max(1, TOGETHER // max(columns, 1))
-  # As narrow as they can be: what is written here is read again by the device.
-  out, short = np.empty(given.shape, np.min_scalar_type(max(columns - 1, 0))), True
-  places = np.broadcast_to(np.arange(columns, dtype=np.uint32), (step, columns)).copy()
-  narrow = places.astype(out.dtype)
-  # Where rows begin in the flat array, in which NumPy takes and writes several times faster.
-  starts = np.arange(step)[:, None] * columns
-  for at in range(0, len(given), step):
-    rows = given[at : at + step]
-    some, first = places[: len(rows)], starts[: len(rows)]
-    order = _shortly(rows, some) if short else _wholly(rows, some)
-    order += first
-    if short:
-      found = np.take(rows, order, mode="wrap")
-      wrong = np.flatnonzero((found[:, 1:] < found[:, :-1]).any(axis=1))
-      if len(wrong):
-        order[wrong] = _wholly(rows[wrong], some[wrong]) + first[wrong]
-        short = 2 * len(wrong) < len(rows)
-    out[at : at + step].reshape(-1)[order] = narrow[: len(rows)]
-  return out.reshape(bits.shape)
-
-
-TOGETHER = 2**15  # As many numbers are sorted in one go: they and their keys stay in a cache.
-
-
-def _shortly(bits: np.ndarray, places: np.ndarray) -> np.ndarray:
-  """The order of each row, but for numbers below 2**31 that differ in their last bits alone.
-
-  There the column stands, so that numbers that tie stay in order; keys of 32 bits are sorted more
-  than twice as fast as longer ones.
-  """
-  last = 2 ** max(bits.shape[1] - 1, 0).bit_length() - 1
-  keys = bits << np.uint32(1)
-  keys &= ~np.uint32(last)
-  keys |= places
-  keys.sort(axis=1)
-  order = keys.astype(np.int64)
-  order &= last
-  return order
-
-
-def _wholly(bits: np.ndarray, places: np.ndarray) -> np.ndarray:
-  """The order of each row, with the column beside the number."""
-  keys = bits.astype(np.uint64)
-  keys <<= np.uint64(32)
-  keys |= places
-  keys.sort(axis=1)
-  keys &= np.uint64(2**32 - 1)
-  return keys.view(np.int64)
+    code = code | where(bits > high[r], kind(_ABOVE << 2 * r), inside)
+  return code
 
 
 def cut(numbers: Numbers, ranks: Sequence[int], *, exact: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -160,7 +97,7 @@ def cut(numbers: Numbers, ranks: Sequence[int], *, exact: bool) -> tuple[np.ndar
   sample, weights, starts = numbers.sample()
   rows = itertools.cycle([_Sample(row, weights, starts) for row in sample])
   searches = [_Search(n, numbers.size, row, top) for n, row in zip(ranks, rows, strict=False)]
-  while not all(s.found for s in searches):
+  while not all(s.is_done for s in searches):
     low, high = np.array([s.bracket for s in searches], kind).T
     for which, part in enumerate(numbers.scan(low, high)):
       _take(searches, which, part, exact)
@@ -174,7 +111,7 @@ class _Sample:
   """Some numbers of a model from the largest on, and each one's share of all with those before."""
 
   def __init__(self, row: np.ndarray, weights: np.ndarray, starts: np.ndarray):
-    self.given, self.weights, self.starts = row, weights, starts
+    self.row_values, self.weights, self.starts = row, weights, starts
     if (weights == weights[0]).all():
       self.values, self.share = np.sort(row)[::-1], np.arange(1, len(row) + 1) / len(row)
       return
@@ -188,7 +125,7 @@ class _Sample:
     """
     size = len(self.values)
     value = self.values[min(int(np.searchsorted(self.share, wanted)), size - 1)]
-    above = self.weights * ((self.given >= value) - wanted)
+    above = self.weights * ((self.row_values >= value) - wanted)
     runs = np.add.reduceat(above, self.starts)
     apart = np.diff(runs)
     many = len(runs) / max(len(apart), 1)
@@ -211,7 +148,7 @@ def _take(searches: Sequence[_Search], which: int, part: Slice, exact: bool) -> 
   num_models, kind = len(part.sides), part.sides.dtype.type
   insides = np.zeros((num_models, 1), part.sides.dtype)
   for i, search in enumerate(searches):
-    if not search.found and not search.single:
+    if not search.is_done and not search.single:
       insides[i % num_models] |= kind(_INSIDE << 2 * (i // num_models))
   columns: np.ndarray = _NOTHING
   patterns = None
@@ -221,18 +158,18 @@ def _take(searches: Sequence[_Search], which: int, part: Slice, exact: bool) -> 
   few = np.take(part.sides, columns, axis=1)
   for i, search in enumerate(searches):
     k, shift = i % num_models, 2 * (i // num_models)
-    if search.found:
+    if search.is_done:
       continue
     above, inside = kind(_ABOVE << shift), kind(_INSIDE << shift)
     search.above += int(np.count_nonzero(part.sides[k] & above))
     if search.single:  # Equal ones are often very many.
       count = np.count_nonzero(part.sides[k] & inside)
       value = np.array([search.bracket[0]], search.sample.values.dtype)
-      search.keep(_Kept(which, value, np.array([count])), len(searches))
+      search.add(_Candidates(which, value, np.array([count])), len(searches))
     elif patterns is not None:
-      own = np.flatnonzero((few[k] & inside) != 0)
-      at = (part.position + columns[own]).astype(np.uint32) if exact else None
-      search.keep(_Kept(which, patterns[k][own], None, at), len(searches))
+      inner = np.flatnonzero((few[k] & inside) != 0)
+      at = (part.position + columns[inner]).astype(np.uint32) if exact else None
+      search.add(_Candidates(which, patterns[k][inner], None, at), len(searches))
 
 
 def _union(sides: np.ndarray, masks: np.ndarray) -> np.ndarray:
@@ -242,7 +179,7 @@ def _union(sides: np.ndarray, masks: np.ndarray) -> np.ndarray:
   return np.bitwise_or.reduce(sides & masks)
 
 
-class _Kept(NamedTuple):
+class _Candidates(NamedTuple):
   """What a scan saw inside a bracket.
 
   Attributes:
@@ -258,15 +195,15 @@ class _Kept(NamedTuple):
   positions: np.ndarray | None = None
 
 
-def _counted(kept: Sequence[_Kept]) -> tuple[np.ndarray, np.ndarray]:
+def _count_equal(candidates: Sequence[_Candidates]) -> tuple[np.ndarray, np.ndarray]:
   """Counts equal values together: values in order, and how often each is there."""
-  listed = [k.values for k in kept if k.counts is None]
+  listed = [k.values for k in candidates if k.counts is None]
   values, counts = np.unique(np.concatenate([_NOTHING, *listed]), return_counts=True)
-  pairs = [(values, counts), *((k.values, k.counts) for k in kept if k.counts is not None)]
-  values = np.unique(np.concatenate([own for own, _ in pairs]))
+  pairs = [(values, counts), *((k.values, k.counts) for k in candidates if k.counts is not None)]
+  values = np.unique(np.concatenate([some for some, _ in pairs]))
   counts = np.zeros(len(values), np.int64)
-  for own, n in pairs:
-    np.add.at(counts, np.searchsorted(values, own), n)
+  for some, n in pairs:
+    np.add.at(counts, np.searchsorted(values, some), n)
   return values, counts
 
 
@@ -279,11 +216,11 @@ class _Search:
   def __init__(self, rank: int, size: int, sample: _Sample, top: int):
     self.sample, self.rank, self.wanted, self.top = sample, rank, rank / size, top
     self.error = sample.error(self.wanted)
-    self.found, self.value, self.left, self.tied = rank == 0, top, 0, 0
-    self.kept: list[_Kept] = []
-    self.above = self.held = self.joined = self.shift = 0
+    self.is_done, self.value, self.left, self.tied = rank == 0, top, 0, 0
+    self.candidates: list[_Candidates] = []
+    self.above = self.stored = self.merged = self.shift = 0
     self._look(0, top)
-    if self.found:
+    if self.is_done:
       self.bracket = (top, top)
 
   @property
@@ -291,29 +228,30 @@ class _Search:
     """Whether the bracket is one value."""
     return self.bracket[0] == self.bracket[1]
 
-  def keep(self, kept: _Kept, searches: int) -> None:
-    """Keeps what is inside the bracket: equal ones together, or coarsely, where they are many."""
-    self.kept.append(kept)
-    self.held += len(kept.values)
-    room = HELD // searches
-    if self.held <= room:
+  def add(self, candidates: _Candidates, searches: int) -> None:
+    """Adds what is inside the bracket: equal ones together, or coarsely, where they are many."""
+    self.candidates.append(candidates)
+    self.stored += len(candidates.values)
+    room = CAPACITY // searches
+    if self.stored <= room:
       return
-    self.kept[self.joined :] = [_Kept(kept.which, *_counted(self.kept[self.joined :]))]
-    self.joined = len(self.kept)
-    self.held = sum(len(k.values) for k in self.kept)
-    if self.held > room // 2:
+    counted = _count_equal(self.candidates[self.merged :])
+    self.candidates[self.merged :] = [_Candidates(candidates.which, *counted)]
+    self.merged = len(self.candidates)
+    self.stored = sum(len(k.values) for k in self.candidates)
+    if self.stored > room // 2:
       low, high = self.bracket
       self.shift = max(0, (high - low).bit_length() - FINE)
-      coarse = [k._replace(values=self._coarse(k.values)) for k in self.kept]
-      self.kept = [_Kept(kept.which, *_counted(coarse))]
-      self.joined, self.held = 1, len(self.kept[0].values)
+      coarse = [k._replace(values=self._coarse(k.values)) for k in self.candidates]
+      self.candidates = [_Candidates(candidates.which, *_count_equal(coarse))]
+      self.merged, self.stored = 1, len(self.candidates[0].values)
 
   def settle(self) -> None:
     """Finds the value among what a scan kept, or takes another bracket."""
-    if self.found:
+    if self.is_done:
       return
-    coarse = [k._replace(values=self._coarse(k.values)) for k in self.kept]
-    values, counts = _counted(coarse)
+    coarse = [k._replace(values=self._coarse(k.values)) for k in self.candidates]
+    values, counts = _count_equal(coarse)
     left, (low, high) = self.rank - self.above, self.bracket
     if 0 < left <= counts.sum():
       higher = np.cumsum(counts[::-1])
@@ -322,7 +260,7 @@ class _Search:
       if self.shift:
         self._scan(value, min(value + 2**self.shift - 1, high))
         return
-      self.found, self.value = True, value
+      self.is_done, self.value = True, value
       self.tied = int(counts[-1 - place])
       self.left = left - int(higher[place]) + self.tied
       return
@@ -347,8 +285,8 @@ class _Search:
 
   def _scan(self, low: int, high: int) -> None:
     """Takes a bracket; nothing has been seen of it."""
-    self.bracket, self.kept = (low, high), []
-    self.above = self.held = self.joined = self.shift = 0
+    self.bracket, self.candidates = (low, high), []
+    self.above = self.stored = self.merged = self.shift = 0
 
 
 def _last(numbers: Numbers, k: int, search: _Search) -> int:
@@ -356,14 +294,14 @@ def _last(numbers: Numbers, k: int, search: _Search) -> int:
   if search.left == search.tied:
     return EVERY
   left, which = search.left, 0
-  for kept in search.kept:
-    ties = kept.values == search.value
-    own = int(ties.sum() if kept.counts is None else kept.counts[ties].sum())
-    if own >= left:
-      if kept.positions is not None:
-        return int(kept.positions[ties][left - 1])
+  for candidates in search.candidates:
+    ties = candidates.values == search.value
+    count = int(ties.sum() if candidates.counts is None else candidates.counts[ties].sum())
+    if count >= left:
+      if candidates.positions is not None:
+        return int(candidates.positions[ties][left - 1])
       break
-    left, which = left - own, kept.which + 1
+    left, which = left - count, candidates.which + 1
   while True:
     position, bits = numbers.slice(which)
     places = np.flatnonzero(bits[k % len(bits)] == search.value)

@@ -69,7 +69,7 @@ def checked(leaves: Mapping[str, Any]) -> dict[str, Any]:
   return dict(leaves)
 
 
-def refuse(found: Mapping[str, Flags], names: Sequence[str] | None, order: Any = None) -> None:
+def refuse(flags: Mapping[str, Flags], names: Sequence[str] | None, order: Any = None) -> None:
   """Raises ValueError that names the first leaf and model whose flag is False.
 
   Args:
@@ -77,13 +77,13 @@ def refuse(found: Mapping[str, Flags], names: Sequence[str] | None, order: Any =
     names: names of the models, or None.
     order: where each of the models was in the caller's stack.
   """
-  for name, own in found.items():
-    k = int(np.argmin(own.models))
+  for name, of_leaf in flags.items():
+    k = int(np.argmin(of_leaf.models))
     k = k if order is None else int(order[k])
-    each = ("the base", own.base), ("the reference", own.reference)
-    for whose, fine in (*each, (f"model {names[k] if names else k}", np.all(own.models))):
-      if not fine:
-        raise ValueError(f"leaf {name!r} of {whose} has NaN or infinity.")
+    each = ("the base", of_leaf.base), ("the reference", of_leaf.reference)
+    for label, is_finite in (*each, (f"model {names[k] if names else k}", np.all(of_leaf.models))):
+      if not is_finite:
+        raise ValueError(f"leaf {name!r} of {label} has NaN or infinity.")
 
 
 def refuse_statistics(leaf: str, statistics: Mapping[str, Any]) -> None:
@@ -97,12 +97,12 @@ def refuse_inputs(base: Mapping[str, Any], models: Mapping[str, Any]) -> None:
   """Raises ValueError, naming leaf and model, for NaN or infinity that can be looked at."""
   for name, x in models.items():
     if not any(isinstance(v, jax.core.Tracer) for v in (x, base[name])):
-      found = flags(jnp.asarray(base[name]), None, jnp.asarray(x))
-      refuse({name: meshes.fetch(found)}, None)
+      of_leaf = flags(jnp.asarray(base[name]), None, jnp.asarray(x))
+      refuse({name: meshes.fetch(of_leaf)}, None)
 
 
 def unsound(name: str, merged: Any, *, remedy: str = "") -> ValueError:
-  """Returns the error for a leaf whose result cannot be kept."""
+  """Returns the error for a leaf whose result is not finite, or a negative variance."""
   if bool(meshes.fetch(finite(merged))):
     return ValueError(
       f"leaf {name!r}: the result has a variance below zero; choose smaller numbers{remedy}."
@@ -128,9 +128,9 @@ def shared(base: Any, reference: Any, x: Any) -> Any:
   return same
 
 
-def without(held: Any, x: Any) -> Any:
+def without(places: Any, x: Any) -> Any:
   """Puts zeros at such entries, for the merge: they are copied beside it."""
-  return None if x is None else jnp.where(held, jnp.zeros((), x.dtype), jnp.asarray(x))
+  return None if x is None else jnp.where(places, jnp.zeros((), x.dtype), jnp.asarray(x))
 
 
 def finite_models(models: Any) -> jax.Array:

@@ -1,6 +1,6 @@
 """Merges of models that come one after the other: init, update, finalize; constant memory.
 
-The checkpoints of a run, or experts that arrive over weeks: what is kept between two of them is an
+The checkpoints of a run, or experts that arrive over weeks: the state between two of them is an
 accumulator as large as one model. `of` takes any method with a fold; `continual.opcm` is the method
 that has none. States are trees of arrays: they go through `jit` and `lax.scan`, and to disk.
 """
@@ -156,7 +156,7 @@ def _update(
   check_model(setup.base, params)
   if others := tree.named(params).keys() ^ tree.named(state["like"]).keys():
     where = "init" if min(others) in tree.named(state["like"]) else "update"
-    raise ValueError(f"leaf {min(others)!r} is only in the tree that {where} was given.")
+    raise ValueError(f"leaf {min(others)!r} is only in the tree passed to {where}.")
   if setup.seeded and name is None:
     raise ValueError("the method's random masks depend on the model's name: give update a name.")
   leaves = [tree.named(t) for t in (params, setup.base) if t is not None]
@@ -170,7 +170,7 @@ def _update(
     _refuse_unlike(state["held"], params)
     raise
   like = jax.tree.map(functools.partial(_first, state["count"]), state["like"], params)
-  refuse_nonfinite(params, name or "given to update")
+  refuse_nonfinite(params, name or "passed to update")
   return {"count": state["count"] + 1, "held": accumulated, "like": like}
 
 
@@ -226,10 +226,10 @@ def _like(params: Tree) -> Tree:
   return jax.tree.map(one, params)
 
 
-def _first(count: Any, kept: Any, x: Any) -> Any:
+def _first(count: Any, first: Any, x: Any) -> Any:
   if tree.is_floating(x) or not isinstance(count, jax.core.Tracer):
-    return kept if tree.is_floating(x) or count else double_precision.copied(x)
-  return jnp.where(count == 0, x, kept)
+    return first if tree.is_floating(x) or count else double_precision.copied(x)
+  return jnp.where(count == 0, x, first)
 
 
 def check_model(base: Tree | None, params: Tree) -> None:
@@ -239,25 +239,25 @@ def check_model(base: Tree | None, params: Tree) -> None:
   arguments.refuse(params, "the model")
 
 
-def _refuse_unlike(held: Mapping[str, Any], params: Tree) -> None:
+def _refuse_unlike(accumulated: Mapping[str, Any], params: Tree) -> None:
   for name, x in floating(params).items():
-    shape = max((own.shape for own in jax.tree.leaves(held[name])), key=math.prod)
+    shape = max((array.shape for array in jax.tree.leaves(accumulated[name])), key=math.prod)
     if shape[len(shape) - x.ndim :] != x.shape:
-      raise ValueError(f"leaf {name!r} is {x.shape}, but not in the tree that init was given.")
+      raise ValueError(f"leaf {name!r} is {x.shape}, but not in the tree passed to init.")
 
 
 def refuse_empty(state: State) -> None:
   """Raises ValueError for the state of no model."""
   if not isinstance(state["count"], jax.core.Tracer) and int(state["count"]) == 0:
-    raise ValueError("no model was given to update: there is nothing to finalize.")
+    raise ValueError("update has seen no model: there is nothing to finalize.")
 
 
 def refuse_nonfinite(params: Tree, name: str) -> None:
   """Raises ValueError, naming the leaf, for NaN or infinity that can be looked at."""
-  found = {}
+  flags = {}
   for n, x in tree.named(params).items():
     if isinstance(x, jax.core.Tracer):
       return
     if tree.is_floating(x):
-      found[n] = finiteness.Flags(True, True, finiteness.finite(jnp.asarray(x))[None])
-  finiteness.refuse(jax.device_get(found), [name])
+      flags[n] = finiteness.Flags(True, True, finiteness.finite(jnp.asarray(x))[None])
+  finiteness.refuse(jax.device_get(flags), [name])

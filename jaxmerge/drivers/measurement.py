@@ -19,7 +19,7 @@ import numpy as np
 from jaxmerge.core import order_statistics, stage
 from jaxmerge.core.interpreter import Slice
 from jaxmerge.core.stage import Method, Rank, Reduction, Stage, Sum
-from jaxmerge.drivers import external_selection, slice_programs, slices
+from jaxmerge.drivers import external_selection, row_ranks, slice_programs, slices
 from jaxmerge.drivers.slices import Form, Run
 
 BLOCK = 2**20  # Sums of floats are made of slices of so many entries, however others are cut.
@@ -257,6 +257,6 @@ def with_ranks(run: Run, piece: Slice, stats: Stats, method: Method, form: Form)
       bits = np.asarray(
         run.call(slice_programs.magnitudes, piece, stats, before=method[:i], form=form)
       )
-      ranked = {**stats[i], "ranks": external_selection.ranks(bits)}
+      ranked = {**stats[i], "ranks": row_ranks.ranks(bits)}
       stats = (*stats[:i], ranked, *stats[i + 1 :])
   return stats

@@ -122,7 +122,7 @@ def transform(
   pieces: Mapping[str, Slice],
   ready: interpreter.Ready,
   layout: layouts.Table = layouts.NONE,
-  deal: distributed_matrices.Deal | None = None,
+  distribution: distributed_matrices.Distribution | None = None,
   widths: Mapping[str, Any] | None = None,
   subtracted: bool = False,
 ) -> dict[str, Array]:
@@ -133,7 +133,7 @@ def transform(
     pieces: the leaves.
     ready: hyperparameters, and what stages know at first.
     layout: matrix views.
-    deal: how matrices are shared out over devices.
+    distribution: how matrices are shared out over devices.
     widths: the least dtype to compute in, by leaf; float32 unless said otherwise.
     subtracted: the models are task vectors already.
   """
@@ -152,7 +152,7 @@ def transform(
         seen = [interpreter.observe(step, parts[n]) for n in names]
         stats[reduction.name] = reductions.settled(reduction, seen, stats)
       some = {n: parts[n] for n in names}
-      done = distributed_matrices.leaves(step, some, stats, layout, deal)
+      done = distributed_matrices.apply(step, some, stats, layout, distribution)
       for n in names:
         if n in done:
           parts[n] = parts[n]._replace(x=done[n])
@@ -191,7 +191,7 @@ def _run(
   shared = any(sharding.over_first(x) for x in stacks.values())
   chains = False if shared else rewrites.pays(stacks.values())
   static = dict(method=stage.bare(method), layout=table, subtracted=options.deltas)
-  static["deal"] = distributed_matrices.of(stacks.values(), chains)
+  static["distribution"] = distributed_matrices.of(stacks.values(), chains)
 
   def merged(t: Tree | None) -> Any:
     leaves = {} if t is None else tree.named(t)
@@ -217,7 +217,7 @@ def _checked(
   if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((flags, out))):
     return out
   seen = meshes.fetch(flags)
-  if not (bad := [n for n, own in seen.items() if not all(np.all(flag) for flag in own)]):
+  if not (bad := [n for n, of_leaf in seen.items() if not all(np.all(flag) for flag in of_leaf)]):
     return out
   trees = leaves.base, leaves.reference, leaves.models
   shared = {n: finiteness.shared(*(None if t is None else t[n] for t in trees)) for n in bad}
@@ -237,31 +237,31 @@ def _checked(
   raise finiteness.unsound(bad[0], out[bad[0]])
 
 
-@functools.partial(jax.jit, static_argnames=("method", "layout", "deal", "subtracted"))
+@functools.partial(jax.jit, static_argnames=("method", "layout", "distribution", "subtracted"))
 def _compiled(
   leaves: _Leaves,
   ready: interpreter.Ready,
   *,
   method: Method,
   layout: layouts.Table,
-  deal: distributed_matrices.Deal,
+  distribution: distributed_matrices.Distribution,
   subtracted: bool = False,
 ) -> tuple[dict[str, Array], dict[str, finiteness.Flags]]:
   pieces, widths = _pieces(leaves, ready), _widths(method, leaves)
 
   def run(chains: bool) -> Callable[..., dict[str, Array]]:
-    share = deal._replace(chains=chains)
+    each = distribution._replace(chains=chains)
     return functools.partial(
-      transform, method, layout=layout, deal=share, widths=widths, subtracted=subtracted
+      transform, method, layout=layout, distribution=each, widths=widths, subtracted=subtracted
     )
 
-  merged = rewrites.chosen(run, deal.chains)(pieces, ready)
+  merged = rewrites.chosen(run, distribution.chains)(pieces, ready)
   variances, out, flags = running_statistics.variances(leaves.models), {}, {}
   for name, piece in pieces.items():
     like = piece.models if piece.base is None else piece.base
     out[name] = interpreter.added(name, merged[name], piece.base, like.dtype)
-    found = finiteness.flags(piece.base, piece.reference, piece.models)
-    flags[name] = found._replace(merged=finiteness.sound(out[name], name in variances))
+    of_inputs = finiteness.flags(piece.base, piece.reference, piece.models)
+    flags[name] = of_inputs._replace(merged=finiteness.sound(out[name], name in variances))
   return out, flags
 
 

@@ -1,6 +1,6 @@
 """What runs on the device, a slice at a time: each function is one compiled program.
 
-A program is made for the stages, the form of a slice and its length, and serves all leaves alike.
+A program is compiled for the stages, the form of a slice and its length; leaves alike share it.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ def stream(
   done: Collection[str] = (),
   nonfinite: bool = False,
   on_measured: Callable[[str, int], None] = lambda name, count: None,
-  call: Callable[..., Any] = lambda program, *given, **static: program(*given, **static),
+  call: Callable[..., Any] = lambda program, *args, **static: program(*args, **static),
 ) -> None:
   """Merges slice by slice: for each, write(name, start, merged entries [n]) is called.
 

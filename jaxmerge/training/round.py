@@ -134,8 +134,10 @@ def merging(
   """
   stacks = {n: v[: parts.tasks] for n, v in tree.named(tuned).items()}
   # Matrices that are split lie whole nowhere: the devices share the work on them.
-  deal = distributed_matrices.Deal(parts.mesh) if parts.rules and parts.mesh.size > 1 else None
-  target = merged(parts.method, stacks, base, ready, parts.layout, deal)
+  distribution = (
+    distributed_matrices.Distribution(parts.mesh) if parts.rules and parts.mesh.size > 1 else None
+  )
+  target = merged(parts.method, stacks, base, ready, parts.layout, distribution)
   params, own = outers.step(parts.outer, current, target, own, rate)
   # Where they came in, so that the next round is the same executable.
   places = (
@@ -154,12 +156,12 @@ def merged(
   base: Any,
   ready: interpreter.Ready,
   layout: layouts.Table,
-  deal: distributed_matrices.Deal | None = None,
+  distribution: distributed_matrices.Distribution | None = None,
 ) -> Any:
   """Returns base + M(models - base) inside a program: stacks [T, *s] by name -> tree of [*s]."""
   references = tree.named(base)
   pieces = {n: interpreter.Slice(references[n], None, x) for n, x in stacks.items()}
-  out = memory.transform(method, pieces, ready, layout, deal)
+  out = memory.transform(method, pieces, ready, layout, distribution)
   return tree.rebuild(
     base, {n: interpreter.added(n, v, references[n], references[n].dtype) for n, v in out.items()}
   )

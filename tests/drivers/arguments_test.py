@@ -74,11 +74,11 @@ MISTAKES = {
   "long": (lambda: jaxmerge.merge(MEAN, [other("longdouble")], BASE), "wider than JAX"),
   "another tree": (
     lambda: update_another(kernel=(4, 3)),
-    "'dense/bias' is only in the tree that init was given",
+    "'dense/bias' is only in the tree passed to init",
   ),
   "another shape": (
     lambda: update_another(kernel=(4, 3), bias=(1,)),
-    r"'dense/bias' is \(1,\), but not in the tree that init",
+    r"'dense/bias' is \(1,\), but not in the tree passed to init",
   ),
   "name": (lambda: jaxmerge.merge("ties", STACK, BASE), r"call jaxmerge\.methods\.ties\(\)"),
   "misspelt": (lambda: jaxmerge.merge("tise", STACK, BASE), "did you mean 'ties'"),

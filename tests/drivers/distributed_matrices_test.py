@@ -1,4 +1,4 @@
-"""Matrices dealt over devices: the results of one device, and a share of the work for each."""
+"""Matrices distributed over devices: the results of one device, each works on its share."""
 
 import contextlib
 import functools
@@ -30,11 +30,11 @@ def trees():
   return base, models
 
 
-def hands(**views_of):
+def leaves(**views_of):
   """Leaves with a number of their own each."""
   base, models = trees()
   return {
-    name: distributed_matrices.Hand(
+    name: distributed_matrices.LeafMatrices(
       jnp.asarray(models[name]), jnp.asarray(base[name]), view, np.float32(k)
     )
     for k, (name, view) in enumerate(views_of.items())
@@ -48,9 +48,9 @@ def rule(x, base, number, each):
 @pytest.mark.slow
 def test_each_matrix_gets_its_own_and_comes_back():
   """Five matrices of one shape in three leaves, and one of another, over eight devices."""
-  given = hands(a="io", b="io", cube="bio", wide="io")
+  given = leaves(a="io", b="io", cube="bio", wide="io")
   mesh = jax.make_mesh((2, 4), ("task", "x"))
-  found = distributed_matrices.dealt(rule, given, distributed_matrices.Deal(mesh))
+  found = distributed_matrices.map_matrices(rule, given, distributed_matrices.Distribution(mesh))
   for name, h in given.items():
     alone = matrix_views.by_matrix(
       lambda x, base, _, h=h: rule(x, base, h.more, ()), h.x, h.base, h.view
@@ -62,11 +62,13 @@ def test_no_device_works_on_more_than_its_share():
   """Of six matrices, over four devices, each works on two."""
   x = np.ones((3, 6, 8, 16), np.float32)
   mesh = jax.make_mesh((4,), ("x",), devices=jax.devices()[:4])
-  deal = distributed_matrices.Deal(mesh)
+  distribution = distributed_matrices.Distribution(mesh)
 
   def merged(x):
-    hand = distributed_matrices.Hand(x, None, "bio", ())
-    return distributed_matrices.dealt(lambda x, base, more, each: x[:1], {"w": hand}, deal)["w"]
+    hand = distributed_matrices.LeafMatrices(x, None, "bio", ())
+    return distributed_matrices.map_matrices(
+      lambda x, base, more, each: x[:1], {"w": hand}, distribution
+    )["w"]
 
   text = str(jax.make_jaxpr(merged)(x))
   assert re.search(r"shard_map", text)
@@ -136,7 +138,7 @@ def alone():
 
 @pytest.mark.slow
 @KINDS
-def test_every_method_of_matrices_merges_alike_where_they_are_dealt(kind):
+def test_every_method_of_matrices_merges_alike_where_they_are_distributed(kind):
   """In a caller's program, which knows the devices by types alone."""
   assert {n for n, e in lookup.METHODS.items() if e.unit == "matrix"} == EVERY.keys()
   _, own, stacks = sharded(kind, ("cube", "bias"))
@@ -144,37 +146,37 @@ def test_every_method_of_matrices_merges_alike_where_they_are_dealt(kind):
   alike(jax.device_get(program(own, stacks)), alone())
 
 
-def deals(f, *given, mesh=None):
+def count_distributed(f, *given, mesh=None):
   """How many sharded parts the program of f has."""
   with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
     return str(jax.make_jaxpr(f)(*given)).count("shard_map")
 
 
 @KINDS
-def test_a_program_of_the_caller_deals_where_it_knows_the_mesh(kind):
+def test_a_program_of_the_caller_distributes_where_it_knows_the_mesh(kind):
   """By the types of what it is given, or by the context."""
   mesh, own, stacks = sharded(kind)
   program = jax.jit(functools.partial(merged, ["iso_c"]))
-  assert deals(program, own, stacks, mesh=mesh)
-  assert deals(program, own, stacks) or kind == AxisType.Auto
-  assert bool(deals(program, *trees(), mesh=mesh)) == (kind == AxisType.Auto)
-  assert not deals(program, *trees())
+  assert count_distributed(program, own, stacks, mesh=mesh)
+  assert count_distributed(program, own, stacks) or kind == AxisType.Auto
+  assert bool(count_distributed(program, *trees(), mesh=mesh)) == (kind == AxisType.Auto)
+  assert not count_distributed(program, *trees())
 
 
 @KINDS
-def test_nothing_is_dealt_where_axes_are_taken(kind):
+def test_nothing_is_distributed_where_axes_are_taken(kind):
   """A shard_map inside of another takes no axis twice; nor does one under a vmap over a shard."""
   mesh, own, _ = sharded(kind)
   run = functools.partial(merged, ["iso_c"])
   mapped = jax.shard_map(run, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False)
-  assert deals(mapped, *trees()) == 1
+  assert count_distributed(mapped, *trees()) == 1
   if kind == AxisType.Explicit:
     many = {
       n: jax.device_put(np.stack([x] * 2), NamedSharding(mesh, P("task")))
       for n, x in trees()[1].items()
     }
     for each in (run, jax.jit(run)):
-      assert not deals(jax.vmap(each, (None, 0)), own, many)
+      assert not count_distributed(jax.vmap(each, (None, 0)), own, many)
 
 
 def test_axes_of_two_kinds_are_left_to_the_compiler():

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxmerge.core import order_statistics
-from jaxmerge.drivers import external_selection
+from jaxmerge.drivers import external_selection, row_ranks
 
 TOP = 2**31 - 1
 
@@ -68,7 +68,7 @@ def test_a_cut_is_the_head_of_a_stable_sort(data):
   ranks = [data.draw(st.integers(0, size)) for _ in rows]
   cuts = data.draw(st.lists(st.integers(1, size), max_size=6))
   with pytest.MonkeyPatch.context() as patch:  # Room for a few, or for all.
-    patch.setattr(external_selection, "HELD", data.draw(st.sampled_from([3, 12, 2**22])))
+    patch.setattr(external_selection, "CAPACITY", data.draw(st.sampled_from([3, 12, 2**22])))
     patch.setattr(external_selection, "FINE", data.draw(st.sampled_from([1, 16])))
     given_ = functools.partial(numbers, rows, sample, cuts, kind=kind)
     found, lasts = external_selection.cut(given_(), ranks, exact=True)
@@ -83,12 +83,12 @@ def test_a_cut_is_the_head_of_a_stable_sort(data):
 
 
 @pytest.mark.parametrize(
-  ("different", "held", "scans"),
+  ("different", "capacity", "scans"),
   [(None, 2**22, 1), (100, 4000, 1), (None, 2000, 2)],
   ids=["much room", "equal ones together", "too many are different"],
 )
-def test_a_good_sample_needs_one_scan_where_there_is_room(monkeypatch, different, held, scans):
-  monkeypatch.setattr(external_selection, "HELD", held)
+def test_a_good_sample_needs_one_scan_where_there_is_room(monkeypatch, different, capacity, scans):
+  monkeypatch.setattr(external_selection, "CAPACITY", capacity)
   monkeypatch.setattr(external_selection, "FINE", 8)
   rng = np.random.default_rng(0)
   x = np.abs(rng.normal(size=(2, 200_000)))
@@ -136,5 +136,5 @@ def test_places_in_rows_are_those_of_the_device(columns):
   rng = np.random.default_rng(columns)
   x = np.round(rng.normal(size=(2, 5, columns)), 1).astype(np.float32)
   x[:, :, 0] = -0.0
-  found = external_selection.ranks(np.abs(x).view(np.uint32))
+  found = row_ranks.ranks(np.abs(x).view(np.uint32))
   np.testing.assert_array_equal(found, order_statistics.ranks(jnp.asarray(x)))

@@ -117,7 +117,7 @@ def test_a_trajectory_is_one_program(is_opcm):
       lambda: continual.opcm(BASE, layout=small.VIEWS).update({}, {**one(0), "vector": np.ones(3)}),
       "'vector' is",
     ),
-    (lambda: incremental.of(methods.average()).finalize({"count": 0}), "no model was given"),
+    (lambda: incremental.of(methods.average()).finalize({"count": 0}), "update has seen no model"),
     (lambda: continual.opcm(BASE, alpha=2.0), "alpha must be"),
   ],
 )
@@ -129,7 +129,7 @@ def test_is_refused(call, message):
 def test_nan_is_named():
   merge, bad = incremental.of(methods.average(), BASE), one(0)
   bad["vector"] = np.full_like(bad["vector"], np.nan)
-  with pytest.raises(ValueError, match="leaf 'vector' of model given to update has NaN"):
+  with pytest.raises(ValueError, match="leaf 'vector' of model passed to update has NaN"):
     merge.update(merge.init(BASE), bad)
 
 

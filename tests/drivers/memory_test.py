@@ -155,7 +155,11 @@ def test_numbers_are_no_constants_of_the_program():
   base, models = small.trees(small.FEW)
   shapes = {"matrix": (8, 16)}
   ready = interpreter.prepare(methods.task_arithmetic(0.123456), shapes, 4, {}, None)
-  given = {"method": TA, "layout": layouts.NONE, "deal": distributed_matrices.of([], chains=True)}
+  given = {
+    "method": TA,
+    "layout": layouts.NONE,
+    "distribution": distributed_matrices.of([], chains=True),
+  }
   run = functools.partial(memory._compiled.lower, **given)
   base, models = ({"matrix": own["matrix"]} for own in (base, models))
   assert "0.123456" not in run(memory._Leaves(base, None, models, {}), ready).as_text()
