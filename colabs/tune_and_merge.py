@@ -19,7 +19,8 @@
 # one exchange: averaging, task arithmetic, TIES, and TSV-M, which merges each layer's matrix by its
 # singular vectors.
 #
-# On a fresh machine: `pip install "jaxmerge[demo]"`.
+# On a fresh machine, in a clone of the repository: `pip install -e ".[demo]"`. New words are in
+# [the concepts](../docs/concepts.md).
 
 # %%
 import dataclasses
@@ -77,15 +78,17 @@ scores["base"]
 # %% [markdown]
 # ## Experts, and what one merge makes of them
 #
-# All experts train at once: each device takes its tasks, and they do not talk to each other.
+# All experts train at once: each device takes its tasks, and nothing is exchanged between them.
+# Then each method merges them once. TSV-M is a method of matrices: it works on each layer's kernel
+# as a whole, and knows from its name and shape which axes are inputs and which are outputs.
 
 # %%
 settings = Settings(
   rounds=12, epochs=8.0, batch_size=64, learning_rate=2e-3, schedule="cosine", warmup=0.1
 )
 experts, _ = finetune.experts(cnn.apply, base, tasks, settings)
-own = [accuracy(jax.tree.map(lambda x, k=k: x[k], experts)) for k in range(len(tasks))]
-scores["experts"] = {t.name: s[t.name] for t, s in zip(tasks, own, strict=True)}
+models = jaxmerge.unstack(experts)  # `experts` is a stack: every leaf has a leading axis of four
+scores["experts"] = {t.name: accuracy(m)[t.name] for t, m in zip(tasks, models, strict=True)}
 
 for name, method in {
   "average": methods.average(),
@@ -99,7 +102,7 @@ for name, method in {
 # ## Alternating tuning and merging
 #
 # The same number of epochs, cut into twelve rounds. The merged task vector is the gradient of an
-# outer optimiser: with Nesterov momentum, what the rounds agree on adds up.
+# outer optimiser: with Nesterov momentum, steps on which rounds agree add up.
 
 # %%
 nesterov = dataclasses.replace(
@@ -107,8 +110,8 @@ nesterov = dataclasses.replace(
 )
 result = jaxmerge.tune_and_merge(cnn.apply, base, tasks, methods.average(), nesterov)
 scores["ATM"] = accuracy(result.params)
-for name, each in scores.items():
-  print(f"{name:16} {100 * np.mean(list(each.values())):5.1f}")
+for name, by_task in scores.items():
+  print(f"{name:16} {100 * np.mean(list(by_task.values())):5.1f}")
 
 # %% [markdown]
 # ## The figures
@@ -121,9 +124,9 @@ figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained"
 left.plot([r["round"] for r in result.rounds], [100 * r["mean"] for r in result.rounds], marker="o")
 left.set(xlabel="round", ylabel="mean validation accuracy (%)", title="ATM, round by round")
 names = list(result.rounds[-1]["norms"])
-shown = right.imshow(np.array(result.rounds[-1]["cosines"]), vmin=-1, vmax=1, cmap="RdBu_r")
+cosines = right.imshow(np.array(result.rounds[-1]["cosines"]), vmin=-1, vmax=1, cmap="RdBu_r")
 right.set_xticks(range(len(names)), names)
 right.set_yticks(range(len(names)), names)
 right.set_title("cosines of the task vectors, last round")
-figure.colorbar(shown, ax=right)
+figure.colorbar(cosines, ax=right)
 plt.show()
