@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from jaxmerge import recipe
 from jaxmerge.recipe import parameters
+from jaxmerge.recipe.errors import Place
 from jaxmerge.recipe.parameters import Tensor
 
 
@@ -307,7 +308,7 @@ def test_conditions_that_hold_for_some_tensor_are_fine():
 def test_conditions_that_hold_for_no_tensor(item, column, words):
   ((place, text, _),) = recipe.unmatched(slerp(f"[{{{item}, value: 0}}, {{value: 1}}]"), TENSORS)
   assert words in text
-  assert place == ("r.yml", 5, column)
+  assert place == Place("r.yml", 5, column)
 
 
 def test_a_condition_behind_a_wider_one_is_told():

@@ -378,7 +378,7 @@ tokenizer_source: union
 
 def test_positions_are_no_tokens():
   def named(name, *shape):
-    return embeddings.named(
+    return embeddings.is_token_matrix(
       name, Tensor(name, np.dtype(np.float32), shape, lambda start, out: None)
     )
 

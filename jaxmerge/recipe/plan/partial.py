@@ -35,7 +35,7 @@ def problems(recipe: Recipe, models: Opened) -> list[Exception]:
   if recipe.missing == "error" and (told := list(_told(recipe, models, rows, kept))):
     found.append(RecipeError(told))
   wants = [_want(row, models) for row in kept]
-  known = [w for w in wants if recipe.tokenizer is None or not embeddings.wanted(w)]
+  known = [w for w in wants if recipe.tokenizer is None or not embeddings.has_token_matrix(w)]
   if lines := misfits.lines(known, [*models.values()], recipe.missing):
     found.append(errors.Problems(lines))
   return found

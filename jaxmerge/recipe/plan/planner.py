@@ -48,9 +48,9 @@ def plan_recipe(
   """
   problems: list[Exception] = []
   opened = _spelt_alike(recipe, open_models(recipe, referenced(recipe), open_model))
-  built = build.Built(opened, {})
+  built = build.TokenizerResult(opened, {})
   with recipe_errors.collect(problems):
-    built = build.built(recipe, opened, papers_of)
+    built = build.build(recipe, opened, papers_of)
   models, donor = built.models, built.models[donor_of(recipe)]
   comparable = not problems  # Embeddings that were not brought together fit nothing.
   rows = _rows(recipe, models, donor, problems)
@@ -58,7 +58,7 @@ def plan_recipe(
   idle = _idle_conditions(recipe, models, rows, problems)
   work = _work(recipe, models, donor, rows, problems)
   inputs = [donor, *(m for m in models.values() if m is not donor)]
-  requests = [w for w in work.wants if comparable or not embeddings.wanted(w)]
+  requests = [w for w in work.wants if comparable or not embeddings.has_token_matrix(w)]
   lines = misfits.lines(requests, inputs, recipe.missing)
   tokens = recipe.tokenizer is None
   fit = compatibility.compare(requests, inputs, allow=recipe.allow, tokens=tokens)
@@ -175,7 +175,7 @@ def _with_precision(recipe: Recipe, plan: Plan) -> Plan:
 
 
 def _with_texts(
-  plan: Plan, donor: plans.Model, built: build.Built, config: Mapping[str, Any]
+  plan: Plan, donor: plans.Model, built: build.TokenizerResult, config: Mapping[str, Any]
 ) -> Plan:
   """Returns a plan with the files of the result that are not as in the donor's folder."""
   plan, config = tied_weights.resolve_ties(plan, donor, built.config(config))

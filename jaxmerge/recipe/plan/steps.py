@@ -174,7 +174,7 @@ def _plan(
 
   def papers(model: Model) -> TokenizerFiles:
     is_result = _is_result(model, results)
-    return build.papers(results[model.path].model) if is_result else opener.papers(model)
+    return build.files_of(results[model.path].model) if is_result else opener.papers(model)
 
   if all(name in results for name in recipe.uses):
     return planner.plan_recipe(recipe, open_model, papers)

@@ -15,14 +15,14 @@ from jaxmerge.recipe.records import Model, Recipe, Tokenizer, groups
 from jaxmerge.recipe.tokenizer import chat_template, embeddings
 
 Opened = Mapping[Model, plan.Model]
-Own = Mapping[Model, Vocabulary]
+Vocabularies = Mapping[Model, Vocabulary]
 Texts = Mapping[str, str | None]
-PapersOf = Callable[[Model], TokenizerFiles]
+ReadFiles = Callable[[Model], TokenizerFiles]
 
 GENERATION = "generation_config.json"
 
 
-class Built(NamedTuple):
+class TokenizerResult(NamedTuple):
   """What comes of a recipe's tokenizer and chat template.
 
   Attributes:
@@ -58,88 +58,93 @@ class Built(NamedTuple):
     }
 
 
-def built(recipe: Recipe, models: Opened, papers_of: PapersOf) -> Built:
-  """Does what a recipe says about the tokenizer and the chat template.
+def build(recipe: Recipe, models: Opened, read_files: ReadFiles) -> TokenizerResult:
+  """Builds the tokenizer and the chat template of a recipe.
 
   Args:
     recipe: the recipe.
     models: all that it names; the result takes over the files of the first.
-    papers_of: returns the files of a model of which only the vocabulary is wanted.
+    read_files: returns the files of a model that only gives a vocabulary.
 
   Raises:
     RecipeError: for tokenizers that cannot be read or brought together, and embeddings without a
       row for each token.
   """
-  found: list[Exception] = []
-  made, home = Built(models, {}), papers(next(iter(models.values())))
+  problems: list[Exception] = []
+  result, home = TokenizerResult(models, {}), files_of(next(iter(models.values())))
   if recipe.tokenizer is not None:
-    with errors.collect(found):
-      made, home = _built(recipe, recipe.tokenizer, models, papers_of)
+    with errors.collect(problems):
+      result, home = _build(recipe, recipe.tokenizer, models, read_files)
   if recipe.chat_template is not None:
-    with errors.collect(found):
-      made = _with_template(made, recipe.chat_template, models, home)
-  errors.raise_all(found)
-  return made
+    with errors.collect(problems):
+      result = _with_template(result, recipe.chat_template, models, home)
+  errors.raise_all(problems)
+  return result
 
 
-def papers(model: plan.Model) -> TokenizerFiles:
+def files_of(model: plan.Model) -> TokenizerFiles:
   """Returns the small files of a model that is opened."""
   return TokenizerFiles(model.folder, model.texts)
 
 
-def _with_template(made: Built, said: str, models: Opened, home: TokenizerFiles) -> Built:
-  template = chat_template.chosen(said, map(papers, models.values()))
+def _with_template(
+  result: TokenizerResult, choice: str, models: Opened, home: TokenizerFiles
+) -> TokenizerResult:
+  """Returns the result with the chat template that a recipe chooses, in the files that hold it."""
+  template = chat_template.choose(choice, map(files_of, models.values()))
   if template is None:
-    return made
-  own = chat_template.texts(template, home, made.texts.get(vocabulary.SETTINGS))
-  return made._replace(texts={**made.texts, **own})
+    return result
+  texts = chat_template.texts(template, home, result.texts.get(vocabulary.SETTINGS))
+  return result._replace(texts={**result.texts, **texts})
 
 
-def _built(
-  recipe: Recipe, said: Tokenizer, models: Opened, papers_of: PapersOf
-) -> tuple[Built, TokenizerFiles]:
-  """Brings the vocabularies together; with the files of the tokenizer that is taken."""
-  own: dict[Model, Vocabulary] = {}
-  found: list[Exception] = []
+def _build(
+  recipe: Recipe, tokenizer: Tokenizer, models: Opened, read_files: ReadFiles
+) -> tuple[TokenizerResult, TokenizerFiles]:
+  """Returns the models with one vocabulary, and the files of its tokenizer."""
+  vocabularies: dict[Model, Vocabulary] = {}
+  problems: list[Exception] = []
   for m in models:
-    with errors.collect(found):
-      own[m] = _read(m, lambda m: papers(models[m]))
-  errors.raise_all(found)
-  merged = _merged(recipe, said, own, papers_of)
-  names = embeddings.names(own, models)
-  _check(said, own, models, names)
-  made = Built(
-    _stamped(models),
-    _texts(merged, papers(next(iter(models.values())))),
-    numbers=_numbers(merged, own),
+    with errors.collect(problems):
+      vocabularies[m] = _read_vocabulary(m, lambda m: files_of(models[m]))
+  errors.raise_all(problems)
+  merged = _merge(recipe, tokenizer, vocabularies, read_files)
+  names = embeddings.token_matrix_names(vocabularies, models)
+  _check(tokenizer, vocabularies, models, names)
+  result = TokenizerResult(
+    _with_files(models),
+    _texts(merged, files_of(next(iter(models.values())))),
+    numbers=_numbers(merged, vocabularies),
   )
-  pad = said.pad_to_multiple_of
+  pad = tokenizer.pad_to_multiple_of
   size = -(-merged.size // (pad or 1)) * (pad or 1)
   heights = {m.tensors[n].shape[0] for m in models.values() for n in names & m.tensors.keys()}
-  forced = any(token.force for token in said.tokens.values())
-  alike = len(heights) == 1 and all(v.ids == merged.ids for v in own.values())
+  forced = any(token.force for token in tokenizer.tokens.values())
+  alike = len(heights) == 1 and all(v.ids == merged.ids for v in vocabularies.values())
   if alike and not forced and (pad is None or heights == {size}):
-    return made, merged.files
-  order = embeddings.Order(said, recipe.base_model, own, merged, size)
-  ordered = embeddings.reordered(made.models, names, order)
-  return made._replace(models=ordered, size=size, names=names), merged.files
+    return result, merged.files
+  order = embeddings.Order(tokenizer, recipe.base_model, vocabularies, merged, size)
+  ordered = embeddings.reorder(result.models, names, order)
+  return result._replace(models=ordered, size=size, names=names), merged.files
 
 
-def _check(said: Tokenizer, own: Own, models: Opened, names: frozenset[str]) -> None:
+def _check(
+  tokenizer: Tokenizer, vocabularies: Vocabularies, models: Opened, names: frozenset[str]
+) -> None:
   problems = [
-    *embeddings.narrow(own, models, names),
-    *embeddings.uneven(models, names),
-    *embeddings.misplaced(said, own, models, names),
+    *embeddings.narrow_problems(vocabularies, models, names),
+    *embeddings.uneven_problems(models, names),
+    *embeddings.row_problems(tokenizer, vocabularies, models, names),
   ]
   if problems:
     raise RecipeError(problems)
 
 
-def _stamped(models: Opened) -> Opened:
-  """The models, with the tokenizer's files among those that are read, where they are there yet."""
-  found = {m: [o.folder / name for name in vocabulary.FILES if o.files] for m, o in models.items()}
+def _with_files(models: Opened) -> Opened:
+  """Returns the models with the files of their tokenizers among those that are read."""
+  paths = {m: [o.folder / name for name in vocabulary.FILES if o.files] for m, o in models.items()}
   return {
-    m: o._replace(files=(*o.files, *(path for path in found[m] if path.is_file())))
+    m: o._replace(files=(*o.files, *(path for path in paths[m] if path.is_file())))
     for m, o in models.items()
   }
 
@@ -147,69 +152,75 @@ def _stamped(models: Opened) -> Opened:
 # --- The vocabulary ---
 
 
-def _read(model: Model, papers_of: PapersOf) -> Vocabulary:
+def _read_vocabulary(model: Model, read_files: ReadFiles) -> Vocabulary:
   try:
-    return vocabulary.read(papers_of(model))
+    return vocabulary.read(read_files(model))
   except (OSError, ValueError) as error:
     raise RecipeError([Problem(model.place, str(error))]) from error
 
 
-def _merged(recipe: Recipe, said: Tokenizer, own: Own, papers_of: PapersOf) -> Vocabulary:
-  """The vocabulary of the result: that of one model, and what is added to it."""
-  first, model = next(iter(own.values())), said.source
+def _merge(
+  recipe: Recipe, tokenizer: Tokenizer, vocabularies: Vocabularies, read_files: ReadFiles
+) -> Vocabulary:
+  """Returns the vocabulary of the result: that of one model, with what a recipe adds."""
+  first, model = next(iter(vocabularies.values())), tokenizer.source
   if model == "base":  # Of slices each may have its own.
     model = recipe.base_model or groups(recipe)[0].base or model
   if isinstance(model, Model):
-    first = own[model] if model in own else _read(model, papers_of)
-  more = _others(recipe, said, own, first) if said.source == "union" else {}
-  named = {t: vocabulary.PLAIN for t in said.tokens if t not in first.ids and t not in more}
-  return vocabulary.extend(first, {**more, **named})
+    first = vocabularies[model] if model in vocabularies else _read_vocabulary(model, read_files)
+  more = (
+    _added_by_union(recipe, tokenizer, vocabularies, first) if tokenizer.source == "union" else {}
+  )
+  listed = {t: vocabulary.PLAIN for t in tokenizer.tokens if t not in first.ids and t not in more}
+  return vocabulary.extend(first, {**more, **listed})
 
 
-def _others(recipe: Recipe, said: Tokenizer, own: Own, first: Vocabulary) -> dict[str, Flags]:
-  """What a union adds to the first model's vocabulary, in the order of the models and numbers."""
+def _added_by_union(
+  recipe: Recipe, tokenizer: Tokenizer, vocabularies: Vocabularies, first: Vocabulary
+) -> dict[str, Flags]:
+  """Returns what a union adds to the first vocabulary, in the order of the models and numbers."""
   ordinary: dict[str, Model] = {}
   more: dict[str, Flags] = {}
-  for model, other in own.items():
+  for model, other in vocabularies.items():
     for text in sorted(other.ids, key=other.ids.__getitem__):
       if text in other.added:
         if text not in first.added:
           more.setdefault(text, other.added[text])
       elif text not in first.ids:
         ordinary.setdefault(text, model)
-  lost = {t: m for t, m in ordinary.items() if t not in more and t not in said.tokens}
+  lost = {t: m for t, m in ordinary.items() if t not in more and t not in tokenizer.tokens}
   if recipe.compat == "mergekit":
     return {**dict.fromkeys(lost, vocabulary.PLAIN), **more}
   if lost:
     names = join_some((f"{text!r} of {model}" for text, model in lost.items()), 4)
     text = (
-      f"union: ordinary tokens that {next(iter(own))} lacks: {names}. Added to it, they would "
-      "cut words in another way: name a model as the source, or, to have them added all the same, "
-      "list them under tokens or write compat: mergekit."
+      f"union: ordinary tokens that {next(iter(vocabularies))} lacks: {names}. Added to it, they "
+      "would cut words in another way: name a model as the source, or, to have them added all the "
+      "same, list them under tokens or write compat: mergekit."
     )
-    raise RecipeError([Problem(said.place, text)])
+    raise RecipeError([Problem(tokenizer.place, text)])
   return more
 
 
 def _texts(merged: Vocabulary, home: TokenizerFiles) -> Texts:
-  """The tokenizer's files as far as they differ from those that are taken over."""
-  made: dict[str, str | None] = {}
+  """Returns the files of the tokenizer that differ from those of the donor."""
+  texts: dict[str, str | None] = {}
   if merged.files != home:
-    made = dict.fromkeys(home.names(*vocabulary.FILES, "*.model"))
-    numbers = _special(merged.files, GENERATION)
+    texts = dict.fromkeys(home.names(*vocabulary.FILES, "*.model"))
+    numbers = _special_numbers(merged.files, GENERATION)
     if numbers and home.has(GENERATION):
-      made[GENERATION] = vocabulary.text(home.json(GENERATION) | numbers)
+      texts[GENERATION] = vocabulary.text(home.json(GENERATION) | numbers)
   for name, text in vocabulary.texts(merged).items():
     if merged.files != home or home.text(name) != text:
-      made[name] = text
-  return made
+      texts[name] = text
+  return texts
 
 
-def _special(papers: TokenizerFiles, name: str) -> dict[str, Any]:
-  """The numbers of special tokens that a config says."""
-  return {key: value for key, value in papers.json(name).items() if key.endswith("_token_id")}
+def _special_numbers(files: TokenizerFiles, name: str) -> dict[str, Any]:
+  """Returns the numbers of special tokens in a config."""
+  return {key: value for key, value in files.json(name).items() if key.endswith("_token_id")}
 
 
-def _numbers(merged: Vocabulary, own: Own) -> dict[str, Any]:
-  same = merged.files == next(iter(own.values())).files
-  return {} if same else _special(merged.files, folders.CONFIG)
+def _numbers(merged: Vocabulary, vocabularies: Vocabularies) -> dict[str, Any]:
+  same = merged.files == next(iter(vocabularies.values())).files
+  return {} if same else _special_numbers(merged.files, folders.CONFIG)

@@ -1,4 +1,4 @@
-"""Chat templates: the named ones, the one that most models have, and the files they stand in."""
+"""Chat templates: those with a name, the one that most models have, and the files of them."""
 
 from __future__ import annotations
 
@@ -80,43 +80,45 @@ Write a response that appropriately completes the request.') -%}
 }
 
 
-def chosen(said: str, models: Iterable[TokenizerFiles]) -> str | None:
-  """Returns the Jinja text of what a recipe says; None for `auto` where no model has a template.
+def choose(choice: str, models: Iterable[TokenizerFiles]) -> str | None:
+  """Returns the Jinja text that a recipe chooses; None for `auto` where no model has a template.
 
   `auto` is the template that most models have; of equally frequent ones, that of the first.
   """
-  if said != "auto":
-    return TEMPLATES.get(said, said)
-  found = collections.Counter(own.strip() for papers in models if (own := _own(papers)))
-  return found.most_common(1)[0][0] if found else None
+  if choice != "auto":
+    return TEMPLATES.get(choice, choice)
+  counts = collections.Counter(
+    template.strip() for files in models if (template := _template_of(files))
+  )
+  return counts.most_common(1)[0][0] if counts else None
 
 
-def _own(papers: TokenizerFiles) -> str | None:
+def _template_of(files: TokenizerFiles) -> str | None:
   """Returns a model's template: the file of it counts before the one among the settings."""
-  if (text := papers.text(JINJA)) is not None:
+  if (text := files.text(JINJA)) is not None:
     return text
   for name in (JSON, SETTINGS):
-    found: Any = papers.json(name).get(_KEY)
-    if isinstance(found, list):  # Several, each with a name.
-      found = {entry.get("name"): entry.get("template") for entry in found}.get("default")
-    if isinstance(found, str) and found:
-      return found
+    template: Any = files.json(name).get(_KEY)
+    if isinstance(template, list):  # Several, each with a name.
+      template = {entry.get("name"): entry.get("template") for entry in template}.get("default")
+    if isinstance(template, str) and template:
+      return template
   return None
 
 
-def texts(template: str, papers: TokenizerFiles, settings: str | None = None) -> dict[str, str]:
+def texts(template: str, files: TokenizerFiles, settings: str | None = None) -> dict[str, str]:
   """Returns the files of a model that hold the template, by name, with another one in them.
 
   Args:
     template: the Jinja text.
-    papers: the files that are changed.
+    files: the files that are changed.
     settings: text of tokenizer_config.json, if it is another one.
   """
   if settings is None:
-    settings = papers.text(SETTINGS) or "{}"
-  made = {SETTINGS: vocabulary.text({**json.loads(settings), _KEY: template})}
-  if papers.has(JINJA):
-    made[JINJA] = template
-  if papers.has(JSON):
-    made[JSON] = vocabulary.text({_KEY: template})
-  return made
+    settings = files.text(SETTINGS) or "{}"
+  by_name = {SETTINGS: vocabulary.text({**json.loads(settings), _KEY: template})}
+  if files.has(JINJA):
+    by_name[JINJA] = template
+  if files.has(JSON):
+    by_name[JSON] = vocabulary.text({_KEY: template})
+  return by_name

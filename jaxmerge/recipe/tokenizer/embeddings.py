@@ -17,7 +17,7 @@ from jaxmerge.recipe.errors import Problem, join_some
 from jaxmerge.recipe.records import Model, Token, Tokenizer
 
 Opened = Mapping[Model, plan.Model]
-Own = Mapping[Model, Vocabulary]
+Vocabularies = Mapping[Model, Vocabulary]
 
 # Embeddings, but not of tokens.
 _OTHERS = re.compile(r"(^|[._])(pos|positions?|wpe|type|patch)([._]|$)")
@@ -27,66 +27,69 @@ _OUTPUTS = re.compile(
 )
 
 
-def named(name: str, tensor: Tensor) -> bool:
-  """Tells whether a tensor is called as an embedding of tokens, or as an output head.
+def is_token_matrix(name: str, tensor: Tensor) -> bool:
+  """Tells by its name whether a tensor is an embedding of tokens, or an output head.
 
-  >>> own = Tensor("", np.dtype(np.float32), (9, 2), lambda start, out: None)
-  >>> named("model.embed_tokens.weight", own), named("bert.position_embeddings.weight", own)
-  (True, False)
+  >>> matrix = Tensor("", np.dtype(np.float32), (9, 2), lambda start, out: None)
+  >>> names = ("model.embed_tokens.weight", "bert.position_embeddings.weight")
+  >>> [is_token_matrix(name, matrix) for name in names]
+  [True, False]
   """
   if _OUTPUTS.search(name):  # Projections of such names within the layers are none.
     return len(tensor.shape) in (1, 2) and layers.place(name) is None
   return len(tensor.shape) == 2 and layers.is_input(name) and not _OTHERS.search(name)
 
 
-def wanted(want: plan.TensorRequest) -> bool:
-  """Tells whether any of the parts of what is wanted is called so."""
-  parts = [p for p in (want.base, *want.models) if p is not None]
-  return any(p.tensor is not None and named(p.name, p.tensor) for p in parts)
+def has_token_matrix(request: plan.TensorRequest) -> bool:
+  """Tells whether a tensor of the result is made of such matrices."""
+  parts = [p for p in (request.base, *request.models) if p is not None]
+  return any(p.tensor is not None and is_token_matrix(p.name, p.tensor) for p in parts)
 
 
-def names(own: Own, models: Opened) -> frozenset[str]:
-  """Returns the tensors that are called so and have enough rows, in one of the models at least."""
+def token_matrix_names(vocabularies: Vocabularies, models: Opened) -> frozenset[str]:
+  """Returns the names of such matrices that have a row for each token, in some model."""
   return frozenset(
     name
     for model, opened in models.items()
     for name, tensor in opened.tensors.items()
-    if named(name, tensor) and tensor.shape[0] >= own[model].size
+    if is_token_matrix(name, tensor) and tensor.shape[0] >= vocabularies[model].size
   )
 
 
-def narrow(own: Own, models: Opened, names: frozenset[str]) -> Iterator[Problem]:
+def narrow_problems(
+  vocabularies: Vocabularies, models: Opened, names: frozenset[str]
+) -> Iterator[Problem]:
   """Finds tensors with fewer rows than the model has tokens."""
   for model, opened in models.items():
-    called = {n: t.shape[0] for n, t in opened.tensors.items() if named(n, t)}
-    size = own[model].size
-    short = {n: rows for n, rows in called.items() if rows < size and (n in names or not names)}
-    if short or not called.keys() & names:
-      words = join_some(f"{n} has {rows} rows" for n, rows in (short or called).items())
+    heights = {n: t.shape[0] for n, t in opened.tensors.items() if is_token_matrix(n, t)}
+    size = vocabularies[model].size
+    short = {n: rows for n, rows in heights.items() if rows < size and (n in names or not names)}
+    if short or not heights.keys() & names:
+      words = join_some(f"{n} has {rows} rows" for n, rows in (short or heights).items())
       text = f"{model}: its tokenizer needs {size} rows, but {words or 'there is no embedding'}"
       yield Problem(model.place, f"{text}; give it the tokenizer that it was trained with.")
 
 
-def uneven(models: Opened, names: frozenset[str]) -> Iterator[Problem]:
+def uneven_problems(models: Opened, names: frozenset[str]) -> Iterator[Problem]:
   """Finds tensors whose rows are not like those of the first model that has them."""
   for name in sorted(names):
-    (first, own), *others = [(m, t.shape[1:]) for m, t in _having(name, models).items()]
+    (first, expected), *others = [(m, t.shape[1:]) for m, t in _having(name, models).items()]
     for model, shape in others:
-      if shape != own:
-        text = f"{name} has rows of {list(shape)} in {model}, but of {list(own)} in {first}."
+      if shape != expected:
+        text = f"{name} has rows of {list(shape)} in {model}, but of {list(expected)} in {first}."
         yield Problem(model.place, text)
 
 
-def misplaced(
-  said: Tokenizer, own: Own, models: Opened, names: frozenset[str]
+def row_problems(
+  tokenizer: Tokenizer, vocabularies: Vocabularies, models: Opened, names: frozenset[str]
 ) -> Iterator[Problem]:
-  """Finds embeddings that tokens shall have, but that are not there."""
-  for text, token in said.tokens.items():
+  """Finds rows that a recipe chooses for tokens, but that are not there."""
+  for text, token in tokenizer.tokens.items():
     if token.model is None:
       continue
-    wanted = text if token.token is None else token.token
-    if token.token_id is None and wanted not in own[token.model].ids:
-      yield Problem(token.place, f"{token.model} has no token {wanted!r}.")
+    source_text = text if token.token is None else token.token
+    if token.token_id is None and source_text not in vocabularies[token.model].ids:
+      yield Problem(token.place, f"{token.model} has no token {source_text!r}.")
     for name in sorted(names):
       tensor = models[token.model].part(name).tensor
       if tensor is None:
@@ -100,21 +103,21 @@ class Order(NamedTuple):
   """How the rows of the result go together.
 
   Attributes:
-    said: what the recipe says.
+    tokenizer: what the recipe says of it.
     base: its base, if it has one.
-    own: the vocabularies of the models.
+    vocabularies: those of the models.
     merged: that of the result.
     size: rows of the result.
   """
 
-  said: Tokenizer
+  tokenizer: Tokenizer
   base: Model | None
-  own: Own
+  vocabularies: Vocabularies
   merged: Vocabulary
   size: int
 
 
-def reordered(models: Opened, names: frozenset[str], order: Order) -> dict[Model, plan.Model]:
+def reorder(models: Opened, names: frozenset[str], order: Order) -> dict[Model, plan.Model]:
   """Returns the models with the tensors of these names as they are in the result.
 
   A head that is tied to its embedding stays the same tensor, where models agree about that.
@@ -139,42 +142,46 @@ def reordered(models: Opened, names: frozenset[str], order: Order) -> dict[Model
 
 
 def _having(name: str, models: Opened) -> dict[Model, Tensor]:
-  """The tensors of a name; an embedding stands in for a head that is tied to it."""
-  found = {m: opened.part(name).tensor for m, opened in models.items()}
-  return {m: tensor for m, tensor in found.items() if tensor is not None}
+  """Returns the tensors of a name; an embedding stands in for a head that is tied to it."""
+  tensors = {m: opened.part(name).tensor for m, opened in models.items()}
+  return {m: tensor for m, tensor in tensors.items() if tensor is not None}
 
 
 def _rows(order: Order, model: Model) -> np.ndarray:
-  """For each row of the result the model's own row of that token; -1 where it has none."""
-  found, ids = np.full(order.size, -1, np.int64), order.own[model].ids
-  forced = {text for text, token in order.said.tokens.items() if token.force}
+  """Returns, for each row of the result, the model's row of that token; -1 where it has none."""
+  row_ids, ids = np.full(order.size, -1, np.int64), order.vocabularies[model].ids
+  forced = {text for text, token in order.tokenizer.tokens.items() if token.force}
   for text, row in order.merged.ids.items():
     if text in ids and text not in forced:
-      found[row] = ids[text]
-  return found
+      row_ids[row] = ids[text]
+  return row_ids
 
 
 def _fills(order: Order, name: str, models: Opened) -> dict[int, list[rows.Row]]:
-  """The rows for models that lack a token: the base's, else all those whose mean it is."""
+  """Returns the rows for models that lack a token: the base's, else all, to take their mean."""
   tensors = _having(name, models)
-  found = {}
+  fills = {}
   for text, row in order.merged.ids.items():
-    have = [(m, order.own[m].ids[text]) for m in tensors if text in order.own[m].ids]
-    if text in order.said.tokens:
-      have = _donor(order.said.tokens[text], text, order.own)
+    have = [
+      (m, order.vocabularies[m].ids[text]) for m in tensors if text in order.vocabularies[m].ids
+    ]
+    if text in order.tokenizer.tokens:
+      have = _donor(order.tokenizer.tokens[text], text, order.vocabularies)
     elif len(have) == len(tensors):
       continue
     elif have and have[0][0] == order.base:
       have = have[:1]
-    # In an order of their own: a sum must not depend on how the models are listed.
-    found[row] = [(tensors[m], number) for m, number in sorted(have, key=lambda own: str(own[0]))]
-  return found
+    # Sorted: a sum must not depend on the order in which the models are listed.
+    fills[row] = [(tensors[m], number) for m, number in sorted(have, key=lambda pair: str(pair[0]))]
+  return fills
 
 
-def _donor(token: Token, text: str, own: Own) -> list[tuple[Model, int]]:
-  """The row that a token shall have: none for zero."""
+def _donor(token: Token, text: str, vocabularies: Vocabularies) -> list[tuple[Model, int]]:
+  """Returns the row that a recipe chooses for a token: none for zero."""
   if token.model is None:
     return []
   if token.token_id is not None:
     return [(token.model, token.token_id)]
-  return [(token.model, own[token.model].ids[text if token.token is None else token.token])]
+  return [
+    (token.model, vocabularies[token.model].ids[text if token.token is None else token.token])
+  ]
