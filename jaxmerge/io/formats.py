@@ -1,4 +1,4 @@
-"""What kind of folder a path is, and its tensors: the one place that decides it.
+"""Opens a folder of weights: the one place that decides what kind it is.
 
 A model is a Hugging Face folder with safetensors, or a checkpoint; an adapter is a PEFT folder.
 Headers and manifests are read, no weights. Free of jax.
@@ -21,7 +21,7 @@ Path = folder.Path
 
 
 class Weights(NamedTuple):
-  """What is in a folder of weights.
+  """The contents of a folder of weights.
 
   Attributes:
     kind: "model", "checkpoint" or "adapter".
@@ -48,8 +48,8 @@ def open_weights(path: Path, files: Files) -> Weights:
   path = pathlib.Path(path)
   if not adapter.is_adapter(path):
     return open_model(path, files)
-  _, own = adapter.paths(path)
-  return _stored("adapter", path, _entries(own), files)
+  _, weights = adapter.paths(path)
+  return _weights("adapter", path, _entries(weights), files)
 
 
 def open_model(path: Path, files: Files, *, home: str | None = None) -> Weights:
@@ -62,7 +62,7 @@ def open_model(path: Path, files: Files, *, home: str | None = None) -> Weights:
   if step is None:
     files.note(folder.small_files(path))
     files.note(folder.weights(path))  # The index, which names them, is among the small ones.
-    return _stored("model", path, folder.entries(path), files, home)
+    return _weights("model", path, folder.entries(path), files, home)
   files.note([*step.glob(manifest.NAME), *metadata.files(step)])
   tensors = metadata.tensors(step)
   homes = dict.fromkeys(tensors, step / metadata.STATE)
@@ -70,7 +70,7 @@ def open_model(path: Path, files: Files, *, home: str | None = None) -> Weights:
 
 
 def config(path: Path) -> dict[str, Any]:
-  """Returns what config.json says; nothing for a checkpoint, or what was merged from one, without.
+  """Returns config.json; empty for a checkpoint, or a merge of some, without one.
 
   Raises:
     FileNotFoundError: where another folder has none.
@@ -84,7 +84,7 @@ def _entries(path: pathlib.Path) -> dict[str, tuple[pathlib.Path, safetensors.En
   return {name: (path, entry) for name, entry in safetensors.header(path).tensors.items()}
 
 
-def _stored(
+def _weights(
   kind: str,
   path: pathlib.Path,
   entries: Mapping[str, tuple[pathlib.Path, safetensors.Entry]],

@@ -44,10 +44,10 @@ def missing(path: Path, wanted: str = "model") -> str:
     return f"{path}: the folder is empty."
   lacks = f"{ADAPTER} is not there; this is no PEFT adapter"
   lacks = lacks if wanted == "adapter" else f"neither {WEIGHTS} nor {INDEX} is there"
-  found = next((text for look in _LOOKS if (text := look(path))), None)
+  hint = next((text for look in _LOOKS if (text := look(path))), None)
   if wanted == "adapter" and _is_model(path):
-    found = "it is a model: merge it as one, or make an adapter of it and its base with PEFT"
-  return f"{path}: {lacks}; {found or _listed(path)}."
+    hint = "it is a model: merge it as one, or make an adapter of it and its base with PEFT"
+  return f"{path}: {lacks}; {hint or _listed(path)}."
 
 
 def conversion(path: pathlib.Path) -> str:

@@ -428,10 +428,10 @@ def test_records_that_would_change_are_refused(tmp_path, record, message):
 @pytest.mark.parametrize(
   ("like", "message"),
   [
-    ({"w": jnp.ones(64)}, "leaf b is not in the state asked for"),
+    ({"w": jnp.ones(64)}, "leaf b is not in the state to restore"),
     (small() | {"c": jnp.ones(1)}, "has no leaf c"),
-    (small() | {"w": jnp.ones((8, 8))}, "leaf w is float32 [64]; the state asked for has float32"),
-    (small() | {"w": jnp.ones(64, jnp.bfloat16)}, "the state asked for has bfloat16 [64]"),
+    (small() | {"w": jnp.ones((8, 8))}, "leaf w is float32 [64]; the state to restore has float32"),
+    (small() | {"w": jnp.ones(64, jnp.bfloat16)}, "the state to restore has bfloat16 [64]"),
   ],
 )
 def test_another_structure_is_named_and_nothing_is_moved(tmp_path, like, message):

@@ -61,10 +61,10 @@ def band(shape: Sequence[int], chunks: Sequence[int], at: int) -> Band:
   inner = math.prod(shape[axis + 1 :])
   height = chunks[axis] * max(1, BAND // (chunks[axis] * inner))
   row = at // inner
-  *outer, own = map(int, np.unravel_index(row, tuple(shape[: axis + 1])))
-  first = own // height * height
+  *outer, index = map(int, np.unravel_index(row, tuple(shape[: axis + 1])))
+  first = index // height * height
   last = min(first + height, shape[axis])
-  begin = row - own
+  begin = row - index
   return Band((begin + first) * inner, (begin + last) * inner, (*outer, slice(first, last)))
 
 
@@ -123,10 +123,10 @@ class Arrays:
       self._forget()
       self.key, self.store = None, _existing(self.state, key)
       self.key = key
-    found = self.store.dtype.numpy_dtype, self.store.shape
-    if found != (dtype, shape):
-      said = f"{dtype} {list(shape)} by the manifest"
-      raise ValueError(f"it is {found[0]} {list(found[1])} on disk, but {said}.")
+    on_disk = self.store.dtype.numpy_dtype, self.store.shape
+    if on_disk != (dtype, shape):
+      by_manifest = f"{dtype} {list(shape)} by the manifest"
+      raise ValueError(f"it is {on_disk[0]} {list(on_disk[1])} on disk, but {by_manifest}.")
     done = 0
     while done < out.size:
       part = self._holding(start + done)[start + done - self.band.start :][: out.size - done]
@@ -137,10 +137,10 @@ class Arrays:
     """Returns the entries of the band in which an entry lies."""
     if not self.band.start <= at < self.band.stop:
       chunks = self.store.chunk_layout.read_chunk.shape or ()
-      found = band(self.store.shape, chunks, at)
+      next_band = band(self.store.shape, chunks, at)
       self._forget()  # The old band goes before the new one comes.
-      self.entries = np.asarray(self.store[found.box].read().result()).reshape(-1)
-      self.band = found
+      self.entries = np.asarray(self.store[next_band.box].read().result()).reshape(-1)
+      self.band = next_band
     return self.entries
 
   def _forget(self) -> None:
@@ -152,7 +152,7 @@ def write(
   tensors: Mapping[tuple[str, ...], Tensor],
   progress: Progress = lambda count: None,
 ) -> None:
-  """Writes a checkpoint that `orbax.checkpoint` restores: as NumPy arrays, or placed as it is told.
+  """Writes a checkpoint that `orbax.checkpoint` restores: as NumPy arrays, or sharded.
 
   Some `WRITTEN` bytes are on their way at a time, in a few copies. A tensor without entries has
   nothing to store and is left out, as Orbax does.
@@ -194,13 +194,13 @@ def _parts(key: str, tensor: Tensor) -> Iterator[_Part]:
   """Reads a tensor band by band."""
   at, chunks = 0, chunk(tensor.shape, tensor.dtype.itemsize)
   while at < math.prod(tensor.shape):
-    found = band(tensor.shape, chunks, at)
-    entries = np.empty(found.stop - found.start, tensor.dtype)
-    tensor.read(found.start, entries)
-    shape = [i.stop - i.start for i in found.box if isinstance(i, slice)]
-    shape += tensor.shape[len(found.box) :]
-    yield _Part(key, tensor, found.box, entries.reshape(shape))
-    at = found.stop
+    next_band = band(tensor.shape, chunks, at)
+    entries = np.empty(next_band.stop - next_band.start, tensor.dtype)
+    tensor.read(next_band.start, entries)
+    shape = [i.stop - i.start for i in next_band.box if isinstance(i, slice)]
+    shape += tensor.shape[len(next_band.box) :]
+    yield _Part(key, tensor, next_band.box, entries.reshape(shape))
+    at = next_band.stop
 
 
 def _written(state: pathlib.Path, parts: list[_Part], progress: Progress) -> list[_Part]:
@@ -226,8 +226,8 @@ def _written(state: pathlib.Path, parts: list[_Part], progress: Progress) -> lis
 
 def error_code(error: Exception) -> int | None:
   """Returns the error number of a file system that TensorStore met, None where it was another."""
-  found = re.search(r"os_error_code='(\d+)'", str(error))
-  return int(found.group(1)) if found else getattr(error, "errno", None)
+  match = re.search(r"os_error_code='(\d+)'", str(error))
+  return int(match.group(1)) if match else getattr(error, "errno", None)
 
 
 def _leaf(path: Sequence[str], chunks: Sequence[int]) -> dict[str, Any]:
@@ -266,7 +266,7 @@ def _spec(state: pathlib.Path, key: str) -> dict[str, Any]:
 
 
 def _context() -> Any:
-  """Chunks are coded a few at a time, and none is kept: bands are."""
+  """Returns a context that decodes a few chunks at a time and caches none: bands are cached."""
   import tensorstore  # Late: plans, help and errors do without.
 
   limits = {"data_copy_concurrency": {"limit": 2}, "file_io_concurrency": {"limit": 4}}

@@ -74,11 +74,11 @@ def check(folder: Path, saved: dict, wanted: dict[str, jax.ShapeDtypeStruct]) ->
   """Raises for the first leaf that differs; Orbax would cast to another dtype without a word."""
   for name in sorted(saved.keys() | wanted.keys()):
     if name not in saved:
-      raise ValueError(f"checkpoint {folder}: it has no leaf {name}; the state asked for has.")
+      raise ValueError(f"checkpoint {folder}: it has no leaf {name}; the state to restore has.")
     if name not in wanted:
-      raise ValueError(f"checkpoint {folder}: leaf {name} is not in the state asked for.")
-    if saved[name] != (asked := signature(wanted[name])):
+      raise ValueError(f"checkpoint {folder}: leaf {name} is not in the state to restore.")
+    if saved[name] != (expected := signature(wanted[name])):
       raise ValueError(
         f"checkpoint {folder}: leaf {name} is {saved[name][0]} {saved[name][1]}; "
-        f"the state asked for has {asked[0]} {asked[1]}."
+        f"the state to restore has {expected[0]} {expected[1]}."
       )

@@ -13,7 +13,7 @@ _FORMAT = 1
 
 
 def seal(folder: Path, facts: dict, *, within: str = ".") -> None:
-  """Writes the manifest of a folder: its files' sizes and BLAKE2b digests, and the facts given.
+  """Writes the manifest of a folder: its files' sizes and BLAKE2b digests, and some facts.
 
   All files, the manifest and all directories below the folder are on the disk afterwards.
 
@@ -39,7 +39,7 @@ def facts(folder: Path) -> dict:
 
 
 def damage(folder: Path, *, within: str = ".", contents: bool = True) -> str | None:
-  """Says what is wrong with a sealed folder, the first thing found; None where nothing is.
+  """Returns the first thing that is wrong with a sealed folder; None where nothing is.
 
   Args:
     folder: the folder.
@@ -58,7 +58,7 @@ def damage(folder: Path, *, within: str = ".", contents: bool = True) -> str | N
     return f"{NAME} is damaged: {error}"
   files = _files(folder, within)
   inside = Path(within)
-  sealed = {name: own for name, own in sealed.items() if Path(name).is_relative_to(inside)}
+  sealed = {name: entry for name, entry in sealed.items() if Path(name).is_relative_to(inside)}
   if missing := sorted(sealed.keys() - files.keys()):
     return f"file {missing[0]} is missing"
   if added := sorted(files.keys() - sealed.keys()):
@@ -73,7 +73,7 @@ def damage(folder: Path, *, within: str = ".", contents: bool = True) -> str | N
 
 
 def _body(folder: Path) -> dict:
-  """The manifest without its own digest, which must agree."""
+  """Returns the manifest without its digest, which must agree."""
   whole = strict_json.parse(NAME, (folder / NAME).read_bytes())
   body = whole.get("body")
   if whole.keys() != {"body", "blake2b"} or not isinstance(body, dict):
@@ -85,7 +85,7 @@ def _body(folder: Path) -> dict:
   sizes = body.get("files")
   if not isinstance(body.get("facts"), dict) or not isinstance(sizes, dict):
     raise ValueError("it is no manifest")
-  if any(not isinstance(own, list) or len(own) != 2 for own in sizes.values()):
+  if any(not isinstance(pair, list) or len(pair) != 2 for pair in sizes.values()):
     raise ValueError("its files have no size and digest")
   return body
 
@@ -96,8 +96,8 @@ def _files(folder: Path, within: str) -> dict[str, Path]:
   A link counts as a file: sealed folders have none, so it shows as one too many.
   """
   inner = (folder / within).rglob("*")
-  found = {p.relative_to(folder).as_posix(): p for p in inner if not _is_folder(p)}
-  return {name: path for name, path in sorted(found.items()) if name != NAME}
+  paths = {p.relative_to(folder).as_posix(): p for p in inner if not _is_folder(p)}
+  return {name: path for name, path in sorted(paths.items()) if name != NAME}
 
 
 def _is_folder(path: Path) -> bool:

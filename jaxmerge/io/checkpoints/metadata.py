@@ -34,8 +34,8 @@ def steps(directory: Path) -> list[int]:
 
 def problem(folder: Path) -> str | None:
   """Says what is wrong with a step of a store, or None; reads all of it."""
-  if (found := manifest.damage(folder)) is not None:
-    return found
+  if (damage := manifest.damage(folder)) is not None:
+    return damage
   step = manifest.facts(folder).get("step")
   return None if str(step) == folder.name else f"{manifest.NAME} is that of step {step}"
 
@@ -60,11 +60,11 @@ def find_checkpoint(path: Path) -> Path | None:
   if _is_store(path):
     return path / str(steps(path)[-1])
   stores = [p for p in sorted(path.iterdir()) if _is_store(p)] if path.is_dir() else []
-  own = [p for p in stores if p.name == LOOP] or stores
-  if len(own) > 1:
-    names = ", ".join(p.name for p in own)
+  candidates = [p for p in stores if p.name == LOOP] or stores
+  if len(candidates) > 1:
+    names = ", ".join(p.name for p in candidates)
     raise ValueError(f"{path} holds several runs, {names}: give the folder of one of them.")
-  return own[0] / str(steps(own[0])[-1]) if own else None
+  return candidates[0] / str(steps(candidates[0])[-1]) if candidates else None
 
 
 def _is_store(path: Path) -> bool:
@@ -84,8 +84,8 @@ def tensors(folder: Path) -> dict[str, Tensor]:
   """
   _refuse(folder, manifest.damage(folder, within=STATE, contents=False))
   saved, keys = _leaves(folder), arrays.keys(folder / STATE)
-  own = {n.removeprefix(f"{MODEL}/"): n for n in saved if n.startswith(f"{MODEL}/")}
-  if not own:
+  leaf_by_name = {n.removeprefix(f"{MODEL}/"): n for n in saved if n.startswith(f"{MODEL}/")}
+  if not leaf_by_name:
     there = ", ".join(sorted({name.split("/")[0] for name in saved}))
     raise ValueError(
       f"{folder}: there is no model under {MODEL!r} in the state, which has {there:.200}; a model "
@@ -98,7 +98,7 @@ def tensors(folder: Path) -> dict[str, Tensor]:
   opened = arrays.Arrays(folder / STATE, check)
   return {
     name: opened.tensor(keys.get(leaf, leaf), name, *saved[leaf])
-    for name, leaf in sorted(own.items())
+    for name, leaf in sorted(leaf_by_name.items())
   }
 
 
@@ -106,13 +106,13 @@ def _leaves(folder: Path) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
   """Dtype and shape of every leaf, as the manifest says."""
   leaves = manifest.facts(folder).get("leaves", {})
   try:
-    found = {name: (np.dtype(dtype), tuple(shape)) for name, (dtype, shape) in leaves.items()}
-    fine = all(type(n) is int and n >= 0 for _, shape in found.values() for n in shape)
+    specs = {name: (np.dtype(dtype), tuple(shape)) for name, (dtype, shape) in leaves.items()}
+    fine = all(type(n) is int and n >= 0 for _, shape in specs.values() for n in shape)
   except (AttributeError, TypeError, ValueError):
     fine = False
   if not fine:
     raise ValueError(f"{folder / manifest.NAME}: leaves must map names to a dtype and a shape.")
-  return found
+  return specs
 
 
 def _refuse(folder: Path, damage: str | None) -> None:

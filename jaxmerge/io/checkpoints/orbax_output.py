@@ -24,10 +24,10 @@ def start() -> Callable[[], None]:
   def quiet(record: logging.LogRecord) -> bool:
     return not record.pathname.startswith(folder)
 
-  def hook(found: sys.UnraisableHookArgs) -> None:
+  def hook(error: sys.UnraisableHookArgs) -> None:
     # Of several writers that fail, the first one's error ends the loop that the others report to.
-    if not (isinstance(found.exc_value, RuntimeError) and str(found.exc_value) == _CLOSED):
-      before(found)
+    if not (isinstance(error.exc_value, RuntimeError) and str(error.exc_value) == _CLOSED):
+      before(error)
 
   def end() -> None:
     logging.getLogger("absl").removeFilter(quiet)

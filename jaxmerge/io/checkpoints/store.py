@@ -47,7 +47,7 @@ class Restored(NamedTuple):
 
   Attributes:
     step: number of the step.
-    state: tree of arrays, placed as the caller asked.
+    state: tree of arrays, sharded as the caller wants.
     record: the plain record that was saved with the state.
     set_aside: one message for every damaged or interrupted step that was moved away.
   """
@@ -113,7 +113,7 @@ class Checkpoints:
     return self._messages
 
   def save(self, step: int, state: PyTree, record: dict) -> None:
-    """Starts to save a step and returns as soon as the arrays are copied or held.
+    """Starts to save a step and returns as soon as the arrays are copied.
 
     The caller may donate or overwrite the arrays at once. A save that is still on its way is
     waited for first, and what went wrong with it is raised here.
@@ -125,24 +125,24 @@ class Checkpoints:
     """
     self.wait()
     text = _record_text(record)
-    held = leaves.arrays(state)
+    copies = leaves.arrays(state)
     orbax = self._orbax or self._open()
     if step < 0 or (self._newest is not None and step <= self._newest):
       raise ValueError(
         f"step {step} cannot be saved in {self._directory}: it holds step {self._newest}, and "
         "steps must grow from 0 on."
       )
-    described = {name: leaves.signature(x) for name, x in held.items()}
+    signatures = {name: leaves.signature(x) for name, x in copies.items()}
     staging = self._directory / "unfinished" / str(step)
     try:
       if jax.process_index() == 0:
         if staging.exists():  # of a save of the same step that failed in this run
           self._set_aside(staging, "its save had failed")
         staging.mkdir(parents=True)
-      orbax.checkpointer.save(staging / STATE, args=_saving(leaves.with_entries(held)))
+      orbax.checkpointer.save(staging / STATE, args=_save_arguments(leaves.with_entries(copies)))
     except (OSError, ValueError) as error:
-      raise self._explained(step, error) from error
-    self._sealing = step, orbax.worker.submit(self._seal, orbax, step, described, text)
+      raise self._explain(step, error) from error
+    self._sealing = step, orbax.worker.submit(self._seal, orbax, step, signatures, text)
 
   def wait(self) -> None:
     """Waits for the save on its way, if any; raises what went wrong with it."""
@@ -155,7 +155,7 @@ class Checkpoints:
       failed = False
     except (OSError, ValueError) as error:
       self._failed = True
-      raise self._explained(step, error) from error
+      raise self._explain(step, error) from error
     finally:  # A step counts only where it counts in every process.
       others = jax.process_count() > 1 and bool(multihost_utils.process_allgather(failed).any())
     if others:
@@ -187,10 +187,10 @@ class Checkpoints:
     accept(record)
     wanted = {name: leaves.abstract(x) for name, x in leaves.by_name(like).items()}
     leaves.check(folder, manifest.facts(folder)["leaves"], wanted)
-    kept = _restoring(leaves.with_entries(wanted))
-    entries = orbax.checkpointer.restore(folder / STATE, args=kept)
-    found = [entries[k] if k in entries else leaves.empty(x) for k, x in wanted.items()]
-    state = jax.tree.unflatten(jax.tree.structure(like), found)
+    arguments = _restore_arguments(leaves.with_entries(wanted))
+    entries = orbax.checkpointer.restore(folder / STATE, args=arguments)
+    restored = [entries[k] if k in entries else leaves.empty(x) for k, x in wanted.items()]
+    state = jax.tree.unflatten(jax.tree.structure(like), restored)
     return Restored(self._newest, state, record, self._messages)
 
   def close(self) -> None:
@@ -227,7 +227,7 @@ class Checkpoints:
     return self._orbax
 
   def _take(self) -> None:
-    """Locks the directory, which is made if need be."""
+    """Locks the directory, which is created if need be."""
     self._lock.close()  # Of a call that failed.
     self._directory.mkdir(parents=True, exist_ok=True)
     busy = f"{self._directory}: these checkpoints are in use; wait, or close the other store."
@@ -287,8 +287,8 @@ class Checkpoints:
       (self._directory / str(step)).rename(retired / str(step))
       shutil.rmtree(retired / str(step))
 
-  def _explained(self, step: int, error: Exception) -> Exception:
-    """The error with the step's name; a file system error of Orbax's own writers as OSError."""
+  def _explain(self, step: int, error: Exception) -> Exception:
+    """Returns the error with the step's name; a file system error of Orbax's writers as OSError."""
     code = arrays.error_code(error)
     about = f"step {step} could not be saved in {self._directory}"
     if code is None:
@@ -300,12 +300,12 @@ class Checkpoints:
 
 
 def _interrupted(directory: Path) -> list[Path]:
-  """Saves that never came to an end, Orbax's own temporary directories among them."""
+  """Returns saves that never came to an end, Orbax's temporary directories among them."""
   staged = directory / "unfinished"
-  found = list(staged.iterdir()) if staged.is_dir() else []
+  paths = list(staged.iterdir()) if staged.is_dir() else []
   if directory.is_dir():
-    found += [p for p in directory.iterdir() if ".orbax-checkpoint-tmp" in p.name]
-  return sorted(found)
+    paths += [p for p in directory.iterdir() if ".orbax-checkpoint-tmp" in p.name]
+  return sorted(paths)
 
 
 def _record_text(record: dict) -> str:
@@ -330,15 +330,15 @@ def _check_plain(value: Any, place: str) -> None:  # Any: that is the question
     )
 
 
-def _saving(held: dict) -> Any:  # Any: one of Orbax's argument types
-  """Saves in chunks, so that a part of a large leaf can be read without the rest."""
+def _save_arguments(entries: dict) -> Any:  # Any: one of Orbax's argument types
+  """Returns arguments for saving in chunks, so that a part of a large leaf can be read alone."""
   import orbax.checkpoint as ocp  # late: a second of imports that help and errors need not pay
 
-  each = {name: ocp.SaveArgs(chunk_byte_size=arrays.CHUNK) for name in held}
-  return ocp.args.StandardSave(held, save_args=each)
+  each = {name: ocp.SaveArgs(chunk_byte_size=arrays.CHUNK) for name in entries}
+  return ocp.args.StandardSave(entries, save_args=each)
 
 
-def _restoring(wanted: dict) -> Any:
+def _restore_arguments(wanted: dict) -> Any:
   import orbax.checkpoint as ocp
 
   return ocp.args.StandardRestore(wanted)

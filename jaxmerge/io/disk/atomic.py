@@ -24,7 +24,7 @@ class Full(OSError):
 
 @contextlib.contextmanager
 def room(path: Path, need: str = "") -> Iterator[None]:
-  """Says of what is written in the block, and finds no room, which file it was.
+  """Raises `Full`, naming the file, where what the block writes finds no room.
 
   >>> with room("model.safetensors"):
   ...   raise OSError(errno.ENOSPC, "")
@@ -45,8 +45,8 @@ def room(path: Path, need: str = "") -> Iterator[None]:
   except OSError as error:
     if isinstance(error, Full) or error.errno not in (errno.ENOSPC, errno.EDQUOT):
       raise
-    kept = "what was finished is kept: free some room, and the same command goes on"
-    text = f"{os.strerror(error.errno)}{need}; {kept}"
+    remedy = "what was finished is kept: free some room, and the same command goes on"
+    text = f"{os.strerror(error.errno)}{need}; {remedy}"
     raise Full(error.errno, text, str(path)) from error
 
 
@@ -96,7 +96,7 @@ def is_unfinished(path: Path) -> bool:
 def folder(path: Path, *, replace: bool = False) -> Iterator[pathlib.Path]:
   """Makes a folder that appears at `path`, with all its files, when the block ends without error.
 
-  The block fills the hidden folder beside `path` that it is given; after an error that is removed.
+  The block fills a hidden folder beside `path`, which is removed after an error.
   With `replace` an old folder at `path` is moved aside, then removed once the new one is in place:
   a crash between the two renames leaves it, whole, as `.NAME.XXXXXXXX.old`, until the next folder
   has come to this place.
@@ -156,12 +156,12 @@ def discard(path: pathlib.Path) -> None:
 
 
 def old_folders(path: pathlib.Path) -> list[pathlib.Path]:
-  """Returns the folders that were at a path before, and that a crash kept from being removed."""
+  """Returns the folders that were at a path before, and that a crash has left."""
   return sorted(path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 8}.old"))
 
 
 def check_name(path: pathlib.Path) -> None:
-  """Raises ValueError for a path without a name of its own: what is made grows beside it."""
+  """Raises ValueError for a path without a name, beside which a result cannot be written."""
   if path.name in ("", ".."):
     raise ValueError(f"{path}: give the result a folder of its own, such as {path / 'merged'}.")
 

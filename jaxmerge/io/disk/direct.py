@@ -31,8 +31,8 @@ class PagedFile:
   ...   file.write(memoryview(bytes(2**17)), 5)
   ...   file.write(memoryview(b"begin"), 0)
   ...   file.sync()
-  ...   found = bytearray(6)
-  ...   print(file.read(memoryview(found), 0), list(found), os.fstat(file.handle).st_size)
+  ...   part = bytearray(6)
+  ...   print(file.read(memoryview(part), 0), list(part), os.fstat(file.handle).st_size)
   ...   file.close()
   6 [98, 101, 103, 105, 110, 0] 131077
   """
@@ -95,16 +95,16 @@ class PagedFile:
     """Writes whole pages, from memory that lies as the disk wants it."""
     room = _room()
     for start in range(0, len(data), ROOM):
-      own, done = data[start : start + ROOM], 0
-      room[: len(own)] = own
+      block, done = data[start : start + ROOM], 0
+      room[: len(block)] = block
       try:
-        while self._flag and done < len(own) and done % PAGE == 0:
-          done += os.pwrite(past, room[done : len(own)], position + start + done)
+        while self._flag and done < len(block) and done % PAGE == 0:
+          done += os.pwrite(past, room[done : len(block)], position + start + done)
       except OSError as error:
         if error.errno != errno.EINVAL:
           raise
         self._flag = 0  # This disk wants it otherwise.
-      self._write(self.handle, own[done:], position + start + done)
+      self._write(self.handle, block[done:], position + start + done)
 
   @staticmethod
   def _write(handle: int, data: memoryview, position: int) -> None:

@@ -2,7 +2,7 @@
 
 A model's folder comes from somebody else. What is copied from it, or read as its text, must lie in
 it: a link `tokenizer.model -> ~/.ssh/id_rsa` would bring a secret into the result, which is then
-published. The hub's cache is made of links, to the blobs of its own; these are followed. Weights
+published. The hub's cache is made of links to its blobs; these are followed. Weights
 are numbers, checked as such, and may lie elsewhere.
 """
 
@@ -31,9 +31,10 @@ def check(path: pathlib.Path, folder: pathlib.Path) -> None:
 
 
 def _is_blob(target: pathlib.Path, home: pathlib.Path) -> bool:
-  """Tells whether a file is a blob of the hub's cache: of a snapshot's own repository, or by name.
+  """Tells whether a file is a blob of the hub's cache: of the snapshot's repository, or by name.
 
   Folders into which the hub's client has linked models (`local_dir`) lead to such names as well.
   """
-  own = home.parent.name == "snapshots" and target.parent == home.parent.parent / "blobs"
-  return own or _BLOB.fullmatch("/".join(target.parts[-3:])) is not None
+  blobs = home.parent.parent / "blobs"
+  is_of_repository = home.parent.name == "snapshots" and target.parent == blobs
+  return is_of_repository or _BLOB.fullmatch("/".join(target.parts[-3:])) is not None

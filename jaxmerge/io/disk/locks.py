@@ -1,4 +1,4 @@
-"""Locks of places on disk: one process writes to a place, and a second one is told that it does.
+"""Locks places on disk: one process writes to a place, and a second one fails with an error.
 
 The lock is a file beside the place, so that it can be taken before anything there is looked at; it
 says which process has it. It is the kernel's: whatever ends a process gives it free. Where a disk
@@ -54,11 +54,11 @@ def hold(place: pathlib.Path, busy: str, *, patience: float = _PATIENCE) -> Iter
     path.parent.mkdir(parents=True, exist_ok=True)
   with contextlib.ExitStack() as stack:
     try:
-      stack.enter_context(_locked(path, busy, patience))
+      stack.enter_context(_hold_lock(path, busy, patience))
     except OSError as error:
       if error.errno not in _UNKNOWN:
         raise
-      stack.enter_context(_marked(path, busy, patience))
+      stack.enter_context(_hold_mark(path, busy, patience))
     yield
 
 
@@ -80,7 +80,7 @@ def check(place: pathlib.Path, busy: str) -> None:
 
 
 @contextlib.contextmanager
-def _locked(path: pathlib.Path, busy: str, patience: float) -> Iterator[None]:
+def _hold_lock(path: pathlib.Path, busy: str, patience: float) -> Iterator[None]:
   """Holds the kernel's lock of a file, which is there no longer than the lock."""
   while True:
     handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
@@ -133,13 +133,13 @@ def _is_at(handle: int, path: pathlib.Path) -> bool:
 
 
 @contextlib.contextmanager
-def _marked(path: pathlib.Path, busy: str, patience: float) -> Iterator[None]:
-  """Marks a place as this machine's; among its own processes, a lock on its own disk decides."""
+def _hold_mark(path: pathlib.Path, busy: str, patience: float) -> Iterator[None]:
+  """Marks a place as this machine's; among its processes, a lock on its local disk decides."""
   path.unlink(missing_ok=True)  # It locks nothing here.
   digest = hashlib.blake2b(os.fsencode(path.absolute()), digest_size=16).hexdigest()
   local = pathlib.Path(tempfile.gettempdir()) / f".jaxmerge-{os.getuid()}-{digest}.lock"
   mark = _mark_of(path)
-  with _locked(local, busy, patience):
+  with _hold_lock(local, busy, patience):
     if not _check_mark(path, busy):  # One of this machine is that of a process that was killed.
       try:
         handle = os.open(mark, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)

@@ -1,4 +1,4 @@
-"""A folder that all processes of a run see: checked, lest each of them fills one of its own."""
+"""Checks that all processes of a run see one folder, lest each of them fills another."""
 
 from __future__ import annotations
 

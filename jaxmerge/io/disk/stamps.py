@@ -1,4 +1,4 @@
-"""Whether files are still what they were: by their identity, size and times on the disk."""
+"""Checks that files are unchanged: by their identity, size and times on the disk."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _COARSE = 2_000_000_000  # The same on disks that keep whole seconds.
 
 
 class Stamp(NamedTuple):
-  """What tells a file from what it is after any writing, and from one that takes its place.
+  """The state of a file on disk; it changes with any writing, and with another file in its place.
 
   Attributes:
     device: the disk.
@@ -53,17 +53,17 @@ def of(path: pathlib.Path) -> Stamp:
 
 
 def take(paths: Iterable[pathlib.Path]) -> dict[pathlib.Path, Stamp]:
-  """Returns the stamps of files that are read next.
+  """Takes the stamps of files that are read next.
 
   Where one has only just been written, it waits until another writing would have a later time.
   """
-  found = {path: of(path) for path in paths}
-  last = max((s.changed for s in found.values()), default=0)
-  coarse = any(s.changed % 1_000_000_000 == 0 for s in found.values())
+  stamps = {path: of(path) for path in paths}
+  last = max((s.changed for s in stamps.values()), default=0)
+  coarse = any(s.changed % 1_000_000_000 == 0 for s in stamps.values())
   wait = last + (_COARSE if coarse else _TICK) - time.time_ns()
   if 0 < wait <= (_COARSE if coarse else _TICK):  # More is another machine's clock.
     time.sleep(wait / 1e9)
-  return found
+  return stamps
 
 
 def check(before: Mapping[pathlib.Path, Stamp]) -> None:

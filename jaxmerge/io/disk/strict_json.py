@@ -1,4 +1,4 @@
-"""JSON of others, read strictly and within bounds: headers of weights, indexes, configs."""
+"""Reads JSON strictly and within bounds: headers of weights, indexes, configs."""
 
 from __future__ import annotations
 
@@ -32,32 +32,32 @@ def parse(where: str, content: bytes) -> dict[str, Any]:
   twice: list[str] = []
 
   def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) < len(pairs) and not twice:
+    fields = dict(pairs)
+    if len(fields) < len(pairs) and not twice:
       twice.append(collections.Counter(name for name, _ in pairs).most_common(1)[0][0])
-    return made
+    return fields
 
   try:
     decoded = content.decode()
-    made = json.loads(decoded, object_pairs_hook=unique)
-    half = _half(made) if _ESCAPED.search(content) else None
+    value = json.loads(decoded, object_pairs_hook=unique)
+    half = _half(value) if _ESCAPED.search(content) else None
   except RecursionError as error:
     raise ValueError(f"{where}: not JSON (nested too deep).") from error
   except ValueError as error:  # Too many digits are one as well, and no JSONDecodeError.
     raise ValueError(f"{where}: not JSON ({error}).") from error
-  if not isinstance(made, dict):
+  if not isinstance(value, dict):
     raise ValueError(f"{where}: must be a JSON object, got {decoded[:100]!r}.")
   if twice:
     raise ValueError(f"{where}: names {twice[0]!r:.200} twice.")
   if half is not None:
     raise ValueError(f"{where}: half of a surrogate pair is no text, in {half!r}.")
-  return made
+  return value
 
 
-def _half(made: Any) -> str | None:
+def _half(value: Any) -> str | None:
   """Returns what is around half of a surrogate pair, which JSON can write as an escape."""
   try:
-    json.dumps(made, ensure_ascii=False).encode()
+    json.dumps(value, ensure_ascii=False).encode()
   except UnicodeEncodeError as error:
     return error.object[max(0, error.start - 40) : error.end + 10]
   return None

@@ -1,4 +1,4 @@
-"""Folders as Hugging Face lays them out: read, written, and found on the hub."""
+"""Folders as Hugging Face lays them out, and models of the hub."""
 
 from jaxmerge import lazy
 

@@ -1,6 +1,6 @@
 """Hugging Face folders: weights in safetensors, config.json, and the tokenizer's files.
 
-Modules of sentence-transformers, such as 2_Dense, are folders with weights of their own: their
+Modules of sentence-transformers, such as 2_Dense, are folders with weights in them: their
 tensors are called 2_Dense/linear.weight here, and lie in 2_Dense/model.safetensors.
 """
 
@@ -50,7 +50,7 @@ TOKENIZER = (
   "entity_vocab.json",
 )
 # What a folder with new weights takes over from the base's folder, where it is there. Weights, code
-# and the base's own model card are not taken over.
+# and the base's model card are not taken over.
 COPIED = (
   CONFIG,
   "generation_config.json",
@@ -95,16 +95,18 @@ def entries(folder: Path) -> dict[str, tuple[pathlib.Path, safetensors.Entry]]:
   Raises as `load` does.
   """
   folder = pathlib.Path(folder)
-  found: dict[str, tuple[pathlib.Path, safetensors.Entry]] = {}
+  entries_by_name: dict[str, tuple[pathlib.Path, safetensors.Entry]] = {}
   for path in weights(folder):
-    room = "" if path.parent == folder else f"{path.parent.name}/"
-    for own, entry in safetensors.header(path).tensors.items():
-      name = room + own
-      if name in found:
-        raise ValueError(f"{path}: tensor {name!r} is in {found[name][0].name} as well.")
-      found[name] = (path, entry)
-  _check_index(folder, {n: path for n, (path, _) in found.items() if path.parent == folder})
-  return found
+    prefix = "" if path.parent == folder else f"{path.parent.name}/"
+    for inner_name, entry in safetensors.header(path).tensors.items():
+      name = prefix + inner_name
+      if name in entries_by_name:
+        other = entries_by_name[name][0].name
+        raise ValueError(f"{path}: tensor {name!r} is in {other} as well.")
+      entries_by_name[name] = (path, entry)
+  homes = {name: path for name, (path, _) in entries_by_name.items() if path.parent == folder}
+  _check_index(folder, homes)
+  return entries_by_name
 
 
 def modules(folder: Path) -> list[str]:
@@ -197,20 +199,20 @@ def save(
     surround(beside, source, readme)
     sizes = dict.fromkeys(tensors, 0)
     for file, names in shards(sizes, 0, modules(source)).items():
-      own = {inner(file, name): tensors[name] for name in names}
+      tensors_of_file = {inner(file, name): tensors[name] for name in names}
       (beside / file).parent.mkdir(exist_ok=True)
-      safetensors.save(beside / file, own, metadata or {"format": "pt"})
+      safetensors.save(beside / file, tensors_of_file, metadata or {"format": "pt"})
   return pathlib.Path(folder)
 
 
-def surround(made: pathlib.Path, source: Path, readme: str | None = None) -> None:
+def surround(folder: pathlib.Path, source: Path, readme: str | None = None) -> None:
   """Copies what a folder with new weights takes over from `source`, and writes a model card."""
   for path in files_to_copy(source):
-    target = made / path.relative_to(source)
+    target = folder / path.relative_to(source)
     target.parent.mkdir(exist_ok=True)
     shutil.copyfile(path, target)
   if readme is not None:
-    (made / README).write_text(readme, encoding="utf-8")
+    (folder / README).write_text(readme, encoding="utf-8")
 
 
 def config(folder: Path) -> dict[str, Any]:
@@ -263,10 +265,10 @@ def files_to_copy(folder: Path) -> list[pathlib.Path]:
     ValueError: where one of them is a link to a file elsewhere, see `links.check`.
   """
   folder = pathlib.Path(folder)
-  found = _files(folder, COPIED)
-  for path in found:
+  paths = _files(folder, COPIED)
+  for path in paths:
     links.check(path, folder)
-  return found
+  return paths
 
 
 def _files(folder: pathlib.Path, names: Iterable[str]) -> list[pathlib.Path]:
@@ -333,11 +335,11 @@ def _check_index(folder: pathlib.Path, homes: Mapping[str, pathlib.Path]) -> Non
     return
   index = _weight_map(folder)
   for name in sorted(index.keys() | homes.keys()):
-    said, found = index.get(name), homes[name].name if name in homes else None
-    if said != found:
+    by_index, on_disk = index.get(name), homes[name].name if name in homes else None
+    if by_index != on_disk:
       raise ValueError(
-        f"{folder / INDEX}: tensor {name!r} is in {said or 'no shard'} by the index, "
-        f"but in {found or 'no shard'} on disk."
+        f"{folder / INDEX}: tensor {name!r} is in {by_index or 'no shard'} by the index, "
+        f"but in {on_disk or 'no shard'} on disk."
       )
 
 

@@ -1,4 +1,4 @@
-"""Models of the hub: from an id to the folder in the local cache; the network only where asked."""
+"""Models of the hub: from an id to a folder in the local cache; no network without `download`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Location(NamedTuple):
   Attributes:
     folder: its folder.
     commit: of the hub's repository, whatever branch or tag was named; None: no model of the hub.
-    home: what the folder is called where its own path would tell of this machine: `id@commit`.
+    home: name of the folder in records, where its path is one of this machine: `id@commit`.
   """
 
   folder: pathlib.Path
@@ -96,10 +96,10 @@ def locate(
 
 
 class Finder:
-  """Finds models as `locate` does, and takes note of what came from the hub.
+  """Finds models as `locate` does, and collects the commits of those from the hub.
 
   Attributes:
-    commits: of the models of the hub that were found, by what they were called.
+    commits: of the models of the hub, by their references.
   """
 
   def __init__(self, *, download: bool = False):
@@ -108,10 +108,10 @@ class Finder:
 
   def __call__(self, path: str, revision: str | None = None, *, weights: bool = True) -> Location:
     """Returns where a model or an adapter lies, see `locate`."""
-    found = locate(path, revision, download=self._download, weights=weights)
-    if found.commit is not None:
-      self.commits[join(path, revision)] = found.commit
-    return found
+    location = locate(path, revision, download=self._download, weights=weights)
+    if location.commit is not None:
+      self.commits[join(path, revision)] = location.commit
+    return location
 
   @property
   def facts(self) -> dict[str, dict[str, str]]:
@@ -120,39 +120,39 @@ class Finder:
 
 
 def _snapshot(name: str, revision: str | None, download: bool, weights: bool) -> Location:
-  called = join(name, revision)
+  reference = join(name, revision)
   if revision is not None and (".." in revision or not _REVISION.fullmatch(revision)):
-    raise ValueError(f"{called}: the revision must be a branch, a tag or a commit.")
+    raise ValueError(f"{reference}: the revision must be a branch, a tag or a commit.")
   try:
     import huggingface_hub
     from huggingface_hub import errors
   except ModuleNotFoundError as error:
-    what = f"{called}: no such folder; models of the hub need an extra"
+    what = f"{reference}: no such folder; models of the hub need an extra"
     raise FileNotFoundError(f"{what}: pip install 'jaxmerge[hub]'.") from error
 
-  def fetched(commit: str | None, names: Sequence[str]) -> pathlib.Path:
-    own = huggingface_hub.snapshot_download(
+  def fetch(commit: str | None, names: Sequence[str]) -> pathlib.Path:
+    path = huggingface_hub.snapshot_download(
       name, revision=commit, allow_patterns=list(names), local_files_only=not download
     )
-    return pathlib.Path(own)
+    return pathlib.Path(path)
 
   missing = (
-    f"{called}: no such folder, and not, or not all of it, in the hub's cache; --download, or "
+    f"{reference}: no such folder, and not, or not all of it, in the hub's cache; --download, or "
     "download=True in Python, fetches it."
   )
   try:
-    home = fetched(revision, SMALL)
+    home = fetch(revision, SMALL)
     if weights:
-      fetched(home.name, _weights(home))
+      fetch(home.name, _weights(home))
   except (OSError, errors.HTTPError) as error:
-    said = " ".join(str(error).split())
-    why = f"{called}: no such folder, and not to be had from the hub: {said}"
+    reason = " ".join(str(error).split())
+    why = f"{reference}: no such folder, and not to be had from the hub: {reason}"
     raise FileNotFoundError(why if download else missing) from error
   try:
     if weights:
       adapter.paths(home) if adapter.is_adapter(home) else folder.weights(home)
   except FileNotFoundError as error:
-    why = f"{called}: the hub has no safetensors of it, and pickles are not read: {error}"
+    why = f"{reference}: the hub has no safetensors of it, and pickles are not read: {error}"
     raise FileNotFoundError(why if download else missing) from error
   return Location(home, home.name, f"{name}@{home.name}")
 

@@ -12,10 +12,10 @@ def split(reference: str, is_folder: Callable[[str], bool]) -> list[str]:
   ['base', 'runs/a+b', 'c']
   """
   words = reference.split("+")
-  found = []
+  parts = []
   while words:
     ends = (n for n in range(len(words), 1, -1) if is_folder("+".join(words[:n])))
     end = next(ends, 1)
-    found.append("+".join(words[:end]))
+    parts.append("+".join(words[:end]))
     words = words[end:]
-  return found
+  return parts

@@ -50,7 +50,7 @@ def intermediate_folder(out: pathlib.Path, name: str) -> pathlib.Path:
 
 
 def free(out: pathlib.Path) -> int | None:
-  """Returns how many bytes are free on the disk of a folder that is still to be made, if known."""
+  """Returns how many bytes are free on the disk of a folder that is to be made, if known."""
   there = next(p for p in out.absolute().parents if p.is_dir())
   usage = shutil.disk_usage(there)
   return usage.free if usage.total else None
@@ -60,8 +60,8 @@ def check_room(out: pathlib.Path, needed: int, *, begun: Iterable[pathlib.Path] 
   """Raises OSError where a disk has no room for the result at `out`.
 
   Args:
-    out: a folder that is still to be made.
-    needed: bytes that it takes while it is made.
+    out: a folder that is to be made.
+    needed: bytes that it takes while it is written.
     begun: folders in which a part of these is already.
   """
   files = [p for folder in begun for p in folder.rglob("*") if p.is_file()]

@@ -40,8 +40,8 @@ class Shards:
   def lay_out(self, kinds: Kinds, shards: Mapping[str, Sequence[str]]) -> None:
     """Makes the files, each with its header; what they hold already stays."""
     for file, names in shards.items():
-      own = {folder.inner(file, n): kinds[n] for n in names}
-      first, entries = safetensors.layout(own, {"format": "pt"}, align=direct.PAGE)
+      tensors = {folder.inner(file, n): kinds[n] for n in names}
+      first, entries = safetensors.layout(tensors, {"format": "pt"}, align=direct.PAGE)
       self._make(file, first, max((e.stop for e in entries.values()), default=len(first)))
       self.places.update({n: (file, entries[folder.inner(file, n)]) for n in names})
 
@@ -79,14 +79,14 @@ class Shards:
   def digest(self, name: str) -> str:
     """Reads a tensor back, and returns its checksum."""
     file, entry = self.places[name]
-    found, at = xxhash.xxh3_128(), entry.start
+    hasher, at = xxhash.xxh3_128(), entry.start
     while at < entry.stop:
       part = os.pread(self._file(file).handle, min(2**22, entry.stop - at), at)
       if not part:
         break
-      found.update(part)
+      hasher.update(part)
       at += len(part)
-    return found.hexdigest()
+    return hasher.hexdigest()
 
   def sync(self) -> None:
     """Brings what was written to the disk."""
@@ -116,7 +116,7 @@ class Shards:
 def open_shards(
   part: pathlib.Path, kinds: Kinds, shards: Mapping[str, Sequence[str]]
 ) -> Iterator[Shards]:
-  """Opens the files of weights of a folder, which are made where they are not there."""
+  """Opens the files of weights of a folder; missing ones are made."""
   with contextlib.closing(Shards(part)) as files:
     files.lay_out(kinds, shards)
     yield files

@@ -1,6 +1,6 @@
-"""Which tensors are the embedding once more: output heads, and what encoder and decoder share.
+"""Finds tensors that are the embedding once more: output heads, and what encoder and decoder share.
 
-A config says that they are one, the bytes decide: heads that differ from the embedding are kept.
+A config says that they are one, the bytes decide: heads that differ from the embedding stay.
 """
 
 from __future__ import annotations
@@ -78,8 +78,8 @@ def find(tensors: Mapping[str, Shaped], config: Mapping[str, Any]) -> Ties | Non
   them are none.
 
   >>> import numpy as np
-  >>> own = {n: np.zeros((9, 2)) for n in ("shared.weight", "lm_head.weight")}
-  >>> find(own, {"tie_word_embeddings": True})
+  >>> tensors = {n: np.zeros((9, 2)) for n in ("shared.weight", "lm_head.weight")}
+  >>> find(tensors, {"tie_word_embeddings": True})
   Ties(embedding='shared.weight', heads=('lm_head.weight',), stacks=(), flag=True)
   """
   embedding = next(
@@ -120,7 +120,7 @@ def _outside(name: str) -> bool:
 def _flag(config: Mapping[str, Any]) -> bool | None:
   if config.get("model_type") in _SCALED:
     return True
-  flags = [own.get(FLAG) for own in (config, *_parts(config).values())]
+  flags = [part.get(FLAG) for part in (config, *_parts(config).values())]
   return True if True in flags else False if False in flags else None
 
 
@@ -137,29 +137,29 @@ def untie(tensors: Mapping[str, Shaped], config: Mapping[str, Any]) -> dict[str,
   >>> untie({}, {"text_config": {"tie_word_embeddings": True}})
   {'text_config': {'tie_word_embeddings': False}, 'tie_word_embeddings': False}
   """
-  found = find(tensors, config)
-  heads = found.heads if found else ()
+  ties = find(tensors, config)
+  heads = ties.heads if ties else ()
   biases = [n.removesuffix("weight") + "bias" for n in heads if n.endswith("decoder.weight")]
-  shared = found is not None and f".{found.embedding}".endswith(_SHARED)
+  shared = ties is not None and f".{ties.embedding}".endswith(_SHARED)
   if shared or config.get("model_type") in _SCALED or any(n not in tensors for n in biases):
     return dict(config)
-  parts = {k: {**own, FLAG: False} for k, own in _parts(config).items() if own.get(FLAG)}
+  parts = {k: {**part, FLAG: False} for k, part in _parts(config).items() if part.get(FLAG)}
   return {**config, **parts, FLAG: False}
 
 
 def lacks_head(tensors: Mapping[str, Shaped], config: Mapping[str, Any]) -> bool:
   """Tells whether a language model has no output head though its config ties it to nothing."""
-  found = find(tensors, config)
-  if found is None or found.flag is not False or not _is_language_model(config):
+  ties = find(tensors, config)
+  if ties is None or ties.flag is not False or not _is_language_model(config):
     return False
-  shape = tensors[found.embedding].shape
-  return [n for n, t in tensors.items() if t.shape == shape and _outside(n)] == [found.embedding]
+  shape = tensors[ties.embedding].shape
+  return [n for n, t in tensors.items() if t.shape == shape and _outside(n)] == [ties.embedding]
 
 
 def equal(a: Tensor, b: Tensor) -> bool:
   """Tells whether two tensors are equal bit for bit; those of two dtypes, entry for entry.
 
-  One that is still to be made is equal to none.
+  One that does not exist yet is equal to none.
   """
   if a.shape != b.shape or safetensors.is_floating(a.dtype) != safetensors.is_floating(b.dtype):
     return False

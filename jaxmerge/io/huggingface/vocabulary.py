@@ -40,7 +40,7 @@ PLAIN: Flags = {
 
 
 class TokenizerFiles(NamedTuple):
-  """The small files of a model: as they lie in a folder, or will lie there once it is made.
+  """The small files of a model: those of its folder, or as a merge will write them.
 
   Attributes:
     folder: the folder.
@@ -52,14 +52,14 @@ class TokenizerFiles(NamedTuple):
 
   def has(self, name: str) -> bool:
     """Tells whether a file is there."""
-    own = name in self.texts
-    return self.texts[name] is not None if own else (self.folder / name).is_file()
+    is_text = name in self.texts
+    return self.texts[name] is not None if is_text else (self.folder / name).is_file()
 
   def text(self, name: str) -> str | None:
     """Returns the text of a file; None where there is none."""
     if name in self.texts or not self.has(name):
-      own = self.texts.get(name)
-      return own.decode() if isinstance(own, bytes) else own
+      content = self.texts.get(name)
+      return content.decode() if isinstance(content, bytes) else content
     return folders.text(self.folder, name)
 
   def json(self, name: str) -> dict[str, Any]:
@@ -71,9 +71,9 @@ class TokenizerFiles(NamedTuple):
 
   def names(self, *patterns: str) -> list[str]:
     """Returns the names of the files that are there, and fit a pattern."""
-    found = {path.name for pattern in patterns for path in self.folder.glob(pattern)}
-    found |= {name for pattern in patterns for name in fnmatch.filter(self.texts, pattern)}
-    return sorted(filter(self.has, found))
+    matches = {path.name for pattern in patterns for path in self.folder.glob(pattern)}
+    matches |= {name for pattern in patterns for name in fnmatch.filter(self.texts, pattern)}
+    return sorted(filter(self.has, matches))
 
 
 class Vocabulary(NamedTuple):
@@ -116,10 +116,10 @@ def _ordinary(files: TokenizerFiles) -> dict[str, int]:
   folder = files.folder
   if files.has(TOKENIZER):
     model = files.json(TOKENIZER).get("model")
-    found = model.get("vocab") if isinstance(model, dict) else None
-    if isinstance(found, list) and all(isinstance(v, list) and len(v) == 2 for v in found):
-      return {str(token): i for i, (token, _score) in enumerate(found)}  # Unigram.
-    return _numbers(found, f"{folder / TOKENIZER}: vocab of model")
+    vocab = model.get("vocab") if isinstance(model, dict) else None
+    if isinstance(vocab, list) and all(isinstance(v, list) and len(v) == 2 for v in vocab):
+      return {str(token): i for i, (token, _score) in enumerate(vocab)}  # Unigram.
+    return _numbers(vocab, f"{folder / TOKENIZER}: vocab of model")
   if files.has(WORDS):
     return _numbers(files.json(WORDS), str(folder / WORDS))
   if (lines := files.text(LINES)) is not None:
@@ -134,10 +134,10 @@ def _ordinary(files: TokenizerFiles) -> dict[str, int]:
   )
 
 
-def _numbers(found: Any, where: str) -> dict[str, int]:
-  if not isinstance(found, dict) or not all(type(v) is int and v >= 0 for v in found.values()):
-    raise ValueError(f"{where} must map tokens to whole numbers, got {found!r:.100}.")
-  return dict(found)
+def _numbers(numbers: Any, where: str) -> dict[str, int]:
+  if not isinstance(numbers, dict) or not all(type(v) is int and v >= 0 for v in numbers.values()):
+    raise ValueError(f"{where} must map tokens to whole numbers, got {numbers!r:.100}.")
+  return dict(numbers)
 
 
 def _added(files: TokenizerFiles) -> Iterator[tuple[str, int, Flags]]:
@@ -147,69 +147,70 @@ def _added(files: TokenizerFiles) -> Iterator[tuple[str, int, Flags]]:
     yield _entry(entry, where)
   where = files.folder / SETTINGS
   for number, entry in _part(files, SETTINGS, "added_tokens_decoder", dict).items():
-    own = entry if isinstance(entry, dict) else {}
-    yield _entry(own | {"id": int(number) if number.isdecimal() else number}, where)
+    fields = entry if isinstance(entry, dict) else {}
+    yield _entry(fields | {"id": int(number) if number.isdecimal() else number}, where)
   for token, number in _numbers(files.json(ADDED), str(files.folder / ADDED)).items():
     yield token, number, PLAIN
 
 
 def _part(files: TokenizerFiles, name: str, key: str, kind: type) -> Any:
   """What a file says under a key; empty without the file or the key."""
-  found = files.json(name).get(key) or kind()
-  if not isinstance(found, kind):
+  value = files.json(name).get(key) or kind()
+  if not isinstance(value, kind):
     raise ValueError(
-      f"{files.folder / name}: {key} must be a JSON {kind.__name__}, got {found!r:.100}."
+      f"{files.folder / name}: {key} must be a JSON {kind.__name__}, got {value!r:.100}."
     )
-  return found
+  return value
 
 
 def _entry(entry: Any, where: pathlib.Path) -> tuple[str, int, Flags]:
-  own = entry if isinstance(entry, dict) else {}
-  token, number = own.get("content"), own.get("id")
+  fields = entry if isinstance(entry, dict) else {}
+  token, number = fields.get("content"), fields.get("id")
   if not isinstance(token, str) or type(number) is not int or number < 0:
     raise ValueError(f"{where}: an added token needs content and id, got {entry!r:.100}.")
-  return token, number, {key: own.get(key, value) for key, value in PLAIN.items()}
+  return token, number, {key: fields.get(key, value) for key, value in PLAIN.items()}
 
 
-def extend(own: Vocabulary, tokens: Mapping[str, Flags]) -> Vocabulary:
+def extend(vocabulary: Vocabulary, tokens: Mapping[str, Flags]) -> Vocabulary:
   """Returns a vocabulary with more added tokens; those that it lacks are numbered at its end.
 
-  >>> own = Vocabulary(TokenizerFiles(pathlib.Path()), {"a": 0, "b": 1}, {})
-  >>> extend(own, {"c": PLAIN, "a": PLAIN}).ids
+  >>> vocabulary = Vocabulary(TokenizerFiles(pathlib.Path()), {"a": 0, "b": 1}, {})
+  >>> extend(vocabulary, {"c": PLAIN, "a": PLAIN}).ids
   {'a': 0, 'b': 1, 'c': 2}
   """
-  ids = dict(own.ids)
-  size = own.size
+  ids = dict(vocabulary.ids)
+  size = vocabulary.size
   for token in tokens:
     if token not in ids:
       ids[token] = size
       size += 1
-  return own._replace(ids=ids, added={**tokens, **own.added})
+  return vocabulary._replace(ids=ids, added={**tokens, **vocabulary.added})
 
 
-def texts(own: Vocabulary) -> dict[str, str]:
+def texts(vocabulary: Vocabulary) -> dict[str, str]:
   """Returns the files of a vocabulary: as they were, with the tokens added since."""
-  before = read(own.files)
-  every = {name: own.files.text(name) for name in FILES}
-  found = {name: content for name, content in every.items() if content is not None}
-  more = {t: {"content": t, **f} for t, f in own.added.items() if t not in before.added}
+  before = read(vocabulary.files)
+  contents = {name: vocabulary.files.text(name) for name in FILES}
+  texts_by_name = {name: content for name, content in contents.items() if content is not None}
+  more = {t: {"content": t, **f} for t, f in vocabulary.added.items() if t not in before.added}
   if not more:
-    return found
-  numbers = sorted((own.ids[t], t) for t in more)
-  alone = TOKENIZER not in found
+    return texts_by_name
+  numbers = sorted((vocabulary.ids[t], t) for t in more)
+  alone = TOKENIZER not in texts_by_name
   if not alone:
-    content = json.loads(found[TOKENIZER])
+    content = json.loads(texts_by_name[TOKENIZER])
     listed = [*(content.get("added_tokens") or []), *({"id": i, **more[t]} for i, t in numbers)]
     content["added_tokens"] = sorted(listed, key=lambda entry: entry["id"])
-    found[TOKENIZER] = text(content)
-  settings = json.loads(found.get(SETTINGS, "{}"))
+    texts_by_name[TOKENIZER] = text(content)
+  settings = json.loads(texts_by_name.get(SETTINGS, "{}"))
   if alone or "added_tokens_decoder" in settings:
     decoder = settings.get("added_tokens_decoder") or {}
     settings["added_tokens_decoder"] = {**decoder, **{str(i): more[t] for i, t in numbers}}
-    found[SETTINGS] = text(settings)
-  if alone or ADDED in found:
-    found[ADDED] = text(json.loads(found.get(ADDED, "{}")) | {t: i for i, t in numbers})
-  return found
+    texts_by_name[SETTINGS] = text(settings)
+  if alone or ADDED in texts_by_name:
+    added = json.loads(texts_by_name.get(ADDED, "{}"))
+    texts_by_name[ADDED] = text(added | {t: i for i, t in numbers})
+  return texts_by_name
 
 
 def text(content: Any) -> str:

@@ -55,7 +55,7 @@ class Adapted(NamedTuple):
   Attributes:
     tensors: by name.
     tied: output heads that still are the embedding.
-    untied: output heads that are tensors of their own by the adapter, and were the embedding.
+    untied: output heads that the adapter makes separate tensors, and were the embedding.
     layers: where the adapter stacks them anew, which of the base's each layer is.
     rows: of the embedding, where the adapter has tokens more or fewer than the base.
     uses: what each tensor of the adapter is used for.
@@ -124,7 +124,7 @@ def apply(
   Matrices that are adapted are float32, computed when they are read; tensors that the adapter holds
   whole (modules_to_save) take the place of the base's; all others are passed through.
 
-  >>> own = apply(inputs.open_model("base", files).tensors, "adapter", files)  # doctest: +SKIP
+  >>> adapted = apply(inputs.open_model("base", files).tensors, "adapter", files)  # doctest: +SKIP
 
   Args:
     base: its tensors.
@@ -140,18 +140,18 @@ def apply(
     ValueError: naming the file, and the key or tensor, that is not understood or does not fit.
   """
   path, weights = paths(folder)
-  own, contents = settings.read(path), parts.read(weights, files, home)
-  order, tensors = replication.replicate(base, own)
-  every = Base({**(tied or {}), **tensors}, rename or {})
-  whole = _replace(every, contents, own)
-  names = layers.change(every, contents, own)
-  changed = every.stored()
+  config, contents = settings.read(path), parts.read(weights, files, home)
+  order, tensors = replication.replicate(base, config)
+  all_tensors = Base({**(tied or {}), **tensors}, rename or {})
+  whole = _replace(all_tensors, contents, config)
+  names = layers.change(all_tensors, contents, config)
+  changed = all_tensors.stored()
   tokens = {n for key, n in names.items() if parts.TOKENS in contents.modules[key]}
-  stored = {n for n in whole.values() if not own.saves(n)}
+  stored = {n for n in whole.values() if not config.saves(n)}
   _refuse_idle(tensors, changed, tied or {}, tokens | stored)
   out = {n: changed.get(n, t) for n, t in tensors.items()}
   still, untied = _ties(tensors, changed, tied or {}, heads, tokens)
-  rows = _rows(every, {**out, **untied})
+  rows = _rows(all_tensors, {**out, **untied})
   uses = _uses(weights, {**names, **{(n, -1): to for n, to in whole.items()}})
   return Adapted({**out, **untied}, still, tuple(untied), order, rows, uses)
 
@@ -165,15 +165,15 @@ def factors(folder: Path, files: Files) -> dict[str, Factors]:
       by which the adapter is more than its factors.
   """
   path, weights = paths(folder)
-  own, contents = settings.read(path), parts.read(weights, files)
+  config, contents = settings.read(path), parts.read(weights, files)
   use = "apply the adapter to its base, as model+adapter, and merge the models"
   for key in ("use_dora", "lora_bias", "layer_replication", "target_parameters"):
-    if own.values.get(key):
+    if config.values.get(key):
       raise ValueError(f"{path}: {key} makes it more than its factors; {use}.")
-  if own.kind != "LORA" or own.values.get("init_lora_weights") in ("pissa", "olora"):
-    said = own.values["init_lora_weights"] if own.kind == "LORA" else own.kind
-    raise ValueError(f"{path}: {said} makes it more than its factors; {use}.")
-  found = {}
+  if config.kind != "LORA" or config.values.get("init_lora_weights") in ("pissa", "olora"):
+    kind = config.values["init_lora_weights"] if config.kind == "LORA" else config.kind
+    raise ValueError(f"{path}: {kind} makes it more than its factors; {use}.")
+  factors_by_module: dict[str, Factors] = {}
   strange = [*contents.whole.values(), *contents.shared.values()]
   for (module, nested), each in contents.modules.items():
     strange += [t for part, t in each.items() if part not in _PAIR or len(t.shape) != 2 or nested]
@@ -182,41 +182,44 @@ def factors(folder: Path, files: Files) -> dict[str, Factors]:
     a, b = (each.get(part) for part in _PAIR)
     if a is None or b is None or a.shape[0] != b.shape[1]:
       raise ValueError(f"{weights}: {module!r} has no pair of factors, A [r, in] and B [out, r].")
-    if a.shape[0] != own.rank(module):
+    if a.shape[0] != config.rank(module):
       raise ValueError(
-        f"{a.where}: its rank is {a.shape[0]}, but {own.rank(module)} by r or rank_pattern."
+        f"{a.where}: its rank is {a.shape[0]}, but {config.rank(module)} by r or rank_pattern."
       )
     pair = pieces.load(a), pieces.load(b)
-    found[module] = Factors(*pair, own.scale(module), own.values["fan_in_fan_out"])
+    factors_by_module[module] = Factors(
+      *pair, config.scale(module), config.values["fan_in_fan_out"]
+    )
   if strange:
     raise ValueError(f"{strange[0].where}: is no factor of a plain LoRA layer; {use}.")
-  return found
+  return factors_by_module
 
 
-# --- Tensors that an adapter holds whole ---
+# --- Tensors that an adapter has whole ---
 
 
-def _replace(base: Base, contents: Contents, own: Settings) -> dict[str, str]:
+def _replace(base: Base, contents: Contents, config: Settings) -> dict[str, str]:
   """Puts tensors in the place of the base's; returns what each is called there."""
   names = {}
   for name, tensor in contents.whole.items():
-    found = base.name(name)
-    if found is None:
-      raise ValueError(f"{tensor.where}: {_unknown(name, tensor, base, own)}.")
-    old = base.tensor(found)
-    resized = tied_names.is_vocabulary(found) and tensor.shape[1:] == old.shape[1:] != ()
+    name_in_base = base.name(name)
+    if name_in_base is None:
+      raise ValueError(f"{tensor.where}: {_unknown(name, tensor, base, config)}.")
+    old = base.tensor(name_in_base)
+    is_vocabulary = tied_names.is_vocabulary(name_in_base)
+    resized = is_vocabulary and tensor.shape[1:] == old.shape[1:] != ()
     if tensor.shape != old.shape and not resized:
       raise ValueError(
         f"{tensor.where}: is {list(tensor.shape)}, but {list(old.shape)} in the base, whose "
         "tensor it replaces; give a base of that shape."
       )
-    base.changed[found], names[name] = _like(tensor, old), found
+    base.changed[name_in_base], names[name] = _like(tensor, old), name_in_base
   return names
 
 
-def _unknown(name: str, tensor: Tensor, base: Base, own: Settings) -> str:
-  """What is wrong with a tensor that is no part of an adapter's kind, nor in the base."""
-  task = own.values.get("task_type")
+def _unknown(name: str, tensor: Tensor, base: Base, config: Settings) -> str:
+  """Returns the error text for a tensor that is no part of an adapter's kind, nor in the base."""
+  task = config.values.get("task_type")
   if isinstance(task, str) and task in _CLASSES:
     labels = f", num_labels={tensor.shape[0]}" if task in ("SEQ_CLS", "TOKEN_CLS") else ""
     written = f"{_CLASSES[task]}.from_pretrained(BASE{labels}).save_pretrained(FOLDER)"
@@ -226,7 +229,7 @@ def _unknown(name: str, tensor: Tensor, base: Base, own: Settings) -> str:
     )
   untied = f"; give the base{UNTIED}" if name.endswith(tied_names.HEADS) else ""
   return (
-    f"is neither a part that {own.kind} has (lora_A.weight, lora_B.weight, lora_embedding_A, "
+    f"is neither a part that {config.kind} has (lora_A.weight, lora_B.weight, lora_embedding_A, "
     f"lora_embedding_B, {parts.MAGNITUDE}) nor in the base{base.near(name)}{untied}"
   )
 
@@ -248,7 +251,7 @@ def _ties(
   heads: Sequence[str],
   tokens: set[str],
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-  """The heads that still are the embedding, and those that no longer are.
+  """Returns the heads that still are the embedding, and those that no longer are.
 
   PEFT trains a head only where the adapter says so: else it stays as the embedding was. Rows of
   single tokens are those of both.
@@ -259,9 +262,9 @@ def _ties(
     embedding = names[id(tensor)]
     new = changed.get(embedding, tensor)
     apart = head in changed or (new is not tensor and embedding not in tokens)
-    own = changed.get(head, tensor)
-    if apart and (head in changed or head in heads) and not tied_names.equal(own, new):
-      untied[head] = own
+    new_head = changed.get(head, tensor)
+    if apart and (head in changed or head in heads) and not tied_names.equal(new_head, new):
+      untied[head] = new_head
     else:
       still[head] = new
   # The config of a decoder then ties none; that of models which share an embedding stays.
@@ -277,7 +280,7 @@ def _refuse_idle(
 ) -> None:
   """Raises ValueError where an adapter was trained of an embedding's module that never runs.
 
-  Encoder and decoder look tokens up in modules of their own, to whose weights that of the shared
+  Encoder and decoder look tokens up in separate modules, to whose weights that of the shared
   one is tied. PEFT wraps one module, and the others stay as they are.
 
   Args:
@@ -301,7 +304,7 @@ def _refuse_idle(
 
 
 def _rows(base: Base, out: Mapping[str, Tensor]) -> int | None:
-  """The rows of embedding and head, where the adapter has others than the base.
+  """Returns the rows of embedding and head, where the adapter has others than the base.
 
   Raises:
     ValueError: where not all of them have.

@@ -50,37 +50,36 @@ class Base:
 
   @functools.cached_property
   def forms(self) -> Mapping[str, experts.Form]:
-    """What is stored in another form than the adapter may name it."""
+    """Tensors in another form than the base stores them, as the adapter may name them."""
     return experts.forms(self.tensors)
 
   def name(self, name: str) -> str | None:
-    """Returns what a tensor of the adapter's names is called here; None where it is not."""
-    own = names.rename(name, self.rename)
-    found = names.find(own, self.tensors)
-    return found or names.find(own, self._every)
+    """Returns the base's name of a tensor that the adapter names; None where it has none."""
+    renamed = names.rename(name, self.rename)
+    return names.find(renamed, self.tensors) or names.find(renamed, self._all_names)
 
   @functools.cached_property
-  def _every(self) -> Collection[str]:
+  def _all_names(self) -> Collection[str]:
     return self.tensors.keys() | self.forms.keys()
 
   def tensor(self, name: str) -> Tensor:
-    """Returns a tensor as it is by now."""
+    """Returns a tensor with its changes so far."""
     if name in self.changed:
       return self.changed[name]
     return self.tensors[name] if name in self.tensors else self.forms[name].tensor
 
   def near(self, name: str) -> str:
     """Names the tensor whose name is most like one that is not there."""
-    found = difflib.get_close_matches(names.rename(name, self.rename), self.tensors, n=1)
-    return f", whose nearest is {found[0]!r}" if found else ""
+    matches = difflib.get_close_matches(names.rename(name, self.rename), self.tensors, n=1)
+    return f", whose nearest is {matches[0]!r}" if matches else ""
 
   def lacking(self, where: str, name: str) -> ValueError:
     """Returns the error for a tensor that is adapted, and is not here."""
-    own = names.rename(name, self.rename)
+    renamed = names.rename(name, self.rename)
     hint = "; give the base that the adapter was trained on"
-    hint += UNTIED if own.endswith(tied.HEADS) or self.near(name) == "" else ""
+    hint += UNTIED if renamed.endswith(tied.HEADS) or self.near(name) == "" else ""
     more = ", or say with `rename` how its names begin in the base"
-    return ValueError(f"{where}: the base has no tensor {own!r}{self.near(name)}{hint}{more}.")
+    return ValueError(f"{where}: the base has no tensor {renamed!r}{self.near(name)}{hint}{more}.")
 
   def stored(self) -> dict[str, Tensor]:
     """Returns the changed tensors in the form in which the base stores them."""

@@ -31,23 +31,23 @@ _NEEDED["LOHA"].append(_NEEDED["LOHA"][0] | {"hada_t1", "hada_t2"})
 
 
 def change(
-  base: Base, target: Target, shared: Mapping[str, Tensor], own: Settings, wholes: pieces.Wholes
+  base: Base, target: Target, shared: Mapping[str, Tensor], config: Settings, wholes: pieces.Wholes
 ) -> None:
   """Changes a tensor of a base, and with IA3 its bias.
 
   Raises:
     ValueError: naming the part that is missing, or does not fit.
   """
-  if target.parts.keys() not in _NEEDED.get(own.kind, []):
+  if target.parts.keys() not in _NEEDED.get(config.kind, []):
     raise ValueError(
       f"{target.where}: module {target.module!r} has {', '.join(target.parts)}, which are not the "
-      f"parts of {own.kind}."
+      f"parts of {config.kind}."
     )
   for tensor in (target.tensor, *target.parts.values()):
     if not safetensors.is_floating(tensor.dtype) or 0 in tensor.shape:
       raise ValueError(f"{tensor.where}: is {tensor.dtype}{list(tensor.shape)}, no weights.")
   added = target.where.partition(": tensor")[0]
-  compute = _KINDS[own.kind](base, target, shared, own, wholes)
+  compute = _KINDS[config.kind](base, target, shared, config, wholes)
   base.changed[target.name] = wholes.tensor(target.tensor, compute, added)
 
 
@@ -62,10 +62,10 @@ def _loaded(target: Target) -> dict[str, np.ndarray]:
   return {name: pieces.load(x, _FLOAT) for name, x in target.parts.items()}
 
 
-def _transposed(target: Target, own: Settings, out: int, inner: int) -> bool:
+def _transposed(target: Target, config: Settings, out: int, inner: int) -> bool:
   """Whether a matrix lies [in, out]; raises ValueError where it has other sizes."""
   shape = target.tensor.shape
-  swapped = bool(own.values["fan_in_fan_out"])
+  swapped = bool(config.values["fan_in_fan_out"])
   if shape == (out, inner) == (inner, out):
     return swapped
   if shape not in ((out, inner), (inner, out)):
@@ -77,14 +77,14 @@ def _transposed(target: Target, own: Settings, out: int, inner: int) -> bool:
 
 
 def _lycoris(
-  base: Base, target: Target, shared: object, own: Settings, wholes: pieces.Wholes
+  base: Base, target: Target, shared: object, config: Settings, wholes: pieces.Wholes
 ) -> Compute:
   shapes = {name: x.shape for name, x in target.parts.items()}
-  sizes = _loha_sizes(shapes) if own.kind == "LOHA" else _lokr_sizes(shapes)
+  sizes = _loha_sizes(shapes) if config.kind == "LOHA" else _lokr_sizes(shapes)
   shape = target.tensor.shape
   if len(shape) < 2 or sizes != (shape[0], math.prod(shape[1:])):
     raise _misfit(target, list(sizes))
-  scale, formula = np.float32(own.scale(target.module)), getattr(formulas, own.kind.lower())
+  scale, formula = np.float32(config.scale(target.module)), getattr(formulas, config.kind.lower())
   return lambda x: x + scale * formula(_loaded(target)).reshape(x.shape)
 
 
@@ -108,18 +108,18 @@ def _lokr_sizes(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:
 
 
 def _ia3(
-  base: Base, target: Target, shared: object, own: Settings, wholes: pieces.Wholes
+  base: Base, target: Target, shared: object, config: Settings, wholes: pieces.Wholes
 ) -> Compute:
   """Vectors that outputs, or the inputs of feed-forward layers, are multiplied by.
 
   Liu et al. 2022, (IA)^3 (arXiv:2205.05638).
   """
   vector, shape = target.parts["ia3_l"], target.tensor.shape
-  inputs = _is_feedforward(target, own)
+  inputs = _is_feedforward(target, config)
   count = math.prod(vector.shape)
   axis = 1 if inputs else 0
-  if len(shape) == 2 and (shape[0] != shape[1] or own.values["fan_in_fan_out"]):
-    swapped = own.values["fan_in_fan_out"] if count == shape[1 - axis] else shape[axis] != count
+  if len(shape) == 2 and (shape[0] != shape[1] or config.values["fan_in_fan_out"]):
+    swapped = config.values["fan_in_fan_out"] if count == shape[1 - axis] else shape[axis] != count
     axis = 1 - axis if swapped else axis
   if len(shape) < 2 or shape[axis] != count:
     raise _misfit(target, f"of {count} {'inputs' if inputs else 'outputs'}")
@@ -131,29 +131,29 @@ def _ia3(
   return lambda x: x * pieces.load(vector, _FLOAT).reshape(places)
 
 
-def _is_feedforward(target: Target, own: Settings) -> bool:
+def _is_feedforward(target: Target, config: Settings) -> bool:
   """Whether a vector is of inputs: of a matrix its shape says so, of a kernel the config."""
   shape = target.parts["ia3_l"].shape
   if len(shape) == 2 and 1 in shape and shape != (1, 1):
     return shape[0] == 1
-  said = own.values.get("feedforward_modules") or []
-  if not isinstance(said, list):
-    raise own.refused("feedforward_modules", "must list modules where kernels are adapted")
-  return any(target.module == end or target.module.endswith(f".{end}") for end in said)
+  modules = config.values.get("feedforward_modules") or []
+  if not isinstance(modules, list):
+    raise config.refusal("feedforward_modules", "must list modules where kernels are adapted")
+  return any(target.module == end or target.module.endswith(f".{end}") for end in modules)
 
 
 def _vera(
-  base: Base, target: Target, shared: Mapping[str, Tensor], own: Settings, wholes: pieces.Wholes
+  base: Base, target: Target, shared: Mapping[str, Tensor], config: Settings, wholes: pieces.Wholes
 ) -> Compute:
   if shared.keys() != {"vera_A", "vera_B"}:
-    raise own.refused("save_projection", "left out vera_A and vera_B, which PEFT draws again")
+    raise config.refusal("save_projection", "left out vera_A and vera_B, which PEFT draws again")
   a, b = shared["vera_A"], shared["vera_B"]
   outer, inner = (target.parts[f"vera_lambda_{x}"].shape for x in "bd")
   shape = target.tensor.shape
   if len(shape) != 2 or outer[0] not in shape:
     raise _misfit(target, f"of {outer[0]} outputs")
   other = shape[1] if shape[0] == outer[0] else shape[0]
-  swapped = _transposed(target, own, outer[0], other)
+  swapped = _transposed(target, config, outer[0], other)
   if (
     a.shape[0] != inner[0] or b.shape[1] != inner[0] or a.shape[1] < other or b.shape[0] < outer[0]
   ):
@@ -168,17 +168,17 @@ def _vera(
 
 
 def _oft(
-  base: Base, target: Target, shared: object, own: Settings, wholes: pieces.Wholes
+  base: Base, target: Target, shared: object, config: Settings, wholes: pieces.Wholes
 ) -> Compute:
-  if own.values["fan_in_fan_out"]:
-    raise own.refused("fan_in_fan_out", f"is not supported for {own.kind}")
+  if config.values["fan_in_fan_out"]:
+    raise config.refusal("fan_in_fan_out", f"is not supported for {config.kind}")
   blocks, upper = target.parts["oft_R.weight"].shape
   size, shape = (1 + math.isqrt(1 + 8 * upper)) // 2, target.tensor.shape
   columns = math.prod(shape[1:])
-  shared = own.values["block_share"] and blocks == 1 and columns % size == 0
+  shared = config.values["block_share"] and blocks == 1 and columns % size == 0
   if size * (size - 1) // 2 != upper or not (shared or blocks * size == columns):
     raise _misfit(target, f"of {blocks * size} inputs")
-  terms, eps = _series_terms(own), _limit(own)
+  terms, eps = _series_terms(config), _limit(config)
 
   def compute(x: np.ndarray) -> np.ndarray:
     flat = x.reshape(len(x), -1)
@@ -187,33 +187,33 @@ def _oft(
   return compute
 
 
-def _series_terms(own: Settings) -> int | None:
-  said = own.values.get("use_cayley_neumann")
-  if not isinstance(said, bool):  # Its default has changed.
-    raise own.refused("use_cayley_neumann", "must be true or false")
-  terms = own.values.get("num_cayley_neumann_terms", 5)
+def _series_terms(config: Settings) -> int | None:
+  series = config.values.get("use_cayley_neumann")
+  if not isinstance(series, bool):  # Its default has changed.
+    raise config.refusal("use_cayley_neumann", "must be true or false")
+  terms = config.values.get("num_cayley_neumann_terms", 5)
   if type(terms) is not int or not 1 <= terms <= 100:
-    raise own.refused("num_cayley_neumann_terms", "must be from 1 to 100")
-  return terms if said else None
+    raise config.refusal("num_cayley_neumann_terms", "must be from 1 to 100")
+  return terms if series else None
 
 
-def _limit(own: Settings) -> float | None:
-  eps = own.values.get("eps", 6e-5)
-  if not own.values["coft"]:
+def _limit(config: Settings) -> float | None:
+  eps = config.values.get("eps", 6e-5)
+  if not config.values["coft"]:
     return None
   if type(eps) not in (int, float) or not 0 <= eps < 1e9:
-    raise ValueError(f"{own.path}: eps must be a number, 0 or more, got {shown(eps)}.")
+    raise ValueError(f"{config.path}: eps must be a number, 0 or more, got {shown(eps)}.")
   return float(eps)
 
 
 def _boft(
-  base: Base, target: Target, shared: object, own: Settings, wholes: pieces.Wholes
+  base: Base, target: Target, shared: object, config: Settings, wholes: pieces.Wholes
 ) -> Compute:
   factors, *blocks = target.parts["boft_R"].shape
   shape = target.tensor.shape
   if factors != 1:
-    raise own.refused("boft_n_butterfly_factor", "is not supported, only 1")
-  if own.values["fan_in_fan_out"] or len(shape) != 2:
+    raise config.refusal("boft_n_butterfly_factor", "is not supported, only 1")
+  if config.values["fan_in_fan_out"] or len(shape) != 2:
     raise ValueError(f"{target.where}: BOFT of this layer is not supported; {MERGE}.")
   scales = math.prod(target.parts["boft_s"].shape)
   if len(blocks) != 3 or blocks[1] != blocks[2] or (scales, blocks[0] * blocks[1]) != shape:

@@ -1,4 +1,4 @@
-"""The tensors of a base that an adapter changes: its parts are checked, and brought together.
+"""Changes the tensors of a base by the modules of an adapter, whose parts are checked.
 
 Only headers are read; matrices are computed when they are read, those of LoRA in rows.
 """
@@ -17,7 +17,7 @@ from jaxmerge.io.tensors.tensor import Tensor
 Key = tuple[str, int]  # A module, and how it is nested.
 
 
-def change(base: Base, contents: Contents, own: Settings) -> dict[Key, str]:
+def change(base: Base, contents: Contents, config: Settings) -> dict[Key, str]:
   """Changes the tensors of a base as the modules of an adapter say.
 
   Returns:
@@ -27,61 +27,62 @@ def change(base: Base, contents: Contents, own: Settings) -> dict[Key, str]:
     ValueError: naming the tensor that does not fit.
   """
   names: dict[Key, str] = {}
-  rows, wholes = lora.Rows(own), pieces.Wholes()
-  for key, target in _targets(base, contents, own):
+  rows, wholes = lora.Rows(config), pieces.Wholes()
+  for key, target in _targets(base, contents, config):
     if target.name in names.values():
       raise ValueError(f"{target.where}: {target.name!r} is adapted by another module as well.")
     names[key] = target.name
     if TOKENS in target.parts:
-      base.changed[target.name] = _with_tokens(target, own)
-    elif own.kind in ("LORA", "ADALORA"):
+      base.changed[target.name] = _with_tokens(target, config)
+    elif config.kind in ("LORA", "ADALORA"):
       rows.add(base, target, wholes)
     else:
-      dense.change(base, target, contents.shared, own, wholes)
-  if own.values.get("trainable_token_indices") and not any(
+      dense.change(base, target, contents.shared, config, wholes)
+  if config.values.get("trainable_token_indices") and not any(
     TOKENS in parts for parts in contents.modules.values()
   ):
-    raise own.refused("trainable_token_indices", f"is given, but no tensor is {TOKENS}")
-  base.changed |= rows.computed()
+    raise config.refusal("trainable_token_indices", f"is given, but no tensor is {TOKENS}")
+  base.changed |= rows.changed()
   return names
 
 
-def _targets(base: Base, contents: Contents, own: Settings) -> Iterator[tuple[Key, Target]]:
+def _targets(base: Base, contents: Contents, config: Settings) -> Iterator[tuple[Key, Target]]:
   grouped: dict[str, dict[int, Mapping[str, Tensor]]] = {}
-  for (module, depth), parts in contents.modules.items():
-    grouped.setdefault(module, {})[depth] = parts
+  for (module, depth), tensors in contents.modules.items():
+    grouped.setdefault(module, {})[depth] = tensors
   for module, nested in grouped.items():
     name = base.name(f"{module}.weight")
     if name is not None and len(nested) == 1:
-      ((depth, own_parts),) = nested.items()
-      yield (module, depth), Target(module, name, base.tensor(name), own_parts)
-    elif own.values.get("target_parameters"):
-      for depth, target in parameters.targets(base, module, nested, own):
+      ((depth, parts),) = nested.items()
+      yield (module, depth), Target(module, name, base.tensor(name), parts)
+    elif config.values.get("target_parameters"):
+      for depth, target in parameters.targets(base, module, nested, config):
         yield (module, depth), target
     else:
       where = next(iter(nested[min(nested)].values())).where
       raise base.lacking(where, f"{module}.weight")
 
 
-def tokens(own: Settings, module: str) -> list[int]:
+def tokens(config: Settings, module: str) -> list[int]:
   """Returns the numbers of the tokens whose rows an adapter holds, of an embedding.
 
   Raises:
     ValueError: where the config does not say.
   """
-  key = "token_indices" if own.kind == "TRAINABLE_TOKENS" else "trainable_token_indices"
-  said = own.values.get(key)
-  if isinstance(said, dict):
-    ends = [k for k in said if module == k or module.endswith(f".{k}")]
-    said = said[max(ends, key=len)] if ends else None
-  if not isinstance(said, list) or not all(type(i) is int and i >= 0 for i in said):
-    raise ValueError(f"{own.path}: {key} must list the tokens of {module!r}, got {shown(said)}.")
-  return said
+  key = "token_indices" if config.kind == "TRAINABLE_TOKENS" else "trainable_token_indices"
+  value = config.values.get(key)
+  if isinstance(value, dict):
+    ends = [k for k in value if module == k or module.endswith(f".{k}")]
+    value = value[max(ends, key=len)] if ends else None
+  if not isinstance(value, list) or not all(type(i) is int and i >= 0 for i in value):
+    text = f"must list the tokens of {module!r}, got {shown(value)}"
+    raise ValueError(f"{config.path}: {key} {text}.")
+  return value
 
 
-def _with_tokens(target: Target, own: Settings) -> Tensor:
-  """An embedding with the rows that an adapter holds."""
-  rows, values = tokens(own, target.module), target.parts[TOKENS]
+def _with_tokens(target: Target, config: Settings) -> Tensor:
+  """Returns an embedding with the rows that an adapter has."""
+  rows, values = tokens(config, target.module), target.parts[TOKENS]
   if len(target.parts) > 1:
     raise ValueError(f"{values.where}: the other parts of {target.module!r} are not supported.")
   if len(target.tensor.shape) != 2 or values.shape != (len(rows), target.tensor.shape[1]):
@@ -91,7 +92,7 @@ def _with_tokens(target: Target, own: Settings) -> Tensor:
     )
   if len(set(rows)) < len(rows) or max(rows, default=0) >= target.tensor.shape[0]:
     raise ValueError(
-      f"{own.path}: tokens {shown(rows)} must be different rows of {target.tensor.where}, which "
+      f"{config.path}: tokens {shown(rows)} must be different rows of {target.tensor.where}, which "
       f"has {target.tensor.shape[0]}; where tokens were added, the adapter must hold the resized "
       "embedding: save it with save_embedding_layers=True."
     )

@@ -21,15 +21,15 @@ _FLOAT = np.dtype(np.float32)
 class Rows:
   """Layers of LoRA, whose matrices are computed in rows, one after the other."""
 
-  def __init__(self, own: Settings):
-    self.own = own
+  def __init__(self, config: Settings):
+    self.config = config
     self.layers: dict[str, low_rank.Layer] = {}
     self.shapes: dict[str, tuple[int, ...]] = {}
     self.experts: dict[str, list[str]] = {}
     self.plain: list[low_rank.Layer] = []
 
   def add(self, base: Base, target: Target, wholes: pieces.Wholes) -> None:
-    """Adds what is adapted; a bias is changed at once.
+    """Adds a module's matrix; a bias is changed at once.
 
     Raises:
       ValueError: naming the part that is missing, or does not fit.
@@ -37,12 +37,12 @@ class Rows:
     pair = self._pair(target)
     a, b = (target.parts[name] for name in pair)
     if "lora_E" in target.parts:
-      a = _scaled(a, target.parts["lora_E"])
+      a = _with_weights(a, target.parts["lora_E"])
     if len(target.tensor.shape) == 3 and len(a.shape) == 2:
       self._add_experts(target, a, b)
       return
     embedding = "embedding" in pair[0]
-    matrix, a, b = (_flat(t) for t in (target.tensor, a, b))
+    matrix, a, b = (_as_matrix(t) for t in (target.tensor, a, b))
     _check(target, matrix, a, b, embedding)
     transposed = embedding or self._transposed(matrix, a, b)
     magnitude = self._magnitude(target, b)
@@ -54,52 +54,56 @@ class Rows:
     if "lora_B.bias" in target.parts:
       self._add_bias(base, target, layer.scale, wholes)
 
-  def computed(self) -> dict[str, Tensor]:
+  def changed(self) -> dict[str, Tensor]:
     """Returns the changed tensors by name."""
-    _check_square(self.plain, self.own)
-    made = low_rank.computed(self.layers)
-    found = {n: made[n]._replace(shape=shape) for n, shape in self.shapes.items()}
+    _check_square(self.plain, self.config)
+    matrices = low_rank.add(self.layers)
+    tensors = {n: matrices[n]._replace(shape=shape) for n, shape in self.shapes.items()}
     for name, parts in self.experts.items():
-      each = [made[part] for part in parts]
-      found[name] = pieces.concatenate(each, (len(each), *each[0].shape))
-    return found
+      experts = [matrices[part] for part in parts]
+      tensors[name] = pieces.concatenate(experts, (len(experts), *experts[0].shape))
+    return tensors
 
   def _pair(self, target: Target) -> list[str]:
-    """What the factors are called; raises ValueError where parts are missing, or too many."""
-    parts, own = target.parts, self.own
+    """Returns the names of the factors; ValueError where parts are missing, or too many."""
+    parts, config = target.parts, self.config
     if any("embedding" in part for part in parts):
       pair = ["lora_embedding_A", "lora_embedding_B"]
     else:
-      pair = ["lora_A", "lora_B"] if own.kind == "ADALORA" else ["lora_A.weight", "lora_B.weight"]
-    wanted = pair + [MAGNITUDE] * own.values["use_dora"] + ["lora_E"] * (own.kind == "ADALORA")
-    wanted += ["lora_B.bias"] * (own.values["lora_bias"] and pair[0] == "lora_A.weight")
+      pair = (
+        ["lora_A", "lora_B"] if config.kind == "ADALORA" else ["lora_A.weight", "lora_B.weight"]
+      )
+    wanted = (
+      pair + [MAGNITUDE] * config.values["use_dora"] + ["lora_E"] * (config.kind == "ADALORA")
+    )
+    wanted += ["lora_B.bias"] * (config.values["lora_bias"] and pair[0] == "lora_A.weight")
     if parts.keys() != set(wanted):
       raise ValueError(
         f"{target.where}: module {target.module!r} has {', '.join(parts)}, but needs "
-        f"{', '.join(wanted)}, as use_dora is {own.values['use_dora']} and lora_bias "
-        f"{own.values['lora_bias']} in {own.path.name}."
+        f"{', '.join(wanted)}, as use_dora is {config.values['use_dora']} and lora_bias "
+        f"{config.values['lora_bias']} in {config.path.name}."
       )
     return pair
 
   def _scale(self, target: Target, a: Tensor) -> float:
-    """The factor on B @ A."""
-    own = self.own
-    if own.kind == "ADALORA":
-      numbers = [own.values.get("lora_alpha", 8), own.values.get("init_r", 12)]
+    """Returns the factor on B @ A."""
+    config = self.config
+    if config.kind == "ADALORA":
+      numbers = [config.values.get("lora_alpha", 8), config.values.get("init_r", 12)]
       if not all(type(x) in (int, float) and 0 < x < 1e9 for x in numbers):
         raise ValueError(
-          f"{own.path}: lora_alpha and init_r must be numbers above 0, got {shown(numbers)}."
+          f"{config.path}: lora_alpha and init_r must be numbers above 0, got {shown(numbers)}."
         )
       return numbers[0] / (numbers[1] + 1e-5)
-    rank = own.rank(target.module)
+    rank = config.rank(target.module)
     if a.shape[0] != rank:
       raise ValueError(f"{a.where}: its rank is {a.shape[0]}, but {rank} by r or rank_pattern.")
-    return own.scale(target.module)
+    return config.scale(target.module)
 
   def _transposed(self, matrix: Tensor, a: Tensor, b: Tensor) -> bool:
     swapped = (a.shape[1], b.shape[0])
     square = matrix.shape == swapped == swapped[::-1]
-    return bool(self.own.values["fan_in_fan_out"]) if square else matrix.shape == swapped
+    return bool(self.config.values["fan_in_fan_out"]) if square else matrix.shape == swapped
 
   def _magnitude(self, target: Target, b: Tensor) -> Tensor | None:
     magnitude = target.parts.get(MAGNITUDE)
@@ -114,22 +118,24 @@ class Rows:
   def _start(
     self, target: Target, matrix: Tensor, transposed: bool, wholes: pieces.Wholes
   ) -> Tensor:
-    """The matrix that the adapter is added to: less what it began with, if that was taken off."""
-    start = self.own.values.get("init_lora_weights")
+    """Returns the matrix that the adapter is added to, less what it began with for PiSSA, OLoRA."""
+    start = self.config.values.get("init_lora_weights")
     if start not in ("pissa", "olora"):
       return matrix
-    if len(target.tensor.shape) != 2 or self.own.values["use_dora"]:
-      raise self.own.refused("init_lora_weights", "is supported for plain LoRA of matrices")
+    if len(target.tensor.shape) != 2 or self.config.values["use_dora"]:
+      raise self.config.refusal("init_lora_weights", "is supported for plain LoRA of matrices")
     if start == "olora" and transposed:
-      raise self.own.refused("init_lora_weights", "is not supported where matrices lie [in, out]")
-    rank, scale = self.own.rank(target.module), self.own.scale(target.module)
-    kept = matrix.stored_dtype
+      raise self.config.refusal(
+        "init_lora_weights", "is not supported where matrices lie [in, out]"
+      )
+    rank, scale = self.config.rank(target.module), self.config.scale(target.module)
+    dtype = matrix.stored_dtype
 
-    def left(x: np.ndarray) -> np.ndarray:
+    def subtract_start(x: np.ndarray) -> np.ndarray:
       x = formulas.residual(x.T if transposed else x, rank, scale, start)
-      return (x.T if transposed else x).astype(kept).astype(x.dtype)  # It was trained on these.
+      return (x.T if transposed else x).astype(dtype).astype(x.dtype)  # It was trained on these.
 
-    return wholes.tensor(matrix, left, f"what {start} began with taken off")
+    return wholes.tensor(matrix, subtract_start, f"what {start} began with taken off")
 
   def _add_bias(self, base: Base, target: Target, scale: float, wholes: pieces.Wholes) -> None:
     added = target.parts["lora_B.bias"]
@@ -140,8 +146,8 @@ class Rows:
     base.changed[name] = wholes.tensor(base.tensor(name), add, added.where)
 
   def _add_experts(self, target: Target, a: Tensor, b: Tensor) -> None:
-    """Adds the experts of a fused tensor: each is a matrix with factors of its own."""
-    (count, *shape), rank = target.tensor.shape, self.own.rank(target.module)
+    """Adds the experts of a fused tensor: each is a matrix with separate factors."""
+    (count, *shape), rank = target.tensor.shape, self.config.rank(target.module)
     if a.shape[0] != rank * count or b.shape[1] != rank * count:
       raise ValueError(
         f"{a.where}: A is {list(a.shape)} and B {list(b.shape)}, but the rank is {rank} for each "
@@ -158,31 +164,31 @@ class Rows:
     whole = functools.lru_cache(1)(lambda: pieces.load(b, _FLOAT).reshape(-1, rank, count))
     size, names = math.prod(shape), []
     for e in range(count):
-      left = _computed(b, (b.shape[0], rank), lambda e=e: whole()[:, :, e])
+      left = _lazy(b, (b.shape[0], rank), lambda e=e: whole()[:, :, e])
       matrix = pieces.stretch(target.tensor, e * size, tuple(shape))
       right = pieces.stretch(a, e * rank * a.shape[1], (rank, a.shape[1]))
       names.append(f"{target.name}[{e}]")
-      scale = self.own.scale(target.module)
+      scale = self.config.scale(target.module)
       self.layers[names[-1]] = low_rank.Layer(matrix, right, left, None, scale, fits[0] != plain)
     self.experts[target.name] = names
 
 
-def _computed(like: Tensor, shape: tuple[int, ...], make) -> Tensor:
+def _lazy(like: Tensor, shape: tuple[int, ...], compute) -> Tensor:
   def read(start: int, out: np.ndarray) -> None:
-    out[...] = np.ascontiguousarray(make()).reshape(-1)[start : start + out.size]
+    out[...] = np.ascontiguousarray(compute()).reshape(-1)[start : start + out.size]
 
   return Tensor(like.where, _FLOAT, shape, read)
 
 
-def _scaled(a: Tensor, e: Tensor) -> Tensor:
-  """AdaLoRA's right factor, whose rows have weights (Zhang et al. 2023, arXiv:2303.10512)."""
+def _with_weights(a: Tensor, e: Tensor) -> Tensor:
+  """Returns AdaLoRA's right factor with its rows' weights (Zhang et al. 2023, arXiv:2303.10512)."""
   if e.shape != (a.shape[0], 1):
     raise ValueError(f"{e.where}: must be {[a.shape[0], 1]}, is {list(e.shape)}.")
-  return _computed(a, a.shape, lambda: pieces.load(a, _FLOAT) * pieces.load(e, _FLOAT))
+  return _lazy(a, a.shape, lambda: pieces.load(a, _FLOAT) * pieces.load(e, _FLOAT))
 
 
-def _flat(tensor: Tensor) -> Tensor:
-  """A kernel as a matrix: [out, in, ...] as [out, in * ...]; A and B of one likewise."""
+def _as_matrix(tensor: Tensor) -> Tensor:
+  """Returns a kernel as a matrix: [out, in, ...] as [out, in * ...]; A and B of one likewise."""
   if len(tensor.shape) <= 2:
     return tensor
   return tensor._replace(shape=(tensor.shape[0], math.prod(tensor.shape[1:])))
@@ -214,14 +220,14 @@ def _check(target: Target, matrix: Tensor, a: Tensor, b: Tensor, embedding: bool
   )
 
 
-def _check_square(layers: Sequence[low_rank.Layer], own: Settings) -> None:
-  """Raises ValueError where the layout of a square matrix cannot be told.
+def _check_square(layers: Sequence[low_rank.Layer], config: Settings) -> None:
+  """Raises ValueError where the layout of a square matrix is unknown.
 
   PEFT sets fan_in_fan_out right for one layer after the other and saves the last value: in a model
   of both kinds of layers it says nothing about the others.
   """
   square = [layer for layer in layers if layer.base.shape[0] == layer.base.shape[1]]
-  wrong = [layer for layer in layers if layer.transposed != own.values["fan_in_fan_out"]]
+  wrong = [layer for layer in layers if layer.transposed != config.values["fan_in_fan_out"]]
   if square and wrong:
     raise ValueError(
       f"{square[0].a.where}: the base's matrix is square, and fan_in_fan_out does not tell its "

@@ -26,7 +26,7 @@ class Layer(NamedTuple):
     b: [out, r].
     magnitude: DoRA's norm of each output, [out]; None for plain LoRA.
     scale: factor on B @ A.
-    transposed: whether the base holds [in, out], as embeddings and GPT-2's Conv1D do.
+    transposed: whether the base stores [in, out], as embeddings and GPT-2's Conv1D do.
   """
 
   base: Tensor
@@ -54,14 +54,14 @@ class Factors(NamedTuple):
   right: np.ndarray
 
 
-def computed(layers: Mapping[str, Layer]) -> dict[str, Tensor]:
+def add(layers: Mapping[str, Layer]) -> dict[str, Tensor]:
   """Returns the adapted matrices, by the names of their layers.
 
   Plain LoRA is base + scale * (B @ A). DoRA (Liu et al. 2024, arXiv:2402.09353) then gives each
   output the norm `magnitude`; for the norms the matrix is read once more, before its first block.
 
-  Matrices are read one after the other: no more is kept than the factors of the last one, its last
-  block, and one number for each output where DoRA is used.
+  Matrices are read one after the other: only the factors of the last one, its last block, and for
+  DoRA one number for each output stay in memory.
 
   Raises:
     ValueError: when read, for an output that is all zero where DoRA divides by its norm.
@@ -93,8 +93,7 @@ def _tensor(layer: Layer, block: Callable[[int], np.ndarray]) -> Tensor:
       done += part.size
 
   where = f"{layer.base.where} with {layer.a.where}"
-  kept = layer.base.stored_dtype
-  return Tensor(where, layer.dtype, layer.base.shape, read, kept)
+  return Tensor(where, layer.dtype, layer.base.shape, read, layer.base.stored_dtype)
 
 
 def _factors(layer: Layer) -> Factors:

@@ -1,4 +1,4 @@
-"""Parameters that are adapted without a module of their own (target_parameters): fused experts."""
+"""Parameters of a module that are adapted one by one (target_parameters): fused experts."""
 
 from __future__ import annotations
 
@@ -14,57 +14,59 @@ _ORDER = ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")
 
 
 def targets(
-  base: Base, module: str, nested: Mapping[int, Mapping[str, Tensor]], own: Settings
+  base: Base, module: str, nested: Mapping[int, Mapping[str, Tensor]], config: Settings
 ) -> Iterator[tuple[int, Target]]:
   """Yields the parameters of a module that are adapted, by how their parts are nested.
 
   Raises:
-    ValueError: where it cannot be told which parts are whose.
+    ValueError: where it is unknown which parts belong to which parameter.
   """
-  wanted = [str(p) for p in own.values["target_parameters"]]
-  found = {}
+  wanted = [str(p) for p in config.values["target_parameters"]]
+  names: dict[str, str] = {}
   for name in dict.fromkeys(p.rpartition(".")[2] for p in wanted):
     full = f"{module}.{name}"
-    here = base.name(full)
-    if here is not None and any(full == p or full.endswith(f".{p}") for p in wanted):
-      found[name] = here
+    name_in_base = base.name(full)
+    if name_in_base is not None and any(full == p or full.endswith(f".{p}") for p in wanted):
+      names[name] = name_in_base
   where = next(iter(nested[min(nested)].values())).where
-  if not found:
+  if not names:
     raise base.lacking(where, f"{module}.{wanted[0].rpartition('.')[2]}")
-  if len(found) != len(nested):
+  if len(names) != len(nested):
     raise ValueError(
       f"{where}: {len(nested)} parameters of {module!r} are adapted, but target_parameters names "
-      f"{', '.join(found)} of the base's."
+      f"{', '.join(names)} of the base's."
     )
-  for depth, name in _assigned(base, found, nested, own, where).items():
-    tensor = base.tensor(found[name])
-    yield depth, Target(f"{module}.{name}", found[name], tensor, nested[depth])
+  for depth, name in _assign(base, names, nested, config, where).items():
+    tensor = base.tensor(names[name])
+    yield depth, Target(f"{module}.{name}", names[name], tensor, nested[depth])
 
 
-def _assigned(
+def _assign(
   base: Base,
-  found: Mapping[str, str],
+  names: Mapping[str, str],
   nested: Mapping[int, Mapping[str, Tensor]],
-  own: Settings,
+  config: Settings,
   where: str,
 ) -> dict[int, str]:
-  """Which parameter the parts are of: by their shapes, or by the order of the parameters."""
+  """Returns which parameter the parts are of: by their shapes, or by the order of parameters."""
   depths = sorted(nested, reverse=True)  # The innermost first.
   fitting = [
     dict(zip(depths, order, strict=True))
-    for order in itertools.permutations(found)
+    for order in itertools.permutations(names)
     if all(
-      _fits(base.tensor(found[name]), nested[depth])
+      _fits(base.tensor(names[name]), nested[depth])
       for depth, name in zip(depths, order, strict=True)
     )
   ]
-  usual = [n for n in _ORDER if n in found]
-  if len(fitting) > 1 and len(usual) == len(found):
+  usual = [n for n in _ORDER if n in names]
+  if len(fitting) > 1 and len(usual) == len(names):
     fitting = [f for f in fitting if list(f.values()) == usual]
   if len(fitting) != 1:
     what = "cannot be told from the shapes" if fitting else "does not fit the shapes"
-    names = ", ".join(f"{n} {list(base.tensor(t).shape)}" for n, t in found.items())
-    raise ValueError(f"{where}: which of {names} it adapts {what}; {own.path.name} is not enough.")
+    shapes = ", ".join(f"{n} {list(base.tensor(t).shape)}" for n, t in names.items())
+    raise ValueError(
+      f"{where}: which of {shapes} it adapts {what}; {config.path.name} is not enough."
+    )
   return fitting[0]
 
 

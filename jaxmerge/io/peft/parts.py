@@ -1,4 +1,4 @@
-"""The tensors of an adapter's file: parts of adapted modules, and tensors that it holds whole."""
+"""The tensors of an adapter's file: parts of adapted modules, and whole tensors."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _PART = re.compile(rf"(?P<module>.+?)(?P<nested>(\.base_layer)*)\.(?P<part>{'|'.
 
 
 class Key(NamedTuple):
-  """What a name of the file says.
+  """A name of the file, parsed.
 
   Attributes:
     module: the module, as the model calls it; or the whole tensor that this is.
@@ -37,7 +37,7 @@ class Key(NamedTuple):
 
 
 class Contents(NamedTuple):
-  """What an adapter's file holds.
+  """The tensors of an adapter's file.
 
   Attributes:
     modules: by module and how it is nested, its parts by their names.
@@ -61,10 +61,10 @@ def key(name: str) -> Key | None:
   if not name.startswith(PREFIX):
     return None
   inside = name.removeprefix(PREFIX)
-  if found := _PART.fullmatch(inside):
-    part = found["part"].removeprefix("token_adapter.")
+  if match := _PART.fullmatch(inside):
+    part = match["part"].removeprefix("token_adapter.")
     part = MAGNITUDE if part.startswith(MAGNITUDE) else part
-    return Key(found["module"], part, found["nested"].count("."))
+    return Key(match["module"], part, match["nested"].count("."))
   # PEFT may save a tensor of a module beside what is added to it.
   for wrapper in (".token_adapter.", ".base_layer.", ".ln_tuning_layers.", f".{_WRAPPED[0]}."):
     inside = inside.replace(wrapper, ".")
@@ -93,21 +93,22 @@ def read(path: pathlib.Path, files: Files, home: str | None = None) -> Contents:
   Raises:
     ValueError: naming the tensor whose name does not begin as it must, or is there twice.
   """
-  found = Contents({}, {}, {})
+  contents = Contents({}, {}, {})
   header = safetensors.header(path).tensors
   for name, entry in header.items():
     if is_copy(name, header):
       continue
     tensor = stored_tensor(files, path, name, entry, home=home)
-    own = key(name)
-    if own is None:
+    parsed = key(name)
+    if parsed is None:
       raise ValueError(f"{tensor.where}: names of an adapter's tensors begin with {PREFIX!r}.")
-    room, place = found.whole, own.module
-    if not own.module:
-      room, place = found.shared, own.part
-    elif own.part:
-      room, place = found.modules.setdefault((own.module, own.nested), {}), own.part
-    if place in room:
-      raise ValueError(f"{tensor.where}: is the same as {room[place].where}.")
-    room[place] = tensor
-  return found
+    group, place = contents.whole, parsed.module
+    if not parsed.module:
+      group, place = contents.shared, parsed.part
+    elif parsed.part:
+      module = parsed.module, parsed.nested
+      group, place = contents.modules.setdefault(module, {}), parsed.part
+    if place in group:
+      raise ValueError(f"{tensor.where}: is the same as {group[place].where}.")
+    group[place] = tensor
+  return contents

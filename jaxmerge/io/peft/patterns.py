@@ -1,8 +1,8 @@
-"""Regular expressions of others, matched in time linear in the name: no expression can hang.
+"""Regular expressions from configs, matched in time linear in the name: no expression can hang.
 
 A pattern becomes an automaton, whose states are all followed at once. What such an automaton cannot
-know (groups that are referred to, looking ahead) is refused; PEFT's users write names of modules,
-alternatives, classes and repetitions.
+do (back references, looking ahead) is refused; PEFT's users write names of modules, alternatives,
+classes and repetitions.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def ends(pattern: str, name: str) -> bool:
 
 @functools.lru_cache(10_000)
 def _literal(pattern: str) -> str | None:
-  """The text that a pattern is, where it is one: its dots are escaped, or there are none."""
+  """Returns the text that a pattern is, if it is plain text: dots are escaped, or absent."""
   text = pattern.replace("\\.", "")
   return pattern.replace("\\.", ".") if text and _WORD | {"-"} >= set(text) else None
 
@@ -68,9 +68,9 @@ class _Automaton:
     before = ("repeat", ("join", [("repeat", _any(), 0, None), ("one", ".".__eq__)]), 0, 1)
     self.states: list[_State] = [_State(None, "", ())]
     self.parts = 0
-    self.start = self._added(("join", [before, _parsed(pattern)]), 0)
+    self.start = self._add(("join", [before, _parse(pattern)]), 0)
 
-  def _added(self, node: Any, after: int) -> int:
+  def _add(self, node: Any, after: int) -> int:
     """Adds the states of a part of the tree, which go on to `after`; returns the first of them."""
     kind = node[0]
     self.parts += 1  # Of parts without a state there can be many as well.
@@ -82,21 +82,21 @@ class _Automaton:
       return self._state(_State(None, node[1], (after,)))
     if kind == "join":
       for part in reversed(node[1]):
-        after = self._added(part, after)
+        after = self._add(part, after)
       return after
     if kind == "either":
-      return self._state(_State(None, "", tuple(self._added(part, after) for part in node[1])))
+      return self._state(_State(None, "", tuple(self._add(part, after) for part in node[1])))
     _, part, least, most = node
     if most is None:
       loop = self._state(_State(None, "", ()))
-      self.states[loop] = _State(None, "", (self._added(part, loop), after))
+      self.states[loop] = _State(None, "", (self._add(part, loop), after))
       after = loop
     else:
       end = after
       for _ in range(most - least):
-        after = self._state(_State(None, "", (self._added(part, after), end)))
+        after = self._state(_State(None, "", (self._add(part, after), end)))
     for _ in range(least):
-      after = self._added(part, after)
+      after = self._add(part, after)
     return after
 
   def _state(self, state: _State) -> int:
@@ -105,26 +105,26 @@ class _Automaton:
 
   def matches(self, text: str) -> bool:
     """Tells whether a whole text is one that the automaton takes."""
-    here = self._closed([self.start], 0, len(text))
+    here = self._closure([self.start], 0, len(text))
     for at, character in enumerate(text, 1):
       states = (self.states[i] for i in here)
       after = [s.after[0] for s in states if s.holds is not None and s.holds(character)]
-      here = self._closed(after, at, len(text))
+      here = self._closure(after, at, len(text))
       if not here:
         return False
     return 0 in here
 
-  def _closed(self, states: Sequence[int], at: int, length: int) -> set[int]:
-    """These states, and all that are reached from there without a character."""
-    found, waiting = set(states), list(states)
+  def _closure(self, states: Sequence[int], at: int, length: int) -> set[int]:
+    """Returns these states, and all that are reached from there without a character."""
+    reached, waiting = set(states), list(states)
     while waiting:
       state = self.states[waiting.pop()]
       stopped = (state.anchor == "^" and at > 0) or (state.anchor == "$" and at < length)
       if state.holds is None and not stopped:
-        more = set(state.after) - found
-        found |= more
+        more = set(state.after) - reached
+        reached |= more
         waiting += more
-    return found
+    return reached
 
 
 @functools.lru_cache(10_000)
@@ -144,7 +144,7 @@ def _any() -> Any:
   return ("one", "\n".__ne__)
 
 
-def _parsed(pattern: str) -> Any:
+def _parse(pattern: str) -> Any:
   node, at = _either(pattern, 0, 0)
   if at < len(pattern):
     raise ValueError(f"the parenthesis at {at + 1} closes none")
@@ -162,7 +162,7 @@ def _either(text: str, at: int, depth: int) -> tuple[Any, int]:
       at += 1
       continue
     begun, (node, at) = at, _atom(text, at, depth)
-    node, at = _repeated(node, text, at)
+    node, at = _repetition(node, text, at)
     if node[0] == "repeat" and node[1][0] == "anchor":
       raise ValueError(f"{text[begun]!r} at {begun + 1} cannot be repeated")
     parts[-1].append(node)
@@ -189,44 +189,44 @@ def _atom(text: str, at: int, depth: int) -> tuple[Any, int]:
   if character == ".":
     return _any(), at + 1
   if character == "\\":
-    held, at = _escaped(text, at)
-    return ("one", held.__contains__), at
+    characters, at = _escape(text, at)
+    return ("one", characters.__contains__), at
   return ("one", character.__eq__), at + 1
 
 
-def _escaped(text: str, at: int) -> tuple[frozenset[str], int]:
-  """The characters that an escape stands for."""
-  own = text[at + 1 : at + 2]
-  if own in _CLASSES:
-    return _CLASSES[own], at + 2
-  if not own or own in _WORD - _CONTROLS.keys():
+def _escape(text: str, at: int) -> tuple[frozenset[str], int]:
+  """Reads an escape: the characters that it stands for."""
+  letter = text[at + 1 : at + 2]
+  if letter in _CLASSES:
+    return _CLASSES[letter], at + 2
+  if not letter or letter in _WORD - _CONTROLS.keys():
     raise ValueError(f"the escape at {at + 1} is not known")
-  return frozenset(_CONTROLS.get(own, own)), at + 2
+  return frozenset(_CONTROLS.get(letter, letter)), at + 2
 
 
 def _class(text: str, at: int) -> tuple[Any, int]:
   """Reads what is in brackets."""
-  opened, held = at, set[str]()
+  opened, characters = at, set[str]()
   negated = text.startswith("^", at)
   at += negated
   begun = at
   while at < len(text) and (text[at] != "]" or at == begun):
     if text[at] == "\\":
-      own, at = _escaped(text, at)
-      held |= own
+      escaped, at = _escape(text, at)
+      characters |= escaped
     elif text[at + 1 : at + 2] == "-" and text[at + 2 : at + 3] not in ("]", "", "\\"):
-      held |= {chr(i) for i in range(ord(text[at]), min(ord(text[at + 2]), 0x2000) + 1)}
+      characters |= {chr(i) for i in range(ord(text[at]), min(ord(text[at + 2]), 0x2000) + 1)}
       at += 3
     else:
-      held.add(text[at])
+      characters.add(text[at])
       at += 1
   if at >= len(text):
     raise ValueError(f"the bracket at {opened} is not closed")
-  whole = frozenset(held)
+  whole = frozenset(characters)
   return ("one", (lambda c: c not in whole) if negated else whole.__contains__), at + 1
 
 
-def _repeated(node: Any, text: str, at: int) -> tuple[Any, int]:
+def _repetition(node: Any, text: str, at: int) -> tuple[Any, int]:
   """Reads how often what comes before is there."""
   counts = {"*": (0, None), "+": (1, None), "?": (0, 1)}
   if text[at : at + 1] in counts:

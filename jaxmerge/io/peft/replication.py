@@ -1,4 +1,4 @@
-"""Layers that an adapter stacks anew before it is trained (layer_replication)."""
+"""Layers that an adapter repeats or reorders before it is trained (layer_replication)."""
 
 from __future__ import annotations
 
@@ -14,44 +14,45 @@ _MOST = 10_000  # Layers of a result.
 
 
 def replicate(
-  base: Mapping[str, Tensor], own: Settings
+  base: Mapping[str, Tensor], config: Settings
 ) -> tuple[tuple[int, ...] | None, dict[str, Tensor]]:
   """Returns which of the base's layers each layer is, and the tensors; None where they stay.
 
   Raises:
     ValueError: for a map that is none, or a base with more than one stack of layers.
   """
-  said = own.values.get("layer_replication")
-  if not said:
+  ranges = config.values.get("layer_replication")
+  if not ranges:
     return None, dict(base)
   stacks: dict[str, int] = {}
   for name in base:
-    if found := _LAYER.fullmatch(name):
-      stacks[found["stack"]] = max(stacks.get(found["stack"], 0), int(found["number"]) + 1)
+    if match := _LAYER.fullmatch(name):
+      stacks[match["stack"]] = max(stacks.get(match["stack"], 0), int(match["number"]) + 1)
   if len(stacks) != 1:
-    raise own.refused("layer_replication", f"needs one stack of layers, not {list(stacks)}")
+    raise config.refusal("layer_replication", f"needs one stack of layers, not {list(stacks)}")
   ((stack, height),) = stacks.items()
-  order = _order(own, said, height)
-  made = {n: t for n, t in base.items() if not n.startswith(f"{stack}.")}
+  order = _order(config, ranges, height)
+  tensors = {n: t for n, t in base.items() if not n.startswith(f"{stack}.")}
   for new, old in enumerate(order):
     head = f"{stack}.{old}."
-    made |= {f"{stack}.{new}.{n.removeprefix(head)}": base[n] for n in base if n.startswith(head)}
-  return order, made
+    tensors |= {
+      f"{stack}.{new}.{n.removeprefix(head)}": base[n] for n in base if n.startswith(head)
+    }
+  return order, tensors
 
 
-def _order(own: Settings, said: Any, height: int) -> tuple[int, ...]:
-  """The base's layers in the order of the result: ranges [first, last)."""
-  if not isinstance(said, list) or not all(
-    isinstance(r, list) and len(r) == 2 and all(type(i) is int for i in r) for r in said
+def _order(config: Settings, ranges: Any, height: int) -> tuple[int, ...]:
+  """Returns the base's layers in the order of the result, from ranges [first, last)."""
+  if not isinstance(ranges, list) or not all(
+    isinstance(r, list) and len(r) == 2 and all(type(i) is int for i in r) for r in ranges
   ):
     raise ValueError(
-      f"{own.path}: layer_replication must list ranges of layers, got {shown(said)}."
+      f"{config.path}: layer_replication must list ranges of layers, got {shown(ranges)}."
     )
-  if not all(0 <= first < last <= height for first, last in said) or len(said) > _MOST:
-    raise ValueError(
-      f"{own.path}: layer_replication {shown(said)} must be ranges of the base's {height} layers."
-    )
-  order = tuple(i for first, last in said for i in range(first, last))
+  if not all(0 <= first < last <= height for first, last in ranges) or len(ranges) > _MOST:
+    text = f"must be ranges of the base's {height} layers"
+    raise ValueError(f"{config.path}: layer_replication {shown(ranges)} {text}.")
+  order = tuple(i for first, last in ranges for i in range(first, last))
   if len(order) > _MOST:
-    raise ValueError(f"{own.path}: layer_replication makes {len(order)} layers, over {_MOST}.")
+    raise ValueError(f"{config.path}: layer_replication makes {len(order)} layers, over {_MOST}.")
   return order

@@ -1,4 +1,4 @@
-"""What adapter_config.json says: read once, strictly, for adapters over files and in memory."""
+"""Settings of an adapter: adapter_config.json read strictly, for files and in memory."""
 
 from __future__ import annotations
 
@@ -90,19 +90,19 @@ class Settings(NamedTuple):
 
   def saves(self, name: str) -> bool:
     """Tells whether a tensor is of a module that was trained as a copy (modules_to_save)."""
-    said = self.values.get("modules_to_save")
-    modules = [m for m in said if isinstance(m, str)] if isinstance(said, list) else []
+    value = self.values.get("modules_to_save")
+    modules = [m for m in value if isinstance(m, str)] if isinstance(value, list) else []
     return any(f".{name.rpartition('.')[0]}".endswith(f".{m}") for m in modules)
 
   def _number(self, key: str, module: str, default: Any) -> Any:
     values = self.values[key]
     try:
-      found = patterns.first(tuple(values), module)
+      pattern = patterns.first(tuple(values), module)
     except ValueError as error:
       raise ValueError(f"{self.path}: {key}: {error}") from error
-    return default if found is None else values[found]
+    return default if pattern is None else values[pattern]
 
-  def refused(self, key: str, why: str = "is not supported") -> ValueError:
+  def refusal(self, key: str, why: str = "is not supported") -> ValueError:
     """Returns the error for a key of the config."""
     return ValueError(f"{self.path}: {key} = {shown(self.values.get(key))} {why}; {MERGE}.")
 
@@ -120,21 +120,21 @@ def read(path: pathlib.Path) -> Settings:
     raise ValueError(
       f"{path}: peft_type is {shown(kind)}, not one of {', '.join(_KNOWN)}; {MERGE}."
     )
-  own = Settings(path, kind, config)
+  settings = Settings(path, kind, config)
   for key, value in config.items():
     if key not in (*_TRAINING, *_KNOWN[kind]) and value not in (None, False, [], {}):
-      raise own.refused(key)
+      raise settings.refusal(key)
   for key in _FLAGS:
     if not isinstance(config.setdefault(key, False), bool):
       raise ValueError(f"{path}: {key} must be true or false, got {shown(config[key])}.")
-  _check_start(own)
+  _check_start(settings)
   bias = config.get("bias", "none")
   if bias not in _BIASES and not (isinstance(bias, str) and bias.endswith("_only")):
-    raise own.refused("bias", "is not known")
+    raise settings.refusal("bias", "is not known")
   if kind in ("LORA", "LOHA", "LOKR"):
     _check_numbers(path, config, "r", "rank_pattern")
     _check_numbers(path, config, "lora_alpha" if kind == "LORA" else "alpha", "alpha_pattern")
-  return own
+  return settings
 
 
 def shown(value: Any) -> str:
@@ -144,12 +144,12 @@ def shown(value: Any) -> str:
   return f"{value!r:.100}"
 
 
-def _check_start(own: Settings) -> None:
+def _check_start(settings: Settings) -> None:
   """Raises ValueError for an adapter whose training began from another base than that on disk."""
-  start = own.values.get("init_lora_weights")
+  start = settings.values.get("init_lora_weights")
   if isinstance(start, int) and not isinstance(start, bool):
-    raise own.refused("init_lora_weights", "is not known")
-  if start in _STARTS or own.kind not in ("LORA", "ADALORA"):
+    raise settings.refusal("init_lora_weights", "is not known")
+  if start in _STARTS or settings.kind not in ("LORA", "ADALORA"):
     return
   remedy = MERGE
   if str(start).startswith(("pissa", "corda", "lora_ga")):
@@ -159,7 +159,7 @@ def _check_start(own: Settings) -> None:
       "adapter as it was saved before the training"
     )
   raise ValueError(
-    f"{own.path}: init_lora_weights = {shown(start)} changed the base before the training; "
+    f"{settings.path}: init_lora_weights = {shown(start)} changed the base before the training; "
     f"{remedy}; or give the base as it was changed, and set init_lora_weights to true."
   )
 

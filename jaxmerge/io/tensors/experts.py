@@ -52,46 +52,47 @@ def forms(tensors: Mapping[str, Tensor]) -> dict[str, Form]:
 
 
 def _fused(tensors: Mapping[str, Tensor]) -> dict[str, Form]:
-  """Fused tensors, where all experts are there and alike."""
+  """Returns fused tensors of single experts, where all are there and alike."""
   counts: dict[str, int] = {}
   for name in tensors:
-    if found := _SINGLE.fullmatch(name):
-      counts[found["experts"]] = max(counts.get(found["experts"], 0), int(found["number"]) + 1)
-  made = {}
+    if match := _SINGLE.fullmatch(name):
+      counts[match["experts"]] = max(counts.get(match["experts"], 0), int(match["number"]) + 1)
+  forms = {}
   for experts, count in counts.items():
     for fused, spellings in _PARTS.items():
       for parts in spellings:
         names = [f"{experts}.{e}.{part}.weight" for e in range(count) for part in parts]
-        own = [tensors[n] for n in names if n in tensors]
-        if len(own) == len(names) and len({(t.shape, t.dtype) for t in own}) == 1:
-          made[f"{experts}.{fused}"] = _one(names, own, count)
-  return made
+        matrices = [tensors[n] for n in names if n in tensors]
+        is_complete = len(matrices) == len(names)
+        if is_complete and len({(t.shape, t.dtype) for t in matrices}) == 1:
+          forms[f"{experts}.{fused}"] = _fuse(names, matrices, count)
+  return forms
 
 
-def _one(names: list[str], own: list[Tensor], count: int) -> Form:
-  (rows, *rest), size = own[0].shape, math.prod(own[0].shape)
-  shape = (count, rows * len(own) // count, *rest)
-  stretches = (Stretch(n, 0, i * size, own[0].shape) for i, n in enumerate(names))
-  return Form(pieces.concatenate(own, shape), tuple(stretches))
+def _fuse(names: list[str], matrices: list[Tensor], count: int) -> Form:
+  (rows, *rest), size = matrices[0].shape, math.prod(matrices[0].shape)
+  shape = (count, rows * len(matrices) // count, *rest)
+  stretches = (Stretch(n, 0, i * size, matrices[0].shape) for i, n in enumerate(names))
+  return Form(pieces.concatenate(matrices, shape), tuple(stretches))
 
 
 def _singles(tensors: Mapping[str, Tensor]) -> dict[str, Form]:
-  """Single experts of fused tensors; those that lie [experts, in, out] do not fit what is added."""
-  made = {}
+  """Returns single experts of fused tensors; those [experts, in, out] do not fit."""
+  forms = {}
   for name, tensor in tensors.items():
-    found = _FUSED.fullmatch(name)
-    if found is None or len(tensor.shape) != 3:
+    match = _FUSED.fullmatch(name)
+    if match is None or len(tensor.shape) != 3:
       continue
     count, rows, columns = tensor.shape
-    for parts in _PARTS[found["part"]]:
+    for parts in _PARTS[match["part"]]:
       height, odd = divmod(rows, len(parts))
       for number in range(0 if odd else count * len(parts)):
         expert, part = divmod(number, len(parts))
         start = number * height * columns
-        single = f"{found['experts']}.{expert}.{parts[part]}.weight"
-        own = Stretch(name, start, 0, (height, columns))
-        made[single] = Form(pieces.stretch(tensor, start, own.shape), (own,))
-  return made
+        single = f"{match['experts']}.{expert}.{parts[part]}.weight"
+        stretch = Stretch(name, start, 0, (height, columns))
+        forms[single] = Form(pieces.stretch(tensor, start, stretch.shape), (stretch,))
+  return forms
 
 
 def replace(
@@ -104,26 +105,26 @@ def replace(
     changed: some of these, or of `known`.
     known: the other forms.
   """
-  made = {name: tensor for name, tensor in changed.items() if name in tensors}
+  stored = {name: tensor for name, tensor in changed.items() if name in tensors}
   patches: dict[str, list[tuple[Stretch, Tensor]]] = {}
-  for name in changed.keys() - made.keys():
-    for own in known[name].stretches:
-      patches.setdefault(own.name, []).append((own, changed[name]))
-  return made | {name: _patched(tensors[name], own) for name, own in patches.items()}
+  for name in changed.keys() - stored.keys():
+    for stretch in known[name].stretches:
+      patches.setdefault(stretch.name, []).append((stretch, changed[name]))
+  return stored | {name: _patch(tensors[name], each) for name, each in patches.items()}
 
 
-def _patched(tensor: Tensor, patches: Iterable[tuple[Stretch, Tensor]]) -> Tensor:
-  """A stored tensor of which some stretches are those of others, in float32 or wider."""
+def _patch(tensor: Tensor, patches: Iterable[tuple[Stretch, Tensor]]) -> Tensor:
+  """Replaces some stretches of a stored tensor, in float32 or wider."""
   ordered = sorted(patches, key=lambda patch: patch[0].start)
   parts, done, where = list[Tensor](), 0, tensor.where
   whole = widen(tensor, compute_dtype(tensor, *(source for _, source in ordered)))
-  for own, source in ordered:
-    if own.start > done:
-      parts.append(pieces.stretch(whole, done, (own.start - done,)))
-    parts.append(pieces.stretch(widen(source, whole.dtype), own.at, own.shape))
-    done, where = own.start + math.prod(own.shape), source.where
+  for stretch, source in ordered:
+    if stretch.start > done:
+      parts.append(pieces.stretch(whole, done, (stretch.start - done,)))
+    parts.append(pieces.stretch(widen(source, whole.dtype), stretch.at, stretch.shape))
+    done, where = stretch.start + math.prod(stretch.shape), source.where
   size = math.prod(tensor.shape)
   if done < size:
     parts.append(pieces.stretch(whole, done, (size - done,)))
-  made = pieces.concatenate(parts, tensor.shape)
-  return made._replace(where=where, store_as=tensor.stored_dtype)
+  patched = pieces.concatenate(parts, tensor.shape)
+  return patched._replace(where=where, store_as=tensor.stored_dtype)

@@ -1,4 +1,4 @@
-"""Two names of one tensor: what libraries put before it, and what a table of a user's says."""
+"""Names of one tensor in two libraries: known prefixes and parts, and a user's table."""
 
 from __future__ import annotations
 
@@ -22,11 +22,9 @@ _PARTS = ((".block_sparse_moe.", ".mlp."),)
 
 
 def find(name: str, among: Container[str]) -> str | None:
-  """Returns a name as it is among others: itself, or one that differs as is known.
+  """Returns the spelling of a name among others: itself, or with a known other prefix or part.
 
-  In what it begins with, or in what a part of it is called.
-
-  None where there is none of them, or more than one.
+  None where there is no such name, or more than one.
 
   >>> find("model.layers.0.w", {"model.language_model.layers.0.w", "lm_head.weight"})
   'model.language_model.layers.0.w'
@@ -36,8 +34,8 @@ def find(name: str, among: Container[str]) -> str | None:
   pairs = (*_PARTS, *(pair[::-1] for pair in _PARTS))
   spellings = {name, *(name.replace(*pair) for pair in pairs)}
   stems = {n[len(prefix) :] for n in spellings for prefix in PREFIXES if n.startswith(prefix)}
-  found = {prefix + stem for prefix in PREFIXES for stem in stems if prefix + stem in among}
-  return found.pop() if len(found) == 1 else None
+  matches = {prefix + stem for prefix in PREFIXES for stem in stems if prefix + stem in among}
+  return matches.pop() if len(matches) == 1 else None
 
 
 def rename(name: str, table: Mapping[str, str]) -> str:

@@ -1,4 +1,4 @@
-"""Tensors made of parts of others: stretches, joins, replaced rows, and wholes in memory."""
+"""Tensors of parts of others: stretches, concatenations, replaced rows, and wholes in memory."""
 
 from __future__ import annotations
 
@@ -60,18 +60,18 @@ def with_rows(tensor: Tensor, rows: Sequence[int], values: Tensor) -> Tensor:
 
 
 def load(tensor: Tensor, dtype: np.dtype | None = None) -> np.ndarray:
-  """Reads a whole tensor, in its own dtype or another one."""
+  """Reads a whole tensor, in its dtype or another one."""
   out = np.empty(tensor.shape, dtype or tensor.dtype)
   widen(tensor, out.dtype).read(0, out.reshape(-1))
   return out
 
 
 class Wholes:
-  """Tensors that are computed as wholes when they are read: the last one is kept in memory."""
+  """Tensors that are computed as wholes when they are read: the last one stays in memory."""
 
   def __init__(self) -> None:
     self._makers: list[Callable[[], np.ndarray]] = []
-    self._made = functools.lru_cache(1)(lambda number: self._makers[number]().reshape(-1))
+    self._array = functools.lru_cache(1)(lambda number: self._makers[number]().reshape(-1))
 
   def tensor(self, base: Tensor, compute: Callable[[np.ndarray], np.ndarray], added: str) -> Tensor:
     """Returns what is computed of a tensor, in float32 or wider: of its shape, stored as it is.
@@ -86,7 +86,6 @@ class Wholes:
     self._makers.append(lambda: compute(load(base, dtype)))
 
     def read(start: int, out: np.ndarray) -> None:
-      out[...] = self._made(number)[start : start + out.size]
+      out[...] = self._array(number)[start : start + out.size]
 
-    kept = base.stored_dtype
-    return Tensor(f"{base.where} with {added}", dtype, base.shape, read, kept)
+    return Tensor(f"{base.where} with {added}", dtype, base.shape, read, base.stored_dtype)

@@ -1,7 +1,7 @@
-"""Tensors that hold codes of quantized weights, told by names and dtypes of what lies beside them.
+"""Finds codes of quantized weights, by the names and dtypes of the tensors beside them.
 
-A code is no weight: a mean of codes, or of scales without their codes, is no model. What any config
-says only adds to what the tensors show.
+A code is no weight: a mean of codes, or of scales without their codes, is no model. A config only
+adds to what the tensors show.
 """
 
 from __future__ import annotations
@@ -46,17 +46,17 @@ def find_codes(tensors: Mapping[str, Any]) -> dict[str, str]:
   """Returns the tensors of codes, and of each the name of a tensor that its codes are scaled by.
 
   >>> import numpy as np
-  >>> own = Tensor("", np.dtype(np.int32), (8, 64), lambda start, out: None)
-  >>> scales = own._replace(dtype=np.dtype(np.float16))
-  >>> find_codes({"up.qweight": own, "up.scales": scales, "norm.weight": scales})
+  >>> codes = Tensor("", np.dtype(np.int32), (8, 64), lambda start, out: None)
+  >>> scales = codes._replace(dtype=np.dtype(np.float16))
+  >>> find_codes({"up.qweight": codes, "up.scales": scales, "norm.weight": scales})
   {'up.qweight': 'up.scales'}
   """
   scales: dict[str, str] = {}
   states = set()  # bitsandbytes may store codes as the bytes of floats, whose dtype says nothing.
   for name in tensors:
-    if found := _SCALE.search(name):
-      scales.setdefault(name[: found.start()], name)
-      states |= {name[: found.start()]} if _STATE.search(name) else set()
+    if match := _SCALE.search(name):
+      scales.setdefault(name[: match.start()], name)
+      states |= {name[: match.start()]} if _STATE.search(name) else set()
   some = ((n, t) for n, t in tensors.items() if scales and not _SCALE.search(n))
   narrow = [n for n, t in some if n in states or _is_narrow(t)]
   pairs = ((n, next((scales[s] for s in _stems(n) if s in scales), None)) for n in narrow)
@@ -71,29 +71,29 @@ def _is_narrow(tensor: Any) -> bool:
 def _stems(name: str) -> Iterator[str]:
   """A name, and what it is without the words for codes at its end."""
   yield name
-  while found := _CODES.search(name):
-    name = name[: found.start()]
+  while match := _CODES.search(name):
+    name = name[: match.start()]
     yield name
 
 
 def refuse(leaves: Mapping[str, Any], whose: str) -> None:
   """Raises ValueError, naming a leaf of a tree in memory, for codes as `find_codes` finds them."""
   known = {n: x for n, x in leaves.items() if isinstance(getattr(x, "dtype", None), np.dtype)}
-  if found := find_codes(known):
-    name = min(found)
+  if scales := find_codes(known):
+    name = min(scales)
     raise ValueError(
-      f"leaf {name!r} of {whose}, one of {len(found)} such, is {leaves[name].dtype} and "
-      f"{found[name]!r} lies beside it: codes of quantized weights and their scale, neither of "
+      f"leaf {name!r} of {whose}, one of {len(scales)} such, is {leaves[name].dtype} and "
+      f"{scales[name]!r} lies beside it: codes of quantized weights and their scale, neither of "
       f"which can be merged; {_REMEDY}."
     )
 
 
 def tensors_of_codes(tensors: Mapping[str, Tensor]) -> frozenset[str]:
   """Returns the codes and all that belongs to them: a result stores these as they are."""
-  found = find_codes(tensors)
-  stems = {stem for name in found for stem in _stems(name)}
+  codes = find_codes(tensors)
+  stems = {stem for name in codes for stem in _stems(name)}
   others = (n for n in tensors if (at := _SCALE.search(n)) and n[: at.start()] in stems)
-  return frozenset({*found, *others})
+  return frozenset({*codes, *others})
 
 
 def problem(
@@ -103,23 +103,23 @@ def problem(
   config: Mapping[str, Any],
   folder: pathlib.Path,
 ) -> str | None:
-  """Says why tensors of a model cannot be merged; None where none of them are codes.
+  """Returns why tensors of a model cannot be merged; None where none of them are codes.
 
-  Weights in 8-bit floats without a scale are the values that they say, and can.
+  Weights in 8-bit floats without a scale are plain values, and can be merged.
 
   Args:
-    model: what it is called.
+    model: its name.
     tensors: its tensors.
     merged: names of those that are merged.
     config: its config.
     folder: where other files may say that it is quantized.
   """
-  found = find_codes(tensors)
+  scales = find_codes(tensors)
   if every := tensors_of_codes(tensors) & set(merged):
-    name = min(every & found.keys(), default=min(found))
+    name = min(every & scales.keys(), default=min(scales))
     return (
-      f"tensor {name!r} of {model}, one of {len(found)} such, holds codes of quantized weights, "
-      f"which {found[name]!r} belongs to: neither can be merged. {_REMEDY.capitalize()}; or "
+      f"tensor {name!r} of {model}, one of {len(scales)} such, holds codes of quantized weights, "
+      f"which {scales[name]!r} belongs to: neither can be merged. {_REMEDY.capitalize()}; or "
       "exclude all of both, which copies them from the base."
     )
   if whole := next((n for n in sorted(merged) if _is_whole(n, tensors)), None):
@@ -127,12 +127,12 @@ def problem(
       f"tensor {whole!r} of {model} is {tensors[whole].dtype}, but holds whole numbers, and has a "
       f"scale: codes of quantized weights. They cannot be merged: {_REMEDY}."
     )
-  said = _said(config, folder)
+  source = _source(config, folder)
   wide = [n for n in sorted(merged) if n in tensors and len(tensors[n].shape) > 1]
-  bare = [n for n in wide if _is_bare(n, tensors[n], said is not None)]
+  bare = [n for n in wide if _is_bare(n, tensors[n], source is not None)]
   if not bare:
     return None
-  why = "and their scale is not there" if said is None else f"as {said} says"
+  why = "and their scale is not there" if source is None else f"as {source} says"
   what = f"tensor {bare[0]!r} of {model} is {tensors[bare[0]].dtype}"
   return f"{what}: codes of quantized weights, {why}. They cannot be merged: {_REMEDY}."
 
@@ -140,7 +140,7 @@ def problem(
 def cast(
   model: str, tensors: Mapping[str, Tensor], copied: Collection[str], dtype: np.dtype
 ) -> str | None:
-  """Says which codes or scales of a model another dtype would change; None where there are none."""
+  """Returns a line on codes or scales of a model that another dtype would change, if any."""
   for name in sorted(tensors_of_codes(tensors) & set(copied)):
     if safetensors.is_floating(tensors[name].dtype) and tensors[name].dtype != dtype:
       return (
@@ -151,16 +151,16 @@ def cast(
 
 
 def note_copies(parts: Iterable[Sequence[tuple[str, str, Tensor | None]]]) -> list[str]:
-  """Says which matrices of integers are copied from the first of models that differ in them.
+  """Returns a note if matrices of integers are copied from the first of models that differ.
 
   Args:
     parts: of tensors with several models: name, model, and tensor of each.
   """
-  found = [line for own in parts if own and (line := _differing(*own))]
-  if not found:
+  lines = [line for each in parts if each and (line := _differing(*each))]
+  if not lines:
     return []
-  count = f", one of {len(found)} such" if len(found) > 1 else ""
-  return [f"{found[0]}, not merged{count}; if it holds codes of quantized weights, {_REMEDY}."]
+  count = f", one of {len(lines)} such" if len(lines) > 1 else ""
+  return [f"{lines[0]}, not merged{count}; if it holds codes of quantized weights, {_REMEDY}."]
 
 
 def _differing(first: tuple[str, str, Tensor | None], *others: Any) -> str | None:
@@ -175,7 +175,7 @@ def _differing(first: tuple[str, str, Tensor | None], *others: Any) -> str | Non
 
 
 def _alike(a: Tensor, b: Tensor) -> bool:
-  """Tells whether no entry of two tensors differs; of one that is still to be made none does."""
+  """Tells whether no entry of two tensors differs; assumed of one that does not exist yet."""
   size = math.prod(a.shape)
   try:
     for start in range(0, size if a.shape == b.shape else 0, _SLICE):
@@ -189,14 +189,14 @@ def _alike(a: Tensor, b: Tensor) -> bool:
   return a.shape == b.shape
 
 
-def _is_bare(name: str, tensor: Tensor, said: bool) -> bool:
+def _is_bare(name: str, tensor: Tensor, is_declared: bool) -> bool:
   """Tells whether a matrix holds codes though nothing beside it does."""
   if tensor.dtype.kind == "b":
     return False
   if safetensors.is_floating(tensor.dtype):
     packed = tensor.shape[1:] == (1,) and _WEIGHT.search(name) is not None
-    return said and (tensor.dtype.itemsize == 1 or packed)
-  return _BUFFER.search(name) is None if said else _WEIGHT.search(name) is not None
+    return is_declared and (tensor.dtype.itemsize == 1 or packed)
+  return _BUFFER.search(name) is None if is_declared else _WEIGHT.search(name) is not None
 
 
 def _is_whole(name: str, tensors: Mapping[str, Tensor]) -> bool:
@@ -209,7 +209,7 @@ def _is_whole(name: str, tensors: Mapping[str, Tensor]) -> bool:
 
 
 def beginning(tensor: Tensor) -> np.ndarray:
-  """Returns the first entries of a tensor, of a model that is still to be made none."""
+  """Returns the first entries of a tensor; none of a model that does not exist yet."""
   first = np.zeros(min(_FIRST, math.prod(tensor.shape)), tensor.dtype)
   try:
     tensor.read(0, first)
@@ -218,9 +218,9 @@ def beginning(tensor: Tensor) -> np.ndarray:
   return first
 
 
-def _said(config: Mapping[str, Any], folder: pathlib.Path) -> str | None:
-  """What says that a model is quantized."""
+def _source(config: Mapping[str, Any], folder: pathlib.Path) -> str | None:
+  """Returns the key or file that says that a model is quantized."""
   parts = {"": config, **{f"{k}.": v for k, v in config.items() if isinstance(v, Mapping)}}
-  keys = (f"{part}{key}" for part, own in parts.items() for key in _KEYS if own.get(key))
+  keys = (f"{part}{key}" for part, values in parts.items() for key in _KEYS if values.get(key))
   files = (name for name in _FILES if (folder / name).is_file())
   return next(iter((*(f"{key} of its config" for key in keys), *files)), None)

@@ -1,4 +1,4 @@
-"""Matrices whose rows are gathered when they are read: from one matrix, and from a few others."""
+"""Matrices whose rows are gathered on reading, from one matrix and a few others."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def gather(
     fills: where these come from: the mean of so many rows of other tensors; of none, zero.
     empty: [M], rows that are the mean of all others, whatever is said above.
 
-  >>> own = np.array([5, 6, 7], np.float32)
-  >>> read = lambda start, out: np.copyto(out, own[start : start + len(out)])
-  >>> tensor = Tensor("x", own.dtype, own.shape, read)
-  >>> made = gather(tensor, np.array([2, 0, -1]), {}, np.array([False, False, True]))
+  >>> x = np.array([5, 6, 7], np.float32)
+  >>> read = lambda start, out: np.copyto(out, x[start : start + len(out)])
+  >>> tensor = Tensor("x", x.dtype, x.shape, read)
+  >>> gathered = gather(tensor, np.array([2, 0, -1]), {}, np.array([False, False, True]))
   >>> out = np.empty(3, np.float32)
-  >>> made.read(0, out), out
+  >>> gathered.read(0, out), out
   (None, array([7., 5., 6.], dtype=float32))
   """
   width = math.prod(tensor.shape[1:])
@@ -49,27 +49,27 @@ def gather(
         part[...] = _mean(fills.get(row, ()), width)[offset : offset + part.size]
       done += part.size
 
-  made = tensor._replace(
+  gathered = tensor._replace(
     where=f"{tensor.where}, {len(rows)} rows by the tokenizer",
     shape=(len(rows), *tensor.shape[1:]),
     read=read,
   )
-  return _filled(made, empty) if empty.any() else made
+  return _fill(gathered, empty) if empty.any() else gathered
 
 
 def _mean(sources: Sequence[Row], width: int) -> np.ndarray:
   """Reads the mean of rows, in float32; zero without any."""
-  total, own = np.zeros(width, np.float32), np.empty(width, np.float32)
+  total, values = np.zeros(width, np.float32), np.empty(width, np.float32)
   for tensor, row in sources:
-    widen(tensor, own.dtype).read(row * width, own)
-    total += own
+    widen(tensor, values.dtype).read(row * width, values)
+    total += values
   return total / np.float32(max(len(sources), 1))
 
 
-def _filled(tensor: Tensor, empty: np.ndarray) -> Tensor:
-  """The same tensor, with the mean of all other rows in those that are empty.
+def _fill(tensor: Tensor, empty: np.ndarray) -> Tensor:
+  """Fills the empty rows of a tensor with the mean of all others.
 
-  The others are read once for it, in blocks at fixed places, when the first empty row is asked for.
+  The others are read once for it, in blocks at fixed places, when the first empty row is read.
   """
   width = math.prod(tensor.shape[1:])
 
@@ -78,10 +78,10 @@ def _filled(tensor: Tensor, empty: np.ndarray) -> Tensor:
     total = np.zeros(width)
     step = max(1, BLOCK // width)
     for first in range(0, len(empty), step):
-      kept = ~empty[first : first + step]
-      x = np.empty((len(kept), width), np.float32)
+      full = ~empty[first : first + step]
+      x = np.empty((len(full), width), np.float32)
       widen(tensor, x.dtype).read(first * width, x.reshape(-1))
-      total += x[kept].sum(axis=0, dtype=np.float64)
+      total += x[full].sum(axis=0, dtype=np.float64)
     return total / np.count_nonzero(~empty)
 
   def read(start: int, out: np.ndarray) -> None:

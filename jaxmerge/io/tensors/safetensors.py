@@ -116,7 +116,7 @@ def load(path: Path) -> dict[str, np.ndarray]:
 
 
 def save(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> None:
-  """Writes tensors to a file, in the order given; the file appears whole or not at all.
+  """Writes tensors to a file, in their order; the file appears whole or not at all.
 
   Args:
     path: of the file; a file that is there is replaced.

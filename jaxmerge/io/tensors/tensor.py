@@ -13,7 +13,7 @@ import numpy as np
 from jaxmerge.io.disk import stamps
 from jaxmerge.io.tensors.safetensors import Entry
 
-MOST = 64  # Files that are kept open at a time.
+MOST = 64  # Files that are open at a time.
 
 
 class Tensor(NamedTuple):
@@ -41,7 +41,7 @@ class Tensor(NamedTuple):
 
 
 class NotYetMade(ValueError):
-  """A tensor is read of a model that is still to be made."""
+  """A tensor was read of a model that does not exist yet."""
 
 
 class Files:
@@ -61,7 +61,7 @@ class Files:
       self.stamps |= stamps.take(new)
 
   def forget(self, folder: pathlib.Path) -> None:
-    """Closes the files of a folder, which is made anew, and drops their stamps."""
+    """Closes the files of a folder, which is written anew, and drops their stamps."""
     for path in [p for p in self._open if p.is_relative_to(folder)]:
       os.close(self._open.pop(path))
     self.stamps = {p: s for p, s in self.stamps.items() if not p.is_relative_to(folder)}
@@ -87,7 +87,7 @@ class Files:
 def stored_tensor(
   files: Files, path: pathlib.Path, name: str, entry: Entry, *, home: str | None = None
 ) -> Tensor:
-  """A tensor whose bytes lie in a file, as its header says; `home` stands for its folder.
+  """Returns a tensor whose bytes are in a file, by its header; `home` stands for its folder.
 
   The file's stamp is taken, where whoever read the header has not done so.
   """
@@ -103,7 +103,7 @@ def stored_tensor(
 
 
 def compute_dtype(*tensors: Tensor) -> np.dtype:
-  """Returns the dtype in which tensors are computed with: float64 where one of them is, or float32.
+  """Returns the dtype of computations with tensors: float64 where one of them is, else float32.
 
   >>> compute_dtype(Tensor("", np.dtype(np.float16), (2,), lambda start, out: None)).name
   'float32'
@@ -112,11 +112,11 @@ def compute_dtype(*tensors: Tensor) -> np.dtype:
 
 
 def widen(tensor: Tensor, dtype: np.dtype) -> Tensor:
-  """The same tensor in another dtype."""
+  """Returns the same tensor in another dtype."""
 
   def read(start: int, out: np.ndarray) -> None:
-    own = np.empty(out.shape, tensor.dtype)
-    tensor.read(start, own)
-    out[...] = own
+    values = np.empty(out.shape, tensor.dtype)
+    tensor.read(start, values)
+    out[...] = values
 
   return tensor if tensor.dtype == dtype else tensor._replace(dtype=dtype, read=read)
