@@ -28,7 +28,7 @@ Record = dict[str, Any]
 
 SHOWN = 20  # Lines of an error, at most.
 
-# What tensors are for, by the first expression that is found in their names.
+# What tensors are for, by the first expression that matches in their names.
 KINDS = {
   "norm": r"norm|(^|[._])(ln|bn)(_?[0-9f])?\.",
   "head": r"(^|\.)(lm_head|embed_out|classifier|score)\.",
@@ -38,23 +38,24 @@ KINDS = {
 }
 
 
-def opened(
+def open_models(
   paths: Sequence[str | os.PathLike[str]],
   base: Model,
   files: Files,
-  called: Sequence[str] | None = None,
+  names: Sequence[str] | None = None,
 ) -> list[Model]:
-  """Opens the models that are compared with a base; an adapter is the base as it leaves it.
+  """Opens the models that are compared with a base; an adapter is applied to the base.
 
-  They are called as `called` says, else by the ends of their paths.
+  Without `names` they are called by the ends of their paths.
   """
   models = []
-  for path, name in zip(paths, called or inputs.short_names(list(map(str, paths))), strict=True):
+  names = names or inputs.short_names(list(map(str, paths)))
+  for path, name in zip(paths, names, strict=True):
     if adapter.is_adapter(path):
-      own = adapter_inputs.add_adapter(base, path, files)
+      model = adapter_inputs.add_adapter(base, path, files)
       # A head that the adapter leaves apart from the embedding is none that the base stores.
-      tensors = {n: t for n, t in own.tensors.items() if n in base.tensors}
-      models.append(own._replace(name=name, folder=pathlib.Path(path), tensors=tensors))
+      tensors = {n: t for n, t in model.tensors.items() if n in base.tensors}
+      models.append(model._replace(name=name, folder=pathlib.Path(path), tensors=tensors))
     else:
       models.append(inputs.open_model(path, files, name=name))
   return models
@@ -73,8 +74,8 @@ def compare(
   Args:
     base: the base.
     models: K models with its tensors.
-    singular: a regular expression: of matrices in whose names it is found, the share of the energy
-      in the largest singular values is measured.
+    singular: a regular expression: of matrices with a match in their names, the share of the
+      energy in the largest singular values is measured.
     top: how many singular values these are.
     progress: called with the number of bytes that were read; `size` of them in all.
 
@@ -93,24 +94,24 @@ def compare(
   check(base, models)
   chosen = matrices(base, singular)
   sums = {
-    n: sum_lib.summed([t, *(m.tensors[n] for m in models)], progress) for n, t in _floating(base)
+    n: sum_lib.add_up([t, *(m.tensors[n] for m in models)], progress) for n, t in _floating(base)
   }
   if not sums:
     raise ValueError(f"{base.folder} has no tensors of floating-point numbers.")
-  called = [m.name for m in models]
+  names = [m.name for m in models]
   spectra: Record = {}
   for name in chosen:
-    own = base.tensors[name]
-    squares = [sum_lib.spectrum(own, m.tensors[name], progress) for m in models]
-    spectra[name] = {m: _share(values, top) for m, values in zip(called, squares, strict=True)}
+    matrix = base.tensors[name]
+    squares = [sum_lib.spectrum(matrix, m.tensors[name], progress) for m in models]
+    spectra[name] = {m: _share(values, top) for m, values in zip(names, squares, strict=True)}
   return {
     "base": str(base.folder),
-    "models": called,
+    "models": names,
     "folders": {m.name: str(m.folder) for m in models},
-    "whole": _stats(functools.reduce(Sums.__add__, sums.values()), called),
-    "layers": _grouped(sums, layer, called),
-    "kinds": _grouped(sums, kind, called),
-    "tensors": {name: _stats(own, called) for name, own in sums.items()},
+    "whole": _stats(functools.reduce(Sums.__add__, sums.values()), names),
+    "layers": _group(sums, layer, names),
+    "kinds": _group(sums, kind, names),
+    "tensors": {name: _stats(total, names) for name, total in sums.items()},
     "top": top,
     "singular": spectra,
     "uncompared": sorted(base.tensors.keys() - sums.keys()),
@@ -140,12 +141,12 @@ def kind(name: str) -> str:
   >>> kind("model.layers.0.post_attention_layernorm.weight"), kind("h.0.attn.c_proj.weight")
   ('norm', 'attention')
   """
-  found = (k for k, pattern in KINDS.items() if re.search(pattern, name, re.IGNORECASE))
-  return next(found, "other")
+  kinds = (k for k, pattern in KINDS.items() if re.search(pattern, name, re.IGNORECASE))
+  return next(kinds, "other")
 
 
 def matrices(base: Model, singular: str | None) -> list[str]:
-  """Returns the names of the matrices in which a regular expression is found.
+  """Returns the names of the matrices in which a regular expression matches.
 
   Raises:
     ValueError: where it is none, or there is no such matrix.
@@ -153,12 +154,12 @@ def matrices(base: Model, singular: str | None) -> list[str]:
   if singular is None:
     return []
   try:
-    found = [n for n, t in _floating(base) if re.search(singular, n) and len(t.shape) == 2]
+    names = [n for n, t in _floating(base) if re.search(singular, n) and len(t.shape) == 2]
   except re.error as error:
     raise ValueError(f"singular: {singular!r} is no regular expression ({error}).") from error
-  if not found:
+  if not names:
     raise ValueError(f"singular: {singular!r} is in no name of a matrix of {base.folder}.")
-  return found
+  return names
 
 
 def check(base: Model, models: Sequence[Model]) -> None:
@@ -166,18 +167,18 @@ def check(base: Model, models: Sequence[Model]) -> None:
   lines = []
   for model in models:
     for name in sorted(base.tensors.keys() | model.tensors.keys()):
-      own, other = base.tensors.get(name), model.tensors.get(name)
-      if own is None or other is None:
-        there, lacking = (model, base) if own is None else (base, model)
-        lines.append(f"tensor {name!r} is in {there.folder} but not in {lacking.folder}.")
-      elif own.shape != other.shape:
+      ours, theirs = base.tensors.get(name), model.tensors.get(name)
+      if ours is None or theirs is None:
+        having, lacking = (model, base) if ours is None else (base, model)
+        lines.append(f"tensor {name!r} is in {having.folder} but not in {lacking.folder}.")
+      elif ours.shape != theirs.shape:
         lines.append(
-          f"tensor {name!r} is {list(own.shape)} in {base.folder} but {list(other.shape)} in "
+          f"tensor {name!r} is {list(ours.shape)} in {base.folder} but {list(theirs.shape)} in "
           f"{model.folder}."
         )
-      elif safetensors.is_floating(own.dtype) != safetensors.is_floating(other.dtype):
+      elif safetensors.is_floating(ours.dtype) != safetensors.is_floating(theirs.dtype):
         lines.append(
-          f"tensor {name!r} is {own.dtype} in {base.folder} but {other.dtype} in {model.folder}."
+          f"tensor {name!r} is {ours.dtype} in {base.folder} but {theirs.dtype} in {model.folder}."
         )
   if len(lines) > SHOWN:
     lines = [*lines[:SHOWN], f"and {len(lines) - SHOWN} more tensors do not fit."]
@@ -196,24 +197,24 @@ def _bytes(tensors: Sequence[Tensor]) -> int:
 # --- Records ---
 
 
-def _grouped(sums: Mapping[str, Sums], group: Callable[[str], str], called: list[str]) -> Record:
+def _group(sums: Mapping[str, Sums], group: Callable[[str], str], names: list[str]) -> Record:
   """Adds up over the tensors of each group; layers are in order, what is outside comes last."""
   totals: dict[str, Sums] = {}
-  for name, own in sums.items():
+  for name, each in sums.items():
     key = group(name)
-    totals[key] = totals[key] + own if key in totals else own
+    totals[key] = totals[key] + each if key in totals else each
   order = sorted(totals, key=lambda key: (not key.isdecimal(), int(key) if key.isdecimal() else 0))
-  return {key: _stats(totals[key], called) for key in order}
+  return {key: _stats(totals[key], names) for key in order}
 
 
-def _stats(sums: Sums, called: Sequence[str]) -> Record:
+def _stats(sums: Sums, names: Sequence[str]) -> Record:
   norms, base = np.sqrt(sums.gram.diagonal()), math.sqrt(sums.base)
   products = np.outer(norms, norms)
   return {
     "entries": sums.entries,
     "base_norm": base,
-    "norms": dict(zip(called, norms.tolist(), strict=True)),
-    "relative": {model: _ratio(x, base) for model, x in zip(called, norms, strict=True)},
+    "norms": dict(zip(names, norms.tolist(), strict=True)),
+    "relative": {model: _ratio(x, base) for model, x in zip(names, norms, strict=True)},
     "cosines": [list(map(_ratio, *rows)) for rows in zip(sums.gram, products, strict=True)],
     "sign_conflict": _ratio(sums.conflicts, sums.entries),
   }

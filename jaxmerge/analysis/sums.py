@@ -17,7 +17,7 @@ CHUNK = 2**20  # Entries of a matrix whose spectrum is taken.
 
 
 class Sums(NamedTuple):
-  """What is added up over entries, for K models.
+  """Sums over entries, for K models.
 
   Attributes:
     entries: how many there are.
@@ -35,7 +35,7 @@ class Sums(NamedTuple):
     return Sums(*(a + b for a, b in zip(self, other, strict=True)))
 
 
-def summed(tensors: Sequence[Tensor], progress: Count) -> Sums:
+def add_up(tensors: Sequence[Tensor], progress: Count) -> Sums:
   """Adds up over a tensor of the base and the same of all models, in double precision.
 
   Args:
@@ -64,10 +64,10 @@ def deltas(tensors: Sequence[Tensor], start: int, count: int) -> tuple[np.ndarra
   """Reads entries start, start + 1, ... of the base [n], and the task vectors there [K, n]."""
   wide = np.empty((len(tensors), count))
   for tensor, row in zip(tensors, wide, strict=True):
-    own = np.empty(count, tensor.dtype)
-    tensor.read(start, own)
-    row[...] = own
-  with np.errstate(invalid="ignore"):  # Infinity minus infinity; `summed` says where it is.
+    values = np.empty(count, tensor.dtype)
+    tensor.read(start, values)
+    row[...] = values
+  with np.errstate(invalid="ignore"):  # Infinity minus infinity; `add_up` raises.
     wide[1:] -= wide[0]
   return wide[0], wide[1:]
 

@@ -182,7 +182,7 @@ def run_diff(options: argparse.Namespace, config: Any) -> None:
     names = inputs.short_names(options.models)
     folders = [hub.locate(*hub.split(r), download=options.download).folder for r in references]
     base = inputs.open_model(folders[0], files)
-    models = diff.opened(folders[1:], base, files, names)
+    models = diff.open_models(folders[1:], base, files, names)
     size = diff.size(base, models, options.singular)
     with progress.bars() as show:
       record = diff.compare(

@@ -51,7 +51,7 @@ def model_card(
 
 
 def merge_card(summary: Mapping[str, Any]) -> str:
-  """Writes the model card of a merge of files, from what `describe.summary` says of it.
+  """Writes the model card of a merge of files, from `describe.summary`.
 
   Only models of the hub are named in its head: a path there would be taken for somebody's model.
   """
@@ -59,23 +59,25 @@ def merge_card(summary: Mapping[str, Any]) -> str:
   head = {"base_model": list(ids), "base_model_relation": "merge"} if ids else {}
   if summary["library"] is not None:
     head["library_name"] = summary["library"]
-  every = [*summary["earlier"].values(), summary]
-  names = dict.fromkeys(_called(m) for own in every for m in own["methods"])
-  models = dict.fromkeys(m for own in every for m in own["models"] if m not in summary["earlier"])
+  merges = [*summary["earlier"].values(), summary]
+  names = dict.fromkeys(_name(m) for merge in merges for m in merge["methods"])
+  models = dict.fromkeys(
+    m for merge in merges for m in merge["models"] if m not in summary["earlier"]
+  )
   title = f"Merge of {_many([*models])}: {', '.join(names) or 'copies of tensors'}"
-  commits = (f"{reference}: commit {own}" for reference, own in summary["hub"].items())
+  commits = (f"{reference}: commit {commit}" for reference, commit in summary["hub"].items())
   parts = [
     _head(head),
     f"# {tables.escaped(title)}",
     "Merged with jaxmerge from these models; the first gave config and tokenizer.",
-    _listed(summary["models"]),
-    *itertools.chain(*(_earlier(name, own) for name, own in summary["earlier"].items())),
-    *([f"From the hub:\n\n{_listed(commits)}"] if ids else []),
+    _list(summary["models"]),
+    *itertools.chain(*(_earlier(name, merge) for name, merge in summary["earlier"].items())),
+    *([f"From the hub:\n\n{_list(commits)}"] if ids else []),
     f"## Method\n\n{_counts(summary)}",
     *map(_method, summary["methods"]),
-    *([f"## Notes\n\n{_listed(summary['notes'])}"] if summary["notes"] else []),
+    *([f"## Notes\n\n{_list(summary['notes'])}"] if summary["notes"] else []),
     *_recipe(summary["recipe"], summary.get("compat")),
-    _listed(_versions(summary["versions"])),
+    _list(_versions(summary["versions"])),
     "`jaxmerge_provenance.json` has checksums, and what became of every tensor of every model.",
   ]
   return display.shown("\n\n".join(parts) + "\n")
@@ -84,18 +86,18 @@ def merge_card(summary: Mapping[str, Any]) -> str:
 def _earlier(name: str, summary: Mapping[str, Any]) -> Iterator[str]:
   """Describes a merge whose result is one of the models."""
   yield f"## Merged before: {tables.escaped(name)}\n\n{_counts(summary)}"
-  yield _listed(summary["models"])
+  yield _list(summary["models"])
   yield from map(_method, summary["methods"])
   if summary["notes"]:
-    yield f"Notes:\n\n{_listed(summary['notes'])}"
+    yield f"Notes:\n\n{_list(summary['notes'])}"
 
 
 def _counts(summary: Mapping[str, Any]) -> str:
   return f"Tensors: {summary['counts']}."
 
 
-def _called(method: Mapping[str, Any]) -> str:
-  """What people call a method: as its user says, or of the catalog."""
+def _name(method: Mapping[str, Any]) -> str:
+  """Returns the name of a method: the user's, or that of the catalog."""
   if "words" in method["settings"]:
     return method["settings"]["words"]
   if method["method"] in lookup.METHODS or method["method"] == "mean":
@@ -111,7 +113,7 @@ def _method(method: Mapping[str, Any]) -> str:
   """Describes what merged some of the tensors."""
   entry = lookup.METHODS.get(method["method"])
   many = f"{method['tensors']} tensors of {_many(method['models'])}"
-  about = f"**{tables.escaped(_called(method))}**, {many}"
+  about = f"**{tables.escaped(_name(method))}**, {many}"
   if entry is not None:
     mark = " This method is experimental." if entry.experimental else ""
     about = f"{about}: {tables.escaped(f'{entry.formula}; {entry.paper}')}.{mark}"
@@ -129,7 +131,7 @@ def _method(method: Mapping[str, Any]) -> str:
     facts["seed"] = str(method["seed"])
   if method.get("layout"):
     facts["outputs and inputs"] = method["layout"]
-  return f"{about}\n\n{_listed(f'{k}: {v}' for k, v in facts.items() if k)}"
+  return f"{about}\n\n{_list(f'{k}: {v}' for k, v in facts.items() if k)}"
 
 
 def _recipe(text: str | None, compat: str | None = None) -> Sequence[str]:
@@ -145,22 +147,22 @@ def _recipe(text: str | None, compat: str | None = None) -> Sequence[str]:
   )
 
 
-def _head(given: Mapping[str, Any]) -> str:
+def _head(fields: Mapping[str, Any]) -> str:
   """Writes the YAML head. JSON strings are YAML strings, so no name can break out of it."""
-  lines = [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in given.items()]
+  lines = [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in fields.items()]
   return "\n".join(["---", *lines, "tags:", "- merge", "- jaxmerge", "---"])
 
 
-def _listed(lines: Iterable[str]) -> str:
+def _list(lines: Iterable[str]) -> str:
   return "\n".join(f"- {tables.escaped(line)}" for line in lines)
 
 
-def _versions(given: Mapping[str, Any]) -> list[str]:
-  return [f"Version of {k}: {v}" for k, v in page.flat(given) if k]
+def _versions(versions: Mapping[str, Any]) -> list[str]:
+  return [f"Version of {k}: {v}" for k, v in page.flat(versions) if k]
 
 
 def _making(record: Mapping[str, Any], method: str) -> str:
-  """Says how: the kind of merge, then settings, budget, config and versions as a list."""
+  """Describes a run: the kind of merge, then settings, budget, config and versions as a list."""
   model, budget = record["models"][method], record["budget"].get(method, {})
   how = {
     "loop": "Tuned and merged in rounds (ATM): every task tunes a copy of the current model, the "
@@ -181,5 +183,5 @@ def _making(record: Mapping[str, Any], method: str) -> str:
   config = "\n".join(
     f"    {k} = {' '.join(v.split())}" for k, v in page.flat(record["config"]) if k
   )
-  parts = [how, f"Tasks: {', '.join(map(tables.escaped, record['tasks']))}.", _listed(lines)]
+  parts = [how, f"Tasks: {', '.join(map(tables.escaped, record['tasks']))}.", _list(lines)]
   return "\n\n".join(p for p in [*parts, config and f"Config:\n\n{config}"] if p)

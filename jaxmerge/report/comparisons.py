@@ -57,11 +57,11 @@ def task_gaps(
   led = [t for t in tasks if None not in (low[t], high[t]) and sign * (high[t] - low[t]) > lead]
   return {
     name: {
-      t: (own["per_task"][t] - low[t]) / (high[t] - low[t])
+      t: (model["per_task"][t] - low[t]) / (high[t] - low[t])
       for t in led
-      if own["per_task"][t] is not None
+      if model["per_task"][t] is not None
     }
-    for name, own in models.items()
+    for name, model in models.items()
   }
 
 
@@ -76,7 +76,7 @@ def family_mean(per_task: Mapping[str, float | None], families: Mapping[str, str
   members: dict[str, list[Any]] = {}
   for task, family in families.items():
     members.setdefault(family, []).append(per_task[task])
-  return float(np.mean([np.mean(own) for own in members.values()]))
+  return float(np.mean([np.mean(scores) for scores in members.values()]))
 
 
 def paired_difference(

@@ -20,11 +20,11 @@ def line(program: Mapping[str, Any]) -> str:
 
 
 def heading(record: Mapping[str, Any]) -> str:
-  """Returns one line about the devices, and the mesh that they make."""
+  """Returns one line about the devices, and the mesh that they form."""
   name = (
     record["topology"] if record["slices"] == 1 else f"{record['slices']} x {record['topology']}"
   )
-  meshes = [own["mesh"] for own in record["programs"] if "mesh" in own]
+  meshes = [program["mesh"] for program in record["programs"] if "mesh" in program]
   axes = ", ".join(f"{axis} {count}" for axis, count in meshes[0].items()) if meshes else "unknown"
   chips, devices = record["chips"], record["devices"]
   each = f", {devices} devices" if devices != chips else ""
@@ -36,14 +36,14 @@ def memory(record: Mapping[str, Any]) -> Table:
   limit = size(record["memory"])
   head = ["Program", *(k.capitalize() for k in _KINDS[:-1]), f"Of {limit}", "Compile", "At least"]
   rows = []
-  for own in record["programs"]:
-    cells = [Cell(own["name"])]
-    if "memory" in own:
-      cells += [Cell(size(own["memory"][kind])) for kind in _KINDS]
+  for program in record["programs"]:
+    cells = [Cell(program["name"])]
+    if "memory" in program:
+      cells += [Cell(size(program["memory"][kind])) for kind in _KINDS]
     else:
       cells += [Cell("")] * (len(_KINDS) - 1) + [Cell("does not fit")]
-    cells.append(Cell(f"{own['seconds']['compile']:.1f} s"))
-    times = own.get("times")
+    cells.append(Cell(f"{program['seconds']['compile']:.1f} s"))
+    times = program.get("times")
     bound = f"{seconds(times['bound'])} ({_BOUNDS[times['by']]})" if times else ""
     rows.append([*cells, Cell(bound)])
   return Table(head, rows)
@@ -52,14 +52,14 @@ def memory(record: Mapping[str, Any]) -> Table:
 def traffic(record: Mapping[str, Any]) -> Table:
   """Returns a row for each program, kind of collective and axes: how often, and bytes sent."""
   rows = []
-  for own in record["programs"]:
-    found = own.get("collectives")
-    if found == []:
-      rows.append([Cell(own["name"]), Cell("none"), Cell(""), Cell(""), Cell("")])
-    for one in found or ():
-      over = ", ".join(one["axes"]) + " (between slices)" * one["outside"]
-      cells = [own["name"], one["kind"], over, str(one["times"])]
-      rows.append([Cell(c) for c in (*cells, size(one["bytes_sent"]))])
+  for program in record["programs"]:
+    collectives = program.get("collectives")
+    if collectives == []:
+      rows.append([Cell(program["name"]), Cell("none"), Cell(""), Cell(""), Cell("")])
+    for collective in collectives or ():
+      axes = ", ".join(collective["axes"]) + " (between slices)" * collective["outside"]
+      cells = [program["name"], collective["kind"], axes, str(collective["times"])]
+      rows.append([Cell(c) for c in (*cells, size(collective["bytes_sent"]))])
   return Table(["Program", "Collective", "Over", "Times", "Each device sends"], rows)
 
 

@@ -13,7 +13,7 @@ from jaxmerge.report import figure_elements as figure_lib
 from jaxmerge.report import geometry, tables
 from jaxmerge.report.tables import Cell, Table
 
-PAIRS = 6  # So many cosines have columns of their own; of more there is the mean.
+PAIRS = 6  # So many cosines have a column each; of more there is the mean.
 FIGURES = ("cosines", "norms")
 
 
@@ -44,14 +44,14 @@ def groups(
   """Returns a row a group: norms, sign conflicts, cosines between tasks; `brief` is norms alone."""
   pairs = [] if brief else list(itertools.combinations(range(len(names)), 2))
   head, rows = ["", *names], []
-  for group, own in entries.items():
-    sizes = [f"{own['norms'][n]:.4g} ({_percent(own['relative'][n])})" for n in names]
-    found = [own["cosines"][i][j] for i, j in pairs]
+  for group, measures in entries.items():
+    sizes = [f"{measures['norms'][n]:.4g} ({_percent(measures['relative'][n])})" for n in names]
+    cosines = [measures["cosines"][i][j] for i, j in pairs]
     if len(pairs) > PAIRS:
-      known = [x for x in found if x is not None]
-      found = [sum(known) / len(known) if known else None]
-    conflict = [_percent(own["sign_conflict"])] * bool(pairs)
-    rows.append([Cell(x) for x in (group, *sizes, *conflict, *map(_cosine, found))])
+      known = [x for x in cosines if x is not None]
+      cosines = [sum(known) / len(known) if known else None]
+    conflict = [_percent(measures["sign_conflict"])] * bool(pairs)
+    rows.append([Cell(x) for x in (group, *sizes, *conflict, *map(_cosine, cosines))])
   if pairs:
     head.append("Sign conflicts (%)")
     apart = [f"{names[i]} · {names[j]}" for i, j in pairs]
@@ -61,12 +61,12 @@ def groups(
 
 def whole(record: Mapping[str, Any]) -> Table:
   """Returns a row a model: its norm, and its cosines with the others."""
-  own, names = record["whole"], record["models"]
+  measures, names = record["whole"], record["models"]
   several = len(names) > 1
   rows = [
-    [name, f"{own['norms'][name]:.4g}", _percent(own["relative"][name])]
+    [name, f"{measures['norms'][name]:.4g}", _percent(measures["relative"][name])]
     + [_cosine(x) for x in cosines] * several
-    for name, cosines in zip(names, own["cosines"], strict=True)
+    for name, cosines in zip(names, measures["cosines"], strict=True)
   ]
   head = ["Model", "Norm", "% of the base's", *names * several]
   return Table(head, [[Cell(x) for x in row] for row in rows])
@@ -76,8 +76,8 @@ def singular(record: Mapping[str, Any]) -> Table:
   """Returns a row a matrix: the share of each model's energy in the largest singular values."""
   names = record["models"]
   rows = [
-    [Cell(matrix), *(Cell(_percent(own[n]["share"])) for n in names)]
-    for matrix, own in record["singular"].items()
+    [Cell(matrix), *(Cell(_percent(by_model[n]["share"])) for n in names)]
+    for matrix, by_model in record["singular"].items()
   ]
   return Table(["", *names], rows)
 
@@ -96,8 +96,8 @@ def _cosine(x: float | None) -> str:
 
 def figures(record: Mapping[str, Any]) -> dict[str, Any]:
   """Returns the figures that the record has numbers for, by name."""
-  made = {"cosines": cosines(record), "norms": norms(record)}
-  return {name: figure for name, figure in made.items() if figure is not None}
+  figures_by_name = {"cosines": cosines(record), "norms": norms(record)}
+  return {name: figure for name, figure in figures_by_name.items() if figure is not None}
 
 
 def cosines(record: Mapping[str, Any]) -> Any:
@@ -112,7 +112,9 @@ def cosines(record: Mapping[str, Any]) -> Any:
 
 def norms(record: Mapping[str, Any]) -> Any:
   """Draws the norms of task vectors over two layers or more, in % of the base's norms."""
-  layers = {int(key): own["relative"] for key, own in record["layers"].items() if key.isdecimal()}
+  layers = {
+    int(key): measures["relative"] for key, measures in record["layers"].items() if key.isdecimal()
+  }
   if len(layers) < 2:
     return None
   curves = {n: 100 * figure_lib.column(list(layers.values()), n) for n in record["models"]}
@@ -122,10 +124,10 @@ def norms(record: Mapping[str, Any]) -> Any:
 def write(record: Mapping[str, Any], folder: str | pathlib.Path) -> list[pathlib.Path]:
   """Writes NAME.png of all figures and diff.json into a folder, and returns their paths.
 
-  All is made before anything is written; figures of an earlier record that this one lacks are
+  Figures are drawn before anything is written; those of an earlier record that this one lacks are
   removed.
   """
-  drawn = {f"{name}.png": figure_lib.png(made) for name, made in figures(record).items()}
+  drawn = {f"{name}.png": figure_lib.png(figure) for name, figure in figures(record).items()}
   files = {**drawn, "diff.json": (json.dumps(record, indent=1, allow_nan=False) + "\n").encode()}
   home = pathlib.Path(folder)
   for name in FIGURES:

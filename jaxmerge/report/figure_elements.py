@@ -1,6 +1,6 @@
 """Figures with direct labels: colours, axes, labels that do not overlap, PNG bytes.
 
-Matplotlib is imported when a figure is made, through its Figure class: no window, no global state.
+Matplotlib is imported when a figure is drawn, through its Figure class: no window, no global state.
 """
 
 from __future__ import annotations
@@ -49,44 +49,44 @@ class Mark(NamedTuple):
 
 
 def figure(height: float, columns: int = 0) -> tuple[Any, Any]:
-  """Returns an empty figure of the house width, and its axes; a list where `columns` are given."""
+  """Returns an empty figure of the house width, and its axes: a list for `columns`."""
   try:
     figures = importlib.import_module("matplotlib.figure")
     agg = importlib.import_module("matplotlib.backends.backend_agg")
   except ImportError as error:
     raise ImportError(f'plots need Matplotlib: pip install "jaxmerge[demo]" ({error}).') from error
-  made = figures.Figure(figsize=(WIDTH, height), dpi=DPI, facecolor="white")
-  agg.FigureCanvasAgg(made)
-  axes = made.subplots(1, columns or 1, squeeze=False)[0]
-  return made, list(axes) if columns else axes[0]
+  fig = figures.Figure(figsize=(WIDTH, height), dpi=DPI, facecolor="white")
+  agg.FigureCanvasAgg(fig)
+  axes = fig.subplots(1, columns or 1, squeeze=False)[0]
+  return fig, list(axes) if columns else axes[0]
 
 
-def place(made: Any, axes: Any, box: tuple[float, float, float, float]) -> None:
+def place(fig: Any, axes: Any, box: tuple[float, float, float, float]) -> None:
   """Puts axes at (left, bottom, width, height) in inches."""
-  width, height = made.get_size_inches()
+  width, height = fig.get_size_inches()
   left, bottom, wide, tall = box
   axes.set_position((left / width, bottom / height, wide / width, tall / height))
 
 
-def headline(made: Any, text: str) -> None:
+def headline(fig: Any, text: str) -> None:
   """Writes the title of a figure that has more axes than one."""
-  width, height = made.get_size_inches()
+  width, height = fig.get_size_inches()
   style = {"fontsize": 10, "fontweight": "bold", "color": INK, "va": "top"}
-  made.text(0.1 / width, 1 - 0.1 / height, text, **style)
+  fig.text(0.1 / width, 1 - 0.1 / height, text, **style)
 
 
-def png(made: Any) -> bytes:
+def png(fig: Any) -> bytes:
   """Returns the figure as PNG bytes, the same for the same figure."""
   buffer = io.BytesIO()
-  made.savefig(buffer, format="png", dpi=DPI, facecolor="white", metadata={"Software": None})
+  fig.savefig(buffer, format="png", dpi=DPI, facecolor="white", metadata={"Software": None})
   return buffer.getvalue()
 
 
 def colors(names: Sequence[str]) -> dict[str, str]:
-  """Returns the colour of every model; models without one of their own take those that are left."""
+  """Returns the colour of every model; models without a fixed one take those that are left."""
   others = [n for n in names if n not in COLORS]
-  own = {n: COLORS[n] for n in names if n in COLORS}
-  return own | {n: _MORE[i % len(_MORE)] for i, n in enumerate(others)}
+  fixed = {n: COLORS[n] for n in names if n in COLORS}
+  return fixed | {n: _MORE[i % len(_MORE)] for i, n in enumerate(others)}
 
 
 def dashes(name: str) -> Any:
@@ -149,7 +149,7 @@ def span(axes: Any, xs: Sequence[float]) -> None:
 
 
 def fit(axes: Any, ys: Sequence[float], floor: float | None = None) -> None:
-  """Sets the y axis to the values with a little air, from `floor` where one is given."""
+  """Sets the y axis to the values with a little air, from `floor` if that is set."""
   low, high = min(ys), max(ys)
   if floor is not None:
     low = min(low, floor)
@@ -160,7 +160,7 @@ def fit(axes: Any, ys: Sequence[float], floor: float | None = None) -> None:
 def spread(values: Sequence[float], gap: float, low: float, high: float) -> list[float]:
   """Moves values as little as possible (least squares) so that neighbours are `gap` apart.
 
-  Order is kept, and all stay within [low, high]; where they do not fit, the gap shrinks.
+  The order stays, and all are within [low, high]; where they do not fit, the gap shrinks.
 
   >>> spread([1.0, 1.0, 5.0], 1.0, 0.0, 9.0)
   [0.5, 1.5, 5.0]
@@ -185,28 +185,28 @@ def spread(values: Sequence[float], gap: float, low: float, high: float) -> list
   return result
 
 
-def settle(made: Any, axes: Any, right: Sequence[str] = (), left: float = 0.7) -> None:
+def settle(fig: Any, axes: Any, right: Sequence[str] = (), left: float = 0.7) -> None:
   """Fixes the place of the axes in inches, with room on the right for the longest label."""
-  width, height = made.get_size_inches()
-  room = max((text_width(made, t) for t in right), default=0.0) + (0.34 if right else 0.1)
-  made.subplots_adjust(
+  width, height = fig.get_size_inches()
+  room = max((text_width(fig, t) for t in right), default=0.0) + (0.34 if right else 0.1)
+  fig.subplots_adjust(
     left=left / width, right=1 - room / width, bottom=0.48 / height, top=1 - 0.36 / height
   )
 
 
-def text_width(made: Any, text: str, size: float = SIZE) -> float:
+def text_width(fig: Any, text: str, size: float = SIZE) -> float:
   """Returns the width of a text in inches, drawn bold to be safe."""
-  probe = made.text(0, 0, text, fontsize=size, fontweight="bold")
-  width = probe.get_window_extent(made.canvas.get_renderer()).width / made.dpi
+  probe = fig.text(0, 0, text, fontsize=size, fontweight="bold")
+  width = probe.get_window_extent(fig.canvas.get_renderer()).width / fig.dpi
   probe.remove()
   return float(width)
 
 
-def label_right(made: Any, axes: Any, marks: Sequence[Mark]) -> None:
+def label_right(fig: Any, axes: Any, marks: Sequence[Mark]) -> None:
   """Writes labels right of the axes, each joined to its height, none over another."""
-  settle(made, axes, [m.text for m in marks])
-  width = axes.get_position().width * made.get_size_inches()[0]
-  for mark, y in _spread(made, axes, marks):
+  settle(fig, axes, [m.text for m in marks])
+  width = axes.get_position().width * fig.get_size_inches()[0]
+  for mark, y in _spread(fig, axes, marks):
     near, far = 1 + 0.03 / width, 1 + 0.2 / width
     axes.plot(
       [near, far],
@@ -219,19 +219,19 @@ def label_right(made: Any, axes: Any, marks: Sequence[Mark]) -> None:
     _write(axes, 1 + 0.24 / width, y, mark, "left", axes.get_yaxis_transform())
 
 
-def label_left(made: Any, axes: Any, x: float, marks: Sequence[Mark]) -> None:
+def label_left(fig: Any, axes: Any, x: float, marks: Sequence[Mark]) -> None:
   """Writes labels left of the points at `x`, each joined to its point, none over another."""
   inch = (axes.get_xlim()[1] - axes.get_xlim()[0]) / (
-    axes.get_position().width * made.get_size_inches()[0]
+    axes.get_position().width * fig.get_size_inches()[0]
   )
-  for mark, y in _spread(made, axes, marks):
+  for mark, y in _spread(fig, axes, marks):
     axes.plot([x - 0.24 * inch, x], [y, mark.y], color=mark.color, linewidth=0.7, zorder=1.5)
     _write(axes, x - 0.28 * inch, y, mark, "right", axes.transData)
 
 
-def _spread(made: Any, axes: Any, marks: Sequence[Mark]) -> Iterator[tuple[Mark, float]]:
+def _spread(fig: Any, axes: Any, marks: Sequence[Mark]) -> Iterator[tuple[Mark, float]]:
   low, high = axes.get_ylim()
-  tall = axes.get_position().height * made.get_size_inches()[1] * 72  # points
+  tall = axes.get_position().height * fig.get_size_inches()[1] * 72  # points
   line = 1.3 * SIZE * (high - low) / tall
   places = spread([m.y for m in marks], line, low + line / 3, high - line / 3)
   return zip(marks, places, strict=True)
@@ -252,10 +252,10 @@ def _write(axes: Any, x: float, y: float, mark: Mark, side: str, transform: Any)
   )
 
 
-def legend(made: Any, axes: Any, down: float) -> None:
+def legend(fig: Any, axes: Any, down: float) -> None:
   """Writes the legend in one row, `down` inches below the top of the figure."""
-  width, height = made.get_size_inches()
-  made.legend(
+  width, height = fig.get_size_inches()
+  fig.legend(
     *axes.get_legend_handles_labels(),
     loc="center left",
     bbox_to_anchor=(0.06 / width, 1 - (down + 0.06) / height),

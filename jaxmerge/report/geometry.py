@@ -35,13 +35,13 @@ def matrices(cosines: Mapping[str, Any], tasks: Sequence[str]) -> Any:
   side = min((figures.WIDTH - left - 0.2 * across) / across, 0.62 * len(tasks))
   down = len(grids) // across
   height = down * (side + 0.35) + (down - 1) * 0.1 + below + 0.38
-  made, plots = figures.figure(height, columns=len(grids))
+  fig, plots = figures.figure(height, columns=len(grids))
   for i, (axes, title, grid) in enumerate(zip(plots, cosines, grids, strict=True)):
     shown = np.ma.masked_array(grid, hidden | np.isnan(grid))
     image = axes.imshow(shown, cmap="PuOr_r", vmin=-limit, vmax=limit)
     column, row = i % across, i // across
     corner = (left + column * (side + 0.2), below + (down - 1 - row) * (side + 0.45))
-    figures.place(made, axes, (*corner, side, side))
+    figures.place(fig, axes, (*corner, side, side))
     axes.set_title(title, loc="left", fontsize=9, color=figures.INK)
     axes.set_xticks(range(len(tasks)), labels if row == down - 1 else [""] * len(tasks))
     axes.tick_params(axis="x", labelrotation=45)
@@ -51,9 +51,9 @@ def matrices(cosines: Mapping[str, Any], tasks: Sequence[str]) -> Any:
     axes.tick_params(labelsize=figures.SIZE, length=0, labelcolor=figures.INK)
     axes.spines[:].set_visible(False)
     _numbers(axes, grid, limit, side / len(tasks))
-  figures.headline(made, "Cosines between task vectors")
-  _color_bar(made, image, height)
-  return made
+  figures.headline(fig, "Cosines between task vectors")
+  _color_bar(fig, image, height)
+  return fig
 
 
 def _numbers(plot: Any, grid: np.ndarray, limit: float, cell: float) -> None:
@@ -71,11 +71,11 @@ def _numbers(plot: Any, grid: np.ndarray, limit: float, cell: float) -> None:
     plot.text(j, i, text, ha="center", va="center", fontsize=size, color=color)
 
 
-def _color_bar(made: Any, image: Any, height: float) -> None:
+def _color_bar(fig: Any, image: Any, height: float) -> None:
   """Adds a thin horizontal scale in the corner above the matrices."""
-  bar = made.add_axes([0, 0, 1, 1])
-  figures.place(made, bar, (figures.WIDTH - 1.6, height - 0.2, 1.45, 0.09))
-  made.colorbar(image, cax=bar, orientation="horizontal")
+  bar = fig.add_axes([0, 0, 1, 1])
+  figures.place(fig, bar, (figures.WIDTH - 1.6, height - 0.2, 1.45, 0.09))
+  fig.colorbar(image, cax=bar, orientation="horizontal")
   bar.tick_params(labelsize=7, length=2, pad=1.5, colors=figures.SOFT)
   bar.set_xticks([image.norm.vmin, 0, image.norm.vmax])
   bar.spines[:].set_visible(False)
@@ -94,7 +94,7 @@ def norms(record: Mapping[str, Any]) -> Any:
 
 def lengths(xs: Sequence[float], curves: Mapping[str, np.ndarray], x: str, y: str) -> Any:
   """Draws a curve a task, NaN where nothing is known, with its name and last value at the right."""
-  made, axes = figures.figure(max(3.4, 0.17 * len(curves) + 1.2))
+  fig, axes = figures.figure(max(3.4, 0.17 * len(curves) + 1.2))
   figures.span(axes, xs)
   labels = figures.names(list(curves))
   marks, heights = [], []
@@ -112,8 +112,8 @@ def lengths(xs: Sequence[float], curves: Mapping[str, np.ndarray], x: str, y: st
     return None
   figures.dress(axes, "Length of the task vectors", x, y)
   figures.fit(axes, heights, floor=0.0)
-  figures.label_right(made, axes, marks)
-  return made
+  figures.label_right(fig, axes, marks)
+  return fig
 
 
 def sign_conflict(record: Mapping[str, Any]) -> Any:
@@ -123,11 +123,11 @@ def sign_conflict(record: Mapping[str, Any]) -> Any:
     return None
   xs = [r["round"] for r in rounds]
   ys = 100 * figures.column(rounds, "sign_conflict")
-  made, axes = figures.figure(2.8)
+  fig, axes = figures.figure(2.8)
   color = figures.COLORS["atm"]
   figures.span(axes, xs)
   figures.curve(axes, xs, ys.tolist(), color, linewidth=2.0)
   figures.dress(axes, "Sign conflicts between tasks", "Round", "Entries in conflict (%)")
   figures.fit(axes, ys.tolist(), floor=0.0)
-  figures.label_right(made, axes, [figures.Mark(ys[-1], f"{ys[-1]:.1f}", color, lead=True)])
-  return made
+  figures.label_right(fig, axes, [figures.Mark(ys[-1], f"{ys[-1]:.1f}", color, lead=True)])
+  return fig

@@ -1,4 +1,4 @@
-"""What is in a folder of weights, as text for a terminal, from the record of `inspection`."""
+"""A folder of weights as text for a terminal, from the record of `inspection`."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ def text(record: Mapping[str, Any]) -> str:
   rows = [["tensor", "dtype", "shape", "bytes", *["xxh3_128"] * hashed]]
   for t in record["tensors"]:
     shape = "×".join(map(str, t["shape"])) or "scalar"
-    own = [display.name(t["name"]), t["dtype"], shape, f"{t['bytes']:,}"]
-    rows.append([*own, t["xxh3_128"]] if hashed else own)
+    row = [display.name(t["name"]), t["dtype"], shape, f"{t['bytes']:,}"]
+    rows.append([*row, t["xxh3_128"]] if hashed else row)
   totals = [["dtype", "tensors", "entries", "bytes"]]
-  for dtype, own in record["dtypes"].items():
-    totals.append([dtype, *(f"{own[key]:,}" for key in totals[0][1:])])
+  for dtype, total in record["dtypes"].items():
+    totals.append([dtype, *(f"{total[key]:,}" for key in totals[0][1:])])
   facts = [f"{what:<11} {display.name(line)}" for what, line in _facts(record)]
   return "\n\n".join(["\n".join(part) for part in (columns(rows), columns(totals), facts)]) + "\n"
 
@@ -51,8 +51,8 @@ def _facts(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
   yield "files", f"{len(files)}, {sum(f['bytes'] for f in files):,} bytes: {names}"
   if record["tied"] is not None:
     yield "tied", f"tie_word_embeddings is {json.dumps(record['tied'])} in config.json"
-  for name, held in record["shared"].items():
-    yield "shared", f"{name} is not stored: it has the bytes of {held}"
+  for name, stored_name in record["shared"].items():
+    yield "shared", f"{name} is not stored: it has the bytes of {stored_name}"
   for group in record.get("equal", []):
     more = f" and {len(group) - NAMED} more" if len(group) > NAMED else ""
     yield "equal", ", ".join(group[:NAMED]) + more
@@ -74,8 +74,10 @@ def _provenance(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
       yield "provenance", f"input {model}: {', '.join(lines) or 'no tensors'}"
   if "check" in record:
     check = record["check"]
-    told = [f"{len(check[key]):,} {key}" for key in ("changed", "missing", "added") if check[key]]
-    yield "check", ", ".join([f"{check['same']:,} tensors as recorded", *told])
+    differences = [
+      f"{len(check[key]):,} {key}" for key in ("changed", "missing", "added") if check[key]
+    ]
+    yield "check", ", ".join([f"{check['same']:,} tensors as recorded", *differences])
 
 
 def _short(value: Any) -> str:

@@ -64,14 +64,14 @@ def order(models: Mapping[str, Any]) -> list[str]:
 
 
 def split(record: Mapping[str, Any]) -> str:
-  """Returns the split that the models were judged on; validation where the record is silent."""
+  """Returns the split of the scores; validation where the record has none."""
   return record.get("split", "validation")
 
 
 def families(record: Mapping[str, Any]) -> Mapping[str, str]:
-  """Returns the family of every task; nothing where each task is its own."""
-  own = record.get("families", {})
-  return own if len(set(own.values())) < len(own) else {}
+  """Returns the family of every task; empty where each has one task."""
+  by_task = record.get("families", {})
+  return by_task if len(set(by_task.values())) < len(by_task) else {}
 
 
 def metric(record: Mapping[str, Any]) -> str:
@@ -80,7 +80,7 @@ def metric(record: Mapping[str, Any]) -> str:
 
 
 def lower_is_better(record: Mapping[str, Any]) -> bool:
-  """Says whether less of the metric is better, as of a loss."""
+  """Tells whether less of the metric is better, as of a loss."""
   return bool(record.get("lower_is_better", False))
 
 
@@ -90,7 +90,7 @@ def gain(record: Mapping[str, Any], x: float) -> float:
 
 
 def percent(record: Mapping[str, Any]) -> bool:
-  """Says whether the metric is a fraction of one of which more is better: written in percent."""
+  """Tells whether the metric is a fraction, and more of it is better: it is written in percent."""
   if lower_is_better(record):
     return False
   values = [v for m in record["models"].values() for v in (m["mean"], *m["per_task"].values())]
@@ -112,7 +112,7 @@ def axis(record: Mapping[str, Any], what: str) -> str:
 
 
 def lead(record: Mapping[str, Any]) -> str:
-  """Returns in words by how much experts must lead for the gap of a task to be told."""
+  """Returns by how much experts must lead for the gap of a task to be shown, in words."""
   return f"0.05 {metric(record)}" if lower_is_better(record) else "5 points"
 
 
@@ -148,8 +148,8 @@ def counter(name: str) -> str:
 
 def counters(record: Mapping[str, Any]) -> list[str]:
   """Returns the budget counters that any model has, the well-known ones first."""
-  found = {key for row in record["budget"].values() for key in row}
-  return [k for k in _COUNTERS if k in found] + sorted(found - set(_COUNTERS))
+  names = {key for row in record["budget"].values() for key in row}
+  return [k for k in _COUNTERS if k in names] + sorted(names - set(_COUNTERS))
 
 
 def gaps(record: Mapping[str, Any]) -> dict[str, float]:
@@ -161,7 +161,7 @@ def gaps(record: Mapping[str, Any]) -> dict[str, float]:
 def best(record: Mapping[str, Any], of_kind: str) -> str | None:
   """Returns the model of this kind that is best on validation; None where there is none.
 
-  The one rule of what is called best in tables, plots and sentences: test rows never choose. A
+  This is the one rule of what is best in tables, plots and sentences: test rows never choose. A
   record of test rows without means on validation has no other choice.
   """
   models = record["models"]

@@ -38,21 +38,21 @@ def table(facts: Mapping[str, Any], most: int | None = None) -> Table:
   head[1] = f"Mean{labels.unit(flat)}"
   rows = []
   for name in every:
-    own, runs = models[name], facts["methods"].get(name, [])
+    row_of_model, runs = models[name], facts["methods"].get(name, [])
     first = runs[0] if runs else {}
-    row = [labels.label(name) if not runs else name, _spread(own["mean"], flat)]
-    row += [_spread(own["gap_closed"], None), settings(runs), str(first.get("trials", ""))]
+    row = [labels.label(name) if not runs else name, _spread(row_of_model["mean"], flat)]
+    row += [_spread(row_of_model["gap_closed"], None), settings(runs), str(first.get("trials", ""))]
     row += [f"{first['seconds']:.2g}" if "seconds" in first else ""]
     row += [f"{first['bytes'] / 1e6:.0f}" if "bytes" in first else ""]
-    row += [_spread(own["per_task"][t], flat) for t in tasks]
+    row += [_spread(row_of_model["per_task"][t], flat) for t in tasks]
     rows.append([Cell(text, best=name == marked and i == 1) for i, text in enumerate(row)])
   return Table([*head, *tasks], rows)
 
 
 def top(facts: Mapping[str, Any], most: int) -> Table:
   """Returns the best few methods, experts and base around them: mean, gap, cost of one merge."""
-  whole, kept = table(facts, most), (0, 1, 2, 4, 5)
-  return Table([whole.head[i] for i in kept], [[row[i] for i in kept] for row in whole.rows])
+  whole, columns = table(facts, most), (0, 1, 2, 4, 5)
+  return Table([whole.head[i] for i in columns], [[row[i] for i in columns] for row in whole.rows])
 
 
 def settings(runs: Sequence[Mapping[str, Any]]) -> str:
@@ -73,13 +73,13 @@ def _plain(value: Any) -> str:
   return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _spread(own: Mapping[str, Any], record: Mapping[str, Any] | None) -> str:
+def _spread(statistic: Mapping[str, Any], record: Mapping[str, Any] | None) -> str:
   """Mean and spread, of the record's metric or, without one, as whole percent."""
-  if own["mean"] is None:
+  if statistic["mean"] is None:
     return ""
   mean, spread = (
     x if x is None else labels.share(x) if record is None else labels.value(record, x)
-    for x in (own["mean"], own["spread"])
+    for x in (statistic["mean"], statistic["spread"])
   )
   return f"{mean}{'' if spread is None else f' ± {spread}'}"
 
@@ -106,7 +106,7 @@ def figure(facts: Mapping[str, Any]) -> Any:
   """Draws the share of the gap that every method closes, with its spread over seeds."""
   names = ranked(facts)[::-1]
   closed = [facts["summary"]["models"][n]["gap_closed"] for n in names]
-  made, axes = figures.figure(0.9 + 0.2 * len(names))
+  fig, axes = figures.figure(0.9 + 0.2 * len(names))
   title = f"Gap from base to experts closed, {labels.split(facts['summary'])} (%)"
   figures.dress(axes, title, "", "")
   axes.grid(axis="y", visible=False)
@@ -119,9 +119,9 @@ def figure(facts: Mapping[str, Any]) -> Any:
   axes.axvline(100, color=figures.INK, linewidth=0.9, linestyle=figures.DASHES["experts"])
   axes.set_yticks(range(len(names)), [figures.literal(n) for n in names], fontsize=figures.SIZE)
   axes.set_ylim(-0.7, len(names) - 0.3)
-  width = max(figures.text_width(made, n) for n in names)
-  figures.settle(made, axes, left=width + 0.2)
-  return made
+  width = max(figures.text_width(fig, n) for n in names)
+  figures.settle(fig, axes, left=width + 0.2)
+  return fig
 
 
 def write(facts: Mapping[str, Any], path: pathlib.Path) -> None:

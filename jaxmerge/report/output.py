@@ -16,12 +16,12 @@ from jaxmerge.report import record as records
 def write(record: Mapping[str, Any], folder: str | os.PathLike, *, with_plots: bool = True) -> None:
   """Writes `plots/*.png`, `report.html` and, last, `report.json`.
 
-  All is made before anything is written, every file is written beside its place and renamed, and
+  Plots are drawn before anything is written. Every file is written beside its place and renamed;
   plots of an earlier report that this one lacks are removed.
 
   Args:
     record: the run; numbers may be NumPy's, and what is not finite is written as null, with a note.
-    folder: is made where it does not exist.
+    folder: created if it does not exist.
     with_plots: False where Matplotlib is not installed.
   """
   whole = records.plain(record)

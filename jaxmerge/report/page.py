@@ -86,12 +86,12 @@ def html(record: Mapping[str, Any], images: Mapping[str, bytes]) -> str:
     f'<p class="meta">{"".join(f"<span>{entities.escape(x)}</span>" for x in facts(record))}</p>',
     "</header>",
   ]
-  made = tables.headings(record)
+  headings = tables.headings(record)
   kinds = {labels.label(name): labels.kind(name) for name in record["models"]}
-  sections += [_table(*made[0], kinds)]
+  sections += [_table(*headings[0], kinds)]
   if images:
     sections.append(f'<h2>Plots</h2><div class="plots">{"".join(_figures(images))}</div>')
-  sections += [_table(*entry, {}) for entry in made[1:]]
+  sections += [_table(*entry, {}) for entry in headings[1:]]
   if record.get("seconds"):
     pairs = {k: labels.number(v) for k, v in record["seconds"].items()}
     sections.append(_pairs("Seconds", pairs))

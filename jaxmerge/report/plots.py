@@ -28,8 +28,8 @@ def figures(record: Mapping[str, Any]) -> dict[str, Any]:
     geometry.norms,
     geometry.sign_conflict,
   )
-  made = {name: make(record) for name, make in zip(NAMES, makers, strict=True)}
-  return {name: figure for name, figure in made.items() if figure is not None}
+  figures_by_name = {name: make(record) for name, make in zip(NAMES, makers, strict=True)}
+  return {name: figure for name, figure in figures_by_name.items() if figure is not None}
 
 
 def images(record: Mapping[str, Any]) -> dict[str, bytes]:
@@ -52,8 +52,8 @@ def write(record: Mapping[str, Any], folder: str | pathlib.Path) -> list[pathlib
 
 def runs(record: Mapping[str, Any]) -> dict[str, Rounds]:
   """Returns the rounds of every ATM run; those of the first are `rounds` in the record."""
-  own = {"atm": record["rounds"]} if record["rounds"] else {}
-  return own | {n: r for n, r in record.get("curves", {}).items() if r}
+  loop = {"atm": record["rounds"]} if record["rounds"] else {}
+  return loop | {n: r for n, r in record.get("curves", {}).items() if r}
 
 
 def rounds_split(record: Mapping[str, Any]) -> str:
@@ -63,13 +63,13 @@ def rounds_split(record: Mapping[str, Any]) -> str:
 
 def _means(record: Mapping[str, Any]) -> tuple[dict[str, float], str]:
   """Means of all models on the split of the rounds where known, else as reported; and the split."""
-  own = record.get("validation")
-  if own and rounds_split(record) == "validation":
-    means, judged = own, "validation"
+  validation = record.get("validation")
+  if validation and rounds_split(record) == "validation":
+    means, split = validation, "validation"
   else:
     means = {n: m["mean"] for n, m in record["models"].items()}
-    judged = label_lib.split(record)
-  return {n: means[n] for n in label_lib.order(means) if means[n] is not None}, judged
+    split = label_lib.split(record)
+  return {n: means[n] for n in label_lib.order(means) if means[n] is not None}, split
 
 
 def _unit(record: Mapping[str, Any]) -> float:
@@ -81,9 +81,9 @@ def mean(record: Mapping[str, Any]) -> Any:
   curves, unit = runs(record), _unit(record)
   if not curves:
     return None
-  means, judged = _means(record)
+  means, split = _means(record)
   palette = figure_lib.colors(label_lib.order({**means, **curves}))
-  made, axes = figure_lib.figure(3.9)
+  fig, axes = figure_lib.figure(3.9)
   figure_lib.span(axes, [r["round"] for rounds in curves.values() for r in rounds])
   marks, heights = [], []
   for name, level in means.items():
@@ -113,13 +113,13 @@ def mean(record: Mapping[str, Any]) -> Any:
     heights += ys.tolist()
   if not marks:
     return None
-  own, same = rounds_split(record), judged == rounds_split(record)
-  what = f"Mean {label_lib.axis(record, f', {own}' if same else '')}"
-  across = "Round" if same else f"Round (curves: {own}; level lines: {judged})"
+  curves_split, same = rounds_split(record), split == rounds_split(record)
+  what = f"Mean {label_lib.axis(record, f', {curves_split}' if same else '')}"
+  across = "Round" if same else f"Round (curves: {curves_split}; level lines: {split})"
   figure_lib.dress(axes, "Mean over tasks after every round", across, what)
   figure_lib.fit(axes, [*heights, *(m.y for m in marks)])
-  figure_lib.label_right(made, axes, marks)
-  return made
+  figure_lib.label_right(fig, axes, marks)
+  return fig
 
 
 def compared(record: Mapping[str, Any]) -> list[str]:
@@ -138,7 +138,7 @@ def per_task(record: Mapping[str, Any]) -> Any:
   thick = 0.08 if many else 0.135  # inches
   pitch = thick * len(names) + (0.1 if many else 0.16)
   starts = np.arange(len(tasks)) * pitch
-  made, axes = figure_lib.figure(len(tasks) * pitch + 1.05)
+  fig, axes = figure_lib.figure(len(tasks) * pitch + 1.05)
   what = label_lib.axis(record, f", {label_lib.split(record)}")
   what = what[0].upper() + what[1:]
   figure_lib.dress(axes, "", what, "")
@@ -154,12 +154,12 @@ def per_task(record: Mapping[str, Any]) -> Any:
   if label_lib.percent(record):
     axes.set_xlim(0, 106)
     axes.set_xticks(range(0, 101, 20))
-  left = max(figure_lib.text_width(made, t) for t in labels)
-  figure_lib.settle(made, axes, left=left + 0.15)
-  made.subplots_adjust(top=1 - 0.59 / made.get_size_inches()[1])
-  figure_lib.headline(made, "Per task")
-  figure_lib.legend(made, axes, 0.34)
-  return made
+  left = max(figure_lib.text_width(fig, t) for t in labels)
+  figure_lib.settle(fig, axes, left=left + 0.15)
+  fig.subplots_adjust(top=1 - 0.59 / fig.get_size_inches()[1])
+  figure_lib.headline(fig, "Per task")
+  figure_lib.legend(fig, axes, 0.34)
+  return fig
 
 
 def _bars(
@@ -207,11 +207,11 @@ def gap_closed(record: Mapping[str, Any]) -> Any:
   One-shot merges are points at one exchange. Curves need base and experts on the split of the
   rounds; without them an ATM run is the point where it ends.
   """
-  means, judged = _means(record)
+  means, split = _means(record)
   base, experts = means.get("base"), means.get("experts")
   if base is None or experts is None or base == experts:
     return None
-  curves = _exchange_curves(record, means, judged)
+  curves = _exchange_curves(record, means, split)
   if not curves:
     return None
   closed = {n: 100 * (y - base) / (experts - base) for n, y in means.items()}
@@ -225,12 +225,12 @@ def gap_closed(record: Mapping[str, Any]) -> Any:
     figure_lib.Mark(y, f"{figure_lib.model(n)} {label_lib.share(y / 100)}", palette[n])
     for n, y in shots.items()
   ]
-  made, axes = figure_lib.figure(3.9)
-  what = f"Gap from base to experts closed, {judged} (%)"
+  fig, axes = figure_lib.figure(3.9)
+  what = f"Gap from base to experts closed, {split} (%)"
   figure_lib.dress(axes, "Gap closed against exchanges", "Parameter exchanges per task", what)
   figure_lib.fit(axes, [*shots.values(), *(y for _, ys in curves.values() for y in ys), 100.0], 0.0)
-  figure_lib.settle(made, axes, [m.text for m in ends])
-  _exchange_axis(made, axes, starts, max(2.0, *(x for xs, _ in curves.values() for x in xs)))
+  figure_lib.settle(fig, axes, [m.text for m in ends])
+  _exchange_axis(fig, axes, starts, max(2.0, *(x for xs, _ in curves.values() for x in xs)))
   axes.axhline(
     100, color=figure_lib.INK, linewidth=0.9, linestyle=figure_lib.DASHES["experts"], zorder=1
   )
@@ -239,23 +239,23 @@ def gap_closed(record: Mapping[str, Any]) -> Any:
     figure_lib.curve(axes, xs.tolist(), ys.tolist(), palette[name], linewidth=width, zorder=3)
   for mark in starts:
     axes.plot([1], [mark.y], "D", color=mark.color, markersize=4.5, zorder=4)
-  figure_lib.label_right(made, axes, ends)
-  figure_lib.label_left(made, axes, 1.0, starts)
-  return made
+  figure_lib.label_right(fig, axes, ends)
+  figure_lib.label_left(fig, axes, 1.0, starts)
+  return fig
 
 
 def _exchange_curves(
-  record: Mapping[str, Any], means: Mapping[str, float], judged: str
+  record: Mapping[str, Any], means: Mapping[str, float], split: str
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
   """Exchanges and gap closed (%) of every ATM run, round by round where the splits agree."""
   base, experts = means["base"], means["experts"]
   curves = {}
-  if judged == rounds_split(record):
+  if split == rounds_split(record):
     for name, rounds in runs(record).items():
       xs, ys = figure_lib.column(rounds, "exchanges"), figure_lib.column(rounds, "mean")
-      kept = np.isfinite(xs) & np.isfinite(ys)
-      if kept.any():
-        curves[name] = (xs[kept], 100 * (ys[kept] - base) / (experts - base))
+      is_finite = np.isfinite(xs) & np.isfinite(ys)
+      if is_finite.any():
+        curves[name] = (xs[is_finite], 100 * (ys[is_finite] - base) / (experts - base))
   for name in means:
     exchanges = record["budget"].get(name, {}).get("exchanges")
     if label_lib.kind(name) == "loop" and name not in curves and exchanges is not None:
@@ -264,10 +264,10 @@ def _exchange_curves(
   return curves
 
 
-def _exchange_axis(made: Any, axes: Any, starts: Sequence[figure_lib.Mark], top: float) -> None:
+def _exchange_axis(fig: Any, axes: Any, starts: Sequence[figure_lib.Mark], top: float) -> None:
   """Sets the x axis to 1 .. top, with room for the labels of the one-shot merges left of 1."""
-  right, inside = 1 + 1.03 * (top - 1), axes.get_position().width * made.get_size_inches()[0]
-  room = max((figure_lib.text_width(made, m.text) for m in starts), default=-0.3) + 0.4
+  right, inside = 1 + 1.03 * (top - 1), axes.get_position().width * fig.get_size_inches()[0]
+  room = max((figure_lib.text_width(fig, m.text) for m in starts), default=-0.3) + 0.4
   axes.set_xlim(1 - room * (right - 1) / (inside - room), right)
   figure_lib.whole_ticks(axes)
   # The tick at 1 stays readable: none close beside it.

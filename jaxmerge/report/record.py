@@ -17,7 +17,7 @@ import numpy as np
 from jaxmerge.report import comparisons
 
 _REQUIRED = ("tasks", "models", "rounds", "budget", "config", "versions")
-# What is expected of each section: its JSON type, and the word for it in messages.
+# The JSON type of each section, and the words for it in messages.
 _SECTIONS: dict[str, tuple[type | tuple[type, ...], str]] = {
   "title": (str, "a string"),
   "tasks": (list, "a list of names"),
@@ -167,11 +167,11 @@ def _check_comparisons(record: Mapping[str, Any]) -> None:
     for name in record.get(key, {}):
       _number(record[key], name, key)
   for name, value in comparisons.gap_closed(models).items():
-    given = record.get("gap_closed", {}).get(name)
+    recorded = record.get("gap_closed", {}).get(name)
     # The page would contradict itself; half a point of the gap allows for rounded numbers.
-    if given is not None and abs(given - value) > 5e-3:
+    if recorded is not None and abs(recorded - value) > 5e-3:
       raise ValueError(
-        f"record: gap_closed.{name} is {given}, but (mean - base) / (experts - base) is {value}."
+        f"record: gap_closed.{name} is {recorded}, but (mean - base) / (experts - base) is {value}."
       )
   if "chance" in record:
     _per_task(record, "chance", "", tasks)
@@ -243,7 +243,7 @@ def merge_seeds(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
   if len(set(numbers)) < len(numbers):
     raise ValueError(f"records: every record needs a seed of its own, got {numbers}.")
   for x in records[1:]:
-    for key, own, other in (
+    for key, value, other in (
       ("tasks", first["tasks"], x["tasks"]),
       ("families", first.get("families"), x.get("families")),
       ("models", sorted(first["models"]), sorted(x["models"])),
@@ -251,10 +251,10 @@ def merge_seeds(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
       ("metric", first.get("metric"), x.get("metric")),
       ("lower_is_better", first.get("lower_is_better"), x.get("lower_is_better")),
     ):
-      if own != other:
+      if value != other:
         raise ValueError(
           f"records: {key} of seed {x.get('seed')} differ from seed {first.get('seed')}: "
-          f"{other} and {own}."
+          f"{other} and {value}."
         )
   gaps = [comparisons.gap_closed(x["models"]) for x in records]
   models = {}
@@ -266,18 +266,18 @@ def merge_seeds(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
       "per_task": {t: _spread([m["per_task"][t] for m in runs]) for t in first["tasks"]},
     }
     if families := first.get("families"):
-      own = [comparisons.family_mean(m["per_task"], families) for m in runs]
-      models[name]["family_mean"] = _spread(own)
+      means = [comparisons.family_mean(m["per_task"], families) for m in runs]
+      models[name]["family_mean"] = _spread(means)
   keys = ("split", "metric", "lower_is_better", "families")
-  kept = {key: first[key] for key in keys if key in first}
+  shared = {key: first[key] for key in keys if key in first}
   if all("validation" in x for x in records):
     seen = {n: [x["validation"].get(n) for x in records] for n in first["validation"]}
-    kept["validation"] = {n: _spread(values) for n, values in seen.items()}
-  return {"tasks": list(first["tasks"]), "seeds": numbers, "models": models, **kept}
+    shared["validation"] = {n: _spread(values) for n, values in seen.items()}
+  return {"tasks": list(first["tasks"]), "seeds": numbers, "models": models, **shared}
 
 
 def _spread(values: list[float | None]) -> dict[str, Any]:
-  """Mean and sample standard deviation; None where a seed lacks the number."""
+  """Returns mean and sample standard deviation; None where a seed lacks the number."""
   known = [v for v in values if v is not None]
   whole = len(known) == len(values)
   return {

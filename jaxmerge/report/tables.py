@@ -11,7 +11,7 @@ from jaxmerge.report import comparisons, labels
 
 
 class Cell(NamedTuple):
-  """A cell: what it says, and whether it is the best of its column."""
+  """A cell: its text, and whether it is the best of its column."""
 
   text: str
   best: bool = False
@@ -29,35 +29,35 @@ def results(record: Mapping[str, Any]) -> Table:
   models, tasks = record["models"], record["tasks"]
   names, gaps = labels.order(models), labels.gaps(record)
   has_scale = any(models[n].get("scale") is not None for n in names)
-  columns = [_marked(record, names, {n: models[n]["mean"] for n in names})]
+  columns = [_mark_best(record, names, {n: models[n]["mean"] for n in names})]
   if gaps:
     columns.append([Cell(labels.share(gaps.get(n))) for n in names])
   families = labels.families(record)
   if families:
     once = {n: comparisons.family_mean(models[n]["per_task"], families) for n in names}
-    columns.append(_marked(record, names, once))
+    columns.append(_mark_best(record, names, once))
   if has_scale:
     columns.append([Cell(labels.number(models[n].get("scale"))) for n in names])
   for task in tasks:
-    columns.append(_marked(record, names, {n: models[n]["per_task"][task] for n in names}))
+    columns.append(_mark_best(record, names, {n: models[n]["per_task"][task] for n in names}))
   rows = [list(row) for row in zip([Cell(labels.label(n)) for n in names], *columns, strict=True)]
   if "chance" in record:
     chance = record["chance"]
     known = [chance[t] for t in tasks if chance[t] is not None]
     mean = sum(known) / len(known) if len(known) == len(tasks) else None
     blank = [Cell("")] * (bool(gaps) + bool(families) + has_scale)
-    own = [Cell(labels.value(record, chance[t])) for t in tasks]
-    rows.insert(0, [Cell("Chance"), Cell(labels.value(record, mean)), *blank, *own])
+    cells = [Cell(labels.value(record, chance[t])) for t in tasks]
+    rows.insert(0, [Cell("Chance"), Cell(labels.value(record, mean)), *blank, *cells])
   head = ["Model", f"Mean{labels.unit(record)}"]
   head += ["Gap closed (%)"] * bool(gaps)
   head += [f"Families once{labels.unit(record)}"] * bool(families) + ["Scale"] * has_scale
   return Table([*head, *tasks], rows)
 
 
-def _marked(
+def _mark_best(
   record: Mapping[str, Any], names: Sequence[str], values: Mapping[str, float | None]
 ) -> list[Cell]:
-  """A column, the best merge marked; equal as written is equal."""
+  """Returns a column, the best merge marked; equal as written is equal."""
   texts = {n: labels.value(record, values[n]) for n in names}
   merges = [n for n in names if labels.kind(n) != "reference" and values[n] is not None]
   best = max(merges, key=lambda n: labels.gain(record, values[n] or 0.0), default="")
@@ -68,13 +68,16 @@ def _marked(
 def gaps(record: Mapping[str, Any]) -> Table | None:
   """Returns the share of every task's gap that the merges close; None where there is no gap."""
   lower = labels.lower_is_better(record)
-  found = comparisons.task_gaps(record["models"], record["tasks"], lower_is_better=lower)
-  led = [t for t in record["tasks"] if t in found.get("experts", {})]
-  names = [n for n in labels.order(found) if labels.kind(n) != "reference" or n == "multitask"]
+  gaps_by_model = comparisons.task_gaps(record["models"], record["tasks"], lower_is_better=lower)
+  led = [t for t in record["tasks"] if t in gaps_by_model.get("experts", {})]
+  names = [
+    n for n in labels.order(gaps_by_model) if labels.kind(n) != "reference" or n == "multitask"
+  ]
   if not led or not names:
     return None
   rows = [
-    [Cell(labels.label(n)), *(Cell(labels.share(found[n].get(t))) for t in led)] for n in names
+    [Cell(labels.label(n)), *(Cell(labels.share(gaps_by_model[n].get(t))) for t in led)]
+    for n in names
   ]
   return Table(["Gap closed (%)", *led], rows)
 
@@ -122,18 +125,20 @@ def differences(record: Mapping[str, Any]) -> Table | None:
 
 def headings(record: Mapping[str, Any]) -> list[tuple[str, str, Table]]:
   """Returns the tables that the record has, each with a heading and a sentence that explains."""
-  judged = labels.split(record)
-  own = labels.metric(record)
+  split = labels.split(record)
+  metric = labels.metric(record)
   less = "; less is better" if labels.lower_is_better(record) else ""
-  note = f"{own.capitalize()} on {judged} rows{less}. The best merge of a column is marked; base, "
+  note = (
+    f"{metric.capitalize()} on {split} rows{less}. The best merge of a column is marked; base, "
+  )
   note += "joint training and experts are no merges."
   if families := labels.families(record):
     shared = [f for f in dict.fromkeys(families.values()) if list(families.values()).count(f) > 1]
     kin = "; ".join(", ".join(t for t in record["tasks"] if families[t] == f) for f in shared)
     note += f" In “Families once” these count as one task: {kin}."
-  made = [
+  sections = [
     (
-      f"Results on {judged}",
+      f"Results on {split}",
       note,
       results(record),
     ),
@@ -151,11 +156,12 @@ def headings(record: Mapping[str, Any]) -> list[tuple[str, str, Table]]:
     ("Budget", "What every model was given.", budget(record)),
     (
       "Transfer",
-      f"{own.capitalize()} of every expert on the {judged} rows of every task; its own is marked.",
+      f"{metric.capitalize()} of every expert on the {split} rows of every task; its own is "
+      "marked.",
       transfer(record),
     ),
   ]
-  return [(title, note, table) for title, note, table in made if table is not None]
+  return [(title, note, table) for title, note, table in sections if table is not None]
 
 
 def markdown(record: Mapping[str, Any]) -> str:
@@ -221,7 +227,7 @@ def to_text(table: Table, width: int = 100) -> str:
 
 
 def _column(head: str, cells: Sequence[Cell], first: bool) -> tuple[list[str], list[str]]:
-  """The lines of a heading, and the cells as text, with room for a star."""
+  """Returns the lines of a heading, and the cells as text, with room for a star."""
   drawn = [" ".join(c.text.split()) + ("" if first else "*" if c.best else " ") for c in cells]
   wide = 200 if first else max(14, *(len(x) - 1 for x in drawn))
   return [line + ("" if first else " ") for line in textwrap.wrap(head, wide)], drawn
@@ -252,18 +258,21 @@ def seeds(summary: Mapping[str, Any]) -> str:
     rows.append([Cell(labels.label(name)), first, *closed, *rest])
   number = len(summary["seeds"])
   note = f"Mean ± standard deviation over {number} seeds" if number > 1 else "One seed"
-  judged = f"{labels.metric(summary)} on {labels.split(summary)}"
-  judged += "; less is better" if labels.lower_is_better(summary) else ""
+  scale = f"{labels.metric(summary)} on {labels.split(summary)}"
+  scale += "; less is better" if labels.lower_is_better(summary) else ""
   head = ["Model", f"Mean{labels.unit(flat)}", "Gap closed (%)"]
   head += [f"Families once{labels.unit(flat)}"] * bool(families)
-  parts = [f"{note}, {judged}.\n", to_markdown(Table([*head, *tasks], rows))]
-  if own := gaps(flat | {"tasks": tasks}):
-    parts += [f"By task, where the experts lead by over {labels.lead(flat)}:\n", to_markdown(own)]
+  parts = [f"{note}, {scale}.\n", to_markdown(Table([*head, *tasks], rows))]
+  if gap_table := gaps(flat | {"tasks": tasks}):
+    parts += [
+      f"By task, where the experts lead by over {labels.lead(flat)}:\n",
+      to_markdown(gap_table),
+    ]
   return "\n".join(parts)
 
 
 def as_record(summary: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns means over seeds as a record, for what is said of a record's metric."""
+  """Returns means over seeds as a record, for what labels derive from a record's metric."""
   models, tasks = summary["models"], summary["tasks"]
   return {
     "models": {

@@ -62,7 +62,7 @@ def compared(tmp_path):
   def run(base=BASE, models=MODELS, **options):
     root = inputs.open_model(written(tmp_path / "base", base), files)
     paths = [written(tmp_path / name, x) for name, x in models.items()]
-    return diff.compare(root, diff.opened(paths, root, files), **options)
+    return diff.compare(root, diff.open_models(paths, root, files), **options)
 
   yield run
   files.close()
@@ -150,7 +150,7 @@ def test_an_adapter_is_the_base_as_it_leaves_it(tmp_path):
   safetensors.save(path / adapter.WEIGHTS, parts)
   files = Files()
   base = inputs.open_model(written(tmp_path / "base", BASE), files)
-  record = diff.compare(base, diff.opened([str(path)], base, files))
+  record = diff.compare(base, diff.open_models([str(path)], base, files))
   files.close()
   a, b = parts.values()
   norm = np.linalg.norm(2.0 * (b.astype(np.float64) @ a.astype(np.float64)))
@@ -183,7 +183,7 @@ def test_the_bytes_that_are_read_are_counted(tmp_path, monkeypatch):
   monkeypatch.setattr(sums, "ENTRIES", 7)
   files, counts = Files(), []
   base = inputs.open_model(written(tmp_path / "base", BASE), files)
-  models = diff.opened([written(tmp_path / "chat", MODELS["chat"])], base, files)
+  models = diff.open_models([written(tmp_path / "chat", MODELS["chat"])], base, files)
   diff.compare(base, models, singular="down", progress=counts.append)
   files.close()
   whole = sum(x.nbytes for x in BASE.values())

@@ -344,7 +344,7 @@ def test_inspect_and_diff_take_checkpoints(tmp_path):
   }
   opened = Files()
   base = inputs.open_model(tmp_path / "w", opened)
-  found = diff.compare(base, diff.opened([str(tmp_path / "v")], base, opened))
+  found = diff.compare(base, diff.open_models([str(tmp_path / "v")], base, opened))
   assert found["whole"]["entries"] == sum(x.size for x in named.values())
   assert found["whole"]["norms"]["v"] > 0
 
