@@ -31,8 +31,8 @@ def test_notebook_runs_and_ends_with_figures(script, monkeypatch):
   assert any("image/png" in o.get("data", {}) for o in outputs)
   printed = "".join(o.text for o in outputs if o.output_type == "stream")
   means = dict(
-    re.findall(r"^(base|experts|average|task arithmetic|TIES|ATM) +([\d.]+)$", printed, re.M)
+    re.findall(r"^(base|experts|average|task arithmetic|TIES|TSV-M|ATM) +([\d.]+)$", printed, re.M)
   )
-  order = [float(means[n]) for n in ("base", "average", "task arithmetic", "ATM", "experts")]
+  order = [float(means[n]) for n in ("base", "average", "TSV-M", "ATM", "experts")]
   assert order == sorted(order)
   assert float(means["ATM"]) > float(means["TIES"])

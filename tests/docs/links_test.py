@@ -14,6 +14,9 @@ PAGES = sorted(
   ]
 )
 FENCE = re.compile(r"^```.*?^```", re.M | re.S)
+NAMED = re.compile(
+  r"(?<![\w/])((?:jaxmerge|configs|benchmarks|colabs|docs|tests|tools|tpu)/[\w./]*\w)"
+)
 LINK = re.compile(r"\]\(([^()\s]+)\)")
 
 
@@ -44,6 +47,14 @@ def test_links_resolve(page):
     assert target.exists(), f"{name(page)} links to {link}, which is not there."
     if anchor:
       assert anchor in anchors(target), f"{name(page)} links to {link}: no such heading."
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_files_that_a_page_names_are_there(page):
+  # What a command writes, `--out=...`, need not be there.
+  text = re.sub(r"--out=\S+", "", page.read_text(encoding="utf-8"))
+  for path in NAMED.findall(text):
+    assert (ROOT / path).exists(), f"{name(page)} names {path}, which is not there."
 
 
 def test_every_page_of_docs_is_reached_from_its_index():
