@@ -60,42 +60,59 @@ def experts(
   mesh = mesh or meshes.make(tasks=len(tasks))
   side = mesh.shape["task"]
   slots = -(-len(tasks) // side) * side
-  local = optimizers.local(settings, params)
-  step = local_steps.step(placement.in_place(apply, mesh, sharding), loss, settings, local)
-  spread = meshes.by_task(mesh)
   rows = placement.rows(tasks, "train", mesh, height=slots)
   names, counts = [t.name for t in tasks], [len(t.train.labels) for t in tasks]
-
-  @jax.jit
-  def begin(params: Any) -> Any:
-    models = local_steps.copies(params, slots, mesh, sharding)
-    # All parts run one executable only if the first gets what the others return.
-    return models, placement.states(local, models, mesh, sharding)
-
-  def part(models: Any, states: Any, rows: batch.Rows, plan: schedule.Plan) -> Any:
-    return local_steps.tune_all(step, models, states, rows, plan, mesh=mesh, rules=sharding)
-
-  tuned, finite = jax.jit(part, donate_argnums=(0, 1)), jax.jit(finiteness.finite_models)
+  begin, tune = _programs(apply, params, loss, settings, mesh, sharding, slots)
   models, states = begin(meshes.put(params, meshes.places(params, mesh, sharding)))
-  judged = metrics.metric_of(metric)
-  best = _Best(apply, judged, tasks, models, mesh) if settings.early_stopping else None
+  best = None
+  if settings.early_stopping:
+    best = _Best(apply, metrics.metric_of(metric), tasks, models, mesh)
   for k in range(settings.rounds):
     plan = schedule.plan(names, counts, settings, k, rounds=settings.rounds)
-    own = schedule.Plan(*(meshes.put(batch.pile_up(x, slots), spread) for x in plan))
-    models, states, losses = tuned(models, states, rows, own)
-    good = finite(models)
-    when = f"part {k + 1} of its expert's training"
-    local_steps.refuse_divergence(
-      names, losses[: len(names)], good[: len(names)], settings, when=when
-    )
+    padded = schedule.Plan(*(batch.pile_up(x, slots) for x in plan))
+    plan = meshes.put(padded, meshes.by_task(mesh))
+    models, states, losses, finite = tune(models, states, rows, plan)
+    when, used = f"part {k + 1} of its expert's training", len(names)
+    local_steps.refuse_divergence(names, losses[:used], finite[:used], settings, when=when)
     if best:
-      best.see(models)
+      best.update(models)
     if on_part:
       on_part(k + 1, settings.rounds)
   models = best.models if best else models
   steps = schedule.totals(counts, settings)
   cost = budget.tuned(steps, counts, settings.batch_size, exchanges=0)
   return jax.tree.map(lambda x: x[: len(tasks)], models), cost
+
+
+def _programs(
+  apply: batch.Apply,
+  params: Any,
+  loss: losses.Rowwise,
+  settings: Settings,
+  mesh: Mesh,
+  rules: meshes.Rules,
+  slots: int,
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+  """Compiles the start, params -> (models, states), and a part of the training."""
+  local = optimizers.local(settings, params)
+  step = local_steps.step(placement.in_place(apply, mesh, rules), loss, settings, local)
+
+  @jax.jit
+  def begin(params: Any) -> Any:
+    models = local_steps.copies(params, slots, mesh, rules)
+    # All parts run one executable only if the first gets what the others return.
+    return models, placement.states(local, models, mesh, rules)
+
+  def part(models: Any, states: Any, rows: batch.Rows, plan: schedule.Plan) -> Any:
+    return local_steps.tune_all(step, models, states, rows, plan, mesh=mesh, rules=rules)
+
+  tune, is_finite = jax.jit(part, donate_argnums=(0, 1)), jax.jit(finiteness.finite_models)
+
+  def tune_part(*arguments: Any) -> Any:
+    models, states, losses = tune(*arguments)
+    return models, states, losses, is_finite(models)
+
+  return begin, tune_part
 
 
 class _Best:
@@ -109,25 +126,25 @@ class _Best:
     models: Any,
     mesh: Mesh,
   ) -> None:
-    height = jax.tree.leaves(models)[0].shape[0]
-    self.spread = meshes.by_task(mesh)
-    self.rows = placement.rows(tasks, "validation", mesh, height=height)
+    slots = jax.tree.leaves(models)[0].shape[0]
+    self.mesh, self.metric = mesh, metric
+    self.rows = placement.rows(tasks, "validation", mesh, height=slots)
     self.counts = [len(t.validation.labels) for t in tasks]
-    self.gain = metric.gain
     self.score = scoring.expert_scorer(apply, metric.rowwise, mesh=mesh)
-    self.models = jax.tree.map(jnp.copy, models)  # The training's program takes its own over.
-    self.gains = np.full(height, -np.inf, np.float32)
+    self.models = jax.tree.map(jnp.copy, models)  # The next part takes over their buffers.
+    self.scores = np.full(slots, -np.inf, np.float32)
 
-  def see(self, models: Any) -> None:
-    """Keeps each model that is better than what there is."""
-    found = scoring.means(self.score(models, self.rows), self.counts)
-    gains = batch.pile_up(self.gain(np.array(found, np.float32)), len(self.gains))
-    self.models = _better(self.models, models, meshes.put(gains > self.gains, self.spread))
-    self.gains = np.maximum(gains, self.gains)
+  def update(self, models: Any) -> None:
+    """Takes each model that is better than the best so far."""
+    means = scoring.means(self.score(models, self.rows), self.counts)
+    scores = batch.pile_up(self.metric.gain(np.array(means, np.float32)), len(self.scores))
+    better = meshes.put(scores > self.scores, meshes.by_task(self.mesh))
+    self.models = _take_better(self.models, models, better)
+    self.scores = np.maximum(scores, self.scores)
 
 
 @jax.jit
-def _better(best: Any, models: Any, better: Array) -> Any:
+def _take_better(best: Any, models: Any, better: Array) -> Any:
   """Takes the models [T, *s] where they are better [T], the best so far elsewhere."""
   return jax.tree.map(
     lambda b, m: jnp.where(better.reshape((-1,) + (1,) * (m.ndim - 1)), m, b), best, models

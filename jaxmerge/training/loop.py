@@ -1,4 +1,8 @@
-"""Tuning and merging, round by round: saved, resumed, measured."""
+"""Tuning and merging, round by round: saved, resumed, measured.
+
+Reference: Zhou et al. 2024, ATM: improving model merging by alternating tuning and merging
+(arXiv:2411.03055).
+"""
 
 from __future__ import annotations
 
@@ -77,8 +81,7 @@ def tune_and_merge(
 
   Args:
     apply: (params, inputs [B, ...], head) -> outputs [B, C]. Heads are padded to the widest.
-    params: tree of floating-point arrays to start from, kept in float32; running statistics, such
-      as `batch_stats`, stay as they are.
+    params: tree of floating-point arrays to start from; running statistics stay as they are.
     tasks: tasks to tune on, with different names.
     method: how task vectors are merged, the plain mean by default.
     settings: how long and how; see `Settings`.
@@ -97,8 +100,6 @@ def tune_and_merge(
   Raises:
     Stopped: where `stop` returned True before the last round.
     ValueError: for bad data or settings, a task that diverges, or checkpoints of another run.
-
-  Reference: Zhou et al. 2024, ATM (arXiv:2411.03055).
   """
   settings = settings or Settings()
   method = methods.average() if method is None else arguments.method(method)
