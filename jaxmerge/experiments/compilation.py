@@ -102,12 +102,12 @@ def _round(loop: build.Loop) -> Iterator[xla_program.Program]:
   loss = Struct((parts.slots,), jnp.float32, sharding=meshes.by_task(mesh))
 
   def tuning(weights: Any, states: Any, rows: Any, plan: Any) -> Any:
-    return rounds.tuning(parts, weights, states, rows, plan)
+    return rounds.tune(parts, weights, states, rows, plan)
 
   def merging(stack: Any, loss: Any, *rest: Any) -> Any:
-    return rounds.merging(parts, stack, loss, *rest)
+    return rounds.merge_and_step(parts, stack, loss, *rest)
 
-  donated = ("states",) if parts.kept else ()
+  donated = ("states",) if parts.keeps_states else ()
   tune = jax.jit(tuning, donate_argnames=donated)
   whole = jax.jit(rounds.function(parts), donate_argnames=donated)
   merged = (stack, loss, weights, state.outer, weights, ready, rate)

@@ -127,7 +127,7 @@ def train_jointly(setup: Setup) -> Models:
       setup.problem.tasks,
       settings.from_config(setup.config | changes),
       loss=setup.problem.loss,
-      judge=lambda p: setup.problem.metric.gain(setup.mean(p)),
+      score=lambda p: setup.problem.metric.gain(setup.mean(p)),
       on_part=lambda way, rounds: setup.events.bar(f"multitask, {way}", rounds),
     )
     facts = {"cost": cost._asdict(), "settings": {"batches": way, **changes}}

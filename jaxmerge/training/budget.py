@@ -1,4 +1,4 @@
-"""What a model has cost, so that equal budgets can be compared."""
+"""The cost of a model, so that equal budgets can be compared."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 
 class Budget(NamedTuple):
-  """What was spent on a model.
+  """The cost of a model.
 
   Attributes:
     epochs_per_task: passes over each task's rows, mean over the tasks.
@@ -26,7 +26,7 @@ class Budget(NamedTuple):
   trials: int = 0
 
   def plus(self, other: Budget) -> Budget:
-    """Adds what one after the other costs."""
+    """Returns the cost of one after the other."""
     return Budget(
       self.epochs_per_task + other.epochs_per_task,
       self.gradient_steps + other.gradient_steps,
@@ -37,10 +37,10 @@ class Budget(NamedTuple):
     )
 
 
-def tuned(
+def of_tuning(
   steps: Sequence[int], rows: Sequence[int], batch_size: int, *, exchanges: int, trials: int = 1
 ) -> Budget:
-  """Counts local tuning: `steps` of each task over its `rows`, tasks side by side."""
+  """Returns the cost of local tuning: `steps` of each task over its `rows`, tasks in parallel."""
   epochs = [s * batch_size / n for s, n in zip(steps, rows, strict=True)]
   total = sum(steps)
   return Budget(sum(epochs) / len(epochs), total, max(steps), total * batch_size, exchanges, trials)

@@ -140,14 +140,16 @@ def start(loop: Loop) -> rounds.State:
     init = parts.outer.init
     outer_state = jax.eval_shape(init, loop.base) if loop.abstract else init(loop.base)
   # Placed as a round returns it, so that all rounds run one executable.
-  outer_state = loop.put(outer_state, placement.of_states(parts.outer, loop.base, mesh, rules))
+  outer_state = loop.put(
+    outer_state, placement.state_shardings(parts.outer, loop.base, mesh, rules)
+  )
   states: Any = ()
-  if parts.kept and loop.abstract:
+  if parts.keeps_states and loop.abstract:
     states = jax.eval_shape(local_states, loop.base)
     states = loop.put(
-      states, placement.of_states(parts.local, loop.base, mesh, rules, stacked=True)
+      states, placement.state_shardings(parts.local, loop.base, mesh, rules, stacked=True)
     )
-  elif parts.kept:
+  elif parts.keeps_states:
     states = jax.jit(local_states)(loop.base)
   return rounds.State(loop.base, outer_state, states if loop.waves == 1 else meshes.fetch(states))
 

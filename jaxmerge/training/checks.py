@@ -1,4 +1,4 @@
-"""What is refused before any training: tasks without rows, a model that does not fit them."""
+"""Checks before any training: tasks without rows, a model that does not fit them."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ from jaxmerge.tasks import batch, losses
 from jaxmerge.tasks import task as tasks
 
 
-def check(apply: batch.Apply, params: Any, given: Any, loss: losses.Rowwise) -> None:
+def check(apply: batch.Apply, params: Any, task_list: Any, loss: losses.Rowwise) -> None:
   """Raises ValueError, naming task and row, for what cannot be tuned; nothing is computed.
 
   Args:
     apply: (params, inputs, head) -> outputs.
     params: tree of arrays.
-    given: the tasks; a list of them, or what was given in its place.
+    task_list: the tasks; what is no list of them is refused.
     loss: what is minimised; outputs of another than `cross_entropy` may have any shape.
   """
-  if isinstance(given, tasks.Task | Mapping | str) or not isinstance(given, Sequence):
-    raise ValueError(f"tasks must be a list of jaxmerge.Task, got {type(given).__name__}.")
-  if not given:
+  if isinstance(task_list, tasks.Task | Mapping | str) or not isinstance(task_list, Sequence):
+    raise ValueError(f"tasks must be a list of jaxmerge.Task, got {type(task_list).__name__}.")
+  if not task_list:
     raise ValueError("at least one task is needed, got none.")
-  for k, task in enumerate(given):
+  for k, task in enumerate(task_list):
     if not isinstance(task, tasks.Task):
       raise ValueError(f"tasks[{k}] must be a jaxmerge.Task, got {type(task).__name__}.")
-  names = [t.name for t in given]
+  names = [t.name for t in task_list]
   if wrong := [name for name in names if not isinstance(name, str) or not name]:
     raise ValueError(f"task names must be texts, got {wrong[0]!r}.")
   if len(set(names)) != len(names):
     raise ValueError(f"task names must differ, got {names}.")
-  for task in given:
+  for task in task_list:
     tasks.check(task)
-  batch.heads(given)
-  _check_outputs(apply, params, given, loss)
+  batch.heads(task_list)
+  _check_outputs(apply, params, task_list, loss)
 
 
 def check_arguments(mesh: Any, checkpoints: Any, **every: int) -> None:
@@ -61,7 +61,7 @@ def check_arguments(mesh: Any, checkpoints: Any, **every: int) -> None:
 
 
 def _check_outputs(
-  apply: batch.Apply, params: Any, given: Sequence[tasks.Task], loss: losses.Rowwise
+  apply: batch.Apply, params: Any, task_list: Sequence[tasks.Task], loss: losses.Rowwise
 ) -> None:
   """Compares the shape of the model's outputs with the labels, class by class."""
   try:
@@ -72,7 +72,7 @@ def _check_outputs(
     ) from error
   except ValueError:  # A callable that does not tell its signature.
     pass
-  task = max(given, key=lambda t: t.num_classes)
+  task = max(task_list, key=lambda t: t.num_classes)
   for name in ("train", "validation"):
     if name in task.splits():
       where = f"task {task.name!r}, {name} split"

@@ -54,7 +54,7 @@ def experts(
   Returns:
     The stack of experts [T, *s], and what they cost.
   """
-  params = local_steps.masters(params)
+  params = local_steps.master_weights(params)
   checks.check(apply, params, tasks, loss)
   settings = dataclasses.replace(settings, local_state="kept", round_warmup=0.0)
   mesh = mesh or meshes.make(tasks=len(tasks))
@@ -80,7 +80,7 @@ def experts(
       on_part(k + 1, settings.rounds)
   models = best.models if best else models
   steps = schedule.totals(counts, settings)
-  cost = budget.tuned(steps, counts, settings.batch_size, exchanges=0)
+  cost = budget.of_tuning(steps, counts, settings.batch_size, exchanges=0)
   return jax.tree.map(lambda x: x[: len(tasks)], models), cost
 
 

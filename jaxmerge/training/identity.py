@@ -1,4 +1,4 @@
-"""What tells runs of the loop apart: digests of method and tasks, kept in its checkpoints."""
+"""The identity of a run of the loop in its checkpoints: records of method and tasks."""
 
 from __future__ import annotations
 

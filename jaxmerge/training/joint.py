@@ -30,7 +30,7 @@ def joint(
   *,
   mixed: bool,
   loss: losses.Rowwise = losses.cross_entropy,
-  judge: Callable[[Any], float] | None = None,
+  score: Callable[[Any], float] | None = None,
   on_part: Progress | None = None,
 ) -> tuple[Any, budget.Budget]:
   """Trains one model on all tasks at once, on the rows that the experts see.
@@ -42,14 +42,14 @@ def joint(
     settings: local settings; the learning rate follows the schedule over all steps.
     mixed: a step averages the gradients of T batches; otherwise tasks take turns, one batch a step.
     loss: (outputs, labels) -> [B].
-    judge: the validation score of a model, more is better, for early stopping: the best after any
+    score: of a model on validation, more is better, for early stopping: the best after any
       part is returned.
     on_part: is called with the number of parts done and their number.
 
   Returns:
     The model, and what it cost.
   """
-  params = local_steps.masters(params)
+  params = local_steps.master_weights(params)
   checks.check(apply, params, tasks, loss)
   settings = dataclasses.replace(settings, round_warmup=0.0)
   local = optimizers.local(settings, params)
@@ -70,14 +70,14 @@ def joint(
     params, state, total, good = tuned(params, state, rows, plan)
     when = f"part {k + 1} of {parts}"
     local_steps.refuse_divergence(["joint training"], total[None], good, settings, when=when)
-    if settings.early_stopping and judge and (mean := judge(params)) > best[0]:
+    if settings.early_stopping and score and (mean := score(params)) > best[0]:
       best = (mean, params)
     if on_part:
       on_part(k + 1, parts)
   # Of mixed batches, a last one that the tasks do not fill is left out.
   batches = np.bincount(task.ravel(), minlength=len(tasks)).tolist()
-  cost = budget.tuned(batches, counts, settings.batch_size, exchanges=0)
-  params = best[1] if settings.early_stopping and judge else params
+  cost = budget.of_tuning(batches, counts, settings.batch_size, exchanges=0)
+  params = best[1] if settings.early_stopping and score else params
   return params, cost._replace(gradient_steps=len(rate), sequential_steps=len(rate))
 
 
@@ -88,7 +88,7 @@ def better_joint(
   settings: Settings,
   *,
   loss: losses.Rowwise,
-  judge: Callable[[Any], float],
+  score: Callable[[Any], float],
   on_part: Callable[[str, int], Progress],
 ) -> tuple[Any, budget.Budget, str]:
   """Trains one model on all tasks in turn, another in mixed batches; returns the better one.
@@ -96,21 +96,21 @@ def better_joint(
   Arguments are those of `joint`; `on_part` makes its callback, for a way and a number of parts.
 
   Returns:
-    The model; what one of them cost, with two trials; and how its batches were made.
+    The model; what one of them cost, with two trials; and how its batches were drawn.
   """
   tried = []
   for mixed, way in ((False, "in turn"), (True, "mixed batches")):
-    made, cost = joint(
+    model, cost = joint(
       apply,
       params,
       tasks,
       settings,
       mixed=mixed,
       loss=loss,
-      judge=judge,
+      score=score,
       on_part=on_part(way, settings.rounds),
     )
-    tried.append((judge(made), made, cost._replace(trials=2), way))
+    tried.append((score(model), model, cost._replace(trials=2), way))
   return max(tried, key=lambda one: one[0])[1:]
 
 
@@ -125,8 +125,8 @@ def _joint_program(step: Any, mixed: bool) -> Callable[..., Any]:
 
     task, index, rate, steps = plan
 
-    def body(s: Any, held: Any) -> Any:
-      params, state, total = held
+    def body(s: Any, carry: Any) -> Any:
+      params, state, total = carry
       batches = jax.vmap(batch)(task[s], index[s]) if mixed else batch(task[s, 0], index[s, 0])
       params, state, value = step(params, state, batches, rate[s], mixed)
       return params, state, total + value

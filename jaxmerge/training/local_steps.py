@@ -1,4 +1,4 @@
-"""Local tuning: one task's steps as a scan, all tasks side by side without a word between them."""
+"""Local tuning: all tasks in parallel, without collectives across tasks."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from jaxmerge.training.settings import Settings
 Array = jax.Array
 
 
-def masters(params: Any) -> Any:
-  """Returns the parameters in float32 or wider.
+def master_weights(params: Any) -> Any:
+  """Returns the parameters as master weights, float32 or wider.
 
   Raises:
     ValueError: naming the leaf, if one is not floating point, has NaN or infinity, or is a running
@@ -50,22 +50,23 @@ def masters(params: Any) -> Any:
 def step(
   apply: batch.Apply, loss: losses.Rowwise, settings: Settings, optimizer: optimizers.Optimizer
 ) -> Callable[..., tuple[Any, Any, Array]]:
-  """Makes the local step: (params, state, batch, rate, mixed=False) -> (params, state, loss).
+  """Returns the local step: (params, state, batch, rate, mixed=False) -> (params, state, loss).
 
   A batch is (inputs, labels, head, classes); with `mixed` each has a leading axis of several tasks,
   over which gradients are averaged. Frozen leaves and running statistics keep their bits.
   """
-  chosen = tree.matching(settings.freeze) if settings.freeze else lambda name: False
+  is_frozen = tree.matching(settings.freeze) if settings.freeze else lambda name: False
 
   def objective(params: Any, inputs: Any, labels: Array, head: Any, classes: Array) -> Array:
-    params, head = computed((params, head), settings.compute_dtype)
+    params, head = cast((params, head), settings.compute_dtype)
     out = batch.outputs(apply, params, inputs, head, classes)
     return loss(out.astype(tree.compute_dtype(out.dtype)), labels).mean()
 
   def take(params: Any, state: Any, value: Array, grads: Any, rate: Array) -> Any:
     names = tree.named(params)
-    counted = running_statistics.of(names)
-    free = tree.rebuild(params, {n: not (chosen(n) or n in counted) for n in names})
+    statistics = running_statistics.of(names)
+    free = {n: not (is_frozen(n) or n in statistics) for n in names}
+    free = tree.rebuild(params, free)
     grads = jax.tree.map(lambda g, f: g if f else jnp.zeros_like(g), grads, free)
     updates, state = optimizer.update(grads, state, params, rate=rate)
     moved = optimizers.apply_updates(params, updates)
@@ -77,9 +78,9 @@ def step(
     return take(params, state, value, grads, rate)
 
   def several(params: Any, state: Any, batches: Any, rate: Array) -> Any:
-    def add(held: Any, batch: Any) -> Any:
+    def add(total: Any, batch: Any) -> Any:
       value, grads = jax.value_and_grad(objective)(params, *batch)
-      return jax.tree.map(jnp.add, held, (value.astype(jnp.float32), grads)), None
+      return jax.tree.map(jnp.add, total, (value.astype(jnp.float32), grads)), None
 
     zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, params))
     summed, _ = lax.scan(add, zero, batches)
@@ -92,11 +93,11 @@ def step(
   )
 
 
-def computed(given: Any, dtype: str) -> Any:
+def cast(value: Any, dtype: str) -> Any:
   """Casts a tree to the dtype to compute in; "float32" leaves what is wider as it is."""
   if dtype == "float32":
-    return jax.tree.map(lambda x: x.astype(tree.compute_dtype(x.dtype)), given)
-  return jax.tree.map(lambda x: x.astype(dtype), given)
+    return jax.tree.map(lambda x: x.astype(tree.compute_dtype(x.dtype)), value)
+  return jax.tree.map(lambda x: x.astype(dtype), value)
 
 
 def tune_one(
@@ -113,12 +114,12 @@ def tune_one(
   state and the mean loss over the steps taken.
   """
 
-  def body(s: Any, held: Any) -> Any:
-    params, state, total = held
+  def body(s: Any, carry: Any) -> Any:
+    params, state, total = carry
     index = plan.rows[s]
     batch = share(jax.tree.map(lambda x: x[index], (rows.inputs, rows.labels)))
-    given = (*batch, rows.head, rows.classes)
-    params, state, value = step_(params, state, given, plan.learning_rate[s])
+    batch = (*batch, rows.head, rows.classes)
+    params, state, value = step_(params, state, batch, plan.learning_rate[s])
     return params, state, total + value
 
   # A loop with an end, not a scan with a condition, which would copy all weights in every step.
@@ -148,7 +149,7 @@ def tune_all(
       a leaf, or if the mesh has a model axis and there are no rules.
   """
   one_model = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), params)
-  own_places = meshes.places(one_model, mesh, rules)
+  shardings = meshes.places(one_model, mesh, rules)
   shares, size = mesh.shape["data"], plan.rows.shape[-1]
   if size % shares:
     raise ValueError(f"batch_size {size} must be a multiple of the mesh's data axis, {shares}.")
@@ -156,21 +157,21 @@ def tune_all(
   def share(batch: Any) -> Any:
     if shares == 1:
       return batch
-    own = jax.sharding.NamedSharding(jax.sharding.get_abstract_mesh(), P("data"))
-    return lax.with_sharding_constraint(batch, own)
+    by_row = jax.sharding.NamedSharding(jax.sharding.get_abstract_mesh(), P("data"))
+    return lax.with_sharding_constraint(batch, by_row)
 
-  def kept(params: Any, states: Any, *given: Any) -> Any:
-    params, states, value = step_(params, states, *given)
+  def sharded_step(params: Any, states: Any, *rest: Any) -> Any:
+    params, states, value = step_(params, states, *rest)
     here = jax.sharding.get_abstract_mesh()
-    inner = jax.tree.map(lambda s: jax.sharding.NamedSharding(here, s.spec), own_places)
+    inner = jax.tree.map(lambda s: jax.sharding.NamedSharding(here, s.spec), shardings)
     return lax.with_sharding_constraint(params, inner), states, value
 
-  def one(own: Any) -> Any:
-    params, states, rows, plan = own
-    # The loop carries the weights from step to step as they lie; the states follow them.
-    return tune_one(kept if rules else step_, params, states, rows, plan, share)
+  def one(task: Any) -> Any:
+    params, states, rows, plan = task
+    # The loop carries the weights from step to step as they are sharded; the states follow them.
+    return tune_one(sharded_step if rules else step_, params, states, rows, plan, share)
 
-  alone = jax.shard_map(
+  tune = jax.shard_map(
     lambda *stacks: lax.map(one, stacks),
     mesh=mesh,
     in_specs=P("task"),
@@ -178,20 +179,20 @@ def tune_all(
     axis_names={"task"},
     check_vma=False,
   )
-  return alone(params, states, rows, plan)
+  return tune(params, states, rows, plan)
 
 
-def copies(params: Any, height: int, mesh: Mesh, rules: meshes.Rules = ()) -> Any:
+def copies(params: Any, num_slots: int, mesh: Mesh, rules: meshes.Rules = ()) -> Any:
   """Stacks equal copies of a model over the task axis: [*s] -> [T, *s]. To be called under jit."""
-  spread = jax.tree.map(lambda p: jnp.broadcast_to(p[None], (height, *p.shape)), params)
+  spread = jax.tree.map(lambda p: jnp.broadcast_to(p[None], (num_slots, *p.shape)), params)
   return lax.with_sharding_constraint(spread, meshes.places(params, mesh, rules, stacked=True))
 
 
 def refuse_divergence(
-  names: Sequence[str], losses: Any, good: Any, settings: Settings, *, when: str
+  names: Sequence[str], losses: Any, finite: Any, settings: Settings, *, when: str
 ) -> None:
   """Raises ValueError, naming the task, for a loss or a tuned copy that is not finite."""
-  for name, value, fine in zip(names, *meshes.fetch((losses, good)), strict=True):
+  for name, value, fine in zip(names, *meshes.fetch((losses, finite)), strict=True):
     if not (np.isfinite(value) and fine):
       named = isinstance(settings.optimizer, str)
       raise ValueError(

@@ -106,7 +106,7 @@ def tune_and_merge(
   statistics.refuse(method, "tune_and_merge")
   tasks = arguments.tasks(apply, tasks, settings)
   checks.check_arguments(mesh, checkpoints, save_every=save_every, score_every=score_every)
-  params = local_steps.masters(params)
+  params = local_steps.master_weights(params)
   checks.check(apply, params, tasks, loss)
   mesh = mesh or meshes.make(tasks=len(tasks))
   spec = build.Spec(apply, tasks, method, settings, mesh, loss, hparams or {}, layout, sharding)

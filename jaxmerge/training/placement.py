@@ -1,4 +1,4 @@
-"""Where things of a round lie: rows by task, optimiser states beside the weights they belong to."""
+"""Places the arrays of a round: rows by task, optimiser states beside their weights."""
 
 from __future__ import annotations
 
@@ -27,30 +27,30 @@ def in_place(apply: batch.Apply, mesh: Mesh, rules: meshes.Rules = ()) -> batch.
 
   def placed(params: Any, inputs: Any, head: Any) -> Any:
     here = jax.sharding.get_abstract_mesh()
-    own = jax.tree.map(
+    shardings = jax.tree.map(
       lambda s: jax.sharding.NamedSharding(here, s.spec), meshes.places(params, mesh, rules)
     )
-    return apply(lax.with_sharding_constraint(params, own), inputs, head)
+    return apply(lax.with_sharding_constraint(params, shardings), inputs, head)
 
   return placed
 
 
-def rows(given: Sequence[task.Task], split: str, mesh: Mesh, *, height: int) -> batch.Rows:
-  """Stacks one split, its slots over the task axis of a mesh: of many processes each its own ones.
+def rows(tasks: Sequence[task.Task], split: str, mesh: Mesh, *, height: int) -> batch.Rows:
+  """Stacks one split, with its slots over the task axis; each process makes the slots it has.
 
   Arguments and errors as for `batch.stacked`.
   """
-  where, own = meshes.by_task(mesh), meshes.own_slots(mesh, height)
-  stack = batch.stacked(given, split, height=height, slots=own)
-  if where.is_fully_addressable:
-    return meshes.put(stack, where)
+  sharding, slots = meshes.by_task(mesh), meshes.own_slots(mesh, height)
+  stack = batch.stacked(tasks, split, height=height, slots=slots)
+  if sharding.is_fully_addressable:
+    return meshes.put(stack, sharding)
 
   def put(x: np.ndarray) -> jax.Array:
     def shard(index: Any) -> np.ndarray:
       start, stop, _ = index[0].indices(height)
-      return x[start - own.start : stop - own.start]
+      return x[start - slots.start : stop - slots.start]
 
-    return jax.make_array_from_callback((height, *x.shape[1:]), where, shard)
+    return jax.make_array_from_callback((height, *x.shape[1:]), sharding, shard)
 
   return jax.tree.map(put, stack)
 
@@ -60,33 +60,33 @@ def states(
 ) -> Any:
   """Starts an optimiser for each copy of a stack [T, *s], placed as the copies. Under jit."""
   one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), params)
-  places = of_states(optimizer, one, mesh, rules, stacked=True)
-  return lax.with_sharding_constraint(jax.vmap(optimizer.init)(params), places)
+  shardings = state_shardings(optimizer, one, mesh, rules, stacked=True)
+  return lax.with_sharding_constraint(jax.vmap(optimizer.init)(params), shardings)
 
 
-def padded(used: Any, every: Any, places: Any) -> Any:
-  """Puts behind the slots of a stack [n, *s] those of a longer one that come after its own n.
+def pad_states(used: Any, every: Any, shardings: Any) -> Any:
+  """Appends to a stack [n, *s] the slots of a longer one that come after the first n.
 
-  On the devices: the states of all tasks are many times the model, and a host may not hold them.
+  On the devices: the states of all tasks are many times the model, and may not fit a host.
 
   Args:
     used: tree of arrays, the first n slots.
     every: tree of arrays, all slots.
-    places: where the result goes, a tree of shardings.
+    shardings: of the result.
 
   >>> from jax.sharding import SingleDeviceSharding
   >>> where = {"m": SingleDeviceSharding(jax.devices()[0])}
-  >>> padded({"m": jnp.ones(2)}, {"m": jnp.zeros(3)}, where)["m"].tolist()
+  >>> pad_states({"m": jnp.ones(2)}, {"m": jnp.zeros(3)}, where)["m"].tolist()
   [1.0, 1.0, 0.0]
   """
 
   def one(x: jax.Array, y: jax.Array) -> jax.Array:
     return jnp.concatenate([x, y[x.shape[0] :]])
 
-  return jax.jit(lambda a, b: jax.tree.map(one, a, b), out_shardings=places)(used, every)
+  return jax.jit(lambda a, b: jax.tree.map(one, a, b), out_shardings=shardings)(used, every)
 
 
-def of_states(
+def state_shardings(
   optimizer: optax.GradientTransformation | None,
   params: Any,
   mesh: Mesh,
@@ -94,7 +94,7 @@ def of_states(
   *,
   stacked: bool = False,
 ) -> Any:
-  """Returns where an optimiser's state goes: what is like the weights as they, the rest everywhere.
+  """Returns the shardings of an optimiser's state: those of the weights, or replicated.
 
   Args:
     optimizer: the optimiser; None has the state ().

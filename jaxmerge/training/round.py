@@ -24,7 +24,7 @@ from jaxmerge.training.schedule import Plan
 
 
 class State(NamedTuple):
-  """What a round takes and returns: parameters float32, outer and kept local optimiser states."""
+  """What a round takes and returns: parameters float32, outer and local optimiser states."""
 
   params: Any
   outer: Any
@@ -50,7 +50,7 @@ class Measured(NamedTuple):
 
 
 class Parts(NamedTuple):
-  """What a round is made of.
+  """The parts of a round.
 
   Attributes:
     step: the local step.
@@ -60,7 +60,7 @@ class Parts(NamedTuple):
     tasks: number of tasks T.
     slots: tasks that are tuned side by side, a multiple of the mesh's task axis; spare ones do
       nothing.
-    kept: local optimiser states carry over.
+    keeps_states: whether local optimiser states carry over.
     layout: matrix views of the leaves.
     mesh: the mesh.
     rules: how the weights of a model are sharded over the mesh's model axis.
@@ -72,7 +72,7 @@ class Parts(NamedTuple):
   method: Method
   tasks: int
   slots: int
-  kept: bool
+  keeps_states: bool
   layout: layouts.Table
   mesh: Mesh
   rules: meshes.Rules = ()
@@ -81,76 +81,80 @@ class Parts(NamedTuple):
 def program(parts: Parts) -> Callable[..., tuple[State, Measured]]:
   """Compiles the round: (state, base, rows, plan, ready, rate) -> (state, measured).
 
-  Learning rates, batches and the method's numbers are arguments: all rounds run one executable.
+  Learning rates, batches and hyperparameters are arguments: all rounds run one executable.
   """
   # Only the local states: the model may be the reference, or the best one so far.
-  compiled = jax.jit(function(parts), donate_argnames=("states",) if parts.kept else ())
+  compiled = jax.jit(function(parts), donate_argnames=("states",) if parts.keeps_states else ())
   return lambda state, *rest: compiled(state._replace(local=()), state.local, *rest)
 
 
 def function(parts: Parts) -> Callable[..., tuple[State, Measured]]:
   """Returns a round as a function: (state, states, base, rows, plan, ready, rate) -> as `program`.
 
-  `states` are the kept local optimiser states, which the state that goes in does not have.
+  `states` are the local optimiser states that carry over; the state that goes in has none.
   """
 
-  def once(state: State, states: Any, base: Any, rows: batch.Rows, plan: Plan, *given: Any) -> Any:
-    tuned, states, loss = tuning(parts, state.params, states, rows, plan)
-    params, own, found = merging(parts, tuned, loss, state.params, state.outer, base, *given)
-    return State(params, own, states), found
+  def run_round(
+    state: State, states: Any, base: Any, rows: batch.Rows, plan: Plan, *rest: Any
+  ) -> Any:
+    tuned, states, loss = tune(parts, state.params, states, rows, plan)
+    arguments = tuned, loss, state.params, state.outer, base, *rest
+    params, outer_state, measured = merge_and_step(parts, *arguments)
+    return State(params, outer_state, states), measured
 
-  return once
+  return run_round
 
 
-def tuning(
+def tune(
   parts: Parts, params: Any, states: Any, rows: batch.Rows, plan: Plan
 ) -> tuple[Any, Any, Array]:
-  """The first half of a round, to be traced: copies of the model, each tuned on its task.
+  """Tunes a copy of the model on each task: the first half of a round, to be traced.
 
-  Returns the stack of tuned copies, their optimiser states if they are kept, and the losses [T].
+  Returns the stack of tuned copies, their optimiser states if they carry over, and losses [T].
   """
   mesh, rules = parts.mesh, parts.rules
   spread = local_steps.copies(params, parts.slots, mesh, rules)
-  states = states if parts.kept else placement.states(parts.local, spread, mesh, rules)
+  states = states if parts.keeps_states else placement.states(parts.local, spread, mesh, rules)
   tuned, states, loss = local_steps.tune_all(
     parts.step, spread, states, rows, plan, mesh=mesh, rules=rules
   )
-  return tuned, states if parts.kept else (), loss
+  return tuned, states if parts.keeps_states else (), loss
 
 
-def merging(
+def merge_and_step(
   parts: Parts,
   tuned: Any,
   loss: Array,
   current: Any,
-  own: Any,
+  outer_state: Any,
   base: Any,
   ready: interpreter.Ready,
   rate: Any,
 ) -> tuple[Any, Any, Measured]:
-  """The second half of a round, to be traced: merge, outer step, what is measured.
+  """Merges, takes the outer step and measures: the second half of a round, to be traced.
 
   Returns the new parameters, the outer optimiser's state, and what was measured.
   """
   stacks = {n: v[: parts.tasks] for n, v in tree.named(tuned).items()}
-  # Matrices that are split lie whole nowhere: the devices share the work on them.
-  distribution = (
-    distributed_matrices.Distribution(parts.mesh) if parts.rules and parts.mesh.size > 1 else None
-  )
-  target = merged(parts.method, stacks, base, ready, parts.layout, distribution)
-  params, own = outers.step(parts.outer, current, target, own, rate)
-  # Where they came in, so that the next round is the same executable.
-  places = (
+  # No device has the whole of a matrix that is split: they share the work on it.
+  distribution = None
+  if parts.rules and parts.mesh.size > 1:
+    distribution = distributed_matrices.Distribution(parts.mesh)
+  target = merge(parts.method, stacks, base, ready, parts.layout, distribution)
+  params, outer_state = outers.step(parts.outer, current, target, outer_state, rate)
+  # Sharded as they came in, so that the next round is the same executable.
+  shardings = (
     meshes.places(params, parts.mesh, parts.rules),
-    placement.of_states(parts.outer, params, parts.mesh, parts.rules),
+    placement.state_shardings(parts.outer, params, parts.mesh, parts.rules),
   )
-  params, own = lax.with_sharding_constraint((params, own), places)
+  params, outer_state = lax.with_sharding_constraint((params, outer_state), shardings)
   # On every device, so that every process can read it.
-  found = measured(stacks, current, loss[: parts.tasks], params)
-  return params, own, lax.with_sharding_constraint(found, meshes.everywhere(parts.mesh))
+  measured = measure(stacks, current, loss[: parts.tasks], params)
+  measured = lax.with_sharding_constraint(measured, meshes.everywhere(parts.mesh))
+  return params, outer_state, measured
 
 
-def merged(
+def merge(
   method: Method,
   stacks: dict[str, Array],
   base: Any,
@@ -167,31 +171,31 @@ def merged(
   )
 
 
-def measured(stacks: dict[str, Array], current: Any, loss: Array, params: Any) -> Measured:
-  """Measures task vectors, models - current: losses, geometry, finiteness, also of the result."""
-  now = tree.named(current)
-  found = []
+def measure(stacks: dict[str, Array], current: Any, loss: Array, params: Any) -> Measured:
+  """Measures task vectors, models - current: geometry and finiteness, also of the new model."""
+  start = tree.named(current)
+  sums = []
   for name, x in stacks.items():
-    delta = x - now[name][None]
+    delta = x - start[name][None]
     axes = list(range(1, delta.ndim))
     gram = lax.dot_general(delta, delta, ((axes, axes), ((), ())), precision="highest")
     meet = (delta > 0).any(0, keepdims=True) & (delta < 0).any(0, keepdims=True)
-    found.append((gram, wide_counts.count(meet)[:, 0]))
+    sums.append((gram, wide_counts.count(meet)[:, 0]))
   gram, conflict = functools.reduce(
-    lambda a, b: (a[0] + b[0], wide_counts.normal(a[1] + b[1])), found
+    lambda a, b: (a[0] + b[0], wide_counts.normal(a[1] + b[1])), sums
   )
   finite = finiteness.finite_models(stacks) & jnp.isfinite(jnp.diagonal(gram))
   return Measured(loss, finite, is_finite(params), gram, conflict)
 
 
 def is_finite(params: Any) -> Array:
-  """Tells whether a model is free of NaN and infinity."""
+  """Returns whether a model is free of NaN and infinity."""
   return finiteness.finite_models(jax.tree.map(lambda p: p[None], params))[0]
 
 
-def refuse_overflow(found: Measured, params: Any, when: str) -> None:
+def refuse_overflow(measured: Measured, params: Any, when: str) -> None:
   """Raises ValueError, naming the leaf, where finite copies were merged to what is not finite."""
-  if bool(found.merged):
+  if bool(measured.merged):
     return
   wrong = [n for n, x in tree.named(params).items() if not bool(jnp.isfinite(x).all())]
   raise ValueError(
@@ -201,13 +205,13 @@ def refuse_overflow(found: Measured, params: Any, when: str) -> None:
   )
 
 
-def geometry(found: Measured, size: int) -> dict[str, Any]:
+def geometry(measured: Measured, size: int) -> dict[str, Any]:
   """Returns norms [T], cosines [T, T] and the sign conflict rate of `size` entries, as lists."""
-  gram = np.asarray(found.gram, np.float64)
+  gram = np.asarray(measured.gram, np.float64)
   norms = np.sqrt(np.maximum(np.diag(gram), 0))
   under = np.outer(norms, norms)
   cosines = gram / np.where(under > 0, under, 1)
-  high, low = (int(v) for v in np.asarray(found.conflict))
+  high, low = (int(v) for v in np.asarray(measured.conflict))
   return {
     "norms": norms.tolist(),
     "cosines": np.clip(cosines, -1, 1).tolist(),

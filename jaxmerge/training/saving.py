@@ -24,7 +24,7 @@ def arrays(loop: Loop, state: rounds.State, head: Any) -> dict[str, Any]:
   num_tasks, side = len(loop.spec.tasks), loop.parts.mesh.shape["task"]
   # Without the empty slots, whose number depends on the mesh.
   local = jax.tree.map(lambda x: x[:num_tasks], state.local)
-  if loop.parts.kept and loop.waves == 1:
+  if loop.parts.keeps_states and loop.waves == 1:
     local = meshes.put(local, _local_shardings(loop, even=num_tasks % side == 0))
   return {
     "params": state.params,
@@ -67,7 +67,7 @@ def steps_taken(loop: Loop, rounds_done: int) -> dict[str, int]:
 def cost(loop: Loop, rounds_done: int) -> budget.Budget:
   """Returns what the run has cost after some rounds."""
   steps = list(steps_taken(loop, rounds_done).values())
-  return budget.tuned(steps, loop.counts, loop.spec.settings.batch_size, exchanges=rounds_done)
+  return budget.of_tuning(steps, loop.counts, loop.spec.settings.batch_size, exchanges=rounds_done)
 
 
 def replicated_head(loop: Loop) -> Any:
@@ -102,18 +102,20 @@ def resumed_loop(loop: Loop, arrays: Mapping[str, Any]) -> Loop:
 def resumed_state(loop: Loop, arrays: Mapping[str, Any], start: rounds.State) -> rounds.State:
   """Returns the state of a checkpoint, with the empty slots of the start."""
   num_tasks, local, spare = len(loop.spec.tasks), arrays["local"], start.local
-  if loop.parts.kept and loop.waves > 1:
+  if loop.parts.keeps_states and loop.waves > 1:
     local = meshes.fetch(local)
     local = jax.tree.map(lambda x, y: np.concatenate([x, y[num_tasks:]]), local, spare)
-  elif loop.parts.kept and num_tasks < loop.parts.slots:
-    local = placement.padded(local, spare, _local_shardings(loop))
+  elif loop.parts.keeps_states and num_tasks < loop.parts.slots:
+    local = placement.pad_states(local, spare, _local_shardings(loop))
   return rounds.State(arrays["params"], arrays["outer"], local)
 
 
 def _local_shardings(loop: Loop, *, even: bool = True) -> Any:
-  """Returns the shardings of kept local states: over the task axis if it divides their number."""
+  """Returns the shardings of local states: over the task axis if it divides their number."""
   parts = loop.parts
-  shardings = placement.of_states(parts.local, loop.base, parts.mesh, parts.rules, stacked=True)
+  shardings = placement.state_shardings(
+    parts.local, loop.base, parts.mesh, parts.rules, stacked=True
+  )
   if even:
     return shardings
   return jax.tree.map(lambda s: NamedSharding(parts.mesh, P(None, *s.spec[1:])), shardings)

@@ -1,8 +1,8 @@
-"""Which rows each local step sees, and at which learning rate: a function of seed, task and step.
+"""Plans which rows each local step sees, and at which learning rate.
 
 A task's rows form one endless stream: a seeded permutation per epoch, one epoch after the other.
-Step s takes rows s * B to (s + 1) * B of it. Any step can be found without the ones before, which
-is what makes a run resume, and all compared models see the same rows in the same order.
+Step s takes rows s * B to (s + 1) * B of it. A plan depends on seed, task and step alone, so that a
+run can resume anywhere, and all compared models see the same rows in the same order.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from jaxmerge.training.settings import Settings
 
 
 class Plan(NamedTuple):
-  """What the local steps of one stretch use, padded to the longest task.
+  """Batches and learning rates of some local steps, padded to the longest task.
 
   Attributes:
     rows: int32 [T, S, B], numbers of the rows of each batch.
     learning_rate: float32 [T, S].
-    steps: int32 [T], how many of the S steps are taken; the padding after them is not looked at.
+    steps: int32 [T], how many of the S steps are taken; the padding after them is ignored.
   """
 
   rows: np.ndarray
@@ -60,12 +60,13 @@ def plan(
   taken = np.zeros(len(rows), np.int32)
   for t, (name, n, total) in enumerate(zip(names, rows, steps, strict=True)):
     start, stop = bounds(total, rounds, k)
-    own = np.arange(start, stop)
-    seen = stream(name, n, settings.seed, start * size, stop * size)
-    index[t, : len(own)] = seen.reshape(-1, size)
-    within = (own - start + 1) / max(1.0, settings.round_warmup * (stop - start))
-    rate[t, : len(own)] = learning_rate(own / total, settings) * np.minimum(1.0, within)
-    taken[t] = len(own)
+    steps_of_task = np.arange(start, stop)
+    rows_of_task = stream(name, n, settings.seed, start * size, stop * size)
+    taken[t] = stop - start
+    index[t, : taken[t]] = rows_of_task.reshape(-1, size)
+    rise = (steps_of_task - start + 1) / max(1.0, settings.round_warmup * (stop - start))
+    progress = learning_rate(steps_of_task / total, settings)
+    rate[t, : taken[t]] = progress * np.minimum(1.0, rise)
   return Plan(index, rate, taken)
 
 

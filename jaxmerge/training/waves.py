@@ -1,7 +1,7 @@
 """Rounds of more tasks than fit side by side: a wave at a time.
 
-A method with a fold takes each wave as it is tuned, and one accumulator is all that is held. For
-all others the tuned copies go to host memory and are merged there slice by slice.
+A method with a fold takes each wave as it is tuned, into one accumulator. For all others the tuned
+copies go to host memory, and are merged there slice by slice.
 """
 
 from __future__ import annotations
@@ -26,34 +26,16 @@ from jaxmerge.training.schedule import Plan
 
 
 def program(parts: rounds.Parts) -> Callable[..., tuple[rounds.State, rounds.Measured]]:
-  """Makes a round like `round.program`, which tunes `parts.slots` tasks at a time.
+  """Returns a round like `round.program`, which tunes `parts.slots` tasks at a time.
 
-  Rows, plan and kept local states are host arrays with a multiple of `slots` tasks. The geometry of
-  the task vectors is not measured: the copies are never together on the devices.
+  Rows, plan and local states are host arrays with a multiple of `slots` tasks. The geometry of the
+  task vectors is not measured: the copies are never together on the devices.
   """
-  _, local, outer, method, tasks, slots, kept, layout, mesh, rules = parts
-  whole = meshes.everywhere(mesh)
+  method, layout, mesh, rules = parts.method, parts.layout, parts.mesh, parts.rules
+  tune, step = _tune(parts), _step(parts)
+  add, finish = (_fold if stage.foldable(method) else _gather)(method, layout)
 
-  @jax.jit
-  def tuned(params: Any, states: Any, rows: batch.Rows, plan: Plan) -> Any:
-    copies, states, loss = rounds.tuning(parts, params, states, rows, plan)
-    told = lax.with_sharding_constraint((loss, finiteness.finite_models(copies)), whole)
-    return copies, states, *told
-
-  @jax.jit
-  def move(*given: Any) -> Any:
-    params, own = outers.step(outer, *given)
-    places = meshes.places(params, mesh, rules), placement.of_states(outer, params, mesh, rules)
-    params, own = lax.with_sharding_constraint((params, own), places)
-    return params, own, lax.with_sharding_constraint(rounds.is_finite(params), whole)
-
-  def placed(states: Any, base: Any) -> Any:
-    places = placement.of_states(local, base, mesh, rules, stacked=True) if kept else ()
-    return meshes.put(states, places)
-
-  take, finish = _folded(method, layout) if stage.foldable(method) else _held(method, layout)
-
-  def once(
+  def run_round(
     state: rounds.State,
     base: Any,
     rows: batch.Rows,
@@ -61,52 +43,86 @@ def program(parts: rounds.Parts) -> Callable[..., tuple[rounds.State, rounds.Mea
     ready: interpreter.Ready,
     rate: Any,
   ) -> tuple[rounds.State, rounds.Measured]:
-    held, states, losses, finites = None, [], [], []
-    for start in range(0, tasks, slots):
-      filled = min(slots, tasks - start)
-      cut = functools.partial(jax.tree.map, lambda x, s=start: x[s : s + slots])
-      spread = meshes.put(cut((rows, plan)), meshes.by_task(mesh))
-      copies, after, loss, finite = tuned(state.params, placed(cut(state.local), base), *spread)
-      copies = jax.tree.map(lambda x, n=filled: x[:n], copies)
-      held = take(held, copies, base, _own(ready, start, start + filled))
-      states.append(meshes.fetch(after))
-      losses.append(np.asarray(loss)[:filled])
-      finites.append(np.asarray(finite)[:filled])
-    found = rounds.Measured(np.concatenate(losses), np.concatenate(finites), merged=True)
-    if not np.all(found.finite):
-      return state, found  # The caller refuses it; there is nothing to merge.
-    target = meshes.put(finish(held, base, ready), meshes.places(base, mesh, rules))
-    params, own_state, fine = move(state.params, target, state.outer, np.float32(rate))
+    merged, states, losses, finite = None, [], [], []
+    for start in range(0, parts.tasks, parts.slots):
+      filled = min(parts.slots, parts.tasks - start)
+      cut = functools.partial(jax.tree.map, lambda x, s=start: x[s : s + parts.slots])
+      wave = tune(state.params, cut(state.local), base, cut((rows, plan)))
+      copies = jax.tree.map(lambda x, n=filled: x[:n], wave[0])
+      merged = add(merged, copies, base, _select(ready, start, start + filled))
+      states.append(meshes.fetch(wave[1]))
+      losses.append(np.asarray(wave[2])[:filled])
+      finite.append(np.asarray(wave[3])[:filled])
+    measured = rounds.Measured(np.concatenate(losses), np.concatenate(finite), merged=True)
+    if not np.all(measured.finite):
+      return state, measured  # The caller refuses it; there is nothing to merge.
+    target = meshes.put(finish(merged, base, ready), meshes.places(base, mesh, rules))
+    params, outer_state, is_finite = step(state.params, target, state.outer, np.float32(rate))
     after = jax.tree.map(lambda *xs: np.concatenate(xs), *states)
-    return rounds.State(params, own_state, after), found._replace(merged=fine)
+    return rounds.State(params, outer_state, after), measured._replace(merged=is_finite)
 
-  return once
-
-
-def _folded(method: Method, layout: layouts.Table) -> tuple[Callable[..., Any], Callable[..., Any]]:
-  """Merges waves as they come: take one into the accumulator, finish."""
-  take, finish = accumulator.accumulator(method, layout)
-  return take, lambda held, base, ready: finish(held, base, base, ready)
+  return run_round
 
 
-def _own(ready: interpreter.Ready, start: int, stop: int) -> interpreter.Ready:
-  """The tags and numbers of some of the models."""
-  height = len(ready.tags)
+def _tune(parts: rounds.Parts) -> Callable[..., Any]:
+  """Compiles the tuning of a wave: copies, their states, losses, and whether they are finite."""
+  mesh, rules = parts.mesh, parts.rules
+
+  @jax.jit
+  def tune_wave(params: Any, states: Any, rows: batch.Rows, plan: Plan) -> Any:
+    copies, states, loss = rounds.tune(parts, params, states, rows, plan)
+    finite = finiteness.finite_models(copies)
+    return copies, states, *lax.with_sharding_constraint((loss, finite), meshes.everywhere(mesh))
+
+  def put_and_tune(params: Any, states: Any, base: Any, data: Any) -> Any:
+    shardings: Any = ()
+    if parts.keeps_states:
+      shardings = placement.state_shardings(parts.local, base, mesh, rules, stacked=True)
+    return tune_wave(params, meshes.put(states, shardings), *meshes.put(data, meshes.by_task(mesh)))
+
+  return put_and_tune
+
+
+def _step(parts: rounds.Parts) -> Callable[..., Any]:
+  """Compiles the outer step: the model, the optimiser's state, and whether the model is finite."""
+  mesh, rules = parts.mesh, parts.rules
+
+  @jax.jit
+  def step(*arguments: Any) -> Any:
+    params, state = outers.step(parts.outer, *arguments)
+    states = placement.state_shardings(parts.outer, params, mesh, rules)
+    shardings = meshes.places(params, mesh, rules), states
+    params, state = lax.with_sharding_constraint((params, state), shardings)
+    is_finite = lax.with_sharding_constraint(rounds.is_finite(params), meshes.everywhere(mesh))
+    return params, state, is_finite
+
+  return step
+
+
+def _select(ready: interpreter.Ready, start: int, stop: int) -> interpreter.Ready:
+  """Returns the tags and hyperparameters of some of the models."""
+  num_models = len(ready.tags)
 
   def cut(value: Any) -> Any:
-    return value[start:stop] if np.ndim(value) and np.shape(value)[0] == height else value
+    return value[start:stop] if np.ndim(value) and np.shape(value)[0] == num_models else value
 
   return ready._replace(tags=ready.tags[start:stop], hparams=jax.tree.map(cut, ready.hparams))
 
 
-def _held(method: Method, layout: layouts.Table) -> tuple[Callable[..., Any], Callable[..., Any]]:
-  """Keeps the tuned copies in host memory, and merges them there at the end."""
+def _fold(method: Method, layout: layouts.Table) -> tuple[Callable[..., Any], Callable[..., Any]]:
+  """Returns how to add a wave to an accumulator, and how to finish the merge."""
+  take, finish = accumulator.accumulator(method, layout)
+  return take, lambda merged, base, ready: finish(merged, base, base, ready)
 
-  def take(held: Any, copies: Any, base: Any, ready: interpreter.Ready) -> Any:
-    return [*(held or []), meshes.fetch(copies)]
 
-  def finish(held: Any, base: Any, ready: interpreter.Ready) -> Any:
-    models = jax.tree.map(lambda *xs: np.concatenate(xs), *held)
+def _gather(method: Method, layout: layouts.Table) -> tuple[Callable[..., Any], Callable[..., Any]]:
+  """Returns how to add a wave to the copies in host memory, and how to merge them there."""
+
+  def add(waves: Any, copies: Any, base: Any, ready: interpreter.Ready) -> Any:
+    return [*(waves or []), meshes.fetch(copies)]
+
+  def finish(waves: Any, base: Any, ready: interpreter.Ready) -> Any:
+    models = jax.tree.map(lambda *xs: np.concatenate(xs), *waves)
     return streaming.merge_slices(method, models, meshes.fetch(base), ready=ready, layout=layout)
 
-  return take, finish
+  return add, finish

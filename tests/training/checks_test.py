@@ -133,7 +133,7 @@ def test_parts_that_are_something_else_are_named(parts, words):
 )
 def test_parameters_are_arrays(params, words):
   with pytest.raises(ValueError, match=words):
-    local_steps.masters(params)
+    local_steps.master_weights(params)
 
 
 def test_a_model_as_wide_as_its_labels_is_not_refused():

@@ -94,7 +94,7 @@ def test_no_word_between_tasks_before_the_merge(four):
   @jax.jit
   def merged(params, rows, plan):
     copies = tree.named(tuned(params, rows, plan)[0])
-    return rounds.merged(method, copies, params, ready, layouts.NONE)
+    return rounds.merge(method, copies, params, ready, layouts.NONE)
 
   assert COLLECTIVES.search(merged.lower(*given).compile().as_text())
 
@@ -231,7 +231,7 @@ def test_running_statistics_are_not_tuned():
   small.assert_same_bits(found["batch_stats"]["var"], params["batch_stats"]["var"])
   assert found["w"].tolist() == [1.5]
   with pytest.raises(ValueError, match=r"'batch_stats/var' .* is a variance below zero"):
-    local_steps.masters({"batch_stats": {"var": np.float32([-0.1])}, "w": params["w"]})
+    local_steps.master_weights({"batch_stats": {"var": np.float32([-0.1])}, "w": params["w"]})
 
 
 def test_clipping_by_the_global_norm():

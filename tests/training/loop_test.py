@@ -127,7 +127,7 @@ def test_all_rounds_run_what_the_first_one_compiled(changes):
     given = changes | dict(mesh=meshes.make(*sizes), sharding=RULES if len(sizes) > 1 else ())
     run(rounds=4, on_round=lambda r: seen.append(len(names)), **given)
   # In turn, the waves after the first compile in round one as well.
-  assert sum("once" in n or "tuned" in n for n in names[: seen[0]]) == 1
+  assert sum("run_round" in n or "tune_wave" in n for n in names[: seen[0]]) == 1
   assert seen == [seen[0]] * 4, names[seen[0] :]
 
 

@@ -105,15 +105,15 @@ def test_outer_schedule():
 
 def test_budget_of_tuning_by_hand():
   # 3 epochs of 10 and 20 rows, batches of 5: 6 and 12 steps, side by side 12.
-  found = budget.tuned([6, 12], [10, 20], 5, exchanges=4)
+  found = budget.of_tuning([6, 12], [10, 20], 5, exchanges=4)
   assert found == budget.Budget(3.0, 18, 12, 90, 4, 1)
   # 2 steps of 5 rows are one epoch of 10, and half an epoch of 20.
-  assert budget.tuned([2, 2], [10, 20], 5, exchanges=0).epochs_per_task == 0.75
+  assert budget.of_tuning([2, 2], [10, 20], 5, exchanges=0).epochs_per_task == 0.75
 
 
 def test_budgets_add_up():
   experts = budget.Budget(3.0, 18, 12, 90, 1, 7)
-  after = budget.tuned([2, 4], [5, 10], 5, exchanges=2)
+  after = budget.of_tuning([2, 4], [5, 10], 5, exchanges=2)
   assert experts.plus(after) == budget.Budget(5.0, 24, 16, 120, 3, 8)
 
 

@@ -195,7 +195,7 @@ def test_merged_losses_of_convex_tasks_are_below_the_mean_of_the_copies():
 def test_worked_example_of_the_reference_point(method, reference, expected):
   copies = {"theta": jnp.array([[2.0, 1.0], [1.0, 3.0]])}
   ready = interpreter.prepare(method, {"theta": (2,)}, 2, {}, ["a", "b"])._replace(order=None)
-  found = rounds.merged(method, copies, {"theta": jnp.array(reference)}, ready, layouts.NONE)
+  found = rounds.merge(method, copies, {"theta": jnp.array(reference)}, ready, layouts.NONE)
   np.testing.assert_allclose(found["theta"], expected, rtol=1e-14)
 
 

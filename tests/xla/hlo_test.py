@@ -359,7 +359,7 @@ def parts_of(mesh, tasks=4):
   params = small_tasks.weights()
   local = optimizers.local(own, params)
   step = local_steps.step(small_tasks.network, losses.cross_entropy, own, local)
-  rest = dict(tasks=tasks, slots=tasks, kept=False, layout=layouts.NONE, mesh=mesh)
+  rest = dict(tasks=tasks, slots=tasks, keeps_states=False, layout=layouts.NONE, mesh=mesh)
   return (
     rounds.Parts(step, local, outer.optimizer(own, params), methods.ties(), **rest),
     own,
@@ -403,7 +403,7 @@ def test_a_round_talks_over_tasks_when_it_merges_and_not_before(data):
   params, rows, plan, ready = arguments(mesh, own, params)
 
   def tuned(params, rows, plan):
-    return rounds.tuning(parts, params, (), rows, plan)
+    return rounds.tune(parts, params, (), rows, plan)
 
   found = communication.collectives(compiled(tuned, params, rows, plan), mesh)
   assert {axis for c in found for axis in c.axes} == ({"data"} if data > 1 else set())
