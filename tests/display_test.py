@@ -48,8 +48,8 @@ def test_messages_and_cells_are_escaped(capsys):
   progress.output(HOSTILE)
   said = capsys.readouterr()
   assert said.out == said.err == display.shown(HOSTILE) + "\n"
-  assert tables.escaped(HOSTILE).startswith("w\\\\x1b") or "\x1b" not in tables.escaped(HOSTILE)
-  assert "<script>" not in tables.escaped("<script>")
+  assert tables.escape(HOSTILE).startswith("w\\\\x1b") or "\x1b" not in tables.escape(HOSTILE)
+  assert "<script>" not in tables.escape("<script>")
   assert card.display is display
 
 

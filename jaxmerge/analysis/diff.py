@@ -94,7 +94,8 @@ def compare(
   check(base, models)
   chosen = matrices(base, singular)
   sums = {
-    n: sum_lib.add_up([t, *(m.tensors[n] for m in models)], progress) for n, t in _floating(base)
+    n: sum_lib.add_up([t, *(m.tensors[n] for m in models)], progress)
+    for n, t in _floating_tensors(base)
   }
   if not sums:
     raise ValueError(f"{base.folder} has no tensors of floating-point numbers.")
@@ -121,7 +122,7 @@ def compare(
 def size(base: Model, models: Sequence[Model], singular: str | None = None) -> int:
   """Returns the bytes that `compare` reads; raises as it does."""
   check(base, models)
-  total = sum(_bytes([t, *(m.tensors[n] for m in models)]) for n, t in _floating(base))
+  total = sum(_bytes([t, *(m.tensors[n] for m in models)]) for n, t in _floating_tensors(base))
   chosen = [[base.tensors[n], m.tensors[n]] for n in matrices(base, singular) for m in models]
   return total + sum(map(_bytes, chosen))
 
@@ -154,7 +155,7 @@ def matrices(base: Model, singular: str | None) -> list[str]:
   if singular is None:
     return []
   try:
-    names = [n for n, t in _floating(base) if re.search(singular, n) and len(t.shape) == 2]
+    names = [n for n, t in _floating_tensors(base) if re.search(singular, n) and len(t.shape) == 2]
   except re.error as error:
     raise ValueError(f"singular: {singular!r} is no regular expression ({error}).") from error
   if not names:
@@ -186,7 +187,7 @@ def check(base: Model, models: Sequence[Model]) -> None:
     raise Problems(lines)
 
 
-def _floating(base: Model) -> Iterator[tuple[str, Tensor]]:
+def _floating_tensors(base: Model) -> Iterator[tuple[str, Tensor]]:
   return ((n, t) for n, t in base.tensors.items() if safetensors.is_floating(t.dtype))
 
 

@@ -46,7 +46,7 @@ def make_plan(
     m.name: {n: (o,) for n, o in {**m.outcomes, **(dropped or {}).get(m.name, {})}.items()}
     for m in models
   }
-  problems = [*_coded(requests, models, dtype), *misfits]
+  problems = [*_check_codes(requests, models, dtype), *misfits]
   all_jobs, outputs = list(jobs), list[plans.Output]()
   statistics = running_statistics.of(request.name for request in requests)
   for request in filter(parts_present, requests):
@@ -58,7 +58,7 @@ def make_plan(
       if dtype is not None and safetensors.is_floating(stored):
         stored = dtype
       outputs.append(output._replace(dtype=stored))
-  problems += _homeless(models, outcomes)
+  problems += _without_outcome(models, outcomes)
   if problems:
     raise errors.Problems(problems)
   inputs = frozenset(file for m in models for file in m.files)
@@ -100,7 +100,7 @@ def _record(
     outcomes[part.model][part.name] = before if unused else (*before, each)
 
 
-def _homeless(
+def _without_outcome(
   models: Sequence[plans.Model], outcomes: Mapping[str, Mapping[str, object]]
 ) -> list[str]:
   """Says which tensors have no outcome."""
@@ -111,7 +111,7 @@ def _homeless(
   ]
 
 
-def _coded(
+def _check_codes(
   requests: Sequence[plans.TensorRequest], models: Sequence[plans.Model], dtype: np.dtype | None
 ) -> list[str]:
   """Lists models with codes of quantized weights where weights are merged, or are cast."""

@@ -99,7 +99,7 @@ def compare(
         lesser.append(key)
     if lesser:
       notes.append(f"{m.name} has another {', '.join(lesser)}: the result has {donor.name}'s.")
-    notes += _unstated(donor, m)
+    notes += _one_sided(donor, m)
   differences = [(key, f"{line} {' and '.join(rest)}") for (key, line), rest in differing.items()]
   of_tokens = list(_tokens(_with_tokens(requests, [donor, *others]))) if tokens else []
   differences += [(TOKENS, line) for line, is_wrong in of_tokens if is_wrong]
@@ -150,7 +150,7 @@ def _differences(ours: Config, theirs: Config, unlike: bool) -> Iterator[tuple[s
       yield key, a, b
 
 
-def _unstated(donor: Model, m: Model) -> Iterator[str]:
+def _one_sided(donor: Model, m: Model) -> Iterator[str]:
   """Yields lines on settings that decide what weights mean, and only one of two configs states."""
   one, other = _flat(donor.config), _flat(m.config)
   if not one or not other or one.get("model_type") != other.get("model_type"):
@@ -277,9 +277,9 @@ def _tokens(models: Sequence[Model]) -> Iterator[tuple[str, bool]]:
     content = tuple(_content(files, name) for name in _FILES)
     ids = {} if content in done else _ids(files)
     if content not in done and any(content):
-      yield from ((line, False) for line in _processing(m.name, files, bool(ids), done))
+      yield from ((line, False) for line in _other_processing(m.name, files, bool(ids), done))
       done[content] = m.name, files, bool(ids)
-    wrong = list(_misplaced(m.name, ids, numbers, texts))
+    wrong = list(_other_numbers(m.name, ids, numbers, texts))
     if wrong:
       also = f", and {len(wrong) - 1} more" if wrong[1:] else ""
       yield f"tokens are not the same in all models: {wrong[0]}{also}", True
@@ -294,7 +294,7 @@ def _tokens(models: Sequence[Model]) -> Iterator[tuple[str, bool]]:
         texts[number] = token, m.name
 
 
-def _processing(
+def _other_processing(
   name: str,
   files: TokenizerFiles,
   is_read: bool,
@@ -336,7 +336,7 @@ def _ids(files: TokenizerFiles) -> Mapping[str, int]:
     return {}
 
 
-def _misplaced(
+def _other_numbers(
   name: str,
   ids: Mapping[str, int],
   numbers: Mapping[str, tuple[int, str]],

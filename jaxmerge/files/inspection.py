@@ -62,8 +62,8 @@ def inspect(path: str | os.PathLike[str]) -> Record:
     "tensors": tensors,
     "dtypes": _totals(tensors),
     "parameters": sum(math.prod(t.shape) for t in floating),
-    "tied": _tied(path),
-    "shared": {} if weights.kind == "checkpoint" else _shared(weights.files, weights.tensors),
+    "tied": _tie_flag(path),
+    "shared": {} if weights.kind == "checkpoint" else _shared_bytes(weights.files, weights.tensors),
   }
   if weights.kind == "adapter":
     record["adapter"] = folder.read_json(path / adapter.CONFIG)
@@ -134,7 +134,7 @@ def _totals(tensors: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, int]]:
   return totals
 
 
-def _tied(path: pathlib.Path) -> bool | None:
+def _tie_flag(path: pathlib.Path) -> bool | None:
   """Returns the config's flag for tied weights, from the text part if there are several parts."""
   if not (path / folder.CONFIG).is_file():
     return None
@@ -144,7 +144,7 @@ def _tied(path: pathlib.Path) -> bool | None:
   return next((c["tie_word_embeddings"] for c in both if "tie_word_embeddings" in c), None)
 
 
-def _shared(files: Iterable[pathlib.Path], names: Mapping[str, Any]) -> dict[str, str]:
+def _shared_bytes(files: Iterable[pathlib.Path], names: Mapping[str, Any]) -> dict[str, str]:
   """Returns tensors that share the bytes of others, which safetensors stores once, and those."""
   pairs = (item for file in files for item in safetensors.header(file).metadata.items())
   return {name: stored for name, stored in pairs if stored in names and name not in names}

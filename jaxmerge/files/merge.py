@@ -68,10 +68,10 @@ def check_options(
     raise ValueError(f"missing cannot be {missing!r}{errors.nearest(str(missing), MISSING)}.")
   if missing == "base" and not base:
     raise ValueError("missing='base' takes tensors from the base, but there is none: give one.")
-  return None if dtype is None else _floating(dtype)
+  return None if dtype is None else _floating_dtype(dtype)
 
 
-def _floating(dtype: Any) -> np.dtype:
+def _floating_dtype(dtype: Any) -> np.dtype:
   """Returns a floating dtype that safetensors can store, from its name or dtype."""
   known = {d.name: d for d in safetensors.DTYPES.values() if safetensors.is_floating(d)}
   try:

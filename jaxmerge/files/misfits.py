@@ -30,7 +30,7 @@ def lines(requests: Sequence[TensorRequest], models: Sequence[Model], missing: s
     models: all inputs, the donor first.
     missing: what becomes of a tensor that some models lack.
   """
-  lacking, misshapen = _lacking(requests), _misshapen(requests)
+  lacking, misshapen = _find_missing(requests), _find_misshapen(requests)
   idle = [] if missing == "error" else list(_idle(requests, missing))
   unlike = _unlike(models, {name for pair in (*lacking, *misshapen) for name in pair})
   strangers = {name for name, (_, foreign) in unlike.items() if foreign}
@@ -38,7 +38,7 @@ def lines(requests: Sequence[TensorRequest], models: Sequence[Model], missing: s
     unlike = {name: unlike[name] for name in unlike if name in strangers}
   problems = [*(line for line, _ in unlike.values()), *_absent(requests, missing)]
   if missing == "error":
-    problems += _lines_of_lacking(lacking, strangers, requests)
+    problems += _lines_of_missing(lacking, strangers, requests)
   problems += _lines_of_shapes(misshapen, strangers)
   return problems + idle
 
@@ -77,7 +77,7 @@ def _absent(requests: Sequence[TensorRequest], missing: str) -> Iterator[str]:
       yield f"{text}; with `missing: skip` it is left out."
 
 
-def _lacking(requests: Sequence[TensorRequest]) -> dict[Pair, list[str]]:
+def _find_missing(requests: Sequence[TensorRequest]) -> dict[Pair, list[str]]:
   """Returns the tensors that a model lacks, by the first model that has them and this one."""
   lacking: dict[Pair, list[str]] = {}
   for request in requests:
@@ -88,7 +88,7 @@ def _lacking(requests: Sequence[TensorRequest]) -> dict[Pair, list[str]]:
   return lacking
 
 
-def _lines_of_lacking(
+def _lines_of_missing(
   lacking: Mapping[Pair, Sequence[str]], strangers: set[str], requests: Sequence[TensorRequest]
 ) -> Iterator[str]:
   others: dict[tuple[str, tuple[str, ...]], list[str]] = {}
@@ -107,7 +107,7 @@ def _lines_of_lacking(
     yield f"{text}: {group_names(names)}{end}."
 
 
-def _misshapen(
+def _find_misshapen(
   requests: Sequence[TensorRequest],
 ) -> dict[Pair, list[tuple[InputTensor, InputTensor]]]:
   """Returns input tensors of another shape or kind than the first for the same tensor."""

@@ -88,11 +88,11 @@ class Reader:
   def _buffer(self, use: Any, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     size = math.prod(shape) * dtype.itemsize
     if use not in self.buffers or self.buffers[use].nbytes < size:
-      self.buffers[use] = _aligned(size)
+      self.buffers[use] = _aligned_bytes(size)
     return self.buffers[use][:size].view(dtype).reshape(shape)
 
 
-def _aligned(size: int) -> np.ndarray:
+def _aligned_bytes(size: int) -> np.ndarray:
   """Returns bytes at a multiple of 64: from there a CPU's device takes them without a copy."""
   padded = np.empty(size + 64, np.uint8)
   offset = -padded.ctypes.data % 64

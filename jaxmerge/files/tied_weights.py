@@ -66,11 +66,11 @@ def _without(plan: Plan, names: list[str], embedding: str) -> Plan:
   tie = Outcome("tied", target=embedding)
   outputs = tuple(o for o in plan.outputs if o.name not in names)
   return plan._replace(
-    outputs=outputs, outcomes=_replaced(plan.outcomes, dict.fromkeys(names, tie))
+    outputs=outputs, outcomes=_replace_outcomes(plan.outcomes, dict.fromkeys(names, tie))
   )
 
 
-def _replaced(outcomes: Outcomes, ties: Mapping[str, Outcome]) -> Outcomes:
+def _replace_outcomes(outcomes: Outcomes, ties: Mapping[str, Outcome]) -> Outcomes:
   """Replaces the outcomes of some tensors in every model."""
   return {
     model: {n: (ties[n],) if n in ties else each for n, each in by_name.items()}
@@ -102,7 +102,7 @@ def share_twins(plan: Plan) -> Plan:
     o._replace(job=None, copy_of=same[o.name]) if o.name in same else o for o in plan.outputs
   )
   ties = {n: Outcome("tied", target=twin, reason="its equal") for n, twin in same.items()}
-  outcomes = _replaced(plan.outcomes, ties)
+  outcomes = _replace_outcomes(plan.outcomes, ties)
   return plan._replace(outputs=tuple(outputs), outcomes=outcomes) if same else plan
 
 
@@ -111,7 +111,7 @@ def _in_layers(name: str) -> bool:
 
 
 def _kind(plan: Plan, output: Output) -> object:
-  """What tensors must have in common before their entries are compared."""
+  """Returns what tensors must have in common before their entries are compared."""
   numbers = plan.jobs[output.job].hparams if output.job is not None else {}
   of_tensor = [
     (n, np.asarray(v[output.name]).tolist()) for n, v in numbers.items() if isinstance(v, dict)

@@ -25,10 +25,10 @@ _ORBAX = ("_METADATA", "_CHECKPOINT_METADATA", "manifest.ocdbt", "ocdbt.process_
 _DATA = ("*.parquet", "*.arrow", "*.jsonl", "*.csv", "data/*.parquet", "dataset_dict.json")
 
 
-def missing(path: Path, wanted: str = "model") -> str:
-  """Says what is at a path where a model, or an adapter, was expected, and what to do.
+def explain_missing(path: Path, wanted: str = "model") -> str:
+  """Explains what is at a path in place of a model or an adapter, and what to do.
 
-  >>> missing("models/none")
+  >>> explain_missing("models/none")
   'models/none: no such folder.'
 
   Args:
@@ -47,7 +47,7 @@ def missing(path: Path, wanted: str = "model") -> str:
   hint = next((text for look in _LOOKS if (text := look(path))), None)
   if wanted == "adapter" and _is_model(path):
     hint = "it is a model: merge it as one, or make an adapter of it and its base with PEFT"
-  return f"{path}: {lacks}; {hint or _listed(path)}."
+  return f"{path}: {lacks}; {hint or _list_files(path)}."
 
 
 def conversion(path: pathlib.Path) -> str:
@@ -59,8 +59,8 @@ def conversion(path: pathlib.Path) -> str:
   )
 
 
-def pickled(folder: pathlib.Path) -> str:
-  """Says of pickles in a folder, if there are some, how one is converted."""
+def pickle_hint(folder: pathlib.Path) -> str:
+  """Returns how to convert the pickles in a folder, if there are some."""
   pickles = [path for path in sorted(folder.iterdir()) if path.suffix in PICKLES]
   # Beside weights there are those of the optimizer, of the arguments of training.
   chosen = [path for path in pickles if "model" in path.name] + pickles
@@ -102,10 +102,10 @@ def _adapter(path: pathlib.Path) -> str:
 
 
 def _cache(path: pathlib.Path) -> str:
-  """A folder of the hub's cache: of a model, or within it; of all models, or what holds that."""
+  """Returns the hint for a folder of the hub's cache, of a model or of all models."""
   root = next((p for p in (path, path.parent) if re.match(r"(models|datasets)--", p.name)), None)
   if root is not None:
-    return _cached(root)
+    return _model_hint(root)
   for home in (path, path / "hub"):
     models = sorted(p for p in home.glob("models--*") if any((p / "snapshots").glob("*")))
     if models:
@@ -116,17 +116,17 @@ def _cache(path: pathlib.Path) -> str:
   return ""
 
 
-def _cached(root: pathlib.Path) -> str:
-  """What to give in place of the cache of a model."""
+def _model_hint(root: pathlib.Path) -> str:
+  """Returns what to give in place of the cache of a model."""
   if not root.name.startswith("models--"):
     return f"it is the cache of a data set of the hub, {_id(root)}, and holds no model"
   name, newest = _id(root), _snapshot(root)
   if newest is None:
-    return f"it is the cache of {name} of the hub, without a snapshot: {_fetched(name)}"
+    return f"it is the cache of {name} of the hub, without a snapshot: {_fetch_hint(name)}"
   return f"it is the cache of {name} of the hub: give {name}@main, or {newest}"
 
 
-def _fetched(name: str) -> str:
+def _fetch_hint(name: str) -> str:
   return f"give {name}@main with --download (download=True in Python), which fetches all of it"
 
 
@@ -135,7 +135,7 @@ def _id(root: pathlib.Path) -> str:
 
 
 def _snapshot(root: pathlib.Path) -> pathlib.Path | None:
-  """The folder of a cached model's main branch, or another one; None where there is none."""
+  """Returns the folder of a cached model's main branch, or another one, if there is one."""
   main = root / "refs" / "main"
   newest = root / "snapshots" / (main.read_text().strip() if main.is_file() else "")
   others = sorted(p for p in (root / "snapshots").glob("*") if p.is_dir())
@@ -143,7 +143,7 @@ def _snapshot(root: pathlib.Path) -> pathlib.Path | None:
 
 
 def _orbax(path: pathlib.Path) -> str:
-  """A checkpoint of Orbax that no store of jaxmerge's has sealed, or the folder of its steps."""
+  """Returns the hint for an Orbax checkpoint without a manifest, or the folder of its steps."""
   steps = [p for p in path.iterdir() if re.search(r"(^|[_-])\d+$", p.name) and p.is_dir()]
   steps.sort(key=lambda p: int(re.split("[_-]", p.name)[-1]), reverse=True)
   inner = [p for step in [*steps, path] for p in sorted(step.iterdir()) if p.is_dir()]
@@ -235,7 +235,7 @@ def _foreign(path: pathlib.Path) -> str:
 
 
 def _pickle(path: pathlib.Path) -> str:
-  return pickled(path)
+  return pickle_hint(path)
 
 
 def _near(path: pathlib.Path) -> str:
@@ -251,7 +251,7 @@ def _snapshot_alone(path: pathlib.Path) -> str:
   root = path.parent.parent
   if path.parent.name != "snapshots" or not root.name.startswith("models--"):
     return ""
-  return f"it is a snapshot of {_id(root)} of the hub without weights: {_fetched(_id(root))}"
+  return f"it is a snapshot of {_id(root)} of the hub without weights: {_fetch_hint(_id(root))}"
 
 
 def _data(path: pathlib.Path) -> str:
@@ -276,5 +276,5 @@ def _names(names: list[str], between: str = ", ", most: int = 4) -> str:
   return f"{between.join(names[:most])}{more}"
 
 
-def _listed(path: pathlib.Path) -> str:
+def _list_files(path: pathlib.Path) -> str:
   return f"what is there: {_names(sorted(p.name for p in path.iterdir()))}"

@@ -37,15 +37,15 @@ def model_card(
   closed = f": {labels.share(gap)} % of the gap between base and experts" if gap is not None else ""
   parts = [
     _head({"license": license, "base_model": base_name}),
-    f"# {tables.escaped(labels.title(record))}: {tables.escaped(name)}",
+    f"# {tables.escape(labels.title(record))}: {tables.escape(name)}",
     f"One model for {len(record['tasks'])} tasks, merged with jaxmerge from "
-    f"{tables.escaped(base_name)}.",
+    f"{tables.escape(base_name)}.",
     f"It reaches {reached} {over}{closed}.",
     f"## Results\n\n{tables.to_markdown(tables.results(record))}",
-    f"## How it was made\n\n{_making(record, method)}",
+    f"## How it was made\n\n{_describe_run(record, method)}",
   ]
   if record.get("notes"):
-    notes = "\n".join(f"- {tables.escaped(note)}" for note in record["notes"])
+    notes = "\n".join(f"- {tables.escape(note)}" for note in record["notes"])
     parts.append(f"## Notes\n\n{notes}")
   return display.shown("\n\n".join(parts).rstrip() + "\n")
 
@@ -68,7 +68,7 @@ def merge_card(summary: Mapping[str, Any]) -> str:
   commits = (f"{reference}: commit {commit}" for reference, commit in summary["hub"].items())
   parts = [
     _head(head),
-    f"# {tables.escaped(title)}",
+    f"# {tables.escape(title)}",
     "Merged with jaxmerge from these models; the first gave config and tokenizer.",
     _list(summary["models"]),
     *itertools.chain(*(_earlier(name, merge) for name, merge in summary["earlier"].items())),
@@ -85,7 +85,7 @@ def merge_card(summary: Mapping[str, Any]) -> str:
 
 def _earlier(name: str, summary: Mapping[str, Any]) -> Iterator[str]:
   """Describes a merge whose result is one of the models."""
-  yield f"## Merged before: {tables.escaped(name)}\n\n{_counts(summary)}"
+  yield f"## Merged before: {tables.escape(name)}\n\n{_counts(summary)}"
   yield _list(summary["models"])
   yield from map(_method, summary["methods"])
   if summary["notes"]:
@@ -113,10 +113,10 @@ def _method(method: Mapping[str, Any]) -> str:
   """Describes what merged some of the tensors."""
   entry = lookup.METHODS.get(method["method"])
   many = f"{method['tensors']} tensors of {_many(method['models'])}"
-  about = f"**{tables.escaped(_name(method))}**, {many}"
+  about = f"**{tables.escape(_name(method))}**, {many}"
   if entry is not None:
     mark = " This method is experimental." if entry.experimental else ""
-    about = f"{about}: {tables.escaped(f'{entry.formula}; {entry.paper}')}.{mark}"
+    about = f"{about}: {tables.escape(f'{entry.formula}; {entry.paper}')}.{mark}"
   settings = {k: v for k, v in method["settings"].items() if k != "words"}
   if entry is None and method["method"] != "mean":
     settings["fingerprint of its code"] = method["method"]
@@ -154,14 +154,14 @@ def _head(fields: Mapping[str, Any]) -> str:
 
 
 def _list(lines: Iterable[str]) -> str:
-  return "\n".join(f"- {tables.escaped(line)}" for line in lines)
+  return "\n".join(f"- {tables.escape(line)}" for line in lines)
 
 
 def _versions(versions: Mapping[str, Any]) -> list[str]:
   return [f"Version of {k}: {v}" for k, v in page.flat(versions) if k]
 
 
-def _making(record: Mapping[str, Any], method: str) -> str:
+def _describe_run(record: Mapping[str, Any], method: str) -> str:
   """Describes a run: the kind of merge, then settings, budget, config and versions as a list."""
   model, budget = record["models"][method], record["budget"].get(method, {})
   how = {
@@ -183,5 +183,5 @@ def _making(record: Mapping[str, Any], method: str) -> str:
   config = "\n".join(
     f"    {k} = {' '.join(v.split())}" for k, v in page.flat(record["config"]) if k
   )
-  parts = [how, f"Tasks: {', '.join(map(tables.escaped, record['tasks']))}.", _list(lines)]
+  parts = [how, f"Tasks: {', '.join(map(tables.escape, record['tasks']))}.", _list(lines)]
   return "\n\n".join(p for p in [*parts, config and f"Config:\n\n{config}"] if p)

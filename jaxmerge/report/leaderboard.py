@@ -11,7 +11,7 @@ from jaxmerge.report import labels, tables
 from jaxmerge.report.tables import Cell, Table
 
 
-def ranked(facts: Mapping[str, Any]) -> list[str]:
+def rank(facts: Mapping[str, Any]) -> list[str]:
   """Returns the methods, the best mean first."""
   models, summary = facts["summary"]["models"], facts["summary"]
   return sorted(facts["methods"], key=lambda n: -labels.gain(summary, models[n]["mean"]["mean"]))
@@ -22,7 +22,7 @@ def best(facts: Mapping[str, Any]) -> str | None:
   seen = {n: [r.get("validation") for r in runs] for n, runs in facts["methods"].items()}
   means = {n: sum(v) / len(v) for n, v in seen.items() if v and None not in v}
   flat = tables.as_record(facts["summary"])
-  models = {n: flat["models"][n] for n in ranked(facts)}
+  models = {n: flat["models"][n] for n in rank(facts)}
   return labels.best(flat | {"models": models, "validation": means}, "one-shot")
 
 
@@ -32,7 +32,7 @@ def table(facts: Mapping[str, Any], most: int | None = None) -> Table:
   The one that is best on validation is marked.
   """
   models, tasks = facts["summary"]["models"], facts["summary"]["tasks"]
-  chosen, marked, flat = ranked(facts), best(facts), tables.as_record(facts["summary"])
+  chosen, marked, flat = rank(facts), best(facts), tables.as_record(facts["summary"])
   every = ["experts", *chosen[:most], "base"]
   head = ["Method", "Mean (%)", "Gap closed (%)", "Settings", "Trials", "CPU seconds", "MB"]
   head[1] = f"Mean{labels.unit(flat)}"
@@ -74,7 +74,7 @@ def _plain(value: Any) -> str:
 
 
 def _spread(statistic: Mapping[str, Any], record: Mapping[str, Any] | None) -> str:
-  """Mean and spread, of the record's metric or, without one, as whole percent."""
+  """Formats mean and spread, in the record's metric or, without one, as whole percent."""
   if statistic["mean"] is None:
     return ""
   mean, spread = (
@@ -104,7 +104,7 @@ def markdown(facts: Mapping[str, Any]) -> str:
 
 def figure(facts: Mapping[str, Any]) -> Any:
   """Draws the share of the gap that every method closes, with its spread over seeds."""
-  names = ranked(facts)[::-1]
+  names = rank(facts)[::-1]
   closed = [facts["summary"]["models"][n]["gap_closed"] for n in names]
   fig, axes = figures.figure(0.9 + 0.2 * len(names))
   title = f"Gap from base to experts closed, {labels.split(facts['summary'])} (%)"

@@ -122,7 +122,7 @@ def mean(record: Mapping[str, Any]) -> Any:
   return fig
 
 
-def compared(record: Mapping[str, Any]) -> list[str]:
+def models_of_bars(record: Mapping[str, Any]) -> list[str]:
   """Returns the models that the bars compare: base, the best merges, joint training, experts."""
   chosen = ("base", label_lib.best(record, "one-shot"), label_lib.best(record, "loop"))
   names = [*chosen, "multitask", "experts"]
@@ -131,7 +131,7 @@ def compared(record: Mapping[str, Any]) -> list[str]:
 
 def per_task(record: Mapping[str, Any]) -> Any:
   """Draws a group of bars a task: base, best one-shot merge, best ATM, joint training, experts."""
-  names, tasks = compared(record), record["tasks"]
+  names, tasks = models_of_bars(record), record["tasks"]
   if not names:
     return None
   many = len(tasks) > 12

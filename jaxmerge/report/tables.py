@@ -184,7 +184,7 @@ def text(record: Mapping[str, Any], width: int = 100) -> str:
 def to_markdown(table: Table) -> str:
   """Writes a table as Markdown; the best cells are bold."""
   lines = [
-    [escaped(h) for h in table.head],
+    [escape(h) for h in table.head],
     [":--", *["--:"] * (len(table.head) - 1)],
     *[[_bold(cell) for cell in row] for row in table.rows],
   ]
@@ -192,10 +192,10 @@ def to_markdown(table: Table) -> str:
 
 
 def _bold(cell: Cell) -> str:
-  return f"**{escaped(cell.text)}**" if cell.best else escaped(cell.text)
+  return f"**{escape(cell.text)}**" if cell.best else escape(cell.text)
 
 
-def escaped(x: str) -> str:
+def escape(x: str) -> str:
   """Returns a name that cannot break the table, or become a tag, a link or emphasis."""
   for old, new in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;")):
     x = x.replace(old, new)

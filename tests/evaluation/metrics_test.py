@@ -146,7 +146,7 @@ def test_a_leaderboard_of_a_loss_has_the_least_first(both):
     "noise": [0.01, 0.02],
   }
   means = {n: both[1]["models"][n]["mean"] for n in facts["methods"]}
-  assert leaderboard.ranked(facts) == sorted(means, key=means.get)
+  assert leaderboard.rank(facts) == sorted(means, key=means.get)
   table = leaderboard.table(facts)
   assert table.head[1] == "Mean (bits per byte)"
   assert table.rows[1][1] == tables.Cell(f"{min(means.values()):.3f} ± 0.000", best=True)

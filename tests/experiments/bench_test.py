@@ -93,11 +93,11 @@ def test_costs_are_those_of_a_merge(made):
 def test_the_page_ranks_the_methods(made):
   _, folder, facts = made
   models = facts["summary"]["models"]
-  means = [models[n]["mean"]["mean"] for n in leaderboard.ranked(facts)]
+  means = [models[n]["mean"]["mean"] for n in leaderboard.rank(facts)]
   assert means == sorted(means, reverse=True)
   page = (folder / "leaderboard.md").read_text()
   order = [line.split(" | ")[0].strip("| ") for line in page.splitlines() if line.startswith("| ")]
-  own = [n.replace("_", "\\_") for n in leaderboard.ranked(facts)]
+  own = [n.replace("_", "\\_") for n in leaderboard.rank(facts)]
   assert order == ["Method", ":--", "Experts", *own, "Base"]
   assert (folder / "leaderboard.png").read_bytes().startswith(b"\x89PNG")
 

@@ -7,14 +7,12 @@ import subprocess
 import sys
 
 import folders
-import jax
 import ml_dtypes
 import numpy as np
 import pytest
 import recipes
 import safetensors.numpy
 import small
-import xxhash
 from marking import some_fast
 
 import jaxmerge
@@ -22,10 +20,8 @@ from jaxmerge import errors, methods
 from jaxmerge.cli import main
 from jaxmerge.core import stage
 from jaxmerge.drivers import measurement
-from jaxmerge.files import estimate, execute, inputs, inspection, plan, reader
+from jaxmerge.files import execute, inspection
 from jaxmerge.files import merge as files_merge
-from jaxmerge.io.disk import atomic
-from jaxmerge.io.huggingface import shard_writer
 from jaxmerge.io.tensors.tensor import Files
 
 NAMES = ("red", "green", "blue")
@@ -263,32 +259,6 @@ def test_every_tensor_of_every_input_is_accounted_for(tmp_path):
   assert told["inputs"]["red"]["position_ids"] == "copied from the base"
 
 
-def test_checksums_of_inputs_are_those_of_their_tensors(tmp_path):
-  """By where they are from: a base, and a model of another dtype, read in many slices."""
-  base, first, *_ = folders.family(tmp_path)
-  half = {n: x.astype(np.float16) if x.dtype == np.float32 else x for n, x in first.items()}
-  folders.write(tmp_path / "m0", half)
-  out = files_merge.merge_files(
-    methods.average(), paths(tmp_path), tmp_path / "out", base=tmp_path / "base", entries=7
-  )
-  told = json.loads((out / execute.PROVENANCE).read_text())["tensors"]
-  for name, x in folders.read(out).items():
-    assert told[name]["xxh3_128"] == xxhash.xxh3_128_hexdigest(x.tobytes())
-    sources = {"base": base} if name == "position_ids" else {"base": base, "m0": half}
-    for folder, tensors in sources.items():
-      where = f"{tmp_path / folder / 'model.safetensors'}: tensor {name!r}"
-      assert told[name]["inputs"][where] == xxhash.xxh3_128_hexdigest(tensors[name].tobytes())
-
-
-def test_a_device_takes_slices_from_where_they_were_read():
-  """A CPU's device copies what does not begin at a multiple of 64 bytes."""
-  for size in (64, 4096, 2**20):
-    read = reader._aligned(size).view(np.float32)
-    assert jax.device_put(read).unsafe_buffer_pointer() == read.ctypes.data
-    aside = reader._aligned(size + 64).view(np.float32)[1:]
-    assert jax.device_put(aside).unsafe_buffer_pointer() != aside.ctypes.data
-
-
 @pytest.mark.parametrize(
   ("missing", "expected"),
   [("base", lambda b, a: b), ("mean", lambda b, a: a), ("skip", None)],
@@ -307,66 +277,6 @@ def test_what_becomes_of_a_tensor_that_a_model_lacks(tmp_path, missing, expected
   else:
     mean = (second[lacking] + third[lacking]) / 2
     np.testing.assert_allclose(found[lacking], expected(base[lacking], mean), atol=1e-6)
-
-
-def test_tied_heads_stay_tied(tmp_path):
-  """By the configs: a head that some files hold all the same is left out of the result."""
-  base, *models = folders.family(tmp_path)
-  tied = folders.CONFIG | {"tie_word_embeddings": True}
-  headless = {n: x for n, x in base.items() if n != "lm_head.weight"}
-  folders.write(tmp_path / "base", headless, config=tied)
-  for k, own in enumerate(models):
-    equal = own | {"lm_head.weight": own["model.embed_tokens.weight"]}
-    folders.write(tmp_path / f"m{k}", equal, config=tied)
-  out = files_merge.merge_files(
-    methods.average(), paths(tmp_path), tmp_path / "out", base=tmp_path / "base", names=NAMES
-  )
-  assert "lm_head.weight" not in folders.read(out)
-  told = json.loads((out / execute.PROVENANCE).read_text())["inputs"]
-  assert told["red"]["lm_head.weight"] == "dropped: tied to model.embed_tokens.weight"
-
-
-@pytest.mark.parametrize(
-  ("embedding", "head", "others"),
-  [
-    ("shared.weight", "lm_head.weight", ("decoder.block.0.lm_head.weight",)),  # T5
-    ("model.decoder.embed_tokens.weight", "proj_out.weight", ()),  # Whisper
-    ("bert.embeddings.word_embeddings.weight", "cls.predictions.decoder.weight", ()),
-    ("embeddings.word_embeddings.weight", "vocab_projector.weight", ()),  # DistilBERT
-    ("model.embed_tokens.weight", "lm_head.weight", ("vision.layers.0.proj_out.weight",)),
-  ],
-)
-def test_the_pair_that_a_config_ties_is_found_by_names_and_shapes(
-  tmp_path, embedding, head, others
-):
-  x = np.ones((5, 2), np.float32)
-  made = {embedding: x, head: x, **dict.fromkeys(others, 3 * x)}
-  tied = {"model_type": "x", "tie_word_embeddings": True}
-  opened = inputs.open_model(folders.write(tmp_path / "m", made, config=tied), Files())
-  assert opened.tensors.keys() == {embedding, *others}
-  assert opened.outcomes == {head: plan.Outcome("tied", target=embedding)}
-  assert opened.part(head).tensor == opened.tensors[embedding]
-  other = folders.write(tmp_path / "o", {**made, head: x[:3]}, config=tied)
-  assert head in inputs.open_model(other, Files()).tensors  # It cannot be the embedding.
-  made.pop(head)
-  opened = inputs.open_model(folders.write(tmp_path / "h", made, config=tied), Files())
-  assert opened.part(head).tensor == opened.tensors[embedding]
-  assert opened.outcomes == {}
-
-
-def test_an_embedding_stands_in_for_a_head_that_is_tied_to_it(tmp_path):
-  _, first, second, third = folders.family(tmp_path)
-  tied = folders.CONFIG | {"tie_word_embeddings": True}
-  headless = {n: x for n, x in first.items() if n != "lm_head.weight"}
-  folders.write(tmp_path / "m0", headless, config=tied)
-  out = files_merge.merge_files(
-    methods.average(), [*paths(tmp_path)[1:], tmp_path / "m0"], tmp_path / "o"
-  )
-  heads = [first["model.embed_tokens.weight"], second["lm_head.weight"], third["lm_head.weight"]]
-  np.testing.assert_allclose(folders.read(out)["lm_head.weight"], np.mean(heads, 0), atol=1e-6)
-  out = files_merge.merge_files(methods.average(), paths(tmp_path), tmp_path / "other")
-  np.testing.assert_allclose(folders.read(out)["lm_head.weight"], np.mean(heads, 0), atol=1e-6)
-  assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is False
 
 
 def test_all_problems_are_told_at_once(tmp_path):
@@ -458,18 +368,6 @@ def test_a_folder_that_is_there_is_not_touched(tmp_path):
   assert not kept.exists()
 
 
-def stopped(number):
-  """A progress that interrupts the merge when it is told something for so many times."""
-  told = []
-
-  def progress(count):
-    told.append(count)
-    if len(told) == number:
-      raise KeyboardInterrupt
-
-  return progress
-
-
 @pytest.mark.parametrize("out", [".", "..", "m0/..", "/"])
 def test_a_result_needs_a_folder_of_its_own(tmp_path, monkeypatch, capsys, out):
   folders.family(tmp_path, count=1)
@@ -480,180 +378,3 @@ def test_a_result_needs_a_folder_of_its_own(tmp_path, monkeypatch, capsys, out):
   for flags in (["--replace"], ["--dry-run"]):
     assert main.main(["merge", "r.yml", out, *flags]) == 1
     assert "give the result a folder of its own" in capsys.readouterr().err
-
-
-def test_an_interrupted_merge_goes_on_and_gives_the_same_bytes(tmp_path, monkeypatch):
-  folders.family(tmp_path)
-  monkeypatch.setattr(shard_writer, "SYNCED", 1)  # Every tensor is written down as done.
-  merge = (methods.average(), paths(tmp_path))
-  told = []
-  whole = files_merge.merge_files(*merge, tmp_path / "whole", shard_size=500, progress=told.append)
-  stop = stopped(6)
-  with pytest.raises(KeyboardInterrupt):
-    files_merge.merge_files(*merge, tmp_path / "out", shard_size=500, progress=stop)
-  part = tmp_path / ".out.merging"
-  assert part.exists()
-  assert not (tmp_path / "out").exists()
-  journal = map(json.loads, (part / shard_writer.NAME).read_text().splitlines())
-  finished = {line["tensor"] for line in journal if "tensor" in line}
-  assert 5 <= len(finished) < 13
-  again, added = [], set()
-  add = shard_writer.ShardWriter.add
-
-  def noted(self, name, *rest):
-    added.add(name)
-    add(self, name, *rest)
-
-  monkeypatch.setattr(shard_writer.ShardWriter, "add", noted)
-  files_merge.merge_files(*merge, tmp_path / "out", shard_size=500, progress=again.append)
-  # What was done is told at once, and the rest tensor by tensor: none of them again.
-  tensors = folders.read(whole)
-  assert added == tensors.keys() - finished
-  assert again[0] == sum(tensors[n].nbytes for n in finished)
-  assert sorted(again[1:]) == sorted(tensors[n].nbytes for n in added)
-  assert sum(again) == sum(told)
-  for path in sorted(whole.iterdir()):
-    assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes(), path.name
-  assert not part.exists()
-
-
-RECIPES = {
-  "measured twice": "merge_method: ties\nparameters: {weight: 1.0, density: 0.5}",
-  "measured once": "compat: mergekit\nmerge_method: ties\nparameters: {weight: 1.0, density: 0.5}",
-  "not measured": "merge_method: task_arithmetic\nparameters: {weight: 1.0}",
-}
-
-
-@pytest.mark.parametrize("text", RECIPES.values(), ids=RECIPES)
-@pytest.mark.parametrize("interrupted", [False, True], ids=["in one go", "interrupted"])
-def test_progress_is_told_of_all_the_work(tmp_path, monkeypatch, text, interrupted):
-  monkeypatch.setattr(shard_writer, "SYNCED", 1)
-  folders.family(tmp_path)
-  recipe = tmp_path / "recipe.yml"
-  models = "".join(f"- model: {p}\n" for p in paths(tmp_path))
-  recipe.write_text(f"{text}\nbase_model: {tmp_path / 'base'}\nmodels:\n{models}")
-  plan = recipes.plan_of_file(str(recipe), Files())
-  counts = []
-
-  def told(count):
-    counts.append(count)
-    if interrupted and len(counts) > 20:
-      raise KeyboardInterrupt
-
-  if interrupted:
-    with pytest.raises(KeyboardInterrupt):
-      execute.run(plan, tmp_path / "out", progress=told, entries=16)
-    counts, interrupted = [], False
-  execute.run(plan, tmp_path / "out", progress=told, entries=16)
-  assert sum(counts) == estimate.work(plan)
-  # The first is what was done before.
-  assert max(counts[1:]) < sum(counts) / 2
-
-
-def test_what_was_damaged_meanwhile_is_made_again(tmp_path, monkeypatch):
-  folders.family(tmp_path)
-  monkeypatch.setattr(shard_writer, "SYNCED", 1)
-  merge = (methods.average(), paths(tmp_path))
-  whole = files_merge.merge_files(*merge, tmp_path / "whole")
-  with pytest.raises(KeyboardInterrupt):
-    files_merge.merge_files(
-      *merge,
-      tmp_path / "out",
-      progress=lambda n: (_ for _ in ()).throw(KeyboardInterrupt) if n else None,
-    )
-  part = tmp_path / ".out.merging" / "model.safetensors"
-  content = bytearray(part.read_bytes())
-  content[-40:] = bytes(40)
-  part.write_bytes(content)
-  files_merge.merge_files(*merge, tmp_path / "out")
-  name = "model.safetensors"
-  assert (whole / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
-
-
-def test_a_torn_line_of_the_journal_is_dropped(tmp_path, monkeypatch):
-  """And what is written after it stands in lines of its own."""
-  folders.family(tmp_path)
-  monkeypatch.setattr(shard_writer, "SYNCED", 1)
-  merge = (methods.average(), paths(tmp_path))
-  whole = files_merge.merge_files(*merge, tmp_path / "whole")
-  for number in (4, 3, 3):
-    with pytest.raises(KeyboardInterrupt):
-      files_merge.merge_files(*merge, tmp_path / "out", progress=stopped(number))
-    with open(tmp_path / ".out.merging" / shard_writer.NAME, "a") as journal:
-      journal.write('{"tensor": "lm_he')
-  again = []
-  out = files_merge.merge_files(*merge, tmp_path / "out", progress=again.append)
-  assert len(again) == 1 + 13 - (3 + 2 + 2)
-  small.same(folders.read(out), folders.read(whole))
-
-
-@pytest.mark.parametrize("moment", ["in its midst", "before its renaming"])
-def test_what_passed_with_nan_does_not_count_where_that_is_refused(tmp_path, monkeypatch, moment):
-  """A merge that let NaN pass and was interrupted, gone on with by one that does not."""
-  name = "model.embed_tokens.weight"  # One of the first.
-  base, first, *_ = folders.family(tmp_path)
-  folders.write(tmp_path / "m0", {**first, name: np.full_like(first[name], np.nan)})
-  monkeypatch.setattr(shard_writer, "SYNCED", 1)
-  merge = (methods.average(), paths(tmp_path), tmp_path / "out")
-
-  def killed(*_, **__):
-    raise KeyboardInterrupt
-
-  with monkeypatch.context() as patched:
-    patched.setattr(atomic, "move", killed)
-    with pytest.raises(KeyboardInterrupt):
-      files_merge.merge_files(
-        *merge, nonfinite=True, progress=stopped(6 if moment == "in its midst" else 99)
-      )
-  with pytest.raises(ValueError, match=rf"leaf '{name}' of model .*m0 has NaN"):
-    files_merge.merge_files(*merge)
-  assert not (tmp_path / "out").exists()
-  # What let NaN pass goes on with either, and says so of what it did.
-  out = files_merge.merge_files(*merge, nonfinite=True)
-  told = json.loads((out / execute.PROVENANCE).read_text())["tensors"]
-  assert told[name]["nonfinite"] == "allowed"
-  assert np.isnan(folders.read(out)[name]).all()
-  assert base.keys() == told.keys()
-
-
-def test_a_complete_folder_that_was_damaged_before_its_renaming(tmp_path, monkeypatch):
-  """Killed right before that, and a byte changed since: the checksums tell."""
-  folders.family(tmp_path)
-  merge = (methods.average(), paths(tmp_path))
-  whole = files_merge.merge_files(*merge, tmp_path / "whole")
-
-  def killed(*_, **__):
-    raise KeyboardInterrupt
-
-  with monkeypatch.context() as patched:
-    patched.setattr(atomic, "move", killed)
-    with pytest.raises(KeyboardInterrupt):
-      files_merge.merge_files(*merge, tmp_path / "out")
-  part = tmp_path / ".out.merging"
-  assert not list(part.glob("journal*"))
-  with pytest.raises(ValueError, match=r"out\.merging holds an interrupted merge of other inputs"):
-    files_merge.merge_files(methods.average(), paths(tmp_path, 2), tmp_path / "out")
-  content = bytearray((part / "model.safetensors").read_bytes())
-  content[-3] ^= 1
-  (part / "model.safetensors").write_bytes(content)
-  out = files_merge.merge_files(*merge, tmp_path / "out")
-  small.same(folders.read(out), folders.read(whole))
-
-
-def test_another_merge_is_not_gone_on_with(tmp_path):
-  folders.family(tmp_path)
-
-  def stop(count):
-    raise KeyboardInterrupt
-
-  with pytest.raises(KeyboardInterrupt):
-    files_merge.merge_files(methods.average(), paths(tmp_path), tmp_path / "out", progress=stop)
-  for method, models in [
-    (methods.average(), paths(tmp_path, 2)),
-    (methods.weighted_sum(), paths(tmp_path)),
-  ]:
-    with pytest.raises(
-      ValueError, match=r"out\.merging holds an interrupted merge of other inputs"
-    ):
-      files_merge.merge_files(method, models, tmp_path / "out")
-  files_merge.merge_files(methods.average(), paths(tmp_path, 2), tmp_path / "out", resume=False)

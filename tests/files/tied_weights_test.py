@@ -12,7 +12,8 @@ import jaxmerge
 from jaxmerge import methods
 from jaxmerge.catalog import lookup
 from jaxmerge.core import stage
-from jaxmerge.files import execute, merge
+from jaxmerge.files import execute, inputs, merge, plan
+from jaxmerge.io.tensors.tensor import Files
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -196,3 +197,71 @@ def test_a_language_model_without_a_head_is_tied_or_it_is_said(tmp_path, flag):
   out = merge.merge_files(*job, base=tmp_path / "base", missing="skip")
   (note,) = json.loads((out / execute.PROVENANCE).read_text())["notes"]
   assert "has no output head" in note
+
+
+def test_tied_heads_stay_tied(tmp_path):
+  """By the configs: a head that some files hold all the same is left out of the result."""
+  base, *models = folders.family(tmp_path)
+  tied = folders.CONFIG | {"tie_word_embeddings": True}
+  headless = {n: x for n, x in base.items() if n != "lm_head.weight"}
+  folders.write(tmp_path / "base", headless, config=tied)
+  for k, own in enumerate(models):
+    equal = own | {"lm_head.weight": own["model.embed_tokens.weight"]}
+    folders.write(tmp_path / f"m{k}", equal, config=tied)
+  out = merge.merge_files(
+    methods.average(),
+    [tmp_path / f"m{k}" for k in range(3)],
+    tmp_path / "out",
+    base=tmp_path / "base",
+    names=("red", "green", "blue"),
+  )
+  assert "lm_head.weight" not in folders.read(out)
+  told = json.loads((out / execute.PROVENANCE).read_text())["inputs"]
+  assert told["red"]["lm_head.weight"] == "dropped: tied to model.embed_tokens.weight"
+
+
+@pytest.mark.parametrize(
+  ("embedding", "head", "others"),
+  [
+    ("shared.weight", "lm_head.weight", ("decoder.block.0.lm_head.weight",)),  # T5
+    ("model.decoder.embed_tokens.weight", "proj_out.weight", ()),  # Whisper
+    ("bert.embeddings.word_embeddings.weight", "cls.predictions.decoder.weight", ()),
+    ("embeddings.word_embeddings.weight", "vocab_projector.weight", ()),  # DistilBERT
+    ("model.embed_tokens.weight", "lm_head.weight", ("vision.layers.0.proj_out.weight",)),
+  ],
+)
+def test_the_pair_that_a_config_ties_is_found_by_names_and_shapes(
+  tmp_path, embedding, head, others
+):
+  x = np.ones((5, 2), np.float32)
+  made = {embedding: x, head: x, **dict.fromkeys(others, 3 * x)}
+  tied = {"model_type": "x", "tie_word_embeddings": True}
+  opened = inputs.open_model(folders.write(tmp_path / "m", made, config=tied), Files())
+  assert opened.tensors.keys() == {embedding, *others}
+  assert opened.outcomes == {head: plan.Outcome("tied", target=embedding)}
+  assert opened.part(head).tensor == opened.tensors[embedding]
+  other = folders.write(tmp_path / "o", {**made, head: x[:3]}, config=tied)
+  assert head in inputs.open_model(other, Files()).tensors  # It cannot be the embedding.
+  made.pop(head)
+  opened = inputs.open_model(folders.write(tmp_path / "h", made, config=tied), Files())
+  assert opened.part(head).tensor == opened.tensors[embedding]
+  assert opened.outcomes == {}
+
+
+def test_an_embedding_stands_in_for_a_head_that_is_tied_to_it(tmp_path):
+  _, first, second, third = folders.family(tmp_path)
+  tied = folders.CONFIG | {"tie_word_embeddings": True}
+  headless = {n: x for n, x in first.items() if n != "lm_head.weight"}
+  folders.write(tmp_path / "m0", headless, config=tied)
+  out = merge.merge_files(
+    methods.average(),
+    [tmp_path / name for name in ("m1", "m2", "m0")],
+    tmp_path / "o",
+  )
+  heads = [first["model.embed_tokens.weight"], second["lm_head.weight"], third["lm_head.weight"]]
+  np.testing.assert_allclose(folders.read(out)["lm_head.weight"], np.mean(heads, 0), atol=1e-6)
+  out = merge.merge_files(
+    methods.average(), [tmp_path / f"m{k}" for k in range(3)], tmp_path / "other"
+  )
+  np.testing.assert_allclose(folders.read(out)["lm_head.weight"], np.mean(heads, 0), atol=1e-6)
+  assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is False

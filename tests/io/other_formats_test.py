@@ -95,7 +95,7 @@ def test_all_who_open_a_model_say_the_same(home, capsys):
   fill(home, "a/flax_model.msgpack")
   recipe = "merge_method: linear\nparameters: {weight: 1}\nmodels:\n- model: a\n- model: a\n"
   (home / "recipe.yml").write_text(recipe)
-  words = other_formats.missing("a")
+  words = other_formats.explain_missing("a")
   for command in (["inspect", "a"], ["diff", "a", "a"], ["merge", "recipe.yml", "out"]):
     assert main.main(command) in (1, 2)
     assert words in capsys.readouterr().err

@@ -341,7 +341,7 @@ def test_the_summary_is_a_sentence_with_the_numbers():
     "The best of 2 ATM runs, ATM, reaches 70.0 % over 2 tasks (test): 40 % of the gap between base "
     "and experts; the best one-shot merge (Average) closes 10 %."
   )
-  assert plots.compared(tested) == ["base", "average", "atm", "experts"]
+  assert plots.models_of_bars(tested) == ["base", "average", "atm", "experts"]
   assert labels.sentence(four(ties=0.6)) == "TIES reaches 60.0 % over 2 tasks (validation)."
   assert labels.sentence(four(atm=-3.5) | {"metric": "log likelihood"}) == (
     "ATM reaches -3.5 log likelihood over 2 tasks (validation)."

@@ -121,7 +121,7 @@ class Arrays:
   ) -> None:
     if self.key != key:
       self._forget()
-      self.key, self.store = None, _existing(self.state, key)
+      self.key, self.store = None, _open_existing(self.state, key)
       self.key = key
     on_disk = self.store.dtype.numpy_dtype, self.store.shape
     if on_disk != (dtype, shape):
@@ -129,11 +129,11 @@ class Arrays:
       raise ValueError(f"it is {on_disk[0]} {list(on_disk[1])} on disk, but {by_manifest}.")
     done = 0
     while done < out.size:
-      part = self._holding(start + done)[start + done - self.band.start :][: out.size - done]
+      part = self._band_with(start + done)[start + done - self.band.start :][: out.size - done]
       out[done : done + part.size] = part
       done += part.size
 
-  def _holding(self, at: int) -> np.ndarray:
+  def _band_with(self, at: int) -> np.ndarray:
     """Returns the entries of the band in which an entry lies."""
     if not self.band.start <= at < self.band.stop:
       chunks = self.store.chunk_layout.read_chunk.shape or ()
@@ -169,7 +169,7 @@ def write(
   for path, tensor in tensors.items():
     if not math.prod(tensor.shape):
       continue
-    leaves[str(path)] = _leaf(path, chunk(tensor.shape, tensor.dtype.itemsize))
+    leaves[str(path)] = _leaf_record(path, chunk(tensor.shape, tensor.dtype.itemsize))
     for part in _parts(".".join(path), tensor):
       waiting.append(part)
       if sum(p.entries.nbytes for p in waiting) >= WRITTEN:
@@ -211,7 +211,7 @@ def _written(state: pathlib.Path, parts: list[_Part], progress: Progress) -> lis
   # One context: stores of several would be several databases, and change the tree one by one.
   shared = {"transaction": transaction, "context": _context()}
   try:
-    stores = {key: _created(state, key, t, **shared) for key, t in tensors.items()}
+    stores = {key: _open_new(state, key, t, **shared) for key, t in tensors.items()}
     for part in parts:
       stores[part.key][part.box].write(part.entries).copy.result()
     transaction.commit_sync()
@@ -230,19 +230,19 @@ def error_code(error: Exception) -> int | None:
   return int(match.group(1)) if match else getattr(error, "errno", None)
 
 
-def _leaf(path: Sequence[str], chunks: Sequence[int]) -> dict[str, Any]:
-  """What Orbax notes of a leaf; 2 says that a key is one of a dict."""
+def _leaf_record(path: Sequence[str], chunks: Sequence[int]) -> dict[str, Any]:
+  """Returns Orbax's record of a leaf; 2 stands for a key of a dict."""
   value = {"value_type": "np.ndarray", "skip_deserialize": False, "write_shape": list(chunks)}
   return {"key_metadata": [{"key": k, "key_type": 2} for k in path], "value_metadata": value}
 
 
-def _existing(state: pathlib.Path, key: str) -> Any:
+def _open_existing(state: pathlib.Path, key: str) -> Any:
   """Opens an array of the database."""
   return _open(_spec(state, key), open=True, read=True, context=_context())
 
 
-def _created(state: pathlib.Path, key: str, tensor: Tensor, **shared: Any) -> Any:
-  """Opens an array for writing, and makes it where it is not there."""
+def _open_new(state: pathlib.Path, key: str, tensor: Tensor, **shared: Any) -> Any:
+  """Opens an array for writing, a new one if need be."""
   spec, chunks = _spec(state, key), chunk(tensor.shape, tensor.dtype.itemsize)
   # Small values stand in the tree, whose nodes are small: every transaction writes some anew.
   spec["kvstore"]["config"] = {"max_inline_value_bytes": 2**10, "max_decoded_node_bytes": 2**18}

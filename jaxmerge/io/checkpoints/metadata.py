@@ -1,4 +1,4 @@
-"""Which checkpoint a path means, whether it is whole, and its model: from JSON alone.
+"""Finds the checkpoint of a path, checks that it is whole, and reads its model: from JSON alone.
 
 A checkpoint is a folder with arrays under `state/` and a manifest: a step of a store, as `store.py`
 keeps them, or a merged model. Its model is what lies under `params` in the tree of the state. Free
@@ -33,7 +33,7 @@ def steps(directory: Path) -> list[int]:
 
 
 def problem(folder: Path) -> str | None:
-  """Says what is wrong with a step of a store, or None; reads all of it."""
+  """Returns what is wrong with a step of a store, or None; reads all of it."""
   if (damage := manifest.damage(folder)) is not None:
     return damage
   step = manifest.facts(folder).get("step")
@@ -103,7 +103,7 @@ def tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def _leaves(folder: Path) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
-  """Dtype and shape of every leaf, as the manifest says."""
+  """Returns dtype and shape of every leaf, from the manifest."""
   leaves = manifest.facts(folder).get("leaves", {})
   try:
     specs = {name: (np.dtype(dtype), tuple(shape)) for name, (dtype, shape) in leaves.items()}

@@ -248,7 +248,7 @@ class Checkpoints:
     for step, problem in problems.items():
       if problem is not None:
         self._set_aside(self._directory / str(step), problem)
-    for folder in _interrupted(self._directory):
+    for folder in _unfinished_saves(self._directory):
       self._set_aside(folder, "its save was interrupted")
     shutil.rmtree(self._directory / "retired", ignore_errors=True)
     return max(good, default=_NONE)
@@ -299,7 +299,7 @@ class Checkpoints:
     return OSError(code, f"{about}. Steps saved before it are untouched. ({error})")
 
 
-def _interrupted(directory: Path) -> list[Path]:
+def _unfinished_saves(directory: Path) -> list[Path]:
   """Returns saves that never came to an end, Orbax's temporary directories among them."""
   staged = directory / "unfinished"
   paths = list(staged.iterdir()) if staged.is_dir() else []
@@ -309,7 +309,7 @@ def _interrupted(directory: Path) -> list[Path]:
 
 
 def _record_text(record: dict) -> str:
-  """JSON of the record; refuses what would not come back as it went in, by its place."""
+  """Returns the record as JSON; ValueError, by its place, for what would not come back the same."""
   _check_plain(record, "record")
   return json.dumps(record, indent=1)
 

@@ -49,7 +49,7 @@ class PagedFile:
     first = -position % PAGE
     whole = (len(data) - first) // PAGE * PAGE
     with atomic.room(self.path):
-      past = self._opened() if whole >= LEAST else None
+      past = self._open_past_cache() if whole >= LEAST else None
       if past is None:
         self._write(self.handle, data, position)
         return
@@ -75,8 +75,8 @@ class PagedFile:
     self._shut()
     os.close(self.handle)
 
-  def _opened(self) -> int | None:
-    """The handle that passes the cache, where there can be one."""
+  def _open_past_cache(self) -> int | None:
+    """Returns a handle that passes the cache, where there can be one."""
     if self._past is None and self._flag:
       try:
         self._past = os.open(self.path, os.O_WRONLY | self._flag)
@@ -115,5 +115,5 @@ class PagedFile:
 
 @functools.cache
 def _room() -> memoryview:
-  """Memory that begins at a page, one for all files."""
+  """Returns memory that begins at a page, one for all files."""
   return memoryview(mmap.mmap(-1, ROOM))

@@ -115,7 +115,7 @@ def _take(handle: int, path: pathlib.Path, busy: str, patience: float = _PATIENC
 
 
 def _holder(handle: int) -> str:
-  """Says which process has a lock, as far as it has said so itself."""
+  """Returns which process has a lock, as far as the file says."""
   number, _, machine = os.pread(handle, 300, 0).decode(errors="replace").partition(" ")
   if not number.isdecimal() or not machine.isprintable():
     return ""
@@ -175,5 +175,5 @@ def _mark_of(path: pathlib.Path) -> pathlib.Path:
 
 
 def _machine() -> bytes:
-  """What this machine and user are called, as no other ones are."""
+  """Returns a unique name of this machine and user."""
   return f"{socket.gethostname()} {uuid.getnode():x} {os.getuid()}".encode()

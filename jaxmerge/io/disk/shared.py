@@ -59,7 +59,7 @@ def check(folder: pathlib.Path) -> None:
 
 
 def _blind(mark: pathlib.Path) -> list[int]:
-  """The processes that do not see a file, though they have looked for long."""
+  """Returns the processes that do not see a file after a long wait."""
   seen = np.zeros(jax.process_count(), bool)
   for look in range(LOOKS):
     if look:

@@ -219,7 +219,7 @@ def config(folder: Path) -> dict[str, Any]:
   """Returns the contents of a folder's config.json."""
   folder = pathlib.Path(folder)
   if not folder.is_dir():
-    raise FileNotFoundError(other_formats.missing(folder))
+    raise FileNotFoundError(other_formats.explain_missing(folder))
   if (folder / CONFIG).exists():
     links.check(folder / CONFIG, folder)
   return read_json(folder / CONFIG)
@@ -230,7 +230,7 @@ def weights(folder: Path) -> list[pathlib.Path]:
   folder = pathlib.Path(folder)
   single, several = (folder / WEIGHTS).is_file(), (folder / INDEX).is_file()
   if not single and not several:
-    raise FileNotFoundError(other_formats.missing(folder))
+    raise FileNotFoundError(other_formats.explain_missing(folder))
   homes = _weight_map(folder) if several else {}
   if single and (others := set(homes.values()) - {WEIGHTS}):
     raise ValueError(
@@ -244,10 +244,10 @@ def weights(folder: Path) -> list[pathlib.Path]:
 
 
 def _rooms(folder: pathlib.Path) -> list[pathlib.Path]:
-  """The files of the weights of modules; not every module has some."""
+  """Returns the files of the weights of modules; not every module has some."""
   rooms = [folder / module for module in modules(folder)]
   for room in rooms:
-    hint = other_formats.pickled(room)
+    hint = other_formats.pickle_hint(room)
     if not (room / WEIGHTS).is_file() and (hint or room.name[2:] in _WEIGHTED):
       raise FileNotFoundError(f"{room}: {WEIGHTS} is not there{'; ' * bool(hint)}{hint}.")
   return [room / WEIGHTS for room in rooms if (room / WEIGHTS).is_file()]

@@ -115,7 +115,7 @@ class Finder:
 
   @property
   def facts(self) -> dict[str, dict[str, str]]:
-    """What the provenance says of the hub; nothing where nothing came from there."""
+    """Facts of the hub for the provenance; empty where nothing came from there."""
     return {"hub": self.commits} if self.commits else {}
 
 

@@ -100,7 +100,7 @@ class Shards:
       self._open.popitem()[1].close()
 
   def _file(self, name: str) -> PagedFile:
-    """The file, which is opened where it is not; the one that was used first is closed for it."""
+    """Returns an open file; if too many are open, the one least recently used is closed."""
     file = self._open.pop(name, None) or PagedFile(self.part / name)
     self._open[name] = file
     if len(self._open) > MOST:

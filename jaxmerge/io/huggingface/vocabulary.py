@@ -91,7 +91,7 @@ class Vocabulary(NamedTuple):
 
   @property
   def size(self) -> int:
-    """How many rows an embedding needs: one more than the largest number."""
+    """Number of rows that an embedding needs: one more than the largest number."""
     return 1 + max(self.ids.values(), default=-1)
 
 
@@ -104,7 +104,7 @@ def read(files: TokenizerFiles) -> Vocabulary:
   """
   ids = _ordinary(files)
   added: dict[str, Flags] = {}
-  for token, number, flags in _added(files):
+  for token, number, flags in _added_tokens(files):
     ids.setdefault(token, number)
     added.setdefault(token, flags)
   if not ids:
@@ -140,21 +140,21 @@ def _numbers(numbers: Any, where: str) -> dict[str, int]:
   return dict(numbers)
 
 
-def _added(files: TokenizerFiles) -> Iterator[tuple[str, int, Flags]]:
-  """Tokens added in any of the files, with number and flags; what comes first counts."""
+def _added_tokens(files: TokenizerFiles) -> Iterator[tuple[str, int, Flags]]:
+  """Yields tokens added in any of the files, with number and flags; what comes first counts."""
   where = files.folder / TOKENIZER
-  for entry in _part(files, TOKENIZER, "added_tokens", list):
+  for entry in _value(files, TOKENIZER, "added_tokens", list):
     yield _entry(entry, where)
   where = files.folder / SETTINGS
-  for number, entry in _part(files, SETTINGS, "added_tokens_decoder", dict).items():
+  for number, entry in _value(files, SETTINGS, "added_tokens_decoder", dict).items():
     fields = entry if isinstance(entry, dict) else {}
     yield _entry(fields | {"id": int(number) if number.isdecimal() else number}, where)
   for token, number in _numbers(files.json(ADDED), str(files.folder / ADDED)).items():
     yield token, number, PLAIN
 
 
-def _part(files: TokenizerFiles, name: str, key: str, kind: type) -> Any:
-  """What a file says under a key; empty without the file or the key."""
+def _value(files: TokenizerFiles, name: str, key: str, kind: type) -> Any:
+  """Returns the value of a key in a file; empty without the file or the key."""
   value = files.json(name).get(key) or kind()
   if not isinstance(value, kind):
     raise ValueError(

@@ -98,7 +98,7 @@ def paths(folder: Path) -> tuple[pathlib.Path, pathlib.Path]:
   """
   folder = pathlib.Path(folder)
   if not is_adapter(folder):
-    raise FileNotFoundError(other_formats.missing(folder, "adapter"))
+    raise FileNotFoundError(other_formats.explain_missing(folder, "adapter"))
   if not (folder / WEIGHTS).is_file():
     pickled = (folder / "adapter_model.bin").is_file()
     hint = (
@@ -145,7 +145,7 @@ def apply(
   all_tensors = Base({**(tied or {}), **tensors}, rename or {})
   whole = _replace(all_tensors, contents, config)
   names = layers.change(all_tensors, contents, config)
-  changed = all_tensors.stored()
+  changed = all_tensors.as_stored()
   tokens = {n for key, n in names.items() if parts.TOKENS in contents.modules[key]}
   stored = {n for n in whole.values() if not config.saves(n)}
   _refuse_idle(tensors, changed, tied or {}, tokens | stored)

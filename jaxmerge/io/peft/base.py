@@ -31,7 +31,7 @@ class Target(NamedTuple):
 
   @property
   def where(self) -> str:
-    """One of the parts, for errors."""
+    """Place of one of the parts, for errors."""
     return next(iter(self.parts.values())).where
 
 
@@ -73,7 +73,7 @@ class Base:
     matches = difflib.get_close_matches(names.rename(name, self.rename), self.tensors, n=1)
     return f", whose nearest is {matches[0]!r}" if matches else ""
 
-  def lacking(self, where: str, name: str) -> ValueError:
+  def missing(self, where: str, name: str) -> ValueError:
     """Returns the error for a tensor that is adapted, and is not here."""
     renamed = names.rename(name, self.rename)
     hint = "; give the base that the adapter was trained on"
@@ -81,7 +81,7 @@ class Base:
     more = ", or say with `rename` how its names begin in the base"
     return ValueError(f"{where}: the base has no tensor {renamed!r}{self.near(name)}{hint}{more}.")
 
-  def stored(self) -> dict[str, Tensor]:
+  def as_stored(self) -> dict[str, Tensor]:
     """Returns the changed tensors in the form in which the base stores them."""
     if self.changed.keys() <= self.tensors.keys():
       return dict(self.changed)

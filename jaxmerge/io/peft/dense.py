@@ -58,12 +58,12 @@ def _misfit(target: Target, sizes: object) -> ValueError:
   )
 
 
-def _loaded(target: Target) -> dict[str, np.ndarray]:
+def _load(target: Target) -> dict[str, np.ndarray]:
   return {name: pieces.load(x, _FLOAT) for name, x in target.parts.items()}
 
 
-def _transposed(target: Target, config: Settings, out: int, inner: int) -> bool:
-  """Whether a matrix lies [in, out]; raises ValueError where it has other sizes."""
+def _is_transposed(target: Target, config: Settings, out: int, inner: int) -> bool:
+  """Tells whether a matrix lies [in, out]; ValueError where it has other sizes."""
   shape = target.tensor.shape
   swapped = bool(config.values["fan_in_fan_out"])
   if shape == (out, inner) == (inner, out):
@@ -85,7 +85,7 @@ def _lycoris(
   if len(shape) < 2 or sizes != (shape[0], math.prod(shape[1:])):
     raise _misfit(target, list(sizes))
   scale, formula = np.float32(config.scale(target.module)), getattr(formulas, config.kind.lower())
-  return lambda x: x + scale * formula(_loaded(target)).reshape(x.shape)
+  return lambda x: x + scale * formula(_load(target)).reshape(x.shape)
 
 
 def _loha_sizes(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:
@@ -132,7 +132,7 @@ def _ia3(
 
 
 def _is_feedforward(target: Target, config: Settings) -> bool:
-  """Whether a vector is of inputs: of a matrix its shape says so, of a kernel the config."""
+  """Tells whether a vector is of inputs: by the shape of a matrix, by the config for a kernel."""
   shape = target.parts["ia3_l"].shape
   if len(shape) == 2 and 1 in shape and shape != (1, 1):
     return shape[0] == 1
@@ -153,14 +153,14 @@ def _vera(
   if len(shape) != 2 or outer[0] not in shape:
     raise _misfit(target, f"of {outer[0]} outputs")
   other = shape[1] if shape[0] == outer[0] else shape[0]
-  swapped = _transposed(target, config, outer[0], other)
+  swapped = _is_transposed(target, config, outer[0], other)
   if (
     a.shape[0] != inner[0] or b.shape[1] != inner[0] or a.shape[1] < other or b.shape[0] < outer[0]
   ):
     raise _misfit(target, f"of at most {[b.shape[0], a.shape[1]]}, by {a.where}")
 
   def compute(x: np.ndarray) -> np.ndarray:
-    parts = _loaded(target) | {n: pieces.load(t, _FLOAT) for n, t in shared.items()}
+    parts = _load(target) | {n: pieces.load(t, _FLOAT) for n, t in shared.items()}
     delta = formulas.vera(parts, other)
     return x + (delta.T if swapped else delta)
 
@@ -182,7 +182,7 @@ def _oft(
 
   def compute(x: np.ndarray) -> np.ndarray:
     flat = x.reshape(len(x), -1)
-    return formulas.oft(flat, _loaded(target), eps=eps, terms=terms).reshape(x.shape)
+    return formulas.oft(flat, _load(target), eps=eps, terms=terms).reshape(x.shape)
 
   return compute
 
@@ -218,7 +218,7 @@ def _boft(
   scales = math.prod(target.parts["boft_s"].shape)
   if len(blocks) != 3 or blocks[1] != blocks[2] or (scales, blocks[0] * blocks[1]) != shape:
     raise _misfit(target, f"of {scales} outputs, and blocks {blocks} of inputs")
-  return lambda x: formulas.boft(x, _loaded(target))
+  return lambda x: formulas.boft(x, _load(target))
 
 
 _KINDS = {

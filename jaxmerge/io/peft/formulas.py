@@ -47,7 +47,7 @@ def lokr(parts: Parts) -> np.ndarray:
 
 
 def _tucker(core: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-  """A kernel [out, in, ...] of its core [r, r, ...], [r, out] and [r, in]."""
+  """Returns a kernel [out, in, ...] from its core [r, r, ...], [r, out] and [r, in]."""
   return np.einsum("ij...,ip,jq->pq...", core, a, b)
 
 
@@ -95,7 +95,7 @@ def oft(
 
 
 def _cayley(skew: np.ndarray) -> np.ndarray:
-  """The rotations (1 - S) / (1 + S) of skew-symmetric matrices, [n, size, size]."""
+  """Returns the rotations (1 - S) / (1 + S) of skew-symmetric matrices, [n, size, size]."""
   one = np.eye(skew.shape[1])
   # x (1 + S) = 1 - S is solved on the right: its transpose on the left.
   return np.linalg.solve((one + skew).swapaxes(1, 2), (one - skew).swapaxes(1, 2)).swapaxes(1, 2)

@@ -42,7 +42,7 @@ def change(base: Base, contents: Contents, config: Settings) -> dict[Key, str]:
     TOKENS in parts for parts in contents.modules.values()
   ):
     raise config.refusal("trainable_token_indices", f"is given, but no tensor is {TOKENS}")
-  base.changed |= rows.changed()
+  base.changed |= rows.tensors()
   return names
 
 
@@ -60,7 +60,7 @@ def _targets(base: Base, contents: Contents, config: Settings) -> Iterator[tuple
         yield (module, depth), target
     else:
       where = next(iter(nested[min(nested)].values())).where
-      raise base.lacking(where, f"{module}.weight")
+      raise base.missing(where, f"{module}.weight")
 
 
 def tokens(config: Settings, module: str) -> list[int]:

@@ -44,7 +44,7 @@ class Rows:
     embedding = "embedding" in pair[0]
     matrix, a, b = (_as_matrix(t) for t in (target.tensor, a, b))
     _check(target, matrix, a, b, embedding)
-    transposed = embedding or self._transposed(matrix, a, b)
+    transposed = embedding or self._is_transposed(matrix, a, b)
     magnitude = self._magnitude(target, b)
     matrix = self._start(target, matrix, transposed, wholes)
     layer = low_rank.Layer(matrix, a, b, magnitude, self._scale(target, a), transposed)
@@ -54,7 +54,7 @@ class Rows:
     if "lora_B.bias" in target.parts:
       self._add_bias(base, target, layer.scale, wholes)
 
-  def changed(self) -> dict[str, Tensor]:
+  def tensors(self) -> dict[str, Tensor]:
     """Returns the changed tensors by name."""
     _check_square(self.plain, self.config)
     matrices = low_rank.add(self.layers)
@@ -100,7 +100,7 @@ class Rows:
       raise ValueError(f"{a.where}: its rank is {a.shape[0]}, but {rank} by r or rank_pattern.")
     return config.scale(target.module)
 
-  def _transposed(self, matrix: Tensor, a: Tensor, b: Tensor) -> bool:
+  def _is_transposed(self, matrix: Tensor, a: Tensor, b: Tensor) -> bool:
     swapped = (a.shape[1], b.shape[0])
     square = matrix.shape == swapped == swapped[::-1]
     return bool(self.config.values["fan_in_fan_out"]) if square else matrix.shape == swapped

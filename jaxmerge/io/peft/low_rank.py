@@ -38,7 +38,7 @@ class Layer(NamedTuple):
 
   @property
   def dtype(self) -> np.dtype:
-    """In which it is computed."""
+    """Dtype of the computation."""
     return compute_dtype(self.base, self.a, self.b)
 
   @property
@@ -72,7 +72,7 @@ def add(layers: Mapping[str, Layer]) -> dict[str, Tensor]:
   @functools.lru_cache(1)
   def block(name: str, number: int) -> np.ndarray:
     layer = layers[name]
-    x, gain = _added(layer, factors(name), number), gains(name)
+    x, gain = _add_block(layer, factors(name), number), gains(name)
     if gain is not None:
       first = number * layer.step
       x *= gain if layer.transposed else gain[first : first + len(x), None]
@@ -109,7 +109,7 @@ def _whole(tensor: Tensor, dtype: np.dtype) -> np.ndarray:
   return x
 
 
-def _added(layer: Layer, factors: Factors, number: int) -> np.ndarray:
+def _add_block(layer: Layer, factors: Factors, number: int) -> np.ndarray:
   """Computes a block of base + scale * (B @ A): [rows, columns]."""
   first = number * layer.step
   left = factors.left[first : first + layer.step]
@@ -125,7 +125,7 @@ def _gains(layer: Layer, factors: Factors) -> np.ndarray | None:
     return None
   squares = np.zeros(layer.magnitude.shape)
   for number, first in enumerate(range(0, layer.base.shape[0], layer.step)):
-    x = _added(layer, factors, number)
+    x = _add_block(layer, factors, number)
     outputs = slice(None) if layer.transposed else slice(first, first + len(x))
     squares[outputs] += np.square(x, dtype=np.float64).sum(axis=0 if layer.transposed else 1)
   if not squares.all():

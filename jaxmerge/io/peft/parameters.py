@@ -30,7 +30,7 @@ def targets(
       names[name] = name_in_base
   where = next(iter(nested[min(nested)].values())).where
   if not names:
-    raise base.lacking(where, f"{module}.{wanted[0].rpartition('.')[2]}")
+    raise base.missing(where, f"{module}.{wanted[0].rpartition('.')[2]}")
   if len(names) != len(nested):
     raise ValueError(
       f"{where}: {len(nested)} parameters of {module!r} are adapted, but target_parameters names "

@@ -48,10 +48,10 @@ class Form(NamedTuple):
 
 def forms(tensors: Mapping[str, Tensor]) -> dict[str, Form]:
   """Returns the fused tensors of single experts that are stored, and the single ones of fused."""
-  return {**_fused(tensors), **_singles(tensors)}
+  return {**_fused_forms(tensors), **_single_forms(tensors)}
 
 
-def _fused(tensors: Mapping[str, Tensor]) -> dict[str, Form]:
+def _fused_forms(tensors: Mapping[str, Tensor]) -> dict[str, Form]:
   """Returns fused tensors of single experts, where all are there and alike."""
   counts: dict[str, int] = {}
   for name in tensors:
@@ -76,7 +76,7 @@ def _fuse(names: list[str], matrices: list[Tensor], count: int) -> Form:
   return Form(pieces.concatenate(matrices, shape), tuple(stretches))
 
 
-def _singles(tensors: Mapping[str, Tensor]) -> dict[str, Form]:
+def _single_forms(tensors: Mapping[str, Tensor]) -> dict[str, Form]:
   """Returns single experts of fused tensors; those [experts, in, out] do not fit."""
   forms = {}
   for name, tensor in tensors.items():

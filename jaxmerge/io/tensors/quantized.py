@@ -69,7 +69,7 @@ def _is_narrow(tensor: Any) -> bool:
 
 
 def _stems(name: str) -> Iterator[str]:
-  """A name, and what it is without the words for codes at its end."""
+  """Yields a name, and what is left of it without the words for codes at its end."""
   yield name
   while match := _CODES.search(name):
     name = name[: match.start()]
@@ -156,14 +156,14 @@ def note_copies(parts: Iterable[Sequence[tuple[str, str, Tensor | None]]]) -> li
   Args:
     parts: of tensors with several models: name, model, and tensor of each.
   """
-  lines = [line for each in parts if each and (line := _differing(*each))]
+  lines = [line for each in parts if each and (line := _difference(*each))]
   if not lines:
     return []
   count = f", one of {len(lines)} such" if len(lines) > 1 else ""
   return [f"{lines[0]}, not merged{count}; if it holds codes of quantized weights, {_REMEDY}."]
 
 
-def _differing(first: tuple[str, str, Tensor | None], *others: Any) -> str | None:
+def _difference(first: tuple[str, str, Tensor | None], *others: Any) -> str | None:
   name, model, tensor = first
   if tensor is None or tensor.dtype.kind not in "iu" or len(tensor.shape) < 2:
     return None
@@ -204,11 +204,11 @@ def _is_whole(name: str, tensors: Mapping[str, Tensor]) -> bool:
   scaled = any(f"{name}{end}" in tensors for end in ("_scale", "_scale_inv"))
   if not scaled or name not in tensors or len(tensors[name].shape) < 2:
     return False
-  first = beginning(tensors[name]).astype(np.float64)
+  first = first_entries(tensors[name]).astype(np.float64)
   return bool((first == np.rint(first)).all() and (np.abs(first) > 1).any())
 
 
-def beginning(tensor: Tensor) -> np.ndarray:
+def first_entries(tensor: Tensor) -> np.ndarray:
   """Returns the first entries of a tensor; none of a model that does not exist yet."""
   first = np.zeros(min(_FIRST, math.prod(tensor.shape)), tensor.dtype)
   try:
