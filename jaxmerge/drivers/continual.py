@@ -129,7 +129,7 @@ def _in_turn(alpha: Any, rank_tol: Any) -> Callable[..., Any]:
 
   def add(pair: Any, base: Any, more: Any) -> Any:
     before, tau = pair
-    return (before + subspaces.projected(tau, before, alpha, rank_tol))[None]
+    return (before + subspaces.project_out(tau, before, alpha, rank_tol))[None]
 
   return add
 

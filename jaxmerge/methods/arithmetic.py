@@ -14,7 +14,7 @@ def task_arithmetic(
   weight: float | tuple[float, ...] = 1.0,
   normalize: bool = False,
 ) -> Method:
-  """Adds the task vectors up, times `scale`: base + scale * sum_i weight_i * tau_i.
+  """Adds up the task vectors, times `scale`: base + scale * sum_i weight_i * tau_i.
 
   Args:
     scale: factor on the sum; 1/K gives the average.
@@ -53,7 +53,7 @@ def negate(scale: float = 0.3) -> Method:
 def analogy(scale: float = 0.3) -> Method:
   """Combines three task vectors A, B, C, as in "A is to B as C is to D".
 
-  The result is base + scale * (C + B - A); the stack holds the models A, B and C in this order.
+  The result is base + scale * (C + B - A); the stack is the models A, B and C in this order.
 
   Reference: Ilharco et al. 2023 (arXiv:2212.04089).
 
@@ -71,7 +71,7 @@ def analogy(scale: float = 0.3) -> Method:
 def portllm(scale: float = 1.0) -> Method:
   """Carries a fine-tuning of an older base over to a newer one: base + scale * (tuned - old).
 
-  The stack holds the older base and what was tuned from it, in this order.
+  The stack is the older base and the model tuned from it, in this order.
 
   Args:
     scale: factor on the older model's task vector.

@@ -1,11 +1,11 @@
-"""Averages and sums of the models."""
+"""Means and weighted sums of the models."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable
-from typing import Any, Literal  # Any: what is known; numbers of NumPy, or traced.
+from typing import Any, Literal  # Any: states; numbers of NumPy, or traced.
 
 import jax.numpy as jnp
 import numpy as np
@@ -60,10 +60,11 @@ def checkpoint_average(
   """Averages checkpoints of one run, the oldest first: [K, ...] -> [1, ...].
 
   Args:
-    kind: "sma", all alike; "wma", the i-th i times; "ema", a moving average, m + alpha (x - m).
+    kind: "sma", equal weights; "wma", weight i for the i-th; "ema", a moving average,
+      m + alpha (x - m).
     alpha: share of the newest, for "ema".
-    start: the moving average begins with the first checkpoint, which so weighs more than those that
-      follow, or at zero, and is divided by the sum of the weights; alpha must not be 0 then.
+    start: the moving average begins with the first checkpoint, which then weighs more than those
+      that follow, or at zero; that is divided by the sum of the weights, and alpha must not be 0.
 
   Reference: Li et al. 2025, Model merging in pre-training (arXiv:2505.12082).
 
@@ -73,32 +74,8 @@ def checkpoint_average(
     4.0
   """
   lookup.check("checkpoint_average", {"kind": kind, "alpha": alpha, "start": start})
-
-  def add(held: State, x: Array, leaf: Leaf) -> State:
-    K = x.shape[0]
-    before = jnp.zeros((), x.dtype) if held is None else held["count"]
-    left: Any = 1.0  # Of what is held.
-    if kind == "sma":
-      weights = jnp.ones(K, x.dtype)
-    elif kind == "wma":
-      weights = before + jnp.arange(1, K + 1, dtype=x.dtype)
-    else:
-      alpha = leaf.scalar("alpha", x)
-      own = moving_weights(K, alpha)
-      if held is not None or start == "zero":
-        own[0] = alpha * (1 - alpha) ** (K - 1)
-      weights = jnp.stack(own)
-      left = (1 - alpha) ** K
-    part = _sum(x * weights.reshape((-1,) + (1,) * (x.ndim - 1)))
-    total = part if held is None else held["sum"] * left + part
-    return {"sum": total, "count": before + K}
-
-  def finish(held: State, leaf: Leaf) -> Array:
-    count = held["count"]
-    if kind != "ema":
-      return held["sum"] * (1 / count if kind == "sma" else 2 / (count * (count + 1)))
-    weights = 1.0 if start == "first" else 1 - (1 - leaf.scalar("alpha", held["sum"])) ** count
-    return held["sum"] / weights
+  add = functools.partial(_add_checkpoints, kind, start)
+  finish = functools.partial(_divide_checkpoints, kind, start)
 
   def init(group: Group) -> State:
     alpha = group.seen("alpha") if "alpha" in group.hparams else None
@@ -118,20 +95,50 @@ def checkpoint_average(
   return Method((stage,))
 
 
-def moving_weights(height: int, alpha: Any) -> list[Any]:
+def _add_checkpoints(kind: str, start: str, state: State, x: Array, leaf: Leaf) -> State:
+  """Adds checkpoints to the weighted sum of those before; None stands for none before."""
+  K = x.shape[0]
+  before = jnp.zeros((), x.dtype) if state is None else state["count"]
+  decay: Any = 1.0  # Of the sum before.
+  if kind == "sma":
+    weights = jnp.ones(K, x.dtype)
+  elif kind == "wma":
+    weights = before + jnp.arange(1, K + 1, dtype=x.dtype)
+  else:
+    alpha = leaf.scalar("alpha", x)
+    terms = moving_weights(K, alpha)
+    if state is not None or start == "zero":
+      terms[0] = alpha * (1 - alpha) ** (K - 1)
+    weights = jnp.stack(terms)
+    decay = (1 - alpha) ** K
+  part = _sum(x * weights.reshape((-1,) + (1,) * (x.ndim - 1)))
+  total = part if state is None else state["sum"] * decay + part
+  return {"sum": total, "count": before + K}
+
+
+def _divide_checkpoints(kind: str, start: str, state: State, leaf: Leaf) -> Array:
+  """Divides the weighted sum of checkpoints by the sum of their weights."""
+  count = state["count"]
+  if kind != "ema":
+    return state["sum"] * (1 / count if kind == "sma" else 2 / (count * (count + 1)))
+  weights = 1.0 if start == "first" else 1 - (1 - leaf.scalar("alpha", state["sum"])) ** count
+  return state["sum"] / weights
+
+
+def moving_weights(num_models: int, alpha: Any) -> list[Any]:
   """Returns the weights of a moving average of checkpoints, the oldest first.
 
   Example:
     >>> moving_weights(3, 0.5)
     [0.25, 0.25, 0.5]
   """
-  left = [(1 - alpha) ** (height - 1 - i) for i in range(height)]
-  return [left[0], *(alpha * x for x in left[1:])]
+  powers = [(1 - alpha) ** (num_models - 1 - i) for i in range(num_models)]
+  return [powers[0], *(alpha * x for x in powers[1:])]
 
 
 @named
 def weighted_sum(weight: float | tuple[float, ...] = 1.0, *, normalize: bool = False) -> Method:
-  """Adds the models up, each times its weight: [K, ...] -> [1, ...].
+  """Adds up the models, each times its weight: [K, ...] -> [1, ...].
 
   Args:
     weight: weight of each model, scalar or one per model.
@@ -148,37 +155,37 @@ def weighted_sum(weight: float | tuple[float, ...] = 1.0, *, normalize: bool = F
       lambda x, leaf: _sum(x * _shares(x, leaf)),
       hparams={"weight": weight},
       combines=True,
-      fold=Fold(_add_to_mean, lambda held, leaf: held["sum"] / _safe(held["weight"])),
+      fold=Fold(_add_to_mean, lambda state, leaf: state["sum"] / _safe(state["weight"])),
     )
 
-  def add(held: Array | None, x: Array, leaf: Leaf) -> Array:
+  def add(state: Array | None, x: Array, leaf: Leaf) -> Array:
     part = _sum(x * leaf.hparam("weight", x))
-    return part if held is None else held + part
+    return part if state is None else state + part
 
   return leafwise(
     lambda x, leaf: _sum(x * leaf.hparam("weight", x)),
     hparams={"weight": weight},
     combines=True,
-    fold=Fold(add, lambda held, leaf: held),
+    fold=Fold(add, lambda state, leaf: state),
   )
 
 
-def _counted(held: dict[str, Array] | None, x: Array, leaf: Leaf) -> dict[str, Array]:
+def _add_with_count(state: dict[str, Array] | None, x: Array, leaf: Leaf) -> dict[str, Array]:
   part = {"sum": _sum(x), "count": jnp.full((), x.shape[0], x.dtype)}
-  return part if held is None else {k: held[k] + part[k] for k in part}
+  return part if state is None else {k: state[k] + part[k] for k in part}
 
 
 (_PLAIN,) = leafwise(
   lambda x, leaf: _sum(x) * (1 / x.shape[0]),
   combines=True,
-  fold=Fold(_counted, lambda held, leaf: held["sum"] * (1 / held["count"])),
+  fold=Fold(_add_with_count, lambda state, leaf: state["sum"] * (1 / state["count"])),
 )
 
 
 def with_moments(method: Method, names: Iterable[str] | None = None) -> Method:
-  """Returns the method for leaves of these names, or any: running statistics are averaged instead.
+  """Returns a method that averages running statistics among leaves of these names, or of any.
 
-  A method that is a mean of the models itself has the same weights for them.
+  A method that is a weighted mean of the models has the same weights for them.
 
   Example:
     >>> import jaxmerge
@@ -188,19 +195,19 @@ def with_moments(method: Method, names: Iterable[str] | None = None) -> Method:
     >>> merged["bn.running_var"].tolist(), merged["w"].tolist()
     ([2.0], [-2.0])
   """
-  own = None if names is None else running_statistics.of(names)
+  running = None if names is None else running_statistics.of(names)
   same = len(method) == 1 and method[0].moments == "same" and method[0].where is None
-  if own == frozenset() or same or any(step.moments == "done" for step in method):
+  if running == frozenset() or same or any(step.moments == "done" for step in method):
     return method
-  # By its name alone where that is enough: programs are then the same for other leaves.
+  # Names that say so themselves are left out: programs are then the same for other leaves.
   return _with_moments(
-    method, frozenset(n for n in own or () if not running_statistics.is_moment(n))
+    method, frozenset(n for n in running or () if not running_statistics.is_moment(n))
   )
 
 
 @dataclasses.dataclass(frozen=True)
 class _Statistics:
-  """Whether a leaf is a running statistic, or is none; by value, as it is part of compiled keys."""
+  """Whether a leaf is a running statistic, or is none; equal by value, as a key of programs."""
 
   more: frozenset[str]
   are: bool = True
@@ -211,13 +218,13 @@ class _Statistics:
 
 def _with_moments(method: Method, more: frozenset[str]) -> Method:
   combiners = [step for step in method if step.combines]
-  last, apart = _PLAIN, None
+  last, moments = _PLAIN, None
   if len(combiners) == 1 and combiners[0].where is None:
-    (one,) = combiners
-    apart = one if one.moments == "same" else one.moments
-    if isinstance(apart, Stage):
-      known = one.key is not None and apart is not one
-      last = dataclasses.replace(apart, key=(one.key, "moments")) if known else apart
+    (combiner,) = combiners
+    moments = combiner if combiner.moments == "same" else combiner.moments
+    if isinstance(moments, Stage):
+      has_key = combiner.key is not None and moments is not combiner
+      last = dataclasses.replace(moments, key=(combiner.key, "moments")) if has_key else moments
   last = dataclasses.replace(last, moments="done", where=_Statistics(more))
   stages = (*masked(method, _Statistics(more, are=False)), last)
   return dataclasses.replace(method, stages=stages)
@@ -225,7 +232,7 @@ def _with_moments(method: Method, more: frozenset[str]) -> Method:
 
 @named
 def scaled(scale: float | tuple[float, ...]) -> Method:
-  """Multiplies the stack by the number `scale`.
+  """Multiplies the stack by the hyperparameter `scale`.
 
   Example:
     >>> import jaxmerge
@@ -237,7 +244,7 @@ def scaled(scale: float | tuple[float, ...]) -> Method:
 
 @named
 def weighted(weight: float | tuple[float, ...]) -> Method:
-  """Multiplies each model by its weight, and keeps them apart.
+  """Multiplies each model by its weight: [K, ...] -> [K, ...].
 
   Example:
     >>> import jaxmerge
@@ -248,19 +255,19 @@ def weighted(weight: float | tuple[float, ...]) -> Method:
 
 
 def _spread(x: Array, leaf: Leaf) -> Array:
-  """The weights as [K, 1, ...], also where one number stands for all models."""
+  """Returns the weights as [K, 1, ...], also from one number for all models."""
   weight = leaf.hparam("weight", x)
   return jnp.broadcast_to(weight, x.shape[:1] + (1,) * (x.ndim - 1)) if weight.ndim == 0 else weight
 
 
-def _mean(held: dict[str, Array], leaf: Leaf) -> Array:
-  # Compilers make a product of a division by one number where the array is large, but not where it
-  # is small: the last bit would depend on how a leaf is cut.
-  return held["sum"] * (1 / held["weight"])
+def _mean(state: dict[str, Array], leaf: Leaf) -> Array:
+  # Compilers turn a division by one number into a product if the array is large, but not if it is
+  # small: the last bit would depend on how a leaf is cut.
+  return state["sum"] * (1 / state["weight"])
 
 
 def _shares(x: Array, leaf: Leaf) -> Array:
-  """The weights over their sum, or over 1 where that is nearly zero."""
+  """Returns the weights over their sum, or over 1 where that is nearly zero."""
   weight = _spread(x, leaf)
   return weight / _safe(_sum(weight))
 
@@ -269,14 +276,14 @@ def _safe(divisor: Array) -> Array:
   return jnp.where(jnp.abs(divisor) < 1e-8, 1, divisor)
 
 
-def _add_to_mean(held: dict[str, Array] | None, x: Array, leaf: Leaf) -> dict[str, Array]:
+def _add_to_mean(state: dict[str, Array] | None, x: Array, leaf: Leaf) -> dict[str, Array]:
   weight = _spread(x, leaf)
   part = {"sum": _sum(x * weight), "weight": _sum(weight)}
-  return part if held is None else {k: held[k] + part[k] for k in part}
+  return part if state is None else {k: state[k] + part[k] for k in part}
 
 
 def refuse_zero_sum(method: str) -> Callable[[Group], dict[str, Array]]:
-  """Makes a `Stage.init` that refuses weights that add up to zero, naming method and leaf."""
+  """Returns a `Stage.init` that refuses weights that add up to zero, naming method and leaf."""
 
   def init(group: Group) -> dict[str, Array]:
     weight = group.seen("weight")

@@ -1,4 +1,4 @@
-"""Weights of their own for entries or columns, for which the models compete."""
+"""Models that compete for entries (PCB) or columns (WIDEN), each of which has its weights."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def pcb(
   weight: float | tuple[float, ...] = 1.0,
   clamp: float = 0.0001,
 ) -> Method:
-  """Averages the entries by how large each is in its model, and how well the models agree on it.
+  """Averages entries, weighted by their size in each model and by how well the models agree.
 
   The score of an entry is exp(K n²) tanh(tau_i * sum_j tau_j), n its magnitude from 0, the least of
   its model, to 1, the largest. The best `ratio` of a model's scores become weights from 0 to 1; the
@@ -43,43 +43,49 @@ def pcb(
     >>> jaxmerge.merge(pcb(ratio=0.5, scale=1.0, clamp=0.0), x, deltas=True)["w"].tolist()
     [1.0, 0.0, 0.0, 0.0]
   """
-  given = {"ratio": ratio, "weight": weight, "clamp": clamp}
-  lookup.check("pcb", {**given, "scale": scale})
-
-  def init(group: Group) -> dict[str, Any]:
-    order_statistics.refuse_unrankable(group)
-    share, tail = group.hparam("ratio"), group.hparam("clamp")
-    low, one = _from_top(group, tail), _from_top(group, 1.0) + jnp.asarray([[0], [1]], jnp.uint32)
-    high = wide_counts.at_most(_from_top(group, _rest(tail), more=1), group.size)
-    best = wide_counts.at_most(_from_top(group, _rest(share)), group.size)
-    all_ = _from_top(group, 0.0)
-    last = wide_counts.plus(wide_counts.minus(all_, best), one)
-    return {"low": low, "high": high, "ranks": jnp.concatenate([best, one, last, all_], axis=1)}
+  hparams = {"ratio": ratio, "weight": weight, "clamp": clamp}
+  lookup.check("pcb", {**hparams, "scale": scale})
 
   def update(x: Array, leaf: Leaf, known: Any) -> Array:
-    # Of each model the least score that counts and the best, or minus what is left to nothing.
-    found = _values(known["scores"], x).reshape(4, x.shape[0])
-    least, best = (jnp.where(found[i] > 0, found[i], -found[i + 2]) for i in (0, 1))
+    # The least score of each model that counts, and the best; negative scores are ranked apart.
+    values = _values(known["scores"], x).reshape(4, x.shape[0])
+    least, best = (jnp.where(values[i] > 0, values[i], -values[i + 2]) for i in (0, 1))
     least, best = (v.reshape((-1,) + (1,) * (x.ndim - 1)) for v in (least, best))
     share = _from_0_to_1(jnp.clip(_scores(x, known), least, best), least, best)
     size = jnp.clip(jnp.abs(x), *_ends(x, known))
-    own = share * jnp.sign(x) * size * leaf.hparam("weight", x)
-    return _added(own) / jnp.maximum(_added(share), 1e-12)
-
-  def magnitudes(x: Array, leaf: Leaf, known: Any) -> Array:
-    return jnp.abs(x)
-
-  def four(x: Array, leaf: Leaf, known: Any) -> Array:
-    scores = _scores(x, known)
-    sides = jnp.maximum(scores, 0), jnp.maximum(-scores, 0)
-    return jnp.concatenate([sides[i] for i in (0, 0, 1, 1)])
+    weighted = share * jnp.sign(x) * size * leaf.hparam("weight", x)
+    return _added(weighted) / jnp.maximum(_added(share), 1e-12)
 
   measured = (
-    Rank("smallest", magnitudes, rank="low"),
-    Rank("largest", magnitudes, rank="high"),
-    Rank("scores", four, rank="ranks"),
+    Rank("smallest", _magnitude, rank="low"),
+    Rank("largest", _magnitude, rank="high"),
+    Rank("scores", _sides, rank="ranks"),
   )
-  return chain((Stage(update, measured, init, given, combines=True),), averages.scaled(scale))
+  stage = Stage(update, measured, _pcb_ranks, hparams, combines=True)
+  return chain((stage,), averages.scaled(scale))
+
+
+def _pcb_ranks(group: Group) -> dict[str, Any]:
+  """Returns the ranks of the magnitudes to clip at, and of the scores that have weights 0 and 1."""
+  order_statistics.refuse_unrankable(group)
+  share, tail = group.hparam("ratio"), group.hparam("clamp")
+  low, one = _from_top(group, tail), _from_top(group, 1.0) + jnp.asarray([[0], [1]], jnp.uint32)
+  high = wide_counts.at_most(_from_top(group, _rest(tail), more=1), group.size)
+  best = wide_counts.at_most(_from_top(group, _rest(share)), group.size)
+  size = _from_top(group, 0.0)
+  last = wide_counts.plus(wide_counts.minus(size, best), one)
+  return {"low": low, "high": high, "ranks": jnp.concatenate([best, one, last, size], axis=1)}
+
+
+def _magnitude(x: Array, leaf: Leaf, known: Any) -> Array:
+  return jnp.abs(x)
+
+
+def _sides(x: Array, leaf: Leaf, known: Any) -> Array:
+  """Returns the positive parts of the scores twice, then the negative ones: ranks need no signs."""
+  scores = _scores(x, known)
+  sides = jnp.maximum(scores, 0), jnp.maximum(-scores, 0)
+  return jnp.concatenate([sides[i] for i in (0, 0, 1, 1)])
 
 
 def _rest(fraction: Any) -> Any:
@@ -87,12 +93,10 @@ def _rest(fraction: Any) -> Any:
 
 
 def _from_top(group: Group, fraction: Any, more: int = 0) -> Array:
-  """As the n-th largest, the entry that floor(fraction * size) entries are smaller than."""
-  counted = jnp.asarray(wide_counts.share(fraction, group.size, group.num_models))
-  whole = jnp.broadcast_to(
-    jnp.asarray(wide_counts.limbs(group.size + more))[:, None], counted.shape
-  )
-  return wide_counts.minus(whole, counted)
+  """Returns the rank from the largest of the entry above floor(fraction * size) others."""
+  below = jnp.asarray(wide_counts.share(fraction, group.size, group.num_models))
+  size = jnp.broadcast_to(jnp.asarray(wide_counts.limbs(group.size + more))[:, None], below.shape)
+  return wide_counts.minus(size, below)
 
 
 def _values(cut: order_statistics.Cut, x: Array) -> Array:
@@ -100,23 +104,23 @@ def _values(cut: order_statistics.Cut, x: Array) -> Array:
 
 
 def _ends(x: Array, known: Any) -> list[Array]:
-  """The magnitudes between which each model's are clipped, [K, 1, ...]."""
-  found = (_values(known[end], x) for end in ("smallest", "largest"))
-  return [v.reshape((-1,) + (1,) * (x.ndim - 1)) for v in found]
+  """Returns the magnitudes to which each model's are clipped, [K, 1, ...]."""
+  ends = (_values(known[end], x) for end in ("smallest", "largest"))
+  return [v.reshape((-1,) + (1,) * (x.ndim - 1)) for v in ends]
 
 
 def _scores(x: Array, known: Any) -> Array:
   x = sharding.together(x)
   low, high = _ends(x, known)
   size = _from_0_to_1(jnp.clip(jnp.abs(x), low, high), low, high)
-  # Over exp(K), which no weight depends on: it would overflow for many models.
+  # Divided by exp(K), which no weight depends on: it would overflow for many models.
   return jnp.exp(x.shape[0] * ((size - 1) * (size + 1))) * jnp.tanh(x * _added(x))
 
 
 def _from_0_to_1(x: Array, low: Array, high: Array) -> Array:
   # A product: how a division by one number rounds may depend on the length of the array.
   factor = jnp.where(high > low, 1 / jnp.where(high > low, high - low, 1), 0)
-  # A product that something is added to is rounded once or twice, as compilers like.
+  # The difference comes first: compilers round a product in a sum once or twice, as they choose.
   return jnp.clip((x - low) * factor, 0, 1)
 
 
@@ -128,12 +132,12 @@ def widen(
 ) -> Method:
   """Weighs the columns of the task matrices by how far each model moved them.
 
-  For models of which one moved much farther from the base than others: what counts is the rank of a
-  column among those of its own model, by its change of norm, and by its change of direction. A rank
-  r from 0 to 1 gives the weight exp(r_i) / sum_j exp(r_j), or `calibrated`, where it is larger than
-  `threshold` times the mean rank; the two weights are averaged. Columns are those of the leaf's
-  matrix view, one an input; one that was or becomes zero counts as not turned. Of leaves without a
-  view each entry is one, with its magnitude for r.
+  It suits models of which one moved much farther from the base than others. Columns are ranked
+  within their model by their change of norm, and by their change of direction. A rank r from 0 to 1
+  has the weight exp(r_i) / sum_j exp(r_j), or `calibrated`, if it is larger than `threshold` times
+  the mean rank; the two weights are averaged. Columns are those of the leaf's matrix view, one per
+  input; a column that was or becomes zero has not turned. In leaves without a view each entry is a
+  column, with its magnitude for r.
 
   Args:
     scale: factor on the merged task vector.
@@ -148,14 +152,14 @@ def widen(
     >>> jaxmerge.merge(widen(), experts, base, layout=(("w", "oi"),))["w"].tolist()
     [[3.0, 2.0]]
   """
-  given = {"threshold": threshold, "calibrated": calibrated}
-  lookup.check("widen", {**given, "scale": scale})
+  hparams = {"threshold": threshold, "calibrated": calibrated}
+  lookup.check("widen", {**hparams, "scale": scale})
 
   def shares(score: Array, leaf: Leaf) -> Array:
     mean = jnp.mean(score, axis=tuple(range(1, score.ndim)), keepdims=True)
-    own = jax.nn.softmax(score, axis=0)
+    softmax = jax.nn.softmax(score, axis=0)
     high = score > leaf.scalar("threshold", score) * mean
-    return jnp.where(high, leaf.scalar("calibrated", score), own)
+    return jnp.where(high, leaf.scalar("calibrated", score), softmax)
 
   def update(x: Array, leaf: Leaf, known: Any) -> Array:
     changes = _changes(leaf.compared("widen").astype(x.dtype)[None], x)
@@ -167,15 +171,15 @@ def widen(
     return _added(x * shares(jnp.abs(x), leaf))
 
   columns = lookup.METHODS["widen"].lookups
-  merged = spectral.by_matrix(update, given, rest, lookups=columns)
+  merged = spectral.by_matrix(update, hparams, rest, lookups=columns)
   return chain(merged, averages.scaled(scale))
 
 
 def _changes(base: Array, x: Array) -> tuple[Array, Array]:
-  """Returns how far columns changed in norm and in direction, [K, 1, i] each.
+  """Returns the changes of columns in norm and in direction, [K, 1, i] each.
 
-  Neither subtracts norms or directions, which are alike where a change is small: |b + x| - |b| is
-  (x, 2 b + x) / (|b + x| + |b|). A column that was or becomes zero counts as not turned.
+  Neither subtracts norms or directions, which are nearly equal for small changes: |b + x| - |b| is
+  (x, 2 b + x) / (|b + x| + |b|). A column that was or becomes zero has not turned.
   """
   base, x = lax.stop_gradient((base, x))
   size, size_0 = magnitudes.norm(base + x, (1,)), magnitudes.norm(base, (1,))
@@ -190,7 +194,7 @@ def _changes(base: Array, x: Array) -> tuple[Array, Array]:
 
 
 def _places(x: Array) -> Array:
-  """The places of the columns by size, as 0, 1/n, ..., (n - 1)/n: [K, 1, i] -> [K, 1, i]."""
+  """Returns the ranks of columns by size as 0, 1/n, ..., (n - 1)/n: [K, 1, i] -> [K, 1, i]."""
   return order_statistics.ranks(x).astype(x.dtype) * (1 / max(x.shape[2], 1))
 
 

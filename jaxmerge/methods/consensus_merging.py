@@ -1,8 +1,8 @@
-"""What becomes of an entry by how many models change it, or need it."""
+"""Merges each entry by how many models change it (RAM), or need it (Consensus Merging)."""
 
 from __future__ import annotations
 
-from typing import Any, Literal  # Any: what is known is a tree of arrays.
+from typing import Any, Literal  # Any: reduction results are trees of arrays.
 
 import jax.numpy as jnp
 
@@ -45,15 +45,15 @@ def ramplus_tl(
   limit: float = 0.2,
   scope: Literal["leaf", "tree"] = "leaf",
 ) -> Method:
-  """As `ram`, but amplifies the entries that only one model changes.
+  """Merges as `ram` does, but amplifies the entries that only one model changes.
 
-  They are multiplied by 1 + boost * min(rho, limit), with rho the number of entries that the model
-  shares with others, for each that it alone changes. The defaults are those of mergekit; the
+  They are multiplied by 1 + boost * min(rho, limit), with rho the ratio of the entries that a model
+  changes with others to those that it changes alone. The defaults are those of mergekit; the
   authors' code has a limit of 1 and counts over the whole model.
 
   Args:
     threshold: entries up to this magnitude count as unchanged, and as zero.
-    boost: how much is amplified, r.
+    boost: the amplification, r.
     limit: bound on rho, alpha.
     scope: rho is counted per leaf, as mergekit does ("tensor-local"), or over the whole model.
 
@@ -65,8 +65,8 @@ def ramplus_tl(
     >>> jaxmerge.merge(ramplus_tl(boost=0.5, limit=2.0), experts, base)["w"].tolist()
     [1.5, 3.0, 0.0]
   """
-  given = {"threshold": threshold, "boost": boost, "limit": limit}
-  lookup.check("ramplus_tl", {**given, "scope": scope})
+  hparams = {"threshold": threshold, "boost": boost, "limit": limit}
+  lookup.check("ramplus_tl", {**hparams, "scope": scope})
 
   def counts(x: Array, leaf: Leaf, known: Any) -> tuple[Array, Array]:
     changed = _changed(x, leaf)
@@ -82,7 +82,7 @@ def ramplus_tl(
     return _shared_mean(jnp.where(changed, x * factor, 0), changed)
 
   measured = Sum("counts", counts, combine=wide_counts.plus)
-  return Method((Stage(update, (measured,), hparams=given, scope=scope, combines=True),))
+  return Method((Stage(update, (measured,), hparams=hparams, scope=scope, combines=True),))
 
 
 @named
@@ -91,16 +91,16 @@ def consensus(
   threshold: float | tuple[float, ...] = 0.4,
   least: int = 2,
 ) -> Method:
-  """Adds the task vectors up, without the entries that too few models need.
+  """Adds up the task vectors, without the entries that too few models need.
 
-  A model needs an entry where its task vector is larger in magnitude than `threshold` times what
-  the others add to it: these entries are its TALL mask.
+  A model needs an entry if its task vector is larger there, in magnitude, than `threshold` times
+  the sum of the others: these entries are its TALL mask.
 
   Args:
     scale: factor on the sum.
     threshold: the larger, the fewer entries a model needs; scalar or one per model.
-    least: as many models must need an entry. 2 drops those that none needs, and those that only one
-      does; 0 drops none.
+    least: number of models that must need an entry. 2 drops entries that no model or only one
+      needs; 0 drops none.
 
   Reference: Wang et al. 2024, Localizing task information (arXiv:2405.07813).
 
@@ -127,12 +127,12 @@ def _changed(x: Array, leaf: Leaf) -> Array:
 
 
 def _changers(changed: Array) -> Array:
-  """How many models change each entry: [K, *s] -> [1, *s]."""
+  """Counts the models that change each entry: [K, *s] -> [1, *s]."""
   return jnp.sum(changed, axis=0, keepdims=True, dtype=jnp.int32)
 
 
 def _shared_mean(x: Array, changed: Array) -> Array:
-  """The sum of the models over how many change each entry; the divisor is a whole number."""
+  """Divides the sum of the models by how many change each entry; the divisor is exact."""
   return jnp.sum(x, axis=0, keepdims=True) / jnp.maximum(_changers(changed), 1).astype(x.dtype)
 
 

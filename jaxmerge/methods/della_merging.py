@@ -1,8 +1,8 @@
-"""DELLA: dropping entries at random, small ones of a row more often than large ones."""
+"""DELLA: drops entries at random, small ones of a row more often than large ones."""
 
 from __future__ import annotations
 
-from typing import Any, Literal  # Any: what is known is a tree of arrays.
+from typing import Any, Literal  # Any: reduction results are trees of arrays.
 
 import jax.numpy as jnp
 import numpy as np
@@ -21,34 +21,34 @@ def magprune(
   *,
   rescale: str | None = "inverse",
 ) -> Method:
-  """Drops entries at random by the rank of their magnitude in the row, and makes up for them.
+  """Drops entries at random by the rank of their magnitude in the row, and rescales the others.
 
   In a row of n entries, that of rank r = 1 ... n by ascending magnitude is kept with probability
   q = density - epsilon + 2 epsilon (r - 1) / (n - 1). A row is one of the leaf's matrix view; a
   leaf without a view counts as one row. Masks are those of `drop` where epsilon is 0.
 
   Args:
-    density: mean probability to be kept, in (0, 1]. 1 keeps all.
+    density: mean probability that an entry is kept, in (0, 1]. 1 keeps all.
     epsilon: half the width of the range of probabilities, which must lie inside (0, 1).
     rescale: "inverse" divides by q; "l1", "l2", "linf" restore that norm of the whole leaf, see
-      `matched`; None leaves the entries as they are.
+      `matched`; None does not rescale.
 
   Reference: Deep et al. 2024, DELLA-Merging (arXiv:2406.11617).
 
   Example:
     >>> import jaxmerge
     >>> x = {"w": jnp.arange(1.0, 1001)[None]}
-    >>> kept = jaxmerge.merge(magprune(0.5, 0.4, rescale=None), x, seed=0)["w"] > 0
-    >>> bool(kept[:500].mean() < 0.4), bool(kept[500:].mean() > 0.6)
+    >>> mask = jaxmerge.merge(magprune(0.5, 0.4, rescale=None), x, seed=0)["w"] > 0
+    >>> bool(mask[:500].mean() < 0.4), bool(mask[500:].mean() > 0.6)
     (True, True)
   """
   lookup.check("della", {"density": density, "epsilon": epsilon, "rescale": rescale})
 
   def update(x: Array, leaf: Leaf, known: Any) -> Array:
     q = probabilities(known["ranks"], leaf.hparam("density", x), leaf.hparam("epsilon", x))
-    kept = random_masks.chosen(x, leaf, q)
-    thin = jnp.where(kept, x, 0)
-    return thin / jnp.where(kept, q, 1) if rescale == "inverse" else thin
+    mask = random_masks.chosen(x, leaf, q)
+    thin = jnp.where(mask, x, 0)
+    return thin / jnp.where(mask, q, 1) if rescale == "inverse" else thin
 
   hparams = {"density": density, "epsilon": epsilon, "seed": None}
   row = dict[str, Any](scope="leaf", unit="row", rest="row", ranked=True)
@@ -57,7 +57,7 @@ def magprune(
 
 
 def probabilities(ranks: Array, density: Array, epsilon: Array) -> Array:
-  """Returns the probability of each entry to be kept, from the places in its row 0, 1, ...
+  """Returns the probability that each entry is kept, by its rank 0, 1, ... in its row.
 
   Example:
     >>> ranks = jnp.array([[[5, 1, 3, 0, 4, 2]]])
@@ -67,8 +67,8 @@ def probabilities(ranks: Array, density: Array, epsilon: Array) -> Array:
   columns = ranks.shape[2]
   places = ranks.astype(density.dtype) / max(columns - 1, 1)
   # The only entry of a row is in the middle.
-  height = 2 * places - 1 if columns > 1 else places
-  return jnp.where(density >= 1, 1, density + epsilon * height)
+  offset = 2 * places - 1 if columns > 1 else places
+  return jnp.where(density >= 1, 1, density + epsilon * offset)
 
 
 @named
@@ -91,8 +91,7 @@ def della(
     >>> jaxmerge.merge(della(density=1.0, scale=1.0), experts, base, seed=0)["w"].tolist()
     [-3.0, 3.0]
   """
-  given = {"rescale": rescale, "reduce": reduce, "zero_sum": zero_sum}
-  lookup.check("della", given)
+  lookup.check("della", {"rescale": rescale, "reduce": reduce, "zero_sum": zero_sum})
   pruned = magprune(density, epsilon, rescale=rescale)
   return chain(pruned, ties_merging.elected(scale, weight, reduce, zero_sum))
 
@@ -106,7 +105,7 @@ def della_linear(
   rescale: str | None = "inverse",
   normalize: bool = False,
 ) -> Method:
-  """Drops entries by rank (`magprune`), and adds the task vectors up. Needs a seed.
+  """Drops entries by rank (`magprune`), and adds up the task vectors. Needs a seed.
 
   Args:
     density: see `magprune`.
@@ -125,10 +124,10 @@ def della_linear(
     >>> jaxmerge.merge(method, experts, base, seed=0)["w"].tolist()
     [-1.0, 3.0]
   """
-  given = {"scale": scale, "weight": weight, "rescale": rescale, "normalize": normalize}
-  lookup.check("della_linear", given)
-  adding = averages.weighted_sum(weight, normalize=normalize)
-  return chain(magprune(density, epsilon, rescale=rescale), adding, averages.scaled(scale))
+  settings = {"scale": scale, "weight": weight, "rescale": rescale, "normalize": normalize}
+  lookup.check("della_linear", settings)
+  sums = averages.weighted_sum(weight, normalize=normalize)
+  return chain(magprune(density, epsilon, rescale=rescale), sums, averages.scaled(scale))
 
 
 def _refuse_window(group: Group) -> dict[str, Any]:

@@ -1,8 +1,8 @@
-"""Merging matrices by descent: task vectors stand for the inputs that their tasks have.
+"""Merging matrices by descent, with task vectors in place of the inputs of their tasks.
 
-A matrix is one of a leaf's matrix view, of stacked layers one each; leaves without a view are
-averaged. The rows of a task matrix span, nearly, what its layer's inputs span: another update does
-the task no harm as far as it differs from the task's own in other directions only.
+A matrix is one of a leaf's matrix view, one per layer of stacked layers; leaves without a view are
+averaged. The rows of a task matrix nearly span the inputs of its layer: another update does not
+harm the task if the two differ in other directions only.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ def wudi(
   learning_rate: float = 1e-05,
   steps: int = 300,
 ) -> Method:
-  """Moves the sum of the task matrices to where it disturbs each task less.
+  """Moves the sum of the task matrices until it disturbs each task less.
 
   Adam minimises the sum over tasks of |(x - tau) tau^T|^2 / |tau|^2, from x the sum of all tau.
 
   Args:
     scale: factor on the merged task vector.
-    learning_rate: about as far as an entry moves in a step, at most.
-    steps: of descent; none leave the sum.
+    learning_rate: about the most that an entry moves in a step.
+    steps: of descent; 0 returns the sum.
 
   Reference: Cheng et al. 2025, Whoever started the interference should end it (arXiv:2503.08099).
 
@@ -52,7 +52,7 @@ def wudi(
   def update(x: Array, leaf: Leaf, known: Any) -> Array:
     unit = x / _norms(x)
     rate = leaf.scalar("learning_rate", x)
-    return _descended(_added(x), x, unit.transpose(0, 2, 1) @ unit, _adam(rate), steps)
+    return _minimize(_added(x), x, unit.transpose(0, 2, 1) @ unit, _adam(rate), steps)
 
   hparams = {"learning_rate": learning_rate}
   return chain(spectral.by_matrix(update, hparams), averages.scaled(scale))
@@ -67,14 +67,15 @@ def optmerge(
 ) -> Method:
   """As `wudi`, with the first singular directions of each task matrix in its place.
 
-  Of K tasks each keeps 1/K of the directions, but at least one. Models that were tuned as a whole
-  keep those of their distance from the mean, and the descent begins at the sum; models tuned by
-  adapters keep those of their task matrix, and it begins at the mean, by momentum in place of Adam.
+  Each of K tasks has 1/K of the directions, at least one. If models were tuned as a whole, they are
+  those of the distance from the mean, and the descent begins at the sum. If models were tuned by
+  adapters, they are those of the task matrix, and the descent begins at the mean, by momentum in
+  place of Adam.
 
   Args:
     scale: factor on the merged task vector.
     tuned: "full" or "lora".
-    learning_rate: of Adam; with adapters, the authors have 1e-4.
+    learning_rate: of Adam; the authors have 1e-4 for adapters.
     steps: of descent.
 
   Reference: Wei et al. 2025, OptMerge (arXiv:2505.19892).
@@ -90,16 +91,16 @@ def optmerge(
 
   def update(x: Array, leaf: Leaf, known: Any) -> Array:
     K, rate = x.shape[0], leaf.scalar("learning_rate", x)
-    kept = max(1, int(min(x.shape[1:]) * (1 / K)))
+    count = max(1, int(min(x.shape[1:]) * (1 / K)))
     mean = _added(x) * (1 / K)
-    u, s, v = (y[..., :kept] for y in spectral.svd(x))
+    u, s, v = (y[..., :count] for y in spectral.svd(x))
     shares = s / _norms(x)[:, 0]
     spans = (v * (shares * shares)[:, None]) @ v.transpose(0, 2, 1)
     if tuned == "lora":
       first = (u * s[:, None]) @ v.transpose(0, 2, 1)
-      return _descended(mean, first, spans, optax.sgd(rate, momentum=0.9), steps)
-    targets = mean[None] + _first(x - mean[None], kept)
-    return _descended(_added(x), targets, spans, _adam(rate), steps)
+      return _minimize(mean, first, spans, optax.sgd(rate, momentum=0.9), steps)
+    targets = mean[None] + _first(x - mean[None], count)
+    return _minimize(_added(x), targets, spans, _adam(rate), steps)
 
   hparams = {"learning_rate": learning_rate}
   return chain(spectral.by_matrix(update, hparams), averages.scaled(scale))
@@ -117,21 +118,21 @@ def doge(
 ) -> Method:
   """Adds a correction to all task matrices that brings their sum nearer to each of them.
 
-  Task matrices are brought to norm `eta`. Adam minimises the sum, over tasks and rows, of the
-  squared products of a row of tau and that of the gap tau - sum_i eta_i (tau_i + x); the gradient
-  is taken outside the first singular directions, of outputs, that the tasks share. Of tau_i + x
-  the entries count where tau_i is large. Leaves without a view stay those of the base.
+  Task matrices are scaled to norm `eta`. Adam minimises the sum, over tasks and rows, of the
+  squared products of a row of tau and a row of the gap tau - sum_i eta_i (tau_i + x); the gradient
+  is projected off the first singular directions, of outputs, that the tasks share. Entries of
+  tau_i + x count where tau_i is large. Leaves without a view stay those of the base.
 
   Args:
     scale: factor on the merged task vector.
     eta: norm of each task matrix.
-    density: fraction of each task vector's entries that count, in (0, 1], of the whole model; the
+    density: fraction of each task vector's entries that count, in (0, 1], over the whole model; the
       authors count the entries of matrices only.
-    subspace: of r = min(outputs, inputs) directions, floor(r / subspace) are shared.
+    subspace: floor(r / subspace) of r = min(outputs, inputs) directions are shared.
     learning_rate: of Adam.
-    steps: of descent; none leave x at 0.
-    rank_tol: singular values up to this share of the largest are zero, and not shared; so are those
-      of what the tasks' directions span.
+    steps: of descent; 0 leaves x at 0.
+    rank_tol: singular values up to this share of the largest count as zero, and their directions
+      are not shared.
 
   Reference: Wei et al. 2025, Adaptive projective gradient descent (arXiv:2501.01230), DOGE TA.
 
@@ -146,37 +147,46 @@ def doge(
   lookup.check("doge", {**settings, "scale": scale, "subspace": subspace, "steps": steps})
 
   def init(group: Group) -> dict[str, Any]:
-    return {
-      "kept": wide_counts.share(group.hparam("density"), group.size, group.num_models, more=1)
-    }
+    share = wide_counts.share(group.hparam("density"), group.size, group.num_models, more=1)
+    return {"kept": share}
 
   def update(x: Array, leaf: Leaf, known: Any) -> Array:
-    K, r, tol = x.shape[0], min(x.shape[1:]), leaf.scalar("rank_tol", x)
-    some = jnp.any(x != 0, axis=(1, 2), keepdims=True)
-    rates = jnp.where(some, leaf.scalar("eta", x) / _norms(x), 0)
-    held, weight = _added(x * rates), jnp.sum(rates)
-    each = spectral.svd(x, tol)[0][..., : r // K].transpose(1, 0, 2).reshape(1, x.shape[1], -1)
-    shared = spectral.svd(each, tol)[0][0, :, : r // subspace] if each.shape[2] else each[0]
+    tol = leaf.scalar("rank_tol", x)
+    not_zero = jnp.any(x != 0, axis=(1, 2), keepdims=True)
+    rates = jnp.where(not_zero, leaf.scalar("eta", x) / _norms(x), 0)
+    total, weight = _added(x * rates), jnp.sum(rates)
+    shared = _shared_directions(x, tol, subspace)
 
-    def gradient(moved: Array) -> Array:
-      gaps = jnp.sum(x * (x - (held + weight * moved)[None]), axis=2, keepdims=True)
+    def gradient(correction: Array) -> Array:
+      gaps = jnp.sum(x * (x - (total + weight * correction)[None]), axis=2, keepdims=True)
       slope = _added(gaps * x) * (-2 * weight)
       return slope - shared @ (shared.T @ slope)
 
-    start = jnp.zeros_like(held)
-    moved = _steps(gradient, start, _adam(leaf.scalar("learning_rate", x)), steps)
-    counted = order_statistics.inside(known["cut"], jnp.abs(x), leaf)
-    return _added(jnp.where(counted, (x + moved[None]) * rates, 0))[None]
-
-  def rest(x: Array, leaf: Leaf, known: Any) -> Array:
-    return jnp.zeros_like(sharding.together(x)[:1])
+    adam = _adam(leaf.scalar("learning_rate", x))
+    correction = _descend(gradient, jnp.zeros_like(total), adam, steps)
+    is_large = order_statistics.inside(known["cut"], jnp.abs(x), leaf)
+    return _added(jnp.where(is_large, (x + correction[None]) * rates, 0))[None]
 
   cut = Rank("cut", lambda x, leaf, known: jnp.abs(x), rank="kept")
-  merged = spectral.by_matrix(update, settings, rest, reductions=(cut,), init=init)
+  merged = spectral.by_matrix(update, settings, _stay_base, reductions=(cut,), init=init)
   return chain(merged, averages.scaled(scale))
 
 
-def _descended(
+def _stay_base(x: Array, leaf: Leaf, known: Any) -> Array:
+  return jnp.zeros_like(sharding.together(x)[:1])
+
+
+def _shared_directions(x: Array, tol: Array, subspace: int) -> Array:
+  """Returns the first floor(r / subspace) directions of outputs that tasks share, [o, n].
+
+  Each of K tasks contributes its first floor(r / K).
+  """
+  K, r = x.shape[0], min(x.shape[1:])
+  each = spectral.svd(x, tol)[0][..., : r // K].transpose(1, 0, 2).reshape(1, x.shape[1], -1)
+  return spectral.svd(each, tol)[0][0, :, : r // subspace] if each.shape[2] else each[0]
+
+
+def _minimize(
   start: Array,
   targets: Array,
   spans: Array,
@@ -188,16 +198,16 @@ def _descended(
   The gradient needs the tasks' spans [K, i, i] and targets [K, o, i] only as two sums.
   """
   span, pull = _added(spans), _added(targets @ spans)
-  return _steps(lambda x: 2 * (x @ span - pull), start, optimizer, steps)[None]
+  return _descend(lambda x: 2 * (x @ span - pull), start, optimizer, steps)[None]
 
 
-def _steps(
+def _descend(
   gradient: Callable[[Array], Array],
   start: Array,
   optimizer: optax.GradientTransformation,
   steps: int,
 ) -> Array:
-  """Goes down a gradient."""
+  """Takes steps of an optimiser."""
 
   def step(carry: tuple[Array, Any], _: None) -> tuple[tuple[Array, Any], None]:
     x, state = carry
@@ -209,17 +219,17 @@ def _steps(
 
 
 def _adam(rate: Array) -> optax.GradientTransformation:
-  # A root of what may be zero: far below `eps`, it only keeps gradients through it finite.
+  # Far below `eps`: it only keeps gradients through a root of zero finite.
   return optax.adam(rate, eps_root=1e-30)
 
 
 def _norms(x: Array) -> Array:
-  """The norm of each task matrix, 1 where there is none: [K, o, i] -> [K, 1, 1]."""
-  own = magnitudes.norm(x, (1, 2))
-  return jnp.where(own == 0, 1, own)
+  """Returns the norm of each task matrix, 1 in place of 0: [K, o, i] -> [K, 1, 1]."""
+  norms = magnitudes.norm(x, (1, 2))
+  return jnp.where(norms == 0, 1, norms)
 
 
 def _first(x: Array, count: int) -> Array:
-  """Keeps the first singular directions of each matrix."""
+  """Returns each matrix in its first singular directions alone."""
   u, s, v = (y[..., :count] for y in spectral.svd(x))
   return (u * s[:, None]) @ v.transpose(0, 2, 1)

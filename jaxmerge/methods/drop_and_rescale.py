@@ -1,4 +1,4 @@
-"""DARE: dropping entries at random, and rescaling those that stay."""
+"""DARE: drops entries at random, and rescales the others."""
 
 from __future__ import annotations
 
@@ -19,33 +19,33 @@ def drop(
   *,
   rescale: str | None = "inverse",
 ) -> Method:
-  """Drops entries of each task vector at random, and makes up for them.
+  """Drops entries of each task vector at random, and rescales the others.
 
-  Masks come from one hash of (seed, leaf, model, index), so they depend neither on visiting order,
-  cutting or sharding, nor on which other leaves and models there are. The driver takes the seed.
+  Masks come from one hash of (seed, leaf, model, index). They do not depend on the order of visits,
+  slices or shards, nor on other leaves and models. The driver takes the seed.
 
   Args:
     drop_rate: probability that an entry is dropped, in [0, 1]. 1 drops all.
     rescale: "inverse" divides by 1 - drop_rate; "l1", "l2", "linf" restore that norm of the whole
-      leaf, see `matched`; None leaves the entries as they are.
+      leaf, see `matched`; None does not rescale.
 
   Reference: Yu et al. 2024, Language models are super Mario (arXiv:2311.03099).
 
   Example:
     >>> import jaxmerge
-    >>> kept = jaxmerge.merge(drop(0.75), {"w": jnp.ones((1, 1000))}, seed=0)["w"]
-    >>> sorted(set(kept.tolist())), 0.7 < (kept == 0).mean() < 0.8
+    >>> x = jaxmerge.merge(drop(0.75), {"w": jnp.ones((1, 1000))}, seed=0)["w"]
+    >>> sorted(set(x.tolist())), 0.7 < (x == 0).mean() < 0.8
     ([0.0, 4.0], Array(True, dtype=bool))
   """
   lookup.check("dare", {"drop_rate": drop_rate, "rescale": rescale})
 
   def update(x: Array, leaf: Leaf) -> Array:
     rate = leaf.hparam("drop_rate", x)
-    kept = random_masks.chosen(x, leaf, 1 - rate)
-    thin = jnp.where(kept, x, 0)
-    # The divisor is chosen entry by entry: compilers make a product of a division by one number
-    # where the array is large, and the last bit would depend on how a leaf is cut.
-    return thin / jnp.where(kept, 1 - rate, 1) if rescale == "inverse" else thin
+    mask = random_masks.chosen(x, leaf, 1 - rate)
+    thin = jnp.where(mask, x, 0)
+    # The divisor is selected entry by entry: compilers turn a division by one number into a product
+    # if the array is large, and the last bit would depend on how a leaf is cut.
+    return thin / jnp.where(mask, 1 - rate, 1) if rescale == "inverse" else thin
 
   thinned = leafwise(update, hparams={"drop_rate": drop_rate, "seed": None})
   return thinned if rescale == "inverse" else sparsify.matched(thinned, rescale)
@@ -59,7 +59,7 @@ def dare(
   rescale: str | None = "inverse",
   normalize: bool = False,
 ) -> Method:
-  """Drops entries at random, rescales the rest, and adds the task vectors up. Needs a seed.
+  """Drops entries at random, rescales the rest, and adds up the task vectors. Needs a seed.
 
   Args:
     drop_rate: probability that an entry is dropped, in [0, 1].
@@ -77,8 +77,8 @@ def dare(
     [2.0, 3.0]
   """
   lookup.check("dare", {"scale": scale, "weight": weight, "normalize": normalize})
-  adding = averages.weighted_sum(weight, normalize=normalize)
-  return chain(drop(drop_rate, rescale=rescale), adding, averages.scaled(scale))
+  sums = averages.weighted_sum(weight, normalize=normalize)
+  return chain(drop(drop_rate, rescale=rescale), sums, averages.scaled(scale))
 
 
 @named

@@ -1,4 +1,4 @@
-"""What makes methods of this package know their name, and share programs where they may."""
+"""The decorator of factories: methods know their name, and share programs if they may."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Arguments = ParamSpec("Arguments")
 
 
 class _Key(NamedTuple):
-  """What the stages of a method follow from: its factory, settings, and numbers that are None."""
+  """What determines the stages of a method: factory, settings, hyperparameters that are None."""
 
   name: str
   factory: Any
@@ -27,22 +27,22 @@ class _Key(NamedTuple):
 
 
 def named(factory: Callable[Arguments, Method]) -> Callable[Arguments, Method]:
-  """Makes methods of a factory share programs where its static settings are equal.
+  """Decorates a factory: its methods share programs if their static settings are equal.
 
-  An argument is a hyperparameter if one of the stages has it, as it is, among its `numbers`; the
-  factory's functions must not depend on its value, only on whether there is one: a test looks into
-  them for every published method. All other arguments are settings. With a setting that cannot be
-  hashed a method is equal to itself alone.
+  An argument is a hyperparameter if a stage has the same object among its `hparams`. The factory's
+  functions may depend on whether there is one, not on its value: a test checks them for every
+  published method. All other arguments are settings. With a setting that cannot be hashed, a method
+  is equal to itself alone.
 
   Raises:
-    TypeError: for arguments that the factory does not have.
+    TypeError: for unknown arguments.
 
   Example:
     >>> @named
     ... def damped(damping=0.9, sign=1):
-    ...   numbers = {"damping": damping}
+    ...   hparams = {"damping": damping}
     ...   factor = lambda leaf, x: sign * leaf.hparam("damping", x)
-    ...   return stage.leafwise(lambda x, leaf: x * factor(leaf, x), hparams=numbers)
+    ...   return stage.leafwise(lambda x, leaf: x * factor(leaf, x), hparams=hparams)
     >>> damped(0.5) == damped(0.5), damped(0.5) == damped(0.9), damped().name
     (True, False, 'damped')
     >>> stage.bare(damped(0.5)) == stage.bare(damped(0.9)) != stage.bare(damped(sign=-1))
@@ -73,14 +73,14 @@ def named(factory: Callable[Arguments, Method]) -> Callable[Arguments, Method]:
 
 
 def _typed(value: Any) -> Any:
-  """A setting by its value and type: 1, 1.0 and True are equal, and may mean different code."""
+  """Returns a setting with its type: 1, 1.0 and True are equal, but may mean different code."""
   if isinstance(value, tuple):
     return type(value), tuple(map(_typed, value))
   return type(value), repr(value) if isinstance(value, float) else value
 
 
 def name_of(step: Stage) -> str:
-  """Returns the name of the factory that made a stage; "" for one of a user's own.
+  """Returns the name of the factory that made a stage; "" for a user's own stage.
 
   Example:
     >>> from jaxmerge import methods
@@ -92,7 +92,7 @@ def name_of(step: Stage) -> str:
 
 
 def is_published(method: Method) -> bool:
-  """Tells whether a method is the one of the catalog whose name it has, perhaps on some leaves."""
+  """Tells whether a method is the catalog's method of its name, perhaps on some leaves only."""
   if method.name not in lookup.METHODS or any(name_of(s) != method.name for s in method):
     return False
   if not all(v is None or isinstance(v, bool | int | float | str) for _, v in method.settings):

@@ -1,7 +1,8 @@
-"""Layers of task vectors that are taken or left as a whole."""
+"""Whole layers of task vectors that are merged or zeroed, by a score (LwPTV)."""
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable
 from typing import Any, Literal  # Any: what is known is a tree of arrays.
@@ -38,14 +39,14 @@ def gate(
   prune: Literal["lowest", "highest"] = "lowest",
   layer: Callable[[str], str] = layer_of,
 ) -> Method:
-  """Zeroes whole layers of each task vector, those of least score; see `lwptv`.
+  """Zeroes the layers of least score of each task vector; see `lwptv`.
 
-  Goes before any merger: `chain(gate(0.3), ties())`.
+  A method follows: `chain(gate(0.3), ties())`.
 
   Args:
-    prune_ratio: of L layers, floor(prune_ratio * L) are zeroed in each model.
-    score: see `lwptv`; or a function (x [K, *s], leaf) -> [K] of a part of a leaf, which is added
-      up over a layer and divided by the number of its entries.
+    prune_ratio: floor(prune_ratio * L) of L layers are zeroed in each model.
+    score: see `lwptv`; or a function (x [K, *s], leaf) -> [K] of a part of a leaf, whose values are
+      added up over a layer and divided by the number of its entries.
     prune: see `lwptv`.
     layer: the layer that a leaf belongs to, by their names.
 
@@ -55,40 +56,25 @@ def gate(
     >>> jaxmerge.merge(chain(gate(score="rms"), averages.weighted_sum()), x)
     {'0/w': Array([4.], dtype=float32), '1/w': Array([2.], dtype=float32)}
   """
-  named = {} if callable(score) else {"score": score}
-  lookup.check("lwptv", {"prune_ratio": prune_ratio, **named, "prune": prune})
-
-  def init(group: Group) -> dict[str, Any]:
-    layers = sorted({layer(n) for n in group.shapes})
-    places = [layers.index(layer(n)) for n in group.shapes]
-    sizes = np.zeros(len(layers))
-    np.add.at(sizes, places, [np.prod(s) for s in group.shapes.values()])
-    pruned = wide_counts.share(group.hparam("prune_ratio"), len(layers), group.num_models)
-    return {
-      "tags": np.array([tree.tag(n) for n in group.shapes], np.uint32),
-      "places": np.array(places, np.int32),
-      "sizes": np.maximum(sizes, 1).astype(np.float32),
-      "pruned": pruned[1],
-    }
-
-  def place(leaf: Leaf, known: Any) -> Array:
-    return jnp.asarray(known["places"])[jnp.argmax(jnp.asarray(known["tags"]) == leaf.tag)]
+  lookup.check("lwptv", {"prune_ratio": prune_ratio, "prune": prune})
+  if not callable(score):
+    lookup.check("lwptv", {"score": score})
 
   def measure(x: Array, leaf: Leaf, known: Any) -> list[Array]:
     x = sharding.together(x)
     if callable(score):
-      found = [magnitudes.plain(score(x, leaf))]
+      parts = [magnitudes.plain(score(x, leaf))]
     elif score == "deviation":
-      found = [magnitudes.binned(_added, jnp.abs(x - jnp.mean(x, axis=0, keepdims=True)))]
+      parts = [magnitudes.binned(_added, jnp.abs(x - jnp.mean(x, axis=0, keepdims=True)))]
     else:
-      found = [magnitudes.binned(_squares, x)]
+      parts = [magnitudes.binned(_squares, x)]
     if score == "relative_norm":
-      found.append(magnitudes.binned(_squares, leaf.compared("gate").astype(x.dtype)[None]))
-    chosen = jnp.arange(known["sizes"].shape[0], dtype=jnp.int32) == place(leaf, known)
-    return [jnp.where(chosen[None, :, None], own[:, None], 0) for own in found]
+      parts.append(magnitudes.binned(_squares, leaf.compared("gate").astype(x.dtype)[None]))
+    is_layer = jnp.arange(known["sizes"].shape[0], dtype=jnp.int32) == _layer_index(leaf, known)
+    return [jnp.where(is_layer[None, :, None], part[:, None], 0) for part in parts]
 
-  def kept(found: list[Array], known: Any) -> Array:
-    total, *bases = (magnitudes.joined(x, 1 if score == "deviation" else 2)[0] for x in found)
+  def survivors(parts: list[Array], known: Any) -> Array:
+    total, *bases = (magnitudes.joined(x, 1 if score == "deviation" else 2)[0] for x in parts)
     if score == "relative_norm":
       most = jnp.max(total, axis=0, keepdims=True)
       scores = total / jnp.where(most > 0, most, 1) / jnp.where(bases[0] > 0, bases[0], 1e-30)
@@ -100,11 +86,31 @@ def gate(
     return order >= pruned if prune == "lowest" else order + pruned < count
 
   def update(x: Array, leaf: Leaf, known: Any) -> Array:
-    own = known["kept"][place(leaf, known)]
-    return jnp.where(own.reshape((-1,) + (1,) * (x.ndim - 1)), x, 0)
+    mask = known["kept"][_layer_index(leaf, known)]
+    return jnp.where(mask.reshape((-1,) + (1,) * (x.ndim - 1)), x, 0)
 
-  measured = stage.Sum("kept", measure, finish=kept)
+  measured = stage.Sum("kept", measure, finish=survivors)
+  init = functools.partial(_layers, layer)
   return Method((Stage(update, (measured,), init, {"prune_ratio": prune_ratio}),))
+
+
+def _layers(layer: Callable[[str], str], group: Group) -> dict[str, Any]:
+  """Returns the layer of each leaf by its tag, the layers' sizes, and how many are pruned."""
+  layers = sorted({layer(n) for n in group.shapes})
+  places = [layers.index(layer(n)) for n in group.shapes]
+  sizes = np.zeros(len(layers))
+  np.add.at(sizes, places, [np.prod(s) for s in group.shapes.values()])
+  pruned = wide_counts.share(group.hparam("prune_ratio"), len(layers), group.num_models)
+  return {
+    "tags": np.array([tree.tag(n) for n in group.shapes], np.uint32),
+    "places": np.array(places, np.int32),
+    "sizes": np.maximum(sizes, 1).astype(np.float32),
+    "pruned": pruned[1],
+  }
+
+
+def _layer_index(leaf: Leaf, known: Any) -> Array:
+  return jnp.asarray(known["places"])[jnp.argmax(jnp.asarray(known["tags"]) == leaf.tag)]
 
 
 def _added(x: Array) -> Array:
@@ -123,19 +129,19 @@ def lwptv(
   score: Literal["deviation", "relative_norm", "rms"] = "deviation",
   prune: Literal["lowest", "highest"] = "lowest",
 ) -> Method:
-  """Leaves the layers of a task vector that hardly stand out to the base, and adds the others up.
+  """Adds up the task vectors without those layers of each that hardly stand out.
 
   Experimental: the paper's score could not be read; "deviation" is a reconstruction.
 
   Args:
-    prune_ratio: of L layers, floor(prune_ratio * L) are left out of each model; layers are those of
+    prune_ratio: floor(prune_ratio * L) of L layers are left out in each model; layers are those of
       `layer_of`.
-    scale: factor on the sum of what is kept.
+    scale: factor on the sum.
     weight: weight of each task vector, scalar or one per model.
     score: of a layer: "deviation", the mean distance from the mean task vector; "relative_norm",
       the norm beside the base's; "rms", the root of the mean square.
-    prune: whether layers of lowest or of highest score are left out; of those that tie, the first
-      by name count as lower.
+    prune: whether layers of lowest or of highest score are left out; among equal ones, the first by
+      name is the lowest.
 
   Reference: Zhang et al. 2025, Merging smarter, generalizing better (arXiv:2506.09093).
 

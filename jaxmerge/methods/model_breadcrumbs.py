@@ -1,9 +1,9 @@
-"""Cutting off both ends of task vectors: the largest and the smallest entries."""
+"""Model Breadcrumbs: cuts off the largest and the smallest entries of task vectors."""
 
 from __future__ import annotations
 
 import functools
-from typing import Any, Literal  # Any: what is known is a tree of arrays.
+from typing import Any, Literal  # Any: reduction results are trees of arrays.
 
 import jax
 import jax.numpy as jnp
@@ -30,10 +30,10 @@ def breadcrumbs(
   rescale: str | None = None,
   normalize: bool = False,
 ) -> Method:
-  """Cuts off the largest and the smallest entries of each task vector, and adds the rest up.
+  """Cuts off the largest and the smallest entries of each task vector, and adds up the rest.
 
   Of n entries the floor(remove * n) largest are zeroed, the floor(keep * n) next are kept, the
-  others are zeroed; ties are broken by position. Scalar leaves are kept, and not counted.
+  others are zeroed; ties are broken by position. Scalar leaves are kept, and do not count.
 
   Args:
     keep: fraction kept, in (0, 1].
@@ -42,8 +42,8 @@ def breadcrumbs(
     weight: weight of each task vector, scalar or one per model.
     scope: entries are ranked over the whole model, per leaf, or per row of the leaf's matrix view;
       a leaf without a view counts as one row.
-    yields: where both fractions together exceed all entries, "keep" keeps fewer, as the authors do;
-      "remove" removes fewer, as mergekit does.
+    yields: if both fractions together exceed all entries, "keep" keeps fewer, as the authors do,
+      and "remove" removes fewer, as mergekit does.
     rescale: norm of each leaf that is restored, see `matched`; None: none.
     normalize: divide by the sum of the weights, see `weighted_sum`.
 
@@ -56,8 +56,8 @@ def breadcrumbs(
     >>> jaxmerge.merge(method, experts, base)["w"].tolist()
     [0.0, -3.0, 2.0, 0.0]
   """
-  given = {"scope": scope, "yields": yields, "rescale": rescale, "normalize": normalize}
-  lookup.check("breadcrumbs", {**given, "scale": scale, "weight": weight})
+  settings = {"scope": scope, "yields": yields, "rescale": rescale, "normalize": normalize}
+  lookup.check("breadcrumbs", {**settings, "scale": scale, "weight": weight})
   return chain(
     sparsify.matched(band(keep, remove, scope=scope, yields=yields), rescale),
     averages.weighted_sum(weight, normalize=normalize),
@@ -89,8 +89,8 @@ def breadcrumbs_ties(
     >>> jaxmerge.merge(method, experts, base)["w"].tolist()
     [0.0, -3.0, 5.0, 0.0]
   """
-  given = {"scope": scope, "yields": yields, "rescale": rescale, "reduce": reduce}
-  lookup.check("breadcrumbs_ties", {**given, "zero_sum": zero_sum})
+  settings = {"scope": scope, "yields": yields, "rescale": rescale, "reduce": reduce}
+  lookup.check("breadcrumbs_ties", {**settings, "zero_sum": zero_sum})
   return chain(
     sparsify.matched(band(keep, remove, scope=scope, yields=yields), rescale),
     ties_merging.elected(scale, weight, reduce, zero_sum),
@@ -113,19 +113,18 @@ def band(
     >>> jaxmerge.merge(band(keep=0.5, remove=0.25), x)["w"].tolist()
     [0.0, -3.0, 2.0, 0.0]
   """
-  given = {"keep": keep, "remove": remove, "scope": scope, "yields": yields}
-  lookup.check("breadcrumbs", given)
   hparams = {"keep": keep, "remove": remove}
+  lookup.check("breadcrumbs", {**hparams, "scope": scope, "yields": yields})
   if scope == "row":
     by_row = functools.partial(_band_of_rows, yields=yields)
     alone = functools.partial(_band_of_one_row, yields=yields)
     return Method((Stage(by_row, hparams=hparams, unit="row", rest=alone),))
 
   def init(group: Group) -> dict[str, Any]:
-    counted = group._replace(shapes={n: s for n, s in group.shapes.items() if s})
-    order_statistics.refuse_unrankable(counted)
+    arrays = group._replace(shapes={n: s for n, s in group.shapes.items() if s})
+    order_statistics.refuse_unrankable(arrays)
     fractions = group.hparam("keep"), group.hparam("remove")
-    return _counts(*fractions, counted.size, group.num_models, yields)
+    return _counts(*fractions, arrays.size, group.num_models, yields)
 
   def update(x: Array, leaf: Leaf, known: Any) -> Array:
     return _between(x, leaf, known) if x.ndim > 1 else x
@@ -134,7 +133,7 @@ def band(
 
 
 def _size(x: Array, leaf: Leaf, known: Any) -> Array:
-  """Magnitudes; scalar leaves count as zeros, which no threshold tells from other zeros."""
+  """Returns magnitudes; scalar leaves count as zeros, so that no threshold depends on them."""
   return jnp.abs(x) if x.ndim > 1 else jnp.zeros_like(x)
 
 
@@ -144,13 +143,13 @@ _ENDS = (
 )
 
 
-def _counts(keep: Any, remove: Any, size: int, height: int, yields: Yields) -> dict[str, Any]:
-  """How many of the largest are removed, and down to which rank entries are kept, as limbs."""
-  removed, kept = (jnp.asarray(wide_counts.share(f, size, height)) for f in (remove, keep))
+def _counts(keep: Any, remove: Any, size: int, num_models: int, yields: Yields) -> dict[str, Any]:
+  """Returns how many of the largest are removed, and the last rank that is kept, as limbs."""
+  removed, count = (jnp.asarray(wide_counts.share(f, size, num_models)) for f in (remove, keep))
   if yields == "remove":
-    room = wide_counts.minus(jnp.broadcast_to(wide_counts.limbs(size)[:, None], kept.shape), kept)
+    room = wide_counts.minus(jnp.broadcast_to(wide_counts.limbs(size)[:, None], count.shape), count)
     removed = jnp.where(wide_counts.at_least(room, removed), removed, room)
-  return {"removed": removed, "reach": wide_counts.at_most(wide_counts.plus(removed, kept), size)}
+  return {"removed": removed, "reach": wide_counts.at_most(wide_counts.plus(removed, count), size)}
 
 
 def _between(x: Array, leaf: Leaf, known: Any) -> Array:
@@ -160,19 +159,19 @@ def _between(x: Array, leaf: Leaf, known: Any) -> Array:
 
 
 def _band_of_rows(x: Array, leaf: Leaf, known: Any, *, yields: Yields) -> Array:
-  """Keeps the band of each row: x [K, rows, columns], each (model, row) ranked by itself."""
+  """Keeps the band of each row of x [K, rows, columns], ranked within the row of one model."""
   K, _, columns = x.shape
   keep, remove = (jnp.asarray(leaf.hparams[n]) for n in ("keep", "remove"))
   counts = _counts(keep, remove, columns, K, yields)
   alone = leaf._replace(start=np.uint32(0), offset=np.uint32(0), places=None)
 
-  def one(row: Array) -> Array:
-    own = dict(counts)
+  def cut_row(row: Array) -> Array:
+    state = dict(counts)
     for end in _ENDS:
-      own[end.name] = reductions.settled(end, [(row, alone)], own)
-    return _between(row, alone, own)
+      state[end.name] = reductions.settled(end, [(row, alone)], state)
+    return _between(row, alone, state)
 
-  return jax.vmap(one, in_axes=1, out_axes=1)(x)
+  return jax.vmap(cut_row, in_axes=1, out_axes=1)(x)
 
 
 def _band_of_one_row(x: Array, leaf: Leaf, known: Any, *, yields: Yields) -> Array:

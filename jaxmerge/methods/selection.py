@@ -1,9 +1,9 @@
-"""Choosing entries by what the models make of them: size, variance, importance, nearness."""
+"""Selects entries by size, variance over the models, importance or nearness."""
 
 from __future__ import annotations
 
 import functools
-from typing import Any  # What is known is a tree of arrays.
+from typing import Any  # Reduction results are trees of arrays.
 
 import jax
 import jax.numpy as jnp
@@ -32,14 +32,14 @@ from jaxmerge.methods.factory import named
 def sce(density: float = 1.0, floor: float = 0.0) -> Method:
   """Selects the entries at which the models differ most, weighs the models, erases minorities.
 
-  Leaf by leaf: kept are the entries of largest variance over the models, floor(density * n) of the
-  n whose variance is not zero, ties broken by position; a model weighs as much as the mean square
-  of what is left of it; entries that do not have the sign of the sum are left out of the mean.
+  Leaf by leaf, the entries of largest variance over the models are kept: floor(density * n) of the
+  n whose variance is not zero, ties broken by position. A model's weight is the mean square of its
+  remaining entries. Entries that do not have the sign of the sum are left out of the mean.
 
   Args:
     density: fraction kept, in (0, 1]. 1 keeps all entries.
-    floor: where the mean squares add up to less, models count equally; 1e-6 in mergekit, which is
-      more than small task vectors have.
+    floor: models count equally if the mean squares add up to less; 1e-6 in mergekit, more than
+      small task vectors have.
 
   Reference: Wan et al. 2024, FuseChat (arXiv:2408.07990).
 
@@ -74,37 +74,37 @@ def most_varied(density: float) -> Method:
   def differing(x: Array, leaf: Leaf, known: Any) -> Array:
     return wide_counts.count(_variance(x, leaf, known) > 0)
 
-  def kept(total: Array, known: Any) -> Array:
-    # Where all are kept no cut is needed: drivers that search for one outside of a program skip it.
+  def rank(total: Array, known: Any) -> Array:
+    # If all are kept, no cut is needed: drivers that search for it outside of a program skip it.
     return jnp.where(known["density"] >= 1, 0, wide_counts.part(known["density"], total))
 
   def update(x: Array, leaf: Leaf, known: Any) -> Array:
     inside = order_statistics.inside(known["cut"], _variance(x, leaf, known), leaf)
     return jnp.where(inside | (known["density"][0] >= 1), x, 0)
 
-  counted = Sum("kept", differing, combine=wide_counts.plus, finish=kept)
-  measured = (counted, Rank("cut", _variance, rank="kept", exact=True))
+  count = Sum("kept", differing, combine=wide_counts.plus, finish=rank)
+  measured = (count, Rank("cut", _variance, rank="kept", exact=True))
   return Method((Stage(update, measured, init, {"density": density}, scope="leaf"),))
 
 
 def _variance(x: Array, leaf: Leaf, known: Any) -> Array:
-  """Variance over the models: [K, *s] -> [1, *s]; exactly 0 where all are equal.
+  """Returns the variance over the models: [K, *s] -> [1, *s]; exactly 0 where all are equal.
 
-  One that float32 cannot hold is replaced by what ranks as it does.
+  Outside the range of float32, another number of the same rank takes its place.
   """
   low, high = (f(x, axis=0, keepdims=True) for f in (jnp.min, jnp.max))
-  found = jnp.var(x, axis=0, keepdims=True)
+  variance = jnp.var(x, axis=0, keepdims=True)
   deviation = magnitudes.norm(x - jnp.mean(x, axis=0, keepdims=True), (0,)) / x.shape[0] ** 0.5
   for end, beyond in ((50, jnp.greater), (-50, jnp.less)):
     limit = jnp.asarray(2.0**end, x.dtype)
-    # Beyond the limit, where it is the square's too, it goes on by the fourth root.
-    on = limit * limit * jnp.sqrt(jnp.sqrt(deviation / limit))
-    found = jnp.where(beyond(deviation, limit), on, found)
-  return jnp.where(low == high, 0, found)
+    # Beyond the limit it goes on with the fourth root, from the limit's square.
+    rooted = limit * limit * jnp.sqrt(jnp.sqrt(deviation / limit))
+    variance = jnp.where(beyond(deviation, limit), rooted, variance)
+  return jnp.where(low == high, 0, variance)
 
 
 def _erased(floor: float) -> Method:
-  """Averages the entries that have the sign of the sum, by the mean squares of the models."""
+  """Averages the entries that have the sign of the sum, weighted by the models' mean squares."""
 
   def squares(x: Array) -> Array:
     return jnp.sum(x * x, axis=tuple(range(1, x.ndim)))
@@ -113,9 +113,9 @@ def _erased(floor: float) -> Method:
     return total / jnp.asarray(known["size"], total.dtype), unit
 
   def update(x: Array, leaf: Leaf, known: Any) -> Array:
-    own, unit = known["squares"]
-    usable = (own.sum() > 0) & (own.sum() >= magnitudes.over(leaf.scalar("floor", x), unit))
-    weight = jnp.where(usable, own / jnp.where(usable, own.sum(), 1), 1 / x.shape[0])
+    means, unit = known["squares"]
+    usable = (means.sum() > 0) & (means.sum() >= magnitudes.over(leaf.scalar("floor", x), unit))
+    weight = jnp.where(usable, means / jnp.where(usable, means.sum(), 1), 1 / x.shape[0])
     agreeing = ties_merging.agreeing(x)
     weight = jnp.where(agreeing != 0, weight.reshape((-1,) + (1,) * (x.ndim - 1)), 0)
     total = jnp.sum(weight, axis=0, keepdims=True)
@@ -130,13 +130,13 @@ def _erased(floor: float) -> Method:
 
 @named
 def arcee_fusion() -> Method:
-  """Takes over those entries of one model that are far from the base and in a changed row.
+  """Takes over the entries of a model that are far from the base and in a changed row.
 
-  An entry's importance is its distance from the base times the divergence of its row,
-  sum (p log(p / q) + q - p) with p and q the softmax of the model's and the base's row, each plus
-  1e-8, of which all q and all p add up to the same. Taken
-  are, leaf by leaf, entries of at least the median plus 1.5 times the distance of the quartiles.
-  Rows are those of the leaf's matrix view; a leaf without a view is one row.
+  An entry's importance is its distance from the base times the divergence of its row:
+  sum (p log(p / q) + q - p), with p and q the softmax of the model's and the base's row, each plus
+  1e-8; all p and all q have the same sum. Leaf by leaf, it takes the entries of at least the median
+  plus 1.5 times the distance of the quartiles. Rows are those of the leaf's matrix view; a leaf
+  without a view is one row.
 
   Reference: mergekit 0.1 (arcee.ai, 2025).
 
@@ -172,9 +172,10 @@ def arcee_fusion() -> Method:
 
 
 def divergence(base: Array, x: Array) -> Array:
-  """What each entry adds to the divergence of its row: q ((1 + t) log(1 + t) - t), p = q (1 + t).
+  """Returns the terms of each row's divergence: q ((1 + t) log(1 + t) - t), with p = q (1 + t).
 
-  From the task vector x itself: p and q of rows that are nearly equal differ in their last bits.
+  They follow from the task vector x, because p and q of nearly equal rows differ in the last bits
+  only.
   """
   q = jax.nn.softmax(base, axis=-1)
   most = jnp.max(x, axis=-1, keepdims=True)
@@ -189,7 +190,7 @@ def divergence(base: Array, x: Array) -> Array:
 
 @named
 def magmax(scale: float = 0.5) -> Method:
-  """Takes, entry by entry, the task vector of largest magnitude; of those that tie, the last.
+  """Takes, entry by entry, the task vector of largest magnitude; the last of equal ones.
 
   Args:
     scale: factor on the result.
@@ -204,27 +205,27 @@ def magmax(scale: float = 0.5) -> Method:
   """
   lookup.check("magmax", {"scale": scale})
 
-  def larger(held: Array | None, x: Array, leaf: Leaf) -> Array:
+  def larger(state: Array | None, x: Array, leaf: Leaf) -> Array:
     rows = jnp.split(sharding.together(x), x.shape[0])
-    return functools.reduce(_larger, rows if held is None else [held, *rows])
+    return functools.reduce(_larger, rows if state is None else [state, *rows])
 
-  fold = Fold(larger, lambda held, leaf: held)
+  fold = Fold(larger, lambda state, leaf: state)
   largest = Stage(
     lambda x, leaf, known: larger(None, x, leaf), combines=True, ordered=True, fold=fold
   )
   return chain((largest,), averages.scaled(scale))
 
 
-def _larger(held: Array, x: Array) -> Array:
-  return jnp.where(jnp.abs(x) >= jnp.abs(held), x, held)
+def _larger(first: Array, second: Array) -> Array:
+  return jnp.where(jnp.abs(second) >= jnp.abs(first), second, first)
 
 
 @named
 def nearswap(t: float = 0.0001) -> Method:
   """Moves each entry of the first model towards the second's by at most t.
 
-  Entries that are no further apart than t are swapped. The stack holds the base and the other
-  model, in this order.
+  Entries no further apart than t become those of the second model. The stack is the base and the
+  other model, in this order.
 
   Args:
     t: how far an entry may move.

@@ -1,8 +1,8 @@
-"""Sparsifying task vectors by magnitude, and restoring their norms."""
+"""Trims task vectors by magnitude, and restores their norms."""
 
 from __future__ import annotations
 
-from typing import Any, Literal  # Any: what is known is a tree of arrays.
+from typing import Any, Literal  # Any: reduction results are trees of arrays.
 
 import jax.numpy as jnp
 
@@ -22,8 +22,8 @@ def trim(density: float, *, scope: Scope = "tree", rule: Literal["kth", "exact"]
     density: fraction kept, in (0, 1]. 1 keeps all.
     scope: entries are counted over the whole model or per leaf.
     rule: "kth" keeps every entry at least as large as the (d - floor(density * d))-th smallest of
-      d, hence one more than the fraction, and all that tie with it; "exact" keeps
-      max(1, floor(density * d)) entries, the first ones among those that tie.
+      d, hence one more than the fraction, and all that are equal to it; "exact" keeps
+      max(1, floor(density * d)) entries, the first ones among equal ones.
 
   Reference: Yadav et al. 2023, TIES-Merging (arXiv:2306.01708), step 1.
 
@@ -35,8 +35,8 @@ def trim(density: float, *, scope: Scope = "tree", rule: Literal["kth", "exact"]
     >>> jaxmerge.merge(trim(0.5, rule="exact"), x)["w"].tolist()
     [4.0, -3.0, 0.0, 0.0]
   """
-  chosen = {} if callable(scope) else {"scope": scope}
-  lookup.check("ties", {"density": density, "rule": rule, **chosen})
+  settings = {"rule": rule} if callable(scope) else {"rule": rule, "scope": scope}
+  lookup.check("ties", {"density": density, **settings})
   exact = rule == "exact"
 
   def init(group: Group) -> dict[str, Any]:
@@ -55,12 +55,12 @@ def trim(density: float, *, scope: Scope = "tree", rule: Literal["kth", "exact"]
 
 @named
 def matched(method: Method, norm: str | None) -> Method:
-  """Runs a transform, then gives each model's leaf back the norm that it had before.
+  """Runs a transform, then restores the norm that each model's leaf had before.
 
   Args:
     method: a transform.
-    norm: "l1", "l2" or "linf"; None runs the transform alone. Where a norm before or after is zero,
-      entries stay as they are.
+    norm: "l1", "l2" or "linf"; None runs the transform alone. If a norm before or after is zero,
+      entries are not rescaled.
 
   Example:
     >>> import jaxmerge
@@ -81,7 +81,7 @@ def matched(method: Method, norm: str | None) -> Method:
     usable = (before > 0) & (after > 0)
     share = jnp.where(usable, after, 1) / jnp.where(usable, before, 1)
     share = jnp.sqrt(share) if norm == "l2" else share
-    # Chosen entry by entry, as in `drop`.
+    # The divisor is selected entry by entry, as in `drop`.
     return pair[1] / jnp.where(pair[1] != 0, share.reshape((-1,) + (1,) * (pair[1].ndim - 1)), 1)
 
   if norm == "linf":

@@ -1,7 +1,7 @@
 """Merging matrices by their singular values and vectors.
 
-A matrix is one of a leaf's matrix view, of stacked layers one each; leaves without a view are
-averaged. Singular directions that are zero, up to `rank_tol`, are left out: their vectors are
+A matrix is one of a leaf's matrix view, one per layer of stacked layers; leaves without a view are
+averaged. Singular directions whose value is zero, up to `rank_tol`, are left out: their vectors are
 arbitrary, and a low-rank task vector has many of them.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, Literal  # Any: what is known is a tree of arrays.
+from typing import Any, Literal  # Any: reduction results are trees of arrays.
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ from jaxmerge.methods.factory import named
 
 _added = functools.partial(jnp.sum, axis=0, keepdims=True)
 Polar = Literal["svd", "products"]
-LEAST = 1e-3  # Singular values of this share of the largest come to 1 by products alone.
+LEAST = 1e-3  # `by_products` brings singular values of this share of the largest to 1.
 
 
 @named
@@ -33,12 +33,12 @@ def iso_c(
   rank_tol: float = 1e-06,
   polar: Polar = "svd",
 ) -> Method:
-  """Adds the task matrices up, and makes all singular values of the sum equal to their mean.
+  """Adds up the task matrices, and sets all singular values of the sum to their mean.
 
   Args:
     scale: factor on the merged task vector.
-    rank_tol: singular values up to this share of the largest are zero, and not counted.
-    polar: "svd", or "products": matrices with orthonormal columns are found by products alone, see
+    rank_tol: singular values up to this share of the largest count as zero.
+    polar: finds matrices with orthonormal columns by an "svd", or by "products" alone, see
       `by_products`.
 
   Reference: Marczak et al. 2025, No task left behind (arXiv:2502.04959).
@@ -52,7 +52,7 @@ def iso_c(
   lookup.check("iso_c", {"scale": scale, "rank_tol": rank_tol, "polar": polar})
 
   def update(x: Array, leaf: Leaf, known: Any) -> Array:
-    return _evened(_added(x), leaf.scalar("rank_tol", x), polar)
+    return _flatten(_added(x), leaf.scalar("rank_tol", x), polar)
 
   return chain(by_matrix(update, {"rank_tol": rank_tol}), averages.scaled(scale))
 
@@ -66,15 +66,15 @@ def iso_cts(
 ) -> Method:
   """Takes most directions from the sum of the task matrices, some from each, and flattens all.
 
-  The directions of a task are the first of what the common ones leave of its matrix on the side of
-  the outputs. They share what is left of r = min(outputs, inputs) equally, rounded to the nearest;
-  where that is none, the result is that of `iso_c`.
+  The directions of a task are the first ones of its matrix, projected off the common ones on the
+  side of the outputs. The tasks share the rest of r = min(outputs, inputs) directions equally,
+  rounded to the nearest; if there is none, the result is that of `iso_c`.
 
   Args:
     scale: factor on the merged task vector.
-    common: share of the r directions that are the sum's, in [0, 1].
-    rank_tol: singular values up to this share of the largest are zero, and not counted.
-    polar: "svd", or "products": matrices with orthonormal columns are found by products alone, see
+    common: share of the r directions that come from the sum, in [0, 1].
+    rank_tol: singular values up to this share of the largest count as zero.
+    polar: finds matrices with orthonormal columns by an "svd", or by "products" alone, see
       `by_products`.
 
   Reference: Marczak et al. 2025, No task left behind (arXiv:2502.04959).
@@ -85,20 +85,20 @@ def iso_cts(
     >>> jaxmerge.merge(iso_cts(common=1.0), x, layout=(("w", "oi"),), deltas=True)["w"].tolist()
     [[2.0, 0.0], [0.0, 2.0]]
   """
-  given = {"scale": scale, "common": common, "rank_tol": rank_tol, "polar": polar}
-  lookup.check("iso_cts", given)
+  settings = {"scale": scale, "common": common, "rank_tol": rank_tol, "polar": polar}
+  lookup.check("iso_cts", settings)
 
   def update(x: Array, leaf: Leaf, known: Any) -> Array:
     tol = leaf.scalar("rank_tol", x)
-    shared, own = slots(min(x.shape[1:]), x.shape[0], common)
-    if not own:
-      return _evened(_added(x), tol, polar)
+    shared, per_task = count_directions(min(x.shape[1:]), x.shape[0], common)
+    if not per_task:
+      return _flatten(_added(x), tol, polar)
     u, s, v = (y[0] for y in svd(_added(x), tol))
     u, s, v = u[:, :shared], s[:shared], v[:, :shared]
-    # What is left of a task whose directions are all common is rounding error.
+    # If all directions of a task are common, the rest is rounding error.
     norms = magnitudes.norm(x, (1, 2))[:, 0, 0]
     rest = svd(x - u @ (u.T @ x), tol, norms)
-    lefts, values, rights = _side_by_side(*(y[..., :own] for y in rest))
+    lefts, values, rights = _side_by_side(*(y[..., :per_task] for y in rest))
     lefts, rights = (jnp.concatenate(p, axis=1) for p in ((lefts, u), (rights, v)))
     values = jnp.concatenate([values, s])
     mean = _mean(values)
@@ -108,14 +108,14 @@ def iso_cts(
   return chain(by_matrix(update, {"rank_tol": rank_tol}), averages.scaled(scale))
 
 
-def slots(rank: int, height: int, common: float) -> tuple[int, int]:
-  """Deals the directions of a matrix: how many are common, and how many each task has.
+def count_directions(rank: int, num_models: int, common: float) -> tuple[int, int]:
+  """Returns how many directions of a matrix are common, and how many each task has.
 
-  >>> slots(768, 8, 0.8), slots(768, 14, 0.8), slots(768, 20, 0.8)
+  >>> count_directions(768, 8, 0.8), count_directions(768, 14, 0.8), count_directions(768, 20, 0.8)
   ((616, 19), (614, 11), (608, 8))
   """
-  own = min(round((rank - int(rank * common)) / height), rank // height)
-  return rank - own * height, own
+  per_task = min(round((rank - int(rank * common)) / num_models), rank // num_models)
+  return rank - per_task * num_models, per_task
 
 
 @named
@@ -126,13 +126,13 @@ def tsv(
 ) -> Method:
   """Keeps the first singular directions of each task matrix, and makes them orthogonal.
 
-  Of K tasks each keeps 1/K of the directions, but at least one.
+  Each of K tasks keeps 1/K of the directions, at least one.
 
   Args:
     scale: factor on the merged task vector.
-    rank_tol: singular values up to this share of the largest are zero; so are those of what the
-      directions span.
-    polar: "svd", or "products": matrices with orthonormal columns are found by products alone, see
+    rank_tol: singular values up to this share of the largest count as zero, also those of the
+      directions side by side.
+    polar: finds matrices with orthonormal columns by an "svd", or by "products" alone, see
       `by_products`.
 
   Reference: Gargiulo et al. 2025, Task singular vectors (arXiv:2412.00081), TSV-M.
@@ -147,8 +147,8 @@ def tsv(
 
   def update(x: Array, leaf: Leaf, known: Any) -> Array:
     tol, K = leaf.scalar("rank_tol", x), x.shape[0]
-    kept = max(1, int(min(x.shape[1:]) * (1 / K)))
-    lefts, values, rights = _side_by_side(*(y[..., :kept] for y in svd(x, tol)))
+    count = max(1, int(min(x.shape[1:]) * (1 / K)))
+    lefts, values, rights = _side_by_side(*(y[..., :count] for y in svd(x, tol)))
     lefts, rights = (_orthogonal(y, tol, polar) for y in (lefts, rights))
     return ((lefts * values[None]) @ rights.T)[None]
 
@@ -161,7 +161,7 @@ def by_matrix(
   rest: Callable[..., Array] | None = None,
   **more: Any,
 ) -> Method:
-  """A combiner of matrices; leaves without a view are averaged, or what `rest` makes of them."""
+  """Returns a combiner of matrices; leaves without a view are averaged, or combined by `rest`."""
 
   def together(x: Array, leaf: Leaf, known: Any) -> Array:
     return update(sharding.together(x), leaf, known) if x.size else x[:1]
@@ -177,25 +177,25 @@ def by_matrix(
 def svd(
   x: Array, tol: Array | float = 0.0, size: Array | None = None
 ) -> tuple[Array, Array, Array]:
-  """Thin singular value decompositions: [K, m, n] -> [K, m, r], [K, r], [K, n, r].
+  """Returns thin singular value decompositions: [K, m, n] -> [K, m, r], [K, r], [K, n, r].
 
-  Directions whose value is at most `tol` times `size` [K], or the largest, are zero; so is what the
-  dtype cannot tell from zero beside it. What is zero altogether has no singular vectors, and no
-  gradient. Vectors of equal values can turn into each other and have none of their own: theirs is
-  that of vectors which do not.
+  Values and vectors are zero if the value is at most `tol` times `size` [K], or times the largest,
+  or within the dtype's rounding of zero. A zero matrix has no singular vectors and no gradient.
+  Vectors of equal values are not unique: their gradient is that of vectors that do not turn into
+  each other.
   """
   empty = ~jnp.any(x != 0, axis=(1, 2), keepdims=True)
   unit = jnp.eye(x.shape[1], x.shape[2], dtype=x.dtype)[None]
-  # One after the other: a decomposition of several on a CPU waits for threads of the pool that it
+  # One after the other: on a CPU a decomposition of several waits for threads of the pool that it
   # runs in itself, and two at a time on two cores wait for ever.
-  # Over a power of two: libraries divide by other numbers where values are very large or small.
+  # Scaled by a power of two: libraries rescale by other numbers if values are very large or small.
   power = magnitudes.peak(x, (1, 2))
   u, s, v = lax.map(_thin, jnp.where(empty, unit, x / power))
   s = s * power[:, 0]
   largest = s[:, :1] if size is None else size[:, None]
-  kept = (s > jnp.maximum(tol, float(jnp.finfo(x.dtype).eps)) * largest) & ~empty[:, 0]
-  u, v = (jnp.where(kept[:, None], y, 0) for y in (u, v))
-  return u, jnp.where(kept, s, 0), v
+  nonzero = (s > jnp.maximum(tol, float(jnp.finfo(x.dtype).eps)) * largest) & ~empty[:, 0]
+  u, v = (jnp.where(nonzero[:, None], y, 0) for y in (u, v))
+  return u, jnp.where(nonzero, s, 0), v
 
 
 @jax.custom_jvp
@@ -205,10 +205,10 @@ def _thin(x: Array) -> tuple[Array, Array, Array]:
 
 
 @_thin.defjvp
-def _turns(given: tuple[Array], moves: tuple[Array]) -> tuple[Any, Any]:
-  """How vectors and values move; JAX's own rule divides by values and differences of zero."""
-  u, s, v = _thin(*given)
-  (dx,) = moves
+def _thin_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Any, Any]:
+  """Returns the derivatives of values and vectors; JAX's rule divides by zero values and gaps."""
+  u, s, v = _thin(*primals)
+  (dx,) = tangents
   within = u.T @ dx @ v
   left, right = s[:, None] * within, within * s[None]
   apart = _inverse((s[None] + s[:, None]) * (s[None] - s[:, None]))
@@ -222,10 +222,10 @@ def _turns(given: tuple[Array], moves: tuple[Array]) -> tuple[Any, Any]:
 
 @jax.custom_jvp
 def flat(x: Array, tol: Array | float) -> tuple[Array, Array]:
-  """Brings singular values to 1, and returns what they were: [m, n] -> [m, n], [r].
+  """Sets singular values to 1, and returns the values before: [m, n] -> [m, n], [r].
 
-  Those up to `tol` of the largest are zero. There is a gradient where singular values are equal,
-  and their vectors have none.
+  Values up to `tol` of the largest become zero. Unlike the singular vectors, the result has a
+  gradient where singular values are equal.
 
   Example:
     >>> flat(jnp.diag(jnp.array([3.0, 2.0, 0.0])), 1e-6)[0].tolist()
@@ -236,8 +236,8 @@ def flat(x: Array, tol: Array | float) -> tuple[Array, Array]:
 
 
 @flat.defjvp
-def _flat_moves(given: tuple[Any, Any], moves: tuple[Any, Any]) -> tuple[Any, Any]:
-  (x, tol), (dx, _) = given, moves
+def _flat_jvp(primals: tuple[Any, Any], tangents: tuple[Any, Any]) -> tuple[Any, Any]:
+  (x, tol), (dx, _) = primals, tangents
   u, s, v = (y[0] for y in svd(x[None], tol))
   within = u.T @ dx @ v
   turns = (within - within.T) * _inverse(s[:, None] + s[None])
@@ -247,13 +247,13 @@ def _flat_moves(given: tuple[Any, Any], moves: tuple[Any, Any]) -> tuple[Any, An
 
 
 def _inverse(x: Array) -> Array:
-  """One over x, and 0 where that is nothing."""
+  """Returns one over x, and 0 for x = 0."""
   some = jnp.abs(x) > jnp.finfo(x.dtype).tiny
   return jnp.where(some, 1 / jnp.where(some, x, 1), 0)
 
 
-def _evened(x: Array, tol: Array, polar: Polar) -> Array:
-  """Gives all singular values their mean: [1, m, n] -> [1, m, n]."""
+def _flatten(x: Array, tol: Array, polar: Polar) -> Array:
+  """Sets all singular values to their mean: [1, m, n] -> [1, m, n]."""
   if polar == "products":
     q = by_products(x[0])
     return (jnp.sum(q * x[0]) / jnp.maximum(jnp.sum(q * q), 1) * q)[None]
@@ -262,28 +262,28 @@ def _evened(x: Array, tol: Array, polar: Polar) -> Array:
 
 
 def _mean(values: Array) -> Array:
-  """The mean of the values that are not zero."""
+  """Returns the mean of the values that are not zero."""
   count = jnp.sum(values > 0)
   return jnp.sum(values) / jnp.maximum(count, 1).astype(values.dtype)
 
 
 def _side_by_side(u: Array, s: Array, v: Array) -> tuple[Array, Array, Array]:
-  """The directions of all tasks next to each other: [m, K k], [K k], [n, K k]."""
+  """Concatenates the directions of all tasks: [m, K k], [K k], [n, K k]."""
   left, right = (y.transpose(1, 0, 2).reshape(y.shape[1], -1) for y in (u, v))
   return left, s.reshape(-1), right
 
 
 def _orthogonal(x: Array, tol: Array, polar: Polar) -> Array:
-  """The nearest matrix with orthonormal columns, on what the columns span: [m, k] -> [m, k]."""
+  """Returns the nearest matrix with orthonormal columns in the same span: [m, k] -> [m, k]."""
   return by_products(x) if polar == "products" else flat(x, tol)[0]
 
 
 def by_products(x: Array) -> Array:
-  """Brings singular values to 1 by products of matrices alone: [m, k] -> [m, k].
+  """Sets singular values to 1 by products of matrices alone: [m, k] -> [m, k].
 
-  From `LEAST` of the largest on, to within 1e-5 in float32. Those below are not left out but come
-  to less than 1 in proportion: rounding errors of what is zero stay below 1e-3. Newton and Schulz's
-  y (3 - y^2) / 2 with the scaling that brings an interval [l, 1] of singular values nearest to 1.
+  Values of at least `LEAST` times the largest come within 1e-5 of 1 in float32. Smaller ones become
+  less than 1 in proportion: rounding errors of zero stay below 1e-3. The Newton-Schulz iteration is
+  y (3 - y^2) / 2, with the scaling that brings an interval [l, 1] of singular values nearest to 1.
 
   Reference: Chen and Chow 2014, A stable scaling of Newton-Schulz (Argonne, ANL/MCS-P5059-0114).
 
@@ -299,7 +299,7 @@ def by_products(x: Array) -> Array:
   most = jnp.max(jnp.abs(x))
   x = x / jnp.where(most > 0, most, 1)
   gram = product(x.T, x)
-  # Between the largest singular value and its k^(1/4) times.
+  # At least the largest singular value, at most k^(1/4) times it.
   bound = jnp.sqrt(jnp.sqrt(jnp.where(most > 0, jnp.sum(gram * gram), 1)))
   low, scales = LEAST / x.shape[1] ** 0.25, []
   while 1 - low > 1e-7:

@@ -1,4 +1,4 @@
-"""Means on spheres: methods that know the models only by their inner products.
+"""Means on spheres: methods that need only the inner products of the models.
 
 Every result lies in the span of the models, so a method is a function from the Gram matrix to K
 coefficients; the weights themselves are read once to measure it and once to combine them.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, Literal  # Any: what is known is a tree of arrays.
+from typing import Any, Literal  # Any: reduction results are trees of arrays.
 
 import jax
 import jax.numpy as jnp
@@ -36,13 +36,13 @@ def spanned(
   """Combines the models with coefficients that follow from their inner products.
 
   Args:
-    solve: (inner products [K, K], leaf) -> coefficients [K]. The products are over the square of
-      `leaf.hparams["unit"]`, which is 1 but where squares would leave the range of the dtype.
-    scope: what is a vector: the leaf, or each row or column of its matrix view. A leaf without a
-      view is one vector.
-    numbers: the numbers that `solve` reads from the leaf.
+    solve: (inner products [K, K], leaf) -> coefficients [K]. The products are divided by the square
+      of `leaf.hparams["unit"]`, which is 1 unless squares would leave the range of the dtype.
+    scope: a vector is the leaf, or each row or column of its matrix view. A leaf without a view is
+      one vector.
+    hparams: the hyperparameters that `solve` reads from the leaf.
     init: checks, before any weight is read.
-    ordered: the order of the models matters.
+    ordered: whether the order of the models matters.
     straight: the coefficients of running statistics, (zeros [K, K], leaf) -> [K]; None: equal.
 
   Example:
@@ -52,14 +52,14 @@ def spanned(
     >>> jaxmerge.merge(unit, models)["w"].tolist()
     [1.0, 1.0]
   """
-  said = functools.partial(
+  make = functools.partial(
     Stage, init=init, hparams=hparams or {}, scope="leaf", combines=True, ordered=ordered
   )
-  alike = straight and said(lambda x, leaf, known: _combined(straight(_blank(x), leaf), x))
-  made = functools.partial(said, moments=alike)
+  moments = straight and make(lambda x, leaf, known: _combine(straight(_blank(x), leaf), x))
+  make = functools.partial(make, moments=moments)
   if scope == "leaf":
-    whole = made(
-      lambda x, leaf, known: _combined(solve(*_measured(known["gram"], leaf)), x),
+    whole = make(
+      lambda x, leaf, known: _combine(solve(*_scaled(known["gram"], leaf)), x),
       (reductions.gram("gram"),),
     )
     return Method((whole,))
@@ -73,19 +73,20 @@ def spanned(
     scaled = x / unit
     grams = lax.dot_general(scaled, scaled, contract, precision="highest", out_sharding=place)
     each = reductions.Gram(grams, unit.reshape(-1))
-    found = jax.vmap(lambda gram: solve(*_measured(gram, leaf)), out_axes=1)(each)
-    return jnp.sum(x * jnp.expand_dims(found, across), axis=0, keepdims=True)
+    coefficients = jax.vmap(lambda gram: solve(*_scaled(gram, leaf)), out_axes=1)(each)
+    return jnp.sum(x * jnp.expand_dims(coefficients, across), axis=0, keepdims=True)
 
   def rest(x: Array, leaf: Leaf, known: Any) -> Array:
     unit = jnp.max(magnitudes.peak(x, range(1, x.ndim)))
     gram = reductions.Gram(reductions.inner_products(x / unit), unit)
-    return _combined(solve(*_measured(gram, leaf)), x)
+    return _combine(solve(*_scaled(gram, leaf)), x)
 
   unit: Literal["row", "matrix"] = "row" if scope == "row" else "matrix"
-  return Method((made(update, unit=unit, lookups="row", rest=rest),))
+  return Method((make(update, unit=unit, lookups="row", rest=rest),))
 
 
-def _measured(gram: reductions.Gram, leaf: Leaf) -> tuple[Array, Leaf]:
+def _scaled(gram: reductions.Gram, leaf: Leaf) -> tuple[Array, Leaf]:
+  """Returns inner products over the square of a unit, and the leaf with that unit."""
   return gram.products, leaf._replace(hparams={**leaf.hparams, "unit": gram.unit})
 
 
@@ -94,8 +95,8 @@ def slerp(t: float = 0.5) -> Method:
   """Interpolates two models along the arc between them, leaf by leaf.
 
   With w the angle between the leaves a and b, the result is (sin((1-t) w) a + sin(t w) b) / sin w.
-  Where their cosine is above 0.9995 in magnitude it is (1-t) a + t b. The stack holds the first and
-  the second end, in this order.
+  If their cosine is above 0.9995 in magnitude, it is (1-t) a + t b. The stack is the first and the
+  second end, in this order.
 
   Args:
     t: 0 is the first model, 1 the second.
@@ -118,8 +119,8 @@ def slerp(t: float = 0.5) -> Method:
     t = leaf.scalar("t", gram)
     return jnp.stack([1 - t, t])
 
-  own = for_models("slerp", 2, 2)
-  return spanned(solve, hparams={"t": t}, init=own, ordered=True, straight=straight)
+  init = for_models("slerp", 2, 2)
+  return spanned(solve, hparams={"t": t}, init=init, ordered=True, straight=straight)
 
 
 @named
@@ -129,8 +130,8 @@ def nuslerp(
 ) -> Method:
   """Interpolates two models, or their task vectors, along the arc between them, by weights.
 
-  As `slerp` with t = w2 / (w1 + w2), or 0.5 where the weights cancel out; only parallel and
-  antiparallel vectors are interpolated straight.
+  It is `slerp` with t = w2 / (w1 + w2), or 0.5 if the weights cancel out; only parallel and
+  antiparallel vectors are interpolated along a line.
 
   Args:
     weight: weight of each model, scalar or one per model.
@@ -148,9 +149,9 @@ def nuslerp(
   lookup.check("nuslerp", {"weight": weight, "scope": scope})
 
   def straight(gram: Array, leaf: Leaf) -> Array:
-    own = _weights(gram, leaf)
-    usable = jnp.abs(own.sum()) >= 1e-6
-    t = jnp.where(usable, own[1] / jnp.where(usable, own.sum(), 1), 0.5)
+    weights = _weights(gram, leaf)
+    usable = jnp.abs(weights.sum()) >= 1e-6
+    t = jnp.where(usable, weights[1] / jnp.where(usable, weights.sum(), 1), 0.5)
     return jnp.stack([1 - t, t])
 
   def solve(gram: Array, leaf: Leaf) -> Array:
@@ -158,8 +159,8 @@ def nuslerp(
     t = straight(gram, leaf)[1]
     return _arc(t, cosine, 1 - jnp.abs(cosine) <= _noise(gram))
 
-  given: dict[str, Any] = dict(hparams={"weight": weight}, init=for_models("nuslerp", 2, 2))
-  return spanned(solve, scope=scope, straight=straight, **given)
+  init, hparams = for_models("nuslerp", 2, 2), {"weight": weight}
+  return spanned(solve, scope=scope, straight=straight, hparams=hparams, init=init)
 
 
 @named
@@ -169,8 +170,8 @@ def multislerp(
 ) -> Method:
   """Averages directions and norms of the models, or of their task vectors, leaf by leaf.
 
-  The result is (sum_i w_i norm_i) times the unit vector along sum_i w_i unit_i. Where the unit
-  vectors cancel out it is the weighted mean, so that a leaf of zeros stays zero.
+  The result is (sum_i w_i norm_i) times the unit vector along sum_i w_i unit_i. If the unit vectors
+  cancel out, it is the weighted mean, so that a leaf of zeros stays zero.
 
   Args:
     weight: weight of each model, scalar or one per model.
@@ -188,20 +189,19 @@ def multislerp(
   lookup.check("multislerp", {"weight": weight, "normalize": normalize})
 
   def straight(gram: Array, leaf: Leaf) -> Array:
-    own = _weights(gram, leaf)
-    return own / jnp.where(jnp.abs(own.sum()) < 1e-8, 1, own.sum())
+    return _normalize(_weights(gram, leaf))
 
   def solve(gram: Array, leaf: Leaf) -> Array:
-    own = straight(gram, leaf) if normalize else _weights(gram, leaf)
+    weights = straight(gram, leaf) if normalize else _weights(gram, leaf)
     norms = root(jnp.diagonal(gram))
-    square = _dot(_dot(own, cosines(gram)), own)
+    square = _dot(_dot(weights, cosines(gram)), weights)
     usable = square > _noise(gram)
-    unit = jnp.where(usable, _dot(own, norms), 1) / root(jnp.where(usable, square, 1))
-    return jnp.where(usable, unit * _over(own, norms), own)
+    unit = jnp.where(usable, _dot(weights, norms), 1) / root(jnp.where(usable, square, 1))
+    return jnp.where(usable, unit * _over(weights, norms), weights)
 
   init = averages.refuse_zero_sum("multislerp") if normalize else for_models("multislerp", 1)
-  own = straight if normalize else None
-  return spanned(solve, hparams={"weight": weight}, init=init, straight=own)
+  of_statistics = straight if normalize else None
+  return spanned(solve, hparams={"weight": weight}, init=init, straight=of_statistics)
 
 
 @named
@@ -210,16 +210,16 @@ def karcher(
   max_iter: int = 10,
   tol: float = 1e-05,
 ) -> Method:
-  """Takes the Karcher mean of the directions of the models times their mean norm, leaf by leaf.
+  """Returns the Karcher mean of the directions of the models times their mean norm, leaf by leaf.
 
-  The mean of the unit vectors on the sphere is found by steps of its gradient: from u along
-  sum_i w_i (angle_i / sin angle_i) (u_i - cos(angle_i) u). It starts at their normalised mean.
+  Gradient steps lead to the mean of the unit vectors on the sphere: from u along
+  sum_i w_i (angle_i / sin angle_i) (u_i - cos(angle_i) u). They start at the normalised mean.
 
   Args:
     weight: weight of each model, scalar or one per model.
-    max_iter: most steps.
-    tol: models of a norm below this share of the largest have no direction; a smaller step is the
-      last.
+    max_iter: steps, at most.
+    tol: models whose norm is below this share of the largest have no direction; a step smaller than
+      this is the last.
 
   Reference: Karcher 1977, Riemannian center of mass and mollifier smoothing.
 
@@ -232,22 +232,18 @@ def karcher(
   lookup.check("karcher", {"weight": weight, "max_iter": max_iter, "tol": tol})
 
   def solve(gram: Array, leaf: Leaf) -> Array:
-    own, least = _weights(gram, leaf), leaf.scalar("tol", gram)
-    own = own / jnp.where(jnp.abs(own.sum()) < 1e-8, 1, own.sum())
+    weights, tol = _normalize(_weights(gram, leaf)), leaf.scalar("tol", gram)
     norms = root(jnp.diagonal(gram))
-    valid = norms > least * jnp.max(norms)
-    share = jnp.where(valid, own, 0)
-    share = share / jnp.where(jnp.abs(share.sum()) < 1e-8, 1, share.sum())
-    mean = _mean_direction(cosines(gram), share, valid, least, max_iter)
-    return _dot(own, norms) * jnp.where(valid, _over(mean, norms), 0)
+    valid = norms > tol * jnp.max(norms)
+    shares = _normalize(jnp.where(valid, weights, 0))
+    mean = _mean_direction(cosines(gram), shares, valid, tol, max_iter)
+    return _dot(weights, norms) * jnp.where(valid, _over(mean, norms), 0)
 
   init = averages.refuse_zero_sum("karcher")
   return spanned(solve, hparams={"weight": weight, "tol": tol}, init=init)
 
 
-def _mean_direction(
-  cosine: Array, weight: Array, valid: Array, least: Array, max_iter: int
-) -> Array:
+def _mean_direction(cosine: Array, weight: Array, valid: Array, tol: Array, max_iter: int) -> Array:
   """Returns the Karcher mean of unit vectors as coefficients [K]; all steps stay in their span."""
 
   def norm(c: Array) -> Array:
@@ -258,31 +254,31 @@ def _mean_direction(
     dots = jnp.clip(_dot(cosine, c), -1, 1)
     inside = 1 - jnp.abs(dots) > _noise(cosine)
     angle = jnp.arccos(jnp.where(inside, dots, 0))
-    # Near the mean angle / sin angle is 1; the opposite point has no direction.
+    # Near the mean, angle / sin angle is 1; the opposite point has no direction.
     factor = jnp.where(inside, angle / jnp.sin(angle), jnp.where(dots > 0, 1, 0))
     pull = weight * factor
     tangent = pull - _dot(pull, dots) * c
     length = norm(tangent)
     moved = jnp.cos(length) * c + jnp.sinc(length / jnp.pi) * tangent
-    done = done | (length < least)
+    done = done | (length < tol)
     return (jnp.where(done, c, _over(moved, norm(moved))), done), None
 
   first = (valid & (jnp.cumsum(valid) == 1)).astype(cosine.dtype)
   start = norm(weight)
-  usable = start > jnp.maximum(least, jnp.sqrt(_noise(cosine)))
+  usable = start > jnp.maximum(tol, jnp.sqrt(_noise(cosine)))
   c = jnp.where(usable, weight / jnp.where(usable, start, 1), first)
   return lax.scan(step, (c, jnp.asarray(False)), length=max_iter)[0][0]
 
 
 def _arc(t: Array, cosine: Array, straight: Array) -> Array:
-  """Coefficients of two vectors at t of the arc, or of the straight line, between them: [2]."""
+  """Returns coefficients [2] of two vectors at t of the arc, or of the line, between them."""
   angle = jnp.arccos(jnp.where(straight, 0, cosine))
   arc = jnp.stack([jnp.sin((1 - t) * angle), jnp.sin(t * angle)]) / jnp.sin(angle)
   return jnp.where(straight, jnp.stack([1 - t, t]), arc)
 
 
 def cosines(gram: Array, floor: Array | float = 0.0) -> Array:
-  """Returns cosines of inner products, 0 where a norm is: [K, K] -> [K, K].
+  """Returns the cosines of inner products, 0 for norms of 0: [K, K] -> [K, K].
 
   `floor` is the least product of two norms to divide by.
 
@@ -296,7 +292,7 @@ def cosines(gram: Array, floor: Array | float = 0.0) -> Array:
 
 
 def root(square: Array) -> Array:
-  """Square root, 0 with gradient 0 where the argument is not positive.
+  """Returns the square root, 0 with gradient 0 where the argument is not positive.
 
   Example:
     >>> root(jnp.array([4.0, 0.0, -1e-9])).tolist()
@@ -312,8 +308,13 @@ def _over(x: Array, y: Array) -> Array:
 
 
 def _noise(x: Array) -> Array:
-  """What rounding leaves of a difference of numbers near 1."""
+  """Returns a bound on rounding errors in differences of numbers near 1."""
   return jnp.asarray(16 * jnp.finfo(x.dtype).eps, x.dtype)
+
+
+def _normalize(weights: Array) -> Array:
+  """Divides weights by their sum, or by 1 where that is nearly zero."""
+  return weights / jnp.where(jnp.abs(weights.sum()) < 1e-8, 1, weights.sum())
 
 
 def _weights(gram: Array, leaf: Leaf) -> Array:
@@ -324,5 +325,5 @@ def _blank(x: Array) -> Array:
   return jnp.zeros(x.shape[:1] * 2, x.dtype)
 
 
-def _combined(coefficients: Array, x: Array) -> Array:
+def _combine(coefficients: Array, x: Array) -> Array:
   return jnp.sum(x * coefficients.reshape((-1,) + (1,) * (x.ndim - 1)), axis=0, keepdims=True)

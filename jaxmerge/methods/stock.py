@@ -1,4 +1,4 @@
-"""Model Stock: how far to go from the base to the mean, by the angle between the models."""
+"""Model Stock: a step from the base towards the mean, by the angle between the models."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ def model_stock(
   clip: bool = False,
   floor: float = 0.0,
 ) -> Method:
-  """Goes from the base to the mean of N models as far as their task vectors agree.
+  """Steps from the base towards the mean of N models, as far as their task vectors agree.
 
   The step is t = N cos / (1 + (N - 1) cos), with cos the mean cosine of all pairs of task vectors:
-  1 where all are the same, 0 where they are orthogonal. Opposed task vectors give steps below 0, or
-  of any size; where the denominator is below 1e-6 in magnitude t is 0.
+  1 if all are the same, 0 if they are orthogonal. Opposed task vectors lead to steps below 0, or of
+  any size. If the denominator is below 1e-6 in magnitude, t is 0.
 
   Args:
     scope: one t per leaf, or per row of the leaf's matrix view; a leaf without a view has one.
-    clip: keep t in [0, 1]; recommended.
-    floor: least product of two norms that a cosine divides by; 1e-6 in mergekit, which takes small
-      task vectors for orthogonal ones.
+    clip: clip t to [0, 1]; recommended.
+    floor: least product of two norms that a cosine divides by; with 1e-6, as in mergekit, small
+      task vectors count as orthogonal.
 
   Reference: Jang et al. 2024, Model Stock (arXiv:2403.19522).
 

@@ -1,4 +1,4 @@
-"""Electing a sign where task vectors disagree."""
+"""TIES-Merging: elects a sign where task vectors disagree, and joins the entries that agree."""
 
 from __future__ import annotations
 
@@ -24,23 +24,24 @@ def elect_sign(
   votes: Literal["sum", "count"] = "sum",
   deferred: bool = False,
 ) -> Method:
-  """Zeroes the entries whose sign is not that of the sum over the models; K is kept.
+  """Zeroes the entries whose sign is not that of the sum over the models: [K, ...] -> [K, ...].
 
   Args:
-    zero_sum: where the sum is zero, "majority" takes the sign that most entries of the merged model
-      have, as the authors do, and zeroes the entry in all models if that is a draw; "plus" takes
+    zero_sum: for sums of zero, "majority" elects the sign that most entries of the merged model
+      have, as the authors do, and zeroes the entry in all models if that is a draw; "plus" elects
       the positive sign, as mergekit and peft do.
     slack: how much more a model's entries count in the sum, scalar or one per model; None: 0.
     votes: what is added up: "sum" the entries, "count" their signs.
-    deferred: the majority may be counted late, see `Stage`: what follows leaves NaN as it is.
+    deferred: whether the majority may be counted late, see `Stage`; stages that follow must not
+      change NaN.
 
   Reference: Yadav et al. 2023, TIES-Merging (arXiv:2306.01708), step 2.
 
   Example:
     >>> import jaxmerge
     >>> x = {"w": jnp.array([[3.0, 1.0], [-1.0, 1.0]])}
-    >>> elected = chain(elect_sign(), averages.weighted_sum())
-    >>> jaxmerge.merge(elected, x)["w"].tolist()
+    >>> method = chain(elect_sign(), averages.weighted_sum())
+    >>> jaxmerge.merge(method, x)["w"].tolist()
     [3.0, 2.0]
   """
   hparams = {} if slack is None else {"slack": slack}
@@ -54,7 +55,7 @@ def elect_sign(
     return leafwise(lambda x, leaf: agreeing(x, total(x, leaf)), hparams=hparams)
 
   def sides(x: Array, leaf: Leaf) -> Array:
-    # Of no sign counts 1, so that plus and minus are counted at once.
+    # Minus, zero and plus count 0, 1 and 2, so that one sum counts both signs.
     return wide_counts.count((1 + jnp.sign(total(x, leaf))).astype(jnp.uint32), most=2)
 
   def update(x: Array, leaf: Leaf, known: Any) -> Array:
@@ -66,20 +67,20 @@ def elect_sign(
   def majority(x: Array, known: Any) -> Array | float:
     if "sides" not in known:
       return jnp.nan
-    found, even = known["sides"], known["even"]
-    more, fewer = (wide_counts.at_least(a, b)[0] for a, b in ((found, even), (even, found)))
+    total, even = known["sides"], known["even"]
+    more, fewer = (wide_counts.at_least(a, b)[0] for a, b in ((total, even), (even, total)))
     return more.astype(x.dtype) - fewer.astype(x.dtype)
 
-  counted = reductions.total("sides", sides)._replace(combine=wide_counts.plus)
+  votes_of_signs = reductions.total("sides", sides)._replace(combine=wide_counts.plus)
 
   def even(group: Group) -> dict[str, Any]:
     return {"even": wide_counts.limbs(group.size)[:, None]}
 
-  return Method((Stage(update, (counted,), even, hparams, deferred=deferred),))
+  return Method((Stage(update, (votes_of_signs,), even, hparams, deferred=deferred),))
 
 
 def agreeing(x: Array, total: Array | None = None) -> Array:
-  """Zeroes the entries whose sign is not that of the sum; where it is zero, plus is elected.
+  """Zeroes the entries whose sign is not that of the sum; a sum of zero counts as positive.
 
   A total [1, *s] may take the place of the sum.
 
@@ -95,8 +96,8 @@ def agreeing(x: Array, total: Array | None = None) -> Array:
 def disjoint_mean(weight: float | tuple[float, ...] | None = 1.0) -> Method:
   """Averages, entry by entry, the models whose entry is not zero: [K, ...] -> [1, ...].
 
-  With unequal weights, which the entries must already carry, the divisor is the sum of the weights
-  of those models; with None it is their number. An entry that is zero in all models stays zero.
+  The divisor is the sum of the weights of those models, by which the entries must already be
+  multiplied; with None it is their number. An entry that is zero in all models stays zero.
 
   Reference: Yadav et al. 2023, TIES-Merging (arXiv:2306.01708), step 3.
 
@@ -119,7 +120,7 @@ def disjoint_mean(weight: float | tuple[float, ...] | None = 1.0) -> Method:
 def disjoint_max() -> Method:
   """Takes, entry by entry, the largest magnitude: [K, ...] -> [1, ...].
 
-  The models must agree on the sign: where they do not, the largest positive entry wins.
+  The models should agree on the sign; where they do not, it takes the largest positive entry.
 
   Example:
     >>> import jaxmerge
@@ -142,9 +143,9 @@ def elected(
   zero_sum: Literal["majority", "plus"] = "majority",
   votes: Literal["sum", "count"] = "sum",
 ) -> Method:
-  """Weighs the models, elects a sign per entry, and joins those that agree.
+  """Weighs the models, elects a sign per entry, and joins the entries that agree.
 
-  This is what TIES does once task vectors are trimmed; arguments as for `ties`.
+  It is TIES after the trimming; arguments as for `ties`.
 
   Example:
     >>> import jaxmerge
@@ -154,14 +155,14 @@ def elected(
   """
   election = {"zero_sum": zero_sum, "votes": votes}
   lookup.check("ties", {"scale": scale, "weight": weight, "reduce": reduce, **election})
-  joined = {
+  join = {
     "mean": lambda: disjoint_mean(weight),
-    # The entries carry their weights already.
+    # The entries are multiplied by their weights already.
     "sum": lambda: pointwise(_added, combines=True),
     "max": disjoint_max,
   }[reduce]()
-  agreed = elect_sign(zero_sum, votes=votes, deferred=True)
-  return chain(averages.weighted(weight), agreed, joined, averages.scaled(scale))
+  election_stage = elect_sign(zero_sum, votes=votes, deferred=True)
+  return chain(averages.weighted(weight), election_stage, join, averages.scaled(scale))
 
 
 @named
@@ -184,11 +185,11 @@ def ties(
     weight: weight of each model, scalar or one per model; weighted entries vote, and the mean
       divides by the weights of those that agree.
     scope: entries are ranked over the whole model, as the authors do, or per leaf.
-    rule: what happens at the threshold, see `trim`.
-    reduce: how the entries that agree are joined.
-    zero_sum: which sign is elected where the entries cancel out, see `elect_sign`.
+    rule: for entries at the threshold, see `trim`.
+    reduce: joins the entries that agree.
+    zero_sum: the sign elected where the entries cancel out, see `elect_sign`.
     rescale: norm of each leaf that is restored after trimming, see `matched`; None: none.
-    votes: what elects a sign, the "sum" of the entries, or their "count" with either sign.
+    votes: elects the sign: the "sum" of the entries, or the "count" of those with either sign.
 
   Reference: Yadav et al. 2023, TIES-Merging (arXiv:2306.01708).
 
@@ -199,9 +200,9 @@ def ties(
     >>> jaxmerge.merge(ties(density=0.4), experts, base)["w"].tolist()
     [2.0, -2.0, 0.0]
   """
-  given = {"density": density, "rule": rule, "rescale": rescale, "reduce": reduce, "votes": votes}
-  chosen = {} if callable(scope) else {"scope": scope}
-  lookup.check("ties", {**given, **chosen, "scale": scale, "weight": weight, "zero_sum": zero_sum})
+  settings = {"rule": rule, "rescale": rescale, "reduce": reduce, "zero_sum": zero_sum}
+  settings |= {"votes": votes} if callable(scope) else {"votes": votes, "scope": scope}
+  lookup.check("ties", {"density": density, "scale": scale, "weight": weight, **settings})
   trimmed = sparsify.matched(sparsify.trim(density, scope=scope, rule=rule), rescale)
   return chain(trimmed, elected(scale, weight, reduce, zero_sum, votes))
 
@@ -214,16 +215,16 @@ def ties_slack(
   scope: Scope = "tree",
   rule: Literal["kth", "exact"] = "kth",
 ) -> Method:
-  """As `ties`, but the entries of some models count for more when the signs are elected.
+  """Merges as `ties` does, but the entries of some models count for more in the election.
 
-  For a model tuned on little data beside one that moved far: its entries lose fewer elections, and
-  are averaged as they are.
+  It helps a model tuned on little data beside one that moved far: its entries lose fewer elections.
+  They are averaged without the slack.
 
-  Experimental: the paper's inequality could not be read, this is one way to have its effect.
+  Experimental: the paper's inequality could not be read; this is one way to have its effect.
 
   Args:
-    slack: an entry votes as one (1 + slack) times as large, scalar or one per model: (0, 0.5) is
-      for the second of two. 0 is plain TIES; with a large slack its model always wins.
+    slack: an entry votes as if (1 + slack) times as large, scalar or one per model: (0, 0.5) helps
+      the second of two models. 0 is TIES; with a large slack a model always wins.
     density: fraction of the entries kept, in (0, 1].
     scale: factor on the merged task vector.
     scope: see `ties`.

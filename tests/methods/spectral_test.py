@@ -46,7 +46,7 @@ def test_worked_example(method, expected):
 )
 def test_directions_are_dealt(rank, height, common, expected):
   """Never more than there are, where rounding asks for it."""
-  assert spectral.slots(rank, height, common) == expected
+  assert spectral.count_directions(rank, height, common) == expected
 
 
 @pytest.mark.parametrize("shape", [(6, 9), (9, 6), (7, 7)])

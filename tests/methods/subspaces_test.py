@@ -41,14 +41,14 @@ def test_worked_example(method, matrices, expected):
 )
 def test_what_is_added_avoids_the_directions(alpha, zeros):
   tau = np.arange(1.0, 17).reshape(4, 4)
-  found = subspaces.projected(jnp.asarray(tau), jnp.diag(jnp.array([4.0, 3, 2, 1])), alpha, 1e-6)
+  found = subspaces.project_out(jnp.asarray(tau), jnp.diag(jnp.array([4.0, 3, 2, 1])), alpha, 1e-6)
   close(found, np.where(zeros, 0, tau), atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(4, 9), (9, 4), (5, 5)])
 def test_what_is_added_is_orthogonal_to_what_is_held(shape):
   held, tau = (np.asarray(x, np.float32) for x in drawn(2, *shape))
-  found = np.asarray(subspaces.projected(jnp.asarray(tau), jnp.asarray(held), 0.3, 1e-6))
+  found = np.asarray(subspaces.project_out(jnp.asarray(tau), jnp.asarray(held), 0.3, 1e-6))
   assert abs(np.sum(found * held)) < 1e-4 * np.linalg.norm(tau) * np.linalg.norm(held)
 
 
