@@ -23,6 +23,7 @@ _ROOMS = (
   "parameters",
   "plan",
   "records",
+  "rule_updates",
   "run",
   "syntax",
   "tokenizer",

@@ -3,7 +3,34 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any, NamedTuple  # Any: what a config.json holds.
+
+
+class Layers(NamedTuple):
+  """Layers that are stacked anew.
+
+  Attributes:
+    height: how many there were, as many as are stored.
+    order: the old number of each new one.
+    counted: how many there were by the config.
+  """
+
+  height: int
+  order: tuple[int, ...]
+  counted: int | None = None
+
+  def is_list_of(self, value: Sequence[Any]) -> bool:
+    """Tells whether a list is as long as if it had an entry for each layer."""
+    if len(value) not in (self.height, self.counted):
+      return False
+    if len(value) <= max(self.order, default=0):
+      raise ValueError(
+        f"the config of the base, or first model, has {list(value)!r:.100}, an entry for each of "
+        f"{len(value)} layers, but layer {max(self.order)} of a model is stacked: let one that has "
+        "as many layers be the first."
+      )
+    return True
 
 
 class Cycle(NamedTuple):
@@ -113,3 +140,8 @@ EDGE = re.compile(
 )
 LAST = re.compile(r"gemma4\w*|diffusion_gemma\w*")  # Their last layer has no window.
 WRITTEN = {*BY_KEY, *FROM, "num_kv_shared_layers"}
+
+
+def is_period(key: str) -> bool:
+  """Tells whether a rule is about every n-th layer."""
+  return bool(EVERY.search(key) or key in STEPS)

@@ -6,7 +6,8 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple  # Any: what a config.json holds.
 
-from jaxmerge.recipe.layer_config import COUNT, Layers, ahead, counts, each_layer, stacked
+from jaxmerge.recipe.layer_config import COUNT, ahead, each_layer, has_default_count, restack
+from jaxmerge.recipe.layer_rules import Layers
 
 _FIRST_NUMBER = re.compile(r"^((?:[^.]*[^.\d][^.]*\.)*)(\d+)\.(.+)$")
 _COUNTS = (
@@ -14,7 +15,7 @@ _COUNTS = (
   *("encoder_layers", "decoder_layers", "depth", "num_encoder_layers", "layers", "num_blocks"),
   *("encoder_num_hidden_layers", "decoder_num_hidden_layers"),
 )
-_PLAIN = {"num", "n", "hidden", "layers", "layer", "config", "model"}  # They tell nothing apart.
+_PLAIN = {"num", "n", "hidden", "layers", "layer", "config", "model"}  # These distinguish nothing.
 _INPUTS = re.compile(r"(^|[._])(embed\w*|\w*embeddings?|wte|wpe|shared|patch_embed\w*)(\.|$)")
 _SIGHT = {"vision_config", "audio_config", "speech_config", "visual"}
 _TOWER = re.compile(r"(^|[._])(vision|visual|vit|image|img|audio|speech|video)(_\w+)?(\.|$)")
@@ -35,8 +36,8 @@ def place(name: str) -> Place | None:
   Place(stack='model.layers.', layer=3, rest='experts.7.w1.weight')
   >>> place("model.norm.weight")
   """
-  found = _FIRST_NUMBER.match(name)
-  return Place(found[1], int(found[2]), found[3]) if found else None
+  match = _FIRST_NUMBER.match(name)
+  return Place(match[1], int(match[2]), match[3]) if match else None
 
 
 def stacks(names: Iterable[str]) -> dict[str, int]:
@@ -45,11 +46,11 @@ def stacks(names: Iterable[str]) -> dict[str, int]:
   >>> stacks(["h.0.w", "h.1.w", "norm.w"])
   {'h.': 2}
   """
-  found: dict[str, set[int]] = {}
+  numbers: dict[str, set[int]] = {}
   for name in names:
     if at := place(name):
-      found.setdefault(at.stack, set()).add(at.layer)
-  return {stack: max(layers) + 1 for stack, layers in sorted(found.items())}
+      numbers.setdefault(at.stack, set()).add(at.layer)
+  return {stack: max(layers) + 1 for stack, layers in sorted(numbers.items())}
 
 
 def main(names: Iterable[str], config: Mapping[str, Any]) -> str:
@@ -64,20 +65,20 @@ def main(names: Iterable[str], config: Mapping[str, Any]) -> str:
   Raises:
     Unclear: if there is none, or more than one.
   """
-  found = stacks(names)
+  heights = stacks(names)
   parts = _parts(config)
   if of_text := _of_text(parts):
-    found = {stack: n for stack, n in found.items() if not is_tower(stack)} or found
-  said = [parts[part].get(key) for part in of_text or parts for key in _COUNTS]
-  heights = {height for height in said if type(height) is int}
-  fits = [stack for stack, height in found.items() if height in heights] or list(found)
+    heights = {stack: n for stack, n in heights.items() if not is_tower(stack)} or heights
+  counted = [parts[part].get(key) for part in of_text or parts for key in _COUNTS]
+  counts = {count for count in counted if type(count) is int}
+  fits = [stack for stack, height in heights.items() if height in counts] or list(heights)
   if len(fits) != 1:
-    raise Unclear({stack: found[stack] for stack in fits})
+    raise Unclear({stack: heights[stack] for stack in fits})
   return fits[0]
 
 
 def _of_text(parts: Collection[str]) -> list[str]:
-  """The parts of a config that are about the text; none where nothing is about anything else."""
+  """Returns the parts of a config that are about the text; none where nothing is about others."""
   named = [part for part in parts if part.split(".")[-1] == "text_config"]
   others = [part for part in parts if not set(part.split(".")) & _SIGHT]
   return named or (others if len(others) < len(parts) else [])
@@ -105,7 +106,7 @@ def is_tower(name: str) -> bool:
   return _TOWER.search(name) is not None
 
 
-def resized(
+def resize(
   config: Mapping[str, Any],
   height: int | None,
   order: Mapping[int, int],
@@ -114,7 +115,7 @@ def resized(
 ) -> dict[str, Any]:
   """Returns a config of a model whose layers are stacked anew.
 
-  >>> resized({"num_hidden_layers": 2, "layer_types": ["full", "slide"]}, 2, {0: 0, 1: 1, 2: 1})
+  >>> resize({"num_hidden_layers": 2, "layer_types": ["full", "slide"]}, 2, {0: 0, 1: 1, 2: 1})
   {'num_hidden_layers': 3, 'layer_types': ['full', 'slide', 'slide']}
 
   Args:
@@ -125,15 +126,17 @@ def resized(
     others: its other parts.
 
   Raises:
-    ValueError: where it cannot be told which of its numbers is meant, or a rule does not hold.
+    ValueError: where it is unclear which of its numbers is meant, or a rule does not hold.
   """
   parts = _parts(config)
-  every = [(n, k) for n, own in parts.items() for k in _COUNTS if type(own.get(k)) is int]
+  every = [(n, k) for n, part in parts.items() for k in _COUNTS if type(part.get(k)) is int]
   if not module:  # As `main` takes the stack of the text, though only another one is counted.
     texts = _of_text(parts)
     every = [p for p in every if p[0] in texts or not set(p[0].split(".")) & _SIGHT]
   if not every and config and height and [*order.values()] != [*range(height)]:
-    return _uncounted(config, parts, Layers(height, tuple(order[i] for i in range(len(order)))))
+    return _resize_uncounted(
+      config, parts, Layers(height, tuple(order[i] for i in range(len(order))))
+    )
   fits = [(n, k) for n, k in every if height in (parts[n][k], parts[n][k] + ahead(parts[n]))]
   mine, theirs = _words(module), set().union(*map(_words, others)) - _words(module)
   # Where the files hold another number of layers, the first key of a part is meant.
@@ -147,44 +150,44 @@ def resized(
     raise ValueError(f"the config says {keys}; which of them are the {height} layers of the files?")
   for part, key in places[:1]:
     layers = Layers(height or parts[part][key], tuple(order[i] for i in range(len(order))))
-    own = stacked(parts[part], key, layers)
-    own |= {k: own[key] for _, k in places}
-    return _changed(config, part.split(".") if part else [], own)
+    changed = restack(parts[part], key, layers)
+    changed |= {k: changed[key] for _, k in places}
+    return _replace(config, part.split(".") if part else [], changed)
   return dict(config)
 
 
-def _uncounted(
+def _resize_uncounted(
   config: Mapping[str, Any], parts: Mapping[str, Any], layers: Layers
 ) -> dict[str, Any]:
-  """A config that counts no layers of a stack: its lists say them, or its class has a default."""
+  """Resizes a config that counts no layers: its lists say how many, or its class has a default."""
   meant = [p for p in parts if p.split(".")[-1] == "text_config"] or [""]
   listed = [p for p in meant if each_layer(parts[p], layers.height)]
-  known = [p for p in meant if counts(parts[p], config if p else {})]
+  known = [p for p in meant if has_default_count(parts[p], config if p else {})]
   if len(listed or known) != 1:
     raise ValueError(
       f"the config has no count of the {layers.height} layers, such as num_hidden_layers, and no "
-      "list of them: it cannot be told what its class makes of another number. Write the count "
+      "list of them: it is not known what its class makes of another number. Write the count "
       "into the config.json of the base, or first model."
     )
   (part,) = listed or known
-  own = stacked(parts[part], None if listed else COUNT, layers)
-  return _changed(config, part.split(".") if part else [], own)
+  changed = restack(parts[part], None if listed else COUNT, layers)
+  return _replace(config, part.split(".") if part else [], changed)
 
 
 def _parts(config: Mapping[str, Any], prefix: str = "", depth: int = 3) -> dict[str, Any]:
-  """The parts of a config, of a part too, by their names with dots."""
-  found = {prefix: config}
-  for key, own in config.items() if depth else ():
-    if isinstance(own, Mapping):
-      found |= _parts(own, f"{prefix}.{key}".removeprefix("."), depth - 1)
-  return found
+  """Returns the parts of a config, and parts of parts, by their names with dots."""
+  parts = {prefix: config}
+  for key, value in config.items() if depth else ():
+    if isinstance(value, Mapping):
+      parts |= _parts(value, f"{prefix}.{key}".removeprefix("."), depth - 1)
+  return parts
 
 
-def _changed(config: Mapping[str, Any], path: Sequence[str], own: Any) -> dict[str, Any]:
-  """A config with another part, or with what that says if the path is empty."""
+def _replace(config: Mapping[str, Any], path: Sequence[str], part: Any) -> dict[str, Any]:
+  """Returns a config with another part at a path; with an empty path the part itself."""
   if not path:
-    return dict(own)
-  return {**config, path[0]: _changed(config[path[0]], path[1:], own)}
+    return dict(part)
+  return {**config, path[0]: _replace(config[path[0]], path[1:], part)}
 
 
 def _words(name: str) -> set[str]:

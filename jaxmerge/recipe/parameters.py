@@ -36,7 +36,7 @@ class Tensor(NamedTuple):
 
 
 class Value(NamedTuple):
-  """A value, and where it is given; None for a default."""
+  """A value, and its place; None for a default."""
 
   value: Scalar
   place: Place | None
@@ -69,16 +69,16 @@ def evaluate(cases: Sequence[Case], tensor: Tensor) -> Value | None:
   """Returns the value of the first case that holds for a tensor; None if none does."""
   for case in cases:
     if case.where.holds(tensor.name, tensor.layer):
-      return Value(interpolated(case.value, tensor.depth), case.place)
+      return Value(interpolate(case.value, tensor.depth), case.place)
   return None
 
 
-def interpolated(value: Scalar | tuple[Scalar, ...], depth: float | None) -> Scalar:
+def interpolate(value: Scalar | tuple[Scalar, ...], depth: float | None) -> Scalar:
   """Returns a gradient's value at a depth: numbers are interpolated, other values step.
 
   Tensors outside of the layers, whether before or after them, take the first value.
 
-  >>> interpolated((0, 0.5, 1), 0.75), interpolated((True, False), 0.75), interpolated(3, None)
+  >>> interpolate((0, 0.5, 1), 0.75), interpolate((True, False), 0.75), interpolate(3, None)
   (0.75, True, 3)
   """
   if not isinstance(value, tuple):
@@ -94,8 +94,8 @@ def interpolated(value: Scalar | tuple[Scalar, ...], depth: float | None) -> Sca
 def lookup(levels: Iterable[Parameters], name: str, tensor: Tensor) -> Value | None:
   """Returns the value of a parameter at the first level that has one for the tensor."""
   for level in levels:
-    if found := evaluate(level.get(name, ()), tensor):
-      return found
+    if value := evaluate(level.get(name, ()), tensor):
+      return value
   return None
 
 
@@ -134,43 +134,37 @@ def values(
     RecipeError: for a required parameter without a value for this tensor, values out of range
       together, and weights that add up to zero but are divided by their sum.
   """
-  own = override(recipe, tensor)
-  above = (own.parameters,) if own else ()
-  name = own.merge_method if own else recipe.merge_method
+  exception = override(recipe, tensor)
+  above = (exception.parameters,) if exception else ()
+  name = exception.merge_method if exception else recipe.merge_method
   method = METHODS[name]
   if group.copied(method):
     return Values("passthrough", {}, ({"scale": 1.0},))
-  found: list[Problem] = []
-
-  def picked(
-    levels: Sequence[Parameters], known: Mapping[str, Parameter], at: Tensor
-  ) -> dict[str, Value]:
-    made, problems = _picked(levels, known, at, name, group.place)
-    found.extend(problems)
-    return made
-
-  shared = picked((*above, *group.levels), method.shared, tensor)
+  problems: list[Problem] = []
+  shared = _pick((*above, *group.levels), method.shared, tensor, name, group.place, problems)
   each = []
   for i, source in enumerate(group.sources):
     at = tensor if names is None else tensor._replace(name=names[i])
     levels = (*above, source.parameters, *group.levels)
-    each.append(picked(levels, method.each if group.merged(source, method) else {}, at))
-  found += together(name, shared, each, group.place, f" for tensor {tensor.name!r}")
-  if found:
-    raise RecipeError(found)
-  bare = [{n: v.value for n, v in given.items()} for given in (shared, *each)]
-  return Values(name, bare[0], tuple(bare[1:]))
+    known = method.each if group.merged(source, method) else {}
+    each.append(_pick(levels, known, at, name, group.place, problems))
+  problems += conflicts(name, shared, each, group.place, f" for tensor {tensor.name!r}")
+  if problems:
+    raise RecipeError(problems)
+  plain = [{n: v.value for n, v in by_name.items()} for by_name in (shared, *each)]
+  return Values(name, plain[0], tuple(plain[1:]))
 
 
-def _picked(
+def _pick(
   levels: Sequence[Parameters],
   known: Mapping[str, Parameter],
   tensor: Tensor,
   method: str,
   place: Place,
-) -> tuple[dict[str, Value], list[Problem]]:
-  """Returns the values of known parameters, defaults included, and what is wrong with them."""
-  made, problems = {}, []
+  problems: list[Problem],
+) -> dict[str, Value]:
+  """Returns the values of known parameters, defaults included; collects what is wrong with them."""
+  picked = {}
   for name, parameter in known.items():
     value = lookup(levels, name, tensor) or Value(parameter.default, None)
     if value.value is None:
@@ -180,11 +174,11 @@ def _picked(
     elif wrong := value_error(name, parameter, value.value):
       problems.append(Problem(value.place or place, f"{method}: {wrong}"))
     else:
-      made[name] = value
-  return made, problems
+      picked[name] = value
+  return picked
 
 
-def together(
+def conflicts(
   name: str,
   shared: Mapping[str, Value],
   each: Sequence[Mapping[str, Value]],
@@ -201,14 +195,14 @@ def together(
     which: words for the tensor.
   """
   problems = []
-  for given in each:
-    if "epsilon" in given and "density" in given:
-      density, epsilon = (float(given[n].value) for n in ("density", "epsilon"))
-      at, other = given["density"].place, given["epsilon"].place
+  for values_of_model in each:
+    if "epsilon" in values_of_model and "density" in values_of_model:
+      density, epsilon = (float(values_of_model[n].value) for n in ("density", "epsilon"))
+      at, other = values_of_model["density"].place, values_of_model["epsilon"].place
       if 0 < density < 1 and not (epsilon < density and density + epsilon < 1):
         text = f"density - epsilon and density + epsilon must be in (0, 1), got {density:g} and"
         problems.append(Problem(at or other or place, f"{name}: {text} {epsilon:g}{which}."))
-  weights = [given["weight"] for given in each if "weight" in given]
+  weights = [values_of_model["weight"] for values_of_model in each if "weight" in values_of_model]
   if weights and _divides(METHODS[name], shared):
     values = [float(w.value) for w in weights]
     if abs(sum(values)) <= 1e-6 * sum(abs(v) for v in values):
@@ -237,7 +231,7 @@ def unmatched(
     recipe: the recipe.
     tensors: the layer of every tensor by name, None outside of the layers: of the merged model,
       and of the sources where their names differ.
-    modules: those of each module, for what is said of it alone.
+    modules: those of each module, for its own conditions.
   """
   problems = set()
   for module, conditions in _conditions(recipe):
@@ -276,13 +270,13 @@ def _conditions(recipe: Recipe) -> Iterator[tuple[str | None, tuple[Where, ...]]
 
 
 def _cases(recipe: Recipe) -> Iterator[tuple[str | None, str, tuple[Case, ...]]]:
-  """Yields what is said of parameters, at all levels: the module, the name, the cases."""
+  """Yields the parameters of all levels: the module, the name, the cases."""
   levels: list[tuple[str | None, Parameters]] = [(None, recipe.parameters)]
   levels += [(name, m.parameters) for name, m in recipe.parts.items()]
   levels += [(None, o.parameters) for o in recipe.overrides]
   for group in groups(recipe):
     levels += [
-      (group.module, own) for own in (group.levels[0], *(s.parameters for s in group.sources))
+      (group.module, level) for level in (group.levels[0], *(s.parameters for s in group.sources))
     ]
   yield from ((m, name, cases) for m, level in levels for name, cases in level.items())
 
@@ -308,6 +302,6 @@ def _without(where: Where, tensors: Mapping[str, int | None]) -> str:
   close = difflib.get_close_matches(wanted, sorted(words), n=1)
   if close:
     return f"{text}; did you mean {close[0]!r}?"
-  each = sorted({part for own in parts for part in own})
+  each = sorted({part for name_parts in parts for part in name_parts})
   more = f" and {len(each) - _SHOWN} more" if len(each) > _SHOWN else ""
   return f"{text}, whose names have {', '.join(each[:_SHOWN])}{more} in them; else remove it."

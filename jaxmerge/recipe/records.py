@@ -33,18 +33,18 @@ class Model:
   def __str__(self) -> str:
     """Returns the reference as mergekit writes it: `path@revision+adapter@revision`, ..."""
     parts = [(self.path, self.revision), *self.adapters]
-    return "+".join(path + (f"@{own}" if own else "") for path, own in parts)
+    return "+".join(path + (f"@{revision}" if revision else "") for path, revision in parts)
 
 
 @dataclasses.dataclass(frozen=True)
 class Where:
-  """Which tensors something is meant for: those that fulfil every condition given, else all.
+  """Which tensors something is meant for: those that fulfil every condition; all without one.
 
   Attributes:
     filter: text that is part of the tensor's name.
     pattern: regular expression that is found in the name.
     layers: layers of the merged model, as ranges [first, last).
-    place: where this is said.
+    place: where this stands.
   """
 
   filter: str | None = None
@@ -54,7 +54,7 @@ class Where:
 
   @property
   def everywhere(self) -> bool:
-    """Whether no condition is given."""
+    """Returns whether there is no condition."""
     return self.filter is None and self.pattern is None and self.layers is None
 
   def holds(self, name: str, layer: int | None) -> bool:
@@ -69,8 +69,8 @@ class Where:
 
   def __str__(self) -> str:
     """Returns the conditions in words."""
-    given = {"filter": self.filter, "pattern": self.pattern}
-    words = [f"{key} {value!r}" for key, value in given.items() if value is not None]
+    texts = {"filter": self.filter, "pattern": self.pattern}
+    words = [f"{key} {value!r}" for key, value in texts.items() if value is not None]
     if self.layers is not None:
       spans = (f"{a}-{b - 1}" if b - a > 1 else str(a) for a, b in self.layers)
       words.append(f"layers {', '.join(spans)}")
@@ -118,7 +118,7 @@ class Slice:
 
 @dataclasses.dataclass(frozen=True)
 class Module:
-  """A part of the merged model with models or slices of its own: a vision tower, a decoder."""
+  """A part of the merged model, such as a vision tower, with its models or slices."""
 
   models: tuple[Source, ...]
   slices: tuple[Slice, ...]
@@ -179,7 +179,7 @@ class View:
     where: the tensors.
     axes: a letter for each axis, `o`, `i` or `b`, as in `jaxmerge.core.matrix_views`; None: no
       matrix.
-    place: where this is said.
+    place: where this stands.
   """
 
   where: Where
@@ -198,7 +198,7 @@ class Recipe:
     tokenizer: from either of the keys `tokenizer` and `tokenizer_source`.
     name: by which later documents refer to the result.
     strict: whether keys without effect are errors.
-    compat: "mergekit" asks for mergekit's own rules where they differ from the papers.
+    compat: "mergekit" takes the rules of mergekit where they differ from the papers.
     missing: what happens to a tensor that some models lack.
     allow: settings of configs in which models may differ, or "tokens", the order of these.
     exclude: tensors that are copied from the base.
@@ -283,16 +283,16 @@ class Group(NamedTuple):
 
 def groups(recipe: Recipe) -> tuple[Group, ...]:
   """Returns the groups of a recipe: one if it has whole models, else one for each slice."""
-  made = []
+  every = []
   for name, part in recipe.parts.items():
     levels = (part.parameters, recipe.parameters)
     if part.models:
       place = part.models[0].place
-      made.append(Group(part.models, recipe.base_model, levels, name, False, place))
+      every.append(Group(part.models, recipe.base_model, levels, name, False, place))
     for s in part.slices:
       base = s.base_model or recipe.base_model
-      made.append(Group(s.sources, base, (s.parameters, *levels), name, True, s.place))
-  return tuple(made)
+      every.append(Group(s.sources, base, (s.parameters, *levels), name, True, s.place))
+  return tuple(every)
 
 
 def referenced(recipe: Recipe) -> tuple[Model, ...]:

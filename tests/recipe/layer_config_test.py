@@ -10,7 +10,8 @@ import recipes
 
 from jaxmerge.io.tensors.tensor import Files
 from jaxmerge.recipe import RecipeError, layers
-from jaxmerge.recipe.layer_config import Layers, stacked
+from jaxmerge.recipe.layer_config import restack
+from jaxmerge.recipe.layer_rules import Layers
 
 DEFAULTS = json.loads(
   (pathlib.Path(__file__).parents[1] / "support/oracles/layer_types.json").read_text()
@@ -22,7 +23,7 @@ UNEVEN |= {"mimo_v2_flash", "recurrent_gemma", "zamba"}
 def of(config, order, height=6):
   """A config of a stack of some layers, after they are stacked anew."""
   own = {"num_hidden_layers": height, **config}
-  made = stacked(own, "num_hidden_layers", Layers(height, tuple(order)))
+  made = restack(own, "num_hidden_layers", Layers(height, tuple(order)))
   assert made.pop("num_hidden_layers") == len(order)
   return made
 
@@ -173,16 +174,16 @@ def test_rules_that_hold_no_more_and_have_no_list_are_refused(config, order):
 def test_layers_that_predict_more_tokens_lie_behind_those_that_are_counted():
   config = {"text_config": {"num_hidden_layers": 4, "num_nextn_predict_layers": 2}}
   every = dict(enumerate(range(6)))
-  assert layers.resized(config, 6, every) == config
-  found = layers.resized(config, 6, {0: 0, 1: 2, 2: 3, 3: 5})["text_config"]
+  assert layers.resize(config, 6, every) == config
+  found = layers.resize(config, 6, {0: 0, 1: 2, 2: 3, 3: 5})["text_config"]
   assert found == {"num_hidden_layers": 3, "num_nextn_predict_layers": 1}
   with pytest.raises(ValueError, match="the last 2 of the 6 layers predict more tokens"):
-    layers.resized(config, 6, {0: 5, 1: 0})
+    layers.resize(config, 6, {0: 5, 1: 0})
 
 
 def test_the_part_of_a_part_is_found():
   own = {"thinker": {"text_config": {"num_hidden_layers": 3}, "audio": {"layers": 2}}}
-  found = layers.resized(own, 3, {0: 0, 1: 2})
+  found = layers.resize(own, 3, {0: 0, 1: 2})
   assert found == {"thinker": {"text_config": {"num_hidden_layers": 2}, "audio": {"layers": 2}}}
   names = ["thinker.model.layers.2.w", "thinker.audio.layers.0.w"]
   assert layers.main(names, own) == "thinker.model.layers."
@@ -192,9 +193,9 @@ def test_layers_are_counted_as_they_are_stored():
   """The config says 9 of 3, somewhere within; of two stacks it is asked which is meant."""
   own = {"num_hidden_layers": 9, "layer_types": list("abcdefghi")}
   expected = {"num_hidden_layers": 2, "layer_types": list("ac")}
-  assert layers.resized({"text_config": own}, 3, {0: 0, 1: 2}) == {"text_config": expected}
+  assert layers.resize({"text_config": own}, 3, {0: 0, 1: 2}) == {"text_config": expected}
   with pytest.raises(ValueError, match=r"which of them are the 3 layers of the files\?"):
-    layers.resized({"a": own, "b": own}, 3, {0: 0, 1: 2})
+    layers.resize({"a": own, "b": own}, 3, {0: 0, 1: 2})
 
 
 def test_lists_of_a_model_with_fewer_layers_are_not_taken():
@@ -228,14 +229,14 @@ slices:
 def test_layers_that_no_key_counts_are_known_by_their_lists_or_their_class():
   order = {0: 0, 1: 2}
   own = {"model_type": "nemotron_h", "layers_block_type": list("abc"), "n_groups": 3}
-  assert layers.resized(own, 3, order) == own | {"layers_block_type": list("ac")}
+  assert layers.resize(own, 3, order) == own | {"layers_block_type": list("ac")}
   sees = {"model_type": "llava", "vision_config": {"num_hidden_layers": 3}, "text_config": {"a": 1}}
   text = {"a": 1, "num_hidden_layers": 2}
-  assert layers.resized(sees, 3, order) == sees | {"text_config": text}
-  assert layers.resized({"model_type": "llama"}, 3, order)["num_hidden_layers"] == 2
-  assert layers.resized({"model_type": "mine"}, 3, {0: 0, 1: 1, 2: 2}) == {"model_type": "mine"}
+  assert layers.resize(sees, 3, order) == sees | {"text_config": text}
+  assert layers.resize({"model_type": "llama"}, 3, order)["num_hidden_layers"] == 2
+  assert layers.resize({"model_type": "mine"}, 3, {0: 0, 1: 1, 2: 2}) == {"model_type": "mine"}
   with pytest.raises(ValueError, match="no count of the 3 layers, such as num_hidden_layers"):
-    layers.resized({"model_type": "mine"}, 3, order)
+    layers.resize({"model_type": "mine"}, 3, order)
 
 
 def sliced(folder, config, rests, *ranges, outside=()):

@@ -60,9 +60,9 @@ def test_truth_values_step(layers):
   """As many values as layers: each layer has its own, whatever its depth is rounded to."""
   flags = [i % 3 == 0 for i in range(layers)]
   for i in range(layers):
-    assert parameters.interpolated(tuple(flags), parameters.depth(i, layers)) is flags[i]
+    assert parameters.interpolate(tuple(flags), parameters.depth(i, layers)) is flags[i]
   halves = [
-    parameters.interpolated((False, True), parameters.depth(i, layers)) for i in range(layers)
+    parameters.interpolate((False, True), parameters.depth(i, layers)) for i in range(layers)
   ]
   assert halves == [False] * (layers - 1) + [True]
 

@@ -295,22 +295,22 @@ def test_the_stack_of_a_model_with_two_towers():
 def test_configs_count_the_layers_in_the_right_place():
   both = {"text_config": {"num_hidden_layers": 3}, "vision_config": {"num_hidden_layers": 3}}
   order = {0: 0, 1: 2}
-  found = layers.resized(both, 3, order, "vision_model", {"text_model"})
+  found = layers.resize(both, 3, order, "vision_model", {"text_model"})
   assert found == {**both, "vision_config": {"num_hidden_layers": 2}}
-  found = layers.resized(both, 3, order)  # Those of the text, where no module is named.
+  found = layers.resize(both, 3, order)  # Those of the text, where no module is named.
   assert found == {**both, "text_config": {"num_hidden_layers": 2}}
   pair = {"encoder": {"num_hidden_layers": 3}, "decoder": {"num_hidden_layers": 3}}
   with pytest.raises(ValueError, match=r"says encoder.num_hidden_layers: 3 and decoder.num"):
-    layers.resized(pair, 3, order)
+    layers.resize(pair, 3, order)
   t5 = {"num_layers": 3, "num_decoder_layers": 3}
-  assert layers.resized(t5, 3, order, "encoder", {"decoder"}) == {**t5, "num_layers": 2}
-  assert layers.resized(t5, 3, order, "decoder", {"encoder"}) == {**t5, "num_decoder_layers": 2}
+  assert layers.resize(t5, 3, order, "encoder", {"decoder"}) == {**t5, "num_layers": 2}
+  assert layers.resize(t5, 3, order, "decoder", {"encoder"}) == {**t5, "num_decoder_layers": 2}
   kinds = {"n_layer": 3, "layer_types": ["full", "sliding", "full"], "eos_token_id": [1, 2, 3]}
-  found = layers.resized(kinds, 3, {0: 1, 1: 0})
+  found = layers.resize(kinds, 3, {0: 1, 1: 0})
   assert found == {**kinds, "n_layer": 2, "layer_types": ["sliding", "full"]}
-  assert layers.resized({"num_hidden_layers": 9}, None, order) == {"num_hidden_layers": 2}
+  assert layers.resize({"num_hidden_layers": 9}, None, order) == {"num_hidden_layers": 2}
   with pytest.raises(ValueError, match="no count of the 3 layers, such as num_hidden_layers"):
-    layers.resized({"model_type": "mine"}, 3, order)
+    layers.resize({"model_type": "mine"}, 3, order)
 
 
 STAGES = (

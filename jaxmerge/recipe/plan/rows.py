@@ -230,7 +230,7 @@ def config(
   for module, stack in stacked(rows).items():
     others = {str(g.module) for g in groups(recipe)} - {str(module)}
     resized = functools.partial(
-      layers.resized, changed, heights.get(stack.stack), module=module or "", others=others
+      layers.resize, changed, heights.get(stack.stack), module=module or "", others=others
     )
     try:
       made = resized(order=stack.order)

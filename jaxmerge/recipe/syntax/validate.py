@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from jaxmerge.catalog.parameter import Parameter
 from jaxmerge.recipe.errors import Place, Problem, join_some
 from jaxmerge.recipe.mergekit.methods import METHODS
-from jaxmerge.recipe.parameters import Value, constant, together
+from jaxmerge.recipe.parameters import Value, conflicts, constant
 from jaxmerge.recipe.records import Group, Model, Parameters, Recipe, groups
 
 
@@ -112,7 +112,7 @@ def _parameters(group: Group, name: str, above: tuple[Parameters, ...]) -> Itera
     each = [{n: v for n, v in parameters.items() if n != "weight"} for parameters in each]
   known = _constants(shared, method.shared)
   yield from _enough(group, name, known)
-  yield from together(name, known, each, group.place)
+  yield from conflicts(name, known, each, group.place)
 
 
 def _without(levels: Sequence[Parameters], known: Mapping[str, Parameter]) -> list[str]:
