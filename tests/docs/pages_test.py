@@ -7,9 +7,8 @@ import pytest
 
 DOCS = pathlib.Path(__file__).parents[2] / "docs"
 PAGES = [
-  path
-  for path in (DOCS / "quickstart.md", DOCS / "concepts.md", *sorted(DOCS.glob("how_to/*.md")))
-  if path.exists()
+  *(DOCS / name for name in ("quickstart.md", "concepts.md", "search.md", "mixtures.md")),
+  *sorted(DOCS.glob("how_to/*.md")),
 ]
 SLOW = [path for path in PAGES if pages.has_slow_blocks(path)]
 
