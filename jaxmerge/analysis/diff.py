@@ -46,7 +46,7 @@ def open_models(
 ) -> list[Model]:
   """Opens the models that are compared with a base; an adapter is applied to the base.
 
-  Without `names` they are called by the ends of their paths.
+  Names are the ends of their paths by default.
   """
   models = []
   names = names or inputs.short_names(list(map(str, paths)))

@@ -37,7 +37,7 @@ def make_plan(
     missing: what becomes of a tensor that some models lack: "error"; "base", copied from there;
       "mean", of the models that have it; "skip", left out of the result.
     dropped: outcomes of tensors by model, unless the result has them all the same.
-    misfits: what does not fit between the models, as `misfits.lines` says it.
+    misfits: what does not fit between the models, from `misfits.lines`.
 
   Raises:
     Problems: naming every tensor and model that do not fit.
@@ -87,7 +87,7 @@ def _record(
   output: plans.Output | None,
   outcome: Outcome,
 ) -> None:
-  """Adds the outcomes of the parts of a tensor; what is used anywhere is not dropped."""
+  """Adds the outcomes of the input tensors of a request; a tensor in use is not dropped."""
   # The base may be one of the models as well.
   for part in dict.fromkeys((*request.models, request.base)):
     if part is None or part.tensor is None:

@@ -58,7 +58,7 @@ class Comparison(NamedTuple):
 
   Attributes:
     problems: lines on what changes the meaning of weights, and is not allowed.
-    notes: lines on what is allowed, or of less account.
+    notes: lines on what is allowed, or has no effect on the meaning.
     type_problems: those of the problems that are of the models' types.
   """
 

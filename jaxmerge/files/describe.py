@@ -97,7 +97,7 @@ def _dry_run_of_several(plan: Plan, shard_size: int, out_format: str) -> list[st
 
 
 def summary(plan: Plan) -> Record:
-  """Returns what the model card says: inputs, methods, numbers of tensors, versions.
+  """Returns the record of the model card: inputs, methods, numbers of tensors, versions.
 
   It is a function of the plan and the donor's small files: no date, no place on this machine.
 
@@ -126,7 +126,7 @@ def summary(plan: Plan) -> Record:
 
 
 def _names(models: Sequence[str], plan: Plan) -> dict[str, str]:
-  """Returns what models are called: as the recipe says, else without the folders they lie in."""
+  """Returns the names of models: those of the recipe, else without their parent folders."""
   paths = [m for m in models if os.path.isabs(m) and "recipe" not in plan.facts]
   short = dict(zip(paths, inputs.short_names(paths), strict=True)) if paths else {}
   return {m: short.get(m, m) for m in models}
@@ -138,8 +138,8 @@ def _method(job: Job, names: Mapping[str, str], count: int) -> Record:
   Returns:
     `method`, its name in the catalog, or what it is called; `settings`, `hparams`, in words;
     `models`, their names; `tensors`, how many; `seed`, None without one; `layout`, how many
-    lie how, empty for methods that need no views; `recipe`, the method and parameters of a recipe
-    in words, None without one.
+    tensors have which view, empty for methods that need none; `recipe`, method and parameters of a
+    recipe in words, None without one.
   """
   settings = dict(job.spec) if isinstance(job.spec, Mapping) else {"method": str(job.spec)}
   models = [names.get(m, m) for m in job.models]
@@ -190,7 +190,7 @@ def _span(values: np.ndarray) -> str:
 
 
 def _library(plan: Plan) -> str | None:
-  """Returns the library that opens the result, as far as its config says."""
+  """Returns the library that opens the result, if its config names it."""
   if (plan.donor / folder.MODULES).is_file():
     return "sentence-transformers"
   config = formats.config(plan.donor)

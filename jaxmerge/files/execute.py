@@ -51,7 +51,7 @@ class Unfinished(NamedTuple):
   """A result that is written in a folder beside its place.
 
   Attributes:
-    plan: what makes it; of twins, tensors that are there twice, one is merged.
+    plan: what makes it; of tensors that are stored twice, one is merged.
     folder: where it is written.
     shards: file to its tensors.
     identity: of the merge.
@@ -90,7 +90,7 @@ def run(
     out: folder of the result.
     shard_size: bytes of a file of weights, at most.
     entries: about so many entries of each model are in memory at a time; None: by their number.
-    replace: whether a folder that is there is replaced.
+    replace: whether an existing folder is replaced.
     resume: whether to go on with an interrupted merge of the same plan; otherwise it starts anew.
     nonfinite: whether NaN and infinity in the inputs are let pass: where an input has either, the
       result has NaN; what they spoil beside, such as a sum over a tensor, is the method's.
@@ -98,7 +98,7 @@ def run(
       restores as {"params": {name: array}}; on the way it takes twice the room.
     locked: whether the caller has locked `out` already.
     progress: called with the number of bytes of the result that were measured, once for each pass,
-      or written; those of a checkpoint are written twice. `estimate.work` says how many in all.
+      or written; those of a checkpoint are written twice. `estimate.work` is the total.
   """
   if out_format not in FORMATS:
     raise ValueError(f"out_format must be one of {', '.join(FORMATS)}, got {out_format!r}.")
@@ -131,7 +131,7 @@ def open_output(
 
   Raises:
     ValueError: where its place is that of an input, or another merge was interrupted there.
-    FileExistsError: where something is there and `replace` is not set.
+    FileExistsError: where its place is taken and `replace` is not set.
     OSError: where the disk has no room.
   """
   first = processes.first()
@@ -156,7 +156,7 @@ def open_output(
 
 
 def _make_folder(plan: Plan, out: pathlib.Path, *, resume: bool, out_format: str) -> pathlib.Path:
-  """Makes the folder in which a result is written, unless it is there."""
+  """Makes the folder in which a result is written, unless it exists."""
   folder = shard_writer.unfinished_folder(out)
   if processes.first():
     if folder.exists() and not resume:
@@ -165,7 +165,7 @@ def _make_folder(plan: Plan, out: pathlib.Path, *, resume: bool, out_format: str
     with atomic.room(folder):
       folder.mkdir(parents=True, exist_ok=True)
     atomic.tidy(folder)
-  shared.check(folder)  # No process goes on before it is there.
+  shared.check(folder)  # No process goes on before it exists.
   return folder
 
 
@@ -208,7 +208,7 @@ def publish(output: Unfinished, out: pathlib.Path, options: Options, *, replace:
       output.folder, output.plan, output.shards, output.identity, digests, options.out_format
     )
     atomic.move(output.folder, out, replace=replace)
-  processes.agree(True)  # No process goes on before the result is there.
+  processes.agree(True)  # No process goes on before the result exists.
 
 
 def _share(outputs: Sequence[Output], index: int, count: int) -> set[str]:

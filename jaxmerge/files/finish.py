@@ -72,7 +72,7 @@ def complete(
 def _files_of_donor(plan: Plan) -> list[pathlib.Path]:
   """Returns the files of the donor to copy: those that were there when it was opened.
 
-  Of a donor whose small files were not stamped, such as a checkpoint, all that are there.
+  Of a donor whose small files were not stamped, such as a checkpoint, all of them.
   """
   paths = folder.files_to_copy(plan.donor)
   is_stamped = plan.donor / folder.CONFIG in plan.stamps

@@ -37,7 +37,7 @@ def split(reference: str | os.PathLike[str]) -> Reference:
   Reference(path='org/model', revision='main', adapters=(('org/adapter', None),))
 
   Raises:
-    ValueError: where there is nothing beside a `+`.
+    ValueError: where a part is missing before or after a `+`.
   """
   if not isinstance(reference, str) or "+" not in reference or os.path.isdir(reference):
     return Reference(*hub.split(reference))
@@ -83,7 +83,7 @@ def add_adapters(
 ) -> plans.Model:
   """Adds the adapters of a reference to a model; arguments as for `open_reference`.
 
-  The model has the tokenizer and the chat template of an adapter whose folder holds them.
+  The model has the tokenizer and the chat template of an adapter whose folder has them.
   """
   brought: dict[str, adapter_inputs.Text] = {}
   planned = model.texts  # Of a model that is still to be made.
@@ -136,7 +136,7 @@ def open_model(
 
 
 def with_ties(model: plans.Model) -> plans.Model:
-  """Takes an output head for the embedding where the config of a model and its bytes say so.
+  """Takes an output head for the embedding where config and bytes of a model agree on it.
 
   A head that is stored and differs is a separate tensor, whatever the config says.
   """
@@ -155,13 +155,13 @@ def with_ties(model: plans.Model) -> plans.Model:
 
 
 def short_names(paths: Sequence[str]) -> list[str]:
-  """Returns what models are called: the ends of their paths, as long as it takes to differ.
+  """Returns names of models: the ends of their paths, long enough to differ.
 
   >>> short_names(["runs/chat", "runs/code/"]), short_names(["runs/chat/last", "runs/code/last"])
   (['chat', 'code'], ['chat/last', 'code/last'])
 
   Raises:
-    ValueError: where a path is there twice.
+    ValueError: where two paths are equal.
   """
   parts = [pathlib.PurePath(path).parts or (path,) for path in paths]
   for each, path in zip(parts, paths, strict=True):

@@ -33,9 +33,9 @@ def inspect(path: str | os.PathLike[str]) -> Record:
     `folder`, of a run that of its newest step; `kind`, "model", "checkpoint" or "adapter"; `files`
     (name, bytes); `tensors` (name, dtype, shape, bytes, file), 2 before 10; `dtypes`, their totals;
     `parameters`, entries of floating-point tensors; `tied`, tie_word_embeddings of config.json,
-    None where it is silent; `shared`, names of tensors that are not stored to the names that hold
-    their bytes, as the files say; `adapter`, the adapter's config, and `provenance`, all but the
-    checksums, where there are such files.
+    None where it is silent; `shared`, tensors that are not stored to those with their bytes, by the
+    files' metadata; `adapter`, the adapter's config, and `provenance`, all but the checksums, where
+    there are such files.
 
   Raises:
     FileNotFoundError: where the folder or its weights are missing.

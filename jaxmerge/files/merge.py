@@ -48,7 +48,7 @@ def check_options(
     names: of the models.
     models: how many they are.
     base: whether there is a base.
-    dtype: of the result's floating tensors, as numpy calls it; None: as in the base.
+    dtype: of the result's floating tensors, by NumPy's name; None: as in the base.
     missing: what becomes of a tensor that some models lack.
 
   Returns:
@@ -174,10 +174,10 @@ def merge_files(
     download: whether models that the hub's cache lacks are fetched; else no network is used.
     hparams: the method's numbers: scalar, one per model, or by tensor.
     seed: for methods with random masks.
-    names: of the models; else they are called as their folders.
-    words: what the model card calls the method, such as "TIES, density 0.2".
+    names: of the models; by default those of their folders.
+    words: name of the method in the model card, such as "TIES, density 0.2".
     layout: matrix views, as for `jaxmerge.merge`.
-    dtype: of the result's floating tensors, as numpy calls it; None: as in the base.
+    dtype: of the result's floating tensors, by NumPy's name; None: as in the base.
     missing: what becomes of a tensor that some models lack: "error", "base", "mean" or "skip".
     allow: settings in which models may differ though weights mean something else then, such as
       "rope_theta", or "tokens", the order of the vocabulary; the result goes by the base.

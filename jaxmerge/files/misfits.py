@@ -18,7 +18,7 @@ Pair = tuple[str, str]  # The names of two models: the one to go by, and the oth
 def lines(requests: Sequence[TensorRequest], models: Sequence[Model], missing: str) -> list[str]:
   """Lists what does not fit: other architectures, tensors that are missing or of other shapes.
 
-  Of models that differ in architecture nothing else is said: no tensor of theirs belongs together.
+  Models that differ in architecture have no other line: none of their tensors belong together.
 
   >>> import pathlib
   >>> model = Model("a", pathlib.Path(), {}, ())
@@ -207,7 +207,7 @@ def _differ(one: str | None, other: str | None) -> bool:
 
 
 def _architecture(model: Model) -> tuple[str | None, str | None]:
-  """Returns the class and the type of a model, as far as its config says them.
+  """Returns the class and the type of a model, as far as its config names them.
 
   >>> import pathlib
   >>> config = {"architectures": ["BertModel"], "model_type": "bert"}

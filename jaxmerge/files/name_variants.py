@@ -18,12 +18,12 @@ _COPIES = (
 
 
 def align(models: Sequence[Model]) -> list[Model]:
-  """Returns models whose tensors go by the names that the first of them has for them.
+  """Returns models whose tensors have the names that they have in the first model.
 
-  A norm's `gamma` and `beta` are its `weight` and `bias`. Names that differ by a prefix that is
-  known, as the wrappers of models have them, are one; so are experts in one tensor and in a matrix
-  each. An embedding that some models store under
-  two names, equal bit for bit, is one tensor: where the others store it once, it is that one.
+  A norm's `gamma` and `beta` are its `weight` and `bias`. Names that differ by a known prefix, that
+  of a wrapper of a model, are one; so are experts in one tensor and in a matrix each. An embedding
+  that some models store under two names, equal bit for bit, is one tensor: where the others store
+  it once, it is that one.
   """
   donor = models[0]
   respelled = [donor, *(_with_form(_respell(m, donor), donor) for m in models[1:])]

@@ -54,19 +54,19 @@ class Model(NamedTuple):
   """A model on disk.
 
   Attributes:
-    name: as the user calls it; random masks depend on it.
-    folder: where it lies.
+    name: the user's; random masks depend on it.
+    folder: its folder.
     tensors: its tensors by name.
     files: of its weights.
-    config: what its config.json says.
+    config: its config.json.
     tied: names of output heads to the embeddings that they are, by config and bytes: they are no
       tensors of their own, and stand in where another model's head is not tied.
     outcomes: what becomes of tensors of its files that are not among its tensors: why they are
       dropped, or what an adapter's are added to.
-    home: what its folder is called where the path would tell of this machine.
+    home: name of its folder in records, where the path is one of this machine.
     texts: files that it has beside those of the folder, or in their place, such as those that an
       adapter brings, or where it is still to be made; None: it does not have that one.
-    notes: what is to be known about it, a line each.
+    notes: lines that a user should know.
   """
 
   name: str

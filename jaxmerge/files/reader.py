@@ -19,7 +19,7 @@ HOT = 2**20  # Bytes that a core's cache holds beside all else.
 
 
 class Reader:
-  """Reads slices into buffers that are used again, and lie as the device wants them: uncopied.
+  """Reads slices into buffers that are reused, and aligned so that the device takes them uncopied.
 
   What is read the first time is shown and hashed bit by bit, while it is in a core's cache.
 

@@ -1,4 +1,4 @@
-"""The identity of a merge of files: whether what lies at a place is of it, begun or complete."""
+"""The identity of a merge of files, and what of it is on disk, begun or complete."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def identity(plan: Plan, shards: Mapping[str, Sequence[str]], out_format: str) -
 def check_unfinished(
   plan: Plan, out: pathlib.Path, *, shard_size: int, out_format: str, anew: bool = False
 ) -> None:
-  """Raises ValueError where an interrupted merge of other inputs or settings lies beside `out`.
+  """Raises ValueError where an interrupted merge beside `out` has other inputs or settings.
 
   A merge of results that are themselves written `anew` continues no merge that was begun.
   """

@@ -79,7 +79,7 @@ def _replace_outcomes(outcomes: Outcomes, ties: Mapping[str, Outcome]) -> Outcom
 
 
 def share_twins(plan: Plan) -> Plan:
-  """Merges a tensor once that is there twice, so that the two stay one whatever the method.
+  """Merges a tensor once that is stored twice, so that the two stay one whatever the method.
 
   Those are tensors of two or more axes, outside of layers, that one job merges with the same
   numbers, and that are equal bit for bit in the base and in every model.

@@ -25,7 +25,7 @@ class Weights(NamedTuple):
 
   Attributes:
     kind: "model", "checkpoint" or "adapter".
-    folder: where it lies; where a path means the newest step of a run, that step's folder.
+    folder: its path; for a run, the folder of its newest step.
     tensors: by name.
     homes: the file that each tensor is in; all of a checkpoint's are in the folder of its state.
     files: that hold the tensors.

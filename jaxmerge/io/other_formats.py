@@ -1,4 +1,4 @@
-"""What is at a path where no model, or no adapter, is: what it is instead, and how to get to one.
+"""Explains a path where no model, or no adapter, is: what it is instead, and how to get one.
 
 By the names of files alone: nothing of them is read. Free of jax.
 """
@@ -51,7 +51,7 @@ def explain_missing(path: Path, wanted: str = "model") -> str:
 
 
 def conversion(path: pathlib.Path) -> str:
-  """Says how a pickle, which can hold code, becomes what is read."""
+  """Returns how to convert a pickle, which can hold code."""
   return (
     f"{path.name} is a pickle, which is not read. To convert it, load it by its class in "
     f"transformers, whose save_pretrained writes safetensors; or, where it holds tensors by name, "
@@ -266,7 +266,7 @@ _LOOKS: tuple[Callable[[pathlib.Path], str], ...] = (
 
 
 def _folders(path: pathlib.Path) -> Iterator[pathlib.Path]:
-  """Folders in a folder, by number and name; what is hidden is left out."""
+  """Returns the folders in a folder, by number and name, without hidden ones."""
   inner = [p for p in path.iterdir() if p.is_dir() and not p.name.startswith(".")]
   yield from sorted(inner, key=lambda p: (len(p.name), p.name))
 

@@ -17,7 +17,7 @@ from jaxmerge.report import record as records
 def model_card(
   record: Mapping[str, Any], base_name: str, method: str, *, license: str = "other"
 ) -> str:
-  """Writes the model card of the model that the record calls `method`.
+  """Writes the model card of a model of the record.
 
   Args:
     record: the run; it may hold NumPy's numbers.

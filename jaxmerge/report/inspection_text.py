@@ -12,12 +12,12 @@ from jaxmerge.io.huggingface import folder
 from jaxmerge.report import labels
 
 NAMED = 4  # Tensors that are equal, or files, of which there may be many.
-# What of an adapter's config says what it is.
+# Keys of an adapter's config that are shown.
 _ADAPTER = ("peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "base_model_name_or_path")
 
 
 def text(record: Mapping[str, Any]) -> str:
-  """Writes the tensors, the totals by dtype, and what is known beyond them."""
+  """Writes the tensors, the totals by dtype, and other facts."""
   hashed = any("xxh3_128" in tensor for tensor in record["tensors"])
   rows = [["tensor", "dtype", "shape", "bytes", *["xxh3_128"] * hashed]]
   for t in record["tensors"]:

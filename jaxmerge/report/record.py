@@ -48,7 +48,7 @@ def plain(record: Mapping[str, Any]) -> dict[str, Any]:
   """Returns the record as strict JSON: lists, objects with string keys, finite numbers.
 
   Arrays and NumPy scalars become lists and numbers. NaN and infinity, which JSON lacks, become
-  None, and a note in the record says where.
+  None, and a note in the record names the places.
   """
   lost: list[str] = []
   result = _plain(record, "", lost)

@@ -57,7 +57,7 @@ def empty(x: jax.ShapeDtypeStruct) -> jax.Array:
 
 
 def abstract(x: Any) -> jax.ShapeDtypeStruct:  # Any: an array or a description of one
-  """Returns the description of an array; without a sharding it goes where `home` says."""
+  """Returns the description of an array; without a sharding it goes to `home`."""
   sharding = getattr(x, "sharding", None) or home()
   return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 

@@ -1,4 +1,4 @@
-"""A manifest of checksums: says of a folder whether it still is what it was when it was sealed."""
+"""A manifest of checksums: finds what has changed in a folder since it was sealed."""
 
 from __future__ import annotations
 

@@ -116,7 +116,7 @@ def _leaves(folder: Path) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
 
 
 def _refuse(folder: Path, damage: str | None) -> None:
-  """Raises where a checkpoint is damaged, and says which others there are."""
+  """Raises ValueError, naming the other checkpoints, where one is damaged."""
   if damage is None:
     return
   others = [n for n in steps(folder.parent) if folder.name.isdecimal() and str(n) != folder.name]

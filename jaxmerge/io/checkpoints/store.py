@@ -168,7 +168,7 @@ class Checkpoints:
     """Gives the newest good step, or None where nothing was ever saved whole.
 
     Every step is read and checked against its manifest first; what fails is moved to `damaged/`.
-    Where there are steps, but none is good, a ValueError says what is wrong with each, and nothing
+    Where there are steps, but none is good, a ValueError names the damage of each, and nothing
     is moved.
 
     Args:

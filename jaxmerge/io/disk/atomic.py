@@ -19,7 +19,7 @@ _TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
 
 
 class Full(OSError):
-  """A disk or a quota is full; the message says which file had no room, and how to go on."""
+  """A disk or a quota is full; the message names the file, and how to go on."""
 
 
 @contextlib.contextmanager
@@ -78,13 +78,13 @@ def write(path: Path) -> Iterator[BinaryIO]:
 
 
 def tidy(folder: Path) -> None:
-  """Removes the hidden files that writings into a folder have left when they were killed."""
+  """Removes the hidden files that killed writes have left in a folder."""
   for path in filter(is_unfinished, pathlib.Path(folder).iterdir()):
     path.unlink()
 
 
 def is_unfinished(path: Path) -> bool:
-  """Tells whether a path is called like the hidden file of a writing on its way.
+  """Tells whether a path has the name of a hidden file that is being written.
 
   >>> is_unfinished("runs/.config.json.0a1b2c3d.tmp"), is_unfinished("runs/config.json")
   (True, False)
@@ -167,7 +167,7 @@ def check_name(path: pathlib.Path) -> None:
 
 
 def check_free(path: pathlib.Path, replace: bool) -> None:
-  """Raises an error that says what to do where a folder cannot be made at a path."""
+  """Raises an error, with what to do, where a folder cannot be made at a path."""
   check_name(path)
   if path.is_symlink():
     target = os.path.realpath(path)

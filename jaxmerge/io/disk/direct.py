@@ -92,7 +92,7 @@ class PagedFile:
       self._past = None
 
   def _write_pages(self, past: int, data: memoryview, position: int) -> None:
-    """Writes whole pages, from memory that lies as the disk wants it."""
+    """Writes whole pages, from memory that is aligned as the disk wants it."""
     room = _room()
     for start in range(0, len(data), ROOM):
       block, done = data[start : start + ROOM], 0

@@ -43,7 +43,7 @@ def hold(place: pathlib.Path, busy: str, *, patience: float = _PATIENCE) -> Iter
 
   Args:
     place: a folder or a file; its parent is made.
-    busy: what is said where another process has it, before it is said which one.
+    busy: the error where another process has it, to which that process is added.
     patience: seconds to wait for another one.
 
   Raises:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-_TICK = 20_000_000  # Nanoseconds: writings that lie closer together may have one time.
+_TICK = 20_000_000  # Nanoseconds: writes that are closer together may have one time.
 _COARSE = 2_000_000_000  # The same on disks that keep whole seconds.
 
 
@@ -32,7 +32,7 @@ class Stamp(NamedTuple):
 
 
 class Changed(ValueError):
-  """A file is not what it was."""
+  """A file has changed."""
 
 
 def of(path: pathlib.Path) -> Stamp:
@@ -67,7 +67,7 @@ def take(paths: Iterable[pathlib.Path]) -> dict[pathlib.Path, Stamp]:
 
 
 def check(before: Mapping[pathlib.Path, Stamp]) -> None:
-  """Raises Changed, naming the first file that is no longer what it was."""
+  """Raises Changed, naming the first file that has changed."""
   for path, stamp in before.items():
     try:
       now = of(path)

@@ -90,7 +90,7 @@ def load(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
 
 
 def entries(folder: Path) -> dict[str, tuple[pathlib.Path, safetensors.Entry]]:
-  """Returns where each tensor of a folder lies, from the headers of its files alone.
+  """Returns the place of each tensor of a folder, from the headers of its files alone.
 
   Raises as `load` does.
   """
@@ -110,7 +110,7 @@ def entries(folder: Path) -> dict[str, tuple[pathlib.Path, safetensors.Entry]]:
 
 
 def modules(folder: Path) -> list[str]:
-  """Returns the names of the folders of a folder's modules, as sentence-transformers calls them."""
+  """Returns the names of the module folders of sentence-transformers in a folder."""
   folder = pathlib.Path(folder)
   if not (folder / MODULES).is_file():
     return []
@@ -118,7 +118,7 @@ def modules(folder: Path) -> list[str]:
 
 
 def inner(file: str, name: str) -> str:
-  """Returns what a tensor is called in its file.
+  """Returns the name of a tensor in its file.
 
   >>> inner("2_Dense/model.safetensors", "2_Dense/linear.weight")
   'linear.weight'
@@ -254,7 +254,7 @@ def _rooms(folder: pathlib.Path) -> list[pathlib.Path]:
 
 
 def small_files(folder: Path) -> list[pathlib.Path]:
-  """Returns the paths of the files beside the weights that say what these are, or go with them."""
+  """Returns the paths of the files beside the weights: index, configs, tokenizer."""
   return _files(pathlib.Path(folder), (INDEX, *COPIED))
 
 
@@ -317,12 +317,12 @@ def text(folder: pathlib.Path, name: str) -> str:
 
 
 def provenance(folder: Path) -> dict[str, Any]:
-  """Returns how the model of a folder came to be; errors as for `read_json`."""
+  """Returns the provenance of a merged model; errors as for `read_json`."""
   return read_json(pathlib.Path(folder) / PROVENANCE, _LONGEST_PROVENANCE)
 
 
 def without_target(outcome: str) -> str:
-  """Returns what a provenance says of an input tensor, without the tensor that it goes into.
+  """Returns the outcome of an input tensor in a provenance, without the tensor that it goes into.
 
   >>> without_target("merged by ties, job 1 -> lm_head.weight")
   'merged by ties, job 1'
@@ -366,7 +366,7 @@ def _weight_map(folder: pathlib.Path) -> dict[str, str]:
 
 
 def state_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
-  """Returns a config that says in which dtype weights are stored, as its library calls the key.
+  """Returns a config with the dtype in which weights are stored, under its library's key.
 
   >>> state_dtype({"torch_dtype": "float32"}, "bfloat16")
   {'torch_dtype': 'bfloat16'}

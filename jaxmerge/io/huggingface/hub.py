@@ -19,7 +19,7 @@ _REVISION = re.compile(r"\w[\w./-]*", re.ASCII)
 
 
 class Location(NamedTuple):
-  """Where a model lies.
+  """The place of a model on disk.
 
   Attributes:
     folder: its folder.
@@ -62,14 +62,14 @@ def split(reference: str | os.PathLike[str]) -> tuple[str, str | None]:
 
 
 def join(path: str, revision: str | None) -> str:
-  """Returns `path@revision`, as a recipe says it."""
+  """Returns `path@revision`, as recipes write it."""
   return path if revision is None else f"{path}@{revision}"
 
 
 def locate(
   path: str, revision: str | None = None, *, download: bool = False, weights: bool = True
 ) -> Location:
-  """Returns where a model or an adapter lies: the folder itself, or the snapshot of an id.
+  """Returns the place of a model or an adapter: the folder itself, or the snapshot of an id.
 
   Without `download` no network is used: the snapshot is in the hub's cache, or that is an error.
 
@@ -107,7 +107,7 @@ class Finder:
     self._download = download
 
   def __call__(self, path: str, revision: str | None = None, *, weights: bool = True) -> Location:
-    """Returns where a model or an adapter lies, see `locate`."""
+    """Returns the place of a model or an adapter, see `locate`."""
     location = locate(path, revision, download=self._download, weights=weights)
     if location.commit is not None:
       self.commits[join(path, revision)] = location.commit

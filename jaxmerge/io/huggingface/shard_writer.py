@@ -92,7 +92,7 @@ def open_writer(
     shards: file to its tensors.
     identity: of the merge.
     inputs: stamps of the files that are read.
-    journal: name of the journal that is continued; all that are there are read.
+    journal: name of the journal that is continued; all of the folder's are read.
     checked: tensors whose checksums are compared, before they count as done; all by default.
     nonfinite: whether NaN and infinity are let pass.
 
@@ -214,7 +214,7 @@ def other_merge(part: pathlib.Path) -> ValueError:
 
 
 class Replaced(ValueError):
-  """An input is not what it was when a part of the result was made of it."""
+  """An input has changed since a part of the result was merged from it."""
 
   def __init__(self, part: pathlib.Path, where: str):
     super().__init__(
@@ -253,7 +253,7 @@ class ShardWriter:
     self._hash: Any = None
 
   def vouch(self) -> None:
-    """Records that what is done is made of the inputs as they are now."""
+    """Records that the tensors that are done are merged from the inputs as they are now."""
     if self._inputs is not None:
       self._append([{"stamps": self._inputs}])
     self._inputs = None
@@ -304,7 +304,7 @@ class ShardWriter:
     return Tensor(f"{self.path.parent / file}: tensor {name!r}", entry.dtype, entry.shape, read)
 
   def flush(self) -> None:
-    """Brings what was written to the disk, then the lines that say so."""
+    """Syncs what was written, then records it in the journal."""
     self._shards.sync()
     tensors = ({"tensor": name, **record} for name, record in self._waiting.items())
     self._append([*self._lines, *tensors])

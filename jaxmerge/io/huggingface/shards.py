@@ -125,7 +125,7 @@ def open_shards(
 def _check(
   where: str, entry: safetensors.Entry, start: int, part: np.ndarray, written: int
 ) -> None:
-  """Raises ValueError for entries that would not lie as the file's header says."""
+  """Raises ValueError for entries that do not match the file's header."""
   if part.dtype != entry.dtype:
     raise ValueError(f"{where} is {entry.dtype}, and was to get {part.dtype}: nothing is written.")
   if start not in (0, written) or start + part.size > math.prod(entry.shape):

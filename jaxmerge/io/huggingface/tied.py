@@ -53,7 +53,7 @@ class Ties(NamedTuple):
     embedding: its name.
     heads: names of output heads of its shape.
     stacks: names of the embeddings of encoder and decoder, where it is the one they share.
-    flag: whether the config ties them, or leaves nothing else; None: it does not say.
+    flag: whether the config ties them, or allows nothing else; None: it does not say.
   """
 
   embedding: str
@@ -181,7 +181,7 @@ def _same(a: Tensor, b: Tensor, start: int, stop: int) -> bool:
 
 
 def is_vocabulary(name: str) -> bool:
-  """Tells whether a tensor is called as one with a row for each token: an embedding, or a head.
+  """Tells whether a name is that of a tensor with a row for each token: an embedding, or a head.
 
   >>> is_vocabulary("model.embed_tokens.weight"), is_vocabulary("layers.0.lm_head.weight")
   (True, False)
@@ -192,7 +192,7 @@ def is_vocabulary(name: str) -> bool:
 
 
 def head(config: Mapping[str, Any]) -> str | None:
-  """Returns what the head of a model is called where it is stored; None where it has none.
+  """Returns the name of a model's head where it is stored; None where it has none.
 
   >>> head({"architectures": ["LlamaForCausalLM"], "model_type": "llama"})
   'lm_head.weight'

@@ -1,4 +1,4 @@
-"""Vocabularies of tokenizers, read from their files as plain JSON, and what is added to them."""
+"""Vocabularies of tokenizers, read from their files as plain JSON, and extended."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ FILES = (
 )
 
 Flags = Mapping[str, bool]
-# What an added token is like if nothing is said about it.
+# Flags of an added token by default.
 PLAIN: Flags = {
   "single_word": False,
   "lstrip": False,
@@ -70,7 +70,7 @@ class TokenizerFiles(NamedTuple):
     return folders.read_json(self.folder / name)
 
   def names(self, *patterns: str) -> list[str]:
-    """Returns the names of the files that are there, and fit a pattern."""
+    """Returns the names of existing files that match a pattern."""
     matches = {path.name for pattern in patterns for path in self.folder.glob(pattern)}
     matches |= {name for pattern in patterns for name in fnmatch.filter(self.texts, pattern)}
     return sorted(filter(self.has, matches))

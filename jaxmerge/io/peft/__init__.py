@@ -1,4 +1,4 @@
-"""Adapters of PEFT: what their files say, and the tensors of a base as they leave them."""
+"""Adapters of PEFT: their files, and the tensors of a base with an adapter applied."""
 
 from jaxmerge import lazy
 

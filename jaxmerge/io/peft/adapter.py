@@ -1,4 +1,4 @@
-"""Adapters of PEFT, checked strictly: the tensors of a base as an adapter leaves them.
+"""Applies adapters of PEFT to the tensors of a base; files are checked strictly.
 
 Only headers are read here, unless an output head and its embedding are compared; what is adapted is
 computed when it is read. `peft` holds the kinds of adapters.
@@ -50,7 +50,7 @@ class Use(NamedTuple):
 
 
 class Adapted(NamedTuple):
-  """The tensors of a base as an adapter leaves them.
+  """The tensors of a base with an adapter applied.
 
   Attributes:
     tensors: by name.
@@ -119,7 +119,7 @@ def apply(
   heads: Sequence[str] = (),
   rename: Mapping[str, str] | None = None,
 ) -> Adapted:
-  """Returns the tensors of a base as an adapter leaves them.
+  """Returns the tensors of a base with an adapter applied.
 
   Matrices that are adapted are float32, computed when they are read; tensors that the adapter holds
   whole (modules_to_save) take the place of the base's; all others are passed through.
@@ -130,7 +130,7 @@ def apply(
     base: its tensors.
     folder: of the adapter.
     files: that are open.
-    home: where tensors say that they are from, in place of the folder.
+    home: name of the folder in errors and records.
     tied: names of output heads to the embedding that each is.
     heads: those of them that a model has, or would have if it were not tied.
     rename: beginnings of names of the adapter's modules to those of the base.
@@ -199,7 +199,7 @@ def factors(folder: Path, files: Files) -> dict[str, Factors]:
 
 
 def _replace(base: Base, contents: Contents, config: Settings) -> dict[str, str]:
-  """Puts tensors in the place of the base's; returns what each is called there."""
+  """Replaces tensors of the base; returns the base's name of each."""
   names = {}
   for name, tensor in contents.whole.items():
     name_in_base = base.name(name)

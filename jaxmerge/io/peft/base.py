@@ -18,10 +18,10 @@ class Target(NamedTuple):
   """A module, or a parameter of one, that is adapted.
 
   Attributes:
-    module: what the adapter calls it; patterns of its config are matched with this.
+    module: its name in the adapter; patterns of the config are matched with it.
     name: of the base's tensor.
     tensor: the base's tensor.
-    parts: what is added.
+    parts: the adapter's tensors for it.
   """
 
   module: str

@@ -18,7 +18,7 @@ Key = tuple[str, int]  # A module, and how it is nested.
 
 
 def change(base: Base, contents: Contents, config: Settings) -> dict[Key, str]:
-  """Changes the tensors of a base as the modules of an adapter say.
+  """Changes the tensors of a base by the modules of an adapter.
 
   Returns:
     By module and how it is nested, the tensor that it changes.

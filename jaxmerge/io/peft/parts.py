@@ -41,7 +41,7 @@ class Contents(NamedTuple):
 
   Attributes:
     modules: by module and how it is nested, its parts by their names.
-    whole: tensors that stand for the base's, by their names.
+    whole: tensors that replace the base's, by their names.
     shared: matrices that all modules share.
   """
 

@@ -14,7 +14,7 @@ MERGE = "merge it with PEFT (merge_and_unload) and give the result in place of b
 _LARGEST = 1e30  # Of a scale: products with it are still finite in float32.
 _LONGEST_RANK = 2**24
 
-# Keys that only say how the adapter was trained, or what the names of its tensors say as well.
+# Keys that are only about training, or follow from the names of the tensors.
 _TRAINING = (
   "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
   "inference_mode", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
@@ -29,7 +29,7 @@ _OF_LYCORIS = (
   "r", "alpha", "rank_pattern", "alpha_pattern", "init_weights", "rank_dropout", "module_dropout",
   "use_effective_conv2d",
 )  # fmt: skip
-# By kind of adapter, the keys that are read, or do not change what it adds: others must be empty.
+# By kind of adapter, the keys that are read, or have no effect on its sum: others must be empty.
 _KNOWN: Mapping[str, tuple[str, ...]] = {
   "LORA": (
     *_OF_LORA, "alpha_pattern", "use_rslora", "use_dora", "lora_bias", "layer_replication",

@@ -24,7 +24,7 @@ _FUSED = re.compile(r"(?P<experts>.+\.experts)\.(?P<part>gate_up_proj|down_proj)
 
 
 class Stretch(NamedTuple):
-  """Neighbouring entries of a stored tensor, and where they lie in the other form.
+  """Neighbouring entries of a stored tensor, and their place in the other form.
 
   Attributes:
     name: the stored tensor.
@@ -40,7 +40,7 @@ class Stretch(NamedTuple):
 
 
 class Form(NamedTuple):
-  """A tensor in the form in which it is not stored, and where its entries lie."""
+  """A tensor in the form in which it is not stored, and the places of its entries."""
 
   tensor: Tensor
   stretches: tuple[Stretch, ...]

@@ -17,7 +17,7 @@ PREFIXES = (
 )
 
 
-# Parts of a name that are called in two ways.
+# Parts of names with two spellings.
 _PARTS = ((".block_sparse_moe.", ".mlp."),)
 
 

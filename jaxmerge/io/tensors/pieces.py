@@ -74,12 +74,12 @@ class Wholes:
     self._array = functools.lru_cache(1)(lambda number: self._makers[number]().reshape(-1))
 
   def tensor(self, base: Tensor, compute: Callable[[np.ndarray], np.ndarray], added: str) -> Tensor:
-    """Returns what is computed of a tensor, in float32 or wider: of its shape, stored as it is.
+    """Returns a tensor that is computed from another, in float32 or wider, of the same shape.
 
     Args:
       base: the tensor.
       compute: an array of the base's shape to one of the same.
-      added: what it is computed with, for errors.
+      added: the other input of the computation, for errors.
     """
     number = len(self._makers)
     dtype = compute_dtype(base)

@@ -18,7 +18,7 @@ from jaxmerge.io.tensors import safetensors
 from jaxmerge.io.tensors.tensor import NotYetMade, Tensor
 
 # Scales, zero points and tables of GPTQ, AWQ, bitsandbytes, fp8 and fp4 of several kinds, HQQ,
-# AQLM, VPTQ, EXL, quanto, torchao and MLX: what is left of the name before them is the codes'.
+# AQLM, VPTQ, EXL, quanto, torchao and MLX: the name before them is that of the codes.
 _SCALE = re.compile(
   r"[._:/]+(?:(?:input|activation|act|output|weight|pre|per_tensor|global|nested|dq|zp)_)*"
   r"(?:q?scales?|scales?_inv(?:erse)?|(?:weight_|input_)?scales?_(?:2|ub|max)|absmax|quant_map"

@@ -23,7 +23,7 @@ def gather(
     tensor: the rows' source, [N, ...].
     rows: [M], for each row of the result the one of the tensor that it is; -1: it is none of them.
     fills: where these come from: the mean of so many rows of other tensors; of none, zero.
-    empty: [M], rows that are the mean of all others, whatever is said above.
+    empty: [M], rows that are the mean of all others, whatever `rows` and `fills` have for them.
 
   >>> x = np.array([5, 6, 7], np.float32)
   >>> read = lambda start, out: np.copyto(out, x[start : start + len(out)])

@@ -47,7 +47,7 @@ LARGEST = 2**63  # Bytes, and a position: what a disk can hold counts in 64 bits
 
 
 class Entry(NamedTuple):
-  """Where one tensor lies in a file: `start` and `stop` count from the beginning of the file."""
+  """The place of a tensor in a file: `start` and `stop` count from the beginning of the file."""
 
   dtype: np.dtype
   shape: tuple[int, ...]
@@ -56,7 +56,7 @@ class Entry(NamedTuple):
 
 
 class Header(NamedTuple):
-  """What a file says about itself: its tensors, in the order of their bytes, and its metadata."""
+  """The header of a file: its tensors, in the order of their bytes, and its metadata."""
 
   tensors: dict[str, Entry]
   metadata: dict[str, str]
@@ -179,7 +179,7 @@ def layout(
   *,
   align: int = 8,
 ) -> tuple[bytes, dict[str, Entry]]:
-  """Lays a file out before its tensors are known: what it begins with, and where each one goes.
+  """Lays a file out before its tensors are known: its header, and the place of each tensor.
 
   Spaces bring the first tensor to a multiple of `align` bytes: of 8, as in the reference
   implementation, or of a page, from where disks and devices take it without a copy.

@@ -20,7 +20,7 @@ class Tensor(NamedTuple):
   """A tensor of a model.
 
   Attributes:
-    where: what it is, for errors: its file and name.
+    where: its file and name, for errors.
     dtype: of its entries.
     shape: of the whole.
     read: (start, out) fills `out` [n], of the tensor's dtype, with entries start, start + 1, ...
