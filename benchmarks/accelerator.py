@@ -170,7 +170,7 @@ def step(device, options):
   local = optimizers.local(settings, jax.eval_shape(lambda: llama.init(config, jax.random.key(0))))
   step_ = local_steps.step(apply, losses.cross_entropy, settings, local)
   spread, everywhere = meshes.by_task(mesh), meshes.everywhere(mesh)
-  held = meshes.put(batch.stacked([task], "train"), spread)
+  held = meshes.put(batch.stack([task], "train"), spread)
   params = jax.jit(lambda: llama.init(config, jax.random.key(0)), out_shardings=everywhere)()
   begin = jax.jit(lambda p: (c := local_steps.copies(p, 1, mesh), jax.vmap(local.init)(c)))
   state = begin(params)

@@ -112,7 +112,7 @@ class Search:
     self.mesh = mesh.make(tasks=len(self.tasks))
     self.counts = [len(t.validation.labels) for t in self.tasks]
     side = self.mesh.shape["task"]
-    rows = batch.stacked(self.tasks, "validation", height=-(-len(self.tasks) // side) * side)
+    rows = batch.stack(self.tasks, "validation", num_slots=-(-len(self.tasks) // side) * side)
     self.rows = mesh.put(rows, mesh.by_task(self.mesh))
     self.metric = self.problem.metric
     self.score = scoring.scorer(self.problem.apply, self.metric.rowwise, mesh=self.mesh)

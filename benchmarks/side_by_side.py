@@ -46,7 +46,7 @@ def main():
   plan = schedule.plan(names, counts, settings, 0, rounds=settings.rounds)
   local = optimizers.local(settings, problem.params)
   step = local_steps.step(problem.apply, losses.cross_entropy, settings, local)
-  rows = batch.stacked(tasks, "train")
+  rows = batch.stack(tasks, "train")
 
   def tuner(grid):
     """Tunes copies of the parameters on as many tasks as it is given, over a mesh."""

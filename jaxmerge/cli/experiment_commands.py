@@ -66,7 +66,7 @@ def run_bench(options: argparse.Namespace, config: Any) -> None:
   """Merges the experts of an experiment by every method, and prints the leaderboard."""
   from jaxmerge.experiments import bench_config
 
-  request_cpu_devices(bench_config.of_bench(config, options.config, 0).mesh.devices)
+  request_cpu_devices(bench_config.experiment_config(config, options.config, 0).mesh.devices)
   from jaxmerge.experiments import bench
   from jaxmerge.report import leaderboard, tables
 

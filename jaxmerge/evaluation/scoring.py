@@ -17,7 +17,7 @@ from jaxmerge.core.stage import Array
 from jaxmerge.parallel import mesh as meshes
 from jaxmerge.tasks import batch, losses
 
-Scorer = Callable[[Any, batch.Rows], Array]
+Scorer = Callable[[Any, batch.TaskBatch], Array]
 
 
 def scorer(apply: batch.Apply, metric: losses.Rowwise, *, mesh: Mesh, chunk: int = 100) -> Scorer:
@@ -33,7 +33,7 @@ def scorer(apply: batch.Apply, metric: losses.Rowwise, *, mesh: Mesh, chunk: int
   """
   task = functools.partial(_score, apply, metric, chunk)
 
-  def local(models: Any, rows: batch.Rows) -> Array:
+  def local(models: Any, rows: batch.TaskBatch) -> Array:
     return lax.map(lambda params: lax.map(functools.partial(task, params), rows), models)
 
   return jax.jit(
@@ -54,7 +54,7 @@ def expert_scorer(
 ) -> Scorer:
   """Compiles (experts [T, *s], rows of T tasks) -> scores of experts on their own tasks, [T, N]."""
 
-  def local(models: Any, rows: batch.Rows) -> Array:
+  def local(models: Any, rows: batch.TaskBatch) -> Array:
     return lax.map(lambda pair: _score(apply, metric, chunk, *pair), (models, rows))
 
   return jax.jit(
@@ -97,7 +97,7 @@ def refuse_unscored(names: Sequence[str], scores: Sequence[np.ndarray], label: s
 
 
 def _score(
-  apply: batch.Apply, metric: losses.Rowwise, chunk: int, params: Any, rows: batch.Rows
+  apply: batch.Apply, metric: losses.Rowwise, chunk: int, params: Any, rows: batch.TaskBatch
 ) -> Array:
   """Scores one model on the rows of one task, chunk by chunk: [N], zero for padded rows."""
   total = rows.labels.shape[0]

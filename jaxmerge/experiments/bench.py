@@ -56,11 +56,11 @@ def run(
 
   Leaves `leaderboard.json`, `leaderboard.md` and `leaderboard.png` in the folder. An interrupted
   run goes on with the first method of the seed that it has no result of. Methods and seeds may be
-  added to a run: what has the same settings as before is not made again.
+  added to a run: what has the same settings as before is not computed again.
 
   Args:
     config: of the bench, as `bench_config.bench` reads it.
-    source: path of its file: the experiment's config is found beside it.
+    source: path of its file: the experiment's config lies beside it.
     folder: of the run; it is created.
     resume: see `run.run`.
     progress: see `run.run`.
@@ -74,22 +74,23 @@ def run(
       the folder.
   """
   folder, plain = pathlib.Path(folder), json.loads(config.to_json())
-  with workdir.held(folder, plain, resume, free=("methods.", "seeds")):
-    if (facts := _finished(folder, plain)) is not None:
+  with workdir.hold(folder, plain, resume, free=("methods.", "seeds")):
+    if (facts := _read_finished(folder, plain)) is not None:
       return facts
     workdir.claim(folder, plain)
     records = [_seed(plain, source, folder, seed, progress) for seed in range(plain["seeds"])]
-    return _written(plain, records, folder)
+    return _write(plain, records, folder)
 
 
-def _finished(folder: pathlib.Path, plain: Mapping[str, Any]) -> dict[str, Any] | None:
-  """What `leaderboard.json` holds, where all is there and as the config asks for, else None."""
+def _read_finished(folder: pathlib.Path, plain: Mapping[str, Any]) -> dict[str, Any] | None:
+  """Returns what `leaderboard.json` holds if all of it is there, as the config says, else None."""
   if not all((folder / f"leaderboard.{ending}").is_file() for ending in ("json", "md", "png")):
     return None
   facts = read(folder / "leaderboard.json")
   homes = [folder / f"seed{seed}" / "methods" for seed in range(plain["seeds"])]
-  paths = {h / f"{name}.json": own for h in homes for name, own in plain["methods"].items()}
-  whole = all(path.is_file() and read(path).get("tried") == own for path, own in paths.items())
+  listed = plain["methods"].items()
+  paths = {home / f"{name}.json": options for home in homes for name, options in listed}
+  whole = all(p.is_file() and read(p).get("tried") == options for p, options in paths.items())
   return facts if whole and facts.get("config") == plain else None
 
 
@@ -101,10 +102,10 @@ def read(path: pathlib.Path) -> dict[str, Any]:
     raise ValueError(f"{error} If it is removed, it is made again.") from error
 
 
-def _written(
+def _write(
   plain: dict[str, Any], records: Sequence[Mapping[str, Any]], folder: pathlib.Path
 ) -> dict[str, Any]:
-  """Writes the leaderboard of all seeds."""
+  """Writes the leaderboard of all seeds, and returns what its JSON holds."""
   summary = report.merge_seeds([r["record"] for r in records])
   facts = {
     "config": plain,
@@ -124,10 +125,10 @@ def _written(
 def _seed(
   config: dict[str, Any], source: str, folder: pathlib.Path, seed: int, progress: Progress
 ) -> dict[str, Any]:
-  """The scores of base, experts and all methods, for one seed."""
-  own = bench_config.of_bench(config, source, seed)
-  plain, home = json.loads(own.to_json()), folder / f"seed{seed}"
-  with workdir.held(home, plain, "auto"):  # It may be a run of `jaxmerge atm` as well.
+  """Returns the scores of base, experts and all methods, for one seed."""
+  experiment = bench_config.experiment_config(config, source, seed)
+  plain, home = json.loads(experiment.to_json()), folder / f"seed{seed}"
+  with workdir.hold(home, plain, "auto"):  # It may be a run of `jaxmerge atm` as well.
     workdir.claim(home, plain)
     return _compare(config, plain, home, seed, progress)
 
@@ -148,10 +149,10 @@ def _compare(
   methods = _methods(setup, config["methods"], experts, rows, split, seed)
   stack = setups.pad(setup.mesh, experts, rows.filled.shape[0])
   by_row = scoring.per_row(setup.score_experts(stack, rows), setup.counts(split))
-  own_means = [float(s.mean(dtype=np.float64)) for s in by_row]
+  means = [float(s.mean(dtype=np.float64)) for s in by_row]
   scores = {
     "base": _per_task(setup, setup.params, rows, split),
-    "experts": dict(zip(setup.names, own_means, strict=True)),
+    "experts": dict(zip(setup.names, means, strict=True)),
     **{name: result["per_task"] for name, result in methods.items()},
   }
   models = {n: {"mean": float(np.mean(list(t.values()))), "per_task": t} for n, t in scores.items()}
@@ -174,7 +175,12 @@ def _compare(
 
 
 def _methods(
-  setup: Setup, listed: Mapping[str, Any], experts: Any, rows: batch.Rows, split: str, seed: int
+  setup: Setup,
+  listed: Mapping[str, Any],
+  experts: Any,
+  rows: batch.TaskBatch,
+  split: str,
+  seed: int,
 ) -> dict[str, dict[str, Any]]:
   """Returns the result of each method, from its file if that has the same settings."""
   show = setup.events.bar(f"methods, seed {seed}", len(listed), "method")
@@ -196,7 +202,7 @@ def _methods(
   return results
 
 
-def _per_task(setup: Setup, params: Any, rows: batch.Rows, split: str) -> dict[str, float]:
+def _per_task(setup: Setup, params: Any, rows: batch.TaskBatch, split: str) -> dict[str, float]:
   """Returns the mean score of a model on each task's rows of a split."""
   by_row = setup.score(jax.tree.map(lambda p: p[None], params), rows)[0]
   return dict(zip(setup.names, scoring.means(by_row, setup.counts(split)), strict=True))
@@ -226,7 +232,7 @@ def _experts_of_run(setup: Setup, folder: pathlib.Path) -> Any:
 
 
 def _noise(scores: Sequence[np.ndarray]) -> float:
-  """Standard error of a mean over tasks that comes from the number of rows: scores [rows] a task.
+  """Returns the standard error of a mean over tasks, from the number of rows: scores [rows] a task.
 
   >>> round(_noise([np.array([1.0, 1.0, 0.0, 0.0])]), 4)
   0.25

@@ -25,9 +25,9 @@ def bench(path: str, changes: Sequence[tuple[str, str]] = ()) -> ConfigDict:
   config = configs.load_as(path, schema.Bench, changes)
   if config.seeds < 1:
     raise ValueError(f"{path}: config.seeds must be at least 1, got {config.seeds}.")
-  for name, own in config.methods.items():
+  for name, options in config.methods.items():
     where = f"{path}: config.methods.{name}"
-    settings_ = {"name": name, **own}
+    settings_ = {"name": name, **options}
     word = settings_.pop("name")
     entry = lookup.METHODS.get(word)
     if entry is None:
@@ -39,24 +39,24 @@ def bench(path: str, changes: Sequence[tuple[str, str]] = ()) -> ConfigDict:
     for key, value in settings_.items():
       for one in value if isinstance(value, tuple | list) else (value,):
         configs.check_method({"name": word, key: one}, where)
-  of_bench(config, path, 0)
+  experiment_config(config, path, 0)
   return config.lock()
 
 
-def of_bench(config: Mapping[str, Any] | ConfigDict, source: str, seed: int) -> ConfigDict:
+def experiment_config(config: Mapping[str, Any] | ConfigDict, source: str, seed: int) -> ConfigDict:
   """Returns the config of the experts that a leaderboard merges."""
   path = str(pathlib.Path(source).parent / config["run"])
-  own = configs.load(path).copy_and_resolve_references().unlock()
-  experts = own.baselines.get("experts", ConfigDict())
-  with own.ignore_type():
-    own.baselines, own.also = ConfigDict({"experts": experts}), ConfigDict()
+  experiment = configs.load(path).copy_and_resolve_references().unlock()
+  experts = experiment.baselines.get("experts", ConfigDict())
+  with experiment.ignore_type():
+    experiment.baselines, experiment.also = ConfigDict({"experts": experts}), ConfigDict()
   changes = {**config["changes"], "seed": seed, "final": config["final"], "keep_experts": False}
   for key, value in configs.flat(changes).items():
-    if key not in configs.flat(own):
+    if key not in configs.flat(experiment):
       raise ValueError(
         f"{source}: config.changes: {path} has no key "
-        f"{key!r}{errors.nearest(key, configs.flat(own))}."
+        f"{key!r}{errors.nearest(key, configs.flat(experiment))}."
       )
-    configs.change(own, key, value, f"{source}: config.changes")
-  configs.check(own, path)
-  return own.lock()
+    configs.change(experiment, key, value, f"{source}: config.changes")
+  configs.check(experiment, path)
+  return experiment.lock()

@@ -1,4 +1,4 @@
-"""Compiles the programs of a config for a slice of TPUs, and says what they need and take.
+"""Compiles the programs of a config for a slice of TPUs, and records what they need.
 
 The programs are those that a run has: the halves of a round and the whole of it, or a merge in
 memory and the programs of a streamed one. Only their shapes come from the config.
@@ -40,7 +40,7 @@ def run(
   Args:
     config: as `compile_config.load` reads it.
     place: the chips.
-    each: is given the record of each program as soon as it is known.
+    each: called with the record of each program.
 
   Raises:
     ValueError: for a mesh that does not fit the chips, or without the compiler.
@@ -117,37 +117,42 @@ def _round(loop: build.Loop) -> Iterator[xla_program.Program]:
   yield xla_program.Program("tune and merge", lambda: whole.lower(*taken), mesh, trips)
 
 
-def _stack(params: Any, height: int) -> Any:
-  return jax.tree.map(lambda x: Struct((height, *x.shape), x.dtype), params)
+def _stack(params: Any, num_models: int) -> Any:
+  return jax.tree.map(lambda x: Struct((num_models, *x.shape), x.dtype), params)
 
 
 def of_merge(config: Mapping[str, Any], devices: Sequence[Any]) -> Iterator[xla_program.Program]:
   """Yields the programs of a merge: in memory over the whole mesh, and those of a streamed one.
 
-  The streamed programs are found by streaming one slice, with made numbers, on this machine.
+  The streamed programs are recorded while one slice of random numbers is streamed on this machine.
   """
-  own, _ = llama.of_fields(dict(config["model"]))
-  height, dtype, method = (
+  fields, _ = llama.of_fields(dict(config["model"]))
+  num_models, dtype, method = (
     config["models"],
     jnp.dtype(config["dtype"]),
     merges.make_method(config["method"]),
   )
   mesh = meshes.make(**config["mesh"], devices=devices)
-  params = jax.eval_shape(lambda: llama.init(own, jax.random.key(0)))
+  params = jax.eval_shape(lambda: llama.init(fields, jax.random.key(0)))
   params = jax.tree.map(lambda x: Struct(x.shape, dtype), params)
   places = meshes.places(params, mesh, llama.SHARDING)
   beside = jax.tree.map(lambda s: NamedSharding(mesh, P(None, *s.spec)), places)
-  base, models = build.put_shapes(params, places), build.put_shapes(_stack(params, height), beside)
+  base, models = (
+    build.put_shapes(params, places),
+    build.put_shapes(_stack(params, num_models), beside),
+  )
   seed = 0 if "seed" in stage.hparams(method) else None
   merge = functools.partial(memory.merge, method, seed=seed, layout=llama.VIEWS)
   whole = jax.jit(merge, out_shardings=places)
   yield xla_program.Program("merge in memory", lambda: whole.lower(models, base), mesh)
-  yield from _streamed(method, height, dtype, config["entries"], own.hidden_size, seed, devices[0])
+  yield from _streamed(
+    method, num_models, dtype, config["entries"], fields.hidden_size, seed, devices[0]
+  )
 
 
 def _streamed(
   method: stage.Method,
-  height: int,
+  num_models: int,
   dtype: Any,
   entries: int,
   width: int,
@@ -156,24 +161,24 @@ def _streamed(
 ) -> Iterator[xla_program.Program]:
   """The programs that merge one leaf of about so many entries, slice by slice, on one device."""
   shape = (max(1, entries // width), width)
-  drawn = np.random.default_rng(0).standard_normal((height + 1, *shape), np.float32)
-  drawn = drawn.reshape(height + 1, -1).astype(dtype)
+  drawn = np.random.default_rng(0).standard_normal((num_models + 1, *shape), np.float32)
+  drawn = drawn.reshape(num_models + 1, -1).astype(dtype)
   calls: dict[Any, Callable[[], jax.stages.Lowered]] = {}
   place = SingleDeviceSharding(device)
 
   def read(name: str, start: int, stop: int, order: Any, on_chunk: Any) -> Any:
     return interpreter.Slice(drawn[0, start:stop], None, drawn[1:, start:stop][order])
 
-  def call(program: Any, *given: Any, **rest: Any) -> Any:
-    leaves, tree_of = jax.tree.flatten((given, {k: v for k, v in rest.items() if k in _TRACED}))
+  def call(program: Any, *arguments: Any, **rest: Any) -> Any:
+    leaves, tree_of = jax.tree.flatten((arguments, {k: v for k, v in rest.items() if k in _TRACED}))
     static = {k: v for k, v in rest.items() if k not in _TRACED}
-    own = [Struct(np.shape(x), jnp.result_type(x), sharding=place) for x in leaves]
-    args, named = jax.tree.unflatten(tree_of, own)
-    key = (program.__name__, tree_of, tuple((s.shape, s.dtype) for s in own), str(static))
+    structs = [Struct(np.shape(x), jnp.result_type(x), sharding=place) for x in leaves]
+    args, named = jax.tree.unflatten(tree_of, structs)
+    key = (program.__name__, tree_of, tuple((s.shape, s.dtype) for s in structs), str(static))
     calls.setdefault(key, lambda: program.lower(*args, **named, **static))
-    return program(*given, **rest)
+    return program(*arguments, **rest)
 
-  source = slices.Source({"w": Struct(shape, dtype)}, height, read)
+  source = slices.Source({"w": Struct(shape, dtype)}, num_models, read)
   streaming.stream(
     method,
     source,
@@ -192,4 +197,4 @@ _TRACED = (
   "stats",
   "results",
   "bracket",
-)  # What programs of `streaming` are given by name and trace.
+)  # Keyword arguments of the programs of `streaming` that are traced.

@@ -1,6 +1,6 @@
 """Reads the config file of an experiment and the changes that a command line makes to it.
 
-Free of jax: a mistyped key or value is told before anything heavy is imported. All errors are
+Free of jax: a mistyped key or value is an error before anything heavy is imported. All errors are
 ValueErrors of one line that name the file, the key, the value and what would be right.
 """
 
@@ -31,7 +31,7 @@ SCHEME: Mapping[str, Any] = {
   "score_every": int,
 }
 OPTIONAL = ("score_every",)  # It is 1 in configs that lack it: every round is scored.
-# Groups whose keys are the experiment's or the method's own.
+# Groups whose keys depend on the experiment or the method.
 OPEN = ("method", "baselines", "also", "data", "pretrain", "model")
 _LOWEST = {"checkpoint.keep": 1, "checkpoint.every": 1, "score_every": 1, "mesh.devices": 1}
 _WORDS = {
@@ -85,16 +85,16 @@ def read(path: str) -> ConfigDict:
   file = pathlib.Path(path)
   if not file.is_file():
     folders = [file if file.is_dir() else file.parent, pathlib.Path("configs")]
-    found = sorted({str(p) for folder in folders for p in folder.glob("*.py")})
-    known = f" Configs found: {', '.join(found)}." if found else ""
-    close = difflib.get_close_matches(str(file), found, n=1)
+    paths = sorted({str(p) for folder in folders for p in folder.glob("*.py")})
+    known = f" Configs found: {', '.join(paths)}." if paths else ""
+    close = difflib.get_close_matches(str(file), paths, n=1)
     hint = f" Did you mean {close[0]}?" if close else ""
     raise ValueError(f"there is no config file {path}.{hint}{known}")
   scope: dict[str, Any] = {"__name__": "config", "__file__": path}
   try:
     exec(compile(file.read_text(encoding="utf-8"), path, "exec"), scope)
     config = scope["get_config"]() if "get_config" in scope else None
-  except Exception as e:  # A config is code: whatever it raises is told in one line.
+  except Exception as e:  # A config is code, and may raise anything.
     raise ValueError(f"{_place(e, path)}: {type(e).__name__}: {e}") from e
   if not isinstance(config, ConfigDict):
     what = "has no function get_config" if "get_config" not in scope else f"returned {config!r:.60}"
@@ -118,20 +118,20 @@ def check(config: ConfigDict, source: str) -> None:
     raise ValueError(f"{source}: the key 'config.{missing[0]}' is missing; it must be there.")
   _check_parts(config, source)
   check_method(dict(config.method), f"{source}: config.method")
-  for name, own in config.baselines.items():
-    _check_group(own, f"baselines.{name}", source)
+  for name, options in config.baselines.items():
+    _check_group(options, f"baselines.{name}", source)
     if name in ("multitask", "experts") or name.startswith("experts_"):
-      _check_changes(config, own, LOOP, f"{source}: config.baselines.{name}")
+      _check_changes(config, options, LOOP, f"{source}: config.baselines.{name}")
     else:
-      rest = {k: v for k, v in own.items() if k != "scales"}
+      rest = {k: v for k, v in options.items() if k != "scales"}
       check_method({"name": name, **rest}, f"{source}: config.baselines")
-  for name, own in config.also.items():
+  for name, changes in config.also.items():
     if not name.startswith("atm_"):
       raise ValueError(
         f"{source}: config.also: the name of a run must begin with 'atm_': {name!r}."
       )
-    _check_group(own, f"also.{name}", source)
-    _check_changes(config, own, (*LOOP, "method", "variant"), f"{source}: config.also.{name}")
+    _check_group(changes, f"also.{name}", source)
+    _check_changes(config, changes, (*LOOP, "method", "variant"), f"{source}: config.also.{name}")
 
 
 def _check_changes(
@@ -225,7 +225,7 @@ def parse(text: str, kind: Any, key: str, source: str = "config") -> Any:
 
 
 def words(kind: Any) -> str:
-  """Says in words what a kind of value is."""
+  """Returns a kind of value in words."""
   if get_origin(kind) is Literal:
     return f"one of {', '.join(repr(c) for c in get_args(kind))}"
   return " or ".join(_WORDS.get(k, str(k)) for k in _kinds(kind))
@@ -280,11 +280,11 @@ def _check_parts(config: ConfigDict, source: str) -> None:
     raise ValueError(f"{source}: config.{e}") from e
 
 
-def check_method(given: Mapping[str, Any], where: str) -> None:
+def check_method(settings_: Mapping[str, Any], where: str) -> None:
   """Raises ValueError for a method that there is not, or settings that it does not have."""
-  own = dict(given)
+  options = dict(settings_)
   try:
-    lookup.check(own.pop("name"), own)
+    lookup.check(options.pop("name"), options)
   except ValueError as e:
     raise ValueError(f"{where}: {e}") from e
 

@@ -55,10 +55,10 @@ def pretrain(
   few = [
     t.train._replace(inputs=t.train.inputs[:rows], labels=t.train.labels[:rows]) for t in tasks
   ]
-  own = batch.stacked(
+  stacked = batch.stack(
     [dataclasses.replace(t, train=s) for t, s in zip(tasks, few, strict=True)], "train"
   )
-  own = jax.tree.map(jnp.asarray, own)
+  stacked = jax.tree.map(jnp.asarray, stacked)
   wide = max(t.num_classes for t in tasks)
   schedule = optax.cosine_decay_schedule(learning_rate, steps)
   optimizer = optax.adamw(schedule, weight_decay=0.05)
@@ -73,7 +73,7 @@ def pretrain(
       out = batch.outputs(cnn.apply, both[0], rows.inputs[index], head, rows.classes)
       return losses.cross_entropy(out, rows.labels[index]).mean()
 
-    rows = own._replace(head=None)
+    rows = stacked._replace(head=None)
     return lax.map(lambda each: task(*each), (both[1], rows, index)).sum()
 
   @jax.jit
@@ -87,5 +87,5 @@ def pretrain(
 
     return lax.scan(step, (both, optimizer.init(both)), index)[0][0]
 
-  params, made = train(jax.random.key(seed), index)
-  return params, [np.asarray(made[i, :, : t.num_classes]) for i, t in enumerate(tasks)]
+  params, heads = train(jax.random.key(seed), index)
+  return params, [np.asarray(heads[i, :, : t.num_classes]) for i, t in enumerate(tasks)]

@@ -1,4 +1,4 @@
-"""What a phase of a run has made: saved once, and found again when the run goes on."""
+"""The results of the phases of a run: saved once, and restored when the run goes on."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def restore_or_make(
     make: makes them; all processes of a run call it, or none.
     say: called with what was restored, and what was set aside.
     name: of the phase, for messages.
-    of: digest of what it is made of: what was made of something else is made again.
+    of: digest of the inputs: results of other inputs are made again.
   """
   with stores.Checkpoints(folder, keep=1) as store:
     checkpoint = store.restore(like)

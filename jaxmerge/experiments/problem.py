@@ -66,7 +66,7 @@ def save(problem: Problem, folder: pathlib.Path, params: Any, readme: str) -> No
 
 
 def share(problem: Problem) -> Problem:
-  """Returns a problem that each process has made, with the first one's weights and heads."""
+  """Returns the problem of this process with the weights and heads of the first one."""
   heads = [t.head for t in problem.tasks if t.head is not None]
   params, heads = processes.same((problem.params, heads))
   if heads:

@@ -1,6 +1,6 @@
 """Finds the function that makes an experiment: a built-in one by its short name, a user's by place.
 
-Free of jax until an experiment is made.
+Free of jax until a function is called.
 """
 
 from __future__ import annotations
@@ -48,14 +48,14 @@ def find(name: str) -> Callable[..., Problem]:
   check(name)
   module_name, _, function = ALIASES.get(name, name).partition(":")
   module = _import(module_name, f"experiment {name!r}")
-  found = getattr(module, function, None)
-  if not inspect.isfunction(found):
+  maker = getattr(module, function, None)
+  if not inspect.isfunction(maker):
     public = [n for n, _ in inspect.getmembers(module, inspect.isfunction) if n[0] != "_"]
     raise ValueError(
       f"experiment {name!r}: {module.__file__} has no function {function!r}"
       f"{errors.nearest(function, public)}; it has {', '.join(public) or 'none'}."
     )
-  return found
+  return maker
 
 
 def make(config: Mapping[str, Any], cache: Cache = lambda like, make: make()) -> Problem:
@@ -63,7 +63,7 @@ def make(config: Mapping[str, Any], cache: Cache = lambda like, make: make()) ->
 
   Args:
     config: the plain config.
-    cache: what the function is given to keep what it trains for the base.
+    cache: passed to the function, which may keep in it what it trains for the base.
 
   Raises:
     ValueError: for an experiment that there is not, that returns something else, or that has shapes
@@ -128,6 +128,6 @@ def _import(name: str, what: str) -> Any:
         "folder, or name that in PYTHONPATH."
       ) from error
     raise ValueError(f"{what}: its module {name} needs {error.name!r}: {error}.") from error
-  except Exception as error:  # A module is code: whatever it raises is told in one line.
+  except Exception as error:  # A module is code, and may raise anything.
     kind = type(error).__name__
     raise ValueError(f"{what}: importing {name} failed: {kind}: {error}") from error

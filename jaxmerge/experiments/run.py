@@ -29,7 +29,7 @@ def run(
     workdir: the folder: it is created, or an interrupted run in it goes on.
     resume: "auto" goes on with a run of the same config, "never" wants an empty folder, "must"
       wants a run to go on with.
-    progress: is given events: {"phase", "done", "total", "unit", "numbers"} or {"message"}.
+    progress: called with events: {"phase", "done", "total", "unit", "numbers"} or {"message"}.
     stop: asked after each round, or part of another phase, whether to stop there.
 
   Returns:
@@ -43,7 +43,7 @@ def run(
     pathlib.Path(workdir),
     json.loads(schema.fill(config, schema.Experiment).to_json()),
   )
-  with workdirs.held(folder, plain, resume):
+  with workdirs.hold(folder, plain, resume):
     shared.check(folder)
     if record := workdirs.finished(folder, plain):
       return record

@@ -110,13 +110,13 @@ def kinds(schema: type) -> dict[str, Any]:
   >>> kinds(Experiment)["mesh.devices"]
   int | None
   """
-  found = {}
+  by_key = {}
   for name, kind in get_type_hints(schema).items():
     if dataclasses.is_dataclass(kind):
-      found.update({f"{name}.{k}": v for k, v in get_type_hints(kind).items()})
+      by_key.update({f"{name}.{k}": v for k, v in get_type_hints(kind).items()})
     else:
-      found[name] = dict if kind == Group else kind
-  return found
+      by_key[name] = dict if kind == Group else kind
+  return by_key
 
 
 def fill(config: ConfigDict, schema: type) -> ConfigDict:
@@ -137,7 +137,7 @@ def fill(config: ConfigDict, schema: type) -> ConfigDict:
 def defaults(schema: type) -> dict[str, Any]:
   """Returns the defaults of a schema, groups as dicts; of an experiment those of its loop too."""
   loop = defaults(settings.Settings) if schema is Experiment else {}
-  found = {}
+  values = {}
   for field in dataclasses.fields(schema):
     value = field.default
     if field.default_factory is not dataclasses.MISSING:
@@ -145,8 +145,8 @@ def defaults(schema: type) -> dict[str, Any]:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
       value = dataclasses.asdict(value)
     if value is not dataclasses.MISSING:
-      found[field.name] = dict(value) if isinstance(value, Mapping) else value
-  return {**loop, **found}
+      values[field.name] = dict(value) if isinstance(value, Mapping) else value
+  return {**loop, **values}
 
 
 def _fill_group(group: Any, defaults: Group) -> None:

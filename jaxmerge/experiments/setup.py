@@ -50,7 +50,7 @@ class Setup:
   settings: Settings
   mesh: Mesh
   params: Any
-  rows: batch.Rows
+  rows: batch.TaskBatch
   score: scoring.Scorer
   score_experts: scoring.Scorer
 
@@ -103,7 +103,7 @@ def prepare(config: dict[str, Any], folder: pathlib.Path, events: Events) -> Set
   """Makes the problem of a config, and puts its base and its validation rows on the devices.
 
   Raises:
-    ValueError: for an experiment that cannot be made, or settings and a mesh that do not fit.
+    ValueError: for an experiment that fails, or settings and a mesh that do not fit.
   """
 
   def cache(like: Any, make: Callable[[], Any]) -> Any:
@@ -114,8 +114,8 @@ def prepare(config: dict[str, Any], folder: pathlib.Path, events: Events) -> Set
       return arrays, {}
 
     place = folder / "checkpoints" / "base"
-    kept = phase_cache.restore_or_make(place, like, make_once, say=events.say, name="base")
-    return meshes.fetch(kept[0])
+    arrays, _ = phase_cache.restore_or_make(place, like, make_once, say=events.say, name="base")
+    return meshes.fetch(arrays)
 
   with events.timed("data and base"):
     problem = problems.share(registry.make(config, cache))
@@ -137,15 +137,15 @@ def prepare(config: dict[str, Any], folder: pathlib.Path, events: Events) -> Set
   )
 
 
-def place_rows(mesh: Mesh, tasks: Sequence[Task], split: str) -> batch.Rows:
+def place_rows(mesh: Mesh, tasks: Sequence[Task], split: str) -> batch.TaskBatch:
   """Puts a split of all tasks on the devices."""
   side = mesh.shape["task"]
-  return placement.rows(tasks, split, mesh, height=-(-len(tasks) // side) * side)
+  return placement.rows(tasks, split, mesh, num_slots=-(-len(tasks) // side) * side)
 
 
 def pad(mesh: Mesh, stack: Any, num_slots: int) -> Any:
   """Puts a stack of models on the devices, with empty slots up to a number."""
-  padded = jax.tree.map(lambda x: batch.pile_up(x, num_slots), meshes.fetch(stack))
+  padded = jax.tree.map(lambda x: batch.pad(x, num_slots), meshes.fetch(stack))
   return meshes.put(padded, meshes.by_task(mesh))
 
 

@@ -1,4 +1,4 @@
-"""The folder of a run: whose it is, and the plain files in it.
+"""The folder of a run: its lock, its config, and the plain files in it.
 
 A run that has finished is shown without jax, which is imported where a run goes on.
 """
@@ -20,20 +20,20 @@ from jaxmerge.io.disk import atomic, locks
 from jaxmerge.io.huggingface import folder
 from jaxmerge.report import record as records
 
-_RUN = "run"  # What is locked in the folder: its own place may be a disk.
+_RUN = "run"  # The lock lies in the folder, which may be a disk of its own.
 
 
 @contextlib.contextmanager
-def held(
+def hold(
   workdir: pathlib.Path, config: Mapping[str, Any], resume: str, free: tuple[str, ...] = ()
 ) -> Iterator[None]:
-  """Keeps a folder for one run until the block ends; the folder is made if need be.
+  """Holds a folder for one run until the block ends; it is created if need be.
 
-  All processes of a run call it at the same point: the first one holds the lock for all.
+  All processes of a run call it at the same point: the first one locks it for all.
 
   Args:
     workdir: the folder.
-    config: as for `check`, which is done once the folder is held.
+    config: as for `check`, which is done once the folder is locked.
     resume: likewise.
     free: likewise.
 
@@ -43,7 +43,7 @@ def held(
   from jaxmerge.parallel import processes
 
   if not workdir.exists():
-    check(workdir, config, resume, free)  # Nothing is made in vain.
+    check(workdir, config, resume, free)  # Nothing is created in vain.
   with contextlib.ExitStack() as stack:
     failure: OSError | ValueError | None = None
     if processes.first():
@@ -61,7 +61,7 @@ def held(
 def check(
   workdir: pathlib.Path, config: Mapping[str, Any], resume: str, free: tuple[str, ...] = ()
 ) -> None:
-  """Refuses a folder that is not the run's own; nothing is written.
+  """Refuses a folder that is not this run's; nothing is written.
 
   The mesh is not part of what a run is: it may go on with other devices or processes.
 
@@ -70,7 +70,7 @@ def check(
     config: the plain config of the run.
     resume: "auto" goes on with a run of the same config, "never" wants a folder without a run,
       "must" wants one with a run.
-    free: keys begin so that may be others than they were.
+    free: keys that begin so may differ.
 
   Raises:
     ValueError: naming the first differences, if the folder holds a run of another config, or its
@@ -115,7 +115,7 @@ def _check(
 def _differences(
   there: Mapping[str, Any], here: Mapping[str, Any], free: tuple[str, ...] = ()
 ) -> list[str]:
-  """What two configs say differently, but of the mesh and of keys that begin so."""
+  """Returns the differences of two configs, but of the mesh and of keys that begin with `free`."""
   theirs, ours = config.flat(there), config.flat(here)
   return [
     f"{key} is {theirs.get(key)!r} there and {ours.get(key)!r} here"
@@ -165,14 +165,14 @@ def finished(workdir: pathlib.Path, config: Mapping[str, Any]) -> dict[str, Any]
 
 
 def claim(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
-  """Makes a folder that is held the run's own by its config.json."""
+  """Writes the config.json of a run into the folder that it holds."""
   atomic.tidy(workdir)
   with atomic.write(workdir / "config.json") as file:
     file.write((json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
 
 
 def _is_passing(path: pathlib.Path) -> bool:
-  """Tells whether a file is a lock, or one that a kill kept from its place: nobody's work."""
+  """Returns whether a file is a lock, or one that a killed process left unfinished."""
   return path.name.startswith(locks.path_of(path.with_name(_RUN)).name) or atomic.is_unfinished(
     path
   )
@@ -187,7 +187,9 @@ def write_metrics(workdir: pathlib.Path, curves: Mapping[str, Sequence[Mapping[s
 
 def write_rows(workdir: pathlib.Path, scores: Mapping[str, Mapping[str, np.ndarray]]) -> None:
   """Writes rows.npz: for every model and task, the score of each row, as MODEL/TASK."""
-  flat = {f"{model}/{task}": rows for model, own in scores.items() for task, rows in own.items()}
+  flat = {
+    f"{model}/{task}": rows for model, tasks in scores.items() for task, rows in tasks.items()
+  }
   with atomic.write(workdir / "rows.npz") as file:
     np.savez_compressed(file, allow_pickle=False, **flat)
 
@@ -197,9 +199,9 @@ def versions() -> dict[str, str]:
   import jax
 
   packages = ("jaxmerge", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-  found = {p: importlib.metadata.version(p) for p in packages}
+  numbers = {p: importlib.metadata.version(p) for p in packages}
   devices = jax.devices()
-  return found | {
+  return numbers | {
     "python": platform.python_version(),
     "devices": f"{len(devices)} x {devices[0].device_kind}",
   }

@@ -61,7 +61,7 @@ class Validation:
   base: Any
   models: Any
   score: scoring.Scorer
-  rows: batch.Rows
+  rows: batch.TaskBatch
   counts: Sequence[int]
   names: Sequence[str]
   seed: int | None = None
@@ -114,7 +114,7 @@ def best_scale(
   models: Any,
   scales: Sequence[float],
   score: scoring.Scorer,
-  rows: batch.Rows,
+  rows: batch.TaskBatch,
   counts: Sequence[int],
   *,
   names: Sequence[str],

@@ -17,8 +17,8 @@ Array = jax.Array
 Apply = Callable[[Any, Any, Any], Array]
 
 
-class Rows(NamedTuple):
-  """One split of all tasks, stacked and padded: what the device holds.
+class TaskBatch(NamedTuple):
+  """One split of all tasks, stacked and padded to one size.
 
   Attributes:
     inputs: tree of [T, N, ...].
@@ -35,58 +35,58 @@ class Rows(NamedTuple):
   filled: Array | np.ndarray
 
 
-def stacked(
-  given: Sequence[tasks.Task],
+def stack(
+  task_list: Sequence[tasks.Task],
   split: str,
   *,
-  height: int | None = None,
+  num_slots: int | None = None,
   slots: range | None = None,
-) -> Rows:
+) -> TaskBatch:
   """Stacks one split of the tasks; shorter ones are padded with zeros, which no step reads.
 
   Args:
-    given: the tasks.
+    task_list: the tasks.
     split: name of the split.
-    height: number of slots T; those past the last task stay empty.
+    num_slots: number of slots T; those past the last task stay empty.
     slots: those of them that are stacked; all by default.
 
   Raises:
     ValueError: if the rows of two tasks differ in structure, dtype or shape, or their heads in kind
       or number of features, naming both; or if a task has no such split.
   """
-  for t in given:
+  for t in task_list:
     if split not in t.splits():
       raise ValueError(f"task {t.name!r} has no {split} split, only {', '.join(t.splits())}.")
-  parts = [t.splits()[split] for t in given]
+  parts = [t.splits()[split] for t in task_list]
   rows = max(len(p.labels) for p in parts)
-  slots = slots or range(height or len(parts))
-  for t, part in zip(given[1:], parts[1:], strict=True):
-    rowed = [{"inputs": jax.tree.map(_first, p.inputs)} for p in (parts[0], part)]
-    left, right = (f"a row of task {name!r}" for name in (given[0].name, t.name))
-    tree.check_same(*rowed, left=left, right=right)
-  own = heads(given)
-  wide = max(t.num_classes for t in given)
+  slots = slots or range(num_slots or len(parts))
+  for t, part in zip(task_list[1:], parts[1:], strict=True):
+    first_rows = [{"inputs": jax.tree.map(_first, p.inputs)} for p in (parts[0], part)]
+    left, right = (f"a row of task {name!r}" for name in (task_list[0].name, t.name))
+    tree.check_same(*first_rows, left=left, right=right)
+  columns = heads(task_list)
+  wide = max(t.num_classes for t in task_list)
 
-  def pile(*xs: Any) -> np.ndarray:
-    parts = [pile_up(np.asarray(xs[k]), rows) for k in slots if k < len(xs)]
-    return _pile(parts, xs[0], rows, len(slots))
+  def stack_rows(*xs: Any) -> np.ndarray:
+    parts = [pad(np.asarray(xs[k]), rows) for k in slots if k < len(xs)]
+    return _stack(parts, xs[0], rows, len(slots))
 
   def each(values: Sequence[int], empty: int) -> np.ndarray:
     return np.array([values[k] if k < len(values) else empty for k in slots], np.int32)
 
-  own = [_widened(h, wide) for h in own]
-  return Rows(
-    jax.tree.map(pile, *[p.inputs for p in parts]),
-    pile(*[p.labels for p in parts]),
-    pile_up(np.stack(own), max(slots) + 1)[slots.start : slots.stop] if own else None,
-    each([t.num_classes for t in given], wide),
+  columns = [_widen(h, wide) for h in columns]
+  return TaskBatch(
+    jax.tree.map(stack_rows, *[p.inputs for p in parts]),
+    stack_rows(*[p.labels for p in parts]),
+    pad(np.stack(columns), max(slots) + 1)[slots.start : slots.stop] if columns else None,
+    each([t.num_classes for t in task_list], wide),
     each([len(p.labels) for p in parts], 0),
   )
 
 
-def shapes(given: Sequence[tasks.Task], split: str, num_slots: int) -> Rows:
-  """Returns the shapes of what `stacked` makes of tasks, which may be shapes themselves."""
-  parts = [t.splits()[split] for t in given]
+def shapes(task_list: Sequence[tasks.Task], split: str, num_slots: int) -> TaskBatch:
+  """Returns the shapes of what `stack` makes of tasks, which may be shapes themselves."""
+  parts = [t.splits()[split] for t in task_list]
   rows = max(p.labels.shape[0] for p in parts)
 
   def struct(x: Any, *shape: int) -> Any:  # It stands for an array.
@@ -95,9 +95,9 @@ def shapes(given: Sequence[tasks.Task], split: str, num_slots: int) -> Rows:
   def padded(x: Any) -> Any:
     return struct(x, rows, *x.shape[1:])
 
-  head = heads(given)
+  head = heads(task_list)
   count: Any = jax.ShapeDtypeStruct((num_slots,), np.int32)
-  return Rows(
+  return TaskBatch(
     jax.tree.map(padded, parts[0].inputs),
     padded(parts[0].labels),
     struct(head[0], *head[0].shape[:-1], max(h.shape[-1] for h in head)) if head else None,
@@ -115,36 +115,36 @@ def outputs(apply: Apply, params: Any, inputs: Any, head: Any, classes: Any) -> 
   return jnp.where(real, out, jnp.asarray(-jnp.inf, out.dtype))
 
 
-def _pile(parts: Sequence[np.ndarray], like: Any, rows: int, height: int) -> np.ndarray:
+def _stack(parts: Sequence[np.ndarray], like: Any, rows: int, num_slots: int) -> np.ndarray:
   empty = np.zeros((rows, *np.shape(like)[1:]), np.asarray(like).dtype)
-  return np.stack([*parts, *[empty] * (height - len(parts))])
+  return np.stack([*parts, *[empty] * (num_slots - len(parts))])
 
 
 def _first(x: Any) -> np.ndarray:
   return np.asarray(x)[0]
 
 
-def heads(given: Sequence[tasks.Task]) -> list[np.ndarray]:
+def heads(task_list: Sequence[tasks.Task]) -> list[np.ndarray]:
   """Returns the heads of all tasks, or none; ValueError where some have one, or sizes differ."""
-  heads = [t.head for t in given if t.head is not None]
-  if 0 < len(heads) < len(given):
-    own = {t.name: "a head" if t.head is not None else "none" for t in given}
-    raise ValueError(f"either all tasks have a head or none has, got {own}.")
-  for t, head in zip(given, heads, strict=False):
+  heads = [t.head for t in task_list if t.head is not None]
+  if 0 < len(heads) < len(task_list):
+    kinds = {t.name: "a head" if t.head is not None else "none" for t in task_list}
+    raise ValueError(f"either all tasks have a head or none has, got {kinds}.")
+  for t, head in zip(task_list, heads, strict=False):
     if head.shape[:-1] != heads[0].shape[:-1]:
       raise ValueError(
-        f"the head of task {t.name!r} is {head.shape}, but that of {given[0].name!r} is "
+        f"the head of task {t.name!r} is {head.shape}, but that of {task_list[0].name!r} is "
         f"{heads[0].shape}; all but the classes must agree."
       )
   return heads
 
 
-def _widened(head: np.ndarray, classes: int) -> np.ndarray:
+def _widen(head: np.ndarray, classes: int) -> np.ndarray:
   head = np.asarray(head)
   spare = np.zeros((*head.shape[:-1], classes - head.shape[-1]), head.dtype)
   return np.concatenate([head, spare], axis=-1)
 
 
-def pile_up(x: np.ndarray, height: int) -> np.ndarray:
-  """Appends empty slots to an array with a leading task axis: [T, ...] -> [height, ...]."""
-  return np.concatenate([x, np.zeros((max(0, height - len(x)), *x.shape[1:]), x.dtype)])
+def pad(x: np.ndarray, num_slots: int) -> np.ndarray:
+  """Appends empty slots to an array with a leading task axis: [T, ...] -> [num_slots, ...]."""
+  return np.concatenate([x, np.zeros((max(0, num_slots - len(x)), *x.shape[1:]), x.dtype)])

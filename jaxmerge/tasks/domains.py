@@ -1,4 +1,4 @@
-"""Domains of text as tasks: rows of bytes, each to be told from the bytes before it.
+"""Domains of text as tasks: rows of bytes, each to be predicted from the bytes before it.
 
 A domain is a list of documents. A document is in one split, which the checksum of its name decides;
 what is left of near copies between the splits is cut out of the later one. The documents of a split
@@ -91,9 +91,9 @@ def load(
 def documents(name: str, folder: str = "") -> list[Document]:
   """Reads the documents of a domain, up to `MOST` bytes of them."""
   if folder and (path := pathlib.Path(folder) / f"{name}.csv.gz").is_file():
-    return drawn(table(path))
+    return draw(table(path))
   if name in SHIPPED:
-    return drawn(table(data.path(f"{name}.csv.gz")))
+    return draw(table(data.path(f"{name}.csv.gz")))
   if name in INSTALLED:
     return _installed(name)
   known = [*SHIPPED, *INSTALLED]
@@ -120,18 +120,18 @@ def table(path: pathlib.Path) -> list[Document]:
   return [Document(*row) for row in rows[1:]]
 
 
-def write(path: pathlib.Path, found: Iterable[Document]) -> None:
+def write(path: pathlib.Path, documents: Iterable[Document]) -> None:
   """Writes a file that `table` reads; the same documents give the same bytes."""
   buffer = io.StringIO()
   writer = csv.writer(buffer, lineterminator="\n")
-  writer.writerows([HEADER, *found])
+  writer.writerows([HEADER, *documents])
   path.write_bytes(gzip.compress(buffer.getvalue().encode(), 9, mtime=0))
 
 
-def drawn(found: Iterable[Document], most: int = MOST) -> list[Document]:
-  """Takes documents in an order that their names draw, but the longest, up to so many bytes."""
+def draw(documents: Iterable[Document], most: int = MOST) -> list[Document]:
+  """Returns documents in a random order of their names, but the longest, up to so many bytes."""
   out, total = [], 0
-  for document in sorted(found, key=lambda d: _place(d.name)):
+  for document in sorted(documents, key=lambda d: _place(d.name)):
     size = len(document.text.encode())
     if size <= LONGEST and total + size <= most:
       out.append(document)
@@ -140,42 +140,44 @@ def drawn(found: Iterable[Document], most: int = MOST) -> list[Document]:
 
 
 def split_of(name: str) -> str:
-  """Names the split of a document: about 70 % train, 10 % validation, 20 % test."""
+  """Returns the split of a document: about 70 % train, 10 % validation, 20 % test."""
   share = zlib.crc32(f"split of {name}".encode()) / 2**32
   if share < SHARES["train"]:
     return "train"
   return "validation" if share < SHARES["train"] + SHARES["validation"] else "test"
 
 
-def apart(found: Iterable[Document], share: float = 0.5) -> dict[str, list[Document]]:
+def split_documents(documents: Iterable[Document], share: float = 0.5) -> dict[str, list[Document]]:
   """Returns the documents by split, without paragraphs that are near copies of an earlier split's.
 
-  A paragraph is one if `share` of its runs of eight words are in a split before its own.
+  A paragraph is one if `share` of its runs of eight words are in an earlier split.
   """
   seen: set[int] = set()
   out: dict[str, list[Document]] = {split: [] for split in SHARES}
-  ordered = sorted(found, key=lambda d: d.name)
-  for split, kept in out.items():
+  ordered = sorted(documents, key=lambda d: d.name)
+  for split, chosen in out.items():
     runs: set[int] = set()
     for document in (d for d in ordered if split_of(d.name) == split):
       paragraphs = re.split(r"\n\s*\n", document.text)
-      own = [_runs(p) for p in paragraphs]
+      hashes = [_runs(p) for p in paragraphs]
       left = [
-        p for p, r in zip(paragraphs, own, strict=True) if not r or len(r & seen) < share * len(r)
+        p
+        for p, r in zip(paragraphs, hashes, strict=True)
+        if not r or len(r & seen) < share * len(r)
       ]
-      kept += [Document(document.name, "\n\n".join(left))] * any(map(str.strip, left))
-      runs |= set().union(*own)
+      chosen += [Document(document.name, "\n\n".join(left))] * any(map(str.strip, left))
+      runs |= set().union(*hashes)
     seen |= runs
   return out
 
 
-def rows(found: Iterable[Document], length: int) -> task_lib.Split:
+def rows(documents: Iterable[Document], length: int) -> task_lib.Split:
   """Cuts documents, one after the other, into rows of bytes; a label is the byte after its input.
 
   >>> [x.tolist() for x in rows([Document("a", "abcde")], 2)]
   [[[97, 98], [99, 100]], [[98, 99], [100, 101]]]
   """
-  text = "\n\n".join(d.text.strip("\n") for d in found)
+  text = "\n\n".join(d.text.strip("\n") for d in documents)
   stream = np.frombuffer(text.encode(), np.uint8).astype(np.int32)
   count = max(len(stream) - 1, 0) // length
   inputs, labels = (stream[i : i + count * length].reshape(count, length) for i in (0, 1))
@@ -183,12 +185,12 @@ def rows(found: Iterable[Document], length: int) -> task_lib.Split:
 
 
 def _domain(
-  name: str, found: list[Document], length: int, seed: int, sizes: Mapping[str, int | None]
+  name: str, documents: list[Document], length: int, seed: int, sizes: Mapping[str, int | None]
 ) -> Domain:
   taken = {}
-  for split, own in apart(found).items():
-    whole = rows(own, length)
-    # A stream of its own for every split of every domain: what else is loaded changes nothing.
+  for split, chosen in split_documents(documents).items():
+    whole = rows(chosen, length)
+    # Every split of every domain has its own random stream: what else is loaded changes nothing.
     order = np.random.default_rng([seed, zlib.crc32(f"{name} {split}".encode())])
     at = order.permutation(len(whole.labels))
     if split == "train":
@@ -198,8 +200,8 @@ def _domain(
     taken[split] = task_lib.Split(*(x[at[: sizes[split]]] for x in whole))
     if not len(taken[split].labels):
       raise ValueError(
-        f"domain {name!r}: its {split} documents, {len(own)} of {len(found)}, have no row of "
-        f"{length} bytes; it needs more documents, or shorter rows."
+        f"domain {name!r}: its {split} documents, {len(chosen)} of {len(documents)}, have no row "
+        f"of {length} bytes; it needs more documents, or shorter rows."
       )
   pretrain = taken.pop("pretrain")
   task = task_lib.Task(name, taken["train"], taken["validation"], taken["test"])
@@ -232,13 +234,13 @@ def _installed(name: str) -> list[Document]:
     for p in home.rglob(ending)
     if not _OTHERS & set(p.relative_to(home).parts)
   }
-  found, total = [], 0
-  for own in sorted(paths, key=_place):
-    size = paths[own].stat().st_size
+  documents, total = [], 0
+  for name in sorted(paths, key=_place):
+    size = paths[name].stat().st_size
     if size <= LONGEST and total + size <= MOST:
-      found.append(Document(own, paths[own].read_text(encoding="utf-8", errors="replace")))
+      documents.append(Document(name, paths[name].read_text(encoding="utf-8", errors="replace")))
       total += size
-  return found
+  return documents
 
 
 def _home(package: str) -> pathlib.Path:

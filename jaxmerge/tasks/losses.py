@@ -20,16 +20,16 @@ def cross_entropy(outputs: Array, labels: Array | np.ndarray) -> Array:
     return optax.softmax_cross_entropy_with_integer_labels(outputs, labels)
   # Logits of tokens may be shared by devices: a sum is cut up among them, picking one out is not.
   place = lax.broadcasted_iota(jnp.int32, outputs.shape, outputs.ndim - 1)
-  own = jnp.where(
+  at_label = jnp.where(
     place == labels.astype(np.int32)[..., None], outputs, jnp.zeros((), outputs.dtype)
   )
-  return jax.nn.logsumexp(outputs, axis=-1) - own.sum(-1)
+  return jax.nn.logsumexp(outputs, axis=-1) - at_label.sum(-1)
 
 
 def accuracy(outputs: Array, labels: Array | np.ndarray) -> Array:
-  """Tells for each row whether the largest logit is the label's: [B, C], [B] -> float32 [B].
+  """Returns whether the largest logit of each row is the label's: [B, C], [B] -> float32 [B].
 
   A row with NaN among its logits has no largest one.
   """
-  found, known = outputs.argmax(-1), ~jnp.isnan(outputs).any(-1)
-  return (known & (found == labels.astype(found.dtype))).astype(jnp.float32)
+  predicted, is_number = outputs.argmax(-1), ~jnp.isnan(outputs).any(-1)
+  return (is_number & (predicted == labels.astype(predicted.dtype))).astype(jnp.float32)

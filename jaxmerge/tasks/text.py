@@ -182,20 +182,20 @@ def encode(
 
 
 def tokens(texts: Iterable[str], tokenizer: Any, length: int) -> tuple[np.ndarray, np.ndarray]:
-  """Gives (ids, mask) of texts, both int32 [rows, length]; the tokenizer is copied, not changed."""
+  """Returns (ids, mask) of texts, both int32 [rows, length]; the tokenizer is not changed."""
   special = tokenizer.num_special_tokens_to_add(is_pair=False)
   if length <= special:
     raise ValueError(f"length must exceed the {special} special tokens of a row, got {length}.")
-  own = type(tokenizer).from_str(tokenizer.to_str())
-  own.enable_truncation(length)
-  own.enable_padding(length=length)
-  rows = own.encode_batch(list(texts))
+  copy = type(tokenizer).from_str(tokenizer.to_str())
+  copy.enable_truncation(length)
+  copy.enable_padding(length=length)
+  rows = copy.encode_batch(list(texts))
   ids = np.array([r.ids for r in rows], np.int32).reshape(-1, length)
   return ids, np.array([r.attention_mask for r in rows], np.int32).reshape(-1, length)
 
 
 def classes(name: str) -> tuple[str, ...]:
-  """Names the classes of a task, in the order of their labels.
+  """Returns the names of the classes of a task, in the order of their labels.
 
   >>> classes("film")
   ('negative', 'positive')
@@ -212,19 +212,19 @@ def classes(name: str) -> tuple[str, ...]:
 
 
 def _task(name: str, seed: int, sizes: Mapping[str, int | None]) -> TextTask:
-  own = classes(name)
+  names = classes(name)
   splits = {}
   for split, size in sizes.items():
-    rows = [(t, own.index(label)) for at, label, t in _rows(FILES[name])[name] if at == split]
+    rows = [(t, names.index(label)) for at, label, t in _rows(FILES[name])[name] if at == split]
     if size is not None and size < 1:
       raise ValueError(
         f"task {name!r}: {split} must be at least 1 row, or None for all, got {size}."
       )
-    # A stream of its own for every split of every task: what else is loaded changes nothing.
+    # Every split of every task has its own random stream: what else is loaded changes nothing.
     rng = np.random.default_rng([seed, zlib.crc32(f"{name} {split}".encode())])
     taken = [rows[i] for i in rng.permutation(len(rows))[:size]]
     splits[split] = ([t for t, _ in taken], np.array([y for _, y in taken], np.int32))
-  return TextTask(name, own, tuple(PROMPTS[name].values()), splits)
+  return TextTask(name, names, tuple(PROMPTS[name].values()), splits)
 
 
 @functools.cache

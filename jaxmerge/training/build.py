@@ -67,7 +67,7 @@ class Loop(NamedTuple):
   waves: int
   counts: tuple[int, ...]
   base: Any
-  rows: batch.Rows
+  rows: batch.TaskBatch
   ready: interpreter.Ready
   put: Callable[[Any, Any], Any]
   abstract: bool
@@ -158,7 +158,7 @@ def arguments(loop: Loop, k: int) -> tuple[schedule.Plan, interpreter.Ready, Any
   """Returns what round k (from 0) takes beside state, reference and rows: plan, ready and rate."""
   settings, mesh = loop.spec.settings, loop.parts.mesh
   plan = schedule.plan(loop.names, loop.counts, settings, k, rounds=settings.rounds)
-  plan = schedule.Plan(*(batch.pile_up(x, loop.total_slots) for x in plan))
+  plan = schedule.Plan(*(batch.pad(x, loop.total_slots) for x in plan))
   ready = loop.ready
   if "seed" in stage.hparams(loop.spec.method):
     ready = ready._replace(hparams=dict(ready.hparams, seed=seed(settings.seed, k)))
@@ -208,10 +208,10 @@ def _slots(num_tasks: int, at_once: int, side: int) -> tuple[int, int]:
 
 def _rows(
   tasks: Sequence[Task], mesh: Mesh, num_slots: int, *, abstract: bool, on_host: bool
-) -> batch.Rows:
+) -> batch.TaskBatch:
   """Returns the training rows of all tasks, on the devices, on the host, or as shapes."""
   if abstract:
     return put_shapes(batch.shapes(tasks, "train", num_slots), meshes.by_task(mesh))
   if on_host:
-    return batch.stacked(tasks, "train", height=num_slots)
-  return placement.rows(tasks, "train", mesh, height=num_slots)
+    return batch.stack(tasks, "train", num_slots=num_slots)
+  return placement.rows(tasks, "train", mesh, num_slots=num_slots)

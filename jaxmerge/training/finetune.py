@@ -60,7 +60,7 @@ def experts(
   mesh = mesh or meshes.make(tasks=len(tasks))
   side = mesh.shape["task"]
   slots = -(-len(tasks) // side) * side
-  rows = placement.rows(tasks, "train", mesh, height=slots)
+  rows = placement.rows(tasks, "train", mesh, num_slots=slots)
   names, counts = [t.name for t in tasks], [len(t.train.labels) for t in tasks]
   begin, tune = _programs(apply, params, loss, settings, mesh, sharding, slots)
   models, states = begin(meshes.put(params, meshes.places(params, mesh, sharding)))
@@ -69,7 +69,7 @@ def experts(
     best = _Best(apply, metrics.metric_of(metric), tasks, models, mesh)
   for k in range(settings.rounds):
     plan = schedule.plan(names, counts, settings, k, rounds=settings.rounds)
-    padded = schedule.Plan(*(batch.pile_up(x, slots) for x in plan))
+    padded = schedule.Plan(*(batch.pad(x, slots) for x in plan))
     plan = meshes.put(padded, meshes.by_task(mesh))
     models, states, losses, finite = tune(models, states, rows, plan)
     when, used = f"part {k + 1} of its expert's training", len(names)
@@ -103,7 +103,7 @@ def _programs(
     # All parts run one executable only if the first gets what the others return.
     return models, placement.states(local, models, mesh, rules)
 
-  def part(models: Any, states: Any, rows: batch.Rows, plan: schedule.Plan) -> Any:
+  def part(models: Any, states: Any, rows: batch.TaskBatch, plan: schedule.Plan) -> Any:
     return local_steps.tune_all(step, models, states, rows, plan, mesh=mesh, rules=rules)
 
   tune, is_finite = jax.jit(part, donate_argnums=(0, 1)), jax.jit(finiteness.finite_models)
@@ -128,7 +128,7 @@ class _Best:
   ) -> None:
     slots = jax.tree.leaves(models)[0].shape[0]
     self.mesh, self.metric = mesh, metric
-    self.rows = placement.rows(tasks, "validation", mesh, height=slots)
+    self.rows = placement.rows(tasks, "validation", mesh, num_slots=slots)
     self.counts = [len(t.validation.labels) for t in tasks]
     self.score = scoring.expert_scorer(apply, metric.rowwise, mesh=mesh)
     self.models = jax.tree.map(jnp.copy, models)  # The next part takes over their buffers.
@@ -137,7 +137,7 @@ class _Best:
   def update(self, models: Any) -> None:
     """Takes each model that is better than the best so far."""
     means = scoring.means(self.score(models, self.rows), self.counts)
-    scores = batch.pile_up(self.metric.gain(np.array(means, np.float32)), len(self.scores))
+    scores = batch.pad(self.metric.gain(np.array(means, np.float32)), len(self.scores))
     better = meshes.put(scores > self.scores, meshes.by_task(self.mesh))
     self.models = _take_better(self.models, models, better)
     self.scores = np.maximum(scores, self.scores)

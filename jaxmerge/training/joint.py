@@ -54,7 +54,7 @@ def joint(
   settings = dataclasses.replace(settings, round_warmup=0.0)
   local = optimizers.local(settings, params)
   step = local_steps.step(apply, loss, settings, local)
-  rows = jax.tree.map(jnp.asarray, batch.stacked(tasks, "train"))
+  rows = jax.tree.map(jnp.asarray, batch.stack(tasks, "train"))
   names, counts = [t.name for t in tasks], [len(t.train.labels) for t in tasks]
   task, index, rate = _joint_plan(names, counts, settings, len(tasks) if mixed else 1)
 
@@ -118,7 +118,7 @@ def _joint_program(step: Any, mixed: bool) -> Callable[..., Any]:
   """Compiles a part: (params, state, rows, plan) -> (params, state, summed loss, finite [1])."""
 
   @jax.jit
-  def tuned(params: Any, state: Any, rows: batch.Rows, plan: Any) -> Any:
+  def tuned(params: Any, state: Any, rows: batch.TaskBatch, plan: Any) -> Any:
     def batch(task: Array, index: Array) -> Any:
       inputs, labels = jax.tree.map(lambda x: x[task, index], (rows.inputs, rows.labels))
       return inputs, labels, None if rows.head is None else rows.head[task], rows.classes[task]

@@ -104,7 +104,7 @@ def tune_one(
   step_: Any,
   params: Any,
   state: Any,
-  rows: batch.Rows,
+  rows: batch.TaskBatch,
   plan: Plan,
   share: Callable[[Any], Any] = lambda batch: batch,
 ) -> tuple[Any, Any, Array]:
@@ -132,7 +132,7 @@ def tune_all(
   step_: Any,
   params: Any,
   states: Any,
-  rows: batch.Rows,
+  rows: batch.TaskBatch,
   plan: Plan,
   *,
   mesh: Mesh,

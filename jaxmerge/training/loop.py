@@ -134,8 +134,8 @@ class _Run:
     compiled = rounds if self.loop.waves == 1 else waves
     self.program = compiled.program(parts)
     side = parts.mesh.shape["task"]
-    height = -(-len(self.tasks) // side) * side
-    self.validation = placement.rows(self.tasks, "validation", parts.mesh, height=height)
+    slots = -(-len(self.tasks) // side) * side
+    self.validation = placement.rows(self.tasks, "validation", parts.mesh, num_slots=slots)
     self.score = scoring.scorer(spec.apply, metric.rowwise, mesh=parts.mesh)
     self.size = sum(int(np.prod(x.shape, dtype=np.int64)) for x in jax.tree.leaves(self.loop.base))
     self.best: Any = None

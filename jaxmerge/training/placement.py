@@ -35,22 +35,22 @@ def in_place(apply: batch.Apply, mesh: Mesh, rules: meshes.Rules = ()) -> batch.
   return placed
 
 
-def rows(tasks: Sequence[task.Task], split: str, mesh: Mesh, *, height: int) -> batch.Rows:
+def rows(tasks: Sequence[task.Task], split: str, mesh: Mesh, *, num_slots: int) -> batch.TaskBatch:
   """Stacks one split, with its slots over the task axis; each process makes the slots it has.
 
   Arguments and errors as for `batch.stacked`.
   """
-  sharding, slots = meshes.by_task(mesh), meshes.own_slots(mesh, height)
-  stack = batch.stacked(tasks, split, height=height, slots=slots)
+  sharding, slots = meshes.by_task(mesh), meshes.own_slots(mesh, num_slots)
+  stack = batch.stack(tasks, split, num_slots=num_slots, slots=slots)
   if sharding.is_fully_addressable:
     return meshes.put(stack, sharding)
 
   def put(x: np.ndarray) -> jax.Array:
     def shard(index: Any) -> np.ndarray:
-      start, stop, _ = index[0].indices(height)
+      start, stop, _ = index[0].indices(num_slots)
       return x[start - slots.start : stop - slots.start]
 
-    return jax.make_array_from_callback((height, *x.shape[1:]), sharding, shard)
+    return jax.make_array_from_callback((num_slots, *x.shape[1:]), sharding, shard)
 
   return jax.tree.map(put, stack)
 

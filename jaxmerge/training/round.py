@@ -95,7 +95,7 @@ def function(parts: Parts) -> Callable[..., tuple[State, Measured]]:
   """
 
   def run_round(
-    state: State, states: Any, base: Any, rows: batch.Rows, plan: Plan, *rest: Any
+    state: State, states: Any, base: Any, rows: batch.TaskBatch, plan: Plan, *rest: Any
   ) -> Any:
     tuned, states, loss = tune(parts, state.params, states, rows, plan)
     arguments = tuned, loss, state.params, state.outer, base, *rest
@@ -106,7 +106,7 @@ def function(parts: Parts) -> Callable[..., tuple[State, Measured]]:
 
 
 def tune(
-  parts: Parts, params: Any, states: Any, rows: batch.Rows, plan: Plan
+  parts: Parts, params: Any, states: Any, rows: batch.TaskBatch, plan: Plan
 ) -> tuple[Any, Any, Array]:
   """Tunes a copy of the model on each task: the first half of a round, to be traced.
 

@@ -78,9 +78,9 @@ def replicated_head(loop: Loop) -> Any:
   return meshes.put(head[: len(loop.spec.tasks)], meshes.everywhere(loop.parts.mesh))
 
 
-def with_head(rows: batch.Rows, head: np.ndarray) -> batch.Rows:
+def with_head(rows: batch.TaskBatch, head: np.ndarray) -> batch.TaskBatch:
   """Returns the rows with other heads [T, features, C], placed as they were."""
-  padded = batch.pile_up(head, rows.filled.shape[0])
+  padded = batch.pad(head, rows.filled.shape[0])
   if isinstance(rows.head, jax.Array):
     return rows._replace(head=meshes.put(padded, rows.head.sharding))
   return rows._replace(head=padded)

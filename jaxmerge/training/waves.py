@@ -38,7 +38,7 @@ def program(parts: rounds.Parts) -> Callable[..., tuple[rounds.State, rounds.Mea
   def run_round(
     state: rounds.State,
     base: Any,
-    rows: batch.Rows,
+    rows: batch.TaskBatch,
     plan: Plan,
     ready: interpreter.Ready,
     rate: Any,
@@ -69,7 +69,7 @@ def _tune(parts: rounds.Parts) -> Callable[..., Any]:
   mesh, rules = parts.mesh, parts.rules
 
   @jax.jit
-  def tune_wave(params: Any, states: Any, rows: batch.Rows, plan: Plan) -> Any:
+  def tune_wave(params: Any, states: Any, rows: batch.TaskBatch, plan: Plan) -> Any:
     copies, states, loss = rounds.tune(parts, params, states, rows, plan)
     finite = finiteness.finite_models(copies)
     return copies, states, *lax.with_sharding_constraint((loss, finite), meshes.everywhere(mesh))

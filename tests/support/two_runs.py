@@ -116,8 +116,8 @@ def attempt(chance, home):
 
 def main(tries):
   runs.setup.prepare, runs.compare, bench._compare = prepare, compare, compare_methods
-  bench._written = lambda *rest: {}
-  bench_config.of_bench = lambda *rest: PLAIN
+  bench._write = lambda *rest: {}
+  bench_config.experiment_config = lambda *rest: PLAIN
   chance, wrong, refused, kills = random.Random(0), [], 0, 0
   for _ in range(tries):
     with tempfile.TemporaryDirectory() as folder:

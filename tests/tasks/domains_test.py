@@ -38,7 +38,7 @@ def test_near_copies_are_cut_out_of_the_later_split():
     named(s, n) for s, n in (("train", 1), ("validation", 2), ("test", 1))
   )
   near = shared.replace(shared.split()[39], "changed")  # One run of 33 is another one.
-  found = domains.apart(
+  found = domains.split_documents(
     [
       Document(test, f"{near}\n\n{words(30, 2)}\n\n{short}"),
       Document(validation, f"{shared}\n\n{own}"),
@@ -107,9 +107,9 @@ def test_files_of_a_folder_are_domains_too(tmp_path):
 
 def test_the_longest_are_left_out_and_the_rest_drawn_by_name():
   found = [Document(f"d{n}", "x" * 100) for n in range(50)]
-  some = domains.drawn([*found, Document("long", "x" * 10**6)], 2000)
+  some = domains.draw([*found, Document("long", "x" * 10**6)], 2000)
   assert len(some) == 20
-  assert domains.drawn(found[::-1], 2000) == some
+  assert domains.draw(found[::-1], 2000) == some
 
 
 @pytest.mark.parametrize(

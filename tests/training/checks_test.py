@@ -165,7 +165,7 @@ def test_a_scale_at_which_the_merge_overflows_is_never_the_best():
   models = {"dense": {n: np.stack([x + 9, x]) for n, x in base["dense"].items()}}
   method = methods.task_arithmetic()
 
-  rows = batch.stacked(small.three(), "validation")
+  rows = batch.stack(small.three(), "validation")
 
   def chosen(*scales):
     # The scores alone would have preferred the larger one.

@@ -32,7 +32,7 @@ def pieces(tasks, s, params=None):
   step = local_steps.step(small.network, losses.cross_entropy, s, local)
   counts = [len(t.train.labels) for t in tasks]
   plan = schedule.plan([t.name for t in tasks], counts, s, 0, rounds=1)
-  return step, local, batch.stacked(tasks, "train"), plan
+  return step, local, batch.stack(tasks, "train"), plan
 
 
 def one_of(stack, k):
@@ -302,20 +302,20 @@ def test_tasks_that_do_not_belong_together_are_refused():
   ant, bee = small.three()[:2]
   other = bee.train._replace(inputs=bee.train.inputs[:, :3])
   with pytest.raises(ValueError, match=r"'inputs' is \(4,\) in a row of task 'ant' but \(3,\)"):
-    batch.stacked([ant, dataclasses.replace(bee, train=other)], "train")
+    batch.stack([ant, dataclasses.replace(bee, train=other)], "train")
   with pytest.raises(ValueError, match="'ant': 'a head', 'bee': 'none'"):
-    batch.stacked([ant, dataclasses.replace(bee, head=None)], "train")
+    batch.stack([ant, dataclasses.replace(bee, head=None)], "train")
   with pytest.raises(ValueError, match=r"head of task 'bee' is \(6, 2\), but that of 'ant' is \(5"):
-    batch.stacked([ant, dataclasses.replace(bee, head=np.zeros((6, 2), np.float32))], "train")
+    batch.stack([ant, dataclasses.replace(bee, head=np.zeros((6, 2), np.float32))], "train")
   with pytest.raises(ValueError, match="'bee' has no test split, only train, validation"):
-    batch.stacked([ant, dataclasses.replace(bee, test=None)], "test")
+    batch.stack([ant, dataclasses.replace(bee, test=None)], "test")
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 100])
 def test_scores_are_those_of_single_rows(four, chunk):
   mesh = meshes.make(4)
   models = [small.weights(k) for k in range(2)]
-  rows = meshes.put(batch.stacked(four, "train"), meshes.by_task(mesh))
+  rows = meshes.put(batch.stack(four, "train"), meshes.by_task(mesh))
   score = scoring.scorer(small.network, losses.accuracy, mesh=mesh, chunk=chunk)
   found = np.asarray(score(tree.stack(models), rows))
   counts = [len(t.train.labels) for t in four]

@@ -193,7 +193,7 @@ def one_by_one(s, kept):
   task = small.classified("ant", 12)
   local = optimizers.local(s, small.weights())
   step = local_steps.step(small.network, losses.cross_entropy, s, local)
-  rows = jax.tree.map(lambda x: x[0], batch.stacked([task], "train"))
+  rows = jax.tree.map(lambda x: x[0], batch.stack([task], "train"))
   go = jax.jit(lambda *given: local_steps.tune_one(step, *given))
   params = jax.tree.map(jnp.asarray, small.weights())
   state = local.init(params)

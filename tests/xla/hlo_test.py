@@ -369,7 +369,7 @@ def parts_of(mesh, tasks=4):
 
 def arguments(mesh, own, params, tasks=4):
   given = [small_tasks.classified(f"t{i}", 12) for i in range(tasks)]
-  rows = batch.stacked(given, "train", height=tasks)
+  rows = batch.stack(given, "train", num_slots=tasks)
   plan = schedule.plan([t.name for t in given], [12] * tasks, own, 0, rounds=2)
   shapes = {n: v.shape for n, v in tree.named(params).items()}
   ready = interpreter.prepare(methods.ties(), shapes, tasks, {}, [t.name for t in given])

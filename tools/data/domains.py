@@ -59,7 +59,7 @@ def main() -> None:
       found = manuals(args.packages / "usr/share/man" / MANUALS[name])
     else:
       found = (jargon if name == "english" else headers)(args.packages / "usr")
-    kept = domains.drawn(found, MOST.get(name, domains.MOST))
+    kept = domains.draw(found, MOST.get(name, domains.MOST))
     domains.write(args.out / f"{name}.csv.gz", kept)
 
 
