@@ -24,6 +24,7 @@ def prepared(**settings):
   return settings
 
 
+@pytest.mark.slow
 def test_a_second_run_compiles_nothing(tmp_path, monkeypatch):
   """No program is added to those that the first one kept."""
   monkeypatch.chdir(tmp_path)

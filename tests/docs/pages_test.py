@@ -4,12 +4,15 @@ import pathlib
 
 import pages
 import pytest
+from marking import some_fast
 
 DOCS = pathlib.Path(__file__).parents[2] / "docs"
 PAGES = [
   *(DOCS / name for name in ("quickstart.md", "concepts.md", "search.md", "mixtures.md")),
   *sorted(DOCS.glob("how_to/*.md")),
 ]
+# The others compile as much as a whole file of tests.
+FAST = [path for path in PAGES if path.stem in ("quickstart", "files")]
 SLOW = [path for path in PAGES if pages.has_slow_blocks(path)]
 
 
@@ -20,7 +23,7 @@ def _in_a_new_folder(tmp_path, monkeypatch):
   monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
+@pytest.mark.parametrize("page", some_fast(PAGES, FAST), ids=lambda p: p.stem)
 def test_page_runs_and_prints_what_it_says(page):
   pages.run(page)
 

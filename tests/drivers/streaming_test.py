@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import small
+from marking import some_fast
 
 import jaxmerge
 from jaxmerge import methods
@@ -173,6 +174,7 @@ def test_nan_is_named_before_its_slice_is_written(whose):
   assert [start for name, start in writes if name == "matrix"] == [0, 16, 32, 48, 64]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "method",
   [methods.ties(0.5, scope="leaf"), methods.sce(0.5)],
@@ -205,7 +207,9 @@ def test_prepared_numbers_take_the_place_of_aux():
   )
 
 
-@pytest.mark.parametrize("name", ["average", "task_arithmetic", "dare", "ties"])
+@pytest.mark.parametrize(
+  "name", some_fast(["average", "task_arithmetic", "dare", "ties"], ["average", "dare"])
+)
 def test_large_leaves_have_the_same_bits_however_they_are_cut(name):
   """Where compilers begin to treat sums over models in other ways: a quarter million entries."""
   rng = np.random.default_rng(0)

@@ -115,8 +115,9 @@ def test_one_of_the_fractions_gives_way(scope):
     close(merged(both, TAU[:1]), [0, 0, 0.4, 0, -0.6, 0.2])
 
 
-@pytest.mark.parametrize(("norm", "order"), [("l1", 1), ("l2", 2), ("linf", np.inf)])
-def test_trimming_gives_the_norm_back(norm, order):
+@pytest.mark.parametrize("norm", some_fast(["l1", "l2", "linf"], ["l2"]))
+def test_trimming_gives_the_norm_back(norm):
+  order = {"l1": 1, "l2": 2, "linf": np.inf}[norm]
   for method in (
     methods.ties(0.5, rescale=norm),
     methods.breadcrumbs(0.5, 0.2, 1.0, rescale=norm),

@@ -48,13 +48,13 @@ def test_worked_example(method, models, expected):
   ("tau", "t"),
   [
     ([[1.0, 0.0, 0.0], [0.8, 0.6, 0.0]], 0.888889),
-    ([[1.0, 2.0], [1.0, 2.0], [1.0, 2.0]], 1.0),
+    pytest.param([[1.0, 2.0], [1.0, 2.0], [1.0, 2.0]], 1.0, marks=pytest.mark.slow),
     (np.eye(3), 0.0),
     (TAU, -0.694057),
     # Far apart beyond 90 degrees the step has any size; where it would be infinite it is none.
     ([[1.0, 0.0], [-0.8, 0.6]], -8.0),
-    ([[1.0, 0.0], [-1.0, 0.0]], 0.0),
-    (np.zeros((3, 4)), 0.0),
+    pytest.param([[1.0, 0.0], [-1.0, 0.0]], 0.0, marks=pytest.mark.slow),
+    pytest.param(np.zeros((3, 4)), 0.0, marks=pytest.mark.slow),
   ],
 )
 def test_model_stock_steps_by_the_mean_cosine(tau, t):

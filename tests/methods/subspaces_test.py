@@ -149,6 +149,7 @@ def test_what_is_taken_off_every_singular_value_lowers_the_rank():
   assert 0 < rank < 6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [methods.drm(), methods.lore(), methods.opcm()])
 def test_low_ranks_zeros_and_empty_matrices(method):
   low = drawn(3, 7, 6, rank=1)

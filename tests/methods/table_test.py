@@ -343,7 +343,8 @@ def test_two_layouts_give_one_model():
   check_each(names, check)
 
 
-@groups
+@pytest.mark.slow
+@pytest.mark.parametrize("group", marked(GROUPS))
 def test_bfloat16_in_and_out(group):
   """Computed in float32 and rounded once: the bits of the float32 merge, rounded."""
   names = tuple(GROUPS[group])  # Those of `few`, whose program they use.
@@ -363,7 +364,8 @@ def ones(group):
   return names, {n: (*TABLE[n].trees(small.FEW, 1), numbers(n, 1)) for n in names}
 
 
-@groups
+@pytest.mark.slow
+@pytest.mark.parametrize("group", marked(GROUPS))
 def test_one_task(group):
   names, given = ones(group)
   found = program(names)(given)
@@ -545,7 +547,7 @@ def test_second_value_of_a_number_does_not_compile_again(name):
   assert memory._compiled._cache_size() == size
 
 
-EMPTY = ["average", "ties", "breadcrumbs by row", "tsv", "model_stock by row", "opcm"]
+EMPTY = ["average", "ties", "tsv", "opcm"]
 
 
 @pytest.mark.parametrize("name", EMPTY)

@@ -13,6 +13,7 @@ from example import TAU, close, merged
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
+from marking import some_fast
 from reference import basics
 from reference import bundles as transcribed
 
@@ -177,6 +178,7 @@ served = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.slow
 @served
 def test_models_that_are_the_base_give_it_to_each_task(serve):
   base, models = small.trees(height=3)
@@ -223,7 +225,7 @@ def test_twice_the_task_vectors_give_each_task_twice_as_much(serve):
 
 
 @pytest.mark.parametrize("make", [mixtures_masks.emr, mixtures_masks.tall_masks])
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("dtype", some_fast([jnp.float32, jnp.bfloat16], [jnp.float32]))
 def test_saved_bundles_come_back(tmp_path, make, dtype):
   base, models = small.trees(height=3)
   low = lambda x: jnp.asarray(x, dtype) if x.dtype == np.float32 else jnp.asarray(x)  # noqa: E731

@@ -72,7 +72,7 @@ EQUAL = {
 TIED_NARROW = 0.02
 
 # The first case of each of these runs always.
-FAST = ("linear", "slerp", "ties", "dare_ties")
+FAST = ("linear", "ties")
 FIRST = {case.method: name for name, case in reversed(CASES.items()) if case.method in FAST}
 MARKS = {"llama": (), "minilm": (pytest.mark.minilm, pytest.mark.slow)}
 RUN = [

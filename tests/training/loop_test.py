@@ -115,7 +115,7 @@ def test_a_method_to_which_order_matters_gets_the_callers():
   "changes",
   [
     dict(schedule="cosine", outer="nesterov", outer_momentum=0.5, outer_schedule="cosine"),
-    dict(at_once=1),
+    pytest.param(dict(at_once=1), marks=pytest.mark.slow),
     pytest.param(dict(local_state="kept", early_stopping=True), marks=pytest.mark.slow),
     pytest.param(dict(mesh=(2, 1, 2), local_state="kept"), marks=pytest.mark.slow),
   ],
