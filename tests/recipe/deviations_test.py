@@ -87,7 +87,7 @@ def test_all_that_differs_has_words(method, rescale):
   recipe = one(head("", "linear"))
   for varied in ((), ("density",)):
     here, there = (
-      translate.translated(method, shared, base=True, varied=varied, compat=compat)
+      translate.translate(method, shared, base=True, varied=varied, compat=compat)
       for compat in (False, True)
     )
     line = deviations.line(recipe, method, here.method, here.settings, there.settings, [])

@@ -39,7 +39,7 @@ def ours(case):
   each = {n: given[n] for n in known.each}
   each = {n: tuple(v if isinstance(v, list) else [v] * len(case.models)) for n, v in each.items()}
   shared = {n: given[n] for n in known.shared}
-  own = translate.translated(case.method, shared, base=case.base, compat=True)
+  own = translate.translate(case.method, shared, base=case.base, compat=True)
   numbers = {n: np.array(of({**shared, **each}), np.float64) for n, of in own.numbers.items()}
   numbers |= {"seed": 0} if known.random else {}
   return built(own.method, tuple(own.settings.items())), numbers, own
@@ -243,7 +243,7 @@ def narrow(case, trees):
   def write(name, start, part):
     out[name].reshape(-1)[start : start + len(part)] = part
 
-  precision = mergekit_precision.narrowed(translation.method, np.dtype(case.dtype))
+  precision = mergekit_precision.precision_of(translation.method, np.dtype(case.dtype))
   leaves = {n: jax.ShapeDtypeStruct(x.shape, np.float32) for n, x in out.items()}
   source = streaming.Source(leaves, len(models), read, dict.fromkeys(out, precision))
   streaming.stream(method, source, write, hparams=own, layout=layout(trees["base"]))
@@ -309,7 +309,7 @@ def test_a_narrow_dtype_is_another_result():
 
 def test_what_selects_by_rounding_errors_is_refused():
   with pytest.raises(ValueError, match=r"arcee_fusion .* write dtype: float32 and out_dtype"):
-    mergekit_precision.narrowed("arcee_fusion", np.dtype("bfloat16"))
+    mergekit_precision.precision_of("arcee_fusion", np.dtype("bfloat16"))
 
 
 @pytest.mark.parametrize("name", some_fast(RANDOM, ["dare_linear, plain"]))

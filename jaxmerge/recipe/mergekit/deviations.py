@@ -1,4 +1,4 @@
-"""Where a method of a recipe is computed otherwise than by mergekit: said in a line, as a note."""
+"""Notes on methods of a recipe that are computed otherwise than by mergekit."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def line(
   there: Mapping[str, Any],
   parts: Sequence[Tensor],
 ) -> str | None:
-  """Says what differs from mergekit for a method, and how its way is had; None for nothing.
+  """Returns a note on what differs from mergekit for a method; None where nothing does.
 
   Args:
     recipe: the recipe.
@@ -56,12 +56,12 @@ def line(
 
 
 def _narrow(recipe: Recipe, method: str, parts: Sequence[Tensor]) -> list[str]:
-  """Says whether mergekit would compute in a narrow dtype; of rounded inputs alone, nothing."""
+  """Returns a note where mergekit computes in a narrow dtype, not only rounds its inputs."""
   floats = [t for t in parts if safetensors.is_floating(t.dtype)]
   if not floats or method == "arcee_fusion":  # That one cannot be had as there.
     return []
-  dtype = precision.common(recipe, floats)
-  own = precision.narrowed(method, dtype)
-  if own is None or not (own.each or own.wide):
+  dtype = precision.common_dtype(recipe, floats)
+  computed = precision.precision_of(method, dtype)
+  if computed is None or not (computed.each or computed.wide):
     return []
   return [f"all is computed in float32 and rounded once, not in {dtype.name}"]

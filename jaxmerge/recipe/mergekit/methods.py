@@ -69,7 +69,7 @@ _SMALL = Parameter(1e-5, "changes up to this size count as none", low=0.0)
 def _arithmetic(
   doc: str,
   density: Parameter | None = None,
-  own: Mapping[str, Parameter] | None = None,
+  more: Mapping[str, Parameter] | None = None,
   *,
   normalize: bool = False,
   rescale: bool = False,
@@ -78,7 +78,7 @@ def _arithmetic(
   """Returns a method of weighted, perhaps sparse, task vectors."""
   each, shared = {"weight": _WEIGHT}, {}
   if density:
-    each.update({"density": density, **(own or {})})
+    each.update({"density": density, **(more or {})})
     shared["rescale"] = _switch(rescale, "make up for the entries dropped")
   shared |= {
     "normalize": _switch(normalize, "divide by the sum of the weights"),
@@ -208,7 +208,7 @@ MERGEKITS: Mapping[str, Method] = {
 }
 
 
-def _own(entry: entry.Entry) -> Method:
+def _of_catalog(entry: entry.Entry) -> Method:
   """Returns what a method of the catalog takes."""
   needs: dict[str, Literal["required", "optional", "ignored"]] = {
     "task vectors": "required",
@@ -224,7 +224,7 @@ def _own(entry: entry.Entry) -> Method:
 
 METHODS: Mapping[str, Method] = {
   **MERGEKITS,
-  **{n: _own(entry) for n, entry in lookup.METHODS.items() if n not in MERGEKITS},
+  **{n: _of_catalog(entry) for n, entry in lookup.METHODS.items() if n not in MERGEKITS},
 }
 
 
@@ -265,13 +265,13 @@ def markdown() -> str:
 
 def parameter_markdown() -> str:
   """Returns the table of parameters as Markdown, as docs/recipes.md shows it."""
-  found: dict[tuple[str, Parameter], list[str]] = {}
+  users_of: dict[tuple[str, Parameter], list[str]] = {}
   for name, m in METHODS.items():
-    for own in m.parameters.items():
-      key = (own[0], own[1]._replace(default=None))
-      found.setdefault(key, []).append(name)
+    for pair in m.parameters.items():
+      key = (pair[0], pair[1]._replace(default=None))
+      users_of.setdefault(key, []).append(name)
   rows = ["| parameter | range | methods | meaning |", "| --- " * 4 + "|"]
-  for (name, p), users in sorted(found.items(), key=lambda item: item[0][0]):
+  for (name, p), users in sorted(users_of.items(), key=lambda item: item[0][0]):
     values = "true, false" if p.choices == (True, False) else p.range
     values = ("whole, " if p.integer else "") + values
     rows.append(f"| `{name}` | {values} | {', '.join(users)} | {p.doc} |")

@@ -24,7 +24,7 @@ _EACH = {
 _WIDE = {"ramplus_tl"}  # Its factors are float32, and so is mergekit's result.
 
 
-def narrowed(method: str, dtype: np.dtype) -> Precision | None:
+def precision_of(method: str, dtype: np.dtype) -> Precision | None:
   """Returns in what a method of this library is computed with mergekit's numbers.
 
   Args:
@@ -35,9 +35,9 @@ def narrowed(method: str, dtype: np.dtype) -> Precision | None:
     ValueError: if mergekit's numbers cannot be had.
 
   Example:
-    >>> narrowed("slerp", np.dtype(np.float16))
+    >>> precision_of("slerp", np.dtype(np.float16))
     Precision(dtype='float16', each=False, numbers=(), wide=False)
-    >>> narrowed("slerp", np.dtype(np.float32)) is None
+    >>> precision_of("slerp", np.dtype(np.float32)) is None
     True
   """
   if dtype.name not in precision.NARROW:
@@ -51,7 +51,7 @@ def narrowed(method: str, dtype: np.dtype) -> Precision | None:
   return Precision(dtype.name, each, ("weight",) if each else (), method in _WIDE)
 
 
-def stored(recipe: Recipe) -> np.dtype | None:
+def result_dtype(recipe: Recipe) -> np.dtype | None:
   """Returns the dtype of the result's floating tensors; None: what the inputs have."""
   return _named(recipe.out_dtype or recipe.dtype)
 
@@ -60,32 +60,32 @@ def _named(dtype: str | None) -> np.dtype | None:
   return safetensors.DTYPES[_DTYPES[dtype]] if dtype else None
 
 
-def refused(recipe: Recipe, method: str, parts: Sequence[Tensor]) -> Iterator[Problem]:
-  """Says if the numbers of mergekit cannot be had of a method, merging such tensors."""
+def problems(recipe: Recipe, method: str, parts: Sequence[Tensor]) -> Iterator[Problem]:
+  """Yields a problem where such tensors cannot be merged with the numbers of mergekit."""
   if all(safetensors.is_floating(t.dtype) for t in parts):
     try:
-      narrowed(method, common(recipe, parts))
+      precision_of(method, common_dtype(recipe, parts))
     except ValueError as error:
       yield Problem(
         recipe.places.get("dtype", recipe.places.get("compat", recipe.place)), str(error)
       )
 
 
-def common(recipe: Recipe, parts: Sequence[Tensor]) -> np.dtype:
+def common_dtype(recipe: Recipe, parts: Sequence[Tensor]) -> np.dtype:
   """Returns the dtype that mergekit casts tensors to: the recipe's, else that of all of them."""
   return _named(recipe.dtype) or precision.common([t.stored_dtype for t in parts])
 
 
-def computed(recipe: Recipe, plan: Plan) -> Plan:
-  """Makes tensors compute in `dtype`, else in what those that they are made of have in common."""
+def compute_as_mergekit(recipe: Recipe, plan: Plan) -> Plan:
+  """Returns a plan that computes in the recipe's dtype, else in that of all inputs."""
 
   def narrow(output: Output) -> Output:
     if not safetensors.is_floating(output.dtype):
       return output
-    dtype = common(recipe, [t for t in (output.base, *output.models) if t is not None])
+    dtype = common_dtype(recipe, [t for t in (output.base, *output.models) if t is not None])
     words = None if output.job is None else plan.jobs[output.job].spec
     method = words["method"] if isinstance(words, dict) else "passthrough"
-    kept = stored(recipe) or dtype
-    return output._replace(precision=narrowed(method, dtype), dtype=kept)
+    stored_as = result_dtype(recipe) or dtype
+    return output._replace(precision=precision_of(method, dtype), dtype=stored_as)
 
   return plan._replace(outputs=tuple(map(narrow, plan.outputs)))

@@ -33,7 +33,7 @@ class Translation(NamedTuple):
   pair: bool = False
 
 
-def translated(
+def translate(
   name: str,
   shared: Mapping[str, Scalar],
   *,
@@ -48,14 +48,14 @@ def translated(
     shared: its parameters that are one for all models, for any of its tensors.
     base: whether there is a base.
     varied: parameters that differ between tensors; a density that does is counted per tensor.
-    compat: whether mergekit's numbers are asked for.
+    compat: whether to have mergekit's numbers.
   """
   if name not in _METHODS:
-    return _same(name, shared, base)
-  return _METHODS[name](_Given(shared, base, "density" in varied, compat))
+    return _translate_catalog(name, shared, base)
+  return _METHODS[name](_Options(shared, base, "density" in varied, compat))
 
 
-def _same(name: str, shared: Mapping[str, Scalar], base: bool) -> Translation:
+def _translate_catalog(name: str, shared: Mapping[str, Scalar], base: bool) -> Translation:
   """A method that mergekit does not have: its parameters are the factory's."""
   entry = lookup.METHODS[name]
   settings = {n: shared[n] for n, p in entry.parameters.items() if not p.number and n in shared}
@@ -63,7 +63,7 @@ def _same(name: str, shared: Mapping[str, Scalar], base: bool) -> Translation:
   return Translation(name, settings, numbers, raw=entry.on == "either" and not base)
 
 
-class _Given(NamedTuple):
+class _Options(NamedTuple):
   shared: Mapping[str, Scalar]
   base: bool
   apart: bool
@@ -111,22 +111,24 @@ _DENSE = _SUMMED | {"density": _of("density")}
 _BANDED = _SUMMED | {"keep": _of("density"), "remove": _of("gamma")}
 
 
-def _normalize(given: _Given) -> dict[str, Any]:
-  return {"normalize": given.shared["normalize"]}
+def _normalize_setting(options: _Options) -> dict[str, Any]:
+  return {"normalize": options.shared["normalize"]}
 
 
-def _nuslerp(given: _Given) -> Translation:
-  scope = "column" if given.shared["nuslerp_row_wise"] else "row"
-  settings = {"scope": "leaf" if given.shared["nuslerp_flatten"] else scope}
-  return Translation("nuslerp", settings, {"weight": _of("weight")}, raw=not given.base)
+def _nuslerp(options: _Options) -> Translation:
+  scope = "column" if options.shared["nuslerp_row_wise"] else "row"
+  settings = {"scope": "leaf" if options.shared["nuslerp_flatten"] else scope}
+  return Translation("nuslerp", settings, {"weight": _of("weight")}, raw=not options.base)
 
 
-def _banded(given: _Given) -> dict[str, Any]:
-  return {"yields": "remove" if given.compat else "keep", **given.restored}
+def _banded(options: _Options) -> dict[str, Any]:
+  return {"yields": "remove" if options.compat else "keep", **options.restored}
 
 
-_METHODS: Mapping[str, Callable[[_Given], Translation]] = {
-  "linear": lambda g: Translation("average", _normalize(g), {"weight": _of("weight")}, raw=True),
+_METHODS: Mapping[str, Callable[[_Options], Translation]] = {
+  "linear": lambda g: Translation(
+    "average", _normalize_setting(g), {"weight": _of("weight")}, raw=True
+  ),
   "slerp": lambda g: Translation("slerp", {}, {"t": _of("t")}, raw=True, pair=True),
   "nuslerp": _nuslerp,
   "multislerp": lambda g: Translation(
@@ -138,7 +140,7 @@ _METHODS: Mapping[str, Callable[[_Given], Translation]] = {
   "karcher": lambda g: Translation(
     "karcher", {"max_iter": g.shared["max_iter"]}, {"tol": _of("tol")}, raw=True
   ),
-  "task_arithmetic": lambda g: Translation("task_arithmetic", _normalize(g), _SUMMED),
+  "task_arithmetic": lambda g: Translation("task_arithmetic", _normalize_setting(g), _SUMMED),
   "ties": lambda g: Translation(
     "ties", {**g.trimmed, **g.joined, **g.zero_sum, **g.restored}, _DENSE
   ),
@@ -148,7 +150,7 @@ _METHODS: Mapping[str, Callable[[_Given], Translation]] = {
     _SUMMED | {"drop_rate": _rest("density")},
   ),
   "dare_linear": lambda g: Translation(
-    "dare", {**g.dropped, **_normalize(g)}, _SUMMED | {"drop_rate": _rest("density")}
+    "dare", {**g.dropped, **_normalize_setting(g)}, _SUMMED | {"drop_rate": _rest("density")}
   ),
   "della": lambda g: Translation(
     "della",
@@ -156,9 +158,11 @@ _METHODS: Mapping[str, Callable[[_Given], Translation]] = {
     _DENSE | {"epsilon": _of("epsilon")},
   ),
   "della_linear": lambda g: Translation(
-    "della_linear", {**g.dropped, **_normalize(g)}, _DENSE | {"epsilon": _of("epsilon")}
+    "della_linear", {**g.dropped, **_normalize_setting(g)}, _DENSE | {"epsilon": _of("epsilon")}
   ),
-  "breadcrumbs": lambda g: Translation("breadcrumbs", {**_banded(g), **_normalize(g)}, _BANDED),
+  "breadcrumbs": lambda g: Translation(
+    "breadcrumbs", {**_banded(g), **_normalize_setting(g)}, _BANDED
+  ),
   "breadcrumbs_ties": lambda g: Translation(
     "breadcrumbs_ties", {**_banded(g), **g.joined, **g.zero_sum}, _BANDED
   ),

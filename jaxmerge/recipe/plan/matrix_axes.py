@@ -17,12 +17,12 @@ _DECLARED = "layout of the recipe"
 
 def rules(recipe: Recipe, shapes: Shapes) -> dict[str, layouts.Rule]:
   """Returns how each tensor lies, as the recipe says, else as its library has it."""
-  found = conventions.rules({tensor.name: shape for tensor, shape in shapes.items()})
+  by_name = conventions.rules({tensor.name: shape for tensor, shape in shapes.items()})
   for tensor in shapes:
-    said = _declared(recipe, tensor)
-    if said is not None:
-      found[tensor.name] = layouts.Rule(said.axes, _DECLARED)
-  return found
+    view = _declared(recipe, tensor)
+    if view is not None:
+      by_name[tensor.name] = layouts.Rule(view.axes, _DECLARED)
+  return by_name
 
 
 def table(
@@ -32,39 +32,41 @@ def table(
   *,
   compat: bool,
 ) -> layouts.Table:
-  """Returns how the tensors of a job lie, if its method asks; as mergekit has rows, if so asked."""
+  """Returns how the tensors of a job lie, if its method needs it; with `compat` as in mergekit."""
   unit = layouts.unit_of(words)
   if unit.unit == "entry":
     return layouts.NONE
-  found = rules()
+  by_name = rules()
   if compat and (unit.unit == "row" or unit.lookups == "row"):
-    found = literal(found, shapes)
-  return layouts.table({tensor.name: found[tensor.name] for tensor in shapes})
+    by_name = rows_as_mergekit(by_name, shapes)
+  return layouts.table({tensor.name: by_name[tensor.name] for tensor in shapes})
 
 
-def literal(found: Mapping[str, layouts.Rule], shapes: Shapes) -> dict[str, layouts.Rule]:
+def rows_as_mergekit(
+  by_name: Mapping[str, layouts.Rule], shapes: Shapes
+) -> dict[str, layouts.Rule]:
   """Returns the rules by which mergekit takes rows: along the last axis, whatever a tensor is.
 
   What the recipe's layout says stays.
   """
   plain = {t.name: "l" * (len(s) - 1) + "i" if len(s) > 1 else None for t, s in shapes.items()}
-  own = {n: layouts.Rule(view, "as mergekit has rows") for n, view in plain.items()}
-  return {n: rule if rule.reason == _DECLARED else own[n] for n, rule in found.items()}
+  along_last = {n: layouts.Rule(view, "as mergekit has rows") for n, view in plain.items()}
+  return {n: rule if rule.reason == _DECLARED else along_last[n] for n, rule in by_name.items()}
 
 
-def misfits(recipe: Recipe, shapes: Shapes) -> Iterator[Problem]:
+def view_problems(recipe: Recipe, shapes: Shapes) -> Iterator[Problem]:
   """Finds views of other axes than a tensor; of each view that is of the first tensor."""
-  told: set[View] = set()
+  reported: set[View] = set()
   for tensor, shape in shapes.items():
     view = _declared(recipe, tensor)
-    if view is None or view.axes is None or view in told or len(view.axes) == len(shape):
+    if view is None or view.axes is None or view in reported or len(view.axes) == len(shape):
       continue
-    told.add(view)
+    reported.add(view)
     text = f"view {view.axes!r} names {len(view.axes)} axes, but {tensor.name!r} is"
     yield Problem(view.place, f"{text} {list(shape)}; narrow the condition, or name every axis.")
 
 
-def unfit(recipe: Recipe, jobs: Sequence[Job], shapes: Shapes) -> Iterator[Problem]:
+def fit_problems(recipe: Recipe, jobs: Sequence[Job], shapes: Shapes) -> Iterator[Problem]:
   """Finds methods of matrices that find none, or of which it is open how their tensors lie.
 
   What a recipe merges by one method counts together, though it be several jobs.
@@ -72,11 +74,11 @@ def unfit(recipe: Recipe, jobs: Sequence[Job], shapes: Shapes) -> Iterator[Probl
   sizes = {tensor.name: shape for tensor, shape in shapes.items()}
   by_method: dict[Any, dict[str, layouts.Rule]] = {}
   for job in jobs:
-    held = {name: rule for rule, names in job.layout.groups for name in names}
-    by_method.setdefault((job.spec["method"], layouts.unit_of(job.spec)), {}).update(held)
-  for (_, unit), found in by_method.items():
-    if problem := layouts.unfit(unit, found, sizes):
-      text = problem + layouts.advice(unit, found, sizes, _item, " ")
+    of_job = {name: rule for rule, names in job.layout.groups for name in names}
+    by_method.setdefault((job.spec["method"], layouts.unit_of(job.spec)), {}).update(of_job)
+  for (_, unit), rules_of_method in by_method.items():
+    if problem := layouts.unfit(unit, rules_of_method, sizes):
+      text = problem + layouts.advice(unit, rules_of_method, sizes, _item, " ")
       yield Problem(recipe.places.get("merge_method", recipe.place), text)
 
 

@@ -18,7 +18,7 @@ Rename = Mapping[str, str]  # Beginnings of names to others.
 
 @contextlib.contextmanager
 def _placed(model: Model) -> Iterator[None]:
-  """Says of what is wrong with a model where it is named."""
+  """Raises errors of a model with the place where the recipe names it."""
   try:
     yield
   except (OSError, ValueError) as error:
@@ -30,14 +30,14 @@ class Opener(NamedTuple):
 
   Attributes:
     model: opens a model; RecipeError for one that is not there, or is damaged.
-    adapted: adds the adapters of a reference, if it has some, to a model that is open; likewise.
-    papers: finds the small files of one whose tokenizer alone is wanted; OSError, ValueError.
+    with_adapters: adds the adapters of a reference, if it has some, to a model that is open; likewise.
+    tokenizer_files: finds the files of a tokenizer; OSError, ValueError.
     find: finds both, and knows what came from the hub.
   """
 
   model: Callable[[Model, Rename], plan.Model]
-  adapted: Callable[[Model, plan.Model, Rename], plan.Model]
-  papers: Callable[[Model], TokenizerFiles]
+  with_adapters: Callable[[Model, plan.Model, Rename], plan.Model]
+  tokenizer_files: Callable[[Model], TokenizerFiles]
   find: hub.Finder
 
 
@@ -52,12 +52,12 @@ def opener(files: Files, *, download: bool = False) -> Opener:
     with _placed(model):
       return inputs.open_reference(reference(model), files, find, str(model), rename)
 
-  def adapted(model: Model, made: plan.Model, rename: Rename) -> plan.Model:
+  def with_adapters(model: Model, opened_model: plan.Model, rename: Rename) -> plan.Model:
     with _placed(model):
-      own = inputs.add_adapters(made, reference(model), files, find, rename)
-      return own._replace(name=str(model))
+      changed = inputs.add_adapters(opened_model, reference(model), files, find, rename)
+      return changed._replace(name=str(model))
 
-  def papers(model: Model) -> TokenizerFiles:
+  def tokenizer_files(model: Model) -> TokenizerFiles:
     home = find(model.path, model.revision, weights=False).folder
     files.note(folder.small_files(home))
     texts: dict[str, adapter_inputs.Text] = {}
@@ -67,4 +67,4 @@ def opener(files: Files, *, download: bool = False) -> Opener:
       texts |= adapter_inputs.tokenizer_files(added, home)
     return TokenizerFiles(home, texts)
 
-  return Opener(opened, adapted, papers, find)
+  return Opener(opened, with_adapters, tokenizer_files, find)

@@ -20,10 +20,10 @@ def hint(groups: Sequence[Group], names: Sequence[str], stacks: Collection[str])
   if len(stacks) < 2:
     return ""
   parts = {module(name, stacks): None for name in sorted(names)}
-  own = [module(stack, stacks) for stack in stacks]
-  mine = next((part for part in _LIKELY if part in own), own[0])
-  slices = ", ".join(f"{{sources: [{_listed(group.sources)}]}}" for group in groups)
-  whole = f"{{models: [{_listed(groups[0].sources, ranges=False)}]}}"
+  parts_of_stacks = [module(stack, stacks) for stack in stacks]
+  mine = next((part for part in _LIKELY if part in parts_of_stacks), parts_of_stacks[0])
+  slices = ", ".join(f"{{sources: [{_write_sources(group.sources)}]}}" for group in groups)
+  whole = f"{{models: [{_write_sources(groups[0].sources, ranges=False)}]}}"
   blocks = [f"{p}: " + (f"{{slices: [{slices}]}}" if p == mine else whole) for p in parts]
   return f" Write, for layers of {mine}: modules: {{{', '.join(blocks)}}}"
 
@@ -36,18 +36,22 @@ def module(name: str, stacks: Collection[str]) -> str:
   """
   every = [stack.split(".") for stack in stacks]
   depth = next(i for i, parts in enumerate(zip(*every, strict=False)) if len(set(parts)) > 1)
-  own = name.split(".")
-  return own[depth] if own[:depth] == every[0][:depth] and depth < len(own) else own[0]
+  name_parts = name.split(".")
+  return (
+    name_parts[depth]
+    if name_parts[:depth] == every[0][:depth] and depth < len(name_parts)
+    else name_parts[0]
+  )
 
 
-def _listed(sources: Sequence[Source], *, ranges: bool = True) -> str:
-  return ", ".join(f"{{{', '.join(_said(source, ranges))}}}" for source in sources)
+def _write_sources(sources: Sequence[Source], *, ranges: bool = True) -> str:
+  return ", ".join(f"{{{', '.join(_write_source(source, ranges))}}}" for source in sources)
 
 
-def _said(source: Source, ranges: bool) -> list[str]:
-  said = [f"model: {source.model}"]
+def _write_source(source: Source, ranges: bool) -> list[str]:
+  items = [f"model: {source.model}"]
   if ranges and source.layers is not None:
-    said.append(f"layer_range: [{source.layers[0]}, {source.layers[1]}]")
+    items.append(f"layer_range: [{source.layers[0]}, {source.layers[1]}]")
   values = {n: cases[0].value for n, cases in source.parameters.items() if len(cases) == 1}
   plain = [f"{n}: {v}" for n, v in values.items() if not isinstance(v, bool | str | tuple)]
-  return said + ([f"parameters: {{{', '.join(plain)}}}"] if plain else [])
+  return items + ([f"parameters: {{{', '.join(plain)}}}"] if plain else [])

@@ -28,32 +28,36 @@ def problems(recipe: Recipe, models: Opened) -> list[Exception]:
     return []
   base = recipe.base_model if recipe.base_model in models else None
   sources = tuple(s for s in recipe.models if s.model in models)
-  rows = list(result_rows.whole(Group(sources, base, (), None, False, recipe.place), models))
-  kept = [row for row in rows if not parameters.excluded(recipe, row.tensor)]
-  found: list[Exception] = []
+  rows = list(result_rows.whole_models(Group(sources, base, (), None, False, recipe.place), models))
+  merged_rows = [row for row in rows if not parameters.excluded(recipe, row.tensor)]
+  wrong: list[Exception] = []
   # Where all must have the same tensors, those of one model are those of the others.
-  if recipe.missing == "error" and (told := list(_told(recipe, models, rows, kept))):
-    found.append(RecipeError(told))
-  wants = [_want(row, models) for row in kept]
-  known = [w for w in wants if recipe.tokenizer is None or not embeddings.has_token_matrix(w)]
+  if recipe.missing == "error" and (
+    of_parameters := list(_parameter_problems(recipe, models, rows, merged_rows))
+  ):
+    wrong.append(RecipeError(of_parameters))
+  requests = [_request(row, models) for row in merged_rows]
+  known = [w for w in requests if recipe.tokenizer is None or not embeddings.has_token_matrix(w)]
   if lines := misfits.lines(known, [*models.values()], recipe.missing):
-    found.append(errors.Problems(lines))
-  return found
+    wrong.append(errors.Problems(lines))
+  return wrong
 
 
-def _told(recipe: Recipe, models: Opened, rows: list[Row], kept: list[Row]) -> Iterator[Problem]:
+def _parameter_problems(
+  recipe: Recipe, models: Opened, rows: list[Row], merged_rows: list[Row]
+) -> Iterator[Problem]:
   # A head that is tied in these may be a tensor of others.
   heads: dict[str, int | None] = dict.fromkeys(n for m in models.values() for n in m.tied)
   yield from parameters.unmatched(recipe, heads | result_rows.all_names(rows))
   (whole,) = groups(recipe)
-  for row in kept:
+  for row in merged_rows:
     try:
       parameters.values(recipe, whole, row.tensor)
     except RecipeError as error:
       yield from error.problems
 
 
-def _want(row: Row, models: Opened) -> TensorRequest:
+def _request(row: Row, models: Opened) -> TensorRequest:
   name, group = row.tensor.name, row.group
   parts = tuple(models[s.model].part(name) for s in group.sources)
   return TensorRequest(

@@ -33,14 +33,14 @@ from jaxmerge.recipe.tokenizer import build, embeddings
 def plan_recipe(
   recipe: Recipe,
   open_model: Callable[[Model], plans.Model],
-  papers_of: Callable[[Model], TokenizerFiles],
+  read_files: Callable[[Model], TokenizerFiles],
 ) -> Plan:
   """Plans what a recipe says.
 
   Args:
     recipe: the recipe.
     open_model: opens a model that it names.
-    papers_of: returns the small files of a model of which only the tokenizer is wanted.
+    read_files: returns the small files of a model that only gives a tokenizer.
 
   Raises:
     RecipeError: for what is wrong with the recipe once the models are known.
@@ -50,7 +50,7 @@ def plan_recipe(
   opened = _spelt_alike(recipe, open_models(recipe, referenced(recipe), open_model))
   built = build.TokenizerResult(opened, {})
   with recipe_errors.collect(problems):
-    built = build.build(recipe, opened, papers_of)
+    built = build.build(recipe, opened, read_files)
   models, donor = built.models, built.models[donor_of(recipe)]
   comparable = not problems  # Embeddings that were not brought together fit nothing.
   rows = _rows(recipe, models, donor, problems)
@@ -58,7 +58,7 @@ def plan_recipe(
   idle = _idle_conditions(recipe, models, rows, problems)
   work = _work(recipe, models, donor, rows, problems)
   inputs = [donor, *(m for m in models.values() if m is not donor)]
-  requests = [w for w in work.wants if comparable or not embeddings.has_token_matrix(w)]
+  requests = [w for w in work.requests if comparable or not embeddings.has_token_matrix(w)]
   lines = misfits.lines(requests, inputs, recipe.missing)
   tokens = recipe.tokenizer is None
   fit = compatibility.compare(requests, inputs, allow=recipe.allow, tokens=tokens)
@@ -67,10 +67,10 @@ def plan_recipe(
     problems += [errors.Problems(lines)] if lines else []
     recipe_errors.raise_all(problems)
   plan = assemble.make_plan(
-    work.wants,
+    work.requests,
     work.jobs,
     inputs,
-    dtype=precision.stored(recipe),
+    dtype=precision.result_dtype(recipe),
     missing=recipe.missing,
     dropped=result_rows.left_out(recipe, models, rows),
     misfits=lines,
@@ -156,11 +156,11 @@ def _work(
   problems: list[Exception],
 ) -> jobs.Work:
   """Returns the requests for tensors and the jobs that merge them."""
-  settled, wrong = jobs.settled(recipe, rows)
-  if wrong := (*wrong, *jobs.refused(recipe, models, settled)):
+  assignments, wrong = jobs.assign(recipe, rows)
+  if wrong := (*wrong, *jobs.precision_problems(recipe, models, assignments)):
     problems.append(RecipeError(wrong))
-  work = jobs.wanted(recipe, models, donor, rows, settled)
-  if wrong := jobs.unfit(recipe, models, settled, work.jobs):
+  work = jobs.plan_jobs(recipe, models, donor, rows, assignments)
+  if wrong := jobs.matrix_problems(recipe, models, assignments, work.jobs):
     problems.append(RecipeError(wrong))
   return work
 
@@ -168,8 +168,8 @@ def _work(
 def _with_precision(recipe: Recipe, plan: Plan) -> Plan:
   """Returns a plan with the dtypes that a recipe computes in, and notes on what is rounded."""
   if recipe.compat == "mergekit":
-    plan = precision.computed(recipe, plan)
-  if precision.stored(recipe) is None:
+    plan = precision.compute_as_mergekit(recipe, plan)
+  if precision.result_dtype(recipe) is None:
     plan = plan._replace(notes=(*plan.notes, *assemble.note_rounding(plan)))
   return plan
 
@@ -181,7 +181,7 @@ def _with_texts(
   plan, config = tied_weights.resolve_ties(plan, donor, built.config(config))
   changed = config != donor.config
   texts = {folder.CONFIG: json.dumps(config, indent=2) + "\n"} if changed else {}
-  # A donor that is still to be made has other files than its folder.
+  # A donor that is not merged yet has other files than its folder.
   return plan._replace(texts={**donor.texts, **texts, **built.texts})
 
 

@@ -49,22 +49,22 @@ def rows(recipe: Recipe, models: Opened, config: Mapping[str, Any]) -> Iterator[
   Raises:
     RecipeError: for layers that the models do not have.
   """
-  made = groups(recipe)
-  for module in dict.fromkeys(g.module for g in made):
-    own = [g for g in made if g.module == module]
-    if own[0].sliced:
-      yield from _stacked(own, models, config)
+  all_groups = groups(recipe)
+  for module in dict.fromkeys(g.module for g in all_groups):
+    of_module = [g for g in all_groups if g.module == module]
+    if of_module[0].sliced:
+      yield from _stacked_slices(of_module, models, config)
     else:
-      yield from whole(own[0], models)
+      yield from whole_models(of_module[0], models)
   if None not in recipe.parts:
-    yield from _outside(recipe, models, made)
+    yield from _outside(recipe, models, all_groups)
 
 
-def _outside(recipe: Recipe, models: Opened, made: Sequence[Group]) -> Iterator[Row]:
+def _outside(recipe: Recipe, models: Opened, all_groups: Sequence[Group]) -> Iterator[Row]:
   """Tensors of no module: those that are excluded are copied, others are refused."""
-  sources = tuple({s.model: s for g in made for s in g.sources}.values())
+  sources = tuple({s.model: s for g in all_groups for s in g.sources}.values())
   every = Group(sources, recipe.base_model, (), None, False, recipe.place)
-  modules = {str(g.module): g for g in made}
+  modules = {str(g.module): g for g in all_groups}
   problems = []
   for name, owner in sorted({n: m.name for m in models.values() for n in m.tensors}.items()):
     homes = [module for module, group in modules.items() if _inside(group, name)]
@@ -77,11 +77,11 @@ def _outside(recipe: Recipe, models: Opened, made: Sequence[Group]) -> Iterator[
       text = f"tensor {name!r} of {owner} is in {which}: {'name one of them' if homes else hint}."
       problems.append(Problem(recipe.places["modules"], text))
   parts = {part for m in models.values() for name in m.tensors for part in _parts(name)}
-  for own in sorted(modules.keys() - parts):
-    close = difflib.get_close_matches(own, sorted(parts), n=1)
+  for module in sorted(modules.keys() - parts):
+    close = difflib.get_close_matches(module, sorted(parts), n=1)
     hint = f"; did you mean {close[0]!r}?" if close else "."
-    text = f"the module {own!r} is a part of no tensor's name{hint}"
-    problems.append(Problem(recipe.modules[own].place, text))
+    text = f"the module {module!r} is a part of no tensor's name{hint}"
+    problems.append(Problem(recipe.modules[module].place, text))
   if problems:
     raise RecipeError(problems)
 
@@ -95,7 +95,7 @@ def _parts(name: str) -> list[str]:
   return re.split("[./]", name)
 
 
-def whole(group: Group, models: Opened) -> Iterator[Row]:
+def whole_models(group: Group, models: Opened) -> Iterator[Row]:
   """Yields the tensors of whole models, by their names."""
   members = [models[s.model] for s in group.sources] + ([models[group.base]] if group.base else [])
   names = [n for n in sorted({n for m in members for n in m.tensors}) if _inside(group, n)]
@@ -108,16 +108,18 @@ def whole(group: Group, models: Opened) -> Iterator[Row]:
     yield Row(tensor, group, (name,) * len(group.sources))
 
 
-def _stacked(own: Sequence[Group], models: Opened, config: Mapping[str, Any]) -> Iterator[Row]:
+def _stacked_slices(
+  slices: Sequence[Group], models: Opened, config: Mapping[str, Any]
+) -> Iterator[Row]:
   """Slices: their layers on top of each other; what lies before comes from the first of them."""
-  names = {m: [n for n in models[m].tensors if _inside(own[0], n)] for m in models}
+  names = {m: [n for n in models[m].tensors if _inside(slices[0], n)] for m in models}
   try:
-    stack = layers.main(names[own[0].sources[0].model], config)
+    stack = layers.main(names[slices[0].sources[0].model], config)
   except layers.Unclear as error:
-    text = f"{error}{modules.hint(own, names[own[0].sources[0].model], error.stacks)}"
-    raise RecipeError([Problem(own[0].place, text)]) from error
+    text = f"{error}{modules.hint(slices, names[slices[0].sources[0].model], error.stacks)}"
+    raise RecipeError([Problem(slices[0].place, text)]) from error
   begun = 0
-  for group in own:
+  for group in slices:
     starts = [s.layers[0] if s.layers else 0 for s in group.sources]
     first = group.sources[0].layers or (0, layers.stacks(names[group.sources[0].model])[stack])
     count = first[1] - first[0]
@@ -136,12 +138,12 @@ def _stacked(own: Sequence[Group], models: Opened, config: Mapping[str, Any]) ->
         yield Row(tensor, group, tuple(head + rest for head in heads))
     begun += count
   outside = sorted(
-    {n for g in own for s in g.sources for n in names[s.model] if not n.startswith(stack)}
+    {n for g in slices for s in g.sources for n in names[s.model] if not n.startswith(stack)}
   )
   for name in outside:
     # What sees or hears is of one model as a whole.
     apart = layers.is_tower(name) != layers.is_tower(stack)
-    group = own[0] if layers.is_input(name) and not apart else own[-1]
+    group = slices[0] if layers.is_input(name) and not apart else slices[-1]
     yield Row(parameters.Tensor(name), group, (name,) * len(group.sources))
 
 
@@ -174,21 +176,21 @@ class Stack(NamedTuple):
 
 def stacked(rows: Sequence[Row]) -> dict[str | None, Stack]:
   """Returns the stacks that slices make, by their modules."""
-  found: dict[str | None, Stack] = {}
+  stacks: dict[str | None, Stack] = {}
   for row in rows:
     new, old = layers.place(row.tensor.name), layers.place(row.names[0])
     if row.group.sliced and row.tensor.layer is not None and new and old:
-      own = found.setdefault(row.group.module, Stack(new.stack, {}, row.group, {}))
-      own.order[new.layer] = old.layer
+      stack = stacks.setdefault(row.group.module, Stack(new.stack, {}, row.group, {}))
+      stack.order[new.layer] = old.layer
       for k, at in enumerate(map(layers.place, row.names[1:])):
-        own.others.setdefault(k, {})[new.layer] = at.layer if at else old.layer
-  return found
+        stack.others.setdefault(k, {})[new.layer] = at.layer if at else old.layer
+  return stacks
 
 
 def all_names(rows: Sequence[Row]) -> dict[str, int | None]:
   """Returns the layer of every name of a tensor, in the result and in the sources."""
-  found = {n: row.tensor.layer for row in rows for n in row.names}
-  return found | {row.tensor.name: row.tensor.layer for row in rows}
+  of_sources = {n: row.tensor.layer for row in rows for n in row.names}
+  return of_sources | {row.tensor.name: row.tensor.layer for row in rows}
 
 
 def by_module(rows: Sequence[Row]) -> dict[str | None, dict[str, int | None]]:
@@ -217,15 +219,15 @@ def left_out(
 
 
 def config(
-  recipe: Recipe, own: Mapping[str, Any], rows: Sequence[Row], donor: plan.Model
+  recipe: Recipe, before: Mapping[str, Any], rows: Sequence[Row], donor: plan.Model
 ) -> dict[str, Any]:
-  """Returns the donor's config, `own`, as it holds for the result: its dtype, and how many layers.
+  """Returns the donor's config for the result: with its dtype, and its number of layers.
 
   Raises:
-    RecipeError: where it cannot be told which of its numbers is that of the layers.
+    RecipeError: where it is unclear which of its numbers is that of the layers.
   """
   dtype = recipe.out_dtype or recipe.dtype
-  changed = folder.state_dtype(own, dtype) if own and dtype else dict(own)
+  changed = folder.state_dtype(before, dtype) if before and dtype else dict(before)
   heights = layers.stacks(donor.tensors)
   for module, stack in stacked(rows).items():
     others = {str(g.module) for g in groups(recipe)} - {str(module)}
@@ -233,18 +235,20 @@ def config(
       layers.resize, changed, heights.get(stack.stack), module=module or "", others=others
     )
     try:
-      made = resized(order=stack.order)
+      restacked = resized(order=stack.order)
       for order in stack.others.values():
-        _check_alike(made, resized(order={**stack.order, **order}))
+        _check_alike(restacked, resized(order={**stack.order, **order}))
     except ValueError as error:
       raise RecipeError([Problem(stack.group.place, str(error))]) from error
-    changed = made
+    changed = restacked
   return changed
 
 
-def _check_alike(made: Mapping[str, Any], other: Mapping[str, Any]) -> None:
+def _check_alike(config: Mapping[str, Any], other: Mapping[str, Any]) -> None:
   """Raises ValueError where layers that are merged with each other are of other kinds."""
-  keys = [f"{key}: {value} and {other[key]}" for key, value in made.items() if value != other[key]]
+  keys = [
+    f"{key}: {value} and {other[key]}" for key, value in config.items() if value != other[key]
+  ]
   if keys:
     raise ValueError(
       "the sources of a slice are layers that the config tells apart, and cannot be merged with "

@@ -1,4 +1,4 @@
-"""The recipes of a file, planned together: what is merged first, and what is made of it."""
+"""The recipes of a file, planned together: what is merged first, and what builds on it."""
 
 from __future__ import annotations
 
@@ -62,7 +62,11 @@ class Step(NamedTuple):
     if not self.uses:
       return self.plan
     every = {name: folder.provenance(places[name]) for name in self.uses}
-    earlier = {n: {"plan": own.get("plan")} for n, own in every.items()} if self.result else every
+    earlier = (
+      {n: {"plan": provenance.get("plan")} for n, provenance in every.items()}
+      if self.result
+      else every
+    )
     plan = self._moved(places)
     return plan._replace(
       facts={**plan.facts, "folders": self._folders(), "earlier": earlier},
@@ -151,7 +155,7 @@ def _last(
 
 
 def _parse(text: Text, strict: bool, opener: models.Opener) -> tuple[Recipe, ...]:
-  """Parses recipes; of those that are wrong it is told as well which models cannot be opened."""
+  """Parses recipes; where they are wrong, it also reports which models cannot be opened."""
   problems: list[Exception] = []
   with errors.collect(problems):
     return text.parse(strict=strict)
@@ -169,12 +173,12 @@ def _plan(
 
   def open_model(model: Model) -> Opened:
     if _is_result(model, results):
-      return opener.adapted(model, results[model.path].model, recipe.rename)
+      return opener.with_adapters(model, results[model.path].model, recipe.rename)
     return opener.model(model, recipe.rename)
 
   def papers(model: Model) -> TokenizerFiles:
     is_result = _is_result(model, results)
-    return build.files_of(results[model.path].model) if is_result else opener.papers(model)
+    return build.files_of(results[model.path].model) if is_result else opener.tokenizer_files(model)
 
   if all(name in results for name in recipe.uses):
     return planner.plan_recipe(recipe, open_model, papers)

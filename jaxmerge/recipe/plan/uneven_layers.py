@@ -40,11 +40,11 @@ def check(
   """
   problems = []
   for stack in result_rows.stacked(rows).values():
-    own = models[stack.group.sources[0].model]
-    height = layers.stacks(own.tensors).get(stack.stack, 0)
+    model = models[stack.group.sources[0].model]
+    height = layers.stacks(model.tensors).get(stack.stack, 0)
     if [*stack.order.values()] == [*range(height)]:
       continue
-    reason = _by_place(rows, stack, models, before, after) or _outside(own, stack.stack, before)
+    reason = _by_place(rows, stack, models, before, after) or _outside(model, stack.stack, before)
     if reason:
       problems.append(Problem(stack.group.place, reason))
   if problems:
@@ -58,7 +58,7 @@ def _by_place(
   before: Config,
   after: Config,
 ) -> str:
-  """Says which layer does not fit its new place; nothing where all do."""
+  """Returns which layer does not fit its new place, in words; "" where all do."""
   layouts: dict[tuple[Model, Model], Layout] = {}
   order = Layers(0, tuple(old for _, old in sorted(stack.order.items())))
   groups = {
@@ -71,51 +71,53 @@ def _by_place(
     if (source, base) not in layouts:  # A base has what some layers of its fine-tunes lack.
       names = {**models[source].tensors, **models[base].tensors}
       layouts[source, base] = _layout(names, stack.stack)
-    own = layouts[source, base]
-    if new == old or old not in own:
+    layout = layouts[source, base]
+    if new == old or old not in layout:
       continue
     # Behind all layers that there were, it is only known that this is not the first place.
-    wanted = own.get(new)
-    alone = [own[0]] == [s for s in own.values() if s == own[0]] if 0 in own else False
-    differs = wanted != own[old] if wanted is not None else (old == 0 and alone and len(own) > 2)
-    if differs and not _explained(before, after, order, own, new, old):
-      other = own.get(new, own[max(own)])
-      first = min(own[old] ^ other)
-      have = "has" if first in own[old] else "lacks"
+    expected = layout.get(new)
+    alone = [layout[0]] == [s for s in layout.values() if s == layout[0]] if 0 in layout else False
+    differs = (
+      expected != layout[old] if expected is not None else (old == 0 and alone and len(layout) > 2)
+    )
+    if differs and not _explained(before, after, order, layout, new, old):
+      other = layout.get(new, layout[max(layout)])
+      first = min(layout[old] ^ other)
+      have = "has" if first in layout[old] else "lacks"
       return (
         f"layer {old} of {source} {have} {first!r}, unlike the layer that was layer {new}, and "
         "nothing in the config says which layers are so: the class decides it by the place. Choose "
-        f"slices that keep layer {old if own[old] != own.get(1) else new} where it was."
+        f"slices that keep layer {old if layout[old] != layout.get(1) else new} where it was."
       )
   return ""
 
 
 def _layout(names: Mapping[str, Any], stack: str) -> Layout:
   """The relative names of the tensors of each layer, but for buffers that are computed."""
-  found: dict[int, set[str]] = {}
+  names_by_layer: dict[int, set[str]] = {}
   for name in names:
     at = layers.place(name)
     if at and at.stack == stack and not at.rest.endswith(("inv_freq", "attn.bias", "masked_bias")):
-      found.setdefault(at.layer, set()).add(at.rest)
-  return {layer: frozenset(rests) for layer, rests in found.items()}
+      names_by_layer.setdefault(at.layer, set()).add(at.rest)
+  return {layer: frozenset(rests) for layer, rests in names_by_layer.items()}
 
 
 def _explained(
-  before: Config, after: Config, order: Layers, own: Layout, new: int, old: int
+  before: Config, after: Config, order: Layers, layout: Layout, new: int, old: int
 ) -> bool:
-  """Tells whether the config says of the new place what it said of the layer before.
+  """Tells whether the config treats the new place as it treated the layer before.
 
   By its lists alone, which may take the place of rules that stay in it, or by both.
   """
-  height, size = len(own), len(order.order)
+  height, size = len(layout), len(order.order)
   for rules in (False, True):
     ours = dict(entries(before, height, rules))
     theirs = dict(entries(after, size, rules))
     shared = [k for k in ours if k in theirs]
     kind = [theirs[k][new] for k in shared]
-    alike = [n for n in own if n < height and [ours[k][n] for k in shared] == kind]
+    alike = [n for n in layout if n < height and [ours[k][n] for k in shared] == kind]
     if _rewritten(before, after, ours, theirs) or (
-      alike and all(own[n] == own[old] for n in alike)
+      alike and all(layout[n] == layout[old] for n in alike)
     ):
       return True
   return False
@@ -123,27 +125,27 @@ def _explained(
 
 def _rewritten(before: Config, after: Config, ours: Config, theirs: Config) -> bool:
   """Tells whether a rule was changed, or written out as a list of more than kinds of attention."""
-  for key in theirs.keys() - ours.keys() - _stated(before):
+  for key in theirs.keys() - ours.keys() - _keys_with_value(before):
     if not set(map(str, theirs[key])) <= _ATTENTION:
       return True
-  return any(_moved(key, own, before.get(key)) for key, own in after.items())
+  return any(_rule_changed(key, value, before.get(key)) for key, value in after.items())
 
 
-def _stated(config: Config) -> set[str]:
+def _keys_with_value(config: Config) -> set[str]:
   """The keys of a config and its parts that say something."""
-  parts = [_stated(own) for own in config.values() if isinstance(own, Mapping)]
-  return {key for key, own in config.items() if own}.union(*parts)
+  parts = [_keys_with_value(value) for value in config.values() if isinstance(value, Mapping)]
+  return {key for key, value in config.items() if value}.union(*parts)
 
 
-def _moved(key: str, own: Any, was: Any) -> bool:
-  if isinstance(own, Mapping) and isinstance(was, Mapping):
-    return any(_moved(k, v, was.get(k)) for k, v in own.items())
+def _rule_changed(key: str, value: Any, before: Any) -> bool:
+  if isinstance(value, Mapping) and isinstance(before, Mapping):
+    return any(_rule_changed(k, v, before.get(k)) for k, v in value.items())
   rule = re.search(r"first_k|dense_layers|sparse_step|kv_shared|linear_attn", key)
-  return bool(rule) and own != was
+  return bool(rule) and value != before
 
 
 def _outside(model: plan.Model, stack: str, config: Config) -> str:
-  """Says which tensor outside of the layers has a column for each head of each layer: ESM's."""
+  """Returns which tensor outside of the layers has a column for each head of each layer (ESM)."""
   height = layers.stacks(model.tensors)[stack]
   heads = next((config[k] for k in _HEADS if type(config.get(k)) is int), 0)
   within = {n for name in _of(model, stack, True) for n in model.tensors[name].shape}
