@@ -48,8 +48,7 @@ def merge(
     layout: matrix views, as for `apply`; the method has the same view of a leaf.
 
   Raises:
-    ValueError: naming the matrix that the model lacks, or that has another shape, and whatever
-      `jaxmerge.merge` refuses.
+    ValueError: as `apply` and `jaxmerge.merge` do.
 
   Example:
     >>> from jaxmerge import methods

@@ -131,8 +131,7 @@ def doge(
     subspace: floor(r / subspace) of r = min(outputs, inputs) directions are shared.
     learning_rate: of Adam.
     steps: of descent; 0 leaves x at 0.
-    rank_tol: singular values up to this share of the largest count as zero, and their directions
-      are not shared.
+    rank_tol: singular values up to this share of the largest count as zero.
 
   Reference: Wei et al. 2025, Adaptive projective gradient descent (arXiv:2501.01230), DOGE TA.
 
@@ -146,16 +145,11 @@ def doge(
   settings = {"density": density, "eta": eta, "learning_rate": learning_rate, "rank_tol": rank_tol}
   lookup.check("doge", {**settings, "scale": scale, "subspace": subspace, "steps": steps})
 
-  def init(group: Group) -> dict[str, Any]:
-    share = wide_counts.share(group.hparam("density"), group.size, group.num_models, more=1)
-    return {"kept": share}
-
   def update(x: Array, leaf: Leaf, known: Any) -> Array:
-    tol = leaf.scalar("rank_tol", x)
     not_zero = jnp.any(x != 0, axis=(1, 2), keepdims=True)
     rates = jnp.where(not_zero, leaf.scalar("eta", x) / _norms(x), 0)
     total, weight = _added(x * rates), jnp.sum(rates)
-    shared = _shared_directions(x, tol, subspace)
+    shared = _shared_directions(x, leaf.scalar("rank_tol", x), subspace)
 
     def gradient(correction: Array) -> Array:
       gaps = jnp.sum(x * (x - (total + weight * correction)[None]), axis=2, keepdims=True)
@@ -168,8 +162,15 @@ def doge(
     return _added(jnp.where(is_large, (x + correction[None]) * rates, 0))[None]
 
   cut = Rank("cut", lambda x, leaf, known: jnp.abs(x), rank="kept")
-  merged = spectral.by_matrix(update, settings, _stay_base, reductions=(cut,), init=init)
+  merged = spectral.by_matrix(
+    update, settings, _stay_base, reductions=(cut,), init=_rank_of_density
+  )
   return chain(merged, averages.scaled(scale))
+
+
+def _rank_of_density(group: Group) -> dict[str, Any]:
+  count = wide_counts.share(group.hparam("density"), group.size, group.num_models, more=1)
+  return {"kept": count}
 
 
 def _stay_base(x: Array, leaf: Leaf, known: Any) -> Array:

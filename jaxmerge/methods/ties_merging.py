@@ -71,12 +71,13 @@ def elect_sign(
     more, fewer = (wide_counts.at_least(a, b)[0] for a, b in ((total, even), (even, total)))
     return more.astype(x.dtype) - fewer.astype(x.dtype)
 
-  votes_of_signs = reductions.total("sides", sides)._replace(combine=wide_counts.plus)
+  count = reductions.total("sides", sides)._replace(combine=wide_counts.plus)
+  return Method((Stage(update, (count,), _even, hparams, deferred=deferred),))
 
-  def even(group: Group) -> dict[str, Any]:
-    return {"even": wide_counts.limbs(group.size)[:, None]}
 
-  return Method((Stage(update, (votes_of_signs,), even, hparams, deferred=deferred),))
+def _even(group: Group) -> dict[str, Any]:
+  """Returns the total of `sides` if as many entries are positive as negative."""
+  return {"even": wide_counts.limbs(group.size)[:, None]}
 
 
 def agreeing(x: Array, total: Array | None = None) -> Array:

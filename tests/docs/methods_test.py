@@ -18,9 +18,12 @@ def family(name):
   return module.__name__.rpartition(".")[2]
 
 
-def test_a_family_has_one_name_in_code_and_docs():
+def test_a_family_has_one_name_in_code_docs_and_tests():
   modules = {p.stem for p in (ROOT / "jaxmerge" / "methods").glob("*.py")}
-  assert {p.stem for p in PAGES.glob("*.md")} - {"README"} == modules - {"__init__", "factory"}
+  families = modules - {"__init__", "factory"}
+  assert {p.stem for p in PAGES.glob("*.md")} - {"README"} == families
+  tests = {p.stem.removesuffix("_test") for p in (ROOT / "tests" / "methods").glob("*_test.py")}
+  assert families <= tests
 
 
 @pytest.mark.parametrize("name", lookup.METHODS)

@@ -1,6 +1,4 @@
-"""Choosing entries: MagMax, consensus, SCE, Arcee fusion, NearSwap, passthrough, RAM."""
-
-import itertools
+"""Selecting entries: MagMax, SCE, Arcee fusion, NearSwap, passthrough."""
 
 import jax
 import jax.numpy as jnp
@@ -59,15 +57,6 @@ def test_magmax_of_the_result_and_a_model_is_the_result(k):
   close(merged(methods.magmax(1.0), [once, TAU[k]]), once, atol=0)
 
 
-def test_consensus_of_none_and_of_too_many():
-  """No entry is dropped, or all are; a larger threshold drops more."""
-  close(merged(methods.consensus(0.3, 0.4, 0)), merged(methods.task_arithmetic(0.3)))
-  close(merged(methods.consensus(1.0, 0.4, 4)), np.zeros(6), atol=0)
-  kept = [merged(methods.consensus(1.0, t)) != 0 for t in (0.0, 0.2, 0.4, 0.8, 2.0)]
-  assert all((more >= fewer).all() for more, fewer in itertools.pairwise(kept))
-  assert kept[0].sum() > kept[-1].sum()
-
-
 def test_sce_of_small_task_vectors():
   """With mergekit's floor of 1e-6 models of entries near 1e-4 count equally, here they do not."""
   close(merged(methods.sce(), TAU * 1e-4) * 1e4, merged(methods.sce(), TAU))
@@ -102,16 +91,6 @@ def test_sce_of_equal_energies_and_agreeing_signs_is_the_average():
 def test_a_density_of_sce_is_one_number():
   with pytest.raises(ValueError, match="density must be one number for all models, got 3"):
     merged(methods.sce(), TAU, hparams={"density": (0.1, 0.2, 0.3)})
-
-
-def test_ratios_of_ram_are_counted_over_the_leaf_or_the_model():
-  """The first model shares an entry in a, and has two of its own in b: ratios 1/0, 0/2 or 1/2."""
-  base = {"a": jnp.zeros(1), "b": jnp.zeros(2)}
-  models = {"a": jnp.ones((2, 1)), "b": jnp.array([[1.0, 2.0], [0.0, 0.0]])}
-  for scope, factor in (("leaf", 1.0), ("tree", 1.25)):
-    out = jaxmerge.merge(methods.ramplus_tl(boost=0.5, limit=4.0, scope=scope), models, base)
-    close(out["a"], [1.0])
-    close(out["b"], [factor, 2 * factor])
 
 
 # --- Arcee fusion ---

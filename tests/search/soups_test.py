@@ -5,7 +5,7 @@ import itertools
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from example import blended, close
+from example import close
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
@@ -20,33 +20,6 @@ MODELS = np.random.default_rng(0).normal(size=(5, 8)).astype(np.float32)
 
 def nearness(target):
   return lambda params: -float(np.sum((np.asarray(params["w"]) - target) ** 2))
-
-
-@pytest.mark.parametrize(
-  ("kind", "alpha", "expected"),
-  [("sma", 0.5, 1.75), ("wma", 0.5, 2.4), ("ema", 0.1, 0.661), ("ema", 0.2, 1.248)],
-)
-def test_checkpoints_are_averaged(kind, alpha, expected):
-  x = [[0.0], [1.0], [2.0], [4.0]]
-  close(blended(methods.checkpoint_average(kind, alpha), x), [expected])
-  close(sum(methods.moving_weights(6, alpha)), 1.0)
-
-
-def test_the_newest_alone():
-  close(blended(methods.checkpoint_average("ema", 1.0), MODELS), MODELS[-1], atol=0)
-
-
-def test_a_moving_average_from_zero_is_divided_by_its_weights():
-  x = np.array([[0.0], [1.0], [2.0], [4.0]], np.float32)
-  close(blended(methods.checkpoint_average("ema", 0.2, "zero"), x), [1.248 / (1 - 0.8**4)])
-  with pytest.raises(ValueError, match="alpha must not be 0 where the average begins at zero"):
-    blended(methods.checkpoint_average("ema", 0.0, "zero"), x)
-
-
-@pytest.mark.parametrize("settings", [("sma",), ("wma",), ("ema",), ("ema", 0.2, "zero")])
-def test_an_average_of_equal_checkpoints_is_any_of_them(settings):
-  same = np.repeat(MODELS[:1], 4, axis=0)
-  close(blended(methods.checkpoint_average(*settings), same), MODELS[0])
 
 
 def test_a_score_that_likes_one_model_leaves_it_as_it_is():
