@@ -30,7 +30,7 @@ class Opener(NamedTuple):
 
   Attributes:
     model: opens a model; RecipeError for one that is not there, or is damaged.
-    with_adapters: adds the adapters of a reference, if it has some, to a model that is open; likewise.
+    with_adapters: adds the adapters of a reference, if it has some, to an open model; likewise.
     tokenizer_files: finds the files of a tokenizer; OSError, ValueError.
     find: finds both, and knows what came from the hub.
   """
