@@ -192,12 +192,10 @@ def child(what, root, out):
     began = time.process_time(), time.perf_counter()
     floor(pathlib.Path(root), pathlib.Path(out))
   else:
-    from jaxmerge.files import execute
-    from jaxmerge.io.tensors.tensor import Files
-    from jaxmerge.recipe.plan import planner
+    from jaxmerge.recipe import run
 
     began = time.process_time(), time.perf_counter()
-    execute.run(planner.of_file(what, Files()), out, replace=True)
+    run.merge_recipe(what, out, replace=True)
   spent = time.process_time() - began[0], time.perf_counter() - began[1]
   return {"cpu": spent[0], "wall": spent[1], **peak.stop()}
 

@@ -126,18 +126,18 @@ def test_shards_are_read_by_themselves(monkeypatch, recorded, sides):
 def test_a_shard_reads_its_rows_alone(monkeypatch):
   """Of a matrix that is split by rows of the file, no device reads more than its rows."""
   read = []
-  stored = llama.tensor.stored
+  stored_tensor = llama.tensor.stored_tensor
 
   def watched(files, path, name, entry):
-    own = stored(files, path, name, entry)
+    tensor = stored_tensor(files, path, name, entry)
 
     def part(start, out):
       read.append((name, start, out.size))
-      own.read(start, out)
+      tensor.read(start, out)
 
-    return own._replace(read=part)
+    return tensor._replace(read=part)
 
-  monkeypatch.setattr(llama.tensor, "stored", watched)
+  monkeypatch.setattr(llama.tensor, "stored_tensor", watched)
   mesh = meshes.make(1, 1, 4, devices=jax.devices()[:4])
   llama.load(TINY / "llama", mesh=mesh)
   name = "model.layers.1.mlp.up_proj.weight"  # [24, 16] in the file.
