@@ -139,7 +139,7 @@ def merging(method):
 def weights(parameters, device, seed=0):
   """A base, and experts near it, bfloat16, in the layout of a decoder, of about so many numbers."""
   sizes = dict(DECODERS["1b"][0])
-  config, _ = llama.of_fields(sizes)
+  config, _ = llama.from_fields(sizes)
   shapes = jax.eval_shape(lambda: llama.init(config, jax.random.key(0)))
   share = parameters / sum(x.size for x in jax.tree.leaves(shapes))
 
@@ -163,7 +163,7 @@ def weights(parameters, device, seed=0):
 def step(device, options):
   """Local steps of a decoder, as the loop takes them."""
   fields, rows, length = DECODERS[options.decoder]
-  config, apply = llama.of_fields(fields, jnp.bfloat16)
+  config, apply = llama.from_fields(fields, jnp.bfloat16)
   settings = jaxmerge.Settings(compute_dtype="bfloat16", batch_size=rows, clip_norm=1.0)
   mesh = meshes.make(tasks=1, devices=[device])
   task = text("steps", fields["vocab_size"], 16 * rows, length)
@@ -217,7 +217,7 @@ def matmul(device, runs):
 def rounds(device, options):
   """Seconds of a round in steady state, by the number of tasks."""
   fields, rows, length = DECODERS[options.of_rounds]
-  config, apply = llama.of_fields(fields, jnp.bfloat16)
+  config, apply = llama.from_fields(fields, jnp.bfloat16)
   params = llama.init(config, jax.random.key(0))
   count = sum(x.size for x in jax.tree.leaves(params))
   steps = 8
@@ -239,7 +239,7 @@ def rounds(device, options):
 def save(device, options):
   """How long an asynchronous save takes, and how much of it the caller waits for."""
   fields = DECODERS[options.of_rounds][0]
-  config, _ = llama.of_fields(fields)
+  config, _ = llama.from_fields(fields)
   params = jax.device_put(llama.init(config, jax.random.key(0)), device)
   waits, totals = [], []
   with tempfile.TemporaryDirectory() as home, stores.Checkpoints(pathlib.Path(home)) as store:
@@ -289,7 +289,7 @@ def gradients(device, there):
   batch = text("numbers", fields["vocab_size"], rows, length).train
   found = []
   for place, dtype in ((device, jnp.bfloat16), (there, jnp.float32)):
-    config, apply = llama.of_fields(fields, dtype)
+    config, apply = llama.from_fields(fields, dtype)
 
     def loss(params, ids, labels, apply=apply):
       return losses.cross_entropy(apply(params, ids), labels).mean()

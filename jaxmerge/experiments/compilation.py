@@ -126,7 +126,7 @@ def of_merge(config: Mapping[str, Any], devices: Sequence[Any]) -> Iterator[xla_
 
   The streamed programs are recorded while one slice of random numbers is streamed on this machine.
   """
-  fields, _ = llama.of_fields(dict(config["model"]))
+  fields, _ = llama.from_fields(dict(config["model"]))
   num_models, dtype, method = (
     config["models"],
     jnp.dtype(config["dtype"]),

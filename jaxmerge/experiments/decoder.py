@@ -18,7 +18,7 @@ def problem(config: Mapping[str, Any]) -> Problem:
 
   A task has as many rows as the config asks for; one of fewer documents would have fewer.
   """
-  fields, apply = llama.of_fields(dict(config["model"]), jnp.dtype(config["compute_dtype"]))
+  fields, apply = llama.from_fields(dict(config["model"]), jnp.dtype(config["compute_dtype"]))
   params = jax.eval_shape(lambda: llama.init(fields, jax.random.key(0)))
   length, count = config["data"]["length"], int(config["data"]["train"])
   row = jax.ShapeDtypeStruct((length,), jnp.int32)

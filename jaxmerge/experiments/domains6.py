@@ -27,7 +27,7 @@ problem_shapes = decoder.problem
 
 def problem(config: Mapping[str, Any], cache: Cache) -> Problem:
   """Returns six domains of bytes and a decoder that was trained on some rows of each, mixed."""
-  fields, apply = llama.of_fields(config["model"], jnp.dtype(config["compute_dtype"]))
+  fields, apply = llama.from_fields(config["model"], jnp.dtype(config["compute_dtype"]))
   sizes = dict(config["data"])
   loaded = domains.load(sizes.pop("domains"), seed=config["seed"], **sizes)
   rows = jax.tree.map(lambda *xs: np.concatenate(xs), *[d.pretrain for d in loaded])

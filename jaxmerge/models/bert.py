@@ -87,13 +87,13 @@ def embed(
 ) -> Float[Array, "B D"]:
   """Returns one vector of length 1 a sentence, the mean over its real tokens: [B, T] -> [B, D]."""
   hidden = encode(config, params, ids, mask, dtype).astype(jnp.float32)
-  mean = pooled(hidden, mask)
+  mean = pool(hidden, mask)
   # The guard is on the input of the root, so that the gradient of a zero vector is finite.
   square = jnp.sum(mean * mean, axis=-1, keepdims=True)
   return mean * jax.lax.rsqrt(jnp.maximum(square, 1e-24))
 
 
-def pooled(hidden: Float[Array, "B T D"], mask: Mask) -> Float[Array, "B D"]:
+def pool(hidden: Float[Array, "B T D"], mask: Mask) -> Float[Array, "B D"]:
   """Averages over the real tokens: [B, T, D] -> [B, D]; zero where there is none."""
   weight = mask.astype(hidden.dtype)[..., None]
   # A product with a reciprocal, for the reason that `encoder._softmax` gives.
@@ -138,7 +138,7 @@ def from_tensors(
 def to_tensors(
   config: Config, params: Params, source: Mapping[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
-  """Returns the tensors of a file, in the order and dtypes of `source`, the base's own tensors.
+  """Returns the tensors of a file, in the order and dtypes of `source`, the tensors of the base.
 
   Tensors that the encoder does not use (pooler, position ids) are those of `source`.
   """
@@ -146,8 +146,8 @@ def to_tensors(
   tensors = names.to_theirs(leaves, names.expand(_table(source), config.num_layers))
   for name, x in tensors.items():
     if name not in source or source[name].shape != x.shape:
-      found = list(source[name].shape) if name in source else "nothing"
-      raise ValueError(f"the parameters: {name!r} is {list(x.shape)}, but the base holds {found}.")
+      shape = list(source[name].shape) if name in source else "nothing"
+      raise ValueError(f"the parameters: {name!r} is {list(x.shape)}, but the base holds {shape}.")
   return {
     name: safetensors.narrow(tensors[name], x.dtype, f"tensor {name!r}") if name in tensors else x
     for name, x in source.items()
@@ -157,7 +157,7 @@ def to_tensors(
 def load(folder: str | pathlib.Path) -> tuple[Config, Params]:
   """Reads an encoder from a Hugging Face folder, as arrays of JAX in the dtypes of the file."""
   tensors, settings = folder_lib.load(folder)
-  config = encoder.config_from(settings, where=f"{folder}/config.json")
+  config = encoder.from_huggingface(settings, where=f"{folder}/config.json")
   params, _ = from_tensors(config, tensors, where=str(folder))
   return config, jax.tree.map(jnp.asarray, params)
 
@@ -181,7 +181,7 @@ def minilm(path: str | pathlib.Path | None = None) -> tuple[Config, Params, path
   """Loads all-MiniLM-L6-v2: its config, its parameters, and its folder.
 
   Args:
-    path: a folder with the model's files; None takes those of an installed package, found by path
+    path: a folder with the model's files; None takes those of an installed package, located by path
       and never imported.
 
   Raises:

@@ -72,11 +72,11 @@ def apply(
   """
   if images.shape[1:] != (SIZE, SIZE):
     raise ValueError(f"images must be [B, {SIZE}, {SIZE}], got {list(images.shape)}.")
-  features = cast(Array, Network().apply({"params": params}, scaled(images)))
+  features = cast(Array, Network().apply({"params": params}, scale(images)))
   return features if head is None else features @ head
 
 
-def scaled(images: Images) -> Float[Array, "B H W"]:
+def scale(images: Images) -> Float[Array, "B H W"]:
   """Maps integers from 0 to 255, or floats from 0 to 1, to float32 from -0.3 to 0.7."""
   x = jnp.asarray(images, jnp.float32)
   if jnp.issubdtype(images.dtype, jnp.integer):

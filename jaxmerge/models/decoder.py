@@ -69,7 +69,7 @@ class Attention(nn.Module):
       y = y.reshape(*x.shape[:2], heads, c.head_size)
       if c.head_norm and name != "value":
         y = Norm(c.epsilon, name=f"{name}_norm")(y)
-      return y if name == "value" else _turned(y, turns)
+      return y if name == "value" else _rotate(y, turns)
 
     query = project("query", c.num_heads)
     key, value = (project(name, c.num_kv_heads) for name in ("key", "value"))
@@ -79,7 +79,7 @@ class Attention(nn.Module):
     return _dense(c.hidden_size, c.output_bias, self.dtype, "output")(mixed)
 
 
-def _turned(x: Array, turns: tuple[Array, Array]) -> Array:
+def _rotate(x: Array, turns: tuple[Array, Array]) -> Array:
   """Turns pairs of entries, half a head apart, by the angles of their positions."""
   cos, sin = turns
   first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)

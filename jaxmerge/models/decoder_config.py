@@ -72,7 +72,7 @@ _SIZES = {
 KINDS = ("llama", "qwen2", "qwen3")
 
 
-def config_from(settings: Mapping[str, Any], where: str = "config.json") -> Config:
+def from_huggingface(settings: Mapping[str, Any], where: str = "config.json") -> Config:
   """Reads sizes and options from the contents of a config.json.
 
   Raises:
@@ -116,21 +116,22 @@ def config_from(settings: Mapping[str, Any], where: str = "config.json") -> Conf
   )
 
 
-def config_of(fields: Mapping[str, Any], where: str = "config.model") -> Config:
-  """Makes a config of the fields that an experiment's config gives by name.
+def from_fields(fields: Mapping[str, Any], where: str = "config.model") -> Config:
+  """Returns the config of a decoder from fields by name, as an experiment's config has them.
 
-  What has a default may be left out; `rotary` is a mapping of its own fields.
+  What has a default may be left out; `rotary` is a mapping of fields.
 
   >>> sizes = dict(vocab_size=256, hidden_size=8, num_layers=1, num_heads=2, num_kv_heads=1)
-  >>> config_of(dict(sizes, head_size=4, intermediate_size=8, rotary=dict(theta=5e5))).rotary.theta
+  >>> sizes |= dict(head_size=4, intermediate_size=8, rotary=dict(theta=5e5))
+  >>> from_fields(sizes).rotary.theta
   500000.0
 
   Raises:
     ValueError: for a field that is unknown, missing or of a wrong kind, and for impossible sizes.
   """
-  own = dict(fields)
-  turning = _fields(own.pop("rotary", {}), Rotary, f"{where}.rotary")
-  config = Config(**_fields(own, Config, where), rotary=Rotary(**turning))
+  sizes = dict(fields)
+  rotary = _fields(sizes.pop("rotary", {}), Rotary, f"{where}.rotary")
+  config = Config(**_fields(sizes, Config, where), rotary=Rotary(**rotary))
   if config.num_heads % config.num_kv_heads:
     raise ValueError(
       f"{where}: num_heads {config.num_heads} is no multiple of num_kv_heads {config.num_kv_heads}."
@@ -142,12 +143,12 @@ def config_of(fields: Mapping[str, Any], where: str = "config.model") -> Config:
   return config
 
 
-def _fields(given: Any, kind: Any, where: str) -> dict[str, Any]:
+def _fields(values: Any, kind: Any, where: str) -> dict[str, Any]:
   """Checks values against the annotations and defaults of a NamedTuple."""
-  if not isinstance(given, Mapping):
-    raise ValueError(f"{where} must be a group of fields, got {given!r}.")
+  if not isinstance(values, Mapping):
+    raise ValueError(f"{where} must be a group of fields, got {values!r}.")
   known = get_type_hints(kind)
-  for name, value in given.items():
+  for name, value in values.items():
     if name not in known:
       near = difflib.get_close_matches(str(name), known, n=1)
       hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}."
@@ -157,20 +158,20 @@ def _fields(given: Any, kind: Any, where: str) -> dict[str, Any]:
       if not isinstance(value, bool):
         raise ValueError(f"{where}: {name} must be true or false, got {value!r}.")
     elif wanted is int:
-      _count(given, name, where)
+      _count(values, name, where)
     elif value is not None or types.NoneType not in get_args(wanted):
       _number(value, name, where)
-  missing = [name for name in known if name not in given and name not in kind._field_defaults]
+  missing = [name for name in known if name not in values and name not in kind._field_defaults]
   if missing:
     raise ValueError(f"{where}: missing {', '.join(missing)}.")
-  return dict(given)
+  return dict(values)
 
 
-def settings_of(config: Config, *, max_positions: int = 2048) -> dict[str, Any]:
-  """Returns the contents of a config.json for a decoder, the inverse of `config_from`.
+def to_huggingface(config: Config, *, max_positions: int = 2048) -> dict[str, Any]:
+  """Returns the contents of a config.json for a decoder, the inverse of `from_huggingface`.
 
   >>> config = Config(8, 8, 1, 2, 1, 4, 8, tied=True)
-  >>> config_from(settings_of(config)) == config
+  >>> from_huggingface(to_huggingface(config)) == config
   True
 
   Raises:
@@ -202,7 +203,7 @@ def settings_of(config: Config, *, max_positions: int = 2048) -> dict[str, Any]:
     "mlp_bias": config.mlp_bias,
     "max_position_embeddings": max_positions,
   }
-  if config_from(settings) != config:
+  if from_huggingface(settings) != config:
     raise ValueError(f"no kind of decoder among {', '.join(KINDS)} has all options of {config}.")
   return settings
 
@@ -225,10 +226,10 @@ def _number(value: Any, key: str, where: str) -> float:
 
 
 def _rotary(settings: Mapping[str, Any], where: str) -> Rotary:
-  """Reads how positions turn: from one record in newer files, from two places in older ones."""
-  own = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
-  kind = own.get("rope_type", own.get("type", "default"))
-  theta = own.get("rope_theta", settings.get("rope_theta", 10000.0))
+  """Reads rotary positions: from one record in newer files, from two places in older ones."""
+  rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
+  kind = rope.get("rope_type", rope.get("type", "default"))
+  theta = rope.get("rope_theta", settings.get("rope_theta", 10000.0))
   rotary = Rotary(_number(theta, "rope_theta", where))
   if kind == "default":
     return rotary
@@ -239,4 +240,4 @@ def _rotary(settings: Mapping[str, Any], where: str) -> Rotary:
   if kind == "llama3":
     needed |= {"low": "low_freq_factor", "high": "high_freq_factor"}
     needed |= {"original": "original_max_position_embeddings"}
-  return rotary._replace(**{n: _number(own.get(key), key, where) for n, key in needed.items()})
+  return rotary._replace(**{n: _number(rope.get(key), key, where) for n, key in needed.items()})

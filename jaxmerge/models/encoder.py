@@ -50,7 +50,7 @@ _FIXED = {
 }
 
 
-def config_from(settings: Mapping[str, Any], where: str = "config.json") -> Config:
+def from_huggingface(settings: Mapping[str, Any], where: str = "config.json") -> Config:
   """Reads the sizes from the contents of a config.json.
 
   Raises:

@@ -85,19 +85,19 @@ def apply(config: Config, dtype: Any = jnp.float32, *, remat: bool = False) -> A
   def logits(
     params: Params, ids: Ids, positions: Ids | None = None, mask: Ids | None = None
   ) -> Float[Array, "B T V"]:
-    given = jax.tree.map(jnp.asarray, (ids, positions, mask))  # None stays None.
-    return cast(Array, model.apply({"params": params}, *given))
+    inputs = jax.tree.map(jnp.asarray, (ids, positions, mask))  # None stays None.
+    return cast(Array, model.apply({"params": params}, *inputs))
 
   return logits
 
 
-def of_fields(fields: Mapping[str, Any], dtype: Any = jnp.float32) -> tuple[Config, Apply]:
+def from_fields(fields: Mapping[str, Any], dtype: Any = jnp.float32) -> tuple[Config, Apply]:
   """Returns the decoder that an experiment's config describes: its config, and (params, ids, head).
 
-  The model takes rows of token ids [B, T] and no head, and gives logits [B, T, V] in float32.
+  The model takes rows of token ids [B, T] and no head, and returns logits [B, T, V] in float32.
 
   >>> sizes = dict(vocab_size=256, hidden_size=8, num_layers=1, num_heads=2, num_kv_heads=1)
-  >>> config, model = of_fields(dict(sizes, head_size=4, intermediate_size=8, remat=True))
+  >>> config, model = from_fields(dict(sizes, head_size=4, intermediate_size=8, remat=True))
   >>> shape = jax.eval_shape(lambda: model(init(config, jax.random.key(0)), jnp.zeros((2, 3), int)))
   >>> shape.shape
   (2, 3, 256)
@@ -106,11 +106,11 @@ def of_fields(fields: Mapping[str, Any], dtype: Any = jnp.float32) -> tuple[Conf
     fields: those of `Config` by name, and `remat`, as in `apply`.
     dtype: of products.
   """
-  own = dict(fields)
-  remat = own.pop("remat", False)
+  sizes = dict(fields)
+  remat = sizes.pop("remat", False)
   if not isinstance(remat, bool):
     raise ValueError(f"config.model: remat must be true or false, got {remat!r}.")
-  config = decoder_config.config_of(own)
+  config = decoder_config.from_fields(sizes)
   logits = apply(config, dtype, remat=remat)
 
   def model(params: Params, ids: Ids, head: Any = None) -> Float[Array, "B T V"]:
@@ -129,9 +129,9 @@ def load(
 ) -> tuple[Config, Params]:
   """Reads a decoder from a Hugging Face folder, each device's shard by itself.
 
-  A head that is stored and differs from the embedding is one of its own, whatever the config says.
+  A stored head that differs from the embedding is not tied, whatever the config says.
 
-  Of a file, only the bytes of a shard are read at a time; no whole tensor is held beside the
+  Of a file, only the bytes of a shard are read at a time; no whole tensor is in memory beside the
   arrays, where those are sharded.
 
   Args:
@@ -144,7 +144,7 @@ def load(
     FileNotFoundError: where the folder or a file is missing.
     ValueError: naming the tensor that is missing, unknown, of a wrong shape, or not finite.
   """
-  config = decoder_config.config_from(folder_lib.config(folder), where=f"{folder}/config.json")
+  config = decoder_config.from_huggingface(folder_lib.config(folder), where=f"{folder}/config.json")
   places = folder_lib.entries(folder)
   files = tensor.Files()
   try:
@@ -156,12 +156,14 @@ def load(
     leaves = {}
     for rule in rules:
       shape = tree.named(abstract)[rule.ours].shape
-      own = [theirs[one.theirs] for one in names.expand([rule], config.num_layers)]
+      layers = [theirs[one.theirs] for one in names.expand([rule], config.num_layers)]
       place = meshes.place(rule.ours, shape, mesh, sharding)
-      kind = own[0].dtype if dtype is None else np.dtype(dtype)
+      kind = layers[0].dtype if dtype is None else np.dtype(dtype)
 
-      def part(index: Any, rule: names.Rule = rule, own: Any = own, kind: Any = kind) -> np.ndarray:
-        return safetensors.narrow(_part(own, rule, index), kind, f"{folder}: {rule.ours!r}")
+      def part(
+        index: Any, rule: names.Rule = rule, layers: Any = layers, kind: Any = kind
+      ) -> np.ndarray:
+        return safetensors.narrow(_part(layers, rule, index), kind, f"{folder}: {rule.ours!r}")
 
       leaves[rule.ours] = jax.make_array_from_callback(shape, place, part)
   finally:
@@ -216,10 +218,10 @@ def save(
       text = json.dumps(tied.untie({}, settings), indent=2) + "\n"
       (beside / folder_lib.CONFIG).write_text(text)
     for path in dict.fromkeys(path for path, _ in places.values()):
-      own = {n: entry for n, (home, entry) in places.items() if home == path}
-      kinds = {n: (entry.dtype, entry.shape) for n, entry in own.items()}
-      made = ((n, array(n, path, entry)) for n, entry in own.items())
-      safetensors.write(beside / path.name, kinds, made, safetensors.header(path).metadata)
+      entries = {n: entry for n, (home, entry) in places.items() if home == path}
+      kinds = {n: (entry.dtype, entry.shape) for n, entry in entries.items()}
+      arrays = ((n, array(n, path, entry)) for n, entry in entries.items())
+      safetensors.write(beside / path.name, kinds, arrays, safetensors.header(path).metadata)
     if (index := pathlib.Path(source) / folder_lib.INDEX).is_file():
       links.check(index, pathlib.Path(source))
       shutil.copyfile(index, beside / folder_lib.INDEX)
@@ -240,7 +242,7 @@ def export(
   Raises:
     ValueError: for parameters that are not the config's, or options that no kind of decoder has.
   """
-  settings = decoder_config.settings_of(config, max_positions=max_positions)
+  settings = decoder_config.to_huggingface(config, max_positions=max_positions)
   abstract = jax.eval_shape(lambda: init(config, jax.random.key(0)))
   tree.check_same(abstract, params, left="the config", right="the parameters", dtype=False)
   leaves = tree.named(params)
@@ -254,8 +256,8 @@ def export(
   for rule in _rules(config):
     leaf = leaves[rule.ours]
     shape = leaf.shape[1:] if _is_stacked(rule) else leaf.shape
-    own = (np.dtype(leaf.dtype), shape[::-1] if rule.transposed else shape)
-    kinds |= {one.theirs: own for one in names.expand([rule], config.num_layers)}
+    kind = (np.dtype(leaf.dtype), shape[::-1] if rule.transposed else shape)
+    kinds |= {one.theirs: kind for one in names.expand([rule], config.num_layers)}
   with atomic.folder(folder, replace=replace) as beside:
     (beside / folder_lib.CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
     safetensors.write(beside / folder_lib.WEIGHTS, kinds, tensors(), {"format": "pt"})
@@ -265,13 +267,13 @@ def export(
 
 
 def _theirs(leaf: Any, rule: names.Rule, layer: int) -> np.ndarray:
-  """Returns the tensor of a file from a leaf: the layer's own, turned as the rule says."""
+  """Returns the tensor of a file for one layer of a leaf, transposed if the rule says so."""
   x = np.asarray(leaf[layer] if _is_stacked(rule) else leaf)
   return np.ascontiguousarray(x.T) if rule.transposed else x
 
 
 def _rules(config: Config) -> tuple[names.Rule, ...]:
-  """The rules of the leaves that a decoder with these options has."""
+  """Returns the rules of the leaves that a decoder with these options has."""
   left_out = {
     "head/kernel": config.tied,
     "query/bias": not config.qkv_bias,
@@ -314,25 +316,27 @@ def _check(
       raise ValueError(f"{where}: {name!r} is {entry.dtype}; weights must be floating point.")
 
 
-def _part(own: Sequence[tensor.Tensor], rule: names.Rule, index: tuple[slice, ...]) -> np.ndarray:
+def _part(
+  layers: Sequence[tensor.Tensor], rule: names.Rule, index: tuple[slice, ...]
+) -> np.ndarray:
   """Reads a part of a leaf: rows and columns of each of the layers that are in it."""
   if not _is_stacked(rule):
-    return _cut(own[0], rule, index)
-  return np.stack([_cut(one, rule, index[1:]) for one in own[index[0]]])
+    return _cut(layers[0], rule, index)
+  return np.stack([_cut(one, rule, index[1:]) for one in layers[index[0]]])
 
 
-def _cut(own: tensor.Tensor, rule: names.Rule, index: tuple[slice, ...]) -> np.ndarray:
-  """Reads rows and columns of one tensor, without holding more of it than `ROWS` bytes beside."""
+def _cut(source: tensor.Tensor, rule: names.Rule, index: tuple[slice, ...]) -> np.ndarray:
+  """Reads rows and columns of one tensor, through a buffer of at most `ROWS` bytes."""
   order = index[::-1] if rule.transposed else index
-  ranges = [range(*s.indices(size)) for s, size in zip(order, own.shape, strict=True)]
-  row = int(np.prod(own.shape[1:]))
-  out = np.empty([len(r) for r in ranges], own.dtype)
-  step = max(1, ROWS // max(row * own.dtype.itemsize, 1))
+  ranges = [range(*s.indices(size)) for s, size in zip(order, source.shape, strict=True)]
+  row = int(np.prod(source.shape[1:]))
+  out = np.empty([len(r) for r in ranges], source.dtype)
+  step = max(1, ROWS // max(row * source.dtype.itemsize, 1))
   for start in range(0, len(ranges[0]), step):
     count = min(step, len(ranges[0]) - start)
-    rows = np.empty((count, *own.shape[1:]), own.dtype)
-    own.read((ranges[0].start + start) * row, rows.reshape(-1))
+    rows = np.empty((count, *source.shape[1:]), source.dtype)
+    source.read((ranges[0].start + start) * row, rows.reshape(-1))
     out[start : start + count] = rows[(slice(None), *order[1:])]
   if not np.isfinite(out.astype(np.float32)).all():
-    raise ValueError(f"{own.where} holds NaN or infinity.")
+    raise ValueError(f"{source.where} holds NaN or infinity.")
   return np.ascontiguousarray(out.T) if rule.transposed else out

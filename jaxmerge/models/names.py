@@ -64,7 +64,7 @@ def to_ours(
   """
   wanted = {rule.theirs: rule for rule in rules}
   check(tensors, wanted, rest, where=where)
-  ours = {rule.ours: _turned(tensors[name], rule, where) for name, rule in wanted.items()}
+  ours = {rule.ours: _transpose(tensors[name], rule, where) for name, rule in wanted.items()}
   return ours, {name: x for name, x in tensors.items() if name not in wanted}
 
 
@@ -76,9 +76,9 @@ def check(
   Raises:
     ValueError: naming each that is missing, and each that neither the model nor `rest` knows.
   """
-  found, own = set(tensors), set(wanted)
-  missing = [name for name in wanted if name not in found]
-  unknown = [name for name in tensors if name not in own and not re.fullmatch(rest, name)]
+  present, expected = set(tensors), set(wanted)
+  missing = [name for name in wanted if name not in present]
+  unknown = [name for name in tensors if name not in expected and not re.fullmatch(rest, name)]
   if missing or unknown:
     raise ValueError(f"{where}: {_difference(missing, unknown)}")
 
@@ -95,11 +95,11 @@ def to_theirs(leaves: Mapping[str, np.ndarray], rules: Sequence[Rule]) -> dict[s
   if missing or unknown:
     raise ValueError(f"the parameters: {_difference(missing, unknown)}")
   return {
-    rule.theirs: _turned(leaves[name], rule, "the parameters") for name, rule in wanted.items()
+    rule.theirs: _transpose(leaves[name], rule, "the parameters") for name, rule in wanted.items()
   }
 
 
-def _turned(x: np.ndarray, rule: Rule, where: str) -> np.ndarray:
+def _transpose(x: np.ndarray, rule: Rule, where: str) -> np.ndarray:
   if not rule.transposed:
     return x
   if x.ndim != 2:

@@ -323,12 +323,12 @@ SETTINGS = dict(
 )
 def test_settings_of_another_encoder_are_refused(change, message):
   with pytest.raises(ValueError, match=message):
-    encoder.config_from({**SETTINGS, **change})
+    encoder.from_huggingface({**SETTINGS, **change})
 
 
 def test_a_missing_setting_is_named():
   with pytest.raises(ValueError, match="missing vocab_size, layer_norm_eps"):
-    encoder.config_from(
+    encoder.from_huggingface(
       {k: v for k, v in SETTINGS.items() if k not in ("vocab_size", "layer_norm_eps")}
     )
 

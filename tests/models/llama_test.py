@@ -240,7 +240,7 @@ FIELDS |= {"head_size": 4, "intermediate_size": 8}
 def test_fields_that_make_no_decoder_are_refused(change, message):
   given = {k: v for k, v in {**FIELDS, **change}.items() if v is not None}
   with pytest.raises(ValueError, match=message):
-    llama.of_fields(given)
+    llama.from_fields(given)
 
 
 def changed(tmp_path, **settings):
@@ -307,5 +307,5 @@ def test_older_configs_have_the_positions_elsewhere():
   old["rope_scaling"] = {"type": "linear", "factor": 2.0}
   new = {k: v for k, v in old.items() if not k.startswith("rope")}
   new["rope_parameters"] = {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5}
-  assert decoder_config.config_from(old) == decoder_config.config_from(new)
-  assert decoder_config.config_from(old).rotary == decoder_config.Rotary(5e5, 2.0)
+  assert decoder_config.from_huggingface(old) == decoder_config.from_huggingface(new)
+  assert decoder_config.from_huggingface(old).rotary == decoder_config.Rotary(5e5, 2.0)
