@@ -53,8 +53,7 @@ def make_plan(
     output, outcome = _resolve(request, missing, all_jobs, statistics)
     _record(outcomes, request, output, outcome)
     if output is not None:
-      first = output.base or output.models[0]
-      stored = first.stored_dtype
+      stored = (output.base or output.models[0]).stored_dtype
       if dtype is not None and safetensors.is_floating(stored):
         stored = dtype
       outputs.append(output._replace(dtype=stored))
@@ -65,10 +64,6 @@ def make_plan(
   facts = {
     "folders": {m.name: m.home or display.readable(str(m.folder)) for m in models if m.files}
   }
-  notes = [note for m in models for note in m.notes]
-  notes += quantized.note_copies(
-    [[(p.name, p.model, p.tensor) for p in parts_present(w)] for w in requests if w.models]
-  )
   return plans.Plan(
     tuple(outputs),
     tuple(all_jobs),
@@ -77,8 +72,17 @@ def make_plan(
     inputs,
     facts,
     texts=models[0].texts,
-    notes=tuple(dict.fromkeys(notes)),
+    notes=_notes(requests, models),
   )
+
+
+def _notes(
+  requests: Sequence[plans.TensorRequest], models: Sequence[plans.Model]
+) -> tuple[str, ...]:
+  """Returns the notes of the models, and one on integers that differ and are copied."""
+  merged = [parts_present(request) for request in requests if request.models]
+  copies = quantized.note_copies([[(p.name, p.model, p.tensor) for p in each] for each in merged])
+  return tuple(dict.fromkeys([*(note for m in models for note in m.notes), *copies]))
 
 
 def _record(

@@ -194,12 +194,7 @@ def merge_files(
     ValueError: naming file, tensor and value, for inputs that do not fit or are damaged.
     FileExistsError: where there is something at `out` and `replace` is not set.
   """
-  method = arguments.method(method)
-  _check_run_options(options)
-  if base is None:
-    zeros = "a base of zeros subtracts nothing"
-    arguments.refuse_weights(method, "merge_files(method, models, out, base=...)", zeros)
-  statistics.refuse(method, "merge_files")
+  method = _check_method(method, options, with_base=base is not None)
   models, names = arguments.paths(models, names)
   paths = [display.readable(str(pathlib.Path(m))) for m in models]
   names = paths if names is None else [*names]
@@ -224,9 +219,15 @@ def merge_files(
   return folder
 
 
-def _check_run_options(options: Mapping[str, Any]) -> None:
-  """Raises TypeError for an option that neither `merge_files` nor `run` has."""
+def _check_method(method: Any, options: Mapping[str, Any], *, with_base: bool) -> Method:
+  """Returns a method that can merge files; raises for others, and for unknown options of `run`."""
+  method = arguments.method(method)
   known = {*inspect.signature(merge_files).parameters, *inspect.signature(execute.run).parameters}
   if unknown := [n for n in options if n not in known]:
     near = errors.nearest(unknown[0], known - {"plan", "locked", "options"})
     raise TypeError(f"merge_files has no option {unknown[0]!r}{near}.")
+  if not with_base:
+    zeros = "a base of zeros subtracts nothing"
+    arguments.refuse_weights(method, "merge_files(method, models, out, base=...)", zeros)
+  statistics.refuse(method, "merge_files")
+  return method
