@@ -72,7 +72,7 @@ def run_merge(options: argparse.Namespace, config: Any) -> None:
     out_format=options.out_format,
   )
   # All that is wrong is reported before jax is imported, and all that is missing is fetched.
-  planned = run.plan(options.recipe, options.out, settings, files, noted=problems)
+  planned = run.plan(options.recipe, options.out, settings, files, problems=problems)
   if options.dry_run:
     _print_dry_run(planned.plan, options)
   errors.raise_all(planned.full)

@@ -8,10 +8,10 @@ _HOMES = {
   "RecipeError": "errors",
   "Recipe": "records",
   "groups": "records",
-  "referenced": "records",
+  "models_of": "records",
   "Tensor": "parameters",
   "values": "parameters",
-  "unmatched": "parameters",
+  "unmatched_conditions": "parameters",
   "METHODS": "mergekit.methods",
 }
 _ROOMS = (

@@ -119,7 +119,7 @@ def _reorder(key: str, value: Any, layers: Layers) -> Any:
     return value
   if key == "attention_types":  # GPT-Neo's, [[kinds, how often], ...].
     pairs = [pair for pair in value if isinstance(pair, list) and len(pair) == 2]
-    kinds = [k for pair in pairs for k in _repeated(*pair)]
+    kinds = [k for pair in pairs for k in _repeat(*pair)]
     return [[[kinds[old] for old in layers.order], 1]] if layers.is_list_of(kinds) else value
   if key == "block_types" and value:  # RecurrentGemma's, which begin anew at their end.
     kinds = [value[old % len(value)] for old in layers.order]
@@ -130,7 +130,7 @@ def _reorder(key: str, value: Any, layers: Layers) -> Any:
   return [value[old] for old in layers.order] if layers.is_list_of(value) else value
 
 
-def _repeated(kinds: Any, times: Any) -> list[Any]:
+def _repeat(kinds: Any, times: Any) -> list[Any]:
   return kinds * times if isinstance(kinds, list) and type(times) is int else []
 
 

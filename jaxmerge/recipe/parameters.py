@@ -113,7 +113,7 @@ def override(recipe: Recipe, tensor: Tensor) -> Override | None:
   return next(fits, None)
 
 
-def excluded(recipe: Recipe, tensor: Tensor) -> bool:
+def is_excluded(recipe: Recipe, tensor: Tensor) -> bool:
   """Tells whether a tensor is copied from the base."""
   return any(where.holds(tensor.name, tensor.layer) for where in recipe.exclude)
 
@@ -218,7 +218,7 @@ def _divides(method: Method, shared: Mapping[str, Value]) -> bool:
   return method.divides == "always" or bool(switch and switch.value)
 
 
-def unmatched(
+def unmatched_conditions(
   recipe: Recipe,
   tensors: Mapping[str, int | None],
   modules: Mapping[str | None, Mapping[str, int | None]] = types.MappingProxyType({}),

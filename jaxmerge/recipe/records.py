@@ -295,7 +295,7 @@ def groups(recipe: Recipe) -> tuple[Group, ...]:
   return tuple(every)
 
 
-def referenced(recipe: Recipe) -> tuple[Model, ...]:
+def models_of(recipe: Recipe) -> tuple[Model, ...]:
   """Returns the models that are merged, and the bases, each once, in order of appearance."""
   models = [recipe.base_model] if recipe.base_model else []
   for group in groups(recipe):

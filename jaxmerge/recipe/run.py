@@ -42,7 +42,7 @@ class Settings(NamedTuple):
   out_format: str = "safetensors"
 
 
-class Planned(NamedTuple):
+class RecipePlan(NamedTuple):
   """A recipe that is ready to be merged.
 
   Attributes:
@@ -144,8 +144,8 @@ def plan(
   settings: Settings,
   files: Files,
   *,
-  noted: Sequence[Exception] = (),
-) -> Planned:
+  problems: Sequence[Exception] = (),
+) -> RecipePlan:
   """Plans a recipe and those that it builds on, and looks at the place of the result.
 
   Args:
@@ -153,17 +153,17 @@ def plan(
     out: folder of the result.
     settings: how it is merged.
     files: open files of the models.
-    noted: errors that are already known, to be raised with those found here.
+    problems: errors that are already known, to be raised with those found here.
 
   Raises:
     ValueError: for all that is wrong with recipe, models and place together.
   """
-  out, problems = pathlib.Path(out), list(noted)
+  out, problems = pathlib.Path(out), list(problems)
   if settings.out_format == "orbax":
     arrays.check_path(out)
   atomic.check_name(out)  # All places beside it are made of its name.
   locks.check(out, shard_writer.busy_message(out))  # What lies there and beside is that merge's.
-  planned = Planned(out, settings, (), ())
+  planned = RecipePlan(out, settings, (), ())
   with errors.collect(problems):
     atomic.check_free(out, settings.replace)
   with errors.collect(problems):
@@ -198,7 +198,7 @@ def _read(recipe: Source | Any) -> steps.Text:
   return steps.Text(text, functools.partial(schema.parse_values, documents))
 
 
-def _check_places(planned: Planned, files: Files) -> list[Exception]:
+def _check_places(planned: RecipePlan, files: Files) -> list[Exception]:
   """Returns what stands in the way at the places of the results."""
   problems: list[Exception] = []
   complete: set[str] = set()  # By a merge that was interrupted later.
@@ -227,7 +227,7 @@ def _check_places(planned: Planned, files: Files) -> list[Exception]:
   return problems
 
 
-def _check_room(planned: Planned) -> None:
+def _check_room(planned: RecipePlan) -> None:
   """Raises OSError where the disk has no room for what is still to be written."""
   stages = list(planned.places.values())
   begun = [*stages, *(shard_writer.unfinished_folder(place) for place in (*stages, planned.out))]
@@ -241,7 +241,7 @@ def _is_complete(place: pathlib.Path, plan: plans.Plan, settings: Settings) -> b
   return resume.is_result(place, plan, settings.shard_size, "safetensors", settings.nonfinite)
 
 
-def execute(planned: Planned, files: Files, progress: Progress | None = None) -> plans.Plan:
+def execute(planned: RecipePlan, files: Files, progress: Progress | None = None) -> plans.Plan:
   """Merges the recipes that a recipe builds on, then itself; returns its plan, as it was merged.
 
   They lie beside the result, under its lock, and are removed at the end. Of many processes each

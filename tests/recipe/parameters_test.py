@@ -189,7 +189,7 @@ def test_overrides_and_exclusions():
   layer = recipe.values(own, group, Tensor("mlp", 8, 0.5))
   assert layer.each[0] == {"weight": 2, "density": 1, "epsilon": 0.15}
   names = ("lm_head", "x.lm_head.y", "embed", "x.embed")
-  assert [parameters.excluded(own, Tensor(n)) for n in names] == [True, True, True, False]
+  assert [parameters.is_excluded(own, Tensor(n)) for n in names] == [True, True, True, False]
 
 
 def test_a_copied_slice_is_a_passthrough():
@@ -272,9 +272,9 @@ TENSORS = {
 
 def test_conditions_that_hold_for_some_tensor_are_fine():
   own = slerp("[{filter: self_attn, value: 0}, {pattern: 'mlp|norm', value: 1}, {value: 0.5}]")
-  assert recipe.unmatched(own, TENSORS) == ()
+  assert recipe.unmatched_conditions(own, TENSORS) == ()
   everything = slerp("[{pattern: '.', value: 0}, {value: 0.5}]")
-  assert recipe.unmatched(everything, TENSORS) == ()
+  assert recipe.unmatched_conditions(everything, TENSORS) == ()
 
 
 @pytest.mark.parametrize(
@@ -306,14 +306,16 @@ def test_conditions_that_hold_for_some_tensor_are_fine():
   ],
 )
 def test_conditions_that_hold_for_no_tensor(item, column, words):
-  ((place, text, _),) = recipe.unmatched(slerp(f"[{{{item}, value: 0}}, {{value: 1}}]"), TENSORS)
+  ((place, text, _),) = recipe.unmatched_conditions(
+    slerp(f"[{{{item}, value: 0}}, {{value: 1}}]"), TENSORS
+  )
   assert words in text
   assert place == Place("r.yml", 5, column)
 
 
 def test_a_condition_behind_a_wider_one_is_told():
   own = slerp("[{filter: mlp, value: 0}, {filter: mlp.up_proj, value: 1}, {value: 0}]")
-  ((place, text, _),) = recipe.unmatched(own, TENSORS)
+  ((place, text, _),) = recipe.unmatched_conditions(own, TENSORS)
   assert (place.column, text) == (
     41,
     "items before it take all tensors of filter 'mlp.up_proj'; put the narrower one first.",
@@ -323,18 +325,18 @@ def test_a_condition_behind_a_wider_one_is_told():
 def test_a_gradient_that_is_for_no_layer_is_told():
   """Of which all would take the first value; names of checkpoints show no layers."""
   own = slerp("[{filter: embed, value: [0, 0.5]}, {value: [0, 1]}]")
-  (problem,) = recipe.unmatched(own, TENSORS)
+  (problem,) = recipe.unmatched_conditions(own, TENSORS)
   assert problem.text == (
     "t is a gradient over the depth of layers, but none of the tensors that it is for is in a "
     "layer; give one value."
   )
   flat = {"dense_0/kernel": None, "embed/kernel": None}
-  assert len(recipe.unmatched(own, flat)) == 2
-  assert recipe.unmatched(slerp("[0.5, 0.5]"), flat) == ()
+  assert len(recipe.unmatched_conditions(own, flat)) == 2
+  assert recipe.unmatched_conditions(slerp("[0.5, 0.5]"), flat) == ()
 
 
 def test_exclusions_and_overrides_are_looked_at_as_well():
-  found = recipe.unmatched(one(OWN.replace("lm_head", "head_lm")), TENSORS)
+  found = recipe.unmatched_conditions(one(OWN.replace("lm_head", "head_lm")), TENSORS)
   assert [(p.place.line, p.text.split(" holds")[0]) for p in found] == [
     (11, "pattern 'head_lm'"),
     (11, "pattern '^embed'"),

@@ -74,7 +74,7 @@ def test_ties():
     {"density": 0.33, "weight": [("filter 'mlp'", 0.5), ("", 0)]},
   ]
   assert plain(own.parameters) == {"normalize": True, "int8_mask": True}
-  assert [str(m) for m in recipe.referenced(own)][:2] == ["llama/Llama-2-13B", "psm/orca_v3_13b"]
+  assert [str(m) for m in recipe.models_of(own)][:2] == ["llama/Llama-2-13B", "psm/orca_v3_13b"]
 
 
 def test_dare_ties_with_anchors_and_own_keys():

@@ -53,10 +53,10 @@ def precision_of(method: str, dtype: np.dtype) -> Precision | None:
 
 def result_dtype(recipe: Recipe) -> np.dtype | None:
   """Returns the dtype of the result's floating tensors; None: what the inputs have."""
-  return _named(recipe.out_dtype or recipe.dtype)
+  return _dtype_of(recipe.out_dtype or recipe.dtype)
 
 
-def _named(dtype: str | None) -> np.dtype | None:
+def _dtype_of(dtype: str | None) -> np.dtype | None:
   return safetensors.DTYPES[_DTYPES[dtype]] if dtype else None
 
 
@@ -73,7 +73,7 @@ def problems(recipe: Recipe, method: str, parts: Sequence[Tensor]) -> Iterator[P
 
 def common_dtype(recipe: Recipe, parts: Sequence[Tensor]) -> np.dtype:
   """Returns the dtype that mergekit casts tensors to: the recipe's, else that of all of them."""
-  return _named(recipe.dtype) or precision.common([t.stored_dtype for t in parts])
+  return _dtype_of(recipe.dtype) or precision.common([t.stored_dtype for t in parts])
 
 
 def compute_as_mergekit(recipe: Recipe, plan: Plan) -> Plan:

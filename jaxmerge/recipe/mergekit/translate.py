@@ -74,21 +74,21 @@ class _Options(NamedTuple):
     return {"zero_sum": "plus" if self.compat else "majority"}
 
   @property
-  def joined(self) -> dict[str, str]:
+  def reduce(self) -> dict[str, str]:
     return {"reduce": "mean" if self.shared["normalize"] else "sum"}
 
   @property
-  def trimmed(self) -> dict[str, str]:
+  def trim(self) -> dict[str, str]:
     if self.compat:
       return {"scope": "leaf", "rule": "exact"}
     return {"scope": "leaf" if self.apart else "tree", "rule": "kth"}
 
   @property
-  def dropped(self) -> dict[str, str | None]:
+  def drop(self) -> dict[str, str | None]:
     return {"rescale": ("l1" if self.compat else "inverse") if self.shared["rescale"] else None}
 
   @property
-  def restored(self) -> dict[str, str | None]:
+  def restore(self) -> dict[str, str | None]:
     return {"rescale": "l1" if self.shared["rescale"] else None}
 
 
@@ -99,11 +99,11 @@ def _of(parameter: str) -> Callable[[Mapping[str, Any]], Any]:
 def _rest(parameter: str) -> Callable[[Mapping[str, Any]], Any]:
   """One minus a parameter: a density is what a drop rate leaves."""
 
-  def turned(values: Mapping[str, Any]) -> Any:
+  def complement(values: Mapping[str, Any]) -> Any:
     value = values[parameter]
     return tuple(1 - v for v in value) if isinstance(value, tuple) else 1 - value
 
-  return turned
+  return complement
 
 
 _SUMMED = {"weight": _of("weight"), "scale": _of("lambda")}
@@ -121,8 +121,8 @@ def _nuslerp(options: _Options) -> Translation:
   return Translation("nuslerp", settings, {"weight": _of("weight")}, raw=not options.base)
 
 
-def _banded(options: _Options) -> dict[str, Any]:
-  return {"yields": "remove" if options.compat else "keep", **options.restored}
+def _band(options: _Options) -> dict[str, Any]:
+  return {"yields": "remove" if options.compat else "keep", **options.restore}
 
 
 _METHODS: Mapping[str, Callable[[_Options], Translation]] = {
@@ -141,30 +141,28 @@ _METHODS: Mapping[str, Callable[[_Options], Translation]] = {
     "karcher", {"max_iter": g.shared["max_iter"]}, {"tol": _of("tol")}, raw=True
   ),
   "task_arithmetic": lambda g: Translation("task_arithmetic", _normalize_setting(g), _SUMMED),
-  "ties": lambda g: Translation(
-    "ties", {**g.trimmed, **g.joined, **g.zero_sum, **g.restored}, _DENSE
-  ),
+  "ties": lambda g: Translation("ties", {**g.trim, **g.reduce, **g.zero_sum, **g.restore}, _DENSE),
   "dare_ties": lambda g: Translation(
     "dare_ties",
-    {"density": 1.0, **g.dropped, **g.joined, **g.zero_sum},
+    {"density": 1.0, **g.drop, **g.reduce, **g.zero_sum},
     _SUMMED | {"drop_rate": _rest("density")},
   ),
   "dare_linear": lambda g: Translation(
-    "dare", {**g.dropped, **_normalize_setting(g)}, _SUMMED | {"drop_rate": _rest("density")}
+    "dare", {**g.drop, **_normalize_setting(g)}, _SUMMED | {"drop_rate": _rest("density")}
   ),
   "della": lambda g: Translation(
     "della",
-    {**g.dropped, **g.joined, "zero_sum": "plus"},
+    {**g.drop, **g.reduce, "zero_sum": "plus"},
     _DENSE | {"epsilon": _of("epsilon")},
   ),
   "della_linear": lambda g: Translation(
-    "della_linear", {**g.dropped, **_normalize_setting(g)}, _DENSE | {"epsilon": _of("epsilon")}
+    "della_linear", {**g.drop, **_normalize_setting(g)}, _DENSE | {"epsilon": _of("epsilon")}
   ),
   "breadcrumbs": lambda g: Translation(
-    "breadcrumbs", {**_banded(g), **_normalize_setting(g)}, _BANDED
+    "breadcrumbs", {**_band(g), **_normalize_setting(g)}, _BANDED
   ),
   "breadcrumbs_ties": lambda g: Translation(
-    "breadcrumbs_ties", {**_banded(g), **g.joined, **g.zero_sum}, _BANDED
+    "breadcrumbs_ties", {**_band(g), **g.reduce, **g.zero_sum}, _BANDED
   ),
   "sce": lambda g: Translation(
     "sce", {"floor": 1e-6 if g.compat else 0.0}, {"density": _of("select_topk")}

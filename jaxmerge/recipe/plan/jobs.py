@@ -85,7 +85,7 @@ def assign(recipe: Recipe, rows: Sequence[Row]) -> tuple[list[Assignment], tuple
   assignments: list[Assignment] = []
   problems: list[Problem] = []
   for row in rows:
-    if parameters.excluded(recipe, row.tensor):
+    if parameters.is_excluded(recipe, row.tensor):
       continue
     try:
       values = parameters.values(recipe, row.group, row.tensor, row.names)
@@ -122,7 +122,7 @@ def plan_jobs(
       requests[name] = _request(translation, assignment, models, len(jobs) - 1, recipe.missing)
   for row in rows:
     name = row.tensor.name
-    if parameters.excluded(recipe, row.tensor):
+    if parameters.is_excluded(recipe, row.tensor):
       base_of_row = models[row.group.base] if row.group.base else donor
       requests[name] = TensorRequest(name, base_of_row.part(row.in_base))
     elif name not in requests:

@@ -19,7 +19,7 @@ def rules(recipe: Recipe, shapes: Shapes) -> dict[str, layouts.Rule]:
   """Returns how each tensor lies, as the recipe says, else as its library has it."""
   by_name = conventions.rules({tensor.name: shape for tensor, shape in shapes.items()})
   for tensor in shapes:
-    view = _declared(recipe, tensor)
+    view = _declared_view(recipe, tensor)
     if view is not None:
       by_name[tensor.name] = layouts.Rule(view.axes, _DECLARED)
   return by_name
@@ -58,7 +58,7 @@ def view_problems(recipe: Recipe, shapes: Shapes) -> Iterator[Problem]:
   """Finds views of other axes than a tensor; of each view that is of the first tensor."""
   reported: set[View] = set()
   for tensor, shape in shapes.items():
-    view = _declared(recipe, tensor)
+    view = _declared_view(recipe, tensor)
     if view is None or view.axes is None or view in reported or len(view.axes) == len(shape):
       continue
     reported.add(view)
@@ -86,6 +86,6 @@ def _item(pattern: str, views: Sequence[str]) -> str:
   return f"{{pattern: '{pattern}', view: {'|'.join([*views, 'none'])}}}"
 
 
-def _declared(recipe: Recipe, tensor: Tensor) -> View | None:
+def _declared_view(recipe: Recipe, tensor: Tensor) -> View | None:
   holds = (v for v in recipe.layout if v.where.holds(tensor.name, tensor.layer))
   return next(holds, None)

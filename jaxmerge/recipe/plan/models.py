@@ -17,7 +17,7 @@ Rename = Mapping[str, str]  # Beginnings of names to others.
 
 
 @contextlib.contextmanager
-def _placed(model: Model) -> Iterator[None]:
+def _at_place(model: Model) -> Iterator[None]:
   """Raises errors of a model with the place where the recipe names it."""
   try:
     yield
@@ -48,12 +48,12 @@ def opener(files: Files, *, download: bool = False) -> Opener:
   def reference(model: Model) -> inputs.Reference:
     return inputs.Reference(model.path, model.revision, model.adapters)
 
-  def opened(model: Model, rename: Rename) -> plan.Model:
-    with _placed(model):
+  def open_model(model: Model, rename: Rename) -> plan.Model:
+    with _at_place(model):
       return inputs.open_reference(reference(model), files, find, str(model), rename)
 
   def with_adapters(model: Model, opened_model: plan.Model, rename: Rename) -> plan.Model:
-    with _placed(model):
+    with _at_place(model):
       changed = inputs.add_adapters(opened_model, reference(model), files, find, rename)
       return changed._replace(name=str(model))
 
@@ -67,4 +67,4 @@ def opener(files: Files, *, download: bool = False) -> Opener:
       texts |= adapter_inputs.tokenizer_files(added, home)
     return TokenizerFiles(home, texts)
 
-  return Opener(opened, with_adapters, tokenizer_files, find)
+  return Opener(open_model, with_adapters, tokenizer_files, find)

@@ -29,7 +29,7 @@ def problems(recipe: Recipe, models: Opened) -> list[Exception]:
   base = recipe.base_model if recipe.base_model in models else None
   sources = tuple(s for s in recipe.models if s.model in models)
   rows = list(result_rows.whole_models(Group(sources, base, (), None, False, recipe.place), models))
-  merged_rows = [row for row in rows if not parameters.excluded(recipe, row.tensor)]
+  merged_rows = [row for row in rows if not parameters.is_excluded(recipe, row.tensor)]
   wrong: list[Exception] = []
   # Where all must have the same tensors, those of one model are those of the others.
   if recipe.missing == "error" and (
@@ -48,7 +48,7 @@ def _parameter_problems(
 ) -> Iterator[Problem]:
   # A head that is tied in these may be a tensor of others.
   heads: dict[str, int | None] = dict.fromkeys(n for m in models.values() for n in m.tied)
-  yield from parameters.unmatched(recipe, heads | result_rows.all_names(rows))
+  yield from parameters.unmatched_conditions(recipe, heads | result_rows.all_names(rows))
   (whole,) = groups(recipe)
   for row in merged_rows:
     try:

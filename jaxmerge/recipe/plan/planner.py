@@ -26,7 +26,7 @@ from jaxmerge.recipe.mergekit import precision
 from jaxmerge.recipe.plan import jobs, partial, uneven_layers
 from jaxmerge.recipe.plan import rows as result_rows
 from jaxmerge.recipe.plan.rows import Opened, Row
-from jaxmerge.recipe.records import Model, Recipe, groups, referenced
+from jaxmerge.recipe.records import Model, Recipe, groups, models_of
 from jaxmerge.recipe.tokenizer import build, embeddings
 
 
@@ -47,7 +47,7 @@ def plan_recipe(
     errors.Problems: naming the tensors and models that do not fit each other.
   """
   problems: list[Exception] = []
-  opened = _spelt_alike(recipe, open_models(recipe, referenced(recipe), open_model))
+  opened = _spelt_alike(recipe, open_models(recipe, models_of(recipe), open_model))
   built = build.TokenizerResult(opened, {})
   with recipe_errors.collect(problems):
     built = build.build(recipe, opened, read_files)
@@ -91,7 +91,7 @@ def open_models(
   for model in models:
     with recipe_errors.collect(problems):
       opened[model] = open_model(model)
-  if len(opened) < len(referenced(recipe)):
+  if len(opened) < len(models_of(recipe)):
     problems += partial.problems(recipe, opened)
   recipe_errors.raise_all(problems)
   return opened
@@ -141,8 +141,8 @@ def _idle_conditions(
   """Returns the conditions that hold for tied heads alone; others without effect are wrong."""
   names, modules = result_rows.all_names(rows), result_rows.by_module(rows)
   heads = dict.fromkeys(head for m in models.values() for head in m.tied)
-  wrong = {p.place for p in parameters.unmatched(recipe, names | heads, modules)}
-  idle = parameters.unmatched(recipe, names, modules)
+  wrong = {p.place for p in parameters.unmatched_conditions(recipe, names | heads, modules)}
+  idle = parameters.unmatched_conditions(recipe, names, modules)
   if misplaced := [p for p in idle if p.place in wrong]:
     problems.append(RecipeError(misplaced))
   return [p for p in idle if p.place not in wrong]

@@ -69,7 +69,7 @@ def _outside(recipe: Recipe, models: Opened, all_groups: Sequence[Group]) -> Ite
   for name, owner in sorted({n: m.name for m in models.values() for n in m.tensors}.items()):
     homes = [module for module, group in modules.items() if _inside(group, name)]
     tensor = parameters.Tensor(name)
-    if not homes and parameters.excluded(recipe, tensor):
+    if not homes and parameters.is_excluded(recipe, tensor):
       yield Row(tensor, every, (name,) * len(sources))
     elif len(homes) != 1:
       which = f"the modules {' and '.join(homes)}" if homes else "no module"
@@ -174,7 +174,7 @@ class Stack(NamedTuple):
   others: dict[int, dict[int, int]]
 
 
-def stacked(rows: Sequence[Row]) -> dict[str | None, Stack]:
+def stacks_of(rows: Sequence[Row]) -> dict[str | None, Stack]:
   """Returns the stacks that slices make, by their modules."""
   stacks: dict[str | None, Stack] = {}
   for row in rows:
@@ -211,7 +211,7 @@ def left_out(
   for base in (models[g.base] for g in groups(recipe) if g.base and not g.sliced):
     dropped[base.name] |= dict.fromkeys(base.tensors, outcomes.ASIDE)
   for row in rows:
-    if parameters.excluded(recipe, row.tensor):
+    if parameters.is_excluded(recipe, row.tensor):
       for source, name in zip(row.group.sources, row.names, strict=True):
         if name in models[source.model].tensors:
           dropped[models[source.model].name][name] = plan.Outcome("dropped", reason="excluded")
@@ -229,7 +229,7 @@ def config(
   dtype = recipe.out_dtype or recipe.dtype
   changed = folder.state_dtype(before, dtype) if before and dtype else dict(before)
   heights = layers.stacks(donor.tensors)
-  for module, stack in stacked(rows).items():
+  for module, stack in stacks_of(rows).items():
     others = {str(g.module) for g in groups(recipe)} - {str(module)}
     resized = functools.partial(
       layers.resize, changed, heights.get(stack.stack), module=module or "", others=others

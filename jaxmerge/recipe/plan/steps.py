@@ -17,7 +17,7 @@ from jaxmerge.recipe import errors
 from jaxmerge.recipe.errors import RecipeError
 from jaxmerge.recipe.plan import intermediate, models, planner
 from jaxmerge.recipe.plan.intermediate import Intermediate
-from jaxmerge.recipe.records import Model, Recipe, referenced
+from jaxmerge.recipe.records import Model, Recipe, models_of
 from jaxmerge.recipe.tokenizer import build
 
 RECIPE = "jaxmerge_recipe.yml"
@@ -67,13 +67,13 @@ class Step(NamedTuple):
       if self.result
       else every
     )
-    plan = self._moved(places)
+    plan = self._move(places)
     return plan._replace(
       facts={**plan.facts, "folders": self._folders(), "earlier": earlier},
       stamps=dict(files.stamps),
     )
 
-  def _moved(self, places: Mapping[str, pathlib.Path]) -> Plan:
+  def _move(self, places: Mapping[str, pathlib.Path]) -> Plan:
     """Returns the plan with the small files of results that it builds on at their places."""
     plan, donor = self.plan, planner.donor_of(self.recipe)
     if _is_result(donor, self.uses):
@@ -82,13 +82,13 @@ class Step(NamedTuple):
       plan = plan._replace(donor=places[donor.path], texts=texts)
     if self.recipe.tokenizer is None:
       return plan
-    homes = {places[m.path] for m in referenced(self.recipe) if _is_result(m, self.uses)}
+    homes = {places[m.path] for m in models_of(self.recipe) if _is_result(m, self.uses)}
     vocabularies = {home / name for home in homes for name in vocabulary.FILES}
     return plan._replace(inputs=plan.inputs | {path for path in vocabularies if path.is_file()})
 
   def _folders(self) -> dict[str, str]:
     """Returns where models lie, for the provenance; results of recipes are known by their names."""
-    results = {str(m): m.path for m in referenced(self.recipe) if _is_result(m, self.uses)}
+    results = {str(m): m.path for m in models_of(self.recipe) if _is_result(m, self.uses)}
     folders = {**self.plan.facts["folders"], **results}
     return {name: folders[name] for name in self.plan.outcomes if name in folders}
 
@@ -182,7 +182,7 @@ def _plan(
 
   if all(name in results for name in recipe.uses):
     return planner.plan_recipe(recipe, open_model, papers)
-  known = (m for m in referenced(recipe) if m.path in results or m.path not in recipe.uses)
+  known = (m for m in models_of(recipe) if m.path in results or m.path not in recipe.uses)
   planner.open_models(recipe, known, open_model)
   return None
 

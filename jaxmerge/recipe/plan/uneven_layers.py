@@ -39,7 +39,7 @@ def check(
     after: that of the result.
   """
   problems = []
-  for stack in result_rows.stacked(rows).values():
+  for stack in result_rows.stacks_of(rows).values():
     model = models[stack.group.sources[0].model]
     height = layers.stacks(model.tensors).get(stack.stack, 0)
     if [*stack.order.values()] == [*range(height)]:
@@ -80,7 +80,7 @@ def _by_place(
     differs = (
       expected != layout[old] if expected is not None else (old == 0 and alone and len(layout) > 2)
     )
-    if differs and not _explained(before, after, order, layout, new, old):
+    if differs and not _is_explained(before, after, order, layout, new, old):
       other = layout.get(new, layout[max(layout)])
       first = min(layout[old] ^ other)
       have = "has" if first in layout[old] else "lacks"
@@ -102,7 +102,7 @@ def _layout(names: Mapping[str, Any], stack: str) -> Layout:
   return {layer: frozenset(rests) for layer, rests in names_by_layer.items()}
 
 
-def _explained(
+def _is_explained(
   before: Config, after: Config, order: Layers, layout: Layout, new: int, old: int
 ) -> bool:
   """Tells whether the config treats the new place as it treated the layer before.
@@ -116,14 +116,14 @@ def _explained(
     shared = [k for k in ours if k in theirs]
     kind = [theirs[k][new] for k in shared]
     alike = [n for n in layout if n < height and [ours[k][n] for k in shared] == kind]
-    if _rewritten(before, after, ours, theirs) or (
+    if _is_rewritten(before, after, ours, theirs) or (
       alike and all(layout[n] == layout[old] for n in alike)
     ):
       return True
   return False
 
 
-def _rewritten(before: Config, after: Config, ours: Config, theirs: Config) -> bool:
+def _is_rewritten(before: Config, after: Config, ours: Config, theirs: Config) -> bool:
   """Tells whether a rule was changed, or written out as a list of more than kinds of attention."""
   for key in theirs.keys() - ours.keys() - _keys_with_value(before):
     if not set(map(str, theirs[key])) <= _ATTENTION:

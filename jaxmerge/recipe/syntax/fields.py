@@ -112,7 +112,7 @@ def whole(node: Node, what: str, low: int, high: int, problems: list[Problem]) -
   if isinstance(value, int) and not isinstance(value, bool) and low <= value <= high:
     return value
   wrong = f"{what} must be a whole number from {low} to {high}, got {show(value)}"
-  add(problems, node.place, f"{wrong}{quoted(value)}.")
+  add(problems, node.place, f"{wrong}{quotes_hint(value)}.")
   return low
 
 
@@ -120,7 +120,7 @@ def truth(node: Node, what: str, problems: list[Problem]) -> bool:
   """Returns a truth value, which may be written as 1 or 0."""
   if not is_truth(node.value):
     wrong = f"{what} must be true or false, got {show(node.value)}"
-    add(problems, node.place, f"{wrong}{quoted(node.value)}.")
+    add(problems, node.place, f"{wrong}{quotes_hint(node.value)}.")
   return node.value in (True, 1)
 
 
@@ -196,20 +196,20 @@ def closest(word: str, known: Iterable[str]) -> list[str]:
   >>> closest("DARE-ties", ["dare_ties", "ties"])
   ['dare_ties']
   """
-  return difflib.get_close_matches(_folded(word), list(known)[:_MOST_KNOWN], n=1)
+  return difflib.get_close_matches(_fold(word), list(known)[:_MOST_KNOWN], n=1)
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
   """Says which word may be meant, and which there are: to be appended to an error."""
-  return errors.nearest(_folded(word), list(known)[:_MOST_KNOWN])
+  return errors.nearest(_fold(word), list(known)[:_MOST_KNOWN])
 
 
-def quoted(value: object) -> str:
+def quotes_hint(value: object) -> str:
   """Says what to do about a number or truth value in quotes: to be appended to an error."""
   return "; remove the quotes" if isinstance(value, str) and plain(value) != value else ""
 
 
-def _folded(word: str) -> str:
+def _fold(word: str) -> str:
   return word[:60].lower().replace("-", "_")
 
 

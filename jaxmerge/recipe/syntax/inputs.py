@@ -50,7 +50,7 @@ class Known(NamedTuple):
   shared: Mapping[str, Parameter]
 
 
-def known(names: Sequence[str]) -> Known:
+def known_parameters(names: Sequence[str]) -> Known:
   """Returns the parameters of methods; where two have the same name, those of the first count."""
   if not set(names) <= METHODS.keys():
     return Known("", True, {}, {})
@@ -128,7 +128,7 @@ def _value(
   for part in parts:
     wrong = value_error(name, parameter, part.value) if parameter else None
     if wrong:
-      add(problems, part.place, wrong.removesuffix(".") + f"{fields.quoted(part.value)}.")
+      add(problems, part.place, wrong.removesuffix(".") + f"{fields.quotes_hint(part.value)}.")
     value = 1.0 if wrong or not isinstance(part.value, Scalar) else part.value
     values.append(bool(value) if parameter and parameter.choices == (True, False) else value)
   return tuple(values) if isinstance(node.value, tuple) else values[0]
@@ -240,7 +240,7 @@ def overrides(
       add(problems, node.place, f"{text}; what is for all belongs to the recipe.")
     if not {"merge_method", "parameters"} & nodes.keys():
       add(problems, node.place, "an override needs merge_method or parameters.")
-    ours = known((method,))._replace(mergekits=False)  # mergekit has no overrides.
+    ours = known_parameters((method,))._replace(mergekits=False)  # mergekit has no overrides.
     parameters = level(nodes.get("parameters"), ours, problems)
     changes.append(Override(where, method, parameters, place=node.place))
   return tuple(changes)

@@ -36,7 +36,7 @@ def plain_documents(recipe: Any) -> list[dict[str, Any]]:
 def _plain(value: Any, path: str) -> Any:
   """Returns dicts, lists and texts in place of their relatives, such as a config's tuples."""
   if isinstance(value, Mapping):
-    return {str(k): _plain(v, _joined(path, str(k))) for k, v in value.items()}
+    return {str(k): _plain(v, _join(path, str(k))) for k, v in value.items()}
   if isinstance(value, list | tuple):
     return [_plain(v, f"{path}[{i}]") for i, v in enumerate(value)]
   if hasattr(value, "tolist"):  # Numbers and arrays of NumPy and JAX.
@@ -90,7 +90,7 @@ class _Builder:
     if isinstance(value, dict):
       keys, values = {}, {}
       for key, inside in value.items():
-        keys[key] = self._place(inner := _joined(path, key))
+        keys[key] = self._place(inner := _join(path, key))
         values[key] = self.node(inside, inner, depth + 1)
       return Node(values, place, keys)
     if isinstance(value, list):
@@ -103,10 +103,10 @@ class _Builder:
     return Place("", self.count, 1, path or _ROOT)
 
 
-def _joined(path: str, key: str) -> str:
+def _join(path: str, key: str) -> str:
   """Returns the path of a key in a mapping.
 
-  >>> _joined("models[0]", "model"), _joined("", "merge_method"), _joined("rename", "a.b")
+  >>> _join("models[0]", "model"), _join("", "merge_method"), _join("rename", "a.b")
   ('models[0].model', 'merge_method', "rename['a.b']")
   """
   if not key.isidentifier():

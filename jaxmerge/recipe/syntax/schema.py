@@ -11,7 +11,7 @@ from typing import Any, Literal  # Any: what a dict of Python holds.
 
 from jaxmerge.recipe.errors import Place, Problem, RecipeError, add, show
 from jaxmerge.recipe.mergekit.methods import METHODS
-from jaxmerge.recipe.records import Missing, Model, Recipe, Tokenizer, Where, referenced
+from jaxmerge.recipe.records import Missing, Model, Recipe, Tokenizer, Where, models_of
 from jaxmerge.recipe.syntax import (
   fields,
   inputs,
@@ -159,8 +159,8 @@ def _parse_nodes(
     what = f"more than {MOST_DOCUMENTS} recipes" if nodes else "no recipe"
     raise RecipeError([*problems, Problem(Place(file, 1, 1), f"{what} in this file.")])
   context = Context(problems, _names(nodes, problems) if len(nodes) > 1 else (), is_folder)
-  recipes = tuple(recipe for node in nodes if (recipe := _checked(node, context)))
-  ordered = _ordered(recipes, problems)
+  recipes = tuple(recipe for node in nodes if (recipe := _read_document(node, context)))
+  ordered = _sort(recipes, problems)
   if strict or any(recipe.strict for recipe in recipes):
     refused = "strict refuses what is ignored: remove it."
     problems[:] = [p._replace(text=f"{p.text} {refused}") if p.ignored else p for p in problems]
@@ -168,7 +168,7 @@ def _parse_nodes(
     problems.clear()
   if problems:
     wrong = {problem.place for problem in problems}
-    named = dict.fromkeys(m for recipe in recipes for m in referenced(recipe))
+    named = dict.fromkeys(m for recipe in recipes for m in models_of(recipe))
     raise RecipeError(
       problems, (m for m in named if m.place not in wrong and m.path not in context.names)
     )
@@ -194,7 +194,7 @@ def _names(nodes: Sequence[Node], problems: list[Problem]) -> dict[str, Place]:
   return names
 
 
-def _checked(node: Node, context: Context) -> Recipe | None:
+def _read_document(node: Node, context: Context) -> Recipe | None:
   """Returns the record of one document, with what it says in vain; None if it is no mapping."""
   problems = context.problems
   before = len(problems)
@@ -229,7 +229,7 @@ def _recipe(node: Node, context: Context) -> Recipe | None:
     add(problems, nodes["overrides"].place, f"there are more than {MOST_OVERRIDES} overrides.")
     changes = ()
   methods = _methods(nodes.get("merge_method"), changes, problems)
-  known = inputs.known(methods)
+  known = inputs.known_parameters(methods)
   recipe = Recipe(
     methods[0],
     fields.maybe(inputs.sources, nodes.get("models"), "models", known, False, context) or (),
@@ -310,7 +310,7 @@ def _allow(node: Node, problems: list[Problem]) -> tuple[str, ...]:
 
 def _tokenizer(nodes: Mapping[str, Node], recipe: Recipe, context: Context) -> Tokenizer | None:
   """Returns the tokenizer, which either of two keys describes."""
-  models, old = dict.fromkeys(referenced(recipe)), nodes.get("tokenizer_source")
+  models, old = dict.fromkeys(models_of(recipe)), nodes.get("tokenizer_source")
   new = fields.maybe(references.tokenizer, nodes.get("tokenizer"), models, context)
   if old is None:
     return new
@@ -325,7 +325,7 @@ def _tokenizer(nodes: Mapping[str, Node], recipe: Recipe, context: Context) -> T
 
 def _uses(recipe: Recipe, names: Collection[str]) -> tuple[str, ...]:
   """Returns the names of the recipes of the file that a recipe refers to, in their order."""
-  models = [*referenced(recipe)]
+  models = [*models_of(recipe)]
   if recipe.tokenizer:
     models += [token.model for token in recipe.tokenizer.tokens.values() if token.model]
     models += [m for m in (recipe.tokenizer.source,) if isinstance(m, Model)]
@@ -334,7 +334,7 @@ def _uses(recipe: Recipe, names: Collection[str]) -> tuple[str, ...]:
   return tuple(name for name in names if name in paths)
 
 
-def _ordered(recipes: Sequence[Recipe], problems: list[Problem]) -> tuple[Recipe, ...]:
+def _sort(recipes: Sequence[Recipe], problems: list[Problem]) -> tuple[Recipe, ...]:
   """Returns the recipes, each after those that it uses, else in the order of the file.
 
   The last one makes the result: it is that without a name, if there is one.

@@ -109,7 +109,7 @@ class _Reader:
   def node(self, event: yaml.Event, depth: int) -> Node:
     place, before = _place(event.start_mark, self.file), self.size
     if isinstance(event, yaml.AliasEvent):
-      return self.repeated(event.anchor, place)
+      return self.alias(event.anchor, place)
     self.grow(1, place)
     if event.tag is not None:
       add(self.problems, place, f"the tag {show(event.tag)} is not allowed; remove it.")
@@ -148,7 +148,7 @@ class _Reader:
         values[name], keys[name] = value, key.place
     return Node(values, place, keys)
 
-  def repeated(self, anchor: str, place: Place) -> Node:
+  def alias(self, anchor: str, place: Place) -> Node:
     if anchor not in self.anchors:
       self.stop(place, f"the alias *{anchor[:60]} names no anchor that is complete before it.")
     node, size = self.anchors[anchor]
