@@ -44,8 +44,8 @@ def readable(text: str) -> str:
   return _HALF.sub(_escape, text)
 
 
-def _escape(found: re.Match[str]) -> str:
-  code = ord(found[0])
+def _escape(match: re.Match[str]) -> str:
+  code = ord(match[0])
   if 0xDC80 <= code <= 0xDCFF:  # How Python keeps a byte of a path that is no UTF-8.
     return f"\\x{code - 0xDC00:02x}"
-  return f"\\u{code:04x}" if 0xD800 <= code < 0xE000 else found[0].encode("unicode_escape").decode()
+  return f"\\u{code:04x}" if 0xD800 <= code < 0xE000 else match[0].encode("unicode_escape").decode()

@@ -1,4 +1,4 @@
-"""Packages whose modules, and names of their own, load when they are first used."""
+"""Packages whose modules and names load when they are first used."""
 
 from __future__ import annotations
 

@@ -59,8 +59,8 @@ def rules(shapes: Shapes) -> dict[str, Rule]:
     shapes: of all leaves, without a task axis. What is missing cannot help to decide.
 
   Example:
-    >>> found = rules({"up/kernel": (4, 8), "up/bias": (8,), "wte.weight": (50, 4)})
-    >>> {name: rule.view for name, rule in found.items()}
+    >>> table = rules({"up/kernel": (4, 8), "up/bias": (8,), "wte.weight": (50, 4)})
+    >>> {name: rule.view for name, rule in table.items()}
     {'up/kernel': 'io', 'up/bias': None, 'wte.weight': 'li'}
   """
   model = _Model(shapes)
@@ -79,30 +79,30 @@ class _Model:
 
   def rule(self, name: str) -> Rule:
     """The rule of one leaf."""
-    shape, own = self.shapes[name], self.names[name]
+    shape, words = self.shapes[name], self.names[name]
     if len(shape) < 2:
       return Rule(None, "vector")
-    if _VECTOR.fullmatch(own.leaf):
+    if _VECTOR.fullmatch(words.leaf):
       return self._vectors(name)
-    matrix = own.leaf in ("kernel", "weight", "w") or own.leaf.endswith("_weight")
+    matrix = words.leaf in ("kernel", "weight", "w") or words.leaf.endswith("_weight")
     if not matrix and sum(n > 1 for n in shape) < 2:
       return Rule(None, "vector")
     if self._is_lookup(name):
       return Rule("l" * (len(shape) - 1) + "i", "lookup")
-    unclear = own.leaf == "weight" and leaf_names.may_be_table(own.module)
+    unclear = words.leaf == "weight" and leaf_names.may_be_table(words.module)
     if unclear and len(shape) == 2 and self._beside(name, None) is None:
       return _open(shape)  # A table, or a layer that makes embeddings.
-    if len(shape) == 2 and own.is_fused:
+    if len(shape) == 2 and words.is_fused:
       return _open(shape)._replace(reason=FUSED)
     return self._stacked(name) or _open(shape)
 
   def _vectors(self, name: str) -> Rule:
     """A bias or scale of more axes: one vector a layer or expert, if its matrix is so stacked."""
-    own, shape = self.names[name], self.shapes[name]
-    word = re.sub(r"_?bias$", "", own.leaf)
-    beside = (word, f"{word}_weight") if word not in ("", own.leaf) else ("kernel", "weight", "w")
-    held = [self.by_parts.get((*own.parts[:-1], leaf)) for leaf in beside]
-    view = next((self.rule(n).view for n in held if n), None)
+    words, shape = self.names[name], self.shapes[name]
+    word = re.sub(r"_?bias$", "", words.leaf)
+    beside = (word, f"{word}_weight") if word not in ("", words.leaf) else ("kernel", "weight", "w")
+    matrices = [self.by_parts.get((*words.parts[:-1], leaf)) for leaf in beside]
+    view = next((self.rule(n).view for n in matrices if n), None)
     axis = next((self.stacks[p] for p in self._paths(name) if p in self.stacks), None)
     if axis is not None and axis < len(shape):
       return Rule("i" * axis + "l" + "i" * (len(shape) - axis - 1), "vectors")
@@ -111,9 +111,9 @@ class _Model:
 
   def _is_lookup(self, name: str) -> bool:
     """Tells whether a leaf is a table whose entries are looked up, such as an embedding."""
-    own = self.names[name]
+    words = self.names[name]
     fits = len(self.shapes[name]) == 2 and self._beside(name, None) is None
-    return leaf_names.is_table(own) and (fits or own.leaf != "weight")
+    return leaf_names.is_table(words) and (fits or words.leaf != "weight")
 
   # --- Stacks of layers ---
 
@@ -123,20 +123,20 @@ class _Model:
     for name in self.names:
       for path in self._paths(name):
         inside.setdefault(path, []).append(name)
-    found: dict[tuple[str, ...], int | None] = {}
-    for path, held in inside.items():
-      each = [self.shapes[n] for n in held]
+    axis_of: dict[tuple[str, ...], int | None] = {}
+    for path, leaves in inside.items():
+      each = [self.shapes[n] for n in leaves]
       axes = [p for p in range(min(map(len, each))) if len({s[p] for s in each}) == 1]
       # Vectors of single layers have one axis, stacked ones two: they tell.
-      sure = len(axes) == 1 and any(self._is_stacked_vector(n) for n in held)
+      sure = len(axes) == 1 and any(self._is_stacked_vector(n) for n in leaves)
       sure = sure and all(len(s) > 1 for s in each)
       if axes and any(len(s) > 2 for s in each) and len(set(each)) > 1 and (sure or _many(path)):
-        found[path] = axes[0] if sure else None
-    return found
+        axis_of[path] = axes[0] if sure else None
+    return axis_of
 
   def _is_stacked_vector(self, name: str) -> bool:
-    own = self.names[name]
-    vector = _VECTOR.fullmatch(own.leaf) or (own.leaf == "weight" and "norm" in own.module)
+    words = self.names[name]
+    vector = _VECTOR.fullmatch(words.leaf) or (words.leaf == "weight" and "norm" in words.module)
     return bool(vector) and len(self.shapes[name]) > 1
 
   def _paths(self, name: str) -> list[tuple[str, ...]]:
@@ -166,81 +166,81 @@ class _Model:
 
   def _beside(self, name: str, axis: int | None) -> Shape | None:
     """The shape of the bias beside a leaf, without the axis of the layers."""
-    own = self.names[name]
-    words = [re.sub(r"(kernel|weight)$", "bias", own.leaf), f"{own.leaf}_bias"]
-    for word in ["b"] if own.leaf == "w" else words:
-      found = self.by_parts.get((*own.parts[:-1], word)) if word != own.leaf else None
-      if found is not None:
-        shape = self.shapes[found]
+    words = self.names[name]
+    biases = [re.sub(r"(kernel|weight)$", "bias", words.leaf), f"{words.leaf}_bias"]
+    for word in ["b"] if words.leaf == "w" else biases:
+      bias = self.by_parts.get((*words.parts[:-1], word)) if word != words.leaf else None
+      if bias is not None:
+        shape = self.shapes[bias]
         return shape if axis is None else shape[:axis] + shape[axis + 1 :]
     return None
 
   def _matrix(self, name: str, shape: Shape, axis: int | None) -> Rule | None:
     """The rule of a leaf of two or more axes, by what it is called and what lies beside it."""
-    own, bias = self.names[name], self._beside(name, axis)
-    raw = own.leaf != "kernel" and own.is_up_or_down and not own.is_of_attention
-    if len(shape) == 3 and (raw or own.is_of_experts):
+    words, bias = self.names[name], self._beside(name, axis)
+    raw = words.leaf != "kernel" and words.is_up_or_down and not words.is_of_attention
+    if len(shape) == 3 and (raw or words.is_of_experts):
       return self._experts(name, shape, axis, bias)
-    if own.leaf == "kernel":
-      heads = own.is_inward if len(shape) > 3 else own.is_inward or own.is_outward
+    if words.leaf == "kernel":
+      heads = words.is_inward if len(shape) > 3 else words.is_inward or words.is_outward
       if len(shape) > 2 and bias is None and heads:
-        return self._heads(own, shape, axis)
-      return _kernel(own, shape, bias, alone=self.alone == 1)
-    if own.leaf == "weight" or own.leaf.endswith("_weight"):
+        return self._heads(words, shape, axis)
+      return _kernel(words, shape, bias, alone=self.alone == 1)
+    if words.leaf == "weight" or words.leaf.endswith("_weight"):
       if len(shape) == 2:
         return self._two(name, shape, bias)
-      return _torch_convolution(own.module, shape, bias, alone=self.alone == 1)
-    if own.leaf == "w" and len(shape) == 2 and bias is not None:
+      return _torch_convolution(words.module, shape, bias, alone=self.alone == 1)
+    if words.leaf == "w" and len(shape) == 2 and bias is not None:
       return _by_bias(shape, bias)
     return None
 
-  def _heads(self, own: Name, shape: Shape, axis: int | None) -> Rule | None:
+  def _heads(self, words: Name, shape: Shape, axis: int | None) -> Rule | None:
     """A kernel of attention with an axis of heads: those into and out of these must fit."""
-    if len(set(shape)) == 1 or (len(shape) > 3 and "kv" not in own.module):
+    if len(set(shape)) == 1 or (len(shape) > 3 and "kv" not in words.module):
       return None
     for parts, other in self.by_parts.items():
-      if parts[:-2] != own.parts[:-2] or self.names[other].is_inward == own.is_inward:
+      if parts[:-2] != words.parts[:-2] or self.names[other].is_inward == words.is_inward:
         continue
       there = self.shapes[other]
       there = there if axis is None else there[:axis] + there[axis + 1 :]
-      inward, outward = (shape, there) if own.is_inward else (there, shape)
-      known = self.names[other].is_outward or not own.is_inward
+      inward, outward = (shape, there) if words.is_inward else (there, shape)
+      known = self.names[other].is_outward or not words.is_inward
       if known and len(outward) == 3 and inward[:1] + inward[-1:] == outward[2:] + outward[1:2]:
-        view = "i" + "o" * (len(shape) - 1) if own.is_inward else "iio"
+        view = "i" + "o" * (len(shape) - 1) if words.is_inward else "iio"
         return Rule(view, "kernel of attention")
     return None
 
   def _reads_one_channel(self, name: str) -> bool:
     """Tells whether a leaf is a convolution of one channel, which is the input or stands alone."""
-    own, shape = self.names[name], self.shapes[name]
-    if len(shape) < 3 or own.leaf not in ("kernel", "weight"):
+    words, shape = self.names[name], self.shapes[name]
+    if len(shape) < 3 or words.leaf not in ("kernel", "weight"):
       return False
-    return shape[-2 if own.leaf == "kernel" else 1] == 1
+    return shape[-2 if words.leaf == "kernel" else 1] == 1
 
   # --- PyTorch's weights of two axes ---
 
   @functools.cached_property
   def turned(self) -> dict[str, set[str]]:
     """By module name: the views that biases and shapes decide, of weights of two axes."""
-    found: dict[str, set[str]] = {}
-    for name, own in self.names.items():
+    views: dict[str, set[str]] = {}
+    for name, words in self.names.items():
       shape = self.shapes[name]
-      if own.leaf == "weight" and len(shape) == 2 and not self._is_lookup(name):
-        rule = _by_bias(shape, self._beside(name, None)) or _conv1d(own, shape)
+      if words.leaf == "weight" and len(shape) == 2 and not self._is_lookup(name):
+        rule = _by_bias(shape, self._beside(name, None)) or _conv1d(words, shape)
         if rule is not None and rule.view is not None:
-          found.setdefault(own.module, set()).add(rule.view)
-    return found
+          views.setdefault(words.module, set()).add(rule.view)
+    return views
 
   def _two(self, name: str, shape: Shape, bias: Shape | None) -> Rule | None:
     """A weight of two axes: [out, in], but as GPT-2's Conv1D and others have it [in, out]."""
-    own = self.names[name]
-    rule = _by_bias(shape, bias) or _conv1d(own, shape)
+    words = self.names[name]
+    rule = _by_bias(shape, bias) or _conv1d(words, shape)
     if rule is not None:
       return rule
-    if own.module in _CONV1D:  # Square: as the others of this kind lie.
+    if words.module in _CONV1D:  # Square: as the others of this kind lie.
       alike: set[str] = set().union(*(self.turned.get(n, set()) for n in _CONV1D))
       return Rule(alike.pop(), "as those beside it") if len(alike) == 1 else None
-    alike = self.turned.get(own.module) or set().union(*self.turned.values())
+    alike = self.turned.get(words.module) or set().union(*self.turned.values())
     if shape[0] == shape[1] and alike == {"io"}:
       return Rule("io", "as those beside it")
     return Rule("oi", "weight")
@@ -250,26 +250,26 @@ class _Model:
   @functools.cached_property
   def width(self) -> int | None:
     """The width of the model: that of its lookups, if they agree."""
-    found = {s[-1] for n, s in self.shapes.items() if len(s) == 2 and self._is_lookup(n)}
-    return found.pop() if len(found) == 1 else None
+    widths = {s[-1] for n, s in self.shapes.items() if len(s) == 2 and self._is_lookup(n)}
+    return widths.pop() if len(widths) == 1 else None
 
   def _experts(self, name: str, shape: Shape, axis: int | None, bias: Shape | None) -> Rule | None:
     """Experts of one tensor, each a matrix: which way they lie follows from the others there."""
-    own = self.names[name]
+    words = self.names[name]
     if bias is not None and len(bias) == 2 and shape[1] != shape[2] and bias[1] in shape[1:]:
       return Rule("boi" if bias[1] == shape[1] else "bio", "experts")
-    if own.leaf == "kernel" and own.is_up_or_down:
+    if words.leaf == "kernel" and words.is_up_or_down:
       return Rule("bio", "experts")
-    found = self._orders(name, axis)
-    return Rule(found.pop(), "experts") if len(found) == 1 else None
+    orders = self._orders(name, axis)
+    return Rule(orders.pop(), "experts") if len(orders) == 1 else None
 
   def _orders(self, name: str, axis: int | None) -> set[str]:
     """The orders that the projections up and down of the same experts allow together."""
-    own = self.names[name].parts
-    at = len(own) - (2 if self.names[name].leaf in ("weight", "kernel") else 1)
+    path = self.names[name].parts
+    at = len(path) - (2 if self.names[name].leaf in ("weight", "kernel") else 1)
     ups, downs = [], []
     for parts, other in self.by_parts.items():
-      if len(parts) != len(own) or parts[:at] != own[:at] or parts[at + 1 :] != own[at + 1 :]:
+      if len(parts) != len(path) or parts[:at] != path[:at] or parts[at + 1 :] != path[at + 1 :]:
         continue
       shape = self.shapes[other]
       shape = shape if axis is None else shape[:axis] + shape[axis + 1 :]
@@ -278,22 +278,22 @@ class _Model:
         downs += [shape[1:]] if DOWN.fullmatch(parts[at].lower()) else []
     if not self.names[name].is_up_or_down:
       return set()
-    found = {"boi", "bio"}
+    orders = {"boi", "bio"}
     for up in ups:  # As [out, in]: up is [inner or twice that, width], down [width, inner].
-      found &= _orders_of(up, downs, self.width)
+      orders &= _orders_of(up, downs, self.width)
     for down in downs if not ups else []:
-      found &= _orders_of(down[::-1], [], self.width)
-    return found
+      orders &= _orders_of(down[::-1], [], self.width)
+    return orders
 
 
 def _orders_of(up: Shape, downs: Iterable[Shape], width: int | None) -> set[str]:
-  found = set()
+  orders = set()
   for order, (inner, wide) in (("boi", up), ("bio", up[::-1])):
     each = downs if order == "boi" else [d[::-1] for d in downs]
     fits = all(down[0] == wide and inner in (down[1], 2 * down[1]) for down in each)
     if fits and width in (None, wide):
-      found.add(order)
-  return found
+      orders.add(order)
+  return orders
 
 
 def _many(path: tuple[str, ...]) -> bool:
@@ -312,18 +312,18 @@ def _by_bias(shape: Shape, bias: Shape | None) -> Rule | None:
   return Rule("oi" if bias[0] == shape[0] else "io", "length of its bias")
 
 
-def _conv1d(own: Name, shape: Shape) -> Rule | None:
+def _conv1d(words: Name, shape: Shape) -> Rule | None:
   """The view of what GPT-2 has as [in, out], and others under the same names as [out, in]."""
-  longer = _CONV1D.get(own.module)
+  longer = _CONV1D.get(words.module)
   if longer is None or shape[0] == shape[1]:
     return None
   inputs_longer = longer == 1
   return Rule("io" if (shape[0] > shape[1]) == inputs_longer else "oi", "name and shape")
 
 
-def _kernel(own: Name, shape: Shape, bias: Shape | None, *, alone: bool) -> Rule | None:
+def _kernel(words: Name, shape: Shape, bias: Shape | None, *, alone: bool) -> Rule | None:
   """A kernel of Flax: outputs last, as many axes as its bias has."""
-  module = own.module
+  module = words.module
   if len(shape) == 2:
     return Rule("io", "kernel")
   views = set[str]()
@@ -335,11 +335,11 @@ def _kernel(own: Name, shape: Shape, bias: Shape | None, *, alone: bool) -> Rule
     view = views.pop()
   elif views or bias is not None:
     return None
-  elif (len(shape) > 3 or "conv" in module) and not (own.is_inward or own.is_outward):
+  elif (len(shape) > 3 or "conv" in module) and not (words.is_inward or words.is_outward):
     view = "i" * (len(shape) - 1) + "o"
   else:
     return None
-  if not view.endswith("io") or own.is_outward or len(shape) == 2:
+  if not view.endswith("io") or words.is_outward or len(shape) == 2:
     return Rule(view, "length of its bias" if bias is not None else "kernel of attention")
   return _convolution(view, module, shape[:-2], shape[-2], alone=alone, apart=view[:-1] + "l")
 

@@ -46,7 +46,7 @@ def context(*trees: Any) -> contextlib.AbstractContextManager[Any]:
     ...   print(jnp.asarray(np.ones(2)).dtype)
     float64
   """
-  leaves = [x for own in trees for x in jax.tree.leaves(own)]
+  leaves = [x for params in trees for x in jax.tree.leaves(params)]
   traced = any(isinstance(x, jax.core.Tracer) for x in leaves)
   return (
     jax.enable_x64(True) if any(map(is_wide, leaves)) and not traced else contextlib.nullcontext()
@@ -67,10 +67,10 @@ def aware(f: Callable[P, R], *more: Any) -> Callable[P, R]:
   def run(*args: P.args, **kwargs: P.kwargs) -> R:
     # An iterator over models is read once: here, where its leaves are looked at.
     args = tuple(list(x) if isinstance(x, Iterator) else x for x in args)  # type: ignore[assignment]
-    held = context(args, kwargs, more)
-    if isinstance(held, contextlib.nullcontext):
+    width = context(args, kwargs, more)
+    if isinstance(width, contextlib.nullcontext):
       return f(*args, **kwargs)
-    with held:
+    with width:
       out = f(*args, **kwargs)
     return jax.tree_util.tree_map_with_path(_kept, out)
 
@@ -91,7 +91,7 @@ def refuse_narrowed(trees: Sequence[Mapping[str, Any]], *seen: Any) -> None:
     trees: leaves of models, by name.
     seen: what is traced, if anything is.
   """
-  named = [(name, x) for own in trees for name, x in own.items()]
+  named = [(name, x) for leaves_by_name in trees for name, x in leaves_by_name.items()]
   if not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((named, seen))):
     return
   for name, x in named:
@@ -127,5 +127,5 @@ def copied(x: Any) -> Any:
   """
   if isinstance(x, jax.Array):
     return x
-  own = np.array(x)
-  return own if is_narrowed(own.dtype) else jnp.asarray(own)
+  array = np.array(x)
+  return array if is_narrowed(array.dtype) else jnp.asarray(array)

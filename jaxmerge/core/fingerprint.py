@@ -33,10 +33,10 @@ def fingerprint(value: Any) -> str:
     >>> fingerprint(methods.ties(0.2)) == fingerprint(methods.ties(0.3))
     False
   """
-  found = hashlib.blake2b(digest_size=16)
+  digest = hashlib.blake2b(digest_size=16)
   for part in _parts(value, ()):
-    found.update(f"{len(part)}:{part}".encode())
-  return found.hexdigest()
+    digest.update(f"{len(part)}:{part}".encode())
+  return digest.hexdigest()
 
 
 def stages(method: Iterable[Any]) -> list[str]:
@@ -145,10 +145,10 @@ def _others(value: Any, inside: tuple[int, ...]) -> Iterator[str]:
 
 def _named(module: Any, name: str) -> Any:
   """What a module has under a name; None if there is nothing."""
-  found = sys.modules.get(module) if isinstance(module, str) else None
+  value = sys.modules.get(module) if isinstance(module, str) else None
   for part in name.split("."):
-    found = getattr(found, part, None)
-  return found
+    value = getattr(value, part, None)
+  return value
 
 
 def _used(function: types.FunctionType) -> dict[str, Any]:

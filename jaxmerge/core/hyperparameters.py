@@ -69,24 +69,24 @@ def _by_leaf(
   """
   if not isinstance(value, (list, tuple)) or not lookup.plain(value):
     return value
-  own, fields = _named(value, shapes), hasattr(value, "_fields")
-  if not fields and not (shapes.keys() <= own.keys() <= shapes.keys() | set(copied)):
+  by_leaf, fields = _named(value, shapes), hasattr(value, "_fields")
+  if not fields and not (shapes.keys() <= by_leaf.keys() <= shapes.keys() | set(copied)):
     return value
   if not fields and len(value) == num_models:
     raise ValueError(
       f"{name} has {num_models} values, which may be one for each of {num_models} models or "
-      f"for each of the leaves {', '.join(own)}; give an array (np.array) for the models, or a "
+      f"for each of the leaves {', '.join(by_leaf)}; give an array (np.array) for the models, or a "
       "dict of leaves."
     )
-  return own
+  return by_leaf
 
 
 def ordered(names: Sequence[str] | None, num_models: int, *, keep: bool) -> tuple[Any, np.ndarray]:
-  """Returns the models' order by tag, None where it is as given or to be kept, and their tags."""
-  given = [str(k) for k in range(num_models)] if names is None else list(names)
-  tags = np.array([tree.tag(n) for n in given], np.uint32)
-  if len(given) != num_models or len(set(tags.tolist())) != num_models:
-    raise ValueError(f"names must be {num_models} different names, one per model, got {given}.")
+  """Returns the models' order by tag, None where the caller's stays, and their tags."""
+  labels = [str(k) for k in range(num_models)] if names is None else list(names)
+  tags = np.array([tree.tag(n) for n in labels], np.uint32)
+  if len(labels) != num_models or len(set(tags.tolist())) != num_models:
+    raise ValueError(f"names must be {num_models} different names, one per model, got {labels}.")
   if names is None or keep:
     return None, tags
   order = np.argsort(tags, kind="stable")
@@ -94,7 +94,7 @@ def ordered(names: Sequence[str] | None, num_models: int, *, keep: bool) -> tupl
 
 
 def permuted(value: Any, order: np.ndarray) -> Any:
-  """Puts what is given per model in another order; other values stay as they are."""
+  """Puts values per model in another order; other values stay as they are."""
   if isinstance(value, dict):
     return {n: permuted(v, order) for n, v in value.items()}
   if isinstance(value, (list, tuple)):
@@ -118,12 +118,12 @@ def group(
   A number per leaf is a number of the group where the group is that leaf; else the group lacks it.
   """
   alone = len(names) == 1
-  own = {
+  hparams = {
     n: v[names[0]] if isinstance(v, dict) else v
     for n, v in values.items()
     if alone or not isinstance(v, dict)
   }
-  return Group({n: shapes[n] for n in names}, num_models, own)
+  return Group({n: shapes[n] for n in names}, num_models, hparams)
 
 
 def _checked(
@@ -134,31 +134,31 @@ def _checked(
   if lookup.plain(value) or isinstance(value, (jax.Array, np.ndarray, np.generic)):
     _check(name, name, value, num_models)
     return value
-  own = _named(value, shapes)
-  for missing in sorted(shapes.keys() - own.keys()):
+  by_leaf = _named(value, shapes)
+  for missing in sorted(shapes.keys() - by_leaf.keys()):
     raise ValueError(f"hparams {name!r} has no value for leaf {missing!r}.")
-  for unknown in sorted(own.keys() - shapes.keys() - set(copied)):
+  for unknown in sorted(by_leaf.keys() - shapes.keys() - set(copied)):
     raise ValueError(
       f"hparams {name!r} has a value for {unknown!r}, which is no leaf of the models."
     )
   for leaf in shapes:
-    _check(name, f"{name} of leaf {leaf!r}", own[leaf], num_models)
-  return {leaf: own[leaf] for leaf in shapes}
+    _check(name, f"{name} of leaf {leaf!r}", by_leaf[leaf], num_models)
+  return {leaf: by_leaf[leaf] for leaf in shapes}
 
 
 def _named(value: Any, shapes: Shapes) -> dict[str, Any]:
   """Values by leaf; lists in a tree are one number a model where they are no leaves themselves."""
-  own = tree.named(value)
-  if shapes.keys() <= own.keys():
-    return own
+  by_leaf = tree.named(value)
+  if shapes.keys() <= by_leaf.keys():
+    return by_leaf
 
   def inner(v: Any) -> bool:
     some = v is not value and isinstance(v, (list, tuple)) and not hasattr(v, "_fields")
     return some and lookup.plain(v)
 
   lists = jax.tree.map(lambda v: np.asarray(v) if inner(v) else v, value, is_leaf=inner)
-  own_lists = tree.named(lists)
-  return own_lists if shapes.keys() <= own_lists.keys() else own
+  with_lists = tree.named(lists)
+  return with_lists if shapes.keys() <= with_lists.keys() else by_leaf
 
 
 def _check(name: str, label: str, value: Any, num_models: int) -> None:

@@ -1,4 +1,4 @@
-"""Resolves a method for given shapes, and applies a stage to a part of a leaf."""
+"""Resolves a method for a model's shapes, and applies a stage to a part of a leaf."""
 
 from __future__ import annotations
 
@@ -72,19 +72,19 @@ def prepare(
   names: Sequence[str] | None,
   copied: Collection[str] = (),
 ) -> Ready:
-  """Resolves numbers, orders the models by tag, and computes counts on the host.
+  """Resolves hyperparameters, orders the models by tag, and computes counts on the host.
 
   Args:
     method: the method that will run.
     shapes: shapes of the leaves that are merged, without the task axis.
     num_models: number of models K.
-    hparams: numbers given by the caller.
+    hparams: the caller's values.
     names: names of the models, or None.
     copied: names of the leaves that are not merged.
 
   Raises:
-    ValueError: for unknown, missing or ill-shaped numbers, for names that are not K different ones,
-      and for a leaf that no combiner will touch.
+    ValueError: for unknown, missing or ill-shaped hyperparameters, for names that are not K
+      different ones, and for a leaf that no combiner will touch.
   """
   order, tags = hyperparameters.ordered(names, num_models, keep=stage.ordered(method))
   values = hyperparameters.resolved(method, hparams, shapes, num_models, copied)

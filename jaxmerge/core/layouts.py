@@ -1,7 +1,7 @@
 """Which leaf has which matrix view: what a caller says, else the conventions of its library.
 
 One rule for models in memory, files and the loop. A `layout` is a sequence of (regular expression,
-view); the first that is found in a leaf's name counts, and None for a view says that the leaf is no
+view); the first that matches in a leaf's name counts, and None for a view says that the leaf is no
 matrix. Leaves that none of them names have the view of `jaxmerge.core.conventions`. Free of jax.
 """
 
@@ -44,7 +44,7 @@ class Table(NamedTuple):
 
 
 class Unit(NamedTuple):
-  """What a stage of a method is given at a time, as far as views matter.
+  """What a stage of a method sees at a time, as far as views matter.
 
   Attributes:
     unit: "entry", "row" or "matrix".
@@ -78,8 +78,8 @@ def of(method: Iterable[Any], base: Any, *, layout: Said | Table | None = ()) ->
   Example:
     >>> import jax.numpy as jnp, jaxmerge
     >>> base = {"dense": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}}
-    >>> found = jaxmerge.core.layouts.of(jaxmerge.methods.tsv(), base)
-    >>> {name: (rule.view, rule.reason) for name, rule in found.items()}
+    >>> by_leaf = jaxmerge.core.layouts.of(jaxmerge.methods.tsv(), base)
+    >>> {name: (rule.view, rule.reason) for name, rule in by_leaf.items()}
     {'dense/bias': (None, 'vector'), 'dense/kernel': ('io', 'kernel')}
   """
   from jaxmerge.core import tree  # With jax, which planning does without.
@@ -88,10 +88,10 @@ def of(method: Iterable[Any], base: Any, *, layout: Said | Table | None = ()) ->
   shapes = {n: tuple(x.shape) for n, x in leaves.items() if tree.is_floating(x)}
   table = settled(method, shapes, layout, names=leaves)
   units = [unit for unit in units_of(method) if unit.unit != "entry"]
-  found = {n: rule for rule, names in table.groups for n in names}
+  by_leaf = {n: rule for rule, names in table.groups for n in names}
   sees = {
     n: r._replace(view=next((v for u in units if (v := seen(r.view, u))), None))
-    for n, r in found.items()
+    for n, r in by_leaf.items()
   }
   return dict(sorted(sees.items()))
 
@@ -109,7 +109,7 @@ def check(layout: Any) -> Said:
     raise ValueError(
       f"layout must be a list of pairs, such as [('kernel$', 'io')], got {layout!r}."
     )
-  made = []
+  pairs = []
   for pair in layout or ():
     if not (isinstance(pair, list | tuple) and len(pair) == 2 and isinstance(pair[0], str)):
       raise ValueError(f"layout must be a list of pairs, such as [('kernel$', 'io')]: {pair!r}.")
@@ -122,8 +122,8 @@ def check(layout: Any) -> Said:
       re.compile(pattern)
     except re.error as error:
       raise ValueError(f"{pattern!r}, of {view!r}, is no regular expression: {error}.") from error
-    made.append((pattern, view))
-  return tuple(made)
+    pairs.append((pattern, view))
+  return tuple(pairs)
 
 
 def settled(
@@ -177,21 +177,21 @@ def table(rules: Mapping[str, Rule]) -> Table:
 
 
 def units_of(method: Iterable[Any]) -> list[Unit]:
-  """Returns what the stages of a method are given at a time."""
+  """Returns what the stages of a method see at a time."""
   return [Unit(step.unit, step.lookups, step.where) for step in method]
 
 
 def unit_of(words: Any) -> Unit:
-  """Returns what a job's method is given at a time, as far as its words say it.
+  """Returns what a job's method sees at a time, as far as its entry says it.
 
   >>> unit_of({"method": "nuslerp", "scope": "column"})
   Unit(unit='matrix', lookups='row', where=None)
   """
-  own = words if isinstance(words, Mapping) else {}
-  entry = lookup.METHODS.get(str(own.get("method")))
+  settings = words if isinstance(words, Mapping) else {}
+  entry = lookup.METHODS.get(str(settings.get("method")))
   scopes = {"row": Unit("row"), "column": Unit("matrix", "row")}
   by_name = Unit("entry") if entry is None else Unit(entry.unit, entry.lookups)
-  return scopes.get(str(own.get("scope")), by_name)
+  return scopes.get(str(settings.get("scope")), by_name)
 
 
 def seen(view: str | None, unit: Unit) -> str | None:
@@ -277,17 +277,17 @@ def choices(name: str, shape: Sequence[int]) -> tuple[str, ...]:
     >>> choices("w", (4, 2)), choices("experts/w1", (3, 4, 2)), choices("q/kernel", (4, 2, 2))
     (('io', 'oi'), ('bio', 'boi'), ('ioo', 'iio', 'bio', 'boi'))
   """
-  own, axes = leaf_names.name(name), len(shape)
+  words, axes = leaf_names.name(name), len(shape)
   if axes == 3:
-    if own.is_of_experts:
+    if words.is_of_experts:
       return "bio", "boi"
-    if own.is_of_attention or own.is_outward:
+    if words.is_of_attention or words.is_outward:
       return "ioo", "iio", "bio", "boi"
     return "bio", "boi", "iio", "oii", "ioo"
-  if axes == 4 and own.is_of_experts:
+  if axes == 4 and words.is_of_experts:
     return "bbio", "bboi"
   plain = ("i" * (axes - 1) + "o", "o" + "i" * (axes - 1))
-  if axes == 4 and (own.is_of_attention or own.is_outward):
+  if axes == 4 and (words.is_of_attention or words.is_outward):
     return "bioo", "biio", "iboo", "ibio", "iooo"
   return (*plain, "bioo", "biio") if axes == 4 else plain
 
@@ -296,7 +296,7 @@ def advice(unit: Unit, rules: Mapping[str, Rule], shapes: Shapes, form: Form, be
   """Ends an error by what to add to a layout; one of the views is to be chosen, not pasted.
 
   Args:
-    unit: what the method is given at a time.
+    unit: what the method sees at a time.
     rules: by leaf.
     shapes: of the leaves.
     form: (pattern, views) -> an item.
@@ -325,21 +325,21 @@ def _declared(
   said: Said, shapes: Shapes, names: Collection[str] | Iterable[str]
 ) -> dict[str, Rule]:
   """The rules of the leaves that a caller names."""
-  every, found = list(names), dict[str, Rule]()
+  every, declared = list(names), dict[str, Rule]()
   for pattern, view in said:
     of = [n for n in every if re.search(pattern, n)]
     if not of:
       raise ValueError(f"layout: {pattern!r} is found in no leaf's name; there are {_some(every)}.")
     for name in of:
-      if name in found or name not in shapes:
+      if name in declared or name not in shapes:
         continue
       if view is not None and len(view) != len(shapes[name]):
         raise ValueError(
           f"layout: view {view!r} of {pattern!r} names {len(view)} axes, but {name!r} is "
           f"{list(shapes[name])}; narrow the pattern, or name every axis."
         )
-      found[name] = Rule(view, f"layout {pattern!r}")
-  return found
+      declared[name] = Rule(view, f"layout {pattern!r}")
+  return declared
 
 
 def _some(names: Sequence[str]) -> str:

@@ -83,8 +83,8 @@ class Name(NamedTuple):
   def is_fused(self) -> bool:
     """Whether it is a matrix of all experts, whose part of the name has no number behind it."""
     after = self.parts[self._experts_at() + 1 :]
-    own = self.leaf not in ("weight", "kernel") and self.is_up_or_down
-    return own and self.is_of_experts and not any(part.isdigit() for part in after)
+    is_matrix = self.leaf not in ("weight", "kernel") and self.is_up_or_down
+    return is_matrix and self.is_of_experts and not any(part.isdigit() for part in after)
 
   def _experts_at(self) -> int:
     return max((at for at, p in enumerate(self.parts) if _EXPERTS.search(p)), default=-1)
@@ -109,15 +109,15 @@ def may_be_table(word: str) -> bool:
   return bool(_LOOKUP.search(word)) and not (_PATCHES.search(word) or _HEADS.search(word))
 
 
-def is_table(own: Name) -> bool:
+def is_table(words: Name) -> bool:
   """Tells whether a leaf is called as tables are whose entries are looked up.
 
   Example:
     >>> [is_table(name(f"{n}.weight")) for n in ("embed_tokens", "time_embed", "unembedding")]
     [True, False, False]
   """
-  if own.leaf == "kernel":
+  if words.leaf == "kernel":
     return False
-  if own.leaf == "weight":
-    return may_be_table(own.module) and bool(_TABLES.fullmatch(own.module))
-  return may_be_table(own.leaf) or bool(_TOKENS.fullmatch(own.leaf))
+  if words.leaf == "weight":
+    return may_be_table(words.module) and bool(_TABLES.fullmatch(words.module))
+  return may_be_table(words.leaf) or bool(_TOKENS.fullmatch(words.leaf))

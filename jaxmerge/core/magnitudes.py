@@ -59,8 +59,8 @@ def binned(f: Callable[..., Any], *xs: Array) -> Any:
   """Returns f(*xs), a tree of sums of powers, by window: [5, ...] each.
 
   Example:
-    >>> found = binned(lambda x: jnp.sum(x * x), jnp.array([3e30, 4e30]))
-    >>> total, unit = joined(found, 2)
+    >>> sums = binned(lambda x: jnp.sum(x * x), jnp.array([3e30, 4e30]))
+    >>> total, unit = joined(sums, 2)
     >>> f"{float(jnp.sqrt(total) * unit):.5g}"
     '5e+30'
   """
@@ -72,10 +72,10 @@ def binned(f: Callable[..., Any], *xs: Array) -> Any:
   bounds = [np.asarray(2.0 ** (step * (k - 1.5)), dtype) for k in range(WINDOWS - 1)]
   place = sum((most >= bound).astype(jnp.int32) for bound in bounds)
   factor = _at(place, [np.asarray(2.0 ** (step * (2 - k)), dtype) for k in range(WINDOWS)])
-  found = f(*(x * factor for x in xs))
+  sums = f(*(x * factor for x in xs))
   return jax.tree.map(
     lambda y: jnp.stack([jnp.where(place == k, y, jnp.zeros_like(y)) for k in range(WINDOWS)]),
-    found,
+    sums,
   )
 
 
@@ -96,12 +96,12 @@ def plain(x: Array) -> Array:
   return jnp.stack([x if k == WINDOWS // 2 else jnp.zeros_like(x) for k in range(WINDOWS)])
 
 
-def joined(found: Any, degree: int) -> tuple[Any, Array]:
+def joined(sums: Any, degree: int) -> tuple[Any, Array]:
   """Joins the windows of sums: (the sums over a power of a unit, that unit, a power of two).
 
   The unit is 1 but for numbers of which the largest is below 1e-9 or above 1e9.
   """
-  leaves = jax.tree.leaves(found)
+  leaves = jax.tree.leaves(sums)
   some = functools.reduce(
     jnp.logical_or, [jnp.any(x != 0, axis=tuple(range(1, x.ndim))) for x in leaves]
   )
@@ -117,11 +117,11 @@ def joined(found: Any, degree: int) -> tuple[Any, Array]:
     )
     return _at(top, list(x + lower))
 
-  return jax.tree.map(one, found), jnp.where(top < 0, 1, unit)
+  return jax.tree.map(one, sums), jnp.where(top < 0, 1, unit)
 
 
 def _at(place: Any, values: Sequence[Any]) -> Array:
   """Picks one of a few values: the last whose place is not above, or the first."""
   return functools.reduce(
-    lambda held, kv: jnp.where(place >= kv[0], kv[1], held), enumerate(values), values[0]
+    lambda chosen, kv: jnp.where(place >= kv[0], kv[1], chosen), enumerate(values), values[0]
   )

@@ -113,4 +113,4 @@ def by_matrix(
 def _order(view: str, ndim: int) -> list[int]:
   if len(view) != ndim:
     raise ValueError(f"view {view!r} names {len(view)} axes, but the leaf has {ndim}.")
-  return [axis for letter in "bloi" for axis, own in enumerate(view) if own == letter]
+  return [axis for letter in "bloi" for axis, v in enumerate(view) if v == letter]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple  # Any: what is known is a tree of arrays.
+from typing import Any, NamedTuple  # Any: results of reductions are trees of arrays.
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,9 @@ Array = jax.Array
 
 
 class Cut(NamedTuple):
-  """Where a ranking is cut off, per model: what is larger, or ties and comes early, is inside.
+  """Where a ranking is cut off, per model.
+
+  Keeps entries above the value, and the first of those equal to it.
 
   Attributes:
     value: bit pattern of the value at the cut, [K]; see `pattern`.
@@ -109,20 +111,20 @@ def passed(cut: Cut, first: int, size: int) -> Cut:
   return Cut(cut.value + (last < places).astype(cut.value.dtype))
 
 
-def cut(rank: Rank, over: Any, parts: Sequence[tuple[Any, Leaf]], known: Any) -> Cut:
+def cut(rank: Rank, over: Any, parts: Sequence[tuple[Any, Leaf]], stats: Any) -> Cut:
   """Finds the value at the cut, then the last position of those that tie with it."""
 
   def counted(masks: Callable[..., Sequence[Array]], *numbers: Any) -> Sequence[Array]:
-    return over(lambda x, leaf: _counts(rank, masks, x, leaf, known, numbers), wide_counts.plus)
+    return over(lambda x, leaf: _counts(rank, masks, x, leaf, stats, numbers), wide_counts.plus)
 
   def reached(tried: Sequence[Array]) -> list[Array]:
     return [wide_counts.at_least(some, n) for some in counted(_from, tried)]
 
-  n = known[rank.rank]
+  n = stats[rank.rank]
   zeros = jnp.zeros(n.shape[-1], jnp.uint32)
-  kind = jax.eval_shape(lambda: pattern(rank.of(*parts[0], known))).dtype.type
+  kind = jax.eval_shape(lambda: pattern(rank.of(*parts[0], stats))).dtype.type
   bits = 8 * np.dtype(kind).itemsize  # The sign bit of what is not negative is zero.
-  patterns = functools.partial(_narrowed, top=kind(2 ** (bits - 1) - 1), holds=reached)
+  patterns = functools.partial(_narrow, top=kind(2 ** (bits - 1) - 1), holds=reached)
   start = jnp.asarray(kind(2 ** (bits - 2))), zeros.astype(kind)
   _, value = lax.fori_loop(0, bits // 2, lambda i, carry: patterns(carry), start)
   if not rank.exact:
@@ -136,9 +138,9 @@ def cut(rank: Rank, over: Any, parts: Sequence[tuple[Any, Leaf]], known: Any) ->
   wanted = wide_counts.minus(n, above)
   # Where all that are tied are wanted, their positions need not be searched.
   last = jnp.where(wide_counts.at_least(wanted, tied), EVERY, zeros)
-  positions = functools.partial(_narrowed, top=EVERY, holds=wanting)
+  positions = functools.partial(_narrow, top=EVERY, holds=wanting)
   start = jnp.uint32(2**30), last
-  return Cut(value, lax.while_loop(_unsettled, positions, start)[1])
+  return Cut(value, lax.while_loop(_is_open, positions, start)[1])
 
 
 # As a program of its own: leaves of one shape are traced, rewritten and batched once.
@@ -148,10 +150,10 @@ def _counts(
   masks: Callable[..., Sequence[Array]],
   x: Any,
   leaf: Leaf,
-  known: Any,
+  stats: Any,
   numbers: Sequence[Any],
 ) -> list[Array]:
-  values = rank.of(x, leaf, known)
+  values = rank.of(x, leaf, stats)
   return wide_counts.counts(masks(pattern(values), position(values, leaf), *numbers))
 
 
@@ -168,7 +170,7 @@ def _tied_before(bits: Array, at: Array, value: Array, tried: Sequence[Array]) -
   return [same & (at < _against(place, bits)) for place in tried]
 
 
-def _narrowed(
+def _narrow(
   carry: tuple[Array, Array], top: Any, holds: Callable[[Sequence[Array]], Sequence[Array]]
 ) -> tuple[Array, Array]:
   """One step of the search for the largest number, up to `top`, of which something holds.
@@ -180,12 +182,12 @@ def _narrowed(
   tried = [low]
   for _ in range(3):
     tried.append(tried[-1] + jnp.minimum(width, top - tried[-1]))
-  for number, held in zip(tried[1:], holds(tried[1:]), strict=True):
-    low = jnp.where(held, number, low)
+  for number, reaches in zip(tried[1:], holds(tried[1:]), strict=True):
+    low = jnp.where(reaches, number, low)
   return width // 4, low
 
 
-def _unsettled(carry: tuple[Array, Array]) -> Array:
+def _is_open(carry: tuple[Array, Array]) -> Array:
   return (carry[0] > 0) & (carry[1] != EVERY).any()
 
 

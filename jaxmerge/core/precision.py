@@ -27,7 +27,7 @@ class Precision(NamedTuple):
 
 
 def common(dtypes: Sequence[np.dtype]) -> np.dtype:
-  """Returns the dtype that holds values of all the given ones without a loss.
+  """Returns the dtype that holds values of all of some dtypes without a loss.
 
   Example:
     >>> common([np.dtype(np.float16), np.dtype(np.float32)])

@@ -15,7 +15,7 @@ State = Any
 
 
 class Leaf(NamedTuple):
-  """What a stage knows about the part of a leaf that it is given.
+  """What a stage knows about the part of a leaf that it sees.
 
   Attributes:
     base: the reference's part [*s]; None where raw weights are merged.

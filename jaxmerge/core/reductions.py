@@ -57,7 +57,7 @@ def squares(
   def measure(x: Any, leaf: Leaf, known: Any) -> Any:
     return magnitudes.binned(f, *(x if isinstance(x, tuple) else (x,)))
 
-  def joined(found: Any, known: Any) -> Any:
+  def joined(found: Any, known: Any) -> Any:  # Names of a stage's arguments are part of digests.
     return finish(*magnitudes.joined(found, degree), known)
 
   return Sum(name, measure, finish=joined)

@@ -5,8 +5,8 @@ scalar loop of a reduction over a short first axis, several times slower than th
 fuses and vectorises; and how it rounds in that loop depends on how large the array is, so that a
 slice would not have the bits of the whole. Methods need not know: a driver rewrites the traced
 program where no device holds but some of the models. Inner products of a few models become sums
-of products for the same reason: a library's matrix product is made for larger ones. And where a
-driver has whole axes before it, sums along them are made by halves, each half added to the other:
+of products for the same reason: a library's matrix product is meant for larger ones. And where a
+driver has whole axes before it, sums along them go by halves, each half added to the other:
 such sums are vectors to the end, and more exact than one after the other.
 
 The same rewriting makes a program of float32 compute in a narrower dtype, operation by operation.
@@ -74,7 +74,7 @@ def unrolled(
     f: a function of arrays.
     each: a dtype to which the result of every operation is rounded, a reduction being one. What f
       returns is not: a sum over a part of a leaf is not complete.
-    halves: whether reductions over all last axes are made by halves where these are long; no device
+    halves: whether reductions over all last axes go by halves where these are long; no device
       may hold but a part of them.
 
   Example:
@@ -98,17 +98,17 @@ def pays(arrays: Iterable[Any]) -> bool | None:
   Its compiler would write down, in float32, what a chain takes apart. None: the arrays are traced,
   and only who compiles the program knows for what.
   """
-  given = list(arrays)
-  if any(isinstance(x, jax.core.Tracer) for x in given):
+  every = list(arrays)
+  if any(isinstance(x, jax.core.Tracer) for x in every):
     return None
-  own = {d.platform for x in given if isinstance(x, jax.Array) for d in x.devices()}
-  return "tpu" not in (own or {jax.default_backend()})
+  platforms = {d.platform for x in every if isinstance(x, jax.Array) for d in x.devices()}
+  return "tpu" not in (platforms or {jax.default_backend()})
 
 
 def chosen(f: Callable[[bool], Callable[..., Any]], chains: bool | None) -> Callable[..., Any]:
   """Returns f(True) with chains, or f(False) as it is, as `pays` tells."""
   if chains is None:
-    return lambda *given: lax.platform_dependent(*given, tpu=f(False), default=unrolled(f(True)))
+    return lambda *args: lax.platform_dependent(*args, tpu=f(False), default=unrolled(f(True)))
   return unrolled(f(True)) if chains else f(False)
 
 
@@ -146,47 +146,47 @@ def _evaluated(
     return way.rounded(values[atom]) if atom in raw else values[atom]
 
   for equation in jaxpr.eqns:
-    given = [read(atom) for atom in equation.invars]
-    values.update(zip(equation.outvars, _one(equation, given, way), strict=True))
+    operands = [read(atom) for atom in equation.invars]
+    values.update(zip(equation.outvars, _one(equation, operands, way), strict=True))
     if equation.primitive.name not in _EXACT and _called(equation) != _RANDOM:
       raw.update(equation.outvars)
   return [atom.val if isinstance(atom, core.Literal) else values[atom] for atom in jaxpr.outvars]
 
 
-def _one(equation: Any, given: list[Any], way: _Way) -> list[Any]:
+def _one(equation: Any, operands: list[Any], way: _Way) -> list[Any]:
   name, settings = equation.primitive.name, equation.params
-  if name in ("jit", "pjit", "closed_call"):  # What jax.numpy is made of.
+  if name in ("jit", "pjit", "closed_call"):  # The parts of jax.numpy.
     inner = settings["jaxpr"] if "jaxpr" in settings else settings["call_jaxpr"]
     whole = _called(equation) in (*_ONE, _RANDOM)
-    return _rewritten(inner, way._replace(each=None) if whole else way)(*given)
-  if name in _CHAINS and settings["axes"] == (0,) and 0 < given[0].shape[0] <= LONGEST:
+    return _rewritten(inner, way._replace(each=None) if whole else way)(*operands)
+  if name in _CHAINS and settings["axes"] == (0,) and 0 < operands[0].shape[0] <= LONGEST:
     # The new term on the left: of two products in a sum a compiler fuses the left one's rounding
     # away, and in a reduction that is the newer.
-    return [functools.reduce(lambda held, x: _CHAINS[name](x, held), list(given[0]))]
-  if name in _CHAINS and way.halves and _are_last(settings["axes"], given[0].ndim):
-    return [_by_halves(given[0], len(settings["axes"]), name)]
-  if name == "dot_general" and _is_few(given, settings["dimension_numbers"]):
-    return [_products(given[0], given[1], way)]
+    return [functools.reduce(lambda total, x: _CHAINS[name](x, total), list(operands[0]))]
+  if name in _CHAINS and way.halves and _are_last(settings["axes"], operands[0].ndim):
+    return [_by_halves(operands[0], len(settings["axes"]), name)]
+  if name == "dot_general" and _is_few(operands, settings["dimension_numbers"]):
+    return [_products(operands[0], operands[1], way)]
   bound = equation.primitive.get_bind_params(settings)  # A pair in other versions of jax.
   functions, settings = bound if isinstance(bound, tuple) else ((), bound)
   if name in ("while", "scan", "cond"):
     settings = {key: _inner(value, way) for key, value in settings.items()}
-  out = equation.primitive.bind(*functions, *given, **settings)
+  out = equation.primitive.bind(*functions, *operands, **settings)
   return list(out) if equation.primitive.multiple_results else [out]
 
 
 @functools.lru_cache(4096)
 def _rewritten(program: core.ClosedJaxpr, way: _Way) -> Callable[..., list[Any]]:
   """A program that another one calls, rewritten once for all its calls, as it was traced once."""
-  return jax.jit(lambda *given: _evaluated(program.jaxpr, program.consts, given, way))
+  return jax.jit(lambda *args: _evaluated(program.jaxpr, program.consts, args, way))
 
 
-def _is_few(given: Sequence[Any], axes: Any) -> bool:
+def _is_few(operands: Sequence[Any], axes: Any) -> bool:
   """Tells whether a product is that of each of a few models with each."""
   (left, right), batch = axes
-  rest = tuple(range(1, given[0].ndim))
-  pairs = given[0].shape[0] * given[1].shape[0]
-  whole = tuple(left) == tuple(right) == rest and given[0].ndim == given[1].ndim
+  rest = tuple(range(1, operands[0].ndim))
+  pairs = operands[0].shape[0] * operands[1].shape[0]
+  whole = tuple(left) == tuple(right) == rest and operands[0].ndim == operands[1].ndim
   return whole and batch == ((), ()) and 0 < pairs <= PAIRS
 
 
@@ -209,7 +209,7 @@ def _by_halves(x: Any, axes: int = 1, name: str = "reduce_sum") -> Any:
 
 
 def _quartered(parts: Callable[[slice], list[Any]], size: int) -> Any:
-  """Adds the quarters of vectors [size] up as they are made: parts(places) -> [P, size / 4]."""
+  """Adds the quarters of vectors [size] up as they come: parts(places) -> [P, size / 4]."""
   step = size // 4
   quarters = [parts(slice(q * step, (q + 1) * step)) for q in range(4)]
   sums = [functools.reduce(jnp.add, same) for same in zip(*quarters, strict=True)]
@@ -222,14 +222,14 @@ def _products(x: Any, y: Any, way: _Way) -> Any:
   pairs = [(i, j) for i in range(n) for j in range(m) if not (x is y and j < i)]
   size = math.prod(x.shape[1:])
   if way.halves and size % 4 == 0 and size >= SHORTEST:
-    # All at once, and the first sums where the products are made: a compiler fuses no more.
+    # All at once, and the first sums where the products are: a compiler fuses no more.
     left, right = (v.reshape(v.shape[0], size) for v in (x, y))
     sums = _by_halves(_quartered(lambda at: [left[i, at] * right[j, at] for i, j in pairs], size))
   else:
     sums = [jnp.sum(x[i] * y[j]) for i, j in pairs]
-  found = dict(zip(pairs, sums, strict=True))
-  found |= {(j, i): each for (i, j), each in found.items() if x is y}
-  return jnp.stack([jnp.stack([found[i, j] for j in range(m)]) for i in range(n)])
+  products = dict(zip(pairs, sums, strict=True))
+  products |= {(j, i): each for (i, j), each in products.items() if x is y}
+  return jnp.stack([jnp.stack([products[i, j] for j in range(m)]) for i in range(n)])
 
 
 def _called(equation: Any) -> str | None:

@@ -78,14 +78,14 @@ def variances(names: Iterable[str]) -> frozenset[str]:
 
 def _paired(names: Iterable[str]) -> frozenset[str]:
   """Means and variances that only what lies beside them tells from weights."""
-  rooms: dict[str, dict[str, str]] = {}
+  folders: dict[str, dict[str, str]] = {}
   for name in names:
-    room, leaf = _taken_apart(name)
-    rooms.setdefault(room, {})[leaf] = name
-  known = [own for own in rooms.values() if own.keys() >= _PAIR and own.keys() <= _BESIDE]
-  return frozenset(own[leaf] for own in known for leaf in _PAIR)
+    folder, leaf = _taken_apart(name)
+    folders.setdefault(folder, {})[leaf] = name
+  pairs = [r for r in folders.values() if r.keys() >= _PAIR and r.keys() <= _BESIDE]
+  return frozenset(pair[leaf] for pair in pairs for leaf in _PAIR)
 
 
 def _taken_apart(name: str) -> tuple[str, str]:
-  room, _, leaf = _BOX.sub("", name).replace(".", "/").rpartition("/")
-  return room, leaf
+  folder, _, leaf = _BOX.sub("", name).replace(".", "/").rpartition("/")
+  return folder, leaf

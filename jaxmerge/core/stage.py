@@ -54,7 +54,7 @@ class Stage:
     combines: the stage is a combiner: it leaves one model. Other stages keep their number.
     fold: the same combiner, a few experts at a time.
     keep: "push" keeps x aside as it is; "pop" gives the stage, to measure and to update, the pair
-      (what was kept, x) in place of x.
+      (what was put aside, x) in place of x.
     ordered: the order of the models matters: drivers keep the caller's.
     moments: how a combiner merges running statistics: "same", as it does weights, or by another
       stage; None: their mean; "done": it is what merges them.
@@ -197,7 +197,7 @@ def members(step: Stage, names: Mapping[str, Any]) -> dict[str, tuple[str, ...]]
   for name in names:
     if step.where is None or step.where(name):
       groups.setdefault(step.group(name), []).append(name)
-  return {group: tuple(found) for group, found in groups.items()}
+  return {group: tuple(leaves) for group, leaves in groups.items()}
 
 
 def offsets(step: Stage, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.uint32]:
@@ -271,8 +271,8 @@ def join(inner: Method, f: Callable[[Array, Array, Leaf], Array] | Stage) -> Met
   For norm matching, masks by the result, and the like.
 
   Example:
-    >>> kept = join(pointwise(jnp.round), lambda x, y, leaf: jnp.where(y > 0, x, 0))
-    >>> [stage.keep for stage in kept]
+    >>> rounded = join(pointwise(jnp.round), lambda x, y, leaf: jnp.where(y > 0, x, 0))
+    >>> [stage.keep for stage in rounded]
     ['push', None, 'pop']
   """
 
@@ -331,18 +331,18 @@ def hparams(method: Iterable[Stage]) -> dict[str, Any]:
   Raises:
     ValueError: if two stages share a number but not its default: it has one value for all of them.
   """
-  found: dict[str, Any] = {}
+  defaults: dict[str, Any] = {}
   for stage in method:
     for name, default in stage.hparams.items():
-      known = found.get(name)
-      if known is None:
-        found[name] = default
-      elif default is not None and not _same(known, default):
+      before = defaults.get(name)
+      if before is None:
+        defaults[name] = default
+      elif default is not None and not _same(before, default):
         raise ValueError(
-          f"two stages of the method share the number {name!r}, but one has {known} and the other "
-          f"{default}; build them with the same value."
+          f"two stages of the method share the hyperparameter {name!r}, but one has {before} and "
+          f"the other {default}; build them with the same value."
         )
-  return found
+  return defaults
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -59,12 +59,12 @@ def refuse(method: Iterable[Stage], where: str) -> None:
     )
 
 
-def by_leaf(given: Any) -> ByLeaf:
+def by_leaf(statistics: Any) -> ByLeaf:
   """Returns statistics by name and leaf; ValueError for what is no mapping of names to trees."""
-  if given is not None and not isinstance(given, Mapping):
-    kind = type(given).__name__
+  if statistics is not None and not isinstance(statistics, Mapping):
+    kind = type(statistics).__name__
     raise ValueError(f"statistics must be trees by name, such as {{'fisher': tree}}, got {kind}.")
-  return {name: tree.named(leaves) for name, leaves in (given or {}).items()}
+  return {name: tree.named(leaves) for name, leaves in (statistics or {}).items()}
 
 
 def resolve(
@@ -106,16 +106,16 @@ def resolve(
       )
     for leaf in sorted(statistics[name].keys() - shapes.keys() - set(copied)):
       raise ValueError(f"statistic {name!r} has {leaf!r}, which is no leaf of the models.")
-  kept = {n: {leaf: v for leaf, v in statistics[n].items() if leaf in shapes} for n in declared}
-  for name, leaves in kept.items():
+  merged = {n: {leaf: v for leaf, v in statistics[n].items() if leaf in shapes} for n in declared}
+  for name, leaves in merged.items():
     for leaf, value in leaves.items():
       _check_array(f"statistic {name!r} of leaf {leaf!r}", value, num_models)
   for step in method:
     for name, leaf in _reads(step, shapes, layout):
-      if leaf not in kept[name]:
+      if leaf not in merged[name]:
         raise ValueError(f"statistic {name!r} has no leaf {leaf!r}.")
-      _check_shape(step, name, leaf, kept[name][leaf], shapes[leaf], layout.view(leaf))
-  return kept
+      _check_shape(step, name, leaf, merged[name][leaf], shapes[leaf], layout.view(leaf))
+  return merged
 
 
 def of_leaf(statistics: Mapping[str, Mapping[str, Any]], leaf: str) -> dict[str, Any]:

@@ -54,13 +54,13 @@ def named(tree: Tree) -> dict[str, Any]:
     >>> named({"b": 1, "a": {"c": 2}})
     {'a/c': 2, 'b': 1}
   """
-  found: dict[str, Any] = {}
+  leaves: dict[str, Any] = {}
   for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
     name = name_of(path)
-    if name in found:
+    if name in leaves:
       raise ValueError(f"two leaves are named {name!r}; rename one of them.")
-    found[name] = leaf
-  return dict(sorted(found.items()))
+    leaves[name] = leaf
+  return dict(sorted(leaves.items()))
 
 
 def rebuild(tree: Tree, leaves: dict[str, Any]) -> Tree:
@@ -84,14 +84,14 @@ def tag(name: str) -> int:
 
 
 def matching(pattern: str) -> Predicate:
-  """Returns a predicate that holds for names in which the regular expression is found.
+  """Returns a predicate that holds for names that the regular expression matches somewhere.
 
   Example:
     >>> matching("kernel$")("encoder/kernel")
     True
   """
-  found = re.compile(pattern).search
-  return lambda name: found(name) is not None
+  search = re.compile(pattern).search
+  return lambda name: search(name) is not None
 
 
 def stack(trees: Sequence[Tree] | Any) -> Tree:
@@ -109,8 +109,8 @@ def stack(trees: Sequence[Tree] | Any) -> Tree:
   trees = list(trees)
   if not trees:
     raise ValueError("stack needs at least one tree, got none.")
-  for k, own in enumerate(trees):
-    refuse_optimizers(own, f"model {k}")
+  for k, params in enumerate(trees):
+    refuse_optimizers(params, f"model {k}")
   for k, other in enumerate(trees[1:], start=1):
     check_same(trees[0], other, left="model 0", right=f"model {k}")
   return jax.tree.map(lambda *leaves: _stacked(leaves), *trees)
@@ -204,8 +204,8 @@ def is_equal(a: Any, b: Any) -> bool:
     >>> is_equal(np.array([2**40, 1]), np.array([0, 1]))
     False
   """
-  kept = all(isinstance(x, np.ndarray) for x in (a, b))
-  return bool((a == b).all() if kept else jnp.all(a == b))
+  on_host = all(isinstance(x, np.ndarray) for x in (a, b))
+  return bool((a == b).all() if on_host else jnp.all(a == b))
 
 
 def refuse_optimizers(tree: Tree, whose: str) -> None:
@@ -255,7 +255,7 @@ def refuse_complex(base: Tree | None, models: Tree) -> None:
 
 
 def compute_dtype(*dtypes: Any) -> np.dtype:
-  """Returns the dtype to compute in: the widest of float32 and the given ones.
+  """Returns the dtype to compute in: the widest of float32 and those of the arguments.
 
   Example:
     >>> compute_dtype(jnp.bfloat16)

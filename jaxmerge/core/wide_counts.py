@@ -45,7 +45,7 @@ def counts(masks: Sequence[Array]) -> list[Array]:
 
   Example:
     >>> mask = jnp.array([[True, False, True]])
-    >>> [found.tolist() for found in counts([mask, ~mask])]
+    >>> [each.tolist() for each in counts([mask, ~mask])]
     [[[0], [2]], [[0], [1]]]
   """
 
@@ -75,19 +75,19 @@ def normal(limbs: Array) -> Array:
 
 
 def at_least(a: Limbs, b: Limbs) -> Array:
-  """Compares counts given as normal limbs: a >= b, elementwise [K]."""
+  """Compares counts in normal limbs: a >= b, elementwise [K]."""
   a, b = jnp.asarray(a), jnp.asarray(b)
   return (a[0] > b[0]) | ((a[0] == b[0]) & (a[1] >= b[1]))
 
 
 def plus(a: Limbs, b: Limbs) -> Array:
-  """Adds counts given as normal limbs, or a state that holds them; the sum is normal again."""
+  """Adds counts in normal limbs, or a state that holds them; the sum is normal again."""
   # Carried over each time: the low limbs of 2**16 slices would overflow.
   return normal(jnp.asarray(a) + jnp.asarray(b))
 
 
 def minus(a: Limbs, b: Limbs) -> Array:
-  """Subtracts counts given as normal limbs; a >= b is assumed."""
+  """Subtracts counts in normal limbs; a >= b is assumed."""
   borrow = (a[1] < b[1]).astype(jnp.uint32)
   low = a[1] + borrow * jnp.uint32(2**LIMB) - b[1]
   return jnp.stack([a[0] - borrow - b[0], low])
@@ -131,7 +131,7 @@ def share(fraction: Any, size: int, num_models: int, *, more: int = 0, least: in
 
 
 def at_most(a: Limbs, size: int) -> Array:
-  """Returns the smaller of counts, given as normal limbs [2, K], and a size."""
+  """Returns the smaller of counts, in normal limbs [2, K], and a size."""
   whole = jnp.broadcast_to(jnp.asarray(limbs(size))[:, None], a.shape)
   return jnp.where(at_least(a, whole), whole, a)
 

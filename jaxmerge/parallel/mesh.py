@@ -40,37 +40,37 @@ def make(
   Raises:
     ValueError: if a size is neither positive nor -1, two are -1, or there are too few devices.
   """
-  given = list(jax.devices() if devices is None else devices)
+  available = list(jax.devices() if devices is None else devices)
   sizes = dict(zip(AXES, (task, data, model), strict=True))
   open_axes = [axis for axis, n in sizes.items() if n == -1]
   if any(n < 1 and n != -1 for n in sizes.values()) or len(open_axes) > 1:
     raise ValueError(f"mesh sizes must be positive, at most one -1, got {sizes}.")
   if open_axes:
     fixed = math.prod(n for n in sizes.values() if n != -1)
-    left = max(1, len(given) // fixed)
+    left = max(1, len(available) // fixed)
     sizes[open_axes[0]] = min(left, tasks) if open_axes == ["task"] and tasks else left
   wanted = math.prod(sizes.values())
-  if wanted > len(given):
-    raise ValueError(f"a mesh {sizes} needs {wanted} devices, but there are {len(given)}.")
-  grid = np.array(_evenly(given, wanted, sizes)).reshape(tuple(sizes.values()))
+  if wanted > len(available):
+    raise ValueError(f"a mesh {sizes} needs {wanted} devices, but there are {len(available)}.")
+  grid = np.array(_evenly(available, wanted, sizes)).reshape(tuple(sizes.values()))
   return Mesh(grid, AXES)
 
 
 def _evenly(
-  given: Sequence[jax.Device], wanted: int, sizes: dict[str, int]
+  every: Sequence[jax.Device], wanted: int, sizes: dict[str, int]
 ) -> Sequence[jax.Device]:
   """The first devices; of many processes the first ones of each, so that all of them take part."""
-  owners = sorted({d.process_index for d in given})
+  owners = sorted({d.process_index for d in every})
   each, left = divmod(wanted, len(owners))
   if left:
     raise ValueError(
       f"a mesh {sizes} has {wanted} devices, which {len(owners)} processes cannot share evenly; "
       "give other sizes, or another number of processes."
     )
-  own = [[d for d in given if d.process_index == owner][:each] for owner in owners]
-  if any(len(devices) < each for devices in own):
+  of_owner = [[d for d in every if d.process_index == owner][:each] for owner in owners]
+  if any(len(devices) < each for devices in of_owner):
     raise ValueError(f"a mesh {sizes} needs {each} devices of each process; some have fewer.")
-  return [device for devices in own for device in devices]
+  return [device for devices in of_owner for device in devices]
 
 
 def by_task(mesh: Mesh) -> NamedSharding:
@@ -78,16 +78,16 @@ def by_task(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, P("task"))
 
 
-def own_slots(mesh: Mesh, height: int) -> range:
-  """Returns the slots of a stack of `height` that devices of this process hold.
+def own_slots(mesh: Mesh, num_slots: int) -> range:
+  """Returns the slots of a stack of `num_slots` that devices of this process hold.
 
   >>> own_slots(make(4, 2), 8)
   range(0, 8)
   """
   here, side = jax.process_index(), mesh.shape["task"]
-  own = [t for t in range(side) if any(d.process_index == here for d in mesh.devices[t].flat)]
-  each = height // side
-  return range(own[0] * each, (own[-1] + 1) * each)
+  local = [t for t in range(side) if any(d.process_index == here for d in mesh.devices[t].flat)]
+  each = num_slots // side
+  return range(local[0] * each, (local[-1] + 1) * each)
 
 
 def everywhere(mesh: Mesh) -> NamedSharding:
@@ -104,11 +104,11 @@ def spec(name: str, shape: Sequence[int], rules: Rules) -> P:
   Raises:
     ValueError: where no rule matches, or the one that does has more axes than the leaf.
   """
-  for pattern, own in rules:
+  for pattern, axes in rules:
     if re.search(pattern, name):
-      if len(own) > len(shape):
-        raise ValueError(f"leaf {name!r} of shape {list(shape)} cannot be sharded as {own}.")
-      return own
+      if len(axes) > len(shape):
+        raise ValueError(f"leaf {name!r} of shape {list(shape)} cannot be sharded as {axes}.")
+      return axes
   patterns = ", ".join(repr(pattern) for pattern, _ in rules)
   raise ValueError(f"no sharding rule matches leaf {name!r}; there are rules for {patterns}.")
 
@@ -121,23 +121,23 @@ def place(name: str, shape: Sequence[int], mesh: Mesh | None, rules: Rules) -> S
   """
   if mesh is None:
     return SingleDeviceSharding(jax.devices()[0])
-  own = spec(name, shape, rules)
-  for size, axes in zip(shape, own, strict=False):
+  partition = spec(name, shape, rules)
+  for size, axes in zip(shape, partition, strict=False):
     each = (axes,) if isinstance(axes, str) else tuple(axes or ())
     count = math.prod(mesh.shape[axis] for axis in each)
     if size % count:
       raise ValueError(
-        f"leaf {name!r} of shape {list(shape)} cannot be sharded as {own}: {size} entries over "
-        f"{count} devices."
+        f"leaf {name!r} of shape {list(shape)} cannot be sharded as {partition}: {size} entries "
+        f"over {count} devices."
       )
-  return NamedSharding(mesh, own)
+  return NamedSharding(mesh, partition)
 
 
-def places(given: Any, mesh: Mesh, rules: Rules = (), *, stacked: bool = False) -> Any:
+def places(params: Any, mesh: Mesh, rules: Rules = (), *, stacked: bool = False) -> Any:
   """Returns where the leaves of a tree go: each by its rule, whole on every device without rules.
 
   Args:
-    given: tree of what has a shape: of one model [*s], also where the result is for a stack.
+    params: tree of what has a shape: of one model [*s], also where the result is for a stack.
     mesh: the mesh.
     rules: how leaves are sharded, by name; they do not speak of a task axis.
     stacked: for a stack [T, *s] of such models, whose first axis lies over the mesh's task axis.
@@ -166,18 +166,18 @@ def places(given: Any, mesh: Mesh, rules: Rules = (), *, stacked: bool = False) 
       axes.pop()
     return NamedSharding(mesh, P(*axes))
 
-  return jax.tree_util.tree_map_with_path(one, given)
+  return jax.tree_util.tree_map_with_path(one, params)
 
 
-def put(given: Any, where: Any) -> Any:
+def put(params: Any, where: Any) -> Any:
   """Places the leaves of a tree: all with one sharding, or each with its own of a like tree.
 
   Where devices of other processes take part, each process gives what its own devices will hold; an
   array in the memory of a process must be the same in all of them.
   """
   if isinstance(where, Sharding):
-    return jax.tree.map(lambda x: _put(x, where), given)
-  return jax.tree.map(_put, given, where)
+    return jax.tree.map(lambda x: _put(x, where), params)
+  return jax.tree.map(_put, params, where)
 
 
 def _put(x: Any, where: Sharding) -> Array:
@@ -185,8 +185,8 @@ def _put(x: Any, where: Sharding) -> Array:
     return jax.device_put(x, where)
   if isinstance(x, jax.Array) and x.sharding.device_set == where.device_set:
     return _moved(where)(x)
-  own = np.asarray(x)
-  return jax.make_array_from_callback(own.shape, where, lambda index: own[index])
+  array = np.asarray(x)
+  return jax.make_array_from_callback(array.shape, where, lambda index: array[index])
 
 
 @functools.lru_cache(maxsize=64)
@@ -194,16 +194,16 @@ def _moved(where: Sharding) -> Callable[[Array], Array]:
   return jax.jit(lambda x: x, out_shardings=where)
 
 
-def fetch(given: Any) -> Any:
+def fetch(params: Any) -> Any:
   """Brings the leaves of a tree, whole, to the memory of every process: NumPy arrays.
 
   Where devices of other processes hold parts, one leaf after the other is whole on every device.
   """
 
-  def own(x: Any) -> Any:
+  def whole(x: Any) -> Any:
     if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
       return x
     assert isinstance(x.sharding, NamedSharding)
     return np.asarray(_put(x, NamedSharding(x.sharding.mesh, P())))
 
-  return jax.tree.map(np.asarray, jax.device_get(jax.tree.map(own, given)))
+  return jax.tree.map(np.asarray, jax.device_get(jax.tree.map(whole, params)))

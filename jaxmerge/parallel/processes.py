@@ -69,7 +69,7 @@ def agree(flag: bool) -> bool:
   return bool(multihost_utils.process_allgather(np.asarray(flag)).any())
 
 
-def same(given: Any) -> Any:
+def same(params: Any) -> Any:
   """Returns process 0's values of a tree of arrays, in the memory of every process.
 
   One process gives the tree back as it is. All must call it with the same shapes and dtypes.
@@ -78,8 +78,8 @@ def same(given: Any) -> Any:
   {'w': 1.0}
   """
   if jax.process_count() == 1:
-    return given
-  return multihost_utils.broadcast_one_to_all(jax.tree.map(np.asarray, given))
+    return params
+  return multihost_utils.broadcast_one_to_all(jax.tree.map(np.asarray, params))
 
 
 def lost(error: BaseException) -> bool:

@@ -120,7 +120,9 @@ def test_stages_that_share_a_number_must_agree():
   """A number has one value: another default would be passed over in silence."""
   assert stage.hparams(stage.chain(methods.trim(0.5), methods.trim(0.5))) == {"density": 0.5}
   twice = stage.chain(methods.trim(0.5), methods.trim(0.2), added)
-  with pytest.raises(ValueError, match=r"share the number 'density', but one has 0.5 .* 0.2"):
+  with pytest.raises(
+    ValueError, match=r"share the hyperparameter 'density', but one has 0.5 .* 0.2"
+  ):
     jaxmerge.merge(twice, MODELS)
 
 
