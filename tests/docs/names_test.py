@@ -1,4 +1,4 @@
-"""The glossary names what the code has."""
+"""The glossary, and the pages, name what the code has."""
 
 import dataclasses
 import importlib
@@ -7,7 +7,9 @@ import re
 
 import pytest
 
-GLOSSARY = pathlib.Path(__file__).parents[2] / "docs" / "glossary.md"
+ROOT = pathlib.Path(__file__).parents[2]
+GLOSSARY = ROOT / "docs" / "glossary.md"
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/**/*.md"))]
 ROWS = re.findall(r"^\| ([^|]+) \| [^|]+ \| ([^|]*)\|$", GLOSSARY.read_text("utf-8"), re.M)
 NAMES = [n for word, code in ROWS if word != "word" for n in re.findall(r"`([\w.]+)`", code)]
 
@@ -38,3 +40,9 @@ def test_a_word_has_one_meaning():
   words = [word for word, _ in ROWS if word not in ("word", "---")]
   assert len(words) > 40
   assert len(set(words)) == len(words)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_names_in_a_page_are_in_the_code(page):
+  for name in set(re.findall(r"\bjaxmerge\.([a-z_A-Z.]*[a-zA-Z])", page.read_text("utf-8"))):
+    assert find(name) is not None, name
