@@ -168,7 +168,7 @@ class Search:
 
     settings = {k: v for k, v in trial.items() if k != "mixed"}
     settings = dataclasses.replace(self.settings, **settings)
-    params, _ = joint.joint(
+    params, _ = joint.train(
       self.problem.apply,
       self.problem.params,
       self.tasks,

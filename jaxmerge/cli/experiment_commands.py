@@ -40,7 +40,7 @@ def run_atm(options: argparse.Namespace, config: Any) -> None:
 
   folder, plain = pathlib.Path(options.workdir), json.loads(config.to_json())
   workdirs.check(folder, plain, options.resume)
-  if (record := workdirs.finished(folder, plain)) is not None and not options.distributed:
+  if (record := workdirs.read_finished(folder, plain)) is not None and not options.distributed:
     progress.log("this run has finished: nothing is run again")
   else:
     start_devices(options, config.mesh.devices)
@@ -59,7 +59,7 @@ def _add_bench_flags(parser: argparse.ArgumentParser) -> None:
 def _load_bench(options: argparse.Namespace, changes: Changes) -> Any:
   from jaxmerge.experiments import bench_config
 
-  return bench_config.bench(options.config, changes)
+  return bench_config.load(options.config, changes)
 
 
 def run_bench(options: argparse.Namespace, config: Any) -> None:
@@ -131,7 +131,7 @@ def run_report(options: argparse.Namespace, config: Any) -> None:
   from jaxmerge.experiments import workdir as workdirs
 
   folder = pathlib.Path(options.workdir)
-  record = workdirs.record_of(folder)
+  record = workdirs.read_record(folder)
   progress.output(reports.text(record))
   reports.write(record, folder)
   progress.output(f"report: {folder / 'report.html'}")

@@ -1,4 +1,4 @@
-"""Every method on the same experts: numbers chosen on validation, several seeds, a leaderboard."""
+"""Every method on the same experts: tuned on validation, for several seeds, as a leaderboard."""
 
 from __future__ import annotations
 
@@ -213,7 +213,7 @@ def _experts_of_run(setup: Setup, folder: pathlib.Path) -> Any:
   path, place = folder / "config.json", folder / "checkpoints" / "experts"
   if not path.is_file() or not place.is_dir():
     raise ValueError(f"config.experts: {folder} holds no experts of a run ({place}).")
-  theirs, ours = (config.flat(c) for c in (workdir.config_of(folder), setup.config))
+  theirs, ours = (config.flat(c) for c in (workdir.read_config(folder), setup.config))
   for key in sorted(theirs.keys() | ours.keys()):
     if (key.startswith("baselines.experts.") or not key.startswith(_FREE)) and theirs.get(
       key

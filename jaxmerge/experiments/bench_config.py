@@ -14,7 +14,7 @@ from jaxmerge.experiments import config as configs
 from jaxmerge.experiments import schema
 
 
-def bench(path: str, changes: Sequence[tuple[str, str]] = ()) -> ConfigDict:
+def load(path: str, changes: Sequence[tuple[str, str]] = ()) -> ConfigDict:
   """Returns the locked config of a leaderboard of methods, changed and checked.
 
   `run` is the experiment's config, beside this one; `experts` the folder of an ATM run of it whose

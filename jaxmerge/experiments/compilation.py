@@ -47,7 +47,7 @@ def run(
   """
   devices = chips.devices(place)
   per_chip = len(devices) // place.chips
-  programs = (of_loop if "experiment" in config else of_merge)(config, devices)
+  programs = (loop_programs if "experiment" in config else merge_programs)(config, devices)
   records = []
   for program in programs:
     records.append(xla_program.record(program, place.chip, devices=per_chip))
@@ -62,7 +62,9 @@ def run(
   }
 
 
-def of_loop(config: Mapping[str, Any], devices: Sequence[Any]) -> Iterator[xla_program.Program]:
+def loop_programs(
+  config: Mapping[str, Any], devices: Sequence[Any]
+) -> Iterator[xla_program.Program]:
   """Yields the programs of tuning and merging: each half of a round, and the round.
 
   Raises:
@@ -121,7 +123,9 @@ def _stack(params: Any, num_models: int) -> Any:
   return jax.tree.map(lambda x: Struct((num_models, *x.shape), x.dtype), params)
 
 
-def of_merge(config: Mapping[str, Any], devices: Sequence[Any]) -> Iterator[xla_program.Program]:
+def merge_programs(
+  config: Mapping[str, Any], devices: Sequence[Any]
+) -> Iterator[xla_program.Program]:
   """Yields the programs of a merge: in memory over the whole mesh, and those of a streamed one.
 
   The streamed programs are recorded while one slice of random numbers is streamed on this machine.
@@ -159,7 +163,7 @@ def _streamed(
   seed: int | None,
   device: Any,
 ) -> Iterator[xla_program.Program]:
-  """The programs that merge one leaf of about so many entries, slice by slice, on one device."""
+  """Yields the programs that merge a leaf of about so many entries by slices, on one device."""
   shape = (max(1, entries // width), width)
   drawn = np.random.default_rng(0).standard_normal((num_models + 1, *shape), np.float32)
   drawn = drawn.reshape(num_models + 1, -1).astype(dtype)

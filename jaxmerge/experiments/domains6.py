@@ -36,7 +36,7 @@ def problem(config: Mapping[str, Any], cache: Cache) -> Problem:
   start = functools.partial(llama.init, fields, jax.random.key(config["seed"]))
 
   def train() -> Any:
-    return joint.joint(apply, start(), [mixture], settings, mixed=False)[0]
+    return joint.train(apply, start(), [mixture], settings, mixed=False)[0]
 
   def save(folder: pathlib.Path, params: Any, readme: str) -> None:
     length = sizes["length"]

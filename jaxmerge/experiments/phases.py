@@ -121,7 +121,7 @@ def train_jointly(setup: Setup) -> Models:
   changes = dict(setup.config["baselines"]["multitask"])
 
   def make() -> tuple[Any, dict[str, Any]]:
-    params, cost, way = joint.better_joint(
+    params, cost, way = joint.train_both_ways(
       setup.problem.apply,
       setup.params,
       setup.problem.tasks,

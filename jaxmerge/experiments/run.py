@@ -45,7 +45,7 @@ def run(
   )
   with workdirs.hold(folder, plain, resume):
     shared.check(folder)
-    if record := workdirs.finished(folder, plain):
+    if record := workdirs.read_finished(folder, plain):
       return record
     ready = setup.prepare(plain, folder, events.Events(progress, stop))
     if processes.first():

@@ -103,7 +103,7 @@ def _check(
     return
   if resume == "never":
     raise ValueError(f"{workdir} holds a run already; choose another workdir, or --resume=auto.")
-  differ = _differences(config_of(workdir), config, free)
+  differ = _differences(read_config(workdir), config, free)
   if differ:
     more = f" and {len(differ) - 5} more" if len(differ) > 5 else ""
     raise ValueError(
@@ -124,7 +124,7 @@ def _differences(
   ]
 
 
-def config_of(workdir: pathlib.Path) -> dict[str, Any]:
+def read_config(workdir: pathlib.Path) -> dict[str, Any]:
   """Returns the config of the run in a folder; ValueError, naming the file, if it is damaged."""
   path = workdir / "config.json"
   try:
@@ -133,7 +133,7 @@ def config_of(workdir: pathlib.Path) -> dict[str, Any]:
     raise ValueError(f"{error} Restore it, or choose another workdir.") from error
 
 
-def record_of(workdir: pathlib.Path) -> dict[str, Any]:
+def read_record(workdir: pathlib.Path) -> dict[str, Any]:
   """Returns the record of a finished run; ValueError, naming the file, for what is none."""
   path = workdir / "report.json"
   if not path.is_file():
@@ -150,7 +150,7 @@ def record_of(workdir: pathlib.Path) -> dict[str, Any]:
   return record
 
 
-def finished(workdir: pathlib.Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
+def read_finished(workdir: pathlib.Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
   """Returns the record of a run that has come to its end, with all that it leaves, else None.
 
   Raises:
@@ -160,7 +160,7 @@ def finished(workdir: pathlib.Path, config: Mapping[str, Any]) -> dict[str, Any]
   left += ["experts"] * bool(config["keep_experts"])
   if not all((workdir / name).exists() for name in left):
     return None
-  record = record_of(workdir)
+  record = read_record(workdir)
   return None if _differences(record["config"], config) else record
 
 

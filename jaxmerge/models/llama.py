@@ -172,7 +172,7 @@ def load(
 
 
 def _is_tied(theirs: Mapping[str, tensor.Tensor]) -> bool:
-  """Tells whether no head is stored, or one that is the embedding."""
+  """Returns whether no head is stored, or one that is the embedding."""
   head, embedding = theirs.get(_HEAD), theirs.get("model.embed_tokens.weight")
   return head is None or (embedding is not None and tied.equal(head, embedding))
 

@@ -1,1 +1,1 @@
-"""Data sets with frozen heads: what a model is tuned on and judged by."""
+"""Data sets with frozen heads: what a model is tuned and scored on."""

@@ -1,4 +1,4 @@
-"""Frozen heads made from a base model alone."""
+"""Frozen heads from a base model alone."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def zero_shot(
   prompts_mask: np.ndarray,
   scale: float = 20.0,
 ) -> np.ndarray:
-  """Makes a head [D, classes] whose columns are the normalised embeddings of the classes' prompts.
+  """Returns a head [D, classes]: its columns are normalised embeddings of the classes' prompts.
 
   With features of length one the logits are `scale` times cosines: the protocol of CLIP, on text.
 
@@ -33,7 +33,7 @@ def zero_shot(
     )
   rows = np.asarray(embed(prompts_ids, prompts_mask), np.float32)
   if rows.ndim != 2 or len(rows) != len(prompts_ids):
-    raise ValueError(f"embed must give [{len(prompts_ids)}, D], got {rows.shape}.")
+    raise ValueError(f"embed must return [{len(prompts_ids)}, D], got {rows.shape}.")
   norms = np.linalg.norm(rows, axis=1, keepdims=True)
   wrong = np.flatnonzero(~(np.isfinite(norms[:, 0]) & (norms[:, 0] > 0)))
   if wrong.size:

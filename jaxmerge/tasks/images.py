@@ -66,7 +66,7 @@ def _task(name: str, seed: int, sizes: dict[str, int]) -> task_lib.Task:
       f"no image task {name!r}; did you mean {near!r}? There are: {', '.join(NAMES)}."
     )
   x, y = digits() if name == "digits" else _shipped(name)
-  order = _taking_turns(y, np.random.default_rng([seed, zlib.crc32(name.encode())]))
+  order = _alternate_classes(y, np.random.default_rng([seed, zlib.crc32(name.encode())]))
   count = {k: max(1, n * len(y) // ROWS) for k, n in sizes.items()}
   # Test rows come from the front and validation rows from the back: another number of rows to
   # train on changes neither.
@@ -78,7 +78,7 @@ def _task(name: str, seed: int, sizes: dict[str, int]) -> task_lib.Task:
 
 
 def digits() -> tuple[np.ndarray, np.ndarray]:
-  """Gives scikit-learn's digits: uint8 [rows, 28, 28], each pixel 3x3, and int32 labels."""
+  """Returns scikit-learn's digits: uint8 [rows, 28, 28], each pixel 3x3, and int32 labels."""
   try:
     from sklearn import datasets
   except ImportError as error:
@@ -96,8 +96,8 @@ def _shipped(name: str) -> tuple[np.ndarray, np.ndarray]:
     return arrays["x"], arrays["y"].astype(np.int32)
 
 
-def _taking_turns(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-  """Gives a random order in which every class has its n-th row before any has its n+1-th."""
+def _alternate_classes(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+  """Returns a random order in which every class has its n-th row before any has its n+1-th."""
   order = rng.permutation(len(labels))
   turn = np.empty(len(labels), np.int64)
   for label in np.unique(labels):

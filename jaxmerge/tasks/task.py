@@ -27,7 +27,7 @@ class Task:
   Attributes:
     name: unique among the tasks of a run; random streams of the task derive from it.
     train: rows that are tuned on.
-    validation: rows that choices (scales, settings, early stopping) are made by.
+    validation: rows by which scales, settings and the best round are chosen.
     test: rows that are read once, at the end; None where there are none.
     head: frozen array [features, classes], handed to the model with every batch; None where the
       model needs none. Heads of tasks with fewer classes are padded, the padding is masked. A task

@@ -156,7 +156,7 @@ def load(
 def encode(
   task: TextTask, tokenizer: Any, length: int, head: np.ndarray | None = None
 ) -> task_lib.Task:
-  """Makes a Task of token numbers: inputs {"ids", "mask"}, both int32 [rows, length].
+  """Returns a Task of token numbers: inputs {"ids", "mask"}, both int32 [rows, length].
 
   Args:
     task: from `load`.

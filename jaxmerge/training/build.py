@@ -98,7 +98,9 @@ def build(spec: Spec, params: Any, *, abstract: bool = False) -> Loop:
   tasks, method = spec.tasks, spec.method
   shapes = {n: v.shape for n, v in tree.named(params).items()}
   local = optimizers.local(settings, params)
-  step = local_steps.step(placement.in_place(spec.apply, mesh, rules), spec.loss, settings, local)
+  step = local_steps.step(
+    placement.shard_weights(spec.apply, mesh, rules), spec.loss, settings, local
+  )
   slots, waves = _slots(len(tasks), settings.at_once, mesh.shape["task"])
   parts = rounds.Parts(
     step,

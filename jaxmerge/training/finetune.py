@@ -95,7 +95,7 @@ def _programs(
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
   """Compiles the start, params -> (models, states), and a part of the training."""
   local = optimizers.local(settings, params)
-  step = local_steps.step(placement.in_place(apply, mesh, rules), loss, settings, local)
+  step = local_steps.step(placement.shard_weights(apply, mesh, rules), loss, settings, local)
 
   @jax.jit
   def begin(params: Any) -> Any:

@@ -22,7 +22,7 @@ from jaxmerge.training.settings import Settings
 Progress = Callable[[int, int], None]
 
 
-def joint(
+def train(
   apply: batch.Apply,
   params: Any,
   tasks: Sequence[tasks_.Task],
@@ -56,9 +56,9 @@ def joint(
   step = local_steps.step(apply, loss, settings, local)
   rows = jax.tree.map(jnp.asarray, batch.stack(tasks, "train"))
   names, counts = [t.name for t in tasks], [len(t.train.labels) for t in tasks]
-  task, index, rate = _joint_plan(names, counts, settings, len(tasks) if mixed else 1)
+  task, index, rate = _plan(names, counts, settings, len(tasks) if mixed else 1)
 
-  tuned = _joint_program(step, mixed)
+  tuned = _program(step, mixed)
   state, parts = local.init(params), settings.rounds
   best = (-np.inf, params)
   width = -(-len(rate) // parts)
@@ -81,7 +81,7 @@ def joint(
   return params, cost._replace(gradient_steps=len(rate), sequential_steps=len(rate))
 
 
-def better_joint(
+def train_both_ways(
   apply: batch.Apply,
   params: Any,
   tasks: Sequence[tasks_.Task],
@@ -91,16 +91,16 @@ def better_joint(
   score: Callable[[Any], float],
   on_part: Callable[[str, int], Progress],
 ) -> tuple[Any, budget.Budget, str]:
-  """Trains one model on all tasks in turn, another in mixed batches; returns the better one.
+  """Trains a model on all tasks in turn, another in mixed batches, and returns the better one.
 
-  Arguments are those of `joint`; `on_part` makes its callback, for a way and a number of parts.
+  Arguments are those of `train`; `on_part` makes its callback, for a way and a number of parts.
 
   Returns:
     The model; what one of them cost, with two trials; and how its batches were drawn.
   """
   tried = []
   for mixed, way in ((False, "in turn"), (True, "mixed batches")):
-    model, cost = joint(
+    model, cost = train(
       apply,
       params,
       tasks,
@@ -114,7 +114,7 @@ def better_joint(
   return max(tried, key=lambda one: one[0])[1:]
 
 
-def _joint_program(step: Any, mixed: bool) -> Callable[..., Any]:
+def _program(step: Any, mixed: bool) -> Callable[..., Any]:
   """Compiles a part: (params, state, rows, plan) -> (params, state, summed loss, finite [1])."""
 
   @jax.jit
@@ -138,7 +138,7 @@ def _joint_program(step: Any, mixed: bool) -> Callable[..., Any]:
   return tuned
 
 
-def _joint_plan(
+def _plan(
   names: Sequence[str], counts: Sequence[int], settings: Settings, width: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
   """Interleaves the tasks' batches evenly, `width` of them a step: [S, G], [S, G, B], [S]."""

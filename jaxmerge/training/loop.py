@@ -7,6 +7,7 @@ Reference: Zhou et al. 2024, ATM: improving model merging by alternating tuning 
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple  # Any: parameters are the user's tree.
@@ -39,14 +40,14 @@ from jaxmerge.training.settings import Settings
 
 
 class Result(NamedTuple):
-  """What a run leaves.
+  """The result of a run.
 
   Attributes:
     params: the merged model.
     rounds: one record a round: means, per task, losses, geometry, exchanges, seconds.
     budget: what it cost.
-    messages: what happened on the way, such as checkpoints that were set aside; for methods of
-      rows and matrices, how many leaves lie how.
+    messages: notes, such as checkpoints that were set aside; for methods of
+      rows and matrices, how many leaves have which matrix view.
   """
 
   params: Any
@@ -221,12 +222,12 @@ class _Run:
     """Takes up state and records of the last good checkpoint, if there is one."""
     if self.checkpoints is None:
       return
-    accept = lambda record: saving.refuse_other_run(self.loop, record)  # noqa: E731
+    accept = functools.partial(saving.refuse_other_run, self.loop)
     checkpoint = self.checkpoints.restore(self.saved(), accept=accept)
     if checkpoint is None:
       return
     arrays, self.records = checkpoint.state, checkpoint.record["rounds"]
-    self.loop = saving.resumed_loop(self.loop, arrays)
+    self.loop = saving.restore_loop(self.loop, arrays)
     if self.loop.rows.head is not None:
       self.head = arrays["head"]
       self.validation = saving.with_head(self.validation, meshes.fetch(self.head))
@@ -234,5 +235,5 @@ class _Run:
       means = [r["mean"] for r in self.records if r["mean"] is not None]
       self.best = arrays["best"]
       self.best_score = max(map(self.metric.gain, means), default=-np.inf)
-    self.state = saving.resumed_state(self.loop, arrays, self.state)
+    self.state = saving.restore_state(self.loop, arrays, self.state)
     self.messages = (*checkpoint.set_aside, f"resumed after round {len(self.records)}")

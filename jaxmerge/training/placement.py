@@ -16,7 +16,7 @@ from jaxmerge.parallel import mesh as meshes
 from jaxmerge.tasks import batch, task
 
 
-def in_place(apply: batch.Apply, mesh: Mesh, rules: meshes.Rules = ()) -> batch.Apply:
+def shard_weights(apply: batch.Apply, mesh: Mesh, rules: meshes.Rules = ()) -> batch.Apply:
   """Returns a model whose weights, and with them its gradients, are sharded by the rules.
 
   To be called in the manual part of a program over the task axis, as local steps are. Left to

@@ -86,7 +86,7 @@ def with_head(rows: batch.TaskBatch, head: np.ndarray) -> batch.TaskBatch:
   return rows._replace(head=padded)
 
 
-def resumed_loop(loop: Loop, arrays: Mapping[str, Any]) -> Loop:
+def restore_loop(loop: Loop, arrays: Mapping[str, Any]) -> Loop:
   """Returns the loop with the start and the heads of a checkpoint.
 
   Raises:
@@ -99,7 +99,7 @@ def resumed_loop(loop: Loop, arrays: Mapping[str, Any]) -> Loop:
   return loop._replace(rows=with_head(loop.rows, meshes.fetch(arrays["head"])))
 
 
-def resumed_state(loop: Loop, arrays: Mapping[str, Any], start: rounds.State) -> rounds.State:
+def restore_state(loop: Loop, arrays: Mapping[str, Any], start: rounds.State) -> rounds.State:
   """Returns the state of a checkpoint, with the empty slots of the start."""
   num_tasks, local, spare = len(loop.spec.tasks), arrays["local"], start.local
   if loop.parts.keeps_states and loop.waves > 1:

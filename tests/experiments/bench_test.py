@@ -54,7 +54,7 @@ def made(tmp_path_factory):
   """A leaderboard of little data: its config, folder, and what was told."""
   folder = tmp_path_factory.mktemp("bench")
   path = written(folder)
-  facts = bench.run(bench_config.bench(path), path, folder / "run")
+  facts = bench.run(bench_config.load(path), path, folder / "run")
   return path, folder / "run", facts
 
 
@@ -109,7 +109,7 @@ def test_a_finished_run_is_not_made_again(made):
   assert len(files) == 10
   before = [f.stat().st_mtime_ns for f in files]
   files[3].unlink()
-  again = bench.run(bench_config.bench(path), path, folder)
+  again = bench.run(bench_config.load(path), path, folder)
   after = [f.stat().st_mtime_ns for f in files]
   assert [a == b for a, b in zip(before, after, strict=True)] == [True] * 3 + [False] + [True] * 6
   same = again["summary"]["models"], made[2]["summary"]["models"]
@@ -126,7 +126,7 @@ def test_methods_and_seeds_are_added_to_a_run(made, tmp_path):
   changed = METHODS.replace("scale=(0.25,)", "scale=(0.1, 0.25)") + "  sce=dict(),\n"
   path = written(tmp_path, methods=changed, seeds=3)
   events = []
-  facts = bench.run(bench_config.bench(path), path, folder, progress=events.append)
+  facts = bench.run(bench_config.load(path), path, folder, progress=events.append)
   trials = {n: [r["trials"] for r in runs] for n, runs in facts["methods"].items()}
   assert trials["ties"] == [99, 12, 12]
   assert trials["task_arithmetic"] == [2, 2, 2]
@@ -135,7 +135,7 @@ def test_methods_and_seeds_are_added_to_a_run(made, tmp_path):
   assert [t.split(":")[0] for t in told] == [f"task_arithmetic, seed {i}" for i in (0, 1)]
   other = written(tmp_path, methods=changed, seeds=3, final=False)
   with pytest.raises(ValueError, match="another config: final is True there"):
-    bench.run(bench_config.bench(other), other, folder)
+    bench.run(bench_config.load(other), other, folder)
 
 
 @pytest.mark.slow
@@ -143,14 +143,14 @@ def test_experts_of_a_run_are_taken(made, tmp_path):
   """Those of another seed are refused, and so is a folder without any."""
   _, folder, facts = made
   path = written(tmp_path, "average=dict()", 1, experts=str(folder / "seed{seed}"))
-  again = bench.run(bench_config.bench(path), path, tmp_path / "run")
+  again = bench.run(bench_config.load(path), path, tmp_path / "run")
   own, theirs = (f["summary"]["models"]["experts"]["mean"]["values"][0] for f in (again, facts))
   assert own == theirs
   assert not (tmp_path / "run" / "seed0" / "checkpoints" / "experts").exists()
   for experts, message in (("seed1", "seed is 1 there and 0 here"), ("none", "holds no experts")):
     path = written(tmp_path, "average=dict()", 1, experts=str(folder / experts))
     with pytest.raises(ValueError, match=message):
-      bench.run(bench_config.bench(path), path, tmp_path / experts)
+      bench.run(bench_config.load(path), path, tmp_path / experts)
 
 
 @pytest.mark.parametrize(
@@ -167,7 +167,7 @@ def test_experts_of_a_run_are_taken(made, tmp_path):
 )
 def test_is_refused(tmp_path, methods, changes, message):
   with pytest.raises(ValueError, match=message):
-    bench_config.bench(written(tmp_path, methods), changes)
+    bench_config.load(written(tmp_path, methods), changes)
 
 
 def test_the_command_line_tells_errors_in_one_line(tmp_path, capsys):
@@ -183,7 +183,7 @@ BENCHES = [p for p in sorted((ROOT / "configs").glob("*_methods.py")) if "_atm_"
 
 @pytest.mark.parametrize("path", BENCHES, ids=str)
 def test_configs_are_sound_and_try_at_most_twelve(path):
-  config = bench_config.bench(str(path))
+  config = bench_config.load(str(path))
   for name, own in config.methods.items():
     trials = len(list(grid.candidates(name, dict(own))))
     assert trials <= 12, name

@@ -45,7 +45,7 @@ def tiny_loop(**changes):
 @pytest.fixture(scope="module")
 def loop():
   """The records of a round's programs."""
-  programs = list(compilation.of_loop(tiny_loop(), jax.devices()))
+  programs = list(compilation.loop_programs(tiny_loop(), jax.devices()))
   return {p.name: xla_program.record(p, chips.CHIPS["v5e"]) for p in programs}
 
 
@@ -139,7 +139,7 @@ def test_more_than_the_chip_has_does_not_fit():
 
 def test_tasks_in_turn_are_refused():
   with pytest.raises(ValueError, match="set it to 0"):
-    next(compilation.of_loop(tiny_loop(at_once=2), jax.devices()))
+    next(compilation.loop_programs(tiny_loop(at_once=2), jax.devices()))
 
 
 def tiny_merge(**changes):
@@ -149,7 +149,7 @@ def tiny_merge(**changes):
 def test_a_merge_in_memory_is_that_of_the_library():
   own = tiny_merge(method={"name": "task_arithmetic", "scale": 0.3}, dtype="float32")
   own["mesh"] = {"task": 1, "data": 1, "model": 2}
-  programs = list(compilation.of_merge(own, jax.devices()))
+  programs = list(compilation.merge_programs(own, jax.devices()))
   assert [p.name for p in programs] == ["merge in memory", "streamed merged"]
   lowered = programs[0].lower()
   draw = np.random.default_rng(0).standard_normal
@@ -161,7 +161,9 @@ def test_a_merge_in_memory_is_that_of_the_library():
 
 
 def test_a_streamed_merge_has_the_programs_of_its_statistics():
-  programs = list(compilation.of_merge(tiny_merge(method={"name": "ties"}), jax.devices()[:1]))
+  programs = list(
+    compilation.merge_programs(tiny_merge(method={"name": "ties"}), jax.devices()[:1])
+  )
   names = [p.name for p in programs]
   assert names[0] == "merge in memory"
   assert {"streamed patterns", "streamed sides", "streamed merged"} <= set(names)

@@ -33,7 +33,7 @@ def resolve(name):
   path = str(FOLDER / f"{name}.py")
   keys = configs.read(path)
   if "run" in keys:
-    return bench_config.bench(path)
+    return bench_config.load(path)
   return compile_config.load(path)
 
 

@@ -159,7 +159,7 @@ import json, pathlib, sys
 from jaxmerge import report
 from jaxmerge.experiments import workdir
 folder = pathlib.Path(sys.argv[1])
-found = workdir.finished(folder, json.loads((folder / "config.json").read_text()))
+found = workdir.read_finished(folder, json.loads((folder / "config.json").read_text()))
 print(report.text(found))
 assert not {"jax", "matplotlib"} & sys.modules.keys()
 """

@@ -43,7 +43,7 @@ def test_a_prompt_is_classified_as_its_own_class():
 def test_errors_name_shape_and_prompt():
   with pytest.raises(ValueError, match=r"prompts_ids \(2, 2\) and prompts_mask \(2,\)"):
     heads.zero_shot(embed, IDS, MASK[0])
-  with pytest.raises(ValueError, match=r"embed must give \[2, D\], got \(2, 2, 1\)"):
+  with pytest.raises(ValueError, match=r"embed must return \[2, D\], got \(2, 2, 1\)"):
     heads.zero_shot(lambda i, m: embed(i, m)[..., None], IDS, MASK)
   with pytest.raises(ValueError, match=r"prompt 1: its embedding has length 0\.0"):
     heads.zero_shot(lambda i, m: jnp.array([[1.0, 0], [0, 0]]), IDS, MASK)

@@ -30,7 +30,7 @@ def experts(tasks=None, devices=1, **changes):
 
 def joint(mixed, tasks=None, **changes):
   tasks = small.three() if tasks is None else tasks
-  return training_joint.joint(small.network, small.weights(), tasks, chosen(**changes), mixed=mixed)
+  return training_joint.train(small.network, small.weights(), tasks, chosen(**changes), mixed=mixed)
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +88,7 @@ def test_costs_by_hand(whole):
 
 def test_joint_training_takes_the_batches_of_the_experts():
   names, rows, s = ("ant", "bee", "cat"), (12, 20, 9), chosen(rounds=7)
-  task, index, rate = training_joint._joint_plan(names, rows, s, 1)
+  task, index, rate = training_joint._plan(names, rows, s, 1)
   assert len(task) == 20
   for t, (name, n) in enumerate(zip(names, rows, strict=True)):
     steps = schedule.totals(rows, s)[t]
@@ -109,7 +109,7 @@ def test_joint_training_on_quadratics_is_descent_on_their_sum():
   theta = start["theta"]
   for _ in range(3):
     theta = theta - 0.125 * sum(m @ (theta - p) for m, p in zip(a, c, strict=True)) / 2
-  found, _ = training_joint.joint(small.quadratic, start, tasks, s, mixed=True, loss=small.as_given)
+  found, _ = training_joint.train(small.quadratic, start, tasks, s, mixed=True, loss=small.as_given)
   np.testing.assert_allclose(found["theta"], theta, rtol=1e-6)
   # In turn: one task after the other, in the order of their tags.
   order = sorted(range(2), key=lambda k: jaxmerge.core.tree.tag(tasks[k].name))
@@ -117,7 +117,7 @@ def test_joint_training_on_quadratics_is_descent_on_their_sum():
   for _ in range(3):
     for k in order:
       theta = theta - 0.125 * a[k] @ (theta - c[k])
-  found, _ = training_joint.joint(
+  found, _ = training_joint.train(
     small.quadratic, start, tasks, s, mixed=False, loss=small.as_given
   )
   np.testing.assert_allclose(found["theta"], theta, rtol=1e-6)

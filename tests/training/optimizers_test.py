@@ -42,7 +42,7 @@ def test_all_that_tunes_takes_an_optax_transformation():
   named = settings.Settings(**PLAIN, learning_rate=0.05, weight_decay=0.01, clip_norm=0.0)
   given = settings.Settings(**PLAIN, optimizer=adamw())
   arguments = small.network, small.weights(), small.three()
-  for tune in (finetune.experts, lambda *a: joint.joint(*a, mixed=True)):
+  for tune in (finetune.experts, lambda *a: joint.train(*a, mixed=True)):
     small.assert_same_bits(tune(*arguments, given)[0], tune(*arguments, named)[0])
 
 

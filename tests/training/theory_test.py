@@ -80,7 +80,7 @@ def test_one_full_batch_step_is_minus_rate_times_mean_gradient():
     vector, jax.tree.map(lambda g: -rate * g, gradient), rtol=0, atol=1e-12 * rate * scale
   )
   # Joint training on mixed batches takes the same step.
-  together, _ = training_joint.joint(small.network, start, tasks, chosen, mixed=True)
+  together, _ = training_joint.train(small.network, start, tasks, chosen, mixed=True)
   small.assert_close(together, found, rtol=0, atol=1e-12 * scale)
 
 
