@@ -1,4 +1,4 @@
-"""Recipes: mergekit's YAML, read strictly, every problem told with its line; free of jax."""
+"""Recipes: mergekit's YAML, read strictly, every problem with its line; free of jax."""
 
 from jaxmerge import lazy
 

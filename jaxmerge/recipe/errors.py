@@ -1,4 +1,4 @@
-"""Where something stands in a recipe, and the one error that lists all that is wrong there."""
+"""Positions in a recipe, and the one error that lists all its problems."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Place(NamedTuple):
 
   @property
   def short(self) -> str:
-    """Returns the position within its recipe, for texts that refer to it: `line 3`, or the path."""
+    """Returns the position without the file: `line 3`, or the path."""
     return self.path or f"line {self.line}"
 
 
@@ -68,7 +68,7 @@ class RecipeError(ValueError):
 
   @property
   def problems(self) -> tuple[Problem, ...]:
-    """The problems, by position."""
+    """Returns the problems, by position."""
     return self.args[0]
 
   def __str__(self) -> str:
@@ -77,7 +77,7 @@ class RecipeError(ValueError):
 
 
 def _line(text: str) -> str:
-  """Returns a text cut and escaped, so that what it quotes stays in one line of a terminal."""
+  """Returns a text cut and escaped, so that it fits in one line of a terminal."""
   cut = text if len(text) <= _WIDEST else text[:_WIDEST] + "..."
   return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in cut)
 
@@ -117,7 +117,7 @@ def show(value: Any) -> str:
 
 @contextlib.contextmanager
 def collect(problems: list[Exception]) -> Iterator[None]:
-  """Adds an error of its block to a list, so that the others are collected as well."""
+  """Adds an error of its block to a list, and goes on."""
   try:
     yield
   except (OSError, ValueError) as error:
@@ -125,7 +125,7 @@ def collect(problems: list[Exception]) -> Iterator[None]:
 
 
 def raise_all(problems: Sequence[Exception]) -> None:
-  """Raises what was collected, if anything: one error as it is, several as one of them all.
+  """Raises the errors that were collected: one as it is, several as one error.
 
   Example:
     >>> problems = []

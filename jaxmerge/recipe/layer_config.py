@@ -42,14 +42,14 @@ _COUNTED = re.compile(
 
 
 def has_default_count(part: Config, whole: Config) -> bool:
-  """Tells whether the class of a part that says no number of layers has COUNT for it."""
+  """Tells whether the class of a config counts layers by COUNT, though the config does not."""
   text = "llama" if "llava" in str(whole.get("model_type")) else None  # As LLaVA's classes have it.
   kind = part.get("model_type", text)
   return isinstance(kind, str) and _COUNTED.fullmatch(kind) is not None
 
 
 def each_layer(config: Config, height: int) -> list[str]:
-  """Returns the keys of lists that have an entry for each of some layers, and are called so."""
+  """Returns the keys of lists that have an entry for each layer, by name and length."""
   return [
     key
     for key, value in config.items()
@@ -58,7 +58,7 @@ def each_layer(config: Config, height: int) -> list[str]:
 
 
 def restack(config: Config, count: str | None, layers: Layers) -> dict[str, Any]:
-  """Returns the part of a config that is about one stack, as it holds for the new layers.
+  """Returns the part of a config about one stack, for the new layers.
 
   >>> config = {"n_layer": 2, "mlp_only_layers": [0], "layer_types": ["a", "b"]}
   >>> restack(config, "n_layer", Layers(2, (1, 0, 0)))
@@ -84,7 +84,7 @@ def restack(config: Config, count: str | None, layers: Layers) -> dict[str, Any]
 
 
 def _count_ahead(config: Config, count: int, layers: Layers) -> tuple[dict[str, Any], Layers]:
-  """Counts the layers that predict more tokens apart: they lie behind all others."""
+  """Counts the layers for multi-token prediction apart: they lie behind all others."""
   key = next((k for k in _AHEAD if type(config.get(k)) is int and config[k] > 0), None)
   if key is None or layers.height != count + config[key]:
     return dict(config), layers
@@ -99,7 +99,7 @@ def _count_ahead(config: Config, count: int, layers: Layers) -> tuple[dict[str, 
 
 
 def ahead(config: Config) -> int:
-  """Returns how many layers a config says are stored behind those that it counts."""
+  """Returns how many layers are stored behind those that a config counts."""
   return next((config[k] for k in _AHEAD if type(config.get(k)) is int), 0)
 
 
@@ -143,7 +143,7 @@ def _is_numbers(key: str, value: Sequence[Any], height: int) -> bool:
 
 
 def _inside(key: str, value: Config, layers: Layers) -> dict[str, Any]:
-  """Returns a mapping by number of layer, or with lists of its own, in the new order."""
+  """Returns a mapping by number of layer, or one with lists, in the new order."""
   if value and all(str(k).isdecimal() and int(k) < layers.height for k in value):
     reordered = {str(i): value[str(old)] for i, old in enumerate(layers.order) if str(old) in value}
     return reordered if "layer" in key else dict(value)
@@ -158,7 +158,7 @@ def _inside(key: str, value: Config, layers: Layers) -> dict[str, Any]:
 
 
 def entries(config: Config, height: int, rules: bool = False) -> Iterator[tuple[str, list[Any]]]:
-  """Yields what lists of a config and its parts, and rules if wanted, say of each of some layers.
+  """Yields the entries for each layer in the lists of a config, and by its rules if `rules` is set.
 
   >>> dict(entries({"layer_types": ["a", "b"], "mlp_only_layers": [1]}, 2))
   {'layer_types': ['a', 'b'], 'mlp_only_layers': [False, True]}

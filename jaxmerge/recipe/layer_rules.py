@@ -21,7 +21,7 @@ class Layers(NamedTuple):
   counted: int | None = None
 
   def is_list_of(self, value: Sequence[Any]) -> bool:
-    """Tells whether a list is as long as if it had an entry for each layer."""
+    """Tells by its length whether a list may have an entry for each layer."""
     if len(value) not in (self.height, self.counted):
       return False
     if len(value) <= max(self.order, default=0):
@@ -34,7 +34,7 @@ class Layers(NamedTuple):
 
 
 class Cycle(NamedTuple):
-  """A rule by which layers of one kind come at equal distances, and the list that is in its place.
+  """A rule by which every n-th layer is of one kind, and the list that can replace it.
 
   Attributes:
     key: that says the distance; it need not be in a config.

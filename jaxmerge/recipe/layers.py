@@ -30,7 +30,7 @@ class Place(NamedTuple):
 
 
 def place(name: str) -> Place | None:
-  """Takes a tensor's name apart at the first number in it; None without one.
+  """Splits a tensor's name at its first number; None without one.
 
   >>> place("model.layers.3.experts.7.w1.weight")
   Place(stack='model.layers.', layer=3, rest='experts.7.w1.weight')
@@ -56,7 +56,7 @@ def stacks(names: Iterable[str]) -> dict[str, int]:
 def main(names: Iterable[str], config: Mapping[str, Any]) -> str:
   """Returns the stack that `layer_range` counts: the one as high as the config says.
 
-  Of a model that sees or hears, that is the stack of its text, by `text_config` if there is one.
+  Of a model with vision or audio, that is the stack of its text, by `text_config` if there is one.
 
   >>> text = {"text_config": {"num_hidden_layers": 2}, "vision_config": {"num_hidden_layers": 2}}
   >>> main(["vision_tower.layers.1.w", "language_model.layers.1.w"], text)
@@ -98,7 +98,7 @@ class Unclear(ValueError):
 
 
 def is_tower(name: str) -> bool:
-  """Tells whether a tensor or a stack is of what sees or hears beside the text.
+  """Tells whether a tensor or a stack is part of a vision or audio tower.
 
   >>> is_tower("model.visual.blocks.0.norm1.weight"), is_tower("model.layers.0.mlp.weight")
   (True, False)

@@ -43,7 +43,7 @@ class Value(NamedTuple):
 
 
 class Values(NamedTuple):
-  """All that a method needs to know to merge one tensor.
+  """The method of a tensor, and its parameters.
 
   Attributes:
     method: name of the method.
@@ -121,7 +121,7 @@ def is_excluded(recipe: Recipe, tensor: Tensor) -> bool:
 def values(
   recipe: Recipe, group: Group, tensor: Tensor, names: Sequence[str] | None = None
 ) -> Values:
-  """Returns the method and its parameters for a tensor, checked once more together.
+  """Returns the method and its parameters for a tensor, checked together.
 
   Args:
     recipe: the recipe.
@@ -185,7 +185,7 @@ def conflicts(
   place: Place,
   which: str = "",
 ) -> list[Problem]:
-  """Returns what is wrong with values that are right one by one.
+  """Returns problems of values that are right one by one, and wrong together.
 
   Args:
     name: name of the method.
@@ -249,7 +249,7 @@ def unmatched_conditions(
 
 
 def _flat(name: str, cases: Sequence[Case], tensors: Mapping[str, int | None]) -> Iterator[Problem]:
-  """Finds gradients of which no tensor takes but the first value."""
+  """Yields a problem for each gradient of which tensors take only the first value."""
   if any(isinstance(case.value, tuple) for case in cases):
     left = dict(tensors)
     for case in cases:
@@ -262,7 +262,7 @@ def _flat(name: str, cases: Sequence[Case], tensors: Mapping[str, int | None]) -
 
 
 def _conditions(recipe: Recipe) -> Iterator[tuple[str | None, tuple[Where, ...]]]:
-  """Yields the conditions of which the first that holds counts, and the module they are for."""
+  """Yields lists of conditions of which the first match counts, each with its module."""
   yield from ((None, (where,)) for where in recipe.exclude)
   yield None, tuple(o.where for o in recipe.overrides)
   yield None, tuple(v.where for v in recipe.layout)
@@ -282,7 +282,7 @@ def _cases(recipe: Recipe) -> Iterator[tuple[str | None, str, tuple[Case, ...]]]
 
 
 def _without(where: Where, tensors: Mapping[str, int | None]) -> str:
-  """Says why no tensor is left for a condition."""
+  """Returns the reason, in words, why a condition holds for no tensor."""
   if any(where.holds(name, layer) for name, layer in tensors.items()):
     return f"items before it take all tensors of {where}; put the narrower one first."
   text = f"{where} holds for none of the {len(tensors)} tensors"

@@ -1,4 +1,4 @@
-"""What a recipe says, as typed records: the result of reading, the input of planning."""
+"""A recipe as typed records: what reading returns and planning takes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Missing = Literal["error", "base", "mean", "skip"]
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-  """A reference to a model; equal to another one that means the same, wherever it stands.
+  """A reference to a model; its place does not count in comparisons.
 
   Attributes:
     path: a local folder, a hub id, or the name of another recipe of the file.
@@ -38,7 +38,7 @@ class Model:
 
 @dataclasses.dataclass(frozen=True)
 class Where:
-  """Which tensors something is meant for: those that fulfil every condition; all without one.
+  """A selection of tensors: those that fulfil every condition; all without one.
 
   Attributes:
     filter: text that is part of the tensor's name.

@@ -44,7 +44,7 @@ def update_rules(config: Config, changed: dict[str, Any], layers: Layers) -> dic
 
 
 def _update_sparse(config: Config, changed: dict[str, Any], layers: Layers) -> dict[str, Any]:
-  """Every n-th layer has experts, but for those of a list: Qwen's."""
+  """Updates Qwen's rule: every n-th layer has experts, but for those of a list."""
   step = config.get("decoder_sparse_step")
   listed = config.get("mlp_only_layers") or []
   if type(step) is not int or step <= 1 or "mlp_only_layers" not in config:
@@ -123,7 +123,7 @@ def _idle(key: str, config: Config) -> bool:
 
 
 def _update_shared(config: Config, changed: dict[str, Any], layers: Layers) -> dict[str, Any]:
-  """The last layers use keys and values of those before: Gemma's."""
+  """Updates Gemma's rule: the last layers use keys and values of those before."""
   count = config.get("num_kv_shared_layers")
   if type(count) is not int or count == 0:
     return changed
@@ -134,7 +134,7 @@ def _update_shared(config: Config, changed: dict[str, Any], layers: Layers) -> d
 
 
 def _update_scale(config: Config, changed: dict[str, Any], layers: Layers) -> dict[str, Any]:
-  """MiniCPM divides what a layer adds by the root of their number."""
+  """Updates MiniCPM's factor, which is divided by the root of the number of layers."""
   scale = config.get("scale_depth")
   if not isinstance(scale, int | float) or not layers.order:
     return changed
@@ -178,7 +178,7 @@ def _refuse_others(config: Config, changed: dict[str, Any], layers: Layers) -> d
 
 
 def _update_stages(config: Config, changed: dict[str, Any], layers: Layers) -> dict[str, Any]:
-  """Names the outputs of a backbone, which are called by their layers."""
+  """Renames the outputs of a backbone, which are called by their layers."""
   names = ["stem", *(f"stage{i + 1}" for i in range(layers.height))]
   if config.get("stage_names") not in (None, names) or not config.get("out_features"):
     return changed

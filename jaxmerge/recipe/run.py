@@ -1,4 +1,4 @@
-"""Runs a recipe: all of it is planned, then the recipes that it builds on are merged, then itself.
+"""Runs a recipe: plans all of it, then merges the recipes that it builds on, then itself.
 
 Planning is free of jax, which `execute` imports.
 """
@@ -146,7 +146,7 @@ def plan(
   *,
   problems: Sequence[Exception] = (),
 ) -> RecipePlan:
-  """Plans a recipe and those that it builds on, and looks at the place of the result.
+  """Plans a recipe and those that it builds on, and checks the place of the result.
 
   Args:
     recipe: as for `merge_recipe`.
@@ -189,7 +189,7 @@ def _plan_steps(text: steps.Text, settings: Settings, files: Files) -> tuple[Ste
 
 
 def _read(recipe: Source | Any) -> steps.Text:
-  """Returns the text of a recipe, with what parses it: errors name lines, or paths in a dict."""
+  """Returns the text of a recipe with its parser, whose errors name lines, or paths in a dict."""
   if isinstance(recipe, str | os.PathLike):
     text = schema.text_of(recipe)
     return steps.Text(text, functools.partial(schema.parse, text, str(recipe)))
@@ -199,7 +199,7 @@ def _read(recipe: Source | Any) -> steps.Text:
 
 
 def _check_places(planned: RecipePlan, files: Files) -> list[Exception]:
-  """Returns what stands in the way at the places of the results."""
+  """Returns problems at the places of the results."""
   problems: list[Exception] = []
   complete: set[str] = set()  # By a merge that was interrupted later.
   for step in planned.steps:
@@ -237,7 +237,7 @@ def _check_room(planned: RecipePlan) -> None:
 
 
 def _is_complete(place: pathlib.Path, plan: plans.Plan, settings: Settings) -> bool:
-  """Tells whether the result of an earlier recipe lies at its place, by this very plan."""
+  """Tells whether a place holds the complete result of an earlier recipe, by this very plan."""
   return resume.is_result(place, plan, settings.shard_size, "safetensors", settings.nonfinite)
 
 

@@ -39,12 +39,12 @@ class Method(NamedTuple):
 
   @property
   def parameters(self) -> dict[str, Parameter]:
-    """All parameters by name."""
+    """Returns all parameters by name."""
     return {**self.each, **self.shared}
 
   @property
   def models(self) -> str:
-    """The number of models in words."""
+    """Returns the number of models in words."""
     low, high = self.others
     number = str(low) if low == high else f"{low} or more"
     words = {"required": " and the base", "optional": ", and a base if given", "ignored": ""}

@@ -1,4 +1,4 @@
-"""In which dtype a recipe computes and stores: `compat: mergekit` computes in narrow ones too."""
+"""The dtypes in which a recipe computes and stores; mergekit computes in narrow ones too."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _WIDE = {"ramplus_tl"}  # Its factors are float32, and so is mergekit's result.
 
 
 def precision_of(method: str, dtype: np.dtype) -> Precision | None:
-  """Returns in what a method of this library is computed with mergekit's numbers.
+  """Returns the precision of a method of this library with mergekit's numbers; None: float32.
 
   Args:
     method: its name in `jaxmerge.methods`.

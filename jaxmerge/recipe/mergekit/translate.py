@@ -56,7 +56,7 @@ def translate(
 
 
 def _translate_catalog(name: str, shared: Mapping[str, Scalar], base: bool) -> Translation:
-  """A method that mergekit does not have: its parameters are the factory's."""
+  """Translates a method that mergekit does not have: its parameters are the factory's."""
   entry = lookup.METHODS[name]
   settings = {n: shared[n] for n, p in entry.parameters.items() if not p.number and n in shared}
   numbers = {n: _of(n) for n, p in entry.parameters.items() if p.number}
@@ -97,7 +97,7 @@ def _of(parameter: str) -> Callable[[Mapping[str, Any]], Any]:
 
 
 def _rest(parameter: str) -> Callable[[Mapping[str, Any]], Any]:
-  """One minus a parameter: a density is what a drop rate leaves."""
+  """Returns one minus a parameter: a drop rate is what a density leaves out."""
 
   def complement(values: Mapping[str, Any]) -> Any:
     value = values[parameter]

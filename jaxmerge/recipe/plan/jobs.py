@@ -1,4 +1,4 @@
-"""What a recipe does with every tensor: which job merges it, by which numbers, or a copy."""
+"""From tensors with their parameters to jobs: which one merges a tensor, with what parameters."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from jaxmerge.recipe.records import Missing, Model, Recipe, Source
 
 
 class Work(NamedTuple):
-  """What is to be done.
+  """What a recipe does.
 
   Attributes:
     requests: the tensors of the result.
@@ -49,7 +49,7 @@ class Assignment(NamedTuple):
 
   @property
   def kind(self) -> Any:
-    """Equal for rows that one job merges."""
+    """Returns a key that is equal for rows that one job merges."""
     known = METHODS[self.values.method].shared
     switches = [
       (n, v) for n, v in self.values.shared.items() if known[n].integer or not known[n].number
@@ -70,18 +70,18 @@ class Assignment(NamedTuple):
     return [t for t in candidates if t is not None]
 
   def shape(self, models: Opened) -> tuple[int, ...]:
-    """That of the first tensor; empty without one."""
+    """Returns the shape of the first tensor; () without one."""
     return next((t.shape for t in self.tensors(models)), ())
 
   def hparams(self) -> dict[str, Any]:
-    """The recipe's parameters: one value, or a tuple with one per model."""
+    """Returns the parameters of the recipe: one value, or a tuple with one per model."""
     each = [self.values.each[i] for i in self.merged]
     per_model = {n: tuple(e[n] for e in each) for n in (each[0] if each else {})}
     return {**self.values.shared, **per_model}
 
 
 def assign(recipe: Recipe, rows: Sequence[Row]) -> tuple[list[Assignment], tuple[Problem, ...]]:
-  """The rows that are not excluded, and what is wrong with the parameters of the others."""
+  """Returns the rows that are merged, with their parameters; and what is wrong with the others."""
   assignments: list[Assignment] = []
   problems: list[Problem] = []
   for row in rows:
@@ -105,7 +105,7 @@ def plan_jobs(
   rows: Sequence[Row],
   assignments: Sequence[Assignment],
 ) -> Work:
-  """Returns what is wanted for each tensor of the result, and the jobs that merge."""
+  """Returns the request for each tensor of the result, and the jobs that merge them."""
   # Of no use to most methods, and slow where there are many thousands of tensors.
   rules = functools.cache(lambda: matrix_axes.rules(recipe, _shapes(models, assignments)))
   kinds: dict[Any, list[Assignment]] = {}
@@ -141,7 +141,7 @@ def plan_jobs(
 def _translate(
   recipe: Recipe, members: Sequence[Assignment], models: Opened
 ) -> tuple[translate.Translation, str | None]:
-  """What the method of a recipe is here, and what differs from mergekit."""
+  """Returns a method of a recipe as one of this library, and a note on what differs in mergekit."""
   first = members[0]
   here, there = (
     translate.translate(
@@ -203,13 +203,13 @@ def _job(
 
 
 def _common_value(each: Mapping[str, Any]) -> Any:
-  """The value of all tensors; where they differ, the values by tensor."""
+  """Returns the value of all tensors; where they differ, the values by tensor."""
   first = next(iter(each.values()))
   return first if all(np.array_equal(first, v) for v in each.values()) else dict(each)
 
 
 def _number_repeated(names: Sequence[str]) -> list[str]:
-  """Names of sources; layers of one model may be several of them."""
+  """Returns names of sources, numbered where one model gives several."""
   counts = [names[: i + 1].count(name) for i, name in enumerate(names)]
   return [f"{n} ({c})" if c > 1 else n for n, c in zip(names, counts, strict=True)]
 
@@ -217,7 +217,7 @@ def _number_repeated(names: Sequence[str]) -> list[str]:
 def precision_problems(
   recipe: Recipe, models: Opened, assignments: Sequence[Assignment]
 ) -> Iterator[Problem]:
-  """Finds methods that cannot be computed as mergekit does, and views that do not fit."""
+  """Yields methods that cannot be computed as mergekit does, and views that do not fit."""
   if recipe.compat == "mergekit":
     for assignment in assignments:
       yield from precision.problems(recipe, assignment.values.method, assignment.tensors(models))
@@ -227,7 +227,7 @@ def precision_problems(
 def matrix_problems(
   recipe: Recipe, models: Opened, assignments: Sequence[Assignment], jobs: Sequence[Job]
 ) -> tuple[Problem, ...]:
-  """Finds methods of matrices that cannot work on their tensors."""
+  """Returns methods of matrices that cannot work on their tensors."""
   return tuple(matrix_axes.fit_problems(recipe, jobs, _shapes(models, assignments)))
 
 

@@ -55,7 +55,7 @@ def rows_as_mergekit(
 
 
 def view_problems(recipe: Recipe, shapes: Shapes) -> Iterator[Problem]:
-  """Finds views of other axes than a tensor; of each view that is of the first tensor."""
+  """Yields views with other axes than their tensor, each once."""
   reported: set[View] = set()
   for tensor, shape in shapes.items():
     view = _declared_view(recipe, tensor)
@@ -67,7 +67,7 @@ def view_problems(recipe: Recipe, shapes: Shapes) -> Iterator[Problem]:
 
 
 def fit_problems(recipe: Recipe, jobs: Sequence[Job], shapes: Shapes) -> Iterator[Problem]:
-  """Finds methods of matrices that find none, or of which it is open how their tensors lie.
+  """Yields problems of methods that need matrices where there are none, or it is unclear which.
 
   What a recipe merges by one method counts together, though it be several jobs.
   """

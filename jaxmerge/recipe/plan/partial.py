@@ -1,4 +1,4 @@
-"""What can be said of a recipe while some of its models cannot be opened."""
+"""Problems of a recipe that show although some of its models cannot be opened."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from jaxmerge.recipe.tokenizer import embeddings
 
 
 def problems(recipe: Recipe, models: Opened) -> list[Exception]:
-  """Finds what is wrong with conditions, parameters and shapes, as far as models are open.
+  """Returns problems of conditions, parameters and shapes, as far as models are open.
 
-  Of slices and modules nothing is said, as each has tensors of other models.
+  Slices and modules are not checked, as each has tensors of other models.
 
   Args:
     recipe: the recipe.

@@ -33,7 +33,7 @@ class Row(NamedTuple):
 
   @property
   def in_base(self) -> str:
-    """What it is called in the base; layers of a slice lie there as in the first source."""
+    """Returns its name in the base; layers of a slice lie there as in the first source."""
     pairs = zip(self.group.sources, self.names, strict=True)
     return next((name for s, name in pairs if s.model == self.group.base), self.names[0])
 
@@ -61,7 +61,7 @@ def rows(recipe: Recipe, models: Opened, config: Mapping[str, Any]) -> Iterator[
 
 
 def _outside(recipe: Recipe, models: Opened, all_groups: Sequence[Group]) -> Iterator[Row]:
-  """Tensors of no module: those that are excluded are copied, others are refused."""
+  """Yields tensors of no module that are excluded, and so copied; refuses the others."""
   sources = tuple({s.model: s for g in all_groups for s in g.sources}.values())
   every = Group(sources, recipe.base_model, (), None, False, recipe.place)
   modules = {str(g.module): g for g in all_groups}
@@ -111,7 +111,7 @@ def whole_models(group: Group, models: Opened) -> Iterator[Row]:
 def _stacked_slices(
   slices: Sequence[Group], models: Opened, config: Mapping[str, Any]
 ) -> Iterator[Row]:
-  """Slices: their layers on top of each other; what lies before comes from the first of them."""
+  """Yields the layers of slices in their order; what lies before comes from the first slice."""
   names = {m: [n for n in models[m].tensors if _inside(slices[0], n)] for m in models}
   try:
     stack = layers.main(names[slices[0].sources[0].model], config)
@@ -194,7 +194,7 @@ def all_names(rows: Sequence[Row]) -> dict[str, int | None]:
 
 
 def by_module(rows: Sequence[Row]) -> dict[str | None, dict[str, int | None]]:
-  """Returns the same for each module."""
+  """Returns the layer of every name of a tensor, by module."""
   modules = dict.fromkeys(row.group.module for row in rows if row.group.module is not None)
   return {m: all_names([row for row in rows if row.group.module == m]) for m in modules}
 

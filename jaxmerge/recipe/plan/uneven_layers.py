@@ -93,7 +93,7 @@ def _by_place(
 
 
 def _layout(names: Mapping[str, Any], stack: str) -> Layout:
-  """The relative names of the tensors of each layer, but for buffers that are computed."""
+  """Returns the relative names of the tensors of each layer, without computed buffers."""
   names_by_layer: dict[int, set[str]] = {}
   for name in names:
     at = layers.place(name)
@@ -132,7 +132,7 @@ def _is_rewritten(before: Config, after: Config, ours: Config, theirs: Config) -
 
 
 def _keys_with_value(config: Config) -> set[str]:
-  """The keys of a config and its parts that say something."""
+  """Returns the keys of a config and its parts that have a value."""
   parts = [_keys_with_value(value) for value in config.values() if isinstance(value, Mapping)]
   return {key for key, value in config.items() if value}.union(*parts)
 
@@ -160,5 +160,5 @@ def _outside(model: plan.Model, stack: str, config: Config) -> str:
 
 
 def _of(model: plan.Model, stack: str, inside: bool) -> Iterator[str]:
-  """Names of tensors within a stack, or in none."""
+  """Yields the names of tensors within a stack, or in none."""
   return (n for n in model.tensors if (n.startswith(stack) if inside else layers.place(n) is None))

@@ -180,7 +180,7 @@ CONDITIONS = ("filter", "pattern", "layers")
 
 
 def where(node: Node, nodes: Mapping[str, Node], what: str, problems: list[Problem]) -> Where:
-  """Returns the conditions among what a mapping gives; the filter `*` is none."""
+  """Returns the conditions of a mapping; the filter `*` is none."""
   filter_text = maybe(text, nodes.get("filter"), f"filter of {what}", problems)
   return Where(
     filter=None if filter_text == "*" else filter_text,
@@ -191,7 +191,7 @@ def where(node: Node, nodes: Mapping[str, Node], what: str, problems: list[Probl
 
 
 def closest(word: str, known: Iterable[str]) -> list[str]:
-  """Returns the one of the known words that is meant, if any; case and dashes do not count.
+  """Returns the known word that is meant, if any; case and dashes do not count.
 
   >>> closest("DARE-ties", ["dare_ties", "ties"])
   ['dare_ties']
@@ -200,12 +200,12 @@ def closest(word: str, known: Iterable[str]) -> list[str]:
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-  """Says which word may be meant, and which there are: to be appended to an error."""
+  """Returns the end of an error: which word may be meant, and which there are."""
   return errors.nearest(_fold(word), list(known)[:_MOST_KNOWN])
 
 
 def quotes_hint(value: object) -> str:
-  """Says what to do about a number or truth value in quotes: to be appended to an error."""
+  """Returns the end of an error: a number or truth value must not be in quotes."""
   return "; remove the quotes" if isinstance(value, str) and plain(value) != value else ""
 
 

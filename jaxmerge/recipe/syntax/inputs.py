@@ -1,4 +1,4 @@
-"""Reads what is merged: parameters; sources, slices, modules and overrides, which have them."""
+"""Reads sources, slices, modules and overrides of a recipe, and their parameters."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def level(
 
 
 def _stray(name: str, known: Known, allowed: Collection[str]) -> str:
-  """Says of a parameter that it is none here, and which may be meant."""
+  """Returns an error for a parameter that is out of place, and which may be meant."""
   if name in known.shared and name not in allowed:
     where = "the parameters of the recipe, module or slice"
     return f"{name} is one for all models, and belongs to {where}; at a model"

@@ -17,7 +17,7 @@ _ARCHITECTURE = "override_architecture"
 
 
 class Context(NamedTuple):
-  """What reading needs to know beside the text.
+  """What reading needs beside the text.
 
   Attributes:
     problems: takes what is wrong.
@@ -124,7 +124,7 @@ def source(node: Node, what: str, models: Collection[Model], context: Context) -
 
 
 def tokenizer(node: Node, models: Collection[Model], context: Context) -> Tokenizer:
-  """Returns what the key `tokenizer` says; `models` are those of the recipe."""
+  """Returns the tokenizer of a recipe; `models` are its models."""
   keys, problems = ("source", "tokens", "pad_to_multiple_of"), context.problems
   nodes = fields.mapping(node, "tokenizer", keys, problems)
   vocabulary_source = fields.maybe(

@@ -195,7 +195,7 @@ def _names(nodes: Sequence[Node], problems: list[Problem]) -> dict[str, Place]:
 
 
 def _read_document(node: Node, context: Context) -> Recipe | None:
-  """Returns the record of one document, with what it says in vain; None if it is no mapping."""
+  """Returns the record of one document, with its keys without effect; None if it is no mapping."""
   problems = context.problems
   before = len(problems)
   recipe = _recipe(node, context)

@@ -12,7 +12,7 @@ from jaxmerge.recipe.records import Group, Model, Parameters, Recipe, groups
 
 
 def problems(recipe: Recipe) -> Iterator[Problem]:
-  """Yields what is wrong with a recipe whose parts are right one by one."""
+  """Yields the problems of a recipe whose parts are right one by one."""
   ways: list[tuple[str, Place, tuple[Parameters, ...]]]
   ways = [(recipe.merge_method, recipe.places.get("merge_method", recipe.place), ())]
   ways += [(o.merge_method, o.place, (o.parameters,)) for o in recipe.overrides]
@@ -95,7 +95,7 @@ def _enough(group: Group, name: str, shared: Mapping[str, Value]) -> Iterator[Pr
 
 
 def _parameters(group: Group, name: str, above: tuple[Parameters, ...]) -> Iterator[Problem]:
-  """Checks that required parameters have a value at some level, and values that belong together."""
+  """Checks that required parameters have a value, and that values fit each other."""
   method = METHODS[name]
   shared = (*above, *group.levels)
   for parameter in _without(shared, method.shared):
