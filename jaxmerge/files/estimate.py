@@ -1,4 +1,4 @@
-"""What a plan costs: bytes read, room on disk, memory. Free of jax."""
+"""What a plan costs: bytes read, disk space, memory. Free of jax."""
 
 from __future__ import annotations
 

@@ -21,16 +21,16 @@ from jaxmerge.report import card
 
 
 def write_checkpoint(
-  part: pathlib.Path, weights: shard_writer.ShardWriter, progress: Callable[[int], None]
+  directory: pathlib.Path, weights: shard_writer.ShardWriter, progress: Callable[[int], None]
 ) -> None:
   """Writes a checkpoint of the tensors in the shards."""
   tensors = {name: weights.tensor(name) for name in weights.places}
-  with atomic.room(part / metadata.STATE):
-    metadata.write(part, tensors, progress)
+  with atomic.room(directory / metadata.STATE):
+    metadata.write(directory, tensors, progress)
 
 
 def complete(
-  part: pathlib.Path,
+  directory: pathlib.Path,
   plan: Plan,
   shards: Mapping[str, list[str]],
   identity: str,
@@ -39,17 +39,17 @@ def complete(
 ) -> None:
   """Adds index, config, tokenizer, card and provenance to the weights, and removes the journals."""
   if folder.WEIGHTS not in shards and out_format == "safetensors":
-    _write(part / folder.INDEX, folder.index(shards, {o.name: o.size for o in plan.outputs}))
+    _write(directory / folder.INDEX, folder.index(shards, {o.name: o.size for o in plan.outputs}))
   for path in _files_of_donor(plan):
-    target = part / path.relative_to(plan.donor)
+    target = directory / path.relative_to(plan.donor)
     with atomic.room(target):
       target.parent.mkdir(exist_ok=True)
       shutil.copyfile(path, target)
-  _write(part / folder.README, card.merge_card(describe.summary(plan)))
+  _write(directory / folder.README, card.merge_card(describe.summary(plan)))
   for name, text in plan.texts.items():
-    (part / name).unlink(missing_ok=True)
+    (directory / name).unlink(missing_ok=True)
     if text is not None:
-      _write(part / name, text)
+      _write(directory / name, text)
   stamps.check(plan.stamps)  # All was read, and nothing is complete before this.
   facts = {
     "plan": identity,
@@ -64,9 +64,9 @@ def complete(
     },
     "inputs": outcomes.texts(plan),
   }
-  with atomic.write(part / folder.PROVENANCE) as file:
+  with atomic.write(directory / folder.PROVENANCE) as file:
     file.write(json.dumps(facts, indent=1, default=str).encode() + b"\n")
-  shard_writer.strip(part, shards, out_format)
+  shard_writer.strip(directory, shards, out_format)
 
 
 def _files_of_donor(plan: Plan) -> list[pathlib.Path]:

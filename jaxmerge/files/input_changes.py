@@ -31,13 +31,13 @@ def journal_stamps(plan: Plan) -> dict[str, list[int]]:
   return {display.readable(str(path)): list(stamp[1:]) for path, stamp in sorted(taken.items())}
 
 
-def check(plan: Plan, done: Mapping[str, Any], part: pathlib.Path) -> None:
+def check(plan: Plan, done: Mapping[str, Any], directory: pathlib.Path) -> None:
   """Reads the inputs of tensors that are done, and compares their checksums.
 
   Args:
     plan: what is merged.
     done: tensor to its record in the journal.
-    part: the folder of the result, for the error.
+    directory: the folder of the result, for the error.
 
   Raises:
     ValueError: naming the first input that is not what it was.
@@ -53,16 +53,16 @@ def check(plan: Plan, done: Mapping[str, Any], part: pathlib.Path) -> None:
       if tensor.where not in known:
         known[tensor.where] = digest(tensor)
       if before.get(tensor.where) != known[tensor.where]:
-        raise shard_writer.Replaced(part, tensor.where)
+        raise shard_writer.Replaced(directory, tensor.where)
 
 
-def are_unchanged(plan: Plan, done: Mapping[str, Any], part: pathlib.Path) -> bool:
+def are_unchanged(plan: Plan, done: Mapping[str, Any], directory: pathlib.Path) -> bool:
   """Tells whether a folder that is complete was made of the inputs as they are now."""
-  before = shard_writer.stamps(part)
+  before = shard_writer.stamps(directory)
   if before and all(each == journal_stamps(plan) for each in before):
     return True
   try:
-    check(tied_weights.share_twins(plan), done, part)
+    check(tied_weights.share_twins(plan), done, directory)
   except shard_writer.Replaced:
     return False
   return True

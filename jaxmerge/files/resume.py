@@ -44,13 +44,13 @@ def check_unfinished(
 
   A merge of results that are themselves written `anew` continues no merge that was begun.
   """
-  part = shard_writer.unfinished_folder(out)
-  if not shard_writer.journals(part):
+  directory = shard_writer.unfinished_folder(out)
+  if not shard_writer.journals(directory):
     return
   if anew:
-    raise shard_writer.other_merge(part)
+    raise shard_writer.other_merge(directory)
   shards = plan.shards(shard_size)
-  shard_writer.read_journals(part, identity(plan, shards, out_format))
+  shard_writer.read_journals(directory, identity(plan, shards, out_format))
 
 
 def check_place(plan: Plan, out: pathlib.Path) -> None:
@@ -107,7 +107,7 @@ def _stamp(plan: Plan, path: pathlib.Path) -> list[int]:
 
 
 def finished_digests(
-  part: pathlib.Path,
+  directory: pathlib.Path,
   plan: Plan,
   identity: str,
   shards: Mapping[str, Sequence[str]],
@@ -126,22 +126,24 @@ def finished_digests(
   Raises:
     ValueError: where the folder holds another merge.
   """
-  if not (part / folder.PROVENANCE).is_file():
+  if not (directory / folder.PROVENANCE).is_file():
     return None
-  facts = folder.provenance(part)
+  facts = folder.provenance(directory)
   if facts.get("plan") != identity:
-    raise shard_writer.other_merge(part)
+    raise shard_writer.other_merge(directory)
   if out_format != "safetensors":
-    shard_writer.strip(part, shards, out_format)  # Else the shards might be taken for the result.
+    shard_writer.strip(
+      directory, shards, out_format
+    )  # Else the shards might be taken for the result.
   try:
-    check = inspection.compare_checksums(inspection.inspect(part))["check"]
+    check = inspection.compare_checksums(inspection.inspect(directory))["check"]
   except (FileNotFoundError, ValueError):  # It was damaged meanwhile, and is made again.
     return None
   if check["changed"] or check["missing"] or check["added"]:
     return None
-  tensors = _tensors(part, facts)
+  tensors = _tensors(directory, facts)
   if not all(shard_writer.counts_as_done(record, nonfinite) for record in tensors.values()):
     return None
-  if not input_changes.are_unchanged(plan, tensors, part):
+  if not input_changes.are_unchanged(plan, tensors, directory):
     return None
   return {name: {k: v for k, v in record.items() if k != "job"} for name, record in tensors.items()}

@@ -93,13 +93,13 @@ class PagedFile:
 
   def _write_pages(self, past: int, data: memoryview, position: int) -> None:
     """Writes whole pages, from memory that is aligned as the disk wants it."""
-    room = _room()
+    buffer = _buffer()
     for start in range(0, len(data), ROOM):
       block, done = data[start : start + ROOM], 0
-      room[: len(block)] = block
+      buffer[: len(block)] = block
       try:
         while self._flag and done < len(block) and done % PAGE == 0:
-          done += os.pwrite(past, room[done : len(block)], position + start + done)
+          done += os.pwrite(past, buffer[done : len(block)], position + start + done)
       except OSError as error:
         if error.errno != errno.EINVAL:
           raise
@@ -114,6 +114,6 @@ class PagedFile:
 
 
 @functools.cache
-def _room() -> memoryview:
+def _buffer() -> memoryview:
   """Returns memory that begins at a page, one for all files."""
   return memoryview(mmap.mmap(-1, ROOM))

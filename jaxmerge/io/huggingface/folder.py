@@ -141,22 +141,24 @@ def shards(
   {'model.safetensors': ['a'], '2_Dense/model.safetensors': ['2_Dense/w']}
   """
   groups: list[list[str]] = [[]]
-  rooms: dict[str, list[str]] = {}
-  room = limit
+  module_files: dict[str, list[str]] = {}
+  left = limit
   for name, size in sizes.items():
     module, inside, _ = name.partition("/")
     if inside and module in modules:
-      rooms.setdefault(f"{module}/{WEIGHTS}", []).append(name)
+      module_files.setdefault(f"{module}/{WEIGHTS}", []).append(name)
       continue
-    if size > room and groups[-1]:
+    if size > left and groups[-1]:
       groups.append([])
-      room = limit
+      left = limit
     groups[-1].append(name)
-    room -= size
+    left -= size
   if len(groups) == 1:
-    return {WEIGHTS: groups[0], **rooms}
+    return {WEIGHTS: groups[0], **module_files}
   count = len(groups)
-  return {f"model-{i + 1:05d}-of-{count:05d}.safetensors": g for i, g in enumerate(groups)} | rooms
+  return {
+    f"model-{i + 1:05d}-of-{count:05d}.safetensors": g for i, g in enumerate(groups)
+  } | module_files
 
 
 def index(files: Mapping[str, list[str]], sizes: Mapping[str, int]) -> str:
@@ -240,17 +242,19 @@ def weights(folder: Path) -> list[pathlib.Path]:
   for name, shard in homes.items():
     if not (folder / shard).is_file():
       raise FileNotFoundError(f"{folder / INDEX}: tensor {name!r} is in {shard}, which is missing.")
-  return [folder / shard for shard in sorted(set(homes.values()) or {WEIGHTS})] + _rooms(folder)
+  return [folder / shard for shard in sorted(set(homes.values()) or {WEIGHTS})] + _module_weights(
+    folder
+  )
 
 
-def _rooms(folder: pathlib.Path) -> list[pathlib.Path]:
+def _module_weights(folder: pathlib.Path) -> list[pathlib.Path]:
   """Returns the files of the weights of modules; not every module has some."""
-  rooms = [folder / module for module in modules(folder)]
-  for room in rooms:
-    hint = other_formats.pickle_hint(room)
-    if not (room / WEIGHTS).is_file() and (hint or room.name[2:] in _WEIGHTED):
-      raise FileNotFoundError(f"{room}: {WEIGHTS} is not there{'; ' * bool(hint)}{hint}.")
-  return [room / WEIGHTS for room in rooms if (room / WEIGHTS).is_file()]
+  folders = [folder / module for module in modules(folder)]
+  for path in folders:
+    hint = other_formats.pickle_hint(path)
+    if not (path / WEIGHTS).is_file() and (hint or path.name[2:] in _WEIGHTED):
+      raise FileNotFoundError(f"{path}: {WEIGHTS} is not there{'; ' * bool(hint)}{hint}.")
+  return [path / WEIGHTS for path in folders if (path / WEIGHTS).is_file()]
 
 
 def small_files(folder: Path) -> list[pathlib.Path]:

@@ -66,15 +66,17 @@ def check_room(out: pathlib.Path, needed: int, *, begun: Iterable[pathlib.Path] 
   """
   files = [p for folder in begun for p in folder.rglob("*") if p.is_file()]
   left = needed - sum(p.stat().st_size for p in files)
-  room = free(out)
-  if room is not None and left > room:
-    text = f"{left:,} bytes are to be written, but {room:,} are free on the disk; free some, or "
+  available = free(out)
+  if available is not None and left > available:
+    text = (
+      f"{left:,} bytes are to be written, but {available:,} are free on the disk; free some, or "
+    )
     raise OSError(errno.ENOSPC, f"{text}give another place", str(out))
 
 
 @contextlib.contextmanager
 def open_writer(
-  part: pathlib.Path,
+  directory: pathlib.Path,
   kinds: shard_files.Kinds,
   shards: Mapping[str, Sequence[str]],
   identity: str,
@@ -87,7 +89,7 @@ def open_writer(
   """Opens the weights of a folder for writing: those of an interrupted merge, or new ones.
 
   Args:
-    part: the folder.
+    directory: the folder that is written.
     kinds: dtype and shape of every tensor.
     shards: file to its tensors.
     identity: of the merge.
@@ -101,15 +103,15 @@ def open_writer(
     atomic.Full: where there is no room for the files.
   """
   inputs = inputs or {}
-  _begin(part / journal, identity, inputs)
-  digests = read_journals(part, identity)
-  changed = any(before != inputs for before in stamps(part))
-  with shard_files.open_shards(part, kinds, shards) as files:
+  _begin(directory / journal, identity, inputs)
+  digests = read_journals(directory, identity)
+  changed = any(before != inputs for before in stamps(directory))
+  with shard_files.open_shards(directory, kinds, shards) as files:
     names = {n for n, digest in digests.items() if counts_as_done(digest, nonfinite)}
     names &= kinds.keys() if checked is None else kinds.keys() & set(checked)
     whole = {n: digests[n] for n in names if files.digest(n) == digests[n]["xxh3_128"]}
     mark = UNCHECKED if nonfinite else {}
-    yield ShardWriter(part / journal, files, whole, mark, inputs if changed else None)
+    yield ShardWriter(directory / journal, files, whole, mark, inputs if changed else None)
 
 
 def counts_as_done(digest: Mapping[str, Any], nonfinite: bool) -> bool:
@@ -131,18 +133,18 @@ def journal(index: int) -> str:
   return NAME if index == 0 else f"journal-{index}.jsonl"
 
 
-def journals(part: pathlib.Path) -> list[pathlib.Path]:
+def journals(directory: pathlib.Path) -> list[pathlib.Path]:
   """Returns the journals of a folder: one of each process that has merged there."""
-  return sorted(part.glob("journal*.jsonl"))
+  return sorted(directory.glob("journal*.jsonl"))
 
 
-def read_journals(part: pathlib.Path, identity: str) -> dict[str, Any]:
+def read_journals(directory: pathlib.Path, identity: str) -> dict[str, Any]:
   """Returns the records of tensors that are done, by name, from the journals of a folder."""
   done: dict[str, Any] = {}
-  for path in journals(part):
+  for path in journals(directory):
     records = _records(path)
     if records and records[0] != {"plan": identity}:
-      raise other_merge(part)
+      raise other_merge(directory)
     for record in records:
       if "tensor" in record:
         name = record.pop("tensor")
@@ -151,15 +153,15 @@ def read_journals(part: pathlib.Path, identity: str) -> dict[str, Any]:
   return done
 
 
-def stamps(part: pathlib.Path) -> list[Stamps | None]:
+def stamps(directory: pathlib.Path) -> list[Stamps | None]:
   """Returns, for each journal of a folder, the stamps of what its tensors are made of."""
-  stamped = ([r for r in _records(path) if "stamps" in r] for path in journals(part))
+  stamped = ([r for r in _records(path) if "stamps" in r] for path in journals(directory))
   return [records[-1]["stamps"] if records else None for records in stamped]
 
 
-def vouch(part: pathlib.Path, identity: str, inputs: Stamps) -> None:
+def vouch(directory: pathlib.Path, identity: str, inputs: Stamps) -> None:
   """Records, in a folder that is complete, which files it was made of."""
-  _begin(part / NAME, identity, inputs)
+  _begin(directory / NAME, identity, inputs)
 
 
 def _begin(path: pathlib.Path, identity: str, inputs: Stamps) -> None:
@@ -205,10 +207,10 @@ def _records(path: pathlib.Path) -> list[dict[str, Any]]:
   return records
 
 
-def other_merge(part: pathlib.Path) -> ValueError:
+def other_merge(directory: pathlib.Path) -> ValueError:
   """Returns the error for a folder in which another merge was interrupted."""
   return ValueError(
-    f"{part} holds an interrupted merge of other inputs or settings; give its settings to go "
+    f"{directory} holds an interrupted merge of other inputs or settings; give its settings to go "
     "on with it, resume=False (--resume=never) to drop it, or another place for the result."
   )
 
@@ -216,10 +218,10 @@ def other_merge(part: pathlib.Path) -> ValueError:
 class Replaced(ValueError):
   """An input has changed since a part of the result was merged from it."""
 
-  def __init__(self, part: pathlib.Path, where: str):
+  def __init__(self, directory: pathlib.Path, where: str):
     super().__init__(
-      f"{where}: is not what it was when the merge in {part} was interrupted, and a part of that "
-      "is made of it; bring it back to go on, or resume=False (--resume=never) starts anew."
+      f"{where}: is not what it was when the merge in {directory} was interrupted, and a part of "
+      "that is made of it; bring it back to go on, or resume=False (--resume=never) starts anew."
     )
 
 
@@ -329,9 +331,9 @@ def busy_message(out: pathlib.Path) -> str:
   return f"{out}: another process is merging to this place; wait for it, or give another place."
 
 
-def strip(part: pathlib.Path, shards: Mapping[str, Sequence[str]], out_format: str) -> None:
+def strip(directory: pathlib.Path, shards: Mapping[str, Sequence[str]], out_format: str) -> None:
   """Removes the files of a folder that are of the merge, and not of its result."""
-  for path in journals(part):
+  for path in journals(directory):
     path.unlink()
   for name in [] if out_format == "safetensors" else shards:
-    (part / name).unlink(missing_ok=True)
+    (directory / name).unlink(missing_ok=True)

@@ -31,8 +31,8 @@ class Shards:
     places: tensor to its file, and where it lies there.
   """
 
-  def __init__(self, part: pathlib.Path):
-    self.part, self.places = part, dict[str, tuple[str, safetensors.Entry]]()
+  def __init__(self, directory: pathlib.Path):
+    self.directory, self.places = directory, dict[str, tuple[str, safetensors.Entry]]()
     self._open: collections.OrderedDict[str, PagedFile] = collections.OrderedDict()
     self._unsynced: set[str] = set()
     self._written: dict[str, int] = {}
@@ -47,7 +47,7 @@ class Shards:
 
   def _make(self, file: str, first: bytes, length: int) -> None:
     """Makes a file in its full length, so that a full disk is known now and not later."""
-    path = self.part / file
+    path = self.directory / file
     with atomic.room(path, f" for its {length:,} bytes"):
       path.parent.mkdir(exist_ok=True)
       handle = self._file(file).handle
@@ -63,7 +63,9 @@ class Shards:
       ValueError: for entries that are not those of the tensor, by their dtype or their place.
     """
     file, entry = self.places[name]
-    _check(f"{self.part / file}: tensor {name!r}", entry, start, part, self._written.get(name, 0))
+    _check(
+      f"{self.directory / file}: tensor {name!r}", entry, start, part, self._written.get(name, 0)
+    )
     self._unsynced.add(file)
     data = np.ascontiguousarray(part).reshape(-1).view(np.uint8).data
     self._file(file).write(data, entry.start + start * entry.dtype.itemsize)
@@ -74,7 +76,9 @@ class Shards:
     file, entry = self.places[name]
     position = entry.start + start * entry.dtype.itemsize
     if self._file(file).read(out.view(np.uint8).data, position) != out.nbytes:
-      raise ValueError(f"{self.part / file}: tensor {name!r} is cut; did something write there?")
+      raise ValueError(
+        f"{self.directory / file}: tensor {name!r} is cut; did something write there?"
+      )
 
   def digest(self, name: str) -> str:
     """Reads a tensor back, and returns its checksum."""
@@ -101,7 +105,7 @@ class Shards:
 
   def _file(self, name: str) -> PagedFile:
     """Returns an open file; if too many are open, the one least recently used is closed."""
-    file = self._open.pop(name, None) or PagedFile(self.part / name)
+    file = self._open.pop(name, None) or PagedFile(self.directory / name)
     self._open[name] = file
     if len(self._open) > MOST:
       oldest, closed = self._open.popitem(last=False)
@@ -114,10 +118,10 @@ class Shards:
 
 @contextlib.contextmanager
 def open_shards(
-  part: pathlib.Path, kinds: Kinds, shards: Mapping[str, Sequence[str]]
+  directory: pathlib.Path, kinds: Kinds, shards: Mapping[str, Sequence[str]]
 ) -> Iterator[Shards]:
   """Opens the files of weights of a folder; missing ones are made."""
-  with contextlib.closing(Shards(part)) as files:
+  with contextlib.closing(Shards(directory)) as files:
     files.lay_out(kinds, shards)
     yield files
 
