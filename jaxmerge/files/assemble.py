@@ -49,7 +49,7 @@ def make_plan(
   problems = [*_check_codes(requests, models, dtype), *misfits]
   all_jobs, outputs = list(jobs), list[plans.Output]()
   statistics = running_statistics.of(request.name for request in requests)
-  for request in filter(parts_present, requests):
+  for request in filter(inputs_present, requests):
     output, outcome = _resolve(request, missing, all_jobs, statistics)
     _record(outcomes, request, output, outcome)
     if output is not None:
@@ -80,7 +80,7 @@ def _notes(
   requests: Sequence[plans.TensorRequest], models: Sequence[plans.Model]
 ) -> tuple[str, ...]:
   """Returns the notes of the models, and one on integers that differ and are copied."""
-  merged = [parts_present(request) for request in requests if request.models]
+  merged = [inputs_present(request) for request in requests if request.models]
   copies = quantized.note_copies([[(p.name, p.model, p.tensor) for p in each] for each in merged])
   return tuple(dict.fromkeys([*(note for m in models for note in m.notes), *copies]))
 
@@ -122,7 +122,7 @@ def _check_codes(
   merged: dict[str, set[str]] = {m.name: set() for m in models}
   copied: dict[str, set[str]] = {m.name: set() for m in models}
   for request in requests:
-    for p in parts_present(request):
+    for p in inputs_present(request):
       (merged if request.models else copied)[p.model].add(p.name)
   distinct = {m.name: m for m in models}.values()
   lines = (
@@ -132,7 +132,7 @@ def _check_codes(
   return [line for line in (*lines, *casts) if line is not None]
 
 
-def parts_present(request: plans.TensorRequest) -> list[plans.InputTensor]:
+def inputs_present(request: plans.TensorRequest) -> list[plans.InputTensor]:
   """Returns the input tensors that the models have; that of the base is the first."""
   return [p for p in (request.base, *request.models) if p is not None and p.tensor is not None]
 

@@ -108,7 +108,7 @@ def plan_merge(
   donor, *rest = name_variants.align([*([] if base is None else [base]), *models])
   models = [donor, *rest] if base is None else rest
   names = sorted({name for m in (donor, *models) for name in m.tensors})
-  parts = ((n, donor.part(n), tuple(m.part(n) for m in models)) for n in names)
+  parts = ((n, donor.input(n), tuple(m.input(n) for m in models)) for n in names)
   requests = [TensorRequest(*each, of_weights=base is None) for each in parts]
   problems = misfits.lines(requests, (donor, *models), missing)
   comparison = compatibility.compare(requests, (donor, *models), allow=allow, tokens=True)

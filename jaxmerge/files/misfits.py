@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
-from jaxmerge.files.assemble import parts_present
+from jaxmerge.files.assemble import inputs_present
 from jaxmerge.files.plan import InputTensor, Model, TensorRequest
 from jaxmerge.io.tensors import safetensors
 
@@ -72,7 +72,7 @@ def _inputs(request: TensorRequest) -> list[InputTensor]:
 
 def _absent(requests: Sequence[TensorRequest], missing: str) -> Iterator[str]:
   for request in requests if missing != "skip" else ():
-    if not parts_present(request):
+    if not inputs_present(request):
       text = f"tensor {request.name!r} is wanted of {_inputs(request)[0].model}, which has none"
       yield f"{text}; with `missing: skip` it is left out."
 
@@ -81,7 +81,7 @@ def _find_missing(requests: Sequence[TensorRequest]) -> dict[Pair, list[str]]:
   """Returns the tensors that a model lacks, by the first model that has them and this one."""
   lacking: dict[Pair, list[str]] = {}
   for request in requests:
-    present = parts_present(request)
+    present = inputs_present(request)
     for p in _inputs(request) if present else ():
       if p.tensor is None:
         lacking.setdefault((present[0].model, p.model), []).append(p.name)
@@ -101,7 +101,7 @@ def _lines_of_missing(
     if len(names) <= FEW:
       yield from (f"tensor {n!r} is in {first} but not in {where}; {hint}." for n in names)
       continue
-    count = sum(any(p.model == first for p in parts_present(request)) for request in requests)
+    count = sum(any(p.model == first for p in inputs_present(request)) for request in requests)
     end = f"; {hint}" if len(names) < count else "; `rename` gives a model's tensors other names"
     text = f"{len(names)} of {count} tensors of {first} are not in {where}"
     yield f"{text}: {group_names(names)}{end}."
@@ -113,8 +113,8 @@ def _find_misshapen(
   """Returns input tensors of another shape or kind than the first for the same tensor."""
   misshapen: dict[Pair, list[tuple[InputTensor, InputTensor]]] = {}
   for request in requests:
-    for p in parts_present(request)[1:]:
-      first = parts_present(request)[0]
+    for p in inputs_present(request)[1:]:
+      first = inputs_present(request)[0]
       if _mismatch(first, p):
         misshapen.setdefault((first.model, p.model), []).append((first, p))
   return misshapen
@@ -175,7 +175,7 @@ def _together(request: TensorRequest, missing: str) -> list[InputTensor]:
   """Returns the models' input tensors that are merged with each other, or with a base."""
   parts = [p for p in request.models if p.tensor is not None]
   if len(parts) == len(request.models) and (
-    request.of_weights or parts_present(request)[0] is request.base
+    request.of_weights or inputs_present(request)[0] is request.base
   ):
     return parts
   return parts if missing == "mean" and len(parts) > 1 else []

@@ -95,7 +95,7 @@ def _with_form(model: Model, donor: Model) -> Model:
 
 
 def _lacks(model: Model, name: str) -> bool:
-  return model.part(name).tensor is None
+  return model.input(name).tensor is None
 
 
 def _without_copies(model: Model, models: Sequence[Model]) -> Model:

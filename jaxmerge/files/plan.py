@@ -80,8 +80,8 @@ class Model(NamedTuple):
   texts: Mapping[str, str | bytes | None] = {}
   notes: tuple[str, ...] = ()
 
-  def part(self, name: str) -> InputTensor:
-    """Returns one of its tensors by name, or that it has none."""
+  def input(self, name: str) -> InputTensor:
+    """Returns the input tensor of a name; its `tensor` is None if the model has none."""
     return InputTensor(self.name, name, self.tensors.get(name, self.tied.get(name)))
 
 

@@ -67,7 +67,7 @@ def opened(path, *adapters, rename=None):
 
 
 def values(model, name):
-  part = model.part(name).tensor
+  part = model.input(name).tensor
   return None if part is None else pieces.load(part)
 
 

@@ -239,12 +239,12 @@ def test_the_pair_that_a_config_ties_is_found_by_names_and_shapes(
   opened = inputs.open_model(folders.write(tmp_path / "m", made, config=tied), Files())
   assert opened.tensors.keys() == {embedding, *others}
   assert opened.outcomes == {head: plan.Outcome("tied", target=embedding)}
-  assert opened.part(head).tensor == opened.tensors[embedding]
+  assert opened.input(head).tensor == opened.tensors[embedding]
   other = folders.write(tmp_path / "o", {**made, head: x[:3]}, config=tied)
   assert head in inputs.open_model(other, Files()).tensors  # It cannot be the embedding.
   made.pop(head)
   opened = inputs.open_model(folders.write(tmp_path / "h", made, config=tied), Files())
-  assert opened.part(head).tensor == opened.tensors[embedding]
+  assert opened.input(head).tensor == opened.tensors[embedding]
   assert opened.outcomes == {}
 
 

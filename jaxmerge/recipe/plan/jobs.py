@@ -66,7 +66,7 @@ class Assignment(NamedTuple):
     group = self.row.group
     pairs = [(s.model, n) for s, n in zip(group.sources, self.row.names, strict=True)]
     pairs += [(group.base, self.row.tensor.name)] if group.base and not group.sliced else []
-    candidates = (models[m].part(n).tensor for m, n in pairs)
+    candidates = (models[m].input(n).tensor for m, n in pairs)
     return [t for t in candidates if t is not None]
 
   def shape(self, models: Opened) -> tuple[int, ...]:
@@ -124,15 +124,15 @@ def plan_jobs(
     name = row.tensor.name
     if parameters.is_excluded(recipe, row.tensor):
       base_of_row = models[row.group.base] if row.group.base else donor
-      requests[name] = TensorRequest(name, base_of_row.part(row.in_base))
+      requests[name] = TensorRequest(name, base_of_row.input(row.in_base))
     elif name not in requests:
       # Its parameters are wrong; whether its parts fit is checked all the same.
       pairs = zip(row.group.sources, row.names, strict=True)
-      parts = tuple(models[s.model].part(n) for s, n in pairs)
+      parts = tuple(models[s.model].input(n) for s, n in pairs)
       # The base of slices is one of their sources.
       base = row.group.base if not row.group.sliced else None
       requests[name] = TensorRequest(
-        name, models[base].part(name) if base else None, parts, of_weights=True
+        name, models[base].input(name) if base else None, parts, of_weights=True
       )
   lines = dict.fromkeys(line for line in notes.values() if line is not None)
   return Work([requests[row.tensor.name] for row in rows], jobs, tuple(lines))
@@ -250,19 +250,19 @@ def _request(
 
   def part(i: int) -> InputTensor:
     model = models[group.sources[i].model]
-    return model.part(assignment.row.names[i])
+    return model.input(assignment.row.names[i])
 
   parts = [part(i) for i in assignment.merged]
   if translation.method == "passthrough" and assignment.hparams()["scale"] == (1.0,):
     if parts[0].tensor is None and missing == "base" and group.base is not None:
-      return TensorRequest(name, models[group.base].part(assignment.row.in_base))
+      return TensorRequest(name, models[group.base].input(assignment.row.in_base))
     return TensorRequest(name, parts[0])
   base = None
   if group.base is not None:
     listed = [i for i, s in enumerate(group.sources) if s.model == group.base]
     # A base that is not among the sources of a slice is looked at only where it helps out.
     aside = not group.sliced or missing == "base"
-    apart = models[group.base].part(assignment.row.in_base) if aside else None
+    apart = models[group.base].input(assignment.row.in_base) if aside else None
     base = part(listed[0]) if listed else apart
   if translation.pair and base is not None:
     parts.insert(0, base)

@@ -59,7 +59,7 @@ def _parameter_problems(
 
 def _request(row: Row, models: Opened) -> TensorRequest:
   name, group = row.tensor.name, row.group
-  parts = tuple(models[s.model].part(name) for s in group.sources)
+  parts = tuple(models[s.model].input(name) for s in group.sources)
   return TensorRequest(
-    name, models[group.base].part(name) if group.base else None, parts, of_weights=True
+    name, models[group.base].input(name) if group.base else None, parts, of_weights=True
   )

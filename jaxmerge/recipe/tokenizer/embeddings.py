@@ -91,7 +91,7 @@ def row_problems(
     if token.token_id is None and source_text not in vocabularies[token.model].ids:
       yield Problem(token.place, f"{token.model} has no token {source_text!r}.")
     for name in sorted(names):
-      tensor = models[token.model].part(name).tensor
+      tensor = models[token.model].input(name).tensor
       if tensor is None:
         yield Problem(token.place, f"{token.model} has no tensor {name!r} to take the row from.")
       elif token.token_id is not None and token.token_id >= tensor.shape[0]:
@@ -143,7 +143,7 @@ def reorder(models: Opened, names: frozenset[str], order: Order) -> dict[Model, 
 
 def _having(name: str, models: Opened) -> dict[Model, Tensor]:
   """Returns the tensors of a name; an embedding stands in for a head that is tied to it."""
-  tensors = {m: opened.part(name).tensor for m, opened in models.items()}
+  tensors = {m: opened.input(name).tensor for m, opened in models.items()}
   return {m: tensor for m, tensor in tensors.items() if tensor is not None}
 
 
