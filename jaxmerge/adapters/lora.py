@@ -96,7 +96,7 @@ def find_targets(
     same = view == (rules[leaf].view or "").replace("l", "o") and not rules[leaf].open
     rule = rules[leaf] if same else layouts.Rule(view, "adapter")
     targets[leaf] = Target(x, view, np.shape(leaves[leaf]), rule)
-  _check_square({n: x for n, x in targets.items() if not _is_said(rules[n])})
+  _check_square({n: x for n, x in targets.items() if not _is_explicit(rules[n])})
   return targets
 
 
@@ -107,7 +107,7 @@ def _check_square(targets: Mapping[str, Target]) -> None:
   wrong = [n for n, x in leaves.items() if (x.view == "io") != isinstance(x.lora, Swapped)]
   if square and wrong:
     raise ValueError(
-      f"{square[0]!r} is square, and what its adapter says of how it lies is wrong for "
+      f"{square[0]!r} is square, and its adapter is wrong about the layout of "
       f"{wrong[0]!r}: give its layout, such as ({square[0]!r}, 'oi')."
     )
 
@@ -140,7 +140,7 @@ def find_matrix(
     choices = " or ".join(f"[({leaf!r}, {view!r})]" for view in layouts.choices(leaf, shape))
     raise ValueError(f"how {leaf!r} {list(shape)} lies is not known: say it by layout, {choices}.")
   view = rule.view.replace("l", "o")
-  if not _is_said(rule) and not leaf.endswith("kernel") and len(shape) == 2:
+  if not _is_explicit(rule) and not leaf.endswith("kernel") and len(shape) == 2:
     view = _view(view, shape, lora)
   matrix = jax.eval_shape(
     lambda x: matrix_views.rows(x, view), jax.ShapeDtypeStruct((1, *shape), jnp.float32)
@@ -148,8 +148,8 @@ def find_matrix(
   return leaf, view, matrix.shape[1:]
 
 
-def _is_said(rule: layouts.Rule) -> bool:
-  """Whether a caller has said how a leaf lies."""
+def _is_explicit(rule: layouts.Rule) -> bool:
+  """Tells whether the caller's layout names a leaf."""
   return rule.reason.startswith("layout ")
 
 

@@ -20,7 +20,7 @@ _RULE = Parameter(
 )
 _RESCALE = Parameter(
   "inverse",
-  "how the kept entries make up for the dropped: 1/(1-p), or the norm of the whole leaf",
+  "rescales the other entries: 1/(1-p), or the norm of the whole leaf",
   choices=("inverse", "l1", "l2", "linf", None),
 )
 _NORM = Parameter(
@@ -53,14 +53,16 @@ _BAND = {
   "rescale": _NORM,
 }
 _WINDOW = {
-  "density": Parameter(0.7, "mean probability to be kept", low=0.0, high=1.0, open_low=True),
+  "density": Parameter(
+    0.7, "mean probability that an entry is kept", low=0.0, high=1.0, open_low=True
+  ),
   "epsilon": Parameter(
     0.07, "probabilities are density - epsilon to density + epsilon", low=0.0, high=0.5
   ),
   "scale": entry.SCALE._replace(default=1.1),
   "weight": entry.WEIGHT,
   "rescale": _RESCALE._replace(
-    doc="how the kept entries make up for the dropped: 1/q, or the norm of the whole leaf"
+    doc="rescales the other entries: 1/q, or the norm of the whole leaf"
   ),
 }
 _THRESHOLD = Parameter(1e-5, "entries up to this magnitude count as unchanged", low=0.0)

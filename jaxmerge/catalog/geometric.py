@@ -18,7 +18,7 @@ _RANK_TOL = Parameter(
 _POLAR = Parameter("svd", "how columns are made orthonormal", choices=("svd", "products"))
 _ISO = "Marczak et al. 2025 (arXiv:2502.04959)"
 _YIN = "Yin et al. 2018 (arXiv:1803.01498)"
-_OUTLIERS = Parameter(1, "f, as many models may be anything", low=0, integer=True, static=True)
+_OUTLIERS = Parameter(1, "f, number of bad models", low=0, integer=True, static=True)
 
 METHODS: Mapping[str, Entry] = {
   "flag": Entry(
@@ -47,7 +47,7 @@ METHODS: Mapping[str, Entry] = {
       "weight": entry.WEIGHT,
       "scope": Parameter(
         "leaf",
-        "what is a vector: a leaf, or a row or column of a matrix view",
+        "a vector is a leaf, or a row or column of a matrix view",
         choices=("leaf", "row", "column"),
       ),
     },
@@ -124,7 +124,9 @@ METHODS: Mapping[str, Entry] = {
       "scale": entry.SCALE,
       "drop_rate": Parameter(0.8, "fraction of entries pruned", low=0.0, high=1.0, static=True),
       "direction": Parameter(
-        "vertical", "what the models share: inputs or outputs", choices=("vertical", "horizontal")
+        "vertical",
+        "the models share directions of inputs, or of outputs",
+        choices=("vertical", "horizontal"),
       ),
       "weight": entry.WEIGHT,
       "rank_tol": _RANK_TOL._replace(default=1e-2),
@@ -138,7 +140,7 @@ METHODS: Mapping[str, Entry] = {
     "Liu et al. 2025 (arXiv:2502.10749)",
     {
       "delta_scale": Parameter(1.0, "λ, factor on the mean of the low-rank parts"),
-      "mu": Parameter(0.01, "μ, what is taken off each singular value", low=0.0),
+      "mu": Parameter(0.01, "μ, subtracted from each singular value", low=0.0),
       "relative": Parameter(
         False, "count μ in the largest singular value of θᵢ - mean", choices=(True, False)
       ),
@@ -158,7 +160,7 @@ METHODS: Mapping[str, Entry] = {
     {
       "scale": entry.SCALE,
       "alpha": Parameter(
-        0.5, "share of the singular values whose directions are kept clear", low=0.0, high=1.0
+        0.5, "share of the singular values whose directions are protected", low=0.0, high=1.0
       ),
       "rank_tol": _RANK_TOL,
     },
@@ -173,7 +175,7 @@ METHODS: Mapping[str, Entry] = {
     {
       "scale": entry.SCALE,
       "threshold": Parameter(1.0, "a score so many times the mean is calibrated", low=0.0),
-      "calibrated": Parameter(1.0, "weight of what is calibrated"),
+      "calibrated": Parameter(1.0, "weight of calibrated columns"),
     },
     unit="matrix",
     lookups="column",
@@ -203,7 +205,7 @@ METHODS: Mapping[str, Entry] = {
     "Wei et al. 2025 (arXiv:2501.01230)",
     {
       "scale": entry.SCALE,
-      "eta": Parameter(0.07, "η, the norm to which each task matrix is brought", low=0.0),
+      "eta": Parameter(0.07, "η, norm of each task matrix", low=0.0),
       "density": Parameter(0.3, "fraction of entries kept", low=0.0, high=1.0, open_low=True),
       "subspace": Parameter(
         6, "one in so many directions is shared", low=1, integer=True, static=True
@@ -244,7 +246,7 @@ METHODS: Mapping[str, Entry] = {
     "Blanchard et al. 2017 (arXiv:1703.02757)",
     {
       "outliers": _OUTLIERS,
-      "select": Parameter(1, "m, as many are averaged", low=1, integer=True, static=True),
+      "select": Parameter(1, "m, number of averaged models", low=1, integer=True, static=True),
       "scope": Parameter(
         "tree", "distances of whole models, or of leaves", choices=("tree", "leaf")
       ),

@@ -54,7 +54,7 @@ def pcb(
     share = _from_0_to_1(jnp.clip(_scores(x, known), least, best), least, best)
     size = jnp.clip(jnp.abs(x), *_ends(x, known))
     weighted = share * jnp.sign(x) * size * leaf.hparam("weight", x)
-    return _added(weighted) / jnp.maximum(_added(share), 1e-12)
+    return _sum(weighted) / jnp.maximum(_sum(share), 1e-12)
 
   measured = (
     Rank("smallest", _magnitude, rank="low"),
@@ -114,7 +114,7 @@ def _scores(x: Array, known: Any) -> Array:
   low, high = _ends(x, known)
   size = _from_0_to_1(jnp.clip(jnp.abs(x), low, high), low, high)
   # Divided by exp(K), which no weight depends on: it would overflow for many models.
-  return jnp.exp(x.shape[0] * ((size - 1) * (size + 1))) * jnp.tanh(x * _added(x))
+  return jnp.exp(x.shape[0] * ((size - 1) * (size + 1))) * jnp.tanh(x * _sum(x))
 
 
 def _from_0_to_1(x: Array, low: Array, high: Array) -> Array:
@@ -164,11 +164,11 @@ def widen(
   def update(x: Array, leaf: Leaf, known: Any) -> Array:
     changes = _changes(leaf.compared("widen").astype(x.dtype)[None], x)
     both = [shares(_places(change), leaf) for change in changes]
-    return _added(x * (both[0] + both[1]) * 0.5)
+    return _sum(x * (both[0] + both[1]) * 0.5)
 
   def rest(x: Array, leaf: Leaf, known: Any) -> Array:
     x = sharding.together(x)
-    return _added(x * shares(jnp.abs(x), leaf))
+    return _sum(x * shares(jnp.abs(x), leaf))
 
   columns = lookup.METHODS["widen"].lookups
   merged = spectral.by_matrix(update, hparams, rest, lookups=columns)
@@ -198,5 +198,5 @@ def _places(x: Array) -> Array:
   return order_statistics.ranks(x).astype(x.dtype) * (1 / max(x.shape[2], 1))
 
 
-def _added(x: Array) -> Array:
+def _sum(x: Array) -> Array:
   return jnp.sum(x, axis=0, keepdims=True)

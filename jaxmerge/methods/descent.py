@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, Literal  # Any: what is known, and an optimiser's state, are trees.
+from typing import Any, Literal  # Any: reduction results, an optimiser's state.
 
 import jax.numpy as jnp
 import optax
@@ -21,7 +21,7 @@ from jaxmerge.core.stage import Array, Group, Leaf, Method, Rank, chain
 from jaxmerge.methods import averages, spectral
 from jaxmerge.methods.factory import named
 
-_added = functools.partial(jnp.sum, axis=0)
+_sum = functools.partial(jnp.sum, axis=0)
 
 
 @named
@@ -52,7 +52,7 @@ def wudi(
   def update(x: Array, leaf: Leaf, known: Any) -> Array:
     unit = x / _norms(x)
     rate = leaf.scalar("learning_rate", x)
-    return _minimize(_added(x), x, unit.transpose(0, 2, 1) @ unit, _adam(rate), steps)
+    return _minimize(_sum(x), x, unit.transpose(0, 2, 1) @ unit, _adam(rate), steps)
 
   hparams = {"learning_rate": learning_rate}
   return chain(spectral.by_matrix(update, hparams), averages.scaled(scale))
@@ -92,7 +92,7 @@ def optmerge(
   def update(x: Array, leaf: Leaf, known: Any) -> Array:
     K, rate = x.shape[0], leaf.scalar("learning_rate", x)
     count = max(1, int(min(x.shape[1:]) * (1 / K)))
-    mean = _added(x) * (1 / K)
+    mean = _sum(x) * (1 / K)
     u, s, v = (y[..., :count] for y in spectral.svd(x))
     shares = s / _norms(x)[:, 0]
     spans = (v * (shares * shares)[:, None]) @ v.transpose(0, 2, 1)
@@ -100,7 +100,7 @@ def optmerge(
       first = (u * s[:, None]) @ v.transpose(0, 2, 1)
       return _minimize(mean, first, spans, optax.sgd(rate, momentum=0.9), steps)
     targets = mean[None] + _first(x - mean[None], count)
-    return _minimize(_added(x), targets, spans, _adam(rate), steps)
+    return _minimize(_sum(x), targets, spans, _adam(rate), steps)
 
   hparams = {"learning_rate": learning_rate}
   return chain(spectral.by_matrix(update, hparams), averages.scaled(scale))
@@ -148,18 +148,18 @@ def doge(
   def update(x: Array, leaf: Leaf, known: Any) -> Array:
     not_zero = jnp.any(x != 0, axis=(1, 2), keepdims=True)
     rates = jnp.where(not_zero, leaf.scalar("eta", x) / _norms(x), 0)
-    total, weight = _added(x * rates), jnp.sum(rates)
+    total, weight = _sum(x * rates), jnp.sum(rates)
     shared = _shared_directions(x, leaf.scalar("rank_tol", x), subspace)
 
     def gradient(correction: Array) -> Array:
       gaps = jnp.sum(x * (x - (total + weight * correction)[None]), axis=2, keepdims=True)
-      slope = _added(gaps * x) * (-2 * weight)
+      slope = _sum(gaps * x) * (-2 * weight)
       return slope - shared @ (shared.T @ slope)
 
     adam = _adam(leaf.scalar("learning_rate", x))
     correction = _descend(gradient, jnp.zeros_like(total), adam, steps)
     is_large = order_statistics.inside(known["cut"], jnp.abs(x), leaf)
-    return _added(jnp.where(is_large, (x + correction[None]) * rates, 0))[None]
+    return _sum(jnp.where(is_large, (x + correction[None]) * rates, 0))[None]
 
   cut = Rank("cut", lambda x, leaf, known: jnp.abs(x), rank="kept")
   merged = spectral.by_matrix(
@@ -198,7 +198,7 @@ def _minimize(
 
   The gradient needs the tasks' spans [K, i, i] and targets [K, o, i] only as two sums.
   """
-  span, pull = _added(spans), _added(targets @ spans)
+  span, pull = _sum(spans), _sum(targets @ spans)
   return _descend(lambda x: 2 * (x @ span - pull), start, optimizer, steps)[None]
 
 

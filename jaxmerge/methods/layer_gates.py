@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable
-from typing import Any, Literal  # Any: what is known is a tree of arrays.
+from typing import Any, Literal  # Any: reduction results are trees of arrays.
 
 import jax.numpy as jnp
 import numpy as np
@@ -65,7 +65,7 @@ def gate(
     if callable(score):
       parts = [magnitudes.plain(score(x, leaf))]
     elif score == "deviation":
-      parts = [magnitudes.binned(_added, jnp.abs(x - jnp.mean(x, axis=0, keepdims=True)))]
+      parts = [magnitudes.binned(_sum, jnp.abs(x - jnp.mean(x, axis=0, keepdims=True)))]
     else:
       parts = [magnitudes.binned(_squares, x)]
     if score == "relative_norm":
@@ -113,12 +113,12 @@ def _layer_index(leaf: Leaf, known: Any) -> Array:
   return jnp.asarray(known["places"])[jnp.argmax(jnp.asarray(known["tags"]) == leaf.tag)]
 
 
-def _added(x: Array) -> Array:
+def _sum(x: Array) -> Array:
   return jnp.sum(x, axis=tuple(range(1, x.ndim)))
 
 
 def _squares(x: Array) -> Array:
-  return _added(x * x)
+  return _sum(x * x)
 
 
 @named

@@ -22,7 +22,7 @@ from jaxmerge.core.stage import Array, Leaf, Method, Stage, chain
 from jaxmerge.methods import averages
 from jaxmerge.methods.factory import named
 
-_added = functools.partial(jnp.sum, axis=0, keepdims=True)
+_sum = functools.partial(jnp.sum, axis=0, keepdims=True)
 Polar = Literal["svd", "products"]
 LEAST = 1e-3  # `by_products` brings singular values of this share of the largest to 1.
 
@@ -52,7 +52,7 @@ def iso_c(
   lookup.check("iso_c", {"scale": scale, "rank_tol": rank_tol, "polar": polar})
 
   def update(x: Array, leaf: Leaf, known: Any) -> Array:
-    return _flatten(_added(x), leaf.scalar("rank_tol", x), polar)
+    return _flatten(_sum(x), leaf.scalar("rank_tol", x), polar)
 
   return chain(by_matrix(update, {"rank_tol": rank_tol}), averages.scaled(scale))
 
@@ -92,8 +92,8 @@ def iso_cts(
     tol = leaf.scalar("rank_tol", x)
     shared, per_task = count_directions(min(x.shape[1:]), x.shape[0], common)
     if not per_task:
-      return _flatten(_added(x), tol, polar)
-    u, s, v = (y[0] for y in svd(_added(x), tol))
+      return _flatten(_sum(x), tol, polar)
+    u, s, v = (y[0] for y in svd(_sum(x), tol))
     u, s, v = u[:, :shared], s[:shared], v[:, :shared]
     # If all directions of a task are common, the rest is rounding error.
     norms = magnitudes.norm(x, (1, 2))[:, 0, 0]
@@ -167,7 +167,7 @@ def by_matrix(
     return update(sharding.together(x), leaf, known) if x.size else x[:1]
 
   def mean(x: Array, leaf: Leaf, known: Any) -> Array:
-    return _added(x) * (1 / x.shape[0])
+    return _sum(x) * (1 / x.shape[0])
 
   rest = rest or mean
   stage = Stage(together, unit="matrix", rest=rest, hparams=hparams, combines=True, **more)

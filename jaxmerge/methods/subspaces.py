@@ -62,11 +62,11 @@ def drm(
     squares = jnp.sum(each * each, axis=1, keepdims=True)
     norms = jnp.sqrt(jnp.where(squares > 0, squares, 1))
     trimmed = _largest(each / norms, s > 0, 1 - drop_rate, leaf) * norms * s[None, None]
-    y = (u @ _elected(trimmed, leaf.hparam("weight", x))[0].T)[None]
+    y = (u @ _elect_and_average(trimmed, leaf.hparam("weight", x))[0].T)[None]
     return y.transpose(0, 2, 1) if direction == "vertical" else y
 
   def rest(x: Array, leaf: Leaf, known: Any) -> Array:
-    return _elected(sharding.together(x), leaf.hparam("weight", x))
+    return _elect_and_average(sharding.together(x), leaf.hparam("weight", x))
 
   return chain(spectral.by_matrix(update, hparams, rest), averages.scaled(scale))
 
@@ -91,7 +91,7 @@ def _largest(x: Array, counts: Array, share: float, leaf: Leaf) -> Array:
 _LEAST = Rank("least", lambda x, leaf, known: jnp.abs(x), rank="place")
 
 
-def _elected(x: Array, weight: Array | float = 1) -> Array:
+def _elect_and_average(x: Array, weight: Array | float = 1) -> Array:
   """Averages the entries that have the sign of the sum, each times the weight of its model.
 
   A sum of zero has the sign that most sums have.
@@ -156,7 +156,7 @@ def lore(
       first = spectral.svd(x - common)
       mu = mu * jnp.max(first[1]) if relative else mu
       (common, parts), _ = lax.scan(sweep, (common, shrink(*first)), length=sweeps - 1)
-    merged = _mean(parts) if join == "mean" else _elected(parts)
+    merged = _mean(parts) if join == "mean" else _elect_and_average(parts)
     return common + leaf.scalar("delta_scale", x) * merged
 
   return spectral.by_matrix(update, hparams)

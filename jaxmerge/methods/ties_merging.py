@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, Literal  # Any: what is known is a tree of arrays.
+from typing import Any, Literal  # Any: reduction results are trees of arrays.
 
 import jax.numpy as jnp
 
@@ -13,7 +13,7 @@ from jaxmerge.core.stage import Array, Group, Leaf, Method, Scope, Stage, chain,
 from jaxmerge.methods import averages, sparsify
 from jaxmerge.methods.factory import named
 
-_added = functools.partial(jnp.sum, axis=0, keepdims=True)
+_sum = functools.partial(jnp.sum, axis=0, keepdims=True)
 
 
 @named
@@ -49,7 +49,7 @@ def elect_sign(
 
   def total(x: Array, leaf: Leaf) -> Array:
     each = jnp.sign(x) if votes == "count" else x
-    return _added(each if is_equal else each * (1 + leaf.hparam("slack", x)))
+    return _sum(each if is_equal else each * (1 + leaf.hparam("slack", x)))
 
   if zero_sum == "plus":
     return leafwise(lambda x, leaf: agreeing(x, total(x, leaf)), hparams=hparams)
@@ -89,7 +89,7 @@ def agreeing(x: Array, total: Array | None = None) -> Array:
     >>> agreeing(jnp.array([[3.0, 1.0], [-1.0, -1.0]])).tolist()
     [[3.0, 1.0], [0.0, 0.0]]
   """
-  total = _added(x) if total is None else total
+  total = _sum(x) if total is None else total
   return jnp.where(x * jnp.where(total < 0, -1, 1) > 0, x, 0)
 
 
@@ -111,8 +111,8 @@ def disjoint_mean(weight: float | tuple[float, ...] | None = 1.0) -> Method:
 
   def mean(x: Array, leaf: Leaf) -> Array:
     each = jnp.ones((), x.dtype) if is_equal else leaf.hparam("weight", x)
-    divisor = _added(jnp.where(x != 0, each, 0))
-    return _added(x) / jnp.where(divisor == 0, 1, divisor)
+    divisor = _sum(jnp.where(x != 0, each, 0))
+    return _sum(x) / jnp.where(divisor == 0, 1, divisor)
 
   return leafwise(mean, hparams={} if weight is None else {"weight": weight}, combines=True)
 
@@ -159,7 +159,7 @@ def elected(
   join = {
     "mean": lambda: disjoint_mean(weight),
     # The entries are multiplied by their weights already.
-    "sum": lambda: pointwise(_added, combines=True),
+    "sum": lambda: pointwise(_sum, combines=True),
     "max": disjoint_max,
   }[reduce]()
   election_stage = elect_sign(zero_sum, votes=votes, deferred=True)

@@ -14,7 +14,7 @@ from jaxmerge.search import scales
 
 
 def candidates(name: str, settings: Mapping[str, Any]) -> Iterator[scales.Scaled]:
-  """Yields the merges to try: all combinations of what is listed for each setting.
+  """Yields the merges to try: all combinations of the values listed for each setting.
 
   Args:
     name: of the method, unless the settings have another one.

@@ -33,7 +33,7 @@ class SearchResult(NamedTuple):
 
   Attributes:
     params: the best model.
-    candidate: what the best model is made of: weights [K], a scale, a fraction for each layer.
+    candidate: its recipe: weights [K], a scale, fractions for each layer, ...
     score: of the best model; larger is better.
     trials: all candidates with their scores, in order.
   """

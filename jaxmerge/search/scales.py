@@ -54,7 +54,7 @@ class Validation:
     layout: matrix views.
     metric: which of two scores is better.
     at_once: merges that are made and scored by one program, if only their scales differ.
-    name: what an error calls the merge.
+    name: name of the merge in errors.
     statistics: what the method's stages read beside the models, as for `jaxmerge.merge`.
   """
 
@@ -124,7 +124,7 @@ def best_scale(
   layout: layouts.Said | None = (),
   metric: metrics.Metric = metrics.ACCURACY,
   at_once: int = 8,
-  called: str = "the merge",
+  label: str = "the merge",
 ) -> objective.SearchResult:
   """Merges with every scale, scores several merges in one program, and returns the best.
 
@@ -143,7 +143,7 @@ def best_scale(
     layout: matrix views.
     metric: which of two scores is better.
     at_once: scales that are merged and scored together.
-    called: what an error calls the merge.
+    label: name of the merge in errors.
 
   Returns:
     The best merge; scores are the larger the better, those of a loss are negative.
@@ -152,7 +152,7 @@ def best_scale(
     ValueError: where no scale gives a finite model with finite scores.
   """
   validation = Validation(
-    base, models, score, rows, counts, names, seed, layout, metric, at_once, called, statistics
+    base, models, score, rows, counts, names, seed, layout, metric, at_once, label, statistics
   )
   candidates = [Scaled(method, dict(hparams or {}), float(scale)) for scale in scales]
   return objective.run(validation, objective.exhaustive(candidates))

@@ -1,7 +1,7 @@
-"""Soups whose ingredients are searched by a score, or learned.
+"""Soups: weighted sums of models, with weights that a score decides, or that are learned.
 
-The score is a function of a model, of any kind, that is larger for better ones: the caller
-evaluates. Candidates are weighted sums of the models, by one compiled program.
+The score is any function of a model, larger for better ones. One compiled program makes all
+candidates.
 """
 
 from __future__ import annotations

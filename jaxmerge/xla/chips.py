@@ -1,4 +1,4 @@
-"""TPU chips and slices by name: their devices without one at hand, and how fast they can be.
+"""TPU chips and slices by name: devices to compile for, and peak speeds.
 
 Peak numbers are per chip, from the pages of docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x};
 links of v4 are from Jouppi et al. 2023 (arXiv:2304.01433).
@@ -16,8 +16,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple  # Any: devices of a topology are no `jax.Device`.
 
 GIB = 2**30
-# Before jax is imported: no TPU is looked for, several compilers may run side by side, and the
-# compiler does not complain of a machine that is none of Cloud's; what it compiles for is named.
+# Set before jax is imported: jax does not look for a TPU, several compilers may run side by side,
+# and the compiler accepts a machine outside of Cloud; the topology is an argument.
 ENVIRONMENT = {
   "TPU_SKIP_MDS_QUERY": "1",
   "JAX_PLATFORMS": "cpu",
@@ -28,7 +28,7 @@ ENVIRONMENT = {
 
 
 class Chip(NamedTuple):
-  """What one chip can do.
+  """Peak numbers of one chip.
 
   Attributes:
     flops: bfloat16 operations per second.
@@ -133,14 +133,14 @@ def check_compiler() -> None:
   """Raises ValueError, with what to install, if libtpu is missing or of a wrong version."""
   if importlib.util.find_spec("libtpu") is None:
     raise ValueError("compiling for TPU needs libtpu: pip install 'jaxmerge[tpu]'.")
-  wanted = _wanted(importlib.metadata.requires("jax") or ())
+  required = _required_libtpu(importlib.metadata.requires("jax") or ())
   libtpu, jax = importlib.metadata.version("libtpu"), importlib.metadata.version("jax")
   if (
-    wanted is not None
-    and re.fullmatch(wanted.replace(".", r"\.").replace("*", ".*"), libtpu) is None
+    required is not None
+    and re.fullmatch(required.replace(".", r"\.").replace("*", ".*"), libtpu) is None
   ):
     raise ValueError(
-      f"jax {jax} goes with libtpu {wanted}, but {libtpu} is installed: "
+      f"jax {jax} goes with libtpu {required}, but {libtpu} is installed: "
       f"pip install 'jax[tpu]=={jax}'."
     )
 
@@ -150,7 +150,7 @@ def set_environment() -> None:
   os.environ.update(ENVIRONMENT)
 
 
-def _wanted(requirements: Iterable[str]) -> str | None:
+def _required_libtpu(requirements: Iterable[str]) -> str | None:
   """Returns the version of libtpu in a package's requirements, such as "0.0.42.*"."""
   for requirement in requirements:
     if match := re.match(r"libtpu\s*==\s*([\d.*]+)", requirement):
