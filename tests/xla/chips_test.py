@@ -69,7 +69,7 @@ def test_a_compiler_of_another_jax_is_an_error(monkeypatch, own, good):
 
 
 def test_the_installed_jax_says_which_compiler_it_wants():
-  assert chips._wanted(importlib.metadata.requires("jax")) is not None
+  assert chips._required_libtpu(importlib.metadata.requires("jax")) is not None
 
 
 def test_the_environment_is_set(monkeypatch):
