@@ -169,7 +169,7 @@ def step(device, options):
   task = text("steps", fields["vocab_size"], 16 * rows, length)
   local = optimizers.local(settings, jax.eval_shape(lambda: llama.init(config, jax.random.key(0))))
   step_ = local_steps.step(apply, losses.cross_entropy, settings, local)
-  spread, everywhere = meshes.by_task(mesh), meshes.everywhere(mesh)
+  spread, everywhere = meshes.task_sharding(mesh), meshes.replicated(mesh)
   held = meshes.put(batch.stack([task], "train"), spread)
   params = jax.jit(lambda: llama.init(config, jax.random.key(0)), out_shardings=everywhere)()
   begin = jax.jit(lambda p: (c := local_steps.copies(p, 1, mesh), jax.vmap(local.init)(c)))

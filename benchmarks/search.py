@@ -113,7 +113,7 @@ class Search:
     self.counts = [len(t.validation.labels) for t in self.tasks]
     side = self.mesh.shape["task"]
     rows = batch.stack(self.tasks, "validation", num_slots=-(-len(self.tasks) // side) * side)
-    self.rows = mesh.put(rows, mesh.by_task(self.mesh))
+    self.rows = mesh.put(rows, mesh.task_sharding(self.mesh))
     self.metric = self.problem.metric
     self.score = scoring.scorer(self.problem.apply, self.metric.rowwise, mesh=self.mesh)
     self.trials = json.loads(path.read_text()) if path.exists() else []

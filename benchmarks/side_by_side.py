@@ -59,8 +59,8 @@ def main():
       )[0]
 
     def put(rows, plan):
-      own = mesh.put((rows, plan), mesh.by_task(grid))
-      return mesh.put(problem.params, mesh.everywhere(grid)), *own
+      own = mesh.put((rows, plan), mesh.task_sharding(grid))
+      return mesh.put(problem.params, mesh.replicated(grid)), *own
 
     return tuned, put
 

@@ -40,7 +40,7 @@ def seconds(models, entries, runs):
   def merge(x, weights):
     return (weights * x).sum(axis=0)
 
-  programs = [jax.jit(merge), jax.jit(rewrites.unrolled(merge))]
+  programs = [jax.jit(merge), jax.jit(rewrites.unroll(merge))]
   found = [[], []]
   often = max(1, 2**20 // entries)
   for _ in range(runs + 1):

@@ -87,7 +87,7 @@ def average(
 def check_finite(adapter: dict[str, Lora]) -> dict[str, Lora]:
   """Returns an adapter; raises ValueError if its factors, where known, have NaN or infinity."""
   factors = {"a": "lora_A", "b": "lora_B"}
-  finiteness.checked(
+  finiteness.check_result(
     {f"{n}.{word}": getattr(x, part) for n, x in adapter.items() for part, word in factors.items()}
   )
   return adapter

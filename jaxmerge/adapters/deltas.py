@@ -73,7 +73,7 @@ def merge(
     statistics=statistics,
     seed=seed,
     names=names,
-    layout=layouts.fitted(method, {n: np.shape(leaves[n]) for n in rules}, rules),
+    layout=layouts.fit(method, {n: np.shape(leaves[n]) for n in rules}, rules),
     deltas=True,
   )
   return tree.rebuild(base, leaves | out)

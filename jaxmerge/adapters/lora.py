@@ -186,4 +186,4 @@ def apply(params: Tree, adapter: Adapter | Any, *, layout: layouts.Said | None =
     x, delta = jnp.asarray(leaves[leaf]), target.delta()
     wide = tree.compute_dtype(x.dtype, delta.dtype)
     changed[leaf] = (x.astype(wide) + delta.astype(wide)).astype(x.dtype)
-  return tree.rebuild(params, leaves | finiteness.checked(changed))
+  return tree.rebuild(params, leaves | finiteness.check_result(changed))

@@ -41,7 +41,7 @@ def load(folder: Path, *, rename: Mapping[str, str] | None = None) -> dict[str, 
     factors = peft.factors(folder, files)
     return {
       names.rename(name, rename or {}): (Swapped if x.transposed else Lora)(
-        double_precision.copied(x.a), double_precision.copied(x.b), x.scale
+        double_precision.copy_leaf(x.a), double_precision.copy_leaf(x.b), x.scale
       )
       for name, x in factors.items()
     }

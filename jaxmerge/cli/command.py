@@ -78,7 +78,7 @@ def start_devices(options: argparse.Namespace, devices: int | None) -> None:
   from jaxmerge.parallel import processes
 
   processes.start(options.coordinator, options.processes, options.process)
-  if not processes.first():
+  if not processes.is_first():
     watchdog.quiet()
 
 

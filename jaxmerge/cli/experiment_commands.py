@@ -46,7 +46,7 @@ def run_atm(options: argparse.Namespace, config: Any) -> None:
     start_devices(options, config.mesh.devices)
     from jaxmerge.experiments import run
 
-    with progress.bars() as show, preemption.asked(options.grace) as stop:
+    with progress.bars() as show, preemption.watch_sigterm(options.grace) as stop:
       record = run.run(config, options.workdir, resume=options.resume, progress=show, stop=stop)
   progress.output(reports.text(record))
   progress.output(f"report: {folder / 'report.html'}")

@@ -95,7 +95,7 @@ def _run(options: argparse.Namespace, config: Any, arguments: Sequence[str]) -> 
     if getattr(options, "distributed", False):
       from jaxmerge.parallel import processes
 
-      if processes.lost(e):
+      if processes.is_lost(e):
         raise
     return _report_failure(e, 1, debug)
   except preemption.Stopped as e:

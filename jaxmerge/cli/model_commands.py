@@ -83,7 +83,7 @@ def run_merge(options: argparse.Namespace, config: Any) -> None:
 
   with progress.bars() as show:
     plan = run.execute(planned, files, functools.partial(progress.byte_counter, show))
-  if processes.first():
+  if processes.is_first():
     _print_result(plan, planned.out, evaluate)
 
 

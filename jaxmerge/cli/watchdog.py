@@ -31,7 +31,7 @@ def run(work: Callable[[], int]) -> int:
   except BaseException as e:  # Whatever it was, the others must not wait.
     from jaxmerge.parallel import processes
 
-    if processes.lost(e):
+    if processes.is_lost(e):
       progress.log(f"{GONE.format(who=_who())} ({str(e).splitlines()[0]:.200})")
     else:
       traceback.print_exception(e)

@@ -118,11 +118,11 @@ def zeros(shape: tuple[int, ...], dtype: Any) -> Any:
   return np.zeros(shape, dtype) if is_narrowed(dtype) else jnp.zeros(shape, dtype)
 
 
-def copied(x: Any) -> Any:
+def copy_leaf(x: Any) -> Any:
   """Returns a leaf that is not merged: the same values in the same dtype, never through a program.
 
   Example:
-    >>> copied(np.array([2**40 + 7])).tolist()
+    >>> copy_leaf(np.array([2**40 + 7])).tolist()
     [1099511627783]
   """
   if isinstance(x, jax.Array):

@@ -17,7 +17,7 @@ from jaxmerge.core.stage import Group, Method
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-def resolved(
+def resolve(
   method: Method,
   hparams: Mapping[str, Any],
   shapes: Shapes,
@@ -81,7 +81,9 @@ def _by_leaf(
   return by_leaf
 
 
-def ordered(names: Sequence[str] | None, num_models: int, *, keep: bool) -> tuple[Any, np.ndarray]:
+def order_models(
+  names: Sequence[str] | None, num_models: int, *, keep: bool
+) -> tuple[Any, np.ndarray]:
   """Returns the models' order by tag, None where the caller's stays, and their tags."""
   labels = [str(k) for k in range(num_models)] if names is None else list(names)
   tags = np.array([tree.tag(n) for n in labels], np.uint32)
@@ -93,10 +95,10 @@ def ordered(names: Sequence[str] | None, num_models: int, *, keep: bool) -> tupl
   return (None if (order == np.arange(num_models)).all() else order), tags[order]
 
 
-def permuted(value: Any, order: np.ndarray) -> Any:
+def permute(value: Any, order: np.ndarray) -> Any:
   """Puts values per model in another order; other values stay as they are."""
   if isinstance(value, dict):
-    return {n: permuted(v, order) for n, v in value.items()}
+    return {n: permute(v, order) for n, v in value.items()}
   if isinstance(value, (list, tuple)):
     return type(value)(value[k] for k in order)
   return value[order] if np.ndim(value) and np.shape(value)[0] == len(order) else value

@@ -86,10 +86,10 @@ def prepare(
     ValueError: for unknown, missing or ill-shaped hyperparameters, for names that are not K
       different ones, and for a leaf that no combiner will touch.
   """
-  order, tags = hyperparameters.ordered(names, num_models, keep=stage.ordered(method))
-  values = hyperparameters.resolved(method, hparams, shapes, num_models, copied)
+  order, tags = hyperparameters.order_models(names, num_models, keep=stage.ordered(method))
+  values = hyperparameters.resolve(method, hparams, shapes, num_models, copied)
   if order is not None:
-    values = {n: hyperparameters.permuted(v, order) for n, v in values.items()}
+    values = {n: hyperparameters.permute(v, order) for n, v in values.items()}
   counts, stats = dict.fromkeys(shapes, num_models), []
   for step in method:
     first = {}
@@ -195,7 +195,7 @@ def _update(step: Stage, x: Array, leaf: Leaf, stats: Any, *, view: str | None) 
     return x[:1] if step.combines else x
   if step.unit == "entry":
     return step.update(x, leaf, stats)
-  view = layouts.seen(view, layouts.Unit(step.unit, step.lookups))
+  view = layouts.view_for(view, layouts.Unit(step.unit, step.lookups))
   if view is None:
     if step.rest is None:
       raise ValueError("a leaf has no matrix view; declare it in `layout` or mask the method.")
@@ -217,8 +217,8 @@ def _by_matrix(step: Stage, x: Array, leaf: Leaf, stats: Any, view: str) -> Arra
 
 
 def _by_row(step: Stage, x: Array, leaf: Leaf, stats: Any, view: str) -> Array:
-  rows = matrix_views.rows(sharding.whole(x), view)
-  base = None if leaf.base is None else matrix_views.rows(sharding.whole(leaf.base[None]), view)[0]
+  rows = matrix_views.rows(sharding.gather(x), view)
+  base = None if leaf.base is None else matrix_views.rows(sharding.gather(leaf.base[None]), view)[0]
   if step.ranked and "ranks" not in stats:
     stats = {**stats, "ranks": order_statistics.ranks(rows)}
   places = None if leaf.places is None else leaf.places.reshape(1, *rows.shape[1:])
@@ -248,17 +248,17 @@ def task_vectors(x: Array, reference: Array | None, least: Any = np.float32) -> 
   return x.astype(dtype) - reference.astype(dtype)[None]
 
 
-def added(name: str, merged: Array, base: Array | None, dtype: Any) -> Array:
+def add_to_base(name: str, merged: Array, base: Array | None, dtype: Any) -> Array:
   """Adds a merged task vector [1, *s] to the base, and casts: [1, *s] -> [*s].
 
   Raises:
     ValueError: if there is not one.
   """
   hyperparameters.refuse_unmerged(name, merged.shape[0])
-  return stored(merged, base, dtype)[0]
+  return store(merged, base, dtype)[0]
 
 
-def stored(merged: Array, base: Array | None, dtype: Any) -> Array:
+def store(merged: Array, base: Array | None, dtype: Any) -> Array:
   """Adds task vectors [M, *s] to the base, and casts: the one place that does."""
   if base is None:
     return merged.astype(dtype)

@@ -86,11 +86,11 @@ def of(method: Iterable[Any], base: Any, *, layout: Said | Table | None = ()) ->
 
   leaves = tree.named(base)
   shapes = {n: tuple(x.shape) for n, x in leaves.items() if tree.is_floating(x)}
-  table = settled(method, shapes, layout, names=leaves)
+  table = resolve(method, shapes, layout, names=leaves)
   units = [unit for unit in units_of(method) if unit.unit != "entry"]
   by_leaf = {n: rule for rule, names in table.groups for n in names}
   sees = {
-    n: r._replace(view=next((v for u in units if (v := seen(r.view, u))), None))
+    n: r._replace(view=next((v for u in units if (v := view_for(r.view, u))), None))
     for n, r in by_leaf.items()
   }
   return dict(sorted(sees.items()))
@@ -126,7 +126,7 @@ def check(layout: Any) -> Said:
   return tuple(pairs)
 
 
-def settled(
+def resolve(
   method: Iterable[Any],
   shapes: Shapes,
   layout: Said | Table | None = (),
@@ -151,13 +151,13 @@ def settled(
   declared = _declared(said, shapes, shapes if names is None else names)
   if all(unit.unit == "entry" for unit in units_of(method)):
     return NONE
-  return fitted(method, shapes, conventions.rules(shapes) | declared)
+  return fit(method, shapes, conventions.rules(shapes) | declared)
 
 
-def fitted(method: Iterable[Any], shapes: Shapes, rules: Mapping[str, Rule]) -> Table:
+def fit(method: Iterable[Any], shapes: Shapes, rules: Mapping[str, Rule]) -> Table:
   """Makes a table of rules by leaf; ValueError where a method cannot work by them."""
   for unit in units_of(method):
-    if problem := unfit(unit, rules, shapes):
+    if problem := find_problem(unit, rules, shapes):
       raise ValueError(problem + advice(unit, rules, shapes, _item, "\n  "))
   return table(rules)
 
@@ -194,11 +194,11 @@ def unit_of(words: Any) -> Unit:
   return scopes.get(str(settings.get("scope")), by_name)
 
 
-def seen(view: str | None, unit: Unit) -> str | None:
+def view_for(view: str | None, unit: Unit) -> str | None:
   """Returns the view that a stage of rows or matrices has of a leaf; None where it has none.
 
   Example:
-    >>> [seen("li", Unit("matrix", lookups)) for lookups in (None, "row", "column")]
+    >>> [view_for("li", Unit("matrix", lookups)) for lookups in (None, "row", "column")]
     [None, 'oi', 'io']
   """
   if view is None or "l" not in view:
@@ -208,28 +208,28 @@ def seen(view: str | None, unit: Unit) -> str | None:
   return view.translate(str.maketrans("li", "io")) if unit.lookups == "column" else None
 
 
-def counted(table: Table, unit: Unit) -> str:
+def summary(table: Table, unit: Unit) -> str:
   """Says of how many leaves a method has which view, and why; empty where it needs none.
 
   Example:
     >>> rules = {"up": Rule("io", "kernel"), "wte": Rule("li", "lookup")}
-    >>> counted(table(rules), Unit("matrix"))
+    >>> summary(table(rules), Unit("matrix"))
     '1 io (kernel), 1 no matrix (lookup)'
   """
   none = "no matrix" if unit.unit == "matrix" else "one row"
   counts = collections.Counter[str]()
   for rule, names in table.groups:
-    counts[f"{seen(rule.view, unit) or none} ({rule.reason})"] += len(names)
+    counts[f"{view_for(rule.view, unit) or none} ({rule.reason})"] += len(names)
   return ", ".join(f"{count} {words}" for words, count in sorted(counts.items()))
 
 
-def lines(method: Iterable[Any], settled: Table) -> tuple[str, ...]:
+def lines(method: Iterable[Any], rules: Table) -> tuple[str, ...]:
   """Says it for each of the stages of a method that ask."""
-  asks = dict.fromkeys(counted(settled, u) for u in units_of(method) if u.unit != "entry")
+  asks = dict.fromkeys(summary(rules, u) for u in units_of(method) if u.unit != "entry")
   return tuple(f"outputs and inputs: {words}" for words in asks if words)
 
 
-def unfit(unit: Unit, rules: Mapping[str, Rule], shapes: Shapes) -> str | None:
+def find_problem(unit: Unit, rules: Mapping[str, Rule], shapes: Shapes) -> str | None:
   """Says why a stage of matrices cannot work on leaves: how they lie is open, or none is one."""
   if unit.unit != "matrix":
     return None
@@ -237,11 +237,11 @@ def unfit(unit: Unit, rules: Mapping[str, Rule], shapes: Shapes) -> str | None:
   if rules and not acted:
     return "the method works on matrices, but is restricted to leaves of which there are none"
   for name, rule in acted.items():
-    if missing := _missing(seen(rule.view, unit)):
+    if missing := _missing(view_for(rule.view, unit)):
       return f"the method works on matrices, but view {rule.view!r} of {name!r} has no {missing}"
   if unit.lookups != "row" and any(r.open for r in acted.values()):
     return "the method works on matrices, but neither name nor shape say how these leaves lie"
-  if acted and not any(seen(r.view, unit) for r in acted.values()):
+  if acted and not any(view_for(r.view, unit) for r in acted.values()):
     kinds = collections.Counter(r.reason for r in acted.values())
     each = ", ".join(f"{count} of kind {reason!r}" for reason, count in sorted(kinds.items()))
     return f"the method works on matrices, but none of the leaves is one ({each})"
@@ -253,7 +253,7 @@ def open_leaves(
 ) -> Iterator[tuple[str, tuple[str, ...]]]:
   """Lists the leaves that a layout should name: a pattern for those alike, and their names."""
   acted = [n for n in rules if unit.where is None or unit.where(n)]
-  wanted = [n for n in acted if _missing(seen(rules[n].view, unit))]
+  wanted = [n for n in acted if _missing(view_for(rules[n].view, unit))]
   wanted = wanted or [n for n in acted if rules[n].open]
   wanted = [n for n in wanted or acted if len(shapes[n]) > 1]
   alike: dict[tuple[str, int], list[str]] = {}

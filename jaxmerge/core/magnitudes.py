@@ -4,7 +4,7 @@ A float32 has a square only from 1e-19 to 1e19: beyond it overflows, below it is
 measured of numbers over a power of two, which changes no bit of them. Where the largest number is
 at hand, that is its own power (`peak`). Where a sum is made of parts of a leaf, or of many leaves,
 the size of the other parts is not known: there are five windows of sizes, the sum of a part lies in
-that of its largest number, and sums add up window by window (`binned`, `joined`).
+that of its largest number, and sums add up window by window (`bin_sums`, `join_bins`).
 """
 
 from __future__ import annotations
@@ -55,12 +55,12 @@ def norm(x: Array, axes: Sequence[int]) -> Array:
   return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0) * unit
 
 
-def binned(f: Callable[..., Any], *xs: Array) -> Any:
+def bin_sums(f: Callable[..., Any], *xs: Array) -> Any:
   """Returns f(*xs), a tree of sums of powers, by window: [5, ...] each.
 
   Example:
-    >>> sums = binned(lambda x: jnp.sum(x * x), jnp.array([3e30, 4e30]))
-    >>> total, unit = joined(sums, 2)
+    >>> sums = bin_sums(lambda x: jnp.sum(x * x), jnp.array([3e30, 4e30]))
+    >>> total, unit = join_bins(sums, 2)
     >>> f"{float(jnp.sqrt(total) * unit):.5g}"
     '5e+30'
   """
@@ -96,7 +96,7 @@ def plain(x: Array) -> Array:
   return jnp.stack([x if k == WINDOWS // 2 else jnp.zeros_like(x) for k in range(WINDOWS)])
 
 
-def joined(sums: Any, degree: int) -> tuple[Any, Array]:
+def join_bins(sums: Any, degree: int) -> tuple[Any, Array]:
   """Joins the windows of sums: (the sums over a power of a unit, that unit, a power of two).
 
   The unit is 1 but for numbers of which the largest is below 1e-9 or above 1e9.

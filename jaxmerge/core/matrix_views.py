@@ -46,13 +46,13 @@ def rows(x: Array, view: str) -> Array:
   moved = x.transpose((0, *(a + 1 for a in _order(view, x.ndim - 1))))
   sizes = list(zip(x.shape[1:], view, strict=True))
   columns = math.prod(n for n, letter in sizes if letter == "i")
-  return sharding.reshaped(moved, (x.shape[0], math.prod(n for n, v in sizes if v != "i"), columns))
+  return sharding.reshape(moved, (x.shape[0], math.prod(n for n, v in sizes if v != "i"), columns))
 
 
 def from_rows(y: Array, view: str, shape: tuple[int, ...]) -> Array:
   """Undoes `rows`: [M, rows, columns] -> [M, *shape]."""
   order = _order(view, len(shape))
-  moved = sharding.reshaped(y, (y.shape[0], *(shape[a] for a in order)))
+  moved = sharding.reshape(y, (y.shape[0], *(shape[a] for a in order)))
   back = sorted(range(len(order)), key=lambda i: order[i])
   return moved.transpose((0, *(b + 1 for b in back)))
 
@@ -67,7 +67,7 @@ def matrices(x: Array, view: str) -> Array:
   """
   count = math.prod(stacked(x.shape[1:], view))
   y = rows(x, view)
-  return sharding.reshaped(y, (x.shape[0], count, y.shape[1] // count, y.shape[2]))
+  return sharding.reshape(y, (x.shape[0], count, y.shape[1] // count, y.shape[2]))
 
 
 def stacked(shape: tuple[int, ...], view: str) -> tuple[int, ...]:
@@ -101,12 +101,12 @@ def by_matrix(
     >>> by_matrix(lambda x, base, more: x[:1] * 2, jnp.ones((3, 4, 2)), None, "io").shape
     (1, 4, 2)
   """
-  stacks = matrices(sharding.whole(x), view)
-  bases = None if base is None else matrices(sharding.whole(base[None]), view)[0]
+  stacks = matrices(sharding.gather(x), view)
+  bases = None if base is None else matrices(sharding.gather(base[None]), view)[0]
   # One after the other: a matrix keeps the devices busy, and decompositions are not to be batched.
   each = (stacks.swapaxes(0, 1), bases, more)
   y = jax.lax.map(lambda one: f(*one), each).swapaxes(0, 1)
-  joined = sharding.reshaped(y, (y.shape[0], y.shape[1] * y.shape[2], y.shape[3]))
+  joined = sharding.reshape(y, (y.shape[0], y.shape[1] * y.shape[2], y.shape[3]))
   return from_rows(joined, view, x.shape[1:])
 
 

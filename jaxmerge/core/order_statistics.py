@@ -96,12 +96,12 @@ def inside(cut: Cut, values: Array, leaf: Leaf) -> Array:
   return (bits > value) | ((bits == value) & early)
 
 
-def passed(cut: Cut, first: int, size: int) -> Cut:
+def cut_for(cut: Cut, first: int, size: int) -> Cut:
   """A cut for `size` entries from position `first` on: by value alone unless it lies among them.
 
   Example:
     >>> cut = Cut(jnp.array([7], jnp.uint32), jnp.array([100], jnp.uint32))
-    >>> passed(cut, 0, 50).value.tolist(), passed(cut, 101, 50).value.tolist()
+    >>> cut_for(cut, 0, 50).value.tolist(), cut_for(cut, 101, 50).value.tolist()
     ([7], [8])
   """
   last, places = np.asarray(cut.last).astype(np.int64), first % 2**32

@@ -55,10 +55,10 @@ def squares(
   """
 
   def measure(x: Any, leaf: Leaf, known: Any) -> Any:
-    return magnitudes.binned(f, *(x if isinstance(x, tuple) else (x,)))
+    return magnitudes.bin_sums(f, *(x if isinstance(x, tuple) else (x,)))
 
   def joined(found: Any, known: Any) -> Any:  # Names of a stage's arguments are part of digests.
-    return finish(*magnitudes.joined(found, degree), known)
+    return finish(*magnitudes.join_bins(found, degree), known)
 
   return Sum(name, measure, finish=joined)
 
@@ -66,11 +66,13 @@ def squares(
 def inner_products(x: Array) -> Array:
   """Returns the inner products of the models: [K, *s] -> [K, K]."""
   axes = list(range(1, x.ndim))
-  place = sharding.unsharded(x, 2)
+  place = sharding.replicated_like(x, 2)
   return lax.dot_general(x, x, ((axes, axes), ((), ())), precision="highest", out_sharding=place)
 
 
-def settled(reduction: Reduction, parts: Sequence[tuple[Any, Leaf]], stats: dict[str, Any]) -> Any:
+def reduce_group(
+  reduction: Reduction, parts: Sequence[tuple[Any, Leaf]], stats: dict[str, Any]
+) -> Any:
   """Returns a statistic of a group whose leaves, with their descriptions, are all at hand."""
   if isinstance(reduction, Sum):
     measured = _over(parts, lambda x, leaf: _measure(reduction, x, leaf, stats), reduction.combine)
@@ -97,4 +99,4 @@ def _over(
   each = [measure(x, leaf) for x, leaf in parts]
   total = functools.reduce(lambda a, b: jax.tree.map(combine, a, b), each)
   # Where axes are explicit, a total per model is left sharded as the models are.
-  return jax.tree.map(sharding.everywhere, total)
+  return jax.tree.map(sharding.replicate, total)

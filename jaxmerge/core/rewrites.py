@@ -27,13 +27,13 @@ from jax.extend import core
 
 
 class _Way(NamedTuple):
-  """How a program is rewritten: see `unrolled`."""
+  """How a program is rewritten: see `unroll`."""
 
   each: str | None
   halves: bool
 
   def rounded(self, x: Any) -> Any:
-    return x if self.each is None else rounded(x, self.each)
+    return x if self.each is None else round_to(x, self.each)
 
 
 _CHAINS = {
@@ -63,7 +63,7 @@ _RANDOM = "uniform_of_bits"
 _EXACT = {"broadcast_in_dim", "concatenate", "reshape", "select_n", "slice", "squeeze", "transpose"}
 
 
-def unrolled(
+def unroll(
   f: Callable[..., Any], *, each: str | None = None, halves: bool = False
 ) -> Callable[..., Any]:
   """Returns f with its reductions over a first axis, of at most `LONGEST`, as chains.
@@ -78,7 +78,7 @@ def unrolled(
       may hold but a part of them.
 
   Example:
-    >>> text = str(jax.make_jaxpr(unrolled(lambda x: x.sum(axis=0)))(jnp.ones((3, 4))))
+    >>> text = str(jax.make_jaxpr(unroll(lambda x: x.sum(axis=0)))(jnp.ones((3, 4))))
     >>> "reduce_sum" in text, text.count("add")
     (False, 2)
   """
@@ -105,18 +105,18 @@ def pays(arrays: Iterable[Any]) -> bool | None:
   return "tpu" not in (platforms or {jax.default_backend()})
 
 
-def chosen(f: Callable[[bool], Callable[..., Any]], chains: bool | None) -> Callable[..., Any]:
+def with_chains(f: Callable[[bool], Callable[..., Any]], chains: bool | None) -> Callable[..., Any]:
   """Returns f(True) with chains, or f(False) as it is, as `pays` tells."""
   if chains is None:
-    return lambda *args: lax.platform_dependent(*args, tpu=f(False), default=unrolled(f(True)))
-  return unrolled(f(True)) if chains else f(False)
+    return lambda *args: lax.platform_dependent(*args, tpu=f(False), default=unroll(f(True)))
+  return unroll(f(True)) if chains else f(False)
 
 
-def rounded(x: Any, dtype: str) -> Any:
+def round_to(x: Any, dtype: str) -> Any:
   """Rounds floating values to a dtype, and leaves them in the one they have.
 
   Example:
-    >>> rounded(jnp.float32(1.01), "bfloat16").tolist()
+    >>> round_to(jnp.float32(1.01), "bfloat16").tolist()
     1.0078125
   """
   if not jnp.issubdtype(jnp.result_type(x), jnp.floating):

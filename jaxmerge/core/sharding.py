@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 Array = jax.Array
 
 
-def whole(x: Array) -> Array:
+def gather(x: Array) -> Array:
   """Brings rows and columns together where explicit axes shard them: [K, *s] -> [K, *s].
 
   The task axis stays as it is. Under automatic axes the compiler does this by itself.
@@ -32,7 +32,7 @@ def over_first(x: Any) -> bool:
   return isinstance(sharding, NamedSharding) and any(s is not None for s in sharding.spec[:1])
 
 
-def everywhere(x: Array) -> Array:
+def replicate(x: Array) -> Array:
   """Brings a small array to every device where explicit axes shard it."""
   sharding = jax.typeof(x).sharding
   if all(axis is None for axis in sharding.spec):
@@ -40,7 +40,7 @@ def everywhere(x: Array) -> Array:
   return jax.sharding.reshard(x, NamedSharding(sharding.mesh, P(*(None,) * x.ndim)))
 
 
-def together(x: Array) -> Array:
+def gather_models(x: Array) -> Array:
   """Brings the models together where explicit axes shard the task axis; the others stay."""
   sharding = jax.typeof(x).sharding
   if sharding.spec[0] is None:
@@ -48,7 +48,7 @@ def together(x: Array) -> Array:
   return jax.sharding.reshard(x, NamedSharding(sharding.mesh, P(None, *sharding.spec[1:])))
 
 
-def unsharded(x: Array, ndim: int) -> NamedSharding | None:
+def replicated_like(x: Array, ndim: int) -> NamedSharding | None:
   """Returns where an array of `ndim` axes is on every device; None if no explicit axis shards x."""
   sharding = jax.typeof(x).sharding
   if all(axis is None for axis in sharding.spec):
@@ -56,7 +56,7 @@ def unsharded(x: Array, ndim: int) -> NamedSharding | None:
   return NamedSharding(sharding.mesh, P(*(None,) * ndim))
 
 
-def reshaped(x: Array, shape: tuple[int, ...]) -> Array:
+def reshape(x: Array, shape: tuple[int, ...]) -> Array:
   """Reshapes a whole stack behind its task axis: [K, ...] -> [K, ...]."""
   sharding = jax.typeof(x).sharding
   if sharding.spec[0] is None:

@@ -31,7 +31,7 @@ class Stage:
 
   Two stages with one `key` are equal if they act on the same leaves, in the same scope, with the
   same hyperparameters; programs, of which these are arguments, are shared without looking at them
-  (see `bare`). A stage without a key is equal to itself alone.
+  (see `without_hparams`). A stage without a key is equal to itself alone.
 
   Attributes:
     update: (x [K, *s], leaf, known) -> [M, *s]; what is known are the statistics of x's group.
@@ -159,7 +159,7 @@ class Method:
     return part if isinstance(part, Stage) else Method(part)
 
 
-def keyed(method: Method, key: Any) -> Method:
+def with_key(method: Method, key: Any) -> Method:
   """Returns a method that is equal to others of this key; the same one if that has no hash."""
   try:
     hash(key)
@@ -171,13 +171,13 @@ def keyed(method: Method, key: Any) -> Method:
   )
 
 
-def bare(method: Method) -> Method:
+def without_hparams(method: Method) -> Method:
   """Returns a method without hyperparameters where its stages have keys: the key of a program.
 
   Example:
     >>> from jaxmerge import methods
     >>> half, whole = methods.task_arithmetic(0.5), methods.task_arithmetic(1.0)
-    >>> half == whole, bare(half) == bare(whole)
+    >>> half == whole, without_hparams(half) == without_hparams(whole)
     (False, True)
   """
   return dataclasses.replace(
@@ -310,7 +310,7 @@ def leafwise(
     combines=combines,
     fold=fold,
   )
-  return keyed(Method((stage,)), (leafwise, f, combines, fold))
+  return with_key(Method((stage,)), (leafwise, f, combines, fold))
 
 
 def pointwise(f: Callable[[Array], Array], *, combines: bool = False) -> Method:
@@ -322,7 +322,7 @@ def pointwise(f: Callable[[Array], Array], *, combines: bool = False) -> Method:
     >>> jaxmerge.merge(middle, {"w": jnp.array([[1.0], [2.0], [9.0]])})["w"].tolist()
     [2.0]
   """
-  return keyed(leafwise(lambda x, leaf: f(x), combines=combines), (pointwise, f, combines))
+  return with_key(leafwise(lambda x, leaf: f(x), combines=combines), (pointwise, f, combines))
 
 
 def hparams(method: Iterable[Stage]) -> dict[str, Any]:

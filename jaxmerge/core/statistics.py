@@ -131,7 +131,7 @@ def of_leaf(statistics: Mapping[str, Mapping[str, Any]], leaf: str) -> dict[str,
 def as_rows(step: Stage, statistics: Mapping[str, Any], view: str) -> dict[str, Any]:
   """Shows those by entry as the stage sees the models, [K, rows, columns]; others as they are."""
   return {
-    n: matrix_views.rows(sharding.whole(v), view) if step.statistics[n] == "entry" else v
+    n: matrix_views.rows(sharding.gather(v), view) if step.statistics[n] == "entry" else v
     for n, v in statistics.items()
   }
 
@@ -149,12 +149,12 @@ def by_matrix(
   """
 
   def split(name: str, x: Any) -> Any:
-    x = sharding.whole(x)
+    x = sharding.gather(x)
     if step.statistics[name] == "entry":
       return matrix_views.matrices(x, view).swapaxes(0, 1)
     stacked = matrix_views.stacked(shape, view)
     rest = (math.prod(stacked), *x.shape[1 + len(stacked) :])
-    return sharding.reshaped(x, (x.shape[0], *rest)).swapaxes(0, 1)
+    return sharding.reshape(x, (x.shape[0], *rest)).swapaxes(0, 1)
 
   return {name: split(name, x) for name, x in statistics.items()}
 
@@ -166,7 +166,7 @@ def _reads(
   unit = layouts.Unit(step.unit, step.lookups)
   for leaf in shapes:
     acts = step.where is None or step.where(leaf)
-    falls_back = callable(step.rest) and layouts.seen(layout.view(leaf), unit) is None
+    falls_back = callable(step.rest) and layouts.view_for(layout.view(leaf), unit) is None
     if acts and not (step.unit != "entry" and falls_back):
       yield from ((name, leaf) for name in step.statistics)
 
@@ -192,7 +192,7 @@ def _check_shape(
       f"{label}, but the models are {list(shape)} there: a statistic by entry is "
       f"{[value.shape[0], *shape]}."
     )
-  seen = layouts.seen(view, layouts.Unit(step.unit, step.lookups))
+  seen = layouts.view_for(view, layouts.Unit(step.unit, step.lookups))
   stacked = () if step.unit != "matrix" or seen is None else matrix_views.stacked(shape, seen)
   if tuple(each[: len(stacked)]) != stacked:
     raise ValueError(

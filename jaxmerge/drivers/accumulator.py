@@ -34,7 +34,7 @@ def accumulator(
     >>> finish(take(None, models, None, ready), None, like, ready)["w"].tolist()
     [2.0]
   """
-  static = {"method": stage.bare(method), "layout": layout}
+  static = {"method": stage.without_hparams(method), "layout": layout}
   return functools.partial(_take, **static), functools.partial(_finish, **static)
 
 
@@ -84,7 +84,7 @@ def _finish(
   for name, part in parts.items():
     rest = slice(_fold_of(method, name)[0] + 1, None)
     x = _through(method, rest, name, part, ready, table).x
-    out[name] = interpreter.added(name, x, part.leaf.base, out[name].dtype)
+    out[name] = interpreter.add_to_base(name, x, part.leaf.base, out[name].dtype)
   return tree.rebuild(like, out)
 
 
@@ -103,7 +103,7 @@ def _table(
   names: Mapping[str, Any],
 ) -> layouts.Table:
   shapes = {n: x.shape[1:] for n, x in stacks.items() if tree.is_floating(x)}
-  return layouts.settled(method, shapes, layout, names=names)
+  return layouts.resolve(method, shapes, layout, names=names)
 
 
 def _through(

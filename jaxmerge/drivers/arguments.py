@@ -64,7 +64,7 @@ def refuse_weights(method: Method, instead: str, vectors: str) -> None:
     )
 
 
-def described(
+def describe_method(
   method: Method, numbers: Mapping[str, Any], words: str | None = None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
   """Returns what a plan says of a method, and its hyperparameters with their defaults.
@@ -73,7 +73,7 @@ def described(
 
   Example:
     >>> from jaxmerge import methods
-    >>> described(methods.average(normalize=False), {"weight": 0.5})
+    >>> describe_method(methods.average(normalize=False), {"weight": 0.5})
     ({'method': 'average', 'normalize': False}, {'weight': 0.5})
   """
   every = {**{n: v for n, v in stage.hparams(method).items() if n != "seed"}, **numbers}
@@ -86,7 +86,7 @@ def described(
   return {"method": method.name, **dict(method.settings), **said}, every
 
 
-def stacked(
+def stack_models(
   base: Any, models: Any, names: Sequence[str] | None = None
 ) -> tuple[Tree, Sequence[str] | None]:
   """Returns the stack of models and their names: a list or dict of trees like the base is stacked.
@@ -101,7 +101,8 @@ def stacked(
       base should be.
 
   Example:
-    >>> stack, names = stacked({"w": np.zeros(1)}, {"a": {"w": np.ones(1)}, "b": {"w": np.ones(1)}})
+    >>> one = {"w": np.ones(1)}
+    >>> stack, names = stack_models({"w": np.zeros(1)}, {"a": one, "b": one})
     >>> stack["w"].shape, names
     ((2, 1), ['a', 'b'])
   """
@@ -140,7 +141,7 @@ def stacked(
 _SWAPPED = "base and models seem to be swapped: it is merge(method, models, base)"
 
 
-def without_base(models: Any) -> Tree:
+def check_stack(models: Any) -> Tree:
   """Returns a stack to be merged without a base; ValueError for what may be models, each a tree."""
   models = list(models) if isinstance(models, Iterator) else models
   refuse(models, "the models")

@@ -62,7 +62,7 @@ def opcm(
   bases = tree.named(base)
   shapes = {n: jnp.shape(x) for n, x in bases.items() if tree.is_floating(x)}
   method = subspaces.opcm(scale, alpha, rank_tol)
-  views = layouts.settled(method, shapes, layout, names=bases)
+  views = layouts.resolve(method, shapes, layout, names=bases)
   setup = _Setup(base, scale, alpha, rank_tol, views, frozenset(running_statistics.of(shapes)))
   steps = (functools.partial(f, setup) for f in (_init, _update, _finalize))
   return incremental.Running(*(double_precision.aware(step, base) for step in steps))
@@ -114,7 +114,7 @@ def _added(
   taus = {n: interpreter.task_vectors(x[None], bases[n]) for n, x in params.items()}
   merged = {}
   for n, tau in taus.items():
-    before, view = state["merged"][n], layouts.seen(views.view(n), layouts.Unit("matrix"))
+    before, view = state["merged"][n], layouts.view_for(views.view(n), layouts.Unit("matrix"))
     if view is None or n in moments:
       merged[n] = before + tau[0]
     else:
@@ -148,7 +148,7 @@ def _scaled(
   out = {}
   for n, x in state["merged"].items():
     share = 1 / state["count"].astype(x.dtype) if n in moments else factor.astype(x.dtype)
-    out[n] = interpreter.added(n, (x * share)[None], bases[n], bases[n].dtype)
+    out[n] = interpreter.add_to_base(n, (x * share)[None], bases[n], bases[n].dtype)
   return out
 
 
@@ -157,8 +157,8 @@ def _finalize(setup: _Setup, state: State) -> Tree:
   bases = tree.named(setup.base)
   double_precision.refuse_narrowed([bases], state)
   out = _scaled(state, incremental.floating(setup.base), setup.scale, **setup.static)
-  copied = {n: double_precision.copied(x) for n, x in bases.items()}
-  return tree.rebuild(setup.base, copied | finiteness.checked(out))
+  copied = {n: double_precision.copy_leaf(x) for n, x in bases.items()}
+  return tree.rebuild(setup.base, copied | finiteness.check_result(out))
 
 
 def _norm(leaves: Mapping[str, Any]) -> Any:
@@ -166,6 +166,6 @@ def _norm(leaves: Mapping[str, Any]) -> Any:
   moments = running_statistics.of(leaves)
   dtype = tree.compute_dtype(*(x.dtype for x in leaves.values()))
   weights = [x.astype(dtype) for n, x in leaves.items() if n not in moments]
-  squares = sum(magnitudes.binned(lambda x: jnp.sum(x * x), x) for x in weights)
-  square, unit = magnitudes.joined(squares, 2)
+  squares = sum(magnitudes.bin_sums(lambda x: jnp.sum(x * x), x) for x in weights)
+  square, unit = magnitudes.join_bins(squares, 2)
   return jnp.sqrt(square) * unit

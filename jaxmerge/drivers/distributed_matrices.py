@@ -79,7 +79,7 @@ def apply(
   leaves, unit = {}, layouts.Unit(step.unit, step.lookups)
   for name, part in parts.items():
     x, leaf = interpreter.observe(step, part)
-    view = layouts.seen(layout.view(name), unit)
+    view = layouts.view_for(layout.view(name), unit)
     if x.size and (view is not None or step.rest == "row"):
       view = matrix_views.or_row(x, view)
       each = statistics.by_matrix(step, leaf.statistics, view, x.shape[1:])
@@ -113,8 +113,8 @@ def map_matrices(
     >>> map_matrices(double, leaves, Distribution(mesh))["w"].shape
     (1, 5, 4, 2)
   """
-  stacks = {n: matrix_views.matrices(sharding.whole(m.x), m.view) for n, m in leaves.items()}
-  f = rewrites.chosen(lambda _: f, distribution.chains)
+  stacks = {n: matrix_views.matrices(sharding.gather(m.x), m.view) for n, m in leaves.items()}
+  f = rewrites.with_chains(lambda _: f, distribution.chains)
   out = {}
   for names in _alike(leaves, stacks):
     counts = [stacks[n].shape[1] for n in names]
@@ -178,7 +178,7 @@ def _put(x: Array, where: NamedSharding) -> Array:
 def _base(m: LeafMatrices) -> Array | None:
   if m.base is None:
     return None
-  return matrix_views.matrices(sharding.whole(m.base[None]), m.view)[0]
+  return matrix_views.matrices(sharding.gather(m.base[None]), m.view)[0]
 
 
 def _to_leaf(ys: Array, m: LeafMatrices) -> Array:

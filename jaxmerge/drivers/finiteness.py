@@ -29,11 +29,11 @@ class Flags(NamedTuple):
   merged: Any = True
 
 
-def finite(x: Any, first: int = 0) -> Any:
+def is_finite(x: Any, first: int = 0) -> Any:
   """Tells whether values are finite, over the axes from the first one on.
 
   Example:
-    >>> finite(jnp.array([[1.0, jnp.nan], [1.0, 2.0]]), 1).tolist()
+    >>> is_finite(jnp.array([[1.0, jnp.nan], [1.0, 2.0]]), 1).tolist()
     [False, True]
   """
   # NaN and infinity are the largest: on CPUs several times as fast as asking every entry.
@@ -42,21 +42,21 @@ def finite(x: Any, first: int = 0) -> Any:
 
 def flags(base: Any, reference: Any, x: Any) -> Flags:
   """Looks at base [*s] and reference, arrays or None, and at a stack of models [K, *s]."""
-  one, two = (True if v is None else finite(v) for v in (base, reference))
-  return Flags(one, two, finite(x, 1))
+  one, two = (True if v is None else is_finite(v) for v in (base, reference))
+  return Flags(one, two, is_finite(x, 1))
 
 
-def sound(merged: Any, variance: bool) -> Any:
+def is_sound(merged: Any, variance: bool) -> Any:
   """Tells whether a merged leaf is finite, and, if it is a running variance, not negative."""
-  fine = finite(merged)
+  fine = is_finite(merged)
   return fine & jnp.all(merged >= 0) if variance else fine
 
 
-def checked(leaves: Mapping[str, Any]) -> dict[str, Any]:
+def check_result(leaves: Mapping[str, Any]) -> dict[str, Any]:
   """Returns the leaves of a result; ValueError where one is not sound and can be looked at.
 
   Example:
-    >>> checked({"bn/var": np.array([-1.0])})
+    >>> check_result({"bn/var": np.array([-1.0])})
     Traceback (most recent call last):
     ValueError: leaf 'bn/var': the result has a variance below zero; choose smaller numbers.
   """
@@ -64,8 +64,8 @@ def checked(leaves: Mapping[str, Any]) -> dict[str, Any]:
   for name, x in leaves.items():
     if isinstance(x, jax.core.Tracer) or not jnp.issubdtype(x.dtype, jnp.floating):
       continue
-    if not meshes.fetch(sound(jnp.asarray(x), name in variances)):
-      raise unsound(name, jnp.asarray(x))
+    if not meshes.fetch(is_sound(jnp.asarray(x), name in variances)):
+      raise unsound_error(name, jnp.asarray(x))
   return dict(leaves)
 
 
@@ -89,7 +89,7 @@ def refuse(flags: Mapping[str, Flags], names: Sequence[str] | None, order: Any =
 def refuse_statistics(leaf: str, statistics: Mapping[str, Any]) -> None:
   """Raises ValueError, naming leaf and statistic, for NaN or infinity in one."""
   for name, x in statistics.items():
-    if not bool(meshes.fetch(finite(jnp.asarray(x)))):
+    if not bool(meshes.fetch(is_finite(jnp.asarray(x)))):
       raise ValueError(f"statistic {name!r} of leaf {leaf!r} has NaN or infinity.")
 
 
@@ -101,9 +101,9 @@ def refuse_inputs(base: Mapping[str, Any], models: Mapping[str, Any]) -> None:
       refuse({name: meshes.fetch(of_leaf)}, None)
 
 
-def unsound(name: str, merged: Any, *, remedy: str = "") -> ValueError:
+def unsound_error(name: str, merged: Any, *, remedy: str = "") -> ValueError:
   """Returns the error for a leaf whose result is not finite, or a negative variance."""
-  if bool(meshes.fetch(finite(merged))):
+  if bool(meshes.fetch(is_finite(merged))):
     return ValueError(
       f"leaf {name!r}: the result has a variance below zero; choose smaller numbers{remedy}."
     )
@@ -114,11 +114,12 @@ def unsound(name: str, merged: Any, *, remedy: str = "") -> ValueError:
   )
 
 
-def shared(base: Any, reference: Any, x: Any) -> Any:
+def shared_infinities(base: Any, reference: Any, x: Any) -> Any:
   """Tells at which entries base, reference and all models [K, *s] have one and the same infinity.
 
   Example:
-    >>> shared(np.array([-np.inf, 1]), None, np.array([[-np.inf, np.inf], [-np.inf, np.inf]]))
+    >>> models = np.array([[-np.inf, np.inf], [-np.inf, np.inf]])
+    >>> shared_infinities(np.array([-np.inf, 1]), None, models)
     array([ True, False])
   """
   every = [v for v in (base, reference) if v is not None] + list(x)
@@ -128,7 +129,7 @@ def shared(base: Any, reference: Any, x: Any) -> Any:
   return same
 
 
-def without(places: Any, x: Any) -> Any:
+def zero_at(places: Any, x: Any) -> Any:
   """Puts zeros at such entries, for the merge: they are copied beside it."""
   return None if x is None else jnp.where(places, jnp.zeros((), x.dtype), jnp.asarray(x))
 

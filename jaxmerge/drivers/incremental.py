@@ -123,7 +123,7 @@ def _statistics(setup: _Setup, params: Tree, statistics: Mapping[str, Any] | Non
   """The statistics of one model by name and leaf, as those of a stack of one: [1, ...]."""
   leaves = tree.named(params)
   shapes = {n: x.shape for n, x in leaves.items() if tree.is_floating(x)}
-  table = layouts.settled(setup.method, shapes, setup.layout, names=leaves)
+  table = layouts.resolve(setup.method, shapes, setup.layout, names=leaves)
   each = {
     name: {n: jnp.asarray(x)[None] for n, x in of.items()}
     for name, of in statistics_.by_leaf(statistics).items()
@@ -162,7 +162,7 @@ def _update(
   leaves = [tree.named(t) for t in (params, setup.base) if t is not None]
   double_precision.refuse_narrowed(leaves, state, params)
   ready, each = _prepared(setup, params, name), _statistics(setup, params, statistics)
-  static = {"method": stage.bare(setup.method), "layout": setup.layout}
+  static = {"method": stage.without_hparams(setup.method), "layout": setup.layout}
   more = (floating(params), setup.bases, ready, each)
   try:
     accumulated = _added(state["count"], state["held"], *more, **static)
@@ -203,8 +203,8 @@ def _finalize(setup: _Setup, state: State) -> Tree:
   ready = _prepared(setup, like, "finished" if setup.seeded else None)
   double_precision.refuse_narrowed([tree.named(like)], state)
   _, finish = accumulator.accumulator(setup.method, setup.layout)
-  out = finiteness.checked(finish(state["held"], setup.bases, floating(like), ready))
-  copied = {n: double_precision.copied(x) for n, x in tree.named(like).items()}
+  out = finiteness.check_result(finish(state["held"], setup.bases, floating(like), ready))
+  copied = {n: double_precision.copy_leaf(x) for n, x in tree.named(like).items()}
   return tree.rebuild(like, copied | out)
 
 
@@ -228,7 +228,7 @@ def _like(params: Tree) -> Tree:
 
 def _first(count: Any, first: Any, x: Any) -> Any:
   if tree.is_floating(x) or not isinstance(count, jax.core.Tracer):
-    return first if tree.is_floating(x) or count else double_precision.copied(x)
+    return first if tree.is_floating(x) or count else double_precision.copy_leaf(x)
   return jnp.where(count == 0, x, first)
 
 
@@ -259,5 +259,5 @@ def refuse_nonfinite(params: Tree, name: str) -> None:
     if isinstance(x, jax.core.Tracer):
       return
     if tree.is_floating(x):
-      flags[n] = finiteness.Flags(True, True, finiteness.finite(jnp.asarray(x))[None])
+      flags[n] = finiteness.Flags(True, True, finiteness.is_finite(jnp.asarray(x))[None])
   finiteness.refuse(jax.device_get(flags), [name])

@@ -98,10 +98,10 @@ def merge(
       raise ValueError("a reference is given without a base; the result is added to the base.")
     if not deltas:
       arguments.refuse_weights(method, "merge(method, models, base)", "merge(..., deltas=True)")
-    models = arguments.without_base(models)
+    models = arguments.check_stack(models)
     interpreter.check_weights(models)
   else:
-    models, names = arguments.stacked(base, models, names)
+    models, names = arguments.stack_models(base, models, names)
     interpreter.check_models(base, models, base if reference is None else reference)
   options = _Options(hparams, statistics, names, layout, deltas)
   return _run(method, base, reference, models, options)
@@ -150,7 +150,7 @@ def transform(
       stats = dict(first[group])
       for reduction in step.reductions:
         seen = [interpreter.observe(step, parts[n]) for n in names]
-        stats[reduction.name] = reductions.settled(reduction, seen, stats)
+        stats[reduction.name] = reductions.reduce_group(reduction, seen, stats)
       some = {n: parts[n] for n in names}
       done = distributed_matrices.apply(step, some, stats, layout, distribution)
       for n in names:
@@ -184,13 +184,13 @@ def _run(
   copied, num_models = stacks.keys() - shapes.keys(), tree.num_models(models)
   hparams, names = options.hparams, options.names
   ready = interpreter.prepare(method, shapes, num_models, hparams, names, copied)
-  table = layouts.settled(method, shapes, options.layout, names=stacks)
+  table = layouts.resolve(method, shapes, options.layout, names=stacks)
   named = statistics_.by_leaf(options.statistics)
   named = statistics_.resolve(method, named, shapes, num_models, table, copied)
   # Sums over a task axis that devices share must stay sums, which the compiler makes reductions.
   shared = any(sharding.over_first(x) for x in stacks.values())
   chains = False if shared else rewrites.pays(stacks.values())
-  static = dict(method=stage.bare(method), layout=table, subtracted=options.deltas)
+  static = dict(method=stage.without_hparams(method), layout=table, subtracted=options.deltas)
   static["distribution"] = distributed_matrices.of(stacks.values(), chains)
 
   def merged(t: Tree | None) -> Any:
@@ -202,7 +202,7 @@ def _run(
   out = _checked(leaves, ready, names, static)
   double_precision.refuse_narrowed((stacks, likes), leaves, hparams, out)
   for n in copied:
-    out[n] = double_precision.copied(stacks[n][0] if base is None else likes[n])
+    out[n] = double_precision.copy_leaf(stacks[n][0] if base is None else likes[n])
   return tree.rebuild(models if base is None else base, out)
 
 
@@ -220,12 +220,14 @@ def _checked(
   if not (bad := [n for n, of_leaf in seen.items() if not all(np.all(flag) for flag in of_leaf)]):
     return out
   trees = leaves.base, leaves.reference, leaves.models
-  shared = {n: finiteness.shared(*(None if t is None else t[n] for t in trees)) for n in bad}
+  shared = {
+    n: finiteness.shared_infinities(*(None if t is None else t[n] for t in trees)) for n in bad
+  }
   if any(places.any() for places in shared.values()):
     first = {n: trees[2][n][0] if trees[0] is None else trees[0][n] for n in shared}
 
     def cleared(t: Any) -> Any:
-      zeros = {} if t is None else {n: finiteness.without(at, t[n]) for n, at in shared.items()}
+      zeros = {} if t is None else {n: finiteness.zero_at(at, t[n]) for n, at in shared.items()}
       return None if t is None else t | zeros
 
     base, reference, models = map(cleared, trees)
@@ -234,7 +236,7 @@ def _checked(
     return out | {n: jnp.where(at, first[n], out[n]) for n, at in shared.items()}
   finiteness.refuse(seen, names, ready.order)
   finiteness.refuse_statistics(bad[0], statistics_.of_leaf(leaves.statistics, bad[0]))
-  raise finiteness.unsound(bad[0], out[bad[0]])
+  raise finiteness.unsound_error(bad[0], out[bad[0]])
 
 
 @functools.partial(jax.jit, static_argnames=("method", "layout", "distribution", "subtracted"))
@@ -255,13 +257,13 @@ def _compiled(
       transform, method, layout=layout, distribution=each, widths=widths, subtracted=subtracted
     )
 
-  merged = rewrites.chosen(run, distribution.chains)(pieces, ready)
+  merged = rewrites.with_chains(run, distribution.chains)(pieces, ready)
   variances, out, flags = running_statistics.variances(leaves.models), {}, {}
   for name, piece in pieces.items():
     like = piece.models if piece.base is None else piece.base
-    out[name] = interpreter.added(name, merged[name], piece.base, like.dtype)
+    out[name] = interpreter.add_to_base(name, merged[name], piece.base, like.dtype)
     of_inputs = finiteness.flags(piece.base, piece.reference, piece.models)
-    flags[name] = of_inputs._replace(merged=finiteness.sound(out[name], name in variances))
+    flags[name] = of_inputs._replace(merged=finiteness.is_sound(out[name], name in variances))
   return out, flags
 
 

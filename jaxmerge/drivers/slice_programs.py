@@ -28,7 +28,7 @@ def _rounded(piece: Slice, form: Form) -> Slice:
     return piece
 
   def to(x: Any) -> Any:
-    return None if x is None else rewrites.rounded(jnp.asarray(x, jnp.float32), narrow.dtype)
+    return None if x is None else rewrites.round_to(jnp.asarray(x, jnp.float32), narrow.dtype)
 
   hparams = {n: to(v) if n in narrow.numbers else v for n, v in piece.leaf.hparams.items()}
   return piece._replace(
@@ -43,7 +43,7 @@ def _through(piece: Slice, stats: Any, method: Method, form: Form) -> Part:
   """Takes the task vectors of a slice through stages: what the next stage sees."""
   part = interpreter.begin(piece, np.float64 if form.wide else np.float32)
   if form.precision is not None:
-    part = part._replace(x=rewrites.rounded(part.x, form.precision.dtype))
+    part = part._replace(x=rewrites.round_to(part.x, form.precision.dtype))
   if form.shape == ():
     part = _shaped(part, form)
   for step, acts, results, offset in zip(method, form.acts, stats, piece.offsets, strict=False):
@@ -91,7 +91,7 @@ def partial_sum(
     measured: Sum = step.reduction(reduction)
     return measured.measure(*interpreter.observe(step, part), results)
 
-  return rewrites.unrolled(run, each=form.each, halves=True)(_rounded(piece, form), stats, results)
+  return rewrites.unroll(run, each=form.each, halves=True)(_rounded(piece, form), stats, results)
 
 
 _RANKED = ("before", "step", "rank", "form")
@@ -108,7 +108,7 @@ def patterns(
     ranked: Rank = step.reduction(rank)
     return order_statistics.pattern(ranked.of(*interpreter.observe(step, part), results))
 
-  bits = rewrites.unrolled(run, each=form.each, halves=True)(_rounded(piece, form), stats, results)
+  bits = rewrites.unroll(run, each=form.each, halves=True)(_rounded(piece, form), stats, results)
   return bits.reshape(bits.shape[0], piece.models.shape[1])
 
 
@@ -147,7 +147,7 @@ def magnitudes(piece: Slice, stats: Any, *, before: Method, form: Form) -> Array
       jnp.abs(matrix_views.rows(y, matrix_views.or_row(y, form.view)))
     )
 
-  return rewrites.unrolled(run, each=form.each, halves=True)(_rounded(piece, form), stats)
+  return rewrites.unroll(run, each=form.each, halves=True)(_rounded(piece, form), stats)
 
 
 @functools.partial(jax.jit, static_argnames=("method", "form", "dtype"))
@@ -158,11 +158,11 @@ def merged(piece: Slice, stats: Any, *, method: Method, form: Form, dtype: Any) 
   def run(piece: Slice, stats: Any) -> Array:
     x = _through(piece, stats, method, form).x
     width = dtype if narrow is None else jnp.float32
-    return interpreter.stored(x.reshape(x.shape[0], piece.models.shape[1]), piece.base, width)
+    return interpreter.store(x.reshape(x.shape[0], piece.models.shape[1]), piece.base, width)
 
-  out = rewrites.unrolled(run, each=form.each, halves=True)(_rounded(piece, form), stats)
+  out = rewrites.unroll(run, each=form.each, halves=True)(_rounded(piece, form), stats)
   if narrow is not None:
-    out = (out if narrow.wide else rewrites.rounded(out, narrow.dtype)).astype(dtype)
+    out = (out if narrow.wide else rewrites.round_to(out, narrow.dtype)).astype(dtype)
   if out.dtype.name not in slices.INFINITY:
     return jnp.where(_finite(piece), out, jnp.nan)
   # As integers: of narrow floats a compiler for CPUs would make wide ones to choose among them.

@@ -232,7 +232,7 @@ def clear_infinities(run: Run, name: str, piece: Slice, *, refuse: bool) -> Slic
   Raises:
     ValueError: naming leaf and model, where there is NaN or infinity besides, if that is refused.
   """
-  places = finiteness.shared(piece.base, piece.reference, piece.models)
+  places = finiteness.shared_infinities(piece.base, piece.reference, piece.models)
   if places.any() or name in run.infinities:
     first = piece.models[0] if piece.base is None else piece.base
     run.infinities[name] = (places, first[places])
@@ -334,7 +334,7 @@ def stats_of(
     out.append(
       results
       | {
-        n: order_statistics.passed(cut, first, size)
+        n: order_statistics.cut_for(cut, first, size)
         for n, cut in results.items()
         if isinstance(cut, order_statistics.Cut) and cut.last is not None
       }

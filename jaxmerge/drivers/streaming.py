@@ -106,11 +106,11 @@ def _start(
   wide: Collection[str],
 ) -> Run:
   """Checks views and statistics, and puts together what stays the same over all slices."""
-  table = layouts.settled(method, shapes, layout, names=source.leaves)
+  table = layouts.resolve(method, shapes, layout, names=source.leaves)
   copied = source.leaves.keys() - shapes.keys()
   statistics_.resolve(method, source.statistics, shapes, source.num_models, table, copied)
   return Run(
-    method=stage.bare(method),
+    method=stage.without_hparams(method),
     source=source,
     shapes=shapes,
     ready=ready,
@@ -154,7 +154,7 @@ def _merge(run: Run, leaves: Sequence[str], left: Sequence[str], write: Write) -
     if not sound and not run.nonfinite:
       slices.refuse_nonfinite(run, name, piece)
       finiteness.refuse_statistics(name, piece.statistics)
-      raise finiteness.unsound(name, out, remedy=", or let such values pass")
+      raise finiteness.unsound_error(name, out, remedy=", or let such values pass")
     write(name, start, _with_infinities(run, name, out))
 
 

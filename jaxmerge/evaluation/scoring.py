@@ -45,7 +45,7 @@ def scorer(apply: batch.Apply, metric: losses.Rowwise, *, mesh: Mesh, chunk: int
       axis_names={"task"},
       check_vma=False,
     ),
-    out_shardings=meshes.everywhere(mesh),  # Every process reads all scores.
+    out_shardings=meshes.replicated(mesh),  # Every process reads all scores.
   )
 
 
@@ -66,7 +66,7 @@ def expert_scorer(
       axis_names={"task"},
       check_vma=False,
     ),
-    out_shardings=meshes.everywhere(mesh),  # Every process reads all scores.
+    out_shardings=meshes.replicated(mesh),  # Every process reads all scores.
   )
 
 

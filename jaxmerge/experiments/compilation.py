@@ -99,9 +99,9 @@ def _round(loop: build.Loop) -> Iterator[xla_program.Program]:
   rounds_ = loop.spec.settings.rounds
   totals = schedule.totals(loop.counts, loop.spec.settings)
   trips = max(schedule.bounds(total, rounds_, 0)[1] for total in totals)
-  stacked = meshes.places(weights, mesh, parts.rules, stacked=True)
+  stacked = meshes.shardings(weights, mesh, parts.rules, stacked=True)
   stack = build.put_shapes(_stack(weights, parts.slots), stacked)
-  loss = Struct((parts.slots,), jnp.float32, sharding=meshes.by_task(mesh))
+  loss = Struct((parts.slots,), jnp.float32, sharding=meshes.task_sharding(mesh))
 
   def tuning(weights: Any, states: Any, rows: Any, plan: Any) -> Any:
     return rounds.tune(parts, weights, states, rows, plan)
@@ -139,7 +139,7 @@ def merge_programs(
   mesh = meshes.make(**config["mesh"], devices=devices)
   params = jax.eval_shape(lambda: llama.init(fields, jax.random.key(0)))
   params = jax.tree.map(lambda x: Struct(x.shape, dtype), params)
-  places = meshes.places(params, mesh, llama.SHARDING)
+  places = meshes.shardings(params, mesh, llama.SHARDING)
   beside = jax.tree.map(lambda s: NamedSharding(mesh, P(None, *s.spec)), places)
   base, models = (
     build.put_shapes(params, places),

@@ -34,6 +34,6 @@ def layout_notes(layout: layouts.Said | None, params: Any, config: Mapping[str, 
   for name, settings in named.items():
     settings.pop("scales", None)
     method = make_method(settings)
-    table = layouts.settled(method, shapes, layout, names=leaves)
+    table = layouts.resolve(method, shapes, layout, names=leaves)
     notes += [f"{name}: {line}" for line in layouts.lines(method, table)]
   return notes

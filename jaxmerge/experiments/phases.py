@@ -52,7 +52,7 @@ def tune_experts(setup: Setup) -> Models:
     for k, name in enumerate(setup.names):
       folder = setup.folder / "experts" / name
       expert = meshes.fetch(jax.tree.map(lambda x, k=k: x[k], stacks["experts"].params))
-      if processes.first() and not folder.exists():
+      if processes.is_first() and not folder.exists():
         problems.save(setup.problem, folder, expert, f"Expert of task {name}.\n")
   return stacks
 
@@ -164,7 +164,7 @@ def _run_loop(
 
   def on_round(record: dict[str, Any]) -> None:
     records.append(record)
-    if processes.first():
+    if processes.is_first():
       curves = {n: m.rounds for n, m in earlier.items()}
       workdir.write_metrics(setup.folder, {**curves, name: records})
     bar(record["round"], changed.rounds, mean=record["mean"])

@@ -68,7 +68,7 @@ def save(problem: Problem, folder: pathlib.Path, params: Any, readme: str) -> No
 def share(problem: Problem) -> Problem:
   """Returns the problem of this process with the weights and heads of the first one."""
   heads = [t.head for t in problem.tasks if t.head is not None]
-  params, heads = processes.same((problem.params, heads))
+  params, heads = processes.broadcast((problem.params, heads))
   if heads:
     tasks = zip(problem.tasks, heads, strict=True)
     problem = problem._replace(tasks=tuple(dataclasses.replace(t, head=h) for t, h in tasks))

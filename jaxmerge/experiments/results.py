@@ -39,7 +39,7 @@ def write(setup: Setup, models: Models, stacks: Models) -> dict[str, Any]:
   problem = setup.problem
   card = report.model_card(record, problem.base, "atm", license=problem.license)
   merged = meshes.fetch(models["atm"].params)
-  if processes.first():
+  if processes.is_first():
     problems.save(problem, setup.folder / "merged", merged, card)
     workdir.write_metrics(setup.folder, curves)
     workdir.write_rows(setup.folder, scores)

@@ -48,7 +48,7 @@ def run(
     if record := workdirs.read_finished(folder, plain):
       return record
     ready = setup.prepare(plain, folder, events.Events(progress, stop))
-    if processes.first():
+    if processes.is_first():
       workdirs.claim(folder, plain)
     return compare(ready)
 

@@ -108,8 +108,8 @@ def prepare(config: dict[str, Any], folder: pathlib.Path, events: Events) -> Set
 
   def cache(like: Any, make: Callable[[], Any]) -> Any:
     def make_once() -> tuple[Any, dict[str, Any]]:
-      arrays = processes.same(make())
-      if processes.first():
+      arrays = processes.broadcast(make())
+      if processes.is_first():
         workdir.claim(folder, config)  # What is saved belongs to a run.
       return arrays, {}
 
@@ -146,25 +146,27 @@ def place_rows(mesh: Mesh, tasks: Sequence[Task], split: str) -> batch.TaskBatch
 def pad(mesh: Mesh, stack: Any, num_slots: int) -> Any:
   """Puts a stack of models on the devices, with empty slots up to a number."""
   padded = jax.tree.map(lambda x: batch.pad(x, num_slots), meshes.fetch(stack))
-  return meshes.put(padded, meshes.by_task(mesh))
+  return meshes.put(padded, meshes.task_sharding(mesh))
 
 
 def replicate(mesh: Mesh, params: Any) -> Any:
   """Returns a model that each process has computed, as all of them see it: the first one's."""
   if jax.process_count() == 1 or not jax.tree.leaves(params)[0].is_fully_addressable:
     return params
-  return meshes.put(processes.same(params), meshes.everywhere(mesh))
+  return meshes.put(processes.broadcast(params), meshes.replicated(mesh))
 
 
 def model_shapes(params: Any, mesh: Mesh) -> Any:
   """Returns the shapes of one model in a checkpoint, on all devices."""
-  return _shapes(params, (), meshes.everywhere(mesh))
+  return _shapes(params, (), meshes.replicated(mesh))
 
 
 def stack_shapes(params: Any, mesh: Mesh, num_tasks: int) -> Any:
   """Returns the shapes of a stack of models in a checkpoint, spread over the task axis if even."""
   even = num_tasks % mesh.shape["task"] == 0
-  return _shapes(params, (num_tasks,), meshes.by_task(mesh) if even else meshes.everywhere(mesh))
+  return _shapes(
+    params, (num_tasks,), meshes.task_sharding(mesh) if even else meshes.replicated(mesh)
+  )
 
 
 def _shapes(params: Any, lead: tuple[int, ...], sharding: Any) -> Any:

@@ -46,7 +46,7 @@ def hold(
     check(workdir, config, resume, free)  # Nothing is created in vain.
   with contextlib.ExitStack() as stack:
     failure: OSError | ValueError | None = None
-    if processes.first():
+    if processes.is_first():
       try:
         workdir.resolve().mkdir(parents=True, exist_ok=True)
         stack.enter_context(locks.hold(workdir / _RUN, _busy(workdir), patience=0.0))

@@ -156,7 +156,7 @@ def _method(job: Job, names: Mapping[str, str], count: int) -> Record:
 
 
 def _layout(job: Job) -> str:
-  return layouts.counted(job.layout, layouts.unit_of(job.spec))
+  return layouts.summary(job.layout, layouts.unit_of(job.spec))
 
 
 def _number(value: Any, models: Sequence[str]) -> str:

@@ -107,7 +107,7 @@ def run(
   if out_format == "orbax":
     arrays.check_path(out)
   options = Options(shard_size, entries, nonfinite, out_format)
-  lock = processes.first() and not locked
+  lock = processes.is_first() and not locked
   with shard_writer.lock(out) if lock else contextlib.nullcontext():
     output = open_output(plan, out, options, replace=replace, resume=resume)
     if output is None:
@@ -134,7 +134,7 @@ def open_output(
     FileExistsError: where its place is taken and `replace` is not set.
     OSError: where the disk has no room.
   """
-  first = processes.first()
+  first = processes.is_first()
   atomic.check_free(out, replace)
   resume_lib.check_place(plan, out)
   shard_size, out_format, nonfinite = options.shard_size, options.out_format, options.nonfinite
@@ -158,7 +158,7 @@ def open_output(
 def _make_folder(plan: Plan, out: pathlib.Path, *, resume: bool, out_format: str) -> pathlib.Path:
   """Makes the folder in which a result is written, unless it exists."""
   folder = shard_writer.unfinished_folder(out)
-  if processes.first():
+  if processes.is_first():
     if folder.exists() and not resume:
       shutil.rmtree(folder)
     shard_writer.check_room(out, estimate.disk_space(plan, out_format), begun=[folder])
@@ -196,13 +196,13 @@ def merge_jobs(output: Unfinished, options: Options, progress: Progress) -> None
     write_tensors.copy_share(plan, share, weights, entries, nonfinite, progress)
     weights.flush()
     processes.agree(True)  # All have written and synced their share.
-    if processes.first() and options.out_format == "orbax":
+    if processes.is_first() and options.out_format == "orbax":
       finish.write_checkpoint(output.folder, weights, progress)
 
 
 def publish(output: Unfinished, out: pathlib.Path, options: Options, *, replace: bool) -> None:
   """Completes a result by config, tokenizer and provenance, and moves it to its place."""
-  if processes.first():
+  if processes.is_first():
     digests = output.digests or shard_writer.read_journals(output.folder, output.identity)
     finish.complete(
       output.folder, output.plan, output.shards, output.identity, digests, options.out_format

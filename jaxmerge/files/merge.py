@@ -134,7 +134,7 @@ def resolve_layout(plan: Plan, method: Any, layout: layouts.Said | None) -> Plan
   """
   shapes = {o.name: o.shape for o in plan.outputs if o.job == 0}
   names = [o.name for o in plan.outputs]
-  table = layouts.settled(method, shapes, layout, names=names)
+  table = layouts.resolve(method, shapes, layout, names=names)
   return plan._replace(jobs=(plan.jobs[0]._replace(layout=table), *plan.jobs[1:]))
 
 
@@ -206,7 +206,7 @@ def merge_files(
     references = [*zip(names, models, strict=True)] + ([] if base is None else [(BASE, base)])
     opened = inputs.open_all(references, files, find, rename)
     base_model = None if base is None else opened.pop()
-    spec, values = arguments.described(method, arguments.hparams(hparams, None), words)
+    spec, values = arguments.describe_method(method, arguments.hparams(hparams, None), words)
     job = Job(lambda: method, spec, tuple(names), values, seed)
     plan = plan_merge(job, base_model, opened, dtype=result_dtype, missing=missing, allow=allow)
     plan = resolve_layout(plan, method, layout)

@@ -110,7 +110,7 @@ def _ends(x: Array, known: Any) -> list[Array]:
 
 
 def _scores(x: Array, known: Any) -> Array:
-  x = sharding.together(x)
+  x = sharding.gather_models(x)
   low, high = _ends(x, known)
   size = _from_0_to_1(jnp.clip(jnp.abs(x), low, high), low, high)
   # Divided by exp(K), which no weight depends on: it would overflow for many models.
@@ -167,7 +167,7 @@ def widen(
     return _sum(x * (both[0] + both[1]) * 0.5)
 
   def rest(x: Array, leaf: Leaf, known: Any) -> Array:
-    x = sharding.together(x)
+    x = sharding.gather_models(x)
     return _sum(x * shares(jnp.abs(x), leaf))
 
   columns = lookup.METHODS["widen"].lookups

@@ -174,7 +174,7 @@ def _rank_of_density(group: Group) -> dict[str, Any]:
 
 
 def _stay_base(x: Array, leaf: Leaf, known: Any) -> Array:
-  return jnp.zeros_like(sharding.together(x)[:1])
+  return jnp.zeros_like(sharding.gather_models(x)[:1])
 
 
 def _shared_directions(x: Array, tol: Array, subspace: int) -> Array:

@@ -45,7 +45,8 @@ def named(factory: Callable[Arguments, Method]) -> Callable[Arguments, Method]:
     ...   return stage.leafwise(lambda x, leaf: x * factor(leaf, x), hparams=hparams)
     >>> damped(0.5) == damped(0.5), damped(0.5) == damped(0.9), damped().name
     (True, False, 'damped')
-    >>> stage.bare(damped(0.5)) == stage.bare(damped(0.9)) != stage.bare(damped(sign=-1))
+    >>> one, two, other = map(stage.without_hparams, (damped(0.5), damped(0.9), damped(sign=-1)))
+    >>> one == two != other
     True
   """
   signature, name = inspect.signature(factory), factory.__name__
@@ -67,7 +68,7 @@ def named(factory: Callable[Arguments, Method]) -> Callable[Arguments, Method]:
     settings = tuple((n, v) for n, v in bound.arguments.items() if n not in hparams)
     absent = tuple(n for n in bound.arguments if n in hparams and varying[n] is None)
     key = _Key(name, factory, tuple((n, _typed(v)) for n, v in settings), absent)
-    return dataclasses.replace(stage.keyed(method, key), name=name, settings=settings)
+    return dataclasses.replace(stage.with_key(method, key), name=name, settings=settings)
 
   return make
 
@@ -101,4 +102,6 @@ def is_published(method: Method) -> bool:
   whole = dataclasses.replace(
     method, stages=tuple(dataclasses.replace(s, where=None) for s in method)
   )
-  return stage.bare(whole) == stage.bare(getattr(methods, method.name)(**dict(method.settings)))
+  return stage.without_hparams(whole) == stage.without_hparams(
+    getattr(methods, method.name)(**dict(method.settings))
+  )

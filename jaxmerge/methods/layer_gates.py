@@ -61,20 +61,20 @@ def gate(
     lookup.check("lwptv", {"score": score})
 
   def measure(x: Array, leaf: Leaf, known: Any) -> list[Array]:
-    x = sharding.together(x)
+    x = sharding.gather_models(x)
     if callable(score):
       parts = [magnitudes.plain(score(x, leaf))]
     elif score == "deviation":
-      parts = [magnitudes.binned(_sum, jnp.abs(x - jnp.mean(x, axis=0, keepdims=True)))]
+      parts = [magnitudes.bin_sums(_sum, jnp.abs(x - jnp.mean(x, axis=0, keepdims=True)))]
     else:
-      parts = [magnitudes.binned(_squares, x)]
+      parts = [magnitudes.bin_sums(_squares, x)]
     if score == "relative_norm":
-      parts.append(magnitudes.binned(_squares, leaf.compared("gate").astype(x.dtype)[None]))
+      parts.append(magnitudes.bin_sums(_squares, leaf.compared("gate").astype(x.dtype)[None]))
     is_layer = jnp.arange(known["sizes"].shape[0], dtype=jnp.int32) == _layer_index(leaf, known)
     return [jnp.where(is_layer[None, :, None], part[:, None], 0) for part in parts]
 
   def survivors(parts: list[Array], known: Any) -> Array:
-    total, *bases = (magnitudes.joined(x, 1 if score == "deviation" else 2)[0] for x in parts)
+    total, *bases = (magnitudes.join_bins(x, 1 if score == "deviation" else 2)[0] for x in parts)
     if score == "relative_norm":
       most = jnp.max(total, axis=0, keepdims=True)
       scores = total / jnp.where(most > 0, most, 1) / jnp.where(bases[0] > 0, bases[0], 1e-30)

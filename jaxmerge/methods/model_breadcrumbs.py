@@ -168,7 +168,7 @@ def _band_of_rows(x: Array, leaf: Leaf, known: Any, *, yields: Yields) -> Array:
   def cut_row(row: Array) -> Array:
     state = dict(counts)
     for end in _ENDS:
-      state[end.name] = reductions.settled(end, [(row, alone)], state)
+      state[end.name] = reductions.reduce_group(end, [(row, alone)], state)
     return _between(row, alone, state)
 
   return jax.vmap(cut_row, in_axes=1, out_axes=1)(x)
@@ -177,5 +177,5 @@ def _band_of_rows(x: Array, leaf: Leaf, known: Any, *, yields: Yields) -> Array:
 def _band_of_one_row(x: Array, leaf: Leaf, known: Any, *, yields: Yields) -> Array:
   if x.ndim == 1:
     return x
-  flat = sharding.reshaped(sharding.whole(x), (x.shape[0], 1, x.size // x.shape[0]))
-  return sharding.reshaped(_band_of_rows(flat, leaf, known, yields=yields), x.shape)
+  flat = sharding.reshape(sharding.gather(x), (x.shape[0], 1, x.size // x.shape[0]))
+  return sharding.reshape(_band_of_rows(flat, leaf, known, yields=yields), x.shape)

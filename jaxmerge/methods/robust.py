@@ -165,7 +165,7 @@ def krum(
     return {}
 
   def distances(x: Array) -> Array:
-    x = sharding.together(x)
+    x = sharding.gather_models(x)
     axes = tuple(range(1, x.ndim))
     # Not from inner products: the distances of near models would lose all digits.
     return jnp.stack([jnp.sum((x - x[k : k + 1]) ** 2, axis=axes) for k in range(x.shape[0])])
@@ -284,7 +284,7 @@ def _weights(residuals: Array) -> Array:
 
 def _ascending(x: Array) -> list[Array]:
   """Sorts the models entry by entry: [K, *s] -> K times [1, *s]."""
-  x, K = sharding.together(x), x.shape[0]
+  x, K = sharding.gather_models(x), x.shape[0]
   if K > NETWORK:
     return jnp.split(jnp.sort(x, axis=0), K)
   # A network of comparisons: compilers sort along a short axis by a loop over entries.

@@ -206,7 +206,7 @@ def magmax(scale: float = 0.5) -> Method:
   lookup.check("magmax", {"scale": scale})
 
   def larger(state: Array | None, x: Array, leaf: Leaf) -> Array:
-    rows = jnp.split(sharding.together(x), x.shape[0])
+    rows = jnp.split(sharding.gather_models(x), x.shape[0])
     return functools.reduce(_larger, rows if state is None else [state, *rows])
 
   fold = Fold(larger, lambda state, leaf: state)
@@ -241,7 +241,7 @@ def nearswap(t: float = 0.0001) -> Method:
   lookup.check("nearswap", {"t": t})
 
   def update(x: Array, leaf: Leaf, known: Any) -> Array:
-    x = sharding.together(x)
+    x = sharding.gather_models(x)
     first, second = x[:1], x[1:]
     t, apart = leaf.scalar("t", x), second - first
     return jnp.where(jnp.abs(apart) <= t, second, first + t * jnp.sign(apart))

@@ -164,7 +164,7 @@ def by_matrix(
   """Returns a combiner of matrices; leaves without a view are averaged, or combined by `rest`."""
 
   def together(x: Array, leaf: Leaf, known: Any) -> Array:
-    return update(sharding.together(x), leaf, known) if x.size else x[:1]
+    return update(sharding.gather_models(x), leaf, known) if x.size else x[:1]
 
   def mean(x: Array, leaf: Leaf, known: Any) -> Array:
     return _sum(x) * (1 / x.shape[0])

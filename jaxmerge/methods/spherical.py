@@ -68,7 +68,7 @@ def spanned(
     across = 2 if scope == "row" else 1
     batch = 3 - across
     contract = (([across], [across]), ([batch], [batch]))
-    place = sharding.unsharded(x, 3)
+    place = sharding.replicated_like(x, 3)
     unit = jnp.max(magnitudes.peak(x, (across,)), axis=0, keepdims=True)
     scaled = x / unit
     grams = lax.dot_general(scaled, scaled, contract, precision="highest", out_sharding=place)

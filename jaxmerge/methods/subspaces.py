@@ -66,7 +66,7 @@ def drm(
     return y.transpose(0, 2, 1) if direction == "vertical" else y
 
   def rest(x: Array, leaf: Leaf, known: Any) -> Array:
-    return _elect_and_average(sharding.together(x), leaf.hparam("weight", x))
+    return _elect_and_average(sharding.gather_models(x), leaf.hparam("weight", x))
 
   return chain(spectral.by_matrix(update, hparams, rest), averages.scaled(scale))
 
@@ -84,7 +84,7 @@ def _largest(x: Array, counts: Array, share: float, leaf: Leaf) -> Array:
   # The rank of the next entry, by the number of directions; if there is no next, all are kept.
   places = [wide_counts.limbs(round(count * K * m * share) + 1) for count in range(n + 1)]
   state = {"place": jnp.asarray(np.stack(places))[jnp.sum(counts, dtype=jnp.int32)][:, None]}
-  cut = reductions.settled(_LEAST, [(x[None], leaf)], state)
+  cut = reductions.reduce_group(_LEAST, [(x[None], leaf)], state)
   return jnp.where(order_statistics.inside(cut, jnp.abs(x)[None], leaf)[0], x, 0)
 
 

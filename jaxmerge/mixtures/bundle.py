@@ -64,7 +64,7 @@ class Bundle(NamedTuple):
 
     out = {n: one(n, x) for n, x in tree.named(self.base).items()}
     changed = {n: out[n] for n in self.shared.keys() | self.statistics.keys()}
-    return tree.rebuild(self.base, out | finiteness.checked(changed))
+    return tree.rebuild(self.base, out | finiteness.check_result(changed))
 
 
 def task_vectors(base: Tree, models: Tree) -> tuple[dict[str, jax.Array], dict[str, Any]]:
@@ -81,7 +81,7 @@ def task_vectors(base: Tree, models: Tree) -> tuple[dict[str, jax.Array], dict[s
     for n in floating
     if n not in running
   }
-  return taus, {n: double_precision.copied(stacks[n]) for n in floating if n in running}
+  return taus, {n: double_precision.copy_leaf(stacks[n]) for n in floating if n in running}
 
 
 def task_names(names: Sequence[str] | None, models: Tree) -> tuple[str, ...]:

@@ -192,7 +192,7 @@ def load(path: Path) -> Reversible:
     raise ValueError(f"{path / ABOUT}: no description of a bundle ({error}).") from error
 
   means, bases, coefficients, scales = (
-    {n: double_precision.copied(x) for n, x in part.items()}
+    {n: double_precision.copy_leaf(x) for n, x in part.items()}
     for part in (means, bases, coefficients, scales)
   )
   return Reversible(names, means, bases, coefficients, scales, swapped)

@@ -82,7 +82,7 @@ def load(path: Path) -> bundle.Bundle | low_rank.Reversible:
   except (KeyError, TypeError, ValueError, AttributeError) as error:
     raise ValueError(f"{path / ABOUT}: no description of a bundle ({error}).") from error
   shared, statistics = (
-    {n: double_precision.copied(x) for n, x in part.items()} for part in (shared, statistics)
+    {n: double_precision.copy_leaf(x) for n, x in part.items()} for part in (shared, statistics)
   )
   arrays = {n: jnp.asarray(x) for n, x in unpacked.items()}
   return bundle.Bundle(method, names, _nest(base), shared, arrays, scales, statistics)
@@ -95,5 +95,5 @@ def _nest(leaves: dict[str, np.ndarray]) -> Tree:
     node = out
     for parent in parents:
       node = node.setdefault(parent, {})
-    node[last] = double_precision.copied(x)
+    node[last] = double_precision.copy_leaf(x)
   return out

@@ -157,7 +157,7 @@ def load(
     for rule in rules:
       shape = tree.named(abstract)[rule.ours].shape
       layers = [theirs[one.theirs] for one in names.expand([rule], config.num_layers)]
-      place = meshes.place(rule.ours, shape, mesh, sharding)
+      place = meshes.sharding_of(rule.ours, shape, mesh, sharding)
       kind = layers[0].dtype if dtype is None else np.dtype(dtype)
 
       def part(

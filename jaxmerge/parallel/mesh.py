@@ -73,15 +73,15 @@ def _evenly(
   return [device for devices in of_owner for device in devices]
 
 
-def by_task(mesh: Mesh) -> NamedSharding:
+def task_sharding(mesh: Mesh) -> NamedSharding:
   """Returns the sharding of a stack: the leading axis over the task axis of the mesh."""
   return NamedSharding(mesh, P("task"))
 
 
-def own_slots(mesh: Mesh, num_slots: int) -> range:
+def local_slots(mesh: Mesh, num_slots: int) -> range:
   """Returns the slots of a stack of `num_slots` that devices of this process hold.
 
-  >>> own_slots(make(4, 2), 8)
+  >>> local_slots(make(4, 2), 8)
   range(0, 8)
   """
   here, side = jax.process_index(), mesh.shape["task"]
@@ -90,7 +90,7 @@ def own_slots(mesh: Mesh, num_slots: int) -> range:
   return range(local[0] * each, (local[-1] + 1) * each)
 
 
-def everywhere(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: Mesh) -> NamedSharding:
   """Returns the sharding of what every device holds whole."""
   return NamedSharding(mesh, P())
 
@@ -113,7 +113,7 @@ def spec(name: str, shape: Sequence[int], rules: Rules) -> P:
   raise ValueError(f"no sharding rule matches leaf {name!r}; there are rules for {patterns}.")
 
 
-def place(name: str, shape: Sequence[int], mesh: Mesh | None, rules: Rules) -> Sharding:
+def sharding_of(name: str, shape: Sequence[int], mesh: Mesh | None, rules: Rules) -> Sharding:
   """Returns where a leaf goes: by its rule over a mesh, or to the default device without one.
 
   Raises:
@@ -133,7 +133,7 @@ def place(name: str, shape: Sequence[int], mesh: Mesh | None, rules: Rules) -> S
   return NamedSharding(mesh, partition)
 
 
-def places(params: Any, mesh: Mesh, rules: Rules = (), *, stacked: bool = False) -> Any:
+def shardings(params: Any, mesh: Mesh, rules: Rules = (), *, stacked: bool = False) -> Any:
   """Returns where the leaves of a tree go: each by its rule, whole on every device without rules.
 
   Args:
@@ -143,10 +143,10 @@ def places(params: Any, mesh: Mesh, rules: Rules = (), *, stacked: bool = False)
     stacked: for a stack [T, *s] of such models, whose first axis lies over the mesh's task axis.
 
   Raises:
-    ValueError: as `place`, or where the mesh has a model axis and there are no rules.
+    ValueError: as `sharding_of`, or where the mesh has a model axis and there are no rules.
 
   >>> mesh, model = make(2, 1, 2, devices=jax.devices()[:4]), {"w": np.zeros((6, 4))}
-  >>> tuple(places(model, mesh, [("w", P(None, "model"))], stacked=True)["w"].spec)
+  >>> tuple(shardings(model, mesh, [("w", P(None, "model"))], stacked=True)["w"].spec)
   ('task', None, 'model')
   """
   if mesh.shape["model"] > 1 and not rules:
@@ -160,7 +160,7 @@ def places(params: Any, mesh: Mesh, rules: Rules = (), *, stacked: bool = False)
     if not rules:
       return NamedSharding(mesh, P(*lead))
     name = tree.name_of(path)
-    place(name, np.shape(x), mesh, rules)
+    sharding_of(name, np.shape(x), mesh, rules)
     axes = list(lead + tuple(spec(name, np.shape(x), rules)))
     while axes and axes[-1] is None:  # As the compiler writes it, lest programs compile again.
       axes.pop()

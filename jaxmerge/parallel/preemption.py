@@ -20,14 +20,14 @@ class Stopped(Exception):
 
 
 @contextlib.contextmanager
-def asked(grace: float = GRACE) -> Iterator[Callable[[], bool]]:
+def watch_sigterm(grace: float = GRACE) -> Iterator[Callable[[], bool]]:
   """Yields what tells whether a SIGTERM has come.
 
   A second one ends the process at once, and so does the first when the block has not ended `grace`
   seconds later, with status 143 and without any cleaning up, whatever the main thread is waiting
   for. Outside the main thread, which alone may ask for signals, the answer is always no.
 
-  >>> with asked() as stop:
+  >>> with watch_sigterm() as stop:
   ...   signal.raise_signal(signal.SIGTERM)
   ...   stop()
   True

@@ -53,7 +53,7 @@ def start(
     ) from e
 
 
-def first() -> bool:
+def is_first() -> bool:
   """Tells whether this is the process that writes and speaks for all."""
   return jax.process_index() == 0
 
@@ -69,12 +69,12 @@ def agree(flag: bool) -> bool:
   return bool(multihost_utils.process_allgather(np.asarray(flag)).any())
 
 
-def same(params: Any) -> Any:
+def broadcast(params: Any) -> Any:
   """Returns process 0's values of a tree of arrays, in the memory of every process.
 
   One process gives the tree back as it is. All must call it with the same shapes and dtypes.
 
-  >>> same({"w": 1.0})
+  >>> broadcast({"w": 1.0})
   {'w': 1.0}
   """
   if jax.process_count() == 1:
@@ -82,12 +82,12 @@ def same(params: Any) -> Any:
   return multihost_utils.broadcast_one_to_all(jax.tree.map(np.asarray, params))
 
 
-def lost(error: BaseException) -> bool:
+def is_lost(error: BaseException) -> bool:
   """Tells whether an error most likely says that another process is gone.
 
-  >>> lost(ValueError("rounds must be positive"))
+  >>> is_lost(ValueError("rounds must be positive"))
   False
-  >>> lost(RuntimeError("Unable to initialize backend 'cpu': recvmsg:Connection reset by peer"))
+  >>> is_lost(RuntimeError("Unable to initialize backend 'cpu': recvmsg:Connection reset by peer"))
   True
   """
   # Collectives on a CPU fail by a ValueError where the other end closes its connection, devices

@@ -259,7 +259,7 @@ def execute(planned: RecipePlan, files: Files, progress: Progress | None = None)
   )
   count = progress or (lambda name, size: lambda done: None)
   earlier: dict[str, plans.Plan] = {}
-  with shard_writer.lock(planned.out) if processes.first() else contextlib.nullcontext():
+  with shard_writer.lock(planned.out) if processes.is_first() else contextlib.nullcontext():
     for step, result in [(s, s.result) for s in planned.steps if s.result is not None]:
       name, plan = result.model.name, step.bind(places, files)
       if not _is_complete(places[name], plan, settings):
@@ -272,7 +272,7 @@ def execute(planned: RecipePlan, files: Files, progress: Progress | None = None)
     on_done = count("merging", estimate.work(plan, settings.out_format))
     kind, replace = settings.out_format, settings.replace
     run(plan, planned.out, progress=on_done, out_format=kind, replace=replace, locked=True)
-    for place in places.values() if processes.first() else ():
+    for place in places.values() if processes.is_first() else ():
       if place.exists():  # Else they were removed by a merge that was killed at this line.
         shutil.rmtree(place)
   return plan

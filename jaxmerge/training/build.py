@@ -110,7 +110,7 @@ def build(spec: Spec, params: Any, *, abstract: bool = False) -> Loop:
     len(tasks),
     slots,
     settings.local_state == "kept",
-    layouts.settled(method, shapes, spec.layout),
+    layouts.resolve(method, shapes, spec.layout),
     mesh,
     rules,
   )
@@ -121,7 +121,7 @@ def build(spec: Spec, params: Any, *, abstract: bool = False) -> Loop:
     parts,
     waves,
     tuple(t.train.labels.shape[0] for t in tasks),
-    put(params, meshes.places(params, mesh, rules)),
+    put(params, meshes.shardings(params, mesh, rules)),
     _rows(tasks, mesh, slots * waves, abstract=abstract, on_host=waves > 1),
     ready._replace(order=None),
     put,
@@ -167,8 +167,8 @@ def arguments(loop: Loop, k: int) -> tuple[schedule.Plan, interpreter.Ready, Any
   factor = schedule.factor(settings.outer_schedule, k, settings.rounds)
   rate = np.float32(settings.outer_learning_rate * factor)
   if loop.waves == 1:
-    plan = loop.put(plan, meshes.by_task(mesh))
-    ready, rate = loop.put((ready, rate), meshes.everywhere(mesh))
+    plan = loop.put(plan, meshes.task_sharding(mesh))
+    ready, rate = loop.put((ready, rate), meshes.replicated(mesh))
   return plan, ready, rate
 
 
@@ -213,7 +213,7 @@ def _rows(
 ) -> batch.TaskBatch:
   """Returns the training rows of all tasks, on the devices, on the host, or as shapes."""
   if abstract:
-    return put_shapes(batch.shapes(tasks, "train", num_slots), meshes.by_task(mesh))
+    return put_shapes(batch.shapes(tasks, "train", num_slots), meshes.task_sharding(mesh))
   if on_host:
     return batch.stack(tasks, "train", num_slots=num_slots)
   return placement.rows(tasks, "train", mesh, num_slots=num_slots)

@@ -63,14 +63,14 @@ def experts(
   rows = placement.rows(tasks, "train", mesh, num_slots=slots)
   names, counts = [t.name for t in tasks], [len(t.train.labels) for t in tasks]
   begin, tune = _programs(apply, params, loss, settings, mesh, sharding, slots)
-  models, states = begin(meshes.put(params, meshes.places(params, mesh, sharding)))
+  models, states = begin(meshes.put(params, meshes.shardings(params, mesh, sharding)))
   best = None
   if settings.early_stopping:
     best = _Best(apply, metrics.metric_of(metric), tasks, models, mesh)
   for k in range(settings.rounds):
     plan = schedule.plan(names, counts, settings, k, rounds=settings.rounds)
     padded = schedule.Plan(*(batch.pad(x, slots) for x in plan))
-    plan = meshes.put(padded, meshes.by_task(mesh))
+    plan = meshes.put(padded, meshes.task_sharding(mesh))
     models, states, losses, finite = tune(models, states, rows, plan)
     when, used = f"part {k + 1} of its expert's training", len(names)
     local_steps.refuse_divergence(names, losses[:used], finite[:used], settings, when=when)
@@ -138,7 +138,7 @@ class _Best:
     """Takes each model that is better than the best so far."""
     means = scoring.means(self.score(models, self.rows), self.counts)
     scores = batch.pad(self.metric.gain(np.array(means, np.float32)), len(self.scores))
-    better = meshes.put(scores > self.scores, meshes.by_task(self.mesh))
+    better = meshes.put(scores > self.scores, meshes.task_sharding(self.mesh))
     self.models = _take_better(self.models, models, better)
     self.scores = np.maximum(scores, self.scores)
 

@@ -149,7 +149,7 @@ def tune_all(
       a leaf, or if the mesh has a model axis and there are no rules.
   """
   one_model = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), params)
-  shardings = meshes.places(one_model, mesh, rules)
+  shardings = meshes.shardings(one_model, mesh, rules)
   shares, size = mesh.shape["data"], plan.rows.shape[-1]
   if size % shares:
     raise ValueError(f"batch_size {size} must be a multiple of the mesh's data axis, {shares}.")
@@ -185,7 +185,7 @@ def tune_all(
 def copies(params: Any, num_slots: int, mesh: Mesh, rules: meshes.Rules = ()) -> Any:
   """Stacks equal copies of a model over the task axis: [*s] -> [T, *s]. To be called under jit."""
   spread = jax.tree.map(lambda p: jnp.broadcast_to(p[None], (num_slots, *p.shape)), params)
-  return lax.with_sharding_constraint(spread, meshes.places(params, mesh, rules, stacked=True))
+  return lax.with_sharding_constraint(spread, meshes.shardings(params, mesh, rules, stacked=True))
 
 
 def refuse_divergence(

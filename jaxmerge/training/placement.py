@@ -28,7 +28,7 @@ def shard_weights(apply: batch.Apply, mesh: Mesh, rules: meshes.Rules = ()) -> b
   def placed(params: Any, inputs: Any, head: Any) -> Any:
     here = jax.sharding.get_abstract_mesh()
     shardings = jax.tree.map(
-      lambda s: jax.sharding.NamedSharding(here, s.spec), meshes.places(params, mesh, rules)
+      lambda s: jax.sharding.NamedSharding(here, s.spec), meshes.shardings(params, mesh, rules)
     )
     return apply(lax.with_sharding_constraint(params, shardings), inputs, head)
 
@@ -40,7 +40,7 @@ def rows(tasks: Sequence[task.Task], split: str, mesh: Mesh, *, num_slots: int) 
 
   Arguments and errors as for `batch.stacked`.
   """
-  sharding, slots = meshes.by_task(mesh), meshes.own_slots(mesh, num_slots)
+  sharding, slots = meshes.task_sharding(mesh), meshes.local_slots(mesh, num_slots)
   stack = batch.stack(tasks, split, num_slots=num_slots, slots=slots)
   if sharding.is_fully_addressable:
     return meshes.put(stack, sharding)
@@ -105,11 +105,11 @@ def state_shardings(
   """
   if optimizer is None:
     return ()
-  rest = meshes.by_task(mesh) if stacked else meshes.everywhere(mesh)
+  rest = meshes.task_sharding(mesh) if stacked else meshes.replicated(mesh)
   return optax.tree_utils.tree_map_params(
     optimizer,
     lambda _, place: place,
     jax.eval_shape(optimizer.init, params),
-    meshes.places(params, mesh, rules, stacked=stacked),
+    meshes.shardings(params, mesh, rules, stacked=stacked),
     transform_non_params=lambda _: rest,
   )

@@ -144,13 +144,13 @@ def merge_and_step(
   params, outer_state = outers.step(parts.outer, current, target, outer_state, rate)
   # Sharded as they came in, so that the next round is the same executable.
   shardings = (
-    meshes.places(params, parts.mesh, parts.rules),
+    meshes.shardings(params, parts.mesh, parts.rules),
     placement.state_shardings(parts.outer, params, parts.mesh, parts.rules),
   )
   params, outer_state = lax.with_sharding_constraint((params, outer_state), shardings)
   # On every device, so that every process can read it.
   measured = measure(stacks, current, loss[: parts.tasks], params)
-  measured = lax.with_sharding_constraint(measured, meshes.everywhere(parts.mesh))
+  measured = lax.with_sharding_constraint(measured, meshes.replicated(parts.mesh))
   return params, outer_state, measured
 
 
@@ -167,7 +167,8 @@ def merge(
   pieces = {n: interpreter.Slice(references[n], None, x) for n, x in stacks.items()}
   out = memory.transform(method, pieces, ready, layout, distribution)
   return tree.rebuild(
-    base, {n: interpreter.added(n, v, references[n], references[n].dtype) for n, v in out.items()}
+    base,
+    {n: interpreter.add_to_base(n, v, references[n], references[n].dtype) for n, v in out.items()},
   )
 
 

@@ -75,7 +75,7 @@ def replicated_head(loop: Loop) -> Any:
   head = meshes.fetch(loop.rows.head)
   if head is None:
     return ()
-  return meshes.put(head[: len(loop.spec.tasks)], meshes.everywhere(loop.parts.mesh))
+  return meshes.put(head[: len(loop.spec.tasks)], meshes.replicated(loop.parts.mesh))
 
 
 def with_head(rows: batch.TaskBatch, head: np.ndarray) -> batch.TaskBatch:

@@ -56,7 +56,7 @@ def program(parts: rounds.Parts) -> Callable[..., tuple[rounds.State, rounds.Mea
     measured = rounds.Measured(np.concatenate(losses), np.concatenate(finite), merged=True)
     if not np.all(measured.finite):
       return state, measured  # The caller refuses it; there is nothing to merge.
-    target = meshes.put(finish(merged, base, ready), meshes.places(base, mesh, rules))
+    target = meshes.put(finish(merged, base, ready), meshes.shardings(base, mesh, rules))
     params, outer_state, is_finite = step(state.params, target, state.outer, np.float32(rate))
     after = jax.tree.map(lambda *xs: np.concatenate(xs), *states)
     return rounds.State(params, outer_state, after), measured._replace(merged=is_finite)
@@ -72,13 +72,15 @@ def _tune(parts: rounds.Parts) -> Callable[..., Any]:
   def tune_wave(params: Any, states: Any, rows: batch.TaskBatch, plan: Plan) -> Any:
     copies, states, loss = rounds.tune(parts, params, states, rows, plan)
     finite = finiteness.finite_models(copies)
-    return copies, states, *lax.with_sharding_constraint((loss, finite), meshes.everywhere(mesh))
+    return copies, states, *lax.with_sharding_constraint((loss, finite), meshes.replicated(mesh))
 
   def put_and_tune(params: Any, states: Any, base: Any, data: Any) -> Any:
     shardings: Any = ()
     if parts.keeps_states:
       shardings = placement.state_shardings(parts.local, base, mesh, rules, stacked=True)
-    return tune_wave(params, meshes.put(states, shardings), *meshes.put(data, meshes.by_task(mesh)))
+    return tune_wave(
+      params, meshes.put(states, shardings), *meshes.put(data, meshes.task_sharding(mesh))
+    )
 
   return put_and_tune
 
@@ -91,9 +93,9 @@ def _step(parts: rounds.Parts) -> Callable[..., Any]:
   def step(*arguments: Any) -> Any:
     params, state = outers.step(parts.outer, *arguments)
     states = placement.state_shardings(parts.outer, params, mesh, rules)
-    shardings = meshes.places(params, mesh, rules), states
+    shardings = meshes.shardings(params, mesh, rules), states
     params, state = lax.with_sharding_constraint((params, state), shardings)
-    is_finite = lax.with_sharding_constraint(rounds.is_finite(params), meshes.everywhere(mesh))
+    is_finite = lax.with_sharding_constraint(rounds.is_finite(params), meshes.replicated(mesh))
     return params, state, is_finite
 
   return step

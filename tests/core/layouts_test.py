@@ -266,7 +266,7 @@ def test_rows_of_lookups_are_entries_and_widen_takes_them_for_inputs():
   base = flax()
   for method, view in ((methods.model_stock("row"), "oi"), (methods.widen(), "io")):
     seen = layouts.of(method, base)["embed/embedding"]
-    assert layouts.seen(seen.view, layouts.units_of(method)[0]) == view
+    assert layouts.view_for(seen.view, layouts.units_of(method)[0]) == view
 
 
 @pytest.mark.parametrize(

@@ -58,11 +58,11 @@ def test_sharded_leaves_come_whole_with_the_same_values(kind):
 
     @jax.jit
     def through(x):
-      seen = matrix_views.rows(sharding.whole(x), "io")
+      seen = matrix_views.rows(sharding.gather(x), "io")
       return (
         seen,
         matrix_views.from_rows(seen, "io", (4, 8)),
-        sharding.everywhere(x.sum(axis=(1, 2))),
+        sharding.replicate(x.sum(axis=(1, 2))),
       )
 
     seen, back, small = through(spread)

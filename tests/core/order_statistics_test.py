@@ -36,7 +36,7 @@ def limbs(counts):
 def settle(exact, x, n):
   """The cut at a rank over one leaf of three axes, and which entries are inside."""
   rank = Rank("cut", lambda x, leaf, known: jnp.abs(x), rank="n", exact=exact)
-  cut = reductions.settled(rank, [(x, leaf())], {"n": n})
+  cut = reductions.reduce_group(rank, [(x, leaf())], {"n": n})
   return cut.value, order_statistics.inside(cut, jnp.abs(x), leaf())
 
 
@@ -89,7 +89,7 @@ def test_a_device_by_itself_counts_the_same(exact, monkeypatch):
   rank = Rank("cut", lambda x, leaf, known: jnp.abs(x), rank="n", exact=exact)
 
   def kept():
-    cut = reductions.settled(rank, [(x, leaf())], {"n": limbs([77, 200])})
+    cut = reductions.reduce_group(rank, [(x, leaf())], {"n": limbs([77, 200])})
     return order_statistics.inside(cut, jnp.abs(x), leaf())
 
   expected = kept()
@@ -153,7 +153,7 @@ def test_thresholds_of_another_height():
   """Three ranks of one row: the quartiles of 0 ... 8."""
   x = jnp.arange(9.0).reshape(1, 3, 3)
   thrice = Rank("cut", lambda x, leaf, known: jnp.broadcast_to(x, (3, 3, 3)), rank="n")
-  found = reductions.settled(thrice, [(x, leaf())], {"n": limbs([7, 5, 3])})
+  found = reductions.reduce_group(thrice, [(x, leaf())], {"n": limbs([7, 5, 3])})
   patterns = order_statistics.pattern(jnp.array([2.0, 4.0, 6.0]))
   assert found.value.tolist() == patterns.tolist()
 

@@ -46,7 +46,7 @@ def test_rounds_as_a_cast_does(dtype):
   x = np.concatenate([x, np.float32([0, -0.0, 65519, 65520, 2**-25, 3 * 2**-25, 1 + 2**-8])])
   with np.errstate(over="ignore"):
     expected = x.astype(dtype).astype(np.float32)
-  found = jax.jit(lambda x: rewrites.rounded(x, np.dtype(dtype).name))(x)
+  found = jax.jit(lambda x: rewrites.round_to(x, np.dtype(dtype).name))(x)
   np.testing.assert_array_equal(found, expected)
 
 
@@ -58,7 +58,7 @@ def test_every_operation_rounds_and_a_sum_rounds_once():
   squares = (x * x).astype(np.float32)
   root = np.sqrt((squares[2] + (squares[1] + squares[0])).astype(x.dtype))
   expected = (root / x.dtype.type(3)).astype(np.float32)
-  found = jax.jit(rewrites.unrolled(f, each="bfloat16"))(x.astype(np.float32))
+  found = jax.jit(rewrites.unroll(f, each="bfloat16"))(x.astype(np.float32))
   np.testing.assert_array_equal(found.astype(x.dtype).astype(np.float32), expected)
   # What is returned is not rounded yet.
   assert (np.asarray(found) != expected).any()
@@ -78,21 +78,21 @@ def test_random_masks_are_those_of_float32():
   wide, base = streamed(method, seed=3)
   narrow, _ = streamed(method, EACH._replace(wide=True), seed=3)
   for name, x in base.items():
-    low = np.asarray(rewrites.rounded(x, "bfloat16"))
+    low = np.asarray(rewrites.round_to(x, "bfloat16"))
     kept = wide[name] != x
     assert ((narrow[name] != low) & ~kept).sum() == 0
     assert ((narrow[name] != low) & kept).sum() > 0.8 * kept.sum()
 
 
 def test_without_a_dtype_nothing_changes():
-  text = str(jax.make_jaxpr(rewrites.unrolled(lambda x: x.mean(axis=0) / 3))(jnp.ones((3, 4))))
+  text = str(jax.make_jaxpr(rewrites.unroll(lambda x: x.mean(axis=0) / 3))(jnp.ones((3, 4))))
   assert "reduce_precision" not in text
 
 
 @pytest.mark.parametrize("height", [1, 3, 4, 5])
 def test_inner_products_are_sums_where_models_are_few(height):
   x = np.random.default_rng(0).normal(size=(height, 6, 50)).astype(np.float32)
-  f = rewrites.unrolled(reductions.inner_products)
+  f = rewrites.unroll(reductions.inner_products)
   found = f(jnp.asarray(x))
   flat = x.reshape(height, -1).astype(np.float64)
   np.testing.assert_allclose(found, flat @ flat.T, rtol=1e-5, atol=1e-4)
@@ -106,7 +106,7 @@ def test_products_of_matrices_with_stacks_stay_what_they_are():
   """A few rows with each matrix of a stack: no inner products of models, though rows are few."""
   rng = np.random.default_rng(0)
   u, x = rng.normal(size=(5, 2)).astype(np.float32), rng.normal(size=(3, 5, 5)).astype(np.float32)
-  found = rewrites.unrolled(lambda u, x: u.T @ x)(jnp.asarray(u), jnp.asarray(x))
+  found = rewrites.unroll(lambda u, x: u.T @ x)(jnp.asarray(u), jnp.asarray(x))
   np.testing.assert_allclose(found, u.T @ x, rtol=1e-5, atol=1e-5)
 
 
@@ -117,7 +117,7 @@ def test_long_sums_by_halves_are_the_sums(length):
   def f(x):
     return x.sum(axis=1), x.max(axis=1), (x > 0).sum(axis=1), reductions.inner_products(x)
 
-  found = jax.jit(rewrites.unrolled(f, halves=True))(jnp.asarray(x))
+  found = jax.jit(rewrites.unroll(f, halves=True))(jnp.asarray(x))
   wide = x.astype(np.float64)
   expected = wide.sum(axis=1), wide.max(axis=1), (x > 0).sum(axis=1), wide @ wide.T
   for own, right in zip(found, expected, strict=True):

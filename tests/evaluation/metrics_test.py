@@ -54,7 +54,7 @@ def test_choices_by_a_loss_are_those_by_its_negative():
   assert means == [-r["mean"] for r in runs[1].rounds]
   stacks = [finetune.experts(*given, early, metric=m, mesh=mesh)[0] for m in (LOSS, GAIN)]
   small.assert_same_bits(*stacks)
-  rows = meshes.put(batch.stack(tasks, "validation"), meshes.by_task(mesh))
+  rows = meshes.put(batch.stack(tasks, "validation"), meshes.task_sharding(mesh))
   counts = [len(t.validation.labels) for t in tasks]
   chosen = []
   for metric in (LOSS, metrics.metric_of(GAIN)):

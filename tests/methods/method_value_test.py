@@ -72,7 +72,7 @@ def test_a_hyperparameter_is_no_part_of_a_method(name, parameter):
   one, other = make(), make(**{parameter: another(entry)})
   assert one != other
   assert hash(one) == hash(other)
-  assert stage.bare(one) == stage.bare(other)
+  assert stage.without_hparams(one) == stage.without_hparams(other)
   assert insides(one) == insides(other)
   assert stage.hparams(one) != stage.hparams(other)
 
@@ -82,7 +82,7 @@ def test_a_setting_is_part_of_a_method(name, parameter):
   make, entry = getattr(methods, name), lookup.METHODS[name].parameters[parameter]
   value = next(v for v in entry.choices if v != entry.default)
   assert make() == make()
-  assert stage.bare(make()) != stage.bare(make(**{parameter: value}))
+  assert stage.without_hparams(make()) != stage.without_hparams(make(**{parameter: value}))
   assert dict(make(**{parameter: value}).settings)[parameter] == value
 
 
@@ -207,10 +207,12 @@ def test_an_argument_counts_as_a_hyperparameter_only_where_a_stage_has_it():
     first = stage.pointwise(lambda x: x * scale)
     return stage.chain(first, methods.task_arithmetic())
 
-  assert stage.bare(twice(2.0)) != stage.bare(twice(5.0))
+  assert stage.without_hparams(twice(2.0)) != stage.without_hparams(twice(5.0))
   (one,) = methods.average()
   other = dataclasses.replace(one, update=lambda x, leaf, known: x[:1])
-  assert stage.bare(stage.Method((one,))) != stage.bare(stage.Method((other,)))
+  assert stage.without_hparams(stage.Method((one,))) != stage.without_hparams(
+    stage.Method((other,))
+  )
 
 
 def test_names_and_settings_go_through_chains_and_masks():
@@ -260,7 +262,7 @@ def test_task_vectors_need_a_base(tmp_path):
 
 
 def told(method, **numbers):
-  said, every = arguments.described(method, numbers)
+  said, every = arguments.describe_method(method, numbers)
   return json.dumps([said, {n: repr(v) for n, v in every.items()}], sort_keys=True)
 
 

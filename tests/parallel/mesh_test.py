@@ -51,7 +51,7 @@ def test_bad_sizes_are_refused(sizes, words):
 def test_placing():
   mesh = meshes.make(4, 2)
   stack = {"w": np.arange(8.0, dtype=np.float32).reshape(4, 2)}
-  placed = meshes.put(stack, meshes.by_task(mesh))["w"]
+  placed = meshes.put(stack, meshes.task_sharding(mesh))["w"]
   assert [s.data.shape for s in placed.addressable_shards] == [(1, 2)] * 8
-  whole = meshes.put(stack, meshes.everywhere(mesh))["w"]
+  whole = meshes.put(stack, meshes.replicated(mesh))["w"]
   assert {s.data.shape for s in whole.addressable_shards} == {(4, 2)}

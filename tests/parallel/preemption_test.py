@@ -19,7 +19,7 @@ from jaxmerge.parallel import preemption
 def long(x):
   return jax.lax.fori_loop(0, 10**9, lambda i, x: jnp.sin(x + i), x)
 
-with preemption.asked(float(sys.argv[1])) as stop:
+with preemption.watch_sigterm(float(sys.argv[1])) as stop:
   print("on the way", flush=True)
   long(jnp.ones(1000)).block_until_ready()
 """
@@ -27,7 +27,7 @@ with preemption.asked(float(sys.argv[1])) as stop:
 
 def test_what_was_there_before_is_there_again():
   before = signal.getsignal(signal.SIGTERM)
-  with preemption.asked() as stop:
+  with preemption.watch_sigterm() as stop:
     assert not stop()
     signal.raise_signal(signal.SIGTERM)
     assert stop()

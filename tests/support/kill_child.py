@@ -169,7 +169,10 @@ def spread(directory, out=None, sizes=(4, 2, 1), rounds=4, slow=0.0):
   changes |= dict(outer="nesterov", outer_momentum=0.5, early_stopping=True)
   tasks = [*small.three(), small.classified("dog", 16)]
   rules = (("kernel$", P("model", None)), ("bias$", P()))
-  with stores.Checkpoints(pathlib.Path(directory), keep=2) as store, preemption.asked() as stop:
+  with (
+    stores.Checkpoints(pathlib.Path(directory), keep=2) as store,
+    preemption.watch_sigterm() as stop,
+  ):
     found = loop.tune_and_merge(
       small.network,
       small.weights(),
@@ -187,7 +190,7 @@ def spread(directory, out=None, sizes=(4, 2, 1), rounds=4, slow=0.0):
   digest, params = hashlib.sha256(json.dumps(kept).encode()), meshes.fetch(found.params)
   for leaf in ("kernel", "bias"):
     digest.update(np_bytes(params["dense"][leaf]))
-  if out is not None and processes.first():
+  if out is not None and processes.is_first():
     import numpy as np
 
     np.savez(out, **params["dense"])

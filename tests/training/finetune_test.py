@@ -137,7 +137,7 @@ def test_the_best_scale_is_the_best_of_all():
   models, _ = experts(tasks, epochs=8.0)
   mesh = meshes.make(1)
   score = scoring.scorer(small.network, losses.accuracy, mesh=mesh)
-  rows = meshes.put(batch.stack(tasks, "validation"), meshes.by_task(mesh))
+  rows = meshes.put(batch.stack(tasks, "validation"), meshes.task_sharding(mesh))
   counts = [len(t.validation.labels) for t in tasks]
   method, scales = methods.task_arithmetic(), (0.0, 0.2, 0.4, 0.8, 5.0)
   given = (method, base, models, scales, score, rows, counts)

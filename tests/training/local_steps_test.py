@@ -51,7 +51,7 @@ def all_tuned(step, local, mesh, height):
 
 
 def placed(mesh, params, rows, plan):
-  everywhere, spread = meshes.everywhere(mesh), meshes.by_task(mesh)
+  everywhere, spread = meshes.replicated(mesh), meshes.task_sharding(mesh)
   return meshes.put(params, everywhere), meshes.put(rows, spread), meshes.put(plan, spread)
 
 
@@ -315,7 +315,7 @@ def test_tasks_that_do_not_belong_together_are_refused():
 def test_scores_are_those_of_single_rows(four, chunk):
   mesh = meshes.make(4)
   models = [small.weights(k) for k in range(2)]
-  rows = meshes.put(batch.stack(four, "train"), meshes.by_task(mesh))
+  rows = meshes.put(batch.stack(four, "train"), meshes.task_sharding(mesh))
   score = scoring.scorer(small.network, losses.accuracy, mesh=mesh, chunk=chunk)
   found = np.asarray(score(tree.stack(models), rows))
   counts = [len(t.train.labels) for t in four]

@@ -377,7 +377,7 @@ def arguments(mesh, own, params, tasks=4):
   def put(x, place):
     return jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=place), x)
 
-  everywhere, by_task = meshes.everywhere(mesh), meshes.by_task(mesh)
+  everywhere, by_task = meshes.replicated(mesh), meshes.task_sharding(mesh)
   return put(params, everywhere), put(rows, by_task), put(plan, by_task), ready
 
 

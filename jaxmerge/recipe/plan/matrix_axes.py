@@ -77,7 +77,7 @@ def fit_problems(recipe: Recipe, jobs: Sequence[Job], shapes: Shapes) -> Iterato
     of_job = {name: rule for rule, names in job.layout.groups for name in names}
     by_method.setdefault((job.spec["method"], layouts.unit_of(job.spec)), {}).update(of_job)
   for (_, unit), rules_of_method in by_method.items():
-    if problem := layouts.unfit(unit, rules_of_method, sizes):
+    if problem := layouts.find_problem(unit, rules_of_method, sizes):
       text = problem + layouts.advice(unit, rules_of_method, sizes, _item, " ")
       yield Problem(recipe.places.get("merge_method", recipe.place), text)
 
