@@ -106,3 +106,22 @@ def plan_of(text, **options):
 def run(text, out="out", **options):
   """Runs a recipe, and returns the tensors of the result."""
   return read(execute.run(plan_of(text), out, **options))
+
+
+def write_adapter(folder, module):
+  """Writes an adapter of rank 2 and scale 2 for one matrix; returns A and B."""
+  rng = np.random.default_rng(0)
+  a, b = (rng.normal(size=s).astype(np.float32) for s in ((2, 6), (6, 2)))
+  pathlib.Path(folder).mkdir()
+  config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
+  pathlib.Path(folder, "adapter_config.json").write_text(json.dumps(config))
+  weights = {f"base_model.model.{module}.lora_{k}.weight": x for k, x in (("A", a), ("B", b))}
+  safetensors.save(f"{folder}/adapter_model.safetensors", weights)
+  return a, b
+
+
+def write_tied(folder, tensors):
+  """Writes a model without a head, whose config says that the head is the embedding."""
+  config = CONFIG | {"tie_word_embeddings": True}
+  own = {n: x for n, x in tensors.items() if n != "lm_head.weight"}
+  write(pathlib.Path(folder), own, config=config)

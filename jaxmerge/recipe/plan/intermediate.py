@@ -21,7 +21,7 @@ class Intermediate(NamedTuple):
 
   Attributes:
     model: what it will be, by its plan; until `open` is called, tensors that are merged raise
-      NotMade when they are read, and those that are copied have the bytes of their source.
+      NotYetMade when they are read, and those that are copied have the bytes of their source.
     tensors: those of the folder that was opened, by name.
   """
 
