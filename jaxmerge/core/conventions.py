@@ -68,7 +68,7 @@ def rules(shapes: Shapes) -> dict[str, Rule]:
 
 
 class _Model:
-  """What is known of a model as a whole."""
+  """The names and shapes of a whole model."""
 
   def __init__(self, shapes: Shapes) -> None:
     self.shapes = shapes
@@ -204,8 +204,8 @@ class _Model:
       there = self.shapes[other]
       there = there if axis is None else there[:axis] + there[axis + 1 :]
       inward, outward = (shape, there) if words.is_inward else (there, shape)
-      known = self.names[other].is_outward or not words.is_inward
-      if known and len(outward) == 3 and inward[:1] + inward[-1:] == outward[2:] + outward[1:2]:
+      is_pair = self.names[other].is_outward or not words.is_inward
+      if is_pair and len(outward) == 3 and inward[:1] + inward[-1:] == outward[2:] + outward[1:2]:
         view = "i" + "o" * (len(shape) - 1) if words.is_inward else "iio"
         return Rule(view, "kernel of attention")
     return None

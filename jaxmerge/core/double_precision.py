@@ -72,12 +72,12 @@ def aware(f: Callable[P, R], *more: Any) -> Callable[P, R]:
       return f(*args, **kwargs)
     with width:
       out = f(*args, **kwargs)
-    return jax.tree_util.tree_map_with_path(_kept, out)
+    return jax.tree_util.tree_map_with_path(_as_numpy, out)
 
   return run
 
 
-def _kept(path: Any, x: Any) -> Any:
+def _as_numpy(path: Any, x: Any) -> Any:
   narrowed = isinstance(x, jax.Array) and is_wide(x) and is_narrowed(x.dtype)
   if narrowed and isinstance(x, jax.core.Tracer):
     raise _narrowed(jax.tree_util.keystr(path, simple=True, separator="/"), x.dtype)

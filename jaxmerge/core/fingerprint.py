@@ -23,7 +23,7 @@ _LIBRARIES = {"jax", "jaxlib", "jaxmerge", "numpy", "optax", "flax", "builtins",
 def fingerprint(value: Any) -> str:
   """Returns a digest of a method: of its functions' code and of what they hold.
 
-  Functions and numbers of one's own that these use by a global name count too; what is of a library
+  A user's functions and numbers that these use by a global name count too; what is of a library
   counts by its name. What is not known in text form counts as different in every process.
 
   Example:
@@ -152,11 +152,11 @@ def _named(module: Any, name: str) -> Any:
 
 
 def _used(function: types.FunctionType) -> dict[str, Any]:
-  """The functions, numbers and texts of one's own module that a function uses by name."""
+  """The functions, numbers and texts of a user's module that a function uses by name."""
   if (function.__module__ or "").partition(".")[0] in _LIBRARIES:
     return {}
-  known = {
+  used = {
     n: function.__globals__[n] for n in function.__code__.co_names if n in function.__globals__
   }
   plain = (bool, int, float, complex, str, bytes, tuple, re.Pattern, types.FunctionType)
-  return {n: v for n, v in known.items() if isinstance(v, plain)}
+  return {n: v for n, v in used.items() if isinstance(v, plain)}

@@ -188,7 +188,7 @@ def _described(step: Stage, part: Part) -> Leaf:
   return part.leaf._replace(statistics=declared)
 
 
-# As a program of its own: leaves of one shape are traced, rewritten and batched once.
+# A separate program: leaves of one shape are traced, rewritten and batched once.
 @functools.partial(jax.jit, static_argnames=("step", "view"))
 def _update(step: Stage, x: Array, leaf: Leaf, stats: Any, *, view: str | None) -> Array:
   if not x.size:  # There are no rows, or no entries in them.

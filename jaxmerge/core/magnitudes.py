@@ -2,7 +2,7 @@
 
 A float32 has a square only from 1e-19 to 1e19: beyond it overflows, below it is zero. So a norm is
 measured of numbers over a power of two, which changes no bit of them. Where the largest number is
-at hand, that is its own power (`peak`). Where a sum is made of parts of a leaf, or of many leaves,
+at hand, that is its own power (`peak`). Where a sum is over parts of a leaf, or many leaves,
 the size of the other parts is not known: there are five windows of sizes, the sum of a part lies in
 that of its largest number, and sums add up window by window (`bin_sums`, `join_bins`).
 """

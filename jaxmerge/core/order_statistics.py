@@ -143,7 +143,7 @@ def cut(rank: Rank, over: Any, parts: Sequence[tuple[Any, Leaf]], stats: Any) ->
   return Cut(value, lax.while_loop(_is_open, positions, start)[1])
 
 
-# As a program of its own: leaves of one shape are traced, rewritten and batched once.
+# A separate program: leaves of one shape are traced, rewritten and batched once.
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _counts(
   rank: Rank,

@@ -89,7 +89,7 @@ class Leaf(NamedTuple):
 
 
 class Group(NamedTuple):
-  """What is known of a group of leaves before any weight is read: for `Stage.init`.
+  """A group of leaves before any weight is read, for `Stage.init`.
 
   Attributes:
     shapes: shapes of its leaves by name, without the task axis.
@@ -128,15 +128,16 @@ class Sum(NamedTuple):
   """A reduction that adds up over all leaves of a group.
 
   Attributes:
-    name: the key under which the result is known afterwards.
-    measure: (x, leaf, known) -> partial, a tree of arrays.
+    name: the key of the result in `stats`.
+    measure: (x, leaf, stats) -> partial, a tree of arrays.
     combine: how two partials become one; addition unless said otherwise.
-    finish: (total, known) -> result.
+    finish: (total, stats) -> result.
   """
 
   name: str
   measure: Callable[[Any, Leaf, State], State]
   combine: Callable[[Array, Array], Array] = jnp.add
+  # The names of its arguments are part of digests, which are on disk.
   finish: Callable[[State, State], State] = lambda total, known: total
 
 
@@ -146,10 +147,10 @@ class Rank(NamedTuple):
   Drivers find it each in their way, and exactly; the result is a `order_statistics.Cut`.
 
   Attributes:
-    name: the key under which the result is known afterwards.
-    of: (x, leaf, known) -> values [M, *s], elementwise, none negative; each row has a cut of its
-      own.
-    rank: name of the known count n, limbs [2, M]: the n-th largest is searched.
+    name: the key of the result in `stats`.
+    of: (x, leaf, stats) -> values [M, *s], elementwise, none negative; each row has a
+      cut.
+    rank: name of the count n in `stats`, limbs [2, M]: the n-th largest is searched.
     exact: entries that tie at the value count by position, so that n of them are inside the cut;
       otherwise all that tie are inside.
   """

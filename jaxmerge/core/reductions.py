@@ -48,9 +48,9 @@ def squares(
   """Adds up what is of a degree in x, as a square is, for numbers of any size; see `magnitudes`.
 
   Args:
-    name: the key under which the result is known afterwards.
+    name: the key of the result in `stats`.
     f: (x, or each of a pair) -> a tree of sums.
-    finish: (sums over a power of the unit, unit, known) -> result.
+    finish: (sums over a power of the unit, unit, stats) -> result.
     degree: that of f.
   """
 
@@ -80,7 +80,7 @@ def reduce_group(
   return _cut(reduction, parts, stats)
 
 
-# Programs of their own: leaves of one shape are traced, rewritten and batched once.
+# Separate programs: leaves of one shape are traced, rewritten and batched once.
 @functools.partial(jax.jit, static_argnums=0)
 def _measure(reduction: Sum, x: Any, leaf: Leaf, stats: Any) -> Any:
   return reduction.measure(x, leaf, stats)

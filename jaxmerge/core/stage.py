@@ -1,9 +1,10 @@
 """The algebra: a method is a sequence of stages, each maps a stack to a stack. Read this first.
 
 A stack is a tree of arrays with a leading task axis K. A transform keeps K, a combiner returns
-K = 1. A stage may *know* statistics of the stack before it acts: it names them, the driver adds
-them up over leaves, slices, devices or reads of a file. Drivers: `drivers/memory.py` (arrays, under
-jit, vmap, grad and meshes), `drivers/streaming.py` (slice by slice).
+K = 1. A stage may ask for *reductions* of the stack before it acts: it names them, the driver adds
+them up over leaves, slices, devices or reads of a file. It may read *statistics*, arrays that a
+caller gives beside the models. Drivers: `drivers/memory.py` (arrays, under jit, vmap, grad and
+meshes), `drivers/streaming.py` (slice by slice), `drivers/incremental.py` (model by model).
 """
 
 from __future__ import annotations
@@ -34,9 +35,10 @@ class Stage:
   (see `without_hparams`). A stage without a key is equal to itself alone.
 
   Attributes:
-    update: (x [K, *s], leaf, known) -> [M, *s]; what is known are the statistics of x's group.
+    update: (x [K, *s], leaf, stats) -> [M, *s]; `stats` are the results of the reductions of x's
+      group, by name.
     reductions: measured in this order, before the update.
-    init: group -> what is known at first; counts that follow from hyperparameters belong here.
+    init: group -> what `stats` hold at first; counts that follow from hyperparameters belong here.
     hparams: the hyperparameters that the stage reads, with their defaults; None: no default.
     statistics: the statistics that the stage reads from `leaf.statistics`: "entry" for one value
       for each entry of each model, "leaf" for arrays of another shape; see `core/statistics.py`.
@@ -49,7 +51,7 @@ class Stage:
       column; None: a lookup is no matrix, and has no view.
     rest: the update for leaves that have no matrix view, if `unit` needs one; "row": they are shown
       as one row.
-    ranked: the update finds under "ranks", in what is known, the place 0, 1, ... of each entry in
+    ranked: `stats["ranks"]` of the update is the place 0, 1, ... of each entry in
       its row by ascending magnitude, [K, rows, columns]; of those that tie the first comes first.
     combines: the stage is a combiner: it leaves one model. Other stages keep their number.
     fold: the same combiner, a few experts at a time.
@@ -58,9 +60,9 @@ class Stage:
     ordered: the order of the models matters: drivers keep the caller's.
     moments: how a combiner merges running statistics: "same", as it does weights, or by another
       stage; None: their mean; "done": it is what merges them.
-    deferred: without its statistics `update` gives NaN where they would count, and stages after it
+    deferred: without its reductions `update` gives NaN where they would count, and stages after it
       leave that NaN: a driver may measure them only when it sees one.
-    key: what the functions above follow from; None: nothing is known of them.
+    key: what the functions above follow from; None: unknown.
   """
 
   update: Callable[..., Array]
@@ -84,7 +86,7 @@ class Stage:
 
   @functools.cached_property
   def _identity(self) -> Hashable:
-    measured = (part for statistic in self.reductions for part in statistic)
+    measured = (part for reduction in self.reductions for part in reduction)
     functions = (self.update, self.init, self.rest, *(self.fold or ()), *measured)
     words = (self.unit, self.lookups, self.ranked, self.combines, self.ordered, self.deferred)
     moments = self.moments if isinstance(self.moments, str) else None
@@ -103,13 +105,13 @@ class Stage:
     return id(self) if self.key is None else hash(self._identity)
 
   def group(self, name: str) -> str:
-    """Returns the group of a leaf: statistics are added up over a group."""
+    """Returns the group of a leaf: reductions are added up over a group."""
     if callable(self.scope):
       return self.scope(name)
     return name if self.scope == "leaf" else ""
 
   def reduction(self, name: str) -> Any:
-    """Returns the statistic of this name, a `Sum` or a `Rank`."""
+    """Returns the reduction of this name, a `Sum` or a `Rank`."""
     return next(s for s in self.reductions if s.name == name)
 
 
@@ -126,7 +128,7 @@ class Method:
 
   Attributes:
     stages: what it does, in this order.
-    name: of the factory that made it, such as "ties"; those of a chain are joined by " + "; "" for
+    name: of its factory, such as "ties"; those of a chain are joined by " + "; "" for
       a method without a name.
     settings: the factory's static settings, which choose what is compiled. Hyperparameters are in
       `numbers(method)`.
@@ -304,7 +306,7 @@ def leafwise(
     {'damping': 0.9}
   """
   stage = Stage(
-    lambda x, leaf, known: f(x, leaf),
+    lambda x, leaf, known: f(x, leaf),  # The names of its arguments are part of digests.
     hparams=hparams or {},
     statistics=statistics or {},
     combines=combines,
@@ -326,10 +328,10 @@ def pointwise(f: Callable[[Array], Array], *, combines: bool = False) -> Method:
 
 
 def hparams(method: Iterable[Stage]) -> dict[str, Any]:
-  """Returns the numbers of all stages with their defaults.
+  """Returns the hyperparameters of all stages with their defaults.
 
   Raises:
-    ValueError: if two stages share a number but not its default: it has one value for all of them.
+    ValueError: if two stages share one but not its default: it has one value for all of them.
   """
   defaults: dict[str, Any] = {}
   for stage in method:
@@ -357,7 +359,7 @@ def ordered(method: Iterable[Stage]) -> bool:
 
 
 def coupled(method: Iterable[Stage]) -> bool:
-  """Tells whether statistics of a method are added up over several leaves."""
+  """Tells whether reductions of a method are added up over several leaves."""
   return any(step.reductions and step.scope != "leaf" for step in method)
 
 
@@ -381,9 +383,9 @@ def for_models(method: str, least: int, most: int | None = None) -> Callable[[Gr
 
 
 def foldable(method: Iterable[Stage]) -> bool:
-  """Tells whether a method can take experts a few at a time: nothing measured, and a fold.
+  """Tells whether a method can take experts a few at a time: no reduction, and a fold.
 
-  Of several combiners each has leaves of its own.
+  Of several combiners each has other leaves.
   """
   combiners = [stage for stage in method if stage.combines]
   alone = all((stage.where is None) == (len(combiners) == 1) for stage in combiners)

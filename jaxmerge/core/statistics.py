@@ -1,10 +1,11 @@
 """Statistics: arrays that a stage reads beside the models, such as a Fisher or a Gram matrix.
 
-A statistic is a tree like the model whose arrays have a leading axis for the K models and else a
-shape of their own. A stage declares what it reads, and how: "entry", [K, *s], one value for each
+A statistic is a tree like the model whose arrays have a leading axis for the K models, and after it
+any shape. A stage declares what it reads, and how: "entry", [K, *s], one value for each
 entry of each model, which is cut and seen as the models are; or "leaf", [K, ...], of any shape,
 which comes whole. Of a leaf that stacks matrices for a scan (a view with `b`), a stage of matrices
-gets each matrix with its own: there "leaf" is [K, *stacked, ...]. The core measures none of them.
+gets each matrix with the statistic of that matrix: there "leaf" is [K, *stacked, ...]. Nothing here
+measures one.
 """
 
 from __future__ import annotations

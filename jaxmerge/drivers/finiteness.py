@@ -73,7 +73,7 @@ def refuse(flags: Mapping[str, Flags], names: Sequence[str] | None, order: Any =
   """Raises ValueError that names the first leaf and model whose flag is False.
 
   Args:
-    found: flags by leaf, of models in order of tags.
+    flags: by leaf, of models in order of tags.
     names: names of the models, or None.
     order: where each of the models was in the caller's stack.
   """

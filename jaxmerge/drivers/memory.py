@@ -48,67 +48,69 @@ def merge(
 
   With a base it returns base + M(models - base), in the base's dtypes, else M(models), in those of
   the models; it computes in float32 or wider. Leaves that are not floating point are copied from
-  the base, or from the first model if they are equal in all. Works under jit, vmap and grad, on
-  sharded arrays too: methods of matrices share these out over the mesh, in a program of yours over
-  that of its arrays' types or of `jax.set_mesh`; where it knows of none, every device works on
-  every matrix.
+  the base, or from the first model if they are equal in all. Works under jit, vmap and grad, and on
+  sharded arrays, where methods of matrices share these out over the mesh (`docs/design.md`).
 
   Args:
     method: what `jaxmerge.methods` makes.
-    models: stack of K models, [K, *s]; with a base also a list of trees like it, or a dict of them
-      by name.
-    base: tree of arrays [*s]; None: the weights themselves are merged. Methods of task vectors need
-      one.
-    hparams: hyperparameters by name, in place of the method's own: a scalar, one per model [K], or
-      a tree with one of these per leaf. Other values do not compile again.
-    statistics: by name, what the method's stages read beside the models, such as a Fisher: a tree
-      like the model, whose arrays have a first axis for the K models, in the order of the stack. A
-      stage says which shape it reads: [K, *s], one value for each entry of each model, or [K, ...],
-      one array of any shape for each model, such as a Gram matrix [K, d, d]; of a leaf that stacks
-      matrices for a scan, a stage of matrices reads [K, *stacked, ...]. Leaves on which no such
-      stage acts may be missing. See `jaxmerge.core.statistics`.
+    models: stack of K models, [K, *s]; with a base also a list or a dict of trees like it.
+    base: tree of arrays [*s]; None: the weights themselves are merged.
+    hparams: hyperparameters by name, in place of the method's: a scalar, one per model [K], or a
+      tree with one of these per leaf. Other values do not compile again.
+    statistics: by name, what stages read beside the models: trees like the model, of arrays with a
+      first axis for the K models. The stage says whether one has a value for each entry, [K, *s],
+      or any other shape, [K, ...], as a Gram matrix [K, d, d]; see `jaxmerge.core.statistics`.
     seed: for methods with random masks.
-    names: names of the models. Masks depend on them and not on the order; without them the models
-      are called "0", "1", and so on. Methods to which the order matters keep that of the stack.
+    names: of the models, "0", "1", ... by default. Masks depend on them and not on the order;
+      methods to which the order matters keep that of the stack.
     reference: what is subtracted from the models, if not the base.
-    layout: (regular expression, view or None): matrix views before those of
-      `jaxmerge.core.layouts`.
-    deltas: the models are task vectors: nothing is subtracted from them, and without a base the
-      result is one.
+    layout: (regular expression, view or None): matrix views before those of `core.layouts`.
+    deltas: the models are task vectors, and without a base so is the result.
 
   Raises:
-    ValueError: naming the leaf, for trees that do not match, NaN or infinity (where values can be
-      looked at), unknown hyperparameters, ones out of range, statistics that are missing or do not
-      fit, a leaf that no combiner touched, or a method of task vectors without a base.
+    ValueError: naming the leaf, for what does not fit together, NaN or infinity (where values can
+      be looked at), and a leaf that no combiner touched.
 
   Example:
     >>> import jax.numpy as jnp, jaxmerge
-    >>> base = {"w": jnp.zeros(2)}
-    >>> experts = jaxmerge.stack([{"w": jnp.array([1.0, 0.0])}, {"w": jnp.array([3.0, 4.0])}])
-    >>> jaxmerge.merge(jaxmerge.methods.task_arithmetic(scale=0.5), experts, base)["w"].tolist()
+    >>> base, models = {"w": jnp.zeros(2)}, {"w": jnp.array([[1.0, 0.0], [3.0, 4.0]])}
+    >>> jaxmerge.merge(jaxmerge.methods.task_arithmetic(scale=0.5), models, base)["w"].tolist()
     [2.0, 2.0]
-    >>> jaxmerge.merge(jaxmerge.methods.average(weight=(3.0, 1.0)), experts)["w"].tolist()
+    >>> jaxmerge.merge(jaxmerge.methods.average(weight=(3.0, 1.0)), models)["w"].tolist()
     [1.5, 1.0]
   """
   method, hparams = arguments.method(method), arguments.hparams(hparams, seed)
-  if deltas and reference is not None:
-    raise ValueError("deltas=True and a reference: nothing is subtracted from task vectors.")
-  if base is None:
-    if reference is not None:
-      raise ValueError("a reference is given without a base; the result is added to the base.")
-    if not deltas:
-      arguments.refuse_weights(method, "merge(method, models, base)", "merge(..., deltas=True)")
-    models = arguments.check_stack(models)
-    interpreter.check_weights(models)
-  else:
-    models, names = arguments.stack_models(base, models, names)
-    interpreter.check_models(base, models, base if reference is None else reference)
+  models, names = _checked_trees(method, models, base, reference, names, deltas)
   options = _Options(hparams, statistics, names, layout, deltas)
   return _run(method, base, reference, models, options)
 
 
+def _checked_trees(
+  method: Method,
+  models: Any,
+  base: Tree | None,
+  reference: Tree | None,
+  names: Sequence[str] | None,
+  deltas: bool,
+) -> tuple[Tree, Sequence[str] | None]:
+  """The stack and the models' names; ValueError for trees that do not fit together."""
+  if deltas and reference is not None:
+    raise ValueError("deltas=True and a reference: nothing is subtracted from task vectors.")
+  if base is not None:
+    models, names = arguments.stack_models(base, models, names)
+    interpreter.check_models(base, models, base if reference is None else reference)
+    return models, names
+  if reference is not None:
+    raise ValueError("a reference is given without a base; the result is added to the base.")
+  if not deltas:
+    arguments.refuse_weights(method, "merge(method, models, base)", "merge(..., deltas=True)")
+  models = arguments.check_stack(models)
+  interpreter.check_weights(models)
+  return models, names
+
+
 class _Options(NamedTuple):
-  """Arguments of `merge` that are passed on."""
+  """The arguments of `merge` that go on as they are."""
 
   hparams: Mapping[str, Any]
   statistics: Mapping[str, Any] | None

@@ -79,7 +79,7 @@ def task_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def local_slots(mesh: Mesh, num_slots: int) -> range:
-  """Returns the slots of a stack of `num_slots` that devices of this process hold.
+  """Returns the slots of a stack of `num_slots` that are on devices of this process.
 
   >>> local_slots(make(4, 2), 8)
   range(0, 8)
@@ -96,7 +96,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def spec(name: str, shape: Sequence[int], rules: Rules) -> P:
-  """Returns how a leaf is sharded: the first rule whose pattern is found in its name.
+  """Returns how a leaf is sharded: the first rule whose pattern matches in its name.
 
   >>> tuple(spec("layers/mlp/up/kernel", (2, 8, 32), [("/kernel$", P(None, None, "model"))]))
   (None, None, 'model')
@@ -170,9 +170,9 @@ def shardings(params: Any, mesh: Mesh, rules: Rules = (), *, stacked: bool = Fal
 
 
 def put(params: Any, where: Any) -> Any:
-  """Places the leaves of a tree: all with one sharding, or each with its own of a like tree.
+  """Places the leaves of a tree: all with one sharding, or each with that of a like tree.
 
-  Where devices of other processes take part, each process gives what its own devices will hold; an
+  Where devices of other processes take part, each process gives what its devices will hold; an
   array in the memory of a process must be the same in all of them.
   """
   if isinstance(where, Sharding):

@@ -1,4 +1,4 @@
-"""Being asked to stop, by SIGTERM, as machines do that are about to be taken away."""
+"""Preemption: SIGTERM, the grace period after it, and what is left of a run."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ STATUS = 128 + signal.SIGTERM
 
 
 class Stopped(Exception):
-  """A run has stopped where it was asked to; all that it saved is whole."""
+  """A run has stopped on request; all that it saved is whole."""
 
 
 @contextlib.contextmanager
 def watch_sigterm(grace: float = GRACE) -> Iterator[Callable[[], bool]]:
-  """Yields what tells whether a SIGTERM has come.
+  """Yields a function that tells whether a SIGTERM has come.
 
   A second one ends the process at once, and so does the first when the block has not ended `grace`
   seconds later, with status 143 and without any cleaning up, whatever the main thread is waiting

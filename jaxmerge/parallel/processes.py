@@ -1,14 +1,14 @@
-"""Many processes, one program: how they start, what they agree on, how a loss shows.
+"""Many processes, one program: how they start, what they agree on, how a lost one shows.
 
-Each process has devices of its own, and all run the same program on the mesh of all devices. What
-they compute on a mesh is the same everywhere; what one process alone knows (a file that is there, a
-signal that came) must be agreed on before it may decide anything. One process makes all of it true
-without a word.
+Each process has its devices, and all run the same program on the mesh of all devices. What they
+compute on a mesh is the same everywhere; what one process alone knows (a file that is there, a
+signal that came) must be agreed on before it may decide anything. With one process all of it is
+true without communication.
 """
 
 from __future__ import annotations
 
-from typing import Any  # Any: trees of arrays, and jax's own errors.
+from typing import Any  # Any: trees of arrays.
 
 import jax
 import numpy as np
@@ -30,7 +30,7 @@ def start(
 ) -> None:
   """Joins the processes of a run; to be called before jax computes anything.
 
-  Without arguments the cluster tells where the others are: Cloud TPU, Slurm, Open MPI.
+  Without arguments the processes discover each other: on Cloud TPU, Slurm, Open MPI.
 
   Args:
     coordinator: host and port of process 0, as "10.0.0.1:1234".
@@ -38,7 +38,7 @@ def start(
     index: which of them this is, from 0.
 
   Raises:
-    ValueError: where no cluster is found and an argument is missing, or one is out of range.
+    ValueError: where there is no cluster and an argument is missing, or one is out of range.
 
   >>> start("10.0.0.1:1234", number=2, index=0)  # doctest: +SKIP
   """
@@ -54,7 +54,7 @@ def start(
 
 
 def is_first() -> bool:
-  """Tells whether this is the process that writes and speaks for all."""
+  """Tells whether this is the process that writes and prints for all."""
   return jax.process_index() == 0
 
 
@@ -72,7 +72,7 @@ def agree(flag: bool) -> bool:
 def broadcast(params: Any) -> Any:
   """Returns process 0's values of a tree of arrays, in the memory of every process.
 
-  One process gives the tree back as it is. All must call it with the same shapes and dtypes.
+  A single process gets its tree back. All must call it with the same shapes and dtypes.
 
   >>> broadcast({"w": 1.0})
   {'w': 1.0}
@@ -91,5 +91,5 @@ def is_lost(error: BaseException) -> bool:
   True
   """
   # Collectives on a CPU fail by a ValueError where the other end closes its connection, devices
-  # that are only starting by a RuntimeError, of which jax's own kind is one.
+  # that are only starting by a RuntimeError, or jax's subclass of it.
   return isinstance(error, RuntimeError | ValueError) and any(sign in str(error) for sign in _SIGNS)
