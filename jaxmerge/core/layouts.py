@@ -181,13 +181,13 @@ def units_of(method: Iterable[Any]) -> list[Unit]:
   return [Unit(step.unit, step.lookups, step.where) for step in method]
 
 
-def unit_of(words: Any) -> Unit:
+def unit_of(spec: Any) -> Unit:
   """Returns what a job's method sees at a time, as far as its entry says it.
 
   >>> unit_of({"method": "nuslerp", "scope": "column"})
   Unit(unit='matrix', lookups='row', where=None)
   """
-  settings = words if isinstance(words, Mapping) else {}
+  settings = spec if isinstance(spec, Mapping) else {}
   entry = lookup.METHODS.get(str(settings.get("method")))
   scopes = {"row": Unit("row"), "column": Unit("matrix", "row")}
   by_name = Unit("entry") if entry is None else Unit(entry.unit, entry.lookups)

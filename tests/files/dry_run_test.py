@@ -8,6 +8,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from jaxmerge import methods
+from jaxmerge.catalog import lookup
 from jaxmerge.cli import main
 from jaxmerge.core import layouts
 from jaxmerge.files import describe, estimate, execute, plan
@@ -112,6 +114,16 @@ def test_memory_is_that_of_slices_and_not_of_models():
   table = layouts.table({"large": layouts.Rule("oi", "weight")})
   sliced, job = needed("large", scope="row"), job._replace(layout=table)
   assert (sliced, needed("large", scope="row")) == (start + 30 * 4 * 2**32, start + 30 * 4 * 2**20)
+
+
+def test_what_a_job_has_in_memory_is_what_its_stages_see():
+  """A plan knows by name and settings, without jax, what the stages of a method ask for."""
+  order = ("entry", "row", "matrix")
+  for name, entry in lookup.METHODS.items():
+    choices = [(p, c) for p, about in entry.parameters.items() for c in about.choices or ()]
+    for setting in ({}, *({p: c} for p, c in choices)):
+      unit = max((step.unit for step in getattr(methods, name)(**setting)), key=order.index)
+      assert layouts.unit_of({"method": name, **setting}).unit == unit, (name, setting)
 
 
 @pytest.mark.parametrize(("text", "readings"), [(SUM, 1), (SLERP, 2)], ids=["sum", "slerp"])
