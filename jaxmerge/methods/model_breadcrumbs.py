@@ -116,7 +116,10 @@ def band(
   hparams = {"keep": keep, "remove": remove}
   lookup.check("breadcrumbs", {**hparams, "scope": scope, "yields": yields})
   if scope == "row":
-    by_row = functools.partial(_band_of_rows, yields=yields)
+
+    def by_row(x: Array, leaf: Leaf, known: Any) -> Array:
+      return _band_of_rows(x, leaf, known, yields=yields)
+
     alone = functools.partial(_band_of_one_row, yields=yields)
     return Method((Stage(by_row, hparams=hparams, unit="row", rest=alone),))
 

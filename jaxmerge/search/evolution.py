@@ -1,4 +1,4 @@
-"""Weights of checkpoints found by evolution (LCSC)."""
+"""LCSC: evolution of the weights of checkpoints."""
 
 from __future__ import annotations
 

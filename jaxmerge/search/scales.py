@@ -53,7 +53,7 @@ class Validation:
     seed: for methods with random masks.
     layout: matrix views.
     metric: which of two scores is better.
-    at_once: merges that are made and scored by one program, if only their scales differ.
+    at_once: merges that one program makes and scores, if only their scales differ.
     name: name of the merge in errors.
     statistics: what the method's stages read beside the models, as for `jaxmerge.merge`.
   """

@@ -134,7 +134,7 @@ class _Descent:
     for self.number, self.batch in enumerate(batches, 1):
       (score,) = yield [self.candidate]
     if not self.number:
-      raise ValueError("no batches are given.")
+      raise ValueError("there are no batches.")
     return objective.Trial(self.candidate, score)
 
 
@@ -166,7 +166,7 @@ def learned_soup(
 
   Returns:
     The model after the last step. Its trials are the weights before each step, with minus the loss
-    of the step's batch as their score; its own score is that of the last one.
+    of the step's batch as their score; the result's score is that of the last one.
 
   Reference: Wortsman et al. 2022, Model soups (arXiv:2203.05482), appendix on learned soups.
 

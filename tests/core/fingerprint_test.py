@@ -147,7 +147,7 @@ def test_records_with_modules_name_the_same_stages():
 # As checkpoints have them: a stage with another name is another method to a run that is resumed.
 STAGE_NAMES = """
 _around.update _erased.update arcee_fusion.importance arcee_fusion.update average.<lambda>
-band.update by_matrix.together checkpoint_average.<lambda> elect_sign.update flag.update
+band.by_row band.update by_matrix.together checkpoint_average.<lambda> elect_sign.update flag.update
 gate.update krum.update leafwise.<lambda> magmax.<lambda> magprune.update matched.update
 most_varied.update nearswap.update opcm.scaled passthrough.<lambda> pcb.update portllm.<lambda>
 ramplus_tl.update spanned.<lambda> spanned.update trim.update trimmed_mean.update
@@ -156,6 +156,7 @@ ramplus_tl.update spanned.<lambda> spanned.update trim.update trimmed_mean.updat
 
 def test_stages_have_the_names_that_checkpoints_have():
   published = [getattr(methods, name)() for name in lookup.METHODS]
+  published.append(methods.breadcrumbs(scope="row"))
   named = {name for method in published for name in stages(method)}
   short = {name.removeprefix("jaxmerge.").replace(".<locals>", "") for name in named}
   assert short - {"_unchanged"} <= set(STAGE_NAMES.split())

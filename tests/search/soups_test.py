@@ -219,7 +219,7 @@ def test_learned_soups_agree_with_a_transcription(seed):
 
 def test_a_learned_soup_needs_batches_and_a_loss_that_is_a_number():
   models = {"w": jnp.asarray(MODELS)}
-  with pytest.raises(ValueError, match="no batches are given"):
+  with pytest.raises(ValueError, match="there are no batches"):
     soups.learned_soup(models, lambda params, temperature, batch: 0.0, [])
   with pytest.raises(ValueError, match="the loss of batch 1 is nan"):
     soups.learned_soup(models, lambda p, t, b: jnp.sum(p["w"]) * b, [jnp.float32(np.nan)])
