@@ -48,12 +48,12 @@ def has_default_count(part: Config, whole: Config) -> bool:
   return isinstance(kind, str) and _COUNTED.fullmatch(kind) is not None
 
 
-def each_layer(config: Config, height: int) -> list[str]:
+def each_layer(config: Config, num_layers: int) -> list[str]:
   """Returns the keys of lists that have an entry for each layer, by name and length."""
   return [
     key
     for key, value in config.items()
-    if isinstance(value, list | tuple | str) and len(value) == height and _EACH.search(key)
+    if isinstance(value, list | tuple | str) and len(value) == num_layers and _EACH.search(key)
   ]
 
 
@@ -72,11 +72,11 @@ def restack(config: Config, count: str | None, layers: Layers) -> dict[str, Any]
   Raises:
     ValueError: naming a rule that holds for other layers than before, and has no list.
   """
-  counted = layers.height if count is None else config.get(count, layers.height)
+  counted = layers.num_layers if count is None else config.get(count, layers.num_layers)
   changed, layers = _count_ahead(config, counted, layers)
   if count is not None:
     changed[count] = len(layers.order)
-  if layers.order == tuple(range(layers.height)):
+  if layers.order == tuple(range(layers.num_layers)):
     return changed
   layers = layers._replace(counted=counted)
   changed = {key: _reorder(key, value, layers) for key, value in changed.items()}
@@ -86,14 +86,14 @@ def restack(config: Config, count: str | None, layers: Layers) -> dict[str, Any]
 def _count_ahead(config: Config, count: int, layers: Layers) -> tuple[dict[str, Any], Layers]:
   """Counts the layers for multi-token prediction apart: they lie behind all others."""
   key = next((k for k in _AHEAD if type(config.get(k)) is int and config[k] > 0), None)
-  if key is None or layers.height != count + config[key]:
+  if key is None or layers.num_layers != count + config[key]:
     return dict(config), layers
   extra = [i for i, old in enumerate(layers.order) if old >= count]
   rest = tuple(old for old in layers.order if old < count)
   if extra != list(range(len(rest), len(layers.order))):
     raise ValueError(
-      f"{key} is {config[key]}: the last {config[key]} of the {layers.height} layers predict more "
-      "tokens; put them at the end, or leave them out."
+      f"{key} is {config[key]}: the last {config[key]} of the {layers.num_layers} layers predict "
+      "more tokens; put them at the end, or leave them out."
     )
   return {**config, key: len(extra)}, Layers(count, rest)
 
@@ -124,8 +124,8 @@ def _reorder(key: str, value: Any, layers: Layers) -> Any:
   if key == "block_types" and value:  # RecurrentGemma's, which begin anew at their end.
     kinds = [value[old % len(value)] for old in layers.order]
     same = kinds == [value[i % len(value)] for i in range(len(kinds))]
-    return value if same and len(value) < layers.height else kinds
-  if _is_numbers(key, value, layers.height):
+    return value if same and len(value) < layers.num_layers else kinds
+  if _is_numbers(key, value, layers.num_layers):
     return [i for i, old in enumerate(layers.order) if old in value]
   return [value[old] for old in layers.order] if layers.is_list_of(value) else value
 
@@ -134,17 +134,17 @@ def _repeat(kinds: Any, times: Any) -> list[Any]:
   return kinds * times if isinstance(kinds, list) and type(times) is int else []
 
 
-def _is_numbers(key: str, value: Sequence[Any], height: int) -> bool:
+def _is_numbers(key: str, value: Sequence[Any], num_layers: int) -> bool:
   """Tells whether a list holds numbers of layers, each once, and not an entry for each layer."""
   if not (key in _NUMBERS or _NUMBERED.search(key)) or key in _FLAGS:
     return False
-  whole = all(type(v) is int and 0 <= v < height for v in value)
+  whole = all(type(v) is int and 0 <= v < num_layers for v in value)
   return whole and len(set(value)) == len(value)
 
 
 def _inside(key: str, value: Config, layers: Layers) -> dict[str, Any]:
   """Returns a mapping by number of layer, or one with lists, in the new order."""
-  if value and all(str(k).isdecimal() and int(k) < layers.height for k in value):
+  if value and all(str(k).isdecimal() and int(k) < layers.num_layers for k in value):
     reordered = {str(i): value[str(old)] for i, old in enumerate(layers.order) if str(old) in value}
     return reordered if "layer" in key else dict(value)
   if key == "linear_attn_config":  # Kimi's: its numbers begin with 1.
@@ -157,7 +157,9 @@ def _inside(key: str, value: Config, layers: Layers) -> dict[str, Any]:
   return {k: _reorder(k, v, layers) for k, v in value.items()}
 
 
-def entries(config: Config, height: int, rules: bool = False) -> Iterator[tuple[str, list[Any]]]:
+def entries(
+  config: Config, num_layers: int, rules: bool = False
+) -> Iterator[tuple[str, list[Any]]]:
   """Yields the entries for each layer in the lists of a config, and by its rules if `rules` is set.
 
   >>> dict(entries({"layer_types": ["a", "b"], "mlp_only_layers": [1]}, 2))
@@ -167,17 +169,17 @@ def entries(config: Config, height: int, rules: bool = False) -> Iterator[tuple[
     if _OTHERS.fullmatch(key) and key not in _NUMBERS:
       continue
     if isinstance(value, Mapping):
-      yield from entries(value, height, rules)
+      yield from entries(value, num_layers, rules)
     elif key == "block_types" and isinstance(value, list) and value:
-      yield key, [value[i % len(value)] for i in range(height)]
-    elif isinstance(value, list | tuple) and _is_numbers(key, value, height):
-      yield key, [i in value for i in range(height)]
-    elif _lists(key, value) and len(value) == height:
+      yield key, [value[i % len(value)] for i in range(num_layers)]
+    elif isinstance(value, list | tuple) and _is_numbers(key, value, num_layers):
+      yield key, [i in value for i in range(num_layers)]
+    elif _lists(key, value) and len(value) == num_layers:
       yield key, [*value]
     elif rules and type(value) is int and value > 1 and layer_rules.is_period(key):
-      yield key, [i % value for i in range(height)]
+      yield key, [i % value for i in range(num_layers)]
     elif rules and type(value) is int and layer_rules.EDGE.search(key):
-      yield key, [i >= value for i in range(height)]
+      yield key, [i >= value for i in range(num_layers)]
 
 
 def _lists(key: str, value: Any) -> bool:

@@ -11,18 +11,18 @@ class Layers(NamedTuple):
   """Layers that are stacked anew.
 
   Attributes:
-    height: how many there were, as many as are stored.
+    num_layers: how many there were, as many as are stored.
     order: the old number of each new one.
     counted: how many there were by the config.
   """
 
-  height: int
+  num_layers: int
   order: tuple[int, ...]
   counted: int | None = None
 
   def is_list_of(self, value: Sequence[Any]) -> bool:
     """Tells by its length whether a list may have an entry for each layer."""
-    if len(value) not in (self.height, self.counted):
+    if len(value) not in (self.num_layers, self.counted):
       return False
     if len(value) <= max(self.order, default=0):
       raise ValueError(

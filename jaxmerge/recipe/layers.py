@@ -65,15 +65,19 @@ def main(names: Iterable[str], config: Mapping[str, Any]) -> str:
   Raises:
     Unclear: if there is none, or more than one.
   """
-  heights = stacks(names)
+  layer_counts = stacks(names)
   parts = _parts(config)
   if of_text := _of_text(parts):
-    heights = {stack: n for stack, n in heights.items() if not is_tower(stack)} or heights
+    layer_counts = {
+      stack: n for stack, n in layer_counts.items() if not is_tower(stack)
+    } or layer_counts
   counted = [parts[part].get(key) for part in of_text or parts for key in _COUNTS]
   counts = {count for count in counted if type(count) is int}
-  fits = [stack for stack, height in heights.items() if height in counts] or list(heights)
+  fits = [stack for stack, num_layers in layer_counts.items() if num_layers in counts] or list(
+    layer_counts
+  )
   if len(fits) != 1:
-    raise Unclear({stack: heights[stack] for stack in fits})
+    raise Unclear({stack: layer_counts[stack] for stack in fits})
   return fits[0]
 
 
@@ -92,7 +96,7 @@ class Unclear(ValueError):
   """
 
   def __init__(self, stacks: Mapping[str, int]):
-    words = ", ".join(f"{stack}* ({height})" for stack, height in stacks.items()) or "none"
+    words = ", ".join(f"{stack}* ({num_layers})" for stack, num_layers in stacks.items()) or "none"
     super().__init__(f"slices need one stack of layers; this model's are: {words}.")
     self.stacks = stacks
 
@@ -108,7 +112,7 @@ def is_tower(name: str) -> bool:
 
 def resize(
   config: Mapping[str, Any],
-  height: int | None,
+  num_layers: int | None,
   order: Mapping[int, int],
   module: str = "",
   others: Collection[str] = (),
@@ -120,7 +124,7 @@ def resize(
 
   Args:
     config: what it says of the old stack; of a model of several towers, in a part for each.
-    height: layers of the old stack; None: it is not known.
+    num_layers: of the old stack; None: not known.
     order: layer of the new stack to that of the old one.
     module: the part of the model that the stack is of.
     others: its other parts.
@@ -133,11 +137,11 @@ def resize(
   if not module:  # As `main` takes the stack of the text, though only another one is counted.
     texts = _of_text(parts)
     every = [p for p in every if p[0] in texts or not set(p[0].split(".")) & _SIGHT]
-  if not every and config and height and [*order.values()] != [*range(height)]:
+  if not every and config and num_layers and [*order.values()] != [*range(num_layers)]:
     return _resize_uncounted(
-      config, parts, Layers(height, tuple(order[i] for i in range(len(order))))
+      config, parts, Layers(num_layers, tuple(order[i] for i in range(len(order))))
     )
-  fits = [(n, k) for n, k in every if height in (parts[n][k], parts[n][k] + ahead(parts[n]))]
+  fits = [(n, k) for n, k in every if num_layers in (parts[n][k], parts[n][k] + ahead(parts[n]))]
   mine, theirs = _words(module), set().union(*map(_words, others)) - _words(module)
   # Where the files hold another number of layers, the first key of a part is meant.
   fits = fits or list({n: (n, k) for n, k in reversed(every)}.values())[::-1]
@@ -147,9 +151,11 @@ def resize(
     places = [p for p in places if p[0] in _of_text(parts)] or places
   if len({part for part, _ in places}) > 1:
     keys = " and ".join(f"{'.'.join(filter(None, p))}: {parts[p[0]][p[1]]}" for p in places)
-    raise ValueError(f"the config says {keys}; which of them are the {height} layers of the files?")
+    raise ValueError(
+      f"the config says {keys}; which of them are the {num_layers} layers of the files?"
+    )
   for part, key in places[:1]:
-    layers = Layers(height or parts[part][key], tuple(order[i] for i in range(len(order))))
+    layers = Layers(num_layers or parts[part][key], tuple(order[i] for i in range(len(order))))
     changed = restack(parts[part], key, layers)
     changed |= {k: changed[key] for _, k in places}
     return _replace(config, part.split(".") if part else [], changed)
@@ -161,12 +167,12 @@ def _resize_uncounted(
 ) -> dict[str, Any]:
   """Resizes a config that counts no layers: its lists say how many, or its class has a default."""
   meant = [p for p in parts if p.split(".")[-1] == "text_config"] or [""]
-  listed = [p for p in meant if each_layer(parts[p], layers.height)]
+  listed = [p for p in meant if each_layer(parts[p], layers.num_layers)]
   known = [p for p in meant if has_default_count(parts[p], config if p else {})]
   if len(listed or known) != 1:
     raise ValueError(
-      f"the config has no count of the {layers.height} layers, such as num_hidden_layers, and no "
-      "list of them: it is not known what its class makes of another number. Write the count "
+      f"the config has no count of the {layers.num_layers} layers, such as num_hidden_layers, and "
+      "no list of them: it is not known what its class makes of another number. Write the count "
       "into the config.json of the base, or first model."
     )
   (part,) = listed or known

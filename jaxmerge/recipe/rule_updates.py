@@ -127,7 +127,7 @@ def _update_shared(config: Config, changed: dict[str, Any], layers: Layers) -> d
   count = config.get("num_kv_shared_layers")
   if type(count) is not int or count == 0:
     return changed
-  shared = [old >= layers.height - count for old in layers.order]
+  shared = [old >= layers.num_layers - count for old in layers.order]
   if shared != sorted(shared):
     raise _error("num_kv_shared_layers", count, layers)
   return {**changed, "num_kv_shared_layers": sum(shared)}
@@ -138,7 +138,7 @@ def _update_scale(config: Config, changed: dict[str, Any], layers: Layers) -> di
   scale = config.get("scale_depth")
   if not isinstance(scale, int | float) or not layers.order:
     return changed
-  return {**changed, "scale_depth": scale * math.sqrt(len(layers.order) / layers.height)}
+  return {**changed, "scale_depth": scale * math.sqrt(len(layers.order) / layers.num_layers)}
 
 
 # --- Rules that hold or are refused ---
@@ -149,7 +149,7 @@ def _refuse_others(config: Config, changed: dict[str, Any], layers: Layers) -> d
   if config.get("hidden_size_per_layer_input"):
     raise ValueError(
       "the config says hidden_size_per_layer_input: tensors outside of the layers hold a part for "
-      f"each of the {layers.height} layers, so that these cannot be stacked anew."
+      f"each of the {layers.num_layers} layers, so that these cannot be stacked anew."
     )
   moved = [(i, old) for i, old in enumerate(layers.order) if i != old]
   if moved and config.get("scale_attn_by_inverse_layer_idx") is True:
@@ -179,7 +179,7 @@ def _refuse_others(config: Config, changed: dict[str, Any], layers: Layers) -> d
 
 def _update_stages(config: Config, changed: dict[str, Any], layers: Layers) -> dict[str, Any]:
   """Renames the outputs of a backbone, which are called by their layers."""
-  names = ["stem", *(f"stage{i + 1}" for i in range(layers.height))]
+  names = ["stem", *(f"stage{i + 1}" for i in range(layers.num_layers))]
   if config.get("stage_names") not in (None, names) or not config.get("out_features"):
     return changed
   new = {"stem": 0, names[-1]: len(layers.order)}

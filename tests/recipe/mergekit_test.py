@@ -40,7 +40,7 @@ def ours(case):
   each = {n: tuple(v if isinstance(v, list) else [v] * len(case.models)) for n, v in each.items()}
   shared = {n: given[n] for n in known.shared}
   own = translate.translate(case.method, shared, base=case.base, compat=True)
-  numbers = {n: np.array(of({**shared, **each}), np.float64) for n, of in own.numbers.items()}
+  numbers = {n: np.array(of({**shared, **each}), np.float64) for n, of in own.hparams.items()}
   numbers |= {"seed": 0} if known.random else {}
   return built(own.method, tuple(own.settings.items())), numbers, own
 
@@ -95,7 +95,7 @@ def merged(case, trees, numbers=None):
   models = ("base", *case.models) if translation.pair else case.models
   stack = {n: np.stack([trees[m][n] for m in models]) for n in trees["base"]}
   options = {"hparams": {**own, **(numbers or {})}, "layout": layout(trees["base"])}
-  if translation.raw:
+  if translation.of_weights:
     return jaxmerge.merge(method, stack, **options)
   return jaxmerge.merge(method, stack, trees["base"], **options)
 
@@ -232,7 +232,7 @@ def narrow(case, trees):
   """What a recipe with `compat: mergekit` and a narrow `dtype` computes, in float32."""
   method, own, translation = ours(case)
   models = ("base", *case.models) if translation.pair else case.models
-  base = None if translation.raw else {n: x.reshape(-1) for n, x in trees["base"].items()}
+  base = None if translation.of_weights else {n: x.reshape(-1) for n, x in trees["base"].items()}
   stack = {n: np.stack([trees[m][n].reshape(-1) for m in models]) for n in trees["base"]}
   out = {n: np.empty(x.shape, np.float32) for n, x in trees["base"].items()}
 

@@ -6,13 +6,11 @@ where these differ. docs/recipes.md has the table of differences.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 from jaxmerge.catalog import lookup
 from jaxmerge.recipe.records import Scalar
-
-Numbers = Mapping[str, Sequence[Scalar] | Scalar]
 
 
 class Translation(NamedTuple):
@@ -21,15 +19,15 @@ class Translation(NamedTuple):
   Attributes:
     method: its name in `jaxmerge.methods`.
     settings: what its factory is called with.
-    numbers: its number -> the recipe's parameter, perhaps turned: the values come per tensor.
-    raw: it merges the weights themselves.
+    hparams: its hyperparameter -> function of the parameters of the recipe, for a tensor.
+    of_weights: it merges the weights themselves.
     pair: the base is the first of the models.
   """
 
   method: str
   settings: Mapping[str, Any]
-  numbers: Mapping[str, Callable[[Mapping[str, Any]], Any]]
-  raw: bool = False
+  hparams: Mapping[str, Callable[[Mapping[str, Any]], Any]]
+  of_weights: bool = False
   pair: bool = False
 
 
@@ -59,8 +57,8 @@ def _translate_catalog(name: str, shared: Mapping[str, Scalar], base: bool) -> T
   """Translates a method that mergekit does not have: its parameters are the factory's."""
   entry = lookup.METHODS[name]
   settings = {n: shared[n] for n, p in entry.parameters.items() if not p.number and n in shared}
-  numbers = {n: _of(n) for n, p in entry.parameters.items() if p.number}
-  return Translation(name, settings, numbers, raw=entry.on == "either" and not base)
+  hparams = {n: _of(n) for n, p in entry.parameters.items() if p.number}
+  return Translation(name, settings, hparams, of_weights=entry.on == "either" and not base)
 
 
 class _Options(NamedTuple):
@@ -118,7 +116,7 @@ def _normalize_setting(options: _Options) -> dict[str, Any]:
 def _nuslerp(options: _Options) -> Translation:
   scope = "column" if options.shared["nuslerp_row_wise"] else "row"
   settings = {"scope": "leaf" if options.shared["nuslerp_flatten"] else scope}
-  return Translation("nuslerp", settings, {"weight": _of("weight")}, raw=not options.base)
+  return Translation("nuslerp", settings, {"weight": _of("weight")}, of_weights=not options.base)
 
 
 def _band(options: _Options) -> dict[str, Any]:
@@ -127,18 +125,18 @@ def _band(options: _Options) -> dict[str, Any]:
 
 _METHODS: Mapping[str, Callable[[_Options], Translation]] = {
   "linear": lambda g: Translation(
-    "average", _normalize_setting(g), {"weight": _of("weight")}, raw=True
+    "average", _normalize_setting(g), {"weight": _of("weight")}, of_weights=True
   ),
-  "slerp": lambda g: Translation("slerp", {}, {"t": _of("t")}, raw=True, pair=True),
+  "slerp": lambda g: Translation("slerp", {}, {"t": _of("t")}, of_weights=True, pair=True),
   "nuslerp": _nuslerp,
   "multislerp": lambda g: Translation(
     "multislerp",
     {"normalize": g.shared["normalize_weights"]},
     {"weight": _of("weight")},
-    raw=not g.base,
+    of_weights=not g.base,
   ),
   "karcher": lambda g: Translation(
-    "karcher", {"max_iter": g.shared["max_iter"]}, {"tol": _of("tol")}, raw=True
+    "karcher", {"max_iter": g.shared["max_iter"]}, {"tol": _of("tol")}, of_weights=True
   ),
   "task_arithmetic": lambda g: Translation("task_arithmetic", _normalize_setting(g), _SUMMED),
   "ties": lambda g: Translation("ties", {**g.trim, **g.reduce, **g.zero_sum, **g.restore}, _DENSE),
@@ -173,10 +171,10 @@ _METHODS: Mapping[str, Callable[[_Options], Translation]] = {
     {},
   ),
   "arcee_fusion": lambda g: Translation("arcee_fusion", {}, {}),
-  "nearswap": lambda g: Translation("nearswap", {}, {"t": _of("t")}, raw=True, pair=True),
+  "nearswap": lambda g: Translation("nearswap", {}, {"t": _of("t")}, of_weights=True, pair=True),
   "ram": lambda g: Translation("ram", {}, {"threshold": _of("epsilon")}),
   "ramplus_tl": lambda g: Translation(
     "ramplus_tl", {}, {"threshold": _of("epsilon"), "boost": _of("r"), "limit": _of("alpha")}
   ),
-  "passthrough": lambda g: Translation("passthrough", {}, {"scale": _of("scale")}, raw=True),
+  "passthrough": lambda g: Translation("passthrough", {}, {"scale": _of("scale")}, of_weights=True),
 }

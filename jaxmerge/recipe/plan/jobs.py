@@ -169,9 +169,9 @@ def _job(
   models: Opened,
   rules: Callable[[], Mapping[str, layouts.Rule]],
 ) -> Job:
-  numbers: dict[str, Any] = {}
-  for name, of in translation.numbers.items():
-    numbers[name] = _common_value(
+  hparams: dict[str, Any] = {}
+  for name, of in translation.hparams.items():
+    hparams[name] = _common_value(
       {
         assignment.row.tensor.name: np.asarray(of(assignment.hparams()), np.float64)
         for assignment in members
@@ -195,11 +195,11 @@ def _job(
     for n in METHODS[name].parameters
     if n != "int8_mask" and n in members[0].hparams()
   }
-  words = {"method": translation.method, **translation.settings}
+  spec = {"method": translation.method, **translation.settings}
   seed = recipe.seed if METHODS[name].random else None
   compat = recipe.compat == "mergekit"
-  table = matrix_axes.table(words, rules, _shapes(models, members), compat=compat)
-  return Job(method, words, tuple(names), numbers, seed, table, of_recipe)
+  table = matrix_axes.table(spec, rules, _shapes(models, members), compat=compat)
+  return Job(method, spec, tuple(names), hparams, seed, table, of_recipe)
 
 
 def _common_value(each: Mapping[str, Any]) -> Any:
@@ -266,4 +266,4 @@ def _request(
     base = part(listed[0]) if listed else apart
   if translation.pair and base is not None:
     parts.insert(0, base)
-  return TensorRequest(name, base, tuple(parts), job, translation.raw)
+  return TensorRequest(name, base, tuple(parts), job, translation.of_weights)

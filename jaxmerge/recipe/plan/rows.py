@@ -99,11 +99,11 @@ def whole_models(group: Group, models: Opened) -> Iterator[Row]:
   """Yields the tensors of whole models, by their names."""
   members = [models[s.model] for s in group.sources] + ([models[group.base]] if group.base else [])
   names = [n for n in sorted({n for m in members for n in m.tensors}) if _inside(group, n)]
-  heights = layers.stacks(names)
+  layer_counts = layers.stacks(names)
   for name in names:
     tensor = parameters.Tensor(name)
     if at := layers.place(name):
-      depth = parameters.depth(at.layer, heights[at.stack])
+      depth = parameters.depth(at.layer, layer_counts[at.stack])
       tensor = parameters.Tensor(name, at.layer, depth)
     yield Row(tensor, group, (name,) * len(group.sources))
 
@@ -150,9 +150,9 @@ def _stacked_slices(
 def _check_ranges(group: Group, names: Mapping[Model, Sequence[str]], stack: str) -> None:
   problems = []
   for source in group.sources:
-    height = layers.stacks(names[source.model]).get(stack, 0)
-    if source.layers and source.layers[1] > height:
-      text = f"layer_range ends at {source.layers[1]}, but {source.model} has {height} layers."
+    num_layers = layers.stacks(names[source.model]).get(stack, 0)
+    if source.layers and source.layers[1] > num_layers:
+      text = f"layer_range ends at {source.layers[1]}, but {source.model} has {num_layers} layers."
       problems.append(Problem(source.place, text))
   if problems:
     raise RecipeError(problems)
@@ -228,11 +228,11 @@ def config(
   """
   dtype = recipe.out_dtype or recipe.dtype
   changed = folder.state_dtype(before, dtype) if before and dtype else dict(before)
-  heights = layers.stacks(donor.tensors)
+  layer_counts = layers.stacks(donor.tensors)
   for module, stack in stacks_of(rows).items():
     others = {str(g.module) for g in groups(recipe)} - {str(module)}
     resized = functools.partial(
-      layers.resize, changed, heights.get(stack.stack), module=module or "", others=others
+      layers.resize, changed, layer_counts.get(stack.stack), module=module or "", others=others
     )
     try:
       restacked = resized(order=stack.order)

@@ -41,8 +41,8 @@ def check(
   problems = []
   for stack in result_rows.stacks_of(rows).values():
     model = models[stack.group.sources[0].model]
-    height = layers.stacks(model.tensors).get(stack.stack, 0)
-    if [*stack.order.values()] == [*range(height)]:
+    num_layers = layers.stacks(model.tensors).get(stack.stack, 0)
+    if [*stack.order.values()] == [*range(num_layers)]:
       continue
     reason = _by_place(rows, stack, models, before, after) or _outside(model, stack.stack, before)
     if reason:
@@ -109,13 +109,13 @@ def _is_explained(
 
   By its lists alone, which may take the place of rules that stay in it, or by both.
   """
-  height, size = len(layout), len(order.order)
+  num_layers, size = len(layout), len(order.order)
   for rules in (False, True):
-    ours = dict(entries(before, height, rules))
+    ours = dict(entries(before, num_layers, rules))
     theirs = dict(entries(after, size, rules))
     shared = [k for k in ours if k in theirs]
     kind = [theirs[k][new] for k in shared]
-    alike = [n for n in layout if n < height and [ours[k][n] for k in shared] == kind]
+    alike = [n for n in layout if n < num_layers and [ours[k][n] for k in shared] == kind]
     if _is_rewritten(before, after, ours, theirs) or (
       alike and all(layout[n] == layout[old] for n in alike)
     ):
@@ -146,15 +146,18 @@ def _rule_changed(key: str, value: Any, before: Any) -> bool:
 
 def _outside(model: plan.Model, stack: str, config: Config) -> str:
   """Returns which tensor outside of the layers has a column for each head of each layer (ESM)."""
-  height = layers.stacks(model.tensors)[stack]
+  num_layers = layers.stacks(model.tensors)[stack]
   heads = next((config[k] for k in _HEADS if type(config.get(k)) is int), 0)
   within = {n for name in _of(model, stack, True) for n in model.tensors[name].shape}
   for name in _of(model, stack, False):
-    columns = height * heads not in within and model.tensors[name].shape == (1, height * heads)
-    if height > 1 < heads and columns:
+    columns = num_layers * heads not in within and model.tensors[name].shape == (
+      1,
+      num_layers * heads,
+    )
+    if num_layers > 1 < heads and columns:
       return (
-        f"tensor {name!r} of {model.name} has {height * heads} columns, one for each of {heads} "
-        f"heads of {height} layers, so that these cannot be stacked anew."
+        f"tensor {name!r} of {model.name} has {num_layers * heads} columns, one for each of "
+        f"{heads} heads of {num_layers} layers, so that these cannot be stacked anew."
       )
   return ""
 

@@ -118,10 +118,10 @@ def _build(
   )
   pad = tokenizer.pad_to_multiple_of
   size = -(-merged.size // (pad or 1)) * (pad or 1)
-  heights = {m.tensors[n].shape[0] for m in models.values() for n in names & m.tensors.keys()}
+  row_counts = {m.tensors[n].shape[0] for m in models.values() for n in names & m.tensors.keys()}
   forced = any(token.force for token in tokenizer.tokens.values())
-  alike = len(heights) == 1 and all(v.ids == merged.ids for v in vocabularies.values())
-  if alike and not forced and (pad is None or heights == {size}):
+  alike = len(row_counts) == 1 and all(v.ids == merged.ids for v in vocabularies.values())
+  if alike and not forced and (pad is None or row_counts == {size}):
     return result, merged.files
   order = embeddings.Order(tokenizer, recipe.base_model, vocabularies, merged, size)
   ordered = embeddings.reorder(result.models, names, order)

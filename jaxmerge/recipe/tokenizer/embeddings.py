@@ -61,11 +61,11 @@ def narrow_problems(
 ) -> Iterator[Problem]:
   """Finds tensors with fewer rows than the model has tokens."""
   for model, opened in models.items():
-    heights = {n: t.shape[0] for n, t in opened.tensors.items() if is_token_matrix(n, t)}
+    row_counts = {n: t.shape[0] for n, t in opened.tensors.items() if is_token_matrix(n, t)}
     size = vocabularies[model].size
-    short = {n: rows for n, rows in heights.items() if rows < size and (n in names or not names)}
-    if short or not heights.keys() & names:
-      words = join_some(f"{n} has {rows} rows" for n, rows in (short or heights).items())
+    short = {n: rows for n, rows in row_counts.items() if rows < size and (n in names or not names)}
+    if short or not row_counts.keys() & names:
+      words = join_some(f"{n} has {rows} rows" for n, rows in (short or row_counts).items())
       text = f"{model}: its tokenizer needs {size} rows, but {words or 'there is no embedding'}"
       yield Problem(model.place, f"{text}; give it the tokenizer that it was trained with.")
 
