@@ -11,6 +11,7 @@ __getattr__, __dir__, __all__ = lazy.attach(
     "hyperparameters",
     "interpreter",
     "layouts",
+    "leaf_groups",
     "leaf_names",
     "magnitudes",
     "matrix_views",

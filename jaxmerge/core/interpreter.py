@@ -12,6 +12,7 @@ import numpy as np
 from jaxmerge.core import (
   hyperparameters,
   layouts,
+  leaf_groups,
   matrix_views,
   order_statistics,
   sharding,
@@ -93,7 +94,7 @@ def prepare(
   counts, stats = dict.fromkeys(shapes, num_models), []
   for step in method:
     first = {}
-    for group, leaves in stage.members(step, shapes).items():
+    for group, leaves in leaf_groups.members(step, shapes).items():
       most = max(counts[n] for n in leaves)
       first[group] = step.init(hyperparameters.group(leaves, shapes, most, values))
       counts.update(dict.fromkeys(leaves, 1) if step.combines else {})

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from typing import Any, Literal, overload  # Any: states are trees that a stage defines.
 
@@ -187,37 +186,6 @@ def without_hparams(method: Method) -> Method:
   )
 
 
-def members(step: Stage, names: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
-  """Returns the leaves that a stage acts on, by group.
-
-  Example:
-    >>> (step,) = masked(pointwise(jnp.abs), lambda name: name != "b")
-    >>> members(step, {"a": (2,), "b": (3,), "c": ()})
-    {'': ('a', 'c')}
-  """
-  groups: dict[str, list[str]] = {}
-  for name in names:
-    if step.where is None or step.where(name):
-      groups.setdefault(step.group(name), []).append(name)
-  return {group: tuple(leaves) for group, leaves in groups.items()}
-
-
-def offsets(step: Stage, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.uint32]:
-  """Counts, for each leaf that a stage acts on, the entries before it in its group.
-
-  Example:
-    >>> (step,) = pointwise(jnp.abs)
-    >>> {name: int(n) for name, n in offsets(step, {"a": (2, 3), "b": (4,), "c": ()}).items()}
-    {'a': 0, 'b': 6, 'c': 10}
-  """
-  out = {}
-  for names in members(step, shapes).values():
-    sizes = [math.prod(shapes[n]) for n in names]
-    # Wraps past 2**32, where ranking by position is refused.
-    out.update({n: np.uint32(sum(sizes[:i]) % 2**32) for i, n in enumerate(names)})
-  return out
-
-
 def chain(*methods: Method | tuple[Stage, ...]) -> Method:
   """Runs methods one after the other.
 
@@ -356,11 +324,6 @@ def _same(a: Any, b: Any) -> bool:
 def ordered(method: Iterable[Stage]) -> bool:
   """Tells whether the order of the models matters to a method."""
   return any(stage.ordered for stage in method)
-
-
-def coupled(method: Iterable[Stage]) -> bool:
-  """Tells whether reductions of a method are added up over several leaves."""
-  return any(step.reductions and step.scope != "leaf" for step in method)
 
 
 def for_models(method: str, least: int, most: int | None = None) -> Callable[[Group], State]:

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmerge.core import order_statistics, stage
+from jaxmerge.core import leaf_groups, order_statistics
 from jaxmerge.core.interpreter import Slice
 from jaxmerge.core.stage import Method, Rank, Reduction, Stage, Sum
 from jaxmerge.drivers import external_selection, row_ranks, slice_programs, slices
@@ -46,7 +46,7 @@ def measure(run: Run, leaves: Sequence[str], before: Stats | None = None) -> Sta
   waits = deferred(run.method) if before is None else None
   for i, step in enumerate(run.method):
     by_group = {}
-    for group, members in stage.members(step, dict.fromkeys(leaves)).items():
+    for group, members in leaf_groups.members(step, dict.fromkeys(leaves)).items():
       results = dict(run.ready.stats[i][group] if before is None else before[i][group])
       for batch in () if i == waits else batches(step):
         if batch[0].name not in results:

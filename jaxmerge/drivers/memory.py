@@ -14,6 +14,7 @@ from jaxmerge.core import (
   double_precision,
   interpreter,
   layouts,
+  leaf_groups,
   reductions,
   rewrites,
   running_statistics,
@@ -145,10 +146,10 @@ def transform(
     least = np.float32 if widths is None else widths[name]
     parts[name] = interpreter.begin(piece, least, subtracted=subtracted)
   for step, first in zip(method, ready.stats, strict=True):
-    before = stage.offsets(step, {n: part.x.shape[1:] for n, part in parts.items()})
+    before = leaf_groups.offsets(step, {n: part.x.shape[1:] for n, part in parts.items()})
     for n in before:
       parts[n] = parts[n]._replace(leaf=parts[n].leaf._replace(offset=before[n]))
-    for group, names in stage.members(step, parts).items():
+    for group, names in leaf_groups.members(step, parts).items():
       stats = dict(first[group])
       for reduction in step.reductions:
         seen = [interpreter.observe(step, parts[n]) for n in names]
@@ -295,7 +296,7 @@ def _widths(method: Method, leaves: _Leaves) -> dict[str, Any]:
   widths = {
     n: tree.compute_dtype(x.dtype, *(t[n].dtype for t in trees)) for n, x in leaves.models.items()
   }
-  if stage.coupled(method):  # What is added up over leaves has one width.
+  if leaf_groups.is_coupled(method):  # What is added up over leaves has one width.
     return dict.fromkeys(widths, tree.compute_dtype(*widths.values()))
   return widths
 

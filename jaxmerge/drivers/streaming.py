@@ -20,6 +20,7 @@ from jaxmerge.core import (
   hyperparameters,
   interpreter,
   layouts,
+  leaf_groups,
   running_statistics,
   stage,
   tree,
@@ -94,7 +95,7 @@ def stream(
 def _wide(method: Method, source: Source, shapes: Mapping[str, Any]) -> set[str]:
   """The names of the leaves that are merged in 64 bits: what adds up over leaves has one width."""
   wide = {n for n in shapes if n in source.wide or double_precision.is_wide(source.leaves[n])}
-  return set(shapes) if wide and stage.coupled(method) else wide
+  return set(shapes) if wide and leaf_groups.is_coupled(method) else wide
 
 
 def _start(
@@ -115,7 +116,7 @@ def _start(
     shapes=shapes,
     ready=ready,
     layout=table,
-    offsets=tuple(stage.offsets(step, shapes) for step in method),
+    offsets=tuple(leaf_groups.offsets(step, shapes) for step in method),
     # Most slices are as long as others: their places are put on the device once.
     places=functools.lru_cache(2)(lambda n: jax.device_put(np.arange(n, dtype=np.uint32)[None])),
     wide=wide,
