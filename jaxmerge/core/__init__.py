@@ -10,6 +10,7 @@ __getattr__, __dir__, __all__ = lazy.attach(
     "fingerprint",
     "hyperparameters",
     "interpreter",
+    "kernel_axes",
     "layouts",
     "leaf_groups",
     "leaf_names",

@@ -10,46 +10,23 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Collection, Iterable, Mapping
-from typing import NamedTuple
+from collections.abc import Iterable
 
-from jaxmerge.core import leaf_names
+from jaxmerge.core import kernel_axes, leaf_names
+from jaxmerge.core.kernel_axes import Rule, Shape, Shapes
 from jaxmerge.core.leaf_names import DOWN, UP, Name
-
-Shape = tuple[int, ...]
-Shapes = Mapping[str, Shape]
-
-WINDOW = 32  # Longest side of a convolution's window; no layer has fewer channels on both sides.
 
 FUSED = "experts one after the other in one matrix, which no view tells apart"
 
 _VECTOR = re.compile(r"(.*_)?(bias|scale|gamma|beta|mean|var)|b|a_log")
 _STACK = re.compile(r"(.*_)?(layers?|blocks?|stack|scan|repeat|h)|(scan|vmap).*")
 _ONE = re.compile(r"(.*_)?(layer|block)")  # It may be a single one as well.
-_APART = re.compile(r"(^|_)(dw|depth)_?(wise)?(_?conv.*)?$|depthwise|dwconv|time_conv")
-_TURNED = re.compile(r"transpose|deconv|upconv|up_conv|upsample")
 _CONV1D = {
   "c_attn": 0,
   "q_attn": 0,
   "c_fc": 0,
   "c_proj": 1,
 }  # Which axis of [in, out] is longer: 0.
-
-
-class Rule(NamedTuple):
-  """The matrix view of a leaf, and why it has this one.
-
-  Attributes:
-    view: a letter for each axis, see `jaxmerge.core.matrix_views`; None: the leaf has no rows or
-      columns.
-    reason: in words.
-    open: whether neither name nor shape decide; the view then only says that rows are along the
-      last axis.
-  """
-
-  view: str | None
-  reason: str
-  open: bool = False
 
 
 def rules(shapes: Shapes) -> dict[str, Rule]:
@@ -185,11 +162,11 @@ class _Model:
       heads = words.is_inward if len(shape) > 3 else words.is_inward or words.is_outward
       if len(shape) > 2 and bias is None and heads:
         return self._heads(words, shape, axis)
-      return _kernel(words, shape, bias, alone=self.alone == 1)
+      return kernel_axes.kernel(words, shape, bias, alone=self.alone == 1)
     if words.leaf == "weight" or words.leaf.endswith("_weight"):
       if len(shape) == 2:
         return self._two(name, shape, bias)
-      return _torch_convolution(words.module, shape, bias, alone=self.alone == 1)
+      return kernel_axes.torch_convolution(words.module, shape, bias, alone=self.alone == 1)
     if words.leaf == "w" and len(shape) == 2 and bias is not None:
       return _by_bias(shape, bias)
     return None
@@ -319,68 +296,3 @@ def _conv1d(words: Name, shape: Shape) -> Rule | None:
     return None
   inputs_longer = longer == 1
   return Rule("io" if (shape[0] > shape[1]) == inputs_longer else "oi", "name and shape")
-
-
-def _kernel(words: Name, shape: Shape, bias: Shape | None, *, alone: bool) -> Rule | None:
-  """A kernel of Flax: outputs last, as many axes as its bias has."""
-  module = words.module
-  if len(shape) == 2:
-    return Rule("io", "kernel")
-  views = set[str]()
-  if bias is not None:
-    ends = [n for n in range(1, len(shape)) if shape[n:] == bias]
-    views = {"i" * n + "o" * (len(shape) - n) for n in ends}
-    views |= {"bio"} if len(shape) == 3 and (shape[0], shape[2]) == bias else set()
-  if len(views) == 1:
-    view = views.pop()
-  elif views or bias is not None:
-    return None
-  elif (len(shape) > 3 or "conv" in module) and not (words.is_inward or words.is_outward):
-    view = "i" * (len(shape) - 1) + "o"
-  else:
-    return None
-  if not view.endswith("io") or words.is_outward or len(shape) == 2:
-    return Rule(view, "length of its bias" if bias is not None else "kernel of attention")
-  return _convolution(view, module, shape[:-2], shape[-2], alone=alone, apart=view[:-1] + "l")
-
-
-def _torch_convolution(
-  module: str, shape: Shape, bias: Shape | None, *, alone: bool
-) -> Rule | None:
-  """A convolution of PyTorch, [out, in, window], or turned, [in, out, window]."""
-  rest = "i" * (len(shape) - 2)
-  turned = bool(_TURNED.search(module))
-  if bias is not None:
-    if len(shape) == 3 and bias == shape[:2]:
-      return Rule("boi", "length of its bias")
-    if len(bias) != 1 or bias[0] not in shape[:2]:
-      return None
-    turned = turned if shape[0] == shape[1] else bias[0] == shape[1]
-  if turned:
-    return Rule(f"io{rest}", "transposed convolution")
-  unsure = len(shape) == 3 and bias is None  # Many matrices might be stacked in it as well.
-  return _convolution(
-    f"oi{rest}", module, shape[2:], shape[1], alone=alone, apart=f"li{rest}", unsure=unsure
-  )
-
-
-def _convolution(
-  view: str,
-  module: str,
-  window: Collection[int],
-  inputs: int,
-  *,
-  alone: bool,
-  apart: str,
-  unsure: bool = False,
-) -> Rule | None:
-  """A convolution; of one channel it may be that each filter stands alone, and is no matrix."""
-  named = "conv" in module or "patch" in module
-  if not named and (unsure or max(window, default=0) > WINDOW):
-    return None
-  apart_by_name = bool(_APART.search(module)) or module == "conv1d"
-  if inputs > 1 or (alone and not apart_by_name):
-    return Rule(view, "convolution")
-  if apart_by_name:
-    return Rule(apart, "convolution of each channel by itself")
-  return None

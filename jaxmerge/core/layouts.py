@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple  # Any: a tree, and a method, which 
 
 from jaxmerge.catalog import lookup
 from jaxmerge.core import conventions, leaf_names
-from jaxmerge.core.conventions import Rule, Shapes
+from jaxmerge.core.kernel_axes import Rule, Shapes
 
 Said = Sequence[tuple[str, str | None]]
 Form = Callable[[str, Sequence[str]], str]
