@@ -153,7 +153,7 @@ def plan(
     out: folder of the result.
     settings: how it is merged.
     files: open files of the models.
-    problems: errors that are already known, to be raised with those found here.
+    problems: errors that are already known, to be raised with what is wrong beside.
 
   Raises:
     ValueError: for all that is wrong with recipe, models and place together.
@@ -161,7 +161,7 @@ def plan(
   out, problems = pathlib.Path(out), list(problems)
   if settings.out_format == "orbax":
     arrays.check_path(out)
-  atomic.check_name(out)  # All places beside it are made of its name.
+  atomic.check_name(out)  # All places beside it are named after it.
   locks.check(out, shard_writer.busy_message(out))  # What lies there and beside is that merge's.
   planned = RecipePlan(out, settings, (), ())
   with errors.collect(problems):
@@ -212,9 +212,10 @@ def _check_places(planned: RecipePlan, files: Files) -> list[Exception]:
     else:
       name, out_format = step.result.model.name, "safetensors"
       place = planned.places[name]
-      if is_bound and _is_complete(place, plan, planned.settings):
-        step.result.open(place, files)
-        complete.add(name)
+      with errors.collect(problems):
+        if is_bound and _is_complete(place, plan, planned.settings):
+          step.result.open(place, files)
+          complete.add(name)
     if planned.settings.resume:
       with errors.collect(problems):
         resume.check_unfinished(
