@@ -27,7 +27,7 @@ def merge(
   statistics: Mapping[str, Any] | None = None,
   seed: int | jax.Array | None = None,
   names: Sequence[str] | None = None,
-  layout: layouts.Said | None = (),
+  layout: layouts.Layout | None = (),
 ) -> Tree:
   """Merges what K adapters add to a model: base + M(scale * b @ a of each).
 

@@ -69,7 +69,7 @@ class Target(NamedTuple):
 
 
 def find_targets(
-  leaves: Mapping[str, Any], adapter: Adapter, layout: layouts.Said | None
+  leaves: Mapping[str, Any], adapter: Adapter, layout: layouts.Layout | None
 ) -> dict[str, Target]:
   """Returns the matrices of an adapter by the leaves of a model to which they are added.
 
@@ -165,7 +165,7 @@ def _view(view: str, shape: tuple[int, ...], lora: Lora | None) -> str:
 
 
 @double_precision.aware
-def apply(params: Tree, adapter: Adapter | Any, *, layout: layouts.Said | None = ()) -> Tree:
+def apply(params: Tree, adapter: Adapter | Any, *, layout: layouts.Layout | None = ()) -> Tree:
   """Adds an adapter to a model: its matrices become matrix + scale * b @ a.
 
   A matrix is the leaf of the adapter's name, or that name with `/kernel` or `.weight`. `layout`

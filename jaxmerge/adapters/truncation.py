@@ -23,7 +23,7 @@ def extract(
   matrices: Iterable[str],
   rank: int,
   *,
-  layout: layouts.Said | None = (),
+  layout: layouts.Layout | None = (),
 ) -> dict[str, Lora]:
   """Returns an adapter of a rank, the nearest to what a model adds to its base.
 

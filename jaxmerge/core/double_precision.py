@@ -80,7 +80,7 @@ def aware(f: Callable[P, R], *more: Any) -> Callable[P, R]:
 def _as_numpy(path: Any, x: Any) -> Any:
   narrowed = isinstance(x, jax.Array) and is_wide(x) and is_narrowed(x.dtype)
   if narrowed and isinstance(x, jax.core.Tracer):
-    raise _narrowed(jax.tree_util.keystr(path, simple=True, separator="/"), x.dtype)
+    raise _narrowing_error(jax.tree_util.keystr(path, simple=True, separator="/"), x.dtype)
   return np.asarray(x) if narrowed and len(x.sharding.device_set) == 1 else x
 
 
@@ -98,10 +98,10 @@ def refuse_narrowed(trees: Sequence[Mapping[str, Any]], *seen: Any) -> None:
     dtype = getattr(x, "dtype", None)
     # What is traced has the width of its program already.
     if dtype is not None and not isinstance(x, jax.core.Tracer) and is_narrowed(dtype):
-      raise _narrowed(name, dtype)
+      raise _narrowing_error(name, dtype)
 
 
-def _narrowed(name: str, dtype: Any) -> ValueError:
+def _narrowing_error(name: str, dtype: Any) -> ValueError:
   return ValueError(
     f"leaf {name!r} is {dtype}, which your jit, vmap or grad would make a narrower one; drop the "
     "leaf first, or trace within jax.enable_x64(True)."

@@ -75,7 +75,7 @@ def _parts(value: Any, inside: tuple[int, ...]) -> Iterator[str]:
     yield f"{type(value).__name__} {value!r}"
   elif isinstance(value, types.FunctionType):
     cells = [cell.cell_contents for cell in value.__closure__ or ()]
-    used = _used(value)
+    used = _globals_of(value)
     for part in (value.__code__, value.__defaults__, value.__kwdefaults__, cells, used):
       yield from _parts(part, inside)
   elif isinstance(value, types.MethodType):
@@ -134,7 +134,7 @@ def _others(value: Any, inside: tuple[int, ...]) -> Iterator[str]:
     yield f"module {value.__name__}"
   elif isinstance(value, np.dtype):
     yield f"dtype {value}"
-  elif isinstance(name, str) and _named(module, name) is value:
+  elif isinstance(name, str) and _lookup(module, name) is value:
     yield f"{module}.{name}"
   elif hasattr(value, "__dict__") and not hasattr(value, "dtype"):
     yield f"{type(value).__module__}.{type(value).__qualname__}"
@@ -143,7 +143,7 @@ def _others(value: Any, inside: tuple[int, ...]) -> Iterator[str]:
     yield f"{os.getpid()} {id(value)} {value!r}"
 
 
-def _named(module: Any, name: str) -> Any:
+def _lookup(module: Any, name: str) -> Any:
   """What a module has under a name; None if there is nothing."""
   value = sys.modules.get(module) if isinstance(module, str) else None
   for part in name.split("."):
@@ -151,7 +151,7 @@ def _named(module: Any, name: str) -> Any:
   return value
 
 
-def _used(function: types.FunctionType) -> dict[str, Any]:
+def _globals_of(function: types.FunctionType) -> dict[str, Any]:
   """The functions, numbers and texts of a user's module that a function uses by name."""
   if (function.__module__ or "").partition(".")[0] in _LIBRARIES:
     return {}

@@ -47,7 +47,7 @@ def resolve(
       raise ValueError(f"the method has no hyperparameter {name!r}{errors.nearest(name, values)}.")
     values[name] = value
   return {
-    n: _checked(
+    n: _check_value(
       n,
       _by_leaf(n, value, shapes, num_models, copied) if n in hparams else value,
       shapes,
@@ -69,7 +69,7 @@ def _by_leaf(
   """
   if not isinstance(value, (list, tuple)) or not lookup.plain(value):
     return value
-  by_leaf, fields = _named(value, shapes), hasattr(value, "_fields")
+  by_leaf, fields = _values_by_leaf(value, shapes), hasattr(value, "_fields")
   if not fields and not (shapes.keys() <= by_leaf.keys() <= shapes.keys() | set(copied)):
     return value
   if not fields and len(value) == num_models:
@@ -128,7 +128,7 @@ def group(
   return Group({n: shapes[n] for n in names}, num_models, hparams)
 
 
-def _checked(
+def _check_value(
   name: str, value: Any, shapes: Shapes, num_models: int, copied: Collection[str]
 ) -> Any:
   if value is None:
@@ -136,7 +136,7 @@ def _checked(
   if lookup.plain(value) or isinstance(value, (jax.Array, np.ndarray, np.generic)):
     _check(name, name, value, num_models)
     return value
-  by_leaf = _named(value, shapes)
+  by_leaf = _values_by_leaf(value, shapes)
   for missing in sorted(shapes.keys() - by_leaf.keys()):
     raise ValueError(f"hparams {name!r} has no value for leaf {missing!r}.")
   for unknown in sorted(by_leaf.keys() - shapes.keys() - set(copied)):
@@ -148,7 +148,7 @@ def _checked(
   return {leaf: by_leaf[leaf] for leaf in shapes}
 
 
-def _named(value: Any, shapes: Shapes) -> dict[str, Any]:
+def _values_by_leaf(value: Any, shapes: Shapes) -> dict[str, Any]:
   """Values by leaf; lists in a tree are one number a model where they are no leaves themselves."""
   by_leaf = tree.named(value)
   if shapes.keys() <= by_leaf.keys():

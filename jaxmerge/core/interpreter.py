@@ -156,7 +156,7 @@ def begin(piece: Slice, least: Any = np.float32, *, subtracted: bool = False) ->
 def observe(step: Stage, part: Part) -> tuple[Any, Leaf]:
   """Returns what a stage measures: the stack, or of `join` the pair, and the leaf."""
   x = (part.pending[-1], part.x) if step.keep == "pop" else part.x
-  return x, _described(step, part)
+  return x, _leaf_for(step, part)
 
 
 def apply(step: Stage, part: Part, stats: Any, view: str | None) -> Part:
@@ -183,7 +183,7 @@ def apply(step: Stage, part: Part, stats: Any, view: str | None) -> Part:
   return part._replace(x=y)
 
 
-def _described(step: Stage, part: Part) -> Leaf:
+def _leaf_for(step: Stage, part: Part) -> Leaf:
   """What a stage knows of a leaf: of the statistics, those that it declares."""
   declared = {n: v for n, v in part.statistics.items() if n in step.statistics}
   return part.leaf._replace(statistics=declared)

@@ -16,7 +16,7 @@ from jaxmerge.catalog import lookup
 from jaxmerge.core import conventions, leaf_names
 from jaxmerge.core.kernel_axes import Rule, Shapes
 
-Said = Sequence[tuple[str, str | None]]
+Layout = Sequence[tuple[str, str | None]]
 Form = Callable[[str, Sequence[str]], str]
 
 SHOWN = 6  # Kinds of leaves that an error lists.
@@ -60,7 +60,7 @@ class Unit(NamedTuple):
 NONE = Table()
 
 
-def of(method: Iterable[Any], base: Any, *, layout: Said | Table | None = ()) -> dict[str, Rule]:
+def of(method: Iterable[Any], base: Any, *, layout: Layout | Table | None = ()) -> dict[str, Rule]:
   """Returns the matrix view that each leaf has for a method, and why.
 
   Leaves whose view is None are no matrices to the method: what becomes of them is said at each
@@ -96,7 +96,7 @@ def of(method: Iterable[Any], base: Any, *, layout: Said | Table | None = ()) ->
   return dict(sorted(sees.items()))
 
 
-def check(layout: Any) -> Said:
+def check(layout: Any) -> Layout:
   """Returns a layout as a tuple of pairs; ValueError for what is none.
 
   Example:
@@ -129,7 +129,7 @@ def check(layout: Any) -> Said:
 def resolve(
   method: Iterable[Any],
   shapes: Shapes,
-  layout: Said | Table | None = (),
+  layout: Layout | Table | None = (),
   *,
   names: Iterable[str] | None = None,
 ) -> Table:
@@ -148,7 +148,7 @@ def resolve(
   if isinstance(layout, Table):
     return layout
   said = check(layout)
-  declared = _declared(said, shapes, shapes if names is None else names)
+  declared = _rules_of_layout(said, shapes, shapes if names is None else names)
   if all(unit.unit == "entry" for unit in units_of(method)):
     return NONE
   return fit(method, shapes, conventions.rules(shapes) | declared)
@@ -162,10 +162,10 @@ def fit(method: Iterable[Any], shapes: Shapes, rules: Mapping[str, Rule]) -> Tab
   return table(rules)
 
 
-def of_leaves(leaves: Mapping[str, Any], layout: Said | None = ()) -> dict[str, Rule]:
+def of_leaves(leaves: Mapping[str, Any], layout: Layout | None = ()) -> dict[str, Rule]:
   """Returns the rule of each leaf: what a caller says, else the conventions of its library."""
   shapes = {n: tuple(getattr(x, "shape", ())) for n, x in leaves.items()}
-  return conventions.rules(shapes) | _declared(check(layout), shapes, shapes)
+  return conventions.rules(shapes) | _rules_of_layout(check(layout), shapes, shapes)
 
 
 def table(rules: Mapping[str, Rule]) -> Table:
@@ -321,8 +321,8 @@ def _item(pattern: str, views: Sequence[str]) -> str:
   return f"(r'{pattern}', {' | '.join([*map(repr, views), 'None'])})"
 
 
-def _declared(
-  said: Said, shapes: Shapes, names: Collection[str] | Iterable[str]
+def _rules_of_layout(
+  said: Layout, shapes: Shapes, names: Collection[str] | Iterable[str]
 ) -> dict[str, Rule]:
   """The rules of the leaves that a caller names."""
   every, declared = list(names), dict[str, Rule]()

@@ -65,16 +65,16 @@ def matrices(x: Array, view: str) -> Array:
     >>> matrices(jnp.zeros((3, 5, 4, 2)), "bio").shape
     (3, 5, 2, 4)
   """
-  count = math.prod(stacked(x.shape[1:], view))
+  count = math.prod(stack_sizes(x.shape[1:], view))
   y = rows(x, view)
   return sharding.reshape(y, (x.shape[0], count, y.shape[1] // count, y.shape[2]))
 
 
-def stacked(shape: tuple[int, ...], view: str) -> tuple[int, ...]:
+def stack_sizes(shape: tuple[int, ...], view: str) -> tuple[int, ...]:
   """Returns the sizes of the axes along which a leaf stacks matrices.
 
   Example:
-    >>> stacked((5, 4, 2), "bio"), stacked((4, 2), "io")
+    >>> stack_sizes((5, 4, 2), "bio"), stack_sizes((4, 2), "io")
     ((5,), ())
   """
   return tuple(n for n, letter in zip(shape, view, strict=True) if letter == "b")

@@ -231,11 +231,11 @@ def index(x: Array, leaf: Leaf) -> Array:
     [[[7, 8, 9], [10, 11, 12]]]
   """
   # Listed, places are loaded as the weights are; counted, they are 64 bits wide in the machine.
-  places = _counted(x) if leaf.places is None else jnp.asarray(leaf.places)
+  places = _count_places(x) if leaf.places is None else jnp.asarray(leaf.places)
   return places + jnp.asarray(leaf.start)
 
 
-def _counted(x: Array) -> Array:
+def _count_places(x: Array) -> Array:
   flat = jnp.zeros((1,) * x.ndim, jnp.uint32)
   stride = 1
   for axis in range(x.ndim - 1, 0, -1):

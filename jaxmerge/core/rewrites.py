@@ -86,7 +86,7 @@ def unroll(
   @functools.wraps(f)
   def run(*arguments: Any) -> Any:
     traced, shapes = jax.make_jaxpr(f, return_shape=True)(*arguments)
-    out = _evaluated(traced.jaxpr, traced.consts, jax.tree.leaves(arguments), _Way(each, halves))
+    out = _evaluate(traced.jaxpr, traced.consts, jax.tree.leaves(arguments), _Way(each, halves))
     return jax.tree.unflatten(jax.tree.structure(shapes), out)
 
   return run
@@ -130,7 +130,7 @@ def round_to(x: Any, dtype: str) -> Any:
   return jnp.where(jnp.abs(x) < float(info.tiny), small, out)  # It makes zeros of subnormals.
 
 
-def _evaluated(
+def _evaluate(
   jaxpr: core.Jaxpr, consts: Sequence[Any], arguments: Sequence[Any], way: _Way
 ) -> list[Any]:
   """Runs a traced program, its reductions over a first axis as chains.
@@ -148,7 +148,7 @@ def _evaluated(
   for equation in jaxpr.eqns:
     operands = [read(atom) for atom in equation.invars]
     values.update(zip(equation.outvars, _one(equation, operands, way), strict=True))
-    if equation.primitive.name not in _EXACT and _called(equation) != _RANDOM:
+    if equation.primitive.name not in _EXACT and _function_name(equation) != _RANDOM:
       raw.update(equation.outvars)
   return [atom.val if isinstance(atom, core.Literal) else values[atom] for atom in jaxpr.outvars]
 
@@ -157,8 +157,8 @@ def _one(equation: Any, operands: list[Any], way: _Way) -> list[Any]:
   name, settings = equation.primitive.name, equation.params
   if name in ("jit", "pjit", "closed_call"):  # The parts of jax.numpy.
     inner = settings["jaxpr"] if "jaxpr" in settings else settings["call_jaxpr"]
-    whole = _called(equation) in (*_ONE, _RANDOM)
-    return _rewritten(inner, way._replace(each=None) if whole else way)(*operands)
+    whole = _function_name(equation) in (*_ONE, _RANDOM)
+    return _rewrite(inner, way._replace(each=None) if whole else way)(*operands)
   if name in _CHAINS and settings["axes"] == (0,) and 0 < operands[0].shape[0] <= LONGEST:
     # The new term on the left: of two products in a sum a compiler fuses the left one's rounding
     # away, and in a reduction that is the newer.
@@ -176,9 +176,9 @@ def _one(equation: Any, operands: list[Any], way: _Way) -> list[Any]:
 
 
 @functools.lru_cache(4096)
-def _rewritten(program: core.ClosedJaxpr, way: _Way) -> Callable[..., list[Any]]:
+def _rewrite(program: core.ClosedJaxpr, way: _Way) -> Callable[..., list[Any]]:
   """A program that another one calls, rewritten once for all its calls, as it was traced once."""
-  return jax.jit(lambda *args: _evaluated(program.jaxpr, program.consts, args, way))
+  return jax.jit(lambda *args: _evaluate(program.jaxpr, program.consts, args, way))
 
 
 def _is_few(operands: Sequence[Any], axes: Any) -> bool:
@@ -208,7 +208,7 @@ def _by_halves(x: Any, axes: int = 1, name: str = "reduce_sum") -> Any:
   return functools.reduce(join, odd, _WHOLE[name](x, axis=-1, **dtype))
 
 
-def _quartered(parts: Callable[[slice], list[Any]], size: int) -> Any:
+def _add_quarters(parts: Callable[[slice], list[Any]], size: int) -> Any:
   """Adds the quarters of vectors [size] up as they come: parts(places) -> [P, size / 4]."""
   step = size // 4
   quarters = [parts(slice(q * step, (q + 1) * step)) for q in range(4)]
@@ -224,7 +224,9 @@ def _products(x: Any, y: Any, way: _Way) -> Any:
   if way.halves and size % 4 == 0 and size >= SHORTEST:
     # All at once, and the first sums where the products are: a compiler fuses no more.
     left, right = (v.reshape(v.shape[0], size) for v in (x, y))
-    sums = _by_halves(_quartered(lambda at: [left[i, at] * right[j, at] for i, j in pairs], size))
+    sums = _by_halves(
+      _add_quarters(lambda at: [left[i, at] * right[j, at] for i, j in pairs], size)
+    )
   else:
     sums = [jnp.sum(x[i] * y[j]) for i, j in pairs]
   products = dict(zip(pairs, sums, strict=True))
@@ -232,7 +234,7 @@ def _products(x: Any, y: Any, way: _Way) -> Any:
   return jnp.stack([jnp.stack([products[i, j] for j in range(m)]) for i in range(n)])
 
 
-def _called(equation: Any) -> str | None:
+def _function_name(equation: Any) -> str | None:
   """The name of a function that is called as a whole."""
   return equation.params.get("name")
 
@@ -245,6 +247,6 @@ def _inner(setting: Any, way: _Way) -> Any:
     return setting
 
   def run(*arguments: Any) -> list[Any]:
-    return _evaluated(setting.jaxpr, setting.consts, arguments, way)
+    return _evaluate(setting.jaxpr, setting.consts, arguments, way)
 
   return jax.make_jaxpr(run)(*setting.in_avals)

@@ -61,7 +61,7 @@ def of(names: Iterable[str]) -> frozenset[str]:
     ['norm/mean', 'norm/var']
   """
   names = list(names)
-  return frozenset(n for n in names if is_moment(n)) | _paired(names)
+  return frozenset(n for n in names if is_moment(n)) | _pairs(names)
 
 
 def variances(names: Iterable[str]) -> frozenset[str]:
@@ -72,20 +72,20 @@ def variances(names: Iterable[str]) -> frozenset[str]:
     ['norm/var']
   """
   names = list(names)
-  paired = {n for n in _paired(names) if _taken_apart(n)[1] == "var"}
+  paired = {n for n in _pairs(names) if _split_name(n)[1] == "var"}
   return frozenset(n for n in names if is_variance(n)) | paired
 
 
-def _paired(names: Iterable[str]) -> frozenset[str]:
+def _pairs(names: Iterable[str]) -> frozenset[str]:
   """Means and variances that only what lies beside them tells from weights."""
   folders: dict[str, dict[str, str]] = {}
   for name in names:
-    folder, leaf = _taken_apart(name)
+    folder, leaf = _split_name(name)
     folders.setdefault(folder, {})[leaf] = name
   pairs = [r for r in folders.values() if r.keys() >= _PAIR and r.keys() <= _BESIDE]
   return frozenset(pair[leaf] for pair in pairs for leaf in _PAIR)
 
 
-def _taken_apart(name: str) -> tuple[str, str]:
+def _split_name(name: str) -> tuple[str, str]:
   folder, _, leaf = _BOX.sub("", name).replace(".", "/").rpartition("/")
   return folder, leaf

@@ -153,7 +153,7 @@ def by_matrix(
     x = sharding.gather(x)
     if step.statistics[name] == "entry":
       return matrix_views.matrices(x, view).swapaxes(0, 1)
-    stacked = matrix_views.stacked(shape, view)
+    stacked = matrix_views.stack_sizes(shape, view)
     rest = (math.prod(stacked), *x.shape[1 + len(stacked) :])
     return sharding.reshape(x, (x.shape[0], *rest)).swapaxes(0, 1)
 
@@ -194,7 +194,7 @@ def _check_shape(
       f"{[value.shape[0], *shape]}."
     )
   seen = layouts.view_for(view, layouts.Unit(step.unit, step.lookups))
-  stacked = () if step.unit != "matrix" or seen is None else matrix_views.stacked(shape, seen)
+  stacked = () if step.unit != "matrix" or seen is None else matrix_views.stack_sizes(shape, seen)
   if tuple(each[: len(stacked)]) != stacked:
     raise ValueError(
       f"{label}, but the leaf stacks matrices along {list(stacked)} (view {seen!r}): it must be "

@@ -113,10 +113,10 @@ def stack(trees: Sequence[Tree] | Any) -> Tree:
     refuse_optimizers(params, f"model {k}")
   for k, other in enumerate(trees[1:], start=1):
     check_same(trees[0], other, left="model 0", right=f"model {k}")
-  return jax.tree.map(lambda *leaves: _stacked(leaves), *trees)
+  return jax.tree.map(lambda *leaves: _stack_leaves(leaves), *trees)
 
 
-def _stacked(leaves: Sequence[Any]) -> Any:
+def _stack_leaves(leaves: Sequence[Any]) -> Any:
   """Stacks leaves; by NumPy those of NumPy that JAX, as it is set, would make narrow."""
   every = all(isinstance(x, (np.ndarray, np.generic)) for x in leaves)
   narrowed = every and jax.dtypes.canonicalize_dtype(leaves[0].dtype) != leaves[0].dtype

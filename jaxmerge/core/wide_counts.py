@@ -54,7 +54,7 @@ def counts(masks: Sequence[Array]) -> list[Array]:
 
   def together(*masks: Array) -> list[Array]:
     zeros, axes = [np.uint32(0)] * len(masks), range(1, masks[0].ndim)
-    every = lax.reduce([mask.astype(jnp.uint32) for mask in masks], zeros, _added, axes)
+    every = lax.reduce([mask.astype(jnp.uint32) for mask in masks], zeros, _add, axes)
     return [normal(jnp.stack([jnp.zeros_like(one), one])) for one in every]
 
   # Where devices share a mask, one sum of several makes them gather what sums of one add up.
@@ -64,7 +64,7 @@ def counts(masks: Sequence[Array]) -> list[Array]:
   return lax.platform_dependent(*masks, cpu=together, default=apart)
 
 
-def _added(a: Sequence[Array], b: Sequence[Array]) -> list[Array]:
+def _add(a: Sequence[Array], b: Sequence[Array]) -> list[Array]:
   return [x + y for x, y in zip(a, b, strict=True)]
 
 

@@ -16,7 +16,7 @@ from jaxmerge.core.tree import Tree
 
 
 def accumulator(
-  method: Method, layout: layouts.Said | layouts.Table
+  method: Method, layout: layouts.Layout | layouts.Table
 ) -> tuple[Callable[..., State], Callable[..., Tree]]:
   """Returns what adds models to an accumulator, and what makes the merge of one.
 
@@ -47,7 +47,7 @@ def _take(
   statistics: Mapping[str, Mapping[str, Any]] | None = None,
   *,
   method: Method,
-  layout: layouts.Said | layouts.Table,
+  layout: layouts.Layout | layouts.Table,
 ) -> State:
   bases, stacks = None if base is None else tree.named(base), tree.named(models)
   table, out = _table(method, layout, stacks, stacks), {}
@@ -72,7 +72,7 @@ def _finish(
   ready: Ready,
   *,
   method: Method,
-  layout: layouts.Said | layouts.Table,
+  layout: layouts.Layout | layouts.Table,
 ) -> Tree:
   bases, out = None if base is None else tree.named(base), tree.named(like)
   parts = {}
@@ -98,7 +98,7 @@ def _fold_of(method: Method, name: str) -> tuple[int, Fold]:
 
 def _table(
   method: Method,
-  layout: layouts.Said | layouts.Table,
+  layout: layouts.Layout | layouts.Table,
   stacks: Mapping[str, Any],
   names: Mapping[str, Any],
 ) -> layouts.Table:

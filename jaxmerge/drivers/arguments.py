@@ -192,7 +192,9 @@ def adapters(value: Any, names: Sequence[str] | None) -> tuple[list[Any], Sequen
     names = (names or list(value)) if several else names
     value = list(value.values()) if several else [value]
   if isinstance(value, str | os.PathLike) or not hasattr(value, "__iter__"):
-    raise ValueError(f"adapters must be a list of adapters, got {_kind(value)}{_loaded(value)}.")
+    raise ValueError(
+      f"adapters must be a list of adapters, got {_kind(value)}{_hint_to_load(value)}."
+    )
   return [adapter(one, f"adapter {k}") for k, one in enumerate(value)], names
 
 
@@ -211,7 +213,7 @@ adapters.merge merges several.
       f"{shape} a {_kind(value)}: give one of its items; adapters.merge merges several."
     )
   if not isinstance(value, Mapping):
-    raise ValueError(f"{shape} {_kind(value)}{_loaded(value)}.")
+    raise ValueError(f"{shape} {_kind(value)}{_hint_to_load(value)}.")
   for name, factors in value.items():
     if isinstance(factors, Mapping):
       raise ValueError(f"{shape} a dict by name: give one, such as its {name!r}.")
@@ -220,7 +222,7 @@ adapters.merge merges several.
   return value
 
 
-def _loaded(value: Any) -> str:
+def _hint_to_load(value: Any) -> str:
   is_path = isinstance(value, str | os.PathLike)
   return f"; adapters.load({str(value)!r}) reads one" if is_path else ""
 

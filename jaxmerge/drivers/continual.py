@@ -31,7 +31,7 @@ def opcm(
   alpha: float = 0.5,
   rank_tol: float = 1e-6,
   *,
-  layout: layouts.Said | None = (),
+  layout: layouts.Layout | None = (),
 ) -> incremental.Running:
   """Merges by `methods.opcm` models that come one after the other.
 
@@ -98,11 +98,11 @@ def _update(setup: _Setup, state: State, params: Tree, name: str | None = None) 
   double_precision.refuse_narrowed([tree.named(setup.base), tree.named(params)], state)
   incremental.refuse_nonfinite(params, name or "passed to update")
   bases, settings = incremental.floating(setup.base), (setup.alpha, setup.rank_tol)
-  return _added(state, incremental.floating(params), bases, settings, **setup.static)
+  return _add_model(state, incremental.floating(params), bases, settings, **setup.static)
 
 
 @functools.partial(jax.jit, static_argnames=("views", "moments"))
-def _added(
+def _add_model(
   state: State,
   params: dict[str, Any],
   bases: dict[str, Any],
@@ -135,7 +135,7 @@ def _in_turn(alpha: Any, rank_tol: Any) -> Callable[..., Any]:
 
 
 @functools.partial(jax.jit, static_argnames=("views", "moments"))
-def _scaled(
+def _scale(
   state: State,
   bases: dict[str, Any],
   scale: Any,
@@ -156,7 +156,7 @@ def _finalize(setup: _Setup, state: State) -> Tree:
   incremental.refuse_empty(state)
   bases = tree.named(setup.base)
   double_precision.refuse_narrowed([bases], state)
-  out = _scaled(state, incremental.floating(setup.base), setup.scale, **setup.static)
+  out = _scale(state, incremental.floating(setup.base), setup.scale, **setup.static)
   copied = {n: double_precision.copy_leaf(x) for n, x in bases.items()}
   return tree.rebuild(setup.base, copied | finiteness.check_result(out))
 

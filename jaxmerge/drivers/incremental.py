@@ -54,7 +54,7 @@ def of(
   *,
   hparams: Mapping[str, Any] | None = None,
   seed: int | None = None,
-  layout: layouts.Said | None = (),
+  layout: layouts.Layout | None = (),
 ) -> Running:
   """Runs a method over models that come one after the other, as `merge` does over all at once.
 
@@ -103,7 +103,7 @@ class _Setup(NamedTuple):
   method: Method
   base: Tree | None
   hparams: Mapping[str, Any]
-  layout: layouts.Said
+  layout: layouts.Layout
   seeded: bool
 
   @property
@@ -112,7 +112,7 @@ class _Setup(NamedTuple):
     return None if self.base is None else floating(self.base)
 
 
-def _prepared(setup: _Setup, params: Tree, name: str | None) -> interpreter.Ready:
+def _prepare(setup: _Setup, params: Tree, name: str | None) -> interpreter.Ready:
   leaves = tree.named(params)
   shapes = {n: x.shape for n, x in leaves.items() if tree.is_floating(x)}
   names, copied = None if name is None else [name], leaves.keys() - shapes.keys()
@@ -134,7 +134,7 @@ def _statistics(setup: _Setup, params: Tree, statistics: Mapping[str, Any] | Non
 
 def _init(setup: _Setup, params: Tree, statistics: Mapping[str, Any] | None = None) -> State:
   check_model(setup.base, params)
-  ready = _prepared(setup, params, None)
+  ready = _prepare(setup, params, None)
   take, _ = accumulator.accumulator(setup.method, setup.layout)
 
   def first(params: Tree, statistics: Any) -> State:
@@ -161,11 +161,11 @@ def _update(
     raise ValueError("the method's random masks depend on the model's name: give update a name.")
   leaves = [tree.named(t) for t in (params, setup.base) if t is not None]
   double_precision.refuse_narrowed(leaves, state, params)
-  ready, each = _prepared(setup, params, name), _statistics(setup, params, statistics)
+  ready, each = _prepare(setup, params, name), _statistics(setup, params, statistics)
   static = {"method": stage.without_hparams(setup.method), "layout": setup.layout}
   more = (floating(params), setup.bases, ready, each)
   try:
-    accumulated = _added(state["count"], state["held"], *more, **static)
+    accumulated = _add_model(state["count"], state["held"], *more, **static)
   except TypeError:
     _refuse_unlike(state["held"], params)
     raise
@@ -175,7 +175,7 @@ def _update(
 
 
 @functools.partial(jax.jit, static_argnames=("method", "layout"))
-def _added(
+def _add_model(
   count: Any,
   accumulated: Any,
   params: Tree,
@@ -184,7 +184,7 @@ def _added(
   statistics: Any,
   *,
   method: Method,
-  layout: layouts.Said,
+  layout: layouts.Layout,
 ) -> State:
   take, _ = accumulator.accumulator(method, layout)
 
@@ -200,7 +200,7 @@ def _added(
 def _finalize(setup: _Setup, state: State) -> Tree:
   refuse_empty(state)
   like = state["like"] if setup.base is None else setup.base
-  ready = _prepared(setup, like, "finished" if setup.seeded else None)
+  ready = _prepare(setup, like, "finished" if setup.seeded else None)
   double_precision.refuse_narrowed([tree.named(like)], state)
   _, finish = accumulator.accumulator(setup.method, setup.layout)
   out = finiteness.check_result(finish(state["held"], setup.bases, floating(like), ready))

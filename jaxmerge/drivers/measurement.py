@@ -28,7 +28,7 @@ PICKED = 2**12, 2**15  # So many entries are picked from a slice at a time: few,
 Stats = tuple[Any, ...]  # For each stage, by group, the results of its reductions.
 
 
-def deferred(method: Method) -> int | None:
+def deferred_stage(method: Method) -> int | None:
   """Returns the stage whose reductions may wait until something depends on them; None without."""
   last = max((i for i, step in enumerate(method) if step.reductions), default=None)
   return last if last is not None and method[last].deferred else None
@@ -43,14 +43,14 @@ def measure(run: Run, leaves: Sequence[str], before: Stats | None = None) -> Sta
     before: what was measured without the stage that is deferred; None: nothing was.
   """
   stats: Stats = ()
-  waits = deferred(run.method) if before is None else None
+  waits = deferred_stage(run.method) if before is None else None
   for i, step in enumerate(run.method):
     by_group = {}
     for group, members in leaf_groups.members(step, dict.fromkeys(leaves)).items():
       results = dict(run.ready.stats[i][group] if before is None else before[i][group])
       for batch in () if i == waits else batches(step):
         if batch[0].name not in results:
-          results.update(_reduced(Pass(run, members, i, stats, dict(results)), batch))
+          results.update(_reduce(Pass(run, members, i, stats, dict(results)), batch))
       by_group[group] = results
     stats = (*stats, by_group)
   return stats
@@ -95,7 +95,7 @@ class Pass(NamedTuple):
     return {"before": self.before, "step": self.run.method[self.place]}
 
 
-def _reduced(reading: Pass, batch: Sequence[Reduction]) -> dict[str, Any]:
+def _reduce(reading: Pass, batch: Sequence[Reduction]) -> dict[str, Any]:
   ranks = [r for r in batch if isinstance(r, Rank)]
   if not ranks:
     return {r.name: _sum(reading, r) for r in batch if isinstance(r, Sum)}

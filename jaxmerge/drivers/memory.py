@@ -42,7 +42,7 @@ def merge(
   seed: int | Array | None = None,
   names: Sequence[str] | None = None,
   reference: Tree | None = None,
-  layout: layouts.Said | layouts.Table | None = (),
+  layout: layouts.Layout | layouts.Table | None = (),
   deltas: bool = False,
 ) -> Tree:
   """Merges task vectors and adds the result to the base, or merges weights where there is no base.
@@ -81,12 +81,12 @@ def merge(
     [1.5, 1.0]
   """
   method, hparams = arguments.method(method), arguments.hparams(hparams, seed)
-  models, names = _checked_trees(method, models, base, reference, names, deltas)
+  models, names = _check_trees(method, models, base, reference, names, deltas)
   options = _Options(hparams, statistics, names, layout, deltas)
   return _run(method, base, reference, models, options)
 
 
-def _checked_trees(
+def _check_trees(
   method: Method,
   models: Any,
   base: Tree | None,
@@ -116,7 +116,7 @@ class _Options(NamedTuple):
   hparams: Mapping[str, Any]
   statistics: Mapping[str, Any] | None
   names: Sequence[str] | None
-  layout: layouts.Said | layouts.Table | None
+  layout: layouts.Layout | layouts.Table | None
   deltas: bool
 
 
@@ -202,14 +202,14 @@ def _run(
 
   leaves = _Leaves(merged(base), merged(reference), merged(models), named)
   likes = stacks if base is None else tree.named(base)
-  out = _checked(leaves, ready, names, static)
+  out = _merge_finite(leaves, ready, names, static)
   double_precision.refuse_narrowed((stacks, likes), leaves, hparams, out)
   for n in copied:
     out[n] = double_precision.copy_leaf(stacks[n][0] if base is None else likes[n])
   return tree.rebuild(models if base is None else base, out)
 
 
-def _checked(
+def _merge_finite(
   leaves: _Leaves,
   ready: interpreter.Ready,
   names: Sequence[str] | None,
@@ -235,7 +235,7 @@ def _checked(
 
     base, reference, models = map(cleared, trees)
     finite = _Leaves(base, reference, models, leaves.statistics)
-    out = _checked(finite, ready, names, static)
+    out = _merge_finite(finite, ready, names, static)
     return out | {n: jnp.where(at, first[n], out[n]) for n, at in shared.items()}
   finiteness.refuse(seen, names, ready.order)
   finiteness.refuse_statistics(bad[0], statistics_.of_leaf(leaves.statistics, bad[0]))
@@ -275,7 +275,7 @@ def _pieces(leaves: _Leaves, ready: interpreter.Ready) -> dict[str, Slice]:
   moments = running_statistics.of(leaves.models)
 
   def ordered(x: Any) -> Any:
-    return x if ready.order is None else _reordered(x, ready.order)
+    return x if ready.order is None else _reorder(x, ready.order)
 
   pieces = {}
   for name, x in leaves.models.items():
@@ -301,6 +301,6 @@ def _widths(method: Method, leaves: _Leaves) -> dict[str, Any]:
   return widths
 
 
-def _reordered(x: Array, order: Array) -> Array:
+def _reorder(x: Array, order: Array) -> Array:
   # The gather along a task axis that explicit axes shard must say where its result lies.
   return x.at[order].get(out_sharding=jax.typeof(x).sharding)

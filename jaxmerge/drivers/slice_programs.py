@@ -21,7 +21,7 @@ from jaxmerge.drivers import external_selection, slices
 from jaxmerge.drivers.slices import Form
 
 
-def _rounded(piece: Slice, form: Form) -> Slice:
+def _round_inputs(piece: Slice, form: Form) -> Slice:
   """Rounds what a slice is made of, where it is merged in a narrow dtype."""
   narrow = form.precision
   if narrow is None:
@@ -45,13 +45,13 @@ def _through(piece: Slice, stats: Any, method: Method, form: Form) -> Part:
   if form.precision is not None:
     part = part._replace(x=rewrites.round_to(part.x, form.precision.dtype))
   if form.shape == ():
-    part = _shaped(part, form)
+    part = _with_axes(part, form)
   for step, acts, results, offset in zip(method, form.acts, stats, piece.offsets, strict=False):
     if not acts:
       continue
     part = part._replace(leaf=part.leaf._replace(offset=offset))
     if step.unit != "entry" and form.shape and step.keep is None:
-      y = interpreter.apply(step, _shaped(part, form), results, form.view).x
+      y = interpreter.apply(step, _with_axes(part, form), results, form.view).x
       part = part._replace(x=y.reshape(y.shape[0], math.prod(y.shape[1:])))
     else:
       part = interpreter.apply(step, part, results, form.view)
@@ -59,7 +59,7 @@ def _through(piece: Slice, stats: Any, method: Method, form: Form) -> Part:
   return part._replace(leaf=part.leaf._replace(offset=piece.offsets[at]))
 
 
-def _shaped(part: Part, form: Form) -> Part:
+def _with_axes(part: Part, form: Form) -> Part:
   """Gives a flat part the axes of its leaf."""
 
   def stack(x: Any) -> Any:
@@ -91,7 +91,9 @@ def partial_sum(
     measured: Sum = step.reduction(reduction)
     return measured.measure(*interpreter.observe(step, part), results)
 
-  return rewrites.unroll(run, each=form.each, halves=True)(_rounded(piece, form), stats, results)
+  return rewrites.unroll(run, each=form.each, halves=True)(
+    _round_inputs(piece, form), stats, results
+  )
 
 
 _RANKED = ("before", "step", "rank", "form")
@@ -108,7 +110,9 @@ def patterns(
     ranked: Rank = step.reduction(rank)
     return order_statistics.pattern(ranked.of(*interpreter.observe(step, part), results))
 
-  bits = rewrites.unroll(run, each=form.each, halves=True)(_rounded(piece, form), stats, results)
+  bits = rewrites.unroll(run, each=form.each, halves=True)(
+    _round_inputs(piece, form), stats, results
+  )
   return bits.reshape(bits.shape[0], piece.models.shape[1])
 
 
@@ -147,7 +151,7 @@ def magnitudes(piece: Slice, stats: Any, *, before: Method, form: Form) -> Array
       jnp.abs(matrix_views.rows(y, matrix_views.or_row(y, form.view)))
     )
 
-  return rewrites.unroll(run, each=form.each, halves=True)(_rounded(piece, form), stats)
+  return rewrites.unroll(run, each=form.each, halves=True)(_round_inputs(piece, form), stats)
 
 
 @functools.partial(jax.jit, static_argnames=("method", "form", "dtype"))
@@ -160,7 +164,7 @@ def merged(piece: Slice, stats: Any, *, method: Method, form: Form, dtype: Any) 
     width = dtype if narrow is None else jnp.float32
     return interpreter.store(x.reshape(x.shape[0], piece.models.shape[1]), piece.base, width)
 
-  out = rewrites.unroll(run, each=form.each, halves=True)(_rounded(piece, form), stats)
+  out = rewrites.unroll(run, each=form.each, halves=True)(_round_inputs(piece, form), stats)
   if narrow is not None:
     out = (out if narrow.wide else rewrites.round_to(out, narrow.dtype)).astype(dtype)
   if out.dtype.name not in slices.INFINITY:

@@ -209,13 +209,13 @@ def read(
   piece = run.source.read(name, start, stop, order, on_chunk if is_first else None)
   if is_first:
     run.checked[name] = stop
-  piece = _described(run, name, piece, start, stop)
+  piece = _describe(run, name, piece, start, stop)
   if name in run.infinities or (check and (ahead or not all(are_finite.values()))):
     piece = clear_infinities(run, name, piece, refuse=check)
   return piece
 
 
-def _described(run: Run, name: str, piece: Slice, start: int, stop: int) -> Slice:
+def _describe(run: Run, name: str, piece: Slice, start: int, stop: int) -> Slice:
   """A slice with what stages know of it."""
   leaf = interpreter.leaf_of(name, run.ready)._replace(start=np.uint32(start % 2**32))
   if run.shapes[name]:

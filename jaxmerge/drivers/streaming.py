@@ -48,7 +48,7 @@ def stream(
   seed: int | None = None,
   names: Sequence[str] | None = None,
   ready: interpreter.Ready | None = None,
-  layout: layouts.Said | layouts.Table | None = (),
+  layout: layouts.Layout | layouts.Table | None = (),
   entries: int = 2**20,
   done: Collection[str] = (),
   nonfinite: bool = False,
@@ -103,7 +103,7 @@ def _start(
   source: Source,
   shapes: dict[str, tuple[int, ...]],
   ready: interpreter.Ready,
-  layout: layouts.Said | layouts.Table | None,
+  layout: layouts.Layout | layouts.Table | None,
   wide: Collection[str],
 ) -> Run:
   """Checks views and statistics, and puts together what stays the same over all slices."""
@@ -137,7 +137,7 @@ def _measured_together(run: Run) -> list[list[str]]:
 def _merge(run: Run, leaves: Sequence[str], left: Sequence[str], write: Write) -> None:
   """Measures some leaves together, and merges those of them that are left to do."""
   stats = measurement.measure(run, leaves) if left else ()
-  waits = measurement.deferred(run.method) is not None
+  waits = measurement.deferred_stage(run.method) is not None
   for name, start, piece, form in slices.slices(run, left, run.entries, check=False):
     out = _result(run, name, piece, stats, form)
     sound = slices.is_sound(run, name, out)

@@ -25,7 +25,9 @@ def one_shot_settings(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
   return {"average": {}, **listed}
 
 
-def layout_notes(layout: layouts.Said | None, params: Any, config: Mapping[str, Any]) -> list[str]:
+def layout_notes(
+  layout: layouts.Layout | None, params: Any, config: Mapping[str, Any]
+) -> list[str]:
   """Returns, for each method of rows or matrices, which leaves have which matrix view, and why."""
   named = {n: {"name": n, **settings} for n, settings in one_shot_settings(config).items()}
   named["atm"] = dict(config["method"])

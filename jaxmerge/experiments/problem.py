@@ -45,7 +45,7 @@ class Problem(NamedTuple):
   tasks: Sequence[Task]
   loss: losses.Rowwise = losses.cross_entropy
   metric: metrics.Metric = metrics.ACCURACY
-  layout: layouts.Said | None = ()
+  layout: layouts.Layout | None = ()
   sharding: meshes.Rules = ()
   title: str = "Tuning and merging"
   base: str = "a base model"

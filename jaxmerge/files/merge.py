@@ -126,7 +126,7 @@ def plan_merge(
   return remote_code.refer_to_code(plan, (donor, *models))
 
 
-def resolve_layout(plan: Plan, method: Any, layout: layouts.Said | None) -> Plan:
+def resolve_layout(plan: Plan, method: Any, layout: layouts.Layout | None) -> Plan:
   """Resolves the layout of a plan's first job: which matrix view each tensor has for a method.
 
   Raises:
@@ -152,7 +152,7 @@ def merge_files(
   seed: int | None = None,
   names: Sequence[str] | None = None,
   words: str | None = None,
-  layout: layouts.Said | None = (),
+  layout: layouts.Layout | None = (),
   dtype: str | None = None,
   missing: str = "error",
   allow: Sequence[str] = (),

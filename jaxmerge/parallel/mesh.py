@@ -184,13 +184,13 @@ def _put(x: Any, where: Sharding) -> Array:
   if where.is_fully_addressable:
     return jax.device_put(x, where)
   if isinstance(x, jax.Array) and x.sharding.device_set == where.device_set:
-    return _moved(where)(x)
+    return _mover(where)(x)
   array = np.asarray(x)
   return jax.make_array_from_callback(array.shape, where, lambda index: array[index])
 
 
 @functools.lru_cache(maxsize=64)
-def _moved(where: Sharding) -> Callable[[Array], Array]:
+def _mover(where: Sharding) -> Callable[[Array], Array]:
   return jax.jit(lambda x: x, out_shardings=where)
 
 

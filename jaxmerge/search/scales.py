@@ -65,7 +65,7 @@ class Validation:
   counts: Sequence[int]
   names: Sequence[str]
   seed: int | None = None
-  layout: layouts.Said | None = ()
+  layout: layouts.Layout | None = ()
   metric: metrics.Metric = metrics.ACCURACY
   at_once: int = 8
   name: str = "the merge"
@@ -121,7 +121,7 @@ def best_scale(
   seed: int | None = None,
   hparams: Mapping[str, Any] | None = None,
   statistics: Mapping[str, Any] | None = None,
-  layout: layouts.Said | None = (),
+  layout: layouts.Layout | None = (),
   metric: metrics.Metric = metrics.ACCURACY,
   at_once: int = 8,
   label: str = "the merge",
@@ -176,7 +176,7 @@ def at_scales(
   method: Method,
   seed: int | None,
   names: tuple[str, ...],
-  layout: layouts.Said,
+  layout: layouts.Layout,
 ) -> Any:
   """Merges with every one of some scales: models [T, *s], scales [S] -> [S, *s]."""
 

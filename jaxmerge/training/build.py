@@ -43,7 +43,7 @@ class Spec(NamedTuple):
   mesh: Mesh
   loss: losses.Rowwise = losses.cross_entropy
   hparams: Mapping[str, Any] = {}
-  layout: layouts.Said | None = ()
+  layout: layouts.Layout | None = ()
   rules: meshes.Rules = ()
 
 

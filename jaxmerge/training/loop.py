@@ -67,7 +67,7 @@ def tune_and_merge(
   loss: losses.Rowwise = losses.cross_entropy,
   metric: metrics.Metric | losses.Rowwise = metrics.ACCURACY,
   hparams: Mapping[str, Any] | None = None,
-  layout: layouts.Said | None = (),
+  layout: layouts.Layout | None = (),
   mesh: Mesh | None = None,
   sharding: meshes.Rules = (),
   checkpoints: store.Checkpoints | None = None,
