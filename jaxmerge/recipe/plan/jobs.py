@@ -48,16 +48,16 @@ class Assignment(NamedTuple):
     return tuple(self.row.group.sources[i] for i in self.merged)
 
   @property
-  def kind(self) -> Any:
+  def job_key(self) -> Any:
     """Returns a key that is equal for rows that one job merges."""
     known = METHODS[self.values.method].shared
     switches = [
       (n, v) for n, v in self.values.shared.items() if known[n].integer or not known[n].number
     ]
-    return self.values.method, *sorted(switches), self.row.group.base, self.sources_of
+    return self.values.method, *sorted(switches), self.row.group.base, self.models_of_sources
 
   @property
-  def sources_of(self) -> tuple[Model, ...]:
+  def models_of_sources(self) -> tuple[Model, ...]:
     """Returns their models."""
     return tuple(s.model for s in self.sources)
 
@@ -110,7 +110,7 @@ def plan_jobs(
   rules = functools.cache(lambda: matrix_axes.rules(recipe, _shapes(models, assignments)))
   kinds: dict[Any, list[Assignment]] = {}
   for assignment in assignments:
-    kinds.setdefault(assignment.kind, []).append(assignment)
+    kinds.setdefault(assignment.job_key, []).append(assignment)
   jobs: list[Job] = []
   notes: dict[int, str | None] = {}
   requests: dict[str, TensorRequest] = {}
@@ -177,7 +177,7 @@ def _job(
         for assignment in members
       }
     )
-  names = _number_repeated([models[m].name for m in members[0].sources_of])
+  names = _number_repeated([models[m].name for m in members[0].models_of_sources])
   base = members[0].row.group.base
   if translation.pair and base is not None:
     names.insert(0, models[base].name)
