@@ -73,7 +73,7 @@ def inner_products(x: Array) -> Array:
 def reduce_group(
   reduction: Reduction, parts: Sequence[tuple[Any, Leaf]], stats: dict[str, Any]
 ) -> Any:
-  """Returns a statistic of a group whose leaves, with their descriptions, are all at hand."""
+  """Returns the result of a reduction over a group whose leaves are all at hand."""
   if isinstance(reduction, Sum):
     measured = _over(parts, lambda x, leaf: _measure(reduction, x, leaf, stats), reduction.combine)
     return reduction.finish(measured, stats)
