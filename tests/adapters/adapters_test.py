@@ -504,7 +504,7 @@ def test_how_a_square_matrix_lies_is_not_guessed():
   up, down = (Lora(jnp.ones((1, 4)), jnp.ones((n, 1))) for n in (4, 6))
   x = {"up": up, "down": down}
   params = {"up": jnp.zeros((4, 4)), "down": jnp.zeros((4, 6))}
-  with pytest.raises(ValueError, match=r"'up' is square, and what its adapter says .* 'down'"):
+  with pytest.raises(ValueError, match=r"'up' is square, and its adapter is wrong .* 'down'"):
     adapters_lora.apply(params, x)
   adapters_lora.apply(params, x, layout=[("^up$", "io"), ("^down$", "io")])
 
