@@ -33,10 +33,25 @@ def fingerprint(value: Any) -> str:
     >>> fingerprint(methods.ties(0.2)) == fingerprint(methods.ties(0.3))
     False
   """
+  return _digest(_parts(value, ()))
+
+
+def stable_fingerprint(value: Any) -> str | None:
+  """Returns the digest of a value; None if it would be another one in another process."""
+  parts = list(_parts(value, ()))
+  return None if any(part.startswith(_unknown()) for part in parts) else _digest(parts)
+
+
+def _digest(parts: Iterable[str]) -> str:
   digest = hashlib.blake2b(digest_size=16)
-  for part in _parts(value, ()):
+  for part in parts:
     digest.update(f"{len(part)}:{part}".encode())
   return digest.hexdigest()
+
+
+def _unknown() -> str:
+  """How a part begins that is known in this process alone."""
+  return f"unknown in process {os.getpid()}: "
 
 
 def stages(method: Iterable[Any]) -> list[str]:
@@ -71,7 +86,7 @@ def _parts(value: Any, inside: tuple[int, ...]) -> Iterator[str]:
   inside = (*inside, id(value))
   while isinstance(value, types.FunctionType) and "jaxtyping" in value.__code__.co_filename:
     value = value.__wrapped__  # type: ignore[attr-defined]  # Checks of types change nothing.
-  if value is None or isinstance(value, (bool, int, float, complex, str, bytes)):
+  if value is None or value is ... or isinstance(value, (bool, int, float, complex, str, bytes)):
     yield f"{type(value).__name__} {value!r}"
   elif isinstance(value, types.FunctionType):
     cells = [cell.cell_contents for cell in value.__closure__ or ()]
@@ -96,6 +111,9 @@ def _parts(value: Any, inside: tuple[int, ...]) -> Iterator[str]:
     yield value.co_code.hex()
     for part in (value.co_names, value.co_varnames, value.co_freevars, value.co_consts):
       yield from _parts(part, inside)
+  elif isinstance(value, slice):
+    yield "slice"
+    yield from _parts((value.start, value.stop, value.step), inside)
   elif isinstance(value, functools.partial):
     yield from _parts((value.func, value.args, value.keywords), inside)
   elif dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -112,6 +130,11 @@ def _parts(value: Any, inside: tuple[int, ...]) -> Iterator[str]:
   elif isinstance(getattr(value, "dtype", None), np.dtype) and hasattr(value, "shape"):
     array = np.asarray(value)
     yield f"{array.dtype} {array.shape} {hashlib.blake2b(array.tobytes()).hexdigest()}"
+  elif str(getattr(value, "dtype", "")).startswith("key<"):
+    import jax  # Where there is a key, it is imported already.
+
+    yield str(value.dtype)
+    yield from _parts(np.asarray(jax.random.key_data(value)), inside)
   else:
     yield from _others(value, inside)
 
@@ -140,7 +163,7 @@ def _others(value: Any, inside: tuple[int, ...]) -> Iterator[str]:
     yield f"{type(value).__module__}.{type(value).__qualname__}"
     yield from _parts(dict(vars(value)), inside)
   else:
-    yield f"{os.getpid()} {id(value)} {value!r}"
+    yield f"{_unknown()}{id(value)} {value!r}"
 
 
 def _lookup(module: Any, name: str) -> Any:

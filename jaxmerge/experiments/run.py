@@ -7,7 +7,7 @@ import pathlib
 from collections.abc import Callable
 from typing import Any  # Any: configs and records are plain trees.
 
-from jaxmerge.experiments import events, phases, results, schema, setup
+from jaxmerge.experiments import events, identity, phases, results, schema, setup
 from jaxmerge.experiments import workdir as workdirs
 from jaxmerge.io.disk import shared
 from jaxmerge.parallel import processes
@@ -37,7 +37,8 @@ def run(
 
   Raises:
     Stopped: where `stop` said yes; rounds are saved, a phase that is not done will start anew.
-    ValueError: if the folder holds a run of another config, or another run is at work in it.
+    ValueError: if the folder holds a run of another config, or of a user's experiment whose code or
+      rows have changed, or another run is at work in it.
   """
   folder, plain = (
     pathlib.Path(workdir),
@@ -48,8 +49,10 @@ def run(
     if record := workdirs.read_finished(folder, plain):
       return record
     ready = setup.prepare(plain, folder, events.Events(progress, stop))
+    identity.check(folder, plain["experiment"], ready.problem)
     if processes.is_first():
       workdirs.claim(folder, plain)
+      identity.write(folder, plain["experiment"], ready.problem)
     return compare(ready)
 
 

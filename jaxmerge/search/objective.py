@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable  # Any: models, candidates.
 
 import numpy as np
@@ -44,7 +44,7 @@ class SearchResult(NamedTuple):
   trials: list[Trial]
 
 
-Strategy = Generator[Sequence[Any], list[float], Trial | None]
+Strategy = Generator[Iterable[Any], list[float], Trial | None]
 
 
 @runtime_checkable
@@ -95,9 +95,9 @@ def weighted_sums(models: Tree, score: Score, name: str = "the soup") -> Scored:
   return Scored(model, score, name)
 
 
-def exhaustive(candidates: Sequence[Any]) -> Strategy:
+def exhaustive(candidates: Iterable[Any]) -> Strategy:
   """Asks for all candidates at once."""
-  yield candidates
+  yield list(candidates)
   return None
 
 
@@ -137,7 +137,7 @@ def run(objective: Objective, strategy: Strategy) -> SearchResult:
   scores: Any = None  # Starts the generator.
   while True:
     try:
-      candidates = strategy.send(scores)
+      candidates = list(strategy.send(scores))  # It is read twice below.
     except StopIteration as end:
       return _result(objective, trials, best, end.value)
     scores = []

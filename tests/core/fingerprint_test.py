@@ -13,7 +13,7 @@ import pytest
 from jaxmerge import methods
 from jaxmerge.catalog import lookup
 from jaxmerge.core import stage
-from jaxmerge.core.fingerprint import fingerprint, placeless, stages
+from jaxmerge.core.fingerprint import fingerprint, placeless, stable_fingerprint, stages
 
 
 def damped(factor, power=1):
@@ -113,6 +113,19 @@ def test_what_functions_use_by_name_is_seen(monkeypatch):
 
 
 FACTOR = 2.0
+
+
+@pytest.mark.parametrize(
+  "value",
+  [lambda x: x[..., None], lambda x: x[1:3], slice(1, None), jax.random.key(3), methods.ties()],
+  ids=["ellipsis", "slice in code", "slice", "key", "method"],
+)
+def test_what_every_process_knows_again_has_a_stable_digest(value):
+  assert stable_fingerprint(value) == fingerprint(value)
+
+
+def test_what_one_process_knows_alone_has_no_stable_digest():
+  assert stable_fingerprint([1, object()]) is None
 
 
 def test_another_process_agrees():

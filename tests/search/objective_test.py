@@ -23,6 +23,13 @@ def test_the_first_of_the_best_is_the_result_with_all_trials():
   assert result.trials == [(0, 1.0), (1, 3.0), (2, 2.0), (3, 3.0)]
 
 
+def test_candidates_may_be_an_iterator():
+  """As those of `grid.candidates` are: each has its own score."""
+  assert run([1.0, 3.0, 2.0, 0.0], objective.exhaustive(iter(range(4)))) == run(
+    [1.0, 3.0, 2.0, 0.0]
+  )
+
+
 def test_nan_is_never_the_best_and_a_warning_says_so():
   with pytest.warns(UserWarning, match="places: 2 of 3 candidates have NaN .* such as 0"):
     result = run([NAN, 1.0, NAN])
