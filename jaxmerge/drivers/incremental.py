@@ -171,6 +171,7 @@ def _update(
     raise
   like = jax.tree.map(functools.partial(_first, state["count"]), state["like"], params)
   refuse_nonfinite(params, name or "passed to update")
+  _refuse_nonfinite_statistics(each)
   return {"count": state["count"] + 1, "held": accumulated, "like": like}
 
 
@@ -250,6 +251,13 @@ def refuse_empty(state: State) -> None:
   """Raises ValueError for the state of no model."""
   if not isinstance(state["count"], jax.core.Tracer) and int(state["count"]) == 0:
     raise ValueError("update has seen no model: there is nothing to finalize.")
+
+
+def _refuse_nonfinite_statistics(statistics: Mapping[str, Mapping[str, Any]]) -> None:
+  if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(statistics)):
+    return
+  for leaf in sorted({n for leaves in statistics.values() for n in leaves}):
+    finiteness.refuse_statistics(leaf, statistics_.of_leaf(statistics, leaf))
 
 
 def refuse_nonfinite(params: Tree, name: str) -> None:

@@ -173,6 +173,9 @@ def test_models_that_come_one_after_the_other_bring_theirs():
   small.close(merge.finalize(state), merged("fisher"))
   with pytest.raises(ValueError, match="reads the statistic 'fisher': give statistics="):
     merge.update(state, {n: x[0] for n, x in MODELS.items()})
+  bad = {"fisher": {**each[0]["fisher"], "vector": np.full_like(BASE["vector"], np.nan)}}
+  with pytest.raises(ValueError, match="statistic 'fisher' of leaf 'vector' has NaN"):
+    merge.update(state, {n: x[0] for n, x in MODELS.items()}, statistics=bad)
 
 
 def test_statistics_follow_the_models_that_names_put_in_order():

@@ -146,7 +146,7 @@ def _last(
   """Returns the step that makes the result of a file: its provenance is that of all."""
   text = io.StringIO(text, newline=None).read()  # Whatever its lines end with.
   plan = plan._replace(
-    facts={"recipe": text, **facts, **plan.facts},
+    facts={**plan.facts, "recipe": text, **facts, **plan.facts},  # Those of the plan come first.
     texts={**plan.texts, RECIPE: text},
     earlier={str(step.recipe.name): step.plan for step in steps},
   )
