@@ -149,7 +149,7 @@ def find_matrix(
 
 
 def _is_explicit(rule: layouts.Rule) -> bool:
-  """Tells whether the caller's layout names a leaf."""
+  """Returns whether the caller's layout names a leaf."""
   return rule.reason.startswith("layout ")
 
 

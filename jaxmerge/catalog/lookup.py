@@ -45,7 +45,7 @@ def check(method: str, settings: Mapping[str, Any]) -> None:
 
 
 def knows(name: str) -> bool:
-  """Tells whether some method has a parameter of this name."""
+  """Returns whether some method has a parameter of this name."""
   return any(name in e.parameters for e in METHODS.values())
 
 

@@ -36,7 +36,7 @@ class Parameter(NamedTuple):
 
   @property
   def number(self) -> bool:
-    """Tells whether values may be arrays."""
+    """Returns whether values may be arrays."""
     return not (self.choices or self.static)
 
   @property
@@ -70,7 +70,7 @@ class Parameter(NamedTuple):
 
 
 def plain(value: Any) -> bool:
-  """Tells whether a value is a Python number, or a sequence of them.
+  """Returns whether a value is a Python number, or a sequence of them.
 
   Example:
     >>> plain(0.5), plain((0.5, 1)), plain("0.5")

@@ -1,9 +1,9 @@
 """How libraries lay out their weights: matrix views of leaves by their names and shapes.
 
-A Flax `kernel` lies [in, out], a `weight` of PyTorch [out, in]; an embedding is looked up and is no
-matrix. Where a name leaves it open, what lies beside a leaf decides: the length of its bias, the
-other matrices of the same experts, an axis that a whole stack of layers shares. What nothing
-decides is said to be open. Free of jax.
+A Flax `kernel` is [in, out], a PyTorch `weight` is [out, in]; an embedding is a lookup table, not a
+matrix. If the name does not decide the layout, neighbouring leaves do: the length of the bias, the
+other matrices of the same experts, an axis shared by a whole stack of layers. If nothing decides,
+the rule is marked as open. Does not import jax.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def rules(shapes: Shapes) -> dict[str, Rule]:
   """Returns the rule of each leaf of a model, by names and shapes alone.
 
   Args:
-    shapes: of all leaves, without a task axis. What is missing cannot help to decide.
+    shapes: shapes of all leaves, without a task axis. Pass every leaf: neighbours help to decide.
 
   Example:
     >>> table = rules({"up/kernel": (4, 8), "up/bias": (8,), "wte.weight": (50, 4)})
@@ -74,7 +74,7 @@ class _Model:
     return self._stacked(name) or _open(shape)
 
   def _vectors(self, name: str) -> Rule:
-    """A bias or scale of more axes: one vector a layer or expert, if its matrix is so stacked."""
+    """Reads a bias or scale of several axes as one vector per layer or expert, if its matrix is."""
     words, shape = self.names[name], self.shapes[name]
     word = re.sub(r"_?bias$", "", words.leaf)
     beside = (word, f"{word}_weight") if word not in ("", words.leaf) else ("kernel", "weight", "w")
@@ -87,7 +87,7 @@ class _Model:
     return Rule("l" * many + "i" * (len(shape) - many) if many else None, "vectors")
 
   def _is_lookup(self, name: str) -> bool:
-    """Tells whether a leaf is a table whose entries are looked up, such as an embedding."""
+    """Returns whether a leaf is a lookup table, such as an embedding."""
     words = self.names[name]
     fits = len(self.shapes[name]) == 2 and self._beside(name, None) is None
     return leaf_names.is_table(words) and (fits or words.leaf != "weight")
@@ -95,7 +95,7 @@ class _Model:
   # --- Stacks of layers ---
 
   def _stacks(self) -> dict[tuple[str, ...], int | None]:
-    """By the path of a stack of layers: the axis that all its leaves share; None: it is unsure."""
+    """Maps the path of each stack of layers to the axis its leaves share, or None if unsure."""
     inside: dict[tuple[str, ...], list[str]] = {}
     for name in self.names:
       for path in self._paths(name):
@@ -104,7 +104,7 @@ class _Model:
     for path, leaves in inside.items():
       each = [self.shapes[n] for n in leaves]
       axes = [p for p in range(min(map(len, each))) if len({s[p] for s in each}) == 1]
-      # Vectors of single layers have one axis, stacked ones two: they tell.
+      # Vectors decide: those of a single layer have one axis, stacked ones have two.
       sure = len(axes) == 1 and any(self._is_stacked_vector(n) for n in leaves)
       sure = sure and all(len(s) > 1 for s in each)
       if axes and any(len(s) > 2 for s in each) and len(set(each)) > 1 and (sure or _many(path)):
@@ -117,13 +117,13 @@ class _Model:
     return bool(vector) and len(self.shapes[name]) > 1
 
   def _paths(self, name: str) -> list[tuple[str, ...]]:
-    """The paths to a leaf that end in what a stack of layers may be called, without a number."""
+    """Lists the paths to a leaf that end in a name for a stack of layers, without a number."""
     parts = self.names[name].parts
     ends = [at + 1 for at, p in enumerate(parts[:-1]) if _STACK.fullmatch(p.lower())]
     return [parts[:at] for at in ends if not parts[at].isdigit()]
 
   def _stacked(self, name: str) -> Rule | None:
-    """The rule of a matrix, without the axis of the layers if it lies in a stack of these."""
+    """Returns the rule of a matrix, without the layer axis if it is part of a stack of layers."""
     shape, paths = self.shapes[name], self._paths(name)
     axes = [self.stacks[p] for p in paths if p in self.stacks]
     if len(shape) < 3 or not paths:
@@ -142,7 +142,7 @@ class _Model:
     return Rule(view, f"{rule.reason}, layers along axis {axis}")
 
   def _beside(self, name: str, axis: int | None) -> Shape | None:
-    """The shape of the bias beside a leaf, without the axis of the layers."""
+    """Returns the shape of the bias next to a leaf, without the layer axis."""
     words = self.names[name]
     biases = [re.sub(r"(kernel|weight)$", "bias", words.leaf), f"{words.leaf}_bias"]
     for word in ["b"] if words.leaf == "w" else biases:
@@ -153,7 +153,7 @@ class _Model:
     return None
 
   def _matrix(self, name: str, shape: Shape, axis: int | None) -> Rule | None:
-    """The rule of a leaf of two or more axes, by what it is called and what lies beside it."""
+    """Returns the rule of a leaf of two or more axes, from its name and its neighbours."""
     words, bias = self.names[name], self._beside(name, axis)
     raw = words.leaf != "kernel" and words.is_up_or_down and not words.is_of_attention
     if len(shape) == 3 and (raw or words.is_of_experts):
@@ -172,7 +172,7 @@ class _Model:
     return None
 
   def _heads(self, words: Name, shape: Shape, axis: int | None) -> Rule | None:
-    """A kernel of attention with an axis of heads: those into and out of these must fit."""
+    """Returns the rule of an attention kernel with a head axis, if its neighbours agree."""
     if len(set(shape)) == 1 or (len(shape) > 3 and "kv" not in words.module):
       return None
     for parts, other in self.by_parts.items():
@@ -188,7 +188,7 @@ class _Model:
     return None
 
   def _reads_one_channel(self, name: str) -> bool:
-    """Tells whether a leaf is a convolution of one channel, which is the input or stands alone."""
+    """Returns whether a leaf is a convolution of one channel: of the input, or depthwise."""
     words, shape = self.names[name], self.shapes[name]
     if len(shape) < 3 or words.leaf not in ("kernel", "weight"):
       return False
@@ -198,7 +198,7 @@ class _Model:
 
   @functools.cached_property
   def turned(self) -> dict[str, set[str]]:
-    """By module name: the views that biases and shapes decide, of weights of two axes."""
+    """Maps module names to the views of two-axis weights that biases and shapes decide."""
     views: dict[str, set[str]] = {}
     for name, words in self.names.items():
       shape = self.shapes[name]
@@ -209,7 +209,7 @@ class _Model:
     return views
 
   def _two(self, name: str, shape: Shape, bias: Shape | None) -> Rule | None:
-    """A weight of two axes: [out, in], but as GPT-2's Conv1D and others have it [in, out]."""
+    """Returns the rule of a two-axis weight: [out, in], or [in, out] as in GPT-2's Conv1D."""
     words = self.names[name]
     rule = _by_bias(shape, bias) or _conv1d(words, shape)
     if rule is not None:
@@ -226,12 +226,12 @@ class _Model:
 
   @functools.cached_property
   def width(self) -> int | None:
-    """The width of the model: that of its lookups, if they agree."""
+    """Returns the width of the model, which is that of its lookup tables, if they agree."""
     widths = {s[-1] for n, s in self.shapes.items() if len(s) == 2 and self._is_lookup(n)}
     return widths.pop() if len(widths) == 1 else None
 
   def _experts(self, name: str, shape: Shape, axis: int | None, bias: Shape | None) -> Rule | None:
-    """Experts of one tensor, each a matrix: which way they lie follows from the others there."""
+    """Returns the rule of experts stored in one tensor; its neighbours decide the order."""
     words = self.names[name]
     if bias is not None and len(bias) == 2 and shape[1] != shape[2] and bias[1] in shape[1:]:
       return Rule("boi" if bias[1] == shape[1] else "bio", "experts")
@@ -241,7 +241,7 @@ class _Model:
     return Rule(orders.pop(), "experts") if len(orders) == 1 else None
 
   def _orders(self, name: str, axis: int | None) -> set[str]:
-    """The orders that the projections up and down of the same experts allow together."""
+    """Returns the orders that fit both the up and the down projections of the same experts."""
     path = self.names[name].parts
     at = len(path) - (2 if self.names[name].leaf in ("weight", "kernel") else 1)
     ups, downs = [], []
@@ -274,7 +274,7 @@ def _orders_of(up: Shape, downs: Iterable[Shape], width: int | None) -> set[str]
 
 
 def _many(path: tuple[str, ...]) -> bool:
-  """Tells whether a path ends in what only several layers are called."""
+  """Returns whether a path ends in a name that is only used for several layers."""
   return not _ONE.fullmatch(path[-1].lower())
 
 
@@ -283,14 +283,14 @@ def _open(shape: Shape) -> Rule:
 
 
 def _by_bias(shape: Shape, bias: Shape | None) -> Rule | None:
-  """The view of two axes of which one alone is as long as the bias: that of the outputs."""
+  """Returns the view of two axes if only one is as long as the bias: that is the output axis."""
   if bias is None or len(bias) != 1 or shape[0] == shape[1] or bias[0] not in shape:
     return None
   return Rule("oi" if bias[0] == shape[0] else "io", "length of its bias")
 
 
 def _conv1d(words: Name, shape: Shape) -> Rule | None:
-  """The view of what GPT-2 has as [in, out], and others under the same names as [out, in]."""
+  """Returns the view of weights that are [in, out] in GPT-2 and [out, in] in other models."""
   longer = _CONV1D.get(words.module)
   if longer is None or shape[0] == shape[1]:
     return None

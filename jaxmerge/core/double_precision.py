@@ -1,4 +1,4 @@
-"""Merging in 64 bits: what has them is merged in them, whatever JAX is set to."""
+"""Merging in 64 bits: 64-bit leaves are merged in 64 bits, whether or not JAX enables x64."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ R = TypeVar("R")
 
 
 def is_wide(x: Any) -> bool:
-  """Tells whether a leaf has floating-point numbers of 64 bits.
+  """Returns whether a leaf has floating-point numbers of 64 bits.
 
   Example:
     >>> is_wide(np.ones(2)), is_wide(jnp.ones(2)), is_wide(np.arange(2))
@@ -27,7 +27,7 @@ def is_wide(x: Any) -> bool:
 
 
 def is_narrowed(dtype: Any) -> bool:
-  """Tells whether JAX, as it is set now, makes a dtype a narrower one.
+  """Returns whether JAX's current configuration narrows a dtype.
 
   Example:
     >>> is_narrowed(np.float64), is_narrowed(np.int32)
@@ -37,9 +37,9 @@ def is_narrowed(dtype: Any) -> bool:
 
 
 def context(*trees: Any) -> contextlib.AbstractContextManager[Any]:
-  """Makes JAX compute in 64 bits where leaves have them; else leaves it as it is.
+  """Returns a context that enables 64-bit computation if any leaf has 64 bits.
 
-  What is being traced has the width of its program, which cannot be changed within.
+  Traced leaves do not count: the width of the program being traced cannot change inside it.
 
   Example:
     >>> with context({"w": np.ones(2)}):
@@ -54,9 +54,9 @@ def context(*trees: Any) -> contextlib.AbstractContextManager[Any]:
 
 
 def aware(f: Callable[P, R], *more: Any) -> Callable[P, R]:
-  """Makes a function compute in 64 bits where its arguments, or `more`, have them.
+  """Returns a function that computes in 64 bits if its arguments, or `more`, have 64 bits.
 
-  What it returns in 64 bits, and JAX as it is set would narrow at the next step, is of NumPy.
+  Results that JAX's configuration would narrow at the next operation are returned as NumPy arrays.
 
   Example:
     >>> aware(lambda x: 2 * jnp.asarray(x))(np.array([1 / 3]))
@@ -96,7 +96,7 @@ def refuse_narrowed(trees: Sequence[Mapping[str, Any]], *seen: Any) -> None:
     return
   for name, x in named:
     dtype = getattr(x, "dtype", None)
-    # What is traced has the width of its program already.
+    # Tracers already have the width of their program.
     if dtype is not None and not isinstance(x, jax.core.Tracer) and is_narrowed(dtype):
       raise _narrowing_error(name, dtype)
 

@@ -1,4 +1,4 @@
-"""What a method is, as text that is the same in every process: to know it again after a restart."""
+"""Digests of methods that are the same in every process, to recognise a method after a restart."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from typing import Any  # A method holds functions, and they hold anything.
 
 import numpy as np
 
-# What fields of a stage are called in digests.
+# Names of a stage's fields in digests, where they differ from the attribute.
 _FIELDS = {"reductions": "statistics", "hparams": "numbers"}
-# Whose functions count without what they use by name.
+# Functions of these packages count without the globals they use.
 _LIBRARIES = {"jax", "jaxlib", "jaxmerge", "numpy", "optax", "flax", "builtins", "functools"}
 
 
 def fingerprint(value: Any) -> str:
-  """Returns a digest of a method: of its functions' code and of what they hold.
+  """Returns a digest of a method, from its functions' code and the values they close over.
 
   A user's functions and numbers that these use by a global name count too; what is of a library
   counts by its name. What is not known in text form counts as different in every process.
@@ -140,7 +140,7 @@ def _parts(value: Any, inside: tuple[int, ...]) -> Iterator[str]:
 
 
 def _fields(value: Any) -> dict[str, Any]:
-  """The fields of a dataclass; those of a stage as digests, which are on disk, have them."""
+  """Returns the fields of a dataclass; a stage's under the names that digests on disk use."""
   fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.name != "key"}
   if (type(value).__module__, type(value).__qualname__) == ("jaxmerge.core.stage", "Stage"):
     read = fields.pop("statistics")
@@ -150,7 +150,7 @@ def _fields(value: Any) -> dict[str, Any]:
 
 
 def _others(value: Any, inside: tuple[int, ...]) -> Iterator[str]:
-  """What is known by its name, by its attributes, or not at all."""
+  """Yields the text of values known by name, by attributes, or not at all."""
   module = getattr(value, "__module__", None)
   name = getattr(value, "__qualname__", None) or getattr(value, "__name__", None)
   if isinstance(value, types.ModuleType):
@@ -167,7 +167,7 @@ def _others(value: Any, inside: tuple[int, ...]) -> Iterator[str]:
 
 
 def _lookup(module: Any, name: str) -> Any:
-  """What a module has under a name; None if there is nothing."""
+  """Returns a module's attribute by name, or None."""
   value = sys.modules.get(module) if isinstance(module, str) else None
   for part in name.split("."):
     value = getattr(value, part, None)
@@ -175,7 +175,7 @@ def _lookup(module: Any, name: str) -> Any:
 
 
 def _globals_of(function: types.FunctionType) -> dict[str, Any]:
-  """The functions, numbers and texts of a user's module that a function uses by name."""
+  """Returns the functions, numbers and strings of a user's module that a function refers to."""
   if (function.__module__ or "").partition(".")[0] in _LIBRARIES:
     return {}
   used = {

@@ -1,4 +1,4 @@
-"""Resolving a method's numbers: the caller's values in place of defaults, checked and in order."""
+"""Resolves hyperparameters: the caller's values replace defaults, checked and in model order."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def resolve(
   num_models: int,
   copied: Collection[str] = (),
 ) -> dict[str, Any]:
-  """Returns the method's numbers by name: one value, or a dict with one per merged leaf.
+  """Returns the method's hyperparameters by name: one value, or a dict with one per merged leaf.
 
   Args:
     method: the method, with its defaults.
@@ -34,8 +34,8 @@ def resolve(
     copied: names of leaves that are not merged: trees of values may have them too.
 
   Raises:
-    ValueError: for unknown, missing or ill-shaped numbers, and for numbers out of range where their
-      values can be looked at.
+    ValueError: for unknown, missing or ill-shaped hyperparameters, and for values out of range
+      where they are concrete.
   """
   values = stage.hparams(method)
   for name, value in hparams.items():
@@ -61,11 +61,11 @@ def resolve(
 def _by_leaf(
   name: str, value: Any, shapes: Shapes, num_models: int, copied: Collection[str]
 ) -> Any:
-  """Takes a tuple of numbers that is built like the tree for one number a leaf: as a dict of them.
+  """Reads a tuple with the structure of the tree as one value per leaf, and returns a dict.
 
   Raises:
-    ValueError: for a list or tuple that may as well be one number a model, and for a named tuple
-      whose fields are no leaves.
+    ValueError: for a list or tuple that could also be one value per model, and for a named tuple
+      whose fields are not leaves.
   """
   if not isinstance(value, (list, tuple)) or not lookup.plain(value):
     return value
@@ -84,7 +84,7 @@ def _by_leaf(
 def order_models(
   names: Sequence[str] | None, num_models: int, *, keep: bool
 ) -> tuple[Any, np.ndarray]:
-  """Returns the models' order by tag, None where the caller's stays, and their tags."""
+  """Returns the models' order by tag (None if the caller's order stays) and their tags."""
   labels = [str(k) for k in range(num_models)] if names is None else list(names)
   tags = np.array([tree.tag(n) for n in labels], np.uint32)
   if len(labels) != num_models or len(set(tags.tolist())) != num_models:
@@ -105,7 +105,7 @@ def permute(value: Any, order: np.ndarray) -> Any:
 
 
 def arrays(values: Mapping[str, Any]) -> dict[str, Any]:
-  """Makes arrays of plain numbers, so that another value is not another program."""
+  """Converts plain numbers to arrays, so that a new value does not compile again."""
   return {
     name: jax.tree.map(lambda v, n=name: _array(n, v), value, is_leaf=lookup.plain)
     for name, value in values.items()
@@ -117,7 +117,7 @@ def group(
 ) -> Group:
   """Describes a group of leaves to `Stage.init`.
 
-  A number per leaf is a number of the group where the group is that leaf; else the group lacks it.
+  A value per leaf is part of the group only if the group is that one leaf.
   """
   alone = len(names) == 1
   hparams = {
@@ -149,7 +149,7 @@ def _check_value(
 
 
 def _values_by_leaf(value: Any, shapes: Shapes) -> dict[str, Any]:
-  """Values by leaf; lists in a tree are one number a model where they are no leaves themselves."""
+  """Returns values by leaf; a list in the tree is one value per model unless it holds leaves."""
   by_leaf = tree.named(value)
   if shapes.keys() <= by_leaf.keys():
     return by_leaf
@@ -164,7 +164,7 @@ def _values_by_leaf(value: Any, shapes: Shapes) -> dict[str, Any]:
 
 
 def _check(name: str, label: str, value: Any, num_models: int) -> None:
-  """Refuses one value of a hyperparameter that is ill-shaped, or is known to be out of range."""
+  """Raises ValueError if a hyperparameter's value is ill-shaped or known to be out of range."""
   shape = tuple(np.shape(value))
   if name == "seed" and shape:
     raise ValueError(f"{label} must be one whole number, such as 0, got values of shape {shape}.")
@@ -185,7 +185,7 @@ def _check(name: str, label: str, value: Any, num_models: int) -> None:
 def _array(name: str, value: Any) -> Any:
   if not lookup.plain(value):
     return value
-  # Double precision is cut to float32 at the border of a compiled program, unless x64 is on.
+  # A compiled program narrows float64 arguments to float32 unless x64 is enabled.
   return np.asarray(value, np.uint32 if name == "seed" else np.float64)
 
 

@@ -50,12 +50,12 @@ def check_models(base: Tree, models: Tree, reference: Tree) -> None:
 
 
 class Ready(NamedTuple):
-  """What is resolved before a merge, as arrays: arguments of compiled programs.
+  """Everything resolved before a merge, as arrays: the arguments of compiled programs.
 
   Attributes:
     hparams: hyperparameters by name, or by name and leaf.
     tags: of the models, in the order in which they are merged.
-    order: where each of these was in the caller's stack; None: there.
+    order: position of each model in the caller's stack; None: the order is unchanged.
     stats: for each stage, by group, what its `init` returns.
   """
 
@@ -85,7 +85,7 @@ def prepare(
 
   Raises:
     ValueError: for unknown, missing or ill-shaped hyperparameters, for names that are not K
-      different ones, and for a leaf that no combiner will touch.
+      distinct names, and for a leaf that no combiner will touch.
   """
   order, tags = hyperparameters.order_models(names, num_models, keep=stage.ordered(method))
   values = hyperparameters.resolve(method, hparams, shapes, num_models, copied)
@@ -105,14 +105,14 @@ def prepare(
 
 
 class Slice(NamedTuple):
-  """A leaf, or a part of it, as every driver hands it to the stages.
+  """A leaf, or a part of it, as every driver passes it to the stages.
 
   Attributes:
     base: the base's part [*s], or None.
     reference: what is subtracted from the models, if not the base.
     models: the stack's part [K, *s].
     statistics: by name, [K, *s] as the models or [K, ...] whole, as the method declares.
-    leaf: a `Leaf`, what stages know of it besides; None until the driver describes it.
+    leaf: the `Leaf` that stages receive with it; None until the driver describes it.
     offsets: for each stage, entries of the leaves before this one in its group.
   """
 
@@ -128,10 +128,10 @@ class Part(NamedTuple):
   """A slice between two stages.
 
   Attributes:
-    x: the stack, or of `join` the stack within it.
-    leaf: what the next stage knows of it.
-    statistics: those of all stages.
-    pending: the stacks that `join` keeps aside, the last one first to be read.
+    x: the stack; inside a `join`, the inner stack.
+    leaf: the `Leaf` that the next stage receives.
+    statistics: statistics of all stages.
+    pending: stacks that `join` saved, last in, first out.
   """
 
   x: Array
@@ -141,11 +141,11 @@ class Part(NamedTuple):
 
 
 def begin(piece: Slice, least: Any = np.float32, *, subtracted: bool = False) -> Part:
-  """Takes the task vectors of a slice, or its weights where there is nothing to subtract.
+  """Returns the task vectors of a slice, or its weights if there is no base.
 
   Args:
     piece: the slice, its leaf described.
-    least: the dtype to compute in, or a wider one.
+    least: the narrowest dtype to compute in.
     subtracted: the models are task vectors already.
   """
   base = piece.base if piece.reference is None else piece.reference
@@ -154,17 +154,17 @@ def begin(piece: Slice, least: Any = np.float32, *, subtracted: bool = False) ->
 
 
 def observe(step: Stage, part: Part) -> tuple[Any, Leaf]:
-  """Returns what a stage measures: the stack, or of `join` the pair, and the leaf."""
+  """Returns the input of a stage's reductions: the stack (for `join`, the pair) and the leaf."""
   x = (part.pending[-1], part.x) if step.keep == "pop" else part.x
   return x, _leaf_for(step, part)
 
 
 def apply(step: Stage, part: Part, stats: Any, view: str | None) -> Part:
-  """Applies one stage to a part that has the leaf's axes, or is flat for a stage of entries.
+  """Applies one stage to a part, which has the leaf's axes or, for elementwise stages, is flat.
 
   Args:
     step: the stage.
-    part: what the stages before it left.
+    part: output of the stages before it.
     stats: results of the reductions of the leaf's group.
     view: the leaf's matrix view.
   """
@@ -184,7 +184,7 @@ def apply(step: Stage, part: Part, stats: Any, view: str | None) -> Part:
 
 
 def _leaf_for(step: Stage, part: Part) -> Leaf:
-  """What a stage knows of a leaf: of the statistics, those that it declares."""
+  """Returns the leaf with only the statistics that the stage declares."""
   declared = {n: v for n, v in part.statistics.items() if n in step.statistics}
   return part.leaf._replace(statistics=declared)
 
@@ -192,7 +192,7 @@ def _leaf_for(step: Stage, part: Part) -> Leaf:
 # A separate program: leaves of one shape are traced, rewritten and batched once.
 @functools.partial(jax.jit, static_argnames=("step", "view"))
 def _update(step: Stage, x: Array, leaf: Leaf, stats: Any, *, view: str | None) -> Array:
-  if not x.size:  # There are no rows, or no entries in them.
+  if not x.size:  # No rows, or empty rows.
     return x[:1] if step.combines else x
   if step.unit == "entry":
     return step.update(x, leaf, stats)
@@ -241,7 +241,7 @@ def leaf_of(name: str, ready: Ready) -> Leaf:
 
 
 def task_vectors(x: Array, reference: Array | None, least: Any = np.float32) -> Array:
-  """Returns models - reference, [K, *s], in the dtype to compute in, of at least this width."""
+  """Returns models - reference, [K, *s], in the compute dtype, at least as wide as `least`."""
   if reference is None:
     return x.astype(tree.compute_dtype(least, x.dtype))
   # Upcast before subtracting: bfloat16 loses the low bits of a small task vector.
@@ -253,7 +253,7 @@ def add_to_base(name: str, merged: Array, base: Array | None, dtype: Any) -> Arr
   """Adds a merged task vector [1, *s] to the base, and casts: [1, *s] -> [*s].
 
   Raises:
-    ValueError: if there is not one.
+    ValueError: if more than one model is left.
   """
   hyperparameters.refuse_unmerged(name, merged.shape[0])
   return store(merged, base, dtype)[0]

@@ -22,8 +22,8 @@ class Rule(NamedTuple):
   Attributes:
     view: a letter for each axis, see `jaxmerge.core.matrix_views`; None: the leaf has no rows or
       columns.
-    reason: in words.
-    open: whether neither name nor shape decide; the view then only says that rows are along the
+    reason: the reason, in words.
+    open: whether neither name nor shape decides; the view then only says that rows are along the
       last axis.
   """
 
@@ -33,7 +33,7 @@ class Rule(NamedTuple):
 
 
 def kernel(words: Name, shape: Shape, bias: Shape | None, *, alone: bool) -> Rule | None:
-  """Returns the rule of a kernel of Flax: outputs last, as many axes as its bias has."""
+  """Returns the rule of a Flax kernel: outputs are last, with as many axes as the bias."""
   module = words.module
   if len(shape) == 2:
     return Rule("io", "kernel")
@@ -56,7 +56,7 @@ def kernel(words: Name, shape: Shape, bias: Shape | None, *, alone: bool) -> Rul
 
 
 def torch_convolution(module: str, shape: Shape, bias: Shape | None, *, alone: bool) -> Rule | None:
-  """Returns the rule of a convolution of PyTorch, [out, in, window] or turned [in, out, window]."""
+  """Returns the rule of a PyTorch convolution: [out, in, window], transposed [in, out, window]."""
   rest = "i" * (len(shape) - 2)
   turned = bool(_TURNED.search(module))
   if bias is not None:
@@ -83,7 +83,7 @@ def _convolution(
   apart: str,
   unsure: bool = False,
 ) -> Rule | None:
-  """A convolution; of one channel it may be that each filter stands alone, and is no matrix."""
+  """Returns the rule of a convolution; with one channel it may be depthwise, and no matrix."""
   named = "conv" in module or "patch" in module
   if not named and (unsure or max(window, default=0) > WINDOW):
     return None

@@ -1,8 +1,9 @@
-"""Which leaf has which matrix view: what a caller says, else the conventions of its library.
+"""Resolves the matrix view of each leaf: the caller's layout first, then library conventions.
 
-One rule for models in memory, files and the loop. A `layout` is a sequence of (regular expression,
-view); the first that matches in a leaf's name counts, and None for a view says that the leaf is no
-matrix. Leaves that none of them names have the view of `jaxmerge.core.conventions`. Free of jax.
+The same rule serves models in memory, files and the training loop. A `layout` is a sequence of
+(regular expression, view); the first match in a leaf's name wins, and the view None means that the
+leaf is no matrix. Leaves without a match get the view of `jaxmerge.core.conventions`. Does not
+import jax.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ SHOWN = 6  # Kinds of leaves that an error lists.
 
 
 class Table(NamedTuple):
-  """The rules of the leaves of a model, by rule; hashable, so that it may be static in a program.
+  """The leaves of a model, grouped by rule; hashable, so that it can be a static argument.
 
   Attributes:
-    groups: each rule, and the names of the leaves that have it.
+    groups: pairs of a rule and the names of its leaves.
   """
 
   groups: tuple[tuple[Rule, frozenset[str]], ...] = ()
@@ -44,11 +45,11 @@ class Table(NamedTuple):
 
 
 class Unit(NamedTuple):
-  """What a stage of a method sees at a time, as far as views matter.
+  """The part of a leaf that a stage processes at a time, as far as views matter.
 
   Attributes:
     unit: "entry", "row" or "matrix".
-    lookups: what it takes an entry of a lookup for: a row, a column, or no part of a matrix.
+    lookups: whether an entry of a lookup table is a row, a column, or not part of a matrix (None).
     where: the leaves that the stage acts on, by name; None: all.
   """
 
@@ -63,17 +64,17 @@ NONE = Table()
 def of(method: Iterable[Any], base: Any, *, layout: Layout | Table | None = ()) -> dict[str, Rule]:
   """Returns the matrix view that each leaf has for a method, and why.
 
-  Leaves whose view is None are no matrices to the method: what becomes of them is said at each
-  method. Letters of a view are those of `jaxmerge.core.matrix_views`; of a lookup, such as an
-  embedding, `l` counts the entries.
+  Leaves whose view is None are not matrices for the method; each method documents how it merges
+  them. `jaxmerge.core.matrix_views` explains the letters; in a lookup table, such as an embedding,
+  `l` is the axis of the entries.
 
   Args:
-    method: what `jaxmerge.methods` makes.
+    method: a method, such as `jaxmerge.methods` returns.
     base: tree of arrays [*s], or of their shapes.
     layout: matrix views, as for `jaxmerge.merge`.
 
   Raises:
-    ValueError: where `jaxmerge.merge` would, for a layout that does not fit, or does not suffice.
+    ValueError: as `jaxmerge.merge` does, if the layout does not fit or leaves a view open.
 
   Example:
     >>> import jax.numpy as jnp, jaxmerge
@@ -82,7 +83,7 @@ def of(method: Iterable[Any], base: Any, *, layout: Layout | Table | None = ()) 
     >>> {name: (rule.view, rule.reason) for name, rule in by_leaf.items()}
     {'dense/bias': (None, 'vector'), 'dense/kernel': ('io', 'kernel')}
   """
-  from jaxmerge.core import tree  # With jax, which planning does without.
+  from jaxmerge.core import tree  # Imports jax, which planning does not need.
 
   leaves = tree.named(base)
   shapes = {n: tuple(x.shape) for n, x in leaves.items() if tree.is_floating(x)}
@@ -97,7 +98,7 @@ def of(method: Iterable[Any], base: Any, *, layout: Layout | Table | None = ()) 
 
 
 def check(layout: Any) -> Layout:
-  """Returns a layout as a tuple of pairs; ValueError for what is none.
+  """Returns a layout as a tuple of pairs, or raises ValueError if it is not a layout.
 
   Example:
     >>> check([("kernel$", "ix")])
@@ -133,17 +134,17 @@ def resolve(
   *,
   names: Iterable[str] | None = None,
 ) -> Table:
-  """Settles which leaf has which view for a method; no rules where it needs none.
+  """Resolves the view of each leaf for a method; the table is empty if it needs no views.
 
   Args:
     method: the method.
-    shapes: of the leaves that are merged, without a task axis.
-    layout: what the caller says; a table is settled already.
-    names: of all leaves, where some are not merged: a pattern may be for these.
+    shapes: shapes of the merged leaves, without a task axis.
+    layout: the caller's layout; a table is already resolved.
+    names: names of all leaves, if some are not merged: a pattern may match only those.
 
   Raises:
-    ValueError: for patterns that no leaf has, views of other axes than a leaf, leaves of which
-      neither name nor shape say how they lie, and methods of matrices that find none.
+    ValueError: for patterns that match no leaf, views with another number of axes than the leaf,
+      leaves whose layout neither name nor shape decides, and matrix methods without a matrix.
   """
   if isinstance(layout, Table):
     return layout
@@ -155,7 +156,7 @@ def resolve(
 
 
 def fit(method: Iterable[Any], shapes: Shapes, rules: Mapping[str, Rule]) -> Table:
-  """Makes a table of rules by leaf; ValueError where a method cannot work by them."""
+  """Returns the table of rules by leaf; raises ValueError if the method cannot use them."""
   for unit in units_of(method):
     if problem := find_problem(unit, rules, shapes):
       raise ValueError(problem + advice(unit, rules, shapes, _item, "\n  "))
@@ -163,13 +164,13 @@ def fit(method: Iterable[Any], shapes: Shapes, rules: Mapping[str, Rule]) -> Tab
 
 
 def of_leaves(leaves: Mapping[str, Any], layout: Layout | None = ()) -> dict[str, Rule]:
-  """Returns the rule of each leaf: what a caller says, else the conventions of its library."""
+  """Returns the rule of each leaf, from the caller's layout or else from library conventions."""
   shapes = {n: tuple(getattr(x, "shape", ())) for n, x in leaves.items()}
   return conventions.rules(shapes) | _rules_of_layout(check(layout), shapes, shapes)
 
 
 def table(rules: Mapping[str, Rule]) -> Table:
-  """Makes a table of rules by leaf."""
+  """Returns a table from rules by leaf."""
   groups = collections.defaultdict[Rule, set[str]](set)
   for name, rule in rules.items():
     groups[rule].add(name)
@@ -177,12 +178,12 @@ def table(rules: Mapping[str, Rule]) -> Table:
 
 
 def units_of(method: Iterable[Any]) -> list[Unit]:
-  """Returns what the stages of a method see at a time."""
+  """Returns the units of a method's stages."""
   return [Unit(step.unit, step.lookups, step.where) for step in method]
 
 
 def unit_of(spec: Any) -> Unit:
-  """Returns what a job's method sees at a time, as far as its entry says it.
+  """Returns the unit of a job's method, from its catalog entry.
 
   >>> unit_of({"method": "nuslerp", "scope": "column"})
   Unit(unit='matrix', lookups='row', where=None)
@@ -195,7 +196,7 @@ def unit_of(spec: Any) -> Unit:
 
 
 def view_for(view: str | None, unit: Unit) -> str | None:
-  """Returns the view that a stage of rows or matrices has of a leaf; None where it has none.
+  """Returns the view of a leaf for a stage of rows or matrices; None if it has none.
 
   Example:
     >>> [view_for("li", Unit("matrix", lookups)) for lookups in (None, "row", "column")]
@@ -209,7 +210,7 @@ def view_for(view: str | None, unit: Unit) -> str | None:
 
 
 def summary(table: Table, unit: Unit) -> str:
-  """Says of how many leaves a method has which view, and why; empty where it needs none.
+  """Returns how many leaves have which view, and why; empty if the method needs no views.
 
   Example:
     >>> rules = {"up": Rule("io", "kernel"), "wte": Rule("li", "lookup")}
@@ -224,13 +225,13 @@ def summary(table: Table, unit: Unit) -> str:
 
 
 def lines(method: Iterable[Any], rules: Table) -> tuple[str, ...]:
-  """Says it for each of the stages of a method that ask."""
+  """Returns the `summary` of each stage that needs views."""
   asks = dict.fromkeys(summary(rules, u) for u in units_of(method) if u.unit != "entry")
   return tuple(f"outputs and inputs: {words}" for words in asks if words)
 
 
 def find_problem(unit: Unit, rules: Mapping[str, Rule], shapes: Shapes) -> str | None:
-  """Says why a stage of matrices cannot work on leaves: how they lie is open, or none is one."""
+  """Returns why a matrix stage cannot run: a leaf's layout is open, or no leaf is a matrix."""
   if unit.unit != "matrix":
     return None
   acted = {n: r for n, r in rules.items() if unit.where is None or unit.where(n)}
@@ -251,14 +252,14 @@ def find_problem(unit: Unit, rules: Mapping[str, Rule], shapes: Shapes) -> str |
 def open_leaves(
   unit: Unit, rules: Mapping[str, Rule], shapes: Shapes
 ) -> Iterator[tuple[str, tuple[str, ...]]]:
-  """Lists the leaves that a layout should name: a pattern for those alike, and their names."""
+  """Yields the leaves that a layout should name: a pattern for similar leaves, and their names."""
   acted = [n for n in rules if unit.where is None or unit.where(n)]
   wanted = [n for n in acted if _missing(view_for(rules[n].view, unit))]
   wanted = wanted or [n for n in acted if rules[n].open]
   wanted = [n for n in wanted or acted if len(shapes[n]) > 1]
   alike: dict[tuple[str, int], list[str]] = {}
   for name in wanted:
-    # Of layers and experts; a number in the last part tells matrices apart.
+    # Numbers of layers and experts become \d+; a number in the last part distinguishes matrices.
     pattern = r"\d+".join(re.escape(p) for p in re.split(r"\d+(?=.*[/.])", name))
     alike.setdefault((pattern, len(shapes[name])), []).append(name)
   for (pattern, _), names in alike.items():
@@ -266,12 +267,12 @@ def open_leaves(
 
 
 def _missing(view: str | None) -> str:
-  """The letter without which a view is of no matrix; empty where nothing is missing."""
+  """Returns the letter that a view lacks to be a matrix view; empty if it lacks none."""
   return "" if view is None else next((letter for letter in "oi" if letter not in view), "")
 
 
 def choices(name: str, shape: Sequence[int]) -> tuple[str, ...]:
-  """Returns the views that a leaf may have, by what its name says.
+  """Returns the views that a leaf's name and shape allow.
 
   Example:
     >>> choices("w", (4, 2)), choices("experts/w1", (3, 4, 2)), choices("q/kernel", (4, 2, 2))
@@ -293,14 +294,14 @@ def choices(name: str, shape: Sequence[int]) -> tuple[str, ...]:
 
 
 def advice(unit: Unit, rules: Mapping[str, Rule], shapes: Shapes, form: Form, between: str) -> str:
-  """Ends an error by what to add to a layout; one of the views is to be chosen, not pasted.
+  """Returns the end of an error: what to add to a layout; the user chooses among the views.
 
   Args:
-    unit: what the method sees at a time.
-    rules: by leaf.
-    shapes: of the leaves.
+    unit: unit of the method.
+    rules: rules by leaf.
+    shapes: shapes by leaf.
     form: (pattern, views) -> an item.
-    between: what stands before each item.
+    between: separator before each item.
   """
   items = []
   for pattern, names in open_leaves(unit, rules, shapes):
@@ -324,7 +325,7 @@ def _item(pattern: str, views: Sequence[str]) -> str:
 def _rules_of_layout(
   said: Layout, shapes: Shapes, names: Collection[str] | Iterable[str]
 ) -> dict[str, Rule]:
-  """The rules of the leaves that a caller names."""
+  """Returns the rules of the leaves that the caller's layout matches."""
   every, declared = list(names), dict[str, Rule]()
   for pattern, view in said:
     of = [n for n in every if re.search(pattern, n)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any  # Any: whatever goes by the names of leaves.
+from typing import Any  # Any: values of any type, by leaf name.
 
 import numpy as np
 
@@ -47,5 +47,5 @@ def offsets(step: Stage, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.
 
 
 def is_coupled(method: Iterable[Stage]) -> bool:
-  """Tells whether reductions of a method are added up over several leaves."""
+  """Returns whether a method has reductions over several leaves."""
   return any(step.reductions and step.scope != "leaf" for step in method)

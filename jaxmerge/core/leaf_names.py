@@ -1,4 +1,4 @@
-"""What the name of a leaf says: the kinds of modules that libraries agree on. Free of jax."""
+"""Parses leaf names into the kinds of modules that libraries agree on. Does not import jax."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import functools
 import re
 from typing import NamedTuple
 
-_BOXES = {"value", "raw_value"}  # Flax keeps what it knows of a parameter around it.
+_BOXES = {"value", "raw_value"}  # Flax wraps a parameter in its metadata.
 _PATCHES = re.compile(r"patch|proj|mapping|linear|dense|norm|conv|(^|_)out(_|$)|head")
 _LOOKUP = re.compile(r"embed|(^|_)emb(_|$)|^wte$|^wpe$|^shared$|_table$|relative_attention_bias")
 _KIND = (
@@ -28,10 +28,10 @@ DOWN = re.compile(r"down(_proj)?|w2|wo|fc2|output_linear")
 
 
 class Name(NamedTuple):
-  """A leaf's name, taken apart: `layers/0/query/kernel/value` is kernel of query.
+  """A parsed leaf name: `layers/0/query/kernel/value` is the kernel of query.
 
   Attributes:
-    parts: of the path, without the boxes of a library around the leaf.
+    parts: parts of the path, without a library's metadata boxes around the leaf.
   """
 
   parts: tuple[str, ...]
@@ -43,7 +43,7 @@ class Name(NamedTuple):
 
   @property
   def module(self) -> str:
-    """The nearest part before the leaf that is no number."""
+    """The nearest part before the leaf that is not a number."""
     return next((p.lower() for p in reversed(self.parts[:-1]) if not p.isdigit()), "")
 
   @property
@@ -63,12 +63,12 @@ class Name(NamedTuple):
 
   @property
   def is_up_or_down(self) -> bool:
-    """Whether it is called as the matrices of a feed-forward are."""
+    """Whether its name is that of a feed-forward matrix."""
     return bool(UP.fullmatch(self.word) or DOWN.fullmatch(self.word))
 
   @property
   def is_of_attention(self) -> bool:
-    """Whether it lies in an attention, by the part of the name that experts do not have."""
+    """Whether it is part of attention, by the part of the name that experts do not have."""
     after = self.parts[self._experts_at() + 1 :]
     apart = self.is_inward or (self.is_outward and not self.is_up_or_down)
     return apart or any(_ATTENTION.search(part) for part in after)
@@ -81,7 +81,7 @@ class Name(NamedTuple):
 
   @property
   def is_fused(self) -> bool:
-    """Whether it is a matrix of all experts, whose part of the name has no number behind it."""
+    """Whether it is one matrix of all experts: no number follows their part of the name."""
     after = self.parts[self._experts_at() + 1 :]
     is_matrix = self.leaf not in ("weight", "kernel") and self.is_up_or_down
     return is_matrix and self.is_of_experts and not any(part.isdigit() for part in after)
@@ -92,7 +92,7 @@ class Name(NamedTuple):
 
 @functools.lru_cache(2**16)
 def name(text: str) -> Name:
-  """Takes a leaf's name apart.
+  """Parses a leaf's name.
 
   Example:
     >>> name("layers/0/query/kernel/value").module
@@ -105,12 +105,12 @@ def name(text: str) -> Name:
 
 
 def may_be_table(word: str) -> bool:
-  """Tells whether a word speaks of embeddings: of a table, or of a layer that makes them."""
+  """Returns whether a word refers to embeddings: a table, or a layer that computes them."""
   return bool(_LOOKUP.search(word)) and not (_PATCHES.search(word) or _HEADS.search(word))
 
 
 def is_table(words: Name) -> bool:
-  """Tells whether a leaf is called as tables are whose entries are looked up.
+  """Returns whether a leaf has the name of a lookup table.
 
   Example:
     >>> [is_table(name(f"{n}.weight")) for n in ("embed_tokens", "time_embed", "unembedding")]

@@ -1,10 +1,11 @@
 """Sums of squares of numbers of any size.
 
-A float32 has a square only from 1e-19 to 1e19: beyond it overflows, below it is zero. So a norm is
-measured of numbers over a power of two, which changes no bit of them. Where the largest number is
-at hand, that is its own power (`peak`). Where a sum is over parts of a leaf, or many leaves,
-the size of the other parts is not known: there are five windows of sizes, the sum of a part lies in
-that of its largest number, and sums add up window by window (`bin_sums`, `join_bins`).
+Squares of float32 are in range only for numbers from 1e-19 to 1e19: above, they overflow; below,
+they are zero. Norms therefore divide by a power of two first, which changes no bit. If the largest
+number is in memory, it sets the power (`peak`). If a sum is over parts of a leaf, or over many
+leaves, the magnitudes of the other parts are unknown: there are five windows of magnitude, each
+part adds to the window of its largest number, and windows are summed apart (`bin_sums`,
+`join_bins`).
 """
 
 from __future__ import annotations
@@ -26,13 +27,13 @@ _EXPONENTS: dict[int, Any] = {4: (np.uint32, 0x7F800000), 8: (np.uint64, 0x7FF00
 
 
 def peak(x: Array, axes: Sequence[int]) -> Array:
-  """Returns the power of two next below the largest magnitude along axes, 1 where that is zero.
+  """Returns the largest power of two up to the largest magnitude along axes; 1 if that is zero.
 
   Example:
     >>> peak(jnp.array([[3.0, -5.0], [0.0, 0.0]]), (1,)).tolist()
     [[4.0], [1.0]]
   """
-  if x.dtype.itemsize < 4:  # Every power of two of a narrow dtype is one of float32.
+  if x.dtype.itemsize < 4:  # float32 has every power of two of a narrower dtype.
     return peak(x.astype(jnp.float32), axes).astype(x.dtype)
   most = jnp.max(jnp.abs(lax.stop_gradient(x)), axis=tuple(axes), keepdims=True, initial=0)
   kind, mask = _EXPONENTS[x.dtype.itemsize]
@@ -42,7 +43,7 @@ def peak(x: Array, axes: Sequence[int]) -> Array:
 
 
 def norm(x: Array, axes: Sequence[int]) -> Array:
-  """Returns the norm along axes, which stay with length 1.
+  """Returns the norm along axes, which are kept with length 1.
 
   Example:
     >>> [[f"{x:.5g}"] for (x,) in norm(jnp.array([[3e30, -4e30], [0.0, 0.0]]), (1,)).tolist()]
@@ -80,19 +81,19 @@ def bin_sums(f: Callable[..., Any], *xs: Array) -> Any:
 
 
 def over(x: Array, unit: Array) -> Array:
-  """Returns a number that is not negative over the square of a unit, which is in no range itself.
+  """Divides a non-negative number by the square of a unit, which may itself be out of range.
 
   Example:
     >>> over(jnp.array([0.0, 4.0]), jnp.float32(2.0**-100)).tolist()
     [0.0, inf]
   """
-  # By the root: a compiler would make one division by the square of two by the unit.
+  # Via the root: a compiler would merge two divisions by the unit into one by its square.
   share = jnp.where(x > 0, jnp.sqrt(jnp.where(x > 0, x, 1)), 0) / unit
   return share * share
 
 
 def plain(x: Array) -> Array:
-  """Puts sums that are in range into the window for that: [...] -> [5, ...]."""
+  """Puts sums that are in range into the middle window: [...] -> [5, ...]."""
   return jnp.stack([x if k == WINDOWS // 2 else jnp.zeros_like(x) for k in range(WINDOWS)])
 
 
@@ -111,7 +112,7 @@ def join_bins(sums: Any, degree: int) -> tuple[Any, Array]:
   unit = _at(top, [np.asarray(2.0 ** (step * (k - 2)), dtype) for k in range(WINDOWS)])
 
   def one(x: Array) -> Array:
-    # Of what is two windows lower no bit is left.
+    # Sums two windows lower are too small to change a bit.
     lower = jnp.concatenate([jnp.zeros_like(x[:1]), x[:-1]]) * np.asarray(
       2.0 ** (-step * degree), dtype
     )

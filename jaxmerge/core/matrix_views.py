@@ -21,12 +21,12 @@ Array = jax.Array
 
 
 def or_row(x: Array, view: str | None) -> str:
-  """Returns the view of a stack's leaf; one row, where it has none."""
+  """Returns the view of a leaf's stack; without one, the view of a single row."""
   return "i" * (x.ndim - 1) if view is None else view
 
 
 def rows_lead(view: str | None) -> bool:
-  """Tells whether whole rows follow one another in a leaf of this view.
+  """Returns whether rows are contiguous in a leaf of this view.
 
   Example:
     >>> rows_lead("oi"), rows_lead("io"), rows_lead("boi"), rows_lead(None)
@@ -58,7 +58,7 @@ def from_rows(y: Array, view: str, shape: tuple[int, ...]) -> Array:
 
 
 def matrices(x: Array, view: str) -> Array:
-  """Shows a stack as matrices, of stacked layers one each: [K, *s] -> [K, matrices, rows, columns].
+  """Shows a stack as matrices, one per stacked layer: [K, *s] -> [K, matrices, rows, columns].
 
   Example:
     >>> import jax.numpy as jnp
@@ -103,7 +103,7 @@ def by_matrix(
   """
   stacks = matrices(sharding.gather(x), view)
   bases = None if base is None else matrices(sharding.gather(base[None]), view)[0]
-  # One after the other: a matrix keeps the devices busy, and decompositions are not to be batched.
+  # One at a time: one matrix keeps the devices busy, and decompositions should not be batched.
   each = (stacks.swapaxes(0, 1), bases, more)
   y = jax.lax.map(lambda one: f(*one), each).swapaxes(0, 1)
   joined = sharding.reshape(y, (y.shape[0], y.shape[1] * y.shape[2], y.shape[3]))

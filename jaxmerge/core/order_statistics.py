@@ -30,8 +30,8 @@ class Cut(NamedTuple):
 
   Attributes:
     value: bit pattern of the value at the cut, [K]; see `pattern`.
-    last: position of the last entry inside, of those that tie with the value, uint32 [K]; None:
-      all that tie are inside.
+    last: position of the last kept entry among those equal to the value, uint32 [K]; None: all
+      equal entries are kept.
   """
 
   value: Array
@@ -39,7 +39,7 @@ class Cut(NamedTuple):
 
 
 _KINDS = {4: (jnp.float32, jnp.uint32), 8: (jnp.float64, jnp.uint64)}
-EVERY = np.uint32(2**32 - 1)  # As a position in `Cut.last`: all that tie are inside.
+EVERY = np.uint32(2**32 - 1)  # As a position in `Cut.last`: all equal entries are kept.
 
 
 def ranks(x: Array) -> Array:
@@ -60,7 +60,7 @@ def _ranks_by_order(x: Array) -> Array:
 
 
 def _ranks_by_digits(x: Array) -> Array:
-  """Sorts by the lower 16 bits, then by the higher: each with the place where the entry comes from.
+  """Sorts by the lower 16 bits, then by the higher, each packed with the entry's position.
 
   CPUs sort plain integers several times as fast as pairs.
   """
@@ -81,7 +81,7 @@ def _inverse(order: Array) -> Array:
 
 
 def inside(cut: Cut, values: Array, leaf: Leaf) -> Array:
-  """Tells which entries of `values` >= 0 a cut keeps: [K, *s] -> boolean [K, *s].
+  """Returns which entries of `values` >= 0 a cut keeps: [K, *s] -> boolean [K, *s].
 
   Example:
     >>> cut = Cut(pattern(jnp.array([2.0])))
@@ -97,7 +97,7 @@ def inside(cut: Cut, values: Array, leaf: Leaf) -> Array:
 
 
 def cut_for(cut: Cut, first: int, size: int) -> Cut:
-  """A cut for `size` entries from position `first` on: by value alone unless it lies among them.
+  """Returns the cut for `size` entries from position `first`; by value alone if `last` is outside.
 
   Example:
     >>> cut = Cut(jnp.array([7], jnp.uint32), jnp.array([100], jnp.uint32))
@@ -107,12 +107,12 @@ def cut_for(cut: Cut, first: int, size: int) -> Cut:
   last, places = np.asarray(cut.last).astype(np.int64), first % 2**32
   if ((places <= last) & (last < places + size - 1)).any():
     return cut
-  # Behind it none that ties is inside: as if the value were the next one.
+  # After `last` no equal entry is kept: the same as a cut at the next larger value.
   return Cut(cut.value + (last < places).astype(cut.value.dtype))
 
 
 def cut(rank: Rank, over: Any, parts: Sequence[tuple[Any, Leaf]], stats: Any) -> Cut:
-  """Finds the value at the cut, then the last position of those that tie with it."""
+  """Finds the value at the cut, then the last position among entries equal to it."""
 
   def counted(masks: Callable[..., Sequence[Array]], *numbers: Any) -> Sequence[Array]:
     return over(lambda x, leaf: _counts(rank, masks, x, leaf, stats, numbers), wide_counts.plus)
@@ -123,7 +123,7 @@ def cut(rank: Rank, over: Any, parts: Sequence[tuple[Any, Leaf]], stats: Any) ->
   n = stats[rank.rank]
   zeros = jnp.zeros(n.shape[-1], jnp.uint32)
   kind = jax.eval_shape(lambda: pattern(rank.of(*parts[0], stats))).dtype.type
-  bits = 8 * np.dtype(kind).itemsize  # The sign bit of what is not negative is zero.
+  bits = 8 * np.dtype(kind).itemsize  # The sign bit of non-negative values is zero.
   patterns = functools.partial(_narrow, top=kind(2 ** (bits - 1) - 1), holds=reached)
   start = jnp.asarray(kind(2 ** (bits - 2))), zeros.astype(kind)
   _, value = lax.fori_loop(0, bits // 2, lambda i, carry: patterns(carry), start)
@@ -136,7 +136,7 @@ def cut(rank: Rank, over: Any, parts: Sequence[tuple[Any, Leaf]], stats: Any) ->
 
   above, tied = counted(_above_and_tied, value)
   wanted = wide_counts.minus(n, above)
-  # Where all that are tied are wanted, their positions need not be searched.
+  # If all equal entries are kept, their positions need no search.
   last = jnp.where(wide_counts.at_least(wanted, tied), EVERY, zeros)
   positions = functools.partial(_narrow, top=EVERY, holds=wanting)
   start = jnp.uint32(2**30), last
@@ -173,7 +173,7 @@ def _tied_before(bits: Array, at: Array, value: Array, tried: Sequence[Array]) -
 def _narrow(
   carry: tuple[Array, Array], top: Any, holds: Callable[[Sequence[Array]], Sequence[Array]]
 ) -> tuple[Array, Array]:
-  """One step of the search for the largest number, up to `top`, of which something holds.
+  """Runs one step of the search for the largest number, up to `top`, for which `holds` is true.
 
   It holds of `low`, and the number is less than four widths above; then less than four quarters of
   a width.
@@ -192,7 +192,7 @@ def _is_open(carry: tuple[Array, Array]) -> Array:
 
 
 def comparable(x: Array) -> Array:
-  """Returns values in the dtype in which they are ranked: float32, or float64 if they have it."""
+  """Returns values in the dtype in which they are ranked: float32, or float64 for 64-bit values."""
   return x.astype(_KINDS[max(x.dtype.itemsize, 4)][0])
 
 
@@ -208,7 +208,7 @@ def pattern(values: Array) -> Array:
 
 
 def at(cut: Cut) -> Array:
-  """Returns the values at a cut, [K]: the numbers of whose patterns it tells.
+  """Returns the values at a cut, [K], decoded from their bit patterns.
 
   Example:
     >>> at(Cut(pattern(jnp.array([1.5])))).tolist()
@@ -230,7 +230,7 @@ def index(x: Array, leaf: Leaf) -> Array:
     >>> index(jnp.zeros((5, 2, 3)), leaf).tolist()
     [[[7, 8, 9], [10, 11, 12]]]
   """
-  # Listed, places are loaded as the weights are; counted, they are 64 bits wide in the machine.
+  # Listed places are loaded like the weights; counted ones take 64 bits each on a CPU.
   places = _count_places(x) if leaf.places is None else jnp.asarray(leaf.places)
   return places + jnp.asarray(leaf.start)
 

@@ -1,4 +1,4 @@
-"""In which numbers a tensor is merged, where these are not float32: a plain record, free of jax."""
+"""The precision of a tensor's merge, if it is not float32: a plain record, without jax."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ NARROW = ("bfloat16", "float16")
 
 
 class Precision(NamedTuple):
-  """Narrow numbers to merge in, as programs do that compute in the dtype of their files.
+  """A narrow dtype to merge in, to reproduce programs that compute in the dtype of their files.
 
   Attributes:
-    dtype: what inputs, task vectors and the result are rounded to, one of `NARROW`.
-    each: so is what every operation returns; sums over a whole tensor are not.
-    numbers: names of the method's numbers that are rounded.
+    dtype: inputs, task vectors and the result are rounded to this dtype, one of `NARROW`.
+    each: every operation's result is rounded too, except sums over a whole tensor.
+    numbers: names of the hyperparameters that are rounded.
     wide: the result is not rounded.
   """
 
@@ -27,7 +27,7 @@ class Precision(NamedTuple):
 
 
 def common(dtypes: Sequence[np.dtype]) -> np.dtype:
-  """Returns the dtype that holds values of all of some dtypes without a loss.
+  """Returns the dtype that holds the values of all given dtypes exactly.
 
   Example:
     >>> common([np.dtype(np.float16), np.dtype(np.float32)])

@@ -1,4 +1,4 @@
-"""Random numbers for masks: a hash of what an entry is, not a stream."""
+"""Random numbers for masks: a hash of each entry's identity, not a stream."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def uniform(x: Array, leaf: Leaf) -> Array:
 
 
 def chosen(x: Array, leaf: Leaf, probability: Array) -> Array:
-  """Tells where `uniform` numbers are at least 1 - probability, with less work: boolean [K, *s].
+  """Returns where `uniform` is at least 1 - probability, with less work: boolean [K, *s].
 
   Example:
     >>> import numpy as np
@@ -41,7 +41,7 @@ def chosen(x: Array, leaf: Leaf, probability: Array) -> Array:
 
 
 def _bits(x: Array, leaf: Leaf) -> Array:
-  """Hashes what an entry is: [K, *s] -> uint32 [K, *s]."""
+  """Hashes each entry's identity: [K, *s] -> uint32 [K, *s]."""
   key = _mixed(jnp.asarray(leaf.hparams["seed"]).astype(jnp.uint32) ^ jnp.asarray(leaf.tag))
   entries = order_statistics.index(x, leaf)
   # Mixed before the model comes in, or the numbers of one model would be those of another, shifted.
@@ -50,9 +50,9 @@ def _bits(x: Array, leaf: Leaf) -> Array:
   return _mixed(entries ^ models.reshape((-1,) + (1,) * (x.ndim - 1)))
 
 
-@jax.jit  # By its name a driver that rounds what methods compute knows what it must not round.
+@jax.jit  # A driver that rounds every operation recognises it by name, and does not round it.
 def uniform_of_bits(h: Array) -> Array:
-  """Makes numbers in [0, 1) of uint32.
+  """Converts uint32 to numbers in [0, 1).
 
   Example:
     >>> uniform_of_bits(jnp.uint32(2**31)).tolist()

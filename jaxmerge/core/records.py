@@ -1,4 +1,4 @@
-"""What stages and drivers hand to each other: parts of leaves, groups of them, what is measured."""
+"""Records that stages and drivers exchange: parts of leaves, groups of leaves, reductions."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ State = Any
 
 
 class Leaf(NamedTuple):
-  """What a stage knows about the part of a leaf that it sees.
+  """Metadata of the part of a leaf that a stage processes.
 
   Attributes:
     base: the reference's part [*s]; None where raw weights are merged.
@@ -26,8 +26,8 @@ class Leaf(NamedTuple):
       zero again).
     offset: entries of the leaves before this one in its group, uint32 scalar.
     places: places of the part's entries after `start`, uint32 [1, n]; None: 0, 1, ... row by row.
-    statistics: those that the stage declares, by name: [K, *s], as the stage sees the models, or
-      [K, ...], of a shape of their own; see `core/statistics.py`.
+    statistics: statistics that the stage declares, by name: [K, *s], cut as the models are, or
+      [K, ...], of any shape; see `core/statistics.py`.
   """
 
   base: Array | None
@@ -40,10 +40,10 @@ class Leaf(NamedTuple):
   statistics: Mapping[str, Array] = {}
 
   def hparam(self, name: str, x: Array) -> Array:
-    """Returns the number `name` in the dtype of `x`, shaped to multiply a stack x [K, *s].
+    """Returns hyperparameter `name` in the dtype of `x`, shaped to multiply a stack x [K, *s].
 
     Raises:
-      ValueError: if it is one per model, but x holds another number of them.
+      ValueError: if it has one value per model, but x has another number of models.
     """
     value = jnp.asarray(self.hparams[name], x.dtype)
     if value.ndim and value.shape[0] != x.shape[0]:
@@ -54,7 +54,7 @@ class Leaf(NamedTuple):
     return value.reshape(value.shape + (1,) * (x.ndim - value.ndim)) if value.ndim else value
 
   def scalar(self, name: str, x: Array) -> Array:
-    """Returns the number `name`, one for all models, in the dtype of `x`; ValueError for more."""
+    """Returns hyperparameter `name`, a scalar, in the dtype of `x`; ValueError if not a scalar."""
     value = jnp.asarray(self.hparams[name], x.dtype)
     if value.ndim:
       raise ValueError(f"{name} must be one number for all models, got {value.shape[0]} values.")
@@ -80,7 +80,7 @@ class Leaf(NamedTuple):
     return value
 
   def compared(self, method: str) -> Array:
-    """Returns the base; ValueError, naming the method, where raw weights are merged."""
+    """Returns the base, or raises ValueError naming the method if raw weights are merged."""
     if self.base is None:
       raise ValueError(
         f"{method} compares with a base, but there is none: merge(method, models, base)."
@@ -94,7 +94,7 @@ class Group(NamedTuple):
   Attributes:
     shapes: shapes of its leaves by name, without the task axis.
     num_models: number of models K.
-    hparams: the method's numbers; those that differ from leaf to leaf are missing.
+    hparams: the method's hyperparameters, without those that differ between leaves.
   """
 
   shapes: Mapping[str, tuple[int, ...]]
@@ -107,7 +107,7 @@ class Group(NamedTuple):
     return sum(math.prod(shape) for shape in self.shapes.values())
 
   def hparam(self, name: str) -> Any:
-    """Returns a number; ValueError if it differs from leaf to leaf of the group."""
+    """Returns a hyperparameter, or raises ValueError if it differs between leaves of the group."""
     if name not in self.hparams:
       raise ValueError(
         f"{name} is counted over {len(self.shapes)} leaves together and cannot differ between "
@@ -116,7 +116,7 @@ class Group(NamedTuple):
     return self.hparams[name]
 
   def seen(self, name: str) -> np.ndarray | None:
-    """Returns a number, scalar or [K]; None if it is traced, elsewhere, or differs by entry."""
+    """Returns a hyperparameter, scalar or [K]; None if traced, remote, or different by entry."""
     value = self.hparam(name)
     if isinstance(value, jax.core.Tracer) or not getattr(value, "is_fully_addressable", True):
       return None
@@ -130,7 +130,7 @@ class Sum(NamedTuple):
   Attributes:
     name: the key of the result in `stats`.
     measure: (x, leaf, stats) -> partial, a tree of arrays.
-    combine: how two partials become one; addition unless said otherwise.
+    combine: combines two partials; addition by default.
     finish: (total, stats) -> result.
   """
 
@@ -142,17 +142,17 @@ class Sum(NamedTuple):
 
 
 class Rank(NamedTuple):
-  """A reduction to the value of a rank among of(x) >= 0, per row, over a group.
+  """A reduction that finds the n-th largest value of of(x) >= 0, per row, over a group.
 
-  Drivers find it each in their way, and exactly; the result is a `order_statistics.Cut`.
+  Every driver finds it exactly, by its own algorithm; the result is an `order_statistics.Cut`.
 
   Attributes:
     name: the key of the result in `stats`.
     of: (x, leaf, stats) -> values [M, *s], elementwise, none negative; each row has a
       cut.
-    rank: name of the count n in `stats`, limbs [2, M]: the n-th largest is searched.
-    exact: entries that tie at the value count by position, so that n of them are inside the cut;
-      otherwise all that tie are inside.
+    rank: name of the count n in `stats`, limbs [2, M].
+    exact: ties at the value are broken by position, so that exactly n entries are kept; otherwise
+      all ties are kept.
   """
 
   name: str
@@ -165,7 +165,7 @@ Reduction = Sum | Rank
 
 
 class Fold(NamedTuple):
-  """A combiner that takes experts a few at a time, and keeps only an accumulator.
+  """A combiner that takes a few models at a time, and keeps only an accumulator.
 
   Attributes:
     add: (accumulator or None, x [k, *s], leaf) -> accumulator, a tree of arrays.

@@ -1,4 +1,4 @@
-"""Sums, maxima and inner products over leaves, which drivers add up."""
+"""Reductions over leaves: sums, maxima and inner products, accumulated by drivers."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ Array = jax.Array
 
 
 def total(name: str, f: Callable[[Any, Leaf], Any]) -> Sum:
-  """Adds up f(x, leaf) over the leaves of a group."""
+  """Returns a reduction that sums f(x, leaf) over the leaves of a group."""
   return Sum(name, lambda x, leaf, known: f(x, leaf))
 
 
 def greatest(name: str, f: Callable[[Any, Leaf], Any]) -> Sum:
-  """Takes the maximum of f(x, leaf) over the leaves of a group."""
+  """Returns a reduction that takes the maximum of f(x, leaf) over the leaves of a group."""
   return Sum(name, lambda x, leaf, known: f(x, leaf), combine=jnp.maximum)
 
 
 class Gram(NamedTuple):
-  """Inner products of the models [K, K], over the square of a unit that keeps them in range."""
+  """Inner products of the models [K, K], divided by the square of a unit to stay in range."""
 
   products: Array
   unit: Array
 
 
 def gram(name: str) -> Sum:
-  """Measures the inner products of the models: [K, *s] -> `Gram`, over a group."""
+  """Returns a reduction to the inner products of the models over a group: [K, *s] -> `Gram`."""
   return squares(name, inner_products, lambda total, unit, known: Gram(total, unit))
 
 
@@ -45,13 +45,13 @@ def squares(
   *,
   degree: int = 2,
 ) -> Sum:
-  """Adds up what is of a degree in x, as a square is, for numbers of any size; see `magnitudes`.
+  """Returns a sum of powers of x, such as squares, without overflow; see `magnitudes`.
 
   Args:
     name: the key of the result in `stats`.
     f: (x, or each of a pair) -> a tree of sums.
     finish: (sums over a power of the unit, unit, stats) -> result.
-    degree: that of f.
+    degree: degree of f in x; 2 for squares.
   """
 
   def measure(x: Any, leaf: Leaf, known: Any) -> Any:
@@ -73,7 +73,7 @@ def inner_products(x: Array) -> Array:
 def reduce_group(
   reduction: Reduction, parts: Sequence[tuple[Any, Leaf]], stats: dict[str, Any]
 ) -> Any:
-  """Returns the result of a reduction over a group whose leaves are all at hand."""
+  """Returns the result of a reduction over a group whose leaves are all in memory."""
   if isinstance(reduction, Sum):
     measured = _over(parts, lambda x, leaf: _measure(reduction, x, leaf, stats), reduction.combine)
     return reduction.finish(measured, stats)
@@ -98,5 +98,5 @@ def _over(
 ) -> Any:
   each = [measure(x, leaf) for x, leaf in parts]
   total = functools.reduce(lambda a, b: jax.tree.map(combine, a, b), each)
-  # Where axes are explicit, a total per model is left sharded as the models are.
+  # Under explicit axes, a total per model would stay sharded like the models.
   return jax.tree.map(sharding.replicate, total)

@@ -27,7 +27,7 @@ from jax.extend import core
 
 
 class _Way(NamedTuple):
-  """How a program is rewritten: see `unroll`."""
+  """Options of a rewrite: see `unroll`."""
 
   each: str | None
   halves: bool
@@ -53,20 +53,20 @@ _WHOLE: dict[str, Callable[..., Any]] = {
   "reduce_and": jnp.all,
   "reduce_or": jnp.any,
 }
-SHORTEST = 2**7  # A shorter axis, or what is left of one, is not worth halving.
-PAIRS = 16  # As many inner products are written out, at most.
-# Functions that are one operation: they round their result alone.
+SHORTEST = 2**7  # A shorter axis, or remainder of one, is not worth halving.
+PAIRS = 16  # Largest number of inner products that are written out.
+# Functions that count as one operation: only their result is rounded.
 _ONE = {"_var"}
 # Random numbers are compared with, and not rounded.
 _RANDOM = "uniform_of_bits"
-# What moves values, and leaves them as they are.
+# Operations that move values without changing them.
 _EXACT = {"broadcast_in_dim", "concatenate", "reshape", "select_n", "slice", "squeeze", "transpose"}
 
 
 def unroll(
   f: Callable[..., Any], *, each: str | None = None, halves: bool = False
 ) -> Callable[..., Any]:
-  """Returns f with its reductions over a first axis, of at most `LONGEST`, as chains.
+  """Returns f with its reductions over a first axis of at most `LONGEST` as chains.
 
   Products of at most `PAIRS` pairs of models become sums.
 
@@ -93,10 +93,10 @@ def unroll(
 
 
 def pays(arrays: Iterable[Any]) -> bool | None:
-  """Tells whether chains pay where some arrays are: everywhere but on a TPU.
+  """Returns whether chains pay off on the arrays' devices: everywhere but on TPUs.
 
-  Its compiler would write down, in float32, what a chain takes apart. None: the arrays are traced,
-  and only who compiles the program knows for what.
+  The TPU compiler would materialise, in float32, the slices that a chain reads. None: the arrays
+  are traced, and only the caller that compiles the program knows its target.
   """
   every = list(arrays)
   if any(isinstance(x, jax.core.Tracer) for x in every):
@@ -106,14 +106,14 @@ def pays(arrays: Iterable[Any]) -> bool | None:
 
 
 def with_chains(f: Callable[[bool], Callable[..., Any]], chains: bool | None) -> Callable[..., Any]:
-  """Returns f(True) with chains, or f(False) as it is, as `pays` tells."""
+  """Returns f(True) with chains or f(False) without, according to `pays`."""
   if chains is None:
     return lambda *args: lax.platform_dependent(*args, tpu=f(False), default=unroll(f(True)))
   return unroll(f(True)) if chains else f(False)
 
 
 def round_to(x: Any, dtype: str) -> Any:
-  """Rounds floating values to a dtype, and leaves them in the one they have.
+  """Rounds floating-point values to the precision of a dtype, without casting them.
 
   Example:
     >>> round_to(jnp.float32(1.01), "bfloat16").tolist()
@@ -122,12 +122,12 @@ def round_to(x: Any, dtype: str) -> Any:
   if not jnp.issubdtype(jnp.result_type(x), jnp.floating):
     return x
   info = jnp.finfo(dtype)
-  # A cast there and back is what compilers leave out.
+  # Compilers remove a cast there and back.
   out = lax.reduce_precision(x, exponent_bits=info.nexp, mantissa_bits=info.nmant)
-  if info.nexp == 8:  # That of float32.
+  if info.nexp == 8:  # The exponent of float32.
     return out
   small = lax.round(x * 2.0**24, lax.RoundingMethod.TO_NEAREST_EVEN) * 2.0**-24
-  return jnp.where(jnp.abs(x) < float(info.tiny), small, out)  # It makes zeros of subnormals.
+  return jnp.where(jnp.abs(x) < float(info.tiny), small, out)  # It flushes subnormals to zero.
 
 
 def _evaluate(
@@ -177,12 +177,12 @@ def _one(equation: Any, operands: list[Any], way: _Way) -> list[Any]:
 
 @functools.lru_cache(4096)
 def _rewrite(program: core.ClosedJaxpr, way: _Way) -> Callable[..., list[Any]]:
-  """A program that another one calls, rewritten once for all its calls, as it was traced once."""
+  """Returns a called program, rewritten once for all its calls, just as it was traced once."""
   return jax.jit(lambda *args: _evaluate(program.jaxpr, program.consts, args, way))
 
 
 def _is_few(operands: Sequence[Any], axes: Any) -> bool:
-  """Tells whether a product is that of each of a few models with each."""
+  """Returns whether a product is a Gram product of a few models."""
   (left, right), batch = axes
   rest = tuple(range(1, operands[0].ndim))
   pairs = operands[0].shape[0] * operands[1].shape[0]
@@ -195,7 +195,7 @@ def _are_last(axes: Sequence[Any], rank: int) -> bool:
 
 
 def _by_halves(x: Any, axes: int = 1, name: str = "reduce_sum") -> Any:
-  """Reduces the last axes: each half with the other, down to what is short."""
+  """Reduces the last axes by halves, each added to the other, down to `SHORTEST`."""
   join, short = _CHAINS[name], x.shape[: x.ndim - axes]
   length = math.prod(x.shape[x.ndim - axes :])
   x, odd = x.reshape(*short, length), []
@@ -217,7 +217,7 @@ def _add_quarters(parts: Callable[[slice], list[Any]], size: int) -> Any:
 
 
 def _products(x: Any, y: Any, way: _Way) -> Any:
-  """The inner product of each of some models with each of others, [K, *s], [M, *s] -> [K, M]."""
+  """Returns all inner products of two stacks: [K, *s], [M, *s] -> [K, M]."""
   n, m = x.shape[0], y.shape[0]
   pairs = [(i, j) for i in range(n) for j in range(m) if not (x is y and j < i)]
   size = math.prod(x.shape[1:])
@@ -235,7 +235,7 @@ def _products(x: Any, y: Any, way: _Way) -> Any:
 
 
 def _function_name(equation: Any) -> str | None:
-  """The name of a function that is called as a whole."""
+  """Returns the name of the function that an equation calls."""
   return equation.params.get("name")
 
 

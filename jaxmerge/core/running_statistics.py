@@ -1,7 +1,7 @@
-"""Names of running statistics: means and variances that layers count, and that nobody tunes.
+"""Names of running statistics: means and variances that layers accumulate and no optimizer tunes.
 
-Batch normalisation keeps them beside its weights. They are no directions in which a model was
-tuned: a method that adds task vectors up would make a variance negative.
+Batch normalisation stores them with its weights. Their changes are not task vectors: a method that
+adds task vectors could make a variance negative.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ _NORM = r"([^/.]*_|sync)?(bn|batch_?norm(ali[sz]ation)?)(_?\d+d?|_[^/.]*)?"
 
 
 def _pattern(which: str, more: str = "") -> re.Pattern[str]:
-  """Names that end in one of some words, as Flax, torch, Keras, Paddle and Haiku write them."""
+  """Returns a pattern of names that end in a word, as Flax, torch, Keras, Paddle and Haiku do."""
   flax = rf"(batch_stats([/.].+)?|{_NORM})[/.]({which})"
   others = rf"(running|moving)?_({which})|({which})_ema[/.](average|hidden)"
   return re.compile(rf"(^|[/.])({flax}|{others}{more})$", re.IGNORECASE)
@@ -28,7 +28,7 @@ FATE = "averaged, as running statistics are"
 
 
 def is_moment(name: str) -> bool:
-  """Tells by its name alone whether a leaf is a running statistic.
+  """Returns whether a leaf is a running statistic, by its name alone.
 
   Those are all of Flax's collection `batch_stats`, `mean` and `var` of a module that is called
   after batch normalisation, what torch and Keras call `running_mean`, `running_var`, `moving_mean`,
@@ -42,7 +42,7 @@ def is_moment(name: str) -> bool:
 
 
 def is_variance(name: str) -> bool:
-  """Tells by its name alone whether a leaf is a running variance, which is never negative.
+  """Returns whether a leaf is a running variance (never negative), by its name alone.
 
   Example:
     >>> is_variance("batch_stats/bn/var"), is_variance("bn1.running_mean")
@@ -54,7 +54,7 @@ def is_variance(name: str) -> bool:
 def of(names: Iterable[str]) -> frozenset[str]:
   """Returns the running statistics among the leaves of a model, which every method averages.
 
-  A `mean` and a `var` side by side are such, with nothing but a `scale` and a `bias` beside them.
+  A `mean` and a `var` in one module count if it holds nothing else but a `scale` and a `bias`.
 
   Example:
     >>> sorted(of(["norm/mean", "norm/var", "norm/scale", "head/mean"]))
@@ -77,7 +77,7 @@ def variances(names: Iterable[str]) -> frozenset[str]:
 
 
 def _pairs(names: Iterable[str]) -> frozenset[str]:
-  """Means and variances that only what lies beside them tells from weights."""
+  """Returns means and variances that only their neighbours distinguish from weights."""
   folders: dict[str, dict[str, str]] = {}
   for name in names:
     folder, leaf = _split_name(name)

@@ -1,4 +1,4 @@
-"""Arrays gathered, replicated and reshaped on a mesh."""
+"""Gathers, replicates and reshapes arrays on a mesh."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Array = jax.Array
 
 
 def gather(x: Array) -> Array:
-  """Brings rows and columns together where explicit axes shard them: [K, *s] -> [K, *s].
+  """Gathers rows and columns that explicit axes shard: [K, *s] -> [K, *s].
 
   The task axis stays as it is. Under automatic axes the compiler does this by itself.
   """
@@ -24,16 +24,16 @@ def gather(x: Array) -> Array:
 
 
 def over_first(x: Any) -> bool:
-  """Tells whether the first axis of an array is known to be sharded."""
+  """Returns whether the first axis of an array is known to be sharded."""
   if isinstance(x, np.ndarray):
     return False
-  # The sharding of what is being traced is known where axes are explicit.
+  # A tracer's sharding is known under explicit axes.
   sharding = jax.typeof(x).sharding if isinstance(x, jax.core.Tracer) else x.sharding
   return isinstance(sharding, NamedSharding) and any(s is not None for s in sharding.spec[:1])
 
 
 def replicate(x: Array) -> Array:
-  """Brings a small array to every device where explicit axes shard it."""
+  """Replicates a small array that explicit axes shard."""
   sharding = jax.typeof(x).sharding
   if all(axis is None for axis in sharding.spec):
     return x
@@ -41,7 +41,7 @@ def replicate(x: Array) -> Array:
 
 
 def gather_models(x: Array) -> Array:
-  """Brings the models together where explicit axes shard the task axis; the others stay."""
+  """Gathers the task axis if explicit axes shard it; the other axes stay sharded."""
   sharding = jax.typeof(x).sharding
   if sharding.spec[0] is None:
     return x
@@ -49,7 +49,7 @@ def gather_models(x: Array) -> Array:
 
 
 def replicated_like(x: Array, ndim: int) -> NamedSharding | None:
-  """Returns where an array of `ndim` axes is on every device; None if no explicit axis shards x."""
+  """Returns a replicated sharding for `ndim` axes; None if no explicit axis shards x."""
   sharding = jax.typeof(x).sharding
   if all(axis is None for axis in sharding.spec):
     return None
@@ -57,7 +57,7 @@ def replicated_like(x: Array, ndim: int) -> NamedSharding | None:
 
 
 def reshape(x: Array, shape: tuple[int, ...]) -> Array:
-  """Reshapes a whole stack behind its task axis: [K, ...] -> [K, ...]."""
+  """Reshapes the axes after the task axis: [K, ...] -> [K, ...]."""
   sharding = jax.typeof(x).sharding
   if sharding.spec[0] is None:
     return x.reshape(shape)

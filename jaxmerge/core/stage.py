@@ -1,9 +1,9 @@
-"""The algebra: a method is a sequence of stages, each maps a stack to a stack. Read this first.
+"""The algebra: a method is a sequence of stages that map a stack to a stack. Read this first.
 
 A stack is a tree of arrays with a leading task axis K. A transform keeps K, a combiner returns
-K = 1. A stage may ask for *reductions* of the stack before it acts: it names them, the driver adds
-them up over leaves, slices, devices or reads of a file. It may read *statistics*, arrays that a
-caller gives beside the models. Drivers: `drivers/memory.py` (arrays, under jit, vmap, grad and
+K = 1. A stage may declare *reductions* of the stack, which the driver computes over leaves, slices,
+devices or passes over a file before the stage runs. It may read *statistics*, arrays that the
+caller passes with the models. Drivers: `drivers/memory.py` (arrays, under jit, vmap, grad and
 meshes), `drivers/streaming.py` (slice by slice), `drivers/incremental.py` (model by model).
 """
 
@@ -36,32 +36,32 @@ class Stage:
   Attributes:
     update: (x [K, *s], leaf, stats) -> [M, *s]; `stats` are the results of the reductions of x's
       group, by name.
-    reductions: measured in this order, before the update.
-    init: group -> what `stats` hold at first; counts that follow from hyperparameters belong here.
+    reductions: computed in this order, before the update.
+    init: group -> initial `stats`; counts that follow from hyperparameters belong here.
     hparams: the hyperparameters that the stage reads, with their defaults; None: no default.
     statistics: the statistics that the stage reads from `leaf.statistics`: "entry" for one value
       for each entry of each model, "leaf" for arrays of another shape; see `core/statistics.py`.
     where: the leaves that the stage acts on, by name; None: all.
-    scope: where reductions are added up: over the tree, per leaf, or per group that a name maps to.
-    unit: what `update` may be cut along: "entry" anywhere, and x may come flat, [K, n]; "row" needs
-      whole rows of the leaf's matrix view, in which it gets x as [K, rows, columns] and leaf.base
-      as [rows, columns]; "matrix" gets whole matrices so, those of stacked layers one by one.
-    lookups: what an entry of a lookup, such as an embedding, is to a stage of matrices: a row, or a
-      column; None: a lookup is no matrix, and has no view.
+    scope: groups for reductions: the tree, each leaf, or the group that a name maps to.
+    unit: how leaves may be cut for `update`: "entry" anywhere, and x may be flat, [K, n]; "row"
+      needs whole rows of the leaf's matrix view, and gets x as [K, rows, columns] and leaf.base as
+      [rows, columns]; "matrix" gets whole matrices in this form, stacked layers one at a time.
+    lookups: whether a matrix stage treats an entry of a lookup table, such as an embedding, as a
+      row or a column; None: a lookup table is no matrix, and has no view.
     rest: the update for leaves that have no matrix view, if `unit` needs one; "row": they are shown
       as one row.
-    ranked: `stats["ranks"]` of the update is the place 0, 1, ... of each entry in
-      its row by ascending magnitude, [K, rows, columns]; of those that tie the first comes first.
-    combines: the stage is a combiner: it leaves one model. Other stages keep their number.
-    fold: the same combiner, a few experts at a time.
-    keep: "push" keeps x aside as it is; "pop" gives the stage, to measure and to update, the pair
-      (what was put aside, x) in place of x.
+    ranked: `stats["ranks"]` in the update is the rank 0, 1, ... of each entry in its row by
+      ascending magnitude, [K, rows, columns]; ties are ranked in their order in the row.
+    combines: the stage is a combiner: it leaves one model. Other stages preserve K.
+    fold: the same combiner, a few models at a time.
+    keep: "push" saves x unchanged; "pop" passes the pair (saved stack, x) in place of x to the
+      stage's reductions and update.
     ordered: the order of the models matters: drivers keep the caller's.
     moments: how a combiner merges running statistics: "same", as it does weights, or by another
-      stage; None: their mean; "done": it is what merges them.
-    deferred: without its reductions `update` gives NaN where they would count, and stages after it
-      leave that NaN: a driver may measure them only when it sees one.
-    key: what the functions above follow from; None: unknown.
+      stage; None: their mean; "done": this stage is the one that merges them.
+    deferred: without its reductions `update` returns NaN where they matter, and later stages
+      propagate that NaN: a driver may compute the reductions only when it sees one.
+    key: the value that determines the functions above; None: unknown.
   """
 
   update: Callable[..., Array]
@@ -115,7 +115,7 @@ class Stage:
 
 
 def _code(f: Any) -> Any:
-  """The code of a function, which another that took its place in a stage does not have."""
+  """Returns a function's code, which differs if another function replaced it in a stage."""
   return getattr(f, "__code__", None) or getattr(getattr(f, "func", None), "__code__", None)
 
 
@@ -126,10 +126,10 @@ class Method:
   Methods of one factory with equal arguments are equal; so are `pointwise(f)` and `pointwise(f)`.
 
   Attributes:
-    stages: what it does, in this order.
-    name: of its factory, such as "ties"; those of a chain are joined by " + "; "" for
-      a method without a name.
-    settings: the factory's static settings, which choose what is compiled. Hyperparameters are in
+    stages: the stages, in order.
+    name: name of the factory, such as "ties"; a chain joins names by " + "; "" for a method
+      without a name.
+    settings: the factory's static settings, which select the program. Hyperparameters are in
       `numbers(method)`.
   """
 
@@ -161,7 +161,7 @@ class Method:
 
 
 def with_key(method: Method, key: Any) -> Method:
-  """Returns a method that is equal to others of this key; the same one if that has no hash."""
+  """Returns a method that equals others with this key; unchanged if the key is not hashable."""
   try:
     hash(key)
   except TypeError:
@@ -204,13 +204,13 @@ def chain(*methods: Method | tuple[Stage, ...]) -> Method:
 
 
 def as_method(stages: Method | tuple[Stage, ...]) -> Method:
-  """Returns a method; of a tuple of stages, one without a name."""
+  """Returns a method; a tuple of stages becomes a method without a name."""
   return stages if isinstance(stages, Method) else Method(stages)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Both:
-  """A predicate that is true where two are."""
+  """A predicate that is true if both of two predicates are."""
 
   one: tree.Predicate
   other: tree.Predicate
@@ -266,7 +266,7 @@ def leafwise(
   combines: bool = False,
   fold: Fold | None = None,
 ) -> Method:
-  """Makes a method of a function of one leaf's stack: f(x [K, *s], leaf) -> [M, *s].
+  """Makes a method from a function of one leaf's stack: f(x [K, *s], leaf) -> [M, *s].
 
   Example:
     >>> damped = leafwise(lambda x, leaf: x * leaf.hparam("damping", x), hparams={"damping": 0.9})
@@ -284,7 +284,7 @@ def leafwise(
 
 
 def pointwise(f: Callable[[Array], Array], *, combines: bool = False) -> Method:
-  """Makes a method of a function of one leaf's stack alone: f(x [K, *s]) -> [M, *s].
+  """Makes a method from a function of one leaf's stack alone: f(x [K, *s]) -> [M, *s].
 
   Example:
     >>> import jaxmerge
@@ -299,7 +299,7 @@ def hparams(method: Iterable[Stage]) -> dict[str, Any]:
   """Returns the hyperparameters of all stages with their defaults.
 
   Raises:
-    ValueError: if two stages share one but not its default: it has one value for all of them.
+    ValueError: if two stages share a hyperparameter but not its default: it has a single value.
   """
   defaults: dict[str, Any] = {}
   for stage in method:
@@ -322,12 +322,12 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def ordered(method: Iterable[Stage]) -> bool:
-  """Tells whether the order of the models matters to a method."""
+  """Returns whether the order of the models matters to a method."""
   return any(stage.ordered for stage in method)
 
 
 def for_models(method: str, least: int, most: int | None = None) -> Callable[[Group], State]:
-  """Makes a `Stage.init` that refuses another number of models, naming the method.
+  """Makes a `Stage.init` that raises ValueError, naming the method, for a wrong number of models.
 
   Example:
     >>> for_models("slerp", 2, 2)(Group({}, 3, {}))
@@ -346,9 +346,9 @@ def for_models(method: str, least: int, most: int | None = None) -> Callable[[Gr
 
 
 def foldable(method: Iterable[Stage]) -> bool:
-  """Tells whether a method can take experts a few at a time: no reduction, and a fold.
+  """Returns whether a method can take a few models at a time: it has a fold and no reduction.
 
-  Of several combiners each has other leaves.
+  Several combiners are allowed if each acts on different leaves.
   """
   combiners = [stage for stage in method if stage.combines]
   alone = all((stage.where is None) == (len(combiners) == 1) for stage in combiners)

@@ -1,11 +1,10 @@
 """Statistics: arrays that a stage reads beside the models, such as a Fisher or a Gram matrix.
 
-A statistic is a tree like the model whose arrays have a leading axis for the K models, and after it
-any shape. A stage declares what it reads, and how: "entry", [K, *s], one value for each
-entry of each model, which is cut and seen as the models are; or "leaf", [K, ...], of any shape,
-which comes whole. Of a leaf that stacks matrices for a scan (a view with `b`), a stage of matrices
-gets each matrix with the statistic of that matrix: there "leaf" is [K, *stacked, ...]. Nothing here
-measures one.
+A statistic is a tree like the model; its arrays have a leading axis for the K models, then any
+shape. A stage declares which statistics it reads, and their kind: "entry", [K, *s], has one value
+for each entry of each model, and is cut as the models are; "leaf", [K, ...], has any shape, and
+comes whole. If a leaf stacks matrices for a scan (a view with `b`), a matrix stage gets each matrix
+with its statistic: there "leaf" is [K, *stacked, ...]. This module does not compute statistics.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ def kinds(method: Iterable[Stage]) -> dict[str, Kind]:
   """Returns the statistics that the stages of a method read, by name, with their kinds.
 
   Raises:
-    ValueError: if two stages read one in different ways, or a hyperparameter is called so.
+    ValueError: if two stages read one as different kinds, or a hyperparameter has its name.
 
   Example:
     >>> import jax.numpy as jnp
@@ -52,7 +51,7 @@ def kinds(method: Iterable[Stage]) -> dict[str, Kind]:
 
 
 def refuse(method: Iterable[Stage], where: str) -> None:
-  """Raises ValueError for a method that reads statistics, where there are none to give."""
+  """Raises ValueError for a method that reads statistics, for callers that cannot pass any."""
   if names := sorted(kinds(method)):
     raise ValueError(
       f"the method reads the statistic {names[0]!r}, which {where} cannot carry; merge arrays in "
@@ -61,7 +60,7 @@ def refuse(method: Iterable[Stage], where: str) -> None:
 
 
 def by_leaf(statistics: Any) -> ByLeaf:
-  """Returns statistics by name and leaf; ValueError for what is no mapping of names to trees."""
+  """Returns statistics by name and leaf; ValueError unless it is a mapping of names to trees."""
   if statistics is not None and not isinstance(statistics, Mapping):
     kind = type(statistics).__name__
     raise ValueError(f"statistics must be trees by name, such as {{'fisher': tree}}, got {kind}.")
@@ -87,8 +86,8 @@ def resolve(
     copied: names of leaves that are not merged: a statistic may have them too.
 
   Raises:
-    ValueError: for a statistic that no stage reads or that is missing, a leaf that it lacks or that
-      the models lack, another number of models, and a shape that its kind does not allow.
+    ValueError: for a statistic that is unused or missing, a leaf missing from it or from the
+      models, a wrong number of models, and a shape that its kind does not allow.
   """
   method = tuple(method)
   declared = kinds(method)

@@ -188,7 +188,7 @@ def _prefix(ours: Collection[str], theirs: Collection[str]) -> str:
 
 
 def is_floating(leaf: Any) -> bool:
-  """Tells whether a leaf is merged; integers, booleans and keys are copied from the base.
+  """Returns whether a leaf is merged; integers, booleans and keys are copied from the base.
 
   Example:
     >>> is_floating(jnp.zeros(2, jnp.bfloat16)), is_floating(jnp.arange(2))
@@ -198,7 +198,7 @@ def is_floating(leaf: Any) -> bool:
 
 
 def is_equal(a: Any, b: Any) -> bool:
-  """Tells whether two arrays are equal, bit for bit; neither goes through a program of JAX.
+  """Returns whether two arrays are equal, bit for bit; neither goes through a program of JAX.
 
   Example:
     >>> is_equal(np.array([2**40, 1]), np.array([0, 1]))
@@ -233,7 +233,7 @@ alone, such as state.params or state['params'].
 
 
 def _of_optimizer(node: Any) -> bool:
-  """Tells whether the type of a node is an optimizer's, or derived from one; imports none."""
+  """Returns whether the type of a node is an optimizer's, or derived from one; imports none."""
   homes = [f"{kind.__module__}." for kind in type(node).__mro__]
   return any(home.startswith(f"{package}.") for home in homes for package in _OPTIMIZERS)
 

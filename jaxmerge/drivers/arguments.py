@@ -264,7 +264,7 @@ def _names(params: Any) -> set[str]:
 
 
 def _several(models: Any, base: Any) -> bool:
-  """Tells whether these are several trees with the leaves of a base."""
+  """Returns whether these are several trees with the leaves of a base."""
   each = list(models.values()) if isinstance(models, Mapping) else models
   if not isinstance(each, list | tuple) or not each:
     return False

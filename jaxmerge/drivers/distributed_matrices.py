@@ -214,7 +214,7 @@ def _meshes(x: Any) -> Iterator[Mesh | AbstractMesh]:
 
 
 def _are_free(mesh: Mesh | AbstractMesh) -> bool:
-  """Tells whether a `shard_map` can have all axes of a mesh here."""
+  """Returns whether a `shard_map` can have all axes of a mesh here."""
   seen = []
 
   def look(x: Array) -> Array:

@@ -64,7 +64,7 @@ _ABOVE, _INSIDE = 1, 2  # What a number is to the first bracket of its row; for 
 
 
 def sides(bits: Any, low: Any, high: Any, where: Callable[..., Any] = np.where) -> Any:
-  """Tells where numbers are to brackets: [K, n], [R, K, 1], [R, K, 1] -> unsigned [K, n].
+  """Returns where numbers are to brackets: [K, n], [R, K, 1], [R, K, 1] -> unsigned [K, n].
 
   All R brackets of a number are in one small integer, so that a program makes and writes it once.
 

@@ -30,7 +30,7 @@ class Flags(NamedTuple):
 
 
 def is_finite(x: Any, first: int = 0) -> Any:
-  """Tells whether values are finite, over the axes from the first one on.
+  """Returns whether values are finite, over the axes from the first one on.
 
   Example:
     >>> is_finite(jnp.array([[1.0, jnp.nan], [1.0, 2.0]]), 1).tolist()
@@ -47,7 +47,7 @@ def flags(base: Any, reference: Any, x: Any) -> Flags:
 
 
 def is_sound(merged: Any, variance: bool) -> Any:
-  """Tells whether a merged leaf is finite, and, if it is a running variance, not negative."""
+  """Returns whether a merged leaf is finite, and, if it is a running variance, not negative."""
   fine = is_finite(merged)
   return fine & jnp.all(merged >= 0) if variance else fine
 
@@ -115,7 +115,7 @@ def unsound_error(name: str, merged: Any, *, remedy: str = "") -> ValueError:
 
 
 def shared_infinities(base: Any, reference: Any, x: Any) -> Any:
-  """Tells at which entries base, reference and all models [K, *s] have one and the same infinity.
+  """Returns at which entries base, reference and all models [K, *s] have one and the same infinity.
 
   Example:
     >>> models = np.array([[-np.inf, np.inf], [-np.inf, np.inf]])
@@ -135,6 +135,6 @@ def zero_at(places: Any, x: Any) -> Any:
 
 
 def finite_models(models: Any) -> jax.Array:
-  """Tells which models of a stack are free of NaN and infinity: [T, *s] -> [T]."""
+  """Returns which models of a stack are free of NaN and infinity: [T, *s] -> [T]."""
   each = [jnp.isfinite(x).all(axis=tuple(range(1, x.ndim))) for x in jax.tree.leaves(models)]
   return jnp.stack(each).all(0)

@@ -177,7 +177,7 @@ def merged(piece: Slice, stats: Any, *, method: Method, form: Form, dtype: Any) 
 
 
 def _finite(piece: Slice) -> Array:
-  """Tells where an entry is finite in all inputs, [1, n]: less work here than in a reading."""
+  """Returns where an entry is finite in all inputs, [1, n]: less work here than in a reading."""
   each = [x for x in (piece.base, piece.reference, piece.models) if x is not None]
   fine, exponents = list[Array](), dict[int, list[Array]]()
   for x in (jnp.asarray(x) for x in each):

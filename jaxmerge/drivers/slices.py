@@ -247,7 +247,7 @@ def clear_infinities(run: Run, name: str, piece: Slice, *, refuse: bool) -> Slic
 
 
 def is_sound(run: Run, name: str, out: np.ndarray) -> bool:
-  """Tells whether entries of a result are finite, and those of running variances not negative."""
+  """Returns whether entries of a result are finite, and those of running variances not negative."""
   return is_finite(out) and not (name in run.variances and bool((out < 0).any()))
 
 
@@ -305,7 +305,7 @@ INFINITY = {"bfloat16": 0x7F80, "float16": 0x7C00, "float32": 0x7F800000}
 
 
 def is_finite(x: np.ndarray | None) -> bool:
-  """Tells whether an array has neither NaN nor infinity, without a temporary array.
+  """Returns whether an array has neither NaN nor infinity, without a temporary array.
 
   Example:
     >>> is_finite(np.array([1.0, np.inf], np.float32)), is_finite(np.ones(3, np.float16))

@@ -172,7 +172,7 @@ def _one_sided(donor: Model, m: Model) -> Iterator[str]:
 
 
 def _is_lacking(key: str, value: Any, lacking: Config) -> bool:
-  """Tells whether a setting counts, and a config that lacks it has the part that it is of."""
+  """Returns whether a setting counts, and a config that lacks it has the part that it is of."""
   prefix, name = key[: -len(_last(key))], _last(key)
   if not _MEANING.fullmatch(name) or name == LABELS or name.startswith("rope_scaling"):
     return False
@@ -241,7 +241,7 @@ def _windows(config: Config) -> dict[str, Any]:
 
 
 def _otherwise(a: Any, b: Any) -> bool:
-  """Tells whether a classifier has as many labels, with names, but others or in another order."""
+  """Returns whether a classifier has as many labels, with names, but others or in another order."""
   if not isinstance(a, Mapping) or not isinstance(b, Mapping) or a.keys() != b.keys():
     return False
   named = [not all(map(_UNNAMED.fullmatch, map(str, each.values()))) for each in (a, b)]

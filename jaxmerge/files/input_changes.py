@@ -57,7 +57,7 @@ def check(plan: Plan, done: Mapping[str, Any], directory: pathlib.Path) -> None:
 
 
 def are_unchanged(plan: Plan, done: Mapping[str, Any], directory: pathlib.Path) -> bool:
-  """Tells whether a folder that is complete was made of the inputs as they are now."""
+  """Returns whether a folder that is complete was made of the inputs as they are now."""
   before = shard_writer.stamps(directory)
   if before and all(each == journal_stamps(plan) for each in before):
     return True

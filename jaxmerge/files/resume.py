@@ -71,7 +71,7 @@ def check_place(plan: Plan, out: pathlib.Path) -> None:
 def is_result(
   out: pathlib.Path, plan: Plan, shard_size: int, out_format: str, nonfinite: bool
 ) -> bool:
-  """Tells whether a folder is the result of a plan, and may have NaN only if that is let pass."""
+  """Returns whether a folder is the result of a plan, and may have NaN only if that is let pass."""
   if not (out / folder.PROVENANCE).is_file():
     return False
   facts = folder.provenance(out)

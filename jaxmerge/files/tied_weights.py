@@ -120,7 +120,7 @@ def _kind(plan: Plan, output: Output) -> object:
 
 
 def _alike(plan: Plan, a: Output, b: Output) -> bool:
-  """Tells whether two tensors have one result."""
+  """Returns whether two tensors have one result."""
   return _kind(plan, a) == _kind(plan, b) and _equal(a, b)
 
 

@@ -87,7 +87,7 @@ def _of_file(path: pathlib.Path) -> str:
 
 
 def _is_model(path: pathlib.Path) -> bool:
-  """Tells whether a folder holds weights that are read, of a model or an adapter."""
+  """Returns whether a folder holds weights that are read, of a model or an adapter."""
   sealed = (path / "state").is_dir() and (path / "manifest.json").is_file()
   return sealed or any((path / name).is_file() for name in (WEIGHTS, INDEX, ADAPTER))
 

@@ -93,7 +93,7 @@ def name_of(step: Stage) -> str:
 
 
 def is_published(method: Method) -> bool:
-  """Tells whether a method is the catalog's method of its name, perhaps on some leaves only."""
+  """Returns whether a method is the catalog's method of its name, perhaps on some leaves only."""
   if method.name not in lookup.METHODS or any(name_of(s) != method.name for s in method):
     return False
   if not all(v is None or isinstance(v, bool | int | float | str) for _, v in method.settings):

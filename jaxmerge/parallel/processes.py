@@ -54,12 +54,12 @@ def start(
 
 
 def is_first() -> bool:
-  """Tells whether this is the process that writes and prints for all."""
+  """Returns whether this is the process that writes and prints for all."""
   return jax.process_index() == 0
 
 
 def agree(flag: bool) -> bool:
-  """Tells whether the flag is set in any process; all must ask at the same point.
+  """Returns whether the flag is set in any process; all must ask at the same point.
 
   >>> agree(True), agree(False)
   (True, False)
@@ -83,7 +83,7 @@ def broadcast(params: Any) -> Any:
 
 
 def is_lost(error: BaseException) -> bool:
-  """Tells whether an error most likely says that another process is gone.
+  """Returns whether an error most likely says that another process is gone.
 
   >>> is_lost(ValueError("rounds must be positive"))
   False

@@ -42,7 +42,7 @@ _COUNTED = re.compile(
 
 
 def has_default_count(part: Config, whole: Config) -> bool:
-  """Tells whether the class of a config counts layers by COUNT, though the config does not."""
+  """Returns whether the class of a config counts layers by COUNT, though the config does not."""
   text = "llama" if "llava" in str(whole.get("model_type")) else None  # As LLaVA's classes have it.
   kind = part.get("model_type", text)
   return isinstance(kind, str) and _COUNTED.fullmatch(kind) is not None
@@ -135,7 +135,7 @@ def _repeat(kinds: Any, times: Any) -> list[Any]:
 
 
 def _is_numbers(key: str, value: Sequence[Any], num_layers: int) -> bool:
-  """Tells whether a list holds numbers of layers, each once, and not an entry for each layer."""
+  """Returns whether a list holds numbers of layers, each once, and not an entry for each layer."""
   if not (key in _NUMBERS or _NUMBERED.search(key)) or key in _FLAGS:
     return False
   whole = all(type(v) is int and 0 <= v < num_layers for v in value)

@@ -21,7 +21,7 @@ class Layers(NamedTuple):
   counted: int | None = None
 
   def is_list_of(self, value: Sequence[Any]) -> bool:
-    """Tells by its length whether a list may have an entry for each layer."""
+    """Returns whether a list has the length to hold an entry for each layer."""
     if len(value) not in (self.num_layers, self.counted):
       return False
     if len(value) <= max(self.order, default=0):
@@ -51,7 +51,7 @@ class Cycle(NamedTuple):
   kinds: tuple[Any, Any]
 
   def holds(self, every: int, layer: int) -> bool:
-    """Tells whether a layer is of that kind."""
+    """Returns whether a layer is of that kind."""
     return (layer if self.first else layer + 1) % every == 0
 
 
@@ -143,5 +143,5 @@ WRITTEN = {*BY_KEY, *FROM, "num_kv_shared_layers"}
 
 
 def is_period(key: str) -> bool:
-  """Tells whether a rule is about every n-th layer."""
+  """Returns whether a rule is about every n-th layer."""
   return bool(EVERY.search(key) or key in STEPS)

@@ -102,7 +102,7 @@ class Unclear(ValueError):
 
 
 def is_tower(name: str) -> bool:
-  """Tells whether a tensor or a stack is part of a vision or audio tower.
+  """Returns whether a tensor or a stack is part of a vision or audio tower.
 
   >>> is_tower("model.visual.blocks.0.norm1.weight"), is_tower("model.layers.0.mlp.weight")
   (True, False)
@@ -201,7 +201,7 @@ def _words(name: str) -> set[str]:
 
 
 def is_input(name: str) -> bool:
-  """Tells whether a tensor outside of the layers comes before them: an embedding.
+  """Returns whether a tensor outside of the layers comes before them: an embedding.
 
   >>> is_input("model.embed_tokens.weight"), is_input("lm_head.weight")
   (True, False)

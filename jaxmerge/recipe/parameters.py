@@ -114,7 +114,7 @@ def override(recipe: Recipe, tensor: Tensor) -> Override | None:
 
 
 def is_excluded(recipe: Recipe, tensor: Tensor) -> bool:
-  """Tells whether a tensor is copied from the base."""
+  """Returns whether a tensor is copied from the base."""
   return any(where.holds(tensor.name, tensor.layer) for where in recipe.exclude)
 
 

@@ -58,7 +58,7 @@ class Where:
     return self.filter is None and self.pattern is None and self.layers is None
 
   def holds(self, name: str, layer: int | None) -> bool:
-    """Tells whether a tensor is meant; one outside of all layers has the layer None."""
+    """Returns whether a tensor is meant; one outside of all layers has the layer None."""
     return (
       (self.filter is None or self.filter in name)
       and (self.pattern is None or re.search(self.pattern, name) is not None)
@@ -267,11 +267,11 @@ class Group(NamedTuple):
   place: Place
 
   def merged(self, source: Source, method: Method) -> bool:
-    """Tells whether a source is merged: it is, unless the method takes it as the base."""
+    """Returns whether a source is merged: it is, unless the method takes it as the base."""
     return method.base == "ignored" or source.model != self.base
 
   def copied(self, method: Method) -> bool:
-    """Tells whether the only source of a slice is taken over as it is.
+    """Returns whether the only source of a slice is taken over as it is.
 
     It is, if it is the base, or if the method needs a pair of models: so stacks of layers can be
     merged in some places and copied in others.

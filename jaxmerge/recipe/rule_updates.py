@@ -112,7 +112,7 @@ def _update_thresholds(config: Config, changed: dict[str, Any], layers: Layers) 
 
 
 def _idle(key: str, config: Config) -> bool:
-  """Tells whether no layer has a window, from whatever number on."""
+  """Returns whether no layer has a window, from whatever number on."""
   kind = str(config.get("model_type"))
   if key != "max_window_layers":
     return False
@@ -196,13 +196,13 @@ def _update_stages(config: Config, changed: dict[str, Any], layers: Layers) -> d
 
 
 def _alternates(config: Config) -> bool:
-  """Tells whether every second layer before a number has a window: Qwen 2's with experts."""
+  """Returns whether every second layer before a number has a window: Qwen 2's with experts."""
   kind = config.get("model_type") == "qwen2_moe" and not config.get("layer_types")
   return kind and bool(config.get("use_sliding_window"))
 
 
 def _holds(key: str, value: int, config: Config, layers: Layers) -> bool:
-  """Tells whether a rule treats each new layer as it treated the old one."""
+  """Returns whether a rule treats each new layer as it treated the old one."""
   pairs = list(enumerate(layers.order))
   if layer_rules.is_period(key) and value > 1:
     offset = config.get(key.replace("period", "offset")) if "period" in key else None

@@ -238,7 +238,7 @@ def _check_room(planned: RecipePlan) -> None:
 
 
 def _is_complete(place: pathlib.Path, plan: plans.Plan, settings: Settings) -> bool:
-  """Tells whether a place holds the complete result of an earlier recipe, by this very plan."""
+  """Returns whether a place holds the complete result of an earlier recipe, by this very plan."""
   return resume.is_result(place, plan, settings.shard_size, "safetensors", settings.nonfinite)
 
 

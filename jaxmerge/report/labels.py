@@ -80,7 +80,7 @@ def metric(record: Mapping[str, Any]) -> str:
 
 
 def lower_is_better(record: Mapping[str, Any]) -> bool:
-  """Tells whether less of the metric is better, as of a loss."""
+  """Returns whether less of the metric is better, as of a loss."""
   return bool(record.get("lower_is_better", False))
 
 
@@ -90,7 +90,7 @@ def gain(record: Mapping[str, Any], x: float) -> float:
 
 
 def percent(record: Mapping[str, Any]) -> bool:
-  """Tells whether the metric is a fraction, and more of it is better: it is written in percent."""
+  """Returns whether the metric is a fraction where higher is better, to be shown in percent."""
   if lower_is_better(record):
     return False
   values = [v for m in record["models"].values() for v in (m["mean"], *m["per_task"].values())]

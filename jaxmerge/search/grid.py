@@ -40,7 +40,7 @@ def candidates(name: str, settings: Mapping[str, Any]) -> Iterator[scales.Scaled
 
 
 def has_scale(name: str) -> bool:
-  """Tells whether a method has a scale itself."""
+  """Returns whether a method has a scale itself."""
   return "scale" in lookup.entry(name).parameters
 
 

@@ -127,7 +127,7 @@ def _chain(op: hlo_text.Op) -> str | None:
 
 
 def _continues(step: hlo_text.Step) -> bool:
-  """Tells whether an operation is a later part of a collective; in the text each looks whole.
+  """Returns whether an operation is a later part of a collective; in the text each looks whole.
 
   The first part feeds a custom call that starts the collective.
   """

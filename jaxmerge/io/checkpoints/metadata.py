@@ -41,7 +41,7 @@ def problem(folder: Path) -> str | None:
 
 
 def is_checkpoint(folder: str | Path) -> bool:
-  """Tells whether a folder is a checkpoint."""
+  """Returns whether a folder is a checkpoint."""
   return (Path(folder) / STATE).is_dir()
 
 

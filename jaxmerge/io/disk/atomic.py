@@ -84,7 +84,7 @@ def tidy(folder: Path) -> None:
 
 
 def is_unfinished(path: Path) -> bool:
-  """Tells whether a path has the name of a hidden file that is being written.
+  """Returns whether a path has the name of a hidden file that is being written.
 
   >>> is_unfinished("runs/.config.json.0a1b2c3d.tmp"), is_unfinished("runs/config.json")
   (True, False)

@@ -31,7 +31,7 @@ def check(path: pathlib.Path, folder: pathlib.Path) -> None:
 
 
 def _is_blob(target: pathlib.Path, home: pathlib.Path) -> bool:
-  """Tells whether a file is a blob of the hub's cache: of the snapshot's repository, or by name.
+  """Returns whether a file is a blob of the hub's cache: of the snapshot's repository, or by name.
 
   Folders into which the hub's client has linked models (`local_dir`) lead to such names as well.
   """

@@ -157,7 +157,7 @@ def _hold_mark(path: pathlib.Path, busy: str, patience: float) -> Iterator[None]
 
 
 def _check_mark(path: pathlib.Path, busy: str) -> bool:
-  """Tells whether a place has this machine's mark; raises Busy where it has another one's."""
+  """Returns whether a place has this machine's mark; raises Busy where it has another one's."""
   mark = _mark_of(path)
   try:
     text = mark.read_bytes()[:200]

@@ -33,7 +33,7 @@ class Location(NamedTuple):
 
 
 def is_id(path: str, revision: str | None = None) -> bool:
-  """Tells whether a path is meant as the id of a model of the hub, `owner/name`.
+  """Returns whether a path is meant as the id of a model of the hub, `owner/name`.
 
   A folder is never one, nor is what would lie in a folder that is there: a path that is misspelt is
   not looked up elsewhere. With a revision it is one even so, and needs no owner.

@@ -115,7 +115,7 @@ def open_writer(
 
 
 def counts_as_done(digest: Mapping[str, Any], nonfinite: bool) -> bool:
-  """Tells whether a tensor of the journal is done for a merge that lets NaN pass, or does not.
+  """Returns whether a tensor of the journal is done for a merge that lets NaN pass, or does not.
 
   >>> digest = {"xxh3_128": "0a"}
   >>> counts_as_done(digest, False), counts_as_done({**digest, **UNCHECKED}, False)

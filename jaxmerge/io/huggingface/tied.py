@@ -148,7 +148,7 @@ def untie(tensors: Mapping[str, Shaped], config: Mapping[str, Any]) -> dict[str,
 
 
 def lacks_head(tensors: Mapping[str, Shaped], config: Mapping[str, Any]) -> bool:
-  """Tells whether a language model has no output head though its config ties it to nothing."""
+  """Returns whether a language model has no output head though its config ties it to nothing."""
   ties = find(tensors, config)
   if ties is None or ties.flag is not False or not _is_language_model(config):
     return False
@@ -157,7 +157,7 @@ def lacks_head(tensors: Mapping[str, Shaped], config: Mapping[str, Any]) -> bool
 
 
 def equal(a: Tensor, b: Tensor) -> bool:
-  """Tells whether two tensors are equal bit for bit; those of two dtypes, entry for entry.
+  """Returns whether two tensors are equal bit for bit; those of two dtypes, entry for entry.
 
   One that does not exist yet is equal to none.
   """
@@ -181,7 +181,7 @@ def _same(a: Tensor, b: Tensor, start: int, stop: int) -> bool:
 
 
 def is_vocabulary(name: str) -> bool:
-  """Tells whether a name is that of a tensor with a row for each token: an embedding, or a head.
+  """Returns whether a name is that of a tensor with a row for each token: an embedding, or a head.
 
   >>> is_vocabulary("model.embed_tokens.weight"), is_vocabulary("layers.0.lm_head.weight")
   (True, False)

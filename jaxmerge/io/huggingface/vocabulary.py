@@ -51,7 +51,7 @@ class TokenizerFiles(NamedTuple):
   texts: Mapping[str, str | bytes | None] = {}
 
   def has(self, name: str) -> bool:
-    """Tells whether a file is there."""
+    """Returns whether a file is there."""
     is_text = name in self.texts
     return self.texts[name] is not None if is_text else (self.folder / name).is_file()
 

@@ -86,7 +86,7 @@ class Factors(NamedTuple):
 
 
 def is_adapter(folder: Path) -> bool:
-  """Tells whether a folder holds an adapter."""
+  """Returns whether a folder holds an adapter."""
   return (pathlib.Path(folder) / CONFIG).is_file()
 
 

@@ -63,7 +63,7 @@ def _load(target: Target) -> dict[str, np.ndarray]:
 
 
 def _is_transposed(target: Target, config: Settings, out: int, inner: int) -> bool:
-  """Tells whether a matrix lies [in, out]; ValueError where it has other sizes."""
+  """Returns whether a matrix lies [in, out]; ValueError where it has other sizes."""
   shape = target.tensor.shape
   swapped = bool(config.values["fan_in_fan_out"])
   if shape == (out, inner) == (inner, out):
@@ -132,7 +132,7 @@ def _ia3(
 
 
 def _is_feedforward(target: Target, config: Settings) -> bool:
-  """Tells whether a vector is of inputs: by the shape of a matrix, by the config for a kernel."""
+  """Returns whether a vector is of inputs: by the shape of a matrix, by the config for a kernel."""
   shape = target.parts["ia3_l"].shape
   if len(shape) == 2 and 1 in shape and shape != (1, 1):
     return shape[0] == 1

@@ -72,7 +72,7 @@ def key(name: str) -> Key | None:
 
 
 def is_copy(name: str, names: Container[str]) -> bool:
-  """Tells whether PEFT has written a tensor twice, and reads the other.
+  """Returns whether PEFT has written a tensor twice, and reads the other.
 
   A module that is trained whole is saved by its own name; of embeddings and heads that were resized
   PEFT saves the wrapped module besides: what was trained, and what it was before.

@@ -36,7 +36,7 @@ def first(patterns: Sequence[str], name: str) -> str | None:
 
 
 def ends(pattern: str, name: str) -> bool:
-  """Tells whether a pattern is a name, or its end behind a dot.
+  """Returns whether a pattern is a name, or its end behind a dot.
 
   Raises:
     ValueError: for a pattern that is none, or is not supported.
@@ -104,7 +104,7 @@ class _Automaton:
     return len(self.states) - 1
 
   def matches(self, text: str) -> bool:
-    """Tells whether a whole text is one that the automaton takes."""
+    """Returns whether a whole text is one that the automaton takes."""
     here = self._closure([self.start], 0, len(text))
     for at, character in enumerate(text, 1):
       states = (self.states[i] for i in here)

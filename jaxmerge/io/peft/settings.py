@@ -89,7 +89,7 @@ class Settings(NamedTuple):
     return float(alpha / (math.sqrt(rank) if self.values.get("use_rslora") else rank))
 
   def saves(self, name: str) -> bool:
-    """Tells whether a tensor is of a module that was trained as a copy (modules_to_save)."""
+    """Returns whether a tensor is of a module that was trained as a copy (modules_to_save)."""
     value = self.values.get("modules_to_save")
     modules = [m for m in value if isinstance(m, str)] if isinstance(value, list) else []
     return any(f".{name.rpartition('.')[0]}".endswith(f".{m}") for m in modules)

@@ -175,7 +175,7 @@ def _difference(first: tuple[str, str, Tensor | None], *others: Any) -> str | No
 
 
 def _alike(a: Tensor, b: Tensor) -> bool:
-  """Tells whether no entry of two tensors differs; assumed of one that does not exist yet."""
+  """Returns whether no entry of two tensors differs; assumed of one that does not exist yet."""
   size = math.prod(a.shape)
   try:
     for start in range(0, size if a.shape == b.shape else 0, _SLICE):
@@ -190,7 +190,7 @@ def _alike(a: Tensor, b: Tensor) -> bool:
 
 
 def _is_bare(name: str, tensor: Tensor, is_declared: bool) -> bool:
-  """Tells whether a matrix holds codes though nothing beside it does."""
+  """Returns whether a matrix holds codes though nothing beside it does."""
   if tensor.dtype.kind == "b":
     return False
   if safetensors.is_floating(tensor.dtype):
@@ -200,7 +200,7 @@ def _is_bare(name: str, tensor: Tensor, is_declared: bool) -> bool:
 
 
 def _is_whole(name: str, tensors: Mapping[str, Tensor]) -> bool:
-  """Tells whether a matrix of floats with a scale begins with whole numbers, as codes do."""
+  """Returns whether a matrix of floats with a scale begins with whole numbers, as codes do."""
   scaled = any(f"{name}{end}" in tensors for end in ("_scale", "_scale_inv"))
   if not scaled or name not in tensors or len(tensors[name].shape) < 2:
     return False

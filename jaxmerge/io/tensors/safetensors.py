@@ -295,7 +295,7 @@ def narrow(x: np.ndarray, dtype: np.dtype, where: str) -> np.ndarray:
 
 
 def is_floating(dtype: np.dtype) -> bool:
-  """Tells whether a dtype of the format holds floating-point numbers.
+  """Returns whether a dtype of the format holds floating-point numbers.
 
   >>> is_floating(DTYPES["BF16"]), is_floating(DTYPES["I64"])
   (True, False)

@@ -87,7 +87,7 @@ def _outside(recipe: Recipe, models: Opened, all_groups: Sequence[Group]) -> Ite
 
 
 def _inside(group: Group, name: str) -> bool:
-  """Tells whether a tensor belongs to the group's module: the module is a part of its name."""
+  """Returns whether a tensor belongs to the group's module: the module is a part of its name."""
   return group.module is None or group.module in _parts(name)
 
 

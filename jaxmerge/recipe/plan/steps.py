@@ -188,5 +188,5 @@ def _plan(
 
 
 def _is_result(model: Model, results: Mapping[str, Intermediate]) -> bool:
-  """Tells whether a reference means the result of a recipe: with a revision it is of the hub."""
+  """Returns whether a reference means the result of a recipe: with a revision it is of the hub."""
   return model.revision is None and model.path in results

@@ -105,7 +105,7 @@ def _layout(names: Mapping[str, Any], stack: str) -> Layout:
 def _is_explained(
   before: Config, after: Config, order: Layers, layout: Layout, new: int, old: int
 ) -> bool:
-  """Tells whether the config treats the new place as it treated the layer before.
+  """Returns whether the config treats the new place as it treated the layer before.
 
   By its lists alone, which may take the place of rules that stay in it, or by both.
   """
@@ -124,7 +124,7 @@ def _is_explained(
 
 
 def _is_rewritten(before: Config, after: Config, ours: Config, theirs: Config) -> bool:
-  """Tells whether a rule was changed, or written out as a list of more than kinds of attention."""
+  """Returns whether a rule was changed, or written as a list of more than attention kinds."""
   for key in theirs.keys() - ours.keys() - _keys_with_value(before):
     if not set(map(str, theirs[key])) <= _ATTENTION:
       return True

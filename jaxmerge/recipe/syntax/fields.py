@@ -125,7 +125,7 @@ def truth(node: Node, what: str, problems: list[Problem]) -> bool:
 
 
 def is_truth(value: object) -> bool:
-  """Tells whether a value is true or false, or a number that stands for it, as mergekit writes it.
+  """Returns whether a value is a boolean, or a number that stands for one, as in mergekit.
 
   >>> is_truth(False), is_truth(1.0), is_truth(2), is_truth("true")
   (True, True, False, False)

@@ -28,7 +28,7 @@ _OUTPUTS = re.compile(
 
 
 def is_token_matrix(name: str, tensor: Tensor) -> bool:
-  """Tells by its name whether a tensor is an embedding of tokens, or an output head.
+  """Returns whether a tensor's name is that of a token embedding or an output head.
 
   >>> matrix = Tensor("", np.dtype(np.float32), (9, 2), lambda start, out: None)
   >>> names = ("model.embed_tokens.weight", "bert.position_embeddings.weight")
@@ -41,7 +41,7 @@ def is_token_matrix(name: str, tensor: Tensor) -> bool:
 
 
 def has_token_matrix(request: plan.TensorRequest) -> bool:
-  """Tells whether a tensor of the result is made of such matrices."""
+  """Returns whether a tensor of the result is made of such matrices."""
   parts = [p for p in (request.base, *request.models) if p is not None]
   return any(p.tensor is not None and is_token_matrix(p.name, p.tensor) for p in parts)
 
