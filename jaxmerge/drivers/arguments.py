@@ -87,7 +87,10 @@ def describe_method(
 
 
 def stack_models(
-  base: Any, models: Any, names: Sequence[str] | None = None
+  base: Any,
+  models: Any,
+  names: Sequence[str] | None = None,
+  call: str = "merge(method, models, base)",
 ) -> tuple[Tree, Sequence[str] | None]:
   """Returns the stack of models and their names: a list or dict of trees like the base is stacked.
 
@@ -95,6 +98,7 @@ def stack_models(
     base: tree of arrays [*s].
     models: stack [K, *s], or several trees like the base: a sequence, or a dict by name.
     names: of the models; else the keys of the dict.
+    call: what the caller should have written.
 
   Raises:
     ValueError: for what is no tree of arrays, one model in place of several, and models where the
@@ -119,7 +123,7 @@ def stack_models(
         _refuse_others(one, f"model {k}")
       return tree.stack(models), names
     if _several(base, models):
-      raise ValueError(f"{_SWAPPED}: the base has several models.")
+      raise ValueError(_SWAPPED.format(call, "the base has several models"))
     if isinstance(models, list | tuple) and not isinstance(base, list | tuple):
       for k, one in enumerate(models):
         _refuse_others(one, f"model {k}")
@@ -134,15 +138,20 @@ def stack_models(
         "axis of models; give a list of models, such as [model]."
       )
     if all(len(a) == len(b) + 1 and a[1:] == b for a, b in pairs):
-      raise ValueError(f"{_SWAPPED}: the leaves of the base have an axis of models.")
+      raise ValueError(_SWAPPED.format(call, "the leaves of the base have an axis of models"))
   return models, names
 
 
-_SWAPPED = "base and models seem to be swapped: it is merge(method, models, base)"
+_SWAPPED = "base and models seem to be swapped: it is {}: {}."
 
 
-def check_stack(models: Any) -> Tree:
-  """Returns a stack to be merged without a base; ValueError for what may be models, each a tree."""
+def check_stack(models: Any, call: str = "merge(method, {})") -> Tree:
+  """Returns a stack to be merged without a base; ValueError for what may be models, each a tree.
+
+  Args:
+    models: stack [K, *s].
+    call: what the caller should have written, with {} in place of the stack.
+  """
   models = list(models) if isinstance(models, Iterator) else models
   refuse(models, "the models")
   listed = isinstance(models, list | tuple) and not hasattr(models, "_fields")
@@ -156,8 +165,8 @@ def check_stack(models: Any) -> Tree:
     alike = "trees alike" if len(each) > 1 else "tree"
     raise ValueError(
       f"a {kind} of {len(each)} {alike} is given in place of a stack; if they are models, "
-      f"stack them: merge(method, jaxmerge.stack({stack})); if they are parts of a stack, put "
-      "them into one more dict: merge(method, {'model': stack})['model']."
+      f"stack them: {call.format(f'jaxmerge.stack({stack})')}; if they are parts of a stack, put "
+      "them into one more dict, {'model': stack}."
     )
   _refuse_others(models, "the models")
   return models

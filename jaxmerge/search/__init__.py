@@ -17,6 +17,7 @@ __getattr__, __dir__, __all__ = lazy.attach(
     "Scored": "objective",
     "SearchResult": "objective",
     "Trial": "objective",
+    "exhaustive": "objective",
     "run": "objective",
     "weighted_sums": "objective",
     "best_scale": "scales",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any  # Any: what a caller passes as the score.
 
 import numpy as np
 
@@ -14,7 +15,7 @@ from jaxmerge.search import objective
 
 def lcsc(
   models: Tree,
-  score: objective.Score,
+  score: objective.Score | Any,
   *,
   generations: int = 100,
   parents: int = 10,
@@ -50,10 +51,11 @@ def lcsc(
     >>> bool(soup.score > -0.05), round(float(soup.candidate.sum()), 6)
     (True, 1.0)
   """
+  soups = objective.weighted_sums(models, score, "lcsc")
   K = tree.num_models(models)
   start = [np.array(methods.moving_weights(K, 1 - decay), np.float64) for decay in decays]
   strategy = evolve(start, generations, parents, sigma, np.random.default_rng(seed))
-  return objective.run(objective.weighted_sums(models, score, "lcsc"), strategy)
+  return objective.run(soups, strategy)
 
 
 def evolve(

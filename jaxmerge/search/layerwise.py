@@ -14,7 +14,7 @@ import numpy as np
 from jaxmerge import methods
 from jaxmerge.core import double_precision, stage, tree
 from jaxmerge.core.tree import Tree
-from jaxmerge.drivers import memory
+from jaxmerge.drivers import arguments, memory
 from jaxmerge.search import objective
 
 GRID = tuple(round(0.1 * n, 1) for n in range(1, 11))
@@ -49,6 +49,7 @@ class _Family:
   def __init__(
     self, base: Tree, models: Tree, score: Callable[[Any, int], float], layer: Callable[[str], str]
   ):
+    models, _ = arguments.stack_models(base, models, call="hi_merging(base, models, score)")
     self.base, self.models, self.score = base, models, score
     self.num_models = tree.num_models(models)
     leaves = [n for n, x in tree.named(base).items() if tree.is_floating(x)]
@@ -132,7 +133,7 @@ def hi_merging(
 
   Args:
     base: tree of arrays [*s].
-    models: stack of K models, [K, *s].
+    models: stack of K models, [K, *s], or a list of them.
     score: (params, k) -> score on the task of model k, larger for better ones.
     grid: fractions and factors to try.
     most: as many layers are changed at most; None: all that are in the way.

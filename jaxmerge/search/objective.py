@@ -7,16 +7,17 @@ models. An objective makes models of candidates and scores them. `run` brings th
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 import warnings
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable  # Any: models, candidates.
 
 import numpy as np
 
 from jaxmerge import methods
 from jaxmerge.core.tree import Tree
-from jaxmerge.drivers import memory
+from jaxmerge.drivers import arguments, memory
 
 Score = Callable[[Any], float]
 
@@ -75,18 +76,44 @@ class Scored:
     name: what is searched, for errors.
   """
 
-  model: Callable[[Any], Tree]
-  score: Score
+  model: Callable[[Any], Tree] | Any
+  score: Score | Any
   name: str = "the search"
+
+  def __post_init__(self) -> None:
+    """Raises ValueError for a model or a score that is no function."""
+    for word, value in (("model", self.model), ("score", self.score)):
+      if not callable(value):
+        raise ValueError(
+          f"{self.name}: {word} must be a function, got {value!r:.60}: write "
+          "search.Scored(model, score), of functions candidate -> model and model -> score."
+        )
 
   def evaluate(self, candidates: Sequence[Any]) -> Iterator[tuple[float, None]]:
     """Yields the score of each candidate."""
     for candidate in candidates:
-      yield float(self.score(self.model(candidate))), None
+      yield _number(self.score(self.model(candidate)), self.name), None
 
 
-def weighted_sums(models: Tree, score: Score, name: str = "the soup") -> Scored:
+def _number(score: Any, name: str) -> float:
+  """Returns a score as a number; ValueError for anything else."""
+  try:
+    return float(score)
+  except (TypeError, ValueError) as error:
+    shape = list(getattr(score, "shape", ()))
+    what = f"an array {shape}" if shape else f"{score!r:.60}"
+    hint = "return its mean, such as float(x.mean())" if shape else "return float(...)"
+    raise ValueError(f"{name}: a score must be one number, got {what}: {hint}.") from error
+
+
+def weighted_sums(models: Tree, score: Score | Any, name: str = "the soup") -> Scored:
   """Returns an objective whose candidates are weights [K] of a stack's models [K, *s]."""
+  if not callable(score):
+    kind = type(score).__name__
+    raise ValueError(
+      f"{name}: the score must be a function of a model, got a {kind}; the models come before it."
+    )
+  models = arguments.check_stack(models, "{}")
   method = methods.average(normalize=False)
 
   def model(weights: np.ndarray) -> Tree:
@@ -101,7 +128,7 @@ def exhaustive(candidates: Iterable[Any]) -> Strategy:
   return None
 
 
-def run(objective: Objective, strategy: Strategy) -> SearchResult:
+def run(objective: Objective | Any, strategy: Strategy | Any) -> SearchResult:
   """Runs a strategy to its end and returns the best model with all trials.
 
   The best is the first of the candidates with the highest score; a strategy may return another
@@ -113,7 +140,8 @@ def run(objective: Objective, strategy: Strategy) -> SearchResult:
     strategy: yields sequences of candidates, and is sent the list of their scores.
 
   Raises:
-    ValueError: if no candidate has a score above minus infinity.
+    ValueError: if no candidate has a score above minus infinity, and for an objective or a strategy
+      that is none.
 
   Example: random search, as a user's own strategy.
     >>> import jax.numpy as jnp
@@ -132,14 +160,16 @@ def run(objective: Objective, strategy: Strategy) -> SearchResult:
     >>> result.candidate.round(1).tolist(), len(result.trials), result.score > -0.01
     ([0.3, 0.9], 240, True)
   """
+  _check(objective, strategy)
   trials: list[Trial] = []
   best: tuple[Trial, Tree | None] | None = None
   scores: Any = None  # Starts the generator.
   while True:
     try:
-      candidates = list(strategy.send(scores))  # It is read twice below.
+      batch = strategy.send(scores)
     except StopIteration as end:
       return _result(objective, trials, best, end.value)
+    candidates = _candidates(batch, objective.name)
     scores = []
     for candidate, (score, params) in zip(candidates, objective.evaluate(candidates), strict=True):
       trials.append(Trial(candidate, score))
@@ -148,13 +178,51 @@ def run(objective: Objective, strategy: Strategy) -> SearchResult:
         best = trials[-1], params
 
 
+def _check(objective: Any, strategy: Any) -> None:
+  """Raises ValueError for an objective or a strategy that is none, with what to write."""
+  if not all(callable(getattr(objective, word, None)) for word in ("model", "evaluate")):
+    raise ValueError(
+      f"the objective must make models and score them, got {objective!r:.60}: write "
+      "search.run(search.Scored(model, score), strategy)."
+    )
+  if inspect.isgenerator(strategy) or callable(getattr(strategy, "send", None)):
+    return
+  if callable(strategy):
+    name = getattr(strategy, "__name__", "strategy")
+    what = f"{name} makes a strategy and is none: call it, {name}(...)"
+    if not inspect.isgeneratorfunction(strategy):
+      what = f"the strategy must be a generator, and {name} is a function without yield"
+    raise ValueError(f"{what}.")
+  raise ValueError(
+    f"the strategy must be a generator, got {strategy!r:.60}: search.exhaustive(candidates) tries "
+    "all of a list."
+  )
+
+
+def _candidates(batch: Any, name: str) -> list[Any]:
+  """Returns the candidates that a strategy yields at once; ValueError for one alone."""
+  if not isinstance(batch, str | Mapping):
+    try:
+      return list(batch)
+    except TypeError:
+      pass
+  raise ValueError(
+    f"{name}: a strategy yields lists of candidates, got {batch!r:.60}: write yield [candidate]."
+  )
+
+
 def _result(
   objective: Objective,
   trials: list[Trial],
   best: tuple[Trial, Tree | None] | None,
-  choice: Trial | None,
+  choice: Trial | Any,
 ) -> SearchResult:
   """The result of a search: the strategy's choice, or the best trial."""
+  if not isinstance(choice, Trial | None):
+    raise ValueError(
+      f"{objective.name}: the strategy returned {choice!r:.60}: return search.Trial(candidate, "
+      "score), or nothing for the best of all trials."
+    )
   if best is None:
     examples = ", ".join(str(trial.candidate) for trial in trials[:4]) + ", ..." * (len(trials) > 4)
     raise ValueError(

@@ -18,12 +18,12 @@ import optax
 from jaxmerge import methods
 from jaxmerge.core import tree
 from jaxmerge.core.tree import Tree
-from jaxmerge.drivers import memory
+from jaxmerge.drivers import arguments, memory
 from jaxmerge.search import objective
 
 
 def greedy_soup(
-  models: Tree, score: objective.Score, *, accept_ties: bool = False
+  models: Tree, score: objective.Score | Any, *, accept_ties: bool = False
 ) -> objective.SearchResult:
   """Adds the models to a mean one after the other, best first, where that raises the score.
 
@@ -145,7 +145,7 @@ def _mix(models: Tree, candidate: LeafWeights) -> Tree:
 
 def learned_soup(
   models: Tree,
-  loss: Loss,
+  loss: Loss | Any,
   batches: Iterable[Any],
   *,
   by_leaf: bool = True,
@@ -181,6 +181,13 @@ def learned_soup(
     >>> print(soup.candidate.weights["w"].round(2), round(float(soup.params["w"]), 2))
     [0.25 0.75] 3.0
   """
+  if not callable(loss):
+    kind = type(loss).__name__
+    raise ValueError(
+      "learned_soup: the loss must be a function (params, temperature, batch) -> number, got a "
+      f"{kind}; the models come before it."
+    )
+  models = arguments.check_stack(models, "{}")
   descent = _Descent(models, loss, by_leaf, optax.adamw(learning_rate, weight_decay=0.0))
   return objective.run(descent, descent.descend(batches))
 
@@ -188,7 +195,7 @@ def learned_soup(
 def soce(
   models: Tree,
   scores: np.ndarray,
-  score: objective.Score,
+  score: objective.Score | Any,
   *,
   correlation: float = 0.5,
   step: float = 0.1,
@@ -222,6 +229,7 @@ def soce(
     >>> soce(models, scores, lambda params: float(params["w"])).candidate.tolist()
     [0.1, 0.9]
   """
+  soups = objective.weighted_sums(models, score, "soce")
   scores, K = np.asarray(scores, np.float64), tree.num_models(models)
   if scores.ndim != 2 or len(scores) != K or not np.isfinite(scores).all():
     raise ValueError(
@@ -230,7 +238,6 @@ def soce(
   experts = _experts(scores, correlation)
   # Weights of the experts; the other models have none.
   grid = [weights @ np.eye(K)[experts] for weights in _grid(len(experts), step)]
-  soups = objective.weighted_sums(models, score, "soce")
   return objective.run(soups, objective.exhaustive(grid))
 
 

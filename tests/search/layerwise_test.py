@@ -48,6 +48,16 @@ def test_one_model_that_is_best_as_it_is_comes_back():
     assert all(v.tolist() == [1.0] for v in table.values())
 
 
+def test_models_may_be_a_list():
+  base, models = family(2)
+  each = [{n: x[k] for n, x in models.items()} for k in range(2)]
+  score = lambda params, k: float(params["head/w"][k])  # noqa: E731
+  result, expected = (hi_merging(base, m, score, grid=(1.0,)) for m in (each, models))
+  assert result.score == expected.score
+  with pytest.raises(ValueError, match=r"swapped: it is hi_merging\(base, models, score\)"):
+    hi_merging(models, base, score)
+
+
 def test_a_layer_that_is_in_the_way_gives_way():
   """The heads add up to more than either model wants; the rest is the same for both."""
   base = {n: jnp.zeros(4) for n in LAYERS}

@@ -65,6 +65,39 @@ def test_a_strategy_may_return_another_trial_than_the_best():
   assert (result.params, result.candidate, result.score) == ({"w": 0}, 0, 1.0)
 
 
+def yields(batch, choice=None):
+  """A strategy that asks once, and returns a choice."""
+  yield batch
+  return choice
+
+
+@pytest.mark.parametrize(
+  ("strategy", "scores", "words"),
+  [
+    (yields([0], [0, 1.0]), [1.0], r"returned \[0, 1.0\]: return search.Trial\(candidate, score\)"),
+    (yields(0), [1.0], r"lists of candidates, got 0: write yield \[candidate\]"),
+    (yields({"w": 0}), [1.0], "lists of candidates, got {'w': 0}"),
+    (yields, [1.0], r"yields makes a strategy and is none: call it, yields\(...\)"),
+    (len, [1.0], "must be a generator, and len is a function without yield"),
+    ([0], [1.0], r"got \[0\]: search.exhaustive\(candidates\) tries all"),
+    (None, [None], r"one number, got None: return float\(...\)"),
+    (None, [np.ones(2)], r"one number, got an array \[2\]: return its mean"),
+  ],
+)
+def test_what_is_no_strategy_or_no_score_is_named(strategy, scores, words):
+  with pytest.raises(ValueError, match=words):
+    run(scores, strategy)
+
+
+def test_what_is_no_objective_is_named():
+  with pytest.raises(
+    ValueError, match=r"write search.run\(search.Scored\(model, score\), strategy"
+  ):
+    search.run(len, search.exhaustive([0]))
+  with pytest.raises(ValueError, match=r"score must be a function, got 1.0: write search.Scored"):
+    search.Scored(len, 1.0)
+
+
 def test_all_searches_return_the_same_record():
   """With the numbers that the searches had before they shared a driver."""
   models = {"w": jnp.array([[0.0, 4.0], [4.0, 0.0], [8.0, 8.0]])}

@@ -50,6 +50,26 @@ def test_ties_are_accepted_where_that_is_asked_for(ties, expected):
   close(soup.candidate, expected)
 
 
+SOUPS = {
+  "greedy_soup": lambda models, score: soups.greedy_soup(models, score),
+  "soce": lambda models, score: soups.soce(models, np.eye(2), score),
+  "lcsc": lambda models, score: evolution.lcsc(models, score),
+  "learned_soup": lambda models, score: soups.learned_soup(models, score, [0.0]),
+}
+
+
+@pytest.mark.parametrize("name", SOUPS)
+def test_a_list_of_models_and_swapped_arguments_are_named(name):
+  models = [{"w": np.ones(2)}, {"w": np.zeros(2)}]
+  with pytest.raises(ValueError, match=r"stack them: jaxmerge.stack\(models\); if") as error:
+    SOUPS[name](models, len)
+  assert "merge(method" not in str(error.value)
+  with pytest.raises(
+    ValueError, match=f"{name}: the .* must be a function .*, got a dict; the mod"
+  ):
+    SOUPS[name](len, {"w": np.ones((2, 2))})
+
+
 def family(seed, count):
   """Random models as a stack and as a list, a random goal, and how near to it a model is."""
   rng = np.random.default_rng(seed)
