@@ -1,7 +1,7 @@
-"""ATM of a decoder of 1.2 B parameters, eight tasks side by side: to compile for TPUs.
+"""ATM of a 1.2 B decoder on eight parallel tasks, to compile for TPUs.
 
-Shapes alone: what a run from Python has, `jaxmerge.tune_and_merge(apply, params, tasks,
-sharding=llama.SHARDING, mesh=...)`, with these settings on tasks of such rows.
+Shapes only: those of a run from Python, `jaxmerge.tune_and_merge(apply, params, tasks,
+sharding=llama.SHARDING, mesh=...)`, with these settings and rows of this size.
 
   jaxmerge compile --config=configs/decoder_1b.py --topology v5e:16x16
   jaxmerge compile --config=configs/decoder_1b.py --topology v5p:4x4x4
@@ -16,7 +16,7 @@ def get_config():
   c = config_dict.ConfigDict()
   c.experiment = "decoder"
 
-  # Budget: eight rounds of 32 steps of 32 rows of 2048 tokens a task, 2.1 M tokens a round.
+  # Budget: eight rounds of 32 steps of 32 rows of 2048 tokens per task, 2.1 M tokens per round.
   c.rounds, c.epochs = 8, 1.0
   c.schedule, c.warmup = "cosine", 0.1
   c.weight_decay, c.clip_norm = 0.01, 1.0
@@ -30,8 +30,8 @@ def get_config():
   c.model.update(num_heads=16, num_kv_heads=16, head_size=128)
   c.model.update(rotary=dict(theta=10000.0), tied=True, remat=True)
   domains = ("one", "two", "three", "four", "five", "six", "seven", "eight")
-  c.data = dict(domains=domains, length=2048)  # tokens a row
-  c.data.update(train=8192, validation=256, test=256)  # rows a task
-  # A copy of the model over 4 chips; -1: rows of a batch over the chips that are left.
+  c.data = dict(domains=domains, length=2048)  # tokens per row
+  c.data.update(train=8192, validation=256, test=256)  # rows per task
+  # Each copy of the model over 4 chips; -1: rows of a batch over the remaining chips.
   c.mesh = dict(task=8, data=-1, model=4)
   return c.lock()

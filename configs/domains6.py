@@ -1,19 +1,19 @@
-"""Six domains of text, byte by byte: a decoder of 3 M parameters that has seen a little of each.
+"""Six domains of text: a byte-level decoder of 3 M parameters, pretrained on a little of each.
 
 English, Germanic, Romance and Slavic prose from the package, C headers of numpy and jaxlib, and the
-standard library of the Python that runs. The score is bits per byte: less is better.
+standard library of the running Python. The score is bits per byte: less is better.
 
   jaxmerge atm --config=configs/domains6.py --workdir=runs/domains6
 
-With manual pages in German, French and Spanish and the kernel's C headers instead, which may not
-be shipped (docs/experiments.md says how their files are made):
+With German, French and Spanish manual pages and the kernel's C headers instead, whose licence does
+not allow shipping them (docs/experiments.md says how to make their files):
 
   jaxmerge atm --config=configs/domains6.py --workdir=runs/domains6_manuals \
     --config.data.folder=FOLDER \
     --config.data.domains="('english', 'german', 'french', 'spanish', 'headers', 'python')"
 
 Expected: a table, report.html, and merged/, a Hugging Face folder.
-Time: 14 minutes on two idle cores.
+Time: 14 minutes on two otherwise idle cores.
 """
 
 from ml_collections import config_dict
@@ -24,15 +24,15 @@ def get_config():
   c.experiment = "domains6"
   c.final = True  # scores of the test rows, read once per model
 
-  # Budget, shared by all compared models; the loop's exchanges are its rounds.
+  # Budget, shared by all compared models; the loop has one exchange per round.
   c.rounds, c.epochs, c.batch_size = 50, 2.0, 8
   c.learning_rate, c.schedule, c.warmup = 1e-3, "cosine", 0.1
   c.weight_decay, c.clip_norm = 0.01, 1.0
   c.local_state = "kept"
-  c.score_every = 10  # rounds from one point of the curves to the next
+  c.score_every = 10  # rounds between points of the curves
   c.outer, c.outer_learning_rate = "sgd", 2.0  # 1/3 of each task vector
 
-  # What is compared with at the same budget; scales are chosen on validation.
+  # Baselines at the same budget; scales are chosen on validation.
   scales = (0.1, 0.2, 0.3, 0.4, 0.5)
   c.baselines = dict(
     multitask=dict(),
@@ -46,12 +46,12 @@ def get_config():
   c.model = dict(vocab_size=256, hidden_size=256, num_layers=4, intermediate_size=704)
   c.model.update(num_heads=4, num_kv_heads=2, head_size=64)
   c.model.update(rotary=dict(theta=10000.0), tied=True, remat=False)
-  # Folder of domains that the package lacks (empty: none); rows a task, each of `length` bytes. The
-  # base is trained on `pretrain` rows of each, which the tasks do not have.
+  # Folder of domains that the package lacks (empty: none); rows per task, each of `length` bytes.
+  # The base is trained on `pretrain` other rows of each domain.
   domains = ("english", "germanic", "romance", "slavic", "c", "python")
   c.data = dict(folder="", domains=domains, length=128)
   c.data.update(pretrain=400, train=400, validation=48, test=96)
   c.pretrain = dict(epochs=2.0, batch_size=8, learning_rate=2e-3, warmup=0.05)
   c.checkpoint = dict(every=10)
-  c.mesh = dict(devices=2)  # fake ones on a CPU
+  c.mesh = dict(devices=2)  # fake devices on a CPU
   return c.lock()

@@ -2,10 +2,10 @@
 
   jaxmerge bench --config=configs/domains6_methods.py --workdir=runs/domains6_methods
 
-Expected: leaderboard.md, .json and .png, in bits per byte: less is better. Numbers are chosen on
-validation, at most eight trials each; lore decomposes every matrix three times in place of twenty.
+Expected: leaderboard.md, .json and .png, in bits per byte: less is better. Hyperparameters are
+chosen on validation, in at most eight trials each; lore takes three sweeps instead of twenty.
 ATM and joint training are in the report of domains6.py.
-Time: about 25 minutes on two cores, added up from three parts of a run.
+Time: about 25 minutes on two cores, the sum of three parts of a run.
 """
 
 from ml_collections import config_dict
@@ -16,8 +16,8 @@ WIDE = (0.1, 0.2, 0.4, 0.7)
 
 def get_config():
   c = config_dict.ConfigDict()
-  c.run = "domains6.py"  # beside this file: data, base, budget of the experts
-  # A tuple is a list of values to try.
+  c.run = "domains6.py"  # in this folder: data, base, budget of the experts
+  # A tuple lists values to try.
   c.methods = dict(
     average=dict(),
     task_arithmetic=dict(scale=SCALES),

@@ -2,7 +2,7 @@
 
   jaxmerge bench --config=configs/images4_methods.py --workdir=runs/images4_methods
 
-Expected: leaderboard.md, .json and .png; numbers are chosen on validation, at most 12 trials each.
+Expected: leaderboard.md, .json and .png; at most 12 trials each, chosen on validation.
 """
 
 from ml_collections import config_dict
@@ -13,9 +13,9 @@ WIDE = (0.3, 0.5, 0.7, 1.0, 1.3, 1.6)
 
 def get_config():
   c = config_dict.ConfigDict()
-  c.run = "images4.py"  # beside this file: data, base, budget of the experts
+  c.run = "images4.py"  # in this folder: data, base, budget of the experts
   c.seeds = 3
-  # A tuple is a list of values to try.
+  # A tuple lists values to try.
   c.methods = dict(
     average=dict(),
     task_arithmetic=dict(scale=SCALES),

@@ -1,4 +1,4 @@
-"""Merge of eight experts of 70 B parameters in memory, sharded over 64 chips of v5p: to compile.
+"""In-memory merge of eight 70 B experts, sharded over 64 v5p chips, to compile.
 
   jaxmerge compile --config=configs/merge_70b.py --topology v5p:4x4x4
 
@@ -10,10 +10,10 @@ from ml_collections import config_dict
 
 def get_config():
   c = config_dict.ConfigDict()
-  c.models = 8  # experts, beside their base
+  c.models = 8  # experts, in addition to their base
   c.method = dict(name="task_arithmetic", scale=0.3)
 
-  # The decoder: fields of jaxmerge.models.decoder_config.Config. These sizes are Llama 2 70B's.
+  # The decoder: fields of jaxmerge.models.decoder_config.Config. The sizes are Llama 2 70B's.
   c.model = dict(
     vocab_size=32000,
     hidden_size=8192,

@@ -1,4 +1,4 @@
-"""Merge of eight experts of 7 B parameters in memory, sharded over 16 chips of v5e: to compile.
+"""In-memory merge of eight 7 B experts, sharded over 16 v5e chips, to compile.
 
   jaxmerge compile --config=configs/merge_7b.py --topology v5e:4x4
 
@@ -10,10 +10,10 @@ from ml_collections import config_dict
 
 def get_config():
   c = config_dict.ConfigDict()
-  c.models = 8  # experts, beside their base
+  c.models = 8  # experts, in addition to their base
   c.method = dict(name="task_arithmetic", scale=0.3)
 
-  # The decoder: fields of jaxmerge.models.decoder_config.Config. These sizes are Llama 2 7B's.
+  # The decoder: fields of jaxmerge.models.decoder_config.Config. The sizes are Llama 2 7B's.
   c.model = dict(
     vocab_size=32000,
     hidden_size=4096,

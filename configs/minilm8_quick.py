@@ -15,14 +15,14 @@ def get_config():
   c = config_dict.ConfigDict()
   c.experiment = "minilm8"
 
-  # Budget of the loop; experts and joint training have other rates.
+  # Budget of the loop; experts and joint training have their own rates.
   c.rounds, c.epochs = 2, 0.5
   c.learning_rate, c.schedule = 3e-4, "cosine"
   c.weight_decay = 0.01
   c.local_state = "kept"
   c.outer, c.outer_learning_rate = "sgd", 3.0  # 3/8 of each task vector
 
-  # What is compared with at the same budget; scales are chosen on validation.
+  # Baselines at the same budget; scales are chosen on validation.
   scales = (0.3, 0.5)
   c.baselines = dict(
     experts=dict(learning_rate=2e-4, warmup=0.1),
@@ -33,8 +33,8 @@ def get_config():
     breadcrumbs=dict(keep=0.85, remove=0.01, scales=scales),
   )
 
-  c.data = dict(train=128, validation=20, test=40)  # rows a task
-  # Folder of the weights (empty: the package), tokens a row, length of the head's columns.
+  c.data = dict(train=128, validation=20, test=40)  # rows per task
+  # Folder of the weights (empty: the package), tokens per row, norm of the head's columns.
   c.model = dict(folder="", length=24, head_scale=20.0)
   c.keep_experts = True  # for later merges
   return c.lock()
