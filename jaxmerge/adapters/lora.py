@@ -5,6 +5,8 @@ An adapter is a dict from the names of matrices to their low-rank factors.
 
 from __future__ import annotations
 
+import difflib
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple  # Any: arrays of jax, or of NumPy where loaded.
 
@@ -12,8 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmerge import errors
-from jaxmerge.core import double_precision, layouts, matrix_views, tree
+from jaxmerge.core import double_precision, layouts, leaf_names, matrix_views, tree
 from jaxmerge.core.tree import Tree
 from jaxmerge.drivers import arguments, finiteness
 from jaxmerge.io.tensors import names
@@ -102,7 +103,7 @@ def find_targets(
 
 def _check_square(targets: Mapping[str, Target]) -> None:
   """Raises ValueError for a square matrix, if the views of other leaves contradict the adapter."""
-  leaves = {n: x for n, x in targets.items() if not n.endswith("kernel") and len(x.shape) == 2}
+  leaves = {n: x for n, x in targets.items() if not _is_kernel(n) and len(x.shape) == 2}
   square = [n for n, x in leaves.items() if x.shape[0] == x.shape[1]]
   wrong = [n for n, x in leaves.items() if (x.view == "io") != isinstance(x.lora, Swapped)]
   if square and wrong:
@@ -122,17 +123,17 @@ def find_matrix(
 
   Args:
     leaves: of a model, by name.
-    name: of the adapter's matrix: the leaf's, without `/kernel`, `.weight` or a prefix.
+    name: of the adapter's matrix: the leaf's, or that without `/kernel`, `.weight`, nnx's
+      `/value`, or a prefix.
     rules: the layout rule of each leaf.
     lora: the factors, if they are known: their shape decides if only one view fits.
 
   Raises:
     ValueError: for a leaf that is missing, or is no matrix of floating-point numbers.
   """
-  ends = (name, f"{name}/kernel", f"{name}.weight")
-  leaf = next(filter(None, (names.find(n, leaves) for n in ends)), None)
+  leaf = next(filter(None, (names.find(f"{name}{end}", leaves) for end in _ENDS)), None)
   if leaf is None:
-    raise ValueError(f"the model has no matrix {name!r}{errors.nearest(name, leaves)}.")
+    raise ValueError(f"the model has no matrix {name!r}{_nearest(name, leaves)}.")
   shape, dtype, rule = np.shape(leaves[leaf]), leaves[leaf].dtype, rules[leaf]
   if not tree.is_floating(leaves[leaf]) or rule.view is None:
     raise ValueError(f"{leaf!r} is {dtype}{list(shape)}, which is no floating-point matrix.")
@@ -140,12 +141,36 @@ def find_matrix(
     choices = " or ".join(f"[({leaf!r}, {view!r})]" for view in layouts.choices(leaf, shape))
     raise ValueError(f"how {leaf!r} {list(shape)} lies is not known: say it by layout, {choices}.")
   view = rule.view.replace("l", "o")
-  if not _is_explicit(rule) and not leaf.endswith("kernel") and len(shape) == 2:
+  if not _is_explicit(rule) and not _is_kernel(leaf) and len(shape) == 2:
     view = _view(view, shape, lora)
   matrix = jax.eval_shape(
     lambda x: matrix_views.rows(x, view), jax.ShapeDtypeStruct((1, *shape), jnp.float32)
   )
   return leaf, view, matrix.shape[1:]
+
+
+# What may follow an adapter's name of a matrix in the leaf's: nnx has boxes around its leaves.
+_ENDS = tuple(
+  matrix + box for box in ("", "/value", "/raw_value") for matrix in ("", "/kernel", ".weight")
+)
+
+
+def _nearest(name: str, leaves: Mapping[str, Any]) -> str:
+  """Says which matrices have names near one that is missing, and some that there are."""
+  matrices = [n for n, x in leaves.items() if np.ndim(x) > 1] or list(leaves)
+  known = sorted({re.sub(r"([/.](kernel|weight))?(/(raw_)?value)?$", "", n) or n for n in matrices})
+  alike = {n.replace(".", "/"): n for n in (*leaves, *known)}.get(name.replace(".", "/"))
+  if alike is not None and alike != name:
+    return f": the parts of its names have {'/' if '/' in alike else '.'} between, write {alike!r}"
+  close = difflib.get_close_matches(name, known, n=3)
+  hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else ";"
+  more = f", ... ({len(known)} in all)" if len(known) > 12 else ""
+  return f"{hint} Known: {', '.join(known[:12])}{more}"
+
+
+def _is_kernel(leaf: str) -> bool:
+  """Tells whether a leaf is a kernel of Flax, in a box or not."""
+  return leaf_names.name(leaf).leaf.endswith("kernel")
 
 
 def _is_explicit(rule: layouts.Rule) -> bool:
@@ -168,9 +193,9 @@ def _view(view: str, shape: tuple[int, ...], lora: Lora | None) -> str:
 def apply(params: Tree, adapter: Adapter | Any, *, layout: layouts.Layout | None = ()) -> Tree:
   """Adds an adapter to a model: its matrices become matrix + scale * b @ a.
 
-  A matrix is the leaf of the adapter's name, or that name with `/kernel` or `.weight`. `layout`
-  decides on a leaf's view, then its library (see `jaxmerge.core.layouts`). If neither knows a leaf
-  of two axes, the first are the outputs.
+  A matrix is the leaf of the adapter's name, or that name with `/kernel` or `.weight`, and the
+  `/value` of nnx. `layout` decides on a leaf's view, then its library (see
+  `jaxmerge.core.layouts`). If neither knows a leaf of two axes, the first are the outputs.
 
   Raises:
     ValueError: naming the matrix that the model lacks, or that has another shape.

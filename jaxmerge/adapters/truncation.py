@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Iterable
 from typing import Any
 
@@ -21,7 +22,7 @@ def extract(
   base: Tree,
   model: Tree,
   matrices: Iterable[str],
-  rank: int,
+  rank: int | Any,
   *,
   layout: layouts.Layout | None = (),
 ) -> dict[str, Lora]:
@@ -43,6 +44,9 @@ def extract(
     [[3. 0.]
      [0. 0.]]
   """
+  if isinstance(matrices, str):
+    raise ValueError(f"matrices must be a list of names, got a text: write [{matrices!r}].")
+  rank = _check_rank(rank)
   tree.check_same(base, model, left="the base", right="the model", dtype=False)
   leaves, tuned = tree.named(base), tree.named(model)
   rules = layouts.of_leaves(leaves, layout)
@@ -56,7 +60,7 @@ def extract(
 
 
 @double_precision.aware
-def compress(adapter: Adapter | Any, rank: int) -> dict[str, Lora]:
+def compress(adapter: Adapter | Any, rank: int | Any) -> dict[str, Lora]:
   """Returns the nearest adapter of a lower rank.
 
   Only the triangles of the factors are decomposed; the matrices themselves are never formed.
@@ -67,7 +71,7 @@ def compress(adapter: Adapter | Any, rank: int) -> dict[str, Lora]:
     [[3. 0.]
      [0. 0.]]
   """
-  adapter = arguments.adapter(adapter)
+  adapter, rank = arguments.adapter(adapter), _check_rank(rank)
   product = functools.partial(jnp.matmul, precision="highest")
 
   def nearest(x: Lora) -> Lora:
@@ -80,9 +84,18 @@ def compress(adapter: Adapter | Any, rank: int) -> dict[str, Lora]:
   return combine.check_finite({name: nearest(x) for name, x in adapter.items()})
 
 
-def _truncate(x: jax.Array, rank: int) -> Lora:
+def _check_rank(rank: Any) -> int:
+  """Returns a rank; ValueError for what is no whole number from 1."""
+  try:
+    rank = operator.index(rank)
+  except TypeError as error:
+    raise ValueError(f"rank must be a whole number, such as 8, got {rank!r}.") from error
   if rank < 1:
     raise ValueError(f"rank must be at least 1, got {rank}.")
+  return int(rank)
+
+
+def _truncate(x: jax.Array, rank: int) -> Lora:
   u, s, vt = jnp.linalg.svd(x, full_matrices=False)
   rank = min(rank, s.shape[0])
   root = jnp.sqrt(s[:rank])

@@ -50,6 +50,17 @@ def test_worked_example_of_stacking():
   close(padded.delta(), [[0.625, 0.125, 0.1875], [0.75, 0.375, 0.5625]])
 
 
+@pytest.mark.parametrize("name", ["layers/0", "layers/0/kernel", "layers/0/kernel/value"])
+def test_a_matrix_of_nnx_is_named_with_or_without_its_box(name):
+  """Its kernels lie [in, out] as all of Flax do, beside a square one as well."""
+  base = {"layers": [{"kernel": {"value": jnp.zeros((3, 2))}}, {"kernel": {"value": jnp.eye(3)}}]}
+  adapter = {name: ONE["w"], "layers/1": Lora(jnp.ones((1, 3)), jnp.ones((3, 1)))}
+  model = adapters_lora.apply(base, adapter)
+  close(model["layers"][0]["kernel"]["value"], ONE["w"].delta().T)
+  again = truncation.extract(base, model, [name], 1)
+  close(again[name].delta(), ONE["w"].delta(), atol=1e-6)
+
+
 def test_stacking_is_task_arithmetic_of_what_the_adapters_add():
   every = drawn((1, 4, 2))
   weights = (0.2, 1.5, -0.3)
@@ -333,6 +344,22 @@ REFUSED = {
   "no matrix": (
     lambda: adapters_lora.apply({"v": jnp.zeros((2, 3))}, ONE),
     r"the model has no matrix 'w'.* Known: v",
+  ),
+  "near matrix": (
+    lambda: adapters_lora.apply({"layers": [{"kernel": jnp.zeros((3, 2))}]}, {"layer/0": ONE["w"]}),
+    r"no matrix 'layer/0'; did you mean 'layers/0'\? Known: layers/0",
+  ),
+  "dotted name": (
+    lambda: adapters_lora.apply({"layers": [jnp.zeros((3, 2))]}, {"layers.0": ONE["w"]}),
+    r"no matrix 'layers.0': the parts of its names have / between, write 'layers/0'",
+  ),
+  "a text for a list": (
+    lambda: truncation.extract({"w": jnp.zeros((2, 2))}, {"w": jnp.ones((2, 2))}, "w", 2),
+    r"matrices must be a list of names, got a text: write \['w'\]",
+  ),
+  "a text for a rank": (
+    lambda: truncation.compress(ONE, "2"),
+    "rank must be a whole number, such as 8, got '2'",
   ),
   "shape": (
     lambda: adapters_lora.apply({"w": jnp.zeros((3, 3))}, ONE),
