@@ -1,22 +1,22 @@
-"""What an accelerator reaches: bandwidth of merges, speed of tuning, rounds, saves; its numbers.
+"""Performance on an accelerator: bandwidth of merges, speed of tuning, rounds, saves; accuracy.
 
   python benchmarks/accelerator.py --out=accelerator.json
 
 Runs on the GPU or TPU that jax finds, at full size: merges of eight experts with a billion
 parameters in bfloat16, local steps of a decoder with a billion parameters. On a CPU the same code
-runs at small sizes; so it does with --parameters and --decoder. Of several devices one is used.
+runs at small sizes, as it does with --parameters and --decoder. Only one device is used.
 
 - merges: bytes that any merge must move (base and experts read once, the result written once) per
-  second, beside a copy on the same device. Goals: 80 % of a copy for methods that work entry by
-  entry, 40 % for TIES, whose exact thresholds over the whole model take more than one reading.
+  second, compared with a copy on the same device. Goals: 80 % of a copy for elementwise methods,
+  40 % for TIES, whose exact thresholds over the whole model take more than one pass.
 - step: the loop's own local step, AdamW. Its share of the chip's peak counts the operations of the
-  model alone, 6 a weight and token and the causal half of attention, and nothing that is computed
-  twice. Goal: 45 %.
+  model alone, 6 per weight and token and the causal half of attention, without rematerialisation.
+  Goal: 45 %.
 - rounds: seconds of a whole round with 1, 2, 4, 8 tasks, in steady state.
-- save: how long an asynchronous save keeps the loop waiting, and how long it takes.
+- save: how long an asynchronous save blocks the loop, and how long it takes.
 - numbers: the same merges on this machine's CPU, operation by operation; the largest difference in
-  units of the last place of each leaf's largest entry. And loss and gradients of a
-  small decoder, in bfloat16, beside the CPU's in float32.
+  units of the last place of each leaf's largest entry. Also the loss and gradients of a small
+  decoder in bfloat16, compared with the CPU's in float32.
 """
 
 import argparse

@@ -3,7 +3,7 @@
   python benchmarks/dry_run.py --work=runs/dry_run
 
 The folders have the layout of Llama 70B in bfloat16, 141 GB each in shards of 5 GB; their files are
-sparse, as nothing but headers is read. Prints the median wall time of whole processes.
+sparse, since only headers are read. Prints the median wall time of whole processes.
 """
 
 import argparse

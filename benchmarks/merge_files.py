@@ -1,21 +1,22 @@
-"""Merging folders: CPU seconds, wall time and memory beside a floor, and beside mergekit.
+"""Merging folders: CPU seconds, wall time and memory, compared with a floor and with mergekit.
 
   python benchmarks/merge_files.py --work=runs/merge_files --params 0.75e9 1.5e9 --out=OUT
 
 Makes a base and three models of each size in a Llama layout (bfloat16, made again only if they are
 not there). The floor reads every input byte once and writes every output byte once, in the same
 order and slices, through the page cache as any program does, without arithmetic: no checksums, no
-look for NaN. Floor, jaxmerge and, where --mergekit gives the Python of an environment that has it,
-mergekit run in turns, each in a process of its own, for several rounds, and write new files. The
-table has medians: of the times, and of the ratios within each round. Before each there is a pause:
-free memory goes back to the host of a virtual machine within seconds, and what writes to it first
-pays for having it again; so all pay, as a user does, not just those that come late after another.
-Rows of OUT.json that are not measured again stay in the table.
+check for NaN. Floor, jaxmerge and mergekit (if --mergekit names the Python of an environment that
+has it) run in turns, each in its own process, for several rounds, and write new files. The table
+has medians: of the times, and of the ratios within each round.
 
-`floor` and `merge` are without the start of Python, imports and compiling: `start-up` is the merge
-of a model with a few slices of the same lengths, for which the same programs are compiled;
-`process` is all of it. Memory is the peak of the resident pages, and of the anonymous ones. All
-compute in float32; "ties by tensor" has mergekit's thresholds, one for each tensor.
+Each run starts after a pause: a virtual machine returns free memory to its host within seconds, and
+whatever writes to it first pays for getting it back. With the pause all runs pay, as a user does,
+not only those that start late. Rows of OUT.json that are not measured again stay in the table.
+
+`floor` and `merge` exclude the start of Python, imports and compiling: `start-up` is the merge of a
+model with a few slices of the same lengths, for which the same programs are compiled; `process` is
+the total. Memory is the peak of the resident pages, and of the anonymous ones. All compute in
+float32; "ties by tensor" has mergekit's thresholds, one for each tensor.
 """
 
 import argparse

@@ -4,22 +4,21 @@
   python benchmarks/methods.py --params=1e9 --models=8 --where files matrices --work=runs/methods
 
 A base and its models have a Llama layout whose width follows from the size. Each method runs in a
-process of its own, with its default parameters, on as many of the models as it takes:
+process of its own, with its default parameters, on as many of the models as it accepts:
 
   memory    one merge of float32 arrays, once compiled; MB are those that the program needs beside
             its arguments and result
-  files     one merge of bfloat16 folders, compiling included; passes are bytes that were read,
-            over those of the inputs; MB is the peak of what the process holds itself
+  files     one merge of bfloat16 folders, including compilation; passes are the bytes read
+            divided by those of the inputs; MB is the peak memory of the process itself
   matrices  methods of whole matrices, one matrix of each shape: the seconds of the whole model are
-            extrapolated by their number. Beside them the seconds of the decompositions alone that
-            the method asks for, counted in its traced program
+            extrapolated by their number. Next to them are the seconds of the method's
+            decompositions alone, counted in its traced program
 
-With `--iterations N`, methods that go on for many steps take N and 2 N of them, and the seconds of
-all are extrapolated from these: such are marked ~. Matrices are those of the blocks: methods of
+With `--iterations N`, methods with many steps take N and 2 N of them, and the seconds of all steps
+are extrapolated from these, marked ~. Matrices are those of the blocks: methods of
 whole matrices average the embedding, as their papers do.
 
-Seconds are those of the processor, of all threads, which other work on the machine changes less
-than those of the wall.
+Seconds are CPU seconds of all threads, which other work on the machine affects less than wall time.
 """
 
 import argparse

@@ -1,15 +1,15 @@
-"""How rounds of the loop scale over fake devices, and what merge, scores and saves add to a round.
+"""Scaling of rounds over fake devices, and the cost of merge, scores and saves in a round.
 
   python benchmarks/scaling.py --config=configs/images4.py --devices 1 2 4 8
   python benchmarks/scaling.py --config=configs/minilm8.py --parts round --rounds=4
 
 - strong: the tasks of the config, over more and more devices.
-- weak: as many tasks as devices; where the config has fewer, they are taken again under new names.
-- round: one round with all that belongs to it. The merge is timed alone, on tuned copies; scores
-  and saves are what rounds take longer with them than without.
+- weak: as many tasks as devices; if the config has fewer, tasks are repeated under new names.
+- round: one complete round. The merge is timed alone, on tuned copies; scores and saves are the
+  difference between rounds with and without them.
 
 Fake devices share the machine's cores: wall time cannot shrink below what the cores allow, and CPU
-seconds show what is lost on the way. All are medians over the rounds after the first.
+seconds show the overhead. All are medians over the rounds after the first.
 """
 
 import argparse

@@ -2,8 +2,8 @@
 
   python benchmarks/search.py --config=configs/minilm8.py --out=benchmarks/results/minilm8_search
 
-At most twelve trials a model, learning rates included; test rows are never read. Every trial is
-written to OUT.json as soon as it is done, and is not run again: an interrupted search goes on where
+At most twelve trials per model, learning rates included; test rows are never read. Every trial is
+written to OUT.json as soon as it is done, and is not run again: an interrupted search resumes where
 it stopped, and one with more --trials adds to it. One-shot merges are searched over the experts of
 the best trial of the experts. Prints and writes OUT.md: the best settings of each model, the number
 of trials and their time.

@@ -2,9 +2,9 @@
 
   python benchmarks/seeds.py --config=configs/images4.py --seeds=3 --out=benchmarks/results/images4
 
-Each seed is a process of its own, started cold, as a user would start it: its wall time is that of
-`jaxmerge atm`. Runs that are already in the working folder are not made again. Writes OUT.json and
-OUT.md.
+Each seed runs in a process of its own, started cold, as a user would start it: its wall time is
+that of `jaxmerge atm`. Runs that are already in the working folder are not repeated. Writes
+OUT.json and OUT.md.
 """
 
 import argparse

@@ -1,8 +1,8 @@
-"""Sums over models: the compiler's reduction of a short first axis beside a chain of additions.
+"""Sums over models: the compiler's reduction of a short first axis against a chain of additions.
 
   python benchmarks/sums.py --models 2 3 8 --entries 4096 1048576
 
-Times are nanoseconds an entry of the result, the median of several runs in turns.
+Times are nanoseconds per entry of the result, the median of several runs in turns.
 """
 
 import argparse

@@ -1,8 +1,8 @@
-"""Writing a file through the cache of its pages, and past it: CPU seconds and wall time.
+"""Writing a file through the page cache and with direct I/O: CPU seconds and wall time.
 
   python benchmarks/writes.py --work=runs/writes --bytes=1.5e9
 
-Writes a new file in pieces as long as those of a merge, and syncs it; both ways in turns, for
+Writes a new file in pieces as long as those of a merge, and syncs it; both ways alternate, for
 several rounds, with a pause before each, as in `merge_files.py`. Prints every round.
 """
 

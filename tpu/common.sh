@@ -1,13 +1,13 @@
-# Sourced by the scripts beside it: what they share. Settings are variables of the environment:
+# Sourced by the other scripts: shared settings and functions. Settings are environment variables:
 #   TPU       name of the TPU VM
 #   TOPOLOGY  chips and their shape, as for `jaxmerge compile`: v5e:4x4
 #   ZONE      such as us-west4-a
-#   PROJECT   of Google Cloud; empty: the one that gcloud is set to
-#   VERSION   software of the VM; empty: the usual one of the chips
-#   SPOT=1    cheap, and may be taken away at any time
-#   QUEUED=1  by a queued resource, which waits until there are chips
+#   PROJECT   Google Cloud project; empty: the current one of gcloud
+#   VERSION   runtime version of the VM; empty: the default for the chips
+#   SPOT=1    a spot VM: cheap, may be preempted at any time
+#   QUEUED=1  use a queued resource, which waits for chips
 #   SHARE     NFS share HOST:/PATH that all workers mount, for runs that outlive the VM
-#   POLL      seconds between two looks; 30
+#   POLL      seconds between two checks; 30
 # shellcheck shell=bash disable=SC2034  # Some variables are for the others.
 set -euo pipefail
 
