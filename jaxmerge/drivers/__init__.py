@@ -1,4 +1,4 @@
-"""How a method runs: in memory, model after model, slice by slice, over many devices."""
+"""Runs methods: in memory, model by model, slice by slice, or over many devices."""
 
 from jaxmerge import lazy
 

@@ -1,4 +1,4 @@
-"""Merging some models more: what a method with a fold keeps between them, and makes of it."""
+"""The accumulator of a method with a fold: adding models to it, and finishing the merge."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from jaxmerge.core.tree import Tree
 def accumulator(
   method: Method, layout: layouts.Layout | layouts.Table
 ) -> tuple[Callable[..., State], Callable[..., Tree]]:
-  """Returns what adds models to an accumulator, and what makes the merge of one.
+  """Returns two functions: `take` adds models to an accumulator, `finish` merges it.
 
   `take(state, models, base, ready, statistics)`: an accumulator by leaf or None, a stack [k, *s],
   the base or None, the hyperparameters of these models, and their statistics by name and leaf -> an
@@ -89,7 +89,7 @@ def _finish(
 
 
 def _fold_of(method: Method, name: str) -> tuple[int, Fold]:
-  """The place of the combiner that acts on a leaf, and its fold."""
+  """Returns the index of the combiner that acts on a leaf, and its fold."""
   for i, step in enumerate(method):
     if step.fold and (step.where is None or step.where(name)):
       return i, step.fold
@@ -109,7 +109,7 @@ def _table(
 def _through(
   method: Method, at: slice, name: str, part: Part, ready: Ready, table: layouts.Table
 ) -> Part:
-  """Takes a part through some of the stages."""
+  """Runs a part through some of the stages."""
   for step, stats in zip(method[at], ready.stats[at], strict=True):
     if step.where is None or step.where(name):
       part = interpreter.apply(step, part, stats[step.group(name)], table.view(name))

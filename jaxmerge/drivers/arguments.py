@@ -1,4 +1,4 @@
-"""Arguments of callers: corrected where the meaning is clear, refused with a reason elsewhere."""
+"""Checks callers' arguments: converts them if the meaning is clear, else raises with a reason."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from jaxmerge.methods import factory
 
 
 def method(value: Any) -> Method:
-  """Returns a method; ValueError that names what was passed instead.
+  """Returns a method, or raises ValueError naming what was passed instead.
 
   Example:
     >>> method("ties")
@@ -67,7 +67,7 @@ def refuse_weights(method: Method, instead: str, vectors: str) -> None:
 def describe_method(
   method: Method, numbers: Mapping[str, Any], words: str | None = None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-  """Returns what a plan says of a method, and its hyperparameters with their defaults.
+  """Returns a plan's record of a method, and its hyperparameters with defaults filled in.
 
   A published method is described by its name and settings, another by a digest of its code.
 
@@ -146,7 +146,7 @@ _SWAPPED = "base and models seem to be swapped: it is {}: {}."
 
 
 def check_stack(models: Any, call: str = "merge(method, {})") -> Tree:
-  """Returns a stack to be merged without a base; ValueError for what may be models, each a tree.
+  """Returns a stack to merge without a base; raises ValueError if it looks like separate trees.
 
   Args:
     models: stack [K, *s].
@@ -158,7 +158,7 @@ def check_stack(models: Any, call: str = "merge(method, {})") -> Tree:
   each = list(models) if listed else list(models.values()) if isinstance(models, Mapping) else []
   trees = [jax.tree.map(lambda x: getattr(x, "shape", None), m) for m in each]
   inner = all(isinstance(m, Mapping) for m in each)
-  # A stack often has one part, such as params, and several arrays alike.
+  # A stack often has a single entry, such as params, and several arrays of equal shape.
   several = len(each) > (0 if listed and inner else 1) and (listed or inner)
   if several and all(shapes == trees[0] for shapes in trees[1:]):
     kind, stack = ("list", "models") if listed else ("dict", "list(models.values())")
@@ -173,7 +173,7 @@ def check_stack(models: Any, call: str = "merge(method, {})") -> Tree:
 
 
 def paths(models: Any, names: Sequence[str] | None) -> tuple[list[Any], Sequence[str] | None]:
-  """Returns the places of models and their names: a list, or a dict of them by name.
+  """Returns the paths of models and their names, from a list or a dict by name.
 
   Example:
     >>> paths({"chat": "models/chat"}, None)
@@ -195,7 +195,7 @@ def paths(models: Any, names: Sequence[str] | None) -> tuple[list[Any], Sequence
 
 
 def adapters(value: Any, names: Sequence[str] | None) -> tuple[list[Any], Sequence[str] | None]:
-  """Returns adapters and their names: a list, a dict of them by name, or one, a dict of factors."""
+  """Returns adapters and their names, from a list, a dict by name, or one dict of factors."""
   if isinstance(value, Mapping):
     several = any(isinstance(one, Mapping) for one in value.values())
     names = (names or list(value)) if several else names
@@ -208,7 +208,7 @@ def adapters(value: Any, names: Sequence[str] | None) -> tuple[list[Any], Sequen
 
 
 def adapter(value: Any, label: str = "the adapter") -> Any:
-  """Returns an adapter; ValueError for what is no dict of the factors of matrices by their names.
+  """Returns an adapter; raises ValueError unless it is a dict of factors by matrix name.
 
   Example:
     >>> adapter([{}])
@@ -263,7 +263,7 @@ def tasks(apply: Any, value: Any, settings: Any) -> list[Any]:
 
 
 def refuse(params: Tree, label: str) -> None:
-  """Raises ValueError, naming a leaf, for what is no weight: optimizers' states, codes."""
+  """Raises ValueError, naming a leaf, for leaves that are not weights: optimizer states, codes."""
   tree.refuse_optimizers(params, label)
   quantized.refuse(tree.named(params), label)
 
@@ -277,13 +277,13 @@ def _several(models: Any, base: Any) -> bool:
   each = list(models.values()) if isinstance(models, Mapping) else models
   if not isinstance(each, list | tuple) or not each:
     return False
-  if len(each) == 1 and isinstance(models, Mapping):  # Or a tree that lies under one key more.
+  if len(each) == 1 and isinstance(models, Mapping):  # Or one tree nested under an extra key.
     return jax.tree.map(np.shape, tree.named(each[0])) == jax.tree.map(np.shape, tree.named(base))
   return all(_names(one) == _names(base) for one in each)
 
 
 def _refuse_others(params: Any, label: str) -> None:
-  """Raises ValueError for leaves that are no arrays or no weights, and for no leaves."""
+  """Raises ValueError for leaves that are not arrays or not weights, and for an empty tree."""
   refuse(params, label)
   leaves = tree.named(params)
   for name, leaf in leaves.items():
@@ -301,7 +301,7 @@ def _refuse_others(params: Any, label: str) -> None:
 
 
 def _unreadable(dtype: Any) -> str | None:
-  """Says what of a dtype JAX has no numbers of, and what to give in its place."""
+  """Returns why JAX cannot represent a dtype, and what to pass instead."""
   if not isinstance(dtype, np.dtype):
     return None
   if dtype.kind in "Mm" or dtype.names:

@@ -1,4 +1,4 @@
-"""OPCM over models that come one after the other: the continual method that has no fold."""
+"""OPCM over models that arrive one at a time: the continual method that has no fold."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ def opcm(
   *,
   layout: layouts.Layout | None = (),
 ) -> incremental.Running:
-  """Merges by `methods.opcm` models that come one after the other.
+  """Returns an incremental merge by `methods.opcm`, for models that arrive one at a time.
 
-  The state holds the merged task vectors before they are scaled, and the sum and number of the
-  norms: a model of K merges as if all K were there at once.
+  The state holds the merged task vectors before scaling, and the sum and number of the norms: K
+  models that arrive one at a time merge as if all K were merged at once.
 
   Args:
     base: what the models were tuned from.
@@ -69,7 +69,7 @@ def opcm(
 
 
 class _Setup(NamedTuple):
-  """What stays the same over the models of OPCM."""
+  """The constants of an OPCM merge, shared by all models."""
 
   base: Tree
   scale: float
@@ -80,7 +80,7 @@ class _Setup(NamedTuple):
 
   @property
   def static(self) -> dict[str, Any]:
-    """What programs are compiled for."""
+    """The static arguments of the programs."""
     return {"views": self.views, "moments": self.moments}
 
 
@@ -125,7 +125,7 @@ def _add_model(
 
 
 def _in_turn(alpha: Any, rank_tol: Any) -> Callable[..., Any]:
-  """Adds to one matrix what another has outside of its directions: [2, m, n] -> [1, m, n]."""
+  """Adds to a matrix the part of another outside its directions: [2, m, n] -> [1, m, n]."""
 
   def add(pair: Any, base: Any, more: Any) -> Any:
     before, tau = pair
@@ -162,7 +162,7 @@ def _finalize(setup: _Setup, state: State) -> Tree:
 
 
 def _norm(leaves: Mapping[str, Any]) -> Any:
-  """The norm of leaves together; running statistics are none of the weights."""
+  """Returns the norm over all leaves but running statistics, which are not weights."""
   moments = running_statistics.of(leaves)
   dtype = tree.compute_dtype(*(x.dtype for x in leaves.values()))
   weights = [x.astype(dtype) for n, x in leaves.items() if n not in moments]

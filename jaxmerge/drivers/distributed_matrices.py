@@ -1,9 +1,9 @@
 """Whole matrices, distributed over the devices of a mesh.
 
-A method of matrices needs each of them whole, and decompositions are what it costs. Left alone, a
-compiler brings every matrix to every device, and all of them decompose all. Here matrices of one
-shape, of many leaves and of the layers that a leaf stacks, are laid side by side, shared out over
-all devices, worked on one after the other there, and brought back.
+A matrix method needs whole matrices, and most of its cost is decompositions. By default the
+compiler gathers every matrix on every device, and every device decomposes all of them. Here
+matrices of one shape, from many leaves and from the layers that a leaf stacks, are concatenated,
+distributed over all devices, processed there one at a time, and gathered.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class Distribution(NamedTuple):
   """How matrices are distributed.
 
   Attributes:
-    mesh: all its devices take part; None: matrices stay where the compiler has them. An abstract
-      one in a program that a caller compiles.
+    mesh: mesh whose devices all take part, abstract in a program that a caller compiles; None: the
+      compiler places the matrices.
     chains: whether sums over models are chains, as elsewhere in the program; see
       `core/rewrites.py`.
   """
@@ -65,7 +65,7 @@ def apply(
   layout: layouts.Table,
   distribution: Distribution | None,
 ) -> dict[str, Array]:
-  """Updates those of some leaves [K, *s] that a stage takes matrix by matrix: [M, *s].
+  """Applies a matrix stage to the leaves that have a matrix view: [K, *s] -> [M, *s].
 
   Args:
     step: the stage.
@@ -127,7 +127,7 @@ def map_matrices(
 
 
 def _alike(leaves: Mapping[str, LeafMatrices], stacks: Mapping[str, Array]) -> list[list[str]]:
-  """Groups the leaves whose matrices, with what belongs to them, have the same shapes."""
+  """Groups the leaves whose matrices, and the arrays that belong to them, have equal shapes."""
   groups: dict[Any, list[str]] = {}
   for name, m in leaves.items():
     x = stacks[name]
@@ -139,7 +139,7 @@ def _alike(leaves: Mapping[str, LeafMatrices], stacks: Mapping[str, Array]) -> l
 
 
 def _side_by_side(leaves: Sequence[LeafMatrices], stacks: Sequence[Array]) -> tuple[Any, ...]:
-  """Lays the matrices of some leaves along a first axis, with what belongs to each of them."""
+  """Concatenates the matrices of some leaves along a first axis, with the arrays of each."""
   counts = [x.shape[1] for x in stacks]
   x = jnp.concatenate([stack.swapaxes(0, 1) for stack in stacks])
   bases = [base for m in leaves if (base := _base(m)) is not None]
@@ -151,7 +151,7 @@ def _side_by_side(leaves: Sequence[LeafMatrices], stacks: Sequence[Array]) -> tu
 
 
 def _distribute(f: Rule, arguments: Any, mesh: Mesh | AbstractMesh | None) -> Array:
-  """Shares work over devices, and collects the results: [n, ...] -> [n, M, rows, columns]."""
+  """Distributes work over devices, and gathers the results: [n, ...] -> [n, M, rows, columns]."""
 
   def work(arguments: Any) -> Array:
     return lax.map(lambda one: f(*one), arguments)
@@ -182,7 +182,7 @@ def _base(m: LeafMatrices) -> Array | None:
 
 
 def _to_leaf(ys: Array, m: LeafMatrices) -> Array:
-  """[matrices, M, rows, columns] -> [M, *s]."""
+  """Reshapes matrices to their leaf: [matrices, M, rows, columns] -> [M, *s]."""
   y = ys.swapaxes(0, 1)
   joined = y.reshape(y.shape[0], y.shape[1] * y.shape[2], y.shape[3])
   return matrix_views.from_rows(joined, m.view, m.x.shape[1:])
@@ -191,9 +191,9 @@ def _to_leaf(ys: Array, m: LeafMatrices) -> Array:
 def of(arrays: Iterable[Any], chains: bool | None) -> Distribution:
   """Returns how matrices of these arrays are distributed: over the mesh that shards them.
 
-  Of traced arrays it is the mesh of their type or, with automatic axes, of the context. Matrices
-  stay where they are with axes of two kinds, and where some are taken: inside of a `shard_map`, or
-  where a `vmap` is over models that are sharded.
+  For traced arrays it is the mesh of their type or, with automatic axes, of the context. Matrices
+  are not distributed if the mesh mixes explicit and automatic axes, or if some axes are in use:
+  inside a `shard_map`, or under a `vmap` over sharded models.
 
   >>> of([jnp.ones(3)], chains=True)
   Distribution(mesh=None, chains=True)
@@ -203,7 +203,7 @@ def of(arrays: Iterable[Any], chains: bool | None) -> Distribution:
 
 
 def _meshes(x: Any) -> Iterator[Mesh | AbstractMesh]:
-  """The meshes that an array may lie on."""
+  """Yields the meshes that an array may be sharded over."""
   traced = isinstance(x, jax.core.Tracer)
   sharding = jax.typeof(x).sharding if traced else getattr(x, "sharding", None)
   if isinstance(sharding, NamedSharding):
@@ -214,7 +214,7 @@ def _meshes(x: Any) -> Iterator[Mesh | AbstractMesh]:
 
 
 def _are_free(mesh: Mesh | AbstractMesh) -> bool:
-  """Returns whether a `shard_map` can have all axes of a mesh here."""
+  """Returns whether a `shard_map` can use all axes of a mesh here."""
   seen = []
 
   def look(x: Array) -> Array:

@@ -1,9 +1,9 @@
-"""Exact ranks among more numbers than memory holds, in one reading of them as a rule.
+"""Finds exact order statistics of more numbers than memory holds, usually in one pass.
 
-A sample says between which two values the wanted one lies, nearly surely. One scan counts what is
-above, and keeps what is between, which is little. Where the sample was wrong the scan has counted
-enough to know on which side to look, and is repeated. Numbers are bit patterns, unsigned integers
-of 32 or 64 bits, that order as the values do.
+A sample brackets the value of the rank with high probability. One scan counts the numbers above the
+bracket, and stores those inside, which are few. If the sample was wrong, the scan's counts show on
+which side to search, and the scan is repeated. Numbers are bit patterns, unsigned integers of 32 or
+64 bits, that order as the values do.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import Any, NamedTuple  # Any: arrays of NumPy, or of jax.
 
 import numpy as np
 
-EVERY = 2**32 - 1  # As the last position: all entries that tie are inside.
-CAPACITY = 2**22  # So many numbers, over all models, are stored before equal ones are counted;
-FINE = 16  # where still too many are different, they are counted in 2**16 classes.
+EVERY = 2**32 - 1  # As the last position: all equal entries are kept.
+CAPACITY = 2**22  # Numbers stored, over all models, before equal ones are counted together;
+FINE = 16  # if too many are still distinct, they are counted in 2**16 classes.
 
 
 class Slice(NamedTuple):
@@ -35,16 +35,16 @@ class Slice(NamedTuple):
 
 
 class Numbers(NamedTuple):
-  """Numbers that can be read slice by slice; a slice is used up before the next one is read.
+  """Numbers that are read slice by slice; a slice is valid until the next one is read.
 
-  Of M ranks that are searched at once the i-th is one of model i modulo K.
+  Of M ranks that are searched together, the i-th belongs to model i modulo K.
 
   Attributes:
-    size: how many there are of each model.
-    sample: () -> some of them, [K, S], how many each stands for, [S], and where each run of those
-      that are neighbours begins, [C].
+    size: number of values of each model.
+    sample: () -> a sample [K, S], how many numbers each stands for, [S], and where each run of
+      neighbours begins, [C].
     scan: (low [M], high [M]) -> all slices, in the order of positions.
-    slice: which -> position of the first entry of that one of the slices, and patterns [K, n].
+    slice: index of a slice -> position of its first entry, and its patterns [K, n].
     kind: the dtype of the patterns.
   """
 
@@ -60,11 +60,11 @@ class Numbers(NamedTuple):
     return 2 ** (8 * self.kind.itemsize - 1) - 1
 
 
-_ABOVE, _INSIDE = 1, 2  # What a number is to the first bracket of its row; for the next, times 4.
+_ABOVE, _INSIDE = 1, 2  # Side of the first bracket; two bits for each further bracket.
 
 
 def sides(bits: Any, low: Any, high: Any, where: Callable[..., Any] = np.where) -> Any:
-  """Returns where numbers are to brackets: [K, n], [R, K, 1], [R, K, 1] -> unsigned [K, n].
+  """Returns on which sides of brackets numbers are: [K, n], [R, K, 1] twice -> unsigned [K, n].
 
   All R brackets of a number are in one small integer, so that a program makes and writes it once.
 
@@ -84,9 +84,9 @@ def cut(numbers: Numbers, ranks: Sequence[int], *, exact: bool) -> tuple[np.ndar
   """Finds the value of a rank for each model, and the last position of those inside.
 
   Args:
-    numbers: where they are.
-    ranks: per model n, the n-th largest is wanted, at most as many as there are; 0 for none.
-    exact: n entries are inside, the first of those that tie; otherwise all that tie are.
+    numbers: the numbers.
+    ranks: n for each model, to find the n-th largest, at most the number of values; 0 for none.
+    exact: keep exactly n entries, the first of equal ones; otherwise keep all equal ones.
 
   Returns:
     Patterns [K], and positions [K], uint32.
@@ -108,7 +108,7 @@ def cut(numbers: Numbers, ranks: Sequence[int], *, exact: bool) -> tuple[np.ndar
 
 
 class _Sample:
-  """Some numbers of a model from the largest on, and each one's share of all with those before."""
+  """A model's sample in descending order, with the cumulative share of all numbers at each."""
 
   def __init__(self, row: np.ndarray, weights: np.ndarray, starts: np.ndarray):
     self.row_values, self.weights, self.starts = row, weights, starts
@@ -119,7 +119,7 @@ class _Sample:
     self.values, self.share = row[order], np.cumsum(weights[order]) / weights.sum()
 
   def error(self, wanted: float) -> float:
-    """Three standard deviations of the share of those above the value of a wanted share.
+    """Returns three standard deviations of the share of numbers above the value at a share.
 
     Neighbours may be alike: runs of them are compared with the runs beside them.
     """
@@ -134,17 +134,17 @@ class _Sample:
 
 
 def _order(row: np.ndarray) -> np.ndarray:
-  """Places of numbers in ascending order."""
+  """Returns the positions of numbers in ascending order."""
   if row.dtype.itemsize > 4:
     return np.argsort(row, kind="stable")
-  # The place beside the number: sorted as one, several times faster than by `argsort`.
+  # Number and position packed in one key: sorting it is several times faster than `argsort`.
   keys = (row.astype(np.uint64) << np.uint64(32)) | np.arange(len(row), dtype=np.uint64)
   keys.sort()
   return keys.astype(np.uint32)
 
 
 def _take(searches: Sequence[_Search], which: int, part: Slice, exact: bool) -> None:
-  """Counts what is above the brackets, and keeps what is inside."""
+  """Counts numbers above the brackets, and stores those inside."""
   num_models, kind = len(part.sides), part.sides.dtype.type
   insides = np.zeros((num_models, 1), part.sides.dtype)
   for i, search in enumerate(searches):
@@ -162,7 +162,7 @@ def _take(searches: Sequence[_Search], which: int, part: Slice, exact: bool) -> 
       continue
     above, inside = kind(_ABOVE << shift), kind(_INSIDE << shift)
     search.above += int(np.count_nonzero(part.sides[k] & above))
-    if search.single:  # Equal ones are often very many.
+    if search.single:  # There are often very many equal numbers.
       count = np.count_nonzero(part.sides[k] & inside)
       value = np.array([search.bracket[0]], search.sample.values.dtype)
       search.add(_Candidates(which, value, np.array([count])), len(searches))
@@ -173,20 +173,20 @@ def _take(searches: Sequence[_Search], which: int, part: Slice, exact: bool) -> 
 
 
 def _union(sides: np.ndarray, masks: np.ndarray) -> np.ndarray:
-  """What any row has of its mask: [K, n], [K, 1] -> [n]."""
+  """Returns the bits of its mask that any row has: [K, n], [K, 1] -> [n]."""
   if (masks == masks[0]).all():
     return np.bitwise_or.reduce(sides) & masks[0]
   return np.bitwise_or.reduce(sides & masks)
 
 
 class _Candidates(NamedTuple):
-  """What a scan saw inside a bracket.
+  """The numbers that a scan saw inside a bracket.
 
   Attributes:
-    which: the slice that it is from, or the last one.
+    which: index of the slice they are from, or of the last one.
     values: patterns.
-    counts: how often each is there; None: as often as it is listed.
-    positions: where each is, if that is known.
+    counts: how often each occurs; None: as often as it is listed.
+    positions: position of each, if known.
   """
 
   which: int
@@ -196,7 +196,7 @@ class _Candidates(NamedTuple):
 
 
 def _count_equal(candidates: Sequence[_Candidates]) -> tuple[np.ndarray, np.ndarray]:
-  """Counts equal values together: values in order, and how often each is there."""
+  """Counts equal values together: returns values in order, and how often each occurs."""
   listed = [k.values for k in candidates if k.counts is None]
   values, counts = np.unique(np.concatenate([_NOTHING, *listed]), return_counts=True)
   pairs = [(values, counts), *((k.values, k.counts) for k in candidates if k.counts is not None)]
@@ -211,7 +211,7 @@ _NOTHING = np.zeros(0, np.uint32)
 
 
 class _Search:
-  """The search for one model's value: a bracket, and what a scan saw around it."""
+  """The search for one model's value: a bracket, and a scan's counts around it."""
 
   def __init__(self, rank: int, size: int, sample: _Sample, top: int):
     self.sample, self.rank, self.wanted, self.top = sample, rank, rank / size, top
@@ -229,7 +229,7 @@ class _Search:
     return self.bracket[0] == self.bracket[1]
 
   def add(self, candidates: _Candidates, searches: int) -> None:
-    """Adds what is inside the bracket: equal ones together, or coarsely, where they are many."""
+    """Adds numbers inside the bracket; if they are many, counts equal ones or coarse classes."""
     self.candidates.append(candidates)
     self.stored += len(candidates.values)
     room = CAPACITY // searches
@@ -247,7 +247,7 @@ class _Search:
       self.merged, self.stored = 1, len(self.candidates[0].values)
 
   def settle(self) -> None:
-    """Finds the value among what a scan kept, or takes another bracket."""
+    """Finds the value among the stored candidates, or chooses another bracket."""
     if self.is_done:
       return
     coarse = [k._replace(values=self._coarse(k.values)) for k in self.candidates]
@@ -268,14 +268,14 @@ class _Search:
     self._look(*((high + 1, self.top) if left <= 0 else (0, low - 1)))
 
   def _coarse(self, values: np.ndarray) -> np.ndarray:
-    """Rounds values of the bracket down, so that few are different."""
+    """Rounds values in the bracket down, so that few are distinct."""
     if not self.shift:
       return values
     low, shift = (values.dtype.type(n) for n in (self.bracket[0], self.shift))
     return ((values - low) >> shift << shift) + low
 
   def _look(self, low: int, high: int) -> None:
-    """Takes the part of a bracket that by the sample holds the wanted rank."""
+    """Narrows a bracket to the part that holds the rank according to the sample."""
     values, ends = self.sample.values, (self.wanted - self.error, self.wanted + self.error)
     first, last = np.searchsorted(self.sample.share, ends)
     top = int(values[first]) if self.wanted > self.error else high
@@ -284,13 +284,13 @@ class _Search:
     self._scan(*(near if near[0] <= near[1] else (low, high)))
 
   def _scan(self, low: int, high: int) -> None:
-    """Takes a bracket; nothing has been seen of it."""
+    """Sets a new bracket and resets the counts."""
     self.bracket, self.candidates = (low, high), []
     self.above = self.stored = self.merged = self.shift = 0
 
 
 def _last(numbers: Numbers, k: int, search: _Search) -> int:
-  """The position of the last entry that is inside, of those that tie with the value."""
+  """Returns the position of the last kept entry among those equal to the value."""
   if search.left == search.tied:
     return EVERY
   left, which = search.left, 0

@@ -1,7 +1,7 @@
-"""NaN and infinity: what inputs may not have, what results may not become, and what passes.
+"""Checks inputs and results for NaN and infinity.
 
-An infinity that base and all models have at one place, such as the -inf of a mask, is no number to
-merge: it is copied.
+An infinity that the base and all models share at one entry, such as the -inf of a mask, is not
+merged but copied.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from jaxmerge.parallel import mesh as meshes
 class Flags(NamedTuple):
   """Whether values of a leaf are finite: of base, reference, each model [K], and the result.
 
-  Those of a result that is a running variance are not negative either.
+  A result that is a running variance must also not be negative.
   """
 
   base: Any
@@ -36,12 +36,12 @@ def is_finite(x: Any, first: int = 0) -> Any:
     >>> is_finite(jnp.array([[1.0, jnp.nan], [1.0, 2.0]]), 1).tolist()
     [False, True]
   """
-  # NaN and infinity are the largest: on CPUs several times as fast as asking every entry.
+  # The maximum is NaN or infinite if any entry is: on CPUs several times faster than `isfinite`.
   return jnp.isfinite(jnp.max(jnp.abs(x), axis=tuple(range(first, x.ndim)), initial=0))
 
 
 def flags(base: Any, reference: Any, x: Any) -> Flags:
-  """Looks at base [*s] and reference, arrays or None, and at a stack of models [K, *s]."""
+  """Returns the flags of base [*s] and reference, arrays or None, and a stack [K, *s]."""
   one, two = (True if v is None else is_finite(v) for v in (base, reference))
   return Flags(one, two, is_finite(x, 1))
 
@@ -53,7 +53,7 @@ def is_sound(merged: Any, variance: bool) -> Any:
 
 
 def check_result(leaves: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns the leaves of a result; ValueError where one is not sound and can be looked at.
+  """Returns the leaves of a result; raises ValueError if a concrete one is not sound.
 
   Example:
     >>> check_result({"bn/var": np.array([-1.0])})
@@ -73,9 +73,9 @@ def refuse(flags: Mapping[str, Flags], names: Sequence[str] | None, order: Any =
   """Raises ValueError that names the first leaf and model whose flag is False.
 
   Args:
-    flags: by leaf, of models in order of tags.
+    flags: flags by leaf, with models in order of tags.
     names: names of the models, or None.
-    order: where each of the models was in the caller's stack.
+    order: position of each model in the caller's stack.
   """
   for name, of_leaf in flags.items():
     k = int(np.argmin(of_leaf.models))
@@ -94,7 +94,7 @@ def refuse_statistics(leaf: str, statistics: Mapping[str, Any]) -> None:
 
 
 def refuse_inputs(base: Mapping[str, Any], models: Mapping[str, Any]) -> None:
-  """Raises ValueError, naming leaf and model, for NaN or infinity that can be looked at."""
+  """Raises ValueError, naming leaf and model, for NaN or infinity in concrete arrays."""
   for name, x in models.items():
     if not any(isinstance(v, jax.core.Tracer) for v in (x, base[name])):
       of_leaf = flags(jnp.asarray(base[name]), None, jnp.asarray(x))
@@ -115,7 +115,7 @@ def unsound_error(name: str, merged: Any, *, remedy: str = "") -> ValueError:
 
 
 def shared_infinities(base: Any, reference: Any, x: Any) -> Any:
-  """Returns at which entries base, reference and all models [K, *s] have one and the same infinity.
+  """Returns where base, reference and all models [K, *s] have the same infinity.
 
   Example:
     >>> models = np.array([[-np.inf, np.inf], [-np.inf, np.inf]])
@@ -130,7 +130,7 @@ def shared_infinities(base: Any, reference: Any, x: Any) -> Any:
 
 
 def zero_at(places: Any, x: Any) -> Any:
-  """Puts zeros at such entries, for the merge: they are copied beside it."""
+  """Replaces entries at these places by zeros; the merge copies them separately."""
   return None if x is None else jnp.where(places, jnp.zeros((), x.dtype), jnp.asarray(x))
 
 

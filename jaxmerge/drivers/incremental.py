@@ -1,4 +1,4 @@
-"""Merges of models that come one after the other: init, update, finalize; constant memory.
+"""Merges of models that arrive one at a time: init, update, finalize; constant memory.
 
 The checkpoints of a run, or experts that arrive over weeks: the state between two of them is an
 accumulator as large as one model. `of` takes any method with a fold; `continual.opcm` is the method
@@ -30,7 +30,7 @@ from jaxmerge.methods import averages
 
 
 class Running(NamedTuple):
-  """A merge of models that come one after the other.
+  """A merge of models that arrive one at a time.
 
   Attributes:
     init: (params, statistics) -> state, before the first; only shapes and dtypes are looked at.
@@ -56,15 +56,15 @@ def of(
   seed: int | None = None,
   layout: layouts.Layout | None = (),
 ) -> Running:
-  """Runs a method over models that come one after the other, as `merge` does over all at once.
+  """Runs a method over models that arrive one at a time, as `merge` does over all at once.
 
-  Means, sums, random drops before a sum, the largest entry: whatever has a fold and measures
-  nothing. Leaves that are not floating point are the base's, or the first model's.
+  Supports methods with a fold and no reductions: means, sums, random drops before a sum, the
+  largest entry. Leaves that are not floating point are the base's, or the first model's.
 
   Args:
-    method: with a fold: `average`, `checkpoint_average`, `task_arithmetic`, `dare`, `magmax`, ...
-    base: what task vectors are taken from and added to; None: the weights themselves are merged.
-    hparams: hyperparameters in place of the method's own; one value for all models.
+    method: a method with a fold: `average`, `checkpoint_average`, `task_arithmetic`, `dare`, ...
+    base: base of the task vectors, to which the merged one is added; None: weights are merged.
+    hparams: hyperparameters in place of the method's defaults; one value for all models.
     seed: for methods with random masks.
     layout: matrix views.
 
@@ -98,7 +98,7 @@ def of(
 
 
 class _Setup(NamedTuple):
-  """What stays the same over the models of an incremental merge."""
+  """The constants of an incremental merge, shared by all models."""
 
   method: Method
   base: Tree | None
@@ -120,7 +120,7 @@ def _prepare(setup: _Setup, params: Tree, name: str | None) -> interpreter.Ready
 
 
 def _statistics(setup: _Setup, params: Tree, statistics: Mapping[str, Any] | None) -> Any:
-  """The statistics of one model by name and leaf, as those of a stack of one: [1, ...]."""
+  """Returns one model's statistics by name and leaf, as for a stack of one: [1, ...]."""
   leaves = tree.named(params)
   shapes = {n: x.shape for n, x in leaves.items() if tree.is_floating(x)}
   table = layouts.resolve(setup.method, shapes, setup.layout, names=leaves)
@@ -210,7 +210,7 @@ def _finalize(setup: _Setup, state: State) -> Tree:
 
 
 def floating(params: Tree) -> dict[str, Any]:
-  """Returns the leaves that are merged; the others go through no program."""
+  """Returns the floating-point leaves, which are merged; programs do not see the others."""
   return {n: x for n, x in tree.named(params).items() if tree.is_floating(x)}
 
 
@@ -219,7 +219,7 @@ def _one(params: Tree) -> Tree:
 
 
 def _like(params: Tree) -> Tree:
-  """What a merge without a base keeps of the models: leaves that are not merged, and dtypes."""
+  """Returns the leaves that a merge without a base copies, and the dtypes of the others."""
 
   def one(x: Any) -> Any:
     return double_precision.zeros((0,) if tree.is_floating(x) else x.shape, x.dtype)
@@ -261,7 +261,7 @@ def _refuse_nonfinite_statistics(statistics: Mapping[str, Mapping[str, Any]]) ->
 
 
 def refuse_nonfinite(params: Tree, name: str) -> None:
-  """Raises ValueError, naming the leaf, for NaN or infinity that can be looked at."""
+  """Raises ValueError, naming the leaf, for NaN or infinity in concrete arrays."""
   flags = {}
   for n, x in tree.named(params).items():
     if isinstance(x, jax.core.Tracer):

@@ -1,7 +1,7 @@
 """Reductions over weights that are read slice by slice: sums of fixed blocks, and exact ranks.
 
-Every reduction reads its leaves once, in order; neighbouring ranks among the same values share a
-reading. A threshold costs a sample of the slices besides, see `external_selection`.
+Every reduction is one pass over its leaves, in order; consecutive ranks of the same values share a
+pass. A threshold also reads a sample of the slices, see `external_selection`.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from jaxmerge.core.stage import Method, Rank, Reduction, Stage, Sum
 from jaxmerge.drivers import external_selection, row_ranks, slice_programs, slices
 from jaxmerge.drivers.slices import Form, Run
 
-BLOCK = 2**20  # Sums of floats are made of slices of so many entries, however others are cut.
-PICKED = 2**12, 2**15  # So many entries are picked from a slice at a time: few, or many.
+BLOCK = 2**20  # Entries of a slice in sums of floats, whatever the size of other slices.
+PICKED = 2**12, 2**15  # Entries picked from a slice at a time: few, or many.
 
 Stats = tuple[Any, ...]  # For each stage, by group, the results of its reductions.
 
 
 def deferred_stage(method: Method) -> int | None:
-  """Returns the stage whose reductions may wait until something depends on them; None without."""
+  """Returns the stage whose reductions may be deferred until a result needs them, or None."""
   last = max((i for i, step in enumerate(method) if step.reductions), default=None)
   return last if last is not None and method[last].deferred else None
 
@@ -40,7 +40,7 @@ def measure(run: Run, leaves: Sequence[str], before: Stats | None = None) -> Sta
   Args:
     run: the merge.
     leaves: names of the leaves.
-    before: what was measured without the stage that is deferred; None: nothing was.
+    before: results without those of the deferred stage; None: no results yet.
   """
   stats: Stats = ()
   waits = deferred_stage(run.method) if before is None else None
@@ -57,7 +57,7 @@ def measure(run: Run, leaves: Sequence[str], before: Stats | None = None) -> Sta
 
 
 def batches(step: Stage) -> Iterator[list[Reduction]]:
-  """Groups reductions that one reading serves: neighbouring ranks among the same values."""
+  """Groups reductions that share a pass: consecutive ranks of the same values."""
 
   def kind(indexed: tuple[int, Reduction]) -> Any:
     j, reduction = indexed
@@ -68,14 +68,14 @@ def batches(step: Stage) -> Iterator[list[Reduction]]:
 
 
 class Pass(NamedTuple):
-  """One reading of some leaves, for reductions of one stage.
+  """One pass over some leaves, for reductions of one stage.
 
   Attributes:
     run: the merge.
     leaves: names of the leaves of a group.
-    place: which stage it is.
-    stats: results of the reductions of the stages before, by group.
-    results: those of this stage, of this group, so far.
+    place: index of the stage.
+    stats: results of the reductions of earlier stages, by group.
+    results: results of this stage for this group so far.
   """
 
   run: Run
@@ -91,7 +91,7 @@ class Pass(NamedTuple):
 
   @property
   def static(self) -> dict[str, Any]:
-    """What the programs of this pass are compiled for."""
+    """The static arguments of the programs of this pass."""
     return {"before": self.before, "step": self.run.method[self.place]}
 
 
@@ -112,7 +112,7 @@ def _reduce(reading: Pass, batch: Sequence[Reduction]) -> dict[str, Any]:
 
 
 def _sum(reading: Pass, reduction: Sum) -> Any:
-  """Adds up the results of fixed slices, one after the other, floats in double precision."""
+  """Adds up the results of fixed blocks in order, floats in double precision."""
   run, total, dtypes = reading.run, None, None
   combine = np.add if reduction.combine is jnp.add else jax.jit(reduction.combine)
   for name, _, piece, form in slices.slices(run, reading.leaves, BLOCK):
@@ -129,7 +129,7 @@ def _sum(reading: Pass, reduction: Sum) -> Any:
       **reading.static,
     )
     dtypes = jax.tree.map(lambda x: x.dtype, each)
-    each = jax.device_get(each)  # Before the next slice is read to where this one lies.
+    each = jax.device_get(each)  # Before the next read overwrites this slice's buffer.
     each = jax.tree.map(_as_double, each) if combine is np.add else each
     total = each if total is None else jax.tree.map(combine, total, each)
     run.on_measured(name, piece.models.shape[1])
@@ -141,13 +141,13 @@ def _as_double(x: np.ndarray) -> np.ndarray:
 
 
 class _Selection(NamedTuple):
-  """What the values of some ranks are read with.
+  """The reader of the values that some ranks are searched in.
 
   Attributes:
     reading: the pass.
-    run: the merge, of the stages before the pass's: entries are ranked, and what the stage itself
-      needs whole, its update does.
-    ranks: the ranks that are searched at once.
+    run: the merge with only the stages before this pass: ranking is elementwise, and only the
+      stage's update needs its unit.
+    ranks: the ranks that are searched together.
     size: number of values of each model.
     ranges: the slices: name, start, stop.
   """
@@ -161,7 +161,7 @@ class _Selection(NamedTuple):
   def read(
     self, name: str, start: int, stop: int, *, ahead: bool = False
   ) -> tuple[Slice, dict[str, Any]]:
-    """Reads a slice; with the arguments of the programs that look at it."""
+    """Reads a slice; returns it with the arguments of its programs."""
     piece = slices.read(self.run, name, start, stop, ahead=ahead)
     form = slices.form_of(self.run, name)
     stats = slices.stats_of(self.run, name, self.reading.stats, piece)
@@ -171,7 +171,7 @@ class _Selection(NamedTuple):
 
 
 def _numbers(reading: Pass, ranks: Sequence[Rank]) -> external_selection.Numbers:
-  """The values that some reductions rank, one row per reduction and model."""
+  """Returns the values that some reductions rank, one row per reduction and model."""
   run = reading.run._replace(method=reading.before)
   size = sum(math.prod(run.shapes[n]) for n in reading.leaves)
   ranges = [(n, *ends) for n in reading.leaves for ends in slices.ranges(run, n, run.entries)]
@@ -187,7 +187,7 @@ def _numbers(reading: Pass, ranks: Sequence[Rank]) -> external_selection.Numbers
 
 
 def _sample(selection: _Selection) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """Looks at some slices all over the leaves, see `external_selection.Numbers`."""
+  """Samples some slices from all over the leaves, see `external_selection.Numbers`."""
   run, patterns, weights, lengths = selection.run, [], [], list[int]()
   for name in (n for n in selection.reading.leaves if math.prod(run.shapes[n])):
     of_leaf = []
@@ -210,7 +210,7 @@ def _sample(selection: _Selection) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def _scan(
   selection: _Selection, low: np.ndarray, high: np.ndarray
 ) -> Iterator[external_selection.Slice]:
-  """Reads all slices, and tells on which sides of brackets their values are."""
+  """Reads all slices, and yields on which sides of brackets their values are."""
   run = selection.run
   bracket = tuple(side.reshape(len(selection.ranks), -1, 1) for side in (low, high))
   for name, start, stop in selection.ranges:
@@ -219,7 +219,7 @@ def _scan(
     if arguments["form"].shape is None:
       sides = run.call(slice_programs.sides, piece, bracket=bracket, **arguments)
       pick = functools.partial(_pick, selection, piece, arguments)
-    else:  # Stages need whole rows: none is gone through for a few of its entries.
+    else:  # Stages need whole rows, so a few entries cannot be computed alone.
       bits = run.call(slice_programs.patterns, piece, **arguments)
       sides = run.call(slice_programs.beside, bits, bracket)
       pick = functools.partial(np.take, np.asarray(bits), axis=1)
@@ -238,7 +238,7 @@ def _patterns(selection: _Selection, which: int) -> tuple[int, np.ndarray]:
 def _pick(
   selection: _Selection, piece: Slice, arguments: Mapping[str, Any], columns: np.ndarray
 ) -> np.ndarray:
-  """The patterns of some entries of a flat slice, [K, columns]."""
+  """Returns the patterns of some entries of a flat slice, [K, columns]."""
   run, patterns = selection.run, []
   room = PICKED[len(columns) > PICKED[0]]
   for first in range(0, len(columns), room):
@@ -251,7 +251,7 @@ def _pick(
 
 
 def with_ranks(run: Run, piece: Slice, stats: Stats, method: Method, form: Form) -> Stats:
-  """Adds ranks in rows to what stages know, where the host sorts faster than the device."""
+  """Adds ranks within rows to `stats`, if the host sorts faster than the device."""
   for i, (step, acts) in enumerate(zip(method, form.acts, strict=False)):
     if step.ranked and acts and jax.default_backend() == "cpu":
       bits = np.asarray(

@@ -34,7 +34,7 @@ from jaxmerge.parallel import mesh as meshes
 @double_precision.aware
 def merge(
   method: Method | Any,
-  models: Any,  # A stack; what else is taken for several models, `arguments` says.
+  models: Any,  # A stack, or what `arguments.stack_models` accepts.
   base: Tree | None = None,
   *,
   hparams: Mapping[str, Any] | None = None,
@@ -53,7 +53,7 @@ def merge(
   sharded arrays, where methods of matrices share these out over the mesh (`docs/design.md`).
 
   Args:
-    method: what `jaxmerge.methods` makes.
+    method: a method, such as `jaxmerge.methods` returns.
     models: stack of K models, [K, *s]; with a base also a list or a dict of trees like it.
     base: tree of arrays [*s]; None: the weights themselves are merged.
     hparams: hyperparameters by name, in place of the method's: a scalar, one per model [K], or a
@@ -62,15 +62,15 @@ def merge(
       first axis for the K models. The stage says whether one has a value for each entry, [K, *s],
       or any other shape, [K, ...], as a Gram matrix [K, d, d]; see `jaxmerge.core.statistics`.
     seed: for methods with random masks.
-    names: of the models, "0", "1", ... by default. Masks depend on them and not on the order;
-      methods to which the order matters keep that of the stack.
+    names: names of the models, "0", "1", ... by default. Masks depend on them and not on the
+      order; methods for which the order matters keep that of the stack.
     reference: what is subtracted from the models, if not the base.
     layout: (regular expression, view or None): matrix views before those of `core.layouts`.
     deltas: the models are task vectors, and without a base so is the result.
 
   Raises:
-    ValueError: naming the leaf, for what does not fit together, NaN or infinity (where values can
-      be looked at), and a leaf that no combiner touched.
+    ValueError: naming the leaf, for trees that do not match, NaN or infinity (if values are
+      concrete), and a leaf that no combiner touched.
 
   Example:
     >>> import jax.numpy as jnp, jaxmerge
@@ -94,7 +94,7 @@ def _check_trees(
   names: Sequence[str] | None,
   deltas: bool,
 ) -> tuple[Tree, Sequence[str] | None]:
-  """The stack and the models' names; ValueError for trees that do not fit together."""
+  """Returns the stack and the models' names; raises ValueError for trees that do not match."""
   if deltas and reference is not None:
     raise ValueError("deltas=True and a reference: nothing is subtracted from task vectors.")
   if base is not None:
@@ -111,7 +111,7 @@ def _check_trees(
 
 
 class _Options(NamedTuple):
-  """The arguments of `merge` that go on as they are."""
+  """The arguments of `merge` that are passed on unchanged."""
 
   hparams: Mapping[str, Any]
   statistics: Mapping[str, Any] | None
@@ -129,15 +129,15 @@ def transform(
   widths: Mapping[str, Any] | None = None,
   subtracted: bool = False,
 ) -> dict[str, Array]:
-  """Runs a method over whole leaves by name, while tracing: to task vectors [M, *s].
+  """Runs a method over whole leaves by name, while tracing, and returns task vectors [M, *s].
 
   Args:
     method: the method.
     pieces: the leaves.
-    ready: hyperparameters, and what stages know at first.
+    ready: resolved hyperparameters and initial `stats`.
     layout: matrix views.
-    distribution: how matrices are shared out over devices.
-    widths: the least dtype to compute in, by leaf; float32 unless said otherwise.
+    distribution: how matrices are distributed over devices.
+    widths: the narrowest dtype to compute in, by leaf; float32 by default.
     subtracted: the models are task vectors already.
   """
   parts = {}
@@ -190,7 +190,7 @@ def _run(
   table = layouts.resolve(method, shapes, options.layout, names=stacks)
   named = statistics_.by_leaf(options.statistics)
   named = statistics_.resolve(method, named, shapes, num_models, table, copied)
-  # Sums over a task axis that devices share must stay sums, which the compiler makes reductions.
+  # Sums over a sharded task axis must stay sums: the compiler turns them into all-reduces.
   shared = any(sharding.over_first(x) for x in stacks.values())
   chains = False if shared else rewrites.pays(stacks.values())
   static = dict(method=stage.without_hparams(method), layout=table, subtracted=options.deltas)
@@ -215,7 +215,7 @@ def _merge_finite(
   names: Sequence[str] | None,
   static: Mapping[str, Any],
 ) -> dict[str, Any]:
-  """Merges, and refuses what is not finite, where values can be looked at."""
+  """Merges; raises ValueError for NaN or infinity if values are concrete."""
   out, flags = _compiled(leaves, ready, **static)
   if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((flags, out))):
     return out
@@ -271,7 +271,7 @@ def _compiled(
 
 
 def _pieces(leaves: _Leaves, ready: interpreter.Ready) -> dict[str, Slice]:
-  """Puts together what belongs to each leaf, the models in order of their tags."""
+  """Returns a slice for each leaf, with the models in order of their tags."""
   moments = running_statistics.of(leaves.models)
 
   def ordered(x: Any) -> Any:
@@ -279,7 +279,7 @@ def _pieces(leaves: _Leaves, ready: interpreter.Ready) -> dict[str, Slice]:
 
   pieces = {}
   for name, x in leaves.models.items():
-    # Of running statistics the mean of the models themselves is merged.
+    # Running statistics are averaged as they are, not as task vectors.
     subtracted = None if name in moments and leaves.base is not None else leaves.reference
     pieces[name] = Slice(
       None if leaves.base is None else leaves.base[name],
@@ -291,16 +291,16 @@ def _pieces(leaves: _Leaves, ready: interpreter.Ready) -> dict[str, Slice]:
 
 
 def _widths(method: Method, leaves: _Leaves) -> dict[str, Any]:
-  """The least dtype in which each leaf is merged."""
+  """Returns the narrowest dtype in which each leaf may be merged."""
   trees = [t for t in (leaves.base, leaves.reference) if t is not None]
   widths = {
     n: tree.compute_dtype(x.dtype, *(t[n].dtype for t in trees)) for n, x in leaves.models.items()
   }
-  if leaf_groups.is_coupled(method):  # What is added up over leaves has one width.
+  if leaf_groups.is_coupled(method):  # A reduction over several leaves has one width.
     return dict.fromkeys(widths, tree.compute_dtype(*widths.values()))
   return widths
 
 
 def _reorder(x: Array, order: Array) -> Array:
-  # The gather along a task axis that explicit axes shard must say where its result lies.
+  # A gather along an explicitly sharded task axis must state the sharding of its result.
   return x.at[order].get(out_sharding=jax.typeof(x).sharding)

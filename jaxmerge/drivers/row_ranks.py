@@ -1,10 +1,10 @@
-"""Ranks of numbers in rows, for devices that sort more slowly than the host: CPUs."""
+"""Ranks of numbers within rows, by NumPy: on CPUs it sorts faster than XLA."""
 
 from __future__ import annotations
 
 import numpy as np
 
-TOGETHER = 2**15  # As many numbers are sorted in one go: they and their keys stay in a cache.
+TOGETHER = 2**15  # Numbers sorted at a time, so that they and their keys stay in a cache.
 
 
 def ranks(bits: np.ndarray) -> np.ndarray:
@@ -18,11 +18,11 @@ def ranks(bits: np.ndarray) -> np.ndarray:
   if bits.dtype.itemsize > 4:
     return np.argsort(np.argsort(bits, axis=-1, kind="stable"), axis=-1, kind="stable")
   rows, step = bits.reshape(-1, columns), max(1, TOGETHER // max(columns, 1))
-  # As narrow as they can be: what is written here is read again by the device.
+  # In the narrowest dtype, because the device reads these arrays again.
   out, short = np.empty(rows.shape, np.min_scalar_type(max(columns - 1, 0))), True
   places = np.broadcast_to(np.arange(columns, dtype=np.uint32), (step, columns)).copy()
   narrow = places.astype(out.dtype)
-  # Where rows begin in the flat array, in which NumPy takes and writes several times faster.
+  # Offsets of rows in the flat array: NumPy indexes flat arrays several times faster.
   starts = np.arange(step)[:, None] * columns
   for at in range(0, len(rows), step):
     chunk = rows[at : at + step]
@@ -40,9 +40,9 @@ def ranks(bits: np.ndarray) -> np.ndarray:
 
 
 def _shortly(bits: np.ndarray, places: np.ndarray) -> np.ndarray:
-  """The order of each row, but for numbers below 2**31 that differ in their last bits alone.
+  """Returns the order of each row; numbers below 2**31 are compared without their last bits.
 
-  There the column stands, so that numbers that tie stay in order; keys of 32 bits are sorted more
+  The last bits of a key hold the column instead, so that ties stay in order; 32-bit keys sort more
   than twice as fast as longer ones.
   """
   last = 2 ** max(bits.shape[1] - 1, 0).bit_length() - 1
@@ -56,7 +56,7 @@ def _shortly(bits: np.ndarray, places: np.ndarray) -> np.ndarray:
 
 
 def _wholly(bits: np.ndarray, places: np.ndarray) -> np.ndarray:
-  """The order of each row, with the column beside the number."""
+  """Returns the order of each row, from 64-bit keys that hold number and column."""
   keys = bits.astype(np.uint64)
   keys <<= np.uint64(32)
   keys |= places

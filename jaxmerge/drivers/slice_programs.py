@@ -1,13 +1,13 @@
-"""What runs on the device, a slice at a time: each function is one compiled program.
+"""The programs that run on the device, a slice at a time; each function is one program.
 
-A program is compiled for the stages, the form of a slice and its length; leaves alike share it.
+A program is compiled for the stages, the form and the length of a slice; similar leaves share it.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from typing import Any  # Any: what is stats is a tree of arrays.
+from typing import Any  # Any: `stats` are trees of arrays.
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ from jaxmerge.drivers.slices import Form
 
 
 def _round_inputs(piece: Slice, form: Form) -> Slice:
-  """Rounds what a slice is made of, where it is merged in a narrow dtype."""
+  """Rounds the inputs of a slice if it is merged in a narrow dtype."""
   narrow = form.precision
   if narrow is None:
     return piece
@@ -40,7 +40,7 @@ def _round_inputs(piece: Slice, form: Form) -> Slice:
 
 
 def _through(piece: Slice, stats: Any, method: Method, form: Form) -> Part:
-  """Takes the task vectors of a slice through stages: what the next stage sees."""
+  """Runs the task vectors of a slice through stages, and returns the next stage's input."""
   part = interpreter.begin(piece, np.float64 if form.wide else np.float32)
   if form.precision is not None:
     part = part._replace(x=rewrites.round_to(part.x, form.precision.dtype))
@@ -84,7 +84,7 @@ def partial_sum(
   reduction: str,
   form: Form,
 ) -> Any:
-  """What a slice adds to a sum."""
+  """Returns a slice's part of a sum."""
 
   def run(piece: Slice, stats: Any, results: Any) -> Any:
     part = _through(piece, stats, before, form)
@@ -103,7 +103,7 @@ _RANKED = ("before", "step", "rank", "form")
 def patterns(
   piece: Slice, stats: Any, results: Any, *, before: Method, step: Stage, rank: str, form: Form
 ) -> Array:
-  """The patterns of a slice's values, [K, n]."""
+  """Returns the bit patterns of a slice's values, [K, n]."""
 
   def run(piece: Slice, stats: Any, results: Any) -> Array:
     part = _through(piece, stats, before, form)
@@ -128,7 +128,7 @@ def sides(
   rank: str,
   form: Form,
 ) -> Array:
-  """On which sides of brackets [R, K, 1] a slice's values are: see `external_selection.sides`."""
+  """Returns the sides of brackets [R, K, 1] of a slice's values, see `external_selection.sides`."""
   return beside(
     patterns(piece, stats, results, before=before, step=step, rank=rank, form=form), bracket
   )
@@ -136,13 +136,13 @@ def sides(
 
 @jax.jit
 def beside(bits: Array, bracket: tuple[Array, Array]) -> Array:
-  """On which sides of brackets the patterns of a slice are."""
+  """Returns the sides of brackets of a slice's patterns."""
   return external_selection.sides(bits, *bracket, jnp.where)
 
 
 @functools.partial(jax.jit, static_argnames=("before", "form"))
 def magnitudes(piece: Slice, stats: Any, *, before: Method, form: Form) -> Array:
-  """The patterns of a slice's magnitudes, in rows: [K, rows, columns]."""
+  """Returns the bit patterns of a slice's magnitudes, in rows: [K, rows, columns]."""
 
   def run(piece: Slice, stats: Any) -> Array:
     x = _through(piece, stats, before, form).x
@@ -156,7 +156,7 @@ def magnitudes(piece: Slice, stats: Any, *, before: Method, form: Form) -> Array
 
 @functools.partial(jax.jit, static_argnames=("method", "form", "dtype"))
 def merged(piece: Slice, stats: Any, *, method: Method, form: Form, dtype: Any) -> Array:
-  """A slice of the result, [1, n]: NaN where an input has NaN or infinity."""
+  """Returns a slice of the result, [1, n]; NaN where an input has NaN or infinity."""
   narrow = form.precision
 
   def run(piece: Slice, stats: Any) -> Array:
@@ -169,7 +169,7 @@ def merged(piece: Slice, stats: Any, *, method: Method, form: Form, dtype: Any) 
     out = (out if narrow.wide else rewrites.round_to(out, narrow.dtype)).astype(dtype)
   if out.dtype.name not in slices.INFINITY:
     return jnp.where(_finite(piece), out, jnp.nan)
-  # As integers: of narrow floats a compiler for CPUs would make wide ones to choose among them.
+  # As integers: to select among narrow floats, XLA for CPUs would widen them first.
   kind = slices.INTEGERS[out.dtype.itemsize][0]
   bits = lax.bitcast_convert_type(out, kind)
   nan = np.asarray(np.nan, out.dtype).view(kind)
@@ -177,7 +177,7 @@ def merged(piece: Slice, stats: Any, *, method: Method, form: Form, dtype: Any) 
 
 
 def _finite(piece: Slice) -> Array:
-  """Returns where an entry is finite in all inputs, [1, n]: less work here than in a reading."""
+  """Returns where an entry is finite in all inputs, [1, n]; cheaper here than in another pass."""
   each = [x for x in (piece.base, piece.reference, piece.models) if x is not None]
   fine, exponents = list[Array](), dict[int, list[Array]]()
   for x in (jnp.asarray(x) for x in each):

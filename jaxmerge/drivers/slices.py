@@ -1,10 +1,10 @@
-"""Cuts leaves into slices, and reads them: what a driver puts on the device at a time."""
+"""Cuts leaves into slices, the parts that a driver puts on the device, and reads them."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple  # Any: arrays of NumPy, and what stages know.
+from typing import Any, NamedTuple  # Any: NumPy arrays, and the states of stages.
 
 import jax
 import numpy as np
@@ -15,15 +15,15 @@ from jaxmerge.core.precision import Precision
 from jaxmerge.core.stage import Method
 from jaxmerge.drivers import finiteness
 
-SAMPLE = 2**22  # Entries of all models that are looked at before a threshold is searched, at most,
-FEW = 2**15  # and of each at least, if one in `SPARSE` is fewer,
+SAMPLE = 2**22  # Most entries, over all models, to sample before a threshold search,
+FEW = 2**15  # and fewest of each model, if one in `SPARSE` is fewer,
 SPARSE = 2**6
-PIECE = 2**9  # at least so many next to each other,
-PIECES = 16  # in at most so many places of a leaf.
-NEAR = 2**18  # Entries that are looked at a second time while a core's cache still holds them.
+PIECE = 2**9  # at least this many contiguous,
+PIECES = 16  # in at most this many places of a leaf.
+NEAR = 2**18  # Entries that are read a second time while a core's cache still holds them.
 
 
-Input = str | int  # "base", "reference", or which model it is.
+Input = str | int  # "base", "reference", or the index of a model.
 OnChunk = Callable[[Input, np.ndarray], None]
 
 
@@ -34,16 +34,16 @@ class Source(NamedTuple):
     leaves: name to ShapeDtypeStruct of the result's leaves.
     num_models: number of models K.
     read: (name, start, stop, order, on_chunk) -> `Slice` of base [n], reference [n], models [K, n]
-      and statistics, NumPy arrays; entries are counted row by row, and models[i] is the one at
-      index i of `order`, a slice or an array. They are used up before the next call. The base is
-      None where raw weights are merged, the reference is None where it is the base. Statistics by
-      entry are [K, n], others whole. `on_chunk`, if there is one, is called with "base",
-      "reference" or i, and with entries of it, each once and in order, best while they are in a
-      cache: the slice is read the first time, and right after the ones before it.
-    precision: of leaves that are not merged in float32 or wider, by name.
-    wide: names of leaves that have 64 bits in an input; those that have them in the result count
-      anyhow.
-    statistics: by name and leaf, their shapes and dtypes, [K, *s] or [K, ...].
+      and statistics, NumPy arrays; entries are counted row by row, and models[i] is the model at
+      index i of `order`, a slice or an array. The arrays are valid until the next call. The base is
+      None if raw weights are merged, the reference is None if it is the base. Statistics by entry
+      are [K, n], others whole. `on_chunk`, if not None, is called with "base", "reference" or i,
+      and with its entries, each once and in order, ideally while they are in a cache: it is passed
+      only when the slice is read for the first time, right after the slices before it.
+    precision: precision by name, for leaves that are not merged in float32 or wider.
+    wide: names of leaves with 64 bits in an input; leaves with 64 bits in the result are wide in
+      any case.
+    statistics: shapes and dtypes by name and leaf, [K, *s] or [K, ...].
   """
 
   leaves: Mapping[str, jax.ShapeDtypeStruct]
@@ -63,28 +63,27 @@ def _call(program: Callable[..., Any], *args: Any, **static: Any) -> Any:
 
 
 class Run(NamedTuple):
-  """What stays the same over all slices of a merge, and what was seen of them.
+  """The state of a merge that all its slices share, with what was checked so far.
 
   Attributes:
     method: the method, without hyperparameters.
     source: where the weights come from.
     shapes: of the leaves that are merged, by name.
-    ready: hyperparameters, tags, and what stages know at first.
+    ready: resolved hyperparameters, tags and initial `stats`.
     layout: matrix views.
     offsets: for each stage, entries of the leaves before each leaf in its group.
     places: count -> uint32 [1, count], the places 0, 1, ... on the device.
     wide: names of the leaves that are merged in 64 bits.
     moments: names of the running statistics.
-    variances: names of those that are never negative.
+    variances: names of the running variances, which are never negative.
     by_entry: names of the statistics that are cut as the models are.
-    names: of the models, or None.
-    entries: about so many are in a slice.
-    nonfinite: whether NaN and infinity are let pass.
+    names: names of the models, or None.
+    entries: approximate number of entries in a slice.
+    nonfinite: whether NaN and infinity are allowed.
     on_measured: called with a leaf's name and a number of its entries that a reduction has seen.
     call: hook around each compiled call.
-    checked: entries of a leaf that have been looked at, by name.
-    infinities: by leaf that has such, the places of infinities that are in all inputs, and their
-      values, in the slice that was read last.
+    checked: number of entries checked so far, by leaf.
+    infinities: places and values of infinities that all inputs share, by leaf, in the last slice.
   """
 
   method: Method
@@ -108,15 +107,15 @@ class Run(NamedTuple):
 
 
 class Form(NamedTuple):
-  """What the program of a slice depends on, besides its length: for leaves alike it is the same.
+  """Static properties of a slice that its program depends on, besides length; leaves share them.
 
   Attributes:
     acts: whether each stage acts on the leaf.
-    shape: of the slice, (-1, ...) or that of a scalar, (); None where it can stay flat.
+    shape: shape of the slice, (-1, ...), or () for a scalar; None if it can stay flat.
     view: the leaf's matrix view.
-    precision: what it is merged in; None: float32 or wider.
-    wide: it is merged in 64 bits.
-    by_entry: names of the statistics that are flat as the models are.
+    precision: precision of the merge; None: float32 or wider.
+    wide: whether it is merged in 64 bits.
+    by_entry: names of the statistics that are flat like the models.
   """
 
   acts: tuple[bool, ...]
@@ -149,7 +148,7 @@ def _needs(run: Run, name: str) -> set[str]:
 
 
 def unit(run: Run, name: str) -> int:
-  """Returns how many entries of a leaf must stay together: a row, the leaf, or one."""
+  """Returns how many entries of a leaf must stay together: a row, the whole leaf, or one."""
   shape, needs = run.shapes[name], _needs(run, name)
   if needs == {"entry"}:
     return 1
@@ -158,7 +157,7 @@ def unit(run: Run, name: str) -> int:
 
 
 def ranges(run: Run, name: str, entries: int) -> Iterator[tuple[int, int]]:
-  """Cuts a leaf into slices of about so many entries, in whole units."""
+  """Cuts a leaf into slices of about `entries` entries, in whole units."""
   size, together = math.prod(run.shapes[name]), unit(run, name)
   step = together * max(1, entries // together)
   for start in range(0, max(size, 1), step):
@@ -166,7 +165,7 @@ def ranges(run: Run, name: str, entries: int) -> Iterator[tuple[int, int]]:
 
 
 def pieces(run: Run, name: str, size: int) -> Iterator[tuple[int, int]]:
-  """Picks some slices all over a leaf, its share of a sample of `size` entries."""
+  """Picks slices spread over a leaf: its share of a sample of `size` entries."""
   leaf_size, together = math.prod(run.shapes[name]), unit(run, name)
   most = max(FEW, SAMPLE // (run.source.num_models + 1))
   wanted = min(most, max(FEW, size // SPARSE)) * leaf_size // max(size, 1)
@@ -194,8 +193,8 @@ def read(
 ) -> Slice:
   """Reads a slice.
 
-  Slices of a leaf come in order, over and over; when they come the first time, NaN and infinity are
-  refused. One that is read `ahead` is out of order; without `check` the caller will refuse them.
+  Slices of a leaf are read in order, once a pass; the first pass raises for NaN and infinity. A
+  slice read `ahead` is out of order; without `check` the caller checks it.
   """
   order = slice(None) if run.ready.order is None else run.ready.order
   is_first = not ahead and start == run.checked.get(name, 0)
@@ -216,21 +215,21 @@ def read(
 
 
 def _describe(run: Run, name: str, piece: Slice, start: int, stop: int) -> Slice:
-  """A slice with what stages know of it."""
+  """Returns a slice with its `Leaf`."""
   leaf = interpreter.leaf_of(name, run.ready)._replace(start=np.uint32(start % 2**32))
   if run.shapes[name]:
     leaf = leaf._replace(places=run.places(stop - start))
   if piece.base is not None and name in run.moments:
-    piece = piece._replace(reference=None)  # The mean of the models themselves is merged.
+    piece = piece._replace(reference=None)  # Running statistics are averaged, without a base.
   before = tuple(by_leaf.get(name, np.uint32(0)) for by_leaf in run.offsets)
   return piece._replace(leaf=leaf, offsets=before)
 
 
 def clear_infinities(run: Run, name: str, piece: Slice, *, refuse: bool) -> Slice:
-  """Puts zeros in place of infinities that all inputs of a slice have, and refuses others.
+  """Replaces infinities that all inputs of a slice share by zeros, and raises for others.
 
   Raises:
-    ValueError: naming leaf and model, where there is NaN or infinity besides, if that is refused.
+    ValueError: naming leaf and model, for other NaN or infinity, if `refuse`.
   """
   places = finiteness.shared_infinities(piece.base, piece.reference, piece.models)
   if places.any() or name in run.infinities:
@@ -247,7 +246,7 @@ def clear_infinities(run: Run, name: str, piece: Slice, *, refuse: bool) -> Slic
 
 
 def is_sound(run: Run, name: str, out: np.ndarray) -> bool:
-  """Returns whether entries of a result are finite, and those of running variances not negative."""
+  """Returns whether entries of a result are finite and, for running variances, not negative."""
   return is_finite(out) and not (name in run.variances and bool((out < 0).any()))
 
 
@@ -260,7 +259,7 @@ def refuse_nonfinite(run: Run, name: str, piece: Slice) -> None:
 
 
 def show(on_chunk: OnChunk, piece: Slice) -> None:
-  """Shows all of a slice at once."""
+  """Calls `on_chunk` with every input of a slice."""
   if piece.base is not None:
     on_chunk("base", piece.base)
   if piece.reference is not None:
@@ -270,17 +269,17 @@ def show(on_chunk: OnChunk, piece: Slice) -> None:
 
 
 def pick(run: Run, piece: Slice, columns: np.ndarray) -> Slice:
-  """Takes some entries of a flat slice; stages see each of them where it lies in the leaf."""
+  """Takes some entries of a flat slice; each keeps its position in the leaf."""
 
   def take(x: Any) -> Any:
-    # As integers: NumPy picks those of dtypes that are not its own one by one.
+    # As integers: NumPy takes entries of extension dtypes one by one.
     return None if x is None else np.take(x.view(f"u{x.itemsize}"), columns, -1).view(x.dtype)
 
   return _map_entries(run, piece, take, columns.astype(np.uint32)[None])
 
 
 def pad(run: Run, piece: Slice, length: int) -> Slice:
-  """Adds zeros to a flat slice, up to a length."""
+  """Pads a flat slice with zeros up to a length."""
   more = length - piece.models.shape[1]
 
   def extend(x: Any) -> Any:
@@ -290,7 +289,7 @@ def pad(run: Run, piece: Slice, length: int) -> Slice:
 
 
 def _map_entries(run: Run, piece: Slice, f: Callable[[Any], Any], places: Any) -> Slice:
-  """Applies a function to whatever of a flat slice has its entries."""
+  """Applies a function to all arrays of a flat slice that have its entries."""
   return piece._replace(
     base=f(piece.base),
     reference=f(piece.reference),
@@ -305,7 +304,7 @@ INFINITY = {"bfloat16": 0x7F80, "float16": 0x7C00, "float32": 0x7F800000}
 
 
 def is_finite(x: np.ndarray | None) -> bool:
-  """Returns whether an array has neither NaN nor infinity, without a temporary array.
+  """Returns whether an array is free of NaN and infinity, without a temporary array.
 
   Example:
     >>> is_finite(np.array([1.0, np.inf], np.float32)), is_finite(np.ones(3, np.float16))
@@ -326,7 +325,7 @@ def is_finite(x: np.ndarray | None) -> bool:
 def stats_of(
   run: Run, name: str, stats: tuple[Any, ...], piece: Slice
 ) -> tuple[dict[str, Any], ...]:
-  """Returns what each stage knows about a slice: results of the leaf's group, cuts by position."""
+  """Returns the `stats` of each stage for a slice: its group's results, with cuts for the slice."""
   size, out = piece.models.shape[1], []
   for step, by_group, offset in zip(run.method, stats, piece.offsets, strict=False):
     results = by_group.get(step.group(name), {})

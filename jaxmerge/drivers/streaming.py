@@ -1,8 +1,8 @@
-"""The driver for weights that are not all in memory at once: leaf by leaf, slice by slice.
+"""The driver for weights that do not fit in memory: leaf by leaf, slice by slice.
 
-A source hands out entries of one leaf of the base and of all models; a sink takes those of the
-result. One slice is on the device at a time. Elementwise methods and integer reductions give the
-bits of `merge`, sums of floats are those of fixed blocks, in order: nothing depends on the cut.
+A source reads entries of one leaf of the base and of all models; a sink writes those of the result.
+One slice is on the device at a time. Elementwise methods and integer reductions give the bits of
+`merge`; sums of floats are over fixed blocks, in order, so no result depends on the slicing.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from jaxmerge.drivers.measurement import Stats
 from jaxmerge.drivers.slices import Form, Run, Source
 from jaxmerge.methods import averages
 
-LEAST = 64  # A compiler unrolls a loop over fewer entries, and may round in it in another way.
+LEAST = 64  # A compiler unrolls a loop over fewer entries, and may round differently in it.
 
 Write = Callable[[str, int, np.ndarray], None]
 
@@ -57,8 +57,8 @@ def stream(
 ) -> None:
   """Merges slice by slice: for each, write(name, start, merged entries [n]) is called.
 
-  Every reduction reads the source once more. Arguments and errors as for `jaxmerge.merge`; NaN or
-  infinity is found, and named, when its slice is first read, before anything of it is written.
+  Every reduction is one more pass over the source. Arguments and errors are those of
+  `jaxmerge.merge`; NaN or infinity raises when its slice is first read, before it is written.
 
   Args:
     method: the method; stages that need whole rows get whole rows.
@@ -67,11 +67,11 @@ def stream(
     hparams: hyperparameters by name, scalar or one per model, or trees of them.
     seed: for methods with random masks.
     names: names of the models.
-    ready: hyperparameters and tags, if they are prepared, in place of `hparams` and `seed`.
+    ready: hyperparameters and tags if already resolved, in place of `hparams` and `seed`.
     layout: matrix views.
-    entries: about so many entries of each model are in a slice.
-    done: names of leaves whose result is there already: they are measured, not written.
-    nonfinite: whether NaN and infinity are let pass.
+    entries: approximate number of entries of each model in a slice.
+    done: names of leaves whose result exists: they count in reductions, and are not written.
+    nonfinite: whether NaN and infinity are allowed.
     on_measured: called with a leaf's name and a number of its entries that a reduction has seen.
     call: hook around each compiled call, (program, *arguments, **static); used by `compile`.
   """
@@ -93,7 +93,7 @@ def stream(
 
 
 def _wide(method: Method, source: Source, shapes: Mapping[str, Any]) -> set[str]:
-  """The names of the leaves that are merged in 64 bits: what adds up over leaves has one width."""
+  """Returns the leaves to merge in 64 bits; leaves that share a reduction have one width."""
   wide = {n for n in shapes if n in source.wide or double_precision.is_wide(source.leaves[n])}
   return set(shapes) if wide and leaf_groups.is_coupled(method) else wide
 
@@ -106,7 +106,7 @@ def _start(
   layout: layouts.Layout | layouts.Table | None,
   wide: Collection[str],
 ) -> Run:
-  """Checks views and statistics, and puts together what stays the same over all slices."""
+  """Checks views and statistics, and returns the `Run`, which is the same for all slices."""
   table = layouts.resolve(method, shapes, layout, names=source.leaves)
   copied = source.leaves.keys() - shapes.keys()
   statistics_.resolve(method, source.statistics, shapes, source.num_models, table, copied)
@@ -117,7 +117,7 @@ def _start(
     ready=ready,
     layout=table,
     offsets=tuple(leaf_groups.offsets(step, shapes) for step in method),
-    # Most slices are as long as others: their places are put on the device once.
+    # Most slices have the same length: their places are put on the device once.
     places=functools.lru_cache(2)(lambda n: jax.device_put(np.arange(n, dtype=np.uint32)[None])),
     wide=wide,
     moments=running_statistics.of(shapes),
@@ -135,7 +135,7 @@ def _measured_together(run: Run) -> list[list[str]]:
 
 
 def _merge(run: Run, leaves: Sequence[str], left: Sequence[str], write: Write) -> None:
-  """Measures some leaves together, and merges those of them that are left to do."""
+  """Computes the reductions of some leaves together, and merges those that are left."""
   stats = measurement.measure(run, leaves) if left else ()
   waits = measurement.deferred_stage(run.method) is not None
   for name, start, piece, form in slices.slices(run, left, run.entries, check=False):
@@ -148,7 +148,7 @@ def _merge(run: Run, leaves: Sequence[str], left: Sequence[str], write: Write) -
         sound = slices.is_sound(run, name, out)
     if not sound and waits:
       stats, waits = measurement.measure(run, leaves, stats), False
-      # Others have been read to where this one lay.
+      # Later reads have overwritten this slice's buffer.
       piece = slices.read(run, name, start, start + out.size, check=False)
       out = _result(run, name, piece, stats, form)
       sound = slices.is_sound(run, name, out)
@@ -164,13 +164,13 @@ def _with_infinities(run: Run, name: str, out: np.ndarray) -> np.ndarray:
   if name not in run.infinities:
     return out
   places, values = run.infinities[name]
-  out = np.array(out)  # What is on the device may not be written to.
+  out = np.array(out)  # Buffers of the device are read-only.
   out[places] = values.astype(out.dtype)
   return out
 
 
 def _result(run: Run, name: str, piece: Slice, stats: Stats, form: Form) -> np.ndarray:
-  """A slice of the result, [n]."""
+  """Returns a slice of the result, [n]."""
   count = piece.models.shape[1]
   if form.shape is None and count < LEAST:
     piece = slices.pad(run, piece, LEAST)
@@ -202,7 +202,7 @@ def merge_slices(
   statistics: Mapping[str, Any] | None = None,
   **options: Any,
 ) -> Tree:
-  """Merges models that lie in host memory, with one slice on the device at a time.
+  """Merges models in host memory, with one slice on the device at a time.
 
   Takes and returns what `jaxmerge.merge` does, as NumPy arrays; `options` are those of `stream`.
   Statistics by entry are cut as the models are, others are on the device while a slice of their
@@ -228,7 +228,7 @@ def _host_memory(
   reference: Tree | None,
   statistics: Mapping[str, Any] | None,
 ) -> Source:
-  """A source of arrays of NumPy."""
+  """Returns a source that reads NumPy arrays."""
   trees = (tree.named(t) for t in (base, {} if reference is None else reference, models))
   bases, references, stacks = ({n: np.asarray(v) for n, v in t.items()} for t in trees)
   num_models, kinds = tree.num_models(models), statistics_.kinds(method)

@@ -1,4 +1,4 @@
-"""Meshes of devices, many processes, and machines that are taken away."""
+"""Meshes of devices, runs of several processes, and preemption."""
 
 from jaxmerge import lazy
 

@@ -1,4 +1,4 @@
-"""The mesh: which devices share the tasks, the rows of a batch, and one model's weights."""
+"""The mesh: devices for tasks, for the rows of a batch, and for one model's weights."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ def make(
   tasks: int | None = None,
   devices: Sequence[jax.Device] | None = None,
 ) -> Mesh:
-  """Lays devices out as a mesh with the axes task, data and model.
+  """Returns a mesh of devices with the axes task, data and model.
 
   Args:
-    task: devices along the task axis; -1 takes what is left, but no more than there are tasks.
+    task: devices along the task axis; -1 takes the remaining ones, at most one per task.
     data: devices that share the rows of a batch.
     model: devices that share one model's weights.
     tasks: number of tasks of the run.
-    devices: the devices to use; all by default. Devices that the sizes leave over stay idle.
+    devices: the devices to use; all by default. Devices beyond the mesh's size stay idle.
 
   Raises:
     ValueError: if a size is neither positive nor -1, two are -1, or there are too few devices.
@@ -59,7 +59,7 @@ def make(
 def _evenly(
   every: Sequence[jax.Device], wanted: int, sizes: dict[str, int]
 ) -> Sequence[jax.Device]:
-  """The first devices; of many processes the first ones of each, so that all of them take part."""
+  """Returns the first devices, the same number of each process, so that all take part."""
   owners = sorted({d.process_index for d in every})
   each, left = divmod(wanted, len(owners))
   if left:
@@ -91,18 +91,18 @@ def local_slots(mesh: Mesh, num_slots: int) -> range:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-  """Returns the sharding of what every device holds whole."""
+  """Returns the sharding of arrays that are replicated on every device."""
   return NamedSharding(mesh, P())
 
 
 def spec(name: str, shape: Sequence[int], rules: Rules) -> P:
-  """Returns how a leaf is sharded: the first rule whose pattern matches in its name.
+  """Returns the spec of a leaf: that of the first rule whose pattern matches in its name.
 
   >>> tuple(spec("layers/mlp/up/kernel", (2, 8, 32), [("/kernel$", P(None, None, "model"))]))
   (None, None, 'model')
 
   Raises:
-    ValueError: where no rule matches, or the one that does has more axes than the leaf.
+    ValueError: if no rule matches, or the matching one has more axes than the leaf.
   """
   for pattern, axes in rules:
     if re.search(pattern, name):
@@ -114,10 +114,10 @@ def spec(name: str, shape: Sequence[int], rules: Rules) -> P:
 
 
 def sharding_of(name: str, shape: Sequence[int], mesh: Mesh | None, rules: Rules) -> Sharding:
-  """Returns where a leaf goes: by its rule over a mesh, or to the default device without one.
+  """Returns the sharding of a leaf by its rule, or the default device without a mesh.
 
   Raises:
-    ValueError: as `spec`, or where the devices of an axis do not divide the leaf's.
+    ValueError: as `spec`, or if the size of a mesh axis does not divide the leaf's axis.
   """
   if mesh is None:
     return SingleDeviceSharding(jax.devices()[0])
@@ -134,16 +134,16 @@ def sharding_of(name: str, shape: Sequence[int], mesh: Mesh | None, rules: Rules
 
 
 def shardings(params: Any, mesh: Mesh, rules: Rules = (), *, stacked: bool = False) -> Any:
-  """Returns where the leaves of a tree go: each by its rule, whole on every device without rules.
+  """Returns the shardings of a tree: each leaf's by its rule, replicated without rules.
 
   Args:
-    params: tree of what has a shape: of one model [*s], also where the result is for a stack.
+    params: tree of arrays or shapes of one model [*s], also if the result is for a stack.
     mesh: the mesh.
-    rules: how leaves are sharded, by name; they do not speak of a task axis.
-    stacked: for a stack [T, *s] of such models, whose first axis lies over the mesh's task axis.
+    rules: sharding rules by name, without the task axis.
+    stacked: return the shardings of a stack [T, *s], whose first axis is the mesh's task axis.
 
   Raises:
-    ValueError: as `sharding_of`, or where the mesh has a model axis and there are no rules.
+    ValueError: as `sharding_of`, or if the mesh has a model axis and there are no rules.
 
   >>> mesh, model = make(2, 1, 2, devices=jax.devices()[:4]), {"w": np.zeros((6, 4))}
   >>> tuple(shardings(model, mesh, [("w", P(None, "model"))], stacked=True)["w"].spec)
@@ -162,7 +162,7 @@ def shardings(params: Any, mesh: Mesh, rules: Rules = (), *, stacked: bool = Fal
     name = tree.name_of(path)
     sharding_of(name, np.shape(x), mesh, rules)
     axes = list(lead + tuple(spec(name, np.shape(x), rules)))
-    while axes and axes[-1] is None:  # As the compiler writes it, lest programs compile again.
+    while axes and axes[-1] is None:  # The compiler's form, so that programs do not compile again.
       axes.pop()
     return NamedSharding(mesh, P(*axes))
 
@@ -170,10 +170,10 @@ def shardings(params: Any, mesh: Mesh, rules: Rules = (), *, stacked: bool = Fal
 
 
 def put(params: Any, where: Any) -> Any:
-  """Places the leaves of a tree: all with one sharding, or each with that of a like tree.
+  """Puts the leaves of a tree on devices: with one sharding, or a tree of them.
 
-  Where devices of other processes take part, each process gives what its devices will hold; an
-  array in the memory of a process must be the same in all of them.
+  With several processes, each passes the parts for its devices; an array in host memory must be
+  the same in all processes.
   """
   if isinstance(where, Sharding):
     return jax.tree.map(lambda x: _put(x, where), params)
@@ -195,9 +195,9 @@ def _mover(where: Sharding) -> Callable[[Array], Array]:
 
 
 def fetch(params: Any) -> Any:
-  """Brings the leaves of a tree, whole, to the memory of every process: NumPy arrays.
+  """Copies the whole leaves of a tree to the memory of every process, as NumPy arrays.
 
-  Where devices of other processes hold parts, one leaf after the other is whole on every device.
+  If devices of other processes hold parts, leaves are replicated on all devices one at a time.
   """
 
   def whole(x: Any) -> Any:

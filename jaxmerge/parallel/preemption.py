@@ -1,4 +1,4 @@
-"""Preemption: SIGTERM, the grace period after it, and what is left of a run."""
+"""Preemption: SIGTERM, the grace period after it, and the state that a run leaves."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
-GRACE = 25.0  # Seconds; a spot VM of Google's cloud is taken away 30 after its signal.
+GRACE = 25.0  # Seconds; a spot VM on Google Cloud is stopped 30 seconds after its signal.
 STATUS = 128 + signal.SIGTERM
 
 
 class Stopped(Exception):
-  """A run has stopped on request; all that it saved is whole."""
+  """Raised when a run has stopped on request; everything it saved is complete."""
 
 
 @contextlib.contextmanager
 def watch_sigterm(grace: float = GRACE) -> Iterator[Callable[[], bool]]:
-  """Yields a function that tells whether a SIGTERM has come.
+  """Yields a function that returns whether a SIGTERM has arrived.
 
-  A second one ends the process at once, and so does the first when the block has not ended `grace`
-  seconds later, with status 143 and without any cleaning up, whatever the main thread is waiting
-  for. Outside the main thread, which alone may ask for signals, the answer is always no.
+  A second SIGTERM ends the process at once, and so does the first if the block has not ended
+  `grace` seconds later: with status 143 and without cleanup, even if the main thread is blocked.
+  Outside the main thread, which alone can handle signals, the function returns False.
 
   >>> with watch_sigterm() as stop:
   ...   signal.raise_signal(signal.SIGTERM)
@@ -36,8 +36,8 @@ def watch_sigterm(grace: float = GRACE) -> Iterator[Callable[[], bool]]:
   if threading.current_thread() is not threading.main_thread():
     yield came.is_set
     return
-  # A handler of Python's runs only between two of its steps, and a round is one: the byte that the
-  # handler below it writes comes at once.
+  # A Python signal handler runs only between bytecode instructions, and a round is a single call:
+  # the byte that the C handler writes to the socket arrives at once.
   reader, writer = socket.socketpair()
   writer.setblocking(False)
   watch = threading.Thread(target=_watch, args=(reader, grace), daemon=True)
@@ -55,7 +55,7 @@ def watch_sigterm(grace: float = GRACE) -> Iterator[Callable[[], bool]]:
 
 
 def _watch(reader: socket.socket, grace: float) -> None:
-  """Reads the numbers of signals until there are no more, or too many, or it is too late."""
+  """Reads signal numbers until the socket closes, a second one arrives, or time is up."""
   end = None
   while True:
     reader.settimeout(None if end is None else max(1e-3, end - time.monotonic()))

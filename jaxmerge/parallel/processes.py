@@ -1,9 +1,8 @@
-"""Many processes, one program: how they start, what they agree on, how a lost one shows.
+"""Runs of several processes: starting them, agreeing on flags, and detecting lost ones.
 
-Each process has its devices, and all run the same program on the mesh of all devices. What they
-compute on a mesh is the same everywhere; what one process alone knows (a file that is there, a
-signal that came) must be agreed on before it may decide anything. With one process all of it is
-true without communication.
+Each process has its devices, and all run the same program on the mesh of all devices. Results on a
+mesh are the same in every process; facts that only one process knows (a file exists, a signal
+arrived) must be agreed on before anything depends on them. A single process needs no communication.
 """
 
 from __future__ import annotations
@@ -28,21 +27,21 @@ _SIGNS = (
 def start(
   coordinator: str | None = None, number: int | None = None, index: int | None = None
 ) -> None:
-  """Joins the processes of a run; to be called before jax computes anything.
+  """Joins the processes of a run; call it before any JAX computation.
 
   Without arguments the processes discover each other: on Cloud TPU, Slurm, Open MPI.
 
   Args:
     coordinator: host and port of process 0, as "10.0.0.1:1234".
     number: number of processes.
-    index: which of them this is, from 0.
+    index: index of this process, from 0.
 
   Raises:
     ValueError: where there is no cluster and an argument is missing, or one is out of range.
 
   >>> start("10.0.0.1:1234", number=2, index=0)  # doctest: +SKIP
   """
-  # Signals are the caller's: of those that ask to stop, the loop hears after a round.
+  # Signals are left to the caller: the loop checks for a request to stop after each round.
   jax.config.update("jax_enable_preemption_service", False)
   try:
     jax.distributed.initialize(coordinator, number, index, heartbeat_timeout_seconds=HEARTBEAT)
@@ -54,12 +53,12 @@ def start(
 
 
 def is_first() -> bool:
-  """Returns whether this is the process that writes and prints for all."""
+  """Returns whether this process writes and prints for all."""
   return jax.process_index() == 0
 
 
 def agree(flag: bool) -> bool:
-  """Returns whether the flag is set in any process; all must ask at the same point.
+  """Returns whether the flag is set in any process; all must call it at the same point.
 
   >>> agree(True), agree(False)
   (True, False)
@@ -83,13 +82,13 @@ def broadcast(params: Any) -> Any:
 
 
 def is_lost(error: BaseException) -> bool:
-  """Returns whether an error most likely says that another process is gone.
+  """Returns whether an error most likely means that another process is gone.
 
   >>> is_lost(ValueError("rounds must be positive"))
   False
   >>> is_lost(RuntimeError("Unable to initialize backend 'cpu': recvmsg:Connection reset by peer"))
   True
   """
-  # Collectives on a CPU fail by a ValueError where the other end closes its connection, devices
-  # that are only starting by a RuntimeError, or jax's subclass of it.
+  # CPU collectives raise ValueError if the peer closes its connection; devices that are still
+  # starting raise RuntimeError, or jax's subclass of it.
   return isinstance(error, RuntimeError | ValueError) and any(sign in str(error) for sign in _SIGNS)
