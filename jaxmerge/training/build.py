@@ -113,6 +113,7 @@ def build(spec: Spec, params: Any, *, abstract: bool = False) -> Loop:
     layouts.resolve(method, shapes, spec.layout),
     mesh,
     rules,
+    settings.freeze,
   )
   # Hyperparameters per model are in the caller's order, the stacks of the loop in that of the tags.
   ready = interpreter.prepare(parts.method, shapes, len(tasks), spec.hparams, in_callers_order)

@@ -55,7 +55,6 @@ def step(
   A batch is (inputs, labels, head, classes); with `mixed` each has a leading axis of several tasks,
   over which gradients are averaged. Frozen leaves and running statistics keep their bits.
   """
-  is_frozen = tree.matching(settings.freeze) if settings.freeze else lambda name: False
 
   def objective(params: Any, inputs: Any, labels: Array, head: Any, classes: Array) -> Array:
     params, head = cast((params, head), settings.compute_dtype)
@@ -63,14 +62,7 @@ def step(
     return loss(out.astype(tree.compute_dtype(out.dtype)), labels).mean()
 
   def take(params: Any, state: Any, value: Array, grads: Any, rate: Array) -> Any:
-    names = tree.named(params)
-    statistics = running_statistics.of(names)
-    free = {n: not (is_frozen(n) or n in statistics) for n in names}
-    free = tree.rebuild(params, free)
-    grads = jax.tree.map(lambda g, f: g if f else jnp.zeros_like(g), grads, free)
-    updates, state = optimizer.update(grads, state, params, rate=rate)
-    moved = optimizers.apply_updates(params, updates)
-    params = jax.tree.map(lambda p, m, f: m if f else p, params, moved, free)
+    params, state = optimizers.take(optimizer, params, grads, state, rate, settings.freeze)
     return params, state, value.astype(jnp.float32)
 
   def single(params: Any, state: Any, batch: Any, rate: Array) -> Any:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from jaxmerge.core import tree
+from jaxmerge.core import running_statistics, tree
 from jaxmerge.training.settings import Settings
 
 Array = jax.Array
@@ -63,7 +63,8 @@ def from_optax(transformation: optax.GradientTransformation, params: Any, name: 
     name: of the setting, for errors.
 
   Raises:
-    ValueError: if the transformation cannot update these parameters, or changes its state's shape.
+    ValueError: if the transformation cannot update these parameters, or changes its state's shape,
+      or keeps a random key in it.
   """
   optimizer = optax.with_extra_args_support(transformation)
 
@@ -82,10 +83,38 @@ def from_optax(transformation: optax.GradientTransformation, params: Any, name: 
       f"{name}: the optax transformation cannot update the model's parameters: "
       f"{' '.join(str(error).split())}"
     ) from error
+  if any(jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) for x in jax.tree.leaves(before)):
+    raise ValueError(
+      f"{name}: the optax transformation keeps a random key in its state, as add_noise and "
+      "noisy_sgd do: all tasks would draw the same noise, and no checkpoint holds keys. Leave the "
+      "noise out, or draw it in a transformation of yours by jax.random.fold_in(key, count)."
+    )
   for part, left, right in (("updates", params, updates), ("state", before, after)):
     if _shapes(left) != _shapes(right):
       raise ValueError(f"{name}: an update of the optax transformation has {part} of other shapes.")
   return Optimizer(optimizer.init, update)
+
+
+def take(
+  optimizer: Optimizer, params: Any, grads: Any, state: Any, rate: Array, freeze: str
+) -> tuple[Any, Any]:
+  """Takes a step: (params, state), in which frozen leaves and running statistics keep their bits.
+
+  Args:
+    optimizer: the optimiser, local or outer.
+    params: tree of arrays.
+    grads: tree of the gradients.
+    state: of the optimiser.
+    rate: the learning rate.
+    freeze: pattern of the names of frozen leaves; "" is none.
+  """
+  names = tree.named(params)
+  fixed = running_statistics.of(names) | set(filter(tree.matching(freeze), names) if freeze else ())
+  free = tree.rebuild(params, {n: n not in fixed for n in names})
+  grads = jax.tree.map(lambda g, f: g if f else jnp.zeros_like(g), grads, free)
+  updates, state = optimizer.update(grads, state, params, rate=rate)
+  moved = apply_updates(params, updates)
+  return jax.tree.map(lambda p, m, f: m if f else p, params, moved, free), state
 
 
 def apply_updates(params: Any, updates: Any) -> Any:

@@ -65,14 +65,19 @@ def optimizer(settings: Settings, params: Any) -> optimizers.Optimizer | None:
 
 
 def step(
-  optimizer: optimizers.Optimizer | None, current: Any, target: Any, state: Any, rate: jax.Array
+  optimizer: optimizers.Optimizer | None,
+  current: Any,
+  target: Any,
+  state: Any,
+  rate: jax.Array,
+  freeze: str = "",
 ) -> tuple[Any, Any]:
   """Takes the outer step from `current` towards `target`, the merged model.
 
-  Without an outer optimiser the target is the new model, to the bit.
+  Without an outer optimiser the target is the new model, to the bit. With one, frozen leaves and
+  running statistics keep their bits, whatever decay it has.
   """
   if optimizer is None:
     return target, state
   gradient = jax.tree.map(jnp.subtract, current, target)
-  updates, state = optimizer.update(gradient, state, current, rate=rate)
-  return optimizers.apply_updates(current, updates), state
+  return optimizers.take(optimizer, current, gradient, state, rate, freeze)

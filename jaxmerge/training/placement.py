@@ -108,8 +108,9 @@ def state_shardings(
   rest = meshes.task_sharding(mesh) if stacked else meshes.replicated(mesh)
   return optax.tree_utils.tree_map_params(
     optimizer,
-    lambda _, place: place,
+    lambda x, place: x if isinstance(x, optax.MaskedNode) else place,
     jax.eval_shape(optimizer.init, params),
     meshes.shardings(params, mesh, rules, stacked=stacked),
     transform_non_params=lambda _: rest,
+    is_leaf=lambda x: isinstance(x, optax.MaskedNode),  # Of `optax.masked`, where it has no state.
   )

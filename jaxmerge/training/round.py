@@ -64,6 +64,7 @@ class Parts(NamedTuple):
     layout: matrix views of the leaves.
     mesh: the mesh.
     rules: how the weights of a model are sharded over the mesh's model axis.
+    freeze: pattern of the names of frozen leaves; "" is none.
   """
 
   step: Any
@@ -76,6 +77,7 @@ class Parts(NamedTuple):
   layout: layouts.Table
   mesh: Mesh
   rules: meshes.Rules = ()
+  freeze: str = ""
 
 
 def program(parts: Parts) -> Callable[..., tuple[State, Measured]]:
@@ -141,7 +143,7 @@ def merge_and_step(
   if parts.rules and parts.mesh.size > 1:
     distribution = distributed_matrices.Distribution(parts.mesh)
   target = merge(parts.method, stacks, base, ready, parts.layout, distribution)
-  params, outer_state = outers.step(parts.outer, current, target, outer_state, rate)
+  params, outer_state = outers.step(parts.outer, current, target, outer_state, rate, parts.freeze)
   # Sharded as they came in, so that the next round is the same executable.
   shardings = (
     meshes.shardings(params, parts.mesh, parts.rules),

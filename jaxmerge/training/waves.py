@@ -90,8 +90,8 @@ def _step(parts: rounds.Parts) -> Callable[..., Any]:
   mesh, rules = parts.mesh, parts.rules
 
   @jax.jit
-  def step(*arguments: Any) -> Any:
-    params, state = outers.step(parts.outer, *arguments)
+  def step(current: Any, target: Any, state: Any, rate: Any) -> Any:
+    params, state = outers.step(parts.outer, current, target, state, rate, parts.freeze)
     states = placement.state_shardings(parts.outer, params, mesh, rules)
     shardings = meshes.shardings(params, mesh, rules), states
     params, state = lax.with_sharding_constraint((params, state), shardings)

@@ -76,8 +76,20 @@ def test_frozen_leaves_keep_their_bits():
 def scheduled():
   """Optimisers with states of many kinds: moments, counts, and hyperparameters."""
   rate = optax.warmup_cosine_decay_schedule(0.0, 0.05, 4, 40)
-  local = optax.chain(optax.clip_by_global_norm(1.0), adamw(rate))
-  return dict(optimizer=local, local_state="kept", outer=optax.sgd(0.7, momentum=0.9))
+  labels = {"dense": {"kernel": "matrix", "bias": "vector"}}
+  parts = optax.multi_transform({"matrix": optax.adamw(rate), "vector": optax.sgd(0.05)}, labels)
+  local = optax.chain(optax.clip_by_global_norm(1.0), parts)
+  outer = optax.masked(optax.sgd(0.7, momentum=0.9), is_kernel)
+  return dict(optimizer=local, local_state="kept", outer=outer)
+
+
+def is_kernel(params):
+  return {"dense": {"kernel": True, "bias": False}}
+
+
+def test_masked_states_go_from_wave_to_wave():
+  together, in_waves = run(**scheduled()).params, run(**scheduled(), at_once=2).params
+  small.assert_close(in_waves, together, rtol=1e-5, atol=1e-6)
 
 
 def test_a_run_is_resumed_with_the_states_of_its_transformations(tmp_path):
@@ -135,6 +147,7 @@ def test_a_transformation_that_does_not_fit_is_refused():
   for transformation, words in (
     (optax.masked(optax.sgd(0.1), {"w": True}), "cannot update the model's parameters"),
     (own, "has updates of other shapes"),
+    (optax.add_noise(0.1, 0.5, key=1), "keeps a random key in its state, .* Leave the noise out"),
   ):
     given = settings.Settings(optimizer=transformation)
     with pytest.raises(ValueError, match=f"optimizer: .*{words}"):

@@ -70,6 +70,17 @@ def test_sgd_and_nesterov_are_those_of_optax(start, vectors, name, momentum):
     small.assert_close(params, expected, rtol=1e-6)
 
 
+def test_no_decay_moves_frozen_leaves_and_running_statistics():
+  start = {"bn": {"mean": np.ones(3, np.float32), "var": np.ones(3, np.float32)}}
+  start |= {"bias": np.float32([1.0, -0.0]), "kernel": np.ones((2, 2), np.float32)}
+  chosen = settings.Settings(outer=optax.adamw(0.1, weight_decay=1.0), freeze="^bias")
+  optimizer = outer.optimizer(chosen, start)
+  rest = optimizer.init(start), jnp.float32(1), chosen.freeze
+  params, _ = outer.step(optimizer, start, start, *rest)
+  np.testing.assert_allclose(params.pop("kernel"), np.full((2, 2), 0.9), rtol=1e-6)
+  small.assert_same_bits(params, {n: start[n] for n in params})
+
+
 def test_nesterov_is_the_formula_of_diloco(start, vectors):
   # v <- m v + g, theta <- theta - rate (g + m v), with g minus the merged task vector.
   found = path(outer.optimizer(chosen("nesterov", 0.5), start), start, vectors, 0.25)
