@@ -10,6 +10,7 @@ import argparse
 import difflib
 import importlib.metadata
 import os
+import re
 import shlex
 import sys
 import traceback
@@ -210,10 +211,16 @@ def _load_config(options: argparse.Namespace, changes: Changes) -> Any:
 
 
 def _error_text(error: BaseException | str) -> str:
-  """Returns the text of an error; the operating system's with the file first, as in all others."""
+  """Returns the text of an error: with the flag where a library's user has an argument.
+
+  That of the operating system has the file first, as all others.
+
+  >>> _error_text("out exists; pass replace=True (--replace) to replace it.")
+  'out exists; pass --replace to replace it.'
+  """
   if isinstance(error, OSError) and error.filename is not None and error.strerror is not None:
     return f"{error.filename}: {error.strerror}."
-  return str(error)
+  return re.sub(r"\b\w+=(?:True|False) \((--[\w=-]+)\)", r"\1", str(error))
 
 
 def _report_failure(error: BaseException | str, status: int, debug: bool) -> int:

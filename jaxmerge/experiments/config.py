@@ -269,7 +269,12 @@ def _wrong(key: str, value: Any, kind: Any, source: str, example: str) -> ValueE
   choices = [str(c) for c in get_args(kind)] if get_origin(kind) is Literal else []
   close = difflib.get_close_matches(str(value), choices, n=1)
   hint = f"; did you mean {close[0]!r}?" if close else f"{example}."
-  return ValueError(f"{source}: config.{key} must be {words(kind)}; got {value!r}{hint}")
+  if key in settings.REPLACES and not isinstance(value, str):
+    hint = (
+      "; configs have names alone: jaxmerge.tune_and_merge(..., "
+      f"settings=jaxmerge.Settings({key}=...)) takes optax transformations."
+    )
+  return ValueError(f"{source}: config.{key} must be {words(kind)}; got {value!r:.60}{hint}")
 
 
 def _check_parts(config: ConfigDict, source: str) -> None:

@@ -53,7 +53,7 @@ def find(name: str) -> Callable[..., Problem]:
     public = [n for n, _ in inspect.getmembers(module, inspect.isfunction) if n[0] != "_"]
     raise ValueError(
       f"experiment {name!r}: {module.__file__} has no function {function!r}"
-      f"{errors.nearest(function, public)}; it has {', '.join(public) or 'none'}."
+      f"{errors.nearest(function, public) if public else ', nor any other'}."
     )
   return maker
 

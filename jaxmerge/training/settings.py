@@ -83,8 +83,8 @@ class Settings:
         _refuse_conflicts(self, name)
       elif value not in choices:
         optax = " or an optax transformation" if name in REPLACES else ""
-        near = _near(value, choices)
-        raise ValueError(f"{name} must be one of {choices}{optax}, got {value!r}{near}.")
+        near = _call(value) if optax and callable(value) else _near(value, choices)
+        raise ValueError(f"{name} must be one of {choices}{optax}, got {value!r:.60}{near}.")
     for name, (low, high, words) in _RANGES.items():
       value, kind = getattr(self, name), int if name in _WHOLE else (int, float)
       fits = isinstance(value, kind) and not isinstance(value, bool)
@@ -139,6 +139,13 @@ _RANGES: dict[str, tuple[float, float, str]] = {
 def _near(value: object, choices: tuple[str, ...]) -> str:
   close = difflib.get_close_matches(str(value), choices, n=1)
   return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _call(value: Any) -> str:
+  """Says how to call a function that makes an optax transformation."""
+  name = getattr(value, "__name__", "it")
+  made_by_optax = getattr(value, "__module__", "").startswith("optax")
+  return f": call it, {f'optax.{name}(1e-3)' if made_by_optax else f'{name}(...)'}"
 
 
 def is_transformation(value: object) -> bool:

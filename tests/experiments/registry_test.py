@@ -107,7 +107,10 @@ def test_what_is_built_in_goes_through_the_same_door(name):
     ("images5", "must be one of images4, .*or a function of yours as 'module:function'"),
     ("my tasks:problem", "must be one of images4"),
     ("my_task:problem", "no module 'my_task' in .*PYTHONPATH"),
-    ("my_tasks:problm", r"my_tasks\.py has no function 'problm'; did you mean 'problem'"),
+    (
+      "my_tasks:problm",
+      r"no function 'problm'; did you mean 'problem'\? Known: apply, many, none, problem, split\.$",
+    ),
     ("my_tasks:none", "my_tasks:none must return a jaxmerge.*Problem, it returned NoneType"),
     ("my_tasks:many", r"must take \(config\) or \(config, cache\), it takes 3 arguments"),
     ("broken:problem", "its module broken needs 'no_such_package'"),
@@ -118,6 +121,18 @@ def test_what_is_wrong_is_an_error_of_one_line(folder, name, words):
   with pytest.raises(ValueError, match=words) as error:
     registry.make({"experiment": name})
   assert "\n" not in str(error.value)
+
+
+def test_a_config_has_no_transformations(folder):
+  text = CONFIG.replace(
+    "  return c.lock()", "  import optax\n  c.optimizer = optax.lion(1e-3)\n  return c"
+  )
+  pathlib.Path("config.py").write_text(text)
+  with pytest.raises(
+    ValueError, match=r"names alone: .*Settings\(optimizer=...\)\) takes"
+  ) as error:
+    configs.load("config.py")
+  assert len(str(error.value)) < 300
 
 
 def test_a_config_with_no_such_experiment_is_refused_before_jax(folder):

@@ -224,7 +224,7 @@ def test_of_all_models_and_the_place_of_the_result_it_is_told_at_once(family, ca
   recipe("m0", "m7")
   pathlib.Path("out").mkdir()
   err = told(capsys)
-  assert err.startswith("error: out exists; pass replace=True (--replace)")
+  assert err.startswith("error: out exists; pass --replace to")
   assert "\nrecipe.yml:5:12: m7: no such folder" in err
   assert "\nrecipe.yml:7:12: m1/model-00002-of-00002.safetensors: " in err
   assert len(err.splitlines()) == 3

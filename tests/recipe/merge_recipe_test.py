@@ -135,6 +135,19 @@ def test_errors_of_several_dicts_name_which():
     jaxmerge.merge_recipe([FIRST, {**LAST, "t": [b"1"]}], "out")
 
 
+@pytest.mark.parametrize("method", [jaxmerge.methods.ties(), jaxmerge.methods.ties])
+def test_a_method_in_a_dict_is_for_merge_files(method):
+  with pytest.raises(ValueError, match=r"^merge_method: .* by name, such as 'ties'; .*merge_files"):
+    jaxmerge.merge_recipe({**TIES, "merge_method": method}, "out")
+
+
+def test_a_text_of_yaml_is_no_path():
+  text = "merge_method: linear\nmodels:\n" + "  - model: m0\n" * 99
+  with pytest.raises(ValueError, match=r"got a text of YAML, 'merge_m.*safe_load\(text\)") as error:
+    jaxmerge.merge_recipe(text, "out")
+  assert len(str(error.value)) < 200
+
+
 def test_notes_on_a_dict_name_paths_in_it():
   out = jaxmerge.merge_recipe({**TIES, "density": 0.5}, "out")
   first, *_ = json.loads((out / execute.PROVENANCE).read_text())["notes"]

@@ -3,6 +3,7 @@
 import dataclasses
 
 import jaxtyping
+import optax
 import pytest
 
 from jaxmerge.training import settings
@@ -63,6 +64,12 @@ def test_a_bad_value_is_refused_by_name(name, value, words):
     settings.Settings(**{name: value})
   assert name in str(caught.value)
   assert repr(value) in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["optimizer", "outer"])
+def test_a_factory_of_optax_is_to_be_called(name):
+  with pytest.raises(ValueError, match=r"got <function adam at .*: call it, optax.adam\(1e-3\)\.$"):
+    settings.Settings(**{name: optax.adam})
 
 
 def test_an_unknown_setting_is_refused():

@@ -13,6 +13,10 @@ from jaxmerge.recipe.errors import Place, Problem, RecipeError
 from jaxmerge.recipe.syntax.yaml_reader import DEEPEST, LARGEST, LONGEST, Node
 
 _ROOT = "recipe"
+_METHODS = (
+  "recipes take published methods by name, such as 'ties'; for a method of your own use "
+  "jaxmerge.merge_files(method, ...)"
+)
 
 
 def plain_documents(recipe: Any) -> list[dict[str, Any]]:
@@ -45,7 +49,9 @@ def _plain(value: Any, path: str) -> Any:
     return str(value)
   if value is not None and not isinstance(value, int | float):
     kind = type(value).__name__
-    raise ValueError(f"{path or _ROOT}: a recipe can hold no {kind}; write text or a number.")
+    is_method = kind in ("Method", "Stage") or (callable(value) and path.endswith("merge_method"))
+    hint = _METHODS if is_method else "write text or a number"
+    raise ValueError(f"{path or _ROOT}: a recipe can hold no {kind}; {hint}.")
   return value
 
 

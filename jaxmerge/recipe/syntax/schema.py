@@ -82,6 +82,14 @@ def read(path: str | os.PathLike[str], *, strict: bool = False) -> tuple[Recipe,
 
 def text_of(path: str | os.PathLike[str]) -> str:
   """Returns the text of a recipe file; errors as for `read`."""
+  name = str(path)
+  is_yaml = "\n" in name or (": " in name and not name.endswith((".yml", ".yaml")))
+  if is_yaml and not os.path.exists(name):
+    short = f"{name[:40]!r}{', ...' if len(name) > 40 else ''}"
+    raise ValueError(
+      f"a recipe is the path of a file or a dict, got a text of YAML, {short}: give the path, or "
+      "yaml.safe_load(text)."
+    )
   path = pathlib.Path(path)
   if path.exists() and not path.is_file():
     raise ValueError(f"{path}: is no regular file; a recipe is read again, so give it a file.")
