@@ -1,8 +1,8 @@
 """The value of a parameter for a tensor: levels, conditions and gradients over depth.
 
 The levels, the narrowest first: override, source or model, slice, module, recipe. A parameter that
-is one for all models is not looked up at a source. The first level counts whose condition holds for
-the tensor.
+all models share is not looked up at a source. The first level whose condition holds for the tensor
+wins.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from jaxmerge.recipe.errors import Place, Problem, RecipeError, join_some
 from jaxmerge.recipe.mergekit.methods import METHODS, Method, value_error
 from jaxmerge.recipe.records import Case, Group, Override, Parameters, Recipe, Scalar, Where, groups
 
-_SHOWN = 8  # Parts of names, where a condition holds for none.
+_SHOWN = 8  # Parts of names that an error lists for a condition that matches no tensor.
 
 
 class Tensor(NamedTuple):
@@ -27,7 +27,7 @@ class Tensor(NamedTuple):
   Attributes:
     name: its name.
     layer: number of its layer in the merged model; None outside of the layers.
-    depth: how deep its layer lies in its slice, see `depth`; None outside of the layers.
+    depth: depth of its layer in its slice, see `depth`; None outside of the layers.
   """
 
   name: str
@@ -47,7 +47,7 @@ class Values(NamedTuple):
 
   Attributes:
     method: name of the method.
-    shared: parameters that are one for all models.
+    shared: parameters that all models share.
     each: parameters of each source of the group, in order; none for the base.
   """
 
@@ -86,7 +86,7 @@ def interpolate(value: Scalar | tuple[Scalar, ...], depth: float | None) -> Scal
   at = (depth or 0.0) * (len(value) - 1)
   numbers = [v for v in value if not isinstance(v, bool | str)]
   if len(numbers) < len(value):
-    return value[int(at + 1e-9)]  # A depth of 6/49 times 49 is a little less than 6.
+    return value[int(at + 1e-9)]  # In floating point, 6/49 times 49 is a little less than 6.
   left, right = int(at), min(int(at) + 1, len(value) - 1)
   return (1 - (at - left)) * numbers[left] + (at - left) * numbers[right]
 
@@ -108,7 +108,7 @@ def constant(levels: Iterable[Parameters], name: str) -> Value | None:
 
 
 def override(recipe: Recipe, tensor: Tensor) -> Override | None:
-  """Returns the first override that is meant for a tensor, if any."""
+  """Returns the first override that matches a tensor, or None."""
   fits = (o for o in recipe.overrides if o.where.holds(tensor.name, tensor.layer))
   return next(fits, None)
 
@@ -128,7 +128,7 @@ def values(
     group: the group that the tensor belongs to. A slice with one source may be a copy, and is a
       passthrough then, see `Group.copied`.
     tensor: the tensor of the merged model.
-    names: what it is called in each source, where that differs: in slices, layers do.
+    names: its name in each source, if they differ, as the layers of slices do.
 
   Raises:
     RecipeError: for a required parameter without a value for this tensor, values out of range
@@ -163,7 +163,7 @@ def _pick(
   place: Place,
   problems: list[Problem],
 ) -> dict[str, Value]:
-  """Returns the values of known parameters, defaults included; collects what is wrong with them."""
+  """Returns the values of known parameters, including defaults, and collects problems."""
   picked = {}
   for name, parameter in known.items():
     value = lookup(levels, name, tensor) or Value(parameter.default, None)
@@ -185,12 +185,12 @@ def conflicts(
   place: Place,
   which: str = "",
 ) -> list[Problem]:
-  """Returns problems of values that are right one by one, and wrong together.
+  """Returns problems of values that are valid one by one, but not together.
 
   Args:
     name: name of the method.
-    shared: the values that are one for all models; those not known yet are missing.
-    each: the values of each model, likewise.
+    shared: values that all models share, as far as they are known.
+    each: values of each model, likewise.
     place: where the models are listed.
     which: words for the tensor.
   """
@@ -223,15 +223,15 @@ def unmatched_conditions(
   tensors: Mapping[str, int | None],
   modules: Mapping[str | None, Mapping[str, int | None]] = types.MappingProxyType({}),
 ) -> tuple[Problem, ...]:
-  """Returns a problem for every condition that is the first to hold for none of the tensors.
+  """Returns a problem for every condition that is never the first match of a tensor.
 
-  And for every gradient over depth that is only for tensors outside of the layers.
+  Also for every gradient over depth that only matches tensors outside of the layers.
 
   Args:
     recipe: the recipe.
     tensors: the layer of every tensor by name, None outside of the layers: of the merged model,
       and of the sources where their names differ.
-    modules: those of each module, for its own conditions.
+    modules: tensors of each module, for conditions inside it.
   """
   problems = set()
   for module, conditions in _conditions(recipe):
@@ -249,7 +249,7 @@ def unmatched_conditions(
 
 
 def _flat(name: str, cases: Sequence[Case], tensors: Mapping[str, int | None]) -> Iterator[Problem]:
-  """Yields a problem for each gradient of which tensors take only the first value."""
+  """Yields a problem for each gradient of which only the first value is used."""
   if any(isinstance(case.value, tuple) for case in cases):
     left = dict(tensors)
     for case in cases:

@@ -1,4 +1,4 @@
-"""A recipe as typed records: what reading returns and planning takes."""
+"""Typed records of a recipe: the output of the parser and the input of the planner."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Missing = Literal["error", "base", "mean", "skip"]
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-  """A reference to a model; its place does not count in comparisons.
+  """A reference to a model; comparisons ignore its place.
 
   Attributes:
     path: a local folder, a hub id, or the name of another recipe of the file.
@@ -38,7 +38,7 @@ class Model:
 
 @dataclasses.dataclass(frozen=True)
 class Where:
-  """A selection of tensors: those that fulfil every condition; all without one.
+  """A selection of tensors: those that match every condition; all if there is none.
 
   Attributes:
     filter: text that is part of the tensor's name.
@@ -58,7 +58,7 @@ class Where:
     return self.filter is None and self.pattern is None and self.layers is None
 
   def holds(self, name: str, layer: int | None) -> bool:
-    """Returns whether a tensor is meant; one outside of all layers has the layer None."""
+    """Returns whether a tensor matches; its layer is None outside of all layers."""
     return (
       (self.filter is None or self.filter in name)
       and (self.pattern is None or re.search(self.pattern, name) is not None)
@@ -150,7 +150,7 @@ class Tokenizer:
 
   Attributes:
     source: where the vocabulary comes from: "union", "base" or a model.
-    tokens: tokens whose embedding is laid down.
+    tokens: tokens whose embedding is specified.
     pad_to_multiple_of: the number of rows of the embedding is rounded up to a multiple of it.
     place: where it is described.
   """
@@ -202,9 +202,9 @@ class Recipe:
     missing: what happens to a tensor that some models lack.
     allow: settings of configs in which models may differ, or "tokens", the order of these.
     exclude: tensors that are copied from the base.
-    overrides: the first whose `where` holds counts.
-    layout: matrix views; the first whose `where` holds counts.
-    rename: beginnings of names of tensors, in models and adapters, to others.
+    overrides: overrides; the first whose `where` holds wins.
+    layout: matrix views; the first whose `where` holds wins.
+    rename: old to new prefixes of tensor names, in models and adapters.
     seed: of random masks; 0 where the recipe gives none.
     uses: names of the recipes of the same file that this one builds on.
     ignored: the keys without effect.
@@ -238,7 +238,7 @@ class Recipe:
 
   @property
   def parts(self) -> Mapping[str | None, Module]:
-    """Returns the modules by name; of a model that is one, that one under None.
+    """Returns the modules by name; a model without modules is a single one, named None.
 
     mergekit writes `default` for it.
     """
@@ -271,10 +271,10 @@ class Group(NamedTuple):
     return method.base == "ignored" or source.model != self.base
 
   def copied(self, method: Method) -> bool:
-    """Returns whether the only source of a slice is taken over as it is.
+    """Returns whether the only source of a slice is copied.
 
-    It is, if it is the base, or if the method needs a pair of models: so stacks of layers can be
-    merged in some places and copied in others.
+    It is copied if it is the base, or if the method needs a pair of models. This allows stacks with
+    some layers merged and others copied.
     """
     if not self.sliced or len(self.sources) != 1 or method.base == "ignored":
       return False

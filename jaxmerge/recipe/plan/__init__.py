@@ -1,4 +1,4 @@
-"""From a recipe and the headers of its models to a plan."""
+"""Plans a recipe from its text and the headers of its models."""
 
 from jaxmerge import lazy
 

@@ -1,4 +1,4 @@
-"""Results that later recipes of a file build on: planned with first, read once they are merged."""
+"""Results that later recipes of a file use: known at planning, readable once they are merged."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from jaxmerge.io.tensors.tensor import Files, NotYetMade, Tensor
 
 
 class Intermediate(NamedTuple):
-  """The result of a recipe that later ones of its file build on.
+  """The result of a recipe that later recipes of the same file use as a model.
 
   Attributes:
-    model: what it will be, by its plan; until `open` is called, tensors that are merged raise
-      NotYetMade when they are read, and those that are copied have the bytes of their source.
-    tensors: those of the folder that was opened, by name.
+    model: the future model, as planned; until `open` is called, reading a merged tensor raises
+      NotYetMade, and a copied tensor has the bytes of its source.
+    tensors: tensors of the opened folder, by name.
   """
 
   model: plans.Model
@@ -30,19 +30,19 @@ class Intermediate(NamedTuple):
 
   def open(self, path: pathlib.Path, files: Files) -> None:
     """Opens the folder of the result, from which all tensors are then read."""
-    files.forget(path)  # It may have been merged anew.
+    files.forget(path)  # It may have been merged again.
     name = self.model.name
     opened = inputs.open_model(path, files, name=name, home=name)
     self.tensors.update({**opened.tied, **opened.tensors})
 
 
 def of_plan(name: str, plan: plans.Plan, shard_size: int) -> Intermediate:
-  """Returns what a plan will make, as a recipe calls it.
+  """Returns the future result of a plan, under its recipe's name.
 
   Args:
-    name: of the recipe.
-    plan: how it is merged.
-    shard_size: bytes of a file of its weights, at most.
+    name: name of the recipe.
+    plan: plan of the merge.
+    shard_size: largest size of a weight file, in bytes.
   """
   tensors: dict[str, Tensor] = {}
   files = {n: file for file, names in plan.shards(shard_size).items() for n in names}
@@ -61,7 +61,7 @@ def of_plan(name: str, plan: plans.Plan, shard_size: int) -> Intermediate:
 def _read(
   name: str, output: plans.Output, tensors: dict[str, Tensor]
 ) -> Callable[[int, np.ndarray], None]:
-  """Returns what reads a tensor: from the folder of the result, once that is open."""
+  """Returns a function that reads a tensor from the folder of the result, once it is open."""
 
   def read(start: int, out: np.ndarray) -> None:
     if output.name in tensors:

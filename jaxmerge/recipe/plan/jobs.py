@@ -1,4 +1,4 @@
-"""From tensors with their parameters to jobs: which one merges a tensor, with what parameters."""
+"""Plans the jobs of a recipe: which method merges each tensor, with which parameters."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from jaxmerge.recipe.records import Missing, Model, Recipe, Source
 
 
 class Work(NamedTuple):
-  """What a recipe does.
+  """The work of a recipe.
 
   Attributes:
     requests: the tensors of the result.
-    jobs: what merges them.
-    notes: what is not as in mergekit, a line for each method.
+    jobs: the jobs that merge them.
+    notes: differences from mergekit, a line for each method.
   """
 
   requests: list[TensorRequest]
@@ -81,7 +81,7 @@ class Assignment(NamedTuple):
 
 
 def assign(recipe: Recipe, rows: Sequence[Row]) -> tuple[list[Assignment], tuple[Problem, ...]]:
-  """Returns the rows that are merged, with their parameters; and what is wrong with the others."""
+  """Returns the rows to merge, with their parameters, and the problems of the others."""
   assignments: list[Assignment] = []
   problems: list[Problem] = []
   for row in rows:
@@ -106,7 +106,7 @@ def plan_jobs(
   assignments: Sequence[Assignment],
 ) -> Work:
   """Returns the request for each tensor of the result, and the jobs that merge them."""
-  # Of no use to most methods, and slow where there are many thousands of tensors.
+  # Most methods do not need it, and it is slow for many thousands of tensors.
   rules = functools.cache(lambda: matrix_axes.rules(recipe, _shapes(models, assignments)))
   kinds: dict[Any, list[Assignment]] = {}
   for assignment in assignments:
@@ -126,7 +126,7 @@ def plan_jobs(
       base_of_row = models[row.group.base] if row.group.base else donor
       requests[name] = TensorRequest(name, base_of_row.input(row.in_base))
     elif name not in requests:
-      # Its parameters are wrong; whether its parts fit is checked all the same.
+      # Its parameters are wrong; the shapes of its inputs are checked nevertheless.
       pairs = zip(row.group.sources, row.names, strict=True)
       parts = tuple(models[s.model].input(n) for s, n in pairs)
       # The base of slices is one of their sources.
@@ -141,7 +141,7 @@ def plan_jobs(
 def _translate(
   recipe: Recipe, members: Sequence[Assignment], models: Opened
 ) -> tuple[translate.Translation, str | None]:
-  """Returns a method of a recipe as one of this library, and a note on what differs in mergekit."""
+  """Translates a recipe's method to this library's, with a note on differences from mergekit."""
   first = members[0]
   here, there = (
     translate.translate(
@@ -183,7 +183,7 @@ def _job(
     names.insert(0, models[base].name)
 
   def method() -> Any:
-    from jaxmerge import methods  # jax comes with it.
+    from jaxmerge import methods  # Imports jax.
 
     return getattr(methods, translation.method)(**translation.settings)
 
@@ -203,13 +203,13 @@ def _job(
 
 
 def _common_value(each: Mapping[str, Any]) -> Any:
-  """Returns the value of all tensors; where they differ, the values by tensor."""
+  """Returns the value that all tensors share, or the values by tensor if they differ."""
   first = next(iter(each.values()))
   return first if all(np.array_equal(first, v) for v in each.values()) else dict(each)
 
 
 def _number_repeated(names: Sequence[str]) -> list[str]:
-  """Returns names of sources, numbered where one model gives several."""
+  """Returns names of sources, numbered if a model occurs several times."""
   counts = [names[: i + 1].count(name) for i, name in enumerate(names)]
   return [f"{n} ({c})" if c > 1 else n for n, c in zip(names, counts, strict=True)]
 
@@ -227,7 +227,7 @@ def precision_problems(
 def matrix_problems(
   recipe: Recipe, models: Opened, assignments: Sequence[Assignment], jobs: Sequence[Job]
 ) -> tuple[Problem, ...]:
-  """Returns methods of matrices that cannot work on their tensors."""
+  """Returns a problem for each matrix method that cannot be applied to its tensors."""
   return tuple(matrix_axes.fit_problems(recipe, jobs, _shapes(models, assignments)))
 
 
@@ -260,7 +260,7 @@ def _request(
   base = None
   if group.base is not None:
     listed = [i for i, s in enumerate(group.sources) if s.model == group.base]
-    # A base that is not among the sources of a slice is looked at only where it helps out.
+    # A base that is not a source of the slice matters only for tensors missing from a model.
     aside = not group.sliced or missing == "base"
     apart = models[group.base].input(assignment.row.in_base) if aside else None
     base = part(listed[0]) if listed else apart

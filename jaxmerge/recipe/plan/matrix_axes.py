@@ -1,4 +1,4 @@
-"""Which axes of a recipe's tensors are outputs and inputs: by its layout, else by convention."""
+"""Matrix views of a recipe's tensors: by the recipe's layout, or else by convention."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _DECLARED = "layout of the recipe"
 
 
 def rules(recipe: Recipe, shapes: Shapes) -> dict[str, layouts.Rule]:
-  """Returns how each tensor lies, as the recipe says, else as its library has it."""
+  """Returns the layout rule of each tensor: the recipe's, or else its library's convention."""
   by_name = conventions.rules({tensor.name: shape for tensor, shape in shapes.items()})
   for tensor in shapes:
     view = _declared_view(recipe, tensor)
@@ -32,7 +32,7 @@ def table(
   *,
   compat: bool,
 ) -> layouts.Table:
-  """Returns how the tensors of a job lie, if its method needs it; with `compat` as in mergekit."""
+  """Returns the layout table of a job, if its method needs one; with `compat` as in mergekit."""
   unit = layouts.unit_of(words)
   if unit.unit == "entry":
     return layouts.NONE
@@ -45,9 +45,9 @@ def table(
 def rows_as_mergekit(
   by_name: Mapping[str, layouts.Rule], shapes: Shapes
 ) -> dict[str, layouts.Rule]:
-  """Returns the rules by which mergekit takes rows: along the last axis, whatever a tensor is.
+  """Returns rules with rows along the last axis of every tensor, as in mergekit.
 
-  What the recipe's layout says stays.
+  Tensors that the recipe's layout names keep its views.
   """
   plain = {t.name: "l" * (len(s) - 1) + "i" if len(s) > 1 else None for t, s in shapes.items()}
   along_last = {n: layouts.Rule(view, "as mergekit has rows") for n, view in plain.items()}
@@ -55,7 +55,7 @@ def rows_as_mergekit(
 
 
 def view_problems(recipe: Recipe, shapes: Shapes) -> Iterator[Problem]:
-  """Yields views with other axes than their tensor, each once."""
+  """Yields views whose number of axes differs from their tensor's, each once."""
   reported: set[View] = set()
   for tensor, shape in shapes.items():
     view = _declared_view(recipe, tensor)
@@ -67,9 +67,9 @@ def view_problems(recipe: Recipe, shapes: Shapes) -> Iterator[Problem]:
 
 
 def fit_problems(recipe: Recipe, jobs: Sequence[Job], shapes: Shapes) -> Iterator[Problem]:
-  """Yields problems of methods that need matrices where there are none, or it is unclear which.
+  """Yields problems of matrix methods without a matrix, or with tensors of unclear layout.
 
-  What a recipe merges by one method counts together, though it be several jobs.
+  Jobs of one method are checked together.
   """
   sizes = {tensor.name: shape for tensor, shape in shapes.items()}
   by_method: dict[Any, dict[str, layouts.Rule]] = {}

@@ -1,4 +1,4 @@
-"""Opens what recipes name: folders and ids of the hub, with adapters on top."""
+"""Opens the models that recipes name: folders and hub ids, with adapters applied."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from jaxmerge.io.tensors.tensor import Files
 from jaxmerge.recipe.errors import Problem, RecipeError
 from jaxmerge.recipe.records import Model
 
-Rename = Mapping[str, str]  # Beginnings of names to others.
+Rename = Mapping[str, str]  # Old to new prefixes of names.
 
 
 @contextlib.contextmanager
 def _at_place(model: Model) -> Iterator[None]:
-  """Raises errors of a model with the place where the recipe names it."""
+  """Adds to a model's errors the place where the recipe names it."""
   try:
     yield
   except (OSError, ValueError) as error:
@@ -26,13 +26,13 @@ def _at_place(model: Model) -> Iterator[None]:
 
 
 class Opener(NamedTuple):
-  """How models are opened.
+  """Functions that open models.
 
   Attributes:
-    model: opens a model; RecipeError for one that is not there, or is damaged.
-    with_adapters: adds the adapters of a reference, if it has some, to an open model; likewise.
-    tokenizer_files: finds the files of a tokenizer; OSError, ValueError.
-    find: finds both, and knows what came from the hub.
+    model: opens a model; raises RecipeError if it is missing or damaged.
+    with_adapters: adds the adapters of a reference, if any, to an open model; raises likewise.
+    tokenizer_files: finds the files of a tokenizer; raises OSError or ValueError.
+    find: finds both, and records which came from the hub.
   """
 
   model: Callable[[Model, Rename], plan.Model]
@@ -42,7 +42,7 @@ class Opener(NamedTuple):
 
 
 def opener(files: Files, *, download: bool = False) -> Opener:
-  """Returns how the models of recipes are opened; nothing is fetched without `download`."""
+  """Returns the opener for models of recipes; it downloads nothing without `download`."""
   find = hub.Finder(download=download)
 
   def reference(model: Model) -> inputs.Reference:

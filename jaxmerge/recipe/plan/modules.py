@@ -1,4 +1,4 @@
-"""The `modules` that a recipe would need whose slices do not say which layers they are of."""
+"""Suggests `modules` for a recipe whose slices do not say which stack of layers they mean."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ _LIKELY = ("decoder", "language_model", "text_model", "text")
 
 
 def hint(groups: Sequence[Group], names: Sequence[str], stacks: Collection[str]) -> str:
-  """Returns the `modules` of a recipe with the same slices, in one line that can be pasted.
+  """Returns `modules` with the same slices, as one line to paste into the recipe.
 
   Args:
     groups: the slices.
-    names: of the tensors of the first model.
-    stacks: those that may be meant; empty without one, where nothing can be said.
+    names: names of the first model's tensors.
+    stacks: stacks of layers that may be meant; the hint is empty without any.
   """
   if len(stacks) < 2:
     return ""
@@ -29,7 +29,7 @@ def hint(groups: Sequence[Group], names: Sequence[str], stacks: Collection[str])
 
 
 def module(name: str, stacks: Collection[str]) -> str:
-  """Returns the part of a tensor's name that tells the parts of a model apart.
+  """Returns the part of a tensor's name that distinguishes the modules of a model.
 
   >>> module("model.encoder.layers.0.w", ["model.encoder.layers.", "model.decoder.layers."])
   'encoder'

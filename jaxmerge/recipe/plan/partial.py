@@ -1,4 +1,4 @@
-"""Problems of a recipe that show although some of its models cannot be opened."""
+"""Finds problems of a recipe even if some of its models cannot be opened."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def problems(recipe: Recipe, models: Opened) -> list[Exception]:
 
   Args:
     recipe: the recipe.
-    models: those that could be opened.
+    models: the models that could be opened.
   """
   if not models or not recipe.models:
     return []
@@ -31,7 +31,7 @@ def problems(recipe: Recipe, models: Opened) -> list[Exception]:
   rows = list(result_rows.whole_models(Group(sources, base, (), None, False, recipe.place), models))
   merged_rows = [row for row in rows if not parameters.is_excluded(recipe, row.tensor)]
   wrong: list[Exception] = []
-  # Where all must have the same tensors, those of one model are those of the others.
+  # If all models must have the same tensors, those of one model stand for all.
   if recipe.missing == "error" and (
     of_parameters := list(_parameter_problems(recipe, models, rows, merged_rows))
   ):

@@ -1,4 +1,4 @@
-"""From a recipe and the headers of its models to a plan: what becomes of every tensor."""
+"""Plans a recipe from the headers of its models: the outcome of every tensor."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ def plan_recipe(
   open_model: Callable[[Model], plans.Model],
   read_files: Callable[[Model], TokenizerFiles],
 ) -> Plan:
-  """Plans what a recipe says.
+  """Returns the plan of a recipe.
 
   Args:
     recipe: the recipe.
-    open_model: opens a model that it names.
-    read_files: returns the small files of a model that only gives a tokenizer.
+    open_model: opens a model that the recipe names.
+    read_files: returns the small files of a model that only provides a tokenizer.
 
   Raises:
-    RecipeError: for what is wrong with the recipe once the models are known.
+    RecipeError: for errors in the recipe that show once the models are known.
     errors.Problems: naming the tensors and models that do not fit each other.
   """
   problems: list[Exception] = []
@@ -52,7 +52,7 @@ def plan_recipe(
   with recipe_errors.collect(problems):
     built = build.build(recipe, opened, read_files)
   models, donor = built.models, built.models[donor_of(recipe)]
-  comparable = not problems  # Embeddings that were not brought together fit nothing.
+  comparable = not problems  # Embeddings that were not aligned have mismatched shapes.
   rows = _rows(recipe, models, donor, problems)
   config = _config(recipe, models, donor, rows, problems)
   idle = _idle_conditions(recipe, models, rows, problems)
@@ -85,7 +85,7 @@ def plan_recipe(
 def open_models(
   recipe: Recipe, models: Iterable[Model], open_model: Callable[[Model], plans.Model]
 ) -> dict[Model, plans.Model]:
-  """Opens models, or raises all that cannot be opened, and what else is known to be wrong."""
+  """Opens models, or raises one error for all that cannot be opened and other known problems."""
   opened: dict[Model, plans.Model] = {}
   problems: list[Exception] = []
   for model in models:
@@ -98,12 +98,12 @@ def open_models(
 
 
 def donor_of(recipe: Recipe) -> Model:
-  """Returns the model that gives config and small files: the base, else the first."""
+  """Returns the model that provides config and small files: the base, or else the first."""
   return recipe.base_model or groups(recipe)[0].sources[0].model
 
 
 def _spelt_alike(recipe: Recipe, opened: Opened) -> dict[Model, plans.Model]:
-  """Returns the models, with the donor's names for what they call otherwise."""
+  """Returns the models with tensors renamed to the donor's names where they differ."""
   first = donor_of(recipe)
   order = [first, *(m for m in opened if m != first)]
   return dict(zip(order, name_variants.align([opened[m] for m in order]), strict=True))
@@ -112,7 +112,7 @@ def _spelt_alike(recipe: Recipe, opened: Opened) -> dict[Model, plans.Model]:
 def _rows(
   recipe: Recipe, models: Opened, donor: plans.Model, problems: list[Exception]
 ) -> list[Row]:
-  """Returns the tensors of the result; without them nothing more can be said of a recipe."""
+  """Returns the rows of the result; without rows, raises all problems collected so far."""
   with recipe_errors.collect(problems):
     if rows := list(result_rows.rows(recipe, models, donor.config)):
       return rows
@@ -138,7 +138,7 @@ def _config(
 def _idle_conditions(
   recipe: Recipe, models: Opened, rows: Sequence[Row], problems: list[Exception]
 ) -> list[Problem]:
-  """Returns the conditions that hold for tied heads alone; others without effect are wrong."""
+  """Returns the conditions that match only tied heads; other unmatched ones are problems."""
   names, modules = result_rows.all_names(rows), result_rows.by_module(rows)
   heads = dict.fromkeys(head for m in models.values() for head in m.tied)
   wrong = {p.place for p in parameters.unmatched_conditions(recipe, names | heads, modules)}
@@ -166,7 +166,7 @@ def _work(
 
 
 def _with_precision(recipe: Recipe, plan: Plan) -> Plan:
-  """Returns a plan with the dtypes that a recipe computes in, and notes on what is rounded."""
+  """Returns a plan with the recipe's compute dtypes, and notes on rounding."""
   if recipe.compat == "mergekit":
     plan = precision.compute_as_mergekit(recipe, plan)
   if precision.result_dtype(recipe) is None:
@@ -177,15 +177,15 @@ def _with_precision(recipe: Recipe, plan: Plan) -> Plan:
 def _with_texts(
   plan: Plan, donor: plans.Model, built: build.TokenizerResult, config: Mapping[str, Any]
 ) -> Plan:
-  """Returns a plan with the files of the result that are not as in the donor's folder."""
+  """Returns a plan with those files of the result that differ from the donor's folder."""
   plan, config = tied_weights.resolve_ties(plan, donor, built.config(config))
   changed = config != donor.config
   texts = {folder.CONFIG: json.dumps(config, indent=2) + "\n"} if changed else {}
-  # A donor that is not merged yet has other files than its folder.
+  # A donor that is not merged yet has files that its folder lacks.
   return plan._replace(texts={**donor.texts, **texts, **built.texts})
 
 
 def _ignored(recipe: Recipe, idle: Sequence[Problem]) -> list[str]:
-  """Returns notes on what a recipe says without effect."""
+  """Returns notes on keys of the recipe that have no effect."""
   tied = [p._replace(text=f"{p.text} The output head is the embedding.") for p in idle]
   return [f"{p.place.short}: {p.text}" for p in (*recipe.ignored, *tied)]

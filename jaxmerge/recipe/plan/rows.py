@@ -1,4 +1,4 @@
-"""Which tensors the result of a recipe has, and what each is called in its sources."""
+"""Lists the tensors of a recipe's result, with their names in the sources."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class Row(NamedTuple):
   """A tensor of the result.
 
   Attributes:
-    tensor: what it is called, and where it lies.
-    group: the sources that make it.
-    names: what it is called in each source.
+    tensor: its name and layer.
+    group: the sources that are merged into it.
+    names: its name in each source.
   """
 
   tensor: parameters.Tensor
@@ -33,7 +33,7 @@ class Row(NamedTuple):
 
   @property
   def in_base(self) -> str:
-    """Returns its name in the base; layers of a slice lie there as in the first source."""
+    """Returns its name in the base; in a slice, its layer is that of the first source."""
     pairs = zip(self.group.sources, self.names, strict=True)
     return next((name for s, name in pairs if s.model == self.group.base), self.names[0])
 
@@ -43,8 +43,8 @@ def rows(recipe: Recipe, models: Opened, config: Mapping[str, Any]) -> Iterator[
 
   Args:
     recipe: the recipe.
-    models: all that it names.
-    config: of the donor, which says how high the stack of layers is.
+    models: all models that it names.
+    config: config of the donor, which states the number of layers.
 
   Raises:
     RecipeError: for layers that the models do not have.
@@ -61,7 +61,7 @@ def rows(recipe: Recipe, models: Opened, config: Mapping[str, Any]) -> Iterator[
 
 
 def _outside(recipe: Recipe, models: Opened, all_groups: Sequence[Group]) -> Iterator[Row]:
-  """Yields tensors of no module that are excluded, and so copied; refuses the others."""
+  """Yields excluded tensors outside all modules, which are copied; raises for others."""
   sources = tuple({s.model: s for g in all_groups for s in g.sources}.values())
   every = Group(sources, recipe.base_model, (), None, False, recipe.place)
   modules = {str(g.module): g for g in all_groups}
@@ -111,7 +111,7 @@ def whole_models(group: Group, models: Opened) -> Iterator[Row]:
 def _stacked_slices(
   slices: Sequence[Group], models: Opened, config: Mapping[str, Any]
 ) -> Iterator[Row]:
-  """Yields the layers of slices in their order; what lies before comes from the first slice."""
+  """Yields the layers of slices in order; tensors before the layers come from the first slice."""
   names = {m: [n for n in models[m].tensors if _inside(slices[0], n)] for m in models}
   try:
     stack = layers.main(names[slices[0].sources[0].model], config)
@@ -141,7 +141,7 @@ def _stacked_slices(
     {n for g in slices for s in g.sources for n in names[s.model] if not n.startswith(stack)}
   )
   for name in outside:
-    # What sees or hears is of one model as a whole.
+    # A vision or audio tower comes from one model as a whole.
     apart = layers.is_tower(name) != layers.is_tower(stack)
     group = slices[0] if layers.is_input(name) and not apart else slices[-1]
     yield Row(parameters.Tensor(name), group, (name,) * len(group.sources))
@@ -159,13 +159,13 @@ def _check_ranges(group: Group, names: Mapping[Model, Sequence[str]], stack: str
 
 
 class Stack(NamedTuple):
-  """Layers that are stacked anew.
+  """A stack of layers in a new order.
 
   Attributes:
-    stack: what their names begin with.
-    order: layer of the result to that of its first source.
-    group: the first of the groups that they are of.
-    others: the same order for further sources, by their places in the lists.
+    stack: prefix of the layers' names.
+    order: layer of the result to layer of its first source.
+    group: the first group of the stack.
+    others: the same mapping for further sources, by their positions in the lists.
   """
 
   stack: str
@@ -175,7 +175,7 @@ class Stack(NamedTuple):
 
 
 def stacks_of(rows: Sequence[Row]) -> dict[str | None, Stack]:
-  """Returns the stacks that slices make, by their modules."""
+  """Returns the stacks built from slices, by module."""
   stacks: dict[str | None, Stack] = {}
   for row in rows:
     new, old = layers.place(row.tensor.name), layers.place(row.names[0])
@@ -202,7 +202,7 @@ def by_module(rows: Sequence[Row]) -> dict[str | None, dict[str, int | None]]:
 def left_out(
   recipe: Recipe, models: Opened, rows: Sequence[Row]
 ) -> dict[str, dict[str, plan.Outcome]]:
-  """Returns the outcomes of tensors that may be left out: excluded, in no slice, or of the base."""
+  """Returns the outcomes of tensors that may be dropped: excluded, in no slice, or of the base."""
   dropped: dict[str, dict[str, plan.Outcome]] = {m.name: {} for m in models.values()}
   modular = None not in recipe.parts
   if modular or any(row.group.sliced for row in rows):
@@ -224,7 +224,7 @@ def config(
   """Returns the donor's config for the result: with its dtype, and its number of layers.
 
   Raises:
-    RecipeError: where it is unclear which of its numbers is that of the layers.
+    RecipeError: if it is unclear which setting is the number of layers.
   """
   dtype = recipe.out_dtype or recipe.dtype
   changed = folder.state_dtype(before, dtype) if before and dtype else dict(before)
@@ -245,7 +245,7 @@ def config(
 
 
 def _check_alike(config: Mapping[str, Any], other: Mapping[str, Any]) -> None:
-  """Raises ValueError where layers that are merged with each other are of other kinds."""
+  """Raises ValueError if layers of different kinds are merged with each other."""
   keys = [
     f"{key}: {value} and {other[key]}" for key, value in config.items() if value != other[key]
   ]

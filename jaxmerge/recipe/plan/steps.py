@@ -1,4 +1,4 @@
-"""The recipes of a file, planned together: what is merged first, and what builds on it."""
+"""Plans the recipes of a file together, in the order in which they use each other's results."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ RECIPE = "jaxmerge_recipe.yml"
 
 
 class Text(NamedTuple):
-  """Recipes as they are written.
+  """The text of recipes.
 
   Attributes:
     text: YAML.
@@ -40,7 +40,7 @@ class Step(NamedTuple):
 
   Attributes:
     recipe: the recipe.
-    plan: what becomes of every tensor, before what it builds on is merged.
+    plan: outcome of every tensor, planned before the results that it uses are merged.
     uses: results of earlier recipes that it builds on, by name; of the last recipe all.
     result: what it makes for later recipes; None of the last one, whose result is the file's.
   """
@@ -113,7 +113,7 @@ def plan_steps(
     compat: what recipes have that say nothing of `compat` themselves.
 
   Raises:
-    RecipeError: for what is wrong with the recipes, or cannot be run yet.
+    RecipeError: for errors in the recipes, and features that are not supported yet.
     errors.Problems: naming the tensors and models that do not fit.
   """
   opener = models.opener(files, download=download)
@@ -144,7 +144,7 @@ def _last(
   text: str, recipe: Recipe, plan: Plan, facts: Mapping[str, Any], steps: Sequence[Step]
 ) -> Step:
   """Returns the step that makes the result of a file: its provenance is that of all."""
-  text = io.StringIO(text, newline=None).read()  # Whatever its lines end with.
+  text = io.StringIO(text, newline=None).read()  # Normalises line endings.
   plan = plan._replace(
     facts={**plan.facts, "recipe": text, **facts, **plan.facts},  # Those of the plan come first.
     texts={**plan.texts, RECIPE: text},
@@ -188,5 +188,5 @@ def _plan(
 
 
 def _is_result(model: Model, results: Mapping[str, Intermediate]) -> bool:
-  """Returns whether a reference means the result of a recipe: with a revision it is of the hub."""
+  """Returns whether a reference names a recipe's result; one with a revision is a hub id."""
   return model.revision is None and model.path in results

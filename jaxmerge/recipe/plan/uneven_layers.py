@@ -1,7 +1,7 @@
-"""Layers that lack what others have, or have more, and are stacked where their class expects it.
+"""Checks that layers with different sets of tensors are stacked where their class expects them.
 
-The first block of RWKV alone has a norm before it, and that of ModernBERT lacks one: a class
-decides so by the place, and weights that stand elsewhere are left out or drawn at random.
+Only the first block of RWKV has a norm before it, and only that of ModernBERT lacks one. A model
+class decides this by position: tensors at other positions are ignored or randomly initialised.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ def check(
   before: Config,
   after: Config,
 ) -> None:
-  """Raises RecipeError where layers have other tensors than their new place asks for.
+  """Raises RecipeError if layers have other tensors than their new position needs.
 
   Args:
     rows: the tensors of the result.
-    models: all that the recipe names.
-    before: the config of the donor.
-    after: that of the result.
+    models: all models that the recipe names.
+    before: config of the donor.
+    after: config of the result.
   """
   problems = []
   for stack in result_rows.stacks_of(rows).values():
@@ -58,7 +58,7 @@ def _by_place(
   before: Config,
   after: Config,
 ) -> str:
-  """Returns which layer does not fit its new place, in words; "" where all do."""
+  """Returns, in words, which layer does not fit its new position; "" if all fit."""
   layouts: dict[tuple[Model, Model], Layout] = {}
   order = Layers(0, tuple(old for _, old in sorted(stack.order.items())))
   groups = {
@@ -68,7 +68,7 @@ def _by_place(
   }
   for new, old in sorted(stack.order.items()):
     source, base = groups[new].sources[0].model, groups[new].base or groups[new].sources[0].model
-    if (source, base) not in layouts:  # A base has what some layers of its fine-tunes lack.
+    if (source, base) not in layouts:  # A base has tensors that layers of its fine-tunes may lack.
       names = {**models[source].tensors, **models[base].tensors}
       layouts[source, base] = _layout(names, stack.stack)
     layout = layouts[source, base]
