@@ -1,4 +1,4 @@
-"""Adds an adapter to an open model: its tensors, its config, and its tokenizer's files."""
+"""Applies an adapter to an open model: tensors, config and tokenizer files."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ def add_adapter(
     model: the model.
     path: folder of the adapter.
     files: open files of the models.
-    home: name of the adapter's folder in records, where its path is one of this machine.
-    rename: beginnings of names of the adapter's modules to those of the model.
+    home: name of the adapter's folder in records, if its path only exists on this machine.
+    rename: prefixes of the adapter's module names to those of the model.
 
   Raises:
-    FileNotFoundError: where a file of the adapter is missing.
-    ValueError: naming what is damaged or does not fit.
+    FileNotFoundError: if a file of the adapter is missing.
+    ValueError: naming the file or tensor that is damaged or does not fit.
   """
   files.note([*adapter.paths(path), *folder.small_files(pathlib.Path(path))])
   adapted = adapter.apply(
@@ -76,7 +76,7 @@ def add_adapter(
 
 
 def _outcome(use: adapter.Use) -> Outcome:
-  """Returns what becomes of a tensor of an adapter, by how the adapter uses it."""
+  """Returns the outcome of an adapter's tensor, from the way the adapter uses it."""
   match use.kind:
     case "copy":
       return Outcome("dropped", reason="a copy of a module that the adapter holds whole")
@@ -92,13 +92,13 @@ def tokenizer_files(
 ) -> dict[str, Text]:
   """Returns the files of an adapter's tokenizer and chat template, by name.
 
-  Those of the model are left out where an adapter has a tokenizer without them; its chat template
-  stays where the adapter has none.
+  The model's tokenizer files are dropped if the adapter has a tokenizer without them; the model's
+  chat template stays if the adapter has none.
 
   Args:
     path: folder of the adapter.
     base: that of the model.
-    planned: files that the model will have beside those of its folder, or in their place.
+    planned: files that the model will have in addition to its folder's, or in their place.
   """
   files = _texts(path, folder.TOKENIZER)
   templates = _texts(path, _TEMPLATES)
@@ -146,25 +146,25 @@ def _same(path: pathlib.Path, text: Text, planned: Text | EllipsisType) -> bool:
 
 
 def _heads(model: Model) -> list[str]:
-  """Returns the output heads that a model has, though they are its embedding."""
+  """Returns the names of a model's output heads that are tied to its embedding."""
   stored = [n for n in model.tied if n.endswith(tied.HEADS) and n in model.outcomes]
   name = tied.head(model.config)
   return stored or [n for n in model.tied if n == name]
 
 
 def _config(config: Mapping[str, Any], adapted: adapter.Adapted) -> dict[str, Any]:
-  """Returns the config of a model with an adapter: tokens, layers, and what is tied."""
+  """Returns the config of a model with an adapter: its tokens, layers and ties."""
   changed = dict(config)
   if adapted.rows is not None:
     changed = _replace(changed, ("vocab_size",), adapted.rows)
   if adapted.layers is not None:
     changed = _with_layers(changed, adapted.layers)
-  # Where the class ties by default, its files do not say so.
+  # If the class ties by default, its files do not say so.
   return tied.untie(adapted.tensors, changed) if adapted.untied else changed
 
 
 def _replace(config: Mapping[str, Any], keys: Sequence[str], value: Any) -> dict[str, Any]:
-  """Replaces the value of some keys, where a config or that of its text part has them."""
+  """Replaces the value of some keys if the config, or its text part, has them."""
   changed = {k: value if k in keys else v for k, v in config.items()}
   if isinstance(inner := config.get("text_config"), Mapping):
     changed["text_config"] = _replace(inner, keys, value)
@@ -172,7 +172,7 @@ def _replace(config: Mapping[str, Any], keys: Sequence[str], value: Any) -> dict
 
 
 def _with_layers(config: Mapping[str, Any], order: Sequence[int]) -> dict[str, Any]:
-  """Returns a config of other layers: how many they are, and lists with an entry for each."""
+  """Returns a config for another order of layers: their number, and lists with one entry each."""
   heights = {config[k] for k in _LAYERS if k in config}
   lists = [
     k

@@ -1,4 +1,4 @@
-"""From requests for tensors to the plan of a merge, or every misfit. Free of jax."""
+"""Assembles the plan of a merge from tensor requests, or lists every misfit. Without jax."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ def make_plan(
   dropped: Mapping[str, Mapping[str, Outcome]] | None = None,
   misfits: Sequence[str] = (),
 ) -> plans.Plan:
-  """Makes the plan of a merge, or raises all that does not fit.
+  """Returns the plan of a merge, or raises one error with every misfit.
 
   Args:
     requests: the tensors of the result.
-    jobs: what merges them.
+    jobs: the jobs that merge them.
     models: all inputs; config and tokenizer are those of the first.
-    dtype: of the result's floating tensors; None: that of the base, or of the first model.
-    missing: what becomes of a tensor that some models lack: "error"; "base", copied from there;
+    dtype: dtype of the result's floating-point tensors; None: the base's, or the first model's.
+    missing: outcome of a tensor that some models lack: "error"; "base", copied from the base;
       "mean", of the models that have it; "skip", left out of the result.
-    dropped: outcomes of tensors by model, unless the result has them all the same.
-    misfits: what does not fit between the models, from `misfits.lines`.
+    dropped: outcomes of dropped tensors by model; tensors that the result has are not dropped.
+    misfits: mismatches between the models, from `misfits.lines`.
 
   Raises:
     Problems: naming every tensor and model that do not fit.
@@ -79,7 +79,7 @@ def make_plan(
 def _notes(
   requests: Sequence[plans.TensorRequest], models: Sequence[plans.Model]
 ) -> tuple[str, ...]:
-  """Returns the notes of the models, and one on integers that differ and are copied."""
+  """Returns the notes of the models, and one on integer tensors that differ but are copied."""
   merged = [inputs_present(request) for request in requests if request.models]
   copies = quantized.note_copies([[(p.name, p.model, p.tensor) for p in each] for each in merged])
   return tuple(dict.fromkeys([*(note for m in models for note in m.notes), *copies]))
@@ -107,7 +107,7 @@ def _record(
 def _without_outcome(
   models: Sequence[plans.Model], outcomes: Mapping[str, Mapping[str, object]]
 ) -> list[str]:
-  """Says which tensors have no outcome."""
+  """Returns lines on tensors without an outcome."""
   return [
     f"tensor {name!r} of {m.name} has no place in the result: exclude it."
     for m in models
@@ -118,7 +118,7 @@ def _without_outcome(
 def _check_codes(
   requests: Sequence[plans.TensorRequest], models: Sequence[plans.Model], dtype: np.dtype | None
 ) -> list[str]:
-  """Lists models with codes of quantized weights where weights are merged, or are cast."""
+  """Lists models with quantized codes among tensors that are merged or cast."""
   merged: dict[str, set[str]] = {m.name: set() for m in models}
   copied: dict[str, set[str]] = {m.name: set() for m in models}
   for request in requests:
@@ -133,14 +133,14 @@ def _check_codes(
 
 
 def inputs_present(request: plans.TensorRequest) -> list[plans.InputTensor]:
-  """Returns the input tensors that the models have; that of the base is the first."""
+  """Returns the input tensors that exist, the base's first."""
   return [p for p in (request.base, *request.models) if p is not None and p.tensor is not None]
 
 
 def _resolve(
   request: plans.TensorRequest, missing: str, jobs: list[Job], statistics: Collection[str]
 ) -> tuple[plans.Output | None, Outcome]:
-  """Decides how a tensor is made, None if not at all, and what becomes of the models' for it."""
+  """Returns the output for a request (None: left out) and the outcome of its input tensors."""
   base = None if request.base is None else request.base.tensor
   parts = [p for p in request.models if p.tensor is not None]
   tensors = tuple(p.tensor for p in parts if p.tensor is not None)
@@ -167,7 +167,7 @@ def _resolve(
 
 
 def _job_of_mean(names: tuple[str, ...], jobs: list[Job]) -> int:
-  """Returns the place of the job that averages these models, added unless there is one."""
+  """Returns the index of the job that averages these models; adds the job if there is none."""
   for i, job in enumerate(jobs):
     if job.spec == "mean" and job.models == names:
       return i
@@ -181,7 +181,7 @@ def _outcome_of(
   output: plans.Output | None,
   outcome: Outcome,
 ) -> Outcome:
-  """Returns the outcome of one of a tensor's parts: that of a base may be another."""
+  """Returns the outcome of one input tensor of a request; a base's may differ."""
   if part != request.base or output is None or output.job is None:
     return outcome
   if output.base is not None:
@@ -192,7 +192,7 @@ def _outcome_of(
 def note_rounding(plan: plans.Plan) -> tuple[str, ...]:
   """Returns a note if merged tensors are stored in 8-bit floats, or in fewer bits than a model's.
 
-  It is for a result whose dtype nobody chose.
+  Call it if the user did not choose the result's dtype.
   """
   narrowed = []
   for o in plan.outputs:
@@ -210,6 +210,6 @@ def note_rounding(plan: plans.Plan) -> tuple[str, ...]:
 
 
 def _mean() -> Any:
-  from jaxmerge import methods  # jax comes with it.
+  from jaxmerge import methods  # Imports jax.
 
   return methods.average()

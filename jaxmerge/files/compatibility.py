@@ -1,7 +1,7 @@
-"""Whether the configs and vocabularies of models let their weights be merged, beyond their shapes.
+"""Checks configs and vocabularies: whether weights of equal shape can be merged.
 
-Equal shapes do not make weights alike: with other heads, another rope or activation, or tokens in
-another order, one entry means different things in two models.
+Equal shapes are not enough: if models differ in attention heads, rope, activation or the order of
+tokens, the same entry has different meanings in them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from jaxmerge.io.huggingface.vocabulary import TokenizerFiles
 TOKENS, LABELS = "tokens", "id2label"
 Config = Mapping[str, Any]
 
-# Settings that decide what weights mean; others are only noted.
+# Settings that change the meaning of weights; differences in others are only noted.
 _MEANING = re.compile(
   r"model_type|(\w+_)?(num_)?(attention_|key_value_|kv_|query_|linear_\w+_)?heads?|n_heads?|num_heads"
   r"|head_dim|head_size|qk_\w+_dim|v_head_dim|multi_query|num_query_groups|num_groups"
@@ -30,7 +30,7 @@ _MEANING = re.compile(
   r"|mamba_norm_before_gate|logit_scale|swiglu_limit|attn_temperature_tuning|attention_chunk_size"
   r"|attn_scale|floor_scale|is_decoder|new_decoder_architecture|use_qk_norm|qk_layernorm|relative_attention\w*"
 )
-# Without effect on a result: it has the base's.
+# Settings without effect on the merge; the result has the base's.
 _IGNORED = re.compile(
   r"_\w+|architectures|transformers_version|(torch_)?dtype|use_cache|max_\w+|n_positions|n_ctx"
   r"|initializer\w*|\w*dropout\w*|\w+_pdrop|\w*_token_ids?|auto_map|tie_word_embeddings|label2id"
@@ -40,7 +40,7 @@ _IGNORED = re.compile(
 )
 _UNNAMED = re.compile(r"LABEL_\d+|\d+")
 _SAME = {"gelu_pytorch_tanh": "gelu_new", "gelu_fast": "gelu_new", "swish": "silu"}
-# Rows that are reserved for later tokens.
+# Tokens that only reserve rows for later use.
 _SPARE = re.compile(r"reserved|unused|extra_id|placeholder|spare|^[<\[]\|?pad", re.IGNORECASE)
 _FILES = (
   *(vocabulary.TOKENIZER, vocabulary.ADDED, vocabulary.WORDS, vocabulary.LINES, "merges.txt"),
@@ -57,9 +57,9 @@ class Comparison(NamedTuple):
   """How the configs and vocabularies of some models differ.
 
   Attributes:
-    problems: lines on what changes the meaning of weights, and is not allowed.
-    notes: lines on what is allowed, or has no effect on the meaning.
-    type_problems: those of the problems that are of the models' types.
+    problems: lines on differences that change the meaning of weights and are not allowed.
+    notes: lines on differences that are allowed, or do not change the meaning.
+    type_problems: the subset of `problems` about model types.
   """
 
   problems: tuple[str, ...] = ()
@@ -67,7 +67,7 @@ class Comparison(NamedTuple):
   type_problems: tuple[str, ...] = ()
 
   def unless(self, lines: Sequence[str]) -> list[str]:
-    """Returns the problems; where lines say that tensors differ, without those of types."""
+    """Returns the problems, without those of types if `lines` already report different tensors."""
     return [p for p in self.problems if not lines or p not in self.type_problems]
 
 
@@ -84,7 +84,7 @@ def compare(
     requests: the tensors of the result.
     models: all inputs, the donor first.
     allow: settings that may differ: keys of configs; "tokens", the order of the vocabulary.
-    tokens: whether vocabularies are compared; otherwise they are brought together.
+    tokens: whether vocabularies are compared; if False, a tokenizer is built to align them.
   """
   donor, *others = {m.name: m for m in models}.values()
   differing: dict[tuple[str, str], list[str]] = {}
@@ -132,7 +132,7 @@ def _problem(key: str, line: str) -> str:
 
 
 def _differences(ours: Config, theirs: Config, unlike: bool) -> Iterator[tuple[str, Any, Any]]:
-  """Yields settings that two configs state, and state differently.
+  """Yields settings that both configs state, with different values.
 
   Models of two types differ in all settings: only the type is yielded then, unless `unlike`.
   """
@@ -151,7 +151,7 @@ def _differences(ours: Config, theirs: Config, unlike: bool) -> Iterator[tuple[s
 
 
 def _one_sided(donor: Model, m: Model) -> Iterator[str]:
-  """Yields lines on settings that decide what weights mean, and only one of two configs states."""
+  """Yields lines on settings that change the meaning of weights and occur in one config only."""
   one, other = _flat(donor.config), _flat(m.config)
   if not one or not other or one.get("model_type") != other.get("model_type"):
     return
@@ -172,7 +172,7 @@ def _one_sided(donor: Model, m: Model) -> Iterator[str]:
 
 
 def _is_lacking(key: str, value: Any, lacking: Config) -> bool:
-  """Returns whether a setting counts, and a config that lacks it has the part that it is of."""
+  """Returns whether a setting matters and a config has its part but lacks the setting."""
   prefix, name = key[: -len(_last(key))], _last(key)
   if not _MEANING.fullmatch(name) or name == LABELS or name.startswith("rope_scaling"):
     return False
@@ -185,7 +185,7 @@ def _is_lacking(key: str, value: Any, lacking: Config) -> bool:
 
 
 def _flat(config: Config, prefix: str = "") -> dict[str, Any]:
-  """Returns the settings of a config and its parts that count, in one spelling."""
+  """Returns the relevant settings of a config and its parts, in one spelling."""
   settings: dict[str, Any] = {}
   for key, value in config.items():
     if _IGNORED.fullmatch(key):
@@ -199,7 +199,7 @@ def _flat(config: Config, prefix: str = "") -> dict[str, Any]:
 
 
 def _rope(config: Config) -> dict[str, Any]:
-  """Returns the rope of a model, which versions of transformers spell differently."""
+  """Returns a model's rope settings, which versions of transformers spell differently."""
   every = config.get("rope_parameters") or config.get("rope_scaling")
   every = every if isinstance(every, Mapping) else {}
   kinds = {k: v for k, v in every.items() if isinstance(v, Mapping)}
@@ -222,7 +222,7 @@ def _rope(config: Config) -> dict[str, Any]:
 
 
 def _scaling(part: Config) -> tuple[Any, Any, dict[str, Any] | None]:
-  """Returns the base of a rope, which part of a head turns, and how it is stretched."""
+  """Returns a rope's base frequency, the rotated part of a head, and the scaling."""
   apart = ("type", "rope_type", "rope_theta", "partial_rotary_factor")
   rest = {k: v for k, v in part.items() if k not in apart and v is not None}
   kind = part.get("rope_type", part.get("type"))
@@ -232,7 +232,7 @@ def _scaling(part: Config) -> tuple[Any, Any, dict[str, Any] | None]:
 
 
 def _windows(config: Config) -> dict[str, Any]:
-  """Returns which layers have a window, from every how many layers one has none."""
+  """Returns which layers have a window, from the period of layers without one."""
   every, count = config.get("sliding_window_pattern"), config.get("num_hidden_layers")
   if config.get("layer_types") or type(every) is not int or type(count) is not int or every < 1:
     return {}
@@ -241,7 +241,7 @@ def _windows(config: Config) -> dict[str, Any]:
 
 
 def _otherwise(a: Any, b: Any) -> bool:
-  """Returns whether a classifier has as many labels, with names, but others or in another order."""
+  """Returns whether two classifiers have equally many named labels, but not the same ones."""
   if not isinstance(a, Mapping) or not isinstance(b, Mapping) or a.keys() != b.keys():
     return False
   named = [not all(map(_UNNAMED.fullmatch, map(str, each.values()))) for each in (a, b)]
@@ -252,7 +252,7 @@ def _otherwise(a: Any, b: Any) -> bool:
 
 
 def _with_tokens(requests: Sequence[TensorRequest], models: Sequence[Model]) -> list[Model]:
-  """Returns the models of which the result has embeddings or output heads."""
+  """Returns the models whose embeddings or output heads are in the result."""
   names: set[str] = set()
   for request in requests:
     outside = not any(part.isdigit() for part in re.split("[./]", request.name))
@@ -265,8 +265,8 @@ def _with_tokens(requests: Sequence[TensorRequest], models: Sequence[Model]) -> 
 def _tokens(models: Sequence[Model]) -> Iterator[tuple[str, bool]]:
   """Yields lines on tokens that differ, and whether that is wrong.
 
-  Wrong are other numbers than in the models before; tokens that the first model lacks, as the
-  result does, are not.
+  A token whose id differs from that in earlier models is wrong; a token that the first model, and
+  so the result, lacks is not.
   """
   first: Mapping[str, int] = {}
   numbers: dict[str, tuple[int, str]] = {}
@@ -300,7 +300,7 @@ def _other_processing(
   is_read: bool,
   done: Mapping[Any, tuple[str, TokenizerFiles, bool]],
 ) -> Iterator[str]:
-  """Yields lines on how a tokenizer differs from the first, or that it cannot be compared."""
+  """Yields lines on differences of a tokenizer from the first, or why it cannot be compared."""
   if not done:
     return
   first, other, was_read = next(iter(done.values()))
@@ -329,7 +329,7 @@ def _content(files: TokenizerFiles, name: str) -> bytes | None:
 
 
 def _ids(files: TokenizerFiles) -> Mapping[str, int]:
-  """Returns the numbers of tokens, as far as the files of a tokenizer can be read."""
+  """Returns token ids, as far as the files of a tokenizer can be read."""
   try:
     return vocabulary.read(files).ids
   except (FileNotFoundError, ValueError):
@@ -342,7 +342,7 @@ def _other_numbers(
   numbers: Mapping[str, tuple[int, str]],
   texts: Mapping[int, tuple[str, str]],
 ) -> Iterator[str]:
-  """Yields the tokens that have another number than before, or take that of another one."""
+  """Yields tokens whose id differs from that in earlier models, or belongs to another token."""
   for token, number in ids.items():
     if _SPARE.search(token):
       continue

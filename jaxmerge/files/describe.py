@@ -1,4 +1,4 @@
-"""A plan in words for a dry run, and as the record that the model card is made of."""
+"""Describes a plan: as text for a dry run, and as the record behind the model card."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Record = dict[str, Any]
 
 
 def dry_run(plan: Plan, *, shard_size: int, out_format: str = "safetensors") -> list[str]:
-  """Describes what a plan, and each that is done before it, will do and cost; lines of text."""
+  """Describes, in lines of text, what a plan and the plans before it will do and cost."""
   if plan.earlier:
     return _dry_run_of_several(plan, shard_size, out_format)
   shards = len(plan.shards(shard_size))
@@ -55,7 +55,7 @@ def dry_run(plan: Plan, *, shard_size: int, out_format: str = "safetensors") -> 
 
 
 def _dry_run_of_job(plan: Plan, number: int) -> list[str]:
-  """Describes a job; no lines for one that merges nothing."""
+  """Describes a job; returns no lines if it merges nothing."""
   job, count = plan.jobs[number], sum(o.job == number for o in plan.outputs)
   if not count:
     return []
@@ -79,7 +79,7 @@ def recipe_text(job: Job, names: Mapping[str, str] | None = None) -> str:
 
 
 def _dry_run_of_several(plan: Plan, shard_size: int, out_format: str) -> list[str]:
-  """Describes several plans: those before write safetensors, which stay until all is done."""
+  """Describes several plans; earlier ones write safetensors, which stay until the last is done."""
   plans, lines = [*plan.earlier.values(), plan], list[str]()
   for name, before in plan.earlier.items():
     lines += [f"recipe {name!r}, done before and removed at the end:"]
@@ -99,7 +99,7 @@ def _dry_run_of_several(plan: Plan, shard_size: int, out_format: str) -> list[st
 def summary(plan: Plan) -> Record:
   """Returns the record of the model card: inputs, methods, numbers of tensors, versions.
 
-  It is a function of the plan and the donor's small files: no date, no place on this machine.
+  It depends only on the plan and the donor's small files: no date, no path on this machine.
 
   Returns:
     `models`, names of all inputs, the donor first; `hub`, references to models of the hub and their

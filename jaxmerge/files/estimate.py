@@ -1,4 +1,4 @@
-"""What a plan costs: bytes read, disk space, memory. Free of jax."""
+"""Estimates the cost of a plan: bytes read, disk space, memory. Does not import jax."""
 
 from __future__ import annotations
 
@@ -11,39 +11,39 @@ from jaxmerge.files.plan import Job, Plan
 
 
 def bytes_read(plan: Plan, job: int | None) -> int:
-  """Returns the bytes that a job reads, in all its passes; None: those that are copied."""
+  """Returns the bytes that a job reads in all its passes; job None: the copied tensors."""
   tensors = [t for o in plan.outputs if o.job == job for t in (o.base, *o.models) if t is not None]
   count = 1 if job is None else passes(plan.jobs[job])
   return count * sum(math.prod(t.shape) * t.dtype.itemsize for t in tensors)
 
 
 def passes(job: Job) -> int:
-  """Returns how often a job reads its models; 1 for a user's own method, as far as is known."""
+  """Returns how often a job reads its models; 1 is assumed for a user's own method."""
   return 1 if job.entry is None else job.entry.passes
 
 
 def work(plan: Plan, out_format: str = "safetensors") -> int:
-  """Returns the bytes that progress counts: those of the result, once for each pass."""
+  """Returns the total that progress counts: the bytes of the result, once for each pass."""
   count = [passes(job) for job in plan.jobs]
   merged = sum(o.size * (1 if o.job is None else count[o.job]) for o in plan.outputs)
   return merged + (plan.bytes_written if out_format == "orbax" else 0)
 
 
 def disk_space(plan: Plan, out_format: str = "safetensors") -> int:
-  """Returns the bytes that a result takes on the disk while it is written."""
+  """Returns the bytes of disk that a result takes while it is written."""
   return plan.bytes_written * (2 if out_format == "orbax" else 1)
 
 
 _RUNTIME = 240_000_000  # Bytes of Python and jax; what follows is measured as well.
-_WORKING = 30  # Bytes for each entry of a slice and each model: as read, in float32, as bits.
-_RANKED = 120_000_000  # Bytes of samples, and of the values near a threshold.
+_WORKING = 30  # Bytes per entry of a slice and model: as read, in float32, as bit patterns.
+_RANKED = 120_000_000  # Bytes of samples, and of values near a threshold.
 
 
 def memory(plan: Plan) -> int:
-  """Estimates the resident memory of a merge, in bytes; it takes about so much or less.
+  """Estimates the resident memory of a merge in bytes, as an approximate upper bound.
 
-  It grows with the number of models and not with their size, except where a method needs whole
-  matrices, or rows that do not lie one after the other.
+  It grows with the number of models and not with their size, unless a method needs whole matrices,
+  or rows that are not contiguous.
   """
   most = 0
   for i, job in enumerate(plan.jobs):

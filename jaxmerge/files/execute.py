@@ -1,10 +1,9 @@
 """Executes the plan of a merge of files: in bounded memory, resumable, all or nothing.
 
-The result is written in a hidden folder beside its place, `.NAME.merging`: shards whose layout is
-known before the first byte, and a journal of the tensors that are done. It is synced, completed by
-the config, the tokenizer and the provenance, and renamed at the end. A checkpoint of Orbax is made
-from the shards when these are complete, in parts as well; an interruption in the midst of it leaves
-the shards, from which it is made again.
+The result is written to a hidden folder next to its path, `.NAME.merging`: shards whose layout is
+known before the first byte, and a journal of finished tensors. Then it is synced, completed with
+config, tokenizer and provenance, and renamed. An Orbax checkpoint is written from the complete
+shards, also in parts; if that is interrupted, the shards remain, and it is written again.
 """
 
 from __future__ import annotations
@@ -35,11 +34,11 @@ _DROPPED = (
   "Nothing of the result is kept, as it would be a mixture: run the same command again when no "
   "other program writes there."
 )
-SHARD = 5_000_000_000  # Bytes; what other tools write.
+SHARD = 5_000_000_000  # Bytes, as in other tools.
 
 
 class Options(NamedTuple):
-  """How a plan is executed; see `run`."""
+  """Options of an execution; see `run`."""
 
   shard_size: int = SHARD
   entries: int | None = None
@@ -48,15 +47,15 @@ class Options(NamedTuple):
 
 
 class Unfinished(NamedTuple):
-  """A result that is written in a folder beside its place.
+  """A result in progress, in a folder next to its path.
 
   Attributes:
-    plan: what makes it; of tensors that are stored twice, one is merged.
-    folder: where it is written.
+    plan: its plan; tensors that are stored twice are merged once.
+    folder: folder to which it is written.
     shards: file to its tensors.
-    identity: of the merge.
-    digests: of all its tensors, where only its name is missing, and in the first process; or None.
-    is_complete: whether all its tensors are there.
+    identity: identity of the merge.
+    digests: digests of all tensors, in the first process, if only the rename is left; else None.
+    is_complete: whether all its tensors are written.
   """
 
   plan: Plan
@@ -82,23 +81,23 @@ def run(
 ) -> pathlib.Path:
   """Executes a plan; the folder appears when all of it is done.
 
-  Of many processes, which see the same folders, each writes its share of the tensors; what counts
-  over several tensors each measures by itself. The first one completes the result.
+  Several processes, which must share the folders, each write a part of the tensors; reductions over
+  several tensors are computed by every process. The first process completes the result.
 
   Args:
-    plan: what to do.
+    plan: the plan.
     out: folder of the result.
-    shard_size: bytes of a file of weights, at most.
-    entries: about so many entries of each model are in memory at a time; None: by their number.
-    replace: whether an existing folder is replaced.
-    resume: whether to go on with an interrupted merge of the same plan; otherwise it starts anew.
-    nonfinite: whether NaN and infinity in the inputs are let pass: where an input has either, the
-      result has NaN; what they spoil beside, such as a sum over a tensor, is the method's.
+    shard_size: largest size of a weight file, in bytes.
+    entries: approximate number of entries of each model in memory; None: from the number of models.
+    replace: whether to replace an existing folder.
+    resume: whether to resume an interrupted merge of the same plan; otherwise it starts again.
+    nonfinite: whether NaN and infinity in the inputs are allowed: where an input has either, the
+      result is NaN; other effects, such as on a sum over a tensor, depend on the method.
     out_format: "safetensors", or "orbax": a checkpoint in `out / "state"`, which `orbax.checkpoint`
-      restores as {"params": {name: array}}; on the way it takes twice the room.
+      restores as {"params": {name: array}}; writing it takes twice the disk space.
     locked: whether the caller has locked `out` already.
-    progress: called with the number of bytes of the result that were measured, once for each pass,
-      or written; those of a checkpoint are written twice. `estimate.work` is the total.
+    progress: called with the number of bytes of the result that were read for a reduction, once for
+      each pass, or written; a checkpoint's are written twice. `estimate.work` is the total.
   """
   if out_format not in FORMATS:
     raise ValueError(f"out_format must be one of {', '.join(FORMATS)}, got {out_format!r}.")
@@ -117,7 +116,7 @@ def run(
       merge_jobs(output, options, progress)
       publish(output, out, options, replace=replace)
     except stamps.Changed as error:
-      shutil.rmtree(output.folder)  # What was read before and after does not belong together.
+      shutil.rmtree(output.folder)  # Inputs changed in between: the parts do not belong together.
       raise stamps.Changed(f"{error} {_DROPPED}") from error
   return out
 
@@ -125,14 +124,14 @@ def run(
 def open_output(
   plan: Plan, out: pathlib.Path, options: Options, *, replace: bool, resume: bool
 ) -> Unfinished | None:
-  """Opens the result of a plan, as far as it is done; None where it is complete at its place.
+  """Opens the unfinished result of a plan; returns None if the result is already complete.
 
   Arguments as for `run`.
 
   Raises:
-    ValueError: where its place is that of an input, or another merge was interrupted there.
-    FileExistsError: where its place is taken and `replace` is not set.
-    OSError: where the disk has no room.
+    ValueError: if `out` is an input, or another merge was interrupted there.
+    FileExistsError: if `out` exists and `replace` is not set.
+    OSError: if the disk is too small.
   """
   first = processes.is_first()
   atomic.check_free(out, replace)
@@ -143,7 +142,7 @@ def open_output(
     replaced and resume_lib.is_result(out, plan, shard_size, out_format, nonfinite)
   ):
     if first:
-      atomic.discard(out)  # A kill came between the renames and this.
+      atomic.discard(out)  # An earlier run was killed after the renames and before this.
     return None
   folder = _make_folder(plan, out, resume=resume, out_format=out_format)
   shards = plan.shards(shard_size)
@@ -156,7 +155,7 @@ def open_output(
 
 
 def _make_folder(plan: Plan, out: pathlib.Path, *, resume: bool, out_format: str) -> pathlib.Path:
-  """Makes the folder in which a result is written, unless it exists."""
+  """Creates the folder to which a result is written, unless it exists."""
   folder = shard_writer.unfinished_folder(out)
   if processes.is_first():
     if folder.exists() and not resume:
@@ -165,12 +164,12 @@ def _make_folder(plan: Plan, out: pathlib.Path, *, resume: bool, out_format: str
     with atomic.room(folder):
       folder.mkdir(parents=True, exist_ok=True)
     atomic.tidy(folder)
-  shared.check(folder)  # No process goes on before it exists.
+  shared.check(folder)  # All processes wait until it exists.
   return folder
 
 
 def merge_jobs(output: Unfinished, options: Options, progress: Progress) -> None:
-  """Merges and copies this process's share of the tensors that are not done."""
+  """Merges and copies this process's share of the unfinished tensors."""
   plan = output.plan
   if output.is_complete:
     progress(estimate.work(plan, options.out_format))
@@ -201,18 +200,18 @@ def merge_jobs(output: Unfinished, options: Options, progress: Progress) -> None
 
 
 def publish(output: Unfinished, out: pathlib.Path, options: Options, *, replace: bool) -> None:
-  """Completes a result by config, tokenizer and provenance, and moves it to its place."""
+  """Completes a result with config, tokenizer and provenance, and renames it to `out`."""
   if processes.is_first():
     digests = output.digests or shard_writer.read_journals(output.folder, output.identity)
     finish.complete(
       output.folder, output.plan, output.shards, output.identity, digests, options.out_format
     )
     atomic.move(output.folder, out, replace=replace)
-  processes.agree(True)  # No process goes on before the result exists.
+  processes.agree(True)  # All processes wait until the result exists.
 
 
 def _share(outputs: Sequence[Output], index: int, count: int) -> set[str]:
-  """Returns the tensors that one of many processes writes: neighbours, of about as many bytes.
+  """Returns the tensors that one process writes: consecutive ones, about equally many bytes each.
 
   Copies of another tensor go with it.
   """

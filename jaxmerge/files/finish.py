@@ -1,4 +1,4 @@
-"""Completes a result around its weights: config, card, provenance."""
+"""Completes a result's folder: config, card and provenance next to the weights."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from jaxmerge.report import card
 def write_checkpoint(
   directory: pathlib.Path, weights: shard_writer.ShardWriter, progress: Callable[[int], None]
 ) -> None:
-  """Writes a checkpoint of the tensors in the shards."""
+  """Writes the tensors of the shards as a checkpoint."""
   tensors = {name: weights.tensor(name) for name in weights.places}
   with atomic.room(directory / metadata.STATE):
     metadata.write(directory, tensors, progress)
@@ -50,7 +50,7 @@ def complete(
     (directory / name).unlink(missing_ok=True)
     if text is not None:
       _write(directory / name, text)
-  stamps.check(plan.stamps)  # All was read, and nothing is complete before this.
+  stamps.check(plan.stamps)  # After the last read, and before the result counts as complete.
   facts = {
     "plan": identity,
     "jaxmerge": importlib.metadata.version("jaxmerge"),
@@ -70,9 +70,9 @@ def complete(
 
 
 def _files_of_donor(plan: Plan) -> list[pathlib.Path]:
-  """Returns the files of the donor to copy: those that were there when it was opened.
+  """Returns the donor's files to copy: those that existed when it was opened.
 
-  Of a donor whose small files were not stamped, such as a checkpoint, all of them.
+  If the donor's small files were not stamped, as in a checkpoint, these are all its files.
   """
   paths = folder.files_to_copy(plan.donor)
   is_stamped = plan.donor / folder.CONFIG in plan.stamps
@@ -102,7 +102,7 @@ def _job(plan: Plan, number: int) -> dict[str, Any]:
 
 def _hparams(job: Job) -> dict[str, Any]:
   """Returns the method's hyperparameters: the job's, for all tensors or for each, over defaults."""
-  from jaxmerge.core import stage  # With jax, which a dry run does without.
+  from jaxmerge.core import stage  # Imports jax, which a dry run does not need.
 
   hparams = {**stage.hparams(job.method()), **job.hparams}
   return {name: _plain(x, len(job.models)) for name, x in hparams.items() if name != "seed"}

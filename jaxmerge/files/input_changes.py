@@ -1,7 +1,7 @@
-"""Checks that the inputs of a merge are still those that a part of its result was made of.
+"""Checks that the inputs of a resumed merge have not changed since it was interrupted.
 
-Equal stamps are enough. Where these differ, files may have been copied or restored in between: then
-the checksums that were taken while they were read decide.
+Equal stamps are enough. If stamps differ, files may have been copied or restored in between: then
+the checksums that were computed while reading them decide.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ from jaxmerge.io.tensors.tensor import Tensor
 
 
 def journal_stamps(plan: Plan) -> dict[str, list[int]]:
-  """Returns the stamps of a plan's inputs as a journal has them.
+  """Returns the stamps of a plan's inputs in the journal's form.
 
-  Without the device, whose number differs after a restart, or on another node of a cluster.
+  They omit the device, whose number may differ after a reboot or on another node of a cluster.
   """
   taken = plan.stamps or stamps.take(sorted(plan.inputs))
   return {display.readable(str(path)): list(stamp[1:]) for path, stamp in sorted(taken.items())}
 
 
 def check(plan: Plan, done: Mapping[str, Any], directory: pathlib.Path) -> None:
-  """Reads the inputs of tensors that are done, and compares their checksums.
+  """Reads the inputs of finished tensors, and compares their checksums.
 
   Args:
-    plan: what is merged.
-    done: tensor to its record in the journal.
+    plan: the plan.
+    done: finished tensors to their records in the journal.
     directory: the folder of the result, for the error.
 
   Raises:
-    ValueError: naming the first input that is not what it was.
+    ValueError: naming the first input that has changed.
   """
   known: dict[str, str] = {}
   for output in plan.outputs:
@@ -57,7 +57,7 @@ def check(plan: Plan, done: Mapping[str, Any], directory: pathlib.Path) -> None:
 
 
 def are_unchanged(plan: Plan, done: Mapping[str, Any], directory: pathlib.Path) -> bool:
-  """Returns whether a folder that is complete was made of the inputs as they are now."""
+  """Returns whether a complete folder was merged from the inputs as they are now."""
   before = shard_writer.stamps(directory)
   if before and all(each == journal_stamps(plan) for each in before):
     return True
@@ -69,7 +69,7 @@ def are_unchanged(plan: Plan, done: Mapping[str, Any], directory: pathlib.Path) 
 
 
 def digest(tensor: Tensor) -> str:
-  """Returns the checksum of a tensor, read in the parts in which a merge reads it."""
+  """Returns the checksum of a tensor, read in the same parts as in a merge."""
   hasher, size = xxhash.xxh3_128(), math.prod(tensor.shape)
   step = plan.slice_entries(1)
   for start in range(0, max(size, 1), step):

@@ -1,4 +1,4 @@
-"""Opens a model from a folder or an id of the hub, either with adapters."""
+"""Opens a model from a folder or a hub id, either with adapters."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from jaxmerge.io.tensors.tensor import Files
 
 
 class Reference(NamedTuple):
-  """A model, and the adapters that are added to it.
+  """A reference to a model and the adapters that are added to it.
 
   Attributes:
     path: a folder, or an id of the hub.
@@ -31,13 +31,13 @@ class Reference(NamedTuple):
 
 
 def split(reference: str | os.PathLike[str]) -> Reference:
-  """Takes `model@revision+adapter@revision` apart; a folder, or a `Path`, is not taken apart.
+  """Parses `model@revision+adapter@revision`; an existing folder or a `Path` is not parsed.
 
   >>> split("org/model@main+org/adapter")
   Reference(path='org/model', revision='main', adapters=(('org/adapter', None),))
 
   Raises:
-    ValueError: where a part is missing before or after a `+`.
+    ValueError: if a part before or after a `+` is empty.
   """
   if not isinstance(reference, str) or "+" not in reference or os.path.isdir(reference):
     return Reference(*hub.split(reference))
@@ -61,13 +61,13 @@ def open_reference(
   Args:
     reference: the model.
     files: open files of the models.
-    find: finds folders and what is in the hub's cache.
-    name: of the model.
-    rename: beginnings of its names, and of its adapters', to others.
+    find: finds folders and models in the hub's cache.
+    name: name of the model.
+    rename: old to new prefixes of its tensor names, and of its adapters'.
 
   Raises:
-    FileNotFoundError: where it, or its adapter, is not there.
-    ValueError: naming what is damaged or does not fit.
+    FileNotFoundError: if the model or an adapter does not exist.
+    ValueError: naming the file or tensor that is damaged or does not fit.
   """
   location = find(reference.path, reference.revision)
   model = open_model(location.folder, files, name=name, home=location.home)
@@ -86,7 +86,7 @@ def add_adapters(
   The model has the tokenizer and the chat template of an adapter whose folder has them.
   """
   brought: dict[str, adapter_inputs.Text] = {}
-  planned = model.texts  # Of a model that is still to be made.
+  planned = model.texts  # Files of a model that is not merged yet.
   for path, revision in reference.adapters:
     added = find(path, revision)
     model = adapter_inputs.add_adapter(model, added.folder, files, home=added.home, rename=rename)
@@ -136,9 +136,9 @@ def open_model(
 
 
 def with_ties(model: plans.Model) -> plans.Model:
-  """Takes an output head for the embedding where config and bytes of a model agree on it.
+  """Ties an output head to the embedding if the model's config and bytes agree.
 
-  A head that is stored and differs is a separate tensor, whatever the config says.
+  A stored head with other values is a separate tensor, whatever the config says.
   """
   ties = tied.find(model.tensors, model.config)
   if ties is None or not ties.flag:
@@ -155,13 +155,13 @@ def with_ties(model: plans.Model) -> plans.Model:
 
 
 def short_names(paths: Sequence[str]) -> list[str]:
-  """Returns names of models: the ends of their paths, long enough to differ.
+  """Returns names of models: the last parts of their paths, as many as make them unique.
 
   >>> short_names(["runs/chat", "runs/code/"]), short_names(["runs/chat/last", "runs/code/last"])
   (['chat', 'code'], ['chat/last', 'code/last'])
 
   Raises:
-    ValueError: where two paths are equal.
+    ValueError: if two paths are equal.
   """
   parts = [pathlib.PurePath(path).parts or (path,) for path in paths]
   for each, path in zip(parts, paths, strict=True):

@@ -1,6 +1,6 @@
 """Inspects a folder of weights: tensors, totals, ties, provenance, as plain records.
 
-Most of it comes from headers; only checksums read the weights. Free of jax.
+Most of it comes from headers; only checksums read the weights. Does not import jax.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from jaxmerge.io.tensors.tensor import Files, Tensor
 
 Record = dict[str, Any]
 
-PART = 2**22  # Bytes that are read at a time.
+PART = 2**22  # Bytes read at a time.
 
 
 def inspect(path: str | os.PathLike[str]) -> Record:
@@ -88,7 +88,7 @@ def add_checksums(record: Record, progress: Callable[[int], None] = lambda count
   entries = [{**entry, "xxh3_128": digests[entry["name"]]} for entry in record["tensors"]]
   groups: dict[Any, list[str]] = {}
   for entry in entries:
-    # Without entries all are equal, and nothing is tied.
+    # Empty tensors are all equal, but not tied.
     if entry["bytes"]:
       kind = entry["dtype"], tuple(entry["shape"]), entry["xxh3_128"]
       groups.setdefault(kind, []).append(entry["name"])
@@ -100,12 +100,12 @@ def compare_checksums(
 ) -> Record:
   """Reads the weights, and adds `check`: how they compare with the checksums of the provenance.
 
-  It has the number of tensors that are the `same`, and the names of those that are `changed`,
-  `missing` (recorded, not there) and `added`.
+  It has the number of tensors that are the `same`, and the names of tensors that are `changed`,
+  `missing` (recorded, but absent) and `added`.
 
   Raises:
-    FileNotFoundError: where there is no provenance.
-    ValueError: where it has no checksums.
+    FileNotFoundError: if there is no provenance.
+    ValueError: if the provenance has no checksums.
   """
   _, recorded = _provenance(pathlib.Path(record["folder"]))
   record = add_checksums(record, progress)
@@ -145,7 +145,7 @@ def _tie_flag(path: pathlib.Path) -> bool | None:
 
 
 def _shared_bytes(files: Iterable[pathlib.Path], names: Mapping[str, Any]) -> dict[str, str]:
-  """Returns tensors that share the bytes of others, which safetensors stores once, and those."""
+  """Maps tensors that safetensors does not store, because another has their bytes, to that one."""
   pairs = (item for file in files for item in safetensors.header(file).metadata.items())
   return {name: stored for name, stored in pairs if stored in names and name not in names}
 
