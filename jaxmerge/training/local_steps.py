@@ -86,7 +86,7 @@ def step(
 
 
 def cast(value: Any, dtype: str) -> Any:
-  """Casts a tree to the dtype to compute in; "float32" leaves what is wider as it is."""
+  """Casts a tree to the compute dtype; "float32" leaves wider leaves unchanged."""
   if dtype == "float32":
     return jax.tree.map(lambda x: x.astype(tree.compute_dtype(x.dtype)), value)
   return jax.tree.map(lambda x: x.astype(dtype), value)

@@ -204,7 +204,7 @@ class _Run:
     }
 
   def result(self) -> Result:
-    """Returns the last model, or the best one with early stopping, and what it cost."""
+    """Returns the last model (with early stopping, the best one) and its cost."""
     early = self.settings.early_stopping and self.best is not None
     params = self.best if early else self.state.params
     lines = layouts.lines(self.loop.parts.method, self.loop.parts.layout)
@@ -219,7 +219,7 @@ class _Run:
     return arrays
 
   def restore(self) -> None:
-    """Takes up state and records of the last good checkpoint, if there is one."""
+    """Restores state and records from the last good checkpoint, if there is one."""
     if self.checkpoints is None:
       return
     accept = functools.partial(saving.refuse_other_run, self.loop)

@@ -197,7 +197,7 @@ def is_finite(params: Any) -> Array:
 
 
 def refuse_overflow(measured: Measured, params: Any, when: str) -> None:
-  """Raises ValueError, naming the leaf, where finite copies were merged to what is not finite."""
+  """Raises ValueError, naming the leaf, if finite copies merged to a non-finite result."""
   if bool(measured.merged):
     return
   wrong = [n for n, x in tree.named(params).items() if not bool(jnp.isfinite(x).all())]

@@ -3,18 +3,18 @@
 A store is a directory:
 
     12/state/          the arrays, as Orbax writes them: one entry a leaf, named by its path
-    12/record.json     the plain record that belongs to them
+    12/record.json     the plain record saved with them
     12/manifest.json   shape and dtype of every leaf, size and BLAKE2b digest of every file
-    unfinished/12/     a save on its way
+    unfinished/12/     a save in progress
     retired/12/        an old step while it is being deleted
     damaged/12/        set aside, yours to delete: interrupted saves, steps that fail their manifest
 
 A step is written under `unfinished/`, read back for its checksums, synced, and only then renamed.
-So whatever stands under its number was whole once, a kill at any moment leaves the steps before it
-as they were, and a step that fails its manifest was damaged later.
+So a step under its number was complete once, a kill at any moment leaves earlier steps unchanged,
+and a step that fails its manifest was damaged later.
 
-Orbax alone would do much less: it restores a flipped bit without a word, skips a save onto a step
-that exists, and one empty step keeps its manager from restoring any other.
+Orbax alone guarantees less: it restores a flipped bit silently, skips a save to an existing step,
+and a single empty step keeps its manager from restoring any other.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _NONE, _FAILED = -1, -2  # what process 0 tells the others in place of a step
 
 
 class Restored(NamedTuple):
-  """What a store gives back.
+  """A restored step.
 
   Attributes:
     step: number of the step.
@@ -59,7 +59,7 @@ class Restored(NamedTuple):
 
 
 class _Orbax(NamedTuple):
-  """What runs beside the caller's thread: Orbax's writers, and the thread that seals."""
+  """The background work of a store: Orbax's writers, and the thread that seals steps."""
 
   checkpointer: Any  # Any: its type is imported late
   worker: concurrent.futures.ThreadPoolExecutor
@@ -69,11 +69,11 @@ class _Orbax(NamedTuple):
 class Checkpoints:
   """Saves and restores numbered states in a directory; a class because it owns Orbax's threads.
 
-  Every process of a run makes the same calls in the same order, on a directory that all of them
-  see. Nothing is touched before the first `save` or `restore`; that call locks the directory, looks
-  whether all see it, and sets aside whatever is damaged or interrupted. Until it is closed, another
-  store of the same directory is refused, in this process or another. Use it in a `with`, or close
-  it: a program that ends without that may lose the save on its way.
+  Every process of a run makes the same calls in the same order, on a shared directory. Nothing is
+  touched before the first `save` or `restore`; that call locks the directory, checks that all
+  processes see it, and sets aside damaged or interrupted steps. Until the store is closed, opening
+  another one on the directory raises, in this process or another. Use it in a `with`, or close it:
+  a program that ends without closing it may lose the save in progress.
 
   Args:
     directory: created by the first save.
@@ -98,7 +98,7 @@ class Checkpoints:
     self._messages: tuple[str, ...] = ()
     self._orbax: _Orbax | None = None
     self._lock = contextlib.ExitStack()
-    self._failed = False  # Whether a save has.
+    self._failed = False  # Whether a save has failed.
     self._sealing: tuple[int, concurrent.futures.Future] | None = None  # the save on its way
 
   def __enter__(self) -> Checkpoints:
@@ -109,7 +109,7 @@ class Checkpoints:
 
   @property
   def set_aside(self) -> tuple[str, ...]:
-    """Messages of all that was set aside so far; of use where `restore` gave None."""
+    """Messages on all steps set aside so far; useful if `restore` returned None."""
     return self._messages
 
   def save(self, step: int, state: PyTree, record: dict) -> None:
@@ -145,7 +145,7 @@ class Checkpoints:
     self._sealing = step, orbax.worker.submit(self._seal, orbax, step, signatures, text)
 
   def wait(self) -> None:
-    """Waits for the save on its way, if any; raises what went wrong with it."""
+    """Waits for the save in progress, if any, and raises its error."""
     if self._sealing is None:
       return
     (step, future), self._sealing = self._sealing, None
@@ -165,7 +165,7 @@ class Checkpoints:
   def restore(
     self, like: PyTree, *, accept: Callable[[dict], None] = lambda record: None
   ) -> Restored | None:
-    """Gives the newest good step, or None where nothing was ever saved whole.
+    """Returns the newest good step, or None if no step was ever saved completely.
 
     Every step is read and checked against its manifest first; what fails is moved to `damaged/`.
     Where there are steps, but none is good, a ValueError names the damage of each, and nothing
@@ -194,7 +194,7 @@ class Checkpoints:
     return Restored(self._newest, state, record, self._messages)
 
   def close(self) -> None:
-    """Waits for the save on its way, raises what went wrong with it, and ends all threads."""
+    """Waits for the save in progress, raises its error, and ends all threads."""
     try:
       self.wait()
     finally:
@@ -227,7 +227,7 @@ class Checkpoints:
     return self._orbax
 
   def _take(self) -> None:
-    """Locks the directory, which is created if need be."""
+    """Locks the directory; creates it if necessary."""
     self._lock.close()  # Of a call that failed.
     self._directory.mkdir(parents=True, exist_ok=True)
     busy = f"{self._directory}: these checkpoints are in use; wait, or close the other store."
@@ -235,7 +235,7 @@ class Checkpoints:
       self._lock.enter_context(locks.hold(self._directory / "store", busy, patience=PATIENCE))
 
   def _tidy(self) -> int:
-    """Sets aside what is damaged or interrupted, empties `retired`; the newest step or _NONE."""
+    """Sets aside damaged or interrupted steps, empties `retired`; returns the newest or _NONE."""
     steps = metadata.steps(self._directory)
     problems = {s: metadata.problem(self._directory / str(s)) for s in steps}
     good = [s for s, problem in problems.items() if problem is None]
@@ -266,7 +266,7 @@ class Checkpoints:
     self._messages += (f"checkpoint {folder}: {problem}; set aside as {target}",)
 
   def _seal(self, orbax: _Orbax, step: int, described: dict, text: str) -> None:
-    """Writes record and manifest after Orbax has committed, and gives the step its name."""
+    """Writes record and manifest after Orbax has committed, then renames the step."""
     orbax.checkpointer.wait_until_finished()
     if jax.process_index() != 0:
       return
@@ -300,7 +300,7 @@ class Checkpoints:
 
 
 def _unfinished_saves(directory: Path) -> list[Path]:
-  """Returns saves that never came to an end, Orbax's temporary directories among them."""
+  """Returns saves that never finished, including Orbax's temporary directories."""
   staged = directory / "unfinished"
   paths = list(staged.iterdir()) if staged.is_dir() else []
   if directory.is_dir():
@@ -309,7 +309,7 @@ def _unfinished_saves(directory: Path) -> list[Path]:
 
 
 def _record_text(record: dict) -> str:
-  """Returns the record as JSON; ValueError, by its place, for what would not come back the same."""
+  """Returns the record as JSON; raises ValueError, with its place, if a value would change."""
   _check_plain(record, "record")
   return json.dumps(record, indent=1)
 

@@ -25,9 +25,9 @@ WEIGHTS, INDEX = other_formats.WEIGHTS, other_formats.INDEX
 CONFIG = "config.json"
 README = "README.md"
 MODULES = "modules.json"  # sentence-transformers: which modules follow the encoder.
-MODULE = "[1-9]_*"  # A module's folder: its number, and what it is. The encoder has none.
+MODULE = "[1-9]_*"  # A module's folder: number and kind. The encoder has none.
 _WEIGHTED = ("CNN", "Dense", "LSTM", "LayerNorm", "WeightedLayerPooling")  # Not so Pooling, ...
-PROVENANCE = "jaxmerge_provenance.json"  # How a merged model came to be; checksums of its tensors.
+PROVENANCE = "jaxmerge_provenance.json"  # How a model was merged, and checksums of its tensors.
 ARROW = " -> "  # In a provenance, before the tensor that an input tensor goes into.
 _LONGEST_PROVENANCE = 10 * strict_json.LONGEST  # Bytes; a line for every tensor of every input.
 _LONGEST_NAME = 255  # Characters of a file's name, on every common disk.
@@ -49,8 +49,8 @@ TOKENIZER = (
   "tekken.json",
   "entity_vocab.json",
 )
-# What a folder with new weights takes over from the base's folder, where it is there. Weights, code
-# and the base's model card are not taken over.
+# Files that a folder with new weights copies from the base's folder, if they exist. Weights, code
+# and the base's model card are not copied.
 COPIED = (
   CONFIG,
   "generation_config.json",
@@ -76,9 +76,9 @@ def load(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
   >>> tensors, config = load("all-MiniLM-L6-v2")  # doctest: +SKIP
 
   Raises:
-    FileNotFoundError: where the folder, its config.json, its weights or a shard are missing.
-    ValueError: naming the file and the tensor that is damaged, misplaced or in two shards, or that
-      there is one file of weights, and an index of others beside it.
+    FileNotFoundError: if the folder, its config.json, its weights or a shard are missing.
+    ValueError: naming the file and the tensor that is damaged, misplaced or in two shards, or if
+      there are both a single file of weights and an index of others.
   """
   folder = pathlib.Path(folder)
   settings, places = config(folder), entries(folder)
@@ -131,9 +131,9 @@ def inner(file: str, name: str) -> str:
 def shards(
   sizes: Mapping[str, int], limit: int, modules: Collection[str] = ()
 ) -> dict[str, list[str]]:
-  """Deals tensors, of so many bytes each, to files of at most `limit` bytes, in their order.
+  """Distributes tensors, in order, over files of at most `limit` bytes.
 
-  A tensor that is larger has a file of its own; those of a module are in one, of any size.
+  `sizes` are in bytes. A larger tensor gets its own file; a module's tensors share one of any size.
 
   >>> shards({"a": 3, "b": 3, "c": 9}, limit=8)
   {'model-00001-of-00002.safetensors': ['a', 'b'], 'model-00002-of-00002.safetensors': ['c']}
@@ -180,21 +180,21 @@ def save(
   metadata: Mapping[str, str] | None = None,
   replace: bool = False,
 ) -> pathlib.Path:
-  """Writes a folder that other tools open; it appears whole or not at all.
+  """Writes a folder that other tools can open; it appears complete or not at all.
 
   Args:
-    folder: its path; parents are made.
-    tensors: the weights, for one `model.safetensors`, and one of each module.
+    folder: its path; parents are created.
+    tensors: the weights, for one `model.safetensors`, and one for each module.
     source: the base's folder, whose config.json and tokenizer files are copied byte for byte.
     readme: text of the model card, README.md; None writes none.
     metadata: for the header of the weights, {"format": "pt"} if None: transformers demands it.
-    replace: whether a folder that is there is replaced.
+    replace: whether to replace an existing folder.
 
   Returns:
     The path of the folder.
 
   Raises:
-    FileExistsError: where the folder is there and `replace` is not set.
+    FileExistsError: if the folder exists and `replace` is not set.
   """
   config(source)
   with atomic.folder(folder, replace=replace) as beside:
@@ -208,7 +208,7 @@ def save(
 
 
 def surround(folder: pathlib.Path, source: Path, readme: str | None = None) -> None:
-  """Copies what a folder with new weights takes over from `source`, and writes a model card."""
+  """Copies the small files that new weights need from `source`, and writes a model card."""
   for path in files_to_copy(source):
     target = folder / path.relative_to(source)
     target.parent.mkdir(exist_ok=True)
@@ -248,7 +248,7 @@ def weights(folder: Path) -> list[pathlib.Path]:
 
 
 def _module_weights(folder: pathlib.Path) -> list[pathlib.Path]:
-  """Returns the files of the weights of modules; not every module has some."""
+  """Returns the weight files of modules; some modules have none."""
   folders = [folder / module for module in modules(folder)]
   for path in folders:
     hint = other_formats.pickle_hint(path)
@@ -258,15 +258,15 @@ def _module_weights(folder: pathlib.Path) -> list[pathlib.Path]:
 
 
 def small_files(folder: Path) -> list[pathlib.Path]:
-  """Returns the paths of the files beside the weights: index, configs, tokenizer."""
+  """Returns the paths of the files other than weights: index, configs, tokenizer."""
   return _files(pathlib.Path(folder), (INDEX, *COPIED))
 
 
 def files_to_copy(folder: Path) -> list[pathlib.Path]:
-  """Returns the paths of the files that a folder with new weights takes over from this one.
+  """Returns the paths of the files that a folder with new weights copies from this one.
 
   Raises:
-    ValueError: where one of them is a link to a file elsewhere, see `links.check`.
+    ValueError: if one of them is a link to a file elsewhere, see `links.check`.
   """
   folder = pathlib.Path(folder)
   paths = _files(folder, COPIED)
@@ -286,12 +286,12 @@ def read_json(path: pathlib.Path, longest: int = strict_json.LONGEST) -> dict[st
   'bert'
 
   Args:
-    path: of the file.
-    longest: bytes that it may have.
+    path: path of the file.
+    longest: largest size, in bytes.
 
   Raises:
-    FileNotFoundError: where there is no file.
-    ValueError: naming the file that does not hold one, is too long, or names a key twice.
+    FileNotFoundError: if the file does not exist.
+    ValueError: naming the file, if it holds no JSON object, is too long, or repeats a key.
   """
   if not path.is_file():
     what = "is no regular file" if path.exists() else "no such file"
@@ -306,7 +306,7 @@ def text(folder: pathlib.Path, name: str) -> str:
   """Returns the text of a small file of a model's folder.
 
   Raises:
-    ValueError: naming the file, where it is no text, too long, or a link out of the folder.
+    ValueError: naming the file, if it is not text, too long, or a link out of the folder.
   """
   path = folder / name
   links.check(path, folder)

@@ -37,7 +37,7 @@ _PAIR = ("lora_A.weight", "lora_B.weight")
 
 
 class Use(NamedTuple):
-  """What a tensor of an adapter is used for.
+  """The use of an adapter's tensor.
 
   Attributes:
     kind: "added" to a tensor of the base, in its "place", "shared" by several modules, or a "copy"
@@ -54,11 +54,11 @@ class Adapted(NamedTuple):
 
   Attributes:
     tensors: by name.
-    tied: output heads that still are the embedding.
-    untied: output heads that the adapter makes separate tensors, and were the embedding.
-    layers: where the adapter stacks them anew, which of the base's each layer is.
-    rows: of the embedding, where the adapter has tokens more or fewer than the base.
-    uses: what each tensor of the adapter is used for.
+    tied: output heads that are still tied to the embedding.
+    untied: output heads that were tied, and that the adapter makes separate tensors.
+    layers: if the adapter reorders layers, the base's layer for each.
+    rows: rows of the embedding, if the adapter has more or fewer tokens than the base.
+    uses: use of each tensor of the adapter.
   """
 
   tensors: dict[str, Tensor]
