@@ -10,7 +10,7 @@ import inspect
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any  # Any: configs are plain trees, checkpoints trees of arrays.
 
 from jaxmerge import errors
@@ -49,10 +49,10 @@ def find(name: str) -> Callable[..., Problem]:
   module_name, _, function = ALIASES.get(name, name).partition(":")
   module = _import(module_name, f"experiment {name!r}")
   maker = getattr(module, function, None)
-  if not inspect.isfunction(maker):
+  if not callable(maker) or inspect.isclass(maker):
     public = [n for n, _ in inspect.getmembers(module, inspect.isfunction) if n[0] != "_"]
     raise ValueError(
-      f"experiment {name!r}: {module.__file__} has no function {function!r}"
+      f"experiment {name!r}: {_describe(module)} has no function {function!r}"
       f"{errors.nearest(function, public) if public else ', nor any other'}."
     )
   return maker
@@ -72,7 +72,7 @@ def make(config: Mapping[str, Any], cache: Cache = lambda like, make: make()) ->
   from jaxmerge.experiments import problem as problems
 
   name = config["experiment"]
-  problem = _call(find(name), config, cache)
+  problem = _call(find(name), ALIASES.get(name, name), config, cache)
   if problems.is_abstract(problem):
     raise ValueError(
       f"the experiment {name!r} has shapes alone, no weights and no rows: `jaxmerge compile` "
@@ -90,26 +90,62 @@ def make_shapes(config: Mapping[str, Any]) -> Problem:
   from jaxmerge.experiments import problem as problems
 
   function = find(config["experiment"])
-  module = sys.modules[function.__module__]
-  abstract = getattr(module, f"{function.__name__}_shapes", function)
-  return problems.shapes(_call(abstract, config, lambda like, make: problems.zeros(like)))
+  where = ALIASES.get(config["experiment"], config["experiment"])
+  module, _, name = where.partition(":")
+  if callable(abstract := getattr(sys.modules[module], f"{name}_shapes", None)):
+    function, where = abstract, f"{where}_shapes"
+  return problems.shapes(_call(function, where, config, lambda like, make: problems.zeros(like)))
 
 
-def _call(function: Callable[..., Any], config: Mapping[str, Any], cache: Cache) -> Problem:
-  """Calls a function of an experiment with the config, and the cache if it takes one."""
+def _call(
+  function: Callable[..., Any], where: str, config: Mapping[str, Any], cache: Cache
+) -> Problem:
+  """Calls a function of an experiment with the config, and the cache if it has such a parameter."""
   from jaxmerge.experiments.problem import Problem
 
-  where = f"{function.__module__}:{function.__name__}"
-  takes = len(inspect.signature(function).parameters)
-  if takes not in (1, 2):
-    raise ValueError(f"{where} must take (config) or (config, cache), it takes {takes} arguments.")
-  result = function(*(config, cache)[:takes])
+  parameters = list(inspect.signature(function).parameters.values())
+  _check_parameters(where, parameters)
+  kinds = [p.kind for p in parameters[1:] if p.name == "cache"]
+  if inspect.Parameter.POSITIONAL_ONLY in kinds:
+    result = function(config, cache)
+  else:
+    result = function(config, **({"cache": cache} if kinds else {}))
   if not isinstance(result, Problem):
     raise ValueError(
       f"{where} must return a jaxmerge.experiments.problem.Problem, it returned "
       f"{type(result).__name__}."
     )
   return result
+
+
+def _check_parameters(where: str, parameters: Sequence[inspect.Parameter]) -> None:
+  """Raises ValueError for a function that cannot be called with a config, or needs more."""
+  kinds = inspect.Parameter
+  by_name = (kinds.KEYWORD_ONLY, kinds.VAR_KEYWORD)
+  variadic = (kinds.VAR_POSITIONAL, kinds.VAR_KEYWORD)
+  if not parameters or parameters[0].kind in by_name:
+    raise ValueError(f"{where} must take (config) or (config, cache), the config by position.")
+  others = [
+    p.name
+    for p in parameters[1:]
+    if p.name != "cache" and p.default is p.empty and p.kind not in variadic
+  ]
+  if others:
+    raise ValueError(
+      f"{where} must take (config) or (config, cache), but it also requires {', '.join(others)}; "
+      "give what else it takes a default, or read it from the config's `data`."
+    )
+
+
+def _describe(module: Any) -> str:
+  """Returns which module was imported: its file, or why that is no file of the user's."""
+  name, file = module.__name__, getattr(module, "__file__", None)
+  if file is None and hasattr(module, "__path__"):
+    return f"{name} is a folder without __init__.py, {next(iter(module.__path__), '')}: it"
+  top = name.partition(".")[0]
+  if top in sys.stdlib_module_names and not (file or "").startswith(os.getcwd() + os.sep):
+    return f"{name} is a module of Python itself, which hides a {top}.py of yours (rename it): it"
+  return file or name
 
 
 def _import(name: str, what: str) -> Any:
@@ -128,6 +164,11 @@ def _import(name: str, what: str) -> Any:
         "folder, or name that in PYTHONPATH."
       ) from error
     raise ValueError(f"{what}: its module {name} needs {error.name!r}: {error}.") from error
+  except SystemExit as error:
+    raise ValueError(
+      f"{what}: importing {name} ends the program, SystemExit: {error}; put what is not to run on "
+      'import under `if __name__ == "__main__":`.'
+    ) from error
   except Exception as error:  # A module is code, and may raise anything.
     kind = type(error).__name__
     raise ValueError(f"{what}: importing {name} failed: {kind}: {error}") from error

@@ -14,6 +14,8 @@ from jaxmerge.experiments import problem as problems
 from jaxmerge.experiments import registry
 
 MODULE = """
+import functools
+
 import numpy as np
 
 import jaxmerge
@@ -48,6 +50,22 @@ def none(config):
 
 def many(config, cache, more):
   return None
+
+
+def by_name(*, config):
+  return None
+
+
+def keyword(config, *, cache):
+  return problem(config, cache)
+
+
+def defaults(config, rows=100):
+  assert rows == 100
+  return problem(config, lambda like, make: make())
+
+
+partial = functools.partial(problem)
 """
 CONFIG = """
 from ml_collections import config_dict
@@ -68,11 +86,15 @@ def folder(tmp_path, monkeypatch):
   (tmp_path / "my_tasks.py").write_text(MODULE)
   (tmp_path / "broken.py").write_text("import no_such_package\n")
   (tmp_path / "failing.py").write_text("1 / 0\n")
+  (tmp_path / "ending.py").write_text("raise SystemExit(3)\n")
+  (tmp_path / "time.py").write_text(MODULE)
+  (tmp_path / "bare").mkdir()
   (tmp_path / "config.py").write_text(CONFIG)
   monkeypatch.chdir(tmp_path)
   monkeypatch.setattr(sys, "path", list(sys.path))
   yield tmp_path
-  sys.modules.pop("my_tasks", None)
+  for name in ("my_tasks", "bare", "facade"):
+    sys.modules.pop(name, None)
 
 
 def test_a_module_in_the_working_directory_runs_by_the_command(folder):
@@ -96,6 +118,19 @@ def test_shapes_are_those_of_what_the_function_makes(folder):
   assert [t.train.labels.shape for t in shapes.tasks] == [(16,), (16,)]
 
 
+@pytest.mark.parametrize("name", ["keyword", "defaults", "partial"])
+def test_any_callable_of_a_config_makes_a_problem(folder, name):
+  made = registry.make({"experiment": f"my_tasks:{name}", "data": {"train": 16}})
+  assert [t.train.labels.shape for t in made.tasks] == [(16,), (16,)]
+
+
+def test_shapes_are_looked_for_in_the_module_that_the_config_names(folder):
+  code = "import my_tasks\nproblem, problem_shapes = my_tasks.none, my_tasks.defaults\n"
+  (folder / "facade.py").write_text(code)
+  shapes = registry.make_shapes({"experiment": "facade:problem", "data": {"train": 16}})
+  assert [t.train.labels.shape for t in shapes.tasks] == [(16,), (16,)]
+
+
 @pytest.mark.parametrize("name", list(registry.ALIASES))
 def test_what_is_built_in_goes_through_the_same_door(name):
   assert registry.find(name) is registry.find(registry.ALIASES[name])
@@ -109,10 +144,22 @@ def test_what_is_built_in_goes_through_the_same_door(name):
     ("my_task:problem", "no module 'my_task' in .*PYTHONPATH"),
     (
       "my_tasks:problm",
-      r"no function 'problm'; did you mean 'problem'\? Known: apply, many, none, problem, split\.$",
+      r"no function 'problm'; did you mean 'problem'\? Known: apply, .*, problem, split\.$",
     ),
     ("my_tasks:none", "my_tasks:none must return a jaxmerge.*Problem, it returned NoneType"),
-    ("my_tasks:many", r"must take \(config\) or \(config, cache\), it takes 3 arguments"),
+    ("my_tasks:many", r"must take \(config\) or \(config, cache\), but it also requires more;"),
+    ("my_tasks:by_name", r"my_tasks:by_name must take .*, the config by position"),
+    ("my_tasks:Problem", r"my_tasks\.py has no function 'Problem'"),
+    ("sys:problem", "sys is a module of Python itself, which hides a sys.py of yours"),
+    (
+      "time:problem",
+      r"time is .* of yours \(rename it\): it has no function 'problem'",
+    ),
+    (
+      "bare:problem",
+      "bare is a folder without __init__.py, .*bare: it has no function 'problem'",
+    ),
+    ("ending:problem", "importing ending ends the program, SystemExit: 3; put"),
     ("broken:problem", "its module broken needs 'no_such_package'"),
     ("failing:problem", "importing failing failed: ZeroDivisionError"),
   ],
