@@ -108,3 +108,8 @@ def _check_split(
       f"entropy needs logits {[*labels.shape, task.num_classes]} or more, one for each class: give "
       "the tasks a head, or the model a wider one."
     )
+  if task.head is not None and shape[-1] > task.num_classes:
+    raise ValueError(
+      f"{where}: the model's outputs are {list(shape)}, but the head has {task.num_classes} "
+      "classes: apply must return features @ head; if it uses no head, leave the tasks' heads out."
+    )

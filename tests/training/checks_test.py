@@ -48,6 +48,10 @@ def narrow(params, inputs, head):
       r"the model's outputs are \[\d+, 2\] for labels \[\d+\]; .* \[\d+, 3\] or more",
     ),
     (
+      {"apply": lambda params, inputs, head: small.network(params, inputs, np.ones((5, 6)))},
+      r"'cat', train split: the model's outputs are \[9, 6\], but the head has 4 classes: apply",
+    ),
+    (
       {"apply": lambda params, inputs, head: small.network(params, inputs, head).mean(-1)},
       r"'cat', train split: the model's outputs are \[9\] for labels \[9\]",
     ),
