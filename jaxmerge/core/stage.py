@@ -265,8 +265,11 @@ def leafwise(
   statistics: Mapping[str, Literal["entry", "leaf"]] | None = None,
   combines: bool = False,
   fold: Fold | None = None,
+  ordered: bool = False,
 ) -> Method:
   """Makes a method from a function of one leaf's stack: f(x [K, *s], leaf) -> [M, *s].
+
+  `ordered=True`: f sees the models in the caller's order; else in any, and must not depend on it.
 
   Example:
     >>> damped = leafwise(lambda x, leaf: x * leaf.hparam("damping", x), hparams={"damping": 0.9})
@@ -279,12 +282,17 @@ def leafwise(
     statistics=statistics or {},
     combines=combines,
     fold=fold,
+    ordered=ordered,
   )
   return with_key(Method((stage,)), (leafwise, f, combines, fold))
 
 
-def pointwise(f: Callable[[Array], Array], *, combines: bool = False) -> Method:
+def pointwise(
+  f: Callable[[Array], Array], *, combines: bool = False, ordered: bool = False
+) -> Method:
   """Makes a method from a function of one leaf's stack alone: f(x [K, *s]) -> [M, *s].
+
+  f may get flat slices of a leaf, [K, n], of any length. `ordered` is as in `leafwise`.
 
   Example:
     >>> import jaxmerge
@@ -292,7 +300,8 @@ def pointwise(f: Callable[[Array], Array], *, combines: bool = False) -> Method:
     >>> jaxmerge.merge(middle, {"w": jnp.array([[1.0], [2.0], [9.0]])})["w"].tolist()
     [2.0]
   """
-  return with_key(leafwise(lambda x, leaf: f(x), combines=combines), (pointwise, f, combines))
+  stages = leafwise(lambda x, leaf: f(x), combines=combines, ordered=ordered)
+  return with_key(stages, (pointwise, f, combines))
 
 
 def hparams(method: Iterable[Stage]) -> dict[str, Any]:

@@ -172,12 +172,15 @@ def test_a_stage_that_joins_measures_the_pair():
 
 
 def test_the_order_of_models_is_kept_where_it_matters():
-  first = (stage.Stage(lambda x, leaf, known: x[:1], combines=True, ordered=True),)
-  assert stage.ordered(first)
+  pointwise = stage.pointwise(lambda x: x[:1], combines=True, ordered=True)
+  leafwise = stage.leafwise(lambda x, leaf: x[:1], combines=True, ordered=True)
+  assert stage.ordered(pointwise)
+  assert stage.ordered(leafwise)
   assert not stage.ordered(added)
-  for names in (("a", "b"), ("b", "a")):
-    out = jaxmerge.merge(stage.chain(first), MODELS, names=names)
-    np.testing.assert_array_equal(out["a"], MODELS["a"][0])
+  for first in (pointwise, leafwise):
+    for names in (("a", "b"), ("b", "a")):
+      out = jaxmerge.merge(first, MODELS, names=names)
+      np.testing.assert_array_equal(out["a"], MODELS["a"][0])
 
 
 def test_rows_without_a_view_are_one_row_if_the_stage_says_so():
