@@ -14,6 +14,8 @@ def nearest(word: str, known: Iterable[str]) -> str:
     "; did you mean 'density'? Known: density, scale"
   """
   known = sorted(known)
+  if not known:
+    return "; there are none"
   close = difflib.get_close_matches(word, known, n=1)
   hint = f"; did you mean {close[0]!r}?" if close else ";"
   return f"{hint} Known: {', '.join(known)}"

@@ -44,7 +44,14 @@ def resolve(
         raise ValueError(
           f"{name!r} is a statistic of the method: give statistics={{{name!r}: ...}}."
         )
+      if name in dict(method.settings):
+        raise ValueError(
+          f"{name!r} is a setting of the method, which chooses its program: write "
+          f"{method.name}({name}={value!r})."
+        )
       raise ValueError(f"the method has no hyperparameter {name!r}{errors.nearest(name, values)}.")
+    if isinstance(value, (str, bytes)):
+      raise ValueError(f"{name} must be a number, got {value!r}.")
     values[name] = value
   return {
     n: _check_value(
@@ -194,4 +201,5 @@ def refuse_unmerged(name: str, num_models: int) -> None:
   if num_models != 1:
     raise ValueError(
       f"no combiner touched leaf {name!r}: {num_models} models are left of it after the last stage."
+      " A stage that leaves one model says combines=True."
     )

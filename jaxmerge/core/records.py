@@ -10,8 +10,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxmerge import errors
+
 Array = jax.Array
 State = Any
+
+
+def _find(hparams: Mapping[str, Any], name: str) -> Any:
+  if name not in hparams:
+    raise ValueError(
+      f"no stage declares the hyperparameter {name!r}{errors.nearest(name, hparams)}."
+    )
+  return hparams[name]
 
 
 class Leaf(NamedTuple):
@@ -43,9 +53,10 @@ class Leaf(NamedTuple):
     """Returns hyperparameter `name` in the dtype of `x`, shaped to multiply a stack x [K, *s].
 
     Raises:
-      ValueError: if it has one value per model, but x has another number of models.
+      ValueError: if no stage declares it, or it has one value per model, but x has another number
+        of models.
     """
-    value = jnp.asarray(self.hparams[name], x.dtype)
+    value = jnp.asarray(_find(self.hparams, name), x.dtype)
     if value.ndim and value.shape[0] != x.shape[0]:
       raise ValueError(
         f"{name} has {value.shape[0]} values, but acts on a stack of {x.shape[0]}; "
@@ -55,7 +66,7 @@ class Leaf(NamedTuple):
 
   def scalar(self, name: str, x: Array) -> Array:
     """Returns hyperparameter `name`, a scalar, in the dtype of `x`; ValueError if not a scalar."""
-    value = jnp.asarray(self.hparams[name], x.dtype)
+    value = jnp.asarray(_find(self.hparams, name), x.dtype)
     if value.ndim:
       raise ValueError(f"{name} must be one number for all models, got {value.shape[0]} values.")
     return value

@@ -105,6 +105,12 @@ def resolve(
         "the model."
       )
     for leaf in sorted(statistics[name].keys() - shapes.keys() - set(copied)):
+      index, _, inner = leaf.partition("/")
+      if index.isdecimal() and inner in shapes:
+        raise ValueError(
+          f"statistic {name!r} is a list with a tree for each model; stack them: "
+          f"statistics={{{name!r}: jaxmerge.stack([...])}}."
+        )
       raise ValueError(f"statistic {name!r} has {leaf!r}, which is no leaf of the models.")
   merged = {n: {leaf: v for leaf, v in statistics[n].items() if leaf in shapes} for n in declared}
   for name, leaves in merged.items():

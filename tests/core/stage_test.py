@@ -135,13 +135,19 @@ def test_a_stage_that_combines_must_say_so():
     jaxmerge.merge(idle, MODELS)
 
 
+def test_a_mistyped_hyperparameter_is_named():
+  method = stage.leafwise(lambda x, leaf: x ** leaf.hparam("powr", x), hparams={"power": 2.0})
+  with pytest.raises(ValueError, match=r"hyperparameter 'powr'; did you mean 'power'\?"):
+    jaxmerge.merge(stage.chain(method, added), MODELS)
+
+
 @pytest.mark.parametrize(
   "method",
   [stage.pointwise(jnp.abs), stage.masked(added, lambda name: name == "a"), ()],
 )
 def test_a_leaf_that_no_combiner_touched_is_named(method):
   left = "b" if method and method[0].combines else "a"
-  message = f"no combiner touched leaf '{left}': 2 models are left of it after the last stage"
+  message = f"no combiner touched leaf '{left}': 2 models are left of it .* combines=True"
   with pytest.raises(ValueError, match=message):
     jaxmerge.merge(method, MODELS)
   base = {n: x[0] for n, x in MODELS.items()}

@@ -248,6 +248,14 @@ REFUSED = {
     lambda: jaxmerge.merge(TIES, MODELS, BASE, hparams={"densty": 0.1}),
     r"has no hyperparameter 'densty'; did you mean 'density'\? Known: density, scale, weight",
   ),
+  "setting among the numbers": (
+    lambda: jaxmerge.merge(TIES, MODELS, BASE, hparams={"scope": "leaf"}),
+    r"'scope' is a setting of the method.*: write ties\(scope='leaf'\)",
+  ),
+  "word for a number": (
+    lambda: jaxmerge.merge(TIES, MODELS, BASE, hparams={"scale": "a"}),
+    "scale must be a number, got 'a'",
+  ),
   "missing seed": (
     lambda: jaxmerge.merge(DARE, MODELS, BASE),
     r"the method needs 'seed': give seed= or hparams=\{'seed': \.\.\.\}",

@@ -273,7 +273,12 @@ REFUSED = {
   "unknown to a published method": (
     methods.average(),
     {"fisher": FISHER},
-    "reads no statistic 'fisher'",
+    "reads no statistic 'fisher'; there are none",
+  ),
+  "a list of trees": (
+    AVERAGE,
+    {"fisher": [{n: x[k] for n, x in FISHER.items()} for k in range(4)]},
+    r"'fisher' is a list with a tree for each model; stack them: .* jaxmerge.stack",
   ),
   "a hyperparameter": (
     methods.average(),
