@@ -146,6 +146,7 @@ def tiny_merge(**changes):
   return config("merge_7b.py", model=TINY, models=3, entries=256, **changes)
 
 
+@pytest.mark.slow
 def test_a_merge_in_memory_is_that_of_the_library():
   own = tiny_merge(method={"name": "task_arithmetic", "scale": 0.3}, dtype="float32")
   own["mesh"] = {"task": 1, "data": 1, "model": 2}

@@ -44,6 +44,7 @@ def test_breadcrumbs_passes_scalars_by(scope):
   assert (out["w"].tolist(), out["s"].tolist()) == ([3.0, 0.0], 7.0)
 
 
+@pytest.mark.slow
 def test_breadcrumbs_by_row_ranks_each_output():
   """A kernel [in, out] has its rows along the second axis; a file's weight along the first."""
   x = jnp.array([[[4.0, 1.0, 2.0], [3.0, 8.0, 1.0]]])

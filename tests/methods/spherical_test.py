@@ -126,6 +126,7 @@ def test_zeros_and_opposites(method, models, expected):
   close(blended(method, models), expected)
 
 
+@pytest.mark.slow
 def test_a_frozen_leaf_stays_the_base():
   base = {"w": jnp.ones(4), "frozen": jnp.array([1.0, 2.0])}
   tau = np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32)

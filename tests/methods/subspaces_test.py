@@ -35,6 +35,7 @@ def test_worked_example(method, matrices, expected):
   close(merged(method, matrices), expected, atol=3e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("alpha", "zeros"),
   [(0.5, np.eye(4, dtype=bool)), (0.8, np.eye(4, dtype=bool) | (np.indices((4, 4)) < 2).all(0))],

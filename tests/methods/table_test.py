@@ -386,6 +386,7 @@ WHOLE = {"scale": 1, "density": 1, "keep": 1, "calibrated": 1} | dict.fromkeys(
 )
 
 
+@pytest.mark.slow
 @groups
 def test_one_model_comes_back(group):
   """Where nothing is pruned, at scale 1; of a method that takes more, from copies of it."""

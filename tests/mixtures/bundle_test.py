@@ -80,6 +80,7 @@ def test_one_task_gets_its_model_back(make):
   small.close(jax.tree.map(np.asarray, bundle.for_task("red")), own)
 
 
+@pytest.mark.slow
 @given(arrays.arrays(np.float32, (3, 7), elements=st.floats(-8, 8, width=16)))
 def test_emr_gives_each_task_its_magnitude_back(tau):
   bundle = example(mixtures_masks.emr, tau)
@@ -188,6 +189,7 @@ def test_models_that_are_the_base_give_it_to_each_task(serve):
     agree({n: x.reshape(base[n].shape) for n, x in own.items()}, {n: base[n] for n in own})
 
 
+@pytest.mark.slow
 @served
 def test_inputs_are_left_alone_and_tasks_get_the_same_bits_again(serve):
   base, models = small.trees(height=3)

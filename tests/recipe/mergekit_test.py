@@ -275,7 +275,7 @@ def tied(case, trees, tensor):
   return found
 
 
-@pytest.mark.parametrize("name", some_fast(NARROW, ["slerp, bfloat16"]))
+@pytest.mark.parametrize("name", some_fast(NARROW, []))
 def test_agrees_with_mergekit_in_a_narrow_dtype(name, request):
   """To 8 units, but for entries that tie at a threshold; and mostly to the bit."""
   case, models = CASES[name], mergekit_outputs.models("llama")

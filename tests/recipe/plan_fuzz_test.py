@@ -94,7 +94,7 @@ def methods():
   return st.sampled_from(often) | st.sampled_from(sorted(METHODS))
 
 
-@settings(max_examples=60)
+@settings(max_examples=25)
 @given(random_recipes())
 def test_nothing_of_a_recipe_is_lost(root, own):
   folder, tensors = root

@@ -285,6 +285,7 @@ parameters: {weight: 0.5}
   assert {x.dtype.name for x in found.values()} == {"bfloat16", "int32"}
 
 
+@pytest.mark.slow
 def test_masks_are_those_of_seed_0_where_a_recipe_gives_none(family, capsys):
   base, first, second, _ = family
   found = run("""
