@@ -16,15 +16,25 @@ import signal
 import sys
 import tempfile
 import time
+from typing import NamedTuple
 
 from ml_collections import config_dict
 
 from jaxmerge.experiments import bench, bench_config
+from jaxmerge.experiments import problem as problems
 from jaxmerge.experiments import run as runs
 
 PLAIN = config_dict.ConfigDict(
   {"experiment": "module:none", "seeds": 1, "methods": {}, "rounds": 1, "keep_experts": False}
 )
+
+
+class Setup(NamedTuple):
+  """Stands in for the set-up of a run."""
+
+  mark: pathlib.Path
+  pause: float
+  problem: problems.Problem = problems.Problem(len, {}, [])
 
 
 def prepare(config, folder, events):
@@ -34,12 +44,12 @@ def prepare(config, folder, events):
     os._exit(9)
   mark.write_text(str(os.getpid()))
   time.sleep(pause)
-  return mark, pause
+  return Setup(mark, pause)
 
 
 def compare(ready):
   """Stands in for the phases of a run."""
-  mark, pause = ready
+  mark, pause = ready.mark, ready.pause
   time.sleep(pause)
   if mark.read_text() != str(os.getpid()):
     os._exit(9)
