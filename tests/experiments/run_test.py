@@ -184,6 +184,7 @@ def test_what_a_run_lacks_is_made_again_of_what_is_saved(tmp_path, workdir, reco
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("record")
 def test_merges_of_other_experts_are_made_again(tmp_path, workdir):
   folder, said = tmp_path / "run", []
   shutil.copytree(workdir, folder)
