@@ -86,10 +86,10 @@ def read(path: str) -> ConfigDict:
   if not file.is_file():
     folders = [file if file.is_dir() else file.parent, pathlib.Path("configs")]
     paths = sorted({str(p) for folder in folders for p in folder.glob("*.py")})
-    known = f" Configs found: {', '.join(paths)}." if paths else ""
+    listing = f" Configs found: {', '.join(paths)}." if paths else ""
     close = difflib.get_close_matches(str(file), paths, n=1)
     hint = f" Did you mean {close[0]}?" if close else ""
-    raise ValueError(f"there is no config file {path}.{hint}{known}")
+    raise ValueError(f"there is no config file {path}.{hint}{listing}")
   scope: dict[str, Any] = {"__name__": "config", "__file__": path}
   try:
     exec(compile(file.read_text(encoding="utf-8"), path, "exec"), scope)

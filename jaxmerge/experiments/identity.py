@@ -1,7 +1,9 @@
 """The identity of a user's experiment in its workdir: digests of its functions and of its rows.
 
 A config names an experiment, and its code may change between a run and its resumption. Built-in
-experiments change with the version of jaxmerge alone, and have no such record.
+experiments change with the version of jaxmerge alone, and have no such record. Functions count with
+what they close over and the functions that they call by a global name, not with those that they
+reach through another module (`module.function`).
 """
 
 from __future__ import annotations

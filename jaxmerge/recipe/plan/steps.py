@@ -176,12 +176,12 @@ def _plan(
       return opener.with_adapters(model, results[model.path].model, recipe.rename)
     return opener.model(model, recipe.rename)
 
-  def papers(model: Model) -> TokenizerFiles:
+  def tokenizer_files(model: Model) -> TokenizerFiles:
     is_result = _is_result(model, results)
     return build.files_of(results[model.path].model) if is_result else opener.tokenizer_files(model)
 
   if all(name in results for name in recipe.uses):
-    return planner.plan_recipe(recipe, open_model, papers)
+    return planner.plan_recipe(recipe, open_model, tokenizer_files)
   known = (m for m in models_of(recipe) if m.path in results or m.path not in recipe.uses)
   planner.open_models(recipe, known, open_model)
   return None
