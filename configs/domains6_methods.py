@@ -19,8 +19,6 @@ def get_config():
   c.run = "domains6.py"  # in this folder: data, base, budget of the experts
   # A tuple lists values to try.
   c.methods = dict(
-    average=dict(),
-    task_arithmetic=dict(scale=SCALES),
     ties=dict(density=(0.2, 0.5), scale=WIDE),
     dare=dict(drop_rate=0.2, scale=SCALES),
     dare_ties=dict(drop_rate=0.2, density=0.5, scale=WIDE),
@@ -30,26 +28,23 @@ def get_config():
     breadcrumbs_ties=dict(keep=0.85, remove=0.01, scale=SCALES),
     pcb=dict(ratio=(0.1, 0.3), scale=WIDE),
     lwptv=dict(prune_ratio=(0.2, 0.5), scale=SCALES),
-    magmax=dict(scale=WIDE),
     consensus=dict(threshold=(0.2, 0.4), scale=SCALES),
     sce=dict(density=(0.5, 1.0)),
-    model_stock=dict(),
-    multislerp=dict(),
-    iso_c=dict(scale=WIDE),
     iso_cts=dict(common=(0.6, 0.8), scale=WIDE),
-    tsv=dict(scale=WIDE),
     drm=dict(drop_rate=(0.2, 0.8), scale=WIDE),
     lore=dict(delta_scale=(0.1, 0.3), mu=0.1, relative=True, sweeps=3),
     opcm=dict(alpha=(0.5, 0.8), scale=WIDE),
-    widen=dict(scale=SCALES),
     wudi=dict(learning_rate=1e-5, scale=SCALES),
     optmerge=dict(learning_rate=1e-5, scale=SCALES),
     doge=dict(eta=0.5, density=0.6, learning_rate=1e-5, steps=100, scale=SCALES),
-    median=dict(),
-    trimmed_mean=dict(),
     krum=dict(select=3),
     flag=dict(rank=(1, 3)),
-    ram=dict(),
     ramplus_tl=dict(boost=(0.1, 0.5)),
   )
+  for name in ("average", "model_stock", "multislerp", "median", "trimmed_mean", "ram"):
+    c.methods[name] = dict()
+  for name in ("task_arithmetic", "widen"):
+    c.methods[name] = dict(scale=SCALES)
+  for name in ("magmax", "iso_c", "tsv"):
+    c.methods[name] = dict(scale=WIDE)
   return c.lock()

@@ -16,13 +16,11 @@ def get_config():
   c = config_dict.ConfigDict()
   c.experiment = "images4"
   c.final = True  # scores of the test rows, read once per model
-
   # Budget, shared by all compared models; the loop has one exchange per round.
   c.rounds, c.epochs = 16, 8.0
   c.learning_rate, c.schedule, c.warmup = 2e-3, "cosine", 0.1
   c.weight_decay = 0.01
   c.outer, c.outer_learning_rate, c.outer_momentum = "nesterov", 0.7, 0.8
-
   # Baselines at the same budget; scales are chosen on validation.
   scales = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0)
   c.baselines = dict(

@@ -17,8 +17,6 @@ def get_config():
   c.seeds = 3
   # A tuple lists values to try.
   c.methods = dict(
-    average=dict(),
-    task_arithmetic=dict(scale=SCALES),
     ties=dict(density=(0.2, 0.5), scale=WIDE),
     dare=dict(drop_rate=(0.2, 0.5), scale=SCALES),
     dare_ties=dict(drop_rate=(0.2, 0.5), density=0.5, scale=WIDE),
@@ -28,27 +26,24 @@ def get_config():
     breadcrumbs_ties=dict(keep=0.85, remove=0.01, scale=SCALES),
     pcb=dict(ratio=(0.1, 0.3), scale=WIDE),
     lwptv=dict(prune_ratio=(0.2, 0.5), scale=SCALES),
-    magmax=dict(scale=WIDE),
     consensus=dict(threshold=(0.2, 0.4), scale=SCALES),
     sce=dict(density=(0.5, 1.0)),
-    model_stock=dict(),
-    multislerp=dict(),
-    iso_c=dict(scale=WIDE),
     iso_cts=dict(common=(0.6, 0.8), scale=WIDE),
-    tsv=dict(scale=WIDE),
     drm=dict(drop_rate=(0.2, 0.8), scale=WIDE),
     lore=dict(delta_scale=(1.0, 2.0, 3.0), mu=0.1, relative=True),
     opcm=dict(alpha=(0.5, 0.8), scale=WIDE),
-    widen=dict(scale=SCALES),
     wudi=dict(learning_rate=(1e-5, 1e-4), scale=SCALES),
     optmerge=dict(learning_rate=(1e-5, 1e-4), scale=SCALES),
     doge=dict(eta=(0.1, 0.5), density=(0.3, 0.6), scale=(1.0, 3.0, 10.0)),
-    median=dict(),
-    trimmed_mean=dict(),
-    meamed=dict(),
-    phocas=dict(),
     flag=dict(rank=(1, 2, 4)),
-    ram=dict(),
     ramplus_tl=dict(boost=(0.1, 0.5, 1.0)),
   )
+  averages = ("average", "model_stock", "multislerp", "ram")
+  robust = ("median", "trimmed_mean", "meamed", "phocas")
+  for name in averages + robust:  # at their defaults
+    c.methods[name] = dict()
+  for name in ("task_arithmetic", "widen"):
+    c.methods[name] = dict(scale=SCALES)
+  for name in ("magmax", "iso_c", "tsv"):
+    c.methods[name] = dict(scale=WIDE)
   return c.lock()

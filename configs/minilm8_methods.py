@@ -23,7 +23,6 @@ def get_config():
   c.changes = dict(data=dict(train=1600, validation=80, test=250))  # to the experiment's config
   # A tuple lists values to try.
   c.methods = dict(
-    average=dict(),
     task_arithmetic=dict(scale=SCALES),
     ties=dict(density=0.5, scale=WIDE),
     dare=dict(drop_rate=0.2, scale=SCALES),
@@ -34,28 +33,21 @@ def get_config():
     breadcrumbs_ties=dict(keep=0.85, remove=0.01, scale=SCALES),
     pcb=dict(ratio=0.3, scale=WIDE),
     lwptv=dict(prune_ratio=0.2, scale=SCALES),
-    magmax=dict(scale=WIDE),
     consensus=dict(threshold=0.4, scale=SCALES),
-    sce=dict(),
-    model_stock=dict(),
-    multislerp=dict(),
-    iso_c=dict(scale=WIDE),
     iso_cts=dict(scale=(1.0, 1.4, 2.0, 2.8)),
-    tsv=dict(scale=WIDE),
     drm=dict(drop_rate=0.5, scale=WIDE),
     lore=dict(delta_scale=(2.0, 4.0), mu=0.1, relative=True, sweeps=3),
-    opcm=dict(scale=WIDE),
-    widen=dict(scale=WIDE),
     wudi=dict(learning_rate=3e-5, steps=100, scale=(0.5, 0.7, 1.0, 1.4)),
     optmerge=dict(learning_rate=3e-5, steps=100, scale=(0.35, 0.5, 0.7, 1.0)),
     doge=dict(eta=0.5, density=0.6, learning_rate=1e-5, steps=100, scale=(0.2, 0.35, 0.5, 0.7)),
-    median=dict(),
-    trimmed_mean=dict(),
-    meamed=dict(),
-    phocas=dict(),
     krum=dict(select=4),
     flag=dict(rank=4),
-    ram=dict(),
     ramplus_tl=dict(boost=(0.5, 1.0)),
   )
+  averages = ("average", "sce", "model_stock", "multislerp", "ram")
+  robust = ("median", "trimmed_mean", "meamed", "phocas")
+  for name in averages + robust:  # at their defaults
+    c.methods[name] = dict()
+  for name in ("magmax", "iso_c", "tsv", "opcm", "widen"):
+    c.methods[name] = dict(scale=WIDE)
   return c.lock()
