@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,9 +12,15 @@ from jaxmerge import display, errors
 from jaxmerge.files import adapter_inputs, name_variants
 from jaxmerge.files import plan as plans
 from jaxmerge.io import formats
-from jaxmerge.io.huggingface import hub, tied
+from jaxmerge.io.huggingface import folder, hub, tied
 from jaxmerge.io.huggingface import reference as reference_text
+from jaxmerge.io.tensors import quantized, scaled
 from jaxmerge.io.tensors.tensor import Files
+
+_NO_CONFIG = (
+  "{} has no config.json: heads, rope and the like are not compared with those of other models; as "
+  "the base, or the first model, it gives a result without one."
+)
 
 
 class Reference(NamedTuple):
@@ -124,7 +131,7 @@ def open_all(
 def open_model(
   path: str | os.PathLike[str], files: Files, *, name: str | None = None, home: str | None = None
 ) -> plans.Model:
-  """Opens a Hugging Face folder or a checkpoint: only headers and manifests are read.
+  """Opens a folder, a checkpoint or a raw file: only headers and manifests are read.
 
   Errors name `home`, if it is set, in place of the folder.
   """
@@ -132,7 +139,39 @@ def open_model(
   name = name or display.readable(str(pathlib.Path(path)))
   config = formats.config(weights.folder)
   model = plans.Model(name, weights.folder, weights.tensors, weights.files, config, home=home)
-  return with_ties(model)
+  model = model._replace(notes=tuple(f"{name}: {note}" for note in weights.notes))
+  if weights.kind == "model" and not config and not (weights.folder / folder.PROVENANCE).is_file():
+    model = model._replace(notes=(*model.notes, _NO_CONFIG.format(name)))
+  return with_ties(_dequantize(model))
+
+
+def _dequantize(model: plans.Model) -> plans.Model:
+  """Returns a model whose weights in 8-bit floats with scales are read as numbers, and says so."""
+  result = scaled.dequantize(model.tensors, model.config)
+  if not result.weights:
+    return model
+  dtypes = sorted({model.tensors[n].dtype.name for n in result.weights})
+  note = (
+    f"{len(result.weights)} weights of {model.name}, in {' and '.join(dtypes)}, are multiplied by "
+    f"their scales while they are read, and count as {scaled.stored_dtype(model.config)}."
+  )
+  of_activations = plans.Outcome("dropped", reason="scales of activations")
+  outcomes = {
+    scale: plans.Outcome("rewritten", target=name, reason="multiplied into the weight")
+    if name
+    else of_activations
+    for scale, name in result.scales.items()
+  }
+  model = model._replace(
+    tensors=result.tensors,
+    outcomes={**model.outcomes, **outcomes},
+    notes=(*model.notes, note),
+  )
+  config = scaled.strip(model.config)
+  if config == model.config or quantized.find_codes(model.tensors):
+    return model
+  text = json.dumps(config, indent=2) + "\n"
+  return model._replace(config=config, texts={**model.texts, folder.CONFIG: text})
 
 
 def with_ties(model: plans.Model) -> plans.Model:

@@ -30,9 +30,9 @@ def inspect(path: str | os.PathLike[str]) -> Record:
   """Describes a model, a merged model, a checkpoint or a PEFT adapter, from headers and manifests.
 
   Returns:
-    `folder`, of a run that of its newest step; `kind`, "model", "checkpoint" or "adapter"; `files`
-    (name, bytes); `tensors` (name, dtype, shape, bytes, file), 2 before 10; `dtypes`, their totals;
-    `parameters`, entries of floating-point tensors; `tied`, tie_word_embeddings of config.json,
+    `folder`, of a run that of its newest step; `kind`, "model", "checkpoint", "flax" or "adapter";
+    `files` (name, bytes); `tensors` (name, dtype, shape, bytes, file), 2 before 10; `dtypes`, their
+    totals; `parameters`, entries of floating tensors; `tied`, tie_word_embeddings of config.json,
     None where it is silent; `shared`, tensors that are not stored to those with their bytes, by the
     files' metadata; `adapter`, the adapter's config, and `provenance`, all but the checksums, where
     there are such files.
@@ -49,12 +49,13 @@ def inspect(path: str | os.PathLike[str]) -> Record:
       "dtype": tensor.dtype.name,
       "shape": list(tensor.shape),
       "bytes": math.prod(tensor.shape) * tensor.dtype.itemsize,
-      "file": str(weights.homes[name].relative_to(path)),
+      "file": _inside(weights.homes[name], path),
     }
     for name, tensor in sorted(weights.tensors.items(), key=lambda item: _natural(item[0]))
   ]
   floating = (t for t in weights.tensors.values() if safetensors.is_floating(t.dtype))
-  names = ((str(file.relative_to(path)), file.stat().st_size) for file in weights.files)
+  is_safetensors = weights.kind in ("model", "adapter")
+  names = ((_inside(file, path), file.stat().st_size) for file in weights.files)
   record = {
     "folder": str(path),
     "kind": weights.kind,
@@ -63,13 +64,18 @@ def inspect(path: str | os.PathLike[str]) -> Record:
     "dtypes": _totals(tensors),
     "parameters": sum(math.prod(t.shape) for t in floating),
     "tied": _tie_flag(path),
-    "shared": {} if weights.kind == "checkpoint" else _shared_bytes(weights.files, weights.tensors),
+    "shared": _shared_bytes(weights.files, weights.tensors) if is_safetensors else {},
   }
   if weights.kind == "adapter":
     record["adapter"] = folder.read_json(path / adapter.CONFIG)
   if (path / folder.PROVENANCE).is_file():
     record["provenance"], _ = _provenance(path)
   return record
+
+
+def _inside(file: pathlib.Path, path: pathlib.Path) -> str:
+  """Returns the name of a file in a folder; a raw file is the whole model."""
+  return file.name if file == path else str(file.relative_to(path))
 
 
 def add_checksums(record: Record, progress: Callable[[int], None] = lambda count: None) -> Record:

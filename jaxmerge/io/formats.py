@@ -1,6 +1,7 @@
 """Opens a folder of weights: the one place that decides what kind it is.
 
-A model is a Hugging Face folder with safetensors, or a checkpoint; an adapter is a PEFT folder.
+A model is a Hugging Face folder with safetensors or msgpack, raw files of either, or a checkpoint;
+an adapter is a PEFT folder.
 Headers and manifests are read, no weights. Free of jax.
 """
 
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple  # Any: what a config.json holds.
 
 from jaxmerge import display
 from jaxmerge.io.checkpoints import manifest, metadata
-from jaxmerge.io.huggingface import folder
+from jaxmerge.io.huggingface import flax_weights, folder
 from jaxmerge.io.peft import adapter
 from jaxmerge.io.tensors import safetensors
 from jaxmerge.io.tensors.tensor import Files, Tensor, stored_tensor
@@ -24,11 +25,12 @@ class Weights(NamedTuple):
   """The contents of a folder of weights.
 
   Attributes:
-    kind: "model", "checkpoint" or "adapter".
-    folder: its path; for a run, the folder of its newest step.
+    kind: "model", "checkpoint", "adapter", or "flax" where the files are msgpack.
+    folder: its path; for a run, the folder of its newest step; for a raw file, the file.
     tensors: by name.
     homes: the file that each tensor is in; all of a checkpoint's are in the folder of its state.
     files: that hold the tensors.
+    notes: lines on what of the files is no part of the model.
   """
 
   kind: str
@@ -36,6 +38,7 @@ class Weights(NamedTuple):
   tensors: Mapping[str, Tensor]
   homes: Mapping[str, pathlib.Path]
   files: tuple[pathlib.Path, ...]
+  notes: tuple[str, ...] = ()
 
 
 def open_weights(path: Path, files: Files) -> Weights:
@@ -57,8 +60,11 @@ def open_model(path: Path, files: Files, *, home: str | None = None) -> Weights:
   path = pathlib.Path(path)
   if home is None and display.readable(str(path)) != str(path):
     home = display.readable(str(path))  # Bytes that are no UTF-8 cannot be written down.
-  usual = (path / folder.WEIGHTS).is_file() or (path / folder.INDEX).is_file()
-  step = None if usual else metadata.find_checkpoint(path)
+  step = None if folder.is_usual(path) else metadata.find_checkpoint(path)
+  if step is None and not folder.is_usual(path) and (named := flax_weights.files(path)):
+    files.note(folder.small_files(path))
+    contents = flax_weights.read(named, files)
+    return Weights("flax", path, contents.tensors, contents.homes, tuple(named), contents.notes)
   if step is None:
     files.note(folder.small_files(path))
     files.note(folder.weights(path))  # The index, which names them, is among the small ones.
@@ -70,14 +76,9 @@ def open_model(path: Path, files: Files, *, home: str | None = None) -> Weights:
 
 
 def config(path: Path) -> dict[str, Any]:
-  """Returns config.json; empty for a checkpoint, or a merge of some, without one.
-
-  Raises:
-    FileNotFoundError: where another folder has none.
-  """
+  """Returns config.json; empty without one."""
   path = pathlib.Path(path)
-  without = metadata.is_checkpoint(path) or (path / folder.PROVENANCE).is_file()
-  return {} if without and not (path / folder.CONFIG).is_file() else folder.config(path)
+  return folder.config(path) if (path / folder.CONFIG).exists() else {}
 
 
 def _entries(path: pathlib.Path) -> dict[str, tuple[pathlib.Path, safetensors.Entry]]:

@@ -76,13 +76,8 @@ def _of_file(path: pathlib.Path) -> str:
     return f"is a file of a PEFT adapter; give a folder that holds it and its {ADAPTER}"
   if path.suffix in PICKLES:
     return f"no folder; {conversion(path)}"
-  for ending, say in ((".gguf", _gguf), (".msgpack", _msgpack)):
-    if path.suffix == ending:
-      return f"no folder; {say(path.parent)}"
-  if path.suffix == ".safetensors" and path.name != WEIGHTS and "-of-" not in path.name:
-    return (
-      f"is a file; give a folder in which it is called {WEIGHTS}, with its config.json beside it"
-    )
+  if path.suffix == ".gguf":
+    return f"no folder; {_gguf(path.parent)}"
   return "is a file; give the folder that it lies in"
 
 
@@ -164,15 +159,6 @@ def foreign_orbax(item: pathlib.Path) -> str:
   )
 
 
-def _msgpack(path: pathlib.Path) -> str:
-  files = sorted(path.glob("*.msgpack"))
-  if not files:
-    return ""
-  name = files[0].name
-  read = f"flax.serialization.msgpack_restore(open({name!r}, 'rb').read())"
-  return f"{name} holds weights of Flax: tree = {read}, and {_TREE}"
-
-
 def _distcp(path: pathlib.Path) -> str:
   if not any(path.glob("*.distcp")):
     return ""
@@ -215,16 +201,6 @@ def _diffusers(path: pathlib.Path) -> str:
   )
 
 
-def _otherwise(path: pathlib.Path) -> str:
-  """Safetensors under another name, or shards without their index."""
-  files = sorted(p.name for p in path.glob("*.safetensors"))
-  if any("-of-" in name for name in files):
-    return f"{files[0]} is a shard of several: their {INDEX} is missing; it comes with the model"
-  if len(files) == 1:
-    return f"{files[0]} must be called {WEIGHTS}, with the model's config.json beside it"
-  return ""
-
-
 def _foreign(path: pathlib.Path) -> str:
   """Weights of other frameworks."""
   for pattern, whose in {"*.h5": "Keras", "*.keras": "Keras", "saved_model.pb": "TensorFlow",
@@ -260,7 +236,7 @@ def _data(path: pathlib.Path) -> str:
 
 
 _LOOKS: tuple[Callable[[pathlib.Path], str], ...] = (
-  _cache, _adapter, _distcp, _deepspeed, _diffusers, _otherwise, _pickle, _msgpack, _gguf, _near,
+  _cache, _adapter, _distcp, _deepspeed, _diffusers, _pickle, _gguf, _near,
   _orbax, _foreign, _data, _snapshot_alone,
 )  # fmt: skip
 

@@ -35,7 +35,6 @@ CACHE = "models--org--name"
   ("path", "files", "words"),
   [
     ("a", ["a/adapter_config.json"], r"a PEFT adapter: .*, MODEL\+a for both"),
-    ("a", ["a/flax_model.msgpack"], r"msgpack_restore\(open\('flax_model.msgpack', 'rb'\)"),
     ("a", ["a/.metadata", "a/__0_0.distcp"], "format_utils dcp_to_torch a model.pt"),
     ("a", ["a/m.Q4.gguf", "a/README.md"], "m.Q4.gguf is of llama.cpp"),
     ("a/m.gguf", ["a/m.gguf"], r"a/m.gguf: no folder; m.gguf is of llama.cpp"),
@@ -66,10 +65,12 @@ CACHE = "models--org--name"
     ("a", ["a/dataset_info.json", "a/data/train.parquet"], r"holds data \(data/train.parquet\)"),
     ("a", ["a/checkpoint-20/model.safetensors", "a/x.json"], "in it: give a/checkpoint-20"),
     ("a/b", ["a/model.safetensors", "a/b/tokenizer.json"], "one level up: give a"),
-    ("a", ["a/consolidated.safetensors"], "consolidated.safetensors must be called model.safe"),
-    ("a/b.safetensors", ["a/b.safetensors"], "in which it is called model.safetensors"),
-    ("a/model.safetensors", ["a/model.safetensors"], "give the folder that it lies in"),
-    ("a", ["a/model-00001-of-00002.safetensors"], "model.safetensors.index.json is missing"),
+    (
+      "a/model.safetensors",
+      ["a/model.safetensors", "a/config.json"],
+      "give the folder that it lies in",
+    ),
+    ("a", ["a/m-00001-of-00002.safetensors"], "a/m-00002-of-00002.safetensors: no such file, but"),
     ("a", ["a/zero_to_fp32.py", "a/latest"], "of DeepSpeed: its zero_to_fp32.py"),
     ("a", ["a/tf_model.h5"], "tf_model.h5 holds weights of Keras"),
     ("a", ["a/notes.txt"], "what is there: notes.txt"),
@@ -92,7 +93,7 @@ def test_an_adapter_is_missed_where_a_model_is_given(home):
 
 
 def test_all_who_open_a_model_say_the_same(home, capsys):
-  fill(home, "a/flax_model.msgpack")
+  fill(home, "a/model.onnx")
   recipe = "merge_method: linear\nparameters: {weight: 1}\nmodels:\n- model: a\n- model: a\n"
   (home / "recipe.yml").write_text(recipe)
   words = other_formats.explain_missing("a")
@@ -101,7 +102,7 @@ def test_all_who_open_a_model_say_the_same(home, capsys):
     assert words in capsys.readouterr().err
   assert main.main(["merge", "none.yml", "out"]) == 1
   assert capsys.readouterr().err == "error: none.yml: there is no such recipe file.\n"
-  with pytest.raises(FileNotFoundError, match="msgpack_restore"):
+  with pytest.raises(FileNotFoundError, match="ONNX"):
     jaxmerge.merge_files(jaxmerge.methods.average(), ["a"], "out")
 
 

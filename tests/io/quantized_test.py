@@ -161,7 +161,7 @@ def made(kind):
   return {n: rng.integers(0, 9, shape).astype(d) for n, (d, shape) in FORMATS[kind].items()}
 
 
-@pytest.mark.parametrize("kind", ["gptq", "fp8", "mxfp4", "nvfp4"])
+@pytest.mark.parametrize("kind", ["gptq", "fp8 of an input", "mxfp4", "nvfp4"])
 def test_codes_are_refused_or_copied(tmp_path, monkeypatch, kind):
   """No config says anything. What is excluded is copied, codes and scales, in their own dtypes."""
   monkeypatch.chdir(tmp_path)
@@ -193,7 +193,7 @@ exclude: ['^(up|experts)']
 
 
 def test_an_adapter_is_not_added_to_codes(tmp_path):
-  own = {"up.weight": np.ones((4, 4), FLOAT8), "up.weight_scale": np.ones((), np.float32)}
+  own = {"up.weight": np.ones((4, 4), FLOAT8), "up.input_scale": np.ones((), np.float32)}
   folders.write(tmp_path / "m", {**own, "norm.weight": np.ones(4, np.float32)})
   lora = tmp_path / "lora"
   parts = {f"base_model.model.up.lora_{x}.weight": np.ones((4, 4), np.float32) for x in "AB"}

@@ -17,6 +17,7 @@ import numpy as np
 
 from jaxmerge.io import other_formats
 from jaxmerge.io.disk import atomic, links, strict_json
+from jaxmerge.io.huggingface import raw
 from jaxmerge.io.tensors import safetensors
 
 Path = str | os.PathLike[str]
@@ -71,7 +72,8 @@ def load(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
   """Reads all tensors of a folder by name, and its config.
 
   The weights are in `model.safetensors`, or in the shards that its index, a file of that name with
-  `.index.json` added, lists; those of modules of sentence-transformers in their folders.
+  `.index.json` added, lists, or else in all safetensors of the folder; those of modules of
+  sentence-transformers in their folders.
 
   >>> tensors, config = load("all-MiniLM-L6-v2")  # doctest: +SKIP
 
@@ -97,12 +99,13 @@ def entries(folder: Path) -> dict[str, tuple[pathlib.Path, safetensors.Entry]]:
   folder = pathlib.Path(folder)
   entries_by_name: dict[str, tuple[pathlib.Path, safetensors.Entry]] = {}
   for path in weights(folder):
-    prefix = "" if path.parent == folder else f"{path.parent.name}/"
+    prefix = "" if folder in (path, path.parent) else f"{path.parent.name}/"
     for inner_name, entry in safetensors.header(path).tensors.items():
       name = prefix + inner_name
       if name in entries_by_name:
         other = entries_by_name[name][0].name
-        raise ValueError(f"{path}: tensor {name!r} is in {other} as well.")
+        hint = "" if is_usual(folder) else "; if these are two models, give one of the files"
+        raise ValueError(f"{path}: tensor {name!r} is in {other} as well{hint}.")
       entries_by_name[name] = (path, entry)
   homes = {name: path for name, (path, _) in entries_by_name.items() if path.parent == folder}
   _check_index(folder, homes)
@@ -227,13 +230,19 @@ def config(folder: Path) -> dict[str, Any]:
   return read_json(folder / CONFIG)
 
 
+def is_usual(folder: Path) -> bool:
+  """Returns whether a folder has weights under the names of Hugging Face folders."""
+  folder = pathlib.Path(folder)
+  return (folder / WEIGHTS).is_file() or (folder / INDEX).is_file()
+
+
 def weights(folder: Path) -> list[pathlib.Path]:
   """Returns the paths of the files that hold a folder's weights, its modules' among them."""
   folder = pathlib.Path(folder)
   single, several = (folder / WEIGHTS).is_file(), (folder / INDEX).is_file()
   if not single and not several:
-    raise FileNotFoundError(other_formats.explain_missing(folder))
-  homes = _weight_map(folder) if several else {}
+    return raw.files(folder)
+  homes = weight_map(folder / INDEX) if several else {}
   if single and (others := set(homes.values()) - {WEIGHTS}):
     raise ValueError(
       f"{folder}: {WEIGHTS} and an index of other files, such as {min(others)}, are both there; "
@@ -337,7 +346,7 @@ def without_target(outcome: str) -> str:
 def _check_index(folder: pathlib.Path, homes: Mapping[str, pathlib.Path]) -> None:
   if not (folder / INDEX).is_file():
     return
-  index = _weight_map(folder)
+  index = weight_map(folder / INDEX)
   for name in sorted(index.keys() | homes.keys()):
     by_index, on_disk = index.get(name), homes[name].name if name in homes else None
     if by_index != on_disk:
@@ -347,8 +356,8 @@ def _check_index(folder: pathlib.Path, homes: Mapping[str, pathlib.Path]) -> Non
       )
 
 
-def _weight_map(folder: pathlib.Path) -> dict[str, str]:
-  path = folder / INDEX
+def weight_map(path: pathlib.Path) -> dict[str, str]:
+  """Returns the file of each tensor by an index; each is a plain name."""
   shards = read_json(path).get("weight_map")
   if not isinstance(shards, dict) or not shards:
     raise ValueError(

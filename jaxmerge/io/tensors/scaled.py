@@ -1,0 +1,198 @@
+"""Weights in 8-bit floats with scales, which are multiplied out while rows of them are read.
+
+Per tensor, per row, or per block, as compressed-tensors, fbgemm, ModelOpt, DeepSeek and ComfyUI
+store them. All of them multiply, also those that call the scale an inverse one.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple  # Any: what a config.json holds.
+
+import ml_dtypes
+import numpy as np
+
+from jaxmerge.io.tensors.tensor import Tensor
+
+FLOAT8 = tuple(np.dtype(d) for d in (ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2))
+BLOCK = (128, 128)  # Of DeepSeek's, where no config says otherwise.
+KEYS = ("quantization_config", "compression_config")
+_ENDS = ("_scale", "_scale_inv")  # After the name of a weight.
+_BESIDE = ("scale_weight", "qscale_weight")  # In the place of `weight`.
+# Scales of activations and of the cache of keys and values: they say nothing about weights.
+_ACTIVATIONS = re.compile(
+  r"(?:^|[.])(?:(?:input|activation|output|[kvq]|kv|prob|softmax)_scale(?:_ub)?|scale_input"
+  r"|qscale_act|scaled_fp8)$"
+)
+_STORED = ("bfloat16", "float16", "float32")
+
+
+class Dequantized(NamedTuple):
+  """A model whose scaled weights are read as numbers.
+
+  Attributes:
+    tensors: the weights, and all else but scales.
+    scales: the names of the scales, and the weight of each; "" where it is of activations.
+    weights: names of the weights that were scaled.
+  """
+
+  tensors: dict[str, Tensor]
+  scales: dict[str, str]
+  weights: tuple[str, ...]
+
+
+class _Grid(NamedTuple):
+  """The place of the scale of each entry: the scale is [lead, rows, columns] of blocks."""
+
+  height: int  # Rows of a matrix.
+  width: int  # Entries of a row.
+  block: tuple[int, int]
+  rows: int  # Of the scale, for a matrix.
+  columns: int
+
+  def scale_row(self, row: int) -> int:
+    """Returns the row of the scale for a row of all matrices."""
+    matrix, inner = divmod(row, self.height)
+    return matrix * self.rows + inner // self.block[0]
+
+
+def dequantize(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Dequantized:
+  """Finds weights in 8-bit floats and their scales, and joins them.
+
+  Weights without a scale stay as they are, and so do all other kinds of codes.
+
+  Args:
+    tensors: of a model.
+    config: its config.json, for the size of blocks, and the dtype of what is stored.
+
+  Raises:
+    ValueError: naming a scale whose shape fits no rule.
+  """
+  pairs = {name: scale for name, t in tensors.items() if (scale := _scale_of(name, t, tensors))}
+  if not pairs:
+    return Dequantized(dict(tensors), {}, ())
+  dtype, block = stored_dtype(config), _block(config)
+  scales = {scale: name for name, scale in pairs.items()}
+  scales |= {name: "" for name in tensors if _ACTIVATIONS.search(name)}
+  changed = {
+    name: _product(t, tensors[pairs[name]], block, dtype) if name in pairs else t
+    for name, t in tensors.items()
+    if name not in scales
+  }
+  return Dequantized(changed, scales, tuple(pairs))
+
+
+def stored_dtype(config: Mapping[str, Any]) -> np.dtype:
+  """Returns the dtype in which a result stores dequantized weights: the config's, or bfloat16.
+
+  >>> stored_dtype({"torch_dtype": "float16"}).name, stored_dtype({"dtype": "float8"}).name
+  ('float16', 'bfloat16')
+  """
+  inner = [x for key in ("text_config", "llm_config") if isinstance(x := config.get(key), Mapping)]
+  named = [part.get(key) for part in (config, *inner) for key in ("dtype", "torch_dtype")]
+  name = next((str(x) for x in named if x in _STORED), "bfloat16")
+  return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
+
+
+def strip(config: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns a config that does not say that weights are quantized."""
+  stripped: dict[str, Any] = {}
+  for key, value in config.items():
+    if key not in KEYS:
+      stripped[key] = strip(value) if isinstance(value, Mapping) else value
+  for key in ("dtype", "torch_dtype"):
+    if str(stripped.get(key, "")).startswith("float8"):
+      stripped[key] = "bfloat16"
+  return stripped
+
+
+def _scale_of(name: str, tensor: Tensor, tensors: Mapping[str, Tensor]) -> str | None:
+  """Returns the name of the scale of a weight in 8-bit floats, if there is one."""
+  if tensor.dtype not in FLOAT8 or f"{name}_zero_point" in tensors or f"{name}_scale_2" in tensors:
+    return None
+  stem = name.removesuffix("weight")
+  beside = [f"{stem}{word}" for word in _BESIDE if stem != name]
+  return next((n for n in (*(name + end for end in _ENDS), *beside) if n in tensors), None)
+
+
+def _block(config: Mapping[str, Any]) -> tuple[int, int]:
+  """Returns the size of blocks by a config."""
+  for settings in _settings(config):
+    size = settings.get("weight_block_size") or settings.get("block_structure")
+    if isinstance(size, list) and len(size) == 2 and all(type(n) is int and n > 0 for n in size):
+      return size[0], size[1]
+  return BLOCK
+
+
+def _settings(value: Any) -> Iterator[Mapping[str, Any]]:
+  """Yields the mappings in a config, outer ones first."""
+  if isinstance(value, Mapping):
+    yield value
+    for inner in value.values():
+      yield from _settings(inner)
+
+
+def _grid(weight: Tensor, scale: Tensor, block: tuple[int, int]) -> _Grid:
+  """Returns where the scales of a weight are, by the two shapes."""
+  *lead, height, width = (1, 1, *weight.shape)[-max(2, len(weight.shape)) :]
+  shape, count = scale.shape, math.prod(scale.shape)
+  whole = (height, width)
+  if count == 1:
+    return _Grid(math.prod(lead) * height, width, (math.prod(lead) * height, width), 1, 1)
+  if not lead and shape in ((height,), (height, 1)):
+    return _Grid(height, width, (1, width), height, 1)
+  if lead and count == math.prod(lead) and shape[: len(lead)] == tuple(lead):
+    return _Grid(height, width, whole, 1, 1)
+  if len(shape) == len(lead) + 2 and shape[:-2] == tuple(lead):
+    rows, columns = shape[-2:]
+    step = tuple(
+      1 if n == size else size if n == 1 else b
+      for n, size, b in zip((rows, columns), whole, block, strict=True)
+    )
+    if (rows, columns) == tuple(-(-size // b) for size, b in zip(whole, step, strict=True)):
+      return _Grid(height, width, (step[0], step[1]), rows, columns)
+  raise ValueError(
+    f"{scale.where}: its shape {list(shape)} is no scale of {list(weight.shape)}: neither of the "
+    f"whole, nor of rows or columns, nor of blocks of {block[0]} x {block[1]}; weight_block_size "
+    "in quantization_config of config.json says what blocks these are."
+  )
+
+
+def _product(weight: Tensor, scale: Tensor, block: tuple[int, int], dtype: np.dtype) -> Tensor:
+  """Returns a weight times its scale, in float32, by rows."""
+  grid = _grid(weight, scale, block)
+
+  def read(start: int, out: np.ndarray) -> None:
+    codes = np.empty(out.shape, weight.dtype)
+    weight.read(start, codes)
+    out[...] = codes
+    done = 0
+    while done < out.size:
+      row, offset = divmod(start + done, grid.width)
+      part = out[done : min(out.size, done + _run(grid, row, offset))]
+      part *= _scales(scale, grid, row, offset, part.size)
+      done += part.size
+
+  where = f"{weight.where}, dequantized"
+  return Tensor(where, np.dtype(np.float32), weight.shape, read, dtype)
+
+
+def _run(grid: _Grid, row: int, offset: int) -> int:
+  """Returns how many entries from here on are multiplied at once."""
+  if grid.columns == 1:  # A block is as wide as a row.
+    left = grid.block[0] - row % grid.height % grid.block[0]
+    left = min(left, grid.height - row % grid.height)
+    return left * grid.width - offset
+  return grid.width - offset
+
+
+def _scales(scale: Tensor, grid: _Grid, row: int, offset: int, size: int) -> np.ndarray:
+  """Returns the scales of entries of a row; one scale where that is of all of them."""
+  values = np.empty(grid.columns, scale.dtype)
+  scale.read(grid.scale_row(row) * grid.columns, values)
+  wide = values.astype(np.float32)
+  if grid.columns == 1:
+    return wide
+  return np.repeat(wide, grid.block[1])[offset : offset + size]
