@@ -23,6 +23,7 @@ __getattr__, __dir__, __all__ = lazy.attach(
     "reader",
     "remote_code",
     "resume",
+    "runs",
     "tied_weights",
     "write_tensors",
   ),

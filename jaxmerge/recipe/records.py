@@ -22,12 +22,14 @@ class Model:
     path: a local folder, a hub id, or the name of another recipe of the file.
     revision: of the hub's repository.
     adapters: paths of adapters that are added to the model, each with its revision.
+    hint: end of the errors of a model that cannot be opened: how to go on without it.
     place: where the reference stands.
   """
 
   path: str
   revision: str | None = None
   adapters: tuple[tuple[str, str | None], ...] = ()
+  hint: str = dataclasses.field(default="", kw_only=True, compare=False)
   place: Place = dataclasses.field(kw_only=True, compare=False)
 
   def __str__(self) -> str:

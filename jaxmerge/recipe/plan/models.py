@@ -22,7 +22,7 @@ def _at_place(model: Model) -> Iterator[None]:
   try:
     yield
   except (OSError, ValueError) as error:
-    raise RecipeError([Problem(model.place, str(error))]) from error
+    raise RecipeError([Problem(model.place, f"{error}{model.hint}")]) from error
 
 
 class Opener(NamedTuple):

@@ -9,6 +9,7 @@ __getattr__, __dir__, __all__ = lazy.attach(
     "inputs",
     "python_values",
     "references",
+    "run_models",
     "schema",
     "validate",
     "yaml_reader",

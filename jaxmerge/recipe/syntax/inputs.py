@@ -20,7 +20,7 @@ from jaxmerge.recipe.records import (
   View,
   Where,
 )
-from jaxmerge.recipe.syntax import fields, references
+from jaxmerge.recipe.syntax import fields, references, run_models
 from jaxmerge.recipe.syntax.references import Context
 from jaxmerge.recipe.syntax.yaml_reader import Node
 
@@ -158,6 +158,22 @@ def source(node: Node, what: str, known: Known, sliced: bool, context: Context) 
   )
 
 
+def sources_of_item(
+  node: Node, what: str, known: Known, sliced: bool, context: Context
+) -> tuple[Source, ...]:
+  """Returns the models of an item of a list: one, or several checkpoints of a run."""
+  if isinstance(node.value, dict) and run_models.RUN in node.value and not sliced:
+    keys = (*run_models.KEYS, "parameters")
+    nodes = fields.mapping(
+      node, "a run", keys, context.problems, needed=(run_models.RUN,), ignored=PARAMETERS
+    )
+    parameters = level(nodes.get("parameters"), known, context.problems, at_source=True)
+    models = run_models.models(node, nodes, context.problems)
+    return tuple(Source(model, parameters, place=model.place) for model in models)
+  one = source(node, what, known, sliced, context)
+  return () if one is None else (one,)
+
+
 def sources(
   node: Node, what: str, known: Known, sliced: bool, context: Context
 ) -> tuple[Source, ...]:
@@ -165,7 +181,9 @@ def sources(
   listed = fields.items(node, what, context.problems)
   item = "a source" if sliced else "a model"
   models: list[Source] = []
-  for each_source in (source(each, item, known, sliced, context) for each in listed):
+  for each_source in (
+    s for each in listed for s in sources_of_item(each, item, known, sliced, context)
+  ):
     # Of models that differ in parameters, it is an error.
     if each_source in models and known.mergekits:
       before = models[models.index(each_source)].place.short
