@@ -1,15 +1,15 @@
-"""Opens a folder of weights: the one place that decides what kind it is.
+"""Opens a folder of weights, and decides what kind it is.
 
 A model is a Hugging Face folder with safetensors or msgpack, raw files of either, or a checkpoint;
 an adapter is a PEFT folder.
-Headers and manifests are read, no weights. Free of jax.
+Only headers and manifests are read. Free of jax.
 """
 
 from __future__ import annotations
 
 import pathlib
 from collections.abc import Mapping
-from typing import Any, NamedTuple  # Any: what a config.json holds.
+from typing import Any, NamedTuple  # Any: JSON of a config.
 
 from jaxmerge import display
 from jaxmerge.io.checkpoints import manifest, metadata
@@ -28,8 +28,8 @@ class Weights(NamedTuple):
     kind: "model", "checkpoint", "adapter", or "flax" where the files are msgpack.
     folder: its path; for a run, the folder of its newest step; for a raw file, the file.
     tensors: by name.
-    homes: the file that each tensor is in; all of a checkpoint's are in the folder of its state.
-    files: that hold the tensors.
+    homes: the file of each tensor; for a checkpoint, the folder of its state.
+    files: those with the tensors.
     notes: lines on what of the files is no part of the model.
   """
 
@@ -46,7 +46,7 @@ def open_weights(path: Path, files: Files) -> Weights:
 
   Raises:
     FileNotFoundError: where the folder or its weights are missing.
-    ValueError: naming the file that is damaged, and the tensor.
+    ValueError: naming the damaged file and tensor.
   """
   path = pathlib.Path(path)
   if not adapter.is_adapter(path):
@@ -56,10 +56,10 @@ def open_weights(path: Path, files: Files) -> Weights:
 
 
 def open_model(path: Path, files: Files, *, home: str | None = None) -> Weights:
-  """Opens a model; raises as `open_weights` does. `home` is what its tensors call its folder."""
+  """Opens a model; raises as `open_weights` does. Errors name `home` in place of its folder."""
   path = pathlib.Path(path)
   if home is None and display.readable(str(path)) != str(path):
-    home = display.readable(str(path))  # Bytes that are no UTF-8 cannot be written down.
+    home = display.readable(str(path))  # Names that are not UTF-8 cannot be written to JSON.
   step = None if folder.is_usual(path) else metadata.find_checkpoint(path)
   if step is None and not folder.is_usual(path) and (named := flax_weights.files(path)):
     files.note(folder.small_files(path))
@@ -67,7 +67,7 @@ def open_model(path: Path, files: Files, *, home: str | None = None) -> Weights:
     return Weights("flax", path, contents.tensors, contents.homes, tuple(named), contents.notes)
   if step is None:
     files.note(folder.small_files(path))
-    files.note(folder.weights(path))  # The index, which names them, is among the small ones.
+    files.note(folder.weights(path))  # Their index is a small file.
     return _weights("model", path, folder.entries(path), files, home)
   files.note([*step.glob(manifest.NAME), *metadata.files(step)])
   tensors = metadata.tensors(step)

@@ -1,6 +1,6 @@
-"""Explains a path where no model, or no adapter, is: what it is instead, and how to get one.
+"""Explains why a path is no model or adapter: what it is instead, and how to convert it.
 
-By the names of files alone: nothing of them is read. Free of jax.
+It looks at file names only, and opens no weights. Free of jax.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ Path = str | os.PathLike[str]
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 ADAPTER = "adapter_config.json"
-PICKLES = (".bin", ".pt", ".pth")  # Endings of weights that are not read.
+PICKLES = (".bin", ".pt", ".pth")  # Extensions of weights that are not read.
 _STORE = "with store.Checkpoints(pathlib.Path('OUT')) as out: out.save(1, {'params': tree}, {})"
 _TREE = (
   f"give the tree to jaxmerge.merge in Python, or save it for this command: "
@@ -26,13 +26,13 @@ _DATA = ("*.parquet", "*.arrow", "*.jsonl", "*.csv", "data/*.parquet", "dataset_
 
 
 def explain_missing(path: Path, wanted: str = "model") -> str:
-  """Explains what is at a path in place of a model or an adapter, and what to do.
+  """Explains what a path holds in place of a model or an adapter, and what to do.
 
   >>> explain_missing("models/none")
   'models/none: no such folder.'
 
   Args:
-    path: where there is none.
+    path: the path without one.
     wanted: "model" or "adapter".
   """
   path = pathlib.Path(path)
@@ -51,7 +51,7 @@ def explain_missing(path: Path, wanted: str = "model") -> str:
 
 
 def conversion(path: pathlib.Path) -> str:
-  """Returns how to convert a pickle, which can hold code."""
+  """Returns how to convert a pickle, which could run code."""
   return (
     f"{path.name} is a pickle, which is not read. To convert it, load it by its class in "
     f"transformers, whose save_pretrained writes safetensors; or, where it holds tensors by name, "
@@ -60,15 +60,15 @@ def conversion(path: pathlib.Path) -> str:
 
 
 def pickle_hint(folder: pathlib.Path) -> str:
-  """Returns how to convert the pickles in a folder, if there are some."""
+  """Returns how to convert the pickles in a folder; empty without any."""
   pickles = [path for path in sorted(folder.iterdir()) if path.suffix in PICKLES]
-  # Beside weights there are those of the optimizer, of the arguments of training.
+  # Optimizer states and training arguments are pickles too.
   chosen = [path for path in pickles if "model" in path.name] + pickles
   return conversion(chosen[0]) if chosen else ""
 
 
 def _of_file(path: pathlib.Path) -> str:
-  """Says of a file what to give in its place."""
+  """Returns what to pass in place of a file."""
   if (path.parent / ADAPTER).is_file():
     whole = f"{path.parent}, or, where models are merged, MODEL+{path.parent}"
     return f"is a file of a PEFT adapter; give the folder that holds {ADAPTER}, {whole}"
@@ -78,11 +78,11 @@ def _of_file(path: pathlib.Path) -> str:
     return f"no folder; {conversion(path)}"
   if path.suffix == ".gguf":
     return f"no folder; {_gguf(path.parent)}"
-  return "is a file; give the folder that it lies in"
+  return "is a file; give its folder"
 
 
 def _is_model(path: pathlib.Path) -> bool:
-  """Returns whether a folder holds weights that are read, of a model or an adapter."""
+  """Returns whether a folder holds a model or an adapter in a supported format."""
   sealed = (path / "state").is_dir() and (path / "manifest.json").is_file()
   return sealed or any((path / name).is_file() for name in (WEIGHTS, INDEX, ADAPTER))
 
@@ -91,8 +91,7 @@ def _adapter(path: pathlib.Path) -> str:
   if not (path / ADAPTER).is_file():
     return ""
   return (
-    "it is a PEFT adapter: give the model that it was trained on, or, where models are merged, "
-    f"MODEL+{path} for both"
+    f"it is a PEFT adapter: give its base model, or, where models are merged, MODEL+{path} for both"
   )
 
 
@@ -112,7 +111,7 @@ def _cache(path: pathlib.Path) -> str:
 
 
 def _model_hint(root: pathlib.Path) -> str:
-  """Returns what to give in place of the cache of a model."""
+  """Returns what to pass in place of a model's cache folder."""
   if not root.name.startswith("models--"):
     return f"it is the cache of a data set of the hub, {_id(root)}, and holds no model"
   name, newest = _id(root), _snapshot(root)
@@ -130,7 +129,7 @@ def _id(root: pathlib.Path) -> str:
 
 
 def _snapshot(root: pathlib.Path) -> pathlib.Path | None:
-  """Returns the folder of a cached model's main branch, or another one, if there is one."""
+  """Returns the snapshot of a cached model's main branch, else any other; None without one."""
   main = root / "refs" / "main"
   newest = root / "snapshots" / (main.read_text().strip() if main.is_file() else "")
   others = sorted(p for p in (root / "snapshots").glob("*") if p.is_dir())
@@ -185,8 +184,8 @@ def _gguf(path: pathlib.Path) -> str:
     return ""
   read = f"from_pretrained({str(path)!r}, gguf_file={files[0].name!r})"
   return (
-    f"{files[0].name} is of llama.cpp, mostly quantised: take the model that it was made of; or "
-    f"transformers' {read}.save_pretrained writes safetensors of what is left"
+    f"{files[0].name} is a llama.cpp file, often quantised: use the model that it came from; or "
+    f"transformers' {read}.save_pretrained writes its dequantised weights as safetensors"
   )
 
 
@@ -242,7 +241,7 @@ _LOOKS: tuple[Callable[[pathlib.Path], str], ...] = (
 
 
 def _folders(path: pathlib.Path) -> Iterator[pathlib.Path]:
-  """Returns the folders in a folder, by number and name, without hidden ones."""
+  """Yields the visible folders in a folder, sorted by length and name."""
   inner = [p for p in path.iterdir() if p.is_dir() and not p.name.startswith(".")]
   yield from sorted(inner, key=lambda p: (len(p.name), p.name))
 

@@ -249,7 +249,7 @@ def test_a_pickle_is_not_read_and_it_is_said_how_to_convert_it(single, ending):
 
 
 def test_a_file_of_weights_is_no_folder(single):
-  with pytest.raises(FileNotFoundError, match="is a file; give the folder that it lies in"):
+  with pytest.raises(FileNotFoundError, match="is a file; give its folder"):
     folder.load(single / folder.WEIGHTS)
 
 

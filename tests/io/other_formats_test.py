@@ -36,8 +36,8 @@ CACHE = "models--org--name"
   [
     ("a", ["a/adapter_config.json"], r"a PEFT adapter: .*, MODEL\+a for both"),
     ("a", ["a/.metadata", "a/__0_0.distcp"], "format_utils dcp_to_torch a model.pt"),
-    ("a", ["a/m.Q4.gguf", "a/README.md"], "m.Q4.gguf is of llama.cpp"),
-    ("a/m.gguf", ["a/m.gguf"], r"a/m.gguf: no folder; m.gguf is of llama.cpp"),
+    ("a", ["a/m.Q4.gguf", "a/README.md"], "m.Q4.gguf is a llama.cpp file"),
+    ("a/m.gguf", ["a/m.gguf"], r"a/m.gguf: no folder; m.gguf is a llama.cpp file"),
     ("a", ["a/model_index.json", "a/vae/x.safetensors"], "pipeline of diffusers, .*, a/vae;"),
     (CACHE, [f"{CACHE}/snapshots/abc/x", f"{CACHE}/refs/main"], f"name@main, or {CACHE}/snap"),
     (f"{CACHE}/snapshots", [f"{CACHE}/snapshots/0/x"], f"org/name@main, or {CACHE}/snapshots/0"),
@@ -68,7 +68,7 @@ CACHE = "models--org--name"
     (
       "a/model.safetensors",
       ["a/model.safetensors", "a/config.json"],
-      "give the folder that it lies in",
+      "give its folder",
     ),
     ("a", ["a/m-00001-of-00002.safetensors"], "a/m-00002-of-00002.safetensors: no such file, but"),
     ("a", ["a/zero_to_fp32.py", "a/latest"], "of DeepSpeed: its zero_to_fp32.py"),
@@ -129,5 +129,5 @@ def test_a_checkpoint_of_another_program_and_the_way_that_is_said(home):
 def test_a_pointer_of_git_lfs_is_known(home):
   pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n"
   (home / "model.safetensors").write_bytes(pointer)
-  with pytest.raises(ValueError, match=r"a pointer of Git LFS, .* `git lfs pull`"):
+  with pytest.raises(ValueError, match=r"a Git LFS pointer, .* `git lfs pull`"):
     safetensors.header(home / "model.safetensors")

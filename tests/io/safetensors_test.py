@@ -167,7 +167,7 @@ def test_a_name_of_a_whole_surrogate_pair_is_one(tmp_path):
 
 def test_a_header_that_is_too_long_is_refused_unread(tmp_path):
   (tmp_path / "m.safetensors").write_bytes((10**12).to_bytes(8, "little") + b"{}")
-  with pytest.raises(ValueError, match="length is given as 1000000000000 bytes, over the limit"):
+  with pytest.raises(ValueError, match="claims a length of 1000000000000 bytes, over the limit"):
     files.header(tmp_path / "m.safetensors")
 
 

@@ -1,4 +1,4 @@
-"""Tensors that are read in parts: of files, of parts of others, of experts."""
+"""Lazy tensors: views of files, of other tensors, and of mixture-of-experts layers."""
 
 from jaxmerge import lazy
 

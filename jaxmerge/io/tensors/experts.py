@@ -1,7 +1,7 @@
-"""Experts of a layer as one tensor, [experts, out, in], and as one matrix each: two forms of one.
+"""Converts between fused experts, one tensor [experts, out, in], and one matrix per expert.
 
-Files of most mixtures of experts hold a matrix each, and models in memory one tensor; adapters and
-merged models come with the names of either.
+Most mixture-of-experts files store one matrix per expert, and models in memory one fused tensor.
+Adapters and merged models use the names of either.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import NamedTuple
 from jaxmerge.io.tensors import pieces
 from jaxmerge.io.tensors.tensor import Tensor, compute_dtype, widen
 
-# Of a fused tensor, the matrices of an expert that lie in it, one below the other.
+# Matrices of an expert that a fused tensor stacks, in this order.
 _PARTS = {
   "gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")),
   "down_proj": (("down_proj",), ("w2",)),
@@ -24,7 +24,7 @@ _FUSED = re.compile(r"(?P<experts>.+\.experts)\.(?P<part>gate_up_proj|down_proj)
 
 
 class Stretch(NamedTuple):
-  """Neighbouring entries of a stored tensor, and their place in the other form.
+  """A contiguous range of a stored tensor, and its place in the other form.
 
   Attributes:
     name: the stored tensor.
@@ -40,19 +40,19 @@ class Stretch(NamedTuple):
 
 
 class Form(NamedTuple):
-  """A tensor in the form in which it is not stored, and the places of its entries."""
+  """A tensor in the form that is not stored, and where its entries are stored."""
 
   tensor: Tensor
   stretches: tuple[Stretch, ...]
 
 
 def forms(tensors: Mapping[str, Tensor]) -> dict[str, Form]:
-  """Returns the fused tensors of single experts that are stored, and the single ones of fused."""
+  """Returns fused views of experts that are stored singly, and single views of fused ones."""
   return {**_fused_forms(tensors), **_single_forms(tensors)}
 
 
 def _fused_forms(tensors: Mapping[str, Tensor]) -> dict[str, Form]:
-  """Returns fused tensors of single experts, where all are there and alike."""
+  """Returns a fused view of single experts, where all exist and have one shape and dtype."""
   counts: dict[str, int] = {}
   for name in tensors:
     if match := _SINGLE.fullmatch(name):
@@ -98,7 +98,7 @@ def _single_forms(tensors: Mapping[str, Tensor]) -> dict[str, Form]:
 def replace(
   tensors: Mapping[str, Tensor], changed: Mapping[str, Tensor], known: Mapping[str, Form]
 ) -> dict[str, Tensor]:
-  """Returns changed tensors in the form in which they are stored.
+  """Returns changed tensors in their stored form.
 
   Args:
     tensors: as they are stored.
@@ -114,7 +114,7 @@ def replace(
 
 
 def _patch(tensor: Tensor, patches: Iterable[tuple[Stretch, Tensor]]) -> Tensor:
-  """Replaces some stretches of a stored tensor, in float32 or wider."""
+  """Replaces ranges of a stored tensor, in float32 or wider."""
   ordered = sorted(patches, key=lambda patch: patch[0].start)
   parts, done, where = list[Tensor](), 0, tensor.where
   whole = widen(tensor, compute_dtype(tensor, *(source for _, source in ordered)))

@@ -1,10 +1,10 @@
-"""Names of one tensor in two libraries: known prefixes and parts, and a user's table."""
+"""Matches tensor names across libraries, by known prefixes and parts and by a user's table."""
 
 from __future__ import annotations
 
 from collections.abc import Container, Mapping
 
-# What a name may begin with, beside that of the same tensor in another wrapper of the model.
+# Prefixes that one wrapper of a model adds and another does not.
 PREFIXES = (
   "",
   "model.",
@@ -22,7 +22,7 @@ _PARTS = ((".block_sparse_moe.", ".mlp."),)
 
 
 def find(name: str, among: Container[str]) -> str | None:
-  """Returns the spelling of a name among others: itself, or with a known other prefix or part.
+  """Returns the spelling of a name among others: unchanged, or with another known prefix or part.
 
   None where there is no such name, or more than one.
 
@@ -39,9 +39,9 @@ def find(name: str, among: Container[str]) -> str | None:
 
 
 def rename(name: str, table: Mapping[str, str]) -> str:
-  """Returns a name with another beginning: that of the longest entry with which it begins.
+  """Returns a name with its prefix replaced, by the longest entry that matches.
 
-  An entry is a whole name, or its beginning up to a dot.
+  An entry is a whole name, or a prefix up to a dot.
 
   >>> rename("encoder.layer.0.w", {"encoder": "bert.encoder", "enc": "x"})
   'bert.encoder.layer.0.w'

@@ -1,4 +1,4 @@
-"""Tensors of parts of others: stretches, concatenations, replaced rows, and wholes in memory."""
+"""Tensors built from others: ranges, concatenations, replaced rows, and computed tensors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jaxmerge.io.tensors.tensor import Tensor, compute_dtype, widen
 
 
 def stretch(tensor: Tensor, start: int, shape: tuple[int, ...]) -> Tensor:
-  """Returns neighbouring entries of a tensor, from entry `start` on, as a tensor.
+  """Returns a contiguous range of a tensor, from entry `start`, as a tensor.
 
   >>> x = np.arange(6.0)
   >>> whole = Tensor("x", x.dtype, (3, 2), lambda start, out: np.copyto(out, x[start:][:out.size]))
@@ -28,7 +28,7 @@ def stretch(tensor: Tensor, start: int, shape: tuple[int, ...]) -> Tensor:
 
 
 def concatenate(tensors: Sequence[Tensor], shape: tuple[int, ...]) -> Tensor:
-  """Returns the entries of tensors of one dtype, one tensor after the other, as one tensor."""
+  """Concatenates tensors of one dtype, flattened, into one tensor."""
   ends = list(itertools.accumulate(math.prod(t.shape) for t in tensors))
 
   def read(start: int, out: np.ndarray) -> None:
@@ -44,7 +44,7 @@ def concatenate(tensors: Sequence[Tensor], shape: tuple[int, ...]) -> Tensor:
 
 
 def with_rows(tensor: Tensor, rows: Sequence[int], values: Tensor) -> Tensor:
-  """Returns a matrix in which some rows are those of another one, [len(rows), width]."""
+  """Returns a matrix with some rows replaced by those of another, [len(rows), width]."""
   width, places = tensor.shape[1], {row: place for place, row in enumerate(rows)}
   widest = widen(values, tensor.dtype)
 
@@ -67,14 +67,14 @@ def load(tensor: Tensor, dtype: np.dtype | None = None) -> np.ndarray:
 
 
 class Wholes:
-  """Tensors that are computed as wholes when they are read: the last one stays in memory."""
+  """Tensors that are computed whole on first read; the last one stays in memory."""
 
   def __init__(self) -> None:
     self._makers: list[Callable[[], np.ndarray]] = []
     self._array = functools.lru_cache(1)(lambda number: self._makers[number]().reshape(-1))
 
   def tensor(self, base: Tensor, compute: Callable[[np.ndarray], np.ndarray], added: str) -> Tensor:
-    """Returns a tensor that is computed from another, in float32 or wider, of the same shape.
+    """Returns a tensor that is computed from another of the same shape, in float32 or wider.
 
     Args:
       base: the tensor.

@@ -1,7 +1,7 @@
-"""Finds codes of quantized weights, by the names and dtypes of the tensors beside them.
+"""Detects the codes of quantized weights, by names and dtypes of neighbouring tensors.
 
-A code is no weight: a mean of codes, or of scales without their codes, is no model. A config only
-adds to what the tensors show.
+Codes are no weights: a mean of codes, or of scales without their codes, is no model. A config only
+adds to the evidence of the tensors.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from jaxmerge.io.tensors import safetensors
 from jaxmerge.io.tensors.tensor import NotYetMade, Tensor
 
 # Scales, zero points and tables of GPTQ, AWQ, bitsandbytes, fp8 and fp4 of several kinds, HQQ,
-# AQLM, VPTQ, EXL, quanto, torchao and MLX: the name before them is that of the codes.
+# AQLM, VPTQ, EXL, quanto, torchao and MLX: suffixes of the name of the codes.
 _SCALE = re.compile(
   r"[._:/]+(?:(?:input|activation|act|output|weight|pre|per_tensor|global|nested|dq|zp)_)*"
   r"(?:q?scales?|scales?_inv(?:erse)?|(?:weight_|input_)?scales?_(?:2|ub|max)|absmax|quant_map"
@@ -36,14 +36,14 @@ _CODES = re.compile(
 _FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
 _KEYS = ("quantization_config", "compression_config", "quantization")
 _WEIGHT = re.compile(r"(?:^|[._:/])(?:q?weight|kernel)$")
-_BUFFER = re.compile(r"(?:_ids?|_index|mask|bias)$")  # Integers that are no codes.
-_FIRST = 4096  # Entries that are looked at.
+_BUFFER = re.compile(r"(?:_ids?|_index|mask|bias)$")  # Integer tensors that are no codes.
+_FIRST = 4096  # Entries that are sampled.
 _SLICE = 2**20  # Entries that are compared at a time.
-_REMEDY = "give the model as it was before, or dequantized"
+_REMEDY = "use the model as it was before, or dequantize it"
 
 
 def find_codes(tensors: Mapping[str, Any]) -> dict[str, str]:
-  """Returns the tensors of codes, and of each the name of a tensor that its codes are scaled by.
+  """Returns the name of each tensor of codes, mapped to the name of its scales.
 
   >>> import numpy as np
   >>> codes = Tensor("", np.dtype(np.int32), (8, 64), lambda start, out: None)
@@ -52,7 +52,7 @@ def find_codes(tensors: Mapping[str, Any]) -> dict[str, str]:
   {'up.qweight': 'up.scales'}
   """
   scales: dict[str, str] = {}
-  states = set()  # bitsandbytes may store codes as the bytes of floats, whose dtype says nothing.
+  states = set()  # bitsandbytes may store codes as bytes of a float dtype, which says nothing.
   for name in tensors:
     if match := _SCALE.search(name):
       scales.setdefault(name[: match.start()], name)
@@ -69,7 +69,7 @@ def _is_narrow(tensor: Any) -> bool:
 
 
 def _stems(name: str) -> Iterator[str]:
-  """Yields a name, and what is left of it without the words for codes at its end."""
+  """Yields a name, and the same without suffixes for codes."""
   yield name
   while match := _CODES.search(name):
     name = name[: match.start()]
@@ -89,7 +89,7 @@ def refuse(leaves: Mapping[str, Any], whose: str) -> None:
 
 
 def tensors_of_codes(tensors: Mapping[str, Tensor]) -> frozenset[str]:
-  """Returns the codes and all that belongs to them: a result stores these as they are."""
+  """Returns the codes and all tensors that belong to them; results copy these unchanged."""
   codes = find_codes(tensors)
   stems = {stem for name in codes for stem in _stems(name)}
   others = (n for n in tensors if (at := _SCALE.search(n)) and n[: at.start()] in stems)
@@ -103,7 +103,7 @@ def problem(
   config: Mapping[str, Any],
   folder: pathlib.Path,
 ) -> str | None:
-  """Returns why tensors of a model cannot be merged; None where none of them are codes.
+  """Returns why tensors of a model cannot be merged; None where none of them holds codes.
 
   Weights in 8-bit floats without a scale are plain values, and can be merged.
 
@@ -112,7 +112,7 @@ def problem(
     tensors: its tensors.
     merged: names of those that are merged.
     config: its config.
-    folder: where other files may say that it is quantized.
+    folder: with other files that may declare quantization.
   """
   scales = find_codes(tensors)
   if every := tensors_of_codes(tensors) & set(merged):
@@ -140,7 +140,7 @@ def problem(
 def cast(
   model: str, tensors: Mapping[str, Tensor], copied: Collection[str], dtype: np.dtype
 ) -> str | None:
-  """Returns a line on codes or scales of a model that another dtype would change, if any."""
+  """Returns an error for codes or scales that another dtype would change; None without any."""
   for name in sorted(tensors_of_codes(tensors) & set(copied)):
     if safetensors.is_floating(tensors[name].dtype) and tensors[name].dtype != dtype:
       return (
@@ -151,7 +151,7 @@ def cast(
 
 
 def note_copies(parts: Iterable[Sequence[tuple[str, str, Tensor | None]]]) -> list[str]:
-  """Returns a note if matrices of integers are copied from the first of models that differ.
+  """Returns a note if integer matrices differ between models and are copied from the first.
 
   Args:
     parts: of tensors with several models: name, model, and tensor of each.
@@ -175,7 +175,7 @@ def _difference(first: tuple[str, str, Tensor | None], *others: Any) -> str | No
 
 
 def _alike(a: Tensor, b: Tensor) -> bool:
-  """Returns whether no entry of two tensors differs; assumed of one that does not exist yet."""
+  """Returns whether two tensors have equal entries; true for one that does not exist yet."""
   size = math.prod(a.shape)
   try:
     for start in range(0, size if a.shape == b.shape else 0, _SLICE):
@@ -190,7 +190,7 @@ def _alike(a: Tensor, b: Tensor) -> bool:
 
 
 def _is_bare(name: str, tensor: Tensor, is_declared: bool) -> bool:
-  """Returns whether a matrix holds codes though nothing beside it does."""
+  """Returns whether a matrix holds codes although no other tensor belongs to it."""
   if tensor.dtype.kind == "b":
     return False
   if safetensors.is_floating(tensor.dtype):
@@ -200,7 +200,7 @@ def _is_bare(name: str, tensor: Tensor, is_declared: bool) -> bool:
 
 
 def _is_whole(name: str, tensors: Mapping[str, Tensor]) -> bool:
-  """Returns whether a matrix of floats with a scale begins with whole numbers, as codes do."""
+  """Returns whether the first entries of a scaled float matrix are integers, as codes are."""
   scaled = any(f"{name}{end}" in tensors for end in ("_scale", "_scale_inv"))
   if not scaled or name not in tensors or len(tensors[name].shape) < 2:
     return False
@@ -209,7 +209,7 @@ def _is_whole(name: str, tensors: Mapping[str, Tensor]) -> bool:
 
 
 def first_entries(tensor: Tensor) -> np.ndarray:
-  """Returns the first entries of a tensor; none of a model that does not exist yet."""
+  """Returns the first entries of a tensor; empty for a model that does not exist yet."""
   first = np.zeros(min(_FIRST, math.prod(tensor.shape)), tensor.dtype)
   try:
     tensor.read(0, first)
@@ -219,7 +219,7 @@ def first_entries(tensor: Tensor) -> np.ndarray:
 
 
 def _source(config: Mapping[str, Any], folder: pathlib.Path) -> str | None:
-  """Returns the key or file that says that a model is quantized."""
+  """Returns the config key or file that declares a model quantized."""
   parts = {"": config, **{f"{k}.": v for k, v in config.items() if isinstance(v, Mapping)}}
   keys = (f"{part}{key}" for part, values in parts.items() for key in _KEYS if values.get(key))
   files = (name for name in _FILES if (folder / name).is_file())

@@ -1,4 +1,4 @@
-"""Matrices whose rows are gathered on reading, from one matrix and a few others."""
+"""Matrices whose rows are gathered lazily, from one matrix and a few others."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ import numpy as np
 from jaxmerge.io.tensors.tensor import Tensor, widen
 
 BLOCK = 2**18  # Entries that a mean reads at a time.
-Row = tuple[Tensor, int]  # A tensor, and which of its rows.
+Row = tuple[Tensor, int]  # A tensor and a row of it.
 
 
 def gather(
   tensor: Tensor, rows: np.ndarray, fills: Mapping[int, Sequence[Row]], empty: np.ndarray
 ) -> Tensor:
-  """Returns a tensor with other rows; neighbours that stay neighbours are read at once.
+  """Returns a tensor with gathered rows; contiguous rows are read at once.
 
   Args:
     tensor: the rows' source, [N, ...].
-    rows: [M], for each row of the result the one of the tensor that it is; -1: it is none of them.
-    fills: where these come from: the mean of so many rows of other tensors; of none, zero.
-    empty: [M], rows that are the mean of all others, whatever `rows` and `fills` have for them.
+    rows: [M], the source row of each row of the result; -1 for a row from elsewhere.
+    fills: for those, the rows of other tensors whose mean they are; zero without any.
+    empty: [M], rows that are the mean of all others; this overrides `rows` and `fills`.
 
   >>> x = np.array([5, 6, 7], np.float32)
   >>> read = lambda start, out: np.copyto(out, x[start : start + len(out)])
@@ -69,7 +69,7 @@ def _mean(sources: Sequence[Row], width: int) -> np.ndarray:
 def _fill(tensor: Tensor, empty: np.ndarray) -> Tensor:
   """Fills the empty rows of a tensor with the mean of all others.
 
-  The others are read once for it, in blocks at fixed places, when the first empty row is read.
+  The others are read once, in fixed blocks, when the first empty row is read.
   """
   width = math.prod(tensor.shape[1:])
 

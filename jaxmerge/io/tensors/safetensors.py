@@ -2,9 +2,9 @@
 
 The format: eight bytes with the length of a JSON header, the header (per tensor a dtype, a shape
 and two offsets; free text under `__metadata__`), then the tensors' bytes without gaps. bfloat16 and
-the 8-bit floats are the dtypes of `ml_dtypes`. Both directions are written out here, not left to
-the `safetensors` package: its errors do not name the tensor, its NumPy side refuses scalars, and a
-disk that fills up must leave nothing behind.
+the 8-bit floats are the dtypes of `ml_dtypes`. Reading and writing are implemented here: the errors
+of the `safetensors` package do not name the tensor, its NumPy side refuses scalars, and a full disk
+must leave nothing behind.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import math
 import os
 import pathlib
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple  # What JSON holds is any object until it is checked.
+from typing import Any, NamedTuple  # Any: unchecked JSON.
 
 import ml_dtypes
 import numpy as np
@@ -43,7 +43,7 @@ DTYPES: Mapping[str, np.dtype] = {
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 LONGEST_HEADER = strict_json.LONGEST  # A longer one is a damaged or hostile file.
 MOST_AXES = 64  # NumPy's limit.
-LARGEST = 2**63  # Bytes, and a position: what a disk can hold counts in 64 bits.
+LARGEST = 2**63  # Sizes and positions fit 64 bits.
 
 
 class Entry(NamedTuple):
@@ -68,7 +68,7 @@ def header(path: Path) -> Header:
   Raises:
     FileNotFoundError: where there is no file.
     ValueError: naming the file, and the tensor where one is at fault: truncated, not JSON, a header
-      that is too long, names that are no text, unknown dtypes, shapes that do not fit their bytes
+      that is too long, names that are not text, unknown dtypes, shapes that do not fit their bytes
       or have too many axes, gaps and overlaps.
   """
   path = pathlib.Path(path)
@@ -82,12 +82,12 @@ def header(path: Path) -> Header:
       raise ValueError(f"{path}: {size} bytes are too few for a safetensors file; it is truncated.")
     if first == b"version ":
       raise ValueError(
-        f"{path}: this is a pointer of Git LFS, the weights are not here; `git lfs pull` in its "
+        f"{path}: this is a Git LFS pointer, not the weights; `git lfs pull` in its "
         "folder fetches them."
       )
     if length > LONGEST_HEADER:
       raise ValueError(
-        f"{path}: the header's length is given as {length} bytes, over the limit of "
+        f"{path}: the header claims a length of {length} bytes, over the limit of "
         f"{LONGEST_HEADER}; this is no safetensors file."
       )
     if 8 + length > size:
@@ -116,12 +116,12 @@ def load(path: Path) -> dict[str, np.ndarray]:
 
 
 def save(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> None:
-  """Writes tensors to a file, in their order; the file appears whole or not at all.
+  """Writes tensors to a file, in their order and atomically.
 
   Args:
     path: of the file; a file that is there is replaced.
     tensors: arrays by name (whatever NumPy reads as an array).
-    metadata: text by text, for the header. Other tools ask for {"format": "pt"}.
+    metadata: text by key, for the header. Other tools require {"format": "pt"}.
 
   Raises:
     ValueError: naming the file and the tensor whose dtype or name the format does not know.
@@ -137,7 +137,7 @@ def write(
   tensors: Iterable[tuple[str, Any]],
   metadata: Mapping[str, str] | None = None,
 ) -> None:
-  """Writes tensors one after the other, as they come; the file appears whole or not at all.
+  """Writes tensors one after the other, as they arrive; the file appears atomically.
 
   Args:
     path: of the file; a file that is there is replaced.

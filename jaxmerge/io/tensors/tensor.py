@@ -1,4 +1,4 @@
-"""Tensors that are read in parts, wherever their bytes are."""
+"""Lazy tensors, which are read in parts, and the pool of open files that they read from."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ import numpy as np
 from jaxmerge.io.disk import stamps
 from jaxmerge.io.tensors.safetensors import Entry
 
-MOST = 64  # Files that are open at a time.
+MOST = 64  # Open files at a time.
 
 
 class Tensor(NamedTuple):
   """A tensor of a model.
 
   Attributes:
-    where: its file and name, for errors.
+    where: file and name, for errors.
     dtype: of its entries.
     shape: of the whole.
     read: (start, out) fills `out` [n], of the tensor's dtype, with entries start, start + 1, ...
-    store_as: dtype in which a result stores it, where that may be another one: what is computed
-      from narrow weights is read in float32, and an adapter may hold tensors of others.
+    store_as: dtype in which a result stores it, where it differs from `dtype`: tensors computed
+      from narrow weights are read in float32.
   """
 
   where: str
@@ -36,19 +36,19 @@ class Tensor(NamedTuple):
 
   @property
   def stored_dtype(self) -> np.dtype:
-    """Dtype in which a result stores it, unless the user chooses another."""
+    """The dtype in which a result stores it, unless the user chooses another."""
     return self.store_as or self.dtype
 
 
 class NotYetMade(ValueError):
-  """A tensor was read of a model that does not exist yet."""
+  """Raised on reading a tensor of a model that does not exist yet."""
 
 
 class Files:
-  """Files that are open for reading: the ones used last, so that a model may have thousands.
+  """A pool of files open for reading: only the last used ones, as a model may have thousands.
 
   Attributes:
-    stamps: of files as they were before the first byte of them was read.
+    stamps: of files, taken before their first byte was read.
   """
 
   def __init__(self) -> None:
@@ -56,18 +56,18 @@ class Files:
     self._open: collections.OrderedDict[pathlib.Path, int] = collections.OrderedDict()
 
   def note(self, paths: Iterable[pathlib.Path]) -> None:
-    """Takes the stamps of files that are read from now on."""
+    """Records the stamps of files that are about to be read."""
     if new := [path for path in paths if path not in self.stamps]:
       self.stamps |= stamps.take(new)
 
   def forget(self, folder: pathlib.Path) -> None:
-    """Closes the files of a folder, which is written anew, and drops their stamps."""
+    """Closes the files of a folder that is about to be rewritten, and drops their stamps."""
     for path in [p for p in self._open if p.is_relative_to(folder)]:
       os.close(self._open.pop(path))
     self.stamps = {p: s for p, s in self.stamps.items() if not p.is_relative_to(folder)}
 
   def read(self, path: pathlib.Path, position: int, out: np.ndarray) -> int:
-    """Reads bytes into an array that is contiguous; returns how many there were."""
+    """Reads bytes into a contiguous array; returns their number."""
     handle = self._open.pop(path, None)
     handle = os.open(path, os.O_RDONLY) if handle is None else handle
     self._open[path] = handle
@@ -79,7 +79,7 @@ class Files:
     return out.nbytes - len(left)
 
   def close(self) -> None:
-    """Closes them all."""
+    """Closes all files."""
     while self._open:
       os.close(self._open.popitem()[1])
 
@@ -87,9 +87,9 @@ class Files:
 def stored_tensor(
   files: Files, path: pathlib.Path, name: str, entry: Entry, *, home: str | None = None
 ) -> Tensor:
-  """Returns a tensor whose bytes are in a file, by its header; `home` stands for its folder.
+  """Returns the tensor of a header entry; errors name `home` in place of the file's folder.
 
-  The file's stamp is taken, where whoever read the header has not done so.
+  The file's stamp is recorded, if it is not yet.
   """
   files.note((path,))
   where = f"{path if home is None else f'{home}/{path.name}'}: tensor {name!r}"
