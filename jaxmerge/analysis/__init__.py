@@ -6,6 +6,9 @@ __getattr__, __dir__, __all__ = lazy.attach(
   __name__,
   (
     "diff",
+    "extract",
+    "extract_plan",
+    "low_rank",
     "sums",
   ),
 )

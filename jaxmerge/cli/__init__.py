@@ -8,6 +8,7 @@ __getattr__, __dir__, __all__ = lazy.attach(
     "command",
     "environment",
     "experiment_commands",
+    "extract_command",
     "main",
     "mergekit_flags",
     "model_commands",

@@ -20,6 +20,7 @@ from typing import Any, NoReturn  # Any: a config is imported only by commands t
 from jaxmerge.cli import (
   environment,
   experiment_commands,
+  extract_command,
   mergekit_flags,
   model_commands,
   progress,
@@ -34,6 +35,7 @@ COMMANDS = {
   "report": experiment_commands.REPORT,
   "inspect": model_commands.INSPECT,
   "diff": model_commands.DIFF,
+  "extract": extract_command.EXTRACT,
   "compile": experiment_commands.COMPILE,
   "methods": model_commands.METHODS,
 }

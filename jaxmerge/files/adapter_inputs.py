@@ -54,7 +54,7 @@ def add_adapter(
     files,
     home=home,
     tied=model.tied,
-    heads=_heads(model),
+    heads=heads(model),
     rename=rename,
   )
   touched = {n for n, t in adapted.tensors.items() if t is not model.tensors.get(n)}
@@ -145,7 +145,7 @@ def _same(path: pathlib.Path, text: Text, planned: Text | EllipsisType) -> bool:
   return path.read_bytes() == _bytes(text)
 
 
-def _heads(model: Model) -> list[str]:
+def heads(model: Model) -> list[str]:
   """Returns the names of a model's output heads that are tied to its embedding."""
   stored = [n for n in model.tied if n.endswith(tied.HEADS) and n in model.outcomes]
   name = tied.head(model.config)

@@ -19,6 +19,7 @@ _HOMES = {
 _ROOMS = (
   *dict.fromkeys(_HOMES.values()),
   "diff_text",
+  "extract_text",
   "figure_elements",
   "geometry",
   "leaderboard",
