@@ -80,15 +80,31 @@ METHODS: Mapping[str, Entry] = {
     on="either",
   ),
   "checkpoint_average": Entry(
-    "Σ wᵢθᵢ, wᵢ = 1/K, or ∝ i, or a moving average's",
-    "Li et al. 2025 (arXiv:2505.12082)",
+    "Σ wᵢθᵢ, wᵢ = 1/K, or ∝ i, or a moving average's, or a decay's",
+    "Li et al. 2025 (arXiv:2505.12082); decay: Tian et al. 2025 (arXiv:2507.17634)",
     {
-      "kind": Parameter("sma", "the weights: equal, linear, moving", choices=("sma", "wma", "ema")),
+      "kind": Parameter(
+        "sma",
+        "the weights: equal, linear, moving, or those of a decay of the learning rate",
+        choices=("sma", "wma", "ema", "decay"),
+      ),
       "alpha": Parameter(0.2, "share of the newest in a moving average", low=0.0, high=1.0),
       "start": Parameter(
         "first",
         "where a moving average begins: first checkpoint, or zero",
         choices=("first", "zero"),
+      ),
+      "decay": Parameter(
+        "1-sqrt",
+        "the decay that the weights stand for",
+        choices=("1-sqrt", "linear", "cosine"),
+        only=("kind", "decay"),
+      ),
+      "zero_at": Parameter(
+        "after",
+        "where the decay is zero: one interval after the last checkpoint, or at the last",
+        choices=("after", "last"),
+        only=("kind", "decay"),
       ),
     },
     on="either",

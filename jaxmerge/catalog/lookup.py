@@ -42,6 +42,27 @@ def check(method: str, settings: Mapping[str, Any]) -> None:
       raise ValueError(f"{method} has no parameter {name!r}{errors.nearest(name, parameters)}.")
     if not parameters[name].number or not hasattr(value, "dtype"):
       parameters[name].check(f"{method}: {name}", value)
+  for name in (n for n in settings if parameters[n].only is not None):
+    text = without_effect(method, name, settings)
+    if text and settings[name] != parameters[name].default:
+      raise ValueError(f"{method}: {name} {text}.")
+
+
+def without_effect(method: str, name: str, settings: Mapping[str, Any]) -> str:
+  """Returns why a parameter has no effect beside these settings; "" where it has, or is unknown.
+
+  Example:
+    >>> without_effect("checkpoint_average", "decay", {"kind": "ema"})
+    "has no effect with kind 'ema'; it is for kind 'decay'"
+  """
+  parameters = METHODS[method].parameters if method in METHODS else {}
+  only = parameters[name].only if name in parameters else None
+  if only is None:
+    return ""
+  value = settings.get(only[0], parameters[only[0]].default)
+  if value == only[1]:
+    return ""
+  return f"has no effect with {only[0]} {value!r}; it is for {only[0]} {only[1]!r}"
 
 
 def knows(name: str) -> bool:

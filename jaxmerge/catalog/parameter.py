@@ -22,6 +22,7 @@ class Parameter(NamedTuple):
     integer: whether it is a whole number.
     static: whether it is a setting although it is a number.
     each: whether it may differ from model to model.
+    only: another parameter and the value of it without which this one has no effect.
   """
 
   default: Any
@@ -33,6 +34,7 @@ class Parameter(NamedTuple):
   integer: bool = False
   static: bool = False
   each: bool = False
+  only: tuple[str, Any] | None = None
 
   @property
   def number(self) -> bool:

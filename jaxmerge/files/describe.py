@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxmerge.catalog import decays
 from jaxmerge.core import layouts
 from jaxmerge.files import estimate, inputs, outcomes
 from jaxmerge.files.plan import Job, Plan
@@ -68,7 +69,26 @@ def _dry_run_of_job(plan: Plan, number: int) -> list[str]:
   lines += [f"  outputs and inputs: {text}"] if (text := _layout(job)) else []
   lines += [f"  in the recipe: {recipe_text(job)}"] if job.recipe else []
   hparams = [f"{name} {_number(value, job.models)}" for name, value in job.hparams.items()]
-  return [*lines, f"  here: {'; '.join(hparams)}"] if hparams else lines
+  lines += [f"  here: {'; '.join(hparams)}"] if hparams else []
+  if weights := checkpoint_weights(job):
+    lines += [f"  weights, the oldest first: {_number(weights, job.models)}"]
+  return lines
+
+
+def checkpoint_weights(job: Job) -> tuple[float, ...] | None:
+  """Returns the weights of a job that averages the checkpoints of a run; None for others."""
+  spec = dict(job.spec) if isinstance(job.spec, Mapping) else {}
+  if spec.pop("method", None) != "checkpoint_average" or "where" in spec:
+    return None
+  alpha = np.asarray(job.hparams.get("alpha", 0.2), object)
+  if alpha.ndim or isinstance(alpha.item(), Mapping):
+    return None if spec.get("kind") == "ema" else _weights(job, spec, 0.2)
+  return _weights(job, spec, float(alpha.item()))
+
+
+def _weights(job: Job, spec: Mapping[str, Any], alpha: float) -> tuple[float, ...]:
+  known = {n: spec[n] for n in ("kind", "start", "decay", "zero_at") if n in spec}
+  return decays.checkpoint_weights(len(job.models), **known, alpha=alpha)
 
 
 def recipe_text(job: Job, names: Mapping[str, str] | None = None) -> str:

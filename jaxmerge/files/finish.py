@@ -94,6 +94,7 @@ def _job(plan: Plan, number: int) -> dict[str, Any]:
     **({"recipe": job.recipe} if job.recipe else {}),
     "numbers": _hparams(job),
     "models": job.models,
+    **({"weights": weights} if (weights := describe.checkpoint_weights(job)) else {}),
     "seed": job.seed,
     "layout": job.layout.plain(),
     "tensors": sum(o.job == number for o in plan.outputs),

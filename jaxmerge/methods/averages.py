@@ -10,7 +10,7 @@ from typing import Any, Literal  # Any: states; numbers of NumPy, or traced.
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmerge.catalog import lookup
+from jaxmerge.catalog import decays, lookup
 from jaxmerge.core import running_statistics
 from jaxmerge.core.stage import Array, Fold, Group, Leaf, Method, Stage, State, leafwise, masked
 from jaxmerge.methods.factory import named
@@ -53,27 +53,37 @@ def average(weight: float | tuple[float, ...] = 1.0, normalize: bool = True) -> 
 
 @named
 def checkpoint_average(
-  kind: Literal["sma", "wma", "ema"] = "sma",
+  kind: Literal["sma", "wma", "ema", "decay"] = "sma",
   alpha: float = 0.2,
   start: Literal["first", "zero"] = "first",
+  decay: Literal["1-sqrt", "linear", "cosine"] = "1-sqrt",
+  zero_at: Literal["after", "last"] = "after",
 ) -> Method:
   """Averages checkpoints of one run, the oldest first: [K, ...] -> [1, ...].
 
   Args:
     kind: "sma", equal weights; "wma", weight i for the i-th; "ema", a moving average,
-      m + alpha (x - m).
+      m + alpha (x - m); "decay", weights that decay the learning rate of equally spaced checkpoints
+      after the fact.
     alpha: share of the newest, for "ema".
     start: the moving average begins with the first checkpoint, which then weighs more than those
       that follow, or at zero; that is divided by the sum of the weights, and alpha must not be 0.
+    decay: of the updates between the checkpoints, for "decay"; see `catalog.decays.decay_weights`.
+    zero_at: where it is zero: one interval after the last checkpoint, or at the last, whose weight
+      is then zero.
 
-  Reference: Li et al. 2025, Model merging in pre-training (arXiv:2505.12082).
+  Reference: Li et al. 2025, Model merging in pre-training (arXiv:2505.12082); for "decay" Tian et
+  al. 2025, WSM (arXiv:2507.17634).
 
   Example:
     >>> import jax.numpy as jnp, jaxmerge
     >>> jaxmerge.merge(checkpoint_average("wma"), {"w": jnp.array([0.0, 3.0, 6.0])})["w"].tolist()
     4.0
   """
-  lookup.check("checkpoint_average", {"kind": kind, "alpha": alpha, "start": start})
+  weights = {"kind": kind, "decay": decay, "zero_at": zero_at}
+  lookup.check("checkpoint_average", {**weights, "alpha": alpha, "start": start})
+  if kind == "decay":
+    return _decayed(decay, zero_at, alpha)
   add = functools.partial(_add_checkpoints, kind, start)
   finish = functools.partial(_divide_checkpoints, kind, start)
 
@@ -123,6 +133,40 @@ def _divide_checkpoints(kind: str, start: str, state: State, leaf: Leaf) -> Arra
     return state["sum"] * (1 / count if kind == "sma" else 2 / (count * (count + 1)))
   weights = 1.0 if start == "first" else 1 - (1 - leaf.scalar("alpha", state["sum"])) ** count
   return state["sum"] / weights
+
+
+def _decayed(decay: str, zero_at: str, alpha: float) -> Method:
+  """Returns the average of checkpoints whose weights are those of a decay."""
+
+  def update(x: Array, leaf: Leaf, known: State) -> Array:
+    weights = jnp.asarray(decays.decay_weights(x.shape[0], decay, zero_at), x.dtype)
+    return _sum(x * weights.reshape((-1,) + (1,) * (x.ndim - 1)))
+
+  # The weights of the others depend on how many come after.
+  foldable = zero_at == "after" and decay in ("1-sqrt", "linear")
+  root = decay == "1-sqrt"
+
+  def add(state: State, x: Array, leaf: Leaf) -> State:
+    before = jnp.zeros((), x.dtype) if state is None else state["count"]
+    places = before + jnp.arange(x.shape[0], dtype=x.dtype)
+    # √(i+1) - √i, without the cancellation.
+    weights = 1 / (jnp.sqrt(places + 1) + jnp.sqrt(places)) if root else jnp.ones_like(places)
+    part = _sum(x * weights.reshape((-1,) + (1,) * (x.ndim - 1)))
+    return {"sum": part if state is None else state["sum"] + part, "count": before + x.shape[0]}
+
+  def finish(state: State, leaf: Leaf) -> Array:
+    count = state["count"]
+    return state["sum"] * (1 / (jnp.sqrt(count) if root else count))
+
+  stage = Stage(
+    update,
+    hparams={"alpha": alpha},
+    combines=True,
+    ordered=True,
+    fold=Fold(add, finish) if foldable else None,
+    moments="same",
+  )
+  return Method((stage,))
 
 
 def moving_weights(num_models: int, alpha: Any) -> list[Any]:

@@ -13,6 +13,7 @@ import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
+from jaxmerge.catalog import lookup as catalog_lookup
 from jaxmerge.catalog.parameter import Parameter
 from jaxmerge.recipe.errors import Place, Problem, RecipeError, join_some
 from jaxmerge.recipe.mergekit.methods import METHODS, Method, value_error
@@ -194,7 +195,12 @@ def conflicts(
     place: where the models are listed.
     which: words for the tensor.
   """
-  problems = []
+  problems = [
+    Problem(shared[n].place or place, f"{n} {text}.")
+    for n, parameter in METHODS[name].shared.items()
+    if n in shared and shared[n].value != parameter.default
+    if (text := catalog_lookup.without_effect(name, n, {m: v.value for m, v in shared.items()}))
+  ]
   for values_of_model in each:
     if "epsilon" in values_of_model and "density" in values_of_model:
       density, epsilon = (float(values_of_model[n].value) for n in ("density", "epsilon"))

@@ -4,9 +4,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from example import TAU, blended, close
+from reference import basics
 
 import jaxmerge
 from jaxmerge import methods
+from jaxmerge.catalog import decays
 from jaxmerge.core import interpreter, stage
 
 MODELS = np.random.default_rng(0).normal(size=(5, 8)).astype(np.float32)
@@ -57,6 +59,55 @@ def test_a_moving_average_from_zero_is_divided_by_its_weights():
   close(blended(methods.checkpoint_average("ema", 0.2, "zero"), x), [1.248 / (1 - 0.8**4)])
   with pytest.raises(ValueError, match="alpha must not be 0 where the average begins at zero"):
     blended(methods.checkpoint_average("ema", 0.0, "zero"), x)
+
+
+DECAYS = [(decay, at) for decay in ("1-sqrt", "linear", "cosine") for at in ("after", "last")]
+
+
+@pytest.mark.parametrize(("decay", "zero_at"), DECAYS)
+@pytest.mark.parametrize("K", [1, 2, 3, 8])
+def test_a_decay_damps_the_updates(decay, zero_at, K):
+  """Σ cⱼθⱼ = θ₀ + Σ wᵢ (θᵢ - θᵢ₋₁): an identity in float64; the merge has it in float32."""
+  x = np.random.default_rng(K).normal(size=(K, 5))
+  c = np.array(decays.decay_weights(K, decay, zero_at))
+  damped = basics.decayed([{"w": row} for row in x], decay, zero_at)["w"]
+  np.testing.assert_allclose(c @ x, damped, atol=1e-12)
+  assert c.sum() == pytest.approx(1, abs=1e-12)
+  assert (c >= -1e-15).all()
+  method = methods.checkpoint_average("decay", decay=decay, zero_at=zero_at)
+  close(blended(method, x.astype(np.float32)), damped, atol=1e-6)
+
+
+def test_weights_of_decays():
+  assert decays.decay_weights(4, "linear") == pytest.approx([0.25] * 4)  # The plain mean.
+  assert decays.decay_weights(4, "1-sqrt") == pytest.approx(np.diff(np.sqrt([0, 1, 2, 3, 4])) / 2)
+  assert decays.decay_weights(3, "cosine", "last") == pytest.approx([0.5, 0.5, 0])
+  at_rest = [decays.decay_weights(K, "1-sqrt")[0] for K in (1, 4, 9)]
+  assert at_rest == pytest.approx([1, 1 / 2, 1 / 3])
+
+
+@pytest.mark.parametrize("settings", [("sma",), ("wma",), ("ema", 0.2), ("ema", 0.2, "zero")])
+def test_weights_are_those_of_the_method(settings):
+  kind, *more = settings
+  options = dict(zip(("alpha", "start"), more, strict=False))
+  weights = decays.checkpoint_weights(4, kind, **options)
+  close(blended(methods.checkpoint_average(*settings), np.eye(4, dtype=np.float32)), weights)
+
+
+def test_the_merge_of_a_noisy_run_has_less_loss_than_its_last_iterate():
+  """Of a quadratic, with noise in the gradient, at a constant rate."""
+  rng, x = np.random.default_rng(0), np.zeros(2000)
+  run = [x := x - 0.3 * (x + rng.normal(size=x.size)) for _ in range(60)][-40:]
+  for decay, zero_at in DECAYS:
+    merged = np.array(decays.decay_weights(40, decay, zero_at)) @ np.array(run)
+    assert (merged**2).mean() < 0.3 * (run[-1] ** 2).mean()
+
+
+def test_settings_of_a_decay_need_the_kind():
+  with pytest.raises(ValueError, match="zero_at has no effect with kind 'ema'; it is for kind 'de"):
+    methods.checkpoint_average("ema", zero_at="last")
+  assert dict(methods.checkpoint_average("ema").settings) == {"kind": "ema", "start": "first"}
+  assert "decay" in dict(methods.checkpoint_average("decay").settings)
 
 
 @pytest.mark.parametrize("settings", [("sma",), ("wma",), ("ema",), ("ema", 0.2, "zero")])

@@ -81,9 +81,11 @@ def test_a_hyperparameter_is_no_part_of_a_method(name, parameter):
 def test_a_setting_is_part_of_a_method(name, parameter):
   make, entry = getattr(methods, name), lookup.METHODS[name].parameters[parameter]
   value = next(v for v in entry.choices if v != entry.default)
-  assert make() == make()
-  assert stage.without_hparams(make()) != stage.without_hparams(make(**{parameter: value}))
-  assert dict(make(**{parameter: value}).settings)[parameter] == value
+  others = dict([entry.only] if entry.only else [])
+  changed = make(**{**others, parameter: value})
+  assert make(**others) == make(**others)
+  assert stage.without_hparams(make(**others)) != stage.without_hparams(changed)
+  assert dict(changed.settings)[parameter] == value
 
 
 OF_PARTS = {  # Whose defaults a part has.

@@ -39,6 +39,24 @@ def test_the_last_checkpoints_are_averaged(run):
   np.testing.assert_allclose(merged(SMA), np.mean(of, axis=0), rtol=3e-7, atol=1e-7)
 
 
+def test_weights_of_a_decay_are_shown_and_recorded(run, tmp_path, capsys):
+  decay = {**SMA, "parameters": {"kind": "decay", "decay": "cosine", "zero_at": "last"}}
+  (tmp_path / "recipe.yml").write_text(json.dumps(decay))
+  assert main.main(["merge", "recipe.yml", "out", "--dry-run"]) == 0
+  names = [f"run/checkpoint-{step}" for step in STEPS[-3:]]
+  weights = ", ".join(f"{w} ({n})" for w, n in zip((0.5, 0.5, 0), names, strict=True))
+  assert f"weights, the oldest first: {weights}\n" in capsys.readouterr().out
+  of = [run[step]["model.norm.weight"].astype(np.float64) for step in STEPS[-3:]]
+  np.testing.assert_allclose(merged(decay, "model.norm.weight"), (of[0] + of[1]) / 2, atol=3e-7)
+  (job,) = folder.provenance(tmp_path / "out")["jobs"]
+  assert (job["models"], job["weights"]) == (names, [0.5, 0.5, 0.0])
+
+
+def test_a_decay_of_another_kind_is_refused(run):
+  with pytest.raises(RecipeError, match=r"parameters.decay: decay has no effect with kind 'ema'"):
+    jaxmerge.merge_recipe({**SMA, "parameters": {"kind": "ema", "decay": "linear"}}, "out")
+
+
 def test_steps_are_in_the_order_of_their_numbers(run):
   """By name 1000 comes before 500."""
   newest = {**SMA, "parameters": {"kind": "ema", "alpha": 1.0}}

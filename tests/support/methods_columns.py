@@ -33,6 +33,7 @@ VARIANTS = {
   "lore, elected",
   "flag of two, pairs",
   "checkpoint_average, wma",
+  "checkpoint_average, cosine",
   "checkpoint_average, ema from zero",
   "krum by leaf",
 }

@@ -261,6 +261,14 @@ TABLE = {
     )
     for kind in ("sma", "wma", "ema")
   },
+  **{
+    f"checkpoint_average, {name}": Row(
+      methods.checkpoint_average("decay", decay=decay, zero_at=zero_at),
+      lambda taus, draw, pair=(decay, zero_at): basics.decayed(taus, *pair),
+      {},
+    )
+    for name, decay, zero_at in (("decay", "1-sqrt", "after"), ("cosine", "cosine", "last"))
+  },
   "checkpoint_average, ema from zero": Row(
     methods.checkpoint_average("ema", start="zero"),
     lambda taus, draw: basics.checkpoint_average(taus, "ema", 0.2, "zero"),

@@ -56,7 +56,11 @@ def translate(
 def _translate_catalog(name: str, shared: Mapping[str, Scalar], base: bool) -> Translation:
   """Translates a method that mergekit does not have: its parameters are the factory's."""
   entry = lookup.METHODS[name]
-  settings = {n: shared[n] for n, p in entry.parameters.items() if not p.number and n in shared}
+  settings = {
+    n: shared[n]
+    for n, p in entry.parameters.items()
+    if not p.number and n in shared and not lookup.without_effect(name, n, shared)
+  }
   hparams = {n: _of(n) for n, p in entry.parameters.items() if p.number}
   return Translation(name, settings, hparams, of_weights=entry.on == "either" and not base)
 

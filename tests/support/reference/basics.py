@@ -80,6 +80,23 @@ def checkpoint_average(taus, kind, alpha, start="first"):
   return {n: x / weights for n, x in out.items()}
 
 
+def decayed(taus, decay, zero_at):
+  """Adds the updates between the checkpoints, each times the decay at it."""
+  rate = {
+    "1-sqrt": lambda u: 1 - u**0.5,
+    "linear": lambda u: 1 - u,
+    "cosine": lambda u: 0.5 + 0.5 * np.cos(np.pi * u),
+  }[decay]
+  updates = len(taus) - 1
+  last = updates + (zero_at == "after")
+  out = {n: np.array(x, np.float64) for n, x in taus[0].items()}
+  for i in range(1, updates + 1):
+    for n in out:
+      step = taus[i][n].astype(np.float64) - taus[i - 1][n]
+      out[n] = out[n] + rate(i / last) * step
+  return out
+
+
 def ties(
   taus,
   density,
