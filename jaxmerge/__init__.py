@@ -7,6 +7,7 @@ if TYPE_CHECKING:  # For type checkers and editors; at run time each name loads 
   from jaxmerge.core.tree import stack as stack
   from jaxmerge.core.tree import unstack as unstack
   from jaxmerge.drivers.memory import merge as merge
+  from jaxmerge.drivers.sliding_window import online as online
   from jaxmerge.files.merge import merge_files as merge_files
   from jaxmerge.recipe.run import merge_recipe as merge_recipe
   from jaxmerge.tasks.task import Split as Split
@@ -18,6 +19,7 @@ _HOMES = {
   "merge": "jaxmerge.drivers.memory",
   "merge_files": "jaxmerge.files.merge",
   "merge_recipe": "jaxmerge.recipe.run",
+  "online": "jaxmerge.drivers.sliding_window",
   "stack": "jaxmerge.core.tree",
   "unstack": "jaxmerge.core.tree",
   "tune_and_merge": "jaxmerge.training.loop",

@@ -15,6 +15,7 @@ __getattr__, __dir__, __all__ = lazy.attach(
     "measurement",
     "memory",
     "row_ranks",
+    "sliding_window",
     "slice_programs",
     "slices",
     "streaming",

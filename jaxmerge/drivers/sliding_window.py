@@ -1,0 +1,122 @@
+"""Merges during training: of all checkpoints so far, or of the newest few, a window that slides.
+
+A running sum from which the oldest checkpoint is subtracted drifts: what float32 has rounded away
+does not come back. So a window keeps its members, in their own dtypes, and adds them up anew: its
+merge is that of the same checkpoints at once, however long the run. An update copies one of them.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any  # Any: states and parameters are trees.
+
+import jax
+import jax.numpy as jnp
+
+from jaxmerge.core import double_precision, layouts, stage, tree
+from jaxmerge.core.stage import Method, State
+from jaxmerge.core.tree import Tree
+from jaxmerge.drivers import arguments, incremental, memory
+
+
+def online(
+  method: Method | Any,
+  base: Tree | None = None,
+  *,
+  window: int | None = None,
+  hparams: Mapping[str, Any] | None = None,
+  seed: int | None = None,
+  layout: layouts.Layout | None = (),
+) -> incremental.Running:
+  """Runs a method over checkpoints as a training run makes them: init, update, finalize.
+
+  With a window the merge is that of the newest `window` checkpoints, by any method; the state holds
+  them. Without one it is that of all, by a method with a fold; the state is as large as one model.
+  States are trees of arrays, which Orbax or `io.checkpoints.store` save and restore; `init` makes
+  one of the right shapes. Of leaves that are not floating point, a window takes the newest.
+
+  Args:
+    method: what merges them, the oldest first: `checkpoint_average`, `average`, `ties`, ...
+    base: base of the task vectors; None: weights are merged.
+    window: number of newest checkpoints that count; None: all.
+    hparams: hyperparameters in place of the method's defaults.
+    seed: for methods with random masks, without a window.
+    layout: matrix views.
+
+  Raises:
+    ValueError: for a window below 1, random masks in a window; else as `incremental.of`.
+
+  Example:
+    >>> from jaxmerge import methods
+    >>> run = online(methods.average(), window=2)
+    >>> state = run.init({"w": jnp.zeros(1)})
+    >>> for value in (100.0, 4.0, 8.0):
+    ...   state = run.update(state, {"w": jnp.array([value])})
+    >>> run.finalize(state)["w"].tolist()
+    [6.0]
+  """
+  if window is None:
+    return incremental.of(method, base, hparams=hparams, seed=seed, layout=layout)
+  method = arguments.method(method)
+  if isinstance(window, bool) or not isinstance(window, int) or window < 1:
+    raise ValueError(f"window must be a number of checkpoints, 1 or more, got {window!r}.")
+  if seed is not None or "seed" in stage.hparams(method):
+    raise ValueError(
+      "a window takes no method with random masks: a checkpoint's mask would depend on its place "
+      "in it; leave the window out, or merge with jaxmerge.merge(..., names=...)."
+    )
+  if base is None:
+    instead = "online(method, base, window=...)"
+    arguments.refuse_weights(method, instead, "a base of zeros subtracts nothing")
+  finalize = functools.partial(_finalize, method, base, dict(hparams or {}), layout)
+  return incremental.Running(
+    functools.partial(_init, base, window), functools.partial(_update, base), finalize
+  )
+
+
+def _init(base: Tree | None, window: int, params: Tree) -> State:
+  incremental.check_model(base, params)
+  empty = jax.tree.map(lambda x: double_precision.zeros(jnp.shape(x), x.dtype), params)
+  # One tree of zeros stands for all: they are replaced, never changed.
+  return {"count": jnp.zeros((), jnp.int32), "members": [empty] * window}
+
+
+def _update(base: Tree | None, state: State, params: Tree, name: str | None = None) -> State:
+  """Puts a copy of a checkpoint in place of the oldest; the caller may donate its own."""
+  incremental.check_model(base, params)
+  tree.check_same(state["members"][-1], params, left="the tree passed to init", right="the model")
+  incremental.refuse_nonfinite(params, name or "passed to update")
+  return {
+    "count": state["count"] + 1,
+    "members": [*state["members"][1:], jax.tree.map(_copy, params)],
+  }
+
+
+def _copy(x: Any) -> Any:
+  return jnp.copy(x) if isinstance(x, jax.Array) else double_precision.copy_leaf(x)
+
+
+def _finalize(
+  method: Method,
+  base: Tree | None,
+  hparams: Mapping[str, Any],
+  layout: layouts.Layout | None,
+  state: State,
+) -> Tree:
+  incremental.refuse_empty(state)
+  if isinstance(state["count"], jax.core.Tracer):
+    raise ValueError("how many checkpoints are in the window must be known: finalize outside jit.")
+  members = state["members"][-int(state["count"]) :]
+  newest = members[-1]
+  floating = [incremental.floating(params) for params in members]
+  like = None if base is None else incremental.floating(base)
+  stacks = {n: _stack([params[n] for params in floating]) for n in floating[0]}
+  merged = memory.merge(method, stacks, like, hparams=hparams, layout=layout)
+  others = tree.named(newest if base is None else base)
+  return tree.rebuild(newest, {n: _copy(x) for n, x in others.items() if n not in merged} | merged)
+
+
+def _stack(leaves: list[Any]) -> Any:
+  with double_precision.context(leaves):
+    return jnp.stack([jnp.asarray(x) for x in leaves])
