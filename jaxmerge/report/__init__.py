@@ -25,6 +25,8 @@ _ROOMS = (
   "leaderboard",
   "inspection_text",
   "plots",
+  "sorting",
+  "vector",
   "labels",
 )
 __getattr__, __dir__, __all__ = lazy.attach(__name__, _ROOMS, _HOMES)

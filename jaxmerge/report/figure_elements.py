@@ -1,5 +1,6 @@
 """Figures with direct labels: colours, axes, labels that do not overlap, PNG bytes.
 
+A figure of width `NARROW` is for a phone: labels stand below the axes, and not beside them.
 Matplotlib is imported when a figure is drawn, through its Figure class: no window, no global state.
 """
 
@@ -17,13 +18,16 @@ from jaxmerge import display
 from jaxmerge.report import labels
 
 WIDTH = 6.2  # inches: 8 points are 12 px where a page shows a figure 700 px wide
+NARROW = 3.5  # inches: 8 points are 11 px on a phone
 DPI = 200
 SIZE = 8.0  # points, of all text but titles
-INK, SOFT, GRID = "#222222", "#666666", "#e3e3e3"
+LINE = 0.17  # inches between the lines of a legend
+PAGE, INK, SOFT, GRID = "#ffffff", "#222222", "#666666", "#e3e3e3"
+POSITIVE, NEGATIVE = "#e08214", "#8073ac"  # of a scale through zero: ink is legible on both
 # Okabe and Ito's palette for colour-blind readers, with grey and black for what is no merge.
 COLORS = {
   "base": "#8a8a8a",
-  "experts": "#000000",
+  "experts": "#111111",
   "multitask": "#5c5c5c",
   "average": "#56b4e9",
   "task_arithmetic": "#e69f00",
@@ -35,30 +39,39 @@ COLORS = {
 # Wide areas of black would outshout the merges.
 BARS = {"base": "#c4c4c4", "multitask": "#999999", "experts": "#555555"}
 _MORE = ("#d55e00", "#332288", "#999933", "#44aa99", "#aa4499", "#661100")
-SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#882255")
+SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#111111", "#882255")
 DASHES: Mapping[str, Any] = {"base": (0, (4, 2)), "experts": (0, (4, 2)), "multitask": (0, (1, 1))}
 
 
 class Mark(NamedTuple):
-  """A label beside a point: its height in data units, its words, its colour, whether it leads."""
+  """A label beside a point: its height in data units, its words, its colour, whether it leads.
+
+  `line` is the line style of what it labels, or "D" for a diamond.
+  """
 
   y: float
   text: str
   color: str
   lead: bool = False
+  line: Any = "solid"
 
 
-def figure(height: float, columns: int = 0) -> tuple[Any, Any]:
-  """Returns an empty figure of the house width, and its axes: a list for `columns`."""
+def figure(height: float, columns: int = 0, width: float = WIDTH) -> tuple[Any, Any]:
+  """Returns an empty figure and its axes, a list for `columns`; sizes are in inches."""
   try:
     figures = importlib.import_module("matplotlib.figure")
     agg = importlib.import_module("matplotlib.backends.backend_agg")
   except ImportError as error:
     raise ImportError(f'plots need Matplotlib: pip install "jaxmerge[demo]" ({error}).') from error
-  fig = figures.Figure(figsize=(WIDTH, height), dpi=DPI, facecolor="white")
+  fig = figures.Figure(figsize=(width, height), dpi=DPI, facecolor="white")
   agg.FigureCanvasAgg(fig)
   axes = fig.subplots(1, columns or 1, squeeze=False)[0]
   return fig, list(axes) if columns else axes[0]
+
+
+def is_narrow(fig: Any) -> bool:
+  """Returns whether the figure is for a phone."""
+  return bool(fig.get_size_inches()[0] < 0.75 * WIDTH)
 
 
 def place(fig: Any, axes: Any, box: tuple[float, float, float, float]) -> None:
@@ -68,11 +81,19 @@ def place(fig: Any, axes: Any, box: tuple[float, float, float, float]) -> None:
   axes.set_position((left / width, bottom / height, wide / width, tall / height))
 
 
-def headline(fig: Any, text: str) -> None:
-  """Writes the title of a figure that has more axes than one."""
+def headline(fig: Any, text: str, below: str = "") -> None:
+  """Writes the title of a whole figure in its upper left corner, and a line below it."""
+  corner = {"xy": (0, 1), "xycoords": "figure fraction", "textcoords": "offset points", "va": "top"}
+  axes = fig.axes[0]
+  axes.annotate(text, xytext=(7, -7), fontsize=10, fontweight="bold", color=INK, **corner)
+  if below:
+    axes.annotate(below, xytext=(7, -22), fontsize=SIZE, color=SOFT, **corner)
+
+
+def grow(fig: Any, inches: float) -> None:
+  """Makes a figure higher."""
   width, height = fig.get_size_inches()
-  style = {"fontsize": 10, "fontweight": "bold", "color": INK, "va": "top"}
-  fig.text(0.1 / width, 1 - 0.1 / height, text, **style)
+  fig.set_size_inches(width, height + inches)
 
 
 def png(fig: Any) -> bytes:
@@ -120,10 +141,16 @@ def curve(axes: Any, xs: Sequence[float], ys: Sequence[float], color: str, **sty
 
 
 def dress(axes: Any, title: str, x: str, y: str) -> None:
-  """Gives axes their title, axis titles, quiet spines and a light grid."""
-  axes.set_title(title, loc="left", fontsize=10, color=INK, fontweight="bold", pad=8)
+  """Gives axes their title, axis titles, quiet spines and a light grid.
+
+  In a narrow figure the y title is a line below the title: turned, it would not fit.
+  """
+  if is_narrow(axes.figure):
+    headline(axes.figure, title, y)
+  else:
+    axes.set_title(title, loc="left", fontsize=10, color=INK, fontweight="bold", pad=8)
+    axes.set_ylabel(y, fontsize=SIZE, color=INK)
   axes.set_xlabel(x, fontsize=SIZE, color=INK)
-  axes.set_ylabel(y, fontsize=SIZE, color=INK)
   axes.tick_params(labelsize=SIZE, colors=SOFT, length=3, width=0.6)
   for side in ("top", "right"):
     axes.spines[side].set_visible(False)
@@ -187,11 +214,18 @@ def spread(values: Sequence[float], gap: float, low: float, high: float) -> list
 
 def settle(fig: Any, axes: Any, right: Sequence[str] = (), left: float = 0.7) -> None:
   """Fixes the place of the axes in inches, with room on the right for the longest label."""
-  width, height = fig.get_size_inches()
   room = max((text_width(fig, t) for t in right), default=0.0) + (0.34 if right else 0.1)
-  fig.subplots_adjust(
-    left=left / width, right=1 - room / width, bottom=0.48 / height, top=1 - 0.36 / height
-  )
+  narrow = is_narrow(fig)
+  if narrow and left == 0.7:
+    left = 0.45
+  set_edges(fig, left, room, 0.48, 0.52 if narrow else 0.36)
+
+
+def set_edges(fig: Any, left: float, right: float, below: float, above: float) -> None:
+  """Puts all axes between margins in inches."""
+  width, height = fig.get_size_inches()
+  edges = {"left": left / width, "right": 1 - right / width}
+  fig.subplots_adjust(**edges, bottom=below / height, top=1 - above / height)
 
 
 def text_width(fig: Any, text: str, size: float = SIZE) -> float:
@@ -203,7 +237,10 @@ def text_width(fig: Any, text: str, size: float = SIZE) -> float:
 
 
 def label_right(fig: Any, axes: Any, marks: Sequence[Mark]) -> None:
-  """Writes labels right of the axes, each joined to its height, none over another."""
+  """Writes labels right of the axes, each joined to its height; in a narrow figure, below."""
+  if is_narrow(fig):
+    _label_below(fig, axes, marks)
+    return
   settle(fig, axes, [m.text for m in marks])
   width = axes.get_position().width * fig.get_size_inches()[0]
   for mark, y in _spread(fig, axes, marks):
@@ -217,6 +254,34 @@ def label_right(fig: Any, axes: Any, marks: Sequence[Mark]) -> None:
       clip_on=False,
     )
     _write(axes, 1 + 0.24 / width, y, mark, "left", axes.get_yaxis_transform())
+
+
+def _label_below(fig: Any, axes: Any, marks: Sequence[Mark]) -> None:
+  """Writes labels below the axes, the highest first, in two columns where they are short."""
+  room, swatch = 0.1, 0.3  # inches
+  widest = max(text_width(fig, m.text) for m in marks) + swatch + 0.1
+  columns = 2 if 2 * widest <= NARROW - 2 * room else 1
+  lines = math.ceil(len(marks) / columns)
+  grow(fig, lines * LINE + 0.05)
+  set_edges(fig, 0.45, room, 0.48 + lines * LINE + 0.05, 0.52)
+  width, height = fig.get_size_inches()
+  for i, mark in enumerate(sorted(marks, key=lambda m: -m.y)):
+    column, line = divmod(i, lines)
+    x = room + column * (NARROW / 2 - room / 2)
+    y = (lines - line - 0.5) * LINE + 0.06
+    diamond = mark.line == "D"
+    xs = [x + swatch / 2 - 0.04] if diamond else [x, x + swatch - 0.08]
+    style = {"marker": "D", "markersize": 4.5} if diamond else {"linestyle": mark.line}
+    axes.plot(
+      [x / width for x in xs],
+      [y / height] * len(xs),
+      transform=fig.transFigure,
+      color=mark.color,
+      linewidth=2.2 if mark.lead else 1.4,
+      clip_on=False,
+      **style,
+    )
+    _write(axes, (x + swatch) / width, y / height, mark, "left", fig.transFigure)
 
 
 def label_left(fig: Any, axes: Any, x: float, marks: Sequence[Mark]) -> None:
@@ -252,14 +317,21 @@ def _write(axes: Any, x: float, y: float, mark: Mark, side: str, transform: Any)
   )
 
 
-def legend(fig: Any, axes: Any, down: float) -> None:
-  """Writes the legend in one row, `down` inches below the top of the figure."""
+def legend(fig: Any, axes: Any, down: float) -> int:
+  """Writes the legend `down` inches below the top of the figure, and returns its lines."""
+  handles, texts = axes.get_legend_handles_labels()
+  wide = [text_width(fig, t) + 0.3 for t in texts]
   width, height = fig.get_size_inches()
+  lines = 1
+  while lines < len(wide) and _columns(wide, lines) > width - 0.1:
+    lines += 1
+  middle = down + 0.06 + (lines - 1) * LINE / 2
   fig.legend(
-    *axes.get_legend_handles_labels(),
+    handles,
+    texts,
     loc="center left",
-    bbox_to_anchor=(0.06 / width, 1 - (down + 0.06) / height),
-    ncols=6,
+    bbox_to_anchor=(0.06 / width, 1 - middle / height),
+    ncols=math.ceil(len(wide) / lines),
     fontsize=SIZE,
     frameon=False,
     borderaxespad=0,
@@ -269,6 +341,12 @@ def legend(fig: Any, axes: Any, down: float) -> None:
     columnspacing=1.3,
     labelcolor=INK,
   )
+  return lines
+
+
+def _columns(wide: Sequence[float], lines: int) -> float:
+  """Returns the width of a legend whose columns have so many lines."""
+  return sum(max(wide[i : i + lines]) for i in range(0, len(wide), lines))
 
 
 def numbers(values: Sequence[float | None]) -> np.ndarray:

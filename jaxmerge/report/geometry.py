@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping, Sequence
 from typing import Any  # A record is JSON, and Matplotlib is optional: neither has types to name.
 
@@ -10,35 +11,38 @@ import numpy as np
 from jaxmerge.report import figure_elements as figures
 
 
-def cosines(record: Mapping[str, Any]) -> Any:
+def cosines(record: Mapping[str, Any], width: float = figures.WIDTH) -> Any:
   """Draws the cosines between task vectors in the first and the last round."""
   known = [r for r in record["rounds"] if r.get("cosines") is not None]
   tasks = record["tasks"]
   if not known or len(tasks) < 2:
     return None
   chosen = known if len(known) == 1 else [known[0], known[-1]]
-  return matrices({f"Round {r['round']}": r["cosines"] for r in chosen}, tasks)
+  return matrices({f"Round {r['round']}": r["cosines"] for r in chosen}, tasks, width)
 
 
-def matrices(cosines: Mapping[str, Any], tasks: Sequence[str]) -> Any:
+def matrices(cosines: Mapping[str, Any], tasks: Sequence[str], width: float = figures.WIDTH) -> Any:
   """Draws matrices of cosines between the task vectors of two tasks or more, by their titles."""
   grids = [np.array(grid, dtype=float) for grid in cosines.values()]
   hidden = np.eye(len(tasks), dtype=bool)
   limit = max(np.max(np.abs(np.where(hidden | np.isnan(g), 0.0, g))) for g in grids)
   # A floor, so that small cosines look small.
   limit = max(float(np.ceil(limit * 10) / 10), 0.4)
-  labels = list(figures.names(tasks, 20).values())
+  narrow = width < figures.WIDTH
+  labels = list(figures.names(tasks, 14 if narrow else 20).values())
   widest = max(figures.text_width(figures.figure(1.0)[0], t) for t in labels)
   left, below = widest + 0.15, 0.75 * widest + 0.2  # inches, for names of rows and columns
   # Many tasks: one matrix above the other, so that cells stay legible.
-  across = len(grids) if len(tasks) <= 9 else 1
-  side = min((figures.WIDTH - left - 0.2 * across) / across, 0.62 * len(tasks))
+  across = 1 if narrow or len(tasks) > 9 else len(grids)
+  side = min((width - left - 0.2 * across) / across, 0.62 * len(tasks))
   down = len(grids) // across
   height = down * (side + 0.35) + (down - 1) * 0.1 + below + 0.38
-  fig, plots = figures.figure(height, columns=len(grids))
+  fig, plots = figures.figure(height, columns=len(grids), width=width)
   for i, (axes, title, grid) in enumerate(zip(plots, cosines, grids, strict=True)):
     shown = np.ma.masked_array(grid, hidden | np.isnan(grid))
-    image = axes.imshow(shown, cmap="PuOr_r", vmin=-limit, vmax=limit)
+    edges = np.arange(len(tasks) + 1) - 0.5
+    image = axes.pcolormesh(edges, edges, shown, cmap=_through_zero(), vmin=-limit, vmax=limit)
+    axes.invert_yaxis()
     column, row = i % across, i // across
     corner = (left + column * (side + 0.2), below + (down - 1 - row) * (side + 0.45))
     figures.place(fig, axes, (*corner, side, side))
@@ -50,13 +54,13 @@ def matrices(cosines: Mapping[str, Any], tasks: Sequence[str]) -> Any:
     axes.set_yticks(range(len(tasks)), labels if column == 0 else [""] * len(tasks))
     axes.tick_params(labelsize=figures.SIZE, length=0, labelcolor=figures.INK)
     axes.spines[:].set_visible(False)
-    _numbers(axes, grid, limit, side / len(tasks))
+    _numbers(axes, grid, side / len(tasks))
   figures.headline(fig, "Cosines between task vectors")
-  _color_bar(fig, image, height)
+  _color_bar(fig, image, (width - 1.6, height - (0.42 if narrow else 0.2)))
   return fig
 
 
-def _numbers(plot: Any, grid: np.ndarray, limit: float, cell: float) -> None:
+def _numbers(plot: Any, grid: np.ndarray, cell: float) -> None:
   """Writes every number into its cell, where the cell is large enough to read it."""
   size = min(figures.SIZE, 72 * cell / 2.6)
   if size < 5.5:
@@ -66,35 +70,51 @@ def _numbers(plot: Any, grid: np.ndarray, limit: float, cell: float) -> None:
       continue
     rounded = round(float(grid[i, j]), 2) + 0.0  # no negative zero
     text = "1" if i == j else f"{rounded:.2f}".replace("0.", ".").replace("-", "−")
-    dark = i != j and abs(grid[i, j]) > 0.62 * limit
-    color = "white" if dark else figures.SOFT if i == j else figures.INK
+    color = figures.SOFT if i == j else figures.INK
     plot.text(j, i, text, ha="center", va="center", fontsize=size, color=color)
 
 
-def _color_bar(fig: Any, image: Any, height: float) -> None:
-  """Adds a thin horizontal scale in the corner above the matrices."""
+def _through_zero() -> Any:
+  """Returns a scale of colours that fade to nothing at zero, on a page of any colour."""
+  colors = importlib.import_module("matplotlib.colors")
+  shares = np.linspace(-1.0, 1.0, 41)
+  ends = {True: figures.POSITIVE, False: figures.NEGATIVE}
+  return colors.ListedColormap([colors.to_rgba(ends[s > 0], 0.95 * abs(s)) for s in shares])
+
+
+def _color_bar(fig: Any, image: Any, corner: tuple[float, float]) -> None:
+  """Adds a thin horizontal scale above the matrices, from its lower left corner in inches."""
   bar = fig.add_axes([0, 0, 1, 1])
-  figures.place(fig, bar, (figures.WIDTH - 1.6, height - 0.2, 1.45, 0.09))
-  fig.colorbar(image, cax=bar, orientation="horizontal")
+  figures.place(fig, bar, (*corner, 1.45, 0.09))
+  top = image.norm.vmax
+  edges = np.linspace(-top, top, 42)
+  bar.pcolormesh(edges, [0, 1], (edges[None, 1:] + edges[None, :-1]) / 2, cmap=image.cmap)
   bar.tick_params(labelsize=7, length=2, pad=1.5, colors=figures.SOFT)
-  bar.set_xticks([image.norm.vmin, 0, image.norm.vmax])
+  bar.set_yticks([])
+  bar.set_xticks([-top, 0, top])
   bar.spines[:].set_visible(False)
 
 
-def norms(record: Mapping[str, Any]) -> Any:
+def norms(record: Mapping[str, Any], width: float = figures.WIDTH) -> Any:
   """Draws the norm of every task's vector over rounds."""
   rounds = [r for r in record["rounds"] if r.get("norms")]
   if not rounds:
     return None
   curves = {task: figures.column([r["norms"] for r in rounds], task) for task in record["tasks"]}
-  return lengths(
-    [r["round"] for r in rounds], curves, "Round", "Norm (L2, in units of the weights)"
-  )
+  xs = [r["round"] for r in rounds]
+  return lengths(xs, curves, "Round", "Norm (L2, in units of the weights)", width)
 
 
-def lengths(xs: Sequence[float], curves: Mapping[str, np.ndarray], x: str, y: str) -> Any:
+def lengths(
+  xs: Sequence[float],
+  curves: Mapping[str, np.ndarray],
+  x: str,
+  y: str,
+  width: float = figures.WIDTH,
+) -> Any:
   """Draws a curve a task, NaN where nothing is known, with its name and last value at the right."""
-  fig, axes = figures.figure(max(3.4, 0.17 * len(curves) + 1.2))
+  tall = max(3.4, 0.17 * len(curves) + 1.2) if width == figures.WIDTH else 2.7
+  fig, axes = figures.figure(tall, width=width)
   figures.span(axes, xs)
   labels = figures.names(list(curves))
   marks, heights = [], []
@@ -106,7 +126,7 @@ def lengths(xs: Sequence[float], curves: Mapping[str, np.ndarray], x: str, y: st
     figures.curve(axes, xs, ys.tolist(), color, linewidth=1.6, linestyle=style)
     last = float(ys[np.isfinite(ys)][-1])
     number = f"{last:#.3g}".rstrip(".")
-    marks.append(figures.Mark(last, f"{labels[task]} {number}", color))
+    marks.append(figures.Mark(last, f"{labels[task]} {number}", color, line=style))
     heights += ys[np.isfinite(ys)].tolist()
   if not marks:
     return None
@@ -116,18 +136,19 @@ def lengths(xs: Sequence[float], curves: Mapping[str, np.ndarray], x: str, y: st
   return fig
 
 
-def sign_conflict(record: Mapping[str, Any]) -> Any:
+def sign_conflict(record: Mapping[str, Any], width: float = figures.WIDTH) -> Any:
   """Draws the share of entries on whose sign the tasks disagree, over rounds."""
   rounds = [r for r in record["rounds"] if r.get("sign_conflict") is not None]
   if not rounds or len(record["tasks"]) < 2:
     return None
   xs = [r["round"] for r in rounds]
   ys = 100 * figures.column(rounds, "sign_conflict")
-  fig, axes = figures.figure(2.8)
+  fig, axes = figures.figure(2.8, width=width)
   color = figures.COLORS["atm"]
   figures.span(axes, xs)
   figures.curve(axes, xs, ys.tolist(), color, linewidth=2.0)
   figures.dress(axes, "Sign conflicts between tasks", "Round", "Entries in conflict (%)")
   figures.fit(axes, ys.tolist(), floor=0.0)
-  figures.label_right(fig, axes, [figures.Mark(ys[-1], f"{ys[-1]:.1f}", color, lead=True)])
+  last = f"{'Last round ' if figures.is_narrow(fig) else ''}{ys[-1]:.1f}"
+  figures.label_right(fig, axes, [figures.Mark(ys[-1], last, color, lead=True)])
   return fig

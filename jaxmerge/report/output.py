@@ -28,8 +28,9 @@ def write(record: Mapping[str, Any], folder: str | os.PathLike, *, with_plots: b
   records.check(whole)
   home = pathlib.Path(folder)
   images = plots.images(whole) if with_plots else {}
+  drawings = plots.drawings(whole) if with_plots else {}
   files = {home / "plots" / f"{name}.png": data for name, data in images.items()}
-  files[home / "report.html"] = page.html(whole, images).encode()
+  files[home / "report.html"] = page.html(whole, drawings).encode()
   files[home / "report.json"] = dumps(whole).encode()
   _remove_stale(home / "plots", images)
   for path, data in files.items():

@@ -1,15 +1,14 @@
-"""The report as one HTML file: no scripts, no links to elsewhere, images inside."""
+"""The report as one HTML file: figures inside, one script that sorts tables, nothing to load."""
 
 from __future__ import annotations
 
-import base64
 import html as entities
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any  # A record is JSON, its values have no one type.
 
 from jaxmerge import display
-from jaxmerge.report import labels, tables
+from jaxmerge.report import labels, sorting, tables, vector
 
 _CAPTIONS = {
   "mean": "The merged model after every round; the other models are level lines.",
@@ -22,8 +21,8 @@ _CAPTIONS = {
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1c1c1e; --soft: #5f6368; --line: #d9dce0;
   --page: #fff; --card: #f6f7f9; --accent: #0072b2; --mark: #e3f1fa; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e8e8ea; --soft: #a3a8ae; --line: #3a3f45;
-  --page: #17191c; --card: #212429; --accent: #6cb8e6; --mark: #17364a; } }
+@media screen and (prefers-color-scheme: dark) { :root { --ink: #e8e8ea; --soft: #a3a8ae;
+  --line: #3a3f45; --page: #17191c; --card: #212429; --accent: #6cb8e6; --mark: #17364a; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; padding: 2rem 1.25rem 4rem; max-width: 78rem; background: var(--page);
   color: var(--ink); font: 1rem/1.5 system-ui, -apple-system, "Segoe UI", sans-serif;
@@ -51,9 +50,8 @@ tr.loop th { font-weight: 600; color: var(--accent); }
 td.best { font-weight: 700; background: var(--mark); }
 .plots { columns: 34rem 2; column-gap: 1.25rem; margin-top: 1rem; }
 figure { margin: 0 0 1.25rem; max-width: 46rem; break-inside: avoid; }
-.picture { overflow-x: auto; background: #fff; border-radius: .4rem; padding: .25rem;
-  border: 1px solid var(--line); }
-figure img { display: block; width: 100%; min-width: 27rem; height: auto; }
+.drawing { border-radius: .4rem; padding: .25rem; border: 1px solid var(--line); }
+@media (max-width: 36rem) { body { padding: 1.25rem .75rem 3rem; } }
 figcaption { margin-top: .35rem; }
 .pairs { columns: 22rem; column-gap: 2rem; font: .8125rem/1.6 ui-monospace, monospace; margin: 0; }
 .pairs div { break-inside: avoid; overflow-wrap: anywhere; }
@@ -67,30 +65,31 @@ figcaption { margin-top: .35rem; }
   table { font-size: 7.5pt; } th, td { padding: .15rem .3rem; }
   thead th, tbody th { min-width: 0; } tbody th { white-space: normal; }
   figure, tr { break-inside: avoid; } h2 { break-after: avoid; }
-  .plots { columns: 2; } figure img { min-width: 0; }
+  .plots { columns: 2; }
 }
 """
 
 
-def html(record: Mapping[str, Any], images: Mapping[str, bytes]) -> str:
+def html(record: Mapping[str, Any], drawings: Mapping[str, vector.Drawing]) -> str:
   """Writes the page.
 
   Args:
     record: a record that passes `record.check`.
-    images: figures as PNG bytes by name, from `plots.images`; may be empty.
+    drawings: figures by name, from `plots.drawings`; may be empty.
   """
   title = entities.escape(labels.title(record))
   sections = [
     f"<header><h1>{title}</h1>",
     f'<p class="summary">{entities.escape(labels.sentence(record))}</p>',
     f'<p class="meta">{"".join(f"<span>{entities.escape(x)}</span>" for x in facts(record))}</p>',
+    '<p class="note">All numbers of this page: <a href="report.json">report.json</a>.</p>',
     "</header>",
   ]
   headings = tables.headings(record)
   kinds = {labels.label(name): labels.kind(name) for name in record["models"]}
   sections += [_table(*headings[0], kinds)]
-  if images:
-    sections.append(f'<h2>Plots</h2><div class="plots">{"".join(_figures(images))}</div>')
+  if drawings:
+    sections.append(f'<h2>Plots</h2><div class="plots">{"".join(_figures(drawings))}</div>')
   sections += [_table(*entry, {}) for entry in headings[1:]]
   if record.get("seconds"):
     pairs = {k: labels.number(v) for k, v in record["seconds"].items()}
@@ -100,11 +99,17 @@ def html(record: Mapping[str, Any], images: Mapping[str, bytes]) -> str:
   if record.get("notes"):
     items = "".join(f"<li>{entities.escape(note)}</li>" for note in record["notes"])
     sections.append(f"<h2>Notes</h2><ul>{items}</ul>")
+  return document(title, sections)
+
+
+def document(title: str, sections: Iterable[str]) -> str:
+  """Returns a whole page from its title and sections, both as HTML."""
   body = "\n".join(x for x in sections if x)
   return display.shown(
     '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
     '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-    f"<title>{title}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n{body}\n</body>\n</html>\n"
+    f"<title>{title}</title>\n<style>{_STYLE}{sorting.STYLE}{vector.style()}</style>\n</head>\n"
+    f"<body>\n{body}\n<script>{sorting.SCRIPT}</script>\n</body>\n</html>\n"
   )
 
 
@@ -150,15 +155,18 @@ def _table(title: str, note: str, table: tables.Table, kinds: Mapping[str, str])
   )
 
 
-def _figures(images: Mapping[str, bytes]) -> Iterator[str]:
-  for name, data in images.items():
-    caption = entities.escape(_CAPTIONS.get(name, name))
-    alt = entities.escape(name.replace("_", " "))
-    source = "data:image/png;base64," + base64.b64encode(data).decode("ascii")
-    yield (
-      f'<figure><div class="picture"><img src="{source}" alt="Plot: {alt}"></div>'
-      f"<figcaption>{caption}</figcaption></figure>"
-    )
+def _figures(drawings: Mapping[str, vector.Drawing]) -> Iterator[str]:
+  for name, drawing in drawings.items():
+    yield figure(drawing, name.replace("_", " "), _CAPTIONS.get(name, name))
+
+
+def figure(drawing: vector.Drawing, name: str, caption: str) -> str:
+  """Returns a figure with its caption as HTML: a wide drawing, and a narrow one for phones."""
+  head = f'role="img" aria-label="Plot: {entities.escape(name)}"'
+  drawn = "".join(
+    f'<div class="drawing {width}" {head}>{svg}</div>' for width, svg in drawing._asdict().items()
+  )
+  return f"<figure>{drawn}<figcaption>{entities.escape(caption)}</figcaption></figure>"
 
 
 def _pairs(title: str, pairs: Mapping[str, str]) -> str:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any  # A record is JSON, and Matplotlib is optional: neither has types to name.
 
 import numpy as np
 
 from jaxmerge.report import figure_elements as figure_lib
-from jaxmerge.report import geometry
+from jaxmerge.report import geometry, vector
 from jaxmerge.report import labels as label_lib
 
 Rounds = Sequence[Mapping[str, Any]]
@@ -18,18 +19,23 @@ Rounds = Sequence[Mapping[str, Any]]
 NAMES = ("mean", "per_task", "gap_closed", "cosines", "norms", "sign_conflict")
 
 
-def figures(record: Mapping[str, Any]) -> dict[str, Any]:
+def figures(record: Mapping[str, Any], width: float = figure_lib.WIDTH) -> dict[str, Any]:
   """Returns the figures that the record has numbers for, by name, in the order of `NAMES`."""
-  makers = (
-    mean,
-    per_task,
-    gap_closed,
-    geometry.cosines,
-    geometry.norms,
-    geometry.sign_conflict,
-  )
-  figures_by_name = {name: make(record) for name, make in zip(NAMES, makers, strict=True)}
+  figures_by_name = {name: make(record, width) for name, make in _makers().items()}
   return {name: figure for name, figure in figures_by_name.items() if figure is not None}
+
+
+def drawings(record: Mapping[str, Any]) -> dict[str, vector.Drawing]:
+  """Returns the figures as SVG for a page, by name."""
+  drawn = {
+    name: vector.drawing(functools.partial(make, record), name) for name, make in _makers().items()
+  }
+  return {name: drawing for name, drawing in drawn.items() if drawing is not None}
+
+
+def _makers() -> dict[str, Callable[[Mapping[str, Any], float], Any]]:
+  makers = (mean, per_task, gap_closed, geometry.cosines, geometry.norms, geometry.sign_conflict)
+  return dict(zip(NAMES, makers, strict=True))
 
 
 def images(record: Mapping[str, Any]) -> dict[str, bytes]:
@@ -76,14 +82,14 @@ def _unit(record: Mapping[str, Any]) -> float:
   return 100.0 if label_lib.percent(record) else 1.0
 
 
-def mean(record: Mapping[str, Any]) -> Any:
+def mean(record: Mapping[str, Any], width: float = figure_lib.WIDTH) -> Any:
   """Draws the mean over tasks after every round, with all other models as labelled lines."""
   curves, unit = runs(record), _unit(record)
   if not curves:
     return None
   means, split = _means(record)
   palette = figure_lib.colors(label_lib.order({**means, **curves}))
-  fig, axes = figure_lib.figure(3.9)
+  fig, axes = _graph(width)
   figure_lib.span(axes, [r["round"] for rounds in curves.values() for r in rounds])
   marks, heights = [], []
   for name, level in means.items():
@@ -97,16 +103,17 @@ def mean(record: Mapping[str, Any]) -> Any:
       zorder=1.5,
     )
     text = f"{figure_lib.model(name)} {label_lib.value(record, level)}"
-    marks.append(figure_lib.Mark(unit * level, text, palette[name]))
+    line = figure_lib.dashes(name)
+    marks.append(figure_lib.Mark(unit * level, text, palette[name], line=line))
   for name, rounds in curves.items():
     ys = figure_lib.column(rounds, "mean") * unit
     scored = np.isfinite(ys)
     if not scored.any():
       continue
     lead = name == "atm"
-    width = 2.2 if lead else 1.6
+    thick = 2.2 if lead else 1.6
     xs, ys = figure_lib.column(rounds, "round")[scored], ys[scored]
-    figure_lib.curve(axes, xs.tolist(), ys.tolist(), palette[name], linewidth=width, zorder=3)
+    figure_lib.curve(axes, xs.tolist(), ys.tolist(), palette[name], linewidth=thick, zorder=3)
     last = ys[-1]
     text = f"{figure_lib.model(name)} {label_lib.value(record, last / unit)}"
     marks.append(figure_lib.Mark(last, text, palette[name], lead=True))
@@ -115,11 +122,16 @@ def mean(record: Mapping[str, Any]) -> Any:
     return None
   curves_split, same = rounds_split(record), split == rounds_split(record)
   what = f"Mean {label_lib.axis(record, f', {curves_split}' if same else '')}"
-  across = "Round" if same else f"Round (curves: {curves_split}; level lines: {split})"
+  across = "Round" if same else f"Round (curves: {curves_split}; lines: {split})"
   figure_lib.dress(axes, "Mean over tasks after every round", across, what)
   figure_lib.fit(axes, [*heights, *(m.y for m in marks)])
   figure_lib.label_right(fig, axes, marks)
   return fig
+
+
+def _graph(width: float) -> tuple[Any, Any]:
+  """Returns the figure and axes of curves."""
+  return figure_lib.figure(3.9 if width == figure_lib.WIDTH else 2.9, width=width)
 
 
 def models_of_bars(record: Mapping[str, Any]) -> list[str]:
@@ -129,7 +141,7 @@ def models_of_bars(record: Mapping[str, Any]) -> list[str]:
   return [n for n in names if n is not None and n in record["models"]]
 
 
-def per_task(record: Mapping[str, Any]) -> Any:
+def per_task(record: Mapping[str, Any], width: float = figure_lib.WIDTH) -> Any:
   """Draws a group of bars a task: base, best one-shot merge, best ATM, joint training, experts."""
   names, tasks = models_of_bars(record), record["tasks"]
   if not names:
@@ -138,13 +150,14 @@ def per_task(record: Mapping[str, Any]) -> Any:
   thick = 0.08 if many else 0.135  # inches
   pitch = thick * len(names) + (0.1 if many else 0.16)
   starts = np.arange(len(tasks)) * pitch
-  fig, axes = figure_lib.figure(len(tasks) * pitch + 1.05)
+  fig, axes = figure_lib.figure(len(tasks) * pitch + 1.05, width=width)
   what = label_lib.axis(record, f", {label_lib.split(record)}")
   what = what[0].upper() + what[1:]
   figure_lib.dress(axes, "", what, "")
+  narrow = figure_lib.is_narrow(fig)
   _bars(axes, record, names, starts, thick, numbers=not many)
   _chance(axes, record, starts, thick, len(names))
-  labels = list(figure_lib.names(tasks).values())
+  labels = list(figure_lib.names(tasks, 16 if narrow else 24).values())
   axes.set_yticks(starts + thick * (len(names) - 1) / 2, labels)
   axes.tick_params(axis="y", length=0, labelcolor=figure_lib.INK)
   axes.spines["left"].set_visible(False)
@@ -155,10 +168,10 @@ def per_task(record: Mapping[str, Any]) -> Any:
     axes.set_xlim(0, 106)
     axes.set_xticks(range(0, 101, 20))
   left = max(figure_lib.text_width(fig, t) for t in labels)
-  figure_lib.settle(fig, axes, left=left + 0.15)
-  fig.subplots_adjust(top=1 - 0.59 / fig.get_size_inches()[1])
   figure_lib.headline(fig, "Per task")
-  figure_lib.legend(fig, axes, 0.34)
+  more = (figure_lib.legend(fig, axes, 0.34) - 1) * figure_lib.LINE
+  figure_lib.grow(fig, more)
+  figure_lib.set_edges(fig, left + 0.15, 0.1, 0.48, 0.59 + more)
   return fig
 
 
@@ -195,13 +208,13 @@ def _chance(
     x = record["chance"][task]
     if x is not None:
       ends = start + np.array([-0.6, count - 0.4]) * thick
-      axes.plot([_unit(record) * x] * 2, ends, color="white", linewidth=2.6, zorder=3)
+      axes.plot([_unit(record) * x] * 2, ends, color=figure_lib.PAGE, linewidth=2.6, zorder=3)
       axes.plot([_unit(record) * x] * 2, ends, color=figure_lib.INK, linewidth=1.1, zorder=4)
   style = {"linestyle": "none", "marker": "|", "markersize": 9, "color": figure_lib.INK}
   axes.plot([], [], label="Chance", **style)
 
 
-def gap_closed(record: Mapping[str, Any]) -> Any:
+def gap_closed(record: Mapping[str, Any], width: float = figure_lib.WIDTH) -> Any:
   """Draws the share of the gap that is closed against parameter exchanges.
 
   One-shot merges are points at one exchange. Curves need base and experts on the split of the
@@ -217,30 +230,33 @@ def gap_closed(record: Mapping[str, Any]) -> Any:
   closed = {n: 100 * (y - base) / (experts - base) for n, y in means.items()}
   shots = {n: y for n, y in closed.items() if label_lib.kind(n) == "one-shot"}
   palette = figure_lib.colors(label_lib.order({**means, **curves}))
-  ends = [figure_lib.Mark(100.0, "Experts 100", figure_lib.INK)]
+  broken = figure_lib.DASHES["experts"]
+  ends = [figure_lib.Mark(100.0, "Experts 100", figure_lib.INK, line=broken)]
   for name, (_, ys) in curves.items():
     text = f"{figure_lib.model(name)} {label_lib.share(ys[-1] / 100)}"
     ends.append(figure_lib.Mark(ys[-1], text, palette[name], lead=True))
   starts = [
-    figure_lib.Mark(y, f"{figure_lib.model(n)} {label_lib.share(y / 100)}", palette[n])
+    figure_lib.Mark(y, f"{figure_lib.model(n)} {label_lib.share(y / 100)}", palette[n], line="D")
     for n, y in shots.items()
   ]
-  fig, axes = figure_lib.figure(3.9)
+  fig, axes = _graph(width)
+  narrow = figure_lib.is_narrow(fig)
   what = f"Gap from base to experts closed, {split} (%)"
   figure_lib.dress(axes, "Gap closed against exchanges", "Parameter exchanges per task", what)
   figure_lib.fit(axes, [*shots.values(), *(y for _, ys in curves.values() for y in ys), 100.0], 0.0)
-  figure_lib.settle(fig, axes, [m.text for m in ends])
-  _exchange_axis(fig, axes, starts, max(2.0, *(x for xs, _ in curves.values() for x in xs)))
-  axes.axhline(
-    100, color=figure_lib.INK, linewidth=0.9, linestyle=figure_lib.DASHES["experts"], zorder=1
+  figure_lib.settle(fig, axes, [] if narrow else [m.text for m in ends])
+  _exchange_axis(
+    fig, axes, [] if narrow else starts, max(2.0, *(x for xs, _ in curves.values() for x in xs))
   )
+  axes.axhline(100, color=figure_lib.INK, linewidth=0.9, linestyle=broken, zorder=1)
   for name, (xs, ys) in curves.items():
-    width = 2.2 if name == "atm" else 1.6
-    figure_lib.curve(axes, xs.tolist(), ys.tolist(), palette[name], linewidth=width, zorder=3)
+    thick = 2.2 if name == "atm" else 1.6
+    figure_lib.curve(axes, xs.tolist(), ys.tolist(), palette[name], linewidth=thick, zorder=3)
   for mark in starts:
     axes.plot([1], [mark.y], "D", color=mark.color, markersize=4.5, zorder=4)
-  figure_lib.label_right(fig, axes, ends)
-  figure_lib.label_left(fig, axes, 1.0, starts)
+  figure_lib.label_right(fig, axes, [*ends, *starts] if narrow else ends)
+  if not narrow:
+    figure_lib.label_left(fig, axes, 1.0, starts)
   return fig
 
 

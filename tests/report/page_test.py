@@ -1,11 +1,13 @@
-import base64
 import html.parser
 import json
+import re
+import shutil
+import subprocess
 
 import pytest
 import report_records
 
-from jaxmerge.report import labels, page
+from jaxmerge.report import labels, page, plots, sorting
 
 NASTY = "<script>alert(\"1\")</script> & 'x'"
 
@@ -49,25 +51,49 @@ def nasty():
 
 
 def test_nothing_in_a_record_becomes_markup():
-  reader = Reader(page.html(nasty(), {NASTY: b"x"}))
-  tags = {tag for tag, _ in reader.tags}
+  made = nasty()
+  drawings = plots.drawings(made)
+  text = page.html(made, drawings | {NASTY: drawings["mean"]})
+  reader = Reader(text)
+  tags = [tag for tag, _ in reader.tags]
   assert reader.open == []
-  assert not tags & {"script", "link", "iframe", "object", "a", "base", "form"}
-  known = {"lang", "charset", "name", "content", "class", "scope", "src", "alt"}
+  assert not {*tags} & {"link", "iframe", "object", "base", "form", "img", "image", "foreignobject"}
+  assert [tag for tag in tags if tag in ("script", "a")] == ["a", "script"]
+  assert f"<script>{sorting.SCRIPT}</script>" in text
+  known = {"lang", "charset", "name", "content", "class", "scope", "role", "aria-label", "href"}
+  known |= {"viewbox", "transform", "style", "d", "clip-path", "id", "x", "y", "width", "height"}
   assert {key for _, attrs in reader.tags for key in attrs} == known
   assert reader.text.count(NASTY) >= 10
 
 
 @pytest.mark.parametrize("record", [report_records.record(), nasty()])
 def test_the_page_stands_alone(record):
-  images = {"mean": b"\x89PNG one", "per_task": b"\x89PNG two"}
-  text = page.html(record, images)
-  sources = [attrs["src"] for tag, attrs in Reader(text).tags if tag == "img"]
-  head = "data:image/png;base64,"
-  assert all(s.startswith(head) for s in sources)
-  assert [base64.b64decode(s.removeprefix(head)) for s in sources] == list(images.values())
-  for way_out in ("http:", "https:", "@import", "url(", "href"):
+  text = page.html(record, plots.drawings(record))
+  assert text.count("<svg") == 2 * len(plots.NAMES)
+  for way_out in ("http:", "https:", "@import", "src="):
     assert way_out not in text
+  # Links are to the record beside the page, and within the page.
+  assert all(x == "report.json" or x[0] == "#" for x in re.findall(r'href="([^"]*)"', text))
+  assert all(x.startswith("#") for x in re.findall(r"url\(([^)]*)\)", text))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")
+def test_a_click_on_a_heading_sorts_the_table(tmp_path):
+  made = report_records.record(NASTY.split()[:2] + ["c"])
+  click = "document.querySelectorAll('table')[0].querySelectorAll('thead button')[1].click()"
+  orders = []
+  for clicks in range(4):
+    text = page.html(made, {}).replace("</body>", f"<script>{f'{click};' * clicks}</script></body>")
+    (tmp_path / "page.html").write_text(text)
+    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
+    command += [f"--user-data-dir={tmp_path}/profile", f"file://{tmp_path}/page.html"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    table = done.stdout[: done.stdout.index("</table>")]
+    orders.append([float(x) for x in re.findall(r"</th><td[^>]*>([0-9.]+)</td>", table)])
+  assert orders[1] == sorted(orders[0], reverse=True)
+  assert orders[2] == sorted(orders[0])
+  assert orders[3] == orders[0]
 
 
 def test_the_page_has_every_section_of_the_record():

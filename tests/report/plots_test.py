@@ -1,3 +1,4 @@
+import re
 import subprocess
 import sys
 
@@ -49,7 +50,8 @@ def test_values_that_are_apart_stay():
 @pytest.mark.parametrize("name", plots.NAMES)
 @pytest.mark.parametrize("case", some_fast(CASES, ["four tasks"]))
 def test_no_text_overlaps_another_or_leaves_the_figure(case, name, monkeypatch):
-  drawn.assert_readable(plots.figures(CASES[case])[name], monkeypatch)
+  for width in (figures.WIDTH, figures.NARROW):
+    drawn.assert_readable(plots.figures(CASES[case], width)[name], monkeypatch)
 
 
 def test_rounds_that_are_not_scored_leave_a_curve_through_those_that_are():
@@ -137,6 +139,23 @@ def test_the_same_record_gives_the_same_bytes(tmp_path):
   assert [p.name for p in paths] == ["mean.png", "per_task.png"]
   assert [p.read_bytes() for p in paths] == list(plots.images(made).values())
   assert all(p.read_bytes().startswith(b"\x89PNG") for p in paths)
+
+
+def test_every_color_of_a_drawing_has_one_on_a_dark_page():
+  for name, drawing in plots.drawings(CASES["eight tasks, fifty rounds"]).items():
+    for text in drawing:
+      assert not re.findall(r"#[0-9a-f]{6}\b", text), name
+      assert "var(--c222222)" in text
+      assert "<style" not in text
+      assert "<metadata" not in text
+
+
+def test_drawings_are_the_same_for_the_same_record_and_their_ids_are_apart():
+  first, second = (plots.drawings(report_records.record()) for _ in range(2))
+  assert first == second
+  ids = [re.findall(r' id="([^"]*)"', text) for drawing in first.values() for text in drawing]
+  every = [x for in_one in ids for x in in_one]
+  assert len(every) == len(set(every)) > 0
 
 
 def test_without_matplotlib_the_error_says_what_to_install(monkeypatch):
