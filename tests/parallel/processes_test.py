@@ -86,14 +86,14 @@ def test_killed_again_and_again_either_of_two(child, whole, tmp_path):
   events = answers[0]["events"]
   renames = [i + 1 for i, e in enumerate(events) if e.startswith("os.rename")]
   moments, kills, run = random.Random(0), 0, 0
-  while kills < 10:
+  while kills < 4:
     directory = tmp_path / str(run)
-    for k in range(5):
-      which = (run + k) % 2
+    for k in range(4):
+      which = (run + k // 2) % 2
       # The events of process 1 are few: both its saves' metadata, of every round.
       event = moments.choice(renames) if which == 0 else moments.randint(1, 4)
       moment = event if k % 2 else moments.uniform(0.1, 2.0)
-      heartbeat = 4 if run else None  # The first time as users have it.
+      heartbeat = 4 if run or k else None  # The first time as users have it.
       given = dict(kill=(which, signal.SIGKILL, moment), heartbeat=heartbeat)
       found = child.run_many("spread", directory, **given)
       if found[which]["status"] != -signal.SIGKILL:
@@ -111,9 +111,7 @@ def test_killed_again_and_again_either_of_two(child, whole, tmp_path):
 def test_resumed_on_other_devices_and_by_other_processes(child, whole, tmp_path):
   """Stopped by SIGTERM during the first save, then finished elsewhere."""
   _, expected = whole
-  for number, (count, devices, sizes) in enumerate(
-    [(1, 8, (4, 2, 1)), (2, 2, (2, 1, 2)), (1, 1, (1, 1, 1))]
-  ):
+  for number, (count, devices, sizes) in enumerate([(2, 2, (2, 1, 2)), (1, 1, (1, 1, 1))]):
     directory = tmp_path / str(number)
     kill = (number % 2, signal.SIGTERM, 3)
     answers = child.run_many("spread", directory, slow=0.5, kill=kill)
@@ -157,7 +155,7 @@ def test_files_are_merged_to_the_bytes_of_one_process(child, tmp_path):
   assert [a["digest"] for a in whole] == [expected, expected], whole
   written = [sum("pwrite" in e for e in a["events"]) for a in whole]
   assert min(written) > 1  # Both had something to do.
-  for which, share, count in [(0, 0.5, 2), (1, 0.4, 2), (0, 0.9, 3), (1, 0.7, 1)]:
+  for which, share, count in [(0, 0.5, 2), (1, 0.7, 1), (0, 0.9, 3)]:
     directory = tmp_path / f"{which}-{share}"
     kill = (which, signal.SIGKILL, int(share * len(whole[which]["events"])))
     found = child.run_many("files", directory, devices=1, kill=kill, heartbeat=4, **options)
@@ -174,7 +172,9 @@ def commanded(*arguments, count):
     port = free.getsockname()[1]
   many = ["--distributed", f"--coordinator=127.0.0.1:{port}", f"--processes={count}"]
   each = [[*many, f"--process={i}"] for i in range(count)] if count > 1 else [[]]
-  env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+  flags = os.environ["XLA_FLAGS"].split()
+  flags = [f for f in flags if not f.startswith("--xla_force_host_platform_device_count")]
+  env = os.environ | {"XLA_FLAGS": " ".join(flags)}
   pipes = dict(cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
   command = [sys.executable, "-m", "jaxmerge", *arguments]
   running = [subprocess.Popen([*command, *own], **pipes) for own in each]

@@ -278,7 +278,7 @@ class Client:
     assert line, "the server of runs has ended"
     return json.loads(line)
 
-  def kill_at_random(self, scenario, root, *, kills=15, **options):
+  def kill_at_random(self, scenario, root, *, kills=6, **options):
     """Runs that are killed at random moments; gives the digest of each in the end.
 
     Each is killed up to five times, unless it comes to its end, before it is let be.

@@ -67,23 +67,23 @@ def test_killed_before_a_turning_point_of_a_save(child, one_step, second_save, t
 
 
 @pytest.mark.slow
-def test_killed_at_every_event_of_a_save(child, one_step, second_save, tmp_path):
-  count = len(second_save["events"])
+def test_killed_at_every_other_event_of_a_save(child, one_step, second_save, tmp_path):
+  events = range(1, len(second_save["events"]) + 1, 2)
   kills = 0
-  for event in range(1, count + 1):
+  for event in events:
     directory = tmp_path / str(event)
     killed, digest = kill_and_resume(child, one_step, directory, event)
     assert digest == second_save["digest"], second_save["events"][event - 1]
     kills += killed
     shutil.rmtree(directory)
   # Orbax's threads may save an event or two from run to run, so the last ones may not come.
-  assert kills >= count - 3
+  assert kills >= len(events) - 3
 
 
 @pytest.mark.slow
 def test_killed_at_events_of_the_very_first_save(child, tmp_path):
   first = child.run("counting", tmp_path / "whole", steps=1)
-  for event in range(1, len(first["events"]), 6):
+  for event in range(1, len(first["events"]), 8):
     directory = tmp_path / str(event)
     assert child.run("counting", directory, steps=1, kill_event=event)["killed"]
     assert child.run("counting", directory, steps=1)["digest"] == first["digest"]

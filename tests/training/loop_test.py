@@ -495,7 +495,7 @@ def test_killed_at_a_save(child, unkilled, tmp_path, event):
 
 @pytest.mark.slow
 def test_killed_at_random_moments(child, unkilled, tmp_path):
-  digests = child.kill_at_random("merging", tmp_path)
+  digests = child.kill_at_random("merging", tmp_path, kills=4)
   assert set(digests) == {unkilled["digest"]}
 
 
