@@ -19,10 +19,36 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 SCRIPTS = sorted((ROOT / "tpu").glob("*.sh"))
 
 GCLOUD = r"""#!/usr/bin/env bash
-# $CLOUD/state is the state of the VM; there is none without it. Two workers, as folders.
+# $CLOUD/state is the state of the VM; there is none without it. Two workers, as folders; with
+# $CLOUD/one, one.
 set -eu
 printf '%s\n' "${*//$'\n'/ }" >>"$CLOUD/calls"
+if [[ $1 == storage ]]; then  # On a worker.
+  case $2/$3 in
+    cp/-) mkdir -p "$(dirname "$CLOUD/bucket/$4")" && cat >"$CLOUD/bucket/$4" ;;
+    rsync/gs://*) cp -r "$CLOUD/bucket/$3/." "$4/" ;;
+    rsync/*) rm -rf "$CLOUD/bucket/$4" && cp -r "$3" "$CLOUD/bucket/$4" ;;
+    *) exit 64 ;;
+  esac
+  exit
+fi
 verb=$4 kind=$3 worker=all command=
+# Flags that gcloud 528 has, and others do not pass.
+flags=' --zone --project --worker --command --format --force --quiet --spot '
+[[ $verb != create ]] || flags+='--accelerator-type --type --topology '
+case $kind/$verb in
+  tpu-vm/create) flags+='--version ' ;;
+  queued-resources/create) flags+='--node-id --runtime-version ' ;;
+esac
+for flag in "$@"; do
+  case $flag in
+    --type=v[234]) ;;
+    --type=*) echo "ERROR: argument --type: Invalid choice: '${flag#*=}'." >&2; exit 2 ;;
+    --*)
+      [[ $flags == *" ${flag%%=*} "* ]] || { echo "unrecognized arguments: $flag" >&2; exit 2; }
+      ;;
+  esac
+done
 for flag in "$@"; do
   case $flag in
     --worker=*) worker=${flag#*=} ;;
@@ -30,6 +56,7 @@ for flag in "$@"; do
   esac
 done
 [[ $worker == all ]] && workers='0 1' || workers=$worker
+[[ ! -e $CLOUD/one ]] || workers=0
 case $kind/$verb in
   tpu-vm/describe)
     if [[ -e $CLOUD/offline ]]; then rm "$CLOUD/offline"; echo 'no network' >&2; exit 1; fi
@@ -46,7 +73,8 @@ case $kind/$verb in
   */create)
     if [[ -e $CLOUD/full ]]; then rm "$CLOUD/full"; echo 'no more capacity' >&2; exit 1; fi
     rm -rf "$CLOUD"/worker*
-    mkdir -p "$CLOUD/worker0" "$CLOUD/worker1"
+    mkdir -p "$CLOUD/worker0"
+    [[ -e $CLOUD/one ]] || mkdir "$CLOUD/worker1"
     echo CREATING >"$CLOUD/state"
     [[ $kind == tpu-vm ]] || printf '%s\n' WAITING_FOR_RESOURCES ACTIVE >"$CLOUD/queue"
     ;;
@@ -165,15 +193,23 @@ def test_shellcheck_finds_nothing(path):
 @pytest.mark.parametrize(
   ("settings", "wanted"),
   [
-    ({}, "tpu-vm create mine --version=v2-alpha-tpuv5-lite --type=v5litepod --topology=4x4"),
+    ({}, "tpu-vm create mine --version=v2-alpha-tpuv5-lite --accelerator-type=v5litepod-16"),
+    (
+      {"TOPOLOGY": "v4:2x2x2"},
+      "tpu-vm create mine --version=tpu-ubuntu2204-base --type=v4 --topology=2x2x2",
+    ),
+    (
+      {"TOPOLOGY": "v6e:2x4"},
+      "tpu-vm create mine --version=v2-alpha-tpuv6e --accelerator-type=v6e-8",
+    ),
     (
       {"TOPOLOGY": "v5p:4x4x4", "SPOT": "1", "PROJECT": "p"},
-      "tpu-vm create mine --version=v2-alpha-tpuv5 --type=v5p --topology=4x4x4 --spot",
+      "tpu-vm create mine --version=v2-alpha-tpuv5 --accelerator-type=v5p-128 --spot",
     ),
     (
       {"QUEUED": "1", "SPOT": "1", "VERSION": "own"},
-      "queued-resources create mine --node-id=mine --runtime-version=own --type=v5litepod "
-      "--topology=4x4 --spot",
+      "queued-resources create mine --node-id=mine --runtime-version=own "
+      "--accelerator-type=v5litepod-16 --spot",
     ),
   ],
 )
@@ -195,6 +231,7 @@ def test_a_vm_is_created_and_waited_for_and_deleted(cloud, settings, wanted):
   [
     ("create.sh", {"TOPOLOGY": "v9:4x4"}, "must be v4, v5e, v5p or v6e and a shape"),
     ("create.sh", {"TOPOLOGY": "v5e"}, "must end with a shape"),
+    ("create.sh", {"TOPOLOGY": "v5e:3x5"}, "the cloud has no v5e of shape 3x5; it has: 1x1 2x2"),
     ("create.sh", {"TPU": ""}, "export TPU=NAME"),
     ("logs.sh", {"ZONE": ""}, "export ZONE="),
     ("launch.sh", {}, "which config"),
@@ -322,3 +359,50 @@ def test_a_run_that_fails_is_not_begun_again(cloud):
   assert "the run ended with status 3" in done.stderr
   assert "at work" in done.stderr  # The end of its log.
   assert len(runs(home)) == 2
+
+
+def test_a_bucket_brings_a_preempted_run_to_the_next_machine(cloud):
+  home, run = cloud
+  flags, share = ["--config=configs/images4.py"], {"SHARE": "gs://b/mine", "COPY": "0.2"}
+  (home / "one").touch()  # The machine has one worker.
+  good(run("create.sh", **share))
+  good(run("install.sh", **share))
+  (home / "preempts").touch()
+  good(run("launch.sh", *flags, **share))
+  until(lambda: (home / "worker0/jaxmerge/run.status").exists())
+  assert (home / "bucket/gs:/b/mine/images4/checkpoints/1").exists()
+  assert not any("mount" in call for call in calls(home))
+  done = good(run("resume.sh", *flags, **share))
+  assert "PREEMPTED; making it anew" in done.stderr
+  assert (home / "bucket/gs:/b/mine/images4/report.json").exists()
+  assert (home / "worker0/runs/images4/checkpoints/1").exists()
+
+
+@pytest.mark.slow
+def test_the_real_gcloud_takes_every_call(cloud):
+  """Its linter parses a command and runs nothing."""
+  gcloud = shutil.which("gcloud")
+  if gcloud is None:
+    pytest.skip("gcloud is not installed.")
+  home, run = cloud
+  for settings in ({}, {"TOPOLOGY": "v4:2x2x2", "SPOT": "1", "QUEUED": "1", "PROJECT": "p"}):
+    for script in ("create.sh", "install.sh", "delete.sh"):
+      good(run(script, **settings))
+  good(run("create.sh"))
+  good(run("install.sh"))
+  good(run("launch.sh", "--config=configs/images4.py"))
+  until(lambda: (home / "worker0/jaxmerge/run.status").exists())
+  good(run("fetch.sh", "images4", str(home / "out")))
+  commands = {c for c in calls(home) if c.startswith("compute ") and "--command=" not in c}
+  commands |= {
+    "compute tpus tpu-vm ssh mine --worker=all --command=true --zone=z",
+    "storage cp - gs://b/mine/mark --quiet",
+    "storage rsync gs://b/mine runs --quiet --recursive",
+    "storage rsync runs gs://b/mine --quiet --recursive --delete-unmatched-destination-objects "
+    "--exclude=.*x",
+  }
+  config = {**os.environ, "CLOUDSDK_CONFIG": str(home / "gcloud")}
+  for command in sorted(commands):
+    lint = [gcloud, "meta", "lint-gcloud-commands", f"--command-string=gcloud {command}"]
+    done = subprocess.run(lint, env=config, capture_output=True, text=True, timeout=120)
+    assert '"success": true' in done.stdout, (command, done.stdout[-300:], done.stderr[-300:])

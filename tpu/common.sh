@@ -6,7 +6,8 @@
 #   VERSION   runtime version of the VM; empty: the default for the chips
 #   SPOT=1    a spot VM: cheap, may be preempted at any time
 #   QUEUED=1  use a queued resource, which waits for chips
-#   SHARE     NFS share HOST:/PATH that all workers mount, for runs that outlive the VM
+#   SHARE     for runs that outlive the VM: an NFS share HOST:/PATH, which all workers mount; or, with
+#             one worker, a folder of a bucket, gs://BUCKET/PATH, to which it copies its runs
 #   POLL      seconds between two checks; 30
 # shellcheck shell=bash disable=SC2034  # Some variables are for the others.
 set -euo pipefail
@@ -22,6 +23,17 @@ SHARE=${SHARE:-}
 PLACE=jaxmerge
 RUNS=runs
 BOOT=/proc/sys/kernel/random/boot_id  # Another one whenever a machine starts.
+
+# The commands that copy runs from the bucket, and to it; empty without a bucket.
+pull='' push=''
+if [[ $SHARE == gs://* ]]; then
+  bucket=$(printf %q "${SHARE%/}")
+  # Only a folder that is not empty can be copied: without the mark, no runs and no network look alike.
+  pull="echo runs | gcloud storage cp - $bucket/mark --quiet && mkdir -p $RUNS &&
+    gcloud storage rsync $bucket $RUNS --quiet --recursive"
+  push="gcloud storage rsync $RUNS $bucket --quiet --recursive \
+    --delete-unmatched-destination-objects --exclude='.*unfinished/.*|.*[.]tmp.*'"
+fi
 
 where=("--zone=$ZONE" ${PROJECT:+"--project=$PROJECT"})
 

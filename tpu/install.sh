@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Brings this checkout to all workers, with what it needs; mounts the share for runs.
+# Brings this checkout to all workers, with what it needs; mounts the share for runs, or fetches them
+# from the bucket.
 # shellcheck source-path=SCRIPTDIR source=common.sh
 source "$(dirname "$0")/common.sh"
 
@@ -12,8 +13,8 @@ git -C "$root" ls-files --cached --others --exclude-standard --deduplicate -z |
   tar --create --gzip --directory="$root" --file="$archive/$PLACE.tar.gz" --null --files-from=-
 tpu_vm scp "$archive/$PLACE.tar.gz" "$TPU:" --worker=all
 
-mount=
-if [[ -n $SHARE ]]; then
+mount=$pull
+if [[ -n $SHARE && -z $pull ]]; then
   mount="if ! mountpoint -q $RUNS; then
     sudo apt-get install -qq -y nfs-common && sudo mount -o rw,hard $(printf %q "$SHARE") $RUNS &&
       sudo chown \"\$(id -u)\" $RUNS

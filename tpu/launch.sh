@@ -14,6 +14,13 @@ done
 [[ -n $config ]] || fail "which config? tpu/launch.sh --config=configs/NAME.py"
 name=$(basename "$config" .py)
 run=".venv/bin/jaxmerge atm$(printf ' %q' "$@") --workdir=\"\$HOME/$RUNS/$name\" --distributed"
+# A bucket gets what is saved every minute, and the rest at the end: also of a run that was stopped.
+if [[ -n $push ]]; then
+  run="(cd && while sleep ${COPY:-60}; do $push; done) & copies=\$!
+$run; status=\$?
+kill \$copies; (cd && $push) || [ \$status != 0 ] || status=1
+(exit \$status)"
+fi
 
 # The exit status is kept, so that others can ask for it, and since when the machine is up, so that
 # they see where the run went with it; the log of a run that goes on does too.

@@ -6,7 +6,7 @@
 source "$(dirname "$0")/common.sh"
 
 here=$(dirname "$0")
-[[ -n $SHARE ]] || fail "a run that goes on needs a share: export SHARE=HOST:/PATH"
+[[ -n $SHARE ]] || fail "a run that goes on needs a share: export SHARE=HOST:/PATH or gs://BUCKET/PATH"
 
 again() {
   say "$TPU: $1; making it anew"

@@ -72,7 +72,7 @@ def loop_programs(
   """
   problem, changes = registry.make_shapes(config), training_settings.from_config(config)
   axes = {k: config["mesh"][k] for k in meshes.AXES}
-  mesh = meshes.make(**axes, tasks=len(problem.tasks), devices=devices)
+  mesh = _whole(meshes.make(**axes, tasks=len(problem.tasks), devices=devices), devices)
   if changes.at_once and changes.at_once < len(problem.tasks):
     raise ValueError(
       f"at_once is {changes.at_once}: rounds of tasks in turn are no one program; set it to 0."
@@ -119,6 +119,19 @@ def _round(loop: build.Loop) -> Iterator[xla_program.Program]:
   yield xla_program.Program("tune and merge", lambda: whole.lower(*taken), mesh, trips)
 
 
+def _whole(mesh: Mesh, devices: Sequence[Any]) -> Mesh:
+  """Returns the mesh; raises ValueError if it leaves chips idle, for which nothing is compiled."""
+  if mesh.size < len(devices):
+    idle = len(devices) // mesh.size
+    axis = "data" if mesh.shape["data"] == 1 else "model"
+    raise ValueError(
+      f"the mesh {dict(mesh.shape)} has {mesh.size} of {len(devices)} chips, and the compiler "
+      f"needs all: take a smaller topology, or more chips for each task, such as "
+      f"--config.mesh.{axis}={idle * mesh.shape[axis]}."
+    )
+  return mesh
+
+
 def _stack(params: Any, num_models: int) -> Any:
   return jax.tree.map(lambda x: Struct((num_models, *x.shape), x.dtype), params)
 
@@ -136,7 +149,7 @@ def merge_programs(
     jnp.dtype(config["dtype"]),
     merges.make_method(config["method"]),
   )
-  mesh = meshes.make(**config["mesh"], devices=devices)
+  mesh = _whole(meshes.make(**config["mesh"], devices=devices), devices)
   params = jax.eval_shape(lambda: llama.init(fields, jax.random.key(0)))
   params = jax.tree.map(lambda x: Struct(x.shape, dtype), params)
   places = meshes.shardings(params, mesh, llama.SHARDING)

@@ -142,6 +142,12 @@ def test_tasks_in_turn_are_refused():
     next(compilation.loop_programs(tiny_loop(at_once=2), jax.devices()))
 
 
+def test_idle_chips_are_refused_with_the_axis_that_takes_them():
+  own = tiny_loop() | {"mesh": {"task": -1, "data": 1, "model": 1, "devices": None}}
+  with pytest.raises(ValueError, match=r"has 4 of 8 chips.*--config\.mesh\.data=2"):
+    next(compilation.loop_programs(own, jax.devices()))
+
+
 def tiny_merge(**changes):
   return config("merge_7b.py", model=TINY, models=3, entries=256, **changes)
 
@@ -150,7 +156,7 @@ def tiny_merge(**changes):
 def test_a_merge_in_memory_is_that_of_the_library():
   own = tiny_merge(method={"name": "task_arithmetic", "scale": 0.3}, dtype="float32")
   own["mesh"] = {"task": 1, "data": 1, "model": 2}
-  programs = list(compilation.merge_programs(own, jax.devices()))
+  programs = list(compilation.merge_programs(own, jax.devices()[:2]))
   assert [p.name for p in programs] == ["merge in memory", "streamed merged"]
   lowered = programs[0].lower()
   draw = np.random.default_rng(0).standard_normal
