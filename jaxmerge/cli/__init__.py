@@ -10,6 +10,7 @@ __getattr__, __dir__, __all__ = lazy.attach(
     "experiment_commands",
     "extract_command",
     "main",
+    "merge_run_command",
     "mergekit_flags",
     "model_commands",
     "progress",

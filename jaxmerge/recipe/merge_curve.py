@@ -1,0 +1,272 @@
+"""`merge_run`: merges the newest checkpoints along a training run, and evaluates each merge.
+
+In the folder of the result are `merge_run.json`, the record, which grows by a point with each merge
+and from which an interrupted call goes on; `merge_run.md` and `merge_run.png`, of the same; and
+`merges/STEP`, the merges that are kept.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple  # Any: a record is JSON.
+
+from jaxmerge.catalog import decays, lookup
+from jaxmerge.evaluation import external
+from jaxmerge.files import runs
+from jaxmerge.io.disk import atomic, locks, strict_json
+from jaxmerge.recipe import run as recipe_run
+from jaxmerge.report import figure_elements, run_curve
+
+NAME = "merge_run"
+MERGES, ALONE = "merges", "alone"
+KEEP = ("best", "all", "none")
+METHOD = "checkpoint_average"
+_CHOSEN_LATER = ("points", "metric", "lower_is_better")  # All else is fixed by the first point.
+
+Record = dict[str, Any]
+
+
+class _Job(NamedTuple):
+  """What a call does, beside its record."""
+
+  out: pathlib.Path
+  run: runs.Run
+  evaluate: external.Evaluate
+  keep: str
+  options: Mapping[str, Any]
+  message: Callable[[str], None]
+
+
+def merge_run(
+  run: str | os.PathLike[str],
+  out: str | os.PathLike[str],
+  *,
+  window: int = 8,
+  every: int = 4,
+  evaluate: str | external.Evaluate,
+  steps: Any = "all",
+  parameters: Mapping[str, Any] | None = None,
+  metric: str | None = None,
+  lower_is_better: bool = False,
+  keep: str = "best",
+  alone: bool = False,
+  out_format: str = "safetensors",
+  shard_size: int = 5_000_000_000,
+  message: Callable[[str], None] = lambda text: None,
+  progress: recipe_run.Progress | None = None,
+) -> Record:
+  """Merges the newest `window` checkpoints at every `every`-th of a run, and scores each merge.
+
+  A second call goes on: with what an interrupted one has left, and with checkpoints that have come
+  since. What it then has in its record is what one call would have.
+
+  Args:
+    run: a folder with a folder a step, as for `files.runs.open_run`.
+    out: folder of record, table, plot and merges.
+    window: number of checkpoints of a merge.
+    every: merges are this many checkpoints apart; the first is where a window is full.
+    evaluate: a command with `{out}` for the folder of a merge, whose last line is JSON of numbers;
+      or a function from the folder to numbers by name.
+    steps: which checkpoints count, as for `files.runs.checkpoints`.
+    parameters: of `checkpoint_average`; {"kind": "decay"} if not given.
+    metric: which of the numbers says what is best; the only one, if not given.
+    lower_is_better: whether the best merge has the lowest of them.
+    keep: which merges stay on the disk: "best", "all" or "none".
+    alone: whether the newest checkpoint of each window is scored by itself as well.
+    out_format: as for `merge_recipe`.
+    shard_size: likewise.
+    message: called with a line for each point.
+    progress: as for `merge_recipe`.
+
+  Returns:
+    The record: the settings, and under `points` a dict for each merge: `step`, its newest; `steps`;
+    `weights`; `scores`; `alone`, the scores of the newest checkpoint.
+
+  Raises:
+    ValueError: for a window larger than the run, other settings than those of the record at `out`,
+      and what `merge_recipe` raises.
+  """
+  out = pathlib.Path(out)
+  _check(window, every, keep)
+  parameters = dict({"kind": "decay"} if parameters is None else parameters)
+  lookup.check(METHOD, parameters)
+  figure_elements.figure(1.0)  # Matplotlib is missed now, and not after hours.
+  score = external.command(evaluate) if isinstance(evaluate, str) else evaluate
+  opened = runs.open_run(run)
+  opened = opened._replace(checkpoints=runs.select(opened, steps))
+  options = {"out_format": out_format, "shard_size": shard_size, "progress": progress}
+  job = _Job(out, opened, score, keep, options, message)
+  record: Record = {
+    "format": 1,
+    "run": str(opened.folder),
+    "method": METHOD,
+    "parameters": parameters,
+    "window": window,
+    "every": every,
+    "evaluate": evaluate if isinstance(evaluate, str) else getattr(evaluate, "__qualname__", ""),
+    "alone": alone,
+    "out_format": out_format,
+    "metric": metric,
+    "lower_is_better": lower_is_better,
+    "points": [],
+  }
+  atomic.check_name(out)
+  with locks.hold(out, f"{out}: another process merges a run there; wait for it."):
+    return _run(job, record)
+
+
+def _run(job: _Job, record: Record) -> Record:
+  """Adds the windows that the record lacks, one by one."""
+  record = _go_on(job.out, record)
+  _enough(job, record)
+  _write(job.out, record)
+  for checkpoints in _windows(job.run, record):
+    record = _add_point(job, record, checkpoints)
+  _discard(job, record)
+  return record
+
+
+def read(out: str | os.PathLike[str]) -> Record | None:
+  """Returns the record of a folder; None where there is none.
+
+  Raises:
+    ValueError: naming the file, where it is damaged.
+  """
+  path = pathlib.Path(out) / f"{NAME}.json"
+  if not path.is_file():
+    return None
+  record = strict_json.parse(str(path), path.read_bytes())
+  if record.get("format") != 1 or not isinstance(record.get("points"), list):
+    raise ValueError(f"{path}: is no record of merges of a run; give another folder.")
+  return record
+
+
+def _check(window: Any, every: Any, keep: Any) -> None:
+  for name, value in (("window", window), ("every", every)):
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+      raise ValueError(f"{name} must be a number of checkpoints, 1 or more, got {value!r}.")
+  if keep not in KEEP:
+    raise ValueError(f"keep must be one of {', '.join(map(repr, KEEP))}, got {keep!r}.")
+
+
+def _go_on(out: pathlib.Path, record: Record) -> Record:
+  """Returns the record with the points that an earlier call has left, of the same settings."""
+  if (before := read(out)) is None:
+    if out.exists() and any(out.iterdir()):
+      raise FileExistsError(f"{out}: is there, and holds no {NAME}.json; give another folder.")
+    out.mkdir(parents=True, exist_ok=True)
+    return record
+  for key in record.keys() - set(_CHOSEN_LATER):
+    if _same(key, before.get(key), record[key]):
+      continue
+    if before["points"]:
+      raise ValueError(
+        f"{out}: its merges have {key} {before.get(key)!r}, not {record[key]!r}: give that, or "
+        "another folder."
+      )
+    shutil.rmtree(out / MERGES, ignore_errors=True)  # What was begun with other settings.
+  metric = record["metric"] or before.get("metric")
+  return {**record, "metric": metric, "points": before["points"]}
+
+
+def _same(key: str, before: Any, now: Any) -> bool:
+  if key == "run":
+    return os.path.realpath(str(before)) == os.path.realpath(now)
+  return bool(before == json.loads(json.dumps(now)))
+
+
+def _enough(job: _Job, record: Record) -> None:
+  count, window = len(job.run.checkpoints), record["window"]
+  if count < window and not record["points"]:
+    raise ValueError(
+      f"{job.run.folder}: a window of {window} checkpoints is more than the {count} that there "
+      "are: choose a smaller window, or try again when the run has more."
+    )
+
+
+def _windows(run: runs.Run, record: Record) -> Iterator[Sequence[runs.Checkpoint]]:
+  """Yields the windows that are not in the record, each after those before it."""
+  window, every, all_ = record["window"], record["every"], run.checkpoints
+  last = window - 1 - every
+  if record["points"]:  # Older checkpoints may have been deleted since.
+    newest = record["points"][-1]["step"]
+    last = sum(c.step <= newest for c in all_) - 1
+  for end in range(last + every, len(all_), every):
+    if end >= window - 1:
+      yield all_[end - window + 1 : end + 1]
+
+
+def _add_point(job: _Job, record: Record, checkpoints: Sequence[runs.Checkpoint]) -> Record:
+  """Merges and scores a window; the record is on the disk before anything is removed."""
+  steps = [c.step for c in checkpoints]
+  scores = _score(job, record["parameters"], steps, job.out / MERGES / str(steps[-1]))
+  record = {**record, "metric": _metric(record["metric"], scores)}
+  point = {"step": steps[-1], "steps": steps, "weights": _weights(record, len(steps))}
+  point["scores"] = scores
+  if record["alone"]:
+    place = job.out / ALONE / str(steps[-1])
+    point["alone"] = _score(job, {"kind": "sma"}, steps[-1:], place)
+  record = {**record, "points": [*record["points"], point]}
+  _write(job.out, record)
+  _discard(job, record)
+  numbers = ", ".join(f"{n} {x:.6g}" for n, x in scores.items())
+  job.message(f"step {steps[-1]}: {len(steps)} checkpoints merged, {numbers}")
+  return record
+
+
+def _score(
+  job: _Job, parameters: Mapping[str, Any], steps: Sequence[int], place: pathlib.Path
+) -> dict[str, int | float]:
+  """Merges checkpoints to a folder, unless it is there, and evaluates it, unless it has been."""
+  if not place.exists():
+    models = [{"run": str(job.run.folder), "steps": list(steps)}]
+    recipe = {"merge_method": METHOD, "parameters": dict(parameters), "models": models}
+    recipe_run.merge_recipe(recipe, place, **job.options)
+  done = place / external.NAME
+  if done.is_file():
+    return external.check_numbers(strict_json.parse(str(done), done.read_bytes()))
+  return external.run(place, job.evaluate)
+
+
+def _metric(metric: str | None, scores: Mapping[str, Any]) -> str:
+  """Returns the name of the number that says what is best."""
+  if metric is None and len(scores) == 1:
+    return next(iter(scores))
+  if metric is None or metric not in scores:
+    what = "several numbers" if metric is None else f"no {metric!r}"
+    raise ValueError(
+      f"the evaluation gives {what}: choose the metric among {', '.join(scores)}; nothing is "
+      "evaluated again."
+    )
+  return metric
+
+
+def _weights(record: Record, count: int) -> list[float]:
+  known = {n: x for n, x in record["parameters"].items() if n != "kind"}
+  return list(decays.checkpoint_weights(count, record["parameters"].get("kind", "sma"), **known))
+
+
+def _discard(job: _Job, record: Record) -> None:
+  """Removes the merges that do not stay."""
+  shutil.rmtree(job.out / ALONE, ignore_errors=True)
+  best = run_curve.best(record)
+  stays = {str(best["step"])} if best is not None and job.keep == "best" else set()
+  for point in record["points"] if job.keep != "all" else ():
+    place = job.out / MERGES / str(point["step"])
+    if place.name not in stays and place.exists():
+      shutil.rmtree(place)
+
+
+def _write(out: pathlib.Path, record: Record) -> None:
+  """Writes plot, table and, last, the record."""
+  texts = {f"{NAME}.json": (json.dumps(record, indent=1, allow_nan=False) + "\n").encode()}
+  if record["points"]:
+    image = figure_elements.png(run_curve.figure(record))
+    texts = {f"{NAME}.png": image, f"{NAME}.md": run_curve.markdown(record).encode(), **texts}
+  for name, content in texts.items():
+    with atomic.write(out / name) as file:
+      file.write(content)
