@@ -62,7 +62,9 @@ def make_plan(
     raise errors.Problems(problems)
   inputs = frozenset(file for m in models for file in m.files)
   facts = {
-    "folders": {m.name: m.home or display.readable(str(m.folder)) for m in models if m.files}
+    "folders": {
+      m.name: m.home or display.readable(str(m.folder)) for m in models if m.files or m.orbax
+    }
   }
   return plans.Plan(
     tuple(outputs),
@@ -73,6 +75,7 @@ def make_plan(
     facts,
     texts=models[0].texts,
     notes=_notes(requests, models),
+    orbax=models[0].orbax,
   )
 
 

@@ -16,7 +16,7 @@ from jaxmerge.core import layouts
 from jaxmerge.files import estimate, inputs, outcomes
 from jaxmerge.files.plan import Job, Plan
 from jaxmerge.io import formats
-from jaxmerge.io.checkpoints import metadata
+from jaxmerge.io.checkpoints import metadata, other_programs
 from jaxmerge.io.huggingface import folder
 
 Record = dict[str, Any]
@@ -41,9 +41,7 @@ def dry_run(plan: Plan, *, shard_size: int, out_format: str = "safetensors") -> 
   narrow = collections.Counter(o.precision.dtype for o in merged if o.precision is not None)
   lines += [f"computed in {dtype}: {count} tensors" for dtype, count in sorted(narrow.items())]
   folders = plan.facts.get("folders", {}).items()
-  lines += [
-    f"  {name}: checkpoint {path}" for name, path in folders if metadata.is_checkpoint(path)
-  ]
+  lines += [f"  {name}: checkpoint {path}" for name, path in folders if _is_checkpoint(path)]
   texts = collections.Counter(
     outcomes.summarize(each, plan.jobs)
     for by_name in plan.outcomes.values()
@@ -53,6 +51,10 @@ def dry_run(plan: Plan, *, shard_size: int, out_format: str = "safetensors") -> 
   for number in range(len(plan.jobs)):
     lines += _dry_run_of_job(plan, number)
   return [*lines, *(f"note: {note}" for note in plan.notes)]
+
+
+def _is_checkpoint(path: str) -> bool:
+  return metadata.is_checkpoint(path) or other_programs.parse(path) is not None
 
 
 def _dry_run_of_job(plan: Plan, number: int) -> list[str]:

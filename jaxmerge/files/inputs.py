@@ -140,6 +140,8 @@ def open_model(
   config = formats.config(weights.folder)
   model = plans.Model(name, weights.folder, weights.tensors, weights.files, config, home=home)
   model = model._replace(notes=tuple(f"{name}: {note}" for note in weights.notes))
+  if weights.orbax is not None:
+    model = model._replace(home=weights.orbax.reference, orbax=weights.orbax)
   if weights.kind == "model" and not config and not (weights.folder / folder.PROVENANCE).is_file():
     model = model._replace(notes=(*model.notes, _NO_CONFIG.format(name)))
   return with_ties(_dequantize(model))

@@ -66,6 +66,8 @@ def inspect(path: str | os.PathLike[str]) -> Record:
     "tied": _tie_flag(path),
     "shared": _shared_bytes(weights.files, weights.tensors) if is_safetensors else {},
   }
+  if weights.orbax is not None:
+    record["reference"] = weights.orbax.reference
   if weights.kind == "adapter":
     record["adapter"] = folder.read_json(path / adapter.CONFIG)
   if (path / folder.PROVENANCE).is_file():
@@ -87,7 +89,8 @@ def add_checksums(record: Record, progress: Callable[[int], None] = lambda count
   """
   files = Files()
   try:
-    tensors = formats.open_weights(record["folder"], files).tensors
+    where = record["reference"] if "reference" in record else record["folder"]
+    tensors = formats.open_weights(where, files).tensors
     digests = {t["name"]: _digest(tensors[t["name"]], progress) for t in record["tensors"]}
   finally:
     files.close()

@@ -13,6 +13,7 @@ from jaxmerge.catalog import lookup
 from jaxmerge.catalog.entry import Entry
 from jaxmerge.core import layouts
 from jaxmerge.core.precision import Precision
+from jaxmerge.io.checkpoints import other_programs
 from jaxmerge.io.disk.stamps import Stamp
 from jaxmerge.io.huggingface import folder
 from jaxmerge.io.tensors.tensor import Tensor
@@ -67,6 +68,7 @@ class Model(NamedTuple):
     texts: files that it has beside those of the folder, or in their place, such as those that an
       adapter brings, or where it is still to be made; None: it does not have that one.
     notes: lines that a user should know.
+    orbax: the checkpoint, where its weights are one of Orbax that another program wrote.
   """
 
   name: str
@@ -79,6 +81,7 @@ class Model(NamedTuple):
   home: str | None = None
   texts: Mapping[str, str | bytes | None] = {}
   notes: tuple[str, ...] = ()
+  orbax: other_programs.Checkpoint | None = None
 
   def input(self, name: str) -> InputTensor:
     """Returns the input tensor of a name; its `tensor` is None if the model has none."""
@@ -191,6 +194,7 @@ class Plan(NamedTuple):
     earlier: plans that are done before, whose results this one takes, by name.
     stamps: of files, before the first byte of them was read.
     notes: a line each on what a user should know of the result, for dry run, terminal and card.
+    orbax: the donor's checkpoint, where another program wrote it: a layout to write.
   """
 
   outputs: tuple[Output, ...]
@@ -203,6 +207,7 @@ class Plan(NamedTuple):
   earlier: Mapping[str, Any] = {}
   notes: tuple[str, ...] = ()
   stamps: Mapping[pathlib.Path, Stamp] = {}
+  orbax: other_programs.Checkpoint | None = None
 
   @property
   def bytes_read(self) -> int:

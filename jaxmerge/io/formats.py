@@ -1,7 +1,7 @@
 """Opens a folder of weights, and decides what kind it is.
 
-A model is a Hugging Face folder with safetensors or msgpack, raw files of either, or a checkpoint;
-an adapter is a PEFT folder.
+A model is a Hugging Face folder with safetensors or msgpack, raw files of either, or a checkpoint
+of Orbax, jaxmerge's or that of another program; an adapter is a PEFT folder.
 Only headers and manifests are read. Free of jax.
 """
 
@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple  # Any: JSON of a config.
 
 from jaxmerge import display
-from jaxmerge.io.checkpoints import manifest, metadata
+from jaxmerge.io.checkpoints import manifest, metadata, other_programs
 from jaxmerge.io.huggingface import flax_weights, folder
 from jaxmerge.io.peft import adapter
 from jaxmerge.io.tensors import safetensors
@@ -31,6 +31,7 @@ class Weights(NamedTuple):
     homes: the file of each tensor; for a checkpoint, the folder of its state.
     files: those with the tensors.
     notes: lines on what of the files is no part of the model.
+    orbax: the checkpoint, where another program wrote it.
   """
 
   kind: str
@@ -39,6 +40,7 @@ class Weights(NamedTuple):
   homes: Mapping[str, pathlib.Path]
   files: tuple[pathlib.Path, ...]
   notes: tuple[str, ...] = ()
+  orbax: other_programs.Checkpoint | None = None
 
 
 def open_weights(path: Path, files: Files) -> Weights:
@@ -60,11 +62,17 @@ def open_model(path: Path, files: Files, *, home: str | None = None) -> Weights:
   path = pathlib.Path(path)
   if home is None and display.readable(str(path)) != str(path):
     home = display.readable(str(path))  # Names that are not UTF-8 cannot be written to JSON.
-  step = None if folder.is_usual(path) else metadata.find_checkpoint(path)
-  if step is None and not folder.is_usual(path) and (named := flax_weights.files(path)):
+  usual = folder.is_usual(path)
+  step = None if usual else metadata.find_checkpoint(path)
+  if step is None and not usual and (named := flax_weights.files(path)):
     files.note(folder.small_files(path))
     contents = flax_weights.read(named, files)
     return Weights("flax", path, contents.tensors, contents.homes, tuple(named), contents.notes)
+  other = (
+    other_programs.open_checkpoint(path) if step is None and not folder.is_usual(path) else None
+  )
+  if other is not None:
+    return _open_other(other, files)
   if step is None:
     files.note(folder.small_files(path))
     files.note(folder.weights(path))  # Their index is a small file.
@@ -73,6 +81,14 @@ def open_model(path: Path, files: Files, *, home: str | None = None) -> Weights:
   tensors = metadata.tensors(step)
   homes = dict.fromkeys(tensors, step / metadata.STATE)
   return Weights("checkpoint", step, tensors, homes, metadata.files(step))
+
+
+def _open_other(checkpoint: other_programs.Checkpoint, files: Files) -> Weights:
+  files.note(checkpoint.files)
+  homes = dict.fromkeys(checkpoint.tensors, checkpoint.item.path)
+  root, tensors = checkpoint.root.path, checkpoint.tensors
+  notes = (checkpoint.note,)
+  return Weights("checkpoint", root, tensors, homes, checkpoint.files, notes, checkpoint)
 
 
 def config(path: Path) -> dict[str, Any]:

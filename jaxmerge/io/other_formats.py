@@ -16,11 +16,6 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 ADAPTER = "adapter_config.json"
 PICKLES = (".bin", ".pt", ".pth")  # Extensions of weights that are not read.
-_STORE = "with store.Checkpoints(pathlib.Path('OUT')) as out: out.save(1, {'params': tree}, {})"
-_TREE = (
-  f"give the tree to jaxmerge.merge in Python, or save it for this command: "
-  f"import pathlib; from jaxmerge.io.checkpoints import store; {_STORE}"
-)
 _ORBAX = ("_METADATA", "_CHECKPOINT_METADATA", "manifest.ocdbt", "ocdbt.process_0")
 _DATA = ("*.parquet", "*.arrow", "*.jsonl", "*.csv", "data/*.parquet", "dataset_dict.json")
 
@@ -137,24 +132,14 @@ def _snapshot(root: pathlib.Path) -> pathlib.Path | None:
 
 
 def _orbax(path: pathlib.Path) -> str:
-  """Returns the hint for an Orbax checkpoint without a manifest, or the folder of its steps."""
+  """Returns the hint for a checkpoint of Orbax that is not whole, or the folder of its steps."""
   steps = [p for p in path.iterdir() if re.search(r"(^|[_-])\d+$", p.name) and p.is_dir()]
-  steps.sort(key=lambda p: int(re.split("[_-]", p.name)[-1]), reverse=True)
   inner = [p for step in [*steps, path] for p in sorted(step.iterdir()) if p.is_dir()]
-  items = [path, *steps, *inner]
-  if not any((p / name).exists() for p in items for name in _ORBAX):
+  if not any((p / name).exists() for p in [path, *steps, *inner] for name in _ORBAX):
     return ""
-  return foreign_orbax(next((p for p in items if (p / "_METADATA").exists()), path))
-
-
-def foreign_orbax(item: pathlib.Path) -> str:
-  """Says of a checkpoint of Orbax, of which this is an item with arrays, how to go on with it."""
-  restored = (
-    f"orbax.checkpoint.StandardCheckpointer().restore(pathlib.Path({str(item)!r}).absolute())"
-  )
   return (
-    "it is a checkpoint of Orbax that another program wrote: restore it as that program does, say "
-    f"by import orbax.checkpoint, pathlib; tree = {restored}, and {_TREE}"
+    "it is a checkpoint of Orbax without a file _METADATA, as an interrupted save leaves it, or a "
+    "very old version: restore it in the program that wrote it, and save it again"
   )
 
 

@@ -49,6 +49,8 @@ def _facts(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
   files = record["files"]
   names = ", ".join(f["name"] for f in files[:NAMED]) + ", …" * (len(files) > NAMED)
   yield "files", f"{len(files)}, {sum(f['bytes'] for f in files):,} bytes: {names}"
+  if "reference" in record:
+    yield "checkpoint", record["reference"]
   if record["tied"] is not None:
     yield "tied", f"tie_word_embeddings is {json.dumps(record['tied'])} in config.json"
   for name, stored_name in record["shared"].items():

@@ -10,6 +10,9 @@ __getattr__, __dir__, __all__ = lazy.attach(
     "manifest",
     "metadata",
     "orbax_output",
+    "other_programs",
+    "places",
     "store",
+    "trees",
   ),
 )

@@ -90,19 +90,23 @@ class Arrays:
   """The arrays of a checkpoint, open for reading; a class because it holds the band read last.
 
   Args:
-    state: folder of the database.
+    where: the folder of the arrays, for errors.
+    open_array: opens an array for reading, by its name in the database.
     check: called before the first reading; raises where the files are damaged.
   """
 
-  def __init__(self, state: pathlib.Path, check: Callable[[], None]) -> None:
-    self.state, self.check, self.checked = state, check, False
+  def __init__(
+    self, where: str, open_array: Callable[[str], Any], check: Callable[[], None] = lambda: None
+  ) -> None:
+    self.where, self.open_array = where, open_array
+    self.check, self.checked = check, False
     self.key: str | None = None
     self.store: Any = None
     self.band, self.entries = Band(0, 0, ()), np.empty(0)
 
   def tensor(self, key: str, name: str, dtype: np.dtype, shape: tuple[int, ...]) -> Tensor:
-    """Returns an array of the database, as the checkpoint's manifest describes it."""
-    where = f"{self.state}: tensor {name!r}"
+    """Returns an array of the database, of a dtype and shape that are known already."""
+    where = f"{self.where}: tensor {name!r}"
 
     def read(start: int, out: np.ndarray) -> None:
       if not self.checked:
@@ -121,12 +125,12 @@ class Arrays:
   ) -> None:
     if self.key != key:
       self._forget()
-      self.key, self.store = None, _open_existing(self.state, key)
+      self.key, self.store = None, self.open_array(key)
       self.key = key
     on_disk = self.store.dtype.numpy_dtype, self.store.shape
     if on_disk != (dtype, shape):
-      by_manifest = f"{dtype} {list(shape)} by the manifest"
-      raise ValueError(f"it is {on_disk[0]} {list(on_disk[1])} on disk, but {by_manifest}.")
+      known = f"{dtype} {list(shape)} by the manifest"
+      raise ValueError(f"it is {on_disk[0]} {list(on_disk[1])} on disk, but {known}.")
     done = 0
     while done < out.size:
       part = self._band_with(start + done)[start + done - self.band.start :][: out.size - done]
@@ -236,9 +240,16 @@ def _leaf_record(path: Sequence[str], chunks: Sequence[int]) -> dict[str, Any]:
   return {"key_metadata": [{"key": k, "key_type": 2} for k in path], "value_metadata": value}
 
 
-def _open_existing(state: pathlib.Path, key: str) -> Any:
-  """Opens an array of the database."""
-  return _open(_spec(state, key), open=True, read=True, context=_context())
+def open_existing(state: pathlib.Path, key: str) -> Any:
+  """Opens an array of a checkpoint of our own for reading."""
+  return open_spec(_spec(state, key)).result()
+
+
+def open_spec(spec: dict[str, Any]) -> Any:
+  """Returns the future of an array that is opened for reading."""
+  import tensorstore  # Late: plans, help and errors do without.
+
+  return tensorstore.open(spec, open=True, read=True, context=_context())
 
 
 def _open_new(state: pathlib.Path, key: str, tensor: Tensor, **shared: Any) -> Any:

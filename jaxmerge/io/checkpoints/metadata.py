@@ -7,6 +7,7 @@ of jax.
 
 from __future__ import annotations
 
+import functools
 import re
 import shutil
 from collections.abc import Mapping
@@ -15,11 +16,11 @@ from pathlib import Path
 import ml_dtypes  # noqa: F401  NumPy learns the names of bfloat16 and the 8-bit floats from it.
 import numpy as np
 
-from jaxmerge.io import other_formats
 from jaxmerge.io.checkpoints import arrays, manifest
 from jaxmerge.io.tensors.tensor import Tensor
 
 RECORD = "record.json"
+PROVENANCE = "jaxmerge_provenance.json"  # Of a merged model.
 STATE = "state"
 MODEL = "params"
 STORES = "checkpoints"  # Where a workdir has its stores,
@@ -41,8 +42,14 @@ def problem(folder: Path) -> str | None:
 
 
 def is_checkpoint(folder: str | Path) -> bool:
-  """Returns whether a folder is a checkpoint."""
-  return (Path(folder) / STATE).is_dir()
+  """Returns whether a folder is a checkpoint of jaxmerge.
+
+  `state` may be an item of a checkpoint of another program: then nothing of ours is beside it.
+  """
+  folder = Path(folder)
+  if not (folder / STATE / arrays.METADATA).is_file():
+    return (folder / STATE).is_dir()
+  return any((folder / name).is_file() for name in (manifest.NAME, RECORD, PROVENANCE))
 
 
 def find_checkpoint(path: Path) -> Path | None:
@@ -95,7 +102,8 @@ def tensors(folder: Path) -> dict[str, Tensor]:
   def check() -> None:
     _refuse(folder, manifest.damage(folder, within=STATE))
 
-  opened = arrays.Arrays(folder / STATE, check)
+  open_array = functools.partial(arrays.open_existing, folder / STATE)
+  opened = arrays.Arrays(str(folder / STATE), open_array, check)
   return {
     name: opened.tensor(keys.get(leaf, leaf), name, *saved[leaf])
     for name, leaf in sorted(leaf_by_name.items())
@@ -123,8 +131,6 @@ def _refuse(folder: Path, damage: str | None) -> None:
   hint = f"; steps {', '.join(map(str, others))} are beside it: give the folder of one" * bool(
     others
   )
-  if not (folder / manifest.NAME).exists():
-    hint += f"; or else {other_formats.foreign_orbax(folder / STATE)}"
   raise ValueError(f"{folder}: the checkpoint is damaged: {damage}{hint}.")
 
 
