@@ -1,4 +1,4 @@
-"""What a command is, and the flags that several have."""
+"""The record of a command, and flags that several commands share."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple  # Any: a config is imported only by commands that have one.
 
-Changes = Sequence[tuple[str, str]]  # Keys of a config and their new values, as text.
+Changes = Sequence[tuple[str, str]]  # Config keys and their new values as text.
 
 
 class Command(NamedTuple):
   """A command of the command line.
 
   Attributes:
-    about: what it does, for the help.
+    about: one line for the help.
     add_flags: adds its arguments to its parser.
-    run: (options, config) -> None: does it, and prints the results.
-    load_config: (options, changes) -> its config, checked; None: it has no config.
-    saved: what an interrupted one goes on from; empty: it starts anew.
+    run: (options, config) -> None: runs it and prints the results.
+    load_config: (options, changes) -> the checked config; None for commands without one.
+    saved: what an interrupted command resumes from; empty: it starts over.
   """
 
   about: str
@@ -29,51 +29,51 @@ class Command(NamedTuple):
 
 
 def add_run_flags(parser: argparse.ArgumentParser, config: str, workdir: str) -> None:
-  """Adds the flags of commands that run a config in a folder; the words are for the help."""
+  """Adds the flags of commands that run a config in a folder, with their help texts."""
   parser.add_argument("--config", required=True, metavar="FILE", help=config)
   parser.add_argument("--workdir", required=True, metavar="FOLDER", help=workdir)
-  resume = "go on with the run in the workdir: if there is one, not at all, or fail without one"
+  resume = "resume the run in the workdir: if there is one, never, or fail without one"
   parser.add_argument("--resume", choices=("auto", "never", "must"), default="auto", help=resume)
 
 
 def add_download_flag(parser: argparse.ArgumentParser) -> None:
   """Adds `--download`."""
-  text = "fetch models of the hub that its cache lacks; without it, no network is used"
+  text = "download hub models that are not in the cache; without this, no network is used"
   parser.add_argument("--download", action="store_true", help=text)
 
 
 def add_process_flags(parser: argparse.ArgumentParser) -> None:
   """Adds the flags of a command that many processes can share."""
-  text = (
-    "run as one of many processes; on Cloud TPU and Slurm they discover each other, elsewhere pass:"
-  )
+  text = "run as one of many processes; discovered on Cloud TPU and Slurm, elsewhere pass:"
   parser.add_argument("--distributed", action="store_true", help=text)
   address, count, index = (
     os.environ.get(f"JAX_{name}") for name in ("COORDINATOR_ADDRESS", "NUM_PROCESSES", "PROCESS_ID")
   )
-  text = "where process 0 is; $JAX_COORDINATOR_ADDRESS if not given"
+  text = "address of process 0; default: $JAX_COORDINATOR_ADDRESS"
   parser.add_argument("--coordinator", metavar="HOST:PORT", default=address, help=text)
-  text = "number of processes; $JAX_NUM_PROCESSES if not given"
+  text = "number of processes; default: $JAX_NUM_PROCESSES"
   parser.add_argument("--processes", metavar="N", type=int, default=count, help=text)
-  text = "which of them this is, from 0; $JAX_PROCESS_ID if not given"
+  text = "index of this process, from 0; default: $JAX_PROCESS_ID"
   parser.add_argument("--process", metavar="I", type=int, default=index, help=text)
 
 
 def check_process_flags(options: argparse.Namespace, arguments: Sequence[str]) -> None:
-  """Raises ValueError for flags of many processes where this is to be the only one."""
+  """Raises ValueError for flags of many processes without `--distributed`."""
   flags = [a.split("=")[0] for a in arguments]
   for flag in ("--coordinator", "--processes", "--process"):
     if flag in flags and not options.distributed:
-      raise ValueError(f"{flag} says which of many processes this is: it needs --distributed.")
+      raise ValueError(f"{flag} is for runs of many processes: add --distributed.")
 
 
 def start_devices(options: argparse.Namespace, devices: int | None) -> None:
-  """Requests devices on the CPU for one process, or joins the other processes of a run."""
+  """Requests CPU devices for a single process, or joins the other processes of a run."""
   if not options.distributed:
     request_cpu_devices(devices)
     return
   if devices is not None and options.processes:
-    request_cpu_devices(max(1, devices // options.processes))  # They are those of the whole run.
+    request_cpu_devices(
+      max(1, devices // options.processes)
+    )  # `devices` counts those of the whole run.
   from jaxmerge.cli import watchdog
   from jaxmerge.parallel import processes
 
@@ -83,7 +83,7 @@ def start_devices(options: argparse.Namespace, devices: int | None) -> None:
 
 
 def request_cpu_devices(count: int | None) -> None:
-  """Divides the CPU into `count` devices, before jax starts; the user's own flags stay.
+  """Splits the CPU into `count` devices before jax starts; a user's flag takes precedence.
 
   It has no effect where jax finds an accelerator.
   """

@@ -1,4 +1,4 @@
-"""Settings of JAX for the command line, which it reads from the environment when it is imported.
+"""Sets environment variables for JAX, which reads them on import.
 
 Free of jax.
 """
@@ -16,16 +16,16 @@ from collections.abc import MutableMapping
 VARIABLE = "JAXMERGE_CACHE"
 _OFF = {"", "0", "off", "no", "false"}
 _FOLDER = "JAX_COMPILATION_CACHE_DIR"
-_MOST = 2**31  # Bytes; what has not been used for longest goes first.
-_THREADS = 4  # For each device that a CPU is divided into.
+_MOST = 2**31  # Bytes; the least recently used programs go first.
+_THREADS = 4  # Per CPU device.
 
 
 def prepare(environment: MutableMapping[str, str] = os.environ) -> None:
-  """Sets what the user has not set: a cache of compiled programs, threads for devices of a CPU.
+  """Sets the compilation cache and the threads of CPU devices, where the user has not.
 
-  Programs of this process, and of those that it starts, are cached in `JAXMERGE_CACHE`, or in the
-  user's cache folder; `JAXMERGE_CACHE=off` turns that off. A folder for JAX itself, by
-  `JAX_COMPILATION_CACHE_DIR`, comes first.
+  Programs of this process and its children are cached in `JAXMERGE_CACHE`, by default the user's
+  cache folder; `JAXMERGE_CACHE=off` disables the cache. `JAX_COMPILATION_CACHE_DIR` takes
+  precedence.
 
   Example:
     >>> flags = {"JAXMERGE_CACHE": "off", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
@@ -38,10 +38,10 @@ def prepare(environment: MutableMapping[str, str] = os.environ) -> None:
 
 
 def _add_threads(environment: MutableMapping[str, str]) -> None:
-  """Gives the devices of a divided CPU a pool of threads that they cannot fill.
+  """Sets a thread pool that the devices of a split CPU cannot exhaust.
 
-  It has one thread a core, and a device holds one for each collective that it waits in: with more
-  devices than cores all can wait for work that no thread is left to do, until XLA aborts.
+  By default it has one thread per core, and a device blocks one for each pending collective: with
+  more devices than cores, all threads can wait for work that none is left to do, until XLA aborts.
   """
   devices = re.search(
     r"xla_force_host_platform_device_count=(\d+)", environment.get("XLA_FLAGS", "")
@@ -57,26 +57,26 @@ def _set_cache(environment: MutableMapping[str, str]) -> None:
   environment[_FOLDER] = str(root)
   environment.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
   environment.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
-  if importlib.util.find_spec("filelock"):  # Without it JAX cannot keep to a size.
+  if importlib.util.find_spec("filelock"):  # JAX needs it to limit the size.
     environment.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(_MOST))
 
 
 def folder(environment: MutableMapping[str, str] = os.environ) -> pathlib.Path | None:
-  """Returns the folder of cached programs, one for each kind of processor; None without a cache."""
+  """Returns the folder of cached programs for this kind of processor; None without a cache."""
   chosen = environment.get(VARIABLE)
   if chosen is not None and chosen.lower() in _OFF:
     return None
   if chosen is None:
     try:
       home = environment.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-    except RuntimeError:  # There is no home.
+    except RuntimeError:  # No home folder.
       return None
     chosen = str(pathlib.Path(home) / "jaxmerge")
   return pathlib.Path(chosen).expanduser().absolute() / f"programs-{_processor()}"
 
 
 def _processor() -> str:
-  """Returns a digest of the processor: its programs may not run on another kind."""
+  """Returns a digest of the processor kind: compiled programs may not run on another."""
   try:
     lines = pathlib.Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
   except OSError:

@@ -1,4 +1,4 @@
-"""Commands that run a config: `atm`, `bench`, `compile`; and `report`, which shows a run again."""
+"""Commands that run a config (`atm`, `bench`, `compile`), and `report`, which shows a run."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from jaxmerge.parallel import preemption
 
 def _add_atm_flags(parser: argparse.ArgumentParser) -> None:
   add_run_flags(parser, "the experiment", "folder for checkpoints, report and merged model")
-  text = "after SIGTERM, end in the middle of a round that takes longer; "
-  text += f"{preemption.GRACE:g} if not given"
+  text = "after SIGTERM, abandon a round that takes longer than this; "
+  text += f"default: {preemption.GRACE:g}"
   parser.add_argument("--grace", metavar="SECONDS", type=float, default=preemption.GRACE, help=text)
   add_process_flags(parser)
 
@@ -34,14 +34,14 @@ def _load_experiment(options: argparse.Namespace, changes: Changes) -> Any:
 
 
 def run_atm(options: argparse.Namespace, config: Any) -> None:
-  """Tunes and merges as a config says, and prints the table; of many processes the first prints."""
+  """Tunes and merges as a config says, and prints the table, on the first process."""
   from jaxmerge import report as reports
   from jaxmerge.experiments import workdir as workdirs
 
   folder, plain = pathlib.Path(options.workdir), json.loads(config.to_json())
   workdirs.check(folder, plain, options.resume)
   if (record := workdirs.read_finished(folder, plain)) is not None and not options.distributed:
-    progress.log("this run has finished: nothing is run again")
+    progress.log("this run has finished; showing its results")
   else:
     start_devices(options, config.mesh.devices)
     from jaxmerge.experiments import run
@@ -80,9 +80,9 @@ def run_bench(options: argparse.Namespace, config: Any) -> None:
 
 def _add_compile_flags(parser: argparse.ArgumentParser) -> None:
   parser.add_argument("--config", required=True, metavar="FILE", help="an experiment, or a merge")
-  text = "chips and their shape: v5e:4x4, v5p:4x4x4"
+  text = "chips and topology: v5e:4x4, v5p:4x4x4"
   parser.add_argument("--topology", required=True, metavar="NAME", help=text)
-  text = "so many slices of that shape"
+  text = "number of slices of that topology"
   parser.add_argument("--slices", type=int, default=1, metavar="N", help=text)
   parser.add_argument("--json", action="store_true", help="print JSON")
 
@@ -91,12 +91,12 @@ def _load_compile_config(options: argparse.Namespace, changes: Changes) -> Any:
   from jaxmerge.experiments import compile_config
   from jaxmerge.xla import chips
 
-  chips.parse_topology(options.topology, options.slices)  # A wrong name is reported first.
+  chips.parse_topology(options.topology, options.slices)  # A wrong topology is reported first.
   return compile_config.load(options.config, changes)
 
 
 def run_compile(options: argparse.Namespace, config: Any) -> None:
-  """Compiles the programs of a config for TPUs, and prints what they need and how fast they can be.
+  """Compiles the programs of a config for TPUs, and prints memory, traffic and least time.
 
   Raises:
     ValueError: with the reason, where one of them does not fit.
@@ -126,7 +126,7 @@ def _add_report_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run_report(options: argparse.Namespace, config: Any) -> None:
-  """Prints the table of a finished run, and remakes its page and plots."""
+  """Prints the table of a finished run, and redraws its page and plots."""
   from jaxmerge import report as reports
   from jaxmerge.experiments import workdir as workdirs
 
@@ -138,7 +138,7 @@ def run_report(options: argparse.Namespace, config: Any) -> None:
 
 
 ATM = Command(
-  "tune and merge models as a config says, compare and report",
+  "tune and merge models as a config says, compare them and write a report",
   _add_atm_flags,
   run_atm,
   _load_experiment,
@@ -152,11 +152,11 @@ BENCH = Command(
   saved="the last finished method",
 )
 COMPILE = Command(
-  "compile the programs of a config for TPUs, without one: do they fit, how fast can they be",
+  "compile the programs of a config for TPUs, without a TPU: memory, traffic, least time",
   _add_compile_flags,
   run_compile,
   _load_compile_config,
 )
 REPORT = Command(
-  "print the table of a finished run, and remake its page and plots", _add_report_flags, run_report
+  "print the table of a finished run, and redraw its page and plots", _add_report_flags, run_report
 )

@@ -1,7 +1,7 @@
-"""The command line: flags in, exit status out. What a command does stands beside its flags.
+"""The command line: parses flags, runs a command, returns the exit status.
 
-Help and errors of a config come without importing jax: each command imports what it needs. Exit
-status: 0 done, 1 failed, 2 wrong usage or config, 130 interrupted, 143 stopped by SIGTERM.
+Help and config errors do not import jax: each command imports what it needs. Exit status: 0 done,
+1 failed, 2 wrong usage or config, 130 interrupted, 143 stopped by SIGTERM.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def _run(options: argparse.Namespace, config: Any, arguments: Sequence[str]) -> 
     sys.stdout.flush()
     return 0
   except BrokenPipeError:
-    # The reader has left (`jaxmerge methods | head`): nothing is wrong, and nothing is read.
+    # The reader has closed the pipe (`jaxmerge methods | head`), which is no error.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
   except ModuleNotFoundError as e:
@@ -112,7 +112,7 @@ def _run(options: argparse.Namespace, config: Any, arguments: Sequence[str]) -> 
 
 
 def _resume_hint(options: argparse.Namespace, arguments: Sequence[str]) -> str:
-  """Says how to go on with what was stopped."""
+  """Returns how to resume what was stopped."""
   saved = COMMANDS[options.command].saved
   if not saved or options.resume == "never":
     return ""
@@ -148,7 +148,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
-  """Returns the parser; its help shows the keys of the config that is among the arguments."""
+  """Returns the parser; its help lists the keys of the config among the arguments."""
   top = _Parser(prog="jaxmerge", description="Model merging in JAX.", allow_abbrev=False)
   top.add_argument("--version", action="version", version=importlib.metadata.version("jaxmerge"))
   parsers = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -174,7 +174,7 @@ def _check_words(
   commands: Mapping[str, argparse.ArgumentParser],
   arguments: Sequence[str],
 ) -> None:
-  """Raises ValueError, with the nearest right word, for an unknown command or flag."""
+  """Raises ValueError, with the closest match, for an unknown command or flag."""
   words = [a for a in arguments if not a.startswith("-")]
   if words and words[0] not in commands and arguments[0] == words[0]:
     near = difflib.get_close_matches(words[0], commands, n=1)
@@ -215,9 +215,9 @@ def _load_config(options: argparse.Namespace, changes: Changes) -> Any:
 
 
 def _error_text(error: BaseException | str) -> str:
-  """Returns the text of an error: with the flag where a library's user has an argument.
+  """Returns the text of an error, naming the flag in place of the Python argument.
 
-  That of the operating system has the file first, as all others.
+  Errors of the operating system name the file first, as all others do.
 
   >>> _error_text("out exists; pass replace=True (--replace) to replace it.")
   'out exists; pass --replace to replace it.'

@@ -1,10 +1,10 @@
-"""The flags of mergekit's commands: accepted where they change nothing here, else with a reason."""
+"""The flags of mergekit's commands: translated, ignored, or refused with a reason."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-# Of no effect, as that is done anyway, or there is nothing of the kind to be done.
+# Without effect: done anyway, or not applicable.
 _ANYWAY = {
   *("--copy-tokenizer", "--write-model-card", "--safe-serialization", "--lazy", "--gpu-rich"),
   *("--cuda", "--no-cuda", "--low-cpu-memory", "--no-low-cpu-memory", "--read-to-gpu"),
@@ -18,14 +18,14 @@ _REFUSED: Mapping[str, str] = {
   "--no-copy-tokenizer": "the tokenizer is part of the result; remove its files from there.",
   "--no-write-model-card": "the model card is part of the result; remove README.md from there.",
   "--no-safe-serialization": "results are safetensors; pickles are not written.",
-  "--unsafe-truncate-embeddings": "rows of tokens are not cut off: the key tokenizer of the recipe "
-  "brings vocabularies together.",
-  "--transformers-cache": "HF_HUB_CACHE in the environment says where models of the hub are.",
-  "--lora-merge-dtype": "adapters are added in float32 while they are read.",
+  "--unsafe-truncate-embeddings": "token rows are not cut off: the recipe's `tokenizer` key "
+  "unifies vocabularies.",
+  "--transformers-cache": "set HF_HUB_CACHE in the environment for the place of hub models.",
+  "--lora-merge-dtype": "adapters are applied in float32 on reading.",
   "--random-seed": "the seed is part of the recipe: write `seed: NUMBER` there.",
-  "--out-path": "the place of the result is the second argument.",
-  "--intermediate-dir": "what is merged first lies beside OUT, and is removed at the end.",
-  "--no-lazy": "`--resume never` starts anew.",
+  "--out-path": "the second argument is the output folder.",
+  "--intermediate-dir": "intermediate models lie beside OUT, and are removed at the end.",
+  "--no-lazy": "use `--resume never` to start over.",
 }
 _COUNTS = {"K": 10**3, "M": 10**6, "B": 10**9}
 
@@ -40,7 +40,7 @@ def take(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     The other arguments, and a line for the user for each kind of flag.
 
   Raises:
-    ValueError: for a flag that would mean what is not done here, with the reason.
+    ValueError: for a flag that is not supported, with the reason.
   """
   rest: list[str] = []
   idle: list[str] = []
@@ -67,7 +67,7 @@ def take(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
       rest.append(argument)
   if idle:
     words = ", ".join(dict.fromkeys(idle))
-    lines.append(f"flags of mergekit that change nothing here: {words}.")
+    lines.append(f"mergekit flags without effect: {words}.")
   return rest, lines
 
 
@@ -79,7 +79,7 @@ def _bytes(count: int) -> str:
 
 
 def _parameters(text: str) -> int:
-  """Reads a number of parameters as mergekit writes it, such as 5B."""
+  """Parses a number of parameters in mergekit's notation, such as 5B."""
   number, unit = (text[:-1], text[-1].upper()) if text[-1:].isalpha() else (text, "")
   if (unit and unit not in _COUNTS) or not number.replace(".", "", 1).isdigit():
     raise ValueError(f"{_SHARD}: {text!r} is no number of parameters, such as 5B.")

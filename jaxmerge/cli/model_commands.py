@@ -1,4 +1,4 @@
-"""Commands that work on folders of models: `merge`, `inspect`, `diff`; and `methods`, the list."""
+"""Commands on folders of models (`merge`, `inspect`, `diff`), and `methods`."""
 
 from __future__ import annotations
 
@@ -7,35 +7,37 @@ import functools
 import json
 import pathlib
 from collections.abc import Callable
-from typing import Any  # A plan is imported only by the command that has one.
+from typing import Any  # Any: a plan is imported only where needed.
 
 from jaxmerge.cli import progress
 from jaxmerge.cli.command import Command, add_download_flag, add_process_flags, start_devices
 
 
 def _add_merge_flags(parser: argparse.ArgumentParser) -> None:
-  parser.add_argument("recipe", metavar="RECIPE.yml", help="which models, and how")
-  parser.add_argument("out", metavar="OUT", help="folder of the result")
-  text = "check everything, say what would be done, and do nothing"
+  parser.add_argument(
+    "recipe", metavar="RECIPE.yml", help="YAML file: the models, and how to merge them"
+  )
+  parser.add_argument("out", metavar="OUT", help="output folder")
+  text = "check everything, print the plan, and write nothing"
   parser.add_argument("--dry-run", action="store_true", help=text)
   add_process_flags(parser)
-  parser.add_argument("--replace", action="store_true", help="replace OUT if it is there")
-  text = "go on with an interrupted merge of the same recipe, or start anew"
+  parser.add_argument("--replace", action="store_true", help="replace OUT if it exists")
+  text = "resume an interrupted merge of the same recipe, or start over"
   parser.add_argument("--resume", choices=("auto", "never"), default="auto", help=text)
-  text = "what weights are written as: safetensors, or a checkpoint of Orbax in OUT/state"
+  text = "output format: safetensors, or an Orbax checkpoint in OUT/state"
   parser.add_argument(
     "--out-format", choices=("safetensors", "orbax"), default="safetensors", help=text
   )
-  text = "let NaN and infinity in the models pass"
+  text = "allow NaN and infinity in the models"
   parser.add_argument("--allow-nonfinite", action="store_true", help=text)
-  text = "take mergekit's rules and arithmetic where they differ from ours, as `compat:` does"
+  text = "follow mergekit's rules and arithmetic where they differ, as `compat:` does"
   parser.add_argument("--compat", choices=("mergekit",), help=text)
   text = "refuse keys of the recipe that mergekit ignores, as `strict: true` does"
   parser.add_argument("--strict", action="store_true", help=text)
-  text = "then run this, without a shell; {out} is the result, and its last line JSON of numbers"
+  text = "then run this, without a shell; {out} is the result, its last line is JSON of scores"
   parser.add_argument("--evaluate", metavar="COMMAND", help=text)
   add_download_flag(parser)
-  text = "bytes of a file of weights, at most: 5GB, 500MB"
+  text = "maximum size of a weight file: 5GB, 500MB"
   parser.add_argument("--shard-size", type=parse_size, default="5GB", metavar="SIZE", help=text)
 
 
@@ -49,11 +51,11 @@ def parse_size(text: str) -> int:
   for unit, factor in units.items():
     if text.upper().endswith(unit) and text[: -len(unit)].replace(".", "", 1).isdigit():
       return int(float(text[: -len(unit)]) * factor)
-  raise argparse.ArgumentTypeError(f"{text!r} is no size; write 5GB or 500MB")
+  raise argparse.ArgumentTypeError(f"{text!r} is not a size; write 5GB or 500MB")
 
 
 def run_merge(options: argparse.Namespace, config: Any) -> None:
-  """Merges the models of a recipe; recipes that others build on are merged beside, and removed."""
+  """Merges the models of a recipe; intermediate models lie beside OUT and are removed."""
   from jaxmerge.evaluation import external
   from jaxmerge.io.tensors import tensor
   from jaxmerge.recipe import errors, run
@@ -71,7 +73,7 @@ def run_merge(options: argparse.Namespace, config: Any) -> None:
     nonfinite=options.allow_nonfinite,
     out_format=options.out_format,
   )
-  # All that is wrong is reported before jax is imported, and all that is missing is fetched.
+  # Problems are reported, and models downloaded, before jax is imported.
   planned = run.plan(options.recipe, options.out, settings, files, problems=problems)
   if options.dry_run:
     _print_dry_run(planned.plan, options)
@@ -100,7 +102,7 @@ def _print_dry_run(plan: Any, options: argparse.Namespace) -> None:
 
 
 def _print_result(plan: Any, out: pathlib.Path, evaluate: Callable[..., Any] | None) -> None:
-  """Prints counts and notes of a merge, and evaluates its result."""
+  """Prints counts and notes of a merge, and evaluates the result."""
   from jaxmerge.evaluation import external
   from jaxmerge.files import outcomes
   from jaxmerge.io.huggingface import folder
@@ -119,15 +121,15 @@ def _print_result(plan: Any, out: pathlib.Path, evaluate: Callable[..., Any] | N
 def _add_inspect_flags(parser: argparse.ArgumentParser) -> None:
   parser.add_argument("model", metavar="MODEL", help="a model, a checkpoint, or a PEFT adapter")
   add_download_flag(parser)
-  text = "read the weights: show xxh3_128 of every tensor, and which are equal"
+  text = "read the weights; show each tensor's xxh3_128, and equal tensors"
   parser.add_argument("--checksums", action="store_true", help=text)
-  text = "read the weights: are they as jaxmerge wrote them? status 1 where not"
+  text = "read the weights; fail if they are not as jaxmerge wrote them"
   parser.add_argument("--check", action="store_true", help=text)
   parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run_inspect(options: argparse.Namespace, config: Any) -> None:
-  """Shows what is in a folder of weights."""
+  """Shows the contents of a folder of weights."""
   from jaxmerge.files import inspection
   from jaxmerge.io.huggingface import hub
   from jaxmerge.report import inspection_text
@@ -154,9 +156,11 @@ def _add_diff_flags(parser: argparse.ArgumentParser) -> None:
   parser.add_argument("base", metavar="BASE", help="the model that task vectors start from")
   parser.add_argument("models", metavar="MODEL", nargs="+", help="a model, or a PEFT adapter")
   add_download_flag(parser)
-  text = "measure the energy in the top singular values of matrices with such names"
+  text = "measure the energy in the top singular values of matching matrices"
   parser.add_argument("--singular", metavar="REGEX", help=text)
-  parser.add_argument("--top", metavar="N", type=int, default=16, help="how many; 16 if not given")
+  parser.add_argument(
+    "--top", metavar="N", type=int, default=16, help="how many singular values; default: 16"
+  )
   parser.add_argument("--out", metavar="FOLDER", help="write diff.json and plots into it")
 
 
@@ -173,7 +177,7 @@ def run_diff(options: argparse.Namespace, config: Any) -> None:
 
   if options.out is not None:
     try:
-      figures.figure(1.0)  # Matplotlib is missed now, and not after minutes.
+      figures.figure(1.0)  # A missing Matplotlib is reported now, not after minutes.
     except ImportError as e:
       raise ValueError(str(e)) from e
   files = Files()
@@ -218,13 +222,13 @@ def run_methods(options: argparse.Namespace, config: Any) -> None:
 
 
 MERGE = Command(
-  "merge the models of a recipe to a new folder",
+  "merge the models of a recipe into a new folder",
   _add_merge_flags,
   run_merge,
   saved="the last finished tensors",
 )
 INSPECT = Command(
-  "show what is in a folder: tensors, sizes, ties, how it was merged",
+  "show a model's tensors, sizes, ties, and how it was merged",
   _add_inspect_flags,
   run_inspect,
 )

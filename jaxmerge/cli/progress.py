@@ -14,12 +14,12 @@ Event = Mapping[str, Any]
 
 
 def log(text: str) -> None:
-  """Prints a line on stderr, at once, without what a name may hide."""
+  """Prints a line to stderr, flushed, with control characters of names made visible."""
   print(display.shown(text), file=sys.stderr, flush=True)
 
 
 def output(text: str) -> None:
-  """Prints a result on stdout, without what a name may hide, in any encoding."""
+  """Prints a result to stdout in any encoding, with control characters made visible."""
   encoding = sys.stdout.encoding or "utf-8"
   print(display.shown(text).encode(encoding, "backslashreplace").decode(encoding), flush=True)
 
@@ -40,7 +40,7 @@ def bars() -> Iterator[Callable[[Event], None]]:
     progress.BarColumn(bar_width=24),
     progress.TextColumn("{task.completed:g}/{task.total:g} {task.fields[unit]}", markup=False),
     progress.TimeElapsedColumn(),
-    # Rounds may take minutes: the speed is taken from all of them.
+    # Rounds may take minutes, so the speed is averaged over all of them.
     progress.TimeRemainingColumn(elapsed_when_finished=False),
     progress.TextColumn("{task.fields[numbers]}", markup=False),
   )
@@ -55,7 +55,7 @@ def bars() -> Iterator[Callable[[Event], None]]:
       phase, done, total = event["phase"], event["done"], event["total"]
       text = display.name(numbers(event.get("numbers", {})))
       if phase not in known:
-        # A resumed run begins in the middle; what was done before says nothing of the speed.
+        # A resumed run starts in the middle; earlier work must not count as speed.
         unit = event.get("unit", "")
         known[phase] = drawn.add_task(
           display.name(phase), total=total, completed=done, unit=unit, numbers=text
@@ -67,7 +67,7 @@ def bars() -> Iterator[Callable[[Event], None]]:
 
 
 def numbers(values: Mapping[str, Any]) -> str:
-  """Returns current numbers as a short text.
+  """Formats current numbers as a short text.
 
   >>> numbers({"mean": 0.71234, "round": 3})
   'mean 0.7123, round 3'
@@ -77,14 +77,14 @@ def numbers(values: Mapping[str, Any]) -> str:
 
 
 def byte_counter(show: Callable[[Event], None], phase: str, size: int) -> Callable[[int], None]:
-  """Returns a function that takes numbers of bytes, and shows their sum, of `size`, and speed."""
+  """Returns a function that adds up bytes and shows their sum, of `size`, and the speed."""
   done, first, begun = 0, 0, 0.0
 
   def count(more: int) -> None:
     nonlocal done, first, begun
     done += more
     event = {"phase": phase, "done": done // 10**6, "total": size // 10**6, "unit": "MB"}
-    if not begun:  # What comes first may be what an interrupted run has done.
+    if not begun:  # The first count may be what an interrupted run had done.
       first, begun = done, time.monotonic()
       show(event)
       return

@@ -1,4 +1,4 @@
-"""Ends one process of many when another is lost, with a message."""
+"""Ends a process of a multi-process run with a message when another is lost."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from collections.abc import Callable
 from jaxmerge.cli import progress
 
 GONE = (
-  "error: {who} has lost another process of the run, which ended or never came, or was killed "
-  "itself. Whatever was saved is whole: start all processes again, and the run goes on from there."
+  "error: {who} lost another process of the run, which ended or never joined, or was killed "
+  "itself. Saved state is intact: start all processes again, and the run resumes from there."
 )
 
 
 def run(work: Callable[[], int]) -> int:
   """Runs the work of one process, and returns its exit status; does not return where it fails.
 
-  An orderly end waits for the other processes, which wait for this one: after an error, whatever it
-  is, the process ends at once, and the others hear of it. Where the runtime of the devices ends the
-  process itself, a second, small process prints what has happened.
+  An orderly exit waits for the other processes, which wait for this one. So after any error the
+  process exits at once, and the others notice. Where the device runtime kills the process itself,
+  a small watcher process prints what happened.
   """
   done = _start_watcher()
   try:
     status = work()
-  except BaseException as e:  # Whatever it was, the others must not wait.
+  except BaseException as e:  # Whatever the error, the others must not wait.
     from jaxmerge.parallel import processes
 
     if processes.is_lost(e):
@@ -45,7 +45,7 @@ def run(work: Callable[[], int]) -> int:
 
 
 def quiet() -> None:
-  """Makes a process that is not the first one silent, but for its errors."""
+  """Silences the stdout of a process other than the first."""
   sys.stdout.flush()
   with open(os.devnull, "wb") as nowhere:
     os.dup2(nowhere.fileno(), sys.stdout.fileno())
@@ -61,16 +61,16 @@ def _start_watcher() -> Callable[[], None]:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
       signal.signal(number, signal.SIG_IGN)
     os.close(writing)
-    if not os.read(reading, 1):  # The other end is closed without a word.
+    if not os.read(reading, 1):  # The other end closed without the final byte.
       progress.log(GONE.format(who=f"process {pid}"))
     os._exit(0)
   os.close(reading)
 
   def done() -> None:
-    with contextlib.suppress(OSError):  # Somebody has ended the watcher.
+    with contextlib.suppress(OSError):  # The watcher is gone.
       os.write(writing, b".")
 
-  atexit.register(done)  # Before jax's own, hence after it: ends run backwards.
+  atexit.register(done)  # Registered before jax's handler, so it runs after it.
   return done
 
 
@@ -79,5 +79,5 @@ def _who() -> str:
 
   try:
     return f"process {jax.process_index()}"
-  except RuntimeError:  # Its devices have not started: it has no number yet.
+  except RuntimeError:  # The devices have not started, so there is no index yet.
     return f"process {os.getpid()}"

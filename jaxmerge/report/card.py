@@ -1,4 +1,4 @@
-"""The model cards of merged models: Markdown with a YAML head, as model hubs read it."""
+"""Model cards of merged models: Markdown with YAML front matter, as model hubs read it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any  # A record is JSON, its values have no one type.
+from typing import Any  # Any: a record is JSON.
 
 from jaxmerge import display
 from jaxmerge.catalog import lookup
@@ -20,10 +20,10 @@ def model_card(
   """Writes the model card of a model of the record.
 
   Args:
-    record: the run; it may hold NumPy's numbers.
-    base_name: the base model, as a hub names it.
+    record: the run; NumPy numbers are converted.
+    base_name: hub id of the base model.
     method: a name in `record["models"]`, such as "atm" or "ties".
-    license: identifier of the licence; the base model's is the one that binds.
+    license: identifier of the licence, normally the base model's.
   """
   record = records.plain(record)
   if method not in record["models"]:
@@ -53,7 +53,7 @@ def model_card(
 def merge_card(summary: Mapping[str, Any]) -> str:
   """Writes the model card of a merge of files, from `describe.summary`.
 
-  Only models of the hub are named in its head: a path there would be taken for somebody's model.
+  The front matter names hub models only: a hub would take a path for the id of another model.
   """
   ids = dict.fromkeys(reference.split("@")[0] for reference in summary["hub"])
   head = {"base_model": list(ids), "base_model_relation": "merge"} if ids else {}
@@ -84,7 +84,7 @@ def merge_card(summary: Mapping[str, Any]) -> str:
 
 
 def _earlier(name: str, summary: Mapping[str, Any]) -> Iterator[str]:
-  """Describes a merge whose result is one of the models."""
+  """Describes an earlier merge whose result is one of the models."""
   yield f"## Merged before: {tables.escape(name)}\n\n{_counts(summary)}"
   yield _list(summary["models"])
   yield from map(_method, summary["methods"])
@@ -97,7 +97,7 @@ def _counts(summary: Mapping[str, Any]) -> str:
 
 
 def _name(method: Mapping[str, Any]) -> str:
-  """Returns the name of a method: the user's, or that of the catalog."""
+  """Returns the name of a method: the user's, or the catalog's."""
   if "words" in method["settings"]:
     return method["settings"]["words"]
   if method["method"] in lookup.METHODS or method["method"] == "mean":
@@ -135,7 +135,7 @@ def _method(method: Mapping[str, Any]) -> str:
 
 
 def _recipe(text: str | None, compat: str | None = None) -> Sequence[str]:
-  """Shows the recipe, behind a fence that nothing in it ends, and how it is run again."""
+  """Shows the recipe, in a fence longer than any in it, and the command that repeats it."""
   if text is None:
     return ("## How it was made\n\nBy `jaxmerge.merge_files`, from Python.",)
   fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
@@ -143,12 +143,12 @@ def _recipe(text: str | None, compat: str | None = None) -> Sequence[str]:
   command = f"```sh\njaxmerge merge jaxmerge_recipe.yml OUT{flag}\n```"
   return (
     f"## Recipe\n\n{fence}yaml\n{text.rstrip()}\n{fence}",
-    f"## How it was made\n\n{command}\n\nPaths in the recipe begin where it was run.",
+    f"## How it was made\n\n{command}\n\nIts paths are relative to the folder where it ran.",
   )
 
 
 def _head(fields: Mapping[str, Any]) -> str:
-  """Writes the YAML head. JSON strings are YAML strings, so no name can break out of it."""
+  """Writes the YAML front matter. JSON strings are valid YAML, so no name can break out of it."""
   lines = [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in fields.items()]
   return "\n".join(["---", *lines, "tags:", "- merge", "- jaxmerge", "---"])
 
@@ -165,10 +165,10 @@ def _describe_run(record: Mapping[str, Any], method: str) -> str:
   """Describes a run: the kind of merge, then settings, budget, config and versions as a list."""
   model, budget = record["models"][method], record["budget"].get(method, {})
   how = {
-    "loop": "Tuned and merged in rounds (ATM): every task tunes a copy of the current model, the "
+    "loop": "Tuned and merged in rounds (ATM): each task tunes a copy of the current model, the "
     "task vectors are merged, and the next round starts from the result.",
     "one-shot": "Every task tuned a copy of the base once; the task vectors were merged.",
-    "reference": "This model is no merge; it stands here for comparison.",
+    "reference": "This model is not a merge; it is listed for comparison.",
   }[labels.kind(method)]
   facts = {
     labels.counter(k): labels.number(budget[k]) for k in labels.counters(record) if k in budget

@@ -19,7 +19,7 @@ class Difference(NamedTuple):
 def gap_closed(models: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
   """Returns (mean - base) / (experts - base) of every model.
 
-  Empty where base or experts are not among the models, or have the same mean: then there is no gap.
+  Empty where base or experts are missing, or have the same mean: then there is no gap.
 
   >>> gap_closed({"base": {"mean": 0.5}, "experts": {"mean": 1.0}, "atm": {"mean": 0.75}})["atm"]
   0.5
@@ -42,9 +42,9 @@ def task_gaps(
   lead: float = 0.05,
   lower_is_better: bool = False,
 ) -> dict[str, dict[str, float]]:
-  """Returns the share of the gap closed by task, of every model.
+  """Returns the share of each task's gap that each model closes.
 
-  Only of the tasks where the experts lead the base by more than `lead`: a small gap divides noise.
+  Only tasks where the experts lead the base by more than `lead` count: a small gap amplifies noise.
 
   >>> models = {"base": {"per_task": {"a": 0.5}}, "experts": {"per_task": {"a": 0.9}}}
   >>> task_gaps(models, ["a"])
@@ -89,16 +89,16 @@ def paired_difference(
 ) -> Difference:
   """Returns the score of a minus that of b, mean over tasks, with a 95 % bootstrap interval.
 
-  Rows are drawn with replacement, the same rows for both models and for every seed, so that what
-  the two share cancels. Where the seeds judge different rows, the interval holds as well: the
-  variance of a mean over rows of means over seeds is the same.
+  Rows are drawn with replacement, the same rows for both models and for every seed, so that shared
+  noise cancels. The interval also holds where seeds have different rows: the variance of a mean
+  over rows of means over seeds is the same.
 
   Args:
-    scores_a: one array a task, [rows] or [seeds, rows]: what is right, or scores.
-    scores_b: the same rows judged by the other model.
-    seeds: whether seeds are drawn too, the same for every task. False: the seeds at hand are all.
+    scores_a: one array per task, [rows] or [seeds, rows]: booleans (correct or not), or scores.
+    scores_b: the same rows, scored by the other model.
+    seeds: whether seeds are resampled too, the same for every task.
     samples: number of bootstrap samples.
-    seed: of the draws.
+    seed: of the bootstrap.
 
   >>> paired_difference([[True, True]], [[False, False]])
   Difference(mean=1.0, low=1.0, high=1.0)

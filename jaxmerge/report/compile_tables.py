@@ -1,9 +1,9 @@
-"""Tables of what compiled programs need: memory, collectives, time at least. From plain records."""
+"""Tables of compiled programs from plain records: memory, collectives, least time."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any  # A record is JSON, its values have no one type.
+from typing import Any  # Any: a record is JSON.
 
 from jaxmerge.report.tables import Cell, Table
 
@@ -12,7 +12,7 @@ _BOUNDS = {"products": "products", "memory": "memory", "links": "links", "outsid
 
 
 def line(program: Mapping[str, Any]) -> str:
-  """Returns one line about a program that has been compiled."""
+  """Returns one line about a compiled program."""
   seconds = program["seconds"]["compile"]
   if not program["fits"]:
     return f"{program['name']}: compiled in {seconds:.1f} s, and does not fit"
@@ -20,7 +20,7 @@ def line(program: Mapping[str, Any]) -> str:
 
 
 def heading(record: Mapping[str, Any]) -> str:
-  """Returns one line about the devices, and the mesh that they form."""
+  """Returns one line about the devices and their mesh."""
   name = (
     record["topology"] if record["slices"] == 1 else f"{record['slices']} x {record['topology']}"
   )
@@ -32,7 +32,7 @@ def heading(record: Mapping[str, Any]) -> str:
 
 
 def memory(record: Mapping[str, Any]) -> Table:
-  """Returns a row a program: bytes on each device by kind, compile time, least time of a run."""
+  """Returns a row per program: bytes per device by kind, compile time, least run time."""
   limit = size(record["memory"])
   head = ["Program", *(k.capitalize() for k in _KINDS[:-1]), f"Of {limit}", "Compile", "At least"]
   rows = []
@@ -50,7 +50,7 @@ def memory(record: Mapping[str, Any]) -> Table:
 
 
 def traffic(record: Mapping[str, Any]) -> Table:
-  """Returns a row for each program, kind of collective and axes: how often, and bytes sent."""
+  """Returns a row per program, collective and axes: how often, and bytes sent."""
   rows = []
   for program in record["programs"]:
     collectives = program.get("collectives")

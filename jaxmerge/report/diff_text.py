@@ -1,4 +1,4 @@
-"""How models differ from their base: tables, figures and files, from the record of `diff`."""
+"""Tables, figures and files of how models differ from their base, from the record of `diff`."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ import itertools
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any  # A record is JSON, and Matplotlib is optional: neither has types to name.
+from typing import Any  # Any: a record is JSON, and Matplotlib is optional.
 
 from jaxmerge.io.disk import atomic
 from jaxmerge.report import figure_elements as figure_lib
 from jaxmerge.report import geometry, tables
 from jaxmerge.report.tables import Cell, Table
 
-PAIRS = 6  # So many cosines have a column each; of more there is the mean.
+PAIRS = 6  # Up to this many cosines have a column each; beyond, their mean is shown.
 FIGURES = ("cosines", "norms")
 
 
 def text(record: Mapping[str, Any], width: int = 100) -> str:
-  """Writes all tables for a terminal of `width` columns, the whole model last."""
+  """Formats all tables for a terminal of `width` columns, the whole model last."""
   names = record["models"]
   several = ", sign conflicts, cosines" if len(names) > 1 else ""
   parts = [("By tensor: norms (in % of the base's)", groups(record["tensors"], names, brief=True))]
@@ -41,7 +41,7 @@ def text(record: Mapping[str, Any], width: int = 100) -> str:
 def groups(
   entries: Mapping[str, Mapping[str, Any]], names: Sequence[str], *, brief: bool = False
 ) -> Table:
-  """Returns a row a group: norms, sign conflicts, cosines between tasks; `brief` is norms alone."""
+  """Returns a row per group: norms, sign conflicts, cosines between tasks; `brief`: norms only."""
   pairs = [] if brief else list(itertools.combinations(range(len(names)), 2))
   head, rows = ["", *names], []
   for group, measures in entries.items():
@@ -60,7 +60,7 @@ def groups(
 
 
 def whole(record: Mapping[str, Any]) -> Table:
-  """Returns a row a model: its norm, and its cosines with the others."""
+  """Returns a row per model: its norm, and its cosines with the others."""
   measures, names = record["whole"], record["models"]
   several = len(names) > 1
   rows = [
@@ -73,7 +73,7 @@ def whole(record: Mapping[str, Any]) -> Table:
 
 
 def singular(record: Mapping[str, Any]) -> Table:
-  """Returns a row a matrix: the share of each model's energy in the largest singular values."""
+  """Returns a row per matrix: the share of each model's energy in its top singular values."""
   names = record["models"]
   rows = [
     [Cell(matrix), *(Cell(_percent(by_model[n]["share"])) for n in names)]
@@ -95,7 +95,7 @@ def _cosine(x: float | None) -> str:
 
 
 def figures(record: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns the figures that the record has numbers for, by name."""
+  """Returns the figures for which the record has data, by name."""
   figures_by_name = {"cosines": cosines(record), "norms": norms(record)}
   return {name: figure for name, figure in figures_by_name.items() if figure is not None}
 
@@ -124,7 +124,7 @@ def norms(record: Mapping[str, Any]) -> Any:
 def write(record: Mapping[str, Any], folder: str | pathlib.Path) -> list[pathlib.Path]:
   """Writes NAME.png of all figures and diff.json into a folder, and returns their paths.
 
-  Figures are drawn before anything is written; those of an earlier record that this one lacks are
+  Figures are drawn before anything is written; outdated figures of an earlier record are
   removed.
   """
   drawn = {f"{name}.png": figure_lib.png(figure) for name, figure in figures(record).items()}

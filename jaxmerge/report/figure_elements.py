@@ -10,7 +10,7 @@ import importlib
 import io
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple  # Any: Matplotlib is optional, its types cannot be named.
+from typing import Any, NamedTuple  # Any: Matplotlib is optional.
 
 import numpy as np
 
@@ -24,7 +24,7 @@ SIZE = 8.0  # points, of all text but titles
 LINE = 0.17  # inches between the lines of a legend
 PAGE, INK, SOFT, GRID = "#ffffff", "#222222", "#666666", "#e3e3e3"
 POSITIVE, NEGATIVE = "#e08214", "#8073ac"  # of a scale through zero: ink is legible on both
-# Okabe and Ito's palette for colour-blind readers, with grey and black for what is no merge.
+# Okabe and Ito's palette for colour-blind readers; grey and black for references.
 COLORS = {
   "base": "#8a8a8a",
   "experts": "#111111",
@@ -36,7 +36,7 @@ COLORS = {
   "breadcrumbs": "#882255",
   "atm": "#0072b2",
 }
-# Wide areas of black would outshout the merges.
+# Wide black areas would dominate the merges.
 BARS = {"base": "#c4c4c4", "multitask": "#999999", "experts": "#555555"}
 _MORE = ("#d55e00", "#332288", "#999933", "#44aa99", "#aa4499", "#661100")
 SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#111111", "#882255")
@@ -97,42 +97,42 @@ def grow(fig: Any, inches: float) -> None:
 
 
 def png(fig: Any) -> bytes:
-  """Returns the figure as PNG bytes, the same for the same figure."""
+  """Returns the figure as deterministic PNG bytes."""
   buffer = io.BytesIO()
   fig.savefig(buffer, format="png", dpi=DPI, facecolor="white", metadata={"Software": None})
   return buffer.getvalue()
 
 
 def colors(names: Sequence[str]) -> dict[str, str]:
-  """Returns the colour of every model; models without a fixed one take those that are left."""
+  """Returns the colour of every model; those without a fixed colour take the free ones."""
   others = [n for n in names if n not in COLORS]
   fixed = {n: COLORS[n] for n in names if n in COLORS}
   return fixed | {n: _MORE[i % len(_MORE)] for i, n in enumerate(others)}
 
 
 def dashes(name: str) -> Any:
-  """Returns the line style of a model: solid for merges, broken for what is no merge."""
+  """Returns the line style of a model: solid for merges, dashed for references."""
   head = name.split("_")[0]
   return DASHES.get(head, "solid") if labels.kind(name) == "reference" else "solid"
 
 
 def literal(x: str) -> str:
-  """Returns a name as a figure may show it: on one line, and never read as a formula."""
+  """Returns a name for a figure: on one line, and never parsed as a formula."""
   return display.name(" ".join(x.split())).replace("$", "\\$")
 
 
 def names(tasks: Sequence[str], length: int = 24) -> dict[str, str]:
-  """Returns the names of tasks as figures show them, not too long and still apart."""
+  """Returns short, distinct names of tasks for figures."""
   return {task: literal(text) for task, text in labels.shorts(tasks, length).items()}
 
 
 def model(name: str) -> str:
-  """Returns the name of a model as figures show it."""
+  """Returns the name of a model for figures."""
   return literal(labels.short(labels.label(name), 20))
 
 
 def curve(axes: Any, xs: Sequence[float], ys: Sequence[float], color: str, **style: Any) -> None:
-  """Draws a curve with points where they are few, and a faint trail to the label at the right."""
+  """Draws a curve, with markers where points are few, and a faint line to its label."""
   dot = 3.5 if len(xs) <= 25 else 0.0
   axes.plot(xs, ys, color=color, marker="o", markersize=dot, solid_capstyle="round", **style)
   known = [(x, y) for x, y in zip(xs, ys, strict=True) if math.isfinite(y)]
@@ -162,13 +162,13 @@ def dress(axes: Any, title: str, x: str, y: str) -> None:
 
 
 def whole_ticks(axes: Any) -> None:
-  """Puts ticks of the x axis at whole numbers only."""
+  """Places ticks of the x axis at integers only."""
   ticker = importlib.import_module("matplotlib.ticker")
   axes.xaxis.set_major_locator(ticker.MaxNLocator(nbins=10, integer=True, min_n_ticks=1))
 
 
 def span(axes: Any, xs: Sequence[float]) -> None:
-  """Sets the x axis to whole numbers with a little air; a single point stands in the middle."""
+  """Sets the x range to integers with a margin; a single point is centred."""
   low, high = min(xs), max(xs)
   air = 0.03 * (high - low) if high > low else 0.5
   axes.set_xlim(low - air, high + air)
@@ -176,7 +176,7 @@ def span(axes: Any, xs: Sequence[float]) -> None:
 
 
 def fit(axes: Any, ys: Sequence[float], floor: float | None = None) -> None:
-  """Sets the y axis to the values with a little air, from `floor` if that is set."""
+  """Sets the y range to the values with a margin, from `floor` if set."""
   low, high = min(ys), max(ys)
   if floor is not None:
     low = min(low, floor)
@@ -185,7 +185,7 @@ def fit(axes: Any, ys: Sequence[float], floor: float | None = None) -> None:
 
 
 def spread(values: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-  """Moves values as little as possible (least squares) so that neighbours are `gap` apart.
+  """Moves values as little as possible (least squares) to keep neighbours `gap` apart.
 
   The order stays, and all are within [low, high]; where they do not fit, the gap shrinks.
 
@@ -213,7 +213,7 @@ def spread(values: Sequence[float], gap: float, low: float, high: float) -> list
 
 
 def settle(fig: Any, axes: Any, right: Sequence[str] = (), left: float = 0.7) -> None:
-  """Fixes the place of the axes in inches, with room on the right for the longest label."""
+  """Fixes the position of the axes in inches, with room on the right for the longest label."""
   room = max((text_width(fig, t) for t in right), default=0.0) + (0.34 if right else 0.1)
   narrow = is_narrow(fig)
   if narrow and left == 0.7:
@@ -285,7 +285,7 @@ def _label_below(fig: Any, axes: Any, marks: Sequence[Mark]) -> None:
 
 
 def label_left(fig: Any, axes: Any, x: float, marks: Sequence[Mark]) -> None:
-  """Writes labels left of the points at `x`, each joined to its point, none over another."""
+  """Writes labels left of the points at `x`, without overlaps, each connected to its point."""
   inch = (axes.get_xlim()[1] - axes.get_xlim()[0]) / (
     axes.get_position().width * fig.get_size_inches()[0]
   )
@@ -350,10 +350,10 @@ def _columns(wide: Sequence[float], lines: int) -> float:
 
 
 def numbers(values: Sequence[float | None]) -> np.ndarray:
-  """Returns values as an array, NaN where there is none."""
+  """Returns values as an array, NaN for None."""
   return np.array([np.nan if x is None else x for x in values], dtype=float)
 
 
 def column(rounds: Sequence[Mapping[str, Any]], key: str) -> np.ndarray:
-  """Returns one number of every round, NaN where there is none."""
+  """Returns one number of every round, NaN where it is missing."""
   return numbers([r.get(key) for r in rounds])

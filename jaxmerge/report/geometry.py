@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping, Sequence
-from typing import Any  # A record is JSON, and Matplotlib is optional: neither has types to name.
+from typing import Any  # Any: a record is JSON, and Matplotlib is optional.
 
 import numpy as np
 
@@ -22,7 +22,7 @@ def cosines(record: Mapping[str, Any], width: float = figures.WIDTH) -> Any:
 
 
 def matrices(cosines: Mapping[str, Any], tasks: Sequence[str], width: float = figures.WIDTH) -> Any:
-  """Draws matrices of cosines between the task vectors of two tasks or more, by their titles."""
+  """Draws titled matrices of cosines between the task vectors of two or more tasks."""
   grids = [np.array(grid, dtype=float) for grid in cosines.values()]
   hidden = np.eye(len(tasks), dtype=bool)
   limit = max(np.max(np.abs(np.where(hidden | np.isnan(g), 0.0, g))) for g in grids)
@@ -31,7 +31,7 @@ def matrices(cosines: Mapping[str, Any], tasks: Sequence[str], width: float = fi
   narrow = width < figures.WIDTH
   labels = list(figures.names(tasks, 14 if narrow else 20).values())
   widest = max(figures.text_width(figures.figure(1.0)[0], t) for t in labels)
-  left, below = widest + 0.15, 0.75 * widest + 0.2  # inches, for names of rows and columns
+  left, below = widest + 0.15, 0.75 * widest + 0.2  # inches, for row and column names
   # Many tasks: one matrix above the other, so that cells stay legible.
   across = 1 if narrow or len(tasks) > 9 else len(grids)
   side = min((width - left - 0.2 * across) / across, 0.62 * len(tasks))
@@ -61,7 +61,7 @@ def matrices(cosines: Mapping[str, Any], tasks: Sequence[str], width: float = fi
 
 
 def _numbers(plot: Any, grid: np.ndarray, cell: float) -> None:
-  """Writes every number into its cell, where the cell is large enough to read it."""
+  """Writes numbers into cells that are large enough to read them."""
   size = min(figures.SIZE, 72 * cell / 2.6)
   if size < 5.5:
     return
@@ -96,7 +96,7 @@ def _color_bar(fig: Any, image: Any, corner: tuple[float, float]) -> None:
 
 
 def norms(record: Mapping[str, Any], width: float = figures.WIDTH) -> Any:
-  """Draws the norm of every task's vector over rounds."""
+  """Draws the norm of each task vector over rounds."""
   rounds = [r for r in record["rounds"] if r.get("norms")]
   if not rounds:
     return None
@@ -112,7 +112,7 @@ def lengths(
   y: str,
   width: float = figures.WIDTH,
 ) -> Any:
-  """Draws a curve a task, NaN where nothing is known, with its name and last value at the right."""
+  """Draws a curve per task, labelled on the right with its name and last value."""
   tall = max(3.4, 0.17 * len(curves) + 1.2) if width == figures.WIDTH else 2.7
   fig, axes = figures.figure(tall, width=width)
   figures.span(axes, xs)
@@ -137,7 +137,7 @@ def lengths(
 
 
 def sign_conflict(record: Mapping[str, Any], width: float = figures.WIDTH) -> Any:
-  """Draws the share of entries on whose sign the tasks disagree, over rounds."""
+  """Draws the share of entries with a sign conflict between tasks, over rounds."""
   rounds = [r for r in record["rounds"] if r.get("sign_conflict") is not None]
   if not rounds or len(record["tasks"]) < 2:
     return None

@@ -1,23 +1,23 @@
-"""A folder of weights as text for a terminal, from the record of `inspection`."""
+"""Formats the record of `inspection` as text for a terminal."""
 
 from __future__ import annotations
 
 import collections
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any  # A record is JSON, its values have no one type.
+from typing import Any  # Any: a record is JSON.
 
 from jaxmerge import display
 from jaxmerge.io.huggingface import folder
 from jaxmerge.report import labels
 
-NAMED = 4  # Tensors that are equal, or files, of which there may be many.
-# Keys of an adapter's config that are shown.
+NAMED = 4  # Equal tensors or files that a line names at most.
+# Keys of an adapter's config to show.
 _ADAPTER = ("peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "base_model_name_or_path")
 
 
 def text(record: Mapping[str, Any]) -> str:
-  """Writes the tensors, the totals by dtype, and other facts."""
+  """Formats the tensors, totals by dtype, and other facts."""
   hashed = any("xxh3_128" in tensor for tensor in record["tensors"])
   rows = [["tensor", "dtype", "shape", "bytes", *["xxh3_128"] * hashed]]
   for t in record["tensors"]:
@@ -32,7 +32,7 @@ def text(record: Mapping[str, Any]) -> str:
 
 
 def columns(rows: Sequence[Sequence[str]]) -> list[str]:
-  """Writes rows, of which the first are headings, as aligned lines; names to the left.
+  """Formats rows, the first being headings, as aligned lines.
 
   >>> columns([["name", "size"], ["a", "10"]])
   ['name  size', '──────────', 'a       10']

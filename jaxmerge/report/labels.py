@@ -1,10 +1,10 @@
-"""The words of a report: names of models, units of numbers, the one-sentence summary."""
+"""The texts of a report: model names, units of numbers, the one-sentence summary."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any  # A record is JSON, its values have no one type.
+from typing import Any  # Any: a record is JSON.
 
 from jaxmerge.report import comparisons
 
@@ -31,7 +31,7 @@ _COUNTERS = {
 
 
 def label(name: str) -> str:
-  """Returns the name of a model as people write it: `atm_nesterov` is "ATM (nesterov)"."""
+  """Returns the display name of a model: `atm_nesterov` is "ATM (nesterov)"."""
   if name in LABELS:
     return LABELS[name]
   for head in ("atm", *_REFERENCES):
@@ -49,7 +49,7 @@ def kind(name: str) -> str:
 
 
 def order(models: Mapping[str, Any]) -> list[str]:
-  """Returns the names of the models from base over the merges to the experts."""
+  """Returns the model names in display order: base, merges, experts."""
   known = list(LABELS)
 
   def place(name: str) -> tuple[int, str]:
@@ -69,7 +69,7 @@ def split(record: Mapping[str, Any]) -> str:
 
 
 def families(record: Mapping[str, Any]) -> Mapping[str, str]:
-  """Returns the family of every task; empty where each has one task."""
+  """Returns the family of each task; empty where every family has one task."""
   by_task = record.get("families", {})
   return by_task if len(set(by_task.values())) < len(by_task) else {}
 
@@ -80,17 +80,17 @@ def metric(record: Mapping[str, Any]) -> str:
 
 
 def lower_is_better(record: Mapping[str, Any]) -> bool:
-  """Returns whether less of the metric is better, as of a loss."""
+  """Returns whether lower values of the metric are better, as for a loss."""
   return bool(record.get("lower_is_better", False))
 
 
 def gain(record: Mapping[str, Any], x: float) -> float:
-  """Returns a value of the metric, or its negative: more is better."""
+  """Returns a value of the metric, negated where lower is better."""
   return -x if lower_is_better(record) else x
 
 
 def percent(record: Mapping[str, Any]) -> bool:
-  """Returns whether the metric is a fraction where higher is better, to be shown in percent."""
+  """Returns whether the metric is a fraction, higher being better, to show in percent."""
   if lower_is_better(record):
     return False
   values = [v for m in record["models"].values() for v in (m["mean"], *m["per_task"].values())]
@@ -99,25 +99,25 @@ def percent(record: Mapping[str, Any]) -> bool:
 
 
 def unit(record: Mapping[str, Any]) -> str:
-  """Returns " (%)" for fractions, the name of a metric of which less is better, else nothing."""
+  """Returns " (%)" for fractions, the metric's name where lower is better, else nothing."""
   if lower_is_better(record):
     return f" ({metric(record)})"
   return " (%)" if percent(record) else ""
 
 
 def axis(record: Mapping[str, Any], what: str) -> str:
-  """Returns the words at an axis of the metric, `what` after its name."""
+  """Returns the label of an axis of the metric, with `what` after its name."""
   name = f"{metric(record)}{what}"
   return f"{name} (less is better)" if lower_is_better(record) else f"{name}{unit(record)}"
 
 
 def lead(record: Mapping[str, Any]) -> str:
-  """Returns by how much experts must lead for the gap of a task to be shown, in words."""
+  """Returns the least lead of the experts for a task's gap to be shown, as text."""
   return f"0.05 {metric(record)}" if lower_is_better(record) else "5 points"
 
 
 def value(record: Mapping[str, Any], x: float | None, digits: int = 1) -> str:
-  """Writes a value of the metric: 0.7663 is "76.6", 2.34567 bits "2.346"; others have 4 digits."""
+  """Formats a metric value: 0.7663 as "76.6", 2.34567 bits as "2.346"; others with 4 digits."""
   if x is None:
     return "–"
   if lower_is_better(record):
@@ -126,7 +126,7 @@ def value(record: Mapping[str, Any], x: float | None, digits: int = 1) -> str:
 
 
 def number(x: float | None) -> str:
-  """Writes a counter or a setting: 12,800, 0.3, 1.0."""
+  """Formats a counter or a setting: 12,800, 0.3, 1.0."""
   if x is None:
     return "–"
   if isinstance(x, int) or (float(x).is_integer() and abs(x) >= 1000):
@@ -136,7 +136,7 @@ def number(x: float | None) -> str:
 
 
 def share(x: float | None) -> str:
-  """Writes a share of the gap in whole percent: 0.724 is "72"."""
+  """Formats a share of the gap in whole percent: 0.724 as "72"."""
   # Adding zero turns -0 into 0.
   return "–" if x is None else f"{round(100 * x) + 0}"
 
@@ -147,22 +147,22 @@ def counter(name: str) -> str:
 
 
 def counters(record: Mapping[str, Any]) -> list[str]:
-  """Returns the budget counters that any model has, the well-known ones first."""
+  """Returns the budget counters of all models, the standard ones first."""
   names = {key for row in record["budget"].values() for key in row}
   return [k for k in _COUNTERS if k in names] + sorted(names - set(_COUNTERS))
 
 
 def gaps(record: Mapping[str, Any]) -> dict[str, float]:
-  """Returns the share of the gap that each model closes: as recorded, else from the means."""
+  """Returns the share of the gap that each model closes, recorded or from the means."""
   recorded = {k: v for k, v in record.get("gap_closed", {}).items() if v is not None}
   return {**comparisons.gap_closed(record["models"]), **recorded}
 
 
 def best(record: Mapping[str, Any], of_kind: str) -> str | None:
-  """Returns the model of this kind that is best on validation; None where there is none.
+  """Returns the best model of a kind on validation; None without one.
 
-  This is the one rule of what is best in tables, plots and sentences: test rows never choose. A
-  record of test rows without means on validation has no other choice.
+  Tables, plots and sentences all use this rule, so that test rows never choose. Only a record
+  without validation means is ranked by test rows.
   """
   models = record["models"]
   means = record.get("validation") or {n: m["mean"] for n, m in models.items()}
@@ -176,7 +176,7 @@ def title(record: Mapping[str, Any]) -> str:
 
 
 def sentence(record: Mapping[str, Any]) -> str:
-  """Returns the result in a sentence or two: what the loop reaches, and the best without it."""
+  """Returns the result in one sentence: the best loop's score, and the best one-shot merge."""
   models, share_of = record["models"], gaps(record)
   loop, one_shot = best(record, "loop"), best(record, "one-shot")
   name = loop or one_shot or next(iter(order(models)), None)
@@ -213,7 +213,7 @@ def _with_scale(record: Mapping[str, Any], name: str) -> str:
 
 
 def short(text: str, length: int, head: int | None = None) -> str:
-  """Cuts a long name to `length`, in its middle or after `head` characters."""
+  """Shortens a name to `length`, cutting in the middle or after `head` characters."""
   if len(text) <= length:
     return text
   head = math.ceil((length - 1) / 2) if head is None else head
@@ -221,7 +221,7 @@ def short(text: str, length: int, head: int | None = None) -> str:
 
 
 def shorts(names: Sequence[str], length: int) -> dict[str, str]:
-  """Cuts long names so that they stay apart: in the middle, or further on where that differs.
+  """Shortens names so that they stay distinct.
 
   >>> shorts(["topic, first ten classes", "topic, other ten classes"], 12).values()
   dict_values(['topic, firs…', 'topic, othe…'])

@@ -1,10 +1,10 @@
-"""The leaderboard of methods: a table, and a plot; free of jax."""
+"""The leaderboard of methods as a table and a plot; free of jax."""
 
 from __future__ import annotations
 
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any  # A record is JSON, and Matplotlib is optional: neither has types to name.
+from typing import Any  # Any: a record is JSON, and Matplotlib is optional.
 
 from jaxmerge.report import figure_elements as figures
 from jaxmerge.report import labels, tables
@@ -12,13 +12,13 @@ from jaxmerge.report.tables import Cell, Table
 
 
 def rank(facts: Mapping[str, Any]) -> list[str]:
-  """Returns the methods, the best mean first."""
+  """Returns the methods, best mean first."""
   models, summary = facts["summary"]["models"], facts["summary"]
   return sorted(facts["methods"], key=lambda n: -labels.gain(summary, models[n]["mean"]["mean"]))
 
 
 def best(facts: Mapping[str, Any]) -> str | None:
-  """Returns the method that is best on validation, in the mean over seeds, as `labels.best`."""
+  """Returns the best method on validation, by the mean over seeds; see `labels.best`."""
   seen = {n: [r.get("validation") for r in runs] for n, runs in facts["methods"].items()}
   means = {n: sum(v) / len(v) for n, v in seen.items() if v and None not in v}
   flat = tables.as_record(facts["summary"])
@@ -27,9 +27,9 @@ def best(facts: Mapping[str, Any]) -> str | None:
 
 
 def table(facts: Mapping[str, Any], most: int | None = None) -> Table:
-  """Returns a row a method, base and experts around them; `most` keeps the first.
+  """Returns a row per method between experts and base, at most `most` methods.
 
-  The one that is best on validation is marked.
+  The best method on validation is marked.
   """
   models, tasks = facts["summary"]["models"], facts["summary"]["tasks"]
   chosen, marked, flat = rank(facts), best(facts), tables.as_record(facts["summary"])
@@ -50,13 +50,13 @@ def table(facts: Mapping[str, Any], most: int | None = None) -> Table:
 
 
 def top(facts: Mapping[str, Any], most: int) -> Table:
-  """Returns the best few methods, experts and base around them: mean, gap, cost of one merge."""
+  """Returns mean, gap and cost of the best few methods, between experts and base."""
   whole, columns = table(facts, most), (0, 1, 2, 4, 5)
   return Table([whole.head[i] for i in columns], [[row[i] for i in columns] for row in whole.rows])
 
 
 def settings(runs: Sequence[Mapping[str, Any]]) -> str:
-  """Returns what was chosen, for each seed where they differ.
+  """Returns the chosen settings, one value per seed where seeds differ.
 
   >>> settings([{"settings": {"scale": 0.5}}, {"settings": {"scale": 0.3}}])
   'scale 0.5, 0.3'
@@ -74,7 +74,7 @@ def _plain(value: Any) -> str:
 
 
 def _spread(statistic: Mapping[str, Any], record: Mapping[str, Any] | None) -> str:
-  """Formats mean and spread, in the record's metric or, without one, as whole percent."""
+  """Formats mean and spread in the record's metric, or as whole percent without a record."""
   if statistic["mean"] is None:
     return ""
   mean, spread = (

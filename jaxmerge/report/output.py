@@ -1,4 +1,4 @@
-"""Writes a report into a folder: report.json, report.html and plots, each whole or not at all."""
+"""Writes a report into a folder: report.json, report.html and plots, each atomically."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import os
 import pathlib
 from collections.abc import Mapping
-from typing import Any  # A record is JSON, its values have no one type.
+from typing import Any  # Any: a record is JSON.
 
 from jaxmerge.io.disk import atomic
 from jaxmerge.report import page, plots
@@ -16,13 +16,13 @@ from jaxmerge.report import record as records
 def write(record: Mapping[str, Any], folder: str | os.PathLike, *, with_plots: bool = True) -> None:
   """Writes `plots/*.png`, `report.html` and, last, `report.json`.
 
-  Plots are drawn before anything is written. Every file is written beside its place and renamed;
-  plots of an earlier report that this one lacks are removed.
+  Plots are drawn before anything is written. Every file is written atomically; outdated plots of
+  an earlier report are removed.
 
   Args:
-    record: the run; numbers may be NumPy's, and what is not finite is written as null, with a note.
+    record: the run; NumPy numbers are converted, and non-finite ones become null, with a note.
     folder: created if it does not exist.
-    with_plots: False where Matplotlib is not installed.
+    with_plots: whether to draw plots; they need Matplotlib.
   """
   whole = records.plain(record)
   records.check(whole)
@@ -39,12 +39,12 @@ def write(record: Mapping[str, Any], folder: str | os.PathLike, *, with_plots: b
 
 
 def _remove_stale(folder: pathlib.Path, images: Mapping[str, bytes]) -> None:
-  """Removes the plots that the new page does not show."""
+  """Removes plots that are not on the new page."""
   for name in plots.NAMES:
     if name not in images:
       (folder / f"{name}.png").unlink(missing_ok=True)
 
 
 def dumps(record: Mapping[str, Any]) -> str:
-  """Returns the record as strict JSON: sorted keys, no NaN, the same text for the same record."""
+  """Returns the record as deterministic, strict JSON: sorted keys, no NaN."""
   return json.dumps(record, indent=2, sort_keys=True, allow_nan=False, ensure_ascii=False) + "\n"

@@ -5,18 +5,18 @@ from __future__ import annotations
 import html as entities
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any  # A record is JSON, its values have no one type.
+from typing import Any  # Any: a record is JSON.
 
 from jaxmerge import display
 from jaxmerge.report import labels, sorting, tables, vector
 
 _CAPTIONS = {
-  "mean": "The merged model after every round; the other models are level lines.",
+  "mean": "The merged model after each round; horizontal lines are the other models.",
   "per_task": "Base, the best one-shot merge, the best ATM run, joint training and experts.",
-  "gap_closed": "Diamonds are one-shot merges: every expert is sent once.",
-  "cosines": "How alike the directions are in which two tasks pull; 0 is unrelated, 1 is the same.",
-  "norms": "How far every task pulls the shared model away from itself in a round.",
-  "sign_conflict": "The share of entries that some tasks want to raise and others to lower.",
+  "gap_closed": "Diamonds are one-shot merges: each expert is exchanged once.",
+  "cosines": "How similar two task vectors are: 0 is orthogonal, 1 is the same direction.",
+  "norms": "How far each task moves the shared model in a round.",
+  "sign_conflict": "The share of entries that some tasks raise and others lower.",
 }
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1c1c1e; --soft: #5f6368; --line: #d9dce0;
@@ -114,7 +114,7 @@ def document(title: str, sections: Iterable[str]) -> str:
 
 
 def facts(record: Mapping[str, Any]) -> list[str]:
-  """Returns the facts of the run for the line below the summary."""
+  """Returns the facts of a run for the line below the summary."""
   result = [f"{len(record['tasks'])} tasks", f"judged on {labels.split(record)}"]
   if record["rounds"]:
     result.append(f"{record['rounds'][-1]['round']} rounds")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any  # A record is JSON, and Matplotlib is optional: neither has types to name.
+from typing import Any  # Any: a record is JSON, and Matplotlib is optional.
 
 import numpy as np
 
@@ -20,7 +20,7 @@ NAMES = ("mean", "per_task", "gap_closed", "cosines", "norms", "sign_conflict")
 
 
 def figures(record: Mapping[str, Any], width: float = figure_lib.WIDTH) -> dict[str, Any]:
-  """Returns the figures that the record has numbers for, by name, in the order of `NAMES`."""
+  """Returns the figures for which the record has data, by name, in the order of `NAMES`."""
   figures_by_name = {name: make(record, width) for name, make in _makers().items()}
   return {name: figure for name, figure in figures_by_name.items() if figure is not None}
 
@@ -57,18 +57,18 @@ def write(record: Mapping[str, Any], folder: str | pathlib.Path) -> list[pathlib
 
 
 def runs(record: Mapping[str, Any]) -> dict[str, Rounds]:
-  """Returns the rounds of every ATM run; those of the first are `rounds` in the record."""
+  """Returns the rounds of each ATM run; the record has those of the first as `rounds`."""
   loop = {"atm": record["rounds"]} if record["rounds"] else {}
   return loop | {n: r for n, r in record.get("curves", {}).items() if r}
 
 
 def rounds_split(record: Mapping[str, Any]) -> str:
-  """Returns the split of the rounds: validation, which test rows never are."""
+  """Returns the split of the rounds: validation, never test."""
   return record.get("rounds_split", "validation")
 
 
 def _means(record: Mapping[str, Any]) -> tuple[dict[str, float], str]:
-  """Means of all models on the split of the rounds where known, else as reported; and the split."""
+  """Returns the means of all models on the split of the rounds, else as reported, and the split."""
   validation = record.get("validation")
   if validation and rounds_split(record) == "validation":
     means, split = validation, "validation"
@@ -83,7 +83,7 @@ def _unit(record: Mapping[str, Any]) -> float:
 
 
 def mean(record: Mapping[str, Any], width: float = figure_lib.WIDTH) -> Any:
-  """Draws the mean over tasks after every round, with all other models as labelled lines."""
+  """Draws the mean over tasks after each round, other models as labelled lines."""
   curves, unit = runs(record), _unit(record)
   if not curves:
     return None
@@ -135,14 +135,14 @@ def _graph(width: float) -> tuple[Any, Any]:
 
 
 def models_of_bars(record: Mapping[str, Any]) -> list[str]:
-  """Returns the models that the bars compare: base, the best merges, joint training, experts."""
+  """Returns the models of the bar chart: base, best merges, joint training, experts."""
   chosen = ("base", label_lib.best(record, "one-shot"), label_lib.best(record, "loop"))
   names = [*chosen, "multitask", "experts"]
   return [n for n in names if n is not None and n in record["models"]]
 
 
 def per_task(record: Mapping[str, Any], width: float = figure_lib.WIDTH) -> Any:
-  """Draws a group of bars a task: base, best one-shot merge, best ATM, joint training, experts."""
+  """Draws a group of bars per task: base, best merges, joint training, experts."""
   names, tasks = models_of_bars(record), record["tasks"]
   if not names:
     return None
@@ -184,7 +184,7 @@ def _bars(
   *,
   numbers: bool,
 ) -> None:
-  """Draws the bars, a model at a time, with their numbers at the ends."""
+  """Draws the bars of one model after another, with their values at the ends."""
   palette = figure_lib.colors(label_lib.order(record["models"])) | figure_lib.BARS
   style = {"fontsize": 7, "va": "center_baseline", "color": figure_lib.INK}
   for i, name in enumerate(names):
@@ -215,10 +215,10 @@ def _chance(
 
 
 def gap_closed(record: Mapping[str, Any], width: float = figure_lib.WIDTH) -> Any:
-  """Draws the share of the gap that is closed against parameter exchanges.
+  """Draws the share of the gap closed against parameter exchanges.
 
   One-shot merges are points at one exchange. Curves need base and experts on the split of the
-  rounds; without them an ATM run is the point where it ends.
+  rounds; without them, an ATM run is a point at its last round.
   """
   means, split = _means(record)
   base, experts = means.get("base"), means.get("experts")
@@ -286,5 +286,5 @@ def _exchange_axis(fig: Any, axes: Any, starts: Sequence[figure_lib.Mark], top: 
   room = max((figure_lib.text_width(fig, m.text) for m in starts), default=-0.3) + 0.4
   axes.set_xlim(1 - room * (right - 1) / (inside - room), right)
   figure_lib.whole_ticks(axes)
-  # The tick at 1 stays readable: none close beside it.
+  # No tick close to 1, which must stay readable.
   axes.set_xticks([1, *(t for t in axes.get_xticks() if 1 + 0.05 * (top - 1) < t <= right)])

@@ -1,7 +1,7 @@
 """The record of a run: a plain tree of numbers and strings.
 
-`report.json` is such a record. Accuracies are fractions in it; of another metric it says if less is
-better. `None` stands for a number that does not exist.
+`report.json` is such a record. Accuracies are fractions; for other metrics `lower_is_better` says
+which way to rank. `None` stands for a missing number.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ import difflib
 import math
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any  # Any: a record is JSON, its values have no one type.
+from typing import Any  # Any: a record is JSON.
 
 import numpy as np
 
 from jaxmerge.report import comparisons
 
 _REQUIRED = ("tasks", "models", "rounds", "budget", "config", "versions")
-# The JSON type of each section, and the words for it in messages.
+# The JSON type of each section, and its name in errors.
 _SECTIONS: dict[str, tuple[type | tuple[type, ...], str]] = {
   "title": (str, "a string"),
   "tasks": (list, "a list of names"),
@@ -47,7 +47,7 @@ _SECTIONS: dict[str, tuple[type | tuple[type, ...], str]] = {
 def plain(record: Mapping[str, Any]) -> dict[str, Any]:
   """Returns the record as strict JSON: lists, objects with string keys, finite numbers.
 
-  Arrays and NumPy scalars become lists and numbers. NaN and infinity, which JSON lacks, become
+  Arrays and NumPy scalars become lists and numbers. NaN and infinity, which are not JSON, become
   None, and a note in the record names the places.
   """
   lost: list[str] = []
@@ -230,18 +230,18 @@ def merge_seeds(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
   Returns:
     `{"tasks", "seeds", "split", "metric", "models": {NAME: {"mean": s, "gap_closed": s,
-    "per_task": {task: s}}}}`, where s is `{"mean", "spread", "values"}` with a value a seed; with
-    families also `"families"`, and "family_mean": s of every model; with means on validation beside
-    those on test also `"validation": {NAME: s}`.
+    "per_task": {task: s}}}}`, where s is `{"mean", "spread", "values"}` with a value per seed. With
+    families also `"families"`, and "family_mean": s of every model; where the records have
+    validation means, also `"validation": {NAME: s}`.
   """
   if not records:
-    raise ValueError("records: one at least is needed, got none.")
+    raise ValueError("records: at least one is needed, got none.")
   for x in records:
     check(x)
   first = records[0]
   numbers = [x.get("seed") for x in records]
   if len(set(numbers)) < len(numbers):
-    raise ValueError(f"records: every record needs a seed of its own, got {numbers}.")
+    raise ValueError(f"records: seeds must differ between records, got {numbers}.")
   for x in records[1:]:
     for key, value, other in (
       ("tasks", first["tasks"], x["tasks"]),
@@ -277,7 +277,7 @@ def merge_seeds(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _spread(values: list[float | None]) -> dict[str, Any]:
-  """Returns mean and sample standard deviation; None where a seed lacks the number."""
+  """Returns mean and sample standard deviation; None where a seed has no number."""
   known = [v for v in values if v is not None]
   whole = len(known) == len(values)
   return {

@@ -25,7 +25,7 @@ class Table(NamedTuple):
 
 
 def results(record: Mapping[str, Any]) -> Table:
-  """Returns a row a model: mean, gap closed, scale, and every task; the best merge is marked."""
+  """Returns a row per model: mean, gap closed, scale, and each task; best merges are marked."""
   models, tasks = record["models"], record["tasks"]
   names, gaps = labels.order(models), labels.gaps(record)
   has_scale = any(models[n].get("scale") is not None for n in names)
@@ -57,7 +57,7 @@ def results(record: Mapping[str, Any]) -> Table:
 def _mark_best(
   record: Mapping[str, Any], names: Sequence[str], values: Mapping[str, float | None]
 ) -> list[Cell]:
-  """Returns a column, the best merge marked; equal as written is equal."""
+  """Returns a column with the best merge marked; equal texts count as equal."""
   texts = {n: labels.value(record, values[n]) for n in names}
   merges = [n for n in names if labels.kind(n) != "reference" and values[n] is not None]
   best = max(merges, key=lambda n: labels.gain(record, values[n] or 0.0), default="")
@@ -66,7 +66,7 @@ def _mark_best(
 
 
 def gaps(record: Mapping[str, Any]) -> Table | None:
-  """Returns the share of every task's gap that the merges close; None where there is no gap."""
+  """Returns the share of each task's gap that the merges close; None without a gap."""
   lower = labels.lower_is_better(record)
   gaps_by_model = comparisons.task_gaps(record["models"], record["tasks"], lower_is_better=lower)
   led = [t for t in record["tasks"] if t in gaps_by_model.get("experts", {})]
@@ -83,7 +83,7 @@ def gaps(record: Mapping[str, Any]) -> Table | None:
 
 
 def budget(record: Mapping[str, Any]) -> Table | None:
-  """Returns the counters of every model; None where there are none."""
+  """Returns the budget counters of every model; None without any."""
   counters, names = labels.counters(record), labels.order(record["budget"])
   if not counters:
     return None
@@ -95,7 +95,7 @@ def budget(record: Mapping[str, Any]) -> Table | None:
 
 
 def transfer(record: Mapping[str, Any]) -> Table | None:
-  """Returns what the expert of a row's task reaches on a column's task, and the base below."""
+  """Returns the score of each row's expert on each column's task, and the base below."""
   if not record.get("transfer"):
     return None
   tasks = record["tasks"]
@@ -111,7 +111,7 @@ def transfer(record: Mapping[str, Any]) -> Table | None:
 
 
 def differences(record: Mapping[str, Any]) -> Table | None:
-  """Returns the paired differences with their intervals; None where there are none."""
+  """Returns the paired differences with their intervals; None without any."""
   if not record.get("differences"):
     return None
   rows = []
@@ -124,7 +124,7 @@ def differences(record: Mapping[str, Any]) -> Table | None:
 
 
 def headings(record: Mapping[str, Any]) -> list[tuple[str, str, Table]]:
-  """Returns the tables that the record has, each with a heading and a sentence that explains."""
+  """Returns the tables of a record, each with a heading and an explanation."""
   split = labels.split(record)
   metric = labels.metric(record)
   less = "; less is better" if labels.lower_is_better(record) else ""
@@ -153,7 +153,7 @@ def headings(record: Mapping[str, Any]) -> list[tuple[str, str, Table]]:
       "Paired differences of the mean over tasks, with 95 % bootstrap intervals.",
       differences(record),
     ),
-    ("Budget", "What every model was given.", budget(record)),
+    ("Budget", "What each model was allowed to use.", budget(record)),
     (
       "Transfer",
       f"{metric.capitalize()} of every expert on the {split} rows of every task; its own is "
@@ -165,7 +165,7 @@ def headings(record: Mapping[str, Any]) -> list[tuple[str, str, Table]]:
 
 
 def markdown(record: Mapping[str, Any]) -> str:
-  """Writes the result, budget and transfer tables as Markdown."""
+  """Formats all tables of a record as Markdown."""
   parts = [
     f"**{title}**\n\n{note}\n\n{to_markdown(table)}" for title, note, table in headings(record)
   ]
@@ -173,7 +173,7 @@ def markdown(record: Mapping[str, Any]) -> str:
 
 
 def text(record: Mapping[str, Any], width: int = 100) -> str:
-  """Writes the summary, the results and the budget for a terminal of `width` columns."""
+  """Formats the summary, the results and the budget for a terminal of `width` columns."""
   parts = [textwrap.fill(labels.sentence(record), width)]
   for title, _, table in headings(record):
     if title not in ("Gap closed by task", "Transfer"):
@@ -182,7 +182,7 @@ def text(record: Mapping[str, Any], width: int = 100) -> str:
 
 
 def to_markdown(table: Table) -> str:
-  """Writes a table as Markdown; the best cells are bold."""
+  """Formats a table as Markdown; the best cells are bold."""
   lines = [
     [escape(h) for h in table.head],
     [":--", *["--:"] * (len(table.head) - 1)],
@@ -196,7 +196,7 @@ def _bold(cell: Cell) -> str:
 
 
 def escape(x: str) -> str:
-  """Returns a name that cannot break the table, or become a tag, a link or emphasis."""
+  """Escapes a name, so that it cannot break a table or become a tag, a link or emphasis."""
   for old, new in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;")):
     x = x.replace(old, new)
   for c in "\\|*_`[]":
@@ -205,10 +205,9 @@ def escape(x: str) -> str:
 
 
 def to_text(table: Table, width: int = 100) -> str:
-  """Writes a table with aligned columns; the best cells have a star.
+  """Formats a table with aligned columns; the best cells have a star.
 
-  Headings take several lines where they are long; columns that do not fit in `width` follow below,
-  with the names of the rows again.
+  Long headings wrap. Columns beyond `width` follow below, with the row names repeated.
   """
   columns = [
     _column(head, [row[j] for row in table.rows], first=j == 0) for j, head in enumerate(table.head)
@@ -240,7 +239,7 @@ def _block(columns: Sequence[Sequence[str]], lines: int) -> str:
 
 
 def seeds(summary: Mapping[str, Any]) -> str:
-  """Writes mean ± spread over seeds of every model as Markdown, from `record.merge_seeds`."""
+  """Formats mean ± spread over seeds of every model as Markdown, from `record.merge_seeds`."""
   models, tasks = summary["models"], summary["tasks"]
   flat = as_record(summary)
   families = labels.families(summary)
@@ -272,14 +271,14 @@ def seeds(summary: Mapping[str, Any]) -> str:
 
 
 def as_record(summary: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns means over seeds as a record, for what labels derive from a record's metric."""
+  """Returns means over seeds as a record, for the functions of `labels`."""
   models, tasks = summary["models"], summary["tasks"]
   return {
     "models": {
       n: {"mean": m["mean"]["mean"], "per_task": {t: m["per_task"][t]["mean"] for t in tasks}}
       for n, m in models.items()
     },
-    # The means of a seed count as the means of rounds.
+    # Means of seeds stand in for means of rounds.
     "rounds": [{"mean": v} for m in models.values() for v in m["mean"]["values"]],
     **{key: summary[key] for key in ("metric", "lower_is_better") if key in summary},
   }

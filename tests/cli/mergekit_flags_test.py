@@ -19,7 +19,7 @@ def test_the_usual_command_runs_and_says_what_its_flags_do(tmp_path, monkeypatch
   told = capsys.readouterr().err.splitlines()
   assert told == [
     "--out-shard-size 1B counts parameters: taken as --shard-size 2GB, two bytes each.",
-    "flags of mergekit that change nothing here: --copy-tokenizer, --allow-crimes, "
+    "mergekit flags without effect: --copy-tokenizer, --allow-crimes, "
     "--lazy-unpickle, --trust-remote-code, --cuda, --device, -j.",
   ]
 
@@ -30,7 +30,7 @@ def test_the_usual_command_runs_and_says_what_its_flags_do(tmp_path, monkeypatch
     ("--random-seed=4", "write `seed: NUMBER` there"),
     ("--transformers-cache=x", "HF_HUB_CACHE in the environment"),
     ("--no-copy-tokenizer", "remove its files from there"),
-    ("--unsafe-truncate-embeddings", "the key tokenizer of the recipe"),
+    ("--unsafe-truncate-embeddings", "the recipe's `tokenizer` key"),
     ("--out-shard-size=5T", "'5T' is no number of parameters, such as 5B"),
     ("--out-shard-size", "needs a value"),
   ],

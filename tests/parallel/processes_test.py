@@ -18,7 +18,7 @@ from jaxmerge.io.checkpoints import manifest
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.slow
-GONE = "has lost another process of the run"
+GONE = "lost another process of the run"
 
 
 @pytest.fixture(scope="module")

@@ -237,7 +237,7 @@ def test_one_seed_has_no_spread():
 @pytest.mark.parametrize(
   ("other", "message"),
   [
-    (seeded(0, 0.8), "a seed of its own"),
+    (seeded(0, 0.8), "seeds must differ"),
     (seeded(1, 0.8) | {"split": "test"}, "split of seed 1 differ"),
     (minimal(seed=1), "models of seed 1 differ"),
   ],
