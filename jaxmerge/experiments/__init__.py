@@ -1,4 +1,4 @@
-"""From a config to a run and a report, a leaderboard, or compiled programs."""
+"""Runs configs: an experiment with its report, a leaderboard, or compiled programs."""
 
 from jaxmerge import lazy
 

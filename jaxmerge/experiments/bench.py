@@ -1,4 +1,4 @@
-"""Every method on the same experts: tuned on validation, for several seeds, as a leaderboard."""
+"""Benchmarks methods on the same experts: hyperparameters from validation, several seeds."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from jaxmerge.search import grid, objective, scales
 from jaxmerge.tasks import batch
 
 Progress = Callable[[Mapping[str, Any]], None]
-# Keys of an experiment's config on which its experts do not depend.
+# Keys of an experiment's config that do not affect its experts.
 _FREE = (
   "also",
   "baselines.",
@@ -52,26 +52,26 @@ def run(
   resume: str = "auto",
   progress: Progress = lambda event: None,
 ) -> dict[str, Any]:
-  """Tunes the experts of an experiment for each seed, merges them by every method, compares.
+  """Tunes experts for each seed, merges them by every method, and writes the leaderboard.
 
-  Leaves `leaderboard.json`, `leaderboard.md` and `leaderboard.png` in the folder. An interrupted
-  run goes on with the first method of the seed that it has no result of. Methods and seeds may be
-  added to a run: what has the same settings as before is not computed again.
+  Writes `leaderboard.json`, `leaderboard.md` and `leaderboard.png` into the folder. An interrupted
+  run resumes at the first method of a seed without a result. Methods and seeds may be added to a
+  run: results with the same settings are reused.
 
   Args:
-    config: of the bench, as `bench_config.bench` reads it.
-    source: path of its file: the experiment's config lies beside it.
-    folder: of the run; it is created.
+    config: of the bench, from `bench_config.load`.
+    source: path of the config file; the experiment's config lies beside it.
+    folder: of the run; created if missing.
     resume: see `run.run`.
     progress: see `run.run`.
 
   Returns:
-    What `leaderboard.json` holds.
+    The content of `leaderboard.json`.
 
   Raises:
-    ValueError: if the folder holds a run of another config, naming the first differences, or
-      `config.experts` names a run with other experts or none, or another process is at work in
-      the folder.
+    ValueError: if the folder holds a run of another config, naming the first differences, if
+      `config.experts` names a run with other experts or none, or if another process is using the
+      folder.
   """
   folder, plain = pathlib.Path(folder), json.loads(config.to_json())
   with workdir.hold(folder, plain, resume, free=("methods.", "seeds")):
@@ -83,7 +83,7 @@ def run(
 
 
 def _read_finished(folder: pathlib.Path, plain: Mapping[str, Any]) -> dict[str, Any] | None:
-  """Returns what `leaderboard.json` holds if all of it is there, as the config says, else None."""
+  """Returns the leaderboard of a finished run of the same config, else None."""
   if not all((folder / f"leaderboard.{ending}").is_file() for ending in ("json", "md", "png")):
     return None
   facts = read(folder / "leaderboard.json")
@@ -95,17 +95,17 @@ def _read_finished(folder: pathlib.Path, plain: Mapping[str, Any]) -> dict[str, 
 
 
 def read(path: pathlib.Path) -> dict[str, Any]:
-  """Returns the JSON of a file of a bench; ValueError, naming it, where it is damaged."""
+  """Reads a JSON file of a bench; ValueError, naming it, where it is damaged."""
   try:
     return files.read_json(path)
   except ValueError as error:
-    raise ValueError(f"{error} If it is removed, it is made again.") from error
+    raise ValueError(f"{error} Remove it, and it is computed again.") from error
 
 
 def _write(
   plain: dict[str, Any], records: Sequence[Mapping[str, Any]], folder: pathlib.Path
 ) -> dict[str, Any]:
-  """Writes the leaderboard of all seeds, and returns what its JSON holds."""
+  """Writes the leaderboard of all seeds, and returns its JSON content."""
   summary = report.merge_seeds([r["record"] for r in records])
   facts = {
     "config": plain,
@@ -128,7 +128,7 @@ def _seed(
   """Returns the scores of base, experts and all methods, for one seed."""
   experiment = bench_config.experiment_config(config, source, seed)
   plain, home = json.loads(experiment.to_json()), folder / f"seed{seed}"
-  with workdir.hold(home, plain, "auto"):  # It may be a run of `jaxmerge atm` as well.
+  with workdir.hold(home, plain, "auto"):  # It may be a run of `jaxmerge atm`.
     workdir.claim(home, plain)
     return _compare(config, plain, home, seed, progress)
 
@@ -136,7 +136,7 @@ def _seed(
 def _compare(
   config: dict[str, Any], plain: dict[str, Any], home: pathlib.Path, seed: int, progress: Progress
 ) -> dict[str, Any]:
-  """Returns the record of a seed: scores of base, experts and all methods, in its folder."""
+  """Returns the record of a seed: scores of base, experts and all methods."""
   setup = setups.prepare(plain, home, Events(progress))
   if config["experts"]:
     experts = _experts_of_run(setup, pathlib.Path(config["experts"].format(seed=seed)))
@@ -182,7 +182,7 @@ def _methods(
   split: str,
   seed: int,
 ) -> dict[str, dict[str, Any]]:
-  """Returns the result of each method, from its file if that has the same settings."""
+  """Returns the result of each method, from its file where the settings are the same."""
   show = setup.events.bar(f"methods, seed {seed}", len(listed), "method")
   results = {}
   for done, (name, settings) in enumerate(listed.items()):
@@ -190,7 +190,7 @@ def _methods(
     result = read(path) if path.exists() else {}
     if result.get("tried") != settings:
       if result:
-        words = "other settings than its result was found with; made again"
+        words = "its result has other settings; computed again"
         setup.events.say(f"{name}, seed {seed}: {words}")
       result = {"tried": settings, **_search(setup, experts, name, settings)}
       result["per_task"] = _per_task(setup, result.pop("params"), rows, split)
@@ -209,7 +209,7 @@ def _per_task(setup: Setup, params: Any, rows: batch.TaskBatch, split: str) -> d
 
 
 def _experts_of_run(setup: Setup, folder: pathlib.Path) -> Any:
-  """Returns the experts of an ATM run; ValueError if it has none, or has tuned others."""
+  """Returns the experts of an ATM run; ValueError for a run without them, or with others."""
   path, place = folder / "config.json", folder / "checkpoints" / "experts"
   if not path.is_file() or not place.is_dir():
     raise ValueError(f"config.experts: {folder} holds no experts of a run ({place}).")
@@ -226,13 +226,13 @@ def _experts_of_run(setup: Setup, folder: pathlib.Path) -> Any:
   with stores.Checkpoints(place, keep=1) as store:
     checkpoint = store.restore(like)
   if checkpoint is None:
-    raise ValueError(f"config.experts: {place} holds no whole checkpoint.")
+    raise ValueError(f"config.experts: {place} holds no complete checkpoint.")
   setup.events.say(f"experts: those of {folder}")
   return checkpoint.state
 
 
 def _noise(scores: Sequence[np.ndarray]) -> float:
-  """Returns the standard error of a mean over tasks, from the number of rows: scores [rows] a task.
+  """Returns the standard error of a mean over tasks due to finite rows; scores [rows] per task.
 
   >>> round(_noise([np.array([1.0, 1.0, 0.0, 0.0])]), 4)
   0.25
@@ -242,7 +242,7 @@ def _noise(scores: Sequence[np.ndarray]) -> float:
 
 
 def _search(setup: Setup, experts: Any, name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns the merge that is best on validation of all on a method's grid, and its cost."""
+  """Returns the best merge on validation of a method's grid, and its cost."""
   candidates = list(grid.candidates(name, settings))
   seed = setup.settings.seed if "seed" in stage.hparams(candidates[0].method) else None
   goal = setup.validation(experts, name, seed)
@@ -261,9 +261,9 @@ def _search(setup: Setup, experts: Any, name: str, settings: Mapping[str, Any]) 
 
 
 def _cost(goal: scales.Validation, best: scales.Scaled) -> dict[str, float]:
-  """Returns CPU seconds of one merge in memory, compiled; the bytes it needs beside its arguments.
+  """Returns the CPU seconds and temporary bytes of one compiled merge in memory.
 
-  Seconds of the processor, of all threads: other work on the machine does not count.
+  CPU seconds are over all threads, so that other work on the machine does not count.
   """
   arrays = goal.base, goal.models, jnp.asarray([best.scale], jnp.float32), dict(best.hparams)
   static: dict[str, Any] = {"method": best.method, "seed": goal.seed, "names": tuple(goal.names)}

@@ -1,7 +1,7 @@
-"""Compiles the programs of a config for a slice of TPUs, and records what they need.
+"""Compiles the programs of a config for a TPU slice, and records their needs.
 
-The programs are those that a run has: the halves of a round and the whole of it, or a merge in
-memory and the programs of a streamed one. Only their shapes come from the config.
+They are the programs of a real run: the two halves of a round and the whole round, or a merge in
+memory and the programs of a streamed merge. The config provides shapes only.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ def run(
   place: chips.Slice,
   each: Callable[[dict[str, Any]], None] = lambda record: None,
 ) -> dict[str, Any]:
-  """Compiles all programs of a config for a slice, and returns what they need, as plain JSON.
+  """Compiles all programs of a config for a slice, and returns their needs as plain JSON.
 
   Args:
-    config: as `compile_config.load` reads it.
+    config: from `compile_config.load`.
     place: the chips.
     each: called with the record of each program.
 
   Raises:
-    ValueError: for a mesh that does not fit the chips, or without the compiler.
+    ValueError: for a mesh that does not fit the chips, or a missing compiler.
   """
   devices = chips.devices(place)
   per_chip = len(devices) // place.chips
@@ -68,14 +68,14 @@ def loop_programs(
   """Yields the programs of tuning and merging: each half of a round, and the round.
 
   Raises:
-    ValueError: for a mesh that does not fit, or tasks in turn, whose rounds are many programs.
+    ValueError: for a mesh that does not fit, or sequential tasks, whose rounds are many programs.
   """
   problem, changes = registry.make_shapes(config), training_settings.from_config(config)
   axes = {k: config["mesh"][k] for k in meshes.AXES}
   mesh = _whole(meshes.make(**axes, tasks=len(problem.tasks), devices=devices), devices)
   if changes.at_once and changes.at_once < len(problem.tasks):
     raise ValueError(
-      f"at_once is {changes.at_once}: rounds of tasks in turn are no one program; set it to 0."
+      f"at_once is {changes.at_once}: a round of sequential tasks is many programs; set it to 0."
     )
   spec = build.Spec(
     problem.apply,
@@ -92,7 +92,7 @@ def loop_programs(
 
 
 def _round(loop: build.Loop) -> Iterator[xla_program.Program]:
-  """Yields the programs of a round of a loop that is built of shapes."""
+  """Yields the programs of a round of an abstract loop."""
   parts, state, mesh = loop.parts, build.start(loop), loop.parts.mesh
   plan, ready, rate = build.arguments(loop, 0)
   weights, states, rows = loop.base, state.local, loop.rows
@@ -139,9 +139,9 @@ def _stack(params: Any, num_models: int) -> Any:
 def merge_programs(
   config: Mapping[str, Any], devices: Sequence[Any]
 ) -> Iterator[xla_program.Program]:
-  """Yields the programs of a merge: in memory over the whole mesh, and those of a streamed one.
+  """Yields the programs of a merge: in memory over the whole mesh, and streamed.
 
-  The streamed programs are recorded while one slice of random numbers is streamed on this machine.
+  The streamed programs are recorded while this machine streams one slice of random numbers.
   """
   fields, _ = llama.from_fields(dict(config["model"]))
   num_models, dtype, method = (
@@ -176,7 +176,7 @@ def _streamed(
   seed: int | None,
   device: Any,
 ) -> Iterator[xla_program.Program]:
-  """Yields the programs that merge a leaf of about so many entries by slices, on one device."""
+  """Yields the programs that stream a leaf of about `entries` entries through one device."""
   shape = (max(1, entries // width), width)
   drawn = np.random.default_rng(0).standard_normal((num_models + 1, *shape), np.float32)
   drawn = drawn.reshape(num_models + 1, -1).astype(dtype)

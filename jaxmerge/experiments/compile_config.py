@@ -1,4 +1,4 @@
-"""Configs of programs to compile: that of an experiment, or that of a merge. Free of jax."""
+"""Reads configs of programs to compile, of an experiment or a merge. Free of jax."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from jaxmerge.experiments import schema
 
 
 def load(path: str, changes: Sequence[tuple[str, str]] = ()) -> ConfigDict:
-  """Returns the locked config of programs to compile: that of an experiment, or of a merge.
+  """Returns the locked config of programs to compile, of an experiment or a merge.
 
-  That of a merge says how many `models` of a decoder (`model`, its fields) of what `dtype` a
-  `method` merges over a `mesh`, and how many `entries` a slice has where they are streamed.
+  The config of a merge has the number of `models`, the fields of the decoder (`model`), their
+  `dtype`, the `method`, the `mesh`, and the `entries` of a slice for streaming.
   """
   config = configs.read(path)
   if "experiment" in config:
     return configs.load(path, changes)
   if "models" not in config:
     raise ValueError(
-      f"{path}: programs are compiled of an experiment (config.experiment) or of a merge "
-      f"(config.models); it has neither, but {', '.join(sorted(config))}."
+      f"{path}: compile needs an experiment (config.experiment) or a merge "
+      f"(config.models); the config has neither, but {', '.join(sorted(config))}."
     )
   config = configs.load_as(path, schema.Merge, changes)
   for key in ("models", "entries"):
@@ -31,7 +31,7 @@ def load(path: str, changes: Sequence[tuple[str, str]] = ()) -> ConfigDict:
   for key, value in config.mesh.items():
     if key not in schema.AXES or type(value) is not int:
       raise ValueError(
-        f"{path}: config.mesh has whole numbers {', '.join(schema.AXES)}; got {key!r}: {value!r}."
+        f"{path}: config.mesh takes integers for {', '.join(schema.AXES)}; got {key!r}: {value!r}."
       )
   configs.check_method(dict(config.method), f"{path}: config.method")
   return config.lock()

@@ -1,7 +1,7 @@
-"""Reads the config file of an experiment and the changes that a command line makes to it.
+"""Reads an experiment's config file and applies changes from the command line.
 
-Free of jax: a mistyped key or value is an error before anything heavy is imported. All errors are
-ValueErrors of one line that name the file, the key, the value and what would be right.
+Free of jax, so that a mistyped key or value is an error before heavy imports. All errors are
+one-line ValueErrors that name the file, the key, the value and the allowed values.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import pathlib
 import traceback
 import types
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, get_args, get_origin  # Any: values are of any type.
+from typing import Any, Literal, get_args, get_origin  # Any: config values.
 
 from ml_collections.config_dict import ConfigDict
 
@@ -23,14 +23,14 @@ from jaxmerge.experiments import registry, schema
 from jaxmerge.training import settings
 
 LOOP = settings.KINDS
-# The keys of an experiment's config, and the kind of value that each takes.
+# The keys of an experiment's config, and the type of each value.
 SCHEME: Mapping[str, Any] = {
   **LOOP,
   **{key: kind for key, kind in schema.kinds(schema.Experiment).items() if kind is not dict},
   "method.name": Literal[tuple(lookup.METHODS)],
   "score_every": int,
 }
-OPTIONAL = ("score_every",)  # It is 1 in configs that lack it: every round is scored.
+OPTIONAL = ("score_every",)  # Its default is 1: every round is scored.
 # Groups whose keys depend on the experiment or the method.
 OPEN = ("method", "baselines", "also", "data", "pretrain", "model")
 _LOWEST = {"checkpoint.keep": 1, "checkpoint.every": 1, "score_every": 1, "mesh.devices": 1}
@@ -56,7 +56,7 @@ def load(path: str, changes: Sequence[tuple[str, str]] = ()) -> ConfigDict:
 
 
 def load_as(path: str, kind_: type, changes: Sequence[tuple[str, str]]) -> ConfigDict:
-  """Returns the config of a file, with the keys of a schema and no others, changed by pairs."""
+  """Returns the config of a file with exactly the keys of a schema, changed by pairs."""
   kinds = schema.kinds(kind_)
   config = schema.fill(read(path), kind_)
   for key, text in changes:
@@ -73,7 +73,7 @@ def load_as(path: str, kind_: type, changes: Sequence[tuple[str, str]]) -> Confi
       raise ValueError(f"{path}: unknown key 'config.{key}'{errors.nearest(key, kinds)}.")
   for key, kind in kinds.items():
     if key not in config:
-      raise ValueError(f"{path}: the key 'config.{key}' is missing; it must be there.")
+      raise ValueError(f"{path}: the key 'config.{key}' is missing; add it.")
     value = dict(config[key]) if isinstance(config[key], ConfigDict) else config[key]
     if not _fits(value, kind):
       raise _wrong(key, repr(value), kind, path, "")
@@ -81,7 +81,7 @@ def load_as(path: str, kind_: type, changes: Sequence[tuple[str, str]]) -> Confi
 
 
 def read(path: str) -> ConfigDict:
-  """Returns what `get_config()` in the file returns."""
+  """Returns the result of the file's `get_config()`."""
   file = pathlib.Path(path)
   if not file.is_file():
     folders = [file if file.is_dir() else file.parent, pathlib.Path("configs")]
@@ -103,7 +103,7 @@ def read(path: str) -> ConfigDict:
 
 
 def check(config: ConfigDict, source: str) -> None:
-  """Raises ValueError for a key that is unknown or missing, and for a value of a wrong kind."""
+  """Raises ValueError for an unknown or missing key, or a value of a wrong type."""
   for name in OPEN:
     _check_group(config.get(name, {}), name, source)
   values = flat(config)
@@ -115,7 +115,7 @@ def check(config: ConfigDict, source: str) -> None:
   present = {*values, *config}
   missing = [k for k in SCHEME if k not in present and k not in OPTIONAL]
   if missing:
-    raise ValueError(f"{source}: the key 'config.{missing[0]}' is missing; it must be there.")
+    raise ValueError(f"{source}: the key 'config.{missing[0]}' is missing; add it.")
   _check_parts(config, source)
   check_method(dict(config.method), f"{source}: config.method")
   for name, options in config.baselines.items():
@@ -137,7 +137,7 @@ def check(config: ConfigDict, source: str) -> None:
 def _check_changes(
   config: ConfigDict, changes: ConfigDict, allowed: Iterable[str], where: str
 ) -> None:
-  """Checks what a run beside the main one changes: whole keys of the top level."""
+  """Checks the config changes of a further run: whole top-level keys."""
   for key in changes:
     if key not in set(allowed):
       raise ValueError(f"{where}: {key!r} cannot be changed here{errors.nearest(key, allowed)}.")
@@ -149,7 +149,7 @@ def _check_changes(
 
 
 def flat(config: Mapping[str, Any] | ConfigDict, prefix: str = "") -> dict[str, Any]:
-  """Returns the values by dotted key; an empty group has none.
+  """Returns the values of a config by dotted key; empty groups are left out.
 
   >>> flat({"seed": 0, "outer": {"name": "sgd"}})
   {'seed': 0, 'outer.name': 'sgd'}
@@ -179,7 +179,7 @@ def change(config: ConfigDict, key: str, value: Any, source: str) -> None:
 
 
 def kind(config: ConfigDict, key: str, source: str) -> Any:
-  """Returns what kind of value a key takes; ValueError with the nearest right key for another."""
+  """Returns the type of a key's value; ValueError, with the closest key, for an unknown one."""
   if key in SCHEME:
     return SCHEME[key]
   *groups, last = key.split(".")
@@ -200,7 +200,7 @@ def kind(config: ConfigDict, key: str, source: str) -> Any:
 
 
 def parse(text: str, kind: Any, key: str, source: str = "config") -> Any:
-  """Returns the value that a text stands for, or ValueError with what is expected.
+  """Parses the text of a value; ValueError, with the expected type, where it does not fit.
 
   >>> parse("3e-4", float, "learning_rate"), parse("8", float, "epochs")
   (0.0003, 8.0)
@@ -225,7 +225,7 @@ def parse(text: str, kind: Any, key: str, source: str = "config") -> Any:
 
 
 def words(kind: Any) -> str:
-  """Returns a kind of value in words."""
+  """Returns a type of value as text for errors."""
   if get_origin(kind) is Literal:
     return f"one of {', '.join(repr(c) for c in get_args(kind))}"
   return " or ".join(_WORDS.get(k, str(k)) for k in _kinds(kind))
@@ -286,7 +286,7 @@ def _check_parts(config: ConfigDict, source: str) -> None:
 
 
 def check_method(settings_: Mapping[str, Any], where: str) -> None:
-  """Raises ValueError for a method that there is not, or settings that it does not have."""
+  """Raises ValueError for an unknown method, or settings that it does not have."""
   options = dict(settings_)
   try:
     lookup.check(options.pop("name"), options)
@@ -308,7 +308,7 @@ def _unknown(config: ConfigDict, key: str, group: Any, prefix: str, source: str)
 
 
 def _name_first(changes: Iterable[tuple[str, Any]]) -> list[tuple[str, Any]]:
-  # The name decides which settings a method has, wherever it stands on the command line.
+  # A method's name decides its settings, so it is set first.
   return sorted(changes, key=lambda c: c[0] not in ("method", "method.name"))
 
 

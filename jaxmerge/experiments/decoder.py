@@ -1,4 +1,4 @@
-"""A decoder of any size, in shapes alone: programs to compile, without weights and rows."""
+"""A decoder of any size, as shapes only: for compilation, without weights or rows."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from jaxmerge.tasks.task import Task
 
 
 def problem(config: Mapping[str, Any]) -> Problem:
-  """Returns a decoder, and rows of the config's length: each token's label is the next one.
+  """Returns a decoder, and rows of the config's length, for next-token prediction.
 
-  A task has as many rows as the config asks for; one of fewer documents would have fewer.
+  Every task has the configured number of rows; a real one with fewer documents would have fewer.
   """
   fields, apply = llama.from_fields(dict(config["model"]), jnp.dtype(config["compute_dtype"]))
   params = jax.eval_shape(lambda: llama.init(fields, jax.random.key(0)))

@@ -21,12 +21,12 @@ from jaxmerge.tasks.task import Task
 from jaxmerge.training import joint
 from jaxmerge.training.settings import Settings
 
-# Compiled of shapes alone: the texts are not read.
+# For compilation; no texts are read.
 problem_shapes = decoder.problem
 
 
 def problem(config: Mapping[str, Any], cache: Cache) -> Problem:
-  """Returns six domains of bytes and a decoder that was trained on some rows of each, mixed."""
+  """Returns six domains of text and a byte-level decoder, pretrained on a mixture of them."""
   fields, apply = llama.from_fields(config["model"], jnp.dtype(config["compute_dtype"]))
   sizes = dict(config["data"])
   loaded = domains.load(sizes.pop("domains"), seed=config["seed"], **sizes)

@@ -1,4 +1,4 @@
-"""What a run reports while it is at work: messages, progress, seconds; and when it stops."""
+"""Events of a run: messages, progress, timings, and requests to stop."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Event = Mapping[str, Any]
 
 
 class Events:
-  """Where a run reports to: `progress` is given events, `stop` is asked after each part."""
+  """Reports events to `progress`, and polls `stop` after each part."""
 
   def __init__(
     self,
@@ -25,22 +25,22 @@ class Events:
 
   @contextlib.contextmanager
   def timed(self, phase: str) -> Iterator[None]:
-    """Adds up the seconds of a phase."""
+    """Adds the seconds of a block to those of its phase."""
     begun = time.perf_counter()
     yield
     self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - begun
 
   def say(self, message: str) -> None:
-    """Passes a message on."""
+    """Reports a message."""
     self.progress({"message": message})
 
   def bar(
     self, phase: str, total: int, unit: str = "part", *, fresh: bool = True
   ) -> Callable[..., None]:
-    """Shows that a phase begins; returns the callback (done, total, **numbers) that shows more.
+    """Announces a phase; returns the callback (done, total, **numbers) for its progress.
 
-    A phase that is not `fresh` goes on from somewhere, which its first callback says. After a part,
-    but not after a round, the run stops if `stop` says so: the loop stops by itself.
+    A phase that is not `fresh` resumes where its first callback says. The run stops after a part
+    if `stop` says so; rounds are excluded, as the loop polls `stop` itself.
     """
 
     def show(done: int, total: int, **numbers: float | None) -> None:

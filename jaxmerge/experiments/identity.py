@@ -1,9 +1,9 @@
-"""The identity of a user's experiment in its workdir: digests of its functions and of its rows.
+"""The identity of a user's experiment in its workdir: digests of its functions and rows.
 
-A config names an experiment, and its code may change between a run and its resumption. Built-in
-experiments change with the version of jaxmerge alone, and have no such record. Functions count with
-what they close over and the functions that they call by a global name, not with those that they
-reach through another module (`module.function`).
+A config names an experiment, whose code may change between a run and its resumption. Built-in
+experiments change only with jaxmerge's version and have no such record. The digest of a function
+covers its closure and the functions that it calls by a global name, not functions reached through
+another module (`module.function`).
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from jaxmerge.training import identity
 
 
 def describe(problem: Problem) -> dict[str, str]:
-  """Returns the digests of what a problem computes with, by name.
+  """Returns digests of a problem's functions and rows, by name.
 
-  A function that holds what no other process would know again, such as an open file, has none.
+  A function without a reproducible digest, such as one that holds an open file, is left out.
   """
   functions = {"apply": problem.apply, "loss": problem.loss, "metric": problem.metric}
   digests = {n: fingerprint.stable_fingerprint(f) for n, f in functions.items()}
@@ -31,12 +31,12 @@ def describe(problem: Problem) -> dict[str, str]:
 
 
 def check(workdir: pathlib.Path, name: str, problem: Problem) -> None:
-  """Refuses to resume a run whose experiment is another one now; a new run passes.
+  """Refuses to resume a run whose experiment has changed; a new run passes.
 
   Args:
     workdir: the folder of the run.
     name: the experiment's name in the config.
-    problem: what it makes now.
+    problem: the experiment as it is now.
 
   Raises:
     ValueError: naming what has changed.

@@ -1,4 +1,4 @@
-"""Four image tasks and a small network, pretrained on some of their rows."""
+"""Four image tasks and a small CNN, pretrained on some of their rows."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from jaxmerge.training import schedule as schedules
 def problem(config: Mapping[str, Any], cache: Cache) -> Problem:
   """Returns four image tasks and a small CNN, pretrained briefly on a few rows of each.
 
-  The heads are trained with the base and frozen after that.
+  The heads are trained with the base, then frozen.
   """
   tasks = images.load(config["seed"], **config["data"])
   like = {
@@ -51,7 +51,7 @@ def problem(config: Mapping[str, Any], cache: Cache) -> Problem:
 def pretrain(
   tasks: Sequence[Task], *, seed: int, rows: int, steps: int, learning_rate: float
 ) -> tuple[Any, list[np.ndarray]]:
-  """Trains the CNN and one linear head a task jointly, on the first `rows` rows of each task."""
+  """Trains the CNN and one linear head per task jointly, on the first `rows` rows of each."""
   few = [
     t.train._replace(inputs=t.train.inputs[:rows], labels=t.train.labels[:rows]) for t in tasks
   ]

@@ -1,4 +1,4 @@
-"""The methods that a config names: in the loop, and as one-shot merges of the experts."""
+"""The methods of a config: in the loop, and as one-shot merges of the experts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def make_method(settings: Mapping[str, Any]) -> Method:
 
 
 def one_shot_settings(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-  """Returns the settings of a config's one-shot merges by name; the average is always one."""
+  """Returns the settings of a config's one-shot merges by name, always with the average."""
   listed = {k: dict(v) for k, v in config["baselines"].items() if k in lookup.METHODS}
   return {"average": {}, **listed}
 
@@ -28,7 +28,7 @@ def one_shot_settings(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 def layout_notes(
   layout: layouts.Layout | None, params: Any, config: Mapping[str, Any]
 ) -> list[str]:
-  """Returns, for each method of rows or matrices, which leaves have which matrix view, and why."""
+  """Returns a note per row or matrix method on the matrix view of each leaf, and why."""
   named = {n: {"name": n, **settings} for n, settings in one_shot_settings(config).items()}
   named["atm"] = dict(config["method"])
   leaves, notes = tree.named(params), []

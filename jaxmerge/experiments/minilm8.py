@@ -21,7 +21,7 @@ MINILM = encoder.Config(30522, 384, 6, 12, 1536, 512)
 
 
 def problem(config: Mapping[str, Any], cache: Cache) -> Problem:
-  """Returns eight text tasks and the real all-MiniLM-L6-v2 encoder, with frozen zero-shot heads."""
+  """Returns eight text tasks and the real all-MiniLM-L6-v2, with frozen zero-shot heads."""
   settings = config["model"]
   fields, params, folder = bert.minilm(settings["folder"] or None)
   tokenizer, length = bert.tokenizer(folder), settings["length"]
@@ -52,7 +52,7 @@ def _zero_shot_heads(
   settings: Mapping[str, Any],
   cache: Cache,
 ) -> list[np.ndarray]:
-  """Returns the head of each task, of the embeddings of its prompts, or those of the checkpoint."""
+  """Returns each task's head, from embeddings of its prompts or from the checkpoint."""
   embed = jax.jit(lambda ids, mask: bert.embed(fields, params, ids, mask))
   prompts = [text.tokens(task.prompts, tokenizer, settings["length"]) for task in texts]
   shapes = [jax.eval_shape(embed, *tokens).shape[::-1] for tokens in prompts]
@@ -65,7 +65,7 @@ def _zero_shot_heads(
 
 
 def problem_shapes(config: Mapping[str, Any]) -> Problem:
-  """Returns the shapes of the same, without the weights and without reading the texts."""
+  """Returns the shapes of `problem`, without weights and without reading texts."""
   data = dict(config["data"])
   names = data.get("tasks") or text.NAMES
   ids = jax.ShapeDtypeStruct((config["model"]["length"],), jnp.int32)

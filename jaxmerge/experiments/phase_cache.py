@@ -1,4 +1,4 @@
-"""The results of the phases of a run: saved once, and restored when the run goes on."""
+"""Saves the results of a run's phases, and restores them when it resumes."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ def restore_or_make(
   name: str,
   of: str = "",
 ) -> tuple[Any, dict[str, Any]]:
-  """Returns what `make` returns, arrays and facts, from its checkpoint if it has one.
+  """Restores arrays and facts from a checkpoint, or makes and saves them.
 
   Args:
     folder: of the checkpoint.
-    like: shapes, dtypes and places of the arrays.
-    make: makes them; all processes of a run call it, or none.
-    say: called with what was restored, and what was set aside.
+    like: shapes, dtypes and shardings of the arrays.
+    make: makes them; either all processes of a run call it, or none.
+    say: called with messages on what was restored or set aside.
     name: of the phase, for messages.
-    of: digest of the inputs: results of other inputs are made again.
+    of: digest of the inputs; results of other inputs are computed again.
   """
   with stores.Checkpoints(folder, keep=1) as store:
     checkpoint = store.restore(like)
@@ -39,14 +39,14 @@ def restore_or_make(
       say(f"{name}: restored")
       return checkpoint.state, checkpoint.record["facts"]
     if checkpoint is not None:
-      say(f"{name}: made of other models than there are now; made again")
+      say(f"{name}: the saved result is of other models; computed again")
     state, facts = make()
     store.save(1 if checkpoint is None else checkpoint.step + 1, state, {"facts": facts, "of": of})
     return state, facts
 
 
 def digest(models: Any) -> str:
-  """Returns a digest of the bits of a tree of arrays, the same in every process."""
+  """Returns a digest of a tree of arrays, equal in every process."""
   hash_ = hashlib.blake2b(digest_size=16)
   for name, x in tree.named(meshes.fetch(models)).items():
     hash_.update(f"{name} {x.dtype} {x.shape} ".encode())

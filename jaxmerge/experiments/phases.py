@@ -23,13 +23,13 @@ from jaxmerge.training.budget import Budget
 
 
 class Model(NamedTuple):
-  """A model that is compared, or a stack of models [T, *s], one for each task.
+  """A model to compare, or a stack of models [T, *s], one per task.
 
   Attributes:
     params: its weights.
-    cost: what was spent on it.
-    facts: more that the report says of it.
-    rounds: the records of its rounds.
+    cost: the budget spent on it.
+    facts: further facts for the report.
+    rounds: records of its rounds.
   """
 
   params: Any
@@ -42,9 +42,9 @@ Models = dict[str, Model]
 
 
 def tune_experts(setup: Setup) -> Models:
-  """Tunes a model for each task; and again with other settings, for `experts_longer` and the like.
+  """Tunes an expert per task, and further sets such as `experts_longer` with other settings.
 
-  Returns a stack of models for each set of settings.
+  Returns a stack of models per set.
   """
   changes = {"experts": {}} | setup.config["baselines"]
   stacks = {n: _stack(setup, n, changes[n]) for n in changes if n.split("_")[0] == "experts"}
@@ -58,7 +58,7 @@ def tune_experts(setup: Setup) -> Models:
 
 
 def _stack(setup: Setup, name: str, changes: Mapping[str, Any]) -> Model:
-  """Tunes a model for each task, with the config's changes of the settings."""
+  """Tunes a model per task, with changes of the settings."""
 
   def make() -> tuple[Any, dict[str, Any]]:
     changed = settings.from_config({**setup.config, **changes})
@@ -92,7 +92,7 @@ def merge_once(setup: Setup, experts: Model) -> Models:
 
 
 def _merge(setup: Setup, experts: Model, name: str, options: dict[str, Any], digest: str) -> Model:
-  """Merges the experts by one method; `digest` is of what is merged."""
+  """Merges the experts by one method; `digest` identifies base and experts."""
   tried = options.pop("scales", None) or (1.0,)
 
   def make() -> tuple[Any, dict[str, Any]]:
@@ -112,7 +112,7 @@ def _merge(setup: Setup, experts: Model, name: str, options: dict[str, Any], dig
 
 
 def train_jointly(setup: Setup) -> Models:
-  """Trains one model on all tasks, in turn or in mixed batches: the better one on validation.
+  """Trains one model on all tasks, alternating or in mixed batches, whichever validates better.
 
   Returns no model where the config does not list `multitask`.
   """
@@ -140,11 +140,11 @@ def train_jointly(setup: Setup) -> Models:
 
 
 def tune_and_merge(setup: Setup, models: Models) -> Models:
-  """Runs the loop, `atm`, and the further runs of it that the config lists in `also`.
+  """Runs the loop, `atm`, and its further runs in the config's `also`.
 
   Args:
     setup: the set-up.
-    models: the one-shot merges: post-hoc runs start from the best of them.
+    models: the one-shot merges; post-hoc runs start from the best of them.
   """
   runs: Models = {}
   for name, changes in {"atm": {}, **setup.config["also"]}.items():
@@ -155,7 +155,7 @@ def tune_and_merge(setup: Setup, models: Models) -> Models:
 def _run_loop(
   setup: Setup, name: str, config: dict[str, Any], models: Models, earlier: Models
 ) -> Model:
-  """Runs the loop once, resumed from its own checkpoints."""
+  """Runs the loop once, resuming from its checkpoints."""
   changed, tasks, first = settings.from_config(config), setup.problem.tasks, None
   if config["variant"] == "ph":
     tasks, first = problems.post_hoc(tasks), models[_best_one_shot(setup, models)]
@@ -192,7 +192,7 @@ def _run_loop(
 
 
 def _best_one_shot(setup: Setup, models: Models) -> str:
-  """Returns the name of the one-shot merge that is best on validation."""
+  """Returns the name of the best one-shot merge on validation."""
   means = {n: {"mean": setup.mean(m.params)} for n, m in models.items() if n in lookup.METHODS}
   record = {"models": means, "lower_is_better": setup.problem.metric.lower_is_better}
   return labels.best(record, "one-shot") or "average"

@@ -1,4 +1,4 @@
-"""What an experiment is about: its model, tasks, loss and metric, as arrays or as shapes."""
+"""The problem of an experiment: model, tasks, loss and metric, as arrays or as shapes."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ Struct = jax.ShapeDtypeStruct
 
 
 class Problem(NamedTuple):
-  """What an experiment runs on; the function of an experiment returns it.
+  """The problem that an experiment's function returns.
 
   Attributes:
     apply: the model, (params, inputs, head) -> outputs.
-    params: the base's parameters; `jax.ShapeDtypeStruct`s if it is only to be compiled.
+    params: the base's parameters; `jax.ShapeDtypeStruct`s for compilation only.
     tasks: the tasks, with heads.
     loss: (outputs, labels) -> [B, ...], whose mean is minimised.
     metric: how models are scored.
     layout: matrix views of the leaves.
-    sharding: rules for a mesh whose model axis splits the weights of a copy; none: it cannot.
+    sharding: rules for splitting weights over the model axis; none: it is not supported.
     title: one line for the report.
     base: name of the base model, for the model card.
     license: of the base model, for the model card.
@@ -54,7 +54,7 @@ class Problem(NamedTuple):
 
 
 def save(problem: Problem, folder: pathlib.Path, params: Any, readme: str) -> None:
-  """Writes a model and its readme as the problem says, else as one safetensors file."""
+  """Writes a model and its readme by `problem.save`, by default as one safetensors file."""
   if problem.save is not None:
     problem.save(folder, params, readme)
     return
@@ -66,7 +66,7 @@ def save(problem: Problem, folder: pathlib.Path, params: Any, readme: str) -> No
 
 
 def share(problem: Problem) -> Problem:
-  """Returns the problem of this process with the weights and heads of the first one."""
+  """Returns the problem with the weights and heads of the first process."""
   heads = [t.head for t in problem.tasks if t.head is not None]
   params, heads = processes.broadcast((problem.params, heads))
   if heads:
@@ -76,12 +76,12 @@ def share(problem: Problem) -> Problem:
 
 
 def is_abstract(problem: Problem) -> bool:
-  """Returns whether a problem has shapes in place of weights."""
+  """Returns whether a problem has shapes instead of weights."""
   return any(isinstance(x, Struct) for x in jax.tree.leaves(problem.params))
 
 
 def shapes(problem: Problem) -> Problem:
-  """Returns a problem with the shapes of its weights, rows and heads in their place."""
+  """Returns a problem with shapes instead of weights, rows and heads."""
 
   def structs(value: Any) -> Any:
     return jax.tree.map(lambda x: Struct(np.shape(x), x.dtype), value)
@@ -95,13 +95,13 @@ def shapes(problem: Problem) -> Problem:
 
 
 def split_shapes(count: int, inputs: Any, labels: tuple[int, ...] = ()) -> Split:
-  """Returns the shapes of `count` rows, of which each has these inputs and int32 labels."""
+  """Returns the shapes of `count` rows with these inputs and int32 labels."""
   stacked = jax.tree.map(lambda s: Struct((count, *s.shape), s.dtype), inputs)
   return Split(stacked, Struct((count, *labels), np.int32))  # type: ignore[arg-type]
 
 
 def zeros(like: Any) -> Any:
-  """Returns arrays of zeros in place of shapes."""
+  """Returns zeros of the given shapes."""
   return jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), like)
 
 

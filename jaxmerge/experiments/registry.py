@@ -1,4 +1,4 @@
-"""Finds the function that makes an experiment: a built-in one by its short name, a user's by place.
+"""Looks up an experiment's function: built in by short name, a user's as `module:function`.
 
 Free of jax until a function is called.
 """
@@ -18,10 +18,10 @@ from jaxmerge import errors
 if TYPE_CHECKING:
   from jaxmerge.experiments.problem import Problem
 
-# (like, make) -> arrays like `like`: from the run's checkpoint, or those that `make()` returns.
+# (like, make) -> arrays like `like`: from the run's checkpoint, or from `make()`.
 Cache = Callable[[Any, Callable[[], Any]], Any]
 
-# Short names of what is built in.
+# Short names of built-in experiments.
 ALIASES: Mapping[str, str] = {
   "images4": "jaxmerge.experiments.images4:problem",
   "minilm8": "jaxmerge.experiments.minilm8:problem",
@@ -43,7 +43,7 @@ def find(name: str) -> Callable[..., Problem]:
   """Returns the function of an experiment; its module may lie in the working directory.
 
   Raises:
-    ValueError: for a module or a function that there is not, or a module that fails.
+    ValueError: for a missing module or function, or a module that fails.
   """
   check(name)
   module_name, _, function = ALIASES.get(name, name).partition(":")
@@ -63,10 +63,10 @@ def make(config: Mapping[str, Any], cache: Cache = lambda like, make: make()) ->
 
   Args:
     config: the plain config.
-    cache: passed to the function, which may keep in it what it trains for the base.
+    cache: passed to the function, which may save a trained base in it.
 
   Raises:
-    ValueError: for an experiment that there is not, that returns something else, or that has shapes
+    ValueError: for an experiment that is missing, that returns something else, or that has shapes
       alone.
   """
   from jaxmerge.experiments import problem as problems
@@ -75,8 +75,8 @@ def make(config: Mapping[str, Any], cache: Cache = lambda like, make: make()) ->
   problem = _call(find(name), ALIASES.get(name, name), config, cache)
   if problems.is_abstract(problem):
     raise ValueError(
-      f"the experiment {name!r} has shapes alone, no weights and no rows: `jaxmerge compile` "
-      "compiles it, and `jaxmerge.tune_and_merge` runs it from Python on yours, see docs/tpu.md."
+      f"the experiment {name!r} has shapes only, no weights and no rows: `jaxmerge compile` "
+      "compiles it, and `jaxmerge.tune_and_merge` runs it on your data, see docs/tpu.md."
     )
   return problem
 
@@ -84,8 +84,8 @@ def make(config: Mapping[str, Any], cache: Cache = lambda like, make: make()) ->
 def make_shapes(config: Mapping[str, Any]) -> Problem:
   """Returns the problem of the experiment that a config names, as shapes.
 
-  They are those that its function makes, with zeros in place of what it would train; or those of
-  the function with `_shapes` behind its name, where the module has one, without any data.
+  A function of the same name with the suffix `_shapes` makes them without any data, if there is
+  one. Otherwise the experiment's function does, with zeros for what it would train.
   """
   from jaxmerge.experiments import problem as problems
 
@@ -100,7 +100,7 @@ def make_shapes(config: Mapping[str, Any]) -> Problem:
 def _call(
   function: Callable[..., Any], where: str, config: Mapping[str, Any], cache: Cache
 ) -> Problem:
-  """Calls a function of an experiment with the config, and the cache if it has such a parameter."""
+  """Calls an experiment's function with the config, and with the cache if it takes one."""
   from jaxmerge.experiments.problem import Problem
 
   parameters = list(inspect.signature(function).parameters.values())
@@ -119,7 +119,7 @@ def _call(
 
 
 def _check_parameters(where: str, parameters: Sequence[inspect.Parameter]) -> None:
-  """Raises ValueError for a function that cannot be called with a config, or needs more."""
+  """Raises ValueError for a function that takes no config, or requires other arguments."""
   kinds = inspect.Parameter
   by_name = (kinds.KEYWORD_ONLY, kinds.VAR_KEYWORD)
   variadic = (kinds.VAR_POSITIONAL, kinds.VAR_KEYWORD)
@@ -133,12 +133,12 @@ def _check_parameters(where: str, parameters: Sequence[inspect.Parameter]) -> No
   if others:
     raise ValueError(
       f"{where} must take (config) or (config, cache), but it also requires {', '.join(others)}; "
-      "give what else it takes a default, or read it from the config's `data`."
+      "give these parameters defaults, or read them from the config's `data`."
     )
 
 
 def _describe(module: Any) -> str:
-  """Returns which module was imported: its file, or why that is no file of the user's."""
+  """Returns which module was imported: its file, or why it is not the user's."""
   name, file = module.__name__, getattr(module, "__file__", None)
   if file is None and hasattr(module, "__path__"):
     return f"{name} is a folder without __init__.py, {next(iter(module.__path__), '')}: it"
@@ -149,7 +149,7 @@ def _describe(module: Any) -> str:
 
 
 def _import(name: str, what: str) -> Any:
-  """Imports a module; the working directory is looked at last."""
+  """Imports a module; the working directory comes last on the path."""
   if name in sys.modules:
     return sys.modules[name]
   if (here := os.getcwd()) not in sys.path:
@@ -160,13 +160,13 @@ def _import(name: str, what: str) -> Any:
   except ModuleNotFoundError as error:
     if error.name and (name == error.name or name.startswith(f"{error.name}.")):
       raise ValueError(
-        f"{what}: there is no module {error.name!r} in {here}, nor on Python's path; start in its "
-        "folder, or name that in PYTHONPATH."
+        f"{what}: there is no module {error.name!r} in {here} or on Python's path; run in its "
+        "folder, or add that to PYTHONPATH."
       ) from error
     raise ValueError(f"{what}: its module {name} needs {error.name!r}: {error}.") from error
   except SystemExit as error:
     raise ValueError(
-      f"{what}: importing {name} ends the program, SystemExit: {error}; put what is not to run on "
+      f"{what}: importing {name} exits the program, SystemExit: {error}; put code not to run on "
       'import under `if __name__ == "__main__":`.'
     ) from error
   except Exception as error:  # A module is code, and may raise anything.

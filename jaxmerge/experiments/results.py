@@ -1,4 +1,4 @@
-"""The results of a run: the scores of all models, and the report, models and metrics it leaves."""
+"""The results of a run: scores of all models, the report, saved models and metrics."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def write(setup: Setup, models: Models, stacks: Models) -> dict[str, Any]:
 
   Args:
     setup: the set-up.
-    models: what is compared, by name; `atm` is the model that is left in `merged/`.
-    stacks: models for each task: `experts`, and those tuned otherwise.
+    models: the compared models by name; `atm` is saved in `merged/`.
+    stacks: stacks of experts: `experts`, and those with other settings.
   """
   split = "test" if setup.config["final"] else "validation"
   with setup.events.timed("final scores"):
@@ -50,7 +50,7 @@ def write(setup: Setup, models: Models, stacks: Models) -> dict[str, Any]:
 def score(
   setup: Setup, models: Models, stacks: Models, split: str
 ) -> tuple[dict[str, Any], dict[str, dict[str, np.ndarray]]]:
-  """Scores every model on every task's rows of a split, once; each of a stack on its own task."""
+  """Scores each model on all tasks of a split, and each model of a stack on its own task."""
   tasks, metric = setup.problem.tasks, setup.problem.metric
   stacked = {n: m.params for n, m in stacks.items() if n != "experts"}
   experts = compare.split_experts(stacks["experts"].params, len(tasks))
@@ -75,7 +75,7 @@ def score(
 
 
 def _facts(setup: Setup, models: Models, curves: Mapping[str, Any], split: str) -> dict[str, Any]:
-  """Returns what a record says beside scores: curves, costs, config, versions, notes."""
+  """Returns the rest of a record: curves, costs, config, versions, notes."""
   layout, params, config = setup.problem.layout, setup.params, setup.config
   return {
     "title": setup.problem.title,

@@ -1,4 +1,4 @@
-"""From a config to a run: base, experts, one-shot merges, joint training, ATM, and the report."""
+"""Runs an experiment: base, experts, one-shot merges, joint training, ATM, report."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ def run(
   progress: Callable[[events.Event], None] = lambda event: None,
   stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
-  """Runs the experiment of a config, and leaves report, checkpoints and models in `workdir`.
+  """Runs the experiment of a config, and writes report, checkpoints and models to `workdir`.
 
   Args:
     config: an ml_collections ConfigDict, as in `configs/`.
-    workdir: the folder: it is created, or an interrupted run in it goes on.
-    resume: "auto" goes on with a run of the same config, "never" wants an empty folder, "must"
-      wants a run to go on with.
+    workdir: the folder; created if missing, else the run in it is resumed.
+    resume: "auto" resumes a run of the same config, "never" requires an empty folder, "must"
+      requires a run to resume.
     progress: called with events: {"phase", "done", "total", "unit", "numbers"} or {"message"}.
-    stop: asked after each round, or part of another phase, whether to stop there.
+    stop: polled after each round or part of another phase; True stops the run there.
 
   Returns:
-    The record that `report.json` holds. Of many processes the first one writes, alone.
+    The content of `report.json`. Only the first of many processes writes.
 
   Raises:
-    Stopped: where `stop` said yes; rounds are saved, a phase that is not done will start anew.
+    Stopped: where `stop` is true; rounds are saved, an unfinished phase starts over.
     ValueError: if the folder holds a run of another config, or of a user's experiment whose code or
-      rows have changed, or another run is at work in it.
+      rows have changed, or another run is using it.
   """
   folder, plain = (
     pathlib.Path(workdir),
@@ -57,7 +57,7 @@ def run(
 
 
 def compare(ready: setup.Setup) -> dict[str, Any]:
-  """Runs all phases, compares their models, and returns the record of the run."""
+  """Runs all phases, compares their models, and returns the record."""
   experts = phases.tune_experts(ready)
   models = {"base": phases.Model(ready.params, Budget())}
   models |= phases.merge_once(ready, experts["experts"])

@@ -1,4 +1,4 @@
-"""The keys of configs, the kind of value each takes, and their defaults. Free of jax."""
+"""The keys of configs, their types and defaults. Free of jax."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from ml_collections.config_dict import ConfigDict
 
 from jaxmerge.training import settings
 
-AXES = ("task", "data", "model")  # Those of `mesh.AXES`, which comes with jax.
+AXES = ("task", "data", "model")  # As `mesh.AXES`, whose module imports jax.
 Group = Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-  """Checkpoints: the newest complete ones that stay, and the rounds between saves."""
+  """Checkpoints: how many of the newest to retain, and rounds between saves."""
 
   keep: int = 2
   every: int = 1
@@ -24,7 +24,7 @@ class Checkpoint:
 
 @dataclasses.dataclass(frozen=True)
 class Mesh:
-  """Devices by axis, -1 for those that are left; `devices`: fake CPU devices, None: real ones."""
+  """Devices by axis, -1 for all remaining; `devices`: fake CPU devices, None: real ones."""
 
   task: int = -1
   data: int = 1
@@ -34,17 +34,17 @@ class Mesh:
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-  """An experiment, beside the settings of its loop, which are keys of the config as well.
+  """The keys of an experiment's config, besides the settings of its loop.
 
   Attributes:
-    experiment: the function that makes it: a short name, or `module:function`.
-    final: read the test rows, once per model, at the end; else validation is reported.
-    keep_experts: `experts/` holds the tuned experts, for later merges.
+    experiment: its function: a short name, or `module:function`.
+    final: report scores on test rows, read once per model at the end; else on validation.
+    keep_experts: save the tuned experts in `experts/`, for later merges.
     method: the merge of the loop: its name, and its hyperparameters.
     variant: pa: train rows, from the base; ph: validation rows, from a merged model.
-    baselines: what is compared at the same budget; scales are chosen on validation.
-    also: further runs of the loop: name of the run -> changes of this config.
-    data: of the experiment, often rows a task.
+    baselines: models to compare at the same budget; scales are chosen on validation.
+    also: further runs of the loop: name of the run -> changes to this config.
+    data: settings of the experiment's data, such as rows per task.
     checkpoint: checkpoints of the loop.
     mesh: devices.
   """
@@ -66,13 +66,13 @@ class Bench:
   """A leaderboard of methods.
 
   Attributes:
-    run: the experiment's config, beside this one: data, base, budget of the experts.
+    run: the experiment's config in the same folder: data, base, budget of the experts.
     methods: settings of each method; a tuple is a list of values to try.
-    experts: folder of an ATM run whose experts are merged, {seed} standing for the seed; empty:
+    experts: folder of an ATM run whose experts are merged, with {seed} for the seed; empty:
       they are tuned.
     seeds: number of seeds.
     final: scores of test rows; hyperparameters are chosen on validation.
-    changes: of the experiment's config.
+    changes: to the experiment's config.
   """
 
   run: str
@@ -88,12 +88,12 @@ class Merge:
   """A merge of decoders, to compile.
 
   Attributes:
-    models: number of experts, beside their base.
+    models: number of experts, besides the base.
     model: fields of `jaxmerge.models.decoder_config.Config`.
     method: its name, and its hyperparameters.
     dtype: of all weights; the merge computes in float32.
-    mesh: devices by axis, -1 for those that are left.
-    entries: of a slice, where models are streamed through one device.
+    mesh: devices by axis, -1 for all remaining.
+    entries: per slice, for models streamed through one device.
   """
 
   models: int
@@ -105,7 +105,7 @@ class Merge:
 
 
 def kinds(schema: type) -> dict[str, Any]:
-  """Returns the kind of value of each key of a schema; of groups with fixed keys, by dotted key.
+  """Returns the type of each key of a schema; groups with fixed keys are flattened.
 
   >>> kinds(Experiment)["mesh.devices"]
   int | None
@@ -120,9 +120,9 @@ def kinds(schema: type) -> dict[str, Any]:
 
 
 def fill(config: ConfigDict, schema: type) -> ConfigDict:
-  """Returns a config with the defaults of a schema for the keys that it does not have.
+  """Returns a config with missing keys set to the defaults of a schema.
 
-  An experiment has the defaults of the loop's settings as well.
+  For an experiment these include the loop's settings.
   """
   config = config.copy_and_resolve_references().unlock()
   with config.ignore_type():
@@ -135,7 +135,7 @@ def fill(config: ConfigDict, schema: type) -> ConfigDict:
 
 
 def defaults(schema: type) -> dict[str, Any]:
-  """Returns the defaults of a schema, groups as dicts; of an experiment those of its loop too."""
+  """Returns the defaults of a schema, groups as dicts; for an experiment also its loop's."""
   loop = defaults(settings.Settings) if schema is Experiment else {}
   values = {}
   for field in dataclasses.fields(schema):
@@ -150,7 +150,7 @@ def defaults(schema: type) -> dict[str, Any]:
 
 
 def _fill_group(group: Any, defaults: Group) -> None:
-  """Sets the defaults of a group in place; what is no group is refused later."""
+  """Sets the defaults of a group in place; other values are refused later."""
   if isinstance(group, ConfigDict):
     for key in defaults.keys() - group.keys():
       group[key] = defaults[key]

@@ -28,16 +28,16 @@ from jaxmerge.training.settings import Settings
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Setup:
-  """What all phases of a run share.
+  """The state that all phases of a run share.
 
   Attributes:
     config: the plain config.
     folder: the workdir.
-    events: where the run reports to.
+    events: the reports of the run.
     problem: model, tasks, loss and metric.
     settings: of the loop.
     mesh: the devices.
-    params: the base, float32.
+    params: the base, in float32.
     rows: the validation rows, on the devices.
     score: scores of models [M, *s] on all tasks, see `scoring.scorer`.
     score_experts: scores of models [T, *s], each on its own task.
@@ -61,7 +61,7 @@ class Setup:
 
   @property
   def training(self) -> dict[str, Any]:
-    """Arguments that the loop and the tuning of experts have in common."""
+    """Common arguments of the loop and of tuning experts."""
     sharding = self.problem.sharding if self.mesh.shape["model"] > 1 else ()
     loss, metric = self.problem.loss, self.problem.metric
     return {"loss": loss, "metric": metric, "mesh": self.mesh, "sharding": sharding}
@@ -76,7 +76,7 @@ class Setup:
     return [len(t.splits()[split].labels) for t in self.problem.tasks]
 
   def validation(self, models: Any, name: str, seed: int | None) -> scales.Validation:
-    """Returns the objective of merges of the experts: their score on validation."""
+    """Returns the objective of merging the experts: the score on validation."""
     return scales.Validation(
       self.params,
       models,
@@ -93,7 +93,7 @@ class Setup:
   def restore_or_make(
     self, phase: str, like: Any, make: Callable[[], tuple[Any, dict[str, Any]]], of: str = ""
   ) -> tuple[Any, dict[str, Any]]:
-    """Returns arrays and facts of a phase, from its checkpoint if it has one."""
+    """Restores arrays and facts of a phase from its checkpoint, or makes and saves them."""
     return phase_cache.restore_or_make(
       self.folder / "checkpoints" / phase, like, make, say=self.events.say, name=phase, of=of
     )
@@ -103,14 +103,14 @@ def prepare(config: dict[str, Any], folder: pathlib.Path, events: Events) -> Set
   """Makes the problem of a config, and puts its base and its validation rows on the devices.
 
   Raises:
-    ValueError: for an experiment that fails, or settings and a mesh that do not fit.
+    ValueError: for an experiment that fails, or settings that do not fit the mesh.
   """
 
   def cache(like: Any, make: Callable[[], Any]) -> Any:
     def make_once() -> tuple[Any, dict[str, Any]]:
       arrays = processes.broadcast(make())
       if processes.is_first():
-        workdir.claim(folder, config)  # What is saved belongs to a run.
+        workdir.claim(folder, config)  # A saved base belongs to a run.
       return arrays, {}
 
     place = folder / "checkpoints" / "base"
@@ -144,25 +144,25 @@ def place_rows(mesh: Mesh, tasks: Sequence[Task], split: str) -> batch.TaskBatch
 
 
 def pad(mesh: Mesh, stack: Any, num_slots: int) -> Any:
-  """Puts a stack of models on the devices, with empty slots up to a number."""
+  """Puts a stack of models on the devices, padded to a number of slots."""
   padded = jax.tree.map(lambda x: batch.pad(x, num_slots), meshes.fetch(stack))
   return meshes.put(padded, meshes.task_sharding(mesh))
 
 
 def replicate(mesh: Mesh, params: Any) -> Any:
-  """Returns a model that each process has computed, as all of them see it: the first one's."""
+  """Returns the first process's copy of a model, replicated over all processes."""
   if jax.process_count() == 1 or not jax.tree.leaves(params)[0].is_fully_addressable:
     return params
   return meshes.put(processes.broadcast(params), meshes.replicated(mesh))
 
 
 def model_shapes(params: Any, mesh: Mesh) -> Any:
-  """Returns the shapes of one model in a checkpoint, on all devices."""
+  """Returns the replicated shapes of one model in a checkpoint."""
   return _shapes(params, (), meshes.replicated(mesh))
 
 
 def stack_shapes(params: Any, mesh: Mesh, num_tasks: int) -> Any:
-  """Returns the shapes of a stack of models in a checkpoint, spread over the task axis if even."""
+  """Returns the shapes of a stack in a checkpoint, sharded over tasks if that is even."""
   even = num_tasks % mesh.shape["task"] == 0
   return _shapes(
     params, (num_tasks,), meshes.task_sharding(mesh) if even else meshes.replicated(mesh)

@@ -1,6 +1,6 @@
 """The folder of a run: its lock, its config, and the plain files in it.
 
-A run that has finished is shown without jax, which is imported where a run goes on.
+A finished run is shown without importing jax.
 """
 
 from __future__ import annotations
@@ -20,37 +20,40 @@ from jaxmerge.io.disk import atomic, locks
 from jaxmerge.io.huggingface import folder
 from jaxmerge.report import record as records
 
-_RUN = "run"  # The lock lies in the folder, which may be a disk of its own.
+_RUN = "run"  # The lock lies inside the folder, which may be a mount point.
 
 
 @contextlib.contextmanager
 def hold(
   workdir: pathlib.Path, config: Mapping[str, Any], resume: str, free: tuple[str, ...] = ()
 ) -> Iterator[None]:
-  """Holds a folder for one run until the block ends; it is created if need be.
+  """Locks a folder for one run until the block ends, and creates it if needed.
 
   All processes of a run call it at the same point: the first one locks it for all.
 
   Args:
     workdir: the folder.
-    config: as for `check`, which is done once the folder is locked.
+    config: as for `check`, which runs once the folder is locked.
     resume: likewise.
     free: likewise.
 
   Raises:
-    ValueError: in all processes, where another run is at work in the folder, or has left it.
+    ValueError: in all processes, where another run is using the folder, or has left results in it.
   """
   from jaxmerge.parallel import processes
 
   if not workdir.exists():
-    check(workdir, config, resume, free)  # Nothing is created in vain.
+    check(workdir, config, resume, free)  # Fail before creating anything.
   with contextlib.ExitStack() as stack:
     failure: OSError | ValueError | None = None
     if processes.is_first():
       try:
         workdir.resolve().mkdir(parents=True, exist_ok=True)
         stack.enter_context(locks.hold(workdir / _RUN, _busy(workdir), patience=0.0))
-      except (OSError, ValueError) as error:  # The others must hear of it, or they wait for ever.
+      except (
+        OSError,
+        ValueError,
+      ) as error:  # The other processes must learn of it, or they wait for ever.
         failure = error
     if processes.agree(failure is not None):
       raise failure or ValueError(f"{workdir}: process 0 could not take this folder for the run.")
@@ -63,23 +66,23 @@ def check(
 ) -> None:
   """Refuses a folder that is not this run's; nothing is written.
 
-  The mesh is not part of what a run is: it may go on with other devices or processes.
+  The mesh is not part of a run's identity: it may resume on other devices or processes.
 
   Args:
     workdir: the folder, which need not exist.
     config: the plain config of the run.
-    resume: "auto" goes on with a run of the same config, "never" wants a folder without a run,
-      "must" wants one with a run.
-    free: keys that begin so may differ.
+    resume: "auto" resumes a run of the same config, "never" requires a folder without a run,
+      "must" one with a run.
+    free: prefixes of keys that may differ.
 
   Raises:
-    ValueError: naming the first differences, if the folder holds a run of another config, or its
-      config.json, if it is damaged; or, whatever else it holds, if another run is at work in it.
+    ValueError: naming the first differences, if the folder holds a run of another config; naming
+      its config.json, if that is damaged; or if another run is using the folder.
   """
   try:
     _check(workdir, config, resume, free)
   except ValueError:
-    if workdir.is_dir():  # A run that is at work has not written all that tells what it is.
+    if workdir.is_dir():  # An active run may not have written its config yet.
       locks.check(workdir / _RUN, _busy(workdir))
     raise
 
@@ -115,7 +118,7 @@ def _check(
 def _differences(
   there: Mapping[str, Any], here: Mapping[str, Any], free: tuple[str, ...] = ()
 ) -> list[str]:
-  """Returns the differences of two configs, but of the mesh and of keys that begin with `free`."""
+  """Returns the differences of two configs, except in the mesh and keys that start with `free`."""
   theirs, ours = config.flat(there), config.flat(here)
   return [
     f"{key} is {theirs.get(key)!r} there and {ours.get(key)!r} here"
@@ -125,7 +128,7 @@ def _differences(
 
 
 def read_config(workdir: pathlib.Path) -> dict[str, Any]:
-  """Returns the config of the run in a folder; ValueError, naming the file, if it is damaged."""
+  """Reads the config of the run in a folder; ValueError, naming the file, if it is damaged."""
   path = workdir / "config.json"
   try:
     return folder.read_json(path)
@@ -134,11 +137,11 @@ def read_config(workdir: pathlib.Path) -> dict[str, Any]:
 
 
 def read_record(workdir: pathlib.Path) -> dict[str, Any]:
-  """Returns the record of a finished run; ValueError, naming the file, for what is none."""
+  """Reads the record of a finished run; ValueError, naming the file, if missing or damaged."""
   path = workdir / "report.json"
   if not path.is_file():
     raise ValueError(f"there is no {path}: the run has not finished, or this is no workdir.")
-  again = "If it is removed, `jaxmerge atm` makes it again from the checkpoints."
+  again = "Remove it, and `jaxmerge atm` writes it again from the checkpoints."
   try:
     record = folder.read_json(path)
   except ValueError as error:
@@ -151,7 +154,7 @@ def read_record(workdir: pathlib.Path) -> dict[str, Any]:
 
 
 def read_finished(workdir: pathlib.Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
-  """Returns the record of a run that has come to its end, with all that it leaves, else None.
+  """Returns the record of a finished run whose files are all present, else None.
 
   Raises:
     ValueError: naming `report.json`, where it is damaged.
@@ -165,28 +168,28 @@ def read_finished(workdir: pathlib.Path, config: Mapping[str, Any]) -> dict[str,
 
 
 def claim(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
-  """Writes the config.json of a run into the folder that it holds."""
+  """Writes the config.json of a run into its locked folder."""
   atomic.tidy(workdir)
   with atomic.write(workdir / "config.json") as file:
     file.write((json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
 
 
 def _is_passing(path: pathlib.Path) -> bool:
-  """Returns whether a file is a lock, or one that a killed process left unfinished."""
+  """Returns whether a file is a lock, or an unfinished file of a killed process."""
   return path.name.startswith(locks.path_of(path.with_name(_RUN)).name) or atomic.is_unfinished(
     path
   )
 
 
 def write_metrics(workdir: pathlib.Path, curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
-  """Writes metrics.jsonl: one line a round, of all runs of the loop."""
+  """Writes metrics.jsonl: a line per round of every run of the loop."""
   lines = [json.dumps({"run": n, **r}, sort_keys=True) for n, c in curves.items() for r in c]
   with atomic.write(workdir / "metrics.jsonl") as file:
     file.write("".join(f"{line}\n" for line in lines).encode())
 
 
 def write_rows(workdir: pathlib.Path, scores: Mapping[str, Mapping[str, np.ndarray]]) -> None:
-  """Writes rows.npz: for every model and task, the score of each row, as MODEL/TASK."""
+  """Writes rows.npz: the score of each row, by MODEL/TASK."""
   flat = {
     f"{model}/{task}": rows for model, tasks in scores.items() for task, rows in tasks.items()
   }
@@ -195,7 +198,7 @@ def write_rows(workdir: pathlib.Path, scores: Mapping[str, Mapping[str, np.ndarr
 
 
 def versions() -> dict[str, str]:
-  """Returns the versions of what a result depends on, and the devices."""
+  """Returns the versions of packages that a result depends on, and the devices."""
   import jax
 
   packages = ("jaxmerge", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")

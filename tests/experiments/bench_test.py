@@ -130,7 +130,7 @@ def test_methods_and_seeds_are_added_to_a_run(made, tmp_path):
   assert trials["ties"] == [99, 4, 4]
   assert trials["task_arithmetic"] == [2, 2, 2]
   assert trials["sce"] == [1, 1, 1]
-  told = [e["message"] for e in events if "made again" in str(e.get("message"))]
+  told = [e["message"] for e in events if "computed again" in str(e.get("message"))]
   assert [t.split(":")[0] for t in told] == [f"task_arithmetic, seed {i}" for i in (0, 1)]
   other = written(tmp_path, methods=changed, seeds=3, final=False)
   with pytest.raises(ValueError, match="another config: final is True there"):

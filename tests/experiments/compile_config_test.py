@@ -43,7 +43,7 @@ def test_an_experiment_and_a_merge_are_told_apart():
     (("dtype", "float16"), "one of 'bfloat16', 'float32'; got 'float16'"),
     (("method", "{'name': 'tiez'}"), "no method is called 'tiez'; did you mean 'ties'"),
     (("method", "{'name': 'ties', 'density': 2.0}"), "density"),
-    (("mesh", "{'task': 1, 'rows': 2}"), "whole numbers task, data, model; got 'rows'"),
+    (("mesh", "{'task': 1, 'rows': 2}"), "integers for task, data, model; got 'rows'"),
   ],
 )
 def test_what_is_wrong_is_told(change, words):

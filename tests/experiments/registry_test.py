@@ -159,7 +159,7 @@ def test_what_is_built_in_goes_through_the_same_door(name):
       "bare:problem",
       "bare is a folder without __init__.py, .*bare: it has no function 'problem'",
     ),
-    ("ending:problem", "importing ending ends the program, SystemExit: 3; put"),
+    ("ending:problem", "importing ending exits the program, SystemExit: 3; put"),
     ("broken:problem", "its module broken needs 'no_such_package'"),
     ("failing:problem", "importing failing failed: ZeroDivisionError"),
   ],

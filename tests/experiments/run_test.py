@@ -197,7 +197,7 @@ def test_merges_of_other_experts_are_made_again(tmp_path, workdir):
   manifest.seal(step, facts)
   run.run(config(), folder, progress=said.append)
   messages = [e["message"] for e in said if "message" in e]
-  words = "one_shot/dare: made of other models than there are now; made again"
+  words = "one_shot/dare: the saved result is of other models; computed again"
   assert words in messages
 
 
@@ -251,7 +251,7 @@ def test_a_run_that_stops_in_any_phase_ends_with_the_same_record(tmp_path, recor
 
 def test_an_experiment_of_shapes_alone_says_what_to_do_with_it(tmp_path):
   shapes = configs.load(str(ROOT / "configs" / "decoder_1b.py"))
-  words = "'decoder' has shapes alone, no weights and no rows: `jaxmerge compile` compiles it"
+  words = "'decoder' has shapes only, no weights and no rows: `jaxmerge compile` compiles it"
   with pytest.raises(ValueError, match=words):
     run.run(shapes, tmp_path / "run")
   assert not list((tmp_path / "run").iterdir())
