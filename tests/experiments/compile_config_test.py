@@ -56,7 +56,7 @@ def test_configs_name_the_axes_of_a_mesh():
 
 
 def test_another_kind_of_config_is_an_error():
-  with pytest.raises(ValueError, match=r"of a merge \(config.models\); it has neither"):
+  with pytest.raises(ValueError, match=r"or a merge \(config.models\); the config has neither"):
     compile_config.load(str(ROOT / "configs" / "images4_methods.py"))
 
 

@@ -204,7 +204,7 @@ def test_merges_of_other_experts_are_made_again(tmp_path, workdir):
 @pytest.mark.parametrize(
   ("name", "spoil", "words"),
   [
-    ("report.json", lambda text: text[:-9], r"report.json: not JSON .* If it is removed"),
+    ("report.json", lambda text: text[:-9], r"report.json: not JSON .* Remove it, and"),
     ("report.json", lambda text: "[" * 10**5, r"report.json: not JSON \(nested too deep"),
     ("report.json", lambda text: text.replace('"tasks"', '"task"'), "report.json: .*did you mean"),
     ("config.json", lambda text: "[1]", r"config.json: must be a JSON object, .* Restore it"),
