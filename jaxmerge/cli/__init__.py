@@ -6,6 +6,7 @@ __getattr__, __dir__, __all__ = lazy.attach(
   __name__,
   (
     "command",
+    "configs_command",
     "environment",
     "experiment_commands",
     "extract_command",

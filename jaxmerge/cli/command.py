@@ -30,7 +30,8 @@ class Command(NamedTuple):
 
 def add_run_flags(parser: argparse.ArgumentParser, config: str, workdir: str) -> None:
   """Adds the flags of commands that run a config in a folder, with their help texts."""
-  parser.add_argument("--config", required=True, metavar="FILE", help=config)
+  text = f"{config}: a file, or the name of one of `jaxmerge configs`"
+  parser.add_argument("--config", required=True, metavar="FILE", help=text)
   parser.add_argument("--workdir", required=True, metavar="FOLDER", help=workdir)
   resume = "resume the run in the workdir: if there is one, never, or fail without one"
   parser.add_argument("--resume", choices=("auto", "never", "must"), default="auto", help=resume)

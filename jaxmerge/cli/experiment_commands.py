@@ -79,7 +79,8 @@ def run_bench(options: argparse.Namespace, config: Any) -> None:
 
 
 def _add_compile_flags(parser: argparse.ArgumentParser) -> None:
-  parser.add_argument("--config", required=True, metavar="FILE", help="an experiment, or a merge")
+  text = "an experiment, or a merge: a file, or the name of one of `jaxmerge configs`"
+  parser.add_argument("--config", required=True, metavar="FILE", help=text)
   text = "chips and topology: v5e:4x4, v5p:4x4x4"
   parser.add_argument("--topology", required=True, metavar="NAME", help=text)
   text = "number of slices of that topology"

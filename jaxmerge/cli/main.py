@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn  # Any: a config is imported only by commands that have one.
 
 from jaxmerge.cli import (
+  configs_command,
   environment,
   experiment_commands,
   extract_command,
@@ -40,6 +41,7 @@ COMMANDS = {
   "extract": extract_command.EXTRACT,
   "compile": experiment_commands.COMPILE,
   "methods": model_commands.METHODS,
+  "configs": configs_command.CONFIGS,
 }
 _CHANGES = """\
 changes of the config:
@@ -49,9 +51,9 @@ changes of the config:
                         literals, in quotes.
 
 examples:
-  jaxmerge atm --config=configs/images4.py --workdir=runs/images4
-  jaxmerge atm --config=configs/images4.py --workdir=runs/ties --config.method.name=ties
-  jaxmerge atm --config=configs/images4.py --help
+  jaxmerge atm --config=images4 --workdir=runs/images4
+  jaxmerge atm --config=images4 --workdir=runs/ties --config.method.name=ties
+  jaxmerge atm --config=images4 --help
 """
 
 

@@ -24,6 +24,7 @@ __getattr__, __dir__, __all__ = lazy.attach(
     "run",
     "schema",
     "setup",
+    "shipped_configs",
     "workdir",
   ),
 )

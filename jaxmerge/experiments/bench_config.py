@@ -11,16 +11,16 @@ from ml_collections.config_dict import ConfigDict
 from jaxmerge import errors
 from jaxmerge.catalog import lookup
 from jaxmerge.experiments import config as configs
-from jaxmerge.experiments import schema
+from jaxmerge.experiments import schema, shipped_configs
 
 
 def load(path: str, changes: Sequence[tuple[str, str]] = ()) -> ConfigDict:
   """Returns the locked config of a leaderboard of methods, changed and checked.
 
-  `run` is the experiment's config, beside this one; `experts` the folder of an ATM run of it whose
-  experts are merged, {seed} standing for the seed, or empty: then they are tuned. `methods` maps a
-  row's name to settings of the method of that name, or of the one under `name`: a tuple is a list
-  of values to try. `changes` are changes of the experiment's config.
+  `run` is the experiment's config, beside this one or shipped; `experts` the folder of an ATM run
+  of it whose experts are merged, {seed} standing for the seed, or empty: then they are tuned.
+  `methods` maps a row's name to settings of the method of that name, or of the one under `name`: a
+  tuple is a list of values to try. `changes` are changes of the experiment's config.
   """
   config = configs.load_as(path, schema.Bench, changes)
   if config.seeds < 1:
@@ -45,7 +45,8 @@ def load(path: str, changes: Sequence[tuple[str, str]] = ()) -> ConfigDict:
 
 def experiment_config(config: Mapping[str, Any] | ConfigDict, source: str, seed: int) -> ConfigDict:
   """Returns the config of the experts that a leaderboard merges."""
-  path = str(pathlib.Path(source).parent / config["run"])
+  beside = pathlib.Path(shipped_configs.locate(source)).parent / config["run"]
+  path = str(beside) if beside.is_file() else config["run"]
   experiment = configs.load(path).copy_and_resolve_references().unlock()
   experts = experiment.baselines.get("experts", ConfigDict())
   with experiment.ignore_type():

@@ -19,7 +19,7 @@ from ml_collections.config_dict import ConfigDict
 
 from jaxmerge import errors
 from jaxmerge.catalog import lookup
-from jaxmerge.experiments import registry, schema
+from jaxmerge.experiments import registry, schema, shipped_configs
 from jaxmerge.training import settings
 
 LOOP = settings.KINDS
@@ -81,15 +81,10 @@ def load_as(path: str, kind_: type, changes: Sequence[tuple[str, str]]) -> Confi
 
 
 def read(path: str) -> ConfigDict:
-  """Returns the result of the file's `get_config()`."""
-  file = pathlib.Path(path)
+  """Returns what `get_config()` returns, in the file or in the shipped config of this name."""
+  file = pathlib.Path(shipped_configs.locate(path))
   if not file.is_file():
-    folders = [file if file.is_dir() else file.parent, pathlib.Path("configs")]
-    paths = sorted({str(p) for folder in folders for p in folder.glob("*.py")})
-    listing = f" Configs found: {', '.join(paths)}." if paths else ""
-    close = difflib.get_close_matches(str(file), paths, n=1)
-    hint = f" Did you mean {close[0]}?" if close else ""
-    raise ValueError(f"there is no config file {path}.{hint}{listing}")
+    raise ValueError(_no_config(file))
   scope: dict[str, Any] = {"__name__": "config", "__file__": path}
   try:
     exec(compile(file.read_text(encoding="utf-8"), path, "exec"), scope)
@@ -100,6 +95,20 @@ def read(path: str) -> ConfigDict:
     what = "has no function get_config" if "get_config" not in scope else f"returned {config!r:.60}"
     raise ValueError(f"{path}: get_config() must return an ml_collections ConfigDict; it {what}.")
   return config.copy_and_resolve_references().unlock()
+
+
+def _no_config(file: pathlib.Path) -> str:
+  """Says that there is no such file, and what there is."""
+  shipped = list(shipped_configs.paths())
+  beside = sorted(str(p) for p in (file if file.is_dir() else file.parent).glob("*.py"))
+  near = file.stem if file.stem in shipped else str(file)
+  close = difflib.get_close_matches(near, [*beside, *shipped], n=1)
+  hint = f" Did you mean {close[0]}?" if close else ""
+  listing = f" Files there: {', '.join(beside)}." if beside else ""
+  return (
+    f"there is no config file {file}.{hint}{listing} Configs that come with jaxmerge, by name: "
+    f"{', '.join(shipped)}."
+  )
 
 
 def check(config: ConfigDict, source: str) -> None:
