@@ -62,7 +62,8 @@ def open_run(path: str | os.PathLike[str]) -> Run:
   """Lists the checkpoints of a run, by step.
 
   Args:
-    path: the folder with a folder for each step, or one whose `checkpoints` is that.
+    path: the folder with a folder for each step, or one whose `checkpoints` is that; of steps of
+      Orbax that hold more than a model also `RUN:SUBTREE`.
 
   Raises:
     FileNotFoundError: where there is no such folder.
@@ -70,7 +71,8 @@ def open_run(path: str | os.PathLike[str]) -> Run:
   """
   from jaxmerge.io.checkpoints import metadata  # Late: it imports NumPy.
 
-  path = pathlib.Path(path)
+  text, subtree = _parts(os.fspath(path))
+  path = pathlib.Path(text)
   if not path.is_dir():
     raise FileNotFoundError(f"{path}: no such folder; a run is a folder with a folder a step.")
   inner = path / metadata.STORES
@@ -83,7 +85,27 @@ def open_run(path: str | os.PathLike[str]) -> Run:
     raise ValueError(f"{path}: holds several runs, {names}: give one of them.")
   if not runs:
     raise ValueError(f"{path}: {_explain_empty(path)}")
-  return runs[0]
+  return _with_subtree(runs[0], subtree)
+
+
+def _parts(path: str) -> tuple[str, str]:
+  """Splits `RUN:SUBTREE`; an existing folder is not split.
+
+  >>> _parts("runs/pretrain:params"), _parts("runs/pretrain")
+  (('runs/pretrain', 'params'), ('runs/pretrain', ''))
+  """
+  if os.path.isdir(path) or ":" not in path:
+    return path, ""
+  run, _, subtree = path.rpartition(":")
+  return run, subtree
+
+
+def _with_subtree(run: Run, subtree: str) -> Run:
+  """Returns a run whose checkpoints say which part of them is the model."""
+  if not subtree:
+    return run
+  each = (c._replace(folder=pathlib.Path(f"{c.folder}:{subtree}")) for c in run.checkpoints)
+  return run._replace(checkpoints=tuple(each))
 
 
 def checkpoints(

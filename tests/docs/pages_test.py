@@ -1,6 +1,8 @@
 """The code of the documentation runs, and prints what the pages say."""
 
+import os
 import pathlib
+import sys
 
 import pages
 import pytest
@@ -21,6 +23,8 @@ def _in_a_new_folder(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   # What the command line sets must not reach later tests.
   monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+  # A command that a command runs is called python as well.
+  monkeypatch.setenv("PATH", f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}")
 
 
 WHOLE = [path for path in PAGES if path in FAST or path not in SLOW]
