@@ -8,6 +8,7 @@ if TYPE_CHECKING:  # For type checkers and editors; at run time each name loads 
   from jaxmerge.core.tree import unstack as unstack
   from jaxmerge.drivers.memory import merge as merge
   from jaxmerge.drivers.sliding_window import online as online
+  from jaxmerge.experiments.comparison import compare as compare
   from jaxmerge.files.merge import merge_files as merge_files
   from jaxmerge.recipe.run import merge_recipe as merge_recipe
   from jaxmerge.tasks.task import Split as Split
@@ -16,6 +17,7 @@ if TYPE_CHECKING:  # For type checkers and editors; at run time each name loads 
   from jaxmerge.training.settings import Settings as Settings
 
 _HOMES = {
+  "compare": "jaxmerge.experiments.comparison",
   "merge": "jaxmerge.drivers.memory",
   "merge_files": "jaxmerge.files.merge",
   "merge_recipe": "jaxmerge.recipe.run",

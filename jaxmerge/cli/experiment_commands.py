@@ -1,4 +1,4 @@
-"""Commands that run a config (`atm`, `bench`, `compile`), and `report`, which shows a run."""
+"""Commands that run a config (`atm`, `compile`), and `report`, which shows runs."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from jaxmerge.cli.command import (
   Command,
   add_process_flags,
   add_run_flags,
-  request_cpu_devices,
   start_devices,
 )
 from jaxmerge.parallel import preemption
+
+COMPARISON = "runs/comparison"
 
 
 def _add_atm_flags(parser: argparse.ArgumentParser) -> None:
@@ -24,58 +25,77 @@ def _add_atm_flags(parser: argparse.ArgumentParser) -> None:
   text = "after SIGTERM, abandon a round that takes longer than this; "
   text += f"default: {preemption.GRACE:g}"
   parser.add_argument("--grace", metavar="SECONDS", type=float, default=preemption.GRACE, help=text)
+  text = "run with each of these seeds, such as 0,1,2 or 0:3, in folders below the workdir"
+  parser.add_argument("--seeds", metavar="SEEDS", help=text)
+  text = "run with each of these values of a key; twice for all pairs of two keys"
+  parser.add_argument("--sweep", metavar="KEY=VALUE,VALUE", action="append", default=[], help=text)
+  text = "write the numbers of each round there as well; config.tracker if not given"
+  parser.add_argument("--tracker", choices=("none", "tensorboard", "wandb"), help=text)
   add_process_flags(parser)
 
 
 def _load_experiment(options: argparse.Namespace, changes: Changes) -> Any:
   from jaxmerge.experiments import config
 
-  return config.load(options.config, changes)
+  if options.tracker is not None:
+    changes = [*changes, ("tracker", options.tracker)]
+  if not (options.seeds or options.sweep):
+    return config.load(options.config, changes)
+  from jaxmerge.experiments import sweep
+
+  seeds = sweep.parse_seeds(options.seeds) if options.seeds else ()
+  cells = sweep.combinations(seeds, [sweep.parse_sweep(text) for text in options.sweep])
+  return sweep.load(cells, lambda more: config.load(options.config, [*changes, *more]))
 
 
 def run_atm(options: argparse.Namespace, config: Any) -> None:
   """Tunes and merges as a config says, and prints the table, on the first process."""
   from jaxmerge import report as reports
-  from jaxmerge.experiments import workdir as workdirs
 
-  folder, plain = pathlib.Path(options.workdir), json.loads(config.to_json())
-  workdirs.check(folder, plain, options.resume)
-  if (record := workdirs.read_finished(folder, plain)) is not None and not options.distributed:
-    progress.log("this run has finished; showing its results")
-  else:
-    start_devices(options, config.mesh.devices)
-    from jaxmerge.experiments import run
-
-    with progress.bars() as show, preemption.watch_sigterm(options.grace) as stop:
-      record = run.run(config, options.workdir, resume=options.resume, progress=show, stop=stop)
+  folder = pathlib.Path(options.workdir)
+  if options.seeds or options.sweep:
+    _run_sweep(options, config, folder)
+    return
+  record = _run_once(options, config, folder)
   progress.output(reports.text(record))
   progress.output(f"report: {folder / 'report.html'}")
 
 
-def _add_bench_flags(parser: argparse.ArgumentParser) -> None:
-  add_run_flags(parser, "methods and what to try", "folder for the results")
+def _run_once(
+  options: argparse.Namespace, config: Any, folder: pathlib.Path, *, is_first: bool = True
+) -> dict[str, Any]:
+  """Runs a config in a folder, unless it has finished there, and returns its record."""
+  from jaxmerge.experiments import workdir as workdirs
+
+  plain = json.loads(config.to_json())
+  workdirs.check(folder, plain, options.resume)
+  if (record := workdirs.read_finished(folder, plain)) is not None and not options.distributed:
+    progress.log("this run has finished; showing its results")
+    return record
+  if is_first or not options.distributed:  # Processes join each other once.
+    start_devices(options, config.mesh.devices)
+  from jaxmerge.experiments import run
+
+  with progress.bars() as show, preemption.watch_sigterm(options.grace) as stop:
+    return run.run(config, str(folder), resume=options.resume, progress=show, stop=stop)
 
 
-def _load_bench(options: argparse.Namespace, changes: Changes) -> Any:
-  from jaxmerge.experiments import bench_config
+def _run_sweep(options: argparse.Namespace, planned: Any, folder: pathlib.Path) -> None:
+  """Runs all configs of a sweep, one after the other, and prints one table of all."""
+  from jaxmerge.experiments import sweep
+  from jaxmerge.report import tables
 
-  return bench_config.load(options.config, changes)
+  done: list[pathlib.Path] = []
 
+  def start(config: Any, place: pathlib.Path, words: str) -> dict[str, Any]:
+    progress.log(words)
+    done.append(place)
+    return _run_once(options, config, place, is_first=len(done) == 1)
 
-def run_bench(options: argparse.Namespace, config: Any) -> None:
-  """Merges the experts of an experiment by every method, and prints the leaderboard."""
-  from jaxmerge.experiments import bench_config
-
-  request_cpu_devices(bench_config.experiment_config(config, options.config, 0).mesh.devices)
-  from jaxmerge.experiments import bench
-  from jaxmerge.report import leaderboard, tables
-
-  with progress.bars() as show:
-    facts = bench.run(config, options.config, options.workdir, resume=options.resume, progress=show)
-  table = leaderboard.table(facts)
-  short = table._replace(head=table.head[:7], rows=[row[:7] for row in table.rows])
-  progress.output(tables.to_text(short))
-  progress.output(f"leaderboard: {pathlib.Path(options.workdir) / 'leaderboard.md'}")
+  facts = sweep.run(planned, folder, start)
+  progress.output(tables.to_text(sweep.table(facts)))
+  progress.output(sweep.note(facts))
+  progress.output(f"sweep: {folder / 'sweep.md'}")
 
 
 def _add_compile_flags(parser: argparse.ArgumentParser) -> None:
@@ -123,17 +143,30 @@ def run_compile(options: argparse.Namespace, config: Any) -> None:
 
 
 def _add_report_flags(parser: argparse.ArgumentParser) -> None:
-  parser.add_argument("workdir", metavar="WORKDIR", help="the folder of the run")
+  text = "the folder of a run; several are compared with each other"
+  parser.add_argument("workdirs", metavar="WORKDIR", nargs="+", help=text)
+  text = f"for the page that compares several; {COMPARISON} if not given"
+  parser.add_argument("--out", metavar="FOLDER", help=text)
 
 
 def run_report(options: argparse.Namespace, config: Any) -> None:
-  """Prints the table of a finished run, and redraws its page and plots."""
+  """Prints the table of a finished run, and redraws its page and plots; or compares several."""
   from jaxmerge import report as reports
   from jaxmerge.experiments import workdir as workdirs
 
-  folder = pathlib.Path(options.workdir)
-  record = workdirs.read_record(folder)
+  folder = pathlib.Path(options.workdirs[0])
+  if len(options.workdirs) > 1:
+    from jaxmerge.experiments import joined
+
+    record = joined.record(joined.read(options.workdirs))
+    folder = pathlib.Path(options.out or COMPARISON)
+  elif options.out is not None:
+    raise ValueError("--out is for the comparison of several runs; name two workdirs or more.")
+  else:
+    record = workdirs.read_record(folder)
   progress.output(reports.text(record))
+  for note in record.get("notes", []) if len(options.workdirs) > 1 else []:
+    progress.output(f"note: {note}")
   reports.write(record, folder)
   progress.output(f"report: {folder / 'report.html'}")
 
@@ -145,13 +178,6 @@ ATM = Command(
   _load_experiment,
   saved="the last saved round",
 )
-BENCH = Command(
-  "merge the experts of an experiment by every method, and rank the methods",
-  _add_bench_flags,
-  run_bench,
-  _load_bench,
-  saved="the last finished method",
-)
 COMPILE = Command(
   "compile the programs of a config for TPUs, without a TPU: memory, traffic, least time",
   _add_compile_flags,
@@ -159,5 +185,7 @@ COMPILE = Command(
   _load_compile_config,
 )
 REPORT = Command(
-  "print the table of a finished run, and redraw its page and plots", _add_report_flags, run_report
+  "show a finished run again, or compare several: tables, curves, differences",
+  _add_report_flags,
+  run_report,
 )

@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn  # Any: a config is imported only by commands that have one.
 
 from jaxmerge.cli import (
+  bench_command,
   configs_command,
   environment,
   experiment_commands,
@@ -32,7 +33,7 @@ from jaxmerge.parallel import preemption
 
 COMMANDS = {
   "atm": experiment_commands.ATM,
-  "bench": experiment_commands.BENCH,
+  "bench": bench_command.BENCH,
   "merge": model_commands.MERGE,
   "merge-run": merge_run_command.MERGE_RUN,
   "report": experiment_commands.REPORT,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any  # Any: records are plain trees.
 
@@ -10,7 +11,7 @@ import numpy as np
 
 from jaxmerge.evaluation import metrics, scoring
 from jaxmerge.report import comparisons, labels
-from jaxmerge.tasks.task import Task
+from jaxmerge.tasks.task import Split, Task
 
 Scores = Mapping[str, np.ndarray]  # One score per row, by task.
 
@@ -36,7 +37,7 @@ def by_row(
   """Returns the scores of models, and of experts, by model and task.
 
   Args:
-    padded: scores [T, N] by model, with experts under the names of `split_experts`.
+    padded: scores [T, N] by model; experts, if there are any, under names of `split_experts`.
     names: of the models, in their order.
     tasks: the tasks.
     split: "validation" or "test".
@@ -51,8 +52,10 @@ def by_row(
     by_task = scoring.per_row(padded[name], [len(t.splits()[split].labels) for t in tasks])
     scoring.refuse_unscored(task_names, by_task, f"{name}, {split}")
     scores[name] = dict(zip(task_names, map(metric.to_stored, by_task), strict=True))
-  experts = {n: scores.pop(f"expert_{k}") for k, n in enumerate(task_names)}
-  scores["experts"] = {n: experts[n][n] for n in task_names}
+  pairs = [(n, f"expert_{k}") for k, n in enumerate(task_names)]
+  experts = {n: scores.pop(expert) for n, expert in pairs if expert in scores}
+  if experts:
+    scores["experts"] = {n: experts[n][n] for n in task_names}
   return scores, experts
 
 
@@ -87,9 +90,19 @@ def summary(
     "models": models,
     "transfer": {name: _means(by_task) for name, by_task in experts.items()},
   }
+  record["rows"] = {t.name: digest(t.splits()[split]) for t in tasks}
   if metric.chance is not None:
     record["chance"] = {t.name: metric.chance(t.splits()[split].labels) for t in tasks}
   return record
+
+
+def digest(split: Split) -> str:
+  """Returns a digest of the rows of a split, which is equal for equal rows."""
+  code = hashlib.sha256()
+  for leaf in jax.tree.leaves((split.inputs, split.labels)):
+    array = np.asarray(leaf)
+    code.update(f"{array.dtype} {array.shape}".encode() + np.ascontiguousarray(array).tobytes())
+  return code.hexdigest()[:16]
 
 
 def _means(scores: Scores) -> dict[str, float]:

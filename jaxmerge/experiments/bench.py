@@ -40,6 +40,7 @@ _FREE = (
   "outer",
   "reference",
   "score_every",
+  "tracker",
   "variant",
 )
 

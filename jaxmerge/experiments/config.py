@@ -29,8 +29,10 @@ SCHEME: Mapping[str, Any] = {
   **{key: kind for key, kind in schema.kinds(schema.Experiment).items() if kind is not dict},
   "method.name": Literal[tuple(lookup.METHODS)],
   "score_every": int,
+  "tracker": Literal["none", "tensorboard", "wandb"],
 }
-OPTIONAL = ("score_every",)  # Its default is 1: every round is scored.
+# In configs that lack them, every round is scored, and nothing is tracked.
+OPTIONAL = ("score_every", "tracker")
 # Groups whose keys depend on the experiment or the method.
 OPEN = ("method", "baselines", "also", "data", "pretrain", "model")
 _LOWEST = {"checkpoint.keep": 1, "checkpoint.every": 1, "score_every": 1, "mesh.devices": 1}

@@ -8,19 +8,28 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any  # Any: events are plain trees.
 
 from jaxmerge.parallel import preemption, processes
+from jaxmerge.training import trackers
 
 Event = Mapping[str, Any]
 
 
 class Events:
-  """Reports events to `progress`, and polls `stop` after each part."""
+  """Reports events to `progress` and rounds to a tracker, and polls `stop` after each part.
+
+  Attributes:
+    progress: called with events.
+    stop: asked after each part whether to stop there.
+    tracker: is given the numbers of each round.
+    seconds: of the phases.
+  """
 
   def __init__(
     self,
     progress: Callable[[Event], None] = lambda event: None,
     stop: Callable[[], bool] = lambda: False,
+    tracker: trackers.Tracker | None = None,
   ) -> None:
-    self.progress, self.stop = progress, stop
+    self.progress, self.stop, self.tracker = progress, stop, tracker
     self.seconds: dict[str, float] = {}
 
   @contextlib.contextmanager
@@ -29,6 +38,11 @@ class Events:
     begun = time.perf_counter()
     yield
     self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - begun
+
+  def track(self, run: str, record: Mapping[str, Any]) -> None:
+    """Passes the record of a round to the tracker, if there is one."""
+    if self.tracker is not None:
+      trackers.on_round(self.tracker, run)(record)
 
   def say(self, message: str) -> None:
     """Reports a message."""

@@ -167,6 +167,7 @@ def _run_loop(
     if processes.is_first():
       curves = {n: m.rounds for n, m in earlier.items()}
       workdir.write_metrics(setup.folder, {**curves, name: records})
+    setup.events.track(name, record)
     bar(record["round"], changed.rounds, mean=record["mean"])
 
   keep, every = config["checkpoint"]["keep"], config["checkpoint"]["every"]

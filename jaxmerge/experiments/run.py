@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pathlib
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from jaxmerge.experiments import events, identity, phases, results, schema, setu
 from jaxmerge.experiments import workdir as workdirs
 from jaxmerge.io.disk import shared
 from jaxmerge.parallel import processes
+from jaxmerge.training import trackers
 from jaxmerge.training.budget import Budget
 
 
@@ -48,12 +50,20 @@ def run(
     shared.check(folder)
     if record := workdirs.read_finished(folder, plain):
       return record
-    ready = setup.prepare(plain, folder, events.Events(progress, stop))
+    reports = events.Events(progress, stop)
+    ready = setup.prepare(plain, folder, reports)
     identity.check(folder, plain["experiment"], ready.problem)
     if processes.is_first():
       workdirs.claim(folder, plain)
       identity.write(folder, plain["experiment"], ready.problem)
-    return compare(ready)
+      reports.tracker = trackers.open_tracker(plain.get("tracker", "none"), folder, plain)
+    if reports.tracker is None:
+      return compare(ready)
+    with contextlib.closing(reports.tracker) as tracker:
+      reports.say(f"tracked in {tracker.where}")
+      record = compare(ready)
+      trackers.write_final(tracker, record)
+    return record
 
 
 def compare(ready: setup.Setup) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import importlib.metadata
 import json
 import pathlib
 import platform
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any  # Any: configs and records are plain trees.
 
@@ -118,12 +119,12 @@ def _check(
 def _differences(
   there: Mapping[str, Any], here: Mapping[str, Any], free: tuple[str, ...] = ()
 ) -> list[str]:
-  """Returns the differences of two configs, except in the mesh and keys that start with `free`."""
+  """Returns the differences of two configs, except in mesh, tracker and keys in `free`."""
   theirs, ours = config.flat(there), config.flat(here)
   return [
     f"{key} is {theirs.get(key)!r} there and {ours.get(key)!r} here"
     for key in sorted(theirs.keys() | ours.keys())
-    if theirs.get(key) != ours.get(key) and not key.startswith(("mesh.", *free))
+    if theirs.get(key) != ours.get(key) and not key.startswith(("mesh.", "tracker", *free))
   ]
 
 
@@ -195,6 +196,20 @@ def write_rows(workdir: pathlib.Path, scores: Mapping[str, Mapping[str, np.ndarr
   }
   with atomic.write(workdir / "rows.npz") as file:
     np.savez_compressed(file, allow_pickle=False, **flat)
+
+
+def read_rows(workdir: pathlib.Path) -> dict[str, np.ndarray]:
+  """Returns the scores of rows of a run as MODEL/TASK; empty where it has no rows.npz."""
+  path = workdir / "rows.npz"
+  if not path.is_file():
+    return {}
+  try:
+    with np.load(path, allow_pickle=False) as file:
+      return {name: file[name] for name in file.files}
+  except (ValueError, OSError, zipfile.BadZipFile) as error:
+    raise ValueError(
+      f"{path} is damaged: {error}. If it is removed, the run makes it again."
+    ) from error
 
 
 def versions() -> dict[str, str]:

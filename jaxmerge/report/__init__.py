@@ -1,5 +1,13 @@
 """Tables, plots, the HTML page and the model card, from plain records; free of jax."""
 
+from __future__ import annotations
+
+import os
+import sys
+import types
+from collections.abc import Mapping
+from typing import Any  # A result is a record, or has one.
+
 from jaxmerge import lazy
 
 _HOMES = {
@@ -30,3 +38,30 @@ _ROOMS = (
   "labels",
 )
 __getattr__, __dir__, __all__ = lazy.attach(__name__, _ROOMS, _HOMES)
+
+
+class _Report(types.ModuleType):
+  """Makes the package a function as well: `jaxmerge.report(result, folder)`."""
+
+  def __call__(
+    self, result: Any, folder: str | os.PathLike[str], *, with_plots: bool = True
+  ) -> dict[str, Any]:
+    """Writes the page, the plots and the JSON of a result into a folder, and returns its record.
+
+    Args:
+      result: of `jaxmerge.tune_and_merge`, or a record, as `jaxmerge.compare` returns it.
+      folder: created if it does not exist.
+      with_plots: False where Matplotlib is not installed.
+    """
+    from jaxmerge.report import output, record
+
+    made = result if isinstance(result, Mapping) else getattr(result, "record", None)
+    if not made:
+      raise ValueError(
+        f"report draws the result of tune_and_merge, or a record, got {type(result).__name__}."
+      )
+    output.write(made, folder, with_plots=with_plots)
+    return record.plain(made)
+
+
+sys.modules[__name__].__class__ = _Report

@@ -3,12 +3,33 @@
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any  # Any: a record is JSON, and Matplotlib is optional.
 
 from jaxmerge.report import figure_elements as figures
 from jaxmerge.report import labels, tables
+from jaxmerge.report import record as seeds
 from jaxmerge.report.tables import Cell, Table
+
+# Costs of a method's run: heading and format.
+_COSTS: Mapping[str, tuple[str, Callable[[float], str]]] = {
+  "seconds": ("CPU seconds", lambda x: f"{x:.2g}"),
+  "bytes": ("MB", lambda x: f"{x / 1e6:.0f}"),
+  "merge_seconds": ("Merges (s)", lambda x: f"{x:.3g}"),
+  "evaluate_seconds": ("Evaluations (s)", lambda x: f"{x:.3g}"),
+}
+
+
+def from_records(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+  """Returns the leaderboard of records with `methods`, one for each seed."""
+  first = records[0]
+  return {
+    "config": first["config"],
+    "versions": first["versions"],
+    "methods": {n: [r["methods"][n] for r in records] for n in first["methods"]},
+    "failed": {n: why for r in records for n, why in r.get("failed", {}).items()},
+    "summary": seeds.merge_seeds(records),
+  }
 
 
 def rank(facts: Mapping[str, Any]) -> list[str]:
@@ -27,26 +48,35 @@ def best(facts: Mapping[str, Any]) -> str | None:
 
 
 def table(facts: Mapping[str, Any], most: int | None = None) -> Table:
-  """Returns a row per method between experts and base, at most `most` methods.
+  """Returns a row per method, at most `most`, below experts and loops and above the base.
 
   The best method on validation is marked.
   """
   models, tasks = facts["summary"]["models"], facts["summary"]["tasks"]
   chosen, marked, flat = rank(facts), best(facts), tables.as_record(facts["summary"])
-  every = ["experts", *chosen[:most], "base"]
-  head = ["Method", "Mean (%)", "Gap closed (%)", "Settings", "Trials", "CPU seconds", "MB"]
-  head[1] = f"Mean{labels.unit(flat)}"
+  others = [n for n in models if labels.kind(n) != "one-shot" and n != "base"]
+  above = sorted(others, key=lambda n: (n != "experts", n))
+  first = {n: runs[0] for n, runs in facts["methods"].items()}
+  costs = [c for c in _COSTS if any(c in run for run in first.values())]
+  head = ["Method", f"Mean{labels.unit(flat)}", "Gap closed (%)", "Settings", "Trials"]
   rows = []
-  for name in every:
+  for name in [*above, *chosen[:most], *["base"] * ("base" in models)]:
     row_of_model, runs = models[name], facts["methods"].get(name, [])
-    first = runs[0] if runs else {}
+    run = first.get(name, {})
     row = [labels.label(name) if not runs else name, _spread(row_of_model["mean"], flat)]
-    row += [_spread(row_of_model["gap_closed"], None), settings(runs), str(first.get("trials", ""))]
-    row += [f"{first['seconds']:.2g}" if "seconds" in first else ""]
-    row += [f"{first['bytes'] / 1e6:.0f}" if "bytes" in first else ""]
+    row += [_spread(row_of_model["gap_closed"], None), settings(runs), str(run.get("trials", ""))]
+    row += [_COSTS[c][1](run[c]) if c in run else "" for c in costs]
     row += [_spread(row_of_model["per_task"][t], flat) for t in tasks]
     rows.append([Cell(text, best=name == marked and i == 1) for i, text in enumerate(row)])
-  return Table([*head, *tasks], rows)
+  return Table([*head, *(_COSTS[c][0] for c in costs), *tasks], rows)
+
+
+def short(facts: Mapping[str, Any]) -> Table:
+  """Returns the table without the columns of the tasks, where they are many."""
+  whole, tasks = table(facts), len(facts["summary"]["tasks"])
+  if tasks <= 4:
+    return whole
+  return Table(whole.head[:-tasks], [row[:-tasks] for row in whole.rows])
 
 
 def top(facts: Mapping[str, Any], most: int) -> Table:
@@ -86,20 +116,28 @@ def _spread(statistic: Mapping[str, Any], record: Mapping[str, Any] | None) -> s
 
 def markdown(facts: Mapping[str, Any]) -> str:
   """Returns the leaderboard as a page of Markdown."""
-  summary, noise = facts["summary"], max(facts["noise"])
+  summary = facts["summary"]
   flat = tables.as_record(summary)
   unit = "points" if labels.percent(flat) else labels.metric(flat)
   less = "; less is better" if labels.lower_is_better(flat) else ""
   number = len(summary["seeds"])
   of = f"Mean ± standard deviation over {number} seeds" if number > 1 else "One seed"
-  about = (
-    f"{of}, {labels.metric(flat)} on {labels.split(summary)}{less}. The rows alone leave a "
-    "standard "
-    f"error of {labels.value(flat, noise)} {unit} on a mean. The best on validation is marked. "
-    "Settings are the best of so many trials on validation; CPU seconds (of all threads) and MB "
-    "are those of one merge in memory, once compiled, beside the models."
-  )
-  return f"{about}\n\n{tables.to_markdown(table(facts))}"
+  about = f"{of}, {labels.metric(flat)} on {labels.split(summary)}{less}. "
+  if noise := facts.get("noise"):
+    error = labels.value(flat, max(noise))
+    about += f"The rows alone leave a standard error of {error} {unit} on a mean. "
+  about += "The best on validation is marked. Settings are the best of so many trials on validation"
+  if noise:
+    about += (
+      "; CPU seconds (of all threads) and MB are those of one merge in memory, once compiled, "
+      "beside the models"
+    )
+  parts = [f"{about}.\n", tables.to_markdown(table(facts))]
+  parts += [
+    f"{tables.escape(n)} failed: {tables.escape(why)}\n"
+    for n, why in facts.get("failed", {}).items()
+  ]
+  return "\n".join(parts)
 
 
 def figure(facts: Mapping[str, Any]) -> Any:

@@ -33,6 +33,9 @@ _SECTIONS: dict[str, tuple[type | tuple[type, ...], str]] = {
   "rounds_split": (str, "'validation' or 'test'"),
   "curves": (dict, "an object of lists of rounds"),
   "validation": (dict, "an object of numbers"),
+  "methods": (dict, "an object of settings and costs"),
+  "failed": (dict, "an object of reasons"),
+  "rows": (dict, "an object of digests"),
   "differences": (list, "a list of differences"),
   "chance": (dict, "an object of numbers"),
   "transfer": (dict, "an object of objects"),
@@ -108,6 +111,11 @@ def check(record: Mapping[str, Any]) -> None:
     _per_task(model, "per_task", where, tasks)
     if "scale" in model:
       _number(model, "scale", where)
+  for name, method in record.get("methods", {}).items():
+    _object(method, f"methods.{name}")
+    _object(method.get("settings"), f"methods.{name}.settings")
+    if name not in record["models"]:
+      raise ValueError(f"record: methods.{name} is none of the models.")
   _check_rounds(record["rounds"], "rounds", tasks)
   for name, curve in record.get("curves", {}).items():
     if not isinstance(curve, list):

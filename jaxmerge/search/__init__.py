@@ -5,6 +5,7 @@ from jaxmerge import lazy
 __getattr__, __dir__, __all__ = lazy.attach(
   __name__,
   (
+    "box",
     "evolution",
     "grid",
     "layerwise",

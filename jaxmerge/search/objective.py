@@ -45,6 +45,10 @@ class SearchResult(NamedTuple):
   trials: list[Trial]
 
 
+class Unscored(ValueError):
+  """No candidate of a search has a score."""
+
+
 Strategy = Generator[Iterable[Any], list[float], Trial | None]
 
 
@@ -225,7 +229,7 @@ def _result(
     )
   if best is None:
     examples = ", ".join(str(trial.candidate) for trial in trials[:4]) + ", ..." * (len(trials) > 4)
-    raise ValueError(
+    raise Unscored(
       f"{objective.name}: none of {len(trials)} candidates has a score that is a number: "
       f"{examples or 'there are none'}. Check the models, and what scores them."
     )

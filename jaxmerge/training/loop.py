@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
+import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple  # Any: parameters are the user's tree.
 
@@ -32,6 +33,7 @@ from jaxmerge.training import (
   checks,
   local_steps,
   placement,
+  references,
   saving,
   waves,
 )
@@ -48,12 +50,20 @@ class Result(NamedTuple):
     budget: what it cost.
     messages: notes, such as checkpoints that were set aside; for methods of
       rows and matrices, how many leaves have which matrix view.
+    record: what `jaxmerge.report` draws: settings, rounds, and the scores of all models.
+    scores: on request, by split: mean and per task of every model, on "validation" and "test".
+    experts: on request, a stack [T, *s] of models that were tuned for the same budget.
+    merges: on request, the experts merged once, by method.
   """
 
   params: Any
   rounds: list[dict[str, Any]]
   budget: budget.Budget
   messages: tuple[str, ...]
+  record: Mapping[str, Any] = types.MappingProxyType({})
+  scores: Mapping[str, Mapping[str, Any]] = types.MappingProxyType({})
+  experts: Any = None
+  merges: Mapping[str, Any] = types.MappingProxyType({})
 
 
 @double_precision.aware
@@ -73,6 +83,8 @@ def tune_and_merge(
   checkpoints: store.Checkpoints | None = None,
   save_every: int = 1,
   score_every: int = 1,
+  test: bool = False,
+  baselines: Sequence[str] = (),
   on_round: Callable[[dict[str, Any]], None] | None = None,
   stop: Callable[[], bool] | None = None,
 ) -> Result:
@@ -95,6 +107,9 @@ def tune_and_merge(
     checkpoints: a store for this run alone, closed at the end.
     save_every: rounds from one save to the next; the last round is always saved.
     score_every: rounds from one scoring to the next; others have None for scores.
+    test: whether the model in the end, and the baselines, are scored on test rows too.
+    baselines: what the result is compared with: "experts", and names of methods, which merge them
+      once with default hyperparameters; experts are tuned again by a run that is resumed.
     on_round: called with the record of each round.
     stop: asked after each round; if it returns True in any process, all save that round and stop.
 
@@ -106,17 +121,41 @@ def tune_and_merge(
   method = methods.average() if method is None else arguments.method(method)
   statistics.refuse(method, "tune_and_merge")
   tasks = arguments.tasks(apply, tasks, settings)
+  names = references.check(baselines, tasks, test=test)
   checks.check_arguments(mesh, checkpoints, save_every=save_every, score_every=score_every)
   params = local_steps.master_weights(params)
   checks.check(apply, params, tasks, loss)
   mesh = mesh or meshes.make(tasks=len(tasks))
   spec = build.Spec(apply, tasks, method, settings, mesh, loss, hparams or {}, layout, sharding)
-  run = _Run(spec, params, metrics.metric_of(metric), checkpoints)
+  metric = metrics.metric_of(metric)
+  run = _Run(spec, params, metric, checkpoints)
   with contextlib.closing(checkpoints) if checkpoints is not None else contextlib.nullcontext():
     for record in run.rounds(save_every, score_every, stop):
       if on_round is not None:
         on_round(record)
-  return run.result()
+  return _compare(spec, run, metric, names, test=test)
+
+
+def _compare(
+  spec: build.Spec, run: _Run, metric: metrics.Metric, names: Sequence[str], *, test: bool
+) -> Result:
+  """Returns the result of a run that is done, scored beside what it is to be compared with."""
+  result, base = run.result(), run.loop.base
+  costs, summaries = {"atm": result.budget._asdict()}, {}
+  others = references.train(spec, base, metric, names)
+  if names or test:
+    models = {"base": base, **others.merges, "atm": result.params}
+    for split in ("validation", *(["test"] if test else [])):
+      summaries[split] = references.summary(spec, run.score, metric, models, others.experts, split)
+  record = references.record(
+    spec, result.rounds, summaries, {**others.budget, **costs}, base, metric
+  )
+  return result._replace(
+    record=record,
+    scores={split: summary["models"] for split, summary in summaries.items()},
+    experts=others.experts,
+    merges=others.merges,
+  )
 
 
 class _Run:

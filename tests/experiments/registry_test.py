@@ -186,3 +186,41 @@ def test_a_config_with_no_such_experiment_is_refused_before_jax(folder):
   pathlib.Path("config.py").write_text(CONFIG.replace("my_tasks:problem", "images5"))
   with pytest.raises(ValueError, match=r"config\.experiment must be one of images4"):
     configs.load("config.py")
+
+
+@pytest.mark.slow
+def test_a_sweep_runs_each_seed_and_value_and_is_tracked(folder, monkeypatch, capsys):
+  """Then nothing is run again; and two of its runs are compared."""
+  from jaxmerge.cli import main
+  from jaxmerge.training import trackers
+
+  lines = []
+
+  class Memory:
+    where = "memory"
+
+    def write(self, group, step, numbers):
+      lines.append((group, step))
+
+    def close(self):
+      lines.append("closed")
+
+  monkeypatch.setattr(trackers, "open_tracker", lambda *arguments: Memory())
+  arguments = ["atm", "--config=config.py", "--workdir=sweep", "--seeds=0:2"]
+  arguments += ["--sweep", "learning_rate=0.05,0.1", "--tracker=tensorboard"]
+  assert main.main(arguments) == 0
+  assert lines == [("atm", 1), ("atm", 2), ("final", 0), "closed"] * 4
+  assert "ATM" in capsys.readouterr().out
+  facts = json.loads((folder / "sweep" / "sweep.json").read_text())
+  assert [c["values"] for c in facts["combinations"]] == [
+    {"learning_rate": "0.05"}, {"learning_rate": "0.1"}
+  ]  # fmt: skip
+  assert main.main([*arguments[:-1], "--tracker=none"]) == 0
+  assert json.loads((folder / "sweep" / "sweep.json").read_text()) == facts
+  assert len(lines) == 16
+  places = [f"sweep/learning_rate={x}/seed0" for x in ("0.05", "0.1")]
+  assert main.main(["report", *places, "--out=both"]) == 0
+  record = json.loads((folder / "both" / "report.json").read_text())
+  names = {n for n in record["models"] if n.startswith("atm")}
+  assert len(names) == 2
+  assert record["differences"][0]["low"] <= record["differences"][0]["high"]

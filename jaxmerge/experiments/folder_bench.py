@@ -1,0 +1,184 @@
+"""Methods on folders of models: searched by a score from outside, as a leaderboard."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pathlib
+import shutil
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any  # Any: records are plain trees.
+
+from jaxmerge.catalog import lookup
+from jaxmerge.evaluation import external
+from jaxmerge.experiments import folder_trials, standings, workdir
+from jaxmerge.experiments.events import Event, Events
+from jaxmerge.experiments.folder_config import Bench, check
+from jaxmerge.experiments.folder_trials import FAILURES, Source, Trials
+from jaxmerge.files import inputs
+from jaxmerge.io.disk import stamps
+from jaxmerge.search import box, objective
+
+Result = dict[str, Any]
+
+
+def run(
+  bench: Bench,
+  folder: str | pathlib.Path,
+  *,
+  resume: str = "auto",
+  progress: Callable[[Event], None] = lambda event: None,
+) -> dict[str, Any]:
+  """Merges models by every method with several settings, evaluates each, and ranks the methods.
+
+  Leaves `leaderboard.json`, `.md` and `.png`, a report (`report.json`, `report.html`, plots), and
+  the merges that `keep` says, in `merges/`. An interrupted run goes on in the middle of the trial
+  that it was at. Methods and trials may be added to a run.
+
+  Args:
+    bench: what is compared.
+    folder: of the run; it is created.
+    resume: see `run.run`.
+    progress: see `run.run`.
+
+  Returns:
+    The record, as `report.json` holds it.
+
+  Raises:
+    ValueError: where a model alone cannot be evaluated, or the folder holds another run.
+  """
+  bench, folder = check(bench), pathlib.Path(folder)
+  commands = [external.command(text) for text in (bench.evaluate, bench.final) if text]
+  models = dict(zip(inputs.short_names(bench.models), bench.models, strict=True))
+  source = Source(
+    folder,
+    bench.base,
+    models,
+    commands[0],
+    commands[1] if bench.final else None,
+    tuple(bench.numbers),
+    bench.lower_is_better,
+    bench.seed,
+    bench.download,
+  )
+  plain = _plain(bench, models)
+  _refuse_changed(folder, plain)
+  with workdir.hold(folder, plain, resume, free=("methods", "trials", "keep", "changes.")):
+    workdir.claim(folder, plain)
+    events = Events(progress)
+    alone = _score_alone(source, events)
+    results: dict[str, Result] = {}
+    for name in bench.methods:
+      results[name] = _search(source, bench, name, events)
+      _remove_merges(source, bench.keep, results)
+    record = standings.of_folders(source, plain, alone, results)
+    standings.write(record, folder)
+    return record
+
+
+def _plain(bench: Bench, models: Mapping[str, str]) -> dict[str, Any]:
+  """Returns the config of a run: what it compares, and what tells its models from changed ones."""
+  plain = json.loads(json.dumps(bench._asdict()))
+  plain["changes"] = {m: {n: a._asdict() for n, a in c.items()} for m, c in bench.changes.items()}
+  plain = json.loads(json.dumps(plain)) | {"models": dict(models)}
+  digests = {}
+  for name, reference in {"base": bench.base, **models}.items():
+    text = json.dumps(folder_trials.files_of(reference, download=bench.download))
+    digests[name] = hashlib.sha256(text.encode()).hexdigest()[:16]
+  return plain | {"files": digests}
+
+
+def _refuse_changed(folder: pathlib.Path, plain: Mapping[str, Any]) -> None:
+  """Raises ValueError, naming it, where a model is another one than when the run began."""
+  if not (folder / "config.json").is_file():
+    return
+  there = workdir.read_config(folder)
+  for name, digest in there.get("files", {}).items():
+    if there.get("models") == plain["models"] and plain["files"].get(name) != digest:
+      raise ValueError(
+        f"{name} has changed since the run in {folder} began: what is recorded there is of other "
+        "weights. Choose another workdir."
+      )
+
+
+def _score_alone(source: Source, events: Events) -> dict[str, Result]:
+  """Evaluates base and models; what fails here is wrong with the command, and ends the run."""
+  listed = {"base": source.base, **{f"experts_{n}": m for n, m in source.models.items()}}
+  show = events.bar("models alone", len(listed), "model")
+  results: dict[str, Result] = {}
+  for name, reference in listed.items():
+    try:
+      results[name] = folder_trials.score_alone(source, name, reference)
+    except ValueError as error:
+      raise ValueError(f"{reference} could not be evaluated: {error}") from error
+    show(len(results), len(listed), score=source.mean(results[name]["numbers"]))
+  return results
+
+
+def _search(source: Source, bench: Bench, name: str, events: Events) -> Result:
+  """Returns the result of a method: its best trial, or why it failed."""
+  path = source.folder / "methods" / f"{name}.json"
+  axes = box.axes(name, bench.changes.get(name))
+  tried = {"trials": bench.trials, "box": {n: list(a) for n, a in axes.items()}}
+  tried = json.loads(json.dumps(tried))
+  result = folder_trials.read(path)
+  if result.get("tried") == tried:
+    return result
+  show = events.bar(name, bench.trials, "trial")
+
+  def on_trial(trial: Mapping[str, Any]) -> None:
+    if "error" in trial:
+      events.say(f"{name}, trial {trial['number']}: {trial['error']}")
+    show(len(trials.asked), bench.trials, score=_mean(source, trial))
+
+  trials = Trials(source, name, bench.keep == "all", on_trial)
+  parameters = lookup.entry(name).parameters
+  strategy = box.search(axes, bench.trials, {n: parameters[n].default for n in axes})
+  try:
+    with warnings.catch_warnings():
+      warnings.filterwarnings("ignore", message=".*have NaN as their score")  # Said above.
+      best = objective.run(trials, strategy)
+    result = _best(source, trials, best.params)
+  except stamps.Changed:
+    raise
+  except FAILURES as error:
+    reason = next((t["error"] for t in trials.asked if "error" in t), str(error))
+    events.say(f"{name} failed, {reason}")
+    return {"error": reason, "trials": len(trials.asked)}  # The next run tries it again.
+  folder_trials.write(path, {"tried": tried, **result})
+  return {"tried": tried, **result}
+
+
+def _mean(source: Source, trial: Mapping[str, Any]) -> float | None:
+  numbers = trial.get("numbers")
+  return None if numbers is None else source.mean(numbers)
+
+
+def _best(source: Source, trials: Trials, merged: pathlib.Path) -> Result:
+  """Returns the record of a method's best trial, with its final numbers where there are any."""
+  best = trials.best()
+  assert best is not None
+  result = {**best, "trials": len(trials.asked)}
+  for key in ("merge_seconds", "evaluate_seconds"):
+    result[key] = sum(t.get(key, 0.0) for t in trials.asked)
+  if source.final is not None:
+    result["final"], _ = folder_trials.evaluate(source, source.final, merged)
+  return result
+
+
+def _remove_merges(source: Source, keep: str, results: Mapping[str, Result]) -> None:
+  """Removes the merges that are not to stay, and makes the best again if it is missing."""
+  scored = {n: source.mean(r["numbers"]) for n, r in results.items() if "numbers" in r}
+  stays = pathlib.Path()
+  if keep == "best" and scored:
+    choose = min if source.lower_is_better else max
+    name = choose(scored, key=lambda n: scored[n])
+    best = results[name]
+    stays = source.merged(name, best["number"])
+    if not stays.exists():
+      folder_trials.merge_trial(source, name, best["settings"], stays)
+  if keep != "all":
+    for path in (source.folder / "merges").glob("*"):
+      if path != stays:
+        shutil.rmtree(path, ignore_errors=True)

@@ -1,0 +1,99 @@
+"""The record of methods that are compared with each other, and the leaderboard that it leaves."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any  # Any: records are plain trees.
+
+from jaxmerge import report
+from jaxmerge.experiments import workdir
+from jaxmerge.experiments.folder_trials import Source
+from jaxmerge.io.disk import atomic
+from jaxmerge.report import leaderboard
+
+Result = Mapping[str, Any]
+
+
+def of_folders(
+  source: Source,
+  config: Mapping[str, Any],
+  alone: Mapping[str, Result],
+  results: Mapping[str, Result],
+) -> dict[str, Any]:
+  """Returns the record of merges of folders.
+
+  Args:
+    source: what was merged.
+    config: of the run.
+    alone: numbers of base and models, by the names that they have in the record.
+    results: of the methods.
+  """
+  merges = {n: r for n, r in results.items() if "numbers" in r}
+  rows = {**alone, **merges}
+  failed = {n: r["error"] for n, r in results.items() if "error" in r}
+  split = "final" if source.final is not None else "numbers"
+  tasks = list(source.numbers or rows["base"][split])
+  models = {n: _model({t: r[split][t] for t in tasks}) for n, r in rows.items()}
+  best = min if source.lower_is_better else max
+  experts = [m["per_task"] for n, m in models.items() if n.startswith("experts_")]
+  models["experts"] = _model({t: best(e[t] for e in experts) for t in tasks})
+  keys = ("settings", "trials", "merge_seconds", "evaluate_seconds")
+  record = {
+    "title": "Methods on models of one's own",
+    "tasks": tasks,
+    "models": models,
+    "rounds": [],
+    "budget": {n: {k: r[k] for k in keys[1:]} for n, r in merges.items()},
+    "metric": tasks[0] if len(tasks) == 1 else "score",
+    "lower_is_better": source.lower_is_better,
+    "split": "test" if source.final is not None else "validation",
+    "seed": source.seed,
+    "gap_closed": report.gap_closed(models),
+    "methods": {
+      n: {k: r[k] for k in keys} | {"validation": source.mean(r["numbers"])}
+      for n, r in merges.items()
+    },
+    "failed": failed,
+    "config": dict(config),
+    "versions": workdir.versions(),
+    "notes": [*_remarks(source, merges), *notes(merges, failed)],
+  }
+  if source.final is not None:
+    record["validation"] = {n: source.mean(r["numbers"]) for n, r in rows.items()}
+  return record
+
+
+def _model(per_task: dict[str, float]) -> dict[str, Any]:
+  return {"mean": sum(per_task.values()) / len(per_task), "per_task": per_task}
+
+
+def notes(merges: Mapping[str, Result], failed: Mapping[str, str]) -> list[str]:
+  """Returns what a page says of the settings of methods, and of those that failed."""
+  lines = []
+  for name, result in merges.items():
+    settings = leaderboard.settings([result]) or "no settings"
+    number = result["trials"]
+    of = f", the best of {number} trials" if number > 1 else ""
+    lines.append(f"{name}: {settings}{of}.")
+  return [*lines, *(f"{name} failed: {reason}" for name, reason in failed.items())]
+
+
+def _remarks(source: Source, merges: Mapping[str, Result]) -> list[str]:
+  """Returns what the page says of rows of models alone, and of scores that chose settings."""
+  lines = ["Experts: for each number the best of the models alone; each of them has a row as well."]
+  if source.final is None and any(r["trials"] > 1 for r in merges.values()):
+    lines.append("Scores of merges are those by which their settings were chosen: they flatter.")
+  return lines
+
+
+def write(record: Mapping[str, Any], folder: pathlib.Path) -> None:
+  """Writes report and leaderboard of a record with `methods` into a folder."""
+  facts = leaderboard.from_records([record])
+  report.write(record, folder)
+  with atomic.write(folder / "leaderboard.md") as file:
+    file.write(leaderboard.markdown(facts).encode())
+  leaderboard.write(facts, folder / "leaderboard.png")
+  with atomic.write(folder / "leaderboard.json") as file:
+    file.write((json.dumps(facts, indent=1) + "\n").encode())
