@@ -70,6 +70,7 @@ def test_a_statistic_reads_the_source_once():
     assert len([r for r in log if r[0] == "matrix"]) == reads
 
 
+@pytest.mark.kernels
 def test_the_whole_tree_gives_the_bits_of_memory():
   """With ranks over all leaves, names, a reference, numbers per model, and another seed."""
   base, models = small.trees(("matrix", "scalar", "steps"))
@@ -187,6 +188,7 @@ def test_a_leaf_without_entries_stays_as_it_is(method):
   small.close(streaming.merge_slices(method, models, base), out)
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("scope", ["row", "column"])
 @pytest.mark.parametrize("layout", ["oi", "io"])
 def test_what_columns_need_is_not_cut_by_rows(scope, layout):
@@ -207,6 +209,7 @@ def test_prepared_numbers_take_the_place_of_aux():
   )
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize(
   "name", some_fast(["average", "task_arithmetic", "dare", "ties"], ["average", "dare"])
 )

@@ -44,6 +44,7 @@ def in_memory(method, models, **options):
   return jaxmerge.merge(method, jaxmerge.stack(rest), base, names=NAMES, **options)
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("name", some_fast(METHODS, ["dare_ties"]))
 @pytest.mark.parametrize("dtype", some_fast([np.float32, ml_dtypes.bfloat16], [np.float32]))
 def test_files_have_the_bits_of_memory(tmp_path, name, dtype):
@@ -78,6 +79,7 @@ def test_a_method_of_ten_lines_works_at_once(tmp_path):
   small.same(folders.read(out), in_memory(method, models))
 
 
+@pytest.mark.kernels
 def test_nothing_depends_on_how_it_is_cut(tmp_path):
   """Chunks, shards of the result, and the order in which the models are listed."""
   folders.family(tmp_path)

@@ -172,8 +172,8 @@ def commanded(*arguments, count):
     port = free.getsockname()[1]
   many = ["--distributed", f"--coordinator=127.0.0.1:{port}", f"--processes={count}"]
   each = [[*many, f"--process={i}"] for i in range(count)] if count > 1 else [[]]
-  flags = os.environ["XLA_FLAGS"].split()
-  flags = [f for f in flags if not f.startswith("--xla_force_host_platform_device_count")]
+  # How many devices there are is the config's to say.
+  flags = [f for f in os.environ["XLA_FLAGS"].split() if "device_count" not in f]
   env = os.environ | {"XLA_FLAGS": " ".join(flags)}
   pipes = dict(cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
   command = [sys.executable, "-m", "jaxmerge", *arguments]

@@ -301,11 +301,18 @@ class Client:
     return digests
 
 
+def xla_flags(devices):
+  """Those of this process, for another number of fake devices."""
+  name = "--xla_force_host_platform_device_count"
+  others = [f for f in os.environ["XLA_FLAGS"].split() if not f.startswith(name)]
+  return " ".join([*others, f"{name}={devices}"])
+
+
 @contextlib.contextmanager
 def connect():
   """Starts a server; gives a client."""
   root = pathlib.Path(__file__).resolve().parents[2]
-  flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
+  flags = {"XLA_FLAGS": xla_flags(devices=2), "JAX_PLATFORMS": "cpu"}
   command = [sys.executable, "-W", "ignore", __file__]
   pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
   with tempfile.TemporaryDirectory() as cache:  # Every run compiles the same programs.
@@ -432,7 +439,7 @@ def _one_of_many(request, index, port, writing):
   from jaxmerge.parallel import preemption, processes
 
   report = {"digest": None, "events": []}
-  os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={request['devices']}"
+  os.environ["XLA_FLAGS"] = xla_flags(request["devices"])
 
   def work():
     which, number, moment = request["kill"] or (None, signal.SIGKILL, None)
