@@ -33,4 +33,5 @@ def get_config():
   # Folder of the weights (empty: the package), tokens per row, norm of the head's columns.
   c.model = dict(folder="", length=24, head_scale=20.0)
   c.keep_experts = True  # for later merges
+  c.checkpoint = dict(every=2)  # rounds: two gigabytes with the optimizer states of eight tasks
   return c.lock()

@@ -22,7 +22,7 @@ CHANGES = {
   "mesh.model": "2",
   "pretrain.batch_size": "4",
   "batch_size": "4",
-  "baselines": "{'multitask': {}, 'task_arithmetic': {'scales': (0.2, 0.5)}}",
+  "baselines": "{'task_arithmetic': {'scales': (0.2, 0.5)}}",
 }
 
 
