@@ -10,6 +10,7 @@ if TYPE_CHECKING:  # For type checkers and editors; at run time each name loads 
   from jaxmerge.drivers.sliding_window import online as online
   from jaxmerge.experiments.comparison import compare as compare
   from jaxmerge.files.merge import merge_files as merge_files
+  from jaxmerge.io.huggingface.upload import push as push
   from jaxmerge.recipe.run import merge_recipe as merge_recipe
   from jaxmerge.tasks.task import Split as Split
   from jaxmerge.tasks.task import Task as Task
@@ -22,6 +23,7 @@ _HOMES = {
   "merge_files": "jaxmerge.files.merge",
   "merge_recipe": "jaxmerge.recipe.run",
   "online": "jaxmerge.drivers.sliding_window",
+  "push": "jaxmerge.io.huggingface.upload",
   "stack": "jaxmerge.core.tree",
   "unstack": "jaxmerge.core.tree",
   "tune_and_merge": "jaxmerge.training.loop",

@@ -15,6 +15,7 @@ __getattr__, __dir__, __all__ = lazy.attach(
     "mergekit_flags",
     "model_commands",
     "progress",
+    "transplant_command",
     "watchdog",
   ),
 )

@@ -27,6 +27,7 @@ from jaxmerge.cli import (
   mergekit_flags,
   model_commands,
   progress,
+  transplant_command,
 )
 from jaxmerge.cli.command import Changes, check_process_flags
 from jaxmerge.parallel import preemption
@@ -40,6 +41,7 @@ COMMANDS = {
   "inspect": model_commands.INSPECT,
   "diff": model_commands.DIFF,
   "extract": extract_command.EXTRACT,
+  "transplant": transplant_command.TRANSPLANT,
   "compile": experiment_commands.COMPILE,
   "methods": model_commands.METHODS,
   "configs": configs_command.CONFIGS,

@@ -37,6 +37,9 @@ def _add_merge_flags(parser: argparse.ArgumentParser) -> None:
   text = "then run this, without a shell; {out} is the result, its last line is JSON of scores"
   parser.add_argument("--evaluate", metavar="COMMAND", help=text)
   add_download_flag(parser)
+  text = "then upload the result to this repository of the hub, private; its token is checked first"
+  parser.add_argument("--push", metavar="OWNER/NAME", help=text)
+  parser.add_argument("--public", action="store_true", help="push to a public repository")
   text = "maximum size of a weight file: 5GB, 500MB"
   parser.add_argument("--shard-size", type=parse_size, default="5GB", metavar="SIZE", help=text)
 
@@ -57,12 +60,16 @@ def parse_size(text: str) -> int:
 def run_merge(options: argparse.Namespace, config: Any) -> None:
   """Merges the models of a recipe; intermediate models lie beside OUT and are removed."""
   from jaxmerge.evaluation import external
+  from jaxmerge.io.huggingface import upload
   from jaxmerge.io.tensors import tensor
   from jaxmerge.recipe import errors, run
 
   files, problems = tensor.Files(), list[Exception]()
   with errors.collect(problems):
     evaluate = None if options.evaluate is None else external.command(options.evaluate)
+  destination = None
+  with errors.collect(problems):
+    destination = _check_push(options)
   settings = run.Settings(
     replace=options.replace,
     resume=options.resume == "auto",
@@ -76,7 +83,7 @@ def run_merge(options: argparse.Namespace, config: Any) -> None:
   # Problems are reported, and models downloaded, before jax is imported.
   planned = run.plan(options.recipe, options.out, settings, files, problems=problems)
   if options.dry_run:
-    _print_dry_run(planned.plan, options)
+    _print_dry_run(planned.plan, options, destination)
   errors.raise_all(planned.full)
   if options.dry_run:
     return
@@ -87,9 +94,22 @@ def run_merge(options: argparse.Namespace, config: Any) -> None:
     plan = run.execute(planned, files, functools.partial(progress.byte_counter, show))
   if processes.is_first():
     _print_result(plan, planned.out, evaluate)
+    if destination is not None:
+      progress.output(f"pushed: {upload.send(planned.out, destination)}")
 
 
-def _print_dry_run(plan: Any, options: argparse.Namespace) -> None:
+def _check_push(options: argparse.Namespace) -> Any:
+  """Checks with the hub where a result may be uploaded to; None if it is not."""
+  from jaxmerge.io.huggingface import upload
+
+  if options.push is None:
+    if options.public:
+      raise ValueError("--public says how to push: it needs --push OWNER/NAME.")
+    return None
+  return upload.check(options.push, private=not options.public)
+
+
+def _print_dry_run(plan: Any, options: argparse.Namespace, destination: Any) -> None:
   from jaxmerge.files import describe, estimate
   from jaxmerge.io.huggingface import shard_writer
 
@@ -99,6 +119,13 @@ def _print_dry_run(plan: Any, options: argparse.Namespace) -> None:
     progress.output(f"disk: {estimate.size(free)} free")
   if options.evaluate is not None:
     progress.output(f"then: {options.evaluate}")
+  if destination is not None:
+    from jaxmerge.files import finish
+    from jaxmerge.io.huggingface import upload
+
+    names = finish.names(plan, size, out_format)
+    lines = upload.describe(destination, names, estimate.size(plan.bytes_written))
+    progress.output("\n".join(lines))
 
 
 def _print_result(plan: Any, out: pathlib.Path, evaluate: Callable[..., Any] | None) -> None:

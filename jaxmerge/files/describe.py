@@ -17,7 +17,7 @@ from jaxmerge.files import estimate, inputs, outcomes
 from jaxmerge.files.plan import Job, Plan
 from jaxmerge.io import formats
 from jaxmerge.io.checkpoints import metadata, other_programs
-from jaxmerge.io.huggingface import folder
+from jaxmerge.io.huggingface import folder, pipeline
 
 Record = dict[str, Any]
 
@@ -215,6 +215,8 @@ def _library(plan: Plan) -> str | None:
   """Returns the library that opens the result, if its config names it."""
   if (plan.donor / folder.MODULES).is_file():
     return "sentence-transformers"
+  if pipeline.is_pipeline(plan.donor):
+    return "diffusers"
   config = formats.config(plan.donor)
   known = isinstance(config.get("architectures"), list) and "model_type" in config
   return "transformers" if known or "transformers_version" in config else None

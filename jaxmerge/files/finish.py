@@ -16,7 +16,7 @@ from jaxmerge.files import describe, outcomes
 from jaxmerge.files.plan import Job, Plan
 from jaxmerge.io.checkpoints import metadata
 from jaxmerge.io.disk import atomic, stamps
-from jaxmerge.io.huggingface import folder, shard_writer
+from jaxmerge.io.huggingface import folder, pipeline, shard_writer
 from jaxmerge.report import card
 
 
@@ -39,7 +39,11 @@ def complete(
 ) -> None:
   """Adds index, config, tokenizer, card and provenance to the weights, and removes the journals."""
   if folder.WEIGHTS not in shards and out_format == "safetensors":
-    _write(directory / folder.INDEX, folder.index(shards, {o.name: o.size for o in plan.outputs}))
+    sizes = {o.name: o.size for o in plan.outputs}
+    parts = pipeline.is_pipeline(plan.donor)
+    index = {} if parts else {folder.INDEX: folder.index(shards, sizes)}
+    for name, content in (pipeline.indices(shards, sizes) if parts else index).items():
+      _write(directory / name, content)
   for path in _files_of_donor(plan):
     target = directory / path.relative_to(plan.donor)
     with atomic.room(target):
@@ -69,11 +73,29 @@ def complete(
   shard_writer.strip(directory, shards, out_format)
 
 
+def names(plan: Plan, shard_size: int, out_format: str) -> list[str]:
+  """Returns the names of the files that a result will have, without those of an evaluation."""
+  shards = plan.shards(shard_size)
+  weights = list(shards) if out_format == "safetensors" else [f"{metadata.STATE}/..."]
+  sizes = {o.name: o.size for o in plan.outputs}
+  if out_format == "safetensors" and pipeline.is_pipeline(plan.donor):
+    weights += pipeline.indices(shards, sizes)
+  elif out_format == "safetensors" and folder.WEIGHTS not in shards:
+    weights.append(folder.INDEX)
+  copied = [str(path.relative_to(plan.donor)) for path in _files_of_donor(plan)]
+  texts = {name for name, text in plan.texts.items() if text is not None}
+  dropped = plan.texts.keys() - texts
+  every = {*weights, *copied, *texts, folder.README, folder.PROVENANCE} - dropped
+  return sorted(every)
+
+
 def _files_of_donor(plan: Plan) -> list[pathlib.Path]:
   """Returns the donor's files to copy: those that existed when it was opened.
 
   If the donor's small files were not stamped, as in a checkpoint, these are all its files.
   """
+  if pipeline.is_pipeline(plan.donor):
+    return pipeline.small_files(plan.donor)
   paths = folder.files_to_copy(plan.donor)
   is_stamped = plan.donor / folder.CONFIG in plan.stamps
   return [path for path in paths if path in plan.stamps] if is_stamped else paths

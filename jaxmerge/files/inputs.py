@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,7 +11,7 @@ from jaxmerge import display, errors
 from jaxmerge.files import adapter_inputs, name_variants
 from jaxmerge.files import plan as plans
 from jaxmerge.io import formats
-from jaxmerge.io.huggingface import folder, hub, tied
+from jaxmerge.io.huggingface import folder, hub, pipeline, tied
 from jaxmerge.io.huggingface import reference as reference_text
 from jaxmerge.io.tensors import quantized, scaled
 from jaxmerge.io.tensors.tensor import Files
@@ -172,8 +171,8 @@ def _dequantize(model: plans.Model) -> plans.Model:
   config = scaled.strip(model.config)
   if config == model.config or quantized.find_codes(model.tensors):
     return model
-  text = json.dumps(config, indent=2) + "\n"
-  return model._replace(config=config, texts={**model.texts, folder.CONFIG: text})
+  texts = pipeline.config_texts(model.folder, model.config, config)
+  return model._replace(config=config, texts={**model.texts, **texts})
 
 
 def with_ties(model: plans.Model) -> plans.Model:

@@ -30,12 +30,12 @@ def inspect(path: str | os.PathLike[str]) -> Record:
   """Describes a model, a merged model, a checkpoint or a PEFT adapter, from headers and manifests.
 
   Returns:
-    `folder`, of a run that of its newest step; `kind`, "model", "checkpoint", "flax" or "adapter";
-    `files` (name, bytes); `tensors` (name, dtype, shape, bytes, file), 2 before 10; `dtypes`, their
-    totals; `parameters`, entries of floating tensors; `tied`, tie_word_embeddings of config.json,
-    None where it is silent; `shared`, tensors that are not stored to those with their bytes, by the
-    files' metadata; `adapter`, the adapter's config, and `provenance`, all but the checksums, where
-    there are such files.
+    `folder`, of a run that of its newest step; `kind`, "model", "checkpoint", "flax", "pipeline" or
+    "adapter"; `files` (name, bytes); `tensors` (name, dtype, shape, bytes, file), 2 before 10;
+    `dtypes`, their totals; `parameters`, entries of floating tensors; `tied`, tie_word_embeddings
+    of config.json, None where it is silent; `shared`, tensors that are not stored to those with
+    their bytes, by the files' metadata; `adapter`, the adapter's config, and `provenance`, all but
+    the checksums, where there are such files.
 
   Raises:
     FileNotFoundError: where the folder or its weights are missing.

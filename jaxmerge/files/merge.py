@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import inspect
-import json
 import os
 import pathlib
 from collections.abc import Collection, Mapping, Sequence
@@ -28,7 +27,7 @@ from jaxmerge.files import (
   tied_weights,
 )
 from jaxmerge.files.plan import Job, Model, Plan, TensorRequest
-from jaxmerge.io.huggingface import folder, hub
+from jaxmerge.io.huggingface import folder, hub, pipeline
 from jaxmerge.io.tensors import safetensors
 from jaxmerge.io.tensors.tensor import Files
 
@@ -120,9 +119,8 @@ def plan_merge(
   plan = plan._replace(notes=(*plan.notes, *comparison.notes, *rounding))
   config = folder.state_dtype(donor.config, dtype.name) if dtype and donor.config else donor.config
   plan, config = tied_weights.resolve_ties(plan, donor, config)
-  if config != donor.config:
-    text = json.dumps(config, indent=2) + "\n"
-    plan = plan._replace(texts={**plan.texts, folder.CONFIG: text})
+  texts = pipeline.config_texts(donor.folder, donor.config, config)
+  plan = plan._replace(texts={**plan.texts, **texts})
   return remote_code.refer_to_code(plan, (donor, *models))
 
 

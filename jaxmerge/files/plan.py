@@ -15,7 +15,7 @@ from jaxmerge.core import layouts
 from jaxmerge.core.precision import Precision
 from jaxmerge.io.checkpoints import other_programs
 from jaxmerge.io.disk.stamps import Stamp
-from jaxmerge.io.huggingface import folder
+from jaxmerge.io.huggingface import folder, pipeline
 from jaxmerge.io.tensors.tensor import Tensor
 
 ENTRIES = 2**22  # In a slice, of base and models together: few calls, and little memory.
@@ -223,6 +223,8 @@ class Plan(NamedTuple):
   def shards(self, limit: int) -> dict[str, list[str]]:
     """Returns the files of the result, of at most `limit` bytes, each with its tensors."""
     sizes = {o.name: o.size for o in self.outputs}
+    if pipeline.is_pipeline(self.donor):
+      return pipeline.shards(sizes, limit, {p.name: p.stem for p in pipeline.parts(self.donor)})
     return folder.shards(sizes, limit, folder.modules(self.donor))
 
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple  # Any: JSON of a config.
 
 from jaxmerge import display
 from jaxmerge.io.checkpoints import manifest, metadata, other_programs
-from jaxmerge.io.huggingface import flax_weights, folder
+from jaxmerge.io.huggingface import flax_weights, folder, pipeline
 from jaxmerge.io.peft import adapter
 from jaxmerge.io.tensors import safetensors
 from jaxmerge.io.tensors.tensor import Files, Tensor, stored_tensor
@@ -25,7 +25,8 @@ class Weights(NamedTuple):
   """The contents of a folder of weights.
 
   Attributes:
-    kind: "model", "checkpoint", "adapter", or "flax" where the files are msgpack.
+    kind: "model", "checkpoint", "adapter", "pipeline" of diffusers, or "flax" where the files
+      are msgpack.
     folder: its path; for a run, the folder of its newest step; for a raw file, the file.
     tensors: by name.
     homes: the file of each tensor; for a checkpoint, the folder of its state.
@@ -64,6 +65,10 @@ def open_model(path: Path, files: Files, *, home: str | None = None) -> Weights:
     home = display.readable(str(path))  # Names that are not UTF-8 cannot be written to JSON.
   usual = folder.is_usual(path)
   step = None if usual else metadata.find_checkpoint(path)
+  if step is None and pipeline.is_pipeline(path):
+    files.note(pipeline.small_files(path))
+    opened = _weights("pipeline", path, pipeline.entries(path), files, home)
+    return opened._replace(notes=tuple(pipeline.notes(path)))
   if step is None and not usual and (named := flax_weights.files(path)):
     files.note(folder.small_files(path))
     contents = flax_weights.read(named, files)
@@ -92,8 +97,10 @@ def _open_other(checkpoint: other_programs.Checkpoint, files: Files) -> Weights:
 
 
 def config(path: Path) -> dict[str, Any]:
-  """Returns config.json; empty without one."""
+  """Returns config.json, or those of the parts of a pipeline; empty without one."""
   path = pathlib.Path(path)
+  if pipeline.is_pipeline(path):
+    return pipeline.config(path)
   return folder.config(path) if (path / folder.CONFIG).exists() else {}
 
 

@@ -174,17 +174,6 @@ def _gguf(path: pathlib.Path) -> str:
   )
 
 
-def _diffusers(path: pathlib.Path) -> str:
-  if not (path / "model_index.json").is_file():
-    return ""
-  parts = sorted(p.parent.name for p in path.glob("*/*.safetensors"))
-  return (
-    "it is a pipeline of diffusers, of several models: merge them one by one, "
-    f"{_names([str(path / name) for name in dict.fromkeys(parts)]) or 'each from its folder'}; "
-    f"weights that are called otherwise must be called {WEIGHTS} for it"
-  )
-
-
 def _foreign(path: pathlib.Path) -> str:
   """Weights of other frameworks."""
   for pattern, whose in {"*.h5": "Keras", "*.keras": "Keras", "saved_model.pb": "TensorFlow",
@@ -220,7 +209,7 @@ def _data(path: pathlib.Path) -> str:
 
 
 _LOOKS: tuple[Callable[[pathlib.Path], str], ...] = (
-  _cache, _adapter, _distcp, _deepspeed, _diffusers, _pickle, _gguf, _near,
+  _cache, _adapter, _distcp, _deepspeed, _pickle, _gguf, _near,
   _orbax, _foreign, _data, _snapshot_alone,
 )  # fmt: skip
 

@@ -36,7 +36,6 @@ CACHE = "models--org--name"
     ("a", ["a/.metadata", "a/__0_0.distcp"], "format_utils dcp_to_torch a model.pt"),
     ("a", ["a/m.Q4.gguf", "a/README.md"], "m.Q4.gguf is a llama.cpp file"),
     ("a/m.gguf", ["a/m.gguf"], r"a/m.gguf: no folder; m.gguf is a llama.cpp file"),
-    ("a", ["a/model_index.json", "a/vae/x.safetensors"], "pipeline of diffusers, .*, a/vae;"),
     (CACHE, [f"{CACHE}/snapshots/abc/x", f"{CACHE}/refs/main"], f"name@main, or {CACHE}/snap"),
     (f"{CACHE}/snapshots", [f"{CACHE}/snapshots/0/x"], f"org/name@main, or {CACHE}/snapshots/0"),
     (f"{CACHE}/blobs", [f"{CACHE}/blobs/x", f"{CACHE}/snapshots/0/x"], "org/name@main, or"),

@@ -5,12 +5,16 @@ from jaxmerge import lazy
 __getattr__, __dir__, __all__ = lazy.attach(
   __name__,
   (
+    "flax_weights",
     "folder",
     "hub",
+    "pipeline",
+    "raw",
     "reference",
     "shard_writer",
     "shards",
     "tied",
+    "upload",
     "vocabulary",
   ),
 )

@@ -8,11 +8,11 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from jaxmerge.io.huggingface import folder
+from jaxmerge.io.huggingface import folder, pipeline
 from jaxmerge.io.peft import adapter
 
 # What is fetched, and nothing else: no pickles, no code. Of the weights, what the index names.
-SMALL = (*folder.COPIED, folder.INDEX, adapter.CONFIG)
+SMALL = (*folder.COPIED, folder.INDEX, adapter.CONFIG, pipeline.INDEX)
 
 _ID = re.compile(r"([A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*", re.ASCII)
 _REVISION = re.compile(r"\w[\w./-]*", re.ASCII)
@@ -142,23 +142,40 @@ def _snapshot(name: str, revision: str | None, download: bool, weights: bool) ->
   )
   try:
     home = fetch(revision, SMALL)
+    is_pipeline = pipeline.is_pipeline(home)
+    if is_pipeline:
+      fetch(home.name, [*pipeline.COPIED, *(f"*/{name}" for name in pipeline.COPIED)])
     if weights:
       fetch(home.name, _weights(home))
+    if weights and is_pipeline and not any(home.glob("*/*.safetensors")):
+      fetch(home.name, ["*/*.safetensors"])  # All its files are variants.
   except (OSError, errors.HTTPError) as error:
     reason = " ".join(str(error).split())
     why = f"{reference}: no such folder, and not to be had from the hub: {reason}"
     raise FileNotFoundError(why if download else missing) from error
   try:
     if weights:
-      adapter.paths(home) if adapter.is_adapter(home) else folder.weights(home)
+      _check_weights(home)
   except FileNotFoundError as error:
     why = f"{reference}: the hub has no safetensors of it, and pickles are not read: {error}"
     raise FileNotFoundError(why if download else missing) from error
   return Location(home, home.name, f"{name}@{home.name}")
 
 
+def _check_weights(home: pathlib.Path) -> None:
+  """Raises FileNotFoundError where weights are missing."""
+  if adapter.is_adapter(home):
+    adapter.paths(home)
+  elif pipeline.is_pipeline(home):
+    pipeline.parts(home)
+  else:
+    folder.weights(home)
+
+
 def _weights(home: pathlib.Path) -> list[str]:
   """Names of the files of weights, by the index if there is one."""
+  if pipeline.is_pipeline(home):
+    return [f"*/{stem}{end}.safetensors" for stem in pipeline.STEMS for end in ("", "-*-of-*")]
   index = folder.read_json(home / folder.INDEX) if (home / folder.INDEX).is_file() else {}
   shards = index.get("weight_map")
   named = set(shards.values()) if isinstance(shards, dict) else set()

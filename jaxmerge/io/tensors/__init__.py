@@ -6,11 +6,13 @@ __getattr__, __dir__, __all__ = lazy.attach(
   __name__,
   (
     "experts",
+    "msgpack",
     "names",
     "pieces",
     "quantized",
     "rows",
     "safetensors",
+    "scaled",
     "tensor",
   ),
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any  # Any: what a config.json holds.
 
@@ -17,7 +16,7 @@ from jaxmerge.files import (
 )
 from jaxmerge.files import plan as plans
 from jaxmerge.files.plan import Plan
-from jaxmerge.io.huggingface import folder
+from jaxmerge.io.huggingface import pipeline
 from jaxmerge.io.huggingface.vocabulary import TokenizerFiles
 from jaxmerge.recipe import errors as recipe_errors
 from jaxmerge.recipe import parameters
@@ -179,8 +178,7 @@ def _with_texts(
 ) -> Plan:
   """Returns a plan with those files of the result that differ from the donor's folder."""
   plan, config = tied_weights.resolve_ties(plan, donor, built.config(config))
-  changed = config != donor.config
-  texts = {folder.CONFIG: json.dumps(config, indent=2) + "\n"} if changed else {}
+  texts = pipeline.config_texts(donor.folder, donor.config, config)
   # A donor that is not merged yet has files that its folder lacks.
   return plan._replace(texts={**donor.texts, **texts, **built.texts})
 

@@ -113,7 +113,7 @@ def _build(
   _check(tokenizer, vocabularies, models, names)
   result = TokenizerResult(
     _with_files(models),
-    _texts(merged, files_of(next(iter(models.values())))),
+    texts_of(merged, files_of(next(iter(models.values())))),
     numbers=_numbers(merged, vocabularies),
   )
   pad = tokenizer.pad_to_multiple_of
@@ -202,12 +202,12 @@ def _added_by_union(
   return more
 
 
-def _texts(merged: Vocabulary, home: TokenizerFiles) -> Texts:
+def texts_of(merged: Vocabulary, home: TokenizerFiles) -> Texts:
   """Returns the files of the tokenizer that differ from those of the donor."""
   texts: dict[str, str | None] = {}
   if merged.files != home:
     texts = dict.fromkeys(home.names(*vocabulary.FILES, "*.model"))
-    numbers = _special_numbers(merged.files, GENERATION)
+    numbers = special_numbers(merged.files, GENERATION)
     if numbers and home.has(GENERATION):
       texts[GENERATION] = vocabulary.text(home.json(GENERATION) | numbers)
   for name, text in vocabulary.texts(merged).items():
@@ -216,11 +216,11 @@ def _texts(merged: Vocabulary, home: TokenizerFiles) -> Texts:
   return texts
 
 
-def _special_numbers(files: TokenizerFiles, name: str) -> dict[str, Any]:
+def special_numbers(files: TokenizerFiles, name: str) -> dict[str, Any]:
   """Returns the numbers of special tokens in a config."""
   return {key: value for key, value in files.json(name).items() if key.endswith("_token_id")}
 
 
 def _numbers(merged: Vocabulary, vocabularies: Vocabularies) -> dict[str, Any]:
   same = merged.files == next(iter(vocabularies.values())).files
-  return {} if same else _special_numbers(merged.files, folders.CONFIG)
+  return {} if same else special_numbers(merged.files, folders.CONFIG)
