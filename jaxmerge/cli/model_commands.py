@@ -17,7 +17,7 @@ def _add_merge_flags(parser: argparse.ArgumentParser) -> None:
   parser.add_argument(
     "recipe", metavar="RECIPE.yml", help="YAML file: the models, and how to merge them"
   )
-  parser.add_argument("out", metavar="OUT", help="output folder")
+  parser.add_argument("out", metavar="OUT", help="output folder, or FILE.safetensors")
   text = "check everything, print the plan, and write nothing"
   parser.add_argument("--dry-run", action="store_true", help=text)
   add_process_flags(parser)
@@ -60,13 +60,15 @@ def parse_size(text: str) -> int:
 def run_merge(options: argparse.Namespace, config: Any) -> None:
   """Merges the models of a recipe; intermediate models lie beside OUT and are removed."""
   from jaxmerge.evaluation import external
-  from jaxmerge.io.huggingface import upload
+  from jaxmerge.io.huggingface import single_file, upload
   from jaxmerge.io.tensors import tensor
   from jaxmerge.recipe import errors, run
 
   files, problems = tensor.Files(), list[Exception]()
   with errors.collect(problems):
     evaluate = None if options.evaluate is None else external.command(options.evaluate)
+    if single_file.is_output(pathlib.Path(options.out)) and (options.evaluate or options.push):
+      raise ValueError(f"{options.out}: --evaluate and --push need a folder; give one.")
   destination = None
   with errors.collect(problems):
     destination = _check_push(options)
@@ -132,7 +134,7 @@ def _print_result(plan: Any, out: pathlib.Path, evaluate: Callable[..., Any] | N
   """Prints counts and notes of a merge, and evaluates the result."""
   from jaxmerge.evaluation import external
   from jaxmerge.files import outcomes
-  from jaxmerge.io.huggingface import folder
+  from jaxmerge.io.huggingface import folder, single_file
 
   facts = folder.provenance(out)
   for name, provenance in {**facts.get("earlier", {}), "": facts}.items():
@@ -140,6 +142,8 @@ def _print_result(plan: Any, out: pathlib.Path, evaluate: Callable[..., Any] | N
     progress.output(f"tensors{which}: {outcomes.line(provenance['counts'])}")
   for line in dict.fromkeys(n for p in (*plan.earlier.values(), plan) for n in p.notes):
     progress.output(f"note: {line}")
+  if single_file.is_output(out):
+    progress.output("note: a file has the weights alone, without config, tokenizer and model card.")
   progress.output(f"merged: {out}")
   if evaluate is not None:
     progress.output(f"evaluated: {progress.numbers(external.run(out, evaluate))}")

@@ -23,7 +23,7 @@ from jaxmerge.files.plan import Output, Plan
 from jaxmerge.files.write_tensors import Progress
 from jaxmerge.io.checkpoints import arrays
 from jaxmerge.io.disk import atomic, shared, stamps
-from jaxmerge.io.huggingface import folder, shard_writer
+from jaxmerge.io.huggingface import folder, shard_writer, single_file
 from jaxmerge.parallel import processes
 
 Path = str | os.PathLike[str]
@@ -86,7 +86,7 @@ def run(
 
   Args:
     plan: the plan.
-    out: folder of the result.
+    out: folder of the result; or, where its name ends in .safetensors, a file of the weights alone.
     shard_size: largest size of a weight file, in bytes.
     entries: approximate number of entries of each model in memory; None: from the number of models.
     replace: whether to replace an existing folder.
@@ -103,6 +103,7 @@ def run(
     raise ValueError(f"out_format must be one of {', '.join(FORMATS)}, got {out_format!r}.")
   out = pathlib.Path(out)
   atomic.check_name(out)
+  shard_size = single_file.LIMIT if single_file.is_output(out) else shard_size
   if out_format == "orbax":
     arrays.check_path(out)
   options = Options(shard_size, entries, nonfinite, out_format)
@@ -134,7 +135,8 @@ def open_output(
     OSError: if the disk is too small.
   """
   first = processes.is_first()
-  atomic.check_free(out, replace)
+  single_file.check_free(out, replace)
+  single_file.check_shards(out, plan.shards(options.shard_size), options.out_format)
   resume_lib.check_place(plan, out)
   shard_size, out_format, nonfinite = options.shard_size, options.out_format, options.nonfinite
   replaced = first and replace and resume and bool(atomic.old_folders(out))
@@ -206,7 +208,10 @@ def publish(output: Unfinished, out: pathlib.Path, options: Options, *, replace:
     finish.complete(
       output.folder, output.plan, output.shards, output.identity, digests, options.out_format
     )
-    atomic.move(output.folder, out, replace=replace)
+    if single_file.is_output(out):
+      single_file.move(output.folder, out, replace=replace)
+    else:
+      atomic.move(output.folder, out, replace=replace)
   processes.agree(True)  # All processes wait until the result exists.
 
 

@@ -141,7 +141,8 @@ def open_model(
   model = model._replace(notes=tuple(f"{name}: {note}" for note in weights.notes))
   if weights.orbax is not None:
     model = model._replace(home=weights.orbax.reference, orbax=weights.orbax)
-  if weights.kind == "model" and not config and not (weights.folder / folder.PROVENANCE).is_file():
+  known = config or folder.provenance_file(weights.folder).is_file()
+  if weights.kind == "model" and not known:
     model = model._replace(notes=(*model.notes, _NO_CONFIG.format(name)))
   return with_ties(_dequantize(model))
 

@@ -70,7 +70,7 @@ def inspect(path: str | os.PathLike[str]) -> Record:
     record["reference"] = weights.orbax.reference
   if weights.kind == "adapter":
     record["adapter"] = folder.read_json(path / adapter.CONFIG)
-  if (path / folder.PROVENANCE).is_file():
+  if folder.provenance_file(path).is_file():
     record["provenance"], _ = _provenance(path)
   return record
 
@@ -171,7 +171,7 @@ def _digest(tensor: Tensor, progress: Callable[[int], None]) -> str:
 
 def _provenance(path: pathlib.Path) -> tuple[Record, dict[str, str]]:
   """Returns the provenance of a merged model, and the checksums of its tensors."""
-  file = path / folder.PROVENANCE
+  file = folder.provenance_file(path)
   if not file.is_file():
     raise FileNotFoundError(f"{file}: no such file; only what jaxmerge merged can be checked.")
   content = folder.provenance(path)

@@ -18,7 +18,7 @@ from jaxmerge.files import estimate, resume
 from jaxmerge.files import plan as plans
 from jaxmerge.io.checkpoints import arrays
 from jaxmerge.io.disk import atomic, locks
-from jaxmerge.io.huggingface import shard_writer
+from jaxmerge.io.huggingface import shard_writer, single_file
 from jaxmerge.io.tensors.tensor import Files
 from jaxmerge.recipe import errors
 from jaxmerge.recipe.plan import steps
@@ -88,7 +88,8 @@ def merge_recipe(
   Args:
     recipe: path of a YAML file in mergekit's form; or what such a file holds, a dict, or several,
       of which the last is merged and may build on the others.
-    out: folder of the result; it appears when all of it is done.
+    out: folder of the result; it appears when all of it is done. A name that ends in .safetensors
+      makes a file of the weights alone.
     replace: whether a folder that is there is replaced.
     resume: whether to go on with an interrupted merge of the same recipe.
     download: whether models that the hub's cache lacks are fetched; else no network is used.
@@ -109,7 +110,7 @@ def merge_recipe(
     ValueError: naming file, tensor and value, for models that do not fit or are damaged.
     FileExistsError: where there is something at `out` and `replace` is not set.
   """
-  _check(compat, shard_size, out_format, evaluate)
+  _check(out, compat, shard_size, out_format, evaluate)
   settings = Settings(replace, resume, download, strict, compat, shard_size, nonfinite, out_format)
   files = Files()
   try:
@@ -123,7 +124,7 @@ def merge_recipe(
   return planned.out
 
 
-def _check(compat: Any, shard_size: Any, out_format: Any, evaluate: Any) -> None:
+def _check(out: Any, compat: Any, shard_size: Any, out_format: Any, evaluate: Any) -> None:
   """Raises ValueError for options that mean nothing."""
   for name, value, known in (
     ("compat", compat, (None, "mergekit")),
@@ -133,6 +134,8 @@ def _check(compat: Any, shard_size: Any, out_format: Any, evaluate: Any) -> None
       raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}.")
   if isinstance(shard_size, bool) or not isinstance(shard_size, int) or shard_size < 1:
     raise ValueError(f"shard_size must be a number of bytes, 1 or more, got {shard_size!r}.")
+  if evaluate is not None and single_file.is_output(pathlib.Path(out)):
+    raise ValueError(f"{out}: numbers of an evaluation are written into a folder; give one.")
   if evaluate is not None and not callable(evaluate):
     kind = type(evaluate).__name__
     raise ValueError(f"evaluate must be a function: folder -> numbers by name, got {kind}.")
@@ -163,9 +166,11 @@ def plan(
     arrays.check_path(out)
   atomic.check_name(out)  # All places beside it are named after it.
   locks.check(out, shard_writer.busy_message(out))  # What lies there and beside is that merge's.
+  if single_file.is_output(out):
+    settings = settings._replace(shard_size=single_file.LIMIT)
   planned = RecipePlan(out, settings, (), ())
   with errors.collect(problems):
-    atomic.check_free(out, settings.replace)
+    single_file.check_free(out, settings.replace)
   with errors.collect(problems):
     planned = planned._replace(steps=_plan_steps(_read(recipe), settings, files))
   full: list[Exception] = []  # If nothing else is wrong, there is a plan to show.
@@ -201,6 +206,9 @@ def _read(recipe: Source | Any) -> steps.Text:
 def _check_places(planned: RecipePlan, files: Files) -> list[Exception]:
   """Returns problems at the places of the results."""
   problems: list[Exception] = []
+  with errors.collect(problems):
+    shards = planned.plan.shards(planned.settings.shard_size)
+    single_file.check_shards(planned.out, shards, planned.settings.out_format)
   complete: set[str] = set()  # By a merge that was interrupted later.
   for step in planned.steps:
     with errors.collect(problems):

@@ -1,6 +1,8 @@
 """Pipelines of diffusers: each part of weights is merged, the rest copied."""
 
+import fnmatch
 import json
+import shutil
 
 import ml_dtypes
 import numpy as np
@@ -11,7 +13,7 @@ import jaxmerge
 from jaxmerge import errors, methods
 from jaxmerge.cli import main
 from jaxmerge.io import formats
-from jaxmerge.io.huggingface import pipeline
+from jaxmerge.io.huggingface import hub, pipeline
 from jaxmerge.io.tensors import safetensors
 from jaxmerge.io.tensors.tensor import Files
 
@@ -150,3 +152,24 @@ def test_no_weights_and_missing_shards_are_named(home):
   (home / "a/unet/other.safetensors").write_bytes(b"")
   with pytest.raises(FileNotFoundError, match=r"a/unet/x.safetensors: no such file, but the index"):
     pipeline.parts(home / "a")
+
+
+@pytest.mark.parametrize("variants", [("", ".fp16"), (".fp16",)])
+def test_parts_are_fetched_without_other_variants(home, monkeypatch, variants):
+  huggingface_hub = pytest.importorskip("huggingface_hub")
+  for variant in variants:
+    write(home / "remote", 0, variant=variant)
+  (home / "remote/unet/model.bin").write_bytes(b"")
+
+  def snapshot_download(name, *, revision, allow_patterns, local_files_only):
+    for file in files(home / "remote"):
+      if any(fnmatch.fnmatch(file, pattern) for pattern in allow_patterns):
+        target = home / "snapshots" / file
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(home / "remote" / file, target)
+    return str(home / "snapshots")
+
+  monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+  place = hub.locate("org/pipe", "main", download=True).folder
+  stems = {f"{stem}{variants[0]}.safetensors" for stem in SHAPES}
+  assert files(place) == {*REST, "tokenizer/merges.txt", *stems}

@@ -66,3 +66,42 @@ def test_shards_without_an_index_are_all_there(home):
   (home / "m/model-00001-of-00002.safetensors").unlink()
   with pytest.raises(FileNotFoundError, match=r"m/model-00001-of-00002.safetensors: no such file"):
     formats.open_model("m", Files())
+
+
+def test_a_result_may_be_one_file(home, capsys):
+  """Its bytes are those of the folder's file; the provenance is beside it."""
+  for k, name in enumerate(("a", "b")):
+    folders.write(home / name, folders.tensors(k))
+  (home / "recipe.yml").write_text(
+    "merge_method: linear\nparameters: {weight: 0.5}\nmodels: [{model: a}, {model: b}]\n"
+  )
+  merge = ["merge", "recipe.yml"]
+  assert main.main([*merge, "out"]) == 0
+  assert main.main([*merge, "out.safetensors", "--shard-size=1KB"]) == 0
+  assert "note: a file has the weights alone" in capsys.readouterr().out
+  assert (home / "out.safetensors").read_bytes() == (home / "out/model.safetensors").read_bytes()
+  beside = {p.name for p in home.iterdir()} - {"a", "b", "out", "recipe.yml"}
+  assert beside == {"out.safetensors", "out.jaxmerge_provenance.json"}
+  assert main.main(["inspect", "out.safetensors", "--check"]) == 0
+  assert main.main([*merge, "out.safetensors"]) == 1
+  assert "out.safetensors exists; pass --replace" in capsys.readouterr().err
+  assert main.main([*merge, "out.safetensors", "--replace"]) == 0
+  jaxmerge.merge_files(methods.average(), ["out.safetensors", "a"], "again.safetensors")
+  assert main.main(["inspect", "again.safetensors", "--check"]) == 0
+
+
+def test_what_is_no_file_is_refused(home, capsys):
+  safetensors.save("a.safetensors", W)
+  (home / "recipe.yml").write_text(
+    "merge_method: linear\nparameters: {weight: 1}\nmodels: [{model: a.safetensors}]\n"
+  )
+  (home / "dir.safetensors").mkdir()
+  cases = {
+    "dir.safetensors is a folder; remove it": ["dir.safetensors"],
+    "a file of safetensors is no checkpoint": ["b.safetensors", "--out-format=orbax"],
+    "--evaluate and --push need a folder": ["b.safetensors", "--evaluate=python x.py {out}"],
+  }
+  for words, arguments in cases.items():
+    assert main.main(["merge", "recipe.yml", *arguments]) == 1
+    assert words in capsys.readouterr().err
+  assert not (home / "b.safetensors").exists()

@@ -13,6 +13,7 @@ __getattr__, __dir__, __all__ = lazy.attach(
     "reference",
     "shard_writer",
     "shards",
+    "single_file",
     "tied",
     "upload",
     "vocabulary",

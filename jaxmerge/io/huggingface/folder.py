@@ -331,7 +331,17 @@ def text(folder: pathlib.Path, name: str) -> str:
 
 def provenance(folder: Path) -> dict[str, Any]:
   """Returns the provenance of a merged model; errors as for `read_json`."""
-  return read_json(pathlib.Path(folder) / PROVENANCE, _LONGEST_PROVENANCE)
+  return read_json(provenance_file(pathlib.Path(folder)), _LONGEST_PROVENANCE)
+
+
+def provenance_file(path: pathlib.Path) -> pathlib.Path:
+  """Returns the path of the provenance of a merged model: in its folder, or beside its file.
+
+  >>> provenance_file(pathlib.Path("out/merged.safetensors")).name
+  'merged.jaxmerge_provenance.json'
+  """
+  is_file = path.suffix == raw.ENDING and not path.is_dir()
+  return path.with_name(f"{path.stem}.{PROVENANCE}") if is_file else path / PROVENANCE
 
 
 def without_target(outcome: str) -> str:

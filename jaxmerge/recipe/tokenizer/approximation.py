@@ -35,7 +35,7 @@ def matching_pursuit(
 
   >>> atoms = jnp.array([[2.0, 0.0], [0.0, 1.0]])
   >>> indices, coefficients = matching_pursuit(jnp.array([[1.0, 3.0]]), atoms, 2)
-  >>> print(indices, coefficients.round(3))
+  >>> print(indices, np.asarray(coefficients).round(3))
   [[1 0]] [[3.  0.5]]
 
   Reference: Pati et al. 1993, Orthogonal Matching Pursuit.
@@ -90,7 +90,7 @@ def nearest(
 
   >>> atoms = jnp.array([[1.0], [-3.0], [9.0]])
   >>> indices, weights = nearest(jnp.array([[0.0]]), atoms, 2)
-  >>> print(indices, weights.round(3))
+  >>> print(indices, np.asarray(weights).round(3))
   [[0 1]] [[0.75 0.25]]
   """
   inner = jnp.matmul(targets, atoms.T, precision="highest")
