@@ -13,6 +13,8 @@
 # %% [markdown]
 # # Tune and merge
 #
+# [![Runs on a CPU, in under two minutes](../docs/figures/badge_cpu.svg)](tune_and_merge.py)
+#
 # Four tasks, one small network, one model that does them all. We fine-tune a copy of the model on
 # every task, merge the copies, and repeat: alternating tuning and merging, ATM
 # ([arXiv:2411.03055](https://arxiv.org/abs/2411.03055)). Beside it stand the merges that need only

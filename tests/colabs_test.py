@@ -29,10 +29,48 @@ def test_notebook_runs_and_ends_with_figures(script, monkeypatch):
   nbclient.NotebookClient(book, timeout=600, kernel_name="python3").execute(cwd=str(FOLDER))
   outputs = [o for cell in book.cells if cell.cell_type == "code" for o in cell.outputs]
   assert any("image/png" in o.get("data", {}) for o in outputs)
-  printed = "".join(o.text for o in outputs if o.output_type == "stream")
-  means = dict(
-    re.findall(r"^(base|experts|average|task arithmetic|TIES|TSV-M|ATM) +([\d.]+)$", printed, re.M)
-  )
-  order = [float(means[n]) for n in ("base", "average", "TSV-M", "ATM", "experts")]
+  CHECKS[script.stem]("".join(o.text for o in outputs if o.output_type == "stream"), outputs)
+
+
+def check_tune_and_merge(printed, outputs):
+  order = [means(printed)[n] for n in ("base", "average", "TSV-M", "ATM", "experts")]
   assert order == sorted(order)
-  assert float(means["ATM"]) > float(means["TIES"])
+  assert means(printed)["ATM"] > means(printed)["TIES"]
+
+
+def check_merge_folders(printed, outputs):
+  scores = means(printed)
+  assert min(scores[n] for n in ("linear", "task_arithmetic", "ties")) > scores["base"]
+  assert "did you mean 'density'?" in printed
+  assert "8 tensors as recorded" in printed
+  assert printed.count("evaluated: mnist") == 3
+  assert "Traceback" not in printed
+
+
+def check_own_model(printed, outputs):
+  scores = means(printed)
+  assert min(scores[n] for n in ("average", "task arithmetic", "TIES", "TSV-M")) > 88
+  assert re.search(r"first/kernel/value +io +kernel", printed)
+
+
+def check_task_vectors(printed, outputs):
+  assert re.search(r"^dense +1024 x 96", printed, re.M)
+  (page,) = [o.data["text/html"] for o in outputs if "text/html" in o.get("data", {})]
+  assert page.count('class="bar"') == 4
+
+
+def check_tpu_slice(printed, outputs):
+  assert "of 8 cpu devices" in printed
+  assert "the same bits as on one device: True" in printed
+  assert re.search(r"^TIES +all-reduce over model", printed, re.M)
+  assert not re.search(r"^average +\S+ over model", printed, re.M)
+
+
+def means(printed):
+  """The numbers of lines that are a name and a number."""
+  return {n: float(x) for n, x in re.findall(r"^(\S.*?) +([\d.]+)$", printed, re.M)}
+
+
+CHECKS = {
+  name.removeprefix("check_"): check for name, check in globals().items() if name[:6] == "check_"
+}

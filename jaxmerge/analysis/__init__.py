@@ -9,6 +9,7 @@ __getattr__, __dir__, __all__ = lazy.attach(
     "extract",
     "extract_plan",
     "low_rank",
+    "spectra",
     "sums",
   ),
 )

@@ -79,14 +79,14 @@ def spectrum(base: Tensor, model: Tensor, progress: Count) -> np.ndarray:
   """
   rows, columns = base.shape
   gram = np.zeros((min(base.shape),) * 2)
-  for x in _rows(base, model) if columns <= rows else _columns(base, model):
+  for x in row_slices(base, model) if columns <= rows else _columns(base, model):
     gram += x.T @ x
     progress(x.size * (base.dtype.itemsize + model.dtype.itemsize))
   return np.linalg.eigvalsh(gram)[::-1].clip(0)
 
 
-def _rows(base: Tensor, model: Tensor) -> Iterator[np.ndarray]:
-  """Rows of a task vector, some at a time, [r, n]."""
+def row_slices(base: Tensor, model: Tensor) -> Iterator[np.ndarray]:
+  """Yields rows of a task vector, some at a time, [r, n]."""
   rows, columns = base.shape
   step = max(1, CHUNK // columns)
   for first in range(0, rows, step):

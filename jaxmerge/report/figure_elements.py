@@ -83,11 +83,15 @@ def place(fig: Any, axes: Any, box: tuple[float, float, float, float]) -> None:
 
 def headline(fig: Any, text: str, below: str = "") -> None:
   """Writes the title of a whole figure in its upper left corner, and a line below it."""
-  corner = {"xy": (0, 1), "xycoords": "figure fraction", "textcoords": "offset points", "va": "top"}
-  axes = fig.axes[0]
-  axes.annotate(text, xytext=(7, -7), fontsize=10, fontweight="bold", color=INK, **corner)
+  transforms = importlib.import_module("matplotlib.transforms")
+
+  def write(words: str, down: float, **style: Any) -> None:
+    shift = transforms.ScaledTranslation(7 / 72, -down / 72, fig.dpi_scale_trans)
+    fig.text(0, 1, words, va="top", transform=fig.transFigure + shift, **style)
+
+  write(text, 7, fontsize=10, fontweight="bold", color=INK)
   if below:
-    axes.annotate(below, xytext=(7, -22), fontsize=SIZE, color=SOFT, **corner)
+    write(below, 22, fontsize=SIZE, color=SOFT)
 
 
 def grow(fig: Any, inches: float) -> None:

@@ -337,8 +337,8 @@ def test_no_text_overlaps_another_or_leaves_the_figure(case, name, monkeypatch):
 def test_figures_are_the_numbers_of_the_record():
   record = RECORDS["two"]
   figures = diff_text.figures(record)
-  image = figures["cosines"].axes[0].images[0].get_array()
-  assert image[0, 1] == pytest.approx(record["whole"]["cosines"][0][1])
+  cells = figures["cosines"].axes[0].collections[0].get_array().reshape(2, 2)
+  assert cells[0, 1] == pytest.approx(record["whole"]["cosines"][0][1])
   (line,) = [x for x in figures["norms"].axes[0].lines if len(x.get_xdata()) == 12][1:]
   expected = [100 * record["layers"][str(i)]["relative"]["code"] for i in range(12)]
   np.testing.assert_allclose(line.get_ydata(), expected)

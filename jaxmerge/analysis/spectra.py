@@ -1,0 +1,113 @@
+"""Singular values of task vectors of some matrices, in memory for a few rows. Free of jax.
+
+Small matrices are decomposed exactly. Of larger ones the largest values come from a randomised
+decomposition (Halko, Martinsson and Tropp 2011, arXiv:0909.4061) with one power iteration: they are
+never too large, and exact where the task vector has a lower rank.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any  # A record is JSON, its values have no one type.
+
+import numpy as np
+
+from jaxmerge.analysis import diff
+from jaxmerge.analysis import sums as sum_lib
+from jaxmerge.analysis.sums import Count
+from jaxmerge.files.plan import Model
+from jaxmerge.io.tensors.tensor import Tensor
+
+Record = dict[str, Any]
+
+MATRICES = 12  # So many are chosen where no names are.
+TOP = 64  # Values of a matrix that is not decomposed exactly.
+EXACT = 512  # The smaller side of a matrix that is.
+LONGEST = 2**16  # No matrix with a longer side, as an embedding has, is chosen.
+_MORE = 16  # Random directions beyond TOP.
+_PASSES = 4  # Readings of a matrix for a randomised decomposition.
+
+
+def choose(base: Model, most: int = MATRICES) -> list[str]:
+  """Returns the names of some matrices of a model, evenly over all of them in their order."""
+  every = [n for n in diff.matrices(base, ".") if max(base.tensors[n].shape) <= LONGEST]
+  every.sort(key=_natural)
+  places = np.linspace(0, len(every) - 1, min(most, len(every))).round().astype(int)
+  return [every[i] for i in places]
+
+
+def _natural(name: str) -> list[tuple[bool, int, str]]:
+  return [(p.isdecimal(), int(p) if p.isdecimal() else 0, p) for p in name.split(".")]
+
+
+def size(base: Model, models: Sequence[Model], names: Sequence[str]) -> int:
+  """Returns the bytes that `measure` reads."""
+  total = 0
+  for name in names:
+    ours = base.tensors[name]
+    sizes = [ours.dtype.itemsize + m.tensors[name].dtype.itemsize for m in models]
+    total += math.prod(ours.shape) * sum(sizes) * (1 if _is_exact(ours) else _PASSES)
+  return total
+
+
+def measure(
+  base: Model, models: Sequence[Model], names: Sequence[str], progress: Count = lambda count: None
+) -> Record:
+  """Measures the largest singular values of task vectors, models minus base.
+
+  Returns:
+    By matrix: `exact`, whether all values were computed, and by model `values`, the largest first,
+    `energy`, the sum of all squares, the ones left out included, under `models`.
+  """
+  result: Record = {}
+  for name in names:
+    ours = base.tensors[name]
+    exact = _is_exact(ours)
+    by_model = {}
+    for model in models:
+      theirs = model.tensors[name]
+      if exact:
+        squares = sum_lib.spectrum(ours, theirs, progress)
+        energy = float(squares.sum())
+      else:
+        squares, energy = largest(ours, theirs, TOP, progress)
+      by_model[model.name] = {"values": np.sqrt(squares).tolist(), "energy": energy}
+    result[name] = {"exact": exact, "models": by_model}
+  return result
+
+
+def largest(
+  base: Tensor, model: Tensor, top: int, progress: Count = lambda count: None
+) -> tuple[np.ndarray, float]:
+  """Returns the squares of the largest singular values, and the sum of the squares of all.
+
+  Args:
+    base: a matrix of the base [m, n].
+    model: the same of a model.
+    top: how many values are returned, at most.
+    progress: called with the number of bytes that were read.
+  """
+  rows, columns = base.shape
+  rank = min(top + _MORE, rows, columns)
+  right = np.random.default_rng(0).standard_normal((columns, rank))
+  for _ in range(2):
+    left = np.empty((rows, rank))
+    first, energy = 0, 0.0
+    for x in sum_lib.row_slices(base, model):
+      left[first : first + len(x)] = x @ right
+      first, energy = first + len(x), energy + float(np.einsum("ij,ij->", x, x))
+      progress(x.size * (base.dtype.itemsize + model.dtype.itemsize))
+    left = np.linalg.qr(left)[0]
+    first, right = 0, np.zeros((columns, rank))
+    for x in sum_lib.row_slices(base, model):
+      right += x.T @ left[first : first + len(x)]
+      first += len(x)
+      progress(x.size * (base.dtype.itemsize + model.dtype.itemsize))
+    basis, triangle = np.linalg.qr(right)
+    right = basis
+  return np.linalg.svd(triangle, compute_uv=False)[:top] ** 2, energy
+
+
+def _is_exact(tensor: Tensor) -> bool:
+  return min(tensor.shape) <= EXACT
