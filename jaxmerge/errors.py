@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar, cast  # Any: a function is wrapped whatever it takes.
+
+T = TypeVar("T", bound=Callable[..., Any])
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -27,3 +32,31 @@ class Problems(ValueError):
   def __init__(self, lines: Sequence[str]):
     super().__init__("\n".join(lines))
     self.lines = tuple(lines)
+
+
+def suggest_keywords(target: T) -> T:
+  """Decorates a function or a class: the TypeError for an unknown keyword names the nearest.
+
+  Example:
+    >>> @suggest_keywords
+    ... def scaled(x, factor=1):
+    ...   return factor * x
+    >>> scaled(2, factr=3)
+    Traceback (most recent call last):
+      ...
+    TypeError: scaled has no argument 'factr'; did you mean 'factor'? Known: factor, x.
+  """
+  call: Any = getattr(target, "__init__") if isinstance(target, type) else target  # noqa: B009
+  known = [name for name in inspect.signature(target).parameters if name != "self"]
+
+  @functools.wraps(call)
+  def checked(*args: Any, **kwargs: Any) -> Any:
+    for name in kwargs:
+      if name not in known:
+        raise TypeError(f"{target.__name__} has no argument {name!r}{nearest(name, known)}.")
+    return call(*args, **kwargs)
+
+  if not isinstance(target, type):
+    return cast(T, checked)
+  target.__init__ = checked  # type: ignore[misc]
+  return target

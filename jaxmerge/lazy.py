@@ -6,6 +6,8 @@ import importlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any  # A lazy attribute may be any public object.
 
+from jaxmerge import errors
+
 
 def attach(
   package: str, modules: Sequence[str], homes: Mapping[str, str] | None = None
@@ -25,6 +27,7 @@ def attach(
       return getattr(importlib.import_module(f"{package}.{named[name]}"), name)
     if name in modules:
       return importlib.import_module(f"{package}.{name}")
-    raise AttributeError(f"module {package!r} has no attribute {name!r}.")
+    hint = "" if name.startswith("_") else errors.nearest(name, public)
+    raise AttributeError(f"module {package!r} has no attribute {name!r}{hint}.")
 
   return get, lambda: public, public

@@ -25,7 +25,8 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # A package imports packages on floors below its own.
 FLOORS = (
-  {"display", "errors", "lazy"},
+  {"display", "errors"},
+  {"lazy"},
   {"io", "xla", "catalog"},
   {"core", "report"},
   {"methods", "parallel"},
@@ -94,6 +95,15 @@ def test_the_version_is_that_of_the_project():
 def test_unknown_name_is_an_attribute_error():
   with pytest.raises(AttributeError, match="'tiez'"):
     jaxmerge.tiez  # noqa: B018
+
+
+@pytest.mark.parametrize(
+  "call", ["merge", "merge_files", "merge_recipe", "tune_and_merge", "Settings"]
+)
+def test_an_unknown_keyword_is_an_error_with_the_nearest(call):
+  near = {"merge_recipe": "replace", "Settings": "rounds"}.get(call, "method")
+  with pytest.raises(TypeError, match=f"{call} has no argument '{near}x'; did you mean '{near}'"):
+    getattr(jaxmerge, call)(**{near + "x": 1})
 
 
 def test_import_alone_is_light():

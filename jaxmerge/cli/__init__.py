@@ -6,6 +6,7 @@ __getattr__, __dir__, __all__ = lazy.attach(
   __name__,
   (
     "command",
+    "completion",
     "configs_command",
     "environment",
     "experiment_commands",
@@ -13,6 +14,7 @@ __getattr__, __dir__, __all__ = lazy.attach(
     "main",
     "merge_run_command",
     "mergekit_flags",
+    "methods_command",
     "model_commands",
     "progress",
     "transplant_command",

@@ -19,12 +19,14 @@ from typing import Any, NoReturn  # Any: a config is imported only by commands t
 
 from jaxmerge.cli import (
   bench_command,
+  completion,
   configs_command,
   environment,
   experiment_commands,
   extract_command,
   merge_run_command,
   mergekit_flags,
+  methods_command,
   model_commands,
   progress,
   transplant_command,
@@ -43,7 +45,7 @@ COMMANDS = {
   "extract": extract_command.EXTRACT,
   "transplant": transplant_command.TRANSPLANT,
   "compile": experiment_commands.COMPILE,
-  "methods": model_commands.METHODS,
+  "methods": methods_command.METHODS,
   "configs": configs_command.CONFIGS,
 }
 _CHANGES = """\
@@ -156,6 +158,7 @@ def parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
   """Returns the parser; its help lists the keys of the config among the arguments."""
   top = _Parser(prog="jaxmerge", description="Model merging in JAX.", allow_abbrev=False)
   top.add_argument("--version", action="version", version=importlib.metadata.version("jaxmerge"))
+  completion.add_flag(top)
   parsers = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
   for name, command in COMMANDS.items():
     about = command.about

@@ -234,24 +234,6 @@ def run_diff(options: argparse.Namespace, config: Any) -> None:
     progress.output(f"wrote {path}")
 
 
-def run_methods(options: argparse.Namespace, config: Any) -> None:
-  """Lists the methods."""
-  from jaxmerge.catalog import lookup, tables
-
-  width = max(map(len, lookup.METHODS))
-  for name, entry in lookup.METHODS.items():
-    rest = f"; leaves without a matrix view: {entry.fallback}" if entry.fallback else ""
-    progress.output(f"{name:{width}}  {entry.formula}{tables.mark(entry)}")
-    progress.output(f"{'':{width}}  {entry.paper}; needs {tables.needs(name)}")
-    progress.output(f"{'':{width}}  {tables.cost(name)}{rest}")
-    for parameter, p in entry.parameters.items():
-      progress.output(f"{'':{width}}    {parameter}={p.default!r}: {p.doc}, {p.range}")
-  progress.output("\nIn Python alone, on arrays in memory:")
-  for name, other in lookup.OTHERS.items():
-    progress.output(f"jaxmerge.{name}  {other.formula}{tables.mark(other)}")
-    progress.output(f"{'':{width}}  {other.paper}; needs {other.needs}; gives {other.gives}")
-
-
 MERGE = Command(
   "merge the models of a recipe into a new folder",
   _add_merge_flags,
@@ -267,7 +249,4 @@ DIFF = Command(
   "show how models differ from their base: norms, cosines, sign conflicts",
   _add_diff_flags,
   run_diff,
-)
-METHODS = Command(
-  "list the merging methods: formula, settings, paper", lambda parser: None, run_methods
 )

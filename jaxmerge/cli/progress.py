@@ -26,12 +26,12 @@ def output(text: str) -> None:
 
 @contextlib.contextmanager
 def bars() -> Iterator[Callable[[Event], None]]:
-  """Yields a function that shows progress events: bars on a terminal, else messages on stderr.
+  """Yields a function that shows progress events: bars on a terminal, else lines on stderr.
 
   An event is {"phase", "done", "total", "unit", "numbers"} or {"message"}.
   """
   if not sys.stderr.isatty():
-    yield lambda event: log(event["message"]) if "message" in event else None
+    yield lines()
     return
   from rich import console, progress
 
@@ -64,6 +64,33 @@ def bars() -> Iterator[Callable[[Event], None]]:
         drawn.update(known[phase], completed=done, total=total, numbers=text)
 
     yield show
+
+
+def lines(
+  pause: float = 5.0, clock: Callable[[], float] = time.monotonic
+) -> Callable[[Event], None]:
+  """Returns a function that prints progress as lines: of what takes longer than the pause.
+
+  Each phase has a line every `pause` seconds, and one when it is done.
+  """
+  last: dict[str, float] = {}
+  slow = set()
+
+  def show(event: Event) -> None:
+    if "message" in event:
+      log(event["message"])
+      return
+    phase, now = event["phase"], clock()
+    if now - last.setdefault(phase, now) >= pause:
+      slow.add(phase)
+    elif phase not in slow or event["done"] != event["total"]:
+      return
+    last[phase] = now
+    text = f"{phase}: {event['done']:g}/{event['total']:g} {event.get('unit', '')}".rstrip()
+    rest = numbers(event.get("numbers", {}))
+    log(display.name(f"{text}, {rest}" if rest else text))
+
+  return show
 
 
 def numbers(values: Mapping[str, Any]) -> str:

@@ -27,10 +27,12 @@ from jaxmerge.core.interpreter import Slice
 from jaxmerge.core.stage import Array, Method
 from jaxmerge.core.tree import Tree
 from jaxmerge.drivers import arguments, distributed_matrices, finiteness
+from jaxmerge.errors import suggest_keywords
 from jaxmerge.methods import averages
 from jaxmerge.parallel import mesh as meshes
 
 
+@suggest_keywords
 @double_precision.aware
 def merge(
   method: Method | Any,

@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple  # Any: what a recipe holds.
 
+from jaxmerge.errors import suggest_keywords
 from jaxmerge.evaluation import external
 from jaxmerge.files import estimate, resume
 from jaxmerge.files import plan as plans
@@ -68,6 +69,7 @@ class RecipePlan(NamedTuple):
     return {n: shard_writer.intermediate_folder(self.out, n) for n in self.plan.earlier}
 
 
+@suggest_keywords
 def merge_recipe(
   recipe: Source | Any,
   out: str | os.PathLike[str],

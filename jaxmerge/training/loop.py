@@ -21,6 +21,7 @@ from jaxmerge import methods
 from jaxmerge.core import double_precision, layouts, statistics
 from jaxmerge.core.stage import Method
 from jaxmerge.drivers import arguments
+from jaxmerge.errors import suggest_keywords
 from jaxmerge.evaluation import metrics, scoring
 from jaxmerge.io.checkpoints import store
 from jaxmerge.parallel import mesh as meshes
@@ -66,6 +67,7 @@ class Result(NamedTuple):
   merges: Mapping[str, Any] = types.MappingProxyType({})
 
 
+@suggest_keywords
 @double_precision.aware
 def tune_and_merge(
   apply: batch.Apply | Any,

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
 from jaxmerge.core import fingerprint
+from jaxmerge.errors import suggest_keywords
 
 if TYPE_CHECKING:
   from optax import GradientTransformation
@@ -17,6 +18,7 @@ else:
   GradientTransformation = Any  # Configs are read without jax, which optax imports.
 
 
+@suggest_keywords
 @dataclasses.dataclass(frozen=True)
 class Settings:
   """How long and how each task is tuned, and what happens between rounds.
