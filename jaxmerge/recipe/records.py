@@ -22,6 +22,7 @@ class Model:
     path: a local folder, a hub id, or the name of another recipe of the file.
     revision: of the hub's repository.
     adapters: paths of adapters that are added to the model, each with its revision.
+    step: which step of a run it is; None: of no run.
     hint: end of the errors of a model that cannot be opened: how to go on without it.
     place: where the reference stands.
   """
@@ -29,6 +30,7 @@ class Model:
   path: str
   revision: str | None = None
   adapters: tuple[tuple[str, str | None], ...] = ()
+  step: int | None = dataclasses.field(default=None, kw_only=True, compare=False)
   hint: str = dataclasses.field(default="", kw_only=True, compare=False)
   place: Place = dataclasses.field(kw_only=True, compare=False)
 

@@ -25,7 +25,7 @@ from jaxmerge.analysis import diff
 from jaxmerge.files import execute, inputs, inspection
 from jaxmerge.files import merge as files_merge
 from jaxmerge.io import formats
-from jaxmerge.io.checkpoints import arrays, metadata
+from jaxmerge.io.checkpoints import arrays, band_storage, metadata
 from jaxmerge.io.checkpoints import store as stores
 from jaxmerge.io.tensors.tensor import Files, Tensor
 from jaxmerge.training import loop, settings
@@ -465,3 +465,30 @@ def test_a_recipe_merges_runs_to_a_checkpoint(tmp_path):
   assert {p.name for p in (tmp_path / "out").iterdir()} == names
   again = recipe(tmp_path / "s.yml", tmp_path / "out", tmp_path / "out/../a")
   assert main.main(["merge", str(again), str(tmp_path / "more")]) == 0
+
+
+def test_bands_of_many_checkpoints_are_on_the_disk(tmp_path, monkeypatch):
+  """Parts of all checkpoints are read in turn: each band is decoded once, and one is in memory."""
+  monkeypatch.setattr(band_storage, "IN_MEMORY", 0)
+  values = [np.random.default_rng(k).normal(size=(64, 8)).astype(np.float32) for k in range(4)]
+  opened = []
+  for k, x in enumerate(values):
+    (tmp_path / str(k)).mkdir()
+    metadata.write(tmp_path / str(k), {"w": Tensor("w", x.dtype, x.shape, _reader(x))})
+    opened.append(metadata.tensors(tmp_path / str(k))["w"])
+  before = set(band_storage._STORAGES)
+  for start in range(0, 512, 128):
+    for x, tensor in zip(values, opened, strict=True):
+      out = np.empty(128, np.float32)
+      tensor.read(start, out)
+      np.testing.assert_array_equal(out, x.reshape(-1)[start : start + 128])
+  used = [s for s in before if s.entries.nbytes or s.is_on_disk]
+  assert sum(s.is_on_disk for s in used) >= 3
+  assert sum(bool(s.entries.nbytes) for s in used) <= 1
+
+
+def _reader(x):
+  def read(start, out):
+    out[:] = x.reshape(-1)[start : start + out.size]
+
+  return read

@@ -52,6 +52,15 @@ def test_weights_of_a_decay_are_shown_and_recorded(run, tmp_path, capsys):
   assert (job["models"], job["weights"]) == (names, [0.5, 0.5, 0.0])
 
 
+def test_a_decay_over_unequal_steps_is_noted(run, tmp_path):
+  uneven = {**SMA, "models": [{"run": "run", "steps": [500, 1000, 2000]}]}
+  merged({**uneven, "parameters": {"kind": "decay"}})
+  (note,) = folder.provenance(tmp_path / "out")["notes"]
+  assert note.startswith("steps 500, 1000, 2000 are not equally spaced; a decay takes them so")
+  merged(uneven)
+  assert "notes" not in folder.provenance(tmp_path / "out")
+
+
 def test_a_decay_of_another_kind_is_refused(run):
   with pytest.raises(RecipeError, match=r"parameters.decay: decay has no effect with kind 'ema'"):
     jaxmerge.merge_recipe({**SMA, "parameters": {"kind": "ema", "decay": "linear"}}, "out")

@@ -6,6 +6,7 @@ __getattr__, __dir__, __all__ = lazy.attach(
   __name__,
   (
     "arrays",
+    "band_storage",
     "leaves",
     "manifest",
     "metadata",

@@ -1,7 +1,8 @@
 """The arrays of an Orbax checkpoint, read and written in parts: zarr arrays in an OCDBT database.
 
 Free of jax: TensorStore does the work, and what Orbax knows beyond it is JSON in `_METADATA`. A
-*band* is a run of entries, row by row, that is made of whole chunks: one is in memory at a time.
+*band* is a run of entries, row by row, that is made of whole chunks: of each checkpoint one is held
+at a time, in memory or, if there are many, in a temporary file.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any, NamedTuple  # Any: stores of TensorStore, which is impor
 import numpy as np
 
 from jaxmerge import display
+from jaxmerge.io.checkpoints.band_storage import BandStorage
 from jaxmerge.io.disk import strict_json
 from jaxmerge.io.tensors.tensor import Tensor
 
@@ -102,7 +104,7 @@ class Arrays:
     self.check, self.checked = check, False
     self.key: str | None = None
     self.store: Any = None
-    self.band, self.entries = Band(0, 0, ()), np.empty(0)
+    self.band, self.entries = Band(0, 0, ()), BandStorage()
 
   def tensor(self, key: str, name: str, dtype: np.dtype, shape: tuple[int, ...]) -> Tensor:
     """Returns an array of the database, of a dtype and shape that are known already."""
@@ -133,22 +135,24 @@ class Arrays:
       raise ValueError(f"it is {on_disk[0]} {list(on_disk[1])} on disk, but {known}.")
     done = 0
     while done < out.size:
-      part = self._band_with(start + done)[start + done - self.band.start :][: out.size - done]
-      out[done : done + part.size] = part
-      done += part.size
+      self._load_band(start + done)
+      first = start + done - self.band.start
+      count = min(out.size - done, self.band.stop - self.band.start - first)
+      self.entries.copy(first, out[done : done + count])
+      done += count
 
-  def _band_with(self, at: int) -> np.ndarray:
-    """Returns the entries of the band in which an entry lies."""
+  def _load_band(self, at: int) -> None:
+    """Reads the band in which an entry lies, unless it was read last."""
     if not self.band.start <= at < self.band.stop:
       chunks = self.store.chunk_layout.read_chunk.shape or ()
       next_band = band(self.store.shape, chunks, at)
       self._forget()  # The old band goes before the new one comes.
-      self.entries = np.asarray(self.store[next_band.box].read().result()).reshape(-1)
+      self.entries.put(np.asarray(self.store[next_band.box].read().result()).reshape(-1))
       self.band = next_band
-    return self.entries
 
   def _forget(self) -> None:
-    self.band, self.entries = Band(0, 0, ()), np.empty(0)
+    self.band = Band(0, 0, ())
+    self.entries.clear()
 
 
 def write(

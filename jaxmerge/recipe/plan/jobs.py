@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple  # Any: numbers of many kinds.
 
@@ -13,7 +14,7 @@ from jaxmerge.files import plan
 from jaxmerge.files.plan import InputTensor, Job, TensorRequest
 from jaxmerge.io.tensors.tensor import Tensor
 from jaxmerge.recipe import parameters
-from jaxmerge.recipe.errors import Problem, RecipeError
+from jaxmerge.recipe.errors import Problem, RecipeError, join_some
 from jaxmerge.recipe.mergekit import deviations, precision, translate
 from jaxmerge.recipe.mergekit.methods import METHODS
 from jaxmerge.recipe.plan import matrix_axes
@@ -134,8 +135,22 @@ def plan_jobs(
       requests[name] = TensorRequest(
         name, models[base].input(name) if base else None, parts, of_weights=True
       )
-  lines = dict.fromkeys(line for line in notes.values() if line is not None)
+  found = (
+    *notes.values(),
+    *(_spacing_note(jobs[i].spec, k[0]) for i, k in enumerate(kinds.values())),
+  )
+  lines = dict.fromkeys(line for line in found if line is not None)
   return Work([requests[row.tensor.name] for row in rows], jobs, tuple(lines))
+
+
+def _spacing_note(spec: Mapping[str, Any], first: Assignment) -> str | None:
+  """Returns a note on checkpoints that a decay takes as equally spaced though they are not."""
+  steps = [m.step for m in first.models_of_sources if m.step is not None]
+  gaps = {b - a for a, b in itertools.pairwise(steps)}
+  if len(gaps) < 2 or spec.get("kind") != "decay" or spec["method"] != "checkpoint_average":
+    return None
+  listed = join_some(map(str, steps))
+  return f"steps {listed} are not equally spaced; a decay takes them so: list others, or use sma."
 
 
 def _translate(

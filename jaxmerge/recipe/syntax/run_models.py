@@ -41,7 +41,8 @@ def models(node: Node, nodes: Mapping[str, Node], problems: list[Problem]) -> tu
     text = f"{run.folder}: {names} {'is' if len(run.unfinished) == 1 else 'are'} half written"
     add(problems, node.place, f"{text}: not read.", ignored=True)
   return tuple(
-    Model(str(c.folder), hint=_hint(c, chosen, run), place=nodes[RUN].place) for c in chosen
+    Model(str(c.folder), step=c.step, hint=_hint(c, chosen, run), place=nodes[RUN].place)
+    for c in chosen
   )
 
 
