@@ -47,11 +47,15 @@ def suggest_keywords(target: T) -> T:
     TypeError: scaled has no argument 'factr'; did you mean 'factor'? Known: factor, x.
   """
   call: Any = getattr(target, "__init__") if isinstance(target, type) else target  # noqa: B009
-  known = [name for name in inspect.signature(target).parameters if name != "self"]
+  signature = inspect.signature(target)
+  kinds = {p.kind for p in signature.parameters.values()}
+  known = [name for name in signature.parameters if name != "self"]
 
   @functools.wraps(call)
   def checked(*args: Any, **kwargs: Any) -> Any:
-    for name in kwargs:
+    # What a function passes on by **, it checks itself, if there is what it needs.
+    passes_on = inspect.Parameter.VAR_KEYWORD in kinds and _binds(signature, args, kwargs)
+    for name in () if passes_on else kwargs:
       if name not in known:
         raise TypeError(f"{target.__name__} has no argument {name!r}{nearest(name, known)}.")
     return call(*args, **kwargs)
@@ -60,3 +64,12 @@ def suggest_keywords(target: T) -> T:
     return cast(T, checked)
   target.__init__ = checked  # type: ignore[misc]
   return target
+
+
+def _binds(signature: inspect.Signature, args: Any, kwargs: Any) -> bool:
+  """Returns whether a call has all arguments that must be there."""
+  try:
+    signature.bind(*args, **kwargs)
+  except TypeError:
+    return False
+  return True
