@@ -34,8 +34,8 @@ class Rank(NamedTuple):
     noise = squares[0] * len(squares) * np.finfo(np.float64).eps
     rank = min(self.most, int((squares > noise).sum()))
     if self.energy is not None:
-      kept = np.cumsum(squares) >= self.energy * squares.sum() * (1 - 1e-12)
-      rank = min(rank, int(np.argmax(kept)) + 1 if kept.any() else rank)
+      enough = np.cumsum(squares) >= self.energy * squares.sum() * (1 - 1e-12)
+      rank = min(rank, int(np.argmax(enough)) + 1 if enough.any() else rank)
     return max(rank, 1)
 
 

@@ -54,7 +54,9 @@ def dry_run(plan: Plan, *, shard_size: int, out_format: str = "safetensors") -> 
 
 
 def _is_checkpoint(path: str) -> bool:
-  return metadata.is_checkpoint(path) or other_programs.parse(path) is not None
+  # A plain folder is parsed as well: a reference has a step or a subtree behind it.
+  is_reference = not os.path.isdir(path) and other_programs.parse(path) is not None
+  return metadata.is_checkpoint(path) or is_reference
 
 
 def _dry_run_of_job(plan: Plan, number: int) -> list[str]:

@@ -61,11 +61,11 @@ def read(paths: list[pathlib.Path], opened: Files) -> FlaxWeights:
   dropped: list[str] = []
   if MODEL in heads and heads & set(_STATE):
     dropped = [n for n in tensors if n.split("/")[0] in _STATE]
-    kept = {n: t for n, t in tensors.items() if n not in dropped}
-    alone = {n.split("/")[0] for n in kept} == {MODEL}
+    rest = {n: t for n, t in tensors.items() if n not in dropped}
+    alone = {n.split("/")[0] for n in rest} == {MODEL}
     start = len(MODEL) + 1 if alone else 0
-    tensors = {n[start:]: t for n, t in kept.items()}
-    homes = {n[start:]: homes[n] for n in kept}
+    tensors = {n[start:]: t for n, t in rest.items()}
+    homes = {n[start:]: homes[n] for n in rest}
   if not tensors:
     raise ValueError(f"{paths[0]}: holds no arrays.")
   return FlaxWeights(tensors, homes, _notes(paths[0], dropped, others))

@@ -58,10 +58,10 @@ def parts(path: pathlib.Path) -> list[Part]:
     ValueError: naming the part that only has several variants.
   """
   folders = sorted(p for p in path.iterdir() if p.is_dir() and any(p.glob(f"*{_END}")))
-  found = [part for home in folders if (part := _part(home)) is not None]
-  if not found:
+  weighted = [part for home in folders if (part := _part(home)) is not None]
+  if not weighted:
     raise FileNotFoundError(f"{path}: {INDEX} is there, but no part of it has safetensors.")
-  return found
+  return weighted
 
 
 def _part(home: pathlib.Path) -> Part | None:
@@ -153,8 +153,8 @@ def small_files(path: pathlib.Path) -> list[pathlib.Path]:
   Raises:
     ValueError: if one of them is a link to a file elsewhere.
   """
-  found = [p for name in COPIED for p in (*path.glob(name), *path.glob(f"*/{name}"))]
-  paths = sorted({p for p in found if p.is_file() and not _is_left(p.relative_to(path))})
+  matches = [p for name in COPIED for p in (*path.glob(name), *path.glob(f"*/{name}"))]
+  paths = sorted({p for p in matches if p.is_file() and not _is_left(p.relative_to(path))})
   for each in paths:
     links.check(each, path)
   return paths
@@ -178,8 +178,8 @@ def shards(sizes: Mapping[str, int], limit: int, stems: Mapping[str, str]) -> di
   """
   files: dict[str, list[str]] = {}
   for part in dict.fromkeys(name.partition("/")[0] for name in sizes):
-    own = {name: size for name, size in sizes.items() if name.startswith(f"{part}/")}
-    for file, names in folder.shards(own, limit).items():
+    part_sizes = {name: size for name, size in sizes.items() if name.startswith(f"{part}/")}
+    for file, names in folder.shards(part_sizes, limit).items():
       end = file.removeprefix("model")
       files[f"{part}/{stems.get(part, STEMS[0])}{end}"] = names
   return files
@@ -189,10 +189,14 @@ def indices(files: Mapping[str, Collection[str]], sizes: Mapping[str, int]) -> d
   """Returns the texts of the indices of parts in several files, by name."""
   texts: dict[str, str] = {}
   for part in dict.fromkeys(file.partition("/")[0] for file in files):
-    own = {f.partition("/")[2]: n for f, n in files.items() if f.startswith(f"{part}/")}
-    if len(own) > 1:
-      stem = re.sub(r"-\d{5}-of-\d{5}\.safetensors$", "", next(iter(own)))
-      inner = {file: [folder.inner(f"{part}/x", n) for n in names] for file, names in own.items()}
-      lengths = {folder.inner(f"{part}/x", n): sizes[n] for names in own.values() for n in names}
+    part_files = {f.partition("/")[2]: n for f, n in files.items() if f.startswith(f"{part}/")}
+    if len(part_files) > 1:
+      stem = re.sub(r"-\d{5}-of-\d{5}\.safetensors$", "", next(iter(part_files)))
+      inner = {
+        file: [folder.inner(f"{part}/x", n) for n in names] for file, names in part_files.items()
+      }
+      lengths = {
+        folder.inner(f"{part}/x", n): sizes[n] for names in part_files.values() for n in names
+      }
       texts[f"{part}/{stem}{_END}.index.json"] = folder.index(inner, lengths)
   return texts

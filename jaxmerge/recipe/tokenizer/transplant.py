@@ -107,8 +107,8 @@ def transplant(
     record |= {"k": k} if method in ("omp", "interpolate") else {}
     for name, matrix, of_donor in _matrices(ours, theirs):
       match = _match(tokens[0], tokens[1], matrix, of_donor, match_bytes, match_prefixes)
-      made, error = _combinations(match, of_donor, method, k, cosine, batch)
-      tables[name] = _rearranged(matrix, match, made, method)
+      sums, error = _combinations(match, of_donor, method, k, cosine, batch)
+      tables[name] = _rearranged(matrix, match, sums, method)
       record.setdefault("tokens", match.counts)
       record.setdefault("errors", {})[name] = error
     changed = ours._replace(tensors={**ours.tensors, **_vectors(ours, tables, tokens), **tables})
@@ -139,10 +139,10 @@ def _matrices(model: plan.Model, donor: plan.Model) -> list[tuple[str, Tensor, T
   """
   ours, theirs = _tables(model), _tables(donor)
   embedding = ours["embedding"]
-  found = [(*embedding, theirs["embedding"][1])]
+  matrices = [(*embedding, theirs["embedding"][1])]
   if "head" in ours:  # A donor's embedding is its head where it has no other.
-    found.append((*ours["head"], theirs.get("head", theirs["embedding"])[1]))
-  return found
+    matrices.append((*ours["head"], theirs.get("head", theirs["embedding"])[1]))
+  return matrices
 
 
 def _tables(model: plan.Model) -> dict[str, tuple[str, Tensor]]:
@@ -180,12 +180,12 @@ def _match(
   for token, key in token_keys.keys(theirs).items():
     row = theirs.ids[token]
     if row >= of_donor.shape[0]:
-      how, found = "without a row", None
+      how, source = "without a row", None
     else:
-      how, found = _row(key, have, match_bytes, match_prefixes)
+      how, source = _row(key, have, match_bytes, match_prefixes)
     counts[how] += 1
-    if found is not None:
-      rows[row] = found
+    if source is not None:
+      rows[row] = source
     if how == "same":
       shared.append(row)
     elif how == "new":
@@ -217,14 +217,14 @@ def _combinations(
   if method not in ("omp", "interpolate") or not len(match.new):
     return None, None
   atoms, targets = (_rows_of(of_donor, places) for places in (match.shared[0], match.new))
-  made = approximation.combine(targets, atoms, method=method, k=k, cosine=cosine, batch=batch)
+  sums = approximation.combine(targets, atoms, method=method, k=k, cosine=cosine, batch=batch)
   missed = []
   for first in range(0, len(targets), batch):
     part = slice(first, first + batch)
-    near = np.einsum("nk,nkd->nd", made.coefficients[part], atoms[made.indices[part]])
+    near = np.einsum("nk,nkd->nd", sums.coefficients[part], atoms[sums.indices[part]])
     sizes = np.linalg.norm(targets[part], axis=1)
     missed.append(np.linalg.norm(near - targets[part], axis=1) / np.where(sizes > 0, sizes, 1))
-  return made, float(np.concatenate(missed).mean())
+  return sums, float(np.concatenate(missed).mean())
 
 
 def _rows_of(matrix: Tensor, places: np.ndarray) -> np.ndarray:
@@ -241,7 +241,7 @@ def _rows_of(matrix: Tensor, places: np.ndarray) -> np.ndarray:
 
 
 def _rearranged(
-  matrix: Tensor, match: Match, made: approximation.Combination | None, method: str
+  matrix: Tensor, match: Match, sums: approximation.Combination | None, method: str
 ) -> Tensor:
   """Returns a matrix with a row for each token of the donor, made when it is read."""
   width, wide = matrix.shape[1], widen(matrix, np.dtype(np.float32))
@@ -253,10 +253,10 @@ def _rearranged(
     values = np.zeros(width, np.float32)
     if match.rows[number] >= 0:
       wide.read(int(match.rows[number]) * width, values)
-    elif order[number] >= 0 and made is not None:
+    elif order[number] >= 0 and sums is not None:
       part = np.empty(width, np.float32)
-      sources = match.shared[1][made.indices[order[number]]]
-      for source, weight in zip(sources, made.coefficients[order[number]], strict=True):
+      sources = match.shared[1][sums.indices[order[number]]]
+      for source, weight in zip(sources, sums.coefficients[order[number]], strict=True):
         wide.read(int(source) * width, part)
         values += weight * part
     elif order[number] >= 0:
