@@ -84,11 +84,26 @@ def test_other_codes_stay_codes():
     "odd.weight": np.ones((4, 4), FLOAT8),
     "odd.weight_scale": np.ones(4, np.float32),
     "odd.weight_zero_point": np.ones(4, FLOAT8),
+    "mx.weight": np.ones((4, 4), FLOAT8),
+    "mx.weight_scale": np.full((4, 1), 127, np.uint8),  # Exponents.
   }
   result = scaled.dequantize({n: tensor(x) for n, x in of.items()}, {})
   assert result.tensors.keys() == of.keys()
   assert not result.weights
-  assert quantized.find_codes(result.tensors).keys() == {"int.weight", "odd.weight"}
+  assert quantized.find_codes(result.tensors).keys() == {"int.weight", "odd.weight", "mx.weight"}
+
+
+def test_scales_of_activations_are_left_out():
+  of = {
+    "up.weight": np.ones((4, 4), FLOAT8),
+    "up.weight_scale": np.float32(2),
+    "up.input_scale": np.float32(2),
+    "experts.w13_input_scale": np.ones(2, np.float32),
+    "attn.k_scale": np.float32(2),
+    "clip.logit_scale": np.float32(2),
+  }
+  result = scaled.dequantize({n: tensor(np.asarray(x)) for n, x in of.items()}, {})
+  assert result.tensors.keys() == {"up.weight", "clip.logit_scale"}
 
 
 def quantize(x, block):

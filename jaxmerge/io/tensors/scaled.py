@@ -14,6 +14,7 @@ from typing import Any, NamedTuple  # Any: what a config.json holds.
 import ml_dtypes
 import numpy as np
 
+from jaxmerge.io.tensors import safetensors
 from jaxmerge.io.tensors.tensor import Tensor
 
 FLOAT8 = tuple(np.dtype(d) for d in (ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2))
@@ -23,8 +24,8 @@ _ENDS = ("_scale", "_scale_inv")  # After the name of a weight.
 _BESIDE = ("scale_weight", "qscale_weight")  # In the place of `weight`.
 # Scales of activations and of the cache of keys and values: they say nothing about weights.
 _ACTIVATIONS = re.compile(
-  r"(?:^|[.])(?:(?:input|activation|output|[kvq]|kv|prob|softmax)_scale(?:_ub)?|scale_input"
-  r"|qscale_act|scaled_fp8)$"
+  r"(?:^|[._])(?:input|activation|output)_scale(?:_ub)?$"
+  r"|(?:^|[.])(?:(?:[kvq]|kv|prob|softmax)_scale|scale_input|qscale_act|scaled_fp8)$"
 )
 _STORED = ("bfloat16", "float16", "float32")
 
@@ -114,7 +115,13 @@ def _scale_of(name: str, tensor: Tensor, tensors: Mapping[str, Tensor]) -> str |
     return None
   stem = name.removesuffix("weight")
   beside = [f"{stem}{word}" for word in _BESIDE if stem != name]
-  return next((n for n in (*(name + end for end in _ENDS), *beside) if n in tensors), None)
+  names = (*(name + end for end in _ENDS), *beside)
+  # Scales in bytes are exponents (MX formats), or scaled again: no factors as they stand.
+  return next((n for n in names if n in tensors and _is_factor(tensors[n])), None)
+
+
+def _is_factor(scale: Tensor) -> bool:
+  return safetensors.is_floating(scale.dtype) and scale.dtype.itemsize > 1
 
 
 def _block(config: Mapping[str, Any]) -> tuple[int, int]:
