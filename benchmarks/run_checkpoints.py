@@ -2,7 +2,7 @@
 
   python benchmarks/run_checkpoints.py --work=runs/checkpoints
 
-Writes a run of Orbax checkpoints, 33 million parameters in float32 each, merges the last 2 to 16 of
+Writes a run of Orbax checkpoints, 33 million parameters in float32 each, merges the last 2 to 32 of
 them by a decay, each in a process of its own, with programs compiled before, and prints its peak
 memory and the largest error against the mean in float64 of the same checkpoints. Then it slides a
 window over a longer series, and prints the error of `jaxmerge.online` and of a running sum in
@@ -30,7 +30,7 @@ from jaxmerge.io.checkpoints import metadata
 from jaxmerge.io.tensors.tensor import Files, Tensor
 
 SHAPES = {f"layers_{i}/kernel": (2048, 4096) for i in range(4)}
-COUNTS = (2, 4, 8, 16)
+COUNTS = (2, 4, 8, 16, 32)
 SLIDES = (100, 1000, 10_000)  # Steps of a run over which a window slides.
 
 

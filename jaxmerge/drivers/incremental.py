@@ -84,8 +84,8 @@ def of(
   if not stage.foldable(method):
     raise ValueError(
       "the method needs all models at once: it measures them, or its combiner has no fold; "
-      "merge a stack, or use `average`, `checkpoint_average`, `task_arithmetic`, `dare`, `magmax` "
-      "or `continual.opcm`."
+      "merge a stack, or the newest few, jaxmerge.online(method, window=8); or use `average`, "
+      "`checkpoint_average`, `task_arithmetic`, `dare`, `magmax` or `continual.opcm`."
     )
   if base is None:
     instead = "incremental.of(method, base)"

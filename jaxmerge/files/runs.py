@@ -13,6 +13,7 @@ import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple  # Any: what a recipe or a file of JSON holds.
 
+from jaxmerge.io.checkpoints import places
 from jaxmerge.io.disk import strict_json
 
 _NAME = re.compile(
@@ -21,6 +22,7 @@ _NAME = re.compile(
 # What a save leaves that was interrupted: of Orbax, of the Hugging Face trainer, of jaxmerge.
 _UNFINISHED = re.compile(r".*\.orbax-checkpoint-tmp.*|tmp-checkpoint-[0-9]+|.*\.(tmp|partial)")
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+_COMMITTED = "commit_success.txt"  # Of Orbax, in a step that is whole, where folders have no names.
 _TRAINER = "trainer_state.json"
 _SEEN = "num_input_tokens_seen"  # In it; 0 where the trainer did not count.
 FORMS = "'last 8', '1000:9000:1000' (both ends included), '1000:9000', [1000, 2000] or 'all'"
@@ -63,7 +65,7 @@ def open_run(path: str | os.PathLike[str]) -> Run:
 
   Args:
     path: the folder with a folder for each step, or one whose `checkpoints` is that; of steps of
-      Orbax that hold more than a model also `RUN:SUBTREE`.
+      Orbax that hold more than a model also `RUN:SUBTREE`. It may be a URL, `gs://bucket/run`.
 
   Raises:
     FileNotFoundError: where there is no such folder.
@@ -72,6 +74,8 @@ def open_run(path: str | os.PathLike[str]) -> Run:
   from jaxmerge.io.checkpoints import metadata  # Late: it imports NumPy.
 
   text, subtree = _parts(os.fspath(path))
+  if (where := places.place(text)).is_remote:
+    return _with_subtree(_remote_run(where), subtree)
   path = pathlib.Path(text)
   if not path.is_dir():
     raise FileNotFoundError(f"{path}: no such folder; a run is a folder with a folder a step.")
@@ -97,7 +101,7 @@ def _parts(path: str) -> tuple[str, str]:
   if os.path.isdir(path) or ":" not in path:
     return path, ""
   run, _, subtree = path.rpartition(":")
-  return run, subtree
+  return (path, "") if subtree.startswith("/") else (run, subtree)
 
 
 def _with_subtree(run: Run, subtree: str) -> Run:
@@ -158,15 +162,33 @@ def select(
   return _by_tokens(run, tokens, tokens_per_step)
 
 
+def _remote_run(where: places.Place) -> Run:
+  """Lists the steps of a run behind a URL, where Orbax marks those that are whole."""
+  for folder in (where, where / "checkpoints"):
+    names = folder.names()
+    whole = [n for n in names if (folder / n).read(_COMMITTED) is not None]
+    partial = [n for n in names if whole and n not in whole and _NAME.fullmatch(n)]
+    run = _group(folder.path, [folder.path / n for n in names if n not in partial])
+    if run.checkpoints:
+      return run._replace(unfinished=(*run.unfinished, *(folder.path / n for n in partial)))
+  raise ValueError(f"{where.text}: holds no folder of a step, such as 1000 or checkpoint-1000.")
+
+
 def _list(folder: pathlib.Path) -> Run:
   """Lists the steps directly in a folder, which may not exist."""
+  paths = sorted(folder.iterdir()) if folder.is_dir() else []
+  return _group(folder, [p for p in paths if p.is_dir()])
+
+
+def _group(folder: pathlib.Path, paths: Sequence[pathlib.Path]) -> Run:
+  """Returns the run of the folders in one."""
   kinds: dict[str, dict[int, pathlib.Path]] = {}
   unfinished = []
-  for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+  for path in paths:
     match = _NAME.fullmatch(path.name)
     if _UNFINISHED.fullmatch(path.name):
       unfinished.append(path)
-    elif match and path.is_dir():
+    elif match:
       of_kind = kinds.setdefault(match["prefix"], {})
       if other := of_kind.get(step := int(match["step"])):
         raise ValueError(f"{folder}: {other.name} and {path.name} are both step {step}: move one.")

@@ -88,3 +88,20 @@ def test_a_run_of_this_library(tmp_path):
   recipe["parameters"] = {"kind": "decay"}
   out = jaxmerge.merge_recipe(recipe, tmp_path / "out")
   np.testing.assert_allclose(merged(out), decayed((1, 2, 3)), atol=1e-6)
+
+
+def test_a_run_behind_a_url(run, tmp_path):
+  """As of a bucket, where a step is whole if Orbax's mark is in it."""
+  (run / "1200" / "commit_success.txt").unlink()
+  opened = runs.open_run(f"file://{run}")
+  assert opened.steps == STEPS[:3]
+  assert [p.name for p in opened.unfinished] == ["1200"]
+  recipe = {
+    "merge_method": "checkpoint_average",
+    "models": [{"run": f"file://{run}:params", "steps": "last 2"}],
+    "parameters": {"kind": "decay"},
+  }
+  out = jaxmerge.merge_recipe(recipe, tmp_path / "out")
+  np.testing.assert_allclose(merged(out), decayed(STEPS[1:3]), atol=1e-6)
+  with pytest.raises(ValueError, match="holds no folder of a step"):
+    runs.open_run(f"file://{tmp_path}/none")

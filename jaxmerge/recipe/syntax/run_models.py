@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any  # Any: values of YAML.
 
 from jaxmerge.files import runs
+from jaxmerge.io.checkpoints import places
 from jaxmerge.recipe.errors import Problem, add, join_some
 from jaxmerge.recipe.records import Model
 from jaxmerge.recipe.syntax import fields
@@ -41,7 +42,9 @@ def models(node: Node, nodes: Mapping[str, Node], problems: list[Problem]) -> tu
     text = f"{run.folder}: {names} {'is' if len(run.unfinished) == 1 else 'are'} half written"
     add(problems, node.place, f"{text}: not read.", ignored=True)
   return tuple(
-    Model(str(c.folder), step=c.step, hint=_hint(c, chosen, run), place=nodes[RUN].place)
+    Model(
+      places.place(c.folder).text, step=c.step, hint=_hint(c, chosen, run), place=nodes[RUN].place
+    )
     for c in chosen
   )
 
