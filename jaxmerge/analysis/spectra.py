@@ -13,10 +13,10 @@ from typing import Any  # A record is JSON, its values have no one type.
 
 import numpy as np
 
-from jaxmerge.analysis import diff
 from jaxmerge.analysis import sums as sum_lib
 from jaxmerge.analysis.sums import Count
 from jaxmerge.files.plan import Model
+from jaxmerge.io.tensors import safetensors
 from jaxmerge.io.tensors.tensor import Tensor
 
 Record = dict[str, Any]
@@ -31,10 +31,14 @@ _PASSES = 4  # Readings of a matrix for a randomised decomposition.
 
 def choose(base: Model, most: int = MATRICES) -> list[str]:
   """Returns the names of some matrices of a model, evenly over all of them in their order."""
-  every = [n for n in diff.matrices(base, ".") if max(base.tensors[n].shape) <= LONGEST]
-  every.sort(key=_natural)
+  every = sorted((n for n, t in base.tensors.items() if _fits(t)), key=_natural)
   places = np.linspace(0, len(every) - 1, min(most, len(every))).round().astype(int)
   return [every[i] for i in places]
+
+
+def _fits(tensor: Tensor) -> bool:
+  matrix = len(tensor.shape) == 2 and 0 < min(tensor.shape) <= max(tensor.shape) <= LONGEST
+  return matrix and safetensors.is_floating(tensor.dtype)
 
 
 def _natural(name: str) -> list[tuple[bool, int, str]]:

@@ -193,20 +193,22 @@ def _add_diff_flags(parser: argparse.ArgumentParser) -> None:
     "--top", metavar="N", type=int, default=16, help="how many singular values; default: 16"
   )
   parser.add_argument("--out", metavar="FOLDER", help="write diff.json and plots into it")
+  text = "write a page with figures, spectra of a dozen matrices (or of --singular) among them"
+  parser.add_argument("--page", metavar="FILE", help=text)
 
 
 def run_diff(options: argparse.Namespace, config: Any) -> None:
   """Shows how models differ from their base."""
   if options.top < 1:
     raise ValueError(f"--top must be 1 or more, got {options.top}.")
-  from jaxmerge.analysis import diff
+  from jaxmerge.analysis import diff, spectra
   from jaxmerge.files import inputs
   from jaxmerge.io.huggingface import hub
   from jaxmerge.io.tensors.tensor import Files
-  from jaxmerge.report import diff_text
+  from jaxmerge.report import diff_page, diff_text
   from jaxmerge.report import figure_elements as figures
 
-  if options.out is not None:
+  if options.out is not None or options.page is not None:
     try:
       figures.figure(1.0)  # A missing Matplotlib is reported now, not after minutes.
     except ImportError as e:
@@ -219,19 +221,24 @@ def run_diff(options: argparse.Namespace, config: Any) -> None:
     base = inputs.open_model(folders[0], files)
     models = diff.open_models(folders[1:], base, files, names)
     size = diff.size(base, models, options.singular)
+    matrices: list[str] = []
+    if options.page is not None:
+      matrices = diff.matrices(base, options.singular) or spectra.choose(base)
+      size += spectra.size(base, models, matrices)
     with progress.bars() as show:
+      count = progress.byte_counter(show, "read", size)
       record = diff.compare(
-        base,
-        models,
-        singular=options.singular,
-        top=options.top,
-        progress=progress.byte_counter(show, "read", size),
+        base, models, singular=options.singular, top=options.top, progress=count
       )
+      spectra_by_matrix = spectra.measure(base, models, matrices, count)
   finally:
     files.close()
   progress.output(diff_text.text(record))
   for path in [] if options.out is None else diff_text.write(record, options.out):
     progress.output(f"wrote {path}")
+  if options.page is not None:
+    diff_page.write(record, spectra_by_matrix, options.page)
+    progress.output(f"wrote {options.page}")
 
 
 MERGE = Command(

@@ -26,6 +26,8 @@ _HOMES = {
 }
 _ROOMS = (
   *dict.fromkeys(_HOMES.values()),
+  "diff_figures",
+  "diff_page",
   "diff_text",
   "extract_text",
   "figure_elements",

@@ -31,7 +31,7 @@ def text(record: Mapping[str, Any], width: int = 100) -> str:
   parts.append(("Whole models", whole(record)))
   written = [f"{title}\n{tables.to_text(table, width)}" for title, table in parts]
   if len(names) > 1:
-    conflict, size = _percent(record["whole"]["sign_conflict"]), record["whole"]["entries"]
+    conflict, size = percent(record["whole"]["sign_conflict"]), record["whole"]["entries"]
     written.append(f"Models disagree on the sign at {conflict} % of {size:,} entries.")
   if record["uncompared"]:
     written.append(f"Not compared, as they hold integers: {', '.join(record['uncompared'])}.")
@@ -45,12 +45,12 @@ def groups(
   pairs = [] if brief else list(itertools.combinations(range(len(names)), 2))
   head, rows = ["", *names], []
   for group, measures in entries.items():
-    sizes = [f"{measures['norms'][n]:.4g} ({_percent(measures['relative'][n])})" for n in names]
+    sizes = [f"{measures['norms'][n]:.4g} ({percent(measures['relative'][n])})" for n in names]
     cosines = [measures["cosines"][i][j] for i, j in pairs]
     if len(pairs) > PAIRS:
       known = [x for x in cosines if x is not None]
       cosines = [sum(known) / len(known) if known else None]
-    conflict = [_percent(measures["sign_conflict"])] * bool(pairs)
+    conflict = [percent(measures["sign_conflict"])] * bool(pairs)
     rows.append([Cell(x) for x in (group, *sizes, *conflict, *map(_cosine, cosines))])
   if pairs:
     head.append("Sign conflicts (%)")
@@ -64,7 +64,7 @@ def whole(record: Mapping[str, Any]) -> Table:
   measures, names = record["whole"], record["models"]
   several = len(names) > 1
   rows = [
-    [name, f"{measures['norms'][name]:.4g}", _percent(measures["relative"][name])]
+    [name, f"{measures['norms'][name]:.4g}", percent(measures["relative"][name])]
     + [_cosine(x) for x in cosines] * several
     for name, cosines in zip(names, measures["cosines"], strict=True)
   ]
@@ -76,13 +76,14 @@ def singular(record: Mapping[str, Any]) -> Table:
   """Returns a row per matrix: the share of each model's energy in its top singular values."""
   names = record["models"]
   rows = [
-    [Cell(matrix), *(Cell(_percent(by_model[n]["share"])) for n in names)]
+    [Cell(matrix), *(Cell(percent(by_model[n]["share"])) for n in names)]
     for matrix, by_model in record["singular"].items()
   ]
   return Table(["", *names], rows)
 
 
-def _percent(x: float | None) -> str:
+def percent(x: float | None) -> str:
+  """Returns a share in percent, to three digits."""
   return "–" if x is None else f"{100 * x:#.3g}".rstrip(".")
 
 
@@ -100,17 +101,17 @@ def figures(record: Mapping[str, Any]) -> dict[str, Any]:
   return {name: figure for name, figure in figures_by_name.items() if figure is not None}
 
 
-def cosines(record: Mapping[str, Any]) -> Any:
+def cosines(record: Mapping[str, Any], width: float = figure_lib.WIDTH) -> Any:
   """Draws the cosines between the task vectors of two models or more."""
   several = len(record["models"]) > 1
   return (
-    geometry.matrices({"Whole model": record["whole"]["cosines"]}, record["models"])
+    geometry.matrices({"Whole model": record["whole"]["cosines"]}, record["models"], width)
     if several
     else None
   )
 
 
-def norms(record: Mapping[str, Any]) -> Any:
+def norms(record: Mapping[str, Any], width: float = figure_lib.WIDTH) -> Any:
   """Draws the norms of task vectors over two layers or more, in % of the base's norms."""
   layers = {
     int(key): measures["relative"] for key, measures in record["layers"].items() if key.isdecimal()
@@ -118,7 +119,7 @@ def norms(record: Mapping[str, Any]) -> Any:
   if len(layers) < 2:
     return None
   curves = {n: 100 * figure_lib.column(list(layers.values()), n) for n in record["models"]}
-  return geometry.lengths(list(layers), curves, "Layer", "Norm (L2, in % of the base's)")
+  return geometry.lengths(list(layers), curves, "Layer", "Norm (L2, in % of the base's)", width)
 
 
 def write(record: Mapping[str, Any], folder: str | pathlib.Path) -> list[pathlib.Path]:

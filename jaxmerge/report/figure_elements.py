@@ -22,6 +22,7 @@ NARROW = 3.5  # inches: 8 points are 11 px on a phone
 DPI = 200
 SIZE = 8.0  # points, of all text but titles
 LINE = 0.17  # inches between the lines of a legend
+_LEFT = 0.52  # inches left of the axes of a narrow figure, for tick labels
 PAGE, INK, SOFT, GRID = "#ffffff", "#222222", "#666666", "#e3e3e3"
 POSITIVE, NEGATIVE = "#e08214", "#8073ac"  # of a scale through zero: ink is legible on both
 # Okabe and Ito's palette for colour-blind readers; grey and black for references.
@@ -221,7 +222,7 @@ def settle(fig: Any, axes: Any, right: Sequence[str] = (), left: float = 0.7) ->
   room = max((text_width(fig, t) for t in right), default=0.0) + (0.34 if right else 0.1)
   narrow = is_narrow(fig)
   if narrow and left == 0.7:
-    left = 0.45
+    left = _LEFT
   set_edges(fig, left, room, 0.48, 0.52 if narrow else 0.36)
 
 
@@ -267,7 +268,7 @@ def _label_below(fig: Any, axes: Any, marks: Sequence[Mark]) -> None:
   columns = 2 if 2 * widest <= NARROW - 2 * room else 1
   lines = math.ceil(len(marks) / columns)
   grow(fig, lines * LINE + 0.05)
-  set_edges(fig, 0.45, room, 0.48 + lines * LINE + 0.05, 0.52)
+  set_edges(fig, _LEFT, room, 0.48 + lines * LINE + 0.05, 0.52)
   width, height = fig.get_size_inches()
   for i, mark in enumerate(sorted(marks, key=lambda m: -m.y)):
     column, line = divmod(i, lines)

@@ -36,12 +36,12 @@ def matrices(cosines: Mapping[str, Any], tasks: Sequence[str], width: float = fi
   across = 1 if narrow or len(tasks) > 9 else len(grids)
   side = min((width - left - 0.2 * across) / across, 0.62 * len(tasks))
   down = len(grids) // across
-  height = down * (side + 0.35) + (down - 1) * 0.1 + below + 0.38
+  height = down * (side + 0.35) + (down - 1) * 0.1 + below + (0.53 if narrow else 0.38)
   fig, plots = figures.figure(height, columns=len(grids), width=width)
   for i, (axes, title, grid) in enumerate(zip(plots, cosines, grids, strict=True)):
     shown = np.ma.masked_array(grid, hidden | np.isnan(grid))
     edges = np.arange(len(tasks) + 1) - 0.5
-    image = axes.pcolormesh(edges, edges, shown, cmap=_through_zero(), vmin=-limit, vmax=limit)
+    image = axes.pcolormesh(edges, edges, shown, cmap=through_zero(), vmin=-limit, vmax=limit)
     axes.invert_yaxis()
     column, row = i % across, i // across
     corner = (left + column * (side + 0.2), below + (down - 1 - row) * (side + 0.45))
@@ -56,7 +56,7 @@ def matrices(cosines: Mapping[str, Any], tasks: Sequence[str], width: float = fi
     axes.spines[:].set_visible(False)
     _numbers(axes, grid, side / len(tasks))
   figures.headline(fig, "Cosines between task vectors")
-  _color_bar(fig, image, (width - 1.6, height - (0.42 if narrow else 0.2)))
+  color_bar(fig, image, (width - 1.6, height - (0.42 if narrow else 0.2)))
   return fig
 
 
@@ -74,7 +74,7 @@ def _numbers(plot: Any, grid: np.ndarray, cell: float) -> None:
     plot.text(j, i, text, ha="center", va="center", fontsize=size, color=color)
 
 
-def _through_zero() -> Any:
+def through_zero() -> Any:
   """Returns a scale of colours that fade to nothing at zero, on a page of any colour."""
   colors = importlib.import_module("matplotlib.colors")
   shares = np.linspace(-1.0, 1.0, 41)
@@ -82,16 +82,23 @@ def _through_zero() -> Any:
   return colors.ListedColormap([colors.to_rgba(ends[s > 0], 0.95 * abs(s)) for s in shares])
 
 
-def _color_bar(fig: Any, image: Any, corner: tuple[float, float]) -> None:
-  """Adds a thin horizontal scale above the matrices, from its lower left corner in inches."""
+def from_zero() -> Any:
+  """Returns a scale of one colour that fades to nothing at zero."""
+  colors = importlib.import_module("matplotlib.colors")
+  shares = np.linspace(0.0, 0.95, 41)
+  return colors.ListedColormap([colors.to_rgba(figures.POSITIVE, s) for s in shares])
+
+
+def color_bar(fig: Any, image: Any, corner: tuple[float, float]) -> None:
+  """Adds a thin horizontal scale for cells, from its lower left corner in inches."""
   bar = fig.add_axes([0, 0, 1, 1])
   figures.place(fig, bar, (*corner, 1.45, 0.09))
-  top = image.norm.vmax
-  edges = np.linspace(-top, top, 42)
+  low, high = image.norm.vmin, image.norm.vmax
+  edges = np.linspace(low, high, 42)
   bar.pcolormesh(edges, [0, 1], (edges[None, 1:] + edges[None, :-1]) / 2, cmap=image.cmap)
   bar.tick_params(labelsize=7, length=2, pad=1.5, colors=figures.SOFT)
   bar.set_yticks([])
-  bar.set_xticks([-top, 0, top])
+  bar.set_xticks([low, 0, high] if low < 0 else [low, high])
   bar.spines[:].set_visible(False)
 
 
@@ -111,6 +118,9 @@ def lengths(
   x: str,
   y: str,
   width: float = figures.WIDTH,
+  *,
+  title: str = "Length of the task vectors",
+  floor: float | None = 0.0,
 ) -> Any:
   """Draws a curve per task, labelled on the right with its name and last value."""
   tall = max(3.4, 0.17 * len(curves) + 1.2) if width == figures.WIDTH else 2.7
@@ -130,8 +140,8 @@ def lengths(
     heights += ys[np.isfinite(ys)].tolist()
   if not marks:
     return None
-  figures.dress(axes, "Length of the task vectors", x, y)
-  figures.fit(axes, heights, floor=0.0)
+  figures.dress(axes, title, x, y)
+  figures.fit(axes, heights, floor=floor)
   figures.label_right(fig, axes, marks)
   return fig
 

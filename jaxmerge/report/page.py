@@ -43,7 +43,7 @@ th:first-child { text-align: left; position: sticky; left: 0; background: var(--
 thead th { font-weight: 600; vertical-align: bottom; background: var(--card); white-space: normal;
   min-width: 4.5rem; line-height: 1.25; }
 thead th:first-child { background: var(--card); }
-tbody th { font-weight: 400; max-width: 16rem; white-space: normal; min-width: 9.5rem; }
+tbody th { font-weight: 400; max-width: 26rem; white-space: normal; min-width: 9.5rem; }
 @media (max-width: 40rem) { tbody th { min-width: 6.5rem; } }
 tr.reference > * { color: var(--soft); }
 tr.loop th { font-weight: 600; color: var(--accent); }
@@ -87,10 +87,10 @@ def html(record: Mapping[str, Any], drawings: Mapping[str, vector.Drawing]) -> s
   ]
   headings = tables.headings(record)
   kinds = {labels.label(name): labels.kind(name) for name in record["models"]}
-  sections += [_table(*headings[0], kinds)]
+  sections += [table(*headings[0], kinds)]
   if drawings:
     sections.append(f'<h2>Plots</h2><div class="plots">{"".join(_figures(drawings))}</div>')
-  sections += [_table(*entry, {}) for entry in headings[1:]]
+  sections += [table(*entry, {}) for entry in headings[1:]]
   if record.get("seconds"):
     pairs = {k: labels.number(v) for k, v in record["seconds"].items()}
     sections.append(_pairs("Seconds", pairs))
@@ -134,7 +134,8 @@ def flat(tree: Any, path: str = "") -> Iterator[tuple[str, str]]:
     yield path, tree if isinstance(tree, str) else json.dumps(tree, ensure_ascii=False)
 
 
-def _table(title: str, note: str, table: tables.Table, kinds: Mapping[str, str]) -> str:
+def table(title: str, note: str, table: tables.Table, kinds: Mapping[str, str]) -> str:
+  """Returns a table with its heading and a sentence as HTML; kinds are classes of rows by name."""
   head = "".join(f'<th scope="col">{entities.escape(h)}</th>' for h in table.head)
   rows = []
   for first, *rest in table.rows:

@@ -418,6 +418,14 @@ def test_the_command_writes_record_and_plots(capsys, paths, tmp_path):
   assert found == {"diff.json", "norms.png"}, "a figure of the record before is gone"
 
 
+def test_the_command_writes_a_page(capsys, paths, tmp_path):
+  out, _ = run(capsys, *paths, "--page", tmp_path / "diff.html")
+  assert out.endswith(f"wrote {tmp_path / 'diff.html'}\n")
+  text = (tmp_path / "diff.html").read_text()
+  assert "chat, code, maths against base" in text
+  assert "model.layers.10.mlp.down_proj.weight" in text
+
+
 def test_plots_without_matplotlib_are_an_error_before_work_is_done(capsys, monkeypatch, tmp_path):
   monkeypatch.setitem(sys.modules, "matplotlib", types.ModuleType("matplotlib"))
   monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
