@@ -121,7 +121,7 @@ def _run(options: argparse.Namespace, config: Any, arguments: Sequence[str]) -> 
 def _resume_hint(options: argparse.Namespace, arguments: Sequence[str]) -> str:
   """Returns how to resume what was stopped."""
   saved = COMMANDS[options.command].saved
-  if not saved or options.resume == "never":
+  if not saved or getattr(options, "resume", "auto") == "never":
     return ""
   return f"; this goes on from {saved}:\n  {shlex.join(['jaxmerge', *arguments])}"
 

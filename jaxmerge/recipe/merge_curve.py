@@ -102,7 +102,7 @@ def merge_run(
   job = _Job(out, opened, score, keep, options, message)
   record: Record = {
     "format": 1,
-    "run": str(opened.folder),
+    "run": os.fspath(run),
     "method": METHOD,
     "parameters": parameters,
     "window": window,
@@ -203,13 +203,13 @@ def _windows(run: runs.Run, record: Record) -> Iterator[Sequence[runs.Checkpoint
 def _add_point(job: _Job, record: Record, checkpoints: Sequence[runs.Checkpoint]) -> Record:
   """Merges and scores a window; the record is on the disk before anything is removed."""
   steps = [c.step for c in checkpoints]
-  scores = _score(job, record["parameters"], steps, job.out / MERGES / str(steps[-1]))
+  scores = _score(job, record, record["parameters"], steps, job.out / MERGES / str(steps[-1]))
   record = {**record, "metric": _metric(record["metric"], scores)}
   point = {"step": steps[-1], "steps": steps, "weights": _weights(record, len(steps))}
   point["scores"] = scores
   if record["alone"]:
     place = job.out / ALONE / str(steps[-1])
-    point["alone"] = _score(job, {"kind": "sma"}, steps[-1:], place)
+    point["alone"] = _score(job, record, {"kind": "sma"}, steps[-1:], place)
   record = {**record, "points": [*record["points"], point]}
   _write(job.out, record)
   _discard(job, record)
@@ -219,11 +219,15 @@ def _add_point(job: _Job, record: Record, checkpoints: Sequence[runs.Checkpoint]
 
 
 def _score(
-  job: _Job, parameters: Mapping[str, Any], steps: Sequence[int], place: pathlib.Path
+  job: _Job,
+  record: Record,
+  parameters: Mapping[str, Any],
+  steps: Sequence[int],
+  place: pathlib.Path,
 ) -> dict[str, int | float]:
   """Merges checkpoints to a folder, unless it is there, and evaluates it, unless it has been."""
   if not place.exists():
-    models = [{"run": str(job.run.folder), "steps": list(steps)}]
+    models = [{"run": record["run"], "steps": list(steps)}]
     recipe = {"merge_method": METHOD, "parameters": dict(parameters), "models": models}
     recipe_run.merge_recipe(recipe, place, **job.options)
   done = place / external.NAME

@@ -114,6 +114,15 @@ def test_the_command_writes_table_plot_and_record(capsys):
   assert "step 500: 4 checkpoints merged, loss" in captured.err
 
 
+def test_an_interruption_says_how_to_go_on(monkeypatch, capsys):
+  def interrupted(*_, **__):
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(merge_curve, "merge_run", interrupted)
+  assert main.main(["merge-run", "run", "out", "--evaluate", COMMAND]) == 130
+  assert "this goes on from the last scored merge:\n  jaxmerge merge-run" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_a_killed_run_gives_the_same_record():
   """Killed in the second evaluation: nothing is merged or scored twice but that."""

@@ -12,6 +12,7 @@ from jaxmerge import methods
 from jaxmerge.files import runs
 from jaxmerge.io.checkpoints import store
 from jaxmerge.io.tensors import safetensors
+from jaxmerge.recipe import merge_curve
 
 STEPS = (900, 1000, 1100, 1200)
 
@@ -105,3 +106,14 @@ def test_a_run_behind_a_url(run, tmp_path):
   np.testing.assert_allclose(merged(out), decayed(STEPS[1:3]), atol=1e-6)
   with pytest.raises(ValueError, match="holds no folder of a step"):
     runs.open_run(f"file://{tmp_path}/none")
+
+
+def test_the_curve_of_a_run_of_orbax(run, tmp_path):
+  def first(out):
+    return {"first": float(merged(out).ravel()[0])}
+
+  options = {"window": 3, "every": 1, "evaluate": first}
+  record = merge_curve.merge_run(f"{run}:params", tmp_path / "out", **options)
+  for point, steps in zip(record["points"], (STEPS[:3], STEPS[1:]), strict=True):
+    assert point["steps"] == list(steps)
+    assert point["scores"]["first"] == pytest.approx(decayed(steps).ravel()[0], abs=1e-6)
