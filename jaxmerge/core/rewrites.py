@@ -158,7 +158,7 @@ def _one(equation: Any, operands: list[Any], way: _Way) -> list[Any]:
   if name in ("jit", "pjit", "closed_call"):  # The parts of jax.numpy.
     inner = settings["jaxpr"] if "jaxpr" in settings else settings["call_jaxpr"]
     whole = _function_name(equation) in (*_ONE, _RANDOM)
-    return _rewrite(inner, way._replace(each=None) if whole else way)(*operands)
+    return _run(inner, way._replace(each=None) if whole else way, *operands)
   if name in _CHAINS and settings["axes"] == (0,) and 0 < operands[0].shape[0] <= LONGEST:
     # The new term on the left: of two products in a sum a compiler fuses the left one's rounding
     # away, and in a reduction that is the newer.
@@ -175,10 +175,10 @@ def _one(equation: Any, operands: list[Any], way: _Way) -> list[Any]:
   return list(out) if equation.primitive.multiple_results else [out]
 
 
-@functools.lru_cache(4096)
-def _rewrite(program: core.ClosedJaxpr, way: _Way) -> Callable[..., list[Any]]:
-  """Returns a called program, rewritten once for all its calls, just as it was traced once."""
-  return jax.jit(lambda *args: _evaluate(program.jaxpr, program.consts, args, way))
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _run(program: core.ClosedJaxpr, way: _Way, *arguments: Any) -> list[Any]:
+  """Runs a called program rewritten; jit's cache holds it for all its calls."""
+  return _evaluate(program.jaxpr, program.consts, arguments, way)
 
 
 def _is_few(operands: Sequence[Any], axes: Any) -> bool:

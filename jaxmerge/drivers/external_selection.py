@@ -15,12 +15,14 @@ from typing import Any, NamedTuple  # Any: arrays of NumPy, or of jax.
 
 import numpy as np
 
-EVERY = 2**32 - 1  # As the last position: all equal entries are kept.
+from jaxmerge.core import order_statistics
+
+_EVERY = int(order_statistics.EVERY)
 CAPACITY = 2**22  # Numbers stored, over all models, before equal ones are counted together;
 FINE = 16  # if too many are still distinct, they are counted in 2**16 classes.
 
 
-class Slice(NamedTuple):
+class NumberSlice(NamedTuple):
   """A part of the numbers of some models.
 
   Attributes:
@@ -50,7 +52,7 @@ class Numbers(NamedTuple):
 
   size: int
   sample: Callable[[], tuple[np.ndarray, np.ndarray, np.ndarray]]
-  scan: Callable[[np.ndarray, np.ndarray], Iterator[Slice]]
+  scan: Callable[[np.ndarray, np.ndarray], Iterator[NumberSlice]]
   slice: Callable[[int], tuple[int, np.ndarray]]
   kind: np.dtype = np.dtype(np.uint32)
 
@@ -93,7 +95,7 @@ def cut(numbers: Numbers, ranks: Sequence[int], *, exact: bool) -> tuple[np.ndar
   """
   kind, top = numbers.kind, numbers.top
   if not numbers.size or not any(ranks):
-    return np.full(len(ranks), top, kind), np.full(len(ranks), EVERY, np.uint32)
+    return np.full(len(ranks), top, kind), np.full(len(ranks), _EVERY, np.uint32)
   sample, weights, starts = numbers.sample()
   rows = itertools.cycle([_Sample(row, weights, starts) for row in sample])
   searches = [_Search(n, numbers.size, row, top) for n, row in zip(ranks, rows, strict=False)]
@@ -103,7 +105,7 @@ def cut(numbers: Numbers, ranks: Sequence[int], *, exact: bool) -> tuple[np.ndar
       _take(searches, which, part, exact)
     for s in searches:
       s.settle()
-  lasts = [_last(numbers, k, s) if exact else EVERY for k, s in enumerate(searches)]
+  lasts = [_last(numbers, k, s) if exact else _EVERY for k, s in enumerate(searches)]
   return np.array([s.value for s in searches], kind), np.array(lasts, np.uint32)
 
 
@@ -143,7 +145,7 @@ def _order(row: np.ndarray) -> np.ndarray:
   return keys.astype(np.uint32)
 
 
-def _take(searches: Sequence[_Search], which: int, part: Slice, exact: bool) -> None:
+def _take(searches: Sequence[_Search], which: int, part: NumberSlice, exact: bool) -> None:
   """Counts numbers above the brackets, and stores those inside."""
   num_models, kind = len(part.sides), part.sides.dtype.type
   insides = np.zeros((num_models, 1), part.sides.dtype)
@@ -292,7 +294,7 @@ class _Search:
 def _last(numbers: Numbers, k: int, search: _Search) -> int:
   """Returns the position of the last kept entry among those equal to the value."""
   if search.left == search.tied:
-    return EVERY
+    return _EVERY
   left, which = search.left, 0
   for candidates in search.candidates:
     ties = candidates.values == search.value

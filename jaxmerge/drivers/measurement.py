@@ -106,7 +106,7 @@ def _reduce(reading: Pass, batch: Sequence[Reduction]) -> dict[str, Any]:
   for r, value, last in zip(
     ranks, *(x.reshape(len(ranks), -1) for x in (values, lasts)), strict=True
   ):
-    tied = (last != external_selection.EVERY).any()
+    tied = (last != order_statistics.EVERY).any()
     cuts[r.name] = order_statistics.Cut(jnp.asarray(value), jnp.asarray(last) if tied else None)
   return cuts
 
@@ -209,7 +209,7 @@ def _sample(selection: _Selection) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def _scan(
   selection: _Selection, low: np.ndarray, high: np.ndarray
-) -> Iterator[external_selection.Slice]:
+) -> Iterator[external_selection.NumberSlice]:
   """Reads all slices, and yields on which sides of brackets their values are."""
   run = selection.run
   bracket = tuple(side.reshape(len(selection.ranks), -1, 1) for side in (low, high))
@@ -223,7 +223,7 @@ def _scan(
       bits = run.call(slice_programs.patterns, piece, **arguments)
       sides = run.call(slice_programs.beside, bits, bracket)
       pick = functools.partial(np.take, np.asarray(bits), axis=1)
-    yield external_selection.Slice(position, np.asarray(sides), pick)
+    yield external_selection.NumberSlice(position, np.asarray(sides), pick)
     run.on_measured(name, stop - start)
 
 

@@ -168,15 +168,15 @@ def merged(piece: Slice, stats: Any, *, method: Method, form: Form, dtype: Any) 
   if narrow is not None:
     out = (out if narrow.wide else rewrites.round_to(out, narrow.dtype)).astype(dtype)
   if out.dtype.name not in slices.INFINITY:
-    return jnp.where(_finite(piece), out, jnp.nan)
+    return jnp.where(_finite_entries(piece), out, jnp.nan)
   # As integers: to select among narrow floats, XLA for CPUs would widen them first.
   kind = slices.INTEGERS[out.dtype.itemsize][0]
   bits = lax.bitcast_convert_type(out, kind)
   nan = np.asarray(np.nan, out.dtype).view(kind)
-  return lax.bitcast_convert_type(jnp.where(_finite(piece), bits, nan), out.dtype)
+  return lax.bitcast_convert_type(jnp.where(_finite_entries(piece), bits, nan), out.dtype)
 
 
-def _finite(piece: Slice) -> Array:
+def _finite_entries(piece: Slice) -> Array:
   """Returns where an entry is finite in all inputs, [1, n]; cheaper here than in another pass."""
   each = [x for x in (piece.base, piece.reference, piece.models) if x is not None]
   fine, exponents = list[Array](), dict[int, list[Array]]()

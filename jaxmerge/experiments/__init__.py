@@ -25,6 +25,7 @@ __getattr__, __dir__, __all__ = lazy.attach(
     "schema",
     "setup",
     "shipped_configs",
+    "user_functions",
     "workdir",
   ),
 )

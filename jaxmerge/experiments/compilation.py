@@ -18,12 +18,11 @@ from jax.sharding import PartitionSpec as P
 
 from jaxmerge.core import interpreter, stage
 from jaxmerge.drivers import memory, slices, streaming
-from jaxmerge.experiments import merges, registry
+from jaxmerge.experiments import merges, registry, user_functions
 from jaxmerge.models import llama
 from jaxmerge.parallel import mesh as meshes
 from jaxmerge.training import build, schedule
 from jaxmerge.training import round as rounds
-from jaxmerge.training import settings as training_settings
 from jaxmerge.xla import chips
 from jaxmerge.xla import program as xla_program
 
@@ -32,7 +31,7 @@ Struct = jax.ShapeDtypeStruct
 
 def run(
   config: Mapping[str, Any],
-  place: chips.Slice,
+  place: chips.Topology,
   each: Callable[[dict[str, Any]], None] = lambda record: None,
 ) -> dict[str, Any]:
   """Compiles all programs of a config for a slice, and returns their needs as plain JSON.
@@ -70,7 +69,7 @@ def loop_programs(
   Raises:
     ValueError: for a mesh that does not fit, or sequential tasks, whose rounds are many programs.
   """
-  problem, changes = registry.make_shapes(config), training_settings.from_config(config)
+  problem, changes = registry.make_shapes(config), user_functions.make_settings(config)
   axes = {k: config["mesh"][k] for k in meshes.AXES}
   mesh = _whole(meshes.make(**axes, tasks=len(problem.tasks), devices=devices), devices)
   if changes.at_once and changes.at_once < len(problem.tasks):

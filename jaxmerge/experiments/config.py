@@ -19,7 +19,7 @@ from ml_collections.config_dict import ConfigDict
 
 from jaxmerge import errors
 from jaxmerge.catalog import lookup
-from jaxmerge.experiments import registry, schema, shipped_configs
+from jaxmerge.experiments import registry, schema, shipped_configs, user_functions
 from jaxmerge.training import settings
 
 LOOP = settings.KINDS
@@ -199,8 +199,8 @@ def kind(config: ConfigDict, key: str, source: str) -> Any:
     if group not in parent or not isinstance(parent[group], ConfigDict):
       raise _unknown(config, ".".join(groups[: i + 1]), parent, ".".join(groups[:i]), source)
     parent = parent[group]
-  if groups == ["method"] and last in lookup.entry(config.method.name).parameters:
-    parameter = lookup.entry(config.method.name).parameters[last]
+  if groups == ["method"] and last in (parameters := _method_parameters(config)):
+    parameter = parameters[last]
     if parameter.choices:
       return Literal[parameter.choices]
     return float | tuple if parameter.number else int
@@ -216,7 +216,7 @@ def parse(text: str, kind: Any, key: str, source: str = "config") -> Any:
   >>> parse("3e-4", float, "learning_rate"), parse("8", float, "epochs")
   (0.0003, 8.0)
   """
-  if kind is str:
+  if kind is str or user_functions.is_function(key, text):
     return text
   choices = [None if k is types.NoneType else k for k in _kinds(kind)]
   for choice in choices:
@@ -265,7 +265,7 @@ def _fits(value: Any, kind: Any) -> bool:
 
 
 def _check_value(key: str, value: Any, source: str) -> None:
-  if not _fits(value, SCHEME[key]):
+  if not (_fits(value, SCHEME[key]) or user_functions.is_function(key, value)):
     raise _wrong(key, value, SCHEME[key], source, "")
   if key in _LOWEST and value is not None and value < _LOWEST[key]:
     raise ValueError(f"{source}: config.{key} must be at least {_LOWEST[key]}; got {value!r}.")
@@ -281,17 +281,17 @@ def _wrong(key: str, value: Any, kind: Any, source: str, example: str) -> ValueE
   close = difflib.get_close_matches(str(value), choices, n=1)
   hint = f"; did you mean {close[0]!r}?" if close else f"{example}."
   if key in settings.REPLACES and not isinstance(value, str):
-    hint = (
-      "; configs have names alone: jaxmerge.tune_and_merge(..., "
-      f"settings=jaxmerge.Settings({key}=...)) takes optax transformations."
-    )
-  return ValueError(f"{source}: config.{key} must be {words(kind)}; got {value!r:.60}{hint}")
+    hint = "; name the function that returns it."
+  takes = words(kind)
+  if key in user_functions.KEYS:
+    takes += ", or a function of yours as 'module:function'"
+  return ValueError(f"{source}: config.{key} must be {takes}; got {value!r:.60}{hint}")
 
 
 def _check_parts(config: ConfigDict, source: str) -> None:
   try:
     registry.check(config.experiment)
-    settings.from_config({key: config[key] for key in LOOP})
+    user_functions.check_settings({key: config[key] for key in LOOP})
   except ValueError as e:
     raise ValueError(f"{source}: config.{e}") from e
 
@@ -299,17 +299,26 @@ def _check_parts(config: ConfigDict, source: str) -> None:
 def check_method(settings_: Mapping[str, Any], where: str) -> None:
   """Raises ValueError for an unknown method, or settings that it does not have."""
   options = dict(settings_)
+  if user_functions.is_function("method.name", options["name"]):
+    return  # Its arguments are checked when it is called.
   try:
     lookup.check(options.pop("name"), options)
   except ValueError as e:
     raise ValueError(f"{where}: {e}") from e
 
 
+def _method_parameters(config: ConfigDict) -> Mapping[str, Any]:
+  """Returns the parameters of the config's method; none are known of a user's own."""
+  name = config.method.name
+  is_known = not user_functions.is_function("method.name", name)
+  return lookup.entry(name).parameters if is_known else {}
+
+
 def _unknown(config: ConfigDict, key: str, group: Any, prefix: str, source: str) -> ValueError:
   dot = f"{prefix}." if prefix else ""
   here = [dot + k for k in group] if isinstance(group, ConfigDict) else []
   if prefix == "method":
-    here += [dot + k for k in lookup.entry(config.method.name).parameters if dot + k not in here]
+    here += [dot + k for k in _method_parameters(config) if dot + k not in here]
   last = key.split(".")[-1]
   near = difflib.get_close_matches(key, here, n=2)
   near += [k for k in flat(config) if k.split(".")[-1] == last and k not in near]

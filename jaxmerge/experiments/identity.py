@@ -1,6 +1,7 @@
-"""The identity of a user's experiment in its workdir: digests of its functions and rows.
+"""The identity of a user's code in the workdir of a run: digests of functions and rows.
 
-A config names an experiment, whose code may change between a run and its resumption. Built-in
+A config names an experiment, and may name optimisers and a method of the user's. Their code may
+change between a run and its resumption. Built-in
 experiments change only with jaxmerge's version and have no such record. The digest of a function
 covers its closure and the functions that it calls by a global name, not functions reached through
 another module (`module.function`).
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+from collections.abc import Mapping
 
 from jaxmerge.core import fingerprint
 from jaxmerge.experiments import registry
@@ -30,21 +32,24 @@ def describe(problem: Problem) -> dict[str, str]:
   return {n: d for n, d in digests.items() if d is not None} | rows
 
 
-def check(workdir: pathlib.Path, name: str, problem: Problem) -> None:
+def check(
+  workdir: pathlib.Path, name: str, problem: Problem, functions: Mapping[str, str] = {}
+) -> None:
   """Refuses to resume a run whose experiment has changed; a new run passes.
 
   Args:
     workdir: the folder of the run.
     name: the experiment's name in the config.
     problem: the experiment as it is now.
+    functions: digests of the optimisers and methods that the config names as functions.
 
   Raises:
     ValueError: naming what has changed.
   """
   path = workdir / "experiment.json"
-  if name in registry.ALIASES or not path.exists():
+  if not path.exists():
     return
-  recorded, current = folders.read_json(path), describe(problem)
+  recorded, current = folders.read_json(path), _record(name, problem, functions)
   changed = [
     n for n in sorted(recorded.keys() | current.keys()) if recorded.get(n) != current.get(n)
   ]
@@ -56,8 +61,15 @@ def check(workdir: pathlib.Path, name: str, problem: Problem) -> None:
     )
 
 
-def write(workdir: pathlib.Path, name: str, problem: Problem) -> None:
-  """Writes the digests of a user's experiment into the folder of its run."""
-  if name not in registry.ALIASES:
+def write(
+  workdir: pathlib.Path, name: str, problem: Problem, functions: Mapping[str, str] = {}
+) -> None:
+  """Writes the digests of a user's experiment, and of functions, into the folder of its run."""
+  if record := _record(name, problem, functions):
     with atomic.write(workdir / "experiment.json") as file:
-      file.write((json.dumps(describe(problem), indent=2, sort_keys=True) + "\n").encode())
+      file.write((json.dumps(record, indent=2, sort_keys=True) + "\n").encode())
+
+
+def _record(name: str, problem: Problem, functions: Mapping[str, str]) -> dict[str, str]:
+  """Returns all digests of a run; those of a built-in experiment are left out."""
+  return ({} if name in registry.ALIASES else describe(problem)) | dict(functions)

@@ -9,11 +9,14 @@ from jaxmerge import methods
 from jaxmerge.catalog import lookup
 from jaxmerge.core import layouts, tree
 from jaxmerge.core.stage import Method
+from jaxmerge.experiments import user_functions
 
 
 def make_method(settings: Mapping[str, Any]) -> Method:
-  """Returns the method that a config names: {"name": "ties", "density": 0.2}."""
+  """Returns the method of a config: {"name": "ties", "density": 0.2}, or a user's function."""
   settings = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
+  if user_functions.is_function("method.name", settings["name"]):
+    return user_functions.make_method(settings)
   name = settings.pop("name")
   lookup.check(name, settings)
   return getattr(methods, name)(**settings)

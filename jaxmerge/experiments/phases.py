@@ -10,7 +10,7 @@ import jax
 from jaxmerge import methods
 from jaxmerge.catalog import lookup
 from jaxmerge.core import stage
-from jaxmerge.experiments import merges, phase_cache, workdir
+from jaxmerge.experiments import merges, phase_cache, user_functions, workdir
 from jaxmerge.experiments import problem as problems
 from jaxmerge.experiments.setup import Setup, model_shapes, replicate, stack_shapes
 from jaxmerge.io.checkpoints import store as stores
@@ -18,7 +18,7 @@ from jaxmerge.parallel import mesh as meshes
 from jaxmerge.parallel import processes
 from jaxmerge.report import labels
 from jaxmerge.search import objective, scales
-from jaxmerge.training import finetune, joint, loop, settings
+from jaxmerge.training import finetune, joint, loop
 from jaxmerge.training.budget import Budget
 
 
@@ -61,7 +61,7 @@ def _stack(setup: Setup, name: str, changes: Mapping[str, Any]) -> Model:
   """Tunes a model per task, with changes of the settings."""
 
   def make() -> tuple[Any, dict[str, Any]]:
-    changed = settings.from_config({**setup.config, **changes})
+    changed = user_functions.make_settings({**setup.config, **changes})
     models, cost = finetune.experts(
       setup.problem.apply,
       setup.params,
@@ -125,7 +125,7 @@ def train_jointly(setup: Setup) -> Models:
       setup.problem.apply,
       setup.params,
       setup.problem.tasks,
-      settings.from_config(setup.config | changes),
+      user_functions.make_settings(setup.config | changes),
       loss=setup.problem.loss,
       score=lambda p: setup.problem.metric.gain(setup.mean(p)),
       on_part=lambda way, rounds: setup.events.bar(f"multitask, {way}", rounds),
@@ -156,7 +156,7 @@ def _run_loop(
   setup: Setup, name: str, config: dict[str, Any], models: Models, earlier: Models
 ) -> Model:
   """Runs the loop once, resuming from its checkpoints."""
-  changed, tasks, first = settings.from_config(config), setup.problem.tasks, None
+  changed, tasks, first = user_functions.make_settings(config), setup.problem.tasks, None
   if config["variant"] == "ph":
     tasks, first = problems.post_hoc(tasks), models[_best_one_shot(setup, models)]
   folder, records = setup.folder / "checkpoints" / name, []

@@ -30,9 +30,13 @@ ALIASES: Mapping[str, str] = {
 }
 
 
+# How a config names a function of the user's.
+PLACE = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
+
+
 def check(name: str) -> None:
   """Raises ValueError for a name that is neither built in nor of the form `module:function`."""
-  if name not in ALIASES and not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*", name):
+  if name not in ALIASES and not PLACE.fullmatch(name):
     raise ValueError(
       f"experiment must be one of {', '.join(ALIASES)}, or a function of yours as "
       f"'module:function', got {name!r}."
@@ -46,16 +50,21 @@ def find(name: str) -> Callable[..., Problem]:
     ValueError: for a missing module or function, or a module that fails.
   """
   check(name)
-  module_name, _, function = ALIASES.get(name, name).partition(":")
-  module = _import(module_name, f"experiment {name!r}")
-  maker = getattr(module, function, None)
-  if not callable(maker) or inspect.isclass(maker):
+  return find_function(ALIASES.get(name, name), f"experiment {name!r}")
+
+
+def find_function(place: str, what: str) -> Callable[..., Any]:
+  """Returns the function at `module:function`; raises as `find` does, naming what it is for."""
+  module_name, _, name = place.partition(":")
+  module = _import(module_name, what)
+  function = getattr(module, name, None)
+  if not callable(function) or inspect.isclass(function):
     public = [n for n, _ in inspect.getmembers(module, inspect.isfunction) if n[0] != "_"]
     raise ValueError(
-      f"experiment {name!r}: {_describe(module)} has no function {function!r}"
-      f"{errors.nearest(function, public) if public else ', nor any other'}."
+      f"{what}: {_describe(module)} has no function {name!r}"
+      f"{errors.nearest(name, public) if public else ', nor any other'}."
     )
-  return maker
+  return function
 
 
 def make(config: Mapping[str, Any], cache: Cache = lambda like, make: make()) -> Problem:

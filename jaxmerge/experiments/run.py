@@ -8,7 +8,8 @@ import pathlib
 from collections.abc import Callable
 from typing import Any  # Any: configs and records are plain trees.
 
-from jaxmerge.experiments import events, identity, phases, results, schema, setup
+from jaxmerge.experiments import config as configs
+from jaxmerge.experiments import events, identity, phases, results, schema, setup, user_functions
 from jaxmerge.experiments import workdir as workdirs
 from jaxmerge.io.disk import shared
 from jaxmerge.parallel import processes
@@ -52,10 +53,11 @@ def run(
       return record
     reports = events.Events(progress, stop)
     ready = setup.prepare(plain, folder, reports)
-    identity.check(folder, plain["experiment"], ready.problem)
+    functions = user_functions.digests(configs.flat(plain))
+    identity.check(folder, plain["experiment"], ready.problem, functions)
     if processes.is_first():
       workdirs.claim(folder, plain)
-      identity.write(folder, plain["experiment"], ready.problem)
+      identity.write(folder, plain["experiment"], ready.problem, functions)
       reports.tracker = trackers.open_tracker(plain.get("tracker", "none"), folder, plain)
     if reports.tracker is None:
       return compare(ready)

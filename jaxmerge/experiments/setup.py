@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxmerge.evaluation import scoring
-from jaxmerge.experiments import phase_cache, registry, workdir
+from jaxmerge.experiments import merges, phase_cache, registry, user_functions, workdir
 from jaxmerge.experiments import problem as problems
 from jaxmerge.experiments.events import Events
 from jaxmerge.experiments.problem import Problem
@@ -22,7 +22,7 @@ from jaxmerge.parallel import processes
 from jaxmerge.search import scales
 from jaxmerge.tasks import batch
 from jaxmerge.tasks.task import Task
-from jaxmerge.training import placement, settings
+from jaxmerge.training import placement
 from jaxmerge.training.settings import Settings
 
 
@@ -117,6 +117,9 @@ def prepare(config: dict[str, Any], folder: pathlib.Path, events: Events) -> Set
     arrays, _ = phase_cache.restore_or_make(place, like, make_once, say=events.say, name="base")
     return meshes.fetch(arrays)
 
+  for changes in ({}, *config.get("also", {}).values()):  # Errors come before any training.
+    user_functions.make_settings(config | changes)
+    merges.make_method((config | changes)["method"])
   with events.timed("data and base"):
     problem = problems.share(registry.make(config, cache))
   axes = {k: config["mesh"][k] for k in meshes.AXES}
@@ -128,7 +131,7 @@ def prepare(config: dict[str, Any], folder: pathlib.Path, events: Events) -> Set
     folder,
     events,
     problem,
-    settings.from_config(config),
+    user_functions.make_settings(config),
     mesh,
     replicate(mesh, params),
     place_rows(mesh, problem.tasks, "validation"),

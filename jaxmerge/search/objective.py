@@ -175,11 +175,31 @@ def run(objective: Objective | Any, strategy: Strategy | Any) -> SearchResult:
       return _result(objective, trials, best, end.value)
     candidates = _candidates(batch, objective.name)
     scores = []
-    for candidate, (score, params) in zip(candidates, objective.evaluate(candidates), strict=True):
+    for candidate, score, params in _evaluate(objective, candidates):
       trials.append(Trial(candidate, score))
       scores.append(-math.inf if math.isnan(score) else score)
       if scores[-1] > (best[0].score if best else -math.inf):
         best = trials[-1], params
+
+
+def _evaluate(
+  objective: Objective, candidates: Sequence[Any]
+) -> Iterator[tuple[Any, float, Tree | None]]:
+  """Yields each candidate with its score and model; ValueError if `evaluate` yields no pairs."""
+  rule = f"{objective.name}: evaluate must yield one pair (score, model or None) per candidate"
+  results: Any = objective.evaluate(candidates)
+  if not isinstance(results, Iterable):
+    raise ValueError(f"{rule}, it returned {results!r:.60}: write yield score, None.")
+  count = 0
+  for pair in results:
+    if count == len(candidates):
+      raise ValueError(f"{rule}, it yielded more than {len(candidates)}.")
+    if not isinstance(pair, tuple) or len(pair) != 2:
+      raise ValueError(f"{rule}, it yielded {pair!r:.60}: write yield score, None.")
+    count += 1
+    yield candidates[count - 1], _number(pair[0], objective.name), pair[1]
+  if count < len(candidates):
+    raise ValueError(f"{rule}, it yielded {count} for {len(candidates)} candidates.")
 
 
 def _check(objective: Any, strategy: Any) -> None:

@@ -110,8 +110,8 @@ class Validation:
 
 def best_scale(
   method: Method,
-  base: Any,
   models: Any,
+  base: Any,
   scales: Sequence[float],
   score: scoring.Scorer,
   rows: batch.TaskBatch,
@@ -130,9 +130,9 @@ def best_scale(
 
   Args:
     method: a method with the hyperparameter `scale`.
-    base: the base [*s].
     models: the experts [T, *s].
-    scales: what to try.
+    base: the base [*s].
+    scales: the scales to try.
     score: what `scoring.scorer` makes.
     rows: the validation rows.
     counts: number of validation rows of each task.

@@ -66,7 +66,7 @@ CHIPS: Mapping[str, Chip] = {
 }
 
 
-class Slice(NamedTuple):
+class Topology(NamedTuple):
   """Chips of a kind in a shape, maybe several such slices: "v5e:4x4"."""
 
   name: str
@@ -85,7 +85,7 @@ class Slice(NamedTuple):
     return self.slices * math.prod(self.sizes)
 
 
-def parse_topology(name: str, slices: int = 1) -> Slice:
+def parse_topology(name: str, slices: int = 1) -> Topology:
   """Reads the name of a topology.
 
   >>> parse_topology("v5p:4x4x8", slices=2).chips
@@ -110,10 +110,10 @@ def parse_topology(name: str, slices: int = 1) -> Slice:
       f"{'x'.join(map(str, largest))} chips, the first two even, such as "
       f"{', '.join(f'{kind}:{s}' for s in shapes)}."
     )
-  return Slice(name, kind, sizes, slices)
+  return Topology(name, kind, sizes, slices)
 
 
-def devices(place: Slice) -> list[Any]:
+def devices(place: Topology) -> list[Any]:
   """Returns the devices of a slice, to compile for. No TPU is needed, but its compiler is.
 
   Raises:

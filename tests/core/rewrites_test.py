@@ -1,5 +1,8 @@
 """Programs rewritten: what is rounded, and what is not."""
 
+import gc
+import weakref
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -123,3 +126,20 @@ def test_long_sums_by_halves_are_the_sums(length):
   for own, right in zip(found, expected, strict=True):
     np.testing.assert_allclose(own, right, rtol=1e-5, atol=1e-3)
   np.testing.assert_array_equal(found[2], expected[2])
+
+
+def test_a_called_program_is_rewritten_once_until_jax_clears_its_caches(monkeypatch):
+  programs, evaluate = [], rewrites._evaluate
+
+  def record(jaxpr, *rest):
+    programs.append(weakref.ref(jaxpr))
+    return evaluate(jaxpr, *rest)
+
+  monkeypatch.setattr(rewrites, "_evaluate", record)
+  inner = jax.jit(lambda x: x.sum(axis=0))
+  text = str(jax.make_jaxpr(rewrites.unroll(lambda x: inner(x) + inner(x + 1)))(jnp.ones((3, 4))))
+  assert "reduce_sum" not in text
+  assert len(programs) == 2  # The function, and the program that it calls twice.
+  jax.clear_caches()
+  gc.collect()
+  assert [program() for program in programs] == [None, None]

@@ -24,7 +24,7 @@ def numbers(rows, sample, cuts, log=None, run=1, kind=np.uint32):
   def part(start, stop, low, high):
     bits = part_of(start, stop)
     brackets = [x.reshape(-1, len(rows), 1) for x in (low, high)]
-    return external_selection.Slice(
+    return external_selection.NumberSlice(
       start, external_selection.sides(bits, *brackets), lambda at: bits[:, at]
     )
 

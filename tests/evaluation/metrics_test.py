@@ -59,7 +59,7 @@ def test_choices_by_a_loss_are_those_by_its_negative():
   chosen = []
   for metric in (LOSS, metrics.metric_of(GAIN)):
     score = scoring.scorer(small.network, metric.rowwise, mesh=mesh)
-    found = (methods.task_arithmetic(), base, stacks[0], (0.0, 0.3, 9.0), score, rows, counts)
+    found = (methods.task_arithmetic(), stacks[0], base, (0.0, 0.3, 9.0), score, rows, counts)
     chosen.append(
       scales.best_scale(*found, names=[t.name for t in tasks], metric=metric, at_once=2)
     )

@@ -170,13 +170,13 @@ def test_what_is_wrong_is_an_error_of_one_line(folder, name, words):
   assert "\n" not in str(error.value)
 
 
-def test_a_config_has_no_transformations(folder):
+def test_a_config_has_names_in_place_of_transformations(folder):
   text = CONFIG.replace(
     "  return c.lock()", "  import optax\n  c.optimizer = optax.lion(1e-3)\n  return c"
   )
   pathlib.Path("config.py").write_text(text)
   with pytest.raises(
-    ValueError, match=r"names alone: .*Settings\(optimizer=...\)\) takes"
+    ValueError, match=r"or a function of yours as 'module:function'; got .*; name the function that"
   ) as error:
     configs.load("config.py")
   assert len(str(error.value)) < 300

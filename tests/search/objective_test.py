@@ -1,5 +1,7 @@
 """The driver of all searches: what it asks and tells, which candidate is the best, and NaN."""
 
+import types
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -96,6 +98,22 @@ def test_what_is_no_objective_is_named():
     search.run(len, search.exhaustive([0]))
   with pytest.raises(ValueError, match=r"score must be a function, got 1.0: write search.Scored"):
     search.Scored(len, 1.0)
+
+
+@pytest.mark.parametrize(
+  ("evaluate", "words"),
+  [
+    (lambda candidates: None, r"mine: evaluate must yield one pair .*, it returned None"),
+    (lambda candidates: [0.5, 0.7], r"it yielded 0.5: write yield score, None"),
+    (lambda candidates: [(0.5, None)], r"it yielded 1 for 2 candidates"),
+    (lambda candidates: [(0.5, None)] * 3, r"it yielded more than 2"),
+    (lambda candidates: [("good", None)] * 2, r"a score must be one number, got 'good'"),
+  ],
+)
+def test_an_objective_that_yields_no_pairs_is_named(evaluate, words):
+  objective = types.SimpleNamespace(name="mine", model=lambda c: {"w": c}, evaluate=evaluate)
+  with pytest.raises(ValueError, match=words):
+    search.run(objective, search.exhaustive([0.0, 1.0]))
 
 
 def test_all_searches_return_the_same_record():

@@ -176,7 +176,7 @@ def test_a_scale_at_which_the_merge_overflows_is_never_the_best():
     def score(some, rows):
       return jnp.array([[[0.1]], [[0.9]]])
 
-    given = (method, base, models, scales, score, rows, [1])
+    given = (method, models, base, scales, score, rows, [1])
     return search_scales.best_scale(*given, names=["a", "b"], label="ties")
 
   with pytest.warns(UserWarning, match=r"ties: 1 of 2 candidates have NaN as their score"):

@@ -140,7 +140,7 @@ def test_the_best_scale_is_the_best_of_all():
   rows = meshes.put(batch.stack(tasks, "validation"), meshes.task_sharding(mesh))
   counts = [len(t.validation.labels) for t in tasks]
   method, scales = methods.task_arithmetic(), (0.0, 0.2, 0.4, 0.8, 5.0)
-  given = (method, base, models, scales, score, rows, counts)
+  given = (method, models, base, scales, score, rows, counts)
   found = search_scales.best_scale(*given, names=names)
 
   def judged(params):
