@@ -28,11 +28,9 @@ import numpy as np
 
 EPS = 2.0**-23
 FLOOR = 2e-6  # A few units in the last place of float32 weights near 1.
-ILL_POSED = 1e-3
+ILL_POSED = 2.5e-3
 PROBES = 4
-_UNIT = (
-  1.5 * EPS
-)  # A few eps: what was seen in programs that are optimized, and in others that are not.
+_UNIT = 2.5 * EPS  # The few eps: programs that are not optimized need twice those that are.
 # The step of difference quotients: far above the rounding of float64, far below any rank tolerance.
 _STEP = 2.0**-33
 
