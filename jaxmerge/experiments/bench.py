@@ -107,6 +107,9 @@ def _write(
   plain: dict[str, Any], records: Sequence[Mapping[str, Any]], folder: pathlib.Path
 ) -> dict[str, Any]:
   """Writes the leaderboard of all seeds, and returns its JSON content."""
+  shared = set.intersection(*(set(r["record"]["models"]) for r in records))
+  for r in records:  # References that the run of one seed lacks are none.
+    r["record"]["models"] = {n: m for n, m in r["record"]["models"].items() if n in shared}
   summary = report.merge_seeds([r["record"] for r in records])
   facts = {
     "config": plain,
@@ -157,6 +160,8 @@ def _compare(
     **{name: result["per_task"] for name, result in methods.items()},
   }
   models = {n: {"mean": float(np.mean(list(t.values()))), "per_task": t} for n, t in scores.items()}
+  if config["experts"]:
+    models |= _references(pathlib.Path(config["experts"].format(seed=seed)), setup.names, split)
   return {
     "record": {
       "tasks": setup.names,
@@ -207,6 +212,16 @@ def _per_task(setup: Setup, params: Any, rows: batch.TaskBatch, split: str) -> d
   """Returns the mean score of a model on each task's rows of a split."""
   by_row = setup.score(jax.tree.map(lambda p: p[None], params), rows)[0]
   return dict(zip(setup.names, scoring.means(by_row, setup.counts(split)), strict=True))
+
+
+def _references(folder: pathlib.Path, tasks: Sequence[str], split: str) -> dict[str, Any]:
+  """Returns ATM and joint training of the run that the experts are from, if it has such scores."""
+  path = folder / "report.json"
+  theirs = read(path) if path.is_file() else {}
+  if theirs.get("split") != split or theirs.get("tasks") != list(tasks):
+    return {}
+  heads = ("atm", "multitask")
+  return {n: m for n, m in theirs["models"].items() if n.split("_")[0] in heads}
 
 
 def _experts_of_run(setup: Setup, folder: pathlib.Path) -> Any:

@@ -83,7 +83,7 @@ def place(fig: Any, axes: Any, box: tuple[float, float, float, float]) -> None:
 
 
 def headline(fig: Any, text: str, below: str = "") -> None:
-  """Writes the title of a whole figure in its upper left corner, and a line below it."""
+  """Writes the title of a whole figure in its upper left corner, and lines below it."""
   transforms = importlib.import_module("matplotlib.transforms")
 
   def write(words: str, down: float, **style: Any) -> None:
@@ -91,8 +91,8 @@ def headline(fig: Any, text: str, below: str = "") -> None:
     fig.text(0, 1, words, va="top", transform=fig.transFigure + shift, **style)
 
   write(text, 7, fontsize=10, fontweight="bold", color=INK)
-  if below:
-    write(below, 22, fontsize=SIZE, color=SOFT)
+  for i, line in enumerate(below.splitlines()):
+    write(line, 22 + 10.5 * i, fontsize=SIZE, color=SOFT)
 
 
 def grow(fig: Any, inches: float) -> None:

@@ -140,26 +140,61 @@ def markdown(facts: Mapping[str, Any]) -> str:
   return "\n".join(parts)
 
 
+def references(facts: Mapping[str, Any]) -> list[str]:
+  """Returns the runs of ATM and joint training that stand beside the methods, the best first."""
+  models, summary = facts["summary"]["models"], facts["summary"]
+  names = [
+    n
+    for n in models
+    if n not in facts["methods"]
+    and (labels.kind(n) == "loop" or n.split("_")[0] == "multitask")
+    and models[n]["mean"]["mean"] is not None
+  ]
+  return sorted(names, key=lambda n: -labels.gain(summary, models[n]["mean"]["mean"]))
+
+
 def figure(facts: Mapping[str, Any]) -> Any:
-  """Draws the share of the gap that every method closes, with its spread over seeds."""
-  names = rank(facts)[::-1]
-  closed = [facts["summary"]["models"][n]["gap_closed"] for n in names]
-  fig, axes = figures.figure(0.9 + 0.2 * len(names))
-  title = f"Gap from base to experts closed, {labels.split(facts['summary'])} (%)"
-  figures.dress(axes, title, "", "")
+  """Draws the share of the gap that every method closes, with its spread over seeds.
+
+  References stand above the methods, hollow.
+  """
+  others, names = references(facts)[::-1], rank(facts)[::-1]
+  every = [*names, *others]
+  closed = [facts["summary"]["models"][n]["gap_closed"] for n in every]
+  note = legend(facts)
+  above = 0.36 + 0.15 * (note.count("\n") + 1)
+  fig, axes = figures.figure(0.54 + above + 0.2 * len(every))
+  figures.dress(axes, "", "", "")
   axes.grid(axis="y", visible=False)
   axes.grid(axis="x", color=figures.GRID, linewidth=0.6)
   values = [100 * (c["mean"] or 0.0) for c in closed]
   spreads = [100 * (c["spread"] or 0.0) for c in closed]
-  axes.errorbar(
-    values, range(len(names)), xerr=spreads, fmt="o", color=figures.INK, markersize=4, linewidth=1
-  )
+  for start, stop, fill in ((0, len(names), figures.INK), (len(names), len(every), figures.PAGE)):
+    style = {"fmt": "o", "color": figures.INK, "mfc": fill, "markersize": 4, "linewidth": 1}
+    axes.errorbar(values[start:stop], range(start, stop), xerr=spreads[start:stop], **style)
   axes.axvline(100, color=figures.INK, linewidth=0.9, linestyle=figures.DASHES["experts"])
-  axes.set_yticks(range(len(names)), [figures.literal(n) for n in names], fontsize=figures.SIZE)
-  axes.set_ylim(-0.7, len(names) - 0.3)
-  width = max(figures.text_width(fig, n) for n in names)
-  figures.settle(fig, axes, left=width + 0.2)
+  written = [figures.literal(n) for n in names] + [figures.model(n) for n in others]
+  axes.set_yticks(range(len(every)), written, fontsize=figures.SIZE)
+  axes.set_ylim(-0.7, len(every) - 0.3)
+  title = f"Gap from base to experts closed, {labels.split(facts['summary'])} (%)"
+  figures.headline(fig, title, note)
+  width = max(figures.text_width(fig, n) for n in written)
+  figures.set_edges(fig, width + 0.2, 0.1, 0.4, above)
   return fig
+
+
+def legend(facts: Mapping[str, Any]) -> str:
+  """Returns what points, bars, the dashed line and hollow points are."""
+  number = len(facts["summary"]["seeds"])
+  text = "Points: one seed"
+  if number > 1:
+    text = f"Points: mean of {number} seeds; bars: one standard deviation to each side"
+  text += ". Dashed line: the experts, 100."
+  if references(facts):
+    text += (
+      "\nHollow points are no one-shot merges: they train on all tasks, or exchange more often."
+    )
+  return text
 
 
 def write(facts: Mapping[str, Any], path: pathlib.Path) -> None:

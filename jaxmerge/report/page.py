@@ -44,7 +44,7 @@ thead th { font-weight: 600; vertical-align: bottom; background: var(--card); wh
   min-width: 4.5rem; line-height: 1.25; }
 thead th:first-child { background: var(--card); }
 tbody th { font-weight: 400; max-width: 26rem; white-space: normal; min-width: 9.5rem; }
-@media (max-width: 40rem) { tbody th { min-width: 6.5rem; } }
+@media (max-width: 40rem) { tbody th { min-width: 6.5rem; max-width: 10rem; } }
 tr.reference > * { color: var(--soft); }
 tr.loop th { font-weight: 600; color: var(--accent); }
 td.best { font-weight: 700; background: var(--mark); }

@@ -146,6 +146,21 @@ def test_experts_of_a_run_are_taken(made, tmp_path):
   own, theirs = (f["summary"]["models"]["experts"]["mean"]["values"][0] for f in (again, facts))
   assert own == theirs
   assert not (tmp_path / "run" / "seed0" / "checkpoints" / "experts").exists()
+  # ATM and joint training of that run stand beside the methods, where they have the same rows.
+  report = folder / "seed0" / "report.json"
+  scores = dict.fromkeys(
+    ("atm", "multitask", "ties"), facts["summary"]["models"]["base"]["per_task"]
+  )
+  models = {
+    n: {"mean": 0.5, "per_task": {t: x["values"][0] for t, x in scores[n].items()}} for n in scores
+  }
+  for k, split in enumerate(("validation", "test")):
+    whole = {"tasks": facts["summary"]["tasks"], "split": split, "models": models}
+    report.write_text(json.dumps(whole))
+    beside = bench.run(bench_config.load(path), path, tmp_path / f"beside{k}")
+    expected = ["atm", "multitask"] if split == facts["summary"]["split"] else []
+    assert leaderboard.references(beside) == expected
+  report.unlink()
   for experts, message in (("seed1", "seed is 1 there and 0 here"), ("none", "holds no experts")):
     path = written(tmp_path, "average=dict()", 1, experts=str(folder / experts))
     with pytest.raises(ValueError, match=message):
