@@ -97,9 +97,7 @@ def test_unknown_name_is_an_attribute_error():
     jaxmerge.tiez  # noqa: B018
 
 
-@pytest.mark.parametrize(
-  "call", ["merge", "merge_files", "merge_recipe", "tune_and_merge", "Settings"]
-)
+@pytest.mark.parametrize("call", ["merge", "merge_recipe", "tune_and_merge", "Settings"])
 def test_an_unknown_keyword_is_an_error_with_the_nearest(call):
   near = {"merge_recipe": "replace", "Settings": "rounds"}.get(call, "method")
   with pytest.raises(TypeError, match=f"{call} has no argument '{near}x'; did you mean '{near}'"):

@@ -15,7 +15,6 @@ from jaxmerge import display, errors
 from jaxmerge.core import layouts, statistics
 from jaxmerge.core.stage import Method
 from jaxmerge.drivers import arguments
-from jaxmerge.errors import suggest_keywords
 from jaxmerge.evaluation import external
 from jaxmerge.files import (
   assemble,
@@ -140,7 +139,6 @@ def resolve_layout(plan: Plan, method: Any, layout: layouts.Layout | None) -> Pl
 Path = str | os.PathLike[str]
 
 
-@suggest_keywords
 def merge_files(
   method: Method | Any,
   models: Sequence[Path] | Any,
