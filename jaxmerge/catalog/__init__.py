@@ -1,4 +1,4 @@
-"""The table of published methods; free of jax."""
+"""The catalog of published methods; free of jax."""
 
 from jaxmerge import lazy
 

@@ -20,19 +20,23 @@ _RULE = Parameter(
 )
 _RESCALE = Parameter(
   "inverse",
-  "rescales the other entries: 1/(1-p), or the norm of the whole leaf",
+  "rescaling of the remaining entries: by 1/(1-p), or to the leaf's norm",
   choices=("inverse", "l1", "l2", "linf", None),
 )
 _NORM = Parameter(
-  None, "the norm of each leaf that is restored after trimming", choices=("l1", "l2", "linf", None)
+  None, "which norm of each leaf is restored after trimming", choices=("l1", "l2", "linf", None)
 )
-_REDUCE = Parameter("mean", "how agreeing entries are joined", choices=("mean", "sum", "max"))
+_REDUCE = Parameter(
+  "mean", "how entries of the elected sign are combined", choices=("mean", "sum", "max")
+)
 _VOTES = Parameter(
-  "sum", "what elects a sign: the sum of the entries, or how many have it", choices=("sum", "count")
+  "sum",
+  "how a sign is elected: by the sum of the entries, or by their count",
+  choices=("sum", "count"),
 )
 _ZERO_SUM = Parameter(
   "majority",
-  "sign where task vectors cancel out: that of most entries, or plus",
+  "sign where task vectors cancel out: the majority's, or plus",
   choices=("majority", "plus"),
 )
 _BAND = {
@@ -47,7 +51,7 @@ _BAND = {
   ),
   "yields": Parameter(
     "keep",
-    "which fraction gives way where both together exceed all entries",
+    "which fraction is reduced where both exceed 1 together",
     choices=("keep", "remove"),
   ),
   "rescale": _NORM,
@@ -62,7 +66,7 @@ _WINDOW = {
   "scale": entry.SCALE._replace(default=1.1),
   "weight": entry.WEIGHT,
   "rescale": _RESCALE._replace(
-    doc="rescales the other entries: 1/q, or the norm of the whole leaf"
+    doc="rescaling of the remaining entries: by 1/q, or to the leaf's norm"
   ),
 }
 _THRESHOLD = Parameter(1e-5, "entries up to this magnitude count as unchanged", low=0.0)
@@ -88,10 +92,10 @@ METHODS: Mapping[str, Entry] = {
         "the weights: equal, linear, moving, or those of a decay of the learning rate",
         choices=("sma", "wma", "ema", "decay"),
       ),
-      "alpha": Parameter(0.2, "share of the newest in a moving average", low=0.0, high=1.0),
+      "alpha": Parameter(0.2, "weight of the newest model in a moving average", low=0.0, high=1.0),
       "start": Parameter(
         "first",
-        "where a moving average begins: first checkpoint, or zero",
+        "initial value of a moving average: first checkpoint, or zero",
         choices=("first", "zero"),
       ),
       "decay": Parameter(
@@ -160,7 +164,7 @@ METHODS: Mapping[str, Entry] = {
     "Tao et al. 2024 (arXiv:2407.03994)",
     {
       "slack": Parameter(
-        0.0, "μ, how much more a vote counts, scalar or one per model", low=0.0, each=True
+        0.0, "μ, extra weight of a vote, scalar or one per model", low=0.0, each=True
       ),
       "density": _DENSITY,
       "scale": entry.SCALE,
@@ -238,7 +242,7 @@ METHODS: Mapping[str, Entry] = {
       "density": _DENSITY._replace(
         default=1.0, doc="fraction kept of the positions at which the models differ"
       ),
-      "floor": entry.FLOOR._replace(doc="models count equally where Σ mean τᵢ² is below"),
+      "floor": entry.FLOOR._replace(doc="below this Σ mean τᵢ², models are weighted equally"),
     },
     passes=4,
     ranks=True,
@@ -254,7 +258,7 @@ METHODS: Mapping[str, Entry] = {
     {
       "scale": entry.SCALE._replace(default=0.3),
       "threshold": Parameter(0.4, "ε, scalar or one per model", low=0.0, each=True),
-      "least": Parameter(2, "k, as many models must need an entry", low=0, integer=True),
+      "least": Parameter(2, "k, number of models that must need an entry", low=0, integer=True),
     },
   ),
   "pcb": Entry(
@@ -265,7 +269,7 @@ METHODS: Mapping[str, Entry] = {
       "scale": entry.SCALE._replace(default=1.2),
       "weight": entry.WEIGHT,
       "clamp": Parameter(
-        1e-4, "fraction of the largest and of the smallest that are clipped", low=0.0, high=0.5
+        1e-4, "fraction of the largest and of the smallest entries to clip", low=0.0, high=0.5
       ),
     },
     passes=3,
@@ -275,16 +279,16 @@ METHODS: Mapping[str, Entry] = {
     "θ₀ + λ Σ wᵢ (layers of model i that stand out)⊙τᵢ",
     "Zhang et al. 2025 (arXiv:2506.09093)",
     {
-      "prune_ratio": Parameter(0.5, "fraction of the layers that are pruned", low=0.0, high=1.0),
+      "prune_ratio": Parameter(0.5, "fraction of the layers to prune", low=0.0, high=1.0),
       "scale": entry.SCALE._replace(default=0.3),
       "weight": entry.WEIGHT,
       "score": Parameter(
         "deviation",
-        "of a layer: mean distance from the mean task vector, norm beside the base's, or size",
+        "layer score: distance from the mean task vector, norm relative to the base, or size",
         choices=("deviation", "relative_norm", "rms"),
       ),
       "prune": Parameter(
-        "lowest", "layers of lowest or highest score are pruned", choices=("lowest", "highest")
+        "lowest", "prune layers of the lowest or the highest score", choices=("lowest", "highest")
       ),
     },
     experimental=True,
@@ -300,7 +304,7 @@ METHODS: Mapping[str, Entry] = {
     _RAM,
     {
       "threshold": _THRESHOLD,
-      "boost": Parameter(0.1, "r, how much unique entries are amplified", low=0.0),
+      "boost": Parameter(0.1, "r, amplification of unique entries", low=0.0),
       "limit": Parameter(0.2, "α, bound on ρ, the shared entries per unique one", low=0.0),
       "scope": Parameter(
         "leaf", "ρ is counted per leaf or over the whole model", choices=("leaf", "tree")
@@ -321,7 +325,7 @@ METHODS: Mapping[str, Entry] = {
   "nearswap": Entry(
     "θ₀ + clip(θ - θ₀, -t, t)",
     "alchemonaut 2024 (QuartetAnemoi-70B)",
-    {"t": Parameter(1e-4, "how near an entry must be to be swapped", low=0.0)},
+    {"t": Parameter(1e-4, "distance below which an entry is swapped", low=0.0)},
     on="weights",
     models=(2, 2),
   ),

@@ -26,7 +26,7 @@ METHODS: Mapping[str, Entry] = {
     "Almasi et al. 2023 (arXiv:2302.05865)",
     {
       "rank": Parameter(1, "r, directions", low=1, integer=True, static=True),
-      "steps": Parameter(10, "reweightings, at most", low=0, integer=True, static=True),
+      "steps": Parameter(10, "maximum number of reweightings", low=0, integer=True, static=True),
       "pairs": Parameter(0.0, "weight of the distances between the models", low=0.0),
     },
     on="either",
@@ -68,7 +68,7 @@ METHODS: Mapping[str, Entry] = {
     {
       "weight": entry.WEIGHT,
       "max_iter": Parameter(10, "most steps", low=0, integer=True, static=True),
-      "tol": Parameter(1e-5, "shares of the largest norm and steps up to this are zero", low=0.0),
+      "tol": Parameter(1e-5, "relative norms and steps up to this count as zero", low=0.0),
     },
     on="weights",
     passes=2,
@@ -81,7 +81,9 @@ METHODS: Mapping[str, Entry] = {
         "leaf", "one t per leaf, or per row of a matrix view", choices=("leaf", "row")
       ),
       "clip": Parameter(False, "keep t in [0, 1]", choices=(True, False)),
-      "floor": entry.FLOOR._replace(doc="least product of two norms that a cosine divides by"),
+      "floor": entry.FLOOR._replace(
+        doc="lower bound on the product of norms that a cosine divides by"
+      ),
     },
     passes=2,
     models=(2, None),
@@ -100,7 +102,7 @@ METHODS: Mapping[str, Entry] = {
     {
       "scale": entry.SCALE,
       "common": Parameter(
-        0.8, "share of the directions that are the sum's", low=0.0, high=1.0, static=True
+        0.8, "share of directions that come from the sum", low=0.0, high=1.0, static=True
       ),
       "rank_tol": _RANK_TOL,
       "polar": _POLAR,
@@ -125,7 +127,7 @@ METHODS: Mapping[str, Entry] = {
       "drop_rate": Parameter(0.8, "fraction of entries pruned", low=0.0, high=1.0, static=True),
       "direction": Parameter(
         "vertical",
-        "the models share directions of inputs, or of outputs",
+        "whether the models share input or output directions",
         choices=("vertical", "horizontal"),
       ),
       "weight": entry.WEIGHT,
@@ -142,11 +144,11 @@ METHODS: Mapping[str, Entry] = {
       "delta_scale": Parameter(1.0, "λ, factor on the mean of the low-rank parts"),
       "mu": Parameter(0.01, "μ, subtracted from each singular value", low=0.0),
       "relative": Parameter(
-        False, "count μ in the largest singular value of θᵢ - mean", choices=(True, False)
+        False, "μ is relative to the largest singular value of θᵢ - mean", choices=(True, False)
       ),
       "sweeps": Parameter(20, "of the descent", low=0, integer=True, static=True),
       "join": Parameter(
-        "mean", "of the low-rank parts: mean, or sign election", choices=("mean", "elected")
+        "mean", "merge of the low-rank parts: mean, or sign election", choices=("mean", "elected")
       ),
     },
     on="either",
@@ -174,7 +176,7 @@ METHODS: Mapping[str, Entry] = {
     "Yu et al. 2024 (arXiv:2408.03092)",
     {
       "scale": entry.SCALE,
-      "threshold": Parameter(1.0, "a score so many times the mean is calibrated", low=0.0),
+      "threshold": Parameter(1.0, "scores above this multiple of the mean are calibrated", low=0.0),
       "calibrated": Parameter(1.0, "weight of calibrated columns"),
     },
     unit="matrix",
@@ -208,7 +210,7 @@ METHODS: Mapping[str, Entry] = {
       "eta": Parameter(0.07, "η, norm of each task matrix", low=0.0),
       "density": Parameter(0.3, "fraction of entries kept", low=0.0, high=1.0, open_low=True),
       "subspace": Parameter(
-        6, "one in so many directions is shared", low=1, integer=True, static=True
+        6, "inverse share of the directions that are shared", low=1, integer=True, static=True
       ),
       **{n: _DESCENT[n]._replace(default=v) for n, v in (("learning_rate", 1e-4), ("steps", 400))},
       "rank_tol": _RANK_TOL,
@@ -248,7 +250,7 @@ METHODS: Mapping[str, Entry] = {
       "outliers": _OUTLIERS,
       "select": Parameter(1, "m, number of averaged models", low=1, integer=True, static=True),
       "scope": Parameter(
-        "tree", "distances of whole models, or of leaves", choices=("tree", "leaf")
+        "tree", "distances between whole models, or per leaf", choices=("tree", "leaf")
       ),
     },
     on="either",

@@ -103,7 +103,7 @@ def check(layout: Any) -> Layout:
   Example:
     >>> check([("kernel$", "ix")])
     Traceback (most recent call last):
-    ValueError: view 'ix' of 'kernel$' must be a word of the letters b, o and i, or None.
+    ValueError: view 'ix' of 'kernel$' must consist of the letters b, o and i, or be None.
   """
   layout = tuple(layout.items()) if isinstance(layout, Mapping) else layout
   if isinstance(layout, str):
@@ -117,7 +117,7 @@ def check(layout: Any) -> Layout:
     pattern, view = pair
     if view is not None and (not isinstance(view, str) or not re.fullmatch("[boi]+", view)):
       raise ValueError(
-        f"view {view!r} of {pattern!r} must be a word of the letters b, o and i, or None."
+        f"view {view!r} of {pattern!r} must consist of the letters b, o and i, or be None."
       )
     try:
       re.compile(pattern)

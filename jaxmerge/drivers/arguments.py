@@ -25,7 +25,7 @@ def method(value: Any) -> Method:
   Example:
     >>> method("ties")
     Traceback (most recent call last):
-    ValueError: a method is wanted, not its name: call jaxmerge.methods.ties().
+    ValueError: 'ties' is the name of a method: pass the method, jaxmerge.methods.ties().
   """
   if isinstance(value, Method):
     return value
@@ -34,7 +34,9 @@ def method(value: Any) -> Method:
   wanted = "the method comes first, and is what a call such as jaxmerge.methods.ties() returns"
   if isinstance(value, str):
     if value in lookup.METHODS:
-      raise ValueError(f"a method is wanted, not its name: call jaxmerge.methods.{value}().")
+      raise ValueError(
+        f"{value!r} is the name of a method: pass the method, jaxmerge.methods.{value}()."
+      )
     raise ValueError(f"no method is called {value!r}{errors.nearest(value, lookup.METHODS)}.")
   if isinstance(value, Stage):
     raise ValueError("a method is a sequence of stages, not one: write (stage,).")

@@ -1,4 +1,4 @@
-"""`merge_files`: a merge of whole models by one method, from Python."""
+"""`merge_files`: merges whole models by one method, from Python."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import inspect
 import os
 import pathlib
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any  # What a config.json holds.
+from typing import Any  # Any: JSON of a config.
 
 import numpy as np
 
@@ -44,29 +44,29 @@ def check_options(
   dtype('float16')
 
   Args:
-    names: of the models.
-    models: how many they are.
+    names: names of the models.
+    models: their number.
     base: whether there is a base.
     dtype: of the result's floating tensors, by NumPy's name; None: as in the base.
-    missing: what becomes of a tensor that some models lack.
+    missing: what to do with a tensor that some models lack.
 
   Returns:
     The dtype.
 
   Raises:
-    ValueError: with the value, and what would be right.
+    ValueError: with the value and the allowed ones.
   """
   if not models:
-    raise ValueError("there is no model to merge: give one or more.")
+    raise ValueError("there is no model to merge: pass at least one.")
   if len(names) != models:
     raise ValueError(f"names must be {models}, one for each model, got {list(names)}.")
   counts = collections.Counter([*names, *([BASE] if base else [])])
   if twice := [name for name, count in counts.items() if count > 1]:
-    raise ValueError(f"{twice[0]!r} is what two models are called: names tells them apart.")
+    raise ValueError(f"two models are called {twice[0]!r}: pass different `names`.")
   if missing not in MISSING:
     raise ValueError(f"missing cannot be {missing!r}{errors.nearest(str(missing), MISSING)}.")
   if missing == "base" and not base:
-    raise ValueError("missing='base' takes tensors from the base, but there is none: give one.")
+    raise ValueError("missing='base' takes tensors from the base, but there is none: pass `base`.")
   return None if dtype is None else _floating_dtype(dtype)
 
 
@@ -91,18 +91,18 @@ def plan_merge(
   missing: str = "error",
   allow: Collection[str] = (),
 ) -> Plan:
-  """Plans a merge of whole models by one method: of task vectors with a base, else of weights.
+  """Plans a merge of whole models by one method, of task vectors with a base, else of weights.
 
   Args:
-    job: what merges them.
+    job: the merge job.
     base: the base.
-    models: the models to be merged.
+    models: the models to merge.
     dtype: of the result's floating tensors; None: as in the base, or in the first model.
     missing: as for `assemble.make_plan`.
     allow: as for `compatibility.compare`.
 
   Raises:
-    errors.Problems: naming every tensor and model that do not fit.
+    errors.Problems: naming every tensor and model that does not fit.
   """
   donor, *rest = name_variants.align([*([] if base is None else [base]), *models])
   models = [donor, *rest] if base is None else rest
@@ -125,10 +125,10 @@ def plan_merge(
 
 
 def resolve_layout(plan: Plan, method: Any, layout: layouts.Layout | None) -> Plan:
-  """Resolves the layout of a plan's first job: which matrix view each tensor has for a method.
+  """Resolves the layout of a plan's first job: the matrix view of each tensor.
 
   Raises:
-    ValueError: for a layout that does not fit them, or does not suffice for the method.
+    ValueError: for a layout that does not fit the tensors, or lacks what the method needs.
   """
   shapes = {o.name: o.shape for o in plan.outputs if o.job == 0}
   names = [o.name for o in plan.outputs]
@@ -181,8 +181,8 @@ def merge_files(
       "rope_theta", or "tokens", the order of the vocabulary; the result goes by the base.
     rename: beginnings of names of tensors, in models and adapters, to others: where their names do
       not fit, and the prefix is none that is known.
-    evaluate: folder -> numbers by name, called when the result is complete; they are written into
-      its `jaxmerge_evaluation.json`.
+    evaluate: folder -> scores by name, called on the complete result; they are written to its
+      `jaxmerge_evaluation.json`.
     options: as for `run`.
 
   Returns:
@@ -190,7 +190,7 @@ def merge_files(
 
   Raises:
     ValueError: naming file, tensor and value, for inputs that do not fit or are damaged.
-    FileExistsError: where there is something at `out` and `replace` is not set.
+    FileExistsError: where `out` exists and `replace` is not set.
   """
   method = _check_method(method, options, with_base=base is not None)
   models, names = arguments.paths(models, names)

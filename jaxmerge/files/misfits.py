@@ -1,4 +1,4 @@
-"""What does not fit between the models of a merge: a line for each, or one for many of a kind."""
+"""Reports mismatches between the models of a merge, similar ones in one line."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from jaxmerge.files.assemble import inputs_present
 from jaxmerge.files.plan import InputTensor, Model, TensorRequest
 from jaxmerge.io.tensors import safetensors
 
-FEW = 3  # As many tensors have a line each.
+FEW = 3  # Up to this many tensors have a line each.
 _MOST = 6  # Patterns of names in a line.
 
-Pair = tuple[str, str]  # The names of two models: the one to go by, and the other.
+Pair = tuple[str, str]  # Names of two models: the reference, and the other.
 
 
 def lines(requests: Sequence[TensorRequest], models: Sequence[Model], missing: str) -> list[str]:
-  """Lists what does not fit: other architectures, tensors that are missing or of other shapes.
+  """Lists mismatches: architectures that differ, missing tensors, other shapes.
 
-  Models that differ in architecture have no other line: none of their tensors belong together.
+  Models of different architectures get one line only, as none of their tensors correspond.
 
   >>> import pathlib
   >>> model = Model("a", pathlib.Path(), {}, ())
@@ -28,13 +28,13 @@ def lines(requests: Sequence[TensorRequest], models: Sequence[Model], missing: s
   Args:
     requests: the tensors of the result.
     models: all inputs, the donor first.
-    missing: what becomes of a tensor that some models lack.
+    missing: what to do with a tensor that some models lack.
   """
   lacking, misshapen = _find_missing(requests), _find_misshapen(requests)
   idle = [] if missing == "error" else list(_idle(requests, missing))
   unlike = _unlike(models, {name for pair in (*lacking, *misshapen) for name in pair})
   strangers = {name for name, (_, foreign) in unlike.items() if foreign}
-  if missing != "error" and not idle:  # The others may have what these lack.
+  if missing != "error" and not idle:  # Other models may have what these lack.
     unlike = {name: unlike[name] for name in unlike if name in strangers}
   problems = [*(line for line, _ in unlike.values()), *_absent(requests, missing)]
   if missing == "error":
@@ -44,7 +44,7 @@ def lines(requests: Sequence[TensorRequest], models: Sequence[Model], missing: s
 
 
 def group_names(names: Iterable[str]) -> str:
-  """Writes names in one line: numbers as `*`, with how many there are of each kind.
+  """Formats names in one line, with numbers as `*` and counts.
 
   >>> group_names(["layers.0.up.weight", "layers.1.up.weight", "norm.weight"])
   'layers.*.up.weight (2), norm.weight'
@@ -78,7 +78,7 @@ def _absent(requests: Sequence[TensorRequest], missing: str) -> Iterator[str]:
 
 
 def _find_missing(requests: Sequence[TensorRequest]) -> dict[Pair, list[str]]:
-  """Returns the tensors that a model lacks, by the first model that has them and this one."""
+  """Returns missing tensors, by the first model that has them and the model that lacks them."""
   lacking: dict[Pair, list[str]] = {}
   for request in requests:
     present = inputs_present(request)
@@ -110,7 +110,7 @@ def _lines_of_missing(
 def _find_misshapen(
   requests: Sequence[TensorRequest],
 ) -> dict[Pair, list[tuple[InputTensor, InputTensor]]]:
-  """Returns input tensors of another shape or kind than the first for the same tensor."""
+  """Returns input tensors whose shape or kind differs from the first one's."""
   misshapen: dict[Pair, list[tuple[InputTensor, InputTensor]]] = {}
   for request in requests:
     for p in inputs_present(request)[1:]:
@@ -132,7 +132,7 @@ def _lines_of_shapes(
 
 
 def _mismatch(first: InputTensor, p: InputTensor) -> str:
-  """Says how a part differs from the first; empty where it fits."""
+  """Describes how a part differs from the first; empty where it fits."""
   ours, theirs = first.tensor, p.tensor
   if ours is None or theirs is None:
     return ""
@@ -148,12 +148,12 @@ def _mismatch(first: InputTensor, p: InputTensor) -> str:
 
 def _vocabulary(ours: tuple[int, ...], theirs: tuple[int, ...]) -> str:
   if len(ours) == len(theirs) == 2 and ours[1:] == theirs[1:]:
-    return "; if these are vocabularies, the recipe's tokenizer key brings them together"
+    return "; if these are vocabularies, the recipe's `tokenizer` key unifies them"
   return ""
 
 
 def _idle(requests: Sequence[TensorRequest], missing: str) -> Iterator[str]:
-  """Yields lines on jobs, or models of them, of which nothing would be merged."""
+  """Yields lines on jobs, or their models, of which nothing would be merged."""
   jobs: dict[int, list[TensorRequest]] = {}
   for request in requests:
     floating = (p.tensor and safetensors.is_floating(p.tensor.dtype) for p in _inputs(request))
@@ -172,7 +172,7 @@ def _idle(requests: Sequence[TensorRequest], missing: str) -> Iterator[str]:
 
 
 def _together(request: TensorRequest, missing: str) -> list[InputTensor]:
-  """Returns the models' input tensors that are merged with each other, or with a base."""
+  """Returns the input tensors that are merged with each other or with a base."""
   parts = [p for p in request.models if p.tensor is not None]
   if len(parts) == len(request.models) and (
     request.of_weights or inputs_present(request)[0] is request.base
@@ -182,10 +182,10 @@ def _together(request: TensorRequest, missing: str) -> list[InputTensor]:
 
 
 def _unlike(models: Sequence[Model], apart: Collection[str]) -> dict[str, tuple[str, bool]]:
-  """Finds the models of another architecture than the donor, by their configs.
+  """Finds models whose config has another architecture than the donor's.
 
   Returns:
-    A line for each, and whether it is foreign: of another type, with few tensors in common.
+    A line for each, and whether it is unrelated: of another type, with few common tensors.
   """
   donor, unlike = models[0], {}
   for m in models[1:]:
@@ -207,7 +207,7 @@ def _differ(one: str | None, other: str | None) -> bool:
 
 
 def _architecture(model: Model) -> tuple[str | None, str | None]:
-  """Returns the class and the type of a model, as far as its config names them.
+  """Returns class and type of a model, as far as its config names them.
 
   >>> import pathlib
   >>> config = {"architectures": ["BertModel"], "model_type": "bert"}

@@ -1,4 +1,4 @@
-"""Aligns names of tensors: other known names, other forms, copies that only some models store."""
+"""Aligns tensor names between models: known variants, other forms, redundant copies."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from jaxmerge.io.huggingface import tied
 from jaxmerge.io.tensors import experts
 from jaxmerge.io.tensors import names as spellings
 
-ENDS = ((".gamma", ".weight"), (".beta", ".bias"))  # What norms were called, and are called now.
-# Ends of names of embeddings and heads, which may be one tensor under several of them.
+ENDS = ((".gamma", ".weight"), (".beta", ".bias"))  # Old and new names of norm parameters.
+# Suffixes of embeddings and heads, under which one tensor may be stored several times.
 _COPIES = (
   *("shared.weight", "embed_tokens.weight", "word_embeddings.weight", "wte.weight", *tied.HEADS),
   *("predictions.bias", "predictions.decoder.bias", "lm_head.bias", "lm_head.decoder.bias"),
@@ -18,12 +18,11 @@ _COPIES = (
 
 
 def align(models: Sequence[Model]) -> list[Model]:
-  """Returns models whose tensors have the names that they have in the first model.
+  """Returns the models with tensors named as in the first model.
 
-  A norm's `gamma` and `beta` are its `weight` and `bias`. Names that differ by a known prefix, that
-  of a wrapper of a model, are one; so are experts in one tensor and in a matrix each. An embedding
-  that some models store under two names, equal bit for bit, is one tensor: where the others store
-  it once, it is that one.
+  A norm's `gamma` and `beta` are its `weight` and `bias`. Names that differ by a known wrapper's
+  prefix are the same tensor; so are fused and single experts. An embedding that some models store
+  under two names, equal bit for bit, is one tensor where other models store it once.
   """
   donor = models[0]
   respelled = [donor, *(_with_form(_respell(m, donor), donor) for m in models[1:])]
@@ -46,17 +45,17 @@ def _respell(model: Model, donor: Model) -> Model:
 
 
 def rename(model: Model, table: Mapping[str, str]) -> Model:
-  """Returns a model with other names: by what they begin with, see `io.tensors.names.rename`.
+  """Returns a model with renamed tensors, by prefix; see `io.tensors.names.rename`.
 
   Raises:
-    ValueError: where two tensors would have one name.
+    ValueError: where two tensors would get the same name.
   """
   names = {n: spellings.rename(n, table) for n in (*model.tensors, *model.tied)}
   return _with_names(model, {old: new for old, new in names.items() if old != new})
 
 
 def _with_names(model: Model, names: Mapping[str, str]) -> Model:
-  """Returns a model of which some tensors have other names."""
+  """Returns a model with some tensors renamed."""
   if not names:
     return model
   renamed = [names.get(n, n) for n in model.tensors]
@@ -74,7 +73,7 @@ def _with_names(model: Model, names: Mapping[str, str]) -> Model:
 
 
 def _with_form(model: Model, donor: Model) -> Model:
-  """Returns a model whose experts are in the donor's form: one tensor, or a matrix each."""
+  """Returns a model with experts in the donor's form, fused or single."""
   lacking = [n for n in donor.tensors if ".experts." in n and n not in model.tensors]
   forms = experts.forms(model.tensors) if lacking else {}
   forms = {n: forms[n] for n in lacking if n in forms}
@@ -99,7 +98,7 @@ def _lacks(model: Model, name: str) -> bool:
 
 
 def _without_copies(model: Model, models: Sequence[Model]) -> Model:
-  """Replaces copies of the embedding that other models lack by the embedding, and drops them."""
+  """Drops copies of the embedding that other models lack, and ties them to it."""
   donor, stand_ins, extra = models[0], {}, {}
   for name in {n: None for m in models for n in m.tensors if _may_be_copy(n)}:
     having = [m for m in models if name in m.tensors]
@@ -124,9 +123,9 @@ def _may_be_copy(name: str) -> bool:
 
 
 def _twins(name: str, having: Sequence[Model], models: Sequence[Model]) -> Iterator[str]:
-  """Finds tensors that all models have and that equal one, bit for bit, wherever it is stored.
+  """Finds tensors of all models that equal a given one bit for bit, wherever both are stored.
 
-  Of models that do not exist yet this is assumed; it is compared once they do.
+  For models that do not exist yet this is assumed, and compared once they do.
   """
   for other in filter(_may_be_copy, having[0].tensors):
     if other == name or not all(other in m.tensors for m in models):

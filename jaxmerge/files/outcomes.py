@@ -1,6 +1,6 @@
-"""What becomes of the input tensors of a merge, in words and in numbers.
+"""Formats and counts the outcomes of the input tensors of a merge.
 
-Everywhere else that is a record, `plan.Outcome`: only this module writes words of it.
+Everywhere else an outcome is a record, `plan.Outcome`; only this module formats it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ LACKED = Outcome("copied", reason="from the base, as not all models have it")
 
 
 def describe(outcomes: Sequence[Outcome], jobs: Sequence[Job]) -> str:
-  """Describes what becomes of a tensor, as the provenance has it.
+  """Describes the outcomes of a tensor, as stored in the provenance.
 
   >>> jobs = [Job(lambda: None, {"method": "ties"}, ("chat", "code"))]
   >>> describe([Outcome("merged", 0), Outcome("copied", target="b", reason="from chat")], jobs)
@@ -29,7 +29,7 @@ def describe(outcomes: Sequence[Outcome], jobs: Sequence[Job]) -> str:
 
 
 def texts(plan: Plan) -> dict[str, dict[str, str]]:
-  """Describes what becomes of every input tensor, by model and name."""
+  """Describes the outcomes of all input tensors, by model and name."""
   return {
     model: {name: describe(outcomes, plan.jobs) for name, outcomes in by_name.items()}
     for model, by_name in plan.outcomes.items()
@@ -51,7 +51,7 @@ def _moves(outcome: Outcome) -> bool:
 
 
 def _words(outcome: Outcome, jobs: Sequence[Job]) -> str:
-  """Describes an outcome without the name of the tensor that it goes into."""
+  """Describes an outcome without the name of its output tensor."""
   job = "" if outcome.job is None else job_name(jobs, outcome.job)
   match outcome.kind:
     case "tied" if outcome.reason:
@@ -70,12 +70,11 @@ def _words(outcome: Outcome, jobs: Sequence[Job]) -> str:
 
 
 def counts(plan: Plan) -> Counts:
-  """Returns how many tensors of the result are merged and copied, and of the inputs are dropped.
+  """Counts merged and copied tensors of the result, and dropped input tensors.
 
   Returns:
-    `merged` and `copied`, numbers; `lacked`, how many of those copied are so because not all models
-    have them; `dropped`, numbers by reason. A base that is not merged is not counted, nor are heads
-    that are an embedding.
+    `merged` and `copied`, counts; `lacked`, the number of tensors copied because not all models
+    have them; `dropped`, counts by reason. An unmerged base and tied heads are not counted.
   """
   merged = sum(o.job is not None for o in plan.outputs)
   copied = {o.name for o in plan.outputs if o.job is None}
@@ -84,7 +83,7 @@ def counts(plan: Plan) -> Counts:
   for by_name in plan.outcomes.values():
     for name, outcomes in by_name.items():
       lacked.update(o.target or name for o in outcomes if o._replace(target="") == LACKED)
-      last = outcomes[-1]._replace(target="")  # Before it, rows may have been rewritten.
+      last = outcomes[-1]._replace(target="")  # Rows may have been rewritten before.
       dropped.update([last.reason] if last.kind == "dropped" and last != ASIDE else [])
   return {
     "merged": merged,
@@ -95,7 +94,7 @@ def counts(plan: Plan) -> Counts:
 
 
 def line(counts: Counts) -> str:
-  """Writes counts in a line.
+  """Formats counts in one line.
 
   >>> line({"merged": 9, "copied": 3, "lacked": 2, "dropped": {"excluded": 4}})
   '9 merged, 3 copied (2 of them as not all models have them), 4 dropped (4 excluded)'

@@ -1,11 +1,11 @@
-"""What a merge of files will do: plain records made from headers, free of jax."""
+"""The plan of a merge of files: plain records from headers, free of jax."""
 
 from __future__ import annotations
 
 import math
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple  # Any: a method, which only a driver looks into; plans.
+from typing import Any, Literal, NamedTuple  # Any: a method, opaque here; plans.
 
 import numpy as np
 
@@ -18,19 +18,19 @@ from jaxmerge.io.disk.stamps import Stamp
 from jaxmerge.io.huggingface import folder, pipeline
 from jaxmerge.io.tensors.tensor import Tensor
 
-ENTRIES = 2**22  # In a slice, of base and models together: few calls, and little memory.
+ENTRIES = 2**22  # Per slice, over base and models: few calls and little memory.
 
 
 class Outcome(NamedTuple):
-  """What becomes of an input tensor; `outcomes.describe` writes it in words.
+  """The outcome of an input tensor; `outcomes.describe` formats it as text.
 
   Attributes:
     kind: "merged"; "base", what the task vectors of a merge start from; "copied" into the result;
       "tied" to a tensor of equal bytes; "dropped"; or "rewritten" before the merge: renamed, put
       into another form, added to a tensor of the model, or with other rows.
     job: the job that merges it, by its place in the plan; None where its method does not.
-    target: the tensor that it goes into, where that has another name, or that it is tied to.
-    reason: why, or how, for people: no code looks into it.
+    target: the output tensor, if its name differs, or the tensor that it is tied to.
+    reason: why or how, for people; no code reads it.
   """
 
   kind: Literal["merged", "base", "copied", "tied", "dropped", "rewritten"]
@@ -39,7 +39,7 @@ class Outcome(NamedTuple):
   reason: str = ""
 
 
-# Model to tensor to what becomes of it; a tensor may go into several of the result.
+# Model -> tensor -> outcomes; a tensor may go into several output tensors.
 Outcomes = Mapping[str, Mapping[str, tuple[Outcome, ...]]]
 
 
@@ -55,10 +55,10 @@ class Model(NamedTuple):
   """A model on disk.
 
   Attributes:
-    name: the user's; random masks depend on it.
+    name: chosen by the user; random masks depend on it.
     folder: its folder.
     tensors: its tensors by name.
-    files: of its weights.
+    files: its weight files.
     config: its config.json.
     tied: names of output heads to the embeddings that they are, by config and bytes: they are no
       tensors of their own, and stand in where another model's head is not tied.
@@ -67,7 +67,7 @@ class Model(NamedTuple):
     home: name of its folder in records, where the path is one of this machine.
     texts: files that it has beside those of the folder, or in their place, such as those that an
       adapter brings, or where it is still to be made; None: it does not have that one.
-    notes: lines that a user should know.
+    notes: lines for the user.
     orbax: the checkpoint, where its weights are one of Orbax that another program wrote.
   """
 
@@ -89,10 +89,10 @@ class Model(NamedTuple):
 
 
 class Job(NamedTuple):
-  """A merge of some tensors by one method: statistics over the tree are over these.
+  """A merge of some tensors by one method; whole-model statistics cover only these.
 
   Attributes:
-    method: () -> the method; called when there is work to do.
+    method: () -> the method; called only if there is work to do.
     spec: the method and its settings, as plain JSON.
     models: names of the models.
     hparams: the method's hyperparameters by name: for all tensors, or by tensor.
@@ -112,24 +112,24 @@ class Job(NamedTuple):
 
   @property
   def name(self) -> str | None:
-    """Name of the method in its spec; None where the spec is no mapping."""
+    """Name of the method in its spec; None if the spec is not a mapping."""
     return str(self.spec["method"]) if isinstance(self.spec, Mapping) else None
 
   @property
   def entry(self) -> Entry | None:
-    """Entry of the method in the catalog; None for one that is not published."""
+    """The method's catalog entry; None for an unpublished method."""
     return None if self.name is None else lookup.METHODS.get(self.name)
 
 
 class TensorRequest(NamedTuple):
-  """A tensor that the result should have; its input tensors may be missing, or may not fit.
+  """A requested tensor of the result; its input tensors may be missing or may not fit.
 
   Attributes:
     name: its name.
-    base: what task vectors start from, and what is copied where the models are not merged.
-    models: what is merged; none: the base is copied.
-    job: which of the jobs merges it.
-    of_weights: the weights are merged, not task vectors; the base only helps out.
+    base: the origin of task vectors, copied where the models are not merged.
+    models: the inputs to merge; empty: the base is copied.
+    job: index of the job that merges it.
+    of_weights: weights are merged, not task vectors; the base is only a fallback.
   """
 
   name: str
@@ -145,11 +145,11 @@ class Output(NamedTuple):
   Attributes:
     name: its name.
     dtype: in which it is stored.
-    base: what task vectors start from, or what is copied; None where raw weights are merged.
-    models: the models' tensors, as the job lists them; none where it is copied.
-    job: which job merges it; None: it is copied from the base.
-    precision: what it is merged in; None: float32 or wider.
-    copy_of: a tensor of the result whose bytes it gets, if any.
+    base: the origin of task vectors, or the tensor to copy; None where weights are merged.
+    models: the models' tensors, in the job's order; empty where it is copied.
+    job: index of the job that merges it; None: it is copied from the base.
+    precision: of the merge; None: float32 or wider.
+    copy_of: the tensor of the result that it duplicates, if any.
   """
 
   name: str
@@ -167,12 +167,12 @@ class Output(NamedTuple):
 
   @property
   def size(self) -> int:
-    """Bytes of the tensor as it is stored."""
+    """Bytes of the stored tensor."""
     return math.prod(self.shape) * self.dtype.itemsize
 
 
 def slice_entries(models: int) -> int:
-  """Returns how many entries a slice has of each model, and of the base.
+  """Returns the number of entries of a slice, per model and base.
 
   >>> slice_entries(1) == slice_entries(3) == 2**20, slice_entries(20) == 2**17
   (True, True)
@@ -184,16 +184,16 @@ class Plan(NamedTuple):
   """A whole merge.
 
   Attributes:
-    outputs: the tensors of the result, in the order in which they are stored.
-    jobs: what merges them.
-    outcomes: what becomes of each input tensor, by model and name.
-    donor: the folder whose config and tokenizer the result takes over.
+    outputs: the tensors of the result, in stored order.
+    jobs: the merge jobs.
+    outcomes: the outcome of each input tensor, by model and name.
+    donor: the folder that provides config and tokenizer.
     inputs: the files that are read.
-    facts: plain JSON about the settings, for the provenance.
+    facts: the settings as plain JSON, for the provenance.
     texts: files of the result that are not the donor's, by name; None: the donor's is left out.
-    earlier: plans that are done before, whose results this one takes, by name.
-    stamps: of files, before the first byte of them was read.
-    notes: a line each on what a user should know of the result, for dry run, terminal and card.
+    earlier: plans of intermediate models, which are merged first, by name.
+    stamps: of files, taken before their first byte was read.
+    notes: lines for the user, shown in dry run, terminal and model card.
     orbax: the donor's checkpoint, where another program wrote it: a layout to write.
   """
 
@@ -211,7 +211,7 @@ class Plan(NamedTuple):
 
   @property
   def bytes_read(self) -> int:
-    """Bytes of the inputs that one reading takes."""
+    """Bytes of the inputs that one pass reads."""
     parts = [t for o in self.outputs for t in (o.base, *o.models) if t is not None]
     return sum(math.prod(t.shape) * t.dtype.itemsize for t in parts)
 
@@ -221,7 +221,7 @@ class Plan(NamedTuple):
     return sum(o.size for o in self.outputs)
 
   def shards(self, limit: int) -> dict[str, list[str]]:
-    """Returns the files of the result, of at most `limit` bytes, each with its tensors."""
+    """Splits the result into files of at most `limit` bytes, each with its tensors."""
     sizes = {o.name: o.size for o in self.outputs}
     if pipeline.is_pipeline(self.donor):
       return pipeline.shards(sizes, limit, {p.name: p.stem for p in pipeline.parts(self.donor)})
@@ -229,7 +229,7 @@ class Plan(NamedTuple):
 
 
 def job_name(jobs: Sequence[Job], index: int) -> str:
-  """Names a job by its method, where that has a name, and by its number, from 1.
+  """Names a job by its method, if that has a name, and by its number, from 1.
 
   >>> job_name([Job(lambda: None, {"method": "ties", "density": 0.2}, ("chat", "code"))], 0)
   'ties, job 1'

@@ -1,11 +1,11 @@
-"""Reads the slices of a merge of files, and hashes the inputs while they pass."""
+"""Reads the slices of a merge of files, and hashes the inputs on the way."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Sequence
-from typing import Any  # Any: what a buffer is used for, a slice of models.
+from typing import Any  # Any: keys of buffers, slices of models.
 
 import numpy as np
 import xxhash
@@ -15,17 +15,16 @@ from jaxmerge.drivers import slices
 from jaxmerge.files.plan import Output
 from jaxmerge.io.tensors.tensor import Tensor
 
-HOT = 2**20  # Bytes that a core's cache holds beside all else.
+HOT = 2**20  # Bytes that fit into a core's cache beside everything else.
 
 
 class Reader:
-  """Reads slices into buffers that are reused, and aligned so that the device takes them uncopied.
+  """Reads slices into reused buffers, aligned so that the device takes them without a copy.
 
-  What is read the first time is shown and hashed bit by bit, while it is in a core's cache.
+  On the first read, data are shown and hashed piece by piece while in a core's cache.
 
   Attributes:
-    digests: by tensor of the result whose inputs were all read, and by where an input is from, its
-      checksum.
+    digests: checksums of inputs, by tensor of the result (once all its inputs are read) and source.
   """
 
   def __init__(self, outputs: Sequence[Output]):
@@ -55,7 +54,7 @@ class Reader:
     return interpreter.Slice(base, None, models)
 
   def whole(self) -> str | None:
-    """Returns the checksum of all inputs; None before each of them was read to its end."""
+    """Returns the checksum of all inputs; None until all are read completely."""
     for name, output in self.outputs.items():
       parts = {t.where for t in (output.base, *output.models) if t is not None}
       if self.digests[name].keys() != parts:
@@ -93,7 +92,7 @@ class Reader:
 
 
 def _aligned_bytes(size: int) -> np.ndarray:
-  """Returns bytes at a multiple of 64: from there a CPU's device takes them without a copy."""
+  """Returns 64-byte aligned memory, which a CPU device takes without a copy."""
   padded = np.empty(size + 64, np.uint8)
   offset = -padded.ctypes.data % 64
   return padded[offset : offset + size]

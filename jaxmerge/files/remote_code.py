@@ -1,11 +1,11 @@
-"""Refers to the code of classes that configs of a result name; it is never copied or run."""
+"""References remote code that a result's configs name; it is never copied or run."""
 
 from __future__ import annotations
 
 import json
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any  # What JSON holds.
+from typing import Any  # Any: JSON.
 
 from jaxmerge.files.plan import Model, Plan
 from jaxmerge.io.huggingface import folder
@@ -15,10 +15,10 @@ _FILES = tuple(name for name in folder.COPIED if name.endswith("config.json") an
 
 
 def refer_to_code(plan: Plan, models: Sequence[Model]) -> Plan:
-  """Returns a plan whose result refers to the code of its classes.
+  """Returns a plan whose result references the code of its classes.
 
-  Of a model of the hub that is `owner/name--file.Class`, which transformers follows. Of a folder it
-  is a note on which files to copy.
+  For a hub model this is `owner/name--file.Class`, which transformers resolves. For a folder it is
+  a note on which files to copy.
 
   Args:
     plan: the plan.
@@ -55,14 +55,14 @@ def _note(where: str, names: Mapping[str, None]) -> str:
 def _content(
   path: pathlib.Path, name: str, texts: Mapping[str, str | bytes | None]
 ) -> dict[str, Any]:
-  """Returns the JSON object in a small file of a model; an empty one where there is none."""
+  """Returns the JSON object of a small file of a model; empty without the file."""
   if name in texts:
     return json.loads(texts[name] or "{}")
   return folder.read_json(path / name) if (path / name).is_file() else {}
 
 
 def _modules(donor: pathlib.Path) -> Iterator[str]:
-  """Yields the files of classes of a model's author, for its sentence-transformers modules."""
+  """Yields the files of custom classes of a model's sentence-transformers modules."""
   path = donor / folder.MODULES
   try:
     listed = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
@@ -79,7 +79,7 @@ def _same(content: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 
 
 def _references(content: Mapping[str, Any]) -> Iterator[str]:
-  """Yields the classes that are named without the place of their code."""
+  """Yields class names without the location of their code."""
   names: list[str] = []
 
   def collect(name: str) -> str:
@@ -91,7 +91,7 @@ def _references(content: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _map(content: Any, change: Callable[[str], str], inside: str = "") -> Any:
-  """Returns JSON with another name for each class that is named without the place of its code."""
+  """Returns JSON with such class names replaced."""
   if isinstance(content, Mapping):
     return {
       key: _map(value, change, key if key in (_MAP, _PIPELINES) else inside)

@@ -1,4 +1,4 @@
-"""The identity of a merge of files, and what of it is on disk, begun or complete."""
+"""The identity of a merge of files, and its state on disk, partial or complete."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from jaxmerge.io.huggingface import folder, shard_writer
 
 
 def identity(plan: Plan, shards: Mapping[str, Sequence[str]], out_format: str) -> str:
-  """Returns a digest of everything that the bytes of the result depend on."""
+  """Returns a digest of everything that determines the bytes of the result."""
   content = {
     "jaxmerge": importlib.metadata.version("jaxmerge"),
     "outputs": [[o.name, o.dtype.name, o.shape, o.job, o.precision] for o in plan.outputs],
@@ -42,7 +42,7 @@ def check_unfinished(
 ) -> None:
   """Raises ValueError where an interrupted merge beside `out` has other inputs or settings.
 
-  A merge of results that are themselves written `anew` continues no merge that was begun.
+  Where intermediate results are written `anew`, no earlier merge is continued.
   """
   directory = shard_writer.unfinished_folder(out)
   if not shard_writer.journals(directory):
@@ -54,9 +54,9 @@ def check_unfinished(
 
 
 def check_place(plan: Plan, out: pathlib.Path) -> None:
-  """Raises ValueError where a result would replace, and so remove, what it is made of.
+  """Raises ValueError where a result would replace, and so remove, one of its inputs.
 
-  And where it would take over what a link leads to, out of the folder of a model.
+  It also refuses a place whose links lead into the folder of a model.
   """
   folder.files_to_copy(plan.donor)
   place = os.path.realpath(out)
@@ -71,7 +71,7 @@ def check_place(plan: Plan, out: pathlib.Path) -> None:
 def is_result(
   out: pathlib.Path, plan: Plan, shard_size: int, out_format: str, nonfinite: bool
 ) -> bool:
-  """Returns whether a folder is the result of a plan, and may have NaN only if that is let pass."""
+  """Returns whether a folder is the result of a plan, with NaN only if that is allowed."""
   if not (out / folder.PROVENANCE).is_file():
     return False
   facts = folder.provenance(out)
@@ -84,13 +84,13 @@ def is_result(
 
 
 def vouch(out: pathlib.Path, plan: Plan, shard_size: int, out_format: str) -> None:
-  """Records in a result, which is an input of another merge, which files it was made of."""
+  """Records the input files of an intermediate result in it."""
   merge = identity(plan, plan.shards(shard_size), out_format)
   shard_writer.vouch(out, merge, input_changes.journal_stamps(plan))
 
 
 def _tensors(home: pathlib.Path, facts: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns the records of tensors in a provenance; it is checked, since others may change it."""
+  """Returns the tensor records of a provenance, checked, as others may have changed it."""
   tensors = facts.get("tensors")
   if not isinstance(tensors, dict) or not all(
     isinstance(record, dict) and isinstance(record.get("inputs"), dict)
@@ -114,7 +114,7 @@ def finished_digests(
   out_format: str,
   nonfinite: bool,
 ) -> dict[str, Any] | None:
-  """Returns the digests of a folder that only lacks its name, since a kill came before the rename.
+  """Returns the digests of a complete folder that was killed just before its rename.
 
   The provenance is written when the weights are whole, and before anything is removed: a folder
   that has it is that of a merge which is done, if its tensors still have their checksums.

@@ -1,10 +1,10 @@
-"""Tensors that are stored twice: an embedding and an output head that are one."""
+"""Tied weights of a result: an embedding and an output head that are one tensor."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any  # What a config.json holds.
+from typing import Any  # Any: JSON of a config.
 
 import numpy as np
 
@@ -16,15 +16,15 @@ from jaxmerge.io.tensors.tensor import Tensor
 def resolve_ties(
   plan: Plan, donor: Model, config: Mapping[str, Any]
 ) -> tuple[Plan, dict[str, Any]]:
-  """Returns a plan, and the config of its result, that agree about what is tied.
+  """Returns a plan and its result's config, consistent about tied weights.
 
-  A head that the donor ties to its embedding, and that is the embedding in all other models too,
-  is left out. One that differs in some of them is merged apart, and the config says so.
+  A head that is tied to the embedding in all models is left out. One that differs in some of them
+  is merged separately, and the config says so.
 
   Args:
     plan: the plan.
-    donor: the model whose config the result takes over.
-    config: that config, as far as it was brought up to date.
+    donor: the model that provides the config.
+    config: that config, updated so far.
   """
   outputs = {o.name: o for o in plan.outputs}
   ties = tied_names.find(outputs, config)
@@ -60,7 +60,7 @@ def resolve_ties(
 
 
 def _without(plan: Plan, names: list[str], embedding: str) -> Plan:
-  """Leaves out tensors that are the embedding once more."""
+  """Leaves out tensors that duplicate the embedding."""
   if not names:
     return plan
   tie = Outcome("tied", target=embedding)
@@ -79,13 +79,13 @@ def _replace_outcomes(outcomes: Outcomes, ties: Mapping[str, Outcome]) -> Outcom
 
 
 def share_twins(plan: Plan) -> Plan:
-  """Merges a tensor once that is stored twice, so that the two stay one whatever the method.
+  """Merges a tensor that is stored twice only once, so that both stay equal for any method.
 
-  Those are tensors of two or more axes, outside of layers, that one job merges with the same
-  numbers, and that are equal bit for bit in the base and in every model.
+  These are tensors of two or more axes, outside of layers, that one job merges with the same
+  hyperparameters, and that are equal bit for bit in the base and in every model.
 
   Returns:
-    The plan in which all but the first of them, which is no head, are copies of its result.
+    The plan in which all but the first, which is no head, are copies of its result.
   """
   outputs_by_kind: dict[object, list[Output]] = {}
   same: dict[str, str] = {}
@@ -111,7 +111,7 @@ def _in_layers(name: str) -> bool:
 
 
 def _kind(plan: Plan, output: Output) -> object:
-  """Returns what tensors must have in common before their entries are compared."""
+  """Returns the properties that tensors must share before their entries are compared."""
   numbers = plan.jobs[output.job].hparams if output.job is not None else {}
   of_tensor = [
     (n, np.asarray(v[output.name]).tolist()) for n, v in numbers.items() if isinstance(v, dict)
@@ -120,7 +120,7 @@ def _kind(plan: Plan, output: Output) -> object:
 
 
 def _alike(plan: Plan, a: Output, b: Output) -> bool:
-  """Returns whether two tensors have one result."""
+  """Returns whether two tensors have the same result."""
   return _kind(plan, a) == _kind(plan, b) and _equal(a, b)
 
 

@@ -1,4 +1,4 @@
-"""Writes the tensors of a merge of files: merged, slice by slice, or copied."""
+"""Writes the tensors of a merge of files, merged slice by slice or copied."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ Progress = Callable[[int], None]
 
 
 class _MeasuringProgress:
-  """Reports what a job measures before it writes: as many bytes as were estimated, no more."""
+  """Reports the bytes of a job's measuring passes, up to the estimate."""
 
   def __init__(self, progress: Progress, left: int):
     self._progress, self._left = progress, left
 
   def add(self, count: int) -> None:
-    """Reports bytes; it sometimes takes a pass more than estimated, which is not counted."""
+    """Reports bytes; a pass beyond the estimate is not counted."""
     count = min(self._left, count)
     self._left -= count
     if count:
       self._progress(count)
 
   def finish(self) -> None:
-    """Reports the rest: by its options a method may need fewer passes."""
+    """Reports the remaining bytes: a method may need fewer passes than estimated."""
     self.add(self._left)
 
 
@@ -48,16 +48,16 @@ def merge_job(
   nonfinite: bool,
   progress: Progress,
 ) -> None:
-  """Merges this process's share of a job; what counts over all its tensors is measured here too.
+  """Merges this process's share of a job, and measures statistics over all its tensors.
 
   Args:
     plan: the whole merge.
-    number: of the job.
+    number: index of the job.
     share: names of the tensors that this process writes.
     weights: of the result.
-    entries: about so many entries of each model are in memory at a time; None: by their number.
-    nonfinite: whether NaN and infinity in the inputs are let pass.
-    progress: called with the number of bytes that were measured or written.
+    entries: approximate entries of each model in memory at a time; None: automatic.
+    nonfinite: whether NaN and infinity in the inputs are allowed.
+    progress: called with numbers of bytes measured or written.
   """
   job, outputs = plan.jobs[number], [o for o in plan.outputs if o.job == number]
   size = sum(o.size for o in outputs)
@@ -70,7 +70,7 @@ def merge_job(
   reader = readers.Reader(outputs)
   narrow = {o.name: o.precision for o in outputs if o.precision is not None}
   wide = {o.name for o in outputs if any(t and t.dtype.itemsize == 8 for t in (o.base, *o.models))}
-  # Some tensors of the job may be copied after all: a model lacks them, or they hold integers.
+  # Some tensors of the job are copied: a model lacks them, or they hold integers.
   hparams = {
     n: {t: v[t] for t in leaves} if isinstance(v, dict) else v for n, v in job.hparams.items()
   }
@@ -97,7 +97,7 @@ def _writer(
   weights: shard_writer.ShardWriter,
   progress: Progress,
 ) -> Callable[[str, int, np.ndarray], None]:
-  """Returns what writes slices of a job; before the first, the digest of its inputs is recorded."""
+  """Returns a writer of a job's slices, which first records the digest of the inputs."""
   is_recorded = False
 
   def write(name: str, start: int, part: np.ndarray) -> None:
@@ -119,7 +119,7 @@ def copy_share(
   nonfinite: bool,
   progress: Progress,
 ) -> None:
-  """Copies the tensors that no job merges: from the base, or from the tensor they are equal to.
+  """Copies the tensors that no job merges, from the base or from an equal tensor.
 
   Arguments as for `merge_job`.
   """
@@ -147,7 +147,7 @@ def _copy(
     source.read(start, values)
     digest.update(values.view(np.uint8).data)
     part = values
-    with np.errstate(over="ignore", invalid="ignore"):  # It is refused below, and named.
+    with np.errstate(over="ignore", invalid="ignore"):  # Refused below, with its name.
       if output.copy_of is None and output.precision is not None:
         part = values.astype(np.dtype(output.precision.dtype))
       part = part.astype(output.dtype, copy=False)
@@ -159,8 +159,8 @@ def _copy(
 
 
 def _refuse_nonfinite(output: Output, source: Tensor, values: np.ndarray, part: np.ndarray) -> None:
-  """Raises ValueError where a slice that is copied has NaN or infinity, as read or as stored."""
-  lax = "nonfinite=True (--allow-nonfinite) lets it pass"
+  """Raises ValueError where a copied slice has NaN or infinity, as read or as stored."""
+  lax = "nonfinite=True (--allow-nonfinite) allows it"
   if not slices.is_finite(values):
     raise ValueError(f"{source.where}, which is copied, has NaN or infinity; {lax}.")
   if not slices.is_finite(part):

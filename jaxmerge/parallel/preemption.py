@@ -73,6 +73,6 @@ def _watch(reader: socket.socket, grace: float) -> None:
 
 
 def _end(why: str) -> None:
-  message = f"stopped in the middle of a round: {why}; what was saved before it is whole."
+  message = f"stopped in the middle of a round: {why}; saved rounds are intact."
   print(message, file=sys.stderr, flush=True)
   os._exit(STATUS)

@@ -19,8 +19,8 @@ from jaxmerge.files import merge
     ({"dtype": "bfloat"}, "dtype cannot be 'bfloat'; did you mean 'bfloat16'? Known: bfloat16, "),
     ({"dtype": "int8"}, "dtype cannot be 'int8'; "),
     ({"names": ["red"]}, "names must be 2, one for each model, got ['red']."),
-    ({"names": ["red", "red"]}, "'red' is what two models are called"),
-    ({"names": ["red", "the base"], "base": "b"}, "'the base' is what two models are called"),
+    ({"names": ["red", "red"]}, "two models are called 'red'"),
+    ({"names": ["red", "the base"], "base": "b"}, "two models are called 'the base'"),
   ],
 )
 def test_what_cannot_be_asked_for(tmp_path, options, words):

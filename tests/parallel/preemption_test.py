@@ -54,4 +54,4 @@ def test_a_round_that_takes_too_long_is_given_up(grace, twice, why):
     _, said = running.communicate(timeout=60)
     assert time.monotonic() - asked < 20
   assert running.returncode == 143
-  assert said.strip().endswith(f"{why}; what was saved before it is whole.")
+  assert said.strip().endswith(f"{why}; saved rounds are intact.")
