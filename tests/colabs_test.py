@@ -67,8 +67,8 @@ def check_tpu_slice(printed, outputs):
 
 
 def means(printed):
-  """The numbers of lines that are a name and a number."""
-  return {n: float(x) for n, x in re.findall(r"^(\S.*?) +([\d.]+)$", printed, re.M)}
+  """The numbers of lines that are a name and a number with one decimal."""
+  return {n: float(x) for n, x in re.findall(r"^(\S.*?) +(\d+\.\d)$", printed, re.M)}
 
 
 CHECKS = {
