@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import pathlib
@@ -64,10 +65,13 @@ def run(
   )
   plain = _plain(bench, models)
   _refuse_changed(folder, plain)
-  with workdir.hold(folder, plain, resume, free=("methods", "trials", "keep", "changes.")):
+  with workdir.hold(
+    folder, plain, resume, free=("methods", "trials", "keep", "changes.", "download")
+  ):
     workdir.claim(folder, plain)
     events = Events(progress)
     alone = _score_alone(source, events)
+    source = dataclasses.replace(source, numbers=source.numbers or (*alone["base"]["numbers"],))
     results: dict[str, Result] = {}
     for name in bench.methods:
       results[name] = _search(source, bench, name, events)
@@ -108,6 +112,8 @@ def _score_alone(source: Source, events: Events) -> dict[str, Result]:
   show = events.bar("models alone", len(listed), "model")
   results: dict[str, Result] = {}
   for name, reference in listed.items():
+    if "base" in results and not source.numbers:
+      source = dataclasses.replace(source, numbers=(*results["base"]["numbers"],))
     try:
       results[name] = folder_trials.score_alone(source, name, reference)
     except ValueError as error:
@@ -163,7 +169,7 @@ def _best(source: Source, trials: Trials, merged: pathlib.Path) -> Result:
   for key in ("merge_seconds", "evaluate_seconds"):
     result[key] = sum(t.get(key, 0.0) for t in trials.asked)
   if source.final is not None:
-    result["final"], _ = folder_trials.evaluate(source, source.final, merged)
+    result["final"], _ = folder_trials.evaluate(source.final, merged, source.numbers)
   return result
 
 
@@ -179,6 +185,6 @@ def _remove_merges(source: Source, keep: str, results: Mapping[str, Result]) -> 
     if not stays.exists():
       folder_trials.merge_trial(source, name, best["settings"], stays)
   if keep != "all":
-    for path in (source.folder / "merges").glob("*"):
-      if path != stays:
+    for path in (source.folder / "merges").glob("*"):  # Interrupted ones too, which are hidden.
+      if path.is_dir() and path != stays:
         shutil.rmtree(path, ignore_errors=True)

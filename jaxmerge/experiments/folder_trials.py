@@ -35,7 +35,7 @@ class Source:
     models: references of the models by name.
     evaluate: folder -> numbers by name: the score that chooses.
     final: the same with other rows, called once for the best of each method; None: there is none.
-    numbers: which numbers count, empty: all of them.
+    numbers: which numbers count; empty: all of them.
     lower_is_better: whether less of them is better.
     seed: of random masks.
     download: whether models that the hub's cache lacks are fetched.
@@ -76,16 +76,21 @@ def write(path: pathlib.Path, result: Mapping[str, Any]) -> None:
 
 
 def evaluate(
-  source: Source, function: external.Evaluate, out: pathlib.Path
+  function: external.Evaluate, out: pathlib.Path, names: Sequence[str]
 ) -> tuple[dict[str, float], float]:
   """Returns the numbers of a folder, and the seconds that it took.
 
+  Args:
+    function: folder -> numbers by name.
+    out: the folder.
+    names: numbers that must be among them.
+
   Raises:
-    ValueError: where the evaluation fails, or lacks a number that counts.
+    ValueError: where the evaluation fails, or lacks one of the numbers.
   """
   begun = time.perf_counter()
   numbers = external.check_numbers(function(out))
-  missing = [n for n in source.numbers if n not in numbers]
+  missing = [n for n in names if n not in numbers]
   if missing:
     raise ValueError(f"the evaluation has no number {missing[0]!r}, it has {', '.join(numbers)}.")
   return {n: float(x) for n, x in numbers.items()}, time.perf_counter() - begun
@@ -104,7 +109,8 @@ def score_alone(source: Source, name: str, reference: str) -> dict[str, Any]:
   if missing:
     with _place(source, path.with_suffix(""), reference) as place:
       for key, function in missing.items():
-        result[key], seconds = evaluate(source, function, place)
+        names = source.numbers or [*result.get("numbers", ())]
+        result[key], seconds = evaluate(function, place, names)
         result["seconds"] = result.get("seconds", 0.0) + seconds
         write(path, result)
   return result
@@ -234,7 +240,9 @@ class Trials:
       trial.setdefault("merge_seconds", seconds)
       write(self.path, {"trials": self.recorded})
     try:
-      trial["numbers"], trial["evaluate_seconds"] = evaluate(self.source, self.source.evaluate, out)
+      numbers, seconds = evaluate(self.source.evaluate, out, self.source.numbers)
+      write(out / external.NAME, numbers)
+      trial |= {"numbers": numbers, "evaluate_seconds": seconds}
     except FAILURES as error:
       trial["error"] = f"the evaluation failed: {error}"
     write(self.path, {"trials": self.recorded})

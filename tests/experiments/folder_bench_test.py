@@ -10,6 +10,7 @@ import folders
 import numpy as np
 import pytest
 
+from jaxmerge import merge_files, methods
 from jaxmerge.cli import main
 from jaxmerge.experiments import folder_bench, folder_config
 from jaxmerge.io.tensors import safetensors
@@ -95,7 +96,9 @@ def test_methods_are_ranked_by_their_best_trial(home, monkeypatch):
   assert [n.split("-")[0] for n in left] == [max(means, key=means.get)]
   for name in ("leaderboard.md", "leaderboard.json", "leaderboard.png", "report.html"):
     assert (home / "run" / name).is_file()
-  assert not list(home.glob("**/jaxmerge_evaluation.json"))  # Folders of others are left alone.
+  (merged,) = (home / "run/merges").iterdir()
+  assert json.loads((merged / "jaxmerge_evaluation.json").read_text())["rows"] == 3
+  assert not list(home.glob("*/jaxmerge_evaluation.json"))  # Folders of others are left alone.
   again = folder_bench.run(bench(home), home / "run")
   assert again == record
   assert len(calls) == 3 + 1 + 3
@@ -186,6 +189,33 @@ def test_changed_models_and_other_runs_are_refused(home, monkeypatch):
   folders.write(home / "chat", folders.tensors(7, layers=1))
   with pytest.raises(ValueError, match="chat has changed since"):
     folder_bench.run(bench(home, ("average",)), home / "run")
+
+
+def test_an_evaluation_that_lacks_a_number_fails_its_method(home, monkeypatch):
+  calls = []
+  in_process(monkeypatch, home, calls)
+  evaluate = folder_bench.external.command("")
+
+  def forgetful(out):
+    numbers = evaluate(out)
+    return {"chat": numbers["chat"]} if out.name.startswith("ties") else numbers
+
+  monkeypatch.setattr(folder_bench.external, "command", lambda text: forgetful)
+  record = folder_bench.run(bench(home, numbers=()), home / "run")
+  assert record["tasks"] == ["chat", "code", "rows"]
+  assert "has no number 'code', it has chat" in record["failed"]["ties"]
+
+
+def test_a_checkpoint_is_evaluated_as_a_merge_would_write_it(home, monkeypatch):
+  """Without a trace of the copy."""
+  calls = []
+  in_process(monkeypatch, home, calls)
+  merge_files(methods.average(), [home / "chat"], home / "orbax" / "chat", out_format="orbax")
+  models = (str(home / "orbax" / "chat"), str(home / "code"))
+  record = folder_bench.run(bench(home, ("average",))._replace(models=models), home / "run")
+  assert record["models"]["experts_chat"]["per_task"]["chat"] == 1.0
+  assert calls[:3] == ["base", "experts_chat", "code"]
+  assert [p.name for p in (home / "run/alone").iterdir() if p.is_dir()] == []
 
 
 def test_a_broken_command_ends_the_run_at_once(home):
