@@ -47,7 +47,8 @@ def run(
     The record, as `report.json` holds it.
 
   Raises:
-    ValueError: where a model alone cannot be evaluated, or the folder holds another run.
+    ValueError: where a model alone cannot be evaluated, or all methods fail, or the folder holds
+      another run.
   """
   bench, folder = check(bench), pathlib.Path(folder)
   commands = [external.command(text) for text in (bench.evaluate, bench.final) if text]
@@ -76,6 +77,9 @@ def run(
     for name in bench.methods:
       results[name] = _search(source, bench, name, events)
       _remove_merges(source, bench.keep, results)
+    if not any("numbers" in result for result in results.values()):
+      name, result = next(iter(results.items()))
+      raise ValueError(f"no method could be merged and scored; {name}: {result['error']}")
     record = standings.of_folders(source, plain, alone, results)
     standings.write(record, folder)
     return record

@@ -169,6 +169,8 @@ def test_a_method_that_fails_says_why_and_the_others_go_on(home, monkeypatch):
   assert "average" in record["models"]
   assert "ties failed: the merge failed" in (home / "run/leaderboard.md").read_text()
   assert any("no room" in str(e.get("message")) for e in events)
+  with pytest.raises(ValueError, match="no method could be merged and scored; ties: the merge"):
+    folder_bench.run(bench(home, ("ties",)), home / "run")
   monkeypatch.setattr(folder_bench.folder_trials.merge, "merge_files", merge)
   assert "ties" in folder_bench.run(bench(home), home / "run")["models"]
 
