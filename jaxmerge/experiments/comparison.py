@@ -250,7 +250,7 @@ def _facts(
       curves[name] = [dict(r) for r in other.rounds]
       budget[name] = other.budget._asdict()
   return {
-    "title": "Methods on experts of one's own",
+    "title": "Merges of experts by several methods",
     "rounds": curves.pop("atm", []),
     "rounds_split": "validation",
     "curves": curves,

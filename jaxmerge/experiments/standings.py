@@ -41,7 +41,7 @@ def of_folders(
   models["experts"] = _model({t: best(e[t] for e in experts) for t in tasks})
   keys = ("settings", "trials", "merge_seconds", "evaluate_seconds")
   record = {
-    "title": "Methods on models of one's own",
+    "title": f"Merges of {', '.join(source.models)}",
     "tasks": tasks,
     "models": models,
     "rounds": [],
