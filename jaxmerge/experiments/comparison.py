@@ -259,7 +259,7 @@ def _facts(
     "failed": dict(failed),
     "config": {},
     "versions": workdir.versions(),
-    "notes": standings.notes({n: m.facts for n, m in merges.items()}, failed),
+    "notes": standings.failures(failed),
   }
 
 

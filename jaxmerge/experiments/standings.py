@@ -58,7 +58,7 @@ def of_folders(
     "failed": failed,
     "config": dict(config),
     "versions": workdir.versions(),
-    "notes": [*_remarks(source, merges), *notes(merges, failed)],
+    "notes": [*_remarks(source, merges), *failures(failed)],
   }
   if source.final is not None:
     record["validation"] = {n: source.mean(r["numbers"]) for n, r in rows.items()}
@@ -69,15 +69,9 @@ def _model(per_task: dict[str, float]) -> dict[str, Any]:
   return {"mean": sum(per_task.values()) / len(per_task), "per_task": per_task}
 
 
-def notes(merges: Mapping[str, Result], failed: Mapping[str, str]) -> list[str]:
-  """Returns what a page says of the settings of methods, and of those that failed."""
-  lines = []
-  for name, result in merges.items():
-    settings = leaderboard.settings([result]) or "no settings"
-    number = result["trials"]
-    of = f", the best of {number} trials" if number > 1 else ""
-    lines.append(f"{name}: {settings}{of}.")
-  return [*lines, *(f"{name} failed: {reason}" for name, reason in failed.items())]
+def failures(failed: Mapping[str, str]) -> list[str]:
+  """Returns what a page says of methods that failed."""
+  return [f"{name} failed: {reason}" for name, reason in failed.items()]
 
 
 def _remarks(source: Source, merges: Mapping[str, Result]) -> list[str]:

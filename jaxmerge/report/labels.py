@@ -212,6 +212,24 @@ def _with_scale(record: Mapping[str, Any], name: str) -> str:
   return f"{label(name)}, scale {number(scale)}"
 
 
+def settings(runs: Sequence[Mapping[str, Any]]) -> str:
+  """Returns the chosen settings, one value per seed where seeds differ.
+
+  >>> settings([{"settings": {"scale": 0.5}}, {"settings": {"scale": 0.3}}])
+  'scale 0.5, 0.3'
+  """
+  names = dict.fromkeys(n for r in runs for n in r["settings"])
+  parts = []
+  for name in names:
+    values = [_setting(r["settings"].get(name)) for r in runs]
+    parts.append(f"{name} {', '.join(values if len(set(values)) > 1 else values[:1])}")
+  return "; ".join(parts)
+
+
+def _setting(value: Any) -> str:
+  return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
 def short(text: str, length: int, head: int | None = None) -> str:
   """Shortens a name to `length`, cutting in the middle or after `head` characters."""
   if len(text) <= length:

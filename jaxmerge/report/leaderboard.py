@@ -64,7 +64,11 @@ def table(facts: Mapping[str, Any], most: int | None = None) -> Table:
     row_of_model, runs = models[name], facts["methods"].get(name, [])
     run = first.get(name, {})
     row = [labels.label(name) if not runs else name, _spread(row_of_model["mean"], flat)]
-    row += [_spread(row_of_model["gap_closed"], None), settings(runs), str(run.get("trials", ""))]
+    row += [
+      _spread(row_of_model["gap_closed"], None),
+      labels.settings(runs),
+      str(run.get("trials", "")),
+    ]
     row += [_COSTS[c][1](run[c]) if c in run else "" for c in costs]
     row += [_spread(row_of_model["per_task"][t], flat) for t in tasks]
     rows.append([Cell(text, best=name == marked and i == 1) for i, text in enumerate(row)])
@@ -83,24 +87,6 @@ def top(facts: Mapping[str, Any], most: int) -> Table:
   """Returns mean, gap and cost of the best few methods, between experts and base."""
   whole, columns = table(facts, most), (0, 1, 2, 4, 5)
   return Table([whole.head[i] for i in columns], [[row[i] for i in columns] for row in whole.rows])
-
-
-def settings(runs: Sequence[Mapping[str, Any]]) -> str:
-  """Returns the chosen settings, one value per seed where seeds differ.
-
-  >>> settings([{"settings": {"scale": 0.5}}, {"settings": {"scale": 0.3}}])
-  'scale 0.5, 0.3'
-  """
-  names = dict.fromkeys(n for r in runs for n in r["settings"])
-  parts = []
-  for name in names:
-    values = [_plain(r["settings"].get(name)) for r in runs]
-    parts.append(f"{name} {', '.join(values if len(set(values)) > 1 else values[:1])}")
-  return "; ".join(parts)
-
-
-def _plain(value: Any) -> str:
-  return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _spread(statistic: Mapping[str, Any], record: Mapping[str, Any] | None) -> str:

@@ -110,6 +110,20 @@ def transfer(record: Mapping[str, Any]) -> Table | None:
   return Table([f"Expert{labels.unit(record)}", *tasks], rows)
 
 
+def chosen(record: Mapping[str, Any]) -> Table | None:
+  """Returns the settings that were chosen for each method; None where nothing was searched."""
+  methods = record.get("methods", {})
+  if not any(m["settings"] for m in methods.values()):
+    return None
+  rows = []
+  for name in labels.order(methods):
+    method = methods[name]
+    score = labels.value(record, method.get("validation"))
+    cells = (labels.settings([method]) or "–", labels.number(method.get("trials")), score)
+    rows.append([Cell(labels.label(name)), *map(Cell, cells)])
+  return Table(["Method", "Settings", "Trials", f"Score that chose{labels.unit(record)}"], rows)
+
+
 def differences(record: Mapping[str, Any]) -> Table | None:
   """Returns the paired differences with their intervals; None without any."""
   if not record.get("differences"):
@@ -152,6 +166,11 @@ def headings(record: Mapping[str, Any]) -> list[tuple[str, str, Table]]:
       "Differences",
       "Paired differences of the mean over tasks, with 95 % bootstrap intervals.",
       differences(record),
+    ),
+    (
+      "Settings",
+      "The best of so many trials on validation.",
+      chosen(record),
     ),
     ("Budget", "What each model was allowed to use.", budget(record)),
     (

@@ -99,6 +99,9 @@ def test_methods_are_ranked_by_their_best_trial(home, monkeypatch):
   (merged,) = (home / "run/merges").iterdir()
   assert json.loads((merged / "jaxmerge_evaluation.json").read_text())["rows"] == 3
   assert not list(home.glob("*/jaxmerge_evaluation.json"))  # Folders of others are left alone.
+  page = (home / "run/report.html").read_text()
+  assert "Merges of chat, code" in page
+  assert f"density {best['settings']['density']:.4g}" in page
   again = folder_bench.run(bench(home), home / "run")
   assert again == record
   assert len(calls) == 3 + 1 + 3
