@@ -17,9 +17,9 @@ from jaxmerge.drivers import arguments, finiteness
 def flora(
   adapters: Sequence[Adapter] | Any, weights: Sequence[float] | None = None
 ) -> dict[str, Lora]:
-  """Stacks adapters into one that adds the weighted sum of what they add, without any error.
+  """Stacks adapters into one that adds exactly the weighted sum of their deltas.
 
-  Its rank is the sum of theirs, which may differ. An adapter adds nothing to a matrix that it
+  Its rank is the sum of their ranks. An adapter adds nothing to a matrix that it
   lacks.
 
   Args:
@@ -94,7 +94,7 @@ def check_finite(adapter: dict[str, Lora]) -> dict[str, Lora]:
 
 
 def _orientation(name: str, pairs: Sequence[tuple[float, Lora]]) -> type[Lora]:
-  """Returns `Lora` or `Swapped`, by how models store a matrix: all its adapters must agree."""
+  """Returns `Lora` or `Swapped`, on which all adapters of a matrix must agree."""
   kinds = {type(x) for _, x in pairs}
   if len(kinds) > 1:
     raise ValueError(f"{name!r} lies [in, out] by some of its adapters, and [out, in] by others.")

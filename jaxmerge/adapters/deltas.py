@@ -1,4 +1,4 @@
-"""Merges what adapters add to a model, by any method."""
+"""Merges the deltas of adapters by any method."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def merge(
   names: Sequence[str] | None = None,
   layout: layouts.Layout | None = (),
 ) -> Tree:
-  """Merges what K adapters add to a model: base + M(scale * b @ a of each).
+  """Merges the deltas of K adapters into a model: base + M(scale * b @ a of each).
 
   The arguments are those of `jaxmerge.merge`. The task vectors are the products themselves, of the
   factors' ranks, which may differ; those of models that `apply` returns are rounded, because the
@@ -80,7 +80,7 @@ def merge(
 
 
 def _stack(leaf: str, base: Any, targets: Sequence[Mapping[str, lora.Target]]) -> jax.Array:
-  """Returns what each adapter adds to a leaf, [K, *s]."""
+  """Returns each adapter's delta of a leaf, [K, *s]."""
   deltas = [each[leaf].delta() if leaf in each else None for each in targets]
   dtype = tree.compute_dtype(base.dtype, *(x.dtype for x in deltas if x is not None))
   # Sums with these zeros lie on the devices of the base.

@@ -1,4 +1,4 @@
-"""Low-rank factors of an adapter: the leaves of a model that they belong to, and their sum.
+"""Low-rank factors of an adapter, and how they apply to the leaves of a model.
 
 An adapter is a dict from the names of matrices to their low-rank factors.
 """
@@ -21,7 +21,7 @@ from jaxmerge.io.tensors import names
 
 
 class Lora(NamedTuple):
-  """The factors of a matrix of low rank, scale * b @ a.
+  """The factors of a low-rank matrix, scale * b @ a.
 
   Attributes:
     a: [rank, in].
@@ -65,7 +65,7 @@ class Target(NamedTuple):
   rule: layouts.Rule
 
   def delta(self) -> jax.Array:
-    """Returns what is added to the leaf, in the leaf's shape, [*s]."""
+    """Returns the delta of the leaf, [*s]."""
     return matrix_views.from_rows(self.lora.delta()[None], self.view, self.shape)[0]
 
 
@@ -156,7 +156,7 @@ _ENDS = tuple(
 
 
 def _nearest(name: str, leaves: Mapping[str, Any]) -> str:
-  """Says which matrices have names near one that is missing, and some that there are."""
+  """Returns a hint with names close to a missing matrix, and some known ones."""
   matrices = [n for n, x in leaves.items() if np.ndim(x) > 1] or list(leaves)
   known = sorted({re.sub(r"([/.](kernel|weight))?(/(raw_)?value)?$", "", n) or n for n in matrices})
   alike = {n.replace(".", "/"): n for n in (*leaves, *known)}.get(name.replace(".", "/"))
@@ -169,7 +169,7 @@ def _nearest(name: str, leaves: Mapping[str, Any]) -> str:
 
 
 def _is_kernel(leaf: str) -> bool:
-  """Tells whether a leaf is a kernel of Flax, in a box or not."""
+  """Returns whether a leaf is a Flax kernel, boxed or not."""
   return leaf_names.name(leaf).leaf.endswith("kernel")
 
 

@@ -26,7 +26,7 @@ def extract(
   *,
   layout: layouts.Layout | None = (),
 ) -> dict[str, Lora]:
-  """Returns an adapter of a rank, the nearest to what a model adds to its base.
+  """Returns the best adapter of a given rank for the difference of a model to its base.
 
   Args:
     base: tree of arrays [*s].

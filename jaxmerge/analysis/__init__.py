@@ -1,4 +1,4 @@
-"""How models differ from their base."""
+"""Differences between models and their base."""
 
 from jaxmerge import lazy
 

@@ -12,7 +12,7 @@ from jaxmerge.io.tensors.tensor import Tensor
 
 Count = Callable[[int], None]
 
-ENTRIES = 2**16  # Of each model at a time: what stays in a processor's cache.
+ENTRIES = 2**16  # Per model at a time, to stay in a processor's cache.
 CHUNK = 2**20  # Entries of a matrix whose spectrum is taken.
 
 
@@ -31,7 +31,7 @@ class Sums(NamedTuple):
   base: float
   conflicts: int
 
-  def __add__(self, other: Any) -> Sums:  # Any: as tuple has it.
+  def __add__(self, other: Any) -> Sums:  # Any: as in tuple.
     return Sums(*(a + b for a, b in zip(self, other, strict=True)))
 
 
@@ -49,7 +49,7 @@ def add_up(tensors: Sequence[Tensor], progress: Count) -> Sums:
   total = Sums(entries, np.zeros((height, height)), 0.0, 0)
   for start in range(0, entries, ENTRIES):
     base, x = deltas(tensors, start, min(ENTRIES, entries - start))
-    # Not by matrix multiplication: for so few rows a library's threads cost more than they save.
+    # No matrix multiplication: for so few rows, BLAS threads cost more than they save.
     gram, square = np.einsum("in,jn->ij", x, x), float(np.einsum("n,n->", base, base))
     if not np.isfinite(np.trace(gram) + square):
       fine = [np.isfinite(base).all(), *np.isfinite(x).all(axis=1)]
@@ -95,7 +95,7 @@ def row_slices(base: Tensor, model: Tensor) -> Iterator[np.ndarray]:
 
 
 def _columns(base: Tensor, model: Tensor) -> Iterator[np.ndarray]:
-  """Columns of a task vector, some at a time, as rows, [c, m]."""
+  """Yields columns of a task vector, some at a time, as rows, [c, m]."""
   rows, columns = base.shape
   step = max(1, CHUNK // rows)
   for first in range(0, columns, step):

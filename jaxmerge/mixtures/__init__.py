@@ -1,4 +1,4 @@
-"""Merges that keep parts for each task."""
+"""Merges with task-specific parts."""
 
 from jaxmerge import lazy
 

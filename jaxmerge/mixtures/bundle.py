@@ -1,4 +1,4 @@
-"""Bundles: several tasks as one shared task vector, with a mask and a scale for each task.
+"""Bundles: one shared task vector, with a mask and a scale for each task.
 
 A bundle is not one model: `for_task` makes the model of a task, from the base. A bundle is as large
 as one model, and one bit per entry for each task.
@@ -22,7 +22,7 @@ rmm = low_rank.rmm
 
 
 class Bundle(NamedTuple):
-  """A base, a task vector that all tasks share, and each task's part of it.
+  """A base, a shared task vector, and each task's mask and scale.
 
   Attributes:
     method: name of the method, such as "emr".

@@ -1,4 +1,4 @@
-"""RMM: adapters of several tasks as a mean, a few directions, and each task's coefficients."""
+"""RMM: adapters of several tasks as a mean, a few directions, and coefficients per task."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def _plane(x: Any, components: int) -> tuple[Any, Any, Any]:
 
 
 def save(path: Path, bundle: Reversible, *, replace: bool = False) -> pathlib.Path:
-  """Writes a bundle to a folder, which appears whole or not at all."""
+  """Writes a bundle to a folder atomically."""
   scales = {m: np.asarray(s).tolist() for m, s in bundle.scales.items()}
   about = {"method": METHOD, "names": bundle.names, "scales": scales}
   about["swapped"] = sorted(bundle.swapped)

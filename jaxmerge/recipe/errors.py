@@ -1,15 +1,15 @@
-"""Positions in a recipe, and the one error that lists all its problems."""
+"""Positions in a recipe, and the error that lists all its problems."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple  # Any: whatever a recipe holds can be shown.
+from typing import Any, NamedTuple  # Any: values of a recipe.
 
 from jaxmerge import errors
 
 _WIDEST = 2000
-MOST = 100  # A file with more problems than this is no recipe, nor one with twice as many notes.
+MOST = 100  # A file with more problems, or twice as many notes, is no recipe.
 
 
 class Place(NamedTuple):
@@ -38,11 +38,11 @@ class Place(NamedTuple):
 
 
 class Problem(NamedTuple):
-  """What is wrong, and where.
+  """A problem of a recipe and its position.
 
   Attributes:
     place: where.
-    text: what.
+    text: the message.
     ignored: whether it is a key without effect, as mergekit has many: an error only where the
       recipe is to be strict.
   """
@@ -53,7 +53,7 @@ class Problem(NamedTuple):
 
 
 class RecipeError(ValueError):
-  """All that is wrong with a recipe: a line each, `file:line:column: what`, by position.
+  """All problems of a recipe, a line each, `file:line:column: what`, by position.
 
   Of a recipe that is a Python dict, `models[1].model: what`.
 
@@ -62,7 +62,7 @@ class RecipeError(ValueError):
   """
 
   def __init__(self, problems: Iterable[Problem], models: Iterable[Any] = ()) -> None:
-    # What an alias repeats is read twice, and reported once.
+    # An alias is read twice, but reported once.
     super().__init__(tuple(sorted(set(problems))))
     self.models = tuple(models)
 
@@ -77,20 +77,20 @@ class RecipeError(ValueError):
 
 
 def _line(text: str) -> str:
-  """Returns a text cut and escaped, so that it fits in one line of a terminal."""
+  """Returns a text shortened and escaped for one line of a terminal."""
   cut = text if len(text) <= _WIDEST else text[:_WIDEST] + "..."
   return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in cut)
 
 
 def add(problems: list[Problem], place: Place, text: str, ignored: bool = False) -> None:
-  """Adds a problem to a list; raises them all when there are too many to go on."""
+  """Adds a problem to a list; raises all when there are too many."""
   problems.append(Problem(place, text, ignored))
   if sum(not problem.ignored for problem in problems) >= MOST or len(problems) >= 2 * MOST:
     raise RecipeError(problems)
 
 
 def join_some(words: Iterable[str], most: int = 8) -> str:
-  """Returns words in one line, the first of them if there are many.
+  """Joins words in one line, only the first if there are many.
 
   >>> join_some(["a", "b", "c"], most=2)
   'a, b and 1 more'
@@ -101,7 +101,7 @@ def join_some(words: Iterable[str], most: int = 8) -> str:
 
 
 def show(value: Any) -> str:
-  """Returns a value of a recipe as an error shows it: short, and on one line.
+  """Formats a value of a recipe for errors, short and on one line.
 
   >>> show("bfloat"), show(True), show(None), show((1, 2))
   ("'bfloat'", 'true', 'nothing', 'a list')
@@ -117,7 +117,7 @@ def show(value: Any) -> str:
 
 @contextlib.contextmanager
 def collect(problems: list[Exception]) -> Iterator[None]:
-  """Adds an error of its block to a list, and goes on."""
+  """Collects an error of the block in a list, and continues."""
   try:
     yield
   except (OSError, ValueError) as error:
@@ -125,7 +125,7 @@ def collect(problems: list[Exception]) -> Iterator[None]:
 
 
 def raise_all(problems: Sequence[Exception]) -> None:
-  """Raises the errors that were collected: one as it is, several as one error.
+  """Raises collected errors: a single one unchanged, several as one error.
 
   Example:
     >>> problems = []

@@ -1,40 +1,40 @@
-"""Lists of a config with an entry for each layer, reordered where layers are stacked anew.
+"""Reorders per-layer lists of a config for restacked layers.
 
-Lists with an entry for each layer, and lists of numbers of layers, follow the layers. A rule over
-their numbers stays if it says the same of every layer as before, is changed or written out as the
-list that its class has for it, or is refused.
+Lists with an entry per layer, and lists of layer numbers, follow the layers. A rule over layer
+numbers stays if it gives each layer the same kind as before; otherwise it is changed, replaced by
+the list that its class has for it, or refused.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any  # What a config.json holds.
+from typing import Any  # Any: JSON of a config.
 
 from jaxmerge.recipe import layer_rules, rule_updates
 from jaxmerge.recipe.layer_rules import Layers
 
 Config = Mapping[str, Any]
 
-# Lists that are none of layers, though they may be as long; and parts with lists of their own.
+# Lists that are not per layer, though they may be as long; and parts with separate lists.
 _OTHERS = re.compile(
   r"architectures|.*token_ids?|.*_token_id|mrope_.*|rope_.*|.*sections?|image_.*|vision_.*|loss_.*"
   r"|.*labels?|id2label|label2id|task.*|auto_map|quantization_config|prefix|out_features|out_indices"
 )
-# Lists of the numbers of layers; others are known by their names.
+# Lists of layer numbers; others are recognised by their names.
 _NUMBERS = {
   *("mlp_only_layers", "moe_layers", "cross_attention_layers", "rope_scaling_layers"),
   *("kv_source_layers", "hybrid_layer_ids", "sliding_window_layers", "dense_layers"),
 }
 _NUMBERED = re.compile(r"(^|_)(idx|idxs|indices|indexe?s|layer_ids|block_ids)$|_layers$")
-_FLAGS = {"no_rope_layers", "attention_layers"}  # An entry for each layer, by such names.
-# Keys of layers that are stored behind the others, to predict more tokens.
+_FLAGS = {"no_rope_layers", "attention_layers"}  # Names of lists with an entry per layer.
+# Keys of layers for multi-token prediction, stored after the others.
 _AHEAD = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers")
 
 
 COUNT = "num_hidden_layers"
 _EACH = re.compile(r"layers?_(block_)?types?$|block_types?$|block_configs|hybrid_override_pattern")
-# Classes that count their layers by this key, whatever a config leaves to its default.
+# Classes that count layers by this key, even where the config leaves it to the default.
 _COUNTED = re.compile(
   r"(llama|mistral|mixtral|qwen[23]|gemma[23]?|phi3?|olmo[23]?|granite|cohere2?|starcoder2|bert"
   r"|roberta|vit|helium|smollm3)(_moe)?(_text)?"
@@ -49,7 +49,7 @@ def has_default_count(part: Config, whole: Config) -> bool:
 
 
 def each_layer(config: Config, num_layers: int) -> list[str]:
-  """Returns the keys of lists that have an entry for each layer, by name and length."""
+  """Returns the keys of lists with an entry per layer, by name and length."""
   return [
     key
     for key, value in config.items()
@@ -66,11 +66,11 @@ def restack(config: Config, count: str | None, layers: Layers) -> dict[str, Any]
 
   Args:
     config: the part.
-    count: its key for the number of layers; None: its lists alone say it.
+    count: its key for the number of layers; None: only lists imply it.
     layers: the layers.
 
   Raises:
-    ValueError: naming a rule that holds for other layers than before, and has no list.
+    ValueError: naming a rule that no longer holds and has no list.
   """
   counted = layers.num_layers if count is None else config.get(count, layers.num_layers)
   changed, layers = _count_ahead(config, counted, layers)
@@ -84,7 +84,7 @@ def restack(config: Config, count: str | None, layers: Layers) -> dict[str, Any]
 
 
 def _count_ahead(config: Config, count: int, layers: Layers) -> tuple[dict[str, Any], Layers]:
-  """Counts the layers for multi-token prediction apart: they lie behind all others."""
+  """Counts layers for multi-token prediction separately, as they follow all others."""
   key = next((k for k in _AHEAD if type(config.get(k)) is int and config[k] > 0), None)
   if key is None or layers.num_layers != count + config[key]:
     return dict(config), layers
@@ -99,7 +99,7 @@ def _count_ahead(config: Config, count: int, layers: Layers) -> tuple[dict[str, 
 
 
 def ahead(config: Config) -> int:
-  """Returns how many layers are stored behind those that a config counts."""
+  """Returns how many layers are stored beyond those that a config counts."""
   return next((config[k] for k in _AHEAD if type(config.get(k)) is int), 0)
 
 
@@ -107,7 +107,7 @@ def ahead(config: Config) -> int:
 
 
 def _reorder(key: str, value: Any, layers: Layers) -> Any:
-  """Returns a value whose entries for layers are in the new order."""
+  """Returns a value with its per-layer entries in the new order."""
   if _OTHERS.fullmatch(key) and key not in _NUMBERS:
     return value
   if isinstance(value, Mapping):
@@ -135,7 +135,7 @@ def _repeat(kinds: Any, times: Any) -> list[Any]:
 
 
 def _is_numbers(key: str, value: Sequence[Any], num_layers: int) -> bool:
-  """Returns whether a list holds numbers of layers, each once, and not an entry for each layer."""
+  """Returns whether a list holds distinct layer numbers, not an entry per layer."""
   if not (key in _NUMBERS or _NUMBERED.search(key)) or key in _FLAGS:
     return False
   whole = all(type(v) is int and 0 <= v < num_layers for v in value)
@@ -143,11 +143,11 @@ def _is_numbers(key: str, value: Sequence[Any], num_layers: int) -> bool:
 
 
 def _inside(key: str, value: Config, layers: Layers) -> dict[str, Any]:
-  """Returns a mapping by number of layer, or one with lists, in the new order."""
+  """Returns a mapping by layer number, or one with lists, in the new order."""
   if value and all(str(k).isdecimal() and int(k) < layers.num_layers for k in value):
     reordered = {str(i): value[str(old)] for i, old in enumerate(layers.order) if str(old) in value}
     return reordered if "layer" in key else dict(value)
-  if key == "linear_attn_config":  # Kimi's: its numbers begin with 1.
+  if key == "linear_attn_config":  # Kimi's, which counts from 1.
     return {
       k: [i + 1 for i, old in enumerate(layers.order) if old + 1 in v] if isinstance(v, list) else v
       for k, v in value.items()
@@ -160,7 +160,7 @@ def _inside(key: str, value: Config, layers: Layers) -> dict[str, Any]:
 def entries(
   config: Config, num_layers: int, rules: bool = False
 ) -> Iterator[tuple[str, list[Any]]]:
-  """Yields the entries for each layer in the lists of a config, and by its rules if `rules` is set.
+  """Yields per-layer entries of a config's lists, and of its rules if `rules` is set.
 
   >>> dict(entries({"layer_types": ["a", "b"], "mlp_only_layers": [1]}, 2))
   {'layer_types': ['a', 'b'], 'mlp_only_layers': [False, True]}

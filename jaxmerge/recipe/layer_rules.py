@@ -1,19 +1,19 @@
-"""Which layers are of which kind by rules over their numbers, in classes of transformers 5.24."""
+"""Rules by which classes of transformers 5.24 derive a layer's kind from its number."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any, NamedTuple  # Any: what a config.json holds.
+from typing import Any, NamedTuple  # Any: JSON of a config.
 
 
 class Layers(NamedTuple):
-  """Layers that are stacked anew.
+  """A restacking of layers.
 
   Attributes:
-    num_layers: how many there were, as many as are stored.
-    order: the old number of each new one.
-    counted: how many there were by the config.
+    num_layers: number of old layers, as stored.
+    order: the old number of each new layer.
+    counted: number of old layers by the config.
   """
 
   num_layers: int
@@ -21,7 +21,7 @@ class Layers(NamedTuple):
   counted: int | None = None
 
   def is_list_of(self, value: Sequence[Any]) -> bool:
-    """Returns whether a list has the length to hold an entry for each layer."""
+    """Returns whether a list is long enough to have an entry for each layer."""
     if len(value) not in (self.num_layers, self.counted):
       return False
     if len(value) <= max(self.order, default=0):
@@ -37,11 +37,11 @@ class Cycle(NamedTuple):
   """A rule by which every n-th layer is of one kind, and the list that can replace it.
 
   Attributes:
-    key: that says the distance; it need not be in a config.
-    every: the distance where none is said; 0: there is no such rule then.
-    first: whether layer 0 is of that kind; otherwise the last of so many is.
-    list: what the list is called.
-    kinds: what it calls a layer of that kind, and the others; (1, 0): it has the numbers of those.
+    key: the config key of the distance; optional.
+    every: the default distance; 0: no rule by default.
+    first: whether layer 0 is of that kind; otherwise the last of each period is.
+    list: the key of the list.
+    kinds: its entries for layers of that kind and for others; (1, 0): it lists layer numbers.
   """
 
   key: str
@@ -77,7 +77,7 @@ _VISION = _windows(4)._replace(kinds=("full_attention", "window_attention"))
 _INDEXED = BY_KEY["full_attention_interval"]._replace(
   kinds=("indexed_attention", "linear_attention")
 )
-# By model_type, where a class has a rule whatever its config says.
+# By model_type: rules that hold whatever the config says.
 BY_TYPE = {
   **dict.fromkeys(("gemma2", "vaultgemma", "gpt_oss", "t5_gemma_module"), _windows(2)),
   "ultrabert": _windows(3),
@@ -101,7 +101,7 @@ BY_TYPE = {
     ("smollm3", "llama4_text", "mistral_large4_text"), BY_KEY["no_rope_layer_interval"]
   ),
 }
-UNEVEN = {  # By model_type, classes whose rules are others; of which keys one says them.
+UNEVEN = {  # By model_type: classes with other rules, and the keys of these.
   **dict.fromkeys(("deepseek_v4", "dots3_note_text", "flint", "lfm3_vl_vision"), ("layer_types",)),
   **dict.fromkeys(("kimi_linear", "mimo_v2_flash"), ("layer_types", "linear_attn_config")),
   **dict.fromkeys(("jamba", "zamba"), ("layers_block_type", "attn_layer_period")),
@@ -110,12 +110,12 @@ UNEVEN = {  # By model_type, classes whose rules are others; of which keys one s
 }
 
 
-FROM = {  # Layers from a number on are of another kind; and the list that says it instead.
+FROM = {  # Layers from a number on are of another kind; with the list that replaces the rule.
   "first_k_dense_replace": ("mlp_layer_types", ("dense", "sparse")),
   "num_dense_layers": (None, (None, None)),
   "max_window_layers": ("layer_types", _SLIDING),
 }
-# Classes that have mlp_layer_types, and how many layers are dense where nothing is said of it.
+# Classes with mlp_layer_types, and their default number of dense layers.
 DENSE = {
   **dict.fromkeys(("axk1", "axk2", "ernie4_5_vl_moe_text", "exaone_moe", "glm4_moe_lite"), 1),
   **dict.fromkeys(("hy_v3", "hy_v4", "hy_v4_vl_text", "laguna", "unlimited_ocr_text"), 1),
@@ -124,7 +124,7 @@ DENSE = {
   "bailing_hybrid": 2,
   "cohere2_moe": 0,
 }
-# Classes of which layers from max_window_layers on have a window.
+# Classes whose layers from max_window_layers on have a window.
 WINDOWED = re.compile(
   r"qwen(2|3)(_vl|_5_vl|_5_omni|_omni_moe)?(_text|_talker\w*)?|dots1|deepseek_ocr2\w*"
 )
@@ -143,5 +143,5 @@ WRITTEN = {*BY_KEY, *FROM, "num_kv_shared_layers"}
 
 
 def is_period(key: str) -> bool:
-  """Returns whether a rule is about every n-th layer."""
+  """Returns whether a rule concerns every n-th layer."""
   return bool(EVERY.search(key) or key in STEPS)

@@ -1,10 +1,10 @@
-"""Where the layers of a model are, by the names of its tensors alone."""
+"""Locates the layers of a model from its tensor names."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple  # Any: what a config.json holds.
+from typing import Any, NamedTuple  # Any: JSON of a config.
 
 from jaxmerge.recipe.layer_config import COUNT, ahead, each_layer, has_default_count, restack
 from jaxmerge.recipe.layer_rules import Layers
@@ -15,14 +15,14 @@ _COUNTS = (
   *("encoder_layers", "decoder_layers", "depth", "num_encoder_layers", "layers", "num_blocks"),
   *("encoder_num_hidden_layers", "decoder_num_hidden_layers"),
 )
-_PLAIN = {"num", "n", "hidden", "layers", "layer", "config", "model"}  # These distinguish nothing.
+_PLAIN = {"num", "n", "hidden", "layers", "layer", "config", "model"}  # Prefixes without meaning.
 _INPUTS = re.compile(r"(^|[._])(embed\w*|\w*embeddings?|wte|wpe|shared|patch_embed\w*)(\.|$)")
 _SIGHT = {"vision_config", "audio_config", "speech_config", "visual"}
 _TOWER = re.compile(r"(^|[._])(vision|visual|vit|image|img|audio|speech|video)(_\w+)?(\.|$)")
 
 
 class Place(NamedTuple):
-  """Where a tensor stands in its model: `model.layers.` 3 `mlp.up_proj.weight`."""
+  """The place of a tensor in its model: `model.layers.` 3 `mlp.up_proj.weight`."""
 
   stack: str
   layer: int
@@ -41,7 +41,7 @@ def place(name: str) -> Place | None:
 
 
 def stacks(names: Iterable[str]) -> dict[str, int]:
-  """Returns the stacks of layers of a model, and how many layers each has.
+  """Returns the layer stacks of a model, with their numbers of layers.
 
   >>> stacks(["h.0.w", "h.1.w", "norm.w"])
   {'h.': 2}
@@ -54,9 +54,9 @@ def stacks(names: Iterable[str]) -> dict[str, int]:
 
 
 def main(names: Iterable[str], config: Mapping[str, Any]) -> str:
-  """Returns the stack that `layer_range` counts: the one as high as the config says.
+  """Returns the stack that `layer_range` refers to: the one with the config's number of layers.
 
-  Of a model with vision or audio, that is the stack of its text, by `text_config` if there is one.
+  For a model with vision or audio it is the text stack, by `text_config` if there is one.
 
   >>> text = {"text_config": {"num_hidden_layers": 2}, "vision_config": {"num_hidden_layers": 2}}
   >>> main(["vision_tower.layers.1.w", "language_model.layers.1.w"], text)
@@ -82,7 +82,7 @@ def main(names: Iterable[str], config: Mapping[str, Any]) -> str:
 
 
 def _of_text(parts: Collection[str]) -> list[str]:
-  """Returns the parts of a config that are about the text; none where nothing is about others."""
+  """Returns the text parts of a config; none where the config has no other modality."""
   named = [part for part in parts if part.split(".")[-1] == "text_config"]
   others = [part for part in parts if not set(part.split(".")) & _SIGHT]
   return named or (others if len(others) < len(parts) else [])
@@ -117,20 +117,20 @@ def resize(
   module: str = "",
   others: Collection[str] = (),
 ) -> dict[str, Any]:
-  """Returns a config of a model whose layers are stacked anew.
+  """Returns the config of a model with restacked layers.
 
   >>> resize({"num_hidden_layers": 2, "layer_types": ["full", "slide"]}, 2, {0: 0, 1: 1, 2: 1})
   {'num_hidden_layers': 3, 'layer_types': ['full', 'slide', 'slide']}
 
   Args:
     config: what it says of the old stack; of a model of several towers, in a part for each.
-    num_layers: of the old stack; None: not known.
-    order: layer of the new stack to that of the old one.
+    num_layers: of the old stack; None: unknown.
+    order: new layer -> old layer.
     module: the part of the model that the stack is of.
-    others: its other parts.
+    others: the model's other parts.
 
   Raises:
-    ValueError: where it is unclear which of its numbers is meant, or a rule does not hold.
+    ValueError: where the config's counts are ambiguous, or a rule does not hold.
   """
   parts = _parts(config)
   every = [(n, k) for n, part in parts.items() for k in _COUNTS if type(part.get(k)) is int]
@@ -181,7 +181,7 @@ def _resize_uncounted(
 
 
 def _parts(config: Mapping[str, Any], prefix: str = "", depth: int = 3) -> dict[str, Any]:
-  """Returns the parts of a config, and parts of parts, by their names with dots."""
+  """Returns the nested parts of a config by dotted name."""
   parts = {prefix: config}
   for key, value in config.items() if depth else ():
     if isinstance(value, Mapping):
@@ -201,7 +201,7 @@ def _words(name: str) -> set[str]:
 
 
 def is_input(name: str) -> bool:
-  """Returns whether a tensor outside of the layers comes before them: an embedding.
+  """Returns whether a tensor comes before the layers, as an embedding does.
 
   >>> is_input("model.embed_tokens.weight"), is_input("lm_head.weight")
   (True, False)

@@ -1,8 +1,7 @@
 """The value of a parameter for a tensor: levels, conditions and gradients over depth.
 
-The levels, the narrowest first: override, source or model, slice, module, recipe. A parameter that
-all models share is not looked up at a source. The first level whose condition holds for the tensor
-wins.
+Levels from narrow to wide: override, source or model, slice, module, recipe. Parameters shared by
+all models are not looked up at a source. The first level whose condition matches the tensor wins.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from jaxmerge.recipe.errors import Place, Problem, RecipeError, join_some
 from jaxmerge.recipe.mergekit.methods import METHODS, Method, value_error
 from jaxmerge.recipe.records import Case, Group, Override, Parameters, Recipe, Scalar, Where, groups
 
-_SHOWN = 8  # Parts of names that an error lists for a condition that matches no tensor.
+_SHOWN = 8  # Name parts that an error lists at most for a condition that matches no tensor.
 
 
 class Tensor(NamedTuple):
@@ -37,7 +36,7 @@ class Tensor(NamedTuple):
 
 
 class Value(NamedTuple):
-  """A value, and its place; None for a default."""
+  """A value and its place; the place is None for a default."""
 
   value: Scalar
   place: Place | None
@@ -48,7 +47,7 @@ class Values(NamedTuple):
 
   Attributes:
     method: name of the method.
-    shared: parameters that all models share.
+    shared: parameters shared by all models.
     each: parameters of each source of the group, in order; none for the base.
   """
 
@@ -67,7 +66,7 @@ def depth(index: int, layers: int) -> float:
 
 
 def evaluate(cases: Sequence[Case], tensor: Tensor) -> Value | None:
-  """Returns the value of the first case that holds for a tensor; None if none does."""
+  """Returns the value of the first case that matches a tensor; None without a match."""
   for case in cases:
     if case.where.holds(tensor.name, tensor.layer):
       return Value(interpolate(case.value, tensor.depth), case.place)
@@ -101,7 +100,7 @@ def lookup(levels: Iterable[Parameters], name: str, tensor: Tensor) -> Value | N
 
 
 def constant(levels: Iterable[Parameters], name: str) -> Value | None:
-  """Returns the value of a parameter if it is the same for all tensors."""
+  """Returns the value of a parameter that is the same for all tensors."""
   cases = next((level[name] for level in levels if name in level), ())
   if len(cases) != 1 or not cases[0].where.everywhere or isinstance(cases[0].value, tuple):
     return None
@@ -164,7 +163,7 @@ def _pick(
   place: Place,
   problems: list[Problem],
 ) -> dict[str, Value]:
-  """Returns the values of known parameters, including defaults, and collects problems."""
+  """Returns the values of parameters, including defaults, and collects problems."""
   picked = {}
   for name, parameter in known.items():
     value = lookup(levels, name, tensor) or Value(parameter.default, None)
@@ -186,14 +185,14 @@ def conflicts(
   place: Place,
   which: str = "",
 ) -> list[Problem]:
-  """Returns problems of values that are valid one by one, but not together.
+  """Returns problems of values that are valid individually but not together.
 
   Args:
     name: name of the method.
     shared: values that all models share, as far as they are known.
     each: values of each model, likewise.
     place: where the models are listed.
-    which: words for the tensor.
+    which: text about the tensor, for errors.
   """
   problems = [
     Problem(shared[n].place or place, f"{n} {text}.")
@@ -229,7 +228,7 @@ def unmatched_conditions(
   tensors: Mapping[str, int | None],
   modules: Mapping[str | None, Mapping[str, int | None]] = types.MappingProxyType({}),
 ) -> tuple[Problem, ...]:
-  """Returns a problem for every condition that is never the first match of a tensor.
+  """Returns a problem for each condition that is never a tensor's first match.
 
   Also for every gradient over depth that only matches tensors outside of the layers.
 
@@ -255,7 +254,7 @@ def unmatched_conditions(
 
 
 def _flat(name: str, cases: Sequence[Case], tensors: Mapping[str, int | None]) -> Iterator[Problem]:
-  """Yields a problem for each gradient of which only the first value is used."""
+  """Yields a problem for each gradient that only uses its first value."""
   if any(isinstance(case.value, tuple) for case in cases):
     left = dict(tensors)
     for case in cases:
@@ -268,7 +267,7 @@ def _flat(name: str, cases: Sequence[Case], tensors: Mapping[str, int | None]) -
 
 
 def _conditions(recipe: Recipe) -> Iterator[tuple[str | None, tuple[Where, ...]]]:
-  """Yields lists of conditions of which the first match counts, each with its module."""
+  """Yields the lists of conditions (first match wins), each with its module."""
   yield from ((None, (where,)) for where in recipe.exclude)
   yield None, tuple(o.where for o in recipe.overrides)
   yield None, tuple(v.where for v in recipe.layout)
@@ -288,7 +287,7 @@ def _cases(recipe: Recipe) -> Iterator[tuple[str | None, str, tuple[Case, ...]]]
 
 
 def _without(where: Where, tensors: Mapping[str, int | None]) -> str:
-  """Returns the reason, in words, why a condition holds for no tensor."""
+  """Returns the reason why a condition matches no tensor, as text."""
   if any(where.holds(name, layer) for name, layer in tensors.items()):
     return f"items before it take all tensors of {where}; put the narrower one first."
   text = f"{where} holds for none of the {len(tensors)} tensors"

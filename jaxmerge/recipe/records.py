@@ -1,4 +1,4 @@
-"""Typed records of a recipe: the output of the parser and the input of the planner."""
+"""Typed records of a recipe, from the parser to the planner."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class Model:
   Attributes:
     path: a local folder, a hub id, or the name of another recipe of the file.
     revision: of the hub's repository.
-    adapters: paths of adapters that are added to the model, each with its revision.
-    step: which step of a run it is; None: of no run.
-    hint: end of the errors of a model that cannot be opened: how to go on without it.
+    adapters: paths of adapters to add to the model, each with its revision.
+    step: the step of a run; None: not a run.
+    hint: advice for the error if the model cannot be opened.
     place: where the reference stands.
   """
 
@@ -35,18 +35,18 @@ class Model:
   place: Place = dataclasses.field(kw_only=True, compare=False)
 
   def __str__(self) -> str:
-    """Returns the reference as mergekit writes it: `path@revision+adapter@revision`, ..."""
+    """Returns the reference in mergekit's notation: `path@revision+adapter@revision`, ..."""
     parts = [(self.path, self.revision), *self.adapters]
     return "+".join(path + (f"@{revision}" if revision else "") for path, revision in parts)
 
 
 @dataclasses.dataclass(frozen=True)
 class Where:
-  """A selection of tensors: those that match every condition; all if there is none.
+  """A selection of tensors by conditions, which must all match; without any, all tensors.
 
   Attributes:
-    filter: text that is part of the tensor's name.
-    pattern: regular expression that is found in the name.
+    filter: a substring of the tensor's name.
+    pattern: a regular expression to search in the name.
     layers: layers of the merged model, as ranges [first, last).
     place: where this stands.
   """
@@ -62,7 +62,7 @@ class Where:
     return self.filter is None and self.pattern is None and self.layers is None
 
   def holds(self, name: str, layer: int | None) -> bool:
-    """Returns whether a tensor matches; its layer is None outside of all layers."""
+    """Returns whether a tensor matches; its layer is None outside the layers."""
     return (
       (self.filter is None or self.filter in name)
       and (self.pattern is None or re.search(self.pattern, name) is not None)
@@ -72,7 +72,7 @@ class Where:
     )
 
   def __str__(self) -> str:
-    """Returns the conditions in words."""
+    """Returns the conditions as text."""
     texts = {"filter": self.filter, "pattern": self.pattern}
     words = [f"{key} {value!r}" for key, value in texts.items() if value is not None]
     if self.layers is not None:
@@ -83,7 +83,7 @@ class Where:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-  """A value of a parameter, for the tensors that `where` selects.
+  """A parameter value for the tensors that `where` selects.
 
   Attributes:
     value: a tuple is a gradient over depth.
@@ -96,13 +96,13 @@ class Case:
   place: Place = dataclasses.field(kw_only=True, compare=False)
 
 
-# By name of the parameter; the first case that holds for a tensor is its value.
+# By parameter name; the first case that matches a tensor has its value.
 Parameters = Mapping[str, tuple[Case, ...]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-  """A model that is merged, or some of its layers [first, last)."""
+  """A model to merge, or a range [first, last) of its layers."""
 
   model: Model
   parameters: Parameters
@@ -112,7 +112,7 @@ class Source:
 
 @dataclasses.dataclass(frozen=True)
 class Slice:
-  """Layers of the merged model: the sources are merged layer by layer."""
+  """A range of layers of the merged model, whose sources are merged layer by layer."""
 
   sources: tuple[Source, ...]
   base_model: Model | None
@@ -132,7 +132,7 @@ class Module:
 
 @dataclasses.dataclass(frozen=True)
 class Token:
-  """Where the embedding of a token comes from.
+  """The origin of a token's embedding.
 
   Attributes:
     model: the model whose embedding is taken; None: the embedding is zero.
@@ -167,7 +167,7 @@ class Tokenizer:
 
 @dataclasses.dataclass(frozen=True)
 class Override:
-  """Another method, or other parameters, for some tensors."""
+  """A different method, or different parameters, for some tensors."""
 
   where: Where
   merge_method: str
@@ -177,7 +177,7 @@ class Override:
 
 @dataclasses.dataclass(frozen=True)
 class View:
-  """Which axes of some tensors are outputs, the rows of a matrix, and which are inputs.
+  """The matrix view of some tensors: which axes are outputs (rows) and which inputs.
 
   Attributes:
     where: the tensors.
@@ -286,7 +286,7 @@ class Group(NamedTuple):
 
 
 def groups(recipe: Recipe) -> tuple[Group, ...]:
-  """Returns the groups of a recipe: one if it has whole models, else one for each slice."""
+  """Returns the groups of a recipe: one for whole models, else one per slice."""
   every = []
   for name, part in recipe.parts.items():
     levels = (part.parameters, recipe.parameters)
@@ -300,7 +300,7 @@ def groups(recipe: Recipe) -> tuple[Group, ...]:
 
 
 def models_of(recipe: Recipe) -> tuple[Model, ...]:
-  """Returns the models that are merged, and the bases, each once, in order of appearance."""
+  """Returns all distinct models and bases, in order of appearance."""
   models = [recipe.base_model] if recipe.base_model else []
   for group in groups(recipe):
     models += [s.model for s in group.sources] + ([group.base] if group.base else [])

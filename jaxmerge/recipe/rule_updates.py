@@ -1,14 +1,14 @@
-"""Rules of a config over the numbers of layers, brought up to date where layers are stacked anew.
+"""Updates a config's rules over layer numbers for restacked layers.
 
-A rule stays if it says the same of every layer as before; otherwise it is changed, or written out
-as the list that its class has for it, or refused.
+A rule stays if it gives each layer the same kind as before; otherwise it is changed, replaced by
+the list that its class has for it, or refused.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any  # What a config.json holds.
+from typing import Any  # Any: JSON of a config.
 
 from jaxmerge.recipe import layer_rules
 from jaxmerge.recipe.layer_rules import Layers
@@ -21,11 +21,11 @@ def update_rules(config: Config, changed: dict[str, Any], layers: Layers) -> dic
 
   Args:
     config: as it was.
-    changed: the same with its lists reordered.
+    changed: the config with its lists reordered.
     layers: the new layers.
 
   Raises:
-    ValueError: naming a rule that holds for other layers than before, and has no list.
+    ValueError: naming a rule that no longer holds and has no list.
   """
   for update in (
     _update_sparse,
@@ -44,7 +44,7 @@ def update_rules(config: Config, changed: dict[str, Any], layers: Layers) -> dic
 
 
 def _update_sparse(config: Config, changed: dict[str, Any], layers: Layers) -> dict[str, Any]:
-  """Updates Qwen's rule: every n-th layer has experts, but for those of a list."""
+  """Updates Qwen's rule: every n-th layer has experts, except those in a list."""
   step = config.get("decoder_sparse_step")
   listed = config.get("mlp_only_layers") or []
   if type(step) is not int or step <= 1 or "mlp_only_layers" not in config:
@@ -99,7 +99,7 @@ def _update_thresholds(config: Config, changed: dict[str, Any], layers: Layers) 
     after = [old >= first for old in layers.order]
     count = len(after) - sum(after)
     if after == [i >= count for i in range(len(after))]:
-      # Where the rule says nothing else of the new layers, it stays.
+      # A rule that gives the new layers the same kinds stays.
       same = after == [i >= first for i in range(len(after))]
       if same or key in config:
         changed = changed if same else {**changed, key: count}
@@ -123,7 +123,7 @@ def _idle(key: str, config: Config) -> bool:
 
 
 def _update_shared(config: Config, changed: dict[str, Any], layers: Layers) -> dict[str, Any]:
-  """Updates Gemma's rule: the last layers use keys and values of those before."""
+  """Updates Gemma's rule: the last layers share keys and values of earlier ones."""
   count = config.get("num_kv_shared_layers")
   if type(count) is not int or count == 0:
     return changed
@@ -145,7 +145,7 @@ def _update_scale(config: Config, changed: dict[str, Any], layers: Layers) -> di
 
 
 def _refuse_others(config: Config, changed: dict[str, Any], layers: Layers) -> dict[str, Any]:
-  """Raises ValueError for rules that have no list, and hold for other layers than before."""
+  """Raises ValueError for rules that no longer hold and have no list."""
   if config.get("hidden_size_per_layer_input"):
     raise ValueError(
       "the config says hidden_size_per_layer_input: tensors outside of the layers hold a part for "
@@ -178,7 +178,7 @@ def _refuse_others(config: Config, changed: dict[str, Any], layers: Layers) -> d
 
 
 def _update_stages(config: Config, changed: dict[str, Any], layers: Layers) -> dict[str, Any]:
-  """Renames the outputs of a backbone, which are called by their layers."""
+  """Renames the outputs of a backbone, which are named by layer."""
   names = ["stem", *(f"stage{i + 1}" for i in range(layers.num_layers))]
   if config.get("stage_names") not in (None, names) or not config.get("out_features"):
     return changed

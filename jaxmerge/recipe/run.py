@@ -1,4 +1,4 @@
-"""Runs a recipe: plans all of it, then merges the recipes that it builds on, then itself.
+"""Runs a recipe: plans all documents, then merges intermediate recipes and the last one.
 
 Planning is free of jax, which `execute` imports.
 """
@@ -11,7 +11,7 @@ import os
 import pathlib
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple  # Any: what a recipe holds.
+from typing import Any, Literal, NamedTuple  # Any: a recipe as plain data.
 
 from jaxmerge.errors import suggest_keywords
 from jaxmerge.evaluation import external
@@ -31,7 +31,7 @@ Progress = Callable[[str, int], Callable[[int], None]]
 
 
 class Settings(NamedTuple):
-  """How a recipe is merged; see `merge_recipe`."""
+  """Options of a merge of a recipe; see `merge_recipe`."""
 
   replace: bool = False
   resume: bool = True
@@ -44,13 +44,13 @@ class Settings(NamedTuple):
 
 
 class RecipePlan(NamedTuple):
-  """A recipe that is ready to be merged.
+  """A planned recipe.
 
   Attributes:
     out: folder of the result.
     settings: how it is merged.
-    steps: the recipes of the file, each after those that it builds on; the last makes the result.
-    full: an error if the disk has no room; else nothing.
+    steps: the recipes of the file in dependency order; the last makes the result.
+    full: an error if the disk is too full; else empty.
   """
 
   out: pathlib.Path
@@ -60,12 +60,12 @@ class RecipePlan(NamedTuple):
 
   @property
   def plan(self) -> plans.Plan:
-    """Returns what becomes of every tensor, with the plans of the earlier recipes."""
+    """Returns the plan of the result, with those of intermediate recipes."""
     return self.steps[-1].plan
 
   @property
   def places(self) -> dict[str, pathlib.Path]:
-    """Returns where the results of the earlier recipes lie until all is merged, by name."""
+    """Returns the temporary folders of intermediate results, by name."""
     return {n: shard_writer.intermediate_folder(self.out, n) for n in self.plan.earlier}
 
 
@@ -239,7 +239,7 @@ def _check_places(planned: RecipePlan, files: Files) -> list[Exception]:
 
 
 def _check_room(planned: RecipePlan) -> None:
-  """Raises OSError where the disk has no room for what is still to be written."""
+  """Raises OSError where the disk has no room for the remaining output."""
   stages = list(planned.places.values())
   begun = [*stages, *(shard_writer.unfinished_folder(place) for place in (*stages, planned.out))]
   needed = sum(estimate.disk_space(step.plan, "safetensors") for step in planned.steps[:-1])
@@ -248,7 +248,7 @@ def _check_room(planned: RecipePlan) -> None:
 
 
 def _is_complete(place: pathlib.Path, plan: plans.Plan, settings: Settings) -> bool:
-  """Returns whether a place holds the complete result of an earlier recipe, by this very plan."""
+  """Returns whether a folder is the complete result of this intermediate plan."""
   return resume.is_result(place, plan, settings.shard_size, "safetensors", settings.nonfinite)
 
 

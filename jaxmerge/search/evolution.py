@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any  # Any: what a caller passes as the score.
+from typing import Any  # Any: arguments of a caller.
 
 import numpy as np
 
@@ -23,7 +23,7 @@ def lcsc(
   decays: Sequence[float] = (0.5, 0.8, 0.9, 0.95, 0.99),
   seed: int = 0,
 ) -> objective.SearchResult:
-  """Searches coefficients of the checkpoints of one run by evolution: they add up to 1.
+  """Searches coefficients, with sum 1, of the checkpoints of one run by evolution.
 
   It begins with moving averages of several decays. In each generation a mixture of two of the best,
   or entry by entry one or the other, is moved at random; coefficients may leave [0, 1].
@@ -34,7 +34,7 @@ def lcsc(
     models: stack of K checkpoints, the oldest first, [K, *s].
     score: of a model; called once a decay and once a generation.
     generations: candidates after the first ones.
-    parents: as many of the best are mixed.
+    parents: number of the best candidates that are mixed.
     sigma: standard deviation of a move.
     decays: of the moving averages.
     seed: of the random moves.
@@ -65,7 +65,7 @@ def evolve(
   sigma: float,
   draw: np.random.Generator,
 ) -> objective.Strategy:
-  """Asks for the first coefficients, then for a moved mixture of two of the best at a time."""
+  """Asks for the initial coefficients, then for perturbed mixtures of two of the best."""
   scores = yield start
   population = list(zip(start, scores, strict=True))
   for _ in range(generations):
@@ -74,7 +74,7 @@ def evolve(
     if draw.random() < 0.5:
       first = _mix(first, second, draw)
     moved = first + sigma * draw.normal(size=len(first))
-    moved[-1] += 1 - moved.sum()  # The last closes the sum.
+    moved[-1] += 1 - moved.sum()  # The last coefficient makes the sum 1.
     (score,) = yield [moved]
     population.append((moved, score))
   return None

@@ -1,4 +1,4 @@
-"""The settings and hyperparameters that are tried for a method."""
+"""Grids of settings and hyperparameters of a method."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from jaxmerge.search import scales
 
 
 def candidates(name: str, settings: Mapping[str, Any]) -> Iterator[scales.Scaled]:
-  """Yields the merges to try: all combinations of the values listed for each setting.
+  """Yields all combinations of the values listed for each setting, as merges to try.
 
   Args:
     name: of the method, unless the settings have another one.
@@ -40,7 +40,7 @@ def candidates(name: str, settings: Mapping[str, Any]) -> Iterator[scales.Scaled
 
 
 def has_scale(name: str) -> bool:
-  """Returns whether a method has a scale itself."""
+  """Returns whether a method has the hyperparameter `scale`."""
   return "scale" in lookup.entry(name).parameters
 
 

@@ -1,4 +1,4 @@
-"""Hi-Merging: task vectors pruned and scaled model by model, then layer by layer, by a score."""
+"""Hi-Merging: prunes and scales task vectors by model, then by layer, guided by a score."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from jaxmerge.drivers import arguments, memory
 from jaxmerge.search import objective
 
 GRID = tuple(round(0.1 * n, 1) for n in range(1, 11))
-# Factors on density and scale of a layer that is in the way.
+# Factors on density and scale of a conflicting layer.
 _CHANGES = {"trimmed": (0.5, 1.0), "scaled": (1.0, 0.5), "dropped": (1.0, 0.0)}
 
 
 class Layers(NamedTuple):
-  """How much of each model's task vector is merged, by layer.
+  """Density and scale of each model's task vector, by layer.
 
   Attributes:
-    density: fraction of each leaf's entries that stays, by layer, [K].
-    scale: factor on what stays, by layer, [K].
-    changes: of layers that were in the way: layer, model, and "trimmed", "scaled" or "dropped".
+    density: fraction of each leaf's entries to keep, by layer, [K].
+    scale: factor on these entries, by layer, [K].
+    changes: of conflicting layers: layer, model, and "trimmed", "scaled" or "dropped".
   """
 
   density: dict[str, np.ndarray]
@@ -36,7 +36,7 @@ class Layers(NamedTuple):
   changes: tuple[tuple[str, int, str], ...] = ()
 
   def change(self, layer: str, k: int, word: str) -> Layers:
-    """Returns the same with a layer of model k trimmed, scaled or dropped."""
+    """Returns a copy with a layer of model k trimmed, scaled or dropped."""
     density, scale = ({n: v.copy() for n, v in table.items()} for table in self[:2])
     density[layer][k] *= _CHANGES[word][0]
     scale[layer][k] *= _CHANGES[word][1]
@@ -44,7 +44,7 @@ class Layers(NamedTuple):
 
 
 class _Family:
-  """Makes candidates of one base and its models by one compiled program, and scores them."""
+  """Merges candidates with one compiled program, and scores them."""
 
   def __init__(
     self, base: Tree, models: Tree, score: Callable[[Any, int], float], layer: Callable[[str], str]
@@ -60,7 +60,7 @@ class _Family:
     self._merge = jax.jit(functools.partial(memory.merge, method))
 
   def fill(self, values: Sequence[float]) -> dict[str, np.ndarray]:
-    """Returns one value a model, in every layer."""
+    """Returns one value per model, for every layer."""
     return {layer: np.array(values, np.float32) for layer in self.layers}
 
   def merge(self, candidate: Layers) -> Tree:
@@ -76,19 +76,19 @@ class _Family:
     return np.array([float(self.score(params, k)) for k in range(self.num_models)])
 
   def fit_alone(self, k: int, grid: Sequence[float]) -> tuple[float, float]:
-    """Searches the fraction and the factor with which a task vector alone is best on its task."""
+    """Searches the density and scale at which a single task vector is best on its task."""
 
     def merge(pair: tuple[float, float]) -> Tree:
       scale = (np.eye(self.num_models)[k] * pair[1]).tolist()
       return self.merge(Layers(self.fill([pair[0]] * self.num_models), self.fill(scale)))
 
     goal = objective.Scored(merge, lambda params: self.score(params, k), f"hi_merging, model {k}")
-    # Of pairs that score the same the first is the best: the largest.
+    # Among equal scores the first pair wins: the largest.
     pairs = sorted(itertools.product(grid, grid), reverse=True)
     return objective.run(goal, objective.exhaustive(pairs)).candidate
 
   def layers_in_the_way(self, merged: Layers) -> list[tuple[str, int]]:
-    """Returns layers that help a model alone and harm it in the merged one: the worst first."""
+    """Returns layers that help a model alone but harm it when merged, the worst first."""
     K, zeros = self.num_models, self.fill([0.0] * self.num_models)
     base_scores, merged_scores = self.scores(self.base), self.scores(self.merge(merged))
     conflicts = []

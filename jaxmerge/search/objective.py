@@ -1,4 +1,4 @@
-"""What all searches share: an objective, strategies that ask for candidates, and the result.
+"""Objectives, strategies that ask for candidates, and the result that all searches share.
 
 A strategy is a generator: it yields candidates and is sent their scores, and knows nothing of
 models. An objective makes models of candidates and scores them. `run` brings the two together.
@@ -30,7 +30,7 @@ class Trial(NamedTuple):
 
 
 class SearchResult(NamedTuple):
-  """What every search returns.
+  """The result of a search.
 
   Attributes:
     params: the best model.
@@ -66,7 +66,7 @@ class Objective(Protocol):
     ...
 
   def evaluate(self, candidates: Sequence[Any]) -> Iterator[tuple[float, Tree | None]]:
-    """Yields the score of each candidate, and its model or None: then `model` makes it again."""
+    """Yields each candidate's score, and its model or None, so that `model` makes it again."""
     ...
 
 

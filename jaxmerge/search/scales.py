@@ -1,4 +1,4 @@
-"""Merges with hyperparameters and a scale that score best on validation rows."""
+"""Searches hyperparameters and scales of merges by their score on validation rows."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Scaled(NamedTuple):
     method: a method with the hyperparameter `scale`.
     hparams: its other hyperparameters.
     scale: the scale.
-    static: the static settings of the method that were chosen, for records.
+    static: the method's static settings, for records.
   """
 
   method: Method
@@ -39,7 +39,7 @@ class Scaled(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Validation:
-  """An objective: merges of the same experts, by their mean score on the tasks' validation rows.
+  """The objective of merging given experts: the mean score on the tasks' validation rows.
 
   The score of a merge that is not finite, or whose score is not, is NaN.
 
@@ -53,7 +53,7 @@ class Validation:
     seed: for methods with random masks.
     layout: matrix views.
     metric: which of two scores is better.
-    at_once: merges that one program makes and scores, if only their scales differ.
+    at_once: merges per program, if only their scales differ.
     name: name of the merge in errors.
     statistics: what the method's stages read beside the models, as for `jaxmerge.merge`.
   """
@@ -76,7 +76,7 @@ class Validation:
     return _take(self._merge([candidate]), 0)
 
   def evaluate(self, candidates: Sequence[Scaled]) -> Iterator[tuple[float, Any]]:
-    """Yields the score of each merge, with the model of the best of those in one program."""
+    """Yields the score of each merge, with the model of the best in each program."""
     for _, equal in itertools.groupby(candidates, key=lambda c: (c.method, c.hparams)):
       group = list(equal)
       for start in range(0, len(group), self.at_once):
@@ -178,7 +178,7 @@ def at_scales(
   names: tuple[str, ...],
   layout: layouts.Layout,
 ) -> Any:
-  """Merges with every one of some scales: models [T, *s], scales [S] -> [S, *s]."""
+  """Merges with each scale: models [T, *s], scales [S] -> [S, *s]."""
 
   def one(scale: Array) -> Any:
     return memory.merge(

@@ -67,7 +67,7 @@ CHIPS: Mapping[str, Chip] = {
 
 
 class Topology(NamedTuple):
-  """Chips of a kind in a shape, maybe several such slices: "v5e:4x4"."""
+  """A TPU topology: chips of a kind in a shape, in one or more slices, such as "v5e:4x4"."""
 
   name: str
   kind: str
@@ -76,7 +76,7 @@ class Topology(NamedTuple):
 
   @property
   def chip(self) -> Chip:
-    """What one of the chips can do."""
+    """Peak numbers of one chip."""
     return CHIPS[self.kind]
 
   @property
@@ -86,7 +86,7 @@ class Topology(NamedTuple):
 
 
 def parse_topology(name: str, slices: int = 1) -> Topology:
-  """Reads the name of a topology.
+  """Parses the name of a topology.
 
   >>> parse_topology("v5p:4x4x8", slices=2).chips
   256
@@ -146,7 +146,7 @@ def check_compiler() -> None:
 
 
 def set_environment() -> None:
-  """Sets the environment of the TPU's compiler on a machine without TPU, before jax is imported."""
+  """Sets the environment for the TPU compiler on a machine without TPU, before importing jax."""
   os.environ.update(ENVIRONMENT)
 
 
@@ -163,7 +163,7 @@ def _names() -> str:
 
 
 def _near(name: str) -> str:
-  """Suggests a name for one of Cloud's machine types, or for a misspelt one."""
+  """Suggests a topology for a Cloud machine type or a misspelt name."""
   known = [f"{kind}:{shape}" for kind, chip in CHIPS.items() for shape in chip.shapes]
   if match := re.fullmatch(r"(v4|v5p|v5e|v5litepod|v6e|tpu7x)-(\d+)", name.lower()):
     kind = {"v5litepod": "v5e"}.get(match[1], match[1])

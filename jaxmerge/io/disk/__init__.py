@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all, locked, linked, read within bounds."""
+"""Files on disk: atomic writes, locks, links, and bounded reads."""
 
 from jaxmerge import lazy
 

@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all: written beside, synced, renamed."""
+"""Atomic files and folders: written beside their place, synced, then renamed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
 
 
 class Full(OSError):
-  """A disk or a quota is full; the message names the file, and how to go on."""
+  """Raised when a disk or a quota is full; names the file and how to continue."""
 
 
 @contextlib.contextmanager
@@ -78,7 +78,7 @@ def write(path: Path) -> Iterator[BinaryIO]:
 
 
 def tidy(folder: Path) -> None:
-  """Removes the hidden files that killed writes have left in a folder."""
+  """Removes hidden files that killed writes left in a folder."""
   for path in filter(is_unfinished, pathlib.Path(folder).iterdir()):
     path.unlink()
 
@@ -118,7 +118,7 @@ def folder(path: Path, *, replace: bool = False) -> Iterator[pathlib.Path]:
 
 
 def sync(path: Path) -> None:
-  """Brings a file's bytes, or a folder's entries, to the disk."""
+  """Syncs a file's bytes, or a folder's entries, to the disk."""
   handle = os.open(path, os.O_RDONLY)
   try:
     with room(path):
@@ -128,7 +128,7 @@ def sync(path: Path) -> None:
 
 
 def move(new: pathlib.Path, path: pathlib.Path, *, replace: bool = False) -> None:
-  """Brings a folder that is complete to the disk, and to its place; see `folder`."""
+  """Syncs a complete folder to the disk and moves it to its place; see `folder`."""
   for inner in sorted(new.rglob("*"), reverse=True):
     sync(inner)
   sync(new)
@@ -150,13 +150,13 @@ def move(new: pathlib.Path, path: pathlib.Path, *, replace: bool = False) -> Non
 
 
 def discard(path: pathlib.Path) -> None:
-  """Removes what was at a path before, and has been replaced."""
+  """Removes replaced folders of a path."""
   for old in old_folders(path):
     shutil.rmtree(old)
 
 
 def old_folders(path: pathlib.Path) -> list[pathlib.Path]:
-  """Returns the folders that were at a path before, and that a crash has left."""
+  """Returns replaced folders of a path that a crash left behind."""
   return sorted(path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 8}.old"))
 
 

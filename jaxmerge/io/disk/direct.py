@@ -1,8 +1,8 @@
-"""Files that are written in large pieces, past the cache that the system keeps of their pages.
+"""Direct I/O: writes files in large pieces, bypassing the page cache.
 
-What goes through that cache takes a page of memory for each page of the file, and a machine that
-has to find them, above all a virtual one that gives back to its host what it does not use, spends
-more time on that than a merge of averages on all the rest.
+Buffered writes take a page of memory for each page of the file. On a machine that must find free
+pages, above all a virtual one that returns unused memory to its host, this takes longer than
+everything else in a merge of averages.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ import pathlib
 
 from jaxmerge.io.disk import atomic
 
-PAGE = 4096  # Bytes; what goes past the cache begins and ends at a multiple, in file and memory.
-LEAST = 2**16  # Shorter pieces are not worth it.
+PAGE = 4096  # Bytes; direct I/O is aligned to multiples of this, in file and memory.
+LEAST = 2**16  # Shorter pieces are buffered.
 ROOM = 2**21
 
 
 class PagedFile:
-  """A file for pieces at any place; those that are written must not overlap before a sync.
+  """A file for writes at any position; writes between two syncs must not overlap.
 
-  Where the system cannot write past its cache, all goes through it.
+  Where the system has no direct I/O, all writes are buffered.
 
   >>> import tempfile
   >>> with tempfile.TemporaryDirectory() as folder:
@@ -42,10 +42,10 @@ class PagedFile:
     self.handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     # The second handle is open from the first large piece to the next sync: shards can be many.
     self._past: int | None = None
-    self._flag = getattr(os, "O_DIRECT", 0)  # 0: the cache cannot be passed.
+    self._flag = getattr(os, "O_DIRECT", 0)  # 0: no direct I/O.
 
   def write(self, data: memoryview, position: int) -> None:
-    """Writes bytes; none of them counts before `sync`. OSError names the file of a full disk."""
+    """Writes bytes, durable only after `sync`; OSError names the file on a full disk."""
     first = -position % PAGE
     whole = (len(data) - first) // PAGE * PAGE
     with atomic.room(self.path):
@@ -58,14 +58,14 @@ class PagedFile:
       self._write(self.handle, data[first + whole :], position + first + whole)
 
   def read(self, out: memoryview, position: int) -> int:
-    """Reads bytes back; returns how many there were."""
+    """Reads bytes back; returns their number."""
     count = 0
     while count < len(out) and (more := os.preadv(self.handle, [out[count:]], position + count)):
       count += more
     return count
 
   def sync(self) -> None:
-    """Brings what was written to the disk."""
+    """Syncs all writes to the disk."""
     with atomic.room(self.path):
       os.fsync(self.handle)
     self._shut()

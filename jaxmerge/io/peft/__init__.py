@@ -1,4 +1,4 @@
-"""Adapters of PEFT: their files, and the tensors of a base with an adapter applied."""
+"""PEFT adapters: their files, and a base's tensors with an adapter applied."""
 
 from jaxmerge import lazy
 

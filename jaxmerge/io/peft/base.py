@@ -1,4 +1,4 @@
-"""The base of an adapter: its tensors under the names of the adapter, in the form that it needs."""
+"""The base of an adapter: its tensors by the adapter's names, in the form it needs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ UNTIED = ", untied (tie_word_embeddings: false, and a head) if the tensor is one
 
 
 class Target(NamedTuple):
-  """A module, or a parameter of one, that is adapted.
+  """An adapted module, or an adapted parameter of one.
 
   Attributes:
     module: its name in the adapter; patterns of the config are matched with it.
@@ -31,12 +31,12 @@ class Target(NamedTuple):
 
   @property
   def where(self) -> str:
-    """Place of one of the parts, for errors."""
+    """Place of one of the adapter's parts, for errors."""
     return next(iter(self.parts.values())).where
 
 
 class Base:
-  """Tensors of a base, of which some are changed.
+  """Tensors of a base with changes.
 
   Attributes:
     tensors: as the base stores them; heads that are tied to an embedding are it.
@@ -54,7 +54,7 @@ class Base:
     return experts.forms(self.tensors)
 
   def name(self, name: str) -> str | None:
-    """Returns the base's name of a tensor that the adapter names; None where it has none."""
+    """Returns the base's name of a tensor of the adapter; None if the base lacks it."""
     renamed = names.rename(name, self.rename)
     return names.find(renamed, self.tensors) or names.find(renamed, self._all_names)
 
@@ -63,18 +63,18 @@ class Base:
     return self.tensors.keys() | self.forms.keys()
 
   def tensor(self, name: str) -> Tensor:
-    """Returns a tensor with its changes so far."""
+    """Returns a tensor with all changes so far."""
     if name in self.changed:
       return self.changed[name]
     return self.tensors[name] if name in self.tensors else self.forms[name].tensor
 
   def near(self, name: str) -> str:
-    """Names the tensor whose name is most like one that is not there."""
+    """Returns a hint with the name closest to a missing one."""
     matches = difflib.get_close_matches(names.rename(name, self.rename), self.tensors, n=1)
     return f", whose nearest is {matches[0]!r}" if matches else ""
 
   def missing(self, where: str, name: str) -> ValueError:
-    """Returns the error for a tensor that is adapted, and is not here."""
+    """Returns the error for an adapted tensor that the base lacks."""
     renamed = names.rename(name, self.rename)
     hint = "; give the base that the adapter was trained on"
     hint += UNTIED if renamed.endswith(tied.HEADS) or self.near(name) == "" else ""

@@ -18,7 +18,7 @@ BLOCK = 2**18  # Entries of a block.
 
 
 class Layer(NamedTuple):
-  """A matrix that is adapted.
+  """An adapted matrix.
 
   Attributes:
     base: the matrix, [out, in], or [in, out] where it is transposed.
@@ -48,7 +48,7 @@ class Layer(NamedTuple):
 
 
 class Factors(NamedTuple):
-  """What a block is computed from: left [rows, r], with the scale; right [r, columns]."""
+  """The factors of a block: left [rows, r], scaled; right [r, columns]."""
 
   left: np.ndarray
   right: np.ndarray

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import pathlib
 from collections.abc import Mapping
-from typing import Any, NamedTuple  # Any: what JSON holds, until it is checked.
+from typing import Any, NamedTuple  # Any: unchecked JSON.
 
 from jaxmerge.io.huggingface import folder as folders
 from jaxmerge.io.peft import patterns
 
 MERGE = "merge it with PEFT (merge_and_unload) and give the result in place of base and adapter"
-_LARGEST = 1e30  # Of a scale: products with it are still finite in float32.
+_LARGEST = 1e30  # Of a scale, so that products with it stay finite in float32.
 _LONGEST_RANK = 2**24
 
 # Keys that are only about training, or follow from the names of the tensors.
@@ -83,13 +83,13 @@ class Settings(NamedTuple):
     return int(self._number("rank_pattern", module, self.values["r"]))
 
   def scale(self, module: str) -> float:
-    """Returns the factor on what a module's factors are multiplied to."""
+    """Returns the factor on the product of a module's factors."""
     key = "lora_alpha" if self.kind == "LORA" else "alpha"
     rank, alpha = self.rank(module), self._number("alpha_pattern", module, self.values[key])
     return float(alpha / (math.sqrt(rank) if self.values.get("use_rslora") else rank))
 
   def saves(self, name: str) -> bool:
-    """Returns whether a tensor is of a module that was trained as a copy (modules_to_save)."""
+    """Returns whether a tensor belongs to a module trained as a copy (modules_to_save)."""
     value = self.values.get("modules_to_save")
     modules = [m for m in value if isinstance(m, str)] if isinstance(value, list) else []
     return any(f".{name.rpartition('.')[0]}".endswith(f".{m}") for m in modules)
@@ -138,14 +138,14 @@ def read(path: pathlib.Path) -> Settings:
 
 
 def shown(value: Any) -> str:
-  """Returns a value as errors write it: not all of its digits, where it has thousands."""
+  """Formats a value for errors, shortening numbers of thousands of digits."""
   if isinstance(value, int) and abs(value) > 10**20:
     return f"a number of about {int(math.log10(abs(value))) + 1} digits"
   return f"{value!r:.100}"
 
 
 def _check_start(settings: Settings) -> None:
-  """Raises ValueError for an adapter whose training began from another base than that on disk."""
+  """Raises ValueError for an adapter trained from another base than that on disk."""
   start = settings.values.get("init_lora_weights")
   if isinstance(start, int) and not isinstance(start, bool):
     raise settings.refusal("init_lora_weights", "is not known")

@@ -1,4 +1,4 @@
-"""From YAML to the records of a recipe, or every problem with its place."""
+"""Parses YAML into the records of a recipe, or reports every problem with its position."""
 
 from jaxmerge import lazy
 
