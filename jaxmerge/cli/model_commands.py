@@ -24,9 +24,9 @@ def _add_merge_flags(parser: argparse.ArgumentParser) -> None:
   parser.add_argument("--replace", action="store_true", help="replace OUT if it exists")
   text = "resume an interrupted merge of the same recipe, or start over"
   parser.add_argument("--resume", choices=("auto", "never"), default="auto", help=text)
-  text = "output format: safetensors, or an Orbax checkpoint in OUT/state"
+  text = "output format: safetensors, an Orbax checkpoint in OUT/state, or the layout of the base"
   parser.add_argument(
-    "--out-format", choices=("safetensors", "orbax"), default="safetensors", help=text
+    "--out-format", choices=("safetensors", "orbax", "like:base"), default="safetensors", help=text
   )
   text = "allow NaN and infinity in the models"
   parser.add_argument("--allow-nonfinite", action="store_true", help=text)

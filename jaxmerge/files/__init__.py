@@ -18,6 +18,7 @@ __getattr__, __dir__, __all__ = lazy.attach(
     "merge",
     "misfits",
     "name_variants",
+    "out_formats",
     "outcomes",
     "plan",
     "reader",

@@ -32,7 +32,7 @@ def dry_run(plan: Plan, *, shard_size: int, out_format: str = "safetensors") -> 
   files = f", {shards} file{'s' * (shards != 1)}"
   lines = [
     f"result: {len(plan.outputs)} tensors, {estimate.size(plan.bytes_written)}"
-    + (checkpoint if out_format == "orbax" else files),
+    + (checkpoint if out_format != "safetensors" else files),
     f"tensors: {outcomes.line(outcomes.counts(plan))}",
     f"inputs: {len(plan.inputs)} files, {estimate.size(plan.bytes_read)} in one reading",
     f"memory: {estimate.size(estimate.memory(plan))} or less",

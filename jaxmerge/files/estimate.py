@@ -26,12 +26,12 @@ def work(plan: Plan, out_format: str = "safetensors") -> int:
   """Returns the total that progress counts: the bytes of the result, once for each pass."""
   count = [passes(job) for job in plan.jobs]
   merged = sum(o.size * (1 if o.job is None else count[o.job]) for o in plan.outputs)
-  return merged + (plan.bytes_written if out_format == "orbax" else 0)
+  return merged + (plan.bytes_written if out_format != "safetensors" else 0)
 
 
 def disk_space(plan: Plan, out_format: str = "safetensors") -> int:
   """Returns the bytes of disk that a result takes while it is written."""
-  return plan.bytes_written * (2 if out_format == "orbax" else 1)
+  return plan.bytes_written * (2 if out_format != "safetensors" else 1)
 
 
 _RUNTIME = 240_000_000  # Bytes of Python and jax; what follows is measured as well.

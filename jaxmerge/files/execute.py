@@ -17,7 +17,14 @@ from typing import Any, NamedTuple  # Any: digests are plain JSON.
 
 import jax
 
-from jaxmerge.files import estimate, finish, input_changes, tied_weights, write_tensors
+from jaxmerge.files import (
+  estimate,
+  finish,
+  input_changes,
+  out_formats,
+  tied_weights,
+  write_tensors,
+)
 from jaxmerge.files import resume as resume_lib
 from jaxmerge.files.plan import Output, Plan
 from jaxmerge.files.write_tensors import Progress
@@ -29,7 +36,6 @@ from jaxmerge.parallel import processes
 Path = str | os.PathLike[str]
 
 PROVENANCE = folder.PROVENANCE
-FORMATS = ("safetensors", "orbax")
 _DROPPED = (
   "Nothing of the result is kept, as it would be a mixture: run the same command again when no "
   "other program writes there."
@@ -94,17 +100,17 @@ def run(
     nonfinite: whether NaN and infinity in the inputs are allowed: where an input has either, the
       result is NaN; other effects, such as on a sum over a tensor, depend on the method.
     out_format: "safetensors", or "orbax": a checkpoint in `out / "state"`, which `orbax.checkpoint`
-      restores as {"params": {name: array}}; writing it takes twice the disk space.
+      restores as {"params": {name: array}}; or "like:base": the layout of the base, an Orbax
+      checkpoint of another program, which restores it. A checkpoint takes twice the disk space.
     locked: whether the caller has locked `out` already.
     progress: called with the number of bytes of the result that were read for a reduction, once for
       each pass, or written; a checkpoint's are written twice. `estimate.work` is the total.
   """
-  if out_format not in FORMATS:
-    raise ValueError(f"out_format must be one of {', '.join(FORMATS)}, got {out_format!r}.")
+  plan = out_formats.prepare(plan, out_format)
   out = pathlib.Path(out)
   atomic.check_name(out)
   shard_size = single_file.LIMIT if single_file.is_output(out) else shard_size
-  if out_format == "orbax":
+  if out_formats.is_checkpoint(out_format):
     arrays.check_path(out)
   options = Options(shard_size, entries, nonfinite, out_format)
   lock = processes.is_first() and not locked
@@ -197,8 +203,8 @@ def merge_jobs(output: Unfinished, options: Options, progress: Progress) -> None
     write_tensors.copy_share(plan, share, weights, entries, nonfinite, progress)
     weights.flush()
     processes.agree(True)  # All have written and synced their share.
-    if processes.is_first() and options.out_format == "orbax":
-      finish.write_checkpoint(output.folder, weights, progress)
+    if processes.is_first() and out_formats.is_checkpoint(options.out_format):
+      finish.write_checkpoint(output.folder, plan, weights, options.out_format, progress)
 
 
 def publish(output: Unfinished, out: pathlib.Path, options: Options, *, replace: bool) -> None:

@@ -12,21 +12,28 @@ from typing import Any
 import numpy as np
 
 from jaxmerge.core import fingerprint
-from jaxmerge.files import describe, outcomes
+from jaxmerge.files import describe, out_formats, outcomes
 from jaxmerge.files.plan import Job, Plan
-from jaxmerge.io.checkpoints import metadata
+from jaxmerge.io.checkpoints import like, metadata
 from jaxmerge.io.disk import atomic, stamps
 from jaxmerge.io.huggingface import folder, pipeline, shard_writer
 from jaxmerge.report import card
 
 
 def write_checkpoint(
-  directory: pathlib.Path, weights: shard_writer.ShardWriter, progress: Callable[[int], None]
+  directory: pathlib.Path,
+  plan: Plan,
+  weights: shard_writer.ShardWriter,
+  out_format: str,
+  progress: Callable[[int], None],
 ) -> None:
-  """Writes the tensors of the shards as a checkpoint."""
+  """Writes the tensors of the shards as a checkpoint, of our own or in the layout of the base."""
   tensors = {name: weights.tensor(name) for name in weights.places}
   with atomic.room(directory / metadata.STATE):
-    metadata.write(directory, tensors, progress)
+    if out_format == out_formats.LIKE_BASE and plan.orbax is not None:
+      like.write(directory, plan.orbax, tensors, progress)
+    else:
+      metadata.write(directory, tensors, progress)
 
 
 def complete(
@@ -73,10 +80,17 @@ def complete(
   shard_writer.strip(directory, shards, out_format)
 
 
+def _state(plan: Plan, out_format: str) -> str:
+  """Returns the folder in the result in which a checkpoint has its arrays."""
+  if out_format != out_formats.LIKE_BASE or plan.orbax is None:
+    return metadata.STATE
+  return plan.orbax.inner or "."
+
+
 def names(plan: Plan, shard_size: int, out_format: str) -> list[str]:
   """Returns the names of the files that a result will have, without those of an evaluation."""
   shards = plan.shards(shard_size)
-  weights = list(shards) if out_format == "safetensors" else [f"{metadata.STATE}/..."]
+  weights = list(shards) if out_format == "safetensors" else [f"{_state(plan, out_format)}/..."]
   sizes = {o.name: o.size for o in plan.outputs}
   if out_format == "safetensors" and pipeline.is_pipeline(plan.donor):
     weights += pipeline.indices(shards, sizes)

@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple  # Any: a recipe as plain data.
 
 from jaxmerge.errors import suggest_keywords
 from jaxmerge.evaluation import external
-from jaxmerge.files import estimate, resume
+from jaxmerge.files import estimate, out_formats, resume
 from jaxmerge.files import plan as plans
 from jaxmerge.io.checkpoints import arrays
 from jaxmerge.io.disk import atomic, locks
@@ -99,7 +99,7 @@ def merge_recipe(
     compat: "mergekit": its rules and arithmetic where they differ from ours.
     shard_size: bytes of a file of weights, at most.
     nonfinite: whether NaN and infinity in the inputs are let pass.
-    out_format: "safetensors" or "orbax", as for `merge_files`.
+    out_format: "safetensors", "orbax" or "like:base", as for `merge_files`.
     evaluate: folder -> numbers by name, called when the result is complete.
     progress: (name, bytes in all) -> what is then called with numbers of bytes that are done.
 
@@ -130,7 +130,7 @@ def _check(out: Any, compat: Any, shard_size: Any, out_format: Any, evaluate: An
   """Raises ValueError for options that mean nothing."""
   for name, value, known in (
     ("compat", compat, (None, "mergekit")),
-    ("out_format", out_format, ("safetensors", "orbax")),
+    ("out_format", out_format, out_formats.FORMATS),
   ):
     if value not in known:
       raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}.")
@@ -164,7 +164,7 @@ def plan(
     ValueError: for all that is wrong with recipe, models and place together.
   """
   out, problems = pathlib.Path(out), list(problems)
-  if settings.out_format == "orbax":
+  if out_formats.is_checkpoint(settings.out_format):
     arrays.check_path(out)
   atomic.check_name(out)  # All places beside it are named after it.
   locks.check(out, shard_writer.busy_message(out))  # What lies there and beside is that merge's.
@@ -177,6 +177,9 @@ def plan(
     planned = planned._replace(steps=_plan_steps(_read(recipe), settings, files))
   full: list[Exception] = []  # If nothing else is wrong, there is a plan to show.
   if planned.steps:
+    with errors.collect(problems):
+      last = out_formats.prepare(planned.plan, settings.out_format)
+      planned = planned._replace(steps=(*planned.steps[:-1], planned.steps[-1]._replace(plan=last)))
     problems += _check_places(planned, files)
     with errors.collect(full):
       _check_room(planned)
@@ -280,6 +283,7 @@ def execute(planned: RecipePlan, files: Files, progress: Progress | None = None)
       result.open(places[name], files)
       earlier[name] = plan
     plan = planned.steps[-1].bind(places, files)._replace(earlier=earlier)
+    plan = out_formats.prepare(plan, settings.out_format)
     on_done = count("merging", estimate.work(plan, settings.out_format))
     kind, replace = settings.out_format, settings.replace
     run(plan, planned.out, progress=on_done, out_format=kind, replace=replace, locked=True)

@@ -351,7 +351,7 @@ def test_inspect_and_diff_take_checkpoints(tmp_path):
 
 def test_an_unknown_format_is_refused(tmp_path):
   folders.family(tmp_path, count=1)
-  with pytest.raises(ValueError, match="out_format must be one of safetensors, orbax, got 'zarr'"):
+  with pytest.raises(ValueError, match="one of safetensors, orbax, like:base, got 'zarr'"):
     files_merge.merge_files(methods.average(), [tmp_path / "m0"], tmp_path / "o", out_format="zarr")
 
 

@@ -8,6 +8,7 @@ __getattr__, __dir__, __all__ = lazy.attach(
     "arrays",
     "band_storage",
     "leaves",
+    "like",
     "manifest",
     "metadata",
     "orbax_output",

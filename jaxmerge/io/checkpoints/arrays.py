@@ -12,7 +12,7 @@ import json
 import math
 import pathlib
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple  # Any: stores of TensorStore, which is imported late.
 
 import numpy as np
@@ -28,6 +28,8 @@ METADATA = "_METADATA"
 CHUNK = 2**22  # Bytes of a chunk, at most, where it is ours to choose.
 BAND = 2**20  # Entries of a band, at least, so that small chunks are read many at a time.
 WRITTEN = 2**24  # Bytes that are written together: they make a file.
+# Small values stand in the tree, whose nodes are small: every transaction writes some anew.
+DATABASE = {"max_inline_value_bytes": 2**10, "max_decoded_node_bytes": 2**18}
 
 
 class Band(NamedTuple):
@@ -155,6 +157,22 @@ class Arrays:
     self.entries.clear()
 
 
+class Target(NamedTuple):
+  """An array that is written.
+
+  Attributes:
+    key: its name in the database.
+    tensor: what is written.
+    chunks: shape of the chunks in which it is stored.
+    spec: TensorStore's spec of the new array.
+  """
+
+  key: str
+  tensor: Tensor
+  chunks: tuple[int, ...]
+  spec: dict[str, Any]
+
+
 def write(
   state: pathlib.Path,
   tensors: Mapping[tuple[str, ...], Tensor],
@@ -162,8 +180,7 @@ def write(
 ) -> None:
   """Writes a checkpoint that `orbax.checkpoint` restores: as NumPy arrays, or sharded.
 
-  Some `WRITTEN` bytes are on their way at a time, in a few copies. A tensor without entries has
-  nothing to store and is left out, as Orbax does.
+  A tensor without entries has nothing to store and is left out, as Orbax does.
 
   Args:
     state: folder of the database, which is empty.
@@ -173,60 +190,71 @@ def write(
   Raises:
     OSError: where the disk is full or fails.
   """
-  leaves, waiting = {}, list[_Part]()
-  for path, tensor in tensors.items():
-    if not math.prod(tensor.shape):
-      continue
-    leaves[str(path)] = _leaf_record(path, chunk(tensor.shape, tensor.dtype.itemsize))
-    for part in _parts(".".join(path), tensor):
-      waiting.append(part)
-      if sum(p.entries.nbytes for p in waiting) >= WRITTEN:
-        waiting = _written(state, waiting, progress)
-  _written(state, waiting, progress)
+  stored = {path: t for path, t in tensors.items() if math.prod(t.shape)}
+  write_all((_target(state, ".".join(path), t) for path, t in stored.items()), progress)
+  leaves = {
+    str(path): _leaf_record(path, chunk(t.shape, t.dtype.itemsize)) for path, t in stored.items()
+  }
   content = {"tree_metadata": leaves, "use_ocdbt": True, "use_zarr3": False}
   content |= {"store_array_data_equal_to_fill_value": True, "custom_metadata": None}
   (state / METADATA).write_text(json.dumps(content), encoding="utf-8")
   (state / "_CHECKPOINT_METADATA").write_text("{}", encoding="utf-8")
 
 
+def write_all(targets: Iterable[Target], progress: Progress = lambda count: None) -> None:
+  """Writes arrays: some `WRITTEN` bytes are on their way at a time, in a few copies.
+
+  Raises:
+    OSError: where the disk is full or fails.
+  """
+  waiting = list[_Part]()
+  for target in targets:
+    for part in _parts(target):
+      waiting.append(part)
+      if sum(p.entries.nbytes for p in waiting) >= WRITTEN:
+        waiting = _written(waiting, progress)
+  _written(waiting, progress)
+
+
 class _Part(NamedTuple):
   """A band of a tensor on its way into the database."""
 
-  key: str
-  tensor: Tensor
+  target: Target
   box: tuple[int | slice, ...]
   entries: np.ndarray
 
 
-def _parts(key: str, tensor: Tensor) -> Iterator[_Part]:
+def _parts(target: Target) -> Iterator[_Part]:
   """Reads a tensor band by band."""
-  at, chunks = 0, chunk(tensor.shape, tensor.dtype.itemsize)
+  at, tensor = 0, target.tensor
   while at < math.prod(tensor.shape):
-    next_band = band(tensor.shape, chunks, at)
+    next_band = band(tensor.shape, target.chunks, at)
     entries = np.empty(next_band.stop - next_band.start, tensor.dtype)
     tensor.read(next_band.start, entries)
     shape = [i.stop - i.start for i in next_band.box if isinstance(i, slice)]
     shape += tensor.shape[len(next_band.box) :]
-    yield _Part(key, tensor, next_band.box, entries.reshape(shape))
+    yield _Part(target, next_band.box, entries.reshape(shape))
     at = next_band.stop
 
 
-def _written(state: pathlib.Path, parts: list[_Part], progress: Progress) -> list[_Part]:
+def _written(parts: list[_Part], progress: Progress) -> list[_Part]:
   """Brings parts to the disk: in one transaction, which is one file and one change of the tree."""
+  if not parts:
+    return []
   import tensorstore
 
-  transaction, tensors = tensorstore.Transaction(), {p.key: p.tensor for p in parts}
+  transaction, targets = tensorstore.Transaction(), {p.target.key: p.target for p in parts}
   # One context: stores of several would be several databases, and change the tree one by one.
   shared = {"transaction": transaction, "context": _context()}
   try:
-    stores = {key: _open_new(state, key, t, **shared) for key, t in tensors.items()}
+    stores = {key: _open_new(target, **shared) for key, target in targets.items()}
     for part in parts:
-      stores[part.key][part.box].write(part.entries).copy.result()
+      stores[part.target.key][part.box].write(part.entries).copy.result()
     transaction.commit_sync()
   except (ValueError, OSError, RuntimeError) as error:
     about = f"not copied into the checkpoint: {error}"
     code = error_code(error) or errno.EIO
-    raise OSError(code, about, parts[0].tensor.where) from error
+    raise OSError(code, about, parts[0].target.tensor.where) from error
   for part in parts:
     progress(part.entries.nbytes)
   return []
@@ -256,15 +284,22 @@ def open_spec(spec: dict[str, Any]) -> Any:
   return tensorstore.open(spec, open=True, read=True, context=_context())
 
 
-def _open_new(state: pathlib.Path, key: str, tensor: Tensor, **shared: Any) -> Any:
-  """Opens an array for writing, a new one if need be."""
+def _target(state: pathlib.Path, key: str, tensor: Tensor) -> Target:
+  """Returns a new array of a database of our own."""
   spec, chunks = _spec(state, key), chunk(tensor.shape, tensor.dtype.itemsize)
-  # Small values stand in the tree, whose nodes are small: every transaction writes some anew.
-  spec["kvstore"]["config"] = {"max_inline_value_bytes": 2**10, "max_decoded_node_bytes": 2**18}
+  spec["kvstore"]["config"] = DATABASE
   spec["metadata"] = {"chunks": chunks, "compressor": {"id": "zstd", "level": 1}}
+  return Target(key, tensor, chunks, spec)
+
+
+def _open_new(target: Target, **shared: Any) -> Any:
+  """Opens an array for writing, a new one if need be."""
+  import tensorstore
+
   # Zeros are stored: Orbax takes a gap for a loss.
-  spec |= {"store_data_equal_to_fill_value": True, "dtype": tensor.dtype.name}
-  return _open(spec, create=True, open=True, shape=tensor.shape, **shared)
+  spec = target.spec | {"store_data_equal_to_fill_value": True, "dtype": target.tensor.dtype.name}
+  options = {"create": True, "open": True, "shape": target.tensor.shape, **shared}
+  return tensorstore.open(spec, **options).result()
 
 
 def check_path(path: pathlib.Path) -> None:
@@ -286,9 +321,3 @@ def _context() -> Any:
 
   limits = {"data_copy_concurrency": {"limit": 2}, "file_io_concurrency": {"limit": 4}}
   return tensorstore.Context({"cache_pool": {"total_bytes_limit": 0}, **limits})
-
-
-def _open(spec: dict[str, Any], **options: Any) -> Any:
-  import tensorstore
-
-  return tensorstore.open(spec, **options).result()

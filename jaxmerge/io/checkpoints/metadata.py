@@ -44,11 +44,13 @@ def problem(folder: Path) -> str | None:
 def is_checkpoint(folder: str | Path) -> bool:
   """Returns whether a folder is a checkpoint of jaxmerge.
 
-  `state` may be an item of a checkpoint of another program: then nothing of ours is beside it.
+  `state` may be an item of a step of another program, which has metadata of its own.
   """
   folder = Path(folder)
   if not (folder / STATE / arrays.METADATA).is_file():
     return (folder / STATE).is_dir()
+  if (folder / "_CHECKPOINT_METADATA").is_file():
+    return False
   return any((folder / name).is_file() for name in (manifest.NAME, RECORD, PROVENANCE))
 
 

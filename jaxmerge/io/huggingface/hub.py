@@ -89,6 +89,9 @@ def locate(
   if revision is None and slash and not os.path.exists(path) and is_id(path, "main"):
     hint = f"for a model of the hub, write {path}@main, as {owner} is a folder here"
     raise FileNotFoundError(f"{path}: no such folder; {hint}.")
+  is_run = "://" in path or (os.path.isdir(path) and not folder.is_usual(path))
+  if is_run and revision is not None and re.fullmatch(r"[0-9]+(:.+)?", revision):
+    return Location(pathlib.Path(join(path, revision)))  # A step of checkpoints.
   if revision is not None:
     what = "a folder here" if os.path.isdir(path) else "no id of the hub (owner/name)"
     raise ValueError(f"{path} is {what} and has no revision: remove {revision!r}.")

@@ -1,0 +1,184 @@
+"""Writes a model in the layout of an Orbax checkpoint of another program, which restores it.
+
+Metadata, chunks and codecs are those of that checkpoint, byte for byte, and so is everything in it
+that is no part of the model: optimizer state, step, random keys, other items of the step.
+"""
+
+from __future__ import annotations
+
+import math
+import pathlib
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any  # Any: specs of TensorStore.
+
+from jaxmerge.io.checkpoints import arrays, other_programs
+from jaxmerge.io.checkpoints.other_programs import Checkpoint
+from jaxmerge.io.checkpoints.places import Place
+from jaxmerge.io.tensors.tensor import Tensor
+
+_DATABASE = ("d", "manifest.ocdbt")  # Of an item; processes have databases of their own in it.
+_OURS = ("README.md", "jaxmerge_")  # Beginnings of names of what a merge adds to a result.
+
+
+def misfit(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+  """Returns why tensors cannot be written in the layout of a checkpoint, None where they can."""
+  expected = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
+  where = checkpoint.reference
+  if missing := sorted(expected.keys() - shapes.keys()):
+    return f"the result lacks tensor {missing[0]!r}, which {where} has"
+  if added := sorted(shapes.keys() - expected.keys()):
+    return f"{where} has no tensor {added[0]!r}, which the result has"
+  wrong = next((n for n in sorted(expected) if shapes[n] != expected[n]), None)
+  if wrong is None:
+    return None
+  return f"tensor {wrong!r} is {list(shapes[wrong])}, in {where} {list(expected[wrong])}"
+
+
+def note(checkpoint: Checkpoint) -> str:
+  """Returns, in words, what of a result in the layout of a checkpoint is not merged."""
+  beside = "" if _step(checkpoint) is None else _other_items(checkpoint)
+  others = [*checkpoint.model.left_out, *beside.split()]
+  text = f"written in the layout of {checkpoint.reference}"
+  if not others:
+    return f"{text}."
+  return f"{text}; not merged, but as they are there: {', '.join(others)}."
+
+
+def write(
+  folder: pathlib.Path,
+  checkpoint: Checkpoint,
+  model: Mapping[str, Tensor],
+  progress: Callable[[int], None] = lambda count: None,
+) -> None:
+  """Writes a model into a folder, at the path that the checkpoint has in its own.
+
+  What an interrupted writing has left is replaced.
+
+  Args:
+    folder: the folder, which may have other files.
+    checkpoint: whose layout it is.
+    model: tensors by name, all of the checkpoint's model.
+    progress: called with the number of bytes of the model that were written.
+  """
+  _copy_step(folder, checkpoint)
+  item = folder / checkpoint.inner
+  item.mkdir(parents=True, exist_ok=True)
+  _copy_files(checkpoint.item, item, _array_names(checkpoint))
+  left = sum(math.prod(t.shape) * t.dtype.itemsize for t in model.values())
+
+  def count(written: int) -> None:
+    nonlocal left
+    progress(min(left, written))  # Other arrays are not counted.
+    left -= min(left, written)
+
+  arrays.write_all(_targets(Place(str(item)), checkpoint, model), count)
+
+
+def _step(checkpoint: Checkpoint) -> Place | None:
+  """Returns the folder of the step with the item, None where the item is the step."""
+  parent, _, name = checkpoint.inner.rpartition("/")
+  if not name or other_programs.step_number(name) == checkpoint.step is not None:
+    return None
+  return checkpoint.root / parent
+
+
+def _other_items(checkpoint: Checkpoint) -> str:
+  """Returns the names of the other items of the step that are copied."""
+  step = _step(checkpoint)
+  if step is None or step.is_remote:
+    return ""
+  item = checkpoint.item.name
+  folders = [n for n in step.names() if (step.path / n).is_dir() and n != item]
+  return " ".join(n for n in folders if not n.startswith(_OURS))
+
+
+def _copy_step(folder: pathlib.Path, checkpoint: Checkpoint) -> None:
+  """Copies what lies beside the item in its step."""
+  step = _step(checkpoint)
+  if step is None:
+    return
+  target = folder / checkpoint.inner.rpartition("/")[0]
+  target.mkdir(parents=True, exist_ok=True)
+  _copy_files(step, target, {checkpoint.item.name})
+
+
+def _copy_files(source: Place, target: pathlib.Path, but: set[str]) -> None:
+  """Copies files and folders; behind a URL, only files."""
+  for name in source.names():
+    old, new = source.path / name, target / name
+    if name in but:
+      _remove(new)
+    elif name.startswith(_OURS):
+      continue
+    elif source.is_remote:
+      _copy_remote(source, name, new)
+    elif old.is_dir():
+      _remove(new)
+      shutil.copytree(old, new)
+    else:
+      shutil.copyfile(old, new)
+
+
+def _copy_remote(source: Place, name: str, target: pathlib.Path) -> None:
+  """Copies a file behind a URL, or a folder of metadata of arrays."""
+  content = source.read(name)
+  if content is not None:
+    target.write_bytes(content)
+    return
+  if name == "array_metadatas":
+    target.mkdir(exist_ok=True)
+    for inner in (source / name).names():
+      target.joinpath(inner).write_bytes((source / name).read(inner) or b"")
+
+
+def _remove(path: pathlib.Path) -> None:
+  if path.is_dir():
+    shutil.rmtree(path)
+  else:
+    path.unlink(missing_ok=True)
+
+
+def _array_names(checkpoint: Checkpoint) -> set[str]:
+  """Returns the names of files and folders in which the item has its arrays."""
+  if not checkpoint.use_ocdbt:
+    return {leaf.parameter.partition("/")[0] for leaf in checkpoint.tree if leaf.is_array}
+  names = (n for n in checkpoint.item.names() if n.startswith("ocdbt.process_"))
+  return {*_DATABASE, *names}
+
+
+def _targets(
+  item: Place, checkpoint: Checkpoint, model: Mapping[str, Tensor]
+) -> Iterator[arrays.Target]:
+  """Returns the arrays of the item: the model's, and the others as the checkpoint has them."""
+  merged = {leaf: model[name] for name, leaf in checkpoint.model.leaves.items()}
+  opened = arrays.Arrays(checkpoint.item.text, lambda key: stores[key])
+  stores: dict[str, Any] = {}
+  for leaf in checkpoint.tree:
+    if not leaf.is_array:
+      continue
+    key = leaf.parameter
+    store = stores[key] = arrays.open_spec(checkpoint.spec(leaf)).result()
+    tensor = merged.get(leaf) or opened.tensor(
+      key, key, store.dtype.numpy_dtype, tuple(store.shape)
+    )
+    if math.prod(tensor.shape):
+      chunks = store.chunk_layout.write_chunk.shape or tensor.shape
+      yield arrays.Target(
+        key, tensor, tuple(chunks), _new_spec(item, checkpoint, key, store, tensor)
+      )
+    del stores[key]
+
+
+def _new_spec(
+  item: Place, checkpoint: Checkpoint, key: str, store: Any, tensor: Tensor
+) -> dict[str, Any]:
+  """Returns the spec of a new array with the chunks and codecs of another."""
+  spec = other_programs.array_spec(item, key, checkpoint.use_ocdbt, checkpoint.use_zarr3)
+  if checkpoint.use_ocdbt:
+    spec["kvstore"]["config"] = arrays.DATABASE
+  metadata = dict(store.spec().to_json()["metadata"])
+  if tensor.dtype != store.dtype.numpy_dtype:  # The user chose another.
+    for name in ("dtype", "data_type", "fill_value"):
+      metadata.pop(name, None)
+  return {**spec, "metadata": metadata}
