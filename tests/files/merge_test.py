@@ -76,7 +76,7 @@ def test_a_method_of_ten_lines_works_at_once(tmp_path):
   out = files_merge.merge_files(
     method, paths(tmp_path), tmp_path / "out", base=tmp_path / "base", names=NAMES
   )
-  small.same(folders.read(out), in_memory(method, models))
+  small.close(folders.read(out), in_memory(method, models))
 
 
 @pytest.mark.kernels
