@@ -80,7 +80,10 @@ MISTAKES = {
     lambda: update_another(kernel=(4, 3), bias=(1,)),
     r"'dense/bias' is \(1,\), but not in the tree passed to init",
   ),
-  "name": (lambda: jaxmerge.merge("ties", STACK, BASE), r"call jaxmerge\.methods\.ties\(\)"),
+  "name": (
+    lambda: jaxmerge.merge("ties", STACK, BASE),
+    r"pass the method, jaxmerge\.methods\.ties\(\)",
+  ),
   "misspelt": (lambda: jaxmerge.merge("tise", STACK, BASE), "did you mean 'ties'"),
   "factory": (lambda: jaxmerge.merge(methods.ties, STACK, BASE), r"call it, ties\(\)"),
   "stage": (lambda: jaxmerge.merge(MEAN[0], STACK, BASE), r"write \(stage,\)"),
@@ -100,7 +103,10 @@ MISTAKES = {
   "numbers": (lambda: jaxmerge.merge(MEAN, [{"w": 2.0}], {"w": 1.0}), "leaf 'w' .* is float"),
   "hparams": (lambda: arguments.hparams(0.3, None), "hparams must be hyperparameters by name"),
   "names": (lambda: jaxmerge.merge(MEAN, STACK, BASE, names="abc"), "names must be a list"),
-  "blend": (lambda: jaxmerge.merge("average", STACK), r"call jaxmerge\.methods\.average\(\)"),
+  "blend": (
+    lambda: jaxmerge.merge("average", STACK),
+    r"pass the method, jaxmerge\.methods\.average\(\)",
+  ),
   "blend of a list": (lambda: jaxmerge.merge(MEAN, TREES), r"jaxmerge\.stack\(models\)"),
   "blend of a list of one": (lambda: jaxmerge.merge(MEAN, TREES[:1]), r"a list of 1 tree is given"),
   "blend by name": (
