@@ -145,6 +145,24 @@ def leaves(*paths):
   ("paths", "subtree", "names"),
   [
     (["params/params/decoder/w", "params/aqt/w", "step"], "params/params", ["decoder/w"]),
+    # Tunix, google-tunix 0.1.7: the item model_params of a Llama, and of LoRA parameters alone.
+    (
+      ["layers/0/attn/q_proj/w/value", "final_norm/w/value"],
+      "",
+      ["final_norm/w", "layers/0/attn/q_proj/w"],
+    ),
+    (["layers/0/mlp/gate_proj/kernel_lora_a/value"], "", ["layers/0/mlp/gate_proj/kernel_lora_a"]),
+    # MaxText: layers that are scanned, in a train state; then single ones, parameters alone.
+    (
+      ["step", "opt_state/mu/params/w", "params/params/decoder/layers/mlp/wi_0/kernel"],
+      "params/params",
+      ["decoder/layers/mlp/wi_0/kernel"],
+    ),
+    (
+      ["params/params/decoder/layers_0/mlp/wo/kernel"],
+      "params/params",
+      ["decoder/layers_0/mlp/wo/kernel"],
+    ),
     (["params/w", "batch_stats/bn/mean"], "params", ["batch_stats/bn/mean", "w"]),
     (["state/params/w/value", "state/opt_state/0/mu/w/value"], "state/params", ["w"]),
     (["model/w", "optimizer/count"], "model", ["w"]),
