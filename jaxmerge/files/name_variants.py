@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
+from jaxmerge.files import other_forms
 from jaxmerge.files.plan import Model, Outcome
 from jaxmerge.io.huggingface import tied
 from jaxmerge.io.tensors import experts
@@ -20,10 +21,12 @@ _COPIES = (
 def align(models: Sequence[Model]) -> list[Model]:
   """Returns the models with tensors named as in the first model.
 
+  Models in the form of another program are read in the first one's form (`other_forms`).
   A norm's `gamma` and `beta` are its `weight` and `bias`. Names that differ by a known wrapper's
   prefix are the same tensor; so are fused and single experts. An embedding that some models store
   under two names, equal bit for bit, is one tensor where other models store it once.
   """
+  models = other_forms.align(models)
   donor = models[0]
   respelled = [donor, *(_with_form(_respell(m, donor), donor) for m in models[1:])]
   return [_without_copies(m, respelled) for m in respelled]
