@@ -5,7 +5,6 @@ Warnings are errors by `filterwarnings` in pyproject.toml, where each exception 
 
 import atexit
 import functools
-import importlib.metadata
 import importlib.util
 import os
 import pathlib
@@ -25,13 +24,10 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 _flags = re.sub(r"--xla_force_host_platform_device_count=\d+", "", os.environ.get("XLA_FLAGS", ""))
 # One piece of code a program: workers take the cores already.
 _flags += " --xla_cpu_parallel_codegen_split_count=1"
-# Most of the time is compiling: without LLVM's passes, and fusions by the emitters of before, it is
-# half. CI runs a part of the tests as users have it, with a level in XLA_FLAGS. Later versions may
-# not know the emitters' flag, and abort.
+# Most of the time is compiling, and without LLVM's passes a quarter less. CI runs the tests of bits
+# and decompositions as users have them too, with a level in XLA_FLAGS.
 if "xla_backend_optimization_level" not in _flags:
   _flags += " --xla_backend_optimization_level=0"
-  if importlib.metadata.version("jaxlib") < "0.11":
-    _flags += " --xla_cpu_use_fusion_emitters=false"
 os.environ["XLA_FLAGS"] = f"{_flags} --xla_force_host_platform_device_count=8".strip()
 # Eight devices wait for each other in threads of one pool: with one a core, as is the default, all
 # may wait for work that no thread is left to do, until XLA aborts.

@@ -25,7 +25,6 @@ from methods_columns import COLUMNS, EXCEPT, MAIN, METHOD
 from methods_runs import (
   ATOL,
   GROUPS,
-  HANGS,
   alike,
   apart,
   bounds,
@@ -39,7 +38,6 @@ from methods_runs import (
   numbers,
   of,
   program,
-  skip_where_it_hangs,
 )
 from methods_table import TABLE
 
@@ -49,7 +47,7 @@ from jaxmerge.core import stage
 from jaxmerge.drivers import memory, streaming
 
 # Variants share their stages with another row: with the slow tests. So do most programs of many.
-rows = pytest.mark.parametrize("name", marked(TABLE, fast=[*MAIN, *HANGS]))
+rows = pytest.mark.parametrize("name", marked(TABLE, fast=MAIN))
 groups = pytest.mark.parametrize("group", marked(GROUPS, fast=["average and on"]))
 
 
@@ -77,14 +75,12 @@ def test_each_method_is_in_each_column():
 
 @rows
 def test_agrees_with_the_transcription(name):
-  skip_where_it_hangs(name)
   base, models, out = eager(name)
   small.close(out, expected(TABLE[name], base, models), bounds(name, small.ALL))
 
 
 @rows
 def test_agrees_with_the_transcription_on_random_trees(name):
-  skip_where_it_hangs(name)
   row = TABLE[name]
 
   kinds = ["large", "small", *([] if row.adam else ["one alone"])]

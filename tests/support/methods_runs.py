@@ -5,7 +5,6 @@ Compiling is what takes the time. Columns that need a program of their own run m
 """
 
 import functools
-import os
 
 import jax
 import numpy as np
@@ -22,24 +21,13 @@ from jaxmerge.core import stage
 ATOL = rounding.FLOOR
 
 
-# The entry at the threshold is ranked by a variance that another loop computes again. The two round
-# alike in optimized programs; where the emitters of before fuse them, not always.
-HANGS = {"sce of a third"}
-
-
-def skip_where_it_hangs(name):
-  """Skips a row that is run with programs as users have them: with those marked `kernels`."""
-  if name in HANGS and "fusion_emitters=false" in os.environ["XLA_FLAGS"]:
-    pytest.skip("an entry at the threshold hangs by rounding; runs in optimized programs.")
-
-
 def marked(names, fast=None):
   """Names of rows or groups for a test, which runs under several kernels where they decompose.
 
   Where some are called fast, the others are slow.
   """
   names = list(names)
-  kernels = {n: bool(TABLE[n.removesuffix(" and on")].decomposes) or n in HANGS for n in names}
+  kernels = {n: bool(TABLE[n.removesuffix(" and on")].decomposes) for n in names}
   slow = {n: fast is not None and n not in fast for n in names}
   both = (pytest.mark.kernels, kernels), (pytest.mark.slow, slow)
   return [pytest.param(n, marks=[mark for mark, own in both if own[n]]) for n in names]
