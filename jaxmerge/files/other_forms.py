@@ -8,13 +8,13 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from jaxmerge.files.plan import Model, Outcome
-from jaxmerge.io.checkpoints import name_maps
+from jaxmerge.io.checkpoints import name_maps, value_changes
 from jaxmerge.io.checkpoints.name_maps import Form, Place
 from jaxmerge.io.tensors import permuted
 from jaxmerge.io.tensors.tensor import Tensor
 
 _QUERY = re.compile(r"(?P<prefix>(?:.+\.)?)layers\.\d+\.self_attn\.q_proj\.weight")
-_HEAD = "lm_head.weight"
+_HEAD, _LAYERS = "lm_head.weight", "num_hidden_layers"
 _USUAL = "model."
 _BUFFER = re.compile(r".*\brotary_emb\.(inv_freq|cos_cached|sin_cached)")
 
@@ -69,11 +69,9 @@ def _map(model: Model, forms: Sequence[Form], models: Sequence[Model], prefix: s
   fitting = [f for f in forms if all(kind in f.types for kind in kinds)]
   if len(fitting) != 1:
     listed = " or ".join(map(str, forms))
-    types = " and ".join(kinds) or "not in a config.json"
-    raise ValueError(
-      f"{model.name} is a tree of {listed}, and model_type is {types}: there is no name map; "
-      "merge models of one form."
-    )
+    types = " and ".join(kinds)
+    why = f"model_type is {types}: there is no name map" if kinds else "no config.json says which"
+    raise ValueError(f"{model.name} is a tree of {listed}, and {why}; merge models of one form.")
   shapes = {name: tensor.shape for name, tensor in model.tensors.items()}
   places: dict[str, Place] = {}
   for tree, shape in shapes.items():
@@ -85,7 +83,7 @@ def _map(model: Model, forms: Sequence[Form], models: Sequence[Model], prefix: s
         places[name] = place
     except ValueError as error:
       raise ValueError(f"{model.name}: {error}; merge models of one form.") from error
-  _check_heads(model, fitting[0], places, models)
+  _check_numbers(model, fitting[0], places, models)
   named = {_with_prefix(name, prefix): place for name, place in places.items()}
   return Map(fitting[0], shapes, named)
 
@@ -94,13 +92,22 @@ def _with_prefix(name: str, prefix: str) -> str:
   return prefix + name.removeprefix(_USUAL) if name.startswith(_USUAL) else name
 
 
-def _check_heads(
+def _check_numbers(
   model: Model, form: Form, places: Mapping[str, Place], models: Sequence[Model]
 ) -> None:
-  """Raises where the tree has another number of heads than a config says."""
+  """Raises where the tree has another number of heads or layers than a config says."""
   counted = [place for place in places.values() if place.rule.heads]
+  scanned = [p for p in places.values() if "layer" in dict(p.rule.stacked)]
   for m in models:
     config = {**m.config, **(m.config.get("text_config") or {})}
+    for place in scanned:
+      axis, step = dict(place.rule.stacked)["layer"], place.rule.every[0]
+      layers = step * model.tensors[place.tree].shape[axis]
+      if config.get(_LAYERS, layers) != layers:
+        raise ValueError(
+          f"{model.name}: tensor {place.tree!r} of {form} has {layers} layers, and {_LAYERS} of "
+          f"{m.name} is {config[_LAYERS]}."
+        )
     for place in counted:
       shape, key = model.tensors[place.tree].shape, place.rule.heads
       order = _axes(place, len(shape)).order
@@ -130,18 +137,28 @@ def _shape(place: Place, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def _to_names(model: Model, mapping: Map, donor: Model) -> Model:
   """Returns a tree with names and shapes of Hugging Face."""
-  views, tensors = permuted.Views(), dict[str, Tensor]()
+  views, tensors, notes = permuted.Views(), dict[str, Tensor](), list[str]()
   for name, place in mapping.places.items():
     tensor = model.tensors[place.tree]
     axes, shape = _axes(place, len(tensor.shape)), _shape(place, tensor.shape)
-    if not axes.stacked and axes.order == tuple(range(len(tensor.shape))):
-      tensors[name] = tensor
+    rows = donor.tensors[name].shape[0] if place.rule.padded and name in donor.tensors else None
+    if rows is not None and rows < shape[0]:
+      notes.append(f"Of {name!r} of {model.name}, rows from {rows} are padding and left out.")
+      shape = (rows, *shape[1:])
+    change = value_changes.compose(place.rule.changes, to_tree=False)
+    if change is None and _is_same(axes, tensor.shape):
+      tensors[name] = tensor._replace(shape=shape)
     else:
-      tensors[name] = views.part(tensor, axes, place.at, shape)
+      tensors[name] = views.part(tensor, axes, place.at, shape, change)
   embedding = next((n for n in tensors if n.endswith("embed_tokens.weight")), None)
   tied = {} if _HEAD in tensors or embedding is None else {_HEAD: tensors[embedding]}
   targets = _inverse(mapping)
+  model = model._replace(notes=(*model.notes, *notes))
   return _replace(model, tensors, tied, targets, donor, f"{mapping.form} to Hugging Face's")
+
+
+def _is_same(axes: permuted.Axes, shape: tuple[int, ...]) -> bool:
+  return not axes.stacked and axes.order == tuple(range(len(shape)))
 
 
 def _inverse(mapping: Map) -> dict[str, list[str]]:
@@ -186,6 +203,8 @@ def _stack(
 ) -> Tensor:
   shape = mapping.shapes[place.tree]
   axes, expected = _axes(place, len(shape)), _shape(place, shape)
+  if place.rule.padded:
+    parts = {at: permuted.pad(tensor, expected) for at, tensor in parts.items()}
   first = next(iter(parts.values()))
   for tensor in parts.values():
     if tensor.shape != expected:
@@ -195,9 +214,10 @@ def _stack(
       )
     if tensor.dtype != first.dtype:
       raise ValueError(f"{tensor.where} is {tensor.dtype}, others of {place.tree!r} {first.dtype}.")
-  if not axes.stacked and axes.order == tuple(range(len(shape))):
-    return first
-  return views.stack(parts, axes, shape)
+  change = value_changes.compose(place.rule.changes, to_tree=True)
+  if change is None and _is_same(axes, shape):
+    return first._replace(shape=shape)
+  return views.stack(parts, axes, shape, change)
 
 
 def _replace(

@@ -6,10 +6,11 @@ one are those of the other, and along which axes it stacks several.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
-from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple  # Any: fields of a rule.
 
 Groups = tuple[tuple[int, ...], ...]
 
@@ -33,6 +34,9 @@ class Rule(NamedTuple):
     stacked: fields of the name, each with the axis along which their tensors are stacked.
     parts: values of the field `part`.
     heads: the key of config.json that is the number of heads.
+    changes: what the tree changes in values (`value_changes`).
+    every: (step, first) where number i in the tree is layer `step i + first`.
+    padded: whether the tree may have more rows.
   """
 
   tree: str
@@ -41,11 +45,18 @@ class Rule(NamedTuple):
   stacked: tuple[tuple[str, int], ...] = ()
   parts: tuple[str, ...] = ()
   heads: str = ""
+  changes: tuple[str, ...] = ()
+  every: tuple[int, int] = (1, 0)
+  padded: bool = False
 
   def match(self, name: str) -> re.Match[str] | None:
     """Returns the match of the name of a tensor of the tree."""
-    pattern = re.escape(self.tree).replace(r"\{layer\}", "(?P<layer>[0-9]+)")
-    return re.fullmatch(pattern, name)
+    return _pattern(self.tree).fullmatch(name)
+
+
+@functools.cache
+def _pattern(tree: str) -> re.Pattern[str]:
+  return re.compile(re.escape(tree).replace(r"\{layer\}", "(?P<layer>[0-9]+)"))
 
 
 class Form(NamedTuple):
@@ -142,6 +153,125 @@ TUNIX_GEMMA = (
   *_MLP,
 )
 
+
+def _scanned(tree: str, name: str, groups: Groups = (), **others: Any) -> tuple[Rule, Rule]:
+  """Returns the rules of layers that are single, and of those that MaxText scans."""
+  name = f"model.layers.{{layer}}.{name}"
+  single = Rule(f"decoder/layers_{{layer}}/{tree}", name, groups, **others)
+  stacked = (*single.stacked, ("layer", 1))
+  return single, single._replace(tree=f"decoder/layers/{tree}", stacked=stacked)
+
+
+def _maxtext_layer(
+  attention: str, mlp: str, query: tuple[str, ...], key: tuple[str, ...], every: tuple[int, int]
+) -> tuple[Rule, ...]:
+  """Returns the rules of the matrices of a layer."""
+  heads = (
+    ("query", "q", TO_HEADS, _QUERY_HEADS, query),
+    ("key", "k", TO_HEADS, _KEY_HEADS, key),
+    ("value", "v", TO_HEADS, _KEY_HEADS, ()),
+    ("out", "o", FROM_HEADS, _QUERY_HEADS, ()),
+  )
+  rules: list[Rule] = []
+  for tree, name, groups, key_of_heads, changes in heads:
+    name = f"self_attn.{name}_proj.weight"
+    settings = {"heads": key_of_heads, "changes": changes, "every": every}
+    rules += _scanned(f"{attention}/{tree}/kernel", name, groups, **settings)
+  for tree, name in _MAXTEXT_MLP.items():
+    rules += _scanned(f"{mlp}/{tree}/kernel", f"mlp.{name}_proj.weight", KERNEL, every=every)
+  return tuple(rules)
+
+
+def _maxtext_norms(
+  names: Mapping[str, str], every: tuple[int, int] = (1, 0), end: str = "", shift: bool = True
+) -> tuple[Rule, ...]:
+  changes = ("norm",) if shift else ()
+  pairs = (
+    _scanned(f"{tree}{end}/scale", f"{name}.weight", changes=changes, every=every)
+    for tree, name in names.items()
+  )
+  return tuple(rule for pair in pairs for rule in pair)
+
+
+_MAXTEXT_MLP = {"wi_0": "gate", "wi_1": "up", "wo": "down"}
+_QUERY_KEY = {f"self_attention/{x}_norm": f"self_attn.{x[0]}_norm" for x in ("query", "key")}
+_MAXTEXT_EMBEDDING = Rule("token_embedder/embedding", "model.embed_tokens.weight")
+_MAXTEXT_TOP = (
+  Rule("decoder/decoder_norm/scale", "model.norm.weight"),
+  Rule("decoder/logits_dense/kernel", "lm_head.weight", KERNEL),
+)
+_MAXTEXT_PRE_NORMS = {
+  "pre_self_attention_layer_norm": "input_layernorm",
+  "post_self_attention_layer_norm": "post_attention_layernorm",
+}
+_MAXTEXT_GEMMA_NORMS = {
+  "pre_self_attention_norm": "input_layernorm",
+  "post_self_attention_norm": "post_attention_layernorm",
+  "pre_ffw_norm": "pre_feedforward_layernorm",
+  "post_ffw_norm": "post_feedforward_layernorm",
+}
+_MAXTEXT_GEMMA_TOP = Rule("decoder/decoder_norm/scale", "model.norm.weight", changes=("norm",))
+
+_MAXTEXT_SIGN = r"decoder/layers(_\d+)?/pre_self_attention_layer_norm/scale"
+
+MAXTEXT_LLAMA = (
+  _MAXTEXT_EMBEDDING,
+  *_MAXTEXT_TOP,
+  *_maxtext_layer("self_attention", "mlp", ("query", "rotary"), ("rotary",), (1, 0)),
+  *_maxtext_norms(_MAXTEXT_PRE_NORMS, shift=False),
+)
+
+_BIASES = tuple(
+  rule
+  for x in ("query", "key", "value")
+  for rule in _scanned(f"self_attention/{x}/bias", f"self_attn.{x[0]}_proj.bias", ((0, 1),))
+)
+_MAXTEXT_EXPERTS = tuple(
+  rule
+  for tree, part in _MAXTEXT_MLP.items()
+  for rule in _scanned(
+    f"moe_block/{tree}",
+    f"mlp.experts.{{expert}}.{part}_proj.weight",
+    KERNEL,
+    stacked=(("expert", 0),),
+  )
+)
+
+MAXTEXT_QWEN = (
+  _MAXTEXT_EMBEDDING._replace(padded=True),
+  *_MAXTEXT_TOP,
+  *_maxtext_layer("self_attention", "mlp", (), (), (1, 0)),
+  *_BIASES,
+  *_maxtext_norms(_MAXTEXT_PRE_NORMS | _QUERY_KEY, shift=False),
+  *_scanned("moe_block/gate/kernel", "mlp.gate.weight", KERNEL),
+  *_MAXTEXT_EXPERTS,
+)
+
+# One layer of MaxText is two of Gemma 2: with local attention, then with global attention.
+MAXTEXT_GEMMA2 = (
+  _MAXTEXT_EMBEDDING._replace(changes=("width",), padded=True),
+  _MAXTEXT_GEMMA_TOP,
+  *(
+    rule
+    for first, kind in enumerate(("local", "global"))
+    for rule in (
+      *_maxtext_layer(f"self_attention_{kind}", f"mlp_{kind}", ("query",), (), (2, first)),
+      *_maxtext_norms(_MAXTEXT_GEMMA_NORMS, (2, first), f"_{kind}"),
+    )
+  ),
+)
+
+MAXTEXT_GEMMA3 = tuple(
+  rule
+  for rule in (
+    _MAXTEXT_EMBEDDING._replace(changes=("width in bfloat16",), padded=True),
+    _MAXTEXT_GEMMA_TOP,
+    *_maxtext_layer("self_attention", "mlp", (), (), (1, 0)),
+    *_maxtext_norms(_MAXTEXT_GEMMA_NORMS | _QUERY_KEY),
+  )
+  if not rule.stacked  # Scanned, layers are in blocks of six and a rest, which has no rule here.
+)
+
 FORMS = (
   Form(
     "Tunix",
@@ -156,6 +286,22 @@ FORMS = (
     ("gemma2", "gemma3", "gemma3_text"),
     r"layers/\d+/attn/(q|qkv)_einsum/w",
     TUNIX_GEMMA,
+  ),
+  Form("MaxText", "Llama", ("llama",), _MAXTEXT_SIGN, MAXTEXT_LLAMA),
+  Form("MaxText", "Qwen", ("qwen2", "qwen3", "qwen3_moe"), _MAXTEXT_SIGN, MAXTEXT_QWEN),
+  Form(
+    "MaxText",
+    "Gemma 2",
+    ("gemma2",),
+    r"decoder/layers(_\d+)?/self_attention_local/query/kernel",
+    MAXTEXT_GEMMA2,
+  ),
+  Form(
+    "MaxText",
+    "Gemma 3, layers not scanned",
+    ("gemma3", "gemma3_text"),
+    r"decoder/(.+/)?layers(_\d+)?/pre_ffw_norm/scale",
+    MAXTEXT_GEMMA3,
   ),
 )
 
@@ -181,6 +327,8 @@ def places(form: Form, tree: str, shape: tuple[int, ...]) -> Iterator[tuple[str,
   rule, match = matches[0]
   if rule.groups and len(shape) != sum(map(len, rule.groups)) + len(rule.stacked):
     raise ValueError(f"tensor {tree!r} is {list(shape)}, which no rule of {form} fits")
+  if any(axis >= len(shape) for _, axis in rule.stacked):
+    raise ValueError(f"tensor {tree!r} is {list(shape)}, which no rule of {form} fits")
   sizes = [shape[axis] for _, axis in rule.stacked]
   if rule.parts and sizes != [len(rule.parts)]:
     raise ValueError(f"tensor {tree!r} is {list(shape)}; {form} stacks {', '.join(rule.parts)}")
@@ -188,4 +336,8 @@ def places(form: Form, tree: str, shape: tuple[int, ...]) -> Iterator[tuple[str,
     fields = {f: str(i) for (f, _), i in zip(rule.stacked, index, strict=True)}
     if rule.parts:
       fields["part"] = rule.parts[index[0]]
-    yield rule.name.format(**match.groupdict(), **fields), Place(tree, rule, index)
+    fields |= match.groupdict()
+    if "layer" in fields:
+      step, first = rule.every
+      fields["layer"] = str(step * int(fields["layer"]) + first)
+    yield rule.name.format(**fields), Place(tree, rule, index)

@@ -163,6 +163,21 @@ def box(tensor: Tensor, ranges: Sequence[tuple[int, int]]) -> np.ndarray:
   return out
 
 
+def pad(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+  """Returns a tensor with rows of zeros after its last one; itself if it has as many or more."""
+  if tensor.shape[1:] != shape[1:] or tensor.shape[0] >= shape[0]:
+    return tensor
+  size = math.prod(tensor.shape)
+
+  def read(start: int, out: np.ndarray) -> None:
+    stored = min(max(size - start, 0), out.size)
+    if stored:
+      tensor.read(start, out[:stored])
+    out[stored:] = 0
+
+  return tensor._replace(shape=shape, read=read)
+
+
 def _with(
   ranges: Sequence[tuple[int, int]], axis: int, limits: tuple[int, int]
 ) -> list[tuple[int, int]]:
