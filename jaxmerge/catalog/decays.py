@@ -1,4 +1,4 @@
-"""The weights of checkpoints of one run: averages, and learning rates decayed after the fact."""
+"""Weights for checkpoints of one run: averages, and learning-rate decays applied afterwards."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ DECAYS = {
 def decay_weights(
   num_models: int, decay: str = "1-sqrt", zero_at: str = "after"
 ) -> tuple[float, ...]:
-  """Returns the weights of checkpoints, the oldest first, whose merge decays the learning rate.
+  """Returns the checkpoint weights, oldest first, whose merge emulates a learning-rate decay.
 
-  With them the merge of θ₀, ..., θₖ is θ₀ + Σ wᵢ (θᵢ - θᵢ₋₁), where wᵢ = d(i/n) is the decay at
-  update i: the updates of a run at a constant rate, damped as the decay would have done.
+  The merge of θ₀, ..., θₖ is θ₀ + Σ dᵢ (θᵢ - θᵢ₋₁), where dᵢ = d(i/n) is the decay at update i. It
+  scales the updates of a run at constant learning rate as the decay would have.
 
   Args:
     num_models: k + 1.
     decay: d(u) is 1 - √u, 1 - u or (1 + cos πu)/2; all go from 1 to 0.
-    zero_at: "after": n = k + 1, the rate is zero one interval after the last checkpoint; "last": it
+    zero_at: "after": the rate is zero one interval after the last checkpoint, n = k + 1; "last": it
       is zero at the last checkpoint, n = k, whose weight is then zero.
 
   Reference: Tian et al. 2025, WSM: Decay-free learning rate schedule (arXiv:2507.17634).
@@ -32,7 +32,7 @@ def decay_weights(
     ((0.25, 0.25, 0.25, 0.25), (0.5, 0.5, 0.0))
   """
   steps = num_models if zero_at == "after" else num_models - 1
-  if steps < 1:  # One checkpoint is itself.
+  if steps < 1:  # A single checkpoint has weight 1.
     return (1.0,)
   rates = [DECAYS[decay](i / steps) for i in range(num_models)]
   return tuple(a - b for a, b in zip(rates, [*rates[1:], 0.0], strict=True))

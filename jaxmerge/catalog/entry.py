@@ -9,22 +9,22 @@ from jaxmerge.catalog.parameter import Parameter
 
 
 class Entry(NamedTuple):
-  """A method: its formula, its paper, its parameters and its needs, with the default settings.
+  """A method: formula, paper, parameters, inputs and cost at the default settings.
 
   Attributes:
     formula: what it computes.
     paper: where it was published.
-    parameters: by name.
+    parameters: its parameters by name.
     needs: its arguments beside the parameters.
-    experimental: whether the paper left something open that was reconstructed.
-    on: what is merged: task vectors, of models and a base, or the weights themselves.
+    experimental: whether a detail that the paper leaves open was reconstructed.
+    on: what it merges: task vectors, which need a base, or weights.
     passes: how often the models are read from disk.
-    ranks: whether thresholds are found by rank, for which entries are sampled.
+    ranks: whether it has thresholds by rank, for which drivers sample entries.
     models: the least and the largest number of models, beside the base; None: no limit.
-    unit: how much of all models is in memory at a time.
-    lookups: the vectors of a lookup table, such as an embedding, for a method of matrices.
-    svds: decompositions of each matrix, by the number K of models.
-    fallback: what happens to leaves that no matrix view covers.
+    unit: the part of all models that is in memory at a time.
+    lookups: for a matrix method, the vectors of a lookup table such as an embedding.
+    svds: number of decompositions per matrix, in terms of the number of models K.
+    fallback: how leaves without a matrix view are merged.
   """
 
   formula: str

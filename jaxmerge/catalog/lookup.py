@@ -32,9 +32,9 @@ def entry(method: str) -> Entry:
 
 
 def check(method: str, settings: Mapping[str, Any]) -> None:
-  """Raises ValueError for unknown settings, and for those out of range.
+  """Raises ValueError for unknown settings, and for values out of range.
 
-  Arrays are skipped, because they may be traced; the driver checks those that are not.
+  Arrays are skipped, because they may be traced; the driver checks concrete ones.
   """
   parameters = entry(method).parameters
   for name, value in settings.items():
@@ -49,7 +49,7 @@ def check(method: str, settings: Mapping[str, Any]) -> None:
 
 
 def without_effect(method: str, name: str, settings: Mapping[str, Any]) -> str:
-  """Returns why a parameter has no effect beside these settings; "" where it has, or is unknown.
+  """Returns why a parameter has no effect with these settings; "" if it has one or is unknown.
 
   Example:
     >>> without_effect("checkpoint_average", "decay", {"kind": "ema"})
@@ -66,12 +66,12 @@ def without_effect(method: str, name: str, settings: Mapping[str, Any]) -> str:
 
 
 def knows(name: str) -> bool:
-  """Returns whether some method has a parameter of this name."""
+  """Returns whether any method has a parameter of this name."""
   return any(name in e.parameters for e in METHODS.values())
 
 
 def check_number(name: str, value: Any, *, label: str = "") -> None:
-  """Raises ValueError for a number outside all ranges that methods have for this name."""
+  """Raises ValueError for a number that no method with a parameter of this name allows."""
   same = [e.parameters[name] for e in METHODS.values() if name in e.parameters]
   parameters = same or [Parameter(None, "")]
   low, open_low = min((p.low, p.open_low) for p in parameters)

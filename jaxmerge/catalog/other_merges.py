@@ -1,4 +1,4 @@
-"""Merges that need more than models, or return more than one: searches, bundles, adapters."""
+"""Merges that are no `Method`: searches, bundles, adapters."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 
 class Other(NamedTuple):
-  """A merge that is no `Method` but a function of arrays in memory, by its name in `jaxmerge`.
+  """A merge that is a plain function of arrays in memory, listed by its name in `jaxmerge`.
 
-  `needs` are its arguments, `gives` is what it returns.
+  `needs` are its arguments; `gives` is its return value.
   """
 
   formula: str

@@ -1,16 +1,16 @@
-"""A parameter of a method: its default, its range, its meaning. Free of jax."""
+"""A parameter of a method: its default, range and meaning. Free of jax."""
 
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple  # Settings are of many kinds.
+from typing import Any, NamedTuple  # Any: settings are of many kinds.
 
 
 class Parameter(NamedTuple):
   """A parameter of a method.
 
   A *number*, or hyperparameter, may be an array (scalar or one per model) and may be traced. Others
-  are static settings, which choose a branch or a length: they have `choices`, or `static` is set.
+  are static settings, which select a branch or a length: they have `choices`, or `static` is set.
 
   Attributes:
     default: its default.
@@ -18,11 +18,11 @@ class Parameter(NamedTuple):
     low: lower bound of a number.
     high: upper bound of a number.
     open_low: whether the lower bound is excluded.
-    choices: the only values.
+    choices: the allowed values.
     integer: whether it is a whole number.
-    static: whether it is a setting although it is a number.
+    static: whether a number is a static setting.
     each: whether it may differ from model to model.
-    only: another parameter and the value of it without which this one has no effect.
+    only: another parameter and its value; with other values, this parameter has no effect.
   """
 
   default: Any
@@ -59,8 +59,8 @@ class Parameter(NamedTuple):
     if hasattr(value, "_fields"):
       kind = type(value).__name__
       raise ValueError(
-        f"{name} is a {kind}: numbers that are built like the tree are given to the merge, as "
-        f"hparams={{...: {kind}(...)}}; one for each model are a tuple."
+        f"{name} is a {kind}: pass a tree of numbers to the merge, as "
+        f"hparams={{...: {kind}(...)}}; pass one number per model as a tuple."
       )
     for v in _flat(value):
       if not plain(v):

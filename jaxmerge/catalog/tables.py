@@ -32,7 +32,7 @@ def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
 
 
 def mark(e: Entry | Other) -> str:
-  """Returns the mark behind the name of an experimental method.
+  """Returns the mark after the name of an experimental method.
 
   Example:
     >>> mark(lookup.METHODS["ties"]), mark(lookup.METHODS["ties_slack"])
@@ -52,7 +52,7 @@ def needs(method: str) -> str:
 
 
 def cost(method: str) -> str:
-  """Returns the passes of a method over the models, its unit in memory, and its decompositions.
+  """Returns a method's number of passes over the models, its unit in memory, and its SVDs.
 
   Example:
     >>> cost("ties"), cost("tsv")

@@ -64,15 +64,15 @@ def named(factory: Callable[Arguments, Method]) -> Callable[Arguments, Method]:
     bound.apply_defaults()
     method = factory(*bound.args, **bound.kwargs)
     varying = stage.hparams(method)
-    hparams = {n for n, v in bound.arguments.items() if n in varying and varying[n] is v}
-    given = bound.arguments
-    # Without those of no effect: a setting that came later changes no digest of before.
+    arguments = bound.arguments
+    hparams = {n for n, v in arguments.items() if n in varying and varying[n] is v}
+    # Settings without effect are left out, so that a new setting changes no older digest.
     settings = tuple(
       (n, v)
-      for n, v in given.items()
-      if n not in hparams and not lookup.without_effect(name, n, given)
+      for n, v in arguments.items()
+      if n not in hparams and not lookup.without_effect(name, n, arguments)
     )
-    absent = tuple(n for n in bound.arguments if n in hparams and varying[n] is None)
+    absent = tuple(n for n in arguments if n in hparams and varying[n] is None)
     key = _Key(name, factory, tuple((n, _typed(v)) for n, v in settings), absent)
     return dataclasses.replace(stage.with_key(method, key), name=name, settings=settings)
 

@@ -1,8 +1,8 @@
-"""`merge_run`: merges the newest checkpoints along a training run, and evaluates each merge.
+"""`merge_run`: merges a sliding window of checkpoints along a training run, and scores each merge.
 
-In the folder of the result are `merge_run.json`, the record, which grows by a point with each merge
-and from which an interrupted call goes on; `merge_run.md` and `merge_run.png`, of the same; and
-`merges/STEP`, the merges that are kept.
+The output folder has `merge_run.json`, the record, with one point per merge, from which an
+interrupted call resumes; `merge_run.md` and `merge_run.png`, its table and plot; and `merges/STEP`,
+the merges that remain on disk.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ NAME = "merge_run"
 MERGES, ALONE = "merges", "alone"
 KEEP = ("best", "all", "none")
 METHOD = "checkpoint_average"
-_CHOSEN_LATER = ("points", "metric", "lower_is_better")  # All else is fixed by the first point.
+_CHOSEN_LATER = ("points", "metric", "lower_is_better")  # The first point fixes all others.
 
 Record = dict[str, Any]
 
 
 class _Job(NamedTuple):
-  """What a call does, beside its record."""
+  """The arguments of a call that are not part of its record."""
 
   out: pathlib.Path
   run: runs.Run
@@ -59,26 +59,26 @@ def merge_run(
   message: Callable[[str], None] = lambda text: None,
   progress: recipe_run.Progress | None = None,
 ) -> Record:
-  """Merges the newest `window` checkpoints at every `every`-th of a run, and scores each merge.
+  """Merges the last `window` checkpoints at every `every`-th one of a run, and scores each merge.
 
-  A second call goes on: with what an interrupted one has left, and with checkpoints that have come
-  since. What it then has in its record is what one call would have.
+  A second call resumes an interrupted one, and adds checkpoints that were saved since. Its record
+  is the same as that of a single call.
 
   Args:
-    run: a folder with a folder a step, as for `files.runs.open_run`.
+    run: a folder with one folder per step, as for `files.runs.open_run`.
     out: folder of record, table, plot and merges.
     window: number of checkpoints of a merge.
-    every: merges are this many checkpoints apart; the first is where a window is full.
-    evaluate: a command with `{out}` for the folder of a merge, whose last line is JSON of numbers;
-      or a function from the folder to numbers by name.
-    steps: which checkpoints count, as for `files.runs.checkpoints`.
-    parameters: of `checkpoint_average`; {"kind": "decay"} if not given.
-    metric: which of the numbers says what is best; the only one, if not given.
-    lower_is_better: whether the best merge has the lowest of them.
-    keep: which merges stay on the disk: "best", "all" or "none".
-    alone: whether the newest checkpoint of each window is scored by itself as well.
+    every: distance between merges, in checkpoints; the first merge is at the first full window.
+    evaluate: a command with `{out}` for the folder of a merge, whose last line of output is a JSON
+      object of numbers; or a function from the folder to numbers by name.
+    steps: the checkpoints to use, as for `files.runs.select`.
+    parameters: of `checkpoint_average`; None: {"kind": "decay"}.
+    metric: name of the number that ranks the merges; None: the only one.
+    lower_is_better: whether the best merge has the lowest metric.
+    keep: which merges remain on disk: "best", "all" or "none".
+    alone: whether to score the newest checkpoint of each window on its own too.
     out_format: as for `merge_recipe`.
-    shard_size: likewise.
+    shard_size: as for `merge_recipe`.
     message: called with a line for each point.
     progress: as for `merge_recipe`.
 
@@ -87,14 +87,14 @@ def merge_run(
     `weights`; `scores`; `alone`, the scores of the newest checkpoint.
 
   Raises:
-    ValueError: for a window larger than the run, other settings than those of the record at `out`,
-      and what `merge_recipe` raises.
+    ValueError: for a window larger than the run, settings other than those of the record in `out`,
+      and for all errors of `merge_recipe`.
   """
   out = pathlib.Path(out)
   _check(window, every, keep)
   parameters = dict({"kind": "decay"} if parameters is None else parameters)
   lookup.check(METHOD, parameters)
-  figure_elements.figure(1.0)  # Matplotlib is missed now, and not after hours.
+  figure_elements.figure(1.0)  # Fails now, not after hours, where Matplotlib is not installed.
   score = external.command(evaluate) if isinstance(evaluate, str) else evaluate
   opened = runs.open_run(run)
   opened = opened._replace(checkpoints=runs.select(opened, steps))
@@ -120,7 +120,7 @@ def merge_run(
 
 
 def _run(job: _Job, record: Record) -> Record:
-  """Adds the windows that the record lacks, one by one."""
+  """Adds the points that are missing from the record, one by one."""
   record = _go_on(job.out, record)
   _enough(job, record)
   _write(job.out, record)
@@ -131,17 +131,17 @@ def _run(job: _Job, record: Record) -> Record:
 
 
 def read(out: str | os.PathLike[str]) -> Record | None:
-  """Returns the record of a folder; None where there is none.
+  """Returns the record of a folder; None if there is none.
 
   Raises:
-    ValueError: naming the file, where it is damaged.
+    ValueError: naming the file, if it is damaged.
   """
   path = pathlib.Path(out) / f"{NAME}.json"
   if not path.is_file():
     return None
   record = strict_json.parse(str(path), path.read_bytes())
   if record.get("format") != 1 or not isinstance(record.get("points"), list):
-    raise ValueError(f"{path}: is no record of merges of a run; give another folder.")
+    raise ValueError(f"{path}: not a record of merge_run; choose another folder.")
   return record
 
 
@@ -154,10 +154,10 @@ def _check(window: Any, every: Any, keep: Any) -> None:
 
 
 def _go_on(out: pathlib.Path, record: Record) -> Record:
-  """Returns the record with the points that an earlier call has left, of the same settings."""
+  """Returns the record with the points of an earlier call with the same settings."""
   if (before := read(out)) is None:
     if out.exists() and any(out.iterdir()):
-      raise FileExistsError(f"{out}: is there, and holds no {NAME}.json; give another folder.")
+      raise FileExistsError(f"{out}: not empty, and has no {NAME}.json; choose another folder.")
     out.mkdir(parents=True, exist_ok=True)
     return record
   for key in record.keys() - set(_CHOSEN_LATER):
@@ -165,10 +165,10 @@ def _go_on(out: pathlib.Path, record: Record) -> Record:
       continue
     if before["points"]:
       raise ValueError(
-        f"{out}: its merges have {key} {before.get(key)!r}, not {record[key]!r}: give that, or "
-        "another folder."
+        f"{out}: its merges have {key} {before.get(key)!r}, not {record[key]!r}: use the former, "
+        "or another folder."
       )
-    shutil.rmtree(out / MERGES, ignore_errors=True)  # What was begun with other settings.
+    shutil.rmtree(out / MERGES, ignore_errors=True)  # Started with other settings.
   metric = record["metric"] or before.get("metric")
   return {**record, "metric": metric, "points": before["points"]}
 
@@ -183,13 +183,13 @@ def _enough(job: _Job, record: Record) -> None:
   count, window = len(job.run.checkpoints), record["window"]
   if count < window and not record["points"]:
     raise ValueError(
-      f"{job.run.folder}: a window of {window} checkpoints is more than the {count} that there "
-      "are: choose a smaller window, or try again when the run has more."
+      f"{job.run.folder}: a window of {window} checkpoints is more than the {count} of the run: "
+      "choose a smaller window, or try again when the run has more."
     )
 
 
 def _windows(run: runs.Run, record: Record) -> Iterator[Sequence[runs.Checkpoint]]:
-  """Yields the windows that are not in the record, each after those before it."""
+  """Yields the windows that are not in the record, in the order of steps."""
   window, every, all_ = record["window"], record["every"], run.checkpoints
   last = window - 1 - every
   if record["points"]:  # Older checkpoints may have been deleted since.
@@ -201,7 +201,7 @@ def _windows(run: runs.Run, record: Record) -> Iterator[Sequence[runs.Checkpoint
 
 
 def _add_point(job: _Job, record: Record, checkpoints: Sequence[runs.Checkpoint]) -> Record:
-  """Merges and scores a window; the record is on the disk before anything is removed."""
+  """Merges and scores a window; writes the record before it removes anything."""
   steps = [c.step for c in checkpoints]
   scores = _score(job, record, record["parameters"], steps, job.out / MERGES / str(steps[-1]))
   record = {**record, "metric": _metric(record["metric"], scores)}
@@ -225,7 +225,7 @@ def _score(
   steps: Sequence[int],
   place: pathlib.Path,
 ) -> dict[str, int | float]:
-  """Merges checkpoints to a folder, unless it is there, and evaluates it, unless it has been."""
+  """Returns the scores of a merge of checkpoints; reuses a folder and scores that exist."""
   if not place.exists():
     models = [{"run": record["run"], "steps": list(steps)}]
     recipe = {"merge_method": METHOD, "parameters": dict(parameters), "models": models}
@@ -237,14 +237,14 @@ def _score(
 
 
 def _metric(metric: str | None, scores: Mapping[str, Any]) -> str:
-  """Returns the name of the number that says what is best."""
+  """Returns the name of the number that ranks the merges."""
   if metric is None and len(scores) == 1:
     return next(iter(scores))
   if metric is None or metric not in scores:
     what = "several numbers" if metric is None else f"no {metric!r}"
     raise ValueError(
-      f"the evaluation gives {what}: choose the metric among {', '.join(scores)}; nothing is "
-      "evaluated again."
+      f"the evaluation returned {what}: choose the metric among {', '.join(scores)}; finished "
+      "evaluations are not repeated."
     )
   return metric
 
@@ -255,7 +255,7 @@ def _weights(record: Record, count: int) -> list[float]:
 
 
 def _discard(job: _Job, record: Record) -> None:
-  """Removes the merges that do not stay."""
+  """Removes the merges that `keep` does not select."""
   shutil.rmtree(job.out / ALONE, ignore_errors=True)
   best = run_curve.best(record)
   stays = {str(best["step"])} if best is not None and job.keep == "best" else set()
@@ -266,7 +266,7 @@ def _discard(job: _Job, record: Record) -> None:
 
 
 def _write(out: pathlib.Path, record: Record) -> None:
-  """Writes plot, table and, last, the record."""
+  """Writes the plot, the table and then the record."""
   texts = {f"{NAME}.json": (json.dumps(record, indent=1, allow_nan=False) + "\n").encode()}
   if record["points"]:
     image = figure_elements.png(run_curve.figure(record))

@@ -1,7 +1,7 @@
-"""A search of a method's hyperparameters in a box: points all over it, then near the best of them.
+"""Searches a method's hyperparameters in a box: first a Halton sequence, then near the best point.
 
-The box is that of the catalog, or of the caller. It suits scores that cost minutes, of which a
-handful is affordable; the points do not depend on chance.
+The box comes from the catalog or from the caller. The search suits scores that take minutes, where
+a handful of trials is affordable. The points are deterministic.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from jaxmerge.catalog.parameter import Parameter
 if TYPE_CHECKING:
   from jaxmerge.search.objective import Strategy
 
-# Tolerances, guards and numbers that say what the models are: they stay at their defaults.
+# Tolerances, guards and properties of the models: they keep their defaults.
 FIXED = ("weight", "slack", "rank_tol", "floor", "clamp", "least", "limit", "pairs", "epsilon")
 _PRIMES = (2, 3, 5, 7, 11, 13)
 
 
 class Axis(NamedTuple):
-  """What is tried of one hyperparameter or setting.
+  """The range of one hyperparameter or setting.
 
   Attributes:
     low: the least value.
-    high: the largest.
-    is_log: whether factors count, and not differences.
-    values: the only values, in place of a range.
+    high: the largest value.
+    is_log: whether the range is logarithmic.
+    values: the values to try, in place of a range.
   """
 
   low: float = 0.0
@@ -39,7 +39,7 @@ class Axis(NamedTuple):
   values: tuple[Any, ...] = ()
 
   def at(self, share: float) -> Any:
-    """Returns the value at a share of the range, with three significant digits.
+    """Returns the value at a fraction of the range, to three significant digits.
 
     >>> Axis(0.25, 4.0, is_log=True).at(0.5), Axis(values=("kth", "exact")).at(0.9)
     (1.0, 'exact')
@@ -51,7 +51,7 @@ class Axis(NamedTuple):
     return _short(self.low + share * (self.high - self.low))
 
   def share(self, value: Any) -> float:
-    """Returns where in the range a value is, from 0 to 1: what `at` takes."""
+    """Returns the position of a value in the range, from 0 to 1: the inverse of `at`."""
     if self.values:
       return (self.values.index(value) + 0.5) / len(self.values)
     if self.high == self.low:
@@ -66,14 +66,14 @@ def _short(x: float) -> float:
 
 
 def axes(method: str, changes: Mapping[str, Axis] | None = None) -> dict[str, Axis]:
-  """Returns what is tried of a method: its hyperparameters in usual ranges, and the changes.
+  """Returns the search space of a method: usual ranges of its hyperparameters, with the changes.
 
-  Fractions are tried from 0.05 on, up to 0.95 where 1 would leave nothing; a scale from a quarter
-  to four times its default, other positive numbers from a tenth to ten times theirs. Without a
-  change, static settings and tolerances keep their defaults.
+  A fraction ranges from 0.05 to 1, or to 0.95 where 1 would drop all entries; a scale from a
+  quarter to four times its default; other positive numbers from a tenth to ten times theirs. Static
+  settings and tolerances keep their defaults unless they are among the changes.
 
   Raises:
-    ValueError: naming method, parameter and value, for changes that the method does not take.
+    ValueError: naming method, parameter and value, for changes that the method does not accept.
 
   Example:
     >>> axes("task_arithmetic", {"scale": Axis(0.2, 0.4)})
@@ -92,7 +92,7 @@ def axes(method: str, changes: Mapping[str, Axis] | None = None) -> dict[str, Ax
 
 
 def _usual(name: str, parameter: Parameter) -> Axis | None:
-  """Returns the usual range of a hyperparameter; None for what keeps its default."""
+  """Returns the usual range of a hyperparameter; None if it keeps its default."""
   default = parameter.default
   if name in FIXED or not parameter.number or not default:
     return None
@@ -105,20 +105,20 @@ def _usual(name: str, parameter: Parameter) -> Axis | None:
 
 
 def search(box: Mapping[str, Axis], trials: int, default: Mapping[str, Any]) -> Strategy:
-  """Asks for one candidate after the other, `trials` at most: settings of the box's axes by name.
+  """Proposes up to `trials` candidates one at a time: settings of the box's axes by name.
 
-  The first has the defaults. Half of all come from a Halton sequence over the whole box; each later
-  one lies within a box of half, then a quarter of the width about the best so far. Where all axes
-  are lists of values, and their combinations are not more than `trials`, those are asked for.
+  The first candidate has the defaults. Half of all are from a Halton sequence over the whole box.
+  Later ones lie near the best so far, within half and then a quarter of the box's width. Where all
+  axes are lists of values with at most `trials` combinations, all combinations are proposed.
 
   Args:
-    box: what is tried.
-    trials: how many candidates, at most.
-    default: value of each axis; one outside its axis is not tried.
+    box: the search space.
+    trials: largest number of candidates.
+    default: default of each axis; skipped if one lies outside its axis.
 
   Example:
-    >>> asked = search({"scale": Axis(0.25, 4.0, is_log=True)}, 3, {"scale": 1.0})
-    >>> next(asked), asked.send([0.5]), asked.send([0.7])
+    >>> candidates = search({"scale": Axis(0.25, 4.0, is_log=True)}, 3, {"scale": 1.0})
+    >>> next(candidates), candidates.send([0.5]), candidates.send([0.7])
     ([{'scale': 1.0}], [{'scale': 0.5}], [{'scale': 0.707}])
   """
   lists = [axis.values for axis in box.values()]
@@ -128,19 +128,19 @@ def search(box: Mapping[str, Axis], trials: int, default: Mapping[str, Any]) -> 
     return None
   points, half = _halton(len(box)), -(-trials // 2)
   best: dict[str, Any] = {}
-  asked: list[dict[str, Any]] = []
+  proposed: list[dict[str, Any]] = []
   highest = -math.inf
-  for draw in range(4 * trials):  # Lists of values, and three digits, let points fall together.
-    if len(asked) == trials:
+  for draw in range(4 * trials):  # Lists of values, and rounding to three digits, repeat points.
+    if len(proposed) == trials:
       return None
     candidate = {name: default.get(name) for name in box}
     if draw or not all(_inside(axis, candidate[name]) for name, axis in box.items()):
-      point, late = next(points), len(asked) - half
+      point, late = next(points), len(proposed) - half
       width = 1.0 if late < 0 else 0.5 ** (1 + 2 * late // max(trials - half, 1))
       candidate = _near(box, best, point, width)
-    if candidate in asked:
+    if candidate in proposed:
       continue
-    asked.append(candidate)
+    proposed.append(candidate)
     (score,) = yield [candidate]
     if not best or score > highest:
       best, highest = candidate, score
@@ -150,7 +150,7 @@ def search(box: Mapping[str, Axis], trials: int, default: Mapping[str, Any]) -> 
 def _near(
   box: Mapping[str, Axis], best: Mapping[str, Any], point: Sequence[float], width: float
 ) -> dict[str, Any]:
-  """Returns a point of a box of some width about the best one, which stays inside the whole box."""
+  """Returns a point in a box of some width around the best one, inside the whole box."""
   result = {}
   for (name, axis), x in zip(box.items(), point, strict=True):
     center = axis.share(best[name]) if width < 1 else 0.5
@@ -173,7 +173,7 @@ def _halton(dimensions: int) -> Iterator[tuple[float, ...]]:
 
 
 def _inverse(index: int, base: int) -> float:
-  """Returns the digits of a whole number behind the point, in reverse.
+  """Returns the radical inverse of a whole number: its digits in reverse, after the point.
 
   >>> [_inverse(i, 2) for i in (1, 2, 3)]
   [0.5, 0.25, 0.75]

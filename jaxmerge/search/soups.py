@@ -1,6 +1,6 @@
-"""Soups: weighted sums of models, with weights that a score decides, or that are learned.
+"""Soups: weighted sums of models, with weights chosen by a score or learned.
 
-The score is any function of a model, larger for better ones. One compiled program makes all
+The score is any function of a model; higher is better. One compiled program computes all
 candidates.
 """
 
@@ -25,16 +25,16 @@ from jaxmerge.search import objective
 def greedy_soup(
   models: Tree, score: objective.Score | Any, *, accept_ties: bool = False
 ) -> objective.SearchResult:
-  """Adds the models to a mean one after the other, best first, where that raises the score.
+  """Averages models greedily: adds each to the mean, best first, if that raises the score.
 
   Args:
     models: stack of K models, [K, *s].
-    score: of a model; it is called 2K - 1 times.
-    accept_ties: also where the score stays the same, as the paper says; its code does not. Of
-      models that score the same, the later one comes first, as in the code.
+    score: function of a model; it is called 2K - 1 times.
+    accept_ties: whether to add a model if the score stays the same, as in the paper but not in its
+      code. Of models with equal scores, the later one comes first, as in the code.
 
   Returns:
-    The last mean; its candidate is the weights [K].
+    The final mean; its candidate is the weights [K].
 
   Reference: Wortsman et al. 2022, Model soups (arXiv:2203.05482).
 
@@ -50,7 +50,7 @@ def greedy_soup(
 
 
 def grow_mean(num_models: int, accept_ties: bool) -> objective.Strategy:
-  """Asks for each model, then for the mean so far with the next best; returns the last accepted."""
+  """Proposes each model, then the mean with the next best one; returns the last mean accepted."""
   singles = list(np.eye(num_models))
   scores = yield singles
   order = np.argsort(scores, kind="stable")[::-1]
@@ -72,8 +72,8 @@ class LeafWeights(NamedTuple):
   """Weights of the models for each leaf, as logits.
 
   Attributes:
-    logits: [K] for each leaf by name, or for all leaves by "".
-    temperature: what the model's outputs are multiplied by.
+    logits: [K] by leaf name, or under "" for all leaves.
+    temperature: factor on the model's logits.
     leaves: names of all leaves.
   """
 
@@ -83,13 +83,13 @@ class LeafWeights(NamedTuple):
 
   @property
   def weights(self) -> dict[str, jax.Array]:
-    """Weights [K] for each leaf, adding up to 1: the softmax of its logits."""
+    """Returns the weights [K] of each leaf: the softmax of its logits."""
     softmax = {n: jax.nn.softmax(x) for n, x in self.logits.items()}
     return {n: softmax[n if n in softmax else ""] for n in self.leaves}
 
 
 class _Descent:
-  """An objective and its strategy: after each loss, the optimiser moves the weights."""
+  """An objective with its strategy: each evaluation is one optimiser step on the weights."""
 
   name = "learned_soup"
 
@@ -129,7 +129,7 @@ class _Descent:
       yield -float(loss), None
 
   def descend(self, batches: Iterable[Any]) -> objective.Strategy:
-    """Asks for the weights before each step, and returns those after the last one."""
+    """Proposes the weights before each step, and returns those after the last step."""
     score = np.nan
     for self.number, self.batch in enumerate(batches, 1):
       (score,) = yield [self.candidate]
@@ -151,27 +151,27 @@ def learned_soup(
   by_leaf: bool = True,
   learning_rate: float = 0.05,
 ) -> objective.SearchResult:
-  """Learns weights for each leaf by descent on held-out rows; they begin equal.
+  """Learns weights for each leaf by gradient descent on held-out rows, starting from equal weights.
 
-  All models are in memory. Weights are the softmax of what AdamW moves, without weight decay. The
-  authors take 5 epochs in batches of 256 rows.
+  All models are in memory. The weights are a softmax of logits, which AdamW optimises without
+  weight decay. The authors use 5 epochs in batches of 256 rows.
 
   Args:
     models: stack of K models, [K, *s].
-    loss: (params, temperature, batch) -> scalar, of the logits times the temperature, which is
-      learned as well and begins at 1. It is traced.
+    loss: (params, temperature, batch) -> scalar, a loss on the logits times the temperature, which
+      is learned too and starts at 1. It is traced.
     batches: all batches of all epochs, of one shape.
-    by_leaf: a weight for each leaf and model; else for each model.
-    learning_rate: of AdamW.
+    by_leaf: whether each leaf has a weight per model; otherwise all leaves share them.
+    learning_rate: learning rate of AdamW.
 
   Returns:
-    The model after the last step. Its trials are the weights before each step, with minus the loss
-    of the step's batch as their score; the result's score is that of the last one.
+    The model after the last step. Its trials are the weights before each step; their score is
+    minus the loss of the step's batch. The result's score is that of the last trial.
 
   Reference: Wortsman et al. 2022, Model soups (arXiv:2203.05482), appendix on learned soups.
 
   Raises:
-    ValueError: for no batches, and for a loss that is NaN or infinite, with its number.
+    ValueError: if there are no batches, or if a batch's loss is NaN or infinite.
 
   Example:
     >>> import jax.numpy as jnp
@@ -202,26 +202,26 @@ def soce(
 ) -> objective.SearchResult:
   """Picks the best model of each category of a benchmark, and searches their weights on a grid.
 
-  Categories count where their scores hardly go with those of some other. Weights are multiples of
-  `step` that add up to 1, none of them 0, and equal ones.
+  Only weakly correlated categories count. The grid has equal weights, and all positive multiples of
+  `step` that sum to 1.
 
-  Experimental: the paper leaves the bound on the correlation open, and its code could not be had.
+  Experimental: the paper does not state the correlation threshold, and its code was not available.
 
   Args:
     models: stack of K models, [K, *s].
-    scores: of each model in each category, [K, C].
-    score: of a model; the paper adds up its scores in all categories.
-    correlation: categories count whose scores' correlation with those of some other category is
-      below that, in magnitude.
-    step: of the weights.
+    scores: score of each model in each category, [K, C].
+    score: function of a model; the paper sums its scores over all categories.
+    correlation: a category counts if the correlation of its scores with those of another one is
+      below this, in magnitude.
+    step: step of the grid.
 
   Returns:
-    The best of the grid; its candidate is the weights [K].
+    The best model of the grid; its candidate is the weights [K].
 
   Reference: Maiti et al. 2025, Souper-Model (arXiv:2511.13254).
 
   Raises:
-    ValueError: if `scores` does not fit the models, or no two categories are that different.
+    ValueError: if `scores` does not fit the models, or if no category counts.
 
   Example:
     >>> import jax.numpy as jnp
@@ -236,13 +236,13 @@ def soce(
       f"scores must be finite, [models, categories] of {K} models, got {list(scores.shape)}."
     )
   experts = _experts(scores, correlation)
-  # Weights of the experts; the other models have none.
+  # Models that are no experts have weight 0.
   grid = [weights @ np.eye(K)[experts] for weights in _grid(len(experts), step)]
   return objective.run(soups, objective.exhaustive(grid))
 
 
 def _experts(scores: np.ndarray, bound: float) -> list[int]:
-  """The best models of the categories that are unlike some other."""
+  """Returns the best models of categories whose correlation with another is below the bound."""
   apart = scores - scores.mean(axis=0)
   norms = np.linalg.norm(apart, axis=0)
   norms = np.where(norms > 1e-12 * np.abs(scores).max(initial=1e-300), norms, np.inf)
@@ -252,13 +252,13 @@ def _experts(scores: np.ndarray, bound: float) -> list[int]:
   if not counted:
     raise ValueError(
       f"no two of the {scores.shape[1]} categories have a correlation below {bound:g}; "
-      "give a larger one."
+      "raise the bound."
     )
   return sorted({int(scores[:, c].argmax()) for c in counted})
 
 
 def _grid(count: int, step: float) -> Iterator[np.ndarray]:
-  """Weights that add up to one: equal ones, then all multiples of a step."""
+  """Yields weights that sum to 1: equal ones, then all positive multiples of a step."""
   yield np.full(count, 1 / count)
   parts = round(1 / step)
   for cuts in itertools.combinations(range(1, parts), count - 1):

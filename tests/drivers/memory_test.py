@@ -222,7 +222,7 @@ def test_models_are_as_many_as_leaves_and_numbers_too():
   lists = {"a": [1.0, 3.0], "b": (2.0, 4.0)}
   for own in (lists, Pair(**lists)):
     assert each(merge(models, base, hparams={"weight": own})) == [[4.0], [6.0]]
-  with pytest.raises(ValueError, match="weight is a Pair: numbers that are built like the tree"):
+  with pytest.raises(ValueError, match="weight is a Pair: pass a tree of numbers to the merge"):
     methods.average(weight=Pair(1.0, 3.0))
   with pytest.raises(
     ValueError, match="weight has 2 values, which may be one for each of 2 models"

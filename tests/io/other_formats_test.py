@@ -98,7 +98,7 @@ def test_all_who_open_a_model_say_the_same(home, capsys):
     assert main.main(command) in (1, 2)
     assert words in capsys.readouterr().err
   assert main.main(["merge", "none.yml", "out"]) == 1
-  assert capsys.readouterr().err == "error: none.yml: there is no such recipe file.\n"
+  assert capsys.readouterr().err == "error: none.yml: no such recipe file.\n"
   with pytest.raises(FileNotFoundError, match="ONNX"):
     jaxmerge.merge_files(jaxmerge.methods.average(), ["a"], "out")
 

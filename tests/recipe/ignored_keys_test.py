@@ -81,7 +81,7 @@ ALSO = [
     head("base_model: {model: a/b, override_architecture: B}"),
     4,
     26,
-    "override_architecture changes nothing: no architecture is asked for.",
+    "override_architecture has no effect: no architecture is needed here.",
   ),
   (
     head("", models="[{model: a/b}, {model: a/b}]"),
@@ -125,7 +125,7 @@ def test_what_is_ignored_is_told_where_it_is_missed():
   text = head(BASE, "slerp", models="[{model: a/b, parameters: {t: 0.5}}]", parameters="{}")
   ignored, missing = sorted(problems(text), key=lambda line: "needs" in line)
   assert "t is one for all models" in ignored
-  assert "slerp needs t; give it in the parameters of the slice or the recipe." in missing
+  assert "slerp needs t; set it in the parameters of the slice or the recipe." in missing
 
 
 def test_a_model_that_is_there_twice_counts_once():

@@ -169,7 +169,7 @@ def test_several_numbers_need_a_metric_and_are_not_computed_again():
 @pytest.mark.parametrize(
   ("options", "text"),
   [
-    ({"window": 11}, "a window of 11 checkpoints is more than the 10 that there are"),
+    ({"window": 11}, "a window of 11 checkpoints is more than the 10 of the run"),
     ({"window": 0}, "window must be"),
     ({"every": True}, "every must be"),
     ({"keep": "some"}, "keep must be one of"),
@@ -187,9 +187,9 @@ def test_what_is_wrong_is_said_before_anything_is_written(options, text):
 
 def test_another_folder_for_other_settings():
   curve(window=8)
-  with pytest.raises(ValueError, match="out: its merges have window 8, not 4: give that, or anoth"):
+  with pytest.raises(ValueError, match="out: its merges have window 8, not 4: use the former, or"):
     curve()
-  with pytest.raises(FileExistsError, match=r"run: is there, and holds no merge_run.json"):
+  with pytest.raises(FileExistsError, match=r"run: not empty, and has no merge_run.json"):
     curve("run")
 
 

@@ -131,7 +131,9 @@ def test_errors_of_a_dict_name_paths_in_it(changes, expected):
 def test_errors_of_several_dicts_name_which():
   with pytest.raises(RecipeError, match=r"(?m)^recipe\[1\]\.dtype: dtype cannot be 'bf16'"):
     jaxmerge.merge_recipe([FIRST, {**LAST, "dtype": "bf16"}], "out")
-  with pytest.raises(ValueError, match=r"^recipe\[1\]\.t\[0\]: a recipe can hold no bytes"):
+  with pytest.raises(
+    ValueError, match=r"^recipe\[1\]\.t\[0\]: a recipe cannot contain a value of type bytes"
+  ):
     jaxmerge.merge_recipe([FIRST, {**LAST, "t": [b"1"]}], "out")
 
 
@@ -143,7 +145,7 @@ def test_a_method_in_a_dict_is_for_merge_files(method):
 
 def test_a_text_of_yaml_is_no_path():
   text = "merge_method: linear\nmodels:\n" + "  - model: m0\n" * 99
-  with pytest.raises(ValueError, match=r"got a text of YAML, 'merge_m.*safe_load\(text\)") as error:
+  with pytest.raises(ValueError, match=r"got YAML text, 'merge_m.*safe_load\(text\)") as error:
     jaxmerge.merge_recipe(text, "out")
   assert len(str(error.value)) < 200
 

@@ -9,15 +9,15 @@ from jaxmerge.search import box
 
 
 def trials(axes, count, default, score):
-  """All candidates that a search asks for."""
-  strategy, asked = box.search(axes, count, default), []
+  """Returns all candidates that a search proposes."""
+  strategy, candidates = box.search(axes, count, default), []
   scores = None
   while True:
     try:
       (candidate,) = strategy.send(scores)
     except StopIteration:
-      return asked
-    asked.append(candidate)
+      return candidates
+    candidates.append(candidate)
     scores = [score(candidate)]
 
 
@@ -43,17 +43,17 @@ def test_a_share_is_that_of_its_value():
 
 def test_the_default_comes_first_and_no_candidate_twice():
   axes = box.axes("iso_c")
-  asked = trials(axes, 8, {"scale": 1.0}, distance)
-  assert asked[0] == {"scale": 1.0}
-  assert len(asked) == 8
-  assert len({tuple(c.items()) for c in asked}) == 8
-  assert max(map(distance, asked[4:])) > max(map(distance, asked[:4]))
+  candidates = trials(axes, 8, {"scale": 1.0}, distance)
+  assert candidates[0] == {"scale": 1.0}
+  assert len(candidates) == 8
+  assert len({tuple(c.items()) for c in candidates}) == 8
+  assert max(map(distance, candidates[4:])) > max(map(distance, candidates[:4]))
 
 
 def test_lists_that_fit_are_tried_in_full():
   axes = {"density": box.Axis(values=(0.2, 0.5)), "rule": box.Axis(values=("kth", "exact"))}
-  asked = trials(axes, 4, {"density": 0.2, "rule": "kth"}, lambda c: 0.0)
-  assert sorted(map(str, asked)) == sorted(
+  candidates = trials(axes, 4, {"density": 0.2, "rule": "kth"}, lambda c: 0.0)
+  assert sorted(map(str, candidates)) == sorted(
     str({"density": d, "rule": r}) for d in (0.2, 0.5) for r in ("kth", "exact")
   )
   assert len(trials(axes, 3, {"density": 0.2, "rule": "kth"}, lambda c: 0.0)) == 3

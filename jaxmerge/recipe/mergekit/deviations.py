@@ -1,4 +1,4 @@
-"""Notes on methods of a recipe that are computed otherwise than by mergekit."""
+"""Notes on methods of a recipe whose results differ from mergekit's."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jaxmerge.recipe.mergekit import precision
 from jaxmerge.recipe.mergekit.methods import MERGEKITS
 from jaxmerge.recipe.records import Recipe
 
-# What a setting means that `compat: mergekit` has otherwise.
+# The meaning of settings that differ under `compat: mergekit`.
 _HERE = {
   ("scope", "tree"): "entries are ranked over the whole model, not tensor by tensor",
   ("rule", "kth"): "all entries as large as the threshold are kept",
@@ -22,7 +22,7 @@ _HERE = {
   ("yields", "keep"): "the largest entries that are removed are not made up for",
   ("floor", 0.0): "norms and energies below 1e-6 are taken as they are",
 }
-_SAMPLED = 10**6  # Entries of a tensor of which mergekit looks at some.
+_SAMPLED = 10**6  # mergekit samples entries of tensors that are larger.
 
 
 def line(
@@ -37,11 +37,11 @@ def line(
 
   Args:
     recipe: the recipe.
-    name: its method.
-    method: what that is in this library.
-    here: the settings that it is merged with.
-    there: those with mergekit's numbers.
-    parts: the tensors of one that is merged.
+    name: the method's name in the recipe.
+    method: its name in this library.
+    here: the settings in use.
+    there: the settings under `compat: mergekit`.
+    parts: the input tensors of one merged tensor.
   """
   if recipe.compat is not None or name not in MERGEKITS:
     return None
@@ -58,7 +58,7 @@ def line(
 def _narrow(recipe: Recipe, method: str, parts: Sequence[Tensor]) -> list[str]:
   """Returns a note where mergekit computes in a narrow dtype, not only rounds its inputs."""
   floats = [t for t in parts if safetensors.is_floating(t.dtype)]
-  if not floats or method == "arcee_fusion":  # That one cannot be had as there.
+  if not floats or method == "arcee_fusion":  # Its narrow arithmetic is not reproduced.
     return []
   dtype = precision.common_dtype(recipe, floats)
   computed = precision.precision_of(method, dtype)

@@ -1,8 +1,7 @@
 """The methods that a recipe can name: their inputs, and parameters with defaults and ranges.
 
-Names and defaults are mergekit's, so that its recipes mean here what they mean there. Methods that
-it does not have are here with the names, parameters and defaults of `jaxmerge.catalog`, where what
-all of them compute stands.
+Names and defaults are mergekit's, so that its recipes keep their meaning. Methods that mergekit
+lacks have the names, parameters and defaults of `jaxmerge.catalog`, which describes all formulas.
 """
 
 from __future__ import annotations
@@ -17,16 +16,17 @@ from jaxmerge.recipe.errors import show
 
 
 class Method(NamedTuple):
-  """What a method takes.
+  """The inputs and parameters of a method.
 
   Attributes:
-    doc: what it does.
-    base: whether a base is needed, or used if given; a base that is ignored can be a source.
+    doc: what it computes.
+    base: whether a base is required, optional or ignored; an ignored base can be a source.
     others: the fewest and the most models beside the base; None: no limit.
-    each: parameters with a value for every model but the base. A default of None: must be given.
+    each: parameters with a value per model except the base. A default of None: required.
     shared: parameters with one value for all models.
     random: whether it draws random masks.
-    divides: the switch of the division by the sum of the weights; "always" for no switch.
+    divides: the parameter that turns on division by the sum of the weights; "always" if there is
+      none.
   """
 
   doc: str
@@ -75,7 +75,7 @@ def _arithmetic(
   rescale: bool = False,
   random: bool = False,
 ) -> Method:
-  """Returns a method of weighted, perhaps sparse, task vectors."""
+  """Returns a method that sums weighted task vectors, sparsified if a density is passed."""
   each, shared = {"weight": _WEIGHT}, {}
   if density:
     each.update({"density": density, **(more or {})})
@@ -209,7 +209,7 @@ MERGEKITS: Mapping[str, Method] = {
 
 
 def _of_catalog(entry: entry.Entry) -> Method:
-  """Returns what a method of the catalog takes."""
+  """Returns the inputs and parameters of a method of the catalog."""
   needs: dict[str, Literal["required", "optional", "ignored"]] = {
     "task vectors": "required",
     "either": "optional",
@@ -229,7 +229,7 @@ METHODS: Mapping[str, Method] = {
 
 
 def value_error(name: str, parameter: Parameter, value: Any) -> str | None:
-  """Returns what is wrong with a value of a parameter; None for a right one.
+  """Returns the error of a parameter's value; None for an allowed one.
 
   >>> value_error("density", METHODS["ties"].each["density"], 1.5)
   'density must be in (0, 1], got 1.5.'

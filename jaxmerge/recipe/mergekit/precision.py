@@ -1,4 +1,4 @@
-"""The dtypes in which a recipe computes and stores; mergekit computes in narrow ones too."""
+"""The dtypes in which a recipe computes and stores; mergekit also computes in narrow dtypes."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from jaxmerge.recipe.errors import Problem
 from jaxmerge.recipe.records import Recipe
 
 _DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-# Methods of this library that mergekit computes operation by operation in the dtype of its inputs,
-# the weights too. The others it computes in float32, or by formulas that round elsewhere.
+# Methods that mergekit computes in the dtype of the inputs, rounding after each operation, weights
+# included. It computes the others in float32, or by formulas that round elsewhere.
 _EACH = {
   *("task_arithmetic", "ties", "dare", "dare_ties", "della", "della_linear"),
   *("breadcrumbs", "breadcrumbs_ties", "sce", "ram"),
@@ -25,14 +25,14 @@ _WIDE = {"ramplus_tl"}  # Its factors are float32, and so is mergekit's result.
 
 
 def precision_of(method: str, dtype: np.dtype) -> Precision | None:
-  """Returns the precision of a method of this library with mergekit's numbers; None: float32.
+  """Returns the precision at which a method gives mergekit's numbers; None: float32.
 
   Args:
     method: its name in `jaxmerge.methods`.
-    dtype: what mergekit casts the inputs to.
+    dtype: the dtype that mergekit casts the inputs to.
 
   Raises:
-    ValueError: if mergekit's numbers cannot be had.
+    ValueError: if mergekit's numbers cannot be reproduced.
 
   Example:
     >>> precision_of("slerp", np.dtype(np.float16))
@@ -52,7 +52,7 @@ def precision_of(method: str, dtype: np.dtype) -> Precision | None:
 
 
 def result_dtype(recipe: Recipe) -> np.dtype | None:
-  """Returns the dtype of the result's floating tensors; None: what the inputs have."""
+  """Returns the dtype of the result's floating tensors; None: that of the inputs."""
   return _dtype_of(recipe.out_dtype or recipe.dtype)
 
 
@@ -61,7 +61,7 @@ def _dtype_of(dtype: str | None) -> np.dtype | None:
 
 
 def problems(recipe: Recipe, method: str, parts: Sequence[Tensor]) -> Iterator[Problem]:
-  """Yields a problem where such tensors cannot be merged with the numbers of mergekit."""
+  """Yields a problem where mergekit's numbers cannot be reproduced for these tensors."""
   if all(safetensors.is_floating(t.dtype) for t in parts):
     try:
       precision_of(method, common_dtype(recipe, parts))
@@ -72,12 +72,12 @@ def problems(recipe: Recipe, method: str, parts: Sequence[Tensor]) -> Iterator[P
 
 
 def common_dtype(recipe: Recipe, parts: Sequence[Tensor]) -> np.dtype:
-  """Returns the dtype that mergekit casts tensors to: the recipe's, else that of all of them."""
+  """Returns the dtype that mergekit casts tensors to: the recipe's, else their common dtype."""
   return _dtype_of(recipe.dtype) or precision.common([t.stored_dtype for t in parts])
 
 
 def compute_as_mergekit(recipe: Recipe, plan: Plan) -> Plan:
-  """Returns a plan that computes in the recipe's dtype, else in that of all inputs."""
+  """Returns a plan that computes in the recipe's dtype, else in the inputs' common dtype."""
 
   def narrow(output: Output) -> Output:
     if not safetensors.is_floating(output.dtype):

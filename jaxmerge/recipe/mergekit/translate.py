@@ -1,7 +1,7 @@
-"""From the methods and parameters of recipes to this library's.
+"""Translates the methods and parameters of recipes to those of this library.
 
-Without `compat` a method is what its paper says; with `compat: mergekit` it has mergekit's numbers
-where these differ. docs/recipes.md has the table of differences.
+Without `compat`, a method follows its paper; with `compat: mergekit`, it gives mergekit's numbers.
+docs/recipes.md has the table of differences.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from jaxmerge.recipe.records import Scalar
 
 
 class Translation(NamedTuple):
-  """A method of this library.
+  """A method of this library, with its settings and hyperparameters.
 
   Attributes:
     method: its name in `jaxmerge.methods`.
-    settings: what its factory is called with.
-    hparams: its hyperparameter -> function of the parameters of the recipe, for a tensor.
-    of_weights: it merges the weights themselves.
-    pair: the base is the first of the models.
+    settings: arguments of its factory.
+    hparams: by hyperparameter, a function of a tensor's parameters in the recipe.
+    of_weights: whether it merges the weights instead of task vectors.
+    pair: whether the base is the first of the models.
   """
 
   method: str
@@ -39,14 +39,14 @@ def translate(
   varied: Collection[str] = (),
   compat: bool = False,
 ) -> Translation:
-  """Returns what a method of a recipe is here.
+  """Returns this library's equivalent of a recipe's method.
 
   Args:
     name: the recipe's method.
-    shared: its parameters that are one for all models, for any of its tensors.
+    shared: its parameters with one value for all models, as of any of its tensors.
     base: whether there is a base.
-    varied: parameters that differ between tensors; a density that does is counted per tensor.
-    compat: whether to have mergekit's numbers.
+    varied: parameters that differ between tensors; a density among them is counted per tensor.
+    compat: whether to reproduce mergekit's numbers.
   """
   if name not in _METHODS:
     return _translate_catalog(name, shared, base)
@@ -54,7 +54,7 @@ def translate(
 
 
 def _translate_catalog(name: str, shared: Mapping[str, Scalar], base: bool) -> Translation:
-  """Translates a method that mergekit does not have: its parameters are the factory's."""
+  """Translates a method that mergekit lacks: its parameters are those of the factory."""
   entry = lookup.METHODS[name]
   settings = {
     n: shared[n]
@@ -99,7 +99,7 @@ def _of(parameter: str) -> Callable[[Mapping[str, Any]], Any]:
 
 
 def _rest(parameter: str) -> Callable[[Mapping[str, Any]], Any]:
-  """Returns one minus a parameter: a drop rate is what a density leaves out."""
+  """Returns a function for one minus a parameter, as a drop rate is one minus a density."""
 
   def complement(values: Mapping[str, Any]) -> Any:
     value = values[parameter]

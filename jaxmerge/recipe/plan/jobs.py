@@ -135,11 +135,11 @@ def plan_jobs(
       requests[name] = TensorRequest(
         name, models[base].input(name) if base else None, parts, of_weights=True
       )
-  found = (
+  notes_of_jobs = (
     *notes.values(),
     *(_spacing_note(jobs[i].spec, k[0]) for i, k in enumerate(kinds.values())),
   )
-  lines = dict.fromkeys(line for line in found if line is not None)
+  lines = dict.fromkeys(line for line in notes_of_jobs if line is not None)
   return Work([requests[row.tensor.name] for row in rows], jobs, tuple(lines))
 
 

@@ -1,8 +1,8 @@
-"""Reads one value of a recipe as the kind that is expected, and collects what is wrong with it.
+"""Reads a value of a recipe as the expected kind, and collects its problems.
 
-Every reader returns a value of its kind. Where the recipe holds another, it collects a problem and
-returns a stand-in, so that all problems are raised together. A recipe with a problem is never
-returned to the caller of the library.
+Every reader returns a value of its kind. For another kind it collects a problem and returns a
+placeholder, so that all problems are raised together. The caller of the library never receives a
+recipe with a problem.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import re
 import types
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import Any, TypeVar  # Any: readers take what they take.
+from typing import Any, TypeVar  # Any: further arguments of a reader.
 
 from jaxmerge import errors
 from jaxmerge.recipe.errors import Problem, add, show
@@ -23,7 +23,7 @@ T = TypeVar("T")
 Word = TypeVar("Word", bound=str)
 _LONGEST_PATTERN = 1000
 _MOST_LAYERS = 10**6
-_MOST_KNOWN = 200  # Among more words than that, looking for a near one takes too long.
+_MOST_KNOWN = 200  # Close matches among more words than that take too long.
 
 
 def mapping(
@@ -40,13 +40,13 @@ def mapping(
 
   Args:
     node: the mapping.
-    what: words for it.
-    keys: all that it may have.
-    problems: takes what is wrong.
-    needed: the keys that it must have.
-    refused: keys that are known and not supported, with what is to be said of each.
-    ignored: where mergekit ignores what it does not know: known keys of that kind, with what is to
-      be said of each. Others are ignored as well, unless they look misspelt.
+    what: its name in errors.
+    keys: the allowed keys.
+    problems: list to which problems are added.
+    needed: the required keys.
+    refused: the message for each key that is known but not supported.
+    ignored: where mergekit ignores unknown keys: the message for each such key that is known.
+      Other unknown keys are ignored too, unless they look misspelt.
   """
   if not isinstance(node.value, dict):
     add(problems, node.place, f"{what} must be a mapping, got {show(node.value)}; {_list(keys)}.")
@@ -63,7 +63,7 @@ def mapping(
       add(problems, node.keys[key], f"{text}: it is ignored, as by mergekit.", ignored=True)
     else:
       add(problems, node.keys[key], f"unknown key {show(key)} in {what}{nearest(key, keys)}.")
-      # Stands for the key that was meant, which is not reported as missing as well.
+      # Takes the place of the intended key, so that this is not reported as missing too.
       values.update({k: value for k in closest(key, keys) if k not in node.value})
   values = {key: value for key, value in values.items() if value.value is not None}
   for key in needed:
@@ -73,12 +73,12 @@ def mapping(
 
 
 def maybe(reader: Callable[..., T], node: Node | None, *rest: Any) -> T | None:
-  """Returns what a reader returns for a value; None if there is no value."""
+  """Applies a reader to a value; returns None if there is no value."""
   return None if node is None else reader(node, *rest)
 
 
 def items(node: Node, what: str, problems: list[Problem]) -> tuple[Node, ...]:
-  """Returns the items of a list, of which there must be one."""
+  """Returns the items of a list that must not be empty."""
   if not isinstance(node.value, tuple) or not node.value:
     got = "an empty one" if node.value == () else show(node.value)
     add(problems, node.place, f"{what} must be a list of one item or more, got {got}.")
@@ -87,7 +87,7 @@ def items(node: Node, what: str, problems: list[Problem]) -> tuple[Node, ...]:
 
 
 def text(node: Node, what: str, problems: list[Problem]) -> str:
-  """Returns a text that is not empty."""
+  """Returns a non-empty text."""
   if isinstance(node.value, str) and node.value:
     return node.value
   scalar = isinstance(node.value, bool | int | float)
@@ -117,7 +117,7 @@ def whole(node: Node, what: str, low: int, high: int, problems: list[Problem]) -
 
 
 def truth(node: Node, what: str, problems: list[Problem]) -> bool:
-  """Returns a truth value, which may be written as 1 or 0."""
+  """Returns a boolean, which may be written as 1 or 0."""
   if not is_truth(node.value):
     wrong = f"{what} must be true or false, got {show(node.value)}"
     add(problems, node.place, f"{wrong}{quotes_hint(node.value)}.")
@@ -125,7 +125,7 @@ def truth(node: Node, what: str, problems: list[Problem]) -> bool:
 
 
 def is_truth(value: object) -> bool:
-  """Returns whether a value is a boolean, or a number that stands for one, as in mergekit.
+  """Returns whether a value is a boolean, or 0 or 1 in its place, as in mergekit.
 
   >>> is_truth(False), is_truth(1.0), is_truth(2), is_truth("true")
   (True, True, False, False)
@@ -150,7 +150,7 @@ def pattern(node: Node, what: str, problems: list[Problem]) -> str:
 
 
 def span(node: Node, what: str, problems: list[Problem]) -> tuple[int, int]:
-  """Returns a range of layers [first, last) that is written as a list."""
+  """Returns a layer range [first, last) from a list of two numbers."""
   ends = node.value if isinstance(node.value, tuple) else ()
   if len(ends) != 2:
     add(problems, node.place, f"{what} must be a list [first, last), got {_got(node)}.")
@@ -163,7 +163,7 @@ def span(node: Node, what: str, problems: list[Problem]) -> tuple[int, int]:
 
 
 def layers(node: Node, what: str, problems: list[Problem]) -> tuple[tuple[int, int], ...]:
-  """Returns ranges [first, last) of layers: of `[0, 4]`, a range, or of `0-3, 8`, with 3 and 8."""
+  """Returns layer ranges [first, last) from a list `[0, 4]` or from `0-3, 8`, which includes 3."""
   if isinstance(node.value, tuple):
     return (span(node, what, problems),)
   parts = [p.strip() for p in str(node.value).split(",")]
@@ -180,7 +180,7 @@ CONDITIONS = ("filter", "pattern", "layers")
 
 
 def where(node: Node, nodes: Mapping[str, Node], what: str, problems: list[Problem]) -> Where:
-  """Returns the conditions of a mapping; the filter `*` is none."""
+  """Returns the conditions of a mapping; the filter `*` counts as no condition."""
   filter_text = maybe(text, nodes.get("filter"), f"filter of {what}", problems)
   return Where(
     filter=None if filter_text == "*" else filter_text,
@@ -191,7 +191,7 @@ def where(node: Node, nodes: Mapping[str, Node], what: str, problems: list[Probl
 
 
 def closest(word: str, known: Iterable[str]) -> list[str]:
-  """Returns the known word that is meant, if any; case and dashes do not count.
+  """Returns a list with the closest known word, if any is close; case and dashes do not matter.
 
   >>> closest("DARE-ties", ["dare_ties", "ties"])
   ['dare_ties']
@@ -200,12 +200,12 @@ def closest(word: str, known: Iterable[str]) -> list[str]:
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-  """Returns the end of an error: which word may be meant, and which there are."""
+  """Returns the end of an error: the closest word, and the known words."""
   return errors.nearest(_fold(word), list(known)[:_MOST_KNOWN])
 
 
 def quotes_hint(value: object) -> str:
-  """Returns the end of an error: a number or truth value must not be in quotes."""
+  """Returns the end of an error for a number or boolean in quotes; else an empty text."""
   return "; remove the quotes" if isinstance(value, str) and plain(value) != value else ""
 
 

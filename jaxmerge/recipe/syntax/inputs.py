@@ -25,7 +25,7 @@ from jaxmerge.recipe.syntax.references import Context
 from jaxmerge.recipe.syntax.yaml_reader import Node
 
 MOST_VIEWS = 200
-# What mergekit ignores beside what it knows.
+# Messages for parameters outside `parameters`, which mergekit ignores.
 PARAMETERS = {
   name: f"{name} is a parameter, and belongs under parameters; here"
   for method in METHODS.values()
@@ -38,10 +38,10 @@ class Known(NamedTuple):
   """The parameters of the methods of a recipe.
 
   Attributes:
-    of: the methods in words; empty if one is unknown, so that nothing can be said.
-    mergekits: whether mergekit has them, so that it is known what it ignores.
-    each: parameters with a value for every model.
-    shared: parameters that are one for all models.
+    of: names of the methods, for errors; empty if a method is unknown.
+    mergekits: whether mergekit has all of them; it ignores unknown keys.
+    each: parameters with a value per model.
+    shared: parameters with one value for all models.
   """
 
   of: str
@@ -51,7 +51,7 @@ class Known(NamedTuple):
 
 
 def known_parameters(names: Sequence[str]) -> Known:
-  """Returns the parameters of methods; where two have the same name, those of the first count."""
+  """Returns the parameters of methods; of two with the same name, the first method's counts."""
   if not set(names) <= METHODS.keys():
     return Known("", True, {}, {})
   methods = [METHODS[name] for name in reversed(names)]
@@ -64,7 +64,7 @@ def known_parameters(names: Sequence[str]) -> Known:
 def level(
   node: Node | None, known: Known, problems: list[Problem], *, at_source: bool = False
 ) -> Parameters:
-  """Returns the parameters of one level; at a source, only those with a value for every model."""
+  """Returns the parameters of one level; a source may have only those with a value per model."""
   if node is None:
     return {}
   if not known.of:
@@ -86,7 +86,7 @@ def level(
 
 
 def _stray(name: str, known: Known, allowed: Collection[str]) -> str:
-  """Returns an error for a parameter that is out of place, and which may be meant."""
+  """Returns an error for a misplaced or unknown parameter, with a suggestion."""
   if name in known.shared and name not in allowed:
     where = "the parameters of the recipe, module or slice"
     return f"{name} is one for all models, and belongs to {where}; at a model"
@@ -97,7 +97,7 @@ def _stray(name: str, known: Known, allowed: Collection[str]) -> str:
 def cases(
   node: Node, name: str, parameter: Parameter | None, problems: list[Problem]
 ) -> tuple[Case, ...]:
-  """Returns the cases of a parameter: of a value, of a gradient, or of a list of conditions."""
+  """Returns the cases of a parameter from a value, a gradient, or a list of conditions."""
   listed = node.value if isinstance(node.value, tuple) else (node,)
   if not any(isinstance(item.value, dict) for item in listed):
     value = _value(node, name, parameter, problems)
@@ -135,7 +135,7 @@ def _value(
 
 
 def source(node: Node, what: str, known: Known, sliced: bool, context: Context) -> Source | None:
-  """Returns a model, or layers of one, with its parameters."""
+  """Returns a model, or a layer range of one, with its parameters."""
   keys = ("model", "layer_range", "parameters") if sliced else ("model", "parameters")
   hint = {"layer_range": "layer_range belongs to the sources of slices, not to models."}
   nodes = fields.mapping(
@@ -161,7 +161,7 @@ def source(node: Node, what: str, known: Known, sliced: bool, context: Context) 
 def sources_of_item(
   node: Node, what: str, known: Known, sliced: bool, context: Context
 ) -> tuple[Source, ...]:
-  """Returns the models of an item of a list: one, or several checkpoints of a run."""
+  """Returns the models of a list item: one model, or several checkpoints of a run."""
   if isinstance(node.value, dict) and run_models.RUN in node.value and not sliced:
     keys = (*run_models.KEYS, "parameters")
     nodes = fields.mapping(
@@ -184,7 +184,7 @@ def sources(
   for each_source in (
     s for each in listed for s in sources_of_item(each, item, known, sliced, context)
   ):
-    # Of models that differ in parameters, it is an error.
+    # The same model with other parameters is an error; see `validate`.
     if each_source in models and known.mergekits:
       before = models[models.index(each_source)].place.short
       text = f"{str(each_source.model)!r} is already in {before}: it counts once, as in mergekit."
@@ -247,15 +247,15 @@ def one_of(
 def overrides(
   items: Sequence[Node], methods: Sequence[str], problems: list[Problem]
 ) -> tuple[Override, ...]:
-  """Returns the overrides; `methods` holds their methods, in the same order."""
+  """Returns the overrides; `methods` are their methods, in the same order."""
   changes = []
   keys = (*fields.CONDITIONS, "merge_method", "parameters")
   for node, method in zip(items, methods, strict=True):
     nodes = fields.mapping(node, "an override", keys, problems)
     where = fields.where(node, nodes, "an override", problems)
     if where.everywhere:
-      text = "an override needs pattern, filter or layers: it is for some tensors"
-      add(problems, node.place, f"{text}; what is for all belongs to the recipe.")
+      text = "an override needs pattern, filter or layers, as it applies to some tensors"
+      add(problems, node.place, f"{text}; move what applies to all tensors to the recipe.")
     if not {"merge_method", "parameters"} & nodes.keys():
       add(problems, node.place, "an override needs merge_method or parameters.")
     ours = known_parameters((method,))._replace(mergekits=False)  # mergekit has no overrides.
@@ -283,7 +283,7 @@ def layout(node: Node, problems: list[Problem]) -> tuple[View, ...]:
 
 
 def rename(node: Node, problems: list[Problem]) -> dict[str, str]:
-  """Returns the beginnings of names, and what stands in their place; that may be nothing."""
+  """Returns the replacement, possibly empty, of each prefix of tensor names."""
   keys = tuple(node.value) if isinstance(node.value, dict) else ()
   inside = fields.mapping(node, "rename", keys, problems)
   return {

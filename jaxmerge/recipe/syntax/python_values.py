@@ -1,11 +1,11 @@
-"""A recipe that is a Python dict: parsed as a file is, with a path in the dict for every value."""
+"""Recipes as Python dicts: parsed like files; each value's position is its path in the dict."""
 
 from __future__ import annotations
 
 import datetime
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any  # Any: what a recipe holds.
+from typing import Any  # Any: values of a recipe.
 
 import yaml
 
@@ -20,13 +20,14 @@ _METHODS = (
 
 
 def plain_documents(recipe: Any) -> list[dict[str, Any]]:
-  """Returns a recipe, or several, as what YAML can hold: arrays, tuples and paths are converted.
+  """Converts one recipe or several to YAML's types: arrays, tuples and paths become plain values.
 
   >>> plain_documents({"models": ("a", "b")})
   [{'models': ['a', 'b']}]
 
   Raises:
-    ValueError: where it is neither a dict nor a list of dicts, holds itself, or what YAML has not.
+    ValueError: if it is neither a dict nor a list of dicts, contains itself, or has values of types
+      that YAML lacks.
   """
   documents = list(recipe) if isinstance(recipe, Sequence) else [recipe]
   if not documents or not all(isinstance(d, Mapping) for d in documents):
@@ -34,16 +35,16 @@ def plain_documents(recipe: Any) -> list[dict[str, Any]]:
   try:
     return [_plain(d, prefix) for d, prefix in zip(documents, _prefixes(documents), strict=True)]
   except RecursionError as error:
-    raise ValueError("a recipe must hold what YAML can, but it holds itself.") from error
+    raise ValueError("a recipe must not contain itself; write its values out.") from error
 
 
 def _plain(value: Any, path: str) -> Any:
-  """Returns dicts, lists and texts in place of their relatives, such as a config's tuples."""
+  """Converts mappings to dicts, sequences and arrays to lists, and paths and dates to texts."""
   if isinstance(value, Mapping):
     return {str(k): _plain(v, _join(path, str(k))) for k, v in value.items()}
   if isinstance(value, list | tuple):
     return [_plain(v, f"{path}[{i}]") for i, v in enumerate(value)]
-  if hasattr(value, "tolist"):  # Numbers and arrays of NumPy and JAX.
+  if hasattr(value, "tolist"):  # Scalars and arrays of NumPy and JAX.
     return _plain(value.tolist(), path)
   if isinstance(value, os.PathLike | str | datetime.date):  # Dates are text, as in a file.
     return str(value)
@@ -51,7 +52,7 @@ def _plain(value: Any, path: str) -> Any:
     kind = type(value).__name__
     is_method = kind in ("Method", "Stage") or (callable(value) and path.endswith("merge_method"))
     hint = _METHODS if is_method else "write text or a number"
-    raise ValueError(f"{path or _ROOT}: a recipe can hold no {kind}; {hint}.")
+    raise ValueError(f"{path or _ROOT}: a recipe cannot contain a value of type {kind}; {hint}.")
   return value
 
 
@@ -60,12 +61,12 @@ def _prefixes(documents: Sequence[Any]) -> list[str]:
 
 
 def text(documents: Sequence[Mapping[str, Any]]) -> str:
-  """Returns the YAML of plain documents, which the result of a merge holds."""
+  """Returns the YAML text of plain documents, which is stored with the result of a merge."""
   return str(yaml.safe_dump_all(documents, sort_keys=False, allow_unicode=True))
 
 
 def nodes(documents: Sequence[Mapping[str, Any]]) -> tuple[Node, ...]:
-  """Returns plain documents as the reader of YAML returns those of a file.
+  """Returns the nodes of plain documents, as `yaml_reader.documents` returns those of a file.
 
   >>> (document,) = nodes([{"models": [{"model": "a"}]}])
   >>> str(document.value["models"].value[0].value["model"].place)

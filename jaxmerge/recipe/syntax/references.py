@@ -1,4 +1,4 @@
-"""Reads references to models, and the tokenizer, which is put together from models."""
+"""Reads references to models, and the tokenizer section, which refers to models."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _ARCHITECTURE = "override_architecture"
 
 
 class Context(NamedTuple):
-  """What reading needs beside the text.
+  """The context in which references are read.
 
   Attributes:
-    problems: takes what is wrong.
+    problems: list to which problems are added.
     names: names of the recipes of the file, if it has several.
-    is_folder: tells whether a path is a folder.
+    is_folder: returns whether a path is a folder.
   """
 
   problems: list[Problem]
@@ -31,9 +31,9 @@ class Context(NamedTuple):
 
 
 def model(node: Node, what: str, context: Context) -> Model:
-  """Returns a reference: `path@revision+adapter`, or a mapping that spells the parts out.
+  """Returns a model from `path@revision+adapter`, or from a mapping with these parts.
 
-  A text that is a folder as a whole, or the name of a recipe of the file, is not taken apart.
+  A text that is an existing folder, or the name of a recipe of the file, is not split.
   """
   if isinstance(node.value, dict):
     return _mapping(node, what, context)
@@ -61,7 +61,7 @@ def _mapping(node: Node, what: str, context: Context) -> Model:
   keys = ("model", "adapter", "lora", _ARCHITECTURE)
   nodes = fields.mapping(node, what, keys, context.problems, needed=("model",))
   if _ARCHITECTURE in nodes:
-    text = f"{_ARCHITECTURE} changes nothing: no architecture is asked for."
+    text = f"{_ARCHITECTURE} has no effect: no architecture is needed here."
     add(context.problems, node.keys[_ARCHITECTURE], text, ignored=True)
   if "adapter" in nodes and "lora" in nodes:
     add(context.problems, node.keys["lora"], f"{what} has both an adapter and a lora: remove one.")
@@ -72,7 +72,7 @@ def _mapping(node: Node, what: str, context: Context) -> Model:
 
 
 def _part(node: Node | None, what: str, context: Context) -> tuple[str | None, str | None]:
-  """Returns path and revision of {path, revision}, taken literally, or of `path@revision`."""
+  """Returns path and revision from {path, revision}, unsplit, or from `path@revision`."""
   if node is None:
     return None, None
   if not isinstance(node.value, dict):
@@ -105,10 +105,10 @@ def _is_word(path: str, context: Context) -> bool:
 
 
 def source(node: Node, what: str, models: Collection[Model], context: Context) -> Model | str:
-  """Returns "union", "base", or the model whose vocabulary is taken.
+  """Returns "union", "base", or the model whose vocabulary is used.
 
-  A single word must be one of the two, a model of the recipe, or a folder, so that none is misspelt
-  unnoticed.
+  A single word must be one of the two, a model of the recipe, or a folder, so that a misspelling is
+  an error.
   """
   if node.value in _SOURCES:
     return str(node.value)

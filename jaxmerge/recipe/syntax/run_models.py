@@ -19,12 +19,12 @@ KEYS = (RUN, "steps", "tokens", "tokens_per_step")
 def models(node: Node, nodes: Mapping[str, Node], problems: list[Problem]) -> tuple[Model, ...]:
   """Returns a model for each selected checkpoint, in the order of steps.
 
-  The run is looked up on disk: which steps are its last is known there alone.
+  The run is read from disk, because only its folder says which steps are the last.
 
   Args:
     node: the item of the recipe.
-    nodes: its keys.
-    problems: takes what is wrong.
+    nodes: the item's values by key.
+    problems: list to which problems are added.
   """
   if RUN not in nodes:
     return ()
@@ -50,15 +50,15 @@ def models(node: Node, nodes: Mapping[str, Node], problems: list[Problem]) -> tu
 
 
 def _hint(broken: runs.Checkpoint, chosen: tuple[runs.Checkpoint, ...], run: runs.Run) -> str:
-  """Returns how to go on without a checkpoint."""
+  """Returns advice on how to merge without a broken checkpoint."""
   others = [c.step for c in chosen if c is not broken]
   if not others:
-    return f" Or take another step of {run.folder}."
+    return f" Or choose another step of {run.folder}."
   return f" Without this step: steps: [{', '.join(map(str, others))}]."
 
 
 def _plain(node: Node) -> Any:
-  """Returns a value, with the values in a list."""
+  """Returns the value of a node, or a list of the values of its items."""
   if isinstance(node.value, tuple):
     return [_plain(each) for each in node.value]
   return {} if isinstance(node.value, dict) else node.value

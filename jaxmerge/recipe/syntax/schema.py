@@ -1,4 +1,4 @@
-"""Reads a recipe file strictly: all that it says, or one error that lists all problems."""
+"""Reads a recipe file strictly: returns its records, or raises one error with all problems."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import pathlib
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, Literal  # Any: what a dict of Python holds.
+from typing import Any, Literal  # Any: values of a Python dict.
 
 from jaxmerge.recipe.errors import Place, Problem, RecipeError, add, show
 from jaxmerge.recipe.mergekit.methods import METHODS
@@ -69,13 +69,13 @@ def read(path: str | os.PathLike[str], *, strict: bool = False) -> tuple[Recipe,
   """Reads a recipe file: one record for each document, each after those that it builds on.
 
   Args:
-    path: of the file.
+    path: path of the file.
     strict: whether keys without effect, which mergekit ignores, are errors; a recipe of the file
-      may say so as well.
+      may set this too.
 
   Raises:
-    FileNotFoundError: where there is no file.
-    RecipeError: a ValueError with all problems, a line each: `file:line:column: what`.
+    FileNotFoundError: if the file does not exist.
+    RecipeError: a ValueError with all problems, one per line: `file:line:column: problem`.
   """
   return parse(text_of(path), str(path), strict=strict)
 
@@ -87,14 +87,14 @@ def text_of(path: str | os.PathLike[str]) -> str:
   if is_yaml and not os.path.exists(name):
     short = f"{name[:40]!r}{', ...' if len(name) > 40 else ''}"
     raise ValueError(
-      f"a recipe is the path of a file or a dict, got a text of YAML, {short}: give the path, or "
+      f"a recipe must be the path of a file or a dict, got YAML text, {short}: pass the path, or "
       "yaml.safe_load(text)."
     )
   path = pathlib.Path(path)
   if path.exists() and not path.is_file():
-    raise ValueError(f"{path}: is no regular file; a recipe is read again, so give it a file.")
+    raise ValueError(f"{path}: not a regular file; a recipe is read twice, so save it to a file.")
   if not path.exists():
-    raise FileNotFoundError(f"{path}: there is no such recipe file.")
+    raise FileNotFoundError(f"{path}: no such recipe file.")
   with path.open("rb") as file:
     content = file.read(4 * yaml_reader.LONGEST + 1)
   if len(content) > 4 * yaml_reader.LONGEST:
@@ -118,8 +118,8 @@ def parse(
 
   Args:
     text: the YAML.
-    file: what errors call it.
-    is_folder: tells whether a reference names a local folder, in the current directory.
+    file: name of the file in errors.
+    is_folder: returns whether a reference is a local folder, relative to the current directory.
     strict: as for `read`.
 
   Example:
@@ -162,7 +162,7 @@ def _parse_nodes(
   is_folder: Callable[[str], bool],
   strict: bool,
 ) -> tuple[Recipe, ...]:
-  """Reads the documents of a recipe, all problems at once."""
+  """Reads the documents of a recipe, and raises all problems together."""
   if not nodes or len(nodes) > MOST_DOCUMENTS:
     what = f"more than {MOST_DOCUMENTS} recipes" if nodes else "no recipe"
     raise RecipeError([*problems, Problem(Place(file, 1, 1), f"{what} in this file.")])
@@ -184,7 +184,7 @@ def _parse_nodes(
 
 
 def _names(nodes: Sequence[Node], problems: list[Problem]) -> dict[str, Place]:
-  """Returns the names of recipes and where they stand; the last stage may have none."""
+  """Returns the names of recipes with their positions; one recipe may have no name."""
   names: dict[str, Place] = {}
   nameless = None
   for node in nodes:
@@ -203,7 +203,7 @@ def _names(nodes: Sequence[Node], problems: list[Problem]) -> dict[str, Place]:
 
 
 def _read_document(node: Node, context: Context) -> Recipe | None:
-  """Returns the record of one document, with its keys without effect; None if it is no mapping."""
+  """Returns the record of one document, with its ignored keys; None if it is no mapping."""
   problems = context.problems
   before = len(problems)
   recipe = _recipe(node, context)
@@ -295,7 +295,7 @@ def _chat_template(node: Node, problems: list[Problem]) -> str:
 
 
 def _name(node: Node, problems: list[Problem]) -> str:
-  """Returns a name that can be that of a folder, and can stand in a reference."""
+  """Returns a recipe's name, which must be valid as a folder name and in a reference."""
   name = fields.text(node, "name", problems)
   if name != "?" and not re.fullmatch(r"\w[\w.-]{0,99}", name):
     text = f"name may have letters, digits, '.', '-' and '_', got {show(name)}"
@@ -317,22 +317,20 @@ def _allow(node: Node, problems: list[Problem]) -> tuple[str, ...]:
 
 
 def _tokenizer(nodes: Mapping[str, Node], recipe: Recipe, context: Context) -> Tokenizer | None:
-  """Returns the tokenizer, which either of two keys describes."""
+  """Returns the tokenizer from the key `tokenizer` or `tokenizer_source`."""
   models, old = dict.fromkeys(models_of(recipe)), nodes.get("tokenizer_source")
   new = fields.maybe(references.tokenizer, nodes.get("tokenizer"), models, context)
   if old is None:
     return new
   source = references.source(old, "tokenizer_source", models, context)
   if new:
-    text = (
-      "tokenizer_source and tokenizer cannot both be given: move it to the source of tokenizer."
-    )
+    text = "a recipe cannot have both tokenizer_source and tokenizer: move it to tokenizer.source."
     add(context.problems, old.place, text)
   return new or Tokenizer(source, {}, place=old.place)
 
 
 def _uses(recipe: Recipe, names: Collection[str]) -> tuple[str, ...]:
-  """Returns the names of the recipes of the file that a recipe refers to, in their order."""
+  """Returns the names of the recipes that a recipe refers to, in the order of the file."""
   models = [*models_of(recipe)]
   if recipe.tokenizer:
     models += [token.model for token in recipe.tokenizer.tokens.values() if token.model]
@@ -343,9 +341,9 @@ def _uses(recipe: Recipe, names: Collection[str]) -> tuple[str, ...]:
 
 
 def _sort(recipes: Sequence[Recipe], problems: list[Problem]) -> tuple[Recipe, ...]:
-  """Returns the recipes, each after those that it uses, else in the order of the file.
+  """Returns the recipes, each after those that it uses, otherwise in the order of the file.
 
-  The last one makes the result: it is that without a name, if there is one.
+  The last one gives the result; a recipe without a name comes last.
   """
   named = {r.name: r for r in recipes if r.name}
   done: list[Recipe] = []

@@ -1,4 +1,4 @@
-"""Checks what belongs together in a recipe: models and methods, bases, required parameters."""
+"""Checks a recipe as a whole: models against methods, bases, required parameters."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jaxmerge.recipe.records import Group, Model, Parameters, Recipe, groups
 
 
 def problems(recipe: Recipe) -> Iterator[Problem]:
-  """Yields the problems of a recipe whose parts are right one by one."""
+  """Yields the problems of a recipe whose single values are valid."""
   ways: list[tuple[str, Place, tuple[Parameters, ...]]]
   ways = [(recipe.merge_method, recipe.places.get("merge_method", recipe.place), ())]
   ways += [(o.merge_method, o.place, (o.parameters,)) for o in recipe.overrides]
@@ -20,7 +20,7 @@ def problems(recipe: Recipe) -> Iterator[Problem]:
   for group in groups(recipe):
     yield from _shape(group)
     for name, place, above in ways:
-      # An unknown method is reported already, and a copy takes whatever there is.
+      # Unknown methods are reported already; a copy accepts any inputs.
       if name in METHODS and not group.copied(METHODS[name]):
         yield from _inputs(group, name, place)
         yield from _parameters(group, name, above)
@@ -41,7 +41,7 @@ def _base(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _shape(group: Group) -> Iterator[Problem]:
-  """Checks that no model is there twice, and that layer ranges have one length."""
+  """Checks that no model occurs twice, and that layer ranges have equal length."""
   seen: dict[tuple[Model, tuple[int, int] | None], Place] = {}
   for source in group.sources:
     key = source.model, source.layers
@@ -79,7 +79,8 @@ def _inputs(group: Group, name: str, place: Place) -> Iterator[Problem]:
     yield Problem(group.place, text)
 
 
-# Parameters that say how many models are left out, and how many more there must be than twice that.
+# By method: the parameter with the number of models left out, and how many models more than twice
+# that number are needed.
 _LEFT_OUT = {"trimmed_mean": ("trim", 1), "krum": ("outliers", 3)}
 
 
@@ -95,18 +96,18 @@ def _enough(group: Group, name: str, shared: Mapping[str, Value]) -> Iterator[Pr
 
 
 def _parameters(group: Group, name: str, above: tuple[Parameters, ...]) -> Iterator[Problem]:
-  """Checks that required parameters have a value, and that values fit each other."""
+  """Checks that required parameters have a value, and that values are compatible."""
   method = METHODS[name]
   shared = (*above, *group.levels)
   for parameter in _without(shared, method.shared):
-    text = f"{name} needs {parameter}; give it in the parameters of the slice or the recipe."
+    text = f"{name} needs {parameter}; set it in the parameters of the slice or the recipe."
     yield Problem(group.place, text)
   each = []
   for source in (s for s in group.sources if group.merged(s, method)):
     levels = (*above, source.parameters, *group.levels)
     each.append(_constants(levels, method.each))
     for parameter in _without(levels, method.each):
-      text = f"{name} needs {parameter} for {str(source.model)!r}; give it in the parameters of"
+      text = f"{name} needs {parameter} for {str(source.model)!r}; set it in the parameters of"
       yield Problem(source.place, f"{text} the model, the slice or the recipe.")
   if any("weight" not in parameters for parameters in each):
     each = [{n: v for n, v in parameters.items() if n != "weight"} for parameters in each]
@@ -116,7 +117,7 @@ def _parameters(group: Group, name: str, above: tuple[Parameters, ...]) -> Itera
 
 
 def _without(levels: Sequence[Parameters], known: Mapping[str, Parameter]) -> list[str]:
-  """Returns the required parameters that no level gives."""
+  """Returns the required parameters that no level sets."""
   required = (name for name, parameter in known.items() if parameter.default is None)
   return [name for name in required if not any(name in level for level in levels)]
 

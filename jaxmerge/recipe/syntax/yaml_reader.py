@@ -1,9 +1,9 @@
-"""YAML with the position of every key and value, read within bounds of size and depth.
+"""Reads YAML with the position of every key and value, within limits of size and depth.
 
-The nodes are built from the parser's events, one after the other, so that a file that is too deep,
-too long or full of aliases is refused before anything of that size exists. Text is taken for a
-number, a truth value or nothing as PyYAML takes it, but for forms whose meaning depends on the
-version of YAML: `010`, `1_000`, `12:30` and dates are text, and `1e-8` is a number.
+The nodes are built from the parser's events one by one. A file that is too deep, too long or full
+of aliases is refused before anything of that size is in memory. Plain text becomes a number, a
+boolean or null as in PyYAML, except for forms whose meaning depends on the YAML version: `010`,
+`1_000`, `12:30` and dates are text, and `1e-8` is a number.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple  # Any: a value of YAML; a mark, whose class each parser has.
+from typing import Any, NamedTuple  # Any: a YAML value; a mark, whose class depends on the parser.
 
 import yaml
 
@@ -20,7 +20,7 @@ from jaxmerge.recipe.errors import Place, Problem, RecipeError, add, show
 
 LONGEST = 2**20  # Characters of a file.
 DEEPEST = 24  # A recipe nests 14 deep.
-LARGEST = 30_000  # Values of a file, those that aliases repeat counted each time.
+LARGEST = 30_000  # Values of a file; those repeated by aliases count each time.
 
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _UNPRINTABLE = re.compile(
@@ -39,12 +39,12 @@ _WORDS: Mapping[str, Any] = {
 
 
 class Node(NamedTuple):
-  """A value and where it stands.
+  """A value and its position.
 
   Attributes:
-    value: text, a number, a truth value, None, a tuple of Node, or a dict of them by key.
+    value: text, a number, a boolean, None, a tuple of Node, or a dict of them by key.
     place: where it begins.
-    keys: where the keys stand, if it is a dict.
+    keys: positions of the keys, if it is a dict.
   """
 
   value: Any
@@ -55,7 +55,7 @@ class Node(NamedTuple):
 def documents(text: str, file: str, problems: list[Problem]) -> tuple[Node, ...]:
   """Returns the documents of a YAML text.
 
-  Problems that do not hinder reading on, as a key that is there twice, are added to `problems`.
+  Problems that do not stop the reader, such as a duplicate key, are added to `problems`.
 
   Raises:
     RecipeError: with all problems so far and the reason that the text cannot be read.
@@ -86,7 +86,7 @@ def position(text: str, index: int, file: str) -> Place:
 
 
 def plain(text: str) -> Any:
-  """Returns what a text without quotes stands for.
+  """Returns the value of an unquoted text.
 
   >>> plain("0.5"), plain("1e-8"), plain("yes"), plain("010")
   (0.5, 1e-08, True, '010')
@@ -98,7 +98,7 @@ def plain(text: str) -> Any:
 
 @dataclasses.dataclass
 class _Reader:
-  """One pass over the events of a file: the anchors seen and the values counted so far."""
+  """Builds nodes from a file's events; tracks anchors and the number of values so far."""
 
   events: Iterator[yaml.Event]
   file: str
@@ -173,7 +173,7 @@ def _events(text: str, file: str, problems: list[Problem]) -> Iterator[yaml.Even
   except yaml.MarkedYAMLError as error:
     mark = error.problem_mark or error.context_mark
     place = _place(mark, file) if mark else place
-    if "nesting depth" in str(error.problem):  # The parser has a limit as well, a higher one.
+    if "nesting depth" in str(error.problem):  # The parser's limit, which is higher.
       raise RecipeError(
         [*problems, Problem(place, f"nested deeper than {DEEPEST} levels.")]
       ) from error

@@ -1,6 +1,6 @@
-"""Rows of embeddings as sums of rows of other tokens: orthogonal matching pursuit, nearest rows.
+"""Approximates embedding rows by sums of other rows: orthogonal matching pursuit, nearest rows.
 
-Coefficients are found among a donor's rows, and are then those of the model's rows of the same
+Coefficients are computed from a donor's rows, and then applied to the model's rows of the same
 tokens.
 """
 
@@ -14,11 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-_SMALL = 1e-6  # Of an atom, what is left of it after those before; less is none of its own.
+_SMALL = 1e-6  # An atom counts as dependent on earlier ones below this share of its norm.
 
 
 class Combination(NamedTuple):
-  """Sums of atoms, one for each target: which atoms [n, k], and their coefficients [n, k]."""
+  """A sum of atoms for each target: indices of the atoms [n, k], and their coefficients [n, k]."""
 
   indices: np.ndarray
   coefficients: np.ndarray
@@ -30,8 +30,8 @@ def matching_pursuit(
 ) -> tuple[Int[Array, "n k"], Float[Array, "n k"]]:
   """Returns k atoms for each target, and coefficients, by orthogonal matching pursuit.
 
-  In each step the atom with the largest inner product with the residual is taken; atoms are not
-  normalised. The coefficients are those of least squares.
+  Each step selects the atom with the largest inner product with the residual. Atoms are not
+  normalised. The coefficients are the least-squares solution.
 
   >>> atoms = jnp.array([[2.0, 0.0], [0.0, 1.0]])
   >>> indices, coefficients = matching_pursuit(jnp.array([[1.0, 3.0]]), atoms, 2)
@@ -50,7 +50,7 @@ def matching_pursuit(
     atom = atoms[chosen]
     first = dot("nkd,nd->nk", basis, atom)
     rest = atom - dot("nk,nkd->nd", first, basis)
-    second = dot("nkd,nd->nk", basis, rest)  # Once more: rounding leaves a part of the basis.
+    second = dot("nkd,nd->nk", basis, rest)  # Again: rounding leaves a component in the basis.
     rest = rest - dot("nk,nkd->nd", second, basis)
     size = jnp.linalg.norm(rest, axis=1)
     is_new = size > _SMALL * jnp.linalg.norm(atom, axis=1)
@@ -84,9 +84,9 @@ def matching_pursuit(
 def nearest(
   targets: Float[Array, "n d"], atoms: Float[Array, "m d"], k: int, *, cosine: bool = False
 ) -> tuple[Int[Array, "n k"], Float[Array, "n k"]]:
-  """Returns the k nearest atoms of each target, with weights of inverse distances that sum to 1.
+  """Returns the k nearest atoms of each target, weighted by inverse distance; weights sum to 1.
 
-  With `cosine` they are those of the largest cosines, which are the weights then.
+  With `cosine`, they are the atoms of the largest cosines, weighted by these.
 
   >>> atoms = jnp.array([[1.0], [-3.0], [9.0]])
   >>> indices, weights = nearest(jnp.array([[0.0]]), atoms, 2)
@@ -100,7 +100,7 @@ def nearest(
     weights = closeness
   else:
     _, indices = jax.lax.top_k(2 * inner - x[:, None] - y[None], k)
-    apart = targets[:, None] - atoms[indices]  # Exactly: a difference of squares loses digits.
+    apart = targets[:, None] - atoms[indices]  # A difference of squares would lose digits.
     weights = 1 / jnp.linalg.norm(apart, axis=-1).clip(1e-6)
   return indices, weights / weights.sum(axis=1, keepdims=True).clip(1e-6)
 
@@ -114,7 +114,7 @@ def combine(
     targets: [n, d].
     atoms: [m, d].
     method: "omp" or "interpolate".
-    k: atoms in a sum, at most.
+    k: largest number of atoms in a sum.
     cosine: as for `nearest`.
     batch: targets at a time.
   """
@@ -124,7 +124,7 @@ def combine(
   for first in range(0, len(targets), batch):
     part = targets[first : first + batch].astype(np.float32)
     full = np.zeros((min(batch, len(targets)), part.shape[1]), np.float32)
-    full[: len(part)] = part  # One program for all batches.
+    full[: len(part)] = part  # Padded, so that all batches share one program.
     if method == "omp":
       indices, coefficients = matching_pursuit(jnp.asarray(full), known, k)
     else:

@@ -1,9 +1,9 @@
-"""The merged model's tokenizer: its vocabulary and files, and embeddings with rows in its order."""
+"""Builds the merged model's tokenizer, and puts embedding rows into the order of its vocabulary."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple  # Any: what a config.json holds.
+from typing import Any, NamedTuple  # Any: values of a config.json.
 
 from jaxmerge.files import plan
 from jaxmerge.io.huggingface import folder as folders
@@ -23,14 +23,14 @@ GENERATION = "generation_config.json"
 
 
 class TokenizerResult(NamedTuple):
-  """What comes of a recipe's tokenizer and chat template.
+  """The result of a recipe's tokenizer and chat template.
 
   Attributes:
     models: the models; their embeddings and output heads have a row for each token of the result.
-    texts: files of the result by name; None: it is not taken over from the donor.
-    size: how many rows; None: they are as they were.
-    names: the tensors with other rows.
-    numbers: of special tokens, for the config, where the vocabulary is not the donor's.
+    texts: files of the result by name; None: the donor's file is left out.
+    size: number of rows; None: unchanged.
+    names: the tensors whose rows changed.
+    numbers: ids of special tokens for the config, where the vocabulary is not the donor's.
   """
 
   models: Opened
@@ -40,7 +40,7 @@ class TokenizerResult(NamedTuple):
   numbers: Mapping[str, Any] | None = None
 
   def config(self, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a config.json as it holds for the result."""
+    """Returns a config.json with the result's vocabulary size and special tokens."""
     changed = {**config, **{k: v for k, v in (self.numbers or {}).items() if k in config}}
     inner = config.get("text_config") or {}
     if self.size is not None and "vocab_size" in inner:
@@ -50,7 +50,7 @@ class TokenizerResult(NamedTuple):
     return changed
 
   def outcomes(self, outcomes: plan.Outcomes) -> plan.Outcomes:
-    """Returns the outcomes of tensors, those with other rows first rewritten."""
+    """Returns the outcomes of tensors; those with changed rows are rewritten first."""
     rows = plan.Outcome("rewritten", reason="rows by the tokenizer")
     return {
       model: {n: (rows, *each) if n in self.names else each for n, each in by_name.items()}
@@ -63,12 +63,12 @@ def build(recipe: Recipe, models: Opened, read_files: ReadFiles) -> TokenizerRes
 
   Args:
     recipe: the recipe.
-    models: all that it names; the result takes over the files of the first.
-    read_files: returns the files of a model that only gives a vocabulary.
+    models: all models of the recipe; the result copies the files of the first.
+    read_files: returns the files of a model of which only the vocabulary is used.
 
   Raises:
-    RecipeError: for tokenizers that cannot be read or brought together, and embeddings without a
-      row for each token.
+    RecipeError: for tokenizers that cannot be read or combined, and for embeddings without a row
+      for each token.
   """
   problems: list[Exception] = []
   result, home = TokenizerResult(models, {}), files_of(next(iter(models.values())))
@@ -83,7 +83,7 @@ def build(recipe: Recipe, models: Opened, read_files: ReadFiles) -> TokenizerRes
 
 
 def files_of(model: plan.Model) -> TokenizerFiles:
-  """Returns the small files of a model that is opened."""
+  """Returns the small files of an open model."""
   return TokenizerFiles(model.folder, model.texts)
 
 
@@ -141,7 +141,7 @@ def _check(
 
 
 def _with_files(models: Opened) -> Opened:
-  """Returns the models with the files of their tokenizers among those that are read."""
+  """Returns the models with their tokenizer files added to the files that are read."""
   paths = {m: [o.folder / name for name in vocabulary.FILES if o.files] for m, o in models.items()}
   return {
     m: o._replace(files=(*o.files, *(path for path in paths[m] if path.is_file())))
@@ -162,9 +162,9 @@ def _read_vocabulary(model: Model, read_files: ReadFiles) -> Vocabulary:
 def _merge(
   recipe: Recipe, tokenizer: Tokenizer, vocabularies: Vocabularies, read_files: ReadFiles
 ) -> Vocabulary:
-  """Returns the vocabulary of the result: that of one model, with what a recipe adds."""
+  """Returns the vocabulary of the result: that of one model, with the tokens a recipe adds."""
   first, model = next(iter(vocabularies.values())), tokenizer.source
-  if model == "base":  # Of slices each may have its own.
+  if model == "base":  # Each slice may have another base.
     model = recipe.base_model or groups(recipe)[0].base or model
   if isinstance(model, Model):
     first = vocabularies[model] if model in vocabularies else _read_vocabulary(model, read_files)
@@ -178,7 +178,7 @@ def _merge(
 def _added_by_union(
   recipe: Recipe, tokenizer: Tokenizer, vocabularies: Vocabularies, first: Vocabulary
 ) -> dict[str, Flags]:
-  """Returns what a union adds to the first vocabulary, in the order of the models and numbers."""
+  """Returns the tokens that a union adds to the first vocabulary, by model and then by id."""
   ordinary: dict[str, Model] = {}
   more: dict[str, Flags] = {}
   for model, other in vocabularies.items():
@@ -194,9 +194,9 @@ def _added_by_union(
   if lost:
     names = join_some((f"{text!r} of {model}" for text, model in lost.items()), 4)
     text = (
-      f"union: ordinary tokens that {next(iter(vocabularies))} lacks: {names}. Added to it, they "
-      "would cut words in another way: name a model as the source, or, to have them added all the "
-      "same, list them under tokens or write compat: mergekit."
+      f"union: ordinary tokens that {next(iter(vocabularies))} lacks: {names}. Adding them would "
+      "change how words are split: name a model as the source, or, to add them anyway, list them "
+      "under tokens or write compat: mergekit."
     )
     raise RecipeError([Problem(tokenizer.place, text)])
   return more
@@ -217,7 +217,7 @@ def texts_of(merged: Vocabulary, home: TokenizerFiles) -> Texts:
 
 
 def special_numbers(files: TokenizerFiles, name: str) -> dict[str, Any]:
-  """Returns the numbers of special tokens in a config."""
+  """Returns the ids of special tokens in a config."""
   return {key: value for key, value in files.json(name).items() if key.endswith("_token_id")}
 
 

@@ -1,19 +1,19 @@
-"""Chat templates: those with a name, the one that most models have, and the files of them."""
+"""Chat templates: the built-in ones, the most frequent one of the models, and their files."""
 
 from __future__ import annotations
 
 import collections
 import json
 from collections.abc import Iterable
-from typing import Any  # What JSON holds.
+from typing import Any  # Values of JSON.
 
 from jaxmerge.io.huggingface import vocabulary
 from jaxmerge.io.huggingface.vocabulary import JINJA, JSON, SETTINGS, TokenizerFiles
 
 _KEY = "chat_template"
 
-# Written from the formats' descriptions. Texts stand in expressions, so that it does not matter how
-# a program treats line breaks beside Jinja's tags.
+# Written from the formats' descriptions. Text is inside expressions, so that a program's treatment
+# of line breaks around Jinja tags does not matter.
 TEMPLATES = {
   "alpaca": """\
 {%- set found = namespace(system='Below is an instruction that describes a task. \
@@ -83,7 +83,7 @@ Write a response that appropriately completes the request.') -%}
 def choose(choice: str, models: Iterable[TokenizerFiles]) -> str | None:
   """Returns the Jinja text that a recipe chooses; None for `auto` where no model has a template.
 
-  `auto` is the template that most models have; of equally frequent ones, that of the first.
+  `auto` is the most frequent template of the models; of equally frequent ones, the first.
   """
   if choice != "auto":
     return TEMPLATES.get(choice, choice)
@@ -94,12 +94,12 @@ def choose(choice: str, models: Iterable[TokenizerFiles]) -> str | None:
 
 
 def _template_of(files: TokenizerFiles) -> str | None:
-  """Returns a model's template: the file of it counts before the one among the settings."""
+  """Returns a model's template: a template file takes precedence over the tokenizer's settings."""
   if (text := files.text(JINJA)) is not None:
     return text
   for name in (JSON, SETTINGS):
     template: Any = files.json(name).get(_KEY)
-    if isinstance(template, list):  # Several, each with a name.
+    if isinstance(template, list):  # Several named templates.
       template = {entry.get("name"): entry.get("template") for entry in template}.get("default")
     if isinstance(template, str) and template:
       return template
@@ -107,12 +107,12 @@ def _template_of(files: TokenizerFiles) -> str | None:
 
 
 def texts(template: str, files: TokenizerFiles, settings: str | None = None) -> dict[str, str]:
-  """Returns the files of a model that hold the template, by name, with another one in them.
+  """Returns the files that store a model's template, by name, with a new template in them.
 
   Args:
-    template: the Jinja text.
-    files: the files that are changed.
-    settings: text of tokenizer_config.json, if it is another one.
+    template: the new Jinja text.
+    files: the files to change.
+    settings: text of tokenizer_config.json, where it differs from that of `files`.
   """
   if settings is None:
     settings = files.text(SETTINGS) or "{}"

@@ -1,4 +1,4 @@
-"""Embeddings and output heads: which they are, and where the rows of the merged ones come from."""
+"""Recognises embeddings and output heads, and chooses the sources of their rows in the result."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from jaxmerge.recipe.records import Model, Token, Tokenizer
 Opened = Mapping[Model, plan.Model]
 Vocabularies = Mapping[Model, Vocabulary]
 
-# Embeddings, but not of tokens.
+# Embeddings of something other than tokens.
 _OTHERS = re.compile(r"(^|[._])(pos|positions?|wpe|type|patch)([._]|$)")
 _OUTPUTS = re.compile(
   r"(^|\.)(\w*lm_head|embed_out|proj_out|output|vocab_projector|predictions"
@@ -35,19 +35,19 @@ def is_token_matrix(name: str, tensor: Tensor) -> bool:
   >>> [is_token_matrix(name, matrix) for name in names]
   [True, False]
   """
-  if _OUTPUTS.search(name):  # Projections of such names within the layers are none.
+  if _OUTPUTS.search(name):  # Inside a layer, such a name is a projection.
     return len(tensor.shape) in (1, 2) and layers.place(name) is None
   return len(tensor.shape) == 2 and layers.is_input(name) and not _OTHERS.search(name)
 
 
 def has_token_matrix(request: plan.TensorRequest) -> bool:
-  """Returns whether a tensor of the result is made of such matrices."""
+  """Returns whether a tensor of the result is computed from embeddings or output heads."""
   parts = [p for p in (request.base, *request.models) if p is not None]
   return any(p.tensor is not None and is_token_matrix(p.name, p.tensor) for p in parts)
 
 
 def token_matrix_names(vocabularies: Vocabularies, models: Opened) -> frozenset[str]:
-  """Returns the names of such matrices that have a row for each token, in some model."""
+  """Returns the names of token matrices that have a row for each token in at least one model."""
   return frozenset(
     name
     for model, opened in models.items()
@@ -59,7 +59,7 @@ def token_matrix_names(vocabularies: Vocabularies, models: Opened) -> frozenset[
 def narrow_problems(
   vocabularies: Vocabularies, models: Opened, names: frozenset[str]
 ) -> Iterator[Problem]:
-  """Finds tensors with fewer rows than the model has tokens."""
+  """Yields a problem for each model whose token matrices have fewer rows than it has tokens."""
   for model, opened in models.items():
     row_counts = {n: t.shape[0] for n, t in opened.tensors.items() if is_token_matrix(n, t)}
     size = vocabularies[model].size
@@ -71,7 +71,7 @@ def narrow_problems(
 
 
 def uneven_problems(models: Opened, names: frozenset[str]) -> Iterator[Problem]:
-  """Finds tensors whose rows are not like those of the first model that has them."""
+  """Yields a problem where rows have another shape than in the first model with that tensor."""
   for name in sorted(names):
     (first, expected), *others = [(m, t.shape[1:]) for m, t in _having(name, models).items()]
     for model, shape in others:
@@ -83,7 +83,7 @@ def uneven_problems(models: Opened, names: frozenset[str]) -> Iterator[Problem]:
 def row_problems(
   tokenizer: Tokenizer, vocabularies: Vocabularies, models: Opened, names: frozenset[str]
 ) -> Iterator[Problem]:
-  """Finds rows that a recipe chooses for tokens, but that are not there."""
+  """Yields a problem for each row that a recipe chooses for a token but that does not exist."""
   for text, token in tokenizer.tokens.items():
     if token.model is None:
       continue
@@ -100,14 +100,14 @@ def row_problems(
 
 
 class Order(NamedTuple):
-  """How the rows of the result go together.
+  """The order of the rows of the result.
 
   Attributes:
-    tokenizer: what the recipe says of it.
-    base: its base, if it has one.
-    vocabularies: those of the models.
-    merged: that of the result.
-    size: rows of the result.
+    tokenizer: the recipe's tokenizer section.
+    base: the recipe's base, if any.
+    vocabularies: the vocabularies of the models.
+    merged: the vocabulary of the result.
+    size: number of rows of the result.
   """
 
   tokenizer: Tokenizer
@@ -118,9 +118,9 @@ class Order(NamedTuple):
 
 
 def reorder(models: Opened, names: frozenset[str], order: Order) -> dict[Model, plan.Model]:
-  """Returns the models with the tensors of these names as they are in the result.
+  """Returns the models with the rows of these tensors in the order of the result.
 
-  A head that is tied to its embedding stays the same tensor, where models agree about that.
+  A head that is tied to its embedding stays tied where the models agree.
   """
   empty = np.ones(order.size, bool)
   empty[list(order.merged.ids.values())] = False
@@ -142,13 +142,13 @@ def reorder(models: Opened, names: frozenset[str], order: Order) -> dict[Model, 
 
 
 def _having(name: str, models: Opened) -> dict[Model, Tensor]:
-  """Returns the tensors of a name; an embedding stands in for a head that is tied to it."""
+  """Returns each model's tensor of a name; for a tied head, that is its embedding."""
   tensors = {m: opened.input(name).tensor for m, opened in models.items()}
   return {m: tensor for m, tensor in tensors.items() if tensor is not None}
 
 
 def _rows(order: Order, model: Model) -> np.ndarray:
-  """Returns, for each row of the result, the model's row of that token; -1 where it has none."""
+  """Returns the model's row id for each row of the result; -1 where it lacks the token."""
   row_ids, ids = np.full(order.size, -1, np.int64), order.vocabularies[model].ids
   forced = {text for text, token in order.tokenizer.tokens.items() if token.force}
   for text, row in order.merged.ids.items():
@@ -158,7 +158,7 @@ def _rows(order: Order, model: Model) -> np.ndarray:
 
 
 def _fills(order: Order, name: str, models: Opened) -> dict[int, list[rows.Row]]:
-  """Returns the rows for models that lack a token: the base's, else all, to take their mean."""
+  """Returns the rows that replace a missing token's: the base's, else all, which are averaged."""
   tensors = _having(name, models)
   fills = {}
   for text, row in order.merged.ids.items():
@@ -171,13 +171,13 @@ def _fills(order: Order, name: str, models: Opened) -> dict[int, list[rows.Row]]
       continue
     elif have and have[0][0] == order.base:
       have = have[:1]
-    # Sorted: a sum must not depend on the order in which the models are listed.
+    # Sorted, so that a sum does not depend on the order of the models.
     fills[row] = [(tensors[m], number) for m, number in sorted(have, key=lambda pair: str(pair[0]))]
   return fills
 
 
 def _donor(token: Token, text: str, vocabularies: Vocabularies) -> list[tuple[Model, int]]:
-  """Returns the row that a recipe chooses for a token: none for zero."""
+  """Returns the row that a recipe chooses for a token; an empty list for a zero row."""
   if token.model is None:
     return []
   if token.token_id is not None:

@@ -1,4 +1,4 @@
-"""Tokens of two tokenizers that mean the same: by their text, their role, their byte."""
+"""Keys by which tokens of two tokenizers are matched: text, role, byte."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from collections.abc import Iterator, Mapping
 from jaxmerge.io.huggingface import vocabulary
 from jaxmerge.io.huggingface.vocabulary import TokenizerFiles, Vocabulary
 
-STARTS = ("Ġ", "▁")  # Of words, in byte-level tokenizers and in those of SentencePiece.
+STARTS = ("Ġ", "▁")  # Word-start markers of byte-level tokenizers and of SentencePiece.
 ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 _SPECIAL = "special_tokens_map.json"
 
-Key = tuple[str, str]  # "word", "special" or "", and a text.
+Key = tuple[str, str]  # Kind ("word", "special" or "") and text.
 
 
 def keys(vocabulary: Vocabulary) -> dict[str, Key]:
-  """Returns what each token of a vocabulary means, whatever marks the start of a word in it."""
+  """Returns the key of each token of a vocabulary, independent of its word-start marker."""
   start = max(STARTS, key=lambda mark: sum(token.startswith(mark) for token in vocabulary.ids))
   roles = _roles(vocabulary.files)
   return {token: _key(token, start, roles) for token in vocabulary.ids}
@@ -29,7 +29,7 @@ def _key(token: str, start: str, roles: Mapping[str, str]) -> Key:
 
 
 def _roles(files: TokenizerFiles) -> dict[str, str]:
-  """Returns the roles of special tokens, by their texts; the first role of a token counts."""
+  """Returns the role of each special token by its text; a token's first role counts."""
   roles: dict[str, str] = {}
   for name in (vocabulary.SETTINGS, _SPECIAL):
     content = json.loads(files.text(name) or "{}")
@@ -42,7 +42,7 @@ def _roles(files: TokenizerFiles) -> dict[str, str]:
 
 
 def byte_key(key: Key) -> Key | None:
-  """Returns what a token of one byte is called otherwise, `A` or `<0x41>`; None for others.
+  """Returns the other key of a one-byte token, `A` or `<0x41>`; None for other tokens.
 
   >>> byte_key(("", "A")), byte_key(("", "<0x41>")), byte_key(("word", "A"))
   (('', '<0x41>'), ('', 'A'), None)
@@ -61,7 +61,7 @@ def byte_key(key: Key) -> Key | None:
 
 
 def prefix_keys(key: Key) -> Iterator[Key]:
-  """Yields the keys of the beginnings of a token, the longest first; none of a special one.
+  """Yields the keys of a token's proper prefixes, longest first; none for a special token.
 
   >>> list(prefix_keys(("word", "abc")))
   [('word', 'ab'), ('word', 'a')]

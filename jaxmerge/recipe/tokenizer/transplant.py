@@ -1,7 +1,7 @@
-"""Gives a model the tokenizer of another one: rows of its embedding and head in the donor's order.
+"""Transplants a tokenizer: embedding and head rows of a model in the order of a donor's tokens.
 
-Tokens that both have keep their rows. Rows of others are sums of the model's rows of tokens that
-both have, with the coefficients that give the donor's row from the donor's.
+Shared tokens keep their rows. The row of a new token is a sum of the model's rows of shared tokens.
+Its coefficients are those that approximate the donor's row of that token by the donor's rows.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ ones were made by {method}. `jaxmerge_provenance.json` says which models they we
 tokens were matched in which way.
 """
 METHODS = ("omp", "interpolate", "mean", "zero")
-_READ = 2**20  # Entries of a matrix that are read at a time.
+_READ = 2**20  # Matrix entries per read.
 
 
 class Match(NamedTuple):
-  """Where the rows of the result come from.
+  """The sources of the rows of the result.
 
   Attributes:
-    rows: [rows of the result], the model's row of each; -1 where it has none.
-    counts: of tokens, by how they were matched.
-    shared: of tokens that both have, the donor's rows and the model's.
-    new: rows of the result that are made of those.
+    rows: the model's row id for each row of the result; -1 where it has none.
+    counts: number of tokens by kind of match.
+    shared: row ids of shared tokens, in the donor and in the model.
+    new: rows of the result that are sums of shared ones.
   """
 
   rows: np.ndarray
@@ -74,27 +74,27 @@ def transplant(
   """Writes a model with the tokenizer of a donor.
 
   Args:
-    model: a folder, or whatever `merge_files` takes for a model.
-    donor: the model whose tokenizer it gets, with its weights.
+    model: a folder, or any other model reference that `merge_files` takes.
+    donor: the model whose tokenizer and files are used; its weights give the coefficients.
     out: folder of the result.
-    method: how rows of new tokens are made: "omp", orthogonal matching pursuit; "interpolate", of
-      the nearest rows; "mean", of all of the model's rows; "zero".
-    k: tokens in a sum, at most.
-    cosine: whether "interpolate" goes by cosines, not distances.
-    match_bytes: whether a token of one byte, `<0x41>`, and its character are one.
-    match_prefixes: whether a new token gets the row of its longest beginning that the model has.
-    batch: new tokens that are worked on at a time.
-    replace: whether a folder that is there is replaced.
-    download: whether models that the hub's cache lacks are fetched.
-    progress: (name, bytes in all) -> what is then called with numbers of bytes that are done.
+    method: source of the rows of new tokens: "omp", orthogonal matching pursuit; "interpolate",
+      the nearest rows; "mean", the mean of all rows of the model; "zero".
+    k: largest number of rows in a sum.
+    cosine: whether "interpolate" uses cosines instead of distances.
+    match_bytes: whether a byte token, `<0x41>`, matches its character.
+    match_prefixes: whether a new token takes the row of its longest prefix in the model.
+    batch: new tokens per batch.
+    replace: whether an existing folder is replaced.
+    download: whether models that are not in the hub's cache are downloaded.
+    progress: (name, total bytes) -> function that is called with the bytes done.
 
   Returns:
-    A record, which is in the provenance too: `tokens`, how many were matched in which way, and by
-    matrix the mean relative `error` of the donor's rows of new tokens.
+    A record, which is part of the provenance: `tokens`, their number by kind of match, and
+    `errors`, for each matrix the mean relative error of the donor's rows of new tokens.
 
   Raises:
     ValueError: naming the option, the file or the tensor that is wrong.
-    FileExistsError: if there is something at `out` and `replace` is not set.
+    FileExistsError: if `out` exists and `replace` is not set.
   """
   _check(method, k, batch)
   files, find = Files(), hub.Finder(download=download)
@@ -132,15 +132,15 @@ def _check(method: str, k: int, batch: int) -> None:
 
 
 def _matrices(model: plan.Model, donor: plan.Model) -> list[tuple[str, Tensor, Tensor]]:
-  """Returns the embedding and the head of a model, by name, each with that of the donor.
+  """Returns name and tensor of a model's embedding and head, each with the donor's tensor.
 
   Raises:
-    ValueError: where a model has no embedding, or several that are not one.
+    ValueError: where a model has no embedding, or several.
   """
   ours, theirs = _tables(model), _tables(donor)
   embedding = ours["embedding"]
   matrices = [(*embedding, theirs["embedding"][1])]
-  if "head" in ours:  # A donor's embedding is its head where it has no other.
+  if "head" in ours:  # Without a head, the donor's embedding serves as one.
     matrices.append((*ours["head"], theirs.get("head", theirs["embedding"])[1]))
   return matrices
 
@@ -152,10 +152,12 @@ def _tables(model: plan.Model) -> dict[str, tuple[str, Tensor]]:
       continue
     kind = "embedding" if layers.is_input(name) else "head"
     if kind in tables:
-      raise ValueError(f"{model.name} has two of a kind, {tables[kind][0]!r} and {name!r}.")
+      raise ValueError(
+        f"{model.name} has two tensors of kind {kind}: {tables[kind][0]!r}, {name!r}."
+      )
     tables[kind] = (name, tensor)
   if "embedding" not in tables:
-    raise ValueError(f"{model.name}, {model.folder}, has no embedding of tokens.")
+    raise ValueError(f"{model.name}, {model.folder}, has no token embedding.")
   return tables
 
 
@@ -191,7 +193,7 @@ def _match(
     elif how == "new":
       new.append(row)
   if not shared:
-    raise ValueError("the two tokenizers have no token in common: nothing says how rows go over.")
+    raise ValueError("the two tokenizers have no token in common; choose another donor.")
   places = np.array(sorted(shared))
   return Match(rows, counts, (places, rows[places]), np.array(sorted(new), np.int64))
 
@@ -213,7 +215,7 @@ def _row(
 def _combinations(
   match: Match, of_donor: Tensor, method: str, k: int, cosine: bool, batch: int
 ) -> tuple[approximation.Combination | None, float | None]:
-  """Returns how rows of new tokens are made, and by how much that misses the donor's rows."""
+  """Returns the sums for new tokens' rows, and their mean relative error on the donor's rows."""
   if method not in ("omp", "interpolate") or not len(match.new):
     return None, None
   atoms, targets = (_rows_of(of_donor, places) for places in (match.shared[0], match.new))
@@ -228,7 +230,7 @@ def _combinations(
 
 
 def _rows_of(matrix: Tensor, places: np.ndarray) -> np.ndarray:
-  """Reads some rows of a matrix, in float32, in blocks."""
+  """Reads rows of a matrix as float32, block by block."""
   width = matrix.shape[1]
   out = np.empty((len(places), width), np.float32)
   step = max(1, _READ // width)
@@ -243,7 +245,7 @@ def _rows_of(matrix: Tensor, places: np.ndarray) -> np.ndarray:
 def _rearranged(
   matrix: Tensor, match: Match, sums: approximation.Combination | None, method: str
 ) -> Tensor:
-  """Returns a matrix with a row for each token of the donor, made when it is read."""
+  """Returns a lazy matrix with a row for each token of the donor."""
   width, wide = matrix.shape[1], widen(matrix, np.dtype(np.float32))
   order = np.full(len(match.rows), -1, np.int64)
   order[match.new] = np.arange(len(match.new))
@@ -287,7 +289,7 @@ def _mean(matrix: Tensor) -> np.ndarray:
 def _vectors(
   model: plan.Model, tables: Mapping[str, Tensor], tokens: list[Vocabulary]
 ) -> dict[str, Tensor]:
-  """Returns the biases of heads with an entry for each token; zero for new ones."""
+  """Returns head biases with an entry for each token of the donor; zero for new tokens."""
   vectors = {}
   for name, tensor in model.tensors.items():
     if len(tensor.shape) == 1 and embeddings.is_token_matrix(name, tensor):
