@@ -18,7 +18,7 @@ def test_a_store_is_used_once_at_a_time_and_again_when_it_is_closed(tmp_path, mo
   state = {"w": np.ones(3, np.float32)}
   with stores.Checkpoints(tmp_path) as store:
     store.save(1, state, {})
-    words = r"these checkpoints are in use; .* by this very process\.\)"
+    words = r"these checkpoints are in use; .* by this process\.\)"
     with stores.Checkpoints(tmp_path) as other, pytest.raises(ValueError, match=words):
       other.restore(state)
     store.close()

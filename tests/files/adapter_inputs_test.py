@@ -276,13 +276,13 @@ def test_a_module_that_is_saved_whole_may_be_there_in_copies(tmp_path, plain):
 def test_rows_that_are_in_no_file_are_refused(tmp_path):
   base(tmp_path / "base", tied=False)
   grown = {PREFIX + EMBEDDING: noise(7, 12, 6)}
-  with pytest.raises(ValueError, match=r"'lm_head.weight' has 10: those of tokens that were added"):
+  with pytest.raises(ValueError, match=r"'lm_head.weight' has 10: the rows of added tokens are"):
     opened(tmp_path / "base", write(tmp_path / "a", grown))
   adapted = embedded("model.embed_tokens", (12, 6))
-  with pytest.raises(ValueError, match=r"adapts 12 rows, but .* has 10: those of tokens that were"):
+  with pytest.raises(ValueError, match=r"adapts 12 rows, but .* has 10: the rows of added tokens"):
     opened(tmp_path / "base", write(tmp_path / "b", adapted))
   tokens = {"trainable_token_indices": [3, 11]}
-  with pytest.raises(ValueError, match="which has 10; where tokens were added, the adapter must"):
+  with pytest.raises(ValueError, match="which has 10; if tokens were added, the adapter must"):
     opened(tmp_path / "base", write(tmp_path / "c", ROWS, **tokens))
 
 

@@ -156,7 +156,7 @@ def test_a_tensor_in_two_shards_is_refused(sharded):
     ("config.json", b'{"a":' * 500_000, ValueError, "config.json: not JSON .nested too deep"),
     ("config.json", b'{"a": 1' + b"0" * 5000 + b"}", ValueError, "config.json: not JSON .*digits"),
     ("config.json", b'{"a": 1, "a": 1}', ValueError, "config.json: names 'a' twice"),
-    ("config.json", b'{"a": "\\udc00"}', ValueError, "config.json: half of a surrogate pair"),
+    ("config.json", b'{"a": "\\udc00"}', ValueError, "config.json: an unpaired surrogate"),
     ("model.safetensors", b"12345", ValueError, "model.safetensors: .*truncated"),
     ("model.safetensors", None, FileNotFoundError, "neither model.safetensors nor"),
     ("config.json", None, FileNotFoundError, "config.json: no such file"),

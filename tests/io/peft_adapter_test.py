@@ -272,7 +272,7 @@ def test_a_folder_without_an_adapter(tmp_path):
     ({"alpha_pattern": {"q": None}}, "alpha_pattern: 'q' must be a number, got None"),
     ({"alpha_pattern": ["q"]}, r"alpha_pattern must map modules to numbers, got \['q'\]"),
     ({"rank_pattern": {"(": 2}}, r"rank_pattern: '\(' is no regular expression"),
-    ({"alpha_pattern": {r"(a)\1": 2}}, "the escape at 4 is not known; write the names of modules"),
+    ({"alpha_pattern": {r"(a)\1": 2}}, "the escape at 4 is not known; write module names instead"),
     ({"r": 4}, r"q_proj.lora_A.weight': its rank is 2, but 4 by r or rank_pattern"),
     ({"use_dora": True}, "has lora_A.weight, lora_B.weight, but needs .*lora_magnitude_vector"),
   ],
@@ -318,16 +318,16 @@ A, B, MAGNITUDE = "q_proj.lora_A.weight", "q_proj.lora_B.weight", "q_proj.lora_m
     (changed({A: noise(0, 2, 7, 3, 3)}), r"A is \[2, 63\] and B \[5, 2\]"),
     (
       changed({B: np.ones((5, 2), np.int8)}),
-      "lora_B.weight': is int8; give weights that are not",
+      "lora_B.weight': is int8; use weights that are not",
     ),
     (changed({"q_prj.weight": noise(0, 5, 7)}), "nor in the base, whose nearest is"),
     (changed({"lm_head.weight": noise(0, 5, 7)}), r"nor in the base.*, untied \(tie_word_emb"),
-    (changed({"q_proj.lora_C": noise(0, 5, 7)}), "lora_C': is neither a part that LORA has"),
+    (changed({"q_proj.lora_C": noise(0, 5, 7)}), "lora_C': is neither a part of LORA"),
     (changed({"q_proj.lora_A.default.weight": noise(0, 5)}), "is neither a part"),
     (changed({"q_proj.weight": noise(0, 6, 7)}), r"is \[6, 7\], but \[5, 7\] in the"),
     (
       {"model.layers.0.q_proj.lora_A.weight": noise(0, 2, 7)},
-      "names of an adapter's tensors begin with 'base_model.model.'",
+      "names of an adapter's tensors must begin with 'base_model.model.'",
     ),
     (
       lora_parts("block.0.q_proj", 2, (5, 7)),
@@ -363,14 +363,14 @@ def test_an_embedding_fits_in_one_layout_only(opened):
 
 
 def test_quantized_weights_are_refused(opened):
-  with pytest.raises(ValueError, match=r"base\.safetensors: is uint8; give weights that are not"):
+  with pytest.raises(ValueError, match=r"base\.safetensors: is uint8; use weights that are not"):
     opened({f"{Q}.weight": np.ones((5, 7), np.uint8)}, lora_parts(Q, 2, (5, 7)))
 
 
 def test_a_square_matrix_beside_others_that_contradict_the_config(opened):
   base = {f"{Q}.weight": noise(5, 5, 5), "lm_head.weight": noise(6, 11, 5)}
   parts = lora_parts(Q, 2, (5, 5)) | lora_parts("lm_head", 2, (11, 5))
-  with pytest.raises(ValueError, match=r"q_proj.*is square, and fan_in_fan_out does not tell"):
+  with pytest.raises(ValueError, match=r"q_proj.*is square, and fan_in_fan_out does not determine"):
     opened(base, parts, fan_in_fan_out=True)
   opened(base, parts, fan_in_fan_out=False)
   words = {f"{WORDS}.weight": noise(7, 9, 4)}, embedding_parts(WORDS, 2, (9, 4))

@@ -110,7 +110,7 @@ DAMAGED = {
   "not JSON .*can't decode": (b'{"\xff": 1}', b""),
   r"not JSON \(nested too deep\)": (b"[" * 500_000, b""),
   "not JSON .*4300 digits": (b'{"w": ' + b"9" * 5000 + b"}", b""),
-  r"half of a surrogate pair is no text, in .*ud800": (b'{"w\\ud800": {}}', b""),
+  r"an unpaired surrogate is not text, in .*ud800": (b'{"w\\ud800": {}}', b""),
   "'w': its shape has 65 axes, over the limit of 64": ({"w": entry(shape=[1] * 65)}, bytes(8)),
   r"'w': F32 \[0, 4611686018427387904\] is larger": ({"w": entry(shape=(0, 2**62))}, bytes(8)),
   r"'w': shape \[18446744073709551616\]": ({"w": entry(shape=(2**64,))}, bytes(8)),

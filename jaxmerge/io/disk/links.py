@@ -1,9 +1,9 @@
-"""Links in the folders of models: what they may lead to.
+"""Checks symbolic links in model folders.
 
-A model's folder comes from somebody else. What is copied from it, or read as its text, must lie in
-it: a link `tokenizer.model -> ~/.ssh/id_rsa` would bring a secret into the result, which is then
-published. The hub's cache is made of links to its blobs; these are followed. Weights
-are numbers, checked as such, and may lie elsewhere.
+A model folder comes from another party. Files that are copied from it, or read as text, must lie
+inside it: a link `tokenizer.model -> ~/.ssh/id_rsa` would put a secret into the result, which is
+then published. Links of the hub's cache to its blobs are followed. Weights are checked to be
+numbers, and may lie elsewhere.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ _BLOB = re.compile(r"models--[^/]+/blobs/[0-9a-f]{40}(?:[0-9a-f]{24})?")
 
 
 def check(path: pathlib.Path, folder: pathlib.Path) -> None:
-  """Raises ValueError where a file of a model's folder is, or lies behind, a link out of it.
+  """Raises ValueError if a file of a model folder is, or lies behind, a link out of the folder.
 
   Args:
     path: the file.
-    folder: of the model; itself it may be a link.
+    folder: the model folder; it may be a link itself.
   """
   target, home = pathlib.Path(os.path.realpath(path)), pathlib.Path(os.path.realpath(folder))
   if not target.is_relative_to(home) and not _is_blob(target, home):
     raise ValueError(
-      f"{path} is a link out of the model's folder, to {target}, and is not followed: what it "
-      "leads to would be a part of the result. If it belongs to the model, put a copy of it there."
+      f"{path} is a link out of the model's folder, to {target}, and is not followed: its target "
+      "would become part of the result. If it belongs to the model, replace the link by a copy."
     )
 
 
 def _is_blob(target: pathlib.Path, home: pathlib.Path) -> bool:
-  """Returns whether a file is a blob of the hub's cache: of the snapshot's repository, or by name.
+  """Returns whether a file is a blob of the snapshot's repository, or has a blob's name.
 
-  Folders into which the hub's client has linked models (`local_dir`) lead to such names as well.
+  Links that the hub's client puts into a `local_dir` lead to such names too.
   """
   blobs = home.parent.parent / "blobs"
   is_of_repository = home.parent.name == "snapshots" and target.parent == blobs

@@ -1,8 +1,8 @@
-"""Locks places on disk: one process writes to a place, and a second one fails with an error.
+"""Locks paths on disk: one process writes to a path, and a second one fails with an error.
 
-The lock is a file beside the place, so that it can be taken before anything there is looked at; it
-says which process has it. It is the kernel's: whatever ends a process gives it free. Where a disk
-knows no such locks, as some of networks do not, the file itself says which machine has the place.
+The lock is a file next to the path, so that it can be acquired before the path is read. It contains
+the process id of its owner. It is a kernel lock (flock), which is released whenever the process
+ends. On disks without such locks, such as some network disks, a file names the machine instead.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ import uuid
 from collections.abc import Iterator
 
 _UNKNOWN = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF)
-_PATIENCE = 0.1  # Seconds: a look whether there is a lock takes it for a moment.
+_PATIENCE = 0.1  # Seconds: `check` of another process holds the lock for a moment.
 _PAUSE = 0.02
 
 
 class Busy(ValueError):
-  """Another process has the place."""
+  """Another process has locked the path."""
 
 
 def path_of(place: pathlib.Path) -> pathlib.Path:
-  """Returns the file that is the lock of a place.
+  """Returns the lock file of a path.
 
   >>> path_of(pathlib.Path("models/merged")).name
   '.merged.lock'
@@ -39,15 +39,15 @@ def path_of(place: pathlib.Path) -> pathlib.Path:
 
 @contextlib.contextmanager
 def hold(place: pathlib.Path, busy: str, *, patience: float = _PATIENCE) -> Iterator[None]:
-  """Holds the lock of a place, which need not be there, while the block runs.
+  """Locks a path, which need not exist, while the block runs.
 
   Args:
-    place: a folder or a file; its parent is made.
-    busy: the error where another process has it, to which that process is added.
-    patience: seconds to wait for another one.
+    place: a folder or a file; its parent is created.
+    busy: the error message if another process has the lock; that process is appended.
+    patience: seconds to wait for another process.
 
   Raises:
-    Busy: where another process has it; nothing was changed then.
+    Busy: if another process has the lock; nothing was changed then.
   """
   path = path_of(place)
   if not path.parent.is_dir():
@@ -63,7 +63,7 @@ def hold(place: pathlib.Path, busy: str, *, patience: float = _PATIENCE) -> Iter
 
 
 def check(place: pathlib.Path, busy: str) -> None:
-  """Raises Busy where another process has a place; makes and keeps nothing."""
+  """Raises Busy if another process has locked a path; creates no file and takes no lock."""
   path = path_of(place)
   _check_mark(path, busy)
   try:
@@ -81,14 +81,14 @@ def check(place: pathlib.Path, busy: str) -> None:
 
 @contextlib.contextmanager
 def _hold_lock(path: pathlib.Path, busy: str, patience: float) -> Iterator[None]:
-  """Holds the kernel's lock of a file, which is there no longer than the lock."""
+  """Holds the kernel's lock of a file, and removes the file with the lock."""
   while True:
     handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     try:
       _take(handle, path, busy, patience)
-      if not _is_at(handle, path):  # The one who had it before has removed it meanwhile.
+      if not _is_at(handle, path):  # The previous owner has removed it meanwhile.
         continue
-      with contextlib.suppress(OSError):  # A full disk keeps nobody from having it.
+      with contextlib.suppress(OSError):  # The lock also works on a full disk.
         os.truncate(handle, 0)
         os.pwrite(handle, f"{os.getpid()} {socket.gethostname()}".encode(), 0)
       try:
@@ -115,13 +115,13 @@ def _take(handle: int, path: pathlib.Path, busy: str, patience: float = _PATIENC
 
 
 def _holder(handle: int) -> str:
-  """Returns which process has a lock, as far as the file says."""
+  """Returns the end of an error with the lock's owner; empty if the file does not name it."""
   number, _, machine = os.pread(handle, 300, 0).decode(errors="replace").partition(" ")
   if not number.isdecimal() or not machine.isprintable():
     return ""
   here = machine == socket.gethostname()
   if here and int(number) == os.getpid():
-    return " by this very process"
+    return " by this process"
   return f" by process {number} on {'this machine' if here else machine}"
 
 
@@ -134,17 +134,17 @@ def _is_at(handle: int, path: pathlib.Path) -> bool:
 
 @contextlib.contextmanager
 def _hold_mark(path: pathlib.Path, busy: str, patience: float) -> Iterator[None]:
-  """Marks a place as this machine's; among its processes, a lock on its local disk decides."""
-  path.unlink(missing_ok=True)  # It locks nothing here.
+  """Marks a path as used by this machine; a lock on the local disk excludes other processes."""
+  path.unlink(missing_ok=True)  # Without kernel locks, this file has no use.
   digest = hashlib.blake2b(os.fsencode(path.absolute()), digest_size=16).hexdigest()
   local = pathlib.Path(tempfile.gettempdir()) / f".jaxmerge-{os.getuid()}-{digest}.lock"
   mark = _mark_of(path)
   with _hold_lock(local, busy, patience):
-    if not _check_mark(path, busy):  # One of this machine is that of a process that was killed.
+    if not _check_mark(path, busy):  # A mark of this machine is left from a killed process.
       try:
         handle = os.open(mark, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
       except FileExistsError as error:
-        raise Busy(f"{busy} ({mark} has just been made.)") from error
+        raise Busy(f"{busy} ({mark} has just been created.)") from error
       try:
         os.write(handle, _machine())
         os.fsync(handle)
@@ -157,7 +157,7 @@ def _hold_mark(path: pathlib.Path, busy: str, patience: float) -> Iterator[None]
 
 
 def _check_mark(path: pathlib.Path, busy: str) -> bool:
-  """Returns whether a place has this machine's mark; raises Busy where it has another one's."""
+  """Returns whether a path has this machine's mark; raises Busy if it has another machine's."""
   mark = _mark_of(path)
   try:
     text = mark.read_bytes()[:200]
@@ -165,8 +165,8 @@ def _check_mark(path: pathlib.Path, busy: str) -> bool:
     return False
   if text != _machine():
     host = text.decode(errors="replace").split(" ")[0]
-    hint = f"This disk knows no locks: if nothing runs there any more, remove {mark}."
-    raise Busy(f"{busy} It is on the machine {host!r}. {hint}")
+    hint = f"This disk has no locks: if no process runs there any more, remove {mark}."
+    raise Busy(f"{busy} It runs on the machine {host!r}. {hint}")
   return True
 
 

@@ -1,4 +1,4 @@
-"""Checks that all processes of a run see one folder, lest each of them fills another."""
+"""Checks that all processes of a run see the same folder."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from jax.experimental import multihost_utils
 
 from jaxmerge.io.disk import atomic
 
-LOOKS = 70  # One a second: a network's disk may hide for a minute what another machine has made.
+LOOKS = 70  # One per second: a network disk may show another machine's file a minute late.
 
 
 def check(folder: pathlib.Path) -> None:
-  """Makes a folder, where it is missing, and looks whether every process of the run sees it.
+  """Creates a folder if it is missing, and checks that every process of the run sees it.
 
-  All processes call it at the same point; none goes on before the folder is there. Process 0 alone
-  writes, a mark that it removes again. One process has nothing to check, and makes no folder.
+  All processes must call it at the same point; it returns once the folder exists. Only process 0
+  writes: a marker file, which it removes again. A single process checks and creates nothing.
 
   Example:
     >>> check(pathlib.Path("runs/images4"))
 
   Raises:
-    ValueError: in all processes, naming those that do not see what process 0 has written.
-    OSError: in all processes, where process 0 cannot write there.
+    ValueError: in all processes, naming those that do not see the file of process 0.
+    OSError: in all processes, if process 0 cannot write there.
   """
   if jax.process_count() == 1:
     return
@@ -41,7 +41,7 @@ def check(folder: pathlib.Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         atomic.tidy(folder)
         mark.touch()
-      except OSError as error:  # The others must hear of it, or they wait for ever.
+      except OSError as error:  # Raised in all processes below, or the others would wait forever.
         failure = error
     if multihost_utils.process_allgather(np.asarray(failure is not None)).any():
       raise failure or OSError(f"process 0 cannot write in {folder}.")
@@ -52,9 +52,9 @@ def check(folder: pathlib.Path) -> None:
   if blind:
     who = ", ".join(map(str, blind))
     raise ValueError(
-      f"{folder} is not one folder for all processes: what process 0 writes there is not seen by "
-      f"process {who} of {jax.process_count()}. Give all of them the same folder, on a disk that "
-      "they share, such as NFS."
+      f"{folder} is not one folder for all processes: files of process 0 are not visible to "
+      f"process {who} of {jax.process_count()}. Give all of them the same folder on a shared disk, "
+      "such as NFS."
     )
 
 

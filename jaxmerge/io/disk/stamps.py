@@ -1,4 +1,4 @@
-"""Checks that files are unchanged: by their identity, size and times on the disk."""
+"""Checks that files are unchanged, by inode, size and times."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ import time
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-_TICK = 20_000_000  # Nanoseconds: writes that are closer together may have one time.
-_COARSE = 2_000_000_000  # The same on disks that keep whole seconds.
+_TICK = 20_000_000  # Nanoseconds: writes closer together may have the same time.
+_COARSE = 2_000_000_000  # The same on disks that store whole seconds.
 
 
 class Stamp(NamedTuple):
-  """The state of a file on disk; it changes with any writing, and with another file in its place.
+  """The state of a file on disk; it changes when the file is written or replaced.
 
   Attributes:
     device: the disk.
-    inode: the file on it.
-    size: bytes.
-    modified: when it was last written, in nanoseconds; tools set it back.
-    changed: when it was last written, renamed, linked or set back; no tool sets this one.
+    inode: the file on the disk.
+    size: number of bytes.
+    modified: time of the last write (mtime), in nanoseconds; programs can set it.
+    changed: time of the last write, rename or change of mtime (ctime); programs cannot set it.
   """
 
   device: int
@@ -36,11 +36,11 @@ class Changed(ValueError):
 
 
 def of(path: pathlib.Path) -> Stamp:
-  """Returns the stamp of a file, from an open handle: a network's disk then asks its server.
+  """Returns the stamp of a file, through an open handle, for which a network disk asks its server.
 
   Raises:
-    FileNotFoundError: where there is none.
-    ValueError: where it is a device, a pipe or a folder.
+    FileNotFoundError: if the file does not exist.
+    ValueError: if it is a device, a pipe or a folder.
   """
   handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # A pipe would wait for a writer.
   try:
@@ -48,20 +48,20 @@ def of(path: pathlib.Path) -> Stamp:
   finally:
     os.close(handle)
   if not stat.S_ISREG(s.st_mode):
-    raise ValueError(f"{path}: is no regular file; give one that can be read again.")
+    raise ValueError(f"{path}: not a regular file; use one that can be read again.")
   return Stamp(s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns)
 
 
 def take(paths: Iterable[pathlib.Path]) -> dict[pathlib.Path, Stamp]:
-  """Takes the stamps of files that are read next.
+  """Returns the stamps of files that are about to be read.
 
-  Where one has only just been written, it waits until another writing would have a later time.
+  If a file has just been written, it waits until another write would get a later time.
   """
   stamps = {path: of(path) for path in paths}
   last = max((s.changed for s in stamps.values()), default=0)
   coarse = any(s.changed % 1_000_000_000 == 0 for s in stamps.values())
   wait = last + (_COARSE if coarse else _TICK) - time.time_ns()
-  if 0 < wait <= (_COARSE if coarse else _TICK):  # More is another machine's clock.
+  if 0 < wait <= (_COARSE if coarse else _TICK):  # A longer wait means another machine's clock.
     time.sleep(wait / 1e9)
   return stamps
 
@@ -86,4 +86,4 @@ def _difference(before: Stamp, now: Stamp) -> str:
     return "another file has taken its place"
   if before.size != now.size:
     return f"it had {before.size:,} bytes, and has {now.size:,}"
-  return "it was written to" if before.modified != now.modified else "its ctime is another one"
+  return "it was written to" if before.modified != now.modified else "its ctime has changed"

@@ -1,20 +1,20 @@
-"""Reads JSON strictly and within bounds: headers of weights, indexes, configs."""
+"""Parses JSON strictly and within limits: headers of weights, indexes, configs."""
 
 from __future__ import annotations
 
 import collections
 import json
 import re
-from typing import Any  # What JSON holds is any object until it is checked.
+from typing import Any  # Any: a value of JSON before it is checked.
 
-# Bytes of a text: the limit of the safetensors format's reference implementation for a header. A
-# tokenizer of 260 thousand tokens has 34 million.
+# Bytes: the header limit of the reference implementation of safetensors. A tokenizer of 260,000
+# tokens has 34 million.
 LONGEST = 100_000_000
 _ESCAPED = re.compile(rb"\\u[dD]")
 
 
 def parse(where: str, content: bytes) -> dict[str, Any]:
-  """Returns the JSON object that a text is.
+  """Returns the object of a JSON text.
 
   >>> parse("config.json", b'{"layers": 12, "layers": 6}')
   Traceback (most recent call last):
@@ -25,9 +25,9 @@ def parse(where: str, content: bytes) -> dict[str, Any]:
     content: the text, in UTF-8.
 
   Raises:
-    ValueError: beginning with `where`: for what is no JSON, nested too deep, or no object; for
-      numbers of thousands of digits, a key that is there twice, and half of a surrogate pair, which
-      no file or terminal takes as text.
+    ValueError: starting with `where`: for text that is not JSON, too deeply nested, or not an
+      object; for numbers of thousands of digits, duplicate keys, and unpaired surrogates, which
+      cannot be written as text.
   """
   twice: list[str] = []
 
@@ -43,19 +43,19 @@ def parse(where: str, content: bytes) -> dict[str, Any]:
     half = _half(value) if _ESCAPED.search(content) else None
   except RecursionError as error:
     raise ValueError(f"{where}: not JSON (nested too deep).") from error
-  except ValueError as error:  # Too many digits are one as well, and no JSONDecodeError.
+  except ValueError as error:  # Too many digits raise it too, not JSONDecodeError.
     raise ValueError(f"{where}: not JSON ({error}).") from error
   if not isinstance(value, dict):
     raise ValueError(f"{where}: must be a JSON object, got {decoded[:100]!r}.")
   if twice:
     raise ValueError(f"{where}: names {twice[0]!r:.200} twice.")
   if half is not None:
-    raise ValueError(f"{where}: half of a surrogate pair is no text, in {half!r}.")
+    raise ValueError(f"{where}: an unpaired surrogate is not text, in {half!r}.")
   return value
 
 
 def _half(value: Any) -> str | None:
-  """Returns what is around half of a surrogate pair, which JSON can write as an escape."""
+  """Returns the text around an unpaired surrogate, which JSON can write as an escape."""
   try:
     json.dumps(value, ensure_ascii=False).encode()
   except UnicodeEncodeError as error:

@@ -1,7 +1,7 @@
-"""Applies adapters of PEFT to the tensors of a base; files are checked strictly.
+"""Applies PEFT adapters to the tensors of a base; checks their files strictly.
 
-Only headers are read here, unless an output head and its embedding are compared; what is adapted is
-computed when it is read. `peft` holds the kinds of adapters.
+Only headers are read here, unless an output head is compared with its embedding. Adapted tensors
+are computed when they are read.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Path = str | os.PathLike[str]
 CONFIG = other_formats.ADAPTER
 WEIGHTS = "adapter_model.safetensors"
 
-# Of transformers: what a model is loaded by that has the head of a task.
+# Classes of transformers for models with a task head.
 _CLASSES = {
   "SEQ_CLS": "AutoModelForSequenceClassification",
   "TOKEN_CLS": "AutoModelForTokenClassification",
@@ -40,8 +40,8 @@ class Use(NamedTuple):
   """The use of an adapter's tensor.
 
   Attributes:
-    kind: "added" to a tensor of the base, in its "place", "shared" by several modules, or a "copy"
-      of others, which is not read.
+    kind: "added" to a tensor of the base, in "place" of one, "shared" by several modules, or a
+      "copy" of another one, which is not read.
     target: the tensor of the base.
   """
 
@@ -53,12 +53,12 @@ class Adapted(NamedTuple):
   """The tensors of a base with an adapter applied.
 
   Attributes:
-    tensors: by name.
+    tensors: all tensors by name.
     tied: output heads that are still tied to the embedding.
     untied: output heads that were tied, and that the adapter makes separate tensors.
     layers: if the adapter reorders layers, the base's layer for each.
-    rows: rows of the embedding, if the adapter has more or fewer tokens than the base.
-    uses: use of each tensor of the adapter.
+    rows: number of rows of the embedding, if the adapter has more or fewer tokens than the base.
+    uses: the use of each tensor of the adapter.
   """
 
   tensors: dict[str, Tensor]
@@ -76,7 +76,7 @@ class Factors(NamedTuple):
     a: [r, in].
     b: [out, r].
     scale: number.
-    transposed: whether the config says that models store the matrix as [in, out].
+    transposed: whether models store the matrix as [in, out], according to the config.
   """
 
   a: np.ndarray
@@ -86,7 +86,7 @@ class Factors(NamedTuple):
 
 
 def is_adapter(folder: Path) -> bool:
-  """Returns whether a folder holds an adapter."""
+  """Returns whether a folder has an adapter config."""
   return (pathlib.Path(folder) / CONFIG).is_file()
 
 
@@ -94,7 +94,7 @@ def paths(folder: Path) -> tuple[pathlib.Path, pathlib.Path]:
   """Returns the files of an adapter: its config and its weights.
 
   Raises:
-    FileNotFoundError: naming the one that is missing, or is a pickle.
+    FileNotFoundError: naming a file that is missing, or is a pickle.
   """
   folder = pathlib.Path(folder)
   if not is_adapter(folder):
@@ -105,7 +105,7 @@ def paths(folder: Path) -> tuple[pathlib.Path, pathlib.Path]:
       "; adapter_model.bin is a pickle, which is not read: load it with PEFT and save it again, "
       "save_pretrained writes safetensors"
     )
-    raise FileNotFoundError(f"{folder}: {WEIGHTS} is not there{hint if pickled else ''}.")
+    raise FileNotFoundError(f"{folder}: {WEIGHTS} is missing{hint if pickled else ''}.")
   return folder / CONFIG, folder / WEIGHTS
 
 
@@ -121,23 +121,23 @@ def apply(
 ) -> Adapted:
   """Returns the tensors of a base with an adapter applied.
 
-  Matrices that are adapted are float32, computed when they are read; tensors that the adapter holds
-  whole (modules_to_save) take the place of the base's; all others are passed through.
+  Adapted matrices are float32, and are computed when they are read. Whole tensors of the adapter
+  (modules_to_save) replace those of the base. All others are passed through.
 
   >>> adapted = apply(inputs.open_model("base", files).tensors, "adapter", files)  # doctest: +SKIP
 
   Args:
-    base: its tensors.
-    folder: of the adapter.
-    files: that are open.
+    base: tensors of the base.
+    folder: folder of the adapter.
+    files: the open files.
     home: name of the folder in errors and records.
-    tied: names of output heads to the embedding that each is.
-    heads: those of them that a model has, or would have if it were not tied.
-    rename: beginnings of names of the adapter's modules to those of the base.
+    tied: by the name of a tied output head, its embedding.
+    heads: the tied heads that the model has, or would have if it were not tied.
+    rename: by prefix of the adapter's module names, the prefix in the base.
 
   Raises:
-    FileNotFoundError: where a file of the adapter is missing.
-    ValueError: naming the file, and the key or tensor, that is not understood or does not fit.
+    FileNotFoundError: if a file of the adapter is missing.
+    ValueError: naming the file, and the key or tensor that is unknown or does not fit.
   """
   path, weights = paths(folder)
   config, contents = settings.read(path), parts.read(weights, files, home)
@@ -157,22 +157,22 @@ def apply(
 
 
 def factors(folder: Path, files: Files) -> dict[str, Factors]:
-  """Reads the factors of an adapter by their modules.
+  """Reads the factors of an adapter by module.
 
   Raises:
-    FileNotFoundError: where a file of the adapter is missing.
+    FileNotFoundError: if a file of the adapter is missing.
     ValueError: naming the tensor that is no factor of a plain LoRA layer, or the key of the config
-      by which the adapter is more than its factors.
+      that needs more than factors.
   """
   path, weights = paths(folder)
   config, contents = settings.read(path), parts.read(weights, files)
   use = "apply the adapter to its base, as model+adapter, and merge the models"
   for key in ("use_dora", "lora_bias", "layer_replication", "target_parameters"):
     if config.values.get(key):
-      raise ValueError(f"{path}: {key} makes it more than its factors; {use}.")
+      raise ValueError(f"{path}: {key} needs more than the factors; {use}.")
   if config.kind != "LORA" or config.values.get("init_lora_weights") in ("pissa", "olora"):
     kind = config.values["init_lora_weights"] if config.kind == "LORA" else config.kind
-    raise ValueError(f"{path}: {kind} makes it more than its factors; {use}.")
+    raise ValueError(f"{path}: {kind} needs more than the factors; {use}.")
   factors_by_module: dict[str, Factors] = {}
   strange = [*contents.whole.values(), *contents.shared.values()]
   for (module, nested), each in contents.modules.items():
@@ -191,15 +191,15 @@ def factors(folder: Path, files: Files) -> dict[str, Factors]:
       *pair, config.scale(module), config.values["fan_in_fan_out"]
     )
   if strange:
-    raise ValueError(f"{strange[0].where}: is no factor of a plain LoRA layer; {use}.")
+    raise ValueError(f"{strange[0].where}: not a factor of a plain LoRA layer; {use}.")
   return factors_by_module
 
 
-# --- Tensors that an adapter has whole ---
+# --- Whole tensors of an adapter ---
 
 
 def _replace(base: Base, contents: Contents, config: Settings) -> dict[str, str]:
-  """Replaces tensors of the base; returns the base's name of each."""
+  """Replaces tensors of the base; returns their names in the base."""
   names = {}
   for name, tensor in contents.whole.items():
     name_in_base = base.name(name)
@@ -211,31 +211,31 @@ def _replace(base: Base, contents: Contents, config: Settings) -> dict[str, str]
     if tensor.shape != old.shape and not resized:
       raise ValueError(
         f"{tensor.where}: is {list(tensor.shape)}, but {list(old.shape)} in the base, whose "
-        "tensor it replaces; give a base of that shape."
+        "tensor it replaces; use a base of that shape."
       )
     base.changed[name_in_base], names[name] = _like(tensor, old), name_in_base
   return names
 
 
 def _unknown(name: str, tensor: Tensor, base: Base, config: Settings) -> str:
-  """Returns the error text for a tensor that is no part of an adapter's kind, nor in the base."""
+  """Returns the error for a tensor that is neither a part of the adapter's kind nor in the base."""
   task = config.values.get("task_type")
   if isinstance(task, str) and task in _CLASSES:
     labels = f", num_labels={tensor.shape[0]}" if task in ("SEQ_CLS", "TOKEN_CLS") else ""
     written = f"{_CLASSES[task]}.from_pretrained(BASE{labels}).save_pretrained(FOLDER)"
     return (
-      f"was trained beside the adapter, on a model for {task}, and the base has no {name!r}: give "
-      f"the base as such a model, which transformers' {written} writes"
+      f"was trained with the adapter, on a model for {task}, and the base has no {name!r}: use "
+      f"such a model as the base, as written by transformers' {written}"
     )
   untied = f"; give the base{UNTIED}" if name.endswith(tied_names.HEADS) else ""
   return (
-    f"is neither a part that {config.kind} has (lora_A.weight, lora_B.weight, lora_embedding_A, "
+    f"is neither a part of {config.kind} (lora_A.weight, lora_B.weight, lora_embedding_A, "
     f"lora_embedding_B, {parts.MAGNITUDE}) nor in the base{base.near(name)}{untied}"
   )
 
 
 def _like(tensor: Tensor, old: Tensor) -> Tensor:
-  """Returns a tensor that a result stores as it would store the base's, which it replaces."""
+  """Returns a tensor that is stored in the dtype of the base's tensor, which it replaces."""
   dtype = old.stored_dtype
   alike = safetensors.is_floating(dtype) == safetensors.is_floating(tensor.dtype)
   return tensor._replace(store_as=dtype) if alike else tensor
@@ -251,10 +251,10 @@ def _ties(
   heads: Sequence[str],
   tokens: set[str],
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-  """Returns the heads that still are the embedding, and those that no longer are.
+  """Returns the heads that are still tied to the embedding, and those that are not any more.
 
-  PEFT trains a head only where the adapter says so: else it stays as the embedding was. Rows of
-  single tokens are those of both.
+  PEFT trains a head only if the adapter has it; otherwise the head keeps the embedding's old
+  weights. Rows of single tokens change in both.
   """
   names = {id(t): n for n, t in base.items()}
   still, untied = {}, {}
@@ -267,7 +267,7 @@ def _ties(
       untied[head] = new_head
     else:
       still[head] = new
-  # The config of a decoder then ties none; that of models which share an embedding stays.
+  # A decoder's config then ties nothing; that of models with a shared embedding is unchanged.
   alone = untied and not any(map(tied_names.stacks, base))
   return ({}, untied) if alone else (still, untied)
 
@@ -278,16 +278,16 @@ def _refuse_idle(
   tied: Mapping[str, Tensor],
   embeddings: set[str],
 ) -> None:
-  """Raises ValueError where an adapter was trained of an embedding's module that never runs.
+  """Raises ValueError if an adapter changes an embedding module that the model never calls.
 
-  Encoder and decoder look tokens up in separate modules, to whose weights that of the shared
-  one is tied. PEFT wraps one module, and the others stay as they are.
+  Encoder and decoder look tokens up in separate modules, whose weights are tied to the shared one.
+  PEFT wraps one module, and the others stay unchanged.
 
   Args:
-    base: its tensors.
-    changed: those of them that the adapter changes.
-    tied: names of heads and copies to the embedding that each is.
-    embeddings: tensors that are changed as weights, not as a module: in all that is tied to them.
+    base: tensors of the base.
+    changed: the tensors that the adapter changes.
+    tied: by the name of a head or copy, the embedding that it is tied to.
+    embeddings: tensors that change as weights, with everything tied to them, not as one module.
   """
   for name in changed.keys() - embeddings:
     used = [
@@ -296,18 +296,18 @@ def _refuse_idle(
     if used and not tied_names.equal(changed[name], base[name]):
       module = name.removesuffix(".weight")
       raise ValueError(
-        f"{changed[name].where}: the model never runs {module!r}: it looks tokens up in "
-        f"{' and '.join(n.removesuffix('.weight') for n in used)}, which the adapter leaves as "
-        f"they are. As trained, it has no effect there: take the tensors of {module!r} out of the "
-        "adapter's file; target_modules=['embed_tokens'] trains what is looked up."
+        f"{changed[name].where}: the model never calls {module!r}: it looks tokens up in "
+        f"{' and '.join(n.removesuffix('.weight') for n in used)}, which the adapter does not "
+        f"change. The adapter has no effect there: remove the tensors of {module!r} from its file; "
+        "target_modules=['embed_tokens'] trains the modules that are called."
       )
 
 
 def _rows(base: Base, out: Mapping[str, Tensor]) -> int | None:
-  """Returns the rows of embedding and head, where the adapter has others than the base.
+  """Returns the number of rows of embedding and head, if the adapter changes it.
 
   Raises:
-    ValueError: where not all of them have.
+    ValueError: if it changes only some of them.
   """
   known = {n: t for n, t in out.items() if tied_names.is_vocabulary(n) and n in base.tensors}
   grown = {n: t for n, t in known.items() if t.shape[0] != base.tensors[n].shape[0]}
@@ -320,14 +320,14 @@ def _rows(base: Base, out: Mapping[str, Tensor]) -> int | None:
     ):
       raise ValueError(
         f"{first.where}: {name!r} has {first.shape[0]} rows, but {other!r} has {tensor.shape[0]}: "
-        "those of tokens that were added are in no file; save the adapter with both "
-        "(modules_to_save, or save_embedding_layers=True)."
+        "the rows of added tokens are in no file; save the adapter with both (modules_to_save, or "
+        "save_embedding_layers=True)."
       )
   return first.shape[0]
 
 
 def _uses(weights: pathlib.Path, names: Mapping[tuple[str, int], str]) -> dict[str, Use]:
-  """Returns what the tensors of an adapter are used for, by the tensors of the base."""
+  """Returns the use of each tensor of an adapter."""
   uses: dict[str, Use] = {}
   header = safetensors.header(weights).tensors
   for name in header:

@@ -1,4 +1,4 @@
-"""Adapters other than LoRA: whole matrices, computed by `formulas` when they are read."""
+"""Adapters other than LoRA: whole matrices, which `formulas` computes when they are read."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def change(
   """Changes a tensor of a base, and with IA3 its bias.
 
   Raises:
-    ValueError: naming the part that is missing, or does not fit.
+    ValueError: naming the part that is missing or does not fit.
   """
   if target.parts.keys() not in _NEEDED.get(config.kind, []):
     raise ValueError(
@@ -63,7 +63,7 @@ def _load(target: Target) -> dict[str, np.ndarray]:
 
 
 def _is_transposed(target: Target, config: Settings, out: int, inner: int) -> bool:
-  """Returns whether a matrix lies [in, out]; ValueError where it has other sizes."""
+  """Returns whether a matrix is stored as [in, out]; raises ValueError for other sizes."""
   shape = target.tensor.shape
   swapped = bool(config.values["fan_in_fan_out"])
   if shape == (out, inner) == (inner, out):
@@ -73,7 +73,7 @@ def _is_transposed(target: Target, config: Settings, out: int, inner: int) -> bo
   return shape == (inner, out)
 
 
-# --- One kind each: they check sizes, and return what computes the whole ---
+# --- One function per kind: it checks sizes, and returns a function for the whole matrix ---
 
 
 def _lycoris(
@@ -94,7 +94,7 @@ def _loha_sizes(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:
 
 
 def _lokr_sizes(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:
-  """Rows and columns of a Kronecker product."""
+  """Returns the rows and columns of a Kronecker product."""
   sizes = []
   for i in "12":
     whole, a, b = (shapes.get(f"lokr_w{i}{x}") for x in ("", "_a", "_b"))
@@ -110,7 +110,7 @@ def _lokr_sizes(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:
 def _ia3(
   base: Base, target: Target, shared: object, config: Settings, wholes: pieces.Wholes
 ) -> Compute:
-  """Vectors that outputs, or the inputs of feed-forward layers, are multiplied by.
+  """Returns a function that scales outputs, or the inputs of feed-forward layers, by a vector.
 
   Liu et al. 2022, (IA)^3 (arXiv:2205.05638).
   """
@@ -132,7 +132,7 @@ def _ia3(
 
 
 def _is_feedforward(target: Target, config: Settings) -> bool:
-  """Returns whether a vector is of inputs: by the shape of a matrix, by the config for a kernel."""
+  """Returns whether a vector scales inputs: by its shape, or for a kernel by the config."""
   shape = target.parts["ia3_l"].shape
   if len(shape) == 2 and 1 in shape and shape != (1, 1):
     return shape[0] == 1
@@ -146,7 +146,7 @@ def _vera(
   base: Base, target: Target, shared: Mapping[str, Tensor], config: Settings, wholes: pieces.Wholes
 ) -> Compute:
   if shared.keys() != {"vera_A", "vera_B"}:
-    raise config.refusal("save_projection", "left out vera_A and vera_B, which PEFT draws again")
+    raise config.refusal("save_projection", "left out vera_A and vera_B, which PEFT redraws")
   a, b = shared["vera_A"], shared["vera_B"]
   outer, inner = (target.parts[f"vera_lambda_{x}"].shape for x in "bd")
   shape = target.tensor.shape

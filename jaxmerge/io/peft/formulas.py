@@ -1,7 +1,7 @@
-"""What adapters other than LoRA make of a matrix: in float32, of whole matrices.
+"""The formulas of adapters other than LoRA, for whole matrices.
 
-Each function takes the parts of a module by name, and returns what is added to the matrix, or what
-it is multiplied by. Matrices are [outputs, inputs]; a kernel of a convolution is its inputs.
+Each function takes the parts of a module by name. It returns an update to add to the matrix, or the
+changed matrix. Matrices are [outputs, inputs]; the axes of a kernel count as inputs.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ Parts = Mapping[str, np.ndarray]
 
 
 def loha(parts: Parts) -> np.ndarray:
-  """Returns the product, entry by entry, of two products of factors.
+  """Returns the elementwise product of two products of factors.
 
   Hyeon-Woo et al. 2022, FedPara (arXiv:2108.06098).
   """
@@ -30,7 +30,7 @@ def loha(parts: Parts) -> np.ndarray:
 
 
 def lokr(parts: Parts) -> np.ndarray:
-  """Returns the Kronecker product of two matrices, of which each may be a product of factors.
+  """Returns the Kronecker product of two matrices, each of which may be a product of factors.
 
   Yeh et al. 2024, LyCORIS (arXiv:2309.14859).
   """
@@ -42,7 +42,7 @@ def lokr(parts: Parts) -> np.ndarray:
     return a @ b if "lokr_t2" not in parts or i == 1 else _tucker(parts["lokr_t2"], a, b)
 
   first, second = factor(1), factor(2)
-  # Of kernels with one axis PEFT puts the axes together in another way: so it is trained.
+  # PEFT combines the axes of one-dimensional kernels differently; this follows it.
   return np.kron(first[:, :, None, None] if second.ndim == 4 else first, second)
 
 
@@ -52,7 +52,7 @@ def _tucker(core: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def vera(parts: Parts, inputs: int) -> np.ndarray:
-  """Returns the product of two shared matrices, of which the rows are scaled.
+  """Returns the product of two shared matrices with scaled rows.
 
   Kopiczko et al. 2024, VeRA (arXiv:2310.11454).
   """
@@ -68,16 +68,16 @@ def oft(
   eps: float | None = None,
   terms: int | None = None,
 ) -> np.ndarray:
-  """Returns a matrix of which the inputs are rotated, in blocks.
+  """Returns a matrix whose inputs are rotated in blocks.
 
   Qiu et al. 2023, OFT (arXiv:2306.07280).
 
   Args:
     x: [outputs, inputs].
-    parts: `oft_R.weight`, the entries above the diagonals of skew-symmetric blocks; one of them is
-      that of all inputs.
-    eps: the largest norm of a block, as constrained OFT has it; None: any.
-    terms: of the series that stands for the inverse in the rotation; None: the inverse itself.
+    parts: `oft_R.weight`, the entries above the diagonals of skew-symmetric blocks; a single block
+      is shared by all inputs.
+    eps: the norm bound of a block in constrained OFT; None: no bound.
+    terms: number of terms of the series that approximates the inverse; None: the exact inverse.
   """
   upper = parts["oft_R.weight"].astype(np.float64)
   size = (1 + math.isqrt(1 + 8 * upper.shape[1])) // 2
@@ -85,7 +85,7 @@ def oft(
   skew[:, *np.triu_indices(size, 1)] = upper
   skew -= skew.swapaxes(1, 2)
   if eps is not None:
-    # The limit is that of a block, by PEFT divided by the root of how many there are.
+    # PEFT divides the bound of a block by the square root of the number of blocks.
     norms, most = np.sqrt(np.square(skew).sum((1, 2), keepdims=True)), eps / math.sqrt(len(skew))
     skew *= np.where(norms > most, most / np.maximum(norms, 1e-300), 1)
   turns = _cayley(skew) if terms is None else _series(skew, terms)
@@ -97,14 +97,14 @@ def oft(
 def _cayley(skew: np.ndarray) -> np.ndarray:
   """Returns the rotations (1 - S) / (1 + S) of skew-symmetric matrices, [n, size, size]."""
   one = np.eye(skew.shape[1])
-  # x (1 + S) = 1 - S is solved on the right: its transpose on the left.
+  # x (1 + S) = 1 - S has its unknown on the left: solve the transposed equation.
   return np.linalg.solve((one + skew).swapaxes(1, 2), (one - skew).swapaxes(1, 2)).swapaxes(1, 2)
 
 
 def _series(skew: np.ndarray, terms: int) -> np.ndarray:
-  """The first terms of (1 + S) times the series of 1 / (1 - S): 1 + 2 S + 2 S^2 + ... + S^(n-1).
+  """Returns (1 + S) times the truncated series of 1 / (1 - S): 1 + 2 S + 2 S^2 + ... + S^(n-1).
 
-  Of three terms PEFT takes four; of two, the last one is doubled too.
+  As in PEFT, three terms count as four, and of two terms the last one is doubled too.
   """
   total, power = np.broadcast_to(np.eye(skew.shape[1]), skew.shape), np.eye(skew.shape[1])
   last = max(terms, 4) - 1 if terms > 2 else None
@@ -115,7 +115,7 @@ def _series(skew: np.ndarray, terms: int) -> np.ndarray:
 
 
 def boft(x: np.ndarray, parts: Parts) -> np.ndarray:
-  """Returns a matrix of which the inputs are rotated in blocks, and the outputs scaled.
+  """Returns a matrix whose inputs are rotated in blocks, and whose outputs are scaled.
 
   Liu et al. 2024, BOFT (arXiv:2311.06243), with one factor.
   """
@@ -127,10 +127,10 @@ def boft(x: np.ndarray, parts: Parts) -> np.ndarray:
 
 
 def residual(x: np.ndarray, rank: int, scale: float, start: str) -> np.ndarray:
-  """Returns a matrix without what its adapter began with, [outputs, inputs].
+  """Returns a matrix [outputs, inputs] minus the initial product of its adapter's factors.
 
-  Meng et al. 2024, PiSSA (arXiv:2404.02948): without its largest singular directions.
-  Büyükakyüz 2024, OLoRA (arXiv:2406.01775): without the first of its QR decomposition, by scale.
+  Meng et al. 2024, PiSSA (arXiv:2404.02948): minus its largest singular directions.
+  Büyükakyüz 2024, OLoRA (arXiv:2406.01775): minus the first columns of its QR, scaled.
   """
   if start == "pissa":
     u, s, vt = np.linalg.svd(x, full_matrices=False)

@@ -1,6 +1,6 @@
-"""Changes the tensors of a base by the modules of an adapter, whose parts are checked.
+"""Applies the modules of an adapter to the tensors of a base, and checks their parts.
 
-Only headers are read; matrices are computed when they are read, those of LoRA in rows.
+Only headers are read. Matrices are computed when they are read, those of LoRA row by row.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from jaxmerge.io.peft.settings import Settings, shown
 from jaxmerge.io.tensors import pieces
 from jaxmerge.io.tensors.tensor import Tensor
 
-Key = tuple[str, int]  # A module, and how it is nested.
+Key = tuple[str, int]  # A module, and its depth of nesting.
 
 
 def change(base: Base, contents: Contents, config: Settings) -> dict[Key, str]:
-  """Changes the tensors of a base by the modules of an adapter.
+  """Applies the modules of an adapter to the tensors of a base.
 
   Returns:
-    By module and how it is nested, the tensor that it changes.
+    By module and depth of nesting, the tensor that it changes.
 
   Raises:
     ValueError: naming the tensor that does not fit.
@@ -30,7 +30,7 @@ def change(base: Base, contents: Contents, config: Settings) -> dict[Key, str]:
   rows, wholes = lora.Rows(config), pieces.Wholes()
   for key, target in _targets(base, contents, config):
     if target.name in names.values():
-      raise ValueError(f"{target.where}: {target.name!r} is adapted by another module as well.")
+      raise ValueError(f"{target.where}: another module adapts {target.name!r} too.")
     names[key] = target.name
     if TOKENS in target.parts:
       base.changed[target.name] = _with_tokens(target, config)
@@ -41,7 +41,7 @@ def change(base: Base, contents: Contents, config: Settings) -> dict[Key, str]:
   if config.values.get("trainable_token_indices") and not any(
     TOKENS in parts for parts in contents.modules.values()
   ):
-    raise config.refusal("trainable_token_indices", f"is given, but no tensor is {TOKENS}")
+    raise config.refusal("trainable_token_indices", f"is set, but no tensor is {TOKENS}")
   base.changed |= rows.tensors()
   return names
 
@@ -64,10 +64,10 @@ def _targets(base: Base, contents: Contents, config: Settings) -> Iterator[tuple
 
 
 def tokens(config: Settings, module: str) -> list[int]:
-  """Returns the numbers of the tokens whose rows an adapter holds, of an embedding.
+  """Returns the ids of the tokens whose rows an adapter has for an embedding.
 
   Raises:
-    ValueError: where the config does not say.
+    ValueError: if the config does not list them.
   """
   key = "token_indices" if config.kind == "TRAINABLE_TOKENS" else "trainable_token_indices"
   value = config.values.get(key)
@@ -81,7 +81,7 @@ def tokens(config: Settings, module: str) -> list[int]:
 
 
 def _with_tokens(target: Target, config: Settings) -> Tensor:
-  """Returns an embedding with the rows that an adapter has."""
+  """Returns an embedding with the rows of an adapter in it."""
   rows, values = tokens(config, target.module), target.parts[TOKENS]
   if len(target.parts) > 1:
     raise ValueError(f"{values.where}: the other parts of {target.module!r} are not supported.")
@@ -93,7 +93,7 @@ def _with_tokens(target: Target, config: Settings) -> Tensor:
   if len(set(rows)) < len(rows) or max(rows, default=0) >= target.tensor.shape[0]:
     raise ValueError(
       f"{config.path}: tokens {shown(rows)} must be different rows of {target.tensor.where}, which "
-      f"has {target.tensor.shape[0]}; where tokens were added, the adapter must hold the resized "
+      f"has {target.tensor.shape[0]}; if tokens were added, the adapter must include the resized "
       "embedding: save it with save_embedding_layers=True."
     )
   return pieces.with_rows(target.tensor, rows, values)

@@ -1,4 +1,4 @@
-"""LoRA of matrices, kernels, embeddings and experts: the parts of a layer, checked."""
+"""LoRA of matrices, kernels, embeddings and experts: checks the parts of a layer."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _FLOAT = np.dtype(np.float32)
 
 
 class Rows:
-  """Layers of LoRA, whose matrices are computed in rows, one after the other."""
+  """LoRA layers, whose matrices are computed row by row."""
 
   def __init__(self, config: Settings):
     self.config = config
@@ -29,10 +29,10 @@ class Rows:
     self.plain: list[low_rank.Layer] = []
 
   def add(self, base: Base, target: Target, wholes: pieces.Wholes) -> None:
-    """Adds a module's matrix; a bias is changed at once.
+    """Adds a module's matrix; changes its bias immediately.
 
     Raises:
-      ValueError: naming the part that is missing, or does not fit.
+      ValueError: naming the part that is missing or does not fit.
     """
     pair = self._pair(target)
     a, b = (target.parts[name] for name in pair)
@@ -65,7 +65,7 @@ class Rows:
     return tensors
 
   def _pair(self, target: Target) -> list[str]:
-    """Returns the names of the factors; ValueError where parts are missing, or too many."""
+    """Returns the names of the factors; raises ValueError for missing or surplus parts."""
     parts, config = target.parts, self.config
     if any("embedding" in part for part in parts):
       pair = ["lora_embedding_A", "lora_embedding_B"]
@@ -118,7 +118,7 @@ class Rows:
   def _start(
     self, target: Target, matrix: Tensor, transposed: bool, wholes: pieces.Wholes
   ) -> Tensor:
-    """Returns the matrix that the adapter is added to, less what it began with for PiSSA, OLoRA."""
+    """Returns the matrix to add the adapter to; for PiSSA and OLoRA minus the initial adapter."""
     start = self.config.values.get("init_lora_weights")
     if start not in ("pissa", "olora"):
       return matrix
@@ -126,14 +126,14 @@ class Rows:
       raise self.config.refusal("init_lora_weights", "is supported for plain LoRA of matrices")
     if start == "olora" and transposed:
       raise self.config.refusal(
-        "init_lora_weights", "is not supported where matrices lie [in, out]"
+        "init_lora_weights", "is not supported for matrices stored as [in, out]"
       )
     rank, scale = self.config.rank(target.module), self.config.scale(target.module)
     dtype = matrix.stored_dtype
 
     def subtract_start(x: np.ndarray) -> np.ndarray:
       x = formulas.residual(x.T if transposed else x, rank, scale, start)
-      return (x.T if transposed else x).astype(dtype).astype(x.dtype)  # It was trained on these.
+      return (x.T if transposed else x).astype(dtype).astype(x.dtype)  # As rounded in training.
 
     return wholes.tensor(matrix, subtract_start, f"what {start} began with taken off")
 
@@ -146,7 +146,7 @@ class Rows:
     base.changed[name] = wholes.tensor(base.tensor(name), add, added.where)
 
   def _add_experts(self, target: Target, a: Tensor, b: Tensor) -> None:
-    """Adds the experts of a fused tensor: each is a matrix with separate factors."""
+    """Adds the experts of a fused tensor, each of which is a matrix with separate factors."""
     (count, *shape), rank = target.tensor.shape, self.config.rank(target.module)
     if a.shape[0] != rank * count or b.shape[1] != rank * count:
       raise ValueError(
@@ -157,8 +157,8 @@ class Rows:
     fits = [form for form in dict.fromkeys((plain, swapped)) if form == tuple(shape)]
     if not fits or plain == swapped:
       raise ValueError(
-        f"{a.where}: A is {list(a.shape)} and B {list(b.shape)}, from which it cannot be told "
-        f"whether experts lie [out, in] or [in, out] in {target.tensor.where}, which is "
+        f"{a.where}: A is {list(a.shape)} and B {list(b.shape)}, which does not determine whether "
+        f"experts are [out, in] or [in, out] in {target.tensor.where}, which is "
         f"{list(target.tensor.shape)}; {MERGE}."
       )
     whole = functools.lru_cache(1)(lambda: pieces.load(b, _FLOAT).reshape(-1, rank, count))
@@ -181,24 +181,24 @@ def _lazy(like: Tensor, shape: tuple[int, ...], compute) -> Tensor:
 
 
 def _with_weights(a: Tensor, e: Tensor) -> Tensor:
-  """Returns AdaLoRA's right factor with its rows' weights (Zhang et al. 2023, arXiv:2303.10512)."""
+  """Returns AdaLoRA's right factor with scaled rows (Zhang et al. 2023, arXiv:2303.10512)."""
   if e.shape != (a.shape[0], 1):
     raise ValueError(f"{e.where}: must be {[a.shape[0], 1]}, is {list(e.shape)}.")
   return _lazy(a, a.shape, lambda: pieces.load(a, _FLOAT) * pieces.load(e, _FLOAT))
 
 
 def _as_matrix(tensor: Tensor) -> Tensor:
-  """Returns a kernel as a matrix: [out, in, ...] as [out, in * ...]; A and B of one likewise."""
+  """Returns a kernel [out, in, ...], or a factor of one, as a matrix [out, in * ...]."""
   if len(tensor.shape) <= 2:
     return tensor
   return tensor._replace(shape=(tensor.shape[0], math.prod(tensor.shape[1:])))
 
 
 def _check(target: Target, matrix: Tensor, a: Tensor, b: Tensor, embedding: bool) -> None:
-  """Raises ValueError where A, B and the base's matrix do not belong together."""
+  """Raises ValueError if A, B and the base's matrix do not fit each other."""
   for tensor in (matrix, a, b):
     if not safetensors.is_floating(tensor.dtype):
-      raise ValueError(f"{tensor.where}: is {tensor.dtype}; give weights that are not quantized.")
+      raise ValueError(f"{tensor.where}: is {tensor.dtype}; use weights that are not quantized.")
     if len(tensor.shape) != 2:
       raise ValueError(f"{tensor.where}: is {list(tensor.shape)}, not a matrix; {MERGE}.")
   if a.shape[0] != b.shape[1]:
@@ -210,9 +210,9 @@ def _check(target: Target, matrix: Tensor, a: Tensor, b: Tensor, embedding: bool
     return
   if embedding and matrix.shape[1] == b.shape[0]:
     raise ValueError(
-      f"{a.where}: adapts {a.shape[1]} rows, but {matrix.where} has {matrix.shape[0]}: those of "
-      "tokens that were added are in no file; save the adapter with save_embedding_layers=True, "
-      "or give as the base the model whose embedding was resized."
+      f"{a.where}: adapts {a.shape[1]} rows, but {matrix.where} has {matrix.shape[0]}: the rows "
+      "of added tokens are in no file; save the adapter with save_embedding_layers=True, or use "
+      "the model with the resized embedding as the base."
     )
   raise ValueError(
     f"{a.where}: A is {list(a.shape)} and B {list(b.shape)}, which is for a matrix "
@@ -221,15 +221,15 @@ def _check(target: Target, matrix: Tensor, a: Tensor, b: Tensor, embedding: bool
 
 
 def _check_square(layers: Sequence[low_rank.Layer], config: Settings) -> None:
-  """Raises ValueError where the layout of a square matrix is unknown.
+  """Raises ValueError if the layout of a square matrix is unknown.
 
-  PEFT sets fan_in_fan_out right for one layer after the other and saves the last value: in a model
-  of both kinds of layers it says nothing about the others.
+  PEFT sets fan_in_fan_out for each layer in turn and saves the last value. In a model with both
+  kinds of layers, it is unreliable for the others.
   """
   square = [layer for layer in layers if layer.base.shape[0] == layer.base.shape[1]]
   wrong = [layer for layer in layers if layer.transposed != config.values["fan_in_fan_out"]]
   if square and wrong:
     raise ValueError(
-      f"{square[0].a.where}: the base's matrix is square, and fan_in_fan_out does not tell its "
-      f"layout, because it is wrong for {wrong[0].base.where}; {MERGE}."
+      f"{square[0].a.where}: the base's matrix is square, and fan_in_fan_out does not determine "
+      f"its layout, because it is wrong for {wrong[0].base.where}; {MERGE}."
     )

@@ -1,4 +1,4 @@
-"""Parameters of a module that are adapted one by one (target_parameters): fused experts."""
+"""Adapted parameters of a module (target_parameters), such as fused experts."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from jaxmerge.io.peft.base import Base, Target
 from jaxmerge.io.peft.settings import Settings
 from jaxmerge.io.tensors.tensor import Tensor
 
-# The order in which models make them: PEFT wraps the first one first, and the last is outermost.
+# The order in which models create them. PEFT wraps the first one first; the last is outermost.
 _ORDER = ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")
 
 
 def targets(
   base: Base, module: str, nested: Mapping[int, Mapping[str, Tensor]], config: Settings
 ) -> Iterator[tuple[int, Target]]:
-  """Yields the parameters of a module that are adapted, by how their parts are nested.
+  """Yields the adapted parameters of a module, by the depth of nesting of their parts.
 
   Raises:
-    ValueError: where it is unknown which parts belong to which parameter.
+    ValueError: if it is unknown which parts belong to which parameter.
   """
   wanted = [str(p) for p in config.values["target_parameters"]]
   names: dict[str, str] = {}
@@ -34,7 +34,7 @@ def targets(
   if len(names) != len(nested):
     raise ValueError(
       f"{where}: {len(nested)} parameters of {module!r} are adapted, but target_parameters names "
-      f"{', '.join(names)} of the base's."
+      f"{', '.join(names)} in the base."
     )
   for depth, name in _assign(base, names, nested, config, where).items():
     tensor = base.tensor(names[name])
@@ -48,7 +48,7 @@ def _assign(
   config: Settings,
   where: str,
 ) -> dict[int, str]:
-  """Returns which parameter the parts are of: by their shapes, or by the order of parameters."""
+  """Returns the parameter of the parts at each depth, by their shapes or by the usual order."""
   depths = sorted(nested, reverse=True)  # The innermost first.
   fitting = [
     dict(zip(depths, order, strict=True))
@@ -62,10 +62,11 @@ def _assign(
   if len(fitting) > 1 and len(usual) == len(names):
     fitting = [f for f in fitting if list(f.values()) == usual]
   if len(fitting) != 1:
-    what = "cannot be told from the shapes" if fitting else "does not fit the shapes"
+    what = "several assignments fit" if fitting else "no assignment fits"
     shapes = ", ".join(f"{n} {list(base.tensor(t).shape)}" for n, t in names.items())
     raise ValueError(
-      f"{where}: which of {shapes} it adapts {what}; {config.path.name} is not enough."
+      f"{where}: it is unknown which of {shapes} it adapts, as {what} the shapes; "
+      f"{config.path.name} does not list them in order."
     )
   return fitting[0]
 

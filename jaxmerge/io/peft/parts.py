@@ -18,17 +18,17 @@ _PARTS = (
   rf"{MAGNITUDE}(\.weight)?", "ia3_l", "hada_w[12]_[ab]", "hada_t[12]", "lokr_w[12](_[ab])?",
   "lokr_t2", r"oft_R\.weight", "boft_[Rs]", "vera_lambda_[bd]", rf"(token_adapter\.)?{TOKENS}",
 )  # fmt: skip
-_WRAPPED = ("modules_to_save", "original_module")  # Of a module that is trained whole.
+_WRAPPED = ("modules_to_save", "original_module")  # Submodules of a fully trained module.
 _PART = re.compile(rf"(?P<module>.+?)(?P<nested>(\.base_layer)*)\.(?P<part>{'|'.join(_PARTS)})")
 
 
 class Key(NamedTuple):
-  """A name of the file, parsed.
+  """A parsed tensor name of an adapter's file.
 
   Attributes:
-    module: the module, as the model calls it; or the whole tensor that this is.
-    part: what of the module it is; "" for a whole tensor.
-    nested: of parameters of one module that are adapted, how many others are around this one.
+    module: the module's name in the model; or the name of a whole tensor.
+    part: the part of the module; "" for a whole tensor.
+    nested: depth of nesting, where several parameters of a module are adapted.
   """
 
   module: str
@@ -40,8 +40,8 @@ class Contents(NamedTuple):
   """The tensors of an adapter's file.
 
   Attributes:
-    modules: by module and how it is nested, its parts by their names.
-    whole: tensors that replace the base's, by their names.
+    modules: by module and depth of nesting, its parts by name.
+    whole: tensors that replace the base's, by name.
     shared: matrices that all modules share.
   """
 
@@ -51,7 +51,7 @@ class Contents(NamedTuple):
 
 
 def key(name: str) -> Key | None:
-  """Takes a name of an adapter's file apart; None for one that does not begin as such names do.
+  """Parses a tensor name of an adapter's file; returns None without the expected prefix.
 
   >>> key("base_model.model.layers.0.mlp.experts.base_layer.lora_A.weight")
   Key(module='layers.0.mlp.experts', part='lora_A.weight', nested=1)
@@ -65,17 +65,17 @@ def key(name: str) -> Key | None:
     part = match["part"].removeprefix("token_adapter.")
     part = MAGNITUDE if part.startswith(MAGNITUDE) else part
     return Key(match["module"], part, match["nested"].count("."))
-  # PEFT may save a tensor of a module beside what is added to it.
+  # PEFT may save a tensor of a module next to its adapter.
   for wrapper in (".token_adapter.", ".base_layer.", ".ln_tuning_layers.", f".{_WRAPPED[0]}."):
     inside = inside.replace(wrapper, ".")
   return Key(inside, "")
 
 
 def is_copy(name: str, names: Container[str]) -> bool:
-  """Returns whether PEFT has written a tensor twice, and reads the other.
+  """Returns whether a tensor is a copy, of which PEFT reads the other one.
 
-  A module that is trained whole is saved by its own name; of embeddings and heads that were resized
-  PEFT saves the wrapped module besides: what was trained, and what it was before.
+  A fully trained module is saved under its plain name. For resized embeddings and heads, PEFT also
+  saves the wrapped module: the trained weights, and the original ones.
 
   >>> names = ["base_model.model.lm_head.weight", "base_model.model.lm_head.original_module.weight"]
   >>> [is_copy(name, names) for name in names]
@@ -88,10 +88,10 @@ def is_copy(name: str, names: Container[str]) -> bool:
 
 
 def read(path: pathlib.Path, files: Files, home: str | None = None) -> Contents:
-  """Sorts the tensors of an adapter's file: only its header is read.
+  """Reads the header of an adapter's file, and groups its tensors.
 
   Raises:
-    ValueError: naming the tensor whose name does not begin as it must, or is there twice.
+    ValueError: naming the tensor whose name lacks the prefix, or occurs twice.
   """
   contents = Contents({}, {}, {})
   header = safetensors.header(path).tensors
@@ -101,7 +101,7 @@ def read(path: pathlib.Path, files: Files, home: str | None = None) -> Contents:
     tensor = stored_tensor(files, path, name, entry, home=home)
     parsed = key(name)
     if parsed is None:
-      raise ValueError(f"{tensor.where}: names of an adapter's tensors begin with {PREFIX!r}.")
+      raise ValueError(f"{tensor.where}: names of an adapter's tensors must begin with {PREFIX!r}.")
     group, place = contents.whole, parsed.module
     if not parsed.module:
       group, place = contents.shared, parsed.part

@@ -1,8 +1,8 @@
-"""Regular expressions from configs, matched in time linear in the name: no expression can hang.
+"""Matches regular expressions from configs in linear time, so that no expression can hang.
 
-A pattern becomes an automaton, whose states are all followed at once. What such an automaton cannot
-do (back references, looking ahead) is refused; PEFT's users write names of modules, alternatives,
-classes and repetitions.
+A pattern becomes an automaton, whose states are followed in parallel. Features that it cannot
+express (back references, lookahead) are refused. Patterns of PEFT configs consist of module names,
+alternatives, classes and repetitions.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple  # Any: syntax trees, nested tuples.
 
 LONGEST = 1000  # Characters of a pattern.
-_DEEPEST = 20  # Parentheses within each other.
+_DEEPEST = 20  # Nested parentheses.
 _MOST = 5000  # Parts of an automaton, each of one state or none.
 
 _WORD = frozenset(string.ascii_letters + string.digits + "_")
@@ -24,22 +24,22 @@ Matcher = Callable[[str], bool]
 
 
 def first(patterns: Sequence[str], name: str) -> str | None:
-  """Returns the first pattern that is a name or its end, from a dot on, as PEFT looks modules up.
+  """Returns the first pattern that matches a name, or its end after a dot, as in PEFT.
 
   >>> first(["k_proj", "layers.[01].+"], "model.layers.1.q_proj")
   'layers.[01].+'
 
   Raises:
-    ValueError: for a pattern that is none, or is not supported.
+    ValueError: for an invalid or unsupported pattern.
   """
   return next((pattern for pattern in patterns if ends(pattern, name)), None)
 
 
 def ends(pattern: str, name: str) -> bool:
-  """Returns whether a pattern is a name, or its end behind a dot.
+  """Returns whether a pattern matches a name, or its end after a dot.
 
   Raises:
-    ValueError: for a pattern that is none, or is not supported.
+    ValueError: for an invalid or unsupported pattern.
   """
   literal = _literal(pattern)
   if literal is not None:
@@ -49,13 +49,13 @@ def ends(pattern: str, name: str) -> bool:
 
 @functools.lru_cache(10_000)
 def _literal(pattern: str) -> str | None:
-  """Returns the text that a pattern is, if it is plain text: dots are escaped, or absent."""
+  """Returns a pattern as plain text if it has no operators: dots are escaped or absent."""
   text = pattern.replace("\\.", "")
   return pattern.replace("\\.", ".") if text and _WORD | {"-"} >= set(text) else None
 
 
 class _State(NamedTuple):
-  """A state: it takes a character that `holds`, or none and goes on to all of `after`."""
+  """A state: it consumes a character for which `holds` is true, or none, and goes to `after`."""
 
   holds: Matcher | None
   anchor: str
@@ -64,16 +64,16 @@ class _State(NamedTuple):
 
 class _Automaton:
   def __init__(self, pattern: str):
-    # As PEFT puts it: (.*\.)?(pattern)$
+    # PEFT matches (.*\.)?(pattern)$
     before = ("repeat", ("join", [("repeat", _any(), 0, None), ("one", ".".__eq__)]), 0, 1)
     self.states: list[_State] = [_State(None, "", ())]
     self.parts = 0
     self.start = self._add(("join", [before, _parse(pattern)]), 0)
 
   def _add(self, node: Any, after: int) -> int:
-    """Adds the states of a part of the tree, which go on to `after`; returns the first of them."""
+    """Adds the states of a part of the tree, which lead to `after`; returns the first state."""
     kind = node[0]
-    self.parts += 1  # Of parts without a state there can be many as well.
+    self.parts += 1  # Parts without a state count too.
     if self.parts > _MOST:
       raise ValueError("it is too long once its repetitions are written out")
     if kind == "one":
@@ -104,7 +104,7 @@ class _Automaton:
     return len(self.states) - 1
 
   def matches(self, text: str) -> bool:
-    """Returns whether a whole text is one that the automaton takes."""
+    """Returns whether the automaton accepts a text."""
     here = self._closure([self.start], 0, len(text))
     for at, character in enumerate(text, 1):
       states = (self.states[i] for i in here)
@@ -115,7 +115,7 @@ class _Automaton:
     return 0 in here
 
   def _closure(self, states: Sequence[int], at: int, length: int) -> set[int]:
-    """Returns these states, and all that are reached from there without a character."""
+    """Returns these states, and all that are reachable without consuming a character."""
     reached, waiting = set(states), list(states)
     while waiting:
       state = self.states[waiting.pop()]
@@ -135,8 +135,8 @@ def _automaton(pattern: str) -> _Automaton:
     return _Automaton(pattern)
   except ValueError as error:
     raise ValueError(
-      f"{pattern!r:.200} is no regular expression that is supported: {error}; write the names of "
-      "modules in its place."
+      f"{pattern!r:.200} is no regular expression that is supported: {error}; write module names "
+      "instead."
     ) from None
 
 
@@ -152,7 +152,7 @@ def _parse(pattern: str) -> Any:
 
 
 def _either(text: str, at: int, depth: int) -> tuple[Any, int]:
-  """Reads alternatives, up to the end or a closing parenthesis."""
+  """Parses alternatives, up to the end or a closing parenthesis."""
   if depth > _DEEPEST:
     raise ValueError(f"its parentheses are more than {_DEEPEST} deep")
   parts: list[list[Any]] = [[]]
@@ -195,7 +195,7 @@ def _atom(text: str, at: int, depth: int) -> tuple[Any, int]:
 
 
 def _escape(text: str, at: int) -> tuple[frozenset[str], int]:
-  """Reads an escape: the characters that it stands for."""
+  """Parses an escape into a set of characters."""
   letter = text[at + 1 : at + 2]
   if letter in _CLASSES:
     return _CLASSES[letter], at + 2
@@ -205,7 +205,7 @@ def _escape(text: str, at: int) -> tuple[frozenset[str], int]:
 
 
 def _class(text: str, at: int) -> tuple[Any, int]:
-  """Reads what is in brackets."""
+  """Parses a character class in brackets."""
   opened, characters = at, set[str]()
   negated = text.startswith("^", at)
   at += negated
@@ -227,7 +227,7 @@ def _class(text: str, at: int) -> tuple[Any, int]:
 
 
 def _repetition(node: Any, text: str, at: int) -> tuple[Any, int]:
-  """Reads how often what comes before is there."""
+  """Parses the repetition of the preceding part, if there is one."""
   counts = {"*": (0, None), "+": (1, None), "?": (0, 1)}
   if text[at : at + 1] in counts:
     least, most = counts[text[at]]
@@ -244,7 +244,7 @@ def _repetition(node: Any, text: str, at: int) -> tuple[Any, int]:
     at = end + 1
   else:
     return node, at
-  if text.startswith("?", at):  # It takes as few as it can: whether a whole name fits is the same.
+  if text.startswith("?", at):  # Non-greedy: makes no difference to whether a whole name matches.
     at += 1
   if text[at : at + 1] in ("*", "+", "?", "{") and at < len(text):
     raise ValueError(f"{text[at]!r} at {at + 1} repeats a repetition")

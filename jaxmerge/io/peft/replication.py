@@ -1,10 +1,10 @@
-"""Layers that an adapter repeats or reorders before it is trained (layer_replication)."""
+"""Repeats or reorders the layers of a base as an adapter's layer_replication says."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any  # What JSON holds.
+from typing import Any  # Any: values of JSON.
 
 from jaxmerge.io.peft.settings import Settings, shown
 from jaxmerge.io.tensors.tensor import Tensor
@@ -16,10 +16,10 @@ _MOST = 10_000  # Layers of a result.
 def replicate(
   base: Mapping[str, Tensor], config: Settings
 ) -> tuple[tuple[int, ...] | None, dict[str, Tensor]]:
-  """Returns which of the base's layers each layer is, and the tensors; None where they stay.
+  """Returns the base's layer of each layer, None if unchanged, and the tensors.
 
   Raises:
-    ValueError: for a map that is none, or a base with more than one stack of layers.
+    ValueError: for an invalid map, or for a base with more than one stack of layers.
   """
   ranges = config.values.get("layer_replication")
   if not ranges:
@@ -54,5 +54,5 @@ def _order(config: Settings, ranges: Any, height: int) -> tuple[int, ...]:
     raise ValueError(f"{config.path}: layer_replication {shown(ranges)} {text}.")
   order = tuple(i for first, last in ranges for i in range(first, last))
   if len(order) > _MOST:
-    raise ValueError(f"{config.path}: layer_replication makes {len(order)} layers, over {_MOST}.")
+    raise ValueError(f"{config.path}: layer_replication gives {len(order)} layers, over {_MOST}.")
   return order
