@@ -175,7 +175,7 @@ def test_adapters(tmp_path):
   assert record["adapter"]["r"] == 2
   assert len(record["tensors"][0]["xxh3_128"]) == 32
   (tmp_path / "a" / adapter.WEIGHTS).unlink()
-  with pytest.raises(FileNotFoundError, match=r"adapter_model\.safetensors is not there"):
+  with pytest.raises(FileNotFoundError, match=r"adapter_model\.safetensors is missing"):
     inspection.inspect(tmp_path / "a")
 
 

@@ -144,7 +144,7 @@ def test_scaled_weights_of_a_part_leave_its_config(home):
 
 def test_no_weights_and_missing_shards_are_named(home):
   write(home / "a", 0, shapes={})
-  with pytest.raises(FileNotFoundError, match=r"a: model_index.json is there, but no part"):
+  with pytest.raises(FileNotFoundError, match=r"a: has model_index.json, but no part"):
     formats.open_model("a", Files())
   (home / "a/unet/model.safetensors.index.json").write_text(
     '{"weight_map": {"w": "x.safetensors"}}'

@@ -181,7 +181,7 @@ def test_a_complete_folder_that_was_damaged_before_its_renaming(tmp_path, monkey
       files_merge.merge_files(*merge, tmp_path / "out")
   part = tmp_path / ".out.merging"
   assert not list(part.glob("journal*"))
-  with pytest.raises(ValueError, match=r"out\.merging holds an interrupted merge of other inputs"):
+  with pytest.raises(ValueError, match=r"out\.merging has an interrupted merge of other inputs"):
     files_merge.merge_files(methods.average(), paths(tmp_path, 2), tmp_path / "out")
   content = bytearray((part / "model.safetensors").read_bytes())
   content[-3] ^= 1
@@ -202,8 +202,6 @@ def test_another_merge_is_not_gone_on_with(tmp_path):
     (methods.average(), paths(tmp_path, 2)),
     (methods.weighted_sum(), paths(tmp_path)),
   ]:
-    with pytest.raises(
-      ValueError, match=r"out\.merging holds an interrupted merge of other inputs"
-    ):
+    with pytest.raises(ValueError, match=r"out\.merging has an interrupted merge of other inputs"):
       files_merge.merge_files(method, models, tmp_path / "out")
   files_merge.merge_files(methods.average(), paths(tmp_path, 2), tmp_path / "out", resume=False)

@@ -308,9 +308,7 @@ def test_a_merge_of_other_inputs_that_is_not_complete_is_told_of(family, capsys)
   journal = pathlib.Path(".out.merging/journal.jsonl")
   journal.parent.mkdir()
   journal.write_text('{"plan": "another"}\n')
-  assert "error: .out.merging holds an interrupted merge of other inputs or settings" in told(
-    capsys
-  )
+  assert "error: .out.merging has an interrupted merge of other inputs or settings" in told(capsys)
   assert main.main(["merge", "recipe.yml", "out", "--dry-run", "--resume=never"]) == 0
   assert journal.exists()
 
@@ -341,7 +339,7 @@ def test_a_merge_of_results_that_is_not_complete_goes_on_or_is_told_of(family, c
   stage = pathlib.Path(".out.mean.stage")
   assert main.main([*command, "--dry-run"]) == 0
   stage.rename("aside")
-  assert "error: .out.merging holds an interrupted merge of other inputs" in told(capsys)
+  assert "error: .out.merging has an interrupted merge of other inputs" in told(capsys)
   pathlib.Path("aside").rename(stage)
   written = []
   monkeypatch.setattr(

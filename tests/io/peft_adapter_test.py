@@ -233,7 +233,7 @@ def test_a_folder_without_an_adapter(tmp_path):
   with pytest.raises(FileNotFoundError, match="the folder is empty"):
     adapter.paths(tmp_path)
   (tmp_path / adapter.CONFIG).write_text("{}")
-  with pytest.raises(FileNotFoundError, match=r"adapter_model\.safetensors is not there\.$"):
+  with pytest.raises(FileNotFoundError, match=r"adapter_model\.safetensors is missing\.$"):
     adapter.paths(tmp_path)
   (tmp_path / "adapter_model.bin").write_bytes(b"")
   with pytest.raises(FileNotFoundError, match=r"\.bin is a pickle.*save_pretrained writes safe"):

@@ -55,7 +55,9 @@ def test_a_file_beside_a_config_is_read_alone(home):
 def test_two_models_in_a_folder_are_no_model(home):
   for name in ("x", "y"):
     safetensors.save(f"m/{name}.safetensors", W)
-  with pytest.raises(ValueError, match=r"'a.weight' is in x.safetensors .*give one of the files"):
+  with pytest.raises(
+    ValueError, match=r"'a.weight' is also in x.safetensors; .*use the path of one file"
+  ):
     formats.open_model("m", Files())
 
 
@@ -98,7 +100,7 @@ def test_what_is_no_file_is_refused(home, capsys):
   (home / "dir.safetensors").mkdir()
   cases = {
     "dir.safetensors is a folder; remove it": ["dir.safetensors"],
-    "a file of safetensors is no checkpoint": ["b.safetensors", "--out-format=orbax"],
+    "a safetensors file is no checkpoint": ["b.safetensors", "--out-format=orbax"],
     "--evaluate and --push need a folder": ["b.safetensors", "--evaluate=python x.py {out}"],
   }
   for words, arguments in cases.items():

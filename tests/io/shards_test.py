@@ -18,7 +18,7 @@ def test_a_buffer_of_another_dtype_is_refused(tmp_path, dtype):
   kinds, wrong = {"w": (np.dtype(dtype), (4,))}, {8: np.float32, 2: np.int16}
   with shards.open_shards(tmp_path, kinds, {"model.safetensors": ["w"]}) as files:
     right = np.arange(4).astype(dtype)
-    with pytest.raises(ValueError, match=r"model.safetensors: tensor 'w' is .*, and was to get"):
+    with pytest.raises(ValueError, match=r"model.safetensors: tensor 'w' is .*, got entries of"):
       files.write("w", 0, right.astype(wrong[right.itemsize]))
     files.write("w", 0, right)
     files.sync()

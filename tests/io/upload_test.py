@@ -172,12 +172,12 @@ def test_a_folder_is_pushed_from_python(hub, tmp_path):
 @pytest.mark.parametrize(
   ("repository", "token", "words"),
   [
-    ("org/m", None, "no token of the hub: `hf auth login`"),
+    ("org/m", None, "no token for the hub: run `hf auth login`"),
     ("org/m", "hf_wrong", "the hub does not answer: .*Invalid user token"),
-    ("other/m", TOKEN, "the token may write for me, org, and not for other"),
-    ("org", TOKEN, "'org' is no id of a repository: write owner/name"),
+    ("other/m", TOKEN, "the token may write for me, org, not for other"),
+    ("org", TOKEN, "'org' is not a repository id: write owner/name"),
     ("org/a--b", TOKEN, "'org/a--b' is no id"),
-    ("org/public", TOKEN, r"is there and is public: push with --public"),
+    ("org/public", TOKEN, r"exists and is public: push with --public"),
   ],
 )
 def test_nothing_is_merged_where_it_cannot_be_pushed(

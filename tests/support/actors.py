@@ -194,8 +194,8 @@ def short(error):
   kinds = {
     "another process is merging": "told that it is running",
     "was changed while it was read": "told that an input was changed",
-    "is not what it was when": "told that an input is another one",
-    "holds an interrupted merge": "told that it is another merge",
+    "has changed since the merge in": "told that an input is another one",
+    "has an interrupted merge": "told that it is another merge",
     "exists; pass": "told that it exists",
     "out is a link to": "told that it exists",
     "is a file; give the path": "told that it exists",

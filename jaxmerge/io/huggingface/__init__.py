@@ -1,4 +1,4 @@
-"""Folders as Hugging Face lays them out, and models of the hub."""
+"""Hugging Face model folders, and models of the hub."""
 
 from jaxmerge import lazy
 

@@ -1,4 +1,4 @@
-"""Weights of Flax: `flax_model.msgpack` of a Hugging Face folder, its shards, or a bare file."""
+"""Flax weights: `flax_model.msgpack` of a Hugging Face folder, its shards, or a single file."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from jaxmerge.io.tensors.tensor import Files, Tensor
 
 WEIGHTS = "flax_model.msgpack"
 INDEX = f"{WEIGHTS}.index.json"
-MODEL = "params"  # Of a training state.
-_STATE = ("opt_state", "step")  # What says that it is one.
+MODEL = "params"  # The parameters in a training state.
+_STATE = ("opt_state", "step")  # Keys that identify a training state.
 
 
 class FlaxWeights(NamedTuple):
-  """Arrays of Flax by name, `a/b/kernel`, the file of each, and lines on what is left out."""
+  """Flax arrays by name, `a/b/kernel`, the file of each, and notes on values left out."""
 
   tensors: dict[str, Tensor]
   homes: dict[str, pathlib.Path]
@@ -24,7 +24,7 @@ class FlaxWeights(NamedTuple):
 
 
 def files(path: pathlib.Path) -> list[pathlib.Path]:
-  """Returns the files of msgpack that a path means: itself, or those in a folder; else none."""
+  """Returns the msgpack files of a path: the file itself, or those of a folder; else none."""
   if path.is_file():
     return [path] if path.suffix == msgpack.ENDING else []
   if (path / WEIGHTS).is_file():
@@ -36,13 +36,13 @@ def files(path: pathlib.Path) -> list[pathlib.Path]:
 
 
 def read(paths: list[pathlib.Path], opened: Files) -> FlaxWeights:
-  """Reads the heads of the arrays in files.
+  """Reads the headers of the arrays in files.
 
-  Of a training state that is its parameters, and all else but the optimizer's state and counters.
+  The optimizer's state and the counters of a training state are left out.
 
   Raises:
-    FileNotFoundError: for a shard that is missing.
-    ValueError: naming the file that is damaged, or holds no arrays, or one of another file.
+    FileNotFoundError: for a missing shard.
+    ValueError: naming the file that is damaged, has no arrays, or repeats an array of another file.
   """
   tensors: dict[str, Tensor] = {}
   homes: dict[str, pathlib.Path] = {}
@@ -53,7 +53,7 @@ def read(paths: list[pathlib.Path], opened: Files) -> FlaxWeights:
     contents = msgpack.read(path, opened)
     if twice := contents.arrays.keys() & tensors.keys():
       name = min(twice)
-      raise ValueError(f"{path}: tensor {name!r} is in {homes[name].name} as well.")
+      raise ValueError(f"{path}: tensor {name!r} is also in {homes[name].name}.")
     tensors |= contents.arrays
     homes |= dict.fromkeys(contents.arrays, path)
     others += contents.others
@@ -67,17 +67,17 @@ def read(paths: list[pathlib.Path], opened: Files) -> FlaxWeights:
     tensors = {n[start:]: t for n, t in rest.items()}
     homes = {n[start:]: homes[n] for n in rest}
   if not tensors:
-    raise ValueError(f"{paths[0]}: holds no arrays.")
+    raise ValueError(f"{paths[0]}: has no arrays.")
   return FlaxWeights(tensors, homes, _notes(paths[0], dropped, others))
 
 
 def _notes(path: pathlib.Path, dropped: list[str], others: list[str]) -> tuple[str, ...]:
   lines = [
-    "holds weights of Flax: its tensors are called a/b/kernel, and so are those of a result with "
-    "the same names, of which flax.traverse_util.unflatten_dict(tensors, sep='/') makes a tree."
+    "has Flax weights: tensors have names such as a/b/kernel, in the result too; "
+    "flax.traverse_util.unflatten_dict(tensors, sep='/') makes them a tree."
   ]
   if dropped:
     lines += [f"is a training state: {len(dropped)} arrays of the optimizer are left out."]
   if values := [name for name in others if name.split("/")[0] not in _STATE]:
-    lines += [f"has {len(values)} values that are no arrays, {values[0]!r} the first: left out."]
+    lines += [f"has {len(values)} values that are not arrays, such as {values[0]!r}: left out."]
   return tuple(f"{path.name} {line}" for line in lines)

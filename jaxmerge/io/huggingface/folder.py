@@ -1,7 +1,7 @@
 """Hugging Face folders: weights in safetensors, config.json, and the tokenizer's files.
 
-Modules of sentence-transformers, such as 2_Dense, are folders with weights in them: their
-tensors are called 2_Dense/linear.weight here, and lie in 2_Dense/model.safetensors.
+Modules of sentence-transformers, such as 2_Dense, are subfolders with weights: the tensor
+`linear.weight` in 2_Dense/model.safetensors is named 2_Dense/linear.weight here.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import os
 import pathlib
 import shutil
 from collections.abc import Collection, Iterable, Mapping
-from typing import Any  # What JSON holds is any object until it is checked.
+from typing import Any  # Any: a value of JSON before it is checked.
 
 import numpy as np
 
@@ -27,12 +27,12 @@ CONFIG = "config.json"
 README = "README.md"
 MODULES = "modules.json"  # sentence-transformers: which modules follow the encoder.
 MODULE = "[1-9]_*"  # A module's folder: number and kind. The encoder has none.
-_WEIGHTED = ("CNN", "Dense", "LSTM", "LayerNorm", "WeightedLayerPooling")  # Not so Pooling, ...
+_WEIGHTED = ("CNN", "Dense", "LSTM", "LayerNorm", "WeightedLayerPooling")  # Pooling has no weights.
 PROVENANCE = "jaxmerge_provenance.json"  # How a model was merged, and checksums of its tensors.
-ARROW = " -> "  # In a provenance, before the tensor that an input tensor goes into.
-_LONGEST_PROVENANCE = 10 * strict_json.LONGEST  # Bytes; a line for every tensor of every input.
+ARROW = " -> "  # In a provenance: from the outcome of an input tensor to the tensor of the result.
+_LONGEST_PROVENANCE = 10 * strict_json.LONGEST  # Bytes; one line per tensor of each input.
 _LONGEST_NAME = 255  # Characters of a file's name, on every common disk.
-# Files of a tokenizer, beside its chat template.
+# Files of a tokenizer, without its chat template.
 TOKENIZER = (
   "tokenizer.json",
   "tokenizer_config.json",
@@ -41,10 +41,10 @@ TOKENIZER = (
   "vocab.txt",
   "vocab.json",
   "merges.txt",
-  "normalizer.json",  # Whisper's, of spellings.
+  "normalizer.json",  # Whisper: spellings.
   "*.model",
   "*.tiktoken",
-  "*.spm",  # Marian's, of two languages.
+  "*.spm",  # Marian: source and target language.
   "vocab-*.json",
   "bpe.codes",
   "tekken.json",
@@ -71,16 +71,16 @@ COPIED = (
 def load(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
   """Reads all tensors of a folder by name, and its config.
 
-  The weights are in `model.safetensors`, or in the shards that its index, a file of that name with
-  `.index.json` added, lists, or else in all safetensors of the folder; those of modules of
-  sentence-transformers in their folders.
+  The weights are in `model.safetensors`, or in the shards listed in `model.safetensors.index.json`,
+  or else in all safetensors of the folder. Modules of sentence-transformers have theirs in
+  subfolders.
 
   >>> tensors, config = load("all-MiniLM-L6-v2")  # doctest: +SKIP
 
   Raises:
     FileNotFoundError: if the folder, its config.json, its weights or a shard are missing.
-    ValueError: naming the file and the tensor that is damaged, misplaced or in two shards, or if
-      there are both a single file of weights and an index of others.
+    ValueError: naming the file and the tensor that is damaged, misplaced or in two shards; or if
+      there are both a single file of weights and an index of other files.
   """
   folder = pathlib.Path(folder)
   settings, places = config(folder), entries(folder)
@@ -104,8 +104,8 @@ def entries(folder: Path) -> dict[str, tuple[pathlib.Path, safetensors.Entry]]:
       name = prefix + inner_name
       if name in entries_by_name:
         other = entries_by_name[name][0].name
-        hint = "" if is_usual(folder) else "; if these are two models, give one of the files"
-        raise ValueError(f"{path}: tensor {name!r} is in {other} as well{hint}.")
+        hint = "" if is_usual(folder) else "; if these are two models, use the path of one file"
+        raise ValueError(f"{path}: tensor {name!r} is also in {other}{hint}.")
       entries_by_name[name] = (path, entry)
   homes = {name: path for name, (path, _) in entries_by_name.items() if path.parent == folder}
   _check_index(folder, homes)
@@ -136,7 +136,7 @@ def shards(
 ) -> dict[str, list[str]]:
   """Distributes tensors, in order, over files of at most `limit` bytes.
 
-  `sizes` are in bytes. A larger tensor gets its own file; a module's tensors share one of any size.
+  `sizes` are in bytes. A tensor over the limit has a file to itself; a module has one of any size.
 
   >>> shards({"a": 3, "b": 3, "c": 9}, limit=8)
   {'model-00001-of-00002.safetensors': ['a', 'b'], 'model-00002-of-00002.safetensors': ['c']}
@@ -165,7 +165,7 @@ def shards(
 
 
 def index(files: Mapping[str, list[str]], sizes: Mapping[str, int]) -> str:
-  """Returns the text of the index of several shards; modules are not in it."""
+  """Returns the text of the index of several shards; it leaves out modules."""
   places = {name: file for file, names in files.items() if "/" not in file for name in names}
   content = {
     "metadata": {"total_size": sum(sizes[name] for name in places)},
@@ -183,14 +183,14 @@ def save(
   metadata: Mapping[str, str] | None = None,
   replace: bool = False,
 ) -> pathlib.Path:
-  """Writes a folder that other tools can open; it appears complete or not at all.
+  """Writes a folder that other programs can open; it appears complete or not at all.
 
   Args:
     folder: its path; parents are created.
-    tensors: the weights, for one `model.safetensors`, and one for each module.
+    tensors: the weights, for one `model.safetensors` and one more per module.
     source: the base's folder, whose config.json and tokenizer files are copied byte for byte.
     readme: text of the model card, README.md; None writes none.
-    metadata: for the header of the weights, {"format": "pt"} if None: transformers demands it.
+    metadata: metadata of the weights' header; None: {"format": "pt"}, which transformers requires.
     replace: whether to replace an existing folder.
 
   Returns:
@@ -237,7 +237,7 @@ def is_usual(folder: Path) -> bool:
 
 
 def weights(folder: Path) -> list[pathlib.Path]:
-  """Returns the paths of the files that hold a folder's weights, its modules' among them."""
+  """Returns the paths of a folder's weight files, including those of its modules."""
   folder = pathlib.Path(folder)
   single, several = (folder / WEIGHTS).is_file(), (folder / INDEX).is_file()
   if not single and not several:
@@ -245,7 +245,7 @@ def weights(folder: Path) -> list[pathlib.Path]:
   homes = weight_map(folder / INDEX) if several else {}
   if single and (others := set(homes.values()) - {WEIGHTS}):
     raise ValueError(
-      f"{folder}: {WEIGHTS} and an index of other files, such as {min(others)}, are both there; "
+      f"{folder}: has both {WEIGHTS} and an index of other files, such as {min(others)}; "
       f"remove {WEIGHTS}, or {INDEX} and its files, whichever is not the model."
     )
   for name, shard in homes.items():
@@ -262,7 +262,7 @@ def _module_weights(folder: pathlib.Path) -> list[pathlib.Path]:
   for path in folders:
     hint = other_formats.pickle_hint(path)
     if not (path / WEIGHTS).is_file() and (hint or path.name[2:] in _WEIGHTED):
-      raise FileNotFoundError(f"{path}: {WEIGHTS} is not there{'; ' * bool(hint)}{hint}.")
+      raise FileNotFoundError(f"{path}: {WEIGHTS} is missing{'; ' * bool(hint)}{hint}.")
   return [path / WEIGHTS for path in folders if (path / WEIGHTS).is_file()]
 
 
@@ -300,10 +300,10 @@ def read_json(path: pathlib.Path, longest: int = strict_json.LONGEST) -> dict[st
 
   Raises:
     FileNotFoundError: if the file does not exist.
-    ValueError: naming the file, if it holds no JSON object, is too long, or repeats a key.
+    ValueError: naming the file, if it is not a JSON object, is too long, or repeats a key.
   """
   if not path.is_file():
-    what = "is no regular file" if path.exists() else "no such file"
+    what = "not a regular file" if path.exists() else "no such file"
     raise FileNotFoundError(f"{path}: {what}.")
   size = path.stat().st_size
   if size > longest:
@@ -326,7 +326,7 @@ def text(folder: pathlib.Path, name: str) -> str:
   try:
     return path.read_text(encoding="utf-8")
   except UnicodeDecodeError as error:
-    raise ValueError(f"{path}: is no text in UTF-8: {error}.") from error
+    raise ValueError(f"{path}: not UTF-8 text: {error}.") from error
 
 
 def provenance(folder: Path) -> dict[str, Any]:
@@ -335,7 +335,7 @@ def provenance(folder: Path) -> dict[str, Any]:
 
 
 def provenance_file(path: pathlib.Path) -> pathlib.Path:
-  """Returns the path of the provenance of a merged model: in its folder, or beside its file.
+  """Returns the path of a merged model's provenance: in its folder, or next to its file.
 
   >>> provenance_file(pathlib.Path("out/merged.safetensors")).name
   'merged.jaxmerge_provenance.json'
@@ -345,7 +345,7 @@ def provenance_file(path: pathlib.Path) -> pathlib.Path:
 
 
 def without_target(outcome: str) -> str:
-  """Returns the outcome of an input tensor in a provenance, without the tensor that it goes into.
+  """Returns the outcome of an input tensor in a provenance, without the tensor of the result.
 
   >>> without_target("merged by ties, job 1 -> lm_head.weight")
   'merged by ties, job 1'
@@ -361,20 +361,20 @@ def _check_index(folder: pathlib.Path, homes: Mapping[str, pathlib.Path]) -> Non
     by_index, on_disk = index.get(name), homes[name].name if name in homes else None
     if by_index != on_disk:
       raise ValueError(
-        f"{folder / INDEX}: tensor {name!r} is in {by_index or 'no shard'} by the index, "
+        f"{folder / INDEX}: tensor {name!r} is in {by_index or 'no shard'} according to the index, "
         f"but in {on_disk or 'no shard'} on disk."
       )
 
 
 def weight_map(path: pathlib.Path) -> dict[str, str]:
-  """Returns the file of each tensor by an index; each is a plain name."""
+  """Returns the file name of each tensor from an index."""
   shards = read_json(path).get("weight_map")
   if not isinstance(shards, dict) or not shards:
     raise ValueError(
       f"{path}: weight_map must map names of tensors to shards, got {shards!r:.200}."
     )
   for name, shard in shards.items():
-    # A shard is a plain name, so that no index reads outside of its folder.
+    # A shard must be a plain name, so that an index cannot point outside its folder.
     if (
       not isinstance(shard, str)
       or not shard
@@ -383,13 +383,13 @@ def weight_map(path: pathlib.Path) -> dict[str, str]:
       or "\\" in shard
     ):
       raise ValueError(
-        f"{path}: tensor {name!r}: {shard!r:.300} is not the name of a file beside it."
+        f"{path}: tensor {name!r}: {shard!r:.300} is not the name of a file in its folder."
       )
   return shards
 
 
 def state_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
-  """Returns a config with the dtype in which weights are stored, under its library's key.
+  """Returns a config with the dtype of the stored weights, under the key that it uses.
 
   >>> state_dtype({"torch_dtype": "float32"}, "bfloat16")
   {'torch_dtype': 'bfloat16'}

@@ -1,4 +1,4 @@
-"""Models of the hub: from an id to a folder in the local cache; no network without `download`."""
+"""Locates models of the hub in the local cache; uses no network without `download`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import NamedTuple
 from jaxmerge.io.huggingface import folder, pipeline
 from jaxmerge.io.peft import adapter
 
-# What is fetched, and nothing else: no pickles, no code. Of the weights, what the index names.
+# Only these files, and the weights that the index names, are downloaded: no pickles, no code.
 SMALL = (*folder.COPIED, folder.INDEX, adapter.CONFIG, pipeline.INDEX)
 
 _ID = re.compile(r"([A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*", re.ASCII)
@@ -23,8 +23,8 @@ class Location(NamedTuple):
 
   Attributes:
     folder: its folder.
-    commit: of the hub's repository, whatever branch or tag was named; None: no model of the hub.
-    home: name of the folder in records, where its path is one of this machine: `id@commit`.
+    commit: commit of the hub's repository; None: not a model of the hub.
+    home: machine-independent name of the folder in records: `id@commit`.
   """
 
   folder: pathlib.Path
@@ -35,8 +35,8 @@ class Location(NamedTuple):
 def is_id(path: str, revision: str | None = None) -> bool:
   """Returns whether a path is meant as the id of a model of the hub, `owner/name`.
 
-  A folder is never one, nor is what would lie in a folder that is there: a path that is misspelt is
-  not looked up elsewhere. With a revision it is one even so, and needs no owner.
+  A folder is no id, and neither is a path below an existing folder, which is more likely misspelt.
+  With a revision, the latter is an id, and the owner is optional.
 
   >>> is_id("org/model"), is_id("./org/model"), is_id("gpt2"), is_id("gpt2", "main")
   (True, False, False, True)
@@ -47,7 +47,7 @@ def is_id(path: str, revision: str | None = None) -> bool:
 
 
 def split(reference: str | os.PathLike[str]) -> tuple[str, str | None]:
-  """Returns path and revision of `path@revision`; a folder, or a `Path`, is not taken apart.
+  """Returns path and revision of `path@revision`; does not split a folder or a `Path`.
 
   >>> split("org/model@main"), split("org/model"), split(pathlib.Path("org/model@main"))
   (('org/model', 'main'), ('org/model', None), ('./org/model@main', None))
@@ -69,19 +69,19 @@ def join(path: str, revision: str | None) -> str:
 def locate(
   path: str, revision: str | None = None, *, download: bool = False, weights: bool = True
 ) -> Location:
-  """Returns the place of a model or an adapter: the folder itself, or the snapshot of an id.
+  """Returns the location of a model or an adapter: the folder itself, or the snapshot of an id.
 
-  Without `download` no network is used: the snapshot is in the hub's cache, or that is an error.
+  Without `download` no network is used: a snapshot that is not in the hub's cache is an error.
 
   Args:
-    path: a folder, or an id of the hub. What is neither is returned for its opener to refuse.
+    path: a folder, or an id of the hub. Any other path is returned as is.
     revision: a branch, a tag or a commit of the hub's repository; None: its main branch.
-    download: whether what the cache lacks is fetched: safetensors, config, tokenizer.
-    weights: whether weights are needed; otherwise the small files will do.
+    download: whether missing files are downloaded: safetensors, config, tokenizer.
+    weights: whether weights are needed, beside the small files.
 
   Raises:
-    ValueError: for a revision of what is no model of the hub.
-    FileNotFoundError: where it is not in the cache, or cannot be fetched; with what to do.
+    ValueError: for a revision of a path that is not on the hub.
+    FileNotFoundError: if it is not in the cache, or cannot be downloaded; says what to do.
   """
   if is_id(path, revision):
     return _snapshot(path, revision, download, weights)
@@ -99,10 +99,10 @@ def locate(
 
 
 class Finder:
-  """Finds models as `locate` does, and collects the commits of those from the hub.
+  """Locates models, and collects the commits of those from the hub.
 
   Attributes:
-    commits: of the models of the hub, by their references.
+    commits: commits of the models of the hub, by reference.
   """
 
   def __init__(self, *, download: bool = False):
@@ -110,7 +110,7 @@ class Finder:
     self._download = download
 
   def __call__(self, path: str, revision: str | None = None, *, weights: bool = True) -> Location:
-    """Returns the place of a model or an adapter, see `locate`."""
+    """Returns the location of a model or an adapter; see `locate`."""
     location = locate(path, revision, download=self._download, weights=weights)
     if location.commit is not None:
       self.commits[join(path, revision)] = location.commit
@@ -118,7 +118,7 @@ class Finder:
 
   @property
   def facts(self) -> dict[str, dict[str, str]]:
-    """Facts of the hub for the provenance; empty where nothing came from there."""
+    """Returns facts of the hub for the provenance; empty if no model came from there."""
     return {"hub": self.commits} if self.commits else {}
 
 
@@ -140,8 +140,8 @@ def _snapshot(name: str, revision: str | None, download: bool, weights: bool) ->
     return pathlib.Path(path)
 
   missing = (
-    f"{reference}: no such folder, and not, or not all of it, in the hub's cache; --download, or "
-    "download=True in Python, fetches it."
+    f"{reference}: no such folder, and not, or only in part, in the hub's cache; --download, or "
+    "download=True in Python, downloads it."
   )
   try:
     home = fetch(revision, SMALL)
@@ -151,22 +151,22 @@ def _snapshot(name: str, revision: str | None, download: bool, weights: bool) ->
     if weights:
       fetch(home.name, _weights(home))
     if weights and is_pipeline and not any(home.glob("*/*.safetensors")):
-      fetch(home.name, ["*/*.safetensors"])  # All its files are variants.
+      fetch(home.name, ["*/*.safetensors"])  # All its weight files are variants.
   except (OSError, errors.HTTPError) as error:
     reason = " ".join(str(error).split())
-    why = f"{reference}: no such folder, and not to be had from the hub: {reason}"
+    why = f"{reference}: no such folder, and the download from the hub failed: {reason}"
     raise FileNotFoundError(why if download else missing) from error
   try:
     if weights:
       _check_weights(home)
   except FileNotFoundError as error:
-    why = f"{reference}: the hub has no safetensors of it, and pickles are not read: {error}"
+    why = f"{reference}: the hub has no safetensors for it, and pickles are not read: {error}"
     raise FileNotFoundError(why if download else missing) from error
   return Location(home, home.name, f"{name}@{home.name}")
 
 
 def _check_weights(home: pathlib.Path) -> None:
-  """Raises FileNotFoundError where weights are missing."""
+  """Raises FileNotFoundError if weights are missing."""
   if adapter.is_adapter(home):
     adapter.paths(home)
   elif pipeline.is_pipeline(home):
@@ -176,7 +176,7 @@ def _check_weights(home: pathlib.Path) -> None:
 
 
 def _weights(home: pathlib.Path) -> list[str]:
-  """Names of the files of weights, by the index if there is one."""
+  """Returns names of weight files, from the index if there is one."""
   if pipeline.is_pipeline(home):
     return [f"*/{stem}{end}.safetensors" for stem in pipeline.STEMS for end in ("", "-*-of-*")]
   index = folder.read_json(home / folder.INDEX) if (home / folder.INDEX).is_file() else {}

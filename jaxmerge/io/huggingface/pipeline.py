@@ -1,7 +1,7 @@
 """Pipelines of diffusers: folders of several models, `unet/`, `vae/`, `text_encoder/`, ...
 
-A part with weights is read as tensors `unet/...`, and written to its folder again; tokenizers,
-schedulers and configs are copied.
+The tensors of a part are named `unet/...`, and are written to its folder. Tokenizers, schedulers
+and configs are copied.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import os
 import pathlib
 import re
 from collections.abc import Collection, Mapping
-from typing import Any, NamedTuple  # Any: what a config.json holds.
+from typing import Any, NamedTuple  # Any: values of a config.json.
 
 from jaxmerge.io.disk import links
 from jaxmerge.io.huggingface import folder
@@ -19,10 +19,10 @@ from jaxmerge.io.tensors import safetensors
 from jaxmerge.io.tensors.safetensors import Entry
 
 INDEX = "model_index.json"
-STEMS = ("diffusion_pytorch_model", "model")  # Of diffusers' own parts, and of transformers'.
+STEMS = ("diffusion_pytorch_model", "model")  # Weight files of diffusers and of transformers.
 COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.spm")
 _END = ".safetensors"
-_CONFIG = "_config"  # After the name of a part, in the config of a pipeline.
+_CONFIG = "_config"  # Suffix of a part's key in the config of a pipeline.
 
 
 class Part(NamedTuple):
@@ -30,10 +30,10 @@ class Part(NamedTuple):
 
   Attributes:
     name: its folder.
-    stem: what its files are called: "diffusion_pytorch_model" or "model".
-    variant: "" or "fp16" and the like.
-    files: of its weights.
-    others: variants that are there as well.
+    stem: stem of its file names: "diffusion_pytorch_model" or "model".
+    variant: "", "fp16" or the like.
+    files: its weight files.
+    others: variants that are not read.
   """
 
   name: str
@@ -51,16 +51,16 @@ def is_pipeline(path: str | os.PathLike[str]) -> bool:
 def parts(path: pathlib.Path) -> list[Part]:
   """Returns the parts of a pipeline that have weights.
 
-  Of the variants of a part, that without a name is taken, or the only one.
+  The variant without a name is read, or the only one.
 
   Raises:
     FileNotFoundError: if there are no weights, or a shard is missing.
-    ValueError: naming the part that only has several variants.
+    ValueError: naming a part with several variants but none without a name.
   """
   folders = sorted(p for p in path.iterdir() if p.is_dir() and any(p.glob(f"*{_END}")))
   weighted = [part for home in folders if (part := _part(home)) is not None]
   if not weighted:
-    raise FileNotFoundError(f"{path}: {INDEX} is there, but no part of it has safetensors.")
+    raise FileNotFoundError(f"{path}: has {INDEX}, but no part with safetensors.")
   return weighted
 
 
@@ -71,18 +71,18 @@ def _part(home: pathlib.Path) -> Part | None:
       continue
     if "" not in variants and len(variants) > 1:
       several = ", ".join(sorted(variants))
-      raise ValueError(f"{home}: has the variants {several}: leave the files of one of them there.")
+      raise ValueError(f"{home}: has the variants {several}: remove the files of all but one.")
     variant = "" if "" in variants else next(iter(variants))
     for file in variants[variant]:
       if not file.is_file():
-        raise FileNotFoundError(f"{file}: no such file, but the index beside it names it.")
+        raise FileNotFoundError(f"{file}: no such file, but the index in its folder names it.")
     others = sorted(variants.keys() - {variant})
     return Part(home.name, stem, variant, tuple(variants[variant]), tuple(others))
   return None
 
 
 def _variants(home: pathlib.Path, stem: str) -> dict[str, list[pathlib.Path]]:
-  """Returns the files of weights of a part, by variant."""
+  """Returns the weight files of a part by variant."""
   variants: dict[str, list[pathlib.Path]] = {}
   escaped = re.escape(stem)
   for path in sorted(home.iterdir()):
@@ -103,13 +103,13 @@ def entries(path: pathlib.Path) -> dict[str, tuple[pathlib.Path, Entry]]:
       for inner, entry in safetensors.header(file).tensors.items():
         name = f"{part.name}/{inner}"
         if name in places:
-          raise ValueError(f"{file}: tensor {inner!r} is in {places[name][0].name} as well.")
+          raise ValueError(f"{file}: tensor {inner!r} is also in {places[name][0].name}.")
         places[name] = (file, entry)
   return places
 
 
 def notes(path: pathlib.Path) -> list[str]:
-  """Returns lines on which files of a pipeline are read, and which are not."""
+  """Returns notes on which files of a pipeline are read, and which are not."""
   every = parts(path)
   lines = [f"is a pipeline of diffusers: its parts {', '.join(p.name for p in every)} are merged."]
   for variant in sorted({p.variant for p in every if p.variant}):
@@ -117,7 +117,7 @@ def notes(path: pathlib.Path) -> list[str]:
     lines.append(f"has {names} only as the variant {variant}, which is read.")
   for variant in sorted({v for p in every for v in p.others}):
     names = ", ".join(p.name for p in every if variant in p.others)
-    lines.append(f"has the variant {variant} of {names} as well, which is not read.")
+    lines.append(f"also has the variant {variant} of {names}, which is not read.")
   return lines
 
 
@@ -133,7 +133,7 @@ def config(path: pathlib.Path) -> dict[str, Any]:
 def config_texts(
   path: pathlib.Path, before: Mapping[str, Any], after: Mapping[str, Any]
 ) -> dict[str, str]:
-  """Returns the files of a config that has changed: config.json, or those of a pipeline's parts.
+  """Returns the files of a changed config: config.json, or those of a pipeline's parts.
 
   >>> config_texts(pathlib.Path("none"), {"a": 1}, {"a": 1})
   {}
@@ -148,7 +148,7 @@ def config_texts(
 
 
 def small_files(path: pathlib.Path) -> list[pathlib.Path]:
-  """Returns the files of a pipeline that are copied beside new weights.
+  """Returns the files of a pipeline that are copied next to new weights.
 
   Raises:
     ValueError: if one of them is a link to a file elsewhere.
@@ -161,7 +161,7 @@ def small_files(path: pathlib.Path) -> list[pathlib.Path]:
 
 
 def _is_left(path: pathlib.Path) -> bool:
-  """Returns whether a file is hidden, an index, or of the merge that made the pipeline."""
+  """Returns whether a file is hidden, an index, or the record of an earlier merge."""
   is_index = re.search(r"\.index(\.\w+)?\.json$", path.name) is not None
   is_hidden = any(part.startswith(".") for part in path.parts)
   return is_index or is_hidden or path.name in (folder.PROVENANCE, "jaxmerge_evaluation.json")
@@ -186,7 +186,7 @@ def shards(sizes: Mapping[str, int], limit: int, stems: Mapping[str, str]) -> di
 
 
 def indices(files: Mapping[str, Collection[str]], sizes: Mapping[str, int]) -> dict[str, str]:
-  """Returns the texts of the indices of parts in several files, by name."""
+  """Returns the index texts, by name, of parts with several weight files."""
   texts: dict[str, str] = {}
   for part in dict.fromkeys(file.partition("/")[0] for file in files):
     part_files = {f.partition("/")[2]: n for f, n in files.items() if f.startswith(f"{part}/")}

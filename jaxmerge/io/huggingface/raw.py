@@ -1,4 +1,4 @@
-"""Raw safetensors: a file under any name, or a folder of them, without an index."""
+"""Bare safetensors: a file of any name, or a folder of files without an index."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})")
 
 
 def is_file(path: str | os.PathLike[str]) -> bool:
-  """Returns whether a path is a file of weights that is a model by itself.
+  """Returns whether a path is a weight file that is a model by itself.
 
-  A file of an adapter is none, nor is one of a Hugging Face folder, whose config belongs to it.
+  Files of adapters are not, nor are files of a Hugging Face folder, which also has a config.
 
   >>> is_file("models/none.safetensors")
   False
@@ -31,10 +31,10 @@ def is_file(path: str | os.PathLike[str]) -> bool:
 
 
 def files(folder: pathlib.Path) -> list[pathlib.Path]:
-  """Returns the safetensors in a folder, whatever they are called.
+  """Returns the safetensors of a folder, whatever their names.
 
   Raises:
-    FileNotFoundError: if there is none, or a shard is missing by the names of the others.
+    FileNotFoundError: if there are none, or if the other shards' names show that one is missing.
   """
   if is_file(folder):
     return [folder]
@@ -47,5 +47,5 @@ def files(folder: pathlib.Path) -> list[pathlib.Path]:
     for number in range(1, int(match["count"]) + 1):
       shard = f"{match['stem']}-{number:05d}-of-{match['count']}{ENDING}"
       if not (folder / shard).is_file():
-        raise FileNotFoundError(f"{folder / shard}: no such file, but {match[0]}{ENDING} is there.")
+        raise FileNotFoundError(f"{folder / shard}: no such file, but {match[0]}{ENDING} exists.")
   return paths

@@ -1,4 +1,4 @@
-"""References to models, `model@revision+adapter+adapter`, as text; free of NumPy."""
+"""Splits references to models, `model@revision+adapter+adapter`; free of NumPy."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 
 def split(reference: str, is_folder: Callable[[str], bool]) -> list[str]:
-  """Takes a model and its adapters apart at each `+` that is in no name of a folder.
+  """Splits a model and its adapters at each `+` that is not part of a folder's name.
 
   >>> split("base+runs/a+b+c", lambda path: path == "runs/a+b")
   ['base', 'runs/a+b', 'c']

@@ -1,8 +1,8 @@
-"""Writes a folder of weights: shards that are laid out first, and a journal of what is done.
+"""Writes a folder of weights: preallocated shards, and a journal of finished tensors.
 
-A crash at any moment leaves a folder from which the work goes on: a tensor counts as done when its
-bytes are synced and its line is in the journal, and when it still has the checksum of that line.
-Where NaN and infinity were let pass, the line says so: it does not count where they are refused.
+A merge can resume after a crash at any moment. A tensor counts as done if its bytes are synced, its
+line is in the journal, and it still has the checksum of that line. A line also says whether NaN and
+infinity were allowed; if so, it does not count for a merge that refuses them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import os
 import pathlib
 import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Any  # Digests are plain JSON.
+from typing import Any  # Any: digests are plain JSON.
 
 import numpy as np
 import xxhash
@@ -26,9 +26,9 @@ from jaxmerge.io.huggingface import shards as shard_files
 from jaxmerge.io.tensors.tensor import Tensor
 
 NAME = "journal.jsonl"
-SYNCED = 2**28  # Bytes that are written before they are synced, and recorded as done.
-UNCHECKED = {"nonfinite": "allowed"}  # In the line of a tensor whose inputs may have NaN.
-Stamps = Mapping[str, Sequence[int]]  # Of files, by path: plain JSON.
+SYNCED = 2**28  # Bytes between two syncs, after which tensors are recorded as done.
+UNCHECKED = {"nonfinite": "allowed"}  # Part of the line of a tensor whose inputs may have NaN.
+Stamps = Mapping[str, Sequence[int]]  # Stamps of files by path, as plain JSON.
 
 
 def unfinished_folder(out: pathlib.Path) -> pathlib.Path:
@@ -41,7 +41,7 @@ def unfinished_folder(out: pathlib.Path) -> pathlib.Path:
 
 
 def intermediate_folder(out: pathlib.Path, name: str) -> pathlib.Path:
-  """Returns the folder of an intermediate result, which `out` is made of.
+  """Returns the folder of an intermediate result that `out` is merged from.
 
   >>> intermediate_folder(pathlib.Path("models/merged"), "halves").name
   '.merged.halves.stage'
@@ -50,19 +50,19 @@ def intermediate_folder(out: pathlib.Path, name: str) -> pathlib.Path:
 
 
 def free(out: pathlib.Path) -> int | None:
-  """Returns how many bytes are free on the disk of a folder that is to be made, if known."""
+  """Returns the free bytes on the disk of a folder that need not exist yet; None if unknown."""
   there = next(p for p in out.absolute().parents if p.is_dir())
   usage = shutil.disk_usage(there)
   return usage.free if usage.total else None
 
 
 def check_room(out: pathlib.Path, needed: int, *, begun: Iterable[pathlib.Path] = ()) -> None:
-  """Raises OSError where a disk has no room for the result at `out`.
+  """Raises OSError if the disk has no room for the result at `out`.
 
   Args:
-    out: a folder that is to be made.
+    out: the folder to be written.
     needed: bytes that it takes while it is written.
-    begun: folders in which a part of these is already.
+    begun: folders with files that are already written, which count.
   """
   files = [p for folder in begun for p in folder.rglob("*") if p.is_file()]
   left = needed - sum(p.stat().st_size for p in files)
@@ -71,7 +71,7 @@ def check_room(out: pathlib.Path, needed: int, *, begun: Iterable[pathlib.Path] 
     text = (
       f"{left:,} bytes are to be written, but {available:,} are free on the disk; free some, or "
     )
-    raise OSError(errno.ENOSPC, f"{text}give another place", str(out))
+    raise OSError(errno.ENOSPC, f"{text}choose another place", str(out))
 
 
 @contextlib.contextmanager
@@ -89,18 +89,18 @@ def open_writer(
   """Opens the weights of a folder for writing: those of an interrupted merge, or new ones.
 
   Args:
-    directory: the folder that is written.
+    directory: the folder to write.
     kinds: dtype and shape of every tensor.
-    shards: file to its tensors.
-    identity: of the merge.
+    shards: tensors of each file.
+    identity: identity of the merge.
     inputs: stamps of the files that are read.
-    journal: name of the journal that is continued; all of the folder's are read.
-    checked: tensors whose checksums are compared, before they count as done; all by default.
-    nonfinite: whether NaN and infinity are let pass.
+    journal: name of the journal to append to; all journals of the folder are read.
+    checked: tensors whose checksums are compared before they count as done; None: all.
+    nonfinite: whether NaN and infinity are allowed.
 
   Raises:
-    ValueError: where the folder holds another merge.
-    atomic.Full: where there is no room for the files.
+    ValueError: if the folder is that of another merge.
+    atomic.Full: if there is no room for the files.
   """
   inputs = inputs or {}
   _begin(directory / journal, identity, inputs)
@@ -115,7 +115,7 @@ def open_writer(
 
 
 def counts_as_done(digest: Mapping[str, Any], nonfinite: bool) -> bool:
-  """Returns whether a tensor of the journal is done for a merge that lets NaN pass, or does not.
+  """Returns whether a tensor of the journal is done, for a merge that allows NaN or refuses it.
 
   >>> digest = {"xxh3_128": "0a"}
   >>> counts_as_done(digest, False), counts_as_done({**digest, **UNCHECKED}, False)
@@ -134,12 +134,12 @@ def journal(index: int) -> str:
 
 
 def journals(directory: pathlib.Path) -> list[pathlib.Path]:
-  """Returns the journals of a folder: one of each process that has merged there."""
+  """Returns the journals of a folder: one per process that has merged there."""
   return sorted(directory.glob("journal*.jsonl"))
 
 
 def read_journals(directory: pathlib.Path, identity: str) -> dict[str, Any]:
-  """Returns the records of tensors that are done, by name, from the journals of a folder."""
+  """Returns the records of finished tensors by name, from the journals of a folder."""
   done: dict[str, Any] = {}
   for path in journals(directory):
     records = _records(path)
@@ -154,18 +154,18 @@ def read_journals(directory: pathlib.Path, identity: str) -> dict[str, Any]:
 
 
 def stamps(directory: pathlib.Path) -> list[Stamps | None]:
-  """Returns, for each journal of a folder, the stamps of what its tensors are made of."""
+  """Returns the stamps of the inputs for each journal of a folder."""
   stamped = ([r for r in _records(path) if "stamps" in r] for path in journals(directory))
   return [records[-1]["stamps"] if records else None for records in stamped]
 
 
 def vouch(directory: pathlib.Path, identity: str, inputs: Stamps) -> None:
-  """Records, in a folder that is complete, which files it was made of."""
+  """Records the stamps of the inputs in the journal of a complete folder."""
   _begin(directory / NAME, identity, inputs)
 
 
 def _begin(path: pathlib.Path, identity: str, inputs: Stamps) -> None:
-  """Begins a journal, unless it is that of an interrupted merge: its last line may be torn."""
+  """Starts a journal, or continues that of an interrupted merge without its torn last line."""
   records = _records(path) if path.exists() else []
   if not records:
     lines = [json.dumps({"plan": identity}), json.dumps({"stamps": inputs})]
@@ -186,10 +186,10 @@ _KINDS: Mapping[str, Mapping[str, type]] = {
 
 
 def _records(path: pathlib.Path) -> list[dict[str, Any]]:
-  """Reads the lines of a journal that are whole.
+  """Reads the complete lines of a journal.
 
   Raises:
-    ValueError: naming the file, and the line that is not as this module writes it.
+    ValueError: naming the file and the line that is damaged.
   """
   *lines, _ = path.read_bytes().split(b"\n")
   records = []
@@ -199,9 +199,9 @@ def _records(path: pathlib.Path) -> list[dict[str, Any]]:
       record = strict_json.parse(where, line)
       kind = _KINDS[next((k for k in _KINDS if k in record), "plan")]
       if any(type(record.get(key)) is not value_type for key, value_type in kind.items()):
-        raise ValueError(f"{where}: {line[:80].decode()!r} is no line of a journal.")
+        raise ValueError(f"{where}: {line[:80].decode()!r} is not a line of a journal.")
     except ValueError as error:
-      anew = "resume=False (--resume=never) drops what was done, and starts anew"
+      anew = "resume=False (--resume=never) discards the unfinished merge and starts anew"
       raise ValueError(f"{error} The journal was damaged: {anew}.") from error
     records.append(record)
   return records
@@ -210,8 +210,8 @@ def _records(path: pathlib.Path) -> list[dict[str, Any]]:
 def other_merge(directory: pathlib.Path) -> ValueError:
   """Returns the error for a folder in which another merge was interrupted."""
   return ValueError(
-    f"{directory} holds an interrupted merge of other inputs or settings; give its settings to go "
-    "on with it, resume=False (--resume=never) to drop it, or another place for the result."
+    f"{directory} has an interrupted merge of other inputs or settings; use its settings to resume "
+    "it, resume=False (--resume=never) to discard it, or another place for the result."
   )
 
 
@@ -220,20 +220,20 @@ class Replaced(ValueError):
 
   def __init__(self, directory: pathlib.Path, where: str):
     super().__init__(
-      f"{where}: is not what it was when the merge in {directory} was interrupted, and a part of "
-      "that is made of it; bring it back to go on, or resume=False (--resume=never) starts anew."
+      f"{where}: has changed since the merge in {directory}, which has used it, was interrupted; "
+      "restore it to resume, or start anew with resume=False (--resume=never)."
     )
 
 
 class ShardWriter:
-  """Writes tensors into shards, and records in the journal which are done.
+  """Writes tensors into shards, and records finished tensors in the journal.
 
   Attributes:
-    places: tensor to its file and where it lies there.
-    digests: tensors that are done to {"xxh3_128": checksum, "inputs": {where: checksum}} and the
-      mark: a line each of the journal, and on the disk as they were written.
-    unverified: whether the inputs' stamps are others than those of what is done: then `vouch`,
-      once their checksums are compared.
+    places: file and position of each tensor.
+    digests: by finished tensor, its record in the journal: {"xxh3_128": checksum, "inputs":
+      {where: checksum}} and the mark for NaN.
+    unverified: whether the inputs' stamps differ from those in the journal; then call `vouch` once
+      their checksums are compared.
   """
 
   def __init__(
@@ -255,21 +255,21 @@ class ShardWriter:
     self._hash: Any = None
 
   def vouch(self) -> None:
-    """Records that the tensors that are done are merged from the inputs as they are now."""
+    """Records that the finished tensors were merged from the present inputs."""
     if self._inputs is not None:
       self._append([{"stamps": self._inputs}])
     self._inputs = None
 
   def record_measurement(self, job: int, digest: str, done: Collection[str]) -> None:
-    """Records the checksum of all inputs that a job measured, before its first tensor is written.
+    """Records the checksum of the inputs of a job's reductions, before its first tensor is written.
 
     Args:
-      job: its number.
-      digest: of all its inputs.
-      done: its tensors that are done.
+      job: number of the job.
+      digest: checksum of all its inputs.
+      done: its finished tensors.
 
     Raises:
-      Replaced: where these were measured with other inputs.
+      Replaced: if these were merged with reductions of other inputs.
     """
     if done and self._jobs.get(job, digest) != digest:
       raise Replaced(self.path.parent, f"an input of job {job + 1}")
@@ -282,10 +282,10 @@ class ShardWriter:
 
     Args:
       name: the tensor.
-      start: entries of it before this part.
-      part: entries.
-      inputs: checksums of what the whole tensor is made of, by where it is from; the last part's
-        are taken.
+      start: number of entries before this part.
+      part: the entries.
+      inputs: checksums of the inputs of the whole tensor, by their position on disk; those of the
+        last part count.
     """
     if start == 0:
       self._hash = xxhash.xxh3_128()
@@ -300,13 +300,13 @@ class ShardWriter:
         self.flush()
 
   def tensor(self, name: str) -> Tensor:
-    """Returns a tensor that is done, to be read back."""
+    """Returns a finished tensor, which is read from disk."""
     file, entry = self.places[name]
     read = functools.partial(self._shards.read, name)
     return Tensor(f"{self.path.parent / file}: tensor {name!r}", entry.dtype, entry.shape, read)
 
   def flush(self) -> None:
-    """Syncs what was written, then records it in the journal."""
+    """Syncs the shards, then records their tensors in the journal."""
     self._shards.sync()
     tensors = ({"tensor": name, **record} for name, record in self._waiting.items())
     self._append([*self._lines, *tensors])
@@ -322,17 +322,17 @@ class ShardWriter:
 
 
 def lock(out: pathlib.Path) -> contextlib.AbstractContextManager[None]:
-  """Locks the place of a result: a second process that merges to it fails, and changes nothing."""
+  """Locks the path of a result: a second process that merges to it fails, and changes nothing."""
   return locks.hold(out, busy_message(out))
 
 
 def busy_message(out: pathlib.Path) -> str:
   """Returns the error message for a second process."""
-  return f"{out}: another process is merging to this place; wait for it, or give another place."
+  return f"{out}: another process is merging to this place; wait for it, or choose another place."
 
 
 def strip(directory: pathlib.Path, shards: Mapping[str, Sequence[str]], out_format: str) -> None:
-  """Removes the files of a folder that are of the merge, and not of its result."""
+  """Removes the temporary files of a merge from the folder of its result."""
   for path in journals(directory):
     path.unlink()
   for name in [] if out_format == "safetensors" else shards:

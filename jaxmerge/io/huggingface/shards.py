@@ -1,6 +1,6 @@
-"""The files of weights that a merge writes: laid out before the first byte, filled in any order.
+"""The weight files of a merge: preallocated with their headers, then filled in any order.
 
-Of results with many shards, a few files are open at a time: those that were written last.
+At most `MOST` files are open at a time: the most recently used.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from jaxmerge.io.disk.direct import PagedFile
 from jaxmerge.io.huggingface import folder
 from jaxmerge.io.tensors import safetensors
 
-MOST = 24  # Files that are open at a time; one that is written past the cache takes two handles.
+MOST = 24  # Open files; one with direct I/O takes two handles.
 Kinds = Mapping[str, tuple[np.dtype, tuple[int, ...]]]
 
 
 class Shards:
-  """Files of weights, open for writing and reading back; a class because it holds open files.
+  """Weight files that are open for writing and for reading back.
 
   Attributes:
-    places: tensor to its file, and where it lies there.
+    places: file and position of each tensor.
   """
 
   def __init__(self, directory: pathlib.Path):
@@ -38,7 +38,7 @@ class Shards:
     self._written: dict[str, int] = {}
 
   def lay_out(self, kinds: Kinds, shards: Mapping[str, Sequence[str]]) -> None:
-    """Makes the files, each with its header; what they hold already stays."""
+    """Creates the files with their headers; existing contents stay."""
     for file, names in shards.items():
       tensors = {folder.inner(file, n): kinds[n] for n in names}
       first, entries = safetensors.layout(tensors, {"format": "pt"}, align=direct.PAGE)
@@ -46,7 +46,7 @@ class Shards:
       self.places.update({n: (file, entries[folder.inner(file, n)]) for n in names})
 
   def _make(self, file: str, first: bytes, length: int) -> None:
-    """Makes a file in its full length, so that a full disk is known now and not later."""
+    """Creates a file at its full length, so that a full disk is an error now and not later."""
     path = self.directory / file
     with atomic.room(path, f" for its {length:,} bytes"):
       path.parent.mkdir(exist_ok=True)
@@ -60,7 +60,7 @@ class Shards:
     """Writes entries start, start + 1, ... of a tensor; parts come in order, each once.
 
     Raises:
-      ValueError: for entries that are not those of the tensor, by their dtype or their place.
+      ValueError: for entries of another dtype, out of order or beyond the tensor.
     """
     file, entry = self.places[name]
     _check(
@@ -72,16 +72,16 @@ class Shards:
     self._written[name] = start + part.size
 
   def read(self, name: str, start: int, out: np.ndarray) -> None:
-    """Reads entries of a tensor back."""
+    """Reads entries of a tensor back from disk."""
     file, entry = self.places[name]
     position = entry.start + start * entry.dtype.itemsize
     if self._file(file).read(out.view(np.uint8).data, position) != out.nbytes:
       raise ValueError(
-        f"{self.directory / file}: tensor {name!r} is cut; did something write there?"
+        f"{self.directory / file}: tensor {name!r} is truncated; did another program change it?"
       )
 
   def digest(self, name: str) -> str:
-    """Reads a tensor back, and returns its checksum."""
+    """Returns the checksum of a tensor, which is read back from disk."""
     file, entry = self.places[name]
     hasher, at = xxhash.xxh3_128(), entry.start
     while at < entry.stop:
@@ -93,7 +93,7 @@ class Shards:
     return hasher.hexdigest()
 
   def sync(self) -> None:
-    """Brings what was written to the disk."""
+    """Syncs all writes to disk."""
     while self._unsynced:
       file = self._unsynced.pop()
       self._file(file).sync()
@@ -104,7 +104,7 @@ class Shards:
       self._open.popitem()[1].close()
 
   def _file(self, name: str) -> PagedFile:
-    """Returns an open file; if too many are open, the one least recently used is closed."""
+    """Returns an open file; closes the least recently used one if too many are open."""
     file = self._open.pop(name, None) or PagedFile(self.directory / name)
     self._open[name] = file
     if len(self._open) > MOST:
@@ -120,7 +120,7 @@ class Shards:
 def open_shards(
   directory: pathlib.Path, kinds: Kinds, shards: Mapping[str, Sequence[str]]
 ) -> Iterator[Shards]:
-  """Opens the files of weights of a folder; missing ones are made."""
+  """Opens the weight files of a folder; creates missing ones."""
   with contextlib.closing(Shards(directory)) as files:
     files.lay_out(kinds, shards)
     yield files
@@ -131,9 +131,9 @@ def _check(
 ) -> None:
   """Raises ValueError for entries that do not match the file's header."""
   if part.dtype != entry.dtype:
-    raise ValueError(f"{where} is {entry.dtype}, and was to get {part.dtype}: nothing is written.")
+    raise ValueError(f"{where} is {entry.dtype}, got entries of {part.dtype}: nothing is written.")
   if start not in (0, written) or start + part.size > math.prod(entry.shape):
     raise ValueError(
-      f"{where} has {math.prod(entry.shape)} entries, of which {written} are written, and was to "
-      f"get {part.size} from {start} on: nothing is written."
+      f"{where} has {math.prod(entry.shape)} entries, of which {written} are written, got "
+      f"{part.size} from {start} on: nothing is written."
     )

@@ -1,4 +1,4 @@
-"""A result that is one file of safetensors: `merged.safetensors`, with its provenance beside it."""
+"""Results as a single safetensors file, `merged.safetensors`, with the provenance next to it."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from collections.abc import Mapping, Sequence
 from jaxmerge.io.disk import atomic
 from jaxmerge.io.huggingface import folder, raw
 
-LIMIT = 2**62  # Bytes of a file: all tensors are in one.
+LIMIT = 2**62  # Shard size in bytes that puts all tensors into one file.
 
 
 def is_output(out: pathlib.Path) -> bool:
-  """Returns whether a result is to be a file, by its name.
+  """Returns whether the path of a result names a file.
 
   >>> is_output(pathlib.Path("merged.safetensors")), is_output(pathlib.Path("merged"))
   (True, False)
@@ -23,32 +23,32 @@ def is_output(out: pathlib.Path) -> bool:
 
 
 def check_free(out: pathlib.Path, replace: bool) -> None:
-  """Raises an error, with what to do, where a result, a file or a folder, cannot be made."""
+  """Raises an error, with advice, if a result, a file or a folder, cannot be created."""
   if not is_output(out):
     atomic.check_free(out, replace)
     return
   atomic.check_name(out)
   if out.is_symlink() or out.is_dir():
     what = "a link" if out.is_symlink() else "a folder"
-    raise IsADirectoryError(f"{out} is {what}; remove it, or give another path.")
+    raise IsADirectoryError(f"{out} is {what}; remove it, or choose another path.")
   if out.exists() and not replace:
     raise FileExistsError(
-      f"{out} exists; pass replace=True (--replace) to replace it, or give another path."
+      f"{out} exists; pass replace=True (--replace) to replace it, or choose another path."
     )
 
 
 def check_shards(out: pathlib.Path, shards: Mapping[str, Sequence[str]], out_format: str) -> None:
-  """Raises ValueError for a result that does not go into one file."""
+  """Raises ValueError for a result that does not fit into one file."""
   if not is_output(out):
     return
   if out_format != "safetensors":
-    raise ValueError(f"{out}: a file of safetensors is no checkpoint; give the path of a folder.")
+    raise ValueError(f"{out}: a safetensors file is no checkpoint; use the path of a folder.")
   if others := [name for name in shards if name != folder.WEIGHTS]:
-    raise ValueError(f"{out}: {others[0]} belongs to the result; give the path of a folder.")
+    raise ValueError(f"{out}: {others[0]} is part of the result; use the path of a folder.")
 
 
 def move(directory: pathlib.Path, out: pathlib.Path, *, replace: bool) -> None:
-  """Brings the weights and the provenance of a complete folder to their places, and removes it."""
+  """Moves the weights and the provenance of a complete folder to their paths, and removes it."""
   weights, provenance = directory / folder.WEIGHTS, directory / folder.PROVENANCE
   for path in (weights, provenance):
     atomic.sync(path)

@@ -1,6 +1,6 @@
-"""Finds tensors that are the embedding once more: output heads, and what encoder and decoder share.
+"""Finds tensors tied to the embedding: output heads, and embeddings of encoder and decoder.
 
-A config says that they are one, the bytes decide: heads that differ from the embedding stay.
+A config says whether they are tied, but the bytes decide: a head that differs is not tied.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple, Protocol, runtime_checkable  # Any: what a config.json holds.
+from typing import Any, NamedTuple, Protocol, runtime_checkable  # Any: values of a config.json.
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from jaxmerge.io.tensors import safetensors
 from jaxmerge.io.tensors.tensor import NotYetMade, Tensor
 
 FLAG = "tie_word_embeddings"
-# Ends of names, the likelier embedding first: T5 has its shared one under its stacks' names too.
+# Name endings by priority: T5 stores its shared embedding under the names of its stacks too.
 _SHARED = ".shared.weight"
 _EMBEDDINGS = (
   _SHARED, ".decoder.embed_tokens.weight", "embed_tokens.weight", "wte.weight",
@@ -30,30 +30,30 @@ HEADS = (
   "mlm_score.decoder.weight", "head.decoder.weight",
 )  # fmt: skip
 _STACKS = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
-_PARTS = ("text_config", "llm_config", "language_config")  # Of a config, that of the decoder.
-# Their flag says whether outputs are scaled; their tensors are tied by their bytes whatever it is.
+_PARTS = ("text_config", "llm_config", "language_config")  # The decoder's part of a config.
+# Here the flag says whether outputs are scaled; tensors are tied if their bytes are equal.
 _SCALED = {"t5", "mt5", "umt5", "longt5", "pop2piano", "udop", "switch_transformers"}
-HEAD = 32  # Entries that are compared before all of them are.
+HEAD = 32  # Entries that are compared first.
 CHUNK = 2**20
 
 
 @runtime_checkable
 class Shaped(Protocol):
-  """What has a shape."""
+  """An object with a shape."""
 
   @property
   def shape(self) -> tuple[int, ...]:
-    """Its shape."""
+    """Returns the shape."""
 
 
 class Ties(NamedTuple):
-  """An embedding, and the tensors that are stored beside it and may be it.
+  """An embedding, and the stored tensors that may be tied to it.
 
   Attributes:
     embedding: its name.
     heads: names of output heads of its shape.
-    stacks: names of the embeddings of encoder and decoder, where it is the one they share.
-    flag: whether the config ties them, or allows nothing else; None: it does not say.
+    stacks: names of the embeddings of encoder and decoder, if it is the shared one.
+    flag: whether the config ties them, explicitly or by its kind; None: it does not say.
   """
 
   embedding: str
@@ -63,7 +63,7 @@ class Ties(NamedTuple):
 
   @property
   def absent(self) -> Iterator[str]:
-    """Names under which another model of the kind may hold the embedding once more."""
+    """Yields names under which another model of this kind may store a tied tensor."""
     parts = self.embedding.split(".")[:-1]
     for depth in range(len(parts)):
       prefix = "".join(f"{part}." for part in parts[:depth])
@@ -72,10 +72,9 @@ class Ties(NamedTuple):
 
 
 def find(tensors: Mapping[str, Shaped], config: Mapping[str, Any]) -> Ties | None:
-  """Returns the embedding among tensors, and what may be it; None without an embedding.
+  """Returns the embedding among tensors, and tensors that may be tied; None without an embedding.
 
-  A head has the embedding's shape and lies outside of the layers: projections of such names within
-  them are none.
+  A head has the embedding's shape and lies outside the layers, where such names are projections.
 
   >>> import numpy as np
   >>> tensors = {n: np.zeros((9, 2)) for n in ("shared.weight", "lm_head.weight")}
@@ -92,12 +91,12 @@ def find(tensors: Mapping[str, Shaped], config: Mapping[str, Any]) -> Ties | Non
   heads = tuple(n for n in alike if n.endswith(HEADS))
   flag = _flag(config)
   if flag is None and not heads and _is_language_model(config):
-    flag = True  # Classes that tie by default leave it out of their files.
+    flag = True  # Classes that tie by default may omit the flag.
   return Ties(embedding, heads, tuple(n for n in alike if n in shared), flag)
 
 
 def stacks(embedding: str) -> tuple[str, ...]:
-  """Returns what encoder and decoder call an embedding that they share; they look up these.
+  """Returns the names of a shared embedding in encoder and decoder, which look tokens up there.
 
   >>> stacks("model.shared.weight"), stacks("model.embed_tokens.weight")
   (('model.encoder.embed_tokens.weight', 'model.decoder.embed_tokens.weight'), ())
@@ -131,8 +130,8 @@ def _parts(config: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
 def untie(tensors: Mapping[str, Shaped], config: Mapping[str, Any]) -> dict[str, Any]:
   """Returns a config that ties no head to the embedding.
 
-  It stays as it is where more hangs on its flag that is not stored: a scale, the bias of a head, or
-  the embeddings of encoder and decoder.
+  The config is unchanged if its flag also controls something that is not stored: a scale, the bias
+  of a head, or the embeddings of encoder and decoder.
 
   >>> untie({}, {"text_config": {"tie_word_embeddings": True}})
   {'text_config': {'tie_word_embeddings': False}, 'tie_word_embeddings': False}
@@ -148,7 +147,7 @@ def untie(tensors: Mapping[str, Shaped], config: Mapping[str, Any]) -> dict[str,
 
 
 def lacks_head(tensors: Mapping[str, Shaped], config: Mapping[str, Any]) -> bool:
-  """Returns whether a language model has no output head though its config ties it to nothing."""
+  """Returns whether a language model has no output head although its config ties none."""
   ties = find(tensors, config)
   if ties is None or ties.flag is not False or not _is_language_model(config):
     return False
@@ -157,9 +156,9 @@ def lacks_head(tensors: Mapping[str, Shaped], config: Mapping[str, Any]) -> bool
 
 
 def equal(a: Tensor, b: Tensor) -> bool:
-  """Returns whether two tensors are equal bit for bit; those of two dtypes, entry for entry.
+  """Returns whether two tensors are equal bit for bit; of different dtypes, entry by entry.
 
-  One that does not exist yet is equal to none.
+  A tensor that does not exist yet is equal to no other.
   """
   if a.shape != b.shape or safetensors.is_floating(a.dtype) != safetensors.is_floating(b.dtype):
     return False
@@ -181,7 +180,7 @@ def _same(a: Tensor, b: Tensor, start: int, stop: int) -> bool:
 
 
 def is_vocabulary(name: str) -> bool:
-  """Returns whether a name is that of a tensor with a row for each token: an embedding, or a head.
+  """Returns whether a tensor of this name has a row per token: an embedding, or a head.
 
   >>> is_vocabulary("model.embed_tokens.weight"), is_vocabulary("layers.0.lm_head.weight")
   (True, False)
@@ -192,7 +191,7 @@ def is_vocabulary(name: str) -> bool:
 
 
 def head(config: Mapping[str, Any]) -> str | None:
-  """Returns the name of a model's head where it is stored; None where it has none.
+  """Returns the name under which a model's head is stored; None for a model without a head.
 
   >>> head({"architectures": ["LlamaForCausalLM"], "model_type": "llama"})
   'lm_head.weight'

@@ -1,17 +1,17 @@
-"""Uploads a model to the hub: checked before the work, private unless the user says otherwise."""
+"""Uploads a model to the hub: access is checked before the merge, repositories are private."""
 
 from __future__ import annotations
 
 import os
 import pathlib
 import re
-from typing import Any, NamedTuple  # Any: the hub's client, which is an optional extra.
+from typing import Any, NamedTuple  # Any: the hub's client, an optional extra.
 
 from jaxmerge.io.huggingface import folder
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _LONGEST = 96  # Characters of an id, by the hub's rules.
-# Of an earlier model in the repository: shards that the new one does not have.
+# Shards of an earlier model in the repository, which are removed.
 _STALE = ["*.safetensors", "*.safetensors.index.json"]
 
 
@@ -21,8 +21,8 @@ class Destination(NamedTuple):
   Attributes:
     repository: its id, `owner/name`.
     private: whether only its owner sees it.
-    exists: whether it is there already, and gets another commit.
-    user: who uploads.
+    exists: whether it exists already, and gets another commit.
+    user: name of the uploading user.
   """
 
   repository: str
@@ -32,7 +32,7 @@ class Destination(NamedTuple):
 
 
 def check(repository: str, *, private: bool = True) -> Destination:
-  """Checks, with the hub, that a model may be uploaded to a repository; nothing is changed there.
+  """Checks with the hub that a model may be uploaded to a repository; changes nothing there.
 
   Raises:
     ValueError: naming what is wrong with the id, the token, the owner or the visibility.
@@ -45,8 +45,8 @@ def check(repository: str, *, private: bool = True) -> Destination:
     user = client.whoami()
   except errors.LocalTokenNotFoundError as error:
     raise ValueError(
-      f"--push {repository}: there is no token of the hub: `hf auth login`, or HF_TOKEN in the "
-      "environment, gives one that may write."
+      f"--push {repository}: no token for the hub: run `hf auth login`, or set HF_TOKEN to a token "
+      "with write access."
     ) from error
   except (OSError, errors.HTTPError) as error:
     raise ValueError(f"--push {repository}: the hub does not answer: {_line(error)}") from error
@@ -60,8 +60,8 @@ def check(repository: str, *, private: bool = True) -> Destination:
   if bool(info.private) != private:
     is_now, flag = ("private", "without --public") if info.private else ("public", "with --public")
     raise ValueError(
-      f"--push {repository}: the repository is there and is {is_now}: push {flag} (public="
-      f"{not info.private} in Python), or change it on the hub."
+      f"--push {repository}: the repository exists and is {is_now}: push {flag} (public="
+      f"{not info.private} in Python), or change its visibility on the hub."
     )
   return Destination(repository, private, True, str(user.get("name")))
 
@@ -69,15 +69,15 @@ def check(repository: str, *, private: bool = True) -> Destination:
 def push(path: str | os.PathLike[str], repository: str, *, public: bool = False) -> str:
   """Uploads the folder of a model to the hub, and returns its address.
 
-  The repository is made if it is not there, private unless `public`; weights of an earlier model in
-  it are removed. The token is that of the hub's own client.
+  A missing repository is created, private unless `public` is set. Weights of an earlier model in it
+  are removed. The token is that of the hub's client.
 
   >>> push("merged", "org/merged")  # doctest: +SKIP
 
   Raises:
     ValueError: naming what is wrong with the id, the token, the owner or the visibility.
-    FileNotFoundError: if there is no such folder.
-    OSError: if the upload fails; the folder stays as it is.
+    FileNotFoundError: if the folder does not exist.
+    OSError: if the upload fails; the folder is unchanged.
   """
   path = pathlib.Path(path)
   if not path.is_dir():
@@ -86,7 +86,7 @@ def push(path: str | os.PathLike[str], repository: str, *, public: bool = False)
 
 
 def send(path: pathlib.Path, destination: Destination) -> str:
-  """Uploads a folder to a destination that was checked; see `push`."""
+  """Uploads a folder to a checked destination; see `push`."""
   from huggingface_hub import errors
 
   client, name = _client(), destination.repository
@@ -103,19 +103,19 @@ def send(path: pathlib.Path, destination: Destination) -> str:
     public = "" if destination.private else ", public=True"
     again = f"jaxmerge.push({str(path)!r}, {name!r}{public})"
     raise OSError(
-      f"{path} is complete, but was not uploaded to {name}: {_line(error)} To go on: {again}"
+      f"{path} is complete, but was not uploaded to {name}: {_line(error)} To retry: {again}"
     ) from error
   return f"{client.endpoint}/{name}"
 
 
 def files(path: pathlib.Path) -> list[str]:
-  """Returns the names of the files of a folder that are uploaded."""
+  """Returns the names of the files that `send` uploads from a folder."""
   names = [str(p.relative_to(path)) for p in path.rglob("*") if p.is_file()]
   return sorted(n for n in names if not any(part.startswith(".") for part in n.split("/")))
 
 
 def describe(destination: Destination, names: list[str], size: str) -> list[str]:
-  """Returns lines of a dry run: what would be uploaded, and where.
+  """Returns the lines of a dry run: what would be uploaded, and where.
 
   >>> describe(Destination("org/m", True, False, "me"), ["model.safetensors"], "3 kB")[0]
   'push: 1 files, 3 kB of weights, to org/m as me: a new repository, private'
@@ -136,7 +136,7 @@ def _check_id(repository: str) -> None:
   fine = _ID.fullmatch(repository) is not None and len(repository) <= _LONGEST
   fine = fine and not any(part in repository for part in ("..", "--"))
   if not fine or repository.endswith((".", "-", ".git")):
-    raise ValueError(f"--push: {repository!r} is no id of a repository: write owner/name.")
+    raise ValueError(f"--push: {repository!r} is not a repository id: write owner/name.")
 
 
 def _check_owner(repository: str, user: Any) -> None:
@@ -144,7 +144,7 @@ def _check_owner(repository: str, user: Any) -> None:
   owners = [user.get("name"), *(org.get("name") for org in user.get("orgs", []))]
   if owner not in owners:
     known = ", ".join(str(name) for name in owners)
-    raise ValueError(f"--push {repository}: the token may write for {known}, and not for {owner}.")
+    raise ValueError(f"--push {repository}: the token may write for {known}, not for {owner}.")
 
 
 def _client() -> Any:

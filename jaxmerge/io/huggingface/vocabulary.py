@@ -1,4 +1,4 @@
-"""Vocabularies of tokenizers, read from their files as plain JSON, and extended."""
+"""Reads vocabularies from a tokenizer's files as plain JSON, and extends them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import fnmatch
 import json
 import pathlib
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple  # Any: what JSON holds.
+from typing import Any, NamedTuple  # Any: values of JSON.
 
 from jaxmerge.io.disk import links
 from jaxmerge.io.huggingface import folder as folders
@@ -40,30 +40,30 @@ PLAIN: Flags = {
 
 
 class TokenizerFiles(NamedTuple):
-  """The small files of a model: those of its folder, or as a merge will write them.
+  """The small files of a model, as in its folder or as a merge will write them.
 
   Attributes:
     folder: the folder.
-    texts: files that are others, by name; None: it is not there.
+    texts: contents of files that differ from the folder's, by name; None: no such file.
   """
 
   folder: pathlib.Path
   texts: Mapping[str, str | bytes | None] = {}
 
   def has(self, name: str) -> bool:
-    """Returns whether a file is there."""
+    """Returns whether a file exists."""
     is_text = name in self.texts
     return self.texts[name] is not None if is_text else (self.folder / name).is_file()
 
   def text(self, name: str) -> str | None:
-    """Returns the text of a file; None where there is none."""
+    """Returns the text of a file; None if it does not exist."""
     if name in self.texts or not self.has(name):
       content = self.texts.get(name)
       return content.decode() if isinstance(content, bytes) else content
     return folders.text(self.folder, name)
 
   def json(self, name: str) -> dict[str, Any]:
-    """Returns the JSON object in a file; an empty one where there is none."""
+    """Returns the JSON object in a file; an empty one if it does not exist."""
     if name in self.texts or not self.has(name):
       return json.loads(self.texts.get(name) or "{}")
     links.check(self.folder / name, self.folder)
@@ -81,8 +81,8 @@ class Vocabulary(NamedTuple):
 
   Attributes:
     files: its files.
-    ids: number of each token.
-    added: those that were added to the ordinary vocabulary, with their flags.
+    ids: id of each token.
+    added: flags of the tokens that were added to the ordinary vocabulary.
   """
 
   files: TokenizerFiles
@@ -91,16 +91,16 @@ class Vocabulary(NamedTuple):
 
   @property
   def size(self) -> int:
-    """Number of rows that an embedding needs: one more than the largest number."""
+    """Returns the number of rows that an embedding needs: one more than the largest id."""
     return 1 + max(self.ids.values(), default=-1)
 
 
 def read(files: TokenizerFiles) -> Vocabulary:
-  """Reads tokenizer.json, else vocab.json or vocab.txt; and the tokens added in other files.
+  """Reads tokenizer.json, else vocab.json or vocab.txt, and tokens added in other files.
 
   Raises:
-    FileNotFoundError: where there is none of them.
-    ValueError: naming the file that is not as it should be.
+    FileNotFoundError: if none of them exists.
+    ValueError: naming the file that is invalid.
   """
   ids = _ordinary(files)
   added: dict[str, Flags] = {}
@@ -130,7 +130,7 @@ def _ordinary(files: TokenizerFiles) -> dict[str, int]:
     "writes tokenizer.json"
   )
   raise FileNotFoundError(
-    f"{folder}: neither {TOKENIZER}, {WORDS} nor {LINES} is there{hint if pieces else ''}."
+    f"{folder}: has neither {TOKENIZER}, {WORDS} nor {LINES}{hint if pieces else ''}."
   )
 
 
@@ -141,7 +141,7 @@ def _numbers(numbers: Any, where: str) -> dict[str, int]:
 
 
 def _added_tokens(files: TokenizerFiles) -> Iterator[tuple[str, int, Flags]]:
-  """Yields tokens added in any of the files, with number and flags; what comes first counts."""
+  """Yields the tokens added in any of the files, with id and flags; the first one counts."""
   where = files.folder / TOKENIZER
   for entry in _value(files, TOKENIZER, "added_tokens", list):
     yield _entry(entry, where)
@@ -172,7 +172,7 @@ def _entry(entry: Any, where: pathlib.Path) -> tuple[str, int, Flags]:
 
 
 def extend(vocabulary: Vocabulary, tokens: Mapping[str, Flags]) -> Vocabulary:
-  """Returns a vocabulary with more added tokens; those that it lacks are numbered at its end.
+  """Returns a vocabulary with more added tokens; new ones have ids after the last.
 
   >>> vocabulary = Vocabulary(TokenizerFiles(pathlib.Path()), {"a": 0, "b": 1}, {})
   >>> extend(vocabulary, {"c": PLAIN, "a": PLAIN}).ids
@@ -188,7 +188,7 @@ def extend(vocabulary: Vocabulary, tokens: Mapping[str, Flags]) -> Vocabulary:
 
 
 def texts(vocabulary: Vocabulary) -> dict[str, str]:
-  """Returns the files of a vocabulary: as they were, with the tokens added since."""
+  """Returns the files of a vocabulary, with the tokens that were added to it."""
   before = read(vocabulary.files)
   contents = {name: vocabulary.files.text(name) for name in FILES}
   texts_by_name = {name: content for name, content in contents.items() if content is not None}
@@ -214,5 +214,5 @@ def texts(vocabulary: Vocabulary) -> dict[str, str]:
 
 
 def text(content: Any) -> str:
-  """Returns JSON as the files of a tokenizer are written."""
+  """Returns JSON text in the format of tokenizer files."""
   return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
