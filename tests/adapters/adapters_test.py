@@ -326,7 +326,7 @@ def test_what_is_no_factor_is_refused(tmp_path):
   peft.save(tmp_path / "adapter", ONE)
   path = tmp_path / "adapter" / "adapter_model.safetensors"
   safetensors.save(path, {"base_model.model.w.weight": np.zeros((2, 2), np.float32)})
-  with pytest.raises(ValueError, match=r"is no factor of a plain LoRA layer; apply the adapter"):
+  with pytest.raises(ValueError, match=r"not a factor of a plain LoRA layer; apply the adapter"):
     peft.load(tmp_path / "adapter")
 
 

@@ -162,7 +162,7 @@ def test_what_encoder_and_decoder_share_moves_as_the_model_reads_it(tmp_path, pa
   folders.write(tmp_path / "base", tensors, config=about)
   adapter = write(tmp_path / "adapter", parts, **config)
   if moved is None:
-    with pytest.raises(ValueError, match=r"never runs 'shared': it looks tokens up in .*decoder"):
+    with pytest.raises(ValueError, match=r"never calls 'shared': it looks tokens up in .*decoder"):
       opened(tmp_path / "base", adapter)
     return
   model = opened(tmp_path / "base", adapter)

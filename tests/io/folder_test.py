@@ -203,7 +203,7 @@ def test_an_index_may_name_the_one_file(single):
   (single / folder.INDEX).write_text(json.dumps({"weight_map": homes}))
   assert list(folder.load(single)[0]) == list(TENSORS)
   (single / folder.INDEX).write_text(json.dumps({"weight_map": homes | {"x": folder.WEIGHTS}}))
-  with pytest.raises(ValueError, match=r"'x' is in model.safetensors by the index"):
+  with pytest.raises(ValueError, match=r"'x' is in model.safetensors according to the index"):
     folder.load(single)
 
 

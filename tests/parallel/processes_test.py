@@ -141,7 +141,7 @@ def test_folders_that_are_not_shared_are_refused_before_anything_is_saved(child,
   answers = child.run_many("apart", tmp_path, devices=1)
   assert all(a["status"] not in (0, None) for a in answers), answers
   assert "is not one folder for all processes" in answers[0]["said"]
-  assert "not seen by process 1 of 2" in answers[0]["said"]
+  assert "not visible to process 1 of 2" in answers[0]["said"]
   assert not list((tmp_path / "disk of 0").iterdir())
 
 
