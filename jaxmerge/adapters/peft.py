@@ -1,4 +1,4 @@
-"""Adapters in the files of PEFT."""
+"""Reads and writes adapters in PEFT's format."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ Path = str | os.PathLike[str]
 
 
 def load(folder: Path, *, rename: Mapping[str, str] | None = None) -> dict[str, Lora]:
-  """Reads an adapter of PEFT, its factors in the dtype of the files.
+  """Reads a PEFT adapter; its factors have the dtype of the files.
 
   Args:
-    folder: of the adapter.
-    rename: prefixes of its matrices' names, and what a model has in their place.
+    folder: folder of the adapter.
+    rename: by prefix of its matrices' names, the model's prefix.
 
   Raises:
     FileNotFoundError: for a missing file.
-    ValueError: naming the tensor that is no plain LoRA factor of a matrix: such adapters are merged
-      as models, in recipes and by `merge_files`.
+    ValueError: naming a tensor that is no plain LoRA factor of a matrix. Merge such adapters as
+      models, in recipes or with `merge_files`.
   """
   with contextlib.closing(Files()) as files:
     factors = peft.factors(folder, files)
@@ -48,7 +48,7 @@ def load(folder: Path, *, rename: Mapping[str, str] | None = None) -> dict[str, 
 
 
 def save(folder: Path, adapter: Adapter | Any, *, replace: bool = False) -> pathlib.Path:
-  """Writes an adapter as PEFT reads it; scales are multiplied into a.
+  """Writes an adapter in PEFT's format; scales are multiplied into `a`.
 
   Raises:
     FileExistsError: if the folder exists and `replace` is not set.
@@ -58,7 +58,7 @@ def save(folder: Path, adapter: Adapter | Any, *, replace: bool = False) -> path
   adapter = arguments.adapter(adapter)
   swapped = {isinstance(x, Swapped) for x in adapter.values()}
   if len(swapped) > 1:
-    raise ValueError("some matrices lie [in, out] and others [out, in]: save two adapters.")
+    raise ValueError("some matrices are [in, out] and others [out, in]: save two adapters.")
   ranks = {name: x.rank for name, x in adapter.items()}
   tensors = {}
   for name, lora in adapter.items():
@@ -69,7 +69,7 @@ def save(folder: Path, adapter: Adapter | Any, *, replace: bool = False) -> path
       tensors[f"base_model.model.{name}.lora_{part}.weight"] = np.asarray(x)
   config: dict[str, Any] = {"peft_type": "LORA", "bias": "none"}
   config |= {"r": max(ranks.values(), default=1), "lora_alpha": max(ranks.values(), default=1)}
-  # PEFT takes a pattern for the end of a name as well, and a dot for any character.
+  # PEFT also matches a pattern with the end of a name, and a dot with any character.
   other = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != config["r"]}
   config["fan_in_fan_out"] = swapped == {True}
   config |= {"rank_pattern": other, "alpha_pattern": other, "target_modules": sorted(ranks)}

@@ -1,7 +1,7 @@
-"""The nearest product of two thin factors to what tuning added to a matrix. Free of jax.
+"""Best low-rank approximation of a matrix's task vector, as two factors. Free of jax.
 
-Singular vectors of the smaller side come from its Gram matrix, added up in double precision; the
-other factor is what they keep of the matrix, so that no small singular value is divided by.
+The singular vectors of the smaller side come from its Gram matrix, summed in double precision. The
+other factor is the matrix times these vectors, which avoids a division by small singular values.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-BLOCK = 2**20  # Entries that are in double precision at a time.
+BLOCK = 2**20  # Entries in double precision at a time.
 
 
 class Rank(NamedTuple):
-  """A rule for ranks.
+  """A rule that chooses a rank.
 
   Attributes:
     most: the largest rank.
-    energy: the share of the sum of squared singular values to keep; None: as many as `most`.
+    energy: fraction of the sum of squared singular values to retain; None: use rank `most`.
   """
 
   most: int
@@ -47,7 +47,7 @@ class Factors(NamedTuple):
 
 
 def truncate(delta: np.ndarray, rule: Rank, dtype: np.dtype) -> Factors:
-  """Returns the nearest factors to a matrix [m, n], each with the roots of the singular values.
+  """Returns the best factors of a matrix [m, n], each scaled by roots of the singular values.
 
   >>> a, b = truncate(np.diag([3.0, 1.0]), Rank(1), np.dtype(np.float32))
   >>> np.abs(b @ a).round(5).tolist(), a.shape, b.shape
@@ -68,7 +68,7 @@ def truncate(delta: np.ndarray, rule: Rank, dtype: np.dtype) -> Factors:
 
 
 def residual(delta: np.ndarray, factors: Factors) -> tuple[float, float]:
-  """Returns the sums of squares of a matrix, and of what its factors, as they are stored, miss."""
+  """Returns the sums of squares of a matrix, and of its residual after its stored factors."""
   whole = missed = 0.0
   a = factors.a.astype(np.float64)
   for rows in _blocks(delta):

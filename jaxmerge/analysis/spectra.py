@@ -1,15 +1,15 @@
-"""Singular values of task vectors of some matrices, in memory for a few rows. Free of jax.
+"""Singular values of task vectors of some matrices, read a few rows at a time. Free of jax.
 
-Small matrices are decomposed exactly. Of larger ones the largest values come from a randomised
-decomposition (Halko, Martinsson and Tropp 2011, arXiv:0909.4061) with one power iteration: they are
-never too large, and exact where the task vector has a lower rank.
+Small matrices are decomposed exactly. For larger ones, a randomised decomposition with one power
+iteration (Halko, Martinsson and Tropp 2011, arXiv:0909.4061) gives the largest values. These are
+never overestimated, and exact if the task vector has a lower rank.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any  # A record is JSON, its values have no one type.
+from typing import Any  # Any: values of a JSON record.
 
 import numpy as np
 
@@ -21,16 +21,16 @@ from jaxmerge.io.tensors.tensor import Tensor
 
 Record = dict[str, Any]
 
-MATRICES = 12  # So many are chosen where no names are.
-TOP = 64  # Values of a matrix that is not decomposed exactly.
-EXACT = 512  # The smaller side of a matrix that is.
-LONGEST = 2**16  # No matrix with a longer side, as an embedding has, is chosen.
+MATRICES = 12  # Default number of matrices.
+TOP = 64  # Values per matrix of a randomised decomposition.
+EXACT = 512  # Largest smaller side of a matrix that is decomposed exactly.
+LONGEST = 2**16  # Matrices with a longer side, such as embeddings, are not chosen.
 _MORE = 16  # Random directions beyond TOP.
-_PASSES = 4  # Readings of a matrix for a randomised decomposition.
+_PASSES = 4  # Passes over a matrix for a randomised decomposition.
 
 
 def choose(base: Model, most: int = MATRICES) -> list[str]:
-  """Returns the names of some matrices of a model, evenly over all of them in their order."""
+  """Returns the names of some matrices of a model, evenly spaced in the order of names."""
   every = sorted((n for n, t in base.tensors.items() if _fits(t)), key=_natural)
   places = np.linspace(0, len(every) - 1, min(most, len(every))).round().astype(int)
   return [every[i] for i in places]
@@ -61,8 +61,8 @@ def measure(
   """Measures the largest singular values of task vectors, models minus base.
 
   Returns:
-    By matrix: `exact`, whether all values were computed, and by model `values`, the largest first,
-    `energy`, the sum of all squares, the ones left out included, under `models`.
+    By matrix: `exact`, whether all values were computed; and `models`, by model with `values`, the
+    largest first, and `energy`, the sum of squares of all values, including those left out.
   """
   result: Record = {}
   for name in names:
@@ -89,8 +89,8 @@ def largest(
   Args:
     base: a matrix of the base [m, n].
     model: the same of a model.
-    top: how many values are returned, at most.
-    progress: called with the number of bytes that were read.
+    top: largest number of values to return.
+    progress: called with the number of bytes read.
   """
   rows, columns = base.shape
   rank = min(top + _MORE, rows, columns)

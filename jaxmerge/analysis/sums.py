@@ -1,4 +1,4 @@
-"""Sums over task vectors, models minus base, a slice of a tensor at a time. Free of jax."""
+"""Sums over task vectors, models minus base, slice by slice. Free of jax."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from jaxmerge.io.tensors.tensor import Tensor
 Count = Callable[[int], None]
 
 ENTRIES = 2**16  # Per model at a time, to stay in a processor's cache.
-CHUNK = 2**20  # Entries of a matrix whose spectrum is taken.
+CHUNK = 2**20  # Entries of a matrix at a time, for a spectrum.
 
 
 class Sums(NamedTuple):
   """Sums over entries, for K models.
 
   Attributes:
-    entries: how many there are.
+    entries: number of entries.
     gram: inner products of the task vectors, [K, K].
-    base: sum of the base's squares.
-    conflicts: entries at which task vectors of opposite sign meet.
+    base: sum of squares of the base.
+    conflicts: number of entries at which task vectors have opposite signs.
   """
 
   entries: int
@@ -36,11 +36,11 @@ class Sums(NamedTuple):
 
 
 def add_up(tensors: Sequence[Tensor], progress: Count) -> Sums:
-  """Adds up over a tensor of the base and the same of all models, in double precision.
+  """Returns the sums over one tensor of the base and all models, in double precision.
 
   Args:
-    tensors: that of the base, then those of the models.
-    progress: called with the number of bytes that were read.
+    tensors: the tensor of the base, then those of the models.
+    progress: called with the number of bytes read.
 
   Raises:
     ValueError: naming the tensor that has NaN or infinity.
@@ -75,7 +75,7 @@ def deltas(tensors: Sequence[Tensor], start: int, count: int) -> tuple[np.ndarra
 def spectrum(base: Tensor, model: Tensor, progress: Count) -> np.ndarray:
   """Returns the squares of all singular values of a task vector [m, n], the largest first.
 
-  They are the eigenvalues of the Gram matrix of its smaller side, which is added up slice by slice.
+  They are the eigenvalues of the Gram matrix of its smaller side, which is summed slice by slice.
   """
   rows, columns = base.shape
   gram = np.zeros((min(base.shape),) * 2)

@@ -1,8 +1,8 @@
-"""Merges during training: of all checkpoints so far, or of the newest few, a window that slides.
+"""Merges checkpoints during training: all so far, or a sliding window of the newest.
 
-A running sum from which the oldest checkpoint is subtracted drifts: what float32 has rounded away
-does not come back. So a window keeps its members, in their own dtypes, and adds them up anew: its
-merge is that of the same checkpoints at once, however long the run. An update copies one of them.
+Subtracting the oldest checkpoint from a running sum would drift, because float32 rounds each step.
+So a window stores its members in their dtypes, and merges them from scratch. However long the run,
+the result is that of merging these checkpoints at once. An update copies one checkpoint.
 """
 
 from __future__ import annotations
@@ -29,23 +29,23 @@ def online(
   seed: int | None = None,
   layout: layouts.Layout | None = (),
 ) -> incremental.Running:
-  """Runs a method over checkpoints as a training run makes them: init, update, finalize.
+  """Returns init, update and finalize, which merge checkpoints as a training run produces them.
 
-  With a window the merge is that of the newest `window` checkpoints, by any method; the state holds
-  them. Without one it is that of all, by a method with a fold; the state is as large as one model.
-  States are trees of arrays, which Orbax or `io.checkpoints.store` save and restore; `init` makes
-  one of the right shapes. Of leaves that are not floating point, a window takes the newest.
+  With a window, any method merges the newest `window` checkpoints; the state stores them. Without
+  one, a method with a fold merges all checkpoints; the state is as large as one model. States are
+  trees of arrays, which Orbax or `io.checkpoints.store` save and restore; `init` returns one of the
+  same shapes. Leaves that are not floating point are those of the newest checkpoint in the window.
 
   Args:
-    method: what merges them, the oldest first: `checkpoint_average`, `average`, `ties`, ...
+    method: the method, for checkpoints in order: `checkpoint_average`, `average`, `ties`, ...
     base: base of the task vectors; None: weights are merged.
-    window: number of newest checkpoints that count; None: all.
+    window: number of newest checkpoints to merge; None: all.
     hparams: hyperparameters in place of the method's defaults.
-    seed: for methods with random masks, without a window.
+    seed: seed of random masks, for methods without a window.
     layout: matrix views.
 
   Raises:
-    ValueError: for a window below 1, random masks in a window; else as `incremental.of`.
+    ValueError: for a window below 1, or random masks in a window; otherwise as `incremental.of`.
 
   Example:
     >>> from jaxmerge import methods
@@ -63,8 +63,8 @@ def online(
     raise ValueError(f"window must be a number of checkpoints, 1 or more, got {window!r}.")
   if seed is not None or "seed" in stage.hparams(method):
     raise ValueError(
-      "a window takes no method with random masks: a checkpoint's mask would depend on its place "
-      "in it; leave the window out, or merge with jaxmerge.merge(..., names=...)."
+      "a window does not support methods with random masks: a checkpoint's mask would depend on "
+      "its position in it; leave the window out, or use jaxmerge.merge(..., names=...)."
     )
   if base is None:
     instead = "online(method, base, window=...)"
@@ -78,12 +78,12 @@ def online(
 def _init(base: Tree | None, window: int, params: Tree) -> State:
   incremental.check_model(base, params)
   empty = jax.tree.map(lambda x: double_precision.zeros(jnp.shape(x), x.dtype), params)
-  # One tree of zeros stands for all: they are replaced, never changed.
+  # All members share one tree of zeros: they are replaced, never changed in place.
   return {"count": jnp.zeros((), jnp.int32), "members": [empty] * window}
 
 
 def _update(base: Tree | None, state: State, params: Tree, name: str | None = None) -> State:
-  """Puts a copy of a checkpoint in place of the oldest; the caller may donate its own."""
+  """Replaces the oldest checkpoint by a copy of a new one, whose arrays the caller may donate."""
   incremental.check_model(base, params)
   tree.check_same(state["members"][-1], params, left="the tree passed to init", right="the model")
   incremental.refuse_nonfinite(params, name or "passed to update")
@@ -106,7 +106,7 @@ def _finalize(
 ) -> Tree:
   incremental.refuse_empty(state)
   if isinstance(state["count"], jax.core.Tracer):
-    raise ValueError("how many checkpoints are in the window must be known: finalize outside jit.")
+    raise ValueError("the number of checkpoints is traced: call finalize outside of jit.")
   members = state["members"][-int(state["count"]) :]
   newest = members[-1]
   floating = [incremental.floating(params) for params in members]

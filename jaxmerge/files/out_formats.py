@@ -1,4 +1,4 @@
-"""The formats in which a result is written."""
+"""The output formats of a merge of files."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ LIKE_BASE = FORMATS[2]
 
 
 def is_checkpoint(out_format: str) -> bool:
-  """Returns whether a format is a checkpoint of Orbax, which is written from finished shards."""
+  """Returns whether a format is an Orbax checkpoint, which is written from finished shards."""
   return out_format != "safetensors"
 
 
 def prepare(plan: Plan, out_format: str) -> Plan:
-  """Checks that a plan can be written in a format; returns it, with a note on what is not merged.
+  """Checks that a plan can be written in a format; adds a note on arrays that are not merged.
 
   Raises:
-    ValueError: for another format, or if the result does not have the layout of the base.
+    ValueError: for an unknown format, or if the result does not have the layout of the base.
   """
   if out_format not in FORMATS:
     raise ValueError(f"out_format must be one of {', '.join(FORMATS)}, got {out_format!r}.")

@@ -1,8 +1,8 @@
-"""The checkpoints of a training run: lists the folders of its steps, and selects some of them.
+"""Lists the checkpoints of a training run, and selects some of them.
 
-By the numbers in the names of folders; no weights are read. A run is a folder with one folder a
-step: `1000` or `step_1000` of Orbax's CheckpointManager, `checkpoint-1000` of the Hugging Face
-trainer, `iter_0001000`. Free of jax.
+A run is a folder with one folder per step: `1000` or `step_1000` from Orbax's CheckpointManager,
+`checkpoint-1000` from the Hugging Face trainer, `iter_0001000`. Steps are parsed from folder names;
+no weights are read. Free of jax.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import os
 import pathlib
 import re
 from collections.abc import Sequence
-from typing import Any, NamedTuple  # Any: what a recipe or a file of JSON holds.
+from typing import Any, NamedTuple  # Any: values of a recipe or of JSON.
 
 from jaxmerge.io.checkpoints import places
 from jaxmerge.io.disk import strict_json
@@ -19,12 +19,12 @@ from jaxmerge.io.disk import strict_json
 _NAME = re.compile(
   r"(?P<prefix>|(?:checkpoint|ckpt|step|global_step|iter|model|state)[-_]?)(?P<step>[0-9]{1,15})"
 )
-# What a save leaves that was interrupted: of Orbax, of the Hugging Face trainer, of jaxmerge.
+# Folders of interrupted saves of Orbax, the Hugging Face trainer, jaxmerge.
 _UNFINISHED = re.compile(r".*\.orbax-checkpoint-tmp.*|tmp-checkpoint-[0-9]+|.*\.(tmp|partial)")
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
-_COMMITTED = "commit_success.txt"  # Of Orbax, in a step that is whole, where folders have no names.
+_COMMITTED = "commit_success.txt"  # Orbax's mark of a complete step on object stores.
 _TRAINER = "trainer_state.json"
-_SEEN = "num_input_tokens_seen"  # In it; 0 where the trainer did not count.
+_SEEN = "num_input_tokens_seen"  # A key in it; 0 if the trainer did not count.
 FORMS = "'last 8', '1000:9000:1000' (both ends included), '1000:9000', [1000, 2000] or 'all'"
 TOKEN_FORMS = "'last 20B', '100B:200B' (both ends included) or ['100B', '120B']"
 
@@ -33,8 +33,8 @@ class Checkpoint(NamedTuple):
   """A checkpoint of a run.
 
   Attributes:
-    step: its number.
-    folder: where it lies.
+    step: number of the step.
+    folder: its folder.
   """
 
   step: int
@@ -45,9 +45,9 @@ class Run(NamedTuple):
   """A run on disk.
 
   Attributes:
-    folder: the folder that holds its steps.
-    checkpoints: by step, the first one first.
-    unfinished: folders of saves that were interrupted, which are not read.
+    folder: the folder of its steps.
+    checkpoints: its checkpoints in the order of steps.
+    unfinished: folders of interrupted saves, which are not read.
   """
 
   folder: pathlib.Path
@@ -64,12 +64,12 @@ def open_run(path: str | os.PathLike[str]) -> Run:
   """Lists the checkpoints of a run, by step.
 
   Args:
-    path: the folder with a folder for each step, or one whose `checkpoints` is that; of steps of
-      Orbax that hold more than a model also `RUN:SUBTREE`. It may be a URL, `gs://bucket/run`.
+    path: the folder with one folder per step, or its parent if it is named `checkpoints`. For Orbax
+      steps that store more than a model, `RUN:SUBTREE`. It may be a URL, `gs://bucket/run`.
 
   Raises:
-    FileNotFoundError: where there is no such folder.
-    ValueError: where it holds no step, or steps of several runs.
+    FileNotFoundError: if the folder does not exist.
+    ValueError: if it has no steps, or steps of several runs.
   """
   from jaxmerge.io.checkpoints import metadata  # Late: it imports NumPy.
 
@@ -78,7 +78,7 @@ def open_run(path: str | os.PathLike[str]) -> Run:
     return _with_subtree(_remote_run(where), subtree)
   path = pathlib.Path(text)
   if not path.is_dir():
-    raise FileNotFoundError(f"{path}: no such folder; a run is a folder with a folder a step.")
+    raise FileNotFoundError(f"{path}: no such folder; a run is a folder with one folder per step.")
   inner = path / metadata.STORES
   stores = sorted(p for p in inner.iterdir() if p.is_dir()) if inner.is_dir() else []
   runs = [run for p in (path, inner) if (run := _list(p)).checkpoints]
@@ -86,7 +86,7 @@ def open_run(path: str | os.PathLike[str]) -> Run:
   runs = [run for run in runs if run.folder.name == metadata.LOOP] or runs
   if len(runs) > 1:
     names = ", ".join(str(run.folder) for run in runs)
-    raise ValueError(f"{path}: holds several runs, {names}: give one of them.")
+    raise ValueError(f"{path}: has several runs, {names}: choose one of them.")
   if not runs:
     raise ValueError(f"{path}: {_explain_empty(path)}")
   return _with_subtree(runs[0], subtree)
@@ -105,7 +105,7 @@ def _parts(path: str) -> tuple[str, str]:
 
 
 def _with_subtree(run: Run, subtree: str) -> Run:
-  """Returns a run whose checkpoints say which part of them is the model."""
+  """Returns a run with the model's subtree appended to each checkpoint's path."""
   if not subtree:
     return run
   each = (c._replace(folder=pathlib.Path(f"{c.folder}:{subtree}")) for c in run.checkpoints)
@@ -119,20 +119,20 @@ def checkpoints(
   tokens: str | int | Sequence[str | int] | None = None,
   tokens_per_step: str | int | None = None,
 ) -> tuple[Checkpoint, ...]:
-  """Returns checkpoints of a run, the first step first, for `merge_files` and recipes.
+  """Returns checkpoints of a run in the order of steps, for `merge_files` and recipes.
 
   Args:
     path: as for `open_run`.
-    steps: 'last 8', '1000:9000:1000' with both ends, '1000:9000' for those that there are between,
-      numbers, or 'all'.
-    tokens: in place of steps, by tokens seen: 'last 20B' for those within so many of the newest,
-      '100B:200B' with both ends, or numbers.
-    tokens_per_step: tokens of one step; None: each step's `trainer_state.json` says how many it has
-      seen.
+    steps: 'last 8'; '1000:9000:1000', both ends included; '1000:9000' for all existing steps in
+      between; numbers; or 'all'.
+    tokens: tokens seen, in place of steps: 'last 20B' for the checkpoints of the last 20 billion
+      tokens; '100B:200B', both ends included; or numbers.
+    tokens_per_step: tokens per step; None: the number of tokens seen is read from each step's
+      `trainer_state.json`.
 
   Raises:
-    FileNotFoundError: where there is no such folder.
-    ValueError: naming the steps that are missing or half written, and those that there are.
+    FileNotFoundError: if the folder does not exist.
+    ValueError: naming the steps that are missing or half written, and the existing ones.
 
   Example:
     >>> import tempfile
@@ -154,16 +154,18 @@ def select(
 ) -> tuple[Checkpoint, ...]:
   """Returns some checkpoints of a run; see `checkpoints`."""
   if (steps is None) == (tokens is None):
-    raise ValueError(f"{run.folder}: give either steps, {FORMS}; or tokens, {TOKEN_FORMS}.")
+    raise ValueError(f"{run.folder}: pass either steps, {FORMS}; or tokens, {TOKEN_FORMS}.")
   if tokens is None:
     if tokens_per_step is not None:
-      raise ValueError(f"{run.folder}: tokens_per_step belongs to tokens, and steps need none.")
+      raise ValueError(
+        f"{run.folder}: tokens_per_step is for tokens; remove it, or select by tokens."
+      )
     return _by_step(run, steps)
   return _by_tokens(run, tokens, tokens_per_step)
 
 
 def _remote_run(where: places.Place) -> Run:
-  """Lists the steps of a run behind a URL, where Orbax marks those that are whole."""
+  """Lists the steps of a run at a URL, where Orbax marks complete steps."""
   for folder in (where, where / "checkpoints"):
     names = folder.names()
     whole = [n for n in names if (folder / n).read(_COMMITTED) is not None]
@@ -171,7 +173,7 @@ def _remote_run(where: places.Place) -> Run:
     run = _group(folder.path, [folder.path / n for n in names if n not in partial])
     if run.checkpoints:
       return run._replace(unfinished=(*run.unfinished, *(folder.path / n for n in partial)))
-  raise ValueError(f"{where.text}: holds no folder of a step, such as 1000 or checkpoint-1000.")
+  raise ValueError(f"{where.text}: has no folder of a step, such as 1000 or checkpoint-1000.")
 
 
 def _list(folder: pathlib.Path) -> Run:
@@ -181,7 +183,7 @@ def _list(folder: pathlib.Path) -> Run:
 
 
 def _group(folder: pathlib.Path, paths: Sequence[pathlib.Path]) -> Run:
-  """Returns the run of the folders in one."""
+  """Returns the run that consists of these folders of steps."""
   kinds: dict[str, dict[int, pathlib.Path]] = {}
   unfinished = []
   for path in paths:
@@ -200,17 +202,17 @@ def _group(folder: pathlib.Path, paths: Sequence[pathlib.Path]) -> Run:
       "the folders one by one."
     )
   steps = kinds.popitem()[1] if kinds else {}
-  staged = folder / "unfinished"  # Of jaxmerge's store.
+  staged = folder / "unfinished"  # Used by jaxmerge's store.
   unfinished += sorted(staged.iterdir()) if staged.is_dir() else []
   return Run(folder, tuple(Checkpoint(*item) for item in sorted(steps.items())), tuple(unfinished))
 
 
 def _explain_empty(path: pathlib.Path) -> str:
   if unfinished := _list(path).unfinished:
-    return f"holds no complete checkpoint; {unfinished[0].name} is half written."
+    return f"has no complete checkpoint; {unfinished[0].name} is half written."
   names = sorted(p.name for p in path.iterdir())
-  there = f"; there is {', '.join(names[:4])}" if names else ", but is empty"
-  return f"a run holds a folder for each step, such as 1000 or checkpoint-1000{there}."
+  there = f"; this folder has {', '.join(names[:4])}" if names else "; this folder is empty"
+  return f"a run has one folder per step, such as 1000 or checkpoint-1000{there}."
 
 
 def _by_step(run: Run, wanted: Any) -> tuple[Checkpoint, ...]:
@@ -233,21 +235,23 @@ def _by_step(run: Run, wanted: Any) -> tuple[Checkpoint, ...]:
 def _last(run: Run, count: int) -> tuple[Checkpoint, ...]:
   if not 1 <= count <= len(run.checkpoints):
     raise ValueError(
-      f"{run.folder}: the last {count} checkpoints are wanted, but there are "
-      f"{len(run.checkpoints)}, {_some(run.steps)}: take 'last {len(run.checkpoints)}'."
+      f"{run.folder}: cannot select the last {count} checkpoints, as there are "
+      f"{len(run.checkpoints)}, {_some(run.steps)}: write 'last {len(run.checkpoints)}'."
     )
   return run.checkpoints[-count:]
 
 
 def _range(run: Run, ends: Sequence[int | None]) -> tuple[Checkpoint, ...]:
-  """Returns the checkpoints of a range, both ends included; with a stride, all must be there."""
+  """Returns the checkpoints of a range, both ends included; with a stride, all must exist."""
   first, last = (
     default if end is None else end
     for end, default in zip(ends, (run.steps[0], run.steps[-1]), strict=False)
   )
   stride = ends[2] if len(ends) == 3 else None
   if stride == 0 or first > last:
-    raise ValueError(f"{run.folder}: steps {first} to {last} by {stride or 1} are none at all.")
+    raise ValueError(
+      f"{run.folder}: steps {first} to {last} by {stride or 1} is an empty range; write {FORMS}."
+    )
   if stride is not None:
     return _exactly(run, range(first, last + 1, stride), f"'{first}:{last}' for those that exist")
   inside = tuple(c for c in run.checkpoints if first <= c.step <= last)
@@ -257,7 +261,7 @@ def _range(run: Run, ends: Sequence[int | None]) -> tuple[Checkpoint, ...]:
 
 
 def _exactly(run: Run, steps: Sequence[int], instead: str = "") -> tuple[Checkpoint, ...]:
-  """Returns the checkpoints of these steps; refuses missing ones by name."""
+  """Returns the checkpoints of these steps; raises ValueError with the missing ones."""
   by_step = {c.step: c for c in run.checkpoints}
   if twice := [n for n in steps if list(steps).count(n) > 1] if len(steps) < 1000 else []:
     raise ValueError(f"{run.folder}: step {twice[0]} is listed twice; list it once.")
@@ -267,7 +271,7 @@ def _exactly(run: Run, steps: Sequence[int], instead: str = "") -> tuple[Checkpo
     are = "is" if len(missing) == 1 else "are"
     raise ValueError(
       f"{run.folder}: step{'s' * (len(missing) > 1)} {_some(missing)} {are} missing{half}; there "
-      f"are {_some(run.steps)}: take {instead + ', or ' if instead else ''}steps of these."
+      f"are {_some(run.steps)}: choose {instead + ', or ' if instead else ''}some of these."
     )
   return tuple(by_step[n] for n in sorted(steps))
 
@@ -291,7 +295,7 @@ def _by_tokens(run: Run, wanted: Any, tokens_per_step: Any) -> tuple[Checkpoint,
   inside = tuple(c for c, count in seen.items() if first <= count <= last)
   if not inside:
     raise ValueError(
-      f"{run.folder}: no checkpoint has seen {first:,} to {last:,} tokens; they have seen "
+      f"{run.folder}: no checkpoint has seen {first:,} to {last:,} tokens; choose a range within "
       f"{min(seen.values()):,} to {newest:,}."
     )
   return inside
@@ -300,7 +304,7 @@ def _by_tokens(run: Run, wanted: Any, tokens_per_step: Any) -> tuple[Checkpoint,
 def _at_tokens(
   run: Run, wanted: Sequence[int], seen: dict[Checkpoint, int]
 ) -> tuple[Checkpoint, ...]:
-  """Returns the checkpoints nearest to these numbers of tokens, if they are near."""
+  """Returns the checkpoints nearest to numbers of tokens; raises ValueError if one is too far."""
   spacing = min(
     (b - a for a, b in zip(list(seen.values()), list(seen.values())[1:], strict=False)),
     default=max(seen.values()),
@@ -311,7 +315,7 @@ def _at_tokens(
     if abs(seen[checkpoint] - count) * 2 > spacing:
       raise ValueError(
         f"{run.folder}: no checkpoint is near {count:,} tokens; the nearest, step "
-        f"{checkpoint.step}, has seen {seen[checkpoint]:,}: give that number, or the step."
+        f"{checkpoint.step}, has seen {seen[checkpoint]:,}: write that number, or the step."
       )
     chosen.append(checkpoint)
   return _exactly(run, [c.step for c in chosen])
@@ -324,7 +328,7 @@ def parse_tokens(value: Any, what: str = "tokens") -> int:
   (1500000000, 4000000, 4194304)
 
   Raises:
-    ValueError: with the value, and what would be right.
+    ValueError: with the value, and examples of valid ones.
   """
   match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([KMBT]?)", str(value).strip().upper())
   number = round(float(match[1]) * _UNITS[match[2]]) if match else 0
@@ -334,20 +338,20 @@ def parse_tokens(value: Any, what: str = "tokens") -> int:
 
 
 def _tokens_seen(checkpoint: Checkpoint) -> int:
-  """Returns the tokens that a checkpoint has seen by the record of its trainer."""
+  """Returns the number of tokens that a checkpoint has seen, from its trainer's record."""
   path = checkpoint.folder / _TRAINER
   state = strict_json.parse(str(path), path.read_bytes()) if path.is_file() else {}
   seen = state.get(_SEEN)
   if type(seen) is not int or seen < 1:
     raise ValueError(
-      f"{checkpoint.folder}: nothing says how many tokens it has seen ({_TRAINER} has no "
-      f"{_SEEN}): give tokens_per_step, such as 4194304."
+      f"{checkpoint.folder}: the number of tokens seen is unknown ({_TRAINER} has no {_SEEN}): "
+      "set tokens_per_step, such as 4194304."
     )
   return seen
 
 
 def _some(steps: Sequence[int]) -> str:
-  """Returns steps in words, the first and last of many.
+  """Formats steps; of many, only the first and the last ones.
 
   >>> _some([1000, 2000]), _some(range(0, 100, 10))
   ('1000, 2000', '0, 10, 20, 30, ..., 80, 90')

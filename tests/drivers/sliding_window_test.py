@@ -113,7 +113,7 @@ def test_without_a_window_all_count():
 def test_what_is_wrong_is_said():
   with pytest.raises(ValueError, match="window must be a number of checkpoints, 1 or more, got 0"):
     jaxmerge.online(methods.average(), window=0)
-  with pytest.raises(ValueError, match="takes no method with random masks"):
+  with pytest.raises(ValueError, match="does not support methods with random masks"):
     jaxmerge.online(methods.dare(), BASE, window=2)
   with pytest.raises(ValueError, match="there is no base"):
     jaxmerge.online(methods.ties(), window=2)

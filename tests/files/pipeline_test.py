@@ -100,7 +100,7 @@ def test_the_plain_files_are_taken_and_others_named(home):
   write(home / "a", 0)
   weights = formats.open_model("a", Files())
   assert {t.dtype for t in weights.tensors.values()} == {np.dtype(np.float32)}
-  assert any("has the variant fp16 of text_encoder, unet, vae as well" in n for n in weights.notes)
+  assert any("also has the variant fp16 of text_encoder, unet, vae" in n for n in weights.notes)
   for path in (home / "a").glob("*/*l.safetensors"):
     path.rename(path.with_suffix(".ema.safetensors"))
   with pytest.raises(ValueError, match="text_encoder: has the variants ema, fp16: leave"):

@@ -56,11 +56,11 @@ def test_forms_of_steps(tmp_path, wanted, expected):
 @pytest.mark.parametrize(
   ("wanted", "text"),
   [
-    ("last 4", "there are 3, 1000, 2000, 4000: take 'last 3'"),
+    ("last 4", "there are 3, 1000, 2000, 4000: write 'last 3'"),
     ("1000:4000:1000", "step 3000 is missing; there are 1000, 2000, 4000"),
     ([1000, 1000], "step 1000 is listed twice"),
     ("5000:9000", "no step from 5000 to 9000; there are 1000, 2000, 4000"),
-    ("4000:1000", "are none at all"),
+    ("4000:1000", "is an empty range"),
     ([], "steps must be"),
     (True, "steps must be"),
     ([-5], "steps must be"),
@@ -122,9 +122,11 @@ def test_tokens_that_the_trainer_counted(tmp_path):
   assert steps(run, tokens="15K:") == [20]
   with pytest.raises(ValueError, match="no checkpoint is near 90,000 tokens; the nearest, step 20"):
     steps(run, tokens=["90K"])
-  with pytest.raises(ValueError, match="has seen 1 to 2 tokens; they have seen 10,000 to 20,000"):
+  with pytest.raises(
+    ValueError, match="has seen 1 to 2 tokens; choose a range within 10,000 to 20,000"
+  ):
     steps(run, tokens="1:2")
   with pytest.raises(ValueError, match="tokens must be a number such as"):
     steps(run, tokens="last lots")
-  with pytest.raises(ValueError, match="belongs to tokens"):
+  with pytest.raises(ValueError, match="is for tokens"):
     steps(run, "all", tokens_per_step=5)

@@ -72,7 +72,7 @@ def test_scales_multiply_their_entries(rule, end):
 def test_what_fits_no_rule_is_named():
   of = {"w": tensor(np.ones((5, 6), FLOAT8)), "w_scale": tensor(np.ones((2, 2), np.float32))}
   of["w_scale"] = of["w_scale"]._replace(where="file: tensor 'w_scale'")
-  with pytest.raises(ValueError, match=r"file: tensor 'w_scale': its shape \[2, 2\] is no scale"):
+  with pytest.raises(ValueError, match=r"file: tensor 'w_scale': its shape \[2, 2\] does not fit"):
     scaled.dequantize(of, BLOCKS)
 
 

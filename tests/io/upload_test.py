@@ -176,7 +176,7 @@ def test_a_folder_is_pushed_from_python(hub, tmp_path):
     ("org/m", "hf_wrong", "the hub does not answer: .*Invalid user token"),
     ("other/m", TOKEN, "the token may write for me, org, not for other"),
     ("org", TOKEN, "'org' is not a repository id: write owner/name"),
-    ("org/a--b", TOKEN, "'org/a--b' is no id"),
+    ("org/a--b", TOKEN, "'org/a--b' is not a repository id"),
     ("org/public", TOKEN, r"exists and is public: push with --public"),
   ],
 )

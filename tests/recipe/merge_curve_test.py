@@ -176,7 +176,7 @@ def test_several_numbers_need_a_metric_and_are_not_computed_again():
     ({"evaluate": "python score.py"}, "must have {out}"),
     ({"parameters": {"kind": "middle"}}, "kind must be one of .*, got 'middle'"),
     ({"parameters": {"decay": "linear"}}, "decay has no effect with kind 'sma'"),
-    ({"steps": "last 20"}, "the last 20 checkpoints are wanted"),
+    ({"steps": "last 20"}, "cannot select the last 20 checkpoints"),
   ],
 )
 def test_what_is_wrong_is_said_before_anything_is_written(options, text):

@@ -104,7 +104,7 @@ def test_a_run_behind_a_url(run, tmp_path):
   }
   out = jaxmerge.merge_recipe(recipe, tmp_path / "out")
   np.testing.assert_allclose(merged(out), decayed(STEPS[1:3]), atol=1e-6)
-  with pytest.raises(ValueError, match="holds no folder of a step"):
+  with pytest.raises(ValueError, match="has no folder of a step"):
     runs.open_run(f"file://{tmp_path}/none")
 
 

@@ -114,11 +114,11 @@ def test_a_half_written_step_is_named_and_not_read(run, tmp_path, capsys):
 @pytest.mark.parametrize(
   ("item", "text"),
   [
-    ({"run": "run"}, "give either steps"),
+    ({"run": "run"}, "pass either steps"),
     ({"run": "none", "steps": "all"}, "none: no such folder"),
     ({"run": "run", "steps": "last 3", "step": 2}, "unknown key 'step' in a run"),
     ({"run": "run", "steps": "newest"}, "steps must be 'last 8'"),
-    ({"run": "run", "tokens": "last 1B"}, "give tokens_per_step"),
+    ({"run": "run", "tokens": "last 1B"}, "set tokens_per_step"),
   ],
 )
 def test_what_is_wrong_is_said(run, item, text):

@@ -1,7 +1,7 @@
-"""Files of `flax.serialization`: msgpack, whose arrays are read in parts from where they lie.
+"""Reads files of `flax.serialization` (msgpack) without loading their arrays.
 
-A file is a map of maps; an array is an extension of type 1: its shape, its dtype's name and its
-bytes. Arrays over a gigabyte are in chunks. Heads of values are walked over, arrays are skipped.
+A file is a map of maps. An array is an extension of type 1 with its shape, dtype name and bytes;
+arrays over a gigabyte are stored in chunks. Only headers are read; parts of arrays are read later.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import os
 import pathlib
 import struct
 from collections.abc import Iterator
-from typing import Any, BinaryIO, NamedTuple  # Any: numbers, text and nested values of a file.
+from typing import Any, BinaryIO, NamedTuple  # Any: numbers, text and nested values.
 
 import numpy as np
 
@@ -20,13 +20,13 @@ from jaxmerge.io.tensors.safetensors import Entry
 from jaxmerge.io.tensors.tensor import Files, Tensor, stored_tensor
 
 ENDING = ".msgpack"
-_ARRAY = 1  # Type of the extension; 2 is a complex number, 3 a scalar of NumPy, laid out as arrays.
+_ARRAY = 1  # Type of the extension; 2 is a complex number, 3 a NumPy scalar in the same layout.
 _SCALAR = 3
 _CHUNKED = "__msgpack_chunked_array__"
-_DEPTH = 64  # Maps in maps; more are no model.
-_TEXT = 2**16  # Bytes of a name.
+_DEPTH = 64  # Deepest nesting of maps.
+_TEXT = 2**16  # Longest name, in bytes.
 _DTYPES = {d.name: d for d in safetensors.DTYPES.values()}
-# First bytes of values with a length, and how many bytes that takes: text, bytes, lists, maps.
+# By first byte of texts, bytes, lists and maps: the number of bytes of their length.
 _SIZES = {0xD9: 1, 0xDA: 2, 0xDB: 4, 0xC4: 1, 0xC5: 2, 0xC6: 4, 0xDC: 2, 0xDD: 4, 0xDE: 2, 0xDF: 4}
 _NUMBERS = {
   0xCA: ">f", 0xCB: ">d", 0xCC: ">B", 0xCD: ">H", 0xCE: ">I", 0xCF: ">Q",
@@ -36,7 +36,7 @@ _EXTENSIONS = {0xC7: 1, 0xC8: 2, 0xC9: 4}
 
 
 class Contents(NamedTuple):
-  """What is in a file: its arrays by name, `a/b/kernel`, and the names of all other values."""
+  """The contents of a file: arrays by name, `a/b/kernel`, and names of all other values."""
 
   arrays: dict[str, Tensor]
   others: tuple[str, ...]
@@ -49,14 +49,14 @@ class _Array(NamedTuple):
 
 
 def read(path: str | os.PathLike[str], files: Files) -> Contents:
-  """Reads the heads of a file's arrays.
+  """Reads the headers of a file's arrays.
 
   Args:
-    path: of the file.
+    path: path of the file.
     files: open files, from which parts of the arrays are read.
 
   Raises:
-    ValueError: naming the file, and the byte, or the array that is damaged.
+    ValueError: naming the file, and the byte or the array that is damaged.
   """
   path = pathlib.Path(path)
   files.note([path])
@@ -66,7 +66,7 @@ def read(path: str | os.PathLike[str], files: Files) -> Contents:
     if file.tell() != walk.size:
       raise ValueError(f"{path}: {walk.size - file.tell()} bytes after the last value.")
   if not isinstance(value, dict):
-    raise ValueError(f"{path}: holds {type(value).__name__}, and not arrays by name.")
+    raise ValueError(f"{path}: must be a map of arrays, got {type(value).__name__}.")
   arrays: dict[str, Tensor] = {}
   others = []
   for name, leaf in _leaves(value, ""):
@@ -95,37 +95,37 @@ def _tensor(path: pathlib.Path, name: str, array: _Array, files: Files) -> Tenso
 
 
 def _chunked(path: pathlib.Path, name: str, value: dict[str, Any], files: Files) -> Tensor:
-  """Returns an array that is stored in chunks, one after the other."""
+  """Returns an array that is stored in consecutive chunks."""
   where = f"{path}: tensor {name!r}"
   shape, chunks = (_in_order(value.get(key)) for key in ("shape", "chunks"))
   arrays = [c for c in chunks if isinstance(c, _Array)]
   if not arrays or len(arrays) < len(chunks) or not all(type(n) is int and n >= 0 for n in shape):
-    raise ValueError(f"{where}: its chunks or its shape are not as flax writes them.")
+    raise ValueError(f"{where}: its chunks or its shape are not in Flax's format.")
   if len({c.dtype for c in arrays}) > 1 or sum(math.prod(c.shape) for c in arrays) != math.prod(
     shape
   ):
-    raise ValueError(f"{where}: its {len(arrays)} chunks are not of its shape {shape}.")
+    raise ValueError(f"{where}: its {len(arrays)} chunks do not fit its shape {shape}.")
   parts = [_tensor(path, name, c, files) for c in arrays]
   return pieces.concatenate(parts, tuple(shape))
 
 
 def _in_order(value: Any) -> list[Any]:
-  """Returns the values of a map with the keys 0, 1, ..., as lists are stored."""
+  """Returns the values of a map with keys 0, 1, ..., which is how Flax stores lists."""
   if isinstance(value, dict) and all(str(i) in value for i in range(len(value))):
     return [value[str(i)] for i in range(len(value))]
   return value if isinstance(value, list) else []
 
 
 class _Walk:
-  """Walks over the values of a file; a class because it holds the file and its size."""
+  """Parses the values of a file, and skips the bytes of its arrays."""
 
   def __init__(self, path: pathlib.Path, file: BinaryIO, size: int):
     self.path, self.file, self.size = path, file, size
 
   def value(self, depth: int) -> Any:
-    """Returns a value: a dict, a list, text, a number, bytes as None, or where an array lies."""
+    """Returns a value: a dict, a list, text, a number, None for bytes, or an array's position."""
     if depth > _DEPTH:
-      raise ValueError(f"{self.path}: byte {self.file.tell()}: over {_DEPTH} maps in one another.")
+      raise ValueError(f"{self.path}: byte {self.file.tell()}: over {_DEPTH} nested maps.")
     head = self._bytes(1)[0]
     if head < 0x80 or head >= 0xE0:
       return head if head < 0x80 else head - 256
@@ -143,8 +143,8 @@ class _Walk:
     return self._sized(head, depth)
 
   def _sized(self, head: int, depth: int) -> Any:
-    """Returns a value that has a length: in its first byte, or in those after it."""
-    if head < 0xC0:  # Three bits say which, and the others how many.
+    """Returns a value with a length, which is in its first byte or in the bytes after it."""
+    if head < 0xC0:  # The first bits are the kind, and the others the length.
       count = head & (0x1F if head >= 0xA0 else 0x0F)
     else:
       count = self._length(_SIZES[head])
@@ -164,19 +164,19 @@ class _Walk:
     for _ in range(count):
       key = self.value(depth + 1)
       if not isinstance(key, str | int) or str(key) in values:
-        raise self._damaged(f"{key!r:.100} is no name, or is there twice")
+        raise self._damaged(f"{key!r:.100} is not a name, or occurs twice")
       values[str(key)] = self.value(depth + 1)
     return values
 
   def _extension(self, length: int, depth: int) -> Any:
-    """Returns where an array lies, by its head; the place after it is next."""
+    """Returns an array's position from its header, and moves past the array."""
     kind = self._bytes(1)[0]
     stop = self.file.tell() + length
     if kind not in (_ARRAY, _SCALAR):
       self._skip(length)
       return None
     if self._bytes(1)[0] != 0x93:
-      raise self._damaged("an array is not its shape, its dtype and its bytes")
+      raise self._damaged("an array must have shape, dtype and bytes")
     shape, name = self.value(depth + 1), self.value(depth + 1)
     if not isinstance(name, str) or name not in _DTYPES or not isinstance(shape, list):
       raise self._damaged(f"an array of {shape!r:.100} {name!r:.100} cannot be read")
@@ -196,7 +196,7 @@ class _Walk:
     try:
       return self._bytes(count).decode()
     except UnicodeDecodeError as error:
-      raise self._damaged("a name is no text in UTF-8") from error
+      raise self._damaged("a name is not UTF-8 text") from error
 
   def _length(self, size: int) -> int:
     return int.from_bytes(self._bytes(size), "big")
@@ -214,6 +214,6 @@ class _Walk:
 
   def _damaged(self, what: str) -> ValueError:
     return ValueError(
-      f"{self.path}: byte {self.file.tell()}: {what}; this is no file of flax.serialization, or it "
-      "is damaged."
+      f"{self.path}: byte {self.file.tell()}: {what}; the file is damaged, or not written by "
+      "flax.serialization."
     )

@@ -1,7 +1,7 @@
-"""Weights in 8-bit floats with scales, which are multiplied out while rows of them are read.
+"""Dequantizes weights in 8-bit floats with scales while their rows are read.
 
-Per tensor, per row, or per block, as compressed-tensors, fbgemm, ModelOpt, DeepSeek and ComfyUI
-store them. All of them multiply, also those that call the scale an inverse one.
+Scales are per tensor, per row, or per block, as stored by compressed-tensors, fbgemm, ModelOpt,
+DeepSeek and ComfyUI. All of these multiply by the scale, even where its name says inverse.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple  # Any: what a config.json holds.
+from typing import Any, NamedTuple  # Any: values of a config.json.
 
 import ml_dtypes
 import numpy as np
@@ -18,11 +18,11 @@ from jaxmerge.io.tensors import safetensors
 from jaxmerge.io.tensors.tensor import Tensor
 
 FLOAT8 = tuple(np.dtype(d) for d in (ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2))
-BLOCK = (128, 128)  # Of DeepSeek's, where no config says otherwise.
+BLOCK = (128, 128)  # DeepSeek's block size, the default.
 KEYS = ("quantization_config", "compression_config")
-_ENDS = ("_scale", "_scale_inv")  # After the name of a weight.
-_BESIDE = ("scale_weight", "qscale_weight")  # In the place of `weight`.
-# Scales of activations and of the cache of keys and values: they say nothing about weights.
+_ENDS = ("_scale", "_scale_inv")  # Suffixes to the name of a weight.
+_BESIDE = ("scale_weight", "qscale_weight")  # Replace `weight` in its name.
+# Scales of activations and of the key-value cache, which do not affect weights.
 _ACTIVATIONS = re.compile(
   r"(?:^|[._])(?:input|activation|output)_scale(?:_ub)?$"
   r"|(?:^|[.])(?:(?:[kvq]|kv|prob|softmax)_scale|scale_input|qscale_act|scaled_fp8)$"
@@ -31,12 +31,12 @@ _STORED = ("bfloat16", "float16", "float32")
 
 
 class Dequantized(NamedTuple):
-  """A model whose scaled weights are read as numbers.
+  """A model with dequantized weights.
 
   Attributes:
-    tensors: the weights, and all else but scales.
-    scales: the names of the scales, and the weight of each; "" where it is of activations.
-    weights: names of the weights that were scaled.
+    tensors: all tensors but the scales.
+    scales: by name of a scale, the name of its weight; "" for a scale of activations.
+    weights: names of the weights with a scale.
   """
 
   tensors: dict[str, Tensor]
@@ -45,12 +45,12 @@ class Dequantized(NamedTuple):
 
 
 class _Grid(NamedTuple):
-  """The place of the scale of each entry: the scale is [lead, rows, columns] of blocks."""
+  """The blocks of a weight; its scale is [lead, rows, columns], with an entry per block."""
 
   height: int  # Rows of a matrix.
   width: int  # Entries of a row.
   block: tuple[int, int]
-  rows: int  # Of the scale, for a matrix.
+  rows: int  # Rows of the scale, per matrix.
   columns: int
 
   def scale_row(self, row: int) -> int:
@@ -60,16 +60,16 @@ class _Grid(NamedTuple):
 
 
 def dequantize(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Dequantized:
-  """Finds weights in 8-bit floats and their scales, and joins them.
+  """Multiplies weights in 8-bit floats by their scales, lazily.
 
-  Weights without a scale stay as they are, and so do all other kinds of codes.
+  Weights without a scale, and weights in other quantized formats, are unchanged.
 
   Args:
-    tensors: of a model.
-    config: its config.json, for the size of blocks, and the dtype of what is stored.
+    tensors: tensors of a model.
+    config: its config.json, for the block size and the dtype of the result.
 
   Raises:
-    ValueError: naming a scale whose shape fits no rule.
+    ValueError: naming a scale whose shape does not fit its weight.
   """
   pairs = {name: scale for name, t in tensors.items() if (scale := _scale_of(name, t, tensors))}
   if not pairs:
@@ -98,7 +98,7 @@ def stored_dtype(config: Mapping[str, Any]) -> np.dtype:
 
 
 def strip(config: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns a config that does not say that weights are quantized."""
+  """Returns a config without its quantization settings."""
   stripped: dict[str, Any] = {}
   for key, value in config.items():
     if key not in KEYS:
@@ -116,7 +116,7 @@ def _scale_of(name: str, tensor: Tensor, tensors: Mapping[str, Tensor]) -> str |
   stem = name.removesuffix("weight")
   beside = [f"{stem}{word}" for word in _BESIDE if stem != name]
   names = (*(name + end for end in _ENDS), *beside)
-  # Scales in bytes are exponents (MX formats), or scaled again: no factors as they stand.
+  # Scales of one byte are exponents (MX formats) or scaled themselves, so they are no factors.
   return next((n for n in names if n in tensors and _is_factor(tensors[n])), None)
 
 
@@ -125,7 +125,7 @@ def _is_factor(scale: Tensor) -> bool:
 
 
 def _block(config: Mapping[str, Any]) -> tuple[int, int]:
-  """Returns the size of blocks by a config."""
+  """Returns the block size from a config, or the default."""
   for settings in _settings(config):
     size = settings.get("weight_block_size") or settings.get("block_structure")
     if isinstance(size, list) and len(size) == 2 and all(type(n) is int and n > 0 for n in size):
@@ -142,7 +142,7 @@ def _settings(value: Any) -> Iterator[Mapping[str, Any]]:
 
 
 def _grid(weight: Tensor, scale: Tensor, block: tuple[int, int]) -> _Grid:
-  """Returns where the scales of a weight are, by the two shapes."""
+  """Returns the blocks of a weight, inferred from its shape and that of the scale."""
   *lead, height, width = (1, 1, *weight.shape)[-max(2, len(weight.shape)) :]
   shape, count = scale.shape, math.prod(scale.shape)
   whole = (height, width)
@@ -161,14 +161,14 @@ def _grid(weight: Tensor, scale: Tensor, block: tuple[int, int]) -> _Grid:
     if (rows, columns) == tuple(-(-size // b) for size, b in zip(whole, step, strict=True)):
       return _Grid(height, width, (step[0], step[1]), rows, columns)
   raise ValueError(
-    f"{scale.where}: its shape {list(shape)} is no scale of {list(weight.shape)}: neither of the "
-    f"whole, nor of rows or columns, nor of blocks of {block[0]} x {block[1]}; weight_block_size "
-    "in quantization_config of config.json says what blocks these are."
+    f"{scale.where}: its shape {list(shape)} does not fit a weight {list(weight.shape)}: not one "
+    f"scale per tensor, row or column, nor per block of {block[0]} x {block[1]}; set "
+    "weight_block_size in quantization_config of config.json."
   )
 
 
 def _product(weight: Tensor, scale: Tensor, block: tuple[int, int], dtype: np.dtype) -> Tensor:
-  """Returns a weight times its scale, in float32, by rows."""
+  """Returns a weight times its scale, as a lazy float32 tensor."""
   grid = _grid(weight, scale, block)
 
   def read(start: int, out: np.ndarray) -> None:
@@ -187,7 +187,7 @@ def _product(weight: Tensor, scale: Tensor, block: tuple[int, int], dtype: np.dt
 
 
 def _run(grid: _Grid, row: int, offset: int) -> int:
-  """Returns how many entries from here on are multiplied at once."""
+  """Returns the number of entries from this position on that are multiplied at once."""
   if grid.columns == 1:  # A block is as wide as a row.
     left = grid.block[0] - row % grid.height % grid.block[0]
     left = min(left, grid.height - row % grid.height)
@@ -196,7 +196,7 @@ def _run(grid: _Grid, row: int, offset: int) -> int:
 
 
 def _scales(scale: Tensor, grid: _Grid, row: int, offset: int, size: int) -> np.ndarray:
-  """Returns the scales of entries of a row; one scale where that is of all of them."""
+  """Returns the scales of entries of a row, or a single scale for all of them."""
   values = np.empty(grid.columns, scale.dtype)
   scale.read(grid.scale_row(row) * grid.columns, values)
   wide = values.astype(np.float32)
