@@ -86,7 +86,7 @@ def test_a_folder_that_holds_no_single_run(tmp_path):
     steps(made(tmp_path / "mixed", ["checkpoint-1", "step_2"]), "all")
   with pytest.raises(ValueError, match="0100 and 100 are both step 100"):
     steps(made(tmp_path / "twice", ["100", "0100"]), "all")
-  with pytest.raises(ValueError, match="such as 1000 or checkpoint-1000; there is logs"):
+  with pytest.raises(ValueError, match="such as 1000 or checkpoint-1000; this folder has logs"):
     steps(made(tmp_path / "none", ["logs"]), "all")
   with pytest.raises(FileNotFoundError, match="no such folder"):
     steps(tmp_path / "absent", "all")
@@ -96,7 +96,7 @@ def test_the_folder_checkpoints_of_a_run_is_the_run(tmp_path):
   assert steps(made(tmp_path / "a", ["checkpoints/10", "checkpoints/20"]), "all") == [10, 20]
   ours = made(tmp_path / "b", ["checkpoints/atm/1", "checkpoints/joint/2"])
   assert steps(ours, "all") == [1]
-  with pytest.raises(ValueError, match="holds several runs"):
+  with pytest.raises(ValueError, match="has several runs"):
     steps(made(tmp_path / "c", ["checkpoints/x/1", "checkpoints/y/2"]), "all")
 
 
