@@ -103,7 +103,7 @@ def test_the_plain_files_are_taken_and_others_named(home):
   assert any("also has the variant fp16 of text_encoder, unet, vae" in n for n in weights.notes)
   for path in (home / "a").glob("*/*l.safetensors"):
     path.rename(path.with_suffix(".ema.safetensors"))
-  with pytest.raises(ValueError, match="text_encoder: has the variants ema, fp16: leave"):
+  with pytest.raises(ValueError, match="text_encoder: has the variants ema, fp16: remove"):
     formats.open_model("a", Files())
 
 
