@@ -87,8 +87,8 @@ def test_missing_steps_are_named_with_the_way_on(run):
   with pytest.raises(RecipeError) as caught:
     jaxmerge.merge_recipe(wrong, "out")
   assert str(caught.value) == (
-    "models[0].steps: run: step 2500 is missing; there are 500, 1000, 1500, 2000: take "
-    "'500:2500' for those that exist, or steps of these."
+    "models[0].steps: run: step 2500 is missing; there are 500, 1000, 1500, 2000: choose "
+    "'500:2500' for those that exist, or some of these."
   )
 
 
