@@ -60,9 +60,9 @@ def run(
   run: results with the same settings are reused.
 
   Args:
-    config: of the bench, from `bench_config.load`.
-    source: path of the config file; the experiment's config lies beside it.
-    folder: of the run; created if missing.
+    config: the bench's config, from `bench_config.load`.
+    source: path of the config file; the experiment's config is in the same folder.
+    folder: folder of the run; created if missing.
     resume: see `run.run`.
     progress: see `run.run`.
 
@@ -96,11 +96,11 @@ def _read_finished(folder: pathlib.Path, plain: Mapping[str, Any]) -> dict[str, 
 
 
 def read(path: pathlib.Path) -> dict[str, Any]:
-  """Reads a JSON file of a bench; ValueError, naming it, where it is damaged."""
+  """Reads a JSON file of a bench; raises ValueError if it is damaged."""
   try:
     return files.read_json(path)
   except ValueError as error:
-    raise ValueError(f"{error} Remove it, and it is computed again.") from error
+    raise ValueError(f"{error} Remove it, and the next run computes it again.") from error
 
 
 def _write(
@@ -108,7 +108,7 @@ def _write(
 ) -> dict[str, Any]:
   """Writes the leaderboard of all seeds, and returns its JSON content."""
   shared = set.intersection(*(set(r["record"]["models"]) for r in records))
-  for r in records:  # References that the run of one seed lacks are none.
+  for r in records:  # Drop references that are missing for one of the seeds.
     r["record"]["models"] = {n: m for n, m in r["record"]["models"].items() if n in shared}
   summary = report.merge_seeds([r["record"] for r in records])
   facts = {
@@ -215,7 +215,7 @@ def _per_task(setup: Setup, params: Any, rows: batch.TaskBatch, split: str) -> d
 
 
 def _references(folder: pathlib.Path, tasks: Sequence[str], split: str) -> dict[str, Any]:
-  """Returns ATM and joint training of the run that the experts are from, if it has such scores."""
+  """Returns the scores of ATM and joint training from the run of the experts, if it has them."""
   path = folder / "report.json"
   theirs = read(path) if path.is_file() else {}
   if theirs.get("split") != split or theirs.get("tasks") != list(tasks):

@@ -17,10 +17,10 @@ from jaxmerge.experiments import schema, shipped_configs
 def load(path: str, changes: Sequence[tuple[str, str]] = ()) -> ConfigDict:
   """Returns the locked config of a leaderboard of methods, changed and checked.
 
-  `run` is the experiment's config, beside this one or shipped; `experts` the folder of an ATM run
-  of it whose experts are merged, {seed} standing for the seed, or empty: then they are tuned.
-  `methods` maps a row's name to settings of the method of that name, or of the one under `name`: a
-  tuple is a list of values to try. `changes` are changes of the experiment's config.
+  `run` is the experiment's config, in the same folder or shipped. `experts` is the folder of an ATM
+  run whose experts are merged, with {seed} for the seed; empty: experts are tuned. `methods` maps a
+  row's name to settings of the method of that name, or of the method under `name`; a tuple lists
+  values to try. `changes` are changes to the experiment's config.
   """
   config = configs.load_as(path, schema.Bench, changes)
   if config.seeds < 1:

@@ -156,7 +156,7 @@ def _search_all(
     except (ValueError, ArithmeticError) as error:
       failed[name] = str(error)
   if not merges:
-    name, reason = next(iter(failed.items()), ("", "there is no method to compare."))
+    name, reason = next(iter(failed.items()), ("", "no methods to compare."))
     raise ValueError(f"no method could be merged and scored; {name}: {reason}")
   return merges, failed
 
@@ -208,13 +208,13 @@ def _scaled(name: str, chosen: Mapping[str, Any]) -> scales.Scaled:
 
 
 def _in_box(name: str, trials: int) -> objective.Strategy:
-  """Asks for merges of a method with settings in their usual ranges."""
+  """Proposes merges of a method with settings in their usual ranges."""
   axes, parameters = box.axes(name), lookup.entry(name).parameters
-  asked = box.search(axes, trials, {n: parameters[n].default for n in axes})
+  strategy = box.search(axes, trials, {n: parameters[n].default for n in axes})
   scores: Any = None  # Starts the generator.
   while True:
     try:
-      candidates = asked.send(scores)
+      candidates = strategy.send(scores)
     except StopIteration:
       return None
     scores = yield [_scaled(name, one) for one in candidates]

@@ -100,7 +100,7 @@ def read(path: str) -> ConfigDict:
 
 
 def _no_config(file: pathlib.Path) -> str:
-  """Says that there is no such file, and what there is."""
+  """Returns the error for a missing file, with the configs that exist."""
   shipped = list(shipped_configs.paths())
   beside = sorted(str(p) for p in (file if file.is_dir() else file.parent).glob("*.py"))
   near = file.stem if file.stem in shipped else str(file)
@@ -308,7 +308,7 @@ def check_method(settings_: Mapping[str, Any], where: str) -> None:
 
 
 def _method_parameters(config: ConfigDict) -> Mapping[str, Any]:
-  """Returns the parameters of the config's method; none are known of a user's own."""
+  """Returns the parameters of the config's method; empty for a user's function."""
   name = config.method.name
   is_known = not user_functions.is_function("method.name", name)
   return lookup.entry(name).parameters if is_known else {}

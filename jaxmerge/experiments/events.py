@@ -18,8 +18,8 @@ class Events:
 
   Attributes:
     progress: called with events.
-    stop: asked after each part whether to stop there.
-    tracker: is given the numbers of each round.
+    stop: called after each part; True stops the run there.
+    tracker: receives the numbers of each round.
     seconds: of the phases.
   """
 

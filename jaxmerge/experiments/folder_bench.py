@@ -1,4 +1,4 @@
-"""Methods on folders of models: searched by a score from outside, as a leaderboard."""
+"""A leaderboard of methods on model folders, whose settings are searched by an external score."""
 
 from __future__ import annotations
 
@@ -33,22 +33,22 @@ def run(
 ) -> dict[str, Any]:
   """Merges models by every method with several settings, evaluates each, and ranks the methods.
 
-  Leaves `leaderboard.json`, `.md` and `.png`, a report (`report.json`, `report.html`, plots), and
-  the merges that `keep` says, in `merges/`. An interrupted run goes on in the middle of the trial
-  that it was at. Methods and trials may be added to a run.
+  Writes `leaderboard.json`, `.md` and `.png`, a report (`report.json`, `report.html`, plots), and
+  in `merges/` the merges that `keep` selects. A run resumes within the trial that was interrupted.
+  Methods and trials can be added to a run.
 
   Args:
-    bench: what is compared.
-    folder: of the run; it is created.
+    bench: models, methods and evaluation.
+    folder: folder of the run; created if needed.
     resume: see `run.run`.
     progress: see `run.run`.
 
   Returns:
-    The record, as `report.json` holds it.
+    The record, which is also written to `report.json`.
 
   Raises:
-    ValueError: where a model alone cannot be evaluated, or all methods fail, or the folder holds
-      another run.
+    ValueError: if an unmerged model cannot be evaluated, if all methods fail, or if the folder
+      belongs to another run.
   """
   bench, folder = check(bench), pathlib.Path(folder)
   commands = [external.command(text) for text in (bench.evaluate, bench.final) if text]
@@ -86,7 +86,7 @@ def run(
 
 
 def _plain(bench: Bench, models: Mapping[str, str]) -> dict[str, Any]:
-  """Returns the config of a run: what it compares, and what tells its models from changed ones."""
+  """Returns the config of a run, with a digest of each model's files."""
   plain = json.loads(json.dumps(bench._asdict()))
   plain["changes"] = {m: {n: a._asdict() for n, a in c.items()} for m, c in bench.changes.items()}
   plain = json.loads(json.dumps(plain)) | {"models": dict(models)}
@@ -98,20 +98,20 @@ def _plain(bench: Bench, models: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _refuse_changed(folder: pathlib.Path, plain: Mapping[str, Any]) -> None:
-  """Raises ValueError, naming it, where a model is another one than when the run began."""
+  """Raises ValueError if a model has changed since the run began."""
   if not (folder / "config.json").is_file():
     return
   there = workdir.read_config(folder)
   for name, digest in there.get("files", {}).items():
     if there.get("models") == plain["models"] and plain["files"].get(name) != digest:
       raise ValueError(
-        f"{name} has changed since the run in {folder} began: what is recorded there is of other "
-        "weights. Choose another workdir."
+        f"{name} has changed since the run in {folder} began: the recorded scores are those of "
+        "other weights. Choose another workdir."
       )
 
 
 def _score_alone(source: Source, events: Events) -> dict[str, Result]:
-  """Evaluates base and models; what fails here is wrong with the command, and ends the run."""
+  """Evaluates base and models unmerged; a failure here is one of the command and ends the run."""
   listed = {"base": source.base, **{f"experts_{n}": m for n, m in source.models.items()}}
   show = events.bar("models alone", len(listed), "model")
   results: dict[str, Result] = {}
@@ -127,7 +127,7 @@ def _score_alone(source: Source, events: Events) -> dict[str, Result]:
 
 
 def _search(source: Source, bench: Bench, name: str, events: Events) -> Result:
-  """Returns the result of a method: its best trial, or why it failed."""
+  """Returns the result of a method: its best trial, or the reason of its failure."""
   path = source.folder / "methods" / f"{name}.json"
   axes = box.axes(name, bench.changes.get(name))
   tried = {"trials": bench.trials, "box": {n: list(a) for n, a in axes.items()}}
@@ -140,22 +140,24 @@ def _search(source: Source, bench: Bench, name: str, events: Events) -> Result:
   def on_trial(trial: Mapping[str, Any]) -> None:
     if "error" in trial:
       events.say(f"{name}, trial {trial['number']}: {trial['error']}")
-    show(len(trials.asked), bench.trials, score=_mean(source, trial))
+    show(len(trials.history), bench.trials, score=_mean(source, trial))
 
   trials = Trials(source, name, bench.keep == "all", on_trial)
   parameters = lookup.entry(name).parameters
   strategy = box.search(axes, bench.trials, {n: parameters[n].default for n in axes})
   try:
     with warnings.catch_warnings():
-      warnings.filterwarnings("ignore", message=".*have NaN as their score")  # Said above.
+      warnings.filterwarnings(
+        "ignore", message=".*have NaN as their score"
+      )  # Reported by on_trial.
       best = objective.run(trials, strategy)
     result = _best(source, trials, best.params)
   except stamps.Changed:
     raise
   except FAILURES as error:
-    reason = next((t["error"] for t in trials.asked if "error" in t), str(error))
+    reason = next((t["error"] for t in trials.history if "error" in t), str(error))
     events.say(f"{name} failed, {reason}")
-    return {"error": reason, "trials": len(trials.asked)}  # The next run tries it again.
+    return {"error": reason, "trials": len(trials.history)}  # The next run tries it again.
   folder_trials.write(path, {"tried": tried, **result})
   return {"tried": tried, **result}
 
@@ -165,30 +167,30 @@ def _mean(source: Source, trial: Mapping[str, Any]) -> float | None:
   return None if numbers is None else source.mean(numbers)
 
 
-def _best(source: Source, trials: Trials, merged: pathlib.Path) -> Result:
-  """Returns the record of a method's best trial, with its final numbers where there are any."""
+def _best(source: Source, trials: Trials, merge_folder: pathlib.Path) -> Result:
+  """Returns the record of a method's best trial, with its final numbers if `final` is set."""
   best = trials.best()
   assert best is not None
-  result = {**best, "trials": len(trials.asked)}
+  result = {**best, "trials": len(trials.history)}
   for key in ("merge_seconds", "evaluate_seconds"):
-    result[key] = sum(t.get(key, 0.0) for t in trials.asked)
+    result[key] = sum(t.get(key, 0.0) for t in trials.history)
   if source.final is not None:
-    result["final"], _ = folder_trials.evaluate(source.final, merged, source.numbers)
+    result["final"], _ = folder_trials.evaluate(source.final, merge_folder, source.numbers)
   return result
 
 
 def _remove_merges(source: Source, keep: str, results: Mapping[str, Result]) -> None:
-  """Removes the merges that are not to stay, and makes the best again if it is missing."""
+  """Removes the merges that `keep` does not select; merges the best again if it is missing."""
   scored = {n: source.mean(r["numbers"]) for n, r in results.items() if "numbers" in r}
-  stays = pathlib.Path()
+  best_folder = pathlib.Path()
   if keep == "best" and scored:
     choose = min if source.lower_is_better else max
     name = choose(scored, key=lambda n: scored[n])
     best = results[name]
-    stays = source.merged(name, best["number"])
-    if not stays.exists():
-      folder_trials.merge_trial(source, name, best["settings"], stays)
+    best_folder = source.merge_folder(name, best["number"])
+    if not best_folder.exists():
+      folder_trials.merge_trial(source, name, best["settings"], best_folder)
   if keep != "all":
-    for path in (source.folder / "merges").glob("*"):  # Interrupted ones too, which are hidden.
-      if path.is_dir() and path != stays:
+    for path in (source.folder / "merges").glob("*"):  # Also hidden folders of interrupted merges.
+      if path.is_dir() and path != best_folder:
         shutil.rmtree(path, ignore_errors=True)

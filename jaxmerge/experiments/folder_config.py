@@ -1,4 +1,4 @@
-"""What a leaderboard of methods on folders of models compares, checked. Free of jax."""
+"""The config of a leaderboard of methods on model folders, and its checks. Free of jax."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ class Bench(NamedTuple):
   """A leaderboard of methods on folders of models.
 
   Attributes:
-    base: a folder, a checkpoint, or an id of the hub; with adapters behind a `+`.
-    models: the models to be merged, likewise.
-    evaluate: command with `{out}`, see `jaxmerge.evaluation.external`, whose numbers choose.
+    base: a folder, a checkpoint, or a hub id; adapters follow a `+`.
+    models: the models to merge, in the same forms.
+    evaluate: command with `{out}`, see `jaxmerge.evaluation.external`; its numbers select settings.
     methods: names of methods; `all` for all that merge any number of task vectors.
-    final: command whose numbers are reported, once for the best of each method; empty: `evaluate`.
-    trials: settings that are tried of each method, at most.
-    changes: what is tried of a method's parameters, by method and parameter.
-    numbers: which of the numbers count; empty: all.
-    lower_is_better: whether less of them is better.
-    keep: which merges stay on the disk: the best of all, all, or none.
-    seed: of random masks.
-    download: whether models that the hub's cache lacks are fetched.
+    final: command for the reported numbers, run on each method's best merge; empty: `evaluate`.
+    trials: the most settings to try per method.
+    changes: the search space of parameters, by method and parameter.
+    numbers: which of the numbers enter the score; empty: all.
+    lower_is_better: whether lower numbers are better.
+    keep: which merges stay on disk: the best of all, all, or none.
+    seed: seed of random masks.
+    download: whether models missing from the hub's cache are downloaded.
   """
 
   base: str
@@ -46,7 +46,7 @@ class Bench(NamedTuple):
 
 
 def check(bench: Bench) -> Bench:
-  """Returns the bench with `all` replaced by names; ValueError for what cannot be run."""
+  """Returns the bench with `all` replaced by names; raises ValueError if it cannot be run."""
   names: list[str] = []
   for name in bench.methods:
     enough = (n for n, e in lookup.METHODS.items() if e.models[0] <= len(bench.models))
@@ -61,9 +61,9 @@ def check(bench: Bench) -> Bench:
   for name in bench.changes:
     if name not in names:
       near = errors.nearest(name, names)
-      raise ValueError(f"what to try of {name!r}: it is none of the methods{near}.")
+      raise ValueError(f"search space of {name!r}: it is not among the methods{near}.")
   if not names:
-    raise ValueError("there is no method: name one or more, or all.")
+    raise ValueError("no methods: name one or more, or all.")
   if bench.trials < 1:
     raise ValueError(f"trials must be 1 or more, got {bench.trials}.")
   if bench.keep not in KEEP:

@@ -1,4 +1,7 @@
-"""Merges and evaluations of folders of models, each recorded once: a trial is never made twice."""
+"""The trials of a bench on model folders: a merge and its evaluation.
+
+Each is recorded on disk, so that a resumed run repeats none.
+"""
 
 from __future__ import annotations
 
@@ -27,18 +30,18 @@ FAILURES = (ValueError, TypeError, ArithmeticError, RuntimeError)  # Of a method
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Source:
-  """What is merged and how it is scored.
+  """The models to merge, and how merges are scored.
 
   Attributes:
     folder: the workdir.
     base: reference of the base, as `jaxmerge.merge_files` takes it.
     models: references of the models by name.
-    evaluate: folder -> numbers by name: the score that chooses.
-    final: the same with other rows, called once for the best of each method; None: there is none.
-    numbers: which numbers count; empty: all of them.
-    lower_is_better: whether less of them is better.
-    seed: of random masks.
-    download: whether models that the hub's cache lacks are fetched.
+    evaluate: folder -> numbers by name; their mean selects the settings.
+    final: the same on held-out rows, called once for the best merge of each method; None: skipped.
+    numbers: which numbers enter the score; empty: all.
+    lower_is_better: whether lower numbers are better.
+    seed: seed of random masks.
+    download: whether models missing from the hub's cache are downloaded.
   """
 
   folder: pathlib.Path
@@ -52,20 +55,20 @@ class Source:
   download: bool = False
 
   def mean(self, numbers: Mapping[str, float]) -> float:
-    """Returns the mean of the numbers that count."""
+    """Returns the mean of the numbers that enter the score."""
     return float(np.mean([numbers[n] for n in self.numbers or numbers]))
 
-  def merged(self, method: str, number: int) -> pathlib.Path:
-    """Returns the folder of the merge of a trial."""
+  def merge_folder(self, method: str, number: int) -> pathlib.Path:
+    """Returns the folder of a trial's merge."""
     return self.folder / "merges" / f"{method}-{number}"
 
 
 def read(path: pathlib.Path) -> dict[str, Any]:
-  """Returns a file of results, empty if there is none; ValueError, naming it, if it is damaged."""
+  """Reads a file of results; empty if it does not exist. Raises ValueError if it is damaged."""
   try:
     return folders.read_json(path) if path.exists() else {}
   except ValueError as error:
-    raise ValueError(f"{error} If it is removed, it is made again.") from error
+    raise ValueError(f"{error} Remove it, and the next run writes it again.") from error
 
 
 def write(path: pathlib.Path, result: Mapping[str, Any]) -> None:
@@ -78,15 +81,15 @@ def write(path: pathlib.Path, result: Mapping[str, Any]) -> None:
 def evaluate(
   function: external.Evaluate, out: pathlib.Path, names: Sequence[str]
 ) -> tuple[dict[str, float], float]:
-  """Returns the numbers of a folder, and the seconds that it took.
+  """Returns the numbers of a folder, and how many seconds the evaluation took.
 
   Args:
     function: folder -> numbers by name.
     out: the folder.
-    names: numbers that must be among them.
+    names: numbers that the evaluation must return.
 
   Raises:
-    ValueError: where the evaluation fails, or lacks one of the numbers.
+    ValueError: if the evaluation fails or does not return one of them.
   """
   begun = time.perf_counter()
   numbers = external.check_numbers(function(out))
@@ -97,15 +100,15 @@ def evaluate(
 
 
 def score_alone(source: Source, name: str, reference: str) -> dict[str, Any]:
-  """Returns the numbers of a model that is not merged, from its file if it has one.
+  """Returns the numbers of an unmerged model, from its file of results if it has one.
 
-  A folder of Hugging Face is evaluated where it is; a checkpoint, or a model with an adapter, is
-  copied first, as a merge would write it.
+  A Hugging Face folder is evaluated in place. A checkpoint, or a model with an adapter, is first
+  written as a folder, in the form that a merge has.
   """
   path = source.folder / "alone" / f"{name.replace('/', '_')}.json"
   result = read(path)
-  asked = {"numbers": source.evaluate} | ({"final": source.final} if source.final else {})
-  missing = {key: function for key, function in asked.items() if key not in result}
+  evaluations = {"numbers": source.evaluate} | ({"final": source.final} if source.final else {})
+  missing = {key: function for key, function in evaluations.items() if key not in result}
   if missing:
     with _place(source, path.with_suffix(""), reference) as place:
       for key, function in missing.items():
@@ -118,7 +121,7 @@ def score_alone(source: Source, name: str, reference: str) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _place(source: Source, copy: pathlib.Path, reference: str) -> Iterator[pathlib.Path]:
-  """Yields a folder of a model that can be evaluated: itself, or a passing copy."""
+  """Yields a folder that can be evaluated: the model's, or a temporary copy."""
   parts = inputs.split(reference)
   place = hub.locate(parts.path, parts.revision, download=source.download).folder
   if not parts.adapters and any(place.glob("*.safetensors")):
@@ -133,14 +136,15 @@ def _place(source: Source, copy: pathlib.Path, reference: str) -> Iterator[pathl
 def merge_trial(
   source: Source, method: str, settings: Mapping[str, Any], out: pathlib.Path
 ) -> float:
-  """Merges the models by a method with these settings, and returns the seconds that it took."""
+  """Merges the models with a method and these settings, and returns the seconds it took."""
   parameters = lookup.entry(method).parameters
   hparams = {n: v for n, v in settings.items() if parameters[n].number}
-  made = getattr(methods, method)(**{n: v for n, v in settings.items() if n not in hparams})
-  seed = source.seed if "seed" in stage.hparams(made) else None
+  static = {n: v for n, v in settings.items() if n not in hparams}
+  merge_method = getattr(methods, method)(**static)
+  seed = source.seed if "seed" in stage.hparams(merge_method) else None
   begun = time.perf_counter()
   merge.merge_files(
-    made,
+    merge_method,
     dict(source.models),
     out,
     base=source.base,
@@ -152,29 +156,29 @@ def merge_trial(
 
 
 class Failed(ValueError):
-  """A method failed; further settings of it would fail in the same way."""
+  """The method cannot be merged: other settings would fail the same way."""
 
 
 @dataclasses.dataclass(eq=False)
 class Trials:
-  """An objective: merges of folders by one method, whose candidates are settings.
+  """The objective of a search over the settings of one method.
 
   Attributes:
-    source: what is merged.
-    name: of the method.
-    keep_all: whether all merges stay on the disk, or only the best one.
-    on_trial: called with each trial that is complete.
-    asked: the trials of this search, in order; those recorded before are among them.
+    source: the models to merge.
+    name: name of the method.
+    keep_all: whether all merges stay on disk, or only the best.
+    on_trial: called with each completed trial.
+    history: the trials of this search in order, including those recorded by an earlier run.
   """
 
   source: Source
   name: str
   keep_all: bool = False
   on_trial: Callable[[Mapping[str, Any]], None] = lambda trial: None
-  asked: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+  history: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
   def __post_init__(self) -> None:
-    """Reads what earlier runs have recorded."""
+    """Reads the trials that earlier runs recorded."""
     self.path = self.source.folder / "trials" / f"{self.name}.json"
     self.recorded: list[dict[str, Any]] = read(self.path).get("trials", [])
     for trial in self.recorded:  # What failed is tried again.
@@ -186,7 +190,7 @@ class Trials:
       trial = self._trial(settings)
       if not {"numbers", "error"} & trial.keys():
         self._complete(trial)
-      self.asked.append(trial)
+      self.history.append(trial)
       self.on_trial(trial)
       if "merge_seconds" not in trial:
         raise Failed(trial["error"])
@@ -195,31 +199,33 @@ class Trials:
       yield self.gain(trial), None
 
   def model(self, candidate: Mapping[str, Any]) -> pathlib.Path:
-    """Returns the folder of a merge, merged again if it is no longer there."""
-    out = self.source.merged(self.name, self._trial(candidate)["number"])
+    """Returns the folder of a merge; merges again if the folder was removed."""
+    out = self.source.merge_folder(self.name, self._trial(candidate)["number"])
     if not out.exists():
       merge_trial(self.source, self.name, candidate, out)
     return out
 
   def gain(self, trial: Mapping[str, Any]) -> float:
-    """Returns the score of a trial, NaN where it has none."""
+    """Returns the score of a trial (higher is better); NaN if it failed."""
     if "numbers" not in trial:
       return float("nan")
     mean = self.source.mean(trial["numbers"])
     return -mean if self.source.lower_is_better else mean
 
   def best(self) -> Mapping[str, Any] | None:
-    """Returns the trial with the highest score, the first of equal ones."""
-    scored = [t for t in self.asked if "numbers" in t]
+    """Returns the trial with the highest score; of equal scores, the first."""
+    scored = [t for t in self.history if "numbers" in t]
     return max(scored, key=self.gain, default=None)
 
   def remove_all_but(self, trial: Mapping[str, Any] | None) -> None:
-    """Removes the merges of this method but that of a trial."""
-    for out in (self.source.merged(self.name, t["number"]) for t in self.recorded if t != trial):
+    """Removes all merges of this method except that of a trial."""
+    for out in (
+      self.source.merge_folder(self.name, t["number"]) for t in self.recorded if t != trial
+    ):
       shutil.rmtree(out, ignore_errors=True)
 
   def _trial(self, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the record of a trial with these settings, a new one if there is none."""
+    """Returns the recorded trial with these settings, or records a new one."""
     for trial in self.recorded:
       if trial["settings"] == settings:
         return trial
@@ -227,8 +233,8 @@ class Trials:
     return self.recorded[-1]
 
   def _complete(self, trial: dict[str, Any]) -> None:
-    """Merges and evaluates what a trial lacks, and records it in place."""
-    out = self.source.merged(self.name, trial["number"])
+    """Runs the merge and the evaluation that a trial lacks, and records them."""
+    out = self.source.merge_folder(self.name, trial["number"])
     if "merge_seconds" not in trial or not out.exists():
       try:
         seconds = merge_trial(self.source, self.name, trial["settings"], out)
@@ -249,7 +255,7 @@ class Trials:
 
 
 def files_of(reference: str, *, download: bool) -> list[list[Any]]:
-  """Returns name, size and time of all files of a model: they change with it."""
+  """Returns name, size and modification time of all files of a model, to detect a change."""
   parts = inputs.split(reference)
   places = [
     hub.locate(*part, download=download).folder
@@ -258,7 +264,7 @@ def files_of(reference: str, *, download: bool) -> list[list[Any]]:
   result = []
   for place in places:
     if not place.exists():
-      raise ValueError(f"{place}: no such folder, nor a model of the hub.")
+      raise ValueError(f"{place}: neither a folder nor a model in the hub's cache.")
     for path in sorted(p for p in place.rglob("*") if p.is_file()):
       status = path.stat()
       result.append([str(path.relative_to(place)), status.st_size, status.st_mtime_ns])

@@ -35,7 +35,7 @@ def describe(problem: Problem) -> dict[str, str]:
 def check(
   workdir: pathlib.Path, name: str, problem: Problem, functions: Mapping[str, str] = {}
 ) -> None:
-  """Refuses to resume a run whose experiment has changed; a new run passes.
+  """Raises ValueError if a resumed run's experiment has changed.
 
   Args:
     workdir: the folder of the run.
@@ -55,9 +55,9 @@ def check(
   ]
   if changed:
     raise ValueError(
-      f"{workdir} holds a run of {name!r} as it was before a change of its {', '.join(changed)}: "
-      "what is saved there belongs to the old code or data. Choose another workdir, or take the "
-      "change back to resume."
+      f"{workdir} holds a run of {name!r} from before a change of its {', '.join(changed)}: "
+      "its checkpoints belong to the old code or data. Choose another workdir, or undo the change "
+      "to resume."
     )
 
 

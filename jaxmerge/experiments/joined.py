@@ -1,6 +1,6 @@
-"""Several finished runs as one record: their models side by side, compared where rows agree.
+"""Joins several finished runs into one record, and compares their models on the same rows.
 
-Free of jax: a run that has finished is shown without it.
+Free of jax, like all that shows finished runs.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ class Run(NamedTuple):
   """A finished run.
 
   Attributes:
-    name: what it is called.
-    record: what its `report.json` holds.
-    rows: the score of each row as MODEL/TASK; empty where there is no `rows.npz`.
+    name: short name, from its folder.
+    record: the content of its `report.json`.
+    rows: the score of each row by MODEL/TASK; empty if there is no `rows.npz`.
   """
 
   name: str
@@ -32,10 +32,10 @@ class Run(NamedTuple):
 
 
 def read(folders: Sequence[str]) -> list[Run]:
-  """Reads finished runs, called by the ends of their paths that tell them apart.
+  """Reads finished runs, named by the shortest ends of their paths that are unique.
 
   Raises:
-    ValueError: for a folder without a report, or given twice, or runs of other tasks or metrics.
+    ValueError: if a folder has no report or is repeated, or if tasks or metrics differ.
   """
   names = _short_names(folders)
   runs = []
@@ -47,17 +47,18 @@ def read(folders: Sequence[str]) -> list[Run]:
       mine, theirs = run.record.get(key), first.record.get(key)
       if mine != theirs:
         raise ValueError(
-          f"runs are compared on the same {key}: {run.name} has {mine!r}, {first.name} {theirs!r}."
+          f"runs to compare must have the same {key}: {run.name} has {mine!r}, {first.name} "
+          f"{theirs!r}."
         )
   return runs
 
 
 def _short_names(folders: Sequence[str]) -> list[str]:
-  """Returns the last parts of paths, as many as make them unique, with `_` between them."""
+  """Returns the shortest ends of the paths that are unique, with `_` for separators."""
   parts = [pathlib.Path(os.path.abspath(f)).parts for f in folders]
   for each, folder in zip(parts, folders, strict=True):
     if parts.count(each) > 1:
-      raise ValueError(f"{folder} is given twice; compare different runs.")
+      raise ValueError(f"{folder} is listed twice; compare different runs.")
   ends = ([each[-n:] for each in parts] for n in range(1, 1 + max(map(len, parts))))
   shortest = next(short for short in ends if len(set(short)) == len(short))
   return ["_".join(each) for each in shortest]
@@ -66,8 +67,8 @@ def _short_names(folders: Sequence[str]) -> list[str]:
 def record(runs: Sequence[Run]) -> dict[str, Any]:
   """Returns a record of the models of several runs, with the curves of all in one plot.
 
-  A model that scores the same in all runs, such as their base, appears once; others have the name
-  of their run behind their own: `atm_RUN`.
+  A model with equal scores in all runs, such as their base, appears once. Other names end with
+  that of the run: `atm_RUN`.
   """
   first = runs[0].record
   models: dict[str, Any] = {}
@@ -111,9 +112,10 @@ def _name(model: str, run: str, runs: Sequence[Run]) -> str:
 
 
 def differences(runs: Sequence[Run]) -> tuple[list[dict[str, Any]], list[str]]:
-  """Returns each later run's best model less the first one's, with 95 % intervals; and notes.
+  """Returns how much each run's best model differs from the first run's, and notes.
 
-  Rows are paired where both runs have scored the same ones; else a note says why there is none.
+  Differences have 95 % intervals, paired by row. Where the rows of two runs differ, a note says
+  why there is no interval.
   """
   tasks, entries, notes = runs[0].record["tasks"], [], []
   best = {r.name: _best(r.record) for r in runs}
@@ -131,7 +133,7 @@ def differences(runs: Sequence[Run]) -> tuple[list[dict[str, Any]], list[str]]:
 
 
 def _best(record: Mapping[str, Any]) -> str:
-  """Returns the model that a run is about: its best loop, else its best merge."""
+  """Returns the main model of a run: its best ATM run, else its best one-shot merge."""
   return (
     labels.best(record, "loop") or labels.best(record, "one-shot") or next(iter(record["models"]))
   )
@@ -143,7 +145,7 @@ def _unpaired(run: Run, other: Run) -> str:
     return "one of them has no rows.npz"
   mine, theirs = (r.record.get("rows") for r in (run, other))
   if mine is None or theirs is None:
-    # Runs of before have no digests: the same base, scored the same, has seen the same rows.
+    # Older runs have no digests of rows. Equal scores of the base on each row imply equal rows.
     names = [f"base/{t}" for t in run.record["tasks"]]
     same = all(
       n in run.rows and n in other.rows and np.array_equal(run.rows[n], other.rows[n])

@@ -21,15 +21,15 @@ def restore_or_make(
   name: str,
   of: str = "",
 ) -> tuple[Any, dict[str, Any]]:
-  """Restores arrays and facts from a checkpoint, or makes and saves them.
+  """Restores arrays and facts from a checkpoint, or computes and saves them.
 
   Args:
-    folder: of the checkpoint.
+    folder: folder of the checkpoint.
     like: shapes, dtypes and shardings of the arrays.
-    make: makes them; either all processes of a run call it, or none.
+    make: computes them; called by all processes of a run, or by none.
     say: called with messages on what was restored or set aside.
-    name: of the phase, for messages.
-    of: digest of the inputs; results of other inputs are computed again.
+    name: name of the phase, for messages.
+    of: digest of the inputs; results of other inputs are recomputed.
   """
   with stores.Checkpoints(folder, keep=1) as store:
     checkpoint = store.restore(like)

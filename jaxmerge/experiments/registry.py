@@ -84,8 +84,8 @@ def make(config: Mapping[str, Any], cache: Cache = lambda like, make: make()) ->
   problem = _call(find(name), ALIASES.get(name, name), config, cache)
   if problems.is_abstract(problem):
     raise ValueError(
-      f"the experiment {name!r} has shapes only, no weights and no rows: `jaxmerge compile` "
-      "compiles it, and `jaxmerge.tune_and_merge` runs it on your data, see docs/tpu.md."
+      f"the experiment {name!r} has shapes only, no weights and no rows. `jaxmerge compile` "
+      "compiles it; to train on your data, call `jaxmerge.tune_and_merge`, see docs/tpu.md."
     )
   return problem
 

@@ -1,4 +1,4 @@
-"""Configs that come with the package: `configs/` of a checkout, `jaxmerge/configs/` of a wheel."""
+"""Configs shipped with the package: `configs/` in a checkout, `jaxmerge/configs/` in a wheel."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ _PACKAGE = pathlib.Path(__file__).resolve().parents[1]
 
 
 class Header(NamedTuple):
-  """What the docstring of a config says.
+  """The parts of a config's docstring.
 
   Attributes:
-    about: what it does.
-    command: how it is run.
-    time: how long that takes; empty: not stated.
-    needs: what must be installed beside the package; empty: nothing.
+    about: what the config does.
+    command: command that runs it.
+    time: how long it takes; empty if not stated.
+    needs: optional packages to install; empty if none.
   """
 
   about: str
@@ -36,9 +36,9 @@ def paths() -> dict[str, pathlib.Path]:
 
 
 def locate(path: str) -> str:
-  """Returns the file of a config: the path itself, or that of the config of this name.
+  """Returns the path of a config from a path or the name of a shipped config.
 
-  A name may end with `.py`. A file in the working directory comes before a config of its name.
+  A name may end with `.py`. An existing file takes precedence over a shipped config.
 
   Example:
     >>> locate("images4").endswith("images4.py"), locate("my/images4.py")
@@ -65,10 +65,10 @@ def header(name: str) -> Header:
 
 
 def copy(name: str, target: str | pathlib.Path | None = None) -> pathlib.Path:
-  """Copies a config to edit it: into a folder, or to a path; returns the path.
+  """Copies a shipped config into a folder or to a path, and returns the new path.
 
   Args:
-    name: of the config.
+    name: name of the config.
     target: a folder, or the path of the new file; None: the working directory.
 
   Raises:
@@ -79,7 +79,7 @@ def copy(name: str, target: str | pathlib.Path | None = None) -> pathlib.Path:
   path = pathlib.Path(source.name if target is None else target)
   path = path / source.name if path.is_dir() else path
   if path.suffix != ".py":
-    raise ValueError(f"{path} is not the name of a config: it must end with .py, or be a folder.")
+    raise ValueError(f"{path} must end with .py, or be an existing folder.")
   text = source.read_text(encoding="utf-8").replace(f"configs/{source.name}", path.as_posix())
   try:
     with path.open("x", encoding="utf-8") as file:

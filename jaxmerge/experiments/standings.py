@@ -1,4 +1,4 @@
-"""The record of methods that are compared with each other, and the leaderboard that it leaves."""
+"""The record of a comparison of methods, and its leaderboard files."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ def of_folders(
   alone: Mapping[str, Result],
   results: Mapping[str, Result],
 ) -> dict[str, Any]:
-  """Returns the record of merges of folders.
+  """Returns the record of a bench on model folders.
 
   Args:
-    source: what was merged.
-    config: of the run.
-    alone: numbers of base and models, by the names that they have in the record.
-    results: of the methods.
+    source: the models.
+    config: config of the run.
+    alone: numbers of the unmerged base and models, by their names in the record.
+    results: results of the methods.
   """
   merges = {n: r for n, r in results.items() if "numbers" in r}
   rows = {**alone, **merges}
@@ -70,20 +70,20 @@ def _model(per_task: dict[str, float]) -> dict[str, Any]:
 
 
 def failures(failed: Mapping[str, str]) -> list[str]:
-  """Returns what a page says of methods that failed."""
+  """Returns a note for each method that failed."""
   return [f"{name} failed: {reason}" for name, reason in failed.items()]
 
 
 def _remarks(source: Source, merges: Mapping[str, Result]) -> list[str]:
-  """Returns what the page says of rows of models alone, and of scores that chose settings."""
-  lines = ["Experts: for each number the best of the models alone; each of them has a row as well."]
+  """Returns notes on the experts, and on scores that also selected the settings."""
+  lines = ["Experts: the best unmerged model for each number; each model also has a row."]
   if source.final is None and any(r["trials"] > 1 for r in merges.values()):
-    lines.append("Scores of merges are those by which their settings were chosen: they flatter.")
+    lines.append("Settings were selected by the scores shown here, which are therefore optimistic.")
   return lines
 
 
 def write(record: Mapping[str, Any], folder: pathlib.Path) -> None:
-  """Writes report and leaderboard of a record with `methods` into a folder."""
+  """Writes the report and the leaderboard of a record into a folder."""
   facts = leaderboard.from_records([record])
   report.write(record, folder)
   with atomic.write(folder / "leaderboard.md") as file:

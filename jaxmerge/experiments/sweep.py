@@ -1,6 +1,6 @@
-"""Runs of one config with several seeds and values of a key or two, one after the other.
+"""Runs a config with several seeds, and with several values of one or two keys, sequentially.
 
-Free of jax until a run begins.
+Free of jax until the first run starts.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from jaxmerge.report import labels, tables
 from jaxmerge.report.tables import Cell, Table
 
 Changes = Sequence[tuple[str, str]]
-_MOST = 2  # Keys of a sweep.
+_MAX_KEYS = 2
 
 
 class Combination(NamedTuple):
   """One combination of values, with all its seeds.
 
   Attributes:
-    values: text of the value of each swept key.
-    runs: the changes of the config by the folder of the run, below that of the sweep.
+    values: the value of each swept key, as text.
+    runs: changes to the config, by the run's folder inside that of the sweep.
   """
 
   values: Mapping[str, str]
@@ -35,7 +35,7 @@ class Combination(NamedTuple):
 
 
 def parse_seeds(text: str) -> tuple[int, ...]:
-  """Parses `0,1,2`, or a range without its end: `0:3`.
+  """Parses `0,1,2` or the half-open range `0:3`.
 
   >>> parse_seeds("0:3"), parse_seeds("1,4")
   ((0, 1, 2), (1, 4))
@@ -51,7 +51,7 @@ def parse_seeds(text: str) -> tuple[int, ...]:
 
 
 def parse_sweep(text: str) -> tuple[str, tuple[str, ...]]:
-  """Parses a key and its values; commas in brackets and quotes do not part values.
+  """Parses a key and its values; commas inside brackets do not separate values.
 
   >>> parse_sweep("learning_rate=1e-3,3e-4")
   ('learning_rate', ('1e-3', '3e-4'))
@@ -69,10 +69,10 @@ def combinations(
   """Returns all combinations of the values of the swept keys, each with all seeds.
 
   Raises:
-    ValueError: for more than two keys, one that is swept twice, or one that no sweep can change.
+    ValueError: for more than two keys, a repeated key, or a key that cannot be swept.
   """
   keys = [key for key, _ in sweeps]
-  if len(keys) > _MOST or len(set(keys)) < len(keys):
+  if len(keys) > _MAX_KEYS or len(set(keys)) < len(keys):
     raise ValueError(f"--sweep takes one or two different keys, got {', '.join(keys)}.")
   for key in keys:
     if key == "seed" or key.startswith("mesh"):
@@ -92,12 +92,12 @@ def combinations(
 
 
 def _as_name(value: str) -> str:
-  """Returns a value as a part of a path."""
+  """Returns a value in a form that fits in a path."""
   return re.sub(r"[^\w.+-]+", "_", value).strip("_.") or "_"
 
 
-class Planned(NamedTuple):
-  """A combination whose configs are loaded: by the folder of the run."""
+class LoadedCombination(NamedTuple):
+  """A combination with its loaded configs, by the folder of the run."""
 
   values: Mapping[str, str]
   configs: Mapping[str, Any]
@@ -105,40 +105,40 @@ class Planned(NamedTuple):
 
 def load(
   combinations: Sequence[Combination], load_config: Callable[[Changes], Any]
-) -> list[Planned]:
-  """Loads the configs of all runs, so that a wrong value is an error before the first of them.
+) -> list[LoadedCombination]:
+  """Loads the configs of all runs, so that a wrong value fails before the first run starts.
 
   Raises:
-    ValueError: as `load_config` does, or for two values whose folders would have one name.
+    ValueError: as `load_config` does, or if two values map to the same folder.
   """
-  planned = [
-    Planned(c.values, {name: load_config(changes) for name, changes in c.runs.items()})
+  loaded = [
+    LoadedCombination(c.values, {name: load_config(changes) for name, changes in c.runs.items()})
     for c in combinations
   ]
-  folders = [name for each in planned for name in each.configs]
+  folders = [name for each in loaded for name in each.configs]
   if twice := [name for name in folders if folders.count(name) > 1]:
-    raise ValueError(f"two values of --sweep would run in one folder, {twice[0]}.")
-  return planned
+    raise ValueError(f"two values of --sweep would run in the same folder, {twice[0]}.")
+  return loaded
 
 
 def run(
-  planned: Sequence[Planned],
+  loaded: Sequence[LoadedCombination],
   folder: pathlib.Path,
   start: Callable[[Any, pathlib.Path, str], dict[str, Any]],
 ) -> dict[str, Any]:
-  """Runs all configs, one after the other, each in a folder of its own, and summarises them.
+  """Runs all configs sequentially, each in a separate folder, and summarises them.
 
   Args:
-    planned: what `load` returns.
-    folder: of the sweep; it receives `sweep.json` and `sweep.md`.
-    start: (config, folder of the run, words) -> its record: begins a run, or goes on with it.
+    loaded: the result of `load`.
+    folder: folder of the sweep, for `sweep.json` and `sweep.md`.
+    start: (config, folder of the run, progress message) -> record. Starts or resumes a run.
 
   Returns:
-    What `sweep.json` holds: for each combination its values, its folders, `report.merge_seeds`.
+    The content of `sweep.json`: values, folders and `report.merge_seeds` of each combination.
   """
-  total, done = sum(len(each.configs) for each in planned), 0
+  total, done = sum(len(each.configs) for each in loaded), 0
   facts: list[dict[str, Any]] = []
-  for each in planned:
+  for each in loaded:
     records: list[dict[str, Any]] = []
     for name, config in each.configs.items():
       done += 1
@@ -154,7 +154,10 @@ def run(
 
 
 def table(facts: Mapping[str, Any]) -> Table:
-  """Returns a row for each cell and model: mean and spread over seeds; one cell has all models."""
+  """Returns a row per combination and model: mean and spread over seeds.
+
+  A sweep over keys shows only the ATM runs, which depend most on the settings.
+  """
   entries = facts["combinations"]
   flat = [tables.as_record(e["summary"]) for e in entries]
   keys = [*entries[0]["values"]]
@@ -165,7 +168,7 @@ def table(facts: Mapping[str, Any]) -> Table:
   for entry, means in zip(entries, flat, strict=True):
     models = entry["summary"]["models"]
     names = labels.order(models)
-    if keys:  # The loops alone: what else is in a run changes little with its settings.
+    if keys:
       names = [n for n in names if labels.kind(n) == "loop"] or names
     for name in names:
       model = models[name]
@@ -177,7 +180,7 @@ def table(facts: Mapping[str, Any]) -> Table:
 
 
 def note(facts: Mapping[str, Any]) -> str:
-  """Returns what the numbers of the table are."""
+  """Returns a sentence on the numbers of the table: statistic, metric and split."""
   summary = facts["combinations"][0]["summary"]
   number = len(summary["seeds"])
   over = f"Mean ± standard deviation over {number} seeds" if number > 1 else "One seed"

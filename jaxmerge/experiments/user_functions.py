@@ -1,4 +1,4 @@
-"""Optimisers and methods of a user's own, which a config names as `module:function`.
+"""A user's optimisers and methods, which a config names as `module:function`.
 
 Free of jax until a function is called.
 """
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
   from jaxmerge.core.stage import Method
 
 KEYS = ("optimizer", "outer", "method.name")  # Those that take `module:function`.
-_OTHERS = ("data.", "pretrain.", "model.")  # Groups of an experiment, whose texts are its own.
+_OTHERS = ("data.", "pretrain.", "model.")  # Groups that only the experiment interprets.
 
 
 class _Transformation(NamedTuple):

@@ -54,10 +54,10 @@ def hold(
       except (
         OSError,
         ValueError,
-      ) as error:  # The other processes must learn of it, or they wait for ever.
+      ) as error:  # The other processes must learn of the failure, or they hang.
         failure = error
     if processes.agree(failure is not None):
-      raise failure or ValueError(f"{workdir}: process 0 could not take this folder for the run.")
+      raise failure or ValueError(f"{workdir}: process 0 could not lock this folder.")
     _check(workdir, config, resume, free)
     yield
 
@@ -65,7 +65,7 @@ def hold(
 def check(
   workdir: pathlib.Path, config: Mapping[str, Any], resume: str, free: tuple[str, ...] = ()
 ) -> None:
-  """Refuses a folder that is not this run's; nothing is written.
+  """Raises ValueError if the folder belongs to another run; writes nothing.
 
   The mesh is not part of a run's identity: it may resume on other devices or processes.
 
@@ -90,8 +90,7 @@ def check(
 
 def _busy(workdir: pathlib.Path) -> str:
   return (
-    f"{workdir}: another run is at work in this folder; wait for its end, or choose another "
-    "workdir."
+    f"{workdir}: another run is using this folder; wait until it ends, or choose another workdir."
   )
 
 
@@ -102,7 +101,7 @@ def _check(
   if not path.exists():
     if resume == "must":
       raise ValueError(f"{workdir} holds no run to resume: there is no {path.name} in it.")
-    if workdir.exists() and not all(map(_is_passing, workdir.iterdir())):
+    if workdir.exists() and not all(map(_is_temporary, workdir.iterdir())):
       raise ValueError(f"{workdir} is not empty and holds no run; choose another workdir.")
     return
   if resume == "never":
@@ -175,7 +174,7 @@ def claim(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
     file.write((json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
 
 
-def _is_passing(path: pathlib.Path) -> bool:
+def _is_temporary(path: pathlib.Path) -> bool:
   """Returns whether a file is a lock, or an unfinished file of a killed process."""
   return path.name.startswith(locks.path_of(path.with_name(_RUN)).name) or atomic.is_unfinished(
     path
@@ -183,7 +182,7 @@ def _is_passing(path: pathlib.Path) -> bool:
 
 
 def write_metrics(workdir: pathlib.Path, curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
-  """Writes metrics.jsonl: a line per round of every run of the loop."""
+  """Writes metrics.jsonl: a line per round of every ATM run."""
   lines = [json.dumps({"run": n, **r}, sort_keys=True) for n, c in curves.items() for r in c]
   with atomic.write(workdir / "metrics.jsonl") as file:
     file.write("".join(f"{line}\n" for line in lines).encode())
@@ -208,12 +207,12 @@ def read_rows(workdir: pathlib.Path) -> dict[str, np.ndarray]:
       return {name: file[name] for name in file.files}
   except (ValueError, OSError, zipfile.BadZipFile) as error:
     raise ValueError(
-      f"{path} is damaged: {error}. If it is removed, the run makes it again."
+      f"{path} is damaged: {error}. Remove it, and the run writes it again."
     ) from error
 
 
 def versions() -> dict[str, str]:
-  """Returns the versions of packages that a result depends on, and the devices."""
+  """Returns the versions of the packages that affect results, and the devices."""
   import jax
 
   packages = ("jaxmerge", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")

@@ -57,13 +57,13 @@ class _Report(types.ModuleType):
     """
     from jaxmerge.report import output, record
 
-    made = result if isinstance(result, Mapping) else getattr(result, "record", None)
-    if not made:
+    run = result if isinstance(result, Mapping) else getattr(result, "record", None)
+    if not run:
       raise ValueError(
         f"report draws the result of tune_and_merge, or a record, got {type(result).__name__}."
       )
-    output.write(made, folder, with_plots=with_plots)
-    return record.plain(made)
+    output.write(run, folder, with_plots=with_plots)
+    return record.plain(run)
 
 
 sys.modules[__name__].__class__ = _Report

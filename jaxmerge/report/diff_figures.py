@@ -45,8 +45,8 @@ def drawings(record: Mapping[str, Any], spectra: Mapping[str, Any]) -> dict[str,
     "cosines by module": lambda width: cosine_map(record, grid, width),
     "spectra": lambda width: spectrum(record, spectra, width),
   }
-  made = {name: vector.drawing(make, name) for name, make in drawn.items()}
-  return {name: drawing for name, drawing in made.items() if drawing is not None}
+  drawings = {name: vector.drawing(make, name) for name, make in drawn.items()}
+  return {name: drawing for name, drawing in drawings.items() if drawing is not None}
 
 
 def _layers(record: Mapping[str, Any]) -> dict[int, Mapping[str, Any]]:
@@ -214,10 +214,10 @@ def _labels(names: Sequence[str], length: int) -> list[str]:
 def spectrum(record: Mapping[str, Any], spectra: Mapping[str, Any], width: float) -> Any:
   """Draws the share of the energy in the largest singular values, a line a matrix and model."""
   lines = [
-    (i, 100 * np.cumsum(np.square(found["values"])) / found["energy"])
+    (i, 100 * np.cumsum(np.square(measured["values"])) / measured["energy"])
     for matrix in spectra.values()
     for i, name in enumerate(record["models"][: len(figures.SERIES)])
-    if (found := matrix["models"][name])["energy"] > 0
+    if (measured := matrix["models"][name])["energy"] > 0
   ]
   if not lines:
     return None

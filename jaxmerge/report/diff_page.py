@@ -146,8 +146,8 @@ def spectrum_table(record: Mapping[str, Any], spectra: Mapping[str, Any]) -> Tab
   for matrix, measured in spectra.items():
     cells = [Cell(matrix)]
     for name in record["models"]:
-      found = measured["models"][name]
-      cells += [Cell(text) for text in _directions(found["values"], found["energy"])]
+      values, energy = measured["models"][name]["values"], measured["models"][name]["energy"]
+      cells += [Cell(text) for text in _directions(values, energy)]
     rows.append(cells)
   return Table(head, rows)
 

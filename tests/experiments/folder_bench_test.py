@@ -273,7 +273,7 @@ def test_flags_of_one_form_or_the_other(arguments, message, capsys):
     ({"methods": "krum"}, "krum needs 5 models, got 2"),
     ({"trials": "0"}, "trials must be 1 or more, got 0"),
     ({"try": "ties.density=1.5"}, "ties: density must be in (0, 1], got 1.5"),
-    ({"try": "tsv.scale=1..2"}, "what to try of 'tsv': it is none of the methods"),
+    ({"try": "tsv.scale=1..2"}, "search space of 'tsv': it is not among the methods"),
     ({"try": "ties.scale=2..1"}, "the range must rise; write 1..2"),
     ({"evaluate": "python score.py"}, "must have {out} in place of the folder's path"),
   ],

@@ -121,7 +121,7 @@ def test_a_wrong_value_is_an_error_before_any_run():
   with pytest.raises(ValueError, match="x is no number"):
     sweep.load(sweep.combinations((), [("rounds", ("x",))]), load)
   same = sweep.combinations((), [("freeze", ("a b", "a/b"))])
-  with pytest.raises(ValueError, match="two values of --sweep would run in one folder"):
+  with pytest.raises(ValueError, match="two values of --sweep would run in the same folder"):
     sweep.load(same, dict)
 
 
@@ -186,9 +186,9 @@ def test_runs_of_other_tasks_and_the_same_run_twice_are_refused(tmp_path):
   first = written(tmp_path / "one", plain(0), {})
   other = report_records.record(("ant", "cat"), 2)
   second = written(tmp_path / "two", record.plain(other), {})
-  with pytest.raises(ValueError, match="compared on the same tasks: two has"):
+  with pytest.raises(ValueError, match="must have the same tasks: two has"):
     joined.read([first, second])
-  with pytest.raises(ValueError, match="is given twice"):
+  with pytest.raises(ValueError, match="is listed twice"):
     joined.read([first, first])
 
 

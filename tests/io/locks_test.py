@@ -109,6 +109,6 @@ def test_a_run_that_has_not_said_what_it_is_yet_is_told(tmp_path):
     workdir.check(tmp_path, {}, "auto")
   with (
     locks.hold(tmp_path / "run", ""),
-    pytest.raises(ValueError, match=r"another run is at work in this folder.* by this process"),
+    pytest.raises(ValueError, match=r"another run is using this folder.* by this process"),
   ):
     workdir.check(tmp_path, {}, "auto")
