@@ -1,4 +1,4 @@
-"""Turns scores of rows into numbers of a record: means, chance, transfer, differences."""
+"""Summarises the scores of rows in a record: means, chance, transfer, differences."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ def by_row(
   """Returns the scores of models, and of experts, by model and task.
 
   Args:
-    padded: scores [T, N] by model; experts, if there are any, under names of `split_experts`.
-    names: of the models, in their order.
+    padded: scores [T, N] by model; experts under the names of `split_experts`.
+    names: names of the models, in order.
     tasks: the tasks.
     split: "validation" or "test".
-    metric: of the scores.
+    metric: the metric of the scores.
 
   Raises:
-    ValueError: naming model, task and row, for a score that is no finite number.
+    ValueError: naming model, task and row, if a score is not finite.
   """
   scores = {}
   task_names = [t.name for t in tasks]
@@ -70,12 +70,12 @@ def summary(
   """Returns the sections of a record with the scores of the models.
 
   Args:
-    tasks: with the split that was scored.
+    tasks: the tasks, with the split that was scored.
     split: "validation" or "test".
     scores: the score of each row, by model and task.
-    experts: the same for the expert of every task on all tasks.
-    facts: more fields for some models.
-    metric: of the scores.
+    experts: the scores of every task's expert on all tasks.
+    facts: further fields of some models.
+    metric: the metric of the scores.
   """
   models = {}
   for name, by_task in scores.items():

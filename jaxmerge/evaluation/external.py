@@ -1,4 +1,4 @@
-"""Evaluates the folder of a complete merge, by a command or by a function."""
+"""Evaluates the folder of a finished merge with a command or a function."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Evaluate = Callable[[pathlib.Path], Mapping[str, Any]]
 
 
 def command(text: str) -> Evaluate:
-  """Returns a function that runs a command on a folder and reads the numbers that it prints.
+  """Returns a function that runs a command on a folder and parses the numbers it prints.
 
   No shell is used. The output, or its last line, is a JSON object of numbers.
 
@@ -34,7 +34,7 @@ def command(text: str) -> Evaluate:
   try:
     words = shlex.split(text)
   except ValueError as error:
-    raise ValueError(f"the command {text!r} cannot be read: {error}.") from error
+    raise ValueError(f"the command {text!r} cannot be parsed: {error}.") from error
   if not any(OUT in word for word in words):
     raise ValueError(f"the command {text!r} must have {OUT} in place of the folder's path.")
   if shutil.which(words[0]) is None:
@@ -89,9 +89,9 @@ def run(out: str | os.PathLike[str], evaluate: Evaluate) -> dict[str, int | floa
 
 
 def check_numbers(values: Mapping[str, Any]) -> dict[str, int | float]:
-  """Returns finite numbers by name, as Python's where they are scalars of arrays."""
+  """Returns finite numbers by name; array scalars become Python numbers."""
   if not isinstance(values, Mapping) or not values:
-    raise ValueError(f"an evaluation must give numbers by name, got {values!r:.200}.")
+    raise ValueError(f"an evaluation must return numbers by name, got {values!r:.200}.")
   numbers = {str(name): x.item() if hasattr(x, "item") else x for name, x in values.items()}
   for name, x in numbers.items():
     is_number = isinstance(x, int | float) and not isinstance(x, bool)

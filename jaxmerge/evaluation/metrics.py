@@ -15,11 +15,11 @@ class Metric(NamedTuple):
   """A score of models.
 
   Attributes:
-    name: for reports.
+    name: name in reports.
     rowwise: (outputs, labels) -> score of each row, [B].
     lower_is_better: whether lower scores are better, as for a loss.
-    chance: (labels) -> score of a guess that does not look at the inputs; None: not known.
-    right_or_wrong: whether a row's score is 1 or 0.
+    chance: (labels) -> score of a guess that ignores the inputs; None: unknown.
+    right_or_wrong: whether the score of a row is either 0 or 1.
 
   Example:
     >>> round(BITS_PER_BYTE.rowwise(jnp.zeros((1, 2, 256)), jnp.zeros((1, 2), int))[0].item(), 4)

@@ -1,7 +1,7 @@
 """Bundles: one shared task vector, with a mask and a scale for each task.
 
-A bundle is not one model: `for_task` makes the model of a task, from the base. A bundle is as large
-as one model, and one bit per entry for each task.
+A bundle is not one model: `for_task` returns the model of a task, built from the base. It takes the
+memory of one task vector, plus one bit per entry for each task.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ class Bundle(NamedTuple):
 
   Attributes:
     method: name of the method, such as "emr".
-    names: of the tasks.
+    names: names of the tasks.
     base: tree of arrays [*s].
-    shared: leaves of the task vector [*s] by name, float32 or wider; integer leaves are missing.
-    masks: by name, boolean [K, *s].
+    shared: leaves of the task vector [*s] by name, float32 or wider, without integer leaves.
+    masks: boolean [K, *s] by name.
     scales: factor of each task, [K].
-    statistics: running statistics of each task by name, [K, *s], unchanged.
+    statistics: running statistics of each task by name, [K, *s], as in its model.
   """
 
   method: str
@@ -85,7 +85,7 @@ def task_vectors(base: Tree, models: Tree) -> tuple[dict[str, jax.Array], dict[s
 
 
 def task_names(names: Sequence[str] | None, models: Tree) -> tuple[str, ...]:
-  """Returns a name for each model; raises ValueError for another number of names or equal ones."""
+  """Returns a name for each model; raises ValueError for repeated names or a wrong number."""
   num_models = tree.num_models(models)
   names = tuple(str(k) for k in range(num_models)) if names is None else tuple(names)
   if len(names) != num_models or len(set(names)) != num_models:

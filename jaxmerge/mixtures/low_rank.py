@@ -1,4 +1,4 @@
-"""RMM: adapters of several tasks as a mean, a few directions, and coefficients per task."""
+"""RMM: adapters of several tasks as a mean, shared directions, and coefficients per task."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ _FILES = ("means", "bases", "coefficients")  # Each is a file NAME.safetensors.
 
 
 class Reversible(NamedTuple):
-  """Low-rank factors of n tasks; the vectors at each position are near a plane of p directions.
+  """Low-rank factors of n tasks, approximated at each position in an affine space of dimension p.
 
-  A position is a column of a, or a row of b; both are vectors of the rank r.
+  A position is a column of a, or a row of b; both are vectors of length r, the rank.
 
   Attributes:
-    names: of the tasks.
+    names: names of the tasks.
     means: [positions, r] by factor, `MATRIX/a` or `MATRIX/b`.
     bases: [positions, r, p] by factor.
     coefficients: [n, positions, p] by factor.
-    scales: of the adapters, [n] by matrix.
+    scales: scales of the adapters, [n] by matrix.
     swapped: the matrices that models store as [in, out], see `adapters.Swapped`.
   """
 
@@ -75,17 +75,17 @@ class Reversible(NamedTuple):
 def rmm(
   adapters: Sequence[Adapter] | Any, names: Sequence[str], *, components: int = 1
 ) -> Reversible:
-  """Finds, for each position of each factor, the plane nearest to the tasks' vectors.
+  """Fits an affine space of dimension p to the tasks' vectors at each position of each factor.
 
-  With `components` = min(rank, n - 1) nothing is lost. With fewer the squared error is the least
-  possible, and (p(r + n) + r) / (rn) of the factors' memory is needed.
+  With `components` = min(rank, n - 1) the adapters are reproduced exactly. With fewer, the squared
+  error is minimal and (p(r + n) + r) / (rn) of the factors' memory is needed.
 
-  Experimental: the paper was read in part. The factors themselves are compared: b @ a is the same
-  for b @ g and inverse(g) @ a, so tasks should have been tuned from the same first a.
+  Experimental: the paper was read in part. Factors are compared entry by entry, though b @ a equals
+  (b @ g) @ (inverse(g) @ a), so tasks should be tuned from the same initial a.
 
   Args:
-    adapters: of n tasks, with the same matrices and ranks.
-    names: of the tasks.
+    adapters: adapters of n tasks, with the same matrices and ranks.
+    names: names of the tasks.
     components: directions p, from 0 (the mean alone) to min(rank, n - 1).
 
   Reference: Alipour and Amiri 2025, Towards reversible model merging (arXiv:2510.14163).

@@ -24,18 +24,18 @@ def emr(
   names: Sequence[str] | None = None,
   ratio: Literal["leaf", "tree"] = "leaf",
 ) -> bundle.Bundle:
-  """Elects, masks and rescales: EMR-Merging.
+  """Elects a shared task vector, with a mask and a rescaling factor for each task: EMR-Merging.
 
-  Entry by entry, the shared vector is the largest of the task vectors that have the sign of their
-  sum (minus, where that is zero). A task takes the entries at which it has that sign, scaled to the
-  mean magnitude of its task vector.
+  Each entry of the shared vector has the sign of the sum of the task vectors (minus where it is
+  zero), and the largest magnitude among those of that sign. A task's mask selects the entries where
+  it has that sign; its scale restores the mean magnitude of its task vector.
 
   Args:
     base: tree of arrays [*s].
     models: stack of K models, [K, *s].
-    names: of the tasks; by default "0", "1", and so on.
-    ratio: magnitudes are averaged in each leaf and then added up, as the authors' code does, or
-      added up over the tree.
+    names: names of the tasks; by default "0", "1", and so on.
+    ratio: "leaf" sums the mean magnitudes of the leaves, as the authors' code does; "tree" sums
+      magnitudes over the whole tree.
 
   Reference: Huang et al. 2024, EMR-Merging (arXiv:2405.17461).
 
@@ -48,7 +48,7 @@ def emr(
   taus, statistics = bundle.task_vectors(base, models)
   elected = {n: _elect(x) for n, x in taus.items()}
   shared, masks = ({n: pair[i] for n, pair in elected.items()} for i in (0, 1))
-  # The ratio of two sums of magnitudes, which might overflow themselves.
+  # Divide by the peak first: the sums of magnitudes may overflow, their ratio does not.
   dtype = tree.compute_dtype(*(v.dtype for v in taus.values()))
   peaks = [magnitudes.peak(v.astype(dtype), range(v.ndim)).reshape(()) for v in taus.values()]
   unit = jnp.max(jnp.stack(peaks)) if peaks else jnp.ones(())
@@ -85,17 +85,17 @@ def tall_masks(
   threshold: float | Sequence[float] = 0.4,
   method: Method | None = None,
 ) -> bundle.Bundle:
-  """Finds the entries of a merged task vector that each task needs: TALL masks.
+  """Selects the entries of a merged task vector that each task needs: TALL masks.
 
-  A task needs an entry where its task vector is larger in magnitude than `threshold` times its
-  distance from the merged one.
+  A task needs an entry if the magnitude of its task vector there exceeds `threshold` times the
+  distance to the merged task vector.
 
   Args:
     base: tree of arrays [*s].
     models: stack of K models, [K, *s].
-    names: of the tasks; by default "0", "1", and so on.
-    threshold: scalar or one per task; the authors choose one for each task on validation.
-    method: merges the task vectors; by default they are added up.
+    names: names of the tasks; by default "0", "1", and so on.
+    threshold: scalar or one per task; the authors select one per task on validation.
+    method: merges the task vectors; by default, their sum.
 
   Reference: Wang et al. 2024, Localizing task information (arXiv:2405.07813).
 

@@ -25,7 +25,7 @@ FILES = ("base", "shared", "masks", "statistics")  # Each is a file NAME.safeten
 def save(
   path: Path, bundle: bundle.Bundle | low_rank.Reversible, *, replace: bool = False
 ) -> pathlib.Path:
-  """Writes a bundle to a folder, which appears whole or not at all; masks take one bit per entry.
+  """Writes a bundle to a folder atomically; masks take one bit per entry.
 
   Raises:
     FileExistsError: if the folder exists and `replace` is not set.
@@ -51,10 +51,10 @@ def save(
 
 
 def load(path: Path) -> bundle.Bundle | low_rank.Reversible:
-  """Reads a bundle from a folder; its base is a dict nested at the slashes of the names.
+  """Reads a bundle from a folder; the base is a dict nested at the slashes of leaf names.
 
   Raises:
-    FileNotFoundError: where the folder or a file of it is missing.
+    FileNotFoundError: if the folder or a file of it is missing.
     ValueError: naming the file that is damaged, or does not fit the others.
   """
   path = pathlib.Path(path)

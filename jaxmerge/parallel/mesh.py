@@ -1,4 +1,4 @@
-"""The mesh: devices for tasks, for the rows of a batch, and for one model's weights."""
+"""The mesh of devices, with axes for tasks, batch rows and model weights."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def make(
 
   Args:
     task: devices along the task axis; -1 takes the remaining ones, at most one per task.
-    data: devices that share the rows of a batch.
-    model: devices that share one model's weights.
+    data: devices over which the rows of a batch are sharded.
+    model: devices over which the weights of one model are sharded.
     tasks: number of tasks of the run.
     devices: the devices to use; all by default. Devices beyond the mesh's size stay idle.
 
@@ -59,7 +59,7 @@ def make(
 def _evenly(
   every: Sequence[jax.Device], wanted: int, sizes: dict[str, int]
 ) -> Sequence[jax.Device]:
-  """Returns the first devices, the same number of each process, so that all take part."""
+  """Returns the same number of devices from each process, so that all take part."""
   owners = sorted({d.process_index for d in every})
   each, left = divmod(wanted, len(owners))
   if left:
@@ -162,7 +162,7 @@ def shardings(params: Any, mesh: Mesh, rules: Rules = (), *, stacked: bool = Fal
     name = tree.name_of(path)
     sharding_of(name, np.shape(x), mesh, rules)
     axes = list(lead + tuple(spec(name, np.shape(x), rules)))
-    while axes and axes[-1] is None:  # The compiler's form, so that programs do not compile again.
+    while axes and axes[-1] is None:  # XLA's canonical form: another one would compile again.
       axes.pop()
     return NamedSharding(mesh, P(*axes))
 

@@ -1,4 +1,4 @@
-"""Preemption: SIGTERM, the grace period after it, and the state that a run leaves."""
+"""Preemption: SIGTERM, and the grace period after it."""
 
 from __future__ import annotations
 

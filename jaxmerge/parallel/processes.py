@@ -47,8 +47,8 @@ def start(
     jax.distributed.initialize(coordinator, number, index, heartbeat_timeout_seconds=HEARTBEAT)
   except (ValueError, TypeError) as e:
     raise ValueError(
-      f"the processes of the run cannot be found: {e} On Cloud TPU and Slurm they are found by "
-      "themselves; elsewhere give --coordinator=HOST:PORT, --processes=N and --process=I."
+      f"the processes of the run cannot be discovered: {e} On Cloud TPU and Slurm discovery is "
+      "automatic; elsewhere pass --coordinator=HOST:PORT, --processes=N and --process=I."
     ) from e
 
 

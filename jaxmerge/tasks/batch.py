@@ -1,4 +1,4 @@
-"""Rows of all tasks as one batch: padded to one size, stacked, with their heads."""
+"""Stacks the rows of all tasks, padded to one size, with their heads."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class TaskBatch(NamedTuple):
     inputs: tree of [T, N, ...].
     labels: [T, N, ...].
     head: [T, features, C] or None.
-    classes: int32 [T], columns of the head that are real.
-    filled: int32 [T], rows that are real.
+    classes: int32 [T], number of classes of each task; columns after them are padding.
+    filled: int32 [T], number of rows of each task; rows after them are padding.
   """
 
   inputs: Any
@@ -42,17 +42,17 @@ def stack(
   num_slots: int | None = None,
   slots: range | None = None,
 ) -> TaskBatch:
-  """Stacks one split of the tasks; shorter ones are padded with zeros, which no step reads.
+  """Stacks one split of the tasks, padded with zeros that no step reads.
 
   Args:
     task_list: the tasks.
     split: name of the split.
     num_slots: number of slots T; those past the last task stay empty.
-    slots: those of them that are stacked; all by default.
+    slots: the slots to stack; all by default.
 
   Raises:
-    ValueError: if the rows of two tasks differ in structure, dtype or shape, or their heads in kind
-      or number of features, naming both; or if a task has no such split.
+    ValueError: if a task lacks the split, or if two tasks differ in the structure, dtype or shape
+      of their rows, or in their heads.
   """
   for t in task_list:
     if split not in t.splits():
@@ -85,7 +85,7 @@ def stack(
 
 
 def shapes(task_list: Sequence[tasks.Task], split: str, num_slots: int) -> TaskBatch:
-  """Returns the shapes of what `stack` makes of tasks, which may be shapes themselves."""
+  """Returns the shapes of the result of `stack`; the tasks may hold shapes themselves."""
   parts = [t.splits()[split] for t in task_list]
   rows = max(p.labels.shape[0] for p in parts)
 
@@ -107,7 +107,7 @@ def shapes(task_list: Sequence[tasks.Task], split: str, num_slots: int) -> TaskB
 
 
 def outputs(apply: Apply, params: Any, inputs: Any, head: Any, classes: Any) -> Array:
-  """Runs the model; logits of classes that the task does not have become -inf."""
+  """Runs the model; logits of padded classes become -inf."""
   out = apply(params, inputs, head)
   if head is None:
     return out
@@ -125,7 +125,7 @@ def _first(x: Any) -> np.ndarray:
 
 
 def heads(task_list: Sequence[tasks.Task]) -> list[np.ndarray]:
-  """Returns the heads of all tasks, or none; ValueError where some have one, or sizes differ."""
+  """Returns the heads of all tasks, or []; ValueError if only some have one, or sizes differ."""
   heads = [t.head for t in task_list if t.head is not None]
   if 0 < len(heads) < len(task_list):
     kinds = {t.name: "a head" if t.head is not None else "none" for t in task_list}

@@ -1,8 +1,8 @@
-"""Domains of text as tasks: rows of bytes, each to be predicted from the bytes before it.
+"""Domains of text as tasks of next-byte prediction.
 
-A domain is a list of documents. A document is in one split, which the checksum of its name decides;
-what is left of near copies between the splits is cut out of the later one. The documents of a split
-are one stream of bytes that is cut into rows: a label is the byte after its input.
+A domain is a list of documents. The checksum of a document's name decides its split. Paragraphs
+that nearly repeat those of an earlier split are removed. The documents of a split are joined into
+one stream of bytes and cut into rows; the label of a byte is the next byte.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ SHIPPED = ("english", "germanic", "romance", "slavic")
 INSTALLED = ("c", "python")
 HEADER = ("document", "text")
 SHARES = {"train": 0.7, "validation": 0.1, "test": 0.2}  # of the documents
-MOST = 1_200_000  # bytes of a domain that are read
-LONGEST = 100_000  # bytes of a document: longer ones would be a domain by themselves
-WINDOW = 8  # words that two texts must share to have something in common
+MOST = 1_200_000  # bytes to read of a domain, at most
+LONGEST = 100_000  # bytes of a document, at most: a longer one would dominate its domain
+WINDOW = 8  # words of a run that counts as shared between two texts
 _OTHERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "pydoc_data"}
 
 
 class Document(NamedTuple):
-  """A document: its name, the same wherever it is read, and its text."""
+  """A document: its name, which does not depend on the machine, and its text."""
 
   name: str
   text: str
 
 
 class Domain(NamedTuple):
-  """A task, and rows of its domain that a base may be trained on before; they are not in it."""
+  """A task, and further rows of its domain for pretraining a base; they are not in the task."""
 
   task: task_lib.Task
   pretrain: task_lib.Split
@@ -67,19 +67,20 @@ def load(
   ((100, 128), True)
 
   Args:
-    names: a file NAME.csv.gz in `folder`, with the columns document and text; "english" (the Jargon
-      File), "germanic", "romance", "slavic" (the Universal Declaration of Human Rights) are in the
-      package; "c" is the headers of numpy and jaxlib, "python" the standard library, as installed.
-    folder: of files that the package lacks.
-    length: bytes a row.
-    seed: of the rows that are taken; it moves no document to another split.
-    pretrain: training rows set apart, at most; None: none.
-    train: rows at most; None: all.
-    validation: rows at most; None: all.
-    test: rows at most; None: all.
+    names: "english" (the Jargon File), "germanic", "romance" and "slavic" (the Universal
+      Declaration of Human Rights) ship with the package. "c" reads the installed headers of numpy
+      and jaxlib, "python" the standard library. Any other NAME is NAME.csv.gz in `folder`, with
+      the columns document and text.
+    folder: folder of further domains.
+    length: bytes per row.
+    seed: selects and orders the rows; the split of a document does not depend on it.
+    pretrain: the most training rows to set aside for pretraining; None: none.
+    train: the most rows of the split; None: all.
+    validation: likewise.
+    test: likewise.
 
   Raises:
-    ValueError: for an unknown domain, a file of another kind, or a split without a row.
+    ValueError: for an unknown domain, a malformed file, or a split without rows.
   """
   sizes = {"pretrain": pretrain, "train": train, "validation": validation, "test": test}
   for name, size in {"length": length, **sizes}.items():
@@ -101,7 +102,7 @@ def documents(name: str, folder: str = "") -> list[Document]:
     known += sorted(p.name.removesuffix(".csv.gz") for p in pathlib.Path(folder).glob("*.csv.gz"))
   near = difflib.get_close_matches(name, known, n=1)
   hint = f" did you mean {near[0]!r}?" if near else ""
-  where = f"no file {name}.csv.gz in {folder}" if folder else "no folder is given for more"
+  where = f"no file {name}.csv.gz in {folder}" if folder else "for others pass `folder`"
   raise ValueError(f"no domain {name!r};{hint} There are {', '.join(known)}; {where}.")
 
 
@@ -111,7 +112,7 @@ def table(path: pathlib.Path) -> list[Document]:
     with gzip.open(path, "rt", encoding="utf-8", newline="") as file:
       rows = list(csv.reader(file))
   except (OSError, EOFError, UnicodeDecodeError, csv.Error) as error:
-    raise ValueError(f"{path}: no gzipped csv file of UTF-8 text: {error}.") from error
+    raise ValueError(f"{path}: not a gzipped CSV file of UTF-8 text: {error}.") from error
   if not rows or tuple(rows[0]) != HEADER:
     raise ValueError(f"{path}: the first line must be {','.join(HEADER)}, got {rows[:1]!r:.80}.")
   for number, row in enumerate(rows[1:], start=2):
@@ -129,7 +130,7 @@ def write(path: pathlib.Path, documents: Iterable[Document]) -> None:
 
 
 def draw(documents: Iterable[Document], most: int = MOST) -> list[Document]:
-  """Returns documents in a random order of their names, but the longest, up to so many bytes."""
+  """Returns documents in a random order, up to `most` bytes, without those over `LONGEST`."""
   out, total = [], 0
   for document in sorted(documents, key=lambda d: _place(d.name)):
     size = len(document.text.encode())
@@ -148,9 +149,9 @@ def split_of(name: str) -> str:
 
 
 def split_documents(documents: Iterable[Document], share: float = 0.5) -> dict[str, list[Document]]:
-  """Returns the documents by split, without paragraphs that are near copies of an earlier split's.
+  """Returns the documents by split, without near copies of paragraphs of an earlier split.
 
-  A paragraph is one if `share` of its runs of eight words are in an earlier split.
+  A near copy shares at least `share` of its runs of eight words with an earlier split.
   """
   seen: set[int] = set()
   out: dict[str, list[Document]] = {split: [] for split in SHARES}
@@ -172,7 +173,7 @@ def split_documents(documents: Iterable[Document], share: float = 0.5) -> dict[s
 
 
 def rows(documents: Iterable[Document], length: int) -> task_lib.Split:
-  """Cuts documents, one after the other, into rows of bytes; a label is the byte after its input.
+  """Joins documents and cuts them into rows of bytes; labels are the next bytes.
 
   >>> [x.tolist() for x in rows([Document("a", "abcde")], 2)]
   [[[97, 98], [99, 100]], [[98, 99], [100, 101]]]
@@ -190,7 +191,7 @@ def _domain(
   taken = {}
   for split, chosen in split_documents(documents).items():
     whole = rows(chosen, length)
-    # Every split of every domain has its own random stream: what else is loaded changes nothing.
+    # A random stream per split and domain, so that the other domains loaded have no effect.
     order = np.random.default_rng([seed, zlib.crc32(f"{name} {split}".encode())])
     at = order.permutation(len(whole.labels))
     if split == "train":
@@ -209,7 +210,7 @@ def _domain(
 
 
 def _runs(paragraph: str) -> set[int]:
-  """Hashes of all runs of words; nothing where there are few words: short texts recur by nature."""
+  """Returns hashes of all runs of words; empty for short texts, which often recur by chance."""
   words = re.findall(r"\w+", paragraph)
   if len(words) < 2 * WINDOW:
     return set()
@@ -223,7 +224,7 @@ def _place(name: str) -> int:
 
 
 def _installed(name: str) -> list[Document]:
-  """Reads sources of this Python, or headers of packages, as they are installed."""
+  """Reads the installed sources of Python, or the headers of packages."""
   if name == "python":
     homes, ending = [pathlib.Path(sysconfig.get_path("stdlib"))], "*.py"
   else:

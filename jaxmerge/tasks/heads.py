@@ -1,4 +1,4 @@
-"""Frozen heads from a base model alone."""
+"""Zero-shot heads from the embeddings of a base model."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ def zero_shot(
   prompts_mask: np.ndarray,
   scale: float = 20.0,
 ) -> np.ndarray:
-  """Returns a head [D, classes]: its columns are normalised embeddings of the classes' prompts.
+  """Returns a head [D, classes] whose columns are the scaled unit embeddings of class prompts.
 
-  With features of length one the logits are `scale` times cosines: the protocol of CLIP, on text.
+  For features of unit length the logits are `scale` times cosines, as in CLIP.
 
   Args:
     embed: the base model, (ids, mask) -> [classes, D]; its output is normalised here.
-    prompts_ids: int32 [classes, length], one prompt a class in the order of the labels.
-    prompts_mask: int32 [classes, length], 1 at tokens, 0 at padding.
-    scale: length of every column.
+    prompts_ids: int32 [classes, length], one prompt per class in the order of the labels.
+    prompts_mask: int32 [classes, length], 1 for tokens, 0 for padding.
+    scale: norm of every column.
 
   Reference: Radford et al. 2021, CLIP (arXiv:2103.00020), section 3.1.4.
   """
   if prompts_ids.ndim != 2 or prompts_ids.shape != prompts_mask.shape:
     raise ValueError(
       f"prompts_ids {prompts_ids.shape} and prompts_mask {prompts_mask.shape} must "
-      "have one shape [classes, length]."
+      "have the same shape [classes, length]."
     )
   rows = np.asarray(embed(prompts_ids, prompts_mask), np.float32)
   if rows.ndim != 2 or len(rows) != len(prompts_ids):
@@ -38,7 +38,7 @@ def zero_shot(
   wrong = np.flatnonzero(~(np.isfinite(norms[:, 0]) & (norms[:, 0] > 0)))
   if wrong.size:
     raise ValueError(
-      f"prompt {wrong[0]}: its embedding has length {norms[wrong[0], 0]}; "
+      f"prompt {wrong[0]}: its embedding has norm {norms[wrong[0], 0]}; "
       "it must be finite and not zero."
     )
   return np.ascontiguousarray((scale * rows / norms).T)

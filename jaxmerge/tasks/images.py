@@ -41,14 +41,14 @@ def load(
   test: int = 500,
   names: Iterable[str] | None = None,
 ) -> tuple[task_lib.Task, ...]:
-  """Loads image tasks: uint8 [rows, 28, 28], no head, all four if none are named.
+  """Loads image tasks without heads, inputs uint8 [rows, 28, 28]; all four by default.
 
   MNIST, Fashion-MNIST and Animal-MNIST ship with the package, 2,000 rows each. The digits of
-  scikit-learn (8x8, enlarged three times) are fewer, 1,797: their three sizes are scaled down to
-  that share of what is asked for. No picture occurs twice in a task.
+  scikit-learn (8x8, enlarged three times) have 1,797 rows; their split sizes are scaled down in
+  proportion. No image occurs twice in a task.
 
-  `seed` decides which rows are in which split. The classes take turns in every split, so that its
-  first rows are as balanced as the whole of it.
+  `seed` assigns rows to splits. Classes alternate in every split, so that its first rows are as
+  balanced as all of it.
   """
   sizes = {"train": train, "validation": validation, "test": test}
   if min(sizes.values()) < 1 or sum(sizes.values()) > ROWS:
@@ -68,8 +68,8 @@ def _task(name: str, seed: int, sizes: dict[str, int]) -> task_lib.Task:
   x, y = digits() if name == "digits" else _shipped(name)
   order = _alternate_classes(y, np.random.default_rng([seed, zlib.crc32(name.encode())]))
   count = {k: max(1, n * len(y) // ROWS) for k, n in sizes.items()}
-  # Test rows come from the front and validation rows from the back: another number of rows to
-  # train on changes neither.
+  # Test rows come from the front and validation rows from the back, so that the number of training
+  # rows changes neither.
   test = order[: count["test"]]
   validation = order[len(y) - count["validation"] :]
   train = order[count["test"] :][: count["train"]]
@@ -97,7 +97,7 @@ def _shipped(name: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _alternate_classes(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-  """Returns a random order in which every class has its n-th row before any has its n+1-th."""
+  """Returns a random order in which all classes have their n-th row before any its n+1-th."""
   order = rng.permutation(len(labels))
   turn = np.empty(len(labels), np.int64)
   for label in np.unique(labels):

@@ -1,4 +1,4 @@
-"""Losses and scores of single rows."""
+"""Losses and accuracy per row."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def cross_entropy(outputs: Array, labels: Array | np.ndarray) -> Array:
   """Returns the cross entropy of each label in nats: logits [B, ..., C], labels [B, ...]."""
   if outputs.ndim == 2:
     return optax.softmax_cross_entropy_with_integer_labels(outputs, labels)
-  # Logits of tokens may be shared by devices: a sum is cut up among them, picking one out is not.
+  # Token logits may be sharded over the vocabulary: a masked sum partitions, a gather does not.
   place = lax.broadcasted_iota(jnp.int32, outputs.shape, outputs.ndim - 1)
   at_label = jnp.where(
     place == labels.astype(np.int32)[..., None], outputs, jnp.zeros((), outputs.dtype)
@@ -29,7 +29,7 @@ def cross_entropy(outputs: Array, labels: Array | np.ndarray) -> Array:
 def accuracy(outputs: Array, labels: Array | np.ndarray) -> Array:
   """Returns whether the largest logit of each row is the label's: [B, C], [B] -> float32 [B].
 
-  A row with NaN among its logits has no largest one.
+  A row with a NaN logit counts as wrong.
   """
   predicted, is_number = outputs.argmax(-1), ~jnp.isnan(outputs).any(-1)
   return (is_number & (predicted == labels.astype(predicted.dtype))).astype(jnp.float32)

@@ -22,18 +22,18 @@ class Split(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Task:
-  """One task: rows to tune on, rows to choose by, rows to report, and a frozen head.
+  """One task: training, validation and test rows, and a frozen head.
 
   Attributes:
-    name: unique among the tasks of a run; random streams of the task derive from it.
-    train: rows that are tuned on.
-    validation: rows by which scales, settings and the best round are chosen.
-    test: rows that are read once, at the end; None where there are none.
-    head: frozen array [features, classes], handed to the model with every batch; None where the
-      model needs none. Heads of tasks with fewer classes are padded, the padding is masked. A task
-      that is only compiled may have shapes in place of arrays, here and in its splits.
+    name: unique among the tasks of a run; seeds the task's random streams.
+    train: training rows.
+    validation: rows that select scales, settings and the best round.
+    test: rows that are read once, at the end; None: no test split.
+    head: frozen array [features, classes], passed to the model with every batch; None if the model
+      needs none. Heads with fewer classes than the widest are padded, and the padding is masked. A
+      task for compilation only may hold shapes, here and in its splits.
     classes: names of the classes, in the order of the labels.
-    family: what tasks of one kind share: reports also count a family as one task. Empty: its own.
+    family: group of similar tasks, which reports also average as one task. Empty: a group of one.
   """
 
   name: str
@@ -92,7 +92,7 @@ def check(task: Task) -> None:
       x = np.asarray(leaf)
       part = f"{where}, inputs{jax.tree_util.keystr(path)}"
       if not hasattr(leaf, "shape"):
-        raise ValueError(f"{part} is a {type(leaf).__name__}; give arrays, np.asarray makes one.")
+        raise ValueError(f"{part} is a {type(leaf).__name__}; convert it with np.asarray.")
       if x.shape[:1] != labels.shape[:1]:
         raise ValueError(
           f"{part}: {x.shape[0] if x.ndim else 0} rows, but {labels.shape[0]} labels."

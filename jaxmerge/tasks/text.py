@@ -15,8 +15,8 @@ import numpy as np
 from jaxmerge.tasks import data
 from jaxmerge.tasks import task as task_lib
 
-# Per task, the classes in the order of their labels, each with the text whose embedding is its row
-# of the head. Chosen on validation rows, from the base model alone.
+# The classes of each task in the order of their labels, with the prompts of the zero-shot head.
+# Prompts were selected on validation rows with the base model.
 PROMPTS: Mapping[str, Mapping[str, str]] = {
   "film": {
     "negative": "I hated this film, it is bad",
@@ -106,7 +106,7 @@ FILES = {
   "language": "debian.csv.gz",
   "udhr": "udhr.csv.gz",
 }
-# Rows to tune on in the shipped files, so that shapes are known without reading them.
+# Training rows in the shipped files, so that shapes are known without reading them.
 TRAIN = {
   "film": 2000,
   "tweet": 1392,
@@ -117,7 +117,7 @@ TRAIN = {
   "language": 2000,
   "udhr": 1476,
 }
-# Three tasks ask the same question of different texts.
+# Three tasks classify sentiment, on different texts.
 FAMILIES = {"film": "sentiment", "tweet": "sentiment", "product": "sentiment"}
 
 
@@ -131,7 +131,7 @@ class TextTask(NamedTuple):
 
   @property
   def chance(self) -> dict[str, float]:
-    """Share of the most frequent class, by split: what guessing it always would score."""
+    """Accuracy of always guessing the most frequent class, by split."""
     return {k: float(np.bincount(y).max() / len(y)) for k, (_, y) in self.splits.items()}
 
 
@@ -143,11 +143,10 @@ def load(
   validation: int | None = None,
   test: int | None = None,
 ) -> tuple[TextTask, ...]:
-  """Loads text tasks by name: all eight, in the order of `NAMES`, if none are named.
+  """Loads text tasks by name; all eight by default, in the order of `NAMES`.
 
-  Which split a row belongs to is fixed in the shipped files. `seed` shuffles the rows inside a
-  split, and at most `train`, `validation` and `test` of them are taken: all where a task has fewer,
-  or for None.
+  The shipped files fix the split of each row. `seed` shuffles the rows of a split, of which at most
+  `train`, `validation` and `test` are used; None: all.
   """
   sizes = {"train": train, "validation": validation, "test": test}
   return tuple(_task(name, seed, sizes) for name in (NAMES if names is None else names))
@@ -160,8 +159,8 @@ def encode(
 
   Args:
     task: from `load`.
-    tokenizer: a `tokenizers.Tokenizer` (`Any`: the package is optional); it is copied, not changed.
-    length: tokens a row, special ones included; longer texts are cut, shorter ones padded.
+    tokenizer: a `tokenizers.Tokenizer` (`Any`: the package is optional); not modified.
+    length: tokens per row with special tokens; longer texts are truncated, shorter ones padded.
     head: frozen array [features, classes], or None.
   """
   if head is not None and head.shape[-1] != len(task.classes):
@@ -201,7 +200,7 @@ def classes(name: str) -> tuple[str, ...]:
   ('negative', 'positive')
 
   Raises:
-    ValueError: for a task that there is not, with the nearest that there is.
+    ValueError: for an unknown task, with the nearest name.
   """
   if name not in PROMPTS:
     near = difflib.get_close_matches(name, NAMES, n=1, cutoff=0.0)[0]
@@ -220,7 +219,7 @@ def _task(name: str, seed: int, sizes: Mapping[str, int | None]) -> TextTask:
       raise ValueError(
         f"task {name!r}: {split} must be at least 1 row, or None for all, got {size}."
       )
-    # Every split of every task has its own random stream: what else is loaded changes nothing.
+    # A random stream per split and task, so that the other tasks loaded have no effect.
     rng = np.random.default_rng([seed, zlib.crc32(f"{name} {split}".encode())])
     taken = [rows[i] for i in rng.permutation(len(rows))[:size]]
     splits[split] = ([t for t, _ in taken], np.array([y for _, y in taken], np.int32))

@@ -71,7 +71,7 @@ def test_no_shell_sees_the_command():
     ("raise SystemExit(3)", "ended with status 3"),
     ("print('0.5')", "the last line that it prints must be a JSON object, got '0.5'"),
     ("", "must be a JSON object, got ''"),
-    ("print('{}')", "must give numbers by name"),
+    ("print('{}')", "must return numbers by name"),
     ("print('{\"a\": NaN}')", "a must be a finite number, got nan"),
     ('print(\'{"a": "high"}\')', "a must be a finite number, got 'high'"),
     ("print('{\"a\": true}')", "a must be a finite number, got True"),

@@ -116,13 +116,13 @@ def test_the_longest_are_left_out_and_the_rest_drawn_by_name():
   ("name", "options", "message"),
   [
     ("germannic", {}, "no domain 'germannic'; did you mean 'germanic'?"),
-    ("french", {}, "There are english, .*, python; no folder is given for more"),
+    ("french", {}, "There are english, .*, python; for others pass `folder`"),
     (
       "french",
       {"folder": "FOLDER"},
       r"There are english, .*, bad, other; no file french.csv.gz in",
     ),
-    ("bad", {"folder": "FOLDER"}, r"bad.csv.gz: no gzipped csv file of UTF-8 text"),
+    ("bad", {"folder": "FOLDER"}, r"bad.csv.gz: not a gzipped CSV file of UTF-8 text"),
     ("other", {"folder": "FOLDER"}, "other.csv.gz: the first line must be document,text, got"),
     ("english", {"length": 0}, "length must be at least 1, got 0"),
     ("english", {"train": 0}, "train must be at least 1, got 0"),

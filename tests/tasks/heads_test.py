@@ -45,5 +45,5 @@ def test_errors_name_shape_and_prompt():
     heads.zero_shot(embed, IDS, MASK[0])
   with pytest.raises(ValueError, match=r"embed must return \[2, D\], got \(2, 2, 1\)"):
     heads.zero_shot(lambda i, m: embed(i, m)[..., None], IDS, MASK)
-  with pytest.raises(ValueError, match=r"prompt 1: its embedding has length 0\.0"):
+  with pytest.raises(ValueError, match=r"prompt 1: its embedding has norm 0\.0"):
     heads.zero_shot(lambda i, m: jnp.array([[1.0, 0], [0, 0]]), IDS, MASK)
