@@ -10,12 +10,12 @@ class Budget(NamedTuple):
   """The cost of a model.
 
   Attributes:
-    epochs_per_task: passes over each task's rows, mean over the tasks.
-    gradient_steps: optimiser steps, added up over the tasks.
-    sequential_steps: steps that must follow one another if every task has its own device.
-    samples: rows that went through a gradient, repeats counted.
-    exchanges: how often each task's parameters went to the others.
-    trials: settings that were tried on validation to choose this one.
+    epochs_per_task: passes over each task's rows, averaged over tasks.
+    gradient_steps: optimiser steps, summed over tasks.
+    sequential_steps: steps that run in sequence if every task has a device to itself.
+    samples: rows in gradient steps, with repeats.
+    exchanges: how often the tasks exchange parameters.
+    trials: settings tried on validation to select this model.
   """
 
   epochs_per_task: float = 0.0
@@ -26,7 +26,7 @@ class Budget(NamedTuple):
   trials: int = 0
 
   def plus(self, other: Budget) -> Budget:
-    """Returns the cost of one after the other."""
+    """Returns the sum of two costs."""
     return Budget(
       self.epochs_per_task + other.epochs_per_task,
       self.gradient_steps + other.gradient_steps,
@@ -40,7 +40,7 @@ class Budget(NamedTuple):
 def of_tuning(
   steps: Sequence[int], rows: Sequence[int], batch_size: int, *, exchanges: int, trials: int = 1
 ) -> Budget:
-  """Returns the cost of local tuning: `steps` of each task over its `rows`, tasks in parallel."""
+  """Returns the cost of tuning in parallel: `steps` of each task over its `rows`."""
   epochs = [s * batch_size / n for s, n in zip(steps, rows, strict=True)]
   total = sum(steps)
   return Budget(sum(epochs) / len(epochs), total, max(steps), total * batch_size, exchanges, trials)

@@ -1,4 +1,4 @@
-"""Checks before any training: tasks without rows, a model that does not fit them."""
+"""Checks before training: tasks, rows, and whether the model fits them."""
 
 from __future__ import annotations
 
@@ -16,13 +16,15 @@ from jaxmerge.tasks import task as tasks
 
 
 def check(apply: batch.Apply, params: Any, task_list: Any, loss: losses.Rowwise) -> None:
-  """Raises ValueError, naming task and row, for what cannot be tuned; nothing is computed.
+  """Raises ValueError, naming task and row, for tasks that cannot be trained on.
+
+  Nothing is computed: shapes come from `jax.eval_shape`.
 
   Args:
     apply: (params, inputs, head) -> outputs.
     params: tree of arrays.
-    task_list: the tasks; what is no list of them is refused.
-    loss: what is minimised; outputs of another than `cross_entropy` may have any shape.
+    task_list: a list of tasks.
+    loss: the loss; the shape of outputs is checked for `cross_entropy` only.
   """
   if isinstance(task_list, tasks.Task | Mapping | str) or not isinstance(task_list, Sequence):
     raise ValueError(f"tasks must be a list of jaxmerge.Task, got {type(task_list).__name__}.")
@@ -33,7 +35,7 @@ def check(apply: batch.Apply, params: Any, task_list: Any, loss: losses.Rowwise)
       raise ValueError(f"tasks[{k}] must be a jaxmerge.Task, got {type(task).__name__}.")
   names = [t.name for t in task_list]
   if wrong := [name for name in names if not isinstance(name, str) or not name]:
-    raise ValueError(f"task names must be texts, got {wrong[0]!r}.")
+    raise ValueError(f"task names must be non-empty strings, got {wrong[0]!r}.")
   if len(set(names)) != len(names):
     raise ValueError(f"task names must differ, got {names}.")
   for task in task_list:
@@ -43,7 +45,7 @@ def check(apply: batch.Apply, params: Any, task_list: Any, loss: losses.Rowwise)
 
 
 def check_arguments(mesh: Any, checkpoints: Any, **every: int) -> None:
-  """Raises ValueError for a mesh, a store or a number of rounds that is something else."""
+  """Raises ValueError for an invalid mesh, checkpoint store or number of rounds."""
   for name, number in every.items():
     if number < 1:
       raise ValueError(f"{name} must be at least 1 round, got {number}.")
@@ -70,7 +72,7 @@ def _check_outputs(
     raise ValueError(
       f"apply must take (params, inputs, head), where head is None if tasks have none: {error}."
     ) from error
-  except ValueError:  # A callable that does not tell its signature.
+  except ValueError:  # A callable without an introspectable signature.
     pass
   task = max(task_list, key=lambda t: t.num_classes)
   for name in ("train", "validation"):
@@ -106,7 +108,7 @@ def _check_split(
     raise ValueError(
       f"{where}: the model's outputs are {list(shape)} for labels {list(labels.shape)}; cross "
       f"entropy needs logits {[*labels.shape, task.num_classes]} or more, one for each class: give "
-      "the tasks a head, or the model a wider one."
+      "the tasks a head, or the model a wider output."
     )
   if task.head is not None and shape[-1] > task.num_classes:
     raise ValueError(

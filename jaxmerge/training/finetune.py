@@ -1,4 +1,4 @@
-"""Experts: one model tuned on each task, at the budget of the loop."""
+"""Experts: one model fine-tuned per task, with the budget of the loop."""
 
 from __future__ import annotations
 
@@ -37,22 +37,22 @@ def experts(
 ) -> tuple[Any, budget.Budget]:
   """Tunes a copy of the model on each task for the whole budget, without merging.
 
-  Runs in `settings.rounds` parts, so that progress can be shown; optimiser states carry over.
+  Training runs in `settings.rounds` parts, to report progress; optimiser states carry over.
 
   Args:
     apply: the model, as for `tune_and_merge`.
     params: the model to start from.
-    tasks: the tasks; the stack is in their order.
-    settings: local settings; those of rounds and outer steps are not used. With early stopping
-      each expert is the one that is best on its own validation rows after a part.
+    tasks: the tasks, in the order of the stack.
+    settings: local settings; those of rounds and outer steps are ignored. With early stopping,
+      each expert is its best checkpoint, after a part, on the validation rows of its task.
     loss: (outputs, labels) -> [B].
-    metric: (outputs, labels) -> [B], for early stopping; of a function more is better.
-    mesh: devices.
-    sharding: rules by which a model's weights are split over the mesh's model axis.
-    on_part: is called with the number of parts done and their number.
+    metric: (outputs, labels) -> [B], for early stopping; a plain function is maximised.
+    mesh: the mesh of devices.
+    sharding: rules by which weights are sharded over the mesh's model axis.
+    on_part: called with the number of finished parts, and of all parts.
 
   Returns:
-    The stack of experts [T, *s], and what they cost.
+    The stack of experts [T, *s], and their cost.
   """
   params = local_steps.master_weights(params)
   checks.check(apply, params, tasks, loss)
@@ -93,14 +93,14 @@ def _programs(
   rules: meshes.Rules,
   slots: int,
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
-  """Compiles the start, params -> (models, states), and a part of the training."""
+  """Compiles the initialisation, params -> (models, states), and a part of the training."""
   local = optimizers.local(settings, params)
   step = local_steps.step(placement.shard_weights(apply, mesh, rules), loss, settings, local)
 
   @jax.jit
   def begin(params: Any) -> Any:
     models = local_steps.copies(params, slots, mesh, rules)
-    # All parts run one executable only if the first gets what the others return.
+    # All parts share one executable if the first gets shardings like those the others return.
     return models, placement.states(local, models, mesh, rules)
 
   def part(models: Any, states: Any, rows: batch.TaskBatch, plan: schedule.Plan) -> Any:
@@ -116,7 +116,7 @@ def _programs(
 
 
 class _Best:
-  """The models [T, *s] that did best on their own task's validation rows so far."""
+  """The models [T, *s] with the best validation score on their task so far."""
 
   def __init__(
     self,
@@ -135,7 +135,7 @@ class _Best:
     self.scores = np.full(slots, -np.inf, np.float32)
 
   def update(self, models: Any) -> None:
-    """Takes each model that is better than the best so far."""
+    """Replaces each model that a new one beats."""
     means = scoring.means(self.score(models, self.rows), self.counts)
     scores = batch.pad(self.metric.gain(np.array(means, np.float32)), len(self.scores))
     better = meshes.put(scores > self.scores, meshes.task_sharding(self.mesh))
@@ -145,7 +145,7 @@ class _Best:
 
 @jax.jit
 def _take_better(best: Any, models: Any, better: Array) -> Any:
-  """Takes the models [T, *s] where they are better [T], the best so far elsewhere."""
+  """Selects `models` where `better` [T] is true, and `best` elsewhere."""
   return jax.tree.map(
     lambda b, m: jnp.where(better.reshape((-1,) + (1,) * (m.ndim - 1)), m, b), best, models
   )

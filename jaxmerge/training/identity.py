@@ -1,4 +1,4 @@
-"""The identity of a run of the loop in its checkpoints: records of method and tasks."""
+"""The identity of a run in its checkpoints: records of method and tasks."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def method_record(method: Method, hparams: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def task_digest(task: Task) -> str:
-  """Returns the number of rows of a task, and a checksum of those that training reads."""
+  """Returns the number of training rows, and a checksum of training and validation rows."""
   checksum = 0
   for leaf in jax.tree.leaves((task.train, task.validation)):
     checksum = zlib.crc32(np.ascontiguousarray(leaf).tobytes(), checksum)
@@ -34,25 +34,25 @@ def refuse_other(part: str, theirs: Mapping[str, Any], ours: Mapping[str, Any]) 
   for name in sorted(theirs.keys() | ours.keys()):
     if theirs.get(name) != ours.get(name):
       raise ValueError(
-        f"the checkpoints are of another run: {part} {name!r} is {theirs.get(name)!r} there and "
-        f"{ours.get(name)!r} here; use the same, or another folder."
+        f"the checkpoints belong to another run: {part} {name!r} is {theirs.get(name)!r} there and "
+        f"{ours.get(name)!r} here; use the same value, or another folder."
       )
 
 
 def refuse_other_start(theirs: Any, ours: Any) -> None:
-  """Raises ValueError if the start differs by more than another mesh would explain."""
+  """Raises ValueError if the start differs by more than rounding on another mesh explains."""
   leaves = tree.named(ours)
   for name, x in tree.named(theirs).items():
     distance, size = (float(jnp.abs(v).max(initial=0)) for v in (x - leaves[name], x))
     if distance > 1e-3 * max(size, 1e-30):
       raise ValueError(
-        f"the checkpoints are of another run: leaf {name!r} of the model to start from is another "
-        "there; start from the same, or use another folder."
+        f"the checkpoints belong to another run: leaf {name!r} of the initial model differs; start "
+        "from the same model, or use another folder."
       )
 
 
 def _digest(value: Any) -> Any:
-  """Returns numbers as a list, large arrays as a checksum."""
+  """Returns small arrays as lists, large ones as a checksum."""
   arrays = [np.asarray(x) for x in jax.tree.leaves(value)]
   if sum(x.size for x in arrays) <= 64:
     return [x.tolist() for x in arrays]

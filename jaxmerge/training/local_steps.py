@@ -52,8 +52,8 @@ def step(
 ) -> Callable[..., tuple[Any, Any, Array]]:
   """Returns the local step: (params, state, batch, rate, mixed=False) -> (params, state, loss).
 
-  A batch is (inputs, labels, head, classes); with `mixed` each has a leading axis of several tasks,
-  over which gradients are averaged. Frozen leaves and running statistics keep their bits.
+  A batch is (inputs, labels, head, classes). With `mixed`, each has a leading task axis over which
+  gradients are averaged. Frozen leaves and running statistics are unchanged, bit for bit.
   """
 
   def objective(params: Any, inputs: Any, labels: Array, head: Any, classes: Array) -> Array:
@@ -100,10 +100,10 @@ def tune_one(
   plan: Plan,
   share: Callable[[Any], Any] = lambda batch: batch,
 ) -> tuple[Any, Any, Array]:
-  """Takes the planned steps of one task, and none of the padding after them.
+  """Takes the planned steps of one task, without the padding after them.
 
-  `share` places the rows of a batch, (inputs, labels), on devices. Returns parameters, optimiser
-  state and the mean loss over the steps taken.
+  `share` shards the rows of a batch, (inputs, labels). Returns parameters, optimiser state, and the
+  mean loss of the steps.
   """
 
   def body(s: Any, carry: Any) -> Any:
@@ -114,7 +114,7 @@ def tune_one(
     params, state, value = step_(params, state, batch, plan.learning_rate[s])
     return params, state, total + value
 
-  # A loop with an end, not a scan with a condition, which would copy all weights in every step.
+  # A fori_loop with a dynamic bound: a scan with a condition would copy all weights in every step.
   plan = jax.tree.map(jnp.asarray, plan)
   params, state, total = lax.fori_loop(0, plan.steps, body, (params, state, jnp.float32(0)))
   return params, state, total / jnp.maximum(plan.steps, 1).astype(jnp.float32)
@@ -130,15 +130,15 @@ def tune_all(
   mesh: Mesh,
   rules: meshes.Rules = (),
 ) -> tuple[Any, Any, Array]:
-  """Tunes stacked copies [T, *s], each on its task, on the task axis of the mesh.
+  """Tunes stacked copies [T, *s], each on its task, in parallel over the task axis of the mesh.
 
-  Devices take their tasks one after the other, so each copy has the bits of tuning it alone. There
-  is no communication over the task axis. The rows of a batch are shared out over the data axis,
-  over which gradients are added up; the weights of a copy by the rules, over the model axis.
+  A device runs its tasks in sequence, so each copy is bitwise equal to one tuned alone. There is no
+  communication over the task axis. The rows of a batch are sharded over the data axis, over which
+  gradients are summed. The weights of a copy are sharded over the model axis by the rules.
 
   Raises:
-    ValueError: if the batch cannot be shared out evenly over the data axis, if a rule does not fit
-      a leaf, or if the mesh has a model axis and there are no rules.
+    ValueError: if the data axis does not divide the batch, if a rule does not fit a leaf, or if the
+      mesh has a model axis and there are no rules.
   """
   one_model = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), params)
   shardings = meshes.shardings(one_model, mesh, rules)
@@ -160,7 +160,7 @@ def tune_all(
 
   def one(task: Any) -> Any:
     params, states, rows, plan = task
-    # The loop carries the weights from step to step as they are sharded; the states follow them.
+    # The loop carries sharded weights from step to step; XLA shards the states like them.
     return tune_one(sharded_step if rules else step_, params, states, rows, plan, share)
 
   tune = jax.shard_map(
@@ -175,7 +175,7 @@ def tune_all(
 
 
 def copies(params: Any, num_slots: int, mesh: Mesh, rules: meshes.Rules = ()) -> Any:
-  """Stacks equal copies of a model over the task axis: [*s] -> [T, *s]. To be called under jit."""
+  """Stacks equal copies of a model over the task axis: [*s] -> [T, *s]. Call it under jit."""
   spread = jax.tree.map(lambda p: jnp.broadcast_to(p[None], (num_slots, *p.shape)), params)
   return lax.with_sharding_constraint(spread, meshes.shardings(params, mesh, rules, stacked=True))
 

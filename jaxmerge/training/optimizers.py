@@ -1,7 +1,7 @@
-"""The local and the outer optimisers: those with a name, and any optax transformation.
+"""The local and outer optimisers: built-in ones by name, and any optax transformation.
 
-The updates of all of them are added to the parameters. One with a name takes its learning rate from
-the caller, step by step; an optax transformation has its own.
+Updates are added to the parameters, as in optax. A built-in optimiser gets its learning rate from
+the caller at every step; an optax transformation has its schedule inside.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def local(settings: Settings, params: Any) -> Optimizer:
   if settings.freeze and len(set(frozen)) == 1:
     matches = "every leaf, so that nothing is tuned" if frozen[0] else "no leaf"
     raise ValueError(
-      f"freeze {settings.freeze!r} finds {matches}; the leaves are {', '.join(tree.named(params))}."
+      f"freeze {settings.freeze!r} matches {matches}; leaves: {', '.join(tree.named(params))}."
     )
   if not isinstance(settings.optimizer, str):
     return from_optax(settings.optimizer, params, "optimizer")
@@ -45,7 +45,7 @@ def local(settings: Settings, params: Any) -> Optimizer:
 
 
 def with_rate(direction: optax.GradientTransformation) -> Optimizer:
-  """Returns an optimiser of the same states whose updates are -rate * direction."""
+  """Returns an optimiser with the updates -rate * direction, and the states of `direction`."""
 
   def update(grads: Any, state: Any, params: Any = None, *, rate: Array) -> tuple[Any, Any]:
     directions, state = direction.update(grads, state, params)
@@ -58,13 +58,13 @@ def from_optax(transformation: optax.GradientTransformation, params: Any, name: 
   """Returns an optax transformation as an optimiser that ignores the rate.
 
   Args:
-    transformation: what the settings have.
-    params: tree of arrays, or of their shapes, that it will update.
-    name: of the setting, for errors.
+    transformation: the transformation in the settings.
+    params: tree of the parameters, or of their shapes.
+    name: name of the setting, for errors.
 
   Raises:
-    ValueError: if the transformation cannot update these parameters, or changes its state's shape,
-      or keeps a random key in it.
+    ValueError: if the transformation cannot update these parameters, changes the shapes of its
+      state, or has a random key in it.
   """
   optimizer = optax.with_extra_args_support(transformation)
 
@@ -98,15 +98,18 @@ def from_optax(transformation: optax.GradientTransformation, params: Any, name: 
 def take(
   optimizer: Optimizer, params: Any, grads: Any, state: Any, rate: Array, freeze: str
 ) -> tuple[Any, Any]:
-  """Takes a step: (params, state), in which frozen leaves and running statistics keep their bits.
+  """Takes a step; frozen leaves and running statistics are unchanged, bit for bit.
 
   Args:
     optimizer: the optimiser, local or outer.
     params: tree of arrays.
-    grads: tree of the gradients.
-    state: of the optimiser.
+    grads: tree of gradients.
+    state: state of the optimiser.
     rate: the learning rate.
-    freeze: pattern of the names of frozen leaves; "" is none.
+    freeze: pattern of the names of frozen leaves; "": none.
+
+  Returns:
+    The new parameters and the new state.
   """
   names = tree.named(params)
   fixed = running_statistics.of(names) | set(filter(tree.matching(freeze), names) if freeze else ())
@@ -125,8 +128,8 @@ def apply_updates(params: Any, updates: Any) -> Any:
 def _clip(limit: float) -> optax.GradientTransformation:
   """Scales gradients to a global norm of at most `limit`, as `optax.clip_by_global_norm` does.
 
-  The norm is made of inner products. A sum of squares is cut up differently from one program to
-  the next, so that one and the same step would have other bits in it.
+  The norm is computed from inner products. XLA splits a sum of squares differently in different
+  programs, so that the same step would differ in its last bits.
   """
 
   def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
@@ -143,7 +146,7 @@ def _shapes(tree_: Any) -> Any:
 
 
 def _square(x: Any) -> Array:
-  """Returns the inner product of an array with itself; devices that share it add up parts."""
+  """Returns the inner product of an array with itself; partial sums if it is sharded."""
   axes = tuple(range(x.ndim))
   return lax.dot_general(x, x, ((axes, axes), ((), ())), precision="highest")
 

@@ -1,4 +1,4 @@
-"""Places the arrays of a round: rows by task, optimiser states beside their weights."""
+"""Shards the arrays of a round: rows by task, optimiser states like their weights."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from jaxmerge.tasks import batch, task
 
 
 def shard_weights(apply: batch.Apply, mesh: Mesh, rules: meshes.Rules = ()) -> batch.Apply:
-  """Returns a model whose weights, and with them its gradients, are sharded by the rules.
+  """Returns a model whose weights, and so its gradients, are sharded by the rules.
 
-  To be called in the manual part of a program over the task axis, as local steps are. Left to
-  itself, the compiler may shard a gradient in another way, and bring it over in every step.
+  Call it inside the `shard_map` over the task axis, as local steps do. Without the constraint, the
+  compiler may shard a gradient differently and reshard it in every step.
   """
   if not rules:
     return apply
@@ -36,9 +36,9 @@ def shard_weights(apply: batch.Apply, mesh: Mesh, rules: meshes.Rules = ()) -> b
 
 
 def rows(tasks: Sequence[task.Task], split: str, mesh: Mesh, *, num_slots: int) -> batch.TaskBatch:
-  """Stacks one split, with its slots over the task axis; each process makes the slots it has.
+  """Stacks one split, sharded over the task axis; each process stacks its local slots only.
 
-  Arguments and errors as for `batch.stacked`.
+  Arguments and errors are those of `batch.stack`.
   """
   sharding, slots = meshes.task_sharding(mesh), meshes.local_slots(mesh, num_slots)
   stack = batch.stack(tasks, split, num_slots=num_slots, slots=slots)
@@ -58,21 +58,21 @@ def rows(tasks: Sequence[task.Task], split: str, mesh: Mesh, *, num_slots: int) 
 def states(
   optimizer: optax.GradientTransformation, params: Any, mesh: Mesh, rules: meshes.Rules = ()
 ) -> Any:
-  """Starts an optimiser for each copy of a stack [T, *s], placed as the copies. Under jit."""
+  """Initialises an optimiser per copy of a stack [T, *s], sharded like it. Call it under jit."""
   one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), params)
   shardings = state_shardings(optimizer, one, mesh, rules, stacked=True)
   return lax.with_sharding_constraint(jax.vmap(optimizer.init)(params), shardings)
 
 
 def pad_states(used: Any, every: Any, shardings: Any) -> Any:
-  """Appends to a stack [n, *s] the slots of a longer one that come after the first n.
+  """Extends a stack [n, *s] by the slots after the first n of a longer stack.
 
-  On the devices: the states of all tasks are many times the model, and may not fit a host.
+  Runs on the devices: the states of all tasks are many times the model, and may not fit on a host.
 
   Args:
     used: tree of arrays, the first n slots.
     every: tree of arrays, all slots.
-    shardings: of the result.
+    shardings: shardings of the result.
 
   >>> from jax.sharding import SingleDeviceSharding
   >>> where = {"m": SingleDeviceSharding(jax.devices()[0])}
@@ -94,14 +94,14 @@ def state_shardings(
   *,
   stacked: bool = False,
 ) -> Any:
-  """Returns the shardings of an optimiser's state: those of the weights, or replicated.
+  """Returns the shardings of an optimiser's state: those of the weights, else replicated.
 
   Args:
     optimizer: the optimiser; None has the state ().
     params: tree of the weights of one model, or of their shapes.
     mesh: the mesh.
-    rules: how weights are sharded.
-    stacked: for a stack of states, one a task.
+    rules: sharding rules of the weights.
+    stacked: whether the result is for a stack of states, one per task.
   """
   if optimizer is None:
     return ()

@@ -1,4 +1,4 @@
-"""What a run of the loop is compared with: its base, experts, and their one-shot merges."""
+"""The reference models of an ATM run: the base, experts, and one-shot merges of the experts."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ EXPERTS = "experts"
 
 
 class References(NamedTuple):
-  """Models beside that of the loop.
+  """The models that an ATM run is compared with.
 
   Attributes:
-    base: the model that the loop started from.
-    experts: a stack [T, *s], tuned for the whole budget without merging; None: not asked for.
-    merges: the experts, merged once, by method.
-    budget: what each cost, by name.
+    base: the initial model of the run.
+    experts: a stack [T, *s], tuned for the whole budget without merging; None: not requested.
+    merges: one-shot merges of the experts, by method.
+    budget: the cost of each, by name.
   """
 
   base: Any
@@ -40,7 +40,7 @@ class References(NamedTuple):
 
 
 def check(baselines: Sequence[str], tasks: Sequence[Task], *, test: bool) -> tuple[str, ...]:
-  """Returns the names of what a run is compared with; ValueError for what cannot be had.
+  """Returns the names of the requested references; raises ValueError for an unavailable one.
 
   >>> check(["experts", "experts"], [], test=False)
   ('experts',)

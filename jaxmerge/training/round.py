@@ -24,7 +24,7 @@ from jaxmerge.training.schedule import Plan
 
 
 class State(NamedTuple):
-  """What a round takes and returns: parameters float32, outer and local optimiser states."""
+  """The state between rounds: float32 parameters, outer and local optimiser states."""
 
   params: Any
   outer: Any
@@ -32,14 +32,14 @@ class State(NamedTuple):
 
 
 class Measured(NamedTuple):
-  """What a round measures.
+  """The measurements of a round.
 
   Attributes:
-    loss: [T] mean training loss of each task's steps.
-    finite: [T] whether a tuned copy, and the square of its task vector's norm, are finite.
+    loss: [T] mean training loss over each task's steps.
+    finite: [T] whether a tuned copy and the squared norm of its task vector are finite.
     merged: [] whether the model after merge and outer step is finite.
     gram: [T, T] inner products of the task vectors to the current model; None if not measured.
-    conflict: limbs [2] of the number of entries at which task vectors of opposite sign meet.
+    conflict: limbs [2] of the number of entries with task vectors of opposite sign.
   """
 
   loss: Array | np.ndarray
@@ -56,15 +56,14 @@ class Parts(NamedTuple):
     step: the local step.
     local: the local optimiser.
     outer: the outer optimiser, or None.
-    method: how task vectors are merged.
+    method: merges the task vectors.
     tasks: number of tasks T.
-    slots: tasks that are tuned side by side, a multiple of the mesh's task axis; spare ones do
-      nothing.
+    slots: tasks tuned in parallel, a multiple of the mesh's task axis; spare slots are idle.
     keeps_states: whether local optimiser states carry over.
     layout: matrix views of the leaves.
     mesh: the mesh.
-    rules: how the weights of a model are sharded over the mesh's model axis.
-    freeze: pattern of the names of frozen leaves; "" is none.
+    rules: sharding rules of weights over the mesh's model axis.
+    freeze: pattern of the names of frozen leaves; "": none.
   """
 
   step: Any
@@ -85,15 +84,15 @@ def program(parts: Parts) -> Callable[..., tuple[State, Measured]]:
 
   Learning rates, batches and hyperparameters are arguments: all rounds run one executable.
   """
-  # Only the local states: the model may be the reference, or the best one so far.
+  # Donate the local states only: the model may also be the reference, or the best so far.
   compiled = jax.jit(function(parts), donate_argnames=("states",) if parts.keeps_states else ())
   return lambda state, *rest: compiled(state._replace(local=()), state.local, *rest)
 
 
 def function(parts: Parts) -> Callable[..., tuple[State, Measured]]:
-  """Returns a round as a function: (state, states, base, rows, plan, ready, rate) -> as `program`.
+  """Returns a round as a function (state, states, base, rows, plan, ready, rate), see `program`.
 
-  `states` are the local optimiser states that carry over; the state that goes in has none.
+  `states` are the local optimiser states that carry over; `state.local` is empty.
   """
 
   def run_round(
@@ -110,7 +109,7 @@ def function(parts: Parts) -> Callable[..., tuple[State, Measured]]:
 def tune(
   parts: Parts, params: Any, states: Any, rows: batch.TaskBatch, plan: Plan
 ) -> tuple[Any, Any, Array]:
-  """Tunes a copy of the model on each task: the first half of a round, to be traced.
+  """Tunes a copy of the model on each task: the first half of a round. Call it under jit.
 
   Returns the stack of tuned copies, their optimiser states if they carry over, and losses [T].
   """
@@ -133,24 +132,24 @@ def merge_and_step(
   ready: interpreter.Ready,
   rate: Any,
 ) -> tuple[Any, Any, Measured]:
-  """Merges, takes the outer step and measures: the second half of a round, to be traced.
+  """Merges, takes the outer step and measures: the second half of a round. Call it under jit.
 
-  Returns the new parameters, the outer optimiser's state, and what was measured.
+  Returns the new parameters, the outer optimiser's state, and the measurements.
   """
   stacks = {n: v[: parts.tasks] for n, v in tree.named(tuned).items()}
-  # No device has the whole of a matrix that is split: they share the work on it.
+  # No device holds all of a sharded matrix, so matrix methods are distributed.
   distribution = None
   if parts.rules and parts.mesh.size > 1:
     distribution = distributed_matrices.Distribution(parts.mesh)
   target = merge(parts.method, stacks, base, ready, parts.layout, distribution)
   params, outer_state = outers.step(parts.outer, current, target, outer_state, rate, parts.freeze)
-  # Sharded as they came in, so that the next round is the same executable.
+  # Sharded like the inputs, so that the next round runs the same executable.
   shardings = (
     meshes.shardings(params, parts.mesh, parts.rules),
     placement.state_shardings(parts.outer, params, parts.mesh, parts.rules),
   )
   params, outer_state = lax.with_sharding_constraint((params, outer_state), shardings)
-  # On every device, so that every process can read it.
+  # Replicated, so that every process can read them.
   measured = measure(stacks, current, loss[: parts.tasks], params)
   measured = lax.with_sharding_constraint(measured, meshes.replicated(parts.mesh))
   return params, outer_state, measured
@@ -175,7 +174,7 @@ def merge(
 
 
 def measure(stacks: dict[str, Array], current: Any, loss: Array, params: Any) -> Measured:
-  """Measures task vectors, models - current: geometry and finiteness, also of the new model."""
+  """Measures the geometry of the task vectors, models - current, and whether all is finite."""
   start = tree.named(current)
   sums = []
   for name, x in stacks.items():

@@ -1,4 +1,4 @@
-"""The checkpoints of the loop: the arrays and the record of a round, and the way back from them."""
+"""The checkpoints of the loop: the arrays and the record of a round, and how to restore them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from jaxmerge.training.build import Loop
 
 
 def arrays(loop: Loop, state: rounds.State, head: Any) -> dict[str, Any]:
-  """Returns the arrays of a checkpoint: of the state, of the start, and the frozen heads."""
+  """Returns the arrays of a checkpoint: the state, the initial model, and the frozen heads."""
   num_tasks, side = len(loop.spec.tasks), loop.parts.mesh.shape["task"]
   # Without the empty slots, whose number depends on the mesh.
   local = jax.tree.map(lambda x: x[:num_tasks], state.local)
@@ -31,12 +31,12 @@ def arrays(loop: Loop, state: rounds.State, head: Any) -> dict[str, Any]:
     "outer": state.outer,
     "local": local,
     "base": loop.base,
-    "head": head,  # Frozen: computed once, and never again after a resume.
+    "head": head,  # Frozen: computed once, never after a resume.
   }
 
 
 def record(loop: Loop, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-  """Returns the plain record of a checkpoint: which run it is of, and what it has done."""
+  """Returns the plain record of a checkpoint: the identity of the run, and its rounds so far."""
   spec, done = loop.spec, len(records)
   return {
     "settings": settings_lib.record(spec.settings),
@@ -65,7 +65,7 @@ def steps_taken(loop: Loop, rounds_done: int) -> dict[str, int]:
 
 
 def cost(loop: Loop, rounds_done: int) -> budget.Budget:
-  """Returns what the run has cost after some rounds."""
+  """Returns the cost of the run after some rounds."""
   steps = list(steps_taken(loop, rounds_done).values())
   return budget.of_tuning(steps, loop.counts, loop.spec.settings.batch_size, exchanges=rounds_done)
 
@@ -79,7 +79,7 @@ def replicated_head(loop: Loop) -> Any:
 
 
 def with_head(rows: batch.TaskBatch, head: np.ndarray) -> batch.TaskBatch:
-  """Returns the rows with other heads [T, features, C], placed as they were."""
+  """Returns the rows with other heads [T, features, C], sharded as before."""
   padded = batch.pad(head, rows.filled.shape[0])
   if isinstance(rows.head, jax.Array):
     return rows._replace(head=meshes.put(padded, rows.head.sharding))
@@ -87,10 +87,10 @@ def with_head(rows: batch.TaskBatch, head: np.ndarray) -> batch.TaskBatch:
 
 
 def restore_loop(loop: Loop, arrays: Mapping[str, Any]) -> Loop:
-  """Returns the loop with the start and the heads of a checkpoint.
+  """Returns the loop with the initial model and the heads of a checkpoint.
 
   Raises:
-    ValueError: if the checkpoint has another start.
+    ValueError: if the checkpoint has another initial model.
   """
   identity.refuse_other_start(arrays["base"], loop.base)
   loop = loop._replace(base=arrays["base"])
@@ -100,7 +100,7 @@ def restore_loop(loop: Loop, arrays: Mapping[str, Any]) -> Loop:
 
 
 def restore_state(loop: Loop, arrays: Mapping[str, Any], start: rounds.State) -> rounds.State:
-  """Returns the state of a checkpoint, with the empty slots of the start."""
+  """Returns the state of a checkpoint, padded with the empty slots of `start`."""
   num_tasks, local, spare = len(loop.spec.tasks), arrays["local"], start.local
   if loop.parts.keeps_states and loop.waves > 1:
     local = meshes.fetch(local)
@@ -111,7 +111,7 @@ def restore_state(loop: Loop, arrays: Mapping[str, Any], start: rounds.State) ->
 
 
 def _local_shardings(loop: Loop, *, even: bool = True) -> Any:
-  """Returns the shardings of local states: over the task axis if it divides their number."""
+  """Returns the shardings of local states; over the task axis if it divides their number."""
   parts = loop.parts
   shardings = placement.state_shardings(
     parts.local, loop.base, parts.mesh, parts.rules, stacked=True

@@ -1,8 +1,8 @@
-"""Plans which rows each local step sees, and at which learning rate.
+"""Plans the rows and the learning rate of each local step.
 
-A task's rows form one endless stream: a seeded permutation per epoch, one epoch after the other.
-Step s takes rows s * B to (s + 1) * B of it. A plan depends on seed, task and step alone, so that a
-run can resume anywhere, and all compared models see the same rows in the same order.
+The rows of a task form an endless stream: a seeded permutation per epoch, epoch after epoch. Step s
+takes rows s * B to (s + 1) * B of it. A plan depends only on seed, task and step, so that a run can
+resume at any step, and all compared models see the same rows in the same order.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ class Plan(NamedTuple):
   """Batches and learning rates of some local steps, padded to the longest task.
 
   Attributes:
-    rows: int32 [T, S, B], numbers of the rows of each batch.
+    rows: int32 [T, S, B], row indices of each batch.
     learning_rate: float32 [T, S].
-    steps: int32 [T], how many of the S steps are taken; the padding after them is ignored.
+    steps: int32 [T], the number of steps of each task; the padding after them is ignored.
   """
 
   rows: np.ndarray
@@ -45,14 +45,14 @@ def bounds(total: int, rounds: int, k: int) -> tuple[int, int]:
 
 
 def longest(steps: Sequence[int], rounds: int) -> int:
-  """Returns the number of steps that a round needs at most."""
+  """Returns the largest number of steps of a round."""
   return max(math.ceil(total / rounds) for total in steps)
 
 
 def plan(
   names: Sequence[str], rows: Sequence[int], settings: Settings, k: int, *, rounds: int
 ) -> Plan:
-  """Plans round k (from 0) of `rounds` for tasks with these names and numbers of rows."""
+  """Plans round k (from 0) of `rounds`, for tasks with these names and row counts."""
   steps = totals(rows, settings)
   width, size = longest(steps, rounds), settings.batch_size
   index = np.zeros((len(rows), width, size), np.int32)
@@ -71,7 +71,7 @@ def plan(
 
 
 def stream(name: str, rows: int, seed: int, start: int, stop: int) -> np.ndarray:
-  """Returns entries start to stop of a task's endless stream of row numbers, int32."""
+  """Returns entries start to stop of a task's endless stream of row indices, int32."""
   if stop <= start:
     return np.zeros(0, np.int32)
   epochs = range(start // rows, (stop - 1) // rows + 1)
@@ -81,7 +81,7 @@ def stream(name: str, rows: int, seed: int, start: int, stop: int) -> np.ndarray
 
 
 def learning_rate(progress: np.ndarray, settings: Settings) -> np.ndarray:
-  """Returns the learning rate at shares of the run in [0, 1)."""
+  """Returns the learning rate at a progress of the run in [0, 1)."""
   rate = np.full(np.shape(progress), settings.learning_rate)
   if settings.schedule == "cosine":
     rate = rate * 0.5 * (1 + np.cos(np.pi * progress))

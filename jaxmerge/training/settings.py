@@ -1,4 +1,4 @@
-"""The settings of a run of tuning and merging, checked once."""
+"""The settings of a run of tuning and merging, validated on construction."""
 
 from __future__ import annotations
 
@@ -21,37 +21,37 @@ else:
 @suggest_keywords
 @dataclasses.dataclass(frozen=True)
 class Settings:
-  """How long and how each task is tuned, and what happens between rounds.
+  """The settings of local tuning, of rounds, and of the outer step.
 
   Attributes:
-    rounds: how often the copies are merged; the number of exchanges per task.
+    rounds: number of merges; also the number of exchanges per task.
     epochs: passes over each task's rows in the whole run: the budget.
     batch_size: rows per local step.
-    learning_rate: of the local steps.
-    schedule: of the learning rate over the run.
-    warmup: share of the run in which the learning rate rises from zero.
-    round_warmup: the same share of every round, for optimisers that start afresh.
-    optimizer: of the local steps: a name, or an optax transformation. A transformation has its own
+    learning_rate: learning rate of the local steps.
+    schedule: schedule of the learning rate over the run.
+    warmup: fraction of the run in which the learning rate rises from zero.
+    round_warmup: fraction of every round in which it rises, for optimisers that are reset.
+    optimizer: local optimiser: a name, or an optax transformation. A transformation includes
       learning rate, schedule, decay and clipping, so that `learning_rate`, `schedule`, `warmup`,
-      `round_warmup`, `weight_decay` and `clip_norm` must stay at their defaults; its schedule
-      counts local steps, anew in every round where `local_state` is "fresh".
-    weight_decay: decoupled; embeddings, norms and biases are spared.
-    clip_norm: global norm at which a local gradient is clipped; 0 turns it off.
-    local_state: "fresh" starts the local optimisers anew in every round, "kept" carries them over.
-    freeze: regular expression; leaves whose name it finds are not tuned.
-    steps: "epochs" gives every task the same number of epochs, "equal" the same number of steps,
-      which is the mean over the tasks.
-    reference: what task vectors are differences to: the current model, or the base.
-    outer: optimiser of the merged task vectors, a name or an optax transformation, to which
+      `round_warmup`, `weight_decay` and `clip_norm` must have their defaults. Its schedule counts
+      local steps, and restarts in every round if `local_state` is "fresh".
+    weight_decay: decoupled weight decay, not applied to embeddings, norms and biases.
+    clip_norm: global norm at which local gradients are clipped; 0: no clipping.
+    local_state: "fresh" resets the local optimisers in every round, "kept" carries them over.
+    freeze: regular expression; leaves with a match in their names are frozen.
+    steps: "epochs": the same number of epochs for every task; "equal": the same number of steps,
+      the mean over tasks.
+    reference: the model that task vectors are differences to: the current one, or the base.
+    outer: optimiser of the merged task vectors: a name, or an optax transformation, to which
       `outer_learning_rate`, `outer_momentum` and `outer_schedule` do not apply; "none" is plain
       ATM.
-    outer_learning_rate: its learning rate.
-    outer_momentum: its momentum.
-    outer_schedule: of the outer learning rate over the rounds.
-    at_once: tasks that are tuned side by side; 0: all. The others follow in turn.
-    compute_dtype: of the forward and backward pass; parameters stay float32.
-    early_stopping: return the best round by validation instead of the last.
-    seed: of the order of the rows, and of methods with random masks.
+    outer_learning_rate: learning rate of the outer optimiser.
+    outer_momentum: momentum of the outer optimiser.
+    outer_schedule: schedule of the outer learning rate over rounds.
+    at_once: tasks tuned in parallel; 0: all. With fewer, tasks run in waves.
+    compute_dtype: dtype of the forward and backward pass; parameters stay float32.
+    early_stopping: whether to return the best round on validation instead of the last.
+    seed: seed of the order of rows, and of methods with random masks.
   """
 
   rounds: int = 10
@@ -97,10 +97,12 @@ class Settings:
     try:
       re.compile(self.freeze)
     except (re.error, TypeError) as error:
-      raise ValueError(f"freeze is no regular expression: {self.freeze!r}: {error}.") from error
+      raise ValueError(
+        f"freeze is not a valid regular expression: {self.freeze!r}: {error}."
+      ) from error
 
 
-# The kinds of value that a config file can give.
+# The types of the values in a config file.
 KINDS: Mapping[str, Any] = {
   name: get_args(kind)[0] if Any in get_args(kind) else kind
   for name, kind in get_type_hints(Settings).items()
@@ -144,10 +146,10 @@ def _near(value: object, choices: tuple[str, ...]) -> str:
 
 
 def _call(value: Any) -> str:
-  """Says how to call a function that makes an optax transformation."""
+  """Returns a hint to call a function that returns an optax transformation."""
   name = getattr(value, "__name__", "it")
-  made_by_optax = getattr(value, "__module__", "").startswith("optax")
-  return f": call it, {f'optax.{name}(1e-3)' if made_by_optax else f'{name}(...)'}"
+  in_optax = getattr(value, "__module__", "").startswith("optax")
+  return f": call it, {f'optax.{name}(1e-3)' if in_optax else f'{name}(...)'}"
 
 
 def is_transformation(value: object) -> bool:

@@ -1,6 +1,6 @@
-"""Metrics of a run, round by round, written to TensorBoard or Weights & Biases.
+"""Logs the metrics of a run, round by round, to TensorBoard or Weights & Biases.
 
-A tracker is anything with `write` and `close`: another service takes one class of its own.
+A tracker is any object with `write` and `close`; another service needs one such class.
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ from jaxmerge.io.disk import atomic
 
 KINDS = ("none", "tensorboard", "wandb")
 _PACKAGES = {"tensorboard": ("tensorboardX", "log"), "wandb": ("wandb", "wandb")}
-_ID = "wandb_run.json"  # In the folder of the run, so that a resumed one is the same run there.
+_ID = "wandb_run.json"  # In the run's folder, so that a resumed run continues the same W&B run.
 
 
 @runtime_checkable
 class Tracker(Protocol):
-  """Writes numbers somewhere."""
+  """Logs numbers to a service."""
 
   where: str
 
   def write(self, group: str, step: int, numbers: Mapping[str, float]) -> None:
-    """Writes numbers of a group, such as a loop's, that belong to a step of it."""
+    """Logs the numbers of a group, such as an ATM run, at a step."""
     ...
 
   def close(self) -> None:
-    """Writes what is pending."""
+    """Flushes pending numbers, and closes the tracker."""
     ...
 
 
 class TensorBoard:
-  """Writes event files for TensorBoard, by tensorboardX.
+  """Writes event files for TensorBoard with tensorboardX.
 
   Attributes:
     where: the folder of the event files.
@@ -53,15 +53,15 @@ class TensorBoard:
       self._writer.add_scalar(f"{group}/{name}", value, step)
 
   def close(self) -> None:
-    """Writes what is pending."""
+    """Flushes pending numbers, and closes the tracker."""
     self._writer.close()
 
 
 class Wandb:
-  """Writes a run of Weights & Biases; its own variables, such as WANDB_MODE=offline, apply.
+  """Logs to a Weights & Biases run; its environment variables, such as WANDB_MODE=offline, apply.
 
   Attributes:
-    where: the page of the run, or the folder of an offline one.
+    where: the page of the run, or the folder of an offline run.
   """
 
   def __init__(self, folder: pathlib.Path, config: Mapping[str, Any]) -> None:
@@ -80,7 +80,7 @@ class Wandb:
     self.where = self._run.url or self._run.dir
 
   def write(self, group: str, step: int, numbers: Mapping[str, float]) -> None:
-    """Logs the numbers as GROUP/NAME, against the group's own step GROUP/step."""
+    """Logs the numbers as GROUP/NAME, with GROUP/step as their step metric."""
     if group not in self._groups:
       self._run.define_metric(f"{group}/*", step_metric=f"{group}/step")
       self._groups.add(group)
@@ -88,12 +88,12 @@ class Wandb:
     self._run.log({f"{group}/step": step, **named})
 
   def close(self) -> None:
-    """Ends the run there."""
+    """Finishes the W&B run."""
     self._run.finish()
 
 
 def _run_id(folder: pathlib.Path) -> str:
-  """Returns the id of the run at Weights & Biases, a new one for a folder without."""
+  """Returns the W&B id of the run in a folder, or creates one."""
   path = folder / _ID
   if not path.exists():
     with atomic.write(path) as file:
@@ -102,7 +102,7 @@ def _run_id(folder: pathlib.Path) -> str:
 
 
 def _package(kind: str) -> Any:
-  """Imports the library of a tracker; ValueError, with its extra, where it is not installed."""
+  """Imports the library of a tracker; raises ValueError if it is not installed."""
   name, extra = _PACKAGES[kind]
   try:
     return importlib.import_module(name)
@@ -115,15 +115,15 @@ def _package(kind: str) -> Any:
 def open_tracker(
   kind: str, folder: str | os.PathLike[str], config: Mapping[str, Any] | None = None
 ) -> Tracker | None:
-  """Opens a tracker of a run; None for "none".
+  """Opens a tracker for a run; returns None for "none".
 
   Args:
     kind: "none", "tensorboard" or "wandb".
-    folder: of the run.
-    config: settings of the run, to be shown beside it.
+    folder: folder of the run.
+    config: settings of the run, which W&B shows with it.
 
   Raises:
-    ValueError: for another kind, or a library that is not installed.
+    ValueError: for an unknown kind, or if the library is not installed.
   """
   if kind not in KINDS:
     raise ValueError(f"tracker cannot be {kind!r}{errors.nearest(kind, KINDS)}.")
@@ -134,7 +134,7 @@ def open_tracker(
 
 
 def numbers(record: Mapping[str, Any]) -> dict[str, float]:
-  """Returns the numbers of a round's record by name; those of a task as NAME/TASK.
+  """Returns the numbers of a round's record by name; per-task numbers are NAME/TASK.
 
   >>> numbers({"round": 2, "mean": 0.5, "loss": {"ant": 1.5, "bee": None}, "cosines": [[1.0]]})
   {'mean': 0.5, 'loss/ant': 1.5}
@@ -149,12 +149,12 @@ def numbers(record: Mapping[str, Any]) -> dict[str, float]:
 
 
 def on_round(tracker: Tracker, group: str = "atm") -> Callable[[Mapping[str, Any]], None]:
-  """Returns a function for `on_round` of `jaxmerge.tune_and_merge`, which tracks each round."""
+  """Returns an `on_round` callback for `jaxmerge.tune_and_merge` that tracks each round."""
   return lambda record: tracker.write(group, record["round"], numbers(record))
 
 
 def write_final(tracker: Tracker, record: Mapping[str, Any]) -> None:
-  """Writes the scores of all models of a record as the group "final"."""
+  """Logs the scores of all models of a record as the group "final"."""
   scores: dict[str, float] = {}
   for name, model in record["models"].items():
     values = {"mean": model["mean"], **model["per_task"]}

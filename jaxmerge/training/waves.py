@@ -1,7 +1,7 @@
-"""Rounds of more tasks than fit side by side: a wave at a time.
+"""Rounds with more tasks than fit on the devices at once, tuned in waves.
 
-A method with a fold takes each wave as it is tuned, into one accumulator. For all others the tuned
-copies go to host memory, and are merged there slice by slice.
+A method with a fold adds each wave to one accumulator. For other methods, the tuned copies go to
+host memory and are merged slice by slice.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from jaxmerge.training.schedule import Plan
 
 
 def program(parts: rounds.Parts) -> Callable[..., tuple[rounds.State, rounds.Measured]]:
-  """Returns a round like `round.program`, which tunes `parts.slots` tasks at a time.
+  """Returns a round like `round.program` that tunes `parts.slots` tasks at a time.
 
   Rows, plan and local states are host arrays with a multiple of `slots` tasks. The geometry of the
-  task vectors is not measured: the copies are never together on the devices.
+  task vectors is not measured, since the copies are never on the devices together.
   """
   method, layout, mesh, rules = parts.method, parts.layout, parts.mesh, parts.rules
   tune, step = _tune(parts), _step(parts)
@@ -55,7 +55,7 @@ def program(parts: rounds.Parts) -> Callable[..., tuple[rounds.State, rounds.Mea
       finite.append(np.asarray(wave[3])[:filled])
     measured = rounds.Measured(np.concatenate(losses), np.concatenate(finite), merged=True)
     if not np.all(measured.finite):
-      return state, measured  # The caller refuses it; there is nothing to merge.
+      return state, measured  # The caller raises an error; there is nothing to merge.
     target = meshes.put(finish(merged, base, ready), meshes.shardings(base, mesh, rules))
     params, outer_state, is_finite = step(state.params, target, state.outer, np.float32(rate))
     after = jax.tree.map(lambda *xs: np.concatenate(xs), *states)
@@ -65,7 +65,7 @@ def program(parts: rounds.Parts) -> Callable[..., tuple[rounds.State, rounds.Mea
 
 
 def _tune(parts: rounds.Parts) -> Callable[..., Any]:
-  """Compiles the tuning of a wave: copies, their states, losses, and whether they are finite."""
+  """Compiles the tuning of a wave; it returns copies, states, losses, and which are finite."""
   mesh, rules = parts.mesh, parts.rules
 
   @jax.jit
@@ -86,7 +86,7 @@ def _tune(parts: rounds.Parts) -> Callable[..., Any]:
 
 
 def _step(parts: rounds.Parts) -> Callable[..., Any]:
-  """Compiles the outer step: the model, the optimiser's state, and whether the model is finite."""
+  """Compiles the outer step; it returns model, optimiser state, and whether it is finite."""
   mesh, rules = parts.mesh, parts.rules
 
   @jax.jit
@@ -112,13 +112,13 @@ def _select(ready: interpreter.Ready, start: int, stop: int) -> interpreter.Read
 
 
 def _fold(method: Method, layout: layouts.Table) -> tuple[Callable[..., Any], Callable[..., Any]]:
-  """Returns how to add a wave to an accumulator, and how to finish the merge."""
+  """Returns a function that adds a wave to an accumulator, and one that finishes the merge."""
   take, finish = accumulator.accumulator(method, layout)
   return take, lambda merged, base, ready: finish(merged, base, base, ready)
 
 
 def _gather(method: Method, layout: layouts.Table) -> tuple[Callable[..., Any], Callable[..., Any]]:
-  """Returns how to add a wave to the copies in host memory, and how to merge them there."""
+  """Returns a function that adds a wave to the copies on the host, and one that merges them."""
 
   def add(waves: Any, copies: Any, base: Any, ready: interpreter.Ready) -> Any:
     return [*(waves or []), meshes.fetch(copies)]

@@ -89,7 +89,7 @@ ANT = small.three()[0]
 @pytest.mark.parametrize(
   ("tasks", "words"),
   [
-    (changed(name=7), "task names must be texts, got 7"),
+    (changed(name=7), "task names must be non-empty strings, got 7"),
     (
       changed(train=ANT.train._replace(labels=ANT.train.labels.tolist())),
       r"'ant', train split: labels must be an array of integers \[rows\], got list",
