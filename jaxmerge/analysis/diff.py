@@ -18,7 +18,7 @@ import numpy as np
 from jaxmerge.analysis import sums as sum_lib
 from jaxmerge.analysis.sums import Count, Sums
 from jaxmerge.errors import Problems
-from jaxmerge.files import adapter_inputs, inputs
+from jaxmerge.files import adapter_inputs, inputs, other_forms
 from jaxmerge.files.plan import Model
 from jaxmerge.io.peft import adapter
 from jaxmerge.io.tensors import safetensors
@@ -46,7 +46,8 @@ def open_models(
 ) -> list[Model]:
   """Opens the models that are compared with a base; an adapter is applied to the base.
 
-  Names are the ends of their paths by default.
+  A tree of another program is read in the form of the base. Names are the ends of
+  their paths by default.
   """
   models = []
   names = names or inputs.short_names(list(map(str, paths)))
@@ -58,7 +59,7 @@ def open_models(
       models.append(model._replace(name=name, folder=pathlib.Path(path), tensors=tensors))
     else:
       models.append(inputs.open_model(path, files, name=name))
-  return models
+  return other_forms.align([base, *models])[1:]
 
 
 def compare(

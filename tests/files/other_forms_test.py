@@ -160,6 +160,7 @@ def test_a_merge_with_a_checkpoint_has_the_form_of_its_first_model(tmp_path, mon
   assert main.main(["merge", "recipe.yml", "out", "--dry-run"]) == 0
   note = "run is read in the form of hf, by the name map of Tunix (Llama and Qwen)"
   assert note in " ".join(capsys.readouterr().out.split())
+  assert main.main(["diff", "run", "hf"]) == 0  # Either may be the base.
   assert main.main(["merge", "recipe.yml", "out"]) == 0
   expected = mean(*arrays)
   result = safetensors.numpy.load_file("out/model.safetensors")
