@@ -51,7 +51,7 @@ class _Report(types.ModuleType):
     """Writes the page, the plots and the JSON of a result into a folder, and returns its record.
 
     Args:
-      result: of `jaxmerge.tune_and_merge`, or a record, as `jaxmerge.compare` returns it.
+      result: the result of `jaxmerge.tune_and_merge`, or a record of `jaxmerge.compare`.
       folder: created if it does not exist.
       with_plots: False where Matplotlib is not installed.
     """
@@ -60,7 +60,7 @@ class _Report(types.ModuleType):
     run = result if isinstance(result, Mapping) else getattr(result, "record", None)
     if not run:
       raise ValueError(
-        f"report draws the result of tune_and_merge, or a record, got {type(result).__name__}."
+        f"report needs the result of tune_and_merge, or a record, got {type(result).__name__}."
       )
     output.write(run, folder, with_plots=with_plots)
     return record.plain(run)

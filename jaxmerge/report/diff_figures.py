@@ -1,4 +1,4 @@
-"""The figures of a page on how models differ: layers, kinds, modules, spectra."""
+"""The figures of a diff page: by layer, kind and module, and spectra."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ import numpy as np
 from jaxmerge.report import diff_text, geometry, vector
 from jaxmerge.report import figure_elements as figures
 
-PAIRS = 6  # So many pairs of models have a curve each; of more there is the mean.
-PANELS = 4  # So many models have a map each.
-MODULES = 40  # Rows of a map.
+PAIRS = 6  # Up to this many pairs of models have a curve each; beyond, the mean is drawn.
+PANELS = 4  # Up to this many models have a map each.
+MODULES = 40  # The most rows of a map.
 
 
 class Map(NamedTuple):
-  """Measures by module (row) and layer (column); NaN where there is no such tensor.
+  """Measures by module (row) and layer (column); NaN where a layer lacks the module.
 
   Attributes:
-    modules: names of tensors, with a star for the layer and what else is counted.
-    layers: numbers of layers.
+    modules: names of tensors, with a star for each number in them.
+    layers: layer numbers.
     relative: norms of task vectors over the base's, [models, modules, layers].
-    cosine: the mean cosine of two models, [modules, layers].
+    cosine: mean cosine over pairs of models, [modules, layers].
   """
 
   modules: list[str]
@@ -33,7 +33,7 @@ class Map(NamedTuple):
 
 
 def drawings(record: Mapping[str, Any], spectra: Mapping[str, Any]) -> dict[str, vector.Drawing]:
-  """Returns the figures for which there are numbers, by name."""
+  """Returns the figures for which the record has data, by name."""
   grid = modules(record)
   drawn = {
     "norms": lambda width: diff_text.norms(record, width),
@@ -58,7 +58,7 @@ def _pairs(record: Mapping[str, Any]) -> list[tuple[int, int]]:
 
 
 def cosines(record: Mapping[str, Any], width: float) -> Any:
-  """Draws the cosine of each pair of models by layer; of many pairs the mean."""
+  """Draws the cosine of each pair of models by layer; for many pairs, their mean."""
   layers, pairs, names = _layers(record), _pairs(record), record["models"]
   if len(layers) < 2 or not pairs:
     return None
@@ -73,7 +73,7 @@ def cosines(record: Mapping[str, Any], width: float) -> Any:
 
 
 def sign_conflicts(record: Mapping[str, Any], width: float) -> Any:
-  """Draws the share of entries in conflict by layer."""
+  """Draws the share of entries with a sign conflict by layer."""
   layers = _layers(record)
   if len(layers) < 2 or not _pairs(record):
     return None
@@ -83,7 +83,7 @@ def sign_conflicts(record: Mapping[str, Any], width: float) -> Any:
 
 
 def kinds(record: Mapping[str, Any], width: float) -> Any:
-  """Draws a group of bars a kind of tensor: the norms of task vectors, in % of the base's."""
+  """Draws the norms of task vectors, in % of the base's, as a group of bars per tensor kind."""
   names, groups = record["models"][: len(figures.SERIES)], record["kinds"]
   pitch = 0.135 * len(names) + 0.16
   starts = np.arange(len(groups)) * pitch
@@ -112,7 +112,7 @@ def kinds(record: Mapping[str, Any], width: float) -> Any:
 
 
 def modules(record: Mapping[str, Any]) -> Map:
-  """Adds up the measures of tensors by module and layer."""
+  """Sums the measures of tensors by module and layer."""
   sums: dict[tuple[str, int], tuple[np.ndarray, float]] = {}
   names = record["models"]
   for name, measures in record["tensors"].items():
@@ -142,7 +142,7 @@ def modules(record: Mapping[str, Any]) -> Map:
 
 
 def norm_map(record: Mapping[str, Any], grid: Map, width: float) -> Any:
-  """Draws the norms of task vectors by module and layer: a map a model, of many models the mean."""
+  """Draws the norms of task vectors by module and layer, one map per model or the mean of many."""
   if len(grid.layers) < 2:
     return None
   names = record["models"]
@@ -155,7 +155,7 @@ def norm_map(record: Mapping[str, Any], grid: Map, width: float) -> Any:
 
 
 def cosine_map(record: Mapping[str, Any], grid: Map, width: float) -> Any:
-  """Draws cosines by module and layer, of more models than two the mean over pairs."""
+  """Draws cosines by module and layer, averaged over pairs of models."""
   if len(grid.layers) < 2 or not _pairs(record):
     return None
   several = len(record["models"]) > 2
@@ -166,7 +166,7 @@ def cosine_map(record: Mapping[str, Any], grid: Map, width: float) -> Any:
 def _maps(
   title: str, panels: Mapping[str, np.ndarray], grid: Map, width: float, *, signed: bool = False
 ) -> Any:
-  """Draws maps of modules and layers, one below the other, on one scale."""
+  """Draws maps of modules and layers below each other, on a common colour scale."""
   labels = _labels(grid.modules[:MODULES], 18 if width < figures.WIDTH else 34)
   probe = figures.figure(1.0)[0]
   left = max(figures.text_width(probe, text, 7) for text in labels) + 0.15
@@ -201,7 +201,7 @@ def _maps(
 
 
 def _labels(names: Sequence[str], length: int) -> list[str]:
-  """Returns names without what all of them begin and end with."""
+  """Returns names without their common first and last parts."""
   parts = [name.split(".") for name in names]
   while len(parts) > 1 and len({p[0] for p in parts}) == 1 and min(map(len, parts)) > 1:
     parts = [p[1:] for p in parts]
@@ -212,7 +212,7 @@ def _labels(names: Sequence[str], length: int) -> list[str]:
 
 
 def spectrum(record: Mapping[str, Any], spectra: Mapping[str, Any], width: float) -> Any:
-  """Draws the share of the energy in the largest singular values, a line a matrix and model."""
+  """Draws the share of energy in the largest singular values, a line per matrix and model."""
   lines = [
     (i, 100 * np.cumsum(np.square(measured["values"])) / measured["energy"])
     for matrix in spectra.values()

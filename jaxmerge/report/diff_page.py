@@ -1,4 +1,4 @@
-"""How models differ from their base as one HTML file: figures and tables."""
+"""The diff of models and their base as one HTML file, with figures and tables."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ from jaxmerge.io.disk import atomic
 from jaxmerge.report import diff_figures, diff_text, page
 from jaxmerge.report.tables import Cell, Table
 
-ROWS = 20  # Tensors of a table.
-DIRECTIONS = 16  # Singular values whose energy has a column.
+ROWS = 20  # The most tensors in a table.
+DIRECTIONS = 16  # Number of singular values for the energy column.
 
 _CAPTIONS = {
-  "norms": "How far each model went from the base, by layer.",
-  "cosines": "Whether two models went the same way: 1 is the same, 0 unrelated, -1 opposite.",
-  "cosines by layer": "The same by layer; where it is far from 0, models share a direction.",
-  "sign conflicts": "Entries that some models raise and others lower. Of two models with unrelated "
-  "task vectors half are in conflict, of three three quarters.",
-  "kinds": "How far each model went, by what tensors are for. Norms and biases are small: a large "
-  "share of little.",
+  "norms": "How far each model moved from the base, by layer.",
+  "cosines": "Similarity of two task vectors: 1 is the same direction, 0 unrelated, -1 opposite.",
+  "cosines by layer": "The same by layer; far from 0, models share a direction.",
+  "sign conflicts": "Entries that some models raise and others lower. With unrelated task vectors, "
+  "half of the entries conflict between two models, three quarters between three.",
+  "kinds": "How far each model moved, by kind of tensor. Norms and biases are small, so a large "
+  "percentage may be a small change.",
   "norms by module": "A row is a module, a column a layer; the stronger the colour, the further "
   "from the base.",
-  "cosines by module": "Orange: models agree; violet: they are opposed; no colour: unrelated.",
-  "spectra": "A line is a matrix of a model. The steeper, the fewer directions tuning has used; "
-  "the lines of LoRA end at 100 % with its rank.",
+  "cosines by module": "Orange: models agree; violet: they oppose; no colour: unrelated.",
+  "spectra": "A line is a matrix of a model. The steeper it is, the fewer directions tuning used. "
+  "The lines of LoRA reach 100 % at its rank.",
 }
 
 
 def html(record: Mapping[str, Any], spectra: Mapping[str, Any]) -> str:
-  """Writes the page.
+  """Returns the page as HTML.
 
   Args:
-    record: what `diff.compare` returns.
-    spectra: what `spectra.measure` returns for the same models; may be empty.
+    record: the result of `diff.compare`.
+    spectra: the result of `spectra.measure` for the same models; may be empty.
   """
   names = record["models"]
   drawings = diff_figures.drawings(record, spectra)
@@ -71,7 +71,7 @@ def html(record: Mapping[str, Any], spectra: Mapping[str, Any]) -> str:
 def write(
   record: Mapping[str, Any], spectra: Mapping[str, Any], path: str | os.PathLike[str]
 ) -> None:
-  """Writes the page into a file, whole or not at all."""
+  """Writes the page to a file atomically."""
   text = html(record, spectra)
   with atomic.write(pathlib.Path(path)) as file:
     file.write(text.encode())
@@ -82,7 +82,7 @@ def _title(record: Mapping[str, Any]) -> str:
 
 
 def sentence(record: Mapping[str, Any]) -> str:
-  """Returns the findings for the whole models in a sentence or two."""
+  """Returns a summary of the whole models in one or two sentences."""
   whole, names = record["whole"], record["models"]
   sizes = [diff_text.percent(whole["relative"][n]) for n in names]
   text = f"{whole['entries']:,} entries. Task vectors have {_listed(sizes)} % of the base's norm"
@@ -101,7 +101,7 @@ def _listed(texts: list[str]) -> str:
 
 
 def extremes(record: Mapping[str, Any], *, most: bool = False) -> Table:
-  """Returns the tensors that moved least, or most, by the model that moved them furthest."""
+  """Returns the tensors that moved least, or most, by their largest relative norm."""
   names = record["models"]
   moved = {name: _distance(x) for name, x in record["tensors"].items() if _distance(x) > 0}
   order = sorted(moved, key=lambda name: (-moved[name] if most else moved[name], name))
@@ -114,7 +114,7 @@ def _named(first: str, table: Table) -> Table:
 
 
 def _distance(measures: Mapping[str, Any]) -> float:
-  """Returns the largest norm over the base's; infinity where the base is zero and a model not."""
+  """Returns the largest relative norm; infinity if the base is zero and a model is not."""
   if not any(measures["norms"].values()):
     return 0.0
   return max(float("inf") if x is None else x for x in measures["relative"].values())
@@ -139,7 +139,7 @@ def _about(spectra: Mapping[str, Any]) -> str:
 
 
 def spectrum_table(record: Mapping[str, Any], spectra: Mapping[str, Any]) -> Table:
-  """Returns a row a matrix: energy in the largest values, and how many hold nine tenths of it."""
+  """Returns a row per matrix: energy in the top singular values, and how many hold 90 % of it."""
   head, rows = ["Matrix"], []
   for name in record["models"]:
     head += [f"{name}: in {DIRECTIONS} largest (%)", f"{name}: for 90 %"]

@@ -1,4 +1,4 @@
-"""The record of an extraction in words: rank and error of each matrix, and what else it has."""
+"""The record of an adapter extraction as text: rank and error per matrix, and other tensors."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from jaxmerge.report.tables import Cell, Table
 
 
 def text(record: Mapping[str, Any], width: int = 100) -> str:
-  """Writes a record for a terminal of `width` columns."""
+  """Formats a record for a terminal of `width` columns."""
   lines = []
   if record["matrices"]:
     lines += [f"By matrix\n{tables.to_text(matrices(record), width)}"]
@@ -28,7 +28,7 @@ def text(record: Mapping[str, Any], width: int = 100) -> str:
 
 
 def matrices(record: Mapping[str, Any]) -> Table:
-  """Returns a row a matrix: shape, rank, norm of the change and the relative error."""
+  """Returns a row per matrix: shape, rank, norm of the change and relative error."""
   rows = []
   for name, m in record["matrices"].items():
     shape = " x ".join(map(str, m["shape"]))

@@ -1,4 +1,4 @@
-"""The figures of the task vectors: cosines, norms and sign conflicts over rounds."""
+"""Plots of task vectors: matrices of cosines, and norms and sign conflicts over rounds."""
 
 from __future__ import annotations
 

@@ -112,7 +112,7 @@ def axis(record: Mapping[str, Any], what: str) -> str:
 
 
 def lead(record: Mapping[str, Any]) -> str:
-  """Returns the least lead of the experts for a task's gap to be shown, as text."""
+  """Returns the lead of the experts that a task needs for its gap to be shown, as text."""
   return f"0.05 {metric(record)}" if lower_is_better(record) else "5 points"
 
 

@@ -84,7 +84,7 @@ def short(facts: Mapping[str, Any]) -> Table:
 
 
 def top(facts: Mapping[str, Any], most: int) -> Table:
-  """Returns mean, gap and cost of the best few methods, between experts and base."""
+  """Returns mean, gap and cost of the best `most` methods, between experts and base."""
   whole, columns = table(facts, most), (0, 1, 2, 4, 5)
   return Table([whole.head[i] for i in columns], [[row[i] for i in columns] for row in whole.rows])
 
@@ -170,7 +170,7 @@ def figure(facts: Mapping[str, Any]) -> Any:
 
 
 def legend(facts: Mapping[str, Any]) -> str:
-  """Returns what points, bars, the dashed line and hollow points are."""
+  """Returns the legend of points, bars, the dashed line and hollow points."""
   number = len(facts["summary"]["seeds"])
   text = "Points: one seed"
   if number > 1:

@@ -1,4 +1,4 @@
-"""The report as one HTML file: figures inside, one script that sorts tables, nothing to load."""
+"""The report as one self-contained HTML file, with inline figures and sortable tables."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The scores of the merges along a training run: a table, a plot, a sentence; free of jax."""
+"""The scores of merges along a training run, as a table, a plot and a sentence; free of jax."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ MERGED, ALONE = "Merged", "Checkpoint alone"
 
 
 def best(record: Mapping[str, Any]) -> Mapping[str, Any] | None:
-  """Returns the best point by the record's metric, the earliest of equal ones; None without any."""
+  """Returns the best point by the record's metric, the earliest of equal ones; None if empty."""
   sign = 1 if record["lower_is_better"] else -1
   points = [p for p in record["points"] if record["metric"] in p["scores"]]
   return min(points, key=lambda p: sign * p["scores"][record["metric"]], default=None)
 
 
 def table(record: Mapping[str, Any]) -> Table:
-  """Returns a row for each merge: its newest step, its checkpoints, and its scores."""
+  """Returns a row per merge: its newest step, its range of steps, and its scores."""
   points, chosen = record["points"], best(record)
   names = list(dict.fromkeys(n for p in points for n in p["scores"]))
   alone = any(p.get("alone") for p in points)
@@ -38,7 +38,7 @@ def table(record: Mapping[str, Any]) -> Table:
 
 
 def sentence(record: Mapping[str, Any]) -> str:
-  """Says which merge is the best."""
+  """Returns a sentence on the best merge."""
   point = best(record)
   if point is None:
     return "no merge was evaluated"
@@ -48,7 +48,7 @@ def sentence(record: Mapping[str, Any]) -> str:
 
 
 def markdown(record: Mapping[str, Any]) -> str:
-  """Returns the table as a page of Markdown, with what was merged above it."""
+  """Returns the table as a Markdown page, below a sentence on the run and the method."""
   settings = ", ".join(f"{n} {v}" for n, v in record["parameters"].items())
   about = (
     f"Merges of the newest {record['window']} checkpoints of {record['run']}, at every "
@@ -58,14 +58,14 @@ def markdown(record: Mapping[str, Any]) -> str:
 
 
 def figure(record: Mapping[str, Any]) -> Any:
-  """Draws the metric over the steps: of the merges, and of the checkpoints alone if known."""
+  """Draws the metric over steps, for merges and, if recorded, single checkpoints."""
   metric, points = record["metric"], record["points"]
   curves = {MERGED: [(p["step"], p["scores"].get(metric)) for p in points]}
   curves[ALONE] = [(p["step"], (p.get("alone") or {}).get(metric)) for p in points]
   curves = {n: [(x, y) for x, y in pairs if y is not None] for n, pairs in curves.items()}
   fig, axes = figures.figure(3.0)
   figures.span(axes, [p["step"] for p in points])
-  axes.locator_params(axis="x", nbins=6)  # Numbers of steps are long.
+  axes.locator_params(axis="x", nbins=6)  # Step numbers have many digits.
   marks: list[figures.Mark] = []
   for (name, pairs), color in zip(curves.items(), figures.SERIES, strict=False):
     if pairs:

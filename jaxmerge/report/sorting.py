@@ -1,4 +1,4 @@
-"""The one script of a page: a click on a heading sorts its table, a third restores the order."""
+"""The script of a page that sorts tables: click a heading to sort, a third click restores."""
 
 SCRIPT = """
 for (const table of document.querySelectorAll("table")) {

@@ -1,4 +1,4 @@
-"""Figures as SVG in the colours of the page: light, dark or printed, wide or for a phone."""
+"""Figures as SVG in the colours of the page (light, dark, print), wide and narrow."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple  # Any: Matplotlib is optional, its types can
 
 from jaxmerge.report import figure_elements as figures
 
-# The colour that stands on a dark page for each that is drawn on a light one.
+# The dark-mode colour for each colour of a figure.
 DARK = {
   figures.PAGE: "#17191c",
   figures.INK: "#e8e8ea",
@@ -37,7 +37,7 @@ DARK = {
   "#999999": "#868b91",
   "#555555": "#c9c9cc",
 }
-# What Matplotlib writes and a page does not need: names of groups, a style for the whole document.
+# Parts of Matplotlib's output that a page does not need, such as metadata and group ids.
 _NEEDLESS = (
   re.compile(r"<metadata>.*?</metadata>\s*", re.S),
   re.compile(r"<defs>\s*<style.*?</style>\s*</defs>\s*", re.S),
@@ -49,14 +49,14 @@ _NEEDLESS = (
 
 
 class Drawing(NamedTuple):
-  """One figure as SVG: for a page with room, and for a phone."""
+  """A figure as SVG, for wide pages and for phones."""
 
   wide: str
   narrow: str
 
 
 def drawing(make: Callable[[float], Any], name: str) -> Drawing | None:
-  """Draws a figure twice, by its width; None where there is nothing to draw."""
+  """Draws a figure at both widths; None if there is nothing to draw."""
   drawn = make(figures.WIDTH), make(figures.NARROW)
   if drawn[0] is None:
     return None
@@ -67,8 +67,8 @@ def svg(fig: Any, salt: str) -> str:
   """Returns the figure as an `svg` element whose colours are variables of `style`.
 
   Args:
-    fig: the figure, in the colours of a light page.
-    salt: sets the ids inside the element apart from those of other figures of the page.
+    fig: the figure, in light-mode colours.
+    salt: makes the ids in the element unique on the page.
   """
   matplotlib = importlib.import_module("matplotlib")
   buffer = io.BytesIO()
@@ -83,7 +83,7 @@ def svg(fig: Any, salt: str) -> str:
 
 
 def _in_page(tag: re.Match[str]) -> str:
-  """Rewrites a tag: variables for colours, the font of the page, two decimals, short links."""
+  """Rewrites a tag: colours become variables, fonts those of the page, numbers two decimals."""
   text = re.sub(r"#[0-9a-f]{6}\b", _variable, tag.group())
   text = re.sub(r"'DejaVu Sans'[^;\"]*", "system-ui, sans-serif", text)
   text = re.sub(r"\d+\.\d{3,}", lambda x: f"{float(x.group()):.2f}".rstrip("0").rstrip("."), text)
@@ -95,7 +95,7 @@ def _variable(color: re.Match[str]) -> str:
 
 
 def style() -> str:
-  """Returns the colours of figures as CSS: light, and dark on a screen that asks for it."""
+  """Returns the colours of figures as CSS variables, for light and dark mode."""
   light = "; ".join(f"--c{color[1:]}: {color}" for color in DARK)
   dark = "; ".join(f"--c{color[1:]}: {other}" for color, other in DARK.items())
   return (

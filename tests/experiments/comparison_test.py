@@ -171,5 +171,5 @@ def test_test_scores_need_test_rows():
 
 
 def test_report_says_what_it_draws(tmp_path):
-  with pytest.raises(ValueError, match="report draws the result of tune_and_merge, or a record"):
+  with pytest.raises(ValueError, match="report needs the result of tune_and_merge, or a record"):
     jaxmerge.report(np.ones(3), tmp_path)
