@@ -31,7 +31,7 @@ _ROOMS = (
   "diff_text",
   "extract_text",
   "figure_elements",
-  "geometry",
+  "task_vector_plots",
   "leaderboard",
   "inspection_text",
   "plots",

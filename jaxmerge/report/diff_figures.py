@@ -8,7 +8,7 @@ from typing import Any, NamedTuple  # Any: a record is JSON, and Matplotlib is o
 
 import numpy as np
 
-from jaxmerge.report import diff_text, geometry, vector
+from jaxmerge.report import diff_text, task_vector_plots, vector
 from jaxmerge.report import figure_elements as figures
 
 PAIRS = 6  # Up to this many pairs of models have a curve each; beyond, the mean is drawn.
@@ -69,7 +69,9 @@ def cosines(record: Mapping[str, Any], width: float) -> Any:
   if len(pairs) > PAIRS:
     curves = {"Mean of all pairs": np.mean(list(curves.values()), axis=0)}
   title = "Cosines by layer"
-  return geometry.lengths(list(layers), curves, "Layer", "Cosine", width, title=title, floor=None)
+  return task_vector_plots.lengths(
+    list(layers), curves, "Layer", "Cosine", width, title=title, floor=None
+  )
 
 
 def sign_conflicts(record: Mapping[str, Any], width: float) -> Any:
@@ -79,7 +81,7 @@ def sign_conflicts(record: Mapping[str, Any], width: float) -> Any:
     return None
   curves = {"In conflict": 100 * figures.column(list(layers.values()), "sign_conflict")}
   title, y = "Sign conflicts by layer", "Entries in conflict (%)"
-  return geometry.lengths(list(layers), curves, "Layer", y, width, title=title)
+  return task_vector_plots.lengths(list(layers), curves, "Layer", y, width, title=title)
 
 
 def kinds(record: Mapping[str, Any], width: float) -> Any:
@@ -176,7 +178,7 @@ def _maps(
   known = np.concatenate([values[: len(labels)].ravel() for values in panels.values()])
   top = float(np.nanmax(np.abs(known))) if np.isfinite(known).any() else 1.0
   top = float(f"{top or 1.0:.2g}")
-  scale = geometry.through_zero() if signed else geometry.from_zero()
+  scale = task_vector_plots.through_zero() if signed else task_vector_plots.from_zero()
   edges = [*(np.array(grid.layers) - 0.5), grid.layers[-1] + 0.5]
   for i, (axes, (name, values)) in enumerate(zip(plots, panels.items(), strict=True)):
     shown = np.ma.masked_invalid(values[: len(labels)])
@@ -196,7 +198,7 @@ def _maps(
     title += f", {len(labels)} of {len(grid.modules)}"
   plots[-1].set_xlabel("Layer", fontsize=figures.SIZE, color=figures.INK)
   figures.headline(fig, title)
-  geometry.color_bar(fig, image, (width - 1.65, height - 0.42))
+  task_vector_plots.color_bar(fig, image, (width - 1.65, height - 0.42))
   return fig
 
 

@@ -10,7 +10,7 @@ from typing import Any  # Any: a record is JSON, and Matplotlib is optional.
 
 from jaxmerge.io.disk import atomic
 from jaxmerge.report import figure_elements as figure_lib
-from jaxmerge.report import geometry, tables
+from jaxmerge.report import tables, task_vector_plots
 from jaxmerge.report.tables import Cell, Table
 
 PAIRS = 6  # Up to this many cosines have a column each; beyond, their mean is shown.
@@ -105,7 +105,7 @@ def cosines(record: Mapping[str, Any], width: float = figure_lib.WIDTH) -> Any:
   """Draws the cosines between the task vectors of two models or more."""
   several = len(record["models"]) > 1
   return (
-    geometry.matrices({"Whole model": record["whole"]["cosines"]}, record["models"], width)
+    task_vector_plots.matrices({"Whole model": record["whole"]["cosines"]}, record["models"], width)
     if several
     else None
   )
@@ -119,7 +119,9 @@ def norms(record: Mapping[str, Any], width: float = figure_lib.WIDTH) -> Any:
   if len(layers) < 2:
     return None
   curves = {n: 100 * figure_lib.column(list(layers.values()), n) for n in record["models"]}
-  return geometry.lengths(list(layers), curves, "Layer", "Norm (L2, in % of the base's)", width)
+  return task_vector_plots.lengths(
+    list(layers), curves, "Layer", "Norm (L2, in % of the base's)", width
+  )
 
 
 def write(record: Mapping[str, Any], folder: str | pathlib.Path) -> list[pathlib.Path]:

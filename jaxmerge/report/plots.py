@@ -10,8 +10,8 @@ from typing import Any  # Any: a record is JSON, and Matplotlib is optional.
 import numpy as np
 
 from jaxmerge.report import figure_elements as figure_lib
-from jaxmerge.report import geometry, vector
 from jaxmerge.report import labels as label_lib
+from jaxmerge.report import task_vector_plots, vector
 
 Rounds = Sequence[Mapping[str, Any]]
 
@@ -34,7 +34,14 @@ def drawings(record: Mapping[str, Any]) -> dict[str, vector.Drawing]:
 
 
 def _makers() -> dict[str, Callable[[Mapping[str, Any], float], Any]]:
-  makers = (mean, per_task, gap_closed, geometry.cosines, geometry.norms, geometry.sign_conflict)
+  makers = (
+    mean,
+    per_task,
+    gap_closed,
+    task_vector_plots.cosines,
+    task_vector_plots.norms,
+    task_vector_plots.sign_conflict,
+  )
   return dict(zip(NAMES, makers, strict=True))
 
 

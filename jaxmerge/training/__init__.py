@@ -14,7 +14,7 @@ __getattr__, __dir__, __all__ = lazy.attach(
     "local_steps",
     "loop",
     "optimizers",
-    "outer",
+    "outer_optimizers",
     "placement",
     "round",
     "saving",

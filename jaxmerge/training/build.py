@@ -16,7 +16,7 @@ from jaxmerge.methods import averages
 from jaxmerge.parallel import mesh as meshes
 from jaxmerge.tasks import batch, losses
 from jaxmerge.tasks.task import Task
-from jaxmerge.training import local_steps, optimizers, outer, placement, schedule
+from jaxmerge.training import local_steps, optimizers, outer_optimizers, placement, schedule
 from jaxmerge.training import round as rounds
 from jaxmerge.training.settings import Settings
 
@@ -105,7 +105,7 @@ def build(spec: Spec, params: Any, *, abstract: bool = False) -> Loop:
   parts = rounds.Parts(
     step,
     local,
-    outer.optimizer(settings, params),
+    outer_optimizers.optimizer(settings, params),
     averages.with_moments(method, shapes),
     len(tasks),
     slots,

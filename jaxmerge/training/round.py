@@ -18,8 +18,7 @@ from jaxmerge.core.stage import Array, Method
 from jaxmerge.drivers import distributed_matrices, finiteness, memory
 from jaxmerge.parallel import mesh as meshes
 from jaxmerge.tasks import batch
-from jaxmerge.training import local_steps, placement
-from jaxmerge.training import outer as outers
+from jaxmerge.training import local_steps, outer_optimizers, placement
 from jaxmerge.training.schedule import Plan
 
 
@@ -142,7 +141,9 @@ def merge_and_step(
   if parts.rules and parts.mesh.size > 1:
     distribution = distributed_matrices.Distribution(parts.mesh)
   target = merge(parts.method, stacks, base, ready, parts.layout, distribution)
-  params, outer_state = outers.step(parts.outer, current, target, outer_state, rate, parts.freeze)
+  params, outer_state = outer_optimizers.step(
+    parts.outer, current, target, outer_state, rate, parts.freeze
+  )
   # Sharded like the inputs, so that the next round runs the same executable.
   shardings = (
     meshes.shardings(params, parts.mesh, parts.rules),

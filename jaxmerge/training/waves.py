@@ -19,8 +19,7 @@ from jaxmerge.core.stage import Method
 from jaxmerge.drivers import accumulator, finiteness, streaming
 from jaxmerge.parallel import mesh as meshes
 from jaxmerge.tasks import batch
-from jaxmerge.training import outer as outers
-from jaxmerge.training import placement
+from jaxmerge.training import outer_optimizers, placement
 from jaxmerge.training import round as rounds
 from jaxmerge.training.schedule import Plan
 
@@ -91,7 +90,7 @@ def _step(parts: rounds.Parts) -> Callable[..., Any]:
 
   @jax.jit
   def step(current: Any, target: Any, state: Any, rate: Any) -> Any:
-    params, state = outers.step(parts.outer, current, target, state, rate, parts.freeze)
+    params, state = outer_optimizers.step(parts.outer, current, target, state, rate, parts.freeze)
     states = placement.state_shardings(parts.outer, params, mesh, rules)
     shardings = meshes.shardings(params, mesh, rules), states
     params, state = lax.with_sharding_constraint((params, state), shardings)

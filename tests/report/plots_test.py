@@ -13,7 +13,7 @@ from report_records import LONG, minimal
 from sklearn import isotonic
 
 from jaxmerge.report import figure_elements as figures
-from jaxmerge.report import geometry, plots, record
+from jaxmerge.report import plots, record, task_vector_plots
 
 CASES = {
   "four tasks": report_records.record(),
@@ -127,7 +127,7 @@ def test_missing_numbers_leave_holes():
 
 def test_names_are_never_formulas(monkeypatch):
   made = report_records.record(["$x^2$", "a $5 task", "b_\\alpha{"], 2)
-  figure = geometry.norms(made)
+  figure = task_vector_plots.norms(made)
   texts = [text for text, _ in drawn.boxes(figure, monkeypatch)]
   assert any(text.startswith("a \\$5 task") for text in texts)
   assert plots.images(made)

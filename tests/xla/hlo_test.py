@@ -17,7 +17,7 @@ from jaxmerge import methods
 from jaxmerge.core import interpreter, layouts, tree
 from jaxmerge.parallel import mesh as meshes
 from jaxmerge.tasks import batch, losses
-from jaxmerge.training import local_steps, optimizers, outer, schedule, settings
+from jaxmerge.training import local_steps, optimizers, outer_optimizers, schedule, settings
 from jaxmerge.training import round as rounds
 from jaxmerge.xla import communication, cost, hlo_text, replica_groups
 
@@ -361,7 +361,7 @@ def parts_of(mesh, tasks=4):
   step = local_steps.step(small_tasks.network, losses.cross_entropy, own, local)
   rest = dict(tasks=tasks, slots=tasks, keeps_states=False, layout=layouts.NONE, mesh=mesh)
   return (
-    rounds.Parts(step, local, outer.optimizer(own, params), methods.ties(), **rest),
+    rounds.Parts(step, local, outer_optimizers.optimizer(own, params), methods.ties(), **rest),
     own,
     params,
   )

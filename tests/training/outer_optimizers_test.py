@@ -7,7 +7,7 @@ import optax
 import pytest
 import small_tasks as small
 
-from jaxmerge.training import outer, settings
+from jaxmerge.training import outer_optimizers, settings
 
 
 def chosen(name, momentum=0.0):
@@ -18,7 +18,7 @@ def path(optimizer, start, vectors, rate):
   """The models after each of some rounds whose merged task vectors are given."""
   params, found = jax.tree.map(jnp.asarray, start), []
   state = () if optimizer is None else optimizer.init(params)
-  step = jax.jit(lambda *given: outer.step(optimizer, *given))
+  step = jax.jit(lambda *given: outer_optimizers.step(optimizer, *given))
   for vector in vectors:
     target = jax.tree.map(jnp.add, params, vector)
     params, state = step(params, target, state, jnp.float32(rate))
@@ -42,9 +42,9 @@ def vectors(start):
 
 
 def test_none_is_the_merged_model_itself(start, vectors):
-  assert outer.optimizer(chosen("none"), start) is None
+  assert outer_optimizers.optimizer(chosen("none"), start) is None
   target = jax.tree.map(jnp.add, start, vectors[0])
-  params, state = outer.step(None, start, target, (), jnp.float32(9))
+  params, state = outer_optimizers.step(None, start, target, (), jnp.float32(9))
   assert params is target
   assert state == ()
 
@@ -52,8 +52,12 @@ def test_none_is_the_merged_model_itself(start, vectors):
 def test_sgd_of_rate_one_is_the_merged_model_to_one_ulp():
   r = np.random.default_rng(1)
   current, target = r.standard_normal((2, 1000)).astype(np.float32)
-  found, _ = outer.step(
-    outer.optimizer(chosen("sgd"), current), current, target, optax.EmptyState(), jnp.float32(1)
+  found, _ = outer_optimizers.step(
+    outer_optimizers.optimizer(chosen("sgd"), current),
+    current,
+    target,
+    optax.EmptyState(),
+    jnp.float32(1),
   )
   ulp = np.spacing(np.maximum(np.abs(current), np.abs(target)))
   assert (np.abs(np.asarray(found) - target) <= ulp).all()
@@ -61,7 +65,7 @@ def test_sgd_of_rate_one_is_the_merged_model_to_one_ulp():
 
 @pytest.mark.parametrize(("name", "momentum"), [("sgd", 0.0), ("sgd", 0.5), ("nesterov", 0.75)])
 def test_sgd_and_nesterov_are_those_of_optax(start, vectors, name, momentum):
-  found = path(outer.optimizer(chosen(name, momentum), start), start, vectors, 0.5)
+  found = path(outer_optimizers.optimizer(chosen(name, momentum), start), start, vectors, 0.5)
   optimizer = optax.sgd(0.5, momentum or None, nesterov=name == "nesterov")
   params, state = jax.tree.map(jnp.asarray, start), optimizer.init(start)
   for vector, expected in zip(vectors, found, strict=True):
@@ -74,16 +78,16 @@ def test_no_decay_moves_frozen_leaves_and_running_statistics():
   start = {"bn": {"mean": np.ones(3, np.float32), "var": np.ones(3, np.float32)}}
   start |= {"bias": np.float32([1.0, -0.0]), "kernel": np.ones((2, 2), np.float32)}
   chosen = settings.Settings(outer=optax.adamw(0.1, weight_decay=1.0), freeze="^bias")
-  optimizer = outer.optimizer(chosen, start)
+  optimizer = outer_optimizers.optimizer(chosen, start)
   rest = optimizer.init(start), jnp.float32(1), chosen.freeze
-  params, _ = outer.step(optimizer, start, start, *rest)
+  params, _ = outer_optimizers.step(optimizer, start, start, *rest)
   np.testing.assert_allclose(params.pop("kernel"), np.full((2, 2), 0.9), rtol=1e-6)
   small.assert_same_bits(params, {n: start[n] for n in params})
 
 
 def test_nesterov_is_the_formula_of_diloco(start, vectors):
   # v <- m v + g, theta <- theta - rate (g + m v), with g minus the merged task vector.
-  found = path(outer.optimizer(chosen("nesterov", 0.5), start), start, vectors, 0.25)
+  found = path(outer_optimizers.optimizer(chosen("nesterov", 0.5), start), start, vectors, 0.25)
   theta, v = start["a"].astype(np.float64), 0.0
   for vector, expected in zip(vectors, found, strict=True):
     g = -vector["a"].astype(np.float64)
@@ -93,7 +97,7 @@ def test_nesterov_is_the_formula_of_diloco(start, vectors):
 
 
 def test_adam_is_that_of_optax(start, vectors):
-  found = path(outer.optimizer(chosen("adam", 0.75), start), start, vectors[:2], 0.125)
+  found = path(outer_optimizers.optimizer(chosen("adam", 0.75), start), start, vectors[:2], 0.125)
   optimizer = optax.adam(0.125, b1=0.75, b2=0.95)
   params, state = jax.tree.map(jnp.asarray, start), optimizer.init(start)
   for vector, expected in zip(vectors, found, strict=False):
@@ -104,7 +108,7 @@ def test_adam_is_that_of_optax(start, vectors):
 
 def test_damped_momentum_has_no_factor_in_the_first_round(start, vectors):
   # u_1 = mean tau_1; u_k = (1 - m) mean tau_k + m (ref_{k-1} - ref_{k-2}).
-  found = path(outer.optimizer(chosen("damped", 0.25), start), start, vectors, 1.0)
+  found = path(outer_optimizers.optimizer(chosen("damped", 0.25), start), start, vectors, 1.0)
   models = [start["a"].astype(np.float64)]
   for k, vector in enumerate(vectors):
     u = vector["a"].astype(np.float64)
@@ -115,5 +119,5 @@ def test_damped_momentum_has_no_factor_in_the_first_round(start, vectors):
 
 
 def test_damping_by_nothing_is_plain(start, vectors):
-  damped = path(outer.optimizer(chosen("damped", 0.0), start), start, vectors, 1.0)
+  damped = path(outer_optimizers.optimizer(chosen("damped", 0.0), start), start, vectors, 1.0)
   small.assert_same_bits(damped, path(None, start, vectors, 1.0))
