@@ -11,7 +11,7 @@ from jaxmerge.cli import progress
 from jaxmerge.cli.command import Changes, Command, add_download_flag, request_cpu_devices
 
 WORKDIR = "runs/bench"
-# Flags of the form for folders, beside `--base` and what is needed with it.
+# Optional flags of the form for folders, with their defaults.
 _OF_FOLDERS: dict[str, Any] = {
   "trials": 8,
   "keep": "best",
@@ -25,36 +25,36 @@ _NEEDED = ("base", "models", "evaluate", "methods")
 
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
-  text = "methods and what to try, on the experts of an experiment; without it:"
+  text = "methods and settings to try, on the experts of an experiment; without it:"
   parser.add_argument("--config", metavar="FILE", help=text)
-  text = "a folder, a checkpoint, or an id of the hub; model+adapter too"
+  text = "a folder, a checkpoint or a hub id; also model+adapter"
   parser.add_argument("--base", metavar="MODEL", help=text)
-  parser.add_argument("--models", metavar="MODEL", nargs="+", help="the models to be merged")
-  text = "prints JSON of numbers for {out}, a folder; run without a shell; their mean is the score"
+  parser.add_argument("--models", metavar="MODEL", nargs="+", help="the models to merge")
+  text = "prints JSON of numbers for the folder {out}; run without a shell; their mean is the score"
   parser.add_argument("--evaluate", metavar="COMMAND", help=text)
   parser.add_argument("--methods", metavar="NAMES", help="such as ties,tsv,iso_c; or all")
-  text = "settings that are tried of each method, at most; 8 if not given"
+  text = "the most settings to try per method; default: 8"
   parser.add_argument("--trials", type=int, metavar="N", help=text)
   text = "a fixed value, values, or a range: ties.density=0.2, ties.rule=kth,exact, tsv.scale=1..2"
   parser.add_argument("--try", action="append", metavar="METHOD.NAME=VALUES", help=text)
-  text = "which of the numbers count, such as gsm8k,mmlu; all if not given"
+  text = "which of the numbers enter the score, such as gsm8k,mmlu; default: all"
   parser.add_argument("--score", metavar="NAMES", help=text)
-  text = "less is better, as of a loss"
+  text = "lower scores are better, as for a loss"
   parser.add_argument("--lower-is-better", action="store_true", default=None, help=text)
-  text = "as --evaluate, on other rows: run once for the best of each method, and reported"
+  text = "like --evaluate on held-out rows, run once on the best merge of each method; reported"
   parser.add_argument("--final", metavar="COMMAND", help=text)
-  text = "which merges stay on the disk; best if not given"
+  text = "which merges stay on disk; default: best"
   parser.add_argument("--keep", choices=("best", "all", "none"), help=text)
-  parser.add_argument("--seed", type=int, metavar="N", help="of random masks; 0 if not given")
+  parser.add_argument("--seed", type=int, metavar="N", help="seed of random masks; default: 0")
   add_download_flag(parser)
-  text = f"folder for the results; {WORKDIR} if not given, needed with --config"
+  text = f"folder for the results; default: {WORKDIR}; required with --config"
   parser.add_argument("--workdir", metavar="FOLDER", help=text)
-  resume = "go on with the run in the workdir: if there is one, not at all, or fail without one"
+  resume = "resume the run in the workdir: if there is one; never; or fail if there is none"
   parser.add_argument("--resume", choices=("auto", "never", "must"), default="auto", help=resume)
 
 
 def _load(options: argparse.Namespace, changes: Changes) -> Any:
-  """Returns the config of the one form, or the bench of the other."""
+  """Returns the config with --config, else the bench on folders."""
   flags = {n: getattr(options, n) for n in (*_NEEDED, *_OF_FOLDERS)}
   if options.config is None:
     if missing := [n for n in _NEEDED if not flags[n]]:
@@ -107,7 +107,7 @@ def _names(text: str) -> tuple[str, ...]:
 
 
 def parse_box(texts: Sequence[str]) -> dict[str, dict[str, Any]]:
-  """Parses what is tried of parameters.
+  """Parses the search space of parameters.
 
   >>> parse_box(["tsv.scale=0.5..2", "ties.rule=kth,exact"])["tsv"]["scale"].high
   2.0
@@ -125,7 +125,7 @@ def parse_box(texts: Sequence[str]) -> dict[str, dict[str, Any]]:
       try:
         axis = Axis(float(low), float(high))
       except ValueError as error:
-        raise ValueError(f"--try {text}: {words} is no range; write 0.5..2.") from error
+        raise ValueError(f"--try {text}: {words} is not a range; write 0.5..2.") from error
       if axis.high <= axis.low:
         raise ValueError(f"--try {text}: the range must rise; write {high}..{low}.")
     else:
@@ -147,7 +147,7 @@ def _value(text: str) -> Any:
 
 
 def run(options: argparse.Namespace, config: Any) -> None:
-  """Merges by every method, and prints the leaderboard."""
+  """Merges with every method, and prints the leaderboard."""
   if options.config is None:
     _run_folders(options, config)
     return

@@ -1,4 +1,4 @@
-"""Completion of commands and flags in the shell, written by shtab from the parser."""
+"""Shell completion of commands and flags, generated from the parser by shtab."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any  # What argparse passes to an action.
 
-# Where each shell looks for the completion of a command, below the user's folder.
+# Where each shell looks for completion files, relative to the home folder.
 _PLACES = {
   "bash": ".local/share/bash-completion/completions/jaxmerge",
   "zsh": ".zfunc/_jaxmerge",
@@ -21,13 +21,13 @@ _THEN = {
 
 def add_flag(parser: argparse.ArgumentParser) -> None:
   """Adds `--install-completion`."""
-  text = "complete commands and flags in this shell (bash or zsh), and end"
+  text = "install completion of commands and flags for this shell (bash or zsh), and exit"
   name = "--install-completion"
   parser.add_argument(name, nargs="?", metavar="SHELL", action=_Install, help=text)
 
 
 class _Install(argparse.Action):
-  """Writes the file, says where, and ends the program."""
+  """Writes the completion file, prints its path, and exits."""
 
   def __call__(
     self,
@@ -54,10 +54,10 @@ def detect(environment: Mapping[str, str]) -> str:
 
 
 def install(parser: argparse.ArgumentParser, shell: str, home: pathlib.Path) -> pathlib.Path:
-  """Writes the completion for a shell below the user's folder, and returns its path.
+  """Writes the completion file of a shell under the home folder, and returns its path.
 
   Raises:
-    ValueError: for another shell than bash and zsh, or without shtab.
+    ValueError: for shells other than bash and zsh, or if shtab is not installed.
   """
   if shell not in _PLACES:
     what = f"there is no completion for {shell!r}" if shell else "the shell is unknown"

@@ -1,4 +1,4 @@
-"""`jaxmerge configs`: lists the configs that come with the package, and copies one."""
+"""`jaxmerge configs`: lists the configs shipped with the package, and copies one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ To change one: jaxmerge configs copy NAME [PATH], then --config=PATH; or --confi
 def _add_flags(parser: argparse.ArgumentParser) -> None:
   parser.add_argument("action", nargs="?", choices=("copy",), help="copy one, to edit it")
   parser.add_argument("name", nargs="?", metavar="NAME", help="which one")
-  text = "the new file, or its folder; the working directory if not given"
+  text = "the new file, or its folder; default: the working directory"
   parser.add_argument("path", nargs="?", metavar="PATH", help=text)
 
 

@@ -27,9 +27,9 @@ def _add_atm_flags(parser: argparse.ArgumentParser) -> None:
   parser.add_argument("--grace", metavar="SECONDS", type=float, default=preemption.GRACE, help=text)
   text = "run with each of these seeds, such as 0,1,2 or 0:3, in folders below the workdir"
   parser.add_argument("--seeds", metavar="SEEDS", help=text)
-  text = "run with each of these values of a key; twice for all pairs of two keys"
+  text = "run with each of these values of a key; repeat it for all pairs of two keys"
   parser.add_argument("--sweep", metavar="KEY=VALUE,VALUE", action="append", default=[], help=text)
-  text = "write the numbers of each round there as well; config.tracker if not given"
+  text = "log the numbers of each round there; default: config.tracker"
   parser.add_argument("--tracker", choices=("none", "tensorboard", "wandb"), help=text)
   add_process_flags(parser)
 
@@ -72,7 +72,7 @@ def _run_once(
   if (record := workdirs.read_finished(folder, plain)) is not None and not options.distributed:
     progress.log("this run has finished; showing its results")
     return record
-  if is_first or not options.distributed:  # Processes join each other once.
+  if is_first or not options.distributed:  # Processes join the run once.
     start_devices(options, config.mesh.devices)
   from jaxmerge.experiments import run
 
@@ -80,19 +80,19 @@ def _run_once(
     return run.run(config, str(folder), resume=options.resume, progress=show, stop=stop)
 
 
-def _run_sweep(options: argparse.Namespace, planned: Any, folder: pathlib.Path) -> None:
-  """Runs all configs of a sweep, one after the other, and prints one table of all."""
+def _run_sweep(options: argparse.Namespace, loaded: Any, folder: pathlib.Path) -> None:
+  """Runs all configs of a sweep sequentially, and prints one table."""
   from jaxmerge.experiments import sweep
   from jaxmerge.report import tables
 
   done: list[pathlib.Path] = []
 
-  def start(config: Any, place: pathlib.Path, words: str) -> dict[str, Any]:
-    progress.log(words)
+  def start(config: Any, place: pathlib.Path, message: str) -> dict[str, Any]:
+    progress.log(message)
     done.append(place)
     return _run_once(options, config, place, is_first=len(done) == 1)
 
-  facts = sweep.run(planned, folder, start)
+  facts = sweep.run(loaded, folder, start)
   progress.output(tables.to_text(sweep.table(facts)))
   progress.output(sweep.note(facts))
   progress.output(f"sweep: {folder / 'sweep.md'}")
@@ -112,7 +112,7 @@ def _load_compile_config(options: argparse.Namespace, changes: Changes) -> Any:
   from jaxmerge.experiments import compile_config
   from jaxmerge.xla import chips
 
-  chips.parse_topology(options.topology, options.slices)  # A wrong topology is reported first.
+  chips.parse_topology(options.topology, options.slices)  # Report a wrong topology first.
   return compile_config.load(options.config, changes)
 
 
@@ -120,7 +120,7 @@ def run_compile(options: argparse.Namespace, config: Any) -> None:
   """Compiles the programs of a config for TPUs, and prints memory, traffic and least time.
 
   Raises:
-    ValueError: with the reason, where one of them does not fit.
+    ValueError: with the reason, if a program does not fit.
   """
   from jaxmerge.xla import chips
 
@@ -145,7 +145,7 @@ def run_compile(options: argparse.Namespace, config: Any) -> None:
 def _add_report_flags(parser: argparse.ArgumentParser) -> None:
   text = "the folder of a run; several are compared with each other"
   parser.add_argument("workdirs", metavar="WORKDIR", nargs="+", help=text)
-  text = f"for the page that compares several; {COMPARISON} if not given"
+  text = f"for the page that compares several; default: {COMPARISON}"
   parser.add_argument("--out", metavar="FOLDER", help=text)
 
 

@@ -1,4 +1,4 @@
-"""The command `extract`: an adapter of PEFT from a tuned model and its base."""
+"""The command `extract`: a PEFT adapter from a fine-tuned model and its base."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from jaxmerge.cli.command import Command, add_download_flag
 
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
-  parser.add_argument("base", metavar="BASE", help="the model that was tuned")
-  parser.add_argument("model", metavar="MODEL", help="what tuning made of it")
-  parser.add_argument("out", metavar="OUT", help="folder of the adapter")
+  parser.add_argument("base", metavar="BASE", help="the base of the fine-tuned model")
+  parser.add_argument("model", metavar="MODEL", help="the fine-tuned model")
+  parser.add_argument("out", metavar="OUT", help="folder for the adapter")
   text = "rank of the factors; 128 if neither this nor --energy is given"
   parser.add_argument("--rank", type=int, metavar="N", help=text)
   text = "share of squared singular values to keep of each matrix, such as 0.9; --rank limits it"
   parser.add_argument("--energy", type=float, metavar="SHARE", help=text)
   text = "embeddings and heads that changed: saved whole, as factors, or left out"
   parser.add_argument("--embeddings", choices=("save", "lora", "skip"), default="save", help=text)
-  text = "norms and all else that is no matrix: saved whole, or left out"
+  text = "norms and other tensors that are not matrices: saved whole, or left out"
   parser.add_argument("--rest", choices=("save", "skip"), default="save", help=text)
   text = "biases that changed, unless all matrices have one: the module saved whole, or left out"
   parser.add_argument("--biases", choices=("save", "skip"), default="save", help=text)
-  text = "only modules with a match in their names; may be given several times"
+  text = "only modules whose names match; may be repeated"
   parser.add_argument("--include", action="append", default=[], metavar="REGEX", help=text)
-  text = "leave out modules with a match in their names; may be given several times"
+  text = "leave out modules whose names match; may be repeated"
   parser.add_argument("--exclude", action="append", default=[], metavar="REGEX", help=text)
-  text = "save a module whole, by its name or the end of it; may be given several times"
+  text = "save a module whole, by its name or the end of it; may be repeated"
   parser.add_argument("--save", action="append", default=[], metavar="MODULE", help=text)
   dtypes = ("float32", "bfloat16", "float16")
-  parser.add_argument("--dtype", choices=dtypes, default="float32", help="of the adapter")
-  parser.add_argument("--replace", action="store_true", help="replace OUT if it is there")
+  parser.add_argument("--dtype", choices=dtypes, default="float32", help="dtype of the adapter")
+  parser.add_argument("--replace", action="store_true", help="replace OUT if it exists")
   parser.add_argument("--json", action="store_true", help="print JSON")
   add_download_flag(parser)
 

@@ -16,40 +16,42 @@ _PARAMETERS = ("kind", "decay", "zero_at", "alpha", "start")
 
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
-  parser.add_argument("run", metavar="RUN", help="the run: a folder with a folder a step")
-  text = "folder of merge_run.json, .md and .png, and of the merges"
+  parser.add_argument("run", metavar="RUN", help="the run: a folder with one folder per step")
+  text = "folder for merge_run.json, .md and .png, and for the merges"
   parser.add_argument("out", metavar="OUT", help=text)
   text = "run this on each merge, without a shell; {out} is its folder, and the last line JSON of "
   text += "numbers"
   parser.add_argument("--evaluate", metavar="COMMAND", required=True, help=text)
-  text = "merge so many checkpoints; 8 if not given"
+  text = "number of checkpoints per merge; default: 8"
   parser.add_argument("--window", metavar="N", type=int, default=8, help=text)
-  text = "merge at every N-th checkpoint; 4 if not given"
+  text = "merge at every N-th checkpoint; default: 4"
   parser.add_argument("--every", metavar="N", type=int, default=4, help=text)
-  text = "which checkpoints count: 1000:9000, 'last 20'; all if not given"
+  text = "which checkpoints to use: 1000:9000, 'last 20'; default: all"
   parser.add_argument("--steps", metavar="STEPS", default="all", help=text)
   _add_weight_flags(parser)
-  text = "which of the numbers says what is best; the only one if not given"
+  text = "the number that ranks merges; may be omitted if there is only one"
   parser.add_argument("--metric", metavar="NAME", help=text)
-  parser.add_argument("--lower-is-better", action="store_true", help="of the metric")
-  text = "which merges stay on the disk; the best if not given"
+  parser.add_argument(
+    "--lower-is-better", action="store_true", help="lower values of the metric are better"
+  )
+  text = "which merges stay on disk; default: best"
   parser.add_argument("--keep", choices=("best", "all", "none"), default="best", help=text)
-  text = "also score the newest checkpoint of each window by itself"
+  text = "also score the newest checkpoint of each window alone"
   parser.add_argument("--alone", action="store_true", help=text)
-  text = "what weights are written as: safetensors, or a checkpoint of Orbax"
+  text = "format of the weights: safetensors, or an Orbax checkpoint"
   parser.add_argument(
     "--out-format", choices=("safetensors", "orbax"), default="safetensors", help=text
   )
-  text = "bytes of a file of weights, at most: 5GB, 500MB"
+  text = "the largest size of a weight file: 5GB, 500MB"
   parser.add_argument("--shard-size", type=parse_size, default="5GB", metavar="SIZE", help=text)
 
 
 def _add_weight_flags(parser: argparse.ArgumentParser) -> None:
-  """Adds the parameters of `checkpoint_average`, with decay as the kind if none is given."""
+  """Adds the parameters of `checkpoint_average`, whose kind defaults to decay here."""
   parameters = lookup.entry("checkpoint_average").parameters
   for name in _PARAMETERS:
     p = parameters[name]
-    text = f"{p.doc}; {'decay' if name == 'kind' else p.default} if not given"
+    text = f"{p.doc}; default: {'decay' if name == 'kind' else p.default}"
     options: dict[str, Any] = {"choices": p.choices} if p.choices else {"type": float}
     if not p.choices:
       options["metavar"] = "X"

@@ -20,7 +20,7 @@ _REFUSED: Mapping[str, str] = {
   "--no-safe-serialization": "results are safetensors; pickles are not written.",
   "--unsafe-truncate-embeddings": "token rows are not cut off: the recipe's `tokenizer` key "
   "unifies vocabularies.",
-  "--transformers-cache": "set HF_HUB_CACHE in the environment for the place of hub models.",
+  "--transformers-cache": "set HF_HUB_CACHE in the environment to the folder of hub models.",
   "--lora-merge-dtype": "adapters are applied in float32 on reading.",
   "--random-seed": "the seed is part of the recipe: write `seed: NUMBER` there.",
   "--out-path": "the second argument is the output folder.",

@@ -12,7 +12,9 @@ from jaxmerge.cli.command import Command
 
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
-  parser.add_argument("name", nargs="?", metavar="NAME", help="explain this one; all if not given")
+  parser.add_argument(
+    "name", nargs="?", metavar="NAME", help="the method to explain; default: list all"
+  )
 
 
 def run(options: argparse.Namespace, config: Any) -> None:
@@ -116,7 +118,7 @@ def _explain_other(name: str) -> str:
 
 
 def _docstring(function: Any) -> tuple[str, list[str]]:
-  """Returns what the docstring of a function says before its arguments, and its example."""
+  """Returns a function's docstring up to its arguments, and its example."""
   text = inspect.getdoc(function) or ""
   about, *_ = re.split(r"\n\n(?=(?:Args|Reference|Example|Raises|Returns):)", text)
   example = re.search(r"^Example:\n((?:  .*\n?|\n)+)", text, re.M)

@@ -69,9 +69,10 @@ def bars() -> Iterator[Callable[[Event], None]]:
 def lines(
   pause: float = 5.0, clock: Callable[[], float] = time.monotonic
 ) -> Callable[[Event], None]:
-  """Returns a function that prints progress as lines: of what takes longer than the pause.
+  """Returns a function that prints the progress of long phases as lines.
 
-  Each phase has a line every `pause` seconds, and one when it is done.
+  A phase that lasts longer than `pause` seconds has a line every `pause` seconds, and one at its
+  end.
   """
   last: dict[str, float] = {}
   slow = set()
@@ -104,7 +105,7 @@ def numbers(values: Mapping[str, Any]) -> str:
 
 
 def byte_counter(show: Callable[[Event], None], phase: str, size: int) -> Callable[[int], None]:
-  """Returns a function that adds up bytes and shows their sum, of `size`, and the speed."""
+  """Returns a function that counts bytes, and shows their sum out of `size` and the speed."""
   done, first, begun = 0, 0, 0.0
 
   def count(more: int) -> None:

@@ -1,4 +1,4 @@
-"""The command `transplant`: a model with the tokenizer of another one."""
+"""The command `transplant`: gives a model the tokenizer of another model."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from jaxmerge.cli.command import Command, add_download_flag
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
   parser.add_argument("model", metavar="MODEL", help="the model that gets another tokenizer")
-  parser.add_argument("donor", metavar="DONOR", help="the model that has it")
-  parser.add_argument("out", metavar="OUT", help="folder of the result")
-  text = "how rows of new tokens are made: omp, of as few tokens as fit best; interpolate, of the "
-  text += "nearest; mean, of all; zero"
+  parser.add_argument("donor", metavar="DONOR", help="the model with that tokenizer")
+  parser.add_argument("out", metavar="OUT", help="folder for the result")
+  text = "embeddings of new tokens: omp, a sparse fit by other tokens; interpolate, of the nearest "
+  text += "tokens; mean, of all tokens; zero"
   methods = ("omp", "interpolate", "mean", "zero")
   parser.add_argument("--method", choices=methods, default="omp", help=text)
-  text = "tokens that a row is made of, at most; 64 if not given"
+  text = "the most tokens that a new row combines; default: 64"
   parser.add_argument("-k", type=int, default=64, metavar="N", help=text)
-  text = "interpolate: nearest by cosines, not by distances"
+  text = "interpolate: nearest by cosine instead of distance"
   parser.add_argument("--cosine", action="store_true", help=text)
-  text = "a token of one byte, <0x41>, and its character are one"
+  text = "match byte tokens, such as <0x41>, to their characters"
   parser.add_argument("--match-bytes", action="store_true", help=text)
-  text = "new tokens get the row of their longest beginning that the model has"
+  text = "new tokens get the row of their longest prefix in the model's vocabulary"
   parser.add_argument("--match-prefixes", action="store_true", help=text)
-  text = "new tokens at a time: fewer take less memory; 512 if not given"
+  text = "new tokens at a time: fewer take less memory; default: 512"
   parser.add_argument("--batch", type=int, default=512, metavar="N", help=text)
-  parser.add_argument("--replace", action="store_true", help="replace OUT if it is there")
+  parser.add_argument("--replace", action="store_true", help="replace OUT if it exists")
   parser.add_argument("--json", action="store_true", help="print JSON")
   add_download_flag(parser)
 
