@@ -66,7 +66,7 @@ def test_paths_that_are_no_text_are_merged_and_recorded(tmp_path, capsys):
   assert any(name.endswith("m\\xff") for name in facts["folders"])
   assert "m\\\\xff" in (out / "README.md").read_text(encoding="utf-8")
   assert main.main(["inspect", str(out), "--check"]) == 0
-  with pytest.raises(ValueError, match="checkpoints need a path without them"):
+  with pytest.raises(ValueError, match="which checkpoints require; rename it"):
     merge.merge_files(methods.average(), [odd], out, replace=True, out_format="orbax")
   assert json.dumps(facts, ensure_ascii=False).encode()
   capsys.readouterr()

@@ -220,7 +220,7 @@ def test_a_state_without_a_model_is_refused(tmp_path):
 def test_what_is_missing_or_cut_is_told_before_any_work(tmp_path, harm, problem):
   run(tmp_path, 3, 4)
   harm(tmp_path / "4")
-  hint = r".*; steps 3 are beside it: give the folder of one"
+  hint = r".*; its store also has steps 3: use one of them"
   with pytest.raises(ValueError, match=f"4: the checkpoint is damaged: .*{problem}{hint}"):
     inputs.open_model(tmp_path, Files())
   inputs.open_model(tmp_path / "3", Files())
@@ -238,7 +238,7 @@ def test_a_flipped_bit_is_found_before_an_entry_is_used(tmp_path):
 @pytest.mark.parametrize("text", ["[]", "{", '{"tree_metadata": {}}'])
 def test_metadata_that_is_not_orbax_s_is_named(tmp_path, text):
   (tmp_path / "_METADATA").write_text(text)
-  with pytest.raises(ValueError, match=r"_METADATA: not the metadata of a checkpoint of Orbax"):
+  with pytest.raises(ValueError, match=r"_METADATA: not the metadata of an Orbax checkpoint"):
     arrays.keys(tmp_path)
 
 

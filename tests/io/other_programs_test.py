@@ -119,7 +119,7 @@ def test_a_bucket_is_read_by_the_same_route():
 @pytest.mark.parametrize(
   ("path", "words"),
   [
-    ("manager@2", "no such step; those there are 1, 20"),
+    ("manager@2", "no such step; choose one of 1, 20"),
     ("nnx@2", "is one checkpoint and has no steps"),
     ("manager:nothing", "no model under 'nothing'; the tree has opt_state, params, step: give"),
     ("several", "give .*several/5:policy or .*several/5:reward"),

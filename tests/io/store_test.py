@@ -392,7 +392,10 @@ def test_a_save_is_finished_where_the_caller_fails(tmp_path):
 @pytest.mark.parametrize("step", [-1, 3, 5])
 def test_steps_must_grow(tmp_path, step):
   filled(tmp_path, 5)
-  with stores.Checkpoints(tmp_path) as store, pytest.raises(ValueError, match="steps must grow"):
+  with (
+    stores.Checkpoints(tmp_path) as store,
+    pytest.raises(ValueError, match="steps must increase"),
+  ):
     store.save(step, small(), {})
 
 

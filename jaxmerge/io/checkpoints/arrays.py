@@ -1,8 +1,8 @@
-"""The arrays of an Orbax checkpoint, read and written in parts: zarr arrays in an OCDBT database.
+"""Reads and writes the arrays of an Orbax checkpoint in parts: zarr arrays in an OCDBT database.
 
-Free of jax: TensorStore does the work, and what Orbax knows beyond it is JSON in `_METADATA`. A
-*band* is a run of entries, row by row, that is made of whole chunks: of each checkpoint one is held
-at a time, in memory or, if there are many, in a temporary file.
+Free of jax: TensorStore reads and writes the arrays, and Orbax's metadata is JSON in `_METADATA`. A
+*band* is a range of entries in row-major order that consists of whole chunks. One band of each
+checkpoint is cached, in memory or in a temporary file.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from jaxmerge.io.tensors.tensor import Tensor
 Progress = Callable[[int], None]
 
 METADATA = "_METADATA"
-CHUNK = 2**22  # Bytes of a chunk, at most, where it is ours to choose.
-BAND = 2**20  # Entries of a band, at least, so that small chunks are read many at a time.
-WRITTEN = 2**24  # Bytes that are written together: they make a file.
-# Small values stand in the tree, whose nodes are small: every transaction writes some anew.
+CHUNK = 2**22  # Largest chunk that is written, in bytes.
+BAND = 2**20  # Smallest band, in entries, so that many small chunks are read at once.
+WRITTEN = 2**24  # Bytes per transaction, which becomes one file.
+# Small nodes and inline values, because every transaction rewrites part of the tree.
 DATABASE = {"max_inline_value_bytes": 2**10, "max_decoded_node_bytes": 2**18}
 
 
 class Band(NamedTuple):
-  """A run of entries: [start, stop), and how the array is indexed to have them."""
+  """A range of entries [start, stop), and the index of the array that selects them."""
 
   start: int
   stop: int
@@ -41,7 +41,7 @@ class Band(NamedTuple):
 
 
 def chunk(shape: Sequence[int], itemsize: int) -> tuple[int, ...]:
-  """Returns the shape of chunks that follow one another row by row, of at most `CHUNK` bytes.
+  """Returns the shape of row-major contiguous chunks of at most `CHUNK` bytes.
 
   >>> chunk((3, 4), 4), chunk((10, 2**19), 4), chunk((2, 2**21), 4), chunk((), 4)
   ((3, 4), (2, 524288), (1, 1048576), ())
@@ -53,14 +53,14 @@ def chunk(shape: Sequence[int], itemsize: int) -> tuple[int, ...]:
 
 
 def band(shape: Sequence[int], chunks: Sequence[int], at: int) -> Band:
-  """Returns the band in which an entry lies; the array has entries.
+  """Returns the band of the entry at a position, in an array that is not empty.
 
   >>> band((5, 4, 2**19), (1, 2, 2**18), at=2 * 2**19)
   Band(start=1048576, stop=2097152, box=(0, slice(2, 4, None)))
   """
   if not shape:
     return Band(0, 1, ())
-  # Chunks of height one lie on top of each other: the first axis that they cut is a band's.
+  # A band spans the first axis along which chunks have more than one entry.
   axis = next((i for i, n in enumerate(chunks) if n > 1), len(shape) - 1)
   inner = math.prod(shape[axis + 1 :])
   height = chunks[axis] * max(1, BAND // (chunks[axis] * inner))
@@ -73,10 +73,10 @@ def band(shape: Sequence[int], chunks: Sequence[int], at: int) -> Band:
 
 
 def keys(state: pathlib.Path) -> dict[str, str]:
-  """Returns the leaves of a checkpoint: path in the tree to name in the database.
+  """Returns the database name of each leaf of a checkpoint, by its path in the tree.
 
   Raises:
-    ValueError: where `_METADATA` is not as Orbax writes it.
+    ValueError: if `_METADATA` is not in Orbax's format.
   """
   path = state / METADATA
   try:
@@ -84,19 +84,19 @@ def keys(state: pathlib.Path) -> dict[str, str]:
     leaves = [[k["key"] for k in v["key_metadata"]] for v in content["tree_metadata"].values()]
     usual = content["use_ocdbt"] and not content["use_zarr3"]
   except (ValueError, KeyError, TypeError, AttributeError) as error:
-    raise ValueError(f"{path}: not the metadata of a checkpoint of Orbax ({error!r}).") from error
+    raise ValueError(f"{path}: not the metadata of an Orbax checkpoint ({error!r}).") from error
   if not usual:
     raise ValueError(f"{path}: use_ocdbt must be true and use_zarr3 false; save it with these.")
   return {"/".join(map(str, keys)): ".".join(map(str, keys)) for keys in leaves}
 
 
 class Arrays:
-  """The arrays of a checkpoint, open for reading; a class because it holds the band read last.
+  """The open arrays of a checkpoint, with a cache of the last band.
 
   Args:
     where: the folder of the arrays, for errors.
     open_array: opens an array for reading, by its name in the database.
-    check: called before the first reading; raises where the files are damaged.
+    check: called before the first read; raises if the files are damaged.
   """
 
   def __init__(
@@ -109,7 +109,7 @@ class Arrays:
     self.band, self.entries = Band(0, 0, ()), BandStorage()
 
   def tensor(self, key: str, name: str, dtype: np.dtype, shape: tuple[int, ...]) -> Tensor:
-    """Returns an array of the database, of a dtype and shape that are known already."""
+    """Returns a lazy tensor for an array of the database, with its known dtype and shape."""
     where = f"{self.where}: tensor {name!r}"
 
     def read(start: int, out: np.ndarray) -> None:
@@ -144,11 +144,11 @@ class Arrays:
       done += count
 
   def _load_band(self, at: int) -> None:
-    """Reads the band in which an entry lies, unless it was read last."""
+    """Reads the band of the entry at a position, unless it is cached."""
     if not self.band.start <= at < self.band.stop:
       chunks = self.store.chunk_layout.read_chunk.shape or ()
       next_band = band(self.store.shape, chunks, at)
-      self._forget()  # The old band goes before the new one comes.
+      self._forget()  # Frees the old band first.
       self.entries.put(np.asarray(self.store[next_band.box].read().result()).reshape(-1))
       self.band = next_band
 
@@ -158,12 +158,12 @@ class Arrays:
 
 
 class Target(NamedTuple):
-  """An array that is written.
+  """An array to write.
 
   Attributes:
     key: its name in the database.
-    tensor: what is written.
-    chunks: shape of the chunks in which it is stored.
+    tensor: its entries.
+    chunks: shape of its chunks.
     spec: TensorStore's spec of the new array.
   """
 
@@ -178,17 +178,17 @@ def write(
   tensors: Mapping[tuple[str, ...], Tensor],
   progress: Progress = lambda count: None,
 ) -> None:
-  """Writes a checkpoint that `orbax.checkpoint` restores: as NumPy arrays, or sharded.
+  """Writes a checkpoint that `orbax.checkpoint` restores, as NumPy arrays or sharded.
 
-  A tensor without entries has nothing to store and is left out, as Orbax does.
+  Tensors without entries are left out, as in Orbax.
 
   Args:
-    state: folder of the database, which is empty.
-    tensors: by their path in the tree of nested dicts.
-    progress: called with the number of bytes that were written.
+    state: an empty folder for the database.
+    tensors: tensors by path in the tree of nested dicts.
+    progress: called with the number of bytes written.
 
   Raises:
-    OSError: where the disk is full or fails.
+    OSError: if the disk is full or fails.
   """
   stored = {path: t for path, t in tensors.items() if math.prod(t.shape)}
   write_all((_target(state, ".".join(path), t) for path, t in stored.items()), progress)
@@ -202,10 +202,10 @@ def write(
 
 
 def write_all(targets: Iterable[Target], progress: Progress = lambda count: None) -> None:
-  """Writes arrays: some `WRITTEN` bytes are on their way at a time, in a few copies.
+  """Writes arrays in transactions of about `WRITTEN` bytes.
 
   Raises:
-    OSError: where the disk is full or fails.
+    OSError: if the disk is full or fails.
   """
   waiting = list[_Part]()
   for target in targets:
@@ -217,7 +217,7 @@ def write_all(targets: Iterable[Target], progress: Progress = lambda count: None
 
 
 class _Part(NamedTuple):
-  """A band of a tensor on its way into the database."""
+  """A band of a tensor to be written."""
 
   target: Target
   box: tuple[int | slice, ...]
@@ -238,13 +238,13 @@ def _parts(target: Target) -> Iterator[_Part]:
 
 
 def _written(parts: list[_Part], progress: Progress) -> list[_Part]:
-  """Brings parts to the disk: in one transaction, which is one file and one change of the tree."""
+  """Commits parts in one transaction, which is one file and one change of the tree."""
   if not parts:
     return []
   import tensorstore
 
   transaction, targets = tensorstore.Transaction(), {p.target.key: p.target for p in parts}
-  # One context: stores of several would be several databases, and change the tree one by one.
+  # One context for all: stores of different contexts would change the tree separately.
   shared = {"transaction": transaction, "context": _context()}
   try:
     stores = {key: _open_new(target, **shared) for key, target in targets.items()}
@@ -261,31 +261,31 @@ def _written(parts: list[_Part], progress: Progress) -> list[_Part]:
 
 
 def error_code(error: Exception) -> int | None:
-  """Returns the error number of a file system that TensorStore met, None where it was another."""
+  """Returns the operating system's code in an error of TensorStore; None if it has none."""
   match = re.search(r"os_error_code='(\d+)'", str(error))
   return int(match.group(1)) if match else getattr(error, "errno", None)
 
 
 def _leaf_record(path: Sequence[str], chunks: Sequence[int]) -> dict[str, Any]:
-  """Returns Orbax's record of a leaf; 2 stands for a key of a dict."""
+  """Returns Orbax's record of a leaf; key type 2 is the key of a dict."""
   value = {"value_type": "np.ndarray", "skip_deserialize": False, "write_shape": list(chunks)}
   return {"key_metadata": [{"key": k, "key_type": 2} for k in path], "value_metadata": value}
 
 
 def open_existing(state: pathlib.Path, key: str) -> Any:
-  """Opens an array of a checkpoint of our own for reading."""
+  """Opens an array of a jaxmerge checkpoint for reading."""
   return open_spec(_spec(state, key)).result()
 
 
 def open_spec(spec: dict[str, Any]) -> Any:
-  """Returns the future of an array that is opened for reading."""
+  """Starts to open an array for reading, and returns the future."""
   import tensorstore  # Late: plans, help and errors do without.
 
   return tensorstore.open(spec, open=True, read=True, context=_context())
 
 
 def _target(state: pathlib.Path, key: str, tensor: Tensor) -> Target:
-  """Returns a new array of a database of our own."""
+  """Returns the target for a new array of a jaxmerge checkpoint."""
   spec, chunks = _spec(state, key), chunk(tensor.shape, tensor.dtype.itemsize)
   spec["kvstore"]["config"] = DATABASE
   spec["metadata"] = {"chunks": chunks, "compressor": {"id": "zstd", "level": 1}}
@@ -293,20 +293,20 @@ def _target(state: pathlib.Path, key: str, tensor: Tensor) -> Target:
 
 
 def _open_new(target: Target, **shared: Any) -> Any:
-  """Opens an array for writing, a new one if need be."""
+  """Opens an array for writing; creates it if it is missing."""
   import tensorstore
 
-  # Zeros are stored: Orbax takes a gap for a loss.
+  # Zeros are stored too, because Orbax takes a missing chunk for data loss.
   spec = target.spec | {"store_data_equal_to_fill_value": True, "dtype": target.tensor.dtype.name}
   options = {"create": True, "open": True, "shape": target.tensor.shape, **shared}
   return tensorstore.open(spec, **options).result()
 
 
 def check_path(path: pathlib.Path) -> None:
-  """Raises ValueError for a path in which there can be no checkpoint: TensorStore takes UTF-8."""
+  """Raises ValueError for a path that is not UTF-8, which TensorStore requires."""
   whole = str(path.absolute())
   if display.readable(whole) != whole:
-    raise ValueError(f"{path}: has bytes that are no UTF-8; checkpoints need a path without them.")
+    raise ValueError(f"{path}: the path is not UTF-8, which checkpoints require; rename it.")
 
 
 def _spec(state: pathlib.Path, key: str) -> dict[str, Any]:
@@ -316,7 +316,7 @@ def _spec(state: pathlib.Path, key: str) -> dict[str, Any]:
 
 
 def _context() -> Any:
-  """Returns a context that decodes a few chunks at a time and caches none: bands are cached."""
+  """Returns a context that decodes few chunks at a time, without a cache: bands are cached."""
   import tensorstore  # Late: plans, help and errors do without.
 
   limits = {"data_copy_concurrency": {"limit": 2}, "file_io_concurrency": {"limit": 4}}

@@ -1,9 +1,8 @@
-"""Where the band of each checkpoint that was read last stays: in memory, or on the disk.
+"""Caches the last band of each checkpoint, in memory or in a temporary file.
 
-Parts of a band are read one after the other, and a merge reads parts of all checkpoints in turn: it
-needs a band of each. In memory they would grow with the number of checkpoints. So bands beyond
-`IN_MEMORY` bytes, over all checkpoints, go to files without a name in the folder for temporary
-files, $TMPDIR: a band is decoded once all the same.
+A merge reads parts of all checkpoints in turn, so it needs a band of each. In memory, bands would
+grow with the number of checkpoints. So bands beyond `IN_MEMORY` bytes in total go to unnamed files
+in $TMPDIR. Each band is still decoded only once.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ IN_MEMORY = 2**25
 
 
 class BandStorage:
-  """The entries of one band; a class because it owns a file.
+  """Stores the entries of one band, in memory or in a file.
 
   Example:
     >>> storage, out = BandStorage(), np.empty(2, np.float32)
@@ -36,7 +35,7 @@ class BandStorage:
     _STORAGES.add(self)
 
   def put(self, entries: np.ndarray) -> None:
-    """Takes the entries of a band in place of those before."""
+    """Replaces the stored band."""
     self.clear()
     others = sum(storage.entries.nbytes for storage in _STORAGES if storage is not self)
     if not others or others + entries.nbytes <= IN_MEMORY:
@@ -44,13 +43,13 @@ class BandStorage:
       return
     if self.file is None:
       self.file = tempfile.TemporaryFile(prefix="jaxmerge-", buffering=0)  # noqa: SIM115
-      weakref.finalize(self, self.file.close)  # It lives as long as this object.
+      weakref.finalize(self, self.file.close)  # Closed with this object.
     self.dtype = entries.dtype
     _write_all(self.file.fileno(), np.ascontiguousarray(entries).view(np.uint8).data)
     self.is_on_disk = True
 
   def copy(self, first: int, out: np.ndarray) -> None:
-    """Copies entries from the `first` on."""
+    """Copies entries from index `first` on."""
     if not self.is_on_disk or self.file is None:
       out[:] = self.entries[first : first + out.size]
       return
@@ -59,7 +58,7 @@ class BandStorage:
     out[:] = part
 
   def clear(self) -> None:
-    """Frees the memory; the file stays for the next band."""
+    """Frees the memory; the file is reused for the next band."""
     self.entries, self.is_on_disk = np.empty(0), False
 
 

@@ -1,4 +1,4 @@
-"""The leaves of a state as a checkpoint holds them: by name, as arrays, described, compared."""
+"""The leaves of a state in a checkpoint: by name, as arrays, as shapes, compared."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import numpy as np
 from jaxtyping import PyTree
 
 
-def by_name(tree: PyTree) -> dict[str, Any]:  # Any: arrays, or whatever the caller took for one
-  """Leaves by path. Flat, because Orbax would turn tuples and dataclasses into dicts."""
+def by_name(tree: PyTree) -> dict[str, Any]:  # Any: leaves, not yet checked to be arrays
+  """Returns leaves by path, as Orbax would turn nested tuples and dataclasses into dicts."""
   named = {}
   for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
     name = jax.tree_util.keystr(path, simple=True, separator="/") or "array"
@@ -23,7 +23,7 @@ def by_name(tree: PyTree) -> dict[str, Any]:  # Any: arrays, or whatever the cal
 
 
 def arrays(state: PyTree) -> dict[str, jax.Array]:
-  """Leaves by path as JAX arrays; refuses what would not come back bit for bit."""
+  """Returns leaves by path as JAX arrays; refuses leaves that cannot be restored bit for bit."""
   arrays = by_name(state)
   for name, x in arrays.items():
     if not isinstance(x, (jax.Array, np.ndarray, np.generic)):
@@ -35,35 +35,35 @@ def arrays(state: PyTree) -> dict[str, jax.Array]:
     if jax.dtypes.canonicalize_dtype(x.dtype) != x.dtype:
       raise ValueError(f"state leaf {name}: {x.dtype} would be narrowed; convert it first.")
     if not isinstance(x, jax.Array):
-      arrays[name] = jax.device_put(np.array(x), home())  # a copy: the caller may overwrite his
+      arrays[name] = jax.device_put(np.array(x), home())  # a copy: the caller may overwrite x
   if not with_entries(arrays):
     raise ValueError("the state has no array with an entry; there is nothing to save.")
   return arrays
 
 
 def signature(x: Any) -> list:  # Any: an array or a description of one
-  """Returns [dtype, shape], as JSON holds them."""
+  """Returns [dtype, shape] as JSON values."""
   return [str(jnp.dtype(x.dtype)), list(x.shape)]
 
 
 def with_entries(arrays: dict) -> dict:
-  """Arrays of size zero have nothing to store, and Orbax refuses them."""
+  """Returns the arrays with entries; Orbax refuses arrays of size zero."""
   return {name: x for name, x in arrays.items() if x.size}
 
 
 def empty(x: jax.ShapeDtypeStruct) -> jax.Array:
-  """Returns the array of a description without entries."""
+  """Returns an array of size zero from its description."""
   return jax.device_put(np.zeros(x.shape, x.dtype), x.sharding)
 
 
 def abstract(x: Any) -> jax.ShapeDtypeStruct:  # Any: an array or a description of one
-  """Returns the description of an array; without a sharding it goes to `home`."""
+  """Returns the description of an array; without a sharding, it is placed by `home`."""
   sharding = getattr(x, "sharding", None) or home()
   return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
 
 def home() -> jax.sharding.Sharding:
-  """Returns where an array goes that has no place: the first device, or all, of many processes."""
+  """Returns the default sharding: the first device, or replicated over all processes' devices."""
   if jax.process_count() == 1:
     return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   mesh = jax.sharding.Mesh(np.array(jax.devices()), ("device",))
@@ -71,7 +71,7 @@ def home() -> jax.sharding.Sharding:
 
 
 def check(folder: Path, saved: dict, wanted: dict[str, jax.ShapeDtypeStruct]) -> None:
-  """Raises for the first leaf that differs; Orbax would cast to another dtype without a word."""
+  """Raises ValueError for the first leaf that differs; Orbax would cast its dtype silently."""
   for name in sorted(saved.keys() | wanted.keys()):
     if name not in saved:
       raise ValueError(f"checkpoint {folder}: it has no leaf {name}; the state to restore has.")

@@ -1,7 +1,7 @@
-"""Writes a model in the layout of an Orbax checkpoint of another program, which restores it.
+"""Writes a model in the layout of an Orbax checkpoint of another program, so that it restores it.
 
-Metadata, chunks and codecs are those of that checkpoint, byte for byte, and so is everything in it
-that is no part of the model: optimizer state, step, random keys, other items of the step.
+Metadata, chunks and codecs are copied from that checkpoint byte for byte. So is everything else in
+it: optimizer state, step, random keys, other items of the step.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from jaxmerge.io.checkpoints.other_programs import Checkpoint
 from jaxmerge.io.checkpoints.places import Place
 from jaxmerge.io.tensors.tensor import Tensor
 
-_DATABASE = ("d", "manifest.ocdbt")  # Of an item; processes have databases of their own in it.
-_OURS = ("README.md", "jaxmerge_")  # Beginnings of names of what a merge adds to a result.
+_DATABASE = ("d", "manifest.ocdbt")  # Files of an item's database, beside those of each process.
+_OURS = ("README.md", "jaxmerge_")  # Prefixes of files that a merge adds to a result.
 
 
 def misfit(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
-  """Returns why tensors cannot be written in the layout of a checkpoint, None where they can."""
+  """Returns why tensors cannot be written in the layout of a checkpoint; None if they can."""
   expected = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
   where = checkpoint.reference
   if missing := sorted(expected.keys() - shapes.keys()):
@@ -36,7 +36,7 @@ def misfit(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]]) -> str
 
 
 def note(checkpoint: Checkpoint) -> str:
-  """Returns, in words, what of a result in the layout of a checkpoint is not merged."""
+  """Returns a note on the parts of a result that are copied from the checkpoint, not merged."""
   beside = "" if _step(checkpoint) is None else _other_items(checkpoint)
   others = [*checkpoint.model.left_out, *beside.split()]
   text = f"written in the layout of {checkpoint.reference}"
@@ -51,15 +51,15 @@ def write(
   model: Mapping[str, Tensor],
   progress: Callable[[int], None] = lambda count: None,
 ) -> None:
-  """Writes a model into a folder, at the path that the checkpoint has in its own.
+  """Writes a model into a folder, at the checkpoint's path relative to its root.
 
-  What an interrupted writing has left is replaced.
+  The files of an interrupted call are replaced.
 
   Args:
     folder: the folder, which may have other files.
-    checkpoint: whose layout it is.
-    model: tensors by name, all of the checkpoint's model.
-    progress: called with the number of bytes of the model that were written.
+    checkpoint: the checkpoint whose layout is used.
+    model: all tensors of the checkpoint's model, by name.
+    progress: called with the number of bytes of the model written.
   """
   _copy_step(folder, checkpoint)
   item = folder / checkpoint.inner
@@ -76,7 +76,7 @@ def write(
 
 
 def _step(checkpoint: Checkpoint) -> Place | None:
-  """Returns the folder of the step with the item, None where the item is the step."""
+  """Returns the folder of the item's step; None if the item is the step itself."""
   parent, _, name = checkpoint.inner.rpartition("/")
   if not name or other_programs.step_number(name) == checkpoint.step is not None:
     return None
@@ -94,7 +94,7 @@ def _other_items(checkpoint: Checkpoint) -> str:
 
 
 def _copy_step(folder: pathlib.Path, checkpoint: Checkpoint) -> None:
-  """Copies what lies beside the item in its step."""
+  """Copies the other files and items of the item's step."""
   step = _step(checkpoint)
   if step is None:
     return
@@ -104,7 +104,7 @@ def _copy_step(folder: pathlib.Path, checkpoint: Checkpoint) -> None:
 
 
 def _copy_files(source: Place, target: pathlib.Path, but: set[str]) -> None:
-  """Copies files and folders; behind a URL, only files."""
+  """Copies files and folders; from a URL, only files."""
   for name in source.names():
     old, new = source.path / name, target / name
     if name in but:
@@ -121,7 +121,7 @@ def _copy_files(source: Place, target: pathlib.Path, but: set[str]) -> None:
 
 
 def _copy_remote(source: Place, name: str, target: pathlib.Path) -> None:
-  """Copies a file behind a URL, or a folder of metadata of arrays."""
+  """Copies a file from a URL, or the folder `array_metadatas`."""
   content = source.read(name)
   if content is not None:
     target.write_bytes(content)
@@ -140,7 +140,7 @@ def _remove(path: pathlib.Path) -> None:
 
 
 def _array_names(checkpoint: Checkpoint) -> set[str]:
-  """Returns the names of files and folders in which the item has its arrays."""
+  """Returns the names of the files and folders with the item's arrays."""
   if not checkpoint.use_ocdbt:
     return {leaf.parameter.partition("/")[0] for leaf in checkpoint.tree if leaf.is_array}
   names = (n for n in checkpoint.item.names() if n.startswith("ocdbt.process_"))
@@ -150,7 +150,7 @@ def _array_names(checkpoint: Checkpoint) -> set[str]:
 def _targets(
   item: Place, checkpoint: Checkpoint, model: Mapping[str, Tensor]
 ) -> Iterator[arrays.Target]:
-  """Returns the arrays of the item: the model's, and the others as the checkpoint has them."""
+  """Yields the arrays of the item: those of the model, and the others from the checkpoint."""
   merged = {leaf: model[name] for name, leaf in checkpoint.model.leaves.items()}
   opened = arrays.Arrays(checkpoint.item.text, lambda key: stores[key])
   stores: dict[str, Any] = {}
@@ -178,7 +178,7 @@ def _new_spec(
   if checkpoint.use_ocdbt:
     spec["kvstore"]["config"] = arrays.DATABASE
   metadata = dict(store.spec().to_json()["metadata"])
-  if tensor.dtype != store.dtype.numpy_dtype:  # The user chose another.
+  if tensor.dtype != store.dtype.numpy_dtype:  # The user chose another dtype.
     for name in ("dtype", "data_type", "fill_value"):
       metadata.pop(name, None)
   return {**spec, "metadata": metadata}

@@ -1,4 +1,4 @@
-"""A manifest of checksums: finds what has changed in a folder since it was sealed."""
+"""A manifest of checksums, which detects changes in a folder since it was sealed."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ _FORMAT = 1
 
 
 def seal(folder: Path, facts: dict, *, within: str = ".") -> None:
-  """Writes the manifest of a folder: its files' sizes and BLAKE2b digests, and some facts.
+  """Writes the manifest of a folder: sizes and BLAKE2b digests of its files, and some facts.
 
-  All files, the manifest and all directories below the folder are on the disk afterwards.
+  All files, the manifest and all directories below the folder are synced.
 
   Args:
-    folder: has no manifest yet; nobody writes to it any more.
-    facts: plain JSON that the manifest vouches for as well.
-    within: a folder in it whose files alone are sealed; others may come and change.
+    folder: a folder without a manifest, to which nothing is written any more.
+    facts: plain JSON that is part of the manifest.
+    within: the subfolder to seal; files outside it may change.
   """
   files = _files(folder, within)
   for path in files.values():
@@ -34,17 +34,17 @@ def seal(folder: Path, facts: dict, *, within: str = ".") -> None:
 
 
 def facts(folder: Path) -> dict:
-  """Reads the facts that a folder was sealed with; a ValueError where the manifest is damaged."""
+  """Returns the facts in a folder's manifest; raises ValueError if the manifest is damaged."""
   return _body(folder)["facts"]
 
 
 def damage(folder: Path, *, within: str = ".", contents: bool = True) -> str | None:
-  """Returns the first thing that is wrong with a sealed folder; None where nothing is.
+  """Returns the first problem of a sealed folder; None if there is none.
 
   Args:
     folder: the folder.
-    within: a folder in it whose files alone are looked at.
-    contents: whether files are read for their checksums; else only their names and sizes count.
+    within: the subfolder to check.
+    contents: whether files are read for their checksums; otherwise names and sizes are checked.
   """
   if not folder.is_dir():
     return "it is not a directory"
@@ -73,13 +73,13 @@ def damage(folder: Path, *, within: str = ".", contents: bool = True) -> str | N
 
 
 def _body(folder: Path) -> dict:
-  """Returns the manifest without its digest, which must agree."""
+  """Returns the manifest without its digest, after checking the digest."""
   whole = strict_json.parse(NAME, (folder / NAME).read_bytes())
   body = whole.get("body")
   if whole.keys() != {"body", "blake2b"} or not isinstance(body, dict):
     raise ValueError("it is no manifest")
   if whole["blake2b"] != _text_digest(body):
-    raise ValueError("it fails its own checksum")
+    raise ValueError("it fails its checksum")
   if body.get("format") != _FORMAT:
     raise ValueError(f"it is of format {body.get('format')!r:.40}, this version reads {_FORMAT}")
   sizes = body.get("files")
@@ -91,9 +91,9 @@ def _body(folder: Path) -> dict:
 
 
 def _files(folder: Path, within: str) -> dict[str, Path]:
-  """All files within a folder but the manifest, by their relative names, in the order of the names.
+  """Returns all files within a folder but the manifest, by relative name, sorted.
 
-  A link counts as a file: sealed folders have none, so it shows as one too many.
+  A link counts as a file: sealed folders have none, so it is reported as an added file.
   """
   inner = (folder / within).rglob("*")
   paths = {p.relative_to(folder).as_posix(): p for p in inner if not _is_folder(p)}

@@ -1,8 +1,7 @@
-"""Finds the checkpoint of a path, checks that it is whole, and reads its model: from JSON alone.
+"""Locates a checkpoint of jaxmerge, checks that it is complete, and opens its model.
 
-A checkpoint is a folder with arrays under `state/` and a manifest: a step of a store, as `store.py`
-keeps them, or a merged model. Its model is what lies under `params` in the tree of the state. Free
-of jax.
+A checkpoint is a folder with arrays under `state/` and a manifest: a step of a store (`store.py`),
+or a merged model. Its model is the subtree `params` of the state. Free of jax.
 """
 
 from __future__ import annotations
@@ -20,21 +19,21 @@ from jaxmerge.io.checkpoints import arrays, manifest
 from jaxmerge.io.tensors.tensor import Tensor
 
 RECORD = "record.json"
-PROVENANCE = "jaxmerge_provenance.json"  # Of a merged model.
+PROVENANCE = "jaxmerge_provenance.json"  # Written next to a merged model.
 STATE = "state"
 MODEL = "params"
-STORES = "checkpoints"  # Where a workdir has its stores,
-LOOP = "atm"  # and the one among them that counts.
+STORES = "checkpoints"  # Folder of the stores in a workdir.
+LOOP = "atm"  # Name of the loop's store, which takes precedence.
 
 
 def steps(directory: Path) -> list[int]:
-  """Returns the numbers of a store's steps, whole or not, from the first to the last."""
+  """Returns the numbers of a store's steps in order, complete or not."""
   names = (p.name for p in directory.iterdir()) if directory.is_dir() else ()
   return sorted(int(n) for n in names if re.fullmatch(r"0|[1-9][0-9]*", n))
 
 
 def problem(folder: Path) -> str | None:
-  """Returns what is wrong with a step of a store, or None; reads all of it."""
+  """Returns what is wrong with a step of a store, or None; reads all of its files."""
   if (damage := manifest.damage(folder)) is not None:
     return damage
   step = manifest.facts(folder).get("step")
@@ -44,7 +43,7 @@ def problem(folder: Path) -> str | None:
 def is_checkpoint(folder: str | Path) -> bool:
   """Returns whether a folder is a checkpoint of jaxmerge.
 
-  `state` may be an item of a step of another program, which has metadata of its own.
+  A step of another program may also have an item `state`; it has different metadata.
   """
   folder = Path(folder)
   if not (folder / STATE / arrays.METADATA).is_file():
@@ -55,13 +54,13 @@ def is_checkpoint(folder: str | Path) -> bool:
 
 
 def find_checkpoint(path: Path) -> Path | None:
-  """Returns the folder of the checkpoint that a path means, or None where it means none.
+  """Returns the folder of the checkpoint that a path refers to; None if there is none.
 
-  A path is that folder; or a store, whose newest step it means; or a workdir or its `checkpoints`,
-  where of several stores that of the loop, `atm`, counts.
+  A path is that folder; or a store, for its newest step; or a workdir or its `checkpoints`, where
+  the loop's store, `atm`, takes precedence over others.
 
   Raises:
-    ValueError: naming the stores, where there are several and none is the loop's.
+    ValueError: naming the stores, if there are several but none of the loop.
   """
   if is_checkpoint(path):
     return path
@@ -72,7 +71,7 @@ def find_checkpoint(path: Path) -> Path | None:
   candidates = [p for p in stores if p.name == LOOP] or stores
   if len(candidates) > 1:
     names = ", ".join(p.name for p in candidates)
-    raise ValueError(f"{path} holds several runs, {names}: give the folder of one of them.")
+    raise ValueError(f"{path} has several runs, {names}: use the folder of one of them.")
   return candidates[0] / str(steps(candidates[0])[-1]) if candidates else None
 
 
@@ -82,9 +81,9 @@ def _is_store(path: Path) -> bool:
 
 
 def tensors(folder: Path) -> dict[str, Tensor]:
-  """Returns the model of a checkpoint by the names of its leaves; no array is read yet.
+  """Returns the tensors of a checkpoint's model by leaf name, without reading arrays.
 
-  That no file is missing or cut is seen at once. Checksums are compared before the first reading.
+  Missing or truncated files are an error at once. Checksums are compared before the first read.
 
   >>> tensors(Path("runs/images4/checkpoints/atm/12"))["dense_0/kernel"].shape  # doctest: +SKIP
 
@@ -97,8 +96,8 @@ def tensors(folder: Path) -> dict[str, Tensor]:
   if not leaf_by_name:
     there = ", ".join(sorted({name.split("/")[0] for name in saved}))
     raise ValueError(
-      f"{folder}: there is no model under {MODEL!r} in the state, which has {there:.200}; a model "
-      f"is saved as {{{MODEL!r}: tree}}."
+      f"{folder}: there is no model under {MODEL!r} in the state, which has {there:.200}; save a "
+      f"model as {{{MODEL!r}: tree}}."
     )
 
   def check() -> None:
@@ -126,33 +125,31 @@ def _leaves(folder: Path) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
 
 
 def _refuse(folder: Path, damage: str | None) -> None:
-  """Raises ValueError, naming the other checkpoints, where one is damaged."""
+  """Raises ValueError for a damaged checkpoint, naming the other steps."""
   if damage is None:
     return
   others = [n for n in steps(folder.parent) if folder.name.isdecimal() and str(n) != folder.name]
-  hint = f"; steps {', '.join(map(str, others))} are beside it: give the folder of one" * bool(
-    others
-  )
+  hint = f"; its store also has steps {', '.join(map(str, others))}: use one of them" * bool(others)
   raise ValueError(f"{folder}: the checkpoint is damaged: {damage}{hint}.")
 
 
 def files(folder: Path) -> tuple[Path, ...]:
-  """Returns the files that hold a checkpoint's arrays."""
+  """Returns the files of a checkpoint's arrays."""
   return tuple(sorted(p for p in (folder / STATE).rglob("*") if p.is_file()))
 
 
 def write(
   folder: Path, model: Mapping[str, Tensor], progress: arrays.Progress = lambda count: None
 ) -> None:
-  """Writes a model as the checkpoint of a folder, whose other files stay; seals it.
+  """Writes a model as a checkpoint into a folder, and seals it; other files stay.
 
-  `orbax.checkpoint` restores `folder / "state"` as {"params": {name: array}}. What an interrupted
-  writing has left is replaced.
+  `orbax.checkpoint` restores `folder / "state"` as {"params": {name: array}}. The files of an
+  interrupted call are replaced.
 
   Args:
     folder: the folder.
     model: tensors by name.
-    progress: called with the number of bytes that were written.
+    progress: called with the number of bytes written.
   """
   state = folder / STATE
   if state.exists():

@@ -1,4 +1,4 @@
-"""Silences what Orbax's threads print beside the errors that they raise, or after them."""
+"""Silences messages of Orbax's threads about errors that are raised anyway."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ _CLOSED = "Event loop is closed"
 
 
 def start() -> Callable[[], None]:
-  """Silences Orbax's log, and tracebacks of its writers whose error has been raised already.
+  """Silences Orbax's log, and tracebacks of writers whose error was raised already.
 
   Returns:
-    What ends the silence.
+    A function that restores the output.
   """
   import orbax.checkpoint as ocp  # late: a second of imports that help and errors need not pay
 
@@ -25,7 +25,7 @@ def start() -> Callable[[], None]:
     return not record.pathname.startswith(folder)
 
   def hook(error: sys.UnraisableHookArgs) -> None:
-    # Of several writers that fail, the first one's error ends the loop that the others report to.
+    # If several writers fail, the first error closes the event loop that the others report to.
     if not (isinstance(error.exc_value, RuntimeError) and str(error.exc_value) == _CLOSED):
       before(error)
 

@@ -1,8 +1,8 @@
-"""Opens an Orbax checkpoint that any program wrote as a model: from its metadata, in parts.
+"""Opens an Orbax checkpoint of any program as a model, from its metadata.
 
-What is opened is an item with arrays, a step with one or several items, or the folder of a
-`CheckpointManager`, whose newest step it is unless `PATH@STEP` says another. `PATH:SUBTREE` says
-which item, and what of its tree, is the model.
+A path is an item with arrays, a step with one or several items, or the folder of a
+`CheckpointManager`, whose newest step is opened, or another one by `PATH@STEP`. `PATH:SUBTREE`
+selects an item, and the model in its tree.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from jaxmerge.io.checkpoints import arrays, places, trees
 from jaxmerge.io.checkpoints.places import Place
 from jaxmerge.io.tensors.tensor import Tensor
 
-STORES = "checkpoints"  # Where trainers keep steps in the folder of a run.
+STORES = "checkpoints"  # Common subfolder for the steps of a run.
 _STEP = re.compile(r"(?:.*[._-])?([0-9]+)")
 _UNFINISHED = ".orbax-checkpoint-tmp"
 _SUFFIX = re.compile(r"(?P<path>.+?)(?:@(?P<step>[0-9]+))?(?::(?P<subtree>[^:@]+))?")
 
 
 class Reference(NamedTuple):
-  """What a path says: `PATH`, `PATH@STEP`, `PATH:SUBTREE` or both.
+  """A parsed path: `PATH`, `PATH@STEP`, `PATH:SUBTREE` or `PATH@STEP:SUBTREE`.
 
   Attributes:
     place: the folder.
-    step: which step of it; None: the newest.
+    step: the step; None: the newest.
     subtree: the item, if there are several, and the path of the model in its tree.
   """
 
@@ -45,13 +45,13 @@ class Checkpoint(NamedTuple):
 
   Attributes:
     root: the folder that the user named.
-    inner: the path in it of the item that has the arrays.
-    step: the step, None where a path names no folder of steps.
-    newest_of: of how many steps it is the newest; 0 where it was chosen.
+    inner: path from the root to the item with the arrays.
+    step: the step; None if the root has no steps.
+    newest_of: number of steps of which it is the newest; 0 if the user chose a step.
     model: the part of the tree that is the model.
-    tree: all leaves of it.
-    use_ocdbt: whether the arrays are in a database, not each in a folder.
-    use_zarr3: whether they are of the third version of zarr.
+    tree: all leaves of the tree.
+    use_ocdbt: whether the arrays are in one database, instead of a folder each.
+    use_zarr3: whether they are in zarr version 3.
     tensors: the model's tensors by name.
   """
 
@@ -72,7 +72,7 @@ class Checkpoint(NamedTuple):
 
   @property
   def reference(self) -> str:
-    """Returns `PATH@STEP:SUBTREE`, which opens the same again."""
+    """Returns the reference `PATH@STEP:SUBTREE` of this checkpoint and model."""
     names = self.inner.split("/") if self.inner else []
     items = [] if self.step is None else names[_depth(self) :]
     subtree = "/".join([*(items if self.step is not None else names), *self.model.subtree])
@@ -81,7 +81,7 @@ class Checkpoint(NamedTuple):
 
   @property
   def note(self) -> str:
-    """Returns, in words, what was opened, and what of it is left out."""
+    """Returns a note on what was opened, and what was left out."""
     step = "" if self.step is None else f", step {self.step}"
     step += f", the newest of {self.newest_of}" if self.newest_of > 1 else ""
     inside = "/".join(self.model.subtree) or "the whole tree"
@@ -91,18 +91,18 @@ class Checkpoint(NamedTuple):
 
   @property
   def files(self) -> tuple[pathlib.Path, ...]:
-    """Returns the files of the item; none where it is behind a URL."""
+    """Returns the files of the item; none if it is at a URL."""
     if self.root.is_remote:
       return ()
     return tuple(sorted(path for path in self.item.path.rglob("*") if path.is_file()))
 
   def spec(self, leaf: trees.Leaf) -> dict[str, Any]:
-    """Returns the spec with which TensorStore opens the array of a leaf."""
+    """Returns TensorStore's spec of the array of a leaf."""
     return array_spec(self.item, leaf.parameter, self.use_ocdbt, self.use_zarr3)
 
 
 def _depth(checkpoint: Checkpoint) -> int:
-  """Returns how many parts of the path lead to the folder of the step."""
+  """Returns the number of path components up to the folder of the step."""
   names = checkpoint.inner.split("/")
   return next(i for i, n in enumerate(names) if step_number(n) == checkpoint.step) + 1
 
@@ -122,7 +122,7 @@ def array_spec(item: Place, key: str, use_ocdbt: bool, use_zarr3: bool) -> dict[
 
 
 def parse(path: str | os.PathLike[str]) -> Reference | None:
-  """Parses a path that may name a checkpoint; None where nothing is there.
+  """Parses a path that may name a checkpoint; returns None if it does not exist.
 
   >>> parse("gs://bucket/run@500:params")
   Reference(place=Place(text='gs://bucket/run'), step=500, subtree=('params',))
@@ -143,7 +143,7 @@ def parse(path: str | os.PathLike[str]) -> Reference | None:
 
 
 def step_number(name: str) -> int | None:
-  """Returns the step of a folder's name, None where it is no step's.
+  """Returns the step in a folder's name; None if there is none.
 
   >>> step_number("500"), step_number("checkpoint_00500"), step_number("default")
   (500, 500, None)
@@ -153,26 +153,26 @@ def step_number(name: str) -> int | None:
 
 
 def steps(folder: Place) -> dict[int, str]:
-  """Returns the steps in a folder: number to name, in order."""
+  """Returns the names of the steps in a folder by number, in order."""
   numbered = {number: n for n in folder.names() if (number := step_number(n)) is not None}
   return dict(sorted(numbered.items()))
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint | None:
-  """Opens a checkpoint; None where a path names none. No array is read yet.
+  """Opens a checkpoint without reading arrays; returns None if the path names no checkpoint.
 
   Raises:
-    ValueError: listing the candidates where there are several models; for a step that is not
-      there or not whole; for damaged metadata.
+    ValueError: if there are several models, with the candidates; for a missing or incomplete step;
+      for damaged metadata.
   """
   reference = parse(path)
   if reference is None:
     return None
   root = reference.place
-  found = _find_step(root, reference.step)
-  if found is None:
+  location = _find_step(root, reference.step)
+  if location is None:
     return None
-  inner, step, newest_of = found
+  inner, step, newest_of = location
   items = _items(root / inner)
   if items is None:
     return None
@@ -182,7 +182,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint | None:
 
 
 def _find_step(root: Place, step: int | None) -> tuple[str, int | None, int] | None:
-  """Returns the path of the chosen step in a folder, its number, and of how many it is newest."""
+  """Returns path and number of the chosen step, and the number of steps if it is the newest."""
   if _items(root) is not None and not _holds_steps(root):
     if step is not None:
       raise ValueError(f"{root.text}@{step}: {root.text} is one checkpoint and has no steps.")
@@ -192,15 +192,15 @@ def _find_step(root: Place, step: int | None) -> tuple[str, int | None, int] | N
   if not numbered:
     return None
   if step is None and not any(_items(root / inner / name) for name in numbered.values()):
-    return None  # Folders with numbers, as of many programs, but no checkpoints.
+    return None  # Numbered folders of other kinds.
   if step is not None and step not in numbered:
     there = ", ".join(map(str, numbered))
-    raise ValueError(f"{root.text}@{step}: there is no such step; those there are {there}.")
+    raise ValueError(f"{root.text}@{step}: no such step; choose one of {there}.")
   chosen = max(numbered) if step is None else step
   name = numbered[chosen]
   if _items(root / inner / name) is None:
     whole = [n for n, other in numbered.items() if _items(root / inner / other)]
-    hint = f"give {root.text}@{max(whole)}" if whole else "no other step is whole"
+    hint = f"use {root.text}@{max(whole)}" if whole else "no other step is complete"
     raise ValueError(
       f"{(root / inner / name).text}: the step has no {trees.METADATA}: its save was interrupted, "
       f"or it is damaged; {hint}."
@@ -209,7 +209,7 @@ def _find_step(root: Place, step: int | None) -> tuple[str, int | None, int] | N
 
 
 def _items(folder: Place) -> list[str] | None:
-  """Returns the items with arrays in a folder, "" for itself; None where there are none."""
+  """Returns the items with arrays in a folder, "" for the folder itself; None if there are none."""
   names = folder.names()
   if trees.METADATA in names:
     return [""]
@@ -221,7 +221,7 @@ def _items(folder: Place) -> list[str] | None:
 
 
 def _holds_steps(folder: Place) -> bool:
-  """Returns whether the items in a folder are steps themselves, as of managers of one item."""
+  """Returns whether the items in a folder are steps, as with managers of a single item."""
   items = _items(folder)
   return items is not None and items != [""] and all(step_number(n) is not None for n in items)
 
@@ -229,7 +229,7 @@ def _holds_steps(folder: Place) -> bool:
 def _choose_item(
   step: Place, items: list[str], subtree: tuple[str, ...] | None
 ) -> tuple[str, tuple[str, ...] | None]:
-  """Returns the item with the model, and the subtree in it; None: it is found by its name."""
+  """Returns the item with the model, and the subtree in it; None: searched for by name."""
   if items == [""]:
     return "", subtree
   if subtree and subtree[0] in items:
@@ -238,7 +238,7 @@ def _choose_item(
   likely = likely or [n for n in items if n not in trees.OTHERS] or items
   if len(likely) > 1:
     listed = " or ".join(f"{step.text}:{name}" for name in likely)
-    raise ValueError(f"{step.text}: the checkpoint has several items: give {listed}.")
+    raise ValueError(f"{step.text}: the checkpoint has several items: use {listed}.")
   return likely[0], subtree
 
 
@@ -257,7 +257,7 @@ def _open_item(
 
 
 def _tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
-  """Opens the arrays of the model, many at a time, for their dtypes and shapes."""
+  """Opens the arrays of the model concurrently, for their dtypes and shapes."""
   stores = {n: arrays.open_spec(checkpoint.spec(x)) for n, x in checkpoint.model.leaves.items()}
   specs: dict[str, tuple[np.dtype, tuple[int, ...]]] = {}
   for name, future in stores.items():

@@ -1,6 +1,6 @@
-"""Folders of checkpoints, on a local disk or behind a URL such as `gs://`: their names and files.
+"""Lists and reads folders of checkpoints, on a local disk or at a URL such as `gs://`.
 
-TensorStore, which Orbax uses for its arrays, reads what is behind a URL.
+URLs are read by TensorStore, which Orbax also uses for its arrays.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ class Place(NamedTuple):
 
   @property
   def is_remote(self) -> bool:
-    """Returns whether it is behind a URL."""
+    """Returns whether it is a URL."""
     return _URL.match(self.text) is not None
 
   @property
   def path(self) -> pathlib.Path:
-    """Returns it as a path; of a URL the path is a name only, and no such folder exists."""
+    """Returns it as a path; for a URL, this is a name that does not exist on disk."""
     return pathlib.Path(self.text)
 
   @property
@@ -44,19 +44,19 @@ class Place(NamedTuple):
     return Place(f"{self.text}/{inner}") if inner else self
 
   def names(self) -> list[str]:
-    """Returns the names of the files and folders in it, in order; none where it does not exist."""
+    """Returns the sorted names of its files and folders; an empty list if it does not exist."""
     if not self.is_remote:
       return sorted(os.listdir(self.text)) if os.path.isdir(self.text) else []
     keys = (key.decode() for key in self._store().list().result())
     return sorted({key.partition("/")[0] for key in keys})
 
   def read(self, name: str) -> bytes | None:
-    """Returns the content of a file in it; None where there is none."""
+    """Returns the content of a file in it; None if there is no such file."""
     if not self.is_remote:
       path = self.path / name
       return path.read_bytes() if path.is_file() else None
-    found = self._store().read(name).result()
-    return found.value if found.state == "value" else None
+    entry = self._store().read(name).result()
+    return entry.value if entry.state == "value" else None
 
   def kvstore(self, inner: str = "") -> Any:
     """Returns the spec of a key-value store of TensorStore at a path in it.
@@ -76,7 +76,7 @@ class Place(NamedTuple):
 
 
 def place(text: str | os.PathLike[str]) -> Place:
-  """Returns the place of a path or URL, also of a URL that went through a `Path`.
+  """Returns the place of a path or URL; restores a URL whose slashes `Path` has merged.
 
   >>> place(pathlib.Path("gs://bucket/run")), place("runs/a/")
   (Place(text='gs://bucket/run'), Place(text='runs/a'))
@@ -89,10 +89,10 @@ def place(text: str | os.PathLike[str]) -> Place:
 
 
 def json_of(folder: Place, name: str) -> dict[str, Any] | None:
-  """Returns what a JSON file in a folder holds; None where there is none.
+  """Returns the object in a JSON file of a folder; None if there is no such file.
 
   Raises:
-    ValueError: naming the file, where it is damaged.
+    ValueError: naming the file, if it is damaged.
   """
   content = folder.read(name)
   if content is None:

@@ -2,16 +2,16 @@
 
 A store is a directory:
 
-    12/state/          the arrays, as Orbax writes them: one entry a leaf, named by its path
+    12/state/          the arrays as Orbax writes them: one entry per leaf, named by its path
     12/record.json     the plain record saved with them
     12/manifest.json   shape and dtype of every leaf, size and BLAKE2b digest of every file
     unfinished/12/     a save in progress
     retired/12/        an old step while it is being deleted
-    damaged/12/        set aside, yours to delete: interrupted saves, steps that fail their manifest
+    damaged/12/        set aside for you to delete: interrupted saves, damaged steps
 
 A step is written under `unfinished/`, read back for its checksums, synced, and only then renamed.
-So a step under its number was complete once, a kill at any moment leaves earlier steps unchanged,
-and a step that fails its manifest was damaged later.
+So a step under its number was complete once. A kill at any moment leaves earlier steps unchanged. A
+step that fails its manifest was damaged later.
 
 Orbax alone guarantees less: it restores a flipped bit silently, skips a save to an existing step,
 and a single empty step keeps its manager from restoring any other.
@@ -39,7 +39,7 @@ from jaxmerge.io.checkpoints.metadata import RECORD, STATE
 from jaxmerge.io.disk import atomic, locks, shared, strict_json
 
 PATIENCE = 5.0  # Seconds to wait for another store of the same directory: reading takes less.
-_NONE, _FAILED = -1, -2  # what process 0 tells the others in place of a step
+_NONE, _FAILED = -1, -2  # broadcast by process 0 in place of a step
 
 
 class Restored(NamedTuple):
@@ -47,9 +47,9 @@ class Restored(NamedTuple):
 
   Attributes:
     step: number of the step.
-    state: tree of arrays, sharded as the caller wants.
+    state: tree of arrays, sharded as the caller requested.
     record: the plain record that was saved with the state.
-    set_aside: one message for every damaged or interrupted step that was moved away.
+    set_aside: one message per damaged or interrupted step that was moved to `damaged/`.
   """
 
   step: int
@@ -67,18 +67,18 @@ class _Orbax(NamedTuple):
 
 
 class Checkpoints:
-  """Saves and restores numbered states in a directory; a class because it owns Orbax's threads.
+  """Saves and restores numbered states in a directory, with Orbax's background threads.
 
-  Every process of a run makes the same calls in the same order, on a shared directory. Nothing is
-  touched before the first `save` or `restore`; that call locks the directory, checks that all
-  processes see it, and sets aside damaged or interrupted steps. Until the store is closed, opening
-  another one on the directory raises, in this process or another. Use it in a `with`, or close it:
-  a program that ends without closing it may lose the save in progress.
+  Every process of a run must make the same calls in the same order, on a shared directory. The
+  first `save` or `restore` locks the directory, checks that all processes see it, and sets aside
+  damaged or interrupted steps. Until the store is closed, opening another one on the directory
+  raises, in this process or another. Use it in a `with`, or close it: a program that ends without
+  closing it may lose the save in progress.
 
   Args:
     directory: created by the first save.
-    keep: number of newest steps that stay, at least 1; None keeps all. An older one is deleted
-      only after the newer one is sealed.
+    keep: number of newest steps to keep, at least 1; None keeps all. An old step is deleted only
+      after the new one is sealed.
 
   Example:
     >>> import tempfile, jax.numpy as jnp
@@ -99,7 +99,7 @@ class Checkpoints:
     self._orbax: _Orbax | None = None
     self._lock = contextlib.ExitStack()
     self._failed = False  # Whether a save has failed.
-    self._sealing: tuple[int, concurrent.futures.Future] | None = None  # the save on its way
+    self._sealing: tuple[int, concurrent.futures.Future] | None = None  # the save in progress
 
   def __enter__(self) -> Checkpoints:
     return self
@@ -109,18 +109,18 @@ class Checkpoints:
 
   @property
   def set_aside(self) -> tuple[str, ...]:
-    """Messages on all steps set aside so far; useful if `restore` returned None."""
+    """Returns messages on all steps set aside so far; useful if `restore` returned None."""
     return self._messages
 
   def save(self, step: int, state: PyTree, record: dict) -> None:
-    """Starts to save a step and returns as soon as the arrays are copied.
+    """Starts to save a step, and returns as soon as the arrays are copied.
 
-    The caller may donate or overwrite the arrays at once. A save that is still on its way is
-    waited for first, and what went wrong with it is raised here.
+    The caller may then donate or overwrite the arrays. A save in progress is waited for first, and
+    its error is raised here.
 
     Args:
-      step: larger than every step in the store.
-      state: tree of arrays; keys go in as `jax.random.key_data`.
+      step: number larger than every step in the store.
+      state: tree of arrays; random keys as `jax.random.key_data`.
       record: plain JSON: dicts with string keys, lists, strings, numbers, booleans, None.
     """
     self.wait()
@@ -129,14 +129,14 @@ class Checkpoints:
     orbax = self._orbax or self._open()
     if step < 0 or (self._newest is not None and step <= self._newest):
       raise ValueError(
-        f"step {step} cannot be saved in {self._directory}: it holds step {self._newest}, and "
-        "steps must grow from 0 on."
+        f"step {step} cannot be saved in {self._directory}: its newest step is {self._newest}, and "
+        "steps must increase from 0."
       )
     signatures = {name: leaves.signature(x) for name, x in copies.items()}
     staging = self._directory / "unfinished" / str(step)
     try:
       if jax.process_index() == 0:
-        if staging.exists():  # of a save of the same step that failed in this run
+        if staging.exists():  # left by a failed save of the same step in this run
           self._set_aside(staging, "its save had failed")
         staging.mkdir(parents=True)
       orbax.checkpointer.save(staging / STATE, args=_save_arguments(leaves.with_entries(copies)))
@@ -156,7 +156,7 @@ class Checkpoints:
     except (OSError, ValueError) as error:
       self._failed = True
       raise self._explain(step, error) from error
-    finally:  # A step counts only where it counts in every process.
+    finally:  # A step counts only if every process has saved it.
       others = jax.process_count() > 1 and bool(multihost_utils.process_allgather(failed).any())
     if others:
       raise OSError(f"step {step} could not be saved in {self._directory}: another process failed.")
@@ -167,16 +167,15 @@ class Checkpoints:
   ) -> Restored | None:
     """Returns the newest good step, or None if no step was ever saved completely.
 
-    Every step is read and checked against its manifest first; what fails is moved to `damaged/`.
-    Where there are steps, but none is good, a ValueError names the damage of each, and nothing
-    is moved.
+    Every step is read and checked against its manifest first; bad steps are moved to `damaged/`. If
+    no step is good, a ValueError names the damage of each, and nothing is moved.
 
     Args:
-      like: tree of arrays or `jax.ShapeDtypeStruct`s of the same structure, shapes and dtypes as
-        the saved state. Their shardings may be of any mesh; without one, an array goes to the
-        first local device.
-      accept: is called with the record of that step before the arrays are looked at; raises where
-        it is of another run.
+      like: tree of arrays or `jax.ShapeDtypeStruct`s with the structure, shapes and dtypes of the
+        saved state. Shardings may be of any mesh; without one, an array goes to the first local
+        device.
+      accept: function of the step's record, called before the arrays are read; it should raise if
+        the record is of another run.
     """
     self.wait()
     orbax = self._open()
@@ -200,7 +199,7 @@ class Checkpoints:
     finally:
       if self._orbax is not None:
         self._orbax.worker.shutdown()
-        # What fails in the end is of a save that has failed: `wait` has raised it, and named it.
+        # Errors on closing come from a failed save, which `wait` has raised with its step.
         with contextlib.suppress(*([OSError, ValueError] if self._failed else [])):
           self._orbax.checkpointer.close()
         self._orbax.quiet()
@@ -208,7 +207,7 @@ class Checkpoints:
       self._lock.close()
 
   def _open(self) -> _Orbax:
-    """Tidies the directory, agrees on the newest good step, and starts Orbax where it is not up."""
+    """Tidies the directory, broadcasts the newest good step, and starts Orbax if necessary."""
     newest = _FAILED
     if self._orbax is None:
       shared.check(self._directory)
@@ -217,7 +216,7 @@ class Checkpoints:
         if self._orbax is None:
           self._take()
         newest = self._tidy()
-    finally:  # the others must hear of a failure too, or they wait for ever
+    finally:  # broadcast a failure too, or the others wait forever
       if jax.process_count() > 1:
         newest = int(multihost_utils.broadcast_one_to_all(np.int32(newest)))
     if newest == _FAILED:
@@ -228,10 +227,10 @@ class Checkpoints:
 
   def _take(self) -> None:
     """Locks the directory; creates it if necessary."""
-    self._lock.close()  # Of a call that failed.
+    self._lock.close()  # The lock of a failed call.
     self._directory.mkdir(parents=True, exist_ok=True)
     busy = f"{self._directory}: these checkpoints are in use; wait, or close the other store."
-    if os.access(self._directory, os.W_OK):  # Else nobody writes here.
+    if os.access(self._directory, os.W_OK):  # A read-only directory needs no lock.
       self._lock.enter_context(locks.hold(self._directory / "store", busy, patience=PATIENCE))
 
   def _tidy(self) -> int:
@@ -280,7 +279,7 @@ class Checkpoints:
     self._retire()
 
   def _retire(self) -> None:
-    """Deletes all but the newest steps; renamed first, so that a half deleted one has no name."""
+    """Deletes all but the newest steps; renames them first, so that none is partly deleted."""
     retired = self._directory / "retired"
     for step in metadata.steps(self._directory)[: -self._keep] if self._keep else []:
       retired.mkdir(exist_ok=True)
@@ -288,7 +287,7 @@ class Checkpoints:
       shutil.rmtree(retired / str(step))
 
   def _explain(self, step: int, error: Exception) -> Exception:
-    """Returns the error with the step's name; a file system error of Orbax's writers as OSError."""
+    """Returns an error with the step's number; an OSError for file system errors of Orbax."""
     code = arrays.error_code(error)
     about = f"step {step} could not be saved in {self._directory}"
     if code is None:
@@ -309,12 +308,12 @@ def _unfinished_saves(directory: Path) -> list[Path]:
 
 
 def _record_text(record: dict) -> str:
-  """Returns the record as JSON; raises ValueError, with its place, if a value would change."""
+  """Returns the record as JSON; raises ValueError, with its path, for a value that would change."""
   _check_plain(record, "record")
   return json.dumps(record, indent=1)
 
 
-def _check_plain(value: Any, place: str) -> None:  # Any: that is the question
+def _check_plain(value: Any, place: str) -> None:  # Any: not yet checked
   if isinstance(value, dict):
     for key, item in value.items():
       if not isinstance(key, str):
@@ -331,7 +330,7 @@ def _check_plain(value: Any, place: str) -> None:  # Any: that is the question
 
 
 def _save_arguments(entries: dict) -> Any:  # Any: one of Orbax's argument types
-  """Returns arguments for saving in chunks, so that a part of a large leaf can be read alone."""
+  """Returns arguments for saving in chunks, so that parts of a large leaf can be read."""
   import orbax.checkpoint as ocp  # late: a second of imports that help and errors need not pay
 
   each = {name: ocp.SaveArgs(chunk_byte_size=arrays.CHUNK) for name in entries}
@@ -345,7 +344,7 @@ def _restore_arguments(wanted: dict) -> Any:
 
 
 def _start() -> _Orbax:
-  """Starts Orbax, silently: what fails is raised, so nothing is lost."""
+  """Starts Orbax without its log output; errors are raised anyway."""
   import orbax.checkpoint as ocp
 
   end = orbax_output.start()

@@ -1,20 +1,20 @@
-"""The tree of an Orbax checkpoint, from its `_METADATA`: its leaves, and which of them are a model.
+"""Reads the tree of an Orbax checkpoint from its `_METADATA`, and locates the model in it.
 
 A trainer saves more than the model: optimizer state, step, random keys. The model is the subtree
-that is called `params` or the like; where names leave a choice, the user makes it.
+with a name such as `params`; if several qualify, the user must choose.
 """
 
 from __future__ import annotations
 
 import collections
 from collections.abc import Iterable, Mapping, Sequence, Set
-from typing import Any, NamedTuple  # Any: what JSON holds.
+from typing import Any, NamedTuple  # Any: values of JSON.
 
 METADATA = "_METADATA"
 PARAMS = ("params", "model_params", "model_parameters", "parameters")
-# Names that hold a model only where all beside them is known to be something else.
+# Names that contain a model only if all their siblings are known to be something else.
 WRAPPERS = ("model", "state", "train_state", "target", "default", "items", "item", "pytree")
-STATISTICS = ("batch_stats",)  # Running statistics: a part of the model beside its parameters.
+STATISTICS = ("batch_stats",)  # Running statistics, which are part of the model.
 OTHERS = frozenset(
   {
     "opt_state", "optimizer", "optimizer_state", "opt", "optim", "tx", "step", "iter",
@@ -24,7 +24,7 @@ OTHERS = frozenset(
     "iterator", "hyperparams", "apply_fn", "_overwrites_with_gradient",
   }
 )  # fmt: skip
-# Of these, what is left out of a tree whose root is the model.
+# Those of them that are left out if the root of the tree is the model.
 _NEVER = frozenset(
   {
     "opt_state", "optimizer", "optimizer_state", "step", "global_step", "rng", "rngs",
@@ -40,7 +40,7 @@ class Leaf(NamedTuple):
 
   Attributes:
     keys: its path.
-    is_array: whether it is stored as an array; else it is a string, None, or an empty node.
+    is_array: whether it is an array; otherwise it is a string, None, or an empty node.
   """
 
   keys: tuple[str, ...]
@@ -56,9 +56,9 @@ class Model(NamedTuple):
   """The part of a tree that is a model.
 
   Attributes:
-    subtree: the path of its root.
-    leaves: by the name of the tensor: the path below the root, without the `value` of NNX.
-    left_out: what of the tree is no part of it, to the number of its arrays.
+    subtree: path of its root.
+    leaves: leaves by tensor name: the path below the root, without the `value` of NNX.
+    left_out: number of arrays of each part of the tree that is not in the model.
   """
 
   subtree: tuple[str, ...]
@@ -67,16 +67,16 @@ class Model(NamedTuple):
 
 
 def leaves(where: str, content: Mapping[str, Any]) -> list[Leaf]:
-  """Returns the leaves of a tree from what `_METADATA` holds.
+  """Returns the leaves of a tree from the contents of `_METADATA`.
 
   Raises:
-    ValueError: where that is not as Orbax writes it.
+    ValueError: if these are not in Orbax's format.
   """
   try:
     records = [content["tree_metadata"][name] for name in content["tree_metadata"]]
     return [_leaf(record) for record in records]
   except (KeyError, TypeError, AttributeError) as error:
-    raise ValueError(f"{where}: not the metadata of a checkpoint of Orbax ({error!r}).") from error
+    raise ValueError(f"{where}: not the metadata of an Orbax checkpoint ({error!r}).") from error
 
 
 def _leaf(record: Mapping[str, Any]) -> Leaf:
@@ -97,10 +97,10 @@ left_out={'step': 1})
   Args:
     where: the checkpoint, for errors.
     tree: its leaves.
-    subtree: the path of the model; None: it is found by its name.
+    subtree: path of the model; None: searched for by name.
 
   Raises:
-    ValueError: listing the candidates, where there are several, or none.
+    ValueError: if there is no model, or if there are several, with the candidates.
   """
   arrays = [leaf for leaf in tree if leaf.is_array]
   if subtree is None:
@@ -114,7 +114,7 @@ left_out={'step': 1})
     inside_root = f"under {'/'.join(root)!r}" if root else "in it"
     raise ValueError(
       f"{where}: there is no model {inside_root}; "
-      f"the tree has {known:.200}: give the path of the model in it, as PATH:SUBTREE."
+      f"the tree has {known:.200}: write the path of the model in it, as PATH:SUBTREE."
     )
   named = _names(inside, len(root))
   beside = root[:-1] if subtree is None else ()
@@ -131,7 +131,7 @@ def _below(tree: Iterable[Leaf], root: tuple[str, ...]) -> list[Leaf]:
 
 
 def _find(where: str, tree: Sequence[Leaf]) -> tuple[tuple[str, ...], frozenset[str]]:
-  """Returns the root of the model, and the names right below it that are no part of it."""
+  """Returns the root of the model, and the names directly below it that are not part of it."""
   root: tuple[str, ...] = ()
   in_params = False
   while True:
@@ -141,7 +141,7 @@ def _find(where: str, tree: Sequence[Leaf]) -> tuple[tuple[str, ...], frozenset[
       candidates = _wrappers(tree, root, below)
     if len(candidates) > 1:
       paths = " or ".join(f"{where}:{'/'.join((*root, name))}" for name in candidates)
-      raise ValueError(f"{where}: the tree has several models: give {paths}.")
+      raise ValueError(f"{where}: the tree has several models: use {paths}.")
     if not candidates:
       return root, frozenset() if in_params else frozenset(below & _NEVER)
     root = (*root, candidates[0])
@@ -149,7 +149,7 @@ def _find(where: str, tree: Sequence[Leaf]) -> tuple[tuple[str, ...], frozenset[
 
 
 def _wrappers(tree: Sequence[Leaf], root: tuple[str, ...], below: Set[str]) -> list[str]:
-  """Returns names of which one holds the model, if all beside them is known to be none of it."""
+  """Returns the names that may contain the model, if all their siblings are known otherwise."""
   if below - OTHERS - set(STATISTICS) - set(WRAPPERS):
     return []
   names = [n for n in sorted(below) if n in WRAPPERS and _below(tree, (*root, n))]
@@ -159,12 +159,12 @@ def _wrappers(tree: Sequence[Leaf], root: tuple[str, ...], below: Set[str]) -> l
 
 
 def holds_params(name: str) -> bool:
-  """Returns whether parameters are called so."""
+  """Returns whether a name is a usual one for parameters."""
   return name in PARAMS or name.endswith("_params") or name.startswith("params_")
 
 
 def _names(inside: Sequence[Leaf], depth: int) -> dict[str, Leaf]:
-  """Returns leaves by the names of their tensors: without `value` where that ends all of them."""
+  """Returns leaves by tensor name, without a final `value` that all paths share."""
   paths = {leaf: leaf.keys[depth:] for leaf in inside}
   if all(len(keys) > 1 and keys[-1] == _VALUE for keys in paths.values()):
     paths = {leaf: keys[:-1] for leaf, keys in paths.items()}
@@ -176,7 +176,7 @@ def _without_value(keys: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _label(leaf: Leaf, root: tuple[str, ...]) -> str:
-  """Returns what a leaf that is left out is called: the part of its path beside the model."""
+  """Returns the name of the part of the tree with a leaf that is not in the model."""
   shared = next((i for i, (a, b) in enumerate(zip(leaf.keys, root, strict=False)) if a != b), None)
   shared = min(len(root), len(leaf.keys) - 1) if shared is None else shared
   random = [i for i, key in enumerate(leaf.keys) if key in _RANDOM]
