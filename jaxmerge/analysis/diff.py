@@ -1,6 +1,6 @@
-"""How models differ from their base: norms, cosines, sign conflicts, spectra, as a plain record.
+"""Measures how models differ from their base: norms, cosines, sign conflicts, spectra.
 
-Files are read once, and once more for spectra, a slice at a time. Free of jax.
+Files are read once, and once more for spectra, slice by slice. Free of jax.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import os
 import pathlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any  # A record is JSON, its values have no one type.
+from typing import Any  # Any: values of a JSON record.
 
 import numpy as np
 
@@ -26,9 +26,9 @@ from jaxmerge.io.tensors.tensor import Files, Tensor
 
 Record = dict[str, Any]
 
-SHOWN = 20  # Lines of an error, at most.
+SHOWN = 20  # Most lines of an error.
 
-# What tensors are for, by the first expression that matches in their names.
+# Kinds of tensors, by the first expression that matches their names.
 KINDS = {
   "norm": r"norm|(^|[._])(ln|bn)(_?[0-9f])?\.",
   "head": r"(^|\.)(lm_head|embed_out|classifier|score)\.",
@@ -44,17 +44,17 @@ def open_models(
   files: Files,
   names: Sequence[str] | None = None,
 ) -> list[Model]:
-  """Opens the models that are compared with a base; an adapter is applied to the base.
+  """Opens the models to compare with a base; an adapter is applied to the base.
 
-  A tree of another program is read in the form of the base. Names are the ends of
-  their paths by default.
+  A tree of another program is read in the form of the base. By default, the names are the ends of
+  the paths.
   """
   models = []
   names = names or inputs.short_names(list(map(str, paths)))
   for path, name in zip(paths, names, strict=True):
     if adapter.is_adapter(path):
       model = adapter_inputs.add_adapter(base, path, files)
-      # A head that the adapter leaves apart from the embedding is none that the base stores.
+      # The base does not store a head that the adapter unties from the embedding.
       tensors = {n: t for n, t in model.tensors.items() if n in base.tensors}
       models.append(model._replace(name=name, folder=pathlib.Path(path), tensors=tensors))
     else:
@@ -74,23 +74,23 @@ def compare(
 
   Args:
     base: the base.
-    models: K models with its tensors.
-    singular: a regular expression: of matrices with a match in their names, the share of the
-      energy in the largest singular values is measured.
-    top: how many singular values these are.
-    progress: called with the number of bytes that were read; `size` of them in all.
+    models: K models with the same tensors.
+    singular: a regular expression; for matrices whose names match, the share of the energy in the
+      largest singular values is measured.
+    top: number of these singular values.
+    progress: called with the number of bytes read, `size` in total.
 
   Returns:
     `base`, its folder; `models`, names, and their `folders`; measures of the `whole`, and by name
     of `layers` (the first number in a tensor's name, else "outside"), `kinds` and `tensors`:
     `entries`, `base_norm`, `norms`, `relative` (norms over the base's), `cosines` (in the order of
     `models`) and `sign_conflict` (a share of the entries); `singular`, by tensor and model, with
-    `share` and `values`, `top` of them; `uncompared`, names of tensors of integers. None stands
-    where something would be divided by zero.
+    `share` and the `top` largest `values`; `uncompared`, names of integer tensors. None replaces a
+    division by zero.
 
   Raises:
     Problems: naming all tensors that do not fit.
-    ValueError: naming the tensor that has NaN or infinity; for a `singular` without a matrix.
+    ValueError: naming a tensor with NaN or infinity; for a `singular` that matches no matrix.
   """
   check(base, models)
   chosen = matrices(base, singular)
@@ -121,7 +121,7 @@ def compare(
 
 
 def size(base: Model, models: Sequence[Model], singular: str | None = None) -> int:
-  """Returns the bytes that `compare` reads; raises as it does."""
+  """Returns the number of bytes that `compare` reads; raises the same errors."""
   check(base, models)
   total = sum(_bytes([t, *(m.tensors[n] for m in models)]) for n, t in _floating_tensors(base))
   chosen = [[base.tensors[n], m.tensors[n]] for n in matrices(base, singular) for m in models]
@@ -138,7 +138,7 @@ def layer(name: str) -> str:
 
 
 def kind(name: str) -> str:
-  """Returns what a tensor is for, by its name.
+  """Returns the kind of a tensor, from its name.
 
   >>> kind("model.layers.0.post_attention_layernorm.weight"), kind("h.0.attn.c_proj.weight")
   ('norm', 'attention')
@@ -148,10 +148,10 @@ def kind(name: str) -> str:
 
 
 def matrices(base: Model, singular: str | None) -> list[str]:
-  """Returns the names of the matrices in which a regular expression matches.
+  """Returns the names of the matrices that a regular expression matches.
 
   Raises:
-    ValueError: where it is none, or there is no such matrix.
+    ValueError: for an invalid expression, or one that matches no matrix.
   """
   if singular is None:
     return []
@@ -160,12 +160,12 @@ def matrices(base: Model, singular: str | None) -> list[str]:
   except re.error as error:
     raise ValueError(f"singular: {singular!r} is no regular expression ({error}).") from error
   if not names:
-    raise ValueError(f"singular: {singular!r} is in no name of a matrix of {base.folder}.")
+    raise ValueError(f"singular: {singular!r} matches no matrix of {base.folder}.")
   return names
 
 
 def check(base: Model, models: Sequence[Model]) -> None:
-  """Raises Problems that name the tensors in which models and base do not fit."""
+  """Raises Problems with the tensors that differ between models and base in name, shape or kind."""
   lines = []
   for model in models:
     for name in sorted(base.tensors.keys() | model.tensors.keys()):
@@ -200,7 +200,7 @@ def _bytes(tensors: Sequence[Tensor]) -> int:
 
 
 def _group(sums: Mapping[str, Sums], group: Callable[[str], str], names: list[str]) -> Record:
-  """Adds up over the tensors of each group; layers are in order, what is outside comes last."""
+  """Sums over the tensors of each group; layers are in order, tensors outside come last."""
   totals: dict[str, Sums] = {}
   for name, each in sums.items():
     key = group(name)

@@ -1,7 +1,7 @@
-"""Extracts an adapter of PEFT from a tuned model and its base: one matrix in memory at a time.
+"""Extracts a PEFT adapter from a tuned model and its base, with one matrix in memory at a time.
 
-Matrices become LoRA factors; what is no matrix, and embeddings and heads unless asked otherwise, is
-saved whole (modules_to_save). Free of jax.
+Matrices become LoRA factors. All other modules, and by default embeddings and heads, are saved
+whole (modules_to_save). Free of jax.
 """
 
 from __future__ import annotations
@@ -53,37 +53,37 @@ def extract_adapter(
   download: bool = False,
   progress: Callable[[str, int], Callable[[int], None]] | None = None,
 ) -> Record:
-  """Writes what a model adds to its base as an adapter that PEFT loads.
+  """Writes the difference of a model from its base as an adapter that PEFT loads.
 
   Args:
-    base: the base: a folder, or whatever `merge_files` takes for one.
+    base: the base: a folder, or any other model reference that `merge_files` takes.
     model: the tuned model, likewise.
     out: folder of the adapter.
-    rank: of the factors, or less where a matrix has a lower one; 128 if neither this nor `energy`
+    rank: rank of the factors, or less for a matrix of lower rank; 128 if neither this nor `energy`
       is set. With `energy`, the largest rank.
-    energy: share of the squared singular values of each matrix that its factors keep at least.
-    embeddings: what becomes of embeddings and output heads that changed: "save", whole; "lora";
-      "skip", left out.
-    rest: what becomes of norms and all else that is no matrix and changed: "save" or "skip".
-    biases: what becomes of biases of matrices that changed: PEFT adds them where all matrices have
-      one; else "save", the module is saved whole, or "skip", the bias is left out.
-    include: regular expressions: only modules in whose name one of them matches; all by default.
+    energy: fraction of each matrix's squared singular values that its factors retain at least.
+    embeddings: treatment of changed embeddings and output heads: "save", whole; "lora", as
+      factors; "skip", left out.
+    rest: treatment of changed norms and other tensors that are not matrices: "save" or "skip".
+    biases: treatment of changed biases. If all matrices have one, PEFT adds them; otherwise "save"
+      saves the module whole, and "skip" leaves the bias out.
+    include: regular expressions: only modules whose name matches one of them; all by default.
     exclude: regular expressions of modules that are left out.
     save: modules that are saved whole, by their names or the last parts of these.
-    dtype: in which factors and modules are stored.
-    replace: whether a folder that is there is replaced.
-    download: whether models that the hub's cache lacks are fetched.
-    progress: (name, bytes in all) -> what is then called with numbers of bytes that were read.
+    dtype: dtype of the stored factors and modules.
+    replace: whether an existing folder is replaced.
+    download: whether models that are not in the hub's cache are downloaded.
+    progress: (name, total bytes) -> function that is called with the bytes read.
 
   Returns:
-    A record, which is also in `jaxmerge_extract.json`: `matrices`, by name their `rank`, `norm` of
+    A record, which is also in `jaxmerge_extract.json`: `matrices`, by name with `rank`, `norm` of
     the change, and `error`, relative to it; `saved`, `unchanged` and `skipped`, names of modules,
-    with a reason each where they are skipped; `error` of the matrices together, and `total_error`,
-    of all that changed; `parameters` and `bytes` of the adapter.
+    with a reason for each skipped one; `error` of all matrices, and `total_error` of all changes;
+    `parameters` and `bytes` of the adapter.
 
   Raises:
     ValueError: naming the option, the file or the tensor that is wrong.
-    FileExistsError: if there is something at `out` and `replace` is not set.
+    FileExistsError: if `out` exists and `replace` is not set.
   """
   rule, stored = _rule(rank, energy), _dtype(dtype)
   choice = extract_plan.choice(embeddings, rest, biases, include, exclude, save)
@@ -136,7 +136,7 @@ class _Spilled(NamedTuple):
 
 
 class _Work:
-  """The factors so far, on the disk, and what is known of them; a class because it holds a file."""
+  """The factors so far, in a temporary file, and the record of each module."""
 
   def __init__(self, directory: pathlib.Path, rule: low_rank.Rank, dtype: np.dtype):
     self.directory, self.rule, self.dtype = directory, rule, dtype
@@ -147,10 +147,10 @@ class _Work:
     self.unchanged: list[str] = []
     self.skipped: dict[str, str] = {}
     self.biased: set[str] = set()
-    self._squares = [0.0, 0.0, 0.0]  # Of matrices, of what they miss, of what is left out.
+    self._squares = [0.0, 0.0, 0.0]  # Of matrices, their residuals, and changes left out.
 
   def add(self, module: Module) -> None:
-    """Reads a module, and decides what of it the adapter has."""
+    """Reads a module, and adds it to the adapter as planned."""
     changes = {n: _squares(*pair) for n, pair in module.pairs.items()}
     added = {n for n, (base, _) in module.pairs.items() if base is None}
     if module.pairs and not any(changes.values()) and not added:
@@ -173,7 +173,7 @@ class _Work:
     self._squares[0] += squares
     self._squares[1] += missed
     parts = {"A": factors.a, "B": factors.b}
-    # As PEFT calls them: those of an embedding are parameters, without `.weight`.
+    # PEFT's names: factors of an embedding are parameters, without `.weight`.
     kind, end = ("lora_embedding", "") if module.is_embedding else ("lora", ".weight")
     for part, x in parts.items():
       self._spill(f"{_PREFIX}{module.name}.{kind}_{part}{end}", x)
@@ -201,8 +201,8 @@ class _Work:
   def write(self, model: Model, modules: Sequence[Module], names: Mapping[str, str]) -> Record:
     """Writes the adapter's files, and returns its record."""
     if not self.matrices and not self.saved:
-      raise ValueError(f"{names['model']}: nothing of it differs from {names['base']}.")
-    if not self.biased:  # Then the adapter has none, and PEFT is not told of any.
+      raise ValueError(f"{names['model']}: has no differences from {names['base']}.")
+    if not self.biased:  # No bias has changed: leaves them out.
       self.spilled = {n: s for n, s in self.spilled.items() if not n.endswith(".lora_B.bias")}
     kinds = {n: (s.dtype, s.shape) for n, s in self.spilled.items()}
     kinds |= {n: (self.dtype, t.shape) for n, t in self.whole.items()}
@@ -231,10 +231,10 @@ class _Work:
       yield name, safetensors.narrow(pieces.load(tensor), self.dtype, tensor.where)
 
   def _config(self, base: str, config: Mapping[str, Any], transposed: bool) -> Record:
-    """Returns adapter_config.json; names are whole, so that no other module is meant."""
+    """Returns adapter_config.json, with full names, which match no other module."""
     ranks = {name: matrix["rank"] for name, matrix in self.matrices.items()}
     most = max(ranks.values(), default=1)
-    # PEFT takes a pattern for the end of a name as well, and a dot for any character.
+    # PEFT also matches a pattern with the end of a name, and a dot with any character.
     other = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != most}
     return {
       "peft_type": "LORA",
@@ -275,7 +275,7 @@ class _Work:
 
 
 def _delta(base: Tensor | None, model: Tensor) -> np.ndarray:
-  """Reads what a model adds to a tensor of its base, in float32 or wider."""
+  """Reads the difference of a model's tensor from the base's, in float32 or wider."""
   if base is None:
     return pieces.load(model, compute_dtype(model))
   dtype = compute_dtype(base, model)
@@ -292,7 +292,7 @@ def _delta(base: Tensor | None, model: Tensor) -> np.ndarray:
 
 
 def _squares(base: Tensor | None, model: Tensor) -> float:
-  """Returns the sum of squares of what a model adds to a tensor, a block at a time."""
+  """Returns the sum of squares of a model's difference from a tensor, block by block."""
   if base is None or base.shape != model.shape:
     return math.inf
   total, size = 0.0, math.prod(model.shape)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple  # Any: what a config.json holds.
+from typing import Any, NamedTuple  # Any: values of a config.json.
 
 from jaxmerge.analysis import diff
 from jaxmerge.errors import Problems
@@ -14,7 +14,7 @@ from jaxmerge.files.plan import Model
 from jaxmerge.io.tensors import safetensors
 from jaxmerge.io.tensors.tensor import Tensor
 
-# Layers that store [in, out], and the types of models that have them.
+# Layers stored as [in, out], and the model types that have them.
 _SWAPPED_TYPES = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 _SWAPPED = re.compile(r"(?:^|\.)(?:c_attn|q_attn|c_proj|c_fc)$")
 _TASKS = {
@@ -29,7 +29,7 @@ _TABLES = ("embedding", "head")
 
 
 class Choice(NamedTuple):
-  """The options of an extraction, see `extract.extract_adapter`."""
+  """The options of an extraction; see `extract.extract_adapter`."""
 
   embeddings: str
   rest: str
@@ -43,13 +43,13 @@ class Module(NamedTuple):
   """A module of the models.
 
   Attributes:
-    name: of it, without `.weight`.
-    pairs: its tensors by name: the base's, None where it has none, and the model's.
+    name: its name, without `.weight`.
+    pairs: by tensor name, the tensor of the base, None if it has none, and that of the model.
     act: "lora", "save" or "skip".
     reason: why it is skipped.
-    transposed: whether its matrix is [in, out], or that of an embedding, whose factors are so.
-    is_embedding: whether its factors are called as those of an embedding.
-    biases: what becomes of a bias beside factors: "lora", added; "save", the module whole; "skip".
+    transposed: whether its factors are those of the transposed matrix, as for an embedding.
+    is_embedding: whether its factors have PEFT's names for an embedding.
+    biases: treatment of a bias: "lora", added; "save", saves the module whole; "skip".
   """
 
   name: str
@@ -62,7 +62,7 @@ class Module(NamedTuple):
 
   @property
   def size(self) -> int:
-    """Bytes of its tensors in both models."""
+    """Returns the bytes of its tensors in both models."""
     tensors = [t for pair in self.pairs.values() for t in pair if t is not None]
     return sum(math.prod(t.shape) * t.dtype.itemsize for t in tensors)
 
@@ -78,7 +78,7 @@ def choice(
   """Checks the options of an extraction.
 
   Raises:
-    ValueError: naming the option, with what it may be.
+    ValueError: naming the option and its allowed values.
   """
   for name, value, known in (
     ("embeddings", embeddings, ("save", "lora", "skip")),
@@ -102,12 +102,12 @@ def plan(base: Model, model: Model, choice: Choice) -> list[Module]:
   """Plans an extraction from the headers of a base and a model.
 
   Raises:
-    Problems: naming the tensors that an adapter cannot bring, and what to do.
+    Problems: naming the tensors that an adapter cannot change, and what to do.
   """
   base, model = name_variants.align([base, model])
   absent = sorted(base.tensors.keys() - model.tensors.keys() - model.tied.keys())
   problems = [
-    f"tensor {name!r} is in the base but not in the model: it is no model of this base."
+    f"tensor {name!r} is in the base but not in the model: use the base it was tuned from."
     for name in absent
     if diff.kind(name) != "head"
   ]
@@ -127,13 +127,13 @@ def plan(base: Model, model: Model, choice: Choice) -> list[Module]:
   if problems:
     raise Problems(problems)
   factors = [m for m in modules if m.act == "lora"]
-  # PEFT has biases beside all factors or none: it cannot merge one where the base has none.
+  # PEFT has biases for all factors or for none, and cannot merge one if the base has none.
   every = all(f"{m.name}.bias" in m.pairs and not m.is_embedding for m in factors)
   return [m._replace(biases="lora" if every else choice.biases) for m in modules]
 
 
 def _modules(model: Model) -> dict[str, dict[str, Tensor]]:
-  """Returns the floating tensors of a model by module; heads that are the embedding among them."""
+  """Returns the floating-point tensors of a model by module, including tied heads."""
   modules: dict[str, dict[str, Tensor]] = {}
   tied = {name: model.tied[name] for name in adapter_inputs.heads(model)}
   for name, tensor in {**model.tensors, **tied}.items():
@@ -176,13 +176,13 @@ def _left_out(name: str, choice: Choice) -> str:
 
 
 def _misfits(module: Module, choice: Choice) -> list[str]:
-  """Returns lines on tensors of a module that an adapter cannot save."""
+  """Returns error lines for tensors of a module that an adapter cannot save."""
   if module.act != "save":
     return []
   odd = [n for n in module.pairs if not n.endswith((".weight", ".bias"))]
   return [
-    f"tensor {name!r} is no weight of a module, which is all that an adapter saves whole; exclude "
-    f"it (--exclude={re.escape(module.name)!r}), or leave out all that is no matrix (--rest=skip)."
+    f"tensor {name!r} is no weight or bias, and an adapter saves only these; exclude it "
+    f"(--exclude={re.escape(module.name)!r}), or leave out all tensors but matrices (--rest=skip)."
     for name in odd
   ]
 
@@ -192,7 +192,7 @@ def _is_named(name: str, names: Sequence[str]) -> bool:
 
 
 def task_type(config: Mapping[str, Any]) -> str | None:
-  """Returns PEFT's name of what a model does, by its class.
+  """Returns PEFT's task type of a model, from its class.
 
   >>> task_type({"architectures": ["LlamaForCausalLM"]}), task_type({})
   ('CAUSAL_LM', None)

@@ -274,7 +274,7 @@ def test_infinity_in_the_base_is_named(compared):
 
 @pytest.mark.parametrize(
   ("singular", "message"),
-  [("(", r"'\(' is no regular expression"), ("norm", "'norm' is in no name of a matrix of")],
+  [("(", r"'\(' is no regular expression"), ("norm", "'norm' matches no matrix of")],
 )
 def test_a_wrong_choice_of_matrices(compared, singular, message):
   with pytest.raises(ValueError, match=message):
@@ -437,7 +437,7 @@ def test_plots_without_matplotlib_are_an_error_before_work_is_done(capsys, monke
   ("arguments", "part"),
   [
     (["--top", "0"], "--top must be 1 or more, got 0"),
-    (["--singular", "xyz"], "'xyz' is in no name of a matrix"),
+    (["--singular", "xyz"], "'xyz' matches no matrix"),
   ],
 )
 def test_wrong_usage_is_one_message(capsys, paths, arguments, part):

@@ -203,7 +203,7 @@ def test_wrong_options_are_named(models, tmp_path, options, words):
 
 def test_models_that_do_not_fit_are_named(models, tmp_path):
   _, model = models
-  with pytest.raises(ValueError, match="base: nothing of it differs from base"):
+  with pytest.raises(ValueError, match="base: has no differences from base"):
     extract.extract_adapter("base", "base", "out")
   folders.write(tmp_path / "less", {n: x for n, x in model.items() if n != f"{UP}.weight"})
   with pytest.raises(errors.Problems, match=f"'{UP}.weight' is in the base but not in the model"):

@@ -183,7 +183,7 @@ def test_a_store_of_its_own_is_a_workdir_too(tmp_path):
 def test_several_runs_without_the_loop_are_refused(tmp_path):
   run(tmp_path / "checkpoints/experts", 1)
   run(tmp_path / "checkpoints/multitask", 1)
-  with pytest.raises(ValueError, match=r"several runs, experts, multitask: give the folder of one"):
+  with pytest.raises(ValueError, match=r"several runs, experts, multitask: use the folder of one"):
     formats.open_model(tmp_path, Files())
 
 
@@ -198,7 +198,7 @@ def test_a_state_without_a_model_is_refused(tmp_path):
   with stores.Checkpoints(tmp_path) as store:
     store.save(1, {"w": jnp.ones(2), "more": {"b": jnp.ones(2)}}, {})
   with pytest.raises(
-    ValueError, match=r"1: there is no model under 'params' .* has more, w; a mod"
+    ValueError, match=r"1: there is no model under 'params' .* has more, w; save a mod"
   ):
     metadata.tensors(tmp_path / "1")
 

@@ -121,9 +121,9 @@ def test_a_bucket_is_read_by_the_same_route():
   [
     ("manager@2", "no such step; choose one of 1, 20"),
     ("nnx@2", "is one checkpoint and has no steps"),
-    ("manager:nothing", "no model under 'nothing'; the tree has opt_state, params, step: give"),
-    ("several", "give .*several/5:policy or .*several/5:reward"),
-    ("half", r"half/30: the step has no _METADATA: .*; give .*half@20"),
+    ("manager:nothing", "no model under 'nothing'; the tree has opt_state, params, step: write"),
+    ("several", "use .*several/5:policy or .*several/5:reward"),
+    ("half", r"half/30: the step has no _METADATA: .*; use .*half@20"),
   ],
 )
 def test_what_is_not_clear_is_said_with_the_choices(written, path, words):
@@ -181,7 +181,7 @@ def test_the_model_is_found_by_its_name(paths, subtree, names):
 
 
 def test_two_models_in_a_tree_are_a_choice():
-  with pytest.raises(ValueError, match="give run:ema_params or run:params"):
+  with pytest.raises(ValueError, match="use run:ema_params or run:params"):
     trees.model("run", leaves("params/w", "ema_params/w", "step"))
 
 
