@@ -177,7 +177,7 @@ def _to_tree(model: Model, mapping: Map, donor: Model) -> Model:
       f"{model.name}: tensor {unknown[0]!r} has no place in the tree of {donor.name} by the map of "
       f"{mapping.form}; merge models of one form."
     )
-  views, tensors = permuted.Views(), dict[str, Tensor]()
+  views, tensors, notes = permuted.Views(), dict[str, Tensor](), list[str]()
   for tree, names in _inverse(mapping).items():
     parts = {mapping.places[n].at: model.input(n).tensor for n in names}
     present = {index: t for index, t in parts.items() if t is not None}
@@ -186,9 +186,12 @@ def _to_tree(model: Model, mapping: Map, donor: Model) -> Model:
     if len(present) < len(parts):
       lacking = next(n for n in names if model.input(n).tensor is None)
       raise ValueError(f"{model.name}: tensor {lacking!r} is missing, a part of {tree!r}.")
-    place = mapping.places[names[0]]
+    place, rows = mapping.places[names[0]], next(iter(present.values())).shape[0]
+    if place.rule.padded and rows < mapping.shapes[tree][0]:
+      notes.append(f"Of {tree!r} of {model.name}, rows from {rows} are zeros, as padding.")
     tensors[tree] = _stack(model, views, present, place, mapping)
   targets = {n: [p.tree] for n, p in mapping.places.items() if n in model.tensors}
+  model = model._replace(notes=(*model.notes, *notes))
   result = _replace(model, tensors, {}, targets, donor, f"Hugging Face's to {mapping.form}")
   dropped = dict.fromkeys(buffers, Outcome("dropped", reason="a buffer"))
   return result._replace(outcomes={**result.outcomes, **dropped})

@@ -200,6 +200,7 @@ def test_rows_that_pad_an_embedding_are_cut_and_added():
   assert any("rows from 20 are padding and left out" in note for note in result.notes)
   _, result = other_forms.align([other, folder])
   forms.assert_same(result, padded)
+  assert any("rows from 20 are zeros, as padding" in note for note in result.notes)
 
 
 def test_a_tree_of_maxtext_needs_a_config_that_says_whose_it_is():

@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxmerge.io.tensors.tensor import Tensor
 
-BAND = 2**24  # Entries of a band, unless one row has more.
+BAND = 2**22  # Entries of a band, unless one row has more.
 Change = Callable[[np.ndarray], np.ndarray]
 
 
