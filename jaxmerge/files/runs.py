@@ -64,8 +64,9 @@ def open_run(path: str | os.PathLike[str]) -> Run:
   """Lists the checkpoints of a run, by step.
 
   Args:
-    path: the folder with one folder per step, or its parent if it is named `checkpoints`. For Orbax
-      steps that store more than a model, `RUN:SUBTREE`. It may be a URL, `gs://bucket/run`.
+    path: the folder with one folder per step, or the parent of such a folder with the name
+      `checkpoints`. For Orbax steps that store more than a model, `RUN:SUBTREE`. It may be a URL,
+      `gs://bucket/run`.
 
   Raises:
     FileNotFoundError: if the folder does not exist.
