@@ -19,7 +19,7 @@ KINDS = (
   "collective-broadcast",
   "collective-permute",
 )
-# Transfers between slices of TPUs, by the hosts.
+# Transfers between TPU slices, through the hosts.
 _SENDS, _RECEIVES = ("send", "send-start"), ("recv", "recv-start")
 
 
@@ -28,11 +28,11 @@ class Collective(NamedTuple):
 
   Attributes:
     kind: one of `KINDS`.
-    axes: of the mesh, along which devices communicate, in the mesh's order; () for none.
-    bytes: of the whole array that is gathered, reduced or exchanged, on one device.
-    devices: in a group.
+    axes: mesh axes along which devices communicate, in the mesh's order; () for none.
+    bytes: size of the array that is gathered, reduced or exchanged, on one device.
+    devices: number of devices in a group.
     times: how often it runs.
-    outside: whether it runs between slices of TPUs, over the data centre's network.
+    outside: whether it runs between TPU slices, over the data-center network (DCN).
   """
 
   kind: str
@@ -44,7 +44,7 @@ class Collective(NamedTuple):
 
   @property
   def bytes_sent(self) -> float:
-    """Returns the bytes that one device sends in all, by the ring algorithm."""
+    """Returns the total bytes that one device sends, with the ring algorithm."""
     share = (self.devices - 1) / self.devices
     if self.kind in ("collective-permute", "collective-broadcast"):
       share = float(self.devices > 1)
@@ -55,13 +55,13 @@ def collectives(text: str, mesh: Mesh, trips: int = 1) -> list[Collective]:
   """Returns the collectives of a compiled program, in the order of its text.
 
   Args:
-    text: of the program, `compiled.as_text()`.
+    text: the text of the program, `compiled.as_text()`.
     mesh: the mesh that it is compiled for.
-    trips: assumed for a loop whose number of trips the program computes.
+    trips: trip count to assume for loops with a dynamic one.
 
   Raises:
-    ValueError: for a collective that cannot be attributed: replica groups in an unknown syntax, a
-      mode or an operation that is not known, a mesh of another number of devices.
+    ValueError: for a collective that cannot be attributed to mesh axes (unknown replica groups,
+      mode or operation), or a mesh with another number of devices.
 
   Example:
     >>> mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("task",))
@@ -107,10 +107,7 @@ def kind_of(op: hlo_text.Op) -> str | None:
 
 
 def by_axis(items: Iterable[Collective]) -> dict[tuple[str, tuple[str, ...]], tuple[int, float]]:
-  """Adds up runs and sent bytes of the collectives of one kind over the same axes.
-
-  Those along no axis are left out.
-  """
+  """Sums runs and sent bytes of collectives by kind and axes, without those along no axis."""
   out: dict[tuple[str, tuple[str, ...]], tuple[int, float]] = {}
   for item in items:
     if item.axes:
@@ -120,16 +117,17 @@ def by_axis(items: Iterable[Collective]) -> dict[tuple[str, tuple[str, ...]], tu
 
 
 def _chain(op: hlo_text.Op) -> str | None:
-  """Returns what identifies a collective that a TPU runs in parts, beside several fusions."""
+  """Returns the id of a collective that a TPU runs in parts, overlapped with several fusions."""
   chain = re.search(r'chain_id="(\d+)"', op.attributes)
   channel = re.search(r"(?:^|, )channel_id=(\d+)", op.attributes)
   return f"{channel[1]}:{chain[1]}" if chain and channel else None
 
 
 def _continues(step: hlo_text.Step) -> bool:
-  """Returns whether an operation is a later part of a collective; in the text each looks whole.
+  """Returns whether an operation is a later part of a collective.
 
-  The first part feeds a custom call that starts the collective.
+  In the text each part looks like a whole collective; only the first feeds the custom call that
+  starts it.
   """
   if _chain(step.op) is None:
     return False
@@ -146,7 +144,7 @@ def _slices(mesh: Mesh) -> list[list[int]]:
   slice_of = [getattr(d, "slice_index", None) or 0 for d in mesh.devices.flat]
   out = [[i for i, s in enumerate(slice_of) if s == number] for number in sorted(set(slice_of))]
   if sorted(slice_of) != slice_of or len({len(places) for places in out}) != 1:
-    raise ValueError("the mesh must take slices one after the other, and all of each.")
+    raise ValueError("the mesh must list its devices slice by slice, with all devices of each.")
   return out
 
 
@@ -154,7 +152,7 @@ _HOSTS = '_xla_host_transfer_handler_name="xla_megascale_runtime"'
 
 
 def _transfer(step: hlo_text.Step, mesh: Mesh) -> Collective:
-  """Returns a transfer between slices as a collective; its text has ids of devices."""
+  """Returns a transfer between slices as a collective; its text names device ids."""
   op = step.op
   place = {d.id: i for i, d in enumerate(mesh.devices.flat)}
   match = re.search(r"_xla_megascale_target=(\{\{.*?\}\}|\"[^\"]*\")", op.attributes)
@@ -175,7 +173,7 @@ def _transfer(step: hlo_text.Step, mesh: Mesh) -> Collective:
   try:
     ids = [[place[i] for i in group] for group in groups]
   except KeyError as e:
-    raise ValueError(f"{op.kind} {op.name!r} names device {e}, which the mesh has not.") from e
+    raise ValueError(f"{op.kind} {op.name!r} names device {e}, which is not in the mesh.") from e
   size = sum(s.bytes for s in step.within[op.operands[0]].shapes)
   size *= max(map(len, groups)) if kind == "all-gather" else 1
   spans = replica_groups.axes(ids, dict(mesh.shape))
@@ -205,7 +203,7 @@ def _collective(
 
 
 def _check_mode(op: hlo_text.Op, kind: str, devices: int) -> None:
-  """Raises ValueError if the numbers in replica groups are not those of devices."""
+  """Raises ValueError if the numbers in replica groups are not device numbers."""
   by_id = "use_global_device_ids=true" in op.attributes
   # These name partitions as soon as they have a channel.
   by_partition = kind in ("all-to-all", "ragged-all-to-all", "collective-broadcast")

@@ -1,7 +1,6 @@
-"""Counts what a compiled program computes, and the bytes it moves through a device's memory.
+"""Counts the FLOPs of a compiled program, and its traffic to a device's memory.
 
-Every operation of the text counts as often as it runs; the compiler's estimate counts the body of a
-loop once.
+Every operation counts as often as it runs. XLA's cost analysis counts the body of a loop once.
 """
 
 from __future__ import annotations
@@ -19,9 +18,9 @@ class Work(NamedTuple):
   """Floating-point operations and memory traffic of one device.
 
   Attributes:
-    flops: of products of matrices and convolutions, a multiplication and an addition being two.
-    bytes: read from and written to the device's main memory.
-    open_loops: loops whose number of trips the program computes.
+    flops: FLOPs of matrix products and convolutions; a multiply-add counts as two.
+    bytes: bytes read from and written to the device's main memory.
+    open_loops: number of loops with a dynamic trip count.
   """
 
   flops: int
@@ -29,7 +28,7 @@ class Work(NamedTuple):
   open_loops: int
 
 
-# Operations that move no bytes: other names for arrays, or the end of asynchronous ones.
+# Operations that move no bytes: aliases of arrays, and the ends of asynchronous operations.
 _FREE = {
   "parameter",
   "constant",
@@ -55,14 +54,14 @@ _PARTS = ("dynamic-slice", "slice", "gather")  # These read as much as they retu
 
 
 def count(text: str, trips: int = 1) -> Work:
-  """Counts products and bytes of a compiled program, on one device.
+  """Counts FLOPs and bytes of a compiled program, on one device.
 
-  A fusion reads its operands and writes its results once; if it slices an operand, it reads the
-  slices. Products inside custom calls are not counted.
+  A fusion reads its operands and writes its results once; of a sliced operand, it reads the slices.
+  Products inside custom calls are not counted.
 
   Args:
-    text: of the program, `compiled.as_text()`.
-    trips: assumed for a loop whose number of trips the program computes.
+    text: the text of the program, `compiled.as_text()`.
+    trips: trip count to assume for loops with a dynamic one.
 
   Example:
     >>> x = jax.ShapeDtypeStruct((4, 8), jnp.float32)
@@ -82,7 +81,7 @@ def count(text: str, trips: int = 1) -> Work:
 
 
 def products(op: Op, within: dict[str, Op]) -> int:
-  """Returns the floating-point operations of a product of matrices or a convolution; else 0."""
+  """Returns the FLOPs of a matrix product or a convolution; 0 for other operations."""
   if op.kind not in ("dot", "convolution"):
     return 0
   left, right = (within[name].shapes[0] for name in op.operands[:2])
@@ -95,7 +94,7 @@ def products(op: Op, within: dict[str, Op]) -> int:
 
 
 def _multiplications(op: Op, left: Shape, right: Shape, out: Shape) -> int:
-  """Counts the multiplications of a convolution, without those by padding and dilation."""
+  """Counts the multiplications of a convolution, without those by zeros of padding and dilation."""
   names = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", op.attributes)
   if names is None:
     raise ValueError(f"convolution {op.name!r} has no dim_labels: {op.attributes[:200]!r}.")
@@ -186,7 +185,7 @@ def _bytes_read(module: Module, inner: dict[str, Op], position: int) -> int:
       elif user.kind in _PARTS and at == 0:
         total += sum(s.bytes for s in user.shapes)
       elif user.kind == "dynamic-update-slice" and at == 0:
-        continue  # The rest of the array stays where it is.
+        continue  # The rest of the array is updated in place.
       elif user.kind == "fusion":
         total += _bytes_read(module, module.computations[hlo_text.attribute(user, "calls")], at)
       else:
@@ -195,7 +194,7 @@ def _bytes_read(module: Module, inner: dict[str, Op], position: int) -> int:
 
 
 def _bytes_written(inner: dict[str, Op], op: Op) -> int:
-  """Returns the bytes that a fusion writes; only the slice, if it updates one of an operand."""
+  """Returns the bytes that a fusion writes; for an in-place update, only those of the slice."""
   root = next(o for o in inner.values() if o.root)
   parts = [inner[name] for name in root.operands] if root.kind == "tuple" else [root]
   if len(parts) != len(op.shapes):

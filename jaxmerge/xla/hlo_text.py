@@ -1,7 +1,7 @@
-"""Reads the text of a compiled program: computations, operations, loops and how often they run.
+"""Parses the text of a compiled program: computations, operations, and loop trip counts.
 
-The text is that of `jax.stages.Compiled.as_text()`: optimised HLO for one device of many. What is
-not understood is an error: no operation is skipped.
+The text is that of `jax.stages.Compiled.as_text()`: optimised HLO for one device of many. Unknown
+syntax is an error: no operation is skipped.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Module(NamedTuple):
 
 
 class Step(NamedTuple):
-  """An operation that runs: its computation, how often it runs, and whether in a fusion."""
+  """An operation with its computation, how often it runs, and whether it is in a fusion."""
 
   op: Op
   within: dict[str, Op]
@@ -68,10 +68,10 @@ class Step(NamedTuple):
 
 
 def read(text: str) -> Module:
-  """Reads a program.
+  """Parses a program.
 
   Raises:
-    ValueError: for text that is no compiled program, or one with replicas beside partitions.
+    ValueError: if the text is not a compiled program, or has replicas in addition to partitions.
 
   Example:
     >>> module = read('''HloModule small, num_partitions=2
@@ -106,11 +106,11 @@ def read(text: str) -> Module:
 def steps(module: Module, trips: int = 1) -> Iterator[Step]:
   """Yields every operation that runs, and how often.
 
-  Every branch of a conditional counts. Functions of reductions, sorts and the like are left out.
+  All branches of a conditional count. The scalar functions of reductions and sorts do not.
 
   Args:
     module: the program.
-    trips: assumed for a loop whose number of trips the program computes.
+    trips: trip count to assume for loops with a dynamic one.
   """
   yield from _steps_of(module, module.entry, 1, False, trips)
 
@@ -162,7 +162,7 @@ def attribute(op: Op, key: str) -> str:
 
 
 def loop(module: Module, within: dict[str, Op], op: Op) -> int | None:
-  """Returns how often the body of a loop runs; None if the program computes that."""
+  """Returns the trip count of a loop; None if it is dynamic."""
   if known := _search(r'"known_trip_count":\{"n":"(\d+)"\}', op.attributes):
     return int(known)
   body = module.computations[attribute(op, "body")]
@@ -181,7 +181,7 @@ def loop(module: Module, within: dict[str, Op], op: Op) -> int | None:
 
 
 class _Counter(NamedTuple):
-  """A number in a loop's carry: its start, and what a trip adds to it; None: not known."""
+  """An integer in a loop's carry: its start, and its increment per trip; None: unknown."""
 
   start: int | None
   step: int | None
@@ -193,7 +193,10 @@ _WAYS = ("LT", "LE", "GT", "GE", "NE")
 def _test(
   module: Module, condition: dict[str, Op]
 ) -> tuple[tuple[int | str, int | str] | None, str]:
-  """Returns what a loop compares: each side a constant as text, or an index of its carry."""
+  """Returns both sides of a loop's comparison, and its direction.
+
+  A side is a constant as text, or an index of the carry.
+  """
   root = next(op for op in condition.values() if op.root)
   sides = [_origin(condition, name) for name in root.operands]
   if root.kind == "fusion":
@@ -210,7 +213,7 @@ def _test(
 
 
 def _plain(within: dict[str, Op], name: str) -> Op:
-  """Returns the operation behind a name, past copies and bitcasts."""
+  """Returns the operation of a name, looking through copies and bitcasts."""
   op = within[name]
   while op.kind in ("copy", "bitcast") and op.operands[0] in within:
     op = within[op.operands[0]]
@@ -247,7 +250,7 @@ def _counter(
 
 
 def _increment(body: dict[str, Op], after: Op, side: int) -> int | None:
-  """Returns what a trip adds to a number in the loop's carry."""
+  """Returns the increment per trip of an integer in the loop's carry."""
   if _origin(body, after.operands[side]) == side:
     return 0
   op = _plain(body, after.operands[side])
@@ -277,7 +280,7 @@ def _op(name: str, rest: str, root: bool) -> Op:
 
 
 def _end(text: str) -> int:
-  """Returns the end of the bracket that a text begins with, or the end of the text plus one."""
+  """Returns the end of the text's opening bracket, or the length of the text plus one."""
   depth = 0
   for match in re.finditer(r'"(?:[^"\\]|\\.)*"|[()]', text):
     depth += {"(": 1, ")": -1}.get(match[0], 0)

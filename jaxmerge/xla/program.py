@@ -16,10 +16,10 @@ class Program(NamedTuple):
   """A program to compile.
 
   Attributes:
-    name: for reports.
-    lower: traces it.
-    mesh: over which it runs.
-    trips: assumed for loops whose number of trips the program computes: local steps.
+    name: name in reports.
+    lower: traces and lowers it.
+    mesh: the mesh that it runs on.
+    trips: trip count to assume for loops with a dynamic one, such as local steps.
   """
 
   name: str
@@ -33,12 +33,12 @@ def record(program: Program, chip: chips.Chip | None, *, devices: int = 1) -> di
 
   Args:
     program: the program.
-    chip: whose memory and speed count; None: leaves them out.
-    devices: per chip.
+    chip: the chip, for its memory and speed; None: neither is checked.
+    devices: devices per chip.
 
   Returns:
-    {"name", "fits", "reason", "seconds", "mesh", "memory", "work", "collectives", "times"}; for
-    a program that does not fit into memory, only the first five.
+    {"name", "fits", "reason", "seconds", "mesh", "memory", "work", "collectives", "times"}; only
+    the first five if the compiler runs out of memory.
   """
   begun, busy = time.perf_counter(), time.process_time()
   lowered = program.lower()
@@ -79,7 +79,7 @@ def record(program: Program, chip: chips.Chip | None, *, devices: int = 1) -> di
 
 
 def _describe(collectives: list[communication.Collective]) -> list[dict[str, Any]]:
-  """Returns the runs and sent bytes of collectives by kind and axes: those inside slices first."""
+  """Returns runs and sent bytes of collectives by kind and axes; those within slices first."""
   return [
     {"kind": kind, "axes": list(axes), "outside": outside, "times": count, "bytes_sent": sent}
     for outside in (False, True)

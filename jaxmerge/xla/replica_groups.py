@@ -1,4 +1,4 @@
-"""Which devices talk to each other in a collective, and along which axes of the mesh."""
+"""Parses the replica groups of collectives, and attributes them to mesh axes."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def replica_groups(attributes: str, devices: int) -> Groups:
   """Returns the groups of devices of a collective, from the attributes of its line.
 
   Raises:
-    ValueError: for a syntax that is not known, and for groups that do not hold each device once: a
-      collective that cannot be read must not look like no communication.
+    ValueError: for an unknown syntax, or if a device is not in exactly one group. A collective that
+      cannot be parsed must not look like no communication.
 
   Example:
     >>> replica_groups("replica_groups={{0,1},{2,3}}, channel_id=1", 4)
@@ -32,7 +32,7 @@ def replica_groups(attributes: str, devices: int) -> Groups:
     raise ValueError(f"a collective has no replica groups: {attributes[:200]!r}.")
   groups = _explicit_groups(value, devices) or _iota_groups(value) or _mesh_groups(value)
   if groups is None:
-    raise ValueError(f"replica groups in a syntax that is not known: {value[:200]!r}.")
+    raise ValueError(f"replica groups in an unknown syntax: {value[:200]!r}.")
   if sorted(i for group in groups for i in group) != list(range(devices)):
     raise ValueError(f"replica groups {value[:200]!r} do not hold each of {devices} devices once.")
   return groups
@@ -42,7 +42,7 @@ def pairs(attributes: str, devices: int) -> Groups:
   """Returns the pairs (source, target) of a permutation, from the attributes of its line.
 
   Raises:
-    ValueError: for a syntax that is not known, or a device that does not exist.
+    ValueError: for an unknown syntax, or a device that does not exist.
 
   Example:
     >>> pairs("channel_id=2, source_target_pairs={{0,1},{1,0}}", 2)
@@ -94,7 +94,7 @@ _SIZES = r"(\d+(?:,\d+)*)"
 
 
 def _iota_groups(value: str) -> Groups | None:
-  """Reads consecutive numbers, maybe with axes exchanged: [4,2]<=[8], [2,4]<=[4,2]T(1,0)."""
+  """Parses the iota form, optionally transposed: [4,2]<=[8], [2,4]<=[4,2]T(1,0)."""
   match = re.match(rf"\[(\d+),(\d+)\]<=\[{_SIZES}\](?:T\({_SIZES}\))?(?=, |$)", value)
   if match is None:
     return None
@@ -106,9 +106,9 @@ def _iota_groups(value: str) -> Groups | None:
 
 
 def _mesh_groups(value: str) -> Groups | None:
-  """Reads axes of a mesh: mesh['x'=2,'y'=4] {'y'}, maybe with parts of axes and device ids.
+  """Parses mesh axes, optionally with sub-axes and device ids: mesh['x'=2,'y'=4] {'y'}.
 
-  'y':(2)4 is the part of y of size 4 below a part of size 2.
+  'y':(2)4 is the sub-axis of y of size 4 after a sub-axis of size 2.
   """
   axis = r"'[^']+'=\d+"
   part = r"'[^']+'(?::\(\d+\)\d+)?"

@@ -1,8 +1,8 @@
-"""The least time that a compiled program takes, on chips of known peak speed.
+"""A lower bound on the time of a compiled program, on chips of known peak speed.
 
 A roofline (Williams et al. 2009, CACM 52(4)): products at the peak of the matrix units, bytes at
-the peak of the memory, collectives at that of the links; the slowest of the three bounds the time
-from below, as if the others ran beside it. Vector units, latencies and waiting are left out.
+the peak memory bandwidth, collectives at the peak of the links. The slowest of the three is the
+bound, as if they overlapped perfectly. Vector units and latencies are ignored.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ class Times(NamedTuple):
   """Lower bounds in seconds.
 
   Attributes:
-    products: of matrices, at the peak of the matrix units.
-    memory: bytes through the device's memory.
-    links: between chips, one mesh axis after the other.
-    outside: between slices; None if the speed of that network is not published.
+    products: matrix products, at the peak of the matrix units.
+    memory: traffic to the device's memory.
+    links: collectives between chips, one mesh axis after the other.
+    outside: collectives between slices; None if the speed of that network is not published.
   """
 
   products: float
@@ -32,12 +32,12 @@ class Times(NamedTuple):
 
   @property
   def bound(self) -> float:
-    """Returns the longest of them."""
+    """Returns the largest of them."""
     return max(self.products, self.memory, self.links, self.outside or 0.0)
 
   @property
   def by(self) -> str:
-    """Returns the name of the longest."""
+    """Returns the name of the largest."""
     return max(self._fields, key=lambda name: getattr(self, name) or 0.0)
 
 
@@ -49,10 +49,10 @@ def times(
   A collective counts as a ring along one axis of the torus, whatever mesh axes it spans.
 
   Args:
-    work: products and bytes of one device.
-    collectives: of the program.
-    chip: the chips.
-    devices: per chip; they share it evenly.
+    work: FLOPs and bytes of one device.
+    collectives: collectives of the program.
+    chip: the chip.
+    devices: devices per chip, which share its speed evenly.
 
   Example:
     >>> reduce = [Collective("all-reduce", ("task",), 10**9, 2, 3)]

@@ -117,7 +117,7 @@ def test_parts_of_axes():
   ],
 )
 def test_unknown_syntax_is_an_error(value):
-  with pytest.raises(ValueError, match="syntax that is not known"):
+  with pytest.raises(ValueError, match="unknown syntax"):
     replica_groups.replica_groups(f"channel_id=1, replica_groups={value}", 4)
 
 
@@ -294,7 +294,7 @@ def test_what_is_sent_between_slices(target, kind, wanted):
   [
     ('"{1,2}x{0:3}"', "ALL_TO_ALL", "cannot be attributed"),
     ('"everyone"', "ALL_REDUCE", "cannot be attributed"),
-    ("{{100000->300001}}", "ONE_TO_ONE", "names device 300001, which the mesh has not"),
+    ("{{100000->300001}}", "ONE_TO_ONE", "names device 300001, which is not in the mesh"),
   ],
 )
 def test_what_is_sent_elsewhere_is_an_error(target, kind, words):
