@@ -48,7 +48,7 @@ TABLE = (
   *names.dense(f"{_LAYER}/mlp/down", f"{_THEIR_LAYER}.output.dense"),
   *names.norm(f"{_LAYER}/mlp/norm", f"{_THEIR_LAYER}.output.LayerNorm"),
 )
-# What files hold beside the encoder: an old constant buffer, the pooler, heads of other tasks.
+# Tensors of files that the encoder does not use: an old constant buffer, the pooler, task heads.
 REST = r"(bert\.)?(embeddings\.(position|token_type)_ids|pooler\..*)|cls\..*|classifier\..*"
 VIEWS = ((r"/kernel$", "io"), (r"/embedding$", "oi"))
 
@@ -67,9 +67,9 @@ def encode(
   Args:
     config: the sizes.
     params: as `init` and `load` return them; cast to `dtype` where they are used.
-    ids: token ids; what is padded may hold any id of the vocabulary.
+    ids: token ids; padding may be any id of the vocabulary.
     mask: 1 for real tokens, 0 for padding.
-    dtype: of products and of the result; norms and softmax compute in float32 at least.
+    dtype: dtype of products and of the result; norms and softmax are float32 or wider.
   """
   if ids.ndim != 2 or ids.shape != mask.shape:
     raise ValueError(
@@ -85,7 +85,7 @@ def encode(
 def embed(
   config: Config, params: Params, ids: Ids, mask: Mask, dtype: Any = jnp.float32
 ) -> Float[Array, "B D"]:
-  """Returns one vector of length 1 a sentence, the mean over its real tokens: [B, T] -> [B, D]."""
+  """Returns a unit vector per sentence, from the mean of its real tokens: [B, T] -> [B, D]."""
   hidden = encode(config, params, ids, mask, dtype).astype(jnp.float32)
   mean = pool(hidden, mask)
   # The guard is on the input of the root, so that the gradient of a zero vector is finite.
@@ -171,7 +171,7 @@ def save(
   readme: str | None = None,
   replace: bool = False,
 ) -> pathlib.Path:
-  """Writes a Hugging Face folder with these parameters, all else as in the folder `source`."""
+  """Writes a Hugging Face folder with these parameters, and all else from the folder `source`."""
   base, _ = folder_lib.load(source)
   tensors = to_tensors(config, params, base)
   return folder_lib.save(folder, tensors, source=source, readme=readme, replace=replace)
@@ -201,7 +201,7 @@ def minilm(path: str | pathlib.Path | None = None) -> tuple[Config, Params, path
 
 
 def tokenizer(folder: str | pathlib.Path) -> Any:
-  """Returns the `tokenizers.Tokenizer` of a folder, as its tokenizer.json says.
+  """Returns the `tokenizers.Tokenizer` of a folder, from its tokenizer.json.
 
   Raises:
     ModuleNotFoundError: saying what to install.

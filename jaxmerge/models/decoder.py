@@ -19,7 +19,7 @@ from jaxmerge.models.decoder_config import Config
 
 
 def frequencies(config: Config) -> np.ndarray:
-  """Returns by how much one position turns each pair of a head's entries: [head_size / 2].
+  """Returns the rotary frequencies, in radians per position, of a head's pairs: [head_size / 2].
 
   >>> frequencies(Config(8, 8, 1, 1, 1, 4, 8)).tolist()
   [1.0, 0.009999999776482582]
@@ -61,7 +61,7 @@ class Attention(nn.Module):
     turns: tuple[Array, Array],
     mask: Array | None,
   ) -> Float[Array, "B T D"]:
-    """Lets each token look at itself and the tokens before it; softmax is float32."""
+    """Attends from each token to itself and earlier tokens; softmax is float32."""
     c = self.config
 
     def project(name: str, heads: int) -> Array:
@@ -80,7 +80,7 @@ class Attention(nn.Module):
 
 
 def _rotate(x: Array, turns: tuple[Array, Array]) -> Array:
-  """Turns pairs of entries, half a head apart, by the angles of their positions."""
+  """Rotates pairs of entries, half a head apart, by the angles of their positions."""
   cos, sin = turns
   first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
   both = (first * cos - second * sin, second * cos + first * sin)
@@ -95,7 +95,7 @@ class Mlp(nn.Module):
 
   @nn.compact
   def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-    """Transforms each token by itself."""
+    """Applies the MLP to each token."""
     c = self.config
 
     def dense(size: int, name: str) -> nn.Dense:
@@ -128,8 +128,8 @@ class Decoder(nn.Module):
 
   Attributes:
     config: sizes and options.
-    dtype: of products.
-    remat: the backward pass computes each layer again, and keeps what lies between layers alone.
+    dtype: dtype of products.
+    remat: whether the backward pass recomputes each layer from its saved input.
   """
 
   config: Config

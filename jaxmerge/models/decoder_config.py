@@ -9,14 +9,14 @@ from typing import Any, NamedTuple, get_args, get_type_hints  # Settings are wha
 
 
 class Rotary(NamedTuple):
-  """How positions turn queries and keys.
+  """Options of rotary position embeddings, with Llama 3's scaling.
 
   Attributes:
     theta: base of the wavelengths.
-    factor: by how much positions are stretched; 1: not at all.
-    low: wavelengths above original / low are stretched by `factor`,
-    high: those below original / high are not, and between them in part; None: all are stretched.
-    original: number of positions before they were stretched.
+    factor: scaling of positions; 1: none.
+    low: wavelengths above original / low are scaled by `factor`,
+    high: those below original / high are not, and those between in part; None: all are scaled.
+    original: context length before scaling.
   """
 
   theta: float = 10000.0
@@ -33,17 +33,17 @@ class Config(NamedTuple):
     vocab_size: V.
     hidden_size: D.
     num_layers: L.
-    num_heads: heads of queries.
-    num_kv_heads: heads of keys and values; it divides that of queries.
-    head_size: of one head.
-    intermediate_size: F, between the matrices of a layer's MLP.
-    epsilon: of the norms.
-    rotary: of the positions.
-    tied: the head is the embedding.
-    qkv_bias: queries, keys and values have a bias.
-    output_bias: the output of attention has one.
-    mlp_bias: the matrices of the MLP have one.
-    head_norm: queries and keys are normalised, head by head.
+    num_heads: number of query heads.
+    num_kv_heads: number of key and value heads; it divides `num_heads`.
+    head_size: size of a head.
+    intermediate_size: F, hidden size of the MLP.
+    epsilon: epsilon of the norms.
+    rotary: rotary position embeddings.
+    tied: whether the output head is the embedding.
+    qkv_bias: whether queries, keys and values have a bias.
+    output_bias: whether the output projection of attention has a bias.
+    mlp_bias: whether the matrices of the MLP have a bias.
+    head_norm: whether queries and keys are normalised per head.
   """
 
   vocab_size: int

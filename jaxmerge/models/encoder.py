@@ -107,7 +107,7 @@ class Attention(nn.Module):
   def __call__(
     self, x: Float[Array, "B T D"], mask: Integer[Array, "B T"]
   ) -> Float[Array, "B T D"]:
-    """Lets each token look at the real tokens; logits and softmax are float32."""
+    """Attends from each token to the real tokens; logits and softmax are float32."""
     c = self.config
     size = c.hidden_size // c.num_heads
 

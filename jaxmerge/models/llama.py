@@ -52,11 +52,11 @@ TABLE = (
   names.Rule("norm/scale", "model.norm.weight"),
   names.Rule("head/kernel", "lm_head.weight", transposed=True),
 )
-# What files hold besides: constants of the positions, and a head that is the embedding once more.
+# Further tensors of files: rotary constants, and a head that repeats the embedding.
 REST = r"(model\.layers\.\d+\.self_attn|model)\.rotary_emb\.inv_freq|lm_head\.weight"
 VIEWS = ((r"^layers/.*/kernel$", "bio"), (r"/kernel$", "io"), (r"/embedding$", "oi"))
-# Which axis of a leaf the devices of the mesh's axis `model` share: heads and the MLP's width are
-# split, so that a layer's two blocks each need one sum over these devices.
+# Megatron-style sharding over the mesh axis `model`: heads and the MLP's hidden axis are sharded,
+# so that each of a layer's two blocks needs one all-reduce.
 SHARDING: meshes.Rules = (
   (r"^layers/.*/(query|key|value|gate|up)/kernel$", P(None, None, "model")),
   (r"^layers/.*/(query|key|value|gate|up)/bias$", P(None, "model")),
@@ -77,7 +77,7 @@ def apply(config: Config, dtype: Any = jnp.float32, *, remat: bool = False) -> A
 
   Args:
     config: sizes and options.
-    dtype: of products; parameters are cast where they are used.
+    dtype: dtype of products; parameters are cast where they are used.
     remat: compute each layer again in the backward pass, for memory.
   """
   model = decoder.Decoder(config, dtype, remat)
@@ -127,7 +127,7 @@ def load(
   sharding: meshes.Rules = SHARDING,
   dtype: Any = None,
 ) -> tuple[Config, Params]:
-  """Reads a decoder from a Hugging Face folder, each device's shard by itself.
+  """Reads a decoder from a Hugging Face folder, shard by shard for each device.
 
   A stored head that differs from the embedding is not tied, whatever the config says.
 
@@ -172,7 +172,7 @@ def load(
 
 
 def _is_tied(theirs: Mapping[str, tensor.Tensor]) -> bool:
-  """Returns whether no head is stored, or one that is the embedding."""
+  """Returns whether no head is stored, or one that equals the embedding."""
   head, embedding = theirs.get(_HEAD), theirs.get("model.embed_tokens.weight")
   return head is None or (embedding is not None and tied.equal(head, embedding))
 
@@ -186,10 +186,9 @@ def save(
   readme: str | None = None,
   replace: bool = False,
 ) -> pathlib.Path:
-  """Writes a Hugging Face folder with these parameters, all else as in the folder `source`.
+  """Writes a Hugging Face folder with these parameters, and all else from the folder `source`.
 
-  Tensors go to the files, and have the dtypes, that they have in `source`; one of them is in memory
-  at a time.
+  Tensors have the files and dtypes that they have in `source`; one is in memory at a time.
   """
   places = folder_lib.entries(source)
   rules = _rules(config)

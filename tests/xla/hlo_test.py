@@ -196,7 +196,7 @@ def test_kinds_and_bytes(line, wanted):
     ("ROOT %y = f32[8,4] all-reduce(%x), replica_groups={{0}}, to_apply=%add", "names replicas"),
     ("ROOT %y = f32[8,4] all-reduce(%x), channel_id=1, replica_groups={{0}}", "names replicas"),
     ("ROOT %y = (f32[8,4], u32[], token[]) send(%x), channel_id=1", "cannot be attributed"),
-    (f"ROOT %y = f32[8,4] all-reduce(%x), {GROUPS.replace('[2,2]<=', '2x2:')}", "not known"),
+    (f"ROOT %y = f32[8,4] all-reduce(%x), {GROUPS.replace('[2,2]<=', '2x2:')}", "unknown syntax"),
     ("ROOT %y = q3[8,4] negate(%x)\n  %z = f32[] all-to-all(%y), channel_id=1, replica_groups={}",
      "dtype 'q3'"),
   ],
