@@ -107,7 +107,7 @@ def attempt(chance, home):
     told = (home / str(k)).read_text() if (home / str(k)).exists() else ""
     if status == 1:
       refused += 1
-      if "another run is at work" not in told or ("by process" in told) > (
+      if "another run is using this folder" not in told or ("by process" in told) > (
         str(pids[1 - k]) in told
       ):
         wrong.append(f"refused with {told!r}")
