@@ -96,7 +96,7 @@ ANT = small.three()[0]
     ),
     (
       changed(train=ANT.train._replace(inputs=ANT.train.inputs.tolist())),
-      r"inputs\[0\]\[0\] is a float; give arrays",
+      r"inputs\[0\]\[0\] is a float; convert it with np.asarray",
     ),
     (
       [
@@ -133,7 +133,7 @@ def test_parts_that_are_something_else_are_named(parts, words):
 
 @pytest.mark.parametrize(
   ("params", "words"),
-  [({}, "has no parameters"), ([1.0], "leaf '0' of .* is a float; give arrays")],
+  [({}, "has no parameters"), ([1.0], "leaf '0' of .* is a float; convert it with np.asarray")],
 )
 def test_parameters_are_arrays(params, words):
   with pytest.raises(ValueError, match=words):

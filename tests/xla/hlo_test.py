@@ -304,7 +304,7 @@ def test_what_is_sent_elsewhere_is_an_error(target, kind, words):
 
 def test_slices_that_are_mixed_are_an_error():
   mesh = two_slices([0, 4, 1, 5, 2, 6, 3, 7])
-  with pytest.raises(ValueError, match="one after the other"):
+  with pytest.raises(ValueError, match="slice by slice"):
     communication.collectives(sent('"{1,2}x{0:3}"', "ALL_REDUCE"), mesh)
 
 
