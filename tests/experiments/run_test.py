@@ -251,7 +251,7 @@ def test_a_run_that_stops_in_any_phase_ends_with_the_same_record(tmp_path, recor
 
 def test_an_experiment_of_shapes_alone_says_what_to_do_with_it(tmp_path):
   shapes = configs.load(str(ROOT / "configs" / "decoder_1b.py"))
-  words = "'decoder' has shapes only, no weights and no rows: `jaxmerge compile` compiles it"
+  words = "'decoder' has shapes only, no weights and no rows. `jaxmerge compile` compiles it"
   with pytest.raises(ValueError, match=words):
     run.run(shapes, tmp_path / "run")
   assert not list((tmp_path / "run").iterdir())
