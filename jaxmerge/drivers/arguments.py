@@ -158,8 +158,9 @@ def check_stack(models: Any, call: str = "merge(method, {})") -> Tree:
   refuse(models, "the models")
   listed = isinstance(models, list | tuple) and not hasattr(models, "_fields")
   each = list(models) if listed else list(models.values()) if isinstance(models, Mapping) else []
-  trees = [jax.tree.map(lambda x: getattr(x, "shape", None), m) for m in each]
-  inner = all(isinstance(m, Mapping) for m in each)
+  # By name: modules of Flax are equal to themselves alone.
+  trees = [{n: getattr(x, "shape", None) for n, x in tree.named(m).items()} for m in each]
+  inner = all(_has_parts(m) for m in each)
   # A stack often has a single entry, such as params, and several arrays of equal shape.
   several = len(each) > (0 if listed and inner else 1) and (listed or inner)
   if several and all(shapes == trees[0] for shapes in trees[1:]):
@@ -282,6 +283,14 @@ def _several(models: Any, base: Any) -> bool:
   if len(each) == 1 and isinstance(models, Mapping):  # Or one tree nested under an extra key.
     return jax.tree.map(np.shape, tree.named(each[0])) == jax.tree.map(np.shape, tree.named(base))
   return all(_names(one) == _names(base) for one in each)
+
+
+def _has_parts(value: Any) -> bool:
+  """Returns whether a value is a mapping or a module of parts, and no array, even in a box."""
+  if isinstance(value, Mapping | list | tuple):
+    return isinstance(value, Mapping)
+  parts = jax.tree.structure(value).children()
+  return len(parts) > 1 or any(part.num_nodes > 1 for part in parts)
 
 
 def _refuse_others(params: Any, label: str) -> None:

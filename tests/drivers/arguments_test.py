@@ -212,3 +212,16 @@ def test_an_adapter_of_one_task_or_of_several_by_name():
     found = deltas.merge(stage.chain(MEAN), BASE, given)
     np.testing.assert_array_equal(found["dense"]["kernel"], np.ones((4, 3)))
     np.testing.assert_array_equal(combine.average(given)["dense"].delta(), np.ones((3, 4)))
+
+
+def test_modules_without_a_base_are_stacked_first():
+  one, two = (nnx.Linear(4, 4, rngs=nnx.Rngs(k)) for k in (0, 1))
+  for models in ([one, two], {"one": one, "two": two}, [nnx.split(one), nnx.split(two)]):
+    with pytest.raises(ValueError, match=r"stack them: merge\(method, jaxmerge.stack\("):
+      jaxmerge.merge(MEAN, models)
+  merged = jaxmerge.merge(MEAN, jaxmerge.stack([one, two]))
+  np.testing.assert_allclose(merged.kernel, (one.kernel + two.kernel) / 2, rtol=1e-6)
+  # The parts of one stack may be alike: arrays, and the boxes that Flax puts them in.
+  boxes = nnx.State({n: nnx.Param(np.float32([[1, 2], [3, 4]])) for n in "ab"})
+  merged = jaxmerge.merge(MEAN, boxes)
+  assert merged["b"][...].tolist() == [2, 3]
