@@ -262,7 +262,35 @@ def tasks(apply: Any, value: Any, settings: Any) -> list[Any]:
     raise ValueError(f"settings must be jaxmerge.Settings(...), got {_kind(settings)}.")
   if dataclasses.is_dataclass(value):
     raise ValueError("tasks must be a list of tasks, got one: give [task].")
-  return list(value.values()) if isinstance(value, Mapping) else list(value)
+  if not isinstance(value, Mapping):
+    return list(value)
+  for name, task in value.items():
+    if name != (called := getattr(task, "name", name)):
+      raise ValueError(
+        f"tasks: the task under {name!r} has the name {called!r}: give both one name, or a list."
+      )
+  return list(value.values())
+
+
+def in_order_of_tasks(experts: Tree, names: Sequence[str] | None, tasks: Sequence[str]) -> Tree:
+  """Returns a stack of experts in the order of their tasks; without names it is in that order.
+
+  Example:
+    >>> in_order_of_tasks({"w": np.arange(2)}, ["b", "a"], ["a", "b"])["w"].tolist()
+    [1, 0]
+  """
+  if names is None:
+    return experts
+  if set(names) != set(tasks):
+    strange = [n for n in names if n not in tasks]
+    without = [n for n in tasks if n not in names]
+    wrong = f"{strange[0]!r} is no task" if strange else f"task {without[0]!r} has none"
+    raise ValueError(
+      f"experts by name must be those of the tasks, {', '.join(tasks)}: {wrong}; give a dict by "
+      "the names of the tasks, or a list in their order."
+    )
+  order = np.asarray([list(names).index(n) for n in tasks])
+  return jax.tree.map(lambda x: x[order], experts)
 
 
 def refuse(params: Tree, label: str) -> None:
@@ -289,7 +317,8 @@ def _has_parts(value: Any) -> bool:
   """Returns whether a value is a mapping or a module of parts, and no array, even in a box."""
   if isinstance(value, Mapping | list | tuple):
     return isinstance(value, Mapping)
-  parts = jax.tree.structure(value).children()
+  structure: Any = jax.tree.structure(value)  # Any: its type has no children for mypy.
+  parts = structure.children()
   return len(parts) > 1 or any(part.num_nodes > 1 for part in parts)
 
 

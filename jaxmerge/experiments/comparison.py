@@ -58,13 +58,14 @@ def compare(
   Args:
     apply: the model, as for `jaxmerge.tune_and_merge`.
     base: the weights that the experts were tuned from.
-    experts: one a task, in their order: a list of trees, or a stack [T, *s].
+    experts: one a task: a list of trees or a stack [T, *s] in their order, or a dict by task name.
     tasks: the tasks, whose validation rows choose.
     methods: names, of which usual ranges are searched; or, by name, settings of which a list or
       tuple holds values to try, as in a config of `jaxmerge bench`, or a method itself.
     trials: settings that are tried of each method that is only named, at most.
     split: of the scores that are reported, "validation" or "test"; None: test if all tasks have it.
-    models: more models to score, by name: trees, or results of `jaxmerge.tune_and_merge`.
+    models: more models to score, by names that are new: trees, or results of
+      `jaxmerge.tune_and_merge`.
     metric: (outputs, labels) -> [B]; of a function more is better.
     layout: matrix views, as for `jaxmerge.merge`.
     mesh: devices; by default all, along the task axis.
@@ -80,8 +81,10 @@ def compare(
   tasks = arguments.tasks(apply, tasks, settings.Settings())
   metric = metrics.metric_of(metric)
   listed = _listed(methods, trials)
+  _refuse_taken(listed, models or {}, len(tasks))
   split = _split(split, tasks)
-  stack, _ = arguments.stack_models(base, experts, call="compare(apply, base, experts, tasks)")
+  stack, of = arguments.stack_models(base, experts, call="compare(apply, base, experts, tasks)")
+  stack = arguments.in_order_of_tasks(stack, of, [t.name for t in tasks])
   base, stack = (jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), t) for t in (base, stack))
   height = jax.tree.leaves(stack)[0].shape[0]
   if height != len(tasks):
@@ -131,6 +134,21 @@ def _listed(methods: Methods | Any, trials: int) -> dict[str, Any]:
         if key != "name":
           lookup.check(factory, {key: value})
   return listed
+
+
+def _refuse_taken(methods: Iterable[str], models: Iterable[str], num_tasks: int) -> None:
+  """Raises ValueError for a name that stands for two rows, as a report shows names."""
+  rows = {labels.label(n).lower(): "the reference" for n in ("base", "experts")}
+  rows |= {labels.label(f"expert_{k}").lower(): "an expert" for k in range(num_tasks)}
+  for part, names in (("methods", methods), ("models", models)):
+    for name in names:
+      shown = labels.label(str(name)).lower()
+      if shown in rows:
+        raise ValueError(
+          f"{part}: the name {name!r} is taken by {rows[shown]} of that name: give another, such "
+          f"as {f'my_{name}'!r}."
+        )
+      rows[shown] = "one of the methods" if part == "methods" else "another model"
 
 
 def _split(split: str | None, tasks: Sequence[Task]) -> str:

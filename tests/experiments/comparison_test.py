@@ -136,6 +136,11 @@ def test_a_method_that_fails_says_why(result):
     ({"methods": ("slerp",)}, "slerp does not merge the task vectors of any number"),
     ({"methods": {"ties": {"density": (2.0,)}}}, r"ties: density must be in \(0, 1\], got 2.0"),
     ({"trials": 0}, "trials must be a whole number, 1 or more, got 0"),
+    ({"models": {"Ties": 0}}, "models: the name 'Ties' is taken by one of the methods of that"),
+    ({"models": {"base": 0}}, "models: the name 'base' is taken by the reference of that name"),
+    ({"models": {"a_b": 0, "a b": 0}}, "models: the name 'a b' is taken by another model"),
+    ({"models": {"expert_1": 0}}, "models: the name 'expert_1' is taken by an expert"),
+    ({"methods": {"experts": {"name": "ties"}}}, "methods: the name 'experts' is taken"),
     ({"split": "train"}, "split must be 'validation' or 'test', got 'train'"),
   ],
 )
@@ -143,6 +148,23 @@ def test_what_cannot_be_compared_is_refused(changes, message):
   experts = jaxmerge.stack([small.weights(s) for s in range(3)])
   with pytest.raises(ValueError, match=message):
     jaxmerge.compare(small.network, small.weights(), experts, small.three(), **changes)
+
+
+def test_experts_by_name_are_those_of_the_tasks():
+  tasks = small.three()
+  experts = {t.name: small.weights(k) for k, t in enumerate(tasks)}
+  changes = {"methods": ("average",), "trials": 1}
+  listed, named = (
+    jaxmerge.compare(small.network, small.weights(), some, tasks, **changes)
+    for some in ([*experts.values()], dict(reversed(experts.items())))
+  )
+  assert named["transfer"] == listed["transfer"]
+  assert len({str(row) for row in named["transfer"].values()}) > 1
+  experts["zebra"] = experts.pop(tasks[0].name)
+  with pytest.raises(ValueError, match="'zebra' is no task; give a dict by the names of the tasks"):
+    jaxmerge.compare(small.network, small.weights(), experts, tasks)
+  with pytest.raises(ValueError, match="the task under 'zebra' has the name 'ant'"):
+    jaxmerge.tune_and_merge(small.network, small.weights(), {"zebra": tasks[0]})
 
 
 def test_experts_are_one_a_task():
