@@ -115,6 +115,7 @@ def check(layout: Any) -> Layout:
     if not (isinstance(pair, list | tuple) and len(pair) == 2 and isinstance(pair[0], str)):
       raise ValueError(f"layout must be a list of pairs, such as [('kernel$', 'io')]: {pair!r}.")
     pattern, view = pair
+    view = None if view == "none" else view  # As recipes write it.
     if view is not None and (not isinstance(view, str) or not re.fullmatch("[boi]+", view)):
       raise ValueError(
         f"view {view!r} of {pattern!r} must consist of the letters b, o and i, or be None."

@@ -12,6 +12,8 @@ from jaxmerge.core import running_statistics
 from jaxmerge.files import plan as plans
 from jaxmerge.files.outcomes import ASIDE, LACKED
 from jaxmerge.files.plan import Job, Outcome
+from jaxmerge.io.checkpoints import like
+from jaxmerge.io.checkpoints.other_programs import Checkpoint
 from jaxmerge.io.tensors import quantized, safetensors
 
 _UNUSED = ("dropped", "tied")
@@ -75,8 +77,17 @@ def make_plan(
     facts,
     texts=models[0].texts,
     notes=_notes(requests, models),
-    orbax=models[0].orbax,
+    orbax=_layout(requests, models),
   )
+
+
+def _layout(
+  requests: Sequence[plans.TensorRequest], models: Sequence[plans.Model]
+) -> Checkpoint | None:
+  """Returns the checkpoint whose layout a result can have: the base's, or the newest of a run."""
+  if any(request.base is not None for request in requests):
+    return models[0].orbax
+  return like.newest_of_run([m.orbax for m in models])
 
 
 def _notes(

@@ -29,6 +29,7 @@ def prepare(plan: Plan, out_format: str) -> Plan:
       f"out_format cannot be {out_format!r}: the base, or the first model, {plan.donor}, is no "
       "Orbax checkpoint of another program; write 'orbax' or 'safetensors'."
     )
+  plan = plan._replace(orbax=like.with_step(plan.orbax))
   misfit = like.misfit(plan.orbax, {o.name: o.shape for o in plan.outputs})
   if misfit is not None:
     raise ValueError(f"out_format cannot be {out_format!r}: {misfit}; write 'orbax'.")

@@ -320,3 +320,7 @@ def test_the_advice_works():
   with pytest.raises(ValueError, match=r"\(r'\^w\$', 'io' \| 'oi' \| None\)"):
     jaxmerge.merge(methods.iso_c(), models, base)
   jaxmerge.merge(methods.iso_c(), models, base, layout=[(r"^w$", "io")])
+
+
+def test_none_is_written_in_a_layout_as_in_recipes():
+  assert layouts.check([("a", "none"), ("b", "io")]) == (("a", None), ("b", "io"))

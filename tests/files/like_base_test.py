@@ -123,6 +123,55 @@ def test_a_composite_keeps_its_other_items(tmp_path):
   np.testing.assert_array_equal(restored.optimizer_state["mu"], np.zeros(3, np.int32))
 
 
+@pytest.mark.parametrize("prefix", [None, "step"])
+@pytest.mark.parametrize("base", ["run@2", "run/{}"])
+def test_a_step_is_written_as_that_step_however_its_path_is_written(
+  tmp_path, monkeypatch, base, prefix
+):
+  monkeypatch.chdir(tmp_path)
+  options = ocp.CheckpointManagerOptions(step_prefix=prefix)
+  with ocp.CheckpointManager(tmp_path / "run", options=options) as manager:
+    for step in (1, 2):
+      manager.save(step, args=ocp.args.StandardSave({"params": pure(step)}))
+  folder = "2" if prefix is None else "step_2"
+  path = base.format(folder)
+  jaxmerge.merge_files(
+    methods.task_arithmetic(), ["run@1"], "out", base=path, out_format="like:base"
+  )
+  with ocp.CheckpointManager(tmp_path / "out", options=options) as manager:
+    assert manager.latest_step() == 2
+  assert (tmp_path / "out" / folder / "default").is_dir()
+
+
+def test_a_checkpoint_by_itself_is_no_step_even_if_its_name_ends_in_a_number(tmp_path):
+  with ocp.StandardCheckpointer() as writer:
+    for seed in range(2):
+      writer.save(tmp_path / f"net_{seed}", pure(seed))
+  paths = [tmp_path / f"net_{seed}" for seed in range(2)]
+  out = jaxmerge.merge_files(methods.average(), paths, tmp_path / "out", out_format="like:base")
+  assert (out / "_METADATA").is_file()
+
+
+def test_an_average_of_a_run_continues_from_its_newest_step(tmp_path, monkeypatch, capsys):
+  monkeypatch.chdir(tmp_path)
+  with ocp.CheckpointManager(tmp_path / "run") as manager:
+    for step in (1, 2, 3):
+      saved = {"params": pure(step), "opt_state": {"mu": jnp.full(2, step)}}
+      manager.save(step, args=ocp.args.StandardSave(saved))
+  recipe = "merge_method: checkpoint_average\nmodels: [{run: run, steps: last 2}]\n"
+  pathlib.Path("recipe.yml").write_text(recipe + "parameters: {kind: sma}\n")
+  assert main.main(["merge", "recipe.yml", "out", "--out-format=like:base"]) == 0
+  assert "written in the layout of run@3:default/params" in capsys.readouterr().out
+  with ocp.CheckpointManager(tmp_path / "out") as manager:
+    assert manager.latest_step() == 3
+    restored = manager.restore(3, args=ocp.args.StandardRestore(saved))
+  np.testing.assert_array_equal(restored["opt_state"]["mu"], [3, 3])
+  expected = jaxmerge.merge(methods.average(), jaxmerge.stack([pure(2), pure(3)]))
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), restored["params"], expected
+  )
+
+
 def test_another_base_has_no_layout_to_write(tmp_path):
   jaxmerge_out = tmp_path / "out"
   with ocp.StandardCheckpointer() as writer:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import pathlib
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any  # Any: specs of TensorStore.
 
 from jaxmerge.io.checkpoints import arrays, other_programs
@@ -19,6 +19,40 @@ from jaxmerge.io.tensors.tensor import Tensor
 
 _DATABASE = ("d", "manifest.ocdbt")  # Files of an item's database, beside those of each process.
 _OURS = ("README.md", "jaxmerge_")  # Prefixes of files that a merge adds to a result.
+
+
+def with_step(checkpoint: Checkpoint) -> Checkpoint:
+  """Returns a checkpoint with its step, where the path led to a step's folder in a run."""
+  name = checkpoint.root.name
+  number = other_programs.step_number(name)
+  head, slash, _ = checkpoint.root.text.rpartition("/")
+  parent = Place(head or slash or ".")
+  if checkpoint.step is not None or number is None or not _is_run(parent, checkpoint):
+    return checkpoint
+  inner = f"{name}/{checkpoint.inner}" if checkpoint.inner else name
+  return checkpoint._replace(root=parent, inner=inner, step=number)
+
+
+def _is_run(parent: Place, checkpoint: Checkpoint) -> bool:
+  """Returns whether the folder around a checkpoint is one of a `CheckpointManager`."""
+  name = checkpoint.root.name
+  if name.isdecimal():
+    return True
+  if not checkpoint.inner or parent.is_remote:
+    return False  # A checkpoint by itself whose name ends in a number.
+  prefix = name.rstrip("0123456789")
+  folders = [n for n in parent.names() if (parent.path / n).is_dir()]
+  return all(n.rstrip("0123456789") == prefix for n in folders)
+
+
+def newest_of_run(checkpoints: Sequence[Checkpoint | None]) -> Checkpoint | None:
+  """Returns the newest of checkpoints that are steps of one run; otherwise the first."""
+  known = [with_step(c) for c in checkpoints if c is not None]
+  if len(known) < len(checkpoints) or any(c.step is None for c in known):
+    return checkpoints[0]
+  if len({(c.root.path.resolve(), c.model.subtree) for c in known}) > 1:
+    return checkpoints[0]
+  return max(known, key=lambda c: c.step or 0)
 
 
 def misfit(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
