@@ -29,8 +29,9 @@ def prepare(plan: Plan, out_format: str) -> Plan:
       f"out_format cannot be {out_format!r}: the base, or the first model, {plan.donor}, is no "
       "Orbax checkpoint of another program; write 'orbax' or 'safetensors'."
     )
-  plan = plan._replace(orbax=like.with_step(plan.orbax))
-  misfit = like.misfit(plan.orbax, {o.name: o.shape for o in plan.outputs})
+  checkpoint = like.with_step(plan.orbax)
+  misfit = like.misfit(checkpoint, {o.name: o.shape for o in plan.outputs})
   if misfit is not None:
     raise ValueError(f"out_format cannot be {out_format!r}: {misfit}; write 'orbax'.")
-  return plan._replace(notes=tuple(dict.fromkeys([*plan.notes, like.note(plan.orbax)])))
+  notes = tuple(dict.fromkeys([*plan.notes, like.note(checkpoint)]))
+  return plan._replace(notes=notes, orbax=checkpoint)
